@@ -1,0 +1,341 @@
+"""The run directory: where everything of a run lies, who holds it, and what state the run is in."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from astracli.errors import UserError
+
+State = Literal["running", "done", "failed", "interrupted"]
+RUNS = Path("runs")
+
+
+@dataclass
+class RunStatus:
+    """What `status.json` says; the supervisor alone writes it."""
+
+    state: State
+    pid: int
+    create_time: float
+    """Start of process `pid`, seconds since 1970 (psutil): tells a reused pid from ours."""
+    host: str
+    started: float
+    """Unix time of this attempt's start."""
+    ended: float | None = None
+    attempt: int = 1
+    step: int = 0
+    steps: int | None = None
+    exit_code: int | None = None
+    cause: str | None = None
+    """Why the run ended when it did not end well, one line."""
+    command: str = "train"
+    recipe: str = ""
+
+    def alive(self) -> bool:
+        """True while the recorded supervisor still runs on this host."""
+        if self.host != socket.gethostname():
+            return self.state == "running"
+        try:
+            process = psutil.Process(self.pid)
+            return abs(process.create_time() - self.create_time) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    def shown(self) -> str:
+        """The state as people read it; a run that says `running` without its supervisor is `dead (resumable)`."""
+        if self.state != "running":
+            return self.state
+        if not self.alive():
+            return "dead (resumable)"
+        return "running" if self.host == socket.gethostname() else f"running on {self.host}"
+
+
+class RunDir:
+    """Paths of one run. `create` and `resume` also hold its lock, so that two supervisors never share it."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self._lock_fd: int | None = None
+
+    def __repr__(self) -> str:
+        return f"RunDir({str(self.path)!r})"
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def recipe_json(self) -> Path:
+        return self.path / "recipe.json"
+
+    @property
+    def plan_json(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def status_json(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def metrics_jsonl(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary_json(self) -> Path:
+        """The closing figures; written when an attempt ends."""
+        return self.path / "summary.json"
+
+    @property
+    def hub_sqlite(self) -> Path:
+        return self.path / "hub.sqlite"
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "weights"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def eval(self) -> Path:
+        return self.path / "eval"
+
+    @property
+    def eval_csv(self) -> Path:
+        return self.eval / "eval.csv"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config"
+
+    @property
+    def stage(self) -> Path:
+        """Payloads on their way into an engine, one folder per engine."""
+        return self.path / "stage"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def attempt_logs(self, attempt: int) -> Path:
+        """`logs/attempt_N`: one file per process and attempt, N from 1."""
+        return self.logs / f"attempt_{attempt}"
+
+    def attempts(self) -> list[int]:
+        """Numbers of the attempts that left logs, oldest first."""
+        numbers = (p.name.removeprefix("attempt_") for p in self.logs.glob("attempt_*"))
+        return sorted(int(n) for n in numbers if n.isdigit())
+
+    def next_attempt(self) -> int:
+        """The number of a new attempt; makes its log folder."""
+        number = max(self.attempts(), default=0) + 1
+        self.attempt_logs(number).mkdir(parents=True)
+        return number
+
+    # -- who holds it --------------------------------------------------------------------------------------------------
+
+    def lock(self) -> None:
+        """Take the run for this process until `unlock` or its end. Raises UserError when another one holds it."""
+        fd = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(fd, 32, 0).decode(errors="replace").strip()
+            os.close(fd)
+            raise UserError(
+                f"run directory `{self.path}` is in use by process {holder or 'unknown'}",
+                f"wait for it, stop it with `astra runs stop {self.path}`, or give another --run-dir",
+            ) from None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, str(os.getpid()).encode(), 0)
+        self._lock_fd = fd
+
+    def unlock(self) -> None:
+        """Let go of the run; does nothing when it is not held."""
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    @property
+    def held(self) -> bool:
+        """True when this object holds the lock."""
+        return self._lock_fd is not None
+
+    def in_use(self) -> bool:
+        """True when a process holds the lock."""
+        if self.held:
+            return True
+        try:
+            fd = os.open(self.path / ".lock", os.O_RDWR)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+        return False
+
+    # -- what state it is in -------------------------------------------------------------------------------------------
+
+    def status(self) -> RunStatus | None:
+        """What `status.json` says; None when the run never started. Raises UserError when it cannot be read."""
+        try:
+            document = json.loads(self.status_json.read_text())
+            known = {field.name for field in fields(RunStatus)}
+            return RunStatus(**{key: value for key, value in document.items() if key in known})
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"`{self.status_json}` is damaged: {error}") from None
+
+    def shown_state(self) -> str:
+        """The run's state in words; `not started` without a `status.json`."""
+        status = self.status()
+        return "not started" if status is None else status.shown()
+
+    def start(
+        self, *, recipe: str, command: str = "train", attempt: int = 1, steps: int | None = None, step: int = 0
+    ) -> None:
+        """Record that this process runs the run now."""
+        me = psutil.Process()
+        self._write(
+            RunStatus(
+                "running", me.pid, me.create_time(), socket.gethostname(), time.time(),
+                attempt=attempt, step=step, steps=steps, command=command, recipe=recipe,
+            )
+        )  # fmt: skip
+
+    def update(self, **changes: Any) -> None:
+        """Change fields of `status.json`, for example `step=12`. The run must have been started."""
+        status = self.status()
+        assert status is not None, "update() before start()"
+        self._write(RunStatus(**(asdict(status) | changes)))
+
+    def end(self, state: State, *, exit_code: int, cause: str | None = None) -> None:
+        """Record how the run ended."""
+        self.update(state=state, exit_code=exit_code, cause=cause, ended=time.time())
+
+    def _write(self, status: RunStatus) -> None:
+        write_atomic(self.status_json, json.dumps(asdict(status), indent=2) + "\n")
+
+
+def write_atomic(path: Path, text: str, mode: int = 0o644) -> None:
+    """Write a file so that readers see the old or the new text, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    with os.fdopen(fd, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(temporary, path)
+
+
+def create(recipe_name: str, run_dir: Path | None = None, *, root: Path = RUNS) -> RunDir:
+    """A fresh, locked run directory: `root/RECIPE-YYYYmmdd-HHMMSS`, or `run_dir` when it is new or empty.
+
+    Raises UserError when `run_dir` was used before (the message names every way out) or cannot be made.
+    """
+    try:
+        path = run_dir if run_dir is not None else _fresh(recipe_name, root)
+        path.mkdir(parents=True, exist_ok=True)
+        run = RunDir(path)
+        if any(entry.name != ".lock" for entry in path.iterdir()):
+            raise _used(run)
+        run.lock()
+    except FileExistsError:
+        raise UserError(f"`{run_dir}` is a file, not a run directory", "give another --run-dir") from None
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"cannot make run directory `{run_dir or root}`: {reason}", "give another --run-dir") from None
+    return run
+
+
+def resume(path: Path) -> RunDir:
+    """A used run directory, locked, to be continued. Raises UserError when it holds no run or is in use."""
+    run = existing(path)
+    run.lock()
+    return run
+
+
+def existing(path: Path) -> RunDir:
+    """The run in `path`. Raises UserError when there is none."""
+    run = RunDir(path)
+    if not run.recipe_json.is_file():
+        why = "does not exist" if not path.exists() else "holds no recipe.json"
+        raise UserError(f"`{path}` is no run: it {why}", "`astra runs list` shows the runs under runs/")
+    return run
+
+
+def named(text: str, *, root: Path = RUNS) -> RunDir:
+    """A run by path, or by name under `root`. Raises UserError."""
+    under_root = root / text
+    return existing(under_root if under_root.is_dir() and "/" not in text else Path(text))
+
+
+def list_runs(root: Path = RUNS) -> list[RunDir]:
+    """The runs under `root`, newest first."""
+    return sorted(_runs(root), key=lambda run: (_started(run), run.name), reverse=True)
+
+
+def newest(root: Path = RUNS) -> RunDir | None:
+    """The run under `root` that started last; None when there is none."""
+    return max(_runs(root), key=lambda run: (_started(run), run.name), default=None)
+
+
+def _runs(root: Path) -> Iterator[RunDir]:
+    if root.is_dir():
+        yield from (RunDir(path) for path in root.iterdir() if (path / "recipe.json").is_file())
+
+
+def _started(run: RunDir) -> float:
+    try:
+        status = run.status()
+    except UserError:
+        status = None
+    return status.started if status else run.recipe_json.stat().st_mtime
+
+
+def _fresh(recipe_name: str, root: Path) -> Path:
+    """A name under `root` that this call made; two runs of one second get different names."""
+    safe = "".join(c if c.isalnum() or c in "._-" else "-" for c in recipe_name)
+    base = f"{safe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    root.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        path = root / (base if number == 1 else f"{base}-{number}")
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            number += 1
+
+
+def _used(run: RunDir) -> UserError:
+    if not run.recipe_json.is_file():
+        return UserError(
+            f"run directory `{run.path}` is not empty and holds no run", "give another --run-dir, or empty it"
+        )
+    return UserError(
+        f"run directory `{run.path}` was used before (state: {run.shown_state()})",
+        f"continue it with `astra train --resume {run.path}`, give another --run-dir, leave --run-dir out for a new "
+        f"name under runs/, or remove it with `rm -r {run.path}`",
+    )

@@ -1,0 +1,1 @@
+"""Model families, one file each: data and small functions that fill an `astracli.adapter.ModelAdapter`."""

@@ -1,0 +1,376 @@
+"""Qwen3.5: three Gated DeltaNet layers to one of full attention; trained text-only, also from multimodal checkpoints.
+
+What is special, and handled here:
+- the full checkpoint names its text tensors `model.language_model.*`, beside `model.visual.*` and `mtp.*`; engines want
+  `model.*`;
+- `A_log` stays in fp32 in the engine, so it travels in fp32;
+- a 2-D mask is never needed: causal rows padded on the right are exact for both layer kinds;
+- the delta rule and the convolution carry state across a packed row, so both must be reset at every boundary.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from astracli.adapter import Forbidden, MemoryShape, ModelAdapter, WireTensor, read_config
+from astracli.adapter_tools import Shapes, gemm_flops, load_checkpoint, wire_map
+
+KEEP_FP32 = ("A_log",)
+FROZEN = ("model.visual.", "visual.", "mtp.")
+_CHUNK = 64
+_GPU_KERNELS = (
+    "FusedRMSNormGated",
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
+    "chunk_gated_delta_rule",
+    "fused_recurrent_gated_delta_rule",
+)
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The text part of a config.json, whichever layout; `tie_word_embeddings` may stand at either level."""
+    text = dict(config.get("text_config") or config)
+    text.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", False))
+    return text
+
+
+def text_name(name: str) -> str | None:
+    """Checkpoint name -> text-model name; None for a tensor that is never trained."""
+    if name.startswith(FROZEN):
+        return None
+    return name.replace("model.language_model.", "model.", 1)
+
+
+def load(path: Path, *, attention: str = "sdpa") -> Any:
+    """Qwen3_5ForCausalLM in fp32. Raises UserError naming text tensors that are missing or left over."""
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+    document = text_config(read_config(Path(path)))
+    document["model_type"] = "qwen3_5_text"
+    with _torch_kernels_without_gpu():
+        return load_checkpoint(
+            Qwen3_5ForCausalLM,
+            path,
+            attention=attention,
+            config=Qwen3_5TextConfig.from_dict(document),
+            text_name=text_name,
+        )
+
+
+@contextmanager
+def _torch_kernels_without_gpu() -> Iterator[None]:
+    """Build the model from torch kernels where there is no GPU: an installed fla would ask for one while building."""
+    import torch
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
+
+    if torch.cuda.is_available():
+        yield
+        return
+    saved = {name: getattr(modeling, name) for name in _GPU_KERNELS if hasattr(modeling, name)}
+    log = logging.getLogger(modeling.__name__)
+    level = log.level
+    log.setLevel(logging.ERROR)  # "the fast path is not available": on a CPU there is none
+    try:
+        for name in saved:
+            setattr(modeling, name, None)
+        yield
+    finally:
+        log.setLevel(level)
+        for name, value in saved.items():
+            setattr(modeling, name, value)
+
+
+def delta_net_modules(model: Any) -> list[Any]:
+    return [m for m in model.modules() if hasattr(m, "A_log") and hasattr(m, "chunk_gated_delta_rule")]
+
+
+def prepare_cpu(model: Any) -> None:
+    """Torch kernels on every Gated DeltaNet module, with a chunk no longer than the row (same numbers, less work)."""
+    import torch
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
+
+    for module in delta_net_modules(model):
+        module.causal_conv1d_fn = None
+        module.causal_conv1d_update = modeling.torch_causal_conv1d_update
+        module.chunk_gated_delta_rule = partial(_short_chunk_rule, modeling.torch_chunk_gated_delta_rule)
+        module.recurrent_gated_delta_rule = modeling.torch_recurrent_gated_delta_rule
+        if not isinstance(module.norm, modeling.Qwen3_5RMSNormGated):
+            norm = modeling.Qwen3_5RMSNormGated(module.head_v_dim, eps=module.layer_norm_epsilon)
+            norm.weight = torch.nn.Parameter(module.norm.weight.detach().to("cpu", torch.float32))
+            module.norm = norm
+
+
+def _short_chunk_rule(rule: Callable[..., Any], query_BTHD: Any, *args: Any, **kwargs: Any) -> Any:
+    return rule(query_BTHD, *args, chunk_size=min(_CHUNK, query_BTHD.shape[1]), **kwargs)
+
+
+class _Bounds:
+    """Segment boundaries of the packed row that one layer is working on; None for ordinary rows."""
+
+    def __init__(self) -> None:
+        self.segments: list[tuple[int, int]] | None = None
+
+    def read(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cu_seqlens = kwargs.get("cu_seqlens")
+        if cu_seqlens is None:
+            self.segments = None
+            return
+        hidden = args[0] if args else kwargs["hidden_states"]
+        edges = [int(edge) for edge in cu_seqlens]
+        if hidden.shape[0] != 1 or edges[0] != 0 or edges[-1] != hidden.shape[1]:
+            raise ValueError(f"cu_seqlens {edges} does not describe one packed row of shape {tuple(hidden.shape[:2])}")
+        self.segments = list(pairwise(edges))
+
+
+def install_varlen(model: Any) -> None:
+    """Exact packed rows: convolution and delta rule are run segment by segment when the forward gets `cu_seqlens`.
+
+    The boundaries are read where a decoder layer starts, so recomputation under activation checkpointing sees them too.
+    """
+    for layer in model.modules():
+        module = getattr(layer, "linear_attn", None)
+        if module is None or not hasattr(module, "chunk_gated_delta_rule"):
+            continue
+        bounds = _Bounds()
+        layer.register_forward_pre_hook(bounds.read, with_kwargs=True)
+        module.causal_conv1d_fn = partial(_segment_conv, bounds, module.causal_conv1d_fn)
+        module.chunk_gated_delta_rule = partial(_segment_rule, bounds, module.chunk_gated_delta_rule)
+
+
+def _segment_conv(
+    bounds: _Bounds, kernel: Callable[..., Any] | None, *, x: Any, weight: Any, bias: Any, **kw: Any
+) -> Any:
+    """x [B, C, T], weight [C, K] -> [B, C, T]; every segment starts from zeros."""
+    import torch
+
+    def one(part: Any) -> Any:
+        if kernel is not None:
+            return kernel(x=part, weight=weight, bias=bias, **kw)
+        padded = torch.nn.functional.pad(part, (weight.shape[1] - 1, 0))
+        return torch.nn.functional.silu(
+            torch.nn.functional.conv1d(padded, weight.unsqueeze(1), bias, groups=weight.shape[0])
+        )
+
+    if bounds.segments is None:
+        return one(x)
+    return torch.cat([one(x[:, :, start:end]) for start, end in bounds.segments], dim=-1)
+
+
+def _segment_rule(bounds: _Bounds, rule: Callable[..., Any], query: Any, key: Any, value: Any, **kwargs: Any) -> Any:
+    """query, key, value [B, T, H, D], g and beta [B, T, H] -> ([B, T, H, D], last state)."""
+    import torch
+
+    if bounds.segments is None:
+        return rule(query, key, value, **kwargs)
+    kwargs.pop("cu_seqlens", None)
+    g, beta = kwargs.pop("g"), kwargs.pop("beta")
+    outputs, state = [], None
+    for start, end in bounds.segments:
+        cut = slice(start, end)
+        out, state = rule(query[:, cut], key[:, cut], value[:, cut], g=g[:, cut], beta=beta[:, cut], **kwargs)
+        outputs.append(out)
+    return torch.cat(outputs, dim=1), state
+
+
+def _layer_types(text: Mapping[str, Any]) -> list[str]:
+    interval = text.get("full_attention_interval", 4)
+    count = text["num_hidden_layers"]
+    return text.get("layer_types") or [
+        "linear_attention" if (index + 1) % interval else "full_attention" for index in range(count)
+    ]
+
+
+def _delta_net_sizes(text: Mapping[str, Any]) -> tuple[int, int, int, int, int]:
+    """(key heads, value heads, key head dim, value head dim, convolution kernel)"""
+    return (
+        text.get("linear_num_key_heads", 16),
+        text.get("linear_num_value_heads", 32),
+        text.get("linear_key_head_dim", 128),
+        text.get("linear_value_head_dim", 128),
+        text.get("linear_conv_kernel_dim", 4),
+    )
+
+
+def _full_attention(text: Mapping[str, Any]) -> Shapes:
+    hidden, dim = text["hidden_size"], text.get("head_dim", 256)
+    query, kv = text["num_attention_heads"] * dim, text["num_key_value_heads"] * dim
+    shapes: Shapes = {
+        "self_attn.q_proj.weight": (2 * query, hidden),  # query and output gate
+        "self_attn.k_proj.weight": (kv, hidden),
+        "self_attn.v_proj.weight": (kv, hidden),
+        "self_attn.o_proj.weight": (hidden, query),
+    }
+    if text.get("attention_bias"):
+        shapes |= {name.replace("weight", "bias"): shape[:1] for name, shape in shapes.items()}
+    return shapes | {"self_attn.q_norm.weight": (dim,), "self_attn.k_norm.weight": (dim,)}
+
+
+def _delta_net(text: Mapping[str, Any]) -> Shapes:
+    hidden = text["hidden_size"]
+    key_heads, value_heads, key_dim, value_dim, kernel = _delta_net_sizes(text)
+    keys, values = key_heads * key_dim, value_heads * value_dim
+    return {
+        "linear_attn.A_log": (value_heads,),
+        "linear_attn.dt_bias": (value_heads,),
+        "linear_attn.conv1d.weight": (2 * keys + values, 1, kernel),
+        "linear_attn.norm.weight": (value_dim,),
+        "linear_attn.in_proj_qkv.weight": (2 * keys + values, hidden),
+        "linear_attn.in_proj_z.weight": (values, hidden),
+        "linear_attn.in_proj_b.weight": (value_heads, hidden),
+        "linear_attn.in_proj_a.weight": (value_heads, hidden),
+        "linear_attn.out_proj.weight": (hidden, values),
+    }
+
+
+def text_shapes(config: Mapping[str, Any]) -> Shapes:
+    """`{HF text name: shape}` of everything that is trained."""
+    text = text_config(config)
+    hidden, inner = text["hidden_size"], text["intermediate_size"]
+    common: Shapes = {
+        "mlp.gate_proj.weight": (inner, hidden),
+        "mlp.up_proj.weight": (inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner),
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+    }
+    mixers = {"linear_attention": _delta_net(text), "full_attention": _full_attention(text)}
+    shapes: Shapes = {"model.embed_tokens.weight": (text["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    for index, kind in enumerate(_layer_types(text)):
+        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in (common | mixers[kind]).items()}
+    if not text["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (text["vocab_size"], hidden)
+    return shapes
+
+
+def memory_shape(config: Mapping[str, Any]) -> MemoryShape:
+    """Recurrent state in fp32, convolution state (kernel - 1 columns) and KV cache in bf16."""
+    text, shapes = text_config(config), text_shapes(config)
+    kinds = _layer_types(text)
+    key_heads, value_heads, key_dim, value_dim, kernel = _delta_net_sizes(text)
+    recurrent = value_heads * key_dim * value_dim * 4
+    convolution = (2 * key_heads * key_dim + value_heads * value_dim) * (kernel - 1) * 2
+    kv_width = text["num_key_value_heads"] * text.get("head_dim", 256)
+    return MemoryShape(
+        parameters=sum(prod(shape) for shape in shapes.values()),
+        vocab_size=text["vocab_size"],
+        hidden_size=text["hidden_size"],
+        layers=text["num_hidden_layers"],
+        kv_bytes_per_token=kinds.count("full_attention") * 2 * 2 * kv_width,
+        state_bytes_per_sequence=kinds.count("linear_attention") * (recurrent + convolution),
+        flops_per_token=gemm_flops(shapes, tied=text["tie_word_embeddings"]),
+    )
+
+
+def wire_tensors(model: Any) -> dict[str, WireTensor]:
+    return wire_map(model, text_shapes(model.config.to_dict()), KEEP_FP32)
+
+
+def engine_flags(config: Mapping[str, Any]) -> dict[str, Any]:
+    """One state slot a request instead of three to five; and the interval that text configs of transformers lack."""
+    flags: dict[str, Any] = {"disable_radix_cache": True}
+    text = text_config(config)
+    if "full_attention_interval" not in text:
+        override: dict[str, Any] = {"full_attention_interval": _interval(text)}
+        nested = {"text_config": override} if "text_config" in config else override
+        flags["json_model_override_args"] = json.dumps(nested)
+    return flags
+
+
+def text_only_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the text model alone, with the interval that SGLang reads and transformers does not write."""
+    text = text_config(config)
+    own = {"model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"]}
+    return text | own | {"full_attention_interval": _interval(text)}
+
+
+def _interval(text: Mapping[str, Any]) -> int:
+    """Every n-th layer is full attention."""
+    return _layer_types(text).index("full_attention") + 1
+
+
+def tiny_config() -> dict[str, Any]:
+    return {
+        "model_type": "qwen3_5_text",
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_conv_kernel_dim": 4,
+        "full_attention_interval": 4,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [2, 1, 1],
+        },
+    }
+
+
+_TEXT_4B: dict[str, Any] = {
+    "vocab_size": 248320,
+    "hidden_size": 2560,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "full_attention_interval": 4,
+    "tie_word_embeddings": True,
+}
+_TEXT_0_8B = _TEXT_4B | {
+    "hidden_size": 1024,
+    "intermediate_size": 3584,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "linear_num_value_heads": 16,
+}
+
+ADAPTER = ModelAdapter(
+    name="qwen3_5",
+    model_types=("qwen3_5", "qwen3_5_text"),
+    summary="Qwen3.5 hybrids (Gated DeltaNet and full attention), text-only",
+    load_for_training=load,
+    load_for_serving=load,
+    memory_shape=memory_shape,
+    wire_tensors=wire_tensors,
+    engine_flags=engine_flags,
+    attention_mask=lambda mask: None,
+    install_varlen=install_varlen,
+    prepare_cpu=prepare_cpu,
+    keep_fp32=KEEP_FP32,
+    frozen=FROZEN,
+    forbidden=(
+        Forbidden("fa3", ("8.9",), 'a Gated DeltaNet hybrid dies under load there ("CUDA error: invalid argument")'),
+    ),
+    hybrid=True,
+    wire_name=text_name,
+    text_only_config=text_only_config,
+    known_configs={
+        "Qwen/Qwen3.5-4B": {"model_type": "qwen3_5", "text_config": _TEXT_4B},
+        "Qwen/Qwen3.5-0.8B": {"model_type": "qwen3_5", "text_config": _TEXT_0_8B},
+    },
+    tiny_config=tiny_config,
+)

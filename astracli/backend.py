@@ -1,0 +1,293 @@
+"""Which device, engine, attention and kernels a run gets on a machine, each with its reason.
+
+The knowledge is in tables; `choose` only reads them. A combination that is known to fail is refused here with the
+reason and the ways out, before anything starts. What a machine merely lacks is the plan's to say.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from astracli import machine
+from astracli.adapter import ModelAdapter
+from astracli.errors import UserError
+from astracli.machine import usable, version_of
+from astracli.recipe import Recipe
+
+Capability = tuple[int, int]
+Facts = Mapping[str, Any]
+
+OLDEST: Capability = (8, 0)
+"""bf16 arithmetic begins here."""
+
+SERVING_DEFAULTS: tuple[tuple[Capability, tuple[str, ...], str], ...] = (
+    ((8, 0), ("flashinfer", "triton"), "SGLang below 9.0: flashinfer where it can be imported, else triton"),
+    ((9, 0), ("fa3", "triton"), "SGLang's default on Hopper"),
+    ((10, 0), ("trtllm_mha", "triton"), "SGLang from 10.0: trtllm_mha where flashinfer can be imported, else triton"),
+    ((12, 0), ("flashinfer", "triton"), "SGLang from 12.0: flashinfer where it can be imported, else triton"),
+)
+"""(from this compute capability on, candidates in order, reason)."""
+
+SERVING: dict[str, tuple[Capability, Capability, str | None]] = {
+    "flashinfer": ((8, 0), (99, 0), "flashinfer-python"),
+    "triton": ((8, 0), (99, 0), None),
+    "fa3": ((8, 0), (10, 0), None),
+    "trtllm_mha": ((10, 0), (99, 0), "flashinfer-python"),
+    "torch_native": ((8, 0), (99, 0), None),
+}
+"""SGLang attention backend -> (lowest capability, first capability too high, package it needs)."""
+
+TRAINER: dict[str, tuple[tuple[str, ...], str | None]] = {
+    "sdpa": (("cpu", "cuda"), None),
+    "eager": (("cpu", "cuda"), None),
+    "flash_attention_2": (("cuda",), "flash-attn"),
+}
+"""Trainer attention -> (devices, package it needs)."""
+
+HOPPER: Capability = (9, 0)
+FLA_NATIVE = ((0, 6), (3, 7, 1))
+"""flash-linear-attention and triton from which the gated backward works on Hopper by itself."""
+FLA_OLD_TRITON = (3, 4)
+"""Triton below this is right with every flash-linear-attention."""
+
+SLOW = "the delta rule runs in plain torch, several times slower"
+ASKED = "the recipe asks for it"
+SGLANG_ENV = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}
+"""Log-probabilities before temperature: what the trainer compares with."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One decision, as `--dry-run` and `doctor` show it."""
+
+    what: str
+    choice: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    device: Literal["cpu", "cuda"]
+    engine: Literal["embedded", "sglang"]
+    serving_attention: str
+    """`auto` = decided where the GPUs are."""
+    linear_attention: str
+    """Engine kernel of the linear-attention layers; `none` for a dense model."""
+    trainer_attention: str
+    gdn_forward: str
+    """`torch`, `fla`, `fla+tilelang`, `auto` (decided where the GPUs are) or `none` (dense)."""
+    gdn_backward: str
+    env: Mapping[str, str] = field(default_factory=dict)
+    """Set for every process of the run."""
+    reasons: tuple[Backend, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def settings(self) -> dict[str, Any]:
+        """The decisions as plain JSON; `attention` is what trainer and embedded engine load the model with."""
+        return {
+            "device": self.device,
+            "engine": self.engine,
+            "attention": self.trainer_attention,
+            "serving_attention": self.serving_attention,
+            "linear_attention": self.linear_attention,
+            "gdn_forward": self.gdn_forward,
+            "gdn_backward": self.gdn_backward,
+        }
+
+
+def choose(
+    adapter: ModelAdapter, facts: Facts, recipe: Recipe, config: Mapping[str, Any] | None = None
+) -> BackendChoice:
+    """Decide for this machine. Raises UserError for a combination that cannot work anywhere or fails on these GPUs."""
+    device, why_device = _device(recipe)
+    engine, why_engine = _engine(recipe, device)
+    capability = _capability(facts) if device == "cuda" else None
+    serving, why_serving = _serving(adapter, facts, recipe, engine, capability)
+    linear, why_linear = _linear(adapter, recipe, engine)
+    trainer, why_trainer = _trainer(facts, recipe, device)
+    gdn, why_gdn, warning = _delta_rule(adapter, facts, device, capability)
+    reasons = (
+        Backend("device", device, why_device),
+        Backend("engine", engine, why_engine),
+        Backend("serving attention", serving, why_serving),
+        Backend("serving linear attention", linear, why_linear),
+        Backend("trainer attention", trainer, why_trainer),
+        Backend("delta rule, forward", gdn, why_gdn),
+        Backend("delta rule, backward", gdn, why_gdn),
+    )
+    env = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else dict(SGLANG_ENV) if engine == "sglang" else {}
+    warnings = (warning,) if warning else ()
+    return BackendChoice(device, engine, serving, linear, trainer, gdn, gdn, env, reasons, warnings)
+
+
+def capability_of(gpu: Mapping[str, Any]) -> Capability:
+    major, _, minor = gpu["compute_capability"].partition(".")
+    return int(major), int(minor or 0)
+
+
+def _capability(facts: Facts) -> Capability | None:
+    """The lowest of the visible GPUs; None without any."""
+    return min((capability_of(gpu) for gpu in machine.visible_gpus(facts)), default=None)
+
+
+def _dotted(capability: Capability) -> str:
+    return f"{capability[0]}.{capability[1]}"
+
+
+def _device(recipe: Recipe) -> tuple[Literal["cpu", "cuda"], str]:
+    asked = recipe.resources
+    gpus = asked.rollout_gpus + asked.train_gpus
+    if asked.device == "cpu":
+        return "cpu", "the recipe says resources.device = cpu"
+    if asked.device == "cuda" and gpus == 0:
+        raise UserError(
+            "resources.device = cuda, but resources.rollout_gpus and resources.train_gpus are both 0",
+            "add `--set resources.rollout_gpus=1 --set resources.train_gpus=1`, or `--set resources.device=cpu`",
+        )
+    if gpus:
+        return "cuda", f"the recipe asks for GPUs (rollout {asked.rollout_gpus}, train {asked.train_gpus})"
+    return "cpu", "the recipe asks for no GPU"
+
+
+def _engine(recipe: Recipe, device: str) -> tuple[Literal["embedded", "sglang"], str]:
+    asked = recipe.rollout.engine
+    if device == "cpu":
+        if asked == "sglang":
+            raise UserError(
+                "rollout.engine = sglang on a CPU: the published sglang package runs on GPUs only",
+                "use `--set rollout.engine=embedded`, or GPUs: `--set resources.device=cuda`",
+            )
+        return "embedded", "the engine that runs on a CPU" if asked == "auto" else ASKED
+    if asked == "auto":
+        return "sglang", "the engine for GPUs"
+    return asked, ASKED
+
+
+def _serving(
+    adapter: ModelAdapter, facts: Facts, recipe: Recipe, engine: str, capability: Capability | None
+) -> tuple[str, str]:
+    asked = recipe.rollout.attention_backend
+    key = "rollout.attention_backend"
+    if engine == "embedded":
+        _known(key, asked, ("auto", "sdpa", "eager"), "the embedded engine")
+        return ("sdpa", "exact and quick in the embedded engine") if asked == "auto" else (asked, ASKED)
+    if asked != "auto":
+        _known(key, asked, ("auto", *SERVING), "sglang")
+        return asked, _check_serving(adapter, asked, key, capability)
+    if capability is None or capability < OLDEST:
+        return "auto", "decided by compute capability where the GPUs are"
+    candidates, reason = next((names, why) for start, names, why in reversed(SERVING_DEFAULTS) if capability >= start)
+    foreign = recipe.resources.engine.python is not None
+    for name in candidates:
+        package = SERVING[name][2]
+        banned = _forbidden(adapter, name, capability)
+        if banned is None and (package is None or foreign or usable(facts, package)):
+            return name, f"{reason} (this GPU: {_dotted(capability)})"
+    raise UserError(
+        f"no attention backend serves `{adapter.name}` on compute capability {_dotted(capability)}",
+        "install flashinfer: `pip install flashinfer-python`",
+    )
+
+
+def _check_serving(adapter: ModelAdapter, name: str, key: str, capability: Capability | None) -> str:
+    """The reason to take what the recipe asks for. Raises UserError where it is known to fail."""
+    if capability is None:
+        return "the recipe asks for it (no GPU here to check it against)"
+    lowest, too_high, _ = SERVING[name]
+    ways = ", ".join(
+        f"`{other}`"
+        for other, (low, high, _) in SERVING.items()
+        if low <= capability < high and other != name and _forbidden(adapter, other, capability) is None
+    )
+    hint = f"set {key} to `auto`, or to one of {ways}"
+    if not lowest <= capability < too_high:
+        raise UserError(f"{key} = {name} does not run on compute capability {_dotted(capability)}", hint)
+    reason = _forbidden(adapter, name, capability)
+    if reason is not None:
+        where = f"`{adapter.name}` on compute capability {_dotted(capability)}"
+        raise UserError(f"{key} = {name} is refused for {where}: {reason}", hint)
+    return ASKED
+
+
+def _forbidden(adapter: ModelAdapter, name: str, capability: Capability) -> str | None:
+    for entry in adapter.forbidden:
+        everywhere = not entry.compute_capabilities
+        if entry.backend == name and (everywhere or _dotted(capability) in entry.compute_capabilities):
+            return entry.reason
+    return None
+
+
+def _linear(adapter: ModelAdapter, recipe: Recipe, engine: str) -> tuple[str, str]:
+    asked = recipe.rollout.linear_attention_backend
+    if not adapter.hybrid:
+        return "none", "a dense model has no linear attention"
+    if engine == "embedded":
+        _known("rollout.linear_attention_backend", asked, ("auto", "torch"), "the embedded engine")
+        return "torch", "the delta rule in torch, one step a token"
+    if asked != "auto":
+        return asked, ASKED if asked == "triton" else f"{ASKED} (only triton has been measured)"
+    return "triton", "SGLang's default on every GPU"
+
+
+def _trainer(facts: Facts, recipe: Recipe, device: str) -> tuple[str, str]:
+    asked = recipe.train.attention
+    if asked == "auto":
+        return "sdpa", "torch's own attention: exact on both devices, nothing to install"
+    _known("train.attention", asked, ("auto", *TRAINER), "the trainer")
+    devices, package = TRAINER[asked]
+    if device not in devices:
+        raise UserError(f"train.attention = {asked} does not run on a CPU", "use `--set train.attention=auto`")
+    if package is not None and machine.visible_gpus(facts) and not usable(facts, package):
+        stub = facts["packages"].get(package, {}).get("importable_spec")
+        what = "is only an empty namespace folder" if stub else "is not installed"
+        raise UserError(
+            f"train.attention = {asked} needs {package}, which {what}",
+            f"`pip install {package}`, or `--set train.attention=auto`",
+        )
+    return asked, ASKED
+
+
+def _delta_rule(
+    adapter: ModelAdapter, facts: Facts, device: str, capability: Capability | None
+) -> tuple[str, str, str | None]:
+    """(kernel, reason, warning or None) of the trainer's delta rule; forward and backward are one autograd function."""
+    if not adapter.hybrid:
+        return "none", "a dense model has no delta rule", None
+    if device == "cpu":
+        return "torch", "the chunk rule in torch: GPU kernels are never used on a CPU, even when installed", None
+    if capability is None:
+        return "auto", "decided where the GPUs are", None
+    fla, triton = version_of(facts, "flash-linear-attention"), version_of(facts, "triton")
+    if not fla or not triton:
+        lacking = "flash-linear-attention" if not fla else "triton"
+        reason = f"{lacking} cannot be imported"
+        return "torch", reason, f"{reason}: {SLOW}; `pip install {lacking}`"
+    if capability[0] != HOPPER[0]:
+        return "fla", f"right on compute capability {_dotted(capability)} with every version", None
+    return _delta_rule_on_hopper(facts, fla, triton)
+
+
+def _delta_rule_on_hopper(facts: Facts, fla: tuple[int, ...], triton: tuple[int, ...]) -> tuple[str, str, str | None]:
+    words = f"flash-linear-attention {_join(fla)} with triton {_join(triton)}"
+    if (fla >= FLA_NATIVE[0] and triton >= FLA_NATIVE[1]) or triton < FLA_OLD_TRITON:
+        return "fla", f"{words} has a right gated backward on Hopper", None
+    if usable(facts, "tilelang") and facts["compilers"]["nvcc"]:
+        return "fla+tilelang", f"{words} needs TileLang on Hopper, and it and nvcc are there", None
+    reason = f"{words} raises in the gated backward on Hopper (fla issue 640)"
+    way = "`pip install 'flash-linear-attention>=0.6' 'triton>=3.7.1'` (torch 2.13 brings that triton)"
+    return "torch", reason, f"{reason}: {SLOW}; {way}"
+
+
+def _join(version: tuple[int, ...]) -> str:
+    return ".".join(str(part) for part in version)
+
+
+def _known(key: str, value: str, names: tuple[str, ...], who: str) -> None:
+    if value not in names:
+        near = difflib.get_close_matches(value, names, n=1)
+        guess = f"; did you mean `{near[0]}`?" if near else ""
+        hint = f"`--set {key}=auto` lets astra choose"
+        raise UserError(f"{key} = {value}: {who} takes {', '.join(names)}{guess}", hint)

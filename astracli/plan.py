@@ -1,0 +1,273 @@
+"""The launch plan: which processes a command starts on this machine, what they need, and what is missing. Pure.
+
+`build` never refuses: a plan for another machine can be looked at anywhere. `refuse` raises for what stops it here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from astracli import machine, plan_memory
+from astracli.adapter import MemoryShape, ModelAdapter
+from astracli.backend import OLDEST, BackendChoice, capability_of
+from astracli.errors import UserError
+from astracli.plan_memory import MemoryRow, words
+from astracli.plan_types import Command, LaunchPlan, Problem, ProcessPlan, Role, Table
+from astracli.plan_view import render, to_json
+from astracli.recipe import Recipe
+
+__all__ = ["Command", "LaunchPlan", "Problem", "ProcessPlan", "Table", "build", "refuse", "render", "to_json"]
+
+ENGINE_MODULES = {"embedded": "astracli.engines.embedded", "sglang": "astracli.engines.sglang"}
+MODULES = {
+    "rollout": "astracli.workers.rollout",
+    "trainer": "astracli.workers.train",
+    "eval": "astracli.workers.evaluate",
+}
+SGLANG_GLIBC = (2, 34)
+CPU_RECIPE = "qwen3.5-tiny-m2po-delta"
+
+
+def build(
+    recipe: Recipe,
+    adapter: ModelAdapter,
+    choice: BackendChoice,
+    facts: Mapping[str, Any],
+    *,
+    command: Command = "train",
+    config: Mapping[str, Any] | None = None,
+    checkpoint_bytes: int | None = None,
+) -> LaunchPlan:
+    """The plan of one command. `config` is the checkpoint's config.json, None when it is not on this machine (then the
+    sizes of a model that the adapter knows are used); `checkpoint_bytes` its size on disk."""
+    known = config if config is not None else adapter.known_configs.get(recipe.model.path)
+    shape = adapter.memory_shape(known) if known is not None else None
+    processes = _processes(recipe, choice, facts, command)
+    memory = _memory(processes, shape, recipe, choice.device)
+    disk = plan_memory.disk_rows(shape, recipe, checkpoint_bytes) if shape and command == "train" else []
+    plan = LaunchPlan(
+        recipe=recipe.name,
+        command=command,
+        choice=choice,
+        processes=tuple(processes),
+        memory=tuple(memory),
+        disk=tuple(disk),
+        model=_model(shape, recipe) if shape else {},
+        expected=recipe.expected.model_dump(exclude_none=True) if recipe.expected else {},
+    )
+    problems = [
+        *_gpu_problems(plan, recipe, adapter, facts, config),
+        *_software_problems(recipe, choice, facts),
+        *_size_problems(plan, facts),
+    ]
+    if config is None:
+        what = f"checkpoint {recipe.model.path} not on this machine"
+        problems.append(Problem("checkpoint", what, what, "it is downloaded when a run starts", blocking=False))
+    warnings = [*choice.warnings, *_warnings(plan, facts)]
+    return replace(plan, problems=tuple(problems), warnings=tuple(warnings))
+
+
+def refuse(plan: LaunchPlan) -> None:
+    """Raise UserError (exit 2) with the first thing that stops the plan on this machine; return when nothing does."""
+    blocking = [problem for problem in plan.problems if problem.blocking]
+    if blocking:
+        first, *others = blocking
+        also = f" (also missing: {', '.join(problem.what for problem in others)})" if others else ""
+        raise UserError(first.message + also, first.hint)
+
+
+def _processes(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any], command: Command) -> list[ProcessPlan]:
+    resources, threads = recipe.resources, recipe.resources.threads
+    cuda = choice.device == "cuda"
+    restarts = recipe.launch.max_restarts if recipe.launch.max_restarts is not None else (2 if cuda else 0)
+    physical = [gpu["index"] for gpu in machine.visible_gpus(facts)]
+    engine_gpus, train_gpus = _placement(recipe, physical) if cuda else ([], [])
+
+    def child(name: str, role: Role, gpus: list[int], visible: list[int], **more: Any) -> ProcessPlan:
+        count = {"engine": threads.engine, "trainer": threads.trainer}.get(role, threads.other)
+        env = {
+            **choice.env,
+            "CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpu in visible),
+            "OMP_NUM_THREADS": str(count),
+            "TOKENIZERS_PARALLELISM": "false",
+            **(resources.engine.env if role == "engine" else {}),
+        }
+        return ProcessPlan(
+            name=name,
+            role=role,
+            module=ENGINE_MODULES[choice.engine] if role == "engine" else MODULES[role],
+            gpus=tuple(gpus),
+            threads=count,
+            nice=0 if role in ("engine", "trainer") else 5,
+            restarts=0 if role == "trainer" else restarts,
+            env=env,
+            **more,
+        )
+
+    result = []
+    for index in range(len(engine_gpus) if cuda else resources.engines):
+        own = engine_gpus[index : index + 1]
+        result.append(child(f"engine{index}", "engine", own, own, python=resources.engine.python))
+    if command in ("train", "rollout"):
+        result.append(child("rollout", "rollout", [], [], children=recipe.data.reward_workers))
+    ranks = (len(train_gpus) if cuda else resources.train_ranks) if command == "train" else 0
+    for rank in range(ranks):
+        own = train_gpus[rank : rank + 1]
+        result.append(child(f"trainer{rank or ''}", "trainer", own, train_gpus, rank=rank, world_size=ranks))
+    if command == "eval" or (command == "train" and recipe.eval.benchmarks and recipe.eval.every):
+        result.append(child("eval", "eval", [], [], children=recipe.data.reward_workers))
+    return result
+
+
+def _placement(recipe: Recipe, physical: list[int]) -> tuple[list[int], list[int]]:
+    """(engine GPUs, trainer GPUs): rollout first, then training; from 0 again when they share. Where this machine has
+    fewer, indexes go on counting: the plan is then for another machine."""
+    rollout, train = recipe.resources.rollout_gpus, recipe.resources.train_gpus
+    start = 0 if recipe.resources.share_gpus else rollout
+    beyond = range(max(physical, default=-1) + 1, max(physical, default=-1) + 1 + rollout + train)
+    slots = [*physical, *beyond]
+    return slots[:rollout], slots[start : start + train]
+
+
+def _memory(processes: list[ProcessPlan], shape: MemoryShape | None, recipe: Recipe, device: str) -> list[MemoryRow]:
+    rows = [plan_memory.light_row("supervisor")]
+    for process in processes:
+        if process.role == "engine" and shape:
+            rows += plan_memory.engine_rows(process.name, shape, recipe, device)
+        elif process.role == "trainer" and shape:
+            rows += plan_memory.trainer_rows(process.name, shape, recipe, device, process.rank, process.world_size)
+        else:
+            rows.append(plan_memory.light_row(process.name, process.children))
+    return rows
+
+
+def _model(shape: MemoryShape, recipe: Recipe) -> dict[str, Any]:
+    return {
+        "parameters": shape.parameters,
+        "kv_bytes_per_token": shape.kv_bytes_per_token,
+        "state_bytes_per_sequence": shape.state_bytes_per_sequence,
+        "flops_per_trained_token": shape.flops_per_token,
+        "sequences_per_step": recipe.batch_sequences,
+    }
+
+
+def _gpu_problems(
+    plan: LaunchPlan, recipe: Recipe, adapter: ModelAdapter, facts: Mapping[str, Any], config: Mapping[str, Any] | None
+) -> list[Problem]:
+    if plan.choice.device != "cuda":
+        return []
+    gpus, needed = machine.visible_gpus(facts), len(plan.gpu_map)
+    if needed > len(gpus):
+        rollout, train = recipe.resources.rollout_gpus, recipe.resources.train_gpus
+        parts = f"rollout {rollout}, train {train}" if plan.command == "train" else f"rollout {rollout}"
+        shared = ", shared" if recipe.resources.share_gpus and plan.command == "train" else ""
+        noun = "GPU" if needed == 1 else "GPUs"
+        there = str(len(gpus)) if gpus else "none"
+        return [
+            Problem(
+                "gpus",
+                f"{needed} {noun} (this machine has {there})",
+                f"recipe `{recipe.name}` asks for {needed} {noun} ({parts}{shared}), this machine has {there}",
+                _smaller(plan.command, recipe, adapter, plan.choice, facts, config, len(gpus)),
+            )
+        ]
+    old = sorted({gpu["compute_capability"] for gpu in gpus if capability_of(gpu) < OLDEST})
+    if old:
+        what = "GPUs of compute capability 8.0 or newer"
+        return [Problem("gpus", what, f"bf16 needs {what}, this machine has {', '.join(old)}", None)]
+    return []
+
+
+def _smaller(
+    command: Command,
+    recipe: Recipe,
+    adapter: ModelAdapter,
+    choice: BackendChoice,
+    facts: Mapping[str, Any],
+    config: Mapping[str, Any] | None,
+    count: int,
+) -> str:
+    """The same recipe on `count` GPUs, tried out as a plan; or what else there is to run."""
+    sharing: dict[str, Any] = {"rollout_gpus": 1, "train_gpus": 1, "share_gpus": True}
+    splits: list[dict[str, Any]] = [
+        {"rollout_gpus": rollout, "train_gpus": count - rollout}
+        for rollout in sorted(range(1, count), key=lambda r: abs(2 * r - count))
+    ]
+    options = [{"rollout_gpus": count}] if command != "train" else [*splits, *([sharing] if count else [])]
+    for option in options if count else []:
+        smaller = recipe.model_copy(update={"resources": recipe.resources.model_copy(update=option)})
+        tried = build(smaller, adapter, choice, facts, command=command, config=config)
+        if not [p for p in tried.problems if p.kind in ("gpus", "memory")]:
+            sets = " ".join(f"--set resources.{key}={str(value).lower()}" for key, value in option.items())
+            return f"run `astra {command} --recipe {recipe.name} {sets}`"
+    on_cpu = f"`astra {command} --recipe {CPU_RECIPE}` runs on a CPU"
+    return f"no split of this recipe fits these GPUs; {on_cpu}" if count else on_cpu
+
+
+def _software_problems(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any]) -> list[Problem]:
+    problems = []
+    if choice.engine == "sglang" and recipe.resources.engine.python is None:
+        if not machine.usable(facts, "sglang"):
+            message = f"recipe `{recipe.name}` generates with sglang, which is not installed here"
+            hint = "`pip install 'astracli[sglang]'`, or name its environment in resources.engine.python"
+            problems.append(Problem("package", "package sglang", message, hint))
+        libc = facts["system"]["libc"] or ""
+        version = machine.version_tuple(libc.removeprefix("glibc "))
+        if libc.startswith("glibc") and version < SGLANG_GLIBC:
+            what = "glibc 2.34 or newer (sglang's wheels)"
+            message = f"sglang needs {what}, this machine has {libc}"
+            problems.append(Problem("system", what, message, "use a newer operating system image"))
+    if choice.device == "cuda" and facts["torch_cuda"] is None:
+        message = f"recipe `{recipe.name}` trains on GPUs, torch here is built without CUDA"
+        hint = "install a CUDA build of torch: `pip install -c constraints/cuda.txt 'astracli[gpu]'`"
+        problems.append(Problem("package", "a CUDA build of torch", message, hint))
+    return problems
+
+
+def _size_problems(plan: LaunchPlan, facts: Mapping[str, Any]) -> list[Problem]:
+    """What cannot fit whatever the load: fixed rows against each GPU, the host and the disk."""
+    problems = []
+    sizes = {gpu["index"]: gpu["memory_total"] for gpu in machine.visible_gpus(facts)}
+    for gpu, names in plan.gpu_map.items():
+        need, size = plan_memory.total(plan.memory, where="gpu", processes=names, fixed=True), sizes.get(gpu)
+        if size is not None and need > size:
+            what = f"{words(need)} of GPU memory for {' and '.join(names)}"
+            hint = "give it more GPUs (`--set resources.train_gpus=N` shards the trainer) or larger ones"
+            problems.append(Problem("memory", what, f"GPU {gpu} needs at least {what}, it has {words(size)}", hint))
+    system = facts["system"]
+    host = plan_memory.total(plan.memory, where="host", fixed=True)
+    if host > system["memory_total"]:
+        what = f"{words(host)} of memory"
+        message = f"recipe `{plan.recipe}` needs at least {what}, this machine has {words(system['memory_total'])}"
+        problems.append(Problem("memory", what, message, "choose a smaller model, or a machine with more memory"))
+    disk = plan_memory.total(plan.disk, where="disk")
+    if disk > system["disk_free"]:
+        what = f"{words(disk)} of disk"
+        free = words(system["disk_free"])
+        message = f"recipe `{plan.recipe}` may fill {what}, `{system['disk_path']}` has {free} free"
+        hint = "point --run-dir at a larger disk, or `--set checkpoint.keep=1 --set weights.keep=2`"
+        problems.append(Problem("disk", what, message, hint, blocking=False))
+    return problems
+
+
+def _warnings(plan: LaunchPlan, facts: Mapping[str, Any]) -> list[str]:
+    """What may go wrong under load but need not."""
+    result = []
+    sizes = {gpu["index"]: gpu["memory_total"] for gpu in machine.visible_gpus(facts)}
+    for gpu, names in plan.gpu_map.items():
+        need, size = plan_memory.total(plan.memory, where="gpu", processes=names), sizes.get(gpu)
+        if size is not None and need > size >= plan_memory.total(plan.memory, where="gpu", processes=names, fixed=True):
+            result.append(f"GPU {gpu} may need {words(need)} under full load, it has {words(size)}: requests will wait")
+    busy = sum(process.threads for process in plan.processes if process.role in ("engine", "trainer"))
+    cores = facts["system"]["cores_usable"]
+    if plan.choice.device == "cpu" and busy > cores:
+        result.append(f"engines and trainer want {busy} threads of {cores:g} usable cores: they will starve each other")
+    host = plan_memory.total(plan.memory, where="host")
+    available = facts["system"]["memory_available"]
+    if available < host:
+        result.append(f"about {words(host)} of memory are needed under full load, {words(available)} are available now")
+    if not plan.model:
+        result.append("memory and disk are not planned: the model's config.json is not on this machine")
+    return result

@@ -1,0 +1,87 @@
+"""What a launch plan is made of: processes, problems, tables. Data only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from astracli.backend import BackendChoice
+from astracli.plan_memory import MemoryRow
+
+Command = Literal["train", "rollout", "eval"]
+Role = Literal["engine", "rollout", "trainer", "eval"]
+
+
+@dataclass(frozen=True)
+class ProcessPlan:
+    """One child of the supervisor."""
+
+    name: str
+    role: Role
+    module: str
+    gpus: tuple[int, ...]
+    """Indexes as nvidia-smi counts them; () = none."""
+    threads: int
+    nice: int
+    restarts: int
+    env: Mapping[str, str]
+    """Set over the supervisor's environment."""
+    python: str | None = None
+    """Interpreter of its own environment; None = the supervisor's."""
+    rank: int = 0
+    world_size: int = 1
+    children: int = 0
+    """Grading processes that it starts itself."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that this machine lacks for the plan."""
+
+    kind: Literal["gpus", "memory", "package", "system", "disk", "checkpoint"]
+    what: str
+    """Short: `8 GPUs (this machine has 2)`."""
+    message: str
+    hint: str | None
+    blocking: bool = True
+    """False = the run mends it by itself (a download)."""
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    recipe: str
+    command: Command
+    choice: BackendChoice
+    processes: tuple[ProcessPlan, ...]
+    memory: tuple[MemoryRow, ...]
+    disk: tuple[MemoryRow, ...]
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """Sizes of the model and of a step; empty when no config is known."""
+    expected: Mapping[str, Any] = field(default_factory=dict)
+    """Published figures of the recipe."""
+    problems: tuple[Problem, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def missing(self) -> list[str]:
+        """What this machine lacks, in short."""
+        return [problem.what for problem in self.problems]
+
+    @property
+    def gpu_map(self) -> dict[int, list[str]]:
+        """GPU index -> names of the processes on it."""
+        result: dict[int, list[str]] = {}
+        for process in self.processes:
+            for gpu in process.gpus:
+                result.setdefault(gpu, []).append(process.name)
+        return dict(sorted(result.items()))
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text for the terminal."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]

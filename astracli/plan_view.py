@@ -1,0 +1,54 @@
+"""A launch plan as tables of text for the terminal, and as a JSON document."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from astracli import plan_memory
+from astracli.plan_memory import MemoryRow, Place, words
+from astracli.plan_types import LaunchPlan, Table
+
+
+def render(plan: LaunchPlan) -> list[Table]:
+    """The plan as tables of text, for the terminal."""
+    processes = []
+    for p in plan.processes:
+        numbers = (p.threads, p.nice, p.restarts, p.children)
+        processes.append((p.name, p.module, ",".join(map(str, p.gpus)) or "-", *map(str, numbers)))
+    columns = ("process", "module", "gpus", "threads", "nice", "restarts", "children")
+    backends = tuple((b.what, b.choice, b.reason) for b in plan.choice.reasons)
+    tables = [
+        Table("processes", columns, tuple(processes)),
+        Table("backends", ("what", "choice", "reason"), backends),
+    ]
+    if plan.model:
+        tables.append(Table("model", ("figure", "value"), tuple((k, _figure(k, v)) for k, v in plan.model.items())))
+    everywhere: tuple[tuple[str, tuple[MemoryRow, ...], tuple[Place, ...]], ...] = (
+        ("memory", plan.memory, ("gpu", "host")),
+        ("disk", plan.disk, ("disk",)),
+    )
+    for title, rows, places in everywhere:
+        body: list[tuple[str, ...]] = [(r.process, r.what, r.where, words(r.bytes), r.basis) for r in rows]
+        body += [("all", "sum", place, words(plan_memory.total(rows, where=place)), "") for place in places if rows]
+        if body:
+            tables.append(Table(title, ("process", "what", "where", "size", "basis"), tuple(body)))
+    if plan.expected:
+        tables.append(Table("expected", ("figure", "value"), tuple((k, str(v)) for k, v in plan.expected.items())))
+    for title, lines in (("missing to run here", plan.missing), ("warnings", plan.warnings)):
+        if lines:
+            tables.append(Table(title, ("what",), tuple((line,) for line in lines)))
+    return tables
+
+
+def _figure(key: str, value: float) -> str:
+    if key.endswith(("_per_token", "_per_sequence")) and "bytes" in key:
+        return words(int(value))
+    return f"{value / 1e9:.3g} GFLOP" if "flops" in key and value >= 1e8 else f"{value:,.0f}"
+
+
+def to_json(plan: LaunchPlan) -> dict[str, Any]:
+    """The plan as a JSON document: `plan.json` of a run, `--dry-run --json`."""
+    document = asdict(plan)
+    document["choice"] = plan.choice.settings() | {"reasons": [asdict(row) for row in plan.choice.reasons]}
+    return document | {"missing": plan.missing, "gpu_map": {str(gpu): names for gpu, names in plan.gpu_map.items()}}

@@ -1,0 +1,157 @@
+"""Leases and groups: prompts go out under a lease, a graded group comes in under it, once.
+
+A lease is granted while what is in flight and what waits stays within what staleness allows (`rl.schedule`). Expiry
+times live in memory; on opening, every lease in flight goes back to the queue.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+from astracli.hub.schema import Database
+from astracli.rl.schedule import deadline
+from astracli.rl.types import Group
+
+PutStatus = Literal["accepted", "dropped", "duplicate", "unknown_lease", "stale"]
+REMEMBERED_REQUESTS = 256
+
+
+class LeaseBook:
+    """Part of the store, which holds the database's lock around every call."""
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        max_staleness: int,
+        drop_equal_groups: bool,
+        lease_timeout_s: float,
+        clock: Callable[[], float],
+    ):
+        self._db = database
+        self._max_staleness = max_staleness
+        self._drop_equal = drop_equal_groups
+        self._timeout_s = lease_timeout_s
+        self._clock = clock
+        self._expiry: dict[int, float] = {}
+        self._replies: OrderedDict[str, list[int]] = OrderedDict()
+        self.requeue("state = 'leased'")
+
+    def count(self, state: str) -> int:
+        """Groups in a state of `schema.TABLES`."""
+        return self._db.scalar("SELECT COUNT(*) FROM groups WHERE state = ?", state)
+
+    def remembered(self, request: str | None) -> list[int] | None:
+        """The leases that an earlier call with the same id got."""
+        return None if request is None else self._replies.get(request)
+
+    def grant(self, worker: str, take: int, version: int, request: str | None) -> list[int]:
+        """`take` leases that start at `version`: the queue first, then new ones."""
+        queued = self._db.rows("SELECT lease_id FROM groups WHERE state = 'queued' ORDER BY lease_id LIMIT ?", take)
+        first = self._db.scalar("SELECT COALESCE(MAX(lease_id) + 1, 0) FROM groups")
+        ids = [int(row[0]) for row in queued]
+        ids += range(first, first + take - len(ids))
+        with self._db.transaction() as sql:
+            sql.executemany(
+                "INSERT OR REPLACE INTO groups (lease_id, state, worker, version) VALUES (?, 'leased', ?, ?)",
+                [(i, worker, version) for i in ids],
+            )
+        self._prolong(ids)
+        if request is not None:
+            self._replies[request] = ids
+            if len(self._replies) > REMEMBERED_REQUESTS:
+                self._replies.popitem(last=False)
+        return ids
+
+    def _prolong(self, ids: Iterable[int]) -> None:
+        expires = self._clock() + self._timeout_s
+        self._expiry.update((i, expires) for i in ids)
+
+    def renew(self, lease_ids: Iterable[int], worker: str | None) -> list[int]:
+        """Prolong leases. -> those that are lost: ended, expired, or held by another worker now."""
+        held = dict(self._db.rows("SELECT lease_id, worker FROM groups WHERE state = 'leased'"))
+        ids = list(lease_ids)
+        lost = [i for i in ids if i not in held or (worker is not None and held[i] != worker)]
+        self._prolong(i for i in ids if i not in lost)
+        return lost
+
+    def expire(self) -> int:
+        """Leases past their time return to the queue. -> how many."""
+        now = self._clock()
+        late = [i for i, expires in self._expiry.items() if expires <= now]
+        return self.give_back(late) if late else 0
+
+    def give_back(self, lease_ids: Iterable[int]) -> int:
+        """Leases return to the queue; those that have ended are left alone. -> how many returned."""
+        ids = list(lease_ids)
+        return self.requeue(f"state = 'leased' AND lease_id IN ({','.join('?' * len(ids))})", *ids)
+
+    def requeue(self, where: str, *values: Any) -> int:
+        """The leases that match return to the queue. -> how many."""
+        ids = [row[0] for row in self._db.rows(f"SELECT lease_id FROM groups WHERE {where}", *values)]
+        if ids:
+            with self._db.transaction() as sql:
+                sql.executemany(
+                    "UPDATE groups SET state = 'queued', worker = NULL, version = NULL WHERE lease_id = ?",
+                    [(i,) for i in ids],
+                )
+        for i in ids:
+            self._expiry.pop(i, None)
+        return len(ids)
+
+    def put(self, group: Group, blob: bytes, next_step: int) -> PutStatus:
+        """A graded group; `blob` is its packed form, `next_step` the next step without a batch.
+
+        The first arrival counts, even when its lease has expired meanwhile; every later one is a duplicate.
+        """
+        row = self._db.one("SELECT state FROM groups WHERE lease_id = ?", group.lease_id)
+        if row is None:
+            return "unknown_lease"
+        if row[0] not in ("leased", "queued"):
+            return "duplicate"
+        if self._drop_equal and not group.has_signal:
+            status: PutStatus = "dropped"
+        elif deadline(group.oldest_version, self._max_staleness) < next_step:
+            status = "stale"
+        else:
+            status = "accepted"
+        self._settle(group, status, blob, next_step)
+        self._expiry.pop(group.lease_id, None)
+        return status
+
+    def _settle(self, group: Group, status: PutStatus, blob: bytes, next_step: int) -> None:
+        state = {"dropped": "dropped", "stale": "expired", "accepted": "kept"}[status]
+        rewards = group.rewards
+        values = {
+            "state": state,
+            "version": group.oldest_version,
+            "arrived": next_step,
+            "reward_mean": float(rewards.mean()) if len(rewards) else 0.0,
+            "samples": len(group.samples),
+            "tokens": sum(len(s.tokens) for s in group.samples),
+            "timeouts": sum(s.verdict == "timeout" for s in group.samples),
+        }
+        with self._db.transaction() as sql:
+            sql.execute(
+                f"UPDATE groups SET {', '.join(f'{key} = ?' for key in values)} WHERE lease_id = ?",
+                (*values.values(), group.lease_id),
+            )
+            if state == "kept":
+                sql.execute("INSERT INTO blobs (lease_id, blob) VALUES (?, ?)", (group.lease_id, blob))
+            if state != "expired":
+                before = self._db.meta("dropped_in_a_row")
+                self._db.set_meta("dropped_in_a_row", before + 1 if state == "dropped" else 0)
+            self._db.set_meta("skipped_in_a_row", 0)
+
+    def skip(self, lease_id: int, reason: str) -> None:
+        """Nothing can be generated from this prompt (too long). Frees its capacity; counted."""
+        with self._db.transaction() as sql:
+            change = sql.execute(
+                "UPDATE groups SET state = 'skipped', reason = ? WHERE lease_id = ? AND state IN ('leased', 'queued')",
+                (reason, lease_id),
+            )
+            if change.rowcount:
+                self._db.set_meta("skipped_in_a_row", self._db.meta("skipped_in_a_row") + 1)
+        self._expiry.pop(lease_id, None)

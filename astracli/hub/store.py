@@ -1,0 +1,282 @@
+"""The hub's memory: which prompts are out, which groups are in, which batch holds what, which version is announced.
+
+Logic over SQLite in four parts: `schema` (the file), `leases` (prompts out, groups in), `batches` (groups to training),
+`evals` (versions and engines). Every decision is committed before anyone is told: a hub that is killed at any instant
+and opened again neither loses a group nor serves one in two batches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from astracli.hub.batches import BatchBook
+from astracli.hub.evals import EvalBoard
+from astracli.hub.leases import LeaseBook, PutStatus
+from astracli.hub.schema import Database
+from astracli.rl.schedule import admit
+from astracli.rl.types import unpack_group
+
+STOPPING = "the end: the run is being stopped"
+
+
+class HubStore:
+    """Thread-safe: one lock, one connection. `clock` returns monotonic seconds.
+
+    `engines` are the names that evaluations are pinned to, in turn. `eval_every` 0 switches in-run evaluation off.
+    Deterministic runs (staleness 0) get their batches in the order of lease ids.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        batch_groups: int,
+        max_staleness: int,
+        drop_equal_groups: bool,
+        lease_timeout_s: float,
+        steps: int,
+        eval_every: int,
+        engines: list[str],
+        deterministic: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        assert not (deterministic and max_staleness), "deterministic runs have staleness 0"
+        self.batch_groups = batch_groups
+        self.max_staleness = max_staleness
+        self.steps = steps
+        self._db = Database(Path(path))
+        self._board = EvalBoard(self._db, steps=steps, eval_every=eval_every, engines=engines)
+        self._batches = BatchBook(
+            self._db, batch_groups=batch_groups, max_staleness=max_staleness, steps=steps, deterministic=deterministic
+        )
+        self._leases = LeaseBook(
+            self._db,
+            max_staleness=max_staleness,
+            drop_equal_groups=drop_equal_groups,
+            lease_timeout_s=lease_timeout_s,
+            clock=clock,
+        )
+        self._listeners: list[Callable[[], None]] = []
+        self._stop = False
+
+    # ---- changes and the end -----------------------------------------------------------------------------------------
+
+    def subscribe(self, listener: Callable[[], None]) -> None:
+        """`listener` is called, from whichever thread, when something changed that others may wait for."""
+        self._listeners.append(listener)
+
+    def _changed(self) -> None:
+        for listener in self._listeners:
+            listener()
+
+    def request_stop(self) -> None:
+        """Tell every worker to end, with its next call."""
+        self._stop = True
+        self._changed()
+
+    @property
+    def stop_requested(self) -> bool:
+        return self._stop
+
+    @property
+    def finished(self) -> bool:
+        """Every step acknowledged, the last version announced, no evaluation pending."""
+        with self._db.lock:
+            trained = self._batches.acked >= self.steps and self._board.latest_step >= self.steps
+            return trained and not self._board.pending()
+
+    def close(self) -> None:
+        self._db.close()
+
+    # ---- leases and groups -------------------------------------------------------------------------------------------
+
+    def lease(self, worker: str, n: int, *, engine: str | None = None, request: str | None = None) -> dict[str, Any]:
+        """Up to `n` prompts for `worker`, requeued ones first.
+
+        `engine` is where they will be generated: its reported version bounds them (without it: the oldest version of
+        any ready engine). The same `request` id gets the same leases again: a lost reply loses nothing.
+        -> {"leases": [{"lease_id", "prompt_index"}], "wait": None or the reason, "stop": bool}
+        """
+        with self._db.lock:
+            self._expire()
+            ids = self._leases.remembered(request)
+            wait = None
+            if ids is None:
+                take, version, wait = self._admissible(n, engine)
+                ids = self._leases.grant(worker, take, version, request) if take else []
+            leases = [{"lease_id": i, "prompt_index": i} for i in ids]
+            return {"leases": leases, "wait": wait, "stop": self._stop}
+
+    def _admissible(self, n: int, engine: str | None) -> tuple[int, int, str | None]:
+        """(groups that may start now, the version they would start at, what is waited for when there are none)."""
+        if self._stop:
+            return 0, 0, STOPPING
+        version, wait = self._board.version_of(engine)
+        if wait is not None:
+            return 0, 0, wait
+        admission = admit(
+            batch_groups=self.batch_groups,
+            max_staleness=self.max_staleness,
+            steps=self.steps,
+            next_step=self._batches.next_step,
+            version=version,
+            in_flight=self._leases.count("leased"),
+            waiting=self._leases.count("kept"),
+        )
+        return min(n, admission.capacity), version, admission.reason
+
+    def renew(self, lease_ids: Iterable[int], worker: str | None = None) -> list[int]:
+        """Prolong leases. -> those that are lost: ended, expired, or held by another worker now."""
+        with self._db.lock:
+            self._expire()
+            return self._leases.renew(lease_ids, worker)
+
+    def give_back(self, lease_ids: Iterable[int]) -> None:
+        """Leases return to the queue; those that have ended are left alone."""
+        with self._db.lock:
+            self._leases.give_back(lease_ids)
+        self._changed()
+
+    def release_worker(self, worker: str) -> int:
+        """A worker died: its leases return to the queue, an engine of that name is down. -> how many leases."""
+        with self._db.lock:
+            released = self._leases.requeue("state = 'leased' AND worker = ?", worker)
+            if worker in self._board.engines:
+                self._board.report(worker, {"version": None, "state": "down"})
+        self._changed()
+        return released
+
+    def _expire(self) -> None:
+        if self._leases.expire():
+            self._changed()
+
+    def put(self, blob: bytes) -> PutStatus:
+        """A graded group comes in under its lease. Raises ValueError when `blob` is no packed group.
+
+        The first arrival counts, even when its lease has expired meanwhile; every later one is a duplicate.
+        """
+        group = unpack_group(blob)
+        with self._db.lock:
+            status = self._leases.put(group, blob, self._batches.next_step)
+        self._changed()
+        return status
+
+    def skip(self, lease_id: int, reason: str) -> None:
+        """A prompt that nothing can be generated from (too long). Frees its capacity; counted."""
+        with self._db.lock:
+            self._leases.skip(lease_id, reason)
+        self._changed()
+
+    # ---- batches -----------------------------------------------------------------------------------------------------
+
+    def batch(self, step: int) -> dict[str, Any]:
+        """The groups of `step`: always the same ones, once they were assigned.
+
+        -> {"step", "groups": [packed], "stats": {...}} or {"wait": reason}. `stats` speaks of everything that came in
+        while this step was the next one, dropped groups included: arrived_groups, dropped_groups, expired_groups,
+        reward_mean (absent when nothing came in), tokens, samples, timeouts. Raises RunFailed for a step out of order.
+        """
+        with self._db.lock:
+            self._expire()
+            before = self._batches.next_step
+            reply = self._batches.serve(step)
+            moved = self._batches.next_step != before
+        if moved:
+            self._changed()
+        return reply
+
+    def ack(self, step: int, version: int, checkpoint_step: int | None = None) -> None:
+        """See `BatchBook.ack`."""
+        with self._db.lock:
+            self._batches.ack(step, version, checkpoint_step)
+        self._changed()
+
+    def rewind(self, step: int, version: int) -> None:
+        """Go on from a checkpoint that has trained steps < `step` and holds `version`.
+
+        Batches of later steps stay assigned and are served again; their acknowledgements, later versions and their
+        evaluations never were; leases in flight are granted again. Raises RunFailed when those batches are pruned.
+        """
+        with self._db.lock:
+            self._batches.check_rewind(step)
+            with self._db.transaction():
+                self._batches.unacknowledge(step)
+                self._board.forget_after(version)
+                self._db.set_meta("dropped_in_a_row", 0)
+            self._leases.requeue("state = 'leased'")
+        self._changed()
+
+    # ---- versions, engines, evaluations ------------------------------------------------------------------------------
+
+    def announce(self, version: int, step: int) -> dict[str, Any]:
+        """See `EvalBoard.announce`."""
+        reply = self._board.announce(version, step)
+        self._changed()
+        return reply
+
+    def target(self, engine: str) -> dict[str, Any]:
+        """-> {"version": int or None, "pinned": bool, "stop": bool}"""
+        with self._db.lock:
+            version, pinned = self._board.target(engine)
+        return {"version": version, "pinned": pinned, "stop": self._stop}
+
+    def engine_state(self, engine: str, version: int | None, state: str, **info: Any) -> None:
+        """An engine's report: what it holds and whether it is `ready`, `updating` or `down`."""
+        self._board.report(engine, {"version": version, "state": state, **info})
+        self._changed()
+
+    def eval_next(self) -> dict[str, Any]:
+        """-> {"step", "version", "engine"} or {"wait": reason, "stop": bool}; stop also when none will come."""
+        with self._db.lock:
+            item, wait = self._board.next()
+            if item is not None and not self._stop:
+                return item
+            return {"wait": wait or STOPPING, "stop": self._stop or self.finished}
+
+    def pending_evals(self) -> int:
+        """Evaluations that were announced and are not done."""
+        return len(self._board.pending())
+
+    def eval_done(self, step: int, version: int, results: Any) -> None:
+        """Raises RunFailed when there is no such evaluation."""
+        self._board.done(step, version, results)
+        self._changed()
+
+    # ---- reading -----------------------------------------------------------------------------------------------------
+
+    def counts(self) -> dict[str, int]:
+        """Groups by fate, for the terminal; `timeouts` counts samples."""
+        with self._db.lock:
+            by_state = dict(self._db.rows("SELECT state, COUNT(*) FROM groups GROUP BY state"))
+            timeouts = self._db.scalar("SELECT COALESCE(SUM(timeouts), 0) FROM groups")
+            acked = self._batches.acked
+        return {
+            "in_flight": by_state.get("leased", 0),
+            "queued": by_state.get("queued", 0),
+            "waiting": by_state.get("kept", 0),
+            "dropped": by_state.get("dropped", 0),
+            "expired": by_state.get("expired", 0),
+            "skipped": by_state.get("skipped", 0),
+            "timeouts": timeouts,
+            "consumed_steps": acked,
+            "consumed_groups": acked * self.batch_groups,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the terminal shows of the store."""
+        with self._db.lock:
+            return {
+                "steps": self.steps,
+                "next_step": self._batches.next_step,
+                "latest_version": self._board.latest,
+                "counts": self.counts(),
+                "dropped_in_a_row": self._db.meta("dropped_in_a_row"),
+                "skipped_in_a_row": self._db.meta("skipped_in_a_row"),
+                "engines": {name: dict(report) for name, report in self._board.engines.items()},
+                "evals": self._board.document(),
+                "finished": self.finished,
+                "stop": self._stop,
+            }

@@ -1,0 +1,99 @@
+"""How far generation may run ahead of training: pure arithmetic of staleness, admission and batches.
+
+Words: *version* v is what step v-1 published; *step* s trains version s into version s+1; a group's *age* counts from
+its oldest token. A group of oldest version v may be trained on in steps v .. v + max_staleness: the last is its
+*deadline*. A group started now at version v waits behind everything in flight and everything kept, so it is trained on
+no later than step `next_step + ahead // batch_groups`; admission keeps that at or before its deadline.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+
+
+def deadline(oldest_version: int, max_staleness: int) -> int:
+    """Last step that may train on a group whose oldest token came from `oldest_version`."""
+    return oldest_version + max_staleness
+
+
+def allowance(*, batch_groups: int, max_staleness: int, next_step: int, version: int) -> int:
+    """Groups that may be in flight or waiting together when one more is started at `version`.
+
+    `next_step` is the next step without a batch. At staleness 0 it is one batch while the trainer waits for it, and 0
+    while the trainer works on it (the version in the engine is then one step behind).
+    """
+    return max(0, max_staleness + 1 - max(0, next_step - version)) * batch_groups
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Whether more groups may be started now, and why not."""
+
+    allowed: int
+    """Groups in flight and waiting that staleness allows."""
+    in_flight: int
+    waiting: int
+    """Kept groups without a batch."""
+    needed: int
+    """Groups that the rest of the run still takes, those in flight and waiting included."""
+    max_staleness: int
+    lag: int
+    """Steps between the engine's version and the next batch."""
+
+    @property
+    def capacity(self) -> int:
+        """Groups that may be started now."""
+        return max(0, min(self.allowed, self.needed) - self.in_flight - self.waiting)
+
+    @property
+    def reason(self) -> str | None:
+        """What is waited for, as a noun phrase; None when groups may be started."""
+        if self.capacity > 0:
+            return None
+        if self.needed <= 0:
+            return "the end of the run: every batch has its groups"
+        if self.needed <= self.in_flight + self.waiting and self.needed <= self.allowed:
+            return f"the run's last {count(self.needed)}: {self.in_flight} in flight, {self.waiting} waiting"
+        behind = f", engine {count(self.lag, 'version')} behind the next batch" if self.lag else ""
+        return (
+            f"training: {count(self.in_flight)} in flight, {self.waiting} waiting of {self.allowed} allowed "
+            f"(staleness {self.max_staleness}{behind})"
+        )
+
+
+def admit(
+    *, batch_groups: int, max_staleness: int, steps: int, next_step: int, version: int, in_flight: int, waiting: int
+) -> Admission:
+    """Admission for groups that would start at `version`. All counts are groups, `steps` is the length of the run."""
+    return Admission(
+        allowed=allowance(batch_groups=batch_groups, max_staleness=max_staleness, next_step=next_step, version=version),
+        in_flight=in_flight,
+        waiting=waiting,
+        needed=(steps - next_step) * batch_groups,
+        max_staleness=max_staleness,
+        lag=max(0, next_step - version),
+    )
+
+
+def batch_reason(*, step: int, ready: int, batch_groups: int, in_flight: int, due: int, dropped_in_a_row: int) -> str:
+    """What the batch of `step` waits for, as a noun phrase. `due`: groups in flight that no later step could take."""
+    if ready < batch_groups:
+        text = f"groups for step {step}: {ready} of {batch_groups}, {in_flight} in flight"
+        return text + (f"; {dropped_in_a_row} in a row dropped for no signal" if dropped_in_a_row else "")
+    return f"{count(due)} in flight that step {step} must take or none can"
+
+
+def count(number: int, noun: str = "group") -> str:
+    """`1 group`, `2 groups`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def sample_seed(seed: int, lease_id: int, index: int) -> int:
+    """Seed in [0, 2^63) of sample `index` of a group: a hash of the counters, never of the version or of time.
+
+    A lease that is granted again, to whichever worker, draws the same numbers.
+    """
+    digest = hashlib.blake2b(struct.pack("<QQQ", seed, lease_id, index), digest_size=8, person=b"astra-sample").digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,145 @@
+"""The data of reinforcement learning as it travels: segment, sample, group; and its msgpack form.
+
+Shape letters: T tokens of one completion, S samples of a group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import msgpack
+import numpy as np
+
+Verdict = Literal["right", "wrong", "timeout", "error", "no_answer"]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass
+class Segment:
+    """Tokens that one weight version produced. A segment never spans an update."""
+
+    version: int
+    tokens: np.ndarray
+    """int32 [t]"""
+    logprobs: np.ndarray
+    """float32 [t]: the engine's own log-probabilities, before temperature."""
+
+
+@dataclass
+class Sample:
+    index: int
+    """Position inside the group."""
+    segments: list[Segment]
+    finish_reason: FinishReason
+    reward: float = 0.0
+    verdict: Verdict = "wrong"
+    text: str = ""
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """int32 [T]: the completion."""
+        return np.concatenate([s.tokens for s in self.segments]) if self.segments else np.zeros(0, np.int32)
+
+    @property
+    def logprobs(self) -> np.ndarray:
+        """float32 [T]"""
+        return np.concatenate([s.logprobs for s in self.segments]) if self.segments else np.zeros(0, np.float32)
+
+    @property
+    def versions(self) -> np.ndarray:
+        """int32 [T]: the version of every token."""
+        return np.concatenate([np.full(len(s.tokens), s.version, np.int32) for s in self.segments] or [np.zeros(0, np.int32)])
+
+
+@dataclass
+class Group:
+    """All samples of one prompt."""
+
+    lease_id: int
+    """Also the group's id, and its place in the order of prompts."""
+    problem_id: str
+    prompt_tokens: np.ndarray
+    """int32 [P]"""
+    samples: list[Sample]
+    problem: str = ""
+    answer: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def oldest_version(self) -> int:
+        """The version of the oldest token: what staleness is counted from."""
+        return min((seg.version for s in self.samples for seg in s.segments), default=0)
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """float64 [S]"""
+        return np.array([s.reward for s in self.samples], np.float64)
+
+    @property
+    def has_signal(self) -> bool:
+        """False when all rewards are equal: such a group has no gradient."""
+        r = self.rewards
+        return bool(len(r) and r.max() > r.min())
+
+
+def pack_group(group: Group) -> bytes:
+    """Group -> msgpack; arrays are raw little-endian bytes."""
+    doc = {
+        "lease_id": group.lease_id,
+        "problem_id": group.problem_id,
+        "prompt": group.prompt_tokens.astype("<i4").tobytes(),
+        "problem": group.problem,
+        "answer": group.answer,
+        "meta": group.meta,
+        "samples": [
+            {
+                "index": s.index,
+                "finish": s.finish_reason,
+                "reward": s.reward,
+                "verdict": s.verdict,
+                "text": s.text,
+                "segments": [
+                    [g.version, g.tokens.astype("<i4").tobytes(), g.logprobs.astype("<f4").tobytes()] for g in s.segments
+                ],
+            }
+            for s in group.samples
+        ],
+    }
+    return msgpack.packb(doc)
+
+
+def unpack_group(blob: bytes) -> Group:
+    """The inverse of `pack_group`. Raises ValueError on anything else."""
+    try:
+        doc = msgpack.unpackb(blob)
+        samples = [
+            Sample(
+                index=s["index"],
+                finish_reason=s["finish"],
+                reward=float(s["reward"]),
+                verdict=s["verdict"],
+                text=s["text"],
+                segments=[
+                    Segment(int(v), np.frombuffer(t, "<i4").astype(np.int32), np.frombuffer(p, "<f4").astype(np.float32))
+                    for v, t, p in s["segments"]
+                ],
+            )
+            for s in doc["samples"]
+        ]
+        group = Group(
+            lease_id=int(doc["lease_id"]),
+            problem_id=doc["problem_id"],
+            prompt_tokens=np.frombuffer(doc["prompt"], "<i4").astype(np.int32),
+            problem=doc["problem"],
+            answer=doc["answer"],
+            meta=doc["meta"],
+            samples=samples,
+        )
+    except (KeyError, TypeError, ValueError, msgpack.exceptions.UnpackException) as error:
+        raise ValueError(f"not a packed group: {error!r}") from error
+    for sample in group.samples:
+        for segment in sample.segments:
+            if len(segment.tokens) != len(segment.logprobs):
+                raise ValueError(f"segment with {len(segment.tokens)} tokens and {len(segment.logprobs)} log-probabilities")
+    return group

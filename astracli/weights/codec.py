@@ -1,0 +1,330 @@
+"""Lossless coding of the difference between two versions of one tensor's raw bits. `docs/weights.md` is the format.
+
+A float is looked at as its bits: uint16 for bf16 and fp16, uint32 for fp32. *Changed* means that the bits differ, so
+NaN payloads, infinities and -0.0 come back exactly. Changed positions are gap-coded, one byte each with an escape;
+values are differences in ULP (the distance in the monotone order of all bit patterns, zigzag, modulo 2^width) or XOR;
+each byte of each number goes into its own plane, because planes differ in what they look like; planes go through zstd.
+
+Letters: N elements of the piece, C changed ones.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+import zstandard
+
+from astracli.weights import WeightCorrupt
+
+MAX_PIECE = 1 << 31
+"""Elements of one piece, at most."""
+ENCODINGS = {"gap-ulp": 1, "gap-xor": 2, "dense-ulp": 3, "dense-xor": 4, "dense-raw": 5}
+"""Encoding -> its code in the payload. `none` has no payload, `raw` is the plain bytes of a full version."""
+
+_MAGIC = b"ADP1"
+_HEADER = struct.Struct("<4sBBBxQQQ")  # magic, encoding, item size, planes, elements, changed, escapes
+_SIZE = struct.Struct("<I")  # of one plane's frame; 0 = the plane is all zero
+_CHECK = struct.Struct("<Q")  # xxh3-64 of everything before it
+_ESCAPE = 255
+_DENSE_FROM = 1 / 8  # a lower density never codes smaller as a dense plane: a Huffman symbol costs a bit at least
+_WINDOW, _WINDOWS = 1 << 15, 4  # the sample on which encodings are compared
+_SCAN = 1 << 18  # elements compared at a time: both inputs stay in the cache
+_local = threading.local()
+
+Bits = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One piece as it travels."""
+
+    encoding: str
+    """`none`, or a key of ENCODINGS."""
+    count: int
+    """Elements whose bits changed."""
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class Update:
+    """A decoded piece: what to do to the base."""
+
+    encoding: str
+    length: int
+    """N, elements of the piece."""
+    indices: Bits | None
+    """int64 [C], strictly increasing, inside the piece; None for a dense encoding."""
+    values: Bits
+    """uint16 or uint32, [C] or dense [N]: ULP difference modulo 2^width, XOR, or the new bits."""
+
+    def cut(self, low: int, high: int) -> Update:
+        """The part that touches elements [low, high) of the piece, counted from `low`."""
+        if self.indices is None:
+            return Update(self.encoding, high - low, None, self.values[low:high])
+        first, last = np.searchsorted(self.indices, (low, high))
+        return Update(self.encoding, high - low, self.indices[first:last] - low, self.values[first:last])
+
+
+def changed_indices(base: Bits, new: Bits) -> Bits:
+    """int64 [C]: where two flat arrays of bits [N] differ."""
+    if base.shape != new.shape or base.dtype != new.dtype or base.ndim != 1:
+        raise ValueError(f"cannot compare {base.dtype}{list(base.shape)} with {new.dtype}{list(new.shape)}")
+    found = []
+    for start in range(0, len(base), _SCAN):
+        at = np.flatnonzero(base[start : start + _SCAN] != new[start : start + _SCAN])
+        if start:
+            at += start
+        found.append(at)
+    return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+
+def encode(base: Bits, new: Bits, level: int = 1) -> Encoded:
+    """The difference from `base` to `new`, both uint16 or both uint32 [N], in the smallest encoding at zstd `level`."""
+    return encode_changed(base, new, changed_indices(base, new), level)
+
+
+def encode_changed(base: Bits, new: Bits, indices: Bits, level: int = 1) -> Encoded:
+    """`encode`, when `changed_indices` is known already."""
+    if len(base) > MAX_PIECE:
+        raise ValueError(f"a piece of {len(base)} elements; the most is {MAX_PIECE}")
+    if not len(indices):
+        return Encoded("none", 0, b"")
+    encoding = _choose(base, new, indices, level)
+    return Encoded(encoding, len(indices), _pack(_difference(encoding, base, new, indices), len(indices), level))
+
+
+def decode(payload: bytes | memoryview, encoding: str, count: int, length: int, itemsize: int) -> Update:
+    """A payload as an Update. `encoding`, `count`, `length` and `itemsize` are what the manifest says of it.
+
+    Raises WeightCorrupt when any byte is not what `encode` wrote.
+    """
+    if encoding == "none":
+        if count or len(payload):
+            raise WeightCorrupt(f"an unchanged piece with {count} changes and {len(payload)} bytes")
+        return Update("none", length, np.zeros(0, np.int64), np.zeros(0, _unsigned(itemsize)))
+    planes, escapes = _open(payload, encoding, count, length, itemsize)
+    dense = encoding.startswith("dense-")
+    values = _join([_inflate(frame, length if dense else count) for frame in planes[-itemsize:]])
+    indices = None
+    if dense:
+        changed = count if encoding == "dense-raw" else int(np.count_nonzero(values))
+    else:
+        indices = _indices(planes, count, escapes, length)
+        changed = int(np.count_nonzero(values))
+    if changed != count:
+        raise WeightCorrupt(f"payload changes {changed} elements, its header says {count}")
+    return Update(encoding, length, indices, _unzigzag(values) if encoding.endswith("-ulp") else values)
+
+
+def apply_update(update: Update, target: Bits) -> None:
+    """Turn `target` [N], the base's bits, into the new version's bits in place."""
+    if len(target) != update.length or target.dtype != update.values.dtype:
+        raise WeightCorrupt(f"an update of {update.length} elements cannot change {target.dtype}[{len(target)}]")
+    if update.encoding == "dense-raw":
+        target[:] = update.values
+    elif update.encoding == "dense-xor":
+        target ^= update.values
+    elif update.encoding == "dense-ulp":
+        target[:] = _from_order(_to_order(target) + update.values)
+    elif update.indices is not None and len(update.indices):
+        old = target[update.indices]
+        target[update.indices] = (
+            old ^ update.values if update.encoding == "gap-xor" else _from_order(_to_order(old) + update.values)
+        )
+
+
+def apply_encoded(encoded: Encoded, base: Bits) -> Bits:
+    """The new version's bits [N]; `base` stays as it is."""
+    new = base.copy()
+    apply_update(decode(encoded.payload, encoded.encoding, encoded.count, len(base), base.itemsize), new)
+    return new
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+
+def _unsigned(itemsize: int) -> np.dtype[Any]:
+    return np.dtype(f"<u{itemsize}")
+
+
+def _sign_fill(bits: Bits) -> Bits:
+    """All ones where the top bit is set, else zero."""
+    width = bits.itemsize * 8
+    return (bits.view(f"<i{bits.itemsize}") >> (width - 1)).view(bits.dtype)
+
+
+def _to_order(bits: Bits) -> Bits:
+    """Bits -> position in the order of the floats: negative ones reversed, below the positive ones. A bijection."""
+    mask = _sign_fill(bits)
+    mask |= bits.dtype.type(1 << (bits.itemsize * 8 - 1))
+    mask ^= bits
+    return mask
+
+
+def _from_order(order: Bits) -> Bits:
+    mask = ~_sign_fill(order)
+    mask |= order.dtype.type(1 << (order.itemsize * 8 - 1))
+    mask ^= order
+    return mask
+
+
+def _zigzag(difference: Bits) -> Bits:
+    """0, -1, 1, -2, ... -> 0, 1, 2, 3, ...: small differences of either sign have a zero high byte."""
+    fill = _sign_fill(difference)
+    fill ^= difference << difference.dtype.type(1)
+    return fill
+
+
+def _unzigzag(values: Bits) -> Bits:
+    one = values.dtype.type(1)
+    return (values >> one) ^ (~(values & one) + one)
+
+
+def _difference(encoding: str, base: Bits, new: Bits, indices: Bits) -> Update:
+    """What is stored for `encoding`: the values of an Update, ULP differences still in zigzag form."""
+    layout, transform = encoding.split("-")
+    if layout == "gap":
+        old, now, at = base[indices], new[indices], indices
+    else:
+        old, now, at = base, new, None
+    if transform == "ulp":
+        values = _zigzag(_to_order(now) - _to_order(old))
+    else:
+        values = old ^ now if transform == "xor" else now
+    return Update(encoding, len(base), at, values)
+
+
+def _choose(base: Bits, new: Bits, indices: Bits, level: int) -> str:
+    """The encoding that makes a sample smallest; with one candidate nothing is tried."""
+    candidates = ["gap-ulp"] if base.itemsize == 2 else ["gap-ulp", "gap-xor"]
+    if len(indices) > len(base) * _DENSE_FROM:
+        candidates += ["dense-ulp", "dense-xor", "dense-raw"]
+    if len(candidates) == 1:
+        return candidates[0]
+    if len(base) > _WINDOW * _WINDOWS:
+        starts = np.linspace(0, len(base) - _WINDOW, _WINDOWS).astype(int)
+        base = np.concatenate([base[s : s + _WINDOW] for s in starts])
+        new = np.concatenate([new[s : s + _WINDOW] for s in starts])
+        indices = changed_indices(base, new)
+        if not len(indices):
+            return candidates[0]
+    sizes = {c: len(_pack(_difference(c, base, new, indices), len(indices), level)) for c in candidates}
+    return min(candidates, key=sizes.__getitem__)
+
+
+# ---- bytes -----------------------------------------------------------------------------------------------------------
+
+
+def _planes(values: Bits) -> list[Bits]:
+    """[n] numbers -> one uint8 [n] array per byte, lowest byte first."""
+    table = values.view(np.uint8).reshape(-1, values.itemsize)
+    return [np.ascontiguousarray(table[:, k]) for k in range(values.itemsize)]
+
+
+def _join(planes: list[Bits]) -> Bits:
+    table = np.empty((len(planes[0]), len(planes)), np.uint8)
+    for k, plane in enumerate(planes):
+        table[:, k] = plane
+    return table.reshape(-1).view(_unsigned(len(planes)))
+
+
+def _pack(update: Update, count: int, level: int) -> bytes:
+    planes: list[Bits] = []
+    escapes = 0
+    if update.indices is not None:
+        gaps = np.diff(update.indices, prepend=-1)
+        gaps -= 1
+        long = gaps[gaps >= _ESCAPE]
+        escapes = len(long)
+        planes.append(np.minimum(gaps, _ESCAPE).astype(np.uint8))
+        if escapes:
+            planes += _planes(long.astype("<u4"))
+    planes += _planes(update.values)
+    frames = [_deflate(plane, level) for plane in planes]
+    code, itemsize = ENCODINGS[update.encoding], update.values.itemsize
+    head = _HEADER.pack(_MAGIC, code, itemsize, len(planes), update.length, count, escapes)
+    body = b"".join([head, *(_SIZE.pack(len(frame)) for frame in frames), *frames])
+    return body + _CHECK.pack(xxhash.xxh3_64_intdigest(body))
+
+
+def _open(
+    payload: bytes | memoryview, encoding: str, count: int, length: int, itemsize: int
+) -> tuple[list[memoryview], int]:
+    """The compressed planes of a payload and its number of escapes, after every check that needs no decompression."""
+    view = memoryview(payload)
+    if len(view) < _HEADER.size + _CHECK.size:
+        raise WeightCorrupt(f"a payload of {len(view)} bytes is shorter than its header")
+    body = view[: -_CHECK.size]
+    if xxhash.xxh3_64_intdigest(body) != _CHECK.unpack(view[-_CHECK.size :])[0]:
+        raise WeightCorrupt(f"a payload of {len(view)} bytes fails its checksum")
+    magic, code, size, number, elements, changed, escapes = _HEADER.unpack_from(body)
+    expected = (_MAGIC, ENCODINGS.get(encoding), itemsize, length, count)
+    if (magic, code, size, elements, changed) != expected:
+        raise WeightCorrupt(f"payload header {(magic, code, size, elements, changed)}, the manifest says {expected}")
+    if not 0 < count <= length <= MAX_PIECE or escapes > count:
+        raise WeightCorrupt(f"payload with {count} changes and {escapes} long gaps among {length} elements")
+    gap_planes = 0 if encoding.startswith("dense-") else 5 if escapes else 1
+    if number != gap_planes + itemsize or (escapes and not gap_planes):
+        raise WeightCorrupt(f"payload with {number} planes for `{encoding}` of {itemsize}-byte elements")
+    at = _HEADER.size + number * _SIZE.size
+    if len(body) < at:
+        raise WeightCorrupt(f"a payload of {len(view)} bytes ends inside its table of planes")
+    planes = []
+    for (frame,) in _SIZE.iter_unpack(body[_HEADER.size : at]):
+        planes.append(body[at : at + frame])
+        at += frame
+    if at != len(body):
+        raise WeightCorrupt(f"payload planes end at byte {at} of {len(body)}")
+    return planes, escapes
+
+
+def _indices(planes: list[memoryview], count: int, escapes: int, length: int) -> Bits:
+    """int64 [C], strictly increasing by construction, checked to end inside the piece."""
+    short = _inflate(planes[0], count)
+    steps = short.astype(np.int64)
+    long = short == _ESCAPE
+    if int(np.count_nonzero(long)) != escapes:
+        raise WeightCorrupt(f"payload with {np.count_nonzero(long)} escaped gaps, its header says {escapes}")
+    if escapes:
+        values = _join([_inflate(frame, escapes) for frame in planes[1:5]])
+        if int(values.min()) < _ESCAPE:
+            raise WeightCorrupt(f"payload with a gap of {values.min()} in its list of long gaps")
+        steps[long] = values
+    steps += 1
+    indices = np.cumsum(steps, out=steps)
+    indices -= 1
+    if indices[-1] >= length:
+        raise WeightCorrupt(f"payload reaches element {indices[-1]} of {length}")
+    return indices
+
+
+def _deflate(plane: Bits, level: int) -> bytes:
+    if not plane.any():
+        return b""
+    cache: dict[int, Any] = _local.__dict__.setdefault("compressors", {})
+    if level not in cache:
+        cache[level] = zstandard.ZstdCompressor(level=level, write_checksum=False)
+    frame: bytes = cache[level].compress(plane.data)
+    return frame
+
+
+def _inflate(frame: memoryview, size: int) -> Bits:
+    """uint8 [size]; the frame must announce exactly that size, so that no frame can ask for more memory."""
+    if not len(frame):
+        return np.zeros(size, np.uint8)
+    decompressor = _local.__dict__.setdefault("decompressor", zstandard.ZstdDecompressor())
+    try:
+        announced = zstandard.get_frame_parameters(frame).content_size
+        if announced != size:
+            raise WeightCorrupt(f"a plane of {announced} bytes where {size} belong")
+        data = decompressor.decompress(frame, max_output_size=size, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise WeightCorrupt(f"a plane that zstd cannot read: {error}") from error
+    if len(data) != size:
+        raise WeightCorrupt(f"a plane of {len(data)} bytes where {size} belong")
+    return np.frombuffer(data, np.uint8)

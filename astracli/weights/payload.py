@@ -1,0 +1,233 @@
+"""One rank's part of a version: payload files in the version directory, and the entries that describe them.
+
+A rank writes the pieces of what it holds; nobody gathers. Parts travel between ranks as sealed JSON files in the
+version directory, and rank 0 merges them into manifests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+import xxhash
+
+from astracli.errors import RunFailed
+from astracli.weights import codec, digest
+from astracli.weights.manifest import FileEntry, Kind, Manifest, Piece, TensorEntry, joint_encoding
+
+if TYPE_CHECKING:
+    import torch
+
+PIECE = 1 << 22
+"""Elements of a delta piece, at most: bounds the encoder's memory and keeps it in the cache."""
+
+Bits = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Local:
+    """A contiguous range of one flattened tensor, as this rank holds it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    start: int
+    bits: Bits
+    """uint16 or uint32 [length]"""
+
+    @property
+    def whole(self) -> bool:
+        return self.start == 0 and len(self.bits) == int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass
+class PartTensor:
+    """What a rank says of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    length: int
+    lanes: str
+    """Digest of the local range, at its place."""
+    pieces: list[Piece] = field(default_factory=list)
+
+
+@dataclass
+class Part:
+    """What one rank wrote for one kind of payload."""
+
+    kind: Kind
+    tensors: dict[str, PartTensor] = field(default_factory=dict)
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    diff_s: float = 0.0
+    encode_s: float = 0.0
+    write_s: float = 0.0
+
+    @classmethod
+    def from_doc(cls, doc: dict[str, Any]) -> Part:
+        tensors = {
+            name: PartTensor(**{**t, "shape": tuple(t["shape"]), "pieces": [Piece(**p) for p in t["pieces"]]})
+            for name, t in doc["tensors"].items()
+        }
+        files = {name: FileEntry(**f) for name, f in doc["files"].items()}
+        return cls(**{**doc, "tensors": tensors, "files": files})
+
+    def to_doc(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class _HashingFile:
+    """A payload being written: temporary name, running hash, renamed at the end; no bytes, no file."""
+
+    def __init__(self, path: Path):
+        self.path, self.offset = path, 0
+        self._part = path.with_name(f"{path.name}.tmp{os.getpid()}")
+        self._hash = xxhash.xxh3_128()
+        self._file: BinaryIO | None = None
+
+    def write(self, blob: bytes) -> int:
+        """Append, and say at which offset."""
+        if self._file is None:
+            self._file = open(self._part, "wb")  # noqa: SIM115  closed in `close`
+        at = self.offset
+        self._file.write(blob)
+        self._hash.update(blob)
+        self.offset += len(blob)
+        return at
+
+    def close(self) -> dict[str, FileEntry]:
+        if self._file is None:
+            return {}
+        self._file.close()
+        os.replace(self._part, self.path)
+        return {self.path.name: FileEntry(self.offset, self._hash.hexdigest())}
+
+
+def write_delta(
+    directory: Path, rank: int, tensors: Mapping[str, Local], base: Mapping[str, Local], lanes: Mapping[str, str],
+    level: int, run: Callable[..., Iterable[Any]] = map,
+) -> Part:  # fmt: skip
+    """Encode what changed from `base` into `delta-RANK.bin`. `run` maps over pieces: `map`, or a thread pool's."""
+    part, clock = Part("delta"), time.perf_counter
+    out = _HashingFile(directory / f"delta-{rank:05d}.bin")
+    jobs: list[tuple[str, int, int]] = []
+    for name, local in tensors.items():
+        part.tensors[name] = PartTensor(local.dtype, local.shape, local.start, len(local.bits), lanes[name])
+        jobs += [(name, at, min(PIECE, len(local.bits) - at)) for at in range(0, len(local.bits), PIECE)]
+
+    def work(job: tuple[str, int, int]) -> tuple[codec.Encoded, float, float]:
+        name, at, length = job
+        old, new = base[name].bits[at : at + length], tensors[name].bits[at : at + length]
+        begin = clock()
+        indices = codec.changed_indices(old, new)
+        middle = clock()
+        return codec.encode_changed(old, new, indices, level), middle - begin, clock() - middle
+
+    for (name, at, length), (encoded, diff_s, encode_s) in zip(jobs, run(work, jobs), strict=True):
+        part.diff_s += diff_s
+        part.encode_s += encode_s
+        if not encoded.count:
+            continue
+        begin = clock()
+        offset = out.write(encoded.payload)
+        checksum = xxhash.xxh3_128_hexdigest(encoded.payload)
+        where = (tensors[name].start + at, length, out.path.name, offset, len(encoded.payload), checksum)
+        part.tensors[name].pieces.append(Piece(*where, encoded.encoding, encoded.count))
+        part.write_s += clock() - begin
+    part.files = out.close()
+    return part
+
+
+def write_full(directory: Path, rank: int, tensors: Mapping[str, Local], lanes: Mapping[str, str]) -> Part:
+    """All of what this rank holds as `full-RANK.safetensors`, under HF names.
+
+    A rank that holds a tensor whole stores it in its shape, so that one rank's file loads anywhere; a shard is stored
+    flat, and only the manifest says where it belongs.
+    """
+    from safetensors.torch import save_file
+
+    part, begin = Part("full"), time.perf_counter()
+    path = directory / f"full-{rank:05d}.safetensors"
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    save_file({name: _as_torch(local) for name, local in tensors.items()}, temporary, metadata={"format": "pt"})
+    with open(temporary, "rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+    for name, local in tensors.items():
+        entry = PartTensor(local.dtype, local.shape, local.start, len(local.bits), lanes[name])
+        low, high = header[name]["data_offsets"]
+        if high > low:
+            checksum = xxhash.xxh3_128_hexdigest(local.bits.data)
+            length = len(local.bits)
+            entry.pieces = [Piece(local.start, length, path.name, 8 + size + low, high - low, checksum, "raw", length)]
+        part.tensors[name] = entry
+    os.replace(temporary, path)
+    part.files = {path.name: FileEntry(path.stat().st_size, hash_file(path))}
+    part.write_s = time.perf_counter() - begin
+    return part
+
+
+def _as_torch(local: Local) -> torch.Tensor:
+    import torch
+
+    bits = torch.from_numpy(local.bits.view(f"<i{local.bits.itemsize}"))
+    return bits.view(getattr(torch, local.dtype)).reshape(local.shape if local.whole else (-1,))
+
+
+def hash_file(path: Path) -> str:
+    """xxh3-128 of a file, in bounded memory."""
+    state = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            state.update(chunk)
+    checksum: str = state.hexdigest()
+    return checksum
+
+
+def merge(
+    parts: list[Part], *, model: str, version: int, base_version: int | None, frozen_digests: dict[str, str]
+) -> Manifest:
+    """The manifest of all ranks' parts. Raises RunFailed when their ranges do not tile every tensor exactly once."""
+    names = list(dict.fromkeys(name for part in parts for name in part.tensors))
+    files = {name: entry for part in parts for name, entry in part.files.items()}
+    tensors = tuple(_merge_tensor(name, [p.tensors[name] for p in parts if name in p.tensors]) for name in names)
+    kind = parts[0].kind
+    return Manifest(model, version, base_version if kind == "delta" else None, kind, tensors, files, frozen_digests)
+
+
+def _merge_tensor(name: str, found: list[PartTensor]) -> TensorEntry:
+    found = sorted(found, key=lambda t: (t.start, t.length))
+    kinds = {(t.dtype, t.shape) for t in found}
+    if len(kinds) != 1:
+        raise RunFailed(f"ranks disagree on `{name}`: {sorted(kinds)}")
+    (dtype, shape), end = kinds.pop(), 0
+    for t in found:
+        if t.length and t.start != end:
+            raise RunFailed(
+                f"ranks hold `{name}` up to element {end} and again from {t.start}",
+                "give every element of a tensor to the publisher on exactly one rank",
+            )
+        end += t.length
+    if end != int(np.prod(shape, dtype=np.int64)):
+        raise RunFailed(f"ranks hold {end} elements of `{name}`, whose shape is {list(shape)}")
+    lanes = digest.ZERO
+    for t in found:
+        lanes = digest.add(lanes, digest.from_hex(t.lanes))
+    pieces = tuple(p for t in found for p in t.pieces)
+    count = sum(p.count for p in pieces)
+    return TensorEntry(name, dtype, shape, joint_encoding(pieces), count, digest.to_hex(lanes), pieces)
+
+
+def waiting(deadline: float, poll_s: float = 0.02) -> Iterator[None]:
+    """Yields until `deadline` (monotonic), sleeping between."""
+    while time.monotonic() < deadline:
+        yield
+        time.sleep(poll_s)

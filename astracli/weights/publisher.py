@@ -1,0 +1,328 @@
+"""The trainer's side: diff against the last published version, write payloads and manifest, then STABLE.
+
+Order on disk: payload files and manifests under their final names, each by rename; `STABLE` last and synced. A reader
+that looks only at what STABLE lists never sees half a version, whatever is killed when.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Union
+
+import numpy as np
+import xxhash
+
+from astracli.errors import RunFailed
+from astracli.weights import digest, payload
+from astracli.weights.manifest import (
+    ITEM_BYTES,
+    MANIFEST,
+    STABLE,
+    Manifest,
+    read_stable,
+    seal,
+    unseal,
+    version_name,
+    versions_in,
+    write_atomic,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of a tensor, when several ranks hold it: a contiguous range of the flattened tensor."""
+
+    flat: torch.Tensor
+    start: int
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+
+
+Source = Union["torch.Tensor", Shard]
+
+
+@dataclass(frozen=True)
+class PublishResult:
+    """What one version cost. Bytes and counts are of all ranks, seconds of this rank."""
+
+    version: int
+    bytes_delta: int
+    """0 when the version has no delta."""
+    bytes_full: int
+    """Of the full payload, or what one would take: every element in its wire dtype."""
+    full_written: bool
+    changed: int
+    elements: int
+    digest_s: float
+    diff_s: float
+    encode_s: float
+    write_s: float
+    publish_s: float
+    """Everything, the wait for other ranks included."""
+    waited_s: float = 0.0
+    """How long the caller stood still because the previous version was still being written."""
+
+    @property
+    def bytes(self) -> int:
+        """What a receiver of the previous version fetches."""
+        return self.bytes_delta or (self.bytes_full if self.full_written else 0)
+
+    @property
+    def density(self) -> float:
+        """Changed elements as a fraction; 1 for a version without a delta."""
+        return self.changed / self.elements if self.elements else 0.0
+
+    @property
+    def bytes_per_changed(self) -> float:
+        return self.bytes / self.changed if self.changed else 0.0
+
+
+class Publisher:
+    """Publishes versions into `directory`. Keeps its own copy of the last version, in the wire dtype.
+
+    With several ranks every rank makes one with the same `session` (a text that no earlier attempt used) and publishes
+    the same versions; every element of a tensor is given by exactly one rank. `frozen` tensors never change: their
+    digests stand in every manifest; `tied` maps a name that never travels to the one that does.
+    """
+
+    def __init__(
+        self, directory: Path, *, transfer: Literal["full", "delta"] = "delta", full_interval: int = 10, keep: int = 12,
+        level: int = 1, model_name: str = "", rank: int = 0, world_size: int = 1, session: str = "",
+        frozen: Mapping[str, Source] | None = None, tied: Mapping[str, str] | None = None,
+        pinned: Callable[[int], bool] = lambda version: False, threads: int = 1, rank_timeout_s: float = 600.0,
+    ):  # fmt: skip
+        if world_size > 1 and not session:
+            raise ValueError("several ranks need a session that no earlier attempt used")
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.transfer, self.full_interval, self.keep, self.level = transfer, full_interval, keep, level
+        self.model_name, self.rank, self.world_size, self.session = model_name, rank, world_size, session
+        self.pinned, self.rank_timeout_s = pinned, rank_timeout_s
+        self._tied = dict(tied or {})
+        frozen_locals = {name: local(source, copy=False) for name, source in (frozen or {}).items()}
+        self._frozen = payload.Part("full", _described(frozen_locals, _lanes(frozen_locals)))
+        self._base: dict[str, payload.Local] = {}
+        self._base_version: int | None = None
+        self._threads = ThreadPoolExecutor(threads, "weights-encode") if threads > 1 else None
+        self._background = ThreadPoolExecutor(1, "weights-publish")
+        self._pending: Future[PublishResult] | None = None
+
+    # ---- the caller's verbs ----
+
+    def publish(self, version: int, tensors: Mapping[str, Source]) -> PublishResult:
+        """Publish now, in this thread. `tensors`: HF name -> tensor in its wire dtype (or this rank's Shard)."""
+        waited = self._settle()
+        return replace(self._publish(version, {n: local(t, copy=True) for n, t in tensors.items()}), waited_s=waited)
+
+    def publish_async(
+        self, version: int, tensors: Mapping[str, Source], on_published: Callable[[PublishResult], None] | None = None
+    ) -> float:
+        """Copy `tensors` and publish the copy in the background. Returns the seconds waited for the previous version.
+
+        An error of the background comes out of the next call, or of `wait`. `on_published` runs in the background.
+        """
+        waited = self._settle()
+        snapshot = {name: local(tensor, copy=True) for name, tensor in tensors.items()}
+
+        def work() -> PublishResult:
+            result = replace(self._publish(version, snapshot), waited_s=waited)
+            if on_published:
+                on_published(result)
+            return result
+
+        self._pending = self._background.submit(work)
+        return waited
+
+    def wait(self) -> PublishResult | None:
+        """Until the background is done: its result, or None when nothing was under way. Raises its error."""
+        pending, self._pending = self._pending, None
+        return pending.result() if pending else None
+
+    def restart(self, version: int, tensors: Mapping[str, Source]) -> PublishResult:
+        """Continue from a checkpoint: forget every version after `version` and publish `version` anew, in full."""
+        self._settle()
+        self._base, self._base_version = {}, None
+        if self.rank == 0:
+            for path in self.directory.glob("v[0-9]*"):
+                number = int(path.name[1:])
+                if number > version:
+                    self._remove(number)
+            (self.directory / version_name(version) / STABLE).unlink(missing_ok=True)
+        return self._publish(version, {n: local(t, copy=True) for n, t in tensors.items()})
+
+    def close(self) -> None:
+        """Finish the background, end the threads. Raises the background's error."""
+        try:
+            self.wait()
+        finally:
+            self._background.shutdown()
+            if self._threads:
+                self._threads.shutdown()
+
+    # ---- one version ----
+
+    def _settle(self) -> float:
+        begin = time.perf_counter()
+        self.wait()
+        return time.perf_counter() - begin
+
+    def _publish(self, version: int, tensors: dict[str, payload.Local]) -> PublishResult:
+        begin = time.perf_counter()
+        directory = self.directory / version_name(version)
+        if self.rank == 0 and (directory / STABLE).exists():
+            raise RunFailed(f"version {version} is published already in `{directory}`", "continue with `restart`")
+        if self._base_version is not None and version <= self._base_version:
+            raise RunFailed(f"version {version} after version {self._base_version}")
+        self._check_names(version, tensors)
+        directory.mkdir(exist_ok=True)
+        lanes = _lanes(tensors)
+        digest_s = time.perf_counter() - begin
+        delta = self._base_version is not None and self.transfer == "delta"
+        parts = []
+        if delta:
+            run = self._threads.map if self._threads else map
+            parts.append(payload.write_delta(directory, self.rank, tensors, self._base, lanes, self.level, run))
+        if not delta or version % self.full_interval == 0:
+            parts.append(payload.write_full(directory, self.rank, tensors, lanes))
+        manifests = self._finish(directory, version, parts)
+        self._base, self._base_version = tensors, version
+        if self.rank == 0:
+            self._prune(version)
+        by_kind = {m.kind: m for m in manifests}
+        first = manifests[0]
+        return PublishResult(
+            version=version,
+            bytes_delta=by_kind["delta"].payload_bytes if "delta" in by_kind else 0,
+            bytes_full=by_kind["full"].payload_bytes
+            if "full" in by_kind
+            else sum(t.numel * t.itemsize for t in first.tensors),
+            full_written="full" in by_kind,
+            changed=first.changed,
+            elements=first.elements,
+            digest_s=digest_s,
+            diff_s=sum(p.diff_s for p in parts),
+            encode_s=sum(p.encode_s for p in parts),
+            write_s=sum(p.write_s for p in parts),
+            publish_s=time.perf_counter() - begin,
+        )
+
+    def _check_names(self, version: int, tensors: Mapping[str, payload.Local]) -> None:
+        known = {n: (t.dtype, t.shape, t.start, len(t.bits)) for n, t in self._base.items()}
+        given = {n: (t.dtype, t.shape, t.start, len(t.bits)) for n, t in tensors.items()}
+        if known and known != given:
+            odd = sorted(n for n in known.keys() | given.keys() if known.get(n) != given.get(n))
+            raise RunFailed(f"version {version} has other tensors than {self._base_version}: {', '.join(odd[:5])}")
+
+    def _finish(self, directory: Path, version: int, parts: list[payload.Part]) -> list[Manifest]:
+        """Rank 0: merge all ranks' parts, write manifests and STABLE. Others: hand over, wait for STABLE."""
+        if self.rank:
+            doc: dict[str, Any] = {"session": self.session, "version": version, "base_version": self._base_version}
+            doc |= {"parts": [p.to_doc() for p in parts], "frozen": self._frozen.to_doc()}
+            write_atomic(directory / f"rank-{self.rank:05d}.json", seal(doc))
+            stable = self._await(directory / STABLE, version)
+            names = [m["file"] for m in stable["manifests"].values()]
+            return [Manifest.from_bytes((directory / name).read_bytes(), name) for name in names]
+        documents = [self._await(directory / f"rank-{rank:05d}.json", version) for rank in range(1, self.world_size)]
+        for rank, doc in enumerate(documents, 1):
+            if doc["base_version"] != self._base_version or len(doc["parts"]) != len(parts):
+                raise RunFailed(f"rank {rank} publishes {version} over {doc['base_version']}, not {self._base_version}")
+        frozen = self._frozen_digests([self._frozen, *(payload.Part.from_doc(d["frozen"]) for d in documents)])
+        manifests = []
+        for k, part in enumerate(parts):
+            everyone = [part, *(payload.Part.from_doc(d["parts"][k]) for d in documents)]
+            manifest = payload.merge(
+                everyone, model=self.model_name, version=version, base_version=self._base_version, frozen_digests={}
+            )
+            digests = {t.name: t.digest for t in manifest.tensors}
+            tied = {name: digests.get(source, frozen.get(source, "")) for name, source in self._tied.items()}
+            if missing := [name for name, value in tied.items() if not value]:
+                raise RunFailed(f"tied to a tensor that is not published: {', '.join(missing)}")
+            manifests.append(replace(manifest, frozen_digests=frozen | tied))
+        self._declare_stable(directory, version, manifests)
+        return manifests
+
+    def _frozen_digests(self, parts: list[payload.Part]) -> dict[str, str]:
+        merged = payload.merge(parts, model="", version=0, base_version=None, frozen_digests={})
+        return {t.name: t.digest for t in merged.tensors}
+
+    def _declare_stable(self, directory: Path, version: int, manifests: list[Manifest]) -> None:
+        files: dict[str, int] = {}
+        kinds: dict[str, Any] = {}
+        for manifest in manifests:
+            name, blob = MANIFEST[manifest.kind], manifest.to_bytes()
+            Manifest.from_bytes(blob, name)
+            write_atomic(directory / name, blob)
+            files |= {name: len(blob)} | {n: f.bytes for n, f in manifest.files.items()}
+            kinds[manifest.kind] = {
+                "file": name,
+                "base_version": manifest.base_version,
+                "bytes": manifest.payload_bytes,
+                "xxh3": xxhash.xxh3_128_hexdigest(blob),
+            }
+        for path in directory.iterdir():
+            if path.name not in files:  # other ranks have handed over: what is not listed is left over
+                path.unlink()
+        stable = {"version": version, "session": self.session, "manifests": kinds, "files": files}
+        write_atomic(directory / STABLE, seal(stable), sync=True)
+
+    def _await(self, path: Path, version: int) -> dict[str, Any]:
+        """Another rank's sealed file, of this session and version; a left-over of an earlier attempt is not it."""
+        for _ in payload.waiting(time.monotonic() + self.rank_timeout_s):
+            if path.exists():
+                doc = unseal(path.read_bytes(), str(path))
+                if (doc["session"], doc["version"]) == (self.session, version):
+                    return doc
+        raise RunFailed(f"rank {self.rank} waited {self.rank_timeout_s:g} s for `{path}`", "look at that rank's log")
+
+    # ---- retention ----
+
+    def _prune(self, newest: int) -> None:
+        """Keep the newest `keep`, and what a receiver with nothing needs to reach the newest or a pinned version."""
+        present = versions_in(self.directory)
+        kept = set(present[-self.keep :])
+        for target in [newest, *(v for v in present if self.pinned(v))]:
+            while target in present:
+                kept.add(target)
+                kinds = read_stable(self.directory, target)["manifests"]
+                if "full" in kinds:
+                    break
+                target = kinds["delta"]["base_version"]
+        for version in present:
+            if version not in kept:
+                self._remove(version)
+
+    def _remove(self, version: int) -> None:
+        directory = self.directory / version_name(version)
+        (directory / STABLE).unlink(missing_ok=True)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def local(source: Source, *, copy: bool) -> payload.Local:
+    """A tensor or shard as flat bits on the host. Raises RunFailed for a dtype that does not travel."""
+    tensor = source.flat if isinstance(source, Shard) else source
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in ITEM_BYTES:
+        raise RunFailed(f"weights in {dtype} do not travel", f"publish one of {', '.join(ITEM_BYTES)}")
+    flat = tensor.detach().contiguous().view(-1)
+    bits = digest.bits_of(flat.cpu())
+    if copy and flat.device.type == "cpu":
+        bits = np.array(bits)
+    if isinstance(source, Shard):
+        return payload.Local(dtype, tuple(source.shape), source.start, bits)
+    return payload.Local(dtype, tuple(tensor.shape), 0, bits)
+
+
+def _lanes(tensors: Mapping[str, payload.Local]) -> dict[str, str]:
+    return {name: digest.to_hex(digest.digest_bits(t.bits, t.start)) for name, t in tensors.items()}
+
+
+def _described(tensors: Mapping[str, payload.Local], lanes: Mapping[str, str]) -> dict[str, payload.PartTensor]:
+    return {n: payload.PartTensor(t.dtype, t.shape, t.start, len(t.bits), lanes[n]) for n, t in tensors.items()}

@@ -1,0 +1,196 @@
+"""Weight loader that runs inside SGLang: `--custom-weight-loader astracli.weights.sglang_loader.apply_staged`.
+
+The engine's own `load_weights` knows how HF tensors are fused and where each part goes. It is run once with tensors
+whose content nobody reads, while `copy_` and slice assignment are intercepted: that yields, for every HF tensor, the
+parameter memory that holds it. From then on a version is a scatter into that memory. Run the other way round, the same
+interception copies the parameters out under HF names, which proves a version by the engine's own mapping.
+
+The process reads three environment variables, set by whoever starts the engine:
+ASTRA_STAGE_DIR (where versions are staged), ASTRA_START_VERSION (what the engine was started with, default 0; empty for
+random weights), ASTRA_VERIFY_INTERVAL (read back under HF names every n-th version, default 0 = never).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from astracli.errors import AstraError
+from astracli.weights import WeightMismatch, digest, staged
+from astracli.weights.manifest import TensorEntry
+from astracli.weights.staged import Placement
+
+_MAX_RUNS = 1 << 16  # contiguous runs that one copy may fall into
+
+
+class _Intercept(TorchFunctionMode):
+    """Sees every `dst.copy_(src)` and `dst[index] = src` whose source is one of the tensors being fed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fed: dict[int, tuple[str, torch.Tensor]] = {}
+
+    def feed(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+        if tensor.numel():
+            self.fed[tensor.untyped_storage().data_ptr()] = (name, tensor)
+        return name, tensor
+
+    def moved(self, name: str, target: torch.Tensor, source: torch.Tensor) -> None:
+        """`source`, a view of the tensor fed as `name`, is to be written to `target`."""
+        raise NotImplementedError
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.copy_:
+            source = args[1] if len(args) > 1 else kwargs["src"]
+            if name := self._name(source):
+                self.moved(name, args[0], source)
+                return args[0]
+        if func is torch.Tensor.__setitem__ and (name := self._name(args[2])):
+            target = args[0][args[1]]
+            if target.untyped_storage().data_ptr() != args[0].untyped_storage().data_ptr():
+                raise WeightMismatch(f"`{name}` is written through an index that is no slice")
+            self.moved(name, target, args[2])
+            return None
+        return func(*args, **kwargs)
+
+    def _name(self, source: Any) -> str:
+        if not isinstance(source, torch.Tensor) or not source.numel():
+            return ""
+        return self.fed.get(source.untyped_storage().data_ptr(), ("", source))[0]
+
+
+class PlacementRecorder(_Intercept):
+    """Records where the model keeps every HF tensor. Changes no weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, list[Placement]] = {}
+
+    def record(self, model: Any, entries: Iterable[TensorEntry]) -> dict[str, list[Placement]]:
+        """{HF name: placements in ascending order}. Raises WeightMismatch naming tensors that the model did not take
+        whole, exactly once: a name that it does not know is otherwise skipped without a word."""
+        entries = list(entries)
+        self.found = {entry.name: [] for entry in entries}
+        with torch.no_grad(), self:
+            # never written, so never given physical memory
+            model.load_weights(self.feed(e.name, torch.empty(e.shape, dtype=getattr(torch, e.dtype))) for e in entries)
+        self.fed.clear()
+        problems = []
+        for entry in entries:
+            places = self.found[entry.name] = _merged(sorted(self.found[entry.name], key=lambda p: p.offset))
+            ends = [0, *(p.end for p in places)]
+            if any(p.offset != end for p, end in zip(places, ends, strict=False)) or ends[-1] != entry.numel:
+                problems.append(f"{entry.name} ({sum(p.view.numel() for p in places)} of {entry.numel} elements)")
+        if problems:
+            raise WeightMismatch(
+                f"the engine's load_weights does not place {len(problems)} tensors: {', '.join(problems[:5])}",
+                "the published names must be those that this engine's model class loads",
+            )
+        return self.found
+
+    def moved(self, name: str, target: torch.Tensor, source: torch.Tensor) -> None:
+        if target.numel() != source.numel() or target.dtype != source.dtype:
+            raise WeightMismatch(
+                f"`{name}`: {source.dtype}{list(source.shape)} is loaded into {target.dtype}{list(target.shape)}",
+                "publish this tensor in the dtype in which the engine holds it",
+            )
+        self.found[name] += [Placement(view, offset) for view, offset in _runs(target.detach(), source)]
+        if len(self.found[name]) > _MAX_RUNS:
+            raise WeightMismatch(f"`{name}` lies in more than {_MAX_RUNS} places")
+
+
+class _ReadBack(_Intercept):
+    """The other way round: what would be loaded is filled with what the parameter holds."""
+
+    def moved(self, name: str, target: torch.Tensor, source: torch.Tensor) -> None:
+        source.copy_(target.detach().reshape(source.shape))
+
+
+def read_back_digests(model: Any, entries: Iterable[TensorEntry]) -> dict[str, str]:
+    """{HF name: digest} of what the engine holds, through its own mapping; one tensor in memory at a time."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    found: dict[str, str] = {}
+    mode = _ReadBack()
+
+    def fed() -> Iterator[tuple[str, torch.Tensor]]:
+        for entry in entries:
+            tensor = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device=device)
+            yield mode.feed(entry.name, tensor)
+            found[entry.name] = digest.to_hex(digest.digest_tensor(tensor))
+            mode.fed.clear()
+
+    with torch.no_grad(), mode:
+        model.load_weights(fed())
+    return found
+
+
+def _runs(target: torch.Tensor, source: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
+    """(flat view of `target`, offset in the fed tensor) for the contiguous runs that both sides share."""
+    if target.is_contiguous() and source.is_contiguous():
+        yield target.view(-1), int(source.storage_offset())
+    elif target.shape == source.shape and len(target) <= _MAX_RUNS:
+        for one, other in zip(target, source, strict=True):
+            yield from _runs(one, other)
+    else:
+        raise WeightMismatch(f"no contiguous runs in {list(target.shape)} loaded from {list(source.shape)}")
+
+
+def _merged(places: list[Placement]) -> list[Placement]:
+    """Neighbours that also lie side by side in memory become one."""
+    merged: list[Placement] = []
+    for place in places:
+        last = merged[-1] if merged else None
+        if last is not None and place.offset == last.end and _adjacent(last.view, place.view):
+            length = last.view.numel() + place.view.numel()
+            merged[-1] = Placement(last.view.as_strided((length,), (1,), last.view.storage_offset()), last.offset)
+        else:
+            merged.append(place)
+    return merged
+
+
+def _adjacent(one: torch.Tensor, two: torch.Tensor) -> bool:
+    same = one.untyped_storage().data_ptr() == two.untyped_storage().data_ptr()
+    return same and one.storage_offset() + one.numel() == two.storage_offset()
+
+
+@dataclass
+class _Engine:
+    version: int | None
+    places: dict[str, list[Placement]] | None = None
+
+
+_engines: WeakKeyDictionary[Any, _Engine] = WeakKeyDictionary()
+
+
+def apply_staged(model: Any, named_tensors: Iterable[Any] = ()) -> None:
+    """Apply what is staged under ASTRA_STAGE_DIR to `model`. The call's own tensors are empty: it only triggers.
+
+    The outcome is `result.json` in the stage directory. A version that fails is reported there and not raised, because
+    an exception in a loader kills the server; the caller reads the file before it lets the engine serve.
+    """
+    stage_dir = Path(os.environ["ASTRA_STAGE_DIR"])
+    start = os.environ.get("ASTRA_START_VERSION", "0")
+    engine = _engines.setdefault(model, _Engine(int(start) if start else None))
+    have, engine.version = engine.version, None  # unknown until proven
+    try:
+        prepared = staged.prepare(stage_dir)
+        entries = prepared.manifests[-1].tensors if prepared.manifests else ()
+        if engine.places is None and entries:
+            engine.places = PlacementRecorder().record(model, entries)
+        result = staged.apply(stage_dir, engine.places or {}, have, prepared)
+        interval = int(os.environ.get("ASTRA_VERIFY_INTERVAL", "0"))
+        if interval and result.version % interval == 0:
+            found = read_back_digests(model, entries)
+            if wrong := [e.name for e in entries if found.get(e.name) != e.digest]:
+                raise WeightMismatch(f"read back under HF names, {len(wrong)} tensors differ: {', '.join(wrong[:5])}")
+        engine.version = result.version
+    except AstraError as error:
+        staged.fail(stage_dir, error)

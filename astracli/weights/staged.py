@@ -1,0 +1,304 @@
+"""The engine's side: apply what is staged to the weights in place, and prove the result before anything is served.
+
+Everything is decoded and checked before the first weight is touched, so corrupt bytes leave the engine as it was. After
+applying, the digest of every resulting tensor must be the manifest's; if one is not, the weights are garbage and the
+engine must be given a full version before it serves again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+import numpy as np
+import xxhash
+
+from astracli.errors import AstraError
+from astracli.weights import WeightCorrupt, WeightMismatch, codec, digest
+from astracli.weights.manifest import Manifest, Piece, TensorEntry, unseal, write_atomic
+
+if TYPE_CHECKING:
+    import torch
+
+NEXT = "next.json"
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a range of one flattened HF tensor lies in the engine."""
+
+    view: torch.Tensor
+    """Flat, contiguous, sharing memory with the engine's parameter, in the wire dtype."""
+    offset: int
+    """Of its first element in the flattened HF tensor."""
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.view.numel()
+
+
+Target = Union["torch.Tensor", Sequence[Placement]]
+"""A contiguous tensor of the HF shape, or the placements that make it up."""
+
+
+@dataclass(frozen=True)
+class ApplyResult:
+    version: int
+    kind: str
+    steps: int
+    changed: int
+    """Elements written, over all steps."""
+    bytes: int
+    """Payload bytes of all steps."""
+    decode_s: float
+    """Reading, checking and decoding; may have happened earlier, in `prepare`."""
+    apply_s: float
+    verify_s: float
+
+
+@dataclass
+class Prepared:
+    """A staged plan, decoded: needs no file any more."""
+
+    plan: bytes
+    """The next.json that it came from."""
+    version: int
+    kind: str
+    base_version: int | None
+    model_path: str | None
+    manifests: list[Manifest] = field(default_factory=list)
+    updates: list[tuple[str, int, codec.Update]] = field(default_factory=list)
+    """(tensor, start of the piece, what to do), in the order of applying."""
+    decode_s: float = 0.0
+
+    @property
+    def bytes(self) -> int:
+        return sum(p.bytes for m in self.manifests for t in m.tensors for p in t.pieces)
+
+
+def prepare(stage_dir: Path) -> Prepared:
+    """Read and decode what `next.json` names. Touches no weight. Raises WeightCorrupt naming the file."""
+    begin = time.perf_counter()
+    stage_dir = Path(stage_dir)
+    blob = _read(stage_dir / NEXT)
+    plan = unseal(blob, f"`{NEXT}`")
+    if plan.keys() != {"version", "kind", "base_version", "steps", "model_path"}:
+        raise WeightCorrupt(f"`{NEXT}` is no plan: it has {', '.join(sorted(plan))}")
+    prepared = Prepared(blob, plan["version"], plan["kind"], plan["base_version"], plan["model_path"])
+    at = plan["base_version"]
+    for step in plan["steps"]:
+        path = stage_dir / step
+        manifest = Manifest.from_bytes(_read(path), f"`{step}`")
+        if manifest.base_version is not None and manifest.base_version != at:
+            raise WeightCorrupt(f"`{step}` changes version {manifest.base_version}, the step before it ends at {at}")
+        if manifest.kind == "full" and prepared.manifests:
+            raise WeightCorrupt(f"`{step}` is a full version behind other steps")
+        at = manifest.version
+        _read_step(path.parent, manifest, prepared)
+        prepared.manifests.append(manifest)
+    if at != prepared.version:
+        raise WeightCorrupt(f"the staged steps end at version {at}, not {prepared.version}")
+    if any(_identity(m) != _identity(prepared.manifests[0]) for m in prepared.manifests):
+        raise WeightCorrupt("the staged steps are not of the same tensors")
+    prepared.decode_s = time.perf_counter() - begin
+    return prepared
+
+
+def apply(
+    stage_dir: Path, tensors: Mapping[str, Target], have_version: int | None, prepared: Prepared | None = None
+) -> ApplyResult:
+    """Turn the weights in `tensors` (all that travel; frozen and tied ones may be among them) into the staged version.
+
+    `have_version` is what they hold now, None when that is unknown. Writes `result.json` beside `next.json` either way.
+    Raises WeightCorrupt (nothing was touched) or WeightMismatch (refused, or applied and wrong: resync in full).
+    """
+    stage_dir = Path(stage_dir)
+    (stage_dir / RESULT).unlink(missing_ok=True)
+    try:
+        if prepared is None or prepared.plan != _read(stage_dir / NEXT):
+            prepared = prepare(stage_dir)
+        result = _apply(prepared, tensors, have_version)
+    except (AstraError, ValueError) as error:
+        raise fail(stage_dir, error if isinstance(error, AstraError) else WeightCorrupt(str(error))) from error
+    write_atomic(stage_dir / RESULT, json.dumps({"ok": True, "message": "", **asdict(result)}).encode())
+    return result
+
+
+def fail(stage_dir: Path, error: AstraError) -> AstraError:
+    """Write `result.json` for a version that could not be applied; gives the error back to be raised."""
+    doc = {"ok": False, "version": None, "message": str(error), "error": type(error).__name__}
+    write_atomic(Path(stage_dir) / RESULT, json.dumps(doc).encode())
+    return error
+
+
+def read_back_digests(tensors: Mapping[str, Target]) -> dict[str, str]:
+    """HF name -> digest of what the engine holds now, 32 hexadecimal digits."""
+    return {name: _digest(placements(target)) for name, target in tensors.items()}
+
+
+def placements(target: Target) -> Sequence[Placement]:
+    """A target as placements. Raises WeightMismatch for a tensor that is not contiguous."""
+    if isinstance(target, Sequence):
+        return target
+    if not target.is_contiguous():
+        raise WeightMismatch(f"a tensor of shape {list(target.shape)} is not contiguous and cannot change in place")
+    return [Placement(target.detach().view(-1), 0)]
+
+
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise WeightCorrupt(f"cannot read staged `{path.name}`: {error.strerror}") from error
+
+
+def _identity(manifest: Manifest) -> list[Any]:
+    return [manifest.model, *((t.name, t.dtype, t.shape) for t in manifest.tensors)]
+
+
+def _read_step(directory: Path, manifest: Manifest, prepared: Prepared) -> None:
+    mapped: dict[str, np.ndarray[Any, Any]] = {}
+    for name, entry in manifest.files.items():
+        try:
+            mapped[name] = np.memmap(directory / name, np.uint8, "r") if entry.bytes else np.zeros(0, np.uint8)
+        except (OSError, ValueError) as error:
+            raise WeightCorrupt(f"cannot read staged `{name}` of version {manifest.version}: {error}") from error
+        if len(mapped[name]) != entry.bytes or xxhash.xxh3_128_hexdigest(mapped[name].data) != entry.xxh3:
+            raise WeightCorrupt(f"staged `{name}` of version {manifest.version} fails its checksum")
+    for tensor in manifest.tensors:
+        for piece in tensor.pieces:
+            try:
+                update = _decode_piece(tensor, piece, mapped[piece.file])
+            except WeightCorrupt as error:
+                raise WeightCorrupt(f"`{tensor.name}` in `{piece.file}` of {manifest.version}: {error}") from error
+            prepared.updates.append((tensor.name, piece.start, update))
+
+
+def _decode_piece(tensor: TensorEntry, piece: Piece, file: np.ndarray[Any, Any]) -> codec.Update:
+    blob = file[piece.offset : piece.offset + piece.bytes]
+    if xxhash.xxh3_128_hexdigest(blob.data) != piece.xxh3:
+        raise WeightCorrupt("a piece fails its checksum")
+    if piece.encoding == "raw":
+        return codec.Update("dense-raw", piece.length, None, blob.view(f"<u{tensor.itemsize}"))
+    return codec.decode(blob.data, piece.encoding, piece.count, piece.length, tensor.itemsize)
+
+
+def _apply(prepared: Prepared, tensors: Mapping[str, Target], have: int | None) -> ApplyResult:
+    placed = {name: placements(target) for name, target in tensors.items()}
+    if prepared.kind != "full" and prepared.base_version != have:
+        raise WeightMismatch(
+            f"the staged delta changes version {prepared.base_version}, the engine holds {have}",
+            "fetch from the engine's own version, or in full",
+        )
+    if prepared.manifests:
+        _check_tensors(prepared.manifests[-1], placed)
+    begin = time.perf_counter()
+    for name, start, update in prepared.updates:
+        _scatter(update, start, placed[name])
+    middle = time.perf_counter()
+    if prepared.manifests:
+        _check_digests(prepared, placed)
+    return ApplyResult(
+        version=prepared.version,
+        kind=prepared.kind,
+        steps=len(prepared.manifests),
+        changed=sum(m.changed for m in prepared.manifests),
+        bytes=prepared.bytes,
+        decode_s=prepared.decode_s,
+        apply_s=middle - begin,
+        verify_s=time.perf_counter() - middle,
+    )
+
+
+def _check_tensors(manifest: Manifest, placed: Mapping[str, Sequence[Placement]]) -> None:
+    """The engine holds exactly the tensors of the manifest, whole and in the wire dtype."""
+    wanted = {t.name: t for t in manifest.tensors}
+    if missing := sorted(wanted.keys() - placed.keys()):
+        raise WeightMismatch(f"the engine lacks {len(missing)} of {len(wanted)} tensors: {', '.join(missing[:5])}")
+    if unknown := sorted(placed.keys() - wanted.keys() - manifest.frozen_digests.keys()):
+        raise WeightMismatch(f"{len(unknown)} tensors of the engine are not in the manifest: {', '.join(unknown[:5])}")
+    for name, tensor in wanted.items():
+        end = 0
+        for place in placed[name]:
+            dtype = str(place.view.dtype).removeprefix("torch.")
+            if dtype != tensor.dtype or place.offset != end:
+                raise WeightMismatch(
+                    f"the engine holds `{name}` in {dtype} from element {place.offset}, "
+                    f"the wire in {tensor.dtype} from element {end}"
+                )
+            end = place.end
+        if end != tensor.numel:
+            raise WeightMismatch(f"the engine holds {end} elements of `{name}`, the manifest {tensor.numel}")
+
+
+def _check_digests(prepared: Prepared, placed: Mapping[str, Sequence[Placement]]) -> None:
+    manifest = prepared.manifests[-1]
+    wrong = [t.name for t in manifest.tensors if _digest(placed[t.name]) != t.digest]
+    if wrong:
+        raise WeightMismatch(
+            f"version {prepared.version}: {len(wrong)} of {len(manifest.tensors)} tensors have the wrong digest: "
+            f"{', '.join(wrong[:5])}",
+            "the engine must not serve before a full version is applied",
+        )
+    frozen = [n for n, d in manifest.frozen_digests.items() if n in placed and _digest(placed[n]) != d]
+    if frozen:
+        raise WeightMismatch(
+            f"version {prepared.version}: frozen tensors differ from the trainer's: {', '.join(frozen[:5])}",
+            f"the engine must start from {prepared.model_path or 'the model the trainer started from'}",
+        )
+
+
+def _digest(places: Sequence[Placement]) -> str:
+    lanes = digest.ZERO
+    for place in places:
+        lanes = digest.add(lanes, digest.digest_tensor(place.view, place.offset))
+    return digest.to_hex(lanes)
+
+
+def _scatter(update: codec.Update, start: int, places: Sequence[Placement]) -> None:
+    """Apply an update of elements [start, start + length) of the HF tensor to the views that hold them."""
+    for place in places:
+        low, high = max(start, place.offset), min(start + update.length, place.end)
+        if low >= high:
+            continue
+        view = place.view[low - place.offset : high - place.offset]
+        part = update if high - low == update.length else update.cut(low - start, high - start)
+        if view.device.type == "cpu":
+            codec.apply_update(part, digest.bits_of(view))
+        else:
+            apply_update_torch(part, view)
+
+
+def apply_update_torch(update: codec.Update, view: torch.Tensor) -> None:
+    """`codec.apply_update` in torch operations on the view's own device; signed integers hold the same bits."""
+    import torch
+
+    size = view.element_size()
+    bits = view.view(torch.int16 if size == 2 else torch.int32)
+    values = torch.from_numpy(np.array(update.values).view(f"<i{size}")).to(bits.device)
+    top = torch.iinfo(bits.dtype).min
+
+    def to_order(old: torch.Tensor) -> torch.Tensor:
+        return old ^ ((old >> (8 * size - 1)) | top)
+
+    def from_order(order: torch.Tensor) -> torch.Tensor:
+        return order ^ (~(order >> (8 * size - 1)) | top)
+
+    def changed(old: torch.Tensor) -> torch.Tensor:
+        if update.encoding == "dense-raw":
+            return values
+        return old ^ values if update.encoding.endswith("-xor") else from_order(to_order(old) + values)
+
+    if update.indices is None:
+        bits.copy_(changed(bits))
+    else:
+        at = torch.from_numpy(update.indices).to(bits.device)
+        bits[at] = changed(bits[at])

@@ -1,0 +1,309 @@
+"""The receiver's side: fetch what leads from the engine's version to another, check it, stage it, name it in next.json.
+
+Downloads resume: what arrived stays in `.part` files and the rest is asked for by range. Everything is checked by xxh3
+before it gets its final name, and `next.json` is written last, so that an engine never sees half a stage.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+
+from astracli.errors import RunFailed
+from astracli.weights import WeightCorrupt
+from astracli.weights.manifest import STABLE, Manifest, seal, unseal, version_name, write_atomic
+from astracli.weights.payload import hash_file
+
+NEXT = "next.json"
+
+
+class _Gone(Exception):
+    """The server has no such file: pruned, or never published."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which manifests lead to a version, and what they cost."""
+
+    kind: Literal["delta", "full", "none"]
+    """`full` when the first step is a full version."""
+    steps: tuple[tuple[int, str], ...]
+    """(version, manifest file), in the order of applying."""
+    bytes: int
+
+
+@dataclass(frozen=True)
+class StagedPlan:
+    """What lies ready under the stage directory."""
+
+    version: int
+    kind: Literal["delta", "full", "none"]
+    steps: tuple[str, ...]
+    """Manifests, relative to the stage directory."""
+    bytes: int
+    """Payload bytes of all steps."""
+    downloaded: int
+    """Bytes that came over the network in this call."""
+    waited_s: float
+    """Until the version was published."""
+    transfer_s: float
+
+
+def choose_route(detail: dict[int, dict[str, Any]], target: int, have: int | None) -> Route:
+    """The chain of deltas from `have`, or the newest full version and the deltas after it, whichever is fewer bytes.
+
+    `detail`: version -> {kind: {"file", "base_version", "bytes"}}. Raises RunFailed when nothing leads to `target`.
+    """
+    if have == target:
+        return Route("none", (), 0)
+    found: list[Route] = []
+    steps: tuple[tuple[int, str], ...] = ()
+    cost, at = 0, target
+    while at in detail:
+        kinds = detail[at]
+        if "full" in kinds:
+            found.append(Route("full", ((at, kinds["full"]["file"]), *steps), cost + kinds["full"]["bytes"]))
+        if "delta" not in kinds:
+            break
+        steps = ((at, kinds["delta"]["file"]), *steps)
+        cost += kinds["delta"]["bytes"]
+        at = kinds["delta"]["base_version"]
+        if at == have:
+            found.append(Route("delta", steps, cost))
+            break
+    if not found:
+        raise RunFailed(
+            f"nothing leads from version {have} to {target}; published are {sorted(detail)}",
+            "raise weights.keep, or lower weights.full_interval",
+        )
+    return min(found, key=lambda route: route.bytes)
+
+
+@dataclass
+class Subscriber:
+    """Fetches versions from `url` (the hub) into `stage_dir`, for one engine. One fetch at a time."""
+
+    url: str
+    token: str
+    stage_dir: Path
+    model_path: str | Path | None = None
+    """Where the engine's frozen tensors come from; named in next.json for messages."""
+    wait_s: float = 120.0
+    """For a version that is not published yet."""
+    retries: int = 8
+    """Connection errors in a row without a new byte."""
+    parts: int = 1
+    """Ranges of one large file fetched at the same time."""
+    part_bytes: int = 64 << 20
+    """A smaller file is one range."""
+    timeout_s: float = 30.0
+    _client: httpx.Client = field(init=False, repr=False)
+    _downloaded: int = field(default=0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.stage_dir = Path(self.stage_dir)
+        self.stage_dir.mkdir(parents=True, exist_ok=True)
+        headers = {"Authorization": f"Bearer {self.token}"}
+        self._client = httpx.Client(headers=headers, timeout=self.timeout_s, trust_env=False, follow_redirects=True)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def fetch(self, target_version: int, have_version: int | None = None) -> StagedPlan:
+        """Stage what turns `have_version` (None: nothing usable) into `target_version`.
+
+        Raises RunFailed: not published in time, no way there, server unreachable, or a file twice corrupt.
+        """
+        begin = time.perf_counter()
+        detail = self._await(target_version)
+        waited = time.perf_counter() - begin
+        self._downloaded = 0
+        try:
+            return self._stage(choose_route(detail, target_version, have_version), target_version, waited)
+        except _Gone:  # pruned between the listing and the download: what is left may still hold a full version
+            try:
+                route = choose_route(self._listing(), target_version, None)
+                return self._stage(route, target_version, waited)
+            except _Gone as error:
+                raise RunFailed(f"version {target_version} was pruned while it was fetched: {error}") from None
+
+    # ---- what there is ----
+
+    def _listing(self) -> dict[int, dict[str, Any]]:
+        reply = self._get(f"{self.url}/weights").json()
+        return {int(version): kinds for version, kinds in reply["detail"].items()}
+
+    def _await(self, target: int) -> dict[int, dict[str, Any]]:
+        deadline, pause = time.monotonic() + self.wait_s, 0.02
+        while True:
+            detail = self._listing()
+            if target in detail:
+                return detail
+            newest = max(detail, default=None)
+            if newest is not None and newest > target:
+                raise RunFailed(f"version {target} is not there any more; the newest is {newest}")
+            if time.monotonic() > deadline:
+                raise RunFailed(f"waited {self.wait_s:g} s for version {target}; the newest is {newest}")
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.5)
+
+    # ---- staging ----
+
+    def _stage(self, route: Route, target: int, waited: float) -> StagedPlan:
+        begin = time.perf_counter()
+        steps: list[str] = []
+        base: int | None = None
+        for version, name in route.steps:
+            manifest = self._step(version, name)
+            base = manifest.base_version if not steps else base
+            steps.append(f"{version_name(version)}/{name}")
+        plan: dict[str, Any] = {"version": target, "kind": route.kind, "steps": steps}
+        plan["base_version"] = base if route.steps else target
+        plan["model_path"] = str(self.model_path) if self.model_path else None
+        write_atomic(self.stage_dir / NEXT, seal(plan))
+        keep = {step.partition("/")[0] for step in steps}
+        for path in self.stage_dir.glob("v*"):
+            if path.name not in keep:
+                shutil.rmtree(path, ignore_errors=True)
+        seconds = time.perf_counter() - begin
+        return StagedPlan(target, route.kind, tuple(steps), route.bytes, self._downloaded, waited, seconds)
+
+    def _step(self, version: int, name: str) -> Manifest:
+        directory = self.stage_dir / version_name(version)
+        directory.mkdir(exist_ok=True)
+        stable = unseal(self._get(self._address(version, STABLE)).content, f"STABLE of version {version}")
+        path = directory / name
+
+        def check_manifest() -> None:
+            if hash_file(path) not in (kind["xxh3"] for kind in stable["manifests"].values()):
+                raise WeightCorrupt(f"`{name}` of version {version} is not what STABLE names")
+
+        self._file(version, name, stable["files"].get(name, 0), path, check_manifest)
+        manifest = Manifest.from_bytes(path.read_bytes(), f"`{name}` of version {version}")
+        for file, entry in manifest.files.items():
+            self._file(version, file, entry.bytes, directory / file, _checker(directory / file, entry.xxh3, version))
+        return manifest
+
+    def _file(self, version: int, name: str, size: int, path: Path, check: Callable[[], None]) -> None:
+        """One checked file under its final name. A corrupt one is fetched again, once."""
+        if path.exists():  # staged earlier, perhaps by a fetch that was cut short
+            try:
+                return check()
+            except WeightCorrupt:
+                path.unlink()
+        for attempt in (1, 2):
+            try:
+                self._download(self._address(version, name), size, path)
+                return check()
+            except WeightCorrupt as error:
+                path.unlink(missing_ok=True)
+                if attempt == 2:
+                    raise WeightCorrupt(
+                        f"`{name}` of version {version} arrived corrupt twice: {error}",
+                        "the file is damaged on the publisher's disk, or the network changes bytes",
+                    ) from error
+
+    # ---- bytes ----
+
+    def _address(self, version: int, name: str) -> str:
+        return f"{self.url}/weights/{version}/{name}"
+
+    def _download(self, url: str, size: int, path: Path) -> None:
+        number = min(self.parts, max(1, size // self.part_bytes)) if size else 1
+        bounds = [size * k // number for k in range(number + 1)]
+        files = [path.with_name(f"{path.name}.{k}of{number}.part") for k in range(number)]
+        jobs = list(zip(files, bounds, bounds[1:], strict=False))
+        try:
+            if number == 1:
+                self._range(url, *jobs[0])
+            else:
+                with ThreadPoolExecutor(number, "weights-fetch") as pool:
+                    for done in [pool.submit(self._range, url, *job) for job in jobs]:
+                        done.result()
+            with open(files[0], "ab") as whole:
+                for file in files[1:]:
+                    with open(file, "rb") as part:
+                        shutil.copyfileobj(part, whole, 1 << 22)
+            os.replace(files[0], path)
+        except WeightCorrupt:
+            for file in files:
+                file.unlink(missing_ok=True)
+            raise
+        for file in files[1:]:
+            file.unlink()
+
+    def _range(self, url: str, part: Path, low: int, high: int) -> None:
+        """Bytes [low, high) of `url` into `part`, after those that are there."""
+        failures = 0
+        while True:
+            have = part.stat().st_size if part.exists() else 0
+            if have > high - low:
+                part.unlink()
+                have = 0
+            if have == high - low:
+                part.touch()
+                return
+            try:
+                self._stream(url, part, low + have, high)
+            except (httpx.TransportError, httpx.HTTPStatusError) as error:
+                grown = (part.stat().st_size if part.exists() else 0) - have
+                failures = 1 if grown > 0 else failures + 1
+                if failures > self.retries:
+                    raise RunFailed(f"cannot fetch `{url}`: {error!r}, {failures} times in a row") from error
+                time.sleep(min(0.05 * 2**failures, 2.0))
+
+    def _stream(self, url: str, part: Path, low: int, high: int) -> None:
+        with self._client.stream("GET", url, headers={"Range": f"bytes={low}-{high - 1}"}) as reply:
+            _raise_for(reply, url)
+            if reply.status_code != 206:
+                raise RunFailed(f"`{url}` answered {reply.status_code} to a range request", "a proxy in between?")
+            if not reply.headers.get("content-range", "").startswith(f"bytes {low}-{high - 1}/"):
+                raise WeightCorrupt(f"`{url}` answered range `{reply.headers.get('content-range')}`")
+            with open(part, "ab") as file:
+                for chunk in reply.iter_raw():  # as it comes: a chunker would drop what it holds when the line breaks
+                    file.write(chunk)
+                    self._downloaded += len(chunk)
+
+    def _get(self, url: str) -> httpx.Response:
+        failures = 0
+        while True:
+            try:
+                reply = self._client.get(url)
+                _raise_for(reply, url)
+                return reply
+            except (httpx.TransportError, httpx.HTTPStatusError) as error:
+                failures += 1
+                if failures > self.retries:
+                    raise RunFailed(f"cannot reach `{url}`: {error!r}, {failures} times in a row") from error
+                time.sleep(min(0.05 * 2**failures, 2.0))
+
+
+def _checker(path: Path, xxh3: str, version: int) -> Callable[[], None]:
+    def check() -> None:
+        if hash_file(path) != xxh3:
+            raise WeightCorrupt(f"`{path.name}` of version {version} fails its checksum")
+
+    return check
+
+
+def _raise_for(reply: httpx.Response, url: str) -> None:
+    """401 and other refusals end the fetch, 404 means gone, 416 a file that changed, 5xx may be tried again."""
+    code = reply.status_code
+    if code == 401:
+        raise RunFailed(f"`{url}` refuses the token", "engine and hub must belong to the same run")
+    if code == 404:
+        raise _Gone(url)
+    if code == 416:
+        raise WeightCorrupt(f"`{url}` is shorter than its manifest says")
+    if code >= 500:
+        reply.raise_for_status()
+    if code >= 400:
+        raise RunFailed(f"`{url}` answered {code}")

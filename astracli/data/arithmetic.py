@@ -1,0 +1,102 @@
+"""The generated task: seeded addition and subtraction of graded difficulty, with held-out operand pairs.
+
+A problem reads `37+45`. Its worked solution writes every column's sum, lowest digit first and with the carry, then the
+answer: `12 08 \\boxed{82}`. A subtraction column is a - b - borrow + 10, so that it never goes below zero.
+
+Every draw is a pure function of (seed, index): there is no running state, and any draw can be repeated alone.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Sequence
+from typing import Literal
+
+import xxhash
+
+from astracli.data.prompts import Problem
+
+Level = Literal["add2", "sub2", "add3", "sub3"]
+LEVELS: tuple[Level, ...] = ("add2", "sub2", "add3", "sub3")
+
+_SHAPE = {"add2": ("+", 2), "sub2": ("-", 2), "add3": ("+", 3), "sub3": ("-", 3)}
+_HELD_OUT_SEED = 1234
+_QUESTION = re.compile(r"(\d+)([+-])(\d+)", re.ASCII)
+
+
+def is_held_out(op: str, a: int, b: int) -> bool:
+    """Whether an operand pair belongs to the tenth that is only ever evaluated. `a+b` and `b+a` are one pair."""
+    if op == "+" and a < b:
+        a, b = b, a
+    return xxhash.xxh64_intdigest(f"{op}:{a}:{b}".encode()) % 10 == 0
+
+
+def draw(index: int, seed: int, levels: Sequence[str] = LEVELS) -> Problem:
+    """Training problem number `index` (0, 1, 2, ...) of a seed: levels uniformly, never a held-out pair."""
+    level = levels[_bits(seed, index, 0) % len(levels)]
+    return _draw(level, seed, index, held_out=False)
+
+
+def held_out(n: int = 256) -> list[Problem]:
+    """The evaluation items: always the same, distinct pairs, the levels in turns. Raises ValueError for n > 1200."""
+    if not 0 < n <= 1200:
+        raise ValueError(f"{n} held-out items asked for, 1 to 1200 are there")
+    items: dict[str, Problem] = {}
+    pairs: set[tuple[str, int, int]] = set()
+    index = 0
+    while len(items) < n:
+        problem = _draw(LEVELS[len(items) % len(LEVELS)], _HELD_OUT_SEED, index, held_out=True)
+        index += 1
+        a, b = sorted((problem.meta["a"], problem.meta["b"]))
+        pair = (problem.meta["op"], a, b)
+        if pair not in pairs:
+            pairs.add(pair)
+            items[problem.id] = problem
+    return list(items.values())
+
+
+def worked(op: str, a: int, b: int) -> str:
+    """The written-out solution: the columns, lowest digit first, then the boxed answer. Needs a >= b for `-`."""
+    carry = 0
+    columns = []
+    for place in range(len(str(max(a, b)))):
+        x, y = a // 10**place % 10, b // 10**place % 10
+        column = x + y + carry if op == "+" else x - y - carry + 10
+        carry = int(column >= 10) if op == "+" else int(column < 10)
+        columns.append(f"{column:02d}")
+    return f"{' '.join(columns)} \\boxed{{{_result(op, a, b)}}}"
+
+
+def worked_text(question: str) -> str:
+    """`worked` for a problem text: `37+45` -> `12 08 \\boxed{82}`. Raises ValueError for any other text."""
+    match = _QUESTION.fullmatch(question)
+    if match is None:
+        raise ValueError(f"`{question}` is no problem of this family")
+    return worked(match[2], int(match[1]), int(match[3]))
+
+
+def _draw(level: str, seed: int, index: int, *, held_out: bool) -> Problem:
+    op, digits = _SHAPE[level]
+    low, span = 10 ** (digits - 1), 9 * 10 ** (digits - 1)
+    attempt = 0
+    while True:
+        a = low + _bits(seed, index, 2 * attempt + 1) % span
+        b = low + _bits(seed, index, 2 * attempt + 2) % span
+        attempt += 1
+        if op == "-" and a < b:
+            a, b = b, a
+        if is_held_out(op, a, b) == held_out:
+            break
+    question = f"{a}{op}{b}"
+    meta = {"level": level, "op": op, "a": a, "b": b}
+    return Problem(id=f"{level}:{question}", question=question, answer=str(_result(op, a, b)), meta=meta)
+
+
+def _result(op: str, a: int, b: int) -> int:
+    return a + b if op == "+" else a - b
+
+
+def _bits(seed: int, index: int, counter: int) -> int:
+    """64 random bits of one place in the sequence."""
+    return xxhash.xxh64_intdigest(struct.pack("<QQQ", seed, index, counter))

@@ -1,0 +1,266 @@
+"""Problem sets from files and from the Hub: one door for .jsonl, .parquet, `datasets` directories and Hub ids.
+
+`fetch` runs in the supervisor before any process starts and returns a local path; `load` reads that path offline.
+Nothing is dropped: a row without its fields is an error that names the row, and repeated questions are counted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from astracli.data.prompts import Problem
+from astracli.errors import UserError
+
+if TYPE_CHECKING:
+    from astracli.recipe import DataTable, Recipe
+
+DATA_DIR_VARIABLE = "ASTRA_DATA_DIR"
+"""A directory that holds NAME.jsonl files, itself or in `eval/` and `train/`."""
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """A data set on the Hub, and which of its columns are the question and the answer."""
+
+    hub_id: str
+    split: str
+    question_fields: tuple[str, ...] = ("problem", "question")
+    answer_fields: tuple[str, ...] = ("answer",)
+    config: str | None = None
+    final_after: str | None = None
+    """The answer is what follows this mark in the answer column (GSM8K's `####`)."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    problems: list[Problem]
+    duplicates: int
+    """Rows whose question occurred before in the same set; they stay in."""
+
+
+TRAINING_SETS: dict[str, HubSet] = {
+    "deepscaler": HubSet("agentica-org/DeepScaleR-Preview-Dataset", "train"),
+    "dapo": HubSet("open-r1/DAPO-Math-17k-Processed", "train", ("prompt",), ("solution",), config="en"),
+    "gsm8k": HubSet("openai/gsm8k", "train", config="main", final_after="####"),
+}
+"""Training sets known by name; their Hub ids mean the same. The fields of a recipe are not needed for them."""
+
+
+def load(data: DataTable, local_path: str | Path | None = None) -> Loaded:
+    """The problems of a recipe's data table, from what `fetch` returned. Raises UserError."""
+    known = known_set(data.source)
+    path = Path(local_path) if local_path is not None else find_local(data.source)
+    if path is None:
+        raise UserError(f"data.source = `{data.source}` is not on this machine", "fetch it first: `astra train` does")
+    return read_problems(
+        path,
+        split=known.split if known else data.split,
+        question_fields=_fields(data.question_field, known.question_fields if known else ()),
+        answer_fields=_fields(data.answer_field, known.answer_fields if known else ()),
+        final_after=known.final_after if known else None,
+    )
+
+
+def fetch(recipe: Recipe) -> str | None:
+    """Make a recipe's training problems local and check them. The path for `load`; None for the generated family.
+
+    Raises UserError: unknown source, gated or missing on the Hub, missing fields, no rows.
+    """
+    data = recipe.data
+    if data.source == "arithmetic":
+        return None
+    path = find_local(data.source)
+    if path is None:
+        known = known_set(data.source)
+        if known is None and data.source.count("/") != 1:
+            raise _unknown(data.source)
+        path = download(known or HubSet(data.source, data.split), data.revision)
+    load(data, path)
+    return str(path)
+
+
+def known_set(source: str) -> HubSet | None:
+    """A training set by its name or its Hub id."""
+    by_id = {s.hub_id.lower(): s for s in TRAINING_SETS.values()}
+    return TRAINING_SETS.get(source) or by_id.get(source.lower())
+
+
+def find_local(source: str) -> Path | None:
+    """A path, or NAME in ASTRA_DATA_DIR; None when there is neither. Raises UserError for a path that is not there."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path.resolve()
+    if path.suffix in (".jsonl", ".json", ".parquet") or path.is_absolute() or source.startswith((".", "~")):
+        raise UserError(f"no data at `{source}`", "give a .jsonl or .parquet file, a `datasets` directory or a Hub id")
+    return find_in_data_dir(source, "train")
+
+
+def find_in_data_dir(name: str, folder: str) -> Path | None:
+    """NAME.jsonl or NAME.parquet in ASTRA_DATA_DIR, itself or its `folder`; None when there is neither."""
+    root = os.environ.get(DATA_DIR_VARIABLE)
+    if not root:
+        return None
+    if not Path(root).is_dir():
+        raise UserError(f"{DATA_DIR_VARIABLE} = `{root}` is no directory")
+    places = [Path(root, sub, f"{name}{suffix}") for sub in ("", folder) for suffix in (".jsonl", ".parquet")]
+    return next((place.resolve() for place in places if place.is_file()), None)
+
+
+def read_problems(
+    path: Path,
+    *,
+    split: str,
+    question_fields: Sequence[str],
+    answer_fields: Sequence[str],
+    final_after: str | None = None,
+) -> Loaded:
+    """Read a file or directory. The first of the field names that a row has is taken. Raises UserError."""
+    problems: list[Problem] = []
+    questions: set[str] = set()
+    ids: set[str] = set()
+    for number, row in enumerate(read_rows(path, split)):
+        question = _text(row, question_fields, path, number, "data.question_field")
+        answer = _text(row, answer_fields, path, number, "data.answer_field")
+        if final_after and final_after in answer:
+            answer = answer.rsplit(final_after, 1)[1].strip().replace(",", "")
+        name = str(next((row[key] for key in ("id", "unique_id") if row.get(key) is not None), number))
+        while name in ids:
+            name = f"{name}#{number}"
+        ids.add(name)
+        questions.add(question)
+        problems.append(Problem(name, question, answer))
+    if not problems:
+        raise UserError(f"`{path}` holds no rows")
+    return Loaded(problems, len(problems) - len(questions))
+
+
+def read_rows(path: Path, split: str) -> Iterator[dict[str, Any]]:
+    """The rows of a .jsonl or .parquet file, or of one split of a `datasets` directory. Raises UserError."""
+    if path.is_dir():
+        yield from _directory_rows(path, split)
+    elif path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        try:
+            yield from pyarrow.parquet.read_table(path).to_pylist()
+        except (OSError, ValueError) as error:
+            raise UserError(f"`{path}` is no readable Parquet file: {error}") from None
+    else:
+        yield from _jsonl_rows(path)
+
+
+def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise UserError(f"`{path}` line {number} is no JSON object but {type(row).__name__}")
+                yield row
+    except OSError as error:
+        raise UserError(f"cannot read `{path}`: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"`{path}` is not UTF-8 text: {error}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"`{path}` line {number} is not JSON: {error}", "one JSON object a line") from None
+
+
+def _directory_rows(path: Path, split: str) -> Iterator[dict[str, Any]]:
+    import datasets
+
+    try:
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            found = datasets.load_from_disk(str(path))
+        else:
+            found = datasets.load_dataset(str(path))
+    except Exception as error:
+        raise UserError(f"`{path}` is no `datasets` directory: {error}") from None
+    yield from _split(found, split, str(path))
+
+
+def _split(found: Any, split: str, origin: str) -> Iterator[dict[str, Any]]:
+    if isinstance(found, Mapping):
+        if split not in found:
+            raise UserError(f"`{origin}` has no split `{split}`: {', '.join(map(str, found))}", "set data.split")
+        found = found[split]
+    yield from (dict(row) for row in found)
+
+
+def download(source: HubSet, revision: str | None = None) -> Path:
+    """A Hub data set as one local .jsonl file, kept by commit in the cache. Raises UserError when it cannot be had."""
+    from astracli.launch.fetch import fetch_dataset
+
+    snapshot = fetch_dataset(source.hub_id, revision)
+    name = "-".join(filter(None, [source.hub_id.replace("/", "--"), source.config, source.split, snapshot.name[:12]]))
+    target = cache_dir() / "datasets" / f"{name}.jsonl"
+    if not target.exists():
+        _convert(source, snapshot, target)
+    return target
+
+
+def _convert(source: HubSet, snapshot: Path, target: Path) -> None:
+    import datasets
+
+    folder = snapshot / source.config if source.config else None
+    try:
+        if folder is not None and folder.is_dir():
+            found = datasets.load_dataset(str(folder))
+        else:
+            found = datasets.load_dataset(str(snapshot), source.config)
+    except Exception as error:
+        raise UserError(f"data set `{source.hub_id}` cannot be read: {error}") from None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    with partial.open("w", encoding="utf-8") as out:
+        for row in _split(found, source.split, source.hub_id):
+            out.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+    partial.replace(target)
+
+
+def cache_dir() -> Path:
+    """ASTRA_CACHE_DIR, else `astra` in the user's cache directory."""
+    own = os.environ.get("ASTRA_CACHE_DIR")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(own) if own else Path(base) / "astra"
+
+
+def _fields(chosen: str, known: Sequence[str]) -> tuple[str, ...]:
+    """What a known set calls its field, then the recipe's name for it (a local copy may use that)."""
+    return tuple(dict.fromkeys([*known, chosen]))
+
+
+def _text(row: Mapping[str, Any], names: Sequence[str], path: Path, number: int, setting: str) -> str:
+    """The first of the named fields as text. Numbers lose a `.0`, lists are joined with `, `."""
+    where = f"row {number + 1} of `{path}`"
+    for name in names:
+        value: Any = row
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is None:
+            continue
+        if isinstance(value, list) and value and all(isinstance(v, str | int | float) for v in value):
+            value = ", ".join(map(str, value))
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise UserError(f"{where}: field `{name}` is {type(value).__name__}, not text")
+        if not str(value).strip():
+            raise UserError(f"{where}: field `{name}` is empty")
+        return str(value)
+    wanted = " or ".join(f"`{name}`" for name in names)
+    there = ", ".join(f"`{key}`" for key in row) or "none"
+    raise UserError(f"{where} has no field {wanted}; its fields: {there}", f"name the right one with {setting}")
+
+
+def _unknown(source: str) -> UserError:
+    near = difflib.get_close_matches(source, ["arithmetic", *TRAINING_SETS], n=1)
+    hint = f"did you mean `{near[0]}`?" if near else "give a local file, a Hub id `owner/name`, or one of the names"
+    return UserError(f"data.source = `{source}` is unknown; known: arithmetic, {', '.join(TRAINING_SETS)}", hint)

@@ -1,0 +1,110 @@
+"""Problems in the order in which they are asked: a place in the sequence names its problem, and nothing else does.
+
+There is no running state: an index alone says which epoch it falls into and which row it is, so a resumed run, a second
+rollout worker and a repeated lease all get the same problem.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from astracli.errors import UserError
+
+if TYPE_CHECKING:
+    from astracli.recipe import DataTable
+
+MATH_PROMPT = "{question}\nLet's think step by step. Please put your final answer within \\boxed{}."
+"""What a benchmark of written mathematics asks."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question with its answer."""
+
+    id: str
+    """Unique in its source."""
+    question: str
+    answer: str
+    meta: dict[str, Any] = field(default_factory=dict, hash=False)
+
+
+class PromptSource:
+    """The training problems of a recipe: a new seeded order each epoch, endless, addressed by index.
+
+    `local_path` is what `datasets.fetch` returned (None for the generated family). Raises UserError for bad data.
+    """
+
+    def __init__(self, data: DataTable, seed: int, local_path: str | Path | None = None):
+        check_template(data.prompt)
+        self._seed = seed
+        self._levels = list(data.levels)
+        self._template = data.prompt
+        self._rows: Sequence[Problem] | None = None
+        self.duplicates = 0
+        """Rows whose question occurred before."""
+        if data.source == "arithmetic":
+            if not self._levels:
+                raise UserError("data.levels is empty", 'name at least one, for example --set data.levels=["add2"]')
+            return
+        from astracli.data import datasets
+
+        loaded = datasets.load(data, local_path)
+        self._rows = loaded.problems
+        self.duplicates = loaded.duplicates
+
+    def __len__(self) -> int:
+        """Problems in one epoch; the generated family never comes to an end (`sys.maxsize`)."""
+        return sys.maxsize if self._rows is None else len(self._rows)
+
+    def problem(self, index: int) -> Problem:
+        """The problem at place `index` >= 0 of the endless sequence."""
+        if self._rows is None:
+            from astracli.data import arithmetic
+
+            return arithmetic.draw(index, self._seed, self._levels)
+        epoch, place = divmod(index, len(self._rows))
+        return self._rows[_order(len(self._rows), self._seed, epoch)[place]]
+
+    def text(self, problem: Problem) -> str:
+        """What the user turn says for a problem."""
+        return render(self._template, problem.question)
+
+
+@lru_cache(maxsize=4)
+def _order(rows: int, seed: int, epoch: int) -> list[int]:
+    """A permutation of range(rows): rows sorted by a hash of (seed, epoch, row), the same on every machine."""
+    import xxhash
+
+    return sorted(range(rows), key=lambda row: (xxhash.xxh64_intdigest(struct.pack("<QQQ", seed, epoch, row)), row))
+
+
+def render(template: str, question: str) -> str:
+    """Put a question into a prompt. Plain replacement: `\\boxed{}` and braces in the question stay as they are."""
+    return template.replace("{question}", question)
+
+
+def check_template(template: str) -> None:
+    """Raises UserError when a prompt has no place for the question."""
+    if "{question}" not in template:
+        raise UserError(
+            f"data.prompt = `{template}` has no `{{question}}`", "the problem's text goes where `{question}` stands"
+        )
+
+
+def stop_token_ids(tokenizer: Any, model_path: str | Path) -> list[int]:
+    """Token ids that end a completion: the tokenizer's end of sequence and those of generation_config.json."""
+    import json
+
+    found = {tokenizer.eos_token_id}
+    try:
+        declared = json.loads((Path(model_path) / "generation_config.json").read_text()).get("eos_token_id")
+    except (OSError, ValueError):
+        declared = None
+    found |= set(declared) if isinstance(declared, list) else {declared}
+    return sorted(int(token) for token in found if token is not None)

@@ -1,0 +1,234 @@
+"""One benchmark through one engine: ask, check the version, grade, count.
+
+Every item stands in the denominator: an unanswered, aborted-for-good, over-long or ungradable sample is a wrong one
+with its own verdict. A request's random draws depend on (seed, benchmark, item, sample) alone, so the same weights give
+the same samples in any order, and a paired comparison of two versions draws alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import xxhash
+
+from astracli.adapter import chat_prompt_tokens
+from astracli.errors import RunFailed
+from astracli.rl import passk
+from astracli.rl.reward import Grade, GradeItem, GradePool
+
+if TYPE_CHECKING:
+    from astracli.data.benchmarks import Benchmark
+    from astracli.data.prompts import Problem
+    from astracli.engines.client import GenRequest, GenResult
+
+_SHORT_TOKENS = 256
+"""Up to here a completion is so short that one HTTP request carries several samples of an item."""
+_SHORT_SAMPLES = 8
+_PATIENCE_S = 900.0
+"""How long an engine may be away, or abort a request again and again, before the evaluation gives up."""
+
+
+class Engine(Protocol):
+    """What an evaluation needs of `engines.client.EngineClient`."""
+
+    async def generate(self, requests: Sequence[GenRequest]) -> list[GenResult]: ...
+
+    async def health(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn."""
+
+    temperature: float
+    """0 is greedy."""
+    top_p: float
+    max_new_tokens: int
+    context_length: int
+    """Prompt and completion together; a longer prompt is not asked and counts as wrong."""
+    stop_token_ids: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class EvalSample:
+    problem: Problem
+    sample: int
+    """0 to n - 1."""
+    version: int
+    text: str
+    tokens: np.ndarray
+    """int32 [T]"""
+    logprobs: np.ndarray
+    """float32 [T], before temperature"""
+    finish_reason: str
+    """`stop`, `length`, or `prompt_too_long`."""
+    grade: Grade
+
+
+@dataclass(frozen=True)
+class Result:
+    benchmark: str
+    score: passk.Score
+    samples: list[EvalSample] = field(repr=False)
+    """Items in the benchmark's order, samples within. Not in the repr: asyncio may build that."""
+    wall_s: float
+
+    def figures(self) -> dict[str, float | int]:
+        """Everything countable, names with units."""
+        score, total = self.score, max(1, len(self.samples))
+        verdicts = [sample.grade.verdict for sample in self.samples]
+        tokens = sum(len(sample.tokens) for sample in self.samples)
+        return {
+            **score_figures(score),
+            "wall_s": round(self.wall_s, 3),
+            "tokens": tokens,
+            "response_tokens_mean": tokens / total,
+            "truncated_fraction": sum(sample.finish_reason == "length" for sample in self.samples) / total,
+            "no_answer_fraction": verdicts.count("no_answer") / total,
+            "timeouts": verdicts.count("timeout"),
+            "errors": verdicts.count("error"),
+            "prompts_too_long": sum(sample.finish_reason == "prompt_too_long" for sample in self.samples),
+        }
+
+
+def score_figures(score: passk.Score) -> dict[str, float | int]:
+    return {
+        "items": score.items,
+        "n": score.n,
+        "avg_at_n": score.avg_at_n,
+        "stderr": score.stderr,
+        "k": score.k,
+        "pass_at_k": score.pass_at_k,
+    }
+
+
+def sample_seed(seed: int, benchmark: str, problem_id: str, sample: int) -> int:
+    """63-bit seed of one sample's draws; the weight version has no part in it."""
+    return xxhash.xxh64_intdigest(f"{seed}\n{benchmark}\n{problem_id}\n{sample}".encode()) >> 1
+
+
+async def evaluate_benchmark(
+    engine: Engine,
+    benchmark: Benchmark,
+    tokenizer: Any,
+    pool: GradePool,
+    *,
+    sampling: Sampling,
+    samples: int | None = None,
+    version: int | None = None,
+    pass_k: int | None = None,
+    max_concurrency: int = 64,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Result:
+    """Sample every item `samples` times (None: the benchmark's own) and score it.
+
+    At most `max_concurrency` samples are with the engine at once. `version` is the weight version that must have
+    answered; None takes any. `on_progress(done, total)` counts samples. Raises RunFailed when another version answers,
+    or when the engine does not come back.
+    """
+    started = time.monotonic()
+    n = samples or benchmark.samples
+    chunk = min(_SHORT_SAMPLES, max_concurrency) if sampling.max_new_tokens <= _SHORT_TOKENS else 1
+    gate = asyncio.Semaphore(max(1, max_concurrency // chunk))
+    total = n * len(benchmark.items)
+    found: dict[tuple[int, int], EvalSample] = {}
+
+    async def ask(place: int, problem: Problem, prompt: list[int], numbers: range) -> None:
+        room = min(sampling.max_new_tokens, sampling.context_length - len(prompt))
+        if room <= 0:
+            done = [_unasked(problem, i, version or 0) for i in numbers]
+        else:
+            requests = [_request(benchmark.name, problem, prompt, i, room, sampling) for i in numbers]
+            async with gate:
+                answers = await generate_all(engine, requests, version)
+            done = await _grade(problem, numbers, answers, tokenizer, pool)
+        found.update({(place, sample.sample): sample for sample in done})
+        if on_progress is not None:
+            on_progress(len(found), total)
+
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for place, problem in enumerate(benchmark.items):
+                prompt = chat_prompt_tokens(tokenizer, benchmark.text(problem))
+                for first in range(0, n, chunk):
+                    tasks.create_task(ask(place, problem, prompt, range(first, min(n, first + chunk))))
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    ordered = [found[place, i] for place in range(len(benchmark.items)) for i in range(n)]
+    right = [[s.grade.verdict == "right" for s in ordered[i : i + n]] for i in range(0, total, n)]
+    return Result(benchmark.name, passk.score(right, pass_k or benchmark.pass_k), ordered, time.monotonic() - started)
+
+
+async def generate_all(engine: Engine, requests: Sequence[GenRequest], version: int | None) -> list[GenResult]:
+    """One finished answer per request; what comes back aborted, or meets an engine that restarts, is sent again.
+
+    Raises RunFailed: another version answered, a healthy engine fails three times, or patience is at its end.
+    """
+    answers: dict[int, GenResult] = {}
+    deadline = time.monotonic() + _PATIENCE_S
+    pause_s, refusals = 0.05, 0
+    while True:
+        todo = [i for i in range(len(requests)) if i not in answers]
+        failure: RunFailed | None = None
+        try:
+            replies = await engine.generate([requests[i] for i in todo])
+        except RunFailed as error:
+            replies, failure = [], error
+            refusals += await engine.health()
+        for i, reply in zip(todo, replies, strict=False):
+            if reply.finish_reason != "abort":
+                _check_version(reply, version)
+                answers[i] = reply
+        if len(answers) == len(requests):
+            return [answers[i] for i in range(len(requests))]
+        if refusals == 3 or time.monotonic() > deadline:
+            raise failure or RunFailed(f"the engine aborted an evaluation request for {_PATIENCE_S:g} s")
+        await asyncio.sleep(pause_s)
+        pause_s = min(2.0, 2 * pause_s)
+
+
+def _check_version(reply: GenResult, version: int | None) -> None:
+    if version is None or (reply.version == version and reply.version_start == version):
+        return
+    other = reply.version if reply.version != version else reply.version_start
+    raise RunFailed(
+        f"an evaluation pinned to version {version} was answered by version {other}",
+        "the engine was updated while it was pinned; its log and the rollout worker's say when",
+    )
+
+
+def _request(
+    benchmark: str, problem: Problem, prompt: list[int], sample: int, room: int, sampling: Sampling
+) -> GenRequest:
+    from astracli.engines.client import GenRequest
+
+    return GenRequest(
+        input_ids=prompt,
+        max_new_tokens=room,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        stop_token_ids=list(sampling.stop_token_ids),
+        seed=sample_seed(sampling.seed, benchmark, problem.id, sample),
+    )
+
+
+async def _grade(
+    problem: Problem, numbers: Sequence[int], answers: Sequence[GenResult], tokenizer: Any, pool: GradePool
+) -> list[EvalSample]:
+    texts = [tokenizer.decode(answer.tokens.tolist(), skip_special_tokens=True) for answer in answers]
+    grades = await pool.agrade([GradeItem(problem.question, problem.answer, text) for text in texts])
+    return [
+        EvalSample(problem, i, answer.version, text, answer.tokens, answer.logprobs, answer.finish_reason, grade)
+        for i, answer, text, grade in zip(numbers, answers, texts, grades, strict=True)
+    ]
+
+
+def _unasked(problem: Problem, sample: int, version: int) -> EvalSample:
+    empty = (np.zeros(0, np.int32), np.zeros(0, np.float32))
+    return EvalSample(problem, sample, version, "", *empty, "prompt_too_long", Grade(0.0, "no_answer"))

@@ -1,0 +1,143 @@
+"""Is a completion's final answer the right one? The rules for mathematics, without processes and time limits.
+
+The answer is the last `\\boxed{...}`; a completion without any box is read by its last number, unless the box is
+required. Two plain integers are compared as text (`quick`); everything else goes to math-verify (`thorough`), which may
+take for ever on a hostile input: call it where it can be killed (`astracli.rl.reward.GradePool`).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from astracli.rl.types import Verdict
+
+Extraction = Literal["boxed_or_last_number", "boxed"]
+
+_BOX = re.compile(r"\\f?boxed\s*\{")
+_NEGATED = re.compile(r"(?:^|[=\s$({,])-\\*$")
+"""What stands before a box whose minus sign was left outside: `x = -\\boxed{3}`."""
+_NUMBER = re.compile(r"[-−+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?", re.ASCII)
+_INTEGER = re.compile(r"([+-]?)(\d{1,3}(?:,\d{3})+|\d+)\.?", re.ASCII)
+_BARE_BEFORE = frozenset(" \t\n$=:(€£*")
+_BARE_AFTER = re.compile(r"\.?(?:[\s$,;:!?)*]|$)")
+_DRESSING = str.maketrans("", "", "$ \t\n\r")
+
+
+def grade_math(gold: str, text: str, extraction: Extraction = "boxed_or_last_number") -> Verdict:
+    """`right`, `wrong`, `no_answer` (nothing to read) or `error` (math-verify failed on it)."""
+    verdict = quick(gold, text, extraction)
+    return thorough(gold, text, extraction) if verdict is None else verdict
+
+
+def quick(gold: str, text: str, extraction: Extraction = "boxed_or_last_number") -> Verdict | None:
+    """The verdict when no algebra is needed, else None. Linear in the text; never slow."""
+    answer, boxed = read_answer(text, extraction)
+    if answer is None:
+        return "no_answer" if boxed or extraction == "boxed" or not _readable(text) else None
+    wanted, found = integer(gold), integer(answer)
+    if wanted is not None and found is not None:
+        if wanted == found and (boxed or _ends_bare(text)):
+            return "right"
+        return "wrong" if boxed else None
+    return "right" if boxed and answer.strip() == gold.strip() else None
+
+
+def thorough(gold: str, text: str, extraction: Extraction = "boxed_or_last_number") -> Verdict:
+    """The verdict by math-verify, for what `quick` leaves open."""
+    answer, boxed = read_answer(text, extraction)
+    parse, verify = load_math_verify()
+    one_box = boxed and len(_BOX.findall(text)) == 1
+    try:
+        found = parse(f"\\boxed{{{answer}}}" if one_box else text, parsing_timeout=None)
+        if not found:
+            return "no_answer"
+        return "right" if verify(_parse_gold(gold), found, timeout_seconds=None) else "wrong"
+    except Exception:
+        return "error"
+
+
+def read_answer(text: str, extraction: Extraction) -> tuple[str | None, bool]:
+    """The final answer as written, and whether it stood in a box.
+
+    The last box counts, and one that is never closed holds no answer: (None, True).
+    """
+    boxes = list(_BOX.finditer(text))
+    if boxes:
+        content = _balanced(text, boxes[-1].end())
+        if content is None or not content.strip():
+            return None, True
+        return ("-" if _NEGATED.search(text, 0, boxes[-1].start()) else "") + content, True
+    if extraction == "boxed":
+        return None, False
+    numbers = _NUMBER.findall(text)
+    return (numbers[-1] if numbers else None), False
+
+
+def integer(text: str) -> str | None:
+    """The canonical form of a plain integer (`$ +1,024.$` -> `1024`, `007` -> `7`, `-0` -> `0`), else None."""
+    plain = text.translate(_DRESSING).replace("{,}", ",").replace("\\!", "").replace("−", "-")
+    match = _INTEGER.fullmatch(plain)
+    if match is None:
+        return None
+    digits = match[2].replace(",", "").lstrip("0") or "0"
+    return f"-{digits}" if match[1] == "-" and digits != "0" else digits
+
+
+def math_verify_loaded() -> bool:
+    return "math_verify" in sys.modules
+
+
+@lru_cache(maxsize=1)
+def load_math_verify() -> tuple[Any, Any]:
+    """(parse, verify). Importing it takes about a second, so nothing does until an answer needs it."""
+    import logging
+
+    from math_verify import parse, verify
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    return parse, verify
+
+
+@lru_cache(maxsize=4096)
+def _parse_gold(gold: str) -> Any:
+    """Golds are wrapped in a box: math-verify reads bare ones as prose."""
+    parse, _ = load_math_verify()
+    wrapped = gold if "\\boxed" in gold else f"\\boxed{{{gold.strip().strip('$')}}}"
+    return parse(wrapped, parsing_timeout=None)
+
+
+def _balanced(text: str, start: int) -> str | None:
+    """The text from `start` to the brace that closes what opened just before it; None when none does."""
+    depth = 1
+    i = start
+    while i < len(text):
+        char = text[i]
+        if char == "\\":
+            i += 1
+        elif char == "{":
+            depth += 1
+        elif char == "}":
+            depth -= 1
+            if depth == 0:
+                return text[start:i]
+        i += 1
+    return None
+
+
+def _ends_bare(text: str) -> bool:
+    """Whether the last number stands alone, not inside a formula such as `8/3` or `\\sqrt{5}`."""
+    numbers = list(_NUMBER.finditer(text))
+    if not numbers:
+        return False
+    last = numbers[-1]
+    before = text[last.start() - 1 : last.start()]
+    return (not before or before in _BARE_BEFORE) and _BARE_AFTER.match(text, last.end()) is not None
+
+
+def _readable(text: str) -> bool:
+    """Whether prose without a number may still hold an answer: a formula, or a word after 'answer'."""
+    return "$" in text or "\\" in text or "answer" in text.lower()

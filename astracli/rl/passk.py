@@ -1,0 +1,68 @@
+"""Figures of merit of repeated sampling: avg@n with its standard error, and the unbiased pass@k.
+
+pass@k of one item with c right of n samples is 1 - C(n-c, k) / C(n, k), the share of k-subsets that hold a right one
+(Chen et al. 2021, arXiv 2107.03374). All figures are fractions in [0, 1].
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Probability that k of the n samples, drawn without replacement, hold at least one of the c right ones."""
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass@{k} of {c} right among {n} samples")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One benchmark's result."""
+
+    items: int
+    n: int
+    """Samples per item."""
+    avg_at_n: float
+    """Mean over items of the share of right samples."""
+    stderr: float
+    """Standard error of `avg_at_n` over items: sd (unbiased) / sqrt(items); 0 for a single item."""
+    k: int
+    pass_at_k: float
+
+
+def score(right: Sequence[Sequence[bool]], k: int) -> Score:
+    """Score of right[item][sample]; every item has the same number of samples. `k` is cut to that number.
+
+    Raises ValueError without items, or with ragged ones.
+    """
+    sizes = {len(samples) for samples in right}
+    if len(sizes) != 1 or sizes == {0}:
+        raise ValueError(f"{len(right)} items with {sorted(sizes)} samples")
+    (n,) = sizes
+    k = min(k, n)
+    counts = [sum(map(bool, samples)) for samples in right]
+    shares = [c / n for c in counts]
+    spread = statistics.stdev(shares) / math.sqrt(len(shares)) if len(shares) > 1 else 0.0
+    passed = statistics.fmean(pass_at_k(n, c, k) for c in counts)
+    return Score(len(right), n, statistics.fmean(shares), spread, k, passed)
+
+
+def overall(scores: Sequence[Score]) -> Score:
+    """Unweighted mean over benchmarks: each counts the same, however many items it has. Raises ValueError without any.
+
+    `items` is the sum; `n` and `k` are the smallest among them (the benchmarks' own rows say theirs).
+    """
+    if not scores:
+        raise ValueError("no benchmarks")
+    return Score(
+        items=sum(s.items for s in scores),
+        n=min(s.n for s in scores),
+        avg_at_n=statistics.fmean(s.avg_at_n for s in scores),
+        stderr=math.sqrt(sum(s.stderr**2 for s in scores)) / len(scores),
+        k=min(s.k for s in scores),
+        pass_at_k=statistics.fmean(s.pass_at_k for s in scores),
+    )

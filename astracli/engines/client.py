@@ -1,0 +1,264 @@
+"""The one client for every engine: async HTTP in SGLang's form, for the embedded engine and for SGLang itself."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from astracli.errors import RunFailed
+
+if TYPE_CHECKING:
+    import httpx
+
+STAGED_LOADER = "astracli.weights.sglang_loader.apply_staged"
+"""`load_format` of an update that applies what is staged beside the engine."""
+_RETRY_S = 0.1
+
+
+@dataclass(frozen=True)
+class GenRequest:
+    """One completion to generate."""
+
+    input_ids: Sequence[int]
+    """The prompt, and the tokens generated before when a completion is continued."""
+    max_new_tokens: int
+    temperature: float = 1.0
+    """0 = greedy"""
+    top_p: float = 1.0
+    stop_token_ids: Sequence[int] = ()
+    seed: int = 0
+    """64-bit; the draw at completion position t depends on (seed, t) alone."""
+    draw_offset: int = 0
+    """Tokens of this completion that are already in `input_ids`."""
+    rid: str | None = None
+
+
+@dataclass(frozen=True)
+class GenResult:
+    """What one request produced."""
+
+    tokens: np.ndarray
+    """int32 [t], the stop token included"""
+    logprobs: np.ndarray
+    """float32 [t], untempered"""
+    finish_reason: Literal["stop", "length", "abort"]
+    version: int
+    """Weights in force at the end."""
+    version_start: int
+    """Weights in force at the first token; differs only for a request kept through an update."""
+    rid: str
+
+
+@dataclass(frozen=True)
+class Update:
+    """The engine's answer to a weight update."""
+
+    success: bool
+    message: str
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Where the time went, when the engine says: decode_s, apply_s, verify_s, write_s."""
+
+
+class EngineClient:
+    """Talks to one engine. Every error it cannot mend is a RunFailed that names the engine and its URL."""
+
+    def __init__(
+        self, url: str, token: str, *, name: str = "engine", not_serving_s: float = 120.0, control_s: float = 600.0
+    ):
+        import httpx
+
+        self.url = url.rstrip("/")
+        self.name = name
+        self.not_serving_s = not_serving_s
+        """A 503 of `/generate` is retried this long."""
+        self._control_s = control_s
+        self._http: httpx.AsyncClient = httpx.AsyncClient(
+            base_url=self.url,
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=None,
+            trust_env=False,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+        )
+
+    async def __aenter__(self) -> EngineClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    # -- readiness
+
+    async def health(self) -> bool:
+        """Whether the engine is up with its model loaded. A refused connection is False, a wrong token raises."""
+        import httpx
+
+        try:
+            reply = await self._http.get("/health_generate", timeout=30.0)
+        except httpx.TransportError:
+            return False
+        if reply.status_code == 401:
+            raise self._failure("refused the run's token")
+        return reply.status_code == 200
+
+    async def wait_ready(self, timeout: float) -> None:
+        """Wait until `health` is True. Raises RunFailed after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while not await self.health():
+            if time.monotonic() > deadline:
+                raise self._failure(f"was not ready within {timeout:g} s", "read its log in the run directory")
+            await asyncio.sleep(_RETRY_S)
+
+    async def model_info(self) -> dict[str, Any]:
+        """model_path, weight_version (a string); the embedded engine adds serving, problem, running, ..."""
+        return await self._send("GET", "/model_info")
+
+    # -- generation
+
+    async def generate(self, requests: Sequence[GenRequest]) -> list[GenResult]:
+        """Generate all, in one call; results in the order of the requests. Waits for as long as it takes.
+
+        Raises RunFailed when the engine dies, refuses a request, or does not serve for `not_serving_s`.
+        """
+        if not requests:
+            return []
+        body = _generate_body(requests)
+        deadline = time.monotonic() + self.not_serving_s
+        while True:
+            reply = await self._request("POST", "/generate", body, timeout=None)
+            if reply.status_code != 503 or time.monotonic() > deadline:
+                break
+            await asyncio.sleep(_RETRY_S)
+        answers = self._content(reply, "/generate")
+        if not isinstance(answers, list) or len(answers) != len(requests):
+            raise self._failure(f"answered /generate with something else than {len(requests)} results")
+        return [_result(answer) for answer in answers]
+
+    async def abort(self, rids: Collection[str]) -> None:
+        """End these requests; each returns what it has, with finish reason `abort`."""
+        await self._send("POST", "/abort_request", {"rid": list(rids)})
+
+    async def abort_all(self) -> None:
+        """End every request; each returns what it has, with finish reason `abort`."""
+        await self._send("POST", "/abort_request", {"abort_all": True})
+
+    # -- weights
+
+    async def pause(self, mode: Literal["abort", "retract", "in_place"] = "abort") -> None:
+        await self._send("POST", "/pause_generation", {"mode": mode})
+
+    async def resume(self) -> None:
+        await self._send("POST", "/continue_generation", {})
+
+    async def flush(self) -> None:
+        await self._send("POST", "/flush_cache", {})
+
+    async def apply_staged(self, version: int, *, flush: bool = True) -> Update:
+        """Apply what is staged for this engine. A failed update is an answer, not an exception: stage a full payload
+        and apply again."""
+        body = {
+            "serialized_named_tensors": [],
+            "load_format": STAGED_LOADER,
+            "weight_version": str(version),
+            "flush_cache": flush,
+        }
+        return await self._update("/update_weights_from_tensor", body)
+
+    async def load_directory(self, path: str, version: int) -> Update:
+        """Load a whole Hugging Face checkpoint directory that the engine can read."""
+        return await self._update("/update_weights_from_disk", {"model_path": path, "weight_version": str(version)})
+
+    async def set_version(self, version: int) -> None:
+        """Change the label of the present weights."""
+        await self._send("POST", "/update_weight_version", {"new_version": str(version)})
+
+    async def _update(self, path: str, body: Mapping[str, Any]) -> Update:
+        reply = await self._request("POST", path, body, timeout=self._control_s)
+        if reply.status_code == 400:
+            document = _json(reply)
+            if isinstance(document, dict) and "success" in document:
+                return Update(False, str(document.get("message", "")))
+        document = self._content(reply, path)
+        return Update(bool(document["success"]), str(document.get("message", "")), document.get("seconds") or {})
+
+    # -- transport
+
+    async def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        return self._content(await self._request(method, path, body, timeout=self._control_s), path)
+
+    async def _request(
+        self, method: str, path: str, body: Mapping[str, Any] | None, *, timeout: float | None
+    ) -> httpx.Response:
+        import httpx
+
+        try:
+            return await self._http.request(method, path, json=body, timeout=timeout)
+        except httpx.TimeoutException:
+            raise self._failure(f"did not answer {path} within {timeout:g} s") from None
+        except httpx.TransportError as error:
+            raise self._failure(f"is gone: {error or type(error).__name__} ({path})", "read its log") from None
+
+    def _content(self, reply: httpx.Response, path: str) -> Any:
+        document = _json(reply)
+        if reply.status_code == 200 and document is not None:
+            return document
+        problem = document.get("error") if isinstance(document, dict) else None
+        message = problem.get("message") if isinstance(problem, dict) else None
+        detail = message or (document.get("message") if isinstance(document, dict) else None) or reply.text[:300]
+        raise self._failure(f"answered {path} with {reply.status_code}: {detail}")
+
+    def _failure(self, what: str, hint: str | None = None) -> RunFailed:
+        return RunFailed(f"{self.name} at {self.url} {what}", hint)
+
+
+def _json(reply: httpx.Response) -> Any:
+    """The body as JSON; an empty or textual 200 (SGLang's control routes) becomes {"message": text}."""
+    try:
+        return reply.json()
+    except ValueError:
+        return {"message": reply.text[:300]} if reply.status_code == 200 else None
+
+
+def _generate_body(requests: Sequence[GenRequest]) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "input_ids": [[int(token) for token in request.input_ids] for request in requests],
+        "sampling_params": [
+            {
+                "temperature": request.temperature,
+                "top_p": request.top_p,
+                "max_new_tokens": request.max_new_tokens,
+                "stop_token_ids": [int(token) for token in request.stop_token_ids],
+                "sampling_seed": request.seed,
+            }
+            for request in requests
+        ],
+        "return_logprob": True,
+    }
+    if any(request.draw_offset for request in requests):
+        body["draw_offset"] = [request.draw_offset for request in requests]
+    if all(request.rid is not None for request in requests):
+        body["rid"] = [request.rid for request in requests]
+    return body
+
+
+def _result(answer: Mapping[str, Any]) -> GenResult:
+    meta = answer["meta_info"]
+    version = int(meta["weight_version"])
+    return GenResult(
+        tokens=np.array(answer["output_ids"], np.int32),
+        logprobs=np.array([entry[0] for entry in meta["output_token_logprobs"]], np.float32),
+        finish_reason=meta["finish_reason"]["type"],
+        version=version,
+        version_start=int(meta.get("weight_version_start", version)),
+        rid=meta["id"],
+    )

@@ -1,0 +1,70 @@
+"""`astra adapters`: list, show and check model adapters."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from astracli.cli.options import JsonOpt
+from astracli.cli.output import out
+
+app = typer.Typer(help="List, show and check model adapters.", rich_markup_mode=None, no_args_is_help=True)
+NameArg = Annotated[str, typer.Argument(metavar="ADAPTER", help="Adapter name.")]
+
+
+@app.command("list")
+def list_(json: JsonOpt = False) -> None:
+    """List the installed adapters, the model types that they claim, and what is wrong with a broken one."""
+    from astracli import registry
+
+    found = [item.to_json() for item in registry.installed()]
+    if json:
+        out(json).document(found)
+        return
+    rows = [
+        [
+            a["name"],
+            ", ".join(a["model_types"]) or "-",
+            a["package"],
+            f"broken: {a['error']}" if a["error"] else a["summary"],
+        ]
+        for a in found
+    ]
+    out().table(["adapter", "model types", "package", "summary"], rows)
+
+
+@app.command()
+def show(name: NameArg, json: JsonOpt = False) -> None:
+    """Show what an adapter declares."""
+    from astracli import registry
+
+    adapter = registry.get(name)
+    facts = {
+        "name": adapter.name,
+        "summary": adapter.summary,
+        "model_types": list(adapter.model_types),
+        "hybrid": adapter.hybrid,
+        "keep_fp32": list(adapter.keep_fp32),
+        "frozen": list(adapter.frozen),
+        "parity_tolerance": dict(adapter.parity_tolerance),
+        "forbidden": [
+            {"backend": f.backend, "compute_capabilities": list(f.compute_capabilities), "reason": f.reason}
+            for f in adapter.forbidden
+        ],
+    }
+    out(json).document(facts) if json else out().facts(facts)
+
+
+@app.command()
+def check(name: NameArg, json: JsonOpt = False) -> None:
+    """Build the adapter's smallest model and check its names, dtypes and blocks. Exit 1 when one is wrong."""
+    from astracli import adapter_check, registry
+
+    adapter = registry.get(name)
+    report = adapter_check.check(adapter)
+    if json:
+        out(json).document(report)
+    else:
+        out().table(["check", "status", "finding"], [[c["name"], c["status"], c["value"]] for c in report["checks"]])
+    raise typer.Exit(0 if report["ok"] else 1)

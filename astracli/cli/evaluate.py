@@ -1,0 +1,95 @@
+"""`astra eval`: avg@n and pass@k of weights on a recipe's benchmarks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from astracli.cli.options import DryRunOpt, JsonOpt, RecipeArg, RecipeOpt, SetOpt, load_recipe, one_name
+from astracli.cli.output import out
+from astracli.cli.plan_view import print_plan
+from astracli.errors import UserError
+
+if TYPE_CHECKING:
+    from astracli.run_dir import RunDir
+
+
+def evaluate(
+    recipe_name: RecipeArg = None,
+    recipe: RecipeOpt = None,
+    set_: SetOpt = None,
+    weights: Annotated[
+        str | None,
+        typer.Option("--weights", metavar="DIR", help="Checkpoint directory or Hub id; default the recipe's model."),
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", metavar="RUN_DIR", help="Evaluate this run's export by its own recipe.")
+    ] = None,
+    benchmark: Annotated[
+        list[str] | None, typer.Option("--benchmark", metavar="NAME", help="Only this benchmark; may be repeated.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option("--samples", min=1, help="Samples an item.")] = None,
+    dry_run: DryRunOpt = False,
+    json: JsonOpt = False,
+) -> None:
+    """Evaluate a model, or the newest run.
+
+    Without a recipe: the newest run under runs/ that has an export, by its own recipe.
+    With one: its model, or --weights.
+    """
+    from astracli import recipe_io
+    from astracli.run_dir import existing
+
+    run: RunDir | None = None
+    if one_name(recipe_name, recipe) is not None:
+        if run_dir is not None:
+            raise UserError(
+                "both a recipe and --run-dir given", "--run-dir takes the run's own recipe; leave the other out"
+            )
+        loaded = load_recipe(recipe_name, recipe, set_, "eval")
+    else:
+        run = _exported(existing(run_dir)) if run_dir is not None else newest_exported()
+        loaded = recipe_io.from_json(run.recipe_json, set_ or ())
+        weights = weights or str(run.export)
+        out().note(f"evaluating {weights} by the recipe of {run.path}")
+
+    if dry_run:
+        print_plan(loaded, "eval", out(json))
+        return
+    from astracli.launch import run as launch
+
+    raise typer.Exit(
+        launch.evaluate(
+            loaded,
+            weights=weights,
+            run_dir=run.path if run else None,
+            benchmarks=benchmark,
+            samples=samples,
+            as_json=json,
+        )
+    )
+
+
+def newest_exported(root: Path = Path("runs")) -> RunDir:
+    """The newest run under `root` that has an export. Raises UserError when there is none."""
+    from astracli.run_dir import list_runs
+
+    runs = list_runs(root)
+    for run in runs:
+        if (run.export / "config.json").is_file():
+            return run
+    have = f"{len(runs)} runs under `{root}`, none with an export" if runs else f"no runs under `{root}`"
+    raise UserError(
+        f"nothing to evaluate: {have}", "train one with `astra train RECIPE`, or name a recipe: `astra eval RECIPE`"
+    )
+
+
+def _exported(run: RunDir) -> RunDir:
+    if not (run.export / "config.json").is_file():
+        raise UserError(
+            f"run `{run.path}` has no export (state: {run.shown_state()})",
+            f"finish it with `astra train --resume {run.path}`",
+        )
+    return run

@@ -1,0 +1,96 @@
+"""`astra`: the commands, and the one boundary that turns errors into messages and exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from astracli.cli import adapters, doctor, evaluate, recipes, rollout, runs, train
+from astracli.cli.output import Output
+from astracli.errors import AstraError
+
+app = typer.Typer(
+    name="astra",
+    help="Post-train language models with reinforcement learning on verifiable rewards.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+)
+app.command("train")(train.train)
+app.command("rollout")(rollout.rollout)
+app.command("eval")(evaluate.evaluate)
+app.command("doctor")(doctor.doctor)
+app.add_typer(recipes.app, name="recipes")
+app.add_typer(adapters.app, name="adapters")
+app.add_typer(runs.app, name="runs")
+
+COMMANDS = ("train", "rollout", "eval", "doctor", "recipes", "adapters", "runs")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"astra {version('astracli')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run `astra` and leave the process with its exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    sys.exit(run(sys.argv[1:] if args is None else args))
+
+
+def run(args: list[str]) -> int:
+    """One command line -> exit code. Errors end here as a message; `ASTRA_DEBUG=1` adds the traceback."""
+    talk = Output()
+    try:
+        code = app(args=args, prog_name="astra", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except typer.TyperException as error:
+        talk.error(_lower(error.format_message()), _usage_hint(args))
+        return error.exit_code
+    except AstraError as error:
+        _debug()
+        talk.error(error.message, error.hint)
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        talk.error("interrupted")
+        return 130
+    except Exception as error:
+        _debug()
+        message = str(error).strip().partition("\n")[0]
+        talk.error(
+            f"unexpected {type(error).__name__}" + (f": {message}" if message else ""),
+            "run it again with ASTRA_DEBUG=1 for the traceback; the processes of a run log to RUN_DIR/logs",
+        )
+        return 1
+
+
+def _debug() -> None:
+    if os.environ.get("ASTRA_DEBUG") == "1":
+        import traceback
+
+        traceback.print_exc()
+
+
+def _lower(text: str) -> str:
+    text = text.strip().rstrip(".")
+    return text[:1].lower() + text[1:]
+
+
+def _usage_hint(args: list[str]) -> str:
+    """The help page nearest to a command line that did not parse."""
+    first = args[0] if args else ""
+    return f"`astra {first} --help` shows what it takes" if first in COMMANDS else "`astra --help` lists the commands"

@@ -1,0 +1,75 @@
+"""Option types that the commands share, and how a recipe is named on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from astracli.errors import UserError
+
+if TYPE_CHECKING:
+    from astracli.recipe import Recipe
+
+
+def complete_recipe(incomplete: str) -> Iterator[tuple[str, str]]:
+    """Shipped recipe names for the shell, with their descriptions."""
+    from astracli import recipe_io
+
+    yield from ((info.name, info.description) for info in recipe_io.shipped() if info.name.startswith(incomplete))
+
+
+def complete_run(incomplete: str) -> Iterator[str]:
+    """Names of the runs under runs/ for the shell, newest first."""
+    from astracli import run_dir
+
+    yield from (run.name for run in run_dir.list_runs() if run.name.startswith(incomplete))
+
+
+RecipeArg = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[RECIPE]", help="Shipped recipe name or path of a .toml file.", autocompletion=complete_recipe
+    ),
+]
+RecipeOpt = Annotated[
+    str | None,
+    typer.Option("--recipe", metavar="RECIPE", help="The same as an option.", autocompletion=complete_recipe),
+]
+SetOpt = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one recipe value; may be repeated.")
+]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+DryRunOpt = Annotated[bool, typer.Option("--dry-run", help="Print the plan and start nothing.")]
+RunDirOpt = Annotated[
+    Path | None, typer.Option("--run-dir", metavar="DIR", help="Run directory; default runs/RECIPE-YYYYmmdd-HHMMSS.")
+]
+ResumeOpt = Annotated[
+    Path | None, typer.Option("--resume", metavar="RUN_DIR", help="Continue the run in RUN_DIR from its checkpoint.")
+]
+RunArg = Annotated[str, typer.Argument(metavar="RUN", help="Run name or directory.", autocompletion=complete_run)]
+OptionalRunArg = Annotated[
+    str | None,
+    typer.Argument(metavar="[RUN]", help="Run name or directory; default the newest run.", autocompletion=complete_run),
+]
+
+
+def one_name(positional: str | None, option: str | None) -> str | None:
+    """The recipe that a command line names, as an argument or as an option. Raises UserError when it names two."""
+    if positional and option and positional != option:
+        raise UserError(f"two recipes given: `{positional}` and `--recipe {option}`", "give one of them")
+    return positional or option
+
+
+def load_recipe(positional: str | None, option: str | None, overrides: list[str] | None, command: str) -> Recipe:
+    """The recipe that a command line names, loaded with its overrides. Raises UserError."""
+    from astracli import recipe_io
+
+    name = one_name(positional, option)
+    if name is None:
+        raise UserError(
+            "no recipe given", f"for example `astra {command} qwen3.5-tiny-m2po-delta`; all: `astra recipes list`"
+        )
+    return recipe_io.load(name, overrides or ())

@@ -1,0 +1,134 @@
+"""What a command prints: data on stdout as text or JSON, talk (notes, hints, warnings, errors) on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import typer
+
+WIDTH = 100
+"""Columns that a table may take."""
+
+
+class Output:
+    """Where a command hands its result. With `as_json` every result is one JSON document on stdout, and no tables."""
+
+    def __init__(self, as_json: bool = False):
+        self.as_json = as_json
+
+    def document(self, value: Any) -> None:
+        """Print a JSON document."""
+        _print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+    def text(self, text: str) -> None:
+        """Print plain result text."""
+        _print(text)
+
+    def table(self, headers: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None) -> None:
+        """Print aligned columns, at most WIDTH wide: the last column wraps."""
+        if title:
+            _print(title)
+        _print("\n".join(table_lines(headers, rows)))
+
+    def facts(self, document: Mapping[str, Any], title: str | None = None) -> None:
+        """Print a nested document as titled two-column tables."""
+        for name, headers, rows in sections(document, title):
+            self.table(headers, rows, name)
+            _print()
+
+    def note(self, text: str) -> None:
+        """Say something that is not the result."""
+        print(text, file=sys.stderr)
+
+    def hint(self, text: str) -> None:
+        """Say what to do next."""
+        print(f"hint: {text}", file=sys.stderr)
+
+    def warning(self, text: str) -> None:
+        """Say what may go wrong."""
+        print(f"warning: {text}", file=sys.stderr)
+
+    def error(self, message: str, hint: str | None = None) -> None:
+        """Say what happened and what to do: the last words of a command that failed."""
+        print(f"error: {message}", file=sys.stderr)
+        if hint:
+            print(f"\nhint: {hint}", file=sys.stderr)
+
+
+def _print(text: str = "") -> None:
+    """Write to stdout at once. When its reader has gone, with all that it wanted, the command ends well and quietly."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+
+
+def table_lines(headers: Sequence[str], rows: Sequence[Sequence[Any]], width: int = WIDTH) -> list[str]:
+    """Aligned text columns; numbers to the right; the last column is wrapped to keep the table within `width`."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    columns = len(headers) if headers else max((len(row) for row in cells), default=0)
+    cells = [row + [""] * (columns - len(row)) for row in cells]
+    lengths = [max([len(row[c]) for row in cells] + ([len(headers[c])] if headers else [0])) for c in range(columns)]
+    if columns:
+        lengths[-1] = max(20, min(lengths[-1], width - sum(lengths[:-1]) - 2 * (columns - 1)))
+    right = [bool(rows) and all(_is_number(row[c]) for row in rows if c < len(row)) for c in range(columns)]
+    lines = []
+    for row in ([list(headers)] if headers else []) + cells:
+        wrapped = textwrap.wrap(row[-1], lengths[-1], break_on_hyphens=False) or [""] if columns else [""]
+        for number, last in enumerate(wrapped):
+            parts = [*(row[:-1] if number == 0 else [""] * (columns - 1)), last]
+            padded = [p.rjust(n) if r else p.ljust(n) for p, n, r in zip(parts, lengths, right, strict=True)]
+            lines.append("  ".join(padded).rstrip())
+    return lines
+
+
+def sections(
+    document: Mapping[str, Any], title: str | None = None
+) -> list[tuple[str | None, list[str], list[list[Any]]]]:
+    """A nested document -> (title, headers, rows): plain values first, then one table a list or table inside."""
+    plain = [[key, _line(value)] for key, value in document.items() if not _is_nested(value)]
+    found: list[tuple[str | None, list[str], list[list[Any]]]] = [(title, [], plain)] if plain else []
+    for key, value in document.items():
+        name = f"{title}.{key}" if title else str(key)
+        if isinstance(value, Mapping) and value:
+            found += sections(value, name)
+        elif _is_nested(value):
+            headers = list(dict.fromkeys(k for row in value for k in row))
+            found.append((name, headers, [[_line(row.get(k)) for k in headers] for row in value]))
+    return found
+
+
+def _is_nested(value: Any) -> bool:
+    is_rows = isinstance(value, list) and bool(value) and all(isinstance(row, Mapping) for row in value)
+    return is_rows or (isinstance(value, Mapping) and bool(value))
+
+
+def _line(value: Any) -> Any:
+    if isinstance(value, list):
+        return ", ".join(str(_line(item)) for item in value) or "-"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_line(item)}" for key, item in value.items()) or "-"
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def out(as_json: bool = False) -> Output:
+    """The output of one command."""
+    return Output(as_json)

@@ -1,0 +1,87 @@
+"""`astra recipes`: list, show, copy and check recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from astracli.cli.options import JsonOpt, RecipeArg, RecipeOpt, SetOpt, complete_recipe, load_recipe
+from astracli.cli.output import out
+from astracli.errors import UserError
+
+app = typer.Typer(help="List, show, copy and check recipes.", rich_markup_mode=None, no_args_is_help=True)
+
+
+@app.command("list")
+def list_(json: JsonOpt = False) -> None:
+    """List the recipes that come with the package."""
+    from dataclasses import asdict
+
+    from astracli import recipe_io
+
+    found = recipe_io.shipped()
+    if json:
+        out(json).document([asdict(info) for info in found])
+    else:
+        out().table(["recipe", "what it does"], [[info.name, info.description] for info in found])
+
+
+@app.command()
+def show(recipe_name: RecipeArg = None, recipe: RecipeOpt = None, set_: SetOpt = None, json: JsonOpt = False) -> None:
+    """Print a recipe as it will run, with every default filled in."""
+    from astracli import recipe_io
+
+    loaded = load_recipe(recipe_name, recipe, set_, "recipes show")
+    if json:
+        out(json).document(recipe_io.to_document(loaded))
+    else:
+        out().text(recipe_io.to_toml(loaded).rstrip())
+
+
+@app.command()
+def copy(
+    name: Annotated[str, typer.Argument(metavar="RECIPE", help="Shipped recipe.", autocompletion=complete_recipe)],
+    to: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Where to; default RECIPE.toml here.")] = None,
+) -> None:
+    """Copy a shipped recipe, comments and all, to change it."""
+    from astracli import recipe_io
+
+    text = recipe_io.source_text(name)
+    target = to or Path(f"{name}.toml")
+    if target.is_dir():
+        target = target / f"{name}.toml"
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UserError(f"`{target}` is there already", "name another file, or remove it first") from None
+    except OSError as error:
+        raise UserError(f"cannot write `{target}`: {(error.strerror or str(error)).lower()}") from None
+    out().text(str(target))
+    out().hint(f"change it, then `astra recipes check {target}` and `astra train {target}`")
+
+
+@app.command()
+def check(recipe_name: RecipeArg = None, recipe: RecipeOpt = None, set_: SetOpt = None, json: JsonOpt = False) -> None:
+    """Check a recipe's keys and values. Exit 2 with the reason when something is wrong."""
+    from astracli import registry
+    from astracli.launch import fetch
+
+    loaded = load_recipe(recipe_name, recipe, set_, "recipes check")
+    adapter = registry.resolve(loaded, fetch.local_path(loaded.model.path))
+    facts = {
+        "recipe": loaded.name,
+        "model": loaded.model.path,
+        "adapter": adapter.name,
+        "steps": loaded.train.steps,
+        "sequences_per_step": loaded.batch_sequences,
+        "max_staleness": loaded.effective_staleness,
+        "transfer": loaded.weights.transfer,
+        "ok": True,
+    }
+    if json:
+        out(json).document(facts)
+    else:
+        out().facts(facts)

@@ -1,0 +1,247 @@
+"""`astra runs`: look at runs, follow their logs and samples, stop them, free their disk."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from astracli.cli.options import JsonOpt, OptionalRunArg, RunArg
+from astracli.cli.output import out
+from astracli.errors import RunFailed, UserError
+
+if TYPE_CHECKING:
+    from astracli.run_dir import RunDir
+    from astracli.run_view import Outcome
+
+app = typer.Typer(help="Look at runs, stop them, free their disk.", rich_markup_mode=None, no_args_is_help=True)
+RootOpt = Annotated[Path, typer.Option("--root", metavar="DIR", help="Folder that holds the runs.")]
+STOP_WAIT_S = 10.0
+
+
+@app.command("list")
+def list_(root: RootOpt = Path("runs"), json: JsonOpt = False) -> None:
+    """List the runs, newest first."""
+    from astracli import run_dir, run_view
+
+    rows = [run_view.row(run) for run in run_dir.list_runs(root)]
+    if json:
+        out(json).document(rows)
+    elif not rows:
+        out().note(f"no runs under `{root}`")
+    else:
+        out().table(
+            ["run", "state", "step", "started", "wall s"],
+            [[r["run"], r["state"], _of(r["step"], r["steps"]), r["started"], r["wall_s"]] for r in rows],
+        )
+
+
+@app.command()
+def status(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
+    """Show a run's state and the newest figures of each of its processes."""
+    from dataclasses import asdict
+
+    from astracli import run_view
+
+    found = _run(run)
+    recorded = found.status()
+    document = {
+        "run": run_view.row(found),
+        "status": asdict(recorded) if recorded else None,
+        "figures": run_view.newest_figures(found),
+    }
+    if json:
+        out(json).document(document)
+        return
+    shown = dict(document["run"] or {})
+    if recorded and recorded.cause:
+        shown["cause"] = recorded.cause
+    out().facts(shown)
+    for process, figures in run_view.newest_figures(found).items():
+        out().facts(figures, process)
+
+
+@app.command()
+def logs(
+    run: RunArg,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Process, for example trainer.")] = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on printing while the run lives.")] = False,
+    lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="Last lines of each log.")] = 20,
+) -> None:
+    """Print the logs of a run's newest attempt."""
+    from astracli import run_view
+
+    found = _run(run)
+    files = run_view.log_files(found, name)
+    for file in files:
+        if len(files) > 1:
+            out().text(f"==> {file.stem} <==")
+        for line in run_view.last_lines(file, lines):
+            out().text(line)
+    if follow:
+        for file, line in run_view.follow(files, lambda: _alive(found)):
+            out().text(f"{file.stem}: {line}" if len(files) > 1 else line)
+
+
+@app.command()
+def stop(run: RunArg) -> None:
+    """Stop a run as Ctrl-C would: its supervisor ends every process of it. It can be resumed."""
+    found = _run(run)
+    status = found.status()
+    if status is None or not _alive(found):
+        raise UserError(f"run `{found.path}` is not running (state: {found.shown_state()})")
+    import socket
+
+    import psutil
+
+    if status.host != socket.gethostname():
+        raise UserError(f"run `{found.path}` runs on {status.host}, this is {socket.gethostname()}", "stop it there")
+    os.kill(status.pid, signal.SIGTERM)
+    try:
+        psutil.Process(status.pid).wait(timeout=STOP_WAIT_S)
+    except psutil.NoSuchProcess:
+        pass
+    except psutil.TimeoutExpired:
+        raise RunFailed(
+            f"run `{found.path}` still stops after {STOP_WAIT_S:.0f} s (supervisor {status.pid})",
+            f"follow it with `astra runs logs {found.path} -f`",
+        ) from None
+    out().note(f"stopped `{found.path}` (supervisor {status.pid})")
+    out().hint(f"continue it with `astra train --resume {found.path}`")
+
+
+@app.command()
+def report(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
+    """Print a run's closing report, or of a run without one its figures so far."""
+    from astracli import run_view
+
+    found = _run(run)
+    summary = run_view.summary(found)
+    if summary is not None and not json:
+        from rich.console import Console
+
+        from astracli.closing import print_closing
+
+        print_closing(summary, Console(width=100))
+        return
+    document = run_view.report(found) | {"summary": summary}
+    if json:
+        out(json).document(document)
+        return
+    out().facts(document["run"])
+    if document["evaluation"]:
+        out().table(
+            ["benchmark", "n", "step", "avg@n", "step", "avg@n", "difference", "stderr", "k", "pass@k", "pass@k"],
+            [
+                [t["benchmark"], t["n"], t["first_step"], t["first"], t["last_step"], t["last"], t["difference"],
+                 t["stderr"], t["k"], t["pass_first"], t["pass_last"]]
+                for t in document["evaluation"]
+            ],
+            "evaluation, first and last",
+        )  # fmt: skip
+        out().text("")
+    if document["figures"]:
+        rows = [[f["figure"], f["first"], f["last_tenth"]] for f in document["figures"]]
+        out().table(["figure", "first step", "mean of the last tenth"], rows)
+    if document["expected"]:
+        out().text("")
+        out().facts({k: v for k, v in document["expected"].items() if v is not None}, "expected")
+
+
+@app.command()
+def samples(
+    run: RunArg,
+    wrong: Annotated[bool, typer.Option("--wrong", help="Wrong answers.")] = False,
+    right: Annotated[bool, typer.Option("--right", help="Right answers.")] = False,
+    truncated: Annotated[bool, typer.Option("--truncated", help="Answers cut off at the token limit.")] = False,
+    step: Annotated[int | None, typer.Option("--step", help="Only this step's.")] = None,
+    n: Annotated[int, typer.Option("-n", "--count", min=1, help="At most so many, the newest.")] = 10,
+    json: JsonOpt = False,
+) -> None:
+    """Print rollout samples of a run: problem, completion, verdict."""
+    from collections import deque
+
+    from astracli import run_view
+
+    chosen = {"wrong": wrong, "right": right, "truncated": truncated}
+    outcomes: set[Outcome] = {name for name, asked in chosen.items() if asked}  # type: ignore[misc]
+    found = list(deque(run_view.samples(_run(run), outcomes=outcomes, step=step), maxlen=n))
+    if json:
+        out(json).document(found)
+        return
+    if not found:
+        out().note("no such samples")
+    for sample in found:
+        out().text(_sample_text(sample))
+
+
+@app.command()
+def clean(
+    run: OptionalRunArg = None,
+    root: RootOpt = Path("runs"),
+    older_than: Annotated[
+        float,
+        typer.Option("--older-than", metavar="DAYS", min=0, help="Without RUN: only runs that ended so long ago."),
+    ] = 1.0,
+    resumable: Annotated[
+        bool, typer.Option("--resumable", help="Also runs that failed or were stopped; they can still be resumed.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, remove nothing.")] = False,
+    json: JsonOpt = False,
+) -> None:
+    """Free the disk of ended runs.
+
+    Published weights, configurations and staged payloads go; results, checkpoints and export stay.
+    """
+    from astracli import run_view
+
+    if run is None:
+        runs = run_view.cleanable(root, older_than_s=older_than * 86400, resumable=resumable)
+    else:
+        one = _run(run)
+        if one.in_use() or _alive(one):
+            raise UserError(f"run `{one.path}` is running", f"stop it first: `astra runs stop {one.path}`")
+        runs = [one]
+    freed = [run_view.clean(r, dry_run=dry_run) for r in runs]
+    rows = [{"run": str(r.path), "bytes": count} for r, count in zip(runs, freed, strict=True) if count]
+    total = sum(freed)
+    if json:
+        out(json).document({"runs": rows, "bytes": total, "removed": not dry_run})
+        return
+    for entry in rows:
+        out().text(f"{entry['run']}  {entry['bytes']} bytes")
+    out().text(
+        f"{'would free' if dry_run else 'freed'} {total} bytes in {len(rows)} {'run' if len(rows) == 1 else 'runs'}"
+    )
+
+
+def _run(text: str | None) -> RunDir:
+    """A run by name or path; None is the newest. Raises UserError."""
+    from astracli import run_dir
+
+    if text is not None:
+        return run_dir.named(text)
+    found = run_dir.newest()
+    if found is None:
+        raise UserError("no runs under `runs`", "start one with `astra train RECIPE`, or name a run directory")
+    return found
+
+
+def _alive(run: RunDir) -> bool:
+    status = run.status()
+    return status is not None and status.state == "running" and status.alive()
+
+
+def _of(step: int | None, steps: int | None) -> str:
+    return "-" if step is None else f"{step}/{steps}" if steps else str(step)
+
+
+def _sample_text(sample: dict[str, Any]) -> str:
+    said = [f"{key} {sample.get(key)}" for key in ("step", "version", "reward")]
+    said += [str(sample.get(key)) for key in ("problem_id", "verdict", "finish_reason")]
+    said.append(f"{len(sample.get('tokens') or [])} tokens")
+    body = "".join(f"  {key}: {sample.get(key)}\n" for key in ("problem", "answer", "completion"))
+    return "  ".join(said) + "\n" + body

@@ -1,0 +1,63 @@
+"""`astra train`: rollout, training and evaluation together."""
+
+from __future__ import annotations
+
+import typer
+
+from astracli.cli.options import (
+    DryRunOpt,
+    JsonOpt,
+    RecipeArg,
+    RecipeOpt,
+    ResumeOpt,
+    RunDirOpt,
+    SetOpt,
+    load_recipe,
+    one_name,
+)
+from astracli.cli.output import out
+from astracli.cli.plan_view import print_plan
+from astracli.errors import UserError
+
+
+def train(
+    recipe_name: RecipeArg = None,
+    recipe: RecipeOpt = None,
+    set_: SetOpt = None,
+    dry_run: DryRunOpt = False,
+    run_dir: RunDirOpt = None,
+    resume: ResumeOpt = None,
+    json: JsonOpt = False,
+) -> None:
+    """Train: rollout, trainer and evaluation together.
+
+    Starts engines and workers as supervised processes; Ctrl-C ends them all and --resume goes on from there. With
+    --resume the recipe is the run's own, and --set still changes it. --json goes with --dry-run.
+    """
+    if json and not dry_run:
+        raise UserError(
+            "--json prints a plan: it goes with --dry-run", "a run's figures: `astra runs status RUN --json`"
+        )
+    if resume is None:
+        loaded = load_recipe(recipe_name, recipe, set_, "train")
+    else:
+        from astracli import recipe_io
+        from astracli.run_dir import existing
+
+        if name := one_name(recipe_name, recipe):
+            raise UserError(
+                f"both a recipe (`{name}`) and --resume {resume} given",
+                "--resume takes the run's own recipe; leave the other out",
+            )
+        if run_dir is not None:
+            raise UserError(
+                f"both --run-dir {run_dir} and --resume {resume} given", "a resumed run stays in its directory"
+            )
+        loaded = recipe_io.from_json(existing(resume).recipe_json, set_ or ())
+
+    if dry_run:
+        print_plan(loaded, "train", out(json))
+        return
+    from astracli.launch import run as launch
+
+    raise typer.Exit(launch.train(loaded, run_dir=run_dir, resume=resume, dry_run=False))

@@ -1,0 +1,117 @@
+"""The closing table of a run, from its summary document: what it reached, what it took, where everything is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from astracli.report import duration, stderr_console
+
+
+def print_closing(summary: Mapping[str, Any], console: Console | None = None) -> None:
+    """The closing table: benchmarks first and last, expected figures, time, weights, parity, memory, places."""
+    console = console or stderr_console()
+    if summary["benchmarks"]:
+        console.print(benchmark_table(summary))
+    for key, words in closing_facts(summary):
+        console.print(Text.assemble((f"{key:<13}", "bold"), words), soft_wrap=True)
+
+
+def benchmark_table(summary: Mapping[str, Any]) -> Table:
+    table = Table(box=None, padding=(0, 2), pad_edge=False)
+    rows = summary["benchmarks"]
+    first, last = rows[0]["first"]["step"], rows[0]["last"]["step"]
+    for heading in ("benchmark", "figure", f"step {first}", f"step {last}", "difference"):
+        table.add_column(heading, justify="left" if heading in ("benchmark", "figure") else "right")
+    for row in rows:
+        spread = [f"{row[side]['avg_at_n']:.3f} ± {row[side]['stderr']:.3f}" for side in ("first", "last")]
+        table.add_row(row["benchmark"], f"avg@{row['n']}", *spread, f"{row['difference_avg_at_n']:+.3f}")
+        passes = [f"{row[side]['pass_at_k']:.3f}" for side in ("first", "last")]
+        table.add_row("", f"pass@{row['k']}", *passes, f"{row['difference_pass_at_k']:+.3f}")
+    expected = summary.get("expected")
+    if expected:
+        for label, a, b in (
+            ("avg@n", "avg_at_n_first", "avg_at_n_last"),
+            ("pass@k", "pass_at_k_first", "pass_at_k_last"),
+        ):
+            low, high = expected.get(a), expected.get(b)
+            if low is not None or high is not None:
+                change = f"{high - low:+.3f}" if low is not None and high is not None else ""
+                table.add_row("expected", label, *("" if v is None else f"{v:.3f}" for v in (low, high)), change)
+    return table
+
+
+def closing_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name, words) rows of the closing table."""
+    training, weights, parity, memory = (summary[key] for key in ("training", "weights", "parity", "memory"))
+    phases = ", ".join(f"{name} {duration(seconds)}" for name, seconds in summary["phases_s"].items() if seconds >= 0.5)
+    facts = [("wall time", f"{duration(summary['wall_s'])}: {phases}")]
+    expected = summary.get("expected")
+    if expected:
+        steps = f", {expected['steps']} steps" if expected.get("steps") else ""
+        facts.insert(0, ("expected", f"{expected['source']} ({expected['machine']}{steps})"))
+    done = f"{summary['steps']} of {summary['steps_planned']}"
+    if training["step_s_mean"] is not None:
+        done += f", {training['step_s_mean']:.2f} s each"
+        if training["wait_share"] is not None:
+            done += f", the trainer waited {training['wait_share']:.0%} of it"
+    facts.append(("steps", done))
+    if training["tokens"]:
+        facts.append(("tokens", f"{training['tokens']:,.0f} trained, {training['tokens_per_s'] or 0:,.0f} a second"))
+    if weights["full_bytes"]:
+        facts.append(("weights", weight_words(weights)))
+    if parity["mean_abs"] is not None:
+        most = f", largest {parity['max_abs']:.1e}" if parity["max_abs"] is not None else ""
+        facts.append(("parity", f"mean |trainer - engine| log-probability {parity['mean_abs']:.1e}{most}"))
+    if memory.get("peak_bytes"):
+        each = ", ".join(f"{name} {size(used)}" for name, used in sorted(memory["peak_bytes_by_process"].items()))
+        what = (
+            "sum of PSS"
+            if memory["kind"] == "pss"
+            else "sum of RSS: shared pages count more than once, PSS is unavailable"
+        )
+        facts.append(("peak memory", f"{size(memory['peak_bytes'])} ({what}): {each}"))
+    facts += [(name, place) for name, place in summary["paths"].items()]
+    return facts
+
+
+def result_lines(document: Mapping[str, Any]) -> list[str]:
+    """Figures of one evaluation (`eval/results.json`) as aligned text."""
+    greedy = document.get("greedy") or {}
+    rows = [("benchmark", "items", "avg@n", "pass@k", "greedy")]
+    for name, found in document["results"].items():
+        if name == "overall" and len(document["results"]) == 2:
+            continue
+        average = f"avg@{found['n']} {found['avg_at_n']:.3f} ± {found['stderr']:.3f}"
+        best = f"{greedy[name]['avg_at_n']:.3f}" if name in greedy else ""
+        rows.append((name, str(found["items"]), average, f"pass@{found['k']} {found['pass_at_k']:.3f}", best))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def weight_words(weights: Mapping[str, Any]) -> str:
+    words = [f"full {size(weights['full_bytes'])}"]
+    if weights["delta_bytes_mean"]:
+        words.append(f"mean delta {size(weights['delta_bytes_mean'])} ({weights['ratio']:.1f}x smaller)")
+    if weights["density_mean"] is not None:
+        words.append(f"{weights['density_mean']:.1%} of the values change in a version")
+    if weights["pause_s_p50"] is not None:
+        words.append(f"engine pause p50 {weights['pause_s_p50'] * 1000:.0f} ms")
+    if weights["resyncs"]:
+        words.append(f"{weights['resyncs']:.0f} resyncs")
+    return ", ".join(words)
+
+
+def size(count: float | None) -> str:
+    """Bytes as `1.9 MB` (decimal units)."""
+    if count is None:
+        return "?"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 999.5 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError

@@ -1,0 +1,141 @@
+"""From a plan to processes: the config file of each (RUN_DIR/config/NAME.json, mode 0600), and how it is started."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from astracli.launch.local import ChildSpec
+from astracli.launch.ports import free_ports
+from astracli.plan import LaunchPlan, ProcessPlan
+from astracli.recipe import Recipe
+from astracli.run_dir import RunDir, write_atomic
+from astracli.workers.common import THREAD_VARIABLES, WorkerConfig
+
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+}
+"""The supervisor has fetched everything; a child that would ask the network is wrong."""
+QUIET = {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+"""A log is no terminal."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all processes of one run have in common."""
+
+    recipe: Recipe
+    plan: LaunchPlan
+    run: RunDir
+    attempt: int
+    hub_url: str
+    token: str
+    paths: Mapping[str, Any]
+    """{"model", "data", "benchmarks"}: local, as in `WorkerConfig.paths`."""
+    resume: bool = False
+
+
+def build(setting: Setting, extra: Mapping[str, Mapping[str, Any]]) -> list[ChildSpec]:
+    """Write the configs and return how to start each process. `extra`: role -> what only that role is told."""
+    host = setting.recipe.launch.host
+    engines = [process for process in setting.plan.processes if process.role == "engine"]
+    *ports, rendezvous = free_ports(len(engines) + 1, host)
+    addresses = [
+        {
+            "name": engine.name,
+            "url": f"http://{host}:{port}",
+            "stage_dir": str(setting.run.stage.resolve() / engine.name),
+        }
+        for engine, port in zip(engines, ports, strict=True)
+    ]
+    setting.run.config.mkdir(mode=0o700, parents=True, exist_ok=True)
+    specs = []
+    for process in setting.plan.processes:
+        config = _config(setting, process, addresses, extra.get(process.role, {}))
+        if process.role == "engine":
+            number = engines.index(process)
+            specs.append(_engine(setting, process, config, addresses[number], ports[number]))
+        else:
+            specs.append(_spec(setting, process, config, _rank_env(process, host, rendezvous)))
+    return specs
+
+
+def _engine(
+    setting: Setting, process: ProcessPlan, config: WorkerConfig, address: Mapping[str, str], port: int
+) -> ChildSpec:
+    """An engine that is started again holds no weights of this run: it then waits until they are staged and checked."""
+    Path(address["stage_dir"]).mkdir(parents=True, exist_ok=True)
+    config = replace(config, extra={"port": port, "stage_dir": address["stage_dir"], **config.extra})
+
+    def before_restart() -> None:
+        write(replace(config, extra={**config.extra, "await_weights": True}))
+
+    spec = _spec(setting, process, config, {})
+    return replace(spec, health_url=f"{address['url']}/health_generate", before_restart=before_restart)
+
+
+def _config(
+    setting: Setting, process: ProcessPlan, engines: Sequence[dict[str, str]], extra: Mapping[str, Any]
+) -> WorkerConfig:
+    return WorkerConfig(
+        name=process.name,
+        role=process.role,
+        run_dir=setting.run.path.resolve(),
+        hub_url=setting.hub_url,
+        token=setting.token,
+        recipe=setting.recipe,
+        paths=dict(setting.paths),
+        engines=list(engines),
+        device=setting.plan.choice.device if process.role in ("engine", "trainer") else "cpu",
+        threads=process.threads,
+        resume=setting.resume,
+        attempt=setting.attempt,
+        backends=setting.plan.choice.settings(),
+        extra=dict(extra),
+    )
+
+
+def write(config: WorkerConfig) -> Path:
+    """RUN_DIR/config/NAME.json; only its owner can read it, it holds the token."""
+    path = RunDir(config.run_dir).config / f"{config.name}.json"
+    write_atomic(path, json.dumps(config.document(), indent=1) + "\n", mode=0o600)
+    return path
+
+
+def _spec(setting: Setting, process: ProcessPlan, config: WorkerConfig, env: Mapping[str, str]) -> ChildSpec:
+    threads = dict.fromkeys(THREAD_VARIABLES, str(process.threads))
+    return ChildSpec(
+        name=process.name,
+        role=process.role,
+        argv=(process.python or sys.executable, "-m", process.module, str(write(config))),
+        log=setting.run.attempt_logs(setting.attempt) / f"{process.name}.log",
+        env={**OFFLINE, **QUIET, **threads, **_no_proxy(setting.recipe.launch.host), **process.env, **env},
+        nice=process.nice,
+        restarts=process.restarts,
+    )
+
+
+def _no_proxy(host: str) -> dict[str, str]:
+    """A proxy of the user's must not be asked for processes of this run."""
+    names = ",".join(filter(None, [os.environ.get("NO_PROXY", ""), "127.0.0.1", "localhost", host]))
+    return {"NO_PROXY": names, "no_proxy": names}
+
+
+def _rank_env(process: ProcessPlan, host: str, port: int) -> dict[str, str]:
+    """torchrun's variables on one node, for a trainer of several ranks. A rank on a GPU sees that one alone."""
+    if process.role != "trainer":
+        return {}
+    return {
+        "RANK": str(process.rank),
+        "LOCAL_RANK": "0" if process.gpus else str(process.rank),
+        "WORLD_SIZE": str(process.world_size),
+        "MASTER_ADDR": host,
+        "MASTER_PORT": str(port),
+    }

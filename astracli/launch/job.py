@@ -1,0 +1,290 @@
+"""One supervised job from the first process to the summary: hub, children, what people see, what is recorded."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from astracli import metrics
+from astracli.launch import children, ports, summary
+from astracli.launch.fetch import to_stderr
+from astracli.launch.local import MemorySampler
+from astracli.launch.supervise import Supervisor
+from astracli.metrics import Record, Sink, Tail
+from astracli.plan import LaunchPlan
+from astracli.recipe import Recipe
+from astracli.report import Progress, View, open_view
+from astracli.run_dir import RunDir, State, write_atomic
+
+if TYPE_CHECKING:
+    from astracli.hub.server import ServerThread
+    from astracli.hub.store import HubStore
+
+WATCH_EVERY_S = 0.5
+STATUS_EVERY_S = 1.0
+MAIN_ROLE = {"train": "trainer", "rollout": "rollout", "eval": "eval"}
+
+
+@dataclass(frozen=True)
+class HubHandle:
+    """The hub as the supervisor knows it (`supervise.Hub`)."""
+
+    store: HubStore
+    server: ServerThread
+    engines: frozenset[str]
+
+    def alive(self) -> bool:
+        return self.server.alive
+
+    def request_stop(self) -> None:
+        self.store.request_stop()
+
+    def release_worker(self, name: str) -> None:
+        self.store.release_worker(name)
+        if name in self.engines:
+            self.store.engine_state(name, None, "down")
+
+    def pending_evals(self) -> int:
+        return sum(evaluation["state"] == "pending" for evaluation in self.store.state()["evals"])
+
+
+@dataclass
+class Job:
+    """A command's run on this machine. `run()` returns the exit code; afterwards `summary` says what it came to."""
+
+    recipe: Recipe
+    plan: LaunchPlan
+    run_dir: RunDir
+    attempt: int
+    paths: Mapping[str, Any]
+    """Local model, data and benchmarks."""
+    extra: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Role -> what only that role is told."""
+    prompts: int | None = None
+    """Groups to generate, for a job without a trainer."""
+    resume_step: int | None = None
+    """Steps that the checkpoint to go on from has trained; None for a new run."""
+    phases: dict[str, float] = field(default_factory=dict)
+    """Seconds of wall time that came before the job, by name; the job adds its own."""
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def training(self) -> bool:
+        return self.plan.command == "train"
+
+    def run(self) -> int:
+        """0 done, 130 interrupted. Raises RunFailed; whatever happens is recorded in status.json and summary.json."""
+        step, steps = self.resume_step or 0, self.recipe.train.steps if self.training else None
+        self.run_dir.start(
+            recipe=self.recipe.name, command=self.plan.command, attempt=self.attempt, steps=steps, step=step
+        )
+        state: State = "failed"
+        cause: str | None = None
+        code = 1
+        try:
+            if self._supervise():
+                state, code, cause = "interrupted", 130, "interrupted"
+            else:
+                state, code = "done", 0
+        except KeyboardInterrupt:
+            state, code, cause = "interrupted", 130, "interrupted"
+        except Exception as error:
+            cause = str(error).partition("\n")[0]
+            raise
+        finally:
+            self.run_dir.end(state, exit_code=code, cause=cause)
+            self.summary["state"] = state
+            write_atomic(self.run_dir.path / "summary.json", json.dumps(self.summary, indent=2) + "\n")
+        return code
+
+    def _supervise(self) -> bool:
+        """True when it was interrupted."""
+        run = self.run_dir
+        sinks = metrics.open_sinks(self.recipe.metrics.sinks, run.path)
+        metrics.mend(run.metrics_jsonl)
+        engines = [process.name for process in self.plan.processes if process.role == "engine"]
+        token = secrets.token_urlsafe(32)
+        memory = MemorySampler()
+        with self._hub(engines, token) as (hub, connect):
+            setting = children.Setting(
+                self.recipe,
+                self.plan,
+                run,
+                self.attempt,
+                hub.server.url,
+                token,
+                self.paths,
+                self.resume_step is not None,
+            )
+            watch = Watch(self, hub.store, sinks)
+            supervisor = Supervisor(
+                children.build(setting, self.extra),
+                hub,
+                main_role=MAIN_ROLE[self.plan.command],
+                ready_timeout_s=self.recipe.launch.ready_timeout_s,
+                heartbeat_timeout_s=self.recipe.launch.heartbeat_timeout_s,
+                token=token,
+                hint=self._hint,
+                tick=watch,
+                memory=memory,
+            )
+            connect(supervisor)
+            try:
+                return supervisor.run().interrupted
+            finally:
+                watch.close(supervisor)
+                self._sum_up(supervisor, hub.store, memory, watch.evaluations_s)
+
+    @contextlib.contextmanager
+    def _hub(self, engines: list[str], token: str) -> Iterator[tuple[HubHandle, Any]]:
+        """The hub serving on a port of its own; `connect(supervisor)` sends it the heartbeats."""
+        from astracli.hub.api import build_app, serve
+        from astracli.hub.store import HubStore
+        from astracli.weights.server import weights_app
+
+        recipe, training = self.recipe, self.training
+        store = HubStore(
+            self.run_dir.hub_sqlite,
+            batch_groups=recipe.train.batch_groups if training else self.prompts or 1,
+            max_staleness=recipe.effective_staleness if training else 0,
+            drop_equal_groups=recipe.algorithm.drop_equal_groups and training,
+            lease_timeout_s=recipe.launch.lease_timeout_s,
+            steps=recipe.train.steps if training else 1,
+            eval_every=recipe.eval.every if training and recipe.eval.benchmarks else 0,
+            engines=engines,
+            deterministic=recipe.launch.deterministic,
+        )
+        listeners: list[Supervisor] = []
+
+        def on_status(body: dict[str, Any]) -> None:
+            for supervisor in listeners:
+                supervisor.on_status(body)
+
+        self.run_dir.weights.mkdir(exist_ok=True)
+        app = build_app(
+            store,
+            token,
+            weights_app=weights_app(self.run_dir.weights),
+            metrics_path=self.run_dir.metrics_jsonl,
+            on_status=on_status,
+        )
+        server: ServerThread | None = None
+        try:
+            if self.resume_step is not None:
+                store.rewind(self.resume_step, self.resume_step)
+            server = serve(app, ports.bind(recipe.launch.host)).start()
+            yield HubHandle(store, server, frozenset(engines)), listeners.append
+        finally:
+            if server is not None:
+                server.stop()
+            store.close()
+
+    def _hint(self) -> str:
+        if not self.training:
+            return f"the logs are in {self.run_dir.attempt_logs(self.attempt)}"
+        return f"when that is mended, go on with `astra train --resume {self.run_dir.path}`"
+
+    def _sum_up(
+        self, supervisor: Supervisor, store: HubStore, memory: MemorySampler, evaluations_s: Mapping[str, float]
+    ) -> None:
+        self.phases |= supervisor.phases()
+        self.summary |= summary.build(
+            self.recipe,
+            run_dir=self.run_dir.path,
+            state="",
+            attempt=self.attempt,
+            first_step=self.resume_step or 0,
+            phases=self.phases,
+            evaluations_s=evaluations_s,
+            records=metrics.read(self.run_dir.metrics_jsonl),
+            store=store.state(),
+            memory=memory,
+            restarts={name: status.restarts for name, status in supervisor.status.items()},
+        )
+
+
+class Watch:
+    """Called between the supervisor's looks: feeds the view, the sinks and status.json."""
+
+    def __init__(self, job: Job, store: HubStore, sinks: list[Sink]):
+        self.evaluations_s: dict[str, float] = {}
+        """Step of an evaluation -> seconds from its announcement to its result."""
+        self._run_dir = job.run_dir
+        self._training = job.training
+        self._store = store
+        self._sinks = sinks
+        self._tail = Tail(job.run_dir.metrics_jsonl, from_end=True)
+        self._view: View = open_view()
+        self._progress = Progress(job.run_dir.name, job.recipe.train.steps if job.training else 0)
+        self._looked = self._told = 0.0
+        self._announced: dict[str, float] = {}
+
+    def __call__(self, supervisor: Supervisor) -> None:
+        now = time.monotonic()
+        if now - self._looked < WATCH_EVERY_S:
+            return
+        self._looked = now
+        records: list[Record] = self._tail.new()
+        state = self._store.state()
+        for sink in self._sinks if records else []:
+            sink.write(records)
+        self._time_evaluations(state["evals"], now)
+        step = self._progress.step
+        self._progress.feed(records, state, supervisor.status, supervisor.phase)
+        self._view.update(self._progress)
+        if self._training and self._progress.step != step and now - self._told >= STATUS_EVERY_S:
+            self._told = now
+            self._run_dir.update(step=self._progress.step)
+
+    def _time_evaluations(self, evals: list[dict[str, Any]], now: float) -> None:
+        for evaluation in evals:
+            step = str(evaluation["step"])
+            if evaluation["state"] == "pending":
+                self._announced.setdefault(step, now)
+            elif step in self._announced:
+                self.evaluations_s[step] = round(now - self._announced.pop(step), 2)
+
+    def close(self, supervisor: Supervisor) -> None:
+        """One last look at everything, then give the terminal back."""
+        self._looked = 0.0
+        try:
+            self(supervisor)
+            if self._training:
+                self._run_dir.update(step=self._progress.step)
+        finally:
+            self._view.close()
+            for sink in self._sinks:
+                sink.close()
+
+
+def open_run(run: RunDir, recipe_text: str, plan: Mapping[str, Any]) -> int:
+    """Write recipe.json and plan.json, clear what an earlier attempt staged; returns the attempt's number."""
+    import shutil
+
+    write_atomic(run.recipe_json, recipe_text)
+    write_atomic(run.plan_json, json.dumps(plan, indent=2, default=str) + "\n")
+    shutil.rmtree(run.stage, ignore_errors=True)
+    return run.next_attempt()
+
+
+def say_start(run: RunDir, plan: LaunchPlan, attempt: int, resumed_at: int | None) -> None:
+    for warning in plan.warnings:
+        to_stderr(f"warning: {warning}")
+    names = ", ".join(process.name for process in plan.processes)
+    where = f" from step {resumed_at}, attempt {attempt}" if resumed_at is not None else ""
+    to_stderr(f"run {run.path}{where}: {names}; logs in {run.attempt_logs(attempt)}")
+
+
+def discard(run: RunDir, path_was_there: bool) -> None:
+    """Take back a run directory in which nothing has happened."""
+    run.unlock()
+    with contextlib.suppress(OSError):
+        Path(run.path / ".lock").unlink()
+        if not path_was_there:
+            run.path.rmdir()

@@ -1,0 +1,286 @@
+"""What the commands do: recipe in, exit code out. What can be refused is refused before anything is started."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from astracli import machine, recipe_io, registry
+from astracli import plan as planning
+from astracli import run_dir as runs
+from astracli.errors import UserError
+from astracli.launch import fetch, job
+from astracli.launch.job import Job
+from astracli.plan import Command, LaunchPlan
+from astracli.recipe import Recipe
+from astracli.run_dir import RunDir
+
+CHANGEABLE = ("train.steps", "launch.", "metrics.", "resources.", "checkpoint.")
+"""What `--set` may change on a resume: how long, where and how the run goes on, not what it learns from."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a job reads, all of it on this machine."""
+
+    paths: Mapping[str, Any]
+    seconds: float
+    """Spent on fetching."""
+
+
+def planned(recipe: Recipe, command: Command) -> LaunchPlan:
+    """The plan of a command, for this machine; never refuses what the machine lacks, only what is wrong."""
+    return _plan(recipe, command, _config_if_here(recipe))
+
+
+def dry_run(recipe: Recipe, command: Command) -> dict[str, Any]:
+    """`planned` as a document."""
+    return planning.to_json(planned(recipe, command))
+
+
+def train(recipe: Recipe, *, run_dir: Path | None = None, resume: Path | None = None, dry_run: bool = False) -> int:
+    """Run `astra train` to its end; the exit code. Raises UserError before the start, RunFailed after it."""
+    if dry_run:
+        print(json.dumps(planning.to_json(_plan(recipe, "train", _config_if_here(recipe))), indent=2, default=str))
+        return 0
+    began = time.monotonic()
+    if resume is not None:
+        recipe = _resumed_recipe(recipe, runs.existing(resume))
+    plan = _refusing_plan(recipe, "train")
+    there = run_dir is not None and run_dir.exists()
+    run = runs.resume(resume) if resume is not None else runs.create(recipe.name, run_dir)
+    step: int | None = None
+    try:
+        if resume is not None:
+            step = _resume_step(run, recipe)
+        source = _fetch(recipe, data=True, benchmarks=recipe.eval.benchmarks if recipe.eval.every else [])
+    except BaseException:
+        if resume is None:
+            job.discard(run, there)
+        raise
+    attempt = job.open_run(run, recipe_io.to_json(recipe), planning.to_json(plan))
+    extra: dict[str, dict[str, Any]] = {}
+    if step is not None:
+        extra = {"trainer": {"step": step}, "engine": {"await_weights": True}}
+    task = Job(recipe, plan, run, attempt, source.paths, extra, resume_step=step, phases=_before(began, source))
+    job.say_start(run, plan, attempt, step)
+    try:
+        code = task.run()
+    finally:
+        run.unlock()
+    from astracli.closing import print_closing
+
+    print_closing(task.summary)
+    if code == 130:
+        fetch.to_stderr(f"interrupted; go on with `astra train --resume {run.path}`")
+    return code
+
+
+def rollout(recipe: Recipe, *, weights: str | None = None, n: int, out: Path, run_dir: Path | None = None) -> int:
+    """Generate and grade `n` groups into `out`; the exit code."""
+    began = time.monotonic()
+    recipe = _with_weights(recipe, weights)
+    plan = _refusing_plan(recipe, "rollout")
+    source = _fetch(recipe, data=True, benchmarks=[])
+    run = runs.create(f"{recipe.name}-rollout", run_dir)
+    attempt = job.open_run(run, recipe_io.to_json(recipe), planning.to_json(plan))
+    extra = {"rollout": {"out": str(out.resolve()), "n": n}}
+    task = Job(recipe, plan, run, attempt, source.paths, extra, prompts=n, phases=_before(began, source))
+    job.say_start(run, plan, attempt, None)
+    try:
+        code = task.run()
+    finally:
+        run.unlock()
+    if code == 0:
+        fetch.to_stderr(_rollout_words(out))
+    return code
+
+
+def evaluate(
+    recipe: Recipe,
+    *,
+    weights: str | None = None,
+    run_dir: Path | None = None,
+    benchmarks: Sequence[str] | None = None,
+    samples: int | None = None,
+    as_json: bool = False,
+) -> int:
+    """Evaluate once and print the figures; the exit code. With `run_dir`, files go below that run's `eval/`."""
+    began = time.monotonic()
+    recipe = _with_evaluation(_with_weights(recipe, weights), benchmarks, samples)
+    plan = _refusing_plan(recipe, "eval")
+    source = _fetch(recipe, data=False, benchmarks=recipe.eval.benchmarks)
+    if run_dir is not None:
+        run = runs.create("", run_dir / "eval" / time.strftime("again-%Y%m%d-%H%M%S"))
+    else:
+        run = runs.create(f"{recipe.name}-eval")
+    attempt = job.open_run(run, recipe_io.to_json(recipe), planning.to_json(plan))
+    extra = {"eval": {"standalone": True, "out": str(run.eval.resolve()), "greedy": True}}
+    task = Job(recipe, plan, run, attempt, source.paths, extra, phases=_before(began, source))
+    job.say_start(run, plan, attempt, None)
+    try:
+        code = task.run()
+    finally:
+        run.unlock()
+    if code == 0:
+        document = json.loads((run.eval / "results.json").read_text())
+        document |= {"weights": recipe.model.path, "path": str(run.eval)}
+        _print_results(document, as_json)
+    return code
+
+
+def _before(began: float, source: Source) -> dict[str, float]:
+    return {"planning": time.monotonic() - began - source.seconds, "fetching": source.seconds}
+
+
+# -- plan -------------------------------------------------------------------------------------------------------------
+
+
+def _plan(recipe: Recipe, command: Command, config: Mapping[str, Any] | None) -> LaunchPlan:
+    from astracli import backend
+
+    facts = machine.probe()
+    adapter = registry.resolve(recipe, config)
+    choice = backend.choose(adapter, facts, recipe, config)
+    local = fetch.local_path(recipe.model.path) if config is not None else None
+    size = sum(file.stat().st_size for file in local.glob("*.safetensors")) if local is not None else None
+    return planning.build(recipe, adapter, choice, facts, command=command, config=config, checkpoint_bytes=size)
+
+
+def _refusing_plan(recipe: Recipe, command: Command) -> LaunchPlan:
+    """The plan, when it can run here. Raises UserError."""
+    plan = _plan(recipe, command, _config_if_here(recipe))
+    planning.refuse(plan)
+    for process in plan.processes:
+        if process.python is None and find_spec(process.module) is None:
+            raise UserError(
+                f"this version of astra has no `{process.module}`, which `{process.name}` needs",
+                "use `--set rollout.engine=embedded`" if process.role == "engine" else "reinstall astracli",
+            )
+    return plan
+
+
+def _config_if_here(recipe: Recipe) -> Mapping[str, Any] | None:
+    """The model's config.json if it is on this machine, None for a Hub id that an adapter knows; else it is fetched."""
+    path, revision = recipe.model.path, recipe.model.revision
+    if fetch.local_path(path) is not None:
+        return fetch.fetch_config(path, revision)
+    known = any(item.adapter and path in item.adapter.known_configs for item in registry.installed())
+    cached = fetch.cached_config(path, revision)
+    return cached if cached is not None or known else fetch.fetch_config(path, revision)
+
+
+def _fetch(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> Source:
+    """Model, training problems and benchmarks, each checked. Raises UserError."""
+    from astracli.data import benchmarks as sets
+    from astracli.data import datasets
+
+    began = time.monotonic()
+    model = fetch.fetch_model(recipe.model.path, recipe.model.revision)
+    paths = {
+        "model": str(model),
+        "data": datasets.fetch(recipe) if data else None,
+        "benchmarks": sets.fetch_all(benchmarks),
+    }
+    return Source(paths, time.monotonic() - began)
+
+
+# -- changes to a recipe ----------------------------------------------------------------------------------------------
+
+
+def _with_weights(recipe: Recipe, weights: str | None) -> Recipe:
+    """Other weights in the place of the recipe's model."""
+    if weights is None:
+        return recipe
+    local = fetch.local_path(weights)
+    path = weights if local is None or weights.startswith(fetch.BUNDLED_PREFIX) else str(local)
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": path, "revision": None})})
+
+
+def _with_evaluation(recipe: Recipe, benchmarks: Sequence[str] | None, samples: int | None) -> Recipe:
+    from astracli.data import benchmarks as sets
+
+    names = list(benchmarks or recipe.eval.benchmarks)
+    if not names:
+        raise UserError(
+            f"recipe `{recipe.name}` names no benchmark", f"name one: `--benchmark {next(iter(sets.BENCHMARKS))}`"
+        )
+    for name in names:
+        sets.get(name)
+    document = recipe_io.to_document(recipe)
+    document["eval"] |= {"benchmarks": names} | ({"samples": samples} if samples is not None else {})
+    return recipe_io.check(document, recipe.name)
+
+
+# -- resume -----------------------------------------------------------------------------------------------------------
+
+
+def _resumed_recipe(recipe: Recipe, run: RunDir) -> Recipe:
+    """The run's recipe with the changes that a resume allows. Raises UserError for any other."""
+    stored = recipe_io.from_json(run.recipe_json)
+    changed = [
+        key for key in _differences(recipe_io.to_document(stored), recipe_io.to_document(recipe)) if key != "name"
+    ]
+    refused = [key for key in changed if not key.startswith(CHANGEABLE) or key == "launch.deterministic"]
+    if refused:
+        allowed = ", ".join(f"{key}*" if key.endswith(".") else key for key in CHANGEABLE)
+        raise UserError(
+            f"--set {refused[0]} on --resume: a run goes on as it began; what may change is {allowed}",
+            f"start a new run with it: `astra train --recipe {run.recipe_json} --set {refused[0]}=...`",
+        )
+    return recipe.model_copy(update={"name": stored.name})
+
+
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ."""
+    found: list[str] = []
+    for key in {**before, **after}:
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(prefix + key)
+    return found
+
+
+def _resume_step(run: RunDir, recipe: Recipe) -> int:
+    """Steps that the newest whole checkpoint has trained; 0 without one: the same run from its beginning."""
+    from astracli.training import checkpoint
+
+    status = run.status()
+    if status is not None and status.state == "done" and (status.steps or 0) >= recipe.train.steps:
+        raise UserError(
+            f"run `{run.path}` is done: {status.step} of {status.steps} steps",
+            f"train on with `astra train --resume {run.path} --set train.steps={recipe.train.steps * 2}`",
+        )
+    newest = checkpoint.latest(run.checkpoints)
+    step = newest.step if newest else 0
+    if step > recipe.train.steps:
+        raise UserError(f"train.steps = {recipe.train.steps}, but `{run.path}` has trained {step} steps already")
+    return step
+
+
+# -- results ----------------------------------------------------------------------------------------------------------
+
+
+def _print_results(document: Mapping[str, Any], as_json: bool) -> None:
+    """Figures of `astra eval` on stdout."""
+    if as_json:
+        print(json.dumps(document, indent=2))
+        return
+    from astracli.closing import result_lines
+
+    print("\n".join(result_lines(document)))
+    fetch.to_stderr(f"items and figures are in {document['path']}")
+
+
+def _rollout_words(out: Path) -> str:
+    """How many samples were written, and how they were graded."""
+    rewards = [json.loads(line)["reward"] for line in out.open()]
+    mean = sum(rewards) / max(1, len(rewards))
+    return f"{len(rewards)} samples, mean reward {mean:.3f}, in {out}"

@@ -1,0 +1,159 @@
+"""What a run came to, as one document: RUN_DIR/summary.json, and the source of the closing table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from astracli.launch.local import MemorySampler
+from astracli.metrics import Record, mean, median, series, values, without_absent
+from astracli.recipe import Recipe
+
+OVERALL = "overall"
+
+
+def build(
+    recipe: Recipe,
+    *,
+    run_dir: Path,
+    state: str,
+    attempt: int,
+    first_step: int,
+    phases: Mapping[str, float],
+    evaluations_s: Mapping[str, float],
+    records: Sequence[Record],
+    store: Mapping[str, Any],
+    memory: MemorySampler | None,
+    restarts: Mapping[str, int],
+) -> dict[str, Any]:
+    """`phases`: seconds of this attempt by phase; `evaluations_s`: by step, announcement to result, beside training;
+    `store`: `HubStore.state()`; `records`: all of metrics.jsonl."""
+    wall_s = sum(phases.values())
+    trained = [step for step, _ in series(records, "train_s") or series(records, "step_s")]
+    here = [step for step in trained if step >= first_step]
+    return {
+        "recipe": recipe.name,
+        "seed": recipe.seed,
+        "state": state,
+        "attempt": attempt,
+        "steps": len(trained),
+        "steps_planned": recipe.train.steps,
+        "steps_this_attempt": len(here),
+        "wall_s": wall_s,
+        "phases_s": wall_phases(phases, sum(values(records, "export_s"))),
+        "evaluations_s": dict(evaluations_s),
+        "benchmarks": benchmarks(store.get("evals") or []),
+        "expected": recipe.expected.model_dump() if recipe.expected else None,
+        "training": training(records, first_step),
+        "weights": weights(records, recipe.weights.transfer),
+        "parity": {"mean_abs": mean(values(records, "parity_mean_abs")), "max_abs": largest(records, "parity_max_abs")},
+        "groups": store.get("counts") or {},
+        "restarts": {name: count for name, count in restarts.items() if count},
+        "memory": memory_document(memory),
+        "paths": paths(run_dir),
+    }
+
+
+def wall_phases(phases: Mapping[str, float], export_s: float) -> dict[str, float]:
+    """The phases in words; the export, which is the end of `running`, apart."""
+    named = {"starting": "start-up", "running": "training", "finishing": "last evaluations"}
+    found: dict[str, float] = {}
+    for phase, seconds in phases.items():
+        found[named.get(phase, phase)] = seconds - (export_s if phase == "running" else 0.0)
+        if phase == "running" and export_s:
+            found["export"] = export_s
+    return {name: round(seconds, 2) for name, seconds in found.items()}
+
+
+def benchmarks(evals: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """First and last evaluation of each benchmark, and the difference; `overall` last, and only of several."""
+    done = sorted((e for e in evals if e.get("results")), key=lambda e: e["step"])
+    names = list(dict.fromkeys(name for e in done for name in e["results"]))
+    names.sort(key=lambda name: name == OVERALL)
+    if len(names) == 2 and names[1] == OVERALL:
+        names = names[:1]
+    rows = []
+    for name in names:
+        of_name = [{"step": e["step"], **e["results"][name]} for e in done if name in e["results"]]
+        first, last = of_name[0], of_name[-1]
+        rows.append(
+            {
+                "benchmark": name,
+                "n": last.get("n"),
+                "k": last.get("k"),
+                "items": last.get("items"),
+                "first": first,
+                "last": last,
+                "difference_avg_at_n": last["avg_at_n"] - first["avg_at_n"],
+                "difference_pass_at_k": last["pass_at_k"] - first["pass_at_k"],
+            }
+        )
+    return rows
+
+
+def training(records: Sequence[Record], first_step: int) -> dict[str, Any]:
+    """Time and tokens of the steps of this attempt; the trainer's waiting share is wait / (wait + work)."""
+    here = [without_absent(r) for r in records if r.get("step", 0) >= first_step]
+    step_s, wait_s = values(here, "step_s", "trainer"), values(here, "wait_s", "trainer")
+    tokens = sum(values(here, "tokens", "trainer"))
+    rewards = values(here, "arrived_reward_mean") or values(here, "reward_mean", "trainer")
+    spent = sum(step_s)
+    return {
+        "step_s_mean": mean(step_s),
+        "step_s_p50": median(step_s),
+        "wait_s": sum(wait_s),
+        "wait_share": sum(wait_s) / spent if spent else None,
+        "tokens": tokens,
+        "tokens_per_s": tokens / spent if spent else None,
+        "staleness_mean": mean(values(here, "staleness_mean")),
+        "reward_mean_first": rewards[0] if rewards else None,
+        "reward_mean_last": rewards[-1] if rewards else None,
+        "grad_norm_mean": mean(values(here, "grad_norm")),
+        "checkpoint_s": sum(values(here, "checkpoint_s")),
+        "export_s": sum(values(here, "export_s")),
+    }
+
+
+def weights(records: Sequence[Record], transfer: str) -> dict[str, Any]:
+    """Bytes of a version in full and as a delta, changed share, and what an update costs the engine."""
+    full, delta = median(values(records, "full_bytes")), mean([b for b in values(records, "delta_bytes") if b])
+    return {
+        "transfer": transfer,
+        "full_bytes": full,
+        "delta_bytes_mean": delta,
+        "ratio": full / delta if full and delta else None,
+        "density_mean": mean(values(records, "delta_density")) if delta else None,
+        "publish_s_p50": median(values(records, "publish_s")),
+        "pause_s_p50": median(every_value(records, "pause_s")),
+        "resyncs": sum(every_value(records, "resyncs")),
+    }
+
+
+def every_value(records: Sequence[Record], name: str) -> list[float]:
+    """All values of a metric, also several of one step (one per engine)."""
+    return [float(r[name]) for r in records if isinstance(r.get(name), int | float)]
+
+
+def largest(records: Sequence[Record], name: str) -> float | None:
+    return max(values(records, name), default=None)
+
+
+def memory_document(memory: MemorySampler | None) -> dict[str, Any]:
+    if memory is None:
+        return {}
+    return {"peak_bytes": memory.peak_bytes, "kind": memory.kind, "peak_bytes_by_process": dict(memory.peak_by_name)}
+
+
+def paths(run_dir: Path) -> dict[str, str]:
+    """What lies where, of what is there."""
+    places = {
+        "run": run_dir,
+        "export": run_dir / "export",
+        "evaluations": run_dir / "eval" / "eval.csv",
+        "metrics": run_dir / "metrics.jsonl",
+        "samples": run_dir / "samples",
+        "checkpoints": run_dir / "checkpoints",
+        "logs": run_dir / "logs",
+    }
+    return {name: str(place) for name, place in places.items() if place.exists()}

@@ -1,0 +1,132 @@
+"""Metrics are JSONL lines: {"time", "step", "process", NAME_unit: value, ...}. Following and reading them, and sinks.
+
+One process writes RUN_DIR/metrics.jsonl (the hub); sinks are fed from that file. After a resume a step may stand in it
+twice: readers take the later line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+from astracli.errors import UserError
+
+Record = dict[str, Any]
+SINK_GROUP = "astra.sinks"
+
+
+class Sink(Protocol):
+    """Where records go besides the file (tensorboard, wandb, ...). Made by a factory `(run_dir: Path) -> Sink`."""
+
+    def write(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Take records, in order. Called from one thread."""
+
+    def close(self) -> None:
+        """Flush. Called once, at the end of the run."""
+
+
+def open_sinks(names: Sequence[str], run_dir: Path) -> list[Sink]:
+    """The sinks of `metrics.sinks`: entry points in `astra.sinks`, or `pkg.module:factory`. Raises UserError."""
+    installed = {point.name: point for point in metadata.entry_points(group=SINK_GROUP)}
+    sinks: list[Sink] = []
+    for name in names:
+        try:
+            if name in installed:
+                factory = installed[name].load()
+            else:
+                module, _, attribute = name.partition(":")
+                factory = getattr(import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            known = ", ".join(sorted(installed)) or "none"
+            raise UserError(
+                f"metrics.sinks: no sink `{name}` ({error}); installed: {known}",
+                f"a sink is an entry point in `{SINK_GROUP}` or `pkg.module:factory`",
+            ) from None
+        sinks.append(factory(run_dir))
+    return sinks
+
+
+def mend(path: Path) -> None:
+    """A writer that was killed may leave half a line: end it, so that the next record starts its own."""
+    if path.exists() and path.stat().st_size:
+        with path.open("rb+") as file:
+            file.seek(-1, 2)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+
+
+def parse(lines: Iterable[str]) -> Iterator[Record]:
+    """Records of JSONL lines; a torn line (a writer was killed) is left out."""
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            yield record
+
+
+def without_absent(record: Record) -> Record:
+    """The record without the mean over groups that arrived during a step in which none did."""
+    if record.get("arrived_groups") == 0:
+        return {key: value for key, value in record.items() if key != "arrived_reward_mean"}
+    return record
+
+
+def read(path: Path) -> list[Record]:
+    """All records of a run, in file order; [] when there is no file."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8") as file:
+        return list(parse(file))
+
+
+class Tail:
+    """Follows a growing metrics.jsonl: `new()` returns the records since the last call."""
+
+    def __init__(self, path: Path, *, from_end: bool = False):
+        self._path = path
+        self._offset = path.stat().st_size if from_end and path.exists() else 0
+
+    def new(self) -> list[Record]:
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return list(parse(whole.decode("utf-8", "replace").splitlines()))
+
+
+def series(records: Iterable[Mapping[str, Any]], name: str, process: str | None = None) -> list[tuple[int, float]]:
+    """[(step, value)] of one metric in the order of steps; of a step seen twice the later value."""
+    found: dict[int, float] = {}
+    for record in records:
+        if name in record and "step" in record and (process is None or record.get("process") == process):
+            value = record[name]
+            if isinstance(value, int | float):
+                found[int(record["step"])] = float(value)
+    return sorted(found.items())
+
+
+def values(records: Iterable[Mapping[str, Any]], name: str, process: str | None = None) -> list[float]:
+    """The values of `series`, without the steps."""
+    return [value for _, value in series(records, name, process)]
+
+
+def mean(numbers: Sequence[float]) -> float | None:
+    """Arithmetic mean; None of nothing."""
+    return sum(numbers) / len(numbers) if numbers else None
+
+
+def median(numbers: Sequence[float]) -> float | None:
+    """Middle value (mean of the two middle ones); None of nothing."""
+    if not numbers:
+        return None
+    ordered = sorted(numbers)
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2

@@ -1,0 +1,235 @@
+"""What people see of a run while it goes on: a live view on a terminal, plain lines elsewhere. All on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from astracli.metrics import Record, without_absent
+
+PLAIN_EVERY_S = 2.0
+"""Least time between two step lines when stderr is no terminal."""
+SILENCE_S = 15.0
+"""After so long without a line, a line says what everyone waits for."""
+LIVE_EVERY_S = 0.25
+
+
+class ChildStatus(Protocol):
+    """The last word of one process (`supervise.Status`)."""
+
+    state: str
+    waiting: str | None
+    progress: Mapping[str, Any]
+    restarts: int
+
+    def words(self) -> str: ...
+
+
+@dataclass
+class Progress:
+    """What a view shows: fed with metrics records and the hub's state, it keeps the newest of everything."""
+
+    name: str
+    steps: int
+    step: int = 0
+    """Steps done."""
+    phase: str = "starting"
+    statuses: Mapping[str, ChildStatus] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
+    """Newest value of each metric."""
+    evals: list[dict[str, Any]] = field(default_factory=list)
+    counts: Mapping[str, int] = field(default_factory=dict)
+    clock: Callable[[], float] = time.monotonic
+    _done_at: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=21))
+    began: float = field(default_factory=time.monotonic)
+
+    def feed(
+        self, records: Sequence[Record], state: Mapping[str, Any], statuses: Mapping[str, ChildStatus], phase: str
+    ) -> None:
+        """Take what is new. `state` is `HubStore.state()`."""
+        self.phase, self.statuses = phase, statuses
+        for record in records:
+            record = without_absent(record)
+            for key, value in record.items():
+                if isinstance(value, int | float) and key not in ("time", "step", "version"):
+                    self.figures[key] = float(value)
+        self.counts = state.get("counts") or {}
+        self.evals = sorted((e for e in state.get("evals") or [] if e.get("results")), key=lambda e: e["step"])
+        done = int(self.counts.get("consumed_steps", 0))
+        if done != self.step or not self._done_at:
+            self.step = done
+            self._done_at.append((self.clock(), done))
+
+    def left_s(self) -> float | None:
+        """Seconds until the last step at the pace of the last twenty; None while there is no pace yet."""
+        (first_time, first_step), (last_time, last_step) = self._done_at[0], self._done_at[-1]
+        if last_step <= first_step:
+            return None
+        pace = (last_time - first_time) / (last_step - first_step)
+        return max(0.0, pace * (self.steps - last_step) - (self.clock() - last_time))
+
+    def waits(self) -> list[str]:
+        """`trainer: waiting for 3 of 16 groups`, for each process that waits or is not ready."""
+        idle = [(name, s) for name, s in self.statuses.items() if s.waiting or s.state == "starting"]
+        return [f"{name}: {status.words()}" for name, status in idle]
+
+    def eval_words(self, evaluation: Mapping[str, Any]) -> str:
+        """`avg@8 0.35` of the overall figure, or of the only benchmark."""
+        results = evaluation["results"]
+        figures = results.get("overall") or next(iter(results.values()))
+        return f"avg@{figures['n']} {figures['avg_at_n']:.3f}"
+
+    def parts(self) -> list[str]:
+        """The figures of one line, those that are known."""
+        reward = "arrived_reward_mean" if "arrived_reward_mean" in self.figures else "reward_mean"
+        formats = (
+            (reward, "reward {:.2f}"),
+            ("tokens_per_s", "{:.0f} tok/s"),
+            ("staleness_mean", "staleness {:.1f}"),
+        )
+        shown = [text.format(self.figures[key]) for key, text in formats if key in self.figures]
+        if self.evals:
+            shown.insert(
+                1 if reward in self.figures else 0, f"{self.eval_words(self.evals[-1])} (step {self.evals[-1]['step']})"
+            )
+        return shown
+
+
+class View(Protocol):
+    def update(self, progress: Progress) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_view(console: Console | None = None) -> View:
+    """The live view on a terminal, plain lines elsewhere."""
+    console = console or stderr_console()
+    return LiveView(console) if console.is_terminal else PlainView()
+
+
+def stderr_console() -> Console:
+    return Console(stderr=True) if sys.stderr.isatty() else Console(stderr=True, width=120, highlight=False)
+
+
+class PlainView:
+    """One line a step, at most one every two seconds; an evaluation and a change of phase always get theirs."""
+
+    def __init__(self, write: Callable[[str], None] | None = None, clock: Callable[[], float] = time.monotonic):
+        self._write = write or (lambda line: print(line, file=sys.stderr, flush=True))
+        self._clock = clock
+        self._last = clock() - PLAIN_EVERY_S
+        self._step = 0
+        self._phase = ""
+        self._evals: set[int] = set()
+
+    def update(self, progress: Progress) -> None:
+        now = self._clock()
+        for evaluation in progress.evals:
+            if evaluation["step"] not in self._evals:
+                self._evals.add(evaluation["step"])
+                self._say(now, eval_line(evaluation))
+        if progress.phase != self._phase:
+            self._phase = progress.phase
+            waits = waits_of(progress) if progress.phase != "stopping" else []
+            self._say(now, " ".join([phase_words(progress), *waits]))
+        elif (progress.step > self._step and now - self._last >= PLAIN_EVERY_S) or now - self._last >= SILENCE_S:
+            self._step = progress.step
+            self._say(now, " ".join([f"step {progress.step}/{progress.steps}", *progress.parts(), *waits_of(progress)]))
+
+    def _say(self, now: float, line: str) -> None:
+        self._last = now
+        self._write(line)
+
+    def close(self) -> None:
+        pass
+
+
+def waits_of(progress: Progress) -> list[str]:
+    return ["; ".join(progress.waits())] if progress.waits() else []
+
+
+def phase_words(progress: Progress) -> str:
+    words = {
+        "starting": "starting",
+        "running": "all processes are ready",
+        "finishing": "training is done, the last evaluations run",
+        "stopping": "stopping",
+    }
+    return words.get(progress.phase, progress.phase)
+
+
+def eval_line(evaluation: Mapping[str, Any]) -> str:
+    """`eval step 25: arithmetic-heldout avg@8 0.520 ± 0.021 pass@4 0.710`"""
+    cells = [
+        f"{name} avg@{f['n']} {f['avg_at_n']:.3f} ± {f['stderr']:.3f} pass@{f['k']} {f['pass_at_k']:.3f}"
+        for name, f in evaluation["results"].items()
+        if not (name == "overall" and len(evaluation["results"]) == 2)
+    ]
+    return f"eval step {evaluation['step']}: " + ", ".join(cells)
+
+
+class LiveView:
+    """A few lines that stay in place: step bar, figures, and each process with what it waits for."""
+
+    def __init__(self, console: Console):
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+        self._live.start()
+        self._drawn = 0.0
+
+    def update(self, progress: Progress) -> None:
+        if time.monotonic() - self._drawn >= LIVE_EVERY_S:
+            self._drawn = time.monotonic()
+            self._live.update(draw(progress), refresh=True)
+
+    def close(self) -> None:
+        self._live.stop()
+
+
+def draw(progress: Progress) -> RenderableType:
+    """The live view's picture."""
+    left = progress.left_s()
+    head = Table.grid(padding=(0, 2))
+    head.add_row(
+        Text(progress.name, style="bold"),
+        ProgressBar(total=max(progress.steps, 1), completed=progress.step, width=30),
+        f"step {progress.step}/{progress.steps}",
+        f"{duration(progress.clock() - progress.began)} gone",
+        f"{duration(left)} left" if left is not None else phase_words(progress),
+    )
+    trend = ", ".join(f"{progress.eval_words(e)} (step {e['step']})" for e in progress.evals[-4:])
+    figures = Text("   ".join(part for part in progress.parts() if not part.startswith("avg@")) or "no step yet")
+    rows = Table.grid(padding=(0, 2))
+    for name, status in progress.statuses.items():
+        details = " ".join(f"{key} {short(value)}" for key, value in status.progress.items())
+        restarts = f"restarted {status.restarts}x" if status.restarts else ""
+        rows.add_row(
+            Text(name, style="bold"), status.words(), Text(details, style="dim"), Text(restarts, style="yellow")
+        )
+    lines: list[RenderableType] = [head, figures]
+    if trend:
+        lines.append(Text(trend))
+    return Group(*lines, rows)
+
+
+def short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 05 s`, `2 h 07 min`"""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

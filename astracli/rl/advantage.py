@@ -1,0 +1,53 @@
+"""Advantages: how much better a sample was than the others of its prompt.
+
+Shape letters: S samples of a group, B samples of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+EPS = 1e-5
+"""Added to every standard deviation: a group whose rewards are all equal gets zeros."""
+
+
+def group_advantages(rewards_S: np.ndarray, mode: Literal["group", "mean"]) -> np.ndarray:
+    """float64 [S]. `group`: (r - mean) / (unbiased std + 1e-5); `mean`: r - mean. One sample alone gets 0."""
+    rewards_S = np.asarray(rewards_S, np.float64)
+    centred_S = rewards_S - rewards_S.mean()
+    if mode == "mean" or len(rewards_S) < 2:
+        return centred_S
+    return centred_S / (rewards_S.std(ddof=1) + EPS)
+
+
+def batch_normalise(advantages_B: np.ndarray, tokens_B: np.ndarray) -> np.ndarray:
+    """float64 [B]: normalised once more over the batch, (a - mean) / (unbiased std + 1e-5).
+
+    Mean and variance run over *tokens* (a sample counts as often as it has loss tokens), because the loss is a token
+    mean: after this the token mean of the advantage is 0, whatever the lengths are.
+    """
+    advantages_B, tokens_B = np.asarray(advantages_B, np.float64), np.asarray(tokens_B, np.float64)
+    total = tokens_B.sum()
+    if total < 2:
+        return np.zeros_like(advantages_B)
+    centred_B = advantages_B - (advantages_B * tokens_B).sum() / total
+    variance = (centred_B**2 * tokens_B).sum() / (total - 1)
+    return centred_B / (np.sqrt(variance) + EPS)
+
+
+def advantages(
+    rewards: Sequence[np.ndarray],
+    tokens: Sequence[np.ndarray],
+    *,
+    mode: Literal["group", "mean"],
+    batch_norm: bool,
+) -> list[np.ndarray]:
+    """Advantages of every group, each float64 [S]; `rewards` and `tokens` (loss tokens per sample) are each [S]."""
+    result = [group_advantages(r, mode) for r in rewards]
+    if not batch_norm or not result:
+        return result
+    flat_B = batch_normalise(np.concatenate(result), np.concatenate(list(tokens)))
+    return np.split(flat_B, np.cumsum([len(r) for r in result])[:-1])

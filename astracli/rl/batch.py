@@ -1,0 +1,218 @@
+"""From groups to what a trainer computes on: rows, minibatches, micro-batches; the same on every rank.
+
+Order of division: batch -> minibatches (one optimizer step each, whole samples, near-equal token counts) -> ranks
+(near-equal token counts) -> micro-batches (right-padded rows of similar length inside a token budget). Every rank
+computes the whole division from the same groups and takes its share; a rank that has fewer micro-batches than another
+is padded with empty ones, so that collectives match.
+
+Shape letters: P prompt tokens, T completion tokens, B rows of a micro-batch, L its padded length, N its loss tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from astracli.recipe import AlgorithmTable
+from astracli.rl.advantage import advantages
+from astracli.rl.types import Group, Sample
+
+
+@dataclass
+class Row:
+    """One sample with its prompt: the unit that is never split."""
+
+    index: int
+    """Position in the batch, in the order of the groups."""
+    group: Group
+    sample: Sample
+    tokens: np.ndarray
+    """int32 [P + T]"""
+    prompt_length: int
+    logprobs: np.ndarray
+    """float32 [T]: the behaviour policy's"""
+    versions: np.ndarray
+    """int32 [T]"""
+    advantage: float
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def loss_tokens(self) -> int:
+        return len(self.logprobs)
+
+
+@dataclass
+class MicroBatch:
+    """Right-padded rows and, flat, the tokens of their completions."""
+
+    rows: list[Row]
+    """Empty in a micro-batch that only keeps ranks in step."""
+    tokens_BL: np.ndarray
+    """int64"""
+    mask_BL: np.ndarray
+    """int64: 1 on tokens, 0 on padding"""
+    predict_N: np.ndarray
+    """int64: flat position (row * L + column) of the hidden state that predicts the token"""
+    target_N: np.ndarray
+    """int64"""
+    logprob_N: np.ndarray
+    """float32: behaviour"""
+    version_N: np.ndarray
+    """int32"""
+    advantage_N: np.ndarray
+    """float32"""
+
+
+@dataclass
+class Batch:
+    """One step's data as one rank sees it, and what all ranks know of the whole."""
+
+    step: int
+    groups: list[Group]
+    rows: list[Row]
+    """All rows of all ranks."""
+    minibatches: list[list[MicroBatch]]
+    """This rank's micro-batches."""
+    minibatch_tokens: list[int]
+    """Loss tokens of each minibatch, over all ranks: the denominator of the token mean."""
+    versions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    """int32, all loss tokens of all ranks"""
+
+    @property
+    def loss_tokens(self) -> int:
+        return sum(self.minibatch_tokens)
+
+    def staleness(self, version: int) -> tuple[float, int]:
+        """Mean and largest lag of a token behind `version`, in versions."""
+        lag = version - self.versions
+        return (float(lag.mean()), int(lag.max())) if len(lag) else (0.0, 0)
+
+
+def rows_of(groups: Sequence[Group], algorithm: AlgorithmTable) -> list[Row]:
+    """Every sample with at least one token, with its advantage.
+
+    Samples without tokens count in their group's mean and spread (their reward is real), but train nothing.
+    """
+    per_group = advantages(
+        [g.rewards for g in groups],
+        [np.array([len(s.tokens) for s in g.samples]) for g in groups],
+        mode=algorithm.advantage,
+        batch_norm=algorithm.batch_norm_advantage,
+    )
+    rows: list[Row] = []
+    for group, advantages_S in zip(groups, per_group, strict=True):
+        for sample, advantage in zip(group.samples, advantages_S, strict=True):
+            tokens = sample.tokens
+            if not len(tokens):
+                continue
+            rows.append(
+                Row(
+                    index=len(rows),
+                    group=group,
+                    sample=sample,
+                    tokens=np.concatenate([group.prompt_tokens, tokens]).astype(np.int32),
+                    prompt_length=len(group.prompt_tokens),
+                    logprobs=sample.logprobs,
+                    versions=sample.versions,
+                    advantage=float(advantage),
+                )
+            )
+    return rows
+
+
+def divide(rows: Sequence[Row], parts: int) -> list[list[Row]]:
+    """`parts` lists of whole rows with near-equal token counts: longest first, each to the emptiest part."""
+    result: list[list[Row]] = [[] for _ in range(parts)]
+    load = [0] * parts
+    for row in sorted(rows, key=len, reverse=True):
+        emptiest = min(range(parts), key=lambda part: (load[part], len(result[part])))
+        result[emptiest].append(row)
+        load[emptiest] += len(row)
+    return result
+
+
+def micro_batches(rows: Sequence[Row], tokens_per_microbatch: int, pad_token: int) -> list[MicroBatch]:
+    """Rows of similar length together, rows * longest <= budget; a row over the budget travels alone."""
+    result: list[MicroBatch] = []
+    pending: list[Row] = []
+    for row in sorted(rows, key=lambda r: (len(r), r.index)):
+        if pending and (len(pending) + 1) * len(row) > tokens_per_microbatch:
+            result.append(pad_rows(pending, pad_token))
+            pending = []
+        pending.append(row)
+    if pending:
+        result.append(pad_rows(pending, pad_token))
+    return result
+
+
+def pad_rows(rows: list[Row], pad_token: int) -> MicroBatch:
+    """Right-padded rows. The token at column i is predicted by the hidden state at column i - 1."""
+    longest = max(map(len, rows))
+    tokens_BL = np.full((len(rows), longest), pad_token, np.int64)
+    mask_BL = np.zeros((len(rows), longest), np.int64)
+    predict: list[np.ndarray] = []
+    for b, row in enumerate(rows):
+        tokens_BL[b, : len(row)] = row.tokens
+        mask_BL[b, : len(row)] = 1
+        predict.append(np.arange(row.prompt_length, len(row), dtype=np.int64) + (b * longest - 1))
+    return MicroBatch(
+        rows=rows,
+        tokens_BL=tokens_BL,
+        mask_BL=mask_BL,
+        predict_N=np.concatenate(predict),
+        target_N=np.concatenate([r.tokens[r.prompt_length :] for r in rows]).astype(np.int64),
+        logprob_N=np.concatenate([r.logprobs for r in rows]).astype(np.float32),
+        version_N=np.concatenate([r.versions for r in rows]).astype(np.int32),
+        advantage_N=np.concatenate([np.full(r.loss_tokens, r.advantage, np.float32) for r in rows]),
+    )
+
+
+def empty_micro_batch(pad_token: int) -> MicroBatch:
+    """One token and no loss: a forward and backward that moves nothing."""
+    return MicroBatch(
+        rows=[],
+        tokens_BL=np.full((1, 1), pad_token, np.int64),
+        mask_BL=np.ones((1, 1), np.int64),
+        predict_N=np.zeros(0, np.int64),
+        target_N=np.zeros(0, np.int64),
+        logprob_N=np.zeros(0, np.float32),
+        version_N=np.zeros(0, np.int32),
+        advantage_N=np.zeros(0, np.float32),
+    )
+
+
+def build_batch(
+    groups: Sequence[Group],
+    *,
+    step: int,
+    seed: int,
+    algorithm: AlgorithmTable,
+    minibatches: int,
+    tokens_per_microbatch: int,
+    pad_token: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Batch:
+    """The batch of `step`, the same for the same (groups, seed, step) in whatever order the groups come.
+
+    Raises ValueError when no sample holds a token.
+    """
+    ordered = sorted(groups, key=lambda g: g.lease_id)
+    rows = rows_of(ordered, algorithm)
+    if not rows:
+        raise ValueError(f"the batch of step {step} has {len(ordered)} groups and no completion token")
+    shuffled = list(rows)
+    random.Random(f"{seed}:{step}").shuffle(shuffled)
+    mine: list[list[MicroBatch]] = []
+    tokens: list[int] = []
+    for part in divide(shuffled, min(minibatches, len(rows))):
+        shares = [micro_batches(share, tokens_per_microbatch, pad_token) for share in divide(part, world_size)]
+        padding = max(map(len, shares)) - len(shares[rank])
+        mine.append(shares[rank] + [empty_micro_batch(pad_token) for _ in range(padding)])
+        tokens.append(sum(row.loss_tokens for row in part))
+    return Batch(step, ordered, rows, mine, tokens, np.concatenate([r.versions for r in rows]))

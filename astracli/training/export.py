@@ -1,0 +1,179 @@
+"""A trained model as a Hugging Face directory: in the layout it was loaded from, or its text part alone.
+
+Same layout: every shard of the source checkpoint is written again under its own name, trained tensors replaced,
+untouched ones (vision tower, mtp head) copied; config, processor and tokenizer files come along. Text only: the trained
+tensors under their wire names, and the text config that the adapter derives. Written beside its place and renamed into
+it when whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from astracli.adapter import ModelAdapter, read_config
+from astracli.errors import RunFailed
+
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 4 * 2**30
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_PROCESSOR = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+_METADATA = {"format": "pt"}
+
+
+def export(
+    out: Path,
+    model_dir: Path,
+    tensors: Mapping[str, Tensor],
+    adapter: ModelAdapter,
+    *,
+    text_only: bool = False,
+) -> Path:
+    """Write `tensors` (wire name -> wire dtype, CPU) as a checkpoint at `out`, replacing what is there. Returns `out`.
+
+    Raises RunFailed naming tensors that the source does not hold, holds in another shape, or holds untrained.
+    """
+    working = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(working, ignore_errors=True)
+    working.mkdir(parents=True)
+    try:
+        if text_only:
+            _write_text(working, tensors)
+            config = json.dumps(adapter.text_only_config(read_config(model_dir)), indent=2, sort_keys=True)
+            (working / "config.json").write_text(config + "\n")
+            _copy_files(model_dir, working, but=("config.json", *_PROCESSOR))
+        else:
+            _write_as_source(working, model_dir, tensors, adapter)
+            _copy_files(model_dir, working)
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(working, out)
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+    return out
+
+
+def source_names(model_dir: Path, tensors: Mapping[str, Tensor], adapter: ModelAdapter) -> dict[str, str | None]:
+    """Name in the source's files -> the wire name that replaces it, or None to copy it; tied copies are left out.
+
+    Raises RunFailed when trained tensors and source do not cover each other.
+    """
+    in_files: dict[str, tuple[int, ...]] = {}
+    for file in _shards(model_dir):
+        with safe_open(file, framework="pt") as source:
+            in_files |= {name: tuple(source.get_slice(name).get_shape()) for name in source.keys()}  # noqa: SIM118
+    tied = bool(read_config(model_dir).get("tie_word_embeddings"))
+    result: dict[str, str | None] = {}
+    untrained, misshapen = [], []
+    for name, shape in in_files.items():
+        wire = adapter.wire_name(name)
+        if wire is not None and wire not in tensors:
+            if not (tied and wire.endswith("lm_head.weight")):
+                untrained.append(name)
+            continue
+        if wire is not None and tuple(tensors[wire].shape) != shape:
+            misshapen.append(f"{name} {list(shape)} -> {list(tensors[wire].shape)}")
+        result[name] = wire
+    missing = sorted(set(tensors) - {wire for wire in result.values() if wire})
+    for what, names in (("not in the source", missing), ("not trained", untrained), ("of another shape", misshapen)):
+        if names:
+            raise RunFailed(
+                f"cannot export onto `{model_dir}`: {len(names)} tensors {what}: {', '.join(names[:8])}",
+                f"adapter `{adapter.name}` does not fit this checkpoint",
+            )
+    return result
+
+
+def frozen_tensors(model_dir: Path, adapter: ModelAdapter) -> dict[str, Tensor]:
+    """Name in the source's files -> tensor, of everything that is never trained."""
+    result: dict[str, Tensor] = {}
+    for file in _shards(model_dir):
+        with safe_open(file, framework="pt") as source:
+            for name in source.keys():  # noqa: SIM118
+                if adapter.wire_name(name) is None:
+                    result[name] = source.get_tensor(name)
+    return result
+
+
+def _shards(model_dir: Path) -> list[Path]:
+    shards = sorted(model_dir.glob("*.safetensors"))
+    index = model_dir / INDEX
+    if index.exists():
+        named = set(json.loads(index.read_text())["weight_map"].values())
+        shards = [shard for shard in shards if shard.name in named]
+    if not shards:
+        raise RunFailed(f"no .safetensors file in `{model_dir}`", "the source checkpoint must still be there to export")
+    return shards
+
+
+def _write_as_source(working: Path, model_dir: Path, tensors: Mapping[str, Tensor], adapter: ModelAdapter) -> None:
+    """One source shard in memory at a time."""
+    names = source_names(model_dir, tensors, adapter)
+    placed: dict[str, str] = {}
+    total = 0
+    for file in _shards(model_dir):
+        shard: dict[str, Tensor] = {}
+        with safe_open(file, framework="pt") as source:
+            for name in source.keys():  # noqa: SIM118
+                if name not in names:
+                    continue
+                wire = names[name]
+                before = source.get_tensor(name)
+                shard[name] = before if wire is None else _no_narrower(tensors[wire], before.dtype)
+        save_file({n: t.contiguous() for n, t in shard.items()}, working / file.name, metadata=_METADATA)
+        placed |= dict.fromkeys(shard, file.name)
+        total += sum(t.nbytes for t in shard.values())
+    if (model_dir / INDEX).exists():
+        _write_index(working, placed, total)
+
+
+def _no_narrower(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The wire's values; in the source's dtype when that is wider, so that a reader finds the precision it expects."""
+    return tensor.to(torch.promote_types(tensor.dtype, dtype))
+
+
+def _write_text(working: Path, tensors: Mapping[str, Tensor]) -> None:
+    parts = list(_parts(tensors))
+    placed: dict[str, str] = {}
+    for number, names in enumerate(parts, 1):
+        file = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        save_file({n: tensors[n].contiguous() for n in names}, working / file, metadata=_METADATA)
+        placed |= dict.fromkeys(names, file)
+    if len(parts) > 1:
+        _write_index(working, placed, sum(t.nbytes for t in tensors.values()))
+
+
+def _parts(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """Names in order, in parts of at most SHARD_BYTES."""
+    part: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        if part and size + tensor.nbytes > SHARD_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(name)
+        size += tensor.nbytes
+    if part:
+        yield part
+
+
+def _write_index(working: Path, placed: Mapping[str, str], total: int) -> None:
+    document: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+    (working / INDEX).write_text(json.dumps(document, indent=2) + "\n")
+
+
+def _copy_files(model_dir: Path, working: Path, but: Iterable[str] = ()) -> None:
+    """Everything of the source that holds no weights: config, tokenizer, chat template, processor, licence."""
+    for file in sorted(model_dir.iterdir()):
+        weights = file.name.endswith(_WEIGHTS) or file.name.endswith(".index.json")
+        if file.is_file() and not weights and not file.name.startswith(".") and file.name not in but:
+            shutil.copyfile(file, working / file.name)

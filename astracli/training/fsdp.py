@@ -1,0 +1,183 @@
+"""The ranks of a trainer: process group, what they add up and hand around, and FSDP2 sharding of a policy.
+
+One rank on a CPU needs none of it: no process group, no wrapping. Several ranks find each other by the torchrun
+variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. One rank on a GPU is wrapped all the same: FSDP2's mixed
+precision is what computes in bf16 on fp32 parameters.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from astracli.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+RENDEZVOUS = timedelta(minutes=10)
+WAIT = timedelta(days=7)
+"""Ranks wait for rank 0, which waits for the hub as long as a batch takes; the heartbeat ends an orphan, not this."""
+
+RELEASE_S = 0.2
+
+
+@dataclass
+class Ranks:
+    """This process among the trainer's."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    mesh: DeviceMesh | None = None
+    """None: no process group, nothing is sharded."""
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Iterable[float]) -> list[float]:
+        """Element-wise sum over all ranks, in float64."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, values: Iterable[float]) -> list[float]:
+        """Element-wise maximum over all ranks."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: Iterable[float], op: Any) -> list[float]:
+        result = torch.tensor(list(values), dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(result, op=op)
+        return [float(v) for v in result]
+
+    def gather(self, tensor_N: Tensor) -> Tensor:
+        """The 1-D tensors of all ranks, one after the other; lengths may differ. On the CPU."""
+        local = tensor_N.detach().cpu()
+        if self.world_size == 1:
+            return local
+        lengths = torch.zeros(self.world_size, dtype=torch.int64)
+        lengths[self.rank] = len(local)
+        dist.all_reduce(lengths)
+        padded = local.new_zeros(int(lengths.max()))
+        padded[: len(local)] = local
+        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:length] for part, length in zip(parts, lengths.tolist(), strict=True)])
+
+    def broadcast(self, payload: bytes | None) -> bytes:
+        """Rank 0's bytes, on every rank."""
+        if self.world_size == 1:
+            assert payload is not None
+            return payload
+        length = torch.tensor([len(payload) if payload is not None else 0])
+        dist.broadcast(length, src=0)
+        if payload is not None:
+            buffer = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else torch.empty(0).byte()
+        else:
+            buffer = torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(buffer, src=0)
+        return buffer.numpy().tobytes()
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leave the process group, together with all other ranks.
+
+        A mesh that something still refers to keeps the group's threads alive; one that has a tensor to release asks for
+        the GIL, and asking while the interpreter ends aborts the process. The pause lets it have the GIL before.
+        """
+        if self.mesh is None or not dist.is_initialized():
+            return
+        self.barrier()
+        self.mesh = None
+        gc.collect()
+        dist.destroy_process_group()
+        time.sleep(RELEASE_S)
+
+
+def join(device: str, environment: Mapping[str, str] = os.environ) -> Ranks:
+    """Join the process group that the environment describes. `device`: `cpu` or `cuda`.
+
+    Raises UserError when the environment names several ranks but no meeting place.
+    """
+    rank, world_size = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
+    if world_size == 1 and device == "cpu":
+        return Ranks()
+    from torch.distributed.device_mesh import init_device_mesh
+
+    chosen = torch.device("cpu")
+    if device == "cuda":
+        chosen = torch.device("cuda", int(environment.get("LOCAL_RANK", str(rank % max(1, torch.cuda.device_count())))))
+        torch.cuda.set_device(chosen)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    if world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=WAIT)
+    else:
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
+        if missing:
+            raise UserError(f"WORLD_SIZE is {world_size}, {' and '.join(missing)} is not set", "start it with torchrun")
+        store = dist.TCPStore(
+            environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), world_size, rank == 0, timeout=RENDEZVOUS
+        )
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=WAIT)
+    return Ranks(rank, world_size, chosen, init_device_mesh(device, (world_size,)))
+
+
+def shard(policy: nn.Module, block_classes: Iterable[str], ranks: Ranks) -> None:
+    """FSDP2 in place: each block on its own, the root (embedding, head, last norm) as one more group.
+
+    `policy`'s forward must do everything that touches the root's parameters: outside it they are sharded.
+    """
+    if ranks.mesh is None:
+        policy.to(ranks.device)
+        return
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy.to(ranks.device)
+    settings: dict[str, Any] = {"mesh": ranks.mesh}
+    if ranks.device.type == "cuda":
+        settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    names = frozenset(block_classes)
+    for module in list(policy.modules()):
+        if type(module).__name__ in names:
+            fully_shard(module, **settings)
+    fully_shard(policy, **settings)
+
+
+def recompute(policy: nn.Module, block_classes: Iterable[str], mode: str) -> None:
+    """Activation checkpointing of blocks, before sharding: `full` = every block, `selective` = every second one."""
+    if mode == "none":
+        return
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    names = frozenset(block_classes)
+    blocks = [
+        (parent, name, child)
+        for parent in policy.modules()
+        for name, child in parent.named_children()
+        if type(child).__name__ in names
+    ]
+    for number, (parent, name, child) in enumerate(blocks):
+        if mode == "full" or number % 2 == 0:
+            setattr(parent, name, checkpoint_wrapper(child, preserve_rng_state=False))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, sharing its storage; the tensor itself when it is not sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole tensor, on every rank. All ranks must call it in the same order."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -1,0 +1,66 @@
+"""From a checkpoint on disk to a trainer: load, round, shard, optimizer, reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from astracli.adapter import ModelAdapter, read_config
+from astracli.recipe import Recipe
+from astracli.training.fsdp import Ranks, recompute, shard
+from astracli.training.logprob import PolicyModel
+from astracli.training.optimizer import DTYPES, Masters
+from astracli.training.step import Trainer
+
+
+def build_trainer(model_dir: Path, adapter: ModelAdapter, recipe: Recipe, ranks: Ranks, *, attention: str) -> Trainer:
+    """Everything a step needs, on every rank. `attention`: an implementation that transformers knows."""
+    model = _load(model_dir, adapter, ranks, attention)
+    wire = adapter.wire_tensors(model)
+    blocks = adapter.block_classes(model)
+    policy = PolicyModel(model)
+    recompute(policy, blocks, recipe.train.activation_checkpointing)
+    shard(policy, blocks, ranks)
+    masters = Masters(policy.model, wire, recipe.train, ranks)
+    return Trainer(
+        policy,
+        masters,
+        adapter,
+        recipe,
+        ranks,
+        reference=_reference(model_dir, adapter, recipe, ranks, attention),
+        pad_token=pad_token(model_dir),
+    )
+
+
+def _load(model_dir: Path, adapter: ModelAdapter, ranks: Ranks, attention: str) -> torch.nn.Module:
+    model: torch.nn.Module = adapter.load_for_training(model_dir, attention=attention)
+    if ranks.device.type == "cpu" and adapter.prepare_cpu is not None:
+        adapter.prepare_cpu(model)
+    return model
+
+
+def _reference(
+    model_dir: Path, adapter: ModelAdapter, recipe: Recipe, ranks: Ranks, attention: str
+) -> PolicyModel | None:
+    """The initial policy as it was published, without gradients; None when the recipe asks for no KL."""
+    if recipe.algorithm.kl_coef == 0:
+        return None
+    model = _load(model_dir, adapter, ranks, attention)
+    blocks = adapter.block_classes(model)
+    if ranks.device.type == "cpu":
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in adapter.wire_tensors(model).items():
+                parameters[name].copy_(parameters[name].to(DTYPES[tensor.dtype]))
+    policy = PolicyModel(model)
+    policy.requires_grad_(False)
+    shard(policy, blocks, ranks)
+    return policy
+
+
+def pad_token(model_dir: Path) -> int:
+    """What fills the right of a row: never attended to, never a target; it only has to be a valid id."""
+    pad = read_config(model_dir).get("pad_token_id")
+    return pad if isinstance(pad, int) and pad >= 0 else 0

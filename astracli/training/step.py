@@ -1,0 +1,313 @@
+"""One training step: a batch of groups in, an updated policy and the step's figures out.
+
+1. One pass without gradients over the batch of all ranks: log-ratios to the behaviour policy, from them the
+   algorithm's limits (they hold for all minibatches), parity with the engine, mean ratio, entropy, KL. Left out when it
+   could say nothing new: one minibatch, nothing stale, no check pending.
+2. Per minibatch: forward and backward of its micro-batches, one clipped AdamW update.
+
+The loss of a minibatch is its token mean over all ranks and micro-batches. Shape letter: N loss tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from astracli.adapter import ModelAdapter
+from astracli.recipe import Recipe
+from astracli.rl import losses
+from astracli.rl.batch import Batch, MicroBatch, build_batch
+from astracli.rl.losses import Limits
+from astracli.rl.losses.kl import k3
+from astracli.rl.types import Group
+from astracli.training import parity
+from astracli.training.fsdp import Ranks
+from astracli.training.logprob import PolicyModel
+from astracli.training.optimizer import Masters, learning_rate
+
+ROWS_EVERY = 50
+"""Steps between two measurements of rows against separate rows; the first batch of a process is always measured."""
+
+
+@dataclass
+class StepResult:
+    metrics: dict[str, float]
+    batch: Batch
+
+
+@dataclass
+class Sums:
+    """What one rank adds up over tokens; all ranks' are summed at the end of the step."""
+
+    ratio: float = 0.0
+    entropy: float = 0.0
+    kl: float = 0.0
+    parity: float = 0.0
+    parity_tokens: float = 0.0
+    loss: float = 0.0
+    clipped: float = 0.0
+    parity_max: float = 0.0
+
+
+@dataclass
+class Timer:
+    """Seconds per phase."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _since: float = field(default_factory=time.perf_counter)
+
+    def lap(self, phase: str) -> None:
+        """The time since the last lap belongs to `phase`."""
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._since
+        self._since = now
+
+
+class Trainer:
+    """The policy, its optimizer and an optional reference; `train` advances them by one step."""
+
+    def __init__(
+        self,
+        policy: PolicyModel,
+        masters: Masters,
+        adapter: ModelAdapter,
+        recipe: Recipe,
+        ranks: Ranks,
+        *,
+        reference: PolicyModel | None = None,
+        pad_token: int = 0,
+    ):
+        self.policy = policy
+        self.masters = masters
+        self.adapter = adapter
+        self.recipe = recipe
+        self.ranks = ranks
+        self.reference = reference
+        self.pad_token = pad_token
+        self.algorithm = losses.get(recipe.algorithm.name)
+        self._first_version: int | None = None
+        self._parity_checks: set[str] = {"start", "update"}
+        self._rows_checked = False
+
+    def train(self, groups: Sequence[Group], step: int, version: int) -> StepResult:
+        """Train on the step's batch; the policy holds weight `version` before and `version + 1` after.
+
+        Raises RunFailed when a start-up check fails or the gradient is not finite, ValueError on a batch without
+        tokens.
+        """
+        timer = Timer()
+        batch = self._divide(groups, step)
+        timer.lap("batch_s")
+        metrics = self._check_rows(batch, step)
+        timer.lap("check_s")
+        stale_mean, stale_max = batch.staleness(version)
+        single_fresh = len(batch.minibatches) == 1 and stale_max == 0 and np.all(batch.versions == version)
+        sums = Sums()
+        references = self._reference_logprobs(batch)
+        score = not single_fresh or bool(self._pending_parity(version))
+        limits = self._score(batch, version, references, sums) if score else self._limits_of_fresh(batch)
+        timer.lap("score_s")
+        if score:
+            self._check_parity(sums, version)
+        norms = [
+            self._minibatch(batch, index, step, version, limits, references, sums, timer, measure=not score)
+            for index in range(len(batch.minibatches))
+        ]
+        metrics |= self._figures(batch, sums, len(norms))
+        metrics |= {
+            "grad_norm": float(np.mean(norms)),
+            "grad_norm_max": float(np.max(norms)),
+            "lr": learning_rate(self.masters.table, step),
+            "m2_limit": limits.cap,
+            "staleness_mean": stale_mean,
+            "staleness_max": float(stale_max),
+        }
+        metrics |= timer.seconds
+        metrics["train_s"] = sum(timer.seconds.values())
+        return StepResult(metrics, batch)
+
+    def _divide(self, groups: Sequence[Group], step: int) -> Batch:
+        table = self.recipe.train
+        return build_batch(
+            groups,
+            step=step,
+            seed=self.recipe.seed,
+            algorithm=self.recipe.algorithm,
+            minibatches=table.minibatches,
+            tokens_per_microbatch=table.tokens_per_microbatch,
+            pad_token=self.pad_token,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+        )
+
+    def _forward(self, policy: PolicyModel, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        return parity.logprobs(policy, self.adapter, micro, self.ranks.device)
+
+    def _on_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.ranks.device)
+
+    # checks
+
+    def _check_rows(self, batch: Batch, step: int) -> dict[str, float]:
+        if self._rows_checked and step % ROWS_EVERY:
+            return {}
+        difference = parity.rows_against_separate(
+            self.policy,
+            self.adapter,
+            batch.rows,
+            self.ranks.device,
+            tokens_per_microbatch=self.recipe.train.tokens_per_microbatch,
+            pad_token=self.pad_token,
+        )
+        parity.require_rows(difference, self.ranks.device, self.adapter)
+        self._rows_checked = True
+        return {"rows_max_abs": difference}
+
+    def _pending_parity(self, version: int) -> str | None:
+        """Which of the two parity checks is due: on the weights that the process began with, and after an update."""
+        if self._first_version is None:
+            self._first_version = version
+        check = "start" if version == self._first_version else "update"
+        return check if check in self._parity_checks else None
+
+    def _check_parity(self, sums: Sums, version: int) -> None:
+        check = self._pending_parity(version)
+        if check is None:
+            return
+        total, tokens = self.ranks.sum([sums.parity, sums.parity_tokens])
+        if not tokens:
+            return
+        (largest,) = self.ranks.max([sums.parity_max])
+        device = self.ranks.device.type
+        tolerance = self.recipe.train.parity_tolerance or self.adapter.parity_tolerance[device]
+        parity.require_parity(total / tokens, largest, int(tokens), tolerance, version)
+        self._parity_checks.discard(check)
+
+    # pass 1
+
+    @torch.no_grad()
+    def _reference_logprobs(self, batch: Batch) -> dict[int, Tensor]:
+        """id of micro-batch -> the reference's log-probabilities [N]; empty without a reference."""
+        if self.reference is None:
+            return {}
+        micros = [micro for minibatch in batch.minibatches for micro in minibatch]
+        return {id(micro): self._forward(self.reference, micro)[0] for micro in micros}
+
+    @torch.no_grad()
+    def _score(self, batch: Batch, version: int, references: dict[int, Tensor], sums: Sums) -> Limits:
+        """Measure the whole batch, and take the algorithm's limits from it and from all other ranks' share."""
+        ratios, advantages = [], []
+        for minibatch in batch.minibatches:
+            for micro in minibatch:
+                logprob_N, entropy_N = self._forward(self.policy, micro)
+                ratios.append(self._measure(micro, version, logprob_N, entropy_N, references.get(id(micro)), sums))
+                advantages.append(self._on_device(micro.advantage_N))
+        log_ratio_N = self.ranks.gather(torch.cat(ratios))
+        advantage_N = self.ranks.gather(torch.cat(advantages))
+        return self.algorithm.prepare(log_ratio_N, advantage_N, self.recipe.algorithm)
+
+    def _limits_of_fresh(self, batch: Batch) -> Limits:
+        """Limits of a batch drawn from the very policy: every log-ratio is 0."""
+        advantage_N = torch.from_numpy(np.concatenate([np.full(r.loss_tokens, r.advantage) for r in batch.rows]))
+        return self.algorithm.prepare(torch.zeros_like(advantage_N), advantage_N, self.recipe.algorithm)
+
+    @torch.no_grad()
+    def _measure(
+        self,
+        micro: MicroBatch,
+        version: int,
+        logprob_N: Tensor,
+        entropy_N: Tensor,
+        reference_N: Tensor | None,
+        sums: Sums,
+    ) -> Tensor:
+        """Add a micro-batch to the sums; returns its log-ratios [N]."""
+        log_ratio_N = logprob_N - self._on_device(micro.logprob_N)
+        if not len(log_ratio_N):
+            return log_ratio_N
+        sums.ratio += float(log_ratio_N.exp().double().sum())
+        sums.entropy += float(entropy_N.double().sum())
+        if reference_N is not None:
+            sums.kl += float(k3(logprob_N, reference_N).double().sum())
+        current_N = log_ratio_N[self._on_device(micro.version_N) == version].abs()
+        if len(current_N):
+            sums.parity += float(current_N.double().sum())
+            sums.parity_tokens += len(current_N)
+            sums.parity_max = max(sums.parity_max, float(current_N.max()))
+        return log_ratio_N
+
+    # pass 2
+
+    def _minibatch(
+        self,
+        batch: Batch,
+        index: int,
+        step: int,
+        version: int,
+        limits: Limits,
+        references: dict[int, Tensor],
+        sums: Sums,
+        timer: Timer,
+        *,
+        measure: bool,
+    ) -> float:
+        """Forward, backward and update of one minibatch; returns the gradient norm before clipping."""
+        tokens = batch.minibatch_tokens[index]
+        for micro in batch.minibatches[index]:
+            logprob_N, entropy_N = self._forward(self.policy, micro)
+            reference_N = references.get(id(micro))
+            if measure:
+                self._measure(micro, version, logprob_N.detach(), entropy_N, reference_N, sums)
+            log_ratio_N = logprob_N - self._on_device(micro.logprob_N)
+            loss_N, clipped_N = self.algorithm.token_loss(log_ratio_N, self._on_device(micro.advantage_N), limits)
+            if reference_N is not None:
+                loss_N = loss_N + self.recipe.algorithm.kl_coef * k3(logprob_N, reference_N)
+            loss = loss_N.sum() / tokens
+            sums.loss += float(loss.detach())
+            sums.clipped += float(clipped_N.sum())
+            timer.lap("forward_s")
+            # sharding averages gradients over ranks, the token mean already counts all of them
+            (loss * self.ranks.world_size).backward()
+            timer.lap("backward_s")
+        norm = self.masters.update(step)
+        timer.lap("optimizer_s")
+        return norm
+
+    def _figures(self, batch: Batch, sums: Sums, updates: int) -> dict[str, float]:
+        """The step's metrics over all ranks."""
+        ratio, entropy, kl, close, close_tokens, loss, clipped = self.ranks.sum(
+            [sums.ratio, sums.entropy, sums.kl, sums.parity, sums.parity_tokens, sums.loss, sums.clipped]
+        )
+        (largest,) = self.ranks.max([sums.parity_max])
+        tokens = batch.loss_tokens
+        rewards = np.concatenate([g.rewards for g in batch.groups])
+        per_row = np.array([row.advantage for row in batch.rows])
+        figures = {
+            "loss": loss / updates,
+            "reward_mean": float(rewards.mean()),
+            "advantage_mean": float(per_row.mean()),
+            "advantage_std": float(per_row.std()),
+            "clip_fraction": clipped / tokens,
+            "ratio_mean": ratio / tokens,
+            "entropy": entropy / tokens,
+            "tokens": float(tokens),
+            "samples": float(len(batch.rows)),
+            "groups": float(len(batch.groups)),
+            "completion_tokens_mean": tokens / len(batch.rows),
+            "length_stop_fraction": float(np.mean([r.sample.finish_reason == "length" for r in batch.rows])),
+            "updates": float(updates),
+        }
+        if self.reference is not None:
+            figures["kl"] = kl / tokens
+        if close_tokens:
+            figures |= {
+                "parity_mean_abs": close / close_tokens,
+                "parity_max_abs": largest,
+                "parity_tokens": close_tokens,
+            }
+        return figures

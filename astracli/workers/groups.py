@@ -1,0 +1,128 @@
+"""A group from prompt tokens to finished samples on one engine, whatever updates come between; and as JSON lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from astracli.engines.client import GenRequest, GenResult
+from astracli.errors import RunFailed
+from astracli.recipe import Recipe
+from astracli.rl.schedule import sample_seed
+from astracli.rl.types import Group, Sample, Segment
+from astracli.workers.updates import Lane
+
+EMPTY_ABORTS = 50
+"""Times in a row that an engine may end a group's requests without a single token."""
+
+
+@dataclass
+class Draft:
+    """A sample while it is generated."""
+
+    index: int
+    segments: list[Segment] = field(default_factory=list)
+    finish: str | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        return [int(token) for segment in self.segments for token in segment.tokens]
+
+    def take(self, result: GenResult) -> None:
+        """Append what a request brought; segments of one version are joined."""
+        if result.finish_reason != "abort":
+            self.finish = result.finish_reason
+        if not len(result.tokens):
+            return
+        last = self.segments[-1] if self.segments else None
+        if last is not None and last.version == result.version:
+            last.tokens = np.concatenate([last.tokens, result.tokens])
+            last.logprobs = np.concatenate([last.logprobs, result.logprobs])
+        else:
+            self.segments.append(Segment(result.version, result.tokens, result.logprobs))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn; the same for every group of a run."""
+
+    recipe: Recipe
+    stop_ids: tuple[int, ...]
+
+    def budget(self, prompt: Sequence[int]) -> int:
+        """Tokens that a completion of this prompt may have; below 1: the prompt does not fit."""
+        rollout = self.recipe.rollout
+        return min(rollout.max_new_tokens, rollout.context_length - len(prompt))
+
+    def request(self, prompt: Sequence[int], lease_id: int, draft: Draft) -> GenRequest:
+        """What is asked for a sample now: everything, or its continuation."""
+        prefix = draft.tokens
+        return GenRequest(
+            input_ids=[*prompt, *prefix],
+            max_new_tokens=self.budget(prompt) - len(prefix),
+            temperature=self.recipe.rollout.temperature,
+            top_p=self.recipe.rollout.top_p,
+            stop_token_ids=self.stop_ids,
+            seed=sample_seed(self.recipe.seed, lease_id, draft.index),
+            draw_offset=len(prefix),
+        )
+
+
+async def generate_group(lane: Lane, sampling: Sampling, prompt: Sequence[int], lease_id: int) -> list[Draft]:
+    """All samples of a group, generated together and continued after every update until each has ended."""
+    drafts = [Draft(index) for index in range(sampling.recipe.rollout.group_size)]
+    empty = 0
+    while open_drafts := [draft for draft in drafts if draft.finish is None]:
+        requests = [sampling.request(prompt, lease_id, draft) for draft in open_drafts]
+        results = await lane.generate(requests)
+        for draft, result in zip(open_drafts, results, strict=True):
+            draft.take(result)
+            if draft.finish is None and len(draft.tokens) >= sampling.budget(prompt):
+                draft.finish = "length"
+        cut = [draft for draft in open_drafts if draft.finish is None]
+        if cut:
+            lane.count_aborted(len(cut), sum(len(prompt) + len(draft.tokens) for draft in cut))
+        empty = 0 if any(len(result.tokens) for result in results) else empty + 1
+        if empty >= EMPTY_ABORTS:
+            raise RunFailed(f"{lane.name} ended the requests of group {lease_id} {empty} times without a token")
+    return drafts
+
+
+class SampleWriter:
+    """Graded samples as JSON lines, a group at a time; `left` groups are still wanted."""
+
+    def __init__(self, path: str | Path, groups: int):
+        self.left = groups
+        self._path = Path(path)
+        self._path.write_text("")
+
+    def write(self, group: Group) -> None:
+        with self._path.open("a") as file:
+            file.write("".join(json.dumps(sample_record(group, sample)) + "\n" for sample in group.samples))
+        self.left -= 1
+
+
+def sample_record(
+    group: Group, sample: Sample, *, step: int | None = None, advantage: float | None = None
+) -> dict[str, Any]:
+    """One line of a samples file. `version`: of the sample's oldest token (None without tokens)."""
+    return {
+        "step": step,
+        "version": min((segment.version for segment in sample.segments), default=None),
+        "problem_id": group.problem_id,
+        "problem": group.problem,
+        "answer": group.answer,
+        "sample": sample.index,
+        "completion": sample.text,
+        "tokens": sample.tokens.tolist(),
+        "logprobs": [round(float(logprob), 6) for logprob in sample.logprobs],
+        "advantage": advantage,
+        "reward": sample.reward,
+        "verdict": sample.verdict,
+        "finish_reason": sample.finish_reason,
+    }

@@ -1,0 +1,284 @@
+"""The rollout worker: leases prompts, has groups generated and graded, hands them in, and updates its engines' weights.
+
+One asyncio loop. Each engine is a lane (`updates`) with a feeder that keeps it full and a follower that keeps it at the
+hub's target version. A group stays on one engine; its samples are generated together. A sample whose request is ended
+by an update is continued from prompt + prefix: its tokens form one segment per version. Draws depend on
+(recipe seed, lease, sample, position) alone.
+
+`extra = {"out": FILE, "n": N}`: no trainer; N groups are written to FILE, one JSON line a sample, and the worker ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections import deque
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from astracli.adapter import chat_prompt_tokens
+from astracli.data.prompts import Problem, PromptSource, stop_token_ids
+from astracli.engines.client import EngineClient
+from astracli.errors import RunFailed
+from astracli.hub.client import AsyncHubClient
+from astracli.rl.reward import Grade, GradeItem, GradePool
+from astracli.rl.types import Group, Sample
+from astracli.workers.common import Reporter, WorkerConfig, worker_main
+from astracli.workers.groups import Draft, SampleWriter, Sampling, generate_group
+from astracli.workers.updates import EngineLost, Lane
+
+LEASE_WAIT_S = 2.0
+REPORT_S = 1.0
+RATE_WINDOW_S = 10.0
+
+
+class Grader(Protocol):
+    """The part of `rl.reward.GradePool` that this worker needs."""
+
+    async def agrade_group(self, items: Sequence[GradeItem]) -> list[Grade]: ...
+
+
+class Rollout:
+    """The worker's work. `run` ends when the hub says stop, or when `groups_wanted` groups are done."""
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        reporter: Reporter,
+        hub: AsyncHubClient,
+        lanes: Sequence[Lane],
+        source: PromptSource,
+        tokenizer: Any,
+        grader: Grader,
+    ):
+        self.config = config
+        self.reporter = reporter
+        self.hub = hub
+        self.lanes = list(lanes)
+        self.source = source
+        self.tokenizer = tokenizer
+        self.grader = grader
+        self.sampling = Sampling(config.recipe, tuple(stop_token_ids(tokenizer, config.model_path)))
+        rollout = config.recipe.rollout
+        self.groups_per_engine = max(1, math.ceil(rollout.max_running_requests / rollout.group_size))
+        self._held: set[int] = set()
+        self._tasks: asyncio.TaskGroup
+        self._over = asyncio.Event()
+        self._writer = SampleWriter(config.extra["out"], int(config.extra["n"])) if "out" in config.extra else None
+        self._waits: dict[str, str | None] = {}
+        self._done = {"groups": 0, "samples": 0}
+
+    async def run(self) -> None:
+        """Raises the first failure of any part, once everything has been cancelled."""
+        await self.hub.release(self.config.name)
+        self.reporter.ready()
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                parts: list[Coroutine[Any, Any, None]] = [self._renew(), self._report()]
+                for lane in self.lanes:
+                    parts += [self._follow(lane), self._feed(lane)]
+                for part in parts:
+                    self._start(part)
+                await self._over.wait()
+                raise _Over
+        except ExceptionGroup as group:
+            failures = [error for error in _leaves(group) if not isinstance(error, _Over)]
+            if failures:
+                raise next((error for error in failures if isinstance(error, RunFailed)), failures[0]) from None
+        finally:
+            if self._held:
+                with contextlib.suppress(RunFailed):
+                    await self.hub.give_back(sorted(self._held))
+
+    def _start(self, part: Coroutine[Any, Any, None]) -> None:
+        self._tasks.create_task(part)
+
+    async def _follow(self, lane: Lane) -> None:
+        await lane.follow()
+        self._over.set()
+
+    # ---- leases ------------------------------------------------------------------------------------------------------
+
+    async def _feed(self, lane: Lane) -> None:
+        """Keep as many groups on the engine as it decodes at once."""
+        while True:
+            await lane.open.wait()
+            free = self.groups_per_engine - lane.busy_groups
+            if self._writer is not None:
+                free = min(free, self._writer.left - len(self._held))
+            if free <= 0:
+                lane.changed.clear()
+                await lane.changed.wait()
+                continue
+            wait_s = LEASE_WAIT_S if self._waits.get(lane.name) else 0.0
+            reply = await self.hub.lease(self.config.name, free, engine=lane.name, wait_s=wait_s)
+            self._waits[lane.name] = None if reply["leases"] else reply["wait"]
+            if reply["stop"]:
+                self._over.set()
+                return
+            for lease in reply["leases"]:
+                self._held.add(lease["lease_id"])
+                lane.busy_groups += 1
+                self._start(self._group(lane, lease["lease_id"], lease["prompt_index"]))
+
+    async def _renew(self) -> None:
+        """Prolong what is held. A lease that was lost is finished all the same: the first arrival counts."""
+        while True:
+            await asyncio.sleep(self.config.recipe.launch.lease_timeout_s / 3)
+            if self._held:
+                await self.hub.renew(sorted(self._held), self.config.name)
+
+    # ---- a group -----------------------------------------------------------------------------------------------------
+
+    async def _group(self, lane: Lane, lease_id: int, prompt_index: int) -> None:
+        """One lease from prompt to graded group. Its place on the engine is free again before it is graded."""
+        problem = self.source.problem(prompt_index)
+        prompt = chat_prompt_tokens(self.tokenizer, self.source.text(problem))
+        unfit = self._unfit(prompt)
+        try:
+            try:
+                drafts = [] if unfit else await generate_group(lane, self.sampling, prompt, lease_id)
+            finally:
+                lane.busy_groups -= 1
+                lane.changed.set()
+            if unfit:
+                await self.hub.skip(lease_id, unfit)
+            else:
+                group = await self._grade(lease_id, problem, prompt, drafts)
+                await self.hub.put_group(group)
+                self._count(group)
+        except EngineLost:
+            await self.hub.give_back([lease_id])
+        self._held.discard(lease_id)
+
+    def _unfit(self, prompt: Sequence[int]) -> str | None:
+        longest = self.config.recipe.data.max_prompt_tokens
+        if len(prompt) > longest:
+            return f"prompt of {len(prompt)} tokens, data.max_prompt_tokens = {longest}"
+        if self.sampling.budget(prompt) < 1:
+            context = self.config.recipe.rollout.context_length
+            return f"prompt of {len(prompt)} tokens leaves no room in rollout.context_length = {context}"
+        return None
+
+    async def _grade(self, lease_id: int, problem: Problem, prompt: Sequence[int], drafts: Sequence[Draft]) -> Group:
+        texts = [self.tokenizer.decode(draft.tokens, skip_special_tokens=True) for draft in drafts]
+        items = [
+            GradeItem(problem.question, problem.answer, text, draft.tokens)
+            for text, draft in zip(texts, drafts, strict=True)
+        ]
+        grades = await self.grader.agrade_group(items)
+        samples = [
+            Sample(
+                index=draft.index,
+                segments=draft.segments,
+                finish_reason="stop" if draft.finish == "stop" else "length",
+                reward=float(grade.reward),
+                verdict=grade.verdict,
+                text=text,
+            )
+            for draft, grade, text in zip(drafts, grades, texts, strict=True)
+        ]
+        return Group(
+            lease_id=lease_id,
+            problem_id=problem.id,
+            prompt_tokens=np.array(prompt, np.int32),
+            samples=samples,
+            problem=problem.question,
+            answer=problem.answer,
+            meta=problem.meta,
+        )
+
+    def _count(self, group: Group) -> None:
+        self._done["groups"] += 1
+        self._done["samples"] += len(group.samples)
+        if self._writer is not None:
+            self._writer.write(group)
+            if not self._writer.left:
+                self._over.set()
+            for lane in self.lanes:
+                lane.changed.set()
+
+    # ---- talk --------------------------------------------------------------------------------------------------------
+
+    async def _report(self) -> None:
+        """Each second: what is done, how fast, and what is waited for when nothing generates."""
+        seen: deque[tuple[float, int]] = deque()
+        while True:
+            now, tokens = time.monotonic(), sum(lane.tokens for lane in self.lanes)
+            seen.append((now, tokens))
+            while len(seen) > 2 and now - seen[0][0] > RATE_WINDOW_S:
+                seen.popleft()
+            rate = (tokens - seen[0][1]) / max(1e-9, now - seen[0][0]) if len(seen) > 1 else 0.0
+            in_flight = sum(lane.busy_groups for lane in self.lanes)
+            self.reporter.progress(**self._done, in_flight=in_flight, tokens_per_s=round(rate, 1))
+            self.reporter.waiting(None if in_flight else self._wait_reason())
+            await asyncio.sleep(REPORT_S)
+
+    def _wait_reason(self) -> str | None:
+        closed = [lane.name for lane in self.lanes if not lane.open.is_set()]
+        if len(closed) == len(self.lanes):
+            return f"weights or readiness of {', '.join(closed)}"
+        return next((reason for reason in self._waits.values() if reason), None)
+
+
+class _Over(Exception):
+    """Everything asked for is done; ends the task group."""
+
+
+def _leaves(error: Exception) -> list[Exception]:
+    """The failures inside nested groups, in order."""
+    if isinstance(error, ExceptionGroup):
+        return [leaf for part in error.exceptions for leaf in _leaves(part)]
+    return [error]
+
+
+def stage_dir(config: WorkerConfig, engine: dict[str, str]) -> Path:
+    """Where payloads for an engine are staged: its entry's `stage_dir`, else RUN_DIR/stage/NAME."""
+    return Path(engine.get("stage_dir") or config.run_dir / "stage" / engine["name"])
+
+
+async def _main(
+    config: WorkerConfig, reporter: Reporter, tokenizer: Any, source: PromptSource, pool: GradePool
+) -> None:
+    from astracli.weights.subscriber import Subscriber
+
+    recipe = config.recipe
+    async with contextlib.AsyncExitStack() as stack:
+        hub = await stack.enter_async_context(AsyncHubClient(config.hub_url, config.token))
+        lanes = []
+        for entry in config.engines:
+            engine = await stack.enter_async_context(EngineClient(entry["url"], config.token, name=entry["name"]))
+            subscriber = Subscriber(config.hub_url, config.token, stage_dir(config, entry), config.model_path)
+            stack.callback(subscriber.close)
+            lanes.append(
+                Lane(
+                    entry["name"],
+                    engine,
+                    hub,
+                    subscriber,
+                    process=config.name,
+                    mode=recipe.weights.pause_mode,
+                    ready_timeout_s=recipe.launch.ready_timeout_s,
+                )
+            )
+        await Rollout(config, reporter, hub, lanes, source, tokenizer, pool).run()
+
+
+def run(config: WorkerConfig, reporter: Reporter) -> None:
+    """Entry of the process."""
+    from transformers import AutoTokenizer
+
+    recipe = config.recipe
+    source = PromptSource(recipe.data, recipe.seed, config.data_path)
+    tokenizer = AutoTokenizer.from_pretrained(str(config.model_path))
+    with GradePool(recipe.data.reward, recipe.data.reward_workers, recipe.data.reward_timeout_s) as pool:
+        asyncio.run(_main(config, reporter, tokenizer, source, pool))
+
+
+if __name__ == "__main__":
+    worker_main(run)

@@ -1,0 +1,260 @@
+"""One engine as the rollout worker sees it: a gate for requests, and the choreography of a weight update.
+
+An update, in the order in which it happens (mode `abort`):
+
+    fetch and stage     generation goes on
+    close the gate      no new request leaves this worker
+    abort, drain        every request ends its segment; partial tokens come back, all of the old version
+    pause, apply, continue      with nothing running; the engine checks digests before it serves
+    report, open        the hub learns the version, then prompt + prefix are sent again
+
+`retract` and `in_place` leave requests running: the gate stays open, and what comes back carries the *oldest* version
+that was in force during its request, so that staleness is never understated.
+An update that fails is repeated once with a full payload; a second failure ends the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal, Protocol
+
+from astracli.engines.client import EngineClient, GenRequest, GenResult
+from astracli.errors import RunFailed
+from astracli.hub.client import AsyncHubClient
+
+TARGET_WAIT_S = 2.0
+"""How long one question for the target version waits for another answer."""
+ABORT_AGAIN_S = 0.2
+"""A request that was on its way when all were aborted is caught by the next abort."""
+FAILURES_IN_A_ROW = 3
+
+PauseMode = Literal["abort", "retract", "in_place"]
+
+
+class EngineLost(RunFailed):
+    """The engine did not answer; it may come back under the same address. What was asked of it is to be asked again."""
+
+
+class StagedPlan(Protocol):
+    """What `Lane` reads of the subscriber's answer."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def bytes(self) -> int: ...
+
+
+class Fetcher(Protocol):
+    """The part of `weights.subscriber.Subscriber` that a lane needs. Called in a thread."""
+
+    def fetch(self, target_version: int, have_version: int | None = None) -> Any: ...
+
+
+class Lane:
+    """One engine: its version, its gate, what this worker has outstanding on it."""
+
+    def __init__(
+        self,
+        name: str,
+        engine: EngineClient,
+        hub: AsyncHubClient,
+        fetcher: Fetcher,
+        *,
+        process: str,
+        mode: PauseMode = "abort",
+        ready_timeout_s: float = 600.0,
+    ):
+        self.name = name
+        self.open = asyncio.Event()
+        """Set while requests may be sent."""
+        self.version: int | None = None
+        """What the engine holds; None when that is not known or not to be trusted."""
+        self.busy_groups = 0
+        """Groups that generate on this engine, or wait at its gate."""
+        self.changed = asyncio.Event()
+        """Set whenever a group has left."""
+        self.tokens = 0
+        """Tokens generated for this worker."""
+        self._engine = engine
+        self._hub = hub
+        self._fetcher = fetcher
+        self._process = process
+        self._mode = mode
+        self._ready_timeout_s = ready_timeout_s
+        self._outstanding = 0
+        self._drained = asyncio.Event()
+        self._drained.set()
+        self._attached = False
+        self._serving = False
+        self._failures = 0
+        self._last_update = (time.monotonic(), 0)
+        self._aborted = {"aborted_samples": 0, "prefilled_again_tokens": 0}
+
+    # ---- requests ----------------------------------------------------------------------------------------------------
+
+    async def generate(self, requests: Sequence[GenRequest]) -> list[GenResult]:
+        """Send requests once the gate is open; a result's `version` is the oldest in force during its request.
+
+        Raises EngineLost when the engine is gone, RunFailed when that happens again and again.
+        """
+        await self.open.wait()
+        version = self.version
+        assert version is not None
+        self._outstanding += 1
+        self._drained.clear()
+        try:
+            results = await self._engine.generate(requests)
+        except RunFailed as error:
+            self._lose(error)
+            raise EngineLost(error.message, error.hint) from error
+        finally:
+            self._outstanding -= 1
+            if not self._outstanding:
+                self._drained.set()
+        self._failures = 0
+        self.tokens += sum(len(result.tokens) for result in results)
+        return [replace(r, version=min(version, r.version, r.version_start)) for r in results]
+
+    def count_aborted(self, samples: int, tokens: int) -> None:
+        """For the metrics: samples to be continued, and the prompt and prefix tokens that are prefilled again."""
+        self._aborted["aborted_samples"] += samples
+        self._aborted["prefilled_again_tokens"] += tokens
+
+    def _lose(self, error: RunFailed) -> None:
+        if self._attached:
+            self._attached = False
+            self._failures += 1
+        self.open.clear()
+        if self._failures >= FAILURES_IN_A_ROW:
+            raise error
+
+    # ---- following the hub -------------------------------------------------------------------------------------------
+
+    async def follow(self) -> None:
+        """Keep the engine at the hub's target version until the hub says stop."""
+        while True:
+            try:
+                if not self._attached:
+                    await self._attach()
+                ready_to_serve = self._serving and not self.open.is_set()
+                reply = await self._hub.target(
+                    self.name,
+                    have=self.version if self.open.is_set() else None,
+                    wait_s=0.0 if ready_to_serve else TARGET_WAIT_S,
+                )
+                if reply["stop"]:
+                    return
+                if self._attached:
+                    await self._approach(reply["version"])
+            except EngineLost as error:
+                self._lose(error)
+
+    async def _approach(self, target: int | None) -> None:
+        """Bring the engine to `target`; without one, it serves what it started with."""
+        if self._serving and target in (None, self.version):
+            if not self.open.is_set():
+                await self._let_in()
+        elif target is not None:
+            await self._update(target)
+
+    async def _attach(self) -> None:
+        """Wait for the engine and ask what it holds. The gate stays closed until that is the target.
+
+        An engine that was started again serves nothing before it was given weights.
+        """
+        if self._failures:
+            await self._hub.engine_state(self.name, None, "down")
+        await self._engine.wait_ready(self._ready_timeout_s)
+        info = await self._call(self._engine.model_info())
+        self.version = int(info["weight_version"])
+        self._serving = bool(info.get("serving", True))
+        if info.get("paused"):
+            await self._call(self._engine.resume())
+        self._attached = True
+
+    async def _call(self, request: Any) -> Any:
+        """Await a control call; an engine that does not answer is EngineLost."""
+        try:
+            return await request
+        except RunFailed as error:
+            raise EngineLost(error.message, error.hint) from error
+
+    async def _let_in(self) -> None:
+        """The engine holds checked weights: tell the hub, then open the gate."""
+        await self._hub.engine_state(self.name, self.version, "ready")
+        self.open.set()
+
+    # ---- an update ---------------------------------------------------------------------------------------------------
+
+    async def _update(self, target: int) -> None:
+        have = self.version if self.version != target else None
+        record: dict[str, Any] = {"process": self._process, "step": target, "engine": self.name, "resyncs": 0}
+        try:
+            await self._transfer(target, have, record)
+        except EngineLost:
+            raise
+        except RunFailed as error:
+            record["resyncs"] = 1
+            await self._resync(target, record, error)
+        self.version, self._serving = target, True
+        await self._let_in()
+        gate_closed = record.pop("gate_closed")
+        record["gap_s"] = time.monotonic() - gate_closed if gate_closed is not None else 0.0
+        await self._hub.metrics([record | self._since_last_update()])
+
+    async def _resync(self, target: int, record: dict[str, Any], cause: RunFailed) -> None:
+        """The weights did not become the target's: give the engine a full payload, once."""
+        try:
+            await self._transfer(target, None, record)
+        except EngineLost:
+            raise
+        except RunFailed as error:
+            raise RunFailed(
+                f"{self.name} could not be brought to version {target}: {cause.message}; "
+                f"then, with a full payload: {error.message}",
+                "the engine's log and weights/ in the run directory say more",
+            ) from error
+
+    async def _transfer(self, target: int, have: int | None, record: dict[str, Any]) -> None:
+        """Fetch, drain, apply. Raises EngineLost, or RunFailed when the payload or its application is at fault."""
+        record.setdefault("gate_closed", None)
+        begun = time.monotonic()
+        plan: StagedPlan = await asyncio.to_thread(self._fetcher.fetch, target, have)
+        record |= {"fetch_s": time.monotonic() - begun, "fetched_bytes": plan.bytes, "kind": plan.kind}
+        if self._mode == "abort":
+            if record["gate_closed"] is None:
+                record["gate_closed"] = time.monotonic()
+            self.open.clear()
+            await self._drain()
+        begun = time.monotonic()
+        await self._call(self._engine.pause(self._mode))
+        update = await self._call(self._engine.apply_staged(target, flush=self._mode != "in_place"))
+        if not update.success:
+            self._serving = False
+            self.open.clear()
+            self.version = None
+            await self._call(self._engine.resume())
+            raise RunFailed(f"version {target} was not applied: {update.message}")
+        await self._call(self._engine.resume())
+        record |= {"pause_s": time.monotonic() - begun, **update.seconds}
+
+    async def _drain(self) -> None:
+        """End every request of this worker's; returns when none is outstanding."""
+        while not self._drained.is_set():
+            await self._call(self._engine.abort_all())
+            try:
+                await asyncio.wait_for(self._drained.wait(), ABORT_AGAIN_S)
+            except TimeoutError:
+                continue
+
+    def _since_last_update(self) -> dict[str, Any]:
+        """What happened on this engine since the update before."""
+        now, (then, tokens) = time.monotonic(), self._last_update
+        self._last_update = (now, self.tokens)
+        counts = dict(self._aborted)
+        self._aborted = dict.fromkeys(self._aborted, 0)
+        return {"rollout_tokens_per_s": (self.tokens - tokens) / max(1e-9, now - then), **counts}

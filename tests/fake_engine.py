@@ -1,0 +1,148 @@
+"""A small engine for tests of what talks to engines: real sockets, SGLang's routes, tokens that follow from the seed.
+
+Token t of a sample is a function of (seed, t) alone, whatever the version and however often the request was cut: a
+completion that was continued must equal one that was not. Its log-probability tells the version: -1 - version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from astracli.hub.server import ServerThread
+from astracli.weights.subscriber import StagedPlan
+
+
+def token(seed: int, position: int) -> int:
+    return 3 + (seed // (position + 7)) % 90
+
+
+@dataclass
+class FakeEngine:
+    token: str
+    length: int = 20
+    """Tokens of a completion; the last is the stop token 1."""
+    step_s: float = 0.01
+    """Seconds a token takes."""
+    version: int = 0
+    serving: bool = True
+    paused: bool = False
+    refusals: int = 0
+    """Updates that will fail."""
+    events: list[str] = field(default_factory=list)
+    running: int = 0
+    port: int = 0
+    _aborts: int = 0
+    _thread: ServerThread | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> FakeEngine:
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", self.port))
+        self.port = listener.getsockname()[1]
+        routes = [
+            Route("/health_generate", self._ok, methods=["GET"]),
+            Route("/model_info", self._info, methods=["GET"]),
+            Route("/generate", self._generate, methods=["POST"]),
+            Route("/abort_request", self._abort, methods=["POST"]),
+            Route("/pause_generation", self._pause, methods=["POST"]),
+            Route("/continue_generation", self._continue, methods=["POST"]),
+            Route("/update_weights_from_tensor", self._update, methods=["POST"]),
+        ]
+        self._thread = ServerThread(Starlette(routes=routes), listener).start()
+        return self
+
+    def stop(self) -> None:
+        assert self._thread is not None
+        self._thread.stop()
+
+    async def _ok(self, request: Request) -> Response:
+        return JSONResponse({})
+
+    async def _info(self, request: Request) -> Response:
+        return JSONResponse({"weight_version": str(self.version), "serving": self.serving, "paused": self.paused})
+
+    async def _generate(self, request: Request) -> Response:
+        assert request.headers["authorization"] == f"Bearer {self.token}"
+        if not self.serving:
+            return JSONResponse({"error": {"message": "not serving"}}, 503)
+        body = await request.json()
+        offsets = body.get("draw_offset") or [0] * len(body["input_ids"])
+        self.running += len(offsets)
+        rows = zip(body["input_ids"], body["sampling_params"], offsets, strict=True)
+        answers = await asyncio.gather(*(self._one(ids, params, offset) for ids, params, offset in rows))
+        self.running -= len(offsets)
+        return JSONResponse(answers)
+
+    async def _one(self, ids: list[int], params: dict[str, Any], offset: int) -> dict[str, Any]:
+        aborts, start, seed = self._aborts, self.version, params["sampling_seed"]
+        out: list[int] = []
+        logprobs: list[Any] = []
+        reason = "length"
+        while len(out) < params["max_new_tokens"]:
+            await asyncio.sleep(self.step_s)
+            if self._aborts > aborts:
+                reason = "abort"
+                break
+            while self.paused:
+                await asyncio.sleep(self.step_s)
+            assert self.serving
+            position = offset + len(out)
+            out.append(1 if position == self.length - 1 else token(seed, position))
+            logprobs.append([-1.0 - self.version, out[-1], None])
+            if out[-1] in params["stop_token_ids"]:
+                reason = "stop"
+                break
+        meta = {"id": "x", "finish_reason": {"type": reason}, "output_token_logprobs": logprobs}
+        versions = {"weight_version": str(self.version), "weight_version_start": str(start)}
+        return {"output_ids": out, "meta_info": meta | versions}
+
+    async def _abort(self, request: Request) -> Response:
+        self._aborts += 1
+        return JSONResponse({})
+
+    async def _pause(self, request: Request) -> Response:
+        mode = (await request.json())["mode"]
+        self.events.append(f"pause {mode} with {self.running} running")
+        self.paused = True
+        return JSONResponse({})
+
+    async def _continue(self, request: Request) -> Response:
+        self.paused = False
+        return JSONResponse({})
+
+    async def _update(self, request: Request) -> Response:
+        assert self.paused
+        version = int((await request.json())["weight_version"])
+        if self.refusals:
+            self.refusals -= 1
+            self.serving = False
+            self.events.append(f"refused {version}")
+            return JSONResponse({"success": False, "message": "digest of lm_head differs"}, 400)
+        self.version, self.serving = version, True
+        self.events.append(f"applied {version}")
+        return JSONResponse({"success": True, "message": "", "seconds": {"apply_s": 0.001}})
+
+
+@dataclass
+class FakeFetcher:
+    """Stages nothing; remembers what was asked for."""
+
+    asked: list[tuple[int, int | None]] = field(default_factory=list)
+    stage_dir: Path | None = None
+
+    def fetch(self, target_version: int, have_version: int | None = None) -> StagedPlan:
+        self.asked.append((target_version, have_version))
+        return StagedPlan(target_version, "full" if have_version is None else "delta", ("x",), 100, 100, 0.0, 0.001)

@@ -1,0 +1,72 @@
+"""`astra adapters check`: the built-in adapters pass, and each kind of fault is found and named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from astracli import adapter_check, registry
+from astracli.adapter import ModelAdapter
+from astracli.errors import UserError
+
+
+def findings(adapter: ModelAdapter) -> dict[str, tuple[str, str]]:
+    return {c["name"]: (c["status"], c["value"]) for c in adapter_check.check(adapter)["checks"]}
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3", "llama"])
+def test_built_in_adapters_pass(name: str) -> None:
+    report = adapter_check.check(registry.get(name))
+    assert report["ok"] and {c["status"] for c in report["checks"]} == {"ok"}
+    assert [c["name"] for c in report["checks"]][:5] == [
+        "load", "block classes", "wire names", "parameter count", "padded rows == separate",
+    ]  # fmt: skip
+
+
+def test_a_lost_tensor_and_a_wrong_dtype_are_named() -> None:
+    good = registry.get("llama")
+
+    def wire(model: Any) -> dict[str, Any]:
+        tensors = good.wire_tensors(model)
+        del tensors["model.norm.weight"]
+        first = next(iter(tensors))
+        return tensors | {first: replace(tensors[first], dtype="float32")}
+
+    found = findings(replace(good, wire_tensors=wire))
+    status, value = found["wire names"]
+    assert status == "fail" and value.startswith("unmapped: model.norm.weight; wrong dtype: model.")
+    assert found["parameter count"][0] == "ok"
+
+
+def test_a_wrong_size_is_told_with_both_figures() -> None:
+    good = registry.get("llama")
+    shape = replace(good.memory_shape(good.tiny_config()), parameters=7)  # type: ignore[misc]
+    status, value = findings(replace(good, memory_shape=lambda config: shape))["parameter count"]
+    assert status == "fail" and value.startswith("memory_shape says 7, the model has ")
+
+
+def test_rows_that_see_each_other_are_found() -> None:
+    """Packing that resets nothing, and a mask that lets padding in from the left."""
+    hybrid = registry.get("qwen3_5")
+    status, value = findings(replace(hybrid, install_varlen=lambda model: None))["packed row == separate"]
+    assert status == "fail"
+    if value.startswith("largest"):
+        assert float(value.split()[4]) > 0.1
+    flipped = replace(registry.get("llama"), attention_mask=lambda mask: mask.flip(1))
+    status, value = findings(flipped)["padded rows == separate"]
+    assert status == "fail" and float(value.split()[4]) > 0.1
+
+
+def test_an_adapter_that_cannot_load_is_a_finding() -> None:
+    def broken(path: Any, *, attention: str) -> Any:
+        raise KeyError("no such layer")
+
+    found = findings(replace(registry.get("llama"), load_for_training=broken))
+    assert found == {"load": ("fail", "KeyError: 'no such layer'")}
+
+
+def test_without_a_tiny_config_there_is_nothing_to_try() -> None:
+    with pytest.raises(UserError, match="adapter `llama` brings no tiny_config"):
+        adapter_check.check(replace(registry.get("llama"), tiny_config=None))

@@ -1,0 +1,78 @@
+"""The registry of benchmarks: names, counts that are checked, and local copies."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from astracli.data import benchmarks
+from astracli.errors import UserError
+
+
+def write_items(path: Path, n: int, question: str = "problem", repeat: int = 1) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"id": f"i{i}", question: f"q{i}", "answer": f"0{i}"} for i in range(n)] * repeat
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_registry_has_the_samples_and_counts_of_the_reference() -> None:
+    table = {name: (spec.counts[0], spec.samples) for name, spec in benchmarks.BENCHMARKS.items()}
+    assert table == {
+        "arithmetic-heldout": (256, 8),
+        "aime24": (30, 16),
+        "aime25": (30, 16),
+        "amc": (45, 16),
+        "amc23": (40, 16),
+        "amc22_23": (83, 16),
+        "minerva": (272, 4),
+        "math500": (500, 4),
+        "gsm8k": (1319, 4),
+        "olympiadbench": (675, 4),
+    }
+
+
+def test_arithmetic_needs_no_file() -> None:
+    assert benchmarks.fetch("arithmetic-heldout") is None
+    found = benchmarks.load("arithmetic-heldout")
+    assert (len(found.items), found.samples, found.text(found.items[0])) == (256, 8, "90+59")
+
+
+def test_unknown_name_says_the_nearest() -> None:
+    with pytest.raises(UserError) as caught:
+        benchmarks.load("aime-24")
+    assert caught.value.hint == "did you mean `aime24`?"
+
+
+def test_local_file_and_prompt(tmp_path: Path) -> None:
+    found = benchmarks.load("aime24", write_items(tmp_path / "a.jsonl", 30))
+    assert found.samples == 16 and found.pass_k == 4
+    assert found.text(found.items[3]) == (
+        "q3\nLet's think step by step. Please put your final answer within \\boxed{}."
+    )
+
+
+def test_doubled_and_cut_sets_are_refused_with_both_counts(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has 30 items, .* holds 120, 90 of them repeated"):
+        benchmarks.load("aime24", write_items(tmp_path / "a.jsonl", 30, repeat=4))
+    with pytest.raises(UserError, match=r"has 675 or 674 items, .* holds 29"):
+        benchmarks.load("olympiadbench", write_items(tmp_path / "o.jsonl", 29))
+
+
+def test_data_directory_and_its_eval_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASTRA_DATA_DIR", str(tmp_path))
+    with pytest.raises(UserError, match="is not on this machine"):
+        benchmarks.load("amc23")
+    inner = write_items(tmp_path / "eval" / "amc23.jsonl", 40, question="question")
+    assert benchmarks.fetch("amc23") == str(inner)
+    outer = write_items(tmp_path / "amc23.jsonl", 40)
+    gsm8k = write_items(tmp_path / "eval" / "gsm8k_test.jsonl", 1319)
+    assert benchmarks.fetch_all(["amc23", "gsm8k", "arithmetic-heldout"]) == {
+        "amc23": str(outer),
+        "gsm8k": str(gsm8k),
+        "arithmetic-heldout": None,
+    }
+    (tmp_path / "w").mkdir()
+    monkeypatch.chdir(tmp_path / "w")
+    Path("amc23").mkdir()  # a folder of that name where one works is no copy of the benchmark
+    assert benchmarks.fetch("amc23") == str(outer)

@@ -1,0 +1,108 @@
+"""Two real ranks over gloo do what one does: the same losses, the same published tensors, the same export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_tools import make_trainer, recipe, sample_groups, save_model, spawn
+
+from astracli.adapters.qwen3_5 import ADAPTER
+from astracli.training.fsdp import Ranks, join, shard
+from astracli.training.logprob import PolicyModel
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from safetensors.torch import save_file
+from training_tools import make_trainer, recipe, sample_groups
+from astracli.training import fsdp
+from astracli.weights.publisher import Publisher
+
+model_dir, out = map(Path, sys.argv[1:])
+ranks = fsdp.join("cpu")
+assert ranks.world_size == 2
+assert ranks.broadcast(b"from rank 0" if ranks.first else None) == b"from rank 0"
+chosen = recipe(algorithm={"kl_coef": 0.01}, train={"activation_checkpointing": "full"})
+trainer = make_trainer(model_dir, chosen, ranks)
+masters = trainer.masters
+held = sum(v.numel() for v in masters.values.values())
+publisher = Publisher(out / "weights", rank=ranks.rank, world_size=2, session="test", tied=masters.tied)
+publisher.publish(0, masters.wire_shards())
+figures = []
+for step in range(3):
+    metrics = trainer.train(sample_groups(None, 4, seed=step, version=-1), step, step).metrics
+    figures.append([metrics[k] for k in ("loss", "grad_norm", "kl", "entropy", "m2_limit", "clip_fraction", "tokens")])
+    publisher.publish(step + 1, masters.wire_shards())
+publisher.close()
+full = masters.wire_full()
+if ranks.first:
+    save_file(full, out / "full.safetensors")
+ranks.close()
+print(json.dumps({"figures": figures, "held": held}))
+"""
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def test_two_ranks_equal_one(model_dir: Path, tmp_path: Path) -> None:
+    outputs = [json.loads(text) for text in spawn(SCRIPT, [str(model_dir), str(tmp_path)], 2)]
+    trainer = make_trainer(model_dir, recipe(algorithm={"kl_coef": 0.01}))
+    total = sum(v.numel() for v in trainer.masters.values.values())
+    assert [o["held"] for o in outputs] == [pytest.approx(total / 2, rel=0.02)] * 2
+
+    figures = []
+    for step in range(3):
+        metrics = trainer.train(sample_groups(None, 4, seed=step, version=-1), step, step).metrics
+        names = ("loss", "grad_norm", "kl", "entropy", "m2_limit", "clip_fraction", "tokens")
+        figures.append([metrics[k] for k in names])
+    assert outputs[0]["figures"] == outputs[1]["figures"]
+    for mine, theirs in zip(outputs[0]["figures"], figures, strict=True):
+        assert mine[0] == pytest.approx(theirs[0], abs=1e-5)
+        assert mine == pytest.approx(theirs, abs=1e-5, rel=1e-3)
+
+    expected = trainer.masters.wire_full()
+    got = load_file(tmp_path / "full.safetensors")
+    assert got.keys() == expected.keys()
+    elements = differing = 0
+    for name, tensor in expected.items():
+        assert got[name].dtype == tensor.dtype and got[name].shape == tensor.shape, name
+        one_ulp = 2.0**-7 * tensor.float().abs().clamp(min=1e-3)
+        assert ((got[name].float() - tensor.float()).abs() <= one_ulp).all(), name
+        elements += tensor.numel()
+        differing += int((got[name] != tensor).sum())
+    assert differing < 0.01 * elements
+
+
+def test_what_two_ranks_publish_is_what_they_hold(model_dir: Path, tmp_path: Path) -> None:
+    """The pieces that no one gathered give the gathered tensors, bit for bit, through the receiver's own code."""
+    from astracli.weights import digest
+    from astracli.weights.manifest import Manifest
+
+    spawn(SCRIPT, [str(model_dir), str(tmp_path)], 2)
+    full = load_file(tmp_path / "full.safetensors")
+    raw = (tmp_path / "weights" / "v000003" / "manifest.json").read_bytes()
+    manifest = Manifest.from_bytes(raw, "manifest.json")
+    assert {t.name for t in manifest.tensors} == set(full)
+    assert manifest.frozen_digests.keys() == {"lm_head.weight"}
+    for tensor in manifest.tensors:
+        bits = digest.bits_of(full[tensor.name].contiguous().view(-1))
+        assert tensor.digest == digest.to_hex(digest.digest_bits(bits, 0)), tensor.name
+
+
+def test_one_rank_on_a_cpu_is_not_wrapped(model_dir: Path) -> None:
+    ranks = join("cpu", {})
+    assert ranks == Ranks()
+    policy = PolicyModel(ADAPTER.load_for_training(model_dir, attention="sdpa"))
+    shard(policy, ["Qwen3_5DecoderLayer"], ranks)
+    assert type(policy) is PolicyModel
+    assert not torch.distributed.is_initialized()
+    assert ranks.broadcast(b"x") == b"x"
+    assert ranks.gather(torch.arange(3)).tolist() == [0, 1, 2]
+    assert ranks.sum([1.5, 2.0]) == [1.5, 2.0]

@@ -1,0 +1,516 @@
+"""The hub's store: admission, leases, batches, evaluations, and what survives a kill -9 at any instant."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from astracli.errors import RunFailed, UserError
+from astracli.hub.store import HubStore
+from astracli.rl.types import Group, Sample, Segment, pack_group, unpack_group
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def open_store(path: Path, **changes: Any) -> HubStore:
+    settings: dict[str, Any] = {
+        "batch_groups": 4,
+        "max_staleness": 1,
+        "drop_equal_groups": True,
+        "lease_timeout_s": 60.0,
+        "steps": 10,
+        "eval_every": 0,
+        "engines": ["engine0"],
+    }
+    return HubStore(path / "hub.sqlite", **(settings | changes))
+
+
+def group(lease_id: int, version: int = 0, rewards: tuple[float, ...] = (0.0, 1.0), verdict: Any = "right") -> bytes:
+    samples = [
+        Sample(i, [Segment(version, np.arange(3, dtype=np.int32), np.full(3, -0.5, np.float32))], "stop", r, verdict)
+        for i, r in enumerate(rewards)
+    ]
+    return pack_group(Group(lease_id, f"p{lease_id}", np.array([1, 2], np.int32), samples))
+
+
+def ids(reply: dict[str, Any]) -> list[int]:
+    return [lease["lease_id"] for lease in reply["leases"]]
+
+
+def batch_ids(reply: dict[str, Any]) -> list[int]:
+    return [unpack_group(blob).lease_id for blob in reply["groups"]]
+
+
+def finish_step(store: HubStore, step: int, checkpoint_step: int | None = None) -> list[int]:
+    got = batch_ids(store.batch(step))
+    store.announce(step + 1, step + 1)
+    store.engine_state("engine0", step + 1, "ready")
+    store.ack(step, step + 1, checkpoint_step)
+    return got
+
+
+def fill(store: HubStore, version: int, n: int = 4) -> list[int]:
+    leases = ids(store.lease("w", n, engine=None))
+    for lease in leases:
+        assert store.put(group(lease, version)) == "accepted"
+    return leases
+
+
+# ---- admission -------------------------------------------------------------------------------------------------------
+
+
+def test_leases_stop_at_what_staleness_allows_and_say_why(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    assert ids(store.lease("w", 100)) == list(range(8))
+    reply = store.lease("w", 1)
+    assert reply == {
+        "leases": [],
+        "wait": "training: 8 groups in flight, 0 waiting of 8 allowed (staleness 1)",
+        "stop": False,
+    }
+
+
+def test_staleness_0_grants_nothing_while_the_trainer_works(tmp_path: Path) -> None:
+    store = open_store(tmp_path, max_staleness=0, deterministic=True)
+    store.engine_state("engine0", 0, "ready")
+    for lease in reversed(ids(store.lease("w", 9, engine="engine0"))):
+        store.put(group(lease))
+    assert batch_ids(store.batch(0)) == [0, 1, 2, 3]
+    assert store.lease("w", 9, engine="engine0")["leases"] == []
+    store.announce(1, 1)
+    assert store.lease("w", 9, engine="engine0")["leases"] == [], "announced, but the engine does not hold it yet"
+    store.engine_state("engine0", 1, "ready")
+    assert ids(store.lease("w", 9, engine="engine0")) == [4, 5, 6, 7]
+
+
+def test_an_engine_that_is_not_ready_gets_no_leases(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    assert store.lease("w", 1, engine="engine0")["wait"] == "engine0, which is starting"
+    store.engine_state("engine0", None, "down")
+    assert store.lease("w", 1, engine="engine0")["wait"] == "engine0, which is down"
+
+
+def test_dropped_groups_free_their_capacity_and_are_counted(tmp_path: Path) -> None:
+    store = open_store(tmp_path, steps=1)
+    seen = 0
+    for _ in range(10):
+        leases = ids(store.lease("w", 100))
+        assert len(leases) == 4, "dropped groups are replaced even when the run needs only four more"
+        for lease in leases:
+            assert store.put(group(lease, rewards=(1.0, 1.0))) == "dropped"
+        seen += 4
+    state = store.state()
+    assert (state["dropped_in_a_row"], state["counts"]["dropped"]) == (seen, seen)
+    assert "40 in a row dropped for no signal" in store.batch(0)["wait"]
+    fill(store, 0, n=1)
+    assert store.state()["dropped_in_a_row"] == 0
+
+
+def test_equal_rewards_are_kept_when_the_recipe_says_so(tmp_path: Path) -> None:
+    store = open_store(tmp_path, drop_equal_groups=False)
+    (lease,) = ids(store.lease("w", 1))
+    assert store.put(group(lease, rewards=(1.0, 1.0))) == "accepted"
+
+
+def test_the_end_of_the_run_grants_what_is_needed_and_no_more(tmp_path: Path) -> None:
+    store = open_store(tmp_path, steps=1, max_staleness=8)
+    leases = ids(store.lease("w", 100))
+    assert len(leases) == 4
+    store.put(group(leases[0], rewards=(0.0, 0.0)))
+    store.skip(leases[1], "prompt of 3000 tokens")
+    assert ids(store.lease("w", 100)) == [4, 5]
+    for lease in (2, 3, 4, 5):
+        store.put(group(lease))
+    assert store.lease("w", 1)["wait"] == "the run's last 4 groups: 0 in flight, 4 waiting"
+    assert batch_ids(store.batch(0)) == [2, 3, 4, 5]
+    assert store.lease("w", 1)["wait"] == "the end of the run: every batch has its groups"
+    assert store.state()["counts"]["skipped"] == 1
+
+
+# ---- leases ----------------------------------------------------------------------------------------------------------
+
+
+def test_expired_and_returned_leases_are_granted_again_first(tmp_path: Path) -> None:
+    clock = Clock()
+    store = open_store(tmp_path, clock=clock)
+    assert ids(store.lease("a", 3)) == [0, 1, 2]
+    clock.now += 50
+    assert store.renew([1], "a") == []
+    assert store.renew([1], "b") == [1]
+    clock.now += 20
+    assert store.renew([0, 1, 2], "a") == [0, 2]
+    assert ids(store.lease("b", 3)) == [0, 2, 3]
+    store.give_back([2])
+    assert store.release_worker("a") == 1
+    assert ids(store.lease("c", 3)) == [1, 2, 4]
+
+
+def test_the_first_arrival_of_a_lease_wins_even_after_it_was_granted_again(tmp_path: Path) -> None:
+    clock = Clock()
+    store = open_store(tmp_path, clock=clock)
+    store.lease("slow", 1)
+    clock.now += 61
+    assert ids(store.lease("fast", 1)) == [0]
+    first, second = group(0, rewards=(0.0, 1.0)), group(0, rewards=(1.0, 0.0))
+    assert [store.put(first), store.put(second)] == ["accepted", "duplicate"]
+    assert store.put(group(99)) == "unknown_lease"
+    fill(store, 0, n=3)
+    assert store.batch(0)["groups"][0] == first
+
+
+def test_a_group_of_an_expired_lease_in_the_queue_is_taken_and_not_granted_again(tmp_path: Path) -> None:
+    clock = Clock()
+    store = open_store(tmp_path, clock=clock)
+    store.lease("slow", 1)
+    clock.now += 61
+    assert store.put(group(0)) == "accepted"
+    assert ids(store.lease("fast", 1)) == [1]
+
+
+def test_a_lost_lease_reply_is_repeated_not_granted_twice(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    assert ids(store.lease("w", 3, request="r1")) == ids(store.lease("w", 3, request="r1")) == [0, 1, 2]
+    assert ids(store.lease("w", 3, request="r2")) == [3, 4, 5]
+
+
+def test_what_is_no_group_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not a packed group"):
+        open_store(tmp_path).put(b"\x00nonsense")
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_batches_take_the_earliest_deadline_then_the_lowest_lease(tmp_path: Path) -> None:
+    store = open_store(tmp_path, max_staleness=3)
+    leases = ids(store.lease("w", 8))
+    versions = {0: 2, 1: 1, 2: 2, 3: 0, 4: 1, 5: 2, 6: 0, 7: 2}
+    for lease in reversed(leases):
+        store.put(group(lease, versions[lease]))
+    assert batch_ids(store.batch(0)) == [3, 6, 1, 4]
+    assert batch_ids(store.batch(1)) == [0, 2, 5, 7]
+
+
+def test_the_same_step_serves_the_same_groups_and_steps_come_in_order(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    fill(store, 0, n=8)
+    first = store.batch(0)
+    assert store.batch(0) == first
+    with pytest.raises(RunFailed, match="batch 2 was asked for; the next one is 1 of 10"):
+        store.batch(2)
+    with pytest.raises(RunFailed, match="step 1 was acknowledged, but has no batch"):
+        store.ack(1, 2)
+
+
+def test_groups_too_old_are_discarded_counted_and_never_served(tmp_path: Path) -> None:
+    store = open_store(tmp_path, max_staleness=1)
+    ids(store.lease("w", 8))
+    for lease in range(7):
+        store.put(group(lease, 0))
+    assert finish_step(store, 0) == [0, 1, 2, 3]
+    store.lease("w", 1)
+    store.put(group(8, 1))
+    store.give_back([7])
+    assert finish_step(store, 1) == [4, 5, 6, 8]
+    assert store.lease("w", 4)["leases"][0]["lease_id"] == 7
+    assert store.put(group(7, 0)) == "stale"
+    for lease in (9, 10, 11):
+        store.put(group(lease, 1))
+    assert store.batch(2)["wait"] == "groups for step 2: 3 of 4, 0 in flight"
+    assert store.state()["counts"]["expired"] == 1
+
+
+def test_kept_groups_expire_when_their_deadline_passes(tmp_path: Path) -> None:
+    store = open_store(tmp_path, max_staleness=2, batch_groups=1)
+    store.lease("w", 3)
+    for lease, version in ((0, 0), (1, 0), (2, 0)):
+        store.put(group(lease, version))
+    assert [finish_step(store, s) for s in range(3)] == [[0], [1], [2]]
+    store.lease("w", 2)
+    store.put(group(3, 3))
+    store.put(group(4, 1))  # due in step 3, served before the younger lease 3
+    assert finish_step(store, 3) == [4]
+    assert finish_step(store, 4) == [3]
+
+
+def test_a_batch_waits_for_a_group_in_flight_that_no_later_step_could_take(tmp_path: Path) -> None:
+    store = open_store(tmp_path, max_staleness=1)
+    store.engine_state("engine0", 0, "ready")
+    store.lease("w", 8, engine="engine0")
+    for lease in range(4):
+        store.put(group(lease, 0))
+    finish_step(store, 0)
+    assert ids(store.lease("w", 8, engine="engine0")) == [8, 9, 10, 11]
+    for lease in (4, 5, 6, 8, 9, 10):
+        store.put(group(lease, 0 if lease < 8 else 1))
+    assert store.batch(1) == {"wait": "1 group in flight that step 1 must take or none can"}
+    store.put(group(7, 0))
+    assert finish_step(store, 1) == [4, 5, 6, 7]
+    assert store.state()["counts"]["expired"] == 0
+
+
+def test_stats_of_a_batch_count_everything_that_came_in(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.lease("w", 6)
+    for lease in range(4):
+        store.put(group(lease, rewards=(0.0, 1.0)))
+    store.put(group(4, rewards=(1.0, 1.0)))
+    store.put(group(5, rewards=(0.0, 0.0), verdict="timeout"))
+    assert store.batch(0)["stats"] == {
+        "arrived_groups": 6,
+        "dropped_groups": 2,
+        "expired_groups": 0,
+        "reward_mean": 0.5,
+        "tokens": 36,
+        "samples": 12,
+        "timeouts": 2,
+    }
+    for lease in ids(store.lease("w", 4)):
+        store.put(group(lease))
+    assert store.batch(1)["stats"]["arrived_groups"] == 4
+
+
+def test_a_batch_for_which_nothing_came_in_has_no_mean_reward(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    fill(store, 0, n=8)
+    assert store.batch(0)["stats"]["arrived_groups"] == 8
+    stats = store.batch(1)["stats"]
+    assert (stats["arrived_groups"], "reward_mean" in stats) == (0, False)
+
+
+# ---- acknowledgement, resume -----------------------------------------------------------------------------------------
+
+
+def test_groups_are_kept_back_to_the_checkpoint_before_the_newest(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    for step in range(6):
+        fill(store, step)
+        finish_step(store, step, checkpoint_step={1: 2, 3: 4, 5: 6}.get(step))
+    with pytest.raises(RunFailed, match="the groups of step 3 are gone"):
+        store.batch(3)
+    assert len(store.batch(4)["groups"]) == 4
+    with pytest.raises(RunFailed, match="cannot resume from step 2: the groups of 2 later steps are gone"):
+        store.rewind(2, 2)
+    store.rewind(4, 4)
+    assert store.state()["counts"]["consumed_steps"] == 4
+
+
+def test_rewind_serves_the_same_batches_again_and_forgets_what_came_later(tmp_path: Path) -> None:
+    store = open_store(tmp_path, eval_every=2)
+    store.announce(0, 0)
+    store.engine_state("engine0", 0, "ready")
+    store.eval_done(0, 0, {"overall": 0.4})
+    batches = []
+    for step in range(5):
+        fill(store, step)
+        batches.append(finish_step(store, step))
+    in_flight = ids(store.lease("w", 2))
+    assert [e["step"] for e in store.state()["evals"]] == [0, 2, 4]
+    store.close()
+
+    store = open_store(tmp_path, eval_every=2)
+    store.rewind(3, 3)
+    state = store.state()
+    assert state["latest_version"] == 3
+    assert [(e["step"], e["state"]) for e in state["evals"]] == [(0, "done"), (2, "pending")]
+    assert (state["counts"]["consumed_steps"], state["next_step"], state["counts"]["queued"]) == (3, 5, 2)
+    store.engine_state("engine0", 3, "ready")
+    assert store.lease("w", 9, engine="engine0")["leases"] == [], "two batches are there already"
+    assert [finish_step(store, step) for step in (3, 4)] == batches[3:]
+    assert ids(store.lease("w", 2)) == in_flight
+    assert not store.finished
+
+
+# ---- versions and evaluations ----------------------------------------------------------------------------------------
+
+
+def test_one_engine_is_pinned_to_an_evaluation_in_turn_and_the_others_follow(tmp_path: Path) -> None:
+    store = open_store(tmp_path, eval_every=2, engines=["engine0", "engine1"], steps=5)
+    assert store.target("engine0") == {"version": None, "pinned": False, "stop": False}
+    assert store.announce(0, 0) == {"eval": True, "pinned": [0]}
+    assert store.announce(0, 0) == {"eval": True, "pinned": [0]}
+    assert store.announce(1, 1) == {"eval": False, "pinned": [0]}
+    store.announce(2, 2)
+    targets = [(store.target(name)["version"], store.target(name)["pinned"]) for name in ("engine0", "engine1")]
+    assert targets == [(0, True), (2, True)], "the second evaluation went to the second engine"
+    assert store.eval_next()["wait"] == "engine0 to hold version 0; it is starting at None"
+    store.engine_state("engine0", 0, "ready")
+    assert store.eval_next() == {"step": 0, "version": 0, "engine": "engine0"}
+    assert store.eval_next() == {"step": 0, "version": 0, "engine": "engine0"}, "pending until it is done"
+    store.eval_done(0, 0, {"overall": 0.3})
+    assert store.target("engine0") == {"version": 2, "pinned": False, "stop": False}
+    store.engine_state("engine1", 2, "updating")
+    assert "step" not in store.eval_next()
+    with pytest.raises(RunFailed, match="no evaluation of version 7 at step 1"):
+        store.eval_done(1, 7, {})
+
+
+def test_the_last_step_is_evaluated_and_then_the_run_is_finished(tmp_path: Path) -> None:
+    store = open_store(tmp_path, eval_every=100, steps=1)
+    store.announce(0, 0)
+    store.eval_done(0, 0, {})
+    fill(store, 0)
+    finish_step(store, 0)
+    assert not store.finished
+    assert store.eval_next() == {"step": 1, "version": 1, "engine": "engine0"}
+    store.eval_done(1, 1, {"overall": 0.9})
+    assert store.finished
+    assert store.eval_next()["stop"]
+    assert store.state()["evals"][-1]["results"] == {"overall": 0.9}
+
+
+def test_request_stop_reaches_every_worker(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    heard: list[int] = []
+    store.subscribe(lambda: heard.append(1))
+    store.request_stop()
+    assert heard
+    assert store.lease("w", 1) == {"leases": [], "wait": "the end: the run is being stopped", "stop": True}
+    assert store.target("engine0")["stop"]
+    assert store.eval_next()["stop"]
+
+
+def test_threads_share_one_store(tmp_path: Path) -> None:
+    store = open_store(tmp_path, batch_groups=5, max_staleness=2, steps=40)
+    stop = threading.Event()
+    failures: list[BaseException] = []
+
+    def work(name: str) -> None:
+        try:
+            while not stop.is_set():
+                for lease in ids(store.lease(name, 3)):
+                    store.put(group(lease, store.target("engine0")["version"] or 0))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(f"w{i}",)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    served: list[int] = []
+    end = time.monotonic() + 30
+    while len(served) < 200 and time.monotonic() < end and not failures:
+        step = len(served) // 5
+        if "groups" in store.batch(step):
+            served += finish_step(store, step)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert (len(served), len(set(served))) == (200, 200)
+    assert store.finished
+
+
+# ---- the file --------------------------------------------------------------------------------------------------------
+
+
+def test_another_schema_and_another_file_are_refused(tmp_path: Path) -> None:
+    open_store(tmp_path).close()
+    with sqlite3.connect(tmp_path / "hub.sqlite") as file:
+        file.execute("UPDATE meta SET value = 7 WHERE key = 'schema_version'")
+    with pytest.raises(UserError, match="has schema 7, this astra reads 1"):
+        open_store(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "hub.sqlite").write_bytes(b"no database" * 100)
+    with pytest.raises(UserError, match="is not a hub database"):
+        open_store(tmp_path / "other")
+
+
+def test_reopening_requeues_leases_and_keeps_everything_else(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    fill(store, 0, n=5)
+    first = store.batch(0)
+    store.lease("w", 2)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in tmp_path.glob("hub.sqlite*"):
+        shutil.copy(file, copy)
+    again = open_store(copy)
+    assert again.batch(0) == first
+    counts = again.counts()
+    assert (counts["in_flight"], counts["queued"], counts["waiting"]) == (0, 2, 1)
+    assert ids(again.lease("w", 2)) == [5, 6]
+
+
+CHILD = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_hub_store import group, ids, open_store, batch_ids, finish_step
+
+store = open_store(Path({path!r}), steps=10**6, batch_groups=3, drop_equal_groups=True)
+print("open", flush=True)
+step = store.state()["counts"]["consumed_steps"]
+while True:
+    for lease in ids(store.lease("w", 3)):
+        version = store.target("engine0")["version"] or 0
+        blob = group(lease, version, rewards=(1.0, 1.0) if lease % 5 == 4 else (0.0, 1.0))
+        print("put", lease, store.put(blob), flush=True)
+    reply = store.batch(step)
+    if "groups" in reply:
+        print("batch", step, *batch_ids(reply), flush=True)
+        store.announce(step + 1, step + 1)
+        store.ack(step, step + 1, (step + 1) if step % 4 == 3 else None)
+        print("ack", step, flush=True)
+        step += 1
+"""
+
+
+def test_kill_9_at_any_instant_loses_no_group_and_serves_none_in_two_batches(tmp_path: Path) -> None:
+    """A hub does its work as fast as it can; it is killed 8 times; everything it ever said must still hold."""
+    source = textwrap.dedent(CHILD).format(tests=str(Path(__file__).parent), path=str(tmp_path))
+    moments = random.Random(7)
+    batches: dict[int, list[int]] = {}
+    settled: dict[int, str] = {}
+    acked = -1
+    for _ in range(8):
+        child = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True)
+        assert child.stdout is not None
+        assert child.stdout.readline() == "open\n"
+        said = [child.stdout.readline().strip() for _ in range(moments.randint(20, 80))]
+        time.sleep(moments.uniform(0, 0.005))
+        os.kill(child.pid, signal.SIGKILL)
+        said += child.stdout.read().split("\n")[:-1]  # without a torn last line
+        child.wait()
+        for line in said:
+            words = line.split()
+            if words[0] == "put" and words[2] in ("accepted", "dropped"):
+                assert int(words[1]) not in settled, "settled once"
+                settled[int(words[1])] = words[2]
+            elif words[0] == "batch" and len(words) == 5:
+                assert batches.setdefault(int(words[1]), [int(i) for i in words[2:]]) == [int(i) for i in words[2:]]
+            elif words[0] == "ack":
+                acked = max(acked, int(words[1]))
+    assert len(batches) > 20
+    served = [i for step in batches.values() for i in step]
+    assert len(served) == len(set(served)), "no group in two batches"
+
+    with sqlite3.connect(tmp_path / "hub.sqlite") as file:
+        state = dict(file.execute("SELECT lease_id, state FROM groups"))
+        rows = dict(file.execute("SELECT lease_id, step FROM groups WHERE state = 'assigned'"))
+        blobs = {row[0] for row in file.execute("SELECT lease_id FROM blobs")}
+        done = file.execute("SELECT COUNT(*) FROM batches WHERE acked = 1").fetchone()[0]
+    assert done > acked, "an acknowledgement that was answered stays"
+    assert sorted(state) == list(range(len(state))), "no lease is missing"
+    for lease, status in settled.items():
+        assert state[lease] in (("kept", "assigned") if status == "accepted" else ("dropped",))
+    assert all(rows[i] == step for step, members in batches.items() for i in members)
+    assert all(lease in blobs for lease, name in state.items() if name == "kept")

@@ -1,0 +1,240 @@
+"""From a recipe to processes: configs, environment, resume rules; and whole jobs whose workers are small stand-ins."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from astracli import recipe_io, run_dir
+from astracli.errors import RunFailed, UserError
+from astracli.launch import children, run
+from astracli.launch.job import Job
+from astracli.plan import LaunchPlan
+from astracli.recipe import Recipe
+from astracli.run_dir import RunDir
+from astracli.workers.common import load_config
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def tiny(**changes: Any) -> Recipe:
+    """The shipped tiny recipe with dotted keys changed (`train__steps=3`)."""
+    sets = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in changes.items()]
+    return recipe_io.load("qwen3.5-tiny-m2po-delta", sets)
+
+
+def plan_of(recipe: Recipe) -> LaunchPlan:
+    return run._plan(recipe, "train", run._config_if_here(recipe))
+
+
+def setting(recipe: Recipe, path: Path, **more: Any) -> children.Setting:
+    fields: dict[str, Any] = dict(hub_url="http://127.0.0.1:1", token="secret", paths={"model": "/m", "data": None})
+    return children.Setting(recipe, plan_of(recipe), RunDir(path), 1, **(fields | more))
+
+
+def test_every_process_gets_its_config_and_only_its_owner_reads_it(tmp_path: Path) -> None:
+    recipe = tiny(resources__engines=2, resources__train_ranks=2)
+    specs = {spec.name: spec for spec in children.build(setting(recipe, tmp_path), {"trainer": {"step": 4}})}
+    assert list(specs) == ["engine0", "engine1", "rollout", "trainer", "trainer1", "eval"]
+    configs = {name: load_config(["w", spec.argv[-1]]) for name, spec in specs.items()}
+    for name, spec in specs.items():
+        file = tmp_path / "config" / f"{name}.json"
+        assert spec.argv[1:] == ("-m", spec.argv[2], str(file))
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        assert configs[name].recipe == recipe and configs[name].token == "secret" and configs[name].name == name
+        assert spec.log == tmp_path / "logs" / "attempt_1" / f"{name}.log"
+        assert "secret" not in " ".join([*spec.argv, *spec.env.values()])
+    urls = [engine["url"] for engine in configs["rollout"].engines]
+    ports = [configs[name].extra["port"] for name in ("engine0", "engine1")]
+    assert len({*ports}) == 2 and urls == [f"http://127.0.0.1:{port}" for port in ports]
+    assert specs["engine1"].health_url == f"{urls[1]}/health_generate"
+    assert Path(configs["engine0"].extra["stage_dir"]) == tmp_path / "stage" / "engine0"
+    assert configs["trainer1"].extra == {"step": 4} and configs["trainer1"].role == "trainer"
+    assert configs["eval"].backends["attention"] == "sdpa"
+
+
+def test_children_are_offline_threaded_and_past_any_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "intranet")
+    recipe = tiny(resources__train_ranks=2, resources__threads__trainer=3)
+    specs = {spec.name: spec for spec in children.build(setting(recipe, tmp_path), {})}
+    for spec in specs.values():
+        assert (spec.env["HF_HUB_OFFLINE"], spec.env["CUDA_VISIBLE_DEVICES"]) == ("1", "")
+        assert spec.env["NO_PROXY"].split(",") == ["intranet", "127.0.0.1", "localhost", "127.0.0.1"]
+    assert (specs["trainer"].env["OMP_NUM_THREADS"], specs["engine0"].env["OMP_NUM_THREADS"]) == ("3", "1")
+    ranks = [specs[name].env for name in ("trainer", "trainer1")]
+    assert [env["RANK"] for env in ranks] == ["0", "1"] and {env["WORLD_SIZE"] for env in ranks} == {"2"}
+    assert ranks[0]["MASTER_PORT"] == ranks[1]["MASTER_PORT"] and "RANK" not in specs["eval"].env
+    assert (specs["engine0"].nice, specs["rollout"].nice, specs["eval"].nice) == (0, 5, 5)
+
+
+def test_an_engine_that_is_started_again_waits_for_weights(tmp_path: Path) -> None:
+    recipe = tiny(launch__max_restarts=2)
+    specs = {spec.name: spec for spec in children.build(setting(recipe, tmp_path), {})}
+    engine = specs["engine0"]
+    assert (engine.restarts, specs["trainer"].restarts) == (2, 0)
+    assert "await_weights" not in load_config(["w", engine.argv[-1]]).extra
+    assert engine.before_restart is not None
+    engine.before_restart()
+    assert load_config(["w", engine.argv[-1]]).extra["await_weights"] is True
+
+
+def stored_run(tmp_path: Path, recipe: Recipe) -> RunDir:
+    (tmp_path / "recipe.json").write_text(recipe_io.to_json(recipe))
+    return RunDir(tmp_path)
+
+
+def test_resume_keeps_what_is_learned_and_lets_the_rest_change(tmp_path: Path) -> None:
+    stored = stored_run(tmp_path, tiny())
+    allowed = tiny(train__steps=200, launch__heartbeat_timeout_s=5, resources__train_ranks=2, checkpoint__keep=3)
+    assert run._resumed_recipe(allowed, stored) == allowed
+    for key, value in (("train__learning_rate", 1.0), ("algorithm__name", "grpo"), ("launch__deterministic", True)):
+        with pytest.raises(UserError, match=rf"--set {key.replace('__', '.')} on --resume"):
+            run._resumed_recipe(tiny(**{key: value}), stored)
+
+
+def test_a_finished_run_is_not_resumed_but_can_train_on(tmp_path: Path) -> None:
+    stored = stored_run(tmp_path, tiny())
+    stored.start(recipe="t", steps=100, step=100)
+    stored.end("done", exit_code=0)
+    with pytest.raises(UserError, match="is done: 100 of 100 steps"):
+        run._resume_step(stored, tiny(train__steps=100))
+    assert run._resume_step(stored, tiny(train__steps=200)) == 0
+
+
+def test_a_failed_fetch_leaves_no_run_behind(tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    recipe = tiny(data__source="./nowhere.jsonl")
+    with pytest.raises(UserError, match=r"nowhere\.jsonl"):
+        run.train(recipe, run_dir=target)
+    assert not target.exists()
+
+
+def test_a_used_run_directory_is_refused(tmp_path: Path) -> None:
+    stored_run(tmp_path, tiny())
+    with pytest.raises(UserError, match="was used before"):
+        run.train(tiny(), run_dir=tmp_path)
+
+
+def test_dry_run_of_every_shipped_recipe() -> None:
+    for info in recipe_io.shipped():
+        document = run.dry_run(recipe_io.load(info.name), "train")
+        assert document["recipe"] == info.name and document["processes"]
+        assert json.loads(json.dumps(document, default=str))["processes"][0]["name"] == "engine0"
+
+
+# -- whole jobs with stand-in workers ----------------------------------------------------------------------------------
+
+WORKER = """
+import sys, time
+from astracli.errors import RunFailed
+from astracli.workers.common import worker_main
+
+def run(config, reporter):
+    reporter.ready()
+    if config.role == "trainer":
+        from astracli.hub.client import HubClient
+        with_hub(config, reporter, HubClient(config.hub_url, config.token))
+    elif config.role == "engine":
+        serve(config)
+    while not reporter.stop_requested.wait(0.05):
+        pass
+
+def serve(config):
+    import threading
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+    class Health(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.headers["Authorization"] == f"Bearer {config.token}" else 401)
+            self.end_headers()
+        def log_message(self, *_): pass
+    server = HTTPServer(("127.0.0.1", config.extra["port"]), Health)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+def with_hub(config, reporter, hub):
+    TRAINER
+
+worker_main(run)
+"""
+DONE = """hub.announce(0, 0); time.sleep(1.5)
+    hub.metrics([{"step": 0, "process": "trainer", "train_s": 1.0, "step_s": 1.0, "wait_s": 0.25, "reward_mean": 0.5}])
+    sys.exit(0)"""
+
+
+def job_with(tmp_path: Path, trainer: str, **changes: Any) -> Job:
+    """A job like `astra train` makes it, every worker replaced by WORKER with this trainer."""
+    (tmp_path / "stand_in.py").write_text(WORKER.replace("TRAINER", trainer))
+    recipe = tiny(eval__every=0, train__steps=1, **changes)
+    plan = plan_of(recipe)
+    search = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])}
+    plan = replace(
+        plan, processes=tuple(replace(p, module="stand_in", env={**p.env, **search}) for p in plan.processes)
+    )
+    run_path = run_dir.create("t", tmp_path / "run")
+    run_path.next_attempt()
+    return Job(recipe, plan, run_path, 1, {"model": "/m", "data": None, "benchmarks": {}})
+
+
+def files(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """(status.json, summary.json)"""
+    return json.loads((path / "status.json").read_text()), json.loads((path / "summary.json").read_text())
+
+
+def test_job_runs_to_its_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    job = job_with(tmp_path, DONE)
+    assert job.run() == 0
+    status, found = files(tmp_path / "run")
+    assert (status["state"], status["exit_code"], found["state"]) == ("done", 0, "done")
+    assert found["training"]["wait_share"] == 0.25 and found["phases_s"]["training"] > 0
+    assert found["memory"]["peak_bytes"] > 20e6 and set(found["memory"]["peak_bytes_by_process"]) >= {
+        "trainer",
+        "engine0",
+    }
+    talk = capfd.readouterr().err
+    assert "starting" in talk and "all processes are ready" in talk and "stopping" in talk
+    assert not psutil.Process().children()
+
+
+def test_job_that_fails_says_so_everywhere(tmp_path: Path) -> None:
+    job = job_with(tmp_path, 'raise RunFailed("the gradient is not finite", "lower the learning rate")')
+    with pytest.raises(RunFailed) as failure:
+        job.run()
+    assert "`trainer` ended with exit code 1" in failure.value.message
+    assert "error: the gradient is not finite" in failure.value.message
+    assert failure.value.hint == f"when that is mended, go on with `astra train --resume {tmp_path / 'run'}`"
+    status, found = files(tmp_path / "run")
+    assert (status["state"], status["exit_code"], found["state"]) == ("failed", 1, "failed")
+    assert status["cause"].startswith("`trainer` ended with exit code 1")
+    assert not psutil.Process().children()
+
+
+def test_children_of_a_killed_supervisor_end_by_themselves(tmp_path: Path) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from pathlib import Path\nimport test_launch as t\n"
+        f"t.job_with(Path({str(tmp_path)!r}), 'time.sleep(60)').run()\n"
+    )
+    supervisor = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    assert supervisor.stderr is not None
+    for line in supervisor.stderr:
+        if "all processes are ready" in line:
+            break
+    workers = psutil.Process(supervisor.pid).children(recursive=True)
+    assert len(workers) == 3
+    supervisor.kill()
+    supervisor.wait()
+    supervisor.stderr.close()
+    began = time.monotonic()
+    psutil.wait_procs(workers, timeout=8)
+    assert not [worker for worker in workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]
+    assert time.monotonic() - began < 8

@@ -1,0 +1,177 @@
+"""Algorithms: hand-worked numbers, and M2PO against a brute-force search, all three variants."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from astracli.errors import UserError
+from astracli.recipe import AlgorithmTable
+from astracli.rl import losses
+from astracli.rl.losses import m2po
+from astracli.rl.losses.clipping import Range
+from astracli.rl.losses.kl import k3
+
+M2PO = losses.get("m2po")
+
+
+def table(**values: Any) -> AlgorithmTable:
+    return AlgorithmTable(**values)
+
+
+def tensors(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def test_an_unknown_name_lists_those_that_exist() -> None:
+    with pytest.raises(UserError, match="`ppo3`") as error:
+        losses.get("ppo3")
+    assert error.value.hint == "one of grpo, m2po"
+
+
+# grpo
+
+
+def test_grpo_by_hand() -> None:
+    # ratios 1.5, 0.5, 1.5, 0.5 with range [0.8, 1.3]
+    log_ratio = tensors(1.5, 0.5, 1.5, 0.5).log().requires_grad_()
+    advantage = tensors(2.0, 2.0, -2.0, -2.0)
+    grpo = losses.get("grpo")
+    limits = grpo.prepare(log_ratio, advantage, table(name="grpo", clip_low=0.2, clip_high=0.3))
+    loss, clipped = grpo.token_loss(log_ratio, advantage, limits)
+    # -min(r A, clip(r) A): -min(3, 2.6), -min(1, 1.6), -min(-3, -2.6), -min(-1, -1.6)
+    assert loss.tolist() == pytest.approx([-2.6, -1.0, 3.0, 1.6])
+    assert clipped.tolist() == [True, False, False, True]
+    loss.sum().backward()
+    # d(-r A)/d log r = -r A where it is not cut
+    assert log_ratio.grad is not None
+    assert log_ratio.grad.tolist() == pytest.approx([0.0, -1.0, 3.0, 0.0])
+
+
+def test_the_loss_of_a_far_off_token_stays_finite() -> None:
+    loss, _ = losses.get("grpo").token_loss(tensors(200.0), tensors(-1.0), Range(0.8, 1.2))
+    assert math.isfinite(loss.item())
+
+
+# m2po: hand-worked, tau 0.09. Candidates: |log r| 0.1, 0.2, 0.3, 0.6 -> m 0.01, 0.04, 0.09, 0.36; the last two tokens
+# moved against their advantage and are none.
+
+LOG_RATIO = tensors(0.1, -0.2, 0.3, -0.6, 0.9, -0.9)
+ADVANTAGE = tensors(1.0, -1.0, 1.0, -1.0, -1.0, 1.0)
+
+
+def test_mask_by_hand() -> None:
+    # mean of all four 0.125 > 0.09; of the three smallest 0.14 / 3 = 0.0467: the cap is 0.3 = sqrt(tau) as well
+    limits = M2PO.prepare(LOG_RATIO, ADVANTAGE, table(variant="mask", m2_threshold=0.09))
+    assert isinstance(limits, m2po.Mask)
+    assert limits.cap == pytest.approx(0.3)
+    loss, clipped = M2PO.token_loss(LOG_RATIO, ADVANTAGE, m2po.Mask(0.3 + 1e-6))
+    assert clipped.tolist() == [False, False, False, True, False, False]
+    expected = [-math.exp(0.1), math.exp(-0.2), -math.exp(0.3), 0.0, math.exp(0.9), -math.exp(-0.9)]
+    assert loss.tolist() == pytest.approx(expected)
+
+
+def test_clip_by_hand() -> None:
+    # tau 0.04: prefix means 0.01, 0.025, 0.0467: two are kept, the cap is 0.2
+    limits = M2PO.prepare(LOG_RATIO, ADVANTAGE, table(variant="clip", m2_threshold=0.04))
+    assert isinstance(limits, Range)
+    assert (limits.low, limits.high) == pytest.approx((math.exp(-0.2), math.exp(0.2)))
+    assert limits.cap == pytest.approx(0.2)
+
+
+def test_waterfill_by_hand() -> None:
+    # sum(min(m, t^2)) = 0.0725 * 4 = 0.29: 0.01 + 0.04 + 0.09 stay, t^2 = 0.15
+    limits = M2PO.prepare(LOG_RATIO, ADVANTAGE, table(variant="waterfill", m2_threshold=0.0725))
+    t = math.sqrt(0.15)
+    assert isinstance(limits, Range)
+    assert (limits.low, limits.high) == pytest.approx((math.exp(-t), 1.5))  # 1 - e^-0.387 = 0.321, e^0.387 - 1 = 0.473
+
+
+def test_widths_are_bounded() -> None:
+    far = tensors(9.0, -9.0)
+    limits = M2PO.prepare(far, tensors(1.0, -1.0), table(variant="clip", m2_threshold=100.0))
+    assert isinstance(limits, Range)
+    assert (limits.low, limits.high) == pytest.approx((0.05, 21.0))
+
+
+@pytest.mark.parametrize("variant", ["mask", "clip", "waterfill"])
+def test_a_fresh_batch_leaves_the_later_minibatches_room(variant: str) -> None:
+    zeros, advantage = torch.zeros(4), tensors(1.0, -1.0, 1.0, -1.0)
+    limits = M2PO.prepare(zeros, advantage, table(variant=variant, m2_threshold=0.01))
+    assert limits.cap >= 0.1 - 1e-9  # sqrt(tau)
+    moved = tensors(0.09, -0.09, 0.05, -0.05)
+    _, clipped = M2PO.token_loss(moved, advantage, limits)
+    assert not clipped.any()
+
+
+def candidates(log_ratio: list[float], advantage: list[float]) -> list[float]:
+    return [r for r, a in zip(log_ratio, advantage, strict=True) if (a > 0 and r > 0) or (a < 0 and r < 0)]
+
+
+def brute_force_kept(moments: list[float], tau: float) -> int:
+    """Most candidates that any subset can keep with a mean at or under tau."""
+    for size in range(len(moments), 0, -1):
+        if any(sum(chosen) / size <= tau for chosen in itertools.combinations(moments, size)):
+            return size
+    return 0
+
+
+values = st.floats(-1.5, 1.5).map(lambda v: round(v, 3))
+tokens = st.lists(st.tuples(values, st.sampled_from([-1.5, -1.0, 0.0, 1.0])), min_size=1, max_size=9)
+
+
+@settings(max_examples=150, deadline=None)
+@given(tokens, st.sampled_from([0.01, 0.04, 0.25]))
+def test_mask_and_clip_equal_brute_force(data: list[tuple[float, float]], tau: float) -> None:
+    log_ratio, advantage = [d[0] for d in data], [d[1] for d in data]
+    ratio64 = torch.tensor(log_ratio, dtype=torch.float64)
+    moments = [r * r for r in candidates(log_ratio, advantage)]
+    sums = [sum(sorted(moments)[: k + 1]) / (k + 1) for k in range(len(moments))]
+    if any(abs(s - tau) < 1e-9 for s in sums):
+        return
+    for variant in ("mask", "clip"):
+        limits = M2PO.prepare(ratio64, torch.tensor(advantage).double(), table(variant=variant, m2_threshold=tau))
+        cap = limits.cap
+        kept = sum(math.sqrt(m) <= cap + 1e-12 for m in moments)
+        ties = sum(abs(math.sqrt(m) - cap) < 1e-12 for m in moments)
+        assert brute_force_kept(moments, tau) <= kept <= brute_force_kept(moments, tau) + ties
+        assert cap >= math.sqrt(tau) - 1e-12
+
+
+@settings(max_examples=150, deadline=None)
+@given(tokens, st.sampled_from([0.01, 0.04, 0.25]))
+def test_waterfill_equals_bisection(data: list[tuple[float, float]], tau: float) -> None:
+    log_ratio, advantage = [d[0] for d in data], [d[1] for d in data]
+    moments = [r * r for r in candidates(log_ratio, advantage)]
+    if not moments or sum(moments) / len(moments) <= tau:
+        return
+    low, high = 0.0, 2.0
+    for _ in range(80):
+        t = (low + high) / 2
+        low, high = (t, high) if sum(min(m, t * t) for m in moments) < tau * len(moments) else (low, t)
+    assert m2po.water_level(torch.tensor(moments, dtype=torch.float64), tau) == pytest.approx(low, abs=1e-9)
+
+
+def test_limits_do_not_depend_on_the_order_of_tokens() -> None:
+    torch.manual_seed(0)
+    log_ratio, advantage = torch.randn(500) * 0.3, torch.randn(500)
+    order = torch.randperm(500)
+    for variant in ("mask", "waterfill", "clip"):
+        chosen = table(variant=variant, m2_threshold=0.02)
+        assert M2PO.prepare(log_ratio, advantage, chosen) == M2PO.prepare(log_ratio[order], advantage[order], chosen)
+
+
+def test_k3_by_hand() -> None:
+    logprob = tensors(-1.0, -1.0, -1.0).requires_grad_()
+    kl = k3(logprob, tensors(-1.0, 0.0, 9.0))
+    assert kl.tolist() == pytest.approx([0.0, math.e - 2.0, 10.0])
+    kl.sum().backward()
+    assert logprob.grad is not None
+    assert logprob.grad.tolist() == pytest.approx([0.0, -(math.e - 1.0), 0.0])

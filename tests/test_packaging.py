@@ -1,0 +1,115 @@
+"""The wheel holds what the tree holds, the metadata is whole, and CI types what README says."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SET_UP = ["python3 -m venv .venv && . .venv/bin/activate", 'pip install -e ".[dev]" -c constraints/cpu.txt']
+TEST = "pytest"
+MAPPED = {"adapters": "astracli/adapters", "recipes": "astracli/recipes", "astracli": "astracli"}
+"""Top-level folder -> where it is installed."""
+
+
+def files_of_the_tree() -> set[str]:
+    """Installed path of every source file and asset."""
+    found = set()
+    for folder, place in MAPPED.items():
+        for path in (ROOT / folder).rglob("*"):
+            inside = path.relative_to(ROOT / folder)
+            if path.is_file() and "__pycache__" not in inside.parts and not path.name.startswith("."):
+                found.add(f"{place}/{inside.as_posix()}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """A wheel built from a copy of the tree, without network."""
+    copy, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
+    for folder in MAPPED:
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    done = subprocess.run([*pip, "--wheel-dir", str(out), str(copy)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = out.glob("*.whl")
+    assert built.name == f"astracli-{PROJECT['project']['version']}-py3-none-any.whl"
+    return zipfile.ZipFile(built)
+
+
+def test_the_wheel_holds_the_tree(wheel: zipfile.ZipFile) -> None:
+    packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    tree = files_of_the_tree()
+    assert sorted(tree - packed) == []
+    assert sorted(packed - tree) == []
+    assert {"astracli/py.typed", "astracli/recipes/_math-m2po.toml", "astracli/adapters/qwen3_5.py"} <= packed
+
+
+def test_the_wheel_brings_nothing_to_the_top_level(wheel: zipfile.ZipFile) -> None:
+    assert {name.partition("/")[0] for name in wheel.namelist()} == {
+        "astracli",
+        f"astracli-{PROJECT['project']['version']}.dist-info",
+    }
+
+
+def test_licence_and_entry_points(wheel: zipfile.ZipFile) -> None:
+    (licence,) = [name for name in wheel.namelist() if name.endswith("licenses/LICENSE")]
+    assert b"Version 2.0, January 2004" in wheel.read(licence)
+    (points,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
+    assert b"astra = astracli.cli.main:main" in wheel.read(points)
+    metadata = wheel.read(points.replace("entry_points.txt", "METADATA")).decode()
+    assert "License-Expression: Apache-2.0" in metadata and "Requires-Python: >=3.11" in metadata
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = (ROOT / "constraints" / name).read_text().splitlines()
+    found = dict(line.lower().replace("_", "-").split("==") for line in lines if line and not line.startswith("#"))
+    assert all(found.values())
+    return found
+
+
+@pytest.mark.parametrize("name", ["cpu.txt", "cuda.txt"])
+def test_constraints_pin_every_direct_dependency(name: str) -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    wanted = PROJECT["project"]["dependencies"] + extras["dev"]
+    if name == "cuda.txt":
+        wanted += extras["gpu"] + extras["sglang"]
+    direct = {re.split(r"[><=; \[]", text)[0].lower().replace("_", "-") for text in wanted}
+    assert sorted(direct - pins(name).keys()) == []
+
+
+def test_constraints_are_the_sets_that_belong_together() -> None:
+    cpu, cuda = pins("cpu.txt"), pins("cuda.txt")
+    assert (cpu["torch"], cpu["transformers"]) == ("2.13.0", "5.12.1")
+    assert (cuda["torch"], cuda["transformers"], cuda["triton"]) == ("2.13.0", "5.12.1", "3.7.1")
+    assert (cuda["sglang"], cuda["flashinfer-python"]) == ("0.5.21", "0.6.18")
+    assert cuda["flash-linear-attention"] == "0.6.0"
+    assert "resolved, not run" in (ROOT / "constraints" / "cuda.txt").read_text().lower()
+
+
+def test_ci_types_what_readme_says() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    commands = [line.strip() for line in script.splitlines() if line.strip() and not line.startswith("#")]
+    readme = [line.strip() for line in (ROOT / "README.md").read_text().splitlines()]
+    for command in [*SET_UP, TEST]:
+        assert command in commands
+        assert command in readme
+    assert commands[-1] == TEST
+    assert [commands.index(command) for command in SET_UP] == sorted(commands.index(command) for command in SET_UP)
+    assert {"ruff check .", "ruff format --check .", "set -euo pipefail"} <= set(commands)
+
+
+def test_ci_names_no_registry() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "://" not in script and "index-url" not in script
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111 == 0o111

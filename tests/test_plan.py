@@ -1,0 +1,267 @@
+"""Launch plans on recorded machines: processes, GPU map, bytes, what is missing, and refusals whose hint works."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from typing import Any
+
+import pytest
+from machines import GIB, facts
+
+from astracli import backend, machine, plan, plan_memory, recipe_io, registry
+from astracli.adapters import llama, qwen3, qwen3_5
+from astracli.errors import UserError
+from astracli.plan import LaunchPlan
+from astracli.recipe import Recipe
+
+TINY = qwen3_5.tiny_config()
+
+
+def planned(recipe: Recipe, document: dict[str, Any], config: dict[str, Any] | None = None, **more: Any) -> LaunchPlan:
+    adapter = registry.resolve(recipe, config)
+    choice = backend.choose(adapter, document, recipe, config)
+    return plan.build(recipe, adapter, choice, document, config=config, **more)
+
+
+def load(name: str, *overrides: str) -> Recipe:
+    return recipe_io.load(name, overrides)
+
+
+def tiny(*overrides: str) -> Recipe:
+    return load("qwen3.5-tiny-m2po-delta", *overrides)
+
+
+def test_the_tiny_recipe_on_two_cores() -> None:
+    result = planned(tiny(), facts(), TINY)
+    assert [p.name for p in result.processes] == ["engine0", "rollout", "trainer", "eval"]
+    assert {p.name: p.nice for p in result.processes} == {"engine0": 0, "rollout": 5, "trainer": 0, "eval": 5}
+    assert all(p.threads == 1 and p.restarts == 0 and p.gpus == () for p in result.processes)
+    assert {p.env["OMP_NUM_THREADS"] for p in result.processes} == {"1"}
+    assert {p.env["CUDA_VISIBLE_DEVICES"] for p in result.processes} == {""}
+    assert [p.module for p in result.processes] == [
+        "astracli.engines.embedded",
+        "astracli.workers.rollout",
+        "astracli.workers.train",
+        "astracli.workers.evaluate",
+    ]
+    assert result.missing == [] and result.warnings == ()
+    plan.refuse(result)
+    assert plan_memory.total(result.memory, where="host") < 3 * GIB
+    assert plan_memory.total(result.memory, where="gpu") == 0
+
+
+def test_commands_start_what_they_need() -> None:
+    def names(command: Any, *overrides: str) -> list[str]:
+        return [p.name for p in planned(tiny(*overrides), facts(), TINY, command=command).processes]
+
+    assert names("rollout") == ["engine0", "rollout"]
+    assert names("eval", "resources.engines=2") == ["engine0", "engine1", "eval"]
+    assert names("train", "eval.every=0") == ["engine0", "rollout", "trainer"]
+    assert names("train", "resources.train_ranks=2", "eval.benchmarks=[]") == [
+        "engine0",
+        "rollout",
+        "trainer",
+        "trainer1",
+    ]
+
+
+def test_ranks_threads_and_restarts_come_from_the_recipe() -> None:
+    overrides = ("resources.train_ranks=2", "resources.threads.engine=3", "launch.max_restarts=1")
+    result = planned(tiny(*overrides), facts(), TINY)
+    by_name = {p.name: p for p in result.processes}
+    assert [(p.rank, p.world_size) for n, p in by_name.items() if n.startswith("trainer")] == [(0, 2), (1, 2)]
+    assert (by_name["engine0"].threads, by_name["engine0"].env["OMP_NUM_THREADS"]) == (3, "3")
+    assert {n: p.restarts for n, p in by_name.items()} == {
+        "engine0": 1,
+        "rollout": 1,
+        "trainer": 0,
+        "trainer1": 0,
+        "eval": 1,
+    }
+    assert "engines and trainer want 5 threads of 2 usable cores: they will starve each other" in result.warnings
+
+
+def test_gpu_map_of_eight_gpus() -> None:
+    result = planned(load("qwen3.5-4b-m2po-delta"), facts("8.9", 8, host_gib=512))
+    assert result.gpu_map == {
+        0: ["engine0"],
+        1: ["engine1"],
+        2: ["engine2"],
+        3: ["engine3"],
+        4: ["trainer"],
+        5: ["trainer1"],
+        6: ["trainer2"],
+        7: ["trainer3"],
+    }
+    by_name = {p.name: p for p in result.processes}
+    assert by_name["engine2"].env["CUDA_VISIBLE_DEVICES"] == "2"
+    assert by_name["engine2"].env["SGLANG_RETURN_ORIGINAL_LOGPROB"] == "1"
+    assert by_name["trainer3"].env["CUDA_VISIBLE_DEVICES"] == "4,5,6,7"
+    assert by_name["rollout"].env["CUDA_VISIBLE_DEVICES"] == ""
+    assert by_name["engine0"].module == "astracli.engines.sglang" and by_name["engine0"].restarts == 2
+    assert result.missing == ["checkpoint Qwen/Qwen3.5-4B not on this machine"]
+    plan.refuse(result)  # a download is no reason to refuse
+
+
+def test_the_gpu_map_follows_cuda_visible_devices() -> None:
+    result = planned(load("qwen3-1.7b-m2po-delta"), facts("9.0", 8, visible="5,2", host_gib=512))
+    assert result.gpu_map == {2: ["trainer"], 5: ["engine0"]}
+    shared = planned(load("qwen3.5-0.8b-m2po-delta"), facts("9.0", 8, visible="5,2", host_gib=512))
+    assert shared.gpu_map == {5: ["engine0", "trainer"]}
+
+
+def test_bytes_of_qwen3_5_4b() -> None:
+    result = planned(load("qwen3.5-4b-m2po-full"), facts("8.9", 8, host_gib=512))
+    rows = {(row.process, row.what): row.bytes for row in result.memory}
+    parameters = 4_205_751_296
+    assert rows["engine0", "weights (bf16)"] == 2 * parameters
+    assert rows["engine0", "KV cache (bf16)"] == 32 * 8192 * 32 * 1024
+    assert rows["engine0", "recurrent state"] == 32 * 24 * (32 * 128 * 128 * 4 + 8192 * 3 * 2)
+    assert rows["trainer", "master weights (fp32)"] == parameters  # 4 bytes over 4 ranks
+    assert rows["trainer", "moments (fp32)"] == 2 * parameters
+    assert rows["trainer1", "gradients (fp32)"] == parameters
+    assert rows["trainer", "reference"] == parameters // 2
+    assert ("trainer1", "checkpoint while loading (fp32)") not in rows
+    assert round(rows["engine0", "logits of a prefill chunk (fp32)"] / GIB, 1) == 7.6
+    disk = {row.what: row.bytes for row in result.disk}
+    assert disk["3 checkpoints (one being written)"] == 3 * 12 * parameters
+    assert disk["13 published versions, full"] == 13 * 2 * parameters
+    assert disk["export"] == 2 * parameters
+    assert result.model["flops_per_trained_token"] == pytest.approx(25.2e9, rel=2e-3)
+    assert result.expected["avg_at_n_last"] == 0.574
+    lean = planned(load("qwen3.5-4b-m2po-full", "algorithm.kl_coef=0"), facts("8.9", 8, host_gib=512))
+    assert "reference" not in {row.what for row in lean.memory}
+
+
+def test_every_shipped_recipe_plans_on_any_machine() -> None:
+    for info in recipe_io.shipped():
+        recipe = load(info.name)
+        config = TINY if recipe.model.path.startswith("astra:") else None
+        for document in (facts(), facts("8.9", 1), facts("9.0", 8, host_gib=512)):
+            result = planned(recipe, document, config)
+            assert result.model["parameters"] > 0, info.name
+            json.dumps(plan.to_json(result))
+            assert {t.title for t in plan.render(result)} >= {"processes", "backends", "model", "memory", "disk"}
+
+
+def test_a_gpu_recipe_on_a_laptop_says_what_is_missing() -> None:
+    result = planned(load("qwen3.5-4b-m2po-delta"), facts())
+    assert result.missing == [
+        "8 GPUs (this machine has none)",
+        "package sglang",
+        "a CUDA build of torch",
+        "27.77 GiB of memory",
+        "checkpoint Qwen/Qwen3.5-4B not on this machine",
+    ]
+    with pytest.raises(UserError) as error:
+        plan.refuse(result)
+    assert error.value.exit_code == 2
+    assert error.value.message == (
+        "recipe `qwen3.5-4b-m2po-delta` asks for 8 GPUs (rollout 4, train 4), this machine has none "
+        "(also missing: package sglang, a CUDA build of torch, 27.77 GiB of memory)"
+    )
+    assert error.value.hint == ("`astra train --recipe qwen3.5-tiny-m2po-delta` runs on a CPU")
+
+
+@pytest.mark.parametrize(
+    ("count", "memory_gib", "sets"),
+    [
+        (1, 141, "resources.rollout_gpus=1 resources.train_gpus=1 resources.share_gpus=true"),
+        (2, 141, "resources.rollout_gpus=1 resources.train_gpus=1"),
+        (4, 80, "resources.rollout_gpus=2 resources.train_gpus=2"),
+        (4, 30, "resources.rollout_gpus=1 resources.train_gpus=3"),
+    ],
+)
+def test_the_hint_of_a_refusal_works(count: int, memory_gib: float, sets: str) -> None:
+    document = facts("9.0", count, memory_gib=memory_gib, host_gib=512)
+    result = planned(load("qwen3.5-4b-m2po-delta"), document)
+    with pytest.raises(UserError, match=rf"asks for 8 GPUs \(rollout 4, train 4\), this machine has {count}") as error:
+        plan.refuse(result)
+    hint = str(error.value.hint)
+    assert hint.startswith("run `astra train --recipe qwen3.5-4b-m2po-delta --set ")
+    overrides = re.findall(r"--set ([^ `]+)", hint)
+    assert " ".join(overrides) == sets
+    plan.refuse(planned(load("qwen3.5-4b-m2po-delta", *overrides), document))
+
+
+def test_rollout_and_eval_count_rollout_gpus_only() -> None:
+    document = facts("9.0", 4, memory_gib=80, host_gib=512)
+    for command in ("rollout", "eval"):
+        plan.refuse(planned(load("qwen3.5-4b-m2po-delta"), document, command=command))
+    result = planned(load("qwen3.5-4b-m2po-delta"), facts("9.0", 1, memory_gib=80, host_gib=512), command="rollout")
+    with pytest.raises(UserError, match=r"asks for 4 GPUs \(rollout 4\), this machine has 1") as error:
+        plan.refuse(result)
+    assert error.value.hint == "run `astra rollout --recipe qwen3.5-4b-m2po-delta --set resources.rollout_gpus=1`"
+
+
+def test_what_cannot_fit_is_refused_with_its_size() -> None:
+    recipe = load("llama3-8b-instruct-m2po-delta", "resources.train_gpus=1", "resources.rollout_gpus=1")
+    result = planned(recipe, facts("9.0", 2, memory_gib=80, host_gib=512))
+    with pytest.raises(UserError, match=r"GPU 1 needs at least 1\d\d\.\d\d GiB of GPU memory for trainer, it has 80"):
+        plan.refuse(result)
+    small = planned(load("qwen3.5-4b-m2po-delta"), facts("9.0", 8, host_gib=16))
+    with pytest.raises(UserError, match=r"needs at least .* GiB of memory, this machine has 16\.00 GiB"):
+        plan.refuse(small)
+    full = planned(load("qwen3.5-4b-m2po-full"), facts("9.0", 8, host_gib=512, disk_gib=100))
+    assert [item for item in full.missing if "disk" in item] == ["250.68 GiB of disk"]
+
+
+def test_old_gpus_and_old_systems() -> None:
+    old = planned(load("qwen3-1.7b-m2po-delta"), facts("7.5", 2, host_gib=512))
+    assert "GPUs of compute capability 8.0 or newer" in old.missing
+    document = facts("9.0", 2, host_gib=512)
+    document["system"]["libc"] = "glibc 2.31"
+    assert "glibc 2.34 or newer (sglang's wheels)" in planned(load("qwen3-1.7b-m2po-delta"), document).missing
+
+
+def test_the_engines_own_environment_is_not_judged_from_here() -> None:
+    document = facts("9.0", 2, packages={"sglang": None}, host_gib=512)
+    assert "package sglang" in planned(load("qwen3-1.7b-m2po-delta"), document).missing
+    own = load("qwen3-1.7b-m2po-delta", "resources.engine.python=/envs/sglang/bin/python")
+    result = planned(own, document)
+    assert "package sglang" not in result.missing
+    assert result.processes[0].python == "/envs/sglang/bin/python"
+
+
+def test_an_unknown_model_still_has_processes() -> None:
+    recipe = load("qwen3-1.7b-m2po-delta", "model.path=some/finetune", "model.adapter=qwen3")
+    result = planned(recipe, facts("9.0", 2, host_gib=512))
+    assert result.model == {} and result.disk == ()
+    assert "checkpoint some/finetune not on this machine" in result.missing
+    assert any("config.json is not on this machine" in line for line in result.warnings)
+
+
+def test_building_reads_nothing_but_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    document, recipe = facts("9.0", 8, host_gib=512), load("qwen3.5-4b-m2po-delta")
+    before = json.dumps(document)
+    adapter = registry.resolve(recipe)
+    choice = backend.choose(adapter, document, recipe)
+    monkeypatch.setattr(machine, "probe", lambda: pytest.fail("a plan must not probe"))
+    monkeypatch.setattr("builtins.open", lambda *a, **k: pytest.fail("a plan must not read files"))
+    first = plan.build(recipe, adapter, choice, document)
+    assert first == plan.build(recipe, adapter, choice, document)
+    assert json.dumps(document) == before
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        first.recipe = "other"  # type: ignore[misc]
+
+
+def test_the_trainers_logit_chunk_is_the_planned_one() -> None:
+    from astracli.training import logprob
+
+    assert logprob.LOGIT_BYTES == plan_memory.LOGIT_BYTES
+
+
+def test_words() -> None:
+    assert plan_memory.words(2 * 4_205_751_296) == "7.83 GiB"
+    assert plan_memory.words(512) == "512 B"
+    assert plan_memory.words(51_511_296) == "49.1 MiB"
+
+
+def test_dense_families_have_no_state_row() -> None:
+    for adapter, path in ((llama.ADAPTER, "meta-llama/Meta-Llama-3-8B-Instruct"), (qwen3.ADAPTER, "Qwen/Qwen3-8B")):
+        recipe = load("qwen3-1.7b-m2po-delta", f"model.path={path}")
+        assert registry.resolve(recipe) is adapter
+        result = planned(recipe, facts("9.0", 2, memory_gib=200, host_gib=512))
+        assert "recurrent state" not in {row.what for row in result.memory}

@@ -1,0 +1,275 @@
+"""What people see of a run: plain lines, the live picture, the summary document and the closing table."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from astracli.closing import print_closing, size
+from astracli.errors import UserError
+from astracli.launch import summary
+from astracli.launch.supervise import Status
+from astracli.metrics import Tail, mean, median, mend, open_sinks, read, series
+from astracli.recipe import Recipe
+from astracli.report import LiveView, PlainView, Progress, draw, duration
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def figures(avg: float, passed: float) -> dict[str, Any]:
+    return {"items": 256, "n": 8, "avg_at_n": avg, "stderr": 0.02, "k": 4, "pass_at_k": passed}
+
+
+def evaluation(step: int, avg: float, passed: float) -> dict[str, Any]:
+    both = {"arithmetic-heldout": figures(avg, passed), "overall": figures(avg, passed)}
+    return {"step": step, "version": step, "engine": "engine0", "state": "done", "results": both}
+
+
+def state(step: int, *evals: dict[str, Any]) -> dict[str, Any]:
+    return {"counts": {"consumed_steps": step, "dropped": 3}, "evals": list(evals)}
+
+
+def trainer(step: int, **more: float) -> dict[str, Any]:
+    return {
+        "step": step,
+        "process": "trainer",
+        "reward_mean": 0.43,
+        "tokens_per_s": 210.4,
+        "staleness_mean": 0.94,
+    } | more
+
+
+def recipe(**more: Any) -> Recipe:
+    document = {
+        "name": "tiny",
+        "model": {"path": "astra:tiny"},
+        "data": {"source": "arithmetic"},
+        "train": {"steps": 100},
+        "weights": {"transfer": "delta"},
+    }
+    return Recipe.model_validate(document | more)
+
+
+def test_plain_lines_say_the_figures_and_who_waits_for_what() -> None:
+    clock, lines = Clock(), list[str]()
+    view = PlainView(lines.append, clock)
+    progress = Progress("tiny", 100, clock=clock)
+    statuses = {"trainer": Status("trainer", "starting"), "engine0": Status("engine", "ready", heard=1.0)}
+    progress.feed([], state(0), statuses, "starting")
+    view.update(progress)
+    assert lines == ["starting trainer: has not reported yet"]
+    statuses["trainer"] = Status("trainer", "ready", "3 of 16 groups", heard=1.0)
+    clock.now += 5
+    progress.feed([trainer(11)], state(12, evaluation(0, 0.352, 0.6)), statuses, "running")
+    view.update(progress)
+    assert lines[1:] == [
+        "eval step 0: arithmetic-heldout avg@8 0.352 ± 0.020 pass@4 0.600",
+        "all processes are ready trainer: waiting for 3 of 16 groups",
+    ]
+    clock.now += 2.5
+    view.update(progress)
+    assert lines[3] == (
+        "step 12/100 reward 0.43 avg@8 0.352 (step 0) 210 tok/s staleness 0.9 trainer: waiting for 3 of 16 groups"
+    )
+
+
+def test_plain_lines_come_at_most_every_two_seconds_and_never_stay_away() -> None:
+    clock, lines = Clock(), list[str]()
+    view = PlainView(lines.append, clock)
+    progress = Progress("tiny", 100, clock=clock)
+    for step in range(1, 41):  # 10 s at four steps a second
+        progress.feed([trainer(step)], state(step), {}, "running")
+        view.update(progress)
+        clock.now += 0.25
+    assert 4 <= len([line for line in lines if line.startswith("step ")]) <= 5
+    count = len(lines)
+    for _ in range(40):  # 20 s without a step
+        progress.feed(
+            [], state(40), {"trainer": Status("trainer", "ready", "waiting: engine0 is down", 1.0)}, "running"
+        )
+        view.update(progress)
+        clock.now += 0.5
+    assert lines[count:] and all("trainer: waiting: engine0 is down" in line for line in lines[count + 1 :])
+
+
+def test_time_left_follows_the_pace() -> None:
+    clock = Clock()
+    progress = Progress("tiny", 100, clock=clock)
+    progress.feed([], state(0), {}, "running")
+    assert progress.left_s() is None
+    for step in range(1, 11):
+        clock.now += 2
+        progress.feed([], state(step), {}, "running")
+    assert progress.left_s() == pytest.approx(180)
+    clock.now += 1
+    assert progress.left_s() == pytest.approx(179)
+
+
+def test_live_picture() -> None:
+    clock = Clock()
+    progress = Progress("tiny", 100, clock=clock)
+    progress.began = clock.now - 65
+    statuses = {
+        "trainer": Status("trainer", "ready", "3 of 16 groups", {"loss": 0.12345}, 1.0),
+        "engine0": Status("engine", "ready", None, {}, 1.0, restarts=1),
+    }
+    progress.feed([trainer(11)], state(12, evaluation(0, 0.35, 0.6), evaluation(10, 0.4, 0.7)), statuses, "running")
+    out = io.StringIO()
+    Console(file=out, width=140).print(draw(progress))
+    text = out.getvalue()
+    for words in (
+        "step 12/100", "1 min 05 s gone", "reward 0.43", "210 tok/s", "staleness 0.9", "waiting for 3 of 16 groups",
+        "avg@8 0.350 (step 0), avg@8 0.400 (step 10)", "loss 0.123", "restarted 1x",
+    ):  # fmt: skip
+        assert words in text
+    screen = io.StringIO()
+    view = LiveView(Console(file=screen, force_terminal=True, width=140))
+    view.update(progress)
+    view.close()
+    assert "step 12/100" in screen.getvalue()
+
+
+def make_summary(tmp_path: Path, **changes: Any) -> dict[str, Any]:
+    records = [
+        trainer(step, tokens=1000.0, step_s=2.0, wait_s=0.5, train_s=1.4, reward_mean=0.3 + step / 100, full_bytes=2e6,
+                delta_bytes=4e5, delta_density=0.2, publish_s=0.1, parity_mean_abs=2e-6, parity_max_abs=3e-5)
+        for step in range(4)
+    ] + [{"step": s, "process": "rollout", "pause_s": p} for s, p in ((1, 0.01), (2, 0.03), (3, 0.02))]  # fmt: skip
+    records.append({"step": 3, "process": "trainer", "export_s": 2.0})
+    fields: dict[str, Any] = dict(
+        run_dir=tmp_path,
+        state="done",
+        attempt=1,
+        first_step=0,
+        evaluations_s={"0": 3.5},
+        phases={"starting": 11.0, "running": 190.0, "finishing": 5.0, "stopping": 0.2},
+        records=records,
+        store=state(4, evaluation(0, 0.35, 0.6), evaluation(2, 0.5, 0.7), evaluation(4, 0.875, 0.95)),
+        memory=None,
+        restarts={"engine0": 0, "rollout": 2},
+    )
+    expected = {
+        "source": "measured",
+        "machine": "two cores",
+        "avg_at_n_first": 0.36,
+        "avg_at_n_last": 0.87,
+        "steps": 100,
+    }
+    return summary.build(recipe(expected=expected), **(fields | changes))
+
+
+def test_summary_figures(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    found = make_summary(tmp_path)
+    assert json.loads(json.dumps(found)) == found
+    assert found["steps"] == 4 and found["wall_s"] == pytest.approx(206.2)
+    (row,) = found["benchmarks"]
+    assert row["benchmark"] == "arithmetic-heldout" and (row["first"]["step"], row["last"]["step"]) == (0, 4)
+    assert row["difference_avg_at_n"] == pytest.approx(0.525)
+    assert found["training"]["wait_share"] == pytest.approx(0.25)
+    assert found["training"]["tokens"] == 4000 and found["training"]["tokens_per_s"] == pytest.approx(500)
+    assert (found["training"]["reward_mean_first"], found["training"]["reward_mean_last"]) == (0.3, pytest.approx(0.33))
+    assert found["weights"] == {
+        "transfer": "delta", "full_bytes": 2e6, "delta_bytes_mean": 4e5, "ratio": 5.0,
+        "density_mean": pytest.approx(0.2), "publish_s_p50": 0.1, "pause_s_p50": 0.02, "resyncs": 0,
+    }  # fmt: skip
+    assert found["parity"] == {"mean_abs": pytest.approx(2e-6), "max_abs": 3e-5}
+    assert found["restarts"] == {"rollout": 2}
+    assert set(found["paths"]) == {"run", "metrics"}
+
+
+def test_summary_of_a_resumed_attempt_times_its_own_steps(tmp_path: Path) -> None:
+    found = make_summary(tmp_path, first_step=2)
+    assert (found["steps"], found["steps_this_attempt"], found["training"]["tokens"]) == (4, 2, 2000)
+
+
+def test_summary_of_a_run_that_never_began(tmp_path: Path) -> None:
+    found = make_summary(tmp_path, records=[], store={}, phases={"starting": 1.0})
+    assert found["steps"] == 0 and found["benchmarks"] == [] and found["weights"]["ratio"] is None
+    out = io.StringIO()
+    print_closing(found, Console(file=out, width=140))
+    assert "0 of 100" in out.getvalue()
+
+
+def test_closing_table(tmp_path: Path) -> None:
+    found = make_summary(tmp_path)
+    found["memory"] = {"peak_bytes": 1_900_000_000, "kind": "pss", "peak_bytes_by_process": {"trainer": 800_000_000}}
+    out = io.StringIO()
+    print_closing(found, Console(file=out, width=160))
+    lines = [" ".join(line.split()) for line in out.getvalue().splitlines()]
+    assert "benchmark figure step 0 step 4 difference" in lines
+    assert "arithmetic-heldout avg@8 0.350 ± 0.020 0.875 ± 0.020 +0.525" in lines
+    assert "pass@4 0.600 0.950 +0.350" in lines
+    assert "expected avg@n 0.360 0.870 +0.510" in lines
+    assert "expected measured (two cores, 100 steps)" in lines
+    assert "wall time 3 min 26 s: start-up 11 s, training 3 min 08 s, export 2 s, last evaluations 5 s" in lines
+    assert "steps 4 of 100, 2.00 s each, the trainer waited 25% of it" in lines
+    assert "tokens 4,000 trained, 500 a second" in lines
+    assert (
+        "weights full 2 MB, mean delta 400 kB (5.0x smaller), 20.0% of the values change in a version, "
+        "engine pause p50 20 ms" in lines
+    )
+    assert "parity mean |trainer - engine| log-probability 2.0e-06, largest 3.0e-05" in lines
+    assert "peak memory 1.9 GB (sum of PSS): trainer 800 MB" in lines
+
+
+def test_two_benchmarks_show_their_mean(tmp_path: Path) -> None:
+    results = {"a": figures(0.2, 0.3), "overall": figures(0.3, 0.4), "b": figures(0.4, 0.5)}
+    found = make_summary(tmp_path, store=state(0, {"step": 0, "version": 0, "results": results}))
+    assert [row["benchmark"] for row in found["benchmarks"]] == ["a", "b", "overall"]
+
+
+def test_tail_gives_whole_lines_once(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    tail = Tail(path)
+    assert tail.new() == []
+    path.write_text('{"step": 1}\n{"step": 2')
+    assert tail.new() == [{"step": 1}]
+    with path.open("a") as file:
+        file.write('}\nnot json\n{"step": 3}\n')
+    assert tail.new() == [{"step": 2}, {"step": 3}]
+    assert tail.new() == []
+
+
+def test_a_torn_line_costs_nothing_but_itself(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1, "a": 1}\n{"step": 2, "a"')
+    mend(path)
+    with path.open("a") as file:
+        file.write('{"step": 1, "a": 5}\n')
+    mend(path)
+    assert read(path) == [{"step": 1, "a": 1}, {"step": 1, "a": 5}]
+    assert series(read(path), "a") == [(1, 5.0)]
+
+
+def test_averages() -> None:
+    assert (mean([]), median([])) == (None, None)
+    assert (mean([1, 2, 6]), median([6, 1, 2]), median([1, 2, 3, 10])) == (3, 2, 2.5)
+
+
+def test_unknown_sink_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no sink `nowhere:Sink`"):
+        open_sinks(["nowhere:Sink"], tmp_path)
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(42.4, "42 s"), (185, "3 min 05 s"), (7620, "2 h 07 min")])
+def test_duration(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("count", "words"), [(None, "?"), (12, "12 B"), (1912345, "1.91 MB"), (3e9, "3 GB"), (5e12, "5 TB")]
+)
+def test_size(count: float | None, words: str) -> None:
+    assert size(count) == words

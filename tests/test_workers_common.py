@@ -1,0 +1,233 @@
+"""Worker frame: config, heartbeat, exit codes; real processes against a real HTTP server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from astracli.errors import UserError
+from astracli.recipe import Recipe
+from astracli.workers.common import Reporter, WorkerConfig, load_config
+
+TOKEN = "run-token"
+
+
+class FakeHub:
+    """Takes /status, remembers every body, answers `stop` as told."""
+
+    def __init__(self) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self.stop = False
+        self.dead = False
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if hub.dead:
+                    self.close_connection = True
+                    return
+                allowed = self.headers["Authorization"] == f"Bearer {TOKEN}" and self.path == "/status"
+                if allowed:
+                    hub.bodies.append(body)
+                content = json.dumps({"stop": hub.stop}).encode()
+                self.send_response(200 if allowed else 401)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    fake = FakeHub()
+    yield fake
+    fake.close()
+
+
+def make_config(tmp_path: Path, url: str, **changes: Any) -> WorkerConfig:
+    recipe = Recipe.model_validate(
+        {"name": "t", "model": {"path": "astra:tiny"}, "data": {"source": "arithmetic"}, "train": {"steps": 3}}
+    )
+    fields: dict[str, Any] = dict(
+        name="w", role="trainer", run_dir=tmp_path, hub_url=url, token=TOKEN, recipe=recipe, paths={"model": "/m"}
+    )
+    return WorkerConfig(**(fields | changes))
+
+
+def write_config(tmp_path: Path, config: WorkerConfig) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config.document()))
+    return path
+
+
+def start_worker(tmp_path: Path, url: str, body: str, **changes: Any) -> subprocess.Popen[str]:
+    """A worker process whose `run(config, reporter)` has this body."""
+    path = write_config(tmp_path, make_config(tmp_path, url, **changes))
+    script = tmp_path / "worker.py"
+    lines = "\n".join(f"    {line}" for line in body.splitlines())
+    script.write_text(
+        "import os, sys, time\nfrom astracli.errors import *\nfrom astracli.workers.common import worker_main\n"
+        f"def run(config, reporter):\n{lines}\nworker_main(run)\n"
+    )
+    return subprocess.Popen([sys.executable, script, path], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def wait_for(condition: Any, timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "condition never came true"
+        time.sleep(0.02)
+
+
+def test_config_survives_the_file(tmp_path: Path) -> None:
+    config = make_config(
+        tmp_path, "http://h", paths={"model": "/m", "data": None, "benchmarks": {"b": "/x", "c": None}}
+    )
+    again = load_config(["worker", str(write_config(tmp_path, config))])
+    assert again == config
+    assert again.model_path == Path("/m") and again.data_path is None
+    assert again.benchmark_path("b") == Path("/x") and again.benchmark_path("c") is None
+    assert TOKEN not in repr(config)
+
+
+@pytest.mark.parametrize("content", ["{", '{"name": "x"}', "[]"])
+def test_bad_config_is_the_users(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"c\.json"):
+        load_config(["worker", str(path)])
+    with pytest.raises(UserError, match="no-such"):
+        load_config(["worker", str(tmp_path / "no-such.json")])
+
+
+def test_reporter_tells_state_reason_and_progress(tmp_path: Path, hub: FakeHub) -> None:
+    with Reporter(make_config(tmp_path, hub.url), interval_s=0.02) as reporter:
+        wait_for(lambda: hub.bodies)
+        assert hub.bodies[0]["state"] == "starting" and hub.bodies[0]["pid"] == os.getpid()
+        reporter.ready()
+        reporter.waiting("3 of 16 groups")
+        reporter.progress(step=1)
+        reporter.progress(loss=0.5)
+        wait_for(lambda: hub.bodies[-1]["progress"] == {"step": 1, "loss": 0.5})
+        assert (hub.bodies[-1]["state"], hub.bodies[-1]["waiting"]) == ("ready", "3 of 16 groups")
+        assert not reporter.stop_requested.is_set()
+        hub.stop = True
+        assert reporter.stop_requested.wait(5)
+    assert hub.bodies[-1]["state"] == "done"
+
+
+def test_reporter_says_what_failed(tmp_path: Path, hub: FakeHub) -> None:
+    with pytest.raises(RuntimeError), Reporter(make_config(tmp_path, hub.url)):
+        raise RuntimeError("out of luck")
+    assert (hub.bodies[-1]["state"], hub.bodies[-1]["error"]) == ("failed", "out of luck")
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "words"),
+    [
+        ("reporter.ready()", 0, ""),
+        ("raise UserError('bad value 3', 'use 4')", 2, "error: bad value 3\nhint: use 4\n"),
+        ("raise RunFailed('weights do not match')", 1, "error: weights do not match\n"),
+        ("1 / 0", 1, "ZeroDivisionError"),
+        ("print(os.environ['OMP_NUM_THREADS'], 'torch' in sys.modules, file=sys.stderr)", 0, "2 False\n"),
+    ],
+)
+def test_exit_codes_and_words(tmp_path: Path, hub: FakeHub, body: str, code: int, words: str) -> None:
+    worker = start_worker(tmp_path, hub.url, body, threads=2)
+    _, stderr = worker.communicate(timeout=20)
+    assert worker.returncode == code
+    assert words in stderr
+    if code != 1 or "Zero" not in words:
+        assert "Traceback" not in stderr
+    assert hub.bodies[-1]["state"] == ("done" if code == 0 else "failed")
+
+
+def test_term_unwinds_and_exits_143(tmp_path: Path, hub: FakeHub) -> None:
+    body = (
+        "reporter.ready()\n"
+        "try:\n    time.sleep(60)\n"
+        "finally:\n    print('cleaned', reporter.stop_requested.is_set(), file=sys.stderr)"
+    )
+    worker = start_worker(tmp_path, hub.url, body)
+    wait_for(lambda: hub.bodies and hub.bodies[-1]["state"] == "ready")
+    began = time.monotonic()
+    worker.terminate()
+    _, stderr = worker.communicate(timeout=10)
+    assert worker.returncode == 143 and stderr == "cleaned True\n"
+    assert time.monotonic() - began < 3
+    assert hub.bodies[-1]["state"] == "done"
+
+
+def test_usr1_prints_stacks_and_goes_on(tmp_path: Path, hub: FakeHub) -> None:
+    worker = start_worker(tmp_path, hub.url, "reporter.ready()\nfor _ in range(200):\n    time.sleep(0.02)")
+    wait_for(lambda: hub.bodies and hub.bodies[-1]["state"] == "ready")
+    worker.send_signal(signal.SIGUSR1)
+    _, stderr = worker.communicate(timeout=20)
+    assert worker.returncode == 0 and "worker.py" in stderr and "in run" in stderr
+
+
+def test_orphan_ends_when_its_parent_is_killed(tmp_path: Path, hub: FakeHub) -> None:
+    config = write_config(tmp_path, make_config(tmp_path, hub.url))
+    script = tmp_path / "w.py"
+    script.write_text(
+        "import time\nfrom astracli.workers.common import worker_main\n"
+        "def run(config, reporter):\n    reporter.ready()\n    time.sleep(60)\nworker_main(run)\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])", sys.executable, script, config],
+        start_new_session=True,
+    )
+    wait_for(lambda: hub.bodies and hub.bodies[-1]["state"] == "ready")
+    pid = hub.bodies[-1]["pid"]
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not running(pid), 5)
+
+
+def test_worker_ends_when_the_hub_is_gone(tmp_path: Path, hub: FakeHub) -> None:
+    path = write_config(tmp_path, make_config(tmp_path, hub.url))
+    code = (
+        "import sys, time\nfrom astracli.workers.common import Reporter, load_config\n"
+        "with Reporter(load_config(sys.argv), interval_s=0.05, give_up_s=0.5) as r:\n"
+        "    r.ready()\n    time.sleep(60)\n"
+    )
+    worker = subprocess.Popen([sys.executable, "-c", code, path], stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: hub.bodies and hub.bodies[-1]["state"] == "ready")
+    hub.dead = True
+    _, stderr = worker.communicate(timeout=10)
+    assert worker.returncode == 3
+    assert f"the hub at {hub.url} did not answer for 0.5 s" in stderr
+
+
+def running(pid: int) -> bool:
+    import psutil
+
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

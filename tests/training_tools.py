@@ -1,0 +1,122 @@
+"""A tiny policy and made-up groups for the tests of the training room."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from astracli.adapter import ModelAdapter
+from astracli.adapters.qwen3_5 import ADAPTER
+from astracli.recipe import Recipe
+from astracli.rl.types import Group, Sample, Segment
+from astracli.training import setup
+from astracli.training.fsdp import Ranks
+from astracli.training.step import Trainer
+
+
+def recipe(**tables: dict[str, Any]) -> Recipe:
+    base: dict[str, Any] = {
+        "model": {"path": "unused"},
+        "data": {"source": "arithmetic"},
+        "rollout": {"group_size": 4, "max_new_tokens": 16, "context_length": 64},
+        "train": {"steps": 10, "batch_groups": 4, "minibatches": 2, "tokens_per_microbatch": 64, "learning_rate": 1e-3},
+        "algorithm": {"name": "m2po"},
+    }
+    for name, values in tables.items():
+        base[name] = base.get(name, {}) | values
+    return Recipe.model_validate(base)
+
+
+def save_model(directory: Path, *, config: dict[str, Any] | None = None, seed: int = 0) -> Path:
+    """A random tiny hybrid as a checkpoint on disk."""
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+    assert ADAPTER.tiny_config is not None
+    torch.manual_seed(seed)
+    model = Qwen3_5ForCausalLM(Qwen3_5TextConfig.from_dict(config or ADAPTER.tiny_config()))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "conv1d" not in name:
+                parameter.normal_(0.0, 0.2)
+    model.save_pretrained(directory)
+    return directory
+
+
+def make_trainer(
+    model_dir: Path, chosen: Recipe, ranks: Ranks | None = None, adapter: ModelAdapter = ADAPTER
+) -> Trainer:
+    return setup.build_trainer(model_dir, adapter, chosen, ranks or Ranks(), attention="sdpa")
+
+
+def sample_groups(
+    trainer: Trainer | None, count: int, *, seed: int, version: int = 0, size: int = 4, vocab: int = 64, first: int = 0
+) -> list[Group]:
+    """Groups of random completions; with a trainer their log-probabilities are its own, as from a perfect engine."""
+    rng = np.random.default_rng(seed)
+    groups = []
+    for g in range(count):
+        prompt = rng.integers(2, vocab, rng.integers(3, 8)).astype(np.int32)
+        samples = []
+        for s in range(size):
+            tokens = rng.integers(2, vocab, rng.integers(2, 14)).astype(np.int32)
+            logprobs = np.full(len(tokens), -4.0, np.float32)
+            if trainer is not None:
+                logprobs = own_logprobs(trainer, prompt, tokens)
+            reward = float((s + g) % 2)
+            verdict: Any = "right" if reward else "wrong"
+            samples.append(Sample(s, [Segment(version, tokens, logprobs)], "stop", reward, verdict))
+        groups.append(Group(first + g, f"p{first + g}", prompt, samples, problem="?", answer="!"))
+    return groups
+
+
+@torch.no_grad()
+def own_logprobs(trainer: Trainer, prompt: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """float32 [T] of a completion alone, by the plain forward of the model."""
+    row = torch.from_numpy(np.concatenate([prompt, tokens]).astype(np.int64))[None]
+    logits: Any = trainer.policy.model(input_ids=row).logits.float()
+    chosen = logits[0, len(prompt) - 1 : -1].log_softmax(-1).gather(1, row[0, len(prompt) :, None])[:, 0]
+    return chosen.numpy()
+
+
+def spawn(script: str, arguments: Sequence[str], world_size: int) -> list[str]:
+    """Run a Python script in `world_size` real processes joined over gloo; their stdouts, rank by rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = os.environ | {
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(script), *arguments],
+            env=common | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    outputs = []
+    try:
+        for child in children:
+            out, error = child.communicate(timeout=120)
+            assert child.returncode == 0, error[-3000:]
+            outputs.append(out)
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    return outputs

@@ -330,9 +330,12 @@ def test_rewind_serves_the_same_batches_again_and_forgets_what_came_later(tmp_pa
     store = open_store(tmp_path, eval_every=2)
     store.rewind(3, 3)
     state = store.state()
-    assert state["latest_version"] == 3
+    assert state["latest_version"] is None, "nothing may be fetched before the trainer has published version 3 anew"
+    assert store.target("engine0") == {"version": None, "pinned": False, "stop": False}
     assert [(e["step"], e["state"]) for e in state["evals"]] == [(0, "done"), (2, "pending")]
     assert (state["counts"]["consumed_steps"], state["next_step"], state["counts"]["queued"]) == (3, 5, 2)
+    assert store.announce(3, 3) == {"eval": False, "pinned": [2]}
+    assert store.target("engine0") == {"version": 2, "pinned": True, "stop": False}
     store.engine_state("engine0", 3, "ready")
     assert store.lease("w", 9, engine="engine0")["leases"] == [], "two batches are there already"
     assert [finish_step(store, step) for step in (3, 4)] == batches[3:]

@@ -62,8 +62,9 @@ class EvalBoard:
 
     def target(self, engine: str) -> tuple[int | None, bool]:
         """(version that the engine should hold or None, whether an evaluation pins it there)."""
+        latest = self.latest
         pinned = [version for _, version, name in self.pending() if name == engine]
-        return (pinned[0], True) if pinned else (self.latest, False)
+        return (pinned[0], True) if pinned and latest is not None else (latest, False)
 
     def report(self, engine: str, document: dict[str, Any]) -> None:
         """What an engine holds: {"version", "state": ready|updating|down, ...}."""
@@ -108,12 +109,13 @@ class EvalBoard:
             if change.rowcount != 1:
                 raise RunFailed(f"there is no evaluation of version {version} at step {step}")
 
-    def forget_after(self, version: int) -> None:
-        """Inside a transaction of the caller: versions above `version` never were, and their evaluations neither.
+    def rewind(self, version: int) -> None:
+        """Inside a transaction of the caller: training goes on from `version`, and makes every later one again.
 
-        Training makes them again; a finished evaluation of the old ones would speak of other weights.
+        No version is announced until the trainer has published: an engine must not fetch files that are being written
+        anew. Finished evaluations of later versions are forgotten too: they would speak of other weights.
         """
-        self._db.rows("DELETE FROM versions WHERE version > ?", version)
+        self._db.rows("DELETE FROM versions")
         self._db.rows("DELETE FROM evals WHERE version > ?", version)
         self.engines.clear()
 

@@ -198,13 +198,14 @@ class HubStore:
         """Go on from a checkpoint that has trained steps < `step` and holds `version`.
 
         Batches of later steps stay assigned and are served again; their acknowledgements, later versions and their
-        evaluations never were; leases in flight are granted again. Raises RunFailed when those batches are pruned.
+        evaluations never were; leases in flight are granted again. Nothing is announced until the trainer has published
+        `version` anew. Raises RunFailed when those batches are pruned.
         """
         with self._db.lock:
             self._batches.check_rewind(step)
             with self._db.transaction():
                 self._batches.unacknowledge(step)
-                self._board.forget_after(version)
+                self._board.rewind(version)
                 self._db.set_meta("dropped_in_a_row", 0)
             self._leases.requeue("state = 'leased'")
         self._changed()

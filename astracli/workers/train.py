@@ -100,6 +100,9 @@ class TrainLoop:
             checkpoint.load(found, masters, self.ranks)
             self.step = found.step
         if self.config.resume:
+            if self.hub is not None:
+                evals = self.hub.state()["evals"]
+                self._pinned = {item["version"] for item in evals if item["state"] == "pending"}
             self.publisher.restart(self.step, masters.wire_shards())
         else:
             self.publisher.publish(0, masters.wire_shards())

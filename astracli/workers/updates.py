@@ -16,6 +16,7 @@ An update that fails is repeated once with a full payload; a second failure ends
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -199,6 +200,7 @@ class Lane:
             raise
         except RunFailed as error:
             record["resyncs"] = 1
+            print(f"warning: {self.name}: {error.message}; sending a full payload", file=sys.stderr, flush=True)
             await self._resync(target, record, error)
         self.version, self._serving = target, True
         await self._let_in()

@@ -115,7 +115,9 @@ class Spike:
                 if rewards.max() == rewards.min():
                     continue
                 advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-5)
-                rows += [(prompts[g], completions[i], logprobs[i], float(a)) for i, a in zip(span, advantages)]
+                rows += [
+                    (prompts[g], completions[i], logprobs[i], float(a)) for i, a in zip(span, advantages, strict=False)
+                ]
         return rows[: self.args.groups * self.args.samples]
 
     def forward(self, rows: list[Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -2,8 +2,8 @@
 
     python scripts/make_tiny.py [--out astracli/assets/tiny] [--steps 600] [--smoothing 0.08] [--threads 2]
 
-It is trained from scratch on worked arithmetic with label smoothing: the smoothed targets teach the way (greedy decoding
-is right) and leave a fixed amount of noise on every token (sampling at temperature 1 is often wrong). That is the gap
+It is trained from scratch on worked arithmetic with label smoothing: the smoothed targets teach the way (greedy
+decoding is right) and leave a fixed amount of noise on every token (sampling at temperature 1 is often wrong). That is the gap
 that reinforcement learning closes in a few minutes on a CPU. Operand pairs held out for evaluation are never drawn.
 Takes about 4 minutes on two cores. Seeded; prints the figures that the package's tests hold the model to.
 """
@@ -19,7 +19,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
@@ -157,7 +156,7 @@ def score(
 
 
 def save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """bf16, with the tensors that published checkpoints keep in fp32; `full_attention_interval` for engines that ask."""
+    """bf16, but for what published checkpoints keep in fp32; `full_attention_interval` for engines that ask."""
     shutil.rmtree(out, ignore_errors=True)
     model = model.to(torch.bfloat16)
     for name, parameter in model.named_parameters():

@@ -100,7 +100,7 @@ def test_trainer_and_engine_agree(finished: Path) -> None:
 
 def test_evaluations_count_every_item(finished: Path) -> None:
     rows = list(csv.DictReader((finished / "eval" / "eval.csv").open()))
-    assert list(rows[0]) == "step,version,benchmark,items,n,avg_at_n,stderr,k,pass_at_k".split(",")
+    assert list(rows[0]) == ["step", "version", "benchmark", "items", "n", "avg_at_n", "stderr", "k", "pass_at_k"]
     assert [(int(r["step"]), r["benchmark"]) for r in rows] == [
         (step, name) for step in (0, 2, 4) for name in ("arithmetic-heldout", "overall")
     ]
@@ -123,6 +123,22 @@ def test_the_export_loads_and_scores_what_the_run_says(finished: Path) -> None:
     assert scored.returncode == 0, scored.stderr
     last = list(csv.DictReader((finished / "eval" / "eval.csv").open()))[-1]
     assert f'"avg_at_n": {float(last["avg_at_n"])}' in json.dumps(json.loads(scored.stdout))
+
+
+def test_a_checkpoint_is_exported_text_only(finished: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    out = finished.parent / "text"
+    words = ("runs", "export", str(finished), "--step", "2", "--text-only", "--out", str(out))
+    done = astra(*words, cwd=finished.parent)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((out / "config.json").read_text())
+    assert config["full_attention_interval"] == 4
+    assert "model.layers.0.mlp.up_proj.weight" in AutoModelForCausalLM.from_pretrained(out).state_dict()
+    taken = astra(*words, cwd=finished.parent)
+    assert taken.returncode == 2 and "exists" in taken.stderr
+    missing = astra("runs", "export", str(finished), "--step", "1", "--out", str(out) + "1", cwd=finished.parent)
+    assert missing.returncode == 2 and "2, 4" in missing.stderr
 
 
 def test_a_used_directory_is_refused(finished: Path) -> None:

@@ -152,6 +152,32 @@ def report(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
 
 
 @app.command()
+def export(
+    run: OptionalRunArg = None,
+    to: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Default RUN/export-latest or RUN/export-STEP.")
+    ] = None,
+    step: Annotated[int | None, typer.Option("--step", help="A checkpoint's step; default the newest.")] = None,
+    text_only: Annotated[
+        bool, typer.Option("--text-only", help="The text model alone, under text names, whatever it was loaded from.")
+    ] = False,
+) -> None:
+    """Write a run's checkpoint as a Hugging Face directory."""
+    from astracli import recipe_io
+    from astracli.launch import fetch
+
+    found = _run(run)
+    recipe = recipe_io.from_json(found.recipe_json)
+    model_dir = fetch.local_path(recipe.model.path) or fetch.fetch_model(recipe.model.path, recipe.model.revision)
+    from astracli.training.export_run import export_checkpoint
+
+    place = to or found.path / ("export-" + ("latest" if step is None else str(step)) + ("-text" if text_only else ""))
+    done = export_checkpoint(found.checkpoints, recipe, model_dir, place, step=step, text_only=text_only)
+    out().text(str(place))
+    out().note(f"step {done} of `{found.path}`")
+
+
+@app.command()
 def samples(
     run: RunArg,
     wrong: Annotated[bool, typer.Option("--wrong", help="Wrong answers.")] = False,

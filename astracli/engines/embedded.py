@@ -37,7 +37,7 @@ def bind(host: str, port: int) -> socket.socket:
     """A listening-ready socket; port 0 takes a free one. Raises RunFailed when it cannot be had."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    # asyncio sets this only on sockets made with proto=IPPROTO_TCP; without it a reply waits 40 ms for an acknowledgement.
+    # asyncio sets this only on sockets made with proto=IPPROTO_TCP; without it a reply waits 40 ms to be acknowledged.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     try:
         listener.bind((host, port))

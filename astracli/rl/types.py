@@ -49,7 +49,9 @@ class Sample:
     @property
     def versions(self) -> np.ndarray:
         """int32 [T]: the version of every token."""
-        return np.concatenate([np.full(len(s.tokens), s.version, np.int32) for s in self.segments] or [np.zeros(0, np.int32)])
+        return np.concatenate(
+            [np.full(len(s.tokens), s.version, np.int32) for s in self.segments] or [np.zeros(0, np.int32)]
+        )
 
 
 @dataclass
@@ -100,7 +102,8 @@ def pack_group(group: Group) -> bytes:
                 "verdict": s.verdict,
                 "text": s.text,
                 "segments": [
-                    [g.version, g.tokens.astype("<i4").tobytes(), g.logprobs.astype("<f4").tobytes()] for g in s.segments
+                    [g.version, g.tokens.astype("<i4").tobytes(), g.logprobs.astype("<f4").tobytes()]
+                    for g in s.segments
                 ],
             }
             for s in group.samples
@@ -121,7 +124,9 @@ def unpack_group(blob: bytes) -> Group:
                 verdict=s["verdict"],
                 text=s["text"],
                 segments=[
-                    Segment(int(v), np.frombuffer(t, "<i4").astype(np.int32), np.frombuffer(p, "<f4").astype(np.float32))
+                    Segment(
+                        int(v), np.frombuffer(t, "<i4").astype(np.int32), np.frombuffer(p, "<f4").astype(np.float32)
+                    )
                     for v, t, p in s["segments"]
                 ],
             )
@@ -141,5 +146,7 @@ def unpack_group(blob: bytes) -> Group:
     for sample in group.samples:
         for segment in sample.segments:
             if len(segment.tokens) != len(segment.logprobs):
-                raise ValueError(f"segment with {len(segment.tokens)} tokens and {len(segment.logprobs)} log-probabilities")
+                raise ValueError(
+                    f"segment with {len(segment.tokens)} tokens and {len(segment.logprobs)} log-probabilities"
+                )
     return group

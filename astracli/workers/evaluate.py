@@ -29,6 +29,7 @@ from astracli.data.prompts import stop_token_ids
 from astracli.rl import passk
 from astracli.rl.evaluation import EvalSample, Result, Sampling, evaluate_benchmark, score_figures
 from astracli.rl.reward import GradePool
+from astracli.rl.sample_log import sample_line
 from astracli.workers.common import TERM_EXIT, Reporter, WorkerConfig, worker_main
 
 CSV_COLUMNS = ("step", "version", "benchmark", "items", "n", "avg_at_n", "stderr", "k", "pass_at_k")
@@ -142,29 +143,29 @@ def evaluate_once(evaluator: Evaluator) -> None:
 def write_results(folder: Path, step: int, version: int, results: Sequence[Result]) -> None:
     """Items and table of one evaluation. Writing a step again replaces it."""
     for result in results:
-        lines = [json.dumps(sample_row(step, version, result.benchmark, sample)) for sample in result.samples]
+        lines = [json.dumps(item_line(step, version, result.benchmark, sample)) for sample in result.samples]
         _write_atomically(folder / "items" / f"step_{step:06d}_{result.benchmark}.jsonl", "\n".join(lines) + "\n")
     update_csv(folder / "eval.csv", step, version, results)
 
 
-def sample_row(step: int, version: int, benchmark: str, sample: EvalSample) -> dict[str, Any]:
+def item_line(step: int, version: int, benchmark: str, sample: EvalSample) -> dict[str, Any]:
     """One line of an items file."""
-    return {
-        "step": step,
-        "version": version,
-        "benchmark": benchmark,
-        "problem_id": sample.problem.id,
-        "problem": sample.problem.question,
-        "answer": sample.problem.answer,
-        "sample": sample.sample,
-        "completion": sample.text,
-        "tokens": sample.tokens.tolist(),
-        "logprobs": [round(float(logprob), 6) for logprob in sample.logprobs],
-        "advantage": None,
-        "reward": sample.grade.reward,
-        "verdict": sample.grade.verdict,
-        "finish_reason": sample.finish_reason,
-    }
+    return sample_line(
+        step=step,
+        version=version,
+        benchmark=benchmark,
+        problem_id=sample.problem.id,
+        problem=sample.problem.question,
+        answer=sample.problem.answer,
+        sample=sample.sample,
+        completion=sample.text,
+        tokens=sample.tokens,
+        logprobs=sample.logprobs,
+        advantage=None,
+        reward=sample.grade.reward,
+        verdict=sample.grade.verdict,
+        finish_reason=sample.finish_reason,
+    )
 
 
 def update_csv(path: Path, step: int, version: int, results: Sequence[Result]) -> None:

@@ -6,15 +6,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from astracli.engines.client import GenRequest, GenResult
 from astracli.errors import RunFailed
 from astracli.recipe import Recipe
+from astracli.rl.sample_log import group_line
 from astracli.rl.schedule import sample_seed
-from astracli.rl.types import Group, Sample, Segment
+from astracli.rl.types import Group, Segment
 from astracli.workers.updates import Lane
 
 EMPTY_ABORTS = 50
@@ -103,26 +103,5 @@ class SampleWriter:
 
     def write(self, group: Group) -> None:
         with self._path.open("a") as file:
-            file.write("".join(json.dumps(sample_record(group, sample)) + "\n" for sample in group.samples))
+            file.write("".join(json.dumps(group_line(group, sample)) + "\n" for sample in group.samples))
         self.left -= 1
-
-
-def sample_record(
-    group: Group, sample: Sample, *, step: int | None = None, advantage: float | None = None
-) -> dict[str, Any]:
-    """One line of a samples file. `version`: of the sample's oldest token (None without tokens)."""
-    return {
-        "step": step,
-        "version": min((segment.version for segment in sample.segments), default=None),
-        "problem_id": group.problem_id,
-        "problem": group.problem,
-        "answer": group.answer,
-        "sample": sample.index,
-        "completion": sample.text,
-        "tokens": sample.tokens.tolist(),
-        "logprobs": [round(float(logprob), 6) for logprob in sample.logprobs],
-        "advantage": advantage,
-        "reward": sample.reward,
-        "verdict": sample.verdict,
-        "finish_reason": sample.finish_reason,
-    }

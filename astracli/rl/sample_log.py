@@ -1,0 +1,66 @@
+"""One line of a samples file, the same for rollout, training and evaluation (docs/run-directory.md has the schema)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from astracli.rl.types import FinishReason, Group, Sample, Verdict
+
+
+def sample_line(
+    *,
+    step: int | None,
+    version: int | None,
+    problem_id: str,
+    problem: str,
+    answer: str,
+    sample: int,
+    completion: str,
+    tokens: np.ndarray,
+    logprobs: np.ndarray,
+    advantage: float | None,
+    reward: float,
+    verdict: Verdict,
+    finish_reason: FinishReason,
+    benchmark: str | None = None,
+) -> dict[str, Any]:
+    """The line as a JSON object; `benchmark` is there for evaluations only. `tokens` and `logprobs`: [T]."""
+    return {
+        "step": step,
+        "version": version,
+        **({} if benchmark is None else {"benchmark": benchmark}),
+        "problem_id": problem_id,
+        "problem": problem,
+        "answer": answer,
+        "sample": sample,
+        "completion": completion,
+        "tokens": [int(t) for t in tokens],
+        "logprobs": [round(float(p), 6) for p in logprobs],
+        "advantage": None if advantage is None else round(advantage, 6),
+        "reward": reward,
+        "verdict": verdict,
+        "finish_reason": finish_reason,
+    }
+
+
+def group_line(
+    group: Group, sample: Sample, *, step: int | None = None, advantage: float | None = None
+) -> dict[str, Any]:
+    """A group's sample. `version`: of the sample's oldest token, None without tokens."""
+    return sample_line(
+        step=step,
+        version=min((segment.version for segment in sample.segments), default=None),
+        problem_id=group.problem_id,
+        problem=group.problem,
+        answer=group.answer,
+        sample=sample.index,
+        completion=sample.text,
+        tokens=sample.tokens,
+        logprobs=sample.logprobs,
+        advantage=advantage,
+        reward=sample.reward,
+        verdict=sample.verdict,
+        finish_reason=sample.finish_reason,
+    )

@@ -1,0 +1,38 @@
+"""A run's checkpoint as a Hugging Face directory, without the run: for a stopped run, an older step, another layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from astracli import registry
+from astracli.errors import UserError
+from astracli.recipe import Recipe
+from astracli.training import checkpoint
+from astracli.training.export import export
+
+
+def export_checkpoint(
+    checkpoints: Path, recipe: Recipe, model_dir: Path, out: Path, *, step: int | None = None, text_only: bool = False
+) -> int:
+    """Write the checkpoint of `step` (None: the newest) to `out`; returns its step.
+
+    `model_dir` is the checkpoint that training started from: layout, untouched tensors, config, tokenizer. Raises
+    UserError when there is no such whole checkpoint or `out` is taken.
+    """
+    from astracli.training.fsdp import join
+    from astracli.training.setup import build_trainer
+
+    if out.exists():
+        raise UserError(f"`{out}` exists", "give another --out, or remove it")
+    found = checkpoint.latest(checkpoints) if step is None else checkpoint.read(checkpoint.place(checkpoints, step))
+    if found is None:
+        there = ", ".join(str(c.step) for c in checkpoint.find(checkpoints)) or "none"
+        wanted = "whole checkpoint" if step is None else f"whole checkpoint of step {step}"
+        raise UserError(f"no {wanted} in `{checkpoints}`", f"steps that can be exported: {there}")
+    adapter = registry.resolve(recipe, model_dir)
+    plain = recipe.model_copy(update={"algorithm": recipe.algorithm.model_copy(update={"kl_coef": 0.0})})
+    ranks = join("cpu", {})
+    trainer = build_trainer(model_dir, adapter, plain, ranks, attention="sdpa")
+    checkpoint.load(found, trainer.masters, ranks)
+    export(out, model_dir, trainer.masters.wire_full(), adapter, text_only=text_only)
+    return found.step

@@ -3,8 +3,9 @@
     python scripts/make_tiny.py [--out astracli/assets/tiny] [--steps 600] [--smoothing 0.08] [--threads 2]
 
 It is trained from scratch on worked arithmetic with label smoothing: the smoothed targets teach the way (greedy
-decoding is right) and leave a fixed amount of noise on every token (sampling at temperature 1 is often wrong). That is the gap
-that reinforcement learning closes in a few minutes on a CPU. Operand pairs held out for evaluation are never drawn.
+decoding is right) and leave a fixed amount of noise on every token (sampling at temperature 1 is often wrong). That is
+the gap that reinforcement learning closes in a few minutes on a CPU. Operand pairs held out for evaluation are never
+drawn.
 Takes about 4 minutes on two cores. Seeded; prints the figures that the package's tests hold the model to.
 """
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from astracli.rl.types import FinishReason, Group, Sample, Verdict
+from astracli.rl.types import Group, Sample, Verdict
 
 
 def sample_line(
@@ -23,7 +23,7 @@ def sample_line(
     advantage: float | None,
     reward: float,
     verdict: Verdict,
-    finish_reason: FinishReason,
+    finish_reason: str,
     benchmark: str | None = None,
 ) -> dict[str, Any]:
     """The line as a JSON object; `benchmark` is there for evaluations only. `tokens` and `logprobs`: [T]."""

@@ -79,7 +79,7 @@ def chunked_logprob(
     hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, *, bias_V: Tensor | None = None, chunk: int = 1024
 ) -> tuple[Tensor, Tensor]:
     """log p(target) with gradients, and the distribution's entropy (nats, without); both fp32 [N]."""
-    return _ChunkedLogprob.apply(hidden_ND, weight_VD, bias_V, target_N, chunk)  # type: ignore[no-any-return]
+    return _ChunkedLogprob.apply(hidden_ND, weight_VD, bias_V, target_N, chunk)
 
 
 class PolicyModel(nn.Module):

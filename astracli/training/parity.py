@@ -27,7 +27,7 @@ def logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability and entropy, each fp32 [N], of a micro-batch's loss tokens."""
     mask = torch.from_numpy(micro.mask_BL).to(device)
-    return policy(  # type: ignore[no-any-return]
+    return policy(
         torch.from_numpy(micro.tokens_BL).to(device),
         adapter.attention_mask(mask),
         adapter.position_ids(mask) if adapter.position_ids else None,

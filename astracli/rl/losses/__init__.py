@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from astracli.errors import UserError
 
@@ -42,8 +42,8 @@ class Algorithm:
     name: str
     prepare: Callable[[Tensor, Tensor, AlgorithmTable], Limits]
     """`(log_ratio_N, advantage_N, table)`, the global batch, without gradients -> limits."""
-    token_loss: Callable[[Tensor, Tensor, Limits], tuple[Tensor, Tensor]]
-    """`(log_ratio_N, advantage_N, limits)` -> (loss_N with gradients, clipped_N bool: tokens whose gradient is cut)."""
+    token_loss: Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]
+    """`(log_ratio_N, advantage_N, what prepare returned)` -> (loss_N with gradients, clipped_N bool: tokens whose gradient is cut)."""
 
 
 def get(name: str) -> Algorithm:

@@ -43,7 +43,7 @@ class Algorithm:
     prepare: Callable[[Tensor, Tensor, AlgorithmTable], Limits]
     """`(log_ratio_N, advantage_N, table)`, the global batch, without gradients -> limits."""
     token_loss: Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]
-    """`(log_ratio_N, advantage_N, what prepare returned)` -> (loss_N with gradients, clipped_N bool: tokens whose gradient is cut)."""
+    """`(log_ratio_N, advantage_N, what prepare returned)` -> (loss_N, clipped_N: where the gradient is cut)."""
 
 
 def get(name: str) -> Algorithm:

@@ -1,6 +1,6 @@
 """The main job as a user runs it: `astra train` on the tiny recipes, several seeds, from import to export.
 
-    python bench/main_job.py [--recipes NAME ...] [--seeds 0 1 2] [--json]
+    python bench/main_job.py [--recipes NAME ...] [--seeds 0 1 2] [--at-least 0.8] [--json]
 
 Prints per run: held-out avg@8 before and after, wall time of the whole command, peak memory of all its processes (sum
 of PSS each second), parity at staleness 0, and what travelled to the engine. About two minutes a run on two cores.
@@ -77,6 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--at-least", type=float, default=0.0, help="exit 1 when a run ends below this avg@8")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -85,6 +86,8 @@ def main() -> None:
         print(json.dumps(rows))
     else:
         table(rows)
+    if any(r["last"] < args.at_least for r in rows):
+        sys.exit(f"a run ended below {args.at_least} of the held-out problems")
 
 
 if __name__ == "__main__":

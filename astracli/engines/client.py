@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import pickle
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 STAGED_LOADER = "astracli.weights.sglang_loader.apply_staged"
 """`load_format` of an update that applies what is staged beside the engine."""
+NO_TENSORS = [base64.b64encode(pickle.dumps([])).decode()]
+"""An empty tensor list as SGLang wants it: one pickled list per tensor-parallel rank."""
 _RETRY_S = 0.1
 
 
@@ -167,7 +171,7 @@ class EngineClient:
         """Apply what is staged for this engine. A failed update is an answer, not an exception: stage a full payload
         and apply again."""
         body = {
-            "serialized_named_tensors": [],
+            "serialized_named_tensors": NO_TENSORS,
             "load_format": STAGED_LOADER,
             "weight_version": str(version),
             "flush_cache": flush,

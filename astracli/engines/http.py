@@ -28,7 +28,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from astracli.engines.client import STAGED_LOADER
+from astracli.engines.client import NO_TENSORS, STAGED_LOADER
 from astracli.errors import UserError
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ async def _flush(engine: EmbeddedEngine, request: Request) -> Response:
 
 async def _update_from_tensor(engine: EmbeddedEngine, request: Request) -> Response:
     body = await _json(request)
-    if body.get("serialized_named_tensors"):
+    if body.get("serialized_named_tensors") not in ([], NO_TENSORS):
         raise UserError("the embedded engine takes no tensors in a request; stage a payload and name its loader")
     if body.get("load_format") != STAGED_LOADER:
         raise UserError(f"load_format {body.get('load_format')!r} is not `{STAGED_LOADER}`")

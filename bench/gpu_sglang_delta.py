@@ -1,0 +1,252 @@
+"""A published version inside a real SGLang: staged, applied by our loader, read back, compared with the trainer.
+
+    python bench/gpu_sglang_delta.py [--model astra:tiny | --shape 4b] [--versions 6] [--running 32]
+
+Starts one SGLang server on the first GPU with our custom weight loader, publishes version 0 in full and then deltas of
+an Adam-like update, and brings each into the server while `--running` requests decode: abort, pause, apply (digests of
+every resulting tensor inside the pause; every second version is read back under HF names too), continue. Prints per
+version: density, payload, pause and what the loader spent on it, and with a loadable model the difference between the
+server's log-probabilities and transformers' on the same weights. Everything it starts, it stops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from astracli import registry
+from astracli.adapter import read_config
+from astracli.engines.client import EngineClient, GenRequest
+from astracli.hub.api import serve
+from astracli.launch import fetch, ports
+from astracli.training.optimizer import DTYPES
+from astracli.weights.publisher import Publisher
+from astracli.weights.server import weights_routes
+from astracli.weights.subscriber import Subscriber
+
+TOKEN = "bench-token"
+SHAPE_4B = {
+    "hidden_size": 2560, "intermediate_size": 9216, "num_hidden_layers": 32, "num_attention_heads": 16,
+    "num_key_value_heads": 4, "head_dim": 256, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128, "linear_value_head_dim": 128, "vocab_size": 248320, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def model_directory(args: argparse.Namespace, folder: Path) -> Path:
+    """The checkpoint to serve: a given one, or random weights of the 4B shape, written once."""
+    if args.shape is None:
+        found = fetch.local_path(args.model)
+        if found is None:
+            sys.exit(f"no local checkpoint `{args.model}`")
+        return Path(shutil.copytree(found, folder / "model"))
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+    torch.manual_seed(0)
+    config = Qwen3_5TextConfig(**SHAPE_4B, eos_token_id=1, pad_token_id=0)
+    with torch.device("cuda"):
+        model = Qwen3_5ForCausalLM(config).to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if name.endswith("A_log"):
+            parameter.data = parameter.data.float()
+    model.save_pretrained(folder / "model")
+    path = folder / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"full_attention_interval": 4}))
+    return folder / "model"
+
+
+class Server:
+    """One SGLang process in its own session."""
+
+    def __init__(self, args: argparse.Namespace, model: Path, stage: Path, log: Path):
+        with ports.bind("127.0.0.1") as probe:
+            port = probe.getsockname()[1]
+        graphs = ["--cuda-graph-bs", "1", str(args.running)]
+        command = [
+            args.sglang_python, "-m", "sglang.launch_server", "--model-path", str(model), "--skip-tokenizer-init",
+            "--host", "127.0.0.1", "--port", str(port), "--api-key", TOKEN, "--attention-backend", "triton",
+            "--disable-radix-cache", "--disable-prefill-cuda-graph", *graphs, "--max-running-requests",
+            str(max(2, args.running)), "--mem-fraction-static", "0.5", "--context-length", "2048",
+            "--custom-weight-loader", "astracli.weights.sglang_loader.apply_staged",
+        ]  # fmt: skip
+        env = os.environ | {
+            "ASTRA_STAGE_DIR": str(stage),
+            "ASTRA_VERIFY_INTERVAL": "2",
+            "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
+        }
+        self.log = log
+        self.url = f"http://127.0.0.1:{port}"
+        with log.open("w") as out:
+            self.process = subprocess.Popen(
+                command, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+
+
+def wire(model: Any, adapter: Any, device: str) -> dict[str, torch.Tensor]:
+    """HF name -> fp32 master on `device`, and the dtype it travels in as an attribute of the mapping's tensor."""
+    parameters = dict(model.named_parameters())
+    return {t.name: parameters[name].detach().float().to(device) for name, t in adapter.wire_tensors(model).items()}
+
+
+@torch.no_grad()
+def adam_like(masters: dict[str, torch.Tensor], lr: float, draw: torch.Generator) -> None:
+    """What an Adam step does to masters when gradients are noise: about lr in each direction."""
+    for tensor in masters.values():
+        noise = torch.randn(tensor.shape, generator=draw, device=tensor.device)
+        tensor.add_(noise.clamp_(-2, 2), alpha=-lr)
+
+
+async def wait_ready(client: EngineClient, server: Server, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not await client.health():
+        if server.process.poll() is not None or time.monotonic() > deadline:
+            sys.exit("SGLang did not become ready; its last lines:\n" + server.log.read_text()[-3000:])
+        await asyncio.sleep(1.0)
+
+
+async def update(client: EngineClient, stage: Path, version: int, running: int) -> dict[str, Any]:
+    """One version into the server while requests run. The pause is pause sent to continue answered."""
+    requests = [GenRequest([3 + i % 10, 4, 5], 1500, temperature=1.0, rid=f"v{version}-{i}") for i in range(running)]
+    work = asyncio.create_task(client.generate(requests)) if running else None
+    await asyncio.sleep(1.0)
+    await client.abort_all()
+    results = await work if work else []
+    began = time.monotonic()
+    await client.pause("abort")
+    paused = time.monotonic()
+    answer = await client.apply_staged(version)
+    applied = time.monotonic()
+    await client.resume()
+    ended = time.monotonic()
+    result = json.loads((stage / "result.json").read_text())
+    if not answer.success or not result["ok"]:
+        sys.exit(f"version {version} was not applied: {answer.message} {result}")
+    keys = ("decode_s", "apply_s", "verify_s")
+    return {
+        "pause_s": ended - began,
+        "pausing_s": paused - began,
+        "call_s": applied - paused,
+        **{k: result.get(k) for k in keys},
+        "aborted_tokens": sum(len(r.tokens) for r in results),
+    }
+
+
+@torch.no_grad()
+def transformers_logprobs(model: Any, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+    ids = torch.tensor([prompt + tokens], device=model.device)
+    logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
+    return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0].cpu()
+
+
+async def drive(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    directory = model_directory(args, folder)
+    stage = folder / "stage"
+    stage.mkdir()
+    recipe_config = read_config(directory)
+    adapter = next(
+        a for item in registry.installed() if (a := item.adapter) and recipe_config["model_type"] in a.model_types
+    )
+    server = Server(args, directory, stage, folder / "sglang.log")
+    try:
+        model = adapter.load_for_training(directory, attention="sdpa")
+        dtypes = {t.name: DTYPES[t.dtype] for t in adapter.wire_tensors(model).values()}
+        masters = wire(model, adapter, "cuda")
+        publisher = Publisher(folder / "weights", transfer="delta", full_interval=1000, keep=4, model_name="bench")
+        from starlette.applications import Starlette
+
+        files = serve(Starlette(routes=weights_routes(folder / "weights")), ports.bind("127.0.0.1")).start()
+        subscriber = Subscriber(files.url, TOKEN, stage, directory)
+        publisher.publish(0, {n: t.to(dtypes[n]).cpu() for n, t in masters.items()})
+        rows = []
+        draw = torch.Generator(device="cuda").manual_seed(0)
+        check = model.to("cuda") if args.shape is None else None
+        async with EngineClient(server.url, TOKEN) as client:
+            began = time.monotonic()
+            await wait_ready(client, server, args.ready_s)
+            print(f"SGLang ready after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+            for version in range(args.versions + 1):
+                row: dict[str, Any] = {"version": version}
+                if version:
+                    for _ in range(4):
+                        adam_like(masters, args.lr, draw)
+                    tensors = {n: t.to(dtypes[n]).cpu() for n, t in masters.items()}
+                    done = publisher.publish(version, tensors)
+                    plan = await asyncio.to_thread(subscriber.fetch, version, version - 1)
+                    row |= {
+                        "density": done.density,
+                        "bytes": plan.bytes,
+                        "full_bytes": done.bytes_full,
+                        "kind": plan.kind,
+                    }
+                    row |= {"publish_s": done.publish_s}
+                    row |= await update(client, stage, version, args.running)
+                if check is not None:
+                    row |= await compare(client, check, masters, dtypes, adapter)
+                rows.append(row)
+                print(json.dumps(row), file=sys.stderr, flush=True)
+        subscriber.close()
+        publisher.close()
+        files.stop()
+        return rows
+    finally:
+        server.stop()
+        if args.keep_log:
+            shutil.copy(folder / "sglang.log", args.keep_log)
+
+
+async def compare(
+    client: EngineClient, model: Any, masters: dict[str, torch.Tensor], dtypes: dict[str, torch.dtype], adapter: Any
+) -> dict[str, float]:
+    """|server - transformers| on sampled completions; transformers computes in fp32 on the published values."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in adapter.wire_tensors(model).items():
+            parameters[name].copy_(masters[tensor.name].to(dtypes[tensor.name]))
+    prompts = [[6, 10, 13, 7, 8, 16], [11, 5, 14, 4, 9, 16], [12, 3, 10, 13, 4, 4, 9, 16]]
+    results = await client.generate([GenRequest(p, 24, temperature=1.0, rid=f"c{i}") for i, p in enumerate(prompts)])
+    gaps = [
+        (transformers_logprobs(model, p, r.tokens.tolist()) - torch.from_numpy(r.logprobs)).abs()
+        for p, r in zip(prompts, results, strict=True)
+    ]
+    every = torch.cat(gaps)
+    return {"parity_mean": float(every.mean()), "parity_max": float(every.max()), "engine_version": results[0].version}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="astra:tiny")
+    parser.add_argument("--shape", choices=["4b"], help="random weights of this shape instead of --model")
+    parser.add_argument("--versions", type=int, default=6)
+    parser.add_argument("--running", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=5e-6)
+    parser.add_argument("--ready-s", type=float, default=400.0)
+    parser.add_argument("--sglang-python", default=sys.executable)
+    parser.add_argument("--keep-log", type=Path, help="copy the server's log here")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        rows = asyncio.run(drive(args, Path(folder)))
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -11,8 +11,10 @@ A variant that raises is listed with what it said. On a CPU only the torch rule 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -58,16 +60,20 @@ def per_sequence(rule: Rule) -> Rule:
     return packed
 
 
-def variants(device: str) -> dict[str, Rule]:
+def variants(device: str, compiled: bool) -> dict[str, Rule]:
     from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
 
+    # newer transformers wrap the function so that it calls fla's kernel where fla is installed
+    in_torch = inspect.unwrap(torch_chunk_gated_delta_rule)
+
     def chunk(q: Any, k: Any, v: Any, g: Any, beta: Any) -> torch.Tensor:
-        out: torch.Tensor = torch_chunk_gated_delta_rule(q, k, v, g=g, beta=beta)[0]
+        out: torch.Tensor = in_torch(q, k, v, g=g, beta=beta)[0]
         return out
 
     found: dict[str, Rule] = {"torch chunk rule": per_sequence(chunk)}
     if device == "cuda":
-        found["torch chunk rule, compiled"] = per_sequence(torch.compile(chunk, dynamic=True))
+        if compiled:
+            found["torch chunk rule, compiled"] = per_sequence(torch.compile(chunk, dynamic=True))
 
         def fla(*tensors: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
             from fla.ops.gated_delta_rule import chunk_gated_delta_rule
@@ -126,6 +132,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--timed-tokens", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="also the compiled torch rule; compiling takes minutes")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -138,13 +145,14 @@ def main() -> None:
     timed_inputs = inputs(args.timed_tokens, args.heads, args.dim, device, seed=2)
     timed_cu = (shares * args.timed_tokens).long().to(device)
     rows: list[dict[str, Any]] = []
-    for name, rule in variants(device).items():
+    for name, rule in variants(device, args.compile).items():
         try:
             out, got = gradients(rule, tensors, weight.float(), cu)
             errors = {
                 n: error(a, b) for n, a, b in zip(("out", *NAMES), [out, *got], [reference, *wanted], strict=True)
             }
             rows.append({"variant": name, **errors, "seconds": timed(rule, timed_inputs, timed_cu, args.repeats)})
+            print(f"done: {name}", file=sys.stderr, flush=True)
         except Exception as problem:  # a variant that cannot run here is a result, and is printed as one
             rows.append({"variant": name, "raised": f"{type(problem).__name__}: {str(problem).strip()[:300]}"})
     if args.json:

@@ -51,8 +51,17 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"))
 
 
-def test_two_ranks_equal_one(model_dir: Path, tmp_path: Path) -> None:
-    outputs = [json.loads(text) for text in spawn(SCRIPT, [str(model_dir), str(tmp_path)], 2)]
+@pytest.fixture(scope="module")
+def out(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks left behind: `rank0.json`, `rank1.json`, `full.safetensors`, `weights/`."""
+    directory = tmp_path_factory.mktemp("two")
+    for rank, text in enumerate(spawn(SCRIPT, [str(model_dir), str(directory)], 2)):
+        (directory / f"rank{rank}.json").write_text(text)
+    return directory
+
+
+def test_two_ranks_equal_one(model_dir: Path, out: Path) -> None:
+    outputs = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
     trainer = make_trainer(model_dir, recipe(algorithm={"kl_coef": 0.01}))
     total = sum(v.numel() for v in trainer.masters.values.values())
     assert [o["held"] for o in outputs] == [pytest.approx(total / 2, rel=0.02)] * 2
@@ -68,7 +77,7 @@ def test_two_ranks_equal_one(model_dir: Path, tmp_path: Path) -> None:
         assert mine == pytest.approx(theirs, abs=1e-5, rel=1e-3)
 
     expected = trainer.masters.wire_full()
-    got = load_file(tmp_path / "full.safetensors")
+    got = load_file(out / "full.safetensors")
     assert got.keys() == expected.keys()
     elements = differing = 0
     for name, tensor in expected.items():
@@ -80,14 +89,13 @@ def test_two_ranks_equal_one(model_dir: Path, tmp_path: Path) -> None:
     assert differing < 0.01 * elements
 
 
-def test_what_two_ranks_publish_is_what_they_hold(model_dir: Path, tmp_path: Path) -> None:
+def test_what_two_ranks_publish_is_what_they_hold(out: Path) -> None:
     """The pieces that no one gathered give the gathered tensors, bit for bit, through the receiver's own code."""
     from astracli.weights import digest
     from astracli.weights.manifest import Manifest
 
-    spawn(SCRIPT, [str(model_dir), str(tmp_path)], 2)
-    full = load_file(tmp_path / "full.safetensors")
-    raw = (tmp_path / "weights" / "v000003" / "manifest.json").read_bytes()
+    full = load_file(out / "full.safetensors")
+    raw = (out / "weights" / "v000003" / "manifest.json").read_bytes()
     manifest = Manifest.from_bytes(raw, "manifest.json")
     assert {t.name for t in manifest.tensors} == set(full)
     assert manifest.frozen_digests.keys() == {"lm_head.weight"}

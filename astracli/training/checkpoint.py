@@ -13,7 +13,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,7 +107,8 @@ def save(directory: Path, step: int, version: int, masters: Masters, ranks: Rank
     state: dict[str, Any] = {f"rng.{ranks.rank}": torch.get_rng_state()}
     for kind, tensors in (("value", masters.values), ("first", first), ("second", second)):
         state |= {f"{kind}.{name}": t for name, t in masters.as_distributed(tensors).items()}
-    dcp.save(state, storage_writer=dcp.FileSystemWriter(working), no_dist=ranks.world_size == 1)
+    with _alone_without_a_word():
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(working), no_dist=ranks.world_size == 1)
     ranks.barrier()
     if ranks.first:
         meta = {
@@ -150,11 +153,19 @@ def load(checkpoint: Checkpoint, masters: Masters, ranks: Ranks) -> None:
     rng = f"rng.{ranks.rank}"
     if ranks.rank < int(checkpoint.meta["world_size"]):
         state[rng] = torch.get_rng_state()
-    with torch.no_grad():
+    with torch.no_grad(), _alone_without_a_word():
         dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint.path), no_dist=ranks.world_size == 1)
     masters.restore(first, second, int(checkpoint.meta["updates"]))
     if rng in state:
         torch.set_rng_state(state[rng])
+
+
+@contextmanager
+def _alone_without_a_word() -> Iterator[None]:
+    """One rank needs no process group; torch warns about its absence all the same."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def prune(directory: Path, keep: int) -> None:

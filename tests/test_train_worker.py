@@ -1,0 +1,217 @@
+"""The trainer process against a real hub: order of a step, resume after a kill at any point, samples, stop."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_hub_api import TOKEN, Server
+from test_hub_store import open_store
+from training_tools import recipe, sample_groups, save_model
+
+from astracli.errors import RunFailed
+from astracli.hub.client import HubClient
+from astracli.rl.types import pack_group
+from astracli.training import checkpoint
+from astracli.training.fsdp import Ranks
+from astracli.weights.manifest import read_stable
+from astracli.workers.common import WorkerConfig
+from astracli.workers.train import TrainLoop
+
+STEPS = 4
+
+
+class FakeReporter:
+    def __init__(self) -> None:
+        self.stop_requested = threading.Event()
+        self.said: list[str | None] = []
+
+    def ready(self) -> None:
+        self.said.append("ready")
+
+    def waiting(self, reason: str | None) -> None:
+        self.said.append(reason)
+
+    def progress(self, **fields: Any) -> None:
+        self.fields = fields
+
+
+class Killed(BaseException):
+    """The process is gone: nothing after it runs."""
+
+
+class Job:
+    """A hub, a run directory and the engine's part: groups that depend on their lease alone."""
+
+    def __init__(self, directory: Path, model_dir: Path):
+        self.run_dir = directory / "run"
+        self.run_dir.mkdir(parents=True)
+        self.model_dir = model_dir
+        self.store = open_store(directory, batch_groups=2, max_staleness=0, steps=STEPS, drop_equal_groups=False)
+        self.server = Server(self.store, directory)
+        self.reporter = FakeReporter()
+
+    def loop(self, **changes: Any) -> TrainLoop:
+        config = WorkerConfig(
+            name="trainer",
+            role="trainer",
+            run_dir=self.run_dir,
+            hub_url=self.server.url,
+            token=TOKEN,
+            recipe=recipe(
+                train={"steps": STEPS, "batch_groups": 2, "max_staleness": 0, "parity_tolerance": 100.0},
+                checkpoint={"every": 2},
+                weights={"transfer": "delta"},
+                metrics={"samples_per_step": 3},
+            ),
+            paths={"model": str(self.model_dir)},
+            **changes,
+        )
+        return TrainLoop(config, self.reporter, Ranks())  # type: ignore[arg-type]
+
+    def roll(self, version: int) -> None:
+        self.store.engine_state("engine0", version, "ready")
+        for lease in self.store.lease("w", 9, engine="engine0")["leases"]:
+            (made,) = sample_groups(None, 1, seed=lease["lease_id"], version=version, first=lease["lease_id"])
+            assert self.store.put(pack_group(made)) == "accepted"
+
+    def train(self, loop: TrainLoop, until: int = STEPS) -> None:
+        while loop.step < until:
+            self.roll(loop.step)
+            assert loop.advance()
+
+    def resume(self) -> TrainLoop:
+        newest = checkpoint.latest(self.run_dir / "checkpoints")
+        step = newest.step if newest else 0
+        self.store.rewind(step, step)
+        loop = self.loop(resume=True, attempt=2, extra={"step": step})
+        loop.start()
+        assert loop.step == step
+        return loop
+
+    def records(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.server.metrics.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def job(tmp_path: Path, model_dir: Path) -> Iterator[Job]:
+    made = Job(tmp_path, model_dir)
+    yield made
+    made.server.thread.stop()
+
+
+@pytest.fixture(scope="module")
+def expected(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """Weights of a run that nothing interrupted."""
+    whole = Job(tmp_path_factory.mktemp("whole"), model_dir)
+    loop = whole.loop()
+    loop.start()
+    whole.train(loop)
+    whole.server.thread.stop()
+    return loop.trainer.masters.wire_full()
+
+
+def same(loop: TrainLoop, expected: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(tensor, expected[name]) for name, tensor in loop.trainer.masters.wire_full().items())
+
+
+def test_a_run_from_start_to_export(job: Job, expected: dict[str, torch.Tensor]) -> None:
+    loop = job.loop()
+    loop.start()
+    assert job.reporter.said[-1] == "ready"
+    assert read_stable(job.run_dir / "weights", 0)["manifests"].keys() == {"full"}
+    job.train(loop)
+    loop.finish()
+    assert same(loop, expected)
+    assert job.store.finished
+    assert [c.step for c in checkpoint.find(job.run_dir / "checkpoints")] == [2, 4]
+    assert read_stable(job.run_dir / "weights", 4)["manifests"].keys() == {"delta"}
+    assert (job.run_dir / "export" / "model.safetensors").exists()
+
+    steps = [r for r in job.records() if "loss" in r]
+    assert [r["step"] for r in steps] == [0, 1, 2, 3]
+    for record in steps:
+        assert record["process"] == "trainer"
+        assert record["staleness_max"] == 0
+        assert 0 < record["delta_density"] <= 1 and 0 < record["delta_bytes"] < 2 * record["full_bytes"]
+        assert record["step_s"] >= record["wait_s"] + record["train_s"]
+        assert record["tokens"] == pytest.approx(record["tokens_per_s"] * record["step_s"])
+    assert [("checkpoint_s" in r) for r in steps] == [False, True, False, True]
+
+    lines = (job.run_dir / "samples" / "step_000002.jsonl").read_text().splitlines()
+    assert len(lines) == 3
+    for sample in map(json.loads, lines):
+        assert list(sample) == [
+            "step", "version", "problem_id", "problem", "answer", "sample", "completion",
+            "tokens", "logprobs", "advantage", "reward", "verdict", "finish_reason",
+        ]  # fmt: skip
+        assert sample["step"] == sample["version"] == 2
+        assert len(sample["tokens"]) == len(sample["logprobs"]) > 0
+
+
+@pytest.mark.parametrize("where", ["train", "save", "publish", "announce", "ack"])
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_kill_at_any_point_changes_nothing(
+    job: Job, expected: dict[str, torch.Tensor], where: str, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed just before `where` of `step`, resumed: the same weights, every batch trained once, every group used."""
+
+    def die(*arguments: Any, **options: Any) -> Any:
+        raise Killed
+
+    loop = job.loop()
+    loop.start()
+    job.train(loop, until=step)
+    assert loop.hub is not None
+    targets: dict[str, tuple[Any, str]] = {
+        "train": (loop.trainer, "train"),
+        "save": (checkpoint, "save"),
+        "publish": (loop.publisher, "publish"),
+        "announce": (loop.hub, "announce"),
+        "ack": (loop.hub, "ack"),
+    }
+    job.roll(step)
+    with monkeypatch.context() as patch:
+        patch.setattr(*targets[where], die)
+        if where == "save" and step == 2:
+            job.train(loop, until=3)  # no checkpoint is due in step 2
+            job.roll(3)
+        with pytest.raises(Killed):
+            loop.advance()
+    again = job.resume()
+    job.train(again)
+    assert same(again, expected)
+    assert job.store.finished
+    assert job.store.state()["counts"]["consumed_steps"] == STEPS
+
+
+def test_a_missing_checkpoint_is_named(job: Job) -> None:
+    loop = job.loop(resume=True, extra={"step": 2})
+    with pytest.raises(RunFailed, match="no whole checkpoint of step 2"):
+        loop.start()
+
+
+def test_waiting_says_for_what_and_ends_on_a_stop(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("astracli.workers.train.BATCH_WAIT_S", 0.2)
+    loop = job.loop()
+    loop.start()
+    job.store.engine_state("engine0", 0, "ready")
+    job.store.lease("w", 1, engine="engine0")
+    timer = threading.Timer(0.6, job.reporter.stop_requested.set)
+    timer.start()
+    assert loop.advance() is False
+    reasons = [said for said in job.reporter.said if said and said != "ready"]
+    assert set(reasons) == {"groups for step 0: 0 of 2, 1 in flight"}
+    with HubClient(job.server.url, TOKEN) as hub:
+        assert "wait" in hub.batch(0, wait_s=0)
+    assert loop.step == 0

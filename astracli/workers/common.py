@@ -27,7 +27,7 @@ from types import FrameType, TracebackType
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from astracli.errors import AstraError, UserError
+from astracli.errors import AstraError, UserError, disk_full
 from astracli.recipe import Recipe
 
 State = Literal["starting", "ready", "done", "failed"]
@@ -254,7 +254,9 @@ def _run(fn: Callable[[WorkerConfig, Reporter], None], config: WorkerConfig, rep
         return 130
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except BaseException:
+    except BaseException as error:
+        if full := disk_full(error):
+            return _explain(full)
         traceback.print_exc()
         return 1
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FULL_WORDS = ("no space left", "disk is full", "file too large", "quota exceeded", "(os error 27)", "(os error 28)")
+FULL_WORDS = (
+    *("no space left", "disk is full", "file too large", "quota exceeded", "(os error 27)", "(os error 28)"),
+    "enforce fail at inline_container",  # torch.save, whose zip file came out shorter than what was written
+)
 
 
 class AstraError(Exception):
@@ -41,10 +44,11 @@ def disk_full(error: BaseException) -> RunFailed | None:
     """
     seen: BaseException | None = error
     while seen is not None:
-        number = seen.errno if isinstance(seen, OSError) else None
-        if number in FULL or any(word in str(seen).lower() for word in FULL_WORDS):
+        lines = str(seen).strip().splitlines() or [type(seen).__name__]
+        telling = [line for line in lines if any(word in line.lower() for word in FULL_WORDS)]
+        if telling or (isinstance(seen, OSError) and seen.errno in FULL):
             return RunFailed(
-                f"writing failed, the disk or a limit on file sizes is full: {str(seen).strip().splitlines()[0]}",
+                f"writing failed, a disk, a quota or a limit on file sizes is full: {(telling or lines)[0].strip()}",
                 "free space (`astra runs clean`, `df -h`, `ulimit -f`), then go on with `astra train --resume RUN_DIR`",
             )
         seen = seen.__cause__ or seen.__context__

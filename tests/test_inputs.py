@@ -74,7 +74,7 @@ def test_a_damaged_checkpoint_is_refused(checkpoint: Path, damage: Callable[[Pat
         ("data.reward=maths", "there is no reward `maths`"),
         ("launch.host=192.0.2.1", "cannot bind 192.0.2.1"),
         ('metrics.sinks=["wandbb"]', "no sink `wandbb`"),
-        ("resources.engine.python=/no/python", "resources.engine.python = \"/no/python\" is no program"),
+        ("resources.engine.python=/no/python", 'resources.engine.python = "/no/python" is no program'),
         ("resources.rollout_gpus=4", "resources.rollout_gpus = 4 asks for GPUs, but resources.device = cpu"),
         ("resources.train_gpus=64", "resources.train_gpus = 64 asks for GPUs"),
         ("model.path=./broken", "is not a whole safetensors file"),

@@ -147,7 +147,7 @@ def read_config(path: Path) -> dict[str, Any]:
         hint = "give a checkpoint directory or a Hub id as model.path"
         raise UserError(f"no config.json in `{path}`", hint) from None
     except ValueError as error:
-        raise UserError(f"`{file}` is not JSON: {error}") from None
+        raise UserError(f"`{file}` is not JSON: {error}", "download the checkpoint again") from None
     if not isinstance(document, dict) or "model_type" not in document:
-        raise UserError(f"`{file}` has no `model_type`")
+        raise UserError(f"`{file}` has no `model_type`", "give a transformers checkpoint as model.path")
     return document

@@ -23,7 +23,7 @@ _WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_mod
 def checkpoint_tensors(path: Path) -> dict[str, str]:
     """`{tensor name: safetensors dtype}` of every shard in a directory, from the headers alone; `{}` without shards.
 
-    Raises UserError for a file that is no safetensors file (a broken download, a git-lfs pointer).
+    Raises UserError for a file that is no whole safetensors file (a broken download, a git-lfs pointer).
     """
     found: dict[str, str] = {}
     for file in sorted(path.glob("*.safetensors")):
@@ -33,8 +33,14 @@ def checkpoint_tensors(path: Path) -> dict[str, str]:
                 if not 0 < size <= file.stat().st_size - 8:
                     raise ValueError("header length does not fit the file")
                 header = json.loads(stream.read(size))
-        except ValueError as error:
-            raise UserError(f"`{file}` is not a safetensors file: {error}", "download the checkpoint again") from None
+                ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+                have = file.stat().st_size - 8 - size
+                if max(ends, default=0) != have:
+                    raise ValueError(f"its header promises {max(ends, default=0)} bytes of tensors, it holds {have}")
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            raise UserError(
+                f"`{file}` is not a whole safetensors file: {error}", "download the checkpoint again"
+            ) from None
         found.update({name: entry["dtype"] for name, entry in header.items() if name != "__metadata__"})
     return found
 

@@ -140,6 +140,13 @@ def _dotted(capability: Capability) -> str:
 def _device(recipe: Recipe) -> tuple[Literal["cpu", "cuda"], str]:
     asked = recipe.resources
     gpus = asked.rollout_gpus + asked.train_gpus
+    if asked.device == "cpu" and gpus:
+        key, count = next((k, n) for k in ("rollout_gpus", "train_gpus") if (n := getattr(asked, k)))
+        raise UserError(
+            f"resources.{key} = {count} asks for GPUs, but resources.device = cpu",
+            "add `--set resources.device=cuda` to train on GPUs; on a CPU `resources.engines` and "
+            "`resources.train_ranks` count processes",
+        )
     if asked.device == "cpu":
         return "cpu", "the recipe says resources.device = cpu"
     if asked.device == "cuda" and gpus == 0:

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_WORDS = (
+    *("no space left", "disk is full", "file too large", "quota exceeded", "(os error 27)", "(os error 28)"),
+    "enforce fail at inline_container",  # torch.save, whose zip file came out shorter than what was written
+)
+
 
 class AstraError(Exception):
     """Base of every error that ends a command. `hint` names the next command; `exit_code` is the process's."""
@@ -27,3 +35,21 @@ class RunFailed(AstraError, RuntimeError):
     """A run or a check that failed after it had started. Exit 1."""
 
     exit_code = 1
+
+
+def disk_full(error: BaseException) -> RunFailed | None:
+    """`error` as a message, when at its root a disk, a quota or a file-size limit was full; None for any other.
+
+    Libraries wrap it (safetensors and SQLite give words only), so the whole chain and the words are looked at.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        lines = str(seen).strip().splitlines() or [type(seen).__name__]
+        telling = [line for line in lines if any(word in line.lower() for word in FULL_WORDS)]
+        if telling or (isinstance(seen, OSError) and seen.errno in FULL):
+            return RunFailed(
+                f"writing failed, a disk, a quota or a limit on file sizes is full: {(telling or lines)[0].strip()}",
+                "free space (`astra runs clean`, `df -h`, `ulimit -f`), then go on with `astra train --resume RUN_DIR`",
+            )
+        seen = seen.__cause__ or seen.__context__
+    return None

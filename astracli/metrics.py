@@ -7,7 +7,7 @@ twice: readers take the later line.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,9 +29,14 @@ class Sink(Protocol):
 
 
 def open_sinks(names: Sequence[str], run_dir: Path) -> list[Sink]:
-    """The sinks of `metrics.sinks`: entry points in `astra.sinks`, or `pkg.module:factory`. Raises UserError."""
+    """The sinks of `metrics.sinks`, writing into a run. Raises UserError."""
+    return [factory(run_dir) for factory in find_sinks(names)]
+
+
+def find_sinks(names: Sequence[str]) -> list[Callable[[Path], Sink]]:
+    """What makes the sinks: entry points in `astra.sinks`, or `pkg.module:factory`. Raises UserError."""
     installed = {point.name: point for point in metadata.entry_points(group=SINK_GROUP)}
-    sinks: list[Sink] = []
+    factories: list[Callable[[Path], Sink]] = []
     for name in names:
         try:
             if name in installed:
@@ -45,8 +50,8 @@ def open_sinks(names: Sequence[str], run_dir: Path) -> list[Sink]:
                 f"metrics.sinks: no sink `{name}` ({error}); installed: {known}",
                 f"a sink is an entry point in `{SINK_GROUP}` or `pkg.module:factory`",
             ) from None
-        sinks.append(factory(run_dir))
-    return sinks
+        factories.append(factory)
+    return factories
 
 
 def mend(path: Path) -> None:

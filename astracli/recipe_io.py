@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from astracli.recipe import Recipe
 
 LIST_HINT = "see them with `astra recipes list`"
+FILE_HINT = "a recipe is a TOML file; `astra recipes copy qwen3.5-tiny-m2po-delta` makes one to start from"
 
 
 @dataclass(frozen=True)
@@ -164,9 +165,9 @@ def _document(name_or_path: str) -> dict[str, Any]:
         try:
             document = json.loads(_read(path))
         except ValueError as error:
-            raise UserError(f"`{path}` is not valid JSON: {error}") from None
+            raise UserError(f"`{path}` is not valid JSON: {error}", FILE_HINT) from None
         if not isinstance(document, dict):
-            raise UserError(f"`{path}` holds no recipe: a JSON object is needed")
+            raise UserError(f"`{path}` holds no recipe: a JSON object is needed", FILE_HINT)
         return document
     file = _find(name_or_path, None)
     return _merged(file, ())
@@ -225,16 +226,20 @@ def _read(file: Path | Traversable) -> str:
             _nearest(_stem(file.name), names) + "shipped ones: `astra recipes list`",
         ) from None
     except UnicodeDecodeError as error:
-        raise UserError(f"recipe file `{file}` is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise UserError(
+            f"recipe file `{file}` is not UTF-8 text: {error.reason} at byte {error.start}", FILE_HINT
+        ) from None
     except OSError as error:
-        raise UserError(f"cannot read recipe file `{file}`: {(error.strerror or str(error)).lower()}") from None
+        raise UserError(
+            f"cannot read recipe file `{file}`: {(error.strerror or str(error)).lower()}", FILE_HINT
+        ) from None
 
 
 def _parse(file: Path | Traversable, shown: str) -> dict[str, Any]:
     try:
         return tomllib.loads(_read(file))
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"recipe `{shown}` is not valid TOML: {error}") from None
+        raise UserError(f"recipe `{shown}` is not valid TOML: {error}", FILE_HINT) from None
 
 
 def _override(document: dict[str, Any], text: str) -> None:

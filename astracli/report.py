@@ -144,7 +144,7 @@ class PlainView:
             self._say(now, " ".join([phase_words(progress), *waits]))
         elif (progress.step > self._step and now - self._last >= PLAIN_EVERY_S) or now - self._last >= SILENCE_S:
             self._step = progress.step
-            self._say(now, " ".join([f"step {progress.step}/{progress.steps}", *progress.parts(), *waits_of(progress)]))
+            self._say(now, " ".join([done_words(progress), *progress.parts(), *waits_of(progress)]))
 
     def _say(self, now: float, line: str) -> None:
         self._last = now
@@ -156,6 +156,19 @@ class PlainView:
 
 def waits_of(progress: Progress) -> list[str]:
     return ["; ".join(progress.waits())] if progress.waits() else []
+
+
+def done_words(progress: Progress) -> str:
+    """`step 3/80`; of a job without steps what its workers count, `eval: done 120 total 1024`."""
+    if progress.steps:
+        return f"step {progress.step}/{progress.steps}"
+    busy = [f"{name}: {details(status)}" for name, status in progress.statuses.items() if status.progress]
+    return "; ".join(busy) or phase_words(progress)
+
+
+def details(status: ChildStatus) -> str:
+    """The figures that a process reports of itself: `done 120 total 1024`."""
+    return " ".join(f"{key} {short(value)}" for key, value in status.progress.items())
 
 
 def phase_words(progress: Progress) -> str:
@@ -199,21 +212,24 @@ def draw(progress: Progress) -> RenderableType:
     """The live view's picture."""
     left = progress.left_s()
     head = Table.grid(padding=(0, 2))
+    bar = [
+        ProgressBar(total=progress.steps, completed=progress.step, width=30),
+        f"step {progress.step}/{progress.steps}",
+    ]
     head.add_row(
         Text(progress.name, style="bold"),
-        ProgressBar(total=max(progress.steps, 1), completed=progress.step, width=30),
-        f"step {progress.step}/{progress.steps}",
+        *(bar if progress.steps else []),
         f"{duration(progress.clock() - progress.began)} gone",
-        f"{duration(left)} left" if left is not None else phase_words(progress),
+        f"{duration(left)} left" if left is not None and progress.steps else phase_words(progress),
     )
     trend = ", ".join(f"{progress.eval_words(e)} (step {e['step']})" for e in progress.evals[-4:])
-    figures = Text("   ".join(part for part in progress.parts() if not part.startswith("avg@")) or "no step yet")
+    known = [part for part in progress.parts() if not part.startswith("avg@")]
+    figures = Text("   ".join(known) or ("no step yet" if progress.steps else ""))
     rows = Table.grid(padding=(0, 2))
     for name, status in progress.statuses.items():
-        details = " ".join(f"{key} {short(value)}" for key, value in status.progress.items())
         restarts = f"restarted {status.restarts}x" if status.restarts else ""
         rows.add_row(
-            Text(name, style="bold"), status.words(), Text(details, style="dim"), Text(restarts, style="yellow")
+            Text(name, style="bold"), status.words(), Text(details(status), style="dim"), Text(restarts, style="yellow")
         )
     lines: list[RenderableType] = [head, figures]
     if trend:

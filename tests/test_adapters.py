@@ -141,7 +141,7 @@ def test_an_untied_head_that_the_files_lack_is_refused(tmp_path: Path) -> None:
 def test_a_broken_shard_is_named(tmp_path: Path) -> None:
     tiny_text().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(UserError, match=r"model\.safetensors` is not a safetensors file"):
+    with pytest.raises(UserError, match=r"model\.safetensors` is not a whole safetensors file"):
         qwen3_5.load(tmp_path)
 
 

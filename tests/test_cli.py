@@ -156,6 +156,21 @@ def test_bad_input_ends_with_2_a_message_and_a_hint(
     assert ran.out == "" and launch.asked == {}
 
 
+def test_samples_are_never_overwritten(astra: Astra, runs: Path, launch: Launch) -> None:
+    assert astra("rollout", TINY, "--out", "mine.jsonl").code == 0
+    assert launch.asked["out"] == Path("mine.jsonl") and not Path("mine.jsonl").exists()
+    launch.asked = {}
+    Path("mine.jsonl").write_text("precious\n")
+    for out, words in (
+        ("mine.jsonl", "is there already"),
+        ("a/b.jsonl", "there is no directory `a`"),
+        (".", "is a dir"),
+    ):
+        ran = astra("rollout", TINY, "--out", out)
+        assert ran.code == 2 and words in ran.err and "hint:" in ran.err
+    assert launch.asked == {} and Path("mine.jsonl").read_text() == "precious\n"
+
+
 def test_unexpected_errors_are_one_line(astra: Astra, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(recipe: Any, **options: Any) -> int:
         raise ZeroDivisionError("one\ntwo")

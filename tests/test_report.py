@@ -273,3 +273,18 @@ def test_duration(seconds: float, words: str) -> None:
 )
 def test_size(count: float | None, words: str) -> None:
     assert size(count) == words
+
+
+def test_a_job_without_steps_says_what_its_workers_count() -> None:
+    clock, lines = Clock(), []
+    progress = Progress("tiny-eval", 0, clock=clock)
+    view = PlainView(lines.append, clock)
+    statuses = {"engine0": Status("engine", "ready"), "eval": Status("eval", "ready", None, {"done": 12, "total": 64})}
+    progress.feed([], state(0), statuses, "running")
+    view.update(progress)
+    clock.now += 20
+    view.update(progress)
+    assert lines[-1] == "eval: done 12 total 64"
+    out = io.StringIO()
+    Console(file=out, width=140).print(draw(progress))
+    assert "done 12 total 64" in out.getvalue() and "step" not in out.getvalue()

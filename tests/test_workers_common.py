@@ -183,6 +183,18 @@ def test_term_unwinds_and_exits_143(tmp_path: Path, hub: FakeHub) -> None:
     assert hub.bodies[-1]["state"] == "done"
 
 
+def test_the_end_does_not_wait_for_the_interpreter(tmp_path: Path, hub: FakeHub) -> None:
+    """Python's own way out takes torch's modules apart for seconds; what is registered there stands in for it."""
+    body = "import atexit\natexit.register(time.sleep, 30)\nprint('said')\nreporter.ready()\ntime.sleep(60)"
+    worker = start_worker(tmp_path, hub.url, body)
+    wait_for(lambda: hub.bodies and hub.bodies[-1]["state"] == "ready")
+    began = time.monotonic()
+    worker.terminate()
+    worker.communicate(timeout=10)
+    assert worker.returncode == 143 and time.monotonic() - began < 3
+    assert hub.bodies[-1]["state"] == "done"
+
+
 def test_usr1_prints_stacks_and_goes_on(tmp_path: Path, hub: FakeHub) -> None:
     worker = start_worker(tmp_path, hub.url, "reporter.ready()\nfor _ in range(200):\n    time.sleep(0.02)")
     wait_for(lambda: hub.bodies and hub.bodies[-1]["state"] == "ready")

@@ -10,7 +10,7 @@ import typer
 
 from astracli.cli import adapters, doctor, evaluate, recipes, rollout, runs, train
 from astracli.cli.output import Output
-from astracli.errors import AstraError
+from astracli.errors import AstraError, disk_full
 
 app = typer.Typer(
     name="astra",
@@ -70,6 +70,9 @@ def run(args: list[str]) -> int:
         return 130
     except Exception as error:
         _debug()
+        if full := disk_full(error):
+            talk.error(full.message, full.hint)
+            return full.exit_code
         message = str(error).strip().partition("\n")[0]
         talk.error(
             f"unexpected {type(error).__name__}" + (f": {message}" if message else ""),

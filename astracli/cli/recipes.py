@@ -58,7 +58,10 @@ def copy(
     except FileExistsError:
         raise UserError(f"`{target}` is there already", "name another file, or remove it first") from None
     except OSError as error:
-        raise UserError(f"cannot write `{target}`: {(error.strerror or str(error)).lower()}") from None
+        raise UserError(
+            f"cannot write `{target}`: {(error.strerror or str(error)).lower()}",
+            "name a file in a directory that exists",
+        ) from None
     out().text(str(target))
     out().hint(f"change it, then `astra recipes check {target}` and `astra train {target}`")
 

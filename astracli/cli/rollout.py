@@ -40,10 +40,25 @@ def rollout(
         return
     from astracli.launch import run as launch
 
-    if out_.is_dir():
-        raise UserError(f"--out `{out_}` is a directory", "name a file")
-    if not out_.resolve().parent.is_dir():
-        raise UserError(
-            f"--out `{out_}`: there is no directory `{out_.parent}`", f"make it with `mkdir -p {out_.parent}`"
-        )
+    _check_writable(out_)
     raise typer.Exit(launch.rollout(loaded, weights=weights, n=n, out=out_, run_dir=run_dir))
+
+
+def _check_writable(path: Path) -> None:
+    """Samples of an earlier command are never overwritten. Raises UserError."""
+    if path.is_dir():
+        raise UserError(f"--out `{path}` is a directory", "name a file")
+    if not path.resolve().parent.is_dir():
+        raise UserError(
+            f"--out `{path}`: there is no directory `{path.parent}`", f"make it with `mkdir -p {path.parent}`"
+        )
+    try:
+        path.open("x").close()
+        path.unlink()
+    except FileExistsError:
+        raise UserError(
+            f"--out `{path}` is there already", "name another file with --out, or remove it first"
+        ) from None
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"--out `{path}` cannot be written: {reason}", "name another file") from None

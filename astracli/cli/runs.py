@@ -92,7 +92,10 @@ def stop(run: RunArg) -> None:
     found = _run(run)
     status = found.status()
     if status is None or not _alive(found):
-        raise UserError(f"run `{found.path}` is not running (state: {found.shown_state()})")
+        raise UserError(
+            f"run `{found.path}` is not running (state: {found.shown_state()})",
+            "`astra runs list` shows which ones are",
+        )
     import socket
 
     import psutil

@@ -19,8 +19,8 @@ from typing import IO
 
 import psutil
 
-GRACE_S = 3.0
-"""Between TERM and KILL."""
+GRACE_S = 2.0
+"""Between TERM and KILL. With the hub's last second and the summary it keeps a stop under five seconds."""
 _GONE = (psutil.NoSuchProcess, psutil.ZombieProcess)
 
 

@@ -14,7 +14,7 @@ from astracli import machine, recipe_io, registry
 from astracli import plan as planning
 from astracli import run_dir as runs
 from astracli.errors import UserError
-from astracli.launch import fetch, job
+from astracli.launch import fetch, inputs, job
 from astracli.launch.job import Job
 from astracli.plan import Command, LaunchPlan
 from astracli.recipe import Recipe
@@ -176,12 +176,14 @@ def _config_if_here(recipe: Recipe) -> Mapping[str, Any] | None:
 
 
 def _fetch(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> Source:
-    """Model, training problems and benchmarks, each checked. Raises UserError."""
+    """Model, training problems and benchmarks, each checked before anything starts. Raises UserError."""
     from astracli.data import benchmarks as sets
     from astracli.data import datasets
 
     began = time.monotonic()
+    inputs.check_setting(recipe, rewards=data)
     model = fetch.fetch_model(recipe.model.path, recipe.model.revision)
+    inputs.check_checkpoint(model)
     paths = {
         "model": str(model),
         "data": datasets.fetch(recipe) if data else None,
@@ -222,6 +224,12 @@ def _with_evaluation(recipe: Recipe, benchmarks: Sequence[str] | None, samples: 
 
 def _resumed_recipe(recipe: Recipe, run: RunDir) -> Recipe:
     """The run's recipe with the changes that a resume allows. Raises UserError for any other."""
+    status = run.status()
+    if status is not None and status.command != "train":
+        raise UserError(
+            f"`{run.path}` holds an `astra {status.command}`, only a training run can be resumed",
+            f"start it again with `astra {status.command} {run.recipe_json}`",
+        )
     stored = recipe_io.from_json(run.recipe_json)
     changed = [
         key for key in _differences(recipe_io.to_document(stored), recipe_io.to_document(recipe)) if key != "name"

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from astracli import registry
 from astracli.errors import UserError
 from astracli.recipe import Recipe
 from astracli.training import checkpoint
-from astracli.training.export import export
 
 
 def export_checkpoint(
@@ -19,9 +17,6 @@ def export_checkpoint(
     `model_dir` is the checkpoint that training started from: layout, untouched tensors, config, tokenizer. Raises
     UserError when there is no such whole checkpoint or `out` is taken.
     """
-    from astracli.training.fsdp import join
-    from astracli.training.setup import build_trainer
-
     if out.exists():
         raise UserError(f"`{out}` exists", "give another --out, or remove it")
     found = checkpoint.latest(checkpoints) if step is None else checkpoint.read(checkpoint.place(checkpoints, step))
@@ -29,6 +24,11 @@ def export_checkpoint(
         there = ", ".join(str(c.step) for c in checkpoint.find(checkpoints)) or "none"
         wanted = "whole checkpoint" if step is None else f"whole checkpoint of step {step}"
         raise UserError(f"no {wanted} in `{checkpoints}`", f"steps that can be exported: {there}")
+    from astracli import registry
+    from astracli.training.export import export  # torch, which a refusal need not wait for
+    from astracli.training.fsdp import join
+    from astracli.training.setup import build_trainer
+
     adapter = registry.resolve(recipe, model_dir)
     plain = recipe.model_copy(update={"algorithm": recipe.algorithm.model_copy(update={"kl_coef": 0.0})})
     ranks = join("cpu", {})

@@ -24,10 +24,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 from urllib.parse import urlsplit
 
-from astracli.errors import AstraError, UserError
+from astracli.errors import AstraError, UserError, disk_full
 from astracli.recipe import Recipe
 
 State = Literal["starting", "ready", "done", "failed"]
@@ -240,7 +240,16 @@ def worker_main(fn: Callable[[WorkerConfig, Reporter], None]) -> None:
         raise SystemExit(TERM_EXIT)
 
     signal.signal(signal.SIGTERM, on_term)
-    sys.exit(_run(fn, config, reporter))
+    _end(_run(fn, config, reporter))
+
+
+def _end(code: int) -> NoReturn:
+    """Leave at once. Everything of ours is closed by now; what Python would still do, taking torch's modules apart one
+    by one, costs seconds on a busy machine and would make a Ctrl-C late."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _run(fn: Callable[[WorkerConfig, Reporter], None], config: WorkerConfig, reporter: Reporter) -> int:
@@ -254,7 +263,9 @@ def _run(fn: Callable[[WorkerConfig, Reporter], None], config: WorkerConfig, rep
         return 130
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except BaseException:
+    except BaseException as error:
+        if full := disk_full(error):
+            return _explain(full)
         traceback.print_exc()
         return 1
 

@@ -1,0 +1,102 @@
+"""Bad input that used to show itself only in a child's log: now it ends the command before anything is started."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from astracli import recipe_io, run_dir
+from astracli.errors import UserError
+from astracli.launch import fetch, inputs, run
+
+TINY = "qwen3.5-tiny-m2po-delta"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(fetch.bundled("astra:tiny"), tmp_path / "model"))
+
+
+def cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def empty(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def no_second_shard(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / inputs.INDEX).write_text(json.dumps(index))
+
+
+def wrong_index(folder: Path) -> None:
+    (folder / inputs.INDEX).write_text(json.dumps({"weight_map": {"model.nothing": "model.safetensors"}}))
+
+
+def torn_index(folder: Path) -> None:
+    (folder / inputs.INDEX).write_text('{"weight_map": ')
+
+
+def no_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut, r"model\.safetensors` is not a whole safetensors file: its header promises \d+ bytes of tensors"),
+        (empty, "is not a whole safetensors file: header length"),
+        (no_second_shard, "lacks `model-00002-of-00002.safetensors`"),
+        (wrong_index, "1 tensors of its index are in no shard, for example `model.nothing`"),
+        (torn_index, "is no index of shards"),
+        (no_tokenizer, "no tokenizer in"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(checkpoint: Path, damage: Callable[[Path], None], message: str) -> None:
+    inputs.check_checkpoint(checkpoint)
+    damage(checkpoint)
+    with pytest.raises(UserError, match=message) as caught:
+        inputs.check_checkpoint(checkpoint)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.reward=nolib.rewards:fn", "importing `nolib.rewards` failed"),
+        ("data.reward=maths", "there is no reward `maths`"),
+        ("launch.host=192.0.2.1", "cannot bind 192.0.2.1"),
+        ('metrics.sinks=["wandbb"]', "no sink `wandbb`"),
+        ("resources.engine.python=/no/python", 'resources.engine.python = "/no/python" is no program'),
+        ("resources.rollout_gpus=4", "resources.rollout_gpus = 4 asks for GPUs, but resources.device = cpu"),
+        ("resources.train_gpus=64", "resources.train_gpus = 64 asks for GPUs"),
+        ("model.path=./broken", "is not a whole safetensors file"),
+    ],
+)
+def test_bad_input_starts_nothing_and_leaves_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, change: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cut(checkpoint)
+    checkpoint.rename("broken")
+    with pytest.raises(UserError, match=message) as caught:
+        run.train(recipe_io.load(TINY, [change]), run_dir=Path("here"))
+    assert caught.value.hint and not Path("here").exists() and not Path("runs").exists()
+
+
+def test_only_training_is_resumed(tmp_path: Path) -> None:
+    recipe = recipe_io.load(TINY)
+    there = run_dir.create("x", tmp_path / "samples")
+    there.recipe_json.write_text(recipe_io.to_json(recipe))
+    there.start(recipe=TINY, command="rollout")
+    there.end("done", exit_code=0)
+    there.unlock()
+    with pytest.raises(UserError, match="holds an `astra rollout`, only a training run can be resumed"):
+        run.train(recipe, resume=tmp_path / "samples")

@@ -5,7 +5,7 @@ One value stands in one place. Unknown keys are refused (`recipe_io` turns pydan
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -17,6 +17,8 @@ from pydantic import (
     PositiveInt,
     model_validator,
 )
+
+from astracli.rl.losses import OWN_DEFAULTS
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -108,22 +110,57 @@ class TrainTable(Table):
 
 class AlgorithmTable(Table):
     name: str = "m2po"
-    """One file in `astracli/rl/losses`: `m2po`, `grpo`."""
+    """One file in `astracli/rl/losses`, see docs/algorithms.md: `m2po`, `grpo`, `dapo`, `dr_grpo`, `gspo`, `cispo`,
+    `decoupled`, `tis`. Settings that a recipe leaves out take the algorithm's own values."""
     variant: Literal["mask", "waterfill", "clip"] = "clip"
     """Which published form of M2PO (other algorithms ignore it)."""
     m2_threshold: PositiveFloat = 0.01
-    """Bound on the second moment of the log-ratio over candidate tokens."""
+    """Bound on the second moment of the log-ratio over candidate tokens (m2po alone; 0.003 to 0.04)."""
     clip_low: PositiveFloat = 0.2
+    """The clip range is [1 - clip_low, 1 + clip_high] (m2po finds its own). 0.1 to 0.3; gspo 3e-4; cispo has none."""
     clip_high: PositiveFloat = 0.2
-    """PPO clip range of `grpo`: [1 - clip_low, 1 + clip_high]."""
+    """0.2 to 0.4; dapo 0.28; gspo 4e-4; cispo 4, its largest importance weight is 1 + clip_high."""
+    weight_cap: PositiveFloat = 5.0
+    """Largest weight pi_proximal / pi_behaviour, 2 to 10: `decoupled` (5) drops a token over it, `tis` (2) keeps it
+    with this weight."""
+    loss_length: PositiveInt | None = None
+    """dr_grpo: tokens that a sequence's summed loss is divided by; None is `rollout.max_new_tokens`."""
+    overlong_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Last part of `rollout.max_new_tokens` in which the reward falls linearly by up to `overlong_penalty`; 0 is off,
+    dapo 0.2. Any algorithm."""
+    overlong_penalty: PositiveFloat = 0.5
+    """Taken off the reward of a completion that uses all tokens. 0.5 with rewards 0 and 1 is DAPO's 1 with -1 and 1."""
     kl_coef: NonNegativeFloat = 0.0
     """Weight of the k3 KL estimate to the initial model; 0 loads no reference."""
     advantage: Literal["group", "mean"] = "group"
-    """`group`: (r - mean) / (unbiased std + 1e-5) inside the group; `mean`: r - mean."""
+    """`group`: (r - mean) / (unbiased std + 1e-5) inside the group; `mean`: r - mean (dr_grpo)."""
     batch_norm_advantage: bool = False
     """Normalise the advantages once more over the batch."""
     drop_equal_groups: bool = True
     """Leave out groups whose rewards are all equal: they carry no gradient."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_defaults(cls, values: Any) -> Any:
+        """What the recipe leaves out takes the chosen algorithm's own value."""
+        own = OWN_DEFAULTS.get(str(values.get("name"))) if isinstance(values, dict) else None
+        return own | values if own else values
+
+    @property
+    def contradiction(self) -> str | None:
+        """What is said that the algorithm of this name leaves out; None when it is true to its name."""
+        if self.name == "dr_grpo" and (self.advantage != "mean" or self.batch_norm_advantage):
+            wrong = "batch_norm_advantage = true" if self.advantage == "mean" else f"advantage = {self.advantage}"
+            return (
+                f"algorithm.{wrong} divides by the spread of the rewards, which algorithm.name = dr_grpo leaves out; "
+                "take grpo for it"
+            )
+        if self.name == "dapo" and not self.drop_equal_groups:
+            return (
+                "algorithm.drop_equal_groups = false takes dynamic sampling out of algorithm.name = dapo; "
+                "take grpo for it"
+            )
+        return None
 
     @property
     def needs_group(self) -> bool:
@@ -258,6 +295,8 @@ class Recipe(Table):
                 f"rollout.group_size = {rollout.group_size}: "
                 "group-normalised advantages need at least 2 samples a prompt"
             )
+        if self.algorithm.contradiction:
+            raise ValueError(self.algorithm.contradiction)
         if rollout.max_new_tokens >= rollout.context_length:
             raise ValueError(
                 f"rollout.max_new_tokens = {rollout.max_new_tokens} leaves no room for a prompt in "

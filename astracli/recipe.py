@@ -101,6 +101,12 @@ class TrainTable(Table):
     max_staleness: NonNegativeInt = 8
     """Versions a token may lag behind the policy that trains on it. 0 = on-policy: rollout waits for every update.
     Read it as `Recipe.effective_staleness`, which is 0 in deterministic mode."""
+    consume: Literal["edf", "fifo"] = "edf"
+    """Which waiting groups a step takes: `edf`, earliest deadline first, loses none to age; `fifo`, in the order of
+    arrival, prefers quick prompts and loses late ones."""
+    replay_ratio: NonNegativeInt = 0
+    """Every batch is trained on again up to n times, in the steps after its first, while no token of it is staler than
+    `max_staleness`. A replay is a step: it counts in `steps` and publishes a version."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     attention: str = "auto"
     """Trainer attention: `auto`, `sdpa`, `eager`, or what the backend table offers."""
@@ -306,6 +312,12 @@ class Recipe(Table):
             raise ValueError(
                 f"eval.max_new_tokens = {evaluation.max_new_tokens} leaves no room for a prompt in "
                 f"rollout.context_length = {rollout.context_length}"
+            )
+        if train.replay_ratio > self.effective_staleness:
+            limit = "launch.deterministic" if self.launch.deterministic else "train.max_staleness"
+            raise ValueError(
+                f"train.replay_ratio = {train.replay_ratio}, but {limit} lets a token lag at most "
+                f"{self.effective_staleness} versions behind: the n-th replay of a batch trains it n versions late"
             )
         if train.minibatches > self.batch_sequences:
             raise ValueError(

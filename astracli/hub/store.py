@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from astracli.hub.batches import BatchBook
 from astracli.hub.evals import EvalBoard
@@ -41,6 +41,8 @@ class HubStore:
         eval_every: int,
         engines: list[str],
         deterministic: bool = False,
+        consume: Literal["edf", "fifo"] = "edf",
+        replay_ratio: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ):
         assert not (deterministic and max_staleness), "deterministic runs have staleness 0"
@@ -50,7 +52,13 @@ class HubStore:
         self._db = Database(Path(path))
         self._board = EvalBoard(self._db, steps=steps, eval_every=eval_every, engines=engines)
         self._batches = BatchBook(
-            self._db, batch_groups=batch_groups, max_staleness=max_staleness, steps=steps, deterministic=deterministic
+            self._db,
+            batch_groups=batch_groups,
+            max_staleness=max_staleness,
+            steps=steps,
+            deterministic=deterministic,
+            consume=consume,
+            replay_ratio=replay_ratio,
         )
         self._leases = LeaseBook(
             self._db,
@@ -125,6 +133,7 @@ class HubStore:
             version=version,
             in_flight=self._leases.count("leased"),
             waiting=self._leases.count("kept"),
+            replays=self._batches.replays,
         )
         return min(n, admission.capacity), version, admission.reason
 
@@ -175,7 +184,8 @@ class HubStore:
     def batch(self, step: int) -> dict[str, Any]:
         """The groups of `step`: always the same ones, once they were assigned.
 
-        -> {"step", "groups": [packed], "stats": {...}} or {"wait": reason}. `stats` speaks of everything that came in
+        -> {"step", "groups": [packed], "stats": {...}, "replay": how often they were trained on before} or
+        {"wait": reason}. `stats` speaks of everything that came in
         while this step was the next one, dropped groups included: arrived_groups, dropped_groups, expired_groups,
         reward_mean (absent when nothing came in), tokens, samples, timeouts. Raises RunFailed for a step out of order.
         """
@@ -253,7 +263,7 @@ class HubStore:
         with self._db.lock:
             by_state = dict(self._db.rows("SELECT state, COUNT(*) FROM groups GROUP BY state"))
             timeouts = self._db.scalar("SELECT COALESCE(SUM(timeouts), 0) FROM groups")
-            acked = self._batches.acked
+            acked, replayed = self._batches.acked, self._batches.replayed
         return {
             "in_flight": by_state.get("leased", 0),
             "queued": by_state.get("queued", 0),
@@ -263,7 +273,8 @@ class HubStore:
             "skipped": by_state.get("skipped", 0),
             "timeouts": timeouts,
             "consumed_steps": acked,
-            "consumed_groups": acked * self.batch_groups,
+            "consumed_groups": (acked - replayed) * self.batch_groups,
+            "replayed_steps": replayed,
         }
 
     def state(self) -> dict[str, Any]:

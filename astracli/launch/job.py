@@ -159,6 +159,8 @@ class Job:
             eval_every=recipe.eval.every if training and recipe.eval.benchmarks else 0,
             engines=engines,
             deterministic=recipe.launch.deterministic,
+            consume=recipe.train.consume,
+            replay_ratio=recipe.train.replay_ratio if training else 0,
         )
         listeners: list[Supervisor] = []
 

@@ -38,6 +38,19 @@ class ModelTable(Table):
     """Name of a model adapter, or `auto`: the one that claims the checkpoint's `model_type`."""
 
 
+class CurriculumTable(Table):
+    """Prompts by solve rate (mean reward of a kind's recent groups): those in the band are preferred."""
+
+    low: float = Field(default=0.2, ge=0.0, le=1.0)
+    high: float = Field(default=0.8, ge=0.0, le=1.0)
+    candidates: int = Field(default=4, ge=2, le=64)
+    """Prompts of which one is asked; the others are passed over in this epoch."""
+    outside: float = Field(default=0.1, gt=0.0, le=1.0)
+    """Weight of a prompt outside the band; one inside, or never asked, weighs 1."""
+    window: PositiveInt = 16
+    """Latest groups of a kind (a level of `arithmetic`, else one problem) that count."""
+
+
 class DataTable(Table):
     source: str = Field(min_length=1)
     """`arithmetic` (generated), a registered name, a local .jsonl/.parquet file, or a Hub dataset id."""
@@ -53,6 +66,8 @@ class DataTable(Table):
     """What the user turn says; `{question}` is the problem text."""
     max_prompt_tokens: PositiveInt = 2000
     """Longer prompts are skipped and counted."""
+    curriculum: CurriculumTable | None = None
+    """None asks prompts in their shuffled order; a table prefers those that are solved sometimes."""
     reward: str = "math"
     """`math`, `probe`, a name from the entry-point group `astra.rewards`, or `pkg.module:function`."""
     reward_timeout_s: PositiveFloat = 5.0
@@ -329,6 +344,9 @@ class Recipe(Table):
                 f"eval.samples = {evaluation.samples} is fewer than eval.pass_k = {evaluation.pass_k}: "
                 "pass@k needs at least k samples an item"
             )
+        band = self.data.curriculum
+        if band is not None and band.low > band.high:
+            raise ValueError(f"data.curriculum.low = {band.low} is over data.curriculum.high = {band.high}")
         if "{question}" not in self.data.prompt:
             raise ValueError(f"data.prompt = {self.data.prompt!r} has no {{question}} in it")
         return self

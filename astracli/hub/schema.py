@@ -35,10 +35,13 @@ CREATE TABLE groups (
     samples INTEGER,
     tokens INTEGER,
     timeouts INTEGER,
-    reason TEXT           -- why it was skipped
+    reason TEXT,          -- why it was skipped
+    prompt INTEGER,       -- its place in the endless sequence of prompts
+    kind TEXT             -- with a curriculum: what its solve rate is counted under
 );
 CREATE INDEX groups_by_state ON groups (state, version);
 CREATE INDEX groups_by_arrival ON groups (arrived);
+CREATE INDEX groups_by_kind ON groups (kind, lease_id) WHERE kind IS NOT NULL;
 
 CREATE TABLE blobs (lease_id INTEGER PRIMARY KEY, blob BLOB NOT NULL);
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from astracli.hub.batches import BatchBook
+from astracli.hub.curriculum import Curriculum
 from astracli.hub.evals import EvalBoard
 from astracli.hub.leases import LeaseBook, PutStatus
 from astracli.hub.schema import Database
@@ -43,6 +44,7 @@ class HubStore:
         deterministic: bool = False,
         consume: Literal["edf", "fifo"] = "edf",
         replay_ratio: int = 0,
+        curriculum: Curriculum | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         assert not (deterministic and max_staleness), "deterministic runs have staleness 0"
@@ -65,6 +67,7 @@ class HubStore:
             max_staleness=max_staleness,
             drop_equal_groups=drop_equal_groups,
             lease_timeout_s=lease_timeout_s,
+            curriculum=curriculum,
             clock=clock,
         )
         self._listeners: list[Callable[[], None]] = []
@@ -115,7 +118,8 @@ class HubStore:
             if ids is None:
                 take, version, wait = self._admissible(n, engine)
                 ids = self._leases.grant(worker, take, version, request) if take else []
-            leases = [{"lease_id": i, "prompt_index": i} for i in ids]
+            prompts = self._leases.prompts(ids)
+            leases = [{"lease_id": i, "prompt_index": p} for i, p in zip(ids, prompts, strict=True)]
             return {"leases": leases, "wait": wait, "stop": self._stop}
 
     def _admissible(self, n: int, engine: str | None) -> tuple[int, int, str | None]:

@@ -5,7 +5,7 @@ One value stands in one place. Unknown keys are refused (`recipe_io` turns pydan
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -17,6 +17,8 @@ from pydantic import (
     PositiveInt,
     model_validator,
 )
+
+from astracli.rl.losses import OWN_DEFAULTS
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -36,6 +38,19 @@ class ModelTable(Table):
     """Name of a model adapter, or `auto`: the one that claims the checkpoint's `model_type`."""
 
 
+class CurriculumTable(Table):
+    """Prompts by solve rate (mean reward of a kind's recent groups): those in the band are preferred."""
+
+    low: float = Field(default=0.2, ge=0.0, le=1.0)
+    high: float = Field(default=0.8, ge=0.0, le=1.0)
+    candidates: int = Field(default=4, ge=2, le=64)
+    """Prompts of which one is asked; the others are passed over in this epoch."""
+    outside: float = Field(default=0.1, gt=0.0, le=1.0)
+    """Weight of a prompt outside the band; one inside, or never asked, weighs 1."""
+    window: PositiveInt = 16
+    """Latest groups of a kind (a level of `arithmetic`, else one problem) that count."""
+
+
 class DataTable(Table):
     source: str = Field(min_length=1)
     """`arithmetic` (generated), a registered name, a local .jsonl/.parquet file, or a Hub dataset id."""
@@ -51,6 +66,8 @@ class DataTable(Table):
     """What the user turn says; `{question}` is the problem text."""
     max_prompt_tokens: PositiveInt = 2000
     """Longer prompts are skipped and counted."""
+    curriculum: CurriculumTable | None = None
+    """None asks prompts in their shuffled order; a table prefers those that are solved sometimes."""
     reward: str = "math"
     """`math`, `probe`, a name from the entry-point group `astra.rewards`, or `pkg.module:function`."""
     reward_timeout_s: PositiveFloat = 5.0
@@ -99,6 +116,12 @@ class TrainTable(Table):
     max_staleness: NonNegativeInt = 8
     """Versions a token may lag behind the policy that trains on it. 0 = on-policy: rollout waits for every update.
     Read it as `Recipe.effective_staleness`, which is 0 in deterministic mode."""
+    consume: Literal["edf", "fifo"] = "edf"
+    """Which waiting groups a step takes: `edf`, earliest deadline first, loses none to age; `fifo`, in the order of
+    arrival, prefers quick prompts and loses late ones."""
+    replay_ratio: NonNegativeInt = 0
+    """Every batch is trained on again up to n times, in the steps after its first, while no token of it is staler than
+    `max_staleness`. A replay is a step: it counts in `steps` and publishes a version."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     attention: str = "auto"
     """Trainer attention: `auto`, `sdpa`, `eager`, or what the backend table offers."""
@@ -108,22 +131,57 @@ class TrainTable(Table):
 
 class AlgorithmTable(Table):
     name: str = "m2po"
-    """One file in `astracli/rl/losses`: `m2po`, `grpo`."""
+    """One file in `astracli/rl/losses`, see docs/algorithms.md: `m2po`, `grpo`, `dapo`, `dr_grpo`, `gspo`, `cispo`,
+    `decoupled`, `tis`. Settings that a recipe leaves out take the algorithm's own values."""
     variant: Literal["mask", "waterfill", "clip"] = "clip"
     """Which published form of M2PO (other algorithms ignore it)."""
     m2_threshold: PositiveFloat = 0.01
-    """Bound on the second moment of the log-ratio over candidate tokens."""
+    """Bound on the second moment of the log-ratio over candidate tokens (m2po alone; 0.003 to 0.04)."""
     clip_low: PositiveFloat = 0.2
+    """The clip range is [1 - clip_low, 1 + clip_high] (m2po finds its own). 0.1 to 0.3; gspo 3e-4; cispo has none."""
     clip_high: PositiveFloat = 0.2
-    """PPO clip range of `grpo`: [1 - clip_low, 1 + clip_high]."""
+    """0.2 to 0.4; dapo 0.28; gspo 4e-4; cispo 4, its largest importance weight is 1 + clip_high."""
+    weight_cap: PositiveFloat = 5.0
+    """Largest weight pi_proximal / pi_behaviour, 2 to 10: `decoupled` (5) drops a token over it, `tis` (2) keeps it
+    with this weight."""
+    loss_length: PositiveInt | None = None
+    """dr_grpo: tokens that a sequence's summed loss is divided by; None is `rollout.max_new_tokens`."""
+    overlong_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Last part of `rollout.max_new_tokens` in which the reward falls linearly by up to `overlong_penalty`; 0 is off,
+    dapo 0.2. Any algorithm."""
+    overlong_penalty: PositiveFloat = 0.5
+    """Taken off the reward of a completion that uses all tokens. 0.5 with rewards 0 and 1 is DAPO's 1 with -1 and 1."""
     kl_coef: NonNegativeFloat = 0.0
     """Weight of the k3 KL estimate to the initial model; 0 loads no reference."""
     advantage: Literal["group", "mean"] = "group"
-    """`group`: (r - mean) / (unbiased std + 1e-5) inside the group; `mean`: r - mean."""
+    """`group`: (r - mean) / (unbiased std + 1e-5) inside the group; `mean`: r - mean (dr_grpo)."""
     batch_norm_advantage: bool = False
     """Normalise the advantages once more over the batch."""
     drop_equal_groups: bool = True
     """Leave out groups whose rewards are all equal: they carry no gradient."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_defaults(cls, values: Any) -> Any:
+        """What the recipe leaves out takes the chosen algorithm's own value."""
+        own = OWN_DEFAULTS.get(str(values.get("name"))) if isinstance(values, dict) else None
+        return own | values if own else values
+
+    @property
+    def contradiction(self) -> str | None:
+        """What is said that the algorithm of this name leaves out; None when it is true to its name."""
+        if self.name == "dr_grpo" and (self.advantage != "mean" or self.batch_norm_advantage):
+            wrong = "batch_norm_advantage = true" if self.advantage == "mean" else f"advantage = {self.advantage}"
+            return (
+                f"algorithm.{wrong} divides by the spread of the rewards, which algorithm.name = dr_grpo leaves out; "
+                "take grpo for it"
+            )
+        if self.name == "dapo" and not self.drop_equal_groups:
+            return (
+                "algorithm.drop_equal_groups = false takes dynamic sampling out of algorithm.name = dapo; "
+                "take grpo for it"
+            )
+        return None
 
     @property
     def needs_group(self) -> bool:
@@ -258,6 +316,8 @@ class Recipe(Table):
                 f"rollout.group_size = {rollout.group_size}: "
                 "group-normalised advantages need at least 2 samples a prompt"
             )
+        if self.algorithm.contradiction:
+            raise ValueError(self.algorithm.contradiction)
         if rollout.max_new_tokens >= rollout.context_length:
             raise ValueError(
                 f"rollout.max_new_tokens = {rollout.max_new_tokens} leaves no room for a prompt in "
@@ -267,6 +327,12 @@ class Recipe(Table):
             raise ValueError(
                 f"eval.max_new_tokens = {evaluation.max_new_tokens} leaves no room for a prompt in "
                 f"rollout.context_length = {rollout.context_length}"
+            )
+        if train.replay_ratio > self.effective_staleness:
+            limit = "launch.deterministic" if self.launch.deterministic else "train.max_staleness"
+            raise ValueError(
+                f"train.replay_ratio = {train.replay_ratio}, but {limit} lets a token lag at most "
+                f"{self.effective_staleness} versions behind: the n-th replay of a batch trains it n versions late"
             )
         if train.minibatches > self.batch_sequences:
             raise ValueError(
@@ -278,6 +344,9 @@ class Recipe(Table):
                 f"eval.samples = {evaluation.samples} is fewer than eval.pass_k = {evaluation.pass_k}: "
                 "pass@k needs at least k samples an item"
             )
+        band = self.data.curriculum
+        if band is not None and band.low > band.high:
+            raise ValueError(f"data.curriculum.low = {band.low} is over data.curriculum.high = {band.high}")
         if "{question}" not in self.data.prompt:
             raise ValueError(f"data.prompt = {self.data.prompt!r} has no {{question}} in it")
         return self

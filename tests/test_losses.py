@@ -15,7 +15,7 @@ from torch import Tensor
 from astracli.errors import UserError
 from astracli.recipe import AlgorithmTable
 from astracli.rl import losses
-from astracli.rl.losses import m2po
+from astracli.rl.losses import TokenLoss, Tokens, m2po
 from astracli.rl.losses.clipping import Range
 from astracli.rl.losses.kl import k3
 
@@ -30,10 +30,17 @@ def tensors(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float32)
 
 
+def token_loss(name: str, log_ratio: Tensor, advantage: Tensor, limits: Any) -> TokenLoss:
+    """The algorithm on tokens of a behaviour policy that gave each probability 1, all of one sequence."""
+    zeros = torch.zeros_like(log_ratio)
+    tokens = Tokens(log_ratio, zeros, advantage, log_ratio.detach(), zeros.long())
+    return losses.get(name).token_loss(tokens, limits)
+
+
 def test_an_unknown_name_lists_those_that_exist() -> None:
     with pytest.raises(UserError, match="`ppo3`") as error:
         losses.get("ppo3")
-    assert error.value.hint == "one of grpo, m2po"
+    assert error.value.hint == "one of cispo, dapo, decoupled, dr_grpo, grpo, gspo, m2po, tis"
 
 
 # grpo
@@ -45,7 +52,7 @@ def test_grpo_by_hand() -> None:
     advantage = tensors(2.0, 2.0, -2.0, -2.0)
     grpo = losses.get("grpo")
     limits = grpo.prepare(log_ratio, advantage, table(name="grpo", clip_low=0.2, clip_high=0.3))
-    loss, clipped = grpo.token_loss(log_ratio, advantage, limits)
+    loss, clipped, _ = token_loss("grpo", log_ratio, advantage, limits)
     # -min(r A, clip(r) A): -min(3, 2.6), -min(1, 1.6), -min(-3, -2.6), -min(-1, -1.6)
     assert loss.tolist() == pytest.approx([-2.6, -1.0, 3.0, 1.6])
     assert clipped.tolist() == [True, False, False, True]
@@ -56,7 +63,7 @@ def test_grpo_by_hand() -> None:
 
 
 def test_the_loss_of_a_far_off_token_stays_finite() -> None:
-    loss, _ = losses.get("grpo").token_loss(tensors(200.0), tensors(-1.0), Range(0.8, 1.2))
+    loss, _, _ = token_loss("grpo", tensors(200.0), tensors(-1.0), Range(0.8, 1.2))
     assert math.isfinite(loss.item())
 
 
@@ -72,7 +79,7 @@ def test_mask_by_hand() -> None:
     limits = M2PO.prepare(LOG_RATIO, ADVANTAGE, table(variant="mask", m2_threshold=0.09))
     assert isinstance(limits, m2po.Mask)
     assert limits.cap == pytest.approx(0.3)
-    loss, clipped = M2PO.token_loss(LOG_RATIO, ADVANTAGE, m2po.Mask(0.3 + 1e-6))
+    loss, clipped, _ = token_loss("m2po", LOG_RATIO, ADVANTAGE, m2po.Mask(0.3 + 1e-6))
     assert clipped.tolist() == [False, False, False, True, False, False]
     expected = [-math.exp(0.1), math.exp(-0.2), -math.exp(0.3), 0.0, math.exp(0.9), -math.exp(-0.9)]
     assert loss.tolist() == pytest.approx(expected)
@@ -107,7 +114,7 @@ def test_a_fresh_batch_leaves_the_later_minibatches_room(variant: str) -> None:
     limits = M2PO.prepare(zeros, advantage, table(variant=variant, m2_threshold=0.01))
     assert limits.cap >= 0.1 - 1e-9  # sqrt(tau)
     moved = tensors(0.09, -0.09, 0.05, -0.05)
-    _, clipped = M2PO.token_loss(moved, advantage, limits)
+    _, clipped, _ = token_loss("m2po", moved, advantage, limits)
     assert not clipped.any()
 
 

@@ -71,6 +71,11 @@ class PromptSource:
         epoch, place = divmod(index, len(self._rows))
         return self._rows[_order(len(self._rows), self._seed, epoch)[place]]
 
+    def kind(self, index: int) -> str:
+        """What the solve rate of the problem at place `index` is counted under: its level, or the problem itself."""
+        problem = self.problem(index)
+        return str(problem.meta["level"]) if self._rows is None else problem.id
+
     def text(self, problem: Problem) -> str:
         """What the user turn says for a problem."""
         return render(self._template, problem.question)

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 from astracli.errors import RunFailed
 from astracli.hub.schema import Database
-from astracli.rl.schedule import batch_reason, count
+from astracli.rl.schedule import Replays, batch_reason, count, replays_due
 
 
 class BatchBook:
     """Part of the store, which holds the database's lock around every call."""
 
-    def __init__(self, database: Database, *, batch_groups: int, max_staleness: int, steps: int, deterministic: bool):
+    def __init__(
+        self,
+        database: Database,
+        *,
+        batch_groups: int,
+        max_staleness: int,
+        steps: int,
+        deterministic: bool,
+        consume: Literal["edf", "fifo"],
+        replay_ratio: int,
+    ):
         self._db = database
+        self._fifo = consume == "fifo"
+        self._ratio = replay_ratio
         self._size = batch_groups
         self._max_staleness = max_staleness
         self._steps = steps
@@ -30,9 +42,33 @@ class BatchBook:
         """Steps whose batch has been consumed."""
         return self._db.scalar("SELECT COUNT(*) FROM batches WHERE acked = 1")
 
+    @property
+    def replayed(self) -> int:
+        """Steps, of the consumed ones, that trained on a batch again."""
+        return self._db.scalar("SELECT COUNT(*) FROM batches WHERE acked = 1 AND replay_of IS NOT NULL")
+
+    @property
+    def replays(self) -> Replays:
+        """What admission must know of batches that are trained on again."""
+        last = self._db.one("SELECT step, replay_of, lease_ids FROM batches ORDER BY step DESC LIMIT 1")
+        if not self._ratio or last is None:
+            return Replays(self._ratio)
+        step, replay_of, ids = int(last[0]), last[1], json.loads(last[2])
+        oldest = self._db.scalar(
+            f"SELECT MIN(version) FROM groups WHERE lease_id IN ({','.join('?' * len(ids))})", *ids
+        )
+        due = replays_due(
+            ratio=self._ratio,
+            done=0 if replay_of is None else step - int(replay_of),
+            oldest_version=oldest,
+            max_staleness=self._max_staleness,
+            next_step=step + 1,
+        )
+        return Replays(self._ratio, due)
+
     def serve(self, step: int) -> dict[str, Any]:
         """The groups of `step`, always the same ones, or {"wait": reason}. Raises RunFailed for a step out of order."""
-        row = self._db.one("SELECT lease_ids, stats, pruned FROM batches WHERE step = ?", step)
+        row = self._db.one("SELECT lease_ids, stats, pruned, replay_of FROM batches WHERE step = ?", step)
         if row is None:
             wait = self._assign(step)
             if wait is not None:
@@ -43,22 +79,31 @@ class BatchBook:
         ids = json.loads(row[0])
         marks = ",".join("?" * len(ids))
         blobs = dict(self._db.rows(f"SELECT lease_id, blob FROM blobs WHERE lease_id IN ({marks})", *ids))
-        return {"step": step, "groups": [blobs[i] for i in ids], "stats": json.loads(row[1])}
+        replay = 0 if row[3] is None else step - int(row[3])
+        return {"step": step, "groups": [blobs[i] for i in ids], "stats": json.loads(row[1]), "replay": replay}
 
     def _assign(self, step: int) -> str | None:
         """Fix the groups of the next step. -> None, or what it waits for.
 
-        Earliest deadline first, then lease id. A group in flight whose deadline is this very step is waited for:
-        otherwise long completions would be thrown away, and the policy would learn from short ones only.
+        The last batch again while its replays are due, unless that would make a group too old. Otherwise new groups:
+        earliest deadline first, then lease id; or in the order of arrival. With deadlines, a group in flight whose
+        deadline is this very step is waited for: otherwise long completions would be thrown away, and the policy would
+        learn from short ones only. In the order of arrival that is so, and they are counted as expired.
         """
         if step != self.next_step or step >= self._steps:
             raise RunFailed(f"batch {step} was asked for; the next one is {self.next_step} of {self._steps}")
         oldest = step - self._max_staleness
         self._discard_older(oldest)
-        kept = self._db.rows(
-            "SELECT lease_id FROM groups WHERE state = 'kept' ORDER BY version, lease_id LIMIT ?", self._size
+        last_chance = self._db.scalar(
+            "SELECT COUNT(*) FROM groups WHERE state IN ('kept', 'leased') AND version = ?", oldest
         )
+        if self.replays.due and not last_chance:
+            self._repeat(step)
+            return None
+        order = "place" if self._fifo else "version, lease_id"
+        kept = self._db.rows(f"SELECT lease_id FROM groups WHERE state = 'kept' ORDER BY {order} LIMIT ?", self._size)
         due = self._db.scalar("SELECT COUNT(*) FROM groups WHERE state = 'leased' AND version = ?", oldest)
+        due = 0 if self._fifo else due
         if len(kept) < self._size or due:
             return batch_reason(
                 step=step,
@@ -71,15 +116,26 @@ class BatchBook:
         ids = [int(row[0]) for row in kept]
         if self._by_id:
             ids.sort()
+        self._fix(step, ids, None)
+        return None
+
+    def _repeat(self, step: int) -> None:
+        """The groups of the step before once more."""
+        row = self._db.one("SELECT lease_ids, COALESCE(replay_of, step) FROM batches WHERE step = ?", step - 1)
+        assert row is not None
+        self._fix(step, json.loads(row[0]), int(row[1]))
+
+    def _fix(self, step: int, ids: list[int], replay_of: int | None) -> None:
+        again = int(replay_of is not None)
         with self._db.transaction() as sql:
             sql.executemany(
-                "UPDATE groups SET state = 'assigned', step = ? WHERE lease_id = ?", [(step, i) for i in ids]
+                "UPDATE groups SET state = 'assigned', step = ?, replays = replays + ? WHERE lease_id = ?",
+                [(step, again, i) for i in ids],
             )
             sql.execute(
-                "INSERT INTO batches (step, lease_ids, stats) VALUES (?, ?, ?)",
-                (step, json.dumps(ids), json.dumps(self._stats(step))),
+                "INSERT INTO batches (step, lease_ids, stats, replay_of) VALUES (?, ?, ?, ?)",
+                (step, json.dumps(ids), json.dumps(self._stats(step)), replay_of),
             )
-        return None
 
     def _discard_older(self, oldest: int) -> None:
         late = self._db.rows("SELECT lease_id FROM groups WHERE state = 'kept' AND version < ?", oldest)

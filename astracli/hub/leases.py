@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
+from astracli.hub.curriculum import Curriculum
 from astracli.hub.schema import Database
 from astracli.rl.schedule import deadline
 from astracli.rl.types import Group
@@ -28,9 +29,11 @@ class LeaseBook:
         max_staleness: int,
         drop_equal_groups: bool,
         lease_timeout_s: float,
+        curriculum: Curriculum | None,
         clock: Callable[[], float],
     ):
         self._db = database
+        self._curriculum = curriculum
         self._max_staleness = max_staleness
         self._drop_equal = drop_equal_groups
         self._timeout_s = lease_timeout_s
@@ -49,14 +52,17 @@ class LeaseBook:
 
     def grant(self, worker: str, take: int, version: int, request: str | None) -> list[int]:
         """`take` leases that start at `version`: the queue first, then new ones."""
-        queued = self._db.rows("SELECT lease_id FROM groups WHERE state = 'queued' ORDER BY lease_id LIMIT ?", take)
+        queued = self._db.rows(
+            "SELECT lease_id, prompt, kind FROM groups WHERE state = 'queued' ORDER BY lease_id LIMIT ?", take
+        )
         first = self._db.scalar("SELECT COALESCE(MAX(lease_id) + 1, 0) FROM groups")
-        ids = [int(row[0]) for row in queued]
-        ids += range(first, first + take - len(ids))
+        granted = [*queued, *((i, *self._choose(i)) for i in range(first, first + take - len(queued)))]
+        ids = [int(row[0]) for row in granted]
         with self._db.transaction() as sql:
             sql.executemany(
-                "INSERT OR REPLACE INTO groups (lease_id, state, worker, version) VALUES (?, 'leased', ?, ?)",
-                [(i, worker, version) for i in ids],
+                "INSERT OR REPLACE INTO groups (lease_id, state, worker, version, prompt, kind) "
+                "VALUES (?, 'leased', ?, ?, ?, ?)",
+                [(i, worker, version, prompt, kind) for i, prompt, kind in granted],
             )
         self._prolong(ids)
         if request is not None:
@@ -64,6 +70,18 @@ class LeaseBook:
             if len(self._replies) > REMEMBERED_REQUESTS:
                 self._replies.popitem(last=False)
         return ids
+
+    def _choose(self, lease_id: int) -> tuple[int, str | None]:
+        """(prompt, kind) of a new lease; without a curriculum the prompts in their order."""
+        return (lease_id, None) if self._curriculum is None else self._curriculum.choose(self._db, lease_id)
+
+    def prompts(self, lease_ids: Iterable[int]) -> list[int]:
+        """The prompt of each lease, as a place in the endless sequence."""
+        ids = list(lease_ids)
+        found = dict(
+            self._db.rows(f"SELECT lease_id, prompt FROM groups WHERE lease_id IN ({','.join('?' * len(ids))})", *ids)
+        )
+        return [int(found[i]) for i in ids]
 
     def _prolong(self, ids: Iterable[int]) -> None:
         expires = self._clock() + self._timeout_s
@@ -128,6 +146,7 @@ class LeaseBook:
             "state": state,
             "version": group.oldest_version,
             "arrived": next_step,
+            "place": self._db.meta("places"),
             "reward_mean": float(rewards.mean()) if len(rewards) else 0.0,
             "samples": len(group.samples),
             "tokens": sum(len(s.tokens) for s in group.samples),
@@ -138,6 +157,7 @@ class LeaseBook:
                 f"UPDATE groups SET {', '.join(f'{key} = ?' for key in values)} WHERE lease_id = ?",
                 (*values.values(), group.lease_id),
             )
+            self._db.set_meta("places", values["place"] + 1)
             if state == "kept":
                 sql.execute("INSERT INTO blobs (lease_id, blob) VALUES (?, ?)", (group.lease_id, blob))
             if state != "expired":

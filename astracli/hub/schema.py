@@ -15,7 +15,7 @@ from typing import Any
 
 from astracli.errors import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL);
@@ -27,24 +27,31 @@ CREATE TABLE groups (
     state TEXT NOT NULL,
     worker TEXT,
     version INTEGER,      -- leased: the engine's version at the grant; later: version of the oldest token
-    step INTEGER,         -- the batch it is in
+    step INTEGER,         -- the (last) batch it is in
+    replays INTEGER NOT NULL DEFAULT 0,  -- how often it was put into a batch again
     arrived INTEGER,      -- the next step without a batch when it came in
+    place INTEGER,        -- in the order of arrival
     reward_mean REAL,
     samples INTEGER,
     tokens INTEGER,
     timeouts INTEGER,
-    reason TEXT           -- why it was skipped
+    reason TEXT,          -- why it was skipped
+    prompt INTEGER,       -- its place in the endless sequence of prompts
+    kind TEXT             -- with a curriculum: what its solve rate is counted under
 );
 CREATE INDEX groups_by_state ON groups (state, version);
 CREATE INDEX groups_by_arrival ON groups (arrived);
+CREATE INDEX groups_by_kind ON groups (kind, lease_id) WHERE kind IS NOT NULL;
 
 CREATE TABLE blobs (lease_id INTEGER PRIMARY KEY, blob BLOB NOT NULL);
 
--- lease_ids: JSON list, in the order in which they are served. pruned: the blobs are gone.
+-- lease_ids: JSON list, in the order in which they are served. replay_of: the step that first trained on these groups;
+-- NULL for new groups. pruned: the blobs are gone.
 CREATE TABLE batches (
     step INTEGER PRIMARY KEY,
     lease_ids TEXT NOT NULL,
     stats TEXT NOT NULL,
+    replay_of INTEGER,
     acked INTEGER NOT NULL DEFAULT 0,
     version INTEGER,
     pruned INTEGER NOT NULL DEFAULT 0

@@ -10,9 +10,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from astracli.hub.batches import BatchBook
+from astracli.hub.curriculum import Curriculum
 from astracli.hub.evals import EvalBoard
 from astracli.hub.leases import LeaseBook, PutStatus
 from astracli.hub.schema import Database
@@ -41,6 +42,9 @@ class HubStore:
         eval_every: int,
         engines: list[str],
         deterministic: bool = False,
+        consume: Literal["edf", "fifo"] = "edf",
+        replay_ratio: int = 0,
+        curriculum: Curriculum | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         assert not (deterministic and max_staleness), "deterministic runs have staleness 0"
@@ -50,13 +54,20 @@ class HubStore:
         self._db = Database(Path(path))
         self._board = EvalBoard(self._db, steps=steps, eval_every=eval_every, engines=engines)
         self._batches = BatchBook(
-            self._db, batch_groups=batch_groups, max_staleness=max_staleness, steps=steps, deterministic=deterministic
+            self._db,
+            batch_groups=batch_groups,
+            max_staleness=max_staleness,
+            steps=steps,
+            deterministic=deterministic,
+            consume=consume,
+            replay_ratio=replay_ratio,
         )
         self._leases = LeaseBook(
             self._db,
             max_staleness=max_staleness,
             drop_equal_groups=drop_equal_groups,
             lease_timeout_s=lease_timeout_s,
+            curriculum=curriculum,
             clock=clock,
         )
         self._listeners: list[Callable[[], None]] = []
@@ -107,7 +118,8 @@ class HubStore:
             if ids is None:
                 take, version, wait = self._admissible(n, engine)
                 ids = self._leases.grant(worker, take, version, request) if take else []
-            leases = [{"lease_id": i, "prompt_index": i} for i in ids]
+            prompts = self._leases.prompts(ids)
+            leases = [{"lease_id": i, "prompt_index": p} for i, p in zip(ids, prompts, strict=True)]
             return {"leases": leases, "wait": wait, "stop": self._stop}
 
     def _admissible(self, n: int, engine: str | None) -> tuple[int, int, str | None]:
@@ -125,6 +137,7 @@ class HubStore:
             version=version,
             in_flight=self._leases.count("leased"),
             waiting=self._leases.count("kept"),
+            replays=self._batches.replays,
         )
         return min(n, admission.capacity), version, admission.reason
 
@@ -175,7 +188,8 @@ class HubStore:
     def batch(self, step: int) -> dict[str, Any]:
         """The groups of `step`: always the same ones, once they were assigned.
 
-        -> {"step", "groups": [packed], "stats": {...}} or {"wait": reason}. `stats` speaks of everything that came in
+        -> {"step", "groups": [packed], "stats": {...}, "replay": how often they were trained on before} or
+        {"wait": reason}. `stats` speaks of everything that came in
         while this step was the next one, dropped groups included: arrived_groups, dropped_groups, expired_groups,
         reward_mean (absent when nothing came in), tokens, samples, timeouts. Raises RunFailed for a step out of order.
         """
@@ -253,7 +267,7 @@ class HubStore:
         with self._db.lock:
             by_state = dict(self._db.rows("SELECT state, COUNT(*) FROM groups GROUP BY state"))
             timeouts = self._db.scalar("SELECT COALESCE(SUM(timeouts), 0) FROM groups")
-            acked = self._batches.acked
+            acked, replayed = self._batches.acked, self._batches.replayed
         return {
             "in_flight": by_state.get("leased", 0),
             "queued": by_state.get("queued", 0),
@@ -263,7 +277,8 @@ class HubStore:
             "skipped": by_state.get("skipped", 0),
             "timeouts": timeouts,
             "consumed_steps": acked,
-            "consumed_groups": acked * self.batch_groups,
+            "consumed_groups": (acked - replayed) * self.batch_groups,
+            "replayed_steps": replayed,
         }
 
     def state(self) -> dict[str, Any]:

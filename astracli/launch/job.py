@@ -23,6 +23,7 @@ from astracli.report import Progress, View, open_view
 from astracli.run_dir import RunDir, State, write_atomic
 
 if TYPE_CHECKING:
+    from astracli.hub.curriculum import Curriculum
     from astracli.hub.server import ServerThread
     from astracli.hub.store import HubStore
 
@@ -141,6 +142,17 @@ class Job:
                 watch.close(supervisor)
                 self._sum_up(supervisor, hub.store, memory, watch.evaluations_s)
 
+    def _curriculum(self) -> Curriculum | None:
+        """What chooses prompts by their solve rate; None when they are asked in their order."""
+        from astracli.data.prompts import PromptSource
+        from astracli.hub.curriculum import Curriculum
+
+        recipe = self.recipe
+        if recipe.data.curriculum is None:
+            return None
+        source = PromptSource(recipe.data, recipe.seed, self.paths.get("data"))
+        return Curriculum(recipe.data.curriculum, recipe.seed, source.kind)
+
     @contextlib.contextmanager
     def _hub(self, engines: list[str], token: str) -> Iterator[tuple[HubHandle, Any]]:
         """The hub serving on a port of its own; `connect(supervisor)` sends it the heartbeats."""
@@ -159,6 +171,9 @@ class Job:
             eval_every=recipe.eval.every if training and recipe.eval.benchmarks else 0,
             engines=engines,
             deterministic=recipe.launch.deterministic,
+            consume=recipe.train.consume,
+            replay_ratio=recipe.train.replay_ratio if training else 0,
+            curriculum=self._curriculum() if training else None,
         )
         listeners: list[Supervisor] = []
 

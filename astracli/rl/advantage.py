@@ -14,6 +14,17 @@ EPS = 1e-5
 """Added to every standard deviation: a group whose rewards are all equal gets zeros."""
 
 
+def overlong_penalties(lengths_S: np.ndarray, limit: int, fraction: float, penalty: float) -> np.ndarray:
+    """float64 [S], >= 0: what DAPO's soft overlong punishment takes off each reward (arXiv 2503.14476, equation 13).
+
+    0 up to `limit - cache` tokens, from there in a straight line to `penalty` at `limit`; cache = fraction * limit.
+    """
+    if fraction == 0.0:
+        return np.zeros(len(lengths_S))
+    cache = fraction * limit
+    return penalty * np.clip((np.asarray(lengths_S, np.float64) - (limit - cache)) / cache, 0.0, 1.0)
+
+
 def group_advantages(rewards_S: np.ndarray, mode: Literal["group", "mean"]) -> np.ndarray:
     """float64 [S]. `group`: (r - mean) / (unbiased std + 1e-5); `mean`: r - mean. One sample alone gets 0."""
     rewards_S = np.asarray(rewards_S, np.float64)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from astracli.recipe import AlgorithmTable
-from astracli.rl.advantage import advantages
+from astracli.rl.advantage import advantages, overlong_penalties
 from astracli.rl.types import Group, Sample
 
 
@@ -37,6 +37,8 @@ class Row:
     versions: np.ndarray
     """int32 [T]"""
     advantage: float
+    penalty: float = 0.0
+    """What overlong shaping took off its reward."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -67,6 +69,11 @@ class MicroBatch:
     advantage_N: np.ndarray
     """float32"""
 
+    @property
+    def sequence_N(self) -> np.ndarray:
+        """int64: the row of every token."""
+        return np.repeat(np.arange(len(self.rows)), [row.loss_tokens for row in self.rows])
+
 
 @dataclass
 class Batch:
@@ -80,6 +87,8 @@ class Batch:
     """This rank's micro-batches."""
     minibatch_tokens: list[int]
     """Loss tokens of each minibatch, over all ranks: the denominator of the token mean."""
+    minibatch_rows: list[int]
+    """Rows of each minibatch, over all ranks."""
     versions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     """int32, all loss tokens of all ranks"""
 
@@ -92,21 +101,32 @@ class Batch:
         lag = version - self.versions
         return (float(lag.mean()), int(lag.max())) if len(lag) else (0.0, 0)
 
+    def overlong(self) -> dict[str, float]:
+        """Metrics of overlong shaping: the fraction of samples it touched, and what it took off a reward on average."""
+        penalties = np.array([row.penalty for row in self.rows])
+        return {
+            "overlong_fraction": float((penalties > 0).mean()),
+            "overlong_penalty_mean": float(penalties.mean()),
+        }
 
-def rows_of(groups: Sequence[Group], algorithm: AlgorithmTable) -> list[Row]:
+
+def rows_of(groups: Sequence[Group], algorithm: AlgorithmTable, max_new_tokens: int) -> list[Row]:
     """Every sample with at least one token, with its advantage.
 
     Samples without tokens count in their group's mean and spread (their reward is real), but train nothing.
     """
+    lengths = [np.array([len(s.tokens) for s in g.samples]) for g in groups]
+    overlong = (algorithm.overlong_fraction, algorithm.overlong_penalty)
+    penalties = [overlong_penalties(lengths_S, max_new_tokens, *overlong) for lengths_S in lengths]
     per_group = advantages(
-        [g.rewards for g in groups],
-        [np.array([len(s.tokens) for s in g.samples]) for g in groups],
+        [g.rewards - penalty_S for g, penalty_S in zip(groups, penalties, strict=True)],
+        lengths,
         mode=algorithm.advantage,
         batch_norm=algorithm.batch_norm_advantage,
     )
     rows: list[Row] = []
-    for group, advantages_S in zip(groups, per_group, strict=True):
-        for sample, advantage in zip(group.samples, advantages_S, strict=True):
+    for group, advantages_S, penalty_S in zip(groups, per_group, penalties, strict=True):
+        for sample, advantage, penalty in zip(group.samples, advantages_S, penalty_S, strict=True):
             tokens = sample.tokens
             if not len(tokens):
                 continue
@@ -120,6 +140,7 @@ def rows_of(groups: Sequence[Group], algorithm: AlgorithmTable) -> list[Row]:
                     logprobs=sample.logprobs,
                     versions=sample.versions,
                     advantage=float(advantage),
+                    penalty=float(penalty),
                 )
             )
     return rows
@@ -194,6 +215,7 @@ def build_batch(
     algorithm: AlgorithmTable,
     minibatches: int,
     tokens_per_microbatch: int,
+    max_new_tokens: int,
     pad_token: int = 0,
     rank: int = 0,
     world_size: int = 1,
@@ -203,16 +225,18 @@ def build_batch(
     Raises ValueError when no sample holds a token.
     """
     ordered = sorted(groups, key=lambda g: g.lease_id)
-    rows = rows_of(ordered, algorithm)
+    rows = rows_of(ordered, algorithm, max_new_tokens)
     if not rows:
         raise ValueError(f"the batch of step {step} has {len(ordered)} groups and no completion token")
     shuffled = list(rows)
     random.Random(f"{seed}:{step}").shuffle(shuffled)
     mine: list[list[MicroBatch]] = []
     tokens: list[int] = []
-    for part in divide(shuffled, min(minibatches, len(rows))):
+    parts = divide(shuffled, min(minibatches, len(rows)))
+    for part in parts:
         shares = [micro_batches(share, tokens_per_microbatch, pad_token) for share in divide(part, world_size)]
         padding = max(map(len, shares)) - len(shares[rank])
         mine.append(shares[rank] + [empty_micro_batch(pad_token) for _ in range(padding)])
         tokens.append(sum(row.loss_tokens for row in part))
-    return Batch(step, ordered, rows, mine, tokens, np.concatenate([r.versions for r in rows]))
+    counts = [len(part) for part in parts]
+    return Batch(step, ordered, rows, mine, tokens, counts, np.concatenate([r.versions for r in rows]))

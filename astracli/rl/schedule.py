@@ -3,7 +3,8 @@
 Words: *version* v is what step v-1 published; *step* s trains version s into version s+1; a group's *age* counts from
 its oldest token. A group of oldest version v may be trained on in steps v .. v + max_staleness: the last is its
 *deadline*. A group started now at version v waits behind everything in flight and everything kept, so it is trained on
-no later than step `next_step + ahead // batch_groups`; admission keeps that at or before its deadline.
+no later than step `next_step + ahead // batch_groups`; admission keeps that at or before its deadline. With a replay
+ratio n every batch of new groups takes up to 1 + n steps, and groups wait that much longer.
 """
 
 from __future__ import annotations
@@ -18,13 +19,33 @@ def deadline(oldest_version: int, max_staleness: int) -> int:
     return oldest_version + max_staleness
 
 
-def allowance(*, batch_groups: int, max_staleness: int, next_step: int, version: int) -> int:
+@dataclass(frozen=True)
+class Replays:
+    """How often batches are trained on again: every new batch takes 1 + `ratio` steps, unless its deadline ends it."""
+
+    ratio: int = 0
+    due: int = 0
+    """Steps from the next one on that will repeat the last batch."""
+
+    def new_batches(self, steps: int) -> int:
+        """Batches of new groups that `steps` steps take, when every replay happens."""
+        return -(-max(0, steps - self.due) // (1 + self.ratio))
+
+
+def replays_due(*, ratio: int, done: int, oldest_version: int, max_staleness: int, next_step: int) -> int:
+    """How often the last batch is still to be repeated: up to `ratio` times in all, never past its deadline."""
+    return max(0, min(ratio - done, deadline(oldest_version, max_staleness) - next_step + 1))
+
+
+def allowance(
+    *, batch_groups: int, max_staleness: int, next_step: int, version: int, replays: Replays = Replays()
+) -> int:
     """Groups that may be in flight or waiting together when one more is started at `version`.
 
     `next_step` is the next step without a batch. At staleness 0 it is one batch while the trainer waits for it, and 0
     while the trainer works on it (the version in the engine is then one step behind).
     """
-    return max(0, max_staleness + 1 - max(0, next_step - version)) * batch_groups
+    return replays.new_batches(max_staleness + 1 - max(0, next_step - version)) * batch_groups
 
 
 @dataclass(frozen=True)
@@ -64,14 +85,28 @@ class Admission:
 
 
 def admit(
-    *, batch_groups: int, max_staleness: int, steps: int, next_step: int, version: int, in_flight: int, waiting: int
+    *,
+    batch_groups: int,
+    max_staleness: int,
+    steps: int,
+    next_step: int,
+    version: int,
+    in_flight: int,
+    waiting: int,
+    replays: Replays = Replays(),
 ) -> Admission:
     """Admission for groups that would start at `version`. All counts are groups, `steps` is the length of the run."""
     return Admission(
-        allowed=allowance(batch_groups=batch_groups, max_staleness=max_staleness, next_step=next_step, version=version),
+        allowed=allowance(
+            batch_groups=batch_groups,
+            max_staleness=max_staleness,
+            next_step=next_step,
+            version=version,
+            replays=replays,
+        ),
         in_flight=in_flight,
         waiting=waiting,
-        needed=(steps - next_step) * batch_groups,
+        needed=replays.new_batches(steps - next_step) * batch_groups,
         max_staleness=max_staleness,
         lag=max(0, next_step - version),
     )

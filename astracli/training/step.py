@@ -5,7 +5,7 @@
    could say nothing new: one minibatch, nothing stale, no check pending.
 2. Per minibatch: forward and backward of its micro-batches, one clipped AdamW update.
 
-The loss of a minibatch is its token mean over all ranks and micro-batches. Shape letter: N loss tokens.
+The loss of a minibatch runs over all ranks and micro-batches (`objective`). Shape letter: N loss tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from astracli.rl.batch import Batch, MicroBatch, build_batch
 from astracli.rl.losses import Limits
 from astracli.rl.losses.kl import k3
 from astracli.rl.types import Group
-from astracli.training import parity
+from astracli.training import objective, parity
 from astracli.training.fsdp import Ranks
 from astracli.training.logprob import PolicyModel
 from astracli.training.optimizer import Masters, learning_rate
@@ -51,6 +51,7 @@ class Sums:
     parity_tokens: float = 0.0
     loss: float = 0.0
     clipped: float = 0.0
+    capped: float = 0.0
     parity_max: float = 0.0
 
 
@@ -110,12 +111,13 @@ class Trainer:
         sums = Sums()
         references = self._reference_logprobs(batch)
         score = not single_fresh or bool(self._pending_parity(version))
-        limits = self._score(batch, version, references, sums) if score else self._limits_of_fresh(batch)
+        proximals: dict[int, Tensor] = {}
+        limits = self._score(batch, version, references, proximals, sums) if score else self._limits_of_fresh(batch)
         timer.lap("score_s")
         if score:
             self._check_parity(sums, version)
         norms = [
-            self._minibatch(batch, index, step, version, limits, references, sums, timer, measure=not score)
+            self._minibatch(batch, index, step, version, limits, references, proximals, sums, timer, measure=not score)
             for index in range(len(batch.minibatches))
         ]
         metrics |= self._figures(batch, sums, len(norms))
@@ -140,6 +142,7 @@ class Trainer:
             algorithm=self.recipe.algorithm,
             minibatches=table.minibatches,
             tokens_per_microbatch=table.tokens_per_microbatch,
+            max_new_tokens=self.recipe.rollout.max_new_tokens,
             pad_token=self.pad_token,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
@@ -199,12 +202,18 @@ class Trainer:
         return {id(micro): self._forward(self.reference, micro)[0] for micro in micros}
 
     @torch.no_grad()
-    def _score(self, batch: Batch, version: int, references: dict[int, Tensor], sums: Sums) -> Limits:
-        """Measure the whole batch, and take the algorithm's limits from it and from all other ranks' share."""
+    def _score(
+        self, batch: Batch, version: int, references: dict[int, Tensor], proximals: dict[int, Tensor], sums: Sums
+    ) -> Limits:
+        """Measure the whole batch, and take the algorithm's limits from it and from all other ranks' share.
+
+        `proximals` is filled: id of micro-batch -> log-probabilities [N] of the policy at the start of the step.
+        """
         ratios, advantages = [], []
         for minibatch in batch.minibatches:
             for micro in minibatch:
                 logprob_N, entropy_N = self._forward(self.policy, micro)
+                proximals[id(micro)] = logprob_N
                 ratios.append(self._measure(micro, version, logprob_N, entropy_N, references.get(id(micro)), sums))
                 advantages.append(self._on_device(micro.advantage_N))
         log_ratio_N = self.ranks.gather(torch.cat(ratios))
@@ -251,27 +260,30 @@ class Trainer:
         version: int,
         limits: Limits,
         references: dict[int, Tensor],
+        proximals: dict[int, Tensor],
         sums: Sums,
         timer: Timer,
         *,
         measure: bool,
     ) -> float:
         """Forward, backward and update of one minibatch; returns the gradient norm before clipping."""
-        tokens = batch.minibatch_tokens[index]
+        normaliser = self.algorithm.normaliser
+        divisor = objective.denominator(normaliser, batch, index, self.recipe)
         for micro in batch.minibatches[index]:
             logprob_N, entropy_N = self._forward(self.policy, micro)
             reference_N = references.get(id(micro))
             if measure:
                 self._measure(micro, version, logprob_N.detach(), entropy_N, reference_N, sums)
-            log_ratio_N = logprob_N - self._on_device(micro.logprob_N)
-            loss_N, clipped_N = self.algorithm.token_loss(log_ratio_N, self._on_device(micro.advantage_N), limits)
+            result = objective.token_losses(self.algorithm, micro, logprob_N, proximals.get(id(micro)), limits)
+            loss_N = result.loss_N
             if reference_N is not None:
                 loss_N = loss_N + self.recipe.algorithm.kl_coef * k3(logprob_N, reference_N)
-            loss = loss_N.sum() / tokens
+            loss = objective.normalised(normaliser, loss_N, micro, divisor)
             sums.loss += float(loss.detach())
-            sums.clipped += float(clipped_N.sum())
+            sums.clipped += float(result.clipped_N.sum())
+            sums.capped += float(result.capped_N.sum()) if result.capped_N is not None else 0.0
             timer.lap("forward_s")
-            # sharding averages gradients over ranks, the token mean already counts all of them
+            # sharding averages gradients over ranks, the divisor already counts all of them
             (loss * self.ranks.world_size).backward()
             timer.lap("backward_s")
         norm = self.masters.update(step)
@@ -280,8 +292,8 @@ class Trainer:
 
     def _figures(self, batch: Batch, sums: Sums, updates: int) -> dict[str, float]:
         """The step's metrics over all ranks."""
-        ratio, entropy, kl, close, close_tokens, loss, clipped = self.ranks.sum(
-            [sums.ratio, sums.entropy, sums.kl, sums.parity, sums.parity_tokens, sums.loss, sums.clipped]
+        ratio, entropy, kl, close, close_tokens, loss, clipped, capped = self.ranks.sum(
+            [sums.ratio, sums.entropy, sums.kl, sums.parity, sums.parity_tokens, sums.loss, sums.clipped, sums.capped]
         )
         (largest,) = self.ranks.max([sums.parity_max])
         tokens = batch.loss_tokens
@@ -302,6 +314,10 @@ class Trainer:
             "length_stop_fraction": float(np.mean([r.sample.finish_reason == "length" for r in batch.rows])),
             "updates": float(updates),
         }
+        if self.algorithm.weighted:
+            figures["weight_capped_fraction"] = capped / tokens
+        if self.recipe.algorithm.overlong_fraction:
+            figures |= batch.overlong()
         if self.reference is not None:
             figures["kl"] = kl / tokens
         if close_tokens:

@@ -187,6 +187,8 @@ class TrainLoop:
         if "groups" not in reply:
             return None
         stats = {f"arrived_{name.removeprefix('arrived_')}": float(v) for name, v in reply.get("stats", {}).items()}
+        if self.recipe.train.replay_ratio:
+            stats["replay"] = float(reply["replay"])
         return [unpack_group(blob) for blob in reply["groups"]], stats
 
     def _poll(self) -> Mapping[str, Any]:

@@ -1,10 +1,14 @@
 """Policy-gradient algorithms, one file each. To add one: write the file, give it a line in `ALGORITHMS`.
 
 An algorithm is two functions on flat loss tokens. `prepare` sees the whole batch of all ranks, before the first
-optimizer step, and returns the limits that hold for all minibatches; `token_loss` sees one micro-batch. The trainer
-takes the mean of the token losses over the minibatch: all ranks, all micro-batches.
+optimizer step, and returns the limits that hold for all minibatches; `token_loss` sees one micro-batch, whole sequences
+only. The trainer turns token losses into the loss of a minibatch (all ranks, all micro-batches) as the algorithm's
+`normaliser` says.
 
-Shape letter: N loss tokens. Importing this package does not import torch.
+Three policies occur: the *policy* that is trained, the *proximal* policy (the trainer's at the start of the step), the
+*behaviour* policy (the engine's own log-probabilities when it drew the token).
+
+Shape letters: N loss tokens, R sequences (rows). Importing this package does not import torch.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from astracli.errors import UserError
 
@@ -24,8 +28,28 @@ if TYPE_CHECKING:
 ALGORITHMS = {
     "m2po": "astracli.rl.losses.m2po",
     "grpo": "astracli.rl.losses.grpo",
+    "dapo": "astracli.rl.losses.dapo",
+    "dr_grpo": "astracli.rl.losses.dr_grpo",
+    "gspo": "astracli.rl.losses.gspo",
+    "cispo": "astracli.rl.losses.cispo",
+    "decoupled": "astracli.rl.losses.decoupled",
+    "tis": "astracli.rl.losses.tis",
 }
 """Name in a recipe -> module that holds `ALGORITHM`."""
+
+OWN_DEFAULTS: dict[str, dict[str, Any]] = {
+    "dapo": {"clip_low": 0.2, "clip_high": 0.28, "overlong_fraction": 0.2},
+    "dr_grpo": {"advantage": "mean"},
+    "gspo": {"clip_low": 3e-4, "clip_high": 4e-4},
+    "cispo": {"clip_high": 4.0},
+    "decoupled": {"weight_cap": 5.0},
+    "tis": {"weight_cap": 2.0},
+}
+"""What an algorithm's source uses where it differs from `AlgorithmTable`: filled in where a recipe says nothing."""
+
+Normaliser = Literal["token", "sequence", "constant"]
+"""Mean over the tokens of the minibatch; mean over its sequences of each one's token mean; mean over its sequences of
+each one's token sum / a constant length."""
 
 
 class Limits(Protocol):
@@ -38,12 +62,41 @@ class Limits(Protocol):
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """The loss tokens of one micro-batch: log-probabilities under three policies, and whose tokens they are."""
+
+    logprob_N: Tensor
+    """The policy's, with gradients."""
+    behaviour_N: Tensor
+    advantage_N: Tensor
+    proximal_N: Tensor
+    sequence_N: Tensor
+    """int64: 0 .. R - 1, ascending; a sequence is never split."""
+
+    @property
+    def log_ratio_N(self) -> Tensor:
+        """log pi_theta / pi_behaviour"""
+        return self.logprob_N - self.behaviour_N
+
+
+class TokenLoss(NamedTuple):
+    loss_N: Tensor
+    clipped_N: Tensor
+    """bool: where a clip cuts the gradient (cispo, which cuts none: where it bounds the weight)."""
+    capped_N: Tensor | None = None
+    """bool: where the weight pi_proximal / pi_behaviour is over its cap; None without such a weight."""
+
+
+@dataclass(frozen=True)
 class Algorithm:
     name: str
     prepare: Callable[[Tensor, Tensor, AlgorithmTable], Limits]
     """`(log_ratio_N, advantage_N, table)`, the global batch, without gradients -> limits."""
-    token_loss: Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]
-    """`(log_ratio_N, advantage_N, what prepare returned)` -> (loss_N, clipped_N: where the gradient is cut)."""
+    token_loss: Callable[[Tokens, Any], TokenLoss]
+    """`(tokens of a micro-batch, what prepare returned)`"""
+    normaliser: Normaliser = "token"
+    weighted: bool = False
+    """Whether it weighs tokens by pi_proximal / pi_behaviour and says where that weight is capped."""
 
 
 def get(name: str) -> Algorithm:

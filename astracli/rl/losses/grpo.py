@@ -6,16 +6,7 @@ arXiv 2503.14476; `clip_high` > `clip_low` is its clip-higher).
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from astracli.recipe import AlgorithmTable
 from astracli.rl.losses import Algorithm
-from astracli.rl.losses.clipping import Range, clipped_loss
+from astracli.rl.losses.clipping import fixed_range, token_clipped
 
-
-def prepare(log_ratio_N: Tensor, advantage_N: Tensor, table: AlgorithmTable) -> Range:
-    """[1 - clip_low, 1 + clip_high], whatever the batch."""
-    return Range(max(1.0 - table.clip_low, 1e-6), 1.0 + table.clip_high)
-
-
-ALGORITHM = Algorithm("grpo", prepare, clipped_loss)
+ALGORITHM = Algorithm("grpo", fixed_range, token_clipped)

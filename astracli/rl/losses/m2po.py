@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from astracli.recipe import AlgorithmTable
-from astracli.rl.losses import Algorithm, Limits
+from astracli.rl.losses import Algorithm, Limits, TokenLoss, Tokens
 from astracli.rl.losses.clipping import Range, clipped_loss, ratio
 
 CLIP_WIDEST = (0.95, 20.0)
@@ -85,12 +85,13 @@ def prepare(log_ratio_N: Tensor, advantage_N: Tensor, table: AlgorithmTable) -> 
     return Range(1.0 - low, 1.0 + high)
 
 
-def token_loss(log_ratio_N: Tensor, advantage_N: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
+def token_loss(tokens: Tokens, limits: Limits) -> TokenLoss:
     """Loss per token and the tokens that train nothing."""
+    log_ratio_N, advantage_N = tokens.log_ratio_N, tokens.advantage_N
     if isinstance(limits, Range):
-        return clipped_loss(log_ratio_N, advantage_N, limits)
+        return TokenLoss(*clipped_loss(log_ratio_N, advantage_N, limits))
     cut_N = candidates(log_ratio_N, advantage_N) & (log_ratio_N.abs() > limits.cap)
-    return -(ratio(log_ratio_N) * advantage_N).masked_fill(cut_N, 0.0), cut_N
+    return TokenLoss(-(ratio(log_ratio_N) * advantage_N).masked_fill(cut_N, 0.0), cut_N)
 
 
 ALGORITHM = Algorithm("m2po", prepare, token_loss)

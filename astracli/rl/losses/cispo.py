@@ -1,0 +1,43 @@
+"""CISPO: the importance weight is bounded and carries no gradient, so every token trains. Source: arXiv 2506.13585.
+
+loss = -sg(min(r, 1 + high)) A log pi_theta, token mean over the minibatch. As in the paper there is no lower bound on
+the weight, and `clip_low` is not used. The paper gives no number for the upper one; 1 + high = 5 is that of ScaleRL
+(arXiv 2510.13786).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from astracli.recipe import AlgorithmTable
+from astracli.rl.losses import Algorithm, TokenLoss, Tokens
+from astracli.rl.losses.clipping import ratio
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Largest weight of a token."""
+
+    weight: float
+
+    @property
+    def cap(self) -> float:
+        return math.log(self.weight)
+
+
+def prepare(log_ratio_N: Tensor, advantage_N: Tensor, table: AlgorithmTable) -> Bound:
+    """1 + clip_high, whatever the batch."""
+    return Bound(1.0 + table.clip_high)
+
+
+def token_loss(tokens: Tokens, limits: Bound) -> TokenLoss:
+    """Weighted likelihood; `clipped_N` are the tokens whose weight is bounded, they train all the same."""
+    ratio_N = ratio(tokens.log_ratio_N.detach())
+    loss_N = -ratio_N.clamp(max=limits.weight) * tokens.advantage_N * tokens.logprob_N
+    return TokenLoss(loss_N, ratio_N > limits.weight)
+
+
+ALGORITHM = Algorithm("cispo", prepare, token_loss)

@@ -143,4 +143,4 @@ def _packed(adapter: ModelAdapter, model: Any) -> tuple[bool, str]:
 def _close(found: list[Any], alone: list[Any]) -> tuple[bool, str]:
     worst = max(float((a - b).abs().max()) for a, b in zip(found, alone, strict=True))
     allowed = TOLERANCE[found[0].device.type]
-    return worst <= allowed, f"{worst:.1e} (at most {allowed:.0e}), largest |difference of logits|"
+    return worst <= allowed, f"largest |difference of logits| {worst:.1e} (at most {allowed:.0e})"

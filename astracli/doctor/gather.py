@@ -138,11 +138,7 @@ def data(recipe: Recipe) -> list[dict[str, Any]]:
         found.append(_lookup(source, "train", hub_id, recipe.data.revision, lambda: datasets.find_local(source)))
     names = recipe.eval.benchmarks if recipe.eval.every else []
     for name in names:
-        try:
-            spec = benchmarks.get(name)
-        except UserError as error:
-            found.append(_set(name, "eval", None, None, error.message))
-            continue
+        spec = benchmarks.get(name)
         if spec.hub is None:
             found.append(_set(name, "eval", None, "generated"))
         else:

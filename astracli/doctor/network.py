@@ -12,10 +12,16 @@ FEW_PORTS = 1000
 
 
 def checks(subject: Subject) -> Iterator[Check]:
-    network = subject.facts["network"]
-    if network is None:
+    if subject.facts["network"] is None:
         yield unknown("listening", GROUP)
-        return
+    else:
+        yield from _listening(subject)
+        yield from _hub(subject)
+    yield from _peers(subject)
+
+
+def _listening(subject: Subject) -> Iterator[Check]:
+    network = subject.facts["network"]
     for host, error in network["hosts"].items():
         if error is None:
             yield Check("listening", GROUP, "ok", f"a free port on {host} answers")
@@ -31,9 +37,7 @@ def checks(subject: Subject) -> Iterator[Check]:
             fix = "`sysctl net.ipv4.ip_local_port_range='32768 60999'`"
             yield Check("ports", GROUP, "warn", f"{count} ({low} to {high})", why, fix)
         else:
-            yield Check("ports", GROUP, "ok", f"{count} free to give out ({low} to {high})")
-    yield from _hub(subject)
-    yield from _peers(subject)
+            yield Check("ports", GROUP, "ok", f"{count} to give out ({low} to {high})")
 
 
 def _hub(subject: Subject) -> Iterator[Check]:

@@ -52,13 +52,20 @@ class Subject:
 
     @property
     def cuda(self) -> bool:
-        """The recipe runs on GPUs."""
-        return self.fit.choice is not None and self.fit.choice.device == "cuda"
+        """The recipe runs on GPUs; after a refusal, what the recipe says."""
+        if self.fit.choice is not None:
+            return self.fit.choice.device == "cuda"
+        if self.recipe is None:
+            return False
+        asked = self.recipe.resources
+        return asked.device == "cuda" or (asked.device == "auto" and asked.rollout_gpus + asked.train_gpus > 0)
 
     @property
     def sglang(self) -> bool:
-        """The recipe generates with SGLang."""
-        return self.fit.choice is not None and self.fit.choice.engine == "sglang"
+        """The recipe generates with SGLang; after a refusal, what the recipe says."""
+        if self.fit.choice is not None:
+            return self.fit.choice.engine == "sglang"
+        return self.cuda and self.recipe is not None and self.recipe.rollout.engine != "embedded"
 
     @property
     def hybrid(self) -> bool:

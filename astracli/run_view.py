@@ -231,12 +231,13 @@ def leftovers(run: RunDir) -> list[tuple[int, str]]:
 
     home, found = run.path.resolve(), []
     for process in psutil.process_iter(["pid", "cmdline", "uids"]):
-        words = process.info["cmdline"] or []
-        uids = process.info["uids"]
-        if len(words) >= 4 and words[1] == "-m" and words[2].startswith("astracli.") and uids.real == os.getuid():
-            # the supervisor hands every child the path of its configuration, which lies in the run directory
-            if Path(words[3]).is_absolute() and Path(words[3]).resolve().is_relative_to(home):
-                found.append((process.info["pid"], words[2]))
+        words, uids = process.info["cmdline"] or [], process.info["uids"]
+        if uids is None or uids.real != os.getuid() or len(words) < 4:
+            continue
+        # the supervisor hands every child the absolute path of its configuration, which lies in the run directory
+        ours = words[1] == "-m" and words[2].startswith("astracli.") and Path(words[3]).is_absolute()
+        if ours and Path(words[3]).resolve().is_relative_to(home):
+            found.append((process.info["pid"], words[2]))
     return found
 
 

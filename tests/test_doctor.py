@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from machines import GIB, facts, package
+from doctor_cases import CASES, NET, Case, checkpoint, dead, held_by, put, stub
+from machines import facts, package
 
 from astracli import machine, recipe_io
 from astracli.adapters import qwen3_5
-from astracli.doctor import checks
+from astracli.doctor import checks, python
 from astracli.errors import UserError
 
 TINY, BIG, SHARED = "qwen3.5-tiny-m2po-delta", "qwen3.5-4b-m2po-delta", "qwen3.5-0.8b-m2po-delta"
 Report = dict[str, Any]
-Edit = Callable[[dict[str, Any]], None]
+
+
+@pytest.fixture(autouse=True)
+def whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machines are judged here, not whether this version of astra ships every engine."""
+    monkeypatch.setattr("astracli.doctor.recipe.shipped", lambda module: True)
 
 
 def found(report: Report, *statuses: str) -> dict[str, str]:
@@ -38,178 +43,29 @@ def gpu_box(capability: str = "8.9", count: int = 8, **more: Any) -> dict[str, A
     return facts(capability, count, **{"host_gib": 512, **more})
 
 
-CONFIG_4B = dict(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"])
-
-
-def checkpoint(**changes: Any) -> dict[str, Any]:
-    """The 4B checkpoint as `gather` would find it whole, in the multimodal layout."""
-    tensors = {}
-    for name, shape in qwen3_5.text_shapes(CONFIG_4B).items():
-        dtype = "F32" if "A_log" in name else "BF16"
-        tensors[name.replace("model.", "model.language_model.", 1)] = {"dtype": dtype, "shape": list(shape)}
-    tensors["model.visual.patch.weight"] = {"dtype": "BF16", "shape": [4, 4]}
-    whole = {"path": "Qwen/Qwen3.5-4B", "place": "/models/q", "config": CONFIG_4B, "tensors": tensors}
-    return whole | {"tokenizer": ["tokenizer.json"], "chat_template": True} | changes
-
-
-NET = {"hosts": {"127.0.0.1": None}, "ports": [32768, 60999], "hub": "https://huggingface.co"}
-DOWN = NET | {"hub_asked": True, "hub_error": "no route to host"}
-
-
-def without_shard(d: dict[str, Any]) -> None:
-    d["checkpoint"] = checkpoint(missing_files=["model-2.safetensors"])
-
-
-def with_tensors(change: Callable[[dict[str, Any]], Any]) -> Edit:
-    def edit(d: dict[str, Any]) -> None:
-        d["checkpoint"] = checkpoint()
-        change(d["checkpoint"]["tensors"])
-
-    return edit
-
-
-def put(*path: Any, value: Any) -> Edit:
-    def edit(d: dict[str, Any]) -> None:
-        for key in path[:-1]:
-            d = d[key]
-        d[path[-1]] = value
-
-    return edit
-
-
-def held_by(taken: int, who: bool = True) -> Edit:
-    def edit(d: dict[str, Any]) -> None:
-        d["gpus"][1]["memory_free"] -= taken
-        d["gpus"][1]["processes"] = [{"pid": 4242, "name": "python", "memory": taken}] if who else []
-
-    return edit
-
-
-def dead(count: int, processes: dict[str, str] | None = None) -> Edit:
-    run = {"path": "runs/a", "step": 7, "bytes": 3 * GIB, "processes": processes or {}}
-    return put("runs", value=[run] * count)
-
-
-def training(**changes: Any) -> Edit:
-    whole = {"name": "deepscaler", "use": "train", "hub_id": "a/d", "place": "/d.jsonl", "problem": None}
-    return put("data", value=[whole | changes])
-
-
-def with_network(edit: Edit, network: dict[str, Any]) -> Edit:
-    def both(d: dict[str, Any]) -> None:
-        edit(d)
-        d["network"] = copy.deepcopy(network)
-
-    return both
-
-
-def models(name: str, *held: str) -> Edit:
-    return put("packages", name, "models", value=list(held))
-
-
-def pins(**has: str) -> Edit:
-    wants = {"torch": "2.13.0", "transformers": "5.12.1", "xgrammar": "0.1.27"}
-    return put("packages", "sglang", "pins", value={n: {"wants": w, "has": has.get(n, w)} for n, w in wants.items()})
-
-
-def both(*edits: Edit) -> Edit:
-    def edit(d: dict[str, Any]) -> None:
-        for change in edits:
-            change(d)
-
-    return edit
-
-
-def absent(name: str) -> Edit:
-    return put("packages", name, value=package(None))
-
-
-def stub(name: str) -> Edit:
-    return put("packages", name, value=package(None, stub=True))
-
-
-HOLLOW = {"version": "1.0", "module": "m", "importable_spec": False, "origin": None}
-NOTHING: Edit = lambda d: None  # noqa: E731
-
-CASES: list[tuple[str, str, str, Edit, str, Edit, str]] = [
-    # (check, status when wrong, part of the fix, what makes it wrong, status when right, what makes it right, group)
-    ("python", "fail", "python3.12 -m venv", put("python", "version", value="3.10.12"), "ok", NOTHING, "python"),
-    ("torch", "fail", "torch>=2.11", put("packages", "torch", value=package("2.4.0")), "ok", NOTHING, "python"),
-    ("transformers", "fail", "transformers>=5.8", put("packages", "transformers", value=package("5.1.0")), "ok", NOTHING, "python"),
-    ("numpy", "fail", "numpy>=2", absent("numpy"), "ok", NOTHING, "python"),
-    ("datasets", "fail", "remove the empty folder", stub("datasets"), "ok", NOTHING, "python"),
-    ("cpu cores", "warn", "", put("system", "cores_usable", value=1.0), "ok", NOTHING, "system"),
-    ("memory", "warn", "end other programs", put("system", "memory_available", value=GIB), "ok", NOTHING, "system"),
-    ("disk", "warn", "--run-dir", put("system", "disk_free", value=GIB), "ok", NOTHING, "system"),
-    ("open files", "fail", "ulimit -n 65536", put("system", "nofile", value=256), "ok", put("system", "nofile", value=-1), "system"),
-    ("open files", "warn", "--ulimit nofile", both(put("system", "nofile", value=1024), put("system", "nofile_hard", value=1024)), "ok", NOTHING, "system"),
-    ("shared memory", "fail", "--shm-size=8g", put("system", "shm_total", value=64 * 2**20), "ok", NOTHING, "system"),
-    ("shared memory", "warn", "--shm-size=8g", put("system", "shm_total", value=512 * 2**20), "skip", put("system", "shm_total", value=None), "system"),
-    ("locked memory", "warn", "--ulimit memlock=-1", put("system", "memlock", value=65536), "ok", NOTHING, "system"),
-    ("gpus", "fail", "nvidia-smi", put("gpu_error", value="no driver"), "ok", NOTHING, "gpu"),
-    ("gpus", "warn", "CUDA_VISIBLE_DEVICES", put("gpus", 0, "name", value="another"), "ok", NOTHING, "gpu"),
-    ("torch for gpus", "fail", "constraints/cuda.txt", put("torch_cuda", value=None), "ok", NOTHING, "gpu"),
-    ("torch for gpus", "fail", "constraints/cuda.txt", both(put("torch_cuda", value="12.6"), put("gpus", 3, "compute_capability", value="12.0")), "ok", NOTHING, "gpu"),
-    ("driver", "fail", "update the driver to 580", put("gpus", 0, "driver", value="550.54.15"), "ok", NOTHING, "gpu"),
-    ("gpus in use", "fail", "astra ends nothing", held_by(45 * GIB), "ok", NOTHING, "gpu"),
-    ("gpus in use", "warn", "CUDA_VISIBLE_DEVICES", held_by(2 * GIB, who=False), "ok", held_by(400 * 2**20, who=False), "gpu"),
-    ("flash-linear-attention", "warn", "pip install flash-linear-attention", absent("flash-linear-attention"), "ok", NOTHING, "kernels"),
-    ("triton", "warn", "remove the empty folder", stub("triton"), "ok", NOTHING, "kernels"),
-    ("causal-conv1d", "warn", "--force-reinstall", put("packages", "causal-conv1d", value=HOLLOW), "skip", NOTHING, "kernels"),
-    ("causal-conv1d", "warn", "remove the empty folder", stub("causal-conv1d"), "ok", put("packages", "causal-conv1d", value=package("1.6")), "kernels"),
-    ("flash-attn", "warn", "remove the empty folder", stub("flash-attn"), "ok", put("packages", "flash-attn", value=package("2.8")), "kernels"),
-    ("sglang", "fail", "astracli[sglang]", absent("sglang"), "ok", NOTHING, "serving"),
-    ("sglang", "fail", "sglang>=0.5.17", models("sglang", "llama"), "ok", models("sglang", "qwen3_5"), "serving"),
-    ("sglang pins", "fail", "resources.engine.python", pins(transformers="5.17.0"), "ok", pins(torch="2.13.0+cu130"), "serving"),
-    ("sglang pins", "warn", "resources.engine.python", pins(xgrammar="0.1.99"), "skip", NOTHING, "serving"),
-    ("glibc", "fail", "newer operating system", put("system", "libc", value="glibc 2.31"), "ok", NOTHING, "serving"),
-    ("flashinfer", "fail", "pip uninstall flashinfer", both(put("packages", "flashinfer-python", value=package("1") | {"version": None}), put("packages", "flashinfer", value=package("0.1.6"))), "ok", NOTHING, "serving"),
-    ("flashinfer", "warn", "pip uninstall flashinfer", put("packages", "flashinfer", value=package("0.1.6")), "skip", absent("flashinfer-python"), "serving"),
-    ("config for the engine", "warn", '"full_attention_interval": 4', put("checkpoint", value=checkpoint(config=CONFIG_4B | {"text_config": {k: v for k, v in CONFIG_4B["text_config"].items() if k != "full_attention_interval"}})), "ok", put("checkpoint", value=checkpoint()), "serving"),
-    ("model code", "fail", "constraints/cuda.txt", models("transformers", "llama"), "ok", models("transformers", "qwen3_5"), "trainer"),
-    ("listening", "fail", "launch.host", put("network", value=NET | {"hosts": {"10.0.0.9": "cannot assign requested address"}}), "ok", put("network", value=NET), "network"),
-    ("ports", "warn", "ip_local_port_range", put("network", value=NET | {"ports": [40000, 40100]}), "ok", put("network", value=NET), "network"),
-    ("hub", "warn", "HF_ENDPOINT", put("network", value=DOWN), "ok", put("network", value=NET | {"hub_asked": True}), "network"),
-    ("nccl", "warn", "unset it", put("env", "NCCL_P2P_DISABLE", value="1"), "ok", NOTHING, "network"),
-    ("checkpoint", "fail", "hf download Qwen/Qwen3.5-4B", with_network(put("checkpoint", value={"path": "Qwen/Qwen3.5-4B", "place": None}), DOWN), "ok", put("checkpoint", value=checkpoint()), "data"),
-    ("checkpoint", "fail", "hf download", both(put("checkpoint", value={"path": "Qwen/Qwen3.5-4B", "place": None}), put("env", "HF_HUB_OFFLINE", value="1")), "warn", put("checkpoint", value={"path": "Qwen/Qwen3.5-4B", "place": None}), "data"),
-    ("checkpoint", "fail", "check model.path", put("checkpoint", value=checkpoint(problem="`x` is no whole safetensors file")), "ok", put("checkpoint", value=checkpoint()), "data"),
-    ("checkpoint", "fail", "copy it here", without_shard, "ok", put("checkpoint", value=checkpoint()), "data"),
-    ("tensor names", "fail", "model.adapter", with_tensors(lambda t: t.popitem() and t.pop("model.language_model.norm.weight")), "ok", with_tensors(lambda t: t.update({"lm_head.weight": {"dtype": "BF16", "shape": [1]}})), "data"),
-    ("tensor names", "fail", "model.adapter", with_tensors(lambda t: t.update({"model.extra": {"dtype": "BF16", "shape": [1]}})), "ok", put("checkpoint", value=checkpoint()), "data"),
-    ("tensor names", "fail", "model.adapter", with_tensors(lambda t: t["model.language_model.norm.weight"].update(shape=[7])), "ok", put("checkpoint", value=checkpoint()), "data"),
-    ("dtypes", "fail", "unquantised", with_tensors(lambda t: t["model.language_model.norm.weight"].update(dtype="F8_E4M3")), "ok", put("checkpoint", value=checkpoint()), "data"),
-    ("dtypes", "warn", "download the original", with_tensors(lambda t: t["model.language_model.layers.0.linear_attn.A_log"].update(dtype="BF16")), "ok", put("checkpoint", value=checkpoint()), "data"),
-    ("tokenizer", "fail", "copy tokenizer.json", put("checkpoint", value=checkpoint(tokenizer=["tokenizer_config.json"])), "ok", put("checkpoint", value=checkpoint()), "data"),
-    ("chat template", "warn", "chat_template.jinja", put("checkpoint", value=checkpoint(chat_template=False)), "ok", put("checkpoint", value=checkpoint()), "data"),
-    ("training data", "fail", "ASTRA_DATA_DIR", with_network(training(place=None), DOWN), "ok", training(), "data"),
-    ("training data", "fail", "recipes show", training(place=None, problem="no data set"), "warn", training(place=None), "data"),
-    ("gpus", "fail", "--set resources.rollout_gpus", lambda d: d["gpus"].__delitem__(slice(6, 8)), "absent", NOTHING, "recipe"),
-    ("memory", "fail", "more memory", put("system", "memory_total", value=GIB), "absent", NOTHING, "recipe"),
-    ("disk", "warn", "checkpoint.keep=1", put("system", "disk_free", value=20 * GIB), "absent", NOTHING, "recipe"),
-    ("dead runs", "warn", "astra runs clean runs/a", dead(1), "ok", NOTHING, "runs"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("name", "status", "fix", "wrong", "good_status", "right", "group"),
-    CASES,
-    ids=[f"{c[6]}-{c[0].replace(' ', '_')}-{i}" for i, c in enumerate(CASES)],
-)
-def test_each_check_wrong_and_right(
-    name: str, status: str, fix: str, wrong: Edit, good_status: str, right: Edit, group: str
-) -> None:
+@pytest.mark.parametrize("case", CASES, ids=[f"{c.group}-{c.name}-{i}".replace(" ", "_") for i, c in enumerate(CASES)])
+def test_each_check_wrong_and_right(case: Case) -> None:
     """On eight GPUs with the 4B recipe, which needs all of it."""
     sick, well = gpu_box(), gpu_box()
-    wrong(sick)
-    right(well)
+    case.wrong(sick)
+    case.right(well)
     report = judged(BIG, sick)
-    check = one(report, name, group)
-    assert check["status"] == status
-    assert fix in check["fix"] and check["why"]
+    check = one(report, case.name, case.group)
+    assert check["status"] == case.status
+    assert case.fix in check["fix"] and check["why"]
     assert report["ok"] is (not found(report, "fail"))
-    sound = [c for c in judged(BIG, well)["checks"] if (c["name"], c["group"]) == (name, group)]
-    assert [c["status"] for c in sound] == ([] if good_status == "absent" else [good_status])
+    sound = [c for c in judged(BIG, well)["checks"] if (c["name"], c["group"]) == (case.name, case.group)]
+    assert [c["status"] for c in sound] == ([] if case.good == "absent" else [case.good])
+
+
+def test_every_check_that_can_go_wrong_has_a_case() -> None:
+    """Those that only state a choice, and those with tests of their own below, are named here."""
+    told = {"adapter", "fit", "attention", "engine", "hub cache"}
+    own = {"gated backward", "attention backends", "tilelang", "packing", "refused", "load", "engine python"}
+    cased = {case.name for case in CASES} | set(python.CORE) | told | own
+    boxes = [gpu_box(), gpu_box() | {"checkpoint": checkpoint(), "network": NET | {"hub_asked": True}}]
+    seen = {c["name"] for d in boxes for name in (BIG, TINY, None) for c in judged(name, d)["checks"]}
+    assert seen - cased == set()
 
 
 def test_this_machine_without_a_recipe() -> None:
@@ -258,7 +114,7 @@ def test_hidden_gpus_are_said_to_be_hidden() -> None:
 
 def test_processes_on_the_gpus_are_named() -> None:
     document = gpu_box()
-    held_by(45 * GIB)(document)
+    held_by(45 * 2**30)(document)
     check = one(judged(BIG, document), "gpus in use")
     assert check["value"] == "GPU 1: 45.00 GiB taken by python (process 4242)"
     assert check["why"] == "the recipe needs at least 7.83 GiB there"
@@ -376,6 +232,14 @@ def test_dead_runs_and_their_processes_are_named() -> None:
     dead(7)(document)
     several = [c for c in judged(TINY, document)["checks"] if c["name"] == "dead runs"]
     assert len(several) == 6 and several[-1]["value"] == "2 more, 6.00 GiB"
+
+
+def test_an_engine_that_this_version_lacks_fails_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("astracli.doctor.recipe.shipped", lambda module: not module.endswith("sglang"))
+    report = judged(BIG, gpu_box())
+    assert found(report, "fail") == {"version": "fail"}
+    assert one(report, "version")["value"] == "this version of astra has no `astracli.engines.sglang`"
+    assert judged(TINY, facts())["ok"] is True
 
 
 def test_load_is_warned_about() -> None:

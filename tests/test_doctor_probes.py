@@ -81,7 +81,7 @@ def test_another_interpreter_needs_no_astra_for_its_imports(tmp_path: Path) -> N
     import sys
 
     bare = tmp_path / "python"
-    bare.write_text(f"#!/bin/sh\nexec {sys.base_prefix}/bin/python3 -S -E \"$@\"\n")
+    bare.write_text(f'#!/bin/sh\nexec {sys.base_prefix}/bin/python3 -S -E "$@"\n')
     bare.chmod(0o755)
     asked = [probe("x", "json:loads", python=str(bare)), probe("y", "astracli:x", python=str(bare))]
     (_, good), (_, bad) = probes.answers(asked)

@@ -116,7 +116,9 @@ def _merged(report: dict[str, Any]) -> list[dict[str, str]]:
 def _verdict(checks: list[dict[str, Any]]) -> str:
     count = {status: sum(check["status"] == status for check in checks) for status in ORDER}
     parts = [f"{count['ok']} ok"]
-    parts += [f"{count[status]} {words}" for status, words in (("warn", "to look at"), ("fail", "failed")) if count[status]]
+    parts += [
+        f"{count[status]} {words}" for status, words in (("warn", "to look at"), ("fail", "failed")) if count[status]
+    ]
     return f"{'a run would not work' if count['fail'] else 'ready'}: {', '.join(parts)}"
 
 

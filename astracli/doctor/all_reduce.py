@@ -1,4 +1,4 @@
-"""An all-reduce over as many ranks as the trainer has, with a time limit; tried again without peer access when it hangs.
+"""An all-reduce over as many ranks as the trainer has, with a time limit; without peer access once more if it hangs.
 
 `python -m astracli.doctor.all_reduce` is one rank of it.
 """

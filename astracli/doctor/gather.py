@@ -49,7 +49,7 @@ def gather(recipe: Recipe | None = None, runs: Path = RUNS) -> dict[str, Any]:
     return machine.Machine.model_validate(facts).model_dump(mode="json")
 
 
-# -- checkpoint and data ------------------------------------------------------------------------------------------------
+# -- checkpoint and data -----------------------------------------------------------------------------------------------
 
 
 def checkpoint(path: str, revision: str | None = None) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def _set(name: str, use: str, hub_id: str | None, place: str | None, problem: st
     return {"name": name, "use": use, "hub_id": hub_id, "place": place, "problem": problem}
 
 
-# -- network ------------------------------------------------------------------------------------------------------------
+# -- network -----------------------------------------------------------------------------------------------------------
 
 
 def network(host: str) -> dict[str, Any]:
@@ -213,7 +213,7 @@ def offline(env: Mapping[str, str | None]) -> bool:
     return str(env.get("HF_HUB_OFFLINE") or "").upper() in ("1", "ON", "YES", "TRUE")
 
 
-# -- the engine's own environment ---------------------------------------------------------------------------------------
+# -- the engine's own environment --------------------------------------------------------------------------------------
 
 _ASK = """
 import json, platform, sys
@@ -247,7 +247,7 @@ def environment(python: str, families: list[str]) -> dict[str, Any]:
         return {"executable": python, "error": "its answer is not JSON"}
 
 
-# -- what dead runs left -------------------------------------------------------------------------------------------------
+# -- what dead runs left -----------------------------------------------------------------------------------------------
 
 
 def dead_runs(root: Path) -> list[dict[str, Any]]:

@@ -64,6 +64,6 @@ def _tilelang(subject: Subject) -> Iterator[Check]:
 def _convolution(subject: Subject) -> Check:
     check = optional(subject.facts, CONV, GROUP)
     if check.status == "skip" and found(subject.facts, FLA)["version"]:
-        why = "with fla alone transformers leaks state through the convolution of packed rows; astra does not pack that way"
+        why = "with fla alone transformers leaks state through the convolution of packed rows; astra packs otherwise"
         return Check(CONV, GROUP, "skip", "not installed, not needed", why)
     return check

@@ -35,7 +35,7 @@ def adapter(name: str, device: str) -> list[Row]:
     return adapter_check.check(registry.get(name), device)["checks"]
 
 
-# -- the delta rule --------------------------------------------------------------------------------------------------------
+# -- the delta rule ----------------------------------------------------------------------------------------------------
 
 
 def delta_rule(name: str, config: Mapping[str, Any], device: str) -> list[Row]:
@@ -100,7 +100,7 @@ def relative(found: Any, reference: Any) -> float:
     return error if error == error else float("inf")
 
 
-# -- attention --------------------------------------------------------------------------------------------------------------
+# -- attention ---------------------------------------------------------------------------------------------------------
 
 
 def attention(config: Mapping[str, Any], device: str, chosen: list[str]) -> list[Row]:
@@ -113,7 +113,8 @@ def attention(config: Mapping[str, Any], device: str, chosen: list[str]) -> list
     generator = torch.Generator().manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     q, k, v = (
-        torch.randn(ATTENTION_TOKENS, n, dim, generator=generator).to(device, dtype) for n in (heads, kv_heads, kv_heads)
+        torch.randn(ATTENTION_TOKENS, n, dim, generator=generator).to(device, dtype)
+        for n in (heads, kv_heads, kv_heads)
     )
     reference = explicit_softmax(q, k, v)
     rows = []
@@ -165,7 +166,7 @@ BACKENDS: dict[str, Callable[[Any, Any, Any], Any]] = {
 }
 
 
-# -- engine against trainer --------------------------------------------------------------------------------------------------
+# -- engine against trainer --------------------------------------------------------------------------------------------
 
 
 def parity(name: str) -> list[Row]:
@@ -219,7 +220,7 @@ def _round(model: Any, found: Any) -> None:
             parameters[name].copy_(parameters[name].to(getattr(torch, tensor.dtype)))
 
 
-# -- links --------------------------------------------------------------------------------------------------------------------
+# -- links -------------------------------------------------------------------------------------------------------------
 
 
 def bandwidth(device: str) -> list[Row]:

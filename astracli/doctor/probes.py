@@ -65,7 +65,9 @@ def run(subject: Subject) -> list[Check]:
 
 def _joined(probe: Probe, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What was imported as one row, each that was not by its own."""
-    failed = [row | {"name": f"import {row['name']}"} for row in rows if row["status"] == "fail" and row["name"] != probe.name]
+    failed = [
+        row | {"name": f"import {row['name']}"} for row in rows if row["status"] == "fail" and row["name"] != probe.name
+    ]
     failed += [row for row in rows if row["status"] == "fail" and row["name"] == probe.name]
     good = ", ".join(row["name"] for row in rows if row["status"] == "ok")
     return [*failed, {"name": probe.name, "status": "ok", "value": good}] if good else failed
@@ -79,7 +81,7 @@ def _check(subject: Subject, probe: Probe, row: dict[str, Any]) -> Check:
                  row.get("fix", probe.fix) if talk else "")  # fmt: skip
 
 
-# -- which probes ---------------------------------------------------------------------------------------------------------
+# -- which probes ------------------------------------------------------------------------------------------------------
 
 
 def engine_probes(subject: Subject) -> list[Probe]:
@@ -87,7 +89,10 @@ def engine_probes(subject: Subject) -> list[Probe]:
     facts = subject.serving
     if facts is None or not subject.sglang:
         return []
-    wanted = {"sglang": "sglang.srt.server_args:ServerArgs", "flashinfer-python": "flashinfer:single_prefill_with_kv_cache"}
+    wanted = {
+        "sglang": "sglang.srt.server_args:ServerArgs",
+        "flashinfer-python": "flashinfer:single_prefill_with_kv_cache",
+    }
     there = {name: target for name, target in wanted.items() if machine.usable(facts, name)}
     if not there:
         return []
@@ -142,7 +147,10 @@ def _links(subject: Subject, device: str, env: dict[str, str]) -> Iterator[Probe
     if device == "cuda":
         ranks = min(ranks if recipe is not None else len(gpus), len(gpus))
     if ranks > 1:
-        why, fix = "trainer ranks would hang at their first step", "look at `nvidia-smi topo -m` and the log of NCCL_DEBUG=INFO"
+        why, fix = (
+            "trainer ranks would hang at their first step",
+            "look at `nvidia-smi topo -m` and the log of NCCL_DEBUG=INFO",
+        )
         placed = subject.fit.plan
         trainers = [p.gpus[0] for p in placed.processes if p.role == "trainer" and p.gpus] if placed else []
         there = [gpu["index"] for gpu in gpus]
@@ -151,12 +159,19 @@ def _links(subject: Subject, device: str, env: dict[str, str]) -> Iterator[Probe
         settings = {"ranks": len(chosen[:ranks]) if device == "cuda" else ranks, "device": device}
         if settings["ranks"] > 1:
             yield Probe("all-reduce", "all_reduce", settings, 200, True, why, fix, env=env | more)
-    why, fix = "copies take longer than computing", "look for other load on this machine, or another PCIe slot or driver"
+    why, fix = (
+        "copies take longer than computing",
+        "look for other load on this machine, or another PCIe slot or driver",
+    )
     yield Probe("bandwidth", "bandwidth", {"device": device}, 60, False, why, fix, env=env)
 
 
 def _imports(subject: Subject, device: str) -> dict[str, str]:
-    wanted = {"torch": "torch:tensor", "transformers": "transformers:AutoModelForCausalLM", "math-verify": "math_verify:verify"}
+    wanted = {
+        "torch": "torch:tensor",
+        "transformers": "transformers:AutoModelForCausalLM",
+        "math-verify": "math_verify:verify",
+    }
     if device == "cuda":
         wanted |= {
             "triton": "triton:jit",
@@ -173,7 +188,7 @@ def _known(subject: Subject) -> Any:
     return subject.fit.adapter.known_configs.get(subject.recipe.model.path) or {}
 
 
-# -- running them ---------------------------------------------------------------------------------------------------------
+# -- running them ------------------------------------------------------------------------------------------------------
 
 
 def answers(probes: list[Probe], start_s: float = START_S) -> Iterator[tuple[Probe, list[dict[str, Any]]]]:

@@ -70,7 +70,9 @@ def _shm(subject: Subject) -> Check:
     if ranks > 1:
         why = f"NCCL puts the buffers of {ranks} trainer ranks there and dies with `unable to allocate shared memory`"
     status: Status = subject.bad(ranks > 1 and size < NCCL_SHM)
-    return Check("shared memory", GROUP, status, f"{words(size)} at /dev/shm", why, "start the container with `--shm-size=8g`")
+    return Check(
+        "shared memory", GROUP, status, f"{words(size)} at /dev/shm", why, "start the container with `--shm-size=8g`"
+    )
 
 
 def _memlock(subject: Subject) -> Check:

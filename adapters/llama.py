@@ -67,5 +67,6 @@ ADAPTER = ModelAdapter(
     memory_shape=memory_shape,
     wire_tensors=wire_tensors,
     known_configs={"meta-llama/Meta-Llama-3-8B-Instruct": LLAMA3_8B, "meta-llama/Llama-3.1-8B-Instruct": LLAMA3_8B},
+    shapes=_shapes,
     tiny_config=tiny_config,
 )

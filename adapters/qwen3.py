@@ -75,5 +75,6 @@ ADAPTER = ModelAdapter(
     memory_shape=memory_shape,
     wire_tensors=wire_tensors,
     known_configs={"Qwen/Qwen3-1.7B": _QWEN3_1_7B, "Qwen/Qwen3-8B": _QWEN3_8B},
+    shapes=_shapes,
     tiny_config=tiny_config,
 )

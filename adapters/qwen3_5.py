@@ -20,7 +20,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from astracli.adapter import Forbidden, MemoryShape, ModelAdapter, WireTensor, read_config
+from astracli.adapter import DeltaRule, Forbidden, MemoryShape, ModelAdapter, WireTensor, read_config
 from astracli.adapter_tools import Shapes, gemm_flops, load_checkpoint, wire_map
 
 KEEP_FP32 = ("A_log",)
@@ -273,6 +273,16 @@ def wire_tensors(model: Any) -> dict[str, WireTensor]:
     return wire_map(model, text_shapes(model.config.to_dict()), KEEP_FP32)
 
 
+def delta_rule(config: Mapping[str, Any], device: str) -> DeltaRule:
+    """The chunk rule as a trainer layer calls it: transformers' own on a CPU, fla's on a GPU where it is installed."""
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
+
+    fla = getattr(modeling, "chunk_gated_delta_rule", None) if device == "cuda" else None
+    _, value_heads, key_dim, value_dim, _ = _delta_net_sizes(text_config(config))
+    rule = fla or partial(_short_chunk_rule, modeling.torch_chunk_gated_delta_rule)
+    return DeltaRule(rule, value_heads, key_dim, value_dim)
+
+
 def engine_flags(config: Mapping[str, Any]) -> dict[str, Any]:
     """One state slot a request instead of three to five; and the interval that text configs of transformers lack."""
     flags: dict[str, Any] = {"disable_radix_cache": True}
@@ -372,5 +382,7 @@ ADAPTER = ModelAdapter(
         "Qwen/Qwen3.5-4B": {"model_type": "qwen3_5", "text_config": _TEXT_4B},
         "Qwen/Qwen3.5-0.8B": {"model_type": "qwen3_5", "text_config": _TEXT_0_8B},
     },
+    shapes=text_shapes,
+    delta_rule=delta_rule,
     tiny_config=tiny_config,
 )

@@ -33,6 +33,17 @@ class Forbidden:
 
 
 @dataclass(frozen=True)
+class DeltaRule:
+    """A gated delta rule kernel and the head shapes that a model runs it at."""
+
+    rule: Callable[..., Any]
+    """`rule(q, k, v [B, T, H, D], g=, beta= [B, T, H], use_qk_l2norm_in_kernel=True) -> (out [B, T, H, D], state)`."""
+    value_heads: int
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True)
 class MemoryShape:
     """What a plan needs to know of a model, read from its config alone. Bytes are derived from these."""
 
@@ -91,6 +102,10 @@ class ModelAdapter:
     """Tensor name in the checkpoint's files -> its wire name; None for a tensor that is never trained."""
     text_only_config: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     """config.json of the checkpoint -> config.json of an export that holds the trained text tensors only."""
+    shapes: Callable[[Mapping[str, Any]], dict[str, tuple[int, ...]]] | None = None
+    """config.json -> `{wire name: shape}` of every trained tensor, without a model; None = not known before loading."""
+    delta_rule: Callable[[Mapping[str, Any], str], DeltaRule] | None = None
+    """(config.json, device) -> the recurrent kernel that the trainer runs there; None without one."""
     tiny_config: Callable[[], dict[str, Any]] | None = None
     """A config.json of a model of this family small enough for tests."""
 

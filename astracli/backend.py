@@ -104,7 +104,7 @@ def choose(
     """Decide for this machine. Raises UserError for a combination that cannot work anywhere or fails on these GPUs."""
     device, why_device = _device(recipe)
     engine, why_engine = _engine(recipe, device)
-    capability = _capability(facts) if device == "cuda" else None
+    capability = lowest_capability(facts) if device == "cuda" else None
     serving, why_serving = _serving(adapter, facts, recipe, engine, capability)
     linear, why_linear = _linear(adapter, recipe, engine)
     trainer, why_trainer = _trainer(facts, recipe, device)
@@ -128,7 +128,7 @@ def capability_of(gpu: Mapping[str, Any]) -> Capability:
     return int(major), int(minor or 0)
 
 
-def _capability(facts: Facts) -> Capability | None:
+def lowest_capability(facts: Facts) -> Capability | None:
     """The lowest of the visible GPUs; None without any."""
     return min((capability_of(gpu) for gpu in machine.visible_gpus(facts)), default=None)
 
@@ -197,6 +197,13 @@ def _serving(
         f"no attention backend serves `{adapter.name}` on compute capability {_dotted(capability)}",
         "install flashinfer: `pip install flashinfer-python`",
     )
+
+
+def serving_options(adapter: ModelAdapter, capability: Capability) -> tuple[list[str], dict[str, str]]:
+    """(attention backends that serve this family on these GPUs, {refused one: reason})."""
+    running = [name for name, (low, high, _) in SERVING.items() if low <= capability < high]
+    refused = {name: reason for name in running if (reason := _forbidden(adapter, name, capability)) is not None}
+    return [name for name in running if name not in refused], refused
 
 
 def _check_serving(adapter: ModelAdapter, name: str, key: str, capability: Capability | None) -> str:
@@ -274,17 +281,18 @@ def _delta_rule(
         return "torch", reason, f"{reason}: {SLOW}; `pip install {lacking}`"
     if capability[0] != HOPPER[0]:
         return "fla", f"right on compute capability {_dotted(capability)} with every version", None
-    return _delta_rule_on_hopper(facts, fla, triton)
+    return delta_rule_on_hopper(facts, fla, triton)
 
 
-def _delta_rule_on_hopper(facts: Facts, fla: tuple[int, ...], triton: tuple[int, ...]) -> tuple[str, str, str | None]:
+def delta_rule_on_hopper(facts: Facts, fla: tuple[int, ...], triton: tuple[int, ...]) -> tuple[str, str, str | None]:
+    """(kernel, reason, warning or None) on compute capability 9.x for these versions."""
     words = f"flash-linear-attention {_join(fla)} with triton {_join(triton)}"
     if (fla >= FLA_NATIVE[0] and triton >= FLA_NATIVE[1]) or triton < FLA_OLD_TRITON:
         return "fla", f"{words} has a right gated backward on Hopper", None
     if usable(facts, "tilelang") and facts["compilers"]["nvcc"]:
         return "fla+tilelang", f"{words} needs TileLang on Hopper, and it and nvcc are there", None
     reason = f"{words} raises in the gated backward on Hopper (fla issue 640)"
-    way = "`pip install 'flash-linear-attention>=0.6' 'triton>=3.7.1'` (torch 2.13 brings that triton)"
+    way = "`pip install 'torch>=2.13' 'flash-linear-attention>=0.6'` (that torch brings triton>=3.7.1)"
     return "torch", reason, f"{reason}: {SLOW}; {way}"
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
 import sys
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -25,12 +24,14 @@ PACKAGES = {
     "safetensors": "safetensors",
     "datasets": "datasets",
     "accelerate": "accelerate",
+    "huggingface-hub": "huggingface_hub",
     "numpy": "numpy",
     "math-verify": "math_verify",
     "typer": "typer",
     "pydantic": "pydantic",
     "sglang": "sglang",
     "flashinfer-python": "flashinfer",
+    "flashinfer": "flashinfer",
     "flash-attn": "flash_attn",
     "flash-linear-attention": "fla",
     "causal-conv1d": "causal_conv1d",
@@ -39,7 +40,18 @@ PACKAGES = {
 }
 """Distribution -> the module that it installs."""
 
-ENVIRONMENT = ("HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+MODEL_FILES = {"transformers": "models", "sglang": "srt/models"}
+"""Package -> the folder in it that holds one entry a model family."""
+
+ENVIRONMENT = (
+    "HF_HOME",
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+    "ASTRA_DATA_DIR",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "NCCL_P2P_DISABLE",
+)
 
 
 class _Part(BaseModel):
@@ -77,6 +89,13 @@ class Python(_Part):
     venv: bool
 
 
+class Pin(_Part):
+    wants: str
+    """Exact version that the package asks for."""
+    has: str | None
+    """Version installed beside it; None = not there."""
+
+
 class Package(_Part):
     version: str | None
     """From the package's metadata; None = not installed under its name."""
@@ -85,6 +104,17 @@ class Package(_Part):
     """An import system finder knows the module. Not enough by itself: a namespace stub passes."""
     origin: str | None
     """File that the import would run; None = there is none, so nothing can be imported from it."""
+    models: list[str] | None = None
+    """Model types of the installed adapters that the package has a file for; None = not looked at."""
+    pins: dict[str, Pin] = {}
+    """Its exact requirements (`name==version`), without extras."""
+
+
+class GpuProcess(_Part):
+    pid: int
+    name: str
+    memory: int | None
+    """Bytes of GPU memory."""
 
 
 class Gpu(_Part):
@@ -95,15 +125,88 @@ class Gpu(_Part):
     memory_total: int | None
     memory_free: int | None
     driver: str
+    processes: list[GpuProcess] = []
+    """Those that nvidia-smi sees: in a container often none, although memory is taken."""
 
 
 class Compilers(_Part):
     cc: str | None
     nvcc: str | None
+    cccl: str | None = None
+    """Folder of the CUDA C++ core headers (`cuda/std`) that belongs to nvcc."""
+
+
+class Environment(_Part):
+    """The engine's own interpreter, when a recipe names one in resources.engine.python."""
+
+    executable: str
+    error: str | None = None
+    """Why it gave no answer."""
+    version: str | None = None
+    libc: str | None = None
+    packages: dict[str, Package] = {}
+    torch_cuda: str | None = None
+
+
+class Tensor(_Part):
+    dtype: str
+    """As safetensors writes it: `BF16`, `F32`."""
+    shape: list[int]
+
+
+class Checkpoint(_Part):
+    path: str
+    """model.path of the recipe that was asked for."""
+    place: str | None
+    """Directory on this machine; None = not here."""
+    problem: str | None = None
+    """Why the path, config.json or a file header cannot be read."""
+    config: dict[str, Any] | None = None
+    missing_files: list[str] = []
+    """Shards that the index names and the directory lacks."""
+    tensors: dict[str, Tensor] = {}
+    tokenizer: list[str] = []
+    """Tokenizer files that are there."""
+    chat_template: bool = False
+
+
+class DataSet(_Part):
+    name: str
+    use: Literal["train", "eval"]
+    hub_id: str | None
+    """None = generated or a local file."""
+    place: str | None
+    """File or directory on this machine, `generated`, or None = not here."""
+    problem: str | None = None
+
+
+class Network(_Part):
+    hosts: dict[str, str | None]
+    """Address that a run listens on -> why it cannot be bound; None = it can."""
+    ports: list[int] | None
+    """First and last port that the system gives out."""
+    hub: str
+    hub_error: str | None = None
+    """Why the Hub cannot be reached."""
+    hub_asked: bool = False
+    """False = not tried: nothing needs it, or HF_HUB_OFFLINE is set."""
+
+
+class RunLeft(_Part):
+    """A run whose supervisor is gone although it never ended."""
+
+    path: str
+    step: int
+    bytes: int
+    """Of weights and staged payloads that only a running run needs."""
+    processes: dict[str, str] = {}
+    """Processes of it that still run: id -> module."""
 
 
 class Machine(_Part):
     schema_version: Literal[1] = 1
+    source: str = "recorded by machine.probe"
+    """Where the document comes from."""
     system: System
     python: Python
     packages: dict[str, Package]
@@ -114,6 +217,11 @@ class Machine(_Part):
     """Why `nvidia-smi` gave no answer although it is there."""
     compilers: Compilers
     env: dict[str, str | None]
+    engine: Environment | None = None
+    checkpoint: Checkpoint | None = None
+    data: list[DataSet] = []
+    network: Network | None = None
+    runs: list[RunLeft] = []
 
 
 def schema() -> dict[str, Any]:
@@ -121,10 +229,10 @@ def schema() -> dict[str, Any]:
     return Machine.model_json_schema()
 
 
-def validate(document: Mapping[str, Any]) -> None:
-    """Raise UserError naming the first key of a document that is not a machine description."""
+def validate(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document with every optional key filled in. Raises UserError naming the first key that is wrong."""
     try:
-        Machine.model_validate(document)
+        return Machine.model_validate(document).model_dump(mode="json")
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -146,7 +254,7 @@ def probe() -> dict[str, Any]:
         "torch_cuda": machine_read.torch_cuda(),
         "gpus": gpus,
         "gpu_error": gpu_error,
-        "compilers": {"cc": shutil.which("cc") or shutil.which("gcc"), "nvcc": shutil.which("nvcc")},
+        "compilers": machine_read.compilers(),
         "env": {name: os.environ.get(name) for name in ENVIRONMENT},
     }
     return Machine.model_validate(document).model_dump(mode="json")

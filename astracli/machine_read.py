@@ -32,6 +32,46 @@ def package(name: str, module: str) -> dict[str, Any]:
     return {"version": version, "module": module, "importable_spec": spec is not None, "origin": origin}
 
 
+def exact_pins(name: str) -> dict[str, dict[str, str | None]]:
+    """The `other==version` requirements of a distribution, extras left out, and what is installed of each."""
+    try:
+        lines = metadata.requires(name) or []
+    except metadata.PackageNotFoundError:
+        return {}
+    found: dict[str, dict[str, str | None]] = {}
+    for line in lines:
+        match = re.match(r"([A-Za-z0-9._-]+)(\[[^]]*\])?\s*\(?==\s*([^\s;,)]+)", line)
+        if match is None or "extra" in line.partition(";")[2]:
+            continue
+        try:
+            has: str | None = metadata.version(match.group(1))
+        except metadata.PackageNotFoundError:
+            has = None
+        found[match.group(1)] = {"wants": match.group(3), "has": has}
+    return found
+
+
+def model_files(module: str, folder: str, names: list[str]) -> list[str] | None:
+    """Those of `names` that a package has `folder/NAME` or `folder/NAME.py` for; None without the package."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.origin:
+        return None
+    place = Path(spec.origin).parent / folder
+    return [name for name in names if (place / name).is_dir() or (place / f"{name}.py").is_file()]
+
+
+def compilers() -> dict[str, str | None]:
+    """C compiler, nvcc, and the CUDA C++ core headers of that nvcc."""
+    nvcc = shutil.which("nvcc")
+    home = Path(os.path.realpath(nvcc)).parents[1] if nvcc else None
+    places = [home / part for part in ("include", "include/cccl", "targets/x86_64-linux/include/cccl")] if home else []
+    cccl = next((str(place) for place in places if (place / "cuda" / "std").is_dir()), None)
+    return {"cc": shutil.which("cc") or shutil.which("gcc"), "nvcc": nvcc, "cccl": cccl}
+
+
 def torch_cuda() -> str | None:
     """CUDA version that torch was built for, from torch/version.py read as text."""
     spec = importlib.util.find_spec("torch")
@@ -63,7 +103,33 @@ def gpus(timeout_s: float = 10.0) -> tuple[list[dict[str, Any]], str | None]:
         return [], f"nvidia-smi cannot be run: {error}"
     if done.returncode != 0:
         return [], " ".join((done.stdout + done.stderr).split())[:300] or f"nvidia-smi exited {done.returncode}"
-    return parse_gpus(done.stdout), None
+    found = parse_gpus(done.stdout)
+    held = _query(command, "--query-compute-apps=gpu_uuid,pid,process_name,used_memory", timeout_s)
+    for gpu in found:
+        gpu["processes"] = [process for uuid, process in parse_processes(held) if uuid == gpu["uuid"]]
+    return found, None
+
+
+def _query(command: str, what: str, timeout_s: float) -> str:
+    """The answer of nvidia-smi, empty when it has none."""
+    try:
+        done = subprocess.run(
+            [command, what, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=timeout_s
+        )
+    except (subprocess.TimeoutExpired, OSError):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def parse_processes(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """(GPU uuid, process) of each line; a name may hold commas, so uuid, id and memory are taken from the ends."""
+    found = []
+    for line in text.splitlines():
+        parts = [part.strip() for part in line.split(",")]
+        if len(parts) >= 4 and parts[1].isdigit():
+            memory = int(parts[-1]) * 2**20 if parts[-1].isdigit() else None
+            found.append((parts[0], {"pid": int(parts[1]), "name": ", ".join(parts[2:-1]), "memory": memory}))
+    return found
 
 
 def parse_gpus(text: str) -> list[dict[str, Any]]:
@@ -82,6 +148,7 @@ def parse_gpus(text: str) -> list[dict[str, Any]]:
             "memory_total": size(total),
             "memory_free": size(free),
             "driver": driver,
+            "processes": [],
         }
         for index, uuid, name, capability, total, free, driver in rows
     ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import os
 import shutil
 import time
 from collections import deque
@@ -208,6 +210,57 @@ def clean(run: RunDir, *, dry_run: bool) -> int:
             if not dry_run:
                 shutil.rmtree(folder)
     return freed
+
+
+def dead(root: Path) -> list[RunDir]:
+    """Runs under `root` that say `running` although their supervisor on this host is gone, newest first."""
+    found = []
+    for run in list_runs(root):
+        try:
+            status = run.status()
+        except UserError:
+            continue  # a damaged status.json tells nothing; `runs list` names it
+        if status is not None and status.state == "running" and not status.alive() and not run.in_use():
+            found.append(run)
+    return found
+
+
+def leftovers(run: RunDir) -> list[tuple[int, str]]:
+    """(process id, module) of processes of this user that work on a configuration inside the run's directory."""
+    import psutil
+
+    home, found = run.path.resolve(), []
+    for process in psutil.process_iter(["pid", "cmdline", "uids"]):
+        words, uids = process.info["cmdline"] or [], process.info["uids"]
+        if uids is None or uids.real != os.getuid() or len(words) < 4:
+            continue
+        # the supervisor hands every child the absolute path of its configuration, which lies in the run directory
+        ours = words[1] == "-m" and words[2].startswith("astracli.") and Path(words[3]).is_absolute()
+        if ours and Path(words[3]).resolve().is_relative_to(home):
+            found.append((process.info["pid"], words[2]))
+    return found
+
+
+def end_leftovers(run: RunDir, wait_s: float = 10.0) -> list[int]:
+    """End the processes that a dead run left, each by its id: TERM, then KILL. Returns the ids.
+
+    The caller has made sure that the run's supervisor is gone.
+    """
+    import psutil
+
+    processes = []
+    for pid, _ in leftovers(run):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            processes.append(psutil.Process(pid))
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, stubborn = psutil.wait_procs(processes, timeout=wait_s)
+    for process in stubborn:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(stubborn, timeout=wait_s)
+    return [process.pid for process in processes]
 
 
 def cleanable(root: Path, *, older_than_s: float, resumable: bool) -> list[RunDir]:

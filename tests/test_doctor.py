@@ -1,136 +1,255 @@
-"""The doctor on recorded machines: what fails, what only warns, and the cure that is named; and adapter promises."""
+"""The doctor's judgement: each check failing and passing on documents, what a recipe can and cannot fail."""
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import json
 from typing import Any
 
 import pytest
 import torch
+from doctor_cases import CASES, NET, Case, checkpoint, dead, held_by, put, stub
 from machines import facts, package
 
 from astracli import machine, recipe_io
-from astracli.adapters import generic, qwen3_5
-from astracli.doctor import checks
+from astracli.adapters import qwen3_5
+from astracli.doctor import checks, python
 from astracli.errors import UserError
 
+TINY, BIG, SHARED = "qwen3.5-tiny-m2po-delta", "qwen3.5-4b-m2po-delta", "qwen3.5-0.8b-m2po-delta"
+Report = dict[str, Any]
 
-def found(report: dict[str, Any], *statuses: str) -> dict[str, str]:
+
+@pytest.fixture(autouse=True)
+def whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machines are judged here, not whether this version of astra ships every engine."""
+    monkeypatch.setattr("astracli.doctor.recipe.shipped", lambda module: True)
+
+
+def found(report: Report, *statuses: str) -> dict[str, str]:
     return {c["name"]: c["status"] for c in report["checks"] if c["status"] in statuses}
 
 
-def one(report: dict[str, Any], name: str) -> dict[str, Any]:
-    (check,) = [c for c in report["checks"] if c["name"] == name]
+def one(report: Report, name: str, group: str | None = None) -> dict[str, Any]:
+    (check,) = [c for c in report["checks"] if c["name"] == name and group in (None, c["group"])]
     return check
+
+
+def judged(recipe: str | None, document: dict[str, Any], *sets: str) -> Report:
+    return checks.run(recipe_io.load(recipe, list(sets)) if recipe else None, document)
+
+
+def gpu_box(capability: str = "8.9", count: int = 8, **more: Any) -> dict[str, Any]:
+    return facts(capability, count, **{"host_gib": 512, **more})
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{c.group}-{c.name}-{i}".replace(" ", "_") for i, c in enumerate(CASES)])
+def test_each_check_wrong_and_right(case: Case) -> None:
+    """On eight GPUs with the 4B recipe, which needs all of it."""
+    sick, well = gpu_box(), gpu_box()
+    case.wrong(sick)
+    case.right(well)
+    report = judged(BIG, sick)
+    check = one(report, case.name, case.group)
+    assert check["status"] == case.status
+    assert case.fix in check["fix"] and check["why"]
+    assert report["ok"] is (not found(report, "fail"))
+    sound = [c for c in judged(BIG, well)["checks"] if (c["name"], c["group"]) == (case.name, case.group)]
+    assert [c["status"] for c in sound] == ([] if case.good == "absent" else [case.good])
+
+
+def test_every_check_that_can_go_wrong_has_a_case() -> None:
+    """Those that only state a choice, and those with tests of their own below, are named here."""
+    told = {"adapter", "fit", "attention", "engine", "hub cache"}
+    own = {"gated backward", "attention backends", "tilelang", "packing", "refused", "load", "engine python"}
+    cased = {case.name for case in CASES} | set(python.CORE) | told | own
+    boxes = [gpu_box(), gpu_box() | {"checkpoint": checkpoint(), "network": NET | {"hub_asked": True}}]
+    seen = {c["name"] for d in boxes for name in (BIG, TINY, None) for c in judged(name, d)["checks"]}
+    assert seen - cased == set()
 
 
 def test_this_machine_without_a_recipe() -> None:
     report = checks.run(None, machine.probe())
-    assert report["ok"] is True
+    assert report["ok"] is True, found(report, "fail")
     assert report["backends"] == []
     assert one(report, "torch")["value"] == torch.__version__
-    assert one(report, "torch")["status"] == "ok"
     assert report["facts"]["schema_version"] == 1
     json.dumps(report)
 
 
-def test_core_packages_fail_by_name_and_version() -> None:
-    document = facts(packages={"transformers": "5.1.0", "numpy": None})
-    report = checks.run(None, document)
-    assert report["ok"] is False
-    assert found(report, "fail") == {"transformers": "fail", "numpy": "fail"}
-    assert one(report, "transformers")["fix"] == "`pip install 'transformers>=5.8'`"
-    assert one(report, "numpy")["why"] == "every run imports it"
+def test_the_report_has_the_documented_shape() -> None:
+    report = judged(TINY, facts())
+    assert set(report) == {"ok", "checks", "backends", "facts"}
+    assert {tuple(c) for c in report["checks"]} == {("name", "group", "status", "value", "why", "fix")}
+    assert {tuple(b) for b in report["backends"]} == {("what", "choice", "reason")}
+    assert {c["group"] for c in report["checks"]} == {
+        "system", "python", "gpu", "kernels", "serving", "trainer", "network", "data", "recipe", "runs",
+    }  # fmt: skip
+    machine.validate(report["facts"])
+    again = judged(TINY, json.loads(json.dumps(report["facts"])))
+    assert again == report
 
 
-def test_old_python_fails() -> None:
-    document = facts()
-    document["python"]["version"] = "3.10.12"
-    assert found(checks.run(None, document), "fail") == {"python": "fail"}
-
-
-def test_small_containers_are_warned_about_and_never_failed() -> None:
-    document = facts()
-    document["system"] |= {"nofile": 1024, "shm_total": 32 * 2**20, "cores_usable": 1.0}
-    report = checks.run(None, document)
-    assert report["ok"] is True
-    assert found(report, "warn") == {"open files": "warn", "/dev/shm": "warn", "cpu cores": "warn"}
-    assert one(report, "/dev/shm")["fix"] == "start the container with `--shm-size=8g`"
-    document["system"] |= {"nofile": -1, "shm_total": None, "cores_usable": 2.0}
-    assert found(checks.run(None, document), "warn", "fail") == {}
-
-
-def test_a_namespace_stub_is_seen_through() -> None:
-    document = facts("9.0", 1)
+def test_only_what_the_recipe_needs_can_fail() -> None:
+    """GPUs without a driver, a dead nvidia-smi, an ancient glibc and a broken sglang do not stop a CPU run."""
+    document = gpu_box()
+    for spoil in (put("torch_cuda", value=None), put("system", "libc", value="glibc 2.17"), stub("sglang")):
+        spoil(document)
+    document["gpus"][0]["driver"] = "450.1"
+    document["system"] |= {"shm_total": 2**20, "nofile": 1024, "memlock": 0}
     document["packages"]["flash-attn"] = package(None, stub=True)
-    check = one(checks.run(None, document), "flash-attn")
-    assert (check["status"], check["value"]) == ("warn", "stub")
+    report = judged(TINY, document)
+    assert report["ok"] is True, found(report, "fail")
+    document["gpu_error"] = "driver mismatch"
+    assert judged(TINY, document)["ok"] is True
+    document["torch_cuda"] = "13.0"
+    assert judged(None, document)["ok"] is True
+    assert judged(BIG, document)["ok"] is False
 
 
-def test_the_gpu_group() -> None:
-    assert one(checks.run(None, facts()), "gpus")["status"] == "skip"
-    hidden = one(checks.run(None, facts("9.0", 2, visible="")), "gpus")
-    assert hidden["value"] == "2 hidden by CUDA_VISIBLE_DEVICES"
-    document = facts("9.0", 2)
-    document["torch_cuda"] = None
-    assert found(checks.run(None, document), "warn") == {"torch for gpus": "warn"}
-    document = facts("9.0", 2)
-    document["gpus"][0]["driver"] = "550.54.15"
-    driver = one(checks.run(None, document), "driver")
-    assert (driver["status"], driver["why"]) == ("warn", "CUDA 13.0 needs 580 or newer")
-    document["gpu_error"] = "no driver"
-    assert one(checks.run(None, document), "gpus")["why"] == "no driver"
+def test_hidden_gpus_are_said_to_be_hidden() -> None:
+    assert one(judged(None, facts()), "gpus")["status"] == "skip"
+    assert one(judged(None, facts("9.0", 2, visible="")), "gpus")["value"] == "2 hidden by CUDA_VISIBLE_DEVICES"
+
+
+def test_processes_on_the_gpus_are_named() -> None:
+    document = gpu_box()
+    held_by(45 * 2**30)(document)
+    check = one(judged(BIG, document), "gpus in use")
+    assert check["value"] == "GPU 1: 45.00 GiB taken by python (process 4242)"
+    assert check["why"] == "the recipe needs at least 7.83 GiB there"
+    assert one(judged(TINY, document), "gpus in use")["status"] == "warn"
 
 
 def test_a_cpu_recipe_passes_and_shows_its_backends() -> None:
-    report = checks.run(recipe_io.load("qwen3.5-tiny-m2po-delta"), facts())
+    report = judged(TINY, facts())
     assert report["ok"] is True, found(report, "fail")
     assert one(report, "adapter")["value"].startswith("qwen3_5")
-    assert one(report, "fit")["value"] == "qwen3.5-tiny-m2po-delta can run here (4 processes)"
+    assert one(report, "fit")["value"] == f"{TINY} fits here (4 processes)"
     assert {b["what"]: b["choice"] for b in report["backends"]}["engine"] == "embedded"
 
 
 def test_a_gpu_recipe_fails_for_what_it_lacks_and_warns_of_a_download() -> None:
-    report = checks.run(recipe_io.load("qwen3.5-4b-m2po-delta"), facts("8.9", 2, host_gib=512))
-    assert report["ok"] is False
+    report = judged(BIG, gpu_box(count=2))
     assert found(report, "fail") == {"gpus": "fail"}
-    gpus = [c for c in report["checks"] if c["name"] == "gpus" and c["group"] == "recipe"]
-    assert gpus[0]["value"] == "8 GPUs (this machine has 2)"
+    assert one(report, "gpus", "recipe")["value"] == "needs 8 GPUs (this machine has 2)"
     assert one(report, "checkpoint")["status"] == "warn"
-    assert checks.run(recipe_io.load("qwen3.5-4b-m2po-delta"), facts("8.9", 8, host_gib=512))["ok"] is True
+    assert judged(BIG, gpu_box())["ok"] is True
 
 
 def test_a_refused_combination_is_a_failed_check_with_its_way_out() -> None:
-    recipe = recipe_io.load("qwen3.5-4b-m2po-delta", ["rollout.attention_backend=fa3"])
-    report = checks.run(recipe, facts("8.9", 8, host_gib=512))
+    report = judged(BIG, gpu_box(), "rollout.attention_backend=fa3")
     refused = one(report, "refused")
     assert refused["status"] == "fail" and "CUDA error: invalid argument" in refused["why"]
     assert "`flashinfer`" in refused["fix"]
+    allowed = one(report, "attention backends")
+    assert allowed["status"] == "ok"
+    assert allowed["value"] == "flashinfer, triton, torch_native allowed on 8.9; refused: fa3"
+    assert "fa3" not in one(judged(BIG, gpu_box("9.0")), "attention backends")["value"].partition("refused")[2]
 
 
-def test_the_hopper_backward_is_a_warning_with_its_cure() -> None:
-    document = facts("9.0", 8, host_gib=512, packages={"triton": "3.6.0"})
-    report = checks.run(recipe_io.load("qwen3.5-4b-m2po-delta"), document)
-    warned = [c for c in report["checks"] if c["name"] == "warning" and "fla issue 640" in c["why"]]
-    assert len(warned) == 1 and "triton>=3.7.1" in warned[0]["fix"]
+@pytest.mark.parametrize(
+    ("fla", "triton", "nvcc", "status"),
+    [
+        ("0.5.0", "3.6.0", None, "warn"), ("0.5.0", "3.7.1", None, "warn"), ("0.6.0", "3.6.0", None, "warn"),
+        ("0.6.0", "3.7.1", None, "ok"), ("0.5.0", "3.3.1", None, "ok"), ("0.5.0", "3.6.0", "/usr/bin/nvcc", "ok"),
+    ],
+)  # fmt: skip
+def test_the_gated_backward_on_hopper(fla: str, triton: str, nvcc: str | None, status: str) -> None:
+    versions = {"flash-linear-attention": fla, "triton": triton, "tilelang": "0.1.12" if nvcc else None}
+    document = gpu_box("9.0", packages=versions, nvcc=nvcc)
+    check = one(judged(BIG, document), "gated backward")
+    assert check["status"] == status
+    if status == "warn":
+        assert "fla issue 640" in check["why"] and "'torch>=2.13' 'flash-linear-attention>=0.6'" in check["fix"]
+    ada = gpu_box("8.9", packages=versions)
+    assert one(judged(BIG, ada), "gated backward")["status"] == "ok"
+    assert one(judged(None, document), "gated backward")["status"] == status
+
+
+def test_tilelang_needs_an_nvcc_with_headers() -> None:
+    versions = {"flash-linear-attention": "0.5.0", "triton": "3.6.0", "tilelang": "0.1.12"}
+    document = gpu_box("9.0", packages=versions, nvcc="/usr/bin/nvcc")
+    check = one(judged(BIG, document), "tilelang")
+    assert check["status"] == "fail" and "CCCL" in check["value"]
+    document["compilers"]["cccl"] = "/usr/local/cuda/include/cccl"
+    assert one(judged(BIG, document), "tilelang")["status"] == "ok"
+    unused = gpu_box("9.0", packages={"tilelang": "0.1.12"})
+    assert one(judged(BIG, unused), "tilelang")["value"] == "0.1.12, without nvcc"
+
+
+@pytest.mark.parametrize(("version", "said"), [("5.8.1", "silently"), ("5.17.0", "silently"), ("5.23.0", "refuses")])
+def test_packing_is_astras_own_whatever_transformers_does(version: str, said: str) -> None:
+    document = gpu_box(packages={"transformers": version})
+    check = one(judged(BIG, document), "packing")
+    assert check["status"] == "ok" and check["value"].startswith("astra's own varlen path") and said in check["why"]
+
+
+def test_packing_without_a_varlen_path_of_its_own_fails_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+
+    from astracli import registry
+
+    leaking = dataclasses.replace(qwen3_5.ADAPTER, install_varlen=None)
+    monkeypatch.setattr(registry, "resolve", lambda recipe, config=None: leaking)
+    assert one(judged(BIG, gpu_box()), "packing")["status"] == "fail"
+    assert one(judged(TINY, facts()), "packing")["status"] == "warn"
+
+
+def test_the_engines_environment_is_judged_apart_from_the_trainers() -> None:
+    """The trainer's packages hold no sglang, the engine's hold another torch: both are as they should be."""
+    document = gpu_box(packages={"sglang": None, "flashinfer-python": None})
+    packages = copy.deepcopy(gpu_box()["packages"])
+    packages["sglang"] |= {"models": ["qwen3_5"], "pins": {"torch": {"wants": "2.11.0", "has": "2.11.0+cu130"}}}
+    engine = {"executable": "/engine/bin/python", "version": "3.12.3", "packages": packages, "torch_cuda": "13.0"}
+    document["engine"] = engine
+    ask = "resources.engine.python=/engine/bin/python"
+    report = judged(BIG, document, ask)
+    assert report["ok"] is True, found(report, "fail")
+    assert one(report, "engine python")["value"] == "3.12.3 at /engine/bin/python"
+    assert one(report, "sglang")["value"] == "0.5.21, holds `qwen3_5`"
+    assert one(report, "sglang pins")["status"] == "ok"
+    assert one(judged(BIG, document), "sglang")["status"] == "fail"
+    document["engine"] = engine | {"error": "no such file or directory", "packages": {}}
+    assert found(judged(BIG, document, ask), "fail") == {"engine python": "fail"}
+    document["engine"] = None
+    assert one(judged(BIG, document, ask), "engine python")["status"] == "warn"
+
+
+def test_a_choice_without_its_package_fails() -> None:
+    document = gpu_box(packages={"flashinfer-python": None})
+    asked = one(judged(BIG, document, "rollout.attention_backend=flashinfer"), "flashinfer")
+    assert asked["status"] == "fail" and "rollout.attention_backend=triton" in asked["fix"]
+    assert one(judged(BIG, document), "flashinfer")["status"] == "skip"
+
+
+def test_dead_runs_and_their_processes_are_named() -> None:
+    document = facts()
+    dead(1, {"77": "astracli.workers.train"})(document)
+    check = one(judged(TINY, document), "dead runs")
+    assert check["value"] == "runs/a stopped at step 7, holds 3.00 GiB"
+    assert check["why"] == "still running: astracli.workers.train (process 77)"
+    dead(7)(document)
+    several = [c for c in judged(TINY, document)["checks"] if c["name"] == "dead runs"]
+    assert len(several) == 6 and several[-1]["value"] == "2 more, 6.00 GiB"
+
+
+def test_an_engine_that_this_version_lacks_fails_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("astracli.doctor.recipe.shipped", lambda module: not module.endswith("sglang"))
+    report = judged(BIG, gpu_box())
+    assert found(report, "fail") == {"version": "fail"}
+    assert one(report, "version")["value"] == "this version of astra has no `astracli.engines.sglang`"
+    assert judged(TINY, facts())["ok"] is True
+
+
+def test_load_is_warned_about() -> None:
+    document = facts()
+    document["system"]["cores_usable"] = 1.0
+    check = one(judged(TINY, document), "load")
+    assert (check["status"], check["why"]) == ("warn", "they will starve each other")
+    assert found(judged(TINY, facts()), "warn") == {}
 
 
 def test_facts_that_are_none_are_refused() -> None:
     with pytest.raises(UserError, match="not a machine description: `system`"):
         checks.run(None, {"schema_version": 1})
-
-
-def test_numeric_checks_find_a_leak_and_skip_where_there_is_no_tiny_model() -> None:
-    leaking = dataclasses.replace(qwen3_5.ADAPTER, install_varlen=lambda model: None)
-    failed = [check for check in checks.numerics(leaking) if check.status == "fail"]
-    assert [check.name for check in failed] == ["qwen3_5: packed row == separate"]
-    assert "constraints/cpu.txt" in failed[0].fix
-    assert [check.status for check in checks.numerics(generic.ADAPTER)] == ["skip"]
-
-
-def test_probing_runs_the_recipes_adapter() -> None:
-    report = checks.run(recipe_io.load("qwen3.5-tiny-m2po-delta"), facts(), probe=True)
-    numeric = {c["name"]: c["status"] for c in report["checks"] if c["group"] == "numerics"}
-    assert numeric["qwen3_5: packed row == separate"] == "ok"
-    assert set(numeric.values()) == {"ok"} and len(numeric) == 6

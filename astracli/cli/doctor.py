@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import re
 import textwrap
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from astracli.cli.options import JsonOpt, RecipeArg, RecipeOpt, SetOpt, load_rec
 from astracli.cli.output import WIDTH, Output, out
 from astracli.errors import UserError
 
+VERSION = re.compile(r"\d+\.\d[\w.+]*")
 ORDER = {"fail": 0, "warn": 1, "ok": 2, "skip": 3}
 
 
@@ -26,28 +28,38 @@ def doctor(
     facts_out: Annotated[
         Path | None, typer.Option("--facts-out", metavar="FILE", help="Also write this machine's facts to FILE.")
     ] = None,
-    probe: Annotated[bool, typer.Option("--probe/--no-probe", help="Run small numeric checks on the device.")] = True,
+    probe: Annotated[
+        bool | None,
+        typer.Option(
+            "--probe/--no-probe", help="Import and measure too; default where there is a GPU or a recipe is named."
+        ),
+    ] = None,
     json: JsonOpt = False,
 ) -> None:
     """Check this machine, and what a recipe lacks here.
 
-    Exit 1 when a check fails.
+    Exit 0 when a run would work, 1 when a check fails. With a recipe, only what it needs can fail.
     """
     loaded = None if one_name(recipe_name, recipe) is None else load_recipe(recipe_name, recipe, set_, "doctor")
     if loaded is None and set_:
         raise UserError("--set given without a recipe", "name one: `astra doctor RECIPE --set ...`")
-    machine = _read_facts(facts) if facts else _probe()
+    from astracli.doctor.gather import gather
+
+    machine = _read_facts(facts) if facts else gather(loaded)
     if facts_out:
-        facts_out.write_text(json_module.dumps(machine, indent=2) + "\n")
+        _write_facts(facts_out, machine)
     from astracli.doctor import checks
 
-    report = checks.run(loaded, machine, probe=probe and facts is None)
+    if facts is not None and probe:
+        raise UserError("--probe measures this machine, --facts judges another", "give one of them")
+    wanted = probe if probe is not None else loaded is not None or bool(machine["gpus"])
+    report = checks.run(loaded, machine, probe=wanted and facts is None)
     show(report, out(json))
     raise typer.Exit(0 if report["ok"] else 1)
 
 
 def show(report: dict[str, Any], output: Output) -> None:
-    """A doctor's report: failures first, each with its reason and its cure."""
+    """A doctor's report: failures first, each with its reason and its cure; the chosen backends last."""
     if output.as_json:
         output.document(report)
         return
@@ -55,24 +67,64 @@ def show(report: dict[str, Any], output: Output) -> None:
     for check in ordered:
         if check["status"] in ("fail", "warn"):
             output.text("\n".join(_problem_lines(check)))
-    rest = [check for check in ordered if check["status"] not in ("fail", "warn")]
-    output.table(
-        ["status", "group", "check", "finding"],
-        [[check["status"], check["group"], check["name"], check["value"]] for check in rest],
-    )
+    good = _good_rows([check for check in ordered if check["status"] == "ok"])
+    if good:
+        output.table(["ok", "check", "finding"], good)
+    skips: dict[str, list[str]] = {}
+    for c in ordered:
+        if c["status"] == "skip":
+            skips.setdefault(c["value"], []).append(c["name"])
+    skipped = [f"{', '.join(names)} ({value})" for value, names in skips.items()]
+    if skipped:
+        text = "skip  " + "; ".join(skipped)
+        output.text("")
+        output.text(textwrap.fill(text, WIDTH, subsequent_indent=" " * 6, break_on_hyphens=False))
     if report.get("backends"):
         output.text("")
-        output.table(
-            ["backend", "choice", "reason"], [[b["what"], b["choice"], b["reason"]] for b in report["backends"]]
-        )
-    failed = sum(check["status"] == "fail" for check in ordered)
+        output.table(["backend", "choice", "reason"], [[b["what"], b["choice"], b["reason"]] for b in _merged(report)])
     output.text("")
-    output.text("all checks passed" if report["ok"] else f"{failed} of {len(ordered)} checks failed")
+    output.text(_verdict(ordered))
+
+
+def _good_rows(checks: list[dict[str, Any]]) -> list[list[str]]:
+    """(group, check, finding); the group stands once, and packages that have nothing but a version share a row."""
+    rows: list[list[str]] = []
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for check in checks:
+        groups.setdefault(check["group"], []).append(check)
+    for group, members in groups.items():
+        plain = [c for c in members if VERSION.fullmatch(c["value"])]
+        shown = [[c["name"], c["value"]] for c in members if c not in plain or len(plain) < 2]
+        if len(plain) > 1:
+            shown.append(["packages", ", ".join(f"{c['name']} {c['value']}" for c in plain)])
+        rows += [[group if number == 0 else "", *cells] for number, cells in enumerate(shown)]
+    return rows
+
+
+def _merged(report: dict[str, Any]) -> list[dict[str, str]]:
+    """Rows of one choice and one reason as one: forward and backward of a kernel."""
+    rows: list[dict[str, str]] = []
+    for row in report["backends"]:
+        if rows and (rows[-1]["choice"], rows[-1]["reason"]) == (row["choice"], row["reason"]):
+            both = rows[-1]["what"].partition(", ")[0]
+            rows[-1] = {**rows[-1], "what": both if row["what"].startswith(both) else f"{both}, {row['what']}"}
+        else:
+            rows.append(row)
+    return rows
+
+
+def _verdict(checks: list[dict[str, Any]]) -> str:
+    count = {status: sum(check["status"] == status for check in checks) for status in ORDER}
+    parts = [f"{count['ok']} ok"]
+    parts += [
+        f"{count[status]} {words}" for status, words in (("warn", "to look at"), ("fail", "failed")) if count[status]
+    ]
+    return f"{'a run would not work' if count['fail'] else 'ready'}: {', '.join(parts)}"
 
 
 def _problem_lines(check: dict[str, Any]) -> list[str]:
     """What is wrong, why that matters, how to mend it; each said once."""
-    said = [f"{check['group']}: {check['value'] or check['name']}"]
+    said = [f"{check['group']}/{check['name']}: {check['value']}"]
     if check["why"] and check["why"] != check["value"]:
         said.append(check["why"])
     if check["fix"]:
@@ -81,10 +133,11 @@ def _problem_lines(check: dict[str, Any]) -> list[str]:
     return [f"{check['status']:4}  {lines[0]}", *(f"      {line}" for line in lines[1:]), ""]
 
 
-def _probe() -> dict[str, Any]:
-    from astracli import machine
-
-    return machine.probe()
+def _write_facts(path: Path, document: dict[str, Any]) -> None:
+    try:
+        path.write_text(json_module.dumps(document, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write `{path}`: {(error.strerror or str(error)).lower()}") from None
 
 
 def _read_facts(path: Path) -> dict[str, Any]:

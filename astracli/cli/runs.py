@@ -223,7 +223,8 @@ def clean(
 ) -> None:
     """Free the disk of ended runs.
 
-    Published weights, configurations and staged payloads go; results, checkpoints and export stay.
+    Published weights, configurations and staged payloads go; results, checkpoints and export stay. Processes that a
+    run left behind when its supervisor was killed are ended first.
     """
     from astracli import run_view
 
@@ -234,6 +235,9 @@ def clean(
         if one.in_use() or _alive(one):
             raise UserError(f"run `{one.path}` is running", f"stop it first: `astra runs stop {one.path}`")
         runs = [one]
+    for r in runs if not dry_run else []:
+        for pid in run_view.end_leftovers(r):
+            out().note(f"ended process {pid} that `{r.path}` left behind")
     freed = [run_view.clean(r, dry_run=dry_run) for r in runs]
     rows = [{"run": str(r.path), "bytes": count} for r, count in zip(runs, freed, strict=True) if count]
     total = sum(freed)

@@ -90,7 +90,7 @@ def fetch(name: str) -> str | None:
     spec = get(name)
     if spec.hub is None:
         return None
-    path = _local(spec) or datasets.download(spec.hub)
+    path = local(spec) or datasets.download(spec.hub)
     load(name, path)
     return str(path)
 
@@ -104,7 +104,7 @@ def load(name: str, local_path: str | Path | None = None) -> Benchmark:
     spec = get(name)
     if spec.hub is None:
         return Benchmark(name, arithmetic.held_out(spec.counts[0]), spec.samples, spec.prompt)
-    path = Path(local_path) if local_path is not None else _local(spec)
+    path = Path(local_path) if local_path is not None else local(spec)
     if path is None:
         raise UserError(
             f"benchmark `{name}` is not on this machine",
@@ -127,6 +127,7 @@ def load(name: str, local_path: str | Path | None = None) -> Benchmark:
     return Benchmark(name, loaded.problems, spec.samples, spec.prompt)
 
 
-def _local(spec: BenchmarkSpec) -> Path | None:
+def local(spec: BenchmarkSpec) -> Path | None:
+    """Where a copy of a benchmark lies in ASTRA_DATA_DIR; None when there is none."""
     places = (datasets.find_in_data_dir(name, "eval") for name in (spec.name, *spec.file_names))
     return next((place for place in places if place is not None), None)

@@ -1,0 +1,156 @@
+"""Checkpoint, tokenizer, training problems and benchmarks: on this machine, whole, and as the adapter expects them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from astracli.doctor.gather import offline
+from astracli.doctor.subject import Check, Facts, Status, Subject
+
+GROUP = "data"
+TRAINABLE = ("BF16", "F16", "F32")
+TIED_HEAD = "lm_head.weight"
+"""Some files repeat the tied embedding under this name."""
+
+
+def checks(subject: Subject) -> Iterator[Check]:
+    if subject.recipe is None:
+        return
+    yield from _checkpoint(subject)
+    yield from _sets(subject)
+    home = subject.facts["env"].get("HF_HOME") or "~/.cache/huggingface"
+    mode = ", offline" if offline(subject.facts["env"]) else ""
+    yield Check("hub cache", GROUP, "ok", f"{home}{mode}")
+
+
+def unreachable(facts: Facts) -> str | None:
+    """Why nothing can be downloaded; None when it can, or when nobody tried."""
+    network = facts["network"]
+    if offline(facts["env"]):
+        return "HF_HUB_OFFLINE is set"
+    if network is not None and network["hub_asked"] and network["hub_error"]:
+        return f"{network['hub']} cannot be reached ({network['hub_error']})"
+    return None
+
+
+def _absent(subject: Subject) -> tuple[Status, str]:
+    """(status, why) of something on the Hub that is not here."""
+    reason = unreachable(subject.facts)
+    if reason is not None:
+        return "fail", f"it cannot be downloaded: {reason}"
+    return "warn", "it is downloaded when a run starts"
+
+
+def _checkpoint(subject: Subject) -> Iterator[Check]:
+    assert subject.recipe is not None
+    path, known = subject.recipe.model.path, subject.facts["checkpoint"]
+    if known is None or known["path"] != path:
+        if subject.config is None:
+            value = f"{path} is not in this document"
+            why = "whether it is there, and whole, cannot be judged"
+            yield Check("checkpoint", GROUP, "warn", value, why, "record the document with the recipe named")
+        else:
+            yield Check("checkpoint", GROUP, "ok", f"{path} ships with astra")
+        return
+    fix = f"`hf download {path}` where the Hub answers, copy it here, `--set model.path=DIRECTORY`"
+    if known["place"] is None and known["problem"] is None:
+        status, why = _absent(subject)
+        yield Check("checkpoint", GROUP, status, f"{path} is not on this machine", why, fix)
+        return
+    if known["problem"] is not None:
+        cure = "check model.path; copy or download the checkpoint again"
+        yield Check("checkpoint", GROUP, "fail", path, known["problem"], cure)
+        return
+    if known["missing_files"]:
+        lost = known["missing_files"]
+        value = f"{len(lost)} weight files missing: {', '.join(lost[:2])}{' ...' if len(lost) > 2 else ''}"
+        from_hub = "/snapshots/" in known["place"]
+        status, why = _absent(subject) if from_hub else ("fail", f"`{known['place']}` is not whole")
+        yield Check("checkpoint", GROUP, status, value, why, fix)
+        return
+    yield Check("checkpoint", GROUP, "ok", f"{path}, {len(known['tensors'])} tensors")
+    yield from _tensors(subject, known["tensors"])
+    yield from _tokenizer(known)
+
+
+def _tensors(subject: Subject, tensors: Mapping[str, Mapping[str, Any]]) -> Iterator[Check]:
+    """Names, shapes and dtypes of the files against what the adapter computes from config.json."""
+    adapter, config = subject.fit.adapter, subject.config
+    if adapter is None or config is None:
+        return
+    dtypes = sorted({t["dtype"] for t in tensors.values()} - set(TRAINABLE))
+    if dtypes:
+        why = "quantised weights cannot be trained on; only bf16, fp16 and fp32 are read"
+        yield Check("dtypes", GROUP, "fail", ", ".join(dtypes), why, "choose the unquantised checkpoint")
+    else:
+        yield _kept(subject, tensors)
+    if adapter.shapes is None:
+        yield Check("tensor names", GROUP, "skip", f"adapter `{adapter.name}` knows them only after loading")
+        return
+    expected = adapter.shapes(config)
+    held = {name: tuple(t["shape"]) for file_name, t in tensors.items() if (name := adapter.wire_name(file_name))}
+    problems = {
+        "missing": sorted(expected.keys() - held.keys()),
+        "left over": sorted(held.keys() - expected.keys() - {TIED_HEAD}),
+        "of another shape": sorted(n for n in expected.keys() & held.keys() if expected[n] != held[n]),
+    }
+    wrong = [f"{len(names)} {what}: {names[0]}" for what, names in problems.items() if names]
+    if wrong:
+        why = f"adapter `{adapter.name}` refuses a checkpoint that does not match its config.json"
+        fix = "download the checkpoint again, or name the adapter of its family in model.adapter"
+        yield Check("tensor names", GROUP, "fail", "; ".join(wrong), why, fix)
+    else:
+        beside = len(tensors) - len(held)
+        more = f", {beside} beside them never trained" if beside else ""
+        yield Check("tensor names", GROUP, "ok", f"{len(expected)} trained tensors as the adapter expects{more}")
+
+
+def _kept(subject: Subject, tensors: Mapping[str, Mapping[str, Any]]) -> Check:
+    adapter = subject.fit.adapter
+    assert adapter is not None
+    rounded = sorted(n for n, t in tensors.items() if any(k in n for k in adapter.keep_fp32) and t["dtype"] != "F32")
+    shown = ", ".join(sorted({t["dtype"] for t in tensors.values()}))
+    if rounded:
+        why = "engines hold them in fp32; whoever saved this checkpoint rounded them"
+        fix = "nothing to do for a checkpoint of your own making; else download the original again"
+        return Check("dtypes", GROUP, "warn", f"{len(rounded)} tensors not in F32: {rounded[0]}", why, fix)
+    return Check("dtypes", GROUP, "ok", shown)
+
+
+def _tokenizer(known: Mapping[str, Any]) -> Iterator[Check]:
+    if not [name for name in known["tokenizer"] if name != "tokenizer_config.json"]:
+        why = "prompts cannot be turned into tokens"
+        fix = f"copy tokenizer.json and tokenizer_config.json into `{known['place']}`"
+        yield Check("tokenizer", GROUP, "fail", "no tokenizer files", why, fix)
+        return
+    yield Check("tokenizer", GROUP, "ok", ", ".join(known["tokenizer"]))
+    if known["chat_template"]:
+        yield Check("chat template", GROUP, "ok", "there")
+    else:
+        why = "prompts go to the model as bare text: right for a base model, wrong for a chat model"
+        yield Check("chat template", GROUP, "warn", "none", why, "copy chat_template.jinja beside tokenizer.json")
+
+
+def _sets(subject: Subject) -> Iterator[Check]:
+    """Training problems and benchmarks, one check each kind, the missing ones by name."""
+    for use, title in (("train", "training data"), ("eval", "benchmarks")):
+        sets = [s for s in subject.facts["data"] if s["use"] == use]
+        broken = [s for s in sets if s["problem"] is not None]
+        absent = [s for s in sets if s["place"] is None and s["problem"] is None]
+        if not sets:
+            continue
+        if broken:
+            names = ", ".join(s["name"] for s in broken)
+            fix = "`astra recipes show` prints data.source and eval.benchmarks; both take local files"
+            yield Check(title, GROUP, "fail", names, broken[0]["problem"], fix)
+        elif absent:
+            status, why = _absent(subject)
+            names = ", ".join(s["name"] for s in absent)
+            folder = "train" if use == "train" else "eval"
+            fix = f"put {absent[0]['name']}.jsonl into DIR/{folder} and set ASTRA_DATA_DIR=DIR"
+            fix += f", or `hf download --repo-type dataset {absent[0]['hub_id']}`"
+            yield Check(title, GROUP, status, f"not on this machine: {names}", why, fix)
+        else:
+            shown = ", ".join(f"{s['name']}{' (generated)' if s['place'] == 'generated' else ''}" for s in sets)
+            yield Check(title, GROUP, "ok", shown)

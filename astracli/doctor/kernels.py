@@ -1,0 +1,69 @@
+"""Trainer kernels: linear attention on these GPUs, and packages that only look installed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from astracli import machine
+from astracli.backend import HOPPER, SLOW, delta_rule_on_hopper, lowest_capability
+from astracli.doctor.subject import Check, Subject, flaw, found, optional
+
+GROUP = "kernels"
+FLA, CONV = "flash-linear-attention", "causal-conv1d"
+
+
+def checks(subject: Subject) -> Iterator[Check]:
+    facts, used = subject.facts, subject.cuda and subject.hybrid
+    for name in (FLA, "triton"):
+        check = optional(facts, name, GROUP)
+        if used and not machine.usable(facts, name):
+            value, why, fix = flaw(facts, name) or ("not installed", SLOW, f"`pip install {name}`")
+            check = Check(name, GROUP, "warn", value, why if why == SLOW else f"{why}; {SLOW}", fix)
+        yield check
+    yield from _backward(subject)
+    yield from _tilelang(subject)
+    yield _convolution(subject)
+    yield optional(facts, "flash-attn", GROUP)
+
+
+def _backward(subject: Subject) -> Iterator[Check]:
+    """The gated backward, where the GPUs are Hopper and both packages are there; right everywhere else."""
+    facts = subject.facts
+    fla, triton = machine.version_of(facts, FLA), machine.version_of(facts, "triton")
+    capability = lowest_capability(facts)
+    if capability is None or not fla or not triton or (subject.recipe is not None and not subject.hybrid):
+        return
+    if capability[0] != HOPPER[0]:
+        dotted = ".".join(map(str, capability))
+        yield Check("gated backward", GROUP, "ok", f"right on compute capability {dotted} with every version")
+        return
+    kernel, reason, warning = delta_rule_on_hopper(facts, fla, triton)
+    if warning is None:
+        yield Check("gated backward", GROUP, "ok", reason)
+        return
+    fix = warning.rpartition("; ")[2]
+    yield Check("gated backward", GROUP, "warn", f"{kernel} instead of fla", f"{reason}: {SLOW}", fix)
+
+
+def _tilelang(subject: Subject) -> Iterator[Check]:
+    """TileLang compiles at run time: it needs an nvcc, and the CUDA C++ core headers that belong to it."""
+    check = optional(subject.facts, "tilelang", GROUP)
+    tools = subject.facts["compilers"]
+    used = subject.fit.choice is not None and subject.fit.choice.gdn_backward == "fla+tilelang"
+    if check.status == "ok" and not tools["nvcc"]:
+        why = "it compiles kernels when they are first used; nothing here uses it"
+        yield Check("tilelang", GROUP, "ok", f"{check.value}, without nvcc", why)
+    elif check.status == "ok" and used and not tools["cccl"]:
+        why = "it compiles with nvcc and includes <cuda/std/...>, which a bare nvcc lacks"
+        fix = "`pip install 'torch>=2.13' 'flash-linear-attention>=0.6'`, or install the CUDA toolkit with CCCL"
+        yield Check("tilelang", GROUP, "fail", f"{check.value}, nvcc without CCCL headers", why, fix)
+    else:
+        yield check
+
+
+def _convolution(subject: Subject) -> Check:
+    check = optional(subject.facts, CONV, GROUP)
+    if check.status == "skip" and found(subject.facts, FLA)["version"]:
+        why = "with fla alone transformers leaks state through the convolution of packed rows; astra packs otherwise"
+        return Check(CONV, GROUP, "skip", "not installed, not needed", why)
+    return check

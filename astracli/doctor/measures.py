@@ -1,0 +1,293 @@
+"""What the probe child measures with torch. Each returns rows {"name", "status", "value"}: figure and tolerance inside.
+
+On a CPU the shapes are cut in length, never in heads or head sizes: these decide which kernel runs.
+"""
+
+from __future__ import annotations
+
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from astracli import registry
+from astracli.doctor.all_reduce import all_reduce
+
+Row = dict[str, Any]
+DELTA_TOKENS = 80
+"""More than one chunk of 64, and not a multiple of it."""
+DELTA_TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}
+"""Largest |difference| over the largest |value|; on a GPU the kernel gets bf16."""
+ATTENTION_TOKENS = 64
+ATTENTION_TOLERANCE = {"cpu": 1e-5, "cuda": 2e-2}
+SLOW_LOOPBACK = 100e6
+SLOW_COPY = 5e9
+"""Bytes a second; PCIe 3.0 x16 gives about 12e9, x4 about 3e9."""
+
+
+def adapter(name: str, device: str) -> list[Row]:
+    """The adapter's promises on its smallest model: names, sizes, padded and packed rows == separate."""
+    from astracli import adapter_check
+
+    return adapter_check.check(registry.get(name), device)["checks"]
+
+
+# -- the delta rule ----------------------------------------------------------------------------------------------------
+
+
+def delta_rule(name: str, config: Mapping[str, Any], device: str) -> list[Row]:
+    """The trainer's kernel at the recipe's head shapes, output and every gradient, against one step a token."""
+    import torch
+
+    found = registry.get(name)
+    assert found.delta_rule is not None
+    kernel = found.delta_rule(config, device)
+    generator = torch.Generator().manual_seed(0)
+    heads, tokens = kernel.value_heads, DELTA_TOKENS
+    shapes = [(1, tokens, heads, kernel.key_dim)] * 2 + [(1, tokens, heads, kernel.value_dim)]
+    inputs = [torch.randn(shape, generator=generator) for shape in shapes]
+    inputs += [-torch.rand(1, tokens, heads, generator=generator), torch.rand(1, tokens, heads, generator=generator)]
+    out_grad = torch.randn(1, tokens, heads, kernel.value_dim, generator=generator)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    # rounded once for both, so that only the arithmetic is compared; the decay g stays in fp32 as in training
+    cast = [x.to(dtype) if i != 3 else x for i, x in enumerate(inputs)]
+
+    def outcome(rule: Callable[..., Any], tensors: list[Any], grad: Any) -> list[Any]:
+        leaves = [x.detach().clone().requires_grad_() for x in tensors]
+        q, k, v, g, beta = leaves
+        out, _ = rule(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True)
+        out.backward(grad.to(out))
+        return [out.detach(), *(x.grad for x in leaves)]
+
+    ours = outcome(kernel.rule, [x.to(device) for x in cast], out_grad.to(dtype).to(device))
+    theirs = outcome(step_by_step, [x.to(device, torch.float32) for x in cast], out_grad.to(dtype).float().to(device))
+    errors = [relative(a, b) for a, b in zip(ours, theirs, strict=True)]
+    shown = f"{heads} heads of {kernel.key_dim} x {kernel.value_dim}"
+    allowed = DELTA_TOLERANCE[device]
+    return [
+        _row("delta rule, forward", errors[0], allowed, f"relative, {shown}"),
+        _row("delta rule, backward", max(errors[1:]), allowed, "relative, worst of five gradients"),
+    ]
+
+
+def step_by_step(q: Any, k: Any, v: Any, *, g: Any, beta: Any, use_qk_l2norm_in_kernel: bool) -> tuple[Any, Any]:
+    """The gated delta rule as it is written down (arXiv 2412.06464, equation 10), fp32 [B, T, H, D].
+
+    S <- exp(g) S; S <- S + k (beta (v - S^T k))^T; out = S^T q / sqrt(D)
+    """
+    import torch
+
+    if use_qk_l2norm_in_kernel:
+        q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+    q = q / q.shape[-1] ** 0.5
+    state = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+    outs = []
+    for t in range(q.shape[1]):
+        state = state * g[:, t, :, None, None].exp()
+        held = (state * k[:, t, :, :, None]).sum(-2)
+        update = (v[:, t] - held) * beta[:, t, :, None]
+        state = state + k[:, t, :, :, None] * update[:, :, None, :]
+        outs.append((state * q[:, t, :, :, None]).sum(-2))
+    return torch.stack(outs, 1), state
+
+
+def relative(found: Any, reference: Any) -> float:
+    """Largest |difference| over the largest |reference|; NaN counts as infinite."""
+    error = float((found.float() - reference.float()).abs().max() / reference.float().abs().max().clamp_min(1e-12))
+    return error if error == error else float("inf")
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+def attention(config: Mapping[str, Any], device: str, chosen: list[str]) -> list[Row]:
+    """Each chosen backend that can be called by itself, at the recipe's heads, causal, against an explicit softmax."""
+    import torch
+
+    text = config.get("text_config") or config
+    heads, kv_heads = text["num_attention_heads"], text.get("num_key_value_heads") or text["num_attention_heads"]
+    dim = text.get("head_dim") or text["hidden_size"] // heads
+    generator = torch.Generator().manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    q, k, v = (
+        torch.randn(ATTENTION_TOKENS, n, dim, generator=generator).to(device, dtype)
+        for n in (heads, kv_heads, kv_heads)
+    )
+    reference = explicit_softmax(q, k, v)
+    rows = []
+    for name in chosen:
+        backend = BACKENDS.get(name)
+        if backend is None:
+            rows.append({"name": f"attention {name}", "status": "skip", "value": "runs inside the engine only"})
+            continue
+        error = relative(backend(q, k, v), reference)
+        shown = f"relative, {heads} heads on {kv_heads} of {dim}"
+        rows.append(_row(f"attention {name}", error, ATTENTION_TOLERANCE[device], shown))
+    return rows
+
+
+def explicit_softmax(q_THD: Any, k_TGD: Any, v_TGD: Any) -> Any:
+    """Causal attention in fp32, T tokens, H query heads on G key heads."""
+    import torch
+
+    group = q_THD.shape[1] // k_TGD.shape[1]
+    q, k, v = q_THD.float(), k_TGD.float().repeat_interleave(group, 1), v_TGD.float().repeat_interleave(group, 1)
+    scores = torch.einsum("thd,shd->hts", q, k) / q.shape[-1] ** 0.5
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    return torch.einsum("hts,shd->thd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v)
+
+
+def _sdpa(q: Any, k: Any, v: Any) -> Any:
+    import torch
+
+    rows = [x.transpose(0, 1)[None] for x in (q, k, v)]
+    return torch.nn.functional.scaled_dot_product_attention(*rows, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+
+
+def _flashinfer(q: Any, k: Any, v: Any) -> Any:
+    import flashinfer
+
+    return flashinfer.single_prefill_with_kv_cache(q, k, v, causal=True)
+
+
+def _flash_attention_2(q: Any, k: Any, v: Any) -> Any:
+    import flash_attn
+
+    return flash_attn.flash_attn_func(q[None], k[None], v[None], causal=True)[0]
+
+
+BACKENDS: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "sdpa": _sdpa,
+    "flashinfer": _flashinfer,
+    "flash_attention_2": _flash_attention_2,
+}
+
+
+# -- engine against trainer --------------------------------------------------------------------------------------------
+
+
+def parity(name: str) -> list[Row]:
+    """The embedded engine draws tokens from the adapter's tiny model; the trainer scores the same tokens. On a CPU."""
+    import torch
+
+    from astracli import adapter_check
+    from astracli.engines.engine import EmbeddedEngine, Limits
+    from astracli.training.logprob import PolicyModel
+
+    found = registry.get(name)
+    with tempfile.TemporaryDirectory() as folder:
+        _, model = adapter_check.load_tiny(found, Path(folder))
+        _round(model, found)
+
+        def load(path: Path) -> tuple[Any, Any]:
+            served = found.load_for_serving(path, attention="sdpa").eval()
+            if found.prepare_cpu is not None:
+                found.prepare_cpu(served)
+            return served, found.wire_tensors(served)
+
+        engine = EmbeddedEngine(Path(folder), load, Limits(slots=4, context_length=64))
+        done: list[Any] = []
+        prompts = [[3, 5, 7, 9][: n + 1] for n in range(4)]
+        sampling = {"temperature": 1.0, "max_new_tokens": 24, "sampling_seed": 1, "ignore_eos": True}
+        body = {"input_ids": prompts, "sampling_params": sampling, "return_logprob": True}
+        rids = engine.generate(body, done.extend)
+        while not done:
+            engine.scheduler.turn()
+    assert [completion.rid for completion in done] == rids
+    policy, differences = PolicyModel(model), []
+    for prompt, completion in zip(prompts, done, strict=True):
+        tokens = torch.tensor([[*prompt, *completion.tokens.tolist()]])
+        predict = torch.arange(len(prompt) - 1, tokens.shape[1] - 1)
+        mask = torch.ones_like(tokens)
+        places = found.position_ids(mask) if found.position_ids is not None else None
+        with torch.no_grad():
+            scored, _ = policy(tokens, found.attention_mask(mask), places, predict, tokens[0, len(prompt) :])
+        differences.append((scored - torch.from_numpy(completion.logprobs)).abs())
+    mean = float(torch.cat(differences).mean())
+    return [_row("engine == trainer", mean, found.parity_tolerance["cpu"], "mean |log-probability difference|")]
+
+
+def _round(model: Any, found: Any) -> None:
+    """To the dtypes that travel: the engine holds these, and the trainer's forward runs on them."""
+    import torch
+
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in found.wire_tensors(model).items():
+            parameters[name].copy_(parameters[name].to(getattr(torch, tensor.dtype)))
+
+
+# -- links -------------------------------------------------------------------------------------------------------------
+
+
+def bandwidth(device: str) -> list[Row]:
+    """Memory, loopback, and with a GPU both directions between host and device, in GB/s."""
+    import torch
+
+    source = torch.ones(2**24)  # 64 MiB
+    target = torch.empty_like(source)
+    rows = [_speed("memory copy", _rate(lambda: target.copy_(source), source.nbytes), 0.0)]
+    rows.append(_speed("loopback", loopback(), SLOW_LOOPBACK))
+    if device == "cuda":
+        held, there = torch.ones(2**26).pin_memory(), torch.empty(2**26, device="cuda")
+        for name, a, b in (("host to device", there, held), ("device to host", held, there)):
+
+            def copy(a: Any = a, b: Any = b) -> None:
+                a.copy_(b)
+                torch.cuda.synchronize()
+
+            rows.append(_speed(name, _rate(copy, held.nbytes), SLOW_COPY))
+    return rows
+
+
+def _rate(copy: Callable[[], Any], count: int) -> float:
+    """Bytes a second, the best of three after one to warm up."""
+    copy()
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        copy()
+        best = min(best, time.perf_counter() - start)
+    return count / best
+
+
+def loopback(count: int = 2**26) -> float:
+    """Bytes a second through one TCP connection on 127.0.0.1."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def send() -> None:
+            with socket.create_connection(server.getsockname()) as out:
+                out.sendall(bytes(count))
+
+        thread = threading.Thread(target=send, daemon=True)
+        start = time.perf_counter()
+        thread.start()
+        connection, _ = server.accept()
+        with connection:
+            buffer, got = bytearray(2**20), 0
+            while read := connection.recv_into(buffer):
+                got += read
+        return got / (time.perf_counter() - start)
+
+
+def _speed(name: str, rate: float, least: float) -> Row:
+    wanted = f" (at least {least / 1e9:g})" if least else ""
+    return {"name": name, "status": "ok" if rate >= least else "fail", "value": f"{rate / 1e9:.1f} GB/s{wanted}"}
+
+
+def _row(name: str, figure: float, allowed: float, shown: str) -> Row:
+    good = figure <= allowed
+    return {"name": name, "status": "ok" if good else "fail", "value": f"{figure:.1e} (at most {allowed:.0e}), {shown}"}
+
+
+MEASURES: dict[str, Callable[..., list[Row]]] = {
+    "adapter": adapter,
+    "delta_rule": delta_rule,
+    "attention": attention,
+    "parity": parity,
+    "all_reduce": all_reduce,
+    "bandwidth": bandwidth,
+}

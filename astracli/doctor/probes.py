@@ -1,0 +1,261 @@
+"""Probes: things really imported and measured on this machine, in child processes with time limits.
+
+One child runs the probes one after the other, so that torch is imported once. When it hangs or dies (a kernel that
+crashes takes its process with it), that probe has failed, and a new child goes on with the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from astracli import machine
+from astracli.doctor import probe_child
+from astracli.doctor.subject import Check, Status, Subject
+
+GROUP = "numerics"
+START_S = 60.0
+"""Importing torch and transformers from a cold disk."""
+PINNED = "`pip install -c constraints/{}.txt astracli` installs versions that agree"
+
+
+@dataclass(frozen=True)
+class Probe:
+    name: str
+    kind: str
+    arguments: dict[str, Any]
+    timeout_s: float
+    needed: bool
+    """The recipe cannot do without it: a failure is `fail`, else `warn`."""
+    why: str
+    fix: str
+    python: str | None = None
+    """Interpreter; None = this one."""
+    prefix: str = ""
+    """Put before the names of its answers."""
+    env: dict[str, str] = field(default_factory=dict)
+
+
+def run(subject: Subject) -> list[Check]:
+    """Every probe that fits the recipe and the machine. The only checks that look beyond the document."""
+    found = []
+    for probes in (engine_probes(subject), list(trainer_probes(subject))):
+        for probe, rows in answers(probes):
+            if probe.kind == "imports":
+                rows = _joined(probe, rows)
+            found += [_check(subject, probe, row) for row in rows]
+    adapter = subject.fit.adapter
+    if adapter is not None and adapter.tiny_config is None:
+        found.append(Check(adapter.name, GROUP, "skip", "this adapter brings no tiny model to try"))
+    if subject.sglang:
+        value = "sglang is compared with the trainer when a run starts, not here"
+        found.append(Check("engine == trainer", GROUP, "skip", value))
+    return found
+
+
+def _joined(probe: Probe, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was imported as one row, each that was not by its own."""
+    failed = [
+        row | {"name": f"import {row['name']}"} for row in rows if row["status"] == "fail" and row["name"] != probe.name
+    ]
+    failed += [row for row in rows if row["status"] == "fail" and row["name"] == probe.name]
+    good = ", ".join(row["name"] for row in rows if row["status"] == "ok")
+    return [*failed, {"name": probe.name, "status": "ok", "value": good}] if good else failed
+
+
+def _check(subject: Subject, probe: Probe, row: dict[str, Any]) -> Check:
+    failed = row["status"] == "fail"
+    status: Status = subject.bad(probe.needed) if failed else row["status"]
+    talk = status in ("fail", "warn")
+    return Check(f"{probe.prefix}{row['name']}", GROUP, status, row["value"], probe.why if talk else "",
+                 row.get("fix", probe.fix) if talk else "")  # fmt: skip
+
+
+# -- which probes ------------------------------------------------------------------------------------------------------
+
+
+def engine_probes(subject: Subject) -> list[Probe]:
+    """What the engine's interpreter must import, asked of that interpreter."""
+    facts = subject.serving
+    if facts is None or not subject.sglang:
+        return []
+    wanted = {
+        "sglang": "sglang.srt.server_args:ServerArgs",
+        "flashinfer-python": "flashinfer:single_prefill_with_kv_cache",
+    }
+    there = {name: target for name, target in wanted.items() if machine.usable(facts, name)}
+    if not there:
+        return []
+    python = subject.recipe.resources.engine.python if subject.recipe is not None else None
+    why, fix = "the engine imports it when it starts", "`pip install --force-reinstall 'astracli[sglang]'` there"
+    return [Probe("engine imports", "imports", {"wanted": there}, 120, True, why, fix, python)]
+
+
+def trainer_probes(subject: Subject) -> Iterator[Probe]:
+    """Imports, the adapter's promises, kernels against references, the engine against the trainer, links."""
+    adapter, config = subject.fit.adapter, subject.config
+    if not machine.usable(subject.facts, "torch"):
+        return
+    there = bool(machine.visible_gpus(subject.facts)) and subject.facts["torch_cuda"] is not None
+    device = "cuda" if there and (subject.cuda or subject.recipe is None) else "cpu"
+    env = {} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
+    env |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "HF_HUB_OFFLINE": "1"}
+    pinned = PINNED.format("cuda" if device == "cuda" else "cpu")
+    why = "found on disk, and yet it cannot be used"
+    wanted = {"wanted": _imports(subject, device)}
+    yield Probe("imports", "imports", wanted, 60, True, why, pinned, env=env)
+    if adapter is not None:
+        name, settings = adapter.name, dict(config or _known(subject))
+        why = f"adapter `{name}` does not hold with these versions"
+        if adapter.tiny_config is not None:
+            yield Probe("adapter", "adapter", {"name": name, "device": device}, 60, True, why, pinned,
+                        prefix=f"{name}: ", env=env)  # fmt: skip
+        if adapter.delta_rule is not None and settings:
+            why = "the trainer would learn from wrong gradients without a word"
+            fix = pinned if device == "cpu" else "`pip install 'torch>=2.13' 'flash-linear-attention>=0.6'`"
+            sizes = {"name": name, "config": settings, "device": device}
+            yield Probe("delta rule", "delta_rule", sizes, 120, True, why, fix, env=env)
+        if settings and subject.fit.choice is not None:
+            chosen = [subject.fit.choice.trainer_attention, subject.fit.choice.serving_attention]
+            settings = {"config": settings, "device": device, "chosen": list(dict.fromkeys(chosen))}
+            why = "the chosen attention backend computes something else"
+            fix = "`--set train.attention=auto --set rollout.attention_backend=auto`, or another version of it"
+            yield Probe("attention", "attention", settings, 90, True, why, fix, env=env)
+        if adapter.tiny_config is not None and not subject.sglang and subject.recipe is not None:
+            why = "importance ratios would be wrong from the first step on"
+            yield Probe("engine == trainer", "parity", {"name": name}, 60, True, why, pinned, env=env)
+    yield from _links(subject, device, env)
+
+
+def _links(subject: Subject, device: str, env: dict[str, str]) -> Iterator[Probe]:
+    """Ranks that exchange gradients, and the copies that a run makes all the time."""
+    recipe = subject.recipe
+    ranks = 1
+    if recipe is not None:
+        ranks = recipe.resources.train_gpus if subject.cuda else recipe.resources.train_ranks
+    gpus = machine.visible_gpus(subject.facts)
+    if device == "cuda":
+        ranks = min(ranks if recipe is not None else len(gpus), len(gpus))
+    if ranks > 1:
+        why, fix = (
+            "trainer ranks would hang at their first step",
+            "look at `nvidia-smi topo -m` and the log of NCCL_DEBUG=INFO",
+        )
+        placed = subject.fit.plan
+        trainers = [p.gpus[0] for p in placed.processes if p.role == "trainer" and p.gpus] if placed else []
+        there = [gpu["index"] for gpu in gpus]
+        chosen = [gpu for gpu in trainers if gpu in there] or there
+        more = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, chosen[:ranks]))} if device == "cuda" else {}
+        settings = {"ranks": len(chosen[:ranks]) if device == "cuda" else ranks, "device": device}
+        if settings["ranks"] > 1:
+            yield Probe("all-reduce", "all_reduce", settings, 200, True, why, fix, env=env | more)
+    why, fix = (
+        "copies take longer than computing",
+        "look for other load on this machine, or another PCIe slot or driver",
+    )
+    yield Probe("bandwidth", "bandwidth", {"device": device}, 60, False, why, fix, env=env)
+
+
+def _imports(subject: Subject, device: str) -> dict[str, str]:
+    wanted = {
+        "torch": "torch:tensor",
+        "transformers": "transformers:AutoModelForCausalLM",
+        "math-verify": "math_verify:verify",
+    }
+    if device == "cuda":
+        wanted |= {
+            "triton": "triton:jit",
+            "flash-linear-attention": "fla.ops.gated_delta_rule:chunk_gated_delta_rule",
+            "causal-conv1d": "causal_conv1d:causal_conv1d_fn",
+            "flash-attn": "flash_attn:flash_attn_func",
+        }
+    return {name: target for name, target in wanted.items() if machine.usable(subject.facts, name)}
+
+
+def _known(subject: Subject) -> Any:
+    """Sizes of a model that the adapter knows, when its config.json is not here."""
+    assert subject.fit.adapter is not None and subject.recipe is not None
+    return subject.fit.adapter.known_configs.get(subject.recipe.model.path) or {}
+
+
+# -- running them ------------------------------------------------------------------------------------------------------
+
+
+def answers(probes: list[Probe], start_s: float = START_S) -> Iterator[tuple[Probe, list[dict[str, Any]]]]:
+    """(probe, rows) in order; a probe whose child hangs or dies answers with one failed row."""
+    todo = list(probes)
+    while todo:
+        batch = [p for p in todo if (p.python, p.env) == (todo[0].python, todo[0].env)]
+        batch = batch[: next((i for i, p in enumerate(todo[: len(batch)]) if p is not batch[i]), len(batch))]
+        for probe, rows in _child(batch, start_s):
+            todo.remove(probe)
+            yield probe, rows
+
+
+def _child(probes: list[Probe], start_s: float) -> Iterator[tuple[Probe, list[dict[str, Any]]]]:
+    """One child for these probes; ends early after a probe that hung or died."""
+    first = probes[0]
+    module = ["-m", "astracli.doctor.probe_child"] if first.python is None else [probe_child.__file__]
+    with tempfile.TemporaryFile("w+") as errors:
+        try:
+            child = subprocess.Popen(
+                [first.python or sys.executable, *module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                text=True, start_new_session=True, env=os.environ | first.env,
+            )  # fmt: skip
+        except OSError as error:
+            yield first, [_failed(first, (error.strerror or str(error)).lower())]
+            return
+        try:
+            lines = _reader(child, probes)
+            limit = start_s
+            for probe in probes:
+                try:
+                    line = lines.get(timeout=limit + probe.timeout_s)
+                except queue.Empty:
+                    yield probe, [_failed(probe, f"no answer in {limit + probe.timeout_s:.0f} s")]
+                    return
+                if line is None:
+                    code = child.wait()
+                    errors.seek(0)
+                    last = (errors.read().strip().splitlines() or [""])[-1]
+                    said = f": {last[:200]}" if last else ""
+                    yield probe, [_failed(probe, f"its process ended with code {code}{said}")]
+                    return
+                yield probe, json.loads(line)
+                limit = 0.0
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(child.pid, signal.SIGKILL)  # it leads its own session; ranks that it started are in it
+            child.wait()
+
+
+def _reader(child: subprocess.Popen[str], probes: list[Probe]) -> queue.Queue[str | None]:
+    """Lines of the child as they come; None at its end."""
+    lines: queue.Queue[str | None] = queue.Queue()
+    assert child.stdin is not None and child.stdout is not None
+    with contextlib.suppress(BrokenPipeError):
+        json.dump([{"name": p.name, "kind": p.kind, "arguments": p.arguments} for p in probes], child.stdin)
+        child.stdin.close()
+    stream = child.stdout
+
+    def read() -> None:
+        for line in stream:
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    return lines
+
+
+def _failed(probe: Probe, value: str) -> dict[str, Any]:
+    return {"name": probe.name, "status": "fail", "value": value}

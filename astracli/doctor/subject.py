@@ -1,0 +1,155 @@
+"""What every group of checks gets and gives: a subject (facts, recipe, what the recipe comes to) and checks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from astracli import backend, machine, plan, registry
+from astracli.adapter import ModelAdapter, read_config
+from astracli.backend import BackendChoice
+from astracli.errors import UserError
+from astracli.plan_types import LaunchPlan
+from astracli.recipe import Recipe
+
+Facts = Mapping[str, Any]
+Status = Literal["ok", "warn", "fail", "skip"]
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    group: str
+    status: Status
+    value: str
+    """What was found."""
+    why: str = ""
+    """Why it matters, one line; empty when all is well and there is nothing to say."""
+    fix: str = ""
+    """The next command or setting."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a recipe comes to on these facts; parts are None from the first refusal on."""
+
+    adapter: ModelAdapter | None = None
+    choice: BackendChoice | None = None
+    plan: LaunchPlan | None = None
+    refusal: UserError | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is judged. Nothing in it changes, and no check looks anywhere else."""
+
+    facts: Facts
+    recipe: Recipe | None = None
+    config: Mapping[str, Any] | None = None
+    """config.json of the recipe's checkpoint, when it is known."""
+    fit: Fit = Fit()
+
+    @property
+    def cuda(self) -> bool:
+        """The recipe runs on GPUs; after a refusal, what the recipe says."""
+        if self.fit.choice is not None:
+            return self.fit.choice.device == "cuda"
+        if self.recipe is None:
+            return False
+        asked = self.recipe.resources
+        return asked.device == "cuda" or (asked.device == "auto" and asked.rollout_gpus + asked.train_gpus > 0)
+
+    @property
+    def sglang(self) -> bool:
+        """The recipe generates with SGLang; after a refusal, what the recipe says."""
+        if self.fit.choice is not None:
+            return self.fit.choice.engine == "sglang"
+        return self.cuda and self.recipe is not None and self.recipe.rollout.engine != "embedded"
+
+    @property
+    def hybrid(self) -> bool:
+        return self.fit.adapter is not None and self.fit.adapter.hybrid
+
+    @property
+    def foreign_engine(self) -> bool:
+        """The engine has an interpreter of its own: its packages are not the trainer's."""
+        return self.recipe is not None and self.recipe.resources.engine.python is not None
+
+    @property
+    def serving(self) -> Facts | None:
+        """The facts as the engine's interpreter has them; None when it is another one and nothing is known of it."""
+        if not self.foreign_engine:
+            return self.facts
+        engine = self.facts["engine"]
+        if engine is None or engine["error"] is not None:
+            return None
+        own = {"packages": engine["packages"], "torch_cuda": engine["torch_cuda"]}
+        return {**self.facts, **own}
+
+    def bad(self, needed: bool) -> Status:
+        """`fail` for what this recipe needs, `warn` for all else."""
+        return "fail" if needed and self.recipe is not None else "warn"
+
+
+def subject(recipe: Recipe | None, document: Mapping[str, Any]) -> Subject:
+    """Facts and recipe made ready for the checks. Raises UserError when `document` is no machine description."""
+    facts = machine.validate(document)
+    if recipe is None:
+        return Subject(facts)
+    config = _config(recipe, facts)
+    return Subject(facts, recipe, config, judge(recipe, facts, config))
+
+
+def _config(recipe: Recipe, facts: Facts) -> Mapping[str, Any] | None:
+    """From the document; a model that ships with the package is on every machine."""
+    from astracli.launch import fetch
+
+    known = facts["checkpoint"]
+    if known is not None and known["path"] == recipe.model.path:
+        return known["config"]
+    if recipe.model.path.startswith(fetch.BUNDLED_PREFIX):
+        return read_config(fetch.bundled(recipe.model.path))
+    return None
+
+
+def judge(recipe: Recipe, facts: Facts, config: Mapping[str, Any] | None) -> Fit:
+    """Adapter, backends and plan of a recipe; a refusal is kept, not raised."""
+    adapter, choice = None, None
+    try:
+        adapter = registry.resolve(recipe, config)
+        choice = backend.choose(adapter, facts, recipe, config)
+        return Fit(adapter, choice, plan.build(recipe, adapter, choice, facts, config=config))
+    except UserError as error:
+        return Fit(adapter, choice, None, error)
+
+
+def found(facts: Facts, name: str) -> Mapping[str, Any]:
+    """A package of the document; one that the document does not name is not installed."""
+    absent = {"version": None, "importable_spec": False, "origin": None, "models": None, "pins": {}}
+    return facts["packages"].get(name) or absent
+
+
+def flaw(facts: Facts, name: str) -> tuple[str, str, str] | None:
+    """(value, why, fix) of a package that looks installed and cannot be imported; None when it does not lie."""
+    package = found(facts, name)
+    if package["importable_spec"] and not package["origin"]:
+        why = "a namespace stub, a folder without a module: `import` succeeds and finds nothing in it"
+        return "stub", why, f"`pip install {name}`, or remove the empty folder"
+    if package["version"] and not machine.usable(facts, name):
+        why = "installed by its metadata, but there is no module to import"
+        return package["version"], why, f"`pip install --force-reinstall {name}`"
+    return None
+
+
+def optional(facts: Facts, name: str, group: str) -> Check:
+    """A package that may be absent, and must not lie when it is there."""
+    wrong = flaw(facts, name)
+    if wrong is not None:
+        return Check(name, group, "warn", *wrong)
+    version = found(facts, name)["version"]
+    return Check(name, group, "ok" if version else "skip", version or "not installed")
+
+
+def unknown(name: str, group: str) -> Check:
+    return Check(name, group, "skip", "not in this document")

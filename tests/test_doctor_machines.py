@@ -1,0 +1,106 @@
+"""The shipped machine documents, and the verdicts that an expert gives on them."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from typing import Any
+
+import pytest
+from doctor_cases import checkpoint
+from test_doctor import BIG, SHARED, TINY, found, judged, one
+
+from astracli import machine
+
+NAMES = ("8xl40", "8xh100", "1xa100", "8xb200", "rtx5090", "laptop-cpu", "container")
+
+
+@pytest.fixture(autouse=True)
+def whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machines are judged here, not whether this version of astra ships every engine."""
+    monkeypatch.setattr("astracli.doctor.recipe.shipped", lambda module: True)
+
+
+def document(name: str) -> dict[str, Any]:
+    return json.loads((resources.files("astracli") / "assets/machines" / f"{name}.json").read_text())
+
+
+def choices(report: dict[str, Any]) -> dict[str, str]:
+    return {row["what"]: row["choice"] for row in report["backends"]}
+
+
+def test_the_folder_holds_exactly_these_and_says_where_each_comes_from() -> None:
+    folder = resources.files("astracli") / "assets/machines"
+    assert sorted(f.name for f in folder.iterdir()) == sorted(f"{name}.json" for name in NAMES)
+    for name in NAMES:
+        assert machine.validate(document(name)) == document(name)
+        assert document(name)["source"].startswith("composed: ")
+
+
+VERDICTS: list[tuple[str, str, set[str], set[str], str]] = [
+    # machine, recipe, what fails, what warns, serving attention
+    ("8xl40", BIG, set(), {"checkpoint"}, "flashinfer"),
+    ("8xl40", TINY, set(), set(), "sdpa"),
+    ("8xh100", BIG, set(), {"checkpoint"}, "fa3"),
+    ("1xa100", BIG, {"gpus"}, {"checkpoint", "locked memory"}, "flashinfer"),
+    ("1xa100", SHARED, set(), {"checkpoint"}, "flashinfer"),
+    ("8xb200", BIG, set(), {"checkpoint"}, "trtllm_mha"),
+    ("rtx5090", BIG, {"gpus"}, {"checkpoint", "open files", "gpus in use"}, "flashinfer"),
+    ("rtx5090", SHARED, set(), {"checkpoint", "open files", "gpus in use"}, "flashinfer"),
+    ("rtx5090", TINY, set(), {"open files", "gpus in use"}, "sdpa"),
+    ("laptop-cpu", TINY, set(), {"open files"}, "sdpa"),
+    (
+        "laptop-cpu",
+        BIG,
+        {"torch for gpus", "sglang", "gpus", "memory"},
+        {"open files", "flash-linear-attention", "triton", "checkpoint", "disk", "load"},
+        "auto",
+    ),
+    ("container", BIG, {"shared memory"}, {"open files", "locked memory", "checkpoint"}, "fa3"),
+    ("container", SHARED, set(), {"open files", "shared memory", "checkpoint"}, "fa3"),
+    ("container", TINY, set(), {"open files"}, "sdpa"),
+]
+
+
+@pytest.mark.parametrize(("name", "recipe", "fails", "warns", "serving"), VERDICTS)
+def test_verdicts(name: str, recipe: str, fails: set[str], warns: set[str], serving: str) -> None:
+    report = judged(recipe, document(name))
+    assert set(found(report, "fail")) == fails
+    assert set(found(report, "warn")) == warns
+    assert report["ok"] is not bool(fails)
+    assert choices(report)["serving attention"] == serving
+
+
+def test_l40_with_the_references_environment() -> None:
+    """flashinfer and triton may serve, fa3 is refused with the reason; samples are kept apart by our own path, not by
+    transformers 5.8.1; the development build of SGLang counts by the model that it holds, not by its number."""
+    report = judged(BIG, document("8xl40"))
+    attention = one(report, "attention backends")
+    assert attention["value"].startswith("flashinfer, triton") and attention["value"].endswith("refused: fa3")
+    assert "dies under load" in attention["why"]
+    assert one(report, "packing")["value"] == "astra's own varlen path resets convolution and delta rule"
+    assert "transformers 5.8.1 leaks state between packed samples silently" in one(report, "packing")["why"]
+    assert one(report, "sglang")["value"] == "0.5.6.post3.dev5643+g373cadc92, holds `qwen3_5`"
+    assert one(report, "gated backward")["status"] == "ok"
+    assert choices(report)["delta rule, backward"] == "fla"
+    asked = judged(BIG, document("8xl40"), "rollout.attention_backend=fa3")
+    assert found(asked, "fail") == {"refused": "fail"}
+    assert judged(BIG, document("8xl40"), "rollout.attention_backend=triton")["ok"] is True
+
+
+def test_the_references_kernels_on_hopper_lose_the_fast_backward() -> None:
+    report = judged(BIG, document("8xh100") | {"packages": document("8xl40")["packages"]})
+    assert report["ok"] is True
+    assert one(report, "gated backward")["status"] == "warn"
+    assert choices(report)["delta rule, backward"] == "torch"
+    assert choices(judged(BIG, document("8xh100")))["delta rule, backward"] == "fla"
+
+
+def test_the_container_is_mended_by_the_two_options_that_it_names() -> None:
+    box = document("container")
+    report = judged(BIG, box)
+    assert one(report, "shared memory")["fix"] == "start the container with `--shm-size=8g`"
+    assert "--ulimit nofile=65536:65536" in one(report, "open files")["fix"]
+    box["system"] |= {"shm_total": 8 * 2**30, "nofile": 65536, "memlock": -1}
+    box["checkpoint"] = checkpoint()
+    assert found(judged(BIG, box), "fail", "warn") == {}

@@ -16,7 +16,7 @@ from astracli.hub.batches import BatchBook
 from astracli.hub.evals import EvalBoard
 from astracli.hub.leases import LeaseBook, PutStatus
 from astracli.hub.schema import Database
-from astracli.rl.schedule import admit
+from astracli.rl.schedule import admit, count
 from astracli.rl.types import unpack_group
 
 STOPPING = "the end: the run is being stopped"
@@ -26,7 +26,9 @@ class HubStore:
     """Thread-safe: one lock, one connection. `clock` returns monotonic seconds.
 
     `engines` are the names that evaluations are pinned to, in turn. `eval_every` 0 switches in-run evaluation off.
-    Deterministic runs (staleness 0) get their batches in the order of lease ids.
+    Deterministic runs (staleness 0) get their batches in the order of lease ids, and their leases in waves: nothing new
+    is granted before every group of the wave before is in. Which groups are generated together, and so the last bits of
+    their log-probabilities, then depends on nothing but their ids.
     """
 
     def __init__(
@@ -61,6 +63,8 @@ class HubStore:
         )
         self._listeners: list[Callable[[], None]] = []
         self._stop = False
+        self._deterministic = deterministic
+        self._wave_left = 0
 
     # ---- changes and the end -----------------------------------------------------------------------------------------
 
@@ -107,6 +111,7 @@ class HubStore:
             if ids is None:
                 take, version, wait = self._admissible(n, engine)
                 ids = self._leases.grant(worker, take, version, request) if take else []
+                self._wave_left -= len(ids) if self._deterministic else 0
             leases = [{"lease_id": i, "prompt_index": i} for i in ids]
             return {"leases": leases, "wait": wait, "stop": self._stop}
 
@@ -126,6 +131,11 @@ class HubStore:
             in_flight=self._leases.count("leased"),
             waiting=self._leases.count("kept"),
         )
+        if self._deterministic and admission.capacity:
+            if not self._wave_left and not admission.in_flight:
+                self._wave_left = admission.capacity
+            wait = None if self._wave_left else f"{count(admission.in_flight)} in flight: one wave at a time"
+            return min(n, self._wave_left), version, wait
         return min(n, admission.capacity), version, admission.reason
 
     def renew(self, lease_ids: Iterable[int], worker: str | None = None) -> list[int]:
@@ -199,7 +209,8 @@ class HubStore:
 
         Batches of later steps stay assigned and are served again; their acknowledgements, later versions and their
         evaluations never were; leases in flight are granted again. Nothing is announced until the trainer has published
-        `version` anew. Raises RunFailed when those batches are pruned.
+        `version` anew. A deterministic run forgets the groups that no batch holds: their waves begin again, whole.
+        Raises RunFailed when those batches are pruned.
         """
         with self._db.lock:
             self._batches.check_rewind(step)
@@ -208,6 +219,9 @@ class HubStore:
                 self._board.rewind(version)
                 self._db.set_meta("dropped_in_a_row", 0)
             self._leases.requeue("state = 'leased'")
+            if self._deterministic:
+                self._leases.forget_since_last_batch()
+                self._wave_left = 0
         self._changed()
 
     # ---- versions, engines, evaluations ------------------------------------------------------------------------------

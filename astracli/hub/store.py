@@ -43,6 +43,7 @@ class HubStore:
         eval_every: int,
         engines: list[str],
         deterministic: bool = False,
+        history_steps: int = 1000,
         clock: Callable[[], float] = time.monotonic,
     ):
         assert not (deterministic and max_staleness), "deterministic runs have staleness 0"
@@ -52,7 +53,12 @@ class HubStore:
         self._db = Database(Path(path))
         self._board = EvalBoard(self._db, steps=steps, eval_every=eval_every, engines=engines)
         self._batches = BatchBook(
-            self._db, batch_groups=batch_groups, max_staleness=max_staleness, steps=steps, deterministic=deterministic
+            self._db,
+            batch_groups=batch_groups,
+            max_staleness=max_staleness,
+            steps=steps,
+            deterministic=deterministic,
+            history_steps=history_steps,
         )
         self._leases = LeaseBook(
             self._db,
@@ -265,17 +271,17 @@ class HubStore:
     def counts(self) -> dict[str, int]:
         """Groups by fate, for the terminal; `timeouts` counts samples."""
         with self._db.lock:
-            by_state = dict(self._db.rows("SELECT state, COUNT(*) FROM groups GROUP BY state"))
-            timeouts = self._db.scalar("SELECT COALESCE(SUM(timeouts), 0) FROM groups")
+            count, forgotten = self._leases.count, self._batches.forgotten
             acked = self._batches.acked
+            timeouts = self._db.scalar("SELECT COALESCE(SUM(timeouts), 0) FROM groups WHERE timeouts > 0")
         return {
-            "in_flight": by_state.get("leased", 0),
-            "queued": by_state.get("queued", 0),
-            "waiting": by_state.get("kept", 0),
-            "dropped": by_state.get("dropped", 0),
-            "expired": by_state.get("expired", 0),
-            "skipped": by_state.get("skipped", 0),
-            "timeouts": timeouts,
+            "in_flight": count("leased"),
+            "queued": count("queued"),
+            "waiting": count("kept"),
+            "dropped": count("dropped") + forgotten("dropped"),
+            "expired": count("expired") + forgotten("expired"),
+            "skipped": count("skipped") + forgotten("skipped"),
+            "timeouts": timeouts + forgotten("timeouts"),
             "consumed_steps": acked,
             "consumed_groups": acked * self.batch_groups,
         }

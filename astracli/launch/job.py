@@ -159,6 +159,7 @@ class Job:
             eval_every=recipe.eval.every if training and recipe.eval.benchmarks else 0,
             engines=engines,
             deterministic=recipe.launch.deterministic,
+            history_steps=recipe.launch.hub_history_steps,
         )
         listeners: list[Supervisor] = []
 

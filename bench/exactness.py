@@ -34,7 +34,12 @@ OF_A_PROCESS = frozenset({"time", "rows_max_abs"})
 
 def digests(run: Path) -> dict[str, str]:
     """File -> hash, of everything that a deterministic run writes alike."""
-    files = [*run.glob("export/*.safetensors"), *run.glob("eval/items/*"), *run.glob("samples/*"), run / "eval/eval.csv"]
+    files = [
+        *run.glob("export/*.safetensors"),
+        *run.glob("eval/items/*"),
+        *run.glob("samples/*"),
+        run / "eval/eval.csv",
+    ]
     return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -128,7 +133,10 @@ def main() -> None:
         bad |= bool(odd)
         files = len(digests(folder / "first"))
         print(f"{'process killed':15} {'after steps':>11} {'bytes and figures equal':>24}", flush=True)
-        print(f"{'(second run)':15} {'':>11} {'no: ' + ', '.join(odd[:6]) if odd else f'yes, {files} files':>24}", flush=True)
+        print(
+            f"{'(second run)':15} {'':>11} {'no: ' + ', '.join(odd[:6]) if odd else f'yes, {files} files':>24}",
+            flush=True,
+        )
         for point in args.points:
             victim, _, after = point.partition("@")
             trained = disturbed(folder / point, sets, victim, int(after))

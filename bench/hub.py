@@ -104,7 +104,9 @@ def play(url: str, first: int, batches: int, folder: Path) -> tuple[dict[str, li
         client.engine_state("engine0", step, "ready")
         leases: list[dict[str, int]] = []
         while len(leases) < GROUPS:
-            leases += timed(ms["lease"], lambda: client.lease("rollout", GROUPS - len(leases), engine="engine0"))["leases"]
+            leases += timed(ms["lease"], lambda: client.lease("rollout", GROUPS - len(leases), engine="engine0"))[
+                "leases"
+            ]
         for lease in leases:
             made = group(lease["lease_id"], step, rng)
             timed(ms["put a group"], lambda: client.put_group(made))
@@ -132,7 +134,9 @@ def main() -> None:
         rows = store.counts()
         before = sum(path.stat().st_size for path in folder.glob("hub.sqlite*"))
         server = serve(build_app(store, "t"), bind("127.0.0.1")).start()
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:  # as in a run: not the hub's process
+        with ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn")
+        ) as other:  # as in a run: not the hub's process
             ms, largest = other.submit(play, server.url, first, args.batches, folder).result()
         kept = store._db.scalar("SELECT COUNT(*) FROM groups")
         after = store.counts()
@@ -145,7 +149,9 @@ def main() -> None:
     batch = sorted(ms["batch"])
     p99 = batch[-(-99 * len(batch) // 100) - 1]
     size = GROUPS * SAMPLES * TOKENS
-    print(f"history {first * GROUPS * SAMPLES:,} samples in {sum(rows[k] for k in ('consumed_groups', 'dropped')):,} groups;")
+    print(
+        f"history {first * GROUPS * SAMPLES:,} samples in {sum(rows[k] for k in ('consumed_groups', 'dropped')):,} groups;"
+    )
     print(f"rows kept {kept:,}; counted {after['consumed_groups'] + after['dropped']:,}; a batch is {size:,} tokens")
     print(f"database {before / 1e6:.0f} MB with the history, at most {largest / 1e6:.0f} MB with blobs and log")
     print(f"/batch p99 {p99:.1f} ms, asked for: under {TARGET_MS:.0f} ms")

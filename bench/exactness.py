@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import statistics
 import sys
 import tempfile
@@ -109,7 +110,7 @@ def cost(folder: Path, steps: int) -> None:
         wall_s = straight(run, [f"train.steps={steps}", "eval.every=10", *sets])
         # the gap between two steps' records: evaluations that hold the engine are in it, the median leaves them out
         times = [r["time"] for r in records(run) if r["process"] == "trainer" and "loss" in r]
-        gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
+        gaps = [after - before for before, after in itertools.pairwise(times)]
         evals = [r["eval_wall_s"] for r in records(run) if "eval_wall_s" in r]
         middle[mode] = statistics.median(gaps)
         print(f"{mode:18} {middle[mode]:10.2f} {statistics.median(evals):10.2f} {wall_s:7.1f}")

@@ -2,8 +2,8 @@
 
     python bench/hub.py [--samples 1000000] [--batches 100] [--keep-all]
 
-Fills hub.sqlite with the rows that a run of this length leaves (blobs pruned, as in a real run), then plays steps of 256
-sequences of 4096 tokens (32 groups x 8) through the hub's HTTP: put, batch, acknowledge. `--keep-all` leaves every
+Fills hub.sqlite with the rows that a run of this length leaves (blobs pruned, as in a real run), then plays steps of
+256 sequences of 4096 tokens (32 groups x 8) through the hub's HTTP: put, batch, acknowledge. `--keep-all` leaves every
 row in place instead of the recipe's `launch.hub_history_steps`. Exits 1 when the p99 of `/batch` is 100 ms or more.
 """
 
@@ -85,9 +85,9 @@ def group(lease: int, version: int, rng: np.random.Generator) -> Group:
     return Group(lease, f"problem-{lease}", rng.integers(0, 248320, 200, np.int32), samples, "question", "42")
 
 
-def timed(into: list[float], call: Callable[[], Any]) -> Any:
+def timed(into: list[float], call: Callable[..., Any], *values: Any, **named: Any) -> Any:
     began = time.perf_counter()
-    reply = call()
+    reply = call(*values, **named)
     into.append(1000 * (time.perf_counter() - began))
     return reply
 
@@ -104,16 +104,14 @@ def play(url: str, first: int, batches: int, folder: Path) -> tuple[dict[str, li
         client.engine_state("engine0", step, "ready")
         leases: list[dict[str, int]] = []
         while len(leases) < GROUPS:
-            leases += timed(ms["lease"], lambda: client.lease("rollout", GROUPS - len(leases), engine="engine0"))[
-                "leases"
-            ]
+            leases += timed(ms["lease"], client.lease, "rollout", GROUPS - len(leases), engine="engine0")["leases"]
         for lease in leases:
             made = group(lease["lease_id"], step, rng)
-            timed(ms["put a group"], lambda: client.put_group(made))
-        reply = timed(ms["batch"], lambda: client.batch(step))
-        timed(ms["unpack the batch"], lambda: [unpack_group(blob) for blob in reply["groups"]])
+            timed(ms["put a group"], client.put_group, made)
+        reply = timed(ms["batch"], client.batch, step)
+        timed(ms["unpack the batch"], lambda blobs: [unpack_group(blob) for blob in blobs], reply["groups"])
         saved = step + 1 if (step + 1) % EVERY == 0 else None
-        timed(ms["ack with a checkpoint" if saved else "ack"], lambda: client.ack(step, step + 1, saved))
+        timed(ms["ack with a checkpoint" if saved else "ack"], client.ack, step, step + 1, saved)
         timed(ms["state"], client.state)
         largest = max(largest, sum(path.stat().st_size for path in folder.glob("hub.sqlite*")))
     client.close()

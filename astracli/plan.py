@@ -82,6 +82,8 @@ def _processes(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any], 
     resources, threads = recipe.resources, recipe.resources.threads
     cuda = choice.device == "cuda"
     restarts = recipe.launch.max_restarts if recipe.launch.max_restarts is not None else (2 if cuda else 0)
+    if recipe.launch.deterministic:
+        restarts = 0  # a wave whose engine dies begins again, whole, and that is what a resume does
     physical = [gpu["index"] for gpu in machine.visible_gpus(facts)]
     engine_gpus, train_gpus = _placement(recipe, physical) if cuda else ([], [])
 

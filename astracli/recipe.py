@@ -260,6 +260,9 @@ class LaunchTable(Table):
     ready_timeout_s: PositiveFloat = 600.0
     heartbeat_timeout_s: PositiveFloat = 60.0
     lease_timeout_s: PositiveFloat = 600.0
+    hub_history_steps: PositiveInt = 1000
+    """Steps whose groups stay listed in hub.sqlite, a row each. Older rows are counted and deleted. (What was generated
+    leaves it sooner: once the second checkpoint after its step is acknowledged.)"""
 
 
 class MetricsTable(Table):

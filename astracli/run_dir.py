@@ -18,6 +18,8 @@ from astracli.errors import UserError
 
 State = Literal["running", "done", "failed", "interrupted"]
 RUNS = Path("runs")
+ORPHANS_S = 20.0
+"""Children look for their supervisor each second, and give an unreachable hub ten."""
 
 
 @dataclass
@@ -153,18 +155,26 @@ class RunDir:
 
     # -- who holds it --------------------------------------------------------------------------------------------------
 
-    def lock(self) -> None:
-        """Take the run for this process until `unlock` or its end. Raises UserError when another one holds it."""
+    def lock(self, orphans_s: float = ORPHANS_S) -> None:
+        """Take the run for this process until `unlock` or its end. Raises UserError when another one holds it.
+
+        Children inherit `lock_fd`: a supervisor that was killed leaves the run held until the last of them has seen it
+        and ended. They would write checkpoints and weights under a resume; it waits `orphans_s` for them.
+        """
         fd = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        deadline = time.monotonic() + orphans_s
+        while not _flock(fd):
             holder = os.pread(fd, 32, 0).decode(errors="replace").strip()
+            orphans = holder.isdigit() and not _lives(int(holder))
+            if orphans and time.monotonic() < deadline:
+                time.sleep(0.05)
+                continue
             os.close(fd)
             raise UserError(
-                f"run directory `{self.path}` is in use by process {holder or 'unknown'}",
+                f"run directory `{self.path}` is in use by "
+                + (f"what process {holder} left running" if orphans else f"process {holder or 'unknown'}"),
                 f"wait for it, stop it with `astra runs stop {self.path}`, or give another --run-dir",
-            ) from None
+            )
         os.ftruncate(fd, 0)
         os.pwrite(fd, str(os.getpid()).encode(), 0)
         self._lock_fd = fd
@@ -174,6 +184,11 @@ class RunDir:
         if self._lock_fd is not None:
             os.close(self._lock_fd)
             self._lock_fd = None
+
+    @property
+    def lock_fd(self) -> int | None:
+        """The file descriptor that holds the lock, to be inherited by every child; None when it is not held."""
+        return self._lock_fd
 
     @property
     def held(self) -> bool:
@@ -189,12 +204,9 @@ class RunDir:
         except FileNotFoundError:
             return False
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+            return not _flock(fd)
         finally:
             os.close(fd)
-        return False
 
     # -- what state it is in -------------------------------------------------------------------------------------------
 
@@ -238,6 +250,22 @@ class RunDir:
 
     def _write(self, status: RunStatus) -> None:
         write_atomic(self.status_json, json.dumps(asdict(status), indent=2) + "\n")
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _flock(fd: int) -> bool:
+    """Take the lock of an open file; False when another holds it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def write_atomic(path: Path, text: str, mode: int = 0o644) -> None:

@@ -63,12 +63,14 @@ class FakeEngine:
         self.aborts = self.failures = 0
         self.healthy = True
         self.requests: list[GenRequest] = []
+        self.calls: list[list[GenRequest]] = []
 
     async def health(self) -> bool:
         return self.healthy
 
     async def generate(self, requests: Sequence[GenRequest]) -> list[GenResult]:
         self.requests += requests
+        self.calls.append(list(requests))
         self.in_flight += len(requests)
         self.most = max(self.most, self.in_flight)
         await asyncio.sleep(0.001)
@@ -136,6 +138,19 @@ def test_no_more_samples_in_flight_than_allowed(limit: int) -> None:
         long, small(20), max_concurrency=limit, sampling=replace(SAMPLING, max_new_tokens=5000, context_length=9999)
     )
     assert long.most == limit
+
+
+def test_fixed_calls_are_full_in_order_and_one_at_a_time() -> None:
+    engine, usual = FakeEngine(), FakeEngine()
+    exact = run_benchmark(engine, small(5), fixed_calls=True, max_concurrency=16)
+    assert [len(call) for call in engine.calls] == [16, 16, 8] and engine.most == 16
+    assert [r.seed for r in engine.requests] == [
+        sample_seed(5, "arithmetic-heldout", item.id, i) for item in small(5).items for i in range(8)
+    ]
+    same = run_benchmark(usual, small(5), max_concurrency=16)
+    assert [(s.problem.id, s.sample, s.text) for s in exact.samples] == [
+        (s.problem.id, s.sample, s.text) for s in same.samples
+    ]
 
 
 def test_aborted_requests_and_a_restarting_engine_are_asked_again() -> None:

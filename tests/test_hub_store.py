@@ -102,6 +102,77 @@ def test_staleness_0_grants_nothing_while_the_trainer_works(tmp_path: Path) -> N
     assert ids(store.lease("w", 9, engine="engine0")) == [4, 5, 6, 7]
 
 
+def test_deterministic_leases_come_in_waves_that_do_not_depend_on_who_was_quick(tmp_path: Path) -> None:
+    store = open_store(tmp_path, max_staleness=0, deterministic=True)
+    store.engine_state("engine0", 0, "ready")
+    assert ids(store.lease("w", 3, engine="engine0")) == [0, 1, 2]
+    assert ids(store.lease("w", 3, engine="engine0")) == [3], "what is left of the wave"
+    for lease in (2, 0):
+        store.put(group(lease, rewards=(1.0, 1.0)))
+    reply = store.lease("w", 3, engine="engine0")
+    assert reply["leases"] == [] and reply["wait"] == "2 groups in flight: one wave at a time"
+    for lease in (1, 3):
+        store.put(group(lease))
+    assert ids(store.lease("w", 3, engine="engine0")) == [4, 5], "two were dropped: the next wave has two"
+
+
+def test_a_resumed_deterministic_run_begins_its_wave_again(tmp_path: Path) -> None:
+    store = open_store(tmp_path, max_staleness=0, deterministic=True)
+    store.engine_state("engine0", 0, "ready")
+    fill(store, 0)
+    assert batch_ids(store.batch(0)) == [0, 1, 2, 3]
+    store.ack(0, 1, 1)
+    store.engine_state("engine0", 1, "ready")
+    assert ids(store.lease("w", 9, engine="engine0")) == [4, 5, 6, 7]
+    store.put(group(4, 1))
+    store.put(group(5, 1, rewards=(1.0, 1.0)))
+    store.close()
+    store = open_store(tmp_path, max_staleness=0, deterministic=True)
+    store.rewind(1, 1)
+    assert store.state()["counts"] == counts_of(consumed_steps=1, consumed_groups=4)
+    store.engine_state("engine0", 1, "ready")
+    assert ids(store.lease("w", 9, engine="engine0")) == [4, 5, 6, 7]
+    assert [store.put(group(lease, 1)) for lease in (4, 5, 6, 7)] == ["accepted"] * 4
+    assert batch_ids(store.batch(1)) == [4, 5, 6, 7]
+
+
+def counts_of(**known: int) -> dict[str, int]:
+    names = ("in_flight", "queued", "waiting", "dropped", "expired", "skipped", "timeouts")
+    return dict.fromkeys((*names, "consumed_steps", "consumed_groups", "replayed_steps"), 0) | known
+
+
+def test_old_rows_are_deleted_and_still_counted(tmp_path: Path) -> None:
+    for name in ("long", "short"):
+        (tmp_path / name).mkdir()
+    kept = open_store(tmp_path / "long", steps=30, max_staleness=0, history_steps=99)
+    short = open_store(tmp_path / "short", steps=30, max_staleness=0, history_steps=5)
+    for store in (kept, short):
+        for step in range(30):
+            a, b, c, d = ids(store.lease("w", 4))
+            store.put(group(a, step, rewards=(1.0, 1.0), verdict="timeout"))
+            store.skip(b, "prompt of 3000 tokens")
+            store.put(group(c, step, verdict="timeout"))
+            store.put(group(d, step))
+            fill(store, step, 2)
+            store.batch(step)
+            store.announce(step + 1, step + 1)
+            store.ack(step, step + 1, step + 1 if step % 2 else None)
+    assert (
+        kept.counts()
+        == short.counts()
+        == counts_of(dropped=30, skipped=30, timeouts=30 * 4, consumed_steps=30, consumed_groups=120)
+    )
+    rows = [store._db.scalar("SELECT COUNT(*) FROM groups") for store in (kept, short)]
+    assert rows[0] == 30 * 6 and rows[1] <= 9 * 6, "five steps, and those whose blobs a resume may need"
+    blobs = short._db.scalar("SELECT COUNT(*) FROM blobs")
+    assert blobs <= 4 * 4, "two checkpoints of two steps"
+    assert short._db.scalar("SELECT MIN(step) FROM batches") >= 20
+    with pytest.raises(RunFailed, match="cannot resume from step 3"):
+        short.rewind(3, 3)
+    short.rewind(28, 28)
+    assert len(short.batch(28)["groups"]) == 4
+
+
 def test_an_engine_that_is_not_ready_gets_no_leases(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     assert store.lease("w", 1, engine="engine0")["wait"] == "engine0, which is starting"

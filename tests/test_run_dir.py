@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
@@ -154,3 +156,30 @@ def test_write_atomic_keeps_the_mode_and_leaves_nothing(tmp_path: Path) -> None:
     run_dir.write_atomic(tmp_path / "x.json", json.dumps({"a": 1}), mode=0o600)
     assert (tmp_path / "x.json").stat().st_mode & 0o777 == 0o600
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_killed_supervisor_holds_the_run_until_its_children_are_gone(tmp_path: Path) -> None:
+    recipe_in(tmp_path)
+    code = (
+        "import subprocess, sys, pathlib; from astracli import run_dir; "
+        f"r = run_dir.resume(pathlib.Path({str(tmp_path)!r})); "
+        "c = subprocess.Popen(['sleep', '60'], pass_fds=(r.lock_fd,)); print(c.pid, flush=True); sys.stdin.read()"
+    )
+    supervisor = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert supervisor.stdout is not None
+    child = psutil.Process(int(supervisor.stdout.readline()))
+    try:
+        supervisor.kill()
+        supervisor.wait()
+        run = RunDir(tmp_path)
+        with pytest.raises(UserError, match=f"in use by what process {supervisor.pid} left running"):
+            run.lock(orphans_s=0.1)
+        assert run.in_use()
+        threading.Timer(0.3, child.kill).start()
+        run.lock(orphans_s=20.0)
+        assert run.held and (not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()

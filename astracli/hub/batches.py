@@ -9,6 +9,9 @@ from astracli.errors import RunFailed
 from astracli.hub.schema import Database
 from astracli.rl.schedule import Replays, batch_reason, count, replays_due
 
+PRUNED_AT_ONCE = 2
+"""Steps; one is made at each acknowledgement, so two keep up."""
+
 
 class BatchBook:
     """Part of the store, which holds the database's lock around every call."""
@@ -23,6 +26,7 @@ class BatchBook:
         deterministic: bool,
         consume: Literal["edf", "fifo"],
         replay_ratio: int,
+        history_steps: int,
     ):
         self._db = database
         self._fifo = consume == "fifo"
@@ -31,6 +35,7 @@ class BatchBook:
         self._max_staleness = max_staleness
         self._steps = steps
         self._by_id = deterministic
+        self._history = history_steps
 
     @property
     def next_step(self) -> int:
@@ -40,12 +45,18 @@ class BatchBook:
     @property
     def acked(self) -> int:
         """Steps whose batch has been consumed."""
-        return self._db.scalar("SELECT COUNT(*) FROM batches WHERE acked = 1")
+        kept = self._db.scalar("SELECT COUNT(*) FROM batches WHERE acked = 1")
+        return kept + self.forgotten("steps")
+
+    def forgotten(self, what: str) -> int:
+        """Rows that retention deleted: `steps`, `replayed` ones, groups by state, `timeouts` among their samples."""
+        return self._db.meta(f"forgotten_{what}")
 
     @property
     def replayed(self) -> int:
         """Steps, of the consumed ones, that trained on a batch again."""
-        return self._db.scalar("SELECT COUNT(*) FROM batches WHERE acked = 1 AND replay_of IS NOT NULL")
+        kept = self._db.scalar("SELECT COUNT(*) FROM batches WHERE acked = 1 AND replay_of IS NOT NULL")
+        return kept + self.forgotten("replayed")
 
     @property
     def replays(self) -> Replays:
@@ -170,16 +181,56 @@ class BatchBook:
             before = self._db.meta("checkpoint_step")
             if checkpoint_step is not None and checkpoint_step > before:
                 self._db.set_meta("checkpoint_step", checkpoint_step)
-                sql.execute(
-                    "DELETE FROM blobs WHERE lease_id IN "
-                    "(SELECT lease_id FROM groups WHERE state = 'assigned' AND step < ?)",
-                    (before,),
-                )
-                sql.execute("UPDATE batches SET pruned = 1 WHERE step < ?", (before,))
+                self._db.set_meta("prunable_before", before)
+            self._prune()
+
+    def _prune(self) -> None:
+        """Inside a transaction: delete what the oldest steps were trained on, and rows that are history.
+
+        A few steps at each acknowledgement: everyone waits while hundreds of megabytes are freed at once.
+        """
+        done = self._db.rows(
+            "SELECT step, lease_ids FROM batches WHERE pruned = 0 AND step < ? ORDER BY step LIMIT ?",
+            self._db.meta("prunable_before"),
+            PRUNED_AT_ONCE,
+        )
+        for step, ids in done:
+            groups = json.loads(ids)
+            marks = ",".join("?" * len(groups))
+            # a group that a later step trains on again is still needed there
+            self._db.rows(
+                "DELETE FROM blobs WHERE lease_id IN "
+                f"(SELECT lease_id FROM groups WHERE lease_id IN ({marks}) AND step <= ?)",
+                *groups,
+                step,
+            )
+            self._db.rows("UPDATE batches SET pruned = 1 WHERE step = ?", step)
+        if done:
+            self._forget(done[-1][0] + 1 - self._history)
+
+    def _forget(self, step: int) -> None:
+        """Inside a transaction: delete the rows of steps before `step`, and keep their counts."""
+        batch = self._db.one("SELECT lease_ids FROM batches WHERE step = ?", step)
+        if batch is None or step <= self.forgotten("steps"):
+            return
+        where = "lease_id < ? AND state IN ('assigned', 'dropped', 'expired', 'skipped') AND (step IS NULL OR step < ?)"
+        values = (min(json.loads(batch[0])), step)
+        gone = self._db.rows(
+            f"SELECT state, COUNT(*), COALESCE(SUM(timeouts), 0) FROM groups WHERE {where} GROUP BY state", *values
+        )
+        for state, groups, _ in gone:
+            self._db.set_meta(f"forgotten_{state}", self.forgotten(state) + groups)
+        self._db.set_meta("forgotten_timeouts", self.forgotten("timeouts") + sum(row[2] for row in gone))
+        self._db.rows(f"DELETE FROM groups WHERE {where}", *values)
+        again = self._db.scalar("SELECT COUNT(*) FROM batches WHERE step < ? AND replay_of IS NOT NULL", step)
+        self._db.set_meta("forgotten_replayed", self.forgotten("replayed") + again)
+        self._db.rows("DELETE FROM batches WHERE step < ?", step)
+        self._db.set_meta("forgotten_steps", step)
 
     def check_rewind(self, step: int) -> None:
         """Raises RunFailed when a batch of `step` or later can no longer be served."""
         pruned = self._db.scalar("SELECT COUNT(*) FROM batches WHERE pruned = 1 AND step >= ?", step)
+        pruned += max(0, self.forgotten("steps") - step)
         if pruned:
             raise RunFailed(
                 f"cannot resume from step {step}: the groups of {count(pruned, 'later step')} are gone",

@@ -7,6 +7,7 @@ request id, a group its lease, a batch and an acknowledgement their step). Then,
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import time
 import uuid
@@ -14,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import msgpack
@@ -135,7 +137,7 @@ class _Patience:
         self._end = time.monotonic() + RETRY_S
         self._pause_s = 0.05
 
-    def next_pause(self, error: httpx.TransportError) -> float:
+    def next_pause(self, error: Exception) -> float:
         """Seconds until the next try. Raises RunFailed when there is none."""
         if time.monotonic() + self._pause_s > self._end:
             raise RunFailed(
@@ -151,18 +153,33 @@ class HubClient(_Calls):
 
     def __init__(self, url: str, token: str):
         self._url = url
+        self._token = token
         self._http = httpx.Client(**_settings(url, token))
 
     def _send(self, call: _Call) -> Any:
         patience = _Patience(self._url)
         while True:
             try:
-                response = self._http.request(
-                    call.method, call.path, content=call.content, headers={"Content-Type": call.content_type}
-                )
-                return _decode(call, response)
-            except httpx.TransportError as error:
+                return _decode(call, self._large(call) if call.path == "/batch" else self._small(call))
+            except (httpx.TransportError, http.client.HTTPException, OSError) as error:
                 time.sleep(patience.next_pause(error))
+
+    def _small(self, call: _Call) -> httpx.Response:
+        headers = {"Content-Type": call.content_type}
+        return self._http.request(call.method, call.path, content=call.content, headers=headers)
+
+    def _large(self, call: _Call) -> httpx.Response:
+        """The same, for an answer of many megabytes: read in one piece, where httpx would take 64 kB at a time."""
+        address = urlsplit(self._url)
+        connection = http.client.HTTPConnection(address.hostname or "127.0.0.1", address.port, timeout=READ_TIMEOUT_S)
+        try:
+            headers = {"Authorization": f"Bearer {self._token}", "Content-Type": call.content_type}
+            connection.request(call.method, call.path, call.content, headers)
+            reply = connection.getresponse()
+            kind = reply.headers.get("content-type", "")
+            return httpx.Response(reply.status, headers={"content-type": kind}, content=reply.read())
+        finally:
+            connection.close()
 
     def close(self) -> None:
         self._http.close()

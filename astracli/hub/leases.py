@@ -119,6 +119,15 @@ class LeaseBook:
             self._expiry.pop(i, None)
         return len(ids)
 
+    def forget_since_last_batch(self) -> None:
+        """As if no lease had been granted since the last batch was made; at staleness 0 those are the last ids."""
+        first = self._db.scalar("SELECT COALESCE(MAX(lease_id) + 1, 0) FROM groups WHERE state = 'assigned'")
+        with self._db.transaction() as sql:
+            sql.execute("DELETE FROM groups WHERE lease_id >= ?", (first,))
+            sql.execute("DELETE FROM blobs WHERE lease_id >= ?", (first,))
+        self._expiry.clear()
+        self._replies.clear()
+
     def put(self, group: Group, blob: bytes, next_step: int) -> PutStatus:
         """A graded group; `blob` is its packed form, `next_step` the next step without a batch.
 

@@ -16,6 +16,10 @@ from typing import Any
 from astracli.errors import UserError
 
 SCHEMA_VERSION = 2
+PAGE_BYTES = 16 << 10
+"""A group of long completions is hundreds of kilobytes in one value: fewer pages to read, and to free again."""
+LOG_BYTES = 64 << 20
+"""What the write-ahead log keeps of the disk between checkpoints of the database."""
 
 TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL);
@@ -42,6 +46,7 @@ CREATE TABLE groups (
 CREATE INDEX groups_by_state ON groups (state, version);
 CREATE INDEX groups_by_arrival ON groups (arrived);
 CREATE INDEX groups_by_kind ON groups (kind, lease_id) WHERE kind IS NOT NULL;
+CREATE INDEX groups_with_timeouts ON groups (timeouts) WHERE timeouts > 0;
 
 CREATE TABLE blobs (lease_id INTEGER PRIMARY KEY, blob BLOB NOT NULL);
 
@@ -56,6 +61,8 @@ CREATE TABLE batches (
     version INTEGER,
     pruned INTEGER NOT NULL DEFAULT 0
 );
+
+CREATE INDEX batches_with_blobs ON batches (step) WHERE pruned = 0;
 
 CREATE TABLE versions (version INTEGER PRIMARY KEY, step INTEGER NOT NULL);
 
@@ -72,8 +79,12 @@ class Database:
         self.lock = threading.RLock()
         self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=10.0)
         try:
+            self._connection.execute(f"PRAGMA page_size={PAGE_BYTES}")
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=NORMAL")
+            self._connection.execute(f"PRAGMA journal_size_limit={LOG_BYTES}")
+            # some builds overwrite what is deleted with zeros: every byte of every sample written once more
+            self._connection.execute("PRAGMA secure_delete=OFF")
             with self.transaction():
                 found = self._open_schema()
         except sqlite3.DatabaseError as error:

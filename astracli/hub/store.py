@@ -17,7 +17,7 @@ from astracli.hub.curriculum import Curriculum
 from astracli.hub.evals import EvalBoard
 from astracli.hub.leases import LeaseBook, PutStatus
 from astracli.hub.schema import Database
-from astracli.rl.schedule import admit
+from astracli.rl.schedule import admit, count
 from astracli.rl.types import unpack_group
 
 STOPPING = "the end: the run is being stopped"
@@ -27,7 +27,9 @@ class HubStore:
     """Thread-safe: one lock, one connection. `clock` returns monotonic seconds.
 
     `engines` are the names that evaluations are pinned to, in turn. `eval_every` 0 switches in-run evaluation off.
-    Deterministic runs (staleness 0) get their batches in the order of lease ids.
+    Deterministic runs (staleness 0) get their batches in the order of lease ids, and their leases in waves: nothing new
+    is granted before every group of the wave before is in. Which groups are generated together, and so the last bits of
+    their log-probabilities, then depends on nothing but their ids.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class HubStore:
         consume: Literal["edf", "fifo"] = "edf",
         replay_ratio: int = 0,
         curriculum: Curriculum | None = None,
+        history_steps: int = 1000,
         clock: Callable[[], float] = time.monotonic,
     ):
         assert not (deterministic and max_staleness), "deterministic runs have staleness 0"
@@ -61,6 +64,7 @@ class HubStore:
             deterministic=deterministic,
             consume=consume,
             replay_ratio=replay_ratio,
+            history_steps=history_steps,
         )
         self._leases = LeaseBook(
             self._db,
@@ -72,6 +76,8 @@ class HubStore:
         )
         self._listeners: list[Callable[[], None]] = []
         self._stop = False
+        self._deterministic = deterministic
+        self._wave_left = 0
 
     # ---- changes and the end -----------------------------------------------------------------------------------------
 
@@ -118,6 +124,7 @@ class HubStore:
             if ids is None:
                 take, version, wait = self._admissible(n, engine)
                 ids = self._leases.grant(worker, take, version, request) if take else []
+                self._wave_left -= len(ids) if self._deterministic else 0
             prompts = self._leases.prompts(ids)
             leases = [{"lease_id": i, "prompt_index": p} for i, p in zip(ids, prompts, strict=True)]
             return {"leases": leases, "wait": wait, "stop": self._stop}
@@ -139,6 +146,11 @@ class HubStore:
             waiting=self._leases.count("kept"),
             replays=self._batches.replays,
         )
+        if self._deterministic and admission.capacity:
+            if not self._wave_left and not admission.in_flight:
+                self._wave_left = admission.capacity
+            wait = None if self._wave_left else f"{count(admission.in_flight)} in flight: one wave at a time"
+            return min(n, self._wave_left), version, wait
         return min(n, admission.capacity), version, admission.reason
 
     def renew(self, lease_ids: Iterable[int], worker: str | None = None) -> list[int]:
@@ -213,7 +225,8 @@ class HubStore:
 
         Batches of later steps stay assigned and are served again; their acknowledgements, later versions and their
         evaluations never were; leases in flight are granted again. Nothing is announced until the trainer has published
-        `version` anew. Raises RunFailed when those batches are pruned.
+        `version` anew. A deterministic run forgets the groups that no batch holds: their waves begin again, whole.
+        Raises RunFailed when those batches are pruned.
         """
         with self._db.lock:
             self._batches.check_rewind(step)
@@ -222,6 +235,9 @@ class HubStore:
                 self._board.rewind(version)
                 self._db.set_meta("dropped_in_a_row", 0)
             self._leases.requeue("state = 'leased'")
+            if self._deterministic:
+                self._leases.forget_since_last_batch()
+                self._wave_left = 0
         self._changed()
 
     # ---- versions, engines, evaluations ------------------------------------------------------------------------------
@@ -265,17 +281,17 @@ class HubStore:
     def counts(self) -> dict[str, int]:
         """Groups by fate, for the terminal; `timeouts` counts samples."""
         with self._db.lock:
-            by_state = dict(self._db.rows("SELECT state, COUNT(*) FROM groups GROUP BY state"))
-            timeouts = self._db.scalar("SELECT COALESCE(SUM(timeouts), 0) FROM groups")
+            count, forgotten = self._leases.count, self._batches.forgotten
             acked, replayed = self._batches.acked, self._batches.replayed
+            timeouts = self._db.scalar("SELECT COALESCE(SUM(timeouts), 0) FROM groups WHERE timeouts > 0")
         return {
-            "in_flight": by_state.get("leased", 0),
-            "queued": by_state.get("queued", 0),
-            "waiting": by_state.get("kept", 0),
-            "dropped": by_state.get("dropped", 0),
-            "expired": by_state.get("expired", 0),
-            "skipped": by_state.get("skipped", 0),
-            "timeouts": timeouts,
+            "in_flight": count("leased"),
+            "queued": count("queued"),
+            "waiting": count("kept"),
+            "dropped": count("dropped") + forgotten("dropped"),
+            "expired": count("expired") + forgotten("expired"),
+            "skipped": count("skipped") + forgotten("skipped"),
+            "timeouts": timeouts + forgotten("timeouts"),
             "consumed_steps": acked,
             "consumed_groups": (acked - replayed) * self.batch_groups,
             "replayed_steps": replayed,

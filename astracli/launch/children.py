@@ -119,6 +119,7 @@ def _spec(setting: Setting, process: ProcessPlan, config: WorkerConfig, env: Map
         env={**OFFLINE, **QUIET, **threads, **_no_proxy(setting.recipe.launch.host), **process.env, **env},
         nice=process.nice,
         restarts=process.restarts,
+        inherit=() if setting.run.lock_fd is None else (setting.run.lock_fd,),
     )
 
 

@@ -174,6 +174,7 @@ class Job:
             consume=recipe.train.consume,
             replay_ratio=recipe.train.replay_ratio if training else 0,
             curriculum=self._curriculum() if training else None,
+            history_steps=recipe.launch.hub_history_steps,
         )
         listeners: list[Supervisor] = []
 

@@ -42,6 +42,8 @@ class ChildSpec:
     """Asked for 200 before the child counts as ready."""
     reports: bool = True
     """The child sends heartbeats. One that does not (a foreign engine) is judged by `health_url` alone."""
+    inherit: tuple[int, ...] = ()
+    """File descriptors that stay open in it."""
     before_restart: Callable[[], None] | None = None
     """Called before the child is started again (an engine's config then waits for weights)."""
 
@@ -56,8 +58,9 @@ class Child:
         with spec.log.open("ab") as log:
             self._log_start = log.tell()
             self._popen = subprocess.Popen(
-                spec.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True
-            )
+                spec.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True,
+                pass_fds=spec.inherit,
+            )  # fmt: skip
         self.started = time.monotonic()
         self._process: psutil.Process | None = None
         with contextlib.suppress(psutil.Error):

@@ -124,45 +124,80 @@ async def evaluate_benchmark(
     version: int | None = None,
     pass_k: int | None = None,
     max_concurrency: int = 64,
+    fixed_calls: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Result:
     """Sample every item `samples` times (None: the benchmark's own) and score it.
 
-    At most `max_concurrency` samples are with the engine at once. `version` is the weight version that must have
+    At most `max_concurrency` samples are with the engine at once; with `fixed_calls` they are the same ones each time,
+    in one call (for an engine that runs nothing beside a call). `version` is the weight version that must have
     answered; None takes any. `on_progress(done, total)` counts samples. Raises RunFailed when another version answers,
     or when the engine does not come back.
     """
     started = time.monotonic()
     n = samples or benchmark.samples
+    asked, found = _asked(benchmark, tokenizer, sampling, n, version)
+    total = len(asked) + len(found)
     chunk = min(_SHORT_SAMPLES, max_concurrency) if sampling.max_new_tokens <= _SHORT_TOKENS else 1
-    gate = asyncio.Semaphore(max(1, max_concurrency // chunk))
-    total = n * len(benchmark.items)
-    found: dict[tuple[int, int], EvalSample] = {}
+    calls = _calls(asked, max_concurrency, span=True) if fixed_calls else _calls(asked, chunk, span=False)
+    gate = asyncio.Semaphore(1 if fixed_calls else max(1, max_concurrency // chunk))
 
-    async def ask(place: int, problem: Problem, prompt: list[int], numbers: range) -> None:
-        room = min(sampling.max_new_tokens, sampling.context_length - len(prompt))
-        if room <= 0:
-            done = [_unasked(problem, i, version or 0) for i in numbers]
-        else:
-            requests = [_request(benchmark.name, problem, prompt, i, room, sampling) for i in numbers]
-            async with gate:
-                answers = await generate_all(engine, requests, version)
-            done = await _grade(problem, numbers, answers, tokenizer, pool)
-        found.update({(place, sample.sample): sample for sample in done})
+    async def ask(call: list[_Asked]) -> None:
+        async with gate:
+            answers = await generate_all(engine, [item.request for item in call], version)
+        done = await _grade(call, answers, tokenizer, pool)
+        found.update({(item.place, item.number): sample for item, sample in zip(call, done, strict=True)})
         if on_progress is not None:
             on_progress(len(found), total)
 
     try:
         async with asyncio.TaskGroup() as tasks:
-            for place, problem in enumerate(benchmark.items):
-                prompt = chat_prompt_tokens(tokenizer, benchmark.text(problem))
-                for first in range(0, n, chunk):
-                    tasks.create_task(ask(place, problem, prompt, range(first, min(n, first + chunk))))
+            for call in calls:
+                tasks.create_task(ask(call))
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from None
     ordered = [found[place, i] for place in range(len(benchmark.items)) for i in range(n)]
     right = [[s.grade.verdict == "right" for s in ordered[i : i + n]] for i in range(0, total, n)]
     return Result(benchmark.name, passk.score(right, pass_k or benchmark.pass_k), ordered, time.monotonic() - started)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One sample and its request."""
+
+    place: int
+    """Of the item, in the benchmark's order."""
+    problem: Problem
+    number: int
+    request: GenRequest
+
+
+def _asked(
+    benchmark: Benchmark, tokenizer: Any, sampling: Sampling, n: int, version: int | None
+) -> tuple[list[_Asked], dict[tuple[int, int], EvalSample]]:
+    """(what is asked, by item; (item, number) -> samples that need no asking: their prompt leaves no room)."""
+    asked: list[_Asked] = []
+    unasked: dict[tuple[int, int], EvalSample] = {}
+    for place, problem in enumerate(benchmark.items):
+        prompt = chat_prompt_tokens(tokenizer, benchmark.text(problem))
+        room = min(sampling.max_new_tokens, sampling.context_length - len(prompt))
+        for number in range(n):
+            if room > 0:
+                request = _request(benchmark.name, problem, prompt, number, room, sampling)
+                asked.append(_Asked(place, problem, number, request))
+            else:
+                unasked[place, number] = _unasked(problem, number, version or 0)
+    return asked, unasked
+
+
+def _calls(asked: Sequence[_Asked], size: int, *, span: bool) -> list[list[_Asked]]:
+    """Calls of at most `size` samples in order; a call spans several items only with `span`."""
+    calls: list[list[_Asked]] = []
+    for item in asked:
+        if not calls or len(calls[-1]) == size or not (span or calls[-1][0].place == item.place):
+            calls.append([])
+        calls[-1].append(item)
+    return calls
 
 
 async def generate_all(engine: Engine, requests: Sequence[GenRequest], version: int | None) -> list[GenResult]:
@@ -219,13 +254,14 @@ def _request(
 
 
 async def _grade(
-    problem: Problem, numbers: Sequence[int], answers: Sequence[GenResult], tokenizer: Any, pool: GradePool
+    call: Sequence[_Asked], answers: Sequence[GenResult], tokenizer: Any, pool: GradePool
 ) -> list[EvalSample]:
     texts = [tokenizer.decode(answer.tokens.tolist(), skip_special_tokens=True) for answer in answers]
-    grades = await pool.agrade([GradeItem(problem.question, problem.answer, text) for text in texts])
+    items = [GradeItem(a.problem.question, a.problem.answer, text) for a, text in zip(call, texts, strict=True)]
+    grades = await pool.agrade(items)
     return [
-        EvalSample(problem, i, answer.version, text, answer.tokens, answer.logprobs, answer.finish_reason, grade)
-        for i, answer, text, grade in zip(numbers, answers, texts, grades, strict=True)
+        EvalSample(a.problem, a.number, got.version, text, got.tokens, got.logprobs, got.finish_reason, grade)
+        for a, got, text, grade in zip(call, answers, texts, grades, strict=True)
     ]
 
 

@@ -110,7 +110,9 @@ class Trainer:
         single_fresh = len(batch.minibatches) == 1 and stale_max == 0 and np.all(batch.versions == version)
         sums = Sums()
         references = self._reference_logprobs(batch)
-        score = not single_fresh or bool(self._pending_parity(version))
+        # A check that is due only in a process's first steps must not change what a resumed run computes.
+        always = self.recipe.launch.deterministic
+        score = always or not single_fresh or bool(self._pending_parity(version))
         proximals: dict[int, Tensor] = {}
         limits = self._score(batch, version, references, proximals, sums) if score else self._limits_of_fresh(batch)
         timer.lap("score_s")

@@ -71,6 +71,7 @@ class Evaluator:
                         version=version,
                         pass_k=table.pass_k,
                         max_concurrency=table.max_concurrency,
+                        fixed_calls=self.config.recipe.launch.deterministic,
                         on_progress=lambda done, total: self.reporter.progress(done=done, total=total),
                     )
                 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,23 +73,26 @@ class Sampling:
         )
 
 
-async def generate_group(lane: Lane, sampling: Sampling, prompt: Sequence[int], lease_id: int) -> list[Draft]:
-    """All samples of a group, generated together and continued after every update until each has ended."""
-    drafts = [Draft(index) for index in range(sampling.recipe.rollout.group_size)]
+async def generate_groups(lane: Lane, sampling: Sampling, asked: Mapping[int, Sequence[int]]) -> dict[int, list[Draft]]:
+    """All samples of some groups, in one call to the engine, continued after every update until each has ended.
+
+    `asked`: lease id -> prompt tokens. -> lease id -> drafts.
+    """
+    drafts = {lease: [Draft(index) for index in range(sampling.recipe.rollout.group_size)] for lease in asked}
     empty = 0
-    while open_drafts := [draft for draft in drafts if draft.finish is None]:
-        requests = [sampling.request(prompt, lease_id, draft) for draft in open_drafts]
-        results = await lane.generate(requests)
-        for draft, result in zip(open_drafts, results, strict=True):
+    while going := [(lease, draft) for lease, some in drafts.items() for draft in some if draft.finish is None]:
+        results = await lane.generate([sampling.request(asked[lease], lease, draft) for lease, draft in going])
+        for (lease, draft), result in zip(going, results, strict=True):
             draft.take(result)
-            if draft.finish is None and len(draft.tokens) >= sampling.budget(prompt):
+            if draft.finish is None and len(draft.tokens) >= sampling.budget(asked[lease]):
                 draft.finish = "length"
-        cut = [draft for draft in open_drafts if draft.finish is None]
+        cut = [(lease, draft) for lease, draft in going if draft.finish is None]
         if cut:
-            lane.count_aborted(len(cut), sum(len(prompt) + len(draft.tokens) for draft in cut))
+            lane.count_aborted(len(cut), sum(len(asked[lease]) + len(draft.tokens) for lease, draft in cut))
         empty = 0 if any(len(result.tokens) for result in results) else empty + 1
         if empty >= EMPTY_ABORTS:
-            raise RunFailed(f"{lane.name} ended the requests of group {lease_id} {empty} times without a token")
+            groups = ", ".join(map(str, asked))
+            raise RunFailed(f"{lane.name} ended the requests of group {groups} {empty} times without a token")
     return drafts
 
 

@@ -3,7 +3,8 @@
 One asyncio loop. Each engine is a lane (`updates`) with a feeder that keeps it full and a follower that keeps it at the
 hub's target version. A group stays on one engine; its samples are generated together. A sample whose request is ended
 by an update is continued from prompt + prefix: its tokens form one segment per version. Draws depend on
-(recipe seed, lease, sample, position) alone.
+(recipe seed, lease, sample, position) alone. In a deterministic run all groups of one grant are one call to the engine,
+which runs nothing beside it: log-probabilities then depend on nothing else either, to the last bit.
 
 `extra = {"out": FILE, "n": N}`: no trainer; N groups are written to FILE, one JSON line a sample, and the worker ends.
 """
@@ -15,7 +16,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +30,7 @@ from astracli.hub.client import AsyncHubClient
 from astracli.rl.reward import Grade, GradeItem, GradePool
 from astracli.rl.types import Group, Sample
 from astracli.workers.common import Reporter, WorkerConfig, worker_main
-from astracli.workers.groups import Draft, SampleWriter, Sampling, generate_group
+from astracli.workers.groups import Draft, SampleWriter, Sampling, generate_groups
 from astracli.workers.updates import EngineLost, Lane
 
 LEASE_WAIT_S = 2.0
@@ -109,6 +110,8 @@ class Rollout:
         while True:
             await lane.open.wait()
             free = self.groups_per_engine - lane.busy_groups
+            if self.config.recipe.launch.deterministic and lane.busy_groups:
+                free = 0
             if self._writer is not None:
                 free = min(free, self._writer.left - len(self._held))
             if free <= 0:
@@ -121,10 +124,12 @@ class Rollout:
             if reply["stop"]:
                 self._over.set()
                 return
-            for lease in reply["leases"]:
-                self._held.add(lease["lease_id"])
-                lane.busy_groups += 1
-                self._start(self._group(lane, lease["lease_id"], lease["prompt_index"]))
+            leases = {lease["lease_id"]: lease["prompt_index"] for lease in reply["leases"]}
+            self._held |= leases.keys()
+            lane.busy_groups += len(leases)
+            together = [leases] if self.config.recipe.launch.deterministic else [{i: n} for i, n in leases.items()]
+            for some in together if leases else []:
+                self._start(self._groups(lane, some))
 
     async def _renew(self) -> None:
         """Prolong what is held. A lease that was lost is finished all the same: the first arrival counts."""
@@ -135,26 +140,40 @@ class Rollout:
 
     # ---- a group -----------------------------------------------------------------------------------------------------
 
-    async def _group(self, lane: Lane, lease_id: int, prompt_index: int) -> None:
-        """One lease from prompt to graded group. Its place on the engine is free again before it is graded."""
-        problem = self.source.problem(prompt_index)
-        prompt = chat_prompt_tokens(self.tokenizer, self.source.text(problem))
-        unfit = self._unfit(prompt)
+    async def _groups(self, lane: Lane, leases: Mapping[int, int]) -> None:
+        """Leases (id -> prompt) from prompts to graded groups, in one call to the engine.
+
+        Their place on the engine is free again before they are graded.
+        """
+        problems = {lease: self.source.problem(index) for lease, index in leases.items()}
+        prompts = {i: chat_prompt_tokens(self.tokenizer, self.source.text(p)) for i, p in problems.items()}
+        unfit = {lease: reason for lease, prompt in prompts.items() if (reason := self._unfit(prompt))}
+        asked = {lease: prompt for lease, prompt in prompts.items() if lease not in unfit}
         try:
             try:
-                drafts = [] if unfit else await generate_group(lane, self.sampling, prompt, lease_id)
+                drafts = await generate_groups(lane, self.sampling, asked)
             finally:
-                lane.busy_groups -= 1
+                lane.busy_groups -= len(leases)
                 lane.changed.set()
-            if unfit:
-                await self.hub.skip(lease_id, unfit)
-            else:
-                group = await self._grade(lease_id, problem, prompt, drafts)
-                await self.hub.put_group(group)
-                self._count(group)
+            for lease, reason in unfit.items():
+                await self.hub.skip(lease, reason)
+                self._let_go(lane, [lease])
+            async with asyncio.TaskGroup() as tasks:
+                for lease, prompt in asked.items():
+                    tasks.create_task(self._hand_in(lease, problems[lease], prompt, drafts[lease]))
         except EngineLost:
-            await self.hub.give_back([lease_id])
+            await self.hub.give_back(leases)
+            self._let_go(lane, leases)
+
+    def _let_go(self, lane: Lane, leases: Iterable[int]) -> None:
+        self._held.difference_update(leases)
+        lane.changed.set()
+
+    async def _hand_in(self, lease_id: int, problem: Problem, prompt: Sequence[int], drafts: Sequence[Draft]) -> None:
+        group = await self._grade(lease_id, problem, prompt, drafts)
+        await self.hub.put_group(group)
         self._held.discard(lease_id)
+        self._count(group)
 
     def _unfit(self, prompt: Sequence[int]) -> str | None:
         longest = self.config.recipe.data.max_prompt_tokens

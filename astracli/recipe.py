@@ -51,6 +51,8 @@ class DataTable(Table):
     """What the user turn says; `{question}` is the problem text."""
     max_prompt_tokens: PositiveInt = 2000
     """Longer prompts are skipped and counted."""
+    decontaminate: Literal["report", "remove", "off"] = "report"
+    """Training problems that are also items of `eval.benchmarks`: counted and said, left out, or not looked for."""
     reward: str = "math"
     """`math`, `probe`, a name from the entry-point group `astra.rewards`, or `pkg.module:function`."""
     reward_timeout_s: PositiveFloat = 5.0

@@ -182,12 +182,36 @@ def _fetch(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> Source:
 
     began = time.monotonic()
     model = fetch.fetch_model(recipe.model.path, recipe.model.revision)
-    paths = {
-        "model": str(model),
-        "data": datasets.fetch(recipe) if data else None,
-        "benchmarks": sets.fetch_all(benchmarks),
-    }
+    fetched = sets.fetch_all(benchmarks)
+    problems = datasets.fetch(recipe) if data else None
+    if problems is not None:
+        problems = _decontaminated(recipe, problems, fetched)
+    paths = {"model": str(model), "data": problems, "benchmarks": fetched}
     return Source(paths, time.monotonic() - began)
+
+
+def _decontaminated(recipe: Recipe, path: str, fetched: Mapping[str, str | None]) -> str:
+    """The training problems to use, after `data.decontaminate`. Raises UserError when none would be left."""
+    from astracli.data import benchmarks as sets
+    from astracli.data import datasets, decontamination
+
+    written = [name for name, place in fetched.items() if place is not None]
+    if recipe.data.decontaminate == "off" or not written:
+        return path
+    problems = datasets.load(recipe.data, path).problems
+    found = decontamination.find(problems, {name: sets.load(name, fetched[name]).items for name in written})
+    if not found:
+        return path
+    said = decontamination.summary(found, len(problems))
+    if recipe.data.decontaminate == "report":
+        fetch.to_stderr(f"warning: {said}; leave them out with `--set data.decontaminate=remove`")
+        return path
+    if len(found) == len(problems):
+        raise UserError(said, "nothing would be left to train on; train on another set")
+    fetch.to_stderr(f"{said}: left out")
+    known = datasets.known_set(recipe.data.source)
+    split = known.split if known else recipe.data.split
+    return str(decontamination.write_without(Path(path), split, found, datasets.cache_dir() / "datasets"))
 
 
 # -- changes to a recipe ----------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import xxhash
 
 from astracli.adapter import chat_prompt_tokens
 from astracli.errors import RunFailed
-from astracli.rl import passk
+from astracli.rl import passk, votes
 from astracli.rl.reward import Grade, GradeItem, GradePool
 
 if TYPE_CHECKING:
@@ -79,16 +79,24 @@ class Result:
     """Items in the benchmark's order, samples within. Not in the repr: asyncio may build that."""
     wall_s: float
 
-    def figures(self) -> dict[str, float | int]:
-        """Everything countable, names with units."""
+    def majority_at(self) -> dict[int, float]:
+        """{k: majority@k}, see `votes`."""
+        n = self.score.n
+        cast = [votes.vote(sample.text, sample.grade.verdict == "right") for sample in self.samples]
+        return votes.majority_at([cast[i : i + n] for i in range(0, len(cast), n)])
+
+    def figures(self) -> dict[str, Any]:
+        """Everything countable, names with units; `pass_at` and `majority_at` by k."""
         score, total = self.score, max(1, len(self.samples))
         verdicts = [sample.grade.verdict for sample in self.samples]
         tokens = sum(len(sample.tokens) for sample in self.samples)
         return {
-            **score_figures(score),
+            **full_figures(score),
+            "majority_at": {str(k): share for k, share in self.majority_at().items()},
             "wall_s": round(self.wall_s, 3),
             "tokens": tokens,
             "response_tokens_mean": tokens / total,
+            "response_tokens_max": max((len(sample.tokens) for sample in self.samples), default=0),
             "truncated_fraction": sum(sample.finish_reason == "length" for sample in self.samples) / total,
             "no_answer_fraction": verdicts.count("no_answer") / total,
             "timeouts": verdicts.count("timeout"),
@@ -108,6 +116,13 @@ def score_figures(score: passk.Score) -> dict[str, float | int]:
     }
 
 
+def full_figures(score: passk.Score) -> dict[str, Any]:
+    """`score_figures`, the 95 % interval and pass@k for every k."""
+    low, high = score.interval
+    passed = {str(k): share for k, share in enumerate(score.pass_at, 1)}
+    return {**score_figures(score), "ci95_low": low, "ci95_high": high, "pass_at": passed}
+
+
 def sample_seed(seed: int, benchmark: str, problem_id: str, sample: int) -> int:
     """63-bit seed of one sample's draws; the weight version has no part in it."""
     return xxhash.xxh64_intdigest(f"{seed}\n{benchmark}\n{problem_id}\n{sample}".encode()) >> 1
@@ -125,11 +140,14 @@ async def evaluate_benchmark(
     pass_k: int | None = None,
     max_concurrency: int = 64,
     on_progress: Callable[[int, int], None] | None = None,
+    done_before: Sequence[EvalSample] = (),
+    on_samples: Callable[[Sequence[EvalSample]], None] | None = None,
 ) -> Result:
     """Sample every item `samples` times (None: the benchmark's own) and score it.
 
     At most `max_concurrency` samples are with the engine at once. `version` is the weight version that must have
-    answered; None takes any. `on_progress(done, total)` counts samples. Raises RunFailed when another version answers,
+    answered; None takes any. `on_progress(done, total)` counts samples. `done_before` are samples of an earlier
+    attempt, which are not asked again; `on_samples` gets the new ones as they come, in no order. Raises RunFailed when another version answers,
     or when the engine does not come back.
     """
     started = time.monotonic()
@@ -137,9 +155,10 @@ async def evaluate_benchmark(
     chunk = min(_SHORT_SAMPLES, max_concurrency) if sampling.max_new_tokens <= _SHORT_TOKENS else 1
     gate = asyncio.Semaphore(max(1, max_concurrency // chunk))
     total = n * len(benchmark.items)
-    found: dict[tuple[int, int], EvalSample] = {}
+    places = {problem.id: place for place, problem in enumerate(benchmark.items)}
+    found = {(places[s.problem.id], s.sample): s for s in done_before if s.problem.id in places and s.sample < n}
 
-    async def ask(place: int, problem: Problem, prompt: list[int], numbers: range) -> None:
+    async def ask(place: int, problem: Problem, prompt: list[int], numbers: Sequence[int]) -> None:
         room = min(sampling.max_new_tokens, sampling.context_length - len(prompt))
         if room <= 0:
             done = [_unasked(problem, i, version or 0) for i in numbers]
@@ -149,6 +168,8 @@ async def evaluate_benchmark(
                 answers = await generate_all(engine, requests, version)
             done = await _grade(problem, numbers, answers, tokenizer, pool)
         found.update({(place, sample.sample): sample for sample in done})
+        if on_samples is not None:
+            on_samples(done)
         if on_progress is not None:
             on_progress(len(found), total)
 
@@ -156,13 +177,34 @@ async def evaluate_benchmark(
         async with asyncio.TaskGroup() as tasks:
             for place, problem in enumerate(benchmark.items):
                 prompt = chat_prompt_tokens(tokenizer, benchmark.text(problem))
-                for first in range(0, n, chunk):
-                    tasks.create_task(ask(place, problem, prompt, range(first, min(n, first + chunk))))
+                todo = [i for i in range(n) if (place, i) not in found]
+                for first in range(0, len(todo), chunk):
+                    tasks.create_task(ask(place, problem, prompt, todo[first : first + chunk]))
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from None
     ordered = [found[place, i] for place in range(len(benchmark.items)) for i in range(n)]
     right = [[s.grade.verdict == "right" for s in ordered[i : i + n]] for i in range(0, total, n)]
     return Result(benchmark.name, passk.score(right, pass_k or benchmark.pass_k), ordered, time.monotonic() - started)
+
+
+class Spread:
+    """Several engines as one: a request goes to the engine that has the fewest samples, of equals to the first."""
+
+    def __init__(self, engines: Sequence[Engine]):
+        self._engines = list(engines)
+        self._in_flight = [0] * len(self._engines)
+
+    async def generate(self, requests: Sequence[GenRequest]) -> list[GenResult]:
+        place = self._in_flight.index(min(self._in_flight))
+        self._in_flight[place] += len(requests)
+        try:
+            return await self._engines[place].generate(requests)
+        finally:
+            self._in_flight[place] -= len(requests)
+
+    async def health(self) -> bool:
+        """Whether all of them are there: a refusal of one is not excused by another."""
+        return all(await asyncio.gather(*(engine.health() for engine in self._engines)))
 
 
 async def generate_all(engine: Engine, requests: Sequence[GenRequest], version: int | None) -> list[GenResult]:

@@ -349,4 +349,4 @@ def test_a_stop_ends_an_evaluation(tmp_path: Path, stand: Any) -> None:
     with pytest.raises(SystemExit) as caught:
         evaluate.run(config, reporter)  # type: ignore[arg-type]
     assert caught.value.code == 143
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "eval.csv").exists()

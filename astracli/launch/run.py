@@ -108,14 +108,21 @@ def evaluate(
     run_dir: Path | None = None,
     benchmarks: Sequence[str] | None = None,
     samples: int | None = None,
+    resume: Path | None = None,
     as_json: bool = False,
 ) -> int:
-    """Evaluate once and print the figures; the exit code. With `run_dir`, files go below that run's `eval/`."""
+    """Evaluate once and print the figures; the exit code. With `run_dir`, files go below that run's `eval/`.
+
+    `resume` goes on with an evaluation that was stopped; `recipe` is then its own.
+    """
     began = time.monotonic()
-    recipe = _with_evaluation(_with_weights(recipe, weights), benchmarks, samples)
+    if resume is None:
+        recipe = _with_evaluation(_with_weights(recipe, weights), benchmarks, samples)
     plan = _refusing_plan(recipe, "eval")
     source = _fetch(recipe, data=False, benchmarks=recipe.eval.benchmarks)
-    if run_dir is not None:
+    if resume is not None:
+        run = _resumed_evaluation(resume)
+    elif run_dir is not None:
         run = runs.create("", run_dir / "eval" / time.strftime("again-%Y%m%d-%H%M%S"))
     else:
         run = runs.create(f"{recipe.name}-eval")
@@ -132,6 +139,18 @@ def evaluate(
         document |= {"weights": recipe.model.path, "path": str(run.eval)}
         _print_results(document, as_json)
     return code
+
+
+def _resumed_evaluation(path: Path) -> RunDir:
+    """A stopped evaluation, locked, without its hub's state, which would tell the workers to stop. Raises UserError."""
+    status = runs.existing(path).status()
+    if status is not None and (status.command != "eval" or status.state == "done"):
+        what = "is done" if status.command == "eval" else f"is no evaluation but `astra {status.command}`"
+        raise UserError(f"`{path}` {what}", "start a new one with `astra eval RECIPE`")
+    run = runs.resume(path)
+    for file in run.path.glob("hub.sqlite*"):
+        file.unlink()
+    return run
 
 
 def _before(began: float, source: Source) -> dict[str, float]:
@@ -238,6 +257,7 @@ def _with_evaluation(recipe: Recipe, benchmarks: Sequence[str] | None, samples: 
         sets.get(name)
     document = recipe_io.to_document(recipe)
     document["eval"] |= {"benchmarks": names} | ({"samples": samples} if samples is not None else {})
+    document["launch"]["deterministic"] = True  # two evaluations with one seed write the same files
     return recipe_io.check(document, recipe.name)
 
 

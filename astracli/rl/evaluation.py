@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -128,6 +128,27 @@ def sample_seed(seed: int, benchmark: str, problem_id: str, sample: int) -> int:
     return xxhash.xxh64_intdigest(f"{seed}\n{benchmark}\n{problem_id}\n{sample}".encode()) >> 1
 
 
+Unit = tuple[int, int]
+"""(place of the item, number of the sample)"""
+
+
+def _calls(
+    items: int, n: int, done: Container[Unit], sampling: Sampling, max_concurrency: int, whole: bool
+) -> list[list[Unit]]:
+    """What goes into one request to the engine: several samples of an item when they are short.
+
+    `whole`: the same calls whatever is done already, as large as may be in flight; they are left out when nothing in
+    them is missing. An engine that takes one call at a time then computes the same bits in every evaluation.
+    """
+    units = [(place, i) for place in range(items) for i in range(n)]
+    if whole:
+        cut = [units[i : i + max_concurrency] for i in range(0, len(units), max_concurrency)]
+        return [call for call in cut if any(unit not in done for unit in call)]
+    size = min(_SHORT_SAMPLES, max_concurrency) if sampling.max_new_tokens <= _SHORT_TOKENS else 1
+    by_item = [[unit for unit in units[i : i + n] if unit not in done] for i in range(0, len(units), n)]
+    return [todo[i : i + size] for todo in by_item for i in range(0, len(todo), size)]
+
+
 async def evaluate_benchmark(
     engine: Engine,
     benchmark: Benchmark,
@@ -142,32 +163,37 @@ async def evaluate_benchmark(
     on_progress: Callable[[int, int], None] | None = None,
     done_before: Sequence[EvalSample] = (),
     on_samples: Callable[[Sequence[EvalSample]], None] | None = None,
+    whole_calls: bool = False,
 ) -> Result:
     """Sample every item `samples` times (None: the benchmark's own) and score it.
 
     At most `max_concurrency` samples are with the engine at once. `version` is the weight version that must have
     answered; None takes any. `on_progress(done, total)` counts samples. `done_before` are samples of an earlier
-    attempt, which are not asked again; `on_samples` gets the new ones as they come, in no order. Raises RunFailed when another version answers,
+    attempt, which are not asked again; `on_samples` gets the new ones as they come, in no order. `whole_calls`: see
+    `_calls`. Raises RunFailed when another version answers,
     or when the engine does not come back.
     """
     started = time.monotonic()
     n = samples or benchmark.samples
-    chunk = min(_SHORT_SAMPLES, max_concurrency) if sampling.max_new_tokens <= _SHORT_TOKENS else 1
-    gate = asyncio.Semaphore(max(1, max_concurrency // chunk))
     total = n * len(benchmark.items)
     places = {problem.id: place for place, problem in enumerate(benchmark.items)}
     found = {(places[s.problem.id], s.sample): s for s in done_before if s.problem.id in places and s.sample < n}
+    prompts = [chat_prompt_tokens(tokenizer, benchmark.text(problem)) for problem in benchmark.items]
+    calls = _calls(len(prompts), n, found, sampling, max_concurrency, whole_calls)
+    gate = asyncio.Semaphore(max(1, max_concurrency // max(map(len, calls), default=1)))
 
-    async def ask(place: int, problem: Problem, prompt: list[int], numbers: Sequence[int]) -> None:
-        room = min(sampling.max_new_tokens, sampling.context_length - len(prompt))
-        if room <= 0:
-            done = [_unasked(problem, i, version or 0) for i in numbers]
-        else:
-            requests = [_request(benchmark.name, problem, prompt, i, room, sampling) for i in numbers]
+    async def ask(units: Sequence[Unit]) -> None:
+        rooms = [min(sampling.max_new_tokens, sampling.context_length - len(prompts[place])) for place, _ in units]
+        asked = [(unit, room) for unit, room in zip(units, rooms, strict=True) if room > 0]
+        done = [_unasked(benchmark.items[p], i, version or 0) for (p, i), room in zip(units, rooms, strict=True) if room <= 0]
+        if asked:
+            requests = [
+                _request(benchmark.name, benchmark.items[p], prompts[p], i, room, sampling) for (p, i), room in asked
+            ]
             async with gate:
                 answers = await generate_all(engine, requests, version)
-            done = await _grade(problem, numbers, answers, tokenizer, pool)
-        found.update({(place, sample.sample): sample for sample in done})
+            done += await _grade([(benchmark.items[p], i) for (p, i), _ in asked], answers, tokenizer, pool)
+        found.update({(places[sample.problem.id], sample.sample): sample for sample in done})
         if on_samples is not None:
             on_samples(done)
         if on_progress is not None:
@@ -175,11 +201,8 @@ async def evaluate_benchmark(
 
     try:
         async with asyncio.TaskGroup() as tasks:
-            for place, problem in enumerate(benchmark.items):
-                prompt = chat_prompt_tokens(tokenizer, benchmark.text(problem))
-                todo = [i for i in range(n) if (place, i) not in found]
-                for first in range(0, len(todo), chunk):
-                    tasks.create_task(ask(place, problem, prompt, todo[first : first + chunk]))
+            for call in calls:
+                tasks.create_task(ask(call))
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from None
     ordered = [found[place, i] for place in range(len(benchmark.items)) for i in range(n)]
@@ -261,13 +284,14 @@ def _request(
 
 
 async def _grade(
-    problem: Problem, numbers: Sequence[int], answers: Sequence[GenResult], tokenizer: Any, pool: GradePool
+    asked: Sequence[tuple[Problem, int]], answers: Sequence[GenResult], tokenizer: Any, pool: GradePool
 ) -> list[EvalSample]:
     texts = [tokenizer.decode(answer.tokens.tolist(), skip_special_tokens=True) for answer in answers]
-    grades = await pool.agrade([GradeItem(problem.question, problem.answer, text) for text in texts])
+    items = [GradeItem(problem.question, problem.answer, text) for (problem, _), text in zip(asked, texts, strict=True)]
+    grades = await pool.agrade(items)
     return [
         EvalSample(problem, i, answer.version, text, answer.tokens, answer.logprobs, answer.finish_reason, grade)
-        for i, answer, text, grade in zip(numbers, answers, texts, grades, strict=True)
+        for (problem, i), answer, text, grade in zip(asked, answers, texts, grades, strict=True)
     ]
 
 

@@ -2,7 +2,7 @@
 
 The votes are the answers as the grader reads them, integers in one form, other text without spacing; a sample without
 an answer does not vote, and without any vote the item is wrong. A tie is shared: two leading answers of which one is
-right count one half. k = n is exact; below it, the mean over `SUBSETS` seeded draws of k of the n samples.
+right count one half. k = 1 and k = n are exact; between, the mean over `SUBSETS` seeded draws of k of the n samples.
 """
 
 from __future__ import annotations
@@ -51,6 +51,9 @@ def majority_at(items: Sequence[Sequence[Vote]]) -> dict[int, float]:
     for k in sizes(n):
         total = 0.0
         for place, votes in enumerate(items):
+            if k == 1:
+                total += sum(winner_share([each]) for each in votes) / n
+                continue
             if k == n:
                 total += winner_share(votes)
                 continue

@@ -60,6 +60,11 @@ class Evaluator:
     sampling: Sampling
     benchmarks: list[Benchmark]
 
+    @property
+    def embedded(self) -> bool:
+        """Whether our own engine answers, which takes one call at a time in the deterministic mode."""
+        return self.config.backends.get("engine", "embedded") == "embedded"
+
     async def evaluate(
         self, engine_name: str | None, version: int | None, *, greedy: bool = False, partial: Path | None = None
     ) -> list[Result]:
@@ -94,6 +99,7 @@ class Evaluator:
                         on_progress=lambda done, total: self.reporter.progress(done=done, total=total),
                         done_before=kept.read() if kept else (),
                         on_samples=kept.add if kept else None,
+                        whole_calls=self.config.recipe.launch.deterministic and self.embedded,
                     )
                 )
         finally:

@@ -208,6 +208,7 @@ class LaunchTable(Table):
 
 class MetricsTable(Table):
     sinks: list[str] = []
+    """Where metrics go besides metrics.jsonl: `tensorboard`, `wandb`, `trackio` (extras), or `pkg.module:factory`."""
     samples_per_step: NonNegativeInt = 8
     """Rollout samples written to `samples/` per step."""
 

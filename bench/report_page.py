@@ -8,23 +8,28 @@ writes PNGs at 1440 and 390 px, light and dark. Needs `chromium` (Debian: apt-ge
 from __future__ import annotations
 
 import argparse
-import html
 import json
 import math
+import os
+import queue
 import random
-import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from astracli import recipe_io, report_html
 from astracli.cli.output import table_lines
 from astracli.run_dir import RunDir
 
-CHROMIUM = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr"]
+CHROMIUM = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
 PROBE_HEAD = "<script>window.seen=[];addEventListener('error',e=>seen.push(e.message));"
+PROBE_HEAD += "const say=console.error;console.error=(...a)=>{seen.push(a.join(' '));say(...a)};"
 PROBE_HEAD += "addEventListener('unhandledrejection',e=>seen.push(String(e.reason)))</script>"
 PROBE = """<script>(async () => {
   while (!document.documentElement.dataset.ready && !seen.length) await new Promise(done => setTimeout(done, 5));
@@ -55,10 +60,7 @@ PROBE = """<script>(async () => {
   checks['next page'] = view.page === 1 && document.querySelectorAll('.sample').length > 0;
   checks['no sideways scroll'] = document.documentElement.scrollWidth <= innerWidth;
   checks['curves'] = document.querySelectorAll('#curves svg').length === data.curves.length;
-  const out = document.createElement('pre');
-  out.id = 'probe';
-  out.textContent = JSON.stringify({ms, checks, seen});
-  document.body.appendChild(out);
+  await fetch('/probe', {method: 'POST', body: JSON.stringify({ms, checks, seen})});
 })()</script>"""
 
 
@@ -100,20 +102,44 @@ def made_up(path: Path, steps: int = 1000, samples: int = 20_000) -> RunDir:
     return run
 
 
-def probe(page: Path, folder: Path, width: int) -> tuple[dict, list[str]]:
-    """What the probe saw at a window width, and the browser's console lines."""
-    text = page.read_text().replace("<head>", "<head>" + PROBE_HEAD, 1)
-    copy = folder / "probe.html"
-    copy.write_text(text.replace("</body>", PROBE + "</body>"))
-    command = ["chromium", *CHROMIUM, f"--user-data-dir={folder / 'profile'}", f"--window-size={width},900"]
-    done = subprocess.run(
-        [*command, "--timeout=30000", "--dump-dom", f"file://{copy}"], capture_output=True, text=True, timeout=120
+def probe(page: Path, folder: Path, width: int) -> dict[str, Any]:
+    """What the probe saw at a window width; the page comes from a server here, which also takes the probe's word."""
+    text = page.read_text().replace("<head>", "<head>" + PROBE_HEAD, 1).replace("</body>", PROBE + "</body>")
+    answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+
+    class Server(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            self._send(text.encode())
+
+        def do_POST(self) -> None:
+            answers.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self._send(b"")
+
+        def _send(self, body: bytes) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}/"
+    options = [f"--user-data-dir={folder / f'profile{width}'}", f"--window-size={width},900", url]
+    browser = subprocess.Popen(
+        ["chromium", *CHROMIUM, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    found = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.DOTALL)
-    if found is None:
-        sys.exit(f"the page never got ready:\n{done.stderr[-2000:]}")
-    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    return json.loads(html.unescape(found[1])), console
+    try:
+        return answers.get(timeout=90)
+    except queue.Empty:
+        sys.exit(f"the page never got ready at {width} px")
+    finally:
+        os.killpg(browser.pid, signal.SIGKILL)
+        browser.wait()
+        server.shutdown()
 
 
 def shoot(page: Path, folder: Path, profile: Path) -> None:
@@ -137,14 +163,14 @@ def main() -> None:
     if shutil.which("chromium") is None:
         sys.exit("chromium is not installed: apt-get install chromium")
     rows, failed = [], []
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary)
         runs = [RunDir(path.resolve()) for path in args.runs] or [made_up(folder / "made-up-1000-steps")]
         for run in runs:
             page = report_html.write(run).resolve()
             for width in (1440, 390):
-                seen, console = probe(page, folder, width)
-                bad = [name for name, good in seen["checks"].items() if not good] + seen["seen"] + console
+                seen = probe(page, folder, width)
+                bad = [name for name, good in seen["checks"].items() if not good] + seen["seen"]
                 failed += bad
                 rows.append([run.name, page.stat().st_size / 1e6, width, seen["ms"] / 1e3, len(seen["checks"]), len(bad)])
             if args.shots:

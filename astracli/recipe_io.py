@@ -83,7 +83,9 @@ def _check_names(recipe: Recipe, label: str) -> None:
     from astracli.rl.losses import ALGORITHMS
 
     used = [("algorithm.name", recipe.algorithm.name, "algorithm", list(ALGORITHMS))]
-    used += [("eval.benchmarks", name, "benchmark", list(BENCHMARKS)) for name in recipe.eval.benchmarks if not is_path(name)]
+    used += [
+        ("eval.benchmarks", name, "benchmark", list(BENCHMARKS)) for name in recipe.eval.benchmarks if not is_path(name)
+    ]
     for key, name, kind, known in used:
         if name not in known:
             message = f"recipe `{label}`: `{key}` = {json.dumps(name)} is not allowed: there is no such {kind}"

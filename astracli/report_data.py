@@ -124,7 +124,11 @@ def step_phases(records: Sequence[Record]) -> dict[str, Any]:
     # a checkpoint is written after the step that it belongs to, so it comes on top of `step_s`
     inside = [place for place, name in enumerate(parts) if name != "checkpoint_s"]
     rest = [_short(max(0.0, total[step] - sum(seconds[p][i] for p in inside))) for i, step in enumerate(steps)]
-    return {"names": [name.removesuffix("_s") for name in parts] + ["other"], "steps": steps, "seconds": [*seconds, rest]}
+    return {
+        "names": [name.removesuffix("_s") for name in parts] + ["other"],
+        "steps": steps,
+        "seconds": [*seconds, rest],
+    }
 
 
 def weight_updates(records: Sequence[Record]) -> dict[str, Any]:

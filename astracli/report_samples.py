@@ -118,7 +118,9 @@ def token_decoder(run: RunDir) -> Decode | None:
     """The text of a token by the tokenizer.json of the run's export or model; None when neither is on this machine."""
     from tokenizers import Tokenizer
 
-    file = next((place / "tokenizer.json" for place in _model_places(run) if (place / "tokenizer.json").is_file()), None)
+    file = next(
+        (place / "tokenizer.json" for place in _model_places(run) if (place / "tokenizer.json").is_file()), None
+    )
     if file is None:
         return None
     tokenizer = Tokenizer.from_file(str(file))

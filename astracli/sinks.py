@@ -89,7 +89,9 @@ def _needed(module: str, extra: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise UserError(f"metrics.sinks: `{extra}` is not usable: {error}", f'pip install "astracli[{extra}]"') from None
+        raise UserError(
+            f"metrics.sinks: `{extra}` is not usable: {error}", f'pip install "astracli[{extra}]"'
+        ) from None
 
 
 def _recipe(run_dir: Path) -> dict[str, Any]:

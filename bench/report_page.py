@@ -74,18 +74,44 @@ def made_up(path: Path, steps: int = 1000, samples: int = 20_000) -> RunDir:
     run.start(recipe="made-up", steps=steps)
     run.update(step=steps)
     run.end("done", exit_code=0)
-    names = ["reward_mean", "arrived_reward_mean", "kl", "staleness_mean", "ratio_mean", "clip_fraction", "entropy", "loss"]
-    names += ["completion_tokens_mean", "grad_norm", "grad_norm_max", "lr", "wait_s", "forward_s", "backward_s", "step_s"]
+    names = [
+        "reward_mean",
+        "arrived_reward_mean",
+        "kl",
+        "staleness_mean",
+        "ratio_mean",
+        "clip_fraction",
+        "entropy",
+        "loss",
+    ]
+    names += [
+        "completion_tokens_mean",
+        "grad_norm",
+        "grad_norm_max",
+        "lr",
+        "wait_s",
+        "forward_s",
+        "backward_s",
+        "step_s",
+    ]
     rows = ["step,version,benchmark,items,n,avg_at_n,stderr,k,pass_at_k"]
     with run.metrics_jsonl.open("w") as file:
         for step in range(steps):
             level = 1 - math.exp(-step / 300)
             record = {name: level * (i + 1) + draw.gauss(0, 0.1) for i, name in enumerate(names)} | {"step_s": 60.0}
             file.write(json.dumps({"step": step, "process": "trainer"} | record) + "\n")
-            update = {"engine": "engine0", "pause_s": draw.uniform(0.03, 0.09), "fetched_bytes": 447_000, "kind": "delta"}
+            update = {
+                "engine": "engine0",
+                "pause_s": draw.uniform(0.03, 0.09),
+                "fetched_bytes": 447_000,
+                "kind": "delta",
+            }
             file.write(json.dumps({"step": step + 1, "process": "rollout"} | update) + "\n")
             if step % 10 == 0:
-                rows += [f"{step},{step},{name},256,8,{level * 0.9:.4f},0.012,4,{level:.4f}" for name in ("a", "b", "overall")]
+                rows += [
+                    f"{step},{step},{name},256,8,{level * 0.9:.4f},0.012,4,{level:.4f}"
+                    for name in ("a", "b", "overall")
+                ]
     run.eval_csv.write_text("\n".join(rows) + "\n")
     for step in range(steps):
         with (path / "samples" / f"step_{step:06d}.jsonl").open("w") as file:
@@ -172,7 +198,9 @@ def main() -> None:
                 seen = probe(page, folder, width)
                 bad = [name for name, good in seen["checks"].items() if not good] + seen["seen"]
                 failed += bad
-                rows.append([run.name, page.stat().st_size / 1e6, width, seen["ms"] / 1e3, len(seen["checks"]), len(bad)])
+                rows.append(
+                    [run.name, page.stat().st_size / 1e6, width, seen["ms"] / 1e3, len(seen["checks"]), len(bad)]
+                )
             if args.shots:
                 shoot(page, args.shots, folder / "profile")
     print("\n".join(table_lines(["run", "MB", "width px", "open s", "checks", "failed"], rows)))

@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MADE = "<!-- made by scripts/make_docs.py: change the code, then run it -->\n\n"
 
+
 def help_of(*words: str) -> str:
     """What `astra WORDS --help` prints at 100 columns."""
     from astracli.cli.main import run
@@ -65,7 +66,7 @@ def recipe() -> str:
     tree = ast.parse((ROOT / "astracli" / "recipe.py").read_text(encoding="utf-8"))
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     parts = [
-        "# Recipe reference\n\n" + MADE + "A recipe is a TOML file; `extends = \"NAME\"` starts from another one, and "
+        "# Recipe reference\n\n" + MADE + 'A recipe is a TOML file; `extends = "NAME"` starts from another one, and '
         "`--set table.key=value` changes one value. Unknown keys are refused.\n`astra recipes show NAME` prints a recipe "
         "with every value filled in."
     ]

@@ -96,13 +96,17 @@ def test_content_hash_sees_what_is_said_and_not_how_it_is_set() -> None:
     items = [Problem("a", "What is $\\dfrac{1}{2}$ of  4?", "002"), Problem("b", "Say $x$", "\\left(1, 2\\right)")]
     same = [Problem("1", "say\n$x$", "(1,2)"), Problem("2", "What is \\frac{1}{2} of 4?", "2")]
     assert content_hash(items) == content_hash(same)
-    assert len({content_hash(s) for s in (items, items[:1], items * 2, [items[0], Problem("b", "Say $x$", "(2,1)")])}) == 4
+    assert (
+        len({content_hash(s) for s in (items, items[:1], items * 2, [items[0], Problem("b", "Say $x$", "(2,1)")])}) == 4
+    )
     assert content_hash([Problem("a", "q", "1.0")]) != content_hash([Problem("a", "q", "10")])
 
 
 def test_changed_and_unknown_content_is_refused_with_both_hashes(tmp_path: Path) -> None:
     path = write_items(tmp_path / "a.jsonl", 30)
-    with pytest.raises(UserError, match=r"`aime24` has the content hash 50c69a59aea22c18, `.*a.jsonl` has [0-9a-f]{16}"):
+    with pytest.raises(
+        UserError, match=r"`aime24` has the content hash 50c69a59aea22c18, `.*a.jsonl` has [0-9a-f]{16}"
+    ):
         benchmarks.load("aime24", path)
     assert len(benchmarks.load("amc", write_items(tmp_path / "amc.jsonl", 45)).items) == 45  # nobody knows its hash
 

@@ -22,7 +22,10 @@ def problems(*texts: str) -> list[Problem]:
 def test_equal_near_and_clean() -> None:
     items = {"b": problems("What is $1+1$?", LONG)}
     train = problems(
-        "what is 1 + 1", LONG + ". Find the chance.", "What is $1+2$?", LONG[:40] + " and then we stop and go home for good"
+        "what is 1 + 1",
+        LONG + ". Find the chance.",
+        "What is $1+2$?",
+        LONG[:40] + " and then we stop and go home for good",
     )
     found = find(train, items)
     assert [(f.row, f.item_id, f.kind) for f in found] == [(0, "p0", "equal"), (1, "p1", "near")]

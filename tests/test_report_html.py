@@ -37,7 +37,13 @@ def write_run(path: Path, steps: int = STEPS, per_step: int = 4) -> RunDir:
     run.end("done", exit_code=0)
     with run.metrics_jsonl.open("w") as file:
         for step in range(steps):
-            trainer = {"reward_mean": step / steps, "grad_norm": 1.5, "staleness_mean": 1.0, "ratio_mean": 1.0, "kl": 0.01}
+            trainer = {
+                "reward_mean": step / steps,
+                "grad_norm": 1.5,
+                "staleness_mean": 1.0,
+                "ratio_mean": 1.0,
+                "kl": 0.01,
+            }
             trainer |= {"step_s": 2.0, "wait_s": 0.5, "forward_s": 0.4, "backward_s": 0.6, "checkpoint_s": 0.1}
             file.write(json.dumps({"step": step, "process": "trainer"} | trainer) + "\n")
             update = {"engine": "engine0", "pause_s": 0.05, "fetched_bytes": 1000, "kind": "delta"}

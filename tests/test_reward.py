@@ -81,8 +81,16 @@ def test_quick_rules(gold: str, text: str, verdict: str | None) -> None:
         ("B", "\\boxed{Bob}", "wrong"),
         ("A", "\\boxed{\\text{A}pple}", "wrong"),
         ("\\frac{\\sqrt{3}}{3}", "\\boxed{\\frac{\\sqrt{3}}{3} \\approx 0.577}", "right"),
-        ("10455", "it is $\\boxed{255}$ more. Final Answer: The final answer is $10,455$. I hope it is correct.", "right"),
-        ("255", "it is $\\boxed{255}$ more. Final Answer: The final answer is $10,455$. I hope it is correct.", "wrong"),
+        (
+            "10455",
+            "it is $\\boxed{255}$ more. Final Answer: The final answer is $10,455$. I hope it is correct.",
+            "right",
+        ),
+        (
+            "255",
+            "it is $\\boxed{255}$ more. Final Answer: The final answer is $10,455$. I hope it is correct.",
+            "wrong",
+        ),
         ("\\frac{1}{3}", "\\dfrac{1}{3}", "right"),
         ("x^2+2x+1", "x^2 + 2*x + 1", "right"),
         ("3", "there are 3 of them", "right"),

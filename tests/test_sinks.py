@@ -60,7 +60,10 @@ def test_tensorboard(tmp_path: Path) -> None:
     found = EventAccumulator(str(tmp_path / "tensorboard"))
     found.Reload()
     assert set(found.Tags()["scalars"]) == {"trainer/loss", "eval/aime24/eval_avg_at_n"}
-    assert [(e.step, e.value, e.wall_time) for e in found.Scalars("trainer/loss")] == [(0, 0.5, 1000.0), (1, 0.25, 1001.0)]
+    assert [(e.step, e.value, e.wall_time) for e in found.Scalars("trainer/loss")] == [
+        (0, 0.5, 1000.0),
+        (1, 0.25, 1001.0),
+    ]
 
 
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,5 +96,7 @@ def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_through("Trackio", tmp_path)
     (file,) = (tmp_path / "trackio").glob("*.db")
     with sqlite3.connect(file) as database:
-        rows = [(step, json.loads(text)) for step, text in database.execute("SELECT step, metrics FROM metrics ORDER BY id")]
+        rows = [
+            (step, json.loads(text)) for step, text in database.execute("SELECT step, metrics FROM metrics ORDER BY id")
+        ]
     assert (0, {"trainer/loss": 0.5}) in rows and (1, {"trainer/loss": 0.25}) in rows

@@ -23,7 +23,9 @@ _CHOICE = re.compile(
     re.ASCII,
 )
 _PROSE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
-_FUNCTIONS = frozenset("sin cos tan cot sec csc log exp sqrt arcsin arccos arctan sinh cosh tanh lim max min mod".split())
+_FUNCTIONS = frozenset(
+    "sin cos tan cot sec csc log exp sqrt arcsin arccos arctan sinh cosh tanh lim max min mod".split()
+)
 BARE_LIMIT = 200
 """Longest text, in characters, that can be an answer and nothing else."""
 

@@ -185,7 +185,11 @@ async def evaluate_benchmark(
     async def ask(units: Sequence[Unit]) -> None:
         rooms = [min(sampling.max_new_tokens, sampling.context_length - len(prompts[place])) for place, _ in units]
         asked = [(unit, room) for unit, room in zip(units, rooms, strict=True) if room > 0]
-        done = [_unasked(benchmark.items[p], i, version or 0) for (p, i), room in zip(units, rooms, strict=True) if room <= 0]
+        done = [
+            _unasked(benchmark.items[p], i, version or 0)
+            for (p, i), room in zip(units, rooms, strict=True)
+            if room <= 0
+        ]
         if asked:
             requests = [
                 _request(benchmark.name, benchmark.items[p], prompts[p], i, room, sampling) for (p, i), room in asked

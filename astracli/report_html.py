@@ -1,4 +1,4 @@
-"""RUN_DIR/report.html: one file that needs no network. Data as JSON, curves and samples drawn by assets/report/report.js."""
+"""RUN_DIR/report.html: one file that needs no network. Its data are JSON; assets/report/*.js draw them."""
 
 from __future__ import annotations
 

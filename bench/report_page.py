@@ -118,7 +118,8 @@ def made_up(path: Path, steps: int = 1000, samples: int = 20_000) -> RunDir:
             for i in range(samples // steps):
                 length, a, b = draw.randint(10, 60), draw.randint(10, 999), draw.randint(10, 999)
                 line = {
-                    "step": step, "version": step, "problem_id": f"add3:{a}+{b}", "problem": f"{a}+{b}", "answer": str(a + b),
+                    "step": step, "version": step, "problem_id": f"add3:{a}+{b}",
+                    "problem": f"{a}+{b}", "answer": str(a + b),
                     "sample": i % 8, "completion": "", "tokens": [draw.randint(2, 20) for _ in range(length)],
                     "logprobs": [-round(draw.expovariate(4), 6) for _ in range(length)], "advantage": draw.gauss(0, 1),
                     "reward": 1.0, "verdict": draw.choice(["right", "wrong", "no_answer"]),

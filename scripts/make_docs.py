@@ -67,7 +67,7 @@ def recipe() -> str:
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     parts = [
         "# Recipe reference\n\n" + MADE + 'A recipe is a TOML file; `extends = "NAME"` starts from another one, and '
-        "`--set table.key=value` changes one value. Unknown keys are refused.\n`astra recipes show NAME` prints a recipe "
+        "`--set table.key=value` changes one value. Unknown keys are refused.\n`astra recipes show NAME` prints one "
         "with every value filled in."
     ]
 
@@ -109,14 +109,15 @@ def benchmarks() -> str:
         [
             "# Benchmarks and training sets\n",
             MADE.strip() + "\n",
-            "A local copy comes first: `NAME.jsonl` or `NAME.parquet` in `ASTRA_DATA_DIR`, itself or its `eval/`. Its number",
-            "of items and its content hash are checked; a cut, doubled or changed set is refused. `Hub: not run` means that",
-            "nobody has loaded that copy yet. A set of your own goes by its path: `astra eval --benchmark my_set.jsonl`.\n",
+            "A local copy comes first: `NAME.jsonl` or `NAME.parquet` in `ASTRA_DATA_DIR`, itself or its `eval/`.",
+            "Its number of items and its content hash are checked; a cut, doubled or changed set is refused.",
+            "`Hub: not run` means that nobody has loaded that copy yet.",
+            "A set of your own goes by its path: `astra eval --benchmark my_set.jsonl`.\n",
             "| name | items | samples | content hash | on the Hub | Hub | licence |",
             "|---|---|---|---|---|---|---|",
             *rows,
-            "\nTraining sets by name (`data.source`); a path to a .jsonl or .parquet file, a `datasets` directory or any Hub id",
-            "does as well. `data.decontaminate` looks for benchmark items among the problems.\n",
+            "\nTraining sets by name (`data.source`); a path to a .jsonl or .parquet file, a `datasets` directory",
+            "or any Hub id does as well. `data.decontaminate` looks for benchmark items among the problems.\n",
             "| name | on the Hub |",
             "|---|---|",
             *sets,

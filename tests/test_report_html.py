@@ -20,8 +20,10 @@ STEPS = 6
 
 def sample(step: int, number: int, **more: Any) -> dict[str, Any]:
     row = {
-        "step": step, "version": step, "problem_id": f"p{number}", "problem": "1+1</script><script>alert(1)", "answer": "2",
-        "sample": number, "completion": "2", "tokens": [5, 1], "logprobs": [-0.25, -1.5], "advantage": 0.5, "reward": 1.0,
+        "step": step, "version": step, "problem_id": f"p{number}", "answer": "2",
+        "problem": "1+1</script><script>alert(1)",
+        "sample": number, "completion": "2", "tokens": [5, 1], "logprobs": [-0.25, -1.5],
+        "advantage": 0.5, "reward": 1.0,
         "verdict": "right" if number % 2 else "wrong", "finish_reason": "stop",
     }  # fmt: skip
     return row | more

@@ -105,7 +105,7 @@ class Job:
         return code
 
     def _write_report(self) -> None:
-        """The page of the run, beside its summary. A page that cannot be made is said, and takes nothing from the run."""
+        """The page of the run. One that cannot be made is said, and takes nothing from the run."""
         from astracli import report_html
 
         try:

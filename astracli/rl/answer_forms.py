@@ -1,8 +1,8 @@
 """Forms of one answer that math-verify takes for different ones, each brought to the form of the other side.
 
 Every rule is about a way of writing, none about a problem: percent signs that only one side has, a list in brackets
-against the bare list in its order, `4.5e33`, an approximation behind the exact value, the text behind the letter of a choice. They
-are tried only after math-verify said no, so that they can mend its verdict and not overrule a yes.
+against the bare list in its order, `4.5e33`, an approximation behind the exact value, the text behind the letter of a
+choice. They are tried only after math-verify said no, so that they can mend its verdict and not overrule a yes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,27 @@ _CHOICE = re.compile(
 )
 _PROSE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
 _FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc log exp sqrt arcsin arccos arctan sinh cosh tanh lim max min mod".split()
+    [
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "sec",
+        "csc",
+        "log",
+        "exp",
+        "sqrt",
+        "arcsin",
+        "arccos",
+        "arctan",
+        "sinh",
+        "cosh",
+        "tanh",
+        "lim",
+        "max",
+        "min",
+        "mod",
+    ]
 )
 BARE_LIMIT = 200
 """Longest text, in characters, that can be an answer and nothing else."""
@@ -59,7 +79,7 @@ def rewritten(gold: str, answer: str) -> Iterator[tuple[str, str]]:
 
 
 def bare(text: str) -> str | None:
-    """The whole text as an answer when it is one expression and no prose (`\\dfrac{1}{3}`, `x^2 + 2*x + 1`), else None."""
+    """The whole text as an answer when it is one expression and no prose (`\\dfrac{1}{3}`), else None."""
     text = text.strip()
     if not text or len(text) > BARE_LIMIT or "\n" in text or "$" in text or "\\(" in text or "\\[" in text:
         return None

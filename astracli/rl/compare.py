@@ -83,7 +83,8 @@ def compare(a: Shares, b: Shares, *, seed: int = 0, draws: int = DRAWS) -> list[
         if a[name].keys() != b[name].keys():
             both = len(a[name].keys() & b[name].keys())
             raise UserError(
-                f"`{name}` has {len(a[name])} items in one evaluation and {len(b[name])} in the other, {both} in common",
+                f"`{name}` has {len(a[name])} items in one evaluation and {len(b[name])} in the other, "
+                f"{both} in common",
                 "evaluate both on the same benchmark file",
             )
         pairs = np.array([(a[name][item], b[name][item]) for item in sorted(a[name])])

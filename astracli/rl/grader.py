@@ -1,7 +1,8 @@
 """Is a completion's final answer the right one? The rules for mathematics, without processes and time limits.
 
 The answer is the last `\\boxed{...}`, or the formula in a `final answer is $...$` behind it; a completion without any
-box is read by its last number, or as a whole when it is one bare expression, unless the box is required. Two plain integers are compared as text (`quick`); everything else goes to math-verify (`thorough`), which may
+box is read by its last number, or as a whole when it is one bare expression, unless the box is
+required. Two plain integers are compared as text (`quick`); everything else goes to math-verify (`thorough`), which may
 take for ever on a hostile input: call it where it can be killed (`astracli.rl.reward.GradePool`).
 """
 

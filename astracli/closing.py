@@ -80,17 +80,28 @@ def closing_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def result_lines(document: Mapping[str, Any]) -> list[str]:
-    """Figures of one evaluation (`eval/results.json`) as aligned text."""
+    """Figures of one evaluation (`eval/results.json`) as aligned text: a table, then pass@k and majority@k."""
     greedy = document.get("greedy") or {}
-    rows = [("benchmark", "items", "avg@n", "pass@k", "greedy")]
+    rows = [("benchmark", "items", "avg@n", "95 %", "pass@k", "majority", "greedy", "tokens", "cut", "no answer")]
+    by_k = []
     for name, found in document["results"].items():
         if name == "overall" and len(document["results"]) == 2:
             continue
         average = f"avg@{found['n']} {found['avg_at_n']:.3f} ± {found['stderr']:.3f}"
+        interval = f"{found['ci95_low']:.3f}-{found['ci95_high']:.3f}" if "ci95_low" in found else ""
         best = f"{greedy[name]['avg_at_n']:.3f}" if name in greedy else ""
-        rows.append((name, str(found["items"]), average, f"pass@{found['k']} {found['pass_at_k']:.3f}", best))
+        votes = found.get("majority_at") or {}
+        majority = f"maj@{found['n']} {votes[str(found['n'])]:.3f}" if votes else ""
+        passed = f"pass@{found['k']} {found['pass_at_k']:.3f}"
+        shape = [f"{found['response_tokens_mean']:.1f}"] if "response_tokens_mean" in found else [""]
+        shape += [f"{found[key]:.1%}" if key in found else "" for key in ("truncated_fraction", "no_answer_fraction")]
+        rows.append((name, str(found["items"]), average, interval, passed, majority, best, *shape))
+        for title, values in (("pass", found.get("pass_at") or {}), ("majority", votes)):
+            if len(values) > 1:
+                by_k.append(f"{name} {title}@k: " + ", ".join(f"{k} {share:.3f}" for k, share in values.items()))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return table + by_k
 
 
 def weight_words(weights: Mapping[str, Any]) -> str:

@@ -68,6 +68,8 @@ class DataTable(Table):
     """Longer prompts are skipped and counted."""
     curriculum: CurriculumTable | None = None
     """None asks prompts in their shuffled order; a table prefers those that are solved sometimes."""
+    decontaminate: Literal["report", "remove", "off"] = "report"
+    """Training problems that are also items of `eval.benchmarks`: counted and said, left out, or not looked for."""
     reward: str = "math"
     """`math`, `probe`, a name from the entry-point group `astra.rewards`, or `pkg.module:function`."""
     reward_timeout_s: PositiveFloat = 5.0
@@ -267,6 +269,7 @@ class LaunchTable(Table):
 
 class MetricsTable(Table):
     sinks: list[str] = []
+    """Where metrics go besides metrics.jsonl: `tensorboard`, `wandb`, `trackio` (extras), or `pkg.module:factory`."""
     samples_per_step: NonNegativeInt = 8
     """Rollout samples written to `samples/` per step."""
 

@@ -80,11 +80,13 @@ def check(document: Mapping[str, Any], name: str) -> Recipe:
 
 def _check_names(recipe: Recipe, label: str) -> None:
     """Names that the schema cannot know: algorithm and benchmarks. Raises UserError with the nearest."""
-    from astracli.data.benchmarks import BENCHMARKS
+    from astracli.data.benchmarks import BENCHMARKS, is_path
     from astracli.rl.losses import ALGORITHMS
 
     used = [("algorithm.name", recipe.algorithm.name, "algorithm", list(ALGORITHMS))]
-    used += [("eval.benchmarks", name, "benchmark", list(BENCHMARKS)) for name in recipe.eval.benchmarks]
+    used += [
+        ("eval.benchmarks", name, "benchmark", list(BENCHMARKS)) for name in recipe.eval.benchmarks if not is_path(name)
+    ]
     for key, name, kind, known in used:
         if name not in known:
             message = f"recipe `{label}`: `{key}` = {json.dumps(name)} is not allowed: there is no such {kind}"

@@ -1,12 +1,23 @@
 """The registry of benchmarks: names, counts that are checked, and local copies."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from astracli.data import benchmarks
+from astracli.data.content_hash import content_hash
+from astracli.data.prompts import Problem
 from astracli.errors import UserError
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets of made-up items pass for benchmarks: their hashes are not looked at."""
+    monkeypatch.setattr(
+        benchmarks, "BENCHMARKS", {name: replace(spec, hashes=()) for name, spec in benchmarks.BENCHMARKS.items()}
+    )
 
 
 def write_items(path: Path, n: int, question: str = "problem", repeat: int = 1) -> Path:
@@ -44,6 +55,7 @@ def test_unknown_name_says_the_nearest() -> None:
     assert caught.value.hint == "did you mean `aime24`?"
 
 
+@pytest.mark.usefixtures("made_up")
 def test_local_file_and_prompt(tmp_path: Path) -> None:
     found = benchmarks.load("aime24", write_items(tmp_path / "a.jsonl", 30))
     assert found.samples == 16 and found.pass_k == 4
@@ -52,6 +64,7 @@ def test_local_file_and_prompt(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.usefixtures("made_up")
 def test_doubled_and_cut_sets_are_refused_with_both_counts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has 30 items, .* holds 120, 90 of them repeated"):
         benchmarks.load("aime24", write_items(tmp_path / "a.jsonl", 30, repeat=4))
@@ -59,6 +72,7 @@ def test_doubled_and_cut_sets_are_refused_with_both_counts(tmp_path: Path) -> No
         benchmarks.load("olympiadbench", write_items(tmp_path / "o.jsonl", 29))
 
 
+@pytest.mark.usefixtures("made_up")
 def test_data_directory_and_its_eval_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ASTRA_DATA_DIR", str(tmp_path))
     with pytest.raises(UserError, match="is not on this machine"):
@@ -76,3 +90,39 @@ def test_data_directory_and_its_eval_folder(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path / "w")
     Path("amc23").mkdir()  # a folder of that name where one works is no copy of the benchmark
     assert benchmarks.fetch("amc23") == str(outer)
+
+
+def test_content_hash_sees_what_is_said_and_not_how_it_is_set() -> None:
+    items = [Problem("a", "What is $\\dfrac{1}{2}$ of  4?", "002"), Problem("b", "Say $x$", "\\left(1, 2\\right)")]
+    same = [Problem("1", "say\n$x$", "(1,2)"), Problem("2", "What is \\frac{1}{2} of 4?", "2")]
+    assert content_hash(items) == content_hash(same)
+    assert (
+        len({content_hash(s) for s in (items, items[:1], items * 2, [items[0], Problem("b", "Say $x$", "(2,1)")])}) == 4
+    )
+    assert content_hash([Problem("a", "q", "1.0")]) != content_hash([Problem("a", "q", "10")])
+
+
+def test_changed_and_unknown_content_is_refused_with_both_hashes(tmp_path: Path) -> None:
+    path = write_items(tmp_path / "a.jsonl", 30)
+    with pytest.raises(
+        UserError, match=r"`aime24` has the content hash 50c69a59aea22c18, `.*a.jsonl` has [0-9a-f]{16}"
+    ):
+        benchmarks.load("aime24", path)
+    assert len(benchmarks.load("amc", write_items(tmp_path / "amc.jsonl", 45)).items) == 45  # nobody knows its hash
+
+
+def test_every_benchmark_says_licence_and_whether_anybody_loaded_it() -> None:
+    assert all(spec.licence for spec in benchmarks.BENCHMARKS.values())
+    assert {n for n, spec in benchmarks.BENCHMARKS.items() if spec.hub and not spec.hashes} == {"amc"}
+    assert not any(spec.hub_loaded for spec in benchmarks.BENCHMARKS.values())
+
+
+def test_a_set_of_ones_own_by_path(tmp_path: Path) -> None:
+    path = write_items(tmp_path / "mine.jsonl", 7, question="question")
+    found = benchmarks.load(str(path))
+    assert (found.name, len(found.items), found.samples) == ("mine", 7, 4)
+    assert benchmarks.fetch_all([str(path)]) == {str(path): str(path)}
+    with pytest.raises(UserError, match="two benchmarks are called `mine`"):
+        benchmarks.fetch_all([str(path), str(write_items(tmp_path / "b" / "mine.jsonl", 3))])
+    with pytest.raises(UserError, match="cannot read"):
+        benchmarks.fetch(str(tmp_path / "nothing.jsonl"))

@@ -142,7 +142,7 @@ def test_no_more_samples_in_flight_than_allowed(limit: int) -> None:
 
 def test_fixed_calls_are_full_in_order_and_one_at_a_time() -> None:
     engine, usual = FakeEngine(), FakeEngine()
-    exact = run_benchmark(engine, small(5), fixed_calls=True, max_concurrency=16)
+    exact = run_benchmark(engine, small(5), whole_calls=True, max_concurrency=16)
     assert [len(call) for call in engine.calls] == [16, 16, 8] and engine.most == 16
     assert [r.seed for r in engine.requests] == [
         sample_seed(5, "arithmetic-heldout", item.id, i) for item in small(5).items for i in range(8)
@@ -224,6 +224,7 @@ class Stand(BaseHTTPRequestHandler):
         state = self.server.state  # type: ignore[attr-defined]
         assert self.headers["Authorization"] == f"Bearer {TOKEN}"
         if self.path == "/generate":
+            state["asked"] += len(body["input_ids"])
             self._answer(
                 [
                     self._completion(ids, p, state["version"])
@@ -264,7 +265,7 @@ def stand() -> Iterator[Any]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Stand)
     server.daemon_threads = True
     tasks = [{"step": s, "version": v, "engine": "engine0"} for s, v in ((0, 0), (10, 10))]
-    server.state = {"tasks": tasks, "calls": [], "version": 3}  # type: ignore[attr-defined]
+    server.state = {"tasks": tasks, "calls": [], "version": 3, "asked": 0}  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
@@ -356,6 +357,57 @@ def test_once_on_an_engine_without_a_run(tmp_path: Path, stand: Any) -> None:
         assert (out / path).read_bytes() == (again / path).read_bytes()
 
 
+def quiet(stop: threading.Event | None = None) -> Any:
+    return SimpleNamespace(
+        ready=lambda: None, progress=lambda **_: None, waiting=lambda _: None, stop_requested=stop or threading.Event()
+    )
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_an_interrupted_evaluation_asks_for_the_rest_and_two_engines_say_the_same(tmp_path: Path, stand: Any) -> None:
+    config = worker_config(tmp_path, stand, standalone=True, out=str(tmp_path / "whole"), greedy=True)
+    evaluate.run(config, quiet())
+    whole = files_of(tmp_path / "whole")
+    assert set(whole) == {"results.json", "results.csv", "eval.csv", "items/step_000000_arithmetic-heldout.jsonl"}
+    assert b"wall" not in whole["results.json"]
+
+    part = tmp_path / "part"
+    (part / "partial").mkdir(parents=True)
+    lines = whole["items/step_000000_arithmetic-heldout.jsonl"].decode().splitlines(keepends=True)
+    kept = [line for i, line in enumerate(lines) if i % 3][:600]
+    (part / "partial" / "arithmetic-heldout.jsonl").write_text("".join(kept) + lines[0][:40])  # a torn last line
+    again = replace(config, engines=[*config.engines, {**config.engines[0], "name": "engine1"}])
+    before = stand.state["asked"]
+    evaluate.run(replace(again, extra={**config.extra, "out": str(part)}), quiet())
+    assert files_of(part) == whole
+    assert stand.state["asked"] - before == 1024 - 600 + 256  # the missing samples and the greedy ones
+
+
+def test_results_say_intervals_every_k_and_lengths(tmp_path: Path, stand: Any) -> None:
+    evaluate.run(worker_config(tmp_path, stand, standalone=True, out=str(tmp_path / "out")), quiet())
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["arithmetic-heldout"]
+    assert list(found["pass_at"]) == ["1", "2", "3", "4"] and list(found["majority_at"]) == ["1", "2", "4"]
+    assert found["pass_at"]["1"] == pytest.approx(found["avg_at_n"]) == pytest.approx(found["majority_at"]["1"])
+    assert found["ci95_high"] - found["ci95_low"] == pytest.approx(2 * 1.96 * found["stderr"])
+    assert found["pass_at"]["4"] == found["pass_at_k"] > found["pass_at"]["2"]
+    assert found["response_tokens_max"] >= found["response_tokens_mean"] > 0
+    (row, overall) = csv.DictReader((tmp_path / "out" / "results.csv").open())
+    assert (row["pass_at_2"], overall["benchmark"]) == (f"{found['pass_at']['2']:.6f}", "overall")
+
+
+def test_whole_calls_are_the_same_whatever_is_done(tmp_path: Path) -> None:
+    first, second = FakeEngine(), FakeEngine()
+    benchmark = small(10)
+    whole = run_benchmark(first, benchmark, whole_calls=True, max_concurrency=32)
+    done = whole.samples[:40]  # the first call of 32 is done, of the second a part
+    rest = run_benchmark(second, benchmark, whole_calls=True, max_concurrency=32, done_before=done)
+    assert [len(first.requests), len(second.requests)] == [80, 48]
+    assert rest.score == whole.score and first.most == 32
+
+
 def test_a_stop_ends_an_evaluation(tmp_path: Path, stand: Any) -> None:
     stop = threading.Event()
     stop.set()
@@ -364,4 +416,4 @@ def test_a_stop_ends_an_evaluation(tmp_path: Path, stand: Any) -> None:
     with pytest.raises(SystemExit) as caught:
         evaluate.run(config, reporter)  # type: ignore[arg-type]
     assert caught.value.code == 143
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "eval.csv").exists()

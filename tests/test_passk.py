@@ -31,7 +31,8 @@ def test_refuses_impossible_counts(n: int, c: int, k: int) -> None:
 def test_score_by_hand() -> None:
     found = score([[True, True], [True, False], [False, False]], k=4)
     # shares 1, 1/2, 0: mean 1/2, unbiased sd 1/2, standard error 1/2 / sqrt(3); k is cut to 2 samples
-    assert found == Score(3, 2, 0.5, pytest.approx(0.5 / 3**0.5), 2, pytest.approx(2 / 3))
+    assert found == Score(3, 2, 0.5, pytest.approx(0.5 / 3**0.5), 2, pytest.approx(2 / 3), (0.5, pytest.approx(2 / 3)))
+    assert found.interval == pytest.approx((0.0, 1.0))  # 0.5 +- 1.96 x 0.289, cut to what a share can be
     assert score([[True]], k=1).stderr == 0.0
 
 
@@ -44,5 +45,7 @@ def test_score_needs_the_same_samples_everywhere() -> None:
 def test_overall_weighs_benchmarks_alike() -> None:
     found = overall([Score(30, 16, 0.2, 0.03, 4, 0.4), Score(500, 4, 0.8, 0.04, 4, 0.9)])
     assert found == Score(530, 4, pytest.approx(0.5), pytest.approx(0.025), 4, pytest.approx(0.65))
+    both = overall([score([[True, False]], 2), score([[True, True]], 2)])
+    assert both.pass_at == (0.75, 1.0)
     with pytest.raises(ValueError):
         overall([])

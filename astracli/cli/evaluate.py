@@ -31,6 +31,13 @@ def evaluate(
         list[str] | None, typer.Option("--benchmark", metavar="NAME", help="Only this benchmark; may be repeated.")
     ] = None,
     samples: Annotated[int | None, typer.Option("--samples", min=1, help="Samples an item.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="DIR", help="Go on with an evaluation that was stopped.")
+    ] = None,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option("--compare", metavar="RUN_A RUN_B", help="Compare two evaluations, each a RUN or RUN@STEP."),
+    ] = None,
     dry_run: DryRunOpt = False,
     json: JsonOpt = False,
 ) -> None:
@@ -38,12 +45,20 @@ def evaluate(
 
     Without a recipe: the newest run under runs/ that has an export, by its own recipe.
     With one: its model, or --weights.
+    With --compare: nothing is generated; is B better than A, item by item?
     """
+    if compare is not None:
+        _compare(*compare, json)
+        return
     from astracli import recipe_io
     from astracli.run_dir import existing
 
     run: RunDir | None = None
-    if one_name(recipe_name, recipe) is not None:
+    if resume is not None:
+        if one_name(recipe_name, recipe) or run_dir or weights or benchmark or samples or set_:
+            raise UserError("--resume goes on with an evaluation as it began", "leave the other options out")
+        loaded = recipe_io.from_json(existing(resume).recipe_json)
+    elif one_name(recipe_name, recipe) is not None:
         if run_dir is not None:
             raise UserError(
                 "both a recipe and --run-dir given", "--run-dir takes the run's own recipe; leave the other out"
@@ -67,9 +82,27 @@ def evaluate(
             run_dir=run.path if run else None,
             benchmarks=benchmark,
             samples=samples,
+            resume=resume,
             as_json=json,
         )
     )
+
+
+def _compare(a: str, b: str, as_json: bool) -> None:
+    from astracli.rl import compare
+
+    rows = compare.compare(compare.read_shares(a), compare.read_shares(b))
+    if as_json:
+        out(True).document(compare.document(a, b, rows))
+        return
+    out().table(
+        ["benchmark", "items", "A", "B", "B - A", "95 % from", "to", "p", "difference"],
+        [
+            [r.benchmark, r.items, r.a, r.b, r.difference, r.low, r.high, r.p, "real" if r.real else "not shown"]
+            for r in rows
+        ],
+    )
+    out().text("\n".join(f"{row.benchmark}: {compare.words(row)}" for row in rows))
 
 
 def newest_exported(root: Path = Path("runs")) -> RunDir:

@@ -118,10 +118,11 @@ def stop(run: RunArg) -> None:
 
 @app.command()
 def report(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
-    """Print a run's closing report, or of a run without one its figures so far."""
-    from astracli import run_view
+    """Write a run's report.html, and print its closing report or its figures so far."""
+    from astracli import report_html, run_view
 
     found = _run(run)
+    out().note(f"wrote {report_html.write(found)}")
     summary = run_view.summary(found)
     if summary is not None and not json:
         from rich.console import Console

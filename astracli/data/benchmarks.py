@@ -1,6 +1,7 @@
 """The benchmarks by name: where each lies, how its items read, how many there are and how often each is sampled.
 
-The number of items is part of a benchmark's identity: a set that is cut, doubled or mixed up is refused.
+The number of items and the content hash are a benchmark's identity: a set that is cut, doubled or changed is refused. A
+set of one's own goes by its path (`--benchmark my_set.jsonl`) and is taken as it is.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from astracli.data import arithmetic, datasets
+from astracli.data.content_hash import content_hash
 from astracli.data.datasets import HubSet
 from astracli.data.prompts import MATH_PROMPT, Problem, render
 from astracli.errors import UserError
@@ -22,7 +24,7 @@ class BenchmarkSpec:
 
     name: str
     counts: tuple[int, ...]
-    """Accepted numbers of items: one, or one per copy in circulation."""
+    """Accepted numbers of items: one, or one per copy in circulation; () takes any (a set of one's own)."""
     samples: int
     """Samples per item, unless the recipe says otherwise."""
     hub: HubSet | None
@@ -31,6 +33,12 @@ class BenchmarkSpec:
     licence: str = ""
     file_names: tuple[str, ...] = ()
     """Names of a local copy besides the benchmark's own."""
+    hashes: tuple[str, ...] = ()
+    """Accepted `content_hash`es of a copy with the first of `counts`; () when nobody has loaded the set yet."""
+    hub_loaded: bool = False
+    """Whether the Hub copy was ever loaded and found to have that hash; until then it is marked `not run`."""
+    path: Path | None = None
+    """The file of a set of one's own."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +56,53 @@ class Benchmark:
         return render(self.prompt, item.question)
 
 
+_MAA = "problems (c) Mathematical Association of America, collection "
 _SPECS = (
     BenchmarkSpec("arithmetic-heldout", (256,), 8, None, "{question}", "generated"),
-    BenchmarkSpec("aime24", (30,), 16, HubSet("HuggingFaceH4/aime_2024", "train"), licence="MAA"),
-    BenchmarkSpec("aime25", (30,), 16, HubSet("math-ai/aime25", "test"), licence="MAA"),
-    BenchmarkSpec("amc", (45,), 16, HubSet("rawsh/2024_AMC12", "train"), licence="MAA"),
-    BenchmarkSpec("amc23", (40,), 16, HubSet("math-ai/amc23", "test"), licence="MAA"),
-    BenchmarkSpec("amc22_23", (83,), 16, HubSet("AI-MO/aimo-validation-amc", "train"), licence="MAA"),
-    BenchmarkSpec("minerva", (272,), 4, HubSet("math-ai/minervamath", "test"), licence="MIT"),
-    BenchmarkSpec("math500", (500,), 4, HubSet("HuggingFaceH4/MATH-500", "test"), licence="MIT"),
+    BenchmarkSpec(
+        "aime24",
+        (30,),
+        16,
+        HubSet("HuggingFaceH4/aime_2024", "train"),
+        licence=f"{_MAA}MIT",
+        hashes=("50c69a59aea22c18",),
+    ),
+    BenchmarkSpec(
+        "aime25",
+        (30,),
+        16,
+        HubSet("math-ai/aime25", "test"),
+        licence=f"{_MAA}Apache-2.0",
+        hashes=("fff8428f4392271c",),
+    ),
+    BenchmarkSpec("amc", (45,), 16, HubSet("rawsh/2024_AMC12", "train"), licence=f"{_MAA}without a stated licence"),
+    BenchmarkSpec(
+        "amc23", (40,), 16, HubSet("math-ai/amc23", "test"), licence=f"{_MAA}MIT", hashes=("16bb92275825d6f5",)
+    ),
+    BenchmarkSpec(
+        "amc22_23",
+        (83,),
+        16,
+        HubSet("AI-MO/aimo-validation-amc", "train"),
+        licence=f"{_MAA}MIT",
+        hashes=("54f5b7f5a7402846",),
+    ),
+    BenchmarkSpec(
+        "minerva",
+        (272,),
+        4,
+        HubSet("math-ai/minervamath", "test"),
+        licence="MIT",
+        hashes=("470b211dc30dd34a", "12d7ec73a5750e47"),  # the second: 62 golds rewritten in form only
+    ),
+    BenchmarkSpec(
+        "math500",
+        (500,),
+        4,
+        HubSet("HuggingFaceH4/MATH-500", "test"),
+        licence="MIT",
+        hashes=("129ab1775a34c3be",),
+    ),
     BenchmarkSpec(
         "gsm8k",
         (1319,),
@@ -64,6 +110,7 @@ _SPECS = (
         HubSet("openai/gsm8k", "test", config="main", final_after="####"),
         licence="MIT",
         file_names=("gsm8k_test",),
+        hashes=("583ef2eb41dca8b6",),
     ),
     BenchmarkSpec(
         "olympiadbench",
@@ -71,15 +118,24 @@ _SPECS = (
         4,
         HubSet("math-ai/olympiadbench", "test", answer_fields=("answer", "final_answer")),
         licence="MIT",
+        hashes=("0e04963d599be364",),
     ),
 )
 BENCHMARKS: dict[str, BenchmarkSpec] = {spec.name: spec for spec in _SPECS}
 
 
+def is_path(name: str) -> bool:
+    """Whether a benchmark is named by its file: `my_set.jsonl`, `sets/mine.parquet`, `./a_datasets_directory`."""
+    return "/" in name or name.endswith((".jsonl", ".parquet"))
+
+
 def get(name: str) -> BenchmarkSpec:
-    """A benchmark by name. Raises UserError with the nearest name."""
+    """A benchmark by name, or a set of one's own by path. Raises UserError with the nearest name."""
     if name in BENCHMARKS:
         return BENCHMARKS[name]
+    if is_path(name):
+        path = Path(name).expanduser()
+        return BenchmarkSpec(path.stem, (), 4, HubSet("", "test"), licence="your own", path=path)
     near = difflib.get_close_matches(name, BENCHMARKS, n=1)
     hint = f"did you mean `{near[0]}`?" if near else "choose from the list"
     raise UserError(f"there is no benchmark `{name}`: {', '.join(BENCHMARKS)}", hint)
@@ -90,21 +146,29 @@ def fetch(name: str) -> str | None:
     spec = get(name)
     if spec.hub is None:
         return None
-    path = local(spec) or datasets.download(spec.hub)
+    path = spec.path or local(spec) or datasets.download(spec.hub)
     load(name, path)
-    return str(path)
+    return str(path.resolve())
 
 
 def fetch_all(names: Iterable[str]) -> dict[str, str | None]:
+    """{name: path}. Raises UserError, also for two sets of the same name: their results could not be told apart."""
+    names = list(names)
+    for i, name in enumerate(names):
+        if get(name).name in (get(other).name for other in names[:i]):
+            raise UserError(f"two benchmarks are called `{get(name).name}`: {', '.join(names)}", "rename one's file")
     return {name: fetch(name) for name in names}
 
 
 def load(name: str, local_path: str | Path | None = None) -> Benchmark:
-    """A benchmark from `local_path`, from ASTRA_DATA_DIR, or generated. Raises UserError, also for a wrong count."""
+    """A benchmark from `local_path`, from its own path or ASTRA_DATA_DIR, or generated.
+
+    Raises UserError, also for a wrong number of items and for other content than the hash says.
+    """
     spec = get(name)
     if spec.hub is None:
         return Benchmark(name, arithmetic.held_out(spec.counts[0]), spec.samples, spec.prompt)
-    path = Path(local_path) if local_path is not None else local(spec)
+    path = Path(local_path) if local_path is not None else spec.path or local(spec)
     if path is None:
         raise UserError(
             f"benchmark `{name}` is not on this machine",
@@ -117,14 +181,30 @@ def load(name: str, local_path: str | Path | None = None) -> Benchmark:
         answer_fields=tuple(dict.fromkeys(["answer", *spec.hub.answer_fields])),
         final_after=spec.hub.final_after,
     )
+    _check(spec, path, loaded)
+    return Benchmark(spec.name, loaded.problems, spec.samples, spec.prompt)
+
+
+def _check(spec: BenchmarkSpec, path: Path, loaded: datasets.Loaded) -> None:
+    """Raises UserError with both figures when a set has another size or says something else than it should."""
     found = len(loaded.problems)
-    if found not in spec.counts:
+    origin = spec.hub.hub_id if spec.hub else ""
+    if spec.counts and found not in spec.counts:
         repeated = f", {loaded.duplicates} of them repeated" if loaded.duplicates else ""
         raise UserError(
-            f"benchmark `{name}` has {' or '.join(map(str, spec.counts))} items, `{path}` holds {found}{repeated}",
-            f"use an unchanged copy of `{spec.hub.hub_id}` ({spec.hub.split})",
+            f"benchmark `{spec.name}` has {' or '.join(map(str, spec.counts))} items, `{path}` holds {found}{repeated}",
+            f"use an unchanged copy of `{origin}`, or name the file itself as a benchmark of your own",
         )
-    return Benchmark(name, loaded.problems, spec.samples, spec.prompt)
+    if not spec.hashes or found != spec.counts[0]:
+        return
+    hashed = content_hash(loaded.problems)
+    if hashed not in spec.hashes:
+        raise UserError(
+            f"benchmark `{spec.name}` has the content hash {' or '.join(spec.hashes)}, `{path}` has {hashed}: "
+            "its problems or answers are not the same",
+            f"use an unchanged copy of `{origin}`, or name the file itself as a benchmark of your own: "
+            f"`--benchmark {path}`",
+        )
 
 
 def local(spec: BenchmarkSpec) -> Path | None:

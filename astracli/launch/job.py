@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from astracli import metrics
+from astracli import metrics, report_data
 from astracli.launch import children, ports, summary
 from astracli.launch.fetch import to_stderr
 from astracli.launch.local import MemorySampler
@@ -102,7 +102,21 @@ class Job:
             self.run_dir.end(state, exit_code=code, cause=cause)
             self.summary["state"] = state
             write_atomic(self.run_dir.path / "summary.json", json.dumps(self.summary, indent=2) + "\n")
+            self._write_report()
         return code
+
+    def _write_report(self) -> None:
+        """The page of the run. One that cannot be made is said, and takes nothing from the run."""
+        from astracli import report_html
+
+        try:
+            place = report_html.write(self.run_dir)
+        except Exception as error:
+            to_stderr(f"warning: no report.html: {type(error).__name__}: {error}")
+            return
+        if "paths" in self.summary:
+            self.summary["paths"]["report"] = str(place)
+            write_atomic(self.run_dir.path / "summary.json", json.dumps(self.summary, indent=2) + "\n")
 
     def _supervise(self) -> bool:
         """True when it was interrupted."""
@@ -285,6 +299,7 @@ def open_run(run: RunDir, recipe_text: str, plan: Mapping[str, Any]) -> int:
 
     write_atomic(run.recipe_json, recipe_text)
     write_atomic(run.plan_json, json.dumps(plan, indent=2, default=str) + "\n")
+    report_data.write_machine(run)
     shutil.rmtree(run.stage, ignore_errors=True)
     return run.next_attempt()
 

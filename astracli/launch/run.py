@@ -108,14 +108,21 @@ def evaluate(
     run_dir: Path | None = None,
     benchmarks: Sequence[str] | None = None,
     samples: int | None = None,
+    resume: Path | None = None,
     as_json: bool = False,
 ) -> int:
-    """Evaluate once and print the figures; the exit code. With `run_dir`, files go below that run's `eval/`."""
+    """Evaluate once and print the figures; the exit code. With `run_dir`, files go below that run's `eval/`.
+
+    `resume` goes on with an evaluation that was stopped; `recipe` is then its own.
+    """
     began = time.monotonic()
-    recipe = _with_evaluation(_with_weights(recipe, weights), benchmarks, samples)
+    if resume is None:
+        recipe = _with_evaluation(_with_weights(recipe, weights), benchmarks, samples)
     plan = _refusing_plan(recipe, "eval")
     source = _fetch(recipe, data=False, benchmarks=recipe.eval.benchmarks)
-    if run_dir is not None:
+    if resume is not None:
+        run = _resumed_evaluation(resume)
+    elif run_dir is not None:
         run = runs.create("", run_dir / "eval" / time.strftime("again-%Y%m%d-%H%M%S"))
     else:
         run = runs.create(f"{recipe.name}-eval")
@@ -132,6 +139,18 @@ def evaluate(
         document |= {"weights": recipe.model.path, "path": str(run.eval)}
         _print_results(document, as_json)
     return code
+
+
+def _resumed_evaluation(path: Path) -> RunDir:
+    """A stopped evaluation, locked, without its hub's state, which would tell the workers to stop. Raises UserError."""
+    status = runs.existing(path).status()
+    if status is not None and (status.command != "eval" or status.state == "done"):
+        what = "is done" if status.command == "eval" else f"is no evaluation but `astra {status.command}`"
+        raise UserError(f"`{path}` {what}", "start a new one with `astra eval RECIPE`")
+    run = runs.resume(path)
+    for file in run.path.glob("hub.sqlite*"):
+        file.unlink()
+    return run
 
 
 def _before(began: float, source: Source) -> dict[str, float]:
@@ -184,12 +203,36 @@ def _fetch(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> Source:
     inputs.check_setting(recipe, rewards=data)
     model = fetch.fetch_model(recipe.model.path, recipe.model.revision)
     inputs.check_checkpoint(model)
-    paths = {
-        "model": str(model),
-        "data": datasets.fetch(recipe) if data else None,
-        "benchmarks": sets.fetch_all(benchmarks),
-    }
+    fetched = sets.fetch_all(benchmarks)
+    problems = datasets.fetch(recipe) if data else None
+    if problems is not None:
+        problems = _decontaminated(recipe, problems, fetched)
+    paths = {"model": str(model), "data": problems, "benchmarks": fetched}
     return Source(paths, time.monotonic() - began)
+
+
+def _decontaminated(recipe: Recipe, path: str, fetched: Mapping[str, str | None]) -> str:
+    """The training problems to use, after `data.decontaminate`. Raises UserError when none would be left."""
+    from astracli.data import benchmarks as sets
+    from astracli.data import datasets, decontamination
+
+    written = [name for name, place in fetched.items() if place is not None]
+    if recipe.data.decontaminate == "off" or not written:
+        return path
+    problems = datasets.load(recipe.data, path).problems
+    found = decontamination.find(problems, {name: sets.load(name, fetched[name]).items for name in written})
+    if not found:
+        return path
+    said = decontamination.summary(found, len(problems))
+    if recipe.data.decontaminate == "report":
+        fetch.to_stderr(f"warning: {said}; leave them out with `--set data.decontaminate=remove`")
+        return path
+    if len(found) == len(problems):
+        raise UserError(said, "nothing would be left to train on; train on another set")
+    fetch.to_stderr(f"{said}: left out")
+    known = datasets.known_set(recipe.data.source)
+    split = known.split if known else recipe.data.split
+    return str(decontamination.write_without(Path(path), split, found, datasets.cache_dir() / "datasets"))
 
 
 # -- changes to a recipe ----------------------------------------------------------------------------------------------
@@ -216,6 +259,7 @@ def _with_evaluation(recipe: Recipe, benchmarks: Sequence[str] | None, samples: 
         sets.get(name)
     document = recipe_io.to_document(recipe)
     document["eval"] |= {"benchmarks": names} | ({"samples": samples} if samples is not None else {})
+    document["launch"]["deterministic"] = True  # two evaluations with one seed write the same files
     return recipe_io.check(document, recipe.name)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,7 +18,7 @@ import xxhash
 
 from astracli.adapter import chat_prompt_tokens
 from astracli.errors import RunFailed
-from astracli.rl import passk
+from astracli.rl import passk, votes
 from astracli.rl.reward import Grade, GradeItem, GradePool
 
 if TYPE_CHECKING:
@@ -79,16 +79,24 @@ class Result:
     """Items in the benchmark's order, samples within. Not in the repr: asyncio may build that."""
     wall_s: float
 
-    def figures(self) -> dict[str, float | int]:
-        """Everything countable, names with units."""
+    def majority_at(self) -> dict[int, float]:
+        """{k: majority@k}, see `votes`."""
+        n = self.score.n
+        cast = [votes.vote(sample.text, sample.grade.verdict == "right") for sample in self.samples]
+        return votes.majority_at([cast[i : i + n] for i in range(0, len(cast), n)])
+
+    def figures(self) -> dict[str, Any]:
+        """Everything countable, names with units; `pass_at` and `majority_at` by k."""
         score, total = self.score, max(1, len(self.samples))
         verdicts = [sample.grade.verdict for sample in self.samples]
         tokens = sum(len(sample.tokens) for sample in self.samples)
         return {
-            **score_figures(score),
+            **full_figures(score),
+            "majority_at": {str(k): share for k, share in self.majority_at().items()},
             "wall_s": round(self.wall_s, 3),
             "tokens": tokens,
             "response_tokens_mean": tokens / total,
+            "response_tokens_max": max((len(sample.tokens) for sample in self.samples), default=0),
             "truncated_fraction": sum(sample.finish_reason == "length" for sample in self.samples) / total,
             "no_answer_fraction": verdicts.count("no_answer") / total,
             "timeouts": verdicts.count("timeout"),
@@ -108,9 +116,37 @@ def score_figures(score: passk.Score) -> dict[str, float | int]:
     }
 
 
+def full_figures(score: passk.Score) -> dict[str, Any]:
+    """`score_figures`, the 95 % interval and pass@k for every k."""
+    low, high = score.interval
+    passed = {str(k): share for k, share in enumerate(score.pass_at, 1)}
+    return {**score_figures(score), "ci95_low": low, "ci95_high": high, "pass_at": passed}
+
+
 def sample_seed(seed: int, benchmark: str, problem_id: str, sample: int) -> int:
     """63-bit seed of one sample's draws; the weight version has no part in it."""
     return xxhash.xxh64_intdigest(f"{seed}\n{benchmark}\n{problem_id}\n{sample}".encode()) >> 1
+
+
+Unit = tuple[int, int]
+"""(place of the item, number of the sample)"""
+
+
+def _calls(
+    items: int, n: int, done: Container[Unit], sampling: Sampling, max_concurrency: int, whole: bool
+) -> list[list[Unit]]:
+    """What goes into one request to the engine: several samples of an item when they are short.
+
+    `whole`: the same calls whatever is done already, as large as may be in flight; they are left out when nothing in
+    them is missing. An engine that takes one call at a time then computes the same bits in every evaluation.
+    """
+    units = [(place, i) for place in range(items) for i in range(n)]
+    if whole:
+        cut = [units[i : i + max_concurrency] for i in range(0, len(units), max_concurrency)]
+        return [call for call in cut if any(unit not in done for unit in call)]
+    size = min(_SHORT_SAMPLES, max_concurrency) if sampling.max_new_tokens <= _SHORT_TOKENS else 1
+    by_item = [[unit for unit in units[i : i + n] if unit not in done] for i in range(0, len(units), n)]
+    return [todo[i : i + size] for todo in by_item for i in range(0, len(todo), size)]
 
 
 async def evaluate_benchmark(
@@ -124,29 +160,46 @@ async def evaluate_benchmark(
     version: int | None = None,
     pass_k: int | None = None,
     max_concurrency: int = 64,
-    fixed_calls: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
+    done_before: Sequence[EvalSample] = (),
+    on_samples: Callable[[Sequence[EvalSample]], None] | None = None,
+    whole_calls: bool = False,
 ) -> Result:
     """Sample every item `samples` times (None: the benchmark's own) and score it.
 
-    At most `max_concurrency` samples are with the engine at once; with `fixed_calls` they are the same ones each time,
-    in one call (for an engine that runs nothing beside a call). `version` is the weight version that must have
-    answered; None takes any. `on_progress(done, total)` counts samples. Raises RunFailed when another version answers,
+    At most `max_concurrency` samples are with the engine at once. `version` is the weight version that must have
+    answered; None takes any. `on_progress(done, total)` counts samples. `done_before` are samples of an earlier
+    attempt, which are not asked again; `on_samples` gets the new ones as they come, in no order. `whole_calls`: see
+    `_calls`. Raises RunFailed when another version answers,
     or when the engine does not come back.
     """
     started = time.monotonic()
     n = samples or benchmark.samples
-    asked, found = _asked(benchmark, tokenizer, sampling, n, version)
-    total = len(asked) + len(found)
-    chunk = min(_SHORT_SAMPLES, max_concurrency) if sampling.max_new_tokens <= _SHORT_TOKENS else 1
-    calls = _calls(asked, max_concurrency, span=True) if fixed_calls else _calls(asked, chunk, span=False)
-    gate = asyncio.Semaphore(1 if fixed_calls else max(1, max_concurrency // chunk))
+    total = n * len(benchmark.items)
+    places = {problem.id: place for place, problem in enumerate(benchmark.items)}
+    found = {(places[s.problem.id], s.sample): s for s in done_before if s.problem.id in places and s.sample < n}
+    prompts = [chat_prompt_tokens(tokenizer, benchmark.text(problem)) for problem in benchmark.items]
+    calls = _calls(len(prompts), n, found, sampling, max_concurrency, whole_calls)
+    gate = asyncio.Semaphore(max(1, max_concurrency // max(map(len, calls), default=1)))
 
-    async def ask(call: list[_Asked]) -> None:
-        async with gate:
-            answers = await generate_all(engine, [item.request for item in call], version)
-        done = await _grade(call, answers, tokenizer, pool)
-        found.update({(item.place, item.number): sample for item, sample in zip(call, done, strict=True)})
+    async def ask(units: Sequence[Unit]) -> None:
+        rooms = [min(sampling.max_new_tokens, sampling.context_length - len(prompts[place])) for place, _ in units]
+        asked = [(unit, room) for unit, room in zip(units, rooms, strict=True) if room > 0]
+        done = [
+            _unasked(benchmark.items[p], i, version or 0)
+            for (p, i), room in zip(units, rooms, strict=True)
+            if room <= 0
+        ]
+        if asked:
+            requests = [
+                _request(benchmark.name, benchmark.items[p], prompts[p], i, room, sampling) for (p, i), room in asked
+            ]
+            async with gate:
+                answers = await generate_all(engine, requests, version)
+            done += await _grade([(benchmark.items[p], i) for (p, i), _ in asked], answers, tokenizer, pool)
+        found.update({(places[sample.problem.id], sample.sample): sample for sample in done})
+        if on_samples is not None:
+            on_samples(done)
         if on_progress is not None:
             on_progress(len(found), total)
 
@@ -161,43 +214,24 @@ async def evaluate_benchmark(
     return Result(benchmark.name, passk.score(right, pass_k or benchmark.pass_k), ordered, time.monotonic() - started)
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """One sample and its request."""
+class Spread:
+    """Several engines as one: a request goes to the engine that has the fewest samples, of equals to the first."""
 
-    place: int
-    """Of the item, in the benchmark's order."""
-    problem: Problem
-    number: int
-    request: GenRequest
+    def __init__(self, engines: Sequence[Engine]):
+        self._engines = list(engines)
+        self._in_flight = [0] * len(self._engines)
 
+    async def generate(self, requests: Sequence[GenRequest]) -> list[GenResult]:
+        place = self._in_flight.index(min(self._in_flight))
+        self._in_flight[place] += len(requests)
+        try:
+            return await self._engines[place].generate(requests)
+        finally:
+            self._in_flight[place] -= len(requests)
 
-def _asked(
-    benchmark: Benchmark, tokenizer: Any, sampling: Sampling, n: int, version: int | None
-) -> tuple[list[_Asked], dict[tuple[int, int], EvalSample]]:
-    """(what is asked, by item; (item, number) -> samples that need no asking: their prompt leaves no room)."""
-    asked: list[_Asked] = []
-    unasked: dict[tuple[int, int], EvalSample] = {}
-    for place, problem in enumerate(benchmark.items):
-        prompt = chat_prompt_tokens(tokenizer, benchmark.text(problem))
-        room = min(sampling.max_new_tokens, sampling.context_length - len(prompt))
-        for number in range(n):
-            if room > 0:
-                request = _request(benchmark.name, problem, prompt, number, room, sampling)
-                asked.append(_Asked(place, problem, number, request))
-            else:
-                unasked[place, number] = _unasked(problem, number, version or 0)
-    return asked, unasked
-
-
-def _calls(asked: Sequence[_Asked], size: int, *, span: bool) -> list[list[_Asked]]:
-    """Calls of at most `size` samples in order; a call spans several items only with `span`."""
-    calls: list[list[_Asked]] = []
-    for item in asked:
-        if not calls or len(calls[-1]) == size or not (span or calls[-1][0].place == item.place):
-            calls.append([])
-        calls[-1].append(item)
-    return calls
+    async def health(self) -> bool:
+        """Whether all of them are there: a refusal of one is not excused by another."""
+        return all(await asyncio.gather(*(engine.health() for engine in self._engines)))
 
 
 async def generate_all(engine: Engine, requests: Sequence[GenRequest], version: int | None) -> list[GenResult]:
@@ -254,14 +288,14 @@ def _request(
 
 
 async def _grade(
-    call: Sequence[_Asked], answers: Sequence[GenResult], tokenizer: Any, pool: GradePool
+    asked: Sequence[tuple[Problem, int]], answers: Sequence[GenResult], tokenizer: Any, pool: GradePool
 ) -> list[EvalSample]:
     texts = [tokenizer.decode(answer.tokens.tolist(), skip_special_tokens=True) for answer in answers]
-    items = [GradeItem(a.problem.question, a.problem.answer, text) for a, text in zip(call, texts, strict=True)]
+    items = [GradeItem(problem.question, problem.answer, text) for (problem, _), text in zip(asked, texts, strict=True)]
     grades = await pool.agrade(items)
     return [
-        EvalSample(a.problem, a.number, got.version, text, got.tokens, got.logprobs, got.finish_reason, grade)
-        for a, got, text, grade in zip(call, answers, texts, grades, strict=True)
+        EvalSample(problem, i, answer.version, text, answer.tokens, answer.logprobs, answer.finish_reason, grade)
+        for (problem, i), answer, text, grade in zip(asked, answers, texts, grades, strict=True)
     ]
 
 

@@ -1,6 +1,7 @@
 """Is a completion's final answer the right one? The rules for mathematics, without processes and time limits.
 
-The answer is the last `\\boxed{...}`; a completion without any box is read by its last number, unless the box is
+The answer is the last `\\boxed{...}`, or the formula in a `final answer is $...$` behind it; a completion without any
+box is read by its last number, or as a whole when it is one bare expression, unless the box is
 required. Two plain integers are compared as text (`quick`); everything else goes to math-verify (`thorough`), which may
 take for ever on a hostile input: call it where it can be killed (`astracli.rl.reward.GradePool`).
 """
@@ -12,12 +13,15 @@ import sys
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
+from astracli.rl import answer_forms
+
 if TYPE_CHECKING:
     from astracli.rl.types import Verdict
 
 Extraction = Literal["boxed_or_last_number", "boxed"]
 
 _BOX = re.compile(r"\\f?boxed\s*\{")
+_ANNOUNCED = re.compile(r"final answer is:?\s*\$[^$\n]+\$", re.IGNORECASE)
 _NEGATED = re.compile(r"(?:^|[=\s$({,])-\\*$")
 """What stands before a box whose minus sign was left outside: `x = -\\boxed{3}`."""
 _NUMBER = re.compile(r"[-−+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?", re.ASCII)
@@ -35,6 +39,8 @@ def grade_math(gold: str, text: str, extraction: Extraction = "boxed_or_last_num
 
 def quick(gold: str, text: str, extraction: Extraction = "boxed_or_last_number") -> Verdict | None:
     """The verdict when no algebra is needed, else None. Linear in the text; never slow."""
+    if announced(text, extraction) is not None:
+        return None
     answer, boxed = read_answer(text, extraction)
     if answer is None:
         return "no_answer" if boxed or extraction == "boxed" or not _readable(text) else None
@@ -47,17 +53,55 @@ def quick(gold: str, text: str, extraction: Extraction = "boxed_or_last_number")
 
 
 def thorough(gold: str, text: str, extraction: Extraction = "boxed_or_last_number") -> Verdict:
-    """The verdict by math-verify, for what `quick` leaves open."""
+    """The verdict by math-verify, for what `quick` leaves open; where it says no, by the forms of `answer_forms`."""
+    last_words = announced(text, extraction)
     answer, boxed = read_answer(text, extraction)
-    parse, verify = load_math_verify()
-    one_box = boxed and len(_BOX.findall(text)) == 1
+    if not boxed and extraction != "boxed" and (whole := answer_forms.bare(text)) is not None:
+        answer, boxed, text = whole, True, f"\\boxed{{{whole}}}"
+        if whole.strip() == gold.strip():
+            return "right"
+    one_box = boxed and last_words is None and len(_BOX.findall(text)) == 1
+    if last_words is not None:
+        text = last_words
     try:
-        found = parse(f"\\boxed{{{answer}}}" if one_box else text, parsing_timeout=None)
-        if not found:
-            return "no_answer"
-        return "right" if verify(_parse_gold(gold), found, timeout_seconds=None) else "wrong"
+        verdict = _verified(gold, f"\\boxed{{{answer}}}" if one_box else text)
     except Exception:
-        return "error"
+        verdict = "error"
+    if verdict == "right" or not boxed or answer is None or last_words is not None:
+        return verdict
+    return "right" if _mended(gold, answer) else verdict
+
+
+def _verified(gold: str, text: str) -> Verdict:
+    parse, verify = load_math_verify()
+    found = parse(text, parsing_timeout=None)
+    if not found:
+        return "no_answer"
+    # A set answers for its inequality, in both directions: `(1, 2)` and `1 < x < 2`.
+    return "right" if verify(_parse_gold(gold), found, timeout_seconds=None, allow_set_relation_comp=True) else "wrong"
+
+
+def _mended(gold: str, answer: str) -> bool:
+    if answer_forms.same_choice(gold, answer):
+        return True
+    for other_gold, other_answer in answer_forms.rewritten(gold, answer):
+        try:
+            if _verified(other_gold, f"\\boxed{{{other_answer}}}") == "right":
+                return True
+        except Exception:
+            continue  # the verdict of the answer as it was written stands
+    return False
+
+
+def announced(text: str, extraction: Extraction) -> str | None:
+    """`final answer is $10,455$` and what follows, when it stands behind the last box and says no box itself."""
+    if extraction == "boxed":
+        return None
+    boxes = list(_BOX.finditer(text))
+    if not boxes:
+        return None
+    said = list(_ANNOUNCED.finditer(text, boxes[-1].end()))
+    return text[said[-1].start() :] if said else None
 
 
 def read_answer(text: str, extraction: Extraction) -> tuple[str | None, bool]:
@@ -135,6 +179,8 @@ def _ends_bare(text: str) -> bool:
         return False
     last = numbers[-1]
     before = text[last.start() - 1 : last.start()]
+    if before == "(" and text[: last.start() - 1].rstrip().endswith(("*", "^", "/", "+", "-", "=")):
+        return False  # `10 ** (-2)`
     return (not before or before in _BARE_BEFORE) and _BARE_AFTER.match(text, last.end()) is not None
 
 

@@ -11,6 +11,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+Z95 = 1.96
+"""Standard errors on either side that hold 95 % of a normal distribution."""
+
 
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Probability that k of the n samples, drawn without replacement, hold at least one of the c right ones."""
@@ -32,6 +35,13 @@ class Score:
     """Standard error of `avg_at_n` over items: sd (unbiased) / sqrt(items); 0 for a single item."""
     k: int
     pass_at_k: float
+    pass_at: tuple[float, ...] = ()
+    """pass@1 to pass@n; empty in an overall score of benchmarks with different n."""
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of `avg_at_n`: 1.96 standard errors over items to either side, inside [0, 1]."""
+        return max(0.0, self.avg_at_n - Z95 * self.stderr), min(1.0, self.avg_at_n + Z95 * self.stderr)
 
 
 def score(right: Sequence[Sequence[bool]], k: int) -> Score:
@@ -47,8 +57,8 @@ def score(right: Sequence[Sequence[bool]], k: int) -> Score:
     counts = [sum(map(bool, samples)) for samples in right]
     shares = [c / n for c in counts]
     spread = statistics.stdev(shares) / math.sqrt(len(shares)) if len(shares) > 1 else 0.0
-    passed = statistics.fmean(pass_at_k(n, c, k) for c in counts)
-    return Score(len(right), n, statistics.fmean(shares), spread, k, passed)
+    passed = tuple(statistics.fmean(pass_at_k(n, c, size) for c in counts) for size in range(1, n + 1))
+    return Score(len(right), n, statistics.fmean(shares), spread, k, passed[k - 1], passed)
 
 
 def overall(scores: Sequence[Score]) -> Score:
@@ -58,6 +68,7 @@ def overall(scores: Sequence[Score]) -> Score:
     """
     if not scores:
         raise ValueError("no benchmarks")
+    same_n = len({len(s.pass_at) for s in scores}) == 1
     return Score(
         items=sum(s.items for s in scores),
         n=min(s.n for s in scores),
@@ -65,4 +76,5 @@ def overall(scores: Sequence[Score]) -> Score:
         stderr=math.sqrt(sum(s.stderr**2 for s in scores)) / len(scores),
         k=min(s.k for s in scores),
         pass_at_k=statistics.fmean(s.pass_at_k for s in scores),
+        pass_at=tuple(map(statistics.fmean, zip(*(s.pass_at for s in scores), strict=True))) if same_n else (),
     )

@@ -5,9 +5,10 @@ In a run it asks the hub for the next evaluation, samples every benchmark from t
     RUN_DIR/eval/items/step_000010_BENCHMARK.jsonl     one line a sample, the same schema as rollout samples
     RUN_DIR/eval/eval.csv                              one row a benchmark and an `overall` row, fractions
 
-With `extra = {"standalone": true, "out": DIR}` it evaluates the first engine once, writes the same files and
-`results.json` below DIR, and ends. Further keys there: `weights_version` (what must answer; default any), `step`,
-`greedy` (true: one greedy sample an item besides).
+With `extra = {"standalone": true, "out": DIR}` it evaluates once, spread over all engines, writes the same files and
+`results.json` and `results.csv` below DIR, and ends. Further keys there: `weights_version` (what must answer; default
+any), `step`, `greedy` (true: one greedy sample an item besides). Samples are kept in `DIR/partial/` as they come: a
+second attempt asks for the missing ones only, and ends with the same files as one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -17,18 +18,30 @@ import csv
 import io
 import json
 import os
+import shutil
 import threading
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from astracli import metrics
 from astracli.data import benchmarks
 from astracli.data.benchmarks import Benchmark
 from astracli.data.prompts import stop_token_ids
 from astracli.rl import passk
-from astracli.rl.evaluation import EvalSample, Result, Sampling, evaluate_benchmark, score_figures
-from astracli.rl.reward import GradePool
+from astracli.rl.evaluation import (
+    EvalSample,
+    Result,
+    Sampling,
+    Spread,
+    evaluate_benchmark,
+    full_figures,
+    score_figures,
+)
+from astracli.rl.reward import Grade, GradePool
 from astracli.rl.sample_log import sample_line
 from astracli.workers.common import TERM_EXIT, Reporter, WorkerConfig, worker_main
 
@@ -47,22 +60,34 @@ class Evaluator:
     sampling: Sampling
     benchmarks: list[Benchmark]
 
-    async def evaluate(self, engine_name: str, version: int | None, *, greedy: bool = False) -> list[Result]:
-        """Every benchmark of the recipe, one after the other, on one engine."""
+    @property
+    def embedded(self) -> bool:
+        """Whether our own engine answers, which takes one call at a time in the deterministic mode."""
+        return self.config.backends.get("engine", "embedded") == "embedded"
+
+    async def evaluate(
+        self, engine_name: str | None, version: int | None, *, greedy: bool = False, partial: Path | None = None
+    ) -> list[Result]:
+        """Every benchmark of the recipe, one after the other, on one engine; None spreads them over all.
+
+        With `partial`, a directory, samples are kept there as they come, and those that are there are not asked again.
+        """
         from astracli.engines.client import EngineClient
 
         table = self.config.recipe.eval
-        (url,) = [engine["url"] for engine in self.config.engines if engine["name"] == engine_name]
-        client = EngineClient(url, self.config.token)
+        urls = [engine["url"] for engine in self.config.engines if engine_name in (None, engine["name"])]
+        clients = [EngineClient(url, self.config.token) for url in urls]
         sampling = replace(self.sampling, temperature=0.0) if greedy else self.sampling
         results = []
         try:
-            await client.wait_ready(self.config.recipe.launch.ready_timeout_s)
+            for client in clients:
+                await client.wait_ready(self.config.recipe.launch.ready_timeout_s)
             for benchmark in self.benchmarks:
                 self.reporter.progress(benchmark=benchmark.name)
+                kept = Partial(partial, benchmark, version) if partial is not None else None
                 results.append(
                     await evaluate_benchmark(
-                        client,
+                        clients[0] if len(clients) == 1 else Spread(clients),
                         benchmark,
                         self.tokenizer,
                         self.pool,
@@ -71,13 +96,54 @@ class Evaluator:
                         version=version,
                         pass_k=table.pass_k,
                         max_concurrency=table.max_concurrency,
-                        fixed_calls=self.config.recipe.launch.deterministic,
                         on_progress=lambda done, total: self.reporter.progress(done=done, total=total),
+                        done_before=kept.read() if kept else (),
+                        on_samples=kept.add if kept else None,
+                        whole_calls=self.config.recipe.launch.deterministic and self.embedded,
                     )
                 )
         finally:
-            await client.close()
+            for client in clients:
+                await client.close()
         return results
+
+
+@dataclass(frozen=True)
+class Partial:
+    """The samples of a benchmark so far, in the order in which they came: one line each, appended."""
+
+    folder: Path
+    benchmark: Benchmark
+    version: int | None
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"{self.benchmark.name}.jsonl"
+
+    def read(self) -> list[EvalSample]:
+        """What an earlier attempt left; a torn last line and samples of another version or item are left out."""
+        metrics.mend(self.path)
+        problems = {problem.id: problem for problem in self.benchmark.items}
+        return [
+            EvalSample(
+                problem=problems[row["problem_id"]],
+                sample=row["sample"],
+                version=row["version"],
+                text=row["completion"],
+                tokens=np.array(row["tokens"], np.int32),
+                logprobs=np.array(row["logprobs"], np.float64),
+                finish_reason=row["finish_reason"],
+                grade=Grade(row["reward"], row["verdict"]),
+            )
+            for row in metrics.read(self.path)
+            if row["problem_id"] in problems and self.version in (None, row["version"])
+        ]
+
+    def add(self, samples: Sequence[EvalSample]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(item_line(0, s.version, self.benchmark.name, s)) + "\n" for s in samples]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(lines))
 
 
 def run(config: WorkerConfig, reporter: Reporter) -> None:
@@ -126,19 +192,51 @@ def follow_hub(evaluator: Evaluator) -> None:
 
 
 def evaluate_once(evaluator: Evaluator) -> None:
-    """The standalone mode: first engine, one evaluation, files below `extra["out"]`."""
+    """The standalone mode: one evaluation, files below `extra["out"]`, which hold nothing that differs between runs."""
     config, extra = evaluator.config, evaluator.config.extra
-    out, engine = Path(extra["out"]), config.engines[0]["name"]
+    out = Path(extra["out"])
     expected = extra.get("weights_version")
     stop = evaluator.reporter.stop_requested
-    results = _until_stop(evaluator.evaluate(engine, expected), stop)
+    results = _until_stop(evaluator.evaluate(None, expected, partial=out / "partial"), stop)
     step = int(extra.get("step", 0))
     version = expected if expected is not None else next((s.version for r in results for s in r.samples), 0)
     write_results(out, step, version, results)
-    document: dict[str, Any] = {"step": step, "version": version, "results": figures(results)}
+    document: dict[str, Any] = {
+        "step": step,
+        "version": version,
+        "seed": config.recipe.seed,
+        "temperature": config.recipe.eval.temperature,
+        "results": _timeless(figures(results)),
+    }
     if extra.get("greedy"):
-        document["greedy"] = figures(_until_stop(evaluator.evaluate(engine, expected, greedy=True), stop))
+        work = evaluator.evaluate(None, expected, greedy=True, partial=out / "partial" / "greedy")
+        document["greedy"] = _timeless(figures(_until_stop(work, stop)))
+    write_csv(out / "results.csv", document)
     _write_atomically(out / "results.json", json.dumps(document, indent=2) + "\n")
+    shutil.rmtree(out / "partial", ignore_errors=True)
+
+
+def _timeless(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: {k: v for k, v in values.items() if k != "wall_s"} for name, values in found.items()}
+
+
+def write_csv(path: Path, document: dict[str, Any]) -> None:
+    """Every figure of `results.json`, one row a benchmark; `pass_at_3` is pass@3, `greedy_avg` the greedy share."""
+    rows = []
+    for name, values in document["results"].items():
+        row: dict[str, Any] = {"benchmark": name}
+        for key, value in values.items():
+            if isinstance(value, dict):
+                row |= {f"{key}_{k}": share for k, share in value.items()}
+            else:
+                row[key] = value
+        greedy = document.get("greedy", {}).get(name)
+        rows.append(row | ({"greedy_avg": greedy["avg_at_n"]} if greedy else {}))
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
+    table.writeheader()
+    table.writerows({k: f"{v:.6f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    _write_atomically(path, text.getvalue())
 
 
 def write_results(folder: Path, step: int, version: int, results: Sequence[Result]) -> None:
@@ -189,19 +287,19 @@ def update_csv(path: Path, step: int, version: int, results: Sequence[Result]) -
     _write_atomically(path, text.getvalue())
 
 
-def figures(results: Sequence[Result]) -> dict[str, dict[str, float | int]]:
+def figures(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
     """{benchmark: figures} and `overall`."""
     found = {result.benchmark: result.figures() for result in results}
     if results:
-        found[OVERALL] = score_figures(passk.overall([result.score for result in results]))
+        found[OVERALL] = full_figures(passk.overall([result.score for result in results]))
     return found
 
 
 def metric_records(process: str, step: int, version: int, results: Sequence[Result]) -> list[dict[str, Any]]:
-    """One metrics record a benchmark and one for `overall`; every figure is named eval_*."""
+    """One metrics record a benchmark and one for `overall`; every figure is named eval_*, those by k are left out."""
     return [
         {"step": step, "process": process, "version": version, "benchmark": name}
-        | {f"eval_{key}": value for key, value in values.items()}
+        | {f"eval_{key}": value for key, value in values.items() if not isinstance(value, dict)}
         for name, values in figures(results).items()
     ]
 

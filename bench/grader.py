@@ -1,0 +1,94 @@
+"""Our grader and plain math-verify beside the verdicts of others, by source: `python bench/grader.py DIR [--show 20]`.
+
+DIR holds .jsonl files of {"gold", "output", "correct", "source"}: a model's output and what a person or another grader
+said of it. Plain math-verify is `verify(parse("\\boxed{GOLD}"), parse(OUTPUT))` with its defaults. Disagreements are
+printed under the table; a convention of the other grader (x100 accepted, say) is no fault of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from astracli.cli.output import table_lines
+from astracli.rl.reward import GradeItem, GradePool
+
+
+def plain(problem: str, answer: str, completion: str) -> float:
+    """math-verify alone, as a reward (it runs in the same killable processes)."""
+    from astracli.rl.grader import load_math_verify
+
+    parse, verify = load_math_verify()
+    gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
+    return float(verify(gold, parse(completion, parsing_timeout=None), timeout_seconds=None))
+
+
+def read(folder: Path) -> list[dict]:
+    """The pairs of every file, each with `file`. Exits when there are none."""
+    rows = [
+        json.loads(line) | {"file": file.stem}
+        for file in sorted(folder.glob("*.jsonl"))
+        for line in file.open(encoding="utf-8")
+        if line.strip()
+    ]
+    if not rows:
+        sys.exit(f"no .jsonl pairs in `{folder}`")
+    return rows
+
+
+def verdicts(rows: list[dict], spec: str, workers: int) -> tuple[list[str], float]:
+    """Verdicts and gradings a second."""
+    items = [GradeItem(row.get("problem") or "", row["gold"], row["output"]) for row in rows]
+    with GradePool(spec, workers, 10.0) as pool:
+        pool.grade([GradeItem("", "x+1", "\\boxed{1+x}")])  # start and import outside the clock
+        began = time.monotonic()
+        found = [grade.verdict for grade in pool.grade(items)]
+        return found, len(items) / (time.monotonic() - began)
+
+
+def agreement(rows: list[dict], found: list[str], key: str) -> dict[str, tuple[int, int]]:
+    """{source: (agreeing, rows)}"""
+    counts: dict[str, tuple[int, int]] = {}
+    for row, verdict in zip(rows, found, strict=True):
+        right, total = counts.get(row[key], (0, 0))
+        counts[row[key]] = right + ((verdict == "right") == row["correct"]), total + 1
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--show", type=int, default=20, help="disagreements a file (default 20)")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="write every verdict there")
+    args = parser.parse_args()
+    rows = read(args.folder)
+    sys.path.insert(0, str(Path(__file__).parent))
+    ours, rate = verdicts(rows, "math", args.workers)
+    theirs, plain_rate = verdicts(rows, "bench.grader:plain", args.workers)
+    lines = []
+    for key in ("file", "source"):
+        a, b = agreement(rows, ours, key), agreement(rows, theirs, key)
+        for name, (right, total) in a.items():
+            mark = "" if right >= b[name][0] else "below"
+            lines.append([name, total, f"{right / total:.4f}", f"{b[name][0] / total:.4f}", mark])
+    print("\n".join(table_lines(["file, then source", "rows", "ours", "math-verify", ""], lines, 140)))
+    print(f"\n{rate:.0f} gradings/s here, {plain_rate:.0f} by math-verify alone, {args.workers} worker(s)")
+    shown: dict[str, int] = {}
+    for row, verdict, other in zip(rows, ours, theirs, strict=True):
+        shown[row["file"]] = shown.get(row["file"], 0)
+        if (verdict == "right") == row["correct"] or shown[row["file"]] >= args.show:
+            continue
+        shown[row["file"]] += 1
+        said = "right" if row["correct"] else "wrong"
+        print(f"\n{row['source']}: they say {said}, we say {verdict}, math-verify {other}")
+        print(f"  gold: {row['gold']!r}\n  end of output: {row['output'][-160:]!r}")
+    if args.json:
+        args.json.write_text(json.dumps([[row["id"], o, p] for row, o, p in zip(rows, ours, theirs, strict=True)]))
+
+
+if __name__ == "__main__":
+    main()

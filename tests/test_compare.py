@@ -1,0 +1,100 @@
+"""Majority votes, and the paired bootstrap: it finds a difference that is there and none that is not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from astracli.errors import UserError
+from astracli.rl import votes
+from astracli.rl.compare import Shares, compare, read_shares
+
+
+def evaluation(seed: int, gain: float, items: int = 300, noise: float = 0.1) -> Shares:
+    """Items of very different difficulty, the same for every seed; `gain` is added to each share."""
+    difficulty = np.random.default_rng(99).uniform(0, 0.8, items)
+    drawn = np.clip(difficulty + gain + np.random.default_rng(seed).normal(0, noise, items), 0, 1)
+    return {"b": {f"i{i}": float(share) for i, share in enumerate(drawn)}}
+
+
+def test_a_small_difference_is_found_because_items_are_paired() -> None:
+    a, b = evaluation(1, 0.0), evaluation(2, 0.03)
+    (row,) = compare(a, b)
+    assert row.real and row.low < row.difference < row.high and row.p < 0.01
+    unpaired = 1.96 * np.hypot(*(np.std(list(e["b"].values())) / 300**0.5 for e in (a, b)))
+    assert row.high - row.low < unpaired  # its whole width is less than half of the width without pairing
+    (back,) = compare(b, a)
+    assert back.difference == pytest.approx(-row.difference) and back.real
+
+
+def test_no_difference_is_called_real_about_one_time_in_twenty() -> None:
+    real = sum(compare(evaluation(2 * i, 0.0), evaluation(2 * i + 1, 0.0), draws=1000)[0].real for i in range(100))
+    assert 1 <= real <= 12
+    same = evaluation(1, 0.0)
+    (row,) = compare(same, same)
+    assert (row.difference, row.p, row.real) == (0.0, 1.0, False)
+
+
+def test_overall_is_the_mean_over_benchmarks_and_the_seed_decides() -> None:
+    a = {"b": evaluation(1, 0.0)["b"], "c": evaluation(3, 0.0, items=50)["b"]}
+    b = {"b": evaluation(2, 0.1)["b"], "c": evaluation(4, -0.1, items=50)["b"]}
+    rows = compare(a, b)
+    assert [row.benchmark for row in rows] == ["b", "c", "overall"] and rows[2].items == 350
+    assert rows[2].difference == pytest.approx((rows[0].difference + rows[1].difference) / 2)
+    assert compare(a, b) == rows and compare(a, b, seed=1) != rows
+
+
+def test_other_items_are_refused_with_the_figures() -> None:
+    with pytest.raises(UserError, match="`b` has 300 items in one evaluation and 200 in the other, 200 in common"):
+        compare(evaluation(1, 0.0), evaluation(1, 0.0, items=200))
+    with pytest.raises(UserError, match="no benchmark in common: b and c"):
+        compare(evaluation(1, 0.0), {"c": {"i": 1.0}})
+
+
+def write(folder: Path, step: int, rights: list[bool]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"benchmark": "b", "problem_id": f"i{i // 2}", "verdict": "right" if right else "wrong"}
+        for i, right in enumerate(rights)
+    ]
+    (folder / f"step_{step:06d}_b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_run_a_step_of_it_and_the_command(tmp_path: Path, astra: Callable[..., Any]) -> None:
+    write(tmp_path / "run" / "eval" / "items", 0, [False] * 40)
+    write(tmp_path / "run" / "eval" / "items", 12, [True, False] * 20)
+    run = str(tmp_path / "run")
+    assert set(read_shares(run)["b"].values()) == {0.5} and set(read_shares(f"{run}@0")["b"].values()) == {0.0}
+    with pytest.raises(UserError, match="no evaluation of step 3: 0, 12"):
+        read_shares(f"{run}@3")
+    with pytest.raises(UserError, match="holds no evaluation"):
+        read_shares(str(tmp_path))
+    done = astra("eval", "--compare", f"{run}@0", run)
+    assert done.code == 0 and "b: B is better: +0.500, 95 % interval +0.500 to +0.500" in done.out
+    (row,) = json.loads(astra("eval", "--compare", run, run, "--json").out)["benchmarks"]
+    assert (row["items"], row["real"]) == (20, False)
+
+
+def test_votes() -> None:
+    right, wrong = votes.vote("so \\boxed{1,024}", True), votes.vote("\\boxed{7}", False)
+    assert right == votes.vote("\\boxed{1024}", True) == ("1024", True)
+    assert votes.vote("nothing to read", False)[0] is None
+    assert votes.winner_share([right, right, wrong]) == 1.0
+    assert votes.winner_share([right, wrong, wrong]) == 0.0
+    assert votes.winner_share([right, wrong]) == 0.5
+    assert votes.winner_share([(None, False)] * 3) == 0.0
+    assert votes.winner_share([(None, False)] * 3 + [right]) == 1.0  # who says nothing does not vote
+
+
+def test_majority_of_one_is_the_average_and_of_all_the_vote() -> None:
+    right, wrong = ("1", True), ("2", False)
+    found = votes.majority_at([[right, right, right, wrong], [wrong, wrong, wrong, right]])
+    assert list(found) == [1, 2, 4]
+    assert (found[1], found[4]) == (0.5, 0.5)
+    assert votes.majority_at([[right, right, wrong]])[1] == pytest.approx(2 / 3)
+    assert votes.sizes(6) == [1, 2, 4, 6] and votes.sizes(1) == [1]

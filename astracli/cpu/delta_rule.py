@@ -45,9 +45,7 @@ def _unit_backward(grad_RLD: Tensor, unit_RLD: Tensor, inverse_RL1: Tensor) -> T
     return grad_RLD.addcmul_(along_RL1, unit_RLD, value=-1).mul_(inverse_RL1)
 
 
-def _matrices(
-    q_RLK: Tensor, k_RLK: Tensor, beta_RL: Tensor, total_RL: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _matrices(q_RLK: Tensor, k_RLK: Tensor, beta_RL: Tensor, total_RL: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(D, strictly lower (k k^T) * D, T, (q k^T) * D), each [R, L, L]."""
     length = q_RLK.shape[1]
     decay = total_RL[:, :, None] - total_RL[:, None, :]
@@ -77,9 +75,7 @@ class _OneChunk(torch.autograd.Function):
         decay, keys, inverse, scores = _matrices(scaled_q, unit_k, beta_RL, total_RL)
         u_RLV = torch.bmm(inverse, v_RLV * beta_RL[..., None])
         out = torch.bmm(scores, u_RLV)
-        ctx.save_for_backward(
-            unit_q, inverse_q, unit_k, inverse_k, v_RLV, beta_RL, decay, keys, inverse, scores, u_RLV
-        )
+        ctx.save_for_backward(unit_q, inverse_q, unit_k, inverse_k, v_RLV, beta_RL, decay, keys, inverse, scores, u_RLV)
         ctx.heads = heads
         late_RL1 = (total_RL[:, -1:] - total_RL).exp()[..., None]
         state = torch.bmm((unit_k * late_RL1).transpose(1, 2), u_RLV).view(batch, heads, key_dim, -1)

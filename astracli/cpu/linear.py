@@ -1,8 +1,8 @@
 """fp32 matrix products through oneDNN, which uses the whole vector width on every x86 CPU.
 
-torch's own `linear` goes to MKL, which on AMD CPUs with AVX-512 reaches less than half of that (95 against 230 GFLOP/s on
-one Zen 5 core, 1920 x 128 x 384). All three products of training go the same way: output, input gradient and weight
-gradient.
+torch's own `linear` goes to MKL, which on AMD CPUs with AVX-512 reaches less than half of that (95 against 230
+GFLOP/s on one core of an AMD EPYC, 1920 x 128 x 384). All three products of training go the same way: output, input
+gradient and weight gradient.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
 
 _FEWEST_ROWS = 16
 """Below, the call costs more than the product."""
@@ -53,7 +52,7 @@ class _Linear(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """`torch.nn.functional.linear` for fp32 on a CPU."""
     few = x.numel() < _FEWEST_ROWS * x.shape[-1]
-    if few or x.dtype != torch.float32 or weight.dtype != torch.float32 or not x.device.type == "cpu":
+    if few or x.dtype != torch.float32 or weight.dtype != torch.float32 or x.device.type != "cpu":
         return nn.functional.linear(x, weight)
     if torch.is_grad_enabled():
         result: Tensor = _Linear.apply(x, weight)

@@ -3,8 +3,8 @@
     python bench/cpu_loop.py [--steps 60] [--rounds 3] [--trl-threads 1 2] [--json]
 
 Both sides: astra:tiny, the arithmetic prompts, 8 prompts x 8 completions of at most 24 tokens a step, temperature 1,
-one AdamW step on all of them, no group dropped, no KL, learning rate 2e-4. Sides take turns for `--rounds` rounds; a side's
-figure is samples over wall time from the end of step 5 on, start-up excluded, and the medians over rounds are compared.
+one AdamW step on all of them, no group dropped, no KL, learning rate 2e-4. Sides take turns for `--rounds` rounds; a
+side's figure is samples over wall time from the end of step 5 on, start-up excluded, and medians over rounds are taken.
 Ours is `astra train` as it is (hub, rollout, grading and engine processes included, staleness up to 2 versions); TRL's
 is one process with each of `--trl-threads` threads, the quickest counts. CPU seconds of all of a side's processes stand
 beside it: they hold on a machine that others load too. TRL is imported from wherever it is importable.

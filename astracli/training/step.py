@@ -93,6 +93,7 @@ class Trainer:
         self._first_version: int | None = None
         self._parity_checks: set[str] = {"start", "update"}
         self._rows_checked = False
+        self._kept: tuple[Tensor, Tensor] | None = None
 
     def train(self, groups: Sequence[Group], step: int, version: int) -> StepResult:
         """Train on the step's batch; the policy holds weight `version` before and `version + 1` after.
@@ -202,14 +203,28 @@ class Trainer:
     def _score(self, batch: Batch, version: int, references: dict[int, Tensor], sums: Sums) -> Limits:
         """Measure the whole batch, and take the algorithm's limits from it and from all other ranks' share."""
         ratios, advantages = [], []
+        self._kept, reused = None, self._reused(batch)
         for minibatch in batch.minibatches:
             for micro in minibatch:
-                logprob_N, entropy_N = self._forward(self.policy, micro)
+                with torch.set_grad_enabled(micro is reused):
+                    logprob_N, entropy_N = self._forward(self.policy, micro)
+                if micro is reused:
+                    self._kept = logprob_N, entropy_N
                 ratios.append(self._measure(micro, version, logprob_N, entropy_N, references.get(id(micro)), sums))
                 advantages.append(self._on_device(micro.advantage_N))
         log_ratio_N = self.ranks.gather(torch.cat(ratios))
         advantage_N = self.ranks.gather(torch.cat(advantages))
         return self.algorithm.prepare(log_ratio_N, advantage_N, self.recipe.algorithm)
+
+    def _reused(self, batch: Batch) -> MicroBatch | None:
+        """The micro-batch whose scoring serves the first update too: the weights are the same, so one forward less.
+
+        Its graph lives while the rest is scored, so it must be all of the first minibatch, and memory plentiful: not on
+        a GPU, and not sharded, where a forward of another micro-batch may not come between forward and backward.
+        """
+        first = batch.minibatches[0]
+        alone = self.ranks.mesh is None and self.ranks.device.type == "cpu"
+        return first[0] if alone and len(first) == 1 else None
 
     def _limits_of_fresh(self, batch: Batch) -> Limits:
         """Limits of a batch drawn from the very policy: every log-ratio is 0."""
@@ -259,7 +274,8 @@ class Trainer:
         """Forward, backward and update of one minibatch; returns the gradient norm before clipping."""
         tokens = batch.minibatch_tokens[index]
         for micro in batch.minibatches[index]:
-            logprob_N, entropy_N = self._forward(self.policy, micro)
+            kept, self._kept = self._kept, None
+            logprob_N, entropy_N = kept or self._forward(self.policy, micro)
             reference_N = references.get(id(micro))
             if measure:
                 self._measure(micro, version, logprob_N.detach(), entropy_N, reference_N, sums)

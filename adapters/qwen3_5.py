@@ -93,23 +93,38 @@ def delta_net_modules(model: Any) -> list[Any]:
 
 
 def prepare_cpu(model: Any) -> None:
-    """Torch kernels on every Gated DeltaNet module, with a chunk no longer than the row (same numbers, less work)."""
+    """Torch kernels on every Gated DeltaNet module, and norms, in forms that are quick on a CPU (same numbers)."""
     import torch
     from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
+    from astracli.cpu import delta_rule
+
     for module in delta_net_modules(model):
-        module.causal_conv1d_fn = None
+        module.causal_conv1d_fn = delta_rule.conv_silu
         module.causal_conv1d_update = modeling.torch_causal_conv1d_update
-        module.chunk_gated_delta_rule = partial(_short_chunk_rule, modeling.torch_chunk_gated_delta_rule)
+        module.chunk_gated_delta_rule = partial(delta_rule.rule, modeling.torch_chunk_gated_delta_rule, _CHUNK)
         module.recurrent_gated_delta_rule = modeling.torch_recurrent_gated_delta_rule
         if not isinstance(module.norm, modeling.Qwen3_5RMSNormGated):
             norm = modeling.Qwen3_5RMSNormGated(module.head_v_dim, eps=module.layer_norm_epsilon)
             norm.weight = torch.nn.Parameter(module.norm.weight.detach().to("cpu", torch.float32))
             module.norm = norm
+    for module in model.modules():
+        if isinstance(module, modeling.Qwen3_5RMSNormGated):
+            module.forward = partial(_gated_norm, module)
+        elif isinstance(module, modeling.Qwen3_5RMSNorm):
+            module.forward = partial(_norm, module)
 
 
-def _short_chunk_rule(rule: Callable[..., Any], query_BTHD: Any, *args: Any, **kwargs: Any) -> Any:
-    return rule(query_BTHD, *args, chunk_size=min(_CHUNK, query_BTHD.shape[1]), **kwargs)
+def _norm(module: Any, x: Any) -> Any:
+    from astracli.cpu.norms import rms_norm
+
+    return rms_norm(x.float(), 1.0 + module.weight.float(), module.eps).type_as(x)
+
+
+def _gated_norm(module: Any, x: Any, gate: Any) -> Any:
+    from astracli.cpu.norms import gated_rms_norm
+
+    return gated_rms_norm(x.float(), gate.float(), module.weight.float(), module.variance_epsilon).type_as(x)
 
 
 class _Bounds:

@@ -191,13 +191,14 @@ def test_prepare_cpu_keeps_the_numbers(length: int) -> None:
     plain, quick = tiny_text(), tiny_text()
     qwen3_5.prepare_cpu(quick)
     ids = row(length, batch=3)
-    expected, got = plain(ids).logits, quick(ids).logits
+    expected, got = (model(ids, use_cache=False).logits for model in (plain, quick))
     assert 0.5 < expected.std() < 2
-    assert (got - expected).abs().max() <= 2e-5
-    assert relative(gradients_of(quick, got), gradients_of(plain, expected)) <= 2e-5
+    # against fp64, each of the two is up to 7e-5 away in logits and 1e-4 in gradients
+    assert (got - expected).abs().max() <= 7e-5
+    assert relative(gradients_of(quick, got), gradients_of(plain, expected)) <= 7e-5
 
 
-def test_short_rows_use_a_short_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_one_chunk_never_reach_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = tiny_text(), []
     real = modeling.torch_chunk_gated_delta_rule
 
@@ -207,9 +208,10 @@ def test_short_rows_use_a_short_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(modeling, "torch_chunk_gated_delta_rule", spy)
     qwen3_5.prepare_cpu(model)
-    model(row(40))
-    model(row(100))
-    assert seen == [40] * 3 + [64] * 3
+    model(row(64), use_cache=False)
+    assert seen == []
+    model(row(70), use_cache=False)
+    assert seen == [64] * 3
 
 
 def test_right_padding_without_a_mask_is_exact() -> None:

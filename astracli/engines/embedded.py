@@ -73,9 +73,12 @@ def load_engine(config: WorkerConfig) -> EmbeddedEngine:
     import torch
 
     from astracli import registry
+    from astracli.cpu.memory import keep_freed_memory
     from astracli.engines.engine import EmbeddedEngine, Limits
 
     torch.set_num_threads(config.threads)
+    if config.device == "cpu":
+        keep_freed_memory()
     adapter = registry.resolve(config.recipe, config.model_path)
 
     def load(path: Path) -> tuple[Any, Any]:

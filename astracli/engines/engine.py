@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from astracli.cpu import linear
 from astracli.engines import kernels
 from astracli.engines.decoder import Decoder
 from astracli.engines.scheduler import PauseMode, Scheduler
@@ -70,6 +71,7 @@ class EmbeddedEngine:
         model, wire = load(path)
         if device == "cpu":
             kernels.install(model)
+            linear.install(model)
         self.path = path
         self.limits = limits
         self._stage = StageWatcher(stage_dir) if stage_dir is not None else None
@@ -219,6 +221,7 @@ class EmbeddedEngine:
             "waiting": len(scheduler.waiting),
             "tokens_generated": scheduler.tokens_generated,
             "decode_steps": scheduler.steps,
+            "seconds": dict(scheduler.seconds),
             "slots": self.limits.slots,
             "context_length": self.limits.context_length,
         }

@@ -6,6 +6,7 @@ Other threads reach it through `submit` and `call` only. Everything else happens
 from __future__ import annotations
 
 import queue
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
@@ -38,6 +39,8 @@ class Scheduler:
         self.exclusive_calls = exclusive_calls
         self.tokens_generated = 0
         self.steps = 0
+        self.seconds = {"prefill": 0.0, "decode": 0.0, "idle": 0.0}
+        """Wall time by what the decode thread did; the rest of its time is control."""
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
     # -- from any thread
@@ -68,7 +71,8 @@ class Scheduler:
         """
         idle = not self._runnable()
         try:
-            self._inbox.get(timeout=wait_s)() if idle and wait_s > 0 else self._inbox.get_nowait()()
+            if idle and wait_s > 0:
+                self._await(wait_s)()
             while True:
                 self._inbox.get_nowait()()
         except queue.Empty:
@@ -76,10 +80,22 @@ class Scheduler:
         if not self._runnable():
             return False
         with torch.inference_mode():
+            began = time.perf_counter()
             self._admit()
+            admitted = time.perf_counter()
             if self.table.active:
                 self._decode()
+            self.seconds["prefill"] += admitted - began
+            self.seconds["decode"] += time.perf_counter() - admitted
         return True
+
+    def _await(self, wait_s: float) -> Callable[[], None]:
+        """What arrives next. Raises queue.Empty after `wait_s`."""
+        began = time.perf_counter()
+        try:
+            return self._inbox.get(timeout=wait_s)
+        finally:
+            self.seconds["idle"] += time.perf_counter() - began
 
     def _runnable(self) -> bool:
         return self.paused is None and bool(self.table.active or self.waiting)

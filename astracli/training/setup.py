@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from astracli.adapter import ModelAdapter, read_config
+from astracli.cpu import linear
 from astracli.recipe import Recipe
 from astracli.training.fsdp import Ranks, recompute, shard
 from astracli.training.logprob import PolicyModel
@@ -36,8 +37,10 @@ def build_trainer(model_dir: Path, adapter: ModelAdapter, recipe: Recipe, ranks:
 
 def _load(model_dir: Path, adapter: ModelAdapter, ranks: Ranks, attention: str) -> torch.nn.Module:
     model: torch.nn.Module = adapter.load_for_training(model_dir, attention=attention)
-    if ranks.device.type == "cpu" and adapter.prepare_cpu is not None:
-        adapter.prepare_cpu(model)
+    if ranks.device.type == "cpu":
+        if adapter.prepare_cpu is not None:
+            adapter.prepare_cpu(model)
+        linear.install(model)
     return model
 
 

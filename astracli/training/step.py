@@ -94,6 +94,7 @@ class Trainer:
         self._first_version: int | None = None
         self._parity_checks: set[str] = {"start", "update"}
         self._rows_checked = False
+        self._kept: tuple[Tensor, Tensor] | None = None
 
     def train(self, groups: Sequence[Group], step: int, version: int) -> StepResult:
         """Train on the step's batch; the policy holds weight `version` before and `version + 1` after.
@@ -212,15 +213,29 @@ class Trainer:
         `proximals` is filled: id of micro-batch -> log-probabilities [N] of the policy at the start of the step.
         """
         ratios, advantages = [], []
+        self._kept, reused = None, self._reused(batch)
         for minibatch in batch.minibatches:
             for micro in minibatch:
-                logprob_N, entropy_N = self._forward(self.policy, micro)
-                proximals[id(micro)] = logprob_N
+                with torch.set_grad_enabled(micro is reused):
+                    logprob_N, entropy_N = self._forward(self.policy, micro)
+                if micro is reused:
+                    self._kept = logprob_N, entropy_N
+                proximals[id(micro)] = logprob_N.detach()
                 ratios.append(self._measure(micro, version, logprob_N, entropy_N, references.get(id(micro)), sums))
                 advantages.append(self._on_device(micro.advantage_N))
         log_ratio_N = self.ranks.gather(torch.cat(ratios))
         advantage_N = self.ranks.gather(torch.cat(advantages))
         return self.algorithm.prepare(log_ratio_N, advantage_N, self.recipe.algorithm)
+
+    def _reused(self, batch: Batch) -> MicroBatch | None:
+        """The micro-batch whose scoring serves the first update too: the weights are the same, so one forward less.
+
+        Its graph lives while the rest is scored, so it must be all of the first minibatch, and memory plentiful: not on
+        a GPU, and not sharded, where a forward of another micro-batch may not come between forward and backward.
+        """
+        first = batch.minibatches[0]
+        alone = self.ranks.mesh is None and self.ranks.device.type == "cpu"
+        return first[0] if alone and len(first) == 1 else None
 
     def _limits_of_fresh(self, batch: Batch) -> Limits:
         """Limits of a batch drawn from the very policy: every log-ratio is 0."""
@@ -272,7 +287,8 @@ class Trainer:
         normaliser = self.algorithm.normaliser
         divisor = objective.denominator(normaliser, batch, index, self.recipe)
         for micro in batch.minibatches[index]:
-            logprob_N, entropy_N = self._forward(self.policy, micro)
+            kept, self._kept = self._kept, None
+            logprob_N, entropy_N = kept or self._forward(self.policy, micro)
             reference_N = references.get(id(micro))
             if measure:
                 self._measure(micro, version, logprob_N.detach(), entropy_N, reference_N, sums)

@@ -47,6 +47,10 @@ def _settle_torch(config: WorkerConfig) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
+    from astracli.cpu.memory import keep_freed_memory
+
+    if config.device == "cpu":
+        keep_freed_memory()
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.recipe.seed)
     if config.recipe.launch.deterministic:

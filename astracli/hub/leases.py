@@ -151,11 +151,12 @@ class LeaseBook:
     def _settle(self, group: Group, status: PutStatus, blob: bytes, next_step: int) -> None:
         state = {"dropped": "dropped", "stale": "expired", "accepted": "kept"}[status]
         rewards = group.rewards
+        place = self._db.meta("places")
         values = {
             "state": state,
             "version": group.oldest_version,
             "arrived": next_step,
-            "place": self._db.meta("places"),
+            "place": place,
             "reward_mean": float(rewards.mean()) if len(rewards) else 0.0,
             "samples": len(group.samples),
             "tokens": sum(len(s.tokens) for s in group.samples),
@@ -166,7 +167,7 @@ class LeaseBook:
                 f"UPDATE groups SET {', '.join(f'{key} = ?' for key in values)} WHERE lease_id = ?",
                 (*values.values(), group.lease_id),
             )
-            self._db.set_meta("places", values["place"] + 1)
+            self._db.set_meta("places", place + 1)
             if state == "kept":
                 sql.execute("INSERT INTO blobs (lease_id, blob) VALUES (?, ?)", (group.lease_id, blob))
             if state != "expired":

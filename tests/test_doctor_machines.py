@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,3 +105,31 @@ def test_the_container_is_mended_by_the_two_options_that_it_names() -> None:
     box["system"] |= {"shm_total": 8 * 2**30, "nofile": 65536, "memlock": -1}
     box["checkpoint"] = checkpoint()
     assert found(judged(BIG, box), "fail", "warn") == {}
+
+
+def test_the_command_judges_a_document(astra: Any, tmp_path: Path) -> None:
+    """Failures with their mending first, backends last, nothing wider than 100 columns."""
+    file = tmp_path / "container.json"
+    file.write_text(json.dumps(document("container")))
+    said = astra("doctor", BIG, "--facts", str(file))
+    lines = said.out.splitlines()
+    assert said.code == 1
+    assert lines[0] == "fail  system/shared memory: 64.0 MiB at /dev/shm"
+    assert "      fix: start the container with `--shm-size=8g`" in lines
+    starts = [line.split()[0] for line in lines if line.startswith(("fail", "warn", "ok ", "backend"))]
+    assert starts == ["fail", "warn", "warn", "warn", "ok", "backend"]
+    assert lines[-1].startswith("a run would not work: ") and lines[-1].endswith("1 failed")
+    assert max(map(len, lines)) <= 100
+    assert astra("doctor", TINY, "--facts", str(file)).code == 0
+    assert json.loads(astra("doctor", BIG, "--facts", str(file), "--json").out) == judged(BIG, document("container"))
+    assert astra("doctor", TINY, "--facts", str(file), "--probe").code == 2
+
+
+def test_a_document_that_was_written_is_read_again(astra: Any, tmp_path: Path) -> None:
+    file = tmp_path / "here.json"
+    here = astra("doctor", TINY, "--no-probe", "--json", "--facts-out", str(file))
+    there = astra("doctor", TINY, "--facts", str(file), "--json")
+    assert here.code == there.code == 0
+    assert json.loads(here.out) == json.loads(there.out)
+    assert json.loads(file.read_text()) == json.loads(here.out)["facts"]
+    assert astra("doctor", "--no-probe", "--facts-out", str(tmp_path / "none" / "x.json")).code == 2

@@ -61,11 +61,11 @@ def test_a_child_that_hangs_or_dies_fails_its_probe_and_the_rest_goes_on(
     monkeypatch.chdir(tmp_path)
     env = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     asked = [probe(name, f"{name}:f", 1.0 if name == "hangs" else 20.0, env=env) for name in modules]
-    said = {p.name: rows[0] for p, rows in probes.answers(asked, start_s=5.0)}
+    said = {p.name: rows[0] for p, rows in probes.answers(asked, start_s=2.0)}
     assert [(name, row["status"]) for name, row in said.items()] == [
         ("hangs", "fail"), ("dies", "fail"), ("noisy", "ok"), ("hollow", "fail"), ("broken", "fail"),
     ]  # fmt: skip
-    assert said["hangs"]["value"] == "no answer in 6 s"
+    assert said["hangs"]["value"] == "no answer in 3 s"
     assert said["dies"]["value"] == "its process ended with code 139: segmentation fault"
     assert said["hollow"]["value"] == "f is not callable"
     assert "No module named 'no_such_module'" in said["broken"]["value"]

@@ -139,31 +139,28 @@ def trainer_probes(subject: Subject) -> Iterator[Probe]:
 
 def _links(subject: Subject, device: str, env: dict[str, str]) -> Iterator[Probe]:
     """Ranks that exchange gradients, and the copies that a run makes all the time."""
-    recipe = subject.recipe
-    ranks = 1
-    if recipe is not None:
-        ranks = recipe.resources.train_gpus if subject.cuda else recipe.resources.train_ranks
-    gpus = machine.visible_gpus(subject.facts)
-    if device == "cuda":
-        ranks = min(ranks if recipe is not None else len(gpus), len(gpus))
+    chosen = _rank_gpus(subject) if device == "cuda" else []
+    ranks = len(chosen)
+    if device == "cpu" and subject.recipe is not None and not subject.cuda:
+        ranks = subject.recipe.resources.train_ranks
     if ranks > 1:
-        why, fix = (
-            "trainer ranks would hang at their first step",
-            "look at `nvidia-smi topo -m` and the log of NCCL_DEBUG=INFO",
-        )
-        placed = subject.fit.plan
-        trainers = [p.gpus[0] for p in placed.processes if p.role == "trainer" and p.gpus] if placed else []
-        there = [gpu["index"] for gpu in gpus]
-        chosen = [gpu for gpu in trainers if gpu in there] or there
-        more = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, chosen[:ranks]))} if device == "cuda" else {}
-        settings = {"ranks": len(chosen[:ranks]) if device == "cuda" else ranks, "device": device}
-        if settings["ranks"] > 1:
-            yield Probe("all-reduce", "all_reduce", settings, 200, True, why, fix, env=env | more)
-    why, fix = (
-        "copies take longer than computing",
-        "look for other load on this machine, or another PCIe slot or driver",
-    )
+        why = "trainer ranks would hang at their first step"
+        fix = "look at `nvidia-smi topo -m` and the log of NCCL_DEBUG=INFO"
+        more = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, chosen))} if chosen else {}
+        asked = {"ranks": ranks, "device": device}
+        yield Probe("all-reduce", "all_reduce", asked, 200, True, why, fix, env=env | more)
+    why = "copies take longer than computing"
+    fix = "look for other load on this machine, or another PCIe slot or driver"
     yield Probe("bandwidth", "bandwidth", {"device": device}, 60, False, why, fix, env=env)
+
+
+def _rank_gpus(subject: Subject) -> list[int]:
+    """Indexes of the GPUs that the trainer's ranks would run on, as far as they are there; without a recipe, of all."""
+    there = [gpu["index"] for gpu in machine.visible_gpus(subject.facts)]
+    if subject.recipe is None:
+        return there
+    processes = subject.fit.plan.processes if subject.fit.plan is not None else ()
+    return [gpu for p in processes if p.role == "trainer" for gpu in p.gpus if gpu in there]
 
 
 def _imports(subject: Subject, device: str) -> dict[str, str]:

@@ -126,8 +126,9 @@ def judge(recipe: Recipe, facts: Facts, config: Mapping[str, Any] | None) -> Fit
 
 def found(facts: Facts, name: str) -> Mapping[str, Any]:
     """A package of the document; one that the document does not name is not installed."""
-    absent = {"version": None, "importable_spec": False, "origin": None, "models": None, "pins": {}}
-    return facts["packages"].get(name) or absent
+    absent: Mapping[str, Any] = {"version": None, "importable_spec": False, "origin": None, "models": None, "pins": {}}
+    package: Mapping[str, Any] = facts["packages"].get(name) or absent
+    return package
 
 
 def flaw(facts: Facts, name: str) -> tuple[str, str, str] | None:

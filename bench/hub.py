@@ -147,9 +147,8 @@ def main() -> None:
     batch = sorted(ms["batch"])
     p99 = batch[-(-99 * len(batch) // 100) - 1]
     size = GROUPS * SAMPLES * TOKENS
-    print(
-        f"history {first * GROUPS * SAMPLES:,} samples in {sum(rows[k] for k in ('consumed_groups', 'dropped')):,} groups;"
-    )
+    groups = rows["consumed_groups"] + rows["dropped"]
+    print(f"history {first * GROUPS * SAMPLES:,} samples in {groups:,} groups;")
     print(f"rows kept {kept:,}; counted {after['consumed_groups'] + after['dropped']:,}; a batch is {size:,} tokens")
     print(f"database {before / 1e6:.0f} MB with the history, at most {largest / 1e6:.0f} MB with blobs and log")
     print(f"/batch p99 {p99:.1f} ms, asked for: under {TARGET_MS:.0f} ms")

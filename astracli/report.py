@@ -212,7 +212,7 @@ def draw(progress: Progress) -> RenderableType:
     """The live view's picture."""
     left = progress.left_s()
     head = Table.grid(padding=(0, 2))
-    bar = [
+    bar: list[RenderableType] = [
         ProgressBar(total=progress.steps, completed=progress.step, width=30),
         f"step {progress.step}/{progress.steps}",
     ]

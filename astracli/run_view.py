@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import shutil
+import sqlite3
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -201,10 +202,11 @@ def report(run: RunDir) -> dict[str, Any]:
 def clean(run: RunDir, *, dry_run: bool) -> int:
     """Remove what only a running run needs: published weights, child configurations, staged payloads. Returns bytes.
 
-    Recipe, metrics, samples, evaluation, logs, checkpoints and export stay. The caller has made sure that it ended.
+    Recipe, metrics, samples, evaluation, logs, checkpoints and export stay; the weights too while an evaluation of an
+    earlier version is still owed, which a resumed run would do first. The caller has made sure that it ended.
     """
     freed = 0
-    for folder in (run.weights, run.config, run.stage):
+    for folder in (*(() if _owes_evaluation(run) else (run.weights,)), run.config, run.stage):
         if folder.is_dir():
             freed += sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
             if not dry_run:
@@ -261,6 +263,17 @@ def end_leftovers(run: RunDir, wait_s: float = 10.0) -> list[int]:
             process.kill()
     psutil.wait_procs(stubborn, timeout=wait_s)
     return [process.pid for process in processes]
+
+
+def _owes_evaluation(run: RunDir) -> bool:
+    """An evaluation was announced and not done: its version is on disk and nowhere else."""
+    if not run.hub_sqlite.is_file():
+        return False
+    with contextlib.closing(sqlite3.connect(run.hub_sqlite)) as hub:
+        try:
+            return hub.execute("SELECT 1 FROM evals WHERE results IS NULL").fetchone() is not None
+        except sqlite3.DatabaseError:
+            return True  # not to be known
 
 
 def cleanable(root: Path, *, older_than_s: float, resumable: bool) -> list[RunDir]:

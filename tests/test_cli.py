@@ -468,6 +468,21 @@ def test_runs_clean_frees_what_it_says_and_keeps_results(astra: Astra, runs: Pat
     )
 
 
+def test_runs_clean_keeps_weights_that_an_evaluation_waits_for(astra: Astra, runs: Path) -> None:
+    from astracli.hub.store import HubStore
+
+    run = make_run(runs / "a", state="interrupted")
+    (run.weights / "v000000").mkdir(parents=True)
+    (run.weights / "v000000" / "x").write_bytes(b"0" * 1000)
+    limits = {"batch_groups": 1, "max_staleness": 0, "lease_timeout_s": 1.0, "steps": 4, "eval_every": 2}
+    store = HubStore(run.hub_sqlite, drop_equal_groups=False, engines=["engine0"], **limits)  # type: ignore[arg-type]
+    store.announce(0, 0)
+    assert astra("runs", "clean", "a").out == "freed 0 bytes in 0 runs\n" and run.weights.is_dir()
+    store.eval_done(0, 0, {})
+    store.close()
+    assert astra("runs", "clean", "a").out.endswith("freed 1000 bytes in 1 run\n") and not run.weights.exists()
+
+
 def test_runs_clean_refuses_a_running_run(astra: Astra, runs: Path) -> None:
     run = make_run(runs / "a", state="running")
     run.weights.mkdir()

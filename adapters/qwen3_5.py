@@ -289,12 +289,14 @@ def wire_tensors(model: Any) -> dict[str, WireTensor]:
 
 
 def delta_rule(config: Mapping[str, Any], device: str) -> DeltaRule:
-    """The chunk rule as a trainer layer calls it: transformers' own on a CPU, fla's on a GPU where it is installed."""
+    """The chunk rule as a trainer layer calls it: ours on a CPU, fla's on a GPU where it is installed."""
     from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
+
+    from astracli.cpu import delta_rule as on_cpu
 
     fla = getattr(modeling, "chunk_gated_delta_rule", None) if device == "cuda" else None
     _, value_heads, key_dim, value_dim, _ = _delta_net_sizes(text_config(config))
-    rule = fla or partial(_short_chunk_rule, modeling.torch_chunk_gated_delta_rule)
+    rule = fla or partial(on_cpu.rule, modeling.torch_chunk_gated_delta_rule, _CHUNK)
     return DeltaRule(rule, value_heads, key_dim, value_dim)
 
 

@@ -80,8 +80,11 @@ def test_another_number_of_ranks(model_dir: Path, tmp_path: Path, before: int, a
         return outputs[0]
 
     got = part(before, 0, 2) + part(after, 2, 4)
-    for mine, theirs in zip(got, whole, strict=True):
-        assert mine == pytest.approx(theirs, abs=1e-6, rel=1e-4)
+    # One rank and two add in another order. From 1e-9 in the first step that grows a hundredfold a step on this random
+    # model (gradient norms of 30 to 60), resumed or not: the step after the first resumed update can only be held to
+    # 1 %, which lost moments or a lost update count would miss by far.
+    for mine, theirs, tolerance in zip(got, whole, [1e-4, 1e-4, 1e-4, 1e-2], strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-6, rel=tolerance)
 
 
 def test_the_newest_are_kept(model_dir: Path, tmp_path: Path) -> None:

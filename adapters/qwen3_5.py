@@ -108,11 +108,10 @@ def prepare_cpu(model: Any) -> None:
             norm = modeling.Qwen3_5RMSNormGated(module.head_v_dim, eps=module.layer_norm_epsilon)
             norm.weight = torch.nn.Parameter(module.norm.weight.detach().to("cpu", torch.float32))
             module.norm = norm
+    own_forward: dict[type, Any] = {modeling.Qwen3_5RMSNormGated: _gated_norm, modeling.Qwen3_5RMSNorm: _norm}
     for module in model.modules():
-        if isinstance(module, modeling.Qwen3_5RMSNormGated):
-            module.forward = partial(_gated_norm, module)
-        elif isinstance(module, modeling.Qwen3_5RMSNorm):
-            module.forward = partial(_norm, module)
+        if (forward := own_forward.get(type(module))) is not None:
+            module.forward = partial(forward, module)
 
 
 def _norm(module: Any, x: Any) -> Any:

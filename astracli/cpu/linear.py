@@ -68,7 +68,7 @@ def install(model: nn.Module) -> int:
     """Let the model's plain linear layers without bias compute this way. Returns how many do."""
     if not available():
         return 0
-    layers = [m for m in model.modules() if type(m) is nn.Linear and m.bias is None]
+    layers: list[Any] = [m for m in model.modules() if type(m) is nn.Linear and m.bias is None]
     for layer in layers:
-        layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
+        layer.forward = partial(_forward, layer)
     return len(layers)

@@ -17,6 +17,8 @@ from rich.text import Text
 
 from astracli.metrics import Record, without_absent
 
+STEP_PHASES = ("wait", "score", "forward", "backward", "optimizer", "publish")
+"""Phases of a training step; the trainer's figures are their names with `_s`."""
 PLAIN_EVERY_S = 2.0
 """Least time between two step lines when stderr is no terminal."""
 SILENCE_S = 15.0
@@ -192,7 +194,7 @@ def eval_line(evaluation: Mapping[str, Any]) -> str:
 
 
 class LiveView:
-    """A few lines that stay in place: step bar, figures, and each process with what it waits for."""
+    """A few lines that stay in place: step bar, figures, phases of a step, each process with what it waits for."""
 
     def __init__(self, console: Console):
         self._live = Live(console=console, auto_refresh=False, transient=True)
@@ -234,7 +236,18 @@ def draw(progress: Progress) -> RenderableType:
     lines: list[RenderableType] = [head, figures]
     if trend:
         lines.append(Text(trend))
-    return Group(*lines, rows)
+    return Group(*lines, phase_bars(progress.figures), rows)
+
+
+def phase_bars(figures: Mapping[str, float]) -> RenderableType:
+    """Where the trainer's last step went: a bar a phase, as shares of `step_s`. Nothing before the first step."""
+    table = Table.grid(padding=(0, 2))
+    step_s = figures.get("step_s", 0.0)
+    for name in STEP_PHASES if step_s else ():
+        seconds = figures.get(f"{name}_s", 0.0)
+        bar = ProgressBar(total=step_s, completed=min(seconds, step_s), width=30)
+        table.add_row(Text(name, style="dim"), bar, f"{seconds:.2f} s", f"{seconds / step_s:.0%}")
+    return table
 
 
 def short(value: Any) -> str:

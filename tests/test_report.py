@@ -125,9 +125,11 @@ def test_live_picture() -> None:
         "engine0": Status("engine", "ready", None, {}, 1.0, restarts=1),
     }
     progress.feed([trainer(11)], state(12, evaluation(0, 0.35, 0.6), evaluation(10, 0.4, 0.7)), statuses, "running")
+    progress.figures |= {"step_s": 2.0, "backward_s": 1.0, "wait_s": 0.1}
     out = io.StringIO()
     Console(file=out, width=140).print(draw(progress))
     text = out.getvalue()
+    assert next(line.split() for line in text.splitlines() if "backward" in line)[-3:] == ["1.00", "s", "50%"]
     for words in (
         "step 12/100", "1 min 05 s gone", "reward 0.43", "210 tok/s", "staleness 0.9", "waiting for 3 of 16 groups",
         "avg@8 0.350 (step 0), avg@8 0.400 (step 10)", "loss 0.123", "restarted 1x",

@@ -43,13 +43,14 @@ def bundled(name: str) -> Path:
     if short not in found:
         shipped = ", ".join(f"`{BUNDLED_PREFIX}{n}`" for n in found) or "none"
         raise UserError(
-            f"no model `{name}` in this package (shipped: {shipped})", "reinstall astracli, or set model.path"
+            f"model.path = `{name}`: no such model in this package (shipped: {shipped})",
+            "set model.path to one of these",
         )
     return folder / short
 
 
-def local_path(path: str) -> Path | None:
-    """`path` as something already on this machine, or None when it is a Hub id.
+def local_path(path: str, key: str = "model.path") -> Path | None:
+    """`path`, the value of `key`, as something already on this machine, or None when it is a Hub id.
 
     Raises UserError when it is written like a path and nothing is there.
     """
@@ -59,7 +60,9 @@ def local_path(path: str) -> Path | None:
     if expanded.exists():
         return expanded.resolve()
     if path.startswith(("/", "./", "../", "~")) or not _REPOSITORY.fullmatch(path):
-        raise UserError(f"nothing at `{path}`", "check the path, or give a Hub id such as `Qwen/Qwen3.5-4B`")
+        raise UserError(
+            f"{key} = `{path}`: nothing at that path", "check it, or give a Hub id such as `Qwen/Qwen3.5-4B`"
+        )
     return None
 
 
@@ -79,7 +82,7 @@ def fetch_model(path: str, revision: str | None = None, say: Say = to_stderr) ->
 
 def fetch_dataset(source: str, revision: str | None = None, say: Say = to_stderr) -> Path:
     """Local file or directory of a data set: a path, or a Hub data set id that is downloaded now."""
-    found = local_path(source)
+    found = local_path(source, "data.source")
     return found or _snapshot(source, "dataset", revision, DATA_FILES, [], say)
 
 

@@ -242,7 +242,7 @@ def _with_weights(recipe: Recipe, weights: str | None) -> Recipe:
     """Other weights in the place of the recipe's model."""
     if weights is None:
         return recipe
-    local = fetch.local_path(weights)
+    local = fetch.local_path(weights, "--weights")
     path = weights if local is None or weights.startswith(fetch.BUNDLED_PREFIX) else str(local)
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": path, "revision": None})})
 

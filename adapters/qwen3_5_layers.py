@@ -96,7 +96,8 @@ def _by_device(on_gpu: Callable[..., Any], on_cpu: Callable[..., Any], x: Any, *
 def install_varlen(model: Any) -> None:
     """Exact packed rows: every Gated DeltaNet gets a forward that knows `cu_seqlens`."""
     for module in delta_net_modules(model):
-        module.forward = partial(delta_net, module, module.forward)
+        if getattr(module.forward, "func", None) is not delta_net:
+            module.forward = partial(delta_net, module, module.forward)
 
 
 def delta_net(
@@ -166,11 +167,12 @@ def _torch_conv(x: Any, taps: Any, bias: Any) -> Any:
 
 
 def prepare_gpu(model: Any) -> None:
-    """Norms and MLPs through fla's fused kernels where it is there; in eager torch a norm is six kernels in fp32."""
+    """Every layer through fla's kernels where it is installed; in eager torch a norm is six kernels in fp32."""
     from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
     if fla() is None:
         return
+    install_varlen(model)
     own: dict[type, Any] = {modeling.Qwen3_5RMSNorm: _norm, modeling.Qwen3_5MLP: _mlp}
     for module in model.modules():
         if (forward := own.get(type(module))) is not None:

@@ -16,6 +16,7 @@ from astracli.adapter import ModelAdapter
 from astracli.errors import UserError
 from astracli.machine import usable, version_of
 from astracli.recipe import Recipe
+from astracli.training import packing
 
 Capability = tuple[int, int]
 Facts = Mapping[str, Any]
@@ -109,12 +110,14 @@ def choose(
     linear, why_linear = _linear(adapter, recipe, engine)
     trainer, why_trainer = _trainer(facts, recipe, device)
     gdn, why_gdn, warning = _delta_rule(adapter, facts, device, capability)
+    layout, why_layout = packing.choose(recipe, adapter, device)
     reasons = (
         Backend("device", device, why_device),
         Backend("engine", engine, why_engine),
         Backend("serving attention", serving, why_serving),
         Backend("serving linear attention", linear, why_linear),
         Backend("trainer attention", trainer, why_trainer),
+        Backend("micro-batches", layout, why_layout),
         Backend("delta rule, forward", gdn, why_gdn),
         Backend("delta rule, backward", gdn, why_gdn),
     )

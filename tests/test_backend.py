@@ -53,6 +53,7 @@ def test_cpu() -> None:
         "serving attention",
         "serving linear attention",
         "trainer attention",
+        "micro-batches",
         "delta rule, forward",
         "delta rule, backward",
     ]

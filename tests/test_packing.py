@@ -3,6 +3,7 @@ stops the run."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from astracli.adapter import ModelAdapter
 from astracli.adapters.qwen3_5 import ADAPTER
 from astracli.errors import RunFailed, UserError
 from astracli.rl.batch import Row, build_batch, pad_rows, rows_of
-from astracli.training import packing, parity, varlen
+from astracli.training import fsdp, packing, parity, varlen
 from astracli.training.fsdp import Ranks
 from astracli.training.logprob import PolicyModel
 
@@ -254,3 +255,30 @@ def test_every_rank_gets_the_same_number_of_packed_rows() -> None:
         )
         counts.append([len(m) for m in batch.minibatches])
     assert counts[0] == counts[1] == counts[2]
+
+
+class Counted(TorchDispatchMode):
+    """Calls by operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_selective_recomputation_makes_no_product_and_no_attention_twice() -> None:
+    counts = {}
+    for mode in ("none", "selective", "full"):
+        adapter, model = tiny("qwen3_5", cpu=False)
+        varlen.install(model, adapter)
+        fsdp.recompute(model, adapter.block_classes(model), mode)
+        rows = [torch.randint(2, 64, (n,), generator=torch.Generator().manual_seed(n)) for n in (9, 5)]
+        with Counted() as counted:
+            model.model(**packed_inputs(rows)).last_hidden_state.sum().backward()
+        dear = sum(count for name, count in counted.calls.items() if name in fsdp._KEPT)
+        counts[mode] = dear, sum(counted.calls.values())
+    assert counts["selective"][0] == counts["none"][0] < counts["full"][0]
+    assert counts["selective"][1] > counts["none"][1]  # the rest is made again

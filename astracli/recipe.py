@@ -230,6 +230,12 @@ class EngineEnv(Table):
     python: str | None = None
     """Interpreter of the engine's own environment; None is this one."""
     env: dict[str, str] = {}
+    """Set for the engine alone; a PYTHONPATH here gives it other packages than the trainer's."""
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the engine sees other packages than this process does."""
+        return self.python is not None or "PYTHONPATH" in self.env
 
 
 class ThreadsTable(Table):

@@ -72,16 +72,18 @@ class Server:
     def __init__(self, args: argparse.Namespace, model: Path, stage: Path, log: Path):
         with ports.bind("127.0.0.1") as probe:
             port = probe.getsockname()[1]
-        graphs = ["--cuda-graph-bs", "1", str(args.running)]
+        graphs = ["--cuda-graph-bs-decode", "1", str(args.running)]
         command = [
             args.sglang_python, "-m", "sglang.launch_server", "--model-path", str(model), "--skip-tokenizer-init",
             "--host", "127.0.0.1", "--port", str(port), "--api-key", TOKEN, "--attention-backend", "triton",
             "--disable-radix-cache", "--disable-prefill-cuda-graph", *graphs, "--max-running-requests",
-            str(max(2, args.running)), "--mem-fraction-static", "0.5", "--context-length", "2048",
-            "--custom-weight-loader", "astracli.weights.sglang_loader.apply_staged",
+            str(max(2, args.running)), "--mem-fraction-static", "0.5", "--context-length", str(args.context),
+            "--custom-weight-loader", "astracli.weights.sglang_loader.apply_staged", "--load-format", "dummy",
+            "--weight-version=-1",
         ]  # fmt: skip
         env = os.environ | {
             "ASTRA_STAGE_DIR": str(stage),
+            "ASTRA_START_VERSION": "",  # weights made up by the server: version 0 reaches it in full
             "ASTRA_VERIFY_INTERVAL": "2",
             "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
         }
@@ -124,9 +126,11 @@ async def wait_ready(client: EngineClient, server: Server, timeout_s: float) -> 
         await asyncio.sleep(1.0)
 
 
-async def update(client: EngineClient, stage: Path, version: int, running: int) -> dict[str, Any]:
+async def update(client: EngineClient, stage: Path, version: int, running: int, context: int) -> dict[str, Any]:
     """One version into the server while requests run. The pause is pause sent to continue answered."""
-    requests = [GenRequest([3 + i % 10, 4, 5], 1500, temperature=1.0, rid=f"v{version}-{i}") for i in range(running)]
+    requests = [
+        GenRequest([3 + i % 10, 4, 5], context - 100, temperature=1.0, rid=f"v{version}-{i}") for i in range(running)
+    ]
     work = asyncio.create_task(client.generate(requests)) if running else None
     await asyncio.sleep(1.0)
     await client.abort_all()
@@ -191,15 +195,10 @@ async def drive(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
                         adam_like(masters, args.lr, draw)
                     tensors = {n: t.to(dtypes[n]).cpu() for n, t in masters.items()}
                     done = publisher.publish(version, tensors)
-                    plan = await asyncio.to_thread(subscriber.fetch, version, version - 1)
-                    row |= {
-                        "density": done.density,
-                        "bytes": plan.bytes,
-                        "full_bytes": done.bytes_full,
-                        "kind": plan.kind,
-                    }
-                    row |= {"publish_s": done.publish_s}
-                    row |= await update(client, stage, version, args.running)
+                    row |= {"density": done.density, "full_bytes": done.bytes_full, "publish_s": done.publish_s}
+                plan = await asyncio.to_thread(subscriber.fetch, version, version - 1 if version else None)
+                row |= {"bytes": plan.bytes, "kind": plan.kind}
+                row |= await update(client, stage, version, args.running, args.context)
                 if check is not None:
                     row |= await compare(client, check, masters, dtypes, adapter)
                 rows.append(row)
@@ -238,6 +237,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=["4b"], help="random weights of this shape instead of --model")
     parser.add_argument("--versions", type=int, default=6)
     parser.add_argument("--running", type=int, default=32)
+    parser.add_argument("--context", type=int, default=512, help="context length of the server")
     parser.add_argument("--lr", type=float, default=5e-6)
     parser.add_argument("--ready-s", type=float, default=400.0)
     parser.add_argument("--sglang-python", default=sys.executable)

@@ -2,8 +2,8 @@
 
 The engine's own `load_weights` knows how HF tensors are fused and where each part goes. It is run once with tensors
 whose content nobody reads, while `copy_` and slice assignment are intercepted: that yields, for every HF tensor, the
-parameter memory that holds it. From then on a version is a scatter into that memory. Run the other way round, the same
-interception copies the parameters out under HF names, which proves a version by the engine's own mapping.
+parameter memory that holds it. From then on a version is a scatter into that memory. Recorded anew and read where it
+lies, the same mapping gives the weights back under HF names, which proves a version by the engine's own account.
 
 The process reads three environment variables, set by whoever starts the engine:
 ASTRA_STAGE_DIR (where versions are staged), ASTRA_START_VERSION (what the engine was started with, default 0; empty for
@@ -23,7 +23,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from astracli.errors import AstraError
-from astracli.weights import WeightMismatch, digest, staged
+from astracli.weights import WeightMismatch, staged
 from astracli.weights.manifest import TensorEntry
 from astracli.weights.staged import Placement
 
@@ -107,29 +107,13 @@ class PlacementRecorder(_Intercept):
             raise WeightMismatch(f"`{name}` lies in more than {_MAX_RUNS} places")
 
 
-class _ReadBack(_Intercept):
-    """The other way round: what would be loaded is filled with what the parameter holds."""
-
-    def moved(self, name: str, target: torch.Tensor, source: torch.Tensor) -> None:
-        source.copy_(target.detach().reshape(source.shape))
-
-
 def read_back_digests(model: Any, entries: Iterable[TensorEntry]) -> dict[str, str]:
-    """{HF name: digest} of what the engine holds, through its own mapping; one tensor in memory at a time."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    found: dict[str, str] = {}
-    mode = _ReadBack()
+    """{HF name: digest} of what the engine holds, through its own mapping asked anew.
 
-    def fed() -> Iterator[tuple[str, torch.Tensor]]:
-        for entry in entries:
-            tensor = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device=device)
-            yield mode.feed(entry.name, tensor)
-            found[entry.name] = digest.to_hex(digest.digest_tensor(tensor))
-            mode.fed.clear()
-
-    with torch.no_grad(), mode:
-        model.load_weights(fed())
-    return found
+    The mapping is recorded again, not remembered, and the digest is taken where the parameters lie: no second copy of
+    the model, which a `load_weights` that collects its input before it loads would otherwise need.
+    """
+    return staged.read_back_digests(PlacementRecorder().record(model, entries))
 
 
 def _runs(target: torch.Tensor, source: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, Protocol
 
-from astracli.engines.client import EngineClient, GenRequest, GenResult
+from astracli.engines.client import UNPROVEN, EngineClient, GenRequest, GenResult
 from astracli.errors import RunFailed
 from astracli.hub.client import AsyncHubClient
 
@@ -171,9 +171,10 @@ class Lane:
             await self._hub.engine_state(self.name, None, "down")
         await self._engine.wait_ready(self._ready_timeout_s)
         info = await self._call(self._engine.model_info())
-        self.version = int(info["weight_version"])
-        self._serving = bool(info.get("serving", True))
-        if info.get("paused"):
+        held = int(info["weight_version"])
+        self.version = held if held != UNPROVEN else None
+        self._serving = bool(info.get("serving", self.version is not None))
+        if info.get("paused", True):  # SGLang does not say; to continue what runs changes nothing
             await self._call(self._engine.resume())
         self._attached = True
 

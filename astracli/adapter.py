@@ -83,8 +83,9 @@ class ModelAdapter:
     position_ids: Callable[[Any], Any] | None = None
     """2-D mask -> `position_ids`, or None to let the model count."""
     install_varlen: Callable[[Any], None] | None = None
-    """Make a loaded model exact on packed rows: its forward then takes `cu_seqlens` (int32 [segments + 1]) beside
-    `position_ids` that restart in every segment, and resets every recurrent state there. None = not needed."""
+    """Make a loaded model's recurrent layers exact on packed rows: they get `cu_seqlens` (int32 [segments + 1], on the
+    device) and `max_seqlen` (int) and reset every state at a boundary; attention does so by itself
+    (`training/varlen.py`). None = not needed; a hybrid without it trains on padded rows."""
     prepare_cpu: Callable[[Any], None] | None = None
     """Make a loaded model safe and quick on a CPU (for example: never pick a GPU kernel); None = nothing to do."""
     keep_fp32: tuple[str, ...] = ()

@@ -105,6 +105,9 @@ class TrainTable(Table):
     """Optimizer steps per step."""
     tokens_per_microbatch: PositiveInt = 8192
     """Token budget (padding included) of one forward and backward."""
+    packing: Literal["auto", "packed", "padded"] = "auto"
+    """How a micro-batch lays out its samples: `packed`, one row without padding that nothing leaks through (proved at
+    start-up), or `padded` rows; `auto` packs on a GPU and pads on a CPU."""
     learning_rate: PositiveFloat = 5e-6
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: NonNegativeInt = 0

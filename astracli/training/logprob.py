@@ -105,14 +105,15 @@ class PolicyModel(nn.Module):
         position_ids: Tensor | None,
         predict_N: Tensor,
         target_N: Tensor,
+        **boundaries: Any,
     ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of `target_N`, predicted by the hidden states at flat positions `predict_N`.
 
-        With no token chosen the result is an empty tensor that still has every parameter in its graph: collectives of
-        the backward pass match on all ranks.
+        `boundaries`: what `varlen.boundaries` gives for a packed row. With no token chosen the result is an empty
+        tensor that still has every parameter in its graph: collectives of the backward pass match on all ranks.
         """
         base: Any = self.model.base_model
-        arguments = {} if position_ids is None else {"position_ids": position_ids}
+        arguments = boundaries if position_ids is None else boundaries | {"position_ids": position_ids}
         hidden_BLD = base(
             input_ids=tokens_BL, attention_mask=attention_mask, use_cache=False, **arguments
         ).last_hidden_state

@@ -9,6 +9,7 @@ import torch
 from astracli.adapter import ModelAdapter, read_config
 from astracli.cpu import linear
 from astracli.recipe import Recipe
+from astracli.training import packing, varlen
 from astracli.training.fsdp import Ranks, recompute, shard
 from astracli.training.logprob import PolicyModel
 from astracli.training.optimizer import DTYPES, Masters
@@ -17,7 +18,8 @@ from astracli.training.step import Trainer
 
 def build_trainer(model_dir: Path, adapter: ModelAdapter, recipe: Recipe, ranks: Ranks, *, attention: str) -> Trainer:
     """Everything a step needs, on every rank. `attention`: an implementation that transformers knows."""
-    model = _load(model_dir, adapter, ranks, attention)
+    packed = packing.choose(recipe, adapter, ranks.device.type)[0] == "packed"
+    model = _load(model_dir, adapter, ranks, attention, packed)
     wire = adapter.wire_tensors(model)
     blocks = adapter.block_classes(model)
     policy = PolicyModel(model)
@@ -30,27 +32,30 @@ def build_trainer(model_dir: Path, adapter: ModelAdapter, recipe: Recipe, ranks:
         adapter,
         recipe,
         ranks,
-        reference=_reference(model_dir, adapter, recipe, ranks, attention),
+        reference=_reference(model_dir, adapter, recipe, ranks, attention, packed),
         pad_token=pad_token(model_dir),
+        packed=packed,
     )
 
 
-def _load(model_dir: Path, adapter: ModelAdapter, ranks: Ranks, attention: str) -> torch.nn.Module:
+def _load(model_dir: Path, adapter: ModelAdapter, ranks: Ranks, attention: str, packed: bool) -> torch.nn.Module:
     model: torch.nn.Module = adapter.load_for_training(model_dir, attention=attention)
     if ranks.device.type == "cpu":
         if adapter.prepare_cpu is not None:
             adapter.prepare_cpu(model)
         linear.install(model)
+    if packed:
+        varlen.install(model, adapter)
     return model
 
 
 def _reference(
-    model_dir: Path, adapter: ModelAdapter, recipe: Recipe, ranks: Ranks, attention: str
+    model_dir: Path, adapter: ModelAdapter, recipe: Recipe, ranks: Ranks, attention: str, packed: bool
 ) -> PolicyModel | None:
     """The initial policy as it was published, without gradients; None when the recipe asks for no KL."""
     if recipe.algorithm.kl_coef == 0:
         return None
-    model = _load(model_dir, adapter, ranks, attention)
+    model = _load(model_dir, adapter, ranks, attention, packed)
     blocks = adapter.block_classes(model)
     if ranks.device.type == "cpu":
         parameters = dict(model.named_parameters())

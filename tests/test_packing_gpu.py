@@ -1,0 +1,177 @@
+"""Packed rows on a GPU, `pytest -m gpu tests/test_packing_gpu.py`: flash attention and fla's kernels in bf16 against
+every sample alone in fp32 or more, and the trainer's own start-up check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from training_tools import recipe, sample_groups
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from astracli.adapters.qwen3_5 import ADAPTER
+from astracli.adapters.qwen3_5_layers import fla, torch_rule
+from astracli.training import fsdp, packing, setup, varlen
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+LENGTHS = (37, 190, 5, 70, 1, 64, 300)
+
+
+def bounds() -> np.ndarray:
+    return np.cumsum([0, *LENGTHS])
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@pytest.mark.parametrize(("head_size", "kv_heads"), [(64, 4), (128, 2), (256, 1), (256, 4)])
+def test_flash_attention_ends_at_every_boundary(head_size: int, kv_heads: int) -> None:
+    draw = torch.Generator(device="cuda").manual_seed(0)
+    tokens = sum(LENGTHS)
+
+    def heads(count: int) -> torch.Tensor:
+        return torch.randn(1, count, tokens, head_size, device="cuda", generator=draw).bfloat16().requires_grad_()
+
+    q, k, v = heads(4), heads(kv_heads), heads(kv_heads)
+    pull = torch.randn(1, tokens, 4, head_size, device="cuda", generator=draw)
+    assert varlen._flash_runs(q.device, q.dtype, head_size)
+    options = varlen.boundaries(bounds(), q.device)
+    out, _ = varlen.attention(torch.nn.Identity(), q, k, v, None, **options)
+    found = torch.autograd.grad((out * pull).sum(), [q, k, v])
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    parts = [
+        varlen._causal(*(x[:, :, a:b] for x in exact), head_size**-0.5, None)
+        for a, b in varlen.segments(options["cu_seqlens"], tokens)
+    ]
+    wanted = torch.cat(parts, dim=2).transpose(1, 2)
+    assert relative(out, wanted) < 5e-3
+    for mine, theirs in zip(found, torch.autograd.grad((wanted * pull).sum(), exact), strict=True):
+        assert relative(mine, theirs) < 1e-2
+
+
+@pytest.mark.skipif(fla() is None, reason="flash-linear-attention is not installed")
+def test_fla_convolution_ends_at_every_boundary() -> None:
+    draw = torch.Generator(device="cuda").manual_seed(0)
+    tokens, channels = sum(LENGTHS), 96
+    x = torch.randn(1, tokens, channels, device="cuda", generator=draw).bfloat16().requires_grad_()
+    taps = torch.randn(channels, 4, device="cuda", generator=draw).bfloat16().requires_grad_()
+    pull = torch.randn(1, tokens, channels, device="cuda", generator=draw)
+    cu_seqlens = varlen.boundaries(bounds(), x.device)["cu_seqlens"]
+    out = fla().conv(x, taps, None, activation="silu", cu_seqlens=cu_seqlens)[0]
+    found = torch.autograd.grad((out * pull).sum(), [x, taps])
+    exact_x, exact_taps = (t.detach().double().requires_grad_() for t in (x, taps))
+    parts = []
+    for a, b in varlen.segments(cu_seqlens, tokens):
+        padded = torch.nn.functional.pad(exact_x[0, a:b].t(), (3, 0))[None]
+        mixed = torch.nn.functional.conv1d(padded, exact_taps.unsqueeze(1), groups=channels)
+        parts.append(torch.nn.functional.silu(mixed).transpose(1, 2))
+    wanted = torch.cat(parts, dim=1)
+    assert relative(out, wanted) < 5e-3
+    for mine, theirs in zip(found, torch.autograd.grad((wanted * pull).sum(), [exact_x, exact_taps]), strict=True):
+        assert relative(mine, theirs) < 1e-2
+
+
+@pytest.mark.skipif(fla() is None, reason="flash-linear-attention is not installed")
+def test_fla_delta_rule_ends_at_every_boundary() -> None:
+    draw = torch.Generator(device="cuda").manual_seed(0)
+    tokens, heads, size = sum(LENGTHS), 4, 128
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(1, tokens, *shape, device="cuda", generator=draw)
+
+    leaves = [normal(heads, size).bfloat16() for _ in range(3)]
+    leaves += [-torch.nn.functional.softplus(normal(heads) - 3.0), normal(heads).sigmoid().bfloat16()]
+    leaves = [x.requires_grad_() for x in leaves]
+    pull = normal(heads, size)
+    cu_seqlens = varlen.boundaries(bounds(), leaves[0].device)["cu_seqlens"]
+
+    def run(rule: Any, inputs: list[torch.Tensor], **options: Any) -> torch.Tensor:
+        q, k, v, g, beta = inputs
+        out: torch.Tensor = rule(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True, **options)[0]
+        return out
+
+    out = run(fla().rule, leaves, cu_seqlens=cu_seqlens)
+    found = torch.autograd.grad((out * pull).sum(), leaves)
+    exact = [x.detach().float().requires_grad_() for x in leaves]
+    torch.backends.cuda.matmul.allow_tf32 = False
+    parts = [run(torch_rule(), [x[:, a:b] for x in exact]) for a, b in varlen.segments(cu_seqlens, tokens)]
+    wanted = torch.cat(parts, dim=1)
+    assert relative(out, wanted) < 1e-2
+    for mine, theirs in zip(found, torch.autograd.grad((wanted * pull).sum(), exact), strict=True):
+        assert relative(mine, theirs) < 1.5e-2
+
+
+def save(directory: Path) -> Path:
+    """A random model with head sizes as GPU kernels want them, otherwise small, and activations that stay near 1."""
+    assert ADAPTER.tiny_config is not None
+    document = ADAPTER.tiny_config() | {
+        "initializer_range": 0.06,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 8,
+        "head_dim": 64,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [6, 5, 5],
+        },
+    }
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**document)).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Any:
+    joined = fsdp.join("cuda")
+    yield joined
+    joined.close()
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
+def test_a_trainer_packs_and_proves_it(tmp_path: Path, ranks: Any, checkpointing: str) -> None:
+    model_dir = save(tmp_path / "m")
+    table = {"activation_checkpointing": checkpointing, "tokens_per_microbatch": 512, "parity_tolerance": 1e9}
+    results = []
+    for layout in ("auto", "padded"):
+        chosen = recipe(train=table | {"packing": layout})
+        trainer = setup.build_trainer(model_dir, ADAPTER, chosen, ranks, attention="sdpa")
+        assert trainer.packed == (layout == "auto")
+        groups = sample_groups(None, 8, seed=1)
+        metrics = trainer.train(groups, 0, 0).metrics
+        print(checkpointing, layout, {k: metrics[k] for k in ("rows_max_abs", "rows_gradient_error", "grad_norm")})
+        assert metrics["rows_gradient_error"] < 1e-2
+        results.append([metrics[name] for name in ("loss", "grad_norm", "entropy")])
+    assert results[0] == pytest.approx(results[1], rel=0.02, abs=1e-3)
+
+
+def test_boundaries_that_are_ignored_are_found(tmp_path: Path, ranks: Any) -> None:
+    """The same trainer with one boundary too few leaks, and the figure says so."""
+    from astracli.errors import RunFailed
+
+    model_dir = save(tmp_path / "m")
+    chosen = recipe(train={"tokens_per_microbatch": 512, "parity_tolerance": 1e9})
+    trainer = setup.build_trainer(model_dir, ADAPTER, chosen, ranks, attention="sdpa")
+    pack = packing.pack_rows
+
+    def forgetful(rows: Any, pad_token: int = 0) -> Any:
+        micro = pack(rows, pad_token)
+        micro.bounds_S1 = np.array([0, micro.tokens_BL.size])
+        return micro
+
+    packing.pack_rows = forgetful  # type: ignore[assignment]
+    try:
+        with pytest.raises(RunFailed, match="packed in one row differ"):
+            trainer.train(sample_groups(None, 8, seed=1), 0, 0)
+    finally:
+        packing.pack_rows = pack

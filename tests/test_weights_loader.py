@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from astracli.errors import RunFailed
-from astracli.weights import WeightCorrupt, WeightMismatch, codec, sglang_loader, staged
+from astracli.weights import WeightCorrupt, WeightMismatch, codec, resident, sglang_loader, staged
 from astracli.weights.digest import bits_of, digest_tensor, to_hex
 from astracli.weights.manifest import Manifest, TensorEntry, seal, version_name
 from astracli.weights.publisher import Publisher
@@ -195,7 +195,8 @@ def test_the_torch_scatter_is_the_numpy_one(encoding: str, dtype: torch.dtype) -
     blob = codec._pack(codec._difference(encoding, base, new, at), len(at), 1)
     update = codec.decode(blob, encoding, len(at), 3000, base.itemsize)
     view = torch.from_numpy(base.view(kind.replace("u", "i")).copy()).view(dtype)
-    staged.apply_update_torch(update, view)
+    prepared = staged.Prepared(b"", 1, "delta", 0, None, steps=[[("a", 0, update)]])
+    resident.Resident({"a": [Placement(view[:1000], 0), Placement(view[1000:], 1000)]}).apply(prepared)
     assert np.array_equal(bits_of(view), new)
 
 

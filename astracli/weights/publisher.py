@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
 
-import numpy as np
 import xxhash
 
 from astracli.errors import RunFailed
@@ -215,8 +214,8 @@ class Publisher:
         )
 
     def _check_names(self, version: int, tensors: Mapping[str, payload.Local]) -> None:
-        known = {n: (t.dtype, t.shape, t.start, len(t.bits)) for n, t in self._base.items()}
-        given = {n: (t.dtype, t.shape, t.start, len(t.bits)) for n, t in tensors.items()}
+        known = {n: (t.dtype, t.shape, t.start, len(t)) for n, t in self._base.items()}
+        given = {n: (t.dtype, t.shape, t.start, len(t)) for n, t in tensors.items()}
         if known and known != given:
             odd = sorted(n for n in known.keys() | given.keys() if known.get(n) != given.get(n))
             raise RunFailed(f"version {version} has other tensors than {self._base_version}: {', '.join(odd[:5])}")
@@ -306,23 +305,23 @@ class Publisher:
 
 
 def local(source: Source, *, copy: bool) -> payload.Local:
-    """A tensor or shard as flat bits on the host. Raises RunFailed for a dtype that does not travel."""
+    """A tensor or shard, flat on its own device. Raises RunFailed for a dtype that does not travel."""
     tensor = source.flat if isinstance(source, Shard) else source
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in ITEM_BYTES:
         raise RunFailed(f"weights in {dtype} do not travel", f"publish one of {', '.join(ITEM_BYTES)}")
     flat = tensor.detach().contiguous().view(-1)
-    bits = digest.bits_of(flat.cpu())
-    if copy and flat.device.type == "cpu":
-        bits = np.array(bits)
+    if copy and flat.data_ptr() == tensor.data_ptr():
+        flat = flat.clone()
     if isinstance(source, Shard):
-        return payload.Local(dtype, tuple(source.shape), source.start, bits)
-    return payload.Local(dtype, tuple(tensor.shape), 0, bits)
+        return payload.Local(dtype, tuple(source.shape), source.start, flat)
+    return payload.Local(dtype, tuple(tensor.shape), 0, flat)
 
 
 def _lanes(tensors: Mapping[str, payload.Local]) -> dict[str, str]:
-    return {name: digest.to_hex(digest.digest_bits(t.bits, t.start)) for name, t in tensors.items()}
+    lanes = digest.digest_many([(t.flat, t.start) for t in tensors.values()])
+    return {name: digest.to_hex(found) for name, found in zip(tensors, lanes, strict=True)}
 
 
 def _described(tensors: Mapping[str, payload.Local], lanes: Mapping[str, str]) -> dict[str, payload.PartTensor]:
-    return {n: payload.PartTensor(t.dtype, t.shape, t.start, len(t.bits), lanes[n]) for n, t in tensors.items()}
+    return {n: payload.PartTensor(t.dtype, t.shape, t.start, len(t), lanes[n]) for n, t in tensors.items()}

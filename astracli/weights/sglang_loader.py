@@ -13,8 +13,9 @@ random weights), ASTRA_VERIFY_INTERVAL (read back under HF names every n-th vers
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import time
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,7 +26,9 @@ from torch.overrides import TorchFunctionMode
 from astracli.errors import AstraError
 from astracli.weights import WeightMismatch, staged
 from astracli.weights.manifest import TensorEntry
-from astracli.weights.staged import Placement
+from astracli.weights.resident import Resident
+from astracli.weights.staged import Placement, Prepared
+from astracli.weights.watcher import StageWatcher
 
 _MAX_RUNS = 1 << 16  # contiguous runs that one copy may fall into
 
@@ -145,10 +148,31 @@ def _adjacent(one: torch.Tensor, two: torch.Tensor) -> bool:
     return same and one.storage_offset() + one.numel() == two.storage_offset()
 
 
-@dataclass
 class _Engine:
-    version: int | None
-    places: dict[str, list[Placement]] | None = None
+    """What this process knows of one model: its version, where its weights lie, and the thread that decodes ahead."""
+
+    def __init__(self, model: Any, stage_dir: Path):
+        start = os.environ.get("ASTRA_START_VERSION", "0")
+        self.version: int | None = int(start) if start else None
+        self.hands: Resident | None = None
+        self._model = weakref.ref(model)
+        self._names: list[tuple[str, str, tuple[int, ...]]] = []
+        self.watcher = StageWatcher(stage_dir, self.load)
+
+    def load(self, prepared: Prepared) -> None:
+        """Bring a decoded version to the device, once it is known where the weights lie."""
+        if self.hands is not None and prepared.manifests and self._names == _identity(prepared.manifests[-1].tensors):
+            staged.load(prepared, self.hands)
+
+    def record(self, entries: Sequence[TensorEntry]) -> None:
+        """Find out where the model keeps `entries`; again only for other names, dtypes or shapes than before."""
+        if self._names != _identity(entries):
+            self.hands = Resident(PlacementRecorder().record(self._model(), entries))
+            self._names = _identity(entries)
+
+
+def _identity(entries: Iterable[TensorEntry]) -> list[tuple[str, str, tuple[int, ...]]]:
+    return [(entry.name, entry.dtype, entry.shape) for entry in entries]
 
 
 _engines: WeakKeyDictionary[Any, _Engine] = WeakKeyDictionary()
@@ -157,24 +181,44 @@ _engines: WeakKeyDictionary[Any, _Engine] = WeakKeyDictionary()
 def apply_staged(model: Any, named_tensors: Iterable[Any] = ()) -> None:
     """Apply what is staged under ASTRA_STAGE_DIR to `model`. The call's own tensors are empty: it only triggers.
 
-    The outcome is `result.json` in the stage directory. A version that fails is reported there and not raised, because
-    an exception in a loader kills the server; the caller reads the file before it lets the engine serve.
+    The outcome is `result.json` in the stage directory. Whatever fails is reported there and not raised, because an
+    exception in a loader kills the server; the caller reads the file before it lets the engine serve
+    (`Subscriber.outcome`). From the first call on, a thread decodes what is staged while the engine generates.
     """
+    begin = time.perf_counter()
     stage_dir = Path(os.environ["ASTRA_STAGE_DIR"])
-    start = os.environ.get("ASTRA_START_VERSION", "0")
-    engine = _engines.setdefault(model, _Engine(int(start) if start else None))
+    engine = _engines.get(model)
+    if engine is None:
+        engine = _engines[model] = _Engine(model, stage_dir)
     have, engine.version = engine.version, None  # unknown until proven
     try:
-        prepared = staged.prepare(stage_dir)
+        prepared = engine.watcher.take()
+        if prepared is None or not staged.is_staged(stage_dir, prepared):
+            prepared = staged.prepare(stage_dir)
         entries = prepared.manifests[-1].tensors if prepared.manifests else ()
-        if engine.places is None and entries:
-            engine.places = PlacementRecorder().record(model, entries)
-        result = staged.apply(stage_dir, engine.places or {}, have, prepared)
-        interval = int(os.environ.get("ASTRA_VERIFY_INTERVAL", "0"))
-        if interval and result.version % interval == 0:
-            found = read_back_digests(model, entries)
-            if wrong := [e.name for e in entries if found.get(e.name) != e.digest]:
-                raise WeightMismatch(f"read back under HF names, {len(wrong)} tensors differ: {', '.join(wrong[:5])}")
+        record_s = time.perf_counter()
+        if entries:
+            engine.record(entries)
+        record_s = time.perf_counter() - record_s
+        places = engine.hands.placed if engine.hands is not None else {}
+        result = staged.apply(stage_dir, places, have, prepared, engine.hands)
+        read_back_s = _read_back(model, entries, result.version)
+        more = {"record_s": record_s, "readback_s": read_back_s, "loader_s": time.perf_counter() - begin}
+        staged.succeed(stage_dir, result, more)
         engine.version = result.version
     except AstraError as error:
         staged.fail(stage_dir, error)
+    except Exception as error:  # a model's load_weights may raise anything, and so may a device
+        staged.fail(stage_dir, WeightMismatch(f"{type(error).__name__}: {error}"))
+
+
+def _read_back(model: Any, entries: Sequence[TensorEntry], version: int) -> float | None:
+    """The second proof, every ASTRA_VERIFY_INTERVAL versions: seconds, None when it was not due."""
+    interval = int(os.environ.get("ASTRA_VERIFY_INTERVAL", "0"))
+    if not interval or version % interval or not entries:
+        return None
+    begin = time.perf_counter()
+    found = read_back_digests(model, entries)
+    if wrong := [e.name for e in entries if found.get(e.name) != e.digest]:
+        raise WeightMismatch(f"read back under HF names, {len(wrong)} tensors differ: {', '.join(wrong[:5])}")
+    return time.perf_counter() - begin

@@ -128,7 +128,8 @@ class TrainTable(Table):
     attention: str = "auto"
     """Trainer attention: `auto`, `sdpa`, `eager`, or what the backend table offers."""
     parity_tolerance: PositiveFloat | None = None
-    """Largest mean |trainer - engine| log-probability at staleness 0; None takes the adapter's."""
+    """Largest mean |trainer - engine| log-probability over a batch's tokens of staleness 0; more ends the run, at any
+    step. None takes the adapter's."""
 
 
 class AlgorithmTable(Table):

@@ -1,8 +1,7 @@
-"""Two checks that a run must not start without: rows == separate, and trainer == engine.
+"""The check that a run must not start without: rows == separate. (`agreement` is the other one: trainer == engine.)
 
-rows == separate: the log-probabilities of rows padded together equal those of each row alone. A model whose recurrent
-or convolution state leaks between or through padded rows fails here. trainer == engine: on tokens that the engine drew
-under the very weights that the trainer holds, both give the same log-probability.
+The log-probabilities of rows padded together equal those of each row alone. A model whose recurrent or convolution
+state leaks between or through padded rows fails here.
 """
 
 from __future__ import annotations
@@ -67,15 +66,4 @@ def require_rows(difference: float, device: torch.device, adapter: ModelAdapter)
             f"rows padded together differ from separate rows by {difference:.2e} in log-probability, "
             f"allowed {tolerance:.0e}: state leaks between positions or rows",
             f"adapter `{adapter.name}` gives this model a wrong attention mask; run `astra doctor`",
-        )
-
-
-def require_parity(mean: float, largest: float, tokens: int, tolerance: float, version: int) -> None:
-    """Raise RunFailed when trainer and engine disagree on tokens of the trainer's own version."""
-    if not mean <= tolerance:
-        raise RunFailed(
-            f"trainer and engine disagree at version {version}: mean |log-probability difference| {mean:.2e}, "
-            f"largest {largest:.2e}, over {tokens} tokens of that version; allowed mean {tolerance:.0e}",
-            "the engine's weights or kernels are not the trainer's; compare them with `astra doctor`, or raise "
-            "train.parity_tolerance if the difference is understood",
         )

@@ -71,7 +71,9 @@ class DataTable(Table):
     decontaminate: Literal["report", "remove", "off"] = "report"
     """Training problems that are also items of `eval.benchmarks`: counted and said, left out, or not looked for."""
     reward: str = "math"
-    """`math`, `probe`, a name from the entry-point group `astra.rewards`, or `pkg.module:function`."""
+    """`math`, `math_boxed` (only a box counts), `probe`, a name from the entry-point group `astra.rewards`, or
+    `pkg.module:function`. `probe` tries the machinery out on any weights, random ones too: 1 where the share of even
+    token ids is at or over its group's median, else 0."""
     reward_timeout_s: PositiveFloat = 5.0
     """One grading may take this long; then its worker is killed, the reward is 0 and a timeout is counted."""
     reward_workers: PositiveInt = 1
@@ -94,6 +96,9 @@ class RolloutTable(Table):
     mem_fraction_static: float = Field(default=0.7, gt=0.0, lt=1.0)
     chunked_prefill_size: PositiveInt = 8192
     """Tokens of one prefill chunk; bounds the fp32 logits of a prefill."""
+    max_dropped_batches: NonNegativeInt = 8
+    """The run ends when so many batches' worth of groups (x `train.batch_groups`) in a row were dropped because all
+    their samples earned the same; 0 goes on generating."""
 
 
 class TrainTable(Table):
@@ -131,7 +136,8 @@ class TrainTable(Table):
     attention: str = "auto"
     """Trainer attention: `auto`, `sdpa`, `eager`, or what the backend table offers."""
     parity_tolerance: PositiveFloat | None = None
-    """Largest mean |trainer - engine| log-probability at staleness 0; None takes the adapter's."""
+    """Largest mean |trainer - engine| log-probability over a batch's tokens of staleness 0; more ends the run, at any
+    step. None takes the adapter's."""
 
 
 class AlgorithmTable(Table):

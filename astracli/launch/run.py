@@ -258,7 +258,9 @@ def _with_evaluation(recipe: Recipe, benchmarks: Sequence[str] | None, samples: 
     for name in names:
         sets.get(name)
     document = recipe_io.to_document(recipe)
-    document["eval"] |= {"benchmarks": names} | ({"samples": samples} if samples is not None else {})
+    document["eval"]["benchmarks"] = names
+    if samples is not None:
+        document["eval"] |= {"samples": samples, "pass_k": min(samples, recipe.eval.pass_k)}
     document["launch"]["deterministic"] = True  # two evaluations with one seed write the same files
     return recipe_io.check(document, recipe.name)
 

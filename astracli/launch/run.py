@@ -203,7 +203,7 @@ def _fetch(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> Source:
     inputs.check_setting(recipe, rewards=data)
     model = fetch.fetch_model(recipe.model.path, recipe.model.revision)
     inputs.check_checkpoint(model)
-    fetched = sets.fetch_all(benchmarks)
+    fetched = sets.fetch_all(benchmarks, recipe.data.path)
     problems = datasets.fetch(recipe) if data else None
     if problems is not None:
         problems = _decontaminated(recipe, problems, fetched)

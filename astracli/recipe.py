@@ -54,6 +54,9 @@ class CurriculumTable(Table):
 class DataTable(Table):
     source: str = Field(min_length=1)
     """`arithmetic` (generated), a registered name, a local .jsonl/.parquet file, or a Hub dataset id."""
+    path: str | None = None
+    """Directory that holds local copies of training sets and benchmarks: NAME.jsonl, NAME.parquet or a `datasets`
+    directory NAME, itself or in its `train` and `eval`. None is the environment's ASTRA_DATA_DIR."""
     split: str = "train"
     revision: str | None = None
     levels: list[Literal["add2", "sub2", "add3", "sub3"]] = Field(

@@ -119,6 +119,7 @@ def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("ASTRA_DATA_DIR", str(tmp_path))
     path = numbered(tmp_path / "train", 3)
     assert fetch("n") == str(path)
+    assert datasets.fetch(SimpleNamespace(data=DataTable(source="n", path=str(tmp_path / "train")))) == str(path)  # type: ignore[arg-type]
     monkeypatch.setenv("ASTRA_DATA_DIR", str(tmp_path / "no"))
     with pytest.raises(UserError, match="is no directory"):
         fetch("n")

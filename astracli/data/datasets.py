@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from astracli.recipe import DataTable, Recipe
 
 DATA_DIR_VARIABLE = "ASTRA_DATA_DIR"
-"""A directory that holds NAME.jsonl files, itself or in `eval/` and `train/`."""
+"""A directory that holds NAME.jsonl files, itself or in `eval/` and `train/`, where `data.path` names none."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ TRAINING_SETS: dict[str, HubSet] = {
 def load(data: DataTable, local_path: str | Path | None = None) -> Loaded:
     """The problems of a recipe's data table, from what `fetch` returned. Raises UserError."""
     known = known_set(data.source)
-    path = Path(local_path) if local_path is not None else find_local(data.source)
+    path = Path(local_path) if local_path is not None else find_local(data.source, data.path)
     if path is None:
         raise UserError(f"data.source = `{data.source}` is not on this machine", "fetch it first: `astra train` does")
     return read_problems(
@@ -75,7 +75,7 @@ def fetch(recipe: Recipe) -> str | None:
     data = recipe.data
     if data.source == "arithmetic":
         return None
-    path = find_local(data.source)
+    path = find_local(data.source, data.path)
     if path is None:
         known = known_set(data.source)
         if known is None and data.source.count("/") != 1:
@@ -91,25 +91,37 @@ def known_set(source: str) -> HubSet | None:
     return TRAINING_SETS.get(source) or by_id.get(source.lower())
 
 
-def find_local(source: str) -> Path | None:
-    """A path, or NAME in ASTRA_DATA_DIR; None when there is neither. Raises UserError for a path that is not there."""
+def find_local(source: str, data_dir: str | None = None) -> Path | None:
+    """A path, or NAME in the data directory; None when there is neither. Raises UserError for a path without a file."""
     path = Path(source).expanduser()
     if path.exists():
         return path.resolve()
     if path.suffix in (".jsonl", ".json", ".parquet") or path.is_absolute() or source.startswith((".", "~")):
         raise UserError(f"no data at `{source}`", "give a .jsonl or .parquet file, a `datasets` directory or a Hub id")
-    return find_in_data_dir(source, "train")
+    return find_in_data_dir(source, "train", data_dir)
 
 
-def find_in_data_dir(name: str, folder: str) -> Path | None:
-    """NAME.jsonl or NAME.parquet in ASTRA_DATA_DIR, itself or its `folder`; None when there is neither."""
-    root = os.environ.get(DATA_DIR_VARIABLE)
+def find_in_data_dir(name: str, folder: str, data_dir: str | None = None) -> Path | None:
+    """NAME.jsonl, NAME.parquet or the saved data set NAME in a directory, itself or its `folder`; None: not there.
+
+    The directory is `data_dir` (a recipe's `data.path`), else ASTRA_DATA_DIR. Raises UserError when it is none.
+    """
+    root = data_dir or os.environ.get(DATA_DIR_VARIABLE)
     if not root:
         return None
-    if not Path(root).is_dir():
-        raise UserError(f"{DATA_DIR_VARIABLE} = `{root}` is no directory")
-    places = [Path(root, sub, f"{name}{suffix}") for sub in ("", folder) for suffix in (".jsonl", ".parquet")]
-    return next((place.resolve() for place in places if place.is_file()), None)
+    base = Path(root).expanduser()
+    if not base.is_dir():
+        raise UserError(
+            f"{'data.path' if data_dir else DATA_DIR_VARIABLE} = `{root}` is no directory",
+            "name the directory that holds NAME.jsonl, itself or in `train/` and `eval/`",
+        )
+    places = [base / sub / f"{name}{suffix}" for sub in ("", folder) for suffix in (".jsonl", ".parquet", "")]
+    return next((place.resolve() for place in places if place.is_file() or is_saved(place)), None)
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a directory is what `datasets` calls saved (`save_to_disk`)."""
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
 def read_problems(
@@ -177,7 +189,7 @@ def _directory_rows(path: Path, split: str) -> Iterator[dict[str, Any]]:
     import datasets
 
     try:
-        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        if is_saved(path):
             found = datasets.load_from_disk(str(path))
         else:
             found = datasets.load_dataset(str(path))

@@ -130,21 +130,25 @@ def data(recipe: Recipe) -> list[dict[str, Any]]:
     """Training problems and benchmarks of a recipe, each with where it lies. See `machine.DataSet`."""
     from astracli.data import benchmarks, datasets
 
-    source = recipe.data.source
+    source, folder = recipe.data.source, recipe.data.path
+
+    def find_train() -> Path | None:
+        return datasets.find_local(source, folder)
+
     found: list[dict[str, Any]] = []
     if source == "arithmetic":
         found.append(_set(source, "train", None, "generated"))
     else:
         known = datasets.known_set(source)
         hub_id = known.hub_id if known else source if source.count("/") == 1 else None
-        found.append(_lookup(source, "train", hub_id, recipe.data.revision, lambda: datasets.find_local(source)))
+        found.append(_lookup(source, "train", hub_id, recipe.data.revision, find_train))
     names = recipe.eval.benchmarks if recipe.eval.every else []
     for name in names:
         spec = benchmarks.get(name)
         if spec.hub is None:
             found.append(_set(name, "eval", None, "generated"))
         else:
-            found.append(_lookup(name, "eval", spec.hub.hub_id, None, lambda spec=spec: benchmarks.local(spec)))
+            found.append(_lookup(name, "eval", spec.hub.hub_id, None, lambda spec=spec: benchmarks.local(spec, folder)))
     return found
 
 

@@ -203,7 +203,7 @@ def _fetch(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> Source:
     inputs.check_setting(recipe, rewards=data)
     model = fetch.fetch_model(recipe.model.path, recipe.model.revision)
     inputs.check_checkpoint(model)
-    fetched = sets.fetch_all(benchmarks)
+    fetched = sets.fetch_all(benchmarks, recipe.data.path)
     problems = datasets.fetch(recipe) if data else None
     if problems is not None:
         problems = _decontaminated(recipe, problems, fetched)
@@ -258,7 +258,9 @@ def _with_evaluation(recipe: Recipe, benchmarks: Sequence[str] | None, samples: 
     for name in names:
         sets.get(name)
     document = recipe_io.to_document(recipe)
-    document["eval"] |= {"benchmarks": names} | ({"samples": samples} if samples is not None else {})
+    document["eval"]["benchmarks"] = names
+    if samples is not None:
+        document["eval"] |= {"samples": samples, "pass_k": min(samples, recipe.eval.pass_k)}
     document["launch"]["deterministic"] = True  # two evaluations with one seed write the same files
     return recipe_io.check(document, recipe.name)
 

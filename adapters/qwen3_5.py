@@ -312,6 +312,7 @@ ADAPTER = ModelAdapter(
     attention_mask=lambda mask: None,
     install_varlen=layers.install_varlen,
     prepare_cpu=prepare_cpu,
+    prepare_gpu=layers.prepare_gpu,
     keep_fp32=KEEP_FP32,
     frozen=FROZEN,
     forbidden=(

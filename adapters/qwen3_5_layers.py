@@ -38,7 +38,7 @@ def fla() -> Any:
     if not torch.cuda.is_available():
         return None
     try:
-        from fla.modules.activations import swiglu
+        from fla.modules.activations import swiglu_linear
         from fla.modules.fused_norm_gate import rms_norm_gated
         from fla.modules.layernorm import rms_norm
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
@@ -49,12 +49,21 @@ def fla() -> Any:
     except ImportError:
         from fla.modules.convolution import causal_conv1d
     return SimpleNamespace(
-        swiglu=swiglu,
+        swiglu_linear=swiglu_linear,
         rms_norm=rms_norm,
         rms_norm_gated=rms_norm_gated,
         rule=chunk_gated_delta_rule,
         conv=causal_conv1d,
     )
+
+
+def _apart(kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A kernel whose host code remembers what it computed for the last boundaries. Selective recomputation compares the
+    operators of both passes one by one and must not see that the second pass has fewer, or more."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes():
+        return kernel(*args, **kwargs)
 
 
 def torch_rule() -> Callable[..., Any]:
@@ -119,7 +128,7 @@ def delta_net(
     taps = module.conv1d.weight.squeeze(1)
     bounds = None if kernels is not None else _segments(cu_seqlens, tokens)
     if kernels is not None:
-        mixed = kernels.conv(mixed, taps, module.conv1d.bias, activation="silu", cu_seqlens=cu_seqlens)[0]
+        mixed = _apart(kernels.conv, mixed, taps, module.conv1d.bias, activation="silu", cu_seqlens=cu_seqlens)[0]
     else:
         mixed = torch.cat([_torch_conv(mixed[:, a:b], taps, module.conv1d.bias) for a, b in bounds], dim=1)
     query, key, value = mixed.split([module.key_dim, module.key_dim, module.value_dim], dim=-1)
@@ -132,8 +141,9 @@ def delta_net(
     g = -module.A_log.float().exp() * torch.nn.functional.softplus(decay)
     gate = module.in_proj_z(hidden_states).reshape(rows, tokens, -1, module.head_v_dim)
     if kernels is not None:
-        out = kernels.rule(query, key, value, g=g, beta=beta, use_qk_l2norm_in_kernel=True, cu_seqlens=cu_seqlens)[0]
-        out = gated_norm(module.norm, out, gate)
+        options = {"use_qk_l2norm_in_kernel": True, "cu_seqlens": cu_seqlens}
+        out = _apart(kernels.rule, query, key, value, g=g, beta=beta, **options)[0]
+        out = kernels.rms_norm_gated(out, gate, module.norm.weight, None, eps=module.layer_norm_epsilon)
     else:
         rule = partial(torch_rule(), use_qk_l2norm_in_kernel=True)
         parts = [tuple(x[:, a:b] for x in (query, key, value, g, beta)) for a, b in bounds]
@@ -155,7 +165,23 @@ def _torch_conv(x: Any, taps: Any, bias: Any) -> Any:
     return delta_rule.conv_silu(x.transpose(1, 2), taps, bias).transpose(1, 2)
 
 
-def gated_norm(norm: Any, x: Any, gate: Any) -> Any:
-    """x and gate [..., D] -> RMS norm of x times weight times silu(gate), by fla."""
-    epsilon = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
-    return fla().rms_norm_gated(x, gate, norm.weight, None, activation="swish", eps=epsilon)
+def prepare_gpu(model: Any) -> None:
+    """Norms and MLPs through fla's fused kernels where it is there; in eager torch a norm is six kernels in fp32."""
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
+
+    if fla() is None:
+        return
+    own: dict[type, Any] = {modeling.Qwen3_5RMSNorm: _norm, modeling.Qwen3_5MLP: _mlp}
+    for module in model.modules():
+        if (forward := own.get(type(module))) is not None:
+            module.forward = partial(forward, module)
+
+
+def _norm(module: Any, x: Any) -> Any:
+    """The weight is centred at zero; 1 + weight in fp32, as engines compute it."""
+    return fla().rms_norm(x, 1.0 + module.weight.float(), None, eps=module.eps)
+
+
+def _mlp(module: Any, x: Any) -> Any:
+    """down(silu(gate) * up); the product is not kept but made again in the backward pass."""
+    return fla().swiglu_linear(module.gate_proj(x), module.up_proj(x), module.down_proj.weight, module.down_proj.bias)

@@ -88,6 +88,8 @@ class ModelAdapter:
     (`training/varlen.py`). None = not needed; a hybrid without it trains on padded rows."""
     prepare_cpu: Callable[[Any], None] | None = None
     """Make a loaded model safe and quick on a CPU (for example: never pick a GPU kernel); None = nothing to do."""
+    prepare_gpu: Callable[[Any], None] | None = None
+    """Make a loaded model quick to train on a GPU (fused kernels, the same function); None = nothing to do."""
     keep_fp32: tuple[str, ...] = ()
     """Substrings of parameter names that the engine holds in fp32."""
     frozen: tuple[str, ...] = ()

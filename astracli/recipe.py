@@ -136,6 +136,8 @@ class TrainTable(Table):
     """Every batch is trained on again up to n times, in the steps after its first, while no token of it is staler than
     `max_staleness`. A replay is a step: it counts in `steps` and publishes a version."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """What the backward pass computes again: `full`, every block (least memory, a third more work); `selective`, all
+    but matrix products and attention; `none`, nothing."""
     attention: str = "auto"
     """Trainer attention: `auto`, `sdpa`, `eager`, or what the backend table offers."""
     parity_tolerance: PositiveFloat | None = None

@@ -3,6 +3,7 @@ every sample alone in fp32 or more, and the trainer's own start-up check."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from training_tools import recipe, sample_groups
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from astracli.adapters.qwen3_5 import ADAPTER
-from astracli.adapters.qwen3_5_layers import fla, torch_rule
+from astracli.adapters.qwen3_5_layers import fla, prepare_gpu, torch_rule
 from astracli.training import fsdp, packing, setup, varlen
+from astracli.training import logprob as logprob_module
 
 pytestmark = [
     pytest.mark.gpu,
@@ -106,6 +108,80 @@ def test_fla_delta_rule_ends_at_every_boundary() -> None:
     assert relative(out, wanted) < 1e-2
     for mine, theirs in zip(found, torch.autograd.grad((wanted * pull).sum(), exact), strict=True):
         assert relative(mine, theirs) < 1.5e-2
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_head_in_bf16_is_the_plain_one(with_bias: bool) -> None:
+    """Several chunks and products; fp32 logits from bf16 inputs."""
+    draw = torch.Generator(device="cuda").manual_seed(0)
+    tokens, size, vocabulary = 700, 128, 5003
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", generator=draw).div(size**0.25).bfloat16().requires_grad_()
+
+    hidden, weight = leaf(tokens, size), leaf(vocabulary, size)
+    bias = leaf(vocabulary) if with_bias else None
+    target = torch.randint(0, vocabulary, (tokens,), device="cuda", generator=draw)
+    pull = torch.randn(tokens, device="cuda", generator=draw)
+    leaves = [x for x in (hidden, weight, bias) if x is not None]
+    logprob, entropy = logprob_module.chunked_logprob(hidden, weight, target, bias_V=bias, chunk=64)
+    found = torch.autograd.grad((logprob * pull).sum(), leaves)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    plain = torch.nn.functional.linear(exact[0], exact[1], exact[2] if with_bias else None).log_softmax(-1)
+    wanted = plain.gather(1, target[:, None])[:, 0]
+    assert (logprob - wanted).abs().max() < 1e-3
+    assert (entropy + (plain.exp() * plain).sum(-1)).abs().max() < 1e-3
+    for mine, theirs in zip(found, torch.autograd.grad((wanted * pull).sum(), exact), strict=True):
+        assert relative(mine, theirs) < 1e-2
+
+
+def test_the_head_of_8k_tokens_costs_chunks_not_8_gigabytes() -> None:
+    tokens, size, vocabulary = 8192, 256, 248_320
+    hidden = torch.randn(tokens, size, device="cuda").bfloat16().requires_grad_()
+    weight = torch.randn(vocabulary, size, device="cuda").mul_(0.02).bfloat16().requires_grad_()
+    target = torch.randint(0, vocabulary, (tokens,), device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    chunk = logprob_module.chunk_tokens(vocabulary, "cuda")
+    logprob, _ = logprob_module.chunked_logprob(hidden, weight, target, chunk=chunk)
+    logprob.sum().backward()
+    cost = torch.cuda.max_memory_allocated() - before
+    print("peak over its inputs:", cost / 2**30, "GiB")
+    assert cost < 2.5 * 2**30
+
+
+@pytest.mark.skipif(fla() is None, reason="flash-linear-attention is not installed")
+def test_fused_norms_and_mlps_are_the_same_function() -> None:
+    """Each in bf16 against transformers' module in fp64."""
+    from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5MLP, Qwen3_5RMSNorm
+
+    assert ADAPTER.tiny_config is not None
+    config = AutoConfig.for_model(**ADAPTER.tiny_config() | {"hidden_size": 320, "intermediate_size": 640})
+    torch.manual_seed(0)
+    small, wide = Qwen3_5RMSNorm(64), Qwen3_5RMSNorm(2560)
+    for norm in (small, wide):
+        torch.nn.init.normal_(norm.weight, std=0.3)
+    for module, size in ((small, 64), (wide, 2560), (Qwen3_5MLP(config, 640), 320)):
+        module.cuda()
+        exact = copy.deepcopy(module).bfloat16().double()
+        fused = module.bfloat16()
+        x = torch.randn(1, 300, 4, size, device="cuda").bfloat16()[:, :, 1:3] if size == 64 else None
+        x = torch.randn(1, 300, size, device="cuda").bfloat16() if x is None else x
+        mine, theirs = x.detach().requires_grad_(), x.detach().double().requires_grad_()
+        prepare_gpu(fused)
+        assert "forward" in fused.__dict__  # it was replaced
+        out = fused(mine)
+        wanted = plain_norm(exact, theirs) if size != 320 else exact(theirs)
+        pull = torch.randn_like(wanted)
+        assert relative(out, wanted) < 1e-2
+        found = torch.autograd.grad((out * pull).sum(), [mine, *fused.parameters()])
+        expected = torch.autograd.grad((wanted * pull).sum(), [theirs, *exact.parameters()])
+        for a, b in zip(found, expected, strict=True):
+            assert relative(a, b) < 1.5e-2
+
+
+def plain_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * (1 + norm.weight)
 
 
 def save(directory: Path) -> Path:

@@ -44,6 +44,8 @@ def _load(model_dir: Path, adapter: ModelAdapter, ranks: Ranks, attention: str, 
         if adapter.prepare_cpu is not None:
             adapter.prepare_cpu(model)
         linear.install(model)
+    elif adapter.prepare_gpu is not None:
+        adapter.prepare_gpu(model)
     if packed:
         varlen.install(model, adapter)
     return model

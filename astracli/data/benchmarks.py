@@ -187,7 +187,7 @@ def load(name: str, local_path: str | Path | None = None) -> Benchmark:
             f"put {name}.jsonl into a directory and name that in data.path or {datasets.DATA_DIR_VARIABLE}, "
             f"or fetch `{spec.hub.hub_id}`",
         )
-    loaded = datasets.read_problems(
+    loaded = datasets.Problems(
         path,
         split=spec.hub.split,
         question_fields=tuple(dict.fromkeys(["problem", *spec.hub.question_fields])),
@@ -195,12 +195,12 @@ def load(name: str, local_path: str | Path | None = None) -> Benchmark:
         final_after=spec.hub.final_after,
     )
     _check(spec, path, loaded)
-    return Benchmark(spec.name, loaded.problems, spec.samples, spec.prompt)
+    return Benchmark(spec.name, list(loaded), spec.samples, spec.prompt)
 
 
-def _check(spec: BenchmarkSpec, path: Path, loaded: datasets.Loaded) -> None:
+def _check(spec: BenchmarkSpec, path: Path, loaded: datasets.Problems) -> None:
     """Raises UserError with both figures when a set has another size or says something else than it should."""
-    found = len(loaded.problems)
+    found = len(loaded)
     origin = spec.hub.hub_id if spec.hub else ""
     if spec.counts and found not in spec.counts:
         repeated = f", {loaded.duplicates} of them repeated" if loaded.duplicates else ""
@@ -210,7 +210,7 @@ def _check(spec: BenchmarkSpec, path: Path, loaded: datasets.Loaded) -> None:
         )
     if not _hashed(spec, found):
         return
-    hashed = content_hash(loaded.problems)
+    hashed = content_hash(loaded)
     if hashed not in spec.hashes:
         raise UserError(
             f"benchmark `{spec.name}` has the content hash {' or '.join(spec.hashes)}, `{path}` has {hashed}: "

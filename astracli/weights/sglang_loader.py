@@ -12,7 +12,9 @@ random weights), ASTRA_VERIFY_INTERVAL (read back under HF names every n-th vers
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,6 +33,7 @@ from astracli.weights.staged import Placement, Prepared
 from astracli.weights.watcher import StageWatcher
 
 _MAX_RUNS = 1 << 16  # contiguous runs that one copy may fall into
+_SPARE_BYTES = 1 << 29  # device memory that a read-back leaves free
 
 
 class _Intercept(TorchFunctionMode):
@@ -118,7 +121,10 @@ class _ReadBack(_Intercept):
 
 
 def read_back_digests(model: Any, entries: Iterable[TensorEntry]) -> dict[str, str]:
-    """{HF name: digest} of what the engine holds, through its own mapping; one tensor in memory at a time."""
+    """{HF name: digest} of what the engine holds, through its own mapping; one tensor in memory at a time.
+
+    Runs beside the engine's own work, on a stream of its own; a tensor for which a GPU has no room comes to the host.
+    """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     names: list[str] = []
     sums: list[digest.Pending] = []
@@ -126,15 +132,26 @@ def read_back_digests(model: Any, entries: Iterable[TensorEntry]) -> dict[str, s
 
     def fed() -> Iterator[tuple[str, torch.Tensor]]:
         for entry in entries:
-            tensor = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device=device)
+            dtype = getattr(torch, entry.dtype)
+            there = device if _has_room(device, entry.numel * entry.itemsize) else torch.device("cpu")
+            tensor = torch.empty(entry.shape, dtype=dtype, device=there)
             yield mode.feed(entry.name, tensor)
             names.append(entry.name)
             sums.append(digest.pending(tensor))
             mode.fed.clear()
 
-    with torch.no_grad(), mode:
+    beside = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext()
+    with torch.no_grad(), beside, mode:
         model.load_weights(fed())
-    return {name: digest.to_hex(lanes) for name, lanes in zip(names, digest.settle(sums), strict=True)}
+        return {name: digest.to_hex(lanes) for name, lanes in zip(names, digest.settle(sums), strict=True)}
+
+
+def _has_room(device: torch.device, size: int) -> bool:
+    """Whether a GPU has `size` bytes for a tensor that lives a moment; those freed before it count as room."""
+    if device.type != "cuda":
+        return True
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held > size + _SPARE_BYTES
 
 
 def _runs(target: torch.Tensor, source: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
@@ -174,6 +191,7 @@ class _Engine:
         self.version: int | None = int(start) if start else None
         self.hands: Resident | None = None
         self._model = weakref.ref(model)
+        self._proving: threading.Thread | None = None
         self._names: list[tuple[str, str, tuple[int, ...]]] = []
         self.watcher = StageWatcher(stage_dir, self.load)
 
@@ -181,6 +199,31 @@ class _Engine:
         """Bring a decoded version to the device, once it is known where the weights lie."""
         if self.hands is not None and prepared.manifests and self._names == _identity(prepared.manifests[-1].tensors):
             staged.load(prepared, self.hands)
+
+    def settle(self) -> None:
+        """Until no read-back is under way: it must see the weights of one version."""
+        if self._proving is not None:
+            self._proving.join()
+            self._proving = None
+
+    def prove(self, stage_dir: Path, entries: Sequence[TensorEntry], version: int) -> None:
+        """Read the weights back in a thread, while the engine generates again; the outcome is `proof.json`."""
+
+        def run() -> None:
+            begin = time.perf_counter()
+            try:
+                found = read_back_digests(self._model(), entries)
+                wrong = [e.name for e in entries if found.get(e.name) != e.digest]
+                message = f"read back under HF names, {len(wrong)} tensors differ: {', '.join(wrong[:5])}"
+            except Exception as error:
+                wrong, message = ["?"], f"the read-back failed: {type(error).__name__}: {error}"
+            if wrong:
+                self.version = None
+            doc = {"version": version, "ok": not wrong, "message": message if wrong else ""}
+            staged.write_proof(stage_dir, {**doc, "seconds": time.perf_counter() - begin})
+
+        self._proving = threading.Thread(target=run, name="read-back", daemon=True)
+        self._proving.start()
 
     def record(self, entries: Sequence[TensorEntry]) -> None:
         """Find out where the model keeps `entries`; again only for other names, dtypes or shapes than before."""
@@ -201,13 +244,15 @@ def apply_staged(model: Any, named_tensors: Iterable[Any] = ()) -> None:
 
     The outcome is `result.json` in the stage directory. Whatever fails is reported there and not raised, because an
     exception in a loader kills the server; the caller reads the file before it lets the engine serve
-    (`Subscriber.outcome`). From the first call on, a thread decodes what is staged while the engine generates.
+    (`Subscriber.outcome`). From the first call on, a thread decodes what is staged while the engine generates, and when
+    a read-back is due (`proof` in the result), one reads the weights back after the call (`Subscriber.proof`).
     """
     begin = time.perf_counter()
     stage_dir = Path(os.environ["ASTRA_STAGE_DIR"])
     engine = _engines.get(model)
     if engine is None:
         engine = _engines[model] = _Engine(model, stage_dir)
+    engine.settle()
     have, engine.version = engine.version, None  # unknown until proven
     try:
         prepared = engine.watcher.take()
@@ -220,23 +265,14 @@ def apply_staged(model: Any, named_tensors: Iterable[Any] = ()) -> None:
         record_s = time.perf_counter() - record_s
         places = engine.hands.placed if engine.hands is not None else {}
         result = staged.apply(stage_dir, places, have, prepared, engine.hands)
-        read_back_s = _read_back(model, entries, result.version)
-        more = {"record_s": record_s, "readback_s": read_back_s, "loader_s": time.perf_counter() - begin}
+        interval = int(os.environ.get("ASTRA_VERIFY_INTERVAL", "0"))
+        due = bool(interval and entries and result.version % interval == 0)
+        more = {"record_s": record_s, "loader_s": time.perf_counter() - begin, "proof": due}
         staged.succeed(stage_dir, result, more)
         engine.version = result.version
+        if due:
+            engine.prove(stage_dir, entries, result.version)
     except AstraError as error:
         staged.fail(stage_dir, error)
     except Exception as error:  # a model's load_weights may raise anything, and so may a device
         staged.fail(stage_dir, WeightMismatch(f"{type(error).__name__}: {error}"))
-
-
-def _read_back(model: Any, entries: Sequence[TensorEntry], version: int) -> float | None:
-    """The second proof, every ASTRA_VERIFY_INTERVAL versions: seconds, None when it was not due."""
-    interval = int(os.environ.get("ASTRA_VERIFY_INTERVAL", "0"))
-    if not interval or version % interval or not entries:
-        return None
-    begin = time.perf_counter()
-    found = read_back_digests(model, entries)
-    if wrong := [e.name for e in entries if found.get(e.name) != e.digest]:
-        raise WeightMismatch(f"read back under HF names, {len(wrong)} tensors differ: {', '.join(wrong[:5])}")
-    return time.perf_counter() - begin

@@ -288,7 +288,7 @@ def main() -> None:
     torch.set_num_threads(1)
     shape = args.shape or ("0.01b" if args.quick else "0.1b")
     threads = args.threads or (1 if args.device == "cpu" else min(16, os.cpu_count() or 1))
-    repeats = args.repeats or (1 if args.quick else 3)
+    repeats = args.repeats or (1 if args.quick else 2 if shape == "4b" else 3)
     shm = Path("/dev/shm")
     room = shm.is_dir() and shutil.disk_usage(shm).free > 20 * (1 << 30 if shape == "4b" else 1 << 26)
     with tempfile.TemporaryDirectory(dir=shm if room else None) as folder:

@@ -12,7 +12,9 @@ random weights), ASTRA_VERIFY_INTERVAL (read back under HF names every n-th vers
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -114,9 +116,14 @@ def read_back_digests(model: Any, entries: Iterable[TensorEntry]) -> dict[str, s
     """{HF name: digest} of what the engine holds, through its own mapping asked anew.
 
     The mapping is recorded again, not remembered, and the digest is taken where the parameters lie: no second copy of
-    the model, which a `load_weights` that collects its input before it loads would otherwise need.
+    the model, which a `load_weights` that collects its input before it loads would otherwise need. Runs beside the
+    engine's own work, on a stream of its own.
     """
-    return staged.read_back_digests(PlacementRecorder().record(model, entries))
+    entries = list(entries)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    beside = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext()
+    with torch.no_grad(), beside:
+        return Resident(PlacementRecorder().record(model, entries)).digests([entry.name for entry in entries])
 
 
 def _runs(target: torch.Tensor, source: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
@@ -156,6 +163,7 @@ class _Engine:
         self.version: int | None = int(start) if start else None
         self.hands: Resident | None = None
         self._model = weakref.ref(model)
+        self._proving: threading.Thread | None = None
         self._names: list[tuple[str, str, tuple[int, ...]]] = []
         self.watcher = StageWatcher(stage_dir, self.load)
 
@@ -163,6 +171,31 @@ class _Engine:
         """Bring a decoded version to the device, once it is known where the weights lie."""
         if self.hands is not None and prepared.manifests and self._names == _identity(prepared.manifests[-1].tensors):
             staged.load(prepared, self.hands)
+
+    def settle(self) -> None:
+        """Until no read-back is under way: it must see the weights of one version."""
+        if self._proving is not None:
+            self._proving.join()
+            self._proving = None
+
+    def prove(self, stage_dir: Path, entries: Sequence[TensorEntry], version: int) -> None:
+        """Read the weights back in a thread, while the engine generates again; the outcome is `proof.json`."""
+
+        def run() -> None:
+            begin = time.perf_counter()
+            try:
+                found = read_back_digests(self._model(), entries)
+                wrong = [e.name for e in entries if found.get(e.name) != e.digest]
+                message = f"read back under HF names, {len(wrong)} tensors differ: {', '.join(wrong[:5])}"
+            except Exception as error:
+                wrong, message = ["?"], f"the read-back failed: {type(error).__name__}: {error}"
+            if wrong:
+                self.version = None
+            doc = {"version": version, "ok": not wrong, "message": message if wrong else ""}
+            staged.write_proof(stage_dir, {**doc, "seconds": time.perf_counter() - begin})
+
+        self._proving = threading.Thread(target=run, name="read-back", daemon=True)
+        self._proving.start()
 
     def record(self, entries: Sequence[TensorEntry]) -> None:
         """Find out where the model keeps `entries`; again only for other names, dtypes or shapes than before."""
@@ -183,13 +216,15 @@ def apply_staged(model: Any, named_tensors: Iterable[Any] = ()) -> None:
 
     The outcome is `result.json` in the stage directory. Whatever fails is reported there and not raised, because an
     exception in a loader kills the server; the caller reads the file before it lets the engine serve
-    (`Subscriber.outcome`). From the first call on, a thread decodes what is staged while the engine generates.
+    (`Subscriber.outcome`). From the first call on, a thread decodes what is staged while the engine generates, and when
+    a read-back is due (`proof` in the result), one reads the weights back after the call (`Subscriber.proof`).
     """
     begin = time.perf_counter()
     stage_dir = Path(os.environ["ASTRA_STAGE_DIR"])
     engine = _engines.get(model)
     if engine is None:
         engine = _engines[model] = _Engine(model, stage_dir)
+    engine.settle()
     have, engine.version = engine.version, None  # unknown until proven
     try:
         prepared = engine.watcher.take()
@@ -202,23 +237,14 @@ def apply_staged(model: Any, named_tensors: Iterable[Any] = ()) -> None:
         record_s = time.perf_counter() - record_s
         places = engine.hands.placed if engine.hands is not None else {}
         result = staged.apply(stage_dir, places, have, prepared, engine.hands)
-        read_back_s = _read_back(model, entries, result.version)
-        more = {"record_s": record_s, "readback_s": read_back_s, "loader_s": time.perf_counter() - begin}
+        interval = int(os.environ.get("ASTRA_VERIFY_INTERVAL", "0"))
+        due = bool(interval and entries and result.version % interval == 0)
+        more = {"record_s": record_s, "loader_s": time.perf_counter() - begin, "proof": due}
         staged.succeed(stage_dir, result, more)
         engine.version = result.version
+        if due:
+            engine.prove(stage_dir, entries, result.version)
     except AstraError as error:
         staged.fail(stage_dir, error)
     except Exception as error:  # a model's load_weights may raise anything, and so may a device
         staged.fail(stage_dir, WeightMismatch(f"{type(error).__name__}: {error}"))
-
-
-def _read_back(model: Any, entries: Sequence[TensorEntry], version: int) -> float | None:
-    """The second proof, every ASTRA_VERIFY_INTERVAL versions: seconds, None when it was not due."""
-    interval = int(os.environ.get("ASTRA_VERIFY_INTERVAL", "0"))
-    if not interval or version % interval or not entries:
-        return None
-    begin = time.perf_counter()
-    found = read_back_digests(model, entries)
-    if wrong := [e.name for e in entries if found.get(e.name) != e.digest]:
-        raise WeightMismatch(f"read back under HF names, {len(wrong)} tensors differ: {', '.join(wrong[:5])}")
-    return time.perf_counter() - begin

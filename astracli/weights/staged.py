@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 NEXT = "next.json"
 RESULT = "result.json"
+PROOF = "proof.json"
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,11 @@ def succeed(stage_dir: Path, result: ApplyResult, more: Mapping[str, Any] | None
     """Write `result.json` for a version that was applied and proven."""
     doc = {"ok": True, "message": "", **asdict(result), **(more or {})}
     write_atomic(Path(stage_dir) / RESULT, json.dumps(doc).encode())
+
+
+def write_proof(stage_dir: Path, doc: Mapping[str, Any]) -> None:
+    """Write what a read-back under HF names found: `version`, `ok`, `message`, `seconds`."""
+    write_atomic(Path(stage_dir) / PROOF, json.dumps(doc).encode())
 
 
 def fail(stage_dir: Path, error: AstraError) -> AstraError:

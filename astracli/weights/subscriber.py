@@ -6,6 +6,7 @@ before it gets its final name, and `next.json` is written last, so that an engin
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from astracli.errors import RunFailed
 from astracli.weights import WeightCorrupt
 from astracli.weights.manifest import STABLE, Manifest, seal, unseal, version_name, write_atomic
 from astracli.weights.payload import hash_file
-from astracli.weights.staged import NEXT, RESULT
+from astracli.weights.staged import NEXT, PROOF, RESULT
 from astracli.weights.watcher import decoded
 
 
@@ -173,7 +174,8 @@ class Subscriber:
         plan: dict[str, Any] = {"version": target, "kind": route.kind, "steps": steps}
         plan["base_version"] = base if route.steps else target
         plan["model_path"] = str(self.model_path) if self.model_path else None
-        (self.stage_dir / RESULT).unlink(missing_ok=True)
+        for old in (RESULT, PROOF):
+            (self.stage_dir / old).unlink(missing_ok=True)
         sealed = seal(plan)
         write_atomic(self.stage_dir / NEXT, sealed)
         keep = {step.partition("/")[0] for step in steps}
@@ -207,6 +209,22 @@ class Subscriber:
         if not applied:
             raise RunFailed(f"version {version} was not applied: {doc.get('message') or doc}")
         return doc
+
+    def proof(self, version: int) -> float:
+        """Wait for the read-back of `version` under HF names, which the engine makes while it generates: its seconds.
+
+        Raises RunFailed when it found other weights than the trainer's, or did not come within `decode_wait_s`.
+        """
+        deadline = time.monotonic() + self.decode_wait_s
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError, ValueError):
+                doc = json.loads((self.stage_dir / PROOF).read_bytes())
+                if doc["version"] == version and doc["ok"]:
+                    return float(doc["seconds"])
+                if doc["version"] == version:
+                    raise RunFailed(f"version {version}: {doc['message']}")
+            time.sleep(0.01)
+        raise RunFailed(f"the engine did not read version {version} back within {self.decode_wait_s:g} s")
 
     def _step(self, version: int, name: str) -> Manifest:
         directory = self.stage_dir / version_name(version)

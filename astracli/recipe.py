@@ -97,6 +97,8 @@ class RolloutTable(Table):
     attention_backend: str = "auto"
     linear_attention_backend: str = "auto"
     mem_fraction_static: float = Field(default=0.7, gt=0.0, lt=1.0)
+    """Part of its GPU that an engine reserves for weights, recurrent state and KV cache. At most: beside a trainer
+    (`resources.share_gpus`) it is what that one leaves."""
     chunked_prefill_size: PositiveInt = 8192
     """Tokens of one prefill chunk; bounds the fp32 logits of a prefill."""
     max_dropped_batches: NonNegativeInt = 8
@@ -138,6 +140,11 @@ class TrainTable(Table):
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     """What the backward pass computes again: `full`, every block (least memory, a third more work); `selective`, all
     but matrix products and attention; `none`, nothing."""
+    reference_device: Literal["auto", "gpu", "host"] = "auto"
+    """Where the initial model of the KL term waits between scoring passes; `host` is pinned memory, `auto` is the GPU
+    while it has room. On a CPU there is one place."""
+    optimizer_device: Literal["auto", "gpu", "host"] = "auto"
+    """Where AdamW's moments wait between updates; with `host` they pass through the GPU tensor by tensor."""
     attention: str = "auto"
     """Trainer attention: `auto`, `sdpa`, `eager`, or what the backend table offers."""
     parity_tolerance: PositiveFloat | None = None

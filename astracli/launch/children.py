@@ -58,13 +58,24 @@ def build(setting: Setting, extra: Mapping[str, Mapping[str, Any]]) -> list[Chil
     setting.run.config.mkdir(mode=0o700, parents=True, exist_ok=True)
     specs = []
     for process in setting.plan.processes:
-        config = _config(setting, process, addresses, extra.get(process.role, {}))
+        told = _placement(setting.plan, process) | dict(extra.get(process.role, {}))
+        config = _config(setting, process, addresses, told)
         if process.role == "engine":
             number = engines.index(process)
             specs.append(_engine(setting, process, config, addresses[number], ports[number]))
         else:
             specs.append(_spec(setting, process, config, _rank_env(process, host, rendezvous)))
     return specs
+
+
+def _placement(plan: LaunchPlan, process: ProcessPlan) -> dict[str, Any]:
+    """What the plan decided about GPU memory, as `WorkerConfig.extra` of the process that must keep to it."""
+    if not process.gpus:
+        return {}
+    if process.role == "engine":
+        return {"mem_fraction_static": plan.placement.mem_fraction_static}
+    split = plan.placement.split
+    return {"placement": {"reference": split.reference, "optimizer": split.optimizer, "shared": plan.placement.shared}}
 
 
 def _engine(

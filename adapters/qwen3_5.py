@@ -230,7 +230,7 @@ def _activations(text: Mapping[str, Any]) -> dict[str, int]:
     block = 2 * 10 * text["hidden_size"] + 8 * text["intermediate_size"]
     delta = 2 * (2 * key_heads * key_dim + values) + 4 * value_heads * key_dim + 8 * values
     return {
-        "linear_attention": block + delta + (2 * _CHUNK + 26) * value_heads,
+        "linear_attention": block + delta + (2 * layers.CHUNK + 26) * value_heads,
         "full_attention": block + 18 * query + 12 * kv + 4 * text["num_attention_heads"],
     }
 

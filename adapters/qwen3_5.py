@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from astracli.adapter import DeltaRule, Forbidden, MemoryShape, ModelAdapter, WireTensor, read_config
-from astracli.adapter_tools import Shapes, gemm_flops, load_checkpoint, wire_map
+from astracli.adapter_tools import Shapes, gemm_flops, load_checkpoint, outside_blocks, wire_map
 from astracli.adapters import qwen3_5_layers as layers
 
 KEEP_FP32 = ("A_log",)
@@ -210,7 +210,29 @@ def memory_shape(config: Mapping[str, Any]) -> MemoryShape:
         kv_bytes_per_token=kinds.count("full_attention") * 2 * 2 * kv_width,
         state_bytes_per_sequence=kinds.count("linear_attention") * (recurrent + convolution),
         flops_per_token=gemm_flops(shapes, tied=text["tie_word_embeddings"]),
+        outside_blocks=outside_blocks(shapes),
+        block_activations=tuple(_activations(text)[kind] for kind in kinds),
     )
+
+
+def _activations(text: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes a token that autograd keeps of a block of each kind in bf16, as transformers and fla compute it.
+
+    Norms: the input in fp32, the normed one in fp32, the product (10 bytes a unit). MLP: gate, its activation, up, the
+    product (8). Full attention: normed heads (8), what flash attention keeps (2 each of query, key, value, output), its
+    output in the order of the tokens, the gate and the gated output (2 each). Delta rule: input of the convolution (2 a
+    channel); query and key, normed and repeated to the value heads, value, gate, output, gated output (2 each); a row
+    of the chunk's matrix a head.
+    """
+    key_heads, value_heads, key_dim, value_dim, _ = _delta_net_sizes(text)
+    values = value_heads * value_dim
+    query, kv = (text[f"num_{n}_heads"] * text.get("head_dim", 256) for n in ("attention", "key_value"))
+    block = 2 * 10 * text["hidden_size"] + 8 * text["intermediate_size"]
+    delta = 2 * (2 * key_heads * key_dim + values) + 4 * value_heads * key_dim + 8 * values
+    return {
+        "linear_attention": block + delta + (2 * layers.CHUNK + 26) * value_heads,
+        "full_attention": block + 18 * query + 12 * kv + 4 * text["num_attention_heads"],
+    }
 
 
 def wire_tensors(model: Any) -> dict[str, WireTensor]:

@@ -57,6 +57,11 @@ class MemoryShape:
     """Recurrent and convolution state of all linear-attention layers; 0 without them."""
     flops_per_token: float
     """Training FLOPs per token (forward + backward GEMMs, no recomputation)."""
+    outside_blocks: int = 0
+    """Parameters in no block: embedding, output head, last norm. 0 = the embedding alone."""
+    block_activations: tuple[int, ...] = ()
+    """Per block, the bytes a token that autograd keeps in bf16, without recomputation and without the blocks' own
+    inputs. () = not known: estimated from the hidden size."""
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,24 @@ def dense_shapes(config: Mapping[str, Any], *, head_dim: int | None, head_norms:
     return shapes
 
 
+def outside_blocks(shapes: Shapes) -> int:
+    """Parameters in no block: embedding, output head, last norm."""
+    return sum(prod(shape) for name, shape in shapes.items() if ".layers." not in name)
+
+
+def dense_activations(config: Mapping[str, Any], shapes: Shapes) -> int:
+    """Bytes a token that autograd keeps of a Llama-shaped block in bf16, as transformers computes it.
+
+    Norms: the input in fp32, the normed one, the product (8 bytes a unit). MLP: gate, its activation, up, the product
+    (8). Flash attention: query, key, value, output (2 each) and a normaliser a head; norms of heads come on top (6).
+    """
+    layer = "model.layers.0.self_attn"
+    query, kv = shapes[f"{layer}.q_proj.weight"][0], shapes[f"{layer}.k_proj.weight"][0]
+    head = 6 * (query + kv) if f"{layer}.q_norm.weight" in shapes else 0
+    block = 2 * 8 * config["hidden_size"] + 8 * config["intermediate_size"]
+    return block + 4 * (query + kv) + 4 * config["num_attention_heads"] + head
+
+
 def dense_memory_shape(config: Mapping[str, Any], shapes: Shapes) -> MemoryShape:
     """Sizes of a Llama-shaped decoder; KV cache in bf16 for every layer."""
     kv_width = shapes["model.layers.0.self_attn.k_proj.weight"][0]
@@ -187,4 +205,6 @@ def dense_memory_shape(config: Mapping[str, Any], shapes: Shapes) -> MemoryShape
         kv_bytes_per_token=2 * 2 * kv_width * layers,
         state_bytes_per_sequence=0,
         flops_per_token=gemm_flops(shapes, tied="lm_head.weight" not in shapes),
+        outside_blocks=outside_blocks(shapes),
+        block_activations=(dense_activations(config, shapes),) * layers,
     )

@@ -190,7 +190,7 @@ def _serving(
     if capability is None or capability < OLDEST:
         return "auto", "decided by compute capability where the GPUs are"
     candidates, reason = next((names, why) for start, names, why in reversed(SERVING_DEFAULTS) if capability >= start)
-    foreign = recipe.resources.engine.python is not None
+    foreign = recipe.resources.engine.foreign
     for name in candidates:
         package = SERVING[name][2]
         banned = _forbidden(adapter, name, capability)

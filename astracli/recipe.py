@@ -54,6 +54,9 @@ class CurriculumTable(Table):
 class DataTable(Table):
     source: str = Field(min_length=1)
     """`arithmetic` (generated), a registered name, a local .jsonl/.parquet file, or a Hub dataset id."""
+    path: str | None = None
+    """Directory that holds local copies of training sets and benchmarks: NAME.jsonl, NAME.parquet or a `datasets`
+    directory NAME, itself or in its `train` and `eval`. None is the environment's ASTRA_DATA_DIR."""
     split: str = "train"
     revision: str | None = None
     levels: list[Literal["add2", "sub2", "add3", "sub3"]] = Field(
@@ -71,7 +74,9 @@ class DataTable(Table):
     decontaminate: Literal["report", "remove", "off"] = "report"
     """Training problems that are also items of `eval.benchmarks`: counted and said, left out, or not looked for."""
     reward: str = "math"
-    """`math`, `probe`, a name from the entry-point group `astra.rewards`, or `pkg.module:function`."""
+    """`math`, `math_boxed` (only a box counts), `probe`, a name from the entry-point group `astra.rewards`, or
+    `pkg.module:function`. `probe` tries the machinery out on any weights, random ones too: 1 where the share of even
+    token ids is at or over its group's median, else 0."""
     reward_timeout_s: PositiveFloat = 5.0
     """One grading may take this long; then its worker is killed, the reward is 0 and a timeout is counted."""
     reward_workers: PositiveInt = 1
@@ -92,8 +97,13 @@ class RolloutTable(Table):
     attention_backend: str = "auto"
     linear_attention_backend: str = "auto"
     mem_fraction_static: float = Field(default=0.7, gt=0.0, lt=1.0)
+    """Part of its GPU that an engine reserves for weights, recurrent state and KV cache. At most: beside a trainer
+    (`resources.share_gpus`) it is what that one leaves."""
     chunked_prefill_size: PositiveInt = 8192
     """Tokens of one prefill chunk; bounds the fp32 logits of a prefill."""
+    max_dropped_batches: NonNegativeInt = 8
+    """The run ends when so many batches' worth of groups (x `train.batch_groups`) in a row were dropped because all
+    their samples earned the same; 0 goes on generating."""
 
 
 class TrainTable(Table):
@@ -130,10 +140,16 @@ class TrainTable(Table):
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     """What the backward pass computes again: `full`, every block (least memory, a third more work); `selective`, all
     but matrix products and attention; `none`, nothing."""
+    reference_device: Literal["auto", "gpu", "host"] = "auto"
+    """Where the initial model of the KL term waits between scoring passes; `host` is pinned memory, `auto` is the GPU
+    while it has room. On a CPU there is one place."""
+    optimizer_device: Literal["auto", "gpu", "host"] = "auto"
+    """Where AdamW's moments wait between updates; with `host` they pass through the GPU tensor by tensor."""
     attention: str = "auto"
     """Trainer attention: `auto`, `sdpa`, `eager`, or what the backend table offers."""
     parity_tolerance: PositiveFloat | None = None
-    """Largest mean |trainer - engine| log-probability at staleness 0; None takes the adapter's."""
+    """Largest mean |trainer - engine| log-probability over a batch's tokens of staleness 0; more ends the run, at any
+    step. None takes the adapter's."""
 
 
 class AlgorithmTable(Table):
@@ -235,6 +251,12 @@ class EngineEnv(Table):
     python: str | None = None
     """Interpreter of the engine's own environment; None is this one."""
     env: dict[str, str] = {}
+    """Set for the engine alone; a PYTHONPATH here gives it other packages than the trainer's."""
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the engine sees other packages than this process does."""
+        return self.python is not None or "PYTHONPATH" in self.env
 
 
 class ThreadsTable(Table):

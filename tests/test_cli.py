@@ -245,6 +245,11 @@ def test_eval_alone_takes_the_newest_run_with_an_export(astra: Astra, launch: La
     assert launch.asked["weights"] == str(good.export.relative_to(Path.cwd()))
     assert (launch.asked["samples"], launch.asked["as_json"]) == (4, True)
     assert ran.err == f"evaluating {launch.asked['weights']} by the recipe of runs/good\n"
+    for words in (("eval", "--engine", "sglang"), ("eval", TINY, "--engine", "sglang")):
+        astra(*words)
+        assert launch.asked["recipe"].rollout.engine == "sglang"
+    ran = astra("eval", "--engine", "vllm")
+    assert ran.code == 2 and "rollout.engine" in ran.err
 
 
 def test_eval_of_a_run_without_export(astra: Astra, launch: Launch, runs: Path) -> None:
@@ -366,6 +371,8 @@ def test_runs_logs(astra: Astra, runs: Path) -> None:
         assert run.next_attempt() == attempt
         (run.attempt_logs(attempt) / "trainer.log").write_text(text)
     assert astra("runs", "logs", "a", "trainer", "-n", "2").out == "two\nthree\n"
+    lines = astra("runs", "logs", "a", "-n", "2", "--json").out.splitlines()
+    assert [json.loads(line) for line in lines] == [{"process": "trainer", "line": word} for word in ("two", "three")]
     ran = astra("runs", "logs", "a", "nope")
     assert ran.code == 2 and "hint: there are: trainer" in ran.err
 
@@ -397,6 +404,11 @@ def test_runs_stop_terms_the_recorded_supervisor_only(astra: Astra, runs: Path) 
         ran = astra("runs", "stop", "a")
         assert ran.code == 0 and not psutil.pid_exists(child.pid)
         assert ran.err.splitlines()[0] == f"stopped `runs/a` (supervisor {child.pid})"
+        other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        run.update(pid=other.pid, create_time=psutil.Process(other.pid).create_time())
+        stopped = json.loads(astra("runs", "stop", "a", "--json").out)
+        assert (stopped["run"], stopped["pid"], stopped["state"]) == ("runs/a", other.pid, "dead (resumable)")
+        other.wait()
     finally:
         child.kill()
         child.wait()

@@ -59,6 +59,7 @@ def train(recipe: Recipe, *, run_dir: Path | None = None, resume: Path | None = 
         if resume is not None:
             step = _resume_step(run, recipe)
         source = _fetch(recipe, data=True, benchmarks=recipe.eval.benchmarks if recipe.eval.every else [])
+        _pin_data(run, recipe, source.paths["data"])
     except BaseException:
         if resume is None:
             job.discard(run, there)
@@ -203,12 +204,33 @@ def _fetch(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> Source:
     inputs.check_setting(recipe, rewards=data)
     model = fetch.fetch_model(recipe.model.path, recipe.model.revision)
     inputs.check_checkpoint(model)
-    fetched = sets.fetch_all(benchmarks)
+    fetched = sets.fetch_all(benchmarks, recipe.data.path)
     problems = datasets.fetch(recipe) if data else None
     if problems is not None:
         problems = _decontaminated(recipe, problems, fetched)
     paths = {"model": str(model), "data": problems, "benchmarks": fetched}
     return Source(paths, time.monotonic() - began)
+
+
+def _pin_data(run: RunDir, recipe: Recipe, path: str | None) -> None:
+    """Write down what a place in the training set means (`data.json`); a resume needs the same. Raises UserError."""
+    from astracli.data import datasets
+
+    if path is None:
+        return
+    problems = datasets.load(recipe.data, path)
+    now = {"path": path, "rows": len(problems), "fingerprint": problems.fingerprint}
+    file = run.path / "data.json"
+    if not file.exists():
+        runs.write_atomic(file, json.dumps(now, indent=2) + "\n")
+        return
+    then = json.loads(file.read_text(encoding="utf-8"))
+    if then["fingerprint"] != now["fingerprint"]:
+        raise UserError(
+            f"the training problems are others than when `{run.path}` began: {then['rows']} rows of `{then['path']}` "
+            f"then, {now['rows']} of `{path}` now",
+            "a resumed run goes on at its place in their order: put the old file back, or start a new run",
+        )
 
 
 def _decontaminated(recipe: Recipe, path: str, fetched: Mapping[str, str | None]) -> str:
@@ -219,7 +241,7 @@ def _decontaminated(recipe: Recipe, path: str, fetched: Mapping[str, str | None]
     written = [name for name, place in fetched.items() if place is not None]
     if recipe.data.decontaminate == "off" or not written:
         return path
-    problems = datasets.load(recipe.data, path).problems
+    problems = datasets.load(recipe.data, path)
     found = decontamination.find(problems, {name: sets.load(name, fetched[name]).items for name in written})
     if not found:
         return path
@@ -258,7 +280,9 @@ def _with_evaluation(recipe: Recipe, benchmarks: Sequence[str] | None, samples: 
     for name in names:
         sets.get(name)
     document = recipe_io.to_document(recipe)
-    document["eval"] |= {"benchmarks": names} | ({"samples": samples} if samples is not None else {})
+    document["eval"]["benchmarks"] = names
+    if samples is not None:
+        document["eval"] |= {"samples": samples, "pass_k": min(samples, recipe.eval.pass_k)}
     document["launch"]["deterministic"] = True  # two evaluations with one seed write the same files
     return recipe_io.check(document, recipe.name)
 

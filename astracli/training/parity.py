@@ -1,8 +1,7 @@
-"""Two checks that a run must not start without: rows == separate, and trainer == engine.
+"""The check that a run must not start without: rows == separate. (`agreement` is the other one: trainer == engine.)
 
-rows == separate: the log-probabilities of rows joined into one micro-batch, and their gradient, equal those of each row
-alone. A model whose recurrent or convolution state leaks between or through rows fails here. trainer == engine: on
-tokens that the engine drew under the very weights that the trainer holds, both give the same log-probability.
+The log-probabilities of rows joined into one micro-batch, and their gradient, equal those of each row alone. A model
+whose recurrent or convolution state leaks between or through rows fails here.
 """
 
 from __future__ import annotations
@@ -126,14 +125,3 @@ def _require(difference: float, tolerance: float, what: str, adapter: ModelAdapt
         f"allowed {tolerance:.0e}: state leaks between positions or rows",
         why,
     )
-
-
-def require_parity(mean: float, largest: float, tokens: int, tolerance: float, version: int) -> None:
-    """Raise RunFailed when trainer and engine disagree on tokens of the trainer's own version."""
-    if not mean <= tolerance:
-        raise RunFailed(
-            f"trainer and engine disagree at version {version}: mean |log-probability difference| {mean:.2e}, "
-            f"largest {largest:.2e}, over {tokens} tokens of that version; allowed mean {tolerance:.0e}",
-            "the engine's weights or kernels are not the trainer's; compare them with `astra doctor`, or raise "
-            "train.parity_tolerance if the difference is understood",
-        )

@@ -1,9 +1,11 @@
 """One training step: a batch of groups in, an updated policy and the step's figures out.
 
 1. One pass without gradients over the batch of all ranks: log-ratios to the behaviour policy, from them the
-   algorithm's limits (they hold for all minibatches), parity with the engine, mean ratio, entropy, KL. Left out when it
-   could say nothing new: one minibatch, nothing stale, no check pending.
+   algorithm's limits (they hold for all minibatches), agreement with the engine, mean ratio, entropy, KL. Left out when
+   it could say nothing new: one minibatch, nothing stale, not the first batch of the process.
 2. Per minibatch: forward and backward of its micro-batches, one clipped AdamW update.
+
+An engine that disagrees stops the run at any step before an update is made from what it drew.
 
 The loss of a minibatch runs over all ranks and micro-batches (`objective`). Shape letter: N loss tokens.
 """
@@ -26,6 +28,7 @@ from astracli.rl.losses import Limits
 from astracli.rl.losses.kl import k3
 from astracli.rl.types import Group
 from astracli.training import objective, packing, parity
+from astracli.training.agreement import Agreement
 from astracli.training.fsdp import Ranks
 from astracli.training.logprob import PolicyModel
 from astracli.training.optimizer import Masters, learning_rate
@@ -47,12 +50,11 @@ class Sums:
     ratio: float = 0.0
     entropy: float = 0.0
     kl: float = 0.0
-    parity: float = 0.0
-    parity_tokens: float = 0.0
     loss: float = 0.0
     clipped: float = 0.0
     capped: float = 0.0
-    parity_max: float = 0.0
+    own: Agreement = field(default_factory=Agreement)
+    """Of the tokens of the trainer's own version."""
 
 
 @dataclass
@@ -93,16 +95,15 @@ class Trainer:
         self.pad_token = pad_token
         self.packed = packed
         self.algorithm = losses.get(recipe.algorithm.name)
-        self._first_version: int | None = None
-        self._parity_checks: set[str] = {"start", "update"}
+        self._first = True
         self._rows_checked = False
         self._kept: tuple[Tensor, Tensor] | None = None
 
     def train(self, groups: Sequence[Group], step: int, version: int) -> StepResult:
         """Train on the step's batch; the policy holds weight `version` before and `version + 1` after.
 
-        Raises RunFailed when a start-up check fails or the gradient is not finite, ValueError on a batch without
-        tokens.
+        Raises RunFailed when rows leak, the engine disagrees or the gradient is not finite, ValueError on a batch
+        without tokens.
         """
         timer = Timer()
         batch = self._divide(groups, step)
@@ -113,14 +114,14 @@ class Trainer:
         single_fresh = len(batch.minibatches) == 1 and stale_max == 0 and np.all(batch.versions == version)
         sums = Sums()
         references = self._reference_logprobs(batch)
-        # A check that is due only in a process's first steps must not change what a resumed run computes.
-        always = self.recipe.launch.deterministic
-        score = always or not single_fresh or bool(self._pending_parity(version))
+        # What is done only in a process's first step must not change what a resumed run computes.
+        score = self.recipe.launch.deterministic or not single_fresh or self._first
+        self._first = False
         proximals: dict[int, Tensor] = {}
         limits = self._score(batch, version, references, proximals, sums) if score else self._limits_of_fresh(batch)
         timer.lap("score_s")
         if score:
-            self._check_parity(sums, version)
+            self._require_agreement(sums, version)
         norms = [
             self._minibatch(batch, index, step, version, limits, references, proximals, sums, timer, measure=not score)
             for index in range(len(batch.minibatches))
@@ -181,25 +182,11 @@ class Trainer:
         self._rows_checked = True
         return {"rows_max_abs": difference, "rows_gradient_error": error}
 
-    def _pending_parity(self, version: int) -> str | None:
-        """Which of the two parity checks is due: on the weights that the process began with, and after an update."""
-        if self._first_version is None:
-            self._first_version = version
-        check = "start" if version == self._first_version else "update"
-        return check if check in self._parity_checks else None
-
-    def _check_parity(self, sums: Sums, version: int) -> None:
-        check = self._pending_parity(version)
-        if check is None:
-            return
-        total, tokens = self.ranks.sum([sums.parity, sums.parity_tokens])
-        if not tokens:
-            return
-        (largest,) = self.ranks.max([sums.parity_max])
-        device = self.ranks.device.type
-        tolerance = self.recipe.train.parity_tolerance or self.adapter.parity_tolerance[device]
-        parity.require_parity(total / tokens, largest, int(tokens), tolerance, version)
-        self._parity_checks.discard(check)
+    def _require_agreement(self, sums: Sums, version: int) -> None:
+        """Raise RunFailed when the engine that drew this version's tokens holds other weights. A collective."""
+        sums.own = sums.own.over(self.ranks)
+        tolerance = self.recipe.train.parity_tolerance or self.adapter.parity_tolerance[self.ranks.device.type]
+        sums.own.require(tolerance, version)
 
     # pass 1
 
@@ -267,11 +254,7 @@ class Trainer:
         sums.entropy += float(entropy_N.double().sum())
         if reference_N is not None:
             sums.kl += float(k3(logprob_N, reference_N).double().sum())
-        current_N = log_ratio_N[self._on_device(micro.version_N) == version].abs()
-        if len(current_N):
-            sums.parity += float(current_N.double().sum())
-            sums.parity_tokens += len(current_N)
-            sums.parity_max = max(sums.parity_max, float(current_N.max()))
+        sums.own.add(log_ratio_N[self._on_device(micro.version_N) == version])
         return log_ratio_N
 
     # pass 2
@@ -290,7 +273,10 @@ class Trainer:
         *,
         measure: bool,
     ) -> float:
-        """Forward, backward and update of one minibatch; returns the gradient norm before clipping."""
+        """Forward, backward and update of one minibatch; returns the gradient norm before clipping.
+
+        `measure`: there was no pass without gradients, so this forward is what is measured and judged.
+        """
         normaliser = self.algorithm.normaliser
         divisor = objective.denominator(normaliser, batch, index, self.recipe)
         for micro in batch.minibatches[index]:
@@ -311,16 +297,17 @@ class Trainer:
             # sharding averages gradients over ranks, the divisor already counts all of them
             (loss * self.ranks.world_size).backward()
             timer.lap("backward_s")
+        if measure:
+            self._require_agreement(sums, version)
         norm = self.masters.update(step)
         timer.lap("optimizer_s")
         return norm
 
     def _figures(self, batch: Batch, sums: Sums, updates: int) -> dict[str, float]:
         """The step's metrics over all ranks."""
-        ratio, entropy, kl, close, close_tokens, loss, clipped, capped = self.ranks.sum(
-            [sums.ratio, sums.entropy, sums.kl, sums.parity, sums.parity_tokens, sums.loss, sums.clipped, sums.capped]
+        ratio, entropy, kl, loss, clipped, capped = self.ranks.sum(
+            [sums.ratio, sums.entropy, sums.kl, sums.loss, sums.clipped, sums.capped]
         )
-        (largest,) = self.ranks.max([sums.parity_max])
         tokens = batch.loss_tokens
         rewards = np.concatenate([g.rewards for g in batch.groups])
         per_row = np.array([row.advantage for row in batch.rows])
@@ -345,10 +332,4 @@ class Trainer:
             figures |= batch.overlong()
         if self.reference is not None:
             figures["kl"] = kl / tokens
-        if close_tokens:
-            figures |= {
-                "parity_mean_abs": close / close_tokens,
-                "parity_max_abs": largest,
-                "parity_tokens": close_tokens,
-            }
-        return figures
+        return figures | sums.own.figures

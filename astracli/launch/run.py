@@ -109,10 +109,11 @@ def evaluate(
     run_dir: Path | None = None,
     benchmarks: Sequence[str] | None = None,
     samples: int | None = None,
+    out: Path | None = None,
     resume: Path | None = None,
     as_json: bool = False,
 ) -> int:
-    """Evaluate once and print the figures; the exit code. With `run_dir`, files go below that run's `eval/`.
+    """Evaluate once and print the figures; the exit code. Files go into `out`, else below the `eval/` of `run_dir`.
 
     `resume` goes on with an evaluation that was stopped; `recipe` is then its own.
     """
@@ -123,6 +124,8 @@ def evaluate(
     source = _fetch(recipe, data=False, benchmarks=recipe.eval.benchmarks)
     if resume is not None:
         run = _resumed_evaluation(resume)
+    elif out is not None:
+        run = runs.create(f"{recipe.name}-eval", out)
     elif run_dir is not None:
         run = runs.create("", run_dir / "eval" / time.strftime("again-%Y%m%d-%H%M%S"))
     else:

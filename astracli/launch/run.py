@@ -13,6 +13,7 @@ from typing import Any
 from astracli import machine, recipe_io, registry
 from astracli import plan as planning
 from astracli import run_dir as runs
+from astracli.adapter_tools import has_chat_template
 from astracli.errors import UserError
 from astracli.launch import fetch, inputs, job
 from astracli.launch.job import Job
@@ -203,6 +204,11 @@ def _fetch(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> Source:
     inputs.check_setting(recipe, rewards=data)
     model = fetch.fetch_model(recipe.model.path, recipe.model.revision)
     inputs.check_checkpoint(model)
+    if not has_chat_template(model):
+        fetch.to_stderr(
+            f"warning: no chat template in `{model}`: prompts go to the model as bare text, right for a base model and "
+            "wrong for a chat model; copy its chat_template.jinja beside tokenizer.json"
+        )
     fetched = sets.fetch_all(benchmarks)
     problems = datasets.fetch(recipe) if data else None
     if problems is not None:

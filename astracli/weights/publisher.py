@@ -117,6 +117,8 @@ class Publisher:
         self._background = ThreadPoolExecutor(1, "weights-publish")
         self._pending: Future[PublishResult] | None = None
         self._stream: torch.cuda.Stream | None = None
+        self.on_failure: Callable[[BaseException], None] | None = None
+        """Called in the background with its error, before that comes out of the next call."""
 
     # ---- the caller's verbs ----
 
@@ -143,11 +145,16 @@ class Publisher:
         snapshot, snapshot_s, ready = self._snapshot(tensors, owned)
 
         def work() -> PublishResult:
-            with self._beside(ready):
-                result = self._publish(version, snapshot)
-            result = replace(result, waited_s=waited, snapshot_s=snapshot_s)
-            if on_published:
-                on_published(result)
+            try:
+                with self._beside(ready):
+                    result = self._publish(version, snapshot)
+                result = replace(result, waited_s=waited, snapshot_s=snapshot_s)
+                if on_published:
+                    on_published(result)
+            except BaseException as error:
+                if self.on_failure:
+                    self.on_failure(error)
+                raise
             return result
 
         self._pending = self._background.submit(work)

@@ -140,9 +140,12 @@ def read_back_digests(model: Any, entries: Iterable[TensorEntry]) -> dict[str, s
             sums.append(digest.pending(tensor))
             mode.fed.clear()
 
-    beside = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext()
-    with torch.no_grad(), beside, mode:
-        model.load_weights(fed())
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+            stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
+        with mode:
+            model.load_weights(fed())
         return {name: digest.to_hex(lanes) for name, lanes in zip(names, digest.settle(sums), strict=True)}
 
 

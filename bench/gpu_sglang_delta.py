@@ -56,26 +56,31 @@ SHAPE_4B = {
 }  # fmt: skip
 
 
-def model_directory(args: argparse.Namespace, folder: Path) -> Path:
-    """The checkpoint to serve: a given one, or random weights of the 4B shape, written once."""
+def model_directory(args: argparse.Namespace, folder: Path) -> tuple[Path, Any]:
+    """(what to serve, the model): a given checkpoint, or random weights of the 4B shape, of which only the config is
+    written: the server gets them as version 0."""
+    out = folder / "model"
     if args.shape is None:
         found = fetch.local_path(args.model)
         if found is None:
             sys.exit(f"no local checkpoint `{args.model}`")
-        return Path(shutil.copytree(found, folder / "model"))
+        shutil.copytree(found, out)
+        return out, adapter_of(out).load_for_training(out, attention="sdpa")
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
     torch.manual_seed(0)
     config = Qwen3_5TextConfig(**SHAPE_4B, eos_token_id=1, pad_token_id=0)
+    config.architectures = ["Qwen3_5ForCausalLM"]
     with torch.device("cuda"):
         model = Qwen3_5ForCausalLM(config).to(torch.bfloat16)
-    for name, parameter in model.named_parameters():
-        if name.endswith("A_log"):
-            parameter.data = parameter.data.float()
-    model.save_pretrained(folder / "model")
-    path = folder / "model" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"full_attention_interval": 4}))
-    return folder / "model"
+    out.mkdir()
+    (out / "config.json").write_text(json.dumps(config.to_dict() | {"full_attention_interval": 4}))
+    return out, model
+
+
+def adapter_of(directory: Path) -> Any:
+    kind = read_config(directory)["model_type"]
+    return next(a for item in registry.installed() if (a := item.adapter) and kind in a.model_types)
 
 
 class Server:
@@ -189,16 +194,12 @@ def transformers_logprobs(model: Any, prompt: list[int], tokens: list[int]) -> t
 
 
 async def drive(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    directory = model_directory(args, folder)
+    directory, model = model_directory(args, folder)
     stage = folder / "stage"
     stage.mkdir()
-    recipe_config = read_config(directory)
-    adapter = next(
-        a for item in registry.installed() if (a := item.adapter) and recipe_config["model_type"] in a.model_types
-    )
+    adapter = adapter_of(directory)
     server = Server(args, directory, stage, folder / "sglang.log")
     try:
-        model = adapter.load_for_training(directory, attention="sdpa")
         dtypes = {t.name: DTYPES[t.dtype] for t in adapter.wire_tensors(model).values()}
         masters = wire(model, adapter, "cuda")
         threads = min(16, os.cpu_count() or 1)
@@ -213,6 +214,7 @@ async def drive(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         rows = []
         draw = torch.Generator(device="cuda").manual_seed(0)
         check = model.to("cuda") if args.shape is None else None
+        del model
         async with EngineClient(server.url, TOKEN, loader_dir=stage) as client:
             began = time.monotonic()
             await wait_ready(client, server, args.ready_s)

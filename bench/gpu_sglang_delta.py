@@ -74,7 +74,7 @@ def model_directory(args: argparse.Namespace, folder: Path) -> tuple[Path, Any]:
     with torch.device("cuda"):
         model = Qwen3_5ForCausalLM(config).to(torch.bfloat16)
     out.mkdir()
-    (out / "config.json").write_text(json.dumps(config.to_dict() | {"full_attention_interval": 4}))
+    (out / "config.json").write_text(json.dumps(config.to_dict() | {"full_attention_interval": 4, "dtype": "bfloat16"}))
     return out, model
 
 

@@ -28,6 +28,10 @@ ACTIVATION_BYTES = 34
 DELTA_SHARE = 0.15
 """A delta payload over a full one, at most: what a high learning rate gives; 4B at 5e-6 gives about 0.04."""
 
+STAGED_BYTES = 6 * 0.05
+"""An index and a value for each of one parameter in twenty: a delta that waits on the GPU for its pause. What finds no
+room there waits in pinned memory."""
+
 
 @dataclass(frozen=True)
 class MemoryRow:
@@ -58,6 +62,7 @@ def engine_rows(name: str, shape: MemoryShape, recipe: Recipe, device: str) -> l
             MemoryRow(name, "KV cache (bf16)", "gpu", shape.kv_bytes_per_token * requests * context, fixed=False),
             MemoryRow(name, "logits of a prefill chunk (fp32)", "gpu", prefill * shape.vocab_size * 4, fixed=False),
             MemoryRow(name, "staged weights", "host", weights, "estimated", fixed=False),
+            MemoryRow(name, "staged changes", "gpu", int(STAGED_BYTES * shape.parameters), "estimated", fixed=False),
         ]
         place = "gpu"
     if shape.state_bytes_per_sequence:
@@ -78,6 +83,7 @@ def trainer_rows(name: str, shape: MemoryShape, recipe: Recipe, device: str, ran
         MemoryRow(name, "weights as published, last version", "host", 2 * share),
     ]
     if device == "cuda":
+        rows.append(MemoryRow(name, "weights as published, if there is room", "gpu", 4 * share, fixed=False))
         block = 2 * 2 * ceil(shape.parameters / max(shape.layers, 1))
         rows.append(MemoryRow(name, "gathered blocks (bf16)", "gpu", block, "estimated"))
     else:

@@ -157,7 +157,7 @@ async def update(
     if not answer.success:
         sys.exit(f"version {version} was not applied: {answer.message}")
     result = subscriber.outcome(version)
-    readback_s = await asyncio.to_thread(subscriber.proof, version) if result["proof"] else None
+    readback_s = await asyncio.to_thread(subscriber.proof, version) if result.get("proof") else None
     if args.mode != "abort":
         await client.abort_all()
         results = await work if work else []
@@ -168,7 +168,7 @@ async def update(
         "abort_ms": abort_ms, "pause_ms": pause_ms + call_ms + continue_ms,
         "split_ms": {
             "pause": pause_ms, "call": call_ms, "apply": 1000 * result["apply_s"], "digest": 1000 * result["verify_s"],
-            "record": 1000 * result["record_s"], "loader": 1000 * result["loader_s"], "continue": continue_ms,
+            "record": 1000 * result.get("record_s", 0.0), "loader": 1000 * result.get("loader_s", 0.0), "continue": continue_ms,
         },
         "readback_s": readback_s, "generated": sum(len(r.tokens) for r in results),
     }  # fmt: skip

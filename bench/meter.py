@@ -108,13 +108,13 @@ class Meter:
         return sum(count for when, count in self.arrived if begin < when <= end) / (end - begin)
 
     async def recovery(self, begin: float, end: float, limit_s: float = 30.0) -> dict[str, float]:
-        """An update was felt from `begin` to `end` (continue answered): seconds from `begin` until a quarter of a
-        second is at 95 % of the second before, and the tokens a second of that second."""
+        """An update was felt from `begin` to `end` (continue answered): seconds from `begin` until the first quarter of
+        a second begins that is at 95 % of the second before, and the tokens a second of that second."""
         before = self.rate(begin - BEFORE_S, begin)
-        at = end
+        at = end + WINDOW_S
         while at < end + limit_s:
             at += 0.05
             await asyncio.sleep(max(0.0, at - time.monotonic()))
             if self.rate(at - WINDOW_S, at) >= SHARE * before:
-                return {"tokens_per_s": before, "recovery_s": at - begin}
+                return {"tokens_per_s": before, "recovery_s": at - WINDOW_S - begin}
         return {"tokens_per_s": before, "recovery_s": float("inf")}

@@ -15,6 +15,7 @@ per version a line of JSON, and at the end medians:
                                             loader spent inside the call: load (0 when staged), apply, digest
     abort_ms                                ending all requests, before the pause
     readback_s                              after the pause, while the server generates
+    recovery_s                              until tokens/s is at 95 % of the second before abort or pause (--recovery)
     parity_*                                |server - transformers| log-probabilities, with a loadable --model
 
 Everything it starts, it stops.
@@ -37,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from meter import Batch, Meter
 
 from astracli import registry
 from astracli.adapter import read_config
@@ -97,6 +99,7 @@ class Server:
             str(max(2, args.running)), "--mem-fraction-static", "0.5", "--context-length", str(args.context),
             "--custom-weight-loader", "astracli.weights.sglang_loader.apply_staged", "--load-format", "dummy",
             "--weight-version=-1",
+            *(["--stream-interval", "8"] if args.recovery else []),
         ]  # fmt: skip
         env = os.environ | {
             "ASTRA_STAGE_DIR": str(stage),
@@ -147,27 +150,27 @@ async def update(
     client: EngineClient, subscriber: Subscriber, version: int, args: argparse.Namespace
 ) -> dict[str, Any]:
     """One version into the server while requests run. The pause is pause sent to continue answered."""
-    work = asyncio.create_task(client.generate(requests(version, args))) if args.running else None
-    await asyncio.sleep(1.0)
-    plan = await asyncio.to_thread(subscriber.fetch, version, version - 1 if version else None)
-    times = [time.monotonic()]
-    if args.mode == "abort":
-        await client.abort_all()
-        results = await work if work else []
-    times.append(time.monotonic())
-    await client.pause(args.mode)
-    times.append(time.monotonic())
-    answer = await client.apply_staged(version, flush=args.mode != "in_place")
-    times.append(time.monotonic())
-    await client.resume()
-    times.append(time.monotonic())
-    if not answer.success:
-        sys.exit(f"version {version} was not applied: {answer.message}")
-    result = subscriber.outcome(version)
-    readback_s = await asyncio.to_thread(subscriber.proof, version) if result["proof"] else None
-    if args.mode != "abort":
-        await client.abort_all()
-        results = await work if work else []
+    metered = args.recovery and args.running
+    load = Meter(client.url, TOKEN, args.running, args.context - 100) if metered else Batch(client, f"v{version}", args.running, args.context - 100)
+    async with load:
+        await asyncio.sleep(args.warm_s)
+        plan = await asyncio.to_thread(subscriber.fetch, version, version - 1 if version else None)
+        times = [time.monotonic()]
+        if args.mode == "abort":
+            await load.drain(client.abort_all)
+        times.append(time.monotonic())
+        await client.pause(args.mode)
+        times.append(time.monotonic())
+        answer = await client.apply_staged(version, flush=args.mode != "in_place")
+        times.append(time.monotonic())
+        await client.resume()
+        times.append(time.monotonic())
+        load.resume()
+        if not answer.success:
+            sys.exit(f"version {version} was not applied: {answer.message}")
+        result = subscriber.outcome(version)
+        felt = await load.recovery(times[0], times[-1]) if isinstance(load, Meter) else {}
+        readback_s = await asyncio.to_thread(subscriber.proof, version) if result.get("proof") else None
     abort_ms, pause_ms, call_ms, continue_ms = (1000 * (b - a) for a, b in itertools.pairwise(times))
     return {
         "kind": plan.kind, "bytes": plan.bytes, "changed": result["changed"], "transfer_s": plan.transfer_s,
@@ -175,15 +178,11 @@ async def update(
         "abort_ms": abort_ms, "pause_ms": pause_ms + call_ms + continue_ms,
         "split_ms": {
             "pause": pause_ms, "call": call_ms, "apply": 1000 * result["apply_s"], "digest": 1000 * result["verify_s"],
-            "record": 1000 * result["record_s"], "loader": 1000 * result["loader_s"], "continue": continue_ms,
+            "record": 1000 * result.get("record_s", 0.0), "loader": 1000 * result.get("loader_s", 0.0),
+            "continue": continue_ms,
         },
-        "readback_s": readback_s, "generated": sum(len(r.tokens) for r in results),
+        "readback_s": readback_s, **felt,
     }  # fmt: skip
-
-
-def requests(version: int, args: argparse.Namespace) -> list[GenRequest]:
-    long = args.context - 100
-    return [GenRequest([3 + i % 10, 4, 5], long, rid=f"v{version}-{i}") for i in range(args.running)]
 
 
 @torch.no_grad()
@@ -272,6 +271,8 @@ def main() -> None:
     parser.add_argument("--running", type=int, default=32)
     parser.add_argument("--context", type=int, default=512, help="context length of the server")
     parser.add_argument("--mode", choices=["abort", "retract", "in_place"], default="abort")
+    parser.add_argument("--recovery", action="store_true", help="stream, and time until full speed after each update")
+    parser.add_argument("--warm-s", type=float, default=2.0, help="generating before each update")
     parser.add_argument("--lr", type=float, default=5e-6)
     parser.add_argument("--ready-s", type=float, default=400.0)
     parser.add_argument("--sglang-python", default=sys.executable)
@@ -285,7 +286,7 @@ def main() -> None:
 
 def summarize(rows: list[dict[str, Any]]) -> None:
     """Medians and worst over the versions after the first, whose call also records where the weights lie."""
-    for key in ("publish_s", "diff_s", "stage_s", "abort_ms", "pause_ms", "readback_s"):
+    for key in ("publish_s", "diff_s", "stage_s", "abort_ms", "pause_ms", "readback_s", "recovery_s"):
         found = sorted(r[key] for r in rows if r.get(key) is not None)
         if found:
             print(

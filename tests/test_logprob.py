@@ -7,6 +7,7 @@ import torch
 from training_tools import save_model
 
 from astracli.adapters.qwen3_5 import ADAPTER
+from astracli.training import logprob as logprob_module
 from astracli.training.logprob import PolicyModel, chunked_logprob
 
 
@@ -72,3 +73,16 @@ def test_no_tokens_still_reach_every_parameter(tmp_path) -> None:  # type: ignor
     logprob, _ = policy(torch.zeros(1, 1, dtype=torch.int64), None, None, empty, empty)
     logprob.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in policy.parameters())
+
+
+def test_a_bf16_head_gets_its_gradient_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(20, 8).bfloat16().requires_grad_()
+    weight = torch.randn(40, 8).bfloat16().requires_grad_()
+    target = torch.randint(0, 40, (20,))
+    gradients = []
+    for elements in (2**26, 8 * 7):
+        monkeypatch.setattr(logprob_module, "SLICE_ELEMENTS", elements)
+        found, _ = chunked_logprob(hidden, weight, target, chunk=6)
+        gradients.append(torch.autograd.grad(found.sum(), (hidden, weight)))
+    torch.testing.assert_close(gradients[1], gradients[0])

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 LOGIT_BYTES = {"cpu": 2**25, "cuda": 2**29}
 """Size of one chunk's fp32 logits, by device."""
 
+SLICE_ELEMENTS = 2**26
+"""Of the head's gradient, what one product in bf16 makes at once."""
+
 
 def chunk_tokens(vocabulary: int, device: str) -> int:
     """Tokens per chunk for the device's byte budget."""
@@ -29,6 +32,14 @@ def _logits(hidden_nD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tens
     else:
         logits_nV = (hidden_nD @ weight_VD.t()).float()
     return logits_nV if bias_V is None else logits_nV + bias_V.float()
+
+
+def _add_product(total_VD: Tensor, d_logits_nV: Tensor, hidden_nD: Tensor) -> None:
+    """total += d_logits^T hidden. A product in bf16 goes in slices of the vocabulary: it and its fp32 copy are no
+    [V, D] each beside the total."""
+    rows = len(total_VD) if hidden_nD.dtype == torch.float32 else max(1, SLICE_ELEMENTS // hidden_nD.shape[1])
+    for v in range(0, len(total_VD), rows):
+        total_VD[v : v + rows] += (d_logits_nV[:, v : v + rows].t() @ hidden_nD).float()
 
 
 class _ChunkedLogprob(torch.autograd.Function):
@@ -70,7 +81,7 @@ class _ChunkedLogprob(torch.autograd.Function):
                 d_bias_V += d_logits_nV.sum(0)
             d_logits_nV = d_logits_nV.to(hidden_ND.dtype)
             d_hidden_ND[part] = d_logits_nV @ weight_VD
-            d_weight_VD += (d_logits_nV.t() @ hidden_ND[part]).float()
+            _add_product(d_weight_VD, d_logits_nV, hidden_ND[part])
         d_bias = None if bias_V is None or d_bias_V is None else d_bias_V.to(bias_V.dtype)
         return d_hidden_ND, d_weight_VD.to(weight_VD.dtype), d_bias, None, None
 

@@ -54,6 +54,9 @@ TRAINER: dict[str, tuple[tuple[str, ...], str | None]] = {
 COMPILED = {"fa3": "flash_ops"}
 """SGLang attention backend -> the compiled kernels that it needs of its package."""
 
+PACKS = ("auto", "sdpa")
+"""Values of train.attention under which a packed row gets its own attention function."""
+
 HOPPER: Capability = (9, 0)
 FLA_NATIVE = ((0, 6), (3, 7, 1))
 """flash-linear-attention and triton from which the gated backward works on Hopper by itself."""
@@ -118,12 +121,14 @@ def choose(
     linear, why_linear = _linear(adapter, recipe, engine)
     trainer, why_trainer = _trainer(facts, recipe, device)
     gdn, why_gdn, warning = _delta_rule(adapter, facts, device, capability)
+    layout, why_layout = packing(recipe, adapter, device)
     reasons = (
         Backend("device", device, why_device),
         Backend("engine", engine, why_engine),
         Backend("serving attention", serving, why_serving),
         Backend("serving linear attention", linear, why_linear),
         Backend("trainer attention", trainer, why_trainer),
+        Backend("micro-batches", layout, why_layout),
         Backend("delta rule, forward", gdn, why_gdn),
         Backend("delta rule, backward", gdn, why_gdn),
     )
@@ -219,7 +224,7 @@ def serving_options(adapter: ModelAdapter, capability: Capability) -> tuple[list
 def lacks(facts: Facts, recipe: Recipe, name: str) -> str | None:
     """What the engine's environment lacks for attention backend `name`; None when it is there, or nothing is known."""
     package = SERVING[name][2]
-    if recipe.resources.engine.python is not None:
+    if recipe.resources.engine.foreign:
         engine = facts.get("engine")
         if not engine or engine["error"] is not None:
             return None
@@ -294,6 +299,23 @@ def _trainer(facts: Facts, recipe: Recipe, device: str) -> tuple[str, str]:
             f"`pip install {package}`, or `--set train.attention=auto`",
         )
     return asked, ASKED
+
+
+def packing(recipe: Recipe, adapter: ModelAdapter, device: str) -> tuple[str, str]:
+    """(`packed` or `padded`, the reason). Raises UserError when a recipe asks for packed rows that would leak."""
+    asked, attention = recipe.train.packing, recipe.train.attention
+    obstacle = None
+    if adapter.hybrid and adapter.install_varlen is None:
+        obstacle = f"adapter `{adapter.name}` cannot reset its recurrent state inside a row (install_varlen)"
+    elif attention not in PACKS:
+        obstacle = f"train.attention = {attention} does not know the boundaries of a packed row"
+    if asked == "packed" and obstacle is not None:
+        raise UserError(f"train.packing = packed: {obstacle}", "use `--set train.packing=padded`")
+    if asked != "auto":
+        return asked, "the recipe asks for it"
+    if device == "cpu":
+        return "padded", "right-padded rows are quicker than short segments on a CPU"
+    return ("padded", obstacle) if obstacle is not None else ("packed", "one row a micro-batch, nothing is padded")
 
 
 def _delta_rule(

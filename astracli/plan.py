@@ -123,7 +123,7 @@ def _processes(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any], 
             "CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpu in visible),
             "OMP_NUM_THREADS": str(count),
             "TOKENIZERS_PARALLELISM": "false",
-            **(resources.engine.env if role == "engine" else {}),
+            **(resources.engine.env if role == "engine" and choice.engine == "embedded" else {}),
             # what moves between GPU and host leaves no holes
             **({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} if role == "trainer" and cuda else {}),
         }
@@ -142,7 +142,9 @@ def _processes(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any], 
     result = []
     for index in range(len(engine_gpus) if cuda else resources.engines):
         own = engine_gpus[index : index + 1]
-        result.append(child(f"engine{index}", "engine", own, own, python=resources.engine.python))
+        # SGLang runs in its environment, the process that watches it in ours
+        python = resources.engine.python if choice.engine == "embedded" else None
+        result.append(child(f"engine{index}", "engine", own, own, python=python))
     if command in ("train", "rollout"):
         result.append(child("rollout", "rollout", [], [], children=recipe.data.reward_workers))
     ranks = (len(train_gpus) if cuda else resources.train_ranks) if command == "train" else 0
@@ -244,7 +246,7 @@ def _gpu_problems(
 
 def _software_problems(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any]) -> list[Problem]:
     problems = []
-    if choice.engine == "sglang" and recipe.resources.engine.python is None:
+    if choice.engine == "sglang" and not recipe.resources.engine.foreign:
         if not machine.usable(facts, "sglang"):
             message = f"recipe `{recipe.name}` generates with sglang, which is not installed here"
             hint = "`pip install 'astracli[sglang]'`, or name its environment in resources.engine.python"

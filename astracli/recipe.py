@@ -54,6 +54,9 @@ class CurriculumTable(Table):
 class DataTable(Table):
     source: str = Field(min_length=1)
     """`arithmetic` (generated), a registered name, a local .jsonl/.parquet file, or a Hub dataset id."""
+    path: str | None = None
+    """Directory that holds local copies of training sets and benchmarks: NAME.jsonl, NAME.parquet or a `datasets`
+    directory NAME, itself or in its `train` and `eval`. None is the environment's ASTRA_DATA_DIR."""
     split: str = "train"
     revision: str | None = None
     levels: list[Literal["add2", "sub2", "add3", "sub3"]] = Field(
@@ -112,6 +115,9 @@ class TrainTable(Table):
     """Optimizer steps per step."""
     tokens_per_microbatch: PositiveInt = 8192
     """Token budget (padding included) of one forward and backward."""
+    packing: Literal["auto", "packed", "padded"] = "auto"
+    """How a micro-batch lays out its samples: `packed`, one row without padding that nothing leaks through (proved at
+    start-up), or `padded` rows; `auto` packs on a GPU and pads on a CPU."""
     learning_rate: PositiveFloat = 5e-6
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: NonNegativeInt = 0
@@ -132,6 +138,8 @@ class TrainTable(Table):
     """Every batch is trained on again up to n times, in the steps after its first, while no token of it is staler than
     `max_staleness`. A replay is a step: it counts in `steps` and publishes a version."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """What the backward pass computes again: `full`, every block (least memory, a third more work); `selective`, all
+    but matrix products and attention; `none`, nothing."""
     reference_device: Literal["auto", "gpu", "host"] = "auto"
     """Where the initial model of the KL term waits between scoring passes; `host` is pinned memory, `auto` is the GPU
     while it has room. On a CPU there is one place."""
@@ -211,6 +219,9 @@ class WeightsTable(Table):
     """Published versions kept on disk (pinned ones stay besides)."""
     pause_mode: Literal["abort", "retract", "in_place"] = "abort"
     """What happens to running requests at an update; `abort` ends their segment and resubmits prompt + prefix."""
+    background: Literal["auto", "on", "off"] = "auto"
+    """Publish a version beside the next training step. `auto`: when the trainer runs on GPUs; never in deterministic
+    mode."""
     verify_interval: PositiveInt = 1
     """Read the engine's weights back and compare digests every n-th version."""
     compression_level: int = Field(default=1, ge=1, le=19)
@@ -243,6 +254,12 @@ class EngineEnv(Table):
     python: str | None = None
     """Interpreter of the engine's own environment; None is this one."""
     env: dict[str, str] = {}
+    """Set for the engine alone; a PYTHONPATH here gives it other packages than the trainer's."""
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the engine sees other packages than this process does."""
+        return self.python is not None or "PYTHONPATH" in self.env
 
 
 class ThreadsTable(Table):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -32,7 +33,7 @@ class TensorBoard:
 
     def __init__(self, run_dir: Path):
         module = _needed("torch.utils.tensorboard", "tensorboard")
-        self._writer: Any = module.SummaryWriter(str(run_dir / "tensorboard"))
+        self._writer: Any = module.SummaryWriter(str(run_dir / "tensorboard"), flush_secs=10)
 
     def write(self, records: Sequence[Mapping[str, Any]]) -> None:
         for record in records:
@@ -46,7 +47,8 @@ class TensorBoard:
 class WandB:
     """One W&B run of the run's name, files in RUN_DIR/wandb. Offline unless WANDB_API_KEY or WANDB_MODE say otherwise.
 
-    `step` is a metric of its own: records of the workers come in another order than that of steps.
+    `step` is a metric of its own: records of the workers come in another order than that of steps. W&B neither captures
+    nor writes to the terminal, which belongs to the run's own view; where the figures went is said at the end.
     """
 
     def __init__(self, run_dir: Path):
@@ -54,17 +56,26 @@ class WandB:
         mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
         project = os.environ.get("WANDB_PROJECT", "astra")
         self._run: Any = wandb.init(
-            project=project, name=run_dir.resolve().name, dir=str(run_dir), config=_recipe(run_dir), mode=mode
+            project=project,
+            name=run_dir.resolve().name,
+            dir=str(run_dir),
+            config=_recipe(run_dir),
+            mode=mode,
+            settings=wandb.Settings(console="off", silent=True),
         )
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
     def write(self, records: Sequence[Mapping[str, Any]]) -> None:
         for record in records:
-            self._run.log({"step": record.get("step", 0), **dict(scalars(record))})
+            when = {"_timestamp": record["time"]} if "time" in record else {}
+            self._run.log({"step": record.get("step", 0), **when, **dict(scalars(record))})
 
     def close(self) -> None:
-        self._run.finish()
+        run = self._run
+        where = f"offline; send it with `wandb sync {Path(run.dir).parent}`" if run.offline else run.url
+        run.finish()
+        print(f"wandb: {where}", file=sys.stderr)
 
 
 class Trackio:

@@ -45,9 +45,9 @@ def main() -> None:
     known = json.loads(listed.read_text()) if listed.exists() else {}
     rows = []
     for file in sorted((args.folder / "train").glob("*.jsonl")):
-        problems = datasets.read_problems(
+        problems = datasets.Problems(
             file, split="train", question_fields=("problem", "question"), answer_fields=("answer",)
-        ).problems
+        )
         began = time.monotonic()
         found = decontamination.find(problems, items)
         seconds = time.monotonic() - began

@@ -100,7 +100,10 @@ def benchmarks() -> str:
     rows = []
     for name, spec in BENCHMARKS.items():
         counts = " or ".join(map(str, spec.counts))
-        hashes = ", ".join(f"`{h}`" for h in spec.hashes) or ("-" if spec.hub is None else "unknown")
+        hashes = ", ".join(f"`{h}`" for h in spec.hashes) or (
+            "-" if spec.hub is None else "not recorded; count checked"
+        )
+        hashes += "".join(f"; of {count} items not recorded, count checked" for count in spec.counts[1:])
         hub = "generated" if spec.hub is None else f"`{spec.hub.hub_id}` ({spec.hub.split})"
         state = "" if spec.hub is None or spec.hub_loaded else "not run"
         rows.append(f"| `{name}` | {counts} | {spec.samples} | {hashes} | {hub} | {state} | {spec.licence} |")
@@ -109,7 +112,8 @@ def benchmarks() -> str:
         [
             "# Benchmarks and training sets\n",
             MADE.strip() + "\n",
-            "A local copy comes first: `NAME.jsonl` or `NAME.parquet` in `ASTRA_DATA_DIR`, itself or its `eval/`.",
+            "A local copy comes first: `NAME.jsonl`, `NAME.parquet` or a saved `datasets` directory `NAME` in the",
+            "directory that `data.path` names (else the environment's `ASTRA_DATA_DIR`), itself or its `eval/`.",
             "Its number of items and its content hash are checked; a cut, doubled or changed set is refused.",
             "`Hub: not run` means that nobody has loaded that copy yet.",
             "A set of your own goes by its path: `astra eval --benchmark my_set.jsonl`.\n",

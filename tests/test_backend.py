@@ -56,6 +56,7 @@ def test_cpu() -> None:
         "serving attention",
         "serving linear attention",
         "trainer attention",
+        "micro-batches",
         "delta rule, forward",
         "delta rule, backward",
     ]
@@ -152,7 +153,7 @@ def test_every_decision_on_recorded_machines(name: str, capability: str, hybrid:
         assert choice.env
         linear = "none" if adapter is DENSE else "torch" if capability == "none" else "triton"
         assert (choice.linear_attention, choice.trainer_attention) == (linear, "sdpa")
-        assert len(choice.reasons) == 7 and all(row.reason and "\n" not in row.reason for row in choice.reasons)
+        assert len(choice.reasons) == 8 and all(row.reason and "\n" not in row.reason for row in choice.reasons)
         if capability != "none":
             allowed, refused = backend.serving_options(adapter, backend.lowest_capability(document) or (0, 0))
             assert "triton" in allowed, "triton serves everywhere"

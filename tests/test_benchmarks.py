@@ -92,6 +92,22 @@ def test_data_directory_and_its_eval_folder(tmp_path: Path, monkeypatch: pytest.
     assert benchmarks.fetch("amc23") == str(outer)
 
 
+@pytest.mark.usefixtures("made_up")
+def test_the_recipes_directory_comes_before_the_environments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets as hf
+
+    monkeypatch.setenv("ASTRA_DATA_DIR", str(tmp_path / "env"))
+    write_items(tmp_path / "env" / "amc23.jsonl", 40)
+    mine = write_items(tmp_path / "mine" / "eval" / "amc23.jsonl", 40)
+    assert benchmarks.fetch("amc23", str(tmp_path / "mine")) == str(mine)
+    rows = {"problem": [f"q{i}" for i in range(30)], "answer": [f"{i}" for i in range(30)]}
+    saved = tmp_path / "mine" / "aime25"
+    hf.DatasetDict({"test": hf.Dataset.from_dict(rows)}).save_to_disk(str(saved))
+    assert benchmarks.fetch_all(["aime25"], str(tmp_path / "mine")) == {"aime25": str(saved)}
+    with pytest.raises(UserError, match=r"data\.path = `.*nowhere` is no directory"):
+        benchmarks.fetch("amc23", str(tmp_path / "nowhere"))
+
+
 def test_content_hash_sees_what_is_said_and_not_how_it_is_set() -> None:
     items = [Problem("a", "What is $\\dfrac{1}{2}$ of  4?", "002"), Problem("b", "Say $x$", "\\left(1, 2\\right)")]
     same = [Problem("1", "say\n$x$", "(1,2)"), Problem("2", "What is \\frac{1}{2} of 4?", "2")]
@@ -108,7 +124,27 @@ def test_changed_and_unknown_content_is_refused_with_both_hashes(tmp_path: Path)
         UserError, match=r"`aime24` has the content hash 50c69a59aea22c18, `.*a.jsonl` has [0-9a-f]{16}"
     ):
         benchmarks.load("aime24", path)
-    assert len(benchmarks.load("amc", write_items(tmp_path / "amc.jsonl", 45)).items) == 45  # nobody knows its hash
+
+
+def test_without_a_recorded_hash_the_count_is_checked_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "eval").mkdir()
+    path = write_items(tmp_path / "eval" / "amc.jsonl", 45)
+    assert benchmarks.fetch("amc", str(tmp_path)) == str(path)
+    said = capsys.readouterr().err
+    assert said.startswith("benchmark `amc`: the content hash of the 45-item set is not recorded, its count is checked")
+    assert content_hash(benchmarks.load("amc", path).items) in said
+    for wrong in (44, 46, 180):
+        write_items(path, wrong)
+        with pytest.raises(UserError, match=f"`amc` has 45 items, .* holds {wrong}"):
+            benchmarks.fetch("amc", str(tmp_path))
+    write_items(tmp_path / "eval" / "olympiadbench.jsonl", 674)
+    benchmarks.fetch("olympiadbench", str(tmp_path))
+    assert "the content hash of the 674-item set is not recorded" in capsys.readouterr().err
+    write_items(tmp_path / "eval" / "olympiadbench.jsonl", 675)
+    with pytest.raises(UserError, match="content hash"):
+        benchmarks.fetch("olympiadbench", str(tmp_path))
 
 
 def test_every_benchmark_says_licence_and_whether_anybody_loaded_it() -> None:

@@ -47,12 +47,12 @@ def test_removed_from_a_file_and_said(
     monkeypatch.setenv("ASTRA_CACHE_DIR", str(tmp_path / "cache"))
     mine = tmp_path / "mine.jsonl"
     mine.write_text("".join(FIXTURE.open(encoding="utf-8").readlines()[:2]))
-    every = [p.id for p in datasets.load(DataTable(source=str(FIXTURE))).problems]
+    every = [p.id for p in datasets.load(DataTable(source=str(FIXTURE)))]
 
     def ids(mode: str) -> list[str]:
         data = DataTable(source=str(FIXTURE), decontaminate=mode)  # type: ignore[arg-type]
         path = launch._decontaminated(SimpleNamespace(data=data), str(FIXTURE), {str(mine): str(mine)})  # type: ignore[arg-type]
-        return [p.id for p in datasets.load(data, path).problems]
+        return [p.id for p in datasets.load(data, path)]
 
     assert ids("off") == every and capsys.readouterr().err == ""
     assert ids("report") == every

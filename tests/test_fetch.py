@@ -208,7 +208,9 @@ def test_unreachable_hub_and_offline(tmp_path: Path, call: str) -> None:
     (closed,) = free_ports(1)
     url = f"http://127.0.0.1:{closed}"
     code, answer, _ = run(tmp_path, url, call, "org/tiny")
-    assert code == 2 and answer["message"].startswith(f"cannot reach {url} for model `org/tiny`")
+    assert code == 2 and answer["message"].startswith(
+        f"model `org/tiny` is not on this machine, and {url} cannot be reached: "
+    )
     assert "local path" in answer["hint"]
     code, answer, _ = run(tmp_path, url, call, "org/tiny", HF_HUB_OFFLINE="1")
     assert code == 2 and answer["message"] == "model `org/tiny` is not in the local cache and HF_HUB_OFFLINE is set"

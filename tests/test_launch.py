@@ -238,3 +238,9 @@ def test_children_of_a_killed_supervisor_end_by_themselves(tmp_path: Path) -> No
     psutil.wait_procs(workers, timeout=8)
     assert not [worker for worker in workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]
     assert time.monotonic() - began < 8
+
+
+def test_fewer_samples_than_pass_k_lower_it() -> None:
+    evaluation = run._with_evaluation(tiny(), ["gsm8k"], 2).eval
+    assert (evaluation.benchmarks, evaluation.samples, evaluation.pass_k) == (["gsm8k"], 2, 2)
+    assert run._with_evaluation(tiny(), None, 16).eval.pass_k == 4

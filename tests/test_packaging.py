@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-SET_UP = ["python3 -m venv .venv && . .venv/bin/activate", 'pip install -e ".[dev]" -c constraints/cpu.txt']
+SET_UP = ["python3 -m venv .venv && . .venv/bin/activate", 'pip install -e ".[dev,sinks]" -c constraints/cpu.txt']
 TEST = "pytest"
 MAPPED = {"adapters": "astracli/adapters", "recipes": "astracli/recipes", "astracli": "astracli"}
 """Top-level folder -> where it is installed."""
@@ -84,6 +84,8 @@ def test_constraints_pin_every_direct_dependency(name: str) -> None:
     wanted = PROJECT["project"]["dependencies"] + extras["dev"]
     if name == "cuda.txt":
         wanted += extras["gpu"] + extras["sglang"]
+    else:
+        wanted += extras["tensorboard"] + extras["wandb"] + extras["trackio"]
     direct = {re.split(r"[><=; \[]", text)[0].lower().replace("_", "-") for text in wanted}
     assert sorted(direct - pins(name).keys()) == []
 

@@ -120,8 +120,11 @@ def test_bytes_of_qwen3_5_4b() -> None:
     assert rows["engine0", "weights (bf16)"] == 2 * parameters
     assert rows["engine0", "KV cache (bf16), one request"] == 8192 * 32 * 1024
     assert rows["engine0", "recurrent state"] == 33 * 24 * (32 * 128 * 128 * 4 + 8192 * 3 * 2)
+    assert rows["engine0", "KV cache (bf16), the others"] == 31 * 8192 * 32 * 1024
+    tight = planned(load("qwen3.5-4b-m2po-full"), facts("8.9", 8, memory_gib=20, host_gib=512))
+    held = {row.what: row.bytes for row in tight.memory if row.process == "engine0"}
     reserved = ("weights (bf16)", "recurrent state", "KV cache (bf16), one request", "KV cache (bf16), the others")
-    assert sum(rows["engine0", what] for what in reserved) == int(0.7 * 48 * GIB), "sglang takes its part whole"
+    assert sum(held[what] for what in reserved) == int(0.7 * 20 * GIB), "no more than its part"
     assert rows["trainer", "master weights (fp32)"] == parameters  # 4 bytes over 4 ranks
     assert rows["trainer", "moments (fp32)"] == 2 * parameters
     assert rows["trainer1", "gradients (fp32)"] == parameters
@@ -129,7 +132,7 @@ def test_bytes_of_qwen3_5_4b() -> None:
     outside = 248320 * 2560 + 2560
     assert rows["trainer", "embedding and head, gathered (bf16)"] == 2 * outside
     assert rows["trainer", "activations"] == 8192 * 32 * 2 * 2560  # the input of every block
-    head = 6 * 248320 * 2560 + 6 * 2**26 + 3 * 2**29 + 8192 * 14 * 2560
+    head = 6 * 248320 * 2560 + 3 * 2**29 + 8192 * 14 * 2560
     assert rows["trainer", "backward pass of the head or a block"] == head
     assert rows["trainer1", "checkpoint while loading (fp32), over these"] == 3 * parameters
     disk = {row.what: row.bytes for row in result.disk}
@@ -237,7 +240,7 @@ def test_what_does_not_fit_moves_to_the_host_and_the_plan_says_why() -> None:
     assert moved("qwen3.5-4b-m2po-delta", 80, 2, *one_each, "algorithm.kl_coef=0") == ("gpu", "gpu", 0.7)
     assert moved("qwen3.5-4b-m2po-delta", 141, 2, *one_each, "train.optimizer_device=host")[1] == "host"
     result = planned(load("qwen3.5-4b-m2po-delta", *one_each), facts("9.0", 2, memory_gib=44, host_gib=512))
-    why = "with everything on the GPU the trainer needs 79.64 GiB of 44.00 GiB"
+    why = "with everything on the GPU the trainer needs 79.26 GiB of 44.00 GiB"
     assert result.placement.reasons == (("reference", "host", why), ("optimizer", "host", why))
     where = {row.what: (row.where, row.bytes) for row in result.memory if row.process == "trainer"}
     assert where["moments (fp32)"] == ("host", 8 * 4_205_751_296)
@@ -307,7 +310,7 @@ def test_the_engines_own_environment_is_not_judged_from_here() -> None:
     own = load("qwen3-1.7b-m2po-delta", "resources.engine.python=/envs/sglang/bin/python")
     result = planned(own, document)
     assert "package sglang" not in result.missing
-    assert result.processes[0].python == "/envs/sglang/bin/python"
+    assert result.processes[0].python is None  # the process that watches the server is one of ours
 
 
 def test_an_unknown_model_still_has_processes() -> None:
@@ -336,7 +339,6 @@ def test_the_trainers_logit_chunk_is_the_planned_one() -> None:
     from astracli.training import logprob
 
     assert logprob.LOGIT_BYTES == plan_trainer.LOGIT_BYTES
-    assert logprob.SLICE_ELEMENTS == plan_trainer.SLICE_ELEMENTS
 
 
 def test_words() -> None:

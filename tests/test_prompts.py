@@ -52,9 +52,9 @@ def test_prompt_keeps_braces(tmp_path: Path) -> None:
 
 def test_fixture_rows_of_math500_and_gsm8k() -> None:
     loaded = datasets.load(DataTable(source=str(FIXTURE)))
-    assert len(loaded.problems) == 7 and loaded.duplicates == 0
-    assert loaded.problems[0].answer == "\\left( 3, \\frac{\\pi}{2} \\right)"
-    assert [p.answer for p in loaded.problems[4:]] == ["18", "3", "70000"]
+    assert len(loaded) == 7 and loaded.duplicates == 0
+    assert loaded[0].answer == "\\left( 3, \\frac{\\pi}{2} \\right)"
+    assert [p.answer for p in loaded[4:]] == ["18", "3", "70000"]
 
 
 def test_parquet_and_datasets_directories_read_the_same(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_parquet_and_datasets_directories_read_the_same(tmp_path: Path) -> None:
     hf.DatasetDict({"train": hf.Dataset.from_dict({"q": rows["q"], "a": [2, 4]})}).save_to_disk(str(tmp_path / "saved"))
     for name in ("t.parquet", "saved"):
         table = DataTable(source=str(tmp_path / name), question_field="q", answer_field="a")
-        assert [(p.question, p.answer) for p in datasets.load(table).problems] == [("1+1", "2"), ("2+2", "4")]
+        assert [(p.question, p.answer) for p in datasets.load(table)] == [("1+1", "2"), ("2+2", "4")]
     table = DataTable(source=str(tmp_path / "saved"), split="test", question_field="q", answer_field="a")
     with pytest.raises(UserError, match="has no split `test`: train"):
         datasets.load(table)
@@ -80,7 +80,7 @@ def test_nested_fields_lists_ids_and_duplicates(tmp_path: Path) -> None:
     ]
     path = write_rows(tmp_path / "d.jsonl", rows)
     loaded = datasets.load(DataTable(source=str(path), answer_field="reward_model.ground_truth"))
-    assert [(p.id, p.answer) for p in loaded.problems] == [("x", "1, 2"), ("x#1", "3")]
+    assert [(p.id, p.answer) for p in loaded] == [("x", "1, 2"), ("x#1", "3")]
     assert loaded.duplicates == 1
 
 
@@ -119,6 +119,7 @@ def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("ASTRA_DATA_DIR", str(tmp_path))
     path = numbered(tmp_path / "train", 3)
     assert fetch("n") == str(path)
+    assert datasets.fetch(SimpleNamespace(data=DataTable(source="n", path=str(tmp_path / "train")))) == str(path)  # type: ignore[arg-type]
     monkeypatch.setenv("ASTRA_DATA_DIR", str(tmp_path / "no"))
     with pytest.raises(UserError, match="is no directory"):
         fetch("n")
@@ -127,9 +128,9 @@ def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_known_sets_bring_their_own_fields(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "g.jsonl", [{"question": "q", "answer": "so 9*9=81\n#### 1,081"}])
     for source in ("gsm8k", "openai/gsm8k"):
-        assert datasets.load(DataTable(source=source), path).problems[0].answer == "1081"
+        assert datasets.load(DataTable(source=source), path)[0].answer == "1081"
     path = write_rows(tmp_path / "d.jsonl", [{"prompt": "q", "solution": "34"}])
-    assert datasets.load(DataTable(source="dapo"), path).problems[0].answer == "34"
+    assert datasets.load(DataTable(source="dapo"), path)[0].answer == "34"
 
 
 def test_hub_set_becomes_one_local_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import sys
 import tomllib
 from pathlib import Path
@@ -66,14 +67,44 @@ def test_tensorboard(tmp_path: Path) -> None:
     ]
 
 
-def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real package takes every call and opens its offline run; what it wrote is not read back here."""
+def wandb_history(path: Path) -> list[dict[str, Any]]:
+    """The history rows of an offline run: a LevelDB log behind 7 bytes of header, one protobuf record each."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, parts, rows = path.read_bytes(), 7, b"", []
+    assert data[:4] == b":W&B"
+    while place + 7 <= len(data):
+        room = 32768 - place % 32768
+        if room < 7:
+            place += room
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, place)
+        parts += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            record = Record()
+            record.ParseFromString(parts)
+            parts = b""
+            if record.HasField("history"):
+                rows.append({i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
+    return rows
+
+
+def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Read back from the file that `wandb sync` sends; the terminal gets one line."""
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
     run_through("WandB", tmp_path)
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
-    assert file.read_bytes()[:4] == b":W&B"
+    rows = wandb_history(file)
+    shown = [{k: v for k, v in row.items() if k not in ("_runtime", "_step")} for row in rows]
+    assert shown == [
+        {"step": 0, "_timestamp": 1000.0, "trainer/loss": 0.5},
+        {"step": 1, "_timestamp": 1001.0, "trainer/loss": 0.25},
+        {"step": 0, "_timestamp": 1002.0, "eval/aime24/eval_avg_at_n": 0.125},
+    ]
+    said = capfd.readouterr()
+    assert said.out == "" and said.err == f"wandb: offline; send it with `wandb sync {file.parent}`\n"
 
 
 def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +115,9 @@ def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_through("Trackio", tmp_path)
     (file,) = (tmp_path / "trackio").glob("*.db")
     with sqlite3.connect(file) as database:
+        names = {name for (name,) in database.execute("SELECT DISTINCT run_name FROM metrics")}
         rows = [
             (step, json.loads(text)) for step, text in database.execute("SELECT step, metrics FROM metrics ORDER BY id")
         ]
-    assert (0, {"trainer/loss": 0.5}) in rows and (1, {"trainer/loss": 0.25}) in rows
+    assert names == {tmp_path.name}
+    assert rows == [(0, {"trainer/loss": 0.5}), (1, {"trainer/loss": 0.25}), (0, {"eval/aime24/eval_avg_at_n": 0.125})]

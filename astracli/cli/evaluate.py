@@ -22,7 +22,9 @@ def evaluate(
     set_: SetOpt = None,
     weights: Annotated[
         str | None,
-        typer.Option("--weights", metavar="DIR", help="Checkpoint directory or Hub id; default the recipe's model."),
+        typer.Option(
+            "--weights", metavar="DIR|HUB_ID", help="Checkpoint directory or Hub id; default the recipe's model."
+        ),
     ] = None,
     run_dir: Annotated[
         Path | None, typer.Option("--run-dir", metavar="RUN_DIR", help="Evaluate this run's export by its own recipe.")
@@ -31,6 +33,14 @@ def evaluate(
         list[str] | None, typer.Option("--benchmark", metavar="NAME", help="Only this benchmark; may be repeated.")
     ] = None,
     samples: Annotated[int | None, typer.Option("--samples", min=1, help="Samples an item.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option("--engine", metavar="NAME", help="auto, embedded or sglang: sets rollout.engine."),
+    ] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Directory of this evaluation; default a new one under runs/."),
+    ] = None,
     resume: Annotated[
         Path | None, typer.Option("--resume", metavar="DIR", help="Go on with an evaluation that was stopped.")
     ] = None,
@@ -54,8 +64,9 @@ def evaluate(
     from astracli.run_dir import existing
 
     run: RunDir | None = None
+    changes = [*(set_ or ()), *([f"rollout.engine={engine}"] if engine else ())]
     if resume is not None:
-        if one_name(recipe_name, recipe) or run_dir or weights or benchmark or samples or set_:
+        if one_name(recipe_name, recipe) or run_dir or weights or benchmark or samples or engine or to or set_:
             raise UserError("--resume goes on with an evaluation as it began", "leave the other options out")
         loaded = recipe_io.from_json(existing(resume).recipe_json)
     elif one_name(recipe_name, recipe) is not None:
@@ -63,10 +74,10 @@ def evaluate(
             raise UserError(
                 "both a recipe and --run-dir given", "--run-dir takes the run's own recipe; leave the other out"
             )
-        loaded = load_recipe(recipe_name, recipe, set_, "eval")
+        loaded = load_recipe(recipe_name, recipe, changes, "eval")
     else:
         run = _exported(existing(run_dir)) if run_dir is not None else newest_exported()
-        loaded = recipe_io.from_json(run.recipe_json, set_ or ())
+        loaded = recipe_io.from_json(run.recipe_json, changes)
         weights = weights or str(run.export)
         out().note(f"evaluating {weights} by the recipe of {run.path}")
 
@@ -82,6 +93,7 @@ def evaluate(
             run_dir=run.path if run else None,
             benchmarks=benchmark,
             samples=samples,
+            out=to,
             resume=resume,
             as_json=json,
         )

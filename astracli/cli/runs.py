@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,6 +71,7 @@ def logs(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Process, for example trainer.")] = None,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on printing while the run lives.")] = False,
     lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="Last lines of each log.")] = 20,
+    json: Annotated[bool, typer.Option("--json", help="Print each line as a JSON object: process, line.")] = False,
 ) -> None:
     """Print the logs of a run's newest attempt."""
     from astracli import run_view
@@ -77,17 +79,22 @@ def logs(
     found = _run(run)
     files = run_view.log_files(found, name)
     for file in files:
-        if len(files) > 1:
+        if len(files) > 1 and not json:
             out().text(f"==> {file.stem} <==")
         for line in run_view.last_lines(file, lines):
-            out().text(line)
+            out().text(_log_line(file.stem, line) if json else line)
     if follow:
         for file, line in run_view.follow(files, lambda: _alive(found)):
-            out().text(f"{file.stem}: {line}" if len(files) > 1 else line)
+            plain = f"{file.stem}: {line}" if len(files) > 1 else line
+            out().text(_log_line(file.stem, line) if json else plain)
+
+
+def _log_line(process: str, line: str) -> str:
+    return dumps({"process": process, "line": line}, ensure_ascii=False)
 
 
 @app.command()
-def stop(run: RunArg) -> None:
+def stop(run: RunArg, json: JsonOpt = False) -> None:
     """Stop a run as Ctrl-C would: its supervisor ends every process of it. It can be resumed."""
     found = _run(run)
     status = found.status()
@@ -112,6 +119,9 @@ def stop(run: RunArg) -> None:
             f"run `{found.path}` still stops after {STOP_WAIT_S:.0f} s (supervisor {status.pid})",
             f"follow it with `astra runs logs {found.path} -f`",
         ) from None
+    if json:
+        out(json).document({"run": str(found.path), "pid": status.pid, "state": found.shown_state()})
+        return
     out().note(f"stopped `{found.path}` (supervisor {status.pid})")
     out().hint(f"continue it with `astra train --resume {found.path}`")
 
@@ -123,7 +133,12 @@ def report(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
 
     found = _run(run)
     out().note(f"wrote {report_html.write(found)}")
-    summary = run_view.summary(found)
+    summary, results = run_view.summary(found), run_view.results(found)
+    if results is not None and not json:
+        from astracli.closing import result_lines
+
+        out().text("\n".join(result_lines(results)))
+        return
     if summary is not None and not json:
         from rich.console import Console
 
@@ -131,7 +146,7 @@ def report(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
 
         print_closing(summary, Console(width=100))
         return
-    document = run_view.report(found) | {"summary": summary}
+    document = run_view.report(found) | {"summary": summary, "results": results}
     if json:
         out(json).document(document)
         return
@@ -191,7 +206,7 @@ def samples(
     n: Annotated[int, typer.Option("-n", "--count", min=1, help="At most so many, the newest.")] = 10,
     json: JsonOpt = False,
 ) -> None:
-    """Print rollout samples of a run: problem, completion, verdict."""
+    """Print rollout samples of a run, or the answers of an evaluation: problem, completion, verdict."""
     from collections import deque
 
     from astracli import run_view

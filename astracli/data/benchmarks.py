@@ -1,12 +1,14 @@
 """The benchmarks by name: where each lies, how its items read, how many there are and how often each is sampled.
 
 The number of items and the content hash are a benchmark's identity: a set that is cut, doubled or changed is refused. A
-set of one's own goes by its path (`--benchmark my_set.jsonl`) and is taken as it is.
+set of one's own goes by its path (`--benchmark my_set.jsonl`) and is taken as it is. Where no hash is recorded
+(`amc`, and OlympiadBench's copy of 674 items) the count alone is checked, and `fetch` says so.
 """
 
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +36,8 @@ class BenchmarkSpec:
     file_names: tuple[str, ...] = ()
     """Names of a local copy besides the benchmark's own."""
     hashes: tuple[str, ...] = ()
-    """Accepted `content_hash`es of a copy with the first of `counts`; () when nobody has loaded the set yet."""
+    """Accepted `content_hash`es of a copy with the first of `counts`; () when nobody could load the set yet: then the
+    number of items alone is checked, and that is said."""
     hub_loaded: bool = False
     """Whether the Hub copy was ever loaded and found to have that hash; until then it is marked `not run`."""
     path: Path | None = None
@@ -141,23 +144,32 @@ def get(name: str) -> BenchmarkSpec:
     raise UserError(f"there is no benchmark `{name}`: {', '.join(BENCHMARKS)}", hint)
 
 
-def fetch(name: str) -> str | None:
-    """Make a benchmark local and check it. The path for `load`; None for a generated one. Raises UserError."""
+def fetch(name: str, data_dir: str | None = None) -> str | None:
+    """Make a benchmark local and check it. The path for `load`; None for a generated one. Raises UserError.
+
+    `data_dir` is the recipe's `data.path`.
+    """
     spec = get(name)
     if spec.hub is None:
         return None
-    path = spec.path or local(spec) or datasets.download(spec.hub)
-    load(name, path)
+    path = spec.path or local(spec, data_dir) or datasets.download(spec.hub)
+    items = load(name, path).items
+    if not _hashed(spec, len(items)) and spec.counts:
+        print(
+            f"benchmark `{spec.name}`: the content hash of the {len(items)}-item set is not recorded, "
+            f"its count is checked; this copy has {content_hash(items)}",
+            file=sys.stderr,
+        )
     return str(path.resolve())
 
 
-def fetch_all(names: Iterable[str]) -> dict[str, str | None]:
+def fetch_all(names: Iterable[str], data_dir: str | None = None) -> dict[str, str | None]:
     """{name: path}. Raises UserError, also for two sets of the same name: their results could not be told apart."""
     names = list(names)
     for i, name in enumerate(names):
         if get(name).name in (get(other).name for other in names[:i]):
             raise UserError(f"two benchmarks are called `{get(name).name}`: {', '.join(names)}", "rename one's file")
-    return {name: fetch(name) for name in names}
+    return {name: fetch(name, data_dir) for name in names}
 
 
 def load(name: str, local_path: str | Path | None = None) -> Benchmark:
@@ -172,9 +184,10 @@ def load(name: str, local_path: str | Path | None = None) -> Benchmark:
     if path is None:
         raise UserError(
             f"benchmark `{name}` is not on this machine",
-            f"put {name}.jsonl into a directory and set {datasets.DATA_DIR_VARIABLE}, or fetch `{spec.hub.hub_id}`",
+            f"put {name}.jsonl into a directory and name that in data.path or {datasets.DATA_DIR_VARIABLE}, "
+            f"or fetch `{spec.hub.hub_id}`",
         )
-    loaded = datasets.read_problems(
+    loaded = datasets.Problems(
         path,
         split=spec.hub.split,
         question_fields=tuple(dict.fromkeys(["problem", *spec.hub.question_fields])),
@@ -182,12 +195,12 @@ def load(name: str, local_path: str | Path | None = None) -> Benchmark:
         final_after=spec.hub.final_after,
     )
     _check(spec, path, loaded)
-    return Benchmark(spec.name, loaded.problems, spec.samples, spec.prompt)
+    return Benchmark(spec.name, list(loaded), spec.samples, spec.prompt)
 
 
-def _check(spec: BenchmarkSpec, path: Path, loaded: datasets.Loaded) -> None:
+def _check(spec: BenchmarkSpec, path: Path, loaded: datasets.Problems) -> None:
     """Raises UserError with both figures when a set has another size or says something else than it should."""
-    found = len(loaded.problems)
+    found = len(loaded)
     origin = spec.hub.hub_id if spec.hub else ""
     if spec.counts and found not in spec.counts:
         repeated = f", {loaded.duplicates} of them repeated" if loaded.duplicates else ""
@@ -195,9 +208,9 @@ def _check(spec: BenchmarkSpec, path: Path, loaded: datasets.Loaded) -> None:
             f"benchmark `{spec.name}` has {' or '.join(map(str, spec.counts))} items, `{path}` holds {found}{repeated}",
             f"use an unchanged copy of `{origin}`, or name the file itself as a benchmark of your own",
         )
-    if not spec.hashes or found != spec.counts[0]:
+    if not _hashed(spec, found):
         return
-    hashed = content_hash(loaded.problems)
+    hashed = content_hash(loaded)
     if hashed not in spec.hashes:
         raise UserError(
             f"benchmark `{spec.name}` has the content hash {' or '.join(spec.hashes)}, `{path}` has {hashed}: "
@@ -207,7 +220,12 @@ def _check(spec: BenchmarkSpec, path: Path, loaded: datasets.Loaded) -> None:
         )
 
 
-def local(spec: BenchmarkSpec) -> Path | None:
-    """Where a copy of a benchmark lies in ASTRA_DATA_DIR; None when there is none."""
-    places = (datasets.find_in_data_dir(name, "eval") for name in (spec.name, *spec.file_names))
+def _hashed(spec: BenchmarkSpec, items: int) -> bool:
+    """Whether it is known what a copy with so many items must hash to."""
+    return bool(spec.hashes) and items == spec.counts[0]
+
+
+def local(spec: BenchmarkSpec, data_dir: str | None = None) -> Path | None:
+    """Where a copy of a benchmark lies in `data_dir`, else in ASTRA_DATA_DIR; None when there is none."""
+    places = (datasets.find_in_data_dir(name, "eval", data_dir) for name in (spec.name, *spec.file_names))
     return next((place for place in places if place is not None), None)

@@ -1,7 +1,8 @@
 """Problem sets from files and from the Hub: one door for .jsonl, .parquet, `datasets` directories and Hub ids.
 
-`fetch` runs in the supervisor before any process starts and returns a local path; `load` reads that path offline.
-Nothing is dropped: a row without its fields is an error that names the row, and repeated questions are counted.
+`fetch` runs in the supervisor before any process starts and returns a local path; `load` opens that path offline, and
+reads a problem when it is asked for. Nothing is dropped: a row without its fields is an error that names the row, and
+repeated questions are counted.
 """
 
 from __future__ import annotations
@@ -12,16 +13,20 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+import xxhash
 
 from astracli.data.prompts import Problem
+from astracli.data.rows import is_saved, open_rows, split_of
 from astracli.errors import UserError
 
 if TYPE_CHECKING:
     from astracli.recipe import DataTable, Recipe
 
 DATA_DIR_VARIABLE = "ASTRA_DATA_DIR"
-"""A directory that holds NAME.jsonl files, itself or in `eval/` and `train/`."""
+"""A directory that holds NAME.jsonl files, itself or in `eval/` and `train/`, where `data.path` names none."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +42,6 @@ class HubSet:
     """The answer is what follows this mark in the answer column (GSM8K's `####`)."""
 
 
-@dataclass(frozen=True)
-class Loaded:
-    problems: list[Problem]
-    duplicates: int
-    """Rows whose question occurred before in the same set; they stay in."""
-
-
 TRAINING_SETS: dict[str, HubSet] = {
     "deepscaler": HubSet("agentica-org/DeepScaleR-Preview-Dataset", "train"),
     "dapo": HubSet("open-r1/DAPO-Math-17k-Processed", "train", ("prompt",), ("solution",), config="en"),
@@ -52,13 +50,13 @@ TRAINING_SETS: dict[str, HubSet] = {
 """Training sets known by name; their Hub ids mean the same. The fields of a recipe are not needed for them."""
 
 
-def load(data: DataTable, local_path: str | Path | None = None) -> Loaded:
+def load(data: DataTable, local_path: str | Path | None = None) -> Problems:
     """The problems of a recipe's data table, from what `fetch` returned. Raises UserError."""
     known = known_set(data.source)
-    path = Path(local_path) if local_path is not None else find_local(data.source)
+    path = Path(local_path) if local_path is not None else find_local(data.source, data.path)
     if path is None:
         raise UserError(f"data.source = `{data.source}` is not on this machine", "fetch it first: `astra train` does")
-    return read_problems(
+    return Problems(
         path,
         split=known.split if known else data.split,
         question_fields=_fields(data.question_field, known.question_fields if known else ()),
@@ -75,7 +73,7 @@ def fetch(recipe: Recipe) -> str | None:
     data = recipe.data
     if data.source == "arithmetic":
         return None
-    path = find_local(data.source)
+    path = find_local(data.source, data.path)
     if path is None:
         known = known_set(data.source)
         if known is None and data.source.count("/") != 1:
@@ -91,107 +89,104 @@ def known_set(source: str) -> HubSet | None:
     return TRAINING_SETS.get(source) or by_id.get(source.lower())
 
 
-def find_local(source: str) -> Path | None:
-    """A path, or NAME in ASTRA_DATA_DIR; None when there is neither. Raises UserError for a path that is not there."""
+def find_local(source: str, data_dir: str | None = None) -> Path | None:
+    """A path, or NAME in the data directory; None when there is neither. Raises UserError for a path without a file."""
     path = Path(source).expanduser()
     if path.exists():
         return path.resolve()
     if path.suffix in (".jsonl", ".json", ".parquet") or path.is_absolute() or source.startswith((".", "~")):
         raise UserError(f"no data at `{source}`", "give a .jsonl or .parquet file, a `datasets` directory or a Hub id")
-    return find_in_data_dir(source, "train")
+    return find_in_data_dir(source, "train", data_dir)
 
 
-def find_in_data_dir(name: str, folder: str) -> Path | None:
-    """NAME.jsonl or NAME.parquet in ASTRA_DATA_DIR, itself or its `folder`; None when there is neither."""
-    root = os.environ.get(DATA_DIR_VARIABLE)
+def find_in_data_dir(name: str, folder: str, data_dir: str | None = None) -> Path | None:
+    """NAME.jsonl, NAME.parquet or the saved data set NAME in a directory, itself or its `folder`; None: not there.
+
+    The directory is `data_dir` (a recipe's `data.path`), else ASTRA_DATA_DIR. Raises UserError when it is none.
+    """
+    root = data_dir or os.environ.get(DATA_DIR_VARIABLE)
     if not root:
         return None
-    if not Path(root).is_dir():
-        raise UserError(f"{DATA_DIR_VARIABLE} = `{root}` is no directory")
-    places = [Path(root, sub, f"{name}{suffix}") for sub in ("", folder) for suffix in (".jsonl", ".parquet")]
-    return next((place.resolve() for place in places if place.is_file()), None)
+    base = Path(root).expanduser()
+    if not base.is_dir():
+        raise UserError(
+            f"{'data.path' if data_dir else DATA_DIR_VARIABLE} = `{root}` is no directory",
+            "name the directory that holds NAME.jsonl, itself or in `train/` and `eval/`",
+        )
+    places = [base / sub / f"{name}{suffix}" for sub in ("", folder) for suffix in (".jsonl", ".parquet", "")]
+    return next((place.resolve() for place in places if place.is_file() or is_saved(place)), None)
 
 
-def read_problems(
-    path: Path,
-    *,
-    split: str,
-    question_fields: Sequence[str],
-    answer_fields: Sequence[str],
-    final_after: str | None = None,
-) -> Loaded:
-    """Read a file or directory. The first of the field names that a row has is taken. Raises UserError."""
-    problems: list[Problem] = []
-    questions: set[str] = set()
-    ids: set[str] = set()
-    for number, row in enumerate(read_rows(path, split)):
-        question = _text(row, question_fields, path, number, "data.question_field")
-        answer = _text(row, answer_fields, path, number, "data.answer_field")
-        if final_after and final_after in answer:
-            answer = answer.rsplit(final_after, 1)[1].strip().replace(",", "")
-        name = str(next((row[key] for key in ("id", "unique_id") if row.get(key) is not None), number))
-        while name in ids:
-            name = f"{name}#{number}"
-        ids.add(name)
-        questions.add(question)
-        problems.append(Problem(name, question, answer))
-    if not problems:
-        raise UserError(f"`{path}` holds no rows")
-    return Loaded(problems, len(problems) - len(questions))
+class Problems(Sequence[Problem]):
+    """The problems of a set, each read when it is asked for. A pass at the start looks at every row.
 
+    The first of the field names that a row has is taken. In memory is what `rows` keeps, and while the pass goes on 16
+    bytes a row. Raises UserError for no rows, and for the first row without its fields.
+    """
 
-def read_rows(path: Path, split: str) -> Iterator[dict[str, Any]]:
-    """The rows of a .jsonl or .parquet file, or of one split of a `datasets` directory. Raises UserError."""
-    if path.is_dir():
-        yield from _directory_rows(path, split)
-    elif path.suffix == ".parquet":
-        import pyarrow.parquet
+    def __init__(
+        self,
+        path: Path,
+        *,
+        split: str,
+        question_fields: Sequence[str],
+        answer_fields: Sequence[str],
+        final_after: str | None = None,
+    ):
+        self._path = path
+        self._rows = open_rows(path, split)
+        self._fields = (tuple(question_fields), tuple(answer_fields))
+        self._final_after = final_after
+        self._renamed: dict[int, str] = {}
+        if not len(self._rows):
+            raise UserError(f"`{path}` holds no rows")
+        hashes = np.fromiter(self._look(), np.dtype((np.uint64, 2)), len(self._rows))
+        self.duplicates = len(hashes) - len(np.unique(hashes[:, 0]))
+        """Rows whose question occurred before; they stay in."""
+        self.fingerprint = xxhash.xxh64_hexdigest(hashes[:, 0].tobytes())
+        """16 hex digits over the questions in their order: what a place in the set means."""
+        self._rename(hashes[:, 1])
 
-        try:
-            yield from pyarrow.parquet.read_table(path).to_pylist()
-        except (OSError, ValueError) as error:
-            raise UserError(f"`{path}` is no readable Parquet file: {error}") from None
-    else:
-        yield from _jsonl_rows(path)
+    def _look(self) -> Iterator[tuple[int, int]]:
+        """Hashes of (question, name) of every row."""
+        for place, row in enumerate(self._rows):
+            problem = self._problem(place, row)
+            yield _hash(problem.question), _hash(problem.id)
 
+    def _rename(self, hashes: np.ndarray) -> None:
+        """A name that occurred before gets its row's number behind it: names are unique in a set."""
+        taken, first = np.unique(hashes, return_index=True)
+        given: set[str] = set()
+        for place in np.setdiff1d(np.arange(len(hashes)), first, assume_unique=True):
+            name = f"{self[int(place)].id}#{place}"
+            while name in given or np.isin(np.uint64(_hash(name)), taken):
+                name = f"{name}#{place}"
+            given.add(name)
+            self._renamed[int(place)] = name
 
-def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise UserError(f"`{path}` line {number} is no JSON object but {type(row).__name__}")
-                yield row
-    except OSError as error:
-        raise UserError(f"cannot read `{path}`: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"`{path}` is not UTF-8 text: {error}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"`{path}` line {number} is not JSON: {error}", "one JSON object a line") from None
+    def _problem(self, place: int, row: Mapping[str, Any]) -> Problem:
+        question = _text(row, self._fields[0], self._path, place, "data.question_field")
+        answer = _text(row, self._fields[1], self._path, place, "data.answer_field")
+        if self._final_after and self._final_after in answer:
+            answer = answer.rsplit(self._final_after, 1)[1].strip().replace(",", "")
+        name = str(next((row[key] for key in ("id", "unique_id") if row.get(key) is not None), place))
+        return Problem(self._renamed.get(place, name), question, answer)
 
+    def __len__(self) -> int:
+        return len(self._rows)
 
-def _directory_rows(path: Path, split: str) -> Iterator[dict[str, Any]]:
-    import datasets
+    @overload
+    def __getitem__(self, place: int) -> Problem: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Problem]: ...
+    def __getitem__(self, place: int | slice) -> Problem | list[Problem]:
+        places = range(len(self))[place]
+        if isinstance(places, range):
+            return [self._problem(i, self._rows.row(i)) for i in places]
+        return self._problem(places, self._rows.row(places))
 
-    try:
-        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            found = datasets.load_from_disk(str(path))
-        else:
-            found = datasets.load_dataset(str(path))
-    except Exception as error:
-        raise UserError(f"`{path}` is no `datasets` directory: {error}") from None
-    yield from _split(found, split, str(path))
-
-
-def _split(found: Any, split: str, origin: str) -> Iterator[dict[str, Any]]:
-    if isinstance(found, Mapping):
-        if split not in found:
-            raise UserError(f"`{origin}` has no split `{split}`: {', '.join(map(str, found))}", "set data.split")
-        found = found[split]
-    yield from (dict(row) for row in found)
+    def __iter__(self) -> Iterator[Problem]:
+        return (self._problem(place, row) for place, row in enumerate(self._rows))
 
 
 def download(source: HubSet, revision: str | None = None) -> Path:
@@ -207,20 +202,21 @@ def download(source: HubSet, revision: str | None = None) -> Path:
 
 
 def _convert(source: HubSet, snapshot: Path, target: Path) -> None:
+    """Write the rows one after the other as they are read: memory does not grow with the set."""
     import datasets
 
     folder = snapshot / source.config if source.config else None
     try:
         if folder is not None and folder.is_dir():
-            found = datasets.load_dataset(str(folder))
+            found = datasets.load_dataset(str(folder), streaming=True)
         else:
-            found = datasets.load_dataset(str(snapshot), source.config)
+            found = datasets.load_dataset(str(snapshot), source.config, streaming=True)
     except Exception as error:
         raise UserError(f"data set `{source.hub_id}` cannot be read: {error}") from None
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     with partial.open("w", encoding="utf-8") as out:
-        for row in _split(found, source.split, source.hub_id):
+        for row in split_of(found, source.split, source.hub_id):
             out.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
     partial.replace(target)
 
@@ -230,6 +226,10 @@ def cache_dir() -> Path:
     own = os.environ.get("ASTRA_CACHE_DIR")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(own) if own else Path(base) / "astra"
+
+
+def _hash(text: str) -> int:
+    return xxhash.xxh64_intdigest(text.encode("utf-8", "surrogatepass"))
 
 
 def _fields(chosen: str, known: Sequence[str]) -> tuple[str, ...]:

@@ -85,7 +85,7 @@ def summary(found: Sequence[Overlap], total: int) -> str:
 
 def write_without(source: Path, split: str, found: Sequence[Overlap], folder: Path) -> Path:
     """The set without the rows that overlap, as a .jsonl file in `folder`; the same rows give the same file name."""
-    from astracli.data import datasets
+    from astracli.data.rows import open_rows
 
     gone = {overlap.row for overlap in found}
     key = hashlib.sha256(json.dumps([str(source.resolve()), source.stat().st_mtime_ns, sorted(gone)]).encode())
@@ -94,7 +94,7 @@ def write_without(source: Path, split: str, found: Sequence[Overlap], folder: Pa
         folder.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.tmp")
         with partial.open("w", encoding="utf-8") as out:
-            for number, row in enumerate(datasets.read_rows(source, split)):
+            for number, row in enumerate(open_rows(source, split)):
                 if number not in gone:
                     kept = row if {"id", "unique_id"} & row.keys() else {"id": str(number), **row}
                     out.write(json.dumps(kept, ensure_ascii=False, default=str) + "\n")

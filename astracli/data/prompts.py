@@ -1,7 +1,8 @@
 """Problems in the order in which they are asked: a place in the sequence names its problem, and nothing else does.
 
 There is no running state: an index alone says which epoch it falls into and which row it is, so a resumed run, a second
-rollout worker and a repeated lease all get the same problem.
+rollout worker and a repeated lease all get the same problem. The shuffle is a permutation of the whole set, not of a
+window of it, and a problem is read from its file when its turn comes: 8 bytes a row stay in memory besides the index.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from astracli.errors import UserError
 
@@ -55,7 +58,7 @@ class PromptSource:
         from astracli.data import datasets
 
         loaded = datasets.load(data, local_path)
-        self._rows = loaded.problems
+        self._rows = loaded
         self.duplicates = loaded.duplicates
 
     def __len__(self) -> int:
@@ -69,7 +72,7 @@ class PromptSource:
 
             return arithmetic.draw(index, self._seed, self._levels)
         epoch, place = divmod(index, len(self._rows))
-        return self._rows[_order(len(self._rows), self._seed, epoch)[place]]
+        return self._rows[int(_order(len(self._rows), self._seed, epoch)[place])]
 
     def kind(self, index: int) -> str:
         """What the solve rate of the problem at place `index` is counted under: its level, or the problem itself."""
@@ -81,12 +84,13 @@ class PromptSource:
         return render(self._template, problem.question)
 
 
-@lru_cache(maxsize=4)
-def _order(rows: int, seed: int, epoch: int) -> list[int]:
-    """A permutation of range(rows): rows sorted by a hash of (seed, epoch, row), the same on every machine."""
+@lru_cache(maxsize=2)
+def _order(rows: int, seed: int, epoch: int) -> np.ndarray:
+    """int64 [rows], a permutation: rows sorted by a hash of (seed, epoch, row), the same on every machine."""
     import xxhash
 
-    return sorted(range(rows), key=lambda row: (xxhash.xxh64_intdigest(struct.pack("<QQQ", seed, epoch, row)), row))
+    keys = (xxhash.xxh64_intdigest(struct.pack("<QQQ", seed, epoch, row)) for row in range(rows))
+    return np.argsort(np.fromiter(keys, np.uint64, rows), kind="stable")
 
 
 def render(template: str, question: str) -> str:

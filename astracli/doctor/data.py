@@ -148,7 +148,7 @@ def _sets(subject: Subject) -> Iterator[Check]:
             status, why = _absent(subject)
             names = ", ".join(s["name"] for s in absent)
             folder = "train" if use == "train" else "eval"
-            fix = f"put {absent[0]['name']}.jsonl into DIR/{folder} and set ASTRA_DATA_DIR=DIR"
+            fix = f"put {absent[0]['name']}.jsonl into DIR/{folder} and `--set data.path=DIR` (or ASTRA_DATA_DIR=DIR)"
             fix += f", or `hf download --repo-type dataset {absent[0]['hub_id']}`"
             yield Check(title, GROUP, status, f"not on this machine: {names}", why, fix)
         else:

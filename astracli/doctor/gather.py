@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,8 +46,9 @@ def gather(recipe: Recipe | None = None, runs: Path = RUNS) -> dict[str, Any]:
         missing = [d for d in facts["data"] if d["place"] is None] or facts["checkpoint"]["place"] is None
         if missing and not _offline():
             facts["network"] |= {"hub_error": reach(facts["network"]["hub"]), "hub_asked": True}
-        if recipe.resources.engine.python is not None:
-            facts["engine"] = environment(recipe.resources.engine.python, families)
+        engine = recipe.resources.engine
+        if engine.foreign:
+            facts["engine"] = environment(engine.python or sys.executable, families, engine.env)
     return machine.Machine.model_validate(facts).model_dump(mode="json")
 
 
@@ -125,21 +127,25 @@ def data(recipe: Recipe) -> list[dict[str, Any]]:
     """Training problems and benchmarks of a recipe, each with where it lies. See `machine.DataSet`."""
     from astracli.data import benchmarks, datasets
 
-    source = recipe.data.source
+    source, folder = recipe.data.source, recipe.data.path
+
+    def find_train() -> Path | None:
+        return datasets.find_local(source, folder)
+
     found: list[dict[str, Any]] = []
     if source == "arithmetic":
         found.append(_set(source, "train", None, "generated"))
     else:
         known = datasets.known_set(source)
         hub_id = known.hub_id if known else source if source.count("/") == 1 else None
-        found.append(_lookup(source, "train", hub_id, recipe.data.revision, lambda: datasets.find_local(source)))
+        found.append(_lookup(source, "train", hub_id, recipe.data.revision, find_train))
     names = recipe.eval.benchmarks if recipe.eval.every else []
     for name in names:
         spec = benchmarks.get(name)
         if spec.hub is None:
             found.append(_set(name, "eval", None, "generated"))
         else:
-            found.append(_lookup(name, "eval", spec.hub.hub_id, None, lambda spec=spec: benchmarks.local(spec)))
+            found.append(_lookup(name, "eval", spec.hub.hub_id, None, lambda spec=spec: benchmarks.local(spec, folder)))
     return found
 
 
@@ -224,14 +230,15 @@ print(json.dumps({"version": platform.python_version(), "libc": " ".join(platfor
 """
 
 
-def environment(python: str, families: list[str]) -> dict[str, Any]:
-    """Packages of another interpreter, asked of itself: it needs neither astracli nor psutil for that."""
+def environment(python: str, families: list[str], env: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Packages as another interpreter sees them under `env`, asked of itself: it needs neither astracli nor psutil."""
     source = Path(machine_read.__file__).read_text() + _ASK
     arguments = [json.dumps(machine.PACKAGES), json.dumps(machine.MODEL_FILES), json.dumps(families)]
     try:
         done = subprocess.run(
-            [python, "-c", source, *arguments], capture_output=True, text=True, timeout=ENGINE_TIMEOUT_S, cwd="/"
-        )
+            [python, "-c", source, *arguments], capture_output=True, text=True, timeout=ENGINE_TIMEOUT_S, cwd="/",
+            env={**os.environ, **(env or {})},
+        )  # fmt: skip
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or [f"it exited {done.returncode}"])[-1]
             return {"executable": python, "error": last[:300]}

@@ -96,9 +96,10 @@ def engine_probes(subject: Subject) -> list[Probe]:
     there = {name: target for name, target in wanted.items() if machine.usable(facts, name)}
     if not there:
         return []
-    python = subject.recipe.resources.engine.python if subject.recipe is not None else None
+    own = subject.recipe.resources.engine if subject.recipe is not None else None
+    python, env = (own.python or sys.executable, own.env) if own is not None and own.foreign else (None, {})
     why, fix = "the engine imports it when it starts", "`pip install --force-reinstall 'astracli[sglang]'` there"
-    return [Probe("engine imports", "imports", {"wanted": there}, 120, True, why, fix, python)]
+    return [Probe("engine imports", "imports", {"wanted": there}, 120, True, why, fix, python, env=dict(env))]
 
 
 def trainer_probes(subject: Subject) -> Iterator[Probe]:

@@ -56,7 +56,15 @@ def serving(app: ASGIApp, listener: socket.socket) -> Iterator[None]:
     import uvicorn
 
     server = uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=1)
+        uvicorn.Config(
+            app,
+            loop="asyncio",  # `auto` takes whatever some other package installed
+            http="h11",
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=1,
+        )
     )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="http", daemon=True)
     thread.start()

@@ -20,6 +20,8 @@ class ServerThread:
     def __init__(self, app: ASGIApp, sock: socket.socket):
         config = uvicorn.Config(
             app,
+            loop="asyncio",  # `auto` takes whatever some other package installed
+            http="h11",
             log_level="warning",
             access_log=False,
             lifespan="off",

@@ -83,12 +83,16 @@ def _engine(
 ) -> ChildSpec:
     """An engine that is started again holds no weights of this run: it then waits until they are staged and checked."""
     Path(address["stage_dir"]).mkdir(parents=True, exist_ok=True)
-    config = replace(config, extra={"port": port, "stage_dir": address["stage_dir"], **config.extra})
+    published = setting.plan.command == "train"
+    extra = {"port": port, "stage_dir": address["stage_dir"], "published": published, **config.extra}
+    config = replace(config, extra=extra)
 
     def before_restart() -> None:
         write(replace(config, extra={**config.extra, "await_weights": True}))
 
     spec = _spec(setting, process, config, {})
+    if setting.plan.choice.engine == "sglang":
+        return spec  # reports ready when its server answers, and starts without weights every time
     return replace(spec, health_url=f"{address['url']}/health_generate", before_restart=before_restart)
 
 

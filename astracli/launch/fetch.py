@@ -25,6 +25,11 @@ DATA_FILES = ["*.parquet", "*.json", "*.jsonl", "*.jsonl.gz", "*.jsonl.zst", "*.
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 Kind = Literal["model", "dataset"]
 Say = Callable[[str], None]
+INSTEAD: dict[Kind, str] = {
+    "model": "give a local path as model.path (`astra eval`: --weights)",
+    "dataset": "put a copy as NAME.jsonl into a directory and name that in data.path or ASTRA_DATA_DIR",
+}
+"""What a hint offers besides mending the download."""
 
 
 def _silent(_message: str) -> None:
@@ -126,14 +131,14 @@ def _explained(name: str, kind: Kind, revision: str | None) -> Iterator[None]:
     import httpx
     from huggingface_hub import constants, errors
 
-    key = "model.path" if kind == "model" else "the data set"
+    instead = INSTEAD[kind]
     place = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
     try:
         yield
     except errors.GatedRepoError:
         raise UserError(
             f"{kind} `{name}` is gated and this account may not read it",
-            f"accept its licence at {place}, then `hf auth login` (or set HF_TOKEN), or set {key} to a local copy",
+            f"accept its licence at {place}, then `hf auth login` (or set HF_TOKEN), or {instead}",
         ) from None
     except errors.RevisionNotFoundError:
         raise UserError(
@@ -142,16 +147,16 @@ def _explained(name: str, kind: Kind, revision: str | None) -> Iterator[None]:
     except errors.RepositoryNotFoundError:
         raise UserError(
             f"no {kind} `{name}` at {constants.ENDPOINT} that this account can see",
-            f"check the name, `hf auth login` if it is private, or set {key} to a local path",
+            f"check the name, `hf auth login` if it is private, or {instead}",
         ) from None
     except errors.RemoteEntryNotFoundError as error:
         raise UserError(f"{kind} `{name}` lacks a file: {_first_line(error)}", "choose another repository") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise UserError(*_unreachable(name, kind, key, error)) from None
+        raise UserError(*_unreachable(name, kind, instead, error)) from None
     except (httpx.TransportError, errors.HfHubHTTPError) as error:
         raise UserError(
             f"{constants.ENDPOINT} failed while sending {kind} `{name}`: {_first_line(error)}",
-            f"run the command again (finished files are kept), or set {key} to a local path",
+            f"run the command again (finished files are kept), or {instead}",
         ) from None
     except errors.HFValidationError as error:
         raise UserError(f"`{name}` is no name of a {kind}: {_first_line(error)}") from None
@@ -161,19 +166,19 @@ def _explained(name: str, kind: Kind, revision: str | None) -> Iterator[None]:
         ) from None
 
 
-def _unreachable(name: str, kind: Kind, key: str, error: Exception) -> tuple[str, str]:
+def _unreachable(name: str, kind: Kind, instead: str, error: Exception) -> tuple[str, str]:
     """Not in the cache, and the Hub does not answer (or was not asked)."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return (
             f"{kind} `{name}` is not in the local cache and HF_HUB_OFFLINE is set",
-            f"unset HF_HUB_OFFLINE to download it, or set {key} to a local path",
+            f"unset HF_HUB_OFFLINE to download it, or {instead}",
         )
     cause = error.__cause__ or error
     return (
-        f"cannot reach {constants.ENDPOINT} for {kind} `{name}`: {_first_line(cause)}",
-        f"check the network (HF_ENDPOINT names a mirror), or set {key} to a local path",
+        f"{kind} `{name}` is not on this machine, and {constants.ENDPOINT} cannot be reached: {_first_line(cause)}",
+        f"check the network (HF_ENDPOINT names a mirror), or {instead}",
     )
 
 

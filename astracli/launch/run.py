@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ def train(recipe: Recipe, *, run_dir: Path | None = None, resume: Path | None = 
         if resume is not None:
             step = _resume_step(run, recipe)
         source = _fetch(recipe, data=True, benchmarks=recipe.eval.benchmarks if recipe.eval.every else [])
+        _pin_data(run, recipe, source.paths["data"])
     except BaseException:
         if resume is None:
             job.discard(run, there)
@@ -109,10 +111,11 @@ def evaluate(
     run_dir: Path | None = None,
     benchmarks: Sequence[str] | None = None,
     samples: int | None = None,
+    out: Path | None = None,
     resume: Path | None = None,
     as_json: bool = False,
 ) -> int:
-    """Evaluate once and print the figures; the exit code. With `run_dir`, files go below that run's `eval/`.
+    """Evaluate once and print the figures; the exit code. Files go into `out`, else below the `eval/` of `run_dir`.
 
     `resume` goes on with an evaluation that was stopped; `recipe` is then its own.
     """
@@ -123,6 +126,8 @@ def evaluate(
     source = _fetch(recipe, data=False, benchmarks=recipe.eval.benchmarks)
     if resume is not None:
         run = _resumed_evaluation(resume)
+    elif out is not None:
+        run = runs.create(f"{recipe.name}-eval", out)
     elif run_dir is not None:
         run = runs.create("", run_dir / "eval" / time.strftime("again-%Y%m%d-%H%M%S"))
     else:
@@ -163,8 +168,12 @@ def _before(began: float, source: Source) -> dict[str, float]:
 
 def _plan(recipe: Recipe, command: Command, config: Mapping[str, Any] | None) -> LaunchPlan:
     from astracli import backend
+    from astracli.doctor.gather import environment
 
     facts = machine.probe()
+    engine = recipe.resources.engine
+    if engine.foreign and machine.visible_gpus(facts):
+        facts["engine"] = environment(engine.python or sys.executable, [], engine.env)
     adapter = registry.resolve(recipe, config)
     choice = backend.choose(adapter, facts, recipe, config)
     local = fetch.local_path(recipe.model.path) if config is not None else None
@@ -209,12 +218,33 @@ def _fetch(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> Source:
             f"warning: no chat template in `{model}`: prompts go to the model as bare text, right for a base model and "
             "wrong for a chat model; copy its chat_template.jinja beside tokenizer.json"
         )
-    fetched = sets.fetch_all(benchmarks)
+    fetched = sets.fetch_all(benchmarks, recipe.data.path)
     problems = datasets.fetch(recipe) if data else None
     if problems is not None:
         problems = _decontaminated(recipe, problems, fetched)
     paths = {"model": str(model), "data": problems, "benchmarks": fetched}
     return Source(paths, time.monotonic() - began)
+
+
+def _pin_data(run: RunDir, recipe: Recipe, path: str | None) -> None:
+    """Write down what a place in the training set means (`data.json`); a resume needs the same. Raises UserError."""
+    from astracli.data import datasets
+
+    if path is None:
+        return
+    problems = datasets.load(recipe.data, path)
+    now = {"path": path, "rows": len(problems), "fingerprint": problems.fingerprint}
+    file = run.path / "data.json"
+    if not file.exists():
+        runs.write_atomic(file, json.dumps(now, indent=2) + "\n")
+        return
+    then = json.loads(file.read_text(encoding="utf-8"))
+    if then["fingerprint"] != now["fingerprint"]:
+        raise UserError(
+            f"the training problems are others than when `{run.path}` began: {then['rows']} rows of `{then['path']}` "
+            f"then, {now['rows']} of `{path}` now",
+            "a resumed run goes on at its place in their order: put the old file back, or start a new run",
+        )
 
 
 def _decontaminated(recipe: Recipe, path: str, fetched: Mapping[str, str | None]) -> str:
@@ -225,7 +255,7 @@ def _decontaminated(recipe: Recipe, path: str, fetched: Mapping[str, str | None]
     written = [name for name, place in fetched.items() if place is not None]
     if recipe.data.decontaminate == "off" or not written:
         return path
-    problems = datasets.load(recipe.data, path).problems
+    problems = datasets.load(recipe.data, path)
     found = decontamination.find(problems, {name: sets.load(name, fetched[name]).items for name in written})
     if not found:
         return path
@@ -264,7 +294,9 @@ def _with_evaluation(recipe: Recipe, benchmarks: Sequence[str] | None, samples: 
     for name in names:
         sets.get(name)
     document = recipe_io.to_document(recipe)
-    document["eval"] |= {"benchmarks": names} | ({"samples": samples} if samples is not None else {})
+    document["eval"]["benchmarks"] = names
+    if samples is not None:
+        document["eval"] |= {"samples": samples, "pass_k": min(samples, recipe.eval.pass_k)}
     document["launch"]["deterministic"] = True  # two evaluations with one seed write the same files
     return recipe_io.check(document, recipe.name)
 

@@ -239,10 +239,13 @@ class Masters:
 
     @torch.no_grad()
     def wire_shards(self) -> dict[str, Tensor | Shard]:
-        """HF name -> this rank's part of the tensor in its wire dtype: what is published. Empty parts are left out."""
+        """HF name -> this rank's part of the tensor in its wire dtype: what is published. Empty parts are left out.
+
+        Copies, on the device of the masters: training may go on while they are published.
+        """
         result: dict[str, Tensor | Shard] = {}
         for name, value in self.values.items():
-            tensor = value.to(DTYPES[self.wire[name].dtype])
+            tensor = value.to(DTYPES[self.wire[name].dtype], copy=True)
             if self.ranks.mesh is None:
                 result[self.wire[name].name] = tensor
             elif tensor.numel():

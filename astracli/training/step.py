@@ -28,7 +28,7 @@ from astracli.rl.batch import Batch, MicroBatch, build_batch
 from astracli.rl.losses import Limits
 from astracli.rl.losses.kl import k3
 from astracli.rl.types import Group
-from astracli.training import objective, parity
+from astracli.training import objective, packing, parity
 from astracli.training.agreement import Agreement
 from astracli.training.fsdp import Ranks
 from astracli.training.logprob import PolicyModel
@@ -87,6 +87,7 @@ class Trainer:
         reference: PolicyModel | None = None,
         reference_parking: Parking | None = None,
         pad_token: int = 0,
+        packed: bool = False,
     ):
         self.policy = policy
         self.masters = masters
@@ -96,6 +97,7 @@ class Trainer:
         self.reference = reference
         self.reference_parking = reference_parking
         self.pad_token = pad_token
+        self.packed = packed
         self.algorithm = losses.get(recipe.algorithm.name)
         self._first = True
         self._rows_checked = False
@@ -170,6 +172,7 @@ class Trainer:
             pad_token=self.pad_token,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
+            divide_rows=packing.dividers(self.packed)[0],
         )
 
     def _forward(self, policy: PolicyModel, micro: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -183,17 +186,21 @@ class Trainer:
     def _check_rows(self, batch: Batch, step: int) -> dict[str, float]:
         if self._rows_checked and step % ROWS_EVERY:
             return {}
+        chosen = parity.spread(batch.rows, self.recipe.train.tokens_per_microbatch)
+        _, join = packing.dividers(self.packed)
+        device = self.ranks.device
         difference = parity.rows_against_separate(
-            self.policy,
-            self.adapter,
-            batch.rows,
-            self.ranks.device,
-            tokens_per_microbatch=self.recipe.train.tokens_per_microbatch,
-            pad_token=self.pad_token,
+            self.policy, self.adapter, chosen, device, join=join, pad_token=self.pad_token
         )
-        parity.require_rows(difference, self.ranks.device, self.adapter)
+        parity.require_rows(difference, device, self.adapter, self.packed)
+        if self._rows_checked:
+            return {"rows_max_abs": difference}
+        error = parity.gradients_against_separate(
+            self.policy, self.adapter, chosen, self.ranks, join=join, pad_token=self.pad_token
+        )
+        parity.require_gradients(error, device, self.adapter, self.packed)
         self._rows_checked = True
-        return {"rows_max_abs": difference}
+        return {"rows_max_abs": difference, "rows_gradient_error": error}
 
     def _require_agreement(self, sums: Sums, version: int) -> None:
         """Raise RunFailed when the engine that drew this version's tokens holds other weights. A collective."""

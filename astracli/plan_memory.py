@@ -69,7 +69,7 @@ def engine_rows(
             rows.append(MemoryRow(name, "recurrent state", "host", state, fixed=False))
         return [*rows, MemoryRow(name, "process", "host", TORCH_PROCESS, "estimated")]
     one, most = shape.kv_bytes_per_token * context, shape.kv_bytes_per_token * context * requests
-    pool = most if static is None else max(one, static - static_bytes(shape, recipe, requests=0))
+    pool = most if static is None else min(most, max(one, static - static_bytes(shape, recipe, requests=0)))
     rows = [
         MemoryRow(name, "weights (bf16)", "gpu", weights),
         MemoryRow(name, "KV cache (bf16), one request", "gpu", one),

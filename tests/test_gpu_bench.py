@@ -48,6 +48,5 @@ def test_peaks_go_by_the_most_exact_name(bench: ModuleType) -> None:
     def peak(name: str) -> int | None:
         return next((p for part, p in bench.PEAK.items() if part in name), None)
 
-    assert [peak(f"NVIDIA {n}") for n in ("H200", "H100 80GB HBM3", "H100 PCIe", "L40", "L40S", "GeForce RTX 4090")] == [
-        989, 989, 756, 181, 362, None,
-    ]  # fmt: skip
+    names = ("H200", "H100 80GB HBM3", "H100 PCIe", "L40", "L40S", "GeForce RTX 4090")
+    assert [peak(f"NVIDIA {name}") for name in names] == [989, 989, 756, 181, 362, None]

@@ -45,6 +45,13 @@ def checkpoint_tensors(path: Path) -> dict[str, str]:
     return found
 
 
+def has_chat_template(path: Path) -> bool:
+    """The tokenizer beside the weights brings a chat template; without one prompts are bare text."""
+    settings = path / "tokenizer_config.json"
+    named = settings.is_file() and '"chat_template"' in settings.read_text(errors="replace")
+    return named or any((path / name).is_file() for name in ("chat_template.jinja", "chat_template.json"))
+
+
 def load_checkpoint(
     model_class: Any,
     path: Path,

@@ -219,6 +219,9 @@ class WeightsTable(Table):
     """Published versions kept on disk (pinned ones stay besides)."""
     pause_mode: Literal["abort", "retract", "in_place"] = "abort"
     """What happens to running requests at an update; `abort` ends their segment and resubmits prompt + prefix."""
+    background: Literal["auto", "on", "off"] = "auto"
+    """Publish a version beside the next training step. `auto`: when the trainer runs on GPUs; never in deterministic
+    mode."""
     verify_interval: PositiveInt = 1
     """Read the engine's weights back and compare digests every n-th version."""
     compression_level: int = Field(default=1, ge=1, le=19)

@@ -15,7 +15,7 @@ from typing import Any
 
 from astracli import metrics, run_view
 from astracli.metrics import Record
-from astracli.rl.passk import Z95
+from astracli.rl.passk import interval
 from astracli.run_dir import RunDir, write_atomic
 
 MACHINE_FILE = "machine.json"
@@ -102,12 +102,13 @@ def evaluations(run: RunDir) -> list[dict[str, Any]]:
 
 
 def _evaluation(row: Mapping[str, str]) -> dict[str, float]:
-    average, spread = float(row["avg_at_n"]), Z95 * float(row["stderr"])
+    average = float(row["avg_at_n"])
+    low, high = interval(average, float(row["stderr"]), int(row["items"]))
     return {
         "step": int(row["step"]),
         "avg": average,
-        "low": _short(max(0.0, average - spread)),
-        "high": _short(min(1.0, average + spread)),
+        "low": _short(low),
+        "high": _short(high),
         "pass": float(row["pass_at_k"]),
     }
 

@@ -362,6 +362,13 @@ def _used(run: RunDir) -> UserError:
         return UserError(
             f"run directory `{run.path}` is not empty and holds no run", "give another --run-dir, or empty it"
         )
+    status = run.status()
+    if status is not None and status.command == "eval":
+        go_on = "" if status.state == "done" else f"go on with it by `astra eval --resume {run.path}`, "
+        return UserError(
+            f"`{run.path}` holds an evaluation already (state: {run.shown_state()})",
+            f"{go_on}give another --out, or remove it with `rm -r {run.path}`",
+        )
     return UserError(
         f"run directory `{run.path}` was used before (state: {run.shown_state()})",
         f"continue it with `astra train --resume {run.path}`, give another --run-dir, leave --run-dir out for a new "

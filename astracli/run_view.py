@@ -113,8 +113,12 @@ def follow(files: list[Path], going: Callable[[], bool], interval_s: float = 0.2
 
 
 def samples(run: RunDir, *, outcomes: set[Outcome], step: int | None = None) -> Iterator[dict[str, Any]]:
-    """Rollout samples in the order of writing; `outcomes` empty = all, else those that match any of them."""
-    for file in sorted(run.samples.glob("*.jsonl")):
+    """Rollout samples in the order of writing; `outcomes` empty = all, else those that match any of them.
+
+    Where there are none (a directory of `astra eval`), the answers to its benchmarks.
+    """
+    files = sorted(run.samples.glob("*.jsonl")) or sorted((run.eval / "items").glob("*.jsonl"))
+    for file in files:
         for sample in metrics.read(file):
             if step is not None and sample.get("step") != step:
                 continue
@@ -172,6 +176,12 @@ def _int(text: str) -> int:
 
 def _float(text: str) -> float | None:
     return float(text) if text else None
+
+
+def results(run: RunDir) -> dict[str, Any] | None:
+    """`eval/results.json`, which an `astra eval` leaves; None for anything else."""
+    file = run.eval / "results.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def summary(run: RunDir) -> dict[str, Any] | None:

@@ -177,13 +177,13 @@ def index_value(case: Case) -> Cost:
     for name, tensor in case.new.items():
         new, old = bits_torch(tensor.view(-1)), bits_torch(case.base[name].view(-1))
         at = torch.nonzero(new != old).view(-1)
-        sent.append((name, at.to(torch.uint32).cpu().numpy().tobytes(), new[at].cpu().numpy().tobytes()))
+        sent.append((name, at.to(torch.int32).cpu().numpy().tobytes(), new[at].cpu().numpy().tobytes()))
     middle = case.clock()
     for name, indices, values in sent:
         if not indices:
             continue
         bits = bits_torch(case.engine[name].view(-1))
-        at = torch.frombuffer(bytearray(indices), dtype=torch.uint32).to(case.device).long()
+        at = torch.frombuffer(bytearray(indices), dtype=torch.int32).to(case.device).long()
         bits[at] = torch.frombuffer(bytearray(values), dtype=bits.dtype).to(case.device)
     return Cost(sum(len(i) + len(v) for _, i, v in sent), middle - begin, case.clock() - middle)
 

@@ -239,8 +239,8 @@ def test_eval_alone_takes_the_newest_run_with_an_export(astra: Astra, launch: La
     make_run(runs / "old", started=10, export=True)
     good = make_run(runs / "good", started=20, export=True)
     make_run(runs / "killed", started=30, state="failed")
-    ran = astra("eval", "--json", "--samples", "4")
-    assert ran.code == 0
+    ran = astra("eval", "--json", "--samples", "4", "--out", "here")
+    assert ran.code == 0 and launch.asked["out"] == Path("here")
     assert launch.asked["recipe"].seed == 5
     assert launch.asked["weights"] == str(good.export.relative_to(Path.cwd()))
     assert (launch.asked["samples"], launch.asked["as_json"]) == (4, True)
@@ -455,6 +455,22 @@ def test_runs_report_shows_first_last_and_difference(astra: Astra, runs: Path) -
     assert (trend["difference"], trend["pass_first"], trend["pass_last"]) == (0.5, 0.6, 0.9)
     assert document["figures"] == [{"figure": "seconds a step", "metric": "step_s", "first": 1.0, "last_tenth": 19.5}]
     assert "0.875" in astra("runs", "report", "a").out
+
+
+def test_an_evaluation_shows_its_results_and_answers(astra: Astra, runs: Path) -> None:
+    run = make_run(runs / "e")
+    run.update(command="eval")
+    (run.eval / "items").mkdir(parents=True)
+    row = {"step": 0, "version": 0, "benchmark": "b", "problem_id": "p", "problem": "1+1", "answer": "2"}
+    row |= {"completion": "3", "tokens": [1], "reward": 0.0, "verdict": "wrong", "finish_reason": "stop"}
+    (run.eval / "items" / "step_000000_b.jsonl").write_text(json.dumps(row) + "\n")
+    figures = {"items": 1, "n": 1, "avg_at_n": 0.0, "stderr": 0.0, "k": 1, "pass_at_k": 0.0}
+    (run.eval / "results.json").write_text(json.dumps({"results": {"b": figures, "overall": figures}}))
+    assert "b          1      avg@1 0.000 ± 0.000" in astra("runs", "report", "e").out
+    assert json.loads(astra("runs", "report", "e", "--json").out)["results"]["results"]["b"] == figures
+    assert "completion: 3" in astra("runs", "samples", "e", "--wrong").out
+    ran = astra("eval", TINY, "--out", str(run.path))
+    assert ran.code == 2 and "holds an evaluation already (state: done)" in ran.err
 
 
 def test_runs_clean_frees_what_it_says_and_keeps_results(astra: Astra, runs: Path) -> None:

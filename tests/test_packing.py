@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_tools import make_trainer, recipe, sample_groups, save_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from astracli import registry
+from astracli import backend, registry
 from astracli.adapter import ModelAdapter
 from astracli.adapters.qwen3_5 import ADAPTER
 from astracli.errors import RunFailed, UserError
@@ -168,7 +168,7 @@ def test_who_packs() -> None:
     hybrid = replace(ADAPTER, install_varlen=None)
 
     def chosen(device: str, adapter: ModelAdapter = ADAPTER, **train: Any) -> str:
-        return packing.choose(recipe(train=train), adapter, device)[0]
+        return backend.packing(recipe(train=train), adapter, device)[0]
 
     assert (chosen("cuda"), chosen("cpu")) == ("packed", "padded")
     assert (chosen("cuda", packing="padded"), chosen("cpu", packing="packed")) == ("padded", "packed")
@@ -282,3 +282,20 @@ def test_selective_recomputation_makes_no_product_and_no_attention_twice() -> No
         counts[mode] = dear, sum(counted.calls.values())
     assert counts["selective"][0] == counts["none"][0] < counts["full"][0]
     assert counts["selective"][1] > counts["none"][1]  # the rest is made again
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_rounded_rows_hold_the_same_loss_tokens(packed: bool) -> None:
+    rows = rows_of(sample_groups(None, 3, seed=5), recipe().algorithm, 16)
+    micro = packing.pack_rows(rows) if packed else pad_rows(rows, 0)
+    longer = packing.rounded(micro, 64)
+    assert longer.tokens_BL.shape[1] % 64 == 0 and longer.tokens_BL.shape[1] >= micro.tokens_BL.shape[1]
+    assert longer.tokens_BL.size > micro.tokens_BL.size  # or the test says nothing
+    before, after = micro.tokens_BL.reshape(-1), longer.tokens_BL.reshape(-1)
+    assert after[longer.predict_N].tolist() == before[micro.predict_N].tolist()
+    assert after[longer.predict_N + 1].tolist() == longer.target_N.tolist()
+    assert longer.mask_BL.sum() == micro.mask_BL.sum()
+    if packed:
+        assert longer.bounds_S1 is not None and micro.bounds_S1 is not None
+        assert longer.bounds_S1.tolist() == [*micro.bounds_S1.tolist(), longer.tokens_BL.size]
+    assert packing.rounded(longer, 64) is longer

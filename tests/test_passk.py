@@ -32,8 +32,22 @@ def test_score_by_hand() -> None:
     found = score([[True, True], [True, False], [False, False]], k=4)
     # shares 1, 1/2, 0: mean 1/2, unbiased sd 1/2, standard error 1/2 / sqrt(3); k is cut to 2 samples
     assert found == Score(3, 2, 0.5, pytest.approx(0.5 / 3**0.5), 2, pytest.approx(2 / 3), (0.5, pytest.approx(2 / 3)))
-    assert found.interval == pytest.approx((0.0, 1.0))  # 0.5 +- 1.96 x 0.289, cut to what a share can be
+    low, high = found.interval  # 0.25 / (1/12) = 3 draws' worth
+    assert (low, high) == pytest.approx((0.12533, 0.87467), abs=1e-5) and low + high == pytest.approx(1.0)
     assert score([[True]], k=1).stderr == 0.0
+
+
+def test_interval_is_wilsons_where_every_draw_is_an_item_and_never_empty() -> None:
+    half = [[True]] * 50 + [[False]] * 50
+    share, n = 0.5, 99  # the unbiased spread of 100 items is worth 99 draws
+    root = (share * (1 - share) / n + 1.96**2 / (4 * n * n)) ** 0.5
+    assert score(half, 1).interval == pytest.approx(
+        (0.5 - 1.96 * root / (1 + 1.96**2 / n), 0.5 + 1.96 * root / (1 + 1.96**2 / n))
+    )
+    assert score([[False]] * 30, 1).interval == pytest.approx((0.0, 0.1135), abs=1e-4)
+    assert score([[True, True]] * 30, 1).interval == pytest.approx((0.8865, 1.0), abs=1e-4)
+    wide = score([[True] * 9 + [False]] * 10_000, 1)  # no spread over items, but items enough
+    assert wide.interval[0] < 0.9 < wide.interval[1] < 0.91
 
 
 def test_score_needs_the_same_samples_everywhere() -> None:

@@ -37,6 +37,10 @@ def evaluate(
         str | None,
         typer.Option("--engine", metavar="NAME", help="auto, embedded or sglang: sets rollout.engine."),
     ] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Directory of this evaluation; default a new one under runs/."),
+    ] = None,
     resume: Annotated[
         Path | None, typer.Option("--resume", metavar="DIR", help="Go on with an evaluation that was stopped.")
     ] = None,
@@ -62,7 +66,7 @@ def evaluate(
     run: RunDir | None = None
     changes = [*(set_ or ()), *([f"rollout.engine={engine}"] if engine else ())]
     if resume is not None:
-        if one_name(recipe_name, recipe) or run_dir or weights or benchmark or samples or engine or set_:
+        if one_name(recipe_name, recipe) or run_dir or weights or benchmark or samples or engine or to or set_:
             raise UserError("--resume goes on with an evaluation as it began", "leave the other options out")
         loaded = recipe_io.from_json(existing(resume).recipe_json)
     elif one_name(recipe_name, recipe) is not None:
@@ -89,6 +93,7 @@ def evaluate(
             run_dir=run.path if run else None,
             benchmarks=benchmark,
             samples=samples,
+            out=to,
             resume=resume,
             as_json=json,
         )

@@ -133,7 +133,12 @@ def report(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
 
     found = _run(run)
     out().note(f"wrote {report_html.write(found)}")
-    summary = run_view.summary(found)
+    summary, results = run_view.summary(found), run_view.results(found)
+    if results is not None and not json:
+        from astracli.closing import result_lines
+
+        out().text("\n".join(result_lines(results)))
+        return
     if summary is not None and not json:
         from rich.console import Console
 
@@ -141,7 +146,7 @@ def report(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
 
         print_closing(summary, Console(width=100))
         return
-    document = run_view.report(found) | {"summary": summary}
+    document = run_view.report(found) | {"summary": summary, "results": results}
     if json:
         out(json).document(document)
         return
@@ -201,7 +206,7 @@ def samples(
     n: Annotated[int, typer.Option("-n", "--count", min=1, help="At most so many, the newest.")] = 10,
     json: JsonOpt = False,
 ) -> None:
-    """Print rollout samples of a run: problem, completion, verdict."""
+    """Print rollout samples of a run, or the answers of an evaluation: problem, completion, verdict."""
     from collections import deque
 
     from astracli import run_view

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from astracli import machine, machine_read, registry, run_view
 from astracli.adapter import read_config
+from astracli.adapter_tools import has_chat_template
 from astracli.errors import UserError
 from astracli.recipe import Recipe
 from astracli.run_dir import RUNS
@@ -104,14 +105,10 @@ def _beside(place: Path) -> dict[str, Any]:
             shards = {f"{index.name} (unreadable)"}
     elif not any(place.glob("*.safetensors")):
         shards = {"model.safetensors"}
-    settings = place / "tokenizer_config.json"
-    template = (place / "chat_template.jinja").is_file() or (
-        settings.is_file() and '"chat_template"' in settings.read_text(errors="replace")
-    )
     return {
         "missing_files": sorted(name for name in shards if not (place / name).is_file()),
         "tokenizer": [name for name in TOKENIZER_FILES if (place / name).is_file()],
-        "chat_template": template,
+        "chat_template": has_chat_template(place),
     }
 
 

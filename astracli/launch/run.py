@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 from astracli import machine, recipe_io, registry
 from astracli import plan as planning
 from astracli import run_dir as runs
+from astracli.adapter_tools import has_chat_template
 from astracli.errors import UserError
 from astracli.launch import fetch, inputs, job
 from astracli.launch.job import Job
@@ -109,10 +111,11 @@ def evaluate(
     run_dir: Path | None = None,
     benchmarks: Sequence[str] | None = None,
     samples: int | None = None,
+    out: Path | None = None,
     resume: Path | None = None,
     as_json: bool = False,
 ) -> int:
-    """Evaluate once and print the figures; the exit code. With `run_dir`, files go below that run's `eval/`.
+    """Evaluate once and print the figures; the exit code. Files go into `out`, else below the `eval/` of `run_dir`.
 
     `resume` goes on with an evaluation that was stopped; `recipe` is then its own.
     """
@@ -123,6 +126,8 @@ def evaluate(
     source = _fetch(recipe, data=False, benchmarks=recipe.eval.benchmarks)
     if resume is not None:
         run = _resumed_evaluation(resume)
+    elif out is not None:
+        run = runs.create(f"{recipe.name}-eval", out)
     elif run_dir is not None:
         run = runs.create("", run_dir / "eval" / time.strftime("again-%Y%m%d-%H%M%S"))
     else:
@@ -163,8 +168,12 @@ def _before(began: float, source: Source) -> dict[str, float]:
 
 def _plan(recipe: Recipe, command: Command, config: Mapping[str, Any] | None) -> LaunchPlan:
     from astracli import backend
+    from astracli.doctor.gather import environment
 
     facts = machine.probe()
+    engine = recipe.resources.engine
+    if engine.foreign and machine.visible_gpus(facts):
+        facts["engine"] = environment(engine.python or sys.executable, [], engine.env)
     adapter = registry.resolve(recipe, config)
     choice = backend.choose(adapter, facts, recipe, config)
     local = fetch.local_path(recipe.model.path) if config is not None else None
@@ -204,6 +213,11 @@ def _fetch(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> Source:
     inputs.check_setting(recipe, rewards=data)
     model = fetch.fetch_model(recipe.model.path, recipe.model.revision)
     inputs.check_checkpoint(model)
+    if not has_chat_template(model):
+        fetch.to_stderr(
+            f"warning: no chat template in `{model}`: prompts go to the model as bare text, right for a base model and "
+            "wrong for a chat model; copy its chat_template.jinja beside tokenizer.json"
+        )
     fetched = sets.fetch_all(benchmarks, recipe.data.path)
     problems = datasets.fetch(recipe) if data else None
     if problems is not None:

@@ -22,6 +22,18 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
+def interval(mean: float, stderr: float, items: int) -> tuple[float, float]:
+    """95 % interval of a share, inside [0, 1]: Wilson's, for as many draws as the standard error is worth.
+
+    That number is mean (1 - mean) / stderr^2; without a spread over items it is `items`, so that 0 of 30 right says
+    0 to 0.114 and not 0 to 0. Source: Wilson 1927, with the effective sample size of Korn and Graubard 1998.
+    """
+    draws = mean * (1.0 - mean) / stderr**2 if stderr > 0.0 else float(items)
+    middle = (mean + Z95**2 / (2 * draws)) / (1 + Z95**2 / draws)
+    half = Z95 / (1 + Z95**2 / draws) * math.sqrt(mean * (1 - mean) / draws + Z95**2 / (4 * draws**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 @dataclass(frozen=True)
 class Score:
     """One benchmark's result."""
@@ -40,8 +52,8 @@ class Score:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of `avg_at_n`: 1.96 standard errors over items to either side, inside [0, 1]."""
-        return max(0.0, self.avg_at_n - Z95 * self.stderr), min(1.0, self.avg_at_n + Z95 * self.stderr)
+        """95 % interval of `avg_at_n`, see `interval`."""
+        return interval(self.avg_at_n, self.stderr, self.items)
 
 
 def score(right: Sequence[Sequence[bool]], k: int) -> Score:

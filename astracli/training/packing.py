@@ -1,4 +1,4 @@
-"""Micro-batches under a token budget: one packed row each on a GPU, right-padded rows on a CPU. Decided here alone.
+"""Micro-batches under a token budget: one packed row each on a GPU, right-padded rows on a CPU (`backend.packing`).
 
 A packed row holds whole samples one after the other, without padding; `bounds_S1` says where each begins, positions
 restart there, and nothing may cross it (`varlen.py`; the start-up check proves it). On a CPU padding is cheaper than
@@ -10,34 +10,12 @@ Shape letters: S segments of a packed row, T its tokens, N loss tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from astracli.adapter import ModelAdapter
-from astracli.errors import UserError
-from astracli.recipe import Recipe
 from astracli.rl import batch
 from astracli.rl.batch import MicroBatch, Row
-
-ATTENTION = ("auto", "sdpa")
-"""Values of train.attention under which a packed row gets its own attention function."""
-
-
-def choose(recipe: Recipe, adapter: ModelAdapter, device: str) -> tuple[str, str]:
-    """(`packed` or `padded`, the reason). Raises UserError when a recipe asks for packed rows that would leak."""
-    asked, attention = recipe.train.packing, recipe.train.attention
-    obstacle = None
-    if adapter.hybrid and adapter.install_varlen is None:
-        obstacle = f"adapter `{adapter.name}` cannot reset its recurrent state inside a row (install_varlen)"
-    elif attention not in ATTENTION:
-        obstacle = f"train.attention = {attention} does not know the boundaries of a packed row"
-    if asked == "packed" and obstacle is not None:
-        raise UserError(f"train.packing = packed: {obstacle}", "use `--set train.packing=padded`")
-    if asked != "auto":
-        return asked, "the recipe asks for it"
-    if device == "cpu":
-        return "padded", "right-padded rows are quicker than short segments on a CPU"
-    return ("padded", obstacle) if obstacle is not None else ("packed", "one row a micro-batch, nothing is padded")
 
 
 def micro_batches(rows: Sequence[Row], tokens_per_microbatch: int, pad_token: int) -> list[MicroBatch]:
@@ -68,6 +46,26 @@ def pack_rows(rows: list[Row], pad_token: int = 0) -> MicroBatch:
         for row, start in zip(rows, bounds_S1[:-1], strict=True)
     ]
     return batch.micro_batch(rows, tokens_1T, np.ones_like(tokens_1T), np.concatenate(predict), bounds_S1)
+
+
+GPU_LENGTHS = 2048
+"""Rows are this long on a GPU, or a multiple: fla compiles its convolution anew for every thousand tokens of a row."""
+
+
+def rounded(micro: MicroBatch, multiple: int = GPU_LENGTHS) -> MicroBatch:
+    """The same loss tokens in rows of a length that is a multiple of `multiple`; a packed row gets a segment more."""
+    count, length = micro.tokens_BL.shape
+    more = -length % multiple
+    if not more:
+        return micro
+    bounds_S1 = micro.bounds_S1
+    return replace(
+        micro,
+        tokens_BL=np.pad(micro.tokens_BL, ((0, 0), (0, more)), constant_values=int(micro.tokens_BL[0, 0])),
+        mask_BL=np.pad(micro.mask_BL, ((0, 0), (0, more))),
+        predict_N=micro.predict_N + micro.predict_N // length * more if count > 1 else micro.predict_N,
+        bounds_S1=None if bounds_S1 is None else np.append(bounds_S1, length + more),
+    )
 
 
 def positions(bounds_S1: np.ndarray) -> np.ndarray:

@@ -29,6 +29,8 @@ def logprobs(
     policy: PolicyModel, adapter: ModelAdapter, micro: MicroBatch, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability and entropy, each fp32 [N], of a micro-batch's loss tokens."""
+    if device.type == "cuda":
+        micro = packing.rounded(micro)
     predict_N, target_N = (torch.from_numpy(x).to(device) for x in (micro.predict_N, micro.target_N))
     tokens_BL = torch.from_numpy(micro.tokens_BL).to(device)
     if micro.bounds_S1 is not None:

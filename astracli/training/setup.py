@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
+from astracli import backend
 from astracli.adapter import ModelAdapter, read_config
 from astracli.cpu import linear
 from astracli.recipe import Recipe
-from astracli.training import packing, varlen
+from astracli.training import varlen
 from astracli.training.fsdp import Ranks, recompute, shard
 from astracli.training.logprob import PolicyModel
 from astracli.training.optimizer import DTYPES, Masters
@@ -18,7 +19,7 @@ from astracli.training.step import Trainer
 
 def build_trainer(model_dir: Path, adapter: ModelAdapter, recipe: Recipe, ranks: Ranks, *, attention: str) -> Trainer:
     """Everything a step needs, on every rank. `attention`: an implementation that transformers knows."""
-    packed = packing.choose(recipe, adapter, ranks.device.type)[0] == "packed"
+    packed = backend.packing(recipe, adapter, ranks.device.type)[0] == "packed"
     model = _load(model_dir, adapter, ranks, attention, packed)
     wire = adapter.wire_tensors(model)
     blocks = adapter.block_classes(model)

@@ -27,7 +27,7 @@ ENCODINGS = {"gap-ulp": 1, "gap-xor": 2, "dense-ulp": 3, "dense-xor": 4, "dense-
 """Encoding -> its code in the payload. `none` has no payload, `raw` is the plain bytes of a full version."""
 
 _MAGIC = b"ADP1"
-_HEADER = struct.Struct("<4sBBBxQQQ")  # magic, encoding, item size, planes, elements, changed, escapes
+_HEADER = struct.Struct("<4sBBBBQQQ")  # magic, encoding, item size, planes, 0, elements, changed, escapes
 _SIZE = struct.Struct("<I")  # of one plane's frame; 0 = the plane is all zero
 _CHECK = struct.Struct("<Q")  # xxh3-64 of everything before it
 ESCAPE = 255
@@ -270,7 +270,7 @@ def assemble(
         planes += _planes(long.astype("<u4"))
     planes += values
     frames = [_deflate(plane, level) for plane in planes]
-    head = _HEADER.pack(_MAGIC, ENCODINGS[encoding], len(values), len(planes), length, count, escapes)
+    head = _HEADER.pack(_MAGIC, ENCODINGS[encoding], len(values), len(planes), 0, length, count, escapes)
     body = b"".join([head, *(_SIZE.pack(len(frame)) for frame in frames), *frames])
     return body + _CHECK.pack(xxhash.xxh3_64_intdigest(body))
 
@@ -285,10 +285,11 @@ def _open(
     body = view[: -_CHECK.size]
     if xxhash.xxh3_64_intdigest(body) != _CHECK.unpack(view[-_CHECK.size :])[0]:
         raise WeightCorrupt(f"a payload of {len(view)} bytes fails its checksum")
-    magic, code, size, number, elements, changed, escapes = _HEADER.unpack_from(body)
-    expected = (_MAGIC, ENCODINGS.get(encoding), itemsize, length, count)
-    if (magic, code, size, elements, changed) != expected:
-        raise WeightCorrupt(f"payload header {(magic, code, size, elements, changed)}, the manifest says {expected}")
+    magic, code, size, number, zero, elements, changed, escapes = _HEADER.unpack_from(body)
+    expected = (_MAGIC, ENCODINGS.get(encoding), itemsize, 0, length, count)
+    if (magic, code, size, zero, elements, changed) != expected:
+        found = (magic, code, size, zero, elements, changed)
+        raise WeightCorrupt(f"payload header {found}, the manifest says {expected}")
     if not 0 < count <= length <= MAX_PIECE or escapes > count:
         raise WeightCorrupt(f"payload with {count} changes and {escapes} long gaps among {length} elements")
     gap_planes = 0 if encoding.startswith("dense-") else 5 if escapes else 1

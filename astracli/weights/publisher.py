@@ -117,6 +117,8 @@ class Publisher:
         self._background = ThreadPoolExecutor(1, "weights-publish")
         self._pending: Future[PublishResult] | None = None
         self._stream: torch.cuda.Stream | None = None
+        self.on_failure: Callable[[BaseException], None] | None = None
+        """Called in the background with its error, before that comes out of the next call."""
 
     # ---- the caller's verbs ----
 
@@ -143,11 +145,16 @@ class Publisher:
         snapshot, snapshot_s, ready = self._snapshot(tensors, owned)
 
         def work() -> PublishResult:
-            with self._beside(ready):
-                result = self._publish(version, snapshot)
-            result = replace(result, waited_s=waited, snapshot_s=snapshot_s)
-            if on_published:
-                on_published(result)
+            try:
+                with self._beside(ready):
+                    result = self._publish(version, snapshot)
+                result = replace(result, waited_s=waited, snapshot_s=snapshot_s)
+                if on_published:
+                    on_published(result)
+            except BaseException as error:
+                if self.on_failure:
+                    self.on_failure(error)
+                raise
             return result
 
         self._pending = self._background.submit(work)
@@ -204,24 +211,26 @@ class Publisher:
         """What will be published, the seconds that took, and on a GPU what the background must wait for."""
         begin = time.perf_counter()
         snapshot = {name: local(tensor, copy=not owned) for name, tensor in tensors.items()}
-        ready = None
-        if any(t.flat.device.type == "cuda" for t in snapshot.values()):
+        ready, devices = None, {t.flat.device for t in snapshot.values() if t.flat.device.type == "cuda"}
+        if devices:
             import torch
 
-            ready = torch.cuda.Event()
-            ready.record()
+            (device,) = devices
+            with torch.cuda.device(device):
+                ready = torch.cuda.Event()
+                ready.record()
+            self._stream = self._stream or torch.cuda.Stream(device)
         return snapshot, time.perf_counter() - begin, ready
 
     @contextlib.contextmanager
     def _beside(self, ready: torch.cuda.Event | None) -> Iterator[None]:
         """On a GPU a stream of its own, behind the snapshot: training goes on beside it."""
-        if ready is None:
+        if ready is None or self._stream is None:
             yield
             return
         import torch
 
-        self._stream = self._stream or torch.cuda.Stream()
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
             yield
             self._stream.synchronize()

@@ -143,6 +143,8 @@ class Resident:
 
     def apply(self, prepared: Prepared) -> None:
         self.load(prepared)
+        if self._stream is not None:
+            torch.cuda.synchronize(self.device)  # a batch that was under way has read the old weights by now
         for step in prepared.loaded or ():
             for view, bits in step.copies:
                 view.copy_(torch.from_numpy(np.array(bits).view(f"<i{bits.itemsize}")))

@@ -121,8 +121,10 @@ def read_back_digests(model: Any, entries: Iterable[TensorEntry]) -> dict[str, s
     """
     entries = list(entries)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    beside = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext()
-    with torch.no_grad(), beside:
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+            stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
         return Resident(PlacementRecorder().record(model, entries)).digests([entry.name for entry in entries])
 
 

@@ -151,7 +151,11 @@ async def update(
 ) -> dict[str, Any]:
     """One version into the server while requests run. The pause is pause sent to continue answered."""
     metered = args.recovery and args.running
-    load = Meter(client.url, TOKEN, args.running, args.context - 100) if metered else Batch(client, f"v{version}", args.running, args.context - 100)
+    load = (
+        Meter(client.url, TOKEN, args.running, args.context - 100)
+        if metered
+        else Batch(client, f"v{version}", args.running, args.context - 100)
+    )
     async with load:
         await asyncio.sleep(args.warm_s)
         plan = await asyncio.to_thread(subscriber.fetch, version, version - 1 if version else None)

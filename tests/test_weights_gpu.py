@@ -137,7 +137,12 @@ class Model(torch.nn.Module):
                 target.copy_(loaded)
 
 
-def test_versions_follow_each_other_inside_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("spare", [0, 1 << 60])
+def test_versions_follow_each_other_inside_an_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spare: int
+) -> None:
+    """With room for what is staged on the device, and without."""
+    monkeypatch.setattr(resident, "SPARE_BYTES", spare)
     versions = [model_weights()]
     publisher = Publisher(tmp_path / "weights", full_interval=100)
     publisher.publish(0, versions[0])

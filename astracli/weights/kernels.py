@@ -15,13 +15,12 @@ import triton
 import triton.language as tl
 
 from astracli.weights import digest
+from astracli.weights.resident import BLOCK
 
 TILE = 2048
 """Columns of one digest item: eight elements for each of its 256 threads, 16 bytes of bf16."""
 ROWS = 64
 """Rows of one digest item."""
-BLOCK = 1024
-"""Changed elements of one scatter item."""
 
 
 @triton.jit

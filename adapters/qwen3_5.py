@@ -197,7 +197,7 @@ def text_shapes(config: Mapping[str, Any]) -> Shapes:
 def memory_shape(config: Mapping[str, Any]) -> MemoryShape:
     """Recurrent state in fp32, convolution state (kernel - 1 columns) and KV cache in bf16."""
     text, shapes = text_config(config), text_shapes(config)
-    kinds = _layer_types(text)
+    kinds, sizes = _layer_types(text), _activations(text)
     key_heads, value_heads, key_dim, value_dim, kernel = _delta_net_sizes(text)
     recurrent = value_heads * key_dim * value_dim * 4
     convolution = (2 * key_heads * key_dim + value_heads * value_dim) * (kernel - 1) * 2
@@ -211,27 +211,30 @@ def memory_shape(config: Mapping[str, Any]) -> MemoryShape:
         state_bytes_per_sequence=kinds.count("linear_attention") * (recurrent + convolution),
         flops_per_token=gemm_flops(shapes, tied=text["tie_word_embeddings"]),
         outside_blocks=outside_blocks(shapes),
-        block_activations=tuple(_activations(text)[kind] for kind in kinds),
+        block_activations=tuple(sizes[kind][0] for kind in kinds),
+        block_products=tuple(sizes[kind][1] for kind in kinds),
     )
 
 
-def _activations(text: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes a token that autograd keeps of a block of each kind in bf16, as transformers and fla compute it.
+def _activations(text: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Kind of block -> bytes a token in bf16 that autograd keeps of it on a GPU, and how many of them are results of
+    matrix products and attention (what selective recomputation keeps).
 
-    Norms: the input in fp32, the normed one in fp32, the product (10 bytes a unit). MLP: gate, its activation, up, the
-    product (8). Full attention: normed heads (8), what flash attention keeps (2 each of query, key, value, output), its
-    output in the order of the tokens, the gate and the gated output (2 each). Delta rule: input of the convolution (2 a
-    channel); query and key, normed and repeated to the value heads, value, gate, output, gated output (2 each); a row
-    of the chunk's matrix a head.
+    fla's norms keep input and output (2 + 2 bytes a unit), its MLP gate and up (2 + 2). Full attention: normed heads'
+    inputs, what varlen attention keeps (query, key, value, output), the gate and the gated output. Delta rule: input of
+    the convolution; query and key, normed and repeated to the value heads, value, gate, output, gated output; a row of
+    the chunk's matrix a head.
     """
     key_heads, value_heads, key_dim, value_dim, _ = _delta_net_sizes(text)
     values = value_heads * value_dim
+    channels = 2 * key_heads * key_dim + values
     query, kv = (text[f"num_{n}_heads"] * text.get("head_dim", 256) for n in ("attention", "key_value"))
-    block = 2 * 10 * text["hidden_size"] + 8 * text["intermediate_size"]
-    delta = 2 * (2 * key_heads * key_dim + values) + 4 * value_heads * key_dim + 8 * values
+    hidden, inner, heads = text["hidden_size"], text["intermediate_size"], text["num_attention_heads"]
+    block, products = 2 * 4 * hidden + 4 * inner, 4 * inner + 2 * 2 * hidden
+    delta = 2 * channels + 4 * value_heads * key_dim + 8 * values + (2 * layers.CHUNK + 26) * value_heads
     return {
-        "linear_attention": block + delta + (2 * layers.CHUNK + 26) * value_heads,
-        "full_attention": block + 18 * query + 12 * kv + 4 * text["num_attention_heads"],
+        "linear_attention": (block + delta, products + 2 * (channels + values) + 4 * value_heads),
+        "full_attention": (block + 10 * query + 6 * kv + 4 * heads, products + 6 * query + 4 * kv + 4 * heads),
     }
 
 

@@ -61,7 +61,9 @@ class MemoryShape:
     """Parameters in no block: embedding, output head, last norm. 0 = the embedding alone."""
     block_activations: tuple[int, ...] = ()
     """Per block, the bytes a token that autograd keeps in bf16, without recomputation and without the blocks' own
-    inputs. () = not known: estimated from the hidden size."""
+    inputs, as `prepare_gpu` leaves them. () = not known: estimated from the hidden size."""
+    block_products: tuple[int, ...] = ()
+    """Of these, the results of matrix products and attention: what selective recomputation keeps. () = not known."""
 
 
 @dataclass(frozen=True)

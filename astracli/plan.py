@@ -124,6 +124,8 @@ def _processes(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any], 
             "OMP_NUM_THREADS": str(count),
             "TOKENIZERS_PARALLELISM": "false",
             **(resources.engine.env if role == "engine" and choice.engine == "embedded" else {}),
+            # what moves between GPU and host leaves no holes
+            **({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} if role == "trainer" and cuda else {}),
         }
         return ProcessPlan(
             name=name,

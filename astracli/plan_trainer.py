@@ -19,7 +19,7 @@ from astracli.recipe import Recipe
 Where = Literal["gpu", "host"]
 
 LOGIT_BYTES = {"cpu": 2**25, "cuda": 2**29}
-"""fp32 logits of one chunk in the trainer's loss; three such buffers live at once."""
+"""fp32 logits of one chunk in the trainer's loss; with what lives beside them three times that."""
 GATHERED = 14
 """Bytes a parameter of a block while its backward pass runs: it and the next one gathered in bf16 (2 each) with the
 buffer of the collective (2), bf16 gradients (2), the fp32 buffer that they are reduced from (4), the one of the block
@@ -38,8 +38,12 @@ class Split:
     optimizer: Where = "gpu"
 
 
+RESIDENT = Split()
+"""Everything on the GPU."""
+
+
 def trainer_rows(
-    name: str, shape: MemoryShape, recipe: Recipe, device: str, ranks: int, split: Split = Split()
+    name: str, shape: MemoryShape, recipe: Recipe, device: str, ranks: int, split: Split = RESIDENT
 ) -> list[MemoryRow]:
     """One trainer rank; parameters, gradients, moments and reference are sharded over the ranks."""
     if device == "cpu":
@@ -98,21 +102,19 @@ def _tokens(recipe: Recipe) -> int:
 
 
 def _kept(shape: MemoryShape, recipe: Recipe) -> int:
-    """What forward keeps of a micro-batch in bf16; a recomputed block keeps its input."""
-    mode = recipe.train.activation_checkpointing
-    recomputed = {"none": 0, "full": 1, "selective": 2}[mode]
-    blocks = block_activations(shape)
-    kept = sum(
-        2 * shape.hidden_size if recomputed and number % recomputed == 0 else size for number, size in enumerate(blocks)
-    )
-    return _tokens(recipe) * kept
+    """What forward keeps of a micro-batch in bf16: of a recomputed block its input, selectively also its products."""
+    own, inputs = block_activations(shape), 2 * shape.hidden_size * shape.layers
+    products = shape.block_products or tuple(size // 2 for size in own)
+    kept = {"none": sum(own), "selective": inputs + sum(products), "full": inputs}
+    return _tokens(recipe) * kept[recipe.train.activation_checkpointing]
 
 
 def _peak(shape: MemoryShape, recipe: Recipe, ranks: int, split: Split) -> int:
     """The largest of what comes and goes while the activations are kept, or after them: head, one block, update.
 
-    Head: its gradient in fp32 and bf16, three chunks of logits, the last norm. Block: `GATHERED`, its activations made
-    again, the head's gradient. Update with the moments on the host: those of the largest tensor.
+    Head: its gradient in fp32 and bf16, a chunk of fp32 logits and the bf16 gradients of four, the last norm. Block:
+    `GATHERED`, its activations made again, the head's gradient. Update with the moments on the host: those of the
+    largest tensor.
     """
     tokens, head = _tokens(recipe), shape.vocab_size * shape.hidden_size
     logits = min(LOGIT_BYTES["cuda"], tokens * shape.vocab_size * 4)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from astracli.adapters import generic, llama, qwen3, qwen3_5
+from astracli.adapters import generic, llama, qwen3, qwen3_5, qwen3_5_layers
 
 TOKENS = 512
 
@@ -27,8 +28,8 @@ def fp32(*shape: int) -> torch.Tensor:
 
 
 def flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    """[B, H, T, D]; keeps its inputs, its output (laid out like `query`) and a normaliser a head and token."""
-    out = torch.empty_like(query.transpose(1, 2))
+    """[B, H, T, D]; keeps its inputs, its output (in the order of the tokens) and a normaliser a head and token."""
+    out = query.new_empty(query.transpose(1, 2).shape)
 
     class Flash(torch.autograd.Function):
         @staticmethod
@@ -39,28 +40,39 @@ def flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, 
     return Flash.apply(query, key, value)
 
 
-def fuse_delta_net(module: Any) -> None:
-    """fla's kernels: what their autograd functions save (fla/ops/gated_delta_rule/chunk.py, modules)."""
+class OnGpu(torch.Tensor):
+    """A tensor that says it is on a GPU: the layers then take fla's kernels."""
+
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+
+
+def fla() -> Any:
+    """fla's kernels: what their autograd functions save (its ops/gated_delta_rule/chunk.py and modules)."""
 
     def rule(query: Any, key: Any, value: Any, *, g: Any, beta: Any, **_: Any) -> tuple[Any, None]:
         heads = query.shape[:3]
         copies = (query.clone(), fp32(*heads), key.clone(), fp32(*heads), value.contiguous(), g.clone())
         return Keeps.apply(value, *copies, beta, value.new_empty(*heads, 64)), None
 
-    module.chunk_gated_delta_rule = rule
-    module.causal_conv1d_fn = lambda x, weight, **_: Keeps.apply(x, x, weight)
-    weight = module.norm.weight
+    def norm(x: Any, *rest: Any, eps: float) -> Any:
+        rows = x.contiguous()
+        return Keeps.apply(rows, rows, *(t for t in rest if t is not None), fp32(*x.shape[:-1]))
 
-    class Norm(torch.nn.Module):
-        def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-            return Keeps.apply(x, x, gate, weight, fp32(len(x)))
+    def swiglu_linear(gate: Any, up: Any, weight: Any, bias: Any) -> Any:
+        return Keeps.apply(gate.new_empty(*gate.shape[:-1], len(weight)), gate, up, weight)
 
-    module.norm = Norm()
+    return SimpleNamespace(
+        rule=rule,
+        conv=lambda x, weight, bias, **_: (Keeps.apply(x, x, weight), None),
+        rms_norm=norm,
+        rms_norm_gated=norm,
+        swiglu_linear=swiglu_linear,
+    )
 
 
 def kept_bytes(layer: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> int:
     """Bytes of the distinct storages that a forward of `layer` saves, parameters and rotary tables aside."""
-    inputs = {t.untyped_storage()._cdata for t in (*layer.parameters(), cos, sin, hidden)}
+    inputs = {t.untyped_storage()._cdata for t in (*layer.parameters(), cos, sin)}
     kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -83,6 +95,7 @@ def kept_bytes(layer: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.T
 )
 def test_a_block_keeps_what_its_adapter_says(adapter: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", flash)
+    monkeypatch.setattr(qwen3_5_layers, "fla", fla)
     document = dict(adapter.ADAPTER.known_configs[name])
     shape = adapter.memory_shape(document)
     text = dict(document.get("text_config", document), num_hidden_layers=4)
@@ -94,9 +107,10 @@ def test_a_block_keeps_what_its_adapter_says(adapter: Any, name: str, monkeypatc
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         hidden = torch.empty(1, TOKENS, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
         cos, sin = (torch.empty(1, TOKENS, shape_of(config), dtype=torch.bfloat16) for _ in range(2))
+    if adapter.ADAPTER.prepare_gpu is not None:
+        adapter.ADAPTER.prepare_gpu(model)
+        hidden = hidden.detach().as_subclass(OnGpu).requires_grad_()
     for index, layer in enumerate(model.model.layers):
-        if hasattr(layer, "linear_attn"):
-            fuse_delta_net(layer.linear_attn)
         counted = kept_bytes(layer, hidden, cos, sin) / TOKENS
         assert shape.block_activations[index] == pytest.approx(counted, rel=0.01), (index, counted)
 

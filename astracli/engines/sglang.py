@@ -165,6 +165,7 @@ def command(config: WorkerConfig, model: Path, options: Options, flags: Mapping[
         "mem_fraction_static": rollout.mem_fraction_static,
         "chunked_prefill_size": rollout.chunked_prefill_size,
         "random_seed": config.recipe.seed,
+        "dtype": "bfloat16",  # as published; a config that does not say is served in fp16
         "custom_weight_loader": STAGED_LOADER,
         "load_format": "dummy" if from_the_wire(config) else "safetensors",
         "weight_version": UNPROVEN if from_the_wire(config) else 0,

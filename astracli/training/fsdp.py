@@ -145,7 +145,7 @@ def shard(policy: nn.Module, block_classes: Iterable[str], ranks: Ranks) -> None
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    policy.to(ranks.device)
+    # FSDP moves each group to the device as it shards it: the whole fp32 model is never there at once
     settings: dict[str, Any] = {"mesh": ranks.mesh}
     if ranks.device.type == "cuda":
         settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,6 +33,7 @@ from astracli.training.agreement import Agreement
 from astracli.training.fsdp import Ranks
 from astracli.training.logprob import PolicyModel
 from astracli.training.optimizer import Masters, learning_rate
+from astracli.training.parking import Parking
 
 ROWS_EVERY = 50
 """Steps between two measurements of rows against separate rows; the first batch of a process is always measured."""
@@ -83,6 +85,7 @@ class Trainer:
         ranks: Ranks,
         *,
         reference: PolicyModel | None = None,
+        reference_parking: Parking | None = None,
         pad_token: int = 0,
         packed: bool = False,
     ):
@@ -92,6 +95,7 @@ class Trainer:
         self.recipe = recipe
         self.ranks = ranks
         self.reference = reference
+        self.reference_parking = reference_parking
         self.pad_token = pad_token
         self.packed = packed
         self.algorithm = losses.get(recipe.algorithm.name)
@@ -138,6 +142,22 @@ class Trainer:
         metrics |= timer.seconds
         metrics["train_s"] = sum(timer.seconds.values())
         return StepResult(metrics, batch)
+
+    def to_host(self) -> None:
+        """Leave the device to others between two steps: nothing of this trainer stays on it but the CUDA context."""
+        if hasattr(self.policy, "reshard"):
+            self.policy.reshard()
+        self.masters.to_host()
+        if self.reference is not None:
+            if self.reference_parking is None:
+                self.reference_parking = Parking(self.reference.parameters(), constant=True)
+            self.reference_parking.to_host()
+        if self.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def to_device(self) -> None:
+        """Take the device again after `to_host`."""
+        self.masters.to_device()
 
     def _divide(self, groups: Sequence[Group], step: int) -> Batch:
         table = self.recipe.train
@@ -196,7 +216,11 @@ class Trainer:
         if self.reference is None:
             return {}
         micros = [micro for minibatch in batch.minibatches for micro in minibatch]
-        return {id(micro): self._forward(self.reference, micro)[0] for micro in micros}
+        with self.reference_parking.moved_in() if self.reference_parking is not None else nullcontext():
+            found = {id(micro): self._forward(self.reference, micro)[0] for micro in micros}
+        if hasattr(self.reference, "reshard"):
+            self.reference.reshard()  # FSDP leaves the embedding and the head gathered after a forward pass
+        return found
 
     @torch.no_grad()
     def _score(

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 
 from astracli.errors import RunFailed
+from astracli.plan_trainer import RESIDENT, Split
 from astracli.recipe import Recipe
 from astracli.rl.types import Group, unpack_group
 from astracli.workers.common import Reporter, WorkerConfig, worker_main
@@ -51,6 +52,12 @@ def _train(config: WorkerConfig, reporter: Reporter, ranks: Any) -> None:
         if not loop.advance():
             return
     loop.finish()
+
+
+def _split(config: WorkerConfig) -> Split:
+    """What the plan lets wait on the host. On a CPU there is one place."""
+    told = config.extra.get("placement", {})
+    return Split(told.get("reference", "gpu"), told.get("optimizer", "gpu")) if config.device == "cuda" else RESIDENT
 
 
 def _settle_torch(config: WorkerConfig) -> None:
@@ -115,7 +122,9 @@ class TrainLoop:
         self.step = 0
         self.adapter = registry.resolve(self.recipe, config.model_path)
         attention = config.backends.get("attention", "sdpa")
-        self.trainer = build_trainer(config.model_path, self.adapter, self.recipe, ranks, attention=attention)
+        self.trainer = build_trainer(
+            config.model_path, self.adapter, self.recipe, ranks, attention=attention, split=_split(config)
+        )
         self.hub: HubClient | None = HubClient(config.hub_url, config.token) if ranks.first else None
         self.checkpoints = config.run_dir / "checkpoints"
         self._pinned: set[int] = set()

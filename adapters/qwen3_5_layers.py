@@ -80,10 +80,12 @@ def torch_on_cpu() -> None:
     from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
     for name in _DISPATCHED:
-        wrapped = getattr(modeling, name, None)
-        inner = inspect.unwrap(wrapped) if wrapped is not None else None
-        if inner is not wrapped:
-            setattr(modeling, name, partial(_by_device, wrapped, inner))
+        wrapped: Any = getattr(modeling, name, None)
+        inner = wrapped and inspect.unwrap(wrapped)
+        if inner is not wrapped and getattr(wrapped, "func", None) is not _by_device:
+            chooser: Any = partial(_by_device, wrapped, inner)
+            chooser.__wrapped__ = inner
+            setattr(modeling, name, chooser)
 
 
 def _by_device(on_gpu: Callable[..., Any], on_cpu: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -127,7 +129,7 @@ def delta_net(
         raise ValueError(f"cu_seqlens with {rows} rows; a packed row is one")
     mixed = module.in_proj_qkv(hidden_states)
     taps = module.conv1d.weight.squeeze(1)
-    bounds = None if kernels is not None else _segments(cu_seqlens, tokens)
+    bounds = _segments(cu_seqlens, tokens) if kernels is None else []
     if kernels is not None:
         mixed = _apart(kernels.conv, mixed, taps, module.conv1d.bias, activation="silu", cu_seqlens=cu_seqlens)[0]
     else:

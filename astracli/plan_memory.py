@@ -32,6 +32,10 @@ ACTIVATION_UNITS = 80
 DELTA_SHARE = 0.15
 """A delta payload over a full one, at most: what a high learning rate gives; 4B at 5e-6 gives about 0.04."""
 
+STAGED_BYTES = 6 * 0.05
+"""An index and a value for each of one parameter in twenty: a delta that waits on the GPU for its pause. What finds no
+room there waits in pinned memory."""
+
 
 @dataclass(frozen=True)
 class MemoryRow:
@@ -82,6 +86,7 @@ def engine_rows(
         MemoryRow(name, "CUDA graphs", "gpu", CUDA_GRAPHS, "estimated"),
         MemoryRow(name, "CUDA context", "gpu", CUDA_CONTEXT, "estimated"),
         MemoryRow(name, "staged weights", "host", weights, "estimated", fixed=False),
+        MemoryRow(name, "staged changes", "gpu", int(STAGED_BYTES * shape.parameters), "estimated", fixed=False),
     ]
     return [*rows, MemoryRow(name, "process", "host", TORCH_PROCESS, "estimated")]
 

@@ -15,6 +15,7 @@ per version a line of JSON, and at the end medians:
                                             loader spent inside the call: load (0 when staged), apply, digest
     abort_ms                                ending all requests, before the pause
     readback_s                              after the pause, while the server generates
+    recovery_s                              until tokens/s is at 95 % of the second before abort or pause (--recovery)
     parity_*                                |server - transformers| log-probabilities, with a loadable --model
 
 Everything it starts, it stops.
@@ -37,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from meter import Batch, Meter
 
 from astracli import registry
 from astracli.adapter import read_config
@@ -56,26 +58,31 @@ SHAPE_4B = {
 }  # fmt: skip
 
 
-def model_directory(args: argparse.Namespace, folder: Path) -> Path:
-    """The checkpoint to serve: a given one, or random weights of the 4B shape, written once."""
+def model_directory(args: argparse.Namespace, folder: Path) -> tuple[Path, Any]:
+    """(what to serve, the model): a given checkpoint, or random weights of the 4B shape, of which only the config is
+    written: the server gets them as version 0."""
+    out = folder / "model"
     if args.shape is None:
         found = fetch.local_path(args.model)
         if found is None:
             sys.exit(f"no local checkpoint `{args.model}`")
-        return Path(shutil.copytree(found, folder / "model"))
+        shutil.copytree(found, out)
+        return out, adapter_of(out).load_for_training(out, attention="sdpa")
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
     torch.manual_seed(0)
     config = Qwen3_5TextConfig(**SHAPE_4B, eos_token_id=1, pad_token_id=0)
+    config.architectures = ["Qwen3_5ForCausalLM"]
     with torch.device("cuda"):
         model = Qwen3_5ForCausalLM(config).to(torch.bfloat16)
-    for name, parameter in model.named_parameters():
-        if name.endswith("A_log"):
-            parameter.data = parameter.data.float()
-    model.save_pretrained(folder / "model")
-    path = folder / "model" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"full_attention_interval": 4}))
-    return folder / "model"
+    out.mkdir()
+    (out / "config.json").write_text(json.dumps(config.to_dict() | {"full_attention_interval": 4, "dtype": "bfloat16"}))
+    return out, model
+
+
+def adapter_of(directory: Path) -> Any:
+    kind = read_config(directory)["model_type"]
+    return next(a for item in registry.installed() if (a := item.adapter) and kind in a.model_types)
 
 
 class Server:
@@ -92,6 +99,7 @@ class Server:
             str(max(2, args.running)), "--mem-fraction-static", "0.5", "--context-length", str(args.context),
             "--custom-weight-loader", "astracli.weights.sglang_loader.apply_staged", "--load-format", "dummy",
             "--weight-version=-1",
+            *(["--stream-interval", "8"] if args.recovery else []),
         ]  # fmt: skip
         env = os.environ | {
             "ASTRA_STAGE_DIR": str(stage),
@@ -142,27 +150,31 @@ async def update(
     client: EngineClient, subscriber: Subscriber, version: int, args: argparse.Namespace
 ) -> dict[str, Any]:
     """One version into the server while requests run. The pause is pause sent to continue answered."""
-    work = asyncio.create_task(client.generate(requests(version, args))) if args.running else None
-    await asyncio.sleep(1.0)
-    plan = await asyncio.to_thread(subscriber.fetch, version, version - 1 if version else None)
-    times = [time.monotonic()]
-    if args.mode == "abort":
-        await client.abort_all()
-        results = await work if work else []
-    times.append(time.monotonic())
-    await client.pause(args.mode)
-    times.append(time.monotonic())
-    answer = await client.apply_staged(version, flush=args.mode != "in_place")
-    times.append(time.monotonic())
-    await client.resume()
-    times.append(time.monotonic())
-    if not answer.success:
-        sys.exit(f"version {version} was not applied: {answer.message}")
-    result = subscriber.outcome(version)
-    readback_s = await asyncio.to_thread(subscriber.proof, version) if result["proof"] else None
-    if args.mode != "abort":
-        await client.abort_all()
-        results = await work if work else []
+    metered = args.recovery and args.running
+    load = (
+        Meter(client.url, TOKEN, args.running, args.context - 100)
+        if metered
+        else Batch(client, f"v{version}", args.running, args.context - 100)
+    )
+    async with load:
+        await asyncio.sleep(args.warm_s)
+        plan = await asyncio.to_thread(subscriber.fetch, version, version - 1 if version else None)
+        times = [time.monotonic()]
+        if args.mode == "abort":
+            await load.drain(client.abort_all)
+        times.append(time.monotonic())
+        await client.pause(args.mode)
+        times.append(time.monotonic())
+        answer = await client.apply_staged(version, flush=args.mode != "in_place")
+        times.append(time.monotonic())
+        await client.resume()
+        times.append(time.monotonic())
+        load.resume()
+        if not answer.success:
+            sys.exit(f"version {version} was not applied: {answer.message}")
+        result = subscriber.outcome(version)
+        felt = await load.recovery(times[0], times[-1]) if isinstance(load, Meter) else {}
+        readback_s = await asyncio.to_thread(subscriber.proof, version) if result.get("proof") else None
     abort_ms, pause_ms, call_ms, continue_ms = (1000 * (b - a) for a, b in itertools.pairwise(times))
     return {
         "kind": plan.kind, "bytes": plan.bytes, "changed": result["changed"], "transfer_s": plan.transfer_s,
@@ -170,15 +182,11 @@ async def update(
         "abort_ms": abort_ms, "pause_ms": pause_ms + call_ms + continue_ms,
         "split_ms": {
             "pause": pause_ms, "call": call_ms, "apply": 1000 * result["apply_s"], "digest": 1000 * result["verify_s"],
-            "record": 1000 * result["record_s"], "loader": 1000 * result["loader_s"], "continue": continue_ms,
+            "record": 1000 * result.get("record_s", 0.0), "loader": 1000 * result.get("loader_s", 0.0),
+            "continue": continue_ms,
         },
-        "readback_s": readback_s, "generated": sum(len(r.tokens) for r in results),
+        "readback_s": readback_s, **felt,
     }  # fmt: skip
-
-
-def requests(version: int, args: argparse.Namespace) -> list[GenRequest]:
-    long = args.context - 100
-    return [GenRequest([3 + i % 10, 4, 5], long, rid=f"v{version}-{i}") for i in range(args.running)]
 
 
 @torch.no_grad()
@@ -189,16 +197,12 @@ def transformers_logprobs(model: Any, prompt: list[int], tokens: list[int]) -> t
 
 
 async def drive(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    directory = model_directory(args, folder)
+    directory, model = model_directory(args, folder)
     stage = folder / "stage"
     stage.mkdir()
-    recipe_config = read_config(directory)
-    adapter = next(
-        a for item in registry.installed() if (a := item.adapter) and recipe_config["model_type"] in a.model_types
-    )
+    adapter = adapter_of(directory)
     server = Server(args, directory, stage, folder / "sglang.log")
     try:
-        model = adapter.load_for_training(directory, attention="sdpa")
         dtypes = {t.name: DTYPES[t.dtype] for t in adapter.wire_tensors(model).values()}
         masters = wire(model, adapter, "cuda")
         threads = min(16, os.cpu_count() or 1)
@@ -213,6 +217,7 @@ async def drive(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         rows = []
         draw = torch.Generator(device="cuda").manual_seed(0)
         check = model.to("cuda") if args.shape is None else None
+        del model
         async with EngineClient(server.url, TOKEN, loader_dir=stage) as client:
             began = time.monotonic()
             await wait_ready(client, server, args.ready_s)
@@ -270,6 +275,8 @@ def main() -> None:
     parser.add_argument("--running", type=int, default=32)
     parser.add_argument("--context", type=int, default=512, help="context length of the server")
     parser.add_argument("--mode", choices=["abort", "retract", "in_place"], default="abort")
+    parser.add_argument("--recovery", action="store_true", help="stream, and time until full speed after each update")
+    parser.add_argument("--warm-s", type=float, default=2.0, help="generating before each update")
     parser.add_argument("--lr", type=float, default=5e-6)
     parser.add_argument("--ready-s", type=float, default=400.0)
     parser.add_argument("--sglang-python", default=sys.executable)
@@ -283,7 +290,7 @@ def main() -> None:
 
 def summarize(rows: list[dict[str, Any]]) -> None:
     """Medians and worst over the versions after the first, whose call also records where the weights lie."""
-    for key in ("publish_s", "diff_s", "stage_s", "abort_ms", "pause_ms", "readback_s"):
+    for key in ("publish_s", "diff_s", "stage_s", "abort_ms", "pause_ms", "readback_s", "recovery_s"):
         found = sorted(r[key] for r in rows if r.get(key) is not None)
         if found:
             print(

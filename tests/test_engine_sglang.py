@@ -29,6 +29,7 @@ from astracli.adapters.qwen3_5 import ADAPTER as QWEN3_5
 from astracli.engines import checkpoint, last_words
 from astracli.engines.client import EngineClient, GenRequest
 from astracli.engines.sglang import Options, command, graph_sizes
+from astracli.errors import RunFailed
 from astracli.launch.ports import free_ports
 from astracli.weights.publisher import Publisher
 from astracli.weights.subscriber import Subscriber
@@ -214,6 +215,18 @@ def test_command_line(tmp_path: Path, hub: FakeHub) -> None:
     found = command(alone, Path("/m"), OPTIONS, {})
     assert {"--load-format=safetensors", "--weight-version=0"} <= set(found)
     assert not any("attention-backend" in part or "linear" in part for part in found)
+
+
+def test_options_are_found_wherever_a_release_keeps_them(tmp_path: Path) -> None:
+    for place in ("server_args.py", "arg_groups/fields/model.py"):
+        package = tmp_path / place.partition(".")[0]
+        (package / "srt" / "arg_groups" / "fields").mkdir(parents=True)
+        (package / "srt" / "server_args.py").write_text("")
+        (package / "srt" / place).write_text("    custom_weight_loader: A[list[str], 'help'] = None")
+        assert Options(package).has("custom_weight_loader") and not Options(package).has("weight_loader")
+    (package / "srt" / place).write_text("")
+    with pytest.raises(RunFailed, match="takes no custom weight loader"):
+        Options(package)
 
 
 def test_graph_sizes() -> None:

@@ -3,6 +3,8 @@ stops the run."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from astracli import backend, registry
 from astracli.adapter import ModelAdapter
+from astracli.adapters import qwen3_5_layers
 from astracli.adapters.qwen3_5 import ADAPTER
 from astracli.errors import RunFailed, UserError
 from astracli.rl.batch import Row, build_batch, pad_rows, rows_of
@@ -299,3 +302,22 @@ def test_rounded_rows_hold_the_same_loss_tokens(packed: bool) -> None:
         assert longer.bounds_S1 is not None and micro.bounds_S1 is not None
         assert longer.bounds_S1.tolist() == [*micro.bounds_S1.tolist(), longer.tokens_BL.size]
     assert packing.rounded(longer, 64) is longer
+
+
+def test_kernels_that_are_wrapped_look_at_the_tensor_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Newer transformers replace the torch functions where fla is installed; on a CPU the torch one must run."""
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
+
+    def in_torch(query: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return query * scale
+
+    @functools.wraps(in_torch)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("0 active drivers")
+
+    monkeypatch.setattr(modeling, "torch_chunk_gated_delta_rule", wrapped)
+    qwen3_5_layers.torch_on_cpu()
+    qwen3_5_layers.torch_on_cpu()
+    found = modeling.torch_chunk_gated_delta_rule
+    assert found(torch.ones(2), scale=3.0, cu_seqlens=None).tolist() == [3.0, 3.0]
+    assert inspect.unwrap(found) is in_torch

@@ -332,6 +332,19 @@ def test_prompts_that_do_not_fit_are_skipped_and_counted(world: World) -> None:
     assert row[0].endswith("tokens, data.max_prompt_tokens = 4")
 
 
+def test_a_run_whose_prompts_all_do_not_fit_ends(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("astracli.workers.rollout.UNFIT_PROMPTS", 30)
+
+    async def scenario() -> None:
+        await until(lambda: world.store.counts()["skipped"] > 10_000)
+
+    with pytest.raises(ExceptionGroup) as error:
+        asyncio.run(world.play(scenario, data={"max_prompt_tokens": 4}))
+    (failure,) = error.value.exceptions
+    assert isinstance(failure, RunFailed) and "30 prompts in a row do not fit, the last: prompt of" in failure.message
+    assert "raise data.max_prompt_tokens" in str(failure.hint)
+
+
 def test_an_engine_that_comes_back_is_given_weights_before_it_serves(world: World) -> None:
     async def scenario() -> None:
         world.store.announce(0, 0)

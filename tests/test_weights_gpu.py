@@ -94,15 +94,16 @@ def later(weights: Weights, seed: int) -> Weights:
 
 def test_a_publisher_writes_the_same_files_from_device_tensors(tmp_path: Path) -> None:
     versions = [model_weights()]
-    while len(versions) < 4:
+    while len(versions) < 5:
         versions.append(later(versions[-1], len(versions)))
     for where in ("cpu", "cuda"):
         publisher = Publisher(tmp_path / where, full_interval=2, threads=4)
         for version, weights in enumerate(versions):
             publisher.publish(version, {name: tensor.to(where) for name, tensor in weights.items()})
+            assert {t.flat.device.type for t in publisher._base.values()} == {where if version else "cpu"}
         publisher.close()
     names = sorted(p.relative_to(tmp_path / "cpu") for p in (tmp_path / "cpu").rglob("*.*"))
-    assert len(names) == 4 + 2 * 4 - 2
+    assert len(names) == 3 * 2 + 4 * 2
     for name in names:
         assert (tmp_path / "cuda" / name).read_bytes() == (tmp_path / "cpu" / name).read_bytes(), name
 

@@ -237,7 +237,7 @@ def damage(draw: np.random.Generator, blob: bytes) -> bytes:
     return bytes(out)
 
 
-def test_two_thousand_damages_of_payload_manifest_plan_and_base_are_all_detected(tmp_path: Path) -> None:
+def test_damages_of_payload_manifest_plan_and_base_are_all_detected(tmp_path: Path) -> None:
     """Every trial ends in an error, and an untouched engine unless the base itself was damaged; afterwards a full
     version puts it right. Damage that changes no byte is drawn again."""
     versions = chain(4)
@@ -247,7 +247,7 @@ def test_two_thousand_damages_of_payload_manifest_plan_and_base_are_all_detected
     content = {path: path.read_bytes() for path in files}
     draw = np.random.default_rng(7)
     trials = {"file": 0, "base": 0, "order": 0}
-    while sum(trials.values()) < 2100:
+    while sum(trials.values()) < 600:  # bench/weights_damage.py does ten thousand
         engine, have = copies(versions[0]), 0
         kind = ("file", "base", "order")[draw.choice(3, p=[0.65, 0.3, 0.05])]
         if kind == "file":
@@ -277,7 +277,7 @@ def test_two_thousand_damages_of_payload_manifest_plan_and_base_are_all_detected
             if path.read_bytes() != content[path]:
                 path.write_bytes(content[path])
         trials[kind] += 1
-    assert min(trials.values()) > 50
+    assert min(trials.values()) > 15
     engine = copies(versions[0])
     staged.apply(where, engine, 0)
     assert same(engine, versions[2])

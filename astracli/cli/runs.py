@@ -198,7 +198,7 @@ def export(
 
 @app.command()
 def samples(
-    run: RunArg,
+    run: OptionalRunArg = None,
     wrong: Annotated[bool, typer.Option("--wrong", help="Wrong answers.")] = False,
     right: Annotated[bool, typer.Option("--right", help="Right answers.")] = False,
     truncated: Annotated[bool, typer.Option("--truncated", help="Answers cut off at the token limit.")] = False,

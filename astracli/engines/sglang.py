@@ -135,12 +135,16 @@ def probe(config: WorkerConfig, environment: Mapping[str, str]) -> dict[str, Any
 
 
 class Options:
-    """The command line options that an installed SGLang knows, read from its source: releases rename them."""
+    """The command line options that an installed SGLang knows, read from its source: releases rename them.
+
+    They are fields of a class in `server_args.py`; from 0.5.20 on its parts lie in `arg_groups`.
+    """
 
     def __init__(self, package: Path):
         file = package / "srt" / "server_args.py"
+        parts = [file, *sorted((package / "srt" / "arg_groups").rglob("*.py"))]
         try:
-            self._source = file.read_text()
+            self._source = "\n".join(part.read_text() for part in parts)
         except OSError as error:
             raise RunFailed(f"`{file}` cannot be read: {error.strerror}", "install sglang anew") from None
         if not self.has("custom_weight_loader"):
@@ -167,6 +171,7 @@ def command(config: WorkerConfig, model: Path, options: Options, flags: Mapping[
         "enable_weights_cpu_backup": bool(config.extra.get("turns")),
         "chunked_prefill_size": rollout.chunked_prefill_size,
         "random_seed": config.recipe.seed,
+        "dtype": "bfloat16",  # as published; a config that does not say is served in fp16
         "custom_weight_loader": STAGED_LOADER,
         "load_format": "dummy" if from_the_wire(config) else "safetensors",
         "weight_version": UNPROVEN if from_the_wire(config) else 0,

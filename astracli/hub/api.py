@@ -18,7 +18,7 @@ from typing import Any
 
 import msgpack
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -49,7 +49,8 @@ class TokenGuard:
             if not hmac.compare_digest(given, self._expected):
                 await _error(401, "missing or wrong token")(scope, receive, send)
                 return
-        await self._app(scope, receive, send)
+        with suppress(ClientDisconnect):  # a worker that ends in the middle of a request is no error of the hub
+            await self._app(scope, receive, send)
 
 
 def _error(status: int, message: str, hint: str | None = None) -> JSONResponse:

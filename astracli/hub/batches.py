@@ -127,6 +127,7 @@ class BatchBook:
                 in_flight=self._db.scalar("SELECT COUNT(*) FROM groups WHERE state = 'leased'"),
                 due=due,
                 dropped_in_a_row=self._db.meta("dropped_in_a_row"),
+                skipped_in_a_row=self._db.meta("skipped_in_a_row"),
             )
         ids = [int(row[0]) for row in kept]
         if self._by_id:

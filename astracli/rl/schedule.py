@@ -112,11 +112,21 @@ def admit(
     )
 
 
-def batch_reason(*, step: int, ready: int, batch_groups: int, in_flight: int, due: int, dropped_in_a_row: int) -> str:
+def batch_reason(
+    *,
+    step: int,
+    ready: int,
+    batch_groups: int,
+    in_flight: int,
+    due: int,
+    dropped_in_a_row: int,
+    skipped_in_a_row: int = 0,
+) -> str:
     """What the batch of `step` waits for, as a noun phrase. `due`: groups in flight that no later step could take."""
     if ready < batch_groups:
         text = f"groups for step {step}: {ready} of {batch_groups}, {in_flight} in flight"
-        return text + (f"; {dropped_in_a_row} in a row dropped for no signal" if dropped_in_a_row else "")
+        text += f"; {dropped_in_a_row} in a row dropped for no signal" if dropped_in_a_row else ""
+        return text + (f"; {skipped_in_a_row} prompts in a row too long" if skipped_in_a_row else "")
     return f"{count(due)} in flight that step {step} must take or none can"
 
 

@@ -149,5 +149,6 @@ def _flash(
         options["is_causal"] = True
         if window is not None and longest > window:
             raise RunFailed("this torch has no sliding window in packed rows", "use `--set train.packing=padded`")
-    out: Tensor = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
-    return out[None]
+    out: Any = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
+    attended: Tensor = out[None]
+    return attended

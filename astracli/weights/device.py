@@ -172,9 +172,10 @@ def _compressing(
     def work() -> tuple[int, int, codec.Encoded]:
         short, long_gaps, planes = fetched.arrays()
         values = [plane[changes] for plane in planes] if other is None else list(other.arrays()[0])
-        gaps = (None, None) if encoding.startswith("dense-") else (short[changes], long_gaps[long])
+        dense = encoding.startswith("dense-")
+        near, far = (None, None) if dense else (short[changes], long_gaps[long])
         count = changes.stop - changes.start
-        payload = codec.assemble(encoding, where[1], count, *gaps, values, level)
+        payload = codec.assemble(encoding, where[1], count, near, far, values, level)
         return *where, codec.Encoded(encoding, count, payload)
 
     return work

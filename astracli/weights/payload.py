@@ -173,7 +173,7 @@ def _pieces(
     """(tensor, what codes a piece of it), in order. On a GPU the diff happens here, in the thread that iterates."""
     room = threading.Semaphore(PASSES_IN_FLIGHT)
     for name, local in tensors.items():
-        if local.flat.device.type == "cpu":
+        if "cpu" in (local.flat.device.type, base[name].flat.device.type):
             old, new = base[name].bits, local.bits
             for at in range(0, len(local), PIECE):
                 yield name, partial(_coded, old[at : at + PIECE], new[at : at + PIECE], at, level)

@@ -46,6 +46,8 @@ class Shard:
     """Of the whole tensor."""
 
 
+SPARE_BYTES = 1 << 30
+"""Device memory that the published versions leave free."""
 Source = Union["torch.Tensor", Shard]
 
 
@@ -125,8 +127,8 @@ class Publisher:
     def publish(self, version: int, tensors: Mapping[str, Source], *, owned: bool = False) -> PublishResult:
         """Publish now, in this thread. `tensors`: HF name -> tensor in its wire dtype (or this rank's Shard).
 
-        `owned`: the caller never writes to `tensors` again, so they need no copy. They stay where they are: tensors on
-        a GPU are compared and coded there, and the last version is kept there.
+        `owned`: the caller never writes to `tensors` again, so they need no copy. From the third version on, tensors on
+        a GPU with room for another version are compared and coded there; otherwise they come to the host.
         """
         waited = self.settle()
         snapshot, snapshot_s, _ = self._snapshot(tensors, owned)
@@ -211,6 +213,8 @@ class Publisher:
         """What will be published, the seconds that took, and on a GPU what the background must wait for."""
         begin = time.perf_counter()
         snapshot = {name: local(tensor, copy=not owned) for name, tensor in tensors.items()}
+        if self._base_version is None or not _room(snapshot):
+            snapshot = {name: replace(t, flat=t.flat.cpu()) for name, t in snapshot.items()}
         ready, devices = None, {t.flat.device for t in snapshot.values() if t.flat.device.type == "cuda"}
         if devices:
             import torch
@@ -378,6 +382,21 @@ def local(source: Source, *, copy: bool) -> payload.Local:
     if isinstance(source, Shard):
         return payload.Local(dtype, tuple(source.shape), source.start, flat)
     return payload.Local(dtype, tuple(tensor.shape), 0, flat)
+
+
+def _room(tensors: Mapping[str, payload.Local]) -> bool:
+    """Whether a GPU that holds `tensors` has room for as much again at the moment when it was fullest so far.
+
+    The first version is made before anything was trained, when that moment is not known: it always goes to the host.
+    """
+    size = {d: sum(t.flat.nbytes for t in tensors.values()) for d in {t.flat.device for t in tensors.values()}}
+    if not any(device.type == "cuda" for device in size):
+        return True
+    import torch
+
+    ((device, needed),) = size.items()
+    ours = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return ours - torch.cuda.max_memory_allocated(device) > needed + SPARE_BYTES
 
 
 def _lanes(tensors: Mapping[str, payload.Local]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 import time
 import weakref
@@ -32,6 +33,8 @@ from astracli.weights.resident import Resident
 from astracli.weights.staged import Placement, Prepared
 from astracli.weights.watcher import StageWatcher
 
+_SWITCH_S = 5e-4
+"""How long a thread of the engine's process may hold the interpreter while another wants it."""
 _MAX_RUNS = 1 << 16  # contiguous runs that one copy may fall into
 
 
@@ -168,6 +171,8 @@ class _Engine:
         self._proving: threading.Thread | None = None
         self._names: list[tuple[str, str, tuple[int, ...]]] = []
         self.watcher = StageWatcher(stage_dir, self.load)
+        # the scheduler's loop never sleeps: at Python's 5 ms a decoding thread waited two seconds for half a megabyte
+        sys.setswitchinterval(_SWITCH_S)
 
     def load(self, prepared: Prepared) -> None:
         """Bring a decoded version to the device, once it is known where the weights lie."""

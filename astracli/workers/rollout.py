@@ -36,6 +36,8 @@ from astracli.workers.updates import EngineLost, Lane
 LEASE_WAIT_S = 2.0
 REPORT_S = 1.0
 RATE_WINDOW_S = 10.0
+UNFIT_PROMPTS = 10_000
+"""Prompts in a row, or a whole epoch of them, that are too long: then the run ends instead of looking on."""
 
 
 class Grader(Protocol):
@@ -68,6 +70,7 @@ class Rollout:
         rollout = config.recipe.rollout
         self.groups_per_engine = max(1, math.ceil(rollout.max_running_requests / rollout.group_size))
         self._held: set[int] = set()
+        self._unfit_in_a_row = 0
         self._tasks: asyncio.TaskGroup
         self._over = asyncio.Event()
         self._writer = SampleWriter(config.extra["out"], int(config.extra["n"])) if "out" in config.extra else None
@@ -155,9 +158,15 @@ class Rollout:
             finally:
                 lane.busy_groups -= len(leases)
                 lane.changed.set()
+            self._unfit_in_a_row = 0 if asked else self._unfit_in_a_row + len(unfit)
             for lease, reason in unfit.items():
                 await self.hub.skip(lease, reason)
                 self._let_go(lane, [lease])
+                if self._unfit_in_a_row >= min(len(self.source), UNFIT_PROMPTS):
+                    raise RunFailed(
+                        f"{self._unfit_in_a_row} prompts in a row do not fit, the last: {reason}",
+                        "raise data.max_prompt_tokens or rollout.context_length, or train on other problems",
+                    )
             async with asyncio.TaskGroup() as tasks:
                 for lease, prompt in asked.items():
                     tasks.create_task(self._hand_in(lease, problems[lease], prompt, drafts[lease]))

@@ -27,6 +27,8 @@ class Parking:
     def __init__(self, tensors: Iterable[Tensor], *, constant: bool = False):
         self._storages: dict[int, torch.UntypedStorage] = {}
         for tensor in tensors:
+            if not local(tensor).untyped_storage().resizable():
+                tensor.data = tensor.data.clone()  # on a CPU: it maps the checkpoint's file
             storage = local(tensor).untyped_storage()
             self._storages.setdefault(storage._cdata, storage)
         self._bytes = {key: storage.nbytes() for key, storage in self._storages.items()}

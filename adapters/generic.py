@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from astracli.adapter import MemoryShape, ModelAdapter, WireTensor
-from astracli.adapter_tools import gemm_flops, load_checkpoint, wire_map
+from astracli.adapter_tools import gemm_flops, load_checkpoint, outside_blocks, wire_map
 from astracli.errors import UserError
 
 _RECURRENT = ("linear_attention", "mamba", "recurrent", "conv")
@@ -59,6 +59,7 @@ def memory_shape(config: Mapping[str, Any]) -> MemoryShape:
         kv_bytes_per_token=2 * 2 * kv_heads * head_dim * settings.num_hidden_layers,
         state_bytes_per_sequence=0,
         flops_per_token=gemm_flops(shapes, tied=bool(getattr(settings, "tie_word_embeddings", False))),
+        outside_blocks=outside_blocks(shapes),
     )
 
 

@@ -5,27 +5,27 @@ What is special, and handled here:
   `model.*`;
 - `A_log` stays in fp32 in the engine, so it travels in fp32;
 - a 2-D mask is never needed: causal rows padded on the right are exact for both layer kinds;
-- the delta rule and the convolution carry state across a packed row, so both must be reset at every boundary.
+- the delta rule and the convolution carry state across a packed row, so both must be reset at every boundary
+  (`qwen3_5_layers.py`).
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from astracli.adapter import DeltaRule, Forbidden, MemoryShape, ModelAdapter, WireTensor, read_config
-from astracli.adapter_tools import Shapes, gemm_flops, load_checkpoint, wire_map
+from astracli.adapter_tools import Shapes, gemm_flops, load_checkpoint, outside_blocks, wire_map
+from astracli.adapters import qwen3_5_layers as layers
 
 KEEP_FP32 = ("A_log",)
 FROZEN = ("model.visual.", "visual.", "mtp.")
-_CHUNK = 64
 _GPU_KERNELS = (
     "FusedRMSNormGated",
     "causal_conv1d_fn",
@@ -88,10 +88,6 @@ def _torch_kernels_without_gpu() -> Iterator[None]:
             setattr(modeling, name, value)
 
 
-def delta_net_modules(model: Any) -> list[Any]:
-    return [m for m in model.modules() if hasattr(m, "A_log") and hasattr(m, "chunk_gated_delta_rule")]
-
-
 def prepare_cpu(model: Any) -> None:
     """Torch kernels on every Gated DeltaNet module, and norms, in forms that are quick on a CPU (same numbers)."""
     import torch
@@ -99,11 +95,13 @@ def prepare_cpu(model: Any) -> None:
 
     from astracli.cpu import delta_rule
 
-    for module in delta_net_modules(model):
-        module.causal_conv1d_fn = delta_rule.conv_silu
-        module.causal_conv1d_update = modeling.torch_causal_conv1d_update
-        module.chunk_gated_delta_rule = partial(delta_rule.rule, modeling.torch_chunk_gated_delta_rule, _CHUNK)
-        module.recurrent_gated_delta_rule = modeling.torch_recurrent_gated_delta_rule
+    layers.torch_on_cpu()
+    for module in layers.delta_net_modules(model):
+        if hasattr(module, "chunk_gated_delta_rule"):  # until transformers 5.16 kernels are attributes
+            module.causal_conv1d_fn = delta_rule.conv_silu
+            module.causal_conv1d_update = modeling.torch_causal_conv1d_update
+            module.chunk_gated_delta_rule = layers.torch_rule()
+            module.recurrent_gated_delta_rule = modeling.torch_recurrent_gated_delta_rule
         if not isinstance(module.norm, modeling.Qwen3_5RMSNormGated):
             norm = modeling.Qwen3_5RMSNormGated(module.head_v_dim, eps=module.layer_norm_epsilon)
             norm.weight = torch.nn.Parameter(module.norm.weight.detach().to("cpu", torch.float32))
@@ -124,74 +122,6 @@ def _gated_norm(module: Any, x: Any, gate: Any) -> Any:
     from astracli.cpu.norms import gated_rms_norm
 
     return gated_rms_norm(x.float(), gate.float(), module.weight.float(), module.variance_epsilon).type_as(x)
-
-
-class _Bounds:
-    """Segment boundaries of the packed row that one layer is working on; None for ordinary rows."""
-
-    def __init__(self) -> None:
-        self.segments: list[tuple[int, int]] | None = None
-
-    def read(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cu_seqlens = kwargs.get("cu_seqlens")
-        if cu_seqlens is None:
-            self.segments = None
-            return
-        hidden = args[0] if args else kwargs["hidden_states"]
-        edges = [int(edge) for edge in cu_seqlens]
-        if hidden.shape[0] != 1 or edges[0] != 0 or edges[-1] != hidden.shape[1]:
-            raise ValueError(f"cu_seqlens {edges} does not describe one packed row of shape {tuple(hidden.shape[:2])}")
-        self.segments = list(pairwise(edges))
-
-
-def install_varlen(model: Any) -> None:
-    """Exact packed rows: convolution and delta rule are run segment by segment when the forward gets `cu_seqlens`.
-
-    The boundaries are read where a decoder layer starts, so recomputation under activation checkpointing sees them too.
-    """
-    for layer in model.modules():
-        module = getattr(layer, "linear_attn", None)
-        if module is None or not hasattr(module, "chunk_gated_delta_rule"):
-            continue
-        bounds = _Bounds()
-        layer.register_forward_pre_hook(bounds.read, with_kwargs=True)
-        module.causal_conv1d_fn = partial(_segment_conv, bounds, module.causal_conv1d_fn)
-        module.chunk_gated_delta_rule = partial(_segment_rule, bounds, module.chunk_gated_delta_rule)
-
-
-def _segment_conv(
-    bounds: _Bounds, kernel: Callable[..., Any] | None, *, x: Any, weight: Any, bias: Any, **kw: Any
-) -> Any:
-    """x [B, C, T], weight [C, K] -> [B, C, T]; every segment starts from zeros."""
-    import torch
-
-    def one(part: Any) -> Any:
-        if kernel is not None:
-            return kernel(x=part, weight=weight, bias=bias, **kw)
-        padded = torch.nn.functional.pad(part, (weight.shape[1] - 1, 0))
-        return torch.nn.functional.silu(
-            torch.nn.functional.conv1d(padded, weight.unsqueeze(1), bias, groups=weight.shape[0])
-        )
-
-    if bounds.segments is None:
-        return one(x)
-    return torch.cat([one(x[:, :, start:end]) for start, end in bounds.segments], dim=-1)
-
-
-def _segment_rule(bounds: _Bounds, rule: Callable[..., Any], query: Any, key: Any, value: Any, **kwargs: Any) -> Any:
-    """query, key, value [B, T, H, D], g and beta [B, T, H] -> ([B, T, H, D], last state)."""
-    import torch
-
-    if bounds.segments is None:
-        return rule(query, key, value, **kwargs)
-    kwargs.pop("cu_seqlens", None)
-    g, beta = kwargs.pop("g"), kwargs.pop("beta")
-    outputs, state = [], None
-    for start, end in bounds.segments:
-        cut = slice(start, end)
-        out, state = rule(query[:, cut], key[:, cut], value[:, cut], g=g[:, cut], beta=beta[:, cut], **kwargs)
-        outputs.append(out)
-    return torch.cat(outputs, dim=1), state
 
 
 def _layer_types(text: Mapping[str, Any]) -> list[str]:
@@ -267,7 +197,7 @@ def text_shapes(config: Mapping[str, Any]) -> Shapes:
 def memory_shape(config: Mapping[str, Any]) -> MemoryShape:
     """Recurrent state in fp32, convolution state (kernel - 1 columns) and KV cache in bf16."""
     text, shapes = text_config(config), text_shapes(config)
-    kinds = _layer_types(text)
+    kinds, sizes = _layer_types(text), _activations(text)
     key_heads, value_heads, key_dim, value_dim, kernel = _delta_net_sizes(text)
     recurrent = value_heads * key_dim * value_dim * 4
     convolution = (2 * key_heads * key_dim + value_heads * value_dim) * (kernel - 1) * 2
@@ -280,7 +210,32 @@ def memory_shape(config: Mapping[str, Any]) -> MemoryShape:
         kv_bytes_per_token=kinds.count("full_attention") * 2 * 2 * kv_width,
         state_bytes_per_sequence=kinds.count("linear_attention") * (recurrent + convolution),
         flops_per_token=gemm_flops(shapes, tied=text["tie_word_embeddings"]),
+        outside_blocks=outside_blocks(shapes),
+        block_activations=tuple(sizes[kind][0] for kind in kinds),
+        block_products=tuple(sizes[kind][1] for kind in kinds),
     )
+
+
+def _activations(text: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Kind of block -> bytes a token in bf16 that autograd keeps of it on a GPU, and how many of them are results of
+    matrix products and attention (what selective recomputation keeps).
+
+    fla's norms keep input and output (2 + 2 bytes a unit), its MLP gate and up (2 + 2). Full attention: normed heads'
+    inputs, what varlen attention keeps (query, key, value, output), the gate and the gated output. Delta rule: input of
+    the convolution; query and key, normed and repeated to the value heads, value, gate, output, gated output; a row of
+    the chunk's matrix a head.
+    """
+    key_heads, value_heads, key_dim, value_dim, _ = _delta_net_sizes(text)
+    values = value_heads * value_dim
+    channels = 2 * key_heads * key_dim + values
+    query, kv = (text[f"num_{n}_heads"] * text.get("head_dim", 256) for n in ("attention", "key_value"))
+    hidden, inner, heads = text["hidden_size"], text["intermediate_size"], text["num_attention_heads"]
+    block, products = 2 * 4 * hidden + 4 * inner, 4 * inner + 2 * 2 * hidden
+    delta = 2 * channels + 4 * value_heads * key_dim + 8 * values + (2 * layers.CHUNK + 26) * value_heads
+    return {
+        "linear_attention": (block + delta, products + 2 * (channels + values) + 4 * value_heads),
+        "full_attention": (block + 10 * query + 6 * kv + 4 * heads, products + 6 * query + 4 * kv + 4 * heads),
+    }
 
 
 def wire_tensors(model: Any) -> dict[str, WireTensor]:
@@ -289,13 +244,9 @@ def wire_tensors(model: Any) -> dict[str, WireTensor]:
 
 def delta_rule(config: Mapping[str, Any], device: str) -> DeltaRule:
     """The chunk rule as a trainer layer calls it: ours on a CPU, fla's on a GPU where it is installed."""
-    from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
-
-    from astracli.cpu import delta_rule as on_cpu
-
-    fla = getattr(modeling, "chunk_gated_delta_rule", None) if device == "cuda" else None
+    kernels = layers.fla() if device == "cuda" else None
     _, value_heads, key_dim, value_dim, _ = _delta_net_sizes(text_config(config))
-    rule = fla or partial(on_cpu.rule, modeling.torch_chunk_gated_delta_rule, _CHUNK)
+    rule = kernels.rule if kernels is not None else layers.torch_rule()
     return DeltaRule(rule, value_heads, key_dim, value_dim)
 
 
@@ -384,8 +335,9 @@ ADAPTER = ModelAdapter(
     wire_tensors=wire_tensors,
     engine_flags=engine_flags,
     attention_mask=lambda mask: None,
-    install_varlen=install_varlen,
+    install_varlen=layers.install_varlen,
     prepare_cpu=prepare_cpu,
+    prepare_gpu=layers.prepare_gpu,
     keep_fp32=KEEP_FP32,
     frozen=FROZEN,
     forbidden=(

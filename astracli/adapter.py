@@ -57,6 +57,13 @@ class MemoryShape:
     """Recurrent and convolution state of all linear-attention layers; 0 without them."""
     flops_per_token: float
     """Training FLOPs per token (forward + backward GEMMs, no recomputation)."""
+    outside_blocks: int = 0
+    """Parameters in no block: embedding, output head, last norm. 0 = the embedding alone."""
+    block_activations: tuple[int, ...] = ()
+    """Per block, the bytes a token that autograd keeps in bf16, without recomputation and without the blocks' own
+    inputs, as `prepare_gpu` leaves them. () = not known: estimated from the hidden size."""
+    block_products: tuple[int, ...] = ()
+    """Of these, the results of matrix products and attention: what selective recomputation keeps. () = not known."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +90,13 @@ class ModelAdapter:
     position_ids: Callable[[Any], Any] | None = None
     """2-D mask -> `position_ids`, or None to let the model count."""
     install_varlen: Callable[[Any], None] | None = None
-    """Make a loaded model exact on packed rows: its forward then takes `cu_seqlens` (int32 [segments + 1]) beside
-    `position_ids` that restart in every segment, and resets every recurrent state there. None = not needed."""
+    """Make a loaded model's recurrent layers exact on packed rows: they get `cu_seqlens` (int32 [segments + 1], on the
+    device) and `max_seqlen` (int) and reset every state at a boundary; attention does so by itself
+    (`training/varlen.py`). None = not needed; a hybrid without it trains on padded rows."""
     prepare_cpu: Callable[[Any], None] | None = None
     """Make a loaded model safe and quick on a CPU (for example: never pick a GPU kernel); None = nothing to do."""
+    prepare_gpu: Callable[[Any], None] | None = None
+    """Make a loaded model quick to train on a GPU (fused kernels, the same function); None = nothing to do."""
     keep_fp32: tuple[str, ...] = ()
     """Substrings of parameter names that the engine holds in fp32."""
     frozen: tuple[str, ...] = ()

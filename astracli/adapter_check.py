@@ -61,7 +61,7 @@ def _probes(
     yield "wire names", lambda: _wire(adapter, model)
     yield "parameter count", lambda: _count(adapter, config, model)
     yield "padded rows == separate", lambda: _padded(adapter, model)
-    if adapter.install_varlen is not None:
+    if adapter.install_varlen is not None or not adapter.hybrid:
         yield "packed row == separate", lambda: _packed(adapter, model)
 
 
@@ -127,16 +127,19 @@ def _padded(adapter: ModelAdapter, model: Any) -> tuple[bool, str]:
 
 
 def _packed(adapter: ModelAdapter, model: Any) -> tuple[bool, str]:
+    import numpy as np
     import torch
+
+    from astracli.training import packing, varlen
 
     rows = _rows(model)
     alone = _alone(model, rows)
-    assert adapter.install_varlen is not None
-    adapter.install_varlen(model)
-    bounds = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32).to(model.device)
-    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None].to(model.device)
+    varlen.install(model, adapter)
+    bounds = np.cumsum([0, *LENGTHS])
+    positions = torch.from_numpy(packing.positions(bounds))[None].to(model.device)
+    options = varlen.boundaries(bounds, model.device)
     with torch.no_grad():
-        packed = model(input_ids=torch.cat(rows)[None], position_ids=positions, cu_seqlens=bounds, use_cache=False)
+        packed = model(input_ids=torch.cat(rows)[None], position_ids=positions, use_cache=False, **options)
     return _close(list(packed.logits[0].split(list(LENGTHS))), alone)
 
 

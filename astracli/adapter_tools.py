@@ -45,6 +45,13 @@ def checkpoint_tensors(path: Path) -> dict[str, str]:
     return found
 
 
+def has_chat_template(path: Path) -> bool:
+    """The tokenizer beside the weights brings a chat template; without one prompts are bare text."""
+    settings = path / "tokenizer_config.json"
+    named = settings.is_file() and '"chat_template"' in settings.read_text(errors="replace")
+    return named or any((path / name).is_file() for name in ("chat_template.jinja", "chat_template.json"))
+
+
 def load_checkpoint(
     model_class: Any,
     path: Path,
@@ -175,6 +182,32 @@ def dense_shapes(config: Mapping[str, Any], *, head_dim: int | None, head_norms:
     return shapes
 
 
+def outside_blocks(shapes: Shapes) -> int:
+    """Parameters in no block: embedding, output head, last norm."""
+    return sum(prod(shape) for name, shape in shapes.items() if ".layers." not in name)
+
+
+def dense_activations(config: Mapping[str, Any], shapes: Shapes) -> int:
+    """Bytes a token that autograd keeps of a Llama-shaped block in bf16, as transformers computes it.
+
+    Norms: the input in fp32, the normed one, the product (8 bytes a unit). MLP: gate, its activation, up, the product
+    (8). Flash attention: query, key, value, output (2 each) and a normaliser a head; norms of heads come on top (6).
+    """
+    layer = "model.layers.0.self_attn"
+    query, kv = shapes[f"{layer}.q_proj.weight"][0], shapes[f"{layer}.k_proj.weight"][0]
+    head = 6 * (query + kv) if f"{layer}.q_norm.weight" in shapes else 0
+    block = 2 * 8 * config["hidden_size"] + 8 * config["intermediate_size"]
+    return block + 4 * (query + kv) + 4 * config["num_attention_heads"] + head
+
+
+def dense_products(config: Mapping[str, Any], shapes: Shapes) -> int:
+    """Bytes a token of the results of matrix products and attention of a Llama-shaped block in bf16."""
+    layer = "model.layers.0.self_attn"
+    query, kv = shapes[f"{layer}.q_proj.weight"][0], shapes[f"{layer}.k_proj.weight"][0]
+    attention = 2 * query + 4 * kv + 2 * query + 4 * config["num_attention_heads"]
+    return attention + 4 * config["intermediate_size"] + 2 * 2 * config["hidden_size"]
+
+
 def dense_memory_shape(config: Mapping[str, Any], shapes: Shapes) -> MemoryShape:
     """Sizes of a Llama-shaped decoder; KV cache in bf16 for every layer."""
     kv_width = shapes["model.layers.0.self_attn.k_proj.weight"][0]
@@ -187,4 +220,7 @@ def dense_memory_shape(config: Mapping[str, Any], shapes: Shapes) -> MemoryShape
         kv_bytes_per_token=2 * 2 * kv_width * layers,
         state_bytes_per_sequence=0,
         flops_per_token=gemm_flops(shapes, tied="lm_head.weight" not in shapes),
+        outside_blocks=outside_blocks(shapes),
+        block_activations=(dense_activations(config, shapes),) * layers,
+        block_products=(dense_products(config, shapes),) * layers,
     )

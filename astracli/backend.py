@@ -25,7 +25,11 @@ OLDEST: Capability = (8, 0)
 
 SERVING_DEFAULTS: tuple[tuple[Capability, tuple[str, ...], str], ...] = (
     ((8, 0), ("flashinfer", "triton"), "SGLang below 9.0: flashinfer where it can be imported, else triton"),
-    ((9, 0), ("fa3", "triton"), "SGLang's default on Hopper"),
+    (
+        (9, 0),
+        ("fa3", "flashinfer", "triton"),
+        "SGLang on Hopper: fa3 where its kernels are, else flashinfer, else triton",
+    ),
     ((10, 0), ("trtllm_mha", "triton"), "SGLang from 10.0: trtllm_mha where flashinfer can be imported, else triton"),
     ((12, 0), ("flashinfer", "triton"), "SGLang from 12.0: flashinfer where it can be imported, else triton"),
 )
@@ -34,7 +38,7 @@ SERVING_DEFAULTS: tuple[tuple[Capability, tuple[str, ...], str], ...] = (
 SERVING: dict[str, tuple[Capability, Capability, str | None]] = {
     "flashinfer": ((8, 0), (99, 0), "flashinfer-python"),
     "triton": ((8, 0), (99, 0), None),
-    "fa3": ((8, 0), (10, 0), None),
+    "fa3": ((8, 0), (10, 0), "sglang-kernel"),
     "trtllm_mha": ((10, 0), (99, 0), "flashinfer-python"),
     "torch_native": ((8, 0), (99, 0), None),
 }
@@ -47,11 +51,19 @@ TRAINER: dict[str, tuple[tuple[str, ...], str | None]] = {
 }
 """Trainer attention -> (devices, package it needs)."""
 
+COMPILED = {"fa3": "flash_ops"}
+"""SGLang attention backend -> the compiled kernels that it needs of its package."""
+
+PACKS = ("auto", "sdpa")
+"""Values of train.attention under which a packed row gets its own attention function."""
+
 HOPPER: Capability = (9, 0)
 FLA_NATIVE = ((0, 6), (3, 7, 1))
 """flash-linear-attention and triton from which the gated backward works on Hopper by itself."""
 FLA_OLD_TRITON = (3, 4)
 """Triton below this is right with every flash-linear-attention."""
+TILELANG_FFI = {(0, 1, 11): (0, 1, 10)}
+"""TileLang -> the one apache-tvm-ffi that it loads with (measured: 0.1.9 and 0.1.15 lack a symbol)."""
 
 SLOW = "the delta rule runs in plain torch, several times slower"
 ASKED = "the recipe asks for it"
@@ -109,12 +121,14 @@ def choose(
     linear, why_linear = _linear(adapter, recipe, engine)
     trainer, why_trainer = _trainer(facts, recipe, device)
     gdn, why_gdn, warning = _delta_rule(adapter, facts, device, capability)
+    layout, why_layout = packing(recipe, adapter, device)
     reasons = (
         Backend("device", device, why_device),
         Backend("engine", engine, why_engine),
         Backend("serving attention", serving, why_serving),
         Backend("serving linear attention", linear, why_linear),
         Backend("trainer attention", trainer, why_trainer),
+        Backend("micro-batches", layout, why_layout),
         Backend("delta rule, forward", gdn, why_gdn),
         Backend("delta rule, backward", gdn, why_gdn),
     )
@@ -183,16 +197,17 @@ def _serving(
         return ("sdpa", "exact and quick in the embedded engine") if asked == "auto" else (asked, ASKED)
     if asked != "auto":
         _known(key, asked, ("auto", *SERVING), "sglang")
-        return asked, _check_serving(adapter, asked, key, capability)
+        return asked, _check_serving(adapter, facts, recipe, asked, key, capability)
     if capability is None or capability < OLDEST:
         return "auto", "decided by compute capability where the GPUs are"
     candidates, reason = next((names, why) for start, names, why in reversed(SERVING_DEFAULTS) if capability >= start)
-    foreign = recipe.resources.engine.python is not None
+    passed_over = []
     for name in candidates:
-        package = SERVING[name][2]
-        banned = _forbidden(adapter, name, capability)
-        if banned is None and (package is None or foreign or usable(facts, package)):
-            return name, f"{reason} (this GPU: {_dotted(capability)})"
+        lack = _forbidden(adapter, name, capability) or lacks(facts, recipe, name)
+        if lack is None:
+            over = f"; {', '.join(passed_over)}" if passed_over else ""
+            return name, f"{reason} (this GPU: {_dotted(capability)}{over})"
+        passed_over.append(f"no {name}: {lack}")
     raise UserError(
         f"no attention backend serves `{adapter.name}` on compute capability {_dotted(capability)}",
         "install flashinfer: `pip install flashinfer-python`",
@@ -206,7 +221,27 @@ def serving_options(adapter: ModelAdapter, capability: Capability) -> tuple[list
     return [name for name in running if name not in refused], refused
 
 
-def _check_serving(adapter: ModelAdapter, name: str, key: str, capability: Capability | None) -> str:
+def lacks(facts: Facts, recipe: Recipe, name: str) -> str | None:
+    """What the engine's environment lacks for attention backend `name`; None when it is there, or nothing is known."""
+    package = SERVING[name][2]
+    if recipe.resources.engine.foreign:
+        engine = facts.get("engine")
+        if not engine or engine["error"] is not None:
+            return None
+        facts = {**facts, "packages": engine["packages"]}
+    if package is None or (name in COMPILED and package not in facts["packages"]):
+        return None
+    if not usable(facts, package):
+        return f"{package} cannot be imported"
+    compiled = facts["packages"][package].get("compiled")
+    if name in COMPILED and compiled is not None and COMPILED[name] not in compiled:
+        return f"this build of {package} has no {COMPILED[name]}"
+    return None
+
+
+def _check_serving(
+    adapter: ModelAdapter, facts: Facts, recipe: Recipe, name: str, key: str, capability: Capability | None
+) -> str:
     """The reason to take what the recipe asks for. Raises UserError where it is known to fail."""
     if capability is None:
         return "the recipe asks for it (no GPU here to check it against)"
@@ -223,6 +258,8 @@ def _check_serving(adapter: ModelAdapter, name: str, key: str, capability: Capab
     if reason is not None:
         where = f"`{adapter.name}` on compute capability {_dotted(capability)}"
         raise UserError(f"{key} = {name} is refused for {where}: {reason}", hint)
+    if name in COMPILED and (lack := lacks(facts, recipe, name)) is not None:
+        raise UserError(f"{key} = {name}: {lack}", hint)
     return ASKED
 
 
@@ -264,6 +301,23 @@ def _trainer(facts: Facts, recipe: Recipe, device: str) -> tuple[str, str]:
     return asked, ASKED
 
 
+def packing(recipe: Recipe, adapter: ModelAdapter, device: str) -> tuple[str, str]:
+    """(`packed` or `padded`, the reason). Raises UserError when a recipe asks for packed rows that would leak."""
+    asked, attention = recipe.train.packing, recipe.train.attention
+    obstacle = None
+    if adapter.hybrid and adapter.install_varlen is None:
+        obstacle = f"adapter `{adapter.name}` cannot reset its recurrent state inside a row (install_varlen)"
+    elif attention not in PACKS:
+        obstacle = f"train.attention = {attention} does not know the boundaries of a packed row"
+    if asked == "packed" and obstacle is not None:
+        raise UserError(f"train.packing = packed: {obstacle}", "use `--set train.packing=padded`")
+    if asked != "auto":
+        return asked, "the recipe asks for it"
+    if device == "cpu":
+        return "padded", "right-padded rows are quicker than short segments on a CPU"
+    return ("padded", obstacle) if obstacle is not None else ("packed", "one row a micro-batch, nothing is padded")
+
+
 def _delta_rule(
     adapter: ModelAdapter, facts: Facts, device: str, capability: Capability | None
 ) -> tuple[str, str, str | None]:
@@ -289,11 +343,29 @@ def delta_rule_on_hopper(facts: Facts, fla: tuple[int, ...], triton: tuple[int, 
     words = f"flash-linear-attention {_join(fla)} with triton {_join(triton)}"
     if (fla >= FLA_NATIVE[0] and triton >= FLA_NATIVE[1]) or triton < FLA_OLD_TRITON:
         return "fla", f"{words} has a right gated backward on Hopper", None
-    if usable(facts, "tilelang") and facts["compilers"]["nvcc"]:
+    broken = tilelang_flaw(facts)
+    if usable(facts, "tilelang") and facts["compilers"]["nvcc"] and broken is None:
         return "fla+tilelang", f"{words} needs TileLang on Hopper, and it and nvcc are there", None
     reason = f"{words} raises in the gated backward on Hopper (fla issue 640)"
-    way = "`pip install 'torch>=2.13' 'flash-linear-attention>=0.6'` (that torch brings triton>=3.7.1)"
+    if usable(facts, "tilelang") and broken is not None:
+        reason += f", and {broken}"
+    way = (
+        "`pip install 'torch>=2.13' 'flash-linear-attention>=0.6'` (that torch brings triton>=3.7.1), or "
+        "`pip install tilelang==0.1.11 apache-tvm-ffi==0.1.10` beside a CUDA toolkit with nvcc"
+    )
     return "torch", reason, f"{reason}: {SLOW}; {way}"
+
+
+def tilelang_flaw(facts: Facts) -> str | None:
+    """Why the installed TileLang does not load; None when it does, is not there, or nothing is known of its parts."""
+    needed = TILELANG_FFI.get(version_of(facts, "tilelang"))
+    if needed is None or "apache-tvm-ffi" not in facts["packages"]:
+        return None
+    has = version_of(facts, "apache-tvm-ffi")
+    if has == needed:
+        return None
+    own = _join(version_of(facts, "tilelang"))
+    return f"tilelang {own} loads with apache-tvm-ffi {_join(needed)} alone, {_join(has) or 'none'} is installed"
 
 
 def _join(version: tuple[int, ...]) -> str:

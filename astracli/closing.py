@@ -64,6 +64,8 @@ def closing_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("tokens", f"{training['tokens']:,.0f} trained, {training['tokens_per_s'] or 0:,.0f} a second"))
     if weights["full_bytes"]:
         facts.append(("weights", weight_words(weights)))
+        if weights.get("seconds_p50"):
+            facts.append(("an update", update_words(weights)))
     if parity["mean_abs"] is not None:
         most = f", largest {parity['max_abs']:.1e}" if parity["max_abs"] is not None else ""
         facts.append(("parity", f"mean |trainer - engine| log-probability {parity['mean_abs']:.1e}{most}"))
@@ -121,11 +123,22 @@ def weight_words(weights: Mapping[str, Any]) -> str:
         words.append(f"mean delta {size(weights['delta_bytes_mean'])} ({weights['ratio']:.1f}x smaller)")
     if weights["density_mean"] is not None:
         words.append(f"{weights['density_mean']:.1%} of the values change in a version")
+    if weights.get("bytes_per_changed_p50"):
+        words.append(f"{weights['bytes_per_changed_p50']:.2f} bytes for each")
     if weights["pause_s_p50"] is not None:
         words.append(f"engine pause p50 {weights['pause_s_p50'] * 1000:.0f} ms")
     if weights["resyncs"]:
         words.append(f"{weights['resyncs']:.0f} resyncs")
     return ", ".join(words)
+
+
+def update_words(weights: Mapping[str, Any]) -> str:
+    """Median milliseconds of each part of a weight update, and how long the trainer stood still for publishing."""
+    parts = [f"{name} {1000 * seconds:.1f}" for name, seconds in weights["seconds_p50"].items()]
+    waited = weights.get("publish_wait_s") or 0.0
+    return f"median ms: {', '.join(parts)}" + (
+        f"; the trainer waited {waited:.1f} s to publish" if waited > 0.05 else ""
+    )
 
 
 def size(count: float | None) -> str:

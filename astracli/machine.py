@@ -37,6 +37,8 @@ PACKAGES = {
     "causal-conv1d": "causal_conv1d",
     "triton": "triton",
     "tilelang": "tilelang",
+    "apache-tvm-ffi": "tvm_ffi",
+    "sglang-kernel": "sgl_kernel",
 }
 """Distribution -> the module that it installs."""
 
@@ -106,6 +108,8 @@ class Package(_Part):
     """File that the import would run; None = there is none, so nothing can be imported from it."""
     models: list[str] | None = None
     """Model types of the installed adapters that the package has a file for; None = not looked at."""
+    compiled: list[str] | None = None
+    """Compiled kernels that are looked for in it (`machine_read.COMPILED`) and are there; None = not looked at."""
     pins: dict[str, Pin] = {}
     """Its exact requirements (`name==version`), without extras."""
 

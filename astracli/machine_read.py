@@ -16,6 +16,8 @@ from typing import Any
 
 GPU_QUERY = ("index", "uuid", "name", "compute_cap", "memory.total", "memory.free", "driver_version")
 _CGROUP = Path("/sys/fs/cgroup")
+COMPILED = {"sgl_kernel": ("flash_ops",)}
+"""Module -> shared libraries that a build of it may lack. flash_ops: FlashAttention-3, for Hopper."""
 
 
 def package(name: str, module: str) -> dict[str, Any]:
@@ -29,7 +31,11 @@ def package(name: str, module: str) -> dict[str, Any]:
     except (ImportError, ValueError):
         spec = None
     origin = spec.origin if spec is not None and spec.origin and os.path.isfile(spec.origin) else None
-    return {"version": version, "module": module, "importable_spec": spec is not None, "origin": origin}
+    found: dict[str, Any] = {"version": version, "module": module, "importable_spec": spec is not None}
+    if module in COMPILED and origin is not None:
+        folder = Path(origin).parent
+        found["compiled"] = [name for name in COMPILED[module] if any(folder.glob(f"**/{name}*.so"))]
+    return found | {"origin": origin}
 
 
 def exact_pins(name: str) -> dict[str, dict[str, str | None]]:

@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from astracli import machine, plan_memory
+from astracli import machine, plan_hint, plan_memory, plan_place, plan_trainer
 from astracli.adapter import MemoryShape, ModelAdapter
 from astracli.backend import OLDEST, BackendChoice, capability_of
 from astracli.errors import UserError
 from astracli.plan_memory import MemoryRow, words
+from astracli.plan_place import Placement
 from astracli.plan_types import Command, LaunchPlan, Problem, ProcessPlan, Role, Table
 from astracli.plan_view import render, to_json
 from astracli.recipe import Recipe
@@ -44,27 +45,55 @@ def build(
     sizes of a model that the adapter knows are used); `checkpoint_bytes` its size on disk."""
     known = config if config is not None else adapter.known_configs.get(recipe.model.path)
     shape = adapter.memory_shape(known) if known is not None else None
+
+    def fits(other: Recipe, lightly: bool) -> bool:
+        tried = _build(other, choice, facts, command, shape, None, lambda otherwise: otherwise)
+        blocked = any(problem.blocking and problem.kind in ("gpus", "memory") for problem in tried.problems)
+        return not blocked and not (lightly and tried.placement.split.optimizer == "host")
+
+    def way_out(otherwise: str) -> str:
+        count = len(machine.visible_gpus(facts))
+        sets = plan_hint.find(recipe, command, count, fits) if count and choice.device == "cuda" else None
+        return f"run {plan_hint.command_line(command, recipe.name, sets)}" if sets else otherwise
+
+    plan = _build(recipe, choice, facts, command, shape, checkpoint_bytes, way_out)
+    if config is not None:
+        return plan
+    what = f"checkpoint {recipe.model.path} not on this machine"
+    absent = Problem("checkpoint", what, what, "it is downloaded when a run starts", blocking=False)
+    return replace(plan, problems=(*plan.problems, absent))
+
+
+def _build(
+    recipe: Recipe,
+    choice: BackendChoice,
+    facts: Mapping[str, Any],
+    command: Command,
+    shape: MemoryShape | None,
+    checkpoint_bytes: int | None,
+    way_out: Callable[[str], str],
+) -> LaunchPlan:
+    """`way_out(otherwise)`: the hint of a problem of size."""
     processes = _processes(recipe, choice, facts, command)
-    memory = _memory(processes, shape, recipe, choice.device)
+    placement = _place(processes, shape, recipe, choice, facts)
+    memory = _memory(processes, shape, recipe, choice.device, placement, facts)
     disk = plan_memory.disk_rows(shape, recipe, checkpoint_bytes) if shape and command == "train" else []
     plan = LaunchPlan(
         recipe=recipe.name,
         command=command,
         choice=choice,
         processes=tuple(processes),
+        placement=placement,
         memory=tuple(memory),
         disk=tuple(disk),
         model=_model(shape, recipe) if shape else {},
         expected=recipe.expected.model_dump(exclude_none=True) if recipe.expected else {},
     )
     problems = [
-        *_gpu_problems(plan, recipe, adapter, facts, config),
+        *_gpu_problems(plan, recipe, facts, way_out),
         *_software_problems(recipe, choice, facts),
-        *_size_problems(plan, facts),
+        *_size_problems(plan, recipe, shape, facts, way_out),
     ]
-    if config is None:
-        what = f"checkpoint {recipe.model.path} not on this machine"
-        problems.append(Problem("checkpoint", what, what, "it is downloaded when a run starts", blocking=False))
     warnings = [*choice.warnings, *_warnings(plan, facts)]
     return replace(plan, problems=tuple(problems), warnings=tuple(warnings))
 
@@ -94,7 +123,9 @@ def _processes(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any], 
             "CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpu in visible),
             "OMP_NUM_THREADS": str(count),
             "TOKENIZERS_PARALLELISM": "false",
-            **(resources.engine.env if role == "engine" else {}),
+            **(resources.engine.env if role == "engine" and choice.engine == "embedded" else {}),
+            # what moves between GPU and host leaves no holes
+            **({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} if role == "trainer" and cuda else {}),
         }
         return ProcessPlan(
             name=name,
@@ -111,7 +142,9 @@ def _processes(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any], 
     result = []
     for index in range(len(engine_gpus) if cuda else resources.engines):
         own = engine_gpus[index : index + 1]
-        result.append(child(f"engine{index}", "engine", own, own, python=resources.engine.python))
+        # SGLang runs in its environment, the process that watches it in ours
+        python = resources.engine.python if choice.engine == "embedded" else None
+        result.append(child(f"engine{index}", "engine", own, own, python=python))
     if command in ("train", "rollout"):
         result.append(child("rollout", "rollout", [], [], children=recipe.data.reward_workers))
     ranks = (len(train_gpus) if cuda else resources.train_ranks) if command == "train" else 0
@@ -133,13 +166,40 @@ def _placement(recipe: Recipe, physical: list[int]) -> tuple[list[int], list[int
     return slots[:rollout], slots[start : start + train]
 
 
-def _memory(processes: list[ProcessPlan], shape: MemoryShape | None, recipe: Recipe, device: str) -> list[MemoryRow]:
-    rows = [plan_memory.light_row("supervisor")]
+def _place(
+    processes: list[ProcessPlan],
+    shape: MemoryShape | None,
+    recipe: Recipe,
+    choice: BackendChoice,
+    facts: Mapping[str, Any],
+) -> Placement:
+    if choice.device != "cuda":
+        return Placement()
+    gpus = {role: [gpu for p in processes if p.role == role for gpu in p.gpus] for role in ("engine", "trainer")}
+    return plan_place.place(recipe, shape, _sizes(facts), gpus["engine"], gpus["trainer"])
+
+
+def _sizes(facts: Mapping[str, Any]) -> dict[int, int]:
+    """Bytes of every visible GPU."""
+    return {gpu["index"]: gpu["memory_total"] for gpu in machine.visible_gpus(facts) if gpu["memory_total"]}
+
+
+def _memory(
+    processes: list[ProcessPlan],
+    shape: MemoryShape | None,
+    recipe: Recipe,
+    device: str,
+    placement: Placement,
+    facts: Mapping[str, Any],
+) -> list[MemoryRow]:
+    rows, sizes = [plan_memory.light_row("supervisor")], _sizes(facts) if device == "cuda" else {}
     for process in processes:
         if process.role == "engine" and shape:
-            rows += plan_memory.engine_rows(process.name, shape, recipe, device)
+            card = next((sizes[gpu] for gpu in process.gpus if gpu in sizes), None)
+            static = None if card is None else int((placement.mem_fraction_static or 0.0) * card)
+            rows += plan_memory.engine_rows(process.name, shape, recipe, device, static=static)
         elif process.role == "trainer" and shape:
-            rows += plan_memory.trainer_rows(process.name, shape, recipe, device, process.rank, process.world_size)
+            rows += plan_trainer.trainer_rows(process.name, shape, recipe, device, process.world_size, placement.split)
         else:
             rows.append(plan_memory.light_row(process.name, process.children))
     return rows
@@ -156,7 +216,7 @@ def _model(shape: MemoryShape, recipe: Recipe) -> dict[str, Any]:
 
 
 def _gpu_problems(
-    plan: LaunchPlan, recipe: Recipe, adapter: ModelAdapter, facts: Mapping[str, Any], config: Mapping[str, Any] | None
+    plan: LaunchPlan, recipe: Recipe, facts: Mapping[str, Any], way_out: Callable[[str], str]
 ) -> list[Problem]:
     if plan.choice.device != "cuda":
         return []
@@ -167,12 +227,14 @@ def _gpu_problems(
         shared = ", shared" if recipe.resources.share_gpus and plan.command == "train" else ""
         noun = "GPU" if needed == 1 else "GPUs"
         there = str(len(gpus)) if gpus else "none"
+        on_cpu = f"`astra {plan.command} --recipe {CPU_RECIPE}` runs on a CPU"
+        otherwise = f"no split of this recipe fits these GPUs; {on_cpu}" if gpus else on_cpu
         return [
             Problem(
                 "gpus",
                 f"{needed} {noun} (this machine has {there})",
                 f"recipe `{recipe.name}` asks for {needed} {noun} ({parts}{shared}), this machine has {there}",
-                _smaller(plan.command, recipe, adapter, plan.choice, facts, config, len(gpus)),
+                way_out(otherwise),
             )
         ]
     old = sorted({gpu["compute_capability"] for gpu in gpus if capability_of(gpu) < OLDEST})
@@ -182,35 +244,9 @@ def _gpu_problems(
     return []
 
 
-def _smaller(
-    command: Command,
-    recipe: Recipe,
-    adapter: ModelAdapter,
-    choice: BackendChoice,
-    facts: Mapping[str, Any],
-    config: Mapping[str, Any] | None,
-    count: int,
-) -> str:
-    """The same recipe on `count` GPUs, tried out as a plan; or what else there is to run."""
-    sharing: dict[str, Any] = {"rollout_gpus": 1, "train_gpus": 1, "share_gpus": True}
-    splits: list[dict[str, Any]] = [
-        {"rollout_gpus": rollout, "train_gpus": count - rollout}
-        for rollout in sorted(range(1, count), key=lambda r: abs(2 * r - count))
-    ]
-    options = [{"rollout_gpus": count}] if command != "train" else [*splits, *([sharing] if count else [])]
-    for option in options if count else []:
-        smaller = recipe.model_copy(update={"resources": recipe.resources.model_copy(update=option)})
-        tried = build(smaller, adapter, choice, facts, command=command, config=config)
-        if not [p for p in tried.problems if p.kind in ("gpus", "memory")]:
-            sets = " ".join(f"--set resources.{key}={str(value).lower()}" for key, value in option.items())
-            return f"run `astra {command} --recipe {recipe.name} {sets}`"
-    on_cpu = f"`astra {command} --recipe {CPU_RECIPE}` runs on a CPU"
-    return f"no split of this recipe fits these GPUs; {on_cpu}" if count else on_cpu
-
-
 def _software_problems(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any]) -> list[Problem]:
     problems = []
-    if choice.engine == "sglang" and recipe.resources.engine.python is None:
+    if choice.engine == "sglang" and not recipe.resources.engine.foreign:
         if not machine.usable(facts, "sglang"):
             message = f"recipe `{recipe.name}` generates with sglang, which is not installed here"
             hint = "`pip install 'astracli[sglang]'`, or name its environment in resources.engine.python"
@@ -228,22 +264,44 @@ def _software_problems(recipe: Recipe, choice: BackendChoice, facts: Mapping[str
     return problems
 
 
-def _size_problems(plan: LaunchPlan, facts: Mapping[str, Any]) -> list[Problem]:
+def _size_problems(
+    plan: LaunchPlan,
+    recipe: Recipe,
+    shape: MemoryShape | None,
+    facts: Mapping[str, Any],
+    way_out: Callable[[str], str],
+) -> list[Problem]:
     """What cannot fit whatever the load: fixed rows against each GPU, the host and the disk."""
     problems = []
-    sizes = {gpu["index"]: gpu["memory_total"] for gpu in machine.visible_gpus(facts)}
+    sizes = _sizes(facts)
+    otherwise = "no setting of this recipe fits these GPUs: take more or larger ones, or a smaller model"
     for gpu, names in plan.gpu_map.items():
         need, size = plan_memory.total(plan.memory, where="gpu", processes=names, fixed=True), sizes.get(gpu)
-        if size is not None and need > size:
+        fraction = plan.placement.mem_fraction_static
+        if size is None:
+            continue
+        if need > size:
             what = f"{words(need)} of GPU memory for {' and '.join(names)}"
-            hint = "give it more GPUs (`--set resources.train_gpus=N` shards the trainer) or larger ones"
-            problems.append(Problem("memory", what, f"GPU {gpu} needs at least {what}, it has {words(size)}", hint))
+            message = f"GPU {gpu} needs at least {what}, it has {words(size)}"
+        elif fraction and shape and any(name.startswith("engine") for name in names):
+            static = plan_memory.static_bytes(shape, recipe)
+            if static <= fraction * size:
+                continue
+            what = f"{words(static)} for the engine's weights, states and one request"
+            message = (
+                f"the engine reserves {fraction:.0%} of GPU {gpu} ({words(int(fraction * size))}), it needs {what}"
+            )
+        else:
+            continue
+        problems.append(Problem("memory", what, message, way_out(otherwise)))
+        break
     system = facts["system"]
     host = plan_memory.total(plan.memory, where="host", fixed=True)
     if host > system["memory_total"]:
         what = f"{words(host)} of memory"
         message = f"recipe `{plan.recipe}` needs at least {what}, this machine has {words(system['memory_total'])}"
-        problems.append(Problem("memory", what, message, "choose a smaller model, or a machine with more memory"))
+        otherwise = "choose a smaller model, or a machine with more memory"
+        problems.append(Problem("memory", what, message, way_out(otherwise)))
     disk = plan_memory.total(plan.disk, where="disk")
     if disk > system["disk_free"]:
         what = f"{words(disk)} of disk"
@@ -257,7 +315,7 @@ def _size_problems(plan: LaunchPlan, facts: Mapping[str, Any]) -> list[Problem]:
 def _warnings(plan: LaunchPlan, facts: Mapping[str, Any]) -> list[str]:
     """What may go wrong under load but need not."""
     result = []
-    sizes = {gpu["index"]: gpu["memory_total"] for gpu in machine.visible_gpus(facts)}
+    sizes = _sizes(facts)
     for gpu, names in plan.gpu_map.items():
         need, size = plan_memory.total(plan.memory, where="gpu", processes=names), sizes.get(gpu)
         if size is not None and need > size >= plan_memory.total(plan.memory, where="gpu", processes=names, fixed=True):

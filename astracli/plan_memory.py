@@ -21,12 +21,20 @@ TORCH_PROCESS = 340 * 2**20
 """A process that has imported torch and transformers (measured)."""
 LIGHT_PROCESS = 150 * 2**20
 """A process with a tokenizer and an HTTP client."""
-LOGIT_BYTES = {"cpu": 2**25, "cuda": 2**29}
-"""fp32 logits of one chunk in the trainer's loss; three such buffers live at once."""
-ACTIVATION_BYTES = 34
-"""Per token, layer and hidden unit in bf16, without recomputation: arXiv 2205.05198, no attention scores kept."""
+CUDA_CONTEXT = 2**30
+"""Context, kernels, cuBLAS workspaces and what the allocator rounds up, a process and GPU (estimated)."""
+CUDA_GRAPHS = 2**30
+"""What an engine's captured decode graphs hold (estimated)."""
+SAMPLING_BUFFERS = 5
+"""fp32 arrays of [requests, vocabulary] that sampling holds at once (estimated)."""
+ACTIVATION_UNITS = 80
+"""Bytes a token and hidden unit of a block whose adapter says nothing: the most of the families that we know."""
 DELTA_SHARE = 0.15
 """A delta payload over a full one, at most: what a high learning rate gives; 4B at 5e-6 gives about 0.04."""
+
+STAGED_BYTES = 6 * 0.05
+"""An index and a value for each of one parameter in twenty: a delta that waits on the GPU for its pause. What finds no
+room there waits in pinned memory."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +48,14 @@ class MemoryRow:
     """Needed from the start; False = grows with load, and the engine or trainer can live with less."""
 
 
-def engine_rows(name: str, shape: MemoryShape, recipe: Recipe, device: str) -> list[MemoryRow]:
-    """An engine process, at `max_running_requests` sequences of full context."""
+def engine_rows(
+    name: str, shape: MemoryShape, recipe: Recipe, device: str, *, static: int | None = None
+) -> list[MemoryRow]:
+    """An engine process, at `max_running_requests` sequences of full context.
+
+    `static`: bytes that it reserves of its GPU for weights, state and KV cache; None when the GPU is not known. With
+    it the KV cache is what the others leave, at least one request of full context.
+    """
     requests, context = recipe.rollout.max_running_requests, recipe.rollout.context_length
     weights = 2 * shape.parameters
     if device == "cpu":
@@ -50,61 +64,58 @@ def engine_rows(name: str, shape: MemoryShape, recipe: Recipe, device: str) -> l
             MemoryRow(name, "weights (published dtype)", "host", weights),
             MemoryRow(name, "KV cache (fp32)", "host", 2 * shape.kv_bytes_per_token * requests * context, fixed=False),
         ]
-        place: Place = "host"
-    else:
-        prefill = min(recipe.rollout.chunked_prefill_size, requests * context)
-        rows = [
-            MemoryRow(name, "weights (bf16)", "gpu", weights),
-            MemoryRow(name, "KV cache (bf16)", "gpu", shape.kv_bytes_per_token * requests * context, fixed=False),
-            MemoryRow(name, "logits of a prefill chunk (fp32)", "gpu", prefill * shape.vocab_size * 4, fixed=False),
-            MemoryRow(name, "staged weights", "host", weights, "estimated", fixed=False),
-        ]
-        place = "gpu"
-    if shape.state_bytes_per_sequence:
-        state = shape.state_bytes_per_sequence * requests
-        rows.append(MemoryRow(name, "recurrent state", place, state, fixed=False))
-    return [*rows, MemoryRow(name, "process", "host", TORCH_PROCESS, "estimated")]
-
-
-def trainer_rows(name: str, shape: MemoryShape, recipe: Recipe, device: str, rank: int, ranks: int) -> list[MemoryRow]:
-    """One trainer rank; parameters, gradients and moments are sharded over the ranks."""
-    place: Place = "gpu" if device == "cuda" else "host"
-    share = ceil(shape.parameters / ranks)
-    compute = 2 if device == "cuda" else 4
+        if shape.state_bytes_per_sequence:
+            state = shape.state_bytes_per_sequence * requests
+            rows.append(MemoryRow(name, "recurrent state", "host", state, fixed=False))
+        return [*rows, MemoryRow(name, "process", "host", TORCH_PROCESS, "estimated")]
+    one, most = shape.kv_bytes_per_token * context, shape.kv_bytes_per_token * context * requests
+    pool = most if static is None else min(most, max(one, static - static_bytes(shape, recipe, requests=0)))
     rows = [
-        MemoryRow(name, "master weights (fp32)", place, 4 * share),
-        MemoryRow(name, "moments (fp32)", place, 8 * share),
-        MemoryRow(name, "gradients (fp32)", place, 4 * share),
-        MemoryRow(name, "weights as published, last version", "host", 2 * share),
+        MemoryRow(name, "weights (bf16)", "gpu", weights),
+        MemoryRow(name, "KV cache (bf16), one request", "gpu", one),
+        MemoryRow(name, "KV cache (bf16), the others", "gpu", pool - one, fixed=static is not None),
     ]
-    if device == "cuda":
-        block = 2 * 2 * ceil(shape.parameters / max(shape.layers, 1))
-        rows.append(MemoryRow(name, "gathered blocks (bf16)", "gpu", block, "estimated"))
-    else:
-        rows.append(MemoryRow(name, "rounded weights of the forward (fp32)", "host", 4 * share))
-    if recipe.algorithm.kl_coef > 0:
-        rows.append(MemoryRow(name, "reference", place, compute * share))
-    if rank == 0 and device == "cuda":
-        rows.append(MemoryRow(name, "checkpoint while loading (fp32)", "host", 4 * shape.parameters, "estimated"))
-    logits = min(LOGIT_BYTES[device], recipe.train.tokens_per_microbatch * shape.vocab_size * 4)
-    rows.append(MemoryRow(name, "logits of a chunk (fp32)", place, 3 * logits))
-    activations = _activations(shape, recipe, compute)
-    rows.append(MemoryRow(name, "activations", place, activations, "estimated", fixed=False))
+    if shape.state_bytes_per_sequence:
+        # sglang holds one slot more than it serves; one a request, because the radix cache is off
+        rows.append(MemoryRow(name, "recurrent state", "gpu", shape.state_bytes_per_sequence * (requests + 1)))
+    rows += [
+        MemoryRow(name, "activations of a prefill chunk", "gpu", _prefill(shape, recipe), "estimated"),
+        MemoryRow(name, "logits of a decode batch", "gpu", _sampling(shape, recipe), "estimated"),
+        MemoryRow(name, "CUDA graphs", "gpu", CUDA_GRAPHS, "estimated"),
+        MemoryRow(name, "CUDA context", "gpu", CUDA_CONTEXT, "estimated"),
+        MemoryRow(name, "staged weights", "host", weights, "estimated", fixed=False),
+        MemoryRow(name, "staged changes", "gpu", int(STAGED_BYTES * shape.parameters), "estimated", fixed=False),
+    ]
     return [*rows, MemoryRow(name, "process", "host", TORCH_PROCESS, "estimated")]
 
 
-def _activations(shape: MemoryShape, recipe: Recipe, element: int) -> int:
-    """Of one micro-batch; `full` recomputation keeps the input of each layer and one whole layer."""
-    tokens = min(recipe.train.tokens_per_microbatch, _step_tokens(recipe))
-    unit = tokens * shape.hidden_size
-    layer = unit * ACTIVATION_BYTES * element // 2
-    kept = {"none": layer, "selective": layer // 2, "full": unit * element}[recipe.train.activation_checkpointing]
-    return kept * shape.layers + layer
+def static_bytes(shape: MemoryShape, recipe: Recipe, *, requests: int = 1) -> int:
+    """What an engine must reserve on a GPU: weights, every state slot, and the KV cache of `requests` full contexts."""
+    slots = recipe.rollout.max_running_requests + 1
+    kv = shape.kv_bytes_per_token * recipe.rollout.context_length
+    return 2 * shape.parameters + slots * shape.state_bytes_per_sequence + requests * kv
 
 
-def _step_tokens(recipe: Recipe) -> int:
-    """Most tokens that one minibatch can hold."""
-    return ceil(recipe.batch_sequences / recipe.train.minibatches) * recipe.rollout.context_length
+def beside_static(shape: MemoryShape, recipe: Recipe) -> int:
+    """What an engine takes of a GPU besides what it reserves."""
+    return _prefill(shape, recipe) + _sampling(shape, recipe) + CUDA_GRAPHS + CUDA_CONTEXT
+
+
+def _prefill(shape: MemoryShape, recipe: Recipe) -> int:
+    """Without gradients about half of what autograd would keep of one block lives at once."""
+    chunk = min(
+        recipe.rollout.chunked_prefill_size, recipe.rollout.max_running_requests * recipe.rollout.context_length
+    )
+    return chunk * max(block_activations(shape)) // 2
+
+
+def _sampling(shape: MemoryShape, recipe: Recipe) -> int:
+    return SAMPLING_BUFFERS * 4 * shape.vocab_size * recipe.rollout.max_running_requests
+
+
+def block_activations(shape: MemoryShape) -> tuple[int, ...]:
+    """Bytes a token that autograd keeps of each block in bf16, as the adapter says; else from the hidden size."""
+    return shape.block_activations or (ACTIVATION_UNITS * shape.hidden_size,) * shape.layers
 
 
 def light_row(name: str, workers: int = 0) -> MemoryRow:

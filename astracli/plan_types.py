@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from astracli.backend import BackendChoice
 from astracli.plan_memory import MemoryRow
+from astracli.plan_place import Placement
 
 Command = Literal["train", "rollout", "eval"]
 Role = Literal["engine", "rollout", "trainer", "eval"]
@@ -58,6 +59,8 @@ class LaunchPlan:
     disk: tuple[MemoryRow, ...]
     model: Mapping[str, Any] = field(default_factory=dict)
     """Sizes of the model and of a step; empty when no config is known."""
+    placement: Placement = field(default_factory=Placement)
+    """What lies where on GPUs and host, and why."""
     expected: Mapping[str, Any] = field(default_factory=dict)
     """Published figures of the recipe."""
     problems: tuple[Problem, ...] = ()

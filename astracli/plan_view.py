@@ -22,6 +22,8 @@ def render(plan: LaunchPlan) -> list[Table]:
         Table("processes", columns, tuple(processes)),
         Table("backends", ("what", "choice", "reason"), backends),
     ]
+    if plan.placement.reasons:
+        tables.append(Table("placement", ("what", "where", "reason"), plan.placement.reasons))
     if plan.model:
         tables.append(Table("model", ("figure", "value"), tuple((k, _figure(k, v)) for k, v in plan.model.items())))
     everywhere: tuple[tuple[str, tuple[MemoryRow, ...], tuple[Place, ...]], ...] = (

@@ -74,7 +74,9 @@ class DataTable(Table):
     decontaminate: Literal["report", "remove", "off"] = "report"
     """Training problems that are also items of `eval.benchmarks`: counted and said, left out, or not looked for."""
     reward: str = "math"
-    """`math`, `probe`, a name from the entry-point group `astra.rewards`, or `pkg.module:function`."""
+    """`math`, `math_boxed` (only a box counts), `probe`, a name from the entry-point group `astra.rewards`, or
+    `pkg.module:function`. `probe` tries the machinery out on any weights, random ones too: 1 where the share of even
+    token ids is at or over its group's median, else 0."""
     reward_timeout_s: PositiveFloat = 5.0
     """One grading may take this long; then its worker is killed, the reward is 0 and a timeout is counted."""
     reward_workers: PositiveInt = 1
@@ -95,8 +97,13 @@ class RolloutTable(Table):
     attention_backend: str = "auto"
     linear_attention_backend: str = "auto"
     mem_fraction_static: float = Field(default=0.7, gt=0.0, lt=1.0)
+    """Part of its GPU that an engine reserves for weights, recurrent state and KV cache. At most: beside a trainer
+    (`resources.share_gpus`) it is what that one leaves."""
     chunked_prefill_size: PositiveInt = 8192
     """Tokens of one prefill chunk; bounds the fp32 logits of a prefill."""
+    max_dropped_batches: NonNegativeInt = 8
+    """The run ends when so many batches' worth of groups (x `train.batch_groups`) in a row were dropped because all
+    their samples earned the same; 0 goes on generating."""
 
 
 class TrainTable(Table):
@@ -108,6 +115,9 @@ class TrainTable(Table):
     """Optimizer steps per step."""
     tokens_per_microbatch: PositiveInt = 8192
     """Token budget (padding included) of one forward and backward."""
+    packing: Literal["auto", "packed", "padded"] = "auto"
+    """How a micro-batch lays out its samples: `packed`, one row without padding that nothing leaks through (proved at
+    start-up), or `padded` rows; `auto` packs on a GPU and pads on a CPU."""
     learning_rate: PositiveFloat = 5e-6
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: NonNegativeInt = 0
@@ -128,10 +138,18 @@ class TrainTable(Table):
     """Every batch is trained on again up to n times, in the steps after its first, while no token of it is staler than
     `max_staleness`. A replay is a step: it counts in `steps` and publishes a version."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """What the backward pass computes again: `full`, every block (least memory, a third more work); `selective`, all
+    but matrix products and attention; `none`, nothing."""
+    reference_device: Literal["auto", "gpu", "host"] = "auto"
+    """Where the initial model of the KL term waits between scoring passes; `host` is pinned memory, `auto` is the GPU
+    while it has room. On a CPU there is one place."""
+    optimizer_device: Literal["auto", "gpu", "host"] = "auto"
+    """Where AdamW's moments wait between updates; with `host` they pass through the GPU tensor by tensor."""
     attention: str = "auto"
     """Trainer attention: `auto`, `sdpa`, `eager`, or what the backend table offers."""
     parity_tolerance: PositiveFloat | None = None
-    """Largest mean |trainer - engine| log-probability at staleness 0; None takes the adapter's."""
+    """Largest mean |trainer - engine| log-probability over a batch's tokens of staleness 0; more ends the run, at any
+    step. None takes the adapter's."""
 
 
 class AlgorithmTable(Table):
@@ -201,6 +219,9 @@ class WeightsTable(Table):
     """Published versions kept on disk (pinned ones stay besides)."""
     pause_mode: Literal["abort", "retract", "in_place"] = "abort"
     """What happens to running requests at an update; `abort` ends their segment and resubmits prompt + prefix."""
+    background: Literal["auto", "on", "off"] = "auto"
+    """Publish a version beside the next training step. `auto`: when the trainer runs on GPUs; never in deterministic
+    mode."""
     verify_interval: PositiveInt = 1
     """Read the engine's weights back and compare digests every n-th version."""
     compression_level: int = Field(default=1, ge=1, le=19)
@@ -233,6 +254,12 @@ class EngineEnv(Table):
     python: str | None = None
     """Interpreter of the engine's own environment; None is this one."""
     env: dict[str, str] = {}
+    """Set for the engine alone; a PYTHONPATH here gives it other packages than the trainer's."""
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the engine sees other packages than this process does."""
+        return self.python is not None or "PYTHONPATH" in self.env
 
 
 class ThreadsTable(Table):

@@ -3,16 +3,29 @@
     python bench/gpu_sglang_delta.py [--model astra:tiny | --shape 4b] [--versions 6] [--running 32]
 
 Starts one SGLang server on the first GPU with our custom weight loader, publishes version 0 in full and then deltas of
-an Adam-like update, and brings each into the server while `--running` requests decode: abort, pause, apply (digests of
-every resulting tensor inside the pause; every second version is read back under HF names too), continue. Prints per
-version: density, payload, pause and what the loader spent on it, and with a loadable model the difference between the
-server's log-probabilities and transformers' on the same weights. Everything it starts, it stops.
+an Adam-like update, diffed and coded on the GPU, and brings each into the server while `--running` requests decode:
+stage (the server decodes and loads it while it generates), abort, pause, apply (digests of every resulting
+tensor inside the pause), continue, and for every second version a read-back under HF names beside generation. Prints
+per version a line of JSON, and at the end medians:
+
+    density, changed, bytes, full_bytes     of the version
+    publish_s (digest_s, diff_s, encode_s)  by the publisher; diff and coding of all threads
+    stage_s                                 until the server had it decoded and on the device
+    pause_ms                                pause sent to continue answered, split: pause, call, continue; and what the
+                                            loader spent inside the call: load (0 when staged), apply, digest
+    abort_ms                                ending all requests, before the pause
+    readback_s                              after the pause, while the server generates
+    recovery_s                              until tokens/s is at 95 % of the second before abort or pause (--recovery)
+    parity_*                                |server - transformers| log-probabilities, with a loadable --model
+
+Everything it starts, it stops.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import shutil
@@ -25,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from meter import Batch, Meter
 
 from astracli import registry
 from astracli.adapter import read_config
@@ -44,26 +58,31 @@ SHAPE_4B = {
 }  # fmt: skip
 
 
-def model_directory(args: argparse.Namespace, folder: Path) -> Path:
-    """The checkpoint to serve: a given one, or random weights of the 4B shape, written once."""
+def model_directory(args: argparse.Namespace, folder: Path) -> tuple[Path, Any]:
+    """(what to serve, the model): a given checkpoint, or random weights of the 4B shape, of which only the config is
+    written: the server gets them as version 0."""
+    out = folder / "model"
     if args.shape is None:
         found = fetch.local_path(args.model)
         if found is None:
             sys.exit(f"no local checkpoint `{args.model}`")
-        return Path(shutil.copytree(found, folder / "model"))
+        shutil.copytree(found, out)
+        return out, adapter_of(out).load_for_training(out, attention="sdpa")
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
     torch.manual_seed(0)
     config = Qwen3_5TextConfig(**SHAPE_4B, eos_token_id=1, pad_token_id=0)
+    config.architectures = ["Qwen3_5ForCausalLM"]
     with torch.device("cuda"):
         model = Qwen3_5ForCausalLM(config).to(torch.bfloat16)
-    for name, parameter in model.named_parameters():
-        if name.endswith("A_log"):
-            parameter.data = parameter.data.float()
-    model.save_pretrained(folder / "model")
-    path = folder / "model" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"full_attention_interval": 4}))
-    return folder / "model"
+    out.mkdir()
+    (out / "config.json").write_text(json.dumps(config.to_dict() | {"full_attention_interval": 4, "dtype": "bfloat16"}))
+    return out, model
+
+
+def adapter_of(directory: Path) -> Any:
+    kind = read_config(directory)["model_type"]
+    return next(a for item in registry.installed() if (a := item.adapter) and kind in a.model_types)
 
 
 class Server:
@@ -72,16 +91,19 @@ class Server:
     def __init__(self, args: argparse.Namespace, model: Path, stage: Path, log: Path):
         with ports.bind("127.0.0.1") as probe:
             port = probe.getsockname()[1]
-        graphs = ["--cuda-graph-bs", "1", str(args.running)]
+        graphs = ["--cuda-graph-bs-decode", "1", str(args.running)]
         command = [
             args.sglang_python, "-m", "sglang.launch_server", "--model-path", str(model), "--skip-tokenizer-init",
             "--host", "127.0.0.1", "--port", str(port), "--api-key", TOKEN, "--attention-backend", "triton",
             "--disable-radix-cache", "--disable-prefill-cuda-graph", *graphs, "--max-running-requests",
-            str(max(2, args.running)), "--mem-fraction-static", "0.5", "--context-length", "2048",
-            "--custom-weight-loader", "astracli.weights.sglang_loader.apply_staged",
+            str(max(2, args.running)), "--mem-fraction-static", "0.5", "--context-length", str(args.context),
+            "--custom-weight-loader", "astracli.weights.sglang_loader.apply_staged", "--load-format", "dummy",
+            "--weight-version=-1",
+            *(["--stream-interval", "8"] if args.recovery else []),
         ]  # fmt: skip
         env = os.environ | {
             "ASTRA_STAGE_DIR": str(stage),
+            "ASTRA_START_VERSION": "",  # weights made up by the server: version 0 reaches it in full
             "ASTRA_VERIFY_INTERVAL": "2",
             "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
         }
@@ -124,31 +146,47 @@ async def wait_ready(client: EngineClient, server: Server, timeout_s: float) -> 
         await asyncio.sleep(1.0)
 
 
-async def update(client: EngineClient, stage: Path, version: int, running: int) -> dict[str, Any]:
+async def update(
+    client: EngineClient, subscriber: Subscriber, version: int, args: argparse.Namespace
+) -> dict[str, Any]:
     """One version into the server while requests run. The pause is pause sent to continue answered."""
-    requests = [GenRequest([3 + i % 10, 4, 5], 1500, temperature=1.0, rid=f"v{version}-{i}") for i in range(running)]
-    work = asyncio.create_task(client.generate(requests)) if running else None
-    await asyncio.sleep(1.0)
-    await client.abort_all()
-    results = await work if work else []
-    began = time.monotonic()
-    await client.pause("abort")
-    paused = time.monotonic()
-    answer = await client.apply_staged(version)
-    applied = time.monotonic()
-    await client.resume()
-    ended = time.monotonic()
-    result = json.loads((stage / "result.json").read_text())
-    if not answer.success or not result["ok"]:
-        sys.exit(f"version {version} was not applied: {answer.message} {result}")
-    keys = ("decode_s", "apply_s", "verify_s")
+    metered = args.recovery and args.running
+    load = (
+        Meter(client.url, TOKEN, args.running, args.context - 100)
+        if metered
+        else Batch(client, f"v{version}", args.running, args.context - 100)
+    )
+    async with load:
+        await asyncio.sleep(args.warm_s)
+        plan = await asyncio.to_thread(subscriber.fetch, version, version - 1 if version else None)
+        times = [time.monotonic()]
+        if args.mode == "abort":
+            await load.drain(client.abort_all)
+        times.append(time.monotonic())
+        await client.pause(args.mode)
+        times.append(time.monotonic())
+        answer = await client.apply_staged(version, flush=args.mode != "in_place")
+        times.append(time.monotonic())
+        await client.resume()
+        times.append(time.monotonic())
+        load.resume()
+        if not answer.success:
+            sys.exit(f"version {version} was not applied: {answer.message}")
+        result = subscriber.outcome(version)
+        felt = await load.recovery(times[0], times[-1]) if isinstance(load, Meter) else {}
+        readback_s = await asyncio.to_thread(subscriber.proof, version) if result.get("proof") else None
+    abort_ms, pause_ms, call_ms, continue_ms = (1000 * (b - a) for a, b in itertools.pairwise(times))
     return {
-        "pause_s": ended - began,
-        "pausing_s": paused - began,
-        "call_s": applied - paused,
-        **{k: result.get(k) for k in keys},
-        "aborted_tokens": sum(len(r.tokens) for r in results),
-    }
+        "kind": plan.kind, "bytes": plan.bytes, "changed": result["changed"], "transfer_s": plan.transfer_s,
+        "stage_s": plan.stage_s, "decode_s": result["decode_s"], "load_s": result["load_s"],
+        "abort_ms": abort_ms, "pause_ms": pause_ms + call_ms + continue_ms,
+        "split_ms": {
+            "pause": pause_ms, "call": call_ms, "apply": 1000 * result["apply_s"], "digest": 1000 * result["verify_s"],
+            "record": 1000 * result.get("record_s", 0.0), "loader": 1000 * result.get("loader_s", 0.0),
+            "continue": continue_ms,
+        },
+        "readback_s": readback_s, **felt,
+    }  # fmt: skip
 
 
 @torch.no_grad()
@@ -159,28 +197,28 @@ def transformers_logprobs(model: Any, prompt: list[int], tokens: list[int]) -> t
 
 
 async def drive(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    directory = model_directory(args, folder)
+    directory, model = model_directory(args, folder)
     stage = folder / "stage"
     stage.mkdir()
-    recipe_config = read_config(directory)
-    adapter = next(
-        a for item in registry.installed() if (a := item.adapter) and recipe_config["model_type"] in a.model_types
-    )
+    adapter = adapter_of(directory)
     server = Server(args, directory, stage, folder / "sglang.log")
     try:
-        model = adapter.load_for_training(directory, attention="sdpa")
         dtypes = {t.name: DTYPES[t.dtype] for t in adapter.wire_tensors(model).values()}
         masters = wire(model, adapter, "cuda")
-        publisher = Publisher(folder / "weights", transfer="delta", full_interval=1000, keep=4, model_name="bench")
+        threads = min(16, os.cpu_count() or 1)
+        publisher = Publisher(
+            folder / "weights", transfer="delta", full_interval=1000, keep=4, model_name="bench", threads=threads
+        )
         from starlette.applications import Starlette
 
         files = serve(Starlette(routes=weights_routes(folder / "weights")), ports.bind("127.0.0.1")).start()
         subscriber = Subscriber(files.url, TOKEN, stage, directory)
-        publisher.publish(0, {n: t.to(dtypes[n]).cpu() for n, t in masters.items()})
+        publisher.publish(0, {n: t.to(dtypes[n], copy=True) for n, t in masters.items()}, owned=True)
         rows = []
         draw = torch.Generator(device="cuda").manual_seed(0)
         check = model.to("cuda") if args.shape is None else None
-        async with EngineClient(server.url, TOKEN) as client:
+        del model
+        async with EngineClient(server.url, TOKEN, loader_dir=stage) as client:
             began = time.monotonic()
             await wait_ready(client, server, args.ready_s)
             print(f"SGLang ready after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
@@ -189,17 +227,14 @@ async def drive(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
                 if version:
                     for _ in range(4):
                         adam_like(masters, args.lr, draw)
-                    tensors = {n: t.to(dtypes[n]).cpu() for n, t in masters.items()}
-                    done = publisher.publish(version, tensors)
-                    plan = await asyncio.to_thread(subscriber.fetch, version, version - 1)
-                    row |= {
-                        "density": done.density,
-                        "bytes": plan.bytes,
-                        "full_bytes": done.bytes_full,
-                        "kind": plan.kind,
-                    }
-                    row |= {"publish_s": done.publish_s}
-                    row |= await update(client, stage, version, args.running)
+                    began = time.monotonic()
+                    tensors = {n: t.to(dtypes[n], copy=True) for n, t in masters.items()}
+                    torch.cuda.synchronize()
+                    row["snapshot_s"] = time.monotonic() - began
+                    done = publisher.publish(version, tensors, owned=True)
+                    row |= {"density": done.density, "full_bytes": done.bytes_full, "publish_s": done.publish_s}
+                    row |= {"digest_s": done.digest_s, "diff_s": done.diff_s, "encode_s": done.encode_s}
+                row |= await update(client, subscriber, version, args)
                 if check is not None:
                     row |= await compare(client, check, masters, dtypes, adapter)
                 rows.append(row)
@@ -238,6 +273,10 @@ def main() -> None:
     parser.add_argument("--shape", choices=["4b"], help="random weights of this shape instead of --model")
     parser.add_argument("--versions", type=int, default=6)
     parser.add_argument("--running", type=int, default=32)
+    parser.add_argument("--context", type=int, default=512, help="context length of the server")
+    parser.add_argument("--mode", choices=["abort", "retract", "in_place"], default="abort")
+    parser.add_argument("--recovery", action="store_true", help="stream, and time until full speed after each update")
+    parser.add_argument("--warm-s", type=float, default=2.0, help="generating before each update")
     parser.add_argument("--lr", type=float, default=5e-6)
     parser.add_argument("--ready-s", type=float, default=400.0)
     parser.add_argument("--sglang-python", default=sys.executable)
@@ -246,6 +285,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         rows = asyncio.run(drive(args, Path(folder)))
     print(json.dumps(rows))
+    summarize(rows[2:] or rows[1:])
+
+
+def summarize(rows: list[dict[str, Any]]) -> None:
+    """Medians and worst over the versions after the first, whose call also records where the weights lie."""
+    for key in ("publish_s", "diff_s", "stage_s", "abort_ms", "pause_ms", "readback_s", "recovery_s"):
+        found = sorted(r[key] for r in rows if r.get(key) is not None)
+        if found:
+            print(
+                f"{key:12} p50 {found[len(found) // 2]:9.4f}  worst {found[-1]:9.4f}  of {len(found)}", file=sys.stderr
+            )
+    for key in ("pause", "call", "apply", "digest", "loader", "continue"):
+        found = sorted(r["split_ms"][key] for r in rows if "split_ms" in r)
+        if found:
+            print(f"  {key:10} p50 {found[len(found) // 2]:9.2f} ms", file=sys.stderr)
 
 
 if __name__ == "__main__":

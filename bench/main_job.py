@@ -21,11 +21,13 @@ from typing import Any
 RECIPES = ["qwen3.5-tiny-m2po-delta", "qwen3.5-tiny-m2po-full"]
 
 
-def one(recipe: str, seed: int, folder: Path) -> dict[str, Any]:
+def one(recipe: str, seed: int, folder: Path, settings: list[str]) -> dict[str, Any]:
     run = folder / f"{recipe}-{seed}"
     command = [sys.executable, "-m", "astracli", "train", "--recipe", recipe, "--run-dir", str(run)]
     began = time.monotonic()
-    done = subprocess.run([*command, "--set", f"seed={seed}"], cwd=folder, capture_output=True, text=True)
+    for setting in [f"seed={seed}", *settings]:
+        command += ["--set", setting]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     wall_s = time.monotonic() - began
     if done.returncode:
         sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
@@ -78,10 +80,11 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--at-least", type=float, default=0.0, help="exit 1 when a run ends below this avg@8")
+    parser.add_argument("--set", action="append", default=[], help="a.b=c, as `astra train --set`")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rows = [one(recipe, seed, Path(folder)) for recipe in args.recipes for seed in args.seeds]
+        rows = [one(recipe, seed, Path(folder), args.set) for recipe in args.recipes for seed in args.seeds]
     if args.json:
         print(json.dumps(rows))
     else:

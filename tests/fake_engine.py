@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from astracli.errors import RunFailed
 from astracli.hub.server import ServerThread
 from astracli.weights.subscriber import StagedPlan
 
@@ -146,3 +147,19 @@ class FakeFetcher:
     def fetch(self, target_version: int, have_version: int | None = None) -> StagedPlan:
         self.asked.append((target_version, have_version))
         return StagedPlan(target_version, "full" if have_version is None else "delta", ("x",), 100, 100, 0.0, 0.001)
+
+    refuse: list[RunFailed] = field(default_factory=list)
+    """Errors of the coming outcomes."""
+    proofs: list[RunFailed | float] = field(default_factory=list)
+    """What the coming read-backs find; without any, none is due."""
+
+    def outcome(self, version: int) -> dict[str, Any]:
+        if self.refuse:
+            raise self.refuse.pop(0)
+        return {"ok": True, "version": version, "changed": 7, "proof": bool(self.proofs)}
+
+    def proof(self, version: int) -> float:
+        found = self.proofs.pop(0)
+        if isinstance(found, RunFailed):
+            raise found
+        return found

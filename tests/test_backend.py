@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from importlib import resources
 from typing import Any
 
 import pytest
-from machines import facts
+from machines import facts, package
 
 from astracli import backend, machine
 from astracli.adapters import llama, qwen3_5
@@ -13,6 +15,7 @@ from astracli.errors import UserError
 from astracli.recipe import Recipe
 
 HYBRID, DENSE = qwen3_5.ADAPTER, llama.ADAPTER
+KERNEL = package("0.4.5")
 
 
 def recipe(**tables: dict[str, Any]) -> Recipe:
@@ -53,6 +56,7 @@ def test_cpu() -> None:
         "serving attention",
         "serving linear attention",
         "trainer attention",
+        "micro-batches",
         "delta rule, forward",
         "delta rule, backward",
     ]
@@ -75,7 +79,7 @@ def test_a_cpu_recipe_stays_on_the_cpu_of_a_gpu_machine() -> None:
         ("8.9", True, "flashinfer"),
         ("8.9", False, "triton"),
         ("9.0", True, "fa3"),
-        ("9.0", False, "fa3"),
+        ("9.0", False, "fa3"),  # nothing is known of sglang-kernel here
         ("10.0", True, "trtllm_mha"),
         ("10.0", False, "triton"),
         ("12.0", True, "flashinfer"),
@@ -90,6 +94,86 @@ def test_serving_attention_by_capability(adapter: Any, capability: str, flashinf
     assert choice.linear_attention == ("triton" if adapter is HYBRID else "none")
     assert choice.engine == "sglang"
     assert choice.env == {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "flashinfer", "expected", "why"),
+    [
+        (KERNEL | {"compiled": ["flash_ops"]}, "0.6.18", "fa3", None),
+        (KERNEL | {"compiled": None}, "0.6.18", "fa3", None),
+        (KERNEL | {"compiled": []}, "0.6.18", "flashinfer", "this build of sglang-kernel has no flash_ops"),
+        (package(None), "0.6.18", "flashinfer", "sglang-kernel cannot be imported"),
+        (KERNEL | {"compiled": []}, None, "triton", "no flashinfer: flashinfer-python cannot be imported"),
+    ],
+)
+def test_fa3_needs_its_kernels(kernel: Any, flashinfer: str | None, expected: str, why: str | None) -> None:
+    document = facts("9.0", 1, packages={"flashinfer-python": flashinfer})
+    document["packages"]["sglang-kernel"] = kernel
+    for adapter in (HYBRID, DENSE):
+        choice = backend.choose(adapter, document, recipe())
+        (reason,) = [row.reason for row in choice.reasons if row.what == "serving attention"]
+        assert choice.serving_attention == expected
+        assert why is None or why in reason
+    if expected != "fa3":
+        with pytest.raises(UserError, match=r"attention_backend = fa3: .*sglang-kernel") as error:
+            backend.choose(HYBRID, document, recipe(rollout={"attention_backend": "fa3"}))
+        assert "`triton`" in str(error.value.hint)
+    own = recipe(resources={"engine": {"python": "/envs/sglang/bin/python"}})
+    assert backend.choose(HYBRID, document, own).serving_attention == "fa3", (
+        "another environment, of which nothing is known"
+    )
+    document["engine"] = {"executable": "x", "error": None, "packages": {"sglang-kernel": KERNEL | {"compiled": []}}}
+    assert backend.choose(HYBRID, document, own).serving_attention == "triton"
+
+
+RECORDED: list[tuple[str, str, str, str, str]] = [
+    # machine, compute capability, serving a hybrid, serving a dense model, delta rule of the hybrid
+    ("1xa100", "8.0", "flashinfer", "flashinfer", "fla"),
+    ("4xa10g", "8.6", "flashinfer", "flashinfer", "fla"),
+    ("8xl40", "8.9", "flashinfer", "flashinfer", "fla"),
+    ("8xh100", "9.0", "fa3", "fa3", "fla"),
+    ("1xh200", "9.0", "flashinfer", "flashinfer", "fla+tilelang"),
+    ("8xb200", "10.0", "trtllm_mha", "trtllm_mha", "fla"),
+    ("rtx5090", "12.0", "flashinfer", "flashinfer", "fla"),
+    ("laptop-cpu", "none", "sdpa", "sdpa", "torch"),
+]
+
+
+@pytest.mark.parametrize(("name", "capability", "hybrid", "dense", "rule"), RECORDED)
+def test_every_decision_on_recorded_machines(name: str, capability: str, hybrid: str, dense: str, rule: str) -> None:
+    text = (resources.files("astracli") / "assets/machines" / f"{name}.json").read_text()
+    document = json.loads(text)
+    assert {gpu["compute_capability"] for gpu in document["gpus"]} == ({capability} - {"none"})
+    asked = recipe(**CPU) if capability == "none" else recipe()
+    for adapter, serving, delta in ((HYBRID, hybrid, rule), (DENSE, dense, "none")):
+        choice = backend.choose(adapter, document, asked)
+        assert choice.serving_attention == serving
+        assert (choice.gdn_forward, choice.gdn_backward) == (delta, delta)
+        assert choice.warnings == ()
+        assert choice.env
+        linear = "none" if adapter is DENSE else "torch" if capability == "none" else "triton"
+        assert (choice.linear_attention, choice.trainer_attention) == (linear, "sdpa")
+        assert len(choice.reasons) == 8 and all(row.reason and "\n" not in row.reason for row in choice.reasons)
+        if capability != "none":
+            allowed, refused = backend.serving_options(adapter, backend.lowest_capability(document) or (0, 0))
+            assert "triton" in allowed, "triton serves everywhere"
+            assert set(refused) == ({"fa3"} if (adapter, capability) == (HYBRID, "8.9") else set())
+            assert backend.choose(adapter, document, recipe(rollout={"attention_backend": "triton"}))
+
+
+@pytest.mark.parametrize("ffi", ["0.1.9", "0.1.15", None])
+def test_tilelang_loads_with_one_tvm_ffi_only(ffi: str | None) -> None:
+    document = json.loads((resources.files("astracli") / "assets/machines/1xh200.json").read_text())
+    document["packages"]["apache-tvm-ffi"] = package(ffi)
+    choice = backend.choose(HYBRID, document, recipe())
+    assert choice.gdn_backward == "torch"
+    (warning,) = choice.warnings
+    assert f"tilelang 0.1.11 loads with apache-tvm-ffi 0.1.10 alone, {ffi or 'none'} is installed" in warning
+    ways = warning.rpartition("; ")[2]
+    assert ways.startswith("`pip install 'torch>=2.13' 'flash-linear-attention>=0.6'`"), "the first way out"
+    assert "`pip install tilelang==0.1.11 apache-tvm-ffi==0.1.10` beside a CUDA toolkit with nvcc" in ways
+    del document["packages"]["apache-tvm-ffi"]
+    assert backend.choose(HYBRID, document, recipe()).gdn_backward == "fla+tilelang", "not recorded: not judged"
 
 
 def test_fa3_is_refused_on_8_9_for_hybrids_only() -> None:

@@ -13,7 +13,7 @@ from test_doctor import BIG, SHARED, TINY, found, judged, one
 
 from astracli import machine
 
-NAMES = ("8xl40", "8xh100", "1xa100", "8xb200", "rtx5090", "laptop-cpu", "container")
+NAMES = ("8xl40", "8xh100", "1xa100", "4xa10g", "1xh200", "8xb200", "rtx5090", "laptop-cpu", "container")
 
 
 @pytest.fixture(autouse=True)
@@ -133,3 +133,15 @@ def test_a_document_that_was_written_is_read_again(astra: Any, tmp_path: Path) -
     assert json.loads(here.out) == json.loads(there.out)
     assert json.loads(file.read_text()) == json.loads(here.out)["facts"]
     assert astra("doctor", "--no-probe", "--facts-out", str(tmp_path / "none" / "x.json")).code == 2
+
+
+def test_tilelang_on_an_h200_needs_its_own_tvm_ffi() -> None:
+    whole = document("1xh200")
+    check = one(judged(BIG, whole), "tilelang")
+    assert (check["status"], check["value"]) == ("ok", "0.1.11")
+    whole["packages"]["apache-tvm-ffi"]["version"] = "0.1.15"
+    report = judged(BIG, whole)
+    check = one(report, "tilelang")
+    assert check["status"] == "warn" and check["fix"] == "`pip install apache-tvm-ffi==0.1.10`"
+    assert "0.1.15 is installed" in check["why"]
+    assert one(report, "gated backward")["status"] == "warn"

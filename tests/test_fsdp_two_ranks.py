@@ -26,7 +26,7 @@ model_dir, out = map(Path, sys.argv[1:])
 ranks = fsdp.join("cpu")
 assert ranks.world_size == 2
 assert ranks.broadcast(b"from rank 0" if ranks.first else None) == b"from rank 0"
-chosen = recipe(algorithm={"kl_coef": 0.01}, train={"activation_checkpointing": "full"})
+chosen = recipe(algorithm={"kl_coef": 0.01}, train={"activation_checkpointing": "selective", "packing": "packed"})
 trainer = make_trainer(model_dir, chosen, ranks)
 masters = trainer.masters
 held = sum(v.numel() for v in masters.values.values())

@@ -180,6 +180,46 @@ def test_an_engine_that_is_not_ready_gets_no_leases(tmp_path: Path) -> None:
     assert store.lease("w", 1, engine="engine0")["wait"] == "engine0, which is down"
 
 
+@pytest.mark.parametrize(
+    ("rewards", "words"),
+    [((0.0, 0.0), "earned nothing"), ((1.0, 1.0), "was rewarded"), (None, "of a group earned the same")],
+)
+def test_a_run_without_signal_ends_after_so_many_batches(tmp_path: Path, rewards: Any, words: str) -> None:
+    store = open_store(tmp_path, max_dropped_batches=3)
+
+    def drop(count: int) -> None:
+        for _ in range(count):
+            (lease,) = ids(store.lease("w", 1))
+            assert store.put(group(lease, rewards=rewards or (lease % 2, lease % 2))) == "dropped"
+
+    drop(11)
+    (kept,) = ids(store.lease("w", 1))
+    assert store.put(group(kept)) == "accepted"
+    drop(11)
+    assert "11 in a row dropped for no signal" in store.batch(0)["wait"], "a group with signal counts from 0 again"
+    drop(1)
+    with pytest.raises(RunFailed, match=r"12 groups in a row \(3 batches' worth\) were dropped, .*" + words) as ended:
+        store.batch(0)
+    assert "data.reward = probe" in str(ended.value.hint)
+    store.rewind(0, 0)
+    assert "wait" in store.batch(0), "a resumed run counts anew"
+    (tmp_path / "endless").mkdir()
+    endless = open_store(tmp_path / "endless", max_dropped_batches=0)
+    for _ in range(40):
+        (lease,) = ids(endless.lease("w", 1))
+        endless.put(group(lease, rewards=(0.0, 0.0)))
+    assert "40 in a row" in endless.batch(0)["wait"]
+
+
+def test_groups_that_are_there_are_trained_on_whatever_was_dropped_since(tmp_path: Path) -> None:
+    store = open_store(tmp_path, max_dropped_batches=1)
+    fill(store, 0)
+    for lease in ids(store.lease("w", 4)):
+        store.put(group(lease, rewards=(0.0, 0.0)))
+    assert store.state()["dropped_in_a_row"] == 4
+    assert len(store.batch(0)["groups"]) == 4
+
+
 def test_dropped_groups_free_their_capacity_and_are_counted(tmp_path: Path) -> None:
     store = open_store(tmp_path, steps=1)
     seen = 0

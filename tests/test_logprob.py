@@ -7,7 +7,7 @@ import torch
 from training_tools import save_model
 
 from astracli.adapters.qwen3_5 import ADAPTER
-from astracli.training.logprob import PolicyModel, chunked_logprob
+from astracli.training.logprob import PolicyModel, chunk_tokens, chunked_logprob
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
@@ -33,9 +33,11 @@ def test_equal_to_log_softmax_with_gradients(chunk: int, with_bias: bool) -> Non
     assert not entropy.requires_grad
 
 
-def test_memory_is_one_chunk_not_the_batch() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_one_chunk_not_the_batch(dtype: torch.dtype) -> None:
     tokens, vocabulary, chunk = 512, 4096, 16
-    hidden, weight = torch.randn(tokens, 4, requires_grad=True), torch.randn(vocabulary, 4)
+    hidden = torch.randn(tokens, 4).to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, 4).to(dtype).requires_grad_()
     biggest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):  # type: ignore[misc]
@@ -50,6 +52,23 @@ def test_memory_is_one_chunk_not_the_batch() -> None:
         logprob, _ = chunked_logprob(hidden, weight, torch.zeros(tokens, dtype=torch.int64), chunk=chunk)
         logprob.sum().backward()
     assert biggest == chunk * vocabulary
+
+
+def test_a_chunk_of_the_real_vocabulary_is_half_a_gibibyte() -> None:
+    """8k tokens over 248,320 words would be 7.6 GiB of fp32 logits; a chunk is a multiple of a product's tile."""
+    chunk = chunk_tokens(248_320, "cuda")
+    assert chunk == 512 and chunk * 248_320 * 4 <= 2**29
+    assert chunk_tokens(64, "cpu") == 2**17
+
+
+def test_bf16_gradients_of_the_weight_add_up_in_fp32() -> None:
+    """Many chunks of one token each: a bf16 sum would stop growing at 256 equal terms."""
+    tokens = 1024
+    hidden = torch.ones(tokens, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    logprob, _ = chunked_logprob(hidden, weight, torch.zeros(tokens, dtype=torch.int64), chunk=1)
+    logprob.sum().backward()
+    assert weight.grad is not None and weight.grad.flatten().tolist() == [512.0, -512.0]
 
 
 def test_a_model_gives_the_same_through_its_head(tmp_path) -> None:  # type: ignore[no-untyped-def]

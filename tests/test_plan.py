@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from machines import GIB, facts
 
-from astracli import backend, machine, plan, plan_memory, recipe_io, registry
+from astracli import backend, machine, plan, plan_memory, plan_trainer, recipe_io, registry
 from astracli.adapters import llama, qwen3, qwen3_5
 from astracli.errors import UserError
 from astracli.plan import LaunchPlan
@@ -117,14 +118,23 @@ def test_bytes_of_qwen3_5_4b() -> None:
     rows = {(row.process, row.what): row.bytes for row in result.memory}
     parameters = 4_205_751_296
     assert rows["engine0", "weights (bf16)"] == 2 * parameters
-    assert rows["engine0", "KV cache (bf16)"] == 32 * 8192 * 32 * 1024
-    assert rows["engine0", "recurrent state"] == 32 * 24 * (32 * 128 * 128 * 4 + 8192 * 3 * 2)
+    assert rows["engine0", "KV cache (bf16), one request"] == 8192 * 32 * 1024
+    assert rows["engine0", "recurrent state"] == 33 * 24 * (32 * 128 * 128 * 4 + 8192 * 3 * 2)
+    assert rows["engine0", "KV cache (bf16), the others"] == 31 * 8192 * 32 * 1024
+    tight = planned(load("qwen3.5-4b-m2po-full"), facts("8.9", 8, memory_gib=20, host_gib=512))
+    held = {row.what: row.bytes for row in tight.memory if row.process == "engine0"}
+    reserved = ("weights (bf16)", "recurrent state", "KV cache (bf16), one request", "KV cache (bf16), the others")
+    assert sum(held[what] for what in reserved) == int(0.7 * 20 * GIB), "no more than its part"
     assert rows["trainer", "master weights (fp32)"] == parameters  # 4 bytes over 4 ranks
     assert rows["trainer", "moments (fp32)"] == 2 * parameters
     assert rows["trainer1", "gradients (fp32)"] == parameters
-    assert rows["trainer", "reference"] == parameters // 2
-    assert ("trainer1", "checkpoint while loading (fp32)") not in rows
-    assert round(rows["engine0", "logits of a prefill chunk (fp32)"] / GIB, 1) == 7.6
+    assert rows["trainer", "reference (bf16)"] == parameters // 2
+    outside = 248320 * 2560 + 2560
+    assert rows["trainer", "embedding and head, gathered (bf16)"] == 2 * outside
+    assert rows["trainer", "activations"] == 8192 * 32 * 2 * 2560  # the input of every block
+    head = 6 * 248320 * 2560 + 3 * 2**29 + 8192 * 14 * 2560
+    assert rows["trainer", "backward pass of the head or a block"] == head
+    assert rows["trainer1", "checkpoint while loading (fp32), over these"] == 3 * parameters
     disk = {row.what: row.bytes for row in result.disk}
     assert disk["3 checkpoints (one being written)"] == 3 * 12 * parameters
     assert disk["13 published versions, full"] == 13 * 2 * parameters
@@ -132,7 +142,7 @@ def test_bytes_of_qwen3_5_4b() -> None:
     assert result.model["flops_per_trained_token"] == pytest.approx(25.2e9, rel=2e-3)
     assert result.expected["avg_at_n_last"] == 0.574
     lean = planned(load("qwen3.5-4b-m2po-full", "algorithm.kl_coef=0"), facts("8.9", 8, host_gib=512))
-    assert "reference" not in {row.what for row in lean.memory}
+    assert "reference (bf16)" not in {row.what for row in lean.memory}
 
 
 def test_every_shipped_recipe_plans_on_any_machine() -> None:
@@ -152,7 +162,7 @@ def test_a_gpu_recipe_on_a_laptop_says_what_is_missing() -> None:
         "8 GPUs (this machine has none)",
         "package sglang",
         "a CUDA build of torch",
-        "27.77 GiB of memory",
+        "66.94 GiB of memory",
         "checkpoint Qwen/Qwen3.5-4B not on this machine",
     ]
     with pytest.raises(UserError) as error:
@@ -160,7 +170,7 @@ def test_a_gpu_recipe_on_a_laptop_says_what_is_missing() -> None:
     assert error.value.exit_code == 2
     assert error.value.message == (
         "recipe `qwen3.5-4b-m2po-delta` asks for 8 GPUs (rollout 4, train 4), this machine has none "
-        "(also missing: package sglang, a CUDA build of torch, 27.77 GiB of memory)"
+        "(also missing: package sglang, a CUDA build of torch, 66.94 GiB of memory)"
     )
     assert error.value.hint == ("`astra train --recipe qwen3.5-tiny-m2po-delta` runs on a CPU")
 
@@ -171,7 +181,7 @@ def test_a_gpu_recipe_on_a_laptop_says_what_is_missing() -> None:
         (1, 141, "resources.rollout_gpus=1 resources.train_gpus=1 resources.share_gpus=true"),
         (2, 141, "resources.rollout_gpus=1 resources.train_gpus=1"),
         (4, 80, "resources.rollout_gpus=2 resources.train_gpus=2"),
-        (4, 30, "resources.rollout_gpus=1 resources.train_gpus=3"),
+        (4, 36, "resources.rollout_gpus=1 resources.train_gpus=3"),
     ],
 )
 def test_the_hint_of_a_refusal_works(count: int, memory_gib: float, sets: str) -> None:
@@ -186,6 +196,84 @@ def test_the_hint_of_a_refusal_works(count: int, memory_gib: float, sets: str) -
     plan.refuse(planned(load("qwen3.5-4b-m2po-delta", *overrides), document))
 
 
+CARDS_GIB = (24, 44, 80, 141, 192)
+SHAPES = ("qwen3.5-tiny-m2po-delta", "qwen3.5-0.8b-m2po-delta", "qwen3-1.7b-m2po-delta", "qwen3.5-4b-m2po-delta")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_no_hint_is_refused_when_it_is_followed(name: str) -> None:
+    """Over a grid of machines; with little memory in the host, too."""
+    config = TINY if "tiny" in name else None
+    gpus = ("resources.device=cuda", "resources.rollout_gpus=1", "resources.train_gpus=1") if config else ()
+    tried = {"fits": 0, "followed": 0, "none": 0}
+    for gib, count, host_gib in itertools.product(CARDS_GIB, (1, 2, 3, 4, 8), (64, 1024)):
+        document = facts("9.0", count, memory_gib=gib, host_gib=host_gib, disk_gib=9000)
+        for more in ((), ("train.activation_checkpointing=none", "train.optimizer_device=gpu")):
+            try:
+                plan.refuse(planned(load(name, *gpus, *more), document, config))
+                tried["fits"] += 1
+            except UserError as error:
+                sets = re.findall(r"--set ([^ `]+)", str(error.hint))
+                hinted = str(error.hint).startswith("run ")
+                tried["followed" if hinted else "none"] += 1
+                if hinted:
+                    assert sets
+                    plan.refuse(planned(load(name, *gpus, *more, *sets), document, config))
+                else:
+                    assert not sets, "a hint that names settings is one to run"
+    assert tried["fits"] > 0
+    assert tried["followed"] > 0 or config, tried
+
+
+def moved(name: str, gib: float, count: int, *overrides: str) -> tuple[str, str, float | None]:
+    result = planned(load(name, *overrides), facts("9.0", count, memory_gib=gib, host_gib=512))
+    plan.refuse(result)
+    split = result.placement.split
+    return split.reference, split.optimizer, result.placement.mem_fraction_static
+
+
+def test_what_does_not_fit_moves_to_the_host_and_the_plan_says_why() -> None:
+    one_each = ("resources.rollout_gpus=1", "resources.train_gpus=1")
+    assert moved("qwen3.5-4b-m2po-delta", 141, 2, *one_each) == ("gpu", "gpu", 0.7)
+    assert moved("qwen3.5-4b-m2po-delta", 80, 2, *one_each) == ("host", "gpu", 0.7)
+    assert moved("qwen3.5-4b-m2po-delta", 44, 2, *one_each) == ("host", "host", 0.7)
+    assert moved("qwen3.5-4b-m2po-delta", 80, 2, *one_each, "algorithm.kl_coef=0") == ("gpu", "gpu", 0.7)
+    assert moved("qwen3.5-4b-m2po-delta", 141, 2, *one_each, "train.optimizer_device=host")[1] == "host"
+    result = planned(load("qwen3.5-4b-m2po-delta", *one_each), facts("9.0", 2, memory_gib=44, host_gib=512))
+    why = "with everything on the GPU the trainer needs 79.26 GiB of 44.00 GiB"
+    assert result.placement.reasons == (("reference", "host", why), ("optimizer", "host", why))
+    where = {row.what: (row.where, row.bytes) for row in result.memory if row.process == "trainer"}
+    assert where["moments (fp32)"] == ("host", 8 * 4_205_751_296)
+    assert where["reference (bf16)"] == ("host", 2 * 4_205_751_296)
+    assert "placement" in {table.title for table in plan.render(result)}
+    with pytest.raises(UserError, match=r"GPU 1 needs at least 7\d\.\d\d GiB of GPU memory for trainer"):
+        asked = load("qwen3.5-4b-m2po-delta", *one_each, "train.optimizer_device=gpu")
+        plan.refuse(planned(asked, facts("9.0", 2, memory_gib=44, host_gib=512)))
+
+
+def test_an_engine_beside_its_trainer_reserves_what_that_one_leaves() -> None:
+    shared = ("resources.rollout_gpus=1", "resources.train_gpus=1", "resources.share_gpus=true")
+    recipe = load("qwen3.5-4b-m2po-delta", *shared)
+    result = planned(recipe, facts("9.0", 1, memory_gib=141, host_gib=512))
+    fraction = result.placement.mem_fraction_static
+    assert fraction is not None and 0.3 < fraction < 0.45
+    assert plan_memory.total(result.memory, where="gpu", fixed=True) <= 0.96 * 141 * GIB
+    shape = qwen3_5.memory_shape(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"])
+    assert fraction * 141 * GIB > plan_memory.static_bytes(shape, recipe, requests=8)
+    assert [what for what, _, _ in result.placement.reasons] == ["engine"]
+    assert moved("qwen3.5-4b-m2po-delta", 80, 1, *shared)[1] == "host"
+    lowered = load("qwen3.5-4b-m2po-delta", *shared, "rollout.mem_fraction_static=0.2")
+    assert planned(lowered, facts("9.0", 1, memory_gib=141, host_gib=512)).placement.mem_fraction_static == 0.2
+
+
+def test_an_engine_that_may_not_reserve_enough_is_refused() -> None:
+    asked = load("qwen3.5-4b-m2po-delta", "rollout.mem_fraction_static=0.2")
+    with pytest.raises(UserError, match=r"reserves 20% of GPU 0 \(8\.80 GiB\), it needs 9\.\d\d GiB") as error:
+        plan.refuse(planned(asked, facts("8.9", 8, memory_gib=44, host_gib=512)))
+    sets = re.findall(r"--set ([^ `]+)", str(error.value.hint))
+    assert [s.split("=")[0] for s in sets] == ["rollout.mem_fraction_static"]
+
+
 def test_rollout_and_eval_count_rollout_gpus_only() -> None:
     document = facts("9.0", 4, memory_gib=80, host_gib=512)
     for command in ("rollout", "eval"):
@@ -198,8 +286,8 @@ def test_rollout_and_eval_count_rollout_gpus_only() -> None:
 
 def test_what_cannot_fit_is_refused_with_its_size() -> None:
     recipe = load("llama3-8b-instruct-m2po-delta", "resources.train_gpus=1", "resources.rollout_gpus=1")
-    result = planned(recipe, facts("9.0", 2, memory_gib=80, host_gib=512))
-    with pytest.raises(UserError, match=r"GPU 1 needs at least 1\d\d\.\d\d GiB of GPU memory for trainer, it has 80"):
+    result = planned(recipe, facts("9.0", 2, memory_gib=60, host_gib=512))
+    with pytest.raises(UserError, match=r"GPU 1 needs at least 7\d\.\d\d GiB of GPU memory for trainer, it has 60"):
         plan.refuse(result)
     small = planned(load("qwen3.5-4b-m2po-delta"), facts("9.0", 8, host_gib=16))
     with pytest.raises(UserError, match=r"needs at least .* GiB of memory, this machine has 16\.00 GiB"):
@@ -222,7 +310,7 @@ def test_the_engines_own_environment_is_not_judged_from_here() -> None:
     own = load("qwen3-1.7b-m2po-delta", "resources.engine.python=/envs/sglang/bin/python")
     result = planned(own, document)
     assert "package sglang" not in result.missing
-    assert result.processes[0].python == "/envs/sglang/bin/python"
+    assert result.processes[0].python is None  # the process that watches the server is one of ours
 
 
 def test_an_unknown_model_still_has_processes() -> None:
@@ -250,7 +338,7 @@ def test_building_reads_nothing_but_its_arguments(monkeypatch: pytest.MonkeyPatc
 def test_the_trainers_logit_chunk_is_the_planned_one() -> None:
     from astracli.training import logprob
 
-    assert logprob.LOGIT_BYTES == plan_memory.LOGIT_BYTES
+    assert logprob.LOGIT_BYTES == plan_trainer.LOGIT_BYTES
 
 
 def test_words() -> None:

@@ -145,9 +145,12 @@ def test_live_picture() -> None:
 def make_summary(tmp_path: Path, **changes: Any) -> dict[str, Any]:
     records = [
         trainer(step, tokens=1000.0, step_s=2.0, wait_s=0.5, train_s=1.4, reward_mean=0.3 + step / 100, full_bytes=2e6,
-                delta_bytes=4e5, delta_density=0.2, publish_s=0.1, parity_mean_abs=2e-6, parity_max_abs=3e-5)
+                delta_bytes=4e5, delta_density=0.2, publish_s=0.1, parity_mean_abs=2e-6, parity_max_abs=3e-5,
+                bytes_per_changed=2.0, snapshot_s=0.003, publish_wait_s=0.1)
         for step in range(4)
-    ] + [{"step": s, "process": "rollout", "pause_s": p} for s, p in ((1, 0.01), (2, 0.03), (3, 0.02))]  # fmt: skip
+    ] + [
+        {"step": s, "process": "rollout", "pause_s": p, "apply_s": p / 2} for s, p in ((1, 0.01), (2, 0.03), (3, 0.02))
+    ]  # fmt: skip
     records.append({"step": 3, "process": "trainer", "export_s": 2.0})
     fields: dict[str, Any] = dict(
         run_dir=tmp_path,
@@ -184,7 +187,9 @@ def test_summary_figures(tmp_path: Path) -> None:
     assert (found["training"]["reward_mean_first"], found["training"]["reward_mean_last"]) == (0.3, pytest.approx(0.33))
     assert found["weights"] == {
         "transfer": "delta", "full_bytes": 2e6, "delta_bytes_mean": 4e5, "ratio": 5.0,
-        "density_mean": pytest.approx(0.2), "publish_s_p50": 0.1, "pause_s_p50": 0.02, "resyncs": 0,
+        "density_mean": pytest.approx(0.2), "bytes_per_changed_p50": 2.0, "publish_s_p50": 0.1,
+        "publish_wait_s": pytest.approx(0.4), "seconds_p50": {"snapshot": 0.003, "apply": 0.01},
+        "pause_s_p50": 0.02, "resyncs": 0,
     }  # fmt: skip
     assert found["parity"] == {"mean_abs": pytest.approx(2e-6), "max_abs": 3e-5}
     assert found["restarts"] == {"rollout": 2}
@@ -220,8 +225,9 @@ def test_closing_table(tmp_path: Path) -> None:
     assert "tokens 4,000 trained, 500 a second" in lines
     assert (
         "weights full 2 MB, mean delta 400 kB (5.0x smaller), 20.0% of the values change in a version, "
-        "engine pause p50 20 ms" in lines
+        "2.00 bytes for each, engine pause p50 20 ms" in lines
     )
+    assert "an update median ms: snapshot 3.0, apply 10.0; the trainer waited 0.4 s to publish" in lines
     assert "parity mean |trainer - engine| log-probability 2.0e-06, largest 3.0e-05" in lines
     assert "peak memory 1.9 GB (sum of PSS): trainer 800 MB" in lines
 

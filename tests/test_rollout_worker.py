@@ -149,7 +149,8 @@ def expected(lease_id: int, index: int) -> list[int]:
 
 
 def records(world: World) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in world.server.metrics.read_text().splitlines()]
+    lines = world.server.metrics.read_text().splitlines() if world.server.metrics.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def test_groups_come_in_graded_and_whole(world: World) -> None:
@@ -229,6 +230,37 @@ def test_a_failed_update_is_repeated_in_full_and_serves_nothing_in_between(world
     assert [event for event in world.engine.events if "pause" not in event] == ["refused 1", "applied 1"]
     (record,) = records(world)
     assert (record["resyncs"], record["kind"]) == (1, "full")
+
+
+def test_an_engine_that_answers_success_without_having_applied_is_not_believed(world: World) -> None:
+    """SGLang answers success to every call of a weight loader that did not kill it: the outcome is in a file."""
+    world.fetcher.refuse = [RunFailed("version 1 was not applied: 3 tensors have the wrong digest")]
+
+    async def scenario() -> None:
+        world.store.announce(1, 1)
+        await until(lambda: bool(records(world)))
+
+    asyncio.run(world.play(scenario))
+    assert world.fetcher.asked == [(1, 0), (1, None)]
+    (record,) = records(world)
+    assert (record["resyncs"], record["kind"], record["changed"]) == (1, "full", 7)
+
+
+def test_what_is_generated_before_a_read_back_fails_is_lost_and_the_engine_resynced(world: World) -> None:
+    world.fetcher.proofs = [RunFailed("read back under HF names, 1 tensors differ: a"), 0.01]
+
+    async def scenario() -> None:
+        world.store.announce(1, 1)
+        for group in await world.batch(0):
+            for sample in group.samples:
+                assert sample.tokens.tolist() == expected(group.lease_id, sample.index)
+        await until(lambda: bool(records(world)))
+
+    asyncio.run(world.play(scenario))
+    assert world.fetcher.asked == [(1, 0), (1, None)]
+    assert [event for event in world.engine.events if "pause" not in event] == ["applied 1", "applied 1"]
+    (record,) = records(world)
+    assert (record["resyncs"], record["kind"], record["readback_s"]) == (1, "full", 0.01)
 
 
 def test_an_update_that_fails_twice_ends_the_run_in_words(world: World) -> None:

@@ -21,7 +21,7 @@ from astracli.training import checkpoint
 from astracli.training.fsdp import Ranks
 from astracli.weights.manifest import read_stable
 from astracli.workers.common import WorkerConfig
-from astracli.workers.train import TrainLoop
+from astracli.workers.train import TrainLoop, in_background
 
 STEPS = 4
 
@@ -49,6 +49,7 @@ class Job:
     """A hub, a run directory and the engine's part: groups that depend on their lease alone."""
 
     def __init__(self, directory: Path, model_dir: Path):
+        self.background = "off"
         self.run_dir = directory / "run"
         self.run_dir.mkdir(parents=True)
         self.model_dir = model_dir
@@ -66,7 +67,7 @@ class Job:
             recipe=recipe(
                 train={"steps": STEPS, "batch_groups": 2, "max_staleness": 0, "parity_tolerance": 100.0},
                 checkpoint={"every": 2},
-                weights={"transfer": "delta"},
+                weights={"transfer": "delta", "background": self.background},
                 metrics={"samples_per_step": 3},
             ),
             paths={"model": str(self.model_dir)},
@@ -159,12 +160,14 @@ def test_a_run_from_start_to_export(job: Job, expected: dict[str, torch.Tensor])
         assert len(sample["tokens"]) == len(sample["logprobs"]) > 0
 
 
+@pytest.mark.parametrize("background", ["off", "on"])
 @pytest.mark.parametrize("where", ["train", "save", "publish", "announce", "ack"])
 @pytest.mark.parametrize("step", [1, 2])
 def test_a_kill_at_any_point_changes_nothing(
-    job: Job, expected: dict[str, torch.Tensor], where: str, step: int, monkeypatch: pytest.MonkeyPatch
+    job: Job, expected: dict[str, torch.Tensor], where: str, step: int, background: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed just before `where` of `step`, resumed: the same weights, every batch trained once, every group used."""
+    job.background = background
 
     def die(*arguments: Any, **options: Any) -> Any:
         raise Killed
@@ -176,10 +179,11 @@ def test_a_kill_at_any_point_changes_nothing(
     targets: dict[str, tuple[Any, str]] = {
         "train": (loop.trainer, "train"),
         "save": (checkpoint, "save"),
-        "publish": (loop.publisher, "publish"),
+        "publish": (loop.publisher, "_publish"),
         "announce": (loop.hub, "announce"),
         "ack": (loop.hub, "ack"),
     }
+    loop.publisher.settle()
     job.roll(step)
     with monkeypatch.context() as patch:
         patch.setattr(*targets[where], die)
@@ -188,11 +192,104 @@ def test_a_kill_at_any_point_changes_nothing(
             job.roll(3)
         with pytest.raises(Killed):
             loop.advance()
+            loop.publisher.settle()
     again = job.resume()
     job.train(again)
+    again.publisher.settle()
     assert same(again, expected)
     assert job.store.finished
     assert job.store.state()["counts"]["consumed_steps"] == STEPS
+
+
+@pytest.mark.parametrize("where", ["_publish", "announce", "ack"])
+def test_a_kill_while_the_next_step_trains_changes_nothing(
+    job: Job, expected: dict[str, torch.Tensor], where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Version 2 is still on its way, its checkpoint is on disk and batch 2 is handed out when everything ends."""
+    job.background = "on"
+    loop = job.loop()
+    loop.start()
+    job.train(loop, until=1)
+    loop.publisher.settle()
+    killed, reached = threading.Event(), threading.Event()
+
+    def hang(*arguments: Any, **options: Any) -> Any:
+        reached.set()
+        killed.wait(30)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.publisher if where == "_publish" else loop.hub, where, hang)
+        job.train(loop, until=2)
+        assert reached.wait(10)
+        job.roll(2)
+        assert loop.hub is not None and "groups" in loop.hub.batch(2)
+        again = job.resume()
+        assert again.step == 2
+        killed.set()
+        with pytest.raises(Killed):
+            loop.publisher.settle()
+    job.train(again)
+    again.publisher.settle()
+    assert same(again, expected)
+    assert job.store.finished
+    assert job.store.state()["counts"]["consumed_steps"] == STEPS
+
+
+def test_the_step_goes_on_while_its_version_is_published_and_the_next_one_waits(job: Job) -> None:
+    job.background = "on"
+    loop = job.loop()
+    loop.start()
+    gate, announced = threading.Event(), loop._announce
+
+    def late(version: int) -> None:
+        gate.wait(30)
+        announced(version)
+
+    loop._announce = late  # type: ignore[method-assign]
+    job.train(loop, until=1)
+    assert loop.publisher.busy and read_stable(job.run_dir / "weights", 0)
+    assert job.store.state()["latest_version"] == 0
+    threading.Timer(0.5, gate.set).start()
+    job.train(loop, until=2)
+    assert job.store.state()["latest_version"] >= 1
+    assert "version 1 to be published" in job.reporter.said and job.reporter.said[-1] is None
+    job.train(loop)
+    loop.finish()
+    assert job.store.finished and job.store.state()["latest_version"] == STEPS
+    steps = [r for r in job.records() if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(STEPS))
+    assert steps[1]["publish_wait_s"] > 0.1 > steps[0]["publish_wait_s"]
+    for record in steps:
+        assert record["publish_s"] == pytest.approx(record["publish_wait_s"] + record["snapshot_s"])
+        assert record["stable_s"] >= record["digest_s"] + record["write_s"] and record["bytes_per_changed"] > 0
+
+
+def test_an_error_in_the_background_ends_the_wait_for_a_batch_with_its_cause(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("astracli.workers.train.BATCH_WAIT_S", 0.2)
+    job.background = "on"
+    loop = job.loop()
+    loop.start()
+
+    def full(*arguments: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loop.publisher, "_publish", full)
+    job.train(loop, until=1)
+    with pytest.raises(OSError, match="No space left"):
+        loop.advance()  # no group of version 1 will ever come
+
+
+def test_deterministic_runs_publish_in_the_step() -> None:
+    def chosen(background: str, deterministic: bool, device: str) -> bool:
+        tables: dict[str, Any] = {"weights": {"background": background}, "train": {"max_staleness": 0}}
+        return in_background(recipe(**tables, launch={"deterministic": deterministic}), device)
+
+    assert chosen("auto", False, "cuda") and chosen("on", False, "cpu")
+    assert not chosen("auto", False, "cpu") and not chosen("off", False, "cuda")
+    assert not chosen("on", True, "cuda") and not chosen("auto", True, "cpu")
 
 
 def test_a_missing_checkpoint_is_named(job: Job) -> None:

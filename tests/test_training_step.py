@@ -18,6 +18,7 @@ from astracli.adapters.qwen3_5 import ADAPTER
 from astracli.errors import RunFailed
 from astracli.recipe import TrainTable
 from astracli.rl.types import Group, Segment
+from astracli.training.agreement import Agreement
 from astracli.training.optimizer import learning_rate
 from astracli.training.step import Trainer
 
@@ -123,7 +124,7 @@ def test_the_pass_without_gradients_is_left_out_when_it_says_nothing(model_dir: 
         counts.append(calls / sum(map(len, result.batch.minibatches)))
         assert result.metrics["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
         assert result.metrics["entropy"] > 0
-    assert counts == [2.0, 2.0, 1.0]  # the first two steps have a parity check due
+    assert counts == [2.0, 1.0, 1.0]  # the first batch of a process is always scored
 
 
 def test_an_engine_with_other_weights_stops_the_run(model_dir: Path) -> None:
@@ -141,6 +142,54 @@ def test_an_engine_that_missed_the_update_stops_the_run(model_dir: Path) -> None
     trainer.train(sample_groups(trainer, 4, seed=0), 0, 0)
     with pytest.raises(RunFailed, match="at version 1"):
         trainer.train(old, 1, 1)
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_an_engine_that_drifts_away_later_stops_the_run_before_an_update(model_dir: Path, minibatches: int) -> None:
+    """With one fresh minibatch no scoring pass is made: the training forward itself is judged."""
+    trainer = make_trainer(model_dir, recipe(train={"minibatches": minibatches}))
+    for step in range(3):
+        metrics = trainer.train(sample_groups(trainer, 4, seed=step, version=step), step, step).metrics
+        assert metrics["parity_mean_abs"] < 1e-5
+    before = {name: value.clone() for name, value in trainer.masters.values.items()}
+    with pytest.raises(RunFailed, match=r"disagree at version 3: .* allowed mean 1e-04") as stopped:
+        trainer.train(stale(sample_groups(trainer, 4, seed=3), 0.01, version=3), 3, 3)
+    assert "train.parity_tolerance" in str(stopped.value.hint)
+    assert all(torch.equal(before[name], value) for name, value in trainer.masters.values.items())
+
+
+def test_agreement_is_measured_on_the_tokens_of_the_trainers_version_alone(model_dir: Path) -> None:
+    trainer = make_trainer(model_dir, recipe(train={"parity_tolerance": 1.0}))
+    fresh, old = sample_groups(trainer, 2, seed=1, version=5), sample_groups(trainer, 2, seed=2, first=2)
+    log_ratios = []
+    for sample in (s for g in fresh for s in g.samples):
+        shift = np.linspace(-0.2, 0.1, len(sample.tokens)).astype(np.float32)
+        sample.segments = [Segment(5, sample.tokens, sample.logprobs - shift)]
+        log_ratios.append(shift.astype(np.float64))
+    metrics = trainer.train([*fresh, *stale(old, 3.0, version=4)], 5, 5).metrics
+    log_N = np.concatenate(log_ratios)
+    assert metrics["parity_tokens"] == len(log_N)
+    assert metrics["parity_mean_abs"] == pytest.approx(np.abs(log_N).mean(), abs=1e-5)
+    assert metrics["parity_max_abs"] == pytest.approx(0.2, abs=1e-4)
+    assert metrics["parity_ratio_mean"] == pytest.approx(np.exp(log_N).mean(), abs=1e-5)
+    assert metrics["parity_kl"] == pytest.approx((np.exp(log_N) - 1 - log_N).mean(), abs=1e-5)
+    assert metrics["parity_kl_k1"] == pytest.approx(-log_N.mean(), abs=1e-5)
+
+
+def test_few_tokens_may_scatter_more_and_no_number_is_no_agreement() -> None:
+    def judged(count: int, value: float) -> bool:
+        measured = Agreement()
+        measured.add(torch.full((count,), value))
+        try:
+            measured.require(0.01, 0)
+        except RunFailed:
+            return False
+        return True
+
+    assert judged(64, 0.0099) and not judged(64, 0.0101) and not judged(5000, 0.0101)
+    assert judged(4, 0.039) and not judged(4, 0.041)
+    assert not judged(64, math.nan)
+    assert Agreement().figures == {}
 
 
 def test_rows_that_leak_stop_the_run(model_dir: Path) -> None:

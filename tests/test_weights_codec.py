@@ -227,7 +227,7 @@ def forged(
     planes += codec._planes(np.array(values, "<u2"))
     frames = [codec._deflate(p, 1) for p in planes]
     number = len(long) if escapes is None else escapes
-    head = codec._HEADER.pack(codec._MAGIC, 1, 2, len(planes), length, len(gaps), number)
+    head = codec._HEADER.pack(codec._MAGIC, 1, 2, len(planes), 0, length, len(gaps), number)
     return resealed(head + b"".join(codec._SIZE.pack(len(f)) for f in frames) + b"".join(frames) + bytes(8))
 
 

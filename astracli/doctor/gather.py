@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from urllib.parse import urlsplit
 
 from astracli import machine, machine_read, registry, run_view
 from astracli.adapter import read_config
+from astracli.adapter_tools import has_chat_template
 from astracli.errors import UserError
 from astracli.recipe import Recipe
 from astracli.run_dir import RUNS
@@ -44,8 +46,9 @@ def gather(recipe: Recipe | None = None, runs: Path = RUNS) -> dict[str, Any]:
         missing = [d for d in facts["data"] if d["place"] is None] or facts["checkpoint"]["place"] is None
         if missing and not _offline():
             facts["network"] |= {"hub_error": reach(facts["network"]["hub"]), "hub_asked": True}
-        if recipe.resources.engine.python is not None:
-            facts["engine"] = environment(recipe.resources.engine.python, families)
+        engine = recipe.resources.engine
+        if engine.foreign:
+            facts["engine"] = environment(engine.python or sys.executable, families, engine.env)
     return machine.Machine.model_validate(facts).model_dump(mode="json")
 
 
@@ -102,14 +105,10 @@ def _beside(place: Path) -> dict[str, Any]:
             shards = {f"{index.name} (unreadable)"}
     elif not any(place.glob("*.safetensors")):
         shards = {"model.safetensors"}
-    settings = place / "tokenizer_config.json"
-    template = (place / "chat_template.jinja").is_file() or (
-        settings.is_file() and '"chat_template"' in settings.read_text(errors="replace")
-    )
     return {
         "missing_files": sorted(name for name in shards if not (place / name).is_file()),
         "tokenizer": [name for name in TOKENIZER_FILES if (place / name).is_file()],
-        "chat_template": template,
+        "chat_template": has_chat_template(place),
     }
 
 
@@ -231,14 +230,15 @@ print(json.dumps({"version": platform.python_version(), "libc": " ".join(platfor
 """
 
 
-def environment(python: str, families: list[str]) -> dict[str, Any]:
-    """Packages of another interpreter, asked of itself: it needs neither astracli nor psutil for that."""
+def environment(python: str, families: list[str], env: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Packages as another interpreter sees them under `env`, asked of itself: it needs neither astracli nor psutil."""
     source = Path(machine_read.__file__).read_text() + _ASK
     arguments = [json.dumps(machine.PACKAGES), json.dumps(machine.MODEL_FILES), json.dumps(families)]
     try:
         done = subprocess.run(
-            [python, "-c", source, *arguments], capture_output=True, text=True, timeout=ENGINE_TIMEOUT_S, cwd="/"
-        )
+            [python, "-c", source, *arguments], capture_output=True, text=True, timeout=ENGINE_TIMEOUT_S, cwd="/",
+            env={**os.environ, **(env or {})},
+        )  # fmt: skip
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or [f"it exited {done.returncode}"])[-1]
             return {"executable": python, "error": last[:300]}

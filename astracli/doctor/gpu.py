@@ -14,7 +14,7 @@ OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 """CUDA major version that torch was built for -> first driver that runs it."""
 FIRST_CUDA = {(8, 9): (11, 8), (9, 0): (11, 8), (10, 0): (12, 8), (12, 0): (12, 8)}
 """Compute capability, from here on -> first CUDA that has code for it."""
-IDLE = 600 * 2**20
+IDLE = 1024 * 2**20
 """Memory that a GPU without any work may have taken: driver, display, MPS."""
 GPU_BUILD = "install a CUDA build of torch: `pip install -c constraints/cuda.txt 'astracli[gpu]'`"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from astracli import machine
-from astracli.backend import HOPPER, SLOW, delta_rule_on_hopper, lowest_capability
+from astracli.backend import HOPPER, SLOW, TILELANG_FFI, delta_rule_on_hopper, lowest_capability, tilelang_flaw
 from astracli.doctor.subject import Check, Subject, flaw, found, optional
 
 GROUP = "kernels"
@@ -50,7 +50,12 @@ def _tilelang(subject: Subject) -> Iterator[Check]:
     check = optional(subject.facts, "tilelang", GROUP)
     tools = subject.facts["compilers"]
     used = subject.fit.choice is not None and subject.fit.choice.gdn_backward == "fla+tilelang"
-    if check.status == "ok" and not tools["nvcc"]:
+    broken = tilelang_flaw(subject.facts)
+    if check.status == "ok" and broken is not None:
+        needed = TILELANG_FFI[machine.version_of(subject.facts, "tilelang")]
+        fix = f"`pip install apache-tvm-ffi=={'.'.join(map(str, needed))}`"
+        yield Check("tilelang", GROUP, "warn", f"{check.value} does not load", broken, fix)
+    elif check.status == "ok" and not tools["nvcc"]:
         why = "it compiles kernels when they are first used; nothing here uses it"
         yield Check("tilelang", GROUP, "ok", f"{check.value}, without nvcc", why)
     elif check.status == "ok" and used and not tools["cccl"]:

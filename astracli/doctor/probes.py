@@ -96,9 +96,10 @@ def engine_probes(subject: Subject) -> list[Probe]:
     there = {name: target for name, target in wanted.items() if machine.usable(facts, name)}
     if not there:
         return []
-    python = subject.recipe.resources.engine.python if subject.recipe is not None else None
+    own = subject.recipe.resources.engine if subject.recipe is not None else None
+    python, env = (own.python or sys.executable, own.env) if own is not None and own.foreign else (None, {})
     why, fix = "the engine imports it when it starts", "`pip install --force-reinstall 'astracli[sglang]'` there"
-    return [Probe("engine imports", "imports", {"wanted": there}, 120, True, why, fix, python)]
+    return [Probe("engine imports", "imports", {"wanted": there}, 120, True, why, fix, python, env=dict(env))]
 
 
 def trainer_probes(subject: Subject) -> Iterator[Probe]:
@@ -124,7 +125,8 @@ def trainer_probes(subject: Subject) -> Iterator[Probe]:
             why = "the trainer would learn from wrong gradients without a word"
             fix = pinned if device == "cpu" else "`pip install 'torch>=2.13' 'flash-linear-attention>=0.6'`"
             sizes = {"name": name, "config": settings, "device": device}
-            yield Probe("delta rule", "delta_rule", sizes, 120, True, why, fix, env=env)
+            limit_s = 300 if device == "cuda" else 120  # the first time, kernels are compiled and tuned
+            yield Probe("delta rule", "delta_rule", sizes, limit_s, True, why, fix, env=env)
         if settings and subject.fit.choice is not None:
             chosen = [subject.fit.choice.trainer_attention, subject.fit.choice.serving_attention]
             settings = {"config": settings, "device": device, "chosen": list(dict.fromkeys(chosen))}

@@ -43,12 +43,13 @@ def checks(subject: Subject) -> Iterator[Check]:
 
 def _environment(subject: Subject) -> Check:
     assert subject.recipe is not None
-    asked, engine = subject.recipe.resources.engine.python, subject.facts["engine"]
+    own, engine = subject.recipe.resources.engine, subject.facts["engine"]
+    asked = own.python or f"PYTHONPATH={own.env['PYTHONPATH']}"
     if engine is None:
         return Check("engine python", GROUP, "warn", f"{asked}: not in this document", "its packages are not judged")
     if engine["error"] is not None:
         fix = "set resources.engine.python to the interpreter of the environment that holds sglang"
-        return Check("engine python", GROUP, "fail", str(asked), engine["error"], fix)
+        return Check("engine python", GROUP, "fail", asked, engine["error"], fix)
     return Check("engine python", GROUP, "ok", f"{engine['version']} at {engine['executable']}")
 
 

@@ -73,8 +73,8 @@ class Subject:
 
     @property
     def foreign_engine(self) -> bool:
-        """The engine has an interpreter of its own: its packages are not the trainer's."""
-        return self.recipe is not None and self.recipe.resources.engine.python is not None
+        """The engine has an interpreter or a PYTHONPATH of its own: its packages are not the trainer's."""
+        return self.recipe is not None and self.recipe.resources.engine.foreign
 
     @property
     def serving(self) -> Facts | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import pickle
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,9 +22,12 @@ if TYPE_CHECKING:
 
 STAGED_LOADER = "astracli.weights.sglang_loader.apply_staged"
 """`load_format` of an update that applies what is staged beside the engine."""
+UNPROVEN = -1
+"""SGLang's label of weights that nobody has checked yet; the embedded engine says `serving: false` instead."""
 NO_TENSORS = [base64.b64encode(pickle.dumps([])).decode()]
 """An empty tensor list as SGLang wants it: one pickled list per tensor-parallel rank."""
 _RETRY_S = 0.1
+_SEED_BITS = (1 << 63) - 1
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,16 @@ class EngineClient:
     """Talks to one engine. Every error it cannot mend is a RunFailed that names the engine and its URL."""
 
     def __init__(
-        self, url: str, token: str, *, name: str = "engine", not_serving_s: float = 120.0, control_s: float = 600.0
+        self,
+        url: str,
+        token: str,
+        *,
+        name: str = "engine",
+        loader_dir: Path | None = None,
+        not_serving_s: float = 120.0,
+        control_s: float = 600.0,
     ):
+        """`loader_dir`: for SGLang, the stage directory in which our weight loader leaves `result.json`."""
         import httpx
 
         self.url = url.rstrip("/")
@@ -82,6 +95,7 @@ class EngineClient:
         self.not_serving_s = not_serving_s
         """A 503 of `/generate` is retried this long."""
         self._control_s = control_s
+        self._loader_dir = loader_dir
         self._http: httpx.AsyncClient = httpx.AsyncClient(
             base_url=self.url,
             headers={"Authorization": f"Bearer {token}"},
@@ -136,13 +150,16 @@ class EngineClient:
         """
         if not requests:
             return []
-        body = _generate_body(requests)
+        body = _generate_body(requests, foreign=self._loader_dir is not None)
         deadline = time.monotonic() + self.not_serving_s
         while True:
             reply = await self._request("POST", "/generate", body, timeout=None)
             if reply.status_code != 503 or time.monotonic() > deadline:
                 break
             await asyncio.sleep(_RETRY_S)
+        if reply.status_code == 400 and "was aborted" in reply.text:
+            # SGLang refuses a call that an abort met before it was under way: nothing of it was generated
+            return [_nothing(request) for request in requests]
         answers = self._content(reply, "/generate")
         if not isinstance(answers, list) or len(answers) != len(requests):
             raise self._failure(f"answered /generate with something else than {len(requests)} results")
@@ -173,10 +190,29 @@ class EngineClient:
         body = {
             "serialized_named_tensors": NO_TENSORS,
             "load_format": STAGED_LOADER,
-            "weight_version": str(version),
+            "weight_version": str(version if self._loader_dir is None else UNPROVEN),
             "flush_cache": flush,
         }
-        return await self._update("/update_weights_from_tensor", body)
+        if self._loader_dir is None:
+            return await self._update("/update_weights_from_tensor", body)
+        return await self._apply_by_loader(self._loader_dir / "result.json", version, body)
+
+    async def _apply_by_loader(self, result: Path, version: int, body: Mapping[str, Any]) -> Update:
+        """SGLang answers success whatever our loader found; what it found stands in `result`. The weights bear the
+        version's name only once that says so: a worker that dies in between leaves them unproven."""
+        result.unlink(missing_ok=True)
+        update = await self._update("/update_weights_from_tensor", body)
+        if not update.success:
+            return update
+        try:
+            found = json.loads(result.read_text())
+        except (OSError, ValueError) as error:
+            return Update(False, f"the weight loader left no result ({error})")
+        if not found["ok"] or found["version"] != version:
+            return Update(False, found["message"] or f"the loader applied version {found['version']}")
+        await self.set_version(version)
+        seconds = {name: value for name, value in found.items() if name.endswith("_s") and value is not None}
+        return Update(True, "", seconds)
 
     async def load_directory(self, path: str, version: int) -> Update:
         """Load a whole Hugging Face checkpoint directory that the engine can read."""
@@ -233,7 +269,8 @@ def _json(reply: httpx.Response) -> Any:
         return {"message": reply.text[:300]} if reply.status_code == 200 else None
 
 
-def _generate_body(requests: Sequence[GenRequest]) -> dict[str, Any]:
+def _generate_body(requests: Sequence[GenRequest], *, foreign: bool = False) -> dict[str, Any]:
+    """`foreign`: SGLang, which counts draws by position itself and takes a seed of 63 bits."""
     body: dict[str, Any] = {
         "input_ids": [[int(token) for token in request.input_ids] for request in requests],
         "sampling_params": [
@@ -242,25 +279,31 @@ def _generate_body(requests: Sequence[GenRequest]) -> dict[str, Any]:
                 "top_p": request.top_p,
                 "max_new_tokens": request.max_new_tokens,
                 "stop_token_ids": [int(token) for token in request.stop_token_ids],
-                "sampling_seed": request.seed,
+                "sampling_seed": request.seed & _SEED_BITS if foreign else request.seed,
             }
             for request in requests
         ],
         "return_logprob": True,
     }
-    if any(request.draw_offset for request in requests):
+    if not foreign and any(request.draw_offset for request in requests):
         body["draw_offset"] = [request.draw_offset for request in requests]
     if all(request.rid is not None for request in requests):
         body["rid"] = [request.rid for request in requests]
     return body
 
 
+def _nothing(request: GenRequest) -> GenResult:
+    """A request that was ended before its first token."""
+    version = np.iinfo(np.int64).max  # no token bears it
+    return GenResult(np.zeros(0, np.int32), np.zeros(0, np.float32), "abort", version, version, request.rid or "")
+
+
 def _result(answer: Mapping[str, Any]) -> GenResult:
     meta = answer["meta_info"]
     version = int(meta["weight_version"])
     return GenResult(
-        tokens=np.array(answer["output_ids"], np.int32),
-        logprobs=np.array([entry[0] for entry in meta["output_token_logprobs"]], np.float32),
+        tokens=np.array(answer.get("output_ids") or [], np.int32),
+        logprobs=np.array([entry[0] for entry in meta.get("output_token_logprobs") or []], np.float32),
         finish_reason=meta["finish_reason"]["type"],
         version=version,
         version_start=int(meta.get("weight_version_start", version)),

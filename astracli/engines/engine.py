@@ -21,10 +21,10 @@ from astracli.cpu import linear
 from astracli.engines import kernels
 from astracli.engines.decoder import Decoder
 from astracli.engines.scheduler import PauseMode, Scheduler
-from astracli.engines.staging import StageWatcher
 from astracli.engines.table import Completion, Request
 from astracli.engines.weights import EngineWeights, Loader, UpdateOutcome
 from astracli.errors import UserError
+from astracli.weights.watcher import StageWatcher
 
 _SAMPLING_KEYS = frozenset(
     {"temperature", "top_p", "max_new_tokens", "stop_token_ids", "sampling_seed", "ignore_eos", "skip_special_tokens"}

@@ -27,6 +27,7 @@ class BatchBook:
         consume: Literal["edf", "fifo"],
         replay_ratio: int,
         history_steps: int,
+        max_dropped: int = 0,
     ):
         self._db = database
         self._fifo = consume == "fifo"
@@ -36,6 +37,7 @@ class BatchBook:
         self._steps = steps
         self._by_id = deterministic
         self._history = history_steps
+        self._max_dropped = max_dropped
 
     @property
     def next_step(self) -> int:
@@ -115,6 +117,8 @@ class BatchBook:
         kept = self._db.rows(f"SELECT lease_id FROM groups WHERE state = 'kept' ORDER BY {order} LIMIT ?", self._size)
         due = self._db.scalar("SELECT COUNT(*) FROM groups WHERE state = 'leased' AND version = ?", oldest)
         due = 0 if self._fifo else due
+        if len(kept) < self._size:
+            self._require_signal()
         if len(kept) < self._size or due:
             return batch_reason(
                 step=step,
@@ -130,6 +134,30 @@ class BatchBook:
             ids.sort()
         self._fix(step, ids, None)
         return None
+
+    def _require_signal(self) -> None:
+        """Raises RunFailed when so many groups in a row were dropped that more of them will not help."""
+        dropped = self._db.meta("dropped_in_a_row")
+        if not self._max_dropped or dropped < self._max_dropped:
+            return
+        row = self._db.one(
+            "SELECT MIN(reward_mean), MAX(reward_mean) FROM "
+            "(SELECT reward_mean FROM groups WHERE state = 'dropped' ORDER BY place DESC LIMIT ?)",
+            dropped,
+        )
+        assert row is not None
+        lowest, highest = row
+        if highest <= 0:
+            why, way = "every sample earned nothing", "take easier problems, or see what data.reward makes of an answer"
+        elif lowest > 0:
+            why, way = "every sample was rewarded", "the model has learned these problems: take harder ones"
+        else:
+            why, way = "all samples of a group earned the same", "take problems that are solved sometimes"
+        raise RunFailed(
+            f"no signal: {dropped} groups in a row ({dropped // self._size} batches' worth) were dropped, {why}",
+            f"{way}; `data.reward = probe` tries the machinery out on any weights; "
+            "rollout.max_dropped_batches says how long to go on",
+        )
 
     def _repeat(self, step: int) -> None:
         """The groups of the step before once more."""

@@ -48,6 +48,7 @@ class HubStore:
         replay_ratio: int = 0,
         curriculum: Curriculum | None = None,
         history_steps: int = 1000,
+        max_dropped_batches: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ):
         assert not (deterministic and max_staleness), "deterministic runs have staleness 0"
@@ -65,6 +66,7 @@ class HubStore:
             consume=consume,
             replay_ratio=replay_ratio,
             history_steps=history_steps,
+            max_dropped=max_dropped_batches * batch_groups,
         )
         self._leases = LeaseBook(
             self._db,
@@ -203,7 +205,9 @@ class HubStore:
         -> {"step", "groups": [packed], "stats": {...}, "replay": how often they were trained on before} or
         {"wait": reason}. `stats` speaks of everything that came in
         while this step was the next one, dropped groups included: arrived_groups, dropped_groups, expired_groups,
-        reward_mean (absent when nothing came in), tokens, samples, timeouts. Raises RunFailed for a step out of order.
+        reward_mean (absent when nothing came in), tokens, samples, timeouts. Raises RunFailed for a step out of order,
+        and when it would wait for groups although `max_dropped_batches` batches' worth in a row had no signal (0:
+        never).
         """
         with self._db.lock:
             self._expire()

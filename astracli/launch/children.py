@@ -58,7 +58,8 @@ def build(setting: Setting, extra: Mapping[str, Mapping[str, Any]]) -> list[Chil
     setting.run.config.mkdir(mode=0o700, parents=True, exist_ok=True)
     specs = []
     for process in setting.plan.processes:
-        config = _config(setting, process, addresses, extra.get(process.role, {}))
+        told = _placement(setting.plan, process) | dict(extra.get(process.role, {}))
+        config = _config(setting, process, addresses, told)
         if process.role == "engine":
             number = engines.index(process)
             specs.append(_engine(setting, process, config, addresses[number], ports[number]))
@@ -67,17 +68,31 @@ def build(setting: Setting, extra: Mapping[str, Mapping[str, Any]]) -> list[Chil
     return specs
 
 
+def _placement(plan: LaunchPlan, process: ProcessPlan) -> dict[str, Any]:
+    """What the plan decided about GPU memory, as `WorkerConfig.extra` of the process that must keep to it."""
+    if not process.gpus:
+        return {}
+    if process.role == "engine":
+        return {"mem_fraction_static": plan.placement.mem_fraction_static}
+    split = plan.placement.split
+    return {"placement": {"reference": split.reference, "optimizer": split.optimizer, "shared": plan.placement.shared}}
+
+
 def _engine(
     setting: Setting, process: ProcessPlan, config: WorkerConfig, address: Mapping[str, str], port: int
 ) -> ChildSpec:
     """An engine that is started again holds no weights of this run: it then waits until they are staged and checked."""
     Path(address["stage_dir"]).mkdir(parents=True, exist_ok=True)
-    config = replace(config, extra={"port": port, "stage_dir": address["stage_dir"], **config.extra})
+    published = setting.plan.command == "train"
+    extra = {"port": port, "stage_dir": address["stage_dir"], "published": published, **config.extra}
+    config = replace(config, extra=extra)
 
     def before_restart() -> None:
         write(replace(config, extra={**config.extra, "await_weights": True}))
 
     spec = _spec(setting, process, config, {})
+    if setting.plan.choice.engine == "sglang":
+        return spec  # reports ready when its server answers, and starts without weights every time
     return replace(spec, health_url=f"{address['url']}/health_generate", before_restart=before_restart)
 
 

@@ -189,6 +189,7 @@ class Job:
             replay_ratio=recipe.train.replay_ratio if training else 0,
             curriculum=self._curriculum() if training else None,
             history_steps=recipe.launch.hub_history_steps,
+            max_dropped_batches=recipe.rollout.max_dropped_batches,
         )
         listeners: list[Supervisor] = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 from astracli import machine, recipe_io, registry
 from astracli import plan as planning
 from astracli import run_dir as runs
+from astracli.adapter_tools import has_chat_template
 from astracli.errors import UserError
 from astracli.launch import fetch, inputs, job, problems
 from astracli.launch.job import Job
@@ -166,8 +168,12 @@ def _before(began: float, source: Source) -> dict[str, float]:
 
 def _plan(recipe: Recipe, command: Command, config: Mapping[str, Any] | None) -> LaunchPlan:
     from astracli import backend
+    from astracli.doctor.gather import environment
 
     facts = machine.probe()
+    engine = recipe.resources.engine
+    if engine.foreign and machine.visible_gpus(facts):
+        facts["engine"] = environment(engine.python or sys.executable, [], engine.env)
     adapter = registry.resolve(recipe, config)
     choice = backend.choose(adapter, facts, recipe, config)
     local = fetch.local_path(recipe.model.path) if config is not None else None
@@ -207,6 +213,11 @@ def _fetch(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> Source:
     inputs.check_setting(recipe, rewards=data)
     model = fetch.fetch_model(recipe.model.path, recipe.model.revision)
     inputs.check_checkpoint(model)
+    if not has_chat_template(model):
+        fetch.to_stderr(
+            f"warning: no chat template in `{model}`: prompts go to the model as bare text, right for a base model and "
+            "wrong for a chat model; copy its chat_template.jinja beside tokenizer.json"
+        )
     fetched = sets.fetch_all(benchmarks, recipe.data.path)
     path = datasets.fetch(recipe) if data else None
     if path is not None:

@@ -11,6 +11,10 @@ from astracli.metrics import Record, mean, median, series, values, without_absen
 from astracli.recipe import Recipe
 
 OVERALL = "overall"
+UPDATE_PARTS = (
+    "snapshot", "digest", "diff", "encode", "write", "transfer", "stage", "decode", "apply", "verify", "readback",
+)  # fmt: skip
+"""Of a weight update, in the order in which they happen: the first five by the trainer, the rest by each engine."""
 
 
 def build(
@@ -116,7 +120,7 @@ def training(records: Sequence[Record], first_step: int) -> dict[str, Any]:
 
 
 def weights(records: Sequence[Record], transfer: str) -> dict[str, Any]:
-    """Bytes of a version in full and as a delta, changed share, and what an update costs the engine."""
+    """Bytes of a version in full and as a delta, changed share, and where the seconds of an update go."""
     full, delta = median(values(records, "full_bytes")), mean([b for b in values(records, "delta_bytes") if b])
     return {
         "transfer": transfer,
@@ -124,7 +128,14 @@ def weights(records: Sequence[Record], transfer: str) -> dict[str, Any]:
         "delta_bytes_mean": delta,
         "ratio": full / delta if full and delta else None,
         "density_mean": mean(values(records, "delta_density")) if delta else None,
+        "bytes_per_changed_p50": median(
+            [float(r["bytes_per_changed"]) for r in records if r.get("delta_bytes") and "bytes_per_changed" in r]
+        ),
         "publish_s_p50": median(values(records, "publish_s")),
+        "publish_wait_s": sum(values(records, "publish_wait_s")),
+        "seconds_p50": {
+            name: seconds for name in UPDATE_PARTS if (seconds := median(every_value(records, f"{name}_s"))) is not None
+        },
         "pause_s_p50": median(every_value(records, "pause_s")),
         "resyncs": sum(every_value(records, "resyncs")),
     }

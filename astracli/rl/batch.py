@@ -1,9 +1,9 @@
 """From groups to what a trainer computes on: rows, minibatches, micro-batches; the same on every rank.
 
 Order of division: batch -> minibatches (one optimizer step each, whole samples, near-equal token counts) -> ranks
-(near-equal token counts) -> micro-batches (right-padded rows of similar length inside a token budget). Every rank
-computes the whole division from the same groups and takes its share; a rank that has fewer micro-batches than another
-is padded with empty ones, so that collectives match.
+(near-equal token counts) -> micro-batches inside a token budget (right-padded rows of similar length, or packed rows:
+`training/packing.py`). Every rank computes the whole division from the same groups and takes its share; a rank that has
+fewer micro-batches than another is padded with empty ones, so that collectives match.
 
 Shape letters: P prompt tokens, T completion tokens, B rows of a micro-batch, L its padded length, N its loss tokens.
 """
@@ -11,7 +11,7 @@ Shape letters: P prompt tokens, T completion tokens, B rows of a micro-batch, L 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -50,7 +50,7 @@ class Row:
 
 @dataclass
 class MicroBatch:
-    """Right-padded rows and, flat, the tokens of their completions."""
+    """Right-padded rows, or one packed row, and, flat, the tokens of their completions."""
 
     rows: list[Row]
     """Empty in a micro-batch that only keeps ranks in step."""
@@ -68,6 +68,8 @@ class MicroBatch:
     """int32"""
     advantage_N: np.ndarray
     """float32"""
+    bounds_S1: np.ndarray | None = None
+    """int64 [S + 1]: segment s of a packed row [1, T] is columns bounds[s] to bounds[s + 1]; None = padded rows"""
 
     @property
     def sequence_N(self) -> np.ndarray:
@@ -171,6 +173,12 @@ def micro_batches(rows: Sequence[Row], tokens_per_microbatch: int, pad_token: in
     return result
 
 
+Divide = Callable[[Sequence[Row], int, int], list[MicroBatch]]
+"""(rows, tokens per micro-batch, pad token) -> micro-batches"""
+Join = Callable[[list[Row], int], MicroBatch]
+"""(rows, pad token) -> one micro-batch of them all"""
+
+
 def pad_rows(rows: list[Row], pad_token: int) -> MicroBatch:
     """Right-padded rows. The token at column i is predicted by the hidden state at column i - 1."""
     longest = max(map(len, rows))
@@ -181,15 +189,27 @@ def pad_rows(rows: list[Row], pad_token: int) -> MicroBatch:
         tokens_BL[b, : len(row)] = row.tokens
         mask_BL[b, : len(row)] = 1
         predict.append(np.arange(row.prompt_length, len(row), dtype=np.int64) + (b * longest - 1))
+    return micro_batch(rows, tokens_BL, mask_BL, np.concatenate(predict))
+
+
+def micro_batch(
+    rows: list[Row],
+    tokens_BL: np.ndarray,
+    mask_BL: np.ndarray,
+    predict_N: np.ndarray,
+    bounds_S1: np.ndarray | None = None,
+) -> MicroBatch:
+    """Rows laid out one way or another, with what their completions bring along."""
     return MicroBatch(
         rows=rows,
         tokens_BL=tokens_BL,
         mask_BL=mask_BL,
-        predict_N=np.concatenate(predict),
+        predict_N=predict_N,
         target_N=np.concatenate([r.tokens[r.prompt_length :] for r in rows]).astype(np.int64),
         logprob_N=np.concatenate([r.logprobs for r in rows]).astype(np.float32),
         version_N=np.concatenate([r.versions for r in rows]).astype(np.int32),
         advantage_N=np.concatenate([np.full(r.loss_tokens, r.advantage, np.float32) for r in rows]),
+        bounds_S1=bounds_S1,
     )
 
 
@@ -219,6 +239,7 @@ def build_batch(
     pad_token: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    divide_rows: Divide = micro_batches,
 ) -> Batch:
     """The batch of `step`, the same for the same (groups, seed, step) in whatever order the groups come.
 
@@ -234,7 +255,7 @@ def build_batch(
     tokens: list[int] = []
     parts = divide(shuffled, min(minibatches, len(rows)))
     for part in parts:
-        shares = [micro_batches(share, tokens_per_microbatch, pad_token) for share in divide(part, world_size)]
+        shares = [divide_rows(share, tokens_per_microbatch, pad_token) for share in divide(part, world_size)]
         padding = max(map(len, shares)) - len(shares[rank])
         mine.append(shares[rank] + [empty_micro_batch(pad_token) for _ in range(padding)])
         tokens.append(sum(row.loss_tokens for row in part))

@@ -145,8 +145,7 @@ def load(checkpoint: Checkpoint, masters: Masters, ranks: Ranks) -> None:
             f"checkpoint `{checkpoint.path}` is of another model: {len(other)} parameters differ, {sorted(other)[:3]}",
             "resume with the run directory's own recipe, or start a new run",
         )
-    first = {name: torch.zeros_like(v) for name, v in masters.values.items()}
-    second = {name: torch.zeros_like(v) for name, v in masters.values.items()}
+    first, second = masters.no_moments()
     state: dict[str, Any] = {}
     for kind, tensors in (("value", masters.values), ("first", first), ("second", second)):
         state |= {f"{kind}.{name}": t for name, t in masters.as_distributed(tensors).items()}

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -144,7 +145,7 @@ def shard(policy: nn.Module, block_classes: Iterable[str], ranks: Ranks) -> None
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    policy.to(ranks.device)
+    # FSDP moves each group to the device as it shards it: the whole fp32 model is never there at once
     settings: dict[str, Any] = {"mesh": ranks.mesh}
     if ranks.device.type == "cuda":
         settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -155,12 +156,33 @@ def shard(policy: nn.Module, block_classes: Iterable[str], ranks: Ranks) -> None
     fully_shard(policy, **settings)
 
 
+_KEPT = (
+    "aten.mm.default",
+    "aten.addmm.default",
+    "mkldnn._linear_pointwise.default",
+    "torch_attn._varlen_attn.default",
+    "aten._scaled_dot_product_flash_attention.default",
+    "aten._scaled_dot_product_efficient_attention.default",
+    "aten._scaled_dot_product_cudnn_attention.default",
+    "aten._scaled_dot_product_flash_attention_for_cpu.default",
+)
+"""Operators whose results `selective` keeps: matrix products and attention, which are dear to compute and small."""
+
+
 def recompute(policy: nn.Module, block_classes: Iterable[str], mode: str) -> None:
-    """Activation checkpointing of blocks, before sharding: `full` = every block, `selective` = every second one."""
+    """Activation checkpointing of every block, before sharding.
+
+    `full` keeps a block's input and computes all of it again in the backward pass; `selective` also keeps the results
+    of matrix products and attention, and computes norms, activations and recurrent kernels again.
+    """
     if mode == "none":
         return
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
+    options: dict[str, Any] = {}
+    if mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep)
     names = frozenset(block_classes)
     blocks = [
         (parent, name, child)
@@ -168,9 +190,19 @@ def recompute(policy: nn.Module, block_classes: Iterable[str], mode: str) -> Non
         for name, child in parent.named_children()
         if type(child).__name__ in names
     ]
-    for number, (parent, name, child) in enumerate(blocks):
-        if mode == "full" or number % 2 == 0:
-            setattr(parent, name, checkpoint_wrapper(child, preserve_rng_state=False))
+    for parent, name, child in blocks:
+        setattr(parent, name, checkpoint_wrapper(child, preserve_rng_state=False, **options))
+
+
+def _keep(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Any:
+    return _policy(operator)
+
+
+@lru_cache
+def _policy(operator: Any) -> Any:
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    return CheckpointPolicy.MUST_SAVE if str(operator) in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def local(tensor: Tensor) -> Tensor:

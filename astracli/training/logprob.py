@@ -8,6 +8,7 @@ Shape letters: B rows, L padded length, N chosen tokens, D hidden size, V vocabu
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,11 +16,17 @@ from torch import Tensor, nn
 
 LOGIT_BYTES = {"cpu": 2**25, "cuda": 2**29}
 """Size of one chunk's fp32 logits, by device."""
+_CHUNKS_PER_PRODUCT = {"cpu": 1, "cuda": 4}
+"""Chunks whose gradients of logits, in the compute dtype, go into one product for the gradient of the weight: every
+such product reads and writes that whole gradient."""
+_TILE = 128
+"""Rows of a matrix product's tile on a GPU."""
 
 
 def chunk_tokens(vocabulary: int, device: str) -> int:
     """Tokens per chunk for the device's byte budget."""
-    return max(16, LOGIT_BYTES.get(device, LOGIT_BYTES["cuda"]) // (4 * vocabulary))
+    fit = max(16, LOGIT_BYTES.get(device, LOGIT_BYTES["cuda"]) // (4 * vocabulary))
+    return fit if device == "cpu" or fit < _TILE else fit - fit % _TILE
 
 
 def _logits(hidden_nD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
@@ -29,6 +36,47 @@ def _logits(hidden_nD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tens
     else:
         logits_nV = (hidden_nD @ weight_VD.t()).float()
     return logits_nV if bias_V is None else logits_nV + bias_V.float()
+
+
+@lru_cache
+def _kernels() -> Any:
+    """The Triton kernels of the head; None where Triton cannot be imported."""
+    try:
+        from astracli.gpu import logits
+    except ImportError:
+        return None
+    return logits
+
+
+def _measure(logits_nV: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(log p(target), entropy, log-sum-exp), each fp32 [n]."""
+    if logits_nV.is_cuda and (kernels := _kernels()) is not None:
+        measured: tuple[Tensor, Tensor, Tensor] = kernels.measure(logits_nV, target_n)
+        return measured
+    normaliser_n = logits_nV.logsumexp(-1)
+    logprob_n = logits_nV.gather(1, target_n[:, None])[:, 0] - normaliser_n
+    probability_nV = (logits_nV - normaliser_n[:, None]).exp_()
+    return logprob_n, normaliser_n - probability_nV.mul_(logits_nV).sum(-1), normaliser_n
+
+
+def _gradient(logits_nV: Tensor, target_n: Tensor, normaliser_n: Tensor, grad_n: Tensor, out_nV: Tensor) -> None:
+    """out = gradient of sum(grad * log p(target)) by the logits. Overwrites the logits."""
+    if logits_nV.is_cuda and (kernels := _kernels()) is not None:
+        kernels.gradient(logits_nV, target_n, normaliser_n, grad_n, out_nV)
+        return
+    slope_nV = logits_nV.sub_(normaliser_n[:, None]).exp_().neg_()
+    slope_nV.scatter_add_(1, target_n[:, None], torch.ones_like(grad_n[:, None]))
+    out_nV.copy_(slope_nV.mul_(grad_n[:, None]))
+
+
+def _add_product(total_VD: Tensor, left_nV: Tensor, right_nD: Tensor) -> None:
+    """total (fp32) += left^T right"""
+    if left_nV.is_cuda and left_nV.dtype != torch.float32 and (kernels := _kernels()) is not None:
+        kernels.add_product(total_VD, left_nV, right_nD)
+    elif left_nV.dtype == torch.float32:
+        total_VD.addmm_(left_nV.t(), right_nD)
+    else:
+        total_VD += (left_nV.t() @ right_nD).float()
 
 
 class _ChunkedLogprob(torch.autograd.Function):
@@ -44,10 +92,7 @@ class _ChunkedLogprob(torch.autograd.Function):
         for a in range(0, count, chunk):
             part = slice(a, a + chunk)
             logits_nV = _logits(hidden_ND[part], weight_VD, bias_V)
-            normaliser_N[part] = logits_nV.logsumexp(-1)
-            logprob_N[part] = logits_nV.gather(1, target_N[part, None])[:, 0] - normaliser_N[part]
-            probability_nV = (logits_nV - normaliser_N[part, None]).exp_()
-            entropy_N[part] = normaliser_N[part] - (probability_nV * logits_nV).sum(-1)
+            logprob_N[part], entropy_N[part], normaliser_N[part] = _measure(logits_nV, target_N[part])
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, normaliser_N)
         ctx.chunk = chunk
         ctx.mark_non_differentiable(entropy_N)
@@ -56,21 +101,25 @@ class _ChunkedLogprob(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
         hidden_ND, weight_VD, bias_V, target_N, normaliser_N = ctx.saved_tensors
-        grad_N = grads[0]
+        grad_N = grads[0].contiguous()
         d_hidden_ND = torch.empty_like(hidden_ND)
         d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         d_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
-        for a in range(0, len(target_N), ctx.chunk):
-            part = slice(a, a + ctx.chunk)
-            logits_nV = _logits(hidden_ND[part], weight_VD, bias_V)
-            d_logits_nV = (logits_nV - normaliser_N[part, None]).exp_().neg_()
-            d_logits_nV.scatter_add_(1, target_N[part, None], torch.ones_like(grad_N[part, None]))
-            d_logits_nV.mul_(grad_N[part, None])
+        several = ctx.chunk * _CHUNKS_PER_PRODUCT.get(hidden_ND.device.type, 1)
+        for a in range(0, len(target_N), several):
+            group = slice(a, a + several)
+            hidden_gD = hidden_ND[group]
+            d_logits_gV = hidden_ND.new_empty(len(hidden_gD), weight_VD.shape[0])
+            for b in range(0, len(hidden_gD), ctx.chunk):
+                part = slice(a + b, min(a + b + ctx.chunk, a + several))
+                logits_nV = _logits(hidden_ND[part], weight_VD, bias_V)
+                inside = d_logits_gV[b : b + ctx.chunk]
+                _gradient(logits_nV, target_N[part], normaliser_N[part], grad_N[part], inside)
+                del logits_nV
             if d_bias_V is not None:
-                d_bias_V += d_logits_nV.sum(0)
-            d_logits_nV = d_logits_nV.to(hidden_ND.dtype)
-            d_hidden_ND[part] = d_logits_nV @ weight_VD
-            d_weight_VD += (d_logits_nV.t() @ hidden_ND[part]).float()
+                d_bias_V += d_logits_gV.sum(0, dtype=torch.float32)
+            d_hidden_ND[group] = d_logits_gV @ weight_VD
+            _add_product(d_weight_VD, d_logits_gV, hidden_gD)
         d_bias = None if bias_V is None or d_bias_V is None else d_bias_V.to(bias_V.dtype)
         return d_hidden_ND, d_weight_VD.to(weight_VD.dtype), d_bias, None, None
 
@@ -105,14 +154,15 @@ class PolicyModel(nn.Module):
         position_ids: Tensor | None,
         predict_N: Tensor,
         target_N: Tensor,
+        **boundaries: Any,
     ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of `target_N`, predicted by the hidden states at flat positions `predict_N`.
 
-        With no token chosen the result is an empty tensor that still has every parameter in its graph: collectives of
-        the backward pass match on all ranks.
+        `boundaries`: what `varlen.boundaries` gives for a packed row. With no token chosen the result is an empty
+        tensor that still has every parameter in its graph: collectives of the backward pass match on all ranks.
         """
         base: Any = self.model.base_model
-        arguments = {} if position_ids is None else {"position_ids": position_ids}
+        arguments = boundaries if position_ids is None else boundaries | {"position_ids": position_ids}
         hidden_BLD = base(
             input_ids=tokens_BL, attention_mask=attention_mask, use_cache=False, **arguments
         ).last_hidden_state

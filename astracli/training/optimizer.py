@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,16 @@ from astracli.adapter import WireTensor
 from astracli.errors import RunFailed
 from astracli.recipe import TrainTable
 from astracli.training.fsdp import Ranks, local
+from astracli.training.parking import Parking
 from astracli.weights.publisher import Shard
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+BUCKET_BYTES = 2**30
+"""Moments that are on the device at once while those of all tensors wait on the host (one tensor may be larger)."""
 
 
 def learning_rate(table: TrainTable, step: int) -> float:
@@ -39,8 +46,17 @@ def learning_rate(table: TrainTable, step: int) -> float:
 class Masters:
     """fp32 masters of the trained parameters and their AdamW state; this rank's shards when sharded."""
 
-    def __init__(self, model: nn.Module, wire: Mapping[str, WireTensor], table: TrainTable, ranks: Ranks):
-        """`wire`: training parameter name -> how it travels; parameters it leaves out are frozen.
+    def __init__(
+        self,
+        model: nn.Module,
+        wire: Mapping[str, WireTensor],
+        table: TrainTable,
+        ranks: Ranks,
+        *,
+        moments_on_host: bool = False,
+    ):
+        """`wire`: training parameter name -> how it travels; parameters it leaves out are frozen. With
+        `moments_on_host` the moments wait in host memory, and pass through the device bucket by bucket in an update.
 
         Raises RunFailed when it names a parameter that the model does not have.
         """
@@ -56,6 +72,11 @@ class Masters:
         self.parameters = {name: self.parameters[name] for name in self.wire}
         self.tied = self._tied_names(model)
         self.rounded = ranks.device.type == "cpu"
+        self.moments_on_host = moments_on_host
+        self._parked: dict[str, Parking] = {}
+        self._away: Parking | None = None
+        self._away_updates = 0
+        self._host_mesh: DeviceMesh | None = None
         with torch.no_grad():
             self.values = {
                 name: local(p.detach()).clone() if self.rounded else local(p.detach())
@@ -112,8 +133,11 @@ class Masters:
             group["lr"] = learning_rate(self.table, step)
         for name, master in self._optimized.items():
             assert self.rounded or master.data_ptr() == local(self.parameters[name]).data_ptr(), name
-            master.grad = gradients.get(name)
-        self.adamw.step()
+            master.grad = None if self.moments_on_host else gradients.get(name)
+        if self.moments_on_host:
+            self._step_in_buckets(gradients)
+        else:
+            self.adamw.step()
         for name, parameter in self.parameters.items():
             parameter.grad = None
             if name in self._optimized:
@@ -121,14 +145,72 @@ class Masters:
         self.publish_to_parameters()
         return norm
 
+    def _step_in_buckets(self, gradients: Mapping[str, Tensor]) -> None:
+        """AdamW over some tensors at a time, with their moments moved in: the same numbers as all at once."""
+        bucket: list[str] = []
+        size = 0
+        for name in gradients:
+            bucket.append(name)
+            size += 2 * self.values[name].nbytes
+            if size >= BUCKET_BYTES:
+                self._step_bucket(bucket, gradients)
+                bucket, size = [], 0
+        if bucket:
+            self._step_bucket(bucket, gradients)
+
+    def _step_bucket(self, names: list[str], gradients: Mapping[str, Tensor]) -> None:
+        for name in names:
+            if name in self._parked:
+                self._parked[name].to_device()
+            self._optimized[name].grad = gradients[name]
+        self.adamw.step()
+        for name in names:
+            self._optimized[name].grad = None
+            self._park(name)
+
+    def _park(self, name: str) -> None:
+        """The moments of one parameter to the host."""
+        if name not in self._parked:
+            state = self.adamw.state[self._optimized[name]]
+            self._parked[name] = Parking((state["exp_avg"], state["exp_avg_sq"]))
+        self._parked[name].to_host()
+
     def moments(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """AdamW's first and second moments by parameter name; zeros before the first update."""
-        first, second = {}, {}
+        """AdamW's first and second moments by parameter name, where they are; zeros before the first update."""
+        return self._moments("exp_avg"), self._moments("exp_avg_sq")
+
+    def _moments(self, key: str) -> dict[str, Tensor]:
+        found = {}
         for name, value in self.values.items():
             state = self.adamw.state.get(self._optimized[name], {}) if name in self._optimized else {}
-            first[name] = state["exp_avg"] if state else torch.zeros_like(value)
-            second[name] = state["exp_avg_sq"] if state else torch.zeros_like(value)
+            parked = self._parked.get(name)
+            moment = state[key] if state else self._no_moment(value)
+            found[name] = parked.on_host(moment) if parked is not None else moment
+        return found
+
+    def no_moments(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Zeros, where moments wait between updates."""
+        first, second = ({n: self._no_moment(v) for n, v in self.values.items()} for _ in range(2))
         return first, second
+
+    def _no_moment(self, value: Tensor) -> Tensor:
+        return torch.zeros_like(value, device="cpu" if self.moments_on_host else None)
+
+    def to_host(self) -> None:
+        """Leave the device to others: masters, parameters and moments wait on the host. Nothing else may be called
+        until `to_device`, which brings them back byte for byte."""
+        if self._away is None or self._away_updates != min(self.updates, 1):
+            # the first update makes the moments, and they join
+            held = [*self.values.values(), *self.parameters.values()]
+            if not self.moments_on_host:
+                held += [s[key] for s in self.adamw.state.values() for key in ("exp_avg", "exp_avg_sq")]
+            self._away, self._away_updates = Parking(held), min(self.updates, 1)
+        self._away.to_host()
+
+    def to_device(self) -> None:
+        """Take the device again after `to_host`."""
+        if self._away is not None:
+            self._away.to_device()
 
     @property
     def updates(self) -> int:
@@ -141,21 +223,29 @@ class Masters:
 
     @torch.no_grad()
     def restore(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor], updates: int) -> None:
-        """Take over moments (this rank's shards) and the update count; `values` have been filled in place already."""
+        """Take over moments (this rank's shards, which then belong to it) and the update count; `values` have been
+        filled in place already."""
+        self._away = None
         for name, master in self._optimized.items():
             self.adamw.state[master] = {
                 "step": torch.tensor(float(updates), device=master.device),
-                "exp_avg": first[name].clone(),
-                "exp_avg_sq": second[name].clone(),
+                "exp_avg": first[name].to(master.device),
+                "exp_avg_sq": second[name].to(master.device),
             }
+            if self.moments_on_host:
+                self._parked.pop(name, None)
+                self._park(name)
         self.publish_to_parameters()
 
     @torch.no_grad()
     def wire_shards(self) -> dict[str, Tensor | Shard]:
-        """HF name -> this rank's part of the tensor in its wire dtype: what is published. Empty parts are left out."""
+        """HF name -> this rank's part of the tensor in its wire dtype: what is published. Empty parts are left out.
+
+        Copies, on the device of the masters: training may go on while they are published.
+        """
         result: dict[str, Tensor | Shard] = {}
         for name, value in self.values.items():
-            tensor = value.to(DTYPES[self.wire[name].dtype])
+            tensor = value.to(DTYPES[self.wire[name].dtype], copy=True)
             if self.ranks.mesh is None:
                 result[self.wire[name].name] = tensor
             elif tensor.numel():
@@ -189,13 +279,24 @@ class Masters:
             assert isinstance(parameter, DTensor), name
             result[name] = DTensor.from_local(
                 tensor,
-                parameter.device_mesh,
+                self._mesh_of(tensor),
                 parameter.placements,
                 run_check=False,
                 shape=parameter.shape,
                 stride=parameter.stride(),
             )
         return result
+
+    def _mesh_of(self, tensor: Tensor) -> DeviceMesh:
+        """The ranks' mesh, on the kind of device that holds `tensor`."""
+        assert self.ranks.mesh is not None
+        if tensor.device.type == self.ranks.mesh.device_type:
+            return self.ranks.mesh
+        if self._host_mesh is None:
+            from torch.distributed.device_mesh import init_device_mesh
+
+            self._host_mesh = init_device_mesh(tensor.device.type, (self.ranks.world_size,))
+        return self._host_mesh
 
 
 def plain_name(name: str) -> str:

@@ -1,8 +1,7 @@
-"""Two checks that a run must not start without: rows == separate, and trainer == engine.
+"""The check that a run must not start without: rows == separate. (`agreement` is the other one: trainer == engine.)
 
-rows == separate: the log-probabilities of rows padded together equal those of each row alone. A model whose recurrent
-or convolution state leaks between or through padded rows fails here. trainer == engine: on tokens that the engine drew
-under the very weights that the trainer holds, both give the same log-probability.
+The log-probabilities of rows joined into one micro-batch, and their gradient, equal those of each row alone. A model
+whose recurrent or convolution state leaks between or through rows fails here.
 """
 
 from __future__ import annotations
@@ -13,12 +12,16 @@ import torch
 
 from astracli.adapter import ModelAdapter
 from astracli.errors import RunFailed
-from astracli.rl.batch import MicroBatch, Row, pad_rows
+from astracli.rl.batch import Join, MicroBatch, Row, pad_rows
+from astracli.training import packing, varlen
+from astracli.training.fsdp import Ranks, local
 from astracli.training.logprob import PolicyModel
 
 ROWS_TOLERANCE = {"cpu": 1e-4, "cuda": 0.25}
 """Largest |difference| of one token. On a GPU bf16 kernels choose other tilings for other shapes, so single tokens
 move by a few hundredths; a leak moves them by whole units."""
+GRADIENT_TOLERANCE = {"cpu": 1e-4, "cuda": 1e-2}
+"""Largest |difference| of the gradient over its norm. A leak through Gated DeltaNet layers gives 0.96."""
 MOST_ROWS = 8
 
 
@@ -26,14 +29,25 @@ def logprobs(
     policy: PolicyModel, adapter: ModelAdapter, micro: MicroBatch, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability and entropy, each fp32 [N], of a micro-batch's loss tokens."""
+    if device.type == "cuda":
+        micro = packing.rounded(micro)
+    predict_N, target_N = (torch.from_numpy(x).to(device) for x in (micro.predict_N, micro.target_N))
+    tokens_BL = torch.from_numpy(micro.tokens_BL).to(device)
+    if micro.bounds_S1 is not None:
+        positions_1T = torch.from_numpy(packing.positions(micro.bounds_S1))[None].to(device)
+        boundaries = varlen.boundaries(micro.bounds_S1, device)
+        return policy(tokens_BL, None, positions_1T, predict_N, target_N, **boundaries)
     mask = torch.from_numpy(micro.mask_BL).to(device)
-    return policy(
-        torch.from_numpy(micro.tokens_BL).to(device),
-        adapter.attention_mask(mask),
-        adapter.position_ids(mask) if adapter.position_ids else None,
-        torch.from_numpy(micro.predict_N).to(device),
-        torch.from_numpy(micro.target_N).to(device),
-    )
+    position_ids = adapter.position_ids(mask) if adapter.position_ids else None
+    return policy(tokens_BL, adapter.attention_mask(mask), position_ids, predict_N, target_N)
+
+
+def spread(rows: Sequence[Row], tokens_per_microbatch: int) -> list[Row]:
+    """Up to MOST_ROWS rows from short to long that fit in one micro-batch; at least two where there are two."""
+    by_length = sorted(rows, key=lambda r: (len(r), r.index))
+    fit = max(2, tokens_per_microbatch // len(by_length[-1]))
+    count = min(MOST_ROWS, fit, len(by_length))
+    return [by_length[(i * (len(by_length) - 1)) // max(1, count - 1)] for i in range(count)]
 
 
 @torch.no_grad()
@@ -43,39 +57,73 @@ def rows_against_separate(
     rows: Sequence[Row],
     device: torch.device,
     *,
-    tokens_per_microbatch: int,
+    join: Join,
     pad_token: int,
 ) -> float:
-    """Largest |difference| over a spread of rows, short to long, padded together against each alone.
+    """Largest |difference of log-probabilities| between rows joined into one micro-batch and each alone.
 
     A collective when the policy is sharded: every rank must bring the same rows.
     """
-    by_length = sorted(rows, key=lambda r: (len(r), r.index))
-    fit = max(2, tokens_per_microbatch // len(by_length[-1]))
-    count = min(MOST_ROWS, fit, len(by_length))
-    chosen = [by_length[(i * (len(by_length) - 1)) // max(1, count - 1)] for i in range(count)]
-    together, _ = logprobs(policy, adapter, pad_rows(chosen, pad_token), device)
-    alone = torch.cat([logprobs(policy, adapter, pad_rows([row], pad_token), device)[0] for row in chosen])
+    together, _ = logprobs(policy, adapter, join(list(rows), pad_token), device)
+    alone = torch.cat([logprobs(policy, adapter, pad_rows([row], pad_token), device)[0] for row in rows])
     return float((together - alone).abs().max())
 
 
-def require_rows(difference: float, device: torch.device, adapter: ModelAdapter) -> None:
-    """Raise RunFailed when padded rows do not equal separate ones."""
+def gradients_against_separate(
+    policy: PolicyModel,
+    adapter: ModelAdapter,
+    rows: Sequence[Row],
+    ranks: Ranks,
+    *,
+    join: Join,
+    pad_token: int,
+) -> float:
+    """|difference| / |gradient of the rows together| of their mean log-probability, over all parameters of all ranks.
+
+    The rows alone are taken off the gradient that the rows together left, so no second set of gradients is held. Every
+    rank must bring the same rows. Gradients are None before and after.
+    """
+    tokens = sum(row.loss_tokens for row in rows)
+
+    def norm() -> float:
+        local_grads = [local(p.grad) for p in policy.parameters() if p.grad is not None]
+        norms = torch._foreach_norm(local_grads)
+        squares = float(torch.stack([n.double() for n in norms]).square().sum()) if norms else 0.0
+        (total,) = ranks.sum([squares]) if ranks.mesh is not None else [squares]
+        return total**0.5
+
+    logprob_N, _ = logprobs(policy, adapter, join(list(rows), pad_token), ranks.device)
+    (logprob_N.sum() / tokens).backward()
+    whole = norm()
+    for row in rows:
+        logprob_N, _ = logprobs(policy, adapter, pad_rows([row], pad_token), ranks.device)
+        (-logprob_N.sum() / tokens).backward()
+    difference = norm()
+    policy.zero_grad(set_to_none=True)
+    return difference / whole if whole else difference
+
+
+def require_rows(difference: float, device: torch.device, adapter: ModelAdapter, packed: bool = False) -> None:
+    """Raise RunFailed when joined rows do not equal separate ones."""
     tolerance = ROWS_TOLERANCE.get(device.type, ROWS_TOLERANCE["cuda"])
-    if not difference <= tolerance:
-        raise RunFailed(
-            f"rows padded together differ from separate rows by {difference:.2e} in log-probability, "
-            f"allowed {tolerance:.0e}: state leaks between positions or rows",
-            f"adapter `{adapter.name}` gives this model a wrong attention mask; run `astra doctor`",
-        )
+    _require(difference, tolerance, "log-probability", adapter, packed)
 
 
-def require_parity(mean: float, largest: float, tokens: int, tolerance: float, version: int) -> None:
-    """Raise RunFailed when trainer and engine disagree on tokens of the trainer's own version."""
-    if not mean <= tolerance:
-        raise RunFailed(
-            f"trainer and engine disagree at version {version}: mean |log-probability difference| {mean:.2e}, "
-            f"largest {largest:.2e}, over {tokens} tokens of that version; allowed mean {tolerance:.0e}",
-            "the engine's weights or kernels are not the trainer's; compare them with `astra doctor`, or raise "
-            "train.parity_tolerance if the difference is understood",
-        )
+def require_gradients(difference: float, device: torch.device, adapter: ModelAdapter, packed: bool) -> None:
+    """Raise RunFailed when the gradient of joined rows is not that of separate ones."""
+    tolerance = GRADIENT_TOLERANCE.get(device.type, GRADIENT_TOLERANCE["cuda"])
+    _require(difference, tolerance, "gradient, relative to its norm", adapter, packed)
+
+
+def _require(difference: float, tolerance: float, what: str, adapter: ModelAdapter, packed: bool) -> None:
+    if difference <= tolerance:
+        return
+    joined = "packed in one row" if packed else "padded together"
+    why = f"adapter `{adapter.name}` gives this model a wrong attention mask; run `astra doctor`"
+    if packed:
+        why = f"adapter `{adapter.name}` loses the boundaries of a packed row; `--set train.packing=padded` trains on"
+    raise RunFailed(
+        f"rows {joined} differ from separate rows by {difference:.2e} in {what}, "
+        f"allowed {tolerance:.0e}: state leaks between positions or rows",
+        why,
+    )

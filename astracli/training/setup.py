@@ -6,60 +6,94 @@ from pathlib import Path
 
 import torch
 
+from astracli import backend
 from astracli.adapter import ModelAdapter, read_config
 from astracli.cpu import linear
+from astracli.plan_trainer import RESIDENT, Split
 from astracli.recipe import Recipe
+from astracli.training import varlen
 from astracli.training.fsdp import Ranks, recompute, shard
 from astracli.training.logprob import PolicyModel
 from astracli.training.optimizer import DTYPES, Masters
+from astracli.training.parking import Parking
 from astracli.training.step import Trainer
 
 
-def build_trainer(model_dir: Path, adapter: ModelAdapter, recipe: Recipe, ranks: Ranks, *, attention: str) -> Trainer:
-    """Everything a step needs, on every rank. `attention`: an implementation that transformers knows."""
-    model = _load(model_dir, adapter, ranks, attention)
+def build_trainer(
+    model_dir: Path,
+    adapter: ModelAdapter,
+    recipe: Recipe,
+    ranks: Ranks,
+    *,
+    attention: str,
+    split: Split = RESIDENT,
+) -> Trainer:
+    """Everything a step needs, on every rank. `attention`: an implementation that transformers knows. `split`: what
+    waits in host memory between its uses."""
+    packed = backend.packing(recipe, adapter, ranks.device.type)[0] == "packed"
+    model = _load(model_dir, adapter, ranks, attention, packed)
     wire = adapter.wire_tensors(model)
     blocks = adapter.block_classes(model)
     policy = PolicyModel(model)
     recompute(policy, blocks, recipe.train.activation_checkpointing)
     shard(policy, blocks, ranks)
-    masters = Masters(policy.model, wire, recipe.train, ranks)
+    masters = Masters(policy.model, wire, recipe.train, ranks, moments_on_host=split.optimizer == "host")
+    reference = _reference(model_dir, adapter, recipe, ranks, attention, packed)
+    parking = None
+    if reference is not None and split.reference == "host":
+        if ranks.device.type == "cpu":
+            for parameter in reference.parameters():
+                parameter.data = parameter.data.clone()  # what maps the checkpoint's file cannot be emptied
+        parking = Parking(reference.parameters(), constant=True)
+        parking.to_host()
     return Trainer(
         policy,
         masters,
         adapter,
         recipe,
         ranks,
-        reference=_reference(model_dir, adapter, recipe, ranks, attention),
+        reference=reference,
+        reference_parking=parking,
         pad_token=pad_token(model_dir),
+        packed=packed,
     )
 
 
-def _load(model_dir: Path, adapter: ModelAdapter, ranks: Ranks, attention: str) -> torch.nn.Module:
+def _load(model_dir: Path, adapter: ModelAdapter, ranks: Ranks, attention: str, packed: bool) -> torch.nn.Module:
     model: torch.nn.Module = adapter.load_for_training(model_dir, attention=attention)
     if ranks.device.type == "cpu":
         if adapter.prepare_cpu is not None:
             adapter.prepare_cpu(model)
         linear.install(model)
+    elif adapter.prepare_gpu is not None:
+        adapter.prepare_gpu(model)
+    if packed:
+        varlen.install(model, adapter)
     return model
 
 
 def _reference(
-    model_dir: Path, adapter: ModelAdapter, recipe: Recipe, ranks: Ranks, attention: str
+    model_dir: Path, adapter: ModelAdapter, recipe: Recipe, ranks: Ranks, attention: str, packed: bool
 ) -> PolicyModel | None:
     """The initial policy as it was published, without gradients; None when the recipe asks for no KL."""
     if recipe.algorithm.kl_coef == 0:
         return None
-    model = _load(model_dir, adapter, ranks, attention)
+    model = _load(model_dir, adapter, ranks, attention, packed)
     blocks = adapter.block_classes(model)
     if ranks.device.type == "cpu":
         parameters = dict(model.named_parameters())
         with torch.no_grad():
             for name, tensor in adapter.wire_tensors(model).items():
                 parameters[name].copy_(parameters[name].to(DTYPES[tensor.dtype]))
+    else:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)  # what mixed precision computes the policy with
     policy = PolicyModel(model)
     policy.requires_grad_(False)
-    shard(policy, blocks, ranks)
+    if ranks.world_size == 1:
+        policy.to(ranks.device)
+    else:
+        shard(policy, blocks, ranks)
     return policy
 
 

@@ -1,9 +1,11 @@
 """One training step: a batch of groups in, an updated policy and the step's figures out.
 
 1. One pass without gradients over the batch of all ranks: log-ratios to the behaviour policy, from them the
-   algorithm's limits (they hold for all minibatches), parity with the engine, mean ratio, entropy, KL. Left out when it
-   could say nothing new: one minibatch, nothing stale, no check pending.
+   algorithm's limits (they hold for all minibatches), agreement with the engine, mean ratio, entropy, KL. Left out when
+   it could say nothing new: one minibatch, nothing stale, not the first batch of the process.
 2. Per minibatch: forward and backward of its micro-batches, one clipped AdamW update.
+
+An engine that disagrees stops the run at any step before an update is made from what it drew.
 
 The loss of a minibatch runs over all ranks and micro-batches (`objective`). Shape letter: N loss tokens.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,10 +28,12 @@ from astracli.rl.batch import Batch, MicroBatch, build_batch
 from astracli.rl.losses import Limits
 from astracli.rl.losses.kl import k3
 from astracli.rl.types import Group
-from astracli.training import objective, parity
+from astracli.training import objective, packing, parity
+from astracli.training.agreement import Agreement
 from astracli.training.fsdp import Ranks
 from astracli.training.logprob import PolicyModel
 from astracli.training.optimizer import Masters, learning_rate
+from astracli.training.parking import Parking
 
 ROWS_EVERY = 50
 """Steps between two measurements of rows against separate rows; the first batch of a process is always measured."""
@@ -47,12 +52,11 @@ class Sums:
     ratio: float = 0.0
     entropy: float = 0.0
     kl: float = 0.0
-    parity: float = 0.0
-    parity_tokens: float = 0.0
     loss: float = 0.0
     clipped: float = 0.0
     capped: float = 0.0
-    parity_max: float = 0.0
+    own: Agreement = field(default_factory=Agreement)
+    """Of the tokens of the trainer's own version."""
 
 
 @dataclass
@@ -81,7 +85,9 @@ class Trainer:
         ranks: Ranks,
         *,
         reference: PolicyModel | None = None,
+        reference_parking: Parking | None = None,
         pad_token: int = 0,
+        packed: bool = False,
     ):
         self.policy = policy
         self.masters = masters
@@ -89,18 +95,19 @@ class Trainer:
         self.recipe = recipe
         self.ranks = ranks
         self.reference = reference
+        self.reference_parking = reference_parking
         self.pad_token = pad_token
+        self.packed = packed
         self.algorithm = losses.get(recipe.algorithm.name)
-        self._first_version: int | None = None
-        self._parity_checks: set[str] = {"start", "update"}
+        self._first = True
         self._rows_checked = False
         self._kept: tuple[Tensor, Tensor] | None = None
 
     def train(self, groups: Sequence[Group], step: int, version: int) -> StepResult:
         """Train on the step's batch; the policy holds weight `version` before and `version + 1` after.
 
-        Raises RunFailed when a start-up check fails or the gradient is not finite, ValueError on a batch without
-        tokens.
+        Raises RunFailed when rows leak, the engine disagrees or the gradient is not finite, ValueError on a batch
+        without tokens.
         """
         timer = Timer()
         batch = self._divide(groups, step)
@@ -111,14 +118,14 @@ class Trainer:
         single_fresh = len(batch.minibatches) == 1 and stale_max == 0 and np.all(batch.versions == version)
         sums = Sums()
         references = self._reference_logprobs(batch)
-        # A check that is due only in a process's first steps must not change what a resumed run computes.
-        always = self.recipe.launch.deterministic
-        score = always or not single_fresh or bool(self._pending_parity(version))
+        # What is done only in a process's first step must not change what a resumed run computes.
+        score = self.recipe.launch.deterministic or not single_fresh or self._first
+        self._first = False
         proximals: dict[int, Tensor] = {}
         limits = self._score(batch, version, references, proximals, sums) if score else self._limits_of_fresh(batch)
         timer.lap("score_s")
         if score:
-            self._check_parity(sums, version)
+            self._require_agreement(sums, version)
         norms = [
             self._minibatch(batch, index, step, version, limits, references, proximals, sums, timer, measure=not score)
             for index in range(len(batch.minibatches))
@@ -136,6 +143,22 @@ class Trainer:
         metrics["train_s"] = sum(timer.seconds.values())
         return StepResult(metrics, batch)
 
+    def to_host(self) -> None:
+        """Leave the device to others between two steps: nothing of this trainer stays on it but the CUDA context."""
+        if hasattr(self.policy, "reshard"):
+            self.policy.reshard()
+        self.masters.to_host()
+        if self.reference is not None:
+            if self.reference_parking is None:
+                self.reference_parking = Parking(self.reference.parameters(), constant=True)
+            self.reference_parking.to_host()
+        if self.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def to_device(self) -> None:
+        """Take the device again after `to_host`."""
+        self.masters.to_device()
+
     def _divide(self, groups: Sequence[Group], step: int) -> Batch:
         table = self.recipe.train
         return build_batch(
@@ -149,6 +172,7 @@ class Trainer:
             pad_token=self.pad_token,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
+            divide_rows=packing.dividers(self.packed)[0],
         )
 
     def _forward(self, policy: PolicyModel, micro: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -162,37 +186,27 @@ class Trainer:
     def _check_rows(self, batch: Batch, step: int) -> dict[str, float]:
         if self._rows_checked and step % ROWS_EVERY:
             return {}
+        chosen = parity.spread(batch.rows, self.recipe.train.tokens_per_microbatch)
+        _, join = packing.dividers(self.packed)
+        device = self.ranks.device
         difference = parity.rows_against_separate(
-            self.policy,
-            self.adapter,
-            batch.rows,
-            self.ranks.device,
-            tokens_per_microbatch=self.recipe.train.tokens_per_microbatch,
-            pad_token=self.pad_token,
+            self.policy, self.adapter, chosen, device, join=join, pad_token=self.pad_token
         )
-        parity.require_rows(difference, self.ranks.device, self.adapter)
+        parity.require_rows(difference, device, self.adapter, self.packed)
+        if self._rows_checked:
+            return {"rows_max_abs": difference}
+        error = parity.gradients_against_separate(
+            self.policy, self.adapter, chosen, self.ranks, join=join, pad_token=self.pad_token
+        )
+        parity.require_gradients(error, device, self.adapter, self.packed)
         self._rows_checked = True
-        return {"rows_max_abs": difference}
+        return {"rows_max_abs": difference, "rows_gradient_error": error}
 
-    def _pending_parity(self, version: int) -> str | None:
-        """Which of the two parity checks is due: on the weights that the process began with, and after an update."""
-        if self._first_version is None:
-            self._first_version = version
-        check = "start" if version == self._first_version else "update"
-        return check if check in self._parity_checks else None
-
-    def _check_parity(self, sums: Sums, version: int) -> None:
-        check = self._pending_parity(version)
-        if check is None:
-            return
-        total, tokens = self.ranks.sum([sums.parity, sums.parity_tokens])
-        if not tokens:
-            return
-        (largest,) = self.ranks.max([sums.parity_max])
-        device = self.ranks.device.type
-        tolerance = self.recipe.train.parity_tolerance or self.adapter.parity_tolerance[device]
-        parity.require_parity(total / tokens, largest, int(tokens), tolerance, version)
-        self._parity_checks.discard(check)
+    def _require_agreement(self, sums: Sums, version: int) -> None:
+        """Raise RunFailed when the engine that drew this version's tokens holds other weights. A collective."""
+        sums.own = sums.own.over(self.ranks)
+        tolerance = self.recipe.train.parity_tolerance or self.adapter.parity_tolerance[self.ranks.device.type]
+        sums.own.require(tolerance, version)
 
     # pass 1
 
@@ -202,7 +216,11 @@ class Trainer:
         if self.reference is None:
             return {}
         micros = [micro for minibatch in batch.minibatches for micro in minibatch]
-        return {id(micro): self._forward(self.reference, micro)[0] for micro in micros}
+        with self.reference_parking.moved_in() if self.reference_parking is not None else nullcontext():
+            found = {id(micro): self._forward(self.reference, micro)[0] for micro in micros}
+        if hasattr(self.reference, "reshard"):
+            self.reference.reshard()  # FSDP leaves the embedding and the head gathered after a forward pass
+        return found
 
     @torch.no_grad()
     def _score(
@@ -260,11 +278,7 @@ class Trainer:
         sums.entropy += float(entropy_N.double().sum())
         if reference_N is not None:
             sums.kl += float(k3(logprob_N, reference_N).double().sum())
-        current_N = log_ratio_N[self._on_device(micro.version_N) == version].abs()
-        if len(current_N):
-            sums.parity += float(current_N.double().sum())
-            sums.parity_tokens += len(current_N)
-            sums.parity_max = max(sums.parity_max, float(current_N.max()))
+        sums.own.add(log_ratio_N[self._on_device(micro.version_N) == version])
         return log_ratio_N
 
     # pass 2
@@ -283,7 +297,10 @@ class Trainer:
         *,
         measure: bool,
     ) -> float:
-        """Forward, backward and update of one minibatch; returns the gradient norm before clipping."""
+        """Forward, backward and update of one minibatch; returns the gradient norm before clipping.
+
+        `measure`: there was no pass without gradients, so this forward is what is measured and judged.
+        """
         normaliser = self.algorithm.normaliser
         divisor = objective.denominator(normaliser, batch, index, self.recipe)
         for micro in batch.minibatches[index]:
@@ -304,16 +321,17 @@ class Trainer:
             # sharding averages gradients over ranks, the divisor already counts all of them
             (loss * self.ranks.world_size).backward()
             timer.lap("backward_s")
+        if measure:
+            self._require_agreement(sums, version)
         norm = self.masters.update(step)
         timer.lap("optimizer_s")
         return norm
 
     def _figures(self, batch: Batch, sums: Sums, updates: int) -> dict[str, float]:
         """The step's metrics over all ranks."""
-        ratio, entropy, kl, close, close_tokens, loss, clipped, capped = self.ranks.sum(
-            [sums.ratio, sums.entropy, sums.kl, sums.parity, sums.parity_tokens, sums.loss, sums.clipped, sums.capped]
+        ratio, entropy, kl, loss, clipped, capped = self.ranks.sum(
+            [sums.ratio, sums.entropy, sums.kl, sums.loss, sums.clipped, sums.capped]
         )
-        (largest,) = self.ranks.max([sums.parity_max])
         tokens = batch.loss_tokens
         rewards = np.concatenate([g.rewards for g in batch.groups])
         per_row = np.array([row.advantage for row in batch.rows])
@@ -338,10 +356,4 @@ class Trainer:
             figures |= batch.overlong()
         if self.reference is not None:
             figures["kl"] = kl / tokens
-        if close_tokens:
-            figures |= {
-                "parity_mean_abs": close / close_tokens,
-                "parity_max_abs": largest,
-                "parity_tokens": close_tokens,
-            }
-        return figures
+        return figures | sums.own.figures

@@ -27,10 +27,11 @@ ENCODINGS = {"gap-ulp": 1, "gap-xor": 2, "dense-ulp": 3, "dense-xor": 4, "dense-
 """Encoding -> its code in the payload. `none` has no payload, `raw` is the plain bytes of a full version."""
 
 _MAGIC = b"ADP1"
-_HEADER = struct.Struct("<4sBBBxQQQ")  # magic, encoding, item size, planes, elements, changed, escapes
+_HEADER = struct.Struct("<4sBBBBQQQ")  # magic, encoding, item size, planes, 0, elements, changed, escapes
 _SIZE = struct.Struct("<I")  # of one plane's frame; 0 = the plane is all zero
 _CHECK = struct.Struct("<Q")  # xxh3-64 of everything before it
-_ESCAPE = 255
+ESCAPE = 255
+"""A gap of this or more stands in the list of long gaps."""
 _DENSE_FROM = 1 / 8  # a lower density never codes smaller as a dense plane: a Huffman symbol costs a bit at least
 _WINDOW, _WINDOWS = 1 << 15, 4  # the sample on which encodings are compared
 _SCAN = 1 << 18  # elements compared at a time: both inputs stay in the cache
@@ -125,7 +126,7 @@ def apply_update(update: Update, target: Bits) -> None:
     """Turn `target` [N], the base's bits, into the new version's bits in place."""
     if len(target) != update.length or target.dtype != update.values.dtype:
         raise WeightCorrupt(f"an update of {update.length} elements cannot change {target.dtype}[{len(target)}]")
-    if update.encoding == "dense-raw":
+    if update.encoding in ("dense-raw", "raw"):
         target[:] = update.values
     elif update.encoding == "dense-xor":
         target ^= update.values
@@ -199,22 +200,39 @@ def _difference(encoding: str, base: Bits, new: Bits, indices: Bits) -> Update:
     return Update(encoding, len(base), at, values)
 
 
+def candidates(itemsize: int, count: int, length: int) -> list[str]:
+    """Encodings worth trying for `count` changes among `length` elements; with one, nothing is tried."""
+    found = ["gap-ulp"] if itemsize == 2 else ["gap-ulp", "gap-xor"]
+    if count > length * _DENSE_FROM:
+        found += ["dense-ulp", "dense-xor", "dense-raw"]
+    return found
+
+
+def windows(length: int) -> list[tuple[int, int]] | None:
+    """(start, end) of the ranges on which encodings are compared; None: on the whole piece."""
+    if length <= _WINDOW * _WINDOWS:
+        return None
+    starts = np.linspace(0, length - _WINDOW, _WINDOWS).astype(int)
+    return [(int(s), int(s) + _WINDOW) for s in starts]
+
+
+def smallest(names: list[str], base: Bits, new: Bits, level: int) -> str:
+    """Which of `names` makes the difference between two samples smallest."""
+    indices = changed_indices(base, new)
+    if not len(indices):
+        return names[0]
+    sizes = {c: len(_pack(_difference(c, base, new, indices), len(indices), level)) for c in names}
+    return min(names, key=sizes.__getitem__)
+
+
 def _choose(base: Bits, new: Bits, indices: Bits, level: int) -> str:
     """The encoding that makes a sample smallest; with one candidate nothing is tried."""
-    candidates = ["gap-ulp"] if base.itemsize == 2 else ["gap-ulp", "gap-xor"]
-    if len(indices) > len(base) * _DENSE_FROM:
-        candidates += ["dense-ulp", "dense-xor", "dense-raw"]
-    if len(candidates) == 1:
-        return candidates[0]
-    if len(base) > _WINDOW * _WINDOWS:
-        starts = np.linspace(0, len(base) - _WINDOW, _WINDOWS).astype(int)
-        base = np.concatenate([base[s : s + _WINDOW] for s in starts])
-        new = np.concatenate([new[s : s + _WINDOW] for s in starts])
-        indices = changed_indices(base, new)
-        if not len(indices):
-            return candidates[0]
-    sizes = {c: len(_pack(_difference(c, base, new, indices), len(indices), level)) for c in candidates}
-    return min(candidates, key=sizes.__getitem__)
+    names = candidates(base.itemsize, len(indices), len(base))
+    if len(names) == 1:
+        return names[0]
+    if ranges := windows(len(base)):
+        base, new = (np.concatenate([bits[low:high] for low, high in ranges]) for bits in (base, new))
+    return smallest(names, base, new, level)
 
 
 # ---- bytes -----------------------------------------------------------------------------------------------------------
@@ -234,20 +252,25 @@ def _join(planes: list[Bits]) -> Bits:
 
 
 def _pack(update: Update, count: int, level: int) -> bytes:
-    planes: list[Bits] = []
-    escapes = 0
+    gaps = None
     if update.indices is not None:
         gaps = np.diff(update.indices, prepend=-1)
         gaps -= 1
-        long = gaps[gaps >= _ESCAPE]
-        escapes = len(long)
-        planes.append(np.minimum(gaps, _ESCAPE).astype(np.uint8))
-        if escapes:
-            planes += _planes(long.astype("<u4"))
-    planes += _planes(update.values)
+    short, long = (None, None) if gaps is None else (np.minimum(gaps, ESCAPE).astype(np.uint8), gaps[gaps >= ESCAPE])
+    return assemble(update.encoding, update.length, count, short, long, _planes(update.values), level)
+
+
+def assemble(
+    encoding: str, length: int, count: int, short: Bits | None, long: Bits | None, values: list[Bits], level: int
+) -> bytes:
+    """A payload from its planes: gap bytes [C] and long gaps [E] (None for a dense encoding), a plane a value byte."""
+    planes: list[Bits] = [] if short is None else [short]
+    escapes = 0 if long is None else len(long)
+    if long is not None and escapes:
+        planes += _planes(long.astype("<u4"))
+    planes += values
     frames = [_deflate(plane, level) for plane in planes]
-    code, itemsize = ENCODINGS[update.encoding], update.values.itemsize
-    head = _HEADER.pack(_MAGIC, code, itemsize, len(planes), update.length, count, escapes)
+    head = _HEADER.pack(_MAGIC, ENCODINGS[encoding], len(values), len(planes), 0, length, count, escapes)
     body = b"".join([head, *(_SIZE.pack(len(frame)) for frame in frames), *frames])
     return body + _CHECK.pack(xxhash.xxh3_64_intdigest(body))
 
@@ -262,10 +285,11 @@ def _open(
     body = view[: -_CHECK.size]
     if xxhash.xxh3_64_intdigest(body) != _CHECK.unpack(view[-_CHECK.size :])[0]:
         raise WeightCorrupt(f"a payload of {len(view)} bytes fails its checksum")
-    magic, code, size, number, elements, changed, escapes = _HEADER.unpack_from(body)
-    expected = (_MAGIC, ENCODINGS.get(encoding), itemsize, length, count)
-    if (magic, code, size, elements, changed) != expected:
-        raise WeightCorrupt(f"payload header {(magic, code, size, elements, changed)}, the manifest says {expected}")
+    magic, code, size, number, zero, elements, changed, escapes = _HEADER.unpack_from(body)
+    expected = (_MAGIC, ENCODINGS.get(encoding), itemsize, 0, length, count)
+    if (magic, code, size, zero, elements, changed) != expected:
+        found = (magic, code, size, zero, elements, changed)
+        raise WeightCorrupt(f"payload header {found}, the manifest says {expected}")
     if not 0 < count <= length <= MAX_PIECE or escapes > count:
         raise WeightCorrupt(f"payload with {count} changes and {escapes} long gaps among {length} elements")
     gap_planes = 0 if encoding.startswith("dense-") else 5 if escapes else 1
@@ -287,12 +311,12 @@ def _indices(planes: list[memoryview], count: int, escapes: int, length: int) ->
     """int64 [C], strictly increasing by construction, checked to end inside the piece."""
     short = _inflate(planes[0], count)
     steps = short.astype(np.int64)
-    long = short == _ESCAPE
+    long = short == ESCAPE
     if int(np.count_nonzero(long)) != escapes:
         raise WeightCorrupt(f"payload with {np.count_nonzero(long)} escaped gaps, its header says {escapes}")
     if escapes:
         values = _join([_inflate(frame, escapes) for frame in planes[1:5]])
-        if int(values.min()) < _ESCAPE:
+        if int(values.min()) < ESCAPE:
             raise WeightCorrupt(f"payload with a gap of {values.min()} in its list of long gaps")
         steps[long] = values
     steps += 1

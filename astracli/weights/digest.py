@@ -11,8 +11,10 @@ damage, not against someone who forges weights.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 
@@ -50,10 +52,19 @@ def _columns() -> np.ndarray[Any, Any]:
 
 
 @lru_cache(maxsize=8)
-def _torch_columns(device: str) -> torch.Tensor:
+def torch_columns(device: str) -> torch.Tensor:
+    """int64 [2, 16384]"""
     import torch
 
     return torch.from_numpy(_columns().view(np.int64)).to(device)
+
+
+@lru_cache(maxsize=8)
+def torch_rows(device: str, count: int) -> torch.Tensor:
+    """int64 [2, count]: the factors of the first rows."""
+    import torch
+
+    return torch.from_numpy(np.stack([_odd(seed, 0, count) for seed in _ROW_SEEDS]).view(np.int64)).to(device)
 
 
 def digest_bits(bits: np.ndarray[Any, Any], start: int = 0) -> Lanes:
@@ -77,11 +88,12 @@ def digest_bits(bits: np.ndarray[Any, Any], start: int = 0) -> Lanes:
 
 
 def digest_torch(flat: torch.Tensor, start: int = 0) -> Lanes:
-    """`digest_bits` in torch operations, on the tensor's own device; one copy of two numbers to the host."""
+    """`digest_bits` in torch operations, on the tensor's own device: many passes, in bounded memory; the form that
+    `kernels.DigestPlan` is tested against."""
     import torch
 
     signed = flat.view(_signed_dtype(flat)).reshape(-1)
-    columns = _torch_columns(str(flat.device))
+    columns = torch_columns(str(flat.device))
     total = torch.zeros(2, dtype=torch.int64, device=flat.device)
     at = 0
     while at < len(signed):
@@ -97,12 +109,50 @@ def digest_torch(flat: torch.Tensor, start: int = 0) -> Lanes:
             dots = (block * columns[lane, column : column + width]).sum(1)
             total[lane] += (dots * rows).sum()
         at += count * width
-    one, two = total.tolist()
-    return one & _MASK, two & _MASK
+    return lanes_of(total[None])[0]
+
+
+def lanes_of(sums: torch.Tensor) -> list[Lanes]:
+    """int64 [n, 2] -> n pairs; one copy to the host."""
+    return [(one & _MASK, two & _MASK) for one, two in sums.tolist()]
+
+
+def digest_many(ranges: Sequence[tuple[torch.Tensor, int]]) -> list[Lanes]:
+    """Lanes of flat tensors, each at its start in its flattened whole; on a GPU in one pass over all of them."""
+    if ranges and ranges[0][0].device.type == "cuda" and find_spec("triton"):
+        from astracli.weights.kernels import DigestPlan
+
+        return DigestPlan(ranges, range(len(ranges))).lanes()
+    return [digest_tensor(flat, start) for flat, start in ranges]
+
+
+Pending = Union[Lanes, "torch.Tensor"]
+"""Lanes, or int64 [1, 2] on a device, not waited for."""
+
+
+def pending(tensor: torch.Tensor) -> Pending:
+    """The digest of a whole contiguous tensor, under way on a GPU; its memory may be used again behind this."""
+    flat = tensor.detach().reshape(-1)
+    if flat.device.type == "cuda" and len(flat) and find_spec("triton"):
+        from astracli.weights.kernels import DigestPlan
+
+        return DigestPlan([(flat, 0)], [0]).launch()
+    return digest_tensor(flat)
+
+
+def settle(found: Sequence[Pending]) -> list[Lanes]:
+    """The lanes of several pending digests, with one wait for the device."""
+    waiting = [sums for sums in found if not isinstance(sums, tuple)]
+    if not waiting:
+        return [lanes for lanes in found if isinstance(lanes, tuple)]
+    import torch
+
+    arrived = iter(lanes_of(torch.cat(waiting)))
+    return [found_one if isinstance(found_one, tuple) else next(arrived) for found_one in found]
 
 
 def digest_tensor(tensor: torch.Tensor, start: int = 0) -> Lanes:
-    """Lanes of a contiguous tensor on any device."""
+    """Lanes of one contiguous tensor on any device."""
     flat = tensor.detach().reshape(-1)
     return digest_bits(bits_of(flat), start) if flat.device.type == "cpu" else digest_torch(flat, start)
 

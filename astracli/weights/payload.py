@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 import xxhash
@@ -28,7 +30,22 @@ if TYPE_CHECKING:
 PIECE = 1 << 22
 """Elements of a delta piece, at most: bounds the encoder's memory and keeps it in the cache."""
 
+PASSES_IN_FLIGHT = 4
+"""Passes over a GPU whose planes wait in pinned memory for a compressing thread."""
+
 Bits = np.ndarray[Any, Any]
+
+
+class Coded(NamedTuple):
+    """One piece of a delta."""
+
+    start: int
+    """In the local range."""
+    length: int
+    encoded: codec.Encoded
+    diff_s: float
+    """Since the piece before."""
+    encode_s: float
 
 
 @dataclass(frozen=True)
@@ -39,12 +56,20 @@ class Local:
     shape: tuple[int, ...]
     """Of the whole tensor."""
     start: int
-    bits: Bits
-    """uint16 or uint32 [length]"""
+    flat: torch.Tensor
+    """[length], contiguous, in its wire dtype, on its own device."""
+
+    def __len__(self) -> int:
+        return len(self.flat)
+
+    @property
+    def bits(self) -> Bits:
+        """uint16 or uint32 [length] on the host: a view of a CPU tensor, a copy of any other."""
+        return digest.bits_of(self.flat.cpu())
 
     @property
     def whole(self) -> bool:
-        return self.start == 0 and len(self.bits) == int(np.prod(self.shape, dtype=np.int64))
+        return self.start == 0 and len(self) == int(np.prod(self.shape, dtype=np.int64))
 
 
 @dataclass
@@ -116,34 +141,55 @@ def write_delta(
     level: int, run: Callable[..., Iterable[Any]] = map,
 ) -> Part:  # fmt: skip
     """Encode what changed from `base` into `delta-RANK.bin`. `run` maps over pieces: `map`, or a thread pool's."""
-    part, clock = Part("delta"), time.perf_counter
+    part = Part("delta")
     out = _HashingFile(directory / f"delta-{rank:05d}.bin")
-    jobs: list[tuple[str, int, int]] = []
     for name, local in tensors.items():
-        part.tensors[name] = PartTensor(local.dtype, local.shape, local.start, len(local.bits), lanes[name])
-        jobs += [(name, at, min(PIECE, len(local.bits) - at)) for at in range(0, len(local.bits), PIECE)]
-
-    def work(job: tuple[str, int, int]) -> tuple[codec.Encoded, float, float]:
-        name, at, length = job
-        old, new = base[name].bits[at : at + length], tensors[name].bits[at : at + length]
-        begin = clock()
-        indices = codec.changed_indices(old, new)
-        middle = clock()
-        return codec.encode_changed(old, new, indices, level), middle - begin, clock() - middle
-
-    for (name, at, length), (encoded, diff_s, encode_s) in zip(jobs, run(work, jobs), strict=True):
-        part.diff_s += diff_s
-        part.encode_s += encode_s
+        part.tensors[name] = PartTensor(local.dtype, local.shape, local.start, len(local), lanes[name])
+    for name, found in run(_done, _pieces(tensors, base, level)):
+        part.diff_s += found.diff_s
+        part.encode_s += found.encode_s
+        encoded = found.encoded
         if not encoded.count:
             continue
-        begin = clock()
+        begin = time.perf_counter()
         offset = out.write(encoded.payload)
         checksum = xxhash.xxh3_128_hexdigest(encoded.payload)
-        where = (tensors[name].start + at, length, out.path.name, offset, len(encoded.payload), checksum)
+        start = tensors[name].start + found.start
+        where = (start, found.length, out.path.name, offset, len(encoded.payload), checksum)
         part.tensors[name].pieces.append(Piece(*where, encoded.encoding, encoded.count))
-        part.write_s += clock() - begin
+        part.write_s += time.perf_counter() - begin
     part.files = out.close()
     return part
+
+
+def _done(job: tuple[str, Callable[[], Coded]]) -> tuple[str, Coded]:
+    name, work = job
+    return name, work()
+
+
+def _pieces(
+    tensors: Mapping[str, Local], base: Mapping[str, Local], level: int
+) -> Iterator[tuple[str, Callable[[], Coded]]]:
+    """(tensor, what codes a piece of it), in order. On a GPU the diff happens here, in the thread that iterates."""
+    room = threading.Semaphore(PASSES_IN_FLIGHT)
+    for name, local in tensors.items():
+        if "cpu" in (local.flat.device.type, base[name].flat.device.type):
+            old, new = base[name].bits, local.bits
+            for at in range(0, len(local), PIECE):
+                yield name, partial(_coded, old[at : at + PIECE], new[at : at + PIECE], at, level)
+        else:
+            from astracli.weights.device import coded_pieces
+
+            for work in coded_pieces(base[name].flat, local.flat, PIECE, level, room):
+                yield name, work
+
+
+def _coded(old: Bits, new: Bits, start: int, level: int) -> Coded:
+    begin = time.perf_counter()
+    indices = codec.changed_indices(old, new)
+    middle = time.perf_counter()
+    encoded = codec.encode_changed(old, new, indices, level)
+    return Coded(start, len(new), encoded, middle - begin, time.perf_counter() - middle)
 
 
 def write_full(directory: Path, rank: int, tensors: Mapping[str, Local], lanes: Mapping[str, str]) -> Part:
@@ -157,29 +203,23 @@ def write_full(directory: Path, rank: int, tensors: Mapping[str, Local], lanes: 
     part, begin = Part("full"), time.perf_counter()
     path = directory / f"full-{rank:05d}.safetensors"
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    save_file({name: _as_torch(local) for name, local in tensors.items()}, temporary, metadata={"format": "pt"})
+    shaped = {name: t.flat.cpu().view(t.shape if t.whole else (-1,)) for name, t in tensors.items()}
+    save_file(shaped, temporary, metadata={"format": "pt"})
     with open(temporary, "rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(size))
     for name, local in tensors.items():
-        entry = PartTensor(local.dtype, local.shape, local.start, len(local.bits), lanes[name])
+        entry = PartTensor(local.dtype, local.shape, local.start, len(local), lanes[name])
         low, high = header[name]["data_offsets"]
         if high > low:
-            checksum = xxhash.xxh3_128_hexdigest(local.bits.data)
-            length = len(local.bits)
+            checksum = xxhash.xxh3_128_hexdigest(digest.bits_of(shaped[name]).data)
+            length = len(local)
             entry.pieces = [Piece(local.start, length, path.name, 8 + size + low, high - low, checksum, "raw", length)]
         part.tensors[name] = entry
     os.replace(temporary, path)
     part.files = {path.name: FileEntry(path.stat().st_size, hash_file(path))}
     part.write_s = time.perf_counter() - begin
     return part
-
-
-def _as_torch(local: Local) -> torch.Tensor:
-    import torch
-
-    bits = torch.from_numpy(local.bits.view(f"<i{local.bits.itemsize}"))
-    return bits.view(getattr(torch, local.dtype)).reshape(local.shape if local.whole else (-1,))
 
 
 def hash_file(path: Path) -> str:

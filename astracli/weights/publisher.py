@@ -6,15 +6,15 @@ that looks only at what STABLE lists never sees half a version, whatever is kill
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
 
-import numpy as np
 import xxhash
 
 from astracli.errors import RunFailed
@@ -46,6 +46,8 @@ class Shard:
     """Of the whole tensor."""
 
 
+SPARE_BYTES = 1 << 30
+"""Device memory that the published versions leave free."""
 Source = Union["torch.Tensor", Shard]
 
 
@@ -69,6 +71,8 @@ class PublishResult:
     """Everything, the wait for other ranks included."""
     waited_s: float = 0.0
     """How long the caller stood still because the previous version was still being written."""
+    snapshot_s: float = 0.0
+    """How long the caller stood still for the copy that is published."""
 
     @property
     def bytes(self) -> int:
@@ -114,41 +118,74 @@ class Publisher:
         self._threads = ThreadPoolExecutor(threads, "weights-encode") if threads > 1 else None
         self._background = ThreadPoolExecutor(1, "weights-publish")
         self._pending: Future[PublishResult] | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self.on_failure: Callable[[BaseException], None] | None = None
+        """Called in the background with its error, before that comes out of the next call."""
 
     # ---- the caller's verbs ----
 
-    def publish(self, version: int, tensors: Mapping[str, Source]) -> PublishResult:
-        """Publish now, in this thread. `tensors`: HF name -> tensor in its wire dtype (or this rank's Shard)."""
-        waited = self._settle()
-        return replace(self._publish(version, {n: local(t, copy=True) for n, t in tensors.items()}), waited_s=waited)
+    def publish(self, version: int, tensors: Mapping[str, Source], *, owned: bool = False) -> PublishResult:
+        """Publish now, in this thread. `tensors`: HF name -> tensor in its wire dtype (or this rank's Shard).
+
+        `owned`: the caller never writes to `tensors` again, so they need no copy. From the third version on, tensors on
+        a GPU with room for another version are compared and coded there; otherwise they come to the host.
+        """
+        waited = self.settle()
+        snapshot, snapshot_s, _ = self._snapshot(tensors, owned)
+        return replace(self._publish(version, snapshot), waited_s=waited, snapshot_s=snapshot_s)
 
     def publish_async(
-        self, version: int, tensors: Mapping[str, Source], on_published: Callable[[PublishResult], None] | None = None
-    ) -> float:
-        """Copy `tensors` and publish the copy in the background. Returns the seconds waited for the previous version.
+        self, version: int, tensors: Mapping[str, Source], on_published: Callable[[PublishResult], None] | None = None,
+        *, owned: bool = False,
+    ) -> float:  # fmt: skip
+        """Publish a copy of `tensors` in the background. Returns the seconds waited for the previous version.
 
-        An error of the background comes out of the next call, or of `wait`. `on_published` runs in the background.
+        An error of the background comes out of the next call, of `check`, `settle`, `wait` or `close`. `on_published`
+        runs in the background, behind STABLE; what it raises is an error of the background too.
         """
-        waited = self._settle()
-        snapshot = {name: local(tensor, copy=True) for name, tensor in tensors.items()}
+        waited = self.settle()
+        snapshot, snapshot_s, ready = self._snapshot(tensors, owned)
 
         def work() -> PublishResult:
-            result = replace(self._publish(version, snapshot), waited_s=waited)
-            if on_published:
-                on_published(result)
+            try:
+                with self._beside(ready):
+                    result = self._publish(version, snapshot)
+                result = replace(result, waited_s=waited, snapshot_s=snapshot_s)
+                if on_published:
+                    on_published(result)
+            except BaseException as error:
+                if self.on_failure:
+                    self.on_failure(error)
+                raise
             return result
 
         self._pending = self._background.submit(work)
         return waited
+
+    @property
+    def busy(self) -> bool:
+        """Whether the background is at work."""
+        return self._pending is not None and not self._pending.done()
+
+    def check(self) -> None:
+        """Raise the background's error, if it has come to one."""
+        if self._pending is not None and self._pending.done():
+            self._pending.result()
+
+    def settle(self) -> float:
+        """Until the background is done: the seconds that took. Raises its error."""
+        begin = time.perf_counter()
+        self.wait()
+        return time.perf_counter() - begin
 
     def wait(self) -> PublishResult | None:
         """Until the background is done: its result, or None when nothing was under way. Raises its error."""
         pending, self._pending = self._pending, None
         return pending.result() if pending else None
 
-    def restart(self, version: int, tensors: Mapping[str, Source]) -> PublishResult:
+    def restart(self, version: int, tensors: Mapping[str, Source], *, owned: bool = False) -> PublishResult:
         """Continue from a checkpoint: forget every version after `version` and publish `version` anew, in full."""
-        self._settle()
+        self.settle()
         self._base, self._base_version = {}, None
         if self.rank == 0:
             for path in self.directory.glob("v[0-9]*"):
@@ -156,7 +193,8 @@ class Publisher:
                 if number > version:
                     self._remove(number)
             (self.directory / version_name(version) / STABLE).unlink(missing_ok=True)
-        return self._publish(version, {n: local(t, copy=True) for n, t in tensors.items()})
+        snapshot, snapshot_s, _ = self._snapshot(tensors, owned)
+        return replace(self._publish(version, snapshot), snapshot_s=snapshot_s)
 
     def close(self) -> None:
         """Finish the background, end the threads. Raises the background's error."""
@@ -169,10 +207,37 @@ class Publisher:
 
     # ---- one version ----
 
-    def _settle(self) -> float:
+    def _snapshot(
+        self, tensors: Mapping[str, Source], owned: bool
+    ) -> tuple[dict[str, payload.Local], float, torch.cuda.Event | None]:
+        """What will be published, the seconds that took, and on a GPU what the background must wait for."""
         begin = time.perf_counter()
-        self.wait()
-        return time.perf_counter() - begin
+        snapshot = {name: local(tensor, copy=not owned) for name, tensor in tensors.items()}
+        if self._base_version is None or not _room(snapshot):
+            snapshot = {name: replace(t, flat=t.flat.cpu()) for name, t in snapshot.items()}
+        ready, devices = None, {t.flat.device for t in snapshot.values() if t.flat.device.type == "cuda"}
+        if devices:
+            import torch
+
+            (device,) = devices
+            with torch.cuda.device(device):
+                ready = torch.cuda.Event()
+                ready.record()
+            self._stream = self._stream or torch.cuda.Stream(device)
+        return snapshot, time.perf_counter() - begin, ready
+
+    @contextlib.contextmanager
+    def _beside(self, ready: torch.cuda.Event | None) -> Iterator[None]:
+        """On a GPU a stream of its own, behind the snapshot: training goes on beside it."""
+        if ready is None or self._stream is None:
+            yield
+            return
+        import torch
+
+        with torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            yield
+            self._stream.synchronize()
 
     def _publish(self, version: int, tensors: dict[str, payload.Local]) -> PublishResult:
         begin = time.perf_counter()
@@ -215,8 +280,8 @@ class Publisher:
         )
 
     def _check_names(self, version: int, tensors: Mapping[str, payload.Local]) -> None:
-        known = {n: (t.dtype, t.shape, t.start, len(t.bits)) for n, t in self._base.items()}
-        given = {n: (t.dtype, t.shape, t.start, len(t.bits)) for n, t in tensors.items()}
+        known = {n: (t.dtype, t.shape, t.start, len(t)) for n, t in self._base.items()}
+        given = {n: (t.dtype, t.shape, t.start, len(t)) for n, t in tensors.items()}
         if known and known != given:
             odd = sorted(n for n in known.keys() | given.keys() if known.get(n) != given.get(n))
             raise RunFailed(f"version {version} has other tensors than {self._base_version}: {', '.join(odd[:5])}")
@@ -306,23 +371,38 @@ class Publisher:
 
 
 def local(source: Source, *, copy: bool) -> payload.Local:
-    """A tensor or shard as flat bits on the host. Raises RunFailed for a dtype that does not travel."""
+    """A tensor or shard, flat on its own device. Raises RunFailed for a dtype that does not travel."""
     tensor = source.flat if isinstance(source, Shard) else source
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in ITEM_BYTES:
         raise RunFailed(f"weights in {dtype} do not travel", f"publish one of {', '.join(ITEM_BYTES)}")
     flat = tensor.detach().contiguous().view(-1)
-    bits = digest.bits_of(flat.cpu())
-    if copy and flat.device.type == "cpu":
-        bits = np.array(bits)
+    if copy and flat.data_ptr() == tensor.data_ptr():
+        flat = flat.clone()
     if isinstance(source, Shard):
-        return payload.Local(dtype, tuple(source.shape), source.start, bits)
-    return payload.Local(dtype, tuple(tensor.shape), 0, bits)
+        return payload.Local(dtype, tuple(source.shape), source.start, flat)
+    return payload.Local(dtype, tuple(tensor.shape), 0, flat)
+
+
+def _room(tensors: Mapping[str, payload.Local]) -> bool:
+    """Whether a GPU that holds `tensors` has room for as much again at the moment when it was fullest so far.
+
+    The first version is made before anything was trained, when that moment is not known: it always goes to the host.
+    """
+    size = {d: sum(t.flat.nbytes for t in tensors.values()) for d in {t.flat.device for t in tensors.values()}}
+    if not any(device.type == "cuda" for device in size):
+        return True
+    import torch
+
+    ((device, needed),) = size.items()
+    ours = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return ours - torch.cuda.max_memory_allocated(device) > needed + SPARE_BYTES
 
 
 def _lanes(tensors: Mapping[str, payload.Local]) -> dict[str, str]:
-    return {name: digest.to_hex(digest.digest_bits(t.bits, t.start)) for name, t in tensors.items()}
+    lanes = digest.digest_many([(t.flat, t.start) for t in tensors.values()])
+    return {name: digest.to_hex(found) for name, found in zip(tensors, lanes, strict=True)}
 
 
 def _described(tensors: Mapping[str, payload.Local], lanes: Mapping[str, str]) -> dict[str, payload.PartTensor]:
-    return {n: payload.PartTensor(t.dtype, t.shape, t.start, len(t.bits), lanes[n]) for n, t in tensors.items()}
+    return {n: payload.PartTensor(t.dtype, t.shape, t.start, len(t), lanes[n]) for n, t in tensors.items()}

@@ -2,8 +2,8 @@
 
 The engine's own `load_weights` knows how HF tensors are fused and where each part goes. It is run once with tensors
 whose content nobody reads, while `copy_` and slice assignment are intercepted: that yields, for every HF tensor, the
-parameter memory that holds it. From then on a version is a scatter into that memory. Run the other way round, the same
-interception copies the parameters out under HF names, which proves a version by the engine's own mapping.
+parameter memory that holds it. From then on a version is a scatter into that memory. Recorded anew and read where it
+lies, the same mapping gives the weights back under HF names, which proves a version by the engine's own account.
 
 The process reads three environment variables, set by whoever starts the engine:
 ASTRA_STAGE_DIR (where versions are staged), ASTRA_START_VERSION (what the engine was started with, default 0; empty for
@@ -12,9 +12,13 @@ random weights), ASTRA_VERIFY_INTERVAL (read back under HF names every n-th vers
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,10 +27,14 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from astracli.errors import AstraError
-from astracli.weights import WeightMismatch, digest, staged
+from astracli.weights import WeightMismatch, staged
 from astracli.weights.manifest import TensorEntry
-from astracli.weights.staged import Placement
+from astracli.weights.resident import Resident
+from astracli.weights.staged import Placement, Prepared
+from astracli.weights.watcher import StageWatcher
 
+_SWITCH_S = 5e-4
+"""How long a thread of the engine's process may hold the interpreter while another wants it."""
 _MAX_RUNS = 1 << 16  # contiguous runs that one copy may fall into
 
 
@@ -107,29 +115,20 @@ class PlacementRecorder(_Intercept):
             raise WeightMismatch(f"`{name}` lies in more than {_MAX_RUNS} places")
 
 
-class _ReadBack(_Intercept):
-    """The other way round: what would be loaded is filled with what the parameter holds."""
-
-    def moved(self, name: str, target: torch.Tensor, source: torch.Tensor) -> None:
-        source.copy_(target.detach().reshape(source.shape))
-
-
 def read_back_digests(model: Any, entries: Iterable[TensorEntry]) -> dict[str, str]:
-    """{HF name: digest} of what the engine holds, through its own mapping; one tensor in memory at a time."""
+    """{HF name: digest} of what the engine holds, through its own mapping asked anew.
+
+    The mapping is recorded again, not remembered, and the digest is taken where the parameters lie: no second copy of
+    the model, which a `load_weights` that collects its input before it loads would otherwise need. Runs beside the
+    engine's own work, on a stream of its own.
+    """
+    entries = list(entries)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    found: dict[str, str] = {}
-    mode = _ReadBack()
-
-    def fed() -> Iterator[tuple[str, torch.Tensor]]:
-        for entry in entries:
-            tensor = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device=device)
-            yield mode.feed(entry.name, tensor)
-            found[entry.name] = digest.to_hex(digest.digest_tensor(tensor))
-            mode.fed.clear()
-
-    with torch.no_grad(), mode:
-        model.load_weights(fed())
-    return found
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+            stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
+        return Resident(PlacementRecorder().record(model, entries)).digests([entry.name for entry in entries])
 
 
 def _runs(target: torch.Tensor, source: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
@@ -161,10 +160,59 @@ def _adjacent(one: torch.Tensor, two: torch.Tensor) -> bool:
     return same and one.storage_offset() + one.numel() == two.storage_offset()
 
 
-@dataclass
 class _Engine:
-    version: int | None
-    places: dict[str, list[Placement]] | None = None
+    """What this process knows of one model: its version, where its weights lie, and the thread that decodes ahead."""
+
+    def __init__(self, model: Any, stage_dir: Path):
+        start = os.environ.get("ASTRA_START_VERSION", "0")
+        self.version: int | None = int(start) if start else None
+        self.hands: Resident | None = None
+        self._model = weakref.ref(model)
+        self._proving: threading.Thread | None = None
+        self._names: list[tuple[str, str, tuple[int, ...]]] = []
+        self.watcher = StageWatcher(stage_dir, self.load)
+        # the scheduler's loop never sleeps: at Python's 5 ms a decoding thread waited two seconds for half a megabyte
+        sys.setswitchinterval(_SWITCH_S)
+
+    def load(self, prepared: Prepared) -> None:
+        """Bring a decoded version to the device, once it is known where the weights lie."""
+        if self.hands is not None and prepared.manifests and self._names == _identity(prepared.manifests[-1].tensors):
+            staged.load(prepared, self.hands)
+
+    def settle(self) -> None:
+        """Until no read-back is under way: it must see the weights of one version."""
+        if self._proving is not None:
+            self._proving.join()
+            self._proving = None
+
+    def prove(self, stage_dir: Path, entries: Sequence[TensorEntry], version: int) -> None:
+        """Read the weights back in a thread, while the engine generates again; the outcome is `proof.json`."""
+
+        def run() -> None:
+            begin = time.perf_counter()
+            try:
+                found = read_back_digests(self._model(), entries)
+                wrong = [e.name for e in entries if found.get(e.name) != e.digest]
+                message = f"read back under HF names, {len(wrong)} tensors differ: {', '.join(wrong[:5])}"
+            except Exception as error:
+                wrong, message = ["?"], f"the read-back failed: {type(error).__name__}: {error}"
+            if wrong:
+                self.version = None
+            doc = {"version": version, "ok": not wrong, "message": message if wrong else ""}
+            staged.write_proof(stage_dir, {**doc, "seconds": time.perf_counter() - begin})
+
+        self._proving = threading.Thread(target=run, name="read-back", daemon=True)
+        self._proving.start()
+
+    def record(self, entries: Sequence[TensorEntry]) -> None:
+        """Find out where the model keeps `entries`; again only for other names, dtypes or shapes than before."""
+        if self._names != _identity(entries):
+            self.hands = Resident(PlacementRecorder().record(self._model(), entries))
+            self._names = _identity(entries)
+
+
+def _identity(entries: Iterable[TensorEntry]) -> list[tuple[str, str, tuple[int, ...]]]:
+    return [(entry.name, entry.dtype, entry.shape) for entry in entries]
 
 
 _engines: WeakKeyDictionary[Any, _Engine] = WeakKeyDictionary()
@@ -173,24 +221,37 @@ _engines: WeakKeyDictionary[Any, _Engine] = WeakKeyDictionary()
 def apply_staged(model: Any, named_tensors: Iterable[Any] = ()) -> None:
     """Apply what is staged under ASTRA_STAGE_DIR to `model`. The call's own tensors are empty: it only triggers.
 
-    The outcome is `result.json` in the stage directory. A version that fails is reported there and not raised, because
-    an exception in a loader kills the server; the caller reads the file before it lets the engine serve.
+    The outcome is `result.json` in the stage directory. Whatever fails is reported there and not raised, because an
+    exception in a loader kills the server; the caller reads the file before it lets the engine serve
+    (`Subscriber.outcome`). From the first call on, a thread decodes what is staged while the engine generates, and when
+    a read-back is due (`proof` in the result), one reads the weights back after the call (`Subscriber.proof`).
     """
+    begin = time.perf_counter()
     stage_dir = Path(os.environ["ASTRA_STAGE_DIR"])
-    start = os.environ.get("ASTRA_START_VERSION", "0")
-    engine = _engines.setdefault(model, _Engine(int(start) if start else None))
+    engine = _engines.get(model)
+    if engine is None:
+        engine = _engines[model] = _Engine(model, stage_dir)
+    engine.settle()
     have, engine.version = engine.version, None  # unknown until proven
     try:
-        prepared = staged.prepare(stage_dir)
+        prepared = engine.watcher.take()
+        if prepared is None or not staged.is_staged(stage_dir, prepared):
+            prepared = staged.prepare(stage_dir)
         entries = prepared.manifests[-1].tensors if prepared.manifests else ()
-        if engine.places is None and entries:
-            engine.places = PlacementRecorder().record(model, entries)
-        result = staged.apply(stage_dir, engine.places or {}, have, prepared)
+        record_s = time.perf_counter()
+        if entries:
+            engine.record(entries)
+        record_s = time.perf_counter() - record_s
+        places = engine.hands.placed if engine.hands is not None else {}
+        result = staged.apply(stage_dir, places, have, prepared, engine.hands)
         interval = int(os.environ.get("ASTRA_VERIFY_INTERVAL", "0"))
-        if interval and result.version % interval == 0:
-            found = read_back_digests(model, entries)
-            if wrong := [e.name for e in entries if found.get(e.name) != e.digest]:
-                raise WeightMismatch(f"read back under HF names, {len(wrong)} tensors differ: {', '.join(wrong[:5])}")
+        due = bool(interval and entries and result.version % interval == 0)
+        more = {"record_s": record_s, "loader_s": time.perf_counter() - begin, "proof": due}
+        staged.succeed(stage_dir, result, more)
         engine.version = result.version
+        if due:
+            engine.prove(stage_dir, entries, result.version)
     except AstraError as error:
         staged.fail(stage_dir, error)
+    except Exception as error:  # a model's load_weights may raise anything, and so may a device
+        staged.fail(stage_dir, WeightMismatch(f"{type(error).__name__}: {error}"))

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, Protocol, Union
 
 import numpy as np
 import xxhash
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 NEXT = "next.json"
 RESULT = "result.json"
+PROOF = "proof.json"
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,21 @@ class ApplyResult:
     """Payload bytes of all steps."""
     decode_s: float
     """Reading, checking and decoding; may have happened earlier, in `prepare`."""
+    load_s: float
+    """What `hands` did before the weights changed; may have happened earlier."""
     apply_s: float
     verify_s: float
+
+
+class Hands(Protocol):
+    """What changes and reads the weights."""
+
+    def load(self, prepared: Prepared) -> None:
+        """Whatever can be done before the pause, in any thread; `apply` does what is left."""
+
+    def apply(self, prepared: Prepared) -> None: ...
+
+    def digests(self, names: Iterable[str]) -> dict[str, str]: ...
 
 
 @dataclass
@@ -72,9 +86,12 @@ class Prepared:
     base_version: int | None
     model_path: str | None
     manifests: list[Manifest] = field(default_factory=list)
-    updates: list[tuple[str, int, codec.Update]] = field(default_factory=list)
-    """(tensor, start of the piece, what to do), in the order of applying."""
+    steps: list[list[tuple[str, int, codec.Update]]] = field(default_factory=list)
+    """(tensor, start of the piece, what to do) of each manifest, in the order of applying."""
+    loaded: Any = None
+    """The same in the form in which `hands` took it over, once they did."""
     decode_s: float = 0.0
+    load_s: float = 0.0
 
     @property
     def bytes(self) -> int:
@@ -99,7 +116,7 @@ def prepare(stage_dir: Path) -> Prepared:
         if manifest.kind == "full" and prepared.manifests:
             raise WeightCorrupt(f"`{step}` is a full version behind other steps")
         at = manifest.version
-        _read_step(path.parent, manifest, prepared)
+        prepared.steps.append(_read_step(path.parent, manifest))
         prepared.manifests.append(manifest)
     if at != prepared.version:
         raise WeightCorrupt(f"the staged steps end at version {at}, not {prepared.version}")
@@ -110,23 +127,41 @@ def prepare(stage_dir: Path) -> Prepared:
 
 
 def apply(
-    stage_dir: Path, tensors: Mapping[str, Target], have_version: int | None, prepared: Prepared | None = None
-) -> ApplyResult:
+    stage_dir: Path, tensors: Mapping[str, Target], have_version: int | None, prepared: Prepared | None = None,
+    hands: Hands | None = None,
+) -> ApplyResult:  # fmt: skip
     """Turn the weights in `tensors` (all that travel; frozen and tied ones may be among them) into the staged version.
 
-    `have_version` is what they hold now, None when that is unknown. Writes `result.json` beside `next.json` either way.
+    `have_version` is what they hold now, None when that is unknown; `hands` know the same tensors, None for numpy on
+    the host. Writes `result.json` beside `next.json` either way.
     Raises WeightCorrupt (nothing was touched) or WeightMismatch (refused, or applied and wrong: resync in full).
     """
     stage_dir = Path(stage_dir)
     (stage_dir / RESULT).unlink(missing_ok=True)
     try:
-        if prepared is None or prepared.plan != _read(stage_dir / NEXT):
+        if prepared is None or not is_staged(stage_dir, prepared):
             prepared = prepare(stage_dir)
-        result = _apply(prepared, tensors, have_version)
+        result = _apply(prepared, tensors, have_version, hands)
     except (AstraError, ValueError) as error:
         raise fail(stage_dir, error if isinstance(error, AstraError) else WeightCorrupt(str(error))) from error
-    write_atomic(stage_dir / RESULT, json.dumps({"ok": True, "message": "", **asdict(result)}).encode())
+    succeed(stage_dir, result)
     return result
+
+
+def is_staged(stage_dir: Path, prepared: Prepared) -> bool:
+    """Whether `prepared` is what `next.json` names now."""
+    return prepared.plan == _read(Path(stage_dir) / NEXT)
+
+
+def succeed(stage_dir: Path, result: ApplyResult, more: Mapping[str, Any] | None = None) -> None:
+    """Write `result.json` for a version that was applied and proven."""
+    doc = {"ok": True, "message": "", **asdict(result), **(more or {})}
+    write_atomic(Path(stage_dir) / RESULT, json.dumps(doc).encode())
+
+
+def write_proof(stage_dir: Path, doc: Mapping[str, Any]) -> None:
+    """Write what a read-back under HF names found: `version`, `ok`, `message`, `seconds`."""
+    write_atomic(Path(stage_dir) / PROOF, json.dumps(doc).encode())
 
 
 def fail(stage_dir: Path, error: AstraError) -> AstraError:
@@ -164,7 +199,8 @@ def _identity(manifest: Manifest) -> list[Any]:
     return [manifest.model, *((t.name, t.dtype, t.shape) for t in manifest.tensors)]
 
 
-def _read_step(directory: Path, manifest: Manifest, prepared: Prepared) -> None:
+def _read_step(directory: Path, manifest: Manifest) -> list[tuple[str, int, codec.Update]]:
+    updates: list[tuple[str, int, codec.Update]] = []
     mapped: dict[str, np.ndarray[Any, Any]] = {}
     for name, entry in manifest.files.items():
         try:
@@ -179,7 +215,8 @@ def _read_step(directory: Path, manifest: Manifest, prepared: Prepared) -> None:
                 update = _decode_piece(tensor, piece, mapped[piece.file])
             except WeightCorrupt as error:
                 raise WeightCorrupt(f"`{tensor.name}` in `{piece.file}` of {manifest.version}: {error}") from error
-            prepared.updates.append((tensor.name, piece.start, update))
+            updates.append((tensor.name, piece.start, update))
+    return updates
 
 
 def _decode_piece(tensor: TensorEntry, piece: Piece, file: np.ndarray[Any, Any]) -> codec.Update:
@@ -187,11 +224,11 @@ def _decode_piece(tensor: TensorEntry, piece: Piece, file: np.ndarray[Any, Any])
     if xxhash.xxh3_128_hexdigest(blob.data) != piece.xxh3:
         raise WeightCorrupt("a piece fails its checksum")
     if piece.encoding == "raw":
-        return codec.Update("dense-raw", piece.length, None, blob.view(f"<u{tensor.itemsize}"))
+        return codec.Update("raw", piece.length, None, blob.view(f"<u{tensor.itemsize}"))
     return codec.decode(blob.data, piece.encoding, piece.count, piece.length, tensor.itemsize)
 
 
-def _apply(prepared: Prepared, tensors: Mapping[str, Target], have: int | None) -> ApplyResult:
+def _apply(prepared: Prepared, tensors: Mapping[str, Target], have: int | None, hands: Hands | None) -> ApplyResult:
     placed = {name: placements(target) for name, target in tensors.items()}
     if prepared.kind != "full" and prepared.base_version != have:
         raise WeightMismatch(
@@ -200,12 +237,13 @@ def _apply(prepared: Prepared, tensors: Mapping[str, Target], have: int | None) 
         )
     if prepared.manifests:
         _check_tensors(prepared.manifests[-1], placed)
+    hands = hands or _Numpy(placed)
+    load(prepared, hands)
     begin = time.perf_counter()
-    for name, start, update in prepared.updates:
-        _scatter(update, start, placed[name])
+    hands.apply(prepared)
     middle = time.perf_counter()
     if prepared.manifests:
-        _check_digests(prepared, placed)
+        _check_digests(prepared, placed, hands)
     return ApplyResult(
         version=prepared.version,
         kind=prepared.kind,
@@ -213,9 +251,36 @@ def _apply(prepared: Prepared, tensors: Mapping[str, Target], have: int | None) 
         changed=sum(m.changed for m in prepared.manifests),
         bytes=prepared.bytes,
         decode_s=prepared.decode_s,
+        load_s=prepared.load_s,
         apply_s=middle - begin,
         verify_s=time.perf_counter() - middle,
     )
+
+
+def load(prepared: Prepared, hands: Hands) -> None:
+    """`hands.load`, timed."""
+    begin = time.perf_counter()
+    hands.load(prepared)
+    prepared.load_s += time.perf_counter() - begin
+
+
+class _Numpy:
+    """The hands of weights on the host: there is nothing to do beforehand."""
+
+    def __init__(self, placed: Mapping[str, Sequence[Placement]]):
+        self._placed = placed
+
+    def load(self, prepared: Prepared) -> None:
+        pass
+
+    def apply(self, prepared: Prepared) -> None:
+        for updates in prepared.steps:
+            for name, start, update in updates:
+                for view, part in overlaps(update, start, self._placed[name]):
+                    codec.apply_update(part, digest.bits_of(view))
+
+    def digests(self, names: Iterable[str]) -> dict[str, str]:
+        return {name: _digest(self._placed[name]) for name in names}
 
 
 def _check_tensors(manifest: Manifest, placed: Mapping[str, Sequence[Placement]]) -> None:
@@ -239,16 +304,18 @@ def _check_tensors(manifest: Manifest, placed: Mapping[str, Sequence[Placement]]
             raise WeightMismatch(f"the engine holds {end} elements of `{name}`, the manifest {tensor.numel}")
 
 
-def _check_digests(prepared: Prepared, placed: Mapping[str, Sequence[Placement]]) -> None:
+def _check_digests(prepared: Prepared, placed: Mapping[str, Sequence[Placement]], hands: Hands) -> None:
     manifest = prepared.manifests[-1]
-    wrong = [t.name for t in manifest.tensors if _digest(placed[t.name]) != t.digest]
+    frozen_here = [name for name in manifest.frozen_digests if name in placed]
+    found = hands.digests([*(t.name for t in manifest.tensors), *frozen_here])
+    wrong = [t.name for t in manifest.tensors if found[t.name] != t.digest]
     if wrong:
         raise WeightMismatch(
             f"version {prepared.version}: {len(wrong)} of {len(manifest.tensors)} tensors have the wrong digest: "
             f"{', '.join(wrong[:5])}",
             "the engine must not serve before a full version is applied",
         )
-    frozen = [n for n, d in manifest.frozen_digests.items() if n in placed and _digest(placed[n]) != d]
+    frozen = [name for name in frozen_here if found[name] != manifest.frozen_digests[name]]
     if frozen:
         raise WeightMismatch(
             f"version {prepared.version}: frozen tensors differ from the trainer's: {', '.join(frozen[:5])}",
@@ -263,42 +330,12 @@ def _digest(places: Sequence[Placement]) -> str:
     return digest.to_hex(lanes)
 
 
-def _scatter(update: codec.Update, start: int, places: Sequence[Placement]) -> None:
-    """Apply an update of elements [start, start + length) of the HF tensor to the views that hold them."""
+def overlaps(
+    update: codec.Update, start: int, places: Sequence[Placement]
+) -> Iterator[tuple[torch.Tensor, codec.Update]]:
+    """(view, what to do there) for an update of elements [start, start + length) of an HF tensor."""
     for place in places:
         low, high = max(start, place.offset), min(start + update.length, place.end)
-        if low >= high:
-            continue
-        view = place.view[low - place.offset : high - place.offset]
-        part = update if high - low == update.length else update.cut(low - start, high - start)
-        if view.device.type == "cpu":
-            codec.apply_update(part, digest.bits_of(view))
-        else:
-            apply_update_torch(part, view)
-
-
-def apply_update_torch(update: codec.Update, view: torch.Tensor) -> None:
-    """`codec.apply_update` in torch operations on the view's own device; signed integers hold the same bits."""
-    import torch
-
-    size = view.element_size()
-    bits = view.view(torch.int16 if size == 2 else torch.int32)
-    values = torch.from_numpy(np.array(update.values).view(f"<i{size}")).to(bits.device)
-    top = torch.iinfo(bits.dtype).min
-
-    def to_order(old: torch.Tensor) -> torch.Tensor:
-        return old ^ ((old >> (8 * size - 1)) | top)
-
-    def from_order(order: torch.Tensor) -> torch.Tensor:
-        return order ^ (~(order >> (8 * size - 1)) | top)
-
-    def changed(old: torch.Tensor) -> torch.Tensor:
-        if update.encoding == "dense-raw":
-            return values
-        return old ^ values if update.encoding.endswith("-xor") else from_order(to_order(old) + values)
-
-    if update.indices is None:
-        bits.copy_(changed(bits))
-    else:
-        at = torch.from_numpy(update.indices).to(bits.device)
-        bits[at] = changed(bits[at])
+        if low < high:
+            part = update if high - low == update.length else update.cut(low - start, high - start)
+            yield place.view[low - place.offset : high - place.offset], part

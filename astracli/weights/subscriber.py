@@ -6,6 +6,8 @@ before it gets its final name, and `next.json` is written last, so that an engin
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
 import time
@@ -21,8 +23,8 @@ from astracli.errors import RunFailed
 from astracli.weights import WeightCorrupt
 from astracli.weights.manifest import STABLE, Manifest, seal, unseal, version_name, write_atomic
 from astracli.weights.payload import hash_file
-
-NEXT = "next.json"
+from astracli.weights.staged import NEXT, PROOF, RESULT
+from astracli.weights.watcher import decoded
 
 
 class _Gone(Exception):
@@ -55,6 +57,8 @@ class StagedPlan:
     waited_s: float
     """Until the version was published."""
     transfer_s: float
+    stage_s: float = 0.0
+    """Until the engine, generating meanwhile, had it decoded."""
 
 
 def choose_route(detail: dict[int, dict[str, Any]], target: int, have: int | None) -> Route:
@@ -105,6 +109,8 @@ class Subscriber:
     part_bytes: int = 64 << 20
     """A smaller file is one range."""
     timeout_s: float = 30.0
+    decode_wait_s: float = 60.0
+    """For the engine's watcher to decode what is staged, so that the pause need not."""
     _client: httpx.Client = field(init=False, repr=False)
     _downloaded: int = field(default=0, init=False, repr=False)
 
@@ -168,13 +174,57 @@ class Subscriber:
         plan: dict[str, Any] = {"version": target, "kind": route.kind, "steps": steps}
         plan["base_version"] = base if route.steps else target
         plan["model_path"] = str(self.model_path) if self.model_path else None
-        write_atomic(self.stage_dir / NEXT, seal(plan))
+        for old in (RESULT, PROOF):
+            (self.stage_dir / old).unlink(missing_ok=True)
+        sealed = seal(plan)
+        write_atomic(self.stage_dir / NEXT, sealed)
         keep = {step.partition("/")[0] for step in steps}
         for path in self.stage_dir.glob("v*"):
             if path.name not in keep:
                 shutil.rmtree(path, ignore_errors=True)
         seconds = time.perf_counter() - begin
-        return StagedPlan(target, route.kind, tuple(steps), route.bytes, self._downloaded, waited, seconds)
+        stage_s = self._await_decoded(sealed)
+        return StagedPlan(target, route.kind, tuple(steps), route.bytes, self._downloaded, waited, seconds, stage_s)
+
+    def _await_decoded(self, plan: bytes) -> float:
+        begin = time.monotonic()
+        while decoded(self.stage_dir, plan) is None and time.monotonic() - begin < self.decode_wait_s:
+            time.sleep(0.005)
+        return time.monotonic() - begin
+
+    def outcome(self, version: int) -> dict[str, Any]:
+        """What the engine says of the staged plan after it was asked to apply it: `result.json`.
+
+        An engine that runs foreign code answers success to any call that did not kill it; this file is the proof that
+        `version` was applied and its digests were right. Raises RunFailed when it does not say so.
+        """
+        try:
+            doc: dict[str, Any] = json.loads((self.stage_dir / RESULT).read_bytes())
+            applied = bool(doc["ok"]) and doc["version"] == version
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunFailed(
+                f"the engine wrote no outcome of version {version} into `{self.stage_dir}`: {error!r}",
+                "it must run with our weight loader and ASTRA_STAGE_DIR set to that directory",
+            ) from None
+        if not applied:
+            raise RunFailed(f"version {version} was not applied: {doc.get('message') or doc}")
+        return doc
+
+    def proof(self, version: int) -> float:
+        """Wait for the read-back of `version` under HF names, which the engine makes while it generates: its seconds.
+
+        Raises RunFailed when it found other weights than the trainer's, or did not come within `decode_wait_s`.
+        """
+        deadline = time.monotonic() + self.decode_wait_s
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError, ValueError):
+                doc = json.loads((self.stage_dir / PROOF).read_bytes())
+                if doc["version"] == version and doc["ok"]:
+                    return float(doc["seconds"])
+                if doc["version"] == version:
+                    raise RunFailed(f"version {version}: {doc['message']}")
+            time.sleep(0.01)
+        raise RunFailed(f"the engine did not read version {version} back within {self.decode_wait_s:g} s")
 
     def _step(self, version: int, name: str) -> Manifest:
         directory = self.stage_dir / version_name(version)

@@ -75,8 +75,16 @@ class Evaluator:
         from astracli.engines.client import EngineClient
 
         table = self.config.recipe.eval
-        urls = [engine["url"] for engine in self.config.engines if engine_name in (None, engine["name"])]
-        clients = [EngineClient(url, self.config.token) for url in urls]
+        clients = [
+            EngineClient(
+                engine["url"],
+                self.config.token,
+                name=engine["name"],
+                loader_dir=None if self.embedded else Path(engine["stage_dir"]),
+            )
+            for engine in self.config.engines
+            if engine_name in (None, engine["name"])
+        ]
         sampling = replace(self.sampling, temperature=0.0) if greedy else self.sampling
         results = []
         try:

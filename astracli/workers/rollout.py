@@ -280,8 +280,15 @@ async def _main(
         hub = await stack.enter_async_context(AsyncHubClient(config.hub_url, config.token))
         lanes = []
         for entry in config.engines:
-            engine = await stack.enter_async_context(EngineClient(entry["url"], config.token, name=entry["name"]))
-            subscriber = Subscriber(config.hub_url, config.token, stage_dir(config, entry), config.model_path)
+            stage = stage_dir(config, entry)
+            client = EngineClient(
+                entry["url"],
+                config.token,
+                name=entry["name"],
+                loader_dir=stage if config.backends.get("engine") == "sglang" else None,
+            )
+            engine = await stack.enter_async_context(client)
+            subscriber = Subscriber(config.hub_url, config.token, stage, config.model_path)
             stack.callback(subscriber.close)
             lanes.append(
                 Lane(

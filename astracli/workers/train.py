@@ -3,21 +3,34 @@
 Order of one step s, safe against a kill at any point: train -> checkpoint s + 1 when due -> publish version s + 1 ->
 announce -> metrics -> acknowledge. A resumed trainer loads checkpoint c, publishes version c anew and asks for batch c,
 which the hub serves with the same groups. Rank 0 talks to the hub; other ranks get the batch from it.
+
+Everything from publishing on may happen in a thread beside step s + 1 (`weights.background`), from a copy. It is over
+before checkpoint s + 2 is written, so when a checkpoint c is on disk, every step before c - 1 has been acknowledged,
+and step c - 1 is acknowledged by whoever resumes from it. Groups of batch s + 1 that were handed out before step s was
+acknowledged stay in that batch. An error in the thread ends the run at the trainer's next turn.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgpack
 
 from astracli.errors import RunFailed
+from astracli.plan_trainer import RESIDENT, Split
+from astracli.recipe import Recipe
 from astracli.rl.types import Group, unpack_group
 from astracli.workers.common import Reporter, WorkerConfig, worker_main
 
+if TYPE_CHECKING:
+    from astracli.weights.publisher import PublishResult
+
+ENCODE_THREADS = 8
+"""That compress what a GPU coded; each rank has its own."""
 BATCH_WAIT_S = 5.0
 """One long poll for a batch; between two, a stop is noticed."""
 
@@ -41,6 +54,12 @@ def _train(config: WorkerConfig, reporter: Reporter, ranks: Any) -> None:
     loop.finish()
 
 
+def _split(config: WorkerConfig) -> Split:
+    """What the plan lets wait on the host. On a CPU there is one place."""
+    told = config.extra.get("placement", {})
+    return Split(told.get("reference", "gpu"), told.get("optimizer", "gpu")) if config.device == "cuda" else RESIDENT
+
+
 def _settle_torch(config: WorkerConfig) -> None:
     """Threads and determinism, before anything is computed."""
     if config.recipe.launch.deterministic:
@@ -55,6 +74,35 @@ def _settle_torch(config: WorkerConfig) -> None:
     torch.manual_seed(config.recipe.seed)
     if config.recipe.launch.deterministic:
         torch.use_deterministic_algorithms(True)
+
+
+def in_background(recipe: Recipe, device: str) -> bool:
+    """Whether publishing runs beside the next step. Not in deterministic mode, where nothing may run beside anything;
+    otherwise as the recipe says, by itself on a GPU only (docs/benchmarks.md has the figures of a CPU)."""
+    if recipe.launch.deterministic or recipe.weights.background == "off":
+        return False
+    return recipe.weights.background == "on" or device != "cpu"
+
+
+def _end_rank(error: BaseException) -> None:
+    """The background of a rank without a hub failed: the others would wait for its part, and it for their batch."""
+    print(f"error: publishing failed: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _published_figures(result: PublishResult) -> dict[str, float]:
+    """Metrics of one version; seconds are of this rank, summed over threads."""
+    return {
+        "delta_density": result.density,
+        "delta_bytes": result.bytes_delta,
+        "full_bytes": result.bytes_full,
+        "bytes_per_changed": result.bytes_per_changed,
+        "digest_s": result.digest_s,
+        "diff_s": result.diff_s,
+        "encode_s": result.encode_s,
+        "write_s": result.write_s,
+        "stable_s": result.publish_s,
+    }
 
 
 class TrainLoop:
@@ -74,7 +122,9 @@ class TrainLoop:
         self.step = 0
         self.adapter = registry.resolve(self.recipe, config.model_path)
         attention = config.backends.get("attention", "sdpa")
-        self.trainer = build_trainer(config.model_path, self.adapter, self.recipe, ranks, attention=attention)
+        self.trainer = build_trainer(
+            config.model_path, self.adapter, self.recipe, ranks, attention=attention, split=_split(config)
+        )
         self.hub: HubClient | None = HubClient(config.hub_url, config.token) if ranks.first else None
         self.checkpoints = config.run_dir / "checkpoints"
         self._pinned: set[int] = set()
@@ -92,7 +142,11 @@ class TrainLoop:
             frozen=frozen_tensors(config.model_path, self.adapter) if ranks.first else None,
             tied=self.trainer.masters.tied,
             pinned=lambda version: version in self._pinned,
+            threads=config.threads if config.device == "cpu" else max(config.threads, ENCODE_THREADS),
         )
+        self.background = in_background(self.recipe, config.device)
+        if not ranks.first:
+            self.publisher.on_failure = _end_rank
 
     def start(self) -> None:
         """Begin at version 0, or where the checkpoint stands; from then on the engines can serve."""
@@ -107,10 +161,10 @@ class TrainLoop:
             if self.hub is not None:
                 evals = self.hub.state()["evals"]
                 self._pinned = {item["version"] for item in evals if item["state"] == "pending"}
-            self.publisher.restart(self.step, masters.wire_shards())
+            self.publisher.restart(self.step, masters.wire_shards(), owned=True)
         else:
-            self.publisher.publish(0, masters.wire_shards())
-        self._announce()
+            self.publisher.publish(0, masters.wire_shards(), owned=True)
+        self._announce(self.step)
         if self.hub is not None and found is not None and self.step > 0:
             # a kill between checkpoint and acknowledgement left this step open
             self.hub.ack(self.step - 1, self.step, self.step)
@@ -146,32 +200,57 @@ class TrainLoop:
         except ValueError as error:
             raise RunFailed(str(error), "look at the rollout worker's log") from error
         figures: dict[str, float] = {**result.metrics, **stats, "wait_s": wait_s}
-        version = self.step + 1
-        saved = self._checkpoint_if_due(version, figures)
-        published = self.publisher.publish(version, self.trainer.masters.wire_shards())
-        figures |= {
-            "publish_s": published.publish_s,
-            "delta_density": published.density,
-            "delta_bytes": published.bytes_delta,
-            "full_bytes": published.bytes_full,
-        }
+        step, version = self.step, self.step + 1
         if self.hub is not None:
             count = self.recipe.metrics.samples_per_step
-            write_samples(self.config.run_dir / "samples", result.batch, self.step, self.recipe.seed, count)
-        step, self.step = self.step, version
-        self._announce()
-        step_s = time.perf_counter() - began
-        figures |= {"step_s": step_s, "tokens_per_s": figures["tokens"] / step_s}
-        self._metrics(step, figures)
-        if self.hub is not None:
-            self.hub.ack(step, version, version if saved else None)
+            write_samples(self.config.run_dir / "samples", result.batch, step, self.recipe.seed, count)
+        figures["publish_wait_s"] = self._settle()
+        saved = self._checkpoint_if_due(version, figures)
+        self.step = version
+        self._publish(step, figures, saved, began)
         self.reporter.progress(step=version, tokens_per_s=round(figures["tokens_per_s"], 1))
         return True
+
+    def _settle(self) -> float:
+        """Until the version before is on disk, announced and acknowledged. Seconds; raises its error."""
+        if not self.publisher.busy:
+            return self.publisher.settle()
+        self.reporter.waiting(f"version {self.step} to be published")
+        waited = self.publisher.settle()
+        self.reporter.waiting(None)
+        return waited
+
+    def _publish(self, step: int, figures: dict[str, float], saved: bool, began: float) -> None:
+        """Publish version step + 1 from a copy, here or in the background; `publish_s` is what it costs the step."""
+        version, begin = step + 1, time.perf_counter()
+        tensors = self.trainer.masters.wire_shards()
+        figures["snapshot_s"] = time.perf_counter() - begin
+
+        def published(result: PublishResult) -> None:
+            figures.update(_published_figures(result))
+            self._announce(version)
+            if not self.background:
+                settle(result.publish_s)
+            self._metrics(step, figures)
+            if self.hub is not None:
+                self.hub.ack(step, version, version if saved else None)
+
+        def settle(publish_s: float) -> None:
+            figures["publish_s"] = figures["publish_wait_s"] + figures["snapshot_s"] + publish_s
+            figures["step_s"] = time.perf_counter() - began
+            figures["tokens_per_s"] = figures["tokens"] / figures["step_s"]
+
+        if self.background:
+            settle(0.0)
+            self.publisher.publish_async(version, tensors, published, owned=True)
+        else:
+            published(self.publisher.publish(version, tensors, owned=True))
 
     def finish(self) -> None:
         """Export the last version in Hugging Face format."""
         from astracli.training.export import export
 
+        self._settle()
         self.reporter.waiting(None)
         began = time.perf_counter()
         tensors = self.trainer.masters.wire_full()
@@ -201,6 +280,7 @@ class TrainLoop:
             reply: Mapping[str, Any] = self.hub.batch(self.step, wait_s=BATCH_WAIT_S)
             if "groups" in reply:
                 return reply
+            self.publisher.check()
             self.reporter.waiting(reply["wait"])
         return {"stop": True}
 
@@ -215,10 +295,10 @@ class TrainLoop:
         figures["checkpoint_s"] = time.perf_counter() - began
         return True
 
-    def _announce(self) -> None:
-        """Tell the hub that the policy's version is on disk; learn which older ones must stay there."""
+    def _announce(self, version: int) -> None:
+        """Tell the hub that a version is on disk; learn which older ones must stay there."""
         if self.hub is not None:
-            reply = self.hub.announce(self.step, self.step)
+            reply = self.hub.announce(version, version)
             self._pinned = set(reply.get("pinned", ()))
 
     def _metrics(self, step: int, figures: Mapping[str, float]) -> None:

@@ -7,10 +7,12 @@ An update, in the order in which it happens (mode `abort`):
     abort, drain        every request ends its segment; partial tokens come back, all of the old version
     pause, apply, continue      with nothing running; the engine checks digests before it serves
     report, open        the hub learns the version, then prompt + prefix are sent again
+    read back           when due, beside generation: results are held until the weights are proven under HF names too
 
 `retract` and `in_place` leave requests running: the gate stays open, and what comes back carries the *oldest* version
 that was in force during its request, so that staleness is never understated.
-An update that fails is repeated once with a full payload; a second failure ends the run.
+An update that fails is repeated once with a full payload; a second failure ends the run. A read-back that finds other
+weights closes the gate, loses what was generated meanwhile, and is answered by a full payload too.
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Protocol
 
-from astracli.engines.client import EngineClient, GenRequest, GenResult
+from astracli.engines.client import UNPROVEN, EngineClient, GenRequest, GenResult
 from astracli.errors import RunFailed
 from astracli.hub.client import AsyncHubClient
 
@@ -31,6 +33,8 @@ TARGET_WAIT_S = 2.0
 ABORT_AGAIN_S = 0.2
 """A request that was on its way when all were aborted is caught by the next abort."""
 FAILURES_IN_A_ROW = 3
+_TOLD = ("decode_s", "load_s", "apply_s", "verify_s", "changed")
+"""Figures of an engine's outcome that are metrics."""
 
 PauseMode = Literal["abort", "retract", "in_place"]
 
@@ -48,11 +52,21 @@ class StagedPlan(Protocol):
     @property
     def bytes(self) -> int: ...
 
+    @property
+    def transfer_s(self) -> float: ...
+
+    @property
+    def stage_s(self) -> float: ...
+
 
 class Fetcher(Protocol):
     """The part of `weights.subscriber.Subscriber` that a lane needs. Called in a thread."""
 
     def fetch(self, target_version: int, have_version: int | None = None) -> Any: ...
+
+    def outcome(self, version: int) -> Mapping[str, Any]: ...
+
+    def proof(self, version: int) -> float: ...
 
 
 class Lane:
@@ -86,6 +100,10 @@ class Lane:
         self._process = process
         self._mode = mode
         self._ready_timeout_s = ready_timeout_s
+        self._proven = asyncio.Event()
+        """Set unless a read-back is due: what comes back meanwhile waits for it."""
+        self._proven.set()
+        self._disproved = 0
         self._outstanding = 0
         self._drained = asyncio.Event()
         self._drained.set()
@@ -105,6 +123,7 @@ class Lane:
         await self.open.wait()
         version = self.version
         assert version is not None
+        disproved = self._disproved
         self._outstanding += 1
         self._drained.clear()
         try:
@@ -117,6 +136,9 @@ class Lane:
             if not self._outstanding:
                 self._drained.set()
         self._failures = 0
+        await self._proven.wait()
+        if self._disproved != disproved:
+            raise EngineLost(f"{self.name} generated with weights that are not the trainer's")
         self.tokens += sum(len(result.tokens) for result in results)
         return [replace(r, version=min(version, r.version, r.version_start)) for r in results]
 
@@ -171,9 +193,10 @@ class Lane:
             await self._hub.engine_state(self.name, None, "down")
         await self._engine.wait_ready(self._ready_timeout_s)
         info = await self._call(self._engine.model_info())
-        self.version = int(info["weight_version"])
-        self._serving = bool(info.get("serving", True))
-        if info.get("paused"):
+        held = int(info["weight_version"])
+        self.version = held if held != UNPROVEN else None
+        self._serving = bool(info.get("serving", self.version is not None))
+        if info.get("paused", True):  # SGLang does not say; to continue what runs changes nothing
             await self._call(self._engine.resume())
         self._attached = True
 
@@ -203,10 +226,35 @@ class Lane:
             print(f"warning: {self.name}: {error.message}; sending a full payload", file=sys.stderr, flush=True)
             await self._resync(target, record, error)
         self.version, self._serving = target, True
+        due = record.pop("proof", False)
+        if due:
+            self._proven.clear()
         await self._let_in()
         gate_closed = record.pop("gate_closed")
         record["gap_s"] = time.monotonic() - gate_closed if gate_closed is not None else 0.0
+        if due:
+            await self._prove(target, record)
         await self._hub.metrics([record | self._since_last_update()])
+
+    async def _prove(self, target: int, record: dict[str, Any]) -> None:
+        """Wait for the read-back of `target`; weights that are not the trainer's are replaced by a full payload."""
+        try:
+            record["readback_s"] = await asyncio.to_thread(self._fetcher.proof, target)
+        except RunFailed as error:
+            self.open.clear()
+            self.version, self._serving = None, False
+            self._disproved += 1
+            self._proven.set()
+            record["resyncs"] += 1
+            print(f"warning: {self.name}: {error.message}; sending a full payload", file=sys.stderr, flush=True)
+            await self._resync(target, record, error)
+            record.pop("gate_closed")
+            if record.pop("proof", False):  # before it serves: the second time nobody trusts it
+                record["readback_s"] = await asyncio.to_thread(self._fetcher.proof, target)
+            self.version, self._serving = target, True
+            await self._let_in()
+        finally:
+            self._proven.set()
 
     async def _resync(self, target: int, record: dict[str, Any], cause: RunFailed) -> None:
         """The weights did not become the target's: give the engine a full payload, once."""
@@ -227,6 +275,7 @@ class Lane:
         begun = time.monotonic()
         plan: StagedPlan = await asyncio.to_thread(self._fetcher.fetch, target, have)
         record |= {"fetch_s": time.monotonic() - begun, "fetched_bytes": plan.bytes, "kind": plan.kind}
+        record |= {"transfer_s": plan.transfer_s, "stage_s": plan.stage_s}
         if self._mode == "abort":
             if record["gate_closed"] is None:
                 record["gate_closed"] = time.monotonic()
@@ -235,14 +284,19 @@ class Lane:
         begun = time.monotonic()
         await self._call(self._engine.pause(self._mode))
         update = await self._call(self._engine.apply_staged(target, flush=self._mode != "in_place"))
-        if not update.success:
+        try:
+            if not update.success:
+                raise RunFailed(f"version {target} was not applied: {update.message}")
+            outcome = self._fetcher.outcome(target)
+        except RunFailed:
             self._serving = False
             self.open.clear()
             self.version = None
             await self._call(self._engine.resume())
-            raise RunFailed(f"version {target} was not applied: {update.message}")
+            raise
         await self._call(self._engine.resume())
-        record |= {"pause_s": time.monotonic() - begun, **update.seconds}
+        told = {key: outcome[key] for key in _TOLD if outcome.get(key) is not None}
+        record |= {"pause_s": time.monotonic() - begun, **told, **update.seconds, "proof": bool(outcome.get("proof"))}
 
     async def _drain(self) -> None:
         """End every request of this worker's; returns when none is outstanding."""

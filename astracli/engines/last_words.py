@@ -1,0 +1,104 @@
+"""What an engine wrote before it died, in the words of somebody who has seen it before."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from astracli.errors import RunFailed
+
+
+@dataclass(frozen=True)
+class Known:
+    """A pattern in an engine's output, what it means and what to do."""
+
+    pattern: re.Pattern[str]
+    cause: str
+    """May use the pattern's groups, as in `re.Match.expand`."""
+    hint: str
+
+
+def _known(pattern: str, cause: str, hint: str) -> Known:
+    return Known(re.compile(pattern), cause, hint)
+
+
+KNOWN = (
+    _known(
+        r"flash_fwd_launch_template|CUDA error: invalid argument",
+        "its attention kernel failed to launch on this GPU",
+        "FlashAttention-3 with a Gated DeltaNet hybrid dies so on compute capability 8.9: "
+        "`--set rollout.attention_backend=flashinfer`, or triton",
+    ),
+    _known(
+        r"CUDA out of memory|OutOfMemoryError|Not enough memory|CUDA error: out of memory",
+        "the GPU ran out of memory",
+        "lower rollout.max_running_requests (each keeps its state beside the KV cache), rollout.chunked_prefill_size "
+        "or rollout.mem_fraction_static; `astra train --dry-run` shows what each needs",
+    ),
+    _known(
+        r"KV cache pool (?:is )?full|[Rr]etract(?:ed)? (?:some )?requests?",
+        "the KV cache was full and running requests were taken back",
+        "lower rollout.max_running_requests or rollout.max_new_tokens, or raise rollout.mem_fraction_static",
+    ),
+    _known(
+        r"(?i)nccl.*time[d]?[ -]?out|collective operation timeout",
+        "a collective between GPUs timed out",
+        "try `NCCL_P2P_DISABLE=1` in resources.engine.env; `astra doctor` measures an all-reduce",
+    ),
+    _known(
+        r"no kernel image is available",
+        "a kernel was built for other GPUs",
+        "install the packages of the engine's environment for this GPU's compute capability",
+    ),
+    _known(
+        r"No module named '([\w.]+)'",
+        r"its environment lacks the module \1",
+        "install it where resources.engine.python points, or add its folder to PYTHONPATH in resources.engine.env",
+    ),
+    _known(
+        r"Model architectures? .* (?:are|is) not supported",
+        "this build of SGLang does not hold the model's architecture",
+        "install a release that does; `astra doctor` names the ones that were tried",
+    ),
+    _known(
+        r"User-specified context_length \((\d+)\) is greater than the derived context_length \((\d+)\)",
+        r"rollout.context_length = \1 is more than the model's \2",
+        "`--set rollout.context_length=N` with no more than the model has",
+    ),
+    _known(
+        r"probability tensor contains either `inf`, `nan`|Detected errors during sampling! NaN",
+        "the model produced NaN",
+        "the weights that it was given are damaged, or its kernels fail on this GPU",
+    ),
+    _known(
+        r"[Aa]ddress already in use|Errno 98",
+        "its port was taken",
+        "start again: ports are chosen anew",
+    ),
+    _known(
+        r"[Ww]atchdog timeout",
+        "its scheduler hung",
+        "look for the stacks in its log; `--set rollout.attention_backend=triton` avoids most kernel hangs",
+    ),
+)
+"""In order: the first that is found explains the death. Sources: SGLang's issue tracker and our own runs."""
+
+_EXCEPTION = re.compile(r"^(?:\[[^\]]*\] ?)?(?:[\w.]*(?:Error|Exception|Interrupt)\b.*|AssertionError.*)")
+
+
+def explain(lines: Iterable[str]) -> tuple[str | None, str | None]:
+    """(cause, hint) of an engine's end, from its last lines; (None, None) when nothing in them says why."""
+    lines = list(lines)
+    text = "\n".join(lines)
+    for known in KNOWN:
+        if match := known.pattern.search(text):
+            return match.expand(known.cause), known.hint
+    errors = [line.strip() for line in lines if _EXCEPTION.match(line.strip())]
+    return (errors[-1][:300], None) if errors else (None, None)
+
+
+def death(name: str, what: str, lines: Iterable[str]) -> RunFailed:
+    """The error to raise for an engine that `what` (ended with exit code 1, was not ready within 600 s)."""
+    cause, hint = explain(lines)
+    return RunFailed(f"{name} {what}" + (f": {cause}" if cause else ""), hint or "its last lines are in its log")

@@ -1,0 +1,1 @@
+"""Triton kernels of the trainer. Imported only where a tensor is on a GPU."""

@@ -1,0 +1,115 @@
+"""What a plan moves off its GPUs, and what an engine may reserve of its own, each with the reason. Pure.
+
+A trainer keeps everything on its GPU while that fits. Then its reference goes to the host (used once a step), then
+AdamW's moments (used in every update, four times the bytes). An engine that shares a GPU reserves what the trainer
+leaves of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from astracli import plan_memory, plan_trainer
+from astracli.adapter import MemoryShape
+from astracli.plan_memory import words
+from astracli.plan_trainer import Split
+from astracli.recipe import Recipe
+
+COMFORT = 4
+"""A shared GPU should leave an engine the KV cache of this part of its requests at full context: one in four."""
+
+ROOM = 0.95
+"""Of a GPU, what a plan fills when it has the choice: the estimates are not exact."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Decisions about memory on GPUs, as the plan shows them and the processes are told."""
+
+    split: Split = field(default_factory=Split)
+    mem_fraction_static: float | None = None
+    """What every engine reserves of its GPU; None = not decided (a CPU, or no GPU known)."""
+    shared: bool = False
+    """Some GPU holds an engine and a trainer: the trainer leaves it alone until the engine has reserved its part."""
+    reasons: tuple[tuple[str, str, str], ...] = field(default=())
+    """(what, where, why)"""
+
+
+def place(
+    recipe: Recipe,
+    shape: MemoryShape | None,
+    sizes: Mapping[int, int],
+    engine_gpus: Sequence[int],
+    train_gpus: Sequence[int],
+) -> Placement:
+    """`sizes`: bytes of each visible GPU; the lists are those that the processes get."""
+    fraction = recipe.rollout.mem_fraction_static
+    shared = bool(set(engine_gpus) & set(train_gpus))
+    if shape is None:
+        return Placement(mem_fraction_static=fraction, shared=shared)
+    smallest = min((sizes[gpu] for gpu in train_gpus if gpu in sizes), default=None)
+    split, why = _split(recipe, shape, smallest, len(train_gpus), shared) if train_gpus else (Split(), [])
+    reasons = [(what, getattr(split, what), reason) for what, reason in why]
+    cards = [sizes[gpu] for gpu in engine_gpus if gpu in sizes]
+    if shared and smallest is not None and cards:
+        beside = plan_memory.beside_static(shape, recipe)
+        trainer = _trainer(recipe, shape, len(train_gpus), split)
+        roomy, all_of_it = (int(room * smallest) - trainer - beside for room in (ROOM, 1.0))
+        left = roomy if roomy >= plan_memory.static_bytes(shape, recipe) else all_of_it
+        derived = max(0.01, int(100 * left / smallest) / 100)
+        if derived < fraction:
+            fraction = derived
+            why_less = f"what the trainer leaves of {words(smallest)}, less {words(beside)} for work"
+            reasons.append(("engine", f"reserves {fraction:.0%}", why_less))
+    return Placement(split, fraction, shared, tuple(reasons))
+
+
+def _split(
+    recipe: Recipe, shape: MemoryShape, size: int | None, ranks: int, shared: bool
+) -> tuple[Split, list[tuple[str, str]]]:
+    """(where things lie, [(what is decided, reason)])"""
+    asked = recipe.train
+    referenced = recipe.algorithm.kl_coef > 0
+    references = ("gpu", "host") if asked.reference_device == "auto" and referenced else (asked.reference_device,)
+    optimizers = ("gpu", "host") if asked.optimizer_device == "auto" else (asked.optimizer_device,)
+    options = [
+        Split("host" if reference == "host" else "gpu", "host" if optimizer == "host" else "gpu")
+        for optimizer in optimizers
+        for reference in references
+    ]
+    first, last = options[0], options[-1]
+    chosen = first
+    if size is not None:
+        requests = recipe.rollout.max_running_requests
+        for wanted, room in ((max(1, requests // COMFORT), ROOM), (1, ROOM), (1, 1.0)):
+            engine = _engine(recipe, shape, wanted) if shared else 0
+            fitting = [option for option in options if _trainer(recipe, shape, ranks, option) + engine <= room * size]
+            chosen = fitting[0] if fitting else last
+            if fitting:
+                break
+    reasons = []
+    for what, asked_for, there in (
+        ("reference", asked.reference_device, referenced),
+        ("optimizer", asked.optimizer_device, True),
+    ):
+        if there and (getattr(chosen, what) == "host" or asked_for != "auto"):
+            reasons.append(
+                (what, "the recipe asks for it" if asked_for != "auto" else _why(recipe, shape, size, ranks))
+            )
+    return chosen, reasons
+
+
+def _why(recipe: Recipe, shape: MemoryShape, size: int | None, ranks: int) -> str:
+    need = _trainer(recipe, shape, ranks, Split())
+    return f"with everything on the GPU the trainer needs {words(need)} of {words(size or 0)}"
+
+
+def _trainer(recipe: Recipe, shape: MemoryShape, ranks: int, split: Split) -> int:
+    rows = plan_trainer.trainer_rows("trainer", shape, recipe, "cuda", ranks, split)
+    return plan_memory.total(rows, where="gpu", fixed=True)
+
+
+def _engine(recipe: Recipe, shape: MemoryShape, requests: int) -> int:
+    static = plan_memory.static_bytes(shape, recipe, requests=requests)
+    return static + plan_memory.beside_static(shape, recipe)

@@ -1,0 +1,126 @@
+"""What a trainer rank holds in memory, in bytes, at its largest: in the backward pass of a full micro-batch. Pure.
+
+The terms follow `training/`: fp32 masters, gradients and moments, sharded over the ranks (optimizer.py); FSDP2 mixed
+precision, which gathers a block in bf16 around its use and the embedding and head for the whole pass (fsdp.py); the
+output head in chunks of tokens (logprob.py); the last published version on the host (weights/publisher.py).
+Letters: P parameters, R ranks, V vocabulary, D hidden size, T tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Literal
+
+from astracli.adapter import MemoryShape
+from astracli.plan_memory import CUDA_CONTEXT, TORCH_PROCESS, MemoryRow, Place, block_activations
+from astracli.recipe import Recipe
+
+Where = Literal["gpu", "host"]
+
+LOGIT_BYTES = {"cpu": 2**25, "cuda": 2**29}
+"""fp32 logits of one chunk in the trainer's loss; with what lives beside them three times that."""
+GATHERED = 14
+"""Bytes a parameter of a block while its backward pass runs: it and the next one gathered in bf16 (2 each) with the
+buffer of the collective (2), bf16 gradients (2), the fp32 buffer that they are reduced from (4), the one of the block
+before (2: half of it, on average)."""
+RECOMPUTED = 1.25
+"""A block's backward pass over what autograd kept of it: gradients come before what they are made from goes."""
+NCCL = 2**29
+"""Buffers of the collectives on each GPU (estimated)."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where what a trainer does not always need lies: on its GPU, or in pinned host memory and moved in when used."""
+
+    reference: Where = "gpu"
+    optimizer: Where = "gpu"
+
+
+RESIDENT = Split()
+"""Everything on the GPU."""
+
+
+def trainer_rows(
+    name: str, shape: MemoryShape, recipe: Recipe, device: str, ranks: int, split: Split = RESIDENT
+) -> list[MemoryRow]:
+    """One trainer rank; parameters, gradients, moments and reference are sharded over the ranks."""
+    if device == "cpu":
+        return _on_cpu(name, shape, recipe, ranks)
+    share = ceil(shape.parameters / ranks)
+    rows = [
+        MemoryRow(name, "master weights (fp32)", "gpu", 4 * share),
+        MemoryRow(name, "gradients (fp32)", "gpu", 4 * share),
+        MemoryRow(name, "moments (fp32)", split.optimizer, 8 * share),
+    ]
+    if recipe.algorithm.kl_coef > 0:
+        # moved in for the scoring pass, it takes the room of the gradients, which are made later
+        rows.append(MemoryRow(name, "reference (bf16)", split.reference, 2 * share))
+    context = CUDA_CONTEXT + (NCCL if ranks > 1 else 0)
+    rows += [
+        MemoryRow(name, "embedding and head, gathered (bf16)", "gpu", 2 * _outside(shape)),
+        MemoryRow(name, "activations", "gpu", _kept(shape, recipe), "estimated"),
+        MemoryRow(name, "backward pass of the head or a block", "gpu", _peak(shape, recipe, ranks, split), "estimated"),
+        MemoryRow(name, "CUDA context", "gpu", context, "estimated"),
+        MemoryRow(name, "published weights, last version and the next", "host", 4 * share),
+    ]
+    resident = sum(row.bytes for row in rows if row.where == "host")
+    loading = max(0, 4 * shape.parameters - resident)
+    rows.append(MemoryRow(name, "checkpoint while loading (fp32), over these", "host", loading, "estimated"))
+    return [*rows, MemoryRow(name, "process", "host", TORCH_PROCESS, "estimated")]
+
+
+def _on_cpu(name: str, shape: MemoryShape, recipe: Recipe, ranks: int) -> list[MemoryRow]:
+    share = ceil(shape.parameters / ranks)
+    host: Place = "host"
+    rows = [
+        MemoryRow(name, "master weights (fp32)", host, 4 * share),
+        MemoryRow(name, "moments (fp32)", host, 8 * share),
+        MemoryRow(name, "gradients (fp32)", host, 4 * share),
+        MemoryRow(name, "published weights, last version and the next", host, 4 * share),
+        MemoryRow(name, "rounded weights of the forward (fp32)", host, 4 * share),
+    ]
+    if recipe.algorithm.kl_coef > 0:
+        rows.append(MemoryRow(name, "reference", host, 4 * share))
+    logits = min(LOGIT_BYTES["cpu"], _tokens(recipe) * shape.vocab_size * 4)
+    rows.append(MemoryRow(name, "logits of a chunk (fp32)", host, 3 * logits))
+    activations = 2 * (_kept(shape, recipe) + _tokens(recipe) * max(block_activations(shape)))
+    rows.append(MemoryRow(name, "activations", host, activations, "estimated", fixed=False))
+    return [*rows, MemoryRow(name, "process", host, TORCH_PROCESS, "estimated")]
+
+
+def _outside(shape: MemoryShape) -> int:
+    return shape.outside_blocks or shape.vocab_size * shape.hidden_size
+
+
+def _tokens(recipe: Recipe) -> int:
+    """Most tokens of a micro-batch: its budget, or one row that is longer, and no more than a minibatch holds."""
+    context = recipe.rollout.context_length
+    step = ceil(recipe.batch_sequences / recipe.train.minibatches) * context
+    return min(max(recipe.train.tokens_per_microbatch, context), step)
+
+
+def _kept(shape: MemoryShape, recipe: Recipe) -> int:
+    """What forward keeps of a micro-batch in bf16: of a recomputed block its input, selectively also its products."""
+    own, inputs = block_activations(shape), 2 * shape.hidden_size * shape.layers
+    products = shape.block_products or tuple(size // 2 for size in own)
+    kept = {"none": sum(own), "selective": inputs + sum(products), "full": inputs}
+    return _tokens(recipe) * kept[recipe.train.activation_checkpointing]
+
+
+def _peak(shape: MemoryShape, recipe: Recipe, ranks: int, split: Split) -> int:
+    """The largest of what comes and goes while the activations are kept, or after them: head, one block, update.
+
+    Head: its gradient in fp32 and bf16, a chunk of fp32 logits and the bf16 gradients of four, the last norm. Block:
+    `GATHERED`, its activations made again, the head's gradient. Update with the moments on the host: those of the
+    largest tensor.
+    """
+    tokens, head = _tokens(recipe), shape.vocab_size * shape.hidden_size
+    logits = min(LOGIT_BYTES["cuda"], tokens * shape.vocab_size * 4)
+    in_head = (4 + 2) * head + 3 * logits + 14 * shape.hidden_size * tokens
+    block = ceil((shape.parameters - _outside(shape)) / max(shape.layers, 1))
+    again = RECOMPUTED if recipe.train.activation_checkpointing != "none" else RECOMPUTED - 1
+    in_block = GATHERED * block + int(again * max(block_activations(shape)) * tokens) + 2 * head
+    update = 8 * ceil(head / ranks) - _kept(shape, recipe) if split.optimizer == "host" else 0
+    return max(in_head, in_block, update)

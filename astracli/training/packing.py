@@ -1,0 +1,79 @@
+"""Micro-batches under a token budget: one packed row each on a GPU, right-padded rows on a CPU (`backend.packing`).
+
+A packed row holds whole samples one after the other, without padding; `bounds_S1` says where each begins, positions
+restart there, and nothing may cross it (`varlen.py`; the start-up check proves it). On a CPU padding is cheaper than
+many short segments.
+
+Shape letters: S segments of a packed row, T its tokens, N loss tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from astracli.rl import batch
+from astracli.rl.batch import MicroBatch, Row
+
+
+def micro_batches(rows: Sequence[Row], tokens_per_microbatch: int, pad_token: int) -> list[MicroBatch]:
+    """Packed rows of at most the budget: longest sample first, each into the fullest row that has room for it.
+
+    A sample over the budget travels alone. The same rows give the same division.
+    """
+    bins: list[list[Row]] = []
+    load: list[int] = []
+    for row in sorted(rows, key=lambda r: (-len(r), r.index)):
+        room = [i for i, used in enumerate(load) if used + len(row) <= tokens_per_microbatch]
+        if room:
+            fullest = max(room, key=lambda i: (load[i], -i))
+            bins[fullest].append(row)
+            load[fullest] += len(row)
+        else:
+            bins.append([row])
+            load.append(len(row))
+    return [pack_rows(sorted(found, key=lambda r: r.index)) for found in bins]
+
+
+def pack_rows(rows: list[Row], pad_token: int = 0) -> MicroBatch:
+    """One row of shape [1, T]. The token at column i is predicted by the hidden state at column i - 1."""
+    bounds_S1 = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    tokens_1T = np.concatenate([row.tokens for row in rows]).astype(np.int64)[None]
+    predict = [
+        np.arange(row.prompt_length - 1, len(row) - 1, dtype=np.int64) + start
+        for row, start in zip(rows, bounds_S1[:-1], strict=True)
+    ]
+    return batch.micro_batch(rows, tokens_1T, np.ones_like(tokens_1T), np.concatenate(predict), bounds_S1)
+
+
+GPU_LENGTHS = 2048
+"""Rows are this long on a GPU, or a multiple: fla compiles its convolution anew for every thousand tokens of a row."""
+
+
+def rounded(micro: MicroBatch, multiple: int = GPU_LENGTHS) -> MicroBatch:
+    """The same loss tokens in rows of a length that is a multiple of `multiple`; a packed row gets a segment more."""
+    count, length = micro.tokens_BL.shape
+    more = -length % multiple
+    if not more:
+        return micro
+    bounds_S1 = micro.bounds_S1
+    return replace(
+        micro,
+        tokens_BL=np.pad(micro.tokens_BL, ((0, 0), (0, more)), constant_values=int(micro.tokens_BL[0, 0])),
+        mask_BL=np.pad(micro.mask_BL, ((0, 0), (0, more))),
+        predict_N=micro.predict_N + micro.predict_N // length * more if count > 1 else micro.predict_N,
+        bounds_S1=None if bounds_S1 is None else np.append(bounds_S1, length + more),
+    )
+
+
+def positions(bounds_S1: np.ndarray) -> np.ndarray:
+    """int64 [T]: 0, 1, ... from every boundary on."""
+    lengths_S = np.diff(bounds_S1)
+    return np.arange(bounds_S1[-1], dtype=np.int64) - np.repeat(bounds_S1[:-1], lengths_S)
+
+
+def dividers(packed: bool) -> tuple[batch.Divide, batch.Join]:
+    """How rows are divided into micro-batches, and how given rows are joined into one."""
+    return (micro_batches, pack_rows) if packed else (batch.micro_batches, batch.pad_rows)

@@ -1,0 +1,92 @@
+"""Tensors that wait in host memory while a GPU is needed for something else.
+
+A parked tensor keeps its identity: its storage is emptied and later filled again, so everything that shares it (FSDP's
+shards, the optimizer's parameters, views) is right again without being told. Copies go through pinned memory on the
+current stream, in the order of everything else there.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from astracli.training.fsdp import local
+
+
+class Parking:
+    """Moves a set of tensors between their device and host memory, whole. Host memory is kept once it was needed.
+
+    `constant`: nobody writes to them, so parking again copies nothing. On a CPU the host's copy is another place in the
+    same memory.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], *, constant: bool = False):
+        self._storages: dict[int, torch.UntypedStorage] = {}
+        for tensor in tensors:
+            storage = local(tensor).untyped_storage()
+            self._storages.setdefault(storage._cdata, storage)
+        self._bytes = {key: storage.nbytes() for key, storage in self._storages.items()}
+        self._host: dict[int, Tensor] = {}
+        self._constant = constant
+        self.parked = False
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self._bytes.values())
+
+    def to_host(self) -> None:
+        """Empty the device's storages; their bytes wait on the host. Parked twice is parked once."""
+        if self.parked:
+            return
+        for key, storage in self._storages.items():
+            if key not in self._host or not self._constant:
+                if key not in self._host:
+                    self._host[key] = self._host_memory(self._bytes[key], storage.device)
+                self._host[key].copy_(_flat(storage), non_blocking=True)
+            storage.resize_(0)
+        self.parked = True
+
+    def _host_memory(self, size: int, device: torch.device) -> Tensor:
+        """uint8 [size]; pinned for a GPU, registered by hand: torch's own pinned allocator rounds up to powers of 2."""
+        buffer = torch.empty(size, dtype=torch.uint8)
+        if device.type == "cuda" and size:
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0)))
+            weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, buffer.data_ptr())
+        return buffer
+
+    def to_device(self) -> None:
+        """Fill the storages again, byte for byte."""
+        if not self.parked:
+            return
+        for key, storage in self._storages.items():
+            storage.resize_(self._bytes[key])
+            _flat(storage).copy_(self._host[key], non_blocking=True)
+        self.parked = False
+
+    @contextmanager
+    def moved_in(self) -> Iterator[None]:
+        """On the device inside the block, on the host after it."""
+        self.to_device()
+        try:
+            yield
+        finally:
+            self.to_host()
+
+    def on_host(self, tensor: Tensor) -> Tensor:
+        """A parked tensor's values, in the host's memory: valid until it is moved in."""
+        assert self.parked
+        here = local(tensor)
+        storage = here.untyped_storage()
+        if storage.device.type == "cuda":
+            torch.cuda.synchronize(storage.device)
+        flat = self._host[storage._cdata].view(here.dtype)
+        return flat.as_strided(here.size(), here.stride(), here.storage_offset())
+
+
+def _flat(storage: torch.UntypedStorage) -> Tensor:
+    """uint8 [bytes], sharing the storage."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]

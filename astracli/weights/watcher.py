@@ -1,0 +1,97 @@
+"""Decoding a staged payload while the engine still generates, so that the pause holds only applying and checking.
+
+`watching.json` in the stage directory tells the subscriber how far it is: `{"pid", "plan", "ok", "seconds"}`, `plan`
+being the xxh3-64 of the `next.json` that was decoded last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import xxhash
+
+from astracli.errors import AstraError
+from astracli.weights import staged
+from astracli.weights.manifest import write_atomic
+
+WATCHING = "watching.json"
+_POLL_S = 0.02
+
+
+class StageWatcher:
+    """A daemon thread that decodes whatever a stage directory announces, and keeps the newest.
+
+    `then` takes over what was decoded, in the same thread: an engine on a GPU brings it to the device.
+    """
+
+    def __init__(self, stage_dir: Path, then: Callable[[staged.Prepared], None] = lambda prepared: None):
+        self.stage_dir = stage_dir
+        self._then = then
+        self._lock = threading.Lock()
+        self._prepared: staged.Prepared | None = None
+        self._seen: tuple[int, int] | None = None
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="stage", daemon=True)
+        self._thread.start()
+
+    def take(self) -> staged.Prepared | None:
+        """The newest decoded plan, waiting for one that is being decoded. None: nothing usable is decoded yet.
+
+        The caller must check that it is still the plan that is staged; `staged.apply` does.
+        """
+        with self._lock:
+            prepared, self._prepared = self._prepared, None
+            return prepared
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+        (self.stage_dir / WATCHING).unlink(missing_ok=True)
+
+    def _watch(self) -> None:
+        self._say("", True, 0.0)
+        while not self._closed.wait(_POLL_S):
+            try:
+                status = (self.stage_dir / staged.NEXT).stat()
+            except OSError:
+                continue
+            if self._seen == (status.st_ino, status.st_mtime_ns):
+                continue
+            self._seen = (status.st_ino, status.st_mtime_ns)
+            begin = time.perf_counter()
+            with self._lock:
+                self._prepared = None  # room for the next
+                try:
+                    plan = (self.stage_dir / staged.NEXT).read_bytes()
+                    prepared = staged.prepare(self.stage_dir)
+                    self._then(prepared)
+                    self._prepared = prepared
+                except (AstraError, OSError, ValueError, RuntimeError):
+                    pass  # applying it meets the same error and reports it
+            self._say(plan_hash(plan), self._prepared is not None, time.perf_counter() - begin)
+
+    def _say(self, plan: str, ok: bool, seconds: float) -> None:
+        doc = {"pid": os.getpid(), "plan": plan, "ok": ok, "seconds": seconds}
+        with contextlib.suppress(OSError):  # the directory is gone: the run is over
+            write_atomic(self.stage_dir / WATCHING, json.dumps(doc).encode())
+
+
+def plan_hash(plan: bytes) -> str:
+    digest: str = xxhash.xxh3_64_hexdigest(plan)
+    return digest
+
+
+def decoded(stage_dir: Path, plan: bytes) -> float | None:
+    """Seconds that the engine's watcher took for `plan`; None while it is at it. 0 when nobody watches."""
+    try:
+        doc = json.loads((stage_dir / WATCHING).read_bytes())
+        os.kill(int(doc["pid"]), 0)
+    except (OSError, ValueError, KeyError):
+        return 0.0
+    return float(doc["seconds"]) if doc["plan"] == plan_hash(plan) else None

@@ -1,0 +1,298 @@
+"""How fast the trainer is: tokens/s, MFU and peak memory of one optimizer step, its variants side by side.
+
+    python bench/gpu_train.py [--shape 4b] [--tokens 8192] [--micro-batches 4] [--steps 3] [--variants ...] [--json]
+    python bench/gpu_train.py --profile packed-selective      the kernels that take the time
+    python bench/gpu_train.py --shape tiny                    on a CPU
+
+The trainer is the product's own (`training/setup.py`, `Trainer.train`), with random weights drawn on the GPU; a step
+is one minibatch of samples of mixed lengths (prompts of 64 to 512 tokens, completions of 128 to 4000, log-uniform), cut
+into micro-batches of at most `--tokens`. Timed are the forward and backward passes and the AdamW update, after two
+steps that compile kernels and measure the packed rows against separate ones (`gradient_error`). MFU counts the
+adapter's FLOPs per token (matrix products; the output head for completion tokens alone, which is where it is computed;
+no recomputation, padding, attention or delta rule) against the dense bf16 peak of the GPU's name.
+Every row is printed as soon as it is known; what does not fit in `--limit-s` is said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from astracli import registry
+from astracli.adapter import MemoryShape, ModelAdapter
+from astracli.recipe import Recipe
+from astracli.rl.types import Group, Sample, Segment
+from astracli.training import fsdp, setup
+from astracli.training.step import Trainer
+
+PEAK = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "B200": 2250}
+"""Dense bf16 TFLOP/s by a part of the GPU's name; the first that fits."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    checkpointing: str
+    packing: str = "packed"
+    boundaries: bool = True
+    """False: a packed row as one long segment, which trains on leaked state."""
+    fused: bool = True
+    """False: without the adapter's `prepare_gpu`."""
+
+
+VARIANTS = {
+    "packed-selective": Variant("selective"),
+    "packed-none": Variant("none"),
+    "packed-full": Variant("full"),
+    "padded-selective": Variant("selective", packing="padded"),
+    "plain-modules": Variant("selective", fused=False),
+    "leaking": Variant("selective", boundaries=False),
+}
+
+
+def recipe(variant: Variant, tokens: int, group_size: int) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "model": {"path": "unused"},
+            "data": {"source": "arithmetic"},
+            "rollout": {"group_size": group_size},
+            "train": {
+                "steps": 1000,
+                "minibatches": 1,
+                "tokens_per_microbatch": tokens,
+                "learning_rate": 1e-6,
+                "activation_checkpointing": variant.checkpointing,
+                "packing": variant.packing,
+                "parity_tolerance": 1e9,  # no engine drew these samples
+            },
+            "algorithm": {"name": "m2po"},
+        }
+    )
+
+
+def groups(tokens: int, longest: int, vocabulary: int, step: int, size: int) -> list[Group]:
+    """About `tokens` tokens of random samples under weight version `step`; half of every group is right."""
+    draw = np.random.default_rng(step)
+    result: list[Group] = []
+    left = float(tokens)
+    scale = longest / 4000
+    while left > 0:
+        prompt = draw.integers(2, vocabulary, max(2, int(scale * math.exp(draw.uniform(math.log(64), math.log(512))))))
+        samples = []
+        for s in range(size):
+            length = max(2, int(scale * math.exp(draw.uniform(math.log(128), math.log(4000)))))
+            completion = draw.integers(2, vocabulary, length).astype(np.int32)
+            logprobs = np.full(length, -math.log(vocabulary), np.float32)
+            reward = float(s % 2)
+            segment = Segment(step, completion, logprobs)
+            samples.append(Sample(s, [segment], "stop", reward, "right" if reward else "wrong"))
+            left -= len(prompt) + length
+        result.append(Group(len(result), f"p{len(result)}", prompt.astype(np.int32), samples, problem="?", answer="!"))
+    return result
+
+
+def shape_config(adapter: ModelAdapter, shape: str) -> dict[str, Any]:
+    if shape == "tiny":
+        assert adapter.tiny_config is not None
+        return adapter.tiny_config()
+    known = next(config for name, config in adapter.known_configs.items() if name.lower().endswith(f"-{shape}"))
+    text = dict(known.get("text_config", known))
+    return text | {"model_type": f"{known['model_type']}_text" if "text_config" in known else known["model_type"]}
+
+
+def build(
+    adapter: ModelAdapter, config: Mapping[str, Any], variant: Variant, chosen: Recipe, ranks: fsdp.Ranks
+) -> Trainer:
+    """The product's trainer over random weights made where they are used."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def load(path: Path, *, attention: str) -> Any:
+        torch.manual_seed(0)
+        settings = AutoConfig.for_model(**config)
+        with torch.device(ranks.device):
+            model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, attn_implementation=attention)
+        return model
+
+    drawn = replace(adapter, load_for_training=load)
+    if not variant.fused:
+        drawn = replace(drawn, prepare_gpu=None)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(dict(config)))
+        trainer = setup.build_trainer(Path(folder), drawn, chosen, ranks, attention="sdpa")
+    if not variant.boundaries:
+        forget_boundaries(trainer)
+    return trainer
+
+
+def forget_boundaries(trainer: Trainer) -> None:
+    divide = trainer._divide
+
+    def forgetful(*arguments: Any) -> Any:
+        batch = divide(*arguments)
+        for micro in (m for minibatch in batch.minibatches for m in minibatch):
+            micro.bounds_S1 = np.array([0, micro.tokens_BL.size])
+        return batch
+
+    trainer._divide = forgetful  # type: ignore[method-assign]
+    trainer._rows_checked = True  # it would stop here, and rightly
+
+
+def settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed_step(trainer: Trainer, sample: list[Group], step: int) -> tuple[float, int, int, dict[str, float]]:
+    """(seconds of forward, backward and update; tokens that are no padding; completion tokens; the step's metrics)"""
+    device = trainer.ranks.device
+    settle(device)
+    began = time.perf_counter()
+    result = trainer.train(sample, step, step)
+    settle(device)
+    seconds = time.perf_counter() - began
+    before = sum(result.metrics.get(name, 0.0) for name in ("batch_s", "check_s", "score_s"))
+    return seconds - before, sum(map(len, result.batch.rows)), result.batch.loss_tokens, result.metrics
+
+
+def measure(
+    trainer: Trainer, draw: Callable[[int], list[Group]], steps: int, shape: MemoryShape, peak: float | None
+) -> dict[str, Any]:
+    device = trainer.ranks.device
+    began = time.perf_counter()
+    first = timed_step(trainer, draw(0), 0)[3]
+    timed_step(trainer, draw(1), 1)
+    warm = time.perf_counter() - began
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    head = 6.0 * shape.vocab_size * shape.hidden_size
+    rates, used, micros = [], [], 0
+    for step in range(2, 2 + steps):
+        sample = draw(step)
+        seconds, tokens, completion, metrics = timed_step(trainer, sample, step)
+        rates.append(tokens / seconds)
+        used.append((tokens * shape.flops_per_token - (tokens - completion) * head) / seconds)
+        micros = int(sum(map(len, trainer._divide(sample, step).minibatches)))
+    rate = statistics.median(rates)
+    row: dict[str, Any] = {"tokens_per_s": round(rate, 1), "micro_batches": micros}
+    row["tflops"] = round(statistics.median(used) / 1e12, 3)
+    row["mfu"] = round(statistics.median(used) / (peak * 1e12), 4) if peak else None
+    row["peak_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if device.type == "cuda" else None
+    row["gradient_error"] = first.get("rows_gradient_error")
+    row["warm_up_s"] = round(warm, 1)
+    row["grad_norm"] = round(metrics["grad_norm"], 4)
+    return row
+
+
+def profile(trainer: Trainer, draw: Callable[[int], list[Group]]) -> str:
+    """The operators and kernels of one step by their own time."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    for step in range(2):
+        timed_step(trainer, draw(step), step)
+    on_gpu = trainer.ranks.device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
+    with profiler(activities=activities) as recorded:
+        seconds, tokens, _, _ = timed_step(trainer, draw(2), 2)
+    order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    table = recorded.key_averages().table(sort_by=order, row_limit=45, max_name_column_width=80)
+    return f"{table}\none step under the profiler: {seconds:.3f} s, {tokens} tokens"
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    found = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}
+    for name in ("torch", "triton", "transformers", "flash-linear-attention", "tilelang"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "-"
+    return found
+
+
+COLUMNS = ("tokens_per_s", "tflops", "mfu", "peak_gib", "micro_batches", "gradient_error", "warm_up_s", "grad_norm")
+
+
+def line(name: str, row: Mapping[str, Any]) -> str:
+    if "raised" in row:
+        return f"{name:18} {row['raised']}"
+
+    def cell(value: Any) -> str:
+        if value is None:
+            return "-"
+        return f"{value:.2e}" if isinstance(value, float) and 0 < abs(value) < 1e-3 else str(value)
+
+    return f"{name:18}" + "".join(f"{cell(row[column]):>16}" for column in COLUMNS)
+
+
+def release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapter", default="qwen3_5")
+    parser.add_argument("--shape", default="4b", help="`tiny`, or the end of a model id that the adapter knows")
+    parser.add_argument("--tokens", type=int, default=8192, help="of one micro-batch")
+    parser.add_argument("--micro-batches", type=int, default=4, help="of one step, about")
+    parser.add_argument("--longest", type=int, default=4000, help="longest completion, tokens")
+    parser.add_argument("--steps", type=int, default=3, help="timed, after two that are not")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--profile", choices=VARIANTS, help="no table: the kernels of one step of this variant")
+    parser.add_argument("--limit-s", type=float, default=560.0)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    began = time.perf_counter()
+    ranks = fsdp.join("cuda" if torch.cuda.is_available() else "cpu")
+    adapter = registry.get(args.adapter)
+    config = shape_config(adapter, args.shape)
+    shape = adapter.memory_shape(config)
+    where = environment(ranks.device)
+    peak = next((float(p) for name, p in PEAK.items() if name in where["device"]), None)
+    size = 4 if args.shape == "tiny" else 8
+
+    def draw(step: int) -> list[Group]:
+        return groups(args.micro_batches * args.tokens, args.longest, shape.vocab_size, step, size)
+
+    def start(name: str) -> Trainer:
+        variant = VARIANTS[name]
+        return build(adapter, config, variant, recipe(variant, args.tokens, size), ranks)
+
+    print("  ".join(f"{k} {v}" for k, v in where.items()), file=sys.stderr, flush=True)
+    if args.profile:
+        print(profile(start(args.profile), draw), flush=True)
+        return
+    if not args.json:
+        print(f"{'variant':18}" + "".join(f"{column:>16}" for column in COLUMNS), flush=True)
+    longest_variant = 0.0
+    for name in args.variants:
+        since = time.perf_counter()
+        if since - began + longest_variant > args.limit_s:
+            row: dict[str, Any] = {"raised": f"not run: {args.limit_s:.0f} s would not suffice"}
+        else:
+            try:
+                row = measure(start(name), draw, args.steps, shape, peak)
+            except Exception as problem:  # a variant that cannot run here is a result, and is printed as one
+                row = {"raised": f"{type(problem).__name__}: {' '.join(str(problem).split())[:400]}"}
+        release()
+        longest_variant = max(longest_variant, time.perf_counter() - since) if "raised" not in row else longest_variant
+        print(json.dumps({"variant": name, **row, "environment": where}) if args.json else line(name, row), flush=True)
+    ranks.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""The process that watches an SGLang server: real processes, a stand-in for SGLang itself (tests/fake_sglang)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from test_weights_transfer import TOKEN as WEIGHTS_TOKEN
+from test_weights_transfer import Server as WeightServer
+from test_workers_common import TOKEN, FakeHub, hub, make_config
+
+from astracli.adapters.qwen3_5 import ADAPTER as QWEN3_5
+from astracli.engines import checkpoint, last_words
+from astracli.engines.client import EngineClient, GenRequest
+from astracli.engines.sglang import Options, command, graph_sizes
+from astracli.errors import RunFailed
+from astracli.launch.ports import free_ports
+from astracli.weights.publisher import Publisher
+from astracli.weights.subscriber import Subscriber
+from astracli.workers.common import WorkerConfig
+
+__all__ = ["hub"]
+
+FAKE = Path(__file__).parent / "fake_sglang"
+OPTIONS = Options(FAKE / "sglang")
+Weights = dict[str, torch.Tensor]
+
+
+def model_dir(tmp_path: Path) -> Path:
+    path = tmp_path / "model"
+    path.mkdir(exist_ok=True)
+    assert QWEN3_5.tiny_config is not None
+    (path / "config.json").write_text(json.dumps(QWEN3_5.tiny_config()))
+    return path
+
+
+def engine_config(tmp_path: Path, hub: FakeHub, mode: str = "", **changes: Any) -> WorkerConfig:
+    (port,) = free_ports(1, "127.0.0.1")
+    config = make_config(tmp_path, hub.url, name="engine0", role="engine")
+    env = {"PYTHONPATH": str(FAKE), "FAKE_SGLANG": mode}
+    engine = config.recipe.resources.engine.model_copy(update={"env": env})
+    resources = config.recipe.resources.model_copy(update={"engine": engine})
+    launch = config.recipe.launch.model_copy(update={"ready_timeout_s": 20.0})
+    return replace(
+        config,
+        recipe=config.recipe.model_copy(update={"resources": resources, "launch": launch}),
+        paths={"model": str(model_dir(tmp_path))},
+        backends={"engine": "sglang", "serving_attention": "triton", "linear_attention": "triton"},
+        extra={"port": port, "stage_dir": str(tmp_path / "stage" / "engine0"), "published": True},
+        **changes,
+    )
+
+
+@contextmanager
+def process(config: WorkerConfig) -> Iterator[subprocess.Popen[str]]:
+    path = config.run_dir / "engine0.json"
+    path.write_text(json.dumps(config.document()))
+    (config.run_dir / "config").mkdir(exist_ok=True)
+    started = subprocess.Popen(
+        [sys.executable, "-m", "astracli.engines.sglang", str(path)], stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        yield started
+    finally:
+        if started.poll() is None:
+            os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
+
+
+def until(ready: Any, limit_s: float = 30.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not ready():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def is_ready(hub: FakeHub) -> bool:
+    return any(body["state"] == "ready" for body in hub.bodies)
+
+
+def server_of(watcher: subprocess.Popen[str]) -> psutil.Process:
+    return next(c for c in psutil.Process(watcher.pid).children(recursive=True) if "runpy" in " ".join(c.cmdline()))
+
+
+def weights(seed: int) -> Weights:
+    draw = torch.Generator().manual_seed(seed)
+    prefix = "model.layers.0."
+    shapes = {"model.embed_tokens.weight": (32, 8), **{f"{prefix}self_attn.{n}_proj.weight": s for n, s in
+              (("q", (16, 8)), ("k", (4, 8)), ("v", (4, 8)))}}  # fmt: skip
+    found = {name: torch.randn(shape, generator=draw).bfloat16() for name, shape in shapes.items()}
+    return found | {prefix + "linear_attn.A_log": torch.randn(4, generator=draw)}
+
+
+def test_versions_reach_a_server_that_started_without_weights(tmp_path: Path, hub: FakeHub) -> None:
+    config = engine_config(tmp_path, hub)
+    stage = Path(config.extra["stage_dir"])
+    publisher = Publisher(tmp_path / "weights", transfer="delta", full_interval=100, keep=9, model_name="m")
+    publisher.publish(0, weights(0))
+    files = WeightServer(tmp_path / "weights")
+
+    async def follow() -> None:
+        with contextlib.closing(Subscriber(files.url, WEIGHTS_TOKEN, stage, tmp_path)) as subscriber:
+            async with EngineClient(f"http://127.0.0.1:{config.extra['port']}", TOKEN, loader_dir=stage) as client:
+                assert (await client.model_info())["weight_version"] == "-1"
+                subscriber.fetch(0, None)
+                first = await client.apply_staged(0)
+                assert first.success and {"decode_s", "apply_s", "verify_s"} <= first.seconds.keys()
+                assert (await client.model_info())["weight_version"] == "0"
+                publisher.publish(1, weights(1))
+                assert subscriber.fetch(1, 0).kind == "delta"
+                assert (await client.apply_staged(1)).success
+                (result,) = await client.generate([GenRequest([1, 2], 1, seed=1 << 63, rid="a")])
+                assert (result.tokens.tolist(), result.version) == ([5], 1)
+
+                publisher.publish(2, weights(2))
+                subscriber.fetch(2, 0)  # a delta for weights that the engine does not hold
+                refused = await client.apply_staged(2)
+                assert not refused.success and "the engine holds 1" in refused.message
+                assert (await client.model_info())["weight_version"] == "-1"
+                subscriber.fetch(2, None)
+                assert (await client.apply_staged(2)).success
+                assert (await client.model_info())["weight_version"] == "2"
+
+                await client.set_version(-2)  # the stand-in then answers as SGLang does to a call that an abort met
+                (result,) = await client.generate([GenRequest([1, 2], 1, rid="b")])
+                assert result.finish_reason == "abort" and not len(result.tokens)
+
+    with process(config) as watcher:
+        until(lambda: is_ready(hub))
+        asyncio.run(follow())
+        server = server_of(watcher)
+        watcher.send_signal(signal.SIGTERM)
+        output, _ = watcher.communicate(timeout=10)
+    assert watcher.returncode == 143
+    assert TOKEN not in output and "api_key='***'" in output
+    until(lambda: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE)
+    files.stop()
+    publisher.close()
+    recorded = json.loads((tmp_path / "environments" / "engine0.json").read_text())
+    assert recorded["versions"]["torch"] == torch.__version__.partition("+")[0] or recorded["versions"]["torch"]
+    assert not recorded["missing"] and recorded["sglang"] == str(FAKE / "sglang")
+
+
+@pytest.mark.parametrize(
+    ("mode", "words", "hint"),
+    [
+        ("oom", "ended with exit code 1: the GPU ran out of memory", "max_running_requests"),
+        ("late", "ended with exit code 1: the model produced NaN", "weights that it was given"),
+        ("quiet", "ended with exit code 7", "log"),
+        ("mute", "was not ready within 2 s", "log"),
+    ],
+)
+def test_a_server_that_fails_ends_the_process_with_its_reason(
+    tmp_path: Path, hub: FakeHub, mode: str, words: str, hint: str
+) -> None:
+    config = engine_config(tmp_path, hub, mode)
+    if mode == "mute":
+        launch = config.recipe.launch.model_copy(update={"ready_timeout_s": 2.0})
+        config = replace(config, recipe=config.recipe.model_copy(update={"launch": launch}))
+    with process(config) as watcher:
+        output, _ = watcher.communicate(timeout=60)
+    assert watcher.returncode == 1
+    assert f"error: engine0 {words}" in output
+    assert hint in output.rpartition("hint: ")[2]
+
+
+def test_a_killed_watcher_takes_its_server_along(tmp_path: Path, hub: FakeHub) -> None:
+    with process(engine_config(tmp_path, hub)) as watcher:
+        until(lambda: is_ready(hub))
+        server = server_of(watcher)
+        watcher.kill()
+        until(lambda: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE)
+
+
+def test_an_environment_without_sglang_is_named(tmp_path: Path, hub: FakeHub) -> None:
+    config = engine_config(tmp_path, hub)
+    engine = config.recipe.resources.engine.model_copy(update={"env": {"PYTHONPATH": str(tmp_path)}})
+    resources = config.recipe.resources.model_copy(update={"engine": engine})
+    config = replace(config, recipe=config.recipe.model_copy(update={"resources": resources}))
+    with process(config) as watcher:
+        output, _ = watcher.communicate(timeout=60)
+    assert watcher.returncode == 1
+    assert f"the engine's environment (`{sys.executable}`) lacks sglang" in output
+
+
+def test_command_line(tmp_path: Path, hub: FakeHub) -> None:
+    config = engine_config(tmp_path, hub)
+    (tmp_path / "config").mkdir()
+    found = command(config, Path("/m"), OPTIONS, {"disable_radix_cache": True, "mamba_ssm_dtype": "float32"})
+    assert {"--model-path=/m", "--load-format=dummy", "--weight-version=-1", "--attention-backend=triton"} <= set(found)
+    assert {"--linear-attn-backend=triton", "--max-running-requests=32", "--mem-fraction-static=0.7"} <= set(found)
+    assert {"--disable-radix-cache", "--mamba-ssm-dtype=float32", "--max-total-tokens=262144"} <= set(found)
+    assert found[found.index("--cuda-graph-bs-decode") + 1 :][:4] == ["1", "2", "4", "8"]
+    assert not any("mm-feature" in part or TOKEN in part for part in found)
+    secret = Path(found[found.index("--config") + 1])
+    assert json.loads(secret.read_text()) == {"api-key": TOKEN} and secret.stat().st_mode & 0o777 == 0o600
+    alone = replace(config, extra={**config.extra, "published": False}, backends={})
+    found = command(alone, Path("/m"), OPTIONS, {})
+    assert {"--load-format=safetensors", "--weight-version=0"} <= set(found)
+    assert not any("attention-backend" in part or "linear" in part for part in found)
+
+
+def test_options_are_found_wherever_a_release_keeps_them(tmp_path: Path) -> None:
+    for place in ("server_args.py", "arg_groups/fields/model.py"):
+        package = tmp_path / place.partition(".")[0]
+        (package / "srt" / "arg_groups" / "fields").mkdir(parents=True)
+        (package / "srt" / "server_args.py").write_text("")
+        (package / "srt" / place).write_text("    custom_weight_loader: A[list[str], 'help'] = None")
+        assert Options(package).has("custom_weight_loader") and not Options(package).has("weight_loader")
+    (package / "srt" / place).write_text("")
+    with pytest.raises(RunFailed, match="takes no custom weight loader"):
+        Options(package)
+
+
+def test_graph_sizes() -> None:
+    assert graph_sizes(1) == [1]
+    assert graph_sizes(12) == [1, 2, 4, 8, 12]
+    assert graph_sizes(100) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 96, 100]
+
+
+@pytest.mark.parametrize("prefix", ["model.", "model.language_model."])
+def test_the_directory_that_sglang_loads_holds_text_names_whatever_the_checkpoint_has(
+    tmp_path: Path, prefix: str
+) -> None:
+    source, out = model_dir(tmp_path), tmp_path / "out"
+    norm, lm_head = torch.ones(32).bfloat16(), torch.zeros(64, 32).bfloat16()
+    full = prefix != "model."
+    if full:
+        config = {"model_type": "qwen3_5", "text_config": json.loads((source / "config.json").read_text())}
+        (source / "config.json").write_text(json.dumps(config))
+    save_file({f"{prefix}norm.weight": norm}, source / "model-1.safetensors")
+    extra: Weights = {"model.visual.x": norm.clone(), "lm_head.weight": lm_head.clone()} if full else {}
+    save_file({f"{prefix}embed_tokens.weight": lm_head, **extra}, source / "model-2.safetensors")
+    checkpoint.prepare(out, source, QWEN3_5, weights=True)
+    config = json.loads((out / "config.json").read_text())
+    assert (config["architectures"], config["full_attention_interval"]) == (["Qwen3_5ForCausalLM"], 4)
+    names: dict[str, str] = {}
+    for shard in out.glob("*.safetensors"):
+        assert shard.is_symlink() != full
+        with safe_open(shard, framework="pt") as file:
+            names |= dict.fromkeys(file.keys(), shard.name)
+    assert names == {"model.norm.weight": "model-1.safetensors", "model.embed_tokens.weight": "model-2.safetensors"}
+    assert json.loads((out / checkpoint.INDEX).read_text())["weight_map"] == names
+    bare = checkpoint.prepare(tmp_path / "bare", source, QWEN3_5, weights=False)
+    assert [path.name for path in bare.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("line", "cause"),
+    [
+        ('  File "flash_fwd_launch_template.h", line 180: CUDA error', "attention kernel failed"),
+        ("RuntimeError: CUDA error: invalid argument", "attention kernel failed"),
+        ("KV cache pool full, retract 3 requests", "KV cache was full"),
+        ("torch.OutOfMemoryError: CUDA out of memory.", "ran out of memory"),
+        ("[Rank 0] NCCL watchdog: collective operation timeout: WorkNCCL", "collective between GPUs timed out"),
+        ("ModuleNotFoundError: No module named 'orjson'", "lacks the module orjson"),
+        ("User-specified context_length (8192) is greater than the derived context_length (512).",
+         "rollout.context_length = 8192 is more than the model's 512"),
+        ("ValueError: something nobody has seen", "ValueError: something nobody has seen"),
+    ],
+)  # fmt: skip
+def test_last_words(line: str, cause: str) -> None:
+    error = last_words.death("engine0", "ended with exit code 1", ["all is well", line, "Killed"])
+    assert cause in error.message and error.hint
+    assert last_words.explain(["all is well"]) == (None, None)

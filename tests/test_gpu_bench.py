@@ -1,0 +1,52 @@
+"""`bench/gpu_train.py` on a CPU: its rows come one by one, and what cannot run is said in its row."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    path = Path(__file__).parent.parent / "bench" / "gpu_train.py"
+    spec = importlib.util.spec_from_file_location("gpu_train", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_train"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_variant_gets_a_row(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = bench.build
+
+    def build(adapter, config, variant, *rest):  # type: ignore[no-untyped-def]
+        if variant.packing == "padded":
+            raise MemoryError("no room")
+        return real(adapter, config, variant, *rest)
+
+    monkeypatch.setattr(bench, "build", build)
+    names = ["packed-none", "padded-selective", "leaking"]
+    options = ["--shape", "tiny", "--tokens", "64", "--longest", "40", "--micro-batches", "1", "--steps", "1", "--json"]
+    monkeypatch.setattr(sys, "argv", ["gpu_train.py", *options, "--variants", *names])
+    bench.main()
+    rows = {row["variant"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert list(rows) == names
+    assert rows["packed-none"]["tokens_per_s"] > 0 and rows["packed-none"]["gradient_error"] < 1e-4
+    assert rows["padded-selective"]["raised"] == "MemoryError: no room"
+    assert rows["leaking"]["gradient_error"] is None  # it would not have started
+
+
+def test_peaks_go_by_the_most_exact_name(bench: ModuleType) -> None:
+    def peak(name: str) -> int | None:
+        return next((p for part, p in bench.PEAK.items() if part in name), None)
+
+    names = ("H200", "H100 80GB HBM3", "H100 PCIe", "L40", "L40S", "GeForce RTX 4090")
+    assert [peak(f"NVIDIA {name}") for name in names] == [989, 989, 756, 181, 362, None]

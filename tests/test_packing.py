@@ -1,0 +1,323 @@
+"""Packed rows: the division, and the same logits, log-probabilities and gradients as every sample alone; what leaks
+stops the run."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from training_tools import make_trainer, recipe, sample_groups, save_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from astracli import backend, registry
+from astracli.adapter import ModelAdapter
+from astracli.adapters import qwen3_5_layers
+from astracli.adapters.qwen3_5 import ADAPTER
+from astracli.errors import RunFailed, UserError
+from astracli.rl.batch import Row, build_batch, pad_rows, rows_of
+from astracli.training import fsdp, packing, parity, varlen
+from astracli.training.fsdp import Ranks
+from astracli.training.logprob import PolicyModel
+
+LENGTHS = (37, 90, 5, 70, 1)
+FAMILIES = ["qwen3_5", "qwen3", "llama"]
+GPT2 = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def tiny(name: str, *, cpu: bool = True, **changed: Any) -> tuple[ModelAdapter, Any]:
+    """A random model with logits of a standard deviation near 1, as the trainer prepares it."""
+    adapter = registry.get(name)
+    torch.manual_seed(0)
+    document = adapter.tiny_config() if adapter.tiny_config is not None else dict(GPT2)
+    config = AutoConfig.for_model(**document | {"initializer_range": 0.15} | changed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    if cpu and adapter.prepare_cpu is not None:
+        adapter.prepare_cpu(model)
+    return adapter, model
+
+
+def gradients(model: Any, output: torch.Tensor) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(3)
+    pull = torch.randn(output.shape, generator=draw)
+    return torch.cat([g.flatten() for g in torch.autograd.grad((output * pull).sum(), list(model.parameters()))])
+
+
+def packed_inputs(rows: list[torch.Tensor]) -> dict[str, Any]:
+    bounds = np.cumsum([0, *map(len, rows)])
+    positions = torch.from_numpy(packing.positions(bounds))[None]
+    return {"input_ids": torch.cat(rows)[None], "position_ids": positions, "use_cache": False} | varlen.boundaries(
+        bounds, torch.device("cpu")
+    )
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "generic"])
+@pytest.mark.parametrize("prepared", [True, False])
+def test_a_packed_row_equals_its_samples(name: str, prepared: bool) -> None:
+    adapter, model = tiny(name, cpu=prepared)
+    close = 2e-5 if prepared else 2e-4  # transformers' own delta rule rounds otherwise than the one for packed rows
+    rows = [torch.randint(2, 64, (n,), generator=torch.Generator().manual_seed(n)) for n in LENGTHS]
+    alone = torch.cat([model(row[None], use_cache=False).logits[0] for row in rows])
+    wanted = gradients(model, alone)
+    varlen.install(model, adapter)
+    inputs = packed_inputs(rows)
+    packed = model(**inputs).logits[0]
+    assert (packed - alone).abs().max() <= close
+    assert (gradients(model, packed) - wanted).norm() <= close * wanted.norm()
+    leaked = model(**inputs | {"cu_seqlens": torch.tensor([0, sum(LENGTHS)], dtype=torch.int32)}).logits[0]
+    assert (leaked - alone).abs().max() > 0.5
+    plain = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    padded = model(plain, use_cache=False).logits
+    for i, row in enumerate(rows):  # ordinary rows, padded on the right, still work
+        assert (padded[i, : len(row)] - alone[sum(LENGTHS[:i]) : sum(LENGTHS[: i + 1])]).abs().max() <= 2e-5
+
+
+def test_a_sliding_window_holds_inside_every_segment() -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        **registry.get("llama").tiny_config()  # type: ignore[misc]
+        | {"model_type": "mistral", "sliding_window": 8, "initializer_range": 0.15, "architectures": None}
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    rows = [torch.randint(2, 64, (n,), generator=torch.Generator().manual_seed(n)) for n in (30, 7, 21)]
+    with torch.no_grad():
+        alone = torch.cat([model(row[None], use_cache=False).logits[0] for row in rows])
+        varlen.install(model, registry.get("generic"))
+        assert (model(**packed_inputs(rows)).logits[0] - alone).abs().max() <= 2e-5
+
+
+def test_attention_that_packed_rows_do_not_compute_is_refused() -> None:
+    x = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(RunFailed, match="asks for softcap"):
+        varlen.attention(torch.nn.Identity(), x, x, x, None, softcap=30.0)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operator returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_nothing_of_the_size_of_a_mask_is_ever_made(name: str) -> None:
+    """A row of T tokens in segments of at most 64: no tensor of T x T, no logits of T x vocabulary."""
+    adapter, model = tiny(name, vocab_size=3000)
+    varlen.install(model, adapter)
+    rows = [torch.randint(2, 64, (n,), generator=torch.Generator().manual_seed(n)) for n in (64, 50) * 9]
+    inputs = packed_inputs(rows)
+    tokens = inputs["input_ids"].shape[1]
+    predict = torch.arange(tokens - 1)
+    policy = PolicyModel(model, chunk=64)
+    with Largest() as watch:
+        boundaries = {"cu_seqlens": inputs["cu_seqlens"], "max_seqlen": inputs["max_seqlen"]}
+        logprob_N, _ = policy(
+            inputs["input_ids"], None, inputs["position_ids"], predict, inputs["input_ids"][0, 1:], **boundaries
+        )
+        logprob_N.sum().backward()
+    assert tokens > 1000
+    assert watch.elements <= max(64 * 3000, 4 * tokens * 128)  # a chunk of logits; the widest activation
+    assert watch.elements < tokens * tokens
+
+
+def groups_as_rows(seed: int = 0, count: int = 6) -> list[Row]:
+    return rows_of(sample_groups(None, count, seed=seed), recipe().algorithm, 16)
+
+
+def test_rows_are_packed_within_the_budget() -> None:
+    rows = groups_as_rows()
+    micros = packing.micro_batches(rows, 64, 0)
+    total = sum(map(len, rows))
+    assert sorted(r.index for m in micros for r in m.rows) == [r.index for r in rows]
+    assert all(m.tokens_BL.shape == (1, sum(map(len, m.rows))) and m.tokens_BL.size <= 64 for m in micros)
+    assert len(micros) <= -(-total // 64) + 1  # nearly full rows
+    for micro in micros:
+        assert micro.bounds_S1 is not None and micro.bounds_S1[-1] == micro.tokens_BL.size
+        flat = micro.tokens_BL[0]
+        assert (flat[micro.predict_N + 1] == micro.target_N).all()
+        for row, start in zip(micro.rows, micro.bounds_S1, strict=False):
+            assert (flat[start : start + len(row)] == row.tokens).all()
+    assert [m.rows for m in packing.micro_batches(rows[::-1], 64, 0)] == [m.rows for m in micros]
+    alone = packing.micro_batches(rows, 4, 0)
+    assert len(alone) == len(rows)  # a sample over the budget travels alone
+
+
+def test_positions_restart() -> None:
+    assert packing.positions(np.array([0, 3, 4, 6])).tolist() == [0, 1, 2, 0, 0, 1]
+
+
+def test_who_packs() -> None:
+    hybrid = replace(ADAPTER, install_varlen=None)
+
+    def chosen(device: str, adapter: ModelAdapter = ADAPTER, **train: Any) -> str:
+        return backend.packing(recipe(train=train), adapter, device)[0]
+
+    assert (chosen("cuda"), chosen("cpu")) == ("packed", "padded")
+    assert (chosen("cuda", packing="padded"), chosen("cpu", packing="packed")) == ("padded", "packed")
+    assert chosen("cuda", hybrid) == chosen("cuda", attention="flash_attention_2") == "padded"
+    with pytest.raises(UserError, match="cannot reset its recurrent state"):
+        chosen("cuda", hybrid, packing="packed")
+    with pytest.raises(UserError, match="attention = eager"):
+        chosen("cpu", packing="packed", attention="eager")
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
+def test_packed_training_is_padded_training(model_dir: Path, checkpointing: str) -> None:
+    results = []
+    for layout in ("padded", "packed"):
+        chosen = recipe(
+            train={"packing": layout, "activation_checkpointing": checkpointing}, algorithm={"kl_coef": 0.01}
+        )
+        trainer = make_trainer(model_dir, chosen)
+        assert trainer.packed == (layout == "packed")
+        figures = []
+        for step in range(2):
+            result = trainer.train(sample_groups(trainer, 4, seed=step, version=step), step, step)
+            assert all((m.bounds_S1 is not None) == trainer.packed for mini in result.batch.minibatches for m in mini)
+            figures.append([result.metrics[k] for k in ("loss", "grad_norm", "entropy", "kl", "ratio_mean")])
+        results.append((figures, trainer.masters.values))
+    assert np.allclose(results[1][0], results[0][0], rtol=2e-3, atol=1e-6)
+    for name, value in results[0][1].items():
+        torch.testing.assert_close(value, results[1][1][name], atol=2e-5, rtol=0.0, msg=name)
+
+
+def test_the_check_of_the_start_measures_gradients_too(model_dir: Path) -> None:
+    trainer = make_trainer(model_dir, recipe(train={"packing": "packed", "tokens_per_microbatch": 256}))
+    metrics = trainer.train(sample_groups(trainer, 4, seed=1), 0, 0).metrics
+    assert 0 < metrics["rows_gradient_error"] < 1e-5 and metrics["rows_max_abs"] < 1e-5
+    assert "rows_gradient_error" not in trainer.train(sample_groups(trainer, 4, seed=2, version=1), 1, 1).metrics
+
+
+def without_boundaries(model: Any) -> None:
+    """An adapter that forgets them: its recurrent layers see one long row."""
+    for layer in model.modules():
+        if hasattr(layer, "linear_attn"):
+            plain = layer.linear_attn.forward
+            layer.linear_attn.forward = lambda *a, plain=plain, **k: plain(
+                *a, **{n: v for n, v in k.items() if "seqlen" not in n}
+            )
+
+
+def test_a_leak_is_found_in_log_probabilities_and_in_gradients(model_dir: Path) -> None:
+    leaking = replace(ADAPTER, install_varlen=without_boundaries)
+    chosen = recipe(train={"packing": "packed", "tokens_per_microbatch": 256})
+    trainer = make_trainer(model_dir, chosen, adapter=leaking)
+    with pytest.raises(RunFailed, match=r"rows packed in one row differ from separate rows by .* in log-probability"):
+        trainer.train(sample_groups(None, 4, seed=1), 0, 0)
+    rows = parity.spread(groups_as_rows(), 256)
+    error = gradient_error(trainer, rows)
+    assert error > 0.1
+    with pytest.raises(RunFailed, match="in gradient, relative to its norm, allowed 1e-04"):
+        parity.require_gradients(error, torch.device("cpu"), leaking, True)
+    assert gradient_error(make_trainer(model_dir, chosen), rows) < 1e-5
+
+
+def gradient_error(trainer: Any, rows: list[Row]) -> float:
+    join: Callable[..., Any] = packing.pack_rows if trainer.packed else pad_rows
+    error = parity.gradients_against_separate(trainer.policy, trainer.adapter, rows, Ranks(), join=join, pad_token=0)
+    assert all(p.grad is None for p in trainer.policy.parameters())
+    return error
+
+
+def test_every_rank_gets_the_same_number_of_packed_rows() -> None:
+    groups = sample_groups(None, 5, seed=3)
+    counts = []
+    for rank in range(3):
+        batch = build_batch(
+            groups,
+            step=0,
+            seed=0,
+            algorithm=recipe().algorithm,
+            minibatches=2,
+            tokens_per_microbatch=48,
+            max_new_tokens=16,
+            rank=rank,
+            world_size=3,
+            divide_rows=packing.micro_batches,
+        )
+        counts.append([len(m) for m in batch.minibatches])
+    assert counts[0] == counts[1] == counts[2]
+
+
+class Counted(TorchDispatchMode):
+    """Calls by operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_selective_recomputation_makes_no_product_and_no_attention_twice() -> None:
+    counts = {}
+    for mode in ("none", "selective", "full"):
+        adapter, model = tiny("qwen3_5", cpu=False)
+        varlen.install(model, adapter)
+        fsdp.recompute(model, adapter.block_classes(model), mode)
+        rows = [torch.randint(2, 64, (n,), generator=torch.Generator().manual_seed(n)) for n in (9, 5)]
+        with Counted() as counted:
+            model.model(**packed_inputs(rows)).last_hidden_state.sum().backward()
+        dear = sum(count for name, count in counted.calls.items() if name in fsdp._KEPT)
+        counts[mode] = dear, sum(counted.calls.values())
+    assert counts["selective"][0] == counts["none"][0] < counts["full"][0]
+    assert counts["selective"][1] > counts["none"][1]  # the rest is made again
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_rounded_rows_hold_the_same_loss_tokens(packed: bool) -> None:
+    rows = rows_of(sample_groups(None, 3, seed=5), recipe().algorithm, 16)
+    micro = packing.pack_rows(rows) if packed else pad_rows(rows, 0)
+    longer = packing.rounded(micro, 64)
+    assert longer.tokens_BL.shape[1] % 64 == 0 and longer.tokens_BL.shape[1] >= micro.tokens_BL.shape[1]
+    assert longer.tokens_BL.size > micro.tokens_BL.size  # or the test says nothing
+    before, after = micro.tokens_BL.reshape(-1), longer.tokens_BL.reshape(-1)
+    assert after[longer.predict_N].tolist() == before[micro.predict_N].tolist()
+    assert after[longer.predict_N + 1].tolist() == longer.target_N.tolist()
+    assert longer.mask_BL.sum() == micro.mask_BL.sum()
+    if packed:
+        assert longer.bounds_S1 is not None and micro.bounds_S1 is not None
+        assert longer.bounds_S1.tolist() == [*micro.bounds_S1.tolist(), longer.tokens_BL.size]
+    assert packing.rounded(longer, 64) is longer
+
+
+def test_kernels_that_are_wrapped_look_at_the_tensor_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Newer transformers replace the torch functions where fla is installed; on a CPU the torch one must run."""
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
+
+    def in_torch(query: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return query * scale
+
+    @functools.wraps(in_torch)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("0 active drivers")
+
+    monkeypatch.setattr(modeling, "torch_chunk_gated_delta_rule", wrapped)
+    qwen3_5_layers.torch_on_cpu()
+    qwen3_5_layers.torch_on_cpu()
+    found = modeling.torch_chunk_gated_delta_rule
+    assert found(torch.ones(2), scale=3.0, cu_seqlens=None).tolist() == [3.0, 3.0]
+    assert inspect.unwrap(found) is in_torch

@@ -1,0 +1,253 @@
+"""Packed rows on a GPU, `pytest -m gpu tests/test_packing_gpu.py`: flash attention and fla's kernels in bf16 against
+every sample alone in fp32 or more, and the trainer's own start-up check."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from training_tools import recipe, sample_groups
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from astracli.adapters.qwen3_5 import ADAPTER
+from astracli.adapters.qwen3_5_layers import fla, prepare_gpu, torch_rule
+from astracli.training import fsdp, packing, setup, varlen
+from astracli.training import logprob as logprob_module
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+LENGTHS = (37, 190, 5, 70, 1, 64, 300)
+
+
+def bounds() -> np.ndarray:
+    return np.cumsum([0, *LENGTHS])
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@pytest.mark.parametrize(("head_size", "kv_heads"), [(64, 4), (128, 2), (256, 1), (256, 4)])
+def test_flash_attention_ends_at_every_boundary(head_size: int, kv_heads: int) -> None:
+    draw = torch.Generator(device="cuda").manual_seed(0)
+    tokens = sum(LENGTHS)
+
+    def heads(count: int) -> torch.Tensor:
+        return torch.randn(1, count, tokens, head_size, device="cuda", generator=draw).bfloat16().requires_grad_()
+
+    q, k, v = heads(4), heads(kv_heads), heads(kv_heads)
+    pull = torch.randn(1, tokens, 4, head_size, device="cuda", generator=draw)
+    assert varlen._flash_runs(q.device, q.dtype, head_size)
+    options = varlen.boundaries(bounds(), q.device)
+    out, _ = varlen.attention(torch.nn.Identity(), q, k, v, None, **options)
+    found = torch.autograd.grad((out * pull).sum(), [q, k, v])
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    parts = [
+        varlen._causal(*(x[:, :, a:b] for x in exact), head_size**-0.5, None)
+        for a, b in varlen.segments(options["cu_seqlens"], tokens)
+    ]
+    wanted = torch.cat(parts, dim=2).transpose(1, 2)
+    assert relative(out, wanted) < 5e-3
+    for mine, theirs in zip(found, torch.autograd.grad((wanted * pull).sum(), exact), strict=True):
+        assert relative(mine, theirs) < 1e-2
+
+
+@pytest.mark.skipif(fla() is None, reason="flash-linear-attention is not installed")
+def test_fla_convolution_ends_at_every_boundary() -> None:
+    draw = torch.Generator(device="cuda").manual_seed(0)
+    tokens, channels = sum(LENGTHS), 96
+    x = torch.randn(1, tokens, channels, device="cuda", generator=draw).bfloat16().requires_grad_()
+    taps = torch.randn(channels, 4, device="cuda", generator=draw).bfloat16().requires_grad_()
+    pull = torch.randn(1, tokens, channels, device="cuda", generator=draw)
+    cu_seqlens = varlen.boundaries(bounds(), x.device)["cu_seqlens"]
+    out = fla().conv(x, taps, None, activation="silu", cu_seqlens=cu_seqlens)[0]
+    found = torch.autograd.grad((out * pull).sum(), [x, taps])
+    exact_x, exact_taps = (t.detach().double().requires_grad_() for t in (x, taps))
+    parts = []
+    for a, b in varlen.segments(cu_seqlens, tokens):
+        padded = torch.nn.functional.pad(exact_x[0, a:b].t(), (3, 0))[None]
+        mixed = torch.nn.functional.conv1d(padded, exact_taps.unsqueeze(1), groups=channels)
+        parts.append(torch.nn.functional.silu(mixed).transpose(1, 2))
+    wanted = torch.cat(parts, dim=1)
+    assert relative(out, wanted) < 5e-3
+    for mine, theirs in zip(found, torch.autograd.grad((wanted * pull).sum(), [exact_x, exact_taps]), strict=True):
+        assert relative(mine, theirs) < 1e-2
+
+
+@pytest.mark.skipif(fla() is None, reason="flash-linear-attention is not installed")
+def test_fla_delta_rule_ends_at_every_boundary() -> None:
+    draw = torch.Generator(device="cuda").manual_seed(0)
+    tokens, heads, size = sum(LENGTHS), 4, 128
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(1, tokens, *shape, device="cuda", generator=draw)
+
+    leaves = [normal(heads, size).bfloat16() for _ in range(3)]
+    leaves += [-torch.nn.functional.softplus(normal(heads) - 3.0), normal(heads).sigmoid().bfloat16()]
+    leaves = [x.requires_grad_() for x in leaves]
+    pull = normal(heads, size)
+    cu_seqlens = varlen.boundaries(bounds(), leaves[0].device)["cu_seqlens"]
+
+    def run(rule: Any, inputs: list[torch.Tensor], **options: Any) -> torch.Tensor:
+        q, k, v, g, beta = inputs
+        out: torch.Tensor = rule(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True, **options)[0]
+        return out
+
+    out = run(fla().rule, leaves, cu_seqlens=cu_seqlens)
+    found = torch.autograd.grad((out * pull).sum(), leaves)
+    exact = [x.detach().float().requires_grad_() for x in leaves]
+    torch.backends.cuda.matmul.allow_tf32 = False
+    parts = [run(torch_rule(), [x[:, a:b] for x in exact]) for a, b in varlen.segments(cu_seqlens, tokens)]
+    wanted = torch.cat(parts, dim=1)
+    assert relative(out, wanted) < 1e-2
+    for mine, theirs in zip(found, torch.autograd.grad((wanted * pull).sum(), exact), strict=True):
+        assert relative(mine, theirs) < 1.5e-2
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_head_in_bf16_is_the_plain_one(with_bias: bool) -> None:
+    """Several chunks and products; fp32 logits from bf16 inputs."""
+    draw = torch.Generator(device="cuda").manual_seed(0)
+    tokens, size, vocabulary = 700, 128, 5003
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", generator=draw).div(size**0.25).bfloat16().requires_grad_()
+
+    hidden, weight = leaf(tokens, size), leaf(vocabulary, size)
+    bias = leaf(vocabulary) if with_bias else None
+    target = torch.randint(0, vocabulary, (tokens,), device="cuda", generator=draw)
+    pull = torch.randn(tokens, device="cuda", generator=draw)
+    leaves = [x for x in (hidden, weight, bias) if x is not None]
+    logprob, entropy = logprob_module.chunked_logprob(hidden, weight, target, bias_V=bias, chunk=64)
+    found = torch.autograd.grad((logprob * pull).sum(), leaves)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    plain = torch.nn.functional.linear(exact[0], exact[1], exact[2] if with_bias else None).log_softmax(-1)
+    wanted = plain.gather(1, target[:, None])[:, 0]
+    assert (logprob - wanted).abs().max() < 1e-3
+    assert (entropy + (plain.exp() * plain).sum(-1)).abs().max() < 1e-3
+    for mine, theirs in zip(found, torch.autograd.grad((wanted * pull).sum(), exact), strict=True):
+        assert relative(mine, theirs) < 1e-2
+
+
+def test_the_head_of_8k_tokens_costs_chunks_not_8_gigabytes() -> None:
+    tokens, size, vocabulary = 8192, 256, 248_320
+    hidden = torch.randn(tokens, size, device="cuda").bfloat16().requires_grad_()
+    weight = torch.randn(vocabulary, size, device="cuda").mul_(0.02).bfloat16().requires_grad_()
+    target = torch.randint(0, vocabulary, (tokens,), device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    chunk = logprob_module.chunk_tokens(vocabulary, "cuda")
+    logprob, _ = logprob_module.chunked_logprob(hidden, weight, target, chunk=chunk)
+    logprob.sum().backward()
+    cost = torch.cuda.max_memory_allocated() - before
+    print("peak over its inputs:", cost / 2**30, "GiB")
+    assert cost < 2.5 * 2**30
+
+
+@pytest.mark.skipif(fla() is None, reason="flash-linear-attention is not installed")
+def test_fused_norms_and_mlps_are_the_same_function() -> None:
+    """Each in bf16 against transformers' module in fp64."""
+    from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5MLP, Qwen3_5RMSNorm
+
+    assert ADAPTER.tiny_config is not None
+    config = AutoConfig.for_model(**ADAPTER.tiny_config() | {"hidden_size": 320, "intermediate_size": 640})
+    torch.manual_seed(0)
+    small, wide = Qwen3_5RMSNorm(64), Qwen3_5RMSNorm(2560)
+    for norm in (small, wide):
+        torch.nn.init.normal_(norm.weight, std=0.3)
+    for module, size in ((small, 64), (wide, 2560), (Qwen3_5MLP(config, 640), 320)):
+        module.cuda()
+        exact = copy.deepcopy(module).bfloat16().double()
+        fused = module.bfloat16()
+        x = torch.randn(1, 300, 4, size, device="cuda").bfloat16()[:, :, 1:3] if size == 64 else None
+        x = torch.randn(1, 300, size, device="cuda").bfloat16() if x is None else x
+        mine, theirs = x.detach().requires_grad_(), x.detach().double().requires_grad_()
+        prepare_gpu(fused)
+        assert "forward" in fused.__dict__  # it was replaced
+        out = fused(mine)
+        wanted = plain_norm(exact, theirs) if size != 320 else exact(theirs)
+        pull = torch.randn_like(wanted)
+        assert relative(out, wanted) < 1e-2
+        found = torch.autograd.grad((out * pull).sum(), [mine, *fused.parameters()])
+        expected = torch.autograd.grad((wanted * pull).sum(), [theirs, *exact.parameters()])
+        for a, b in zip(found, expected, strict=True):
+            assert relative(a, b) < 1.5e-2
+
+
+def plain_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * (1 + norm.weight)
+
+
+def save(directory: Path) -> Path:
+    """A random model with head sizes as GPU kernels want them, otherwise small, and activations that stay near 1."""
+    assert ADAPTER.tiny_config is not None
+    document = ADAPTER.tiny_config() | {
+        "initializer_range": 0.06,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 8,
+        "head_dim": 64,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [6, 5, 5],
+        },
+    }
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**document)).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Any:
+    joined = fsdp.join("cuda")
+    yield joined
+    joined.close()
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
+def test_a_trainer_packs_and_proves_it(tmp_path: Path, ranks: Any, checkpointing: str) -> None:
+    model_dir = save(tmp_path / "m")
+    table = {"activation_checkpointing": checkpointing, "tokens_per_microbatch": 512, "parity_tolerance": 1e9}
+    results = []
+    for layout in ("auto", "padded"):
+        chosen = recipe(train=table | {"packing": layout})
+        trainer = setup.build_trainer(model_dir, ADAPTER, chosen, ranks, attention="sdpa")
+        assert trainer.packed == (layout == "auto")
+        groups = sample_groups(None, 8, seed=1)
+        metrics = trainer.train(groups, 0, 0).metrics
+        print(checkpointing, layout, {k: metrics[k] for k in ("rows_max_abs", "rows_gradient_error", "grad_norm")})
+        assert metrics["rows_gradient_error"] < 1e-2
+        results.append([metrics[name] for name in ("loss", "grad_norm", "entropy")])
+    assert results[0] == pytest.approx(results[1], rel=0.02, abs=1e-3)
+
+
+def test_boundaries_that_are_ignored_are_found(tmp_path: Path, ranks: Any) -> None:
+    """The same trainer with one boundary too few leaks, and the figure says so."""
+    from astracli.errors import RunFailed
+
+    model_dir = save(tmp_path / "m")
+    chosen = recipe(train={"tokens_per_microbatch": 512, "parity_tolerance": 1e9})
+    trainer = setup.build_trainer(model_dir, ADAPTER, chosen, ranks, attention="sdpa")
+    pack = packing.pack_rows
+
+    def forgetful(rows: Any, pad_token: int = 0) -> Any:
+        micro = pack(rows, pad_token)
+        micro.bounds_S1 = np.array([0, micro.tokens_BL.size])
+        return micro
+
+    packing.pack_rows = forgetful  # type: ignore[assignment]
+    try:
+        with pytest.raises(RunFailed, match="packed in one row differ"):
+            trainer.train(sample_groups(None, 8, seed=1), 0, 0)
+    finally:
+        packing.pack_rows = pack

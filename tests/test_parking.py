@@ -1,0 +1,178 @@
+"""What waits in host memory comes back byte for byte, and learns the same as what stays on its device."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_tools import make_trainer, recipe, sample_groups, save_model, spawn
+
+from astracli.adapters.qwen3_5 import ADAPTER
+from astracli.plan_trainer import Split
+from astracli.training import checkpoint, optimizer, setup
+from astracli.training.fsdp import Ranks
+from astracli.training.parking import Parking
+from astracli.training.step import Trainer
+
+HOST = Split("host", "host")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def split_trainer(model_dir: Path, chosen: Any, split: Split) -> Trainer:
+    trainer = setup.build_trainer(model_dir, ADAPTER, chosen, Ranks(), attention="sdpa", split=split)
+    for model in (trainer.policy, *([trainer.reference] if trainer.reference and split.reference == "gpu" else [])):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()  # on a CPU they map the checkpoint's file, which cannot be emptied
+    return trainer
+
+
+def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
+    first, second = trainer.masters.moments()
+    kinds = {"value": trainer.masters.values, "first": first, "second": second}
+    return {f"{kind}.{name}": tensor.clone() for kind, tensors in kinds.items() for name, tensor in tensors.items()}
+
+
+def train(trainer: Trainer, steps: range) -> list[dict[str, float]]:
+    groups = make_groups(trainer, steps)
+    return [trainer.train(groups[step], step, step).metrics for step in steps]
+
+
+def make_groups(trainer: Trainer, steps: range) -> dict[int, Any]:
+    return {step: sample_groups(None, 4, seed=step, version=step) for step in steps}
+
+
+def test_a_parked_tensor_holds_no_memory_and_comes_back_whole() -> None:
+    whole = torch.arange(24.0)
+    view, other = whole[6:18].view(3, 4), torch.randn(5, dtype=torch.float64)
+    before, before_other = view.clone(), other.clone()
+    parking = Parking((view, whole, other))
+    assert parking.nbytes == 24 * 4 + 5 * 8, "storages that are shared count once"
+    parking.to_host()
+    parking.to_host()
+    assert whole.untyped_storage().nbytes() == other.untyped_storage().nbytes() == 0
+    assert torch.equal(parking.on_host(view), before), "and can be read where it waits"
+    parking.to_device()
+    assert torch.equal(view, before) and torch.equal(other, before_other)
+    whole.add_(1.0)
+    with_one = view.clone()
+    parking.to_host()
+    parking.to_device()
+    assert torch.equal(view, with_one), "what was written in between is kept"
+
+
+def test_constant_tensors_are_copied_to_the_host_once() -> None:
+    tensor = torch.ones(8)
+    parking = Parking([tensor], constant=True)
+    parking.to_host()
+    with parking.moved_in():
+        assert torch.equal(tensor, torch.ones(8))
+    parking.to_device()
+    tensor.zero_()
+    parking.to_host()
+    parking.to_device()
+    assert torch.equal(tensor, torch.ones(8))
+
+
+def test_moments_and_reference_on_the_host_change_no_byte(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer, "BUCKET_BYTES", 2000)  # several tensors a bucket, several buckets
+    chosen = recipe(algorithm={"kl_coef": 0.1}, train={"learning_rate": 1e-2, "parity_tolerance": 100.0})
+    here, there = split_trainer(model_dir, chosen, Split()), split_trainer(model_dir, chosen, HOST)
+    assert there.reference is not None
+    reference = next(there.reference.parameters())
+    assert reference.untyped_storage().nbytes() == 0
+    for own, other in zip(train(here, range(3)), train(there, range(3)), strict=True):
+        assert {k: v for k, v in own.items() if not k.endswith("_s")} == {
+            k: v for k, v in other.items() if not k.endswith("_s")
+        }
+    assert reference.untyped_storage().nbytes() == 0
+    states = there.masters.adamw.state.values()
+    assert {s[k].untyped_storage().nbytes() for s in states for k in ("exp_avg", "exp_avg_sq")} == {0}
+    expected, found = everything(here), everything(there)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert float(found["first." + next(iter(here.masters.values))].abs().max()) > 0
+
+
+@pytest.mark.parametrize("writer", [Split(), HOST])
+def test_a_checkpoint_is_the_same_wherever_the_moments_wait(model_dir: Path, tmp_path: Path, writer: Split) -> None:
+    chosen = recipe(train={"learning_rate": 1e-2, "parity_tolerance": 100.0})
+    first = split_trainer(model_dir, chosen, writer)
+    train(first, range(2))
+    checkpoint.save(tmp_path, 2, 2, first.masters, first.ranks, keep=1)
+    second = split_trainer(model_dir, chosen, Split("host", "gpu" if writer.optimizer == "host" else "host"))
+    found = checkpoint.latest(tmp_path)
+    assert found is not None
+    checkpoint.load(found, second.masters, second.ranks)
+    expected, loaded = everything(first), everything(second)
+    assert all(torch.equal(expected[name], loaded[name]) for name in expected)
+    train(first, range(2, 4))
+    train(second, range(2, 4))
+    expected, loaded = everything(first), everything(second)
+    assert all(torch.equal(expected[name], loaded[name]) for name in expected)
+
+
+@pytest.mark.parametrize("split", [Split(), HOST])
+def test_a_trainer_that_leaves_the_device_between_steps_learns_the_same(model_dir: Path, split: Split) -> None:
+    chosen = recipe(algorithm={"kl_coef": 0.1}, train={"learning_rate": 1e-2, "parity_tolerance": 100.0})
+    stays, leaves = split_trainer(model_dir, chosen, Split()), split_trainer(model_dir, chosen, split)
+    for step in range(3):
+        leaves.to_host()
+        held = [*leaves.masters.values.values(), *leaves.masters.parameters.values()]
+        held += [s[k] for s in leaves.masters.adamw.state.values() for k in ("exp_avg", "exp_avg_sq")]
+        assert sum(tensor.untyped_storage().nbytes() for tensor in held) == 0
+        leaves.to_device()
+        train(stays, range(step, step + 1))
+        train(leaves, range(step, step + 1))
+    expected, found = everything(stays), everything(leaves)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_without_kl_no_reference_is_loaded(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = []
+    real = setup._load
+    monkeypatch.setattr(setup, "_load", lambda *a: loads.append(a) or real(*a))
+    trainer = make_trainer(model_dir, recipe(algorithm={"kl_coef": 0.0}))
+    assert trainer.reference is None and len(loads) == 1
+    make_trainer(model_dir, recipe(algorithm={"kl_coef": 0.1}))
+    assert len(loads) == 3
+    gone = weakref.ref(trainer)
+    del trainer
+    assert gone() is None
+
+
+SCRIPT = """
+    import sys, torch
+    from pathlib import Path
+    from training_tools import recipe, sample_groups
+    from astracli.adapters.qwen3_5 import ADAPTER
+    from astracli.plan_trainer import Split
+    from astracli.training import checkpoint, fsdp, setup
+    ranks = fsdp.join("cpu")
+    chosen = recipe(algorithm={"kl_coef": 0.1}, train={"learning_rate": 1e-2, "parity_tolerance": 100.0})
+    sums = []
+    for split in (Split(), Split("host", "host")):
+        trainer = setup.build_trainer(Path(sys.argv[1]), ADAPTER, chosen, ranks, attention="sdpa", split=split)
+        for step in range(2):
+            trainer.train(sample_groups(None, 4, seed=step, version=step), step, step)
+            if split.optimizer == "host":
+                trainer.to_host()
+                trainer.to_device()
+        target = Path(sys.argv[2]) / split.optimizer
+        checkpoint.save(target, 2, 2, trainer.masters, ranks, keep=1)
+        other = setup.build_trainer(Path(sys.argv[1]), ADAPTER, chosen, ranks, attention="sdpa", split=split)
+        checkpoint.load(checkpoint.latest(target), other.masters, ranks)
+        total = [*other.masters.values.values(), *(t for m in other.masters.moments() for t in m.values())]
+        sums.append([float(t.double().sum()) for t in total])
+    print(sums[0] == sums[1] and sum(map(abs, sums[0])) > 0)
+    ranks.close()
+"""
+
+
+def test_sharded_over_two_ranks_it_is_the_same(model_dir: Path, tmp_path: Path) -> None:
+    assert [out.split() for out in spawn(SCRIPT, [str(model_dir), str(tmp_path)], 2)] == [["True"], ["True"]]

@@ -1,0 +1,160 @@
+"""What runs on a GPU: Triton kernels against their torch and numpy forms, publishing and applying device tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from astracli.weights import codec, digest, resident, sglang_loader, staged
+from astracli.weights.digest import bits_of
+from astracli.weights.manifest import Manifest, seal, version_name
+from astracli.weights.publisher import Publisher, Shard
+from astracli.weights.staged import Placement
+
+pytestmark = pytest.mark.gpu
+
+Weights = dict[str, torch.Tensor]
+
+
+def random_weights(size: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    draw = np.random.default_rng(seed)
+    kind = "<i2" if dtype == torch.bfloat16 else "<i4"
+    top = np.iinfo(kind)
+    return torch.from_numpy(draw.integers(top.min, top.max, size, kind, endpoint=True)).view(dtype)
+
+
+RANGES = [
+    (5, 0), (16384, 0), (40_000, 8), (33_000, 16381), (3 << 14, 2 << 14), (1, 16383), (1_000_003, 7), (0, 3),
+    (2_500_000, 1 << 22),
+]  # fmt: skip
+"""(elements, start): aligned and not, inside a row, across many."""
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_one_pass_gives_the_digests_of_numpy_and_torch(dtype: torch.dtype) -> None:
+    from astracli.weights.kernels import DigestPlan
+
+    host = [random_weights(size, dtype, k) for k, (size, _) in enumerate(RANGES)]
+    starts = [start for _, start in RANGES]
+    there = [tensor.cuda() for tensor in host]
+    found = DigestPlan(list(zip(there, starts, strict=True)), range(len(RANGES))).lanes()
+    assert found == [digest.digest_bits(bits_of(t), s) for t, s in zip(host, starts, strict=True)]
+    assert found == [digest.digest_torch(t, s) for t, s in zip(there, starts, strict=True)]
+    odd = there[6][3:]  # an address that no vector load may use
+    assert DigestPlan([(odd, 10)], [0]).lanes() == [digest.digest_bits(bits_of(host[6][3:]), 10)]
+
+
+def test_ranges_of_one_slot_are_added_up_and_a_plan_sees_new_values() -> None:
+    from astracli.weights.kernels import DigestPlan
+
+    whole = random_weights(100_000, torch.bfloat16, 0).cuda()
+    plan = DigestPlan([(whole[60_000:], 60_000), (whole[:60_000], 0), (whole[:7], 0)], [1, 1, 0])
+    assert plan.lanes()[1] == digest.digest_torch(whole)
+    whole[70_000] += 1
+    assert plan.lanes()[1] == digest.digest_torch(whole)
+
+
+@pytest.mark.parametrize("encoding", list(codec.ENCODINGS))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_scatter_kernel_is_the_numpy_update(encoding: str, dtype: torch.dtype) -> None:
+    base, new = (bits_of(random_weights(50_000, dtype, seed)).copy() for seed in (1, 2))
+    new[::3] = base[::3]
+    at = codec.changed_indices(base, new)
+    blob = codec._pack(codec._difference(encoding, base, new, at), len(at), 1)
+    update = codec.decode(blob, encoding, len(at), len(base), base.itemsize)
+    view = torch.from_numpy(base.view(f"<i{base.itemsize}")).view(dtype).cuda()
+    prepared = staged.Prepared(b"", 1, "delta", 0, None, steps=[[("a", 0, update)]])
+    hands = resident.Resident({"a": [Placement(view[:1001], 0), Placement(view[1001:], 1001)]})
+    assert hands._triton
+    hands.apply(prepared)
+    assert np.array_equal(bits_of(view.cpu()), new)
+
+
+def model_weights(seed: int = 0) -> Weights:
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed.weight": (3000, 160), "conv1d.weight": (96, 1, 4), "up.weight": (640, 320), "norm.weight": (320,),
+    }  # fmt: skip
+    draw = torch.Generator().manual_seed(seed)
+    found = {name: (0.02 * torch.randn(shape, generator=draw)).bfloat16() for name, shape in shapes.items()}
+    return found | {"A_log": torch.randn(32, generator=draw)}
+
+
+def later(weights: Weights, seed: int) -> Weights:
+    draw = torch.Generator().manual_seed(seed)
+    changed = {}
+    for name, tensor in weights.items():
+        share = 1.0 if name == "A_log" else 0.3 if name == "up.weight" else 0.03
+        changed[name] = torch.where(torch.rand(tensor.shape, generator=draw) < share, tensor * 1.01, tensor)
+    return changed
+
+
+def test_a_publisher_writes_the_same_files_from_device_tensors(tmp_path: Path) -> None:
+    versions = [model_weights()]
+    while len(versions) < 5:
+        versions.append(later(versions[-1], len(versions)))
+    for where in ("cpu", "cuda"):
+        publisher = Publisher(tmp_path / where, full_interval=2, threads=4)
+        for version, weights in enumerate(versions):
+            publisher.publish(version, {name: tensor.to(where) for name, tensor in weights.items()})
+            assert {t.flat.device.type for t in publisher._base.values()} == {where if version else "cpu"}
+        publisher.close()
+    names = sorted(p.relative_to(tmp_path / "cpu") for p in (tmp_path / "cpu").rglob("*.*"))
+    assert len(names) == 3 * 2 + 4 * 2
+    for name in names:
+        assert (tmp_path / "cuda" / name).read_bytes() == (tmp_path / "cpu" / name).read_bytes(), name
+
+
+def test_shards_on_a_device(tmp_path: Path) -> None:
+    weights = {name: tensor.cuda() for name, tensor in model_weights().items()}
+    parts: dict[str, Any] = {n: Shard(t.reshape(-1), 0, tuple(t.shape)) for n, t in weights.items()}
+    publisher = Publisher(tmp_path)
+    publisher.publish(0, parts)
+    weights["norm.weight"][3] += 1
+    assert publisher.publish(1, parts).changed == 1
+    publisher.close()
+
+
+class Model(torch.nn.Module):
+    """Loads by copy_ and by slice assignment, as SGLang's layers do."""
+
+    def __init__(self, weights: Weights):
+        super().__init__()
+        self.held = torch.nn.ParameterDict(
+            {n.replace(".", "_"): torch.nn.Parameter(torch.zeros_like(t).cuda()) for n, t in weights.items()}
+        )
+
+    def load_weights(self, weights: Any) -> None:
+        for name, loaded in weights:
+            target = self.held[name.replace(".", "_")].data
+            if "conv1d" in name:
+                for low, high in ((0, 32), (32, 96)):
+                    target[low:high] = loaded[low:high]
+            else:
+                target.copy_(loaded)
+
+
+def test_versions_follow_each_other_inside_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = [model_weights()]
+    publisher = Publisher(tmp_path / "weights", full_interval=100)
+    publisher.publish(0, versions[0])
+    model, stage = Model(versions[0]), tmp_path / "weights"
+    model.load_weights(versions[0].items())
+    monkeypatch.setenv("ASTRA_STAGE_DIR", str(stage))
+    monkeypatch.setenv("ASTRA_VERIFY_INTERVAL", "1")
+    for version in (1, 2, 3):
+        versions.append(later(versions[-1], version))
+        publisher.publish(version, versions[-1])
+        step = f"{version_name(version)}/manifest.json"
+        plan = {"version": version, "kind": "delta", "base_version": version - 1, "steps": [step], "model_path": None}
+        (stage / "next.json").write_bytes(seal(plan))
+        sglang_loader.apply_staged(model)
+        assert '"ok": true' in (stage / "result.json").read_text(), (stage / "result.json").read_text()
+        manifest = Manifest.from_bytes((stage / step).read_bytes())
+        for entry in manifest.tensors:
+            held = model.held[entry.name.replace(".", "_")].data
+            assert digest.to_hex(digest.digest_tensor(held)) == entry.digest
+    publisher.close()

@@ -134,7 +134,16 @@ def _tokenizer(known: Mapping[str, Any]) -> Iterator[Check]:
 
 def _sets(subject: Subject) -> Iterator[Check]:
     """Training problems and benchmarks, one check each kind, the missing ones by name."""
+    assert subject.recipe is not None
+    table = subject.recipe
+    wanted = {"train": [table.data.source], "eval": table.eval.benchmarks if table.eval.every else []}
     for use, title in (("train", "training data"), ("eval", "benchmarks")):
+        if (
+            not subject.facts["data"]
+            and wanted[use]
+            and not {"arithmetic", "arithmetic-heldout"}.issuperset(wanted[use])
+        ):
+            yield Check(title, GROUP, "skip", "not in this document")
         sets = [s for s in subject.facts["data"] if s["use"] == use]
         broken = [s for s in sets if s["problem"] is not None]
         absent = [s for s in sets if s["place"] is None and s["problem"] is None]

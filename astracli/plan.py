@@ -77,6 +77,9 @@ def _build(
     processes = _processes(recipe, choice, facts, command)
     placement = _place(processes, shape, recipe, choice, facts)
     memory = _memory(processes, shape, recipe, choice.device, placement, facts)
+    if placement.turns:
+        # a worker that starts again does not know whose turn it is
+        processes = [replace(process, restarts=0) for process in processes]
     disk = plan_memory.disk_rows(shape, recipe, checkpoint_bytes) if shape and command == "train" else []
     plan = LaunchPlan(
         recipe=recipe.name,
@@ -202,7 +205,7 @@ def _memory(
             rows += plan_trainer.trainer_rows(process.name, shape, recipe, device, process.world_size, placement.split)
         else:
             rows.append(plan_memory.light_row(process.name, process.children))
-    return rows
+    return plan_place.in_turns(rows) if placement.turns else rows
 
 
 def _model(shape: MemoryShape, recipe: Recipe) -> dict[str, Any]:
@@ -276,7 +279,7 @@ def _size_problems(
     sizes = _sizes(facts)
     otherwise = "no setting of this recipe fits these GPUs: take more or larger ones, or a smaller model"
     for gpu, names in plan.gpu_map.items():
-        need, size = plan_memory.total(plan.memory, where="gpu", processes=names, fixed=True), sizes.get(gpu)
+        need, size = plan_memory.on_gpu(plan.memory, names, fixed=True), sizes.get(gpu)
         fraction = plan.placement.mem_fraction_static
         if size is None:
             continue
@@ -317,8 +320,8 @@ def _warnings(plan: LaunchPlan, facts: Mapping[str, Any]) -> list[str]:
     result = []
     sizes = _sizes(facts)
     for gpu, names in plan.gpu_map.items():
-        need, size = plan_memory.total(plan.memory, where="gpu", processes=names), sizes.get(gpu)
-        if size is not None and need > size >= plan_memory.total(plan.memory, where="gpu", processes=names, fixed=True):
+        need, size = plan_memory.on_gpu(plan.memory, names), sizes.get(gpu)
+        if size is not None and need > size >= plan_memory.on_gpu(plan.memory, names, fixed=True):
             result.append(f"GPU {gpu} may need {words(need)} under full load, it has {words(size)}: requests will wait")
     busy = sum(process.threads for process in plan.processes if process.role in ("engine", "trainer"))
     cores = facts["system"]["cores_usable"]

@@ -46,6 +46,8 @@ class MemoryRow:
     basis: Basis = "counted"
     fixed: bool = True
     """Needed from the start; False = grows with load, and the engine or trainer can live with less."""
+    away: bool = False
+    """Not there while another process has its turn on the GPU."""
 
 
 def engine_rows(
@@ -148,6 +150,13 @@ def total(
         for row in rows
         if row.where == where and (processes is None or row.process in processes) and (row.fixed or not fixed)
     )
+
+
+def on_gpu(rows: Sequence[MemoryRow], processes: Sequence[str], *, fixed: bool = False) -> int:
+    """Most bytes that processes hold on a GPU of theirs at once, turns taken into account."""
+    there = [row for row in rows if row.where == "gpu" and row.process in processes and (row.fixed or not fixed)]
+    turns = [sum(row.bytes for row in there if row.away and row.process == name) for name in processes]
+    return sum(row.bytes for row in there if not row.away) + max(turns, default=0)
 
 
 def words(count: int) -> str:

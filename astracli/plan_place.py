@@ -8,11 +8,11 @@ leaves of it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from astracli import plan_memory, plan_trainer
 from astracli.adapter import MemoryShape
-from astracli.plan_memory import words
+from astracli.plan_memory import MemoryRow, words
 from astracli.plan_trainer import Split
 from astracli.recipe import Recipe
 
@@ -32,6 +32,8 @@ class Placement:
     """What every engine reserves of its GPU; None = not decided (a CPU, or no GPU known)."""
     shared: bool = False
     """Some GPU holds an engine and a trainer: the trainer leaves it alone until the engine has reserved its part."""
+    turns: bool = False
+    """They take turns on it: what one of them uses for its work is not there during the other's."""
     reasons: tuple[tuple[str, str, str], ...] = field(default=())
     """(what, where, why)"""
 
@@ -49,10 +51,18 @@ def place(
     if shape is None:
         return Placement(mem_fraction_static=fraction, shared=shared)
     smallest = min((sizes[gpu] for gpu in train_gpus if gpu in sizes), default=None)
-    split, why = _split(recipe, shape, smallest, len(train_gpus), shared) if train_gpus else (Split(), [])
+    turns = shared and _turns(recipe, shape, smallest, len(train_gpus))
+    beside = AWAY if turns else None
+    split, why = _split(recipe, shape, smallest, len(train_gpus), shared, beside) if train_gpus else (Split(), [])
     reasons = [(what, getattr(split, what), reason) for what, reason in why]
     cards = [sizes[gpu] for gpu in engine_gpus if gpu in sizes]
-    if shared and smallest is not None and cards:
+    if turns and smallest is not None and cards:
+        asked = recipe.resources.share_mode == "turns"
+        why_turns = "the recipe asks for it" if asked else f"side by side they do not fit {words(smallest)}"
+        reasons.append(("engine and trainer", "take turns", why_turns))
+        left = smallest - plan_memory.CUDA_CONTEXT - plan_memory.beside_static(shape, recipe)
+        fraction = min(fraction, max(0.01, int(100 * ROOM * left / smallest) / 100))
+    elif shared and smallest is not None and cards:
         beside = plan_memory.beside_static(shape, recipe)
         trainer = _trainer(recipe, shape, len(train_gpus), split)
         roomy, all_of_it = (int(room * smallest) - trainer - beside for room in (ROOM, 1.0))
@@ -62,28 +72,50 @@ def place(
             fraction = derived
             why_less = f"what the trainer leaves of {words(smallest)}, less {words(beside)} for work"
             reasons.append(("engine", f"reserves {fraction:.0%}", why_less))
-    return Placement(split, fraction, shared, tuple(reasons))
+    return Placement(split, fraction, shared, turns, tuple(reasons))
 
 
-def _split(
-    recipe: Recipe, shape: MemoryShape, size: int | None, ranks: int, shared: bool
-) -> tuple[Split, list[tuple[str, str]]]:
-    """(where things lie, [(what is decided, reason)])"""
+AWAY = plan_memory.CUDA_GRAPHS + plan_memory.CUDA_CONTEXT
+"""What an engine keeps of its GPU while a trainer uses it."""
+
+
+def _turns(recipe: Recipe, shape: MemoryShape, size: int | None, ranks: int) -> bool:
+    """Whether they take turns: asked for, or the only way in which both fit."""
+    mode = recipe.resources.share_mode
+    if mode != "auto" or size is None:
+        return mode == "turns"
+    options = _options(recipe)
+    engine = _engine(recipe, shape, 1)
+    if any(_trainer(recipe, shape, ranks, option) + engine <= size for option in options):
+        return False
+    return any(_trainer(recipe, shape, ranks, option) + AWAY <= size for option in options)
+
+
+def _options(recipe: Recipe) -> list[Split]:
+    """What the recipe leaves open, least moved first."""
     asked = recipe.train
     referenced = recipe.algorithm.kl_coef > 0
     references = ("gpu", "host") if asked.reference_device == "auto" and referenced else (asked.reference_device,)
     optimizers = ("gpu", "host") if asked.optimizer_device == "auto" else (asked.optimizer_device,)
-    options = [
+    return [
         Split("host" if reference == "host" else "gpu", "host" if optimizer == "host" else "gpu")
         for optimizer in optimizers
         for reference in references
     ]
+
+
+def _split(
+    recipe: Recipe, shape: MemoryShape, size: int | None, ranks: int, shared: bool, beside: int | None
+) -> tuple[Split, list[tuple[str, str]]]:
+    """(where things lie, [(what is decided, reason)]). `beside`: what stays of an engine that takes turns."""
+    asked, referenced = recipe.train, recipe.algorithm.kl_coef > 0
+    options = _options(recipe)
     first, last = options[0], options[-1]
     chosen = first
     if size is not None:
         requests = recipe.rollout.max_running_requests
         for wanted, room in ((max(1, requests // COMFORT), ROOM), (1, ROOM), (1, 1.0)):
-            engine = _engine(recipe, shape, wanted) if shared else 0
+            engine = beside if beside is not None else _engine(recipe, shape, wanted) if shared else 0
             fitting = [option for option in options if _trainer(recipe, shape, ranks, option) + engine <= room * size]
             chosen = fitting[0] if fitting else last
             if fitting:
@@ -113,3 +145,20 @@ def _trainer(recipe: Recipe, shape: MemoryShape, ranks: int, split: Split) -> in
 def _engine(recipe: Recipe, shape: MemoryShape, requests: int) -> int:
     static = plan_memory.static_bytes(shape, recipe, requests=requests)
     return static + plan_memory.beside_static(shape, recipe)
+
+
+STAYS = ("CUDA graphs", "CUDA context")
+"""Rows that stay on a GPU whoever's turn it is."""
+PARKED = ("weights (bf16)", "master weights (fp32)", "moments (fp32)", "reference (bf16)")
+"""Rows that wait in host memory during the other's turn; the rest is empty then."""
+
+
+def in_turns(rows: Sequence[MemoryRow]) -> list[MemoryRow]:
+    """The rows of processes that take turns: what leaves the GPU, and the host memory in which it waits."""
+    result = []
+    for row in rows:
+        away = row.where == "gpu" and row.what not in STAYS
+        result.append(replace(row, away=away))
+        if away and row.what in PARKED:
+            result.append(MemoryRow(row.process, f"{row.what}, in the other's turn", "host", row.bytes))
+    return result

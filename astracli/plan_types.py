@@ -72,6 +72,14 @@ class LaunchPlan:
         return [problem.what for problem in self.problems]
 
     @property
+    def cards(self) -> list[str]:
+        """Engines that take turns with a trainer on their GPU."""
+        if not self.placement.turns:
+            return []
+        trained = {gpu for process in self.processes if process.role == "trainer" for gpu in process.gpus}
+        return [p.name for p in self.processes if p.role == "engine" and trained & set(p.gpus)]
+
+    @property
     def gpu_map(self) -> dict[int, list[str]]:
         """GPU index -> names of the processes on it."""
         result: dict[int, list[str]] = {}

@@ -39,6 +39,8 @@ class FakeEngine:
     refusals: int = 0
     """Updates that will fail."""
     events: list[str] = field(default_factory=list)
+    released: list[str] = field(default_factory=list)
+    """Memory that is another's now."""
     running: int = 0
     port: int = 0
     _aborts: int = 0
@@ -61,6 +63,8 @@ class FakeEngine:
             Route("/pause_generation", self._pause, methods=["POST"]),
             Route("/continue_generation", self._continue, methods=["POST"]),
             Route("/update_weights_from_tensor", self._update, methods=["POST"]),
+            Route("/release_memory_occupation", self._release, methods=["POST"]),
+            Route("/resume_memory_occupation", self._take_back, methods=["POST"]),
         ]
         self._thread = ServerThread(Starlette(routes=routes), listener).start()
         return self
@@ -99,7 +103,7 @@ class FakeEngine:
                 break
             while self.paused:
                 await asyncio.sleep(self.step_s)
-            assert self.serving
+            assert self.serving and not self.released
             position = offset + len(out)
             out.append(1 if position == self.length - 1 else token(seed, position))
             logprobs.append([-1.0 - self.version, out[-1], None])
@@ -124,8 +128,20 @@ class FakeEngine:
         self.paused = False
         return JSONResponse({})
 
+    async def _release(self, request: Request) -> Response:
+        assert self.paused and not self.running, "as SGLang, which dies otherwise"
+        self.released = (await request.json())["tags"]
+        self.events.append(f"released {' '.join(self.released)}")
+        return Response()
+
+    async def _take_back(self, request: Request) -> Response:
+        assert (await request.json())["tags"] == self.released
+        self.released = []
+        self.events.append("resumed")
+        return Response()
+
     async def _update(self, request: Request) -> Response:
-        assert self.paused
+        assert self.paused and not self.released
         version = int((await request.json())["weight_version"])
         if self.refusals:
             self.refusals -= 1
@@ -152,6 +168,13 @@ class FakeFetcher:
     """Errors of the coming outcomes."""
     proofs: list[RunFailed | float] = field(default_factory=list)
     """What the coming read-backs find; without any, none is due."""
+
+    watched: bool = True
+    woken: list[int] = field(default_factory=list)
+
+    def wake(self, version: int) -> None:
+        self.woken.append(version)
+        self.watched = True
 
     def outcome(self, version: int) -> dict[str, Any]:
         if self.refuse:

@@ -117,7 +117,7 @@ def test_processes_on_the_gpus_are_named() -> None:
     held_by(45 * 2**30)(document)
     check = one(judged(BIG, document), "gpus in use")
     assert check["value"] == "GPU 1: 45.00 GiB taken by python (process 4242)"
-    assert check["why"] == "the recipe needs at least 36.55 GiB there"
+    assert check["why"] == "the recipe needs at least 20.05 GiB there"
     assert one(judged(TINY, document), "gpus in use")["status"] == "ok"
 
 

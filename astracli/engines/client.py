@@ -181,6 +181,16 @@ class EngineClient:
     async def resume(self) -> None:
         await self._send("POST", "/continue_generation", {})
 
+    async def release_memory(self, tags: Sequence[str] = ("kv_cache",)) -> None:
+        """Give GPU memory back until `resume_memory`: SGLang's `kv_cache` (with the recurrent states), `weights` (their
+        bytes are lost unless the server keeps a copy), `cuda_graph`. The server must be idle: end its requests first.
+        Needs a server that was started with --enable-memory-saver."""
+        await self._send("POST", "/release_memory_occupation", {"tags": list(tags)})
+
+    async def resume_memory(self, tags: Sequence[str] = ("kv_cache",)) -> None:
+        """Take the memory back; the same tags. The KV cache is empty then."""
+        await self._send("POST", "/resume_memory_occupation", {"tags": list(tags)})
+
     async def flush(self) -> None:
         await self._send("POST", "/flush_cache", {})
 

@@ -166,7 +166,9 @@ def command(config: WorkerConfig, model: Path, options: Options, flags: Mapping[
         "context_length": rollout.context_length,
         "max_running_requests": slots,
         "max_total_tokens": slots * rollout.context_length,  # more could never be used
-        "mem_fraction_static": rollout.mem_fraction_static,
+        "mem_fraction_static": config.extra.get("mem_fraction_static") or rollout.mem_fraction_static,
+        "enable_memory_saver": bool(config.extra.get("turns")),
+        "enable_weights_cpu_backup": bool(config.extra.get("turns")),
         "chunked_prefill_size": rollout.chunked_prefill_size,
         "random_seed": config.recipe.seed,
         "dtype": "bfloat16",  # as published; a config that does not say is served in fp16
@@ -280,18 +282,20 @@ def _wait_ready(config: WorkerConfig, server: Server, reporter: Reporter) -> Non
 def _watch(config: WorkerConfig, server: Server, reporter: Reporter) -> None:
     """Until told to stop. Raises RunFailed when the server ends or answers no more."""
     failures, asked = 0, time.monotonic()
+    # in a trainer's turn no token can be generated, and a request that waits would be in the way of giving memory back
+    url = _url(config, "model_info" if config.extra.get("turns") else "health_generate")
     while not reporter.stop_requested.wait(LOOK_S):
         server.check()
         if time.monotonic() - asked < HEALTH_EVERY_S:
             continue
-        failures = 0 if answers(_url(config), config.token, timeout_s=HEALTH_TIMEOUT_S) else failures + 1
+        failures = 0 if answers(url, config.token, timeout_s=HEALTH_TIMEOUT_S) else failures + 1
         asked = time.monotonic()
         if failures >= UNHEALTHY:
             raise last_words.death(config.name, f"failed {failures} health checks in a row", server.lines)
 
 
-def _url(config: WorkerConfig) -> str:
-    return f"http://{config.recipe.launch.host}:{config.extra['port']}/health_generate"
+def _url(config: WorkerConfig, path: str = "health_generate") -> str:
+    return f"http://{config.recipe.launch.host}:{config.extra['port']}/{path}"
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ class _Hub:
         reply = await self._pulse.until(
             request,
             lambda: self._store.target(name),
-            lambda r: r["stop"] or (r["version"] is not None and r["version"] != have),
+            lambda r: r["stop"] or r["wanted"] or (r["version"] is not None and r["version"] != have),
             longest,
         )
         return JSONResponse(reply)
@@ -208,6 +208,25 @@ class _Hub:
         if state not in ("ready", "updating", "down") or (state == "ready" and version is None):
             raise BadBody(f"`state` = {state!r} at version {version} is none of ready, updating, down")
         self._store.engine_state(request.path_params["name"], version, state, **info)
+        return JSONResponse({})
+
+    async def take_card(self, request: Request) -> Response:
+        body = await read_json(request)
+        card, who = field(body, "card", str), field(body, "who", str)
+        try:
+            reply = await self._pulse.until(
+                request,
+                lambda: self._store.take_card(card, who),
+                lambda r: bool(r["held"] or r["stop"]),
+                wait_s(body),
+            )
+        except ValueError as error:
+            raise BadBody(str(error)) from None
+        return JSONResponse(reply)
+
+    async def give_card(self, request: Request) -> Response:
+        body = await read_json(request)
+        self._store.give_card(field(body, "card", str), field(body, "who", str))
         return JSONResponse({})
 
     async def eval_next(self, request: Request) -> Response:
@@ -263,6 +282,8 @@ def build_app(
         "/ack": hub.ack,
         "/announce": hub.announce,
         "/engines/{name}/state": hub.engine_state,
+        "/card/take": hub.take_card,
+        "/card/give": hub.give_card,
         "/eval/next": hub.eval_next,
         "/eval/done": hub.eval_done,
         "/status": hub.status,

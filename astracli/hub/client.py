@@ -83,9 +83,18 @@ class _Calls:
         return self._post("/announce", version=version, step=step)
 
     def target(self, engine: str, *, have: int | None = None, wait_s: float = 0.0) -> Any:
-        """-> {"version": int or None, "pinned": bool, "stop": bool}; waits up to `wait_s` for another than `have`."""
+        """-> {"version": int or None, "pinned": bool, "wanted": bool, "stop": bool}; waits up to `wait_s` for another
+        version than `have`, or for someone who wants the engine's GPU."""
         query = f"wait_s={wait_s}" + ("" if have is None else f"&have={have}")
         return self._send(_Call("GET", f"/engines/{engine}/target?{query}", None, "application/json"))
+
+    def take_card(self, card: str, who: str, wait_s: float = 0.0) -> Any:
+        """-> {"held": bool, "stop": bool}; waits up to `wait_s`, and keeps its place in the queue between two calls."""
+        return self._post("/card/take", card=card, who=who, wait_s=wait_s)
+
+    def give_card(self, card: str, who: str) -> Any:
+        """-> {}"""
+        return self._post("/card/give", card=card, who=who)
 
     def engine_state(self, engine: str, version: int | None, state: str, **info: Any) -> Any:
         """state: ready | updating | down. -> {}"""

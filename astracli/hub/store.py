@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from astracli.hub.batches import BatchBook
+from astracli.hub.cards import CardBook
 from astracli.hub.curriculum import Curriculum
 from astracli.hub.evals import EvalBoard
 from astracli.hub.leases import LeaseBook, PutStatus
@@ -49,6 +50,7 @@ class HubStore:
         curriculum: Curriculum | None = None,
         history_steps: int = 1000,
         max_dropped_batches: int = 0,
+        cards: Iterable[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ):
         assert not (deterministic and max_staleness), "deterministic runs have staleness 0"
@@ -76,6 +78,7 @@ class HubStore:
             curriculum=curriculum,
             clock=clock,
         )
+        self._cards = CardBook(cards)
         self._listeners: list[Callable[[], None]] = []
         self._stop = False
         self._deterministic = deterministic
@@ -173,6 +176,7 @@ class HubStore:
             released = self._leases.requeue("state = 'leased' AND worker = ?", worker)
             if worker in self._board.engines:
                 self._board.report(worker, {"version": None, "state": "down"})
+            self._cards.forget(worker)
         self._changed()
         return released
 
@@ -253,10 +257,26 @@ class HubStore:
         return reply
 
     def target(self, engine: str) -> dict[str, Any]:
-        """-> {"version": int or None, "pinned": bool, "stop": bool}"""
+        """-> {"version": int or None, "pinned": bool, "wanted": whether someone waits for its GPU, "stop": bool}"""
         with self._db.lock:
             version, pinned = self._board.target(engine)
-        return {"version": version, "pinned": pinned, "stop": self._stop}
+            wanted = self._cards.wanted(engine) and not pinned
+        return {"version": version, "pinned": pinned, "wanted": wanted, "stop": self._stop}
+
+    def take_card(self, card: str, who: str) -> dict[str, Any]:
+        """-> {"held": bool, "stop": bool}. See `CardBook.take`."""
+        with self._db.lock:
+            before = self._cards.document()
+            held = self._cards.take(card, who)
+            moved = before != self._cards.document()
+        if moved:
+            self._changed()
+        return {"held": held, "stop": self._stop}
+
+    def give_card(self, card: str, who: str) -> None:
+        with self._db.lock:
+            self._cards.give(card, who)
+        self._changed()
 
     def engine_state(self, engine: str, version: int | None, state: str, **info: Any) -> None:
         """An engine's report: what it holds and whether it is `ready`, `updating` or `down`."""
@@ -313,6 +333,7 @@ class HubStore:
                 "skipped_in_a_row": self._db.meta("skipped_in_a_row"),
                 "engines": {name: dict(report) for name, report in self._board.engines.items()},
                 "evals": self._board.document(),
+                "cards": self._cards.document(),
                 "finished": self.finished,
                 "stop": self._stop,
             }

@@ -70,12 +70,18 @@ def build(setting: Setting, extra: Mapping[str, Mapping[str, Any]]) -> list[Chil
 
 def _placement(plan: LaunchPlan, process: ProcessPlan) -> dict[str, Any]:
     """What the plan decided about GPU memory, as `WorkerConfig.extra` of the process that must keep to it."""
+    if process.role == "rollout":
+        return {"cards": plan.cards} if plan.cards else {}
     if not process.gpus:
         return {}
     if process.role == "engine":
-        return {"mem_fraction_static": plan.placement.mem_fraction_static}
+        return {
+            "mem_fraction_static": plan.placement.mem_fraction_static,
+            "turns": process.name in plan.cards,
+        }
     split = plan.placement.split
-    return {"placement": {"reference": split.reference, "optimizer": split.optimizer, "shared": plan.placement.shared}}
+    told = {"reference": split.reference, "optimizer": split.optimizer, "shared": plan.placement.shared}
+    return {"placement": told | {"cards": plan.cards}}
 
 
 def _engine(
@@ -93,7 +99,9 @@ def _engine(
     spec = _spec(setting, process, config, {})
     if setting.plan.choice.engine == "sglang":
         return spec  # reports ready when its server answers, and starts without weights every time
-    return replace(spec, health_url=f"{address['url']}/health_generate", before_restart=before_restart)
+    # one that takes turns may be asked to give its memory back at once, which a generated token would be in the way of
+    path = "model_info" if process.name in setting.plan.cards else "health_generate"
+    return replace(spec, health_url=f"{address['url']}/{path}", before_restart=before_restart)
 
 
 def _config(

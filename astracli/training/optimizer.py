@@ -238,14 +238,15 @@ class Masters:
         self.publish_to_parameters()
 
     @torch.no_grad()
-    def wire_shards(self) -> dict[str, Tensor | Shard]:
+    def wire_shards(self, *, on_host: bool = False) -> dict[str, Tensor | Shard]:
         """HF name -> this rank's part of the tensor in its wire dtype: what is published. Empty parts are left out.
 
-        Copies, on the device of the masters: training may go on while they are published.
+        Copies, on the device of the masters or `on_host`: training may go on while they are published.
         """
         result: dict[str, Tensor | Shard] = {}
         for name, value in self.values.items():
             tensor = value.to(DTYPES[self.wire[name].dtype], copy=True)
+            tensor = tensor.cpu() if on_host else tensor
             if self.ranks.mesh is None:
                 result[self.wire[name].name] = tensor
             elif tensor.numel():

@@ -27,6 +27,8 @@ class Parking:
     def __init__(self, tensors: Iterable[Tensor], *, constant: bool = False):
         self._storages: dict[int, torch.UntypedStorage] = {}
         for tensor in tensors:
+            if not local(tensor).untyped_storage().resizable():
+                tensor.data = tensor.data.clone()  # on a CPU: it maps the checkpoint's file
             storage = local(tensor).untyped_storage()
             self._storages.setdefault(storage._cdata, storage)
         self._bytes = {key: storage.nbytes() for key, storage in self._storages.items()}
@@ -89,4 +91,4 @@ class Parking:
 
 def _flat(storage: torch.UntypedStorage) -> Tensor:
     """uint8 [bytes], sharing the storage."""
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

@@ -41,9 +41,6 @@ def build_trainer(
     reference = _reference(model_dir, adapter, recipe, ranks, attention, packed)
     parking = None
     if reference is not None and split.reference == "host":
-        if ranks.device.type == "cpu":
-            for parameter in reference.parameters():
-                parameter.data = parameter.data.clone()  # what maps the checkpoint's file cannot be emptied
         parking = Parking(reference.parameters(), constant=True)
         parking.to_host()
     return Trainer(

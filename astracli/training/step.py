@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from astracli.adapter import ModelAdapter
 from astracli.recipe import Recipe
@@ -145,7 +146,7 @@ class Trainer:
 
     def to_host(self) -> None:
         """Leave the device to others between two steps: nothing of this trainer stays on it but the CUDA context."""
-        if hasattr(self.policy, "reshard"):
+        if isinstance(self.policy, FSDPModule):
             self.policy.reshard()
         self.masters.to_host()
         if self.reference is not None:
@@ -218,7 +219,7 @@ class Trainer:
         micros = [micro for minibatch in batch.minibatches for micro in minibatch]
         with self.reference_parking.moved_in() if self.reference_parking is not None else nullcontext():
             found = {id(micro): self._forward(self.reference, micro)[0] for micro in micros}
-        if hasattr(self.reference, "reshard"):
+        if isinstance(self.reference, FSDPModule):
             self.reference.reshard()  # FSDP leaves the embedding and the head gathered after a forward pass
         return found
 

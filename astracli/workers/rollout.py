@@ -299,6 +299,7 @@ async def _main(
                     process=config.name,
                     mode=recipe.weights.pause_mode,
                     ready_timeout_s=recipe.launch.ready_timeout_s,
+                    turns=entry["name"] in config.extra.get("cards", ()),
                 )
             )
         await Rollout(config, reporter, hub, lanes, source, tokenizer, pool).run()

@@ -24,7 +24,8 @@ from astracli.errors import RunFailed
 from astracli.plan_trainer import RESIDENT, Split
 from astracli.recipe import Recipe
 from astracli.rl.types import Group, unpack_group
-from astracli.workers.common import Reporter, WorkerConfig, worker_main
+from astracli.workers.common import TERM_EXIT, Reporter, WorkerConfig, worker_main
+from astracli.workers.turns import Turn
 
 if TYPE_CHECKING:
     from astracli.weights.publisher import PublishResult
@@ -120,12 +121,15 @@ class TrainLoop:
         self.reporter = reporter
         self.ranks = ranks
         self.step = 0
+        self.hub: HubClient | None = HubClient(config.hub_url, config.token) if ranks.first else None
+        self.turn = Turn(config, reporter, ranks, self.hub)
+        if not self.turn.begin():
+            raise SystemExit(TERM_EXIT)
         self.adapter = registry.resolve(self.recipe, config.model_path)
         attention = config.backends.get("attention", "sdpa")
         self.trainer = build_trainer(
             config.model_path, self.adapter, self.recipe, ranks, attention=attention, split=_split(config)
         )
-        self.hub: HubClient | None = HubClient(config.hub_url, config.token) if ranks.first else None
         self.checkpoints = config.run_dir / "checkpoints"
         self._pinned: set[int] = set()
         table = self.recipe.weights
@@ -161,9 +165,10 @@ class TrainLoop:
             if self.hub is not None:
                 evals = self.hub.state()["evals"]
                 self._pinned = {item["version"] for item in evals if item["state"] == "pending"}
-            self.publisher.restart(self.step, masters.wire_shards(), owned=True)
+            self.publisher.restart(self.step, masters.wire_shards(on_host=bool(self.turn.cards)), owned=True)
         else:
-            self.publisher.publish(0, masters.wire_shards(), owned=True)
+            self.publisher.publish(0, masters.wire_shards(on_host=bool(self.turn.cards)), owned=True)
+        self.turn.end(self.trainer)
         self._announce(self.step)
         if self.hub is not None and found is not None and self.step > 0:
             # a kill between checkpoint and acknowledgement left this step open
@@ -194,6 +199,8 @@ class TrainLoop:
         if received is None:
             return False
         groups, stats = received
+        if not self.turn.begin(self.trainer):
+            return False
         wait_s = time.perf_counter() - began
         try:
             result = self.trainer.train(groups, self.step, self.step)
@@ -208,6 +215,9 @@ class TrainLoop:
         saved = self._checkpoint_if_due(version, figures)
         self.step = version
         self._publish(step, figures, saved, began)
+        if self.turn.cards:
+            self._settle()
+        self.turn.end(self.trainer)
         self.reporter.progress(step=version, tokens_per_s=round(figures["tokens_per_s"], 1))
         return True
 
@@ -223,13 +233,16 @@ class TrainLoop:
     def _publish(self, step: int, figures: dict[str, float], saved: bool, began: float) -> None:
         """Publish version step + 1 from a copy, here or in the background; `publish_s` is what it costs the step."""
         version, begin = step + 1, time.perf_counter()
-        tensors = self.trainer.masters.wire_shards()
+        tensors = self.trainer.masters.wire_shards(on_host=bool(self.turn.cards))
         figures["snapshot_s"] = time.perf_counter() - begin
 
         def published(result: PublishResult) -> None:
             figures.update(_published_figures(result))
+            figures["snapshot_s"] += result.snapshot_s
             self._announce(version)
-            if not self.background:
+            if self.background:
+                figures["publish_s"] += result.snapshot_s
+            else:
                 settle(result.publish_s)
             self._metrics(step, figures)
             if self.hub is not None:
@@ -251,9 +264,12 @@ class TrainLoop:
         from astracli.training.export import export
 
         self._settle()
+        if not self.turn.begin(self.trainer):
+            return
         self.reporter.waiting(None)
         began = time.perf_counter()
         tensors = self.trainer.masters.wire_full()
+        self.turn.end(self.trainer)
         if self.ranks.first:
             export(self.config.run_dir / "export", self.config.model_path, tensors, self.adapter)
         self.publisher.close()

@@ -9,6 +9,10 @@ An update, in the order in which it happens (mode `abort`):
     report, open        the hub learns the version, then prompt + prefix are sent again
     read back           when due, beside generation: results are held until the weights are proven under HF names too
 
+On a GPU that engine and trainer use in turns, the lane holds the engine's card at the hub. When the trainer wants it,
+and no evaluation is pinned there: gate, abort, drain, pause, release KV cache and weights (the engine keeps a copy of
+them in host memory), give the card; then wait for the card, take the memory back and continue.
+
 `retract` and `in_place` leave requests running: the gate stays open, and what comes back carries the *oldest* version
 that was in force during its request, so that staleness is never understated.
 An update that fails is repeated once with a full payload; a second failure ends the run. A read-back that finds other
@@ -33,6 +37,8 @@ TARGET_WAIT_S = 2.0
 ABORT_AGAIN_S = 0.2
 """A request that was on its way when all were aborted is caught by the next abort."""
 FAILURES_IN_A_ROW = 3
+TURN_TAGS = ("kv_cache", "weights")
+"""What an engine gives back for a trainer's turn. (Recurrent states belong to the KV cache.)"""
 _TOLD = ("decode_s", "load_s", "apply_s", "verify_s", "changed")
 """Figures of an engine's outcome that are metrics."""
 
@@ -64,6 +70,11 @@ class Fetcher(Protocol):
 
     def fetch(self, target_version: int, have_version: int | None = None) -> Any: ...
 
+    @property
+    def watched(self) -> bool: ...
+
+    def wake(self, version: int) -> None: ...
+
     def outcome(self, version: int) -> Mapping[str, Any]: ...
 
     def proof(self, version: int) -> float: ...
@@ -82,8 +93,11 @@ class Lane:
         process: str,
         mode: PauseMode = "abort",
         ready_timeout_s: float = 600.0,
+        turns: bool = False,
     ):
         self.name = name
+        self.turns = turns
+        """Whether a trainer uses the engine's GPU, too, when this engine does not."""
         self.open = asyncio.Event()
         """Set while requests may be sent."""
         self.version: int | None = None
@@ -171,10 +185,36 @@ class Lane:
                 )
                 if reply["stop"]:
                     return
-                if self._attached:
+                if self.turns and self._attached and reply["wanted"]:
+                    if not await self._take_turns():
+                        return
+                elif self._attached:
                     await self._approach(reply["version"])
             except EngineLost as error:
                 self._lose(error)
+
+    async def _take_turns(self) -> bool:
+        """Let the trainer use the GPU, and take it back afterwards. False when the hub says stop meanwhile."""
+        begun = time.monotonic()
+        self.open.clear()
+        await self._drain()
+        await self._hub.engine_state(self.name, self.version, "updating")
+        await self._call(self._engine.pause("abort"))
+        await self._call(self._engine.release_memory(TURN_TAGS))
+        released = time.monotonic()
+        await self._hub.give_card(self.name, self.name)
+        held = False
+        while not held:
+            reply = await self._hub.take_card(self.name, self.name, wait_s=TARGET_WAIT_S)
+            if reply["stop"]:
+                return False
+            held = reply["held"]
+        back = time.monotonic()
+        await self._call(self._engine.resume_memory(TURN_TAGS))
+        await self._call(self._engine.resume())
+        seconds = {"release_s": released - begun, "away_s": back - released, "resume_s": time.monotonic() - back}
+        await self._hub.metrics([{"process": self._process, "step": self.version, "engine": self.name, **seconds}])
+        return True
 
     async def _approach(self, target: int | None) -> None:
         """Bring the engine to `target`; without one, it serves what it started with."""
@@ -197,6 +237,13 @@ class Lane:
         self.version = held if held != UNPROVEN else None
         self._serving = bool(info.get("serving", self.version is not None))
         if info.get("paused", True):  # SGLang does not say; to continue what runs changes nothing
+            await self._call(self._engine.resume())
+        if (
+            self.version is not None and not self._fetcher.watched
+        ):  # our loader has not run in it yet, and would first compile in a pause
+            self._fetcher.wake(self.version)
+            await self._call(self._engine.pause("abort"))
+            await self._call(self._engine.apply_staged(self.version))
             await self._call(self._engine.resume())
         self._attached = True
 

@@ -62,7 +62,7 @@ FLA_NATIVE = ((0, 6), (3, 7, 1))
 """flash-linear-attention and triton from which the gated backward works on Hopper by itself."""
 FLA_OLD_TRITON = (3, 4)
 """Triton below this is right with every flash-linear-attention."""
-TILELANG_FFI = {(0, 1, 11): (0, 1, 10)}
+TILELANG_FFI: dict[tuple[int, ...], tuple[int, ...]] = {(0, 1, 11): (0, 1, 10)}
 """TileLang -> the one apache-tvm-ffi that it loads with (measured: 0.1.9 and 0.1.15 lack a symbol)."""
 
 SLOW = "the delta rule runs in plain torch, several times slower"
@@ -201,7 +201,7 @@ def _serving(
     if capability is None or capability < OLDEST:
         return "auto", "decided by compute capability where the GPUs are"
     candidates, reason = next((names, why) for start, names, why in reversed(SERVING_DEFAULTS) if capability >= start)
-    passed_over = []
+    passed_over: list[str] = []
     for name in candidates:
         lack = _forbidden(adapter, name, capability) or lacks(facts, recipe, name)
         if lack is None:

@@ -29,6 +29,12 @@ def wire_tensors(model: Any) -> dict[str, WireTensor]:
     return wire_map(model, _shapes(model.config.to_dict()))
 
 
+def prepare_gpu(model: Any) -> None:
+    from astracli.gpu import fused
+
+    fused.install(model, norms=("LlamaRMSNorm",), mlps=("LlamaMLP",))
+
+
 def tiny_config() -> dict[str, Any]:
     return {
         "model_type": "llama",
@@ -66,6 +72,7 @@ ADAPTER = ModelAdapter(
     load_for_serving=load,
     memory_shape=memory_shape,
     wire_tensors=wire_tensors,
+    prepare_gpu=prepare_gpu,
     known_configs={"meta-llama/Meta-Llama-3-8B-Instruct": LLAMA3_8B, "meta-llama/Llama-3.1-8B-Instruct": LLAMA3_8B},
     shapes=_shapes,
     tiny_config=tiny_config,

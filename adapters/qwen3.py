@@ -29,6 +29,12 @@ def wire_tensors(model: Any) -> dict[str, WireTensor]:
     return wire_map(model, _shapes(model.config.to_dict()))
 
 
+def prepare_gpu(model: Any) -> None:
+    from astracli.gpu import fused
+
+    fused.install(model, norms=("Qwen3RMSNorm",), mlps=("Qwen3MLP",))
+
+
 def tiny_config() -> dict[str, Any]:
     return {
         "model_type": "qwen3",
@@ -74,6 +80,7 @@ ADAPTER = ModelAdapter(
     load_for_serving=load,
     memory_shape=memory_shape,
     wire_tensors=wire_tensors,
+    prepare_gpu=prepare_gpu,
     known_configs={"Qwen/Qwen3-1.7B": _QWEN3_1_7B, "Qwen/Qwen3-8B": _QWEN3_8B},
     shapes=_shapes,
     tiny_config=tiny_config,

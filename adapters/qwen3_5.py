@@ -244,7 +244,9 @@ def wire_tensors(model: Any) -> dict[str, WireTensor]:
 
 def delta_rule(config: Mapping[str, Any], device: str) -> DeltaRule:
     """The chunk rule as a trainer layer calls it: ours on a CPU, fla's on a GPU where it is installed."""
-    kernels = layers.fla() if device == "cuda" else None
+    from astracli.gpu import fused
+
+    kernels = fused.fla() if device == "cuda" else None
     _, value_heads, key_dim, value_dim, _ = _delta_net_sizes(text_config(config))
     rule = kernels.rule if kernels is not None else layers.torch_rule()
     return DeltaRule(rule, value_heads, key_dim, value_dim)

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import lru_cache, partial
-from types import SimpleNamespace
+from functools import partial
 from typing import Any
 
 CHUNK = 64
@@ -28,33 +27,6 @@ _DISPATCHED = (
 
 def delta_net_modules(model: Any) -> list[Any]:
     return [m for m in model.modules() if hasattr(m, "A_log") and hasattr(m, "in_proj_qkv")]
-
-
-@lru_cache
-def fla() -> Any:
-    """fla's kernels where they run; None without fla or without a GPU."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    try:
-        from fla.modules.activations import swiglu_linear
-        from fla.modules.fused_norm_gate import rms_norm_gated
-        from fla.modules.layernorm import rms_norm
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-    except ImportError:
-        return None
-    try:  # 0.6 and later
-        from fla.modules.causal_conv1d import causal_conv1d
-    except ImportError:
-        from fla.modules.convolution import causal_conv1d
-    return SimpleNamespace(
-        swiglu_linear=swiglu_linear,
-        rms_norm=rms_norm,
-        rms_norm_gated=rms_norm_gated,
-        rule=chunk_gated_delta_rule,
-        conv=causal_conv1d,
-    )
 
 
 def _apart(kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -119,7 +91,9 @@ def delta_net(
     """
     import torch
 
-    kernels = fla() if hidden_states.is_cuda else None
+    from astracli.gpu import fused
+
+    kernels = fused.fla() if hidden_states.is_cuda else None
     if cache_params is not None or attention_mask is not None or (cu_seqlens is None and kernels is None):
         if cu_seqlens is not None:
             raise ValueError("a packed row takes no cache and no mask")
@@ -169,23 +143,9 @@ def _torch_conv(x: Any, taps: Any, bias: Any) -> Any:
 
 
 def prepare_gpu(model: Any) -> None:
-    """Every layer through fla's kernels where it is installed; in eager torch a norm is six kernels in fp32."""
-    from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
+    """Every layer through fla's kernels where it is installed; the norms' weights are centred at zero."""
+    from astracli.gpu import fused
 
-    if fla() is None:
-        return
-    install_varlen(model)
-    own: dict[type, Any] = {modeling.Qwen3_5RMSNorm: _norm, modeling.Qwen3_5MLP: _mlp}
-    for module in model.modules():
-        if (forward := own.get(type(module))) is not None:
-            module.forward = partial(forward, module)
-
-
-def _norm(module: Any, x: Any) -> Any:
-    """The weight is centred at zero; 1 + weight in fp32, as engines compute it."""
-    return fla().rms_norm(x, 1.0 + module.weight.float(), None, eps=module.eps)
-
-
-def _mlp(module: Any, x: Any) -> Any:
-    """down(silu(gate) * up); the product is not kept but made again in the backward pass."""
-    return fla().swiglu_linear(module.gate_proj(x), module.up_proj(x), module.down_proj.weight, module.down_proj.bias)
+    if fused.fla() is not None:
+        install_varlen(model)
+        fused.install(model, norms=("Qwen3_5RMSNorm",), mlps=("Qwen3_5MLP",), centre=1.0)

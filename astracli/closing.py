@@ -81,11 +81,19 @@ def closing_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     return facts
 
 
+UNGRADED = {
+    "prompts_too_long": "their prompt leaves no room in rollout.context_length",
+    "timeouts": "grading took longer than data.reward_timeout_s",
+    "errors": "grading failed",
+}
+"""Counts of an evaluation that are no verdicts about the model."""
+
+
 def result_lines(document: Mapping[str, Any]) -> list[str]:
-    """Figures of one evaluation (`eval/results.json`) as aligned text: a table, then pass@k and majority@k."""
+    """Figures of one evaluation (`eval/results.json`) as aligned text: a table, then by k, then what was not graded."""
     greedy = document.get("greedy") or {}
     rows = [("benchmark", "items", "avg@n", "95 %", "pass@k", "majority", "greedy", "tokens", "cut", "no answer")]
-    by_k = []
+    by_k, lost = [], []
     for name, found in document["results"].items():
         if name == "overall" and len(document["results"]) == 2:
             continue
@@ -101,9 +109,12 @@ def result_lines(document: Mapping[str, Any]) -> list[str]:
         for title, values in (("pass", found.get("pass_at") or {}), ("majority", votes)):
             if len(values) > 1:
                 by_k.append(f"{name} {title}@k: " + ", ".join(f"{k} {share:.3f}" for k, share in values.items()))
+        lost += [
+            f"{name}: {found[key]} samples count as wrong: {why}" for key, why in UNGRADED.items() if found.get(key)
+        ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return table + by_k
+    return table + by_k + lost
 
 
 def weight_words(weights: Mapping[str, Any]) -> str:

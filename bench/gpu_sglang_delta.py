@@ -222,6 +222,11 @@ async def drive(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             began = time.monotonic()
             await wait_ready(client, server, args.ready_s)
             print(f"SGLang ready after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+            subscriber.wake(0)
+            await client.pause("abort")
+            await client.apply_staged(0)
+            await client.resume()
+            subscriber.outcome(0)
             for version in range(args.versions + 1):
                 row: dict[str, Any] = {"version": version}
                 if version:

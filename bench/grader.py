@@ -1,5 +1,7 @@
 """Our grader and plain math-verify beside the verdicts of others, by source: `python bench/grader.py DIR [--show 20]`.
 
+Without DIR it prints the speed on short integer answers alone, which stands in the last line with DIR too.
+
 DIR holds .jsonl files of {"gold", "output", "correct", "source"}: a model's output and what a person or another grader
 said of it. Plain math-verify is `verify(parse("\\boxed{GOLD}"), parse(OUTPUT))` with its defaults. Disagreements are
 printed under the table; a convention of the other grader (x100 accepted, say) is no fault of ours.
@@ -49,6 +51,14 @@ def verdicts(rows: list[dict], spec: str, workers: int) -> tuple[list[str], floa
         return found, len(items) / (time.monotonic() - began)
 
 
+def short_answers(workers: int, count: int = 20_000) -> float:
+    """Gradings a second of answers as the tiny model gives them, a third of them wrong."""
+    rows = [{"gold": str(i), "output": f"12 08 \\boxed{{{i + (i % 3 == 0)}}}"} for i in range(count)]
+    found, rate = verdicts(rows, "math", workers)
+    assert found.count("right") == count - len(range(0, count, 3))
+    return rate
+
+
 def agreement(rows: list[dict], found: list[str], key: str) -> dict[str, tuple[int, int]]:
     """{source: (agreeing, rows)}"""
     counts: dict[str, tuple[int, int]] = {}
@@ -60,11 +70,17 @@ def agreement(rows: list[dict], found: list[str], key: str) -> dict[str, tuple[i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--show", type=int, default=20, help="disagreements a file (default 20)")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write every verdict there")
     args = parser.parse_args()
+    if args.folder is not None:
+        compare(args)
+    print(f"{short_answers(args.workers):.0f} gradings/s of short integer answers, {args.workers} worker(s)")
+
+
+def compare(args: argparse.Namespace) -> None:
     rows = read(args.folder)
     sys.path.insert(0, str(Path(__file__).parent))
     ours, rate = verdicts(rows, "math", args.workers)

@@ -52,6 +52,9 @@ def one(recipe: str, seed: int, folder: Path, settings: list[str]) -> dict[str, 
         "delta_mb": weights["delta_bytes_mean"] / 1e6 if weights.get("delta_bytes_mean") else None,
         "density": weights.get("density_mean"),
         "pause_ms": 1000 * weights["pause_s_p50"],
+        "publish_ms": 1000 * weights["publish_s_p50"],
+        "publish_wait_s": weights["publish_wait_s"],
+        "update_parts_s": weights["seconds_p50"],
         "resyncs": weights["resyncs"],
     }
 

@@ -169,6 +169,13 @@ class FakeFetcher:
     proofs: list[RunFailed | float] = field(default_factory=list)
     """What the coming read-backs find; without any, none is due."""
 
+    watched: bool = True
+    woken: list[int] = field(default_factory=list)
+
+    def wake(self, version: int) -> None:
+        self.woken.append(version)
+        self.watched = True
+
     def outcome(self, version: int) -> dict[str, Any]:
         if self.refuse:
             raise self.refuse.pop(0)

@@ -157,6 +157,7 @@ def test_a_set_of_ones_own_by_path(tmp_path: Path) -> None:
     path = write_items(tmp_path / "mine.jsonl", 7, question="question")
     found = benchmarks.load(str(path))
     assert (found.name, len(found.items), found.samples) == ("mine", 7, 4)
+    assert benchmarks.load(str(path), own_prompt="say {question}").text(found.items[3]) == "say q3"
     assert benchmarks.fetch_all([str(path)]) == {str(path): str(path)}
     with pytest.raises(UserError, match="two benchmarks are called `mine`"):
         benchmarks.fetch_all([str(path), str(write_items(tmp_path / "b" / "mine.jsonl", 3))])

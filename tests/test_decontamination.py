@@ -8,7 +8,7 @@ import pytest
 from astracli.data import datasets, decontamination
 from astracli.data.decontamination import find
 from astracli.data.prompts import Problem
-from astracli.launch import run as launch
+from astracli.launch import problems as problems_of_a_run
 from astracli.recipe import DataTable
 
 FIXTURE = Path(__file__).parent / "fixtures" / "problems.jsonl"
@@ -51,7 +51,7 @@ def test_removed_from_a_file_and_said(
 
     def ids(mode: str) -> list[str]:
         data = DataTable(source=str(FIXTURE), decontaminate=mode)  # type: ignore[arg-type]
-        path = launch._decontaminated(SimpleNamespace(data=data), str(FIXTURE), {str(mine): str(mine)})  # type: ignore[arg-type]
+        path = problems_of_a_run.decontaminated(SimpleNamespace(data=data), str(FIXTURE), {str(mine): str(mine)})  # type: ignore[arg-type]
         return [p.id for p in datasets.load(data, path)]
 
     assert ids("off") == every and capsys.readouterr().err == ""

@@ -3,7 +3,6 @@ every sample alone in fp32 or more, and the trainer's own start-up check."""
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,10 @@ import torch
 from training_tools import recipe, sample_groups
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from astracli import registry
 from astracli.adapters.qwen3_5 import ADAPTER
-from astracli.adapters.qwen3_5_layers import fla, prepare_gpu, torch_rule
+from astracli.adapters.qwen3_5_layers import torch_rule
+from astracli.gpu.fused import fla
 from astracli.training import fsdp, packing, setup, varlen
 from astracli.training import logprob as logprob_module
 
@@ -151,37 +152,44 @@ def test_the_head_of_8k_tokens_costs_chunks_not_8_gigabytes() -> None:
 
 
 @pytest.mark.skipif(fla() is None, reason="flash-linear-attention is not installed")
-def test_fused_norms_and_mlps_are_the_same_function() -> None:
-    """Each in bf16 against transformers' module in fp64."""
-    from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5MLP, Qwen3_5RMSNorm
-
-    assert ADAPTER.tiny_config is not None
-    config = AutoConfig.for_model(**ADAPTER.tiny_config() | {"hidden_size": 320, "intermediate_size": 640})
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3", "llama"])
+def test_fused_norms_and_mlps_are_the_same_function(name: str) -> None:
+    """A layer's norm, its MLP and, where there is one, a head's norm: in bf16 against plain arithmetic in fp64."""
+    adapter = registry.get(name)
+    assert adapter.tiny_config is not None and adapter.prepare_gpu is not None
     torch.manual_seed(0)
-    small, wide = Qwen3_5RMSNorm(64), Qwen3_5RMSNorm(2560)
-    for norm in (small, wide):
-        torch.nn.init.normal_(norm.weight, std=0.3)
-    for module, size in ((small, 64), (wide, 2560), (Qwen3_5MLP(config, 640), 320)):
-        module.cuda()
-        exact = copy.deepcopy(module).bfloat16().double()
-        fused = module.bfloat16()
-        x = torch.randn(1, 300, 4, size, device="cuda").bfloat16()[:, :, 1:3] if size == 64 else None
-        x = torch.randn(1, 300, size, device="cuda").bfloat16() if x is None else x
-        mine, theirs = x.detach().requires_grad_(), x.detach().double().requires_grad_()
-        prepare_gpu(fused)
-        assert "forward" in fused.__dict__  # it was replaced
-        out = fused(mine)
-        wanted = plain_norm(exact, theirs) if size != 320 else exact(theirs)
+    wide = {"hidden_size": 320, "intermediate_size": 640, "head_dim": 64}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**adapter.tiny_config() | wide)).cuda().bfloat16()
+    adapter.prepare_gpu(model)
+    layer = next(x for x in model.model.layers if hasattr(x, "self_attn"))
+    centre = 1.0 if name == "qwen3_5" else 0.0
+    head = getattr(layer.self_attn, "q_norm", None)
+    for module in (layer.input_layernorm, layer.mlp, head):
+        if module is None:
+            continue
+        assert "forward" in module.__dict__  # it was replaced
+        if module is not layer.mlp:
+            torch.nn.init.normal_(module.weight, mean=1.0 - centre, std=0.3)
+        x = torch.randn(1, 300, 320, device="cuda").bfloat16()
+        if module is head:  # heads are cut out of a wider tensor
+            x = torch.randn(1, 300, 4, 128, device="cuda").bfloat16()[..., :64]
+        mine, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
+        weights = [p.detach().double().requires_grad_() for p in module.parameters()]
+        out = module(mine)
+        wanted = plain_mlp(theirs, *weights) if module is layer.mlp else plain_norm(theirs, weights[0] + centre)
         pull = torch.randn_like(wanted)
         assert relative(out, wanted) < 1e-2
-        found = torch.autograd.grad((out * pull).sum(), [mine, *fused.parameters()])
-        expected = torch.autograd.grad((wanted * pull).sum(), [theirs, *exact.parameters()])
-        for a, b in zip(found, expected, strict=True):
+        found = torch.autograd.grad((out * pull).sum(), [mine, *module.parameters()])
+        for a, b in zip(found, torch.autograd.grad((wanted * pull).sum(), [theirs, *weights]), strict=True):
             assert relative(a, b) < 1.5e-2
 
 
-def plain_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * (1 + norm.weight)
+def plain_norm(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * scale
+
+
+def plain_mlp(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    return (torch.nn.functional.silu(x @ gate.t()) * (x @ up.t())) @ down.t()
 
 
 def save(directory: Path) -> Path:

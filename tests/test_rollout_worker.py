@@ -246,6 +246,19 @@ def test_an_engine_that_answers_success_without_having_applied_is_not_believed(w
     assert (record["resyncs"], record["kind"], record["changed"]) == (1, "full", 7)
 
 
+def test_an_engine_in_which_our_loader_never_ran_is_woken_before_the_first_update(world: World) -> None:
+    world.fetcher.watched = False
+
+    async def scenario() -> None:
+        await until(lambda: world.engine.running)
+        world.store.announce(1, 1)
+        await until(lambda: bool(records(world)))
+
+    asyncio.run(world.play(scenario))
+    assert world.fetcher.woken == [0] and world.fetcher.asked == [(1, 0)]
+    assert [event for event in world.engine.events if "pause" not in event] == ["applied 0", "applied 1"]
+
+
 def test_what_is_generated_before_a_read_back_fails_is_lost_and_the_engine_resynced(world: World) -> None:
     world.fetcher.proofs = [RunFailed("read back under HF names, 1 tensors differ: a"), 0.01]
 

@@ -74,6 +74,12 @@ def test_the_scatter_kernel_is_the_numpy_update(encoding: str, dtype: torch.dtyp
     assert np.array_equal(bits_of(view.cpu()), new)
 
 
+def test_every_variant_is_compiled_before_it_is_needed() -> None:
+    from astracli.weights import kernels
+
+    kernels.warm(torch.device("cuda"))
+
+
 def model_weights(seed: int = 0) -> Weights:
     shapes: dict[str, tuple[int, ...]] = {
         "embed.weight": (3000, 160), "conv1d.weight": (96, 1, 4), "up.weight": (640, 320), "norm.weight": (320,),
@@ -137,7 +143,12 @@ class Model(torch.nn.Module):
                 target.copy_(loaded)
 
 
-def test_versions_follow_each_other_inside_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("spare", [0, 1 << 60])
+def test_versions_follow_each_other_inside_an_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spare: int
+) -> None:
+    """With room for what is staged on the device, and without."""
+    monkeypatch.setattr(resident, "SPARE_BYTES", spare)
     versions = [model_weights()]
     publisher = Publisher(tmp_path / "weights", full_interval=100)
     publisher.publish(0, versions[0])

@@ -20,6 +20,7 @@ from astracli.weights.digest import bits_of, digest_tensor, to_hex
 from astracli.weights.manifest import Manifest, TensorEntry, seal, version_name
 from astracli.weights.publisher import Publisher
 from astracli.weights.staged import Placement
+from astracli.weights.subscriber import Subscriber
 
 Weights = dict[str, torch.Tensor]
 
@@ -457,6 +458,27 @@ def test_a_version_is_decoded_and_loaded_before_the_call_and_only_scattered_in_i
     result = json.loads((where / "result.json").read_text())
     assert result["ok"] and same(model.hf(), versions[2]), result
     assert not result["proof"] and result["loader_s"] >= result["apply_s"] + result["verify_s"]
+
+
+def test_a_plan_that_changes_nothing_wakes_the_thread_that_decodes_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions, model = chain(2), FusedModel()
+    model.load_weights(versions[0].items())
+    receiver = Subscriber("http://127.0.0.1:9", "", tmp_path / "stage")
+    monkeypatch.setenv("ASTRA_STAGE_DIR", str(receiver.stage_dir))
+    assert not receiver.watched
+    receiver.wake(0)
+    sglang_loader.apply_staged(model)
+    assert receiver.outcome(0)["steps"] == 0 and same(model.hf(), versions[0])
+    wait_for(receiver.stage_dir / "watching.json")
+    assert receiver.watched
+    stage(tmp_path, versions, [delta(1)])
+    with pytest.raises(RunFailed, match="wrote no outcome of version 1"):
+        receiver.outcome(1)
+    sglang_loader.apply_staged(model)
+    assert receiver.outcome(1)["version"] == 1 and same(model.hf(), versions[1])
+    receiver.close()
 
 
 def test_a_read_back_that_differs_is_reported_and_takes_the_version_away(

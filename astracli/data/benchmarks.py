@@ -172,8 +172,10 @@ def fetch_all(names: Iterable[str], data_dir: str | None = None) -> dict[str, st
     return {name: fetch(name, data_dir) for name in names}
 
 
-def load(name: str, local_path: str | Path | None = None) -> Benchmark:
+def load(name: str, local_path: str | Path | None = None, own_prompt: str = MATH_PROMPT) -> Benchmark:
     """A benchmark from `local_path`, from its own path or ASTRA_DATA_DIR, or generated.
+
+    A set of one's own is asked with `own_prompt`: a recipe's `data.prompt`.
 
     Raises UserError, also for a wrong number of items and for other content than the hash says.
     """
@@ -195,7 +197,7 @@ def load(name: str, local_path: str | Path | None = None) -> Benchmark:
         final_after=spec.hub.final_after,
     )
     _check(spec, path, loaded)
-    return Benchmark(spec.name, list(loaded), spec.samples, spec.prompt)
+    return Benchmark(spec.name, list(loaded), spec.samples, own_prompt if spec.path else spec.prompt)
 
 
 def _check(spec: BenchmarkSpec, path: Path, loaded: datasets.Problems) -> None:

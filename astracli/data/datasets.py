@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-import numpy as np
-import xxhash
-
 from astracli.data.prompts import Problem
 from astracli.data.rows import is_saved, open_rows, split_of
 from astracli.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from astracli.recipe import DataTable, Recipe
 
 DATA_DIR_VARIABLE = "ASTRA_DATA_DIR"
@@ -133,6 +132,9 @@ class Problems(Sequence[Problem]):
         answer_fields: Sequence[str],
         final_after: str | None = None,
     ):
+        import numpy as np
+        import xxhash
+
         self._path = path
         self._rows = open_rows(path, split)
         self._fields = (tuple(question_fields), tuple(answer_fields))
@@ -155,6 +157,8 @@ class Problems(Sequence[Problem]):
 
     def _rename(self, hashes: np.ndarray) -> None:
         """A name that occurred before gets its row's number behind it: names are unique in a set."""
+        import numpy as np
+
         taken, first = np.unique(hashes, return_index=True)
         given: set[str] = set()
         for place in np.setdiff1d(np.arange(len(hashes)), first, assume_unique=True):
@@ -229,6 +233,8 @@ def cache_dir() -> Path:
 
 
 def _hash(text: str) -> int:
+    import xxhash
+
     return xxhash.xxh64_intdigest(text.encode("utf-8", "surrogatepass"))
 
 

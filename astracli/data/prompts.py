@@ -15,11 +15,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from astracli.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from astracli.recipe import DataTable
 
 MATH_PROMPT = "{question}\nLet's think step by step. Please put your final answer within \\boxed{}."
@@ -87,6 +87,7 @@ class PromptSource:
 @lru_cache(maxsize=2)
 def _order(rows: int, seed: int, epoch: int) -> np.ndarray:
     """int64 [rows], a permutation: rows sorted by a hash of (seed, epoch, row), the same on every machine."""
+    import numpy as np
     import xxhash
 
     keys = (xxhash.xxh64_intdigest(struct.pack("<QQQ", seed, epoch, row)) for row in range(rows))

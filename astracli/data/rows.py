@@ -13,8 +13,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, overload
 
-import numpy as np
-
 from astracli.errors import UserError
 
 GROUPS = 8
@@ -52,6 +50,8 @@ class JsonlRows(Rows):
     """One JSON object a line; empty lines are no rows. Reading a row is one `pread`, from any thread."""
 
     def __init__(self, path: Path):
+        import numpy as np
+
         self._path = path
         starts, numbers, place, number = [], [], 0, 0
         try:
@@ -88,6 +88,7 @@ class ParquetRows(Rows):
     """A row costs the decoding of its row group, unless that is among the latest ones."""
 
     def __init__(self, path: Path):
+        import numpy as np
         import pyarrow.parquet
 
         self._path = path
@@ -110,7 +111,7 @@ class ParquetRows(Rows):
             raise UserError(f"`{self._path}` row group {group} cannot be read: {error}") from None
 
     def row(self, place: int) -> Row:
-        group = int(np.searchsorted(self._ends, place, side="right"))
+        group = int(self._ends.searchsorted(place, side="right"))
         first = int(self._ends[group - 1]) if group else 0
         found: list[Row] = self._group(group).slice(place - first, 1).to_pylist()
         return found[0]

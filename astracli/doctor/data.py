@@ -49,7 +49,8 @@ def _checkpoint(subject: Subject) -> Iterator[Check]:
         if subject.config is None:
             value = f"{path} is not in this document"
             why = "whether it is there, and whole, cannot be judged"
-            yield Check("checkpoint", GROUP, "warn", value, why, "record the document with the recipe named")
+            fix = f"record it there: `astra doctor {subject.recipe.name} --facts-out FILE`"
+            yield Check("checkpoint", GROUP, "warn", value, why, fix)
         else:
             yield Check("checkpoint", GROUP, "ok", f"{path} ships with astra")
         return
@@ -134,7 +135,16 @@ def _tokenizer(known: Mapping[str, Any]) -> Iterator[Check]:
 
 def _sets(subject: Subject) -> Iterator[Check]:
     """Training problems and benchmarks, one check each kind, the missing ones by name."""
+    assert subject.recipe is not None
+    table = subject.recipe
+    wanted = {"train": [table.data.source], "eval": table.eval.benchmarks if table.eval.every else []}
     for use, title in (("train", "training data"), ("eval", "benchmarks")):
+        if (
+            not subject.facts["data"]
+            and wanted[use]
+            and not {"arithmetic", "arithmetic-heldout"}.issuperset(wanted[use])
+        ):
+            yield Check(title, GROUP, "skip", "not in this document")
         sets = [s for s in subject.facts["data"] if s["use"] == use]
         broken = [s for s in sets if s["problem"] is not None]
         absent = [s for s in sets if s["place"] is None and s["problem"] is None]

@@ -30,7 +30,10 @@ def checks(subject: Subject) -> Iterator[Check]:
         hidden = f"{len(there)} hidden by CUDA_VISIBLE_DEVICES" if there else "none"
         yield Check("gpus", GROUP, "skip", hidden)  # a recipe that wants some says so in its own group
         if subject.cuda and facts["torch_cuda"] is None:
-            yield Check("torch for gpus", GROUP, "fail", "a CPU build", "the recipe trains on GPUs", GPU_BUILD)
+            # Without a GPU in the machine no other torch would help: that is what the recipe's own group says.
+            status: Status = "fail" if there else "skip"
+            why, fix = ("the recipe trains on GPUs", GPU_BUILD) if there else ("", "")
+            yield Check("torch for gpus", GROUP, status, "a CPU build", why, fix)
         return
     first = visible[0]
     size = f", {words(first['memory_total'])}" if first["memory_total"] else ""
@@ -72,6 +75,9 @@ def _software(subject: Subject, bad: Status) -> Iterator[Check]:
 def _taken(subject: Subject) -> Iterator[Check]:
     """Other processes on the GPUs that the recipe would use: named, and left alone."""
     plan = subject.fit.plan
+    if subject.recipe is not None and not subject.cuda:
+        yield Check("gpus in use", GROUP, "ok", "the recipe uses none")
+        return
     used = plan.gpu_map if plan is not None and subject.cuda else {}
     every = machine.visible_gpus(subject.facts)
     gpus = [gpu for gpu in every if gpu["index"] in used] if used else every

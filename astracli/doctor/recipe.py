@@ -35,7 +35,8 @@ def checks(subject: Subject) -> Iterator[Check]:
     if absent:
         value = f"this version of astra has no `{absent[0].module}`"
         why = f"`{absent[0].name}` is made of it, on every machine: the recipe can be planned, not run"
-        fix = "`--set rollout.engine=embedded`" if absent[0].role == "engine" else "reinstall astracli"
+        fix = "`--set rollout.engine=embedded`, which decodes in plain torch, slowly"
+        fix = fix if absent[0].role == "engine" else "reinstall astracli"
         yield Check("version", GROUP, "fail", value, why, fix)
     elif not any(problem.blocking for problem in problems):
         yield Check("fit", GROUP, "ok", f"{recipe.name} fits here ({len(fit.plan.processes)} processes)")

@@ -29,7 +29,8 @@ def checks(subject: Subject) -> Iterator[Check]:
     if not machine.usable(facts, "sglang"):
         value, why, fix = flaw(facts, "sglang") or ("not installed", "the recipe generates with it", INSTALL)
         lying = found(facts, "sglang")["version"] or found(facts, "sglang")["importable_spec"]
-        status: Status = "fail" if subject.sglang else "warn" if lying else "skip"
+        needed = subject.sglang and bool(subject.facts["gpus"])  # it runs on GPUs only: first there must be one
+        status: Status = "fail" if needed else "warn" if lying else "skip"
         yield Check("sglang", GROUP, status, value, why if status != "skip" else "", fix if status != "skip" else "")
     else:
         yield _build(subject, facts)

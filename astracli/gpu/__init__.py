@@ -1,1 +1,1 @@
-"""Triton kernels of the trainer. Imported only where a tensor is on a GPU."""
+"""Kernels of the trainer on a GPU. Triton and fla are imported where they are used, never on a CPU."""

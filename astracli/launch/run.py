@@ -16,7 +16,7 @@ from astracli import plan as planning
 from astracli import run_dir as runs
 from astracli.adapter_tools import has_chat_template
 from astracli.errors import UserError
-from astracli.launch import fetch, inputs, job
+from astracli.launch import fetch, inputs, job, problems
 from astracli.launch.job import Job
 from astracli.plan import Command, LaunchPlan
 from astracli.recipe import Recipe
@@ -61,7 +61,7 @@ def train(recipe: Recipe, *, run_dir: Path | None = None, resume: Path | None = 
         if resume is not None:
             step = _resume_step(run, recipe)
         source = _fetch(recipe, data=True, benchmarks=recipe.eval.benchmarks if recipe.eval.every else [])
-        _pin_data(run, recipe, source.paths["data"])
+        problems.pin(run, recipe, source.paths["data"])
     except BaseException:
         if resume is None:
             job.discard(run, there)
@@ -219,56 +219,11 @@ def _fetch(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> Source:
             "wrong for a chat model; copy its chat_template.jinja beside tokenizer.json"
         )
     fetched = sets.fetch_all(benchmarks, recipe.data.path)
-    problems = datasets.fetch(recipe) if data else None
-    if problems is not None:
-        problems = _decontaminated(recipe, problems, fetched)
-    paths = {"model": str(model), "data": problems, "benchmarks": fetched}
+    path = datasets.fetch(recipe) if data else None
+    if path is not None:
+        path = problems.decontaminated(recipe, path, fetched)
+    paths = {"model": str(model), "data": path, "benchmarks": fetched}
     return Source(paths, time.monotonic() - began)
-
-
-def _pin_data(run: RunDir, recipe: Recipe, path: str | None) -> None:
-    """Write down what a place in the training set means (`data.json`); a resume needs the same. Raises UserError."""
-    from astracli.data import datasets
-
-    if path is None:
-        return
-    problems = datasets.load(recipe.data, path)
-    now = {"path": path, "rows": len(problems), "fingerprint": problems.fingerprint}
-    file = run.path / "data.json"
-    if not file.exists():
-        runs.write_atomic(file, json.dumps(now, indent=2) + "\n")
-        return
-    then = json.loads(file.read_text(encoding="utf-8"))
-    if then["fingerprint"] != now["fingerprint"]:
-        raise UserError(
-            f"the training problems are others than when `{run.path}` began: {then['rows']} rows of `{then['path']}` "
-            f"then, {now['rows']} of `{path}` now",
-            "a resumed run goes on at its place in their order: put the old file back, or start a new run",
-        )
-
-
-def _decontaminated(recipe: Recipe, path: str, fetched: Mapping[str, str | None]) -> str:
-    """The training problems to use, after `data.decontaminate`. Raises UserError when none would be left."""
-    from astracli.data import benchmarks as sets
-    from astracli.data import datasets, decontamination
-
-    written = [name for name, place in fetched.items() if place is not None]
-    if recipe.data.decontaminate == "off" or not written:
-        return path
-    problems = datasets.load(recipe.data, path)
-    found = decontamination.find(problems, {name: sets.load(name, fetched[name]).items for name in written})
-    if not found:
-        return path
-    said = decontamination.summary(found, len(problems))
-    if recipe.data.decontaminate == "report":
-        fetch.to_stderr(f"warning: {said}; leave them out with `--set data.decontaminate=remove`")
-        return path
-    if len(found) == len(problems):
-        raise UserError(said, "nothing would be left to train on; train on another set")
-    fetch.to_stderr(f"{said}: left out")
-    known = datasets.known_set(recipe.data.source)
-    split = known.split if known else recipe.data.split
-    return str(decontamination.write_without(Path(path), split, found, datasets.cache_dir() / "datasets"))
 
 
 # -- changes to a recipe ----------------------------------------------------------------------------------------------

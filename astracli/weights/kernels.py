@@ -15,13 +15,12 @@ import triton
 import triton.language as tl
 
 from astracli.weights import digest
+from astracli.weights.resident import BLOCK
 
 TILE = 2048
 """Columns of one digest item: eight elements for each of its 256 threads, 16 bytes of bf16."""
 ROWS = 64
 """Rows of one digest item."""
-BLOCK = 1024
-"""Changed elements of one scatter item."""
 
 
 @triton.jit
@@ -151,3 +150,13 @@ def scatter(table: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) ->
     elements), first element when consecutive, count <= BLOCK, kind. `values`: int16 or int32; `indices`: int32."""
     width = values.element_size()
     _scatter[(len(table),)](table, values, indices, WIDTH=width, TOP=-(1 << 31), BLOCK=BLOCK, num_warps=4)
+
+
+def warm(device: torch.device) -> None:
+    """Compile every variant, on memory of its own: the first pause should not wait for a compiler."""
+    for dtype in (torch.int16, torch.int32):
+        flat = torch.zeros(2 << 14, dtype=dtype, device=device)
+        DigestPlan([(flat, 16 << 14), (flat[1:], 1)], [0, 1]).lanes()  # 17 rows and more: a table as of a real model
+        item = torch.tensor([[flat.data_ptr(), 0, 0, 0, 1, 0]], dtype=torch.int64, device=device)
+        scatter(item, flat[:16].clone(), torch.zeros(16, dtype=torch.int32, device=device))
+    torch.cuda.synchronize(device)

@@ -18,6 +18,8 @@ from astracli.weights import codec, digest
 from astracli.weights.device import bits_torch, from_order, to_order
 from astracli.weights.staged import Placement, Prepared, overlaps
 
+BLOCK = 1024
+"""Changed elements of one work item of the kernel."""
 SPARE_BYTES = 1 << 30
 """Device memory that staging leaves free; what does not fit stays in pinned memory and is copied in the pause."""
 _KINDS = {"ulp": 0, "xor": 1, "raw": 2}
@@ -179,18 +181,18 @@ class Resident:
         return lanes
 
 
-def work_items(runs: Sequence[Run], block: int = 1024) -> np.ndarray[Any, Any]:
-    """int64 [n, 6], as `kernels.scatter` reads it: each run in items of at most `block` elements."""
+def work_items(runs: Sequence[Run]) -> np.ndarray[Any, Any]:
+    """int64 [n, 6], as `kernels.scatter` reads it: each run in items of at most BLOCK elements."""
     tables = []
     for run in runs:
         count = run.values.stop - run.values.start
-        starts = np.arange(0, count, block)
+        starts = np.arange(0, count, BLOCK)
         table = np.empty((len(starts), 6), np.int64)
         table[:, 0] = run.view.data_ptr()
         table[:, 1] = run.values.start + starts
         table[:, 2] = -1 if run.indices is None else run.indices.start + starts
         table[:, 3] = starts
-        table[:, 4] = np.minimum(block, count - starts)
+        table[:, 4] = np.minimum(BLOCK, count - starts)
         table[:, 5] = run.kind
         tables.append(table)
     return np.concatenate(tables)

@@ -170,9 +170,19 @@ class _Engine:
         self._model = weakref.ref(model)
         self._proving: threading.Thread | None = None
         self._names: list[tuple[str, str, tuple[int, ...]]] = []
-        self.watcher = StageWatcher(stage_dir, self.load)
+        self.watcher = StageWatcher(stage_dir, self.load, self.warm)
         # the scheduler's loop never sleeps: at Python's 5 ms a decoding thread waited two seconds for half a megabyte
         sys.setswitchinterval(_SWITCH_S)
+
+    def warm(self) -> None:
+        """Compile what the first pause needs."""
+        model = self._model()
+        device = next((p.device for p in model.parameters()), None) if model is not None else None
+        if device is not None and device.type == "cuda":
+            from astracli.weights import kernels
+
+            with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+                kernels.warm(device)
 
     def load(self, prepared: Prepared) -> None:
         """Bring a decoded version to the device, once it is known where the weights lie."""
@@ -223,8 +233,9 @@ def apply_staged(model: Any, named_tensors: Iterable[Any] = ()) -> None:
 
     The outcome is `result.json` in the stage directory. Whatever fails is reported there and not raised, because an
     exception in a loader kills the server; the caller reads the file before it lets the engine serve
-    (`Subscriber.outcome`). From the first call on, a thread decodes what is staged while the engine generates, and when
-    a read-back is due (`proof` in the result), one reads the weights back after the call (`Subscriber.proof`).
+    (`Subscriber.outcome`). From the first call on (`Subscriber.wake` stages one that changes nothing), a thread decodes
+    what is staged while the engine generates, and when a read-back is due (`proof` in the result), one reads the
+    weights back after the call (`Subscriber.proof`).
     """
     begin = time.perf_counter()
     stage_dir = Path(os.environ["ASTRA_STAGE_DIR"])

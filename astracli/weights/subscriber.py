@@ -24,7 +24,7 @@ from astracli.weights import WeightCorrupt
 from astracli.weights.manifest import STABLE, Manifest, seal, unseal, version_name, write_atomic
 from astracli.weights.payload import hash_file
 from astracli.weights.staged import NEXT, PROOF, RESULT
-from astracli.weights.watcher import decoded
+from astracli.weights.watcher import decoded, watched
 
 
 class _Gone(Exception):
@@ -191,6 +191,17 @@ class Subscriber:
         while decoded(self.stage_dir, plan) is None and time.monotonic() - begin < self.decode_wait_s:
             time.sleep(0.005)
         return time.monotonic() - begin
+
+    @property
+    def watched(self) -> bool:
+        """Whether a thread of the engine decodes what is staged."""
+        return watched(self.stage_dir)
+
+    def wake(self, version: int) -> None:
+        """Stage a plan that changes nothing: when the engine that holds `version` is asked to apply it, our loader gets
+        to run in it for the first time, and decodes ahead from then on."""
+        plan = {"version": version, "kind": "none", "steps": [], "base_version": version, "model_path": None}
+        write_atomic(self.stage_dir / NEXT, seal(plan))
 
     def outcome(self, version: int) -> dict[str, Any]:
         """What the engine says of the staged plan after it was asked to apply it: `result.json`.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -27,12 +28,18 @@ _POLL_S = 0.02
 class StageWatcher:
     """A daemon thread that decodes whatever a stage directory announces, and keeps the newest.
 
-    `then` takes over what was decoded, in the same thread: an engine on a GPU brings it to the device.
+    `then` takes over what was decoded, in the same thread: an engine on a GPU brings it to the device. `first` is what
+    the thread does before anything else.
     """
 
-    def __init__(self, stage_dir: Path, then: Callable[[staged.Prepared], None] = lambda prepared: None):
+    def __init__(
+        self,
+        stage_dir: Path,
+        then: Callable[[staged.Prepared], None] = lambda prepared: None,
+        first: Callable[[], None] = lambda: None,
+    ):
         self.stage_dir = stage_dir
-        self._then = then
+        self._then, self._first = then, first
         self._lock = threading.Lock()
         self._prepared: staged.Prepared | None = None
         self._seen: tuple[int, int] | None = None
@@ -56,6 +63,10 @@ class StageWatcher:
 
     def _watch(self) -> None:
         self._say("", True, 0.0)
+        try:
+            self._first()
+        except Exception as error:  # what is not ready now will be made, or fail and be reported, in the pause
+            print(f"warning: preparing for weight updates: {error!r}", file=sys.stderr, flush=True)
         while not self._closed.wait(_POLL_S):
             try:
                 status = (self.stage_dir / staged.NEXT).stat()
@@ -87,11 +98,21 @@ def plan_hash(plan: bytes) -> str:
     return digest
 
 
+def watched(stage_dir: Path) -> bool:
+    """Whether an engine's watcher is alive."""
+    try:
+        os.kill(int(json.loads((stage_dir / WATCHING).read_bytes())["pid"]), 0)
+    except (OSError, ValueError, KeyError):
+        return False
+    return True
+
+
 def decoded(stage_dir: Path, plan: bytes) -> float | None:
     """Seconds that the engine's watcher took for `plan`; None while it is at it. 0 when nobody watches."""
     try:
-        doc = json.loads((stage_dir / WATCHING).read_bytes())
-        os.kill(int(doc["pid"]), 0)
-    except (OSError, ValueError, KeyError):
+        doc = json.loads((stage_dir / WATCHING).read_bytes()) if watched(stage_dir) else None
+    except (OSError, ValueError):
+        doc = None
+    if doc is None:
         return 0.0
     return float(doc["seconds"]) if doc["plan"] == plan_hash(plan) else None

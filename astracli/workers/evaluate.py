@@ -167,7 +167,7 @@ def run(config: WorkerConfig, reporter: Reporter) -> None:
         stop_token_ids=tuple(stop_token_ids(tokenizer, config.model_path)),
         seed=recipe.seed,
     )
-    sets = [benchmarks.load(name, config.benchmark_path(name)) for name in recipe.eval.benchmarks]
+    sets = [benchmarks.load(name, config.benchmark_path(name), recipe.data.prompt) for name in recipe.eval.benchmarks]
     with GradePool("math", recipe.data.reward_workers, recipe.data.reward_timeout_s) as pool:
         evaluator = Evaluator(config, reporter, tokenizer, pool, sampling, sets)
         reporter.ready()

@@ -238,8 +238,11 @@ class TrainLoop:
 
         def published(result: PublishResult) -> None:
             figures.update(_published_figures(result))
+            figures["snapshot_s"] += result.snapshot_s
             self._announce(version)
-            if not self.background:
+            if self.background:
+                figures["publish_s"] += result.snapshot_s
+            else:
                 settle(result.publish_s)
             self._metrics(step, figures)
             if self.hub is not None:

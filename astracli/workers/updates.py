@@ -70,6 +70,11 @@ class Fetcher(Protocol):
 
     def fetch(self, target_version: int, have_version: int | None = None) -> Any: ...
 
+    @property
+    def watched(self) -> bool: ...
+
+    def wake(self, version: int) -> None: ...
+
     def outcome(self, version: int) -> Mapping[str, Any]: ...
 
     def proof(self, version: int) -> float: ...
@@ -232,6 +237,13 @@ class Lane:
         self.version = held if held != UNPROVEN else None
         self._serving = bool(info.get("serving", self.version is not None))
         if info.get("paused", True):  # SGLang does not say; to continue what runs changes nothing
+            await self._call(self._engine.resume())
+        if (
+            self.version is not None and not self._fetcher.watched
+        ):  # our loader has not run in it yet, and would first compile in a pause
+            self._fetcher.wake(self.version)
+            await self._call(self._engine.pause("abort"))
+            await self._call(self._engine.apply_staged(self.version))
             await self._call(self._engine.resume())
         self._attached = True
 

@@ -1,0 +1,100 @@
+"""fla's Triton kernels in the place of eager torch: RMS norms and gated MLPs of any family.
+
+In eager torch a norm in bf16 is six kernels over fp32 copies; a gated MLP keeps silu(gate) * up for the backward pass.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterable
+from functools import lru_cache, partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@lru_cache
+def fla() -> Any:
+    """fla's kernels where they run; None without fla or without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        from fla.modules.activations import swiglu_linear
+        from fla.modules.fused_norm_gate import rms_norm_gated
+        from fla.modules.layernorm import rms_norm
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    except ImportError:
+        return None
+    try:  # 0.6 and later
+        from fla.modules.causal_conv1d import causal_conv1d
+    except ImportError:
+        from fla.modules.convolution import causal_conv1d
+    thin_tuning(module for name, module in list(sys.modules.items()) if name.startswith("fla."))
+    return SimpleNamespace(
+        swiglu_linear=swiglu_linear,
+        rms_norm=rms_norm,
+        rms_norm_gated=rms_norm_gated,
+        rule=chunk_gated_delta_rule,
+        conv=causal_conv1d,
+    )
+
+
+MOST_CONFIGS = 4
+_WARPS = (4, 8)
+
+
+def thin_tuning(modules: Iterable[Any]) -> int:
+    """Let the kernels of these modules try few configurations, and once for all row lengths. Returns how many do.
+
+    fla tries up to 30 compilations a kernel, for some of them anew for every one or two thousand rows (the key `NB`, a
+    count of blocks): minutes before the first step, on kernels that wait for memory under any of them. Configurations
+    of 4 or 8 warps stay, at most `MOST_CONFIGS`, spread over what was there.
+    """
+    thinned = set()
+    for module in modules:
+        for kernel in list(vars(module).values()):
+            while kernel is not None and not (hasattr(kernel, "configs") and hasattr(kernel, "keys")):
+                kernel = getattr(kernel, "fn", None)
+            if kernel is None or not isinstance(kernel.configs, list) or not isinstance(kernel.keys, list):
+                continue
+            kernel.keys = [key for key in kernel.keys if key != "NB"]
+            fit = [c for c in kernel.configs if c.num_warps in _WARPS] or kernel.configs
+            last = len(fit) - 1
+            kept = min(MOST_CONFIGS, len(fit))
+            kernel.configs = [fit[i * last // max(1, kept - 1)] for i in range(kept)]
+            thinned.add(id(kernel))
+    return len(thinned)
+
+
+def install(model: Any, *, norms: Collection[str], mlps: Collection[str], centre: float = 0.0) -> None:
+    """Let modules of these class names compute with fla where it is installed: the same function, fewer kernels.
+
+    Norms hold `weight` and `variance_epsilon` or `eps`, and scale by `centre` + weight; MLPs hold `gate_proj`,
+    `up_proj` and `down_proj`, with silu between them, and are left as they are under another activation.
+    """
+    if fla() is None:
+        return
+    silu = getattr(model.config, "hidden_act", None) in ("silu", "swish")
+    for module in model.modules():
+        name = type(module).__name__
+        if name in norms:
+            module.forward = partial(_norm, module, centre)
+        elif name in mlps and silu:
+            module.forward = partial(_mlp, module)
+
+
+def _norm(module: Any, centre: float, x: Tensor) -> Tensor:
+    """[..., D] -> [..., D]; the scale in fp32, as engines compute it."""
+    epsilon = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+    scale = module.weight.float()
+    normal: Tensor = fla().rms_norm(x, scale + centre if centre else scale, None, eps=epsilon)
+    return normal
+
+
+def _mlp(module: Any, x: Tensor) -> Tensor:
+    """down(silu(gate) * up); the product is not kept but made again in the backward pass."""
+    down = module.down_proj
+    result: Tensor = fla().swiglu_linear(module.gate_proj(x), module.up_proj(x), down.weight, down.bias)
+    return result

@@ -331,6 +331,9 @@ def _warnings(plan: LaunchPlan, facts: Mapping[str, Any]) -> list[str]:
     available = facts["system"]["memory_available"]
     if available < host:
         result.append(f"about {words(host)} of memory are needed under full load, {words(available)} are available now")
+    trained = any(process.role == "trainer" for process in plan.processes)
+    if plan.choice.device == "cuda" and plan.choice.gdn_backward == "torch" and trained:
+        result.append("the delta rule in plain torch keeps more activations than this plan counts")
     if not plan.model:
         result.append("memory and disk are not planned: the model's config.json is not on this machine")
     return result

@@ -185,7 +185,7 @@ class Lane:
                 )
                 if reply["stop"]:
                     return
-                if self.turns and self._attached and reply["wanted"]:
+                if self.turns and self._attached and reply.get("wanted"):
                     if not await self._take_turns():
                         return
                 elif self._attached:

@@ -192,6 +192,7 @@ def dense_activations(config: Mapping[str, Any], shapes: Shapes) -> int:
 
     Norms: the input in fp32, the normed one, the product (8 bytes a unit). MLP: gate, its activation, up, the product
     (8). Flash attention: query, key, value, output (2 each) and a normaliser a head; norms of heads come on top (6).
+    Without fla, whose fused norms and MLP keep about half as much: the plan does not count on it.
     """
     layer = "model.layers.0.self_attn"
     query, kv = shapes[f"{layer}.q_proj.weight"][0], shapes[f"{layer}.k_proj.weight"][0]

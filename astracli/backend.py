@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from astracli import machine
+from astracli import backend_delta_rule, machine
 from astracli.adapter import ModelAdapter
 from astracli.errors import UserError
-from astracli.machine import usable, version_of
+from astracli.machine import usable
 from astracli.recipe import Recipe
 
 Capability = tuple[int, int]
@@ -57,15 +57,6 @@ COMPILED = {"fa3": "flash_ops"}
 PACKS = ("auto", "sdpa")
 """Values of train.attention under which a packed row gets its own attention function."""
 
-HOPPER: Capability = (9, 0)
-FLA_NATIVE = ((0, 6), (3, 7, 1))
-"""flash-linear-attention and triton from which the gated backward works on Hopper by itself."""
-FLA_OLD_TRITON = (3, 4)
-"""Triton below this is right with every flash-linear-attention."""
-TILELANG_FFI = {(0, 1, 11): (0, 1, 10)}
-"""TileLang -> the one apache-tvm-ffi that it loads with (measured: 0.1.9 and 0.1.15 lack a symbol)."""
-
-SLOW = "the delta rule runs in plain torch, several times slower"
 ASKED = "the recipe asks for it"
 SGLANG_ENV = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}
 """Log-probabilities before temperature: what the trainer compares with."""
@@ -120,7 +111,7 @@ def choose(
     serving, why_serving = _serving(adapter, facts, recipe, engine, capability)
     linear, why_linear = _linear(adapter, recipe, engine)
     trainer, why_trainer = _trainer(facts, recipe, device)
-    gdn, why_gdn, warning = _delta_rule(adapter, facts, device, capability)
+    gdn, why_gdn, warning = backend_delta_rule.choose(adapter, facts, device, capability)
     layout, why_layout = packing(recipe, adapter, device)
     reasons = (
         Backend("device", device, why_device),
@@ -201,7 +192,7 @@ def _serving(
     if capability is None or capability < OLDEST:
         return "auto", "decided by compute capability where the GPUs are"
     candidates, reason = next((names, why) for start, names, why in reversed(SERVING_DEFAULTS) if capability >= start)
-    passed_over = []
+    passed_over: list[str] = []
     for name in candidates:
         lack = _forbidden(adapter, name, capability) or lacks(facts, recipe, name)
         if lack is None:
@@ -316,60 +307,6 @@ def packing(recipe: Recipe, adapter: ModelAdapter, device: str) -> tuple[str, st
     if device == "cpu":
         return "padded", "right-padded rows are quicker than short segments on a CPU"
     return ("padded", obstacle) if obstacle is not None else ("packed", "one row a micro-batch, nothing is padded")
-
-
-def _delta_rule(
-    adapter: ModelAdapter, facts: Facts, device: str, capability: Capability | None
-) -> tuple[str, str, str | None]:
-    """(kernel, reason, warning or None) of the trainer's delta rule; forward and backward are one autograd function."""
-    if not adapter.hybrid:
-        return "none", "a dense model has no delta rule", None
-    if device == "cpu":
-        return "torch", "the chunk rule in torch: GPU kernels are never used on a CPU, even when installed", None
-    if capability is None:
-        return "auto", "decided where the GPUs are", None
-    fla, triton = version_of(facts, "flash-linear-attention"), version_of(facts, "triton")
-    if not fla or not triton:
-        lacking = "flash-linear-attention" if not fla else "triton"
-        reason = f"{lacking} cannot be imported"
-        return "torch", reason, f"{reason}: {SLOW}; `pip install {lacking}`"
-    if capability[0] != HOPPER[0]:
-        return "fla", f"right on compute capability {_dotted(capability)} with every version", None
-    return delta_rule_on_hopper(facts, fla, triton)
-
-
-def delta_rule_on_hopper(facts: Facts, fla: tuple[int, ...], triton: tuple[int, ...]) -> tuple[str, str, str | None]:
-    """(kernel, reason, warning or None) on compute capability 9.x for these versions."""
-    words = f"flash-linear-attention {_join(fla)} with triton {_join(triton)}"
-    if (fla >= FLA_NATIVE[0] and triton >= FLA_NATIVE[1]) or triton < FLA_OLD_TRITON:
-        return "fla", f"{words} has a right gated backward on Hopper", None
-    broken = tilelang_flaw(facts)
-    if usable(facts, "tilelang") and facts["compilers"]["nvcc"] and broken is None:
-        return "fla+tilelang", f"{words} needs TileLang on Hopper, and it and nvcc are there", None
-    reason = f"{words} raises in the gated backward on Hopper (fla issue 640)"
-    if usable(facts, "tilelang") and broken is not None:
-        reason += f", and {broken}"
-    way = (
-        "`pip install 'torch>=2.13' 'flash-linear-attention>=0.6'` (that torch brings triton>=3.7.1), or "
-        "`pip install tilelang==0.1.11 apache-tvm-ffi==0.1.10` beside a CUDA toolkit with nvcc"
-    )
-    return "torch", reason, f"{reason}: {SLOW}; {way}"
-
-
-def tilelang_flaw(facts: Facts) -> str | None:
-    """Why the installed TileLang does not load; None when it does, is not there, or nothing is known of its parts."""
-    needed = TILELANG_FFI.get(version_of(facts, "tilelang"))
-    if needed is None or "apache-tvm-ffi" not in facts["packages"]:
-        return None
-    has = version_of(facts, "apache-tvm-ffi")
-    if has == needed:
-        return None
-    own = _join(version_of(facts, "tilelang"))
-    return f"tilelang {own} loads with apache-tvm-ffi {_join(needed)} alone, {_join(has) or 'none'} is installed"
-
-
-def _join(version: tuple[int, ...]) -> str:
-    return ".".join(str(part) for part in version)
 
 
 def _known(key: str, value: str, names: tuple[str, ...], who: str) -> None:

@@ -52,7 +52,7 @@ class WandB:
     """
 
     def __init__(self, run_dir: Path):
-        wandb = _needed("wandb", "wandb")
+        wandb = self._wandb = _needed("wandb", "wandb")
         mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
         project = os.environ.get("WANDB_PROJECT", "astra")
         self._run: Any = wandb.init(
@@ -75,6 +75,7 @@ class WandB:
         run = self._run
         where = f"offline; send it with `wandb sync {Path(run.dir).parent}`" if run.offline else run.url
         run.finish()
+        self._wandb.teardown()  # ends W&B's service, which writes the file: only then is everything in it
         print(f"wandb: {where}", file=sys.stderr)
 
 

@@ -9,7 +9,9 @@ is one minibatch of samples of mixed lengths (prompts of 64 to 512 tokens, compl
 into micro-batches of at most `--tokens`. Timed are the forward and backward passes and the AdamW update, after two
 steps that compile kernels and measure the packed rows against separate ones (`gradient_error`). MFU counts the
 adapter's FLOPs per token (matrix products; the output head for completion tokens alone, which is where it is computed;
-no recomputation, padding, attention or delta rule) against the dense bf16 peak of the GPU's name.
+no recomputation, padding, attention or delta rule) against the dense bf16 peak of the GPU's name. `planned_gib` is what
+the launch plan counts for this trainer without its CUDA context, to be held against `peak_gib` (what torch allocated);
+`moments-on-host` is packed-full with AdamW's moments in pinned memory.
 Every row is printed as soon as it is known; what does not fit in `--limit-s` is said.
 """
 
@@ -32,8 +34,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from astracli import registry
+from astracli import plan_trainer, registry
 from astracli.adapter import MemoryShape, ModelAdapter
+from astracli.plan_trainer import RESIDENT, Split
 from astracli.recipe import Recipe
 from astracli.rl.types import Group, Sample, Segment
 from astracli.training import fsdp, setup
@@ -51,6 +54,7 @@ class Variant:
     """False: a packed row as one long segment, which trains on leaked state."""
     fused: bool = True
     """False: without the adapter's `prepare_gpu`."""
+    split: Split = RESIDENT
 
 
 VARIANTS = {
@@ -60,6 +64,7 @@ VARIANTS = {
     "padded-selective": Variant("selective", packing="padded"),
     "plain-modules": Variant("selective", fused=False),
     "leaking": Variant("selective", boundaries=False),
+    "moments-on-host": Variant("full", split=Split(optimizer="host")),
 }
 
 
@@ -131,7 +136,7 @@ def build(
         drawn = replace(drawn, prepare_gpu=None)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(dict(config)))
-        trainer = setup.build_trainer(Path(folder), drawn, chosen, ranks, attention="sdpa")
+        trainer = setup.build_trainer(Path(folder), drawn, chosen, ranks, attention="sdpa", split=variant.split)
     if not variant.boundaries:
         forget_boundaries(trainer)
     return trainer
@@ -190,10 +195,18 @@ def measure(
     row["tflops"] = round(statistics.median(used) / 1e12, 3)
     row["mfu"] = round(statistics.median(used) / (peak * 1e12), 4) if peak else None
     row["peak_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if device.type == "cuda" else None
+    row["planned_gib"] = round(planned(trainer, shape) / 2**30, 2) if device.type == "cuda" else None
     row["gradient_error"] = first.get("rows_gradient_error")
     row["warm_up_s"] = round(warm, 1)
     row["grad_norm"] = round(metrics["grad_norm"], 4)
     return row
+
+
+def planned(trainer: Trainer, shape: MemoryShape) -> int:
+    """Bytes that the launch plan counts on the GPU, without what torch does not allocate."""
+    split = Split(optimizer="host" if trainer.masters.moments_on_host else "gpu")
+    rows = plan_trainer.trainer_rows("trainer", shape, trainer.recipe, "cuda", trainer.ranks.world_size, split)
+    return sum(row.bytes for row in rows if row.where == "gpu" and row.what != "CUDA context")
 
 
 def profile(trainer: Trainer, draw: Callable[[int], list[Group]]) -> str:
@@ -222,7 +235,17 @@ def environment(device: torch.device) -> dict[str, str]:
     return found
 
 
-COLUMNS = ("tokens_per_s", "tflops", "mfu", "peak_gib", "micro_batches", "gradient_error", "warm_up_s", "grad_norm")
+COLUMNS = (
+    "tokens_per_s",
+    "tflops",
+    "mfu",
+    "peak_gib",
+    "planned_gib",
+    "micro_batches",
+    "gradient_error",
+    "warm_up_s",
+    "grad_norm",
+)
 
 
 def line(name: str, row: Mapping[str, Any]) -> str:

@@ -77,5 +77,6 @@ def test_the_adapter_of_the_howto_passes_its_check(tmp_path: Path) -> None:
     report = json.loads(done.stdout)
     assert done.returncode == 0 and report["ok"], report
     assert [check["name"] for check in report["checks"]] == [
-        "load", "block classes", "wire names", "parameter count", "padded rows == separate"
+        "load", "block classes", "wire names", "parameter count", "padded rows == separate",
+        "packed row == separate",
     ]  # fmt: skip

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from astracli.adapter import ModelAdapter
 from astracli.adapters import qwen3_5_layers
 from astracli.adapters.qwen3_5 import ADAPTER
 from astracli.errors import RunFailed, UserError
+from astracli.gpu import fused
 from astracli.rl.batch import Row, build_batch, pad_rows, rows_of
 from astracli.training import fsdp, packing, parity, varlen
 from astracli.training.fsdp import Ranks
@@ -321,3 +323,19 @@ def test_kernels_that_are_wrapped_look_at_the_tensor_first(monkeypatch: pytest.M
     found = modeling.torch_chunk_gated_delta_rule
     assert found(torch.ones(2), scale=3.0, cu_seqlens=None).tolist() == [3.0, 3.0]
     assert inspect.unwrap(found) is in_torch
+
+
+def test_kernels_are_tuned_over_few_configurations_and_not_by_row_length() -> None:
+    def tuner(warps: list[int], keys: list[str]) -> Any:
+        return SimpleNamespace(configs=[SimpleNamespace(num_warps=w) for w in warps], keys=keys)
+
+    many = tuner([1, 2, 4, 8, 16] * 5, ["D", "NB"])
+    few, odd = tuner([4, 8], ["H"]), tuner([1, 2, 16], ["NB"])
+    wrapped = SimpleNamespace(fn=many)  # heuristics lie around the tuner
+    module = SimpleNamespace(a=wrapped, b=few, c=odd, d=len, e=3, f=wrapped)
+    assert fused.thin_tuning([module]) == 3
+    assert fused.thin_tuning([module]) == 3  # twice is once
+    assert (many.keys, few.keys, odd.keys) == (["D"], ["H"], [])
+    assert len(many.configs) == 4
+    assert {c.num_warps for c in many.configs} == {4, 8}
+    assert len(few.configs) == 2 and [c.num_warps for c in odd.configs] == [1, 2, 16]

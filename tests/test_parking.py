@@ -155,7 +155,7 @@ SCRIPT = """
     for split in (Split(), Split("host", "host")):
         trainer = setup.build_trainer(Path(sys.argv[1]), ADAPTER, chosen, ranks, attention="sdpa", split=split)
         for step in range(2):
-            trainer.train(sample_groups(None, 4, seed=step, version=step), step, step)
+            trainer.train(sample_groups(None, 2, seed=step, version=step), step, step)
             if split.optimizer == "host":
                 trainer.to_host()
                 trainer.to_device()

@@ -188,6 +188,7 @@ def test_a_trainer_in_turns_learns_the_same_and_is_away_between_its_steps(
             job.train(loop)
             assert held(loop) == 0 if cards else held(loop) > 0
             loop.finish()
+            loop.trainer.to_device()
         finally:
             engine.stop()
             job.server.thread.stop()

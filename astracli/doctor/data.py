@@ -49,7 +49,8 @@ def _checkpoint(subject: Subject) -> Iterator[Check]:
         if subject.config is None:
             value = f"{path} is not in this document"
             why = "whether it is there, and whole, cannot be judged"
-            yield Check("checkpoint", GROUP, "warn", value, why, "record the document with the recipe named")
+            fix = f"record it there: `astra doctor {subject.recipe.name} --facts-out FILE`"
+            yield Check("checkpoint", GROUP, "warn", value, why, fix)
         else:
             yield Check("checkpoint", GROUP, "ok", f"{path} ships with astra")
         return

@@ -5,7 +5,8 @@ In eager torch a norm in bf16 is six kernels over fp32 copies; a gated MLP keeps
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import sys
+from collections.abc import Collection, Iterable
 from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,7 @@ def fla() -> Any:
         from fla.modules.causal_conv1d import causal_conv1d
     except ImportError:
         from fla.modules.convolution import causal_conv1d
+    thin_tuning(module for name, module in list(sys.modules.items()) if name.startswith("fla."))
     return SimpleNamespace(
         swiglu_linear=swiglu_linear,
         rms_norm=rms_norm,
@@ -37,6 +39,33 @@ def fla() -> Any:
         rule=chunk_gated_delta_rule,
         conv=causal_conv1d,
     )
+
+
+MOST_CONFIGS = 4
+_WARPS = (4, 8)
+
+
+def thin_tuning(modules: Iterable[Any]) -> int:
+    """Let the kernels of these modules try few configurations, and once for all row lengths. Returns how many do.
+
+    fla tries up to 30 compilations a kernel, for some of them anew for every one or two thousand rows (the key `NB`, a
+    count of blocks): minutes before the first step, on kernels that wait for memory under any of them. Configurations
+    of 4 or 8 warps stay, at most `MOST_CONFIGS`, spread over what was there.
+    """
+    thinned = set()
+    for module in modules:
+        for kernel in list(vars(module).values()):
+            while kernel is not None and not (hasattr(kernel, "configs") and hasattr(kernel, "keys")):
+                kernel = getattr(kernel, "fn", None)
+            if kernel is None or not isinstance(kernel.configs, list) or not isinstance(kernel.keys, list):
+                continue
+            kernel.keys = [key for key in kernel.keys if key != "NB"]
+            fit = [c for c in kernel.configs if c.num_warps in _WARPS] or kernel.configs
+            last = len(fit) - 1
+            kept = min(MOST_CONFIGS, len(fit))
+            kernel.configs = [fit[i * last // max(1, kept - 1)] for i in range(kept)]
+            thinned.add(id(kernel))
+    return len(thinned)
 
 
 def install(model: Any, *, norms: Collection[str], mlps: Collection[str], centre: float = 0.0) -> None:

@@ -196,7 +196,7 @@ class _Hub:
         reply = await self._pulse.until(
             request,
             lambda: self._store.target(name),
-            lambda r: r["stop"] or r["wanted"] or (r["version"] is not None and r["version"] != have),
+            lambda r: r["stop"] or r.get("wanted") or (r["version"] is not None and r["version"] != have),
             longest,
         )
         return JSONResponse(reply)

@@ -17,6 +17,9 @@ class CardBook:
         self._holder: dict[str, str | None] = {name: name for name in engines}
         self._queue: dict[str, list[str]] = {name: [] for name in self._holder}
 
+    def __contains__(self, card: str) -> bool:
+        return card in self._holder
+
     def take(self, card: str, who: str) -> bool:
         """Whether `who` holds the card now; otherwise it keeps its place in the queue. Asking again changes nothing.
 

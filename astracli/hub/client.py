@@ -83,8 +83,8 @@ class _Calls:
         return self._post("/announce", version=version, step=step)
 
     def target(self, engine: str, *, have: int | None = None, wait_s: float = 0.0) -> Any:
-        """-> {"version": int or None, "pinned": bool, "wanted": bool, "stop": bool}; waits up to `wait_s` for another
-        version than `have`, or for someone who wants the engine's GPU."""
+        """-> {"version": int or None, "pinned": bool, "stop": bool}; waits up to `wait_s` for another than `have`.
+        Of an engine that takes turns on its GPU also "wanted": someone waits for it, which ends the wait, too."""
         query = f"wait_s={wait_s}" + ("" if have is None else f"&have={have}")
         return self._send(_Call("GET", f"/engines/{engine}/target?{query}", None, "application/json"))
 

@@ -257,11 +257,12 @@ class HubStore:
         return reply
 
     def target(self, engine: str) -> dict[str, Any]:
-        """-> {"version": int or None, "pinned": bool, "wanted": whether someone waits for its GPU, "stop": bool}"""
+        """-> {"version": int or None, "pinned": bool, "stop": bool}; of an engine that takes turns on its GPU also
+        "wanted": whether someone waits for it and no evaluation is pinned to it."""
         with self._db.lock:
             version, pinned = self._board.target(engine)
-            wanted = self._cards.wanted(engine) and not pinned
-        return {"version": version, "pinned": pinned, "wanted": wanted, "stop": self._stop}
+            turns = {"wanted": self._cards.wanted(engine) and not pinned} if engine in self._cards else {}
+        return {"version": version, "pinned": pinned, "stop": self._stop, **turns}
 
     def take_card(self, card: str, who: str) -> dict[str, Any]:
         """-> {"held": bool, "stop": bool}. See `CardBook.take`."""

@@ -205,6 +205,13 @@ def _policy(operator: Any) -> Any:
     return CheckpointPolicy.MUST_SAVE if str(operator) in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def gather_no_more(policy: nn.Module) -> None:
+    """Free what FSDP leaves gathered after a forward pass: embedding and head. Nothing when it is not sharded."""
+    reshard: Any = getattr(policy, "reshard", None)
+    if reshard is not None:
+        reshard()
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor, sharing its storage; the tensor itself when it is not sharded."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -93,6 +93,7 @@ class _ChunkedLogprob(torch.autograd.Function):
             part = slice(a, a + chunk)
             logits_nV = _logits(hidden_ND[part], weight_VD, bias_V)
             logprob_N[part], entropy_N[part], normaliser_N[part] = _measure(logits_nV, target_N[part])
+            del logits_nV  # or the next chunk is made beside it
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, normaliser_N)
         ctx.chunk = chunk
         ctx.mark_non_differentiable(entropy_N)
@@ -106,10 +107,11 @@ class _ChunkedLogprob(torch.autograd.Function):
         d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         d_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
         several = ctx.chunk * _CHUNKS_PER_PRODUCT.get(hidden_ND.device.type, 1)
+        buffer = hidden_ND.new_empty(min(several, len(target_N)), weight_VD.shape[0])
         for a in range(0, len(target_N), several):
             group = slice(a, a + several)
             hidden_gD = hidden_ND[group]
-            d_logits_gV = hidden_ND.new_empty(len(hidden_gD), weight_VD.shape[0])
+            d_logits_gV = buffer[: len(hidden_gD)]
             for b in range(0, len(hidden_gD), ctx.chunk):
                 part = slice(a + b, min(a + b + ctx.chunk, a + several))
                 logits_nV = _logits(hidden_ND[part], weight_VD, bias_V)

@@ -114,6 +114,7 @@ class Masters:
 
         Raises RunFailed when the norm is not finite.
         """
+        assert not self.away
         gradients = {}
         for name, parameter in self.parameters.items():
             if name in self._optimized and parameter.grad is not None:
@@ -195,6 +196,11 @@ class Masters:
 
     def _no_moment(self, value: Tensor) -> Tensor:
         return torch.zeros_like(value, device="cpu" if self.moments_on_host else None)
+
+    @property
+    def away(self) -> bool:
+        """Nothing of this may be touched now: `to_host` was called, `to_device` not yet."""
+        return self._away is not None and self._away.parked
 
     def to_host(self) -> None:
         """Leave the device to others: masters, parameters and moments wait on the host. Nothing else may be called

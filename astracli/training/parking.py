@@ -91,4 +91,4 @@ class Parking:
 
 def _flat(storage: torch.UntypedStorage) -> Tensor:
     """uint8 [bytes], sharing the storage."""
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

@@ -30,7 +30,7 @@ from astracli.rl.losses.kl import k3
 from astracli.rl.types import Group
 from astracli.training import objective, packing, parity
 from astracli.training.agreement import Agreement
-from astracli.training.fsdp import Ranks
+from astracli.training.fsdp import Ranks, gather_no_more
 from astracli.training.logprob import PolicyModel
 from astracli.training.optimizer import Masters, learning_rate
 from astracli.training.parking import Parking
@@ -109,6 +109,7 @@ class Trainer:
         Raises RunFailed when rows leak, the engine disagrees or the gradient is not finite, ValueError on a batch
         without tokens.
         """
+        assert not self.masters.away
         timer = Timer()
         batch = self._divide(groups, step)
         timer.lap("batch_s")
@@ -145,8 +146,7 @@ class Trainer:
 
     def to_host(self) -> None:
         """Leave the device to others between two steps: nothing of this trainer stays on it but the CUDA context."""
-        if hasattr(self.policy, "reshard"):
-            self.policy.reshard()
+        gather_no_more(self.policy)
         self.masters.to_host()
         if self.reference is not None:
             if self.reference_parking is None:
@@ -218,8 +218,7 @@ class Trainer:
         micros = [micro for minibatch in batch.minibatches for micro in minibatch]
         with self.reference_parking.moved_in() if self.reference_parking is not None else nullcontext():
             found = {id(micro): self._forward(self.reference, micro)[0] for micro in micros}
-        if hasattr(self.reference, "reshard"):
-            self.reference.reshard()  # FSDP leaves the embedding and the head gathered after a forward pass
+        gather_no_more(self.reference)
         return found
 
     @torch.no_grad()

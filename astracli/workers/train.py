@@ -269,9 +269,9 @@ class TrainLoop:
         self.reporter.waiting(None)
         began = time.perf_counter()
         tensors = self.trainer.masters.wire_full()
-        self.turn.end(self.trainer)
         if self.ranks.first:
             export(self.config.run_dir / "export", self.config.model_path, tensors, self.adapter)
+        self.turn.end(self.trainer)
         self.publisher.close()
         self.ranks.barrier()
         self._metrics(self.step - 1, {"export_s": time.perf_counter() - began})

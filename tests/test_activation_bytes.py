@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from astracli.adapters import generic, llama, qwen3, qwen3_5, qwen3_5_layers
+from astracli.adapters import generic, llama, qwen3, qwen3_5
+from astracli.gpu import fused
 
 TOKENS = 512
 
@@ -95,7 +96,7 @@ def kept_bytes(layer: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.T
 )
 def test_a_block_keeps_what_its_adapter_says(adapter: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", flash)
-    monkeypatch.setattr(qwen3_5_layers, "fla", fla)
+    monkeypatch.setattr(fused, "fla", fla)
     document = dict(adapter.ADAPTER.known_configs[name])
     shape = adapter.memory_shape(document)
     text = dict(document.get("text_config", document), num_hidden_layers=4)

@@ -188,15 +188,16 @@ def outside_blocks(shapes: Shapes) -> int:
 
 
 def dense_activations(config: Mapping[str, Any], shapes: Shapes) -> int:
-    """Bytes a token that autograd keeps of a Llama-shaped block in bf16, with fla's norms and MLP (`gpu.fused`).
+    """Bytes a token that autograd keeps of a Llama-shaped block in bf16, as transformers computes it.
 
-    Norms: input and output (2 + 2 bytes a unit). MLP: gate and up (2 + 2). Flash attention: query, key, value, output
-    (2 each) and a normaliser a head; the inputs of heads' norms come on top (2).
+    Norms: the input in fp32, the normed one, the product (8 bytes a unit). MLP: gate, its activation, up, the product
+    (8). Flash attention: query, key, value, output (2 each) and a normaliser a head; norms of heads come on top (6).
+    Without fla, whose fused norms and MLP keep about half as much: the plan does not count on it.
     """
     layer = "model.layers.0.self_attn"
     query, kv = shapes[f"{layer}.q_proj.weight"][0], shapes[f"{layer}.k_proj.weight"][0]
-    head = 2 * (query + kv) if f"{layer}.q_norm.weight" in shapes else 0
-    block = 2 * 4 * config["hidden_size"] + 4 * config["intermediate_size"]
+    head = 6 * (query + kv) if f"{layer}.q_norm.weight" in shapes else 0
+    block = 2 * 8 * config["hidden_size"] + 8 * config["intermediate_size"]
     return block + 4 * (query + kv) + 4 * config["num_attention_heads"] + head
 
 

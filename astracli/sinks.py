@@ -7,10 +7,12 @@ evaluation eval/BENCHMARK/NAME.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,7 @@ class WandB:
     """
 
     def __init__(self, run_dir: Path):
-        wandb = _needed("wandb", "wandb")
+        wandb = self._wandb = _needed("wandb", "wandb")
         mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
         project = os.environ.get("WANDB_PROJECT", "astra")
         self._run: Any = wandb.init(
@@ -75,24 +77,30 @@ class WandB:
         run = self._run
         where = f"offline; send it with `wandb sync {Path(run.dir).parent}`" if run.offline else run.url
         run.finish()
+        self._wandb.teardown()  # ends W&B's service, which writes the file: only then is everything in it
         print(f"wandb: {where}", file=sys.stderr)
 
 
 class Trackio:
-    """One Trackio run of the run's name in project `astra`, in Trackio's own place (TRACKIO_DIR)."""
+    """One Trackio run of the run's name in project `astra`, in Trackio's own place (TRACKIO_DIR).
+
+    What Trackio prints when it begins and ends is held back: stdout is for results, the terminal for the run's view.
+    """
 
     def __init__(self, run_dir: Path):
         self._trackio: Any = _needed("trackio", "trackio")
-        self._trackio.init(
-            project=os.environ.get("TRACKIO_PROJECT", "astra"), name=run_dir.resolve().name, config=_recipe(run_dir)
-        )
+        self._project = os.environ.get("TRACKIO_PROJECT", "astra")
+        with redirect_stdout(io.StringIO()):
+            self._trackio.init(project=self._project, name=run_dir.resolve().name, config=_recipe(run_dir))
 
     def write(self, records: Sequence[Mapping[str, Any]]) -> None:
         for record in records:
             self._trackio.log(dict(scalars(record)), step=record.get("step", 0))
 
     def close(self) -> None:
-        self._trackio.finish()
+        with redirect_stdout(io.StringIO()):
+            self._trackio.finish()
+        print(f"trackio: look at it with `trackio show --project {self._project}`", file=sys.stderr)
 
 
 def _needed(module: str, extra: str) -> Any:

@@ -41,8 +41,8 @@ from astracli import registry
 from astracli.weights import digest, payload, staged
 from astracli.weights.device import bits_torch
 from astracli.weights.manifest import seal
-from astracli.weights.publisher import local
 from astracli.weights.resident import Resident
+from astracli.weights.snapshot import local
 
 SHAPES = {
     "4b": {

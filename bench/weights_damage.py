@@ -38,7 +38,8 @@ from astracli.weights import staged
 from astracli.weights.digest import bits_of, digest_tensor
 from astracli.weights.manifest import Manifest, seal, unseal, version_name
 from astracli.weights.payload import hash_file
-from astracli.weights.publisher import Publisher, Shard
+from astracli.weights.publisher import Publisher
+from astracli.weights.snapshot import Shard
 
 Weights = dict[str, torch.Tensor]
 SHAPES = {

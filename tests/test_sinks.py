@@ -107,12 +107,14 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: p
     assert said.out == "" and said.err == f"wandb: offline; send it with `wandb sync {file.parent}`\n"
 
 
-def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     pytest.importorskip("trackio")
     import sqlite3
 
     run_through("Trackio", tmp_path)
+    said = capfd.readouterr()
+    assert (said.out, said.err) == ("", "trackio: look at it with `trackio show --project astra`\n")
     (file,) = (tmp_path / "trackio").glob("*.db")
     with sqlite3.connect(file) as database:
         names = {name for (name,) in database.execute("SELECT DISTINCT run_name FROM metrics")}

@@ -12,7 +12,8 @@ import torch
 from astracli.weights import codec, digest, resident, sglang_loader, staged
 from astracli.weights.digest import bits_of
 from astracli.weights.manifest import Manifest, seal, version_name
-from astracli.weights.publisher import Publisher, Shard
+from astracli.weights.publisher import Publisher
+from astracli.weights.snapshot import Shard
 from astracli.weights.staged import Placement
 
 pytestmark = pytest.mark.gpu

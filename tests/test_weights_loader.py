@@ -478,6 +478,13 @@ def test_a_plan_that_changes_nothing_wakes_the_thread_that_decodes_ahead(
         receiver.outcome(1)
     sglang_loader.apply_staged(model)
     assert receiver.outcome(1)["version"] == 1 and same(model.hf(), versions[1])
+    unproven = FusedModel()
+    monkeypatch.setenv("ASTRA_START_VERSION", "")
+    receiver.wake(-1)
+    sglang_loader.apply_staged(unproven)
+    with pytest.raises(RunFailed, match="the engine holds None"):
+        receiver.outcome(-1)
+    assert sglang_loader._engines[unproven].version is None
     receiver.close()
 
 

@@ -23,8 +23,9 @@ from astracli.errors import RunFailed
 from astracli.weights import WeightCorrupt, staged
 from astracli.weights.digest import digest_tensor, to_hex
 from astracli.weights.manifest import Manifest, read_stable, version_name, versions_in
-from astracli.weights.publisher import Publisher, PublishResult, Shard
+from astracli.weights.publisher import Publisher, PublishResult
 from astracli.weights.server import weights_app
+from astracli.weights.snapshot import Shard
 from astracli.weights.subscriber import Subscriber, choose_route
 
 Weights = dict[str, torch.Tensor]

@@ -111,8 +111,23 @@ def engine_environment(config: WorkerConfig) -> dict[str, str]:
 
 
 def probe(config: WorkerConfig, environment: Mapping[str, str]) -> dict[str, Any]:
-    """What the engine's environment holds, also written to RUN_DIR/environments/NAME.json. Raises RunFailed."""
+    """What the engine's environment holds. It is written to RUN_DIR/environments/NAME.json, and what the run's own
+    holds, this process's and the trainer's, to trainer.json beside it. Raises RunFailed."""
     python = config.recipe.resources.engine.python or sys.executable
+    place = config.run_dir / "environments"
+    place.mkdir(exist_ok=True)
+    facts = _ask(python, environment)
+    write_atomic(place / f"{config.name}.json", json.dumps(facts, indent=2) + "\n")
+    write_atomic(place / "trainer.json", json.dumps(_ask(sys.executable, os.environ), indent=2) + "\n")
+    if facts["missing"]:
+        raise RunFailed(
+            f"the engine's environment (`{python}`) lacks {', '.join(facts['missing'])}",
+            f"`{python} -m pip install {' '.join(facts['missing'])}`, or name another in resources.engine.python",
+        )
+    return facts
+
+
+def _ask(python: str, environment: Mapping[str, str]) -> dict[str, Any]:
     try:
         done = subprocess.run(
             [python, "-c", _PROBE, json.dumps([NEEDED, RECORDED])],
@@ -123,14 +138,6 @@ def probe(config: WorkerConfig, environment: Mapping[str, str]) -> dict[str, Any
         raise RunFailed(f"`{python}` does not run: {error.stderr.strip()[-300:]}", "see resources.engine") from None
     except (OSError, subprocess.TimeoutExpired, ValueError, IndexError) as error:
         raise RunFailed(f"`{python}` does not run: {error}", "see resources.engine.python") from None
-    place = config.run_dir / "environments"
-    place.mkdir(exist_ok=True)
-    write_atomic(place / f"{config.name}.json", json.dumps(facts, indent=2) + "\n")
-    if facts["missing"]:
-        raise RunFailed(
-            f"the engine's environment (`{python}`) lacks {', '.join(facts['missing'])}",
-            f"`{python} -m pip install {' '.join(facts['missing'])}`, or name another in resources.engine.python",
-        )
     return facts
 
 

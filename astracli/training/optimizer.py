@@ -21,7 +21,7 @@ from astracli.errors import RunFailed
 from astracli.recipe import TrainTable
 from astracli.training.fsdp import Ranks, local
 from astracli.training.parking import Parking
-from astracli.weights.publisher import Shard
+from astracli.weights.snapshot import Shard
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal
 
 import xxhash
 
 from astracli.errors import RunFailed
-from astracli.weights import digest, payload
+from astracli.weights import payload
 from astracli.weights.manifest import (
-    ITEM_BYTES,
     MANIFEST,
     STABLE,
     Manifest,
@@ -31,24 +30,10 @@ from astracli.weights.manifest import (
     versions_in,
     write_atomic,
 )
+from astracli.weights.snapshot import Snapshot, Source, lanes_of, local, take
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class Shard:
-    """This rank's part of a tensor, when several ranks hold it: a contiguous range of the flattened tensor."""
-
-    flat: torch.Tensor
-    start: int
-    shape: tuple[int, ...]
-    """Of the whole tensor."""
-
-
-SPARE_BYTES = 1 << 30
-"""Device memory that the published versions leave free."""
-Source = Union["torch.Tensor", Shard]
 
 
 @dataclass(frozen=True)
@@ -112,7 +97,7 @@ class Publisher:
         self.pinned, self.rank_timeout_s = pinned, rank_timeout_s
         self._tied = dict(tied or {})
         frozen_locals = {name: local(source, copy=False) for name, source in (frozen or {}).items()}
-        self._frozen = payload.Part("full", _described(frozen_locals, _lanes(frozen_locals)))
+        self._frozen = payload.Part("full", _described(frozen_locals, lanes_of(frozen_locals)))
         self._base: dict[str, payload.Local] = {}
         self._base_version: int | None = None
         self._threads = ThreadPoolExecutor(threads, "weights-encode") if threads > 1 else None
@@ -131,8 +116,8 @@ class Publisher:
         a GPU with room for another version are compared and coded there; otherwise they come to the host.
         """
         waited = self.settle()
-        snapshot, snapshot_s, _ = self._snapshot(tensors, owned)
-        return replace(self._publish(version, snapshot), waited_s=waited, snapshot_s=snapshot_s)
+        taken = take(tensors, owned=owned, first=self._base_version is None)
+        return replace(self._publish(version, taken.tensors, taken.lanes), waited_s=waited, snapshot_s=taken.seconds)
 
     def publish_async(
         self, version: int, tensors: Mapping[str, Source], on_published: Callable[[PublishResult], None] | None = None,
@@ -144,13 +129,13 @@ class Publisher:
         runs in the background, behind STABLE; what it raises is an error of the background too.
         """
         waited = self.settle()
-        snapshot, snapshot_s, ready = self._snapshot(tensors, owned)
+        taken = take(tensors, owned=owned, first=self._base_version is None)
 
         def work() -> PublishResult:
             try:
-                with self._beside(ready):
-                    result = self._publish(version, snapshot)
-                result = replace(result, waited_s=waited, snapshot_s=snapshot_s)
+                with self._beside(taken):
+                    result = self._publish(version, taken.tensors, taken.lanes)
+                result = replace(result, waited_s=waited, snapshot_s=taken.seconds)
                 if on_published:
                     on_published(result)
             except BaseException as error:
@@ -193,8 +178,8 @@ class Publisher:
                 if number > version:
                     self._remove(number)
             (self.directory / version_name(version) / STABLE).unlink(missing_ok=True)
-        snapshot, snapshot_s, _ = self._snapshot(tensors, owned)
-        return replace(self._publish(version, snapshot), snapshot_s=snapshot_s)
+        taken = take(tensors, owned=owned, first=self._base_version is None)
+        return replace(self._publish(version, taken.tensors, taken.lanes), snapshot_s=taken.seconds)
 
     def close(self) -> None:
         """Finish the background, end the threads. Raises the background's error."""
@@ -207,39 +192,21 @@ class Publisher:
 
     # ---- one version ----
 
-    def _snapshot(
-        self, tensors: Mapping[str, Source], owned: bool
-    ) -> tuple[dict[str, payload.Local], float, torch.cuda.Event | None]:
-        """What will be published, the seconds that took, and on a GPU what the background must wait for."""
-        begin = time.perf_counter()
-        snapshot = {name: local(tensor, copy=not owned) for name, tensor in tensors.items()}
-        if self._base_version is None or not _room(snapshot):
-            snapshot = {name: replace(t, flat=t.flat.cpu()) for name, t in snapshot.items()}
-        ready, devices = None, {t.flat.device for t in snapshot.values() if t.flat.device.type == "cuda"}
-        if devices:
-            import torch
-
-            (device,) = devices
-            with torch.cuda.device(device):
-                ready = torch.cuda.Event()
-                ready.record()
-            self._stream = self._stream or torch.cuda.Stream(device)
-        return snapshot, time.perf_counter() - begin, ready
-
     @contextlib.contextmanager
-    def _beside(self, ready: torch.cuda.Event | None) -> Iterator[None]:
+    def _beside(self, taken: Snapshot) -> Iterator[None]:
         """On a GPU a stream of its own, behind the snapshot: training goes on beside it."""
-        if ready is None or self._stream is None:
+        if taken.ready is None:
             yield
             return
         import torch
 
+        self._stream = self._stream or torch.cuda.Stream(next(iter(taken.tensors.values())).flat.device)
         with torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):
-            self._stream.wait_event(ready)
+            self._stream.wait_event(taken.ready)
             yield
             self._stream.synchronize()
 
-    def _publish(self, version: int, tensors: dict[str, payload.Local]) -> PublishResult:
+    def _publish(self, version: int, tensors: dict[str, payload.Local], lanes: dict[str, str] | None) -> PublishResult:
         begin = time.perf_counter()
         directory = self.directory / version_name(version)
         if self.rank == 0 and (directory / STABLE).exists():
@@ -248,7 +215,7 @@ class Publisher:
             raise RunFailed(f"version {version} after version {self._base_version}")
         self._check_names(version, tensors)
         directory.mkdir(exist_ok=True)
-        lanes = _lanes(tensors)
+        lanes = lanes or lanes_of(tensors)
         digest_s = time.perf_counter() - begin
         delta = self._base_version is not None and self.transfer == "delta"
         parts = []
@@ -368,40 +335,6 @@ class Publisher:
         directory = self.directory / version_name(version)
         (directory / STABLE).unlink(missing_ok=True)
         shutil.rmtree(directory, ignore_errors=True)
-
-
-def local(source: Source, *, copy: bool) -> payload.Local:
-    """A tensor or shard, flat on its own device. Raises RunFailed for a dtype that does not travel."""
-    tensor = source.flat if isinstance(source, Shard) else source
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if dtype not in ITEM_BYTES:
-        raise RunFailed(f"weights in {dtype} do not travel", f"publish one of {', '.join(ITEM_BYTES)}")
-    flat = tensor.detach().contiguous().view(-1)
-    if copy and flat.data_ptr() == tensor.data_ptr():
-        flat = flat.clone()
-    if isinstance(source, Shard):
-        return payload.Local(dtype, tuple(source.shape), source.start, flat)
-    return payload.Local(dtype, tuple(tensor.shape), 0, flat)
-
-
-def _room(tensors: Mapping[str, payload.Local]) -> bool:
-    """Whether a GPU that holds `tensors` has room for as much again at the moment when it was fullest so far.
-
-    The first version is made before anything was trained, when that moment is not known: it always goes to the host.
-    """
-    size = {d: sum(t.flat.nbytes for t in tensors.values()) for d in {t.flat.device for t in tensors.values()}}
-    if not any(device.type == "cuda" for device in size):
-        return True
-    import torch
-
-    ((device, needed),) = size.items()
-    ours = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    return ours - torch.cuda.max_memory_allocated(device) > needed + SPARE_BYTES
-
-
-def _lanes(tensors: Mapping[str, payload.Local]) -> dict[str, str]:
-    lanes = digest.digest_many([(t.flat, t.start) for t in tensors.values()])
-    return {name: digest.to_hex(found) for name, found in zip(tensors, lanes, strict=True)}
 
 
 def _described(tensors: Mapping[str, payload.Local], lanes: Mapping[str, str]) -> dict[str, payload.PartTensor]:

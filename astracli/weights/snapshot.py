@@ -1,0 +1,98 @@
+"""What is published: a copy of this rank's tensors in their wire dtypes.
+
+It stays on the device where the tensors are; for want of room there it comes to the host.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Union
+
+from astracli.errors import RunFailed
+from astracli.weights import digest, payload
+from astracli.weights.manifest import ITEM_BYTES
+
+if TYPE_CHECKING:
+    import torch
+
+SPARE_BYTES = 1 << 30
+"""Device memory that the published versions leave free."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of a tensor, when several ranks hold it: a contiguous range of the flattened tensor."""
+
+    flat: torch.Tensor
+    start: int
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+
+
+Source = Union["torch.Tensor", Shard]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    tensors: dict[str, payload.Local]
+    lanes: dict[str, str] | None
+    """Digests, when the tensors left a GPU, which is quicker at them."""
+    ready: torch.cuda.Event | None
+    """On a GPU: what another stream must wait for."""
+    seconds: float
+
+
+def take(tensors: Mapping[str, Source], *, owned: bool, first: bool) -> Snapshot:
+    """Copies of `tensors`; the tensors themselves when they are `owned`. `first`: nothing was published before."""
+    lanes, begin = None, time.perf_counter()
+    taken = {name: local(tensor, copy=not owned) for name, tensor in tensors.items()}
+    if _on_gpu(taken) and (first or not _room(taken)):
+        lanes = lanes_of(taken)
+        taken = {name: replace(t, flat=t.flat.cpu()) for name, t in taken.items()}
+    ready = None
+    if _on_gpu(taken):
+        import torch
+
+        (device,) = {t.flat.device for t in taken.values()}
+        with torch.cuda.device(device):
+            ready = torch.cuda.Event()
+            ready.record()
+    return Snapshot(taken, lanes, ready, time.perf_counter() - begin)
+
+
+def local(source: Source, *, copy: bool) -> payload.Local:
+    """A tensor or shard, flat on its own device. Raises RunFailed for a dtype that does not travel."""
+    tensor = source.flat if isinstance(source, Shard) else source
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in ITEM_BYTES:
+        raise RunFailed(f"weights in {dtype} do not travel", f"publish one of {', '.join(ITEM_BYTES)}")
+    flat = tensor.detach().contiguous().view(-1)
+    if copy and flat.data_ptr() == tensor.data_ptr():
+        flat = flat.clone()
+    if isinstance(source, Shard):
+        return payload.Local(dtype, tuple(source.shape), source.start, flat)
+    return payload.Local(dtype, tuple(tensor.shape), 0, flat)
+
+
+def _on_gpu(tensors: Mapping[str, payload.Local]) -> bool:
+    return any(t.flat.device.type == "cuda" for t in tensors.values())
+
+
+def _room(tensors: Mapping[str, payload.Local]) -> bool:
+    """Whether a GPU that holds `tensors` has room for as much again at the moment when it was fullest so far.
+
+    The first version is made before anything was trained, when that moment is not known: it always goes to the host.
+    """
+    import torch
+
+    (device,) = {t.flat.device for t in tensors.values()}
+    needed = sum(t.flat.nbytes for t in tensors.values())
+    ours = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return ours - torch.cuda.max_memory_allocated(device) > needed + SPARE_BYTES
+
+
+def lanes_of(tensors: Mapping[str, payload.Local]) -> dict[str, str]:
+    lanes = digest.digest_many([(t.flat, t.start) for t in tensors.values()])
+    return {name: digest.to_hex(found) for name, found in zip(tensors, lanes, strict=True)}

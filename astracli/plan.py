@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from astracli import machine, plan_hint, plan_memory, plan_place, plan_trainer
+from astracli import machine, plan_hint, plan_memory, plan_place, plan_problems, plan_trainer
 from astracli.adapter import MemoryShape, ModelAdapter
-from astracli.backend import OLDEST, BackendChoice, capability_of
+from astracli.backend import BackendChoice
 from astracli.errors import UserError
-from astracli.plan_memory import MemoryRow, words
+from astracli.plan_memory import MemoryRow
 from astracli.plan_place import Placement
 from astracli.plan_types import Command, LaunchPlan, Problem, ProcessPlan, Role, Table
 from astracli.plan_view import render, to_json
@@ -27,8 +27,6 @@ MODULES = {
     "trainer": "astracli.workers.train",
     "eval": "astracli.workers.evaluate",
 }
-SGLANG_GLIBC = (2, 34)
-CPU_RECIPE = "qwen3.5-tiny-m2po-delta"
 
 
 def build(
@@ -93,11 +91,11 @@ def _build(
         expected=recipe.expected.model_dump(exclude_none=True) if recipe.expected else {},
     )
     problems = [
-        *_gpu_problems(plan, recipe, facts, way_out),
-        *_software_problems(recipe, choice, facts),
-        *_size_problems(plan, recipe, shape, facts, way_out),
+        *plan_problems.gpu_problems(plan, recipe, facts, way_out),
+        *plan_problems.software_problems(recipe, choice, facts),
+        *plan_problems.size_problems(plan, recipe, shape, facts, way_out),
     ]
-    warnings = [*choice.warnings, *_warnings(plan, facts)]
+    warnings = [*choice.warnings, *plan_problems.warnings(plan, facts)]
     return replace(plan, problems=tuple(problems), warnings=tuple(warnings))
 
 
@@ -179,12 +177,7 @@ def _place(
     if choice.device != "cuda":
         return Placement()
     gpus = {role: [gpu for p in processes if p.role == role for gpu in p.gpus] for role in ("engine", "trainer")}
-    return plan_place.place(recipe, shape, _sizes(facts), gpus["engine"], gpus["trainer"])
-
-
-def _sizes(facts: Mapping[str, Any]) -> dict[int, int]:
-    """Bytes of every visible GPU."""
-    return {gpu["index"]: gpu["memory_total"] for gpu in machine.visible_gpus(facts) if gpu["memory_total"]}
+    return plan_place.place(recipe, shape, plan_problems.sizes_of(facts), gpus["engine"], gpus["trainer"])
 
 
 def _memory(
@@ -195,7 +188,7 @@ def _memory(
     placement: Placement,
     facts: Mapping[str, Any],
 ) -> list[MemoryRow]:
-    rows, sizes = [plan_memory.light_row("supervisor")], _sizes(facts) if device == "cuda" else {}
+    rows, sizes = [plan_memory.light_row("supervisor")], plan_problems.sizes_of(facts) if device == "cuda" else {}
     for process in processes:
         if process.role == "engine" and shape:
             card = next((sizes[gpu] for gpu in process.gpus if gpu in sizes), None)
@@ -216,124 +209,3 @@ def _model(shape: MemoryShape, recipe: Recipe) -> dict[str, Any]:
         "flops_per_trained_token": shape.flops_per_token,
         "sequences_per_step": recipe.batch_sequences,
     }
-
-
-def _gpu_problems(
-    plan: LaunchPlan, recipe: Recipe, facts: Mapping[str, Any], way_out: Callable[[str], str]
-) -> list[Problem]:
-    if plan.choice.device != "cuda":
-        return []
-    gpus, needed = machine.visible_gpus(facts), len(plan.gpu_map)
-    if needed > len(gpus):
-        rollout, train = recipe.resources.rollout_gpus, recipe.resources.train_gpus
-        parts = f"rollout {rollout}, train {train}" if plan.command == "train" else f"rollout {rollout}"
-        shared = ", shared" if recipe.resources.share_gpus and plan.command == "train" else ""
-        noun = "GPU" if needed == 1 else "GPUs"
-        there = str(len(gpus)) if gpus else "none"
-        on_cpu = f"`astra {plan.command} --recipe {CPU_RECIPE}` runs on a CPU"
-        otherwise = f"no split of this recipe fits these GPUs; {on_cpu}" if gpus else on_cpu
-        return [
-            Problem(
-                "gpus",
-                f"{needed} {noun} (this machine has {there})",
-                f"recipe `{recipe.name}` asks for {needed} {noun} ({parts}{shared}), this machine has {there}",
-                way_out(otherwise),
-            )
-        ]
-    old = sorted({gpu["compute_capability"] for gpu in gpus if capability_of(gpu) < OLDEST})
-    if old:
-        what = "GPUs of compute capability 8.0 or newer"
-        return [Problem("gpus", what, f"bf16 needs {what}, this machine has {', '.join(old)}", None)]
-    return []
-
-
-def _software_problems(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any]) -> list[Problem]:
-    problems = []
-    if choice.engine == "sglang" and not recipe.resources.engine.foreign:
-        if not machine.usable(facts, "sglang"):
-            message = f"recipe `{recipe.name}` generates with sglang, which is not installed here"
-            hint = "`pip install 'astracli[sglang]'`, or name its environment in resources.engine.python"
-            problems.append(Problem("package", "package sglang", message, hint))
-        libc = facts["system"]["libc"] or ""
-        version = machine.version_tuple(libc.removeprefix("glibc "))
-        if libc.startswith("glibc") and version < SGLANG_GLIBC:
-            what = "glibc 2.34 or newer (sglang's wheels)"
-            message = f"sglang needs {what}, this machine has {libc}"
-            problems.append(Problem("system", what, message, "use a newer operating system image"))
-    if choice.device == "cuda" and facts["torch_cuda"] is None:
-        message = f"recipe `{recipe.name}` trains on GPUs, torch here is built without CUDA"
-        hint = "install a CUDA build of torch: `pip install -c constraints/cuda.txt 'astracli[gpu]'`"
-        problems.append(Problem("package", "a CUDA build of torch", message, hint))
-    return problems
-
-
-def _size_problems(
-    plan: LaunchPlan,
-    recipe: Recipe,
-    shape: MemoryShape | None,
-    facts: Mapping[str, Any],
-    way_out: Callable[[str], str],
-) -> list[Problem]:
-    """What cannot fit whatever the load: fixed rows against each GPU, the host and the disk."""
-    problems = []
-    sizes = _sizes(facts)
-    otherwise = "no setting of this recipe fits these GPUs: take more or larger ones, or a smaller model"
-    for gpu, names in plan.gpu_map.items():
-        need, size = plan_memory.on_gpu(plan.memory, names, fixed=True), sizes.get(gpu)
-        fraction = plan.placement.mem_fraction_static
-        if size is None:
-            continue
-        if need > size:
-            what = f"{words(need)} of GPU memory for {' and '.join(names)}"
-            message = f"GPU {gpu} needs at least {what}, it has {words(size)}"
-        elif fraction and shape and any(name.startswith("engine") for name in names):
-            static = plan_memory.static_bytes(shape, recipe)
-            if static <= fraction * size:
-                continue
-            what = f"{words(static)} for the engine's weights, states and one request"
-            message = (
-                f"the engine reserves {fraction:.0%} of GPU {gpu} ({words(int(fraction * size))}), it needs {what}"
-            )
-        else:
-            continue
-        problems.append(Problem("memory", what, message, way_out(otherwise)))
-        break
-    system = facts["system"]
-    host = plan_memory.total(plan.memory, where="host", fixed=True)
-    if host > system["memory_total"]:
-        what = f"{words(host)} of memory"
-        message = f"recipe `{plan.recipe}` needs at least {what}, this machine has {words(system['memory_total'])}"
-        otherwise = "choose a smaller model, or a machine with more memory"
-        problems.append(Problem("memory", what, message, way_out(otherwise)))
-    disk = plan_memory.total(plan.disk, where="disk")
-    if disk > system["disk_free"]:
-        what = f"{words(disk)} of disk"
-        free = words(system["disk_free"])
-        message = f"recipe `{plan.recipe}` may fill {what}, `{system['disk_path']}` has {free} free"
-        hint = "point --run-dir at a larger disk, or `--set checkpoint.keep=1 --set weights.keep=2`"
-        problems.append(Problem("disk", what, message, hint, blocking=False))
-    return problems
-
-
-def _warnings(plan: LaunchPlan, facts: Mapping[str, Any]) -> list[str]:
-    """What may go wrong under load but need not."""
-    result = []
-    sizes = _sizes(facts)
-    for gpu, names in plan.gpu_map.items():
-        need, size = plan_memory.on_gpu(plan.memory, names), sizes.get(gpu)
-        if size is not None and need > size >= plan_memory.on_gpu(plan.memory, names, fixed=True):
-            result.append(f"GPU {gpu} may need {words(need)} under full load, it has {words(size)}: requests will wait")
-    busy = sum(process.threads for process in plan.processes if process.role in ("engine", "trainer"))
-    cores = facts["system"]["cores_usable"]
-    if plan.choice.device == "cpu" and busy > cores:
-        result.append(f"engines and trainer want {busy} threads of {cores:g} usable cores: they will starve each other")
-    host = plan_memory.total(plan.memory, where="host")
-    available = facts["system"]["memory_available"]
-    if available < host:
-        result.append(f"about {words(host)} of memory are needed under full load, {words(available)} are available now")
-    trained = any(process.role == "trainer" for process in plan.processes)
-    if plan.choice.device == "cuda" and plan.choice.gdn_backward == "torch" and trained:
-        result.append("the delta rule in plain torch keeps more activations than this plan counts")
-    if not plan.model:
-        result.append("memory and disk are not planned: the model's config.json is not on this machine")
-    return result

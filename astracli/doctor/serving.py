@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from astracli import machine
 from astracli.backend import SERVING, lowest_capability, serving_options
 from astracli.doctor.subject import Check, Facts, Status, Subject, flaw, found
-from astracli.plan import SGLANG_GLIBC
+from astracli.plan_problems import SGLANG_GLIBC
 
 GROUP = "serving"
 INSTALL = "`pip install 'astracli[sglang]'`, or name its environment in resources.engine.python"

@@ -56,7 +56,7 @@ class Parking:
         """uint8 [size]; pinned for a GPU, registered by hand: torch's own pinned allocator rounds up to powers of 2."""
         buffer = torch.empty(size, dtype=torch.uint8)
         if device.type == "cuda" and size:
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0)))
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
             weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, buffer.data_ptr())
         return buffer
 

@@ -1,0 +1,142 @@
+"""What a machine lacks for a launch plan: GPUs, packages, room. Pure; `plan.refuse` says which of it ends a command."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from astracli import machine, plan_memory
+from astracli.adapter import MemoryShape
+from astracli.backend import OLDEST, BackendChoice, capability_of
+from astracli.plan_memory import words
+from astracli.plan_types import LaunchPlan, Problem
+from astracli.recipe import Recipe
+
+SGLANG_GLIBC = (2, 34)
+CPU_RECIPE = "qwen3.5-tiny-m2po-delta"
+
+
+def sizes_of(facts: Mapping[str, Any]) -> dict[int, int]:
+    """Bytes of every visible GPU."""
+    return {gpu["index"]: gpu["memory_total"] for gpu in machine.visible_gpus(facts) if gpu["memory_total"]}
+
+
+def gpu_problems(
+    plan: LaunchPlan, recipe: Recipe, facts: Mapping[str, Any], way_out: Callable[[str], str]
+) -> list[Problem]:
+    if plan.choice.device != "cuda":
+        return []
+    gpus, needed = machine.visible_gpus(facts), len(plan.gpu_map)
+    if needed > len(gpus):
+        rollout, train = recipe.resources.rollout_gpus, recipe.resources.train_gpus
+        parts = f"rollout {rollout}, train {train}" if plan.command == "train" else f"rollout {rollout}"
+        shared = ", shared" if recipe.resources.share_gpus and plan.command == "train" else ""
+        noun = "GPU" if needed == 1 else "GPUs"
+        there = str(len(gpus)) if gpus else "none"
+        on_cpu = f"`astra {plan.command} --recipe {CPU_RECIPE}` runs on a CPU"
+        otherwise = f"no split of this recipe fits these GPUs; {on_cpu}" if gpus else on_cpu
+        return [
+            Problem(
+                "gpus",
+                f"{needed} {noun} (this machine has {there})",
+                f"recipe `{recipe.name}` asks for {needed} {noun} ({parts}{shared}), this machine has {there}",
+                way_out(otherwise),
+            )
+        ]
+    old = sorted({gpu["compute_capability"] for gpu in gpus if capability_of(gpu) < OLDEST})
+    if old:
+        what = "GPUs of compute capability 8.0 or newer"
+        return [Problem("gpus", what, f"bf16 needs {what}, this machine has {', '.join(old)}", None)]
+    return []
+
+
+def software_problems(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any]) -> list[Problem]:
+    problems = []
+    if choice.engine == "sglang" and not recipe.resources.engine.foreign:
+        if not machine.usable(facts, "sglang"):
+            message = f"recipe `{recipe.name}` generates with sglang, which is not installed here"
+            hint = "`pip install 'astracli[sglang]'`, or name its environment in resources.engine.python"
+            problems.append(Problem("package", "package sglang", message, hint))
+        libc = facts["system"]["libc"] or ""
+        version = machine.version_tuple(libc.removeprefix("glibc "))
+        if libc.startswith("glibc") and version < SGLANG_GLIBC:
+            what = "glibc 2.34 or newer (sglang's wheels)"
+            message = f"sglang needs {what}, this machine has {libc}"
+            problems.append(Problem("system", what, message, "use a newer operating system image"))
+    if choice.device == "cuda" and facts["torch_cuda"] is None:
+        message = f"recipe `{recipe.name}` trains on GPUs, torch here is built without CUDA"
+        hint = "install a CUDA build of torch: `pip install -c constraints/cuda.txt 'astracli[gpu]'`"
+        problems.append(Problem("package", "a CUDA build of torch", message, hint))
+    return problems
+
+
+def size_problems(
+    plan: LaunchPlan,
+    recipe: Recipe,
+    shape: MemoryShape | None,
+    facts: Mapping[str, Any],
+    way_out: Callable[[str], str],
+) -> list[Problem]:
+    """What cannot fit whatever the load: fixed rows against each GPU, the host and the disk."""
+    problems = []
+    sizes = sizes_of(facts)
+    otherwise = "no setting of this recipe fits these GPUs: take more or larger ones, or a smaller model"
+    for gpu, names in plan.gpu_map.items():
+        need, size = plan_memory.on_gpu(plan.memory, names, fixed=True), sizes.get(gpu)
+        fraction = plan.placement.mem_fraction_static
+        if size is None:
+            continue
+        if need > size:
+            what = f"{words(need)} of GPU memory for {' and '.join(names)}"
+            message = f"GPU {gpu} needs at least {what}, it has {words(size)}"
+        elif fraction and shape and any(name.startswith("engine") for name in names):
+            static = plan_memory.static_bytes(shape, recipe)
+            if static <= fraction * size:
+                continue
+            what = f"{words(static)} for the engine's weights, states and one request"
+            message = (
+                f"the engine reserves {fraction:.0%} of GPU {gpu} ({words(int(fraction * size))}), it needs {what}"
+            )
+        else:
+            continue
+        problems.append(Problem("memory", what, message, way_out(otherwise)))
+        break
+    system = facts["system"]
+    host = plan_memory.total(plan.memory, where="host", fixed=True)
+    if host > system["memory_total"]:
+        what = f"{words(host)} of memory"
+        message = f"recipe `{plan.recipe}` needs at least {what}, this machine has {words(system['memory_total'])}"
+        otherwise = "choose a smaller model, or a machine with more memory"
+        problems.append(Problem("memory", what, message, way_out(otherwise)))
+    disk = plan_memory.total(plan.disk, where="disk")
+    if disk > system["disk_free"]:
+        what = f"{words(disk)} of disk"
+        free = words(system["disk_free"])
+        message = f"recipe `{plan.recipe}` may fill {what}, `{system['disk_path']}` has {free} free"
+        hint = "point --run-dir at a larger disk, or `--set checkpoint.keep=1 --set weights.keep=2`"
+        problems.append(Problem("disk", what, message, hint, blocking=False))
+    return problems
+
+
+def warnings(plan: LaunchPlan, facts: Mapping[str, Any]) -> list[str]:
+    """What may go wrong under load but need not."""
+    result = []
+    sizes = sizes_of(facts)
+    for gpu, names in plan.gpu_map.items():
+        need, size = plan_memory.on_gpu(plan.memory, names), sizes.get(gpu)
+        if size is not None and need > size >= plan_memory.on_gpu(plan.memory, names, fixed=True):
+            result.append(f"GPU {gpu} may need {words(need)} under full load, it has {words(size)}: requests will wait")
+    busy = sum(process.threads for process in plan.processes if process.role in ("engine", "trainer"))
+    cores = facts["system"]["cores_usable"]
+    if plan.choice.device == "cpu" and busy > cores:
+        result.append(f"engines and trainer want {busy} threads of {cores:g} usable cores: they will starve each other")
+    host = plan_memory.total(plan.memory, where="host")
+    available = facts["system"]["memory_available"]
+    if available < host:
+        result.append(f"about {words(host)} of memory are needed under full load, {words(available)} are available now")
+    trained = any(process.role == "trainer" for process in plan.processes)
+    if plan.choice.device == "cuda" and plan.choice.gdn_backward == "torch" and trained:
+        result.append("the delta rule in plain torch keeps more activations than this plan counts")
+    if not plan.model:
+        result.append("memory and disk are not planned: the model's config.json is not on this machine")
+    return result

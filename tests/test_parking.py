@@ -203,7 +203,10 @@ GPU_SCRIPT = """
                 trainers[-1].to_host()
                 trainers[-1].to_device()
             trainers[-1].train(sample_groups(None, 4, seed=step, version=step), step, step)
-    sides = [[*t.masters.values.values(), *(m.cpu() for k in t.masters.moments() for m in k.values())] for t in trainers]
+    sides = [
+        [*trainer.masters.values.values(), *(m.cpu() for kind in trainer.masters.moments() for m in kind.values())]
+        for trainer in trainers
+    ]
     print(max(float((a.cpu() - b.cpu()).abs().max()) for a, b in zip(*sides)))
     ranks.close()
 """

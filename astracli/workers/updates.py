@@ -238,10 +238,10 @@ class Lane:
         self._serving = bool(info.get("serving", self.version is not None))
         if info.get("paused", True):  # SGLang does not say; to continue what runs changes nothing
             await self._call(self._engine.resume())
-        if not self._fetcher.watched:  # our loader has not run in it yet, and would first compile in a pause
-            self._fetcher.wake(held)  # of weights that nobody vouches for this is refused, and they stay so
+        if self.version is not None and not self._fetcher.watched:  # our loader would first compile in a pause
+            self._fetcher.wake(self.version)
             await self._call(self._engine.pause("abort"))
-            await self._call(self._engine.apply_staged(held))
+            await self._call(self._engine.apply_staged(self.version))
             await self._call(self._engine.resume())
         self._attached = True
 

@@ -203,10 +203,8 @@ GPU_SCRIPT = """
                 trainers[-1].to_host()
                 trainers[-1].to_device()
             trainers[-1].train(sample_groups(None, 4, seed=step, version=step), step, step)
-    sides = [
-        [*trainer.masters.values.values(), *(m.cpu() for kind in trainer.masters.moments() for m in kind.values())]
-        for trainer in trainers
-    ]
+    kinds = [(t.masters.values, *t.masters.moments()) for t in trainers]
+    sides = [[tensor for kind in found for tensor in kind.values()] for found in kinds]
     print(max(float((a.cpu() - b.cpu()).abs().max()) for a, b in zip(*sides)))
     ranks.close()
 """

@@ -103,7 +103,8 @@ def delta_net(
         raise ValueError(f"cu_seqlens with {rows} rows; a packed row is one")
     mixed = module.in_proj_qkv(hidden_states)
     taps = module.conv1d.weight.squeeze(1)
-    bounds = _segments(cu_seqlens, tokens) if kernels is None else []
+    by_torch = kernels is None or fused.delta_rule_by_torch
+    bounds = _segments(cu_seqlens, tokens) if by_torch else []
     if kernels is not None:
         mixed = _apart(kernels.conv, mixed, taps, module.conv1d.bias, activation="silu", cu_seqlens=cu_seqlens)[0]
     else:
@@ -117,22 +118,25 @@ def delta_net(
     decay = module.in_proj_a(hidden_states).float() + module.dt_bias.float()
     g = -module.A_log.float().exp() * torch.nn.functional.softplus(decay)
     gate = module.in_proj_z(hidden_states).reshape(rows, tokens, -1, module.head_v_dim)
-    if kernels is not None:
-        options = {"use_qk_l2norm_in_kernel": True, "cu_seqlens": cu_seqlens}
-        out = _apart(kernels.rule, query, key, value, g=g, beta=beta, **options)[0]
-        out = kernels.rms_norm_gated(out, gate, module.norm.weight, None, eps=module.layer_norm_epsilon)
-    else:
+    if by_torch:
         rule = partial(torch_rule(), use_qk_l2norm_in_kernel=True)
         parts = [tuple(x[:, a:b] for x in (query, key, value, g, beta)) for a, b in bounds]
         out = torch.cat([rule(q, k, v, g=g_, beta=beta_)[0] for q, k, v, g_, beta_ in parts], dim=1)
+    else:
+        options = {"use_qk_l2norm_in_kernel": True, "cu_seqlens": cu_seqlens}
+        out = _apart(kernels.rule, query, key, value, g=g, beta=beta, **options)[0]
+    if kernels is not None:
+        out = kernels.rms_norm_gated(out, gate, module.norm.weight, None, eps=module.layer_norm_epsilon)
+    else:
         out = module.norm(out.reshape(-1, module.head_v_dim), gate.reshape(-1, module.head_v_dim))
     return module.out_proj(out.reshape(rows, tokens, -1))
 
 
 def _segments(cu_seqlens: Any, tokens: int) -> list[tuple[int, int]]:
+    """(start, end) of every segment; one for an ordinary row."""
     from astracli.training.varlen import segments
 
-    return segments(cu_seqlens, tokens)
+    return [(0, tokens)] if cu_seqlens is None else segments(cu_seqlens, tokens)
 
 
 def _torch_conv(x: Any, taps: Any, bias: Any) -> Any:

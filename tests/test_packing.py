@@ -339,3 +339,45 @@ def test_kernels_are_tuned_over_few_configurations_and_not_by_row_length() -> No
     assert len(many.configs) == 4
     assert {c.num_warps for c in many.configs} == {4, 8}
     assert len(few.configs) == 2 and [c.num_warps for c in odd.configs] == [1, 2, 16]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_gpu_whose_fla_has_no_right_backward_runs_the_rule_in_torch(
+    packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other kernels stay; a tensor that says it is on a GPU takes them, here with torch inside."""
+    from types import SimpleNamespace
+
+    from astracli.adapters import qwen3_5_layers as layers
+    from astracli.cpu import delta_rule
+    from astracli.gpu import fused
+
+    class OnGpu(torch.Tensor):
+        is_cuda = property(lambda self: True)  # type: ignore[assignment]
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**ADAPTER.tiny_config()))  # type: ignore[misc]
+    module = layers.delta_net_modules(model)[0]
+    hidden = torch.randn(1, 90, 32, generator=torch.Generator().manual_seed(1))
+    bounds = torch.tensor([0, 37, 42, 90], dtype=torch.int32) if packed else None
+    wanted = torch.cat(
+        [module(hidden[:, a:b]) for a, b in ((0, 37), (37, 42), (42, 90))] if packed else [module(hidden)], 1
+    )
+
+    def conv(x: Any, taps: Any, bias: Any, *, activation: str, cu_seqlens: Any) -> tuple[Any, None]:
+        parts = layers._segments(cu_seqlens, x.shape[1])
+        mixed = [delta_rule.conv_silu(x[:, a:b].transpose(1, 2), taps, bias).transpose(1, 2) for a, b in parts]
+        return torch.cat(mixed, 1), None
+
+    def norm(x: Any, gate: Any, *_: Any, eps: float) -> Any:
+        return module.norm(x.reshape(-1, x.shape[-1]), gate.reshape(-1, x.shape[-1])).reshape(x.shape)
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("incorrect results for gated chunk_bwd_dqkwg")
+
+    monkeypatch.setattr(fused, "fla", lambda: SimpleNamespace(conv=conv, rms_norm_gated=norm, rule=refused))
+    row = hidden.as_subclass(OnGpu)
+    with pytest.raises(RuntimeError, match="chunk_bwd"):
+        layers.delta_net(module, module.forward, row, cu_seqlens=bounds)
+    monkeypatch.setattr(fused, "delta_rule_by_torch", True)
+    found = layers.delta_net(module, module.forward, row, cu_seqlens=bounds)
+    assert float((found.detach().as_subclass(torch.Tensor) - wanted.detach()).abs().max()) < 1e-5

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+delta_rule_by_torch = False
+"""Set by a trainer for which `backend_delta_rule` found that fla's backward pass is wrong or raises on these GPUs."""
+
 
 @lru_cache
 def fla() -> Any:

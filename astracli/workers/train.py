@@ -71,6 +71,10 @@ def _settle_torch(config: WorkerConfig) -> None:
 
     if config.device == "cpu":
         keep_freed_memory()
+    elif config.backends.get("gdn_backward") == "torch":
+        from astracli.gpu import fused
+
+        fused.delta_rule_by_torch = True
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.recipe.seed)
     if config.recipe.launch.deterministic:

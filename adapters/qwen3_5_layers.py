@@ -118,7 +118,7 @@ def delta_net(
     decay = module.in_proj_a(hidden_states).float() + module.dt_bias.float()
     g = -module.A_log.float().exp() * torch.nn.functional.softplus(decay)
     gate = module.in_proj_z(hidden_states).reshape(rows, tokens, -1, module.head_v_dim)
-    if by_torch:
+    if kernels is None or by_torch:
         rule = partial(torch_rule(), use_qk_l2norm_in_kernel=True)
         parts = [tuple(x[:, a:b] for x in (query, key, value, g, beta)) for a, b in bounds]
         out = torch.cat([rule(q, k, v, g=g_, beta=beta_)[0] for q, k, v, g_, beta_ in parts], dim=1)

@@ -15,6 +15,8 @@ sys.path.append(str(Path(__file__).parents[1] / "bench"))
 from exactness import SMALL, difference, digests, figures
 from killing import Attempt, records
 
+QUICK = ["eval.samples=1", "eval.pass_k=1"]
+
 STEPS = 4
 pytestmark = pytest.mark.timeout(600)  # five runs, one after the other, on whatever else the machine does
 
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.timeout(600)  # five runs, one after the other, on what
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    code, talk = Attempt(run, [f"train.steps={STEPS}", *SMALL], resume=False).end()
+    code, talk = Attempt(run, [f"train.steps={STEPS}", *SMALL, *QUICK], resume=False).end()
     assert code == 0, talk
     return run
 
@@ -30,7 +32,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def killed(run: Path, victim: str, ready: Callable[[Attempt], bool]) -> None:
     """One attempt, new or resumed, that loses `victim` when it is ready."""
     resume = run.exists()
-    attempt = Attempt(run, [] if resume else [f"train.steps={STEPS}", *SMALL], resume=resume)
+    attempt = Attempt(run, [] if resume else [f"train.steps={STEPS}", *SMALL, *QUICK], resume=resume)
     assert attempt.wait(lambda: ready(attempt) and attempt.kill(victim)), attempt.end()[1]
     code, talk = attempt.end()
     assert code == (-9 if victim == "supervisor" else 1), talk

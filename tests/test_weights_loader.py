@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,26 +23,18 @@ from astracli.weights.publisher import Publisher
 from astracli.weights.staged import Placement
 from astracli.weights.subscriber import Subscriber
 
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
+from weights_damage import SHAPES
+
 Weights = dict[str, torch.Tensor]
 
 
 def first_weights() -> Weights:
     """HF tensors of a model that the fake engine below holds fused."""
     draw = torch.Generator().manual_seed(0)
-    shapes = {
-        "model.embed_tokens.weight": (40, 16),
-        "model.layers.0.self_attn.q_proj.weight": (32, 16),
-        "model.layers.0.self_attn.k_proj.weight": (8, 16),
-        "model.layers.0.self_attn.v_proj.weight": (8, 16),
-        "model.layers.0.mlp.gate_proj.weight": (24, 16),
-        "model.layers.0.mlp.up_proj.weight": (24, 16),
-        "model.layers.0.linear_attn.conv1d.weight": (20, 1, 4),
-        "model.layers.0.linear_attn.A_log": (6,),
-        "model.norm.weight": (16,),
-    }
     return {
         name: torch.randn(shape, generator=draw).to(torch.float32 if "A_log" in name else torch.bfloat16)
-        for name, shape in shapes.items()
+        for name, shape in SHAPES.items()
     }
 
 

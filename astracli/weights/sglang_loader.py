@@ -38,21 +38,21 @@ _SWITCH_S = 5e-4
 _MAX_RUNS = 1 << 16  # contiguous runs that one copy may fall into
 
 
-class _Intercept(TorchFunctionMode):
-    """Sees every `dst.copy_(src)` and `dst[index] = src` whose source is one of the tensors being fed."""
+class PlacementRecorder(TorchFunctionMode):
+    """Records where the model keeps every HF tensor. Changes no weight.
+
+    Sees every `dst.copy_(src)` and `dst[index] = src` whose source is one of the tensors being fed, and lets none run.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.fed: dict[int, tuple[str, torch.Tensor]] = {}
+        self.found: dict[str, list[Placement]] = {}
 
     def feed(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
         if tensor.numel():
             self.fed[tensor.untyped_storage().data_ptr()] = (name, tensor)
         return name, tensor
-
-    def moved(self, name: str, target: torch.Tensor, source: torch.Tensor) -> None:
-        """`source`, a view of the tensor fed as `name`, is to be written to `target`."""
-        raise NotImplementedError
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -73,14 +73,6 @@ class _Intercept(TorchFunctionMode):
         if not isinstance(source, torch.Tensor) or not source.numel():
             return ""
         return self.fed.get(source.untyped_storage().data_ptr(), ("", source))[0]
-
-
-class PlacementRecorder(_Intercept):
-    """Records where the model keeps every HF tensor. Changes no weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[str, list[Placement]] = {}
 
     def record(self, model: Any, entries: Iterable[TensorEntry]) -> dict[str, list[Placement]]:
         """{HF name: placements in ascending order}. Raises WeightMismatch naming tensors that the model did not take
@@ -105,6 +97,7 @@ class PlacementRecorder(_Intercept):
         return self.found
 
     def moved(self, name: str, target: torch.Tensor, source: torch.Tensor) -> None:
+        """`source`, a view of the tensor fed as `name`, is to be written to `target`."""
         if target.numel() != source.numel() or target.dtype != source.dtype:
             raise WeightMismatch(
                 f"`{name}`: {source.dtype}{list(source.shape)} is loaded into {target.dtype}{list(target.shape)}",

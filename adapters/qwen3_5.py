@@ -211,14 +211,12 @@ def memory_shape(config: Mapping[str, Any]) -> MemoryShape:
         state_bytes_per_sequence=kinds.count("linear_attention") * (recurrent + convolution),
         flops_per_token=gemm_flops(shapes, tied=text["tie_word_embeddings"]),
         outside_blocks=outside_blocks(shapes),
-        block_activations=tuple(sizes[kind][0] for kind in kinds),
-        block_products=tuple(sizes[kind][1] for kind in kinds),
+        block_activations=tuple(sizes[kind] for kind in kinds),
     )
 
 
-def _activations(text: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Kind of block -> bytes a token in bf16 that autograd keeps of it on a GPU, and how many of them are results of
-    matrix products and attention (what selective recomputation keeps).
+def _activations(text: Mapping[str, Any]) -> dict[str, int]:
+    """Kind of block -> bytes a token in bf16 that autograd keeps of it on a GPU.
 
     fla's norms keep input and output (2 + 2 bytes a unit), its MLP gate and up (2 + 2). Full attention: normed heads'
     inputs, what varlen attention keeps (query, key, value, output), the gate and the gated output. Delta rule: input of
@@ -230,11 +228,11 @@ def _activations(text: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     channels = 2 * key_heads * key_dim + values
     query, kv = (text[f"num_{n}_heads"] * text.get("head_dim", 256) for n in ("attention", "key_value"))
     hidden, inner, heads = text["hidden_size"], text["intermediate_size"], text["num_attention_heads"]
-    block, products = 2 * 4 * hidden + 4 * inner, 4 * inner + 2 * 2 * hidden
+    block = 2 * 4 * hidden + 4 * inner
     delta = 2 * channels + 4 * value_heads * key_dim + 8 * values + (2 * layers.CHUNK + 26) * value_heads
     return {
-        "linear_attention": (block + delta, products + 2 * (channels + values) + 4 * value_heads),
-        "full_attention": (block + 10 * query + 6 * kv + 4 * heads, products + 6 * query + 4 * kv + 4 * heads),
+        "linear_attention": block + delta,
+        "full_attention": block + 10 * query + 6 * kv + 4 * heads,
     }
 
 

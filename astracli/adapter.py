@@ -62,8 +62,6 @@ class MemoryShape:
     block_activations: tuple[int, ...] = ()
     """Per block, the bytes a token that autograd keeps in bf16, without recomputation and without the blocks' own
     inputs, as `prepare_gpu` leaves them. () = not known: estimated from the hidden size."""
-    block_products: tuple[int, ...] = ()
-    """Of these, the results of matrix products and attention: what selective recomputation keeps. () = not known."""
 
 
 @dataclass(frozen=True)

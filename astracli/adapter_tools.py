@@ -201,14 +201,6 @@ def dense_activations(config: Mapping[str, Any], shapes: Shapes) -> int:
     return block + 4 * (query + kv) + 4 * config["num_attention_heads"] + head
 
 
-def dense_products(config: Mapping[str, Any], shapes: Shapes) -> int:
-    """Bytes a token of the results of matrix products and attention of a Llama-shaped block in bf16."""
-    layer = "model.layers.0.self_attn"
-    query, kv = shapes[f"{layer}.q_proj.weight"][0], shapes[f"{layer}.k_proj.weight"][0]
-    attention = 2 * query + 4 * kv + 2 * query + 4 * config["num_attention_heads"]
-    return attention + 4 * config["intermediate_size"] + 2 * 2 * config["hidden_size"]
-
-
 def dense_memory_shape(config: Mapping[str, Any], shapes: Shapes) -> MemoryShape:
     """Sizes of a Llama-shaped decoder; KV cache in bf16 for every layer."""
     kv_width = shapes["model.layers.0.self_attn.k_proj.weight"][0]
@@ -223,5 +215,4 @@ def dense_memory_shape(config: Mapping[str, Any], shapes: Shapes) -> MemoryShape
         flops_per_token=gemm_flops(shapes, tied="lm_head.weight" not in shapes),
         outside_blocks=outside_blocks(shapes),
         block_activations=(dense_activations(config, shapes),) * layers,
-        block_products=(dense_products(config, shapes),) * layers,
     )

@@ -14,7 +14,7 @@ from typing import Literal
 
 from astracli.adapter import MemoryShape
 from astracli.plan_memory import CUDA_CONTEXT, TORCH_PROCESS, MemoryRow, Place, block_activations
-from astracli.recipe import Recipe
+from astracli.recipe import RECOMPUTED_BLOCKS, Recipe
 
 Where = Literal["gpu", "host"]
 
@@ -102,11 +102,11 @@ def _tokens(recipe: Recipe) -> int:
 
 
 def _kept(shape: MemoryShape, recipe: Recipe) -> int:
-    """What forward keeps of a micro-batch in bf16: of a recomputed block its input, selectively also its products."""
-    own, inputs = block_activations(shape), 2 * shape.hidden_size * shape.layers
-    products = shape.block_products or tuple(size // 2 for size in own)
-    kept = {"none": sum(own), "selective": inputs + sum(products), "full": inputs}
-    return _tokens(recipe) * kept[recipe.train.activation_checkpointing]
+    """What forward keeps of a micro-batch in bf16: of a recomputed block its input, of the others all."""
+    own, mode = block_activations(shape), recipe.train.activation_checkpointing
+    again = set(range(0, len(own), RECOMPUTED_BLOCKS[mode])) if mode != "none" else set()
+    kept = sum(2 * shape.hidden_size if i in again else size for i, size in enumerate(own))
+    return _tokens(recipe) * kept
 
 
 def _peak(shape: MemoryShape, recipe: Recipe, ranks: int, split: Split) -> int:

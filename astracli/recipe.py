@@ -106,6 +106,10 @@ class RolloutTable(Table):
     their samples earned the same; 0 goes on generating."""
 
 
+RECOMPUTED_BLOCKS = {"full": 1, "selective": 2}
+"""Mode of `train.activation_checkpointing` -> every how many-th block the backward pass computes again."""
+
+
 class TrainTable(Table):
     steps: PositiveInt
     """Steps of the run. A step is one batch, a version is one publish, one publish a step."""
@@ -138,8 +142,8 @@ class TrainTable(Table):
     """Every batch is trained on again up to n times, in the steps after its first, while no token of it is staler than
     `max_staleness`. A replay is a step: it counts in `steps` and publishes a version."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
-    """What the backward pass computes again: `full`, every block (least memory, a third more work); `selective`, all
-    but matrix products and attention; `none`, nothing."""
+    """What the backward pass computes again: `full`, every block (least memory, a third more work); `selective`, every
+    second block; `none`, nothing."""
     reference_device: Literal["auto", "gpu", "host"] = "auto"
     """Where the initial model of the KL term waits between scoring passes; `host` is pinned memory, `auto` is the GPU
     while it has room. On a CPU there is one place."""

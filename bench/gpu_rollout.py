@@ -35,6 +35,7 @@ from transformers import AutoTokenizer
 from astracli import backend, machine, recipe_io, registry
 from astracli.adapter import chat_prompt_tokens
 from astracli.data import arithmetic
+from astracli.doctor import gather
 from astracli.engines.client import EngineClient, GenRequest
 from astracli.launch import fetch, ports
 from astracli.plan import ENGINE_MODULES
@@ -100,7 +101,7 @@ def silent_hub() -> Iterator[str]:
 @contextmanager
 def engine(recipe: Recipe, model: Path, folder: Path) -> Iterator[str]:
     """An engine process of this recipe with the checkpoint's own weights; yields its URL."""
-    facts, adapter = machine.probe(), registry.resolve(recipe, model)
+    facts, adapter = gather.with_engine(machine.probe(), recipe), registry.resolve(recipe, model)
     choice = backend.choose(adapter, facts, recipe)
     (port,) = ports.free_ports(1, "127.0.0.1")
     run = folder / f"engine-{port}"

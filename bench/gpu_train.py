@@ -26,7 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -169,8 +169,7 @@ def timed_step(trainer: Trainer, sample: list[Group], step: int) -> tuple[float,
     result = trainer.train(sample, step, step)
     settle(device)
     seconds = time.perf_counter() - began
-    before = sum(result.metrics.get(name, 0.0) for name in ("batch_s", "check_s", "score_s"))
-    return seconds - before, sum(map(len, result.batch.rows)), result.batch.loss_tokens, result.metrics
+    return seconds - scoring(result.metrics), sum(map(len, result.batch.rows)), result.batch.loss_tokens, result.metrics
 
 
 def measure(
@@ -212,19 +211,50 @@ def planned(trainer: Trainer, shape: MemoryShape) -> int:
 
 
 def profile(trainer: Trainer, draw: Callable[[int], list[Group]]) -> str:
-    """The operators and kernels of one step by their own time."""
+    """What ran during one step, by its own time; on a GPU its kernels, and how long it ran none at all."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
     for step in range(2):
         timed_step(trainer, draw(step), step)
     on_gpu = trainer.ranks.device.type == "cuda"
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
-    with profiler(activities=activities) as recorded:
-        seconds, tokens, _, _ = timed_step(trainer, draw(2), 2)
-    order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
-    table = recorded.key_averages().table(sort_by=order, row_limit=45, max_name_column_width=80)
-    return f"{table}\none step under the profiler: {seconds:.3f} s, {tokens} tokens"
+    with profiler(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU], acc_events=True) as recorded:
+        seconds, tokens, _, metrics = timed_step(trainer, draw(2), 2)
+    # `key_averages` takes minutes over the million operators of a step: the raw events are summed here
+    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
+    spans = [
+        (event.name(), event.start_ns(), event.duration_ns())
+        for event in recorded.profiler.kineto_results.events()
+        if not on_gpu or str(event.device_type()).endswith("CUDA")
+    ]
+    return (
+        kernel_table(spans)
+        + f"\none step under the profiler: {seconds:.3f} s and {scoring(metrics):.3f} s of scoring before it, {tokens} tokens"
+    )
+
+
+def scoring(metrics: Mapping[str, float]) -> float:
+    """Seconds of a step before its first update."""
+    return sum(metrics.get(name, 0.0) for name in ("batch_s", "check_s", "score_s"))
+
+
+def kernel_table(spans: Sequence[tuple[str, int, int]], most: int = 40) -> str:
+    """Rows of milliseconds, share of the busy time, calls and name from (name, start, duration) in ns."""
+    times: dict[str, list[int]] = {}
+    for name, _, duration in spans:
+        entry = times.setdefault(name, [0, 0])
+        entry[0] += duration
+        entry[1] += 1
+    busy = end = 0
+    for _, start, duration in sorted(spans, key=lambda span: span[1]):
+        busy += max(0, start + duration - max(start, end))
+        end = max(end, start + duration)
+    whole = end - min((start for _, start, _ in spans), default=0)
+    lines = [f"{'ms':>10} {'share':>7} {'calls':>7}  kernel"]
+    for name, (time_ns, calls) in sorted(times.items(), key=lambda item: -item[1][0])[:most]:
+        lines.append(f"{time_ns / 1e6:10.2f} {time_ns / max(busy, 1):7.3f} {calls:7d}  {name[:110]}")
+    lines.append(f"busy {busy / 1e6:.1f} ms of {whole / 1e6:.1f} ms from the first to the last, {len(spans)} in all")
+    return "\n".join(lines)
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -271,6 +271,8 @@ def test_the_directory_that_sglang_loads_holds_text_names_whatever_the_checkpoin
         ("KV cache pool full, retract 3 requests", "KV cache was full"),
         ("torch.OutOfMemoryError: CUDA out of memory.", "ran out of memory"),
         ("[Rank 0] NCCL watchdog: collective operation timeout: WorkNCCL", "collective between GPUs timed out"),
+        ("RuntimeError: NCCL communicator was aborted: it timed out", "collective between GPUs timed out"),
+        ("ImportError: Can not import FA3 in sgl_kernel. Please check", "FlashAttention-3 is not in its environment"),
         ("ModuleNotFoundError: No module named 'orjson'", "lacks the module orjson"),
         ("User-specified context_length (8192) is greater than the derived context_length (512).",
          "rollout.context_length = 8192 is more than the model's 512"),
@@ -281,3 +283,10 @@ def test_last_words(line: str, cause: str) -> None:
     error = last_words.death("engine0", "ended with exit code 1", ["all is well", line, "Killed"])
     assert cause in error.message and error.hint
     assert last_words.explain(["all is well"]) == (None, None)
+
+
+def test_the_list_of_options_explains_nothing() -> None:
+    """SGLang prints all of them first: `nccl_port`, `watchdog_timeout`, `dist_timeout`, ..."""
+    options = "[2026-11-23 11:40:02] server_args=ServerArgs(nccl_port=None, dist_timeout=None, watchdog-timeout=300)"
+    assert last_words.explain([options, "Killed"]) == (None, None)
+    assert last_words.explain(["NCCL nets: 2; watchdog_timeout=300"]) == (None, None)

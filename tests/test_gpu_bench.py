@@ -50,3 +50,13 @@ def test_peaks_go_by_the_most_exact_name(bench: ModuleType) -> None:
 
     names = ("H200", "H100 80GB HBM3", "H100 PCIe", "L40", "L40S", "GeForce RTX 4090")
     assert [peak(f"NVIDIA {name}") for name in names] == [989, 989, 756, 181, 362, None]
+
+
+def test_kernels_are_summed_and_idle_time_is_not_hidden(bench: ModuleType) -> None:
+    """Two overlap for 1 ms, then nothing for 4 ms."""
+    ms = 1_000_000
+    table = bench.kernel_table([("gemm", 0, 2 * ms), ("norm", ms, 2 * ms), ("gemm", 7 * ms, ms)])
+    lines = table.splitlines()
+    assert lines[1].split() == ["3.00", "0.750", "2", "gemm"]
+    assert lines[2].split() == ["2.00", "0.500", "1", "norm"]
+    assert lines[-1] == "busy 4.0 ms of 8.0 ms from the first to the last, 3 in all"

@@ -230,6 +230,14 @@ print(json.dumps({"version": platform.python_version(), "libc": " ".join(platfor
 """
 
 
+def with_engine(facts: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """The facts with the packages of the engine's own environment, where it has one and there is a GPU to serve on."""
+    engine = recipe.resources.engine
+    if engine.foreign and machine.visible_gpus(facts):
+        facts["engine"] = environment(engine.python or sys.executable, [], engine.env)
+    return facts
+
+
 def environment(python: str, families: list[str], env: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Packages as another interpreter sees them under `env`, asked of itself: it needs neither astracli nor psutil."""
     source = Path(machine_read.__file__).read_text() + _ASK

@@ -42,9 +42,14 @@ KNOWN = (
         "lower rollout.max_running_requests or rollout.max_new_tokens, or raise rollout.mem_fraction_static",
     ),
     _known(
-        r"(?i)nccl.*time[d]?[ -]?out|collective operation timeout",
+        r"(?i)nccl.{0,200}?\btime[d]?[ -]?out\b|collective operation timeout",
         "a collective between GPUs timed out",
         "try `NCCL_P2P_DISABLE=1` in resources.engine.env; `astra doctor` measures an all-reduce",
+    ),
+    _known(
+        r"(?i)can ?not import FA3|No module named 'flash_attn_interface'",
+        "FlashAttention-3 is not in its environment",
+        "`--set rollout.attention_backend=auto` takes what is there",
     ),
     _known(
         r"no kernel image is available",
@@ -89,7 +94,7 @@ _EXCEPTION = re.compile(r"^(?:\[[^\]]*\] ?)?(?:[\w.]*(?:Error|Exception|Interrup
 
 def explain(lines: Iterable[str]) -> tuple[str | None, str | None]:
     """(cause, hint) of an engine's end, from its last lines; (None, None) when nothing in them says why."""
-    lines = list(lines)
+    lines = [line for line in lines if "ServerArgs(" not in line]  # it names every option: nccl_port, dist_timeout, ...
     text = "\n".join(lines)
     for known in KNOWN:
         if match := known.pattern.search(text):

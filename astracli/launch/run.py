@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -168,12 +167,9 @@ def _before(began: float, source: Source) -> dict[str, float]:
 
 def _plan(recipe: Recipe, command: Command, config: Mapping[str, Any] | None) -> LaunchPlan:
     from astracli import backend
-    from astracli.doctor.gather import environment
+    from astracli.doctor.gather import with_engine
 
-    facts = machine.probe()
-    engine = recipe.resources.engine
-    if engine.foreign and machine.visible_gpus(facts):
-        facts["engine"] = environment(engine.python or sys.executable, [], engine.env)
+    facts = with_engine(machine.probe(), recipe)
     adapter = registry.resolve(recipe, config)
     choice = backend.choose(adapter, facts, recipe, config)
     local = fetch.local_path(recipe.model.path) if config is not None else None

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from astracli.errors import UserError
+from astracli.recipe import RECOMPUTED_BLOCKS
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -156,33 +156,17 @@ def shard(policy: nn.Module, block_classes: Iterable[str], ranks: Ranks) -> None
     fully_shard(policy, **settings)
 
 
-_KEPT = (
-    "aten.mm.default",
-    "aten.addmm.default",
-    "mkldnn._linear_pointwise.default",
-    "torch_attn._varlen_attn.default",
-    "aten._scaled_dot_product_flash_attention.default",
-    "aten._scaled_dot_product_efficient_attention.default",
-    "aten._scaled_dot_product_cudnn_attention.default",
-    "aten._scaled_dot_product_flash_attention_for_cpu.default",
-)
-"""Operators whose results `selective` keeps: matrix products and attention, which are dear to compute and small."""
-
-
 def recompute(policy: nn.Module, block_classes: Iterable[str], mode: str) -> None:
     """Activation checkpointing of every block, before sharding.
 
-    `full` keeps a block's input and computes all of it again in the backward pass; `selective` also keeps the results
-    of matrix products and attention, and computes norms, activations and recurrent kernels again.
+    `full` keeps a block's input and computes all of it again in the backward pass; `selective` does so with every
+    second block. Choosing operators instead (keep matrix products and attention, compute the rest again) needs a
+    Python hook on every operator: at 4B on an H200 that was slower than `full` and kept more (docs/benchmarks.md).
     """
     if mode == "none":
         return
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-    from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-    options: dict[str, Any] = {}
-    if mode == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep)
     names = frozenset(block_classes)
     blocks = [
         (parent, name, child)
@@ -190,19 +174,8 @@ def recompute(policy: nn.Module, block_classes: Iterable[str], mode: str) -> Non
         for name, child in parent.named_children()
         if type(child).__name__ in names
     ]
-    for parent, name, child in blocks:
-        setattr(parent, name, checkpoint_wrapper(child, preserve_rng_state=False, **options))
-
-
-def _keep(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Any:
-    return _policy(operator)
-
-
-@lru_cache
-def _policy(operator: Any) -> Any:
-    from torch.utils.checkpoint import CheckpointPolicy
-
-    return CheckpointPolicy.MUST_SAVE if str(operator) in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    for parent, name, child in blocks[:: RECOMPUTED_BLOCKS[mode]]:
+        setattr(parent, name, checkpoint_wrapper(child, preserve_rng_state=False))
 
 
 def gather_no_more(policy: nn.Module) -> None:

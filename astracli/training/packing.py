@@ -48,8 +48,9 @@ def pack_rows(rows: list[Row], pad_token: int = 0) -> MicroBatch:
     return batch.micro_batch(rows, tokens_1T, np.ones_like(tokens_1T), np.concatenate(predict), bounds_S1)
 
 
-GPU_LENGTHS = 2048
-"""Rows are this long on a GPU, or a multiple: fla compiles its convolution anew for every thousand tokens of a row."""
+GPU_LENGTHS = 512
+"""Rows are this long on a GPU, or a multiple: blocks that come back in few sizes are found again by torch's allocator,
+and fla compiles its convolution for every thousand tokens of a row (each once, kept on disk)."""
 
 
 def rounded(micro: MicroBatch, multiple: int = GPU_LENGTHS) -> MicroBatch:

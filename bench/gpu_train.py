@@ -227,10 +227,8 @@ def profile(trainer: Trainer, draw: Callable[[int], list[Group]]) -> str:
         for event in recorded.profiler.kineto_results.events()
         if not on_gpu or str(event.device_type()).endswith("CUDA")
     ]
-    return (
-        kernel_table(spans)
-        + f"\none step under the profiler: {seconds:.3f} s and {scoring(metrics):.3f} s of scoring before it, {tokens} tokens"
-    )
+    took = f"{seconds:.3f} s, {scoring(metrics):.3f} s of scoring before it, {tokens} tokens"
+    return f"{kernel_table(spans)}\none step under the profiler: {took}"
 
 
 def scoring(metrics: Mapping[str, float]) -> float:

@@ -16,6 +16,7 @@ import torch
 
 from astracli.weights import codec, digest
 from astracli.weights.device import bits_torch, from_order, to_order
+from astracli.weights.host import to_device
 from astracli.weights.staged import Placement, Prepared, overlaps
 
 BLOCK = 1024
@@ -148,8 +149,7 @@ class Resident:
         if self._stream is not None:
             torch.cuda.synchronize(self.device)  # a batch that was under way has read the old weights by now
         for step in prepared.loaded or ():
-            for view, bits in step.copies:
-                view.copy_(torch.from_numpy(np.array(bits).view(f"<i{bits.itemsize}")))
+            to_device(step.copies)
             for scatter in step.scatters:
                 scatter.run(self.device)
         if self._stream is not None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 import time
 import weakref
@@ -28,13 +27,12 @@ from torch.overrides import TorchFunctionMode
 
 from astracli.errors import AstraError
 from astracli.weights import WeightMismatch, staged
+from astracli.weights.decoder import DecoderProcess
 from astracli.weights.manifest import TensorEntry
 from astracli.weights.resident import Resident
 from astracli.weights.staged import Placement, Prepared
 from astracli.weights.watcher import StageWatcher
 
-_SWITCH_S = 5e-4
-"""How long a thread of the engine's process may hold the interpreter while another wants it."""
 _MAX_RUNS = 1 << 16  # contiguous runs that one copy may fall into
 
 
@@ -163,12 +161,12 @@ class _Engine:
         self._model = weakref.ref(model)
         self._proving: threading.Thread | None = None
         self._names: list[tuple[str, str, tuple[int, ...]]] = []
-        self.watcher = StageWatcher(stage_dir, self.load, self.warm)
-        # the scheduler's loop never sleeps: at Python's 5 ms a decoding thread waited two seconds for half a megabyte
-        sys.setswitchinterval(_SWITCH_S)
+        self._decoder = DecoderProcess()
+        self.watcher = StageWatcher(stage_dir, self.load, self.warm, self._decoder.prepare)
 
     def warm(self) -> None:
-        """Compile what the first pause needs."""
+        """Start the decoder, compile what the first pause needs."""
+        self._decoder.start()
         model = self._model()
         device = next((p.device for p in model.parameters()), None) if model is not None else None
         if device is not None and device.type == "cuda":

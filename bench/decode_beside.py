@@ -11,6 +11,9 @@ into the form that the pause needs (on the CPU here: two copies instead of two t
 
 `stage_ms` is from the plan's appearance to its being ready, `alone_ms` the same while the main thread sleeps; `loop` is
 what is left of the main thread's turns meanwhile, and `longest_ms` the longest that one turn of about 0.1 ms took.
+
+The read-back under HF names runs beside the scheduler too, through the model's own `load_weights`: it is measured at
+Python's interval and at ours (`read-back, ...`, here with the digests in numpy).
 """
 
 from __future__ import annotations
@@ -30,9 +33,11 @@ from weights import SHAPES, versions
 
 from astracli.weights import staged
 from astracli.weights.decoder import DecoderProcess
+from astracli.weights.manifest import Manifest
 from astracli.weights.publisher import Publisher
 from astracli.weights.reading import Prepared, prepare
 from astracli.weights.resident import Resident
+from astracli.weights.sglang_loader import read_back_digests
 
 WAYS = {"thread, 5 ms": 5e-3, "thread, 0.5 ms": 5e-4, "process": 5e-3}
 
@@ -110,7 +115,54 @@ def measure(shape: str, rounds: int, folder: Path) -> list[dict[str, Any]]:
             "loop": statistics.median(left), "longest_ms": 1000 * longest,
         })  # fmt: skip
     child.close()
-    return rows
+    return rows + [read_back(shape, rounds, folder, interval, free) for interval in (5e-3, 2e-4)]
+
+
+class Model(torch.nn.Module):
+    """Loads every tensor by name."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]):
+        super().__init__()
+        self.held = {name: torch.nn.Parameter(tensor, requires_grad=False) for name, tensor in weights.items()}
+        self.one = next(iter(self.held.values()))
+
+    def load_weights(self, weights: Any) -> None:
+        for name, loaded in weights:
+            self.held[name].data.copy_(loaded)
+
+
+def read_back(shape: str, rounds: int, folder: Path, interval: float, free: float) -> dict[str, Any]:
+    """`sglang_loader.read_back_digests` beside a main thread that spins."""
+    entries = Manifest.from_bytes((folder / "v000000" / "manifest.full.json").read_bytes()).tensors
+    model = Model(versions(shape, 1e-6, 1, "cpu")[0])
+
+    def run(stop: threading.Event, out: list[float]) -> None:
+        begin = time.perf_counter()
+        read_back_digests(model, entries)
+        out.append(time.perf_counter() - begin)
+        stop.set()
+
+    alone: list[float] = []
+    beside: list[float] = []
+    left, longest = [], 0.0
+    for _ in range(rounds):
+        run(threading.Event(), alone)
+    sys.setswitchinterval(interval)
+    for _ in range(rounds):
+        stop = threading.Event()
+        thread = threading.Thread(target=run, args=(stop, beside))
+        begin = time.perf_counter()
+        thread.start()
+        turns, worst = spin(stop)
+        left.append(turns / (time.perf_counter() - begin) / free)
+        longest = max(longest, worst)
+        thread.join()
+    sys.setswitchinterval(5e-3)
+    return {
+        "way": f"read-back, {1000 * interval:g} ms", "shape": shape, "alone_ms": 1000 * statistics.median(alone),
+        "stage_ms": 1000 * statistics.median(beside), "worst_stage_ms": 1000 * max(beside),
+        "loop": statistics.median(left), "longest_ms": 1000 * longest,
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -128,7 +180,7 @@ def main() -> None:
         return
     for row in rows:
         cells = "  ".join(f"{k} {v:9.2f}" for k, v in row.items() if isinstance(v, float))
-        print(f"{row['shape']:6} {row['way']:16} {cells}")
+        print(f"{row['shape']:6} {row['way']:18} {cells}")
 
 
 if __name__ == "__main__":

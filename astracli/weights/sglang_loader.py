@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 import time
 import weakref
@@ -33,6 +34,8 @@ from astracli.weights.resident import Resident
 from astracli.weights.staged import Placement, Prepared
 from astracli.weights.watcher import StageWatcher
 
+_SWITCH_S = 2e-4
+"""How long the scheduler may hold the interpreter while a read-back wants it: at Python's 5 ms one took seconds."""
 _MAX_RUNS = 1 << 16  # contiguous runs that one copy may fall into
 
 
@@ -190,13 +193,16 @@ class _Engine:
         """Read the weights back in a thread, while the engine generates again; the outcome is `proof.json`."""
 
         def run() -> None:
-            begin = time.perf_counter()
+            begin, before = time.perf_counter(), sys.getswitchinterval()
+            sys.setswitchinterval(_SWITCH_S)
             try:
                 found = read_back_digests(self._model(), entries)
                 wrong = [e.name for e in entries if found.get(e.name) != e.digest]
                 message = f"read back under HF names, {len(wrong)} tensors differ: {', '.join(wrong[:5])}"
             except Exception as error:
                 wrong, message = ["?"], f"the read-back failed: {type(error).__name__}: {error}"
+            finally:
+                sys.setswitchinterval(before)
             if wrong:
                 self.version = None
             doc = {"version": version, "ok": not wrong, "message": message if wrong else ""}

@@ -94,6 +94,20 @@ def test_a_child_that_died_is_replaced(tmp_path: Path) -> None:
         assert decoder.prepare(where).version == 1
 
 
+def test_without_a_child_the_engine_decodes_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    versions = chain(2)
+    where = stage(tmp_path, versions, [delta(1)])
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+    with contextlib.closing(DecoderProcess()) as decoder:
+        prepared = decoder.prepare(where)
+    assert "decoded inside the engine" in capsys.readouterr().err
+    engine = copies(versions[0])
+    staged.apply(where, engine, 0, prepared)
+    assert same(engine, versions[1])
+
+
 def test_the_child_ends_with_its_engine(tmp_path: Path) -> None:
     code = (
         "import os, signal; from astracli.weights.decoder import DecoderProcess; d = DecoderProcess(); d.start();"

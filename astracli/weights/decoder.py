@@ -56,7 +56,9 @@ class DecoderProcess:
             _send(channel, {"stage": str(stage_dir)})
             doc, handle = _receive(channel)
         except OSError as error:
-            raise WeightCorrupt(f"the decoding process is gone: {error}") from error
+            return self._here(stage_dir, error)
+        if "unable" in doc:
+            return self._here(stage_dir, doc["unable"])
         if "error" in doc:
             raise WeightCorrupt(doc["error"])
         assert handle is not None
@@ -66,6 +68,12 @@ class DecoderProcess:
             raise WeightCorrupt("another plan was staged while this one was decoded")
         prepared.decode_s = time.perf_counter() - begin
         return prepared
+
+    @staticmethod
+    def _here(stage_dir: Path, reason: object) -> reading.Prepared:
+        """Slowly, in this thread: better than in the pause."""
+        print(f"warning: weights are decoded inside the engine: {reason}", file=sys.stderr, flush=True)
+        return reading.prepare(stage_dir)
 
     def close(self) -> None:
         if self._socket is not None:
@@ -158,8 +166,11 @@ def serve(channel: socket.socket) -> None:
                 return
             try:
                 doc, handle = _decode(Path(request["stage"]), pool)
-            except (WeightCorrupt, OSError, ValueError) as error:
+            except (WeightCorrupt, ValueError) as error:
                 _send(channel, {"error": str(error)})
+                continue
+            except OSError as error:  # no memory, no descriptors: not the payload's fault
+                _send(channel, {"unable": str(error)})
                 continue
             try:
                 _send(channel, doc, handle)

@@ -88,13 +88,14 @@ def _bring(job: tuple[torch.Tensor, torch.Tensor]) -> None:
     import torch
 
     target, source = job
-    if not hasattr(_local, "buffer"):
-        _local.buffer = torch.empty(CHUNK, dtype=torch.uint8, pin_memory=True)
-        _local.stream = torch.cuda.Stream(source.device)
-    host = _local.buffer[: source.nbytes].view(source.dtype)
-    with torch.cuda.stream(_local.stream):
-        host.copy_(source, non_blocking=True)
-    _local.stream.synchronize()
+    with torch.cuda.device(source.device):  # a thread begins on the first GPU, whose memory is not ours
+        if not hasattr(_local, "buffer"):
+            _local.buffer = torch.empty(CHUNK, dtype=torch.uint8, pin_memory=True)
+            _local.stream = torch.cuda.Stream(source.device)
+        host = _local.buffer[: source.nbytes].view(source.dtype)
+        with torch.cuda.stream(_local.stream):
+            host.copy_(source, non_blocking=True)
+        _local.stream.synchronize()
     np.copyto(digest.bits_of(target), digest.bits_of(host))
 
 

@@ -60,7 +60,7 @@ BEGAN = time.monotonic()
 TOKEN = "bench-token"
 VERIFY = 4
 """Every how manieth version is read back under HF names."""
-QUIET_S, RECOVERY_S = 1.0, 8.0
+RECOVERY_S = 8.0
 SHAPE_4B = {
     "hidden_size": 2560, "intermediate_size": 9216, "num_hidden_layers": 32, "num_attention_heads": 16,
     "num_key_value_heads": 4, "head_dim": 256, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
@@ -130,7 +130,7 @@ class Server:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGTERM)
             try:
-                self.process.wait(10)
+                self.process.wait(5)
             except subprocess.TimeoutExpired:
                 os.killpg(self.process.pid, signal.SIGKILL)
                 self.process.wait()
@@ -224,7 +224,7 @@ class Run:
 
     async def _bring(self, version: int, have: int | None, mode: str, meter: Meter | None) -> dict[str, Any]:
         quiet = time.monotonic()
-        await asyncio.sleep(QUIET_S if meter else 0.0)
+        await asyncio.sleep(self.args.quiet_s if meter else 0.0)
         staging = time.monotonic()
         plan = await asyncio.to_thread(self.subscriber.fetch, version, have)
         times = [time.monotonic()]
@@ -381,6 +381,7 @@ def main() -> None:
     parser.add_argument("--recovery", action="store_true", help="wait for full speed after each update")
     parser.add_argument("--parity", action="store_true", help="compare log-probabilities after every version")
     parser.add_argument("--warm-s", type=float, default=4.0, help="generating before the first update")
+    parser.add_argument("--quiet-s", type=float, default=1.0, help="before each update, for the rate without it")
     parser.add_argument("--lr", type=float, default=9e-7, help="9e-7 changes 3 %% of bf16 weights of std 0.02")
     parser.add_argument("--ready-s", type=float, default=400.0)
     parser.add_argument("--limit-s", type=float, default=300.0, help="of the whole run, the server's start included")

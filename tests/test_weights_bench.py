@@ -22,7 +22,20 @@ def run(script: str, *options: str) -> dict[str, Any]:
 
 
 def test_one_start_gives_every_mode_and_leaves_what_it_knows_on_disk(tmp_path: Path) -> None:
-    options = ["--running", "4", "--versions", "2", "--modes", "in_place", "abort", "--recovery", "--warm-s", "0.3"]
+    options = [
+        "--running",
+        "4",
+        "--versions",
+        "2",
+        "--modes",
+        "in_place",
+        "abort",
+        "--recovery",
+        "--warm-s",
+        "0.3",
+        "--quiet-s",
+        "0.2",
+    ]
     out = tmp_path / "out.json"
     doc = run("gpu_sglang_delta.py", "--device", "cpu", *options, "--limit-s", "100", "--out", str(out))
     assert json.loads(out.read_text()) == doc

@@ -47,13 +47,13 @@ class StagedPlan:
     """Payload bytes of all steps."""
     downloaded: int
     """Bytes that came over the network in this call."""
-    linked: int
-    """Bytes that were linked or copied from the publisher's own disk instead."""
     waited_s: float
     """Until the version was published."""
     transfer_s: float
     stage_s: float = 0.0
     """Until the engine, generating meanwhile, had it decoded."""
+    linked: int = 0
+    """Bytes that were linked or copied from the publisher's own disk instead."""
 
 
 def choose_route(detail: dict[int, dict[str, Any]], target: int, have: int | None) -> Route:
@@ -176,8 +176,8 @@ class Subscriber:
                 shutil.rmtree(path, ignore_errors=True)
         seconds = time.perf_counter() - begin
         stage_s = self._await_decoded(sealed)
-        came = (self._source.downloaded, self._source.linked)
-        return StagedPlan(target, route.kind, tuple(steps), route.bytes, *came, waited, seconds, stage_s)
+        plain = (target, route.kind, tuple(steps), route.bytes, self._source.downloaded, waited, seconds, stage_s)
+        return StagedPlan(*plain, linked=self._source.linked)
 
     def _await_decoded(self, plan: bytes) -> float:
         begin = time.monotonic()

@@ -73,7 +73,8 @@ def main():
     routes = [Route(f"/{path}", control, methods=["POST"]) for path in paths]
     routes += [Route("/generate", generate, methods=["POST"]), Route("/health_generate", control)]
     routes += [Route("/update_weights_from_tensor", update, methods=["POST"])]
-    uvicorn.run(Starlette(routes=routes), host=options.host, port=int(options.port), log_level="warning", timeout_graceful_shutdown=1)
+    where = {"host": options.host, "port": int(options.port)}
+    uvicorn.run(Starlette(routes=routes), **where, log_level="warning", timeout_graceful_shutdown=1)
 
 
 main()

@@ -1,7 +1,9 @@
-"""Load on an engine during updates, for gpu_sglang_delta.py: one call that is aborted, or streams that are counted.
+"""Load on an engine during updates, for gpu_sglang_delta.py: streams that never end, counted as their tokens arrive.
 
-Every stream that ends early (aborted by an update) is sent again with as many tokens behind its prompt as it had
-generated, which is what the rollout worker does. Random tokens take their place: only their number costs time.
+Streams begin at staggered lengths, so that their contexts fill the server evenly and no two end together. One that
+ends early (aborted by an update) is sent again with as many tokens behind its prompt as it had generated, which is
+what the rollout worker does; one that reaches its budget begins anew. Random tokens take the place of real ones: only
+their number costs time.
 """
 
 from __future__ import annotations
@@ -14,41 +16,11 @@ from typing import Any
 
 import httpx
 
-from astracli.engines.client import EngineClient, GenRequest
-
-BEFORE_S, WINDOW_S, SHARE = 1.0, 0.25, 0.95
-
-
-class Batch:
-    """One call of `running` requests, whose tokens come when it ends."""
-
-    def __init__(self, client: EngineClient, name: str, running: int, budget: int = 1500):
-        self._client = client
-        self._requests = [
-            GenRequest([3 + i % 10, 4, 5], budget, temperature=1.0, rid=f"{name}-{i}") for i in range(running)
-        ]
-        self._task: asyncio.Task[Any] | None = None
-
-    async def __aenter__(self) -> Batch:
-        if self._requests:
-            self._task = asyncio.create_task(self._client.generate(self._requests))
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        if self._task is not None and not self._task.done():
-            await self.drain(self._client.abort_all)
-
-    async def drain(self, abort: Callable[[], Awaitable[Any]]) -> None:
-        await abort()
-        if self._task is not None:
-            await self._task
-
-    def resume(self) -> None:
-        """Nothing is sent again."""
+WINDOW_S, SHARE = 0.5, 0.95
 
 
 class Meter:
-    """`running` streams of `budget` tokens each; counts what arrives when."""
+    """`running` streams with contexts of up to `budget` tokens; counts what arrives when."""
 
     def __init__(self, url: str, token: str, running: int, budget: int = 1500):
         self._body: dict[str, Any] = {"stream": True, "sampling_params": {"temperature": 1.0, "ignore_eos": True}}
@@ -59,6 +31,7 @@ class Meter:
         self._tasks: list[asyncio.Task[None]] = []
         self._open, self._idle, self._sent = asyncio.Event(), asyncio.Event(), 0
         self._open.set()
+        self._idle.set()
         self.arrived: list[tuple[float, int]] = []
         """(when, tokens)"""
 
@@ -72,16 +45,28 @@ class Meter:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._http.aclose()
 
+    def check(self) -> None:
+        """Raise what ended a stream."""
+        for task in self._tasks:
+            if task.done():
+                task.result()
+
     async def _stream(self, k: int) -> None:
-        done = 0
-        while done < self._budget:
-            prompt = [3 + (k + i) % 10 for i in range(3 + done)]
-            params = {**self._body["sampling_params"], "max_new_tokens": self._budget - done}
-            body = {**self._body, "input_ids": prompt, "sampling_params": params}
-            seen = 0
-            await self._open.wait()
-            self._sent += 1
-            self._idle.clear()
+        done = k * self._budget // self._running
+        while True:
+            done = await self._send(k, done)
+            done = 0 if done >= self._budget else done
+
+    async def _send(self, k: int, done: int) -> int:
+        """One request behind `done` tokens: how many there are then."""
+        prompt = [3 + (k + i) % 10 for i in range(3 + done)]
+        params = {**self._body["sampling_params"], "max_new_tokens": self._budget - done}
+        body = {**self._body, "input_ids": prompt, "sampling_params": params}
+        seen = 0
+        await self._open.wait()
+        self._sent += 1
+        self._idle.clear()
+        try:
             async with self._http.stream("POST", "/generate", json=body) as reply:
                 reply.raise_for_status()
                 async for line in reply.aiter_lines():
@@ -89,32 +74,36 @@ class Meter:
                         count = int(json.loads(line[5:])["meta_info"]["completion_tokens"])
                         self.arrived.append((time.monotonic(), count - seen))
                         seen = count
-            done += seen
+        finally:
             self._sent -= 1
             if not self._sent:
                 self._idle.set()
+        return done + seen
 
     async def drain(self, abort: Callable[[], Awaitable[Any]]) -> None:
         """End every stream, and send none before `resume`."""
         self._open.clear()
-        await abort()
-        await self._idle.wait()
+        while not self._idle.is_set():
+            await abort()
+            try:
+                await asyncio.wait_for(self._idle.wait(), 0.2)  # one that was on its way is caught by the next abort
+            except TimeoutError:
+                continue
 
     def resume(self) -> None:
         self._open.set()
 
     def rate(self, begin: float, end: float) -> float:
         """Tokens a second that arrived in (begin, end]."""
-        return sum(count for when, count in self.arrived if begin < when <= end) / (end - begin)
+        return sum(count for when, count in self.arrived if begin < when <= end) / max(1e-9, end - begin)
 
-    async def recovery(self, begin: float, end: float, limit_s: float = 30.0) -> dict[str, float]:
-        """An update was felt from `begin` to `end` (continue answered): seconds from `begin` until the first quarter of
-        a second begins that is at 95 % of the second before, and the tokens a second of that second."""
-        before = self.rate(begin - BEFORE_S, begin)
+    async def recovery(self, begin: float, end: float, before: float, limit_s: float) -> float | None:
+        """An update was felt from `begin` to `end` (continue answered): seconds from `begin` until half a second begins
+        that is at 95 % of `before` tokens a second; None when that does not come within `limit_s`."""
         at = end + WINDOW_S
         while at < end + limit_s:
-            at += 0.05
             await asyncio.sleep(max(0.0, at - time.monotonic()))
             if self.rate(at - WINDOW_S, at) >= SHARE * before:
-                return {"tokens_per_s": before, "recovery_s": at - WINDOW_S - begin}
-        return {"tokens_per_s": before, "recovery_s": float("inf")}
+                return at - WINDOW_S - begin
+            at += 0.025
+        return None

@@ -13,14 +13,17 @@ moments that have settled on gradients of pure noise, learning rates 1e-6 and 5e
 `bytes` are payload; `encode_s` goes from two versions in memory to files or buffers, `decode_s` from those to the new
 version in the engine's memory. On a CPU everything runs on `--threads` 1; MB/s are bytes of the full version over
 seconds. With --device cuda both versions and the engine's weights lie on the GPU; the table then also splits encode
-into diff and coding, and decode into what happens before the pause and in it. Best of `--repeats`; --quick: 10 M
-elements once, some seconds on two cores.
+into diff and coding, and decode into what happens before the pause (in the decoder's process, as in an engine) and in
+it. Best of `--repeats`; --quick: 10 M elements once, some seconds on two cores. --shape 4b tells every row as soon as
+it is known and leaves out what does not fit into --limit-s, ours first.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -28,7 +31,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ from safetensors.torch import load_file, save_file
 
 from astracli import registry
 from astracli.weights import digest, payload, staged
+from astracli.weights.decoder import DecoderProcess
 from astracli.weights.device import bits_torch
 from astracli.weights.manifest import seal
 from astracli.weights.resident import Resident
@@ -91,6 +94,7 @@ class Case:
     device: str
     threads: int
     folder: Path
+    read: Callable[[Path], staged.Prepared] = staged.prepare
 
     def clock(self) -> float:
         if self.device == "cuda":
@@ -99,7 +103,7 @@ class Case:
 
     def pool(self) -> Any:
         """A thread pool, or something whose `map` is the plain one."""
-        return ThreadPoolExecutor(self.threads) if self.threads > 1 else nullcontext(_Plain())
+        return ThreadPoolExecutor(self.threads) if self.threads > 1 else contextlib.nullcontext(_Plain())
 
 
 class _Plain:
@@ -154,7 +158,7 @@ def ours(case: Case) -> Cost:
         hands = Resident({name: staged.placements(tensor) for name, tensor in case.engine.items()})
         hands.digests(list(case.engine))  # its tables are made once in an engine's life
     begin = case.clock()
-    prepared = staged.prepare(case.folder)
+    prepared = case.read(case.folder)
     if hands is not None:
         staged.load(prepared, hands)
     ready = case.clock()
@@ -234,28 +238,46 @@ METHODS: dict[str, Callable[[Case], Cost]] = {
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
-def measure(shape: str, device: str, threads: int, repeats: int, folder: Path) -> list[dict[str, Any]]:
-    rows = []
-    for lr, steps in UPDATES:
-        base, new = versions(shape, lr, steps, device)
-        changed = sum(int((bits_torch(base[n]) != bits_torch(new[n])).sum()) for n in base)
-        elements = sum(t.numel() for t in base.values())
-        for method, run in METHODS.items():
+def measure(
+    shape: str, device: str, threads: int, repeats: Mapping[str, int], folder: Path, until: float
+) -> list[dict[str, Any]]:
+    """A row for each update and method that fits before `until`; the others are named."""
+    order = [(update, method) for update in UPDATES for method in METHODS]
+    if device == "cuda":  # weights are drawn in no time there, and ours comes first
+        order.sort(key=lambda pair: list(METHODS).index(pair[1]))
+    rows: list[dict[str, Any]] = []
+    drawn: tuple[tuple[float, int], Weights, Weights] | None = None
+    took: dict[str, float] = {}
+    with contextlib.closing(DecoderProcess()) as child:
+        read = child.prepare if device == "cuda" else staged.prepare
+        for (lr, steps), method in order:
+            begin = time.perf_counter()
+            if begin + took.get(method, 0.0) > until:
+                print(f"not run for want of time: {method} at {lr:g}, {steps} steps", file=sys.stderr, flush=True)
+                continue
+            if drawn is None or drawn[0] != (lr, steps):
+                drawn = None  # room for the next
+                drawn = ((lr, steps), *versions(shape, lr, steps, device))
+            _, base, new = drawn
+            changed = sum(int((bits_torch(base[n]) != bits_torch(new[n])).sum()) for n in base)
             found: list[Cost] = []
             lossless = True
-            for _ in range(repeats):
+            for _ in range(repeats[method]):
                 engine = {name: tensor.clone() for name, tensor in base.items()}
-                found.append(run(Case(base, new, engine, device, threads, folder)))
+                found.append(METHODS[method](Case(base, new, engine, device, threads, folder, read)))
                 lossless = lossless and same_bits(engine, new)
             best, quickest = min(found, key=lambda c: c.encode_s), min(found, key=lambda c: c.decode_s)
+            elements = sum(t.numel() for t in base.values())
             rows.append({
                 "method": method, "lr": lr, "steps_per_version": steps, "density": changed / elements,
                 "bytes": best.bytes, "bytes_per_changed": best.bytes / changed, "encode_s": best.encode_s,
                 "decode_s": quickest.decode_s, "lossless": lossless, "full": sum(t.nbytes for t in base.values()),
                 "more": {k: (best if k in ENCODING else quickest).more[k] for k in best.more},
             })  # fmt: skip
-        del base, new, engine
-    return rows
+            took[method] = time.perf_counter() - begin
+            if shape == "4b":
+                print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    return sorted(rows, key=lambda row: UPDATES.index((row["lr"], row["steps_per_version"])))
 
 
 def table(rows: list[Mapping[str, Any]], out: Any) -> None:
@@ -277,6 +299,7 @@ def table(rows: list[Mapping[str, Any]], out: Any) -> None:
 
 
 def main() -> None:
+    began = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -284,15 +307,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--quick", action="store_true", help="10 M elements, each method once")
     parser.add_argument("--json", action="store_true", help="the rows on stdout, the table on stderr")
+    parser.add_argument("--limit-s", type=float, help="85 for 4b, else none")
     args = parser.parse_args()
     torch.set_num_threads(1)
     shape = args.shape or ("0.01b" if args.quick else "0.1b")
+    until = began + (args.limit_s or (85.0 if shape == "4b" else math.inf))
     threads = args.threads or (1 if args.device == "cpu" else min(16, os.cpu_count() or 1))
-    repeats = args.repeats or (1 if args.quick else 2 if shape == "4b" else 3)
+    often = args.repeats or (1 if args.quick else 3)
+    repeats = {name: args.repeats or (2 if name == "ours" else 1) if shape == "4b" else often for name in METHODS}
     shm = Path("/dev/shm")
     room = shm.is_dir() and shutil.disk_usage(shm).free > 20 * (1 << 30 if shape == "4b" else 1 << 26)
     with tempfile.TemporaryDirectory(dir=shm if room else None) as folder:
-        rows = measure(shape, args.device, threads, repeats, Path(folder))
+        rows = measure(shape, args.device, threads, repeats, Path(folder), until)
     table(rows, sys.stderr if args.json else sys.stdout)
     if args.json:
         print(json.dumps([{k: v for k, v in row.items() if k not in ("full", "more")} for row in rows]))

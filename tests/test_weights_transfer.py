@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import threading
 import time
@@ -112,6 +113,11 @@ class Server:
         while not self.server.started:
             time.sleep(0.005)
 
+    def nonce(self) -> bytes:
+        """What its listing says."""
+        reply = httpx.get(f"{self.url}/weights/", headers={"Authorization": f"Bearer {TOKEN}"}, trust_env=False)
+        return str(reply.json()["store"]["nonce"]).encode()
+
     def stop(self) -> None:
         self.server.should_exit = True
         self.thread.join(10)
@@ -162,6 +168,14 @@ def test_what_a_publisher_leaves_on_disk(tmp_path: Path) -> None:
     assert entry["model.layers.0.linear_attn.A_log"].dtype == "float32"
     for name, tensor in versions[1].items():
         assert entry[name].digest == to_hex(digest_tensor(tensor))
+
+
+def test_threads_write_the_same_full_version(tmp_path: Path) -> None:
+    weights = {"a": torch.randn(3000, 3000).bfloat16(), "b": torch.randn(7), "c": torch.zeros(0, 4), **first_weights()}
+    for name, threads in (("one", 1), ("three", 3)):
+        publish(tmp_path / name, [weights], threads=threads)
+    files = [{p.name: p.read_bytes() for p in (tmp_path / n / "v000000").glob("*full*")} for n in ("one", "three")]
+    assert files[0] == files[1] and len(files[0]) == 2
 
 
 def test_a_full_version_loads_as_safetensors_under_hf_names(tmp_path: Path) -> None:
@@ -498,6 +512,59 @@ def test_a_large_file_comes_in_parallel_ranges(tmp_path: Path, server: Server) -
     receiver.close()
 
 
+def test_a_large_file_of_the_same_disk_is_linked_and_outlives_its_publisher(tmp_path: Path, server: Server) -> None:
+    big = {"w": torch.randn(200, 1000).bfloat16()}
+    publish(tmp_path / "weights", [big])
+    source = tmp_path / "weights" / "v000000" / FULL[1]
+    receiver = subscriber(server, tmp_path, link_bytes=100_000)
+    plan = receiver.fetch(0)
+    staged_file = tmp_path / "stage" / "v000000" / FULL[1]
+    assert plan.linked == source.stat().st_size and staged_file.samefile(source)
+    assert plan.downloaded == source.with_name(FULL[0]).stat().st_size  # the manifest is small
+    assert not any(FULL[1] in path for path, _ in server.requests)
+    shutil.rmtree(tmp_path / "weights" / "v000000")
+    engine = {"w": torch.zeros(200, 1000).bfloat16()}
+    staged.apply(tmp_path / "stage", engine, None)
+    assert same(engine, big)
+    again = Publisher(tmp_path / "weights")  # writes a new file under the old name: the staged one stays
+    again.publish(0, {"w": big["w"] + 1})
+    again.close()
+    staged.apply(tmp_path / "stage", engine, None)
+    assert same(engine, big)
+    receiver.close()
+
+
+def test_a_disk_that_is_not_the_publishers_and_a_damaged_link_go_over_the_network(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    big = {"w": torch.randn(200, 1000).bfloat16()}
+    publish(tmp_path / "weights", [big])
+    source = tmp_path / "weights" / "v000000" / FULL[1]
+    receiver = subscriber(server, tmp_path, "never", link_bytes=None)
+    assert receiver.fetch(0).linked == 0
+    (tmp_path / "weights" / "NONCE").write_text("of another server")  # this disk holds another run's directory there
+    receiver = subscriber(server, tmp_path, "other", link_bytes=100_000)
+    assert receiver.fetch(0).linked == 0
+    (tmp_path / "weights" / "NONCE").write_bytes(server.nonce())
+    blob = source.read_bytes()
+    source.write_bytes(blob[:-1] + bytes([blob[-1] ^ 1]))
+    receiver = subscriber(server, tmp_path, "damaged", link_bytes=100_000)
+    with pytest.raises(WeightCorrupt, match="arrived corrupt twice"):
+        receiver.fetch(0)
+    assert not (tmp_path / "damaged" / "next.json").exists()
+    source.write_bytes(blob)
+
+    def refused(one: Path, two: Path) -> None:
+        raise OSError("another file system")
+
+    monkeypatch.setattr("os.link", refused)
+    receiver = subscriber(server, tmp_path, "copied", link_bytes=100_000)
+    assert receiver.fetch(0).linked == source.stat().st_size
+    copied = tmp_path / "copied" / "v000000" / FULL[1]
+    assert copied.read_bytes() == blob and not copied.samefile(source)
+    receiver.close()
+
+
 def test_a_damaged_file_is_fetched_twice_then_named(tmp_path: Path, server: Server) -> None:
     publish(tmp_path / "weights", chain(2))
     for name in ("delta-00000.bin", "manifest.json"):
@@ -524,7 +591,7 @@ def test_a_link_pruned_under_way_falls_back_to_full(tmp_path: Path, server: Serv
     versions = chain(5)
     publish(tmp_path / "weights", versions, full_interval=4)
     receiver = subscriber(server, tmp_path)
-    before = receiver._listing()
+    before = receiver._source.listing()
     receiver._await = lambda target: before  # type: ignore[method-assign]
     for name in ("STABLE", "delta-00000.bin", "manifest.json"):
         (tmp_path / "weights" / "v000002" / name).unlink()

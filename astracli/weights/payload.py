@@ -22,6 +22,7 @@ import xxhash
 
 from astracli.errors import RunFailed
 from astracli.weights import codec, digest
+from astracli.weights.host import chunks_of
 from astracli.weights.manifest import FileEntry, Kind, Manifest, Piece, TensorEntry, joint_encoding
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ PIECE = 1 << 22
 
 PASSES_IN_FLIGHT = 4
 """Passes over a GPU whose planes wait in pinned memory for a compressing thread."""
+
+_SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 Bits = np.ndarray[Any, Any]
 
@@ -173,14 +176,15 @@ def _pieces(
     """(tensor, what codes a piece of it), in order. On a GPU the diff happens here, in the thread that iterates."""
     room = threading.Semaphore(PASSES_IN_FLIGHT)
     for name, local in tensors.items():
-        if "cpu" in (local.flat.device.type, base[name].flat.device.type):
+        if local.flat.device.type == "cpu":
             old, new = base[name].bits, local.bits
             for at in range(0, len(local), PIECE):
                 yield name, partial(_coded, old[at : at + PIECE], new[at : at + PIECE], at, level)
         else:
             from astracli.weights.device import coded_pieces
 
-            for work in coded_pieces(base[name].flat, local.flat, PIECE, level, room):
+            # the first version stays on the host: a tensor of it at a time goes back
+            for work in coded_pieces(base[name].flat.to(local.flat.device), local.flat, PIECE, level, room):
                 yield name, work
 
 
@@ -192,34 +196,76 @@ def _coded(old: Bits, new: Bits, start: int, level: int) -> Coded:
     return Coded(start, len(new), encoded, middle - begin, time.perf_counter() - middle)
 
 
-def write_full(directory: Path, rank: int, tensors: Mapping[str, Local], lanes: Mapping[str, str]) -> Part:
-    """All of what this rank holds as `full-RANK.safetensors`, under HF names.
+def write_full(
+    directory: Path, rank: int, tensors: Mapping[str, Local], lanes: Mapping[str, str],
+    run: Callable[..., Iterable[Any]] = map,
+) -> Part:  # fmt: skip
+    """All of what this rank holds as `full-RANK.safetensors`, under HF names. `run` maps over chunks, as above.
 
     A rank that holds a tensor whole stores it in its shape, so that one rank's file loads anywhere; a shard is stored
-    flat, and only the manifest says where it belongs.
+    flat, and only the manifest says where it belongs. Nothing is compressed: bf16 weights do not get small enough.
     """
-    from safetensors.torch import save_file
-
     part, begin = Part("full"), time.perf_counter()
     path = directory / f"full-{rank:05d}.safetensors"
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    shaped = {name: t.flat.cpu().view(t.shape if t.whole else (-1,)) for name, t in tensors.items()}
-    save_file(shaped, temporary, metadata={"format": "pt"})
-    with open(temporary, "rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(size))
-    for name, local in tensors.items():
-        entry = PartTensor(local.dtype, local.shape, local.start, len(local), lanes[name])
-        low, high = header[name]["data_offsets"]
-        if high > low:
-            checksum = xxhash.xxh3_128_hexdigest(digest.bits_of(shaped[name]).data)
-            length = len(local)
-            entry.pieces = [Piece(local.start, length, path.name, 8 + size + low, high - low, checksum, "raw", length)]
-        part.tensors[name] = entry
+    order = sorted(tensors, key=lambda name: (-tensors[name].flat.element_size(), name))  # as safetensors aligns them
+    head = _safetensors_head({name: tensors[name] for name in order})
+    whole, at = xxhash.xxh3_128(head), len(head)
+    with open(temporary, "wb", buffering=0) as file:
+        file.write(head)
+
+        def chunks() -> Iterator[tuple[int, int, Bits, Callable[[], None]]]:
+            """Every chunk to be written, hashed here while it is in the cache."""
+            nonlocal at
+            for name in order:
+                local, own, start = tensors[name], xxhash.xxh3_128(), at
+                for bits, free in chunks_of(local.flat):
+                    whole.update(bits.data)
+                    own.update(bits.data)
+                    yield file.fileno(), at, bits, free
+                    at += bits.nbytes
+                entry = PartTensor(local.dtype, local.shape, local.start, len(local), lanes[name])
+                if at > start:
+                    where = (local.start, len(local), path.name, start, at - start)
+                    entry.pieces = [Piece(*where, own.hexdigest(), "raw", len(local))]
+                part.tensors[name] = entry
+
+        try:
+            for _ in run(_write_at, chunks()):
+                pass
+        except BaseException:
+            temporary.unlink()
+            raise
+    part.tensors = {name: part.tensors[name] for name in tensors}
     os.replace(temporary, path)
-    part.files = {path.name: FileEntry(path.stat().st_size, hash_file(path))}
+    part.files = {path.name: FileEntry(at, whole.hexdigest())}
     part.write_s = time.perf_counter() - begin
     return part
+
+
+def _safetensors_head(tensors: Mapping[str, Local]) -> bytes:
+    """Everything before the tensors' bytes: the header's length, the header, spaces up to a multiple of 8."""
+    doc: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, local in tensors.items():
+        size = len(local) * local.flat.element_size()
+        shape = list(local.shape) if local.whole else [len(local)]
+        doc[name] = {"dtype": _SAFETENSORS[local.dtype], "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(doc, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _write_at(job: tuple[int, int, Bits, Callable[[], None]]) -> None:
+    handle, at, bits, free = job
+    view = memoryview(bits).cast("B")
+    try:
+        while view:
+            done = os.pwrite(handle, view, at)
+            view, at = view[done:], at + done
+    finally:
+        free()
 
 
 def hash_file(path: Path) -> str:

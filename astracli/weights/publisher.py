@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,7 +116,7 @@ class Publisher:
         a GPU with room for another version are compared and coded there; otherwise they come to the host.
         """
         waited = self.settle()
-        taken = take(tensors, owned=owned, first=self._base_version is None)
+        taken = take(tensors, owned=owned, first=self._base_version is None, run=self._run)
         return replace(self._publish(version, taken.tensors, taken.lanes), waited_s=waited, snapshot_s=taken.seconds)
 
     def publish_async(
@@ -129,7 +129,7 @@ class Publisher:
         runs in the background, behind STABLE; what it raises is an error of the background too.
         """
         waited = self.settle()
-        taken = take(tensors, owned=owned, first=self._base_version is None)
+        taken = take(tensors, owned=owned, first=self._base_version is None, run=self._run)
 
         def work() -> PublishResult:
             try:
@@ -178,7 +178,7 @@ class Publisher:
                 if number > version:
                     self._remove(number)
             (self.directory / version_name(version) / STABLE).unlink(missing_ok=True)
-        taken = take(tensors, owned=owned, first=self._base_version is None)
+        taken = take(tensors, owned=owned, first=self._base_version is None, run=self._run)
         return replace(self._publish(version, taken.tensors, taken.lanes), snapshot_s=taken.seconds)
 
     def close(self) -> None:
@@ -191,6 +191,11 @@ class Publisher:
                 self._threads.shutdown()
 
     # ---- one version ----
+
+    @property
+    def _run(self) -> Callable[..., Iterable[Any]]:
+        """`map` over chunks or pieces, in threads when there are some."""
+        return self._threads.map if self._threads else map
 
     @contextlib.contextmanager
     def _beside(self, taken: Snapshot) -> Iterator[None]:
@@ -219,11 +224,11 @@ class Publisher:
         digest_s = time.perf_counter() - begin
         delta = self._base_version is not None and self.transfer == "delta"
         parts = []
+        run = self._run
         if delta:
-            run = self._threads.map if self._threads else map
             parts.append(payload.write_delta(directory, self.rank, tensors, self._base, lanes, self.level, run))
         if not delta or version % self.full_interval == 0:
-            parts.append(payload.write_full(directory, self.rank, tensors, lanes))
+            parts.append(payload.write_full(directory, self.rank, tensors, lanes, run))
         manifests = self._finish(directory, version, parts)
         self._base, self._base_version = tensors, version
         if self.rank == 0:

@@ -6,7 +6,7 @@ of where each run of them goes. In the pause there is one scatter over all tenso
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from astracli.weights import codec, digest
+from astracli.weights import digest, flat
 from astracli.weights.device import bits_torch, from_order, to_order
-from astracli.weights.staged import Placement, Prepared, overlaps
+from astracli.weights.flat import KINDS
+from astracli.weights.host import to_device
+from astracli.weights.staged import Placement, Prepared
 
 BLOCK = 1024
 """Changed elements of one work item of the kernel."""
 SPARE_BYTES = 1 << 30
 """Device memory that staging leaves free; what does not fit stays in pinned memory and is copied in the pause."""
-_KINDS = {"ulp": 0, "xor": 1, "raw": 2}
 
 
 @dataclass
@@ -36,6 +37,8 @@ class Run:
     indices: slice | None
     """Of the scatter's indices; None: every element of the view."""
     kind: int
+    shift: int = 0
+    """What is added to an index to count from the view's first element."""
 
 
 @dataclass
@@ -46,7 +49,7 @@ class Scatter:
     values: torch.Tensor
     """int16 or int32: zigzag undone, modulo 2^width; on the device, or pinned."""
     indices: torch.Tensor
-    """int32, inside the run's view."""
+    """int32; with a run's shift, inside its view."""
     table: torch.Tensor | None = None
     """The kernel's work items; None without Triton."""
 
@@ -63,11 +66,11 @@ class Scatter:
         """The kernel's work in torch operations, a few for each run."""
         for run in self.runs:
             value = values[run.values]
-            at = slice(None) if run.indices is None else indices[run.indices].long()
+            at = slice(None) if run.indices is None else indices[run.indices].long() + run.shift
             old = run.view[at]
-            if run.kind == _KINDS["ulp"]:
+            if run.kind == KINDS["ulp"]:
                 value = from_order(to_order(old) + value)
-            elif run.kind == _KINDS["xor"]:
+            elif run.kind == KINDS["xor"]:
                 value = old ^ value
             run.view[at] = value
 
@@ -97,49 +100,62 @@ class Resident:
         """Bring a decoded version to the device, in any thread; its decoded form on the host is given up."""
         if prepared.loaded is not None:
             return
+        flat_steps = prepared.flat if prepared.flat is not None else [flat.flatten(step) for step in prepared.steps]
         if self._stream is None:
-            steps = [self._step(updates) for updates in prepared.steps]
+            steps = [self._step(step) for step in flat_steps]
         else:
             with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-                steps = [self._step(updates) for updates in prepared.steps]
+                steps = [self._step(step) for step in flat_steps]
             self._stream.synchronize()
-        prepared.loaded, prepared.steps = steps, []
+        prepared.loaded, prepared.steps, prepared.flat = steps, [], None
 
-    def _step(self, updates: Sequence[tuple[str, int, codec.Update]]) -> Step:
-        found: dict[int, list[tuple[torch.Tensor, codec.Update]]] = {2: [], 4: []}
+    def _step(self, step: flat.FlatStep) -> Step:
         copies = []
-        for name, start, update in updates:
-            for view, part in overlaps(update, start, self.placed[name]):
-                if update.encoding == "raw":
-                    copies.append((bits_torch(view), part.values))
-                else:
-                    found[view.element_size()].append((bits_torch(view), part))
-        return Step([self._scatter(width, parts) for width, parts in found.items() if parts], copies)
+        for name, start, bits in step.raws:
+            for place in self.placed[name]:
+                low, high = max(start, place.offset), min(start + len(bits), place.end)
+                if low < high:
+                    target = place.view[low - place.offset : high - place.offset]
+                    copies.append((bits_torch(target), bits[low - start : high - start]))
+        return Step([self._scatter(group, step.borrowed) for group in step.groups], copies)
 
-    def _scatter(self, width: int, parts: Sequence[tuple[torch.Tensor, codec.Update]]) -> Scatter:
-        on_gpu = self._stream is not None
-        total = sum(len(part.values) for _, part in parts)
-        indexed = sum(len(part.indices) for _, part in parts if part.indices is not None)
-        values = torch.empty(total, dtype=torch.int16 if width == 2 else torch.int32, pin_memory=on_gpu)
-        indices = torch.empty(indexed, dtype=torch.int32, pin_memory=on_gpu)
-        to_values, to_indices = values.numpy().view(f"<u{width}"), indices.numpy()
-        runs, at, index_at = [], 0, 0
-        for view, part in parts:
-            where = slice(at, at + len(part.values))
-            to_values[where] = part.values
-            at = where.stop
-            chosen = None
-            if part.indices is not None:
-                chosen = slice(index_at, index_at + len(part.indices))
-                to_indices[chosen] = part.indices
-                index_at = chosen.stop
-            runs.append(Run(view, where, chosen, _KINDS[part.encoding.split("-")[1]]))
+    def _scatter(self, group: flat.Group, borrowed: bool) -> Scatter:
+        """Few calls, each on whole arrays: this thread competes with the engine's for the interpreter."""
+        values, indices = (torch.from_numpy(a) for a in (group.values.view(f"<i{group.width}"), group.indices))
+        runs = [run for span in group.spans for run in self._runs(span, group.indices)]
+        room = self._stream is not None
+        if room:
+            room = torch.cuda.mem_get_info(self.device)[0] > values.nbytes + indices.nbytes + SPARE_BYTES
+        if room:
+            values, indices = values.to(self.device), indices.to(self.device)
+        elif self._stream is not None:
+            values, indices = values.pin_memory(), indices.pin_memory()
+        elif borrowed:
+            values, indices = values.clone(), indices.clone()
         scatter = Scatter(runs, values, indices)
         if self._triton:
             scatter.table = torch.from_numpy(work_items(runs)).to(self.device)
-        if on_gpu and torch.cuda.mem_get_info(self.device)[0] > values.nbytes + indices.nbytes + SPARE_BYTES:
-            scatter.values, scatter.indices = (t.to(self.device, non_blocking=True) for t in (values, indices))
         return scatter
+
+    def _runs(self, span: flat.Span, indices: np.ndarray[Any, Any]) -> Iterator[Run]:
+        """The parts of a span by the views that they fall into."""
+        for place in self.placed[span.name]:
+            low, high = max(span.start, place.offset), min(span.start + span.length, place.end)
+            if low >= high:
+                continue
+            view = bits_torch(place.view)
+            if span.index < 0:
+                where = slice(span.value + low - span.start, span.value + high - span.start)
+                yield Run(view[low - place.offset : high - place.offset], where, None, span.kind)
+                continue
+            first, last = 0, span.count
+            if high - low < span.length:
+                own = indices[span.index : span.index + span.count]
+                first, last = (int(k) for k in np.searchsorted(own, (low - span.start, high - span.start)))
+            if first < last:
+                where = slice(span.value + first, span.value + last)
+                chosen = slice(span.index + first, span.index + last)
+                yield Run(view, where, chosen, span.kind, span.start - place.offset)
 
     # ---- in the pause ----
 
@@ -148,8 +164,7 @@ class Resident:
         if self._stream is not None:
             torch.cuda.synchronize(self.device)  # a batch that was under way has read the old weights by now
         for step in prepared.loaded or ():
-            for view, bits in step.copies:
-                view.copy_(torch.from_numpy(np.array(bits).view(f"<i{bits.itemsize}")))
+            to_device(step.copies)
             for scatter in step.scatters:
                 scatter.run(self.device)
         if self._stream is not None:
@@ -183,16 +198,23 @@ class Resident:
 
 def work_items(runs: Sequence[Run]) -> np.ndarray[Any, Any]:
     """int64 [n, 6], as `kernels.scatter` reads it: each run in items of at most BLOCK elements."""
-    tables = []
-    for run in runs:
-        count = run.values.stop - run.values.start
-        starts = np.arange(0, count, BLOCK)
-        table = np.empty((len(starts), 6), np.int64)
-        table[:, 0] = run.view.data_ptr()
-        table[:, 1] = run.values.start + starts
-        table[:, 2] = -1 if run.indices is None else run.indices.start + starts
-        table[:, 3] = starts
-        table[:, 4] = np.minimum(BLOCK, count - starts)
-        table[:, 5] = run.kind
-        tables.append(table)
-    return np.concatenate(tables)
+    rows = [
+        (
+            run.view.data_ptr() + run.shift * run.view.element_size(),
+            run.values.start,
+            -1 if run.indices is None else run.indices.start,
+            run.values.stop - run.values.start,
+            run.kind,
+        )
+        for run in runs
+    ]
+    address, value, index, count, kind = np.array(rows, np.int64).T
+    items = -(-count // BLOCK)
+    of = np.repeat(np.arange(len(rows)), items)
+    start = (np.arange(len(of)) - np.repeat(np.cumsum(items) - items, items)) * BLOCK
+    table = np.empty((len(of), 6), np.int64)
+    table[:, 0], table[:, 3], table[:, 5] = address[of], start, kind[of]
+    table[:, 1] = value[of] + start
+    table[:, 2] = np.where(index[of] < 0, -1, index[of] + start)
+    table[:, 4] = np.minimum(BLOCK, count[of] - start)
+    return table

@@ -1,20 +1,26 @@
 """Published versions over HTTP, read only. Whoever mounts it has checked the run's token before a request comes here.
 
-GET /weights                    {"versions": [..], "latest": v, "detail": {version: {kind: what STABLE says of it}}}
+GET /weights                    {"versions": [..], "latest": v, "detail": {version: {kind: what STABLE says of it}},
+                                 "store": {"directory", "nonce"}}: whoever finds that nonce there may link its files
 GET /weights/{version}/{file}   a file that STABLE lists, or STABLE; `Range` is honoured (206, 416)
 """
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from astracli.weights import WeightCorrupt
-from astracli.weights.manifest import STABLE, read_stable, version_name, versions_in
+from astracli.weights.manifest import STABLE, read_stable, version_name, versions_in, write_atomic
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
     from starlette.routing import Route
+
+
+NONCE = "NONCE"
+"""File in the weights directory with a random text of the server's; whoever can read it there shares the disk."""
 
 
 def listing(directory: Path) -> dict[str, Any]:
@@ -48,10 +54,16 @@ def weights_routes(directory: Path, prefix: str = "/weights") -> list[Route]:
     from starlette.routing import Route
 
     class Payload(FileResponse):
-        chunk_size = 1 << 20
+        chunk_size = 1 << 22  # a smaller one is copied about: 1 MiB took twice the server's time, 256 KiB three times
+
+    store = {"directory": str(directory.resolve()), "nonce": secrets.token_hex(16)}
+    written: list[str] = []
 
     def index(request: Request) -> Response:
-        return JSONResponse(listing(directory))
+        if not written and directory.is_dir():
+            write_atomic(directory / NONCE, store["nonce"].encode())
+            written.append(NONCE)
+        return JSONResponse(listing(directory) | {"store": store})
 
     def file(request: Request) -> Response:
         version, name = request.path_params["version"], request.path_params["file"]

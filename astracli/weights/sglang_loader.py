@@ -28,13 +28,14 @@ from torch.overrides import TorchFunctionMode
 
 from astracli.errors import AstraError
 from astracli.weights import WeightMismatch, staged
+from astracli.weights.decoder import DecoderProcess
 from astracli.weights.manifest import TensorEntry
 from astracli.weights.resident import Resident
 from astracli.weights.staged import Placement, Prepared
 from astracli.weights.watcher import StageWatcher
 
-_SWITCH_S = 5e-4
-"""How long a thread of the engine's process may hold the interpreter while another wants it."""
+_SWITCH_S = 2e-4
+"""How long the scheduler may hold the interpreter while a read-back wants it: at Python's 5 ms one took seconds."""
 _MAX_RUNS = 1 << 16  # contiguous runs that one copy may fall into
 
 
@@ -163,12 +164,12 @@ class _Engine:
         self._model = weakref.ref(model)
         self._proving: threading.Thread | None = None
         self._names: list[tuple[str, str, tuple[int, ...]]] = []
-        self.watcher = StageWatcher(stage_dir, self.load, self.warm)
-        # the scheduler's loop never sleeps: at Python's 5 ms a decoding thread waited two seconds for half a megabyte
-        sys.setswitchinterval(_SWITCH_S)
+        self._decoder = DecoderProcess()
+        self.watcher = StageWatcher(stage_dir, self.load, self.warm, self._decoder.prepare)
 
     def warm(self) -> None:
-        """Compile what the first pause needs."""
+        """Start the decoder, compile what the first pause needs."""
+        self._decoder.start()
         model = self._model()
         device = next((p.device for p in model.parameters()), None) if model is not None else None
         if device is not None and device.type == "cuda":
@@ -192,13 +193,16 @@ class _Engine:
         """Read the weights back in a thread, while the engine generates again; the outcome is `proof.json`."""
 
         def run() -> None:
-            begin = time.perf_counter()
+            begin, before = time.perf_counter(), sys.getswitchinterval()
+            sys.setswitchinterval(_SWITCH_S)
             try:
                 found = read_back_digests(self._model(), entries)
                 wrong = [e.name for e in entries if found.get(e.name) != e.digest]
                 message = f"read back under HF names, {len(wrong)} tensors differ: {', '.join(wrong[:5])}"
             except Exception as error:
                 wrong, message = ["?"], f"the read-back failed: {type(error).__name__}: {error}"
+            finally:
+                sys.setswitchinterval(before)
             if wrong:
                 self.version = None
             doc = {"version": version, "ok": not wrong, "message": message if wrong else ""}

@@ -6,12 +6,13 @@ It stays on the device where the tensors are; for want of room there it comes to
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Any, Union
 
 from astracli.errors import RunFailed
 from astracli.weights import digest, payload
+from astracli.weights.host import to_host
 from astracli.weights.manifest import ITEM_BYTES
 
 if TYPE_CHECKING:
@@ -44,13 +45,17 @@ class Snapshot:
     seconds: float
 
 
-def take(tensors: Mapping[str, Source], *, owned: bool, first: bool) -> Snapshot:
-    """Copies of `tensors`; the tensors themselves when they are `owned`. `first`: nothing was published before."""
+def take(
+    tensors: Mapping[str, Source], *, owned: bool, first: bool, run: Callable[..., Iterable[Any]] = map
+) -> Snapshot:
+    """Copies of `tensors`; the tensors themselves when they are `owned`. `first`: nothing was published before. `run`
+    maps over chunks that go to the host: `map`, or a thread pool's."""
     lanes, begin = None, time.perf_counter()
     taken = {name: local(tensor, copy=not owned) for name, tensor in tensors.items()}
     if _on_gpu(taken) and (first or not _room(taken)):
         lanes = lanes_of(taken)
-        taken = {name: replace(t, flat=t.flat.cpu()) for name, t in taken.items()}
+        hosted = to_host({name: t.flat for name, t in taken.items()}, run)
+        taken = {name: replace(t, flat=hosted[name]) for name, t in taken.items()}
     ready = None
     if _on_gpu(taken):
         import torch

@@ -10,21 +10,19 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Union
 
-import numpy as np
-import xxhash
-
 from astracli.errors import AstraError
 from astracli.weights import WeightCorrupt, WeightMismatch, codec, digest
-from astracli.weights.manifest import Manifest, Piece, TensorEntry, unseal, write_atomic
+from astracli.weights.manifest import Manifest, write_atomic
+from astracli.weights.reading import NEXT, Prepared, prepare, read
 
 if TYPE_CHECKING:
     import torch
 
-NEXT = "next.json"
+__all__ = ["NEXT", "PROOF", "RESULT", "ApplyResult", "Hands", "Placement", "Prepared", "Target", "apply", "prepare"]
 RESULT = "result.json"
 PROOF = "proof.json"
 
@@ -75,57 +73,6 @@ class Hands(Protocol):
     def digests(self, names: Iterable[str]) -> dict[str, str]: ...
 
 
-@dataclass
-class Prepared:
-    """A staged plan, decoded: needs no file any more."""
-
-    plan: bytes
-    """The next.json that it came from."""
-    version: int
-    kind: str
-    base_version: int | None
-    model_path: str | None
-    manifests: list[Manifest] = field(default_factory=list)
-    steps: list[list[tuple[str, int, codec.Update]]] = field(default_factory=list)
-    """(tensor, start of the piece, what to do) of each manifest, in the order of applying."""
-    loaded: Any = None
-    """The same in the form in which `hands` took it over, once they did."""
-    decode_s: float = 0.0
-    load_s: float = 0.0
-
-    @property
-    def bytes(self) -> int:
-        return sum(p.bytes for m in self.manifests for t in m.tensors for p in t.pieces)
-
-
-def prepare(stage_dir: Path) -> Prepared:
-    """Read and decode what `next.json` names. Touches no weight. Raises WeightCorrupt naming the file."""
-    begin = time.perf_counter()
-    stage_dir = Path(stage_dir)
-    blob = _read(stage_dir / NEXT)
-    plan = unseal(blob, f"`{NEXT}`")
-    if plan.keys() != {"version", "kind", "base_version", "steps", "model_path"}:
-        raise WeightCorrupt(f"`{NEXT}` is no plan: it has {', '.join(sorted(plan))}")
-    prepared = Prepared(blob, plan["version"], plan["kind"], plan["base_version"], plan["model_path"])
-    at = plan["base_version"]
-    for step in plan["steps"]:
-        path = stage_dir / step
-        manifest = Manifest.from_bytes(_read(path), f"`{step}`")
-        if manifest.base_version is not None and manifest.base_version != at:
-            raise WeightCorrupt(f"`{step}` changes version {manifest.base_version}, the step before it ends at {at}")
-        if manifest.kind == "full" and prepared.manifests:
-            raise WeightCorrupt(f"`{step}` is a full version behind other steps")
-        at = manifest.version
-        prepared.steps.append(_read_step(path.parent, manifest))
-        prepared.manifests.append(manifest)
-    if at != prepared.version:
-        raise WeightCorrupt(f"the staged steps end at version {at}, not {prepared.version}")
-    if any(_identity(m) != _identity(prepared.manifests[0]) for m in prepared.manifests):
-        raise WeightCorrupt("the staged steps are not of the same tensors")
-    prepared.decode_s = time.perf_counter() - begin
-    return prepared
-
-
 def apply(
     stage_dir: Path, tensors: Mapping[str, Target], have_version: int | None, prepared: Prepared | None = None,
     hands: Hands | None = None,
@@ -150,7 +97,7 @@ def apply(
 
 def is_staged(stage_dir: Path, prepared: Prepared) -> bool:
     """Whether `prepared` is what `next.json` names now."""
-    return prepared.plan == _read(Path(stage_dir) / NEXT)
+    return prepared.plan == read(Path(stage_dir) / NEXT)
 
 
 def succeed(stage_dir: Path, result: ApplyResult, more: Mapping[str, Any] | None = None) -> None:
@@ -185,47 +132,7 @@ def placements(target: Target) -> Sequence[Placement]:
     return [Placement(target.detach().view(-1), 0)]
 
 
-# ---- steps -----------------------------------------------------------------------------------------------------------
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise WeightCorrupt(f"cannot read staged `{path.name}`: {error.strerror}") from error
-
-
-def _identity(manifest: Manifest) -> list[Any]:
-    return [manifest.model, *((t.name, t.dtype, t.shape) for t in manifest.tensors)]
-
-
-def _read_step(directory: Path, manifest: Manifest) -> list[tuple[str, int, codec.Update]]:
-    updates: list[tuple[str, int, codec.Update]] = []
-    mapped: dict[str, np.ndarray[Any, Any]] = {}
-    for name, entry in manifest.files.items():
-        try:
-            mapped[name] = np.memmap(directory / name, np.uint8, "r") if entry.bytes else np.zeros(0, np.uint8)
-        except (OSError, ValueError) as error:
-            raise WeightCorrupt(f"cannot read staged `{name}` of version {manifest.version}: {error}") from error
-        if len(mapped[name]) != entry.bytes or xxhash.xxh3_128_hexdigest(mapped[name].data) != entry.xxh3:
-            raise WeightCorrupt(f"staged `{name}` of version {manifest.version} fails its checksum")
-    for tensor in manifest.tensors:
-        for piece in tensor.pieces:
-            try:
-                update = _decode_piece(tensor, piece, mapped[piece.file])
-            except WeightCorrupt as error:
-                raise WeightCorrupt(f"`{tensor.name}` in `{piece.file}` of {manifest.version}: {error}") from error
-            updates.append((tensor.name, piece.start, update))
-    return updates
-
-
-def _decode_piece(tensor: TensorEntry, piece: Piece, file: np.ndarray[Any, Any]) -> codec.Update:
-    blob = file[piece.offset : piece.offset + piece.bytes]
-    if xxhash.xxh3_128_hexdigest(blob.data) != piece.xxh3:
-        raise WeightCorrupt("a piece fails its checksum")
-    if piece.encoding == "raw":
-        return codec.Update("raw", piece.length, None, blob.view(f"<u{tensor.itemsize}"))
-    return codec.decode(blob.data, piece.encoding, piece.count, piece.length, tensor.itemsize)
+# ---- one version -----------------------------------------------------------------------------------------------------
 
 
 def _apply(prepared: Prepared, tensors: Mapping[str, Target], have: int | None, hands: Hands | None) -> ApplyResult:

@@ -1,34 +1,27 @@
 """The receiver's side: fetch what leads from the engine's version to another, check it, stage it, name it in next.json.
 
-Downloads resume: what arrived stays in `.part` files and the rest is asked for by range. Everything is checked by xxh3
-before it gets its final name, and `next.json` is written last, so that an engine never sees half a stage.
+Everything is checked by xxh3 before it is named, and `next.json` is written last, so that an engine never sees half a
+stage. `download.py` brings the bytes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import httpx
-
 from astracli.errors import RunFailed
 from astracli.weights import WeightCorrupt
+from astracli.weights.download import Downloader, Gone
 from astracli.weights.manifest import STABLE, Manifest, seal, unseal, version_name, write_atomic
 from astracli.weights.payload import hash_file
 from astracli.weights.staged import NEXT, PROOF, RESULT
 from astracli.weights.watcher import decoded, watched
-
-
-class _Gone(Exception):
-    """The server has no such file: pruned, or never published."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +52,8 @@ class StagedPlan:
     transfer_s: float
     stage_s: float = 0.0
     """Until the engine, generating meanwhile, had it decoded."""
+    linked: int = 0
+    """Bytes that were linked or copied from the publisher's own disk instead."""
 
 
 def choose_route(detail: dict[int, dict[str, Any]], target: int, have: int | None) -> Route:
@@ -111,17 +106,18 @@ class Subscriber:
     timeout_s: float = 30.0
     decode_wait_s: float = 60.0
     """For the engine's watcher to decode what is staged, so that the pause need not."""
-    _client: httpx.Client = field(init=False, repr=False)
-    _downloaded: int = field(default=0, init=False, repr=False)
+    link_bytes: int | None = 8 << 20
+    """A file of so many bytes or more is linked where publisher and stage share a disk; None: never."""
+    _source: Downloader = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.stage_dir = Path(self.stage_dir)
         self.stage_dir.mkdir(parents=True, exist_ok=True)
-        headers = {"Authorization": f"Bearer {self.token}"}
-        self._client = httpx.Client(headers=headers, timeout=self.timeout_s, trust_env=False, follow_redirects=True)
+        options = (self.retries, self.parts, self.part_bytes, self.timeout_s, self.link_bytes)
+        self._source = Downloader(self.url, self.token, *options)
 
     def close(self) -> None:
-        self._client.close()
+        self._source.close()
 
     def fetch(self, target_version: int, have_version: int | None = None) -> StagedPlan:
         """Stage what turns `have_version` (None: nothing usable) into `target_version`.
@@ -131,26 +127,22 @@ class Subscriber:
         begin = time.perf_counter()
         detail = self._await(target_version)
         waited = time.perf_counter() - begin
-        self._downloaded = 0
+        self._source.downloaded = self._source.linked = 0
         try:
             return self._stage(choose_route(detail, target_version, have_version), target_version, waited)
-        except _Gone:  # pruned between the listing and the download: what is left may still hold a full version
+        except Gone:  # pruned between the listing and the download: what is left may still hold a full version
             try:
-                route = choose_route(self._listing(), target_version, None)
+                route = choose_route(self._source.listing(), target_version, None)
                 return self._stage(route, target_version, waited)
-            except _Gone as error:
+            except Gone as error:
                 raise RunFailed(f"version {target_version} was pruned while it was fetched: {error}") from None
 
     # ---- what there is ----
 
-    def _listing(self) -> dict[int, dict[str, Any]]:
-        reply = self._get(f"{self.url}/weights").json()
-        return {int(version): kinds for version, kinds in reply["detail"].items()}
-
     def _await(self, target: int) -> dict[int, dict[str, Any]]:
         deadline, pause = time.monotonic() + self.wait_s, 0.02
         while True:
-            detail = self._listing()
+            detail = self._source.listing()
             if target in detail:
                 return detail
             newest = max(detail, default=None)
@@ -184,7 +176,8 @@ class Subscriber:
                 shutil.rmtree(path, ignore_errors=True)
         seconds = time.perf_counter() - begin
         stage_s = self._await_decoded(sealed)
-        return StagedPlan(target, route.kind, tuple(steps), route.bytes, self._downloaded, waited, seconds, stage_s)
+        plain = (target, route.kind, tuple(steps), route.bytes, self._source.downloaded, waited, seconds, stage_s)
+        return StagedPlan(*plain, linked=self._source.linked)
 
     def _await_decoded(self, plan: bytes) -> float:
         begin = time.monotonic()
@@ -240,7 +233,7 @@ class Subscriber:
     def _step(self, version: int, name: str) -> Manifest:
         directory = self.stage_dir / version_name(version)
         directory.mkdir(exist_ok=True)
-        stable = unseal(self._get(self._address(version, STABLE)).content, f"STABLE of version {version}")
+        stable = unseal(self._source.get(self._source.address(version, STABLE)).content, f"STABLE of version {version}")
         path = directory / name
 
         def check_manifest() -> None:
@@ -262,7 +255,8 @@ class Subscriber:
                 path.unlink()
         for attempt in (1, 2):
             try:
-                self._download(self._address(version, name), size, path)
+                if attempt == 2 or not self._source.link(version, name, size, path):
+                    self._source.fetch(version, name, size, path)
                 return check()
             except WeightCorrupt as error:
                 path.unlink(missing_ok=True)
@@ -272,80 +266,6 @@ class Subscriber:
                         "the file is damaged on the publisher's disk, or the network changes bytes",
                     ) from error
 
-    # ---- bytes ----
-
-    def _address(self, version: int, name: str) -> str:
-        return f"{self.url}/weights/{version}/{name}"
-
-    def _download(self, url: str, size: int, path: Path) -> None:
-        number = min(self.parts, max(1, size // self.part_bytes)) if size else 1
-        bounds = [size * k // number for k in range(number + 1)]
-        files = [path.with_name(f"{path.name}.{k}of{number}.part") for k in range(number)]
-        jobs = list(zip(files, bounds, bounds[1:], strict=False))
-        try:
-            if number == 1:
-                self._range(url, *jobs[0])
-            else:
-                with ThreadPoolExecutor(number, "weights-fetch") as pool:
-                    for done in [pool.submit(self._range, url, *job) for job in jobs]:
-                        done.result()
-            with open(files[0], "ab") as whole:
-                for file in files[1:]:
-                    with open(file, "rb") as part:
-                        shutil.copyfileobj(part, whole, 1 << 22)
-            os.replace(files[0], path)
-        except WeightCorrupt:
-            for file in files:
-                file.unlink(missing_ok=True)
-            raise
-        for file in files[1:]:
-            file.unlink()
-
-    def _range(self, url: str, part: Path, low: int, high: int) -> None:
-        """Bytes [low, high) of `url` into `part`, after those that are there."""
-        failures = 0
-        while True:
-            have = part.stat().st_size if part.exists() else 0
-            if have > high - low:
-                part.unlink()
-                have = 0
-            if have == high - low:
-                part.touch()
-                return
-            try:
-                self._stream(url, part, low + have, high)
-            except (httpx.TransportError, httpx.HTTPStatusError) as error:
-                grown = (part.stat().st_size if part.exists() else 0) - have
-                failures = 1 if grown > 0 else failures + 1
-                if failures > self.retries:
-                    raise RunFailed(f"cannot fetch `{url}`: {error!r}, {failures} times in a row") from error
-                time.sleep(min(0.05 * 2**failures, 2.0))
-
-    def _stream(self, url: str, part: Path, low: int, high: int) -> None:
-        with self._client.stream("GET", url, headers={"Range": f"bytes={low}-{high - 1}"}) as reply:
-            _raise_for(reply, url)
-            if reply.status_code != 206:
-                raise RunFailed(f"`{url}` answered {reply.status_code} to a range request", "a proxy in between?")
-            if not reply.headers.get("content-range", "").startswith(f"bytes {low}-{high - 1}/"):
-                raise WeightCorrupt(f"`{url}` answered range `{reply.headers.get('content-range')}`")
-            with open(part, "ab") as file:
-                for chunk in reply.iter_raw():  # as it comes: a chunker would drop what it holds when the line breaks
-                    file.write(chunk)
-                    self._downloaded += len(chunk)
-
-    def _get(self, url: str) -> httpx.Response:
-        failures = 0
-        while True:
-            try:
-                reply = self._client.get(url)
-                _raise_for(reply, url)
-                return reply
-            except (httpx.TransportError, httpx.HTTPStatusError) as error:
-                failures += 1
-                if failures > self.retries:
-                    raise RunFailed(f"cannot reach `{url}`: {error!r}, {failures} times in a row") from error
-                time.sleep(min(0.05 * 2**failures, 2.0))
-
 
 def _checker(path: Path, xxh3: str, version: int) -> Callable[[], None]:
     def check() -> None:
@@ -353,18 +273,3 @@ def _checker(path: Path, xxh3: str, version: int) -> Callable[[], None]:
             raise WeightCorrupt(f"`{path.name}` of version {version} fails its checksum")
 
     return check
-
-
-def _raise_for(reply: httpx.Response, url: str) -> None:
-    """401 and other refusals end the fetch, 404 means gone, 416 a file that changed, 5xx may be tried again."""
-    code = reply.status_code
-    if code == 401:
-        raise RunFailed(f"`{url}` refuses the token", "engine and hub must belong to the same run")
-    if code == 404:
-        raise _Gone(url)
-    if code == 416:
-        raise WeightCorrupt(f"`{url}` is shorter than its manifest says")
-    if code >= 500:
-        reply.raise_for_status()
-    if code >= 400:
-        raise RunFailed(f"`{url}` answered {code}")

@@ -29,7 +29,7 @@ class StageWatcher:
     """A daemon thread that decodes whatever a stage directory announces, and keeps the newest.
 
     `then` takes over what was decoded, in the same thread: an engine on a GPU brings it to the device. `first` is what
-    the thread does before anything else.
+    the thread does before anything else, `prepare` what decodes.
     """
 
     def __init__(
@@ -37,9 +37,10 @@ class StageWatcher:
         stage_dir: Path,
         then: Callable[[staged.Prepared], None] = lambda prepared: None,
         first: Callable[[], None] = lambda: None,
+        prepare: Callable[[Path], staged.Prepared] = staged.prepare,
     ):
         self.stage_dir = stage_dir
-        self._then, self._first = then, first
+        self._then, self._first, self._prepare = then, first, prepare
         self._lock = threading.Lock()
         self._prepared: staged.Prepared | None = None
         self._seen: tuple[int, int] | None = None
@@ -80,7 +81,7 @@ class StageWatcher:
                 self._prepared = None  # room for the next
                 try:
                     plan = (self.stage_dir / staged.NEXT).read_bytes()
-                    prepared = staged.prepare(self.stage_dir)
+                    prepared = self._prepare(self.stage_dir)
                     self._then(prepared)
                     self._prepared = prepared
                 except (AstraError, OSError, ValueError, RuntimeError):

@@ -1,0 +1,212 @@
+"""Decodes staged payloads in a process of its own: `python -m astracli.weights.decoder SOCKET_FD`.
+
+An engine's scheduler is a Python loop that never sleeps. A thread that decodes beside it must win the interpreter back
+after each of thousands of short calls, and waited seconds for half a megabyte; it also took the interpreter away from
+the scheduler. So a child of the engine decodes, with threads, into anonymous shared memory, and sends its descriptor
+and a list of spans. What is left for the engine's own thread is a few large calls. The child ends with its engine.
+
+Both sides of one socket pair. To the child: a stage directory. From it: a document, and a descriptor when that is well.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import socket
+import struct
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from astracli.weights import WeightCorrupt, flat, reading
+from astracli.weights.manifest import Manifest, TensorEntry
+
+_LENGTH = struct.Struct("<Q")
+_THREADS = 8
+
+
+class DecoderProcess:
+    """The engine's end. One plan at a time; `prepare` has the meaning and the errors of `reading.prepare`."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+
+    def start(self) -> socket.socket:
+        """The way to a living child."""
+        if self._socket is not None and self._process is not None and self._process.poll() is None:
+            return self._socket
+        self.close()
+        self._socket, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "astracli.weights.decoder", str(theirs.fileno())]
+        with theirs:
+            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        return self._socket
+
+    def prepare(self, stage_dir: Path) -> reading.Prepared:
+        begin = time.perf_counter()
+        try:
+            channel = self.start()
+            _send(channel, {"stage": str(stage_dir)})
+            doc, handle = _receive(channel)
+        except OSError as error:
+            return self._here(stage_dir, error)
+        if "unable" in doc:
+            return self._here(stage_dir, doc["unable"])
+        if "error" in doc:
+            raise WeightCorrupt(doc["error"])
+        assert handle is not None
+        prepared = _rebuilt(doc, handle)
+        prepared.plan = reading.read(stage_dir / reading.NEXT)
+        if prepared.plan != doc["plan"].encode():
+            raise WeightCorrupt("another plan was staged while this one was decoded")
+        prepared.decode_s = time.perf_counter() - begin
+        return prepared
+
+    @staticmethod
+    def _here(stage_dir: Path, reason: object) -> reading.Prepared:
+        """Slowly, in this thread: better than in the pause."""
+        print(f"warning: weights are decoded inside the engine: {reason}", file=sys.stderr, flush=True)
+        return reading.prepare(stage_dir)
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+        if self._process is not None:
+            self._process.wait()
+
+
+def _rebuilt(doc: dict[str, Any], handle: int) -> reading.Prepared:
+    """A plan from what the child says and from its memory, whose descriptor is closed here."""
+    try:
+        size = os.fstat(handle).st_size
+        memory = np.frombuffer(mmap.mmap(handle, size), np.uint8) if size else np.zeros(0, np.uint8)
+    finally:
+        os.close(handle)
+    prepared = reading.Prepared(b"", doc["version"], doc["kind"], doc["base_version"], doc["model_path"])
+    prepared.bytes, prepared.flat = doc["bytes"], []
+    for step in doc["steps"]:
+        tensors = tuple(TensorEntry(n, d, tuple(s), e, c, x, ()) for n, d, s, e, c, x in step.pop("tensors"))
+        groups = []
+        for width, at, values, indices, spans in step.pop("groups"):
+            group = flat.Group(width, [flat.Span(*s) for s in spans], value_count=values, index_count=indices)
+            group.lay(memory[at : at + group.nbytes])
+            groups.append(group)
+        files = {name: np.memmap(name, np.uint8, "r") for name in {raw[2] for raw in step["raws"]}}
+        raws = [
+            flat.Raw(name, start, files[path][low : low + size].view(f"<u{width}"))
+            for name, start, path, low, size, width in step.pop("raws")
+        ]
+        prepared.manifests.append(Manifest(tensors=tensors, files={}, **step))
+        prepared.flat.append(flat.FlatStep(groups, raws, borrowed=True))
+    return prepared
+
+
+# ---- the child -------------------------------------------------------------------------------------------------------
+
+
+def _decode(stage_dir: Path, pool: ThreadPoolExecutor) -> tuple[dict[str, Any], int]:
+    """(what the engine must know, descriptor of the memory that holds all arrays)"""
+    prepared, steps = reading.open_plan(stage_dir)
+    layouts, size = [], 0
+    for step in steps:
+        coded = [c for c in step if c.piece.encoding != "raw"]
+        described = ((c.tensor.name, c.tensor.itemsize, *_piece(c)) for c in coded)
+        groups, places = flat.lay_out(described)
+        starts = {}
+        for width, group in groups.items():
+            starts[width], size = size, size + -(-group.nbytes // 8) * 8
+        layouts.append((coded, groups, places, starts))
+    handle = os.memfd_create("astra-decoded", os.MFD_CLOEXEC)
+    os.ftruncate(handle, size)
+    memory = np.frombuffer(mmap.mmap(handle, size), np.uint8) if size else np.zeros(0, np.uint8)
+    documents = []
+    for manifest, step, (coded, groups, places, starts) in zip(prepared.manifests, steps, layouts, strict=True):
+        used = [group for group in groups.values() if group.spans]
+        for width, group in groups.items():
+            group.lay(memory[starts[width] : starts[width] + group.nbytes])
+        for done in [pool.submit(_one, c, groups, p) for c, p in zip(coded, places, strict=True)]:
+            done.result()
+        documents.append({
+            "model": manifest.model, "version": manifest.version, "base_version": manifest.base_version,
+            "kind": manifest.kind, "frozen_digests": manifest.frozen_digests,
+            "tensors": [(t.name, t.dtype, t.shape, t.encoding, t.count, t.digest) for t in manifest.tensors],
+            "groups": [(g.width, starts[g.width], g.value_count, g.index_count, g.spans) for g in used],
+            "raws": [
+                (c.tensor.name, c.piece.start, str(c.path), c.piece.offset, c.piece.bytes, c.tensor.itemsize)
+                for c in step if c.piece.encoding == "raw"
+            ],
+        })  # fmt: skip
+    doc = {"plan": prepared.plan.decode(), "version": prepared.version, "kind": prepared.kind, "steps": documents}
+    doc |= {"base_version": prepared.base_version, "model_path": prepared.model_path, "bytes": prepared.bytes}
+    return doc, handle
+
+
+def _piece(coded: reading.Coded) -> tuple[int, int, str, int]:
+    return coded.piece.start, coded.piece.length, coded.piece.encoding, coded.piece.count
+
+
+def _one(coded: reading.Coded, groups: dict[int, flat.Group], place: flat.Place) -> None:
+    flat.fill(groups, place, reading.decode(coded))
+
+
+def serve(channel: socket.socket) -> None:
+    """Answer until the engine is gone."""
+    with ThreadPoolExecutor(max(1, min(_THREADS, (os.cpu_count() or 1) // 2)), "decode") as pool:
+        while True:
+            try:
+                request, _ = _receive(channel)
+            except OSError:
+                return
+            try:
+                doc, handle = _decode(Path(request["stage"]), pool)
+            except (WeightCorrupt, ValueError) as error:
+                _send(channel, {"error": str(error)})
+                continue
+            except OSError as error:  # no memory, no descriptors: not the payload's fault
+                _send(channel, {"unable": str(error)})
+                continue
+            try:
+                _send(channel, doc, handle)
+            finally:
+                os.close(handle)
+
+
+# ---- both ------------------------------------------------------------------------------------------------------------
+
+
+def _send(channel: socket.socket, doc: dict[str, Any], handle: int | None = None) -> None:
+    blob = json.dumps(doc).encode()
+    socket.send_fds(channel, [_LENGTH.pack(len(blob))], [] if handle is None else [handle])
+    channel.sendall(blob)
+
+
+def _receive(channel: socket.socket) -> tuple[dict[str, Any], int | None]:
+    """Raises ConnectionError when the other side is gone."""
+    head, handles, _, _ = socket.recv_fds(channel, _LENGTH.size, 1)
+    head += _exactly(channel, _LENGTH.size - len(head)) if head else b""
+    if not head:
+        raise ConnectionError("the other side has closed")
+    doc: dict[str, Any] = json.loads(_exactly(channel, _LENGTH.unpack(head)[0]))
+    return doc, handles[0] if handles else None
+
+
+def _exactly(channel: socket.socket, size: int) -> bytes:
+    found = bytearray()
+    while len(found) < size:
+        chunk = channel.recv(min(1 << 20, size - len(found)))
+        if not chunk:
+            raise ConnectionError("the other side has closed")
+        found += chunk
+    return bytes(found)
+
+
+if __name__ == "__main__":
+    with socket.socket(fileno=int(sys.argv[1])) as connection:
+        serve(connection)

@@ -1,0 +1,187 @@
+"""Decoding a version inside an engine whose scheduler never sleeps: who waits for whom, and how long.
+
+    python bench/decode_beside.py [--shape 0.1b | 0.01b] [--rounds 5] [--json]
+
+The main thread spins in Python as SGLang's event loop does; a thread beside it decodes a staged version and brings it
+into the form that the pause needs (on the CPU here: two copies instead of two transfers). Three ways:
+
+    thread, 5 ms        the thread decodes, the interpreter changes hands every 5 ms (Python's default)
+    thread, 0.5 ms      the same at a switch interval of 0.5 ms
+    process             a child process decodes, the thread takes over arrays (what our loader does)
+
+`stage_ms` is from the plan's appearance to its being ready, `alone_ms` the same while the main thread sleeps; `loop` is
+what is left of the main thread's turns meanwhile, and `longest_ms` the longest that one turn of about 0.1 ms took.
+
+The read-back under HF names runs beside the scheduler too, through the model's own `load_weights`: it is measured at
+Python's interval and at ours (`read-back, ...`, here with the digests in numpy).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from weights import SHAPES, versions
+
+from astracli.weights import staged
+from astracli.weights.decoder import DecoderProcess
+from astracli.weights.manifest import Manifest
+from astracli.weights.publisher import Publisher
+from astracli.weights.reading import Prepared, prepare
+from astracli.weights.resident import Resident
+from astracli.weights.sglang_loader import read_back_digests
+
+WAYS = {"thread, 5 ms": 5e-3, "thread, 0.5 ms": 5e-4, "process": 5e-3}
+
+
+def publish(folder: Path, shape: str) -> Resident:
+    """Versions 0 and 1; version 1 is staged for the hands that come back."""
+    from astracli.weights.manifest import seal
+
+    base, new = versions(shape, 1e-6, 4, "cpu")
+    publisher = Publisher(folder, full_interval=1000)
+    publisher.publish(0, base)
+    publisher.publish(1, new)
+    publisher.close()
+    plan = {"version": 1, "kind": "delta", "base_version": 0, "model_path": None}
+    (folder / "next.json").write_bytes(seal({**plan, "steps": ["v000001/manifest.json"]}))
+    return Resident({name: staged.placements(tensor) for name, tensor in base.items()})
+
+
+def turn() -> int:
+    """About a tenth of a millisecond of Python."""
+    found = 0
+    for k in range(2000):
+        found += k
+    return found
+
+
+def spin(stop: threading.Event) -> tuple[int, float]:
+    """(turns, the longest in seconds) until `stop`."""
+    turns, longest, before = 0, 0.0, time.perf_counter()
+    while not stop.is_set():
+        turn()
+        now = time.perf_counter()
+        longest, before, turns = max(longest, now - before), now, turns + 1
+    return turns, longest
+
+
+def stage(read: Any, folder: Path, hands: Resident, stop: threading.Event, out: list[float]) -> None:
+    begin = time.perf_counter()
+    prepared: Prepared = read(folder)
+    staged.load(prepared, hands)
+    out.append(time.perf_counter() - begin)
+    stop.set()
+
+
+def measure(shape: str, rounds: int, folder: Path) -> list[dict[str, Any]]:
+    hands = publish(folder, shape)
+    quiet = threading.Event()
+    threading.Timer(1.0, quiet.set).start()
+    turns, _ = spin(quiet)
+    free = turns / 1.0
+    child = DecoderProcess()
+    rows = []
+    for way, interval in WAYS.items():
+        read = child.prepare if way == "process" else prepare
+        alone: list[float] = []
+        read(folder)  # the child has started, files are in memory
+        for _ in range(rounds):
+            stage(read, folder, hands, threading.Event(), alone)
+        beside: list[float] = []
+        left, longest = [], 0.0
+        sys.setswitchinterval(interval)
+        for _ in range(rounds):
+            stop = threading.Event()
+            thread = threading.Thread(target=stage, args=(read, folder, hands, stop, beside))
+            begin = time.perf_counter()
+            thread.start()
+            turns, worst = spin(stop)
+            left.append(turns / (time.perf_counter() - begin) / free)
+            longest = max(longest, worst)
+            thread.join()
+        sys.setswitchinterval(5e-3)
+        rows.append({
+            "way": way, "shape": shape, "alone_ms": 1000 * statistics.median(alone),
+            "stage_ms": 1000 * statistics.median(beside), "worst_stage_ms": 1000 * max(beside),
+            "loop": statistics.median(left), "longest_ms": 1000 * longest,
+        })  # fmt: skip
+    child.close()
+    return rows + [read_back(shape, rounds, folder, interval, free) for interval in (5e-3, 2e-4)]
+
+
+class Model(torch.nn.Module):
+    """Loads every tensor by name."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]):
+        super().__init__()
+        self.held = {name: torch.nn.Parameter(tensor, requires_grad=False) for name, tensor in weights.items()}
+        self.one = next(iter(self.held.values()))
+
+    def load_weights(self, weights: Any) -> None:
+        for name, loaded in weights:
+            self.held[name].data.copy_(loaded)
+
+
+def read_back(shape: str, rounds: int, folder: Path, interval: float, free: float) -> dict[str, Any]:
+    """`sglang_loader.read_back_digests` beside a main thread that spins."""
+    entries = Manifest.from_bytes((folder / "v000000" / "manifest.full.json").read_bytes()).tensors
+    model = Model(versions(shape, 1e-6, 1, "cpu")[0])
+
+    def run(stop: threading.Event, out: list[float]) -> None:
+        begin = time.perf_counter()
+        read_back_digests(model, entries)
+        out.append(time.perf_counter() - begin)
+        stop.set()
+
+    alone: list[float] = []
+    beside: list[float] = []
+    left, longest = [], 0.0
+    for _ in range(rounds):
+        run(threading.Event(), alone)
+    sys.setswitchinterval(interval)
+    for _ in range(rounds):
+        stop = threading.Event()
+        thread = threading.Thread(target=run, args=(stop, beside))
+        begin = time.perf_counter()
+        thread.start()
+        turns, worst = spin(stop)
+        left.append(turns / (time.perf_counter() - begin) / free)
+        longest = max(longest, worst)
+        thread.join()
+    sys.setswitchinterval(5e-3)
+    return {
+        "way": f"read-back, {1000 * interval:g} ms", "shape": shape, "alone_ms": 1000 * statistics.median(alone),
+        "stage_ms": 1000 * statistics.median(beside), "worst_stage_ms": 1000 * max(beside),
+        "loop": statistics.median(left), "longest_ms": 1000 * longest,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=[name for name in SHAPES if name != "4b"], default="0.1b")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    shm = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shm if shm.is_dir() else None) as folder:
+        rows = measure(args.shape, args.rounds, Path(folder))
+    if args.json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        cells = "  ".join(f"{k} {v:9.2f}" for k, v in row.items() if isinstance(v, float))
+        print(f"{row['shape']:6} {row['way']:18} {cells}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Stands in for SGLang where a script streams and pauses: a transformers model that is loaded by name, and made-up
+tokens at a fixed rate, five milliseconds each, none while generation is paused."""
+
+import argparse
+import asyncio
+import importlib
+import json
+
+import torch
+import uvicorn
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from transformers import AutoConfig, AutoModelForCausalLM
+
+
+class Model(torch.nn.Module):
+    def __init__(self, path):
+        super().__init__()
+        self.inner = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.bfloat16)
+
+    def load_weights(self, weights):
+        held = dict(self.inner.named_parameters())
+        for name, loaded in weights:
+            if held[name].dtype != loaded.dtype:
+                held[name].data = held[name].data.to(loaded.dtype)
+            held[name].data.copy_(loaded)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    for name in ("model-path", "host", "port", "api-key", "custom-weight-loader"):
+        parser.add_argument(f"--{name}", required=True)
+    options, _ = parser.parse_known_args()
+    model, state = Model(options.model_path), {"aborts": 0}
+    going = asyncio.Event()
+    going.set()
+
+    async def generate(request):
+        body, aborts = await request.json(), state["aborts"]
+
+        async def tokens():
+            for count in range(1, body["sampling_params"]["max_new_tokens"] + 1):
+                await asyncio.sleep(0.005)
+                await going.wait()
+                yield f"data: {json.dumps({'meta_info': {'completion_tokens': count}})}\n\n"
+                if state["aborts"] != aborts:
+                    break
+            yield "data: [DONE]\n\n"
+
+        return StreamingResponse(tokens(), media_type="text/event-stream")
+
+    async def update(request):
+        body = await request.json()
+        module, _, name = options.custom_weight_loader.rpartition(".")
+        assert body["load_format"] == options.custom_weight_loader and not going.is_set()
+        with torch.inference_mode():
+            getattr(importlib.import_module(module), name)(model, [])
+        return JSONResponse({"success": True, "message": "Success"})
+
+    async def control(request):
+        if request.headers["authorization"] != f"Bearer {options.api_key}":
+            return Response(status_code=401)
+        if request.url.path == "/pause_generation":
+            going.clear()
+        elif request.url.path == "/continue_generation":
+            going.set()
+        elif request.url.path == "/abort_request":
+            state["aborts"] += 1
+        return JSONResponse({"success": True})
+
+    paths = ["pause_generation", "continue_generation", "abort_request", "flush_cache", "update_weight_version"]
+    routes = [Route(f"/{path}", control, methods=["POST"]) for path in paths]
+    routes += [Route("/generate", generate, methods=["POST"]), Route("/health_generate", control)]
+    routes += [Route("/update_weights_from_tensor", update, methods=["POST"])]
+    where = {"host": options.host, "port": int(options.port)}
+    uvicorn.run(Starlette(routes=routes), **where, log_level="warning", timeout_graceful_shutdown=1)
+
+
+main()

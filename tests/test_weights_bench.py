@@ -1,0 +1,55 @@
+"""The GPU benches of weight transfer on a CPU: one beside a stand-in for SGLang that streams and pauses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+def run(script: str, *options: str) -> dict[str, Any]:
+    path = os.pathsep.join([str(HERE / "fake_stream"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(HERE.parent / "bench" / script), *options]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(json.loads(done.stdout))
+
+
+def test_one_start_gives_every_mode_and_leaves_what_it_knows_on_disk(tmp_path: Path) -> None:
+    options = [
+        "--running",
+        "4",
+        "--versions",
+        "2",
+        "--modes",
+        "in_place",
+        "abort",
+        "--recovery",
+        "--warm-s",
+        "0.3",
+        "--quiet-s",
+        "0.2",
+    ]
+    out = tmp_path / "out.json"
+    doc = run("gpu_sglang_delta.py", "--device", "cpu", *options, "--limit-s", "100", "--out", str(out))
+    assert json.loads(out.read_text()) == doc
+    assert [row["version"] for row in doc["rows"]] == [0, 1, 2, 3, 4, 5] and doc["rows"][0]["kind"] == "full"
+    assert doc["rows"][0]["version_0_s"] > 0 and doc["setup"]["sglang_ready_s"] > 0
+    for mode in ("in_place", "abort"):
+        found = doc["summary"][mode]
+        assert all(found[key]["n"] == 2 for key in ("pause_ms", "digest", "decode_s", "publish_s", "recovery_s")), found
+        assert found["tokens_per_s"]["p50"] > 100 and found["staging_tokens_per_s"]["p50"] > 0
+    assert [row["version"] for row in doc["rows"] if "readback_s" in row] == [0, 4]
+
+
+def test_what_publishing_costs_is_measured_in_turns() -> None:
+    options = ["--shape", "tiny", "--tokens", "64", "--longest", "40", "--micro-batches", "1", "--pairs", "2", "--json"]
+    doc = run("gpu_publish_cost.py", *options)
+    assert doc["pairs"] == 2 and doc["ratio"] == doc["on_s"] / doc["off_s"] and doc["published_from"] == "cpu"
+    assert all(row["bytes"] > 0 and row["publish_s"] > 0 for row in doc["rows"])

@@ -1,0 +1,140 @@
+"""Decoding in a child process: the same changes, the same errors, and no child left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from test_weights_loader import Weights, chain, copies, delta, restage, same, stage
+
+from astracli.weights import WeightCorrupt, WeightMismatch, flat, staged
+from astracli.weights.codec import Update
+from astracli.weights.decoder import DecoderProcess
+from astracli.weights.resident import Resident
+from astracli.weights.staged import Placement
+
+
+@pytest.fixture(scope="module")
+def child() -> Iterator[DecoderProcess]:
+    with contextlib.closing(DecoderProcess()) as found:
+        yield found
+
+
+def hands_of(engine: Weights, cut: int = 0) -> Resident:
+    """Each tensor in one place, or cut in two."""
+    placed = {}
+    for name, tensor in engine.items():
+        view = tensor.view(-1)
+        at = min(cut, len(view) - 1) if cut else 0
+        placed[name] = [Placement(view[:at], 0), Placement(view[at:], at)] if at else [Placement(view, 0)]
+    return Resident(placed)
+
+
+@pytest.mark.parametrize("cut", [0, 5, 333])
+def test_a_chain_a_full_version_and_views_in_pieces(tmp_path: Path, child: DecoderProcess, cut: int) -> None:
+    versions = chain(4)
+    where = stage(tmp_path, versions, [delta(1), delta(2)])
+    engine = copies(versions[0])
+    prepared, direct = child.prepare(where), staged.prepare(where)
+    assert prepared.plan == direct.plan and prepared.bytes == direct.bytes > 0
+    assert [m.changed for m in prepared.manifests] == [m.changed for m in direct.manifests]
+    hands = hands_of(engine, cut)
+    result = staged.apply(where, hands.placed, 0, prepared, hands)
+    assert same(engine, versions[2]) and result.steps == 2 and result.decode_s > 0
+    restage(tmp_path, ["v000000/manifest.full.json", delta(1)])
+    staged.apply(where, hands.placed, None, child.prepare(where), hands)
+    assert same(engine, versions[1])
+
+
+def test_what_was_decoded_before_stays_when_the_next_one_is(tmp_path: Path, child: DecoderProcess) -> None:
+    versions = chain(3)
+    where = stage(tmp_path, versions, [delta(2)])
+    later = child.prepare(where)
+    restage(tmp_path, [delta(1)])
+    engine = copies(versions[0])
+    hands = hands_of(engine)
+    first = child.prepare(where)
+    staged.apply(where, hands.placed, 0, first, hands)
+    restage(tmp_path, [delta(2)])
+    staged.apply(where, hands.placed, 1, later, hands)
+    assert same(engine, versions[2])
+
+
+def test_damage_is_named_and_a_wrong_base_is_still_refused(tmp_path: Path, child: DecoderProcess) -> None:
+    versions = chain(3)
+    where = stage(tmp_path, versions, [delta(2)])
+    engine = copies(versions[0])
+    hands = hands_of(engine)
+    with pytest.raises(WeightMismatch, match="changes version 1, the engine holds 0"):
+        staged.apply(where, hands.placed, 0, child.prepare(where), hands)
+    path = where / "v000002" / "delta-00000.bin"
+    blob = path.read_bytes()
+    path.write_bytes(blob[:50] + bytes([blob[50] ^ 1]) + blob[51:])
+    with pytest.raises(WeightCorrupt, match=r"staged `delta-00000\.bin` of version 2 fails its checksum"):
+        child.prepare(where)
+    (where / "next.json").unlink()
+    with pytest.raises(WeightCorrupt, match=r"cannot read staged `next\.json`"):
+        child.prepare(where)
+    assert same(engine, versions[0])
+
+
+def test_a_child_that_died_is_replaced(tmp_path: Path) -> None:
+    where = stage(tmp_path, chain(2), [delta(1)])
+    with contextlib.closing(DecoderProcess()) as decoder:
+        decoder.start()
+        assert decoder._process is not None
+        decoder._process.kill()
+        decoder._process.wait()
+        assert decoder.prepare(where).version == 1
+
+
+def test_without_a_child_the_engine_decodes_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    versions = chain(2)
+    where = stage(tmp_path, versions, [delta(1)])
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+    with contextlib.closing(DecoderProcess()) as decoder:
+        prepared = decoder.prepare(where)
+    assert "decoded inside the engine" in capsys.readouterr().err
+    engine = copies(versions[0])
+    staged.apply(where, engine, 0, prepared)
+    assert same(engine, versions[1])
+
+
+def test_the_child_ends_with_its_engine(tmp_path: Path) -> None:
+    code = (
+        "import os, signal; from astracli.weights.decoder import DecoderProcess; d = DecoderProcess(); d.start();"
+        "print(d._process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=20, check=False)
+    child, deadline = Path("/proc") / done.stdout.decode().strip(), time.monotonic() + 10
+
+    def alive() -> bool:
+        with contextlib.suppress(OSError):
+            return (child / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return False
+
+    while alive() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not alive()
+
+
+def test_pieces_become_few_spans_that_no_index_leaves() -> None:
+    reach = flat._REACH
+    pieces = [
+        ("a", 2, 0, 10, "gap-ulp", 3), ("a", 2, 20, 10, "gap-ulp", 2), ("a", 2, 30, 4, "dense-ulp", 1),
+        ("a", 2, 34, 4, "dense-ulp", 4), ("a", 2, 40, 4, "dense-ulp", 4), ("b", 4, 0, 9, "gap-xor", 1),
+        ("b", 4, reach, 9, "gap-xor", 2),
+    ]  # fmt: skip
+    groups, places = flat.lay_out(pieces)
+    assert groups[2].spans == [("a", 0, 30, 0, 0, 5, 0), ("a", 30, 8, 0, 5, 8, -1), ("a", 40, 4, 0, 13, 4, -1)]
+    assert groups[4].spans == [("b", 0, 9, 1, 0, 1, 0), ("b", reach, 9, 1, 1, 2, 1)]
+    assert [p.shift for p in places] == [0, 20, 0, 4, 0, 0, 0]
+    assert flat.flatten([("a", 0, Update("raw", 2, None, torch.zeros(2).numpy().view("<u4")))]).groups == []

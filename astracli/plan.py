@@ -151,7 +151,7 @@ def _processes(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any], 
     ranks = (len(train_gpus) if cuda else resources.train_ranks) if command == "train" else 0
     for rank in range(ranks):
         own = train_gpus[rank : rank + 1]
-        result.append(child(f"trainer{rank or ''}", "trainer", own, train_gpus, rank=rank, world_size=ranks))
+        result.append(child(f"trainer{rank or ''}", "trainer", own, own, rank=rank, world_size=ranks))
     if command == "eval" or (command == "train" and recipe.eval.benchmarks and recipe.eval.every):
         result.append(child("eval", "eval", [], [], children=recipe.data.reward_workers))
     return result

@@ -77,6 +77,7 @@ def closing_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
             else "sum of RSS: shared pages count more than once, PSS is unavailable"
         )
         facts.append(("peak memory", f"{size(memory['peak_bytes'])} ({what}): {each}"))
+    facts += [("note", words) for words in summary.get("notes", ())]
     facts += [(name, place) for name, place in summary["paths"].items()]
     return facts
 

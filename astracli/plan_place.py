@@ -15,6 +15,7 @@ from astracli.adapter import MemoryShape
 from astracli.plan_memory import MemoryRow, words
 from astracli.plan_trainer import Split
 from astracli.recipe import Recipe
+from astracli.training import link
 
 COMFORT = 4
 """A shared GPU should leave an engine the KV cache of this part of its requests at full context: one in four."""
@@ -55,6 +56,10 @@ def place(
     beside = AWAY if turns else None
     split, why = _split(recipe, shape, smallest, len(train_gpus), shared, beside) if train_gpus else (Split(), [])
     reasons = [(what, getattr(split, what), reason) for what, reason in why]
+    if len(train_gpus) > 1:
+        without = " ".join(f"{name}={value}" for name, value in link.WITHOUT_PEERS.items())
+        proof = f"proved by an all-reduce in {link.LIMIT_S:g} s at the start; if not, once more with {without}"
+        reasons.append((f"{len(train_gpus)} ranks", "direct links", proof))
     cards = [sizes[gpu] for gpu in engine_gpus if gpu in sizes]
     if turns and smallest is not None and cards:
         asked = recipe.resources.share_mode == "turns"

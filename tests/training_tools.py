@@ -79,8 +79,8 @@ def sample_groups(
 
 
 def uneven_groups(seed: int) -> list[Group]:
-    """Groups of which one sample is far longer than the rest: with a budget of 40 tokens its rank has fewer micro-batches
-    than the other."""
+    """Groups of which one sample is far longer than the rest: with a budget of 40 tokens its rank has fewer
+    micro-batches than the other."""
     groups = sample_groups(None, 4, seed=seed, version=-1)
     tokens = np.random.default_rng(seed).integers(2, 64, 50).astype(np.int32)
     groups[1].samples[0].segments[0] = Segment(-1, tokens, np.full(50, -4.0, np.float32))

@@ -12,9 +12,11 @@ from typing import Any
 
 from astracli.launch.local import ChildSpec
 from astracli.launch.ports import free_ports
+from astracli.launch.supervise import Retry
 from astracli.plan import LaunchPlan, ProcessPlan
 from astracli.recipe import Recipe
 from astracli.run_dir import RunDir, write_atomic
+from astracli.training import link
 from astracli.workers.common import THREAD_VARIABLES, WorkerConfig
 
 OFFLINE = {
@@ -66,6 +68,23 @@ def build(setting: Setting, extra: Mapping[str, Mapping[str, Any]]) -> list[Chil
         else:
             specs.append(_spec(setting, process, config, _rank_env(process, host, rendezvous)))
     return specs
+
+
+def retry(setting: Setting, specs: Sequence[ChildSpec]) -> Retry | None:
+    """How trainer ranks on GPUs start once more when their first all-reduce fails; None for one rank, or on a CPU."""
+    ranks = [spec for spec in specs if spec.role == "trainer"]
+    known = all(os.environ.get(name) == value for name, value in link.WITHOUT_PEERS.items())
+    if len(ranks) < 2 or setting.plan.choice.device != "cuda" or known:
+        return None
+
+    def again() -> list[ChildSpec]:
+        (port,) = free_ports(1, setting.recipe.launch.host)
+        env = {**link.WITHOUT_PEERS, "MASTER_PORT": str(port)}
+        return [replace(spec, env={**spec.env, **env}) for spec in ranks]
+
+    different = " ".join(f"{name}={value}" for name, value in link.WITHOUT_PEERS.items())
+    words = f"the {len(ranks)} training GPUs do not reach each other directly: their ranks run with {different}"
+    return Retry(link.BROKEN, frozenset(spec.name for spec in ranks), again, words)
 
 
 def _placement(plan: LaunchPlan, process: ProcessPlan) -> dict[str, Any]:

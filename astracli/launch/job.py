@@ -138,8 +138,9 @@ class Job:
                 self.resume_step is not None,
             )
             watch = Watch(self, hub.store, sinks)
+            specs = children.build(setting, self.extra)
             supervisor = Supervisor(
-                children.build(setting, self.extra),
+                specs,
                 hub,
                 main_role=MAIN_ROLE[self.plan.command],
                 ready_timeout_s=self.recipe.launch.ready_timeout_s,
@@ -148,6 +149,7 @@ class Job:
                 hint=self._hint,
                 tick=watch,
                 memory=memory,
+                retry=children.retry(setting, specs),
             )
             connect(supervisor)
             try:
@@ -238,6 +240,7 @@ class Job:
             store=store.state(),
             memory=memory,
             restarts={name: status.restarts for name, status in supervisor.status.items()},
+            notes=supervisor.notes,
         )
 
 

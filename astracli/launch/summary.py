@@ -30,9 +30,10 @@ def build(
     store: Mapping[str, Any],
     memory: MemorySampler | None,
     restarts: Mapping[str, int],
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """`phases`: seconds of this attempt by phase; `evaluations_s`: by step, announcement to result, beside training;
-    `store`: `HubStore.state()`; `records`: all of metrics.jsonl."""
+    `store`: `HubStore.state()`; `notes`: what the supervisor did to go on; `records`: all of metrics.jsonl."""
     wall_s = sum(phases.values())
     trained = [step for step, _ in series(records, "train_s") or series(records, "step_s")]
     here = [step for step in trained if step >= first_step]
@@ -54,6 +55,7 @@ def build(
         "parity": {"mean_abs": mean(values(records, "parity_mean_abs")), "max_abs": largest(records, "parity_max_abs")},
         "groups": store.get("counts") or {},
         "restarts": {name: count for name, count in restarts.items() if count},
+        "notes": list(notes),
         "memory": memory_document(memory),
         "paths": paths(run_dir),
     }

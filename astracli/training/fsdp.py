@@ -93,7 +93,7 @@ class Ranks:
         return buffer.numpy().tobytes()
 
     def average(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors of one dtype, on the ranks' device, by their mean over all ranks: the same bits everywhere."""
+        """Replace tensors of one dtype, on the device, by their mean over all ranks: everywhere the same bits."""
         if self.world_size == 1 or not tensors:
             return
         together = torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -103,7 +103,7 @@ class Ranks:
             tensor.copy_(part.view_as(tensor))
 
     def squares(self, gradients: Iterable[Tensor]) -> float:
-        """Sum of the squares of a sharded model's gradients, over all ranks; what every rank holds whole counts once."""
+        """Sum of squares of a sharded model's gradients, over all ranks; what every rank holds whole counts once."""
         mine = [local(g) for g in gradients if self.first or hasattr(g, "to_local")]
         norms = torch._foreach_norm(mine) if mine else []
         found = float(torch.stack([n.double() for n in norms]).square().sum()) if norms else 0.0

@@ -2,7 +2,7 @@
 
 On some machines NCCL's direct copies between GPUs hang or bring wrong data (PCIe access control, a virtual machine's
 IOMMU), and a run would stand still in its first step. A rank that cannot prove its link ends with `BROKEN`, and the
-supervisor starts all ranks once more, in fresh processes, with `WITHOUT_PEERS` in their environment (`launch/retry.py`).
+supervisor starts all ranks once more, in fresh processes, with `WITHOUT_PEERS` in their environment.
 """
 
 from __future__ import annotations

@@ -255,7 +255,7 @@ class Masters:
 
     @torch.no_grad()
     def wire_shards(self, *, on_host: bool = False) -> dict[str, Tensor | Shard]:
-        """HF name -> this rank's part of the tensor in its wire dtype: what is published. Empty parts are left out, and a
+        """HF name -> this rank's part of the tensor in its wire dtype: what is published. Empty parts are left out; a
         tensor that all ranks hold is rank 0's.
 
         Copies, on the device of the masters or `on_host`: training may go on while they are published.
@@ -286,7 +286,7 @@ class Masters:
         return result
 
     def as_distributed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's shards as DTensors placed like their parameters, sharing storage; what is not sharded as it is."""
+        """This rank's shards as DTensors placed like their parameters, sharing storage; others as they are."""
         if self.ranks.mesh is None:
             return dict(tensors)
         from torch.distributed.tensor import DTensor

@@ -198,7 +198,10 @@ def _memory(
             rows += plan_trainer.trainer_rows(process.name, shape, recipe, device, process.world_size, placement.split)
         else:
             rows.append(plan_memory.light_row(process.name, process.children))
-    return plan_place.in_turns(rows) if placement.turns else rows
+    if not placement.turns:
+        return rows
+    engine, trainer = ({gpu for p in processes if p.role == role for gpu in p.gpus} for role in ("engine", "trainer"))
+    return plan_place.in_turns(rows, {p.name for p in processes if set(p.gpus) & engine & trainer})
 
 
 def _model(shape: MemoryShape, recipe: Recipe) -> dict[str, Any]:

@@ -7,7 +7,7 @@ leaves of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from astracli import plan_memory, plan_trainer
@@ -158,11 +158,11 @@ PARKED = ("weights (bf16)", "master weights (fp32)", "moments (fp32)", "referenc
 """Rows that wait in host memory during the other's turn; the rest is empty then."""
 
 
-def in_turns(rows: Sequence[MemoryRow]) -> list[MemoryRow]:
-    """The rows of processes that take turns: what leaves the GPU, and the host memory in which it waits."""
+def in_turns(rows: Sequence[MemoryRow], names: Collection[str]) -> list[MemoryRow]:
+    """All rows; of the processes that take turns (`names`) what leaves the GPU, and the host memory where it waits."""
     result = []
     for row in rows:
-        away = row.where == "gpu" and row.what not in STAYS
+        away = row.process in names and row.where == "gpu" and row.what not in STAYS
         result.append(replace(row, away=away))
         if away and row.what in PARKED:
             result.append(MemoryRow(row.process, f"{row.what}, in the other's turn", "host", row.bytes))

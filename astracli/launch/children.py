@@ -100,7 +100,8 @@ def _placement(plan: LaunchPlan, process: ProcessPlan) -> dict[str, Any]:
         }
     split = plan.placement.split
     told = {"reference": split.reference, "optimizer": split.optimizer, "shared": plan.placement.shared}
-    return {"placement": told | {"cards": plan.cards}}
+    leaves = any(name in plan.cards for gpu in process.gpus for name in plan.gpu_map[gpu])
+    return {"placement": told | {"cards": plan.cards, "leaves": leaves}}
 
 
 def _engine(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from astracli import metrics, report_data
+from astracli import plan as planning
 from astracli.launch import children, ports, summary
 from astracli.launch.fetch import to_stderr
 from astracli.launch.local import MemorySampler
@@ -241,6 +242,7 @@ class Job:
             memory=memory,
             restarts={name: status.restarts for name, status in supervisor.status.items()},
             notes=supervisor.notes,
+            plan=planning.to_json(self.plan),
         )
 
 

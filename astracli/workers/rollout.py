@@ -122,7 +122,9 @@ class Rollout:
                 await lane.changed.wait()
                 continue
             wait_s = LEASE_WAIT_S if self._waits.get(lane.name) else 0.0
+            asked = time.monotonic()
             reply = await self.hub.lease(self.config.name, free, engine=lane.name, wait_s=wait_s)
+            lane.held_back_s += time.monotonic() - asked
             self._waits[lane.name] = None if reply["leases"] else reply["wait"]
             if reply["stop"]:
                 self._over.set()

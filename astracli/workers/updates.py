@@ -108,6 +108,8 @@ class Lane:
         """Set whenever a group has left."""
         self.tokens = 0
         """Tokens generated for this worker."""
+        self.held_back_s = 0.0
+        """How long it had room for more groups and the hub granted none."""
         self._engine = engine
         self._hub = hub
         self._fetcher = fetcher
@@ -124,7 +126,7 @@ class Lane:
         self._attached = False
         self._serving = False
         self._failures = 0
-        self._last_update = (time.monotonic(), 0)
+        self._last_update = (time.monotonic(), 0, 0.0)
         self._aborted = {"aborted_samples": 0, "prefilled_again_tokens": 0}
 
     # ---- requests ----------------------------------------------------------------------------------------------------
@@ -354,8 +356,9 @@ class Lane:
 
     def _since_last_update(self) -> dict[str, Any]:
         """What happened on this engine since the update before."""
-        now, (then, tokens) = time.monotonic(), self._last_update
-        self._last_update = (now, self.tokens)
+        now, (then, tokens, held_back) = time.monotonic(), self._last_update
+        self._last_update = (now, self.tokens, self.held_back_s)
         counts = dict(self._aborted)
         self._aborted = dict.fromkeys(self._aborted, 0)
-        return {"rollout_tokens_per_s": (self.tokens - tokens) / max(1e-9, now - then), **counts}
+        seconds = {"interval_s": now - then, "held_back_s": self.held_back_s - held_back}
+        return {"rollout_tokens_per_s": (self.tokens - tokens) / max(1e-9, now - then), **seconds, **counts}

@@ -1,9 +1,9 @@
 """What limited a run, generation or training, by how much, and what to change. Pure.
 
-Two shares tell it. The trainer *waits* while it has no batch. An engine is *held back* while it has room for more
-requests and the hub grants it no prompt, because what it would generate could become too stale. A trainer that waits w
-of its time could train 1 / (1 - w) times as fast as the engines let it; engines that are held back h of theirs could
-generate about 1 / (1 - h) times as fast as the trainer lets them: about, because they may still decode some requests.
+Two shares tell it. The trainer *waits* while it has no batch. An engine is *idle* while it has no prompt to work on:
+the hub grants none, because what it would generate could become too stale. A trainer that waits w of its time could
+train 1 / (1 - w) times as fast as the engines let it; engines that are idle i of theirs could generate 1 / (1 - i)
+times as fast as the trainer lets them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,14 @@ from astracli.recipe import Recipe
 
 LITTLE = 0.05
 """Waiting share of a trainer up to which a run counts as balanced."""
-MUCH = 0.25
-"""Share above which an engine counts as held back; a part of it is the start of every batch of prompts."""
+IDLE = 0.1
+"""Idle share of the engines up to which it does; above it they wait for the trainer."""
+BOTH = 0.25
+"""Idle share above which engines whose trainer waits, too, are not what it waits for."""
+FASTEST = 20.0
+"""Largest factor that is told: shares near 1 are not that exact."""
+MORE = 4
+"""Largest multiple of what there is that is worth proposing."""
 FIRST_STEPS = 1
 """Left out: the first batch is waited for while nothing else can be done."""
 
@@ -36,7 +42,7 @@ class Seen:
     """In which the trainer had no batch."""
     engine_s: float
     """Of all engines together; 0 = no engine has said anything."""
-    held_back_s: float
+    idle_s: float
     trained_tokens: float
     generated_tokens: float
 
@@ -60,9 +66,9 @@ class Setting:
 class Balance:
     limit: Limit
     wait_share: float
-    held_back_share: float | None
+    idle_share: float | None
     factor: float | None
-    """How many times as fast the limiting side would have to be; None when neither limits."""
+    """How many times as fast the limiting side would have to be; None when none does."""
     generated_tokens_per_s: float | None
     trained_tokens_per_s: float | None
     """Of the trainer at work: without its waiting."""
@@ -76,32 +82,33 @@ def judge(seen: Seen, setting: Setting) -> Balance | None:
     if seen.step_s <= 0:
         return None
     wait = min(1.0, seen.wait_s / seen.step_s)
-    held = min(1.0, seen.held_back_s / seen.engine_s) if seen.engine_s > 0 else None
+    idle = min(1.0, seen.idle_s / seen.engine_s) if seen.engine_s > 0 else None
     working = seen.step_s - seen.wait_s
     generated = setting.engines * seen.generated_tokens / seen.engine_s if seen.engine_s > 0 else None
     trained = seen.trained_tokens / working if working > 0 else None
-    limit, factor = _limit(wait, held, setting)
-    words, change = _words(limit, factor, wait, held, setting)
-    return Balance(limit, wait, held, factor, generated, trained, words, change)
+    limit, factor = _limit(wait, idle, setting)
+    words, change = _words(limit, factor, wait, idle, setting)
+    return Balance(limit, wait, idle, factor, generated, trained, words, change)
 
 
-def _limit(wait: float, held: float | None, setting: Setting) -> tuple[Limit, float | None]:
+def _limit(wait: float, idle: float | None, setting: Setting) -> tuple[Limit, float | None]:
     if wait <= LITTLE:
-        if held is None or held <= MUCH:
+        if idle is None or idle <= IDLE:
             return "nothing", None
-        return "training", 1 / max(1e-3, 1 - held)
+        return "training", min(FASTEST, 1 / max(1e-3, 1 - idle))
     if setting.turns:
         return "turns", None
-    if held is not None and held > MUCH:
+    if idle is not None and idle > BOTH:
         return "each other", None
-    return "generation", 1 / max(1e-3, 1 - wait)
+    return "generation", min(FASTEST, 1 / max(1e-3, 1 - wait))
 
 
-def _words(limit: Limit, factor: float | None, wait: float, held: float | None, setting: Setting) -> tuple[str, str]:
+def _words(limit: Limit, factor: float | None, wait: float, idle: float | None, setting: Setting) -> tuple[str, str]:
     """(what was seen, what to change)"""
     engines = "the engine" if setting.engines == 1 else f"the {setting.engines} engines"
     waited = f"the trainer waited {wait:.0%} of its time for batches"
-    back = f"{engines} had room and no prompt {held:.0%} of the time" if held is not None else ""
+    verb = "was" if setting.engines == 1 else "were"
+    back = f"{engines} {verb} idle {idle:.0%} of the time" if idle is not None else ""
     if limit == "nothing":
         return f"balanced: {waited}" + (f", {back}" if back else ""), ""
     if limit == "turns":
@@ -117,7 +124,7 @@ def _words(limit: Limit, factor: float | None, wait: float, held: float | None, 
         return words, "a higher train.max_staleness, or shorter answers: batches wait for their last groups"
     assert factor is not None
     if limit == "training":
-        words = f"training limits: {back}, {waited}; it is about {factor:.1f}x too slow for {engines}"
+        words = f"training limits: {back}, {waited}; it is {factor:.1f}x too slow for {engines}"
         return words, _faster_training(setting, factor)
     words = f"generation limits: {waited}; {engines} {'is' if setting.engines == 1 else 'are'} {factor:.1f}x too slow"
     return words, _faster_generation(setting, factor)
@@ -126,7 +133,7 @@ def _words(limit: Limit, factor: float | None, wait: float, held: float | None, 
 def _faster_generation(setting: Setting, factor: float) -> str:
     wanted = ceil(setting.engines * factor - 0.1)
     more = "resources.rollout_gpus" if setting.gpus else "resources.engines"
-    ways = [f"{more}={wanted}"] if wanted > setting.engines else []
+    ways = [f"{more}={wanted}"] if setting.engines < wanted <= MORE * setting.engines else []
     if not setting.gpus:
         ways = [f"{way} where there are cores for them" for way in ways]
     if setting.allowed < setting.slots:
@@ -142,12 +149,12 @@ def _faster_generation(setting: Setting, factor: float) -> str:
 def _faster_training(setting: Setting, factor: float) -> str:
     wanted = ceil(setting.ranks * factor - 0.1)
     more = "resources.train_gpus" if setting.gpus else "resources.train_ranks"
-    ways = [f"{more}={wanted}"] if wanted > setting.ranks else []
+    ways = [f"{more}={wanted}"] if setting.ranks < wanted <= MORE * setting.ranks else []
     if not setting.gpus:
         ways = [f"{way} where there are cores for them" for way in ways]
     if setting.engines > 1:
         fewer = max(1, round(setting.engines / factor))
-        ways.append(f"{fewer} engines instead of {setting.engines}")
+        ways.append(f"{fewer} engine{'' if fewer == 1 else 's'} instead of {setting.engines}")
     ways.append("a larger train.tokens_per_microbatch or fewer train.minibatches")
     return ", or ".join(ways)
 
@@ -164,12 +171,12 @@ def of_run(
 def _seen(records: Sequence[Record], first: int) -> Seen:
     steps = [r for r in records if r.get("process") == "trainer" and "step_s" in r and r.get("step", 0) >= first]
     # an update to version v is told by an engine that generated with v - 1
-    told = [r for r in records if "held_back_s" in r and r.get("step", 0) > first]
+    told = [r for r in records if "idle_s" in r and r.get("step", 0) > first]
     return Seen(
         step_s=sum(r["step_s"] for r in steps),
         wait_s=sum(r.get("wait_s", 0.0) for r in steps),
         engine_s=sum(r["interval_s"] for r in told),
-        held_back_s=sum(r["held_back_s"] for r in told),
+        idle_s=sum(r["idle_s"] for r in told),
         trained_tokens=sum(r.get("tokens", 0.0) for r in steps),
         generated_tokens=sum(r["rollout_tokens_per_s"] * r["interval_s"] for r in told),
     )
@@ -182,7 +189,7 @@ def _setting(recipe: Recipe, plan: Mapping[str, Any]) -> Setting:
         engines=max(1, engines),
         ranks=max(1, sum(process["role"] == "trainer" for process in processes)),
         gpus=any(process["gpus"] for process in processes),
-        slots=max(1, engines) * (recipe.rollout.max_running_requests or 1),
+        slots=max(1, engines) * plan["running_requests"],
         allowed=(recipe.effective_staleness + 1) * recipe.batch_sequences,
         staleness=recipe.effective_staleness,
         turns=bool(plan["placement"]["turns"]),

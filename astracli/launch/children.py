@@ -133,7 +133,7 @@ def _config(
         run_dir=setting.run.path.resolve(),
         hub_url=setting.hub_url,
         token=setting.token,
-        recipe=setting.recipe,
+        recipe=_settled(setting),
         paths=dict(setting.paths),
         engines=list(engines),
         device=setting.plan.choice.device if process.role in ("engine", "trainer") else "cpu",
@@ -143,6 +143,12 @@ def _config(
         backends=setting.plan.choice.settings(),
         extra=dict(extra),
     )
+
+
+def _settled(setting: Setting) -> Recipe:
+    """The recipe with what the plan derived in its place."""
+    rollout = setting.recipe.rollout.model_copy(update={"max_running_requests": setting.plan.running_requests})
+    return setting.recipe.model_copy(update={"rollout": rollout})
 
 
 def write(config: WorkerConfig) -> Path:

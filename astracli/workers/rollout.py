@@ -68,7 +68,7 @@ class Rollout:
         self.grader = grader
         self.sampling = Sampling(config.recipe, tuple(stop_token_ids(tokenizer, config.model_path)))
         rollout = config.recipe.rollout
-        self.groups_per_engine = max(1, math.ceil(rollout.max_running_requests / rollout.group_size))
+        self.groups_per_engine = max(1, math.ceil(rollout.running / rollout.group_size))
         self._held: set[int] = set()
         self._unfit_in_a_row = 0
         self._tasks: asyncio.TaskGroup
@@ -122,9 +122,7 @@ class Rollout:
                 await lane.changed.wait()
                 continue
             wait_s = LEASE_WAIT_S if self._waits.get(lane.name) else 0.0
-            asked = time.monotonic()
             reply = await self.hub.lease(self.config.name, free, engine=lane.name, wait_s=wait_s)
-            lane.held_back_s += time.monotonic() - asked
             self._waits[lane.name] = None if reply["leases"] else reply["wait"]
             if reply["stop"]:
                 self._over.set()

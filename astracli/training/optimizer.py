@@ -116,9 +116,9 @@ class Masters:
         """
         assert not self.away
         self._average_replicated()
-        with_gradient = {name: p for name, p in self.parameters.items() if p.grad is not None}
-        norm = math.sqrt(self.ranks.squares(p.grad for p in with_gradient.values()))
-        gradients = {name: local(p.grad) for name, p in with_gradient.items() if name in self._optimized}
+        found = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        norm = math.sqrt(self.ranks.squares(found.values()))
+        gradients = {name: local(gradient) for name, gradient in found.items() if name in self._optimized}
         if not math.isfinite(norm):
             raise RunFailed(
                 f"the gradient norm of step {step} is {norm}",
@@ -150,11 +150,13 @@ class Masters:
         """Gradients of replicated parameters become the mean over ranks, which sharding makes of all others."""
         if self.ranks.world_size == 1:
             return
-        mine = [p for name, p in self.parameters.items() if self._replicated(name)]
-        for parameter in mine:
-            if parameter.grad is None:  # this rank's tokens did not reach it
-                parameter.grad = torch.zeros_like(parameter)
-        self.ranks.average([p.grad for p in mine])
+        gradients = []
+        for name, parameter in self.parameters.items():
+            if self._replicated(name):
+                if parameter.grad is None:  # this rank's tokens did not reach it
+                    parameter.grad = torch.zeros_like(parameter)
+                gradients.append(parameter.grad)
+        self.ranks.average(gradients)
 
     def _step_in_buckets(self, gradients: Mapping[str, Tensor]) -> None:
         """AdamW over some tensors at a time, with their moments moved in: the same numbers as all at once."""

@@ -127,7 +127,7 @@ def balance_words(found: Mapping[str, Any]) -> str:
         for name, key in (("generated", "generated_tokens_per_s"), ("trained while at work", "trained_tokens_per_s"))
         if found[key]
     ]
-    seen = found["words"] + (f" (tokens/s: {', '.join(rates)})" if rates else "")
+    seen = found["words"] + (f" (without the first step; tokens/s: {', '.join(rates)})" if rates else "")
     return f"{seen}; try {found['change']}" if found["change"] else seen
 
 

@@ -7,9 +7,9 @@
 them; `--turns` makes them take turns on it. Weights are random (`--model DIR` takes a checkpoint that
 `bench/random_checkpoint.py` wrote, else one is made), the reward is `probe`, transfer is `delta`. The run is
 interrupted once `--steps` versions are in the engine, so that no checkpoint and no export is written; one that has not
-come so far after `--limit-s` is interrupted too, and what it did is printed. The first `--skip` steps, in which kernels
-are compiled, do not count. `--set KEY=VALUE` changes the recipe. Exit 1 when fewer steps were trained, or an engine was
-restarted or resynced.
+come so far after `--limit-s` is interrupted too. What a run did is printed, whatever its end. The first `--skip` steps,
+in which kernels are compiled, do not count. `--set KEY=VALUE` changes the recipe. Exit 1 when fewer steps were trained,
+or an engine was restarted or resynced.
 """
 
 from __future__ import annotations
@@ -241,12 +241,15 @@ def main() -> None:
         model = checkpoint(args, Path(name))
         begun = time.monotonic()
         code, said = train(args, model, run)
-        if code not in (0, 130) or not (run / "summary.json").exists():
+        if code not in (0, 130):
             logs = [f"==> {log.name}\n{log.read_text()[-1500:]}" for log in sorted(run.glob("logs/attempt_1/*.log"))]
-            sys.exit("\n".join([f"`astra train` ended with {code}:", said, *logs]))
+            print("\n".join([f"`astra train` ended with {code}:", said, *logs]), file=sys.stderr)
+        if not (run / "summary.json").exists():
+            sys.exit(1)
         result = judge(args, run, time.monotonic() - begun)
     print(json.dumps(result)) if args.json else table(result)
-    sys.exit(0 if result["steps"] == args.steps and not result["restarts"] and not result["resyncs"] else 1)
+    whole = code in (0, 130) and result["steps"] == args.steps
+    sys.exit(0 if whole and not result["restarts"] and not result["resyncs"] else 1)
 
 
 if __name__ == "__main__":

@@ -114,6 +114,6 @@ def test_a_run_is_judged_without_its_first_step() -> None:
     assert found["trained_tokens_per_s"] == pytest.approx(1000 / 3)
     assert balance_words(found).startswith(
         "generation limits: the trainer waited 25% of its time for batches; the engine is 1.3x too slow "
-        "(tokens/s: generated 300, trained while at work 333); try resources.engines=2 where"
+        "(without the first step; tokens/s: generated 300, trained while at work 333); try resources.engines=2 where"
     )
     assert balance.of_run(records[:1], recipe, plan, 0) is None

@@ -132,6 +132,11 @@ class ModelAdapter:
             raise ValueError(f"none of the block classes {sorted(declared)} occurs in {type(model).__name__}")
         return frozenset(found)
 
+    def blocks(self, model: Any) -> list[Any]:
+        """The modules of `block_classes`, first to last, also where FSDP has made a class of its own out of theirs."""
+        declared = _as_names(getattr(model, "_no_split_modules", None))
+        return [module for module in model.modules() if declared & {kind.__name__ for kind in type(module).__mro__}]
+
 
 def _as_names(value: str | Iterable[str] | None) -> frozenset[str]:
     if value is None:

@@ -6,8 +6,9 @@
 Runs `astra train` on-policy (`train.max_staleness = 0`, one minibatch) for each model and serving attention, SGLang
 and trainer on one GPU, and prints over the run's tokens: mean and largest |difference of log-probability| between
 trainer and engine, their KL estimate, the mean ratio, and the trainer's own start-up check (joined rows against each
-alone: largest difference of log-probability, relative error of the gradient). Exits 1 when a mean is over 0.01, a mean
-ratio further than 0.002 from 1, or a gradient error over 1 %. DIR: `python bench/random_checkpoint.py DIR`; a model of
+alone: largest difference of log-probability, relative error of the gradient, and where that is over 1 %, how far a unit
+in bf16's last place at every block moves the gradient). Exits 1 when a mean is over 0.01, a mean ratio further than
+0.002 from 1, or a gradient error over 1 % and over that noise. DIR: `python bench/random_checkpoint.py DIR`; a model of
 random weights is trained with `reward = "probe"`.
 """
 
@@ -74,10 +75,12 @@ def measure(model: str, attention: str, args: argparse.Namespace, folder: Path) 
         "ratio_mean": mean("parity_ratio_mean"),
         "rows_max_abs": max(r["rows_max_abs"] for r in records if "rows_max_abs" in r),
         "rows_gradient_error": max(r["rows_gradient_error"] for r in records if "rows_gradient_error" in r),
+        "rows_gradient_noise": max(r.get("rows_gradient_noise", 0.0) for r in records),
         "step_s": statistics.median(r["step_s"] for r in records),
     }
     off = row | {"ratio_off": abs(row["ratio_mean"] - 1.0)}
-    return row | {"over": [name for name, limit in LIMITS.items() if not off[name] <= limit]}
+    limits = LIMITS | {"rows_gradient_error": max(LIMITS["rows_gradient_error"], row["rows_gradient_noise"])}
+    return row | {"over": [name for name, limit in limits.items() if not off[name] <= limit]}
 
 
 def main() -> None:
@@ -96,7 +99,7 @@ def main() -> None:
         print(json.dumps(rows))
     else:
         columns = ("model", "attention", "tokens", "parity_mean_abs", "parity_max_abs", "parity_kl", "ratio_mean",
-                   "rows_max_abs", "rows_gradient_error")  # fmt: skip
+                   "rows_max_abs", "rows_gradient_error", "rows_gradient_noise")  # fmt: skip
         print("  ".join(f"{column:>19}" for column in columns))
         for row in rows:
             cells = [f"{row[c]:.6g}" if isinstance(row[c], float) else str(row[c]) for c in columns]

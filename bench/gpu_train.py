@@ -7,7 +7,8 @@
 The trainer is the product's own (`training/setup.py`, `Trainer.train`), with random weights drawn on the GPU; a step
 is one minibatch of samples of mixed lengths (prompts of 64 to 512 tokens, completions of 128 to 4000, log-uniform), cut
 into micro-batches of at most `--tokens`. Timed are the forward and backward passes and the AdamW update, after two
-steps that compile kernels and measure the packed rows against separate ones (`gradient_error`). MFU counts the
+steps that compile kernels and measure the packed rows against separate ones (`gradient_error`; `gradient_noise` is what
+a unit in bf16's last place at every block does, measured where the error is over 1 %). MFU counts the
 adapter's FLOPs per token (matrix products; the output head for completion tokens alone, which is where it is computed;
 no recomputation, padding, attention or delta rule) against the dense bf16 peak of the GPU's name. `planned_gib` is what
 the launch plan counts for this trainer without its CUDA context, to be held against `peak_gib` (what torch allocated);
@@ -197,6 +198,7 @@ def measure(
     row["peak_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if device.type == "cuda" else None
     row["planned_gib"] = round(planned(trainer, shape) / 2**30, 2) if device.type == "cuda" else None
     row["gradient_error"] = first.get("rows_gradient_error")
+    row["gradient_noise"] = first.get("rows_gradient_noise")
     row["warm_up_s"] = round(warm, 1)
     row["grad_norm"] = round(metrics["grad_norm"], 4)
     return row
@@ -243,6 +245,7 @@ COLUMNS = (
     "planned_gib",
     "micro_batches",
     "gradient_error",
+    "gradient_noise",
     "warm_up_s",
     "grad_norm",
 )

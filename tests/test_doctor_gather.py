@@ -120,6 +120,7 @@ def test_another_interpreter_is_asked_for_its_packages(tmp_path: Path) -> None:
     assert found["version"] and found["packages"]["torch"]["version"]
     assert found["packages"]["transformers"]["models"] == ["qwen3_5"]
     machine.Environment.model_validate(found)
+    assert found["error"] is None  # a plan reads it without going through the document's schema
     assert gather.environment(str(tmp_path / "none"), [])["error"] == "no such file or directory"
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\necho 'broken venv' >&2; exit 3\n")

@@ -17,7 +17,7 @@ from test_doctor import BIG, TINY, gpu_box
 from astracli import recipe_io, registry
 from astracli.adapter import DeltaRule
 from astracli.adapters import generic, qwen3_5
-from astracli.doctor import all_reduce, measures, probe_child, probes
+from astracli.doctor import all_reduce, attention, measures, probe_child, probes
 from astracli.doctor.probes import Probe
 from astracli.doctor.subject import Subject, subject
 
@@ -98,10 +98,11 @@ def test_what_is_asked_of_whom_on_gpus() -> None:
     }  # fmt: skip
     assert asked["delta rule"].arguments["config"]["text_config"]["linear_num_value_heads"] == 32
     assert asked["delta rule"].arguments["device"] == "cuda"
-    assert asked["attention"].arguments["chosen"] == ["sdpa", "flashinfer"]
+    assert asked["attention"].arguments["chosen"] == ["sdpa"]
     assert asked["all-reduce"].arguments == {"ranks": 4, "device": "cuda"}
     assert asked["all-reduce"].env["CUDA_VISIBLE_DEVICES"] == "4,5,6,7"
-    (engine,) = probes.engine_probes(judged_big)
+    engine, serving = probes.engine_probes(judged_big)
+    assert serving.arguments["chosen"] == ["flashinfer"] and serving.arguments["device"] == "cuda"
     assert engine.arguments["wanted"]["flashinfer-python"] == "flashinfer:single_prefill_with_kv_cache"
     on_cpu = {p.name: p for p in probes.trainer_probes(judged(TINY, gpu_box(), "resources.train_ranks=2"))}
     assert on_cpu["delta rule"].env["CUDA_VISIBLE_DEVICES"] == ""
@@ -146,9 +147,9 @@ def test_a_wrong_delta_rule_is_found(monkeypatch: pytest.MonkeyPatch, part: str)
 
 def test_a_wrong_or_nan_attention_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     grouped = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-    monkeypatch.setitem(measures.BACKENDS, "leaky", lambda q, k, v: measures._sdpa(q, k, v.flip(0)))
-    monkeypatch.setitem(measures.BACKENDS, "nan", lambda q, k, v: q * float("nan"))
-    rows = measures.attention(grouped, "cpu", ["sdpa", "leaky", "nan", "fa3"])
+    monkeypatch.setitem(attention.BACKENDS, "leaky", lambda q, k, v: attention._sdpa(q, k, v.flip(0)))
+    monkeypatch.setitem(attention.BACKENDS, "nan", lambda q, k, v: q * float("nan"))
+    rows = attention.attention(grouped, "cpu", ["sdpa", "leaky", "nan", "fa3"])
     assert [row["status"] for row in rows] == ["ok", "fail", "fail", "skip"]
     assert rows[2]["value"].startswith("inf")
 
@@ -204,3 +205,17 @@ def test_a_failed_row_carries_its_own_mending() -> None:
     optional = dataclasses.replace(asked, needed=False)
     assert probes._check(judged(), optional, row).status == "warn"
     assert probe_child.imports({"x": "json:nothing"})[0]["status"] == "fail"
+
+
+def test_attention_is_measured_by_an_interpreter_that_need_not_hold_astra(tmp_path: Path) -> None:
+    import sys
+
+    config = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "hidden_size": 64}
+    sizes = {"config": config, "device": "cpu", "chosen": ["sdpa", "fa3"]}
+    (tmp_path / "astracli.py").write_text("raise ImportError('not here')")
+    there = {"python": sys.executable, "env": {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}}
+    asked = [Probe("serving attention", "attention", sizes, 60.0, True, "why", "fix", **there)]
+    asked.append(probe("astracli", "astracli:x", **there))
+    (_, rows), (_, hidden) = probes.answers(asked)
+    assert [row["status"] for row in rows] == ["ok", "skip"]
+    assert "not here" in hidden[0]["value"]

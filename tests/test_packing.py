@@ -230,9 +230,29 @@ def test_a_leak_is_found_in_log_probabilities_and_in_gradients(model_dir: Path) 
     rows = parity.spread(groups_as_rows(), 256)
     error = gradient_error(trainer, rows)
     assert error > 0.1
-    with pytest.raises(RunFailed, match="in gradient, relative to its norm, allowed 1e-04"):
+    with pytest.raises(RunFailed, match=r"in gradient, relative to its norm, allowed 1\.0e-04"):
         parity.require_gradients(error, torch.device("cpu"), leaking, True)
     assert gradient_error(make_trainer(model_dir, chosen), rows) < 1e-5
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_the_noise_of_rounding_is_a_unit_in_the_last_place_and_no_leak(model_dir: Path, checkpointing: str) -> None:
+    chosen = recipe(train={"packing": "packed", "activation_checkpointing": checkpointing})
+    trainer = make_trainer(model_dir, chosen)
+    rows = parity.spread(groups_as_rows(), 256)
+    noise = parity.rounding_noise(trainer.policy, trainer.adapter, rows, Ranks(), pad_token=0)
+    assert 1e-2 < noise < 0.3  # four blocks, each moved by 2^-8
+    assert noise == parity.rounding_noise(trainer.policy, trainer.adapter, rows, Ranks(), pad_token=0)
+    assert gradient_error(trainer, rows) < 1e-5  # nothing of it stays
+
+
+def test_noise_raises_what_is_allowed_on_a_gpu_and_never_to_a_leak() -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert parity.gradient_tolerance(cpu, 0.1) == 1e-4
+    assert [parity.gradient_tolerance(cuda, n) for n in (0.0, 0.005, 0.05, 3.0)] == [1e-2, 1e-2, 0.05, 0.15]
+    parity.require_gradients(0.04, cuda, ADAPTER, True, noise=0.05)
+    with pytest.raises(RunFailed, match=r"allowed 1\.5e-01"):
+        parity.require_gradients(0.26, cuda, ADAPTER, True, noise=0.9)
 
 
 def gradient_error(trainer: Any, rows: list[Row]) -> float:

@@ -107,7 +107,7 @@ def spawn(script: str, arguments: Sequence[str], world_size: int, *, timeout_s: 
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])),
     }
     children = [
         subprocess.Popen(

@@ -242,7 +242,7 @@ def environment(python: str, families: list[str], env: Mapping[str, str] | None 
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or [f"it exited {done.returncode}"])[-1]
             return {"executable": python, "error": last[:300]}
-        return {"executable": python} | json.loads(done.stdout)
+        return {"executable": python, "error": None} | json.loads(done.stdout)
     except subprocess.TimeoutExpired:
         return {"executable": python, "error": f"no answer in {ENGINE_TIMEOUT_S:.0f} s"}
     except OSError as error:

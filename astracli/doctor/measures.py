@@ -10,20 +10,17 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from astracli import registry
 from astracli.doctor.all_reduce import all_reduce
+from astracli.doctor.attention import Row, relative, row
 
-Row = dict[str, Any]
 DELTA_TOKENS = 80
 """More than one chunk of 64, and not a multiple of it."""
 DELTA_TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}
 """Largest |difference| over the largest |value|; on a GPU the kernel gets bf16."""
-ATTENTION_TOKENS = 64
-ATTENTION_TOLERANCE = {"cpu": 1e-5, "cuda": 2e-2}
 SLOW_LOOPBACK = 50e6
 SLOW_COPY = 5e9
 """Bytes a second; PCIe 3.0 x16 gives about 12e9, x4 about 3e9."""
@@ -69,8 +66,8 @@ def delta_rule(name: str, config: Mapping[str, Any], device: str) -> list[Row]:
     shown = f"{heads} heads of {kernel.key_dim} x {kernel.value_dim}"
     allowed = DELTA_TOLERANCE[device]
     return [
-        _row("delta rule, forward", errors[0], allowed, f"relative, {shown}"),
-        _row("delta rule, backward", max(errors[1:]), allowed, "relative, worst of five gradients"),
+        row("delta rule, forward", errors[0], allowed, f"relative, {shown}"),
+        row("delta rule, backward", max(errors[1:]), allowed, "relative, worst of five gradients"),
     ]
 
 
@@ -93,74 +90,6 @@ def step_by_step(q: Any, k: Any, v: Any, *, g: Any, beta: Any, use_qk_l2norm_in_
         state = state + k[:, t, :, :, None] * update[:, :, None, :]
         outs.append((state * q[:, t, :, :, None]).sum(-2))
     return torch.stack(outs, 1), state
-
-
-def relative(found: Any, reference: Any) -> float:
-    """Largest |difference| over the largest |reference|; NaN counts as infinite."""
-    error = float((found.float() - reference.float()).abs().max() / reference.float().abs().max().clamp_min(1e-12))
-    return error if error == error else float("inf")
-
-
-# -- attention ---------------------------------------------------------------------------------------------------------
-
-
-def attention(config: Mapping[str, Any], device: str, chosen: list[str]) -> list[Row]:
-    """Each chosen backend that can be called by itself, at the recipe's heads, causal, against an explicit softmax."""
-    import torch
-
-    text = config.get("text_config") or config
-    heads, kv_heads = text["num_attention_heads"], text.get("num_key_value_heads") or text["num_attention_heads"]
-    dim = text.get("head_dim") or text["hidden_size"] // heads
-    generator = torch.Generator().manual_seed(0)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    q, k, v = (
-        torch.randn(ATTENTION_TOKENS, n, dim, generator=generator).to(device, dtype)
-        for n in (heads, kv_heads, kv_heads)
-    )
-    reference = explicit_softmax(q, k, v)
-    rows = []
-    for name in chosen:
-        backend = BACKENDS.get(name)
-        if backend is None:
-            rows.append({"name": f"attention {name}", "status": "skip", "value": "runs inside the engine only"})
-            continue
-        error = relative(backend(q, k, v), reference)
-        shown = f"relative, {heads} heads on {kv_heads} of {dim}"
-        rows.append(_row(f"attention {name}", error, ATTENTION_TOLERANCE[device], shown))
-    return rows
-
-
-def explicit_softmax(q_THD: Any, k_TGD: Any, v_TGD: Any) -> Any:
-    """Causal attention in fp32, T tokens, H query heads on G key heads."""
-    import torch
-
-    group = q_THD.shape[1] // k_TGD.shape[1]
-    q, k, v = q_THD.float(), k_TGD.float().repeat_interleave(group, 1), v_TGD.float().repeat_interleave(group, 1)
-    scores = torch.einsum("thd,shd->hts", q, k) / q.shape[-1] ** 0.5
-    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-    return torch.einsum("hts,shd->thd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v)
-
-
-def _sdpa(q: Any, k: Any, v: Any) -> Any:
-    import torch
-
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
-
-
-def _flashinfer(q: Any, k: Any, v: Any) -> Any:
-    return import_module("flashinfer").single_prefill_with_kv_cache(q, k, v, causal=True)
-
-
-def _flash_attention_2(q: Any, k: Any, v: Any) -> Any:
-    return import_module("flash_attn").flash_attn_func(q[None], k[None], v[None], causal=True)[0]
-
-
-BACKENDS: dict[str, Callable[[Any, Any, Any], Any]] = {
-    "sdpa": _sdpa,
-    "flashinfer": _flashinfer,
-    "flash_attention_2": _flash_attention_2,
-}
 
 
 # -- engine against trainer --------------------------------------------------------------------------------------------
@@ -204,7 +133,7 @@ def parity(name: str) -> list[Row]:
             scored, _ = policy(tokens, found.attention_mask(mask), places, predict, tokens[0, len(prompt) :])
         differences.append((scored - torch.from_numpy(completion.logprobs)).abs())
     mean = float(torch.cat(differences).mean())
-    return [_row("engine == trainer", mean, found.parity_tolerance["cpu"], "mean |log-probability difference|")]
+    return [row("engine == trainer", mean, found.parity_tolerance["cpu"], "mean |log-probability difference|")]
 
 
 def _round(model: Any, found: Any) -> None:
@@ -275,15 +204,9 @@ def _speed(name: str, rate: float, least: float) -> Row:
     return {"name": name, "status": "ok" if rate >= least else "fail", "value": f"{rate / 1e9:.1f} GB/s{wanted}"}
 
 
-def _row(name: str, figure: float, allowed: float, shown: str) -> Row:
-    good = figure <= allowed
-    return {"name": name, "status": "ok" if good else "fail", "value": f"{figure:.1e} (at most {allowed:.0e}), {shown}"}
-
-
 MEASURES: dict[str, Callable[..., list[Row]]] = {
     "adapter": adapter,
     "delta_rule": delta_rule,
-    "attention": attention,
     "parity": parity,
     "all_reduce": all_reduce,
     "bandwidth": bandwidth,

@@ -1,12 +1,13 @@
 """The child that measures: reads a list of probes on stdin, answers each with one JSON line.
 
 Only the standard library is imported here, so that another environment's interpreter can run this file for its imports
-(`imports` needs nothing else); what measures with torch is in `measures` and is imported when it is asked for.
+(`imports` needs nothing else, `attention` a file beside this one and torch); all other measures are astracli's own.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -18,6 +19,8 @@ Row = dict[str, Any]
 
 def main() -> None:
     """Whatever a library prints goes to stderr; stdout carries answers only."""
+    if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
+        del sys.path[0]  # run by its path: `kernels` and others beside this file are also names of packages
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for probe in json.load(sys.stdin):
@@ -31,9 +34,22 @@ def main() -> None:
 def run(kind: str, arguments: dict[str, Any]) -> list[Row]:
     if kind == "imports":
         return imports(arguments["wanted"])
+    if kind == "attention":
+        rows: list[Row] = _beside("attention").attention(**arguments)
+        return rows
     from astracli.doctor import measures
 
     return measures.MEASURES[kind](**arguments)
+
+
+def _beside(name: str) -> Any:
+    """The module in the file of this name next to this one, whether or not astracli can be imported."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"astra_doctor_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def imports(wanted: dict[str, str]) -> list[Row]:

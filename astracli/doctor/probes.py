@@ -26,6 +26,9 @@ from astracli.doctor.subject import Check, Status, Subject
 GROUP = "numerics"
 START_S = 60.0
 """Importing torch and transformers from a cold disk."""
+KERNELS_S = 300.0
+"""A probe on a GPU: the first time, its kernels are compiled and tuned."""
+ATTENTION = "the chosen attention backend computes something else"
 PINNED = "`pip install -c constraints/{}.txt astracli` installs versions that agree"
 
 
@@ -94,12 +97,19 @@ def engine_probes(subject: Subject) -> list[Probe]:
         "flashinfer-python": "flashinfer:single_prefill_with_kv_cache",
     }
     there = {name: target for name, target in wanted.items() if machine.usable(facts, name)}
-    if not there:
-        return []
     own = subject.recipe.resources.engine if subject.recipe is not None else None
     python, env = (own.python or sys.executable, own.env) if own is not None and own.foreign else (None, {})
-    why, fix = "the engine imports it when it starts", "`pip install --force-reinstall 'astracli[sglang]'` there"
-    return [Probe("engine imports", "imports", {"wanted": there}, 120, True, why, fix, python, env=dict(env))]
+    found = []
+    if there:
+        why, fix = "the engine imports it when it starts", "`pip install --force-reinstall 'astracli[sglang]'` there"
+        found.append(Probe("engine imports", "imports", {"wanted": there}, 120, True, why, fix, python, env=dict(env)))
+    choice, settings = subject.fit.choice, dict(subject.config or _known(subject))
+    if settings and choice is not None and machine.usable(facts, "torch") and machine.visible_gpus(facts):
+        asked = {"config": settings, "device": "cuda", "chosen": [choice.serving_attention]}
+        fix = "`--set rollout.attention_backend=triton`, or another version of it in the engine's environment"
+        found.append(Probe("serving attention", "attention", asked, KERNELS_S, True, ATTENTION, fix, python,
+                           env=dict(env)))  # fmt: skip
+    return found
 
 
 def trainer_probes(subject: Subject) -> Iterator[Probe]:
@@ -111,6 +121,7 @@ def trainer_probes(subject: Subject) -> Iterator[Probe]:
     device = "cuda" if there and (subject.cuda or subject.recipe is None) else "cpu"
     env = {} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
     env |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "HF_HUB_OFFLINE": "1"}
+    kernels_s = KERNELS_S if device == "cuda" else 120.0
     pinned = PINNED.format("cuda" if device == "cuda" else "cpu")
     why = "found on disk, and yet it cannot be used"
     wanted = {"wanted": _imports(subject, device)}
@@ -119,20 +130,20 @@ def trainer_probes(subject: Subject) -> Iterator[Probe]:
         name, settings = adapter.name, dict(config or _known(subject))
         why = f"adapter `{name}` does not hold with these versions"
         if adapter.tiny_config is not None:
-            yield Probe("adapter", "adapter", {"name": name, "device": device}, 60, True, why, pinned,
-                        prefix=f"{name}: ", env=env)  # fmt: skip
+            yield Probe("adapter", "adapter", {"name": name, "device": device}, kernels_s, True, why,
+                        pinned, prefix=f"{name}: ", env=env)  # fmt: skip
         if adapter.delta_rule is not None and settings:
             why = "the trainer would learn from wrong gradients without a word"
             fix = pinned if device == "cpu" else "`pip install 'torch>=2.13' 'flash-linear-attention>=0.6'`"
             sizes = {"name": name, "config": settings, "device": device}
-            limit_s = 300 if device == "cuda" else 120  # the first time, kernels are compiled and tuned
-            yield Probe("delta rule", "delta_rule", sizes, limit_s, True, why, fix, env=env)
+            yield Probe("delta rule", "delta_rule", sizes, kernels_s, True, why, fix, env=env)
         if settings and subject.fit.choice is not None:
-            chosen = [subject.fit.choice.trainer_attention, subject.fit.choice.serving_attention]
+            chosen = [subject.fit.choice.trainer_attention]
+            if not subject.sglang:
+                chosen.append(subject.fit.choice.serving_attention)
             settings = {"config": settings, "device": device, "chosen": list(dict.fromkeys(chosen))}
-            why = "the chosen attention backend computes something else"
             fix = "`--set train.attention=auto --set rollout.attention_backend=auto`, or another version of it"
-            yield Probe("attention", "attention", settings, 90, True, why, fix, env=env)
+            yield Probe("attention", "attention", settings, kernels_s, True, ATTENTION, fix, env=env)
         if adapter.tiny_config is not None and not subject.sglang and subject.recipe is not None:
             why = "importance ratios would be wrong from the first step on"
             yield Probe("engine == trainer", "parity", {"name": name}, 60, True, why, pinned, env=env)

@@ -198,9 +198,13 @@ class Trainer:
         error = parity.gradients_against_separate(
             self.policy, self.adapter, chosen, self.ranks, join=join, pad_token=self.pad_token
         )
-        parity.require_gradients(error, device, self.adapter, self.packed)
+        found = {"rows_max_abs": difference, "rows_gradient_error": error}
+        if device.type != "cpu" and error > parity.gradient_tolerance(device):
+            noise = parity.rounding_noise(self.policy, self.adapter, chosen, self.ranks, pad_token=self.pad_token)
+            found["rows_gradient_noise"] = noise
+        parity.require_gradients(error, device, self.adapter, self.packed, found.get("rows_gradient_noise", 0.0))
         self._rows_checked = True
-        return {"rows_max_abs": difference, "rows_gradient_error": error}
+        return found
 
     def _require_agreement(self, sums: Sums, version: int) -> None:
         """Raise RunFailed when the engine that drew this version's tokens holds other weights. A collective."""

@@ -150,12 +150,8 @@ class Masters:
         """Gradients of replicated parameters become the mean over ranks, which sharding makes of all others."""
         if self.ranks.world_size == 1:
             return
-        gradients = []
-        for name, parameter in self.parameters.items():
-            if self._replicated(name):
-                if parameter.grad is None:  # this rank's tokens did not reach it
-                    parameter.grad = torch.zeros_like(parameter)
-                gradients.append(parameter.grad)
+        # every micro-batch has every parameter in its graph, an empty one too: the same list on all ranks
+        gradients = [p.grad for n, p in self.parameters.items() if self._replicated(n) and p.grad is not None]
         self.ranks.average(gradients)
 
     def _step_in_buckets(self, gradients: Mapping[str, Tensor]) -> None:

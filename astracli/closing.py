@@ -60,6 +60,8 @@ def closing_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         if training["wait_share"] is not None:
             done += f", the trainer waited {training['wait_share']:.0%} of it"
     facts.append(("steps", done))
+    if found := summary.get("balance"):
+        facts.append(("balance", balance_words(found)))
     if training["tokens"]:
         facts.append(("tokens", f"{training['tokens']:,.0f} trained, {training['tokens_per_s'] or 0:,.0f} a second"))
     if weights["full_bytes"]:
@@ -77,6 +79,7 @@ def closing_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
             else "sum of RSS: shared pages count more than once, PSS is unavailable"
         )
         facts.append(("peak memory", f"{size(memory['peak_bytes'])} ({what}): {each}"))
+    facts += [("note", words) for words in summary.get("notes", ())]
     facts += [(name, place) for name, place in summary["paths"].items()]
     return facts
 
@@ -115,6 +118,17 @@ def result_lines(document: Mapping[str, Any]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return table + by_k + lost
+
+
+def balance_words(found: Mapping[str, Any]) -> str:
+    """What limited the run, both rates, and what to change."""
+    rates = [
+        f"{name} {found[key]:,.0f}"
+        for name, key in (("generated", "generated_tokens_per_s"), ("trained while at work", "trained_tokens_per_s"))
+        if found[key]
+    ]
+    seen = found["words"] + (f" (without the first step; tokens/s: {', '.join(rates)})" if rates else "")
+    return f"{seen}; try {found['change']}" if found["change"] else seen
 
 
 def weight_words(weights: Mapping[str, Any]) -> str:

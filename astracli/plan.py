@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from astracli import machine, plan_hint, plan_memory, plan_place, plan_problems, plan_trainer
+from astracli import machine, plan_hint, plan_memory, plan_place, plan_problems, plan_requests, plan_trainer
 from astracli.adapter import MemoryShape, ModelAdapter
 from astracli.backend import BackendChoice
 from astracli.errors import UserError
@@ -73,7 +73,7 @@ def _build(
 ) -> LaunchPlan:
     """`way_out(otherwise)`: the hint of a problem of size."""
     processes = _processes(recipe, choice, facts, command)
-    placement = _place(processes, shape, recipe, choice, facts)
+    recipe, placement = _place(processes, shape, recipe, choice, facts)
     memory = _memory(processes, shape, recipe, choice.device, placement, facts)
     if placement.turns:
         # a worker that starts again does not know whose turn it is
@@ -88,6 +88,7 @@ def _build(
         memory=tuple(memory),
         disk=tuple(disk),
         model=_model(shape, recipe) if shape else {},
+        running_requests=recipe.rollout.running,
         expected=recipe.expected.model_dump(exclude_none=True) if recipe.expected else {},
     )
     problems = [
@@ -151,7 +152,7 @@ def _processes(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any], 
     ranks = (len(train_gpus) if cuda else resources.train_ranks) if command == "train" else 0
     for rank in range(ranks):
         own = train_gpus[rank : rank + 1]
-        result.append(child(f"trainer{rank or ''}", "trainer", own, train_gpus, rank=rank, world_size=ranks))
+        result.append(child(f"trainer{rank or ''}", "trainer", own, own, rank=rank, world_size=ranks))
     if command == "eval" or (command == "train" and recipe.eval.benchmarks and recipe.eval.every):
         result.append(child("eval", "eval", [], [], children=recipe.data.reward_workers))
     return result
@@ -173,11 +174,18 @@ def _place(
     recipe: Recipe,
     choice: BackendChoice,
     facts: Mapping[str, Any],
-) -> Placement:
+) -> tuple[Recipe, Placement]:
+    """The recipe with what it leaves to the machine, and where things lie."""
     if choice.device != "cuda":
-        return Placement()
+        return plan_requests.settle(recipe, shape, {}, [], [])[0], Placement()
     gpus = {role: [gpu for p in processes if p.role == role for gpu in p.gpus] for role in ("engine", "trainer")}
-    return plan_place.place(recipe, shape, plan_problems.sizes_of(facts), gpus["engine"], gpus["trainer"])
+    where = (plan_problems.sizes_of(facts), gpus["engine"], gpus["trainer"])
+    recipe, why = plan_requests.settle(recipe, shape, *where)
+    placement = plan_place.place(recipe, shape, *where)
+    if why is not None:
+        row = ("requests", f"{recipe.rollout.running} at once", why)
+        placement = replace(placement, reasons=(row, *placement.reasons))
+    return recipe, placement
 
 
 def _memory(
@@ -198,7 +206,10 @@ def _memory(
             rows += plan_trainer.trainer_rows(process.name, shape, recipe, device, process.world_size, placement.split)
         else:
             rows.append(plan_memory.light_row(process.name, process.children))
-    return plan_place.in_turns(rows) if placement.turns else rows
+    if not placement.turns:
+        return rows
+    engine, trainer = ({gpu for p in processes if p.role == role for gpu in p.gpus} for role in ("engine", "trainer"))
+    return plan_place.in_turns(rows, {p.name for p in processes if set(p.gpus) & engine & trainer})
 
 
 def _model(shape: MemoryShape, recipe: Recipe) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def _smaller(recipe: Recipe, command: str) -> Iterator[Sets]:
     steps += [
         {"rollout.mem_fraction_static": value} for value in (0.8, 0.85, 0.9) if value > rollout.mem_fraction_static
     ]
-    steps += [{"rollout.max_running_requests": n} for n in (16, 8, 4) if n < rollout.max_running_requests]
+    steps += [{"rollout.max_running_requests": n} for n in (16, 8, 4) if n < rollout.running]
     sets: Sets = {}
     for step in steps:
         sets = sets | step

@@ -32,6 +32,10 @@ ACTIVATION_UNITS = 80
 DELTA_SHARE = 0.15
 """A delta payload over a full one, at most: what a high learning rate gives; 4B at 5e-6 gives about 0.04."""
 
+COMFORT = 4
+"""A shared GPU should leave an engine the KV cache of this part of its requests at full context: one in four."""
+ROOM = 0.95
+"""Of a GPU, what a plan fills when it has the choice: the estimates are not exact."""
 STAGED_BYTES = 6 * 0.05
 """An index and a value for each of one parameter in twenty: a delta that waits on the GPU for its pause. What finds no
 room there waits in pinned memory."""
@@ -58,7 +62,7 @@ def engine_rows(
     `static`: bytes that it reserves of its GPU for weights, state and KV cache; None when the GPU is not known. With
     it the KV cache is what the others leave, at least one request of full context.
     """
-    requests, context = recipe.rollout.max_running_requests, recipe.rollout.context_length
+    requests, context = recipe.rollout.running, recipe.rollout.context_length
     weights = 2 * shape.parameters
     if device == "cpu":
         rows = [
@@ -93,7 +97,7 @@ def engine_rows(
 
 def static_bytes(shape: MemoryShape, recipe: Recipe, *, requests: int = 1) -> int:
     """What an engine must reserve on a GPU: weights, every state slot, and the KV cache of `requests` full contexts."""
-    slots = recipe.rollout.max_running_requests + 1
+    slots = recipe.rollout.running + 1
     kv = shape.kv_bytes_per_token * recipe.rollout.context_length
     return 2 * shape.parameters + slots * shape.state_bytes_per_sequence + requests * kv
 
@@ -105,14 +109,12 @@ def beside_static(shape: MemoryShape, recipe: Recipe) -> int:
 
 def _prefill(shape: MemoryShape, recipe: Recipe) -> int:
     """Without gradients about half of what autograd would keep of one block lives at once."""
-    chunk = min(
-        recipe.rollout.chunked_prefill_size, recipe.rollout.max_running_requests * recipe.rollout.context_length
-    )
+    chunk = min(recipe.rollout.chunked_prefill_size, recipe.rollout.running * recipe.rollout.context_length)
     return chunk * max(block_activations(shape)) // 2
 
 
 def _sampling(shape: MemoryShape, recipe: Recipe) -> int:
-    return SAMPLING_BUFFERS * 4 * shape.vocab_size * recipe.rollout.max_running_requests
+    return SAMPLING_BUFFERS * 4 * shape.vocab_size * recipe.rollout.running
 
 
 def block_activations(shape: MemoryShape) -> tuple[int, ...]:

@@ -7,20 +7,15 @@ leaves of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from astracli import plan_memory, plan_trainer
 from astracli.adapter import MemoryShape
-from astracli.plan_memory import MemoryRow, words
+from astracli.plan_memory import COMFORT, ROOM, MemoryRow, words
 from astracli.plan_trainer import Split
 from astracli.recipe import Recipe
-
-COMFORT = 4
-"""A shared GPU should leave an engine the KV cache of this part of its requests at full context: one in four."""
-
-ROOM = 0.95
-"""Of a GPU, what a plan fills when it has the choice: the estimates are not exact."""
+from astracli.training import link
 
 
 @dataclass(frozen=True)
@@ -51,10 +46,14 @@ def place(
     if shape is None:
         return Placement(mem_fraction_static=fraction, shared=shared)
     smallest = min((sizes[gpu] for gpu in train_gpus if gpu in sizes), default=None)
-    turns = shared and _turns(recipe, shape, smallest, len(train_gpus))
+    turns = shared and takes_turns(recipe, shape, smallest, len(train_gpus))
     beside = AWAY if turns else None
     split, why = _split(recipe, shape, smallest, len(train_gpus), shared, beside) if train_gpus else (Split(), [])
     reasons = [(what, getattr(split, what), reason) for what, reason in why]
+    if len(train_gpus) > 1:
+        without = " ".join(f"{name}={value}" for name, value in link.WITHOUT_PEERS.items())
+        proof = f"proved by an all-reduce in {link.LIMIT_S:g} s at the start; if not, once more with {without}"
+        reasons.append((f"{len(train_gpus)} ranks", "direct links", proof))
     cards = [sizes[gpu] for gpu in engine_gpus if gpu in sizes]
     if turns and smallest is not None and cards:
         asked = recipe.resources.share_mode == "turns"
@@ -64,7 +63,7 @@ def place(
         fraction = min(fraction, max(0.01, int(100 * ROOM * left / smallest) / 100))
     elif shared and smallest is not None and cards:
         beside = plan_memory.beside_static(shape, recipe)
-        trainer = _trainer(recipe, shape, len(train_gpus), split)
+        trainer = trainer_bytes(recipe, shape, len(train_gpus), split)
         roomy, all_of_it = (int(room * smallest) - trainer - beside for room in (ROOM, 1.0))
         left = roomy if roomy >= plan_memory.static_bytes(shape, recipe) else all_of_it
         derived = max(0.01, int(100 * left / smallest) / 100)
@@ -79,20 +78,19 @@ AWAY = plan_memory.CUDA_GRAPHS + plan_memory.CUDA_CONTEXT
 """What an engine keeps of its GPU while a trainer uses it."""
 
 
-def _turns(recipe: Recipe, shape: MemoryShape, size: int | None, ranks: int) -> bool:
+def takes_turns(recipe: Recipe, shape: MemoryShape, size: int | None, ranks: int) -> bool:
     """Whether they take turns: asked for, or the only way in which both fit."""
     mode = recipe.resources.share_mode
     if mode != "auto" or size is None:
         return mode == "turns"
-    options = _options(recipe)
     engine = _engine(recipe, shape, 1)
-    if any(_trainer(recipe, shape, ranks, option) + engine <= size for option in options):
+    if any(trainer_bytes(recipe, shape, ranks, option) + engine <= size for option in options(recipe)):
         return False
-    return any(_trainer(recipe, shape, ranks, option) + AWAY <= size for option in options)
+    return any(trainer_bytes(recipe, shape, ranks, option) + AWAY <= size for option in options(recipe))
 
 
-def _options(recipe: Recipe) -> list[Split]:
-    """What the recipe leaves open, least moved first."""
+def options(recipe: Recipe) -> list[Split]:
+    """Splits that the recipe leaves open, least moved first."""
     asked = recipe.train
     referenced = recipe.algorithm.kl_coef > 0
     references = ("gpu", "host") if asked.reference_device == "auto" and referenced else (asked.reference_device,)
@@ -109,14 +107,16 @@ def _split(
 ) -> tuple[Split, list[tuple[str, str]]]:
     """(where things lie, [(what is decided, reason)]). `beside`: what stays of an engine that takes turns."""
     asked, referenced = recipe.train, recipe.algorithm.kl_coef > 0
-    options = _options(recipe)
-    first, last = options[0], options[-1]
+    open_to_us = options(recipe)
+    first, last = open_to_us[0], open_to_us[-1]
     chosen = first
     if size is not None:
-        requests = recipe.rollout.max_running_requests
+        requests = recipe.rollout.running
         for wanted, room in ((max(1, requests // COMFORT), ROOM), (1, ROOM), (1, 1.0)):
             engine = beside if beside is not None else _engine(recipe, shape, wanted) if shared else 0
-            fitting = [option for option in options if _trainer(recipe, shape, ranks, option) + engine <= room * size]
+            fitting = [
+                option for option in open_to_us if trainer_bytes(recipe, shape, ranks, option) + engine <= room * size
+            ]
             chosen = fitting[0] if fitting else last
             if fitting:
                 break
@@ -133,11 +133,12 @@ def _split(
 
 
 def _why(recipe: Recipe, shape: MemoryShape, size: int | None, ranks: int) -> str:
-    need = _trainer(recipe, shape, ranks, Split())
+    need = trainer_bytes(recipe, shape, ranks, Split())
     return f"with everything on the GPU the trainer needs {words(need)} of {words(size or 0)}"
 
 
-def _trainer(recipe: Recipe, shape: MemoryShape, ranks: int, split: Split) -> int:
+def trainer_bytes(recipe: Recipe, shape: MemoryShape, ranks: int, split: Split) -> int:
+    """What a rank needs of its GPU."""
     rows = plan_trainer.trainer_rows("trainer", shape, recipe, "cuda", ranks, split)
     return plan_memory.total(rows, where="gpu", fixed=True)
 
@@ -153,11 +154,11 @@ PARKED = ("weights (bf16)", "master weights (fp32)", "moments (fp32)", "referenc
 """Rows that wait in host memory during the other's turn; the rest is empty then."""
 
 
-def in_turns(rows: Sequence[MemoryRow]) -> list[MemoryRow]:
-    """The rows of processes that take turns: what leaves the GPU, and the host memory in which it waits."""
+def in_turns(rows: Sequence[MemoryRow], names: Collection[str]) -> list[MemoryRow]:
+    """All rows; of the processes that take turns (`names`) what leaves the GPU, and the host memory where it waits."""
     result = []
     for row in rows:
-        away = row.where == "gpu" and row.what not in STAYS
+        away = row.process in names and row.where == "gpu" and row.what not in STAYS
         result.append(replace(row, away=away))
         if away and row.what in PARKED:
             result.append(MemoryRow(row.process, f"{row.what}, in the other's turn", "host", row.bytes))

@@ -61,6 +61,8 @@ class LaunchPlan:
     """Sizes of the model and of a step; empty when no config is known."""
     placement: Placement = field(default_factory=Placement)
     """What lies where on GPUs and host, and why."""
+    running_requests: int = 0
+    """Of each engine: the recipe's `rollout.max_running_requests`, or what was derived for it."""
     expected: Mapping[str, Any] = field(default_factory=dict)
     """Published figures of the recipe."""
     problems: tuple[Problem, ...] = ()

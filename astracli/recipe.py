@@ -21,6 +21,8 @@ from pydantic import (
 from astracli.rl.losses import OWN_DEFAULTS
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+RUNNING = 32
+"""Sequences that an engine decodes at once where no memory was counted."""
 
 
 class Table(BaseModel):
@@ -92,8 +94,9 @@ class RolloutTable(Table):
     max_new_tokens: PositiveInt = 4000
     context_length: PositiveInt = 8192
     """Prompt and completion together, tokens."""
-    max_running_requests: PositiveInt = 32
-    """Sequences that one engine decodes at once. Hybrids hold a state cache per sequence beside the KV cache."""
+    max_running_requests: PositiveInt | None = None
+    """Sequences that one engine decodes at once. Hybrids hold a state cache per sequence beside the KV cache. None: as
+    many as fit its GPU, 32 on a CPU; the plan says how many."""
     attention_backend: str = "auto"
     linear_attention_backend: str = "auto"
     mem_fraction_static: float = Field(default=0.7, gt=0.0, lt=1.0)
@@ -104,6 +107,11 @@ class RolloutTable(Table):
     max_dropped_batches: NonNegativeInt = 8
     """The run ends when so many batches' worth of groups (x `train.batch_groups`) in a row were dropped because all
     their samples earned the same; 0 goes on generating."""
+
+    @property
+    def running(self) -> int:
+        """`max_running_requests`; before a plan has derived it, and on a CPU, `RUNNING`."""
+        return self.max_running_requests or RUNNING
 
 
 RECOMPUTED_BLOCKS = {"full": 1, "selective": 2}

@@ -1,4 +1,7 @@
-"""Two real ranks over gloo do what one does: the same losses, the same published tensors, the same export."""
+"""Two real ranks over gloo do what one does: the same losses, the same published tensors, the same export.
+
+The model's sizes are odd, so that shards are uneven; one row is so long that its rank has fewer micro-batches.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_tools import make_trainer, recipe, sample_groups, save_model, spawn
+from training_tools import make_trainer, recipe, save_model, spawn, uneven_groups
 
-from astracli.adapters.qwen3_5 import ADAPTER
+from astracli.adapters.qwen3_5 import ADAPTER, tiny_config
 from astracli.training.fsdp import Ranks, join, shard
 from astracli.training.logprob import PolicyModel
 
@@ -18,7 +21,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from safetensors.torch import save_file
-from training_tools import make_trainer, recipe, sample_groups
+from training_tools import make_trainer, recipe, uneven_groups
 from astracli.training import fsdp
 from astracli.weights.publisher import Publisher
 
@@ -26,15 +29,22 @@ model_dir, out = map(Path, sys.argv[1:])
 ranks = fsdp.join("cpu")
 assert ranks.world_size == 2
 assert ranks.broadcast(b"from rank 0" if ranks.first else None) == b"from rank 0"
-chosen = recipe(algorithm={"kl_coef": 0.01}, train={"activation_checkpointing": "selective", "packing": "packed"})
+table = {"activation_checkpointing": "selective", "packing": "packed", "tokens_per_microbatch": 40}
+table["learning_rate"] = 1e-4
+chosen = recipe(algorithm={"kl_coef": 0.01}, train=table)
 trainer = make_trainer(model_dir, chosen, ranks)
 masters = trainer.masters
 held = sum(v.numel() for v in masters.values.values())
 publisher = Publisher(out / "weights", rank=ranks.rank, world_size=2, session="test", tied=masters.tied)
 publisher.publish(0, masters.wire_shards())
-figures = []
+figures, empty = [], 0
 for step in range(3):
-    metrics = trainer.train(sample_groups(None, 4, seed=step, version=-1), step, step).metrics
+    result = trainer.train(uneven_groups(step), step, step)
+    empty += sum(not micro.rows for minibatch in result.batch.minibatches for micro in minibatch)
+    trainer.to_host()
+    ranks.barrier()
+    trainer.to_device()
+    metrics = result.metrics
     figures.append([metrics[k] for k in ("loss", "grad_norm", "kl", "entropy", "m2_limit", "clip_fraction", "tokens")])
     publisher.publish(step + 1, masters.wire_shards())
 publisher.close()
@@ -42,13 +52,16 @@ full = masters.wire_full()
 if ranks.first:
     save_file(full, out / "full.safetensors")
 ranks.close()
-print(json.dumps({"figures": figures, "held": held}))
+print(json.dumps({"figures": figures, "held": held, "empty": empty}))
 """
+
+
+ODD = {"vocab_size": 65, "intermediate_size": 61}
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
+    return save_model(tmp_path_factory.mktemp("model"), config=tiny_config() | ODD)
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +75,14 @@ def out(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_ranks_equal_one(model_dir: Path, out: Path) -> None:
     outputs = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
-    trainer = make_trainer(model_dir, recipe(algorithm={"kl_coef": 0.01}))
+    trainer = make_trainer(model_dir, recipe(algorithm={"kl_coef": 0.01}, train={"learning_rate": 1e-4}))
     total = sum(v.numel() for v in trainer.masters.values.values())
     assert [o["held"] for o in outputs] == [pytest.approx(total / 2, rel=0.02)] * 2
+    assert sum(o["empty"] for o in outputs) > 0, "some rank has to wait for the other's micro-batches"
 
     figures = []
     for step in range(3):
-        metrics = trainer.train(sample_groups(None, 4, seed=step, version=-1), step, step).metrics
+        metrics = trainer.train(uneven_groups(step), step, step).metrics
         names = ("loss", "grad_norm", "kl", "entropy", "m2_limit", "clip_fraction", "tokens")
         figures.append([metrics[k] for k in names])
     assert outputs[0]["figures"] == outputs[1]["figures"]
@@ -102,6 +116,65 @@ def test_what_two_ranks_publish_is_what_they_hold(out: Path) -> None:
     for tensor in manifest.tensors:
         bits = digest.bits_of(full[tensor.name].contiguous().view(-1))
         assert tensor.digest == digest.to_hex(digest.digest_bits(bits, 0)), tensor.name
+
+
+EXACT = """
+import json, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from astracli.adapters.qwen3_5 import ADAPTER
+from astracli.training import fsdp
+from astracli.training.logprob import PolicyModel
+
+model_dir, out = map(Path, sys.argv[1:])
+ranks = fsdp.join("cpu")
+for kept in (True, False):
+    model = ADAPTER.load_for_training(model_dir, attention="sdpa")
+    policy = PolicyModel(model)
+    exact = [p for n, p in model.named_parameters() if "A_log" in n] if kept else []
+    fsdp.recompute(policy, ADAPTER.block_classes(model), "full")
+    fsdp.shard(policy, ADAPTER.block_classes(model), ranks, exact=exact, compute=torch.bfloat16)
+    tokens_BL = torch.arange(2, 26)[None] + ranks.rank
+    logprob_N, _ = policy(tokens_BL, None, None, torch.arange(23), tokens_BL[0, 1:])
+    logprob_N.sum().backward()
+    if kept:
+        ranks.average([p.grad for p in exact])
+        norm = ranks.squares(p.grad for p in policy.parameters()) ** 0.5
+    found = {n.replace("_checkpoint_wrapped_module.", ""): fsdp.full(p.grad).clone()
+             for n, p in policy.model.named_parameters()}
+    found["logprob"] = logprob_N.detach().clone()
+    save_file(found, out / f"{'exact' if kept else 'rounded'}{ranks.rank}.safetensors")
+ranks.close()
+print(norm)
+"""
+
+
+def test_what_the_engine_holds_in_fp32_is_not_rounded_by_mixed_precision(model_dir: Path, tmp_path: Path) -> None:
+    """Two ranks that compute in bf16 give, bit for bit, what one process gives whose parameters are bf16, but A_log."""
+    norms = [float(text) for text in spawn(EXACT, [str(model_dir), str(tmp_path)], 2)]
+    logprobs, gradients = [], []
+    for rank in range(2):
+        model = ADAPTER.load_for_training(model_dir, attention="sdpa")
+        for name, parameter in model.named_parameters():
+            if "A_log" not in name:
+                parameter.data = parameter.data.bfloat16()
+        tokens_BL = torch.arange(2, 26)[None] + rank
+        logprob_N, _ = PolicyModel(model)(tokens_BL, None, None, torch.arange(23), tokens_BL[0, 1:])
+        logprob_N.sum().backward()
+        logprobs.append(logprob_N.detach())
+        gradients.append({name: parameter.grad.float() for name, parameter in model.named_parameters()})
+    expected = {name: (gradients[0][name] + gradients[1][name]) / 2 for name in gradients[0]}
+    for rank in range(2):
+        found = load_file(tmp_path / f"exact{rank}.safetensors")
+        assert torch.equal(found.pop("logprob"), logprobs[rank])
+        assert found.keys() == expected.keys()
+        for name, gradient in found.items():
+            assert gradient.dtype == torch.float32 and torch.equal(gradient, expected[name]), name
+        rounded = load_file(tmp_path / f"rounded{rank}.safetensors")
+        assert not torch.equal(rounded["logprob"], logprobs[rank]), "the test would see a rounded A_log"
+    whole = torch.stack([g.double().square().sum() for g in expected.values()]).sum().sqrt()
+    assert norms == [pytest.approx(float(whole), rel=1e-6)] * 2
 
 
 def test_one_rank_on_a_cpu_is_not_wrapped(model_dir: Path) -> None:

@@ -1,9 +1,10 @@
-"""`bench/gpu_train.py` on a CPU: its rows come one by one, and what cannot run is said in its row."""
+"""The GPU benches on a CPU: their rows and figures come out, and what cannot run is said in its row."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -60,3 +61,22 @@ def test_kernels_are_summed_and_idle_time_is_not_hidden(bench: ModuleType) -> No
     assert lines[1].split() == ["3.00", "0.750", "2", "gemm"]
     assert lines[2].split() == ["2.00", "0.500", "1", "norm"]
     assert lines[-1] == "busy 4.0 ms of 8.0 ms from the first to the last, 3 in all"
+
+
+def test_the_whole_loop_at_tiny_shape(tmp_path: Path) -> None:
+    """`bench/gpu_loop.py` with the embedded engine: every figure is there, and they add up."""
+    command = [sys.executable, str(Path(__file__).parent.parent / "bench" / "gpu_loop.py"), "--json"]
+    command += ["--shape", "tiny", "--device", "cpu", "--steps", "5", "--skip", "2", "--folder", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    assert (result["steps"], result["restarts"], result["resyncs"]) == (5, 0, 0)
+    phases = result["phases_s"]
+    step = phases.pop("step")
+    assert sum(phases.values()) == pytest.approx(step)
+    assert result["wait_share"] == pytest.approx(phases["wait"] / step)
+    assert result["trained_tokens_per_s"] == pytest.approx(result["tokens_per_step"] / step)
+    assert 0 < result["delta_bytes"] < result["full_bytes"]
+    assert result["update"]["pause_s"]["count"] >= 2 and result["generated_tokens_per_s"] > 0
+    assert result["balance"]["limit"] in ("generation", "training", "each other", "nothing")
+    assert not list(tmp_path.iterdir()), "nothing is left"

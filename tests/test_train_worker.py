@@ -58,8 +58,10 @@ class Job:
         self.reporter = FakeReporter()
 
     def loop(self, **changes: Any) -> TrainLoop:
-        config = WorkerConfig(
-            name="trainer",
+        return TrainLoop(self.config(**changes), self.reporter, Ranks())  # type: ignore[arg-type]
+
+    def config(self, **changes: Any) -> WorkerConfig:
+        return WorkerConfig(
             role="trainer",
             run_dir=self.run_dir,
             hub_url=self.server.url,
@@ -71,9 +73,8 @@ class Job:
                 metrics={"samples_per_step": 3},
             ),
             paths={"model": str(self.model_dir)},
-            **changes,
+            **({"name": "trainer"} | changes),
         )
-        return TrainLoop(config, self.reporter, Ranks())  # type: ignore[arg-type]
 
     def roll(self, version: int) -> None:
         self.store.engine_state("engine0", version, "ready")

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,13 +20,16 @@ from fake_engine import FakeEngine, FakeFetcher
 from machines import facts
 from test_hub_api import TOKEN, Server
 from test_hub_store import open_store
-from test_train_worker import Job, save_model
+from test_train_worker import STEPS, Job, save_model
 
 from astracli import backend, plan, plan_memory, recipe_io, registry
 from astracli.engines.client import EngineClient, GenRequest
 from astracli.hub.cards import CardBook
 from astracli.hub.client import AsyncHubClient, HubClient
+from astracli.launch import children
+from astracli.launch.ports import free_ports
 from astracli.recipe import Recipe
+from astracli.weights.manifest import read_stable
 from astracli.workers.updates import Lane
 
 GIB = 2**30
@@ -198,6 +205,51 @@ def test_a_trainer_in_turns_learns_the_same_and_is_away_between_its_steps(
     assert all(torch.equal(values[0][name], value) for name, value in values[1].items())
 
 
+def test_two_ranks_take_turns_with_an_engine_on_the_first_ones_gpu(
+    tmp_path: Path, model_dir: Path, engine_url: str
+) -> None:
+    """Two real processes; only rank 0 shares its GPU. Start, every step and the export are a turn each."""
+    job = Job(tmp_path, model_dir)
+    job.store._cards = CardBook(["engine0"])
+    engines = [{"name": "engine0", "url": engine_url, "stage_dir": str(tmp_path)}]
+    (port,) = free_ports(1, "127.0.0.1")
+    ranks = []
+    for rank, name in enumerate(("trainer", "trainer1")):
+        placement = {"shared": True, "cards": ["engine0"], "leaves": rank == 0}
+        config = job.config(name=name, engines=engines, extra={"placement": placement})
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(config.document()))
+        meet = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, "-m", "astracli.workers.train", str(path)]
+        with (tmp_path / f"{name}.log").open("w") as log:
+            ranks.append(subprocess.Popen(command, env=os.environ | meet, stdout=log, stderr=log))
+    engine = Engine(job, [])
+    try:
+        for version in range(STEPS):
+            deadline = time.monotonic() + 60
+            while job.store.target("engine0")["version"] != version and all(r.poll() is None for r in ranks):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            job.roll(version)
+        assert [rank.wait(timeout=60) for rank in ranks] == [0, 0], (tmp_path / "trainer.log").read_text()
+    finally:
+        engine.stop()
+        job.server.thread.stop()
+        for rank in ranks:
+            rank.kill()
+    assert len(engine.turns) == STEPS + 2
+    assert read_stable(job.run_dir / "weights", STEPS)["manifests"].keys() == {"delta"}
+    assert (job.run_dir / "export" / "config.json").is_file()
+    losses = [r["loss"] for r in job.records() if "loss" in r]
+    alone = Job(tmp_path / "alone", model_dir)
+    loop = alone.loop()
+    loop.start()
+    alone.train(loop)
+    alone.server.thread.stop()
+    expected = [r["loss"] for r in alone.records() if "loss" in r]
+    assert len(losses) == STEPS and losses[:2] == pytest.approx(expected[:2], rel=1e-3, abs=1e-5)
+
+
 def planned(recipe: Recipe, document: dict[str, Any]) -> plan.LaunchPlan:
     adapter = registry.resolve(recipe)
     return plan.build(recipe, adapter, backend.choose(adapter, document, recipe), document)
@@ -227,3 +279,38 @@ def test_turns_are_taken_where_the_two_do_not_fit_side_by_side() -> None:
     beside = recipe_io.load("qwen3.5-4b-m2po-delta", (*SHARED, "resources.share_mode=side_by_side"))
     with pytest.raises(plan.UserError, match="GPU 0 needs at least"):
         plan.refuse(planned(beside, facts("9.0", 1, memory_gib=46, host_gib=512)))
+
+
+ONE_AND_TWO = ("resources.rollout_gpus=1", "resources.train_gpus=2", "resources.share_gpus=true")
+
+
+def test_one_engine_beside_a_trainer_on_two_gpus_takes_turns_on_the_first() -> None:
+    recipe = recipe_io.load("qwen3.5-4b-m2po-delta", (*ONE_AND_TWO, "resources.share_mode=turns"))
+    document = facts("9.0", 2, memory_gib=46, host_gib=512)
+    result = planned(recipe, document)
+    plan.refuse(result)
+    assert result.gpu_map == {0: ["engine0", "trainer"], 1: ["trainer1"]} and result.cards == ["engine0"]
+    told = {p.name: children._placement(result, p) for p in result.processes}
+    assert told["engine0"]["turns"] is True
+    assert [told[name]["placement"]["leaves"] for name in ("trainer", "trainer1")] == [True, False]
+    assert all(told[name]["placement"]["cards"] == ["engine0"] for name in ("trainer", "trainer1"))
+    away = {row.process for row in result.memory if row.away}
+    assert away == {"engine0", "trainer"}, "the second rank stays where it is"
+    assert plan_memory.on_gpu(result.memory, ["engine0", "trainer"], fixed=True) <= 46 * GIB
+    waiting = [row for row in result.memory if row.what == "master weights (fp32), in the other's turn"]
+    assert [(row.process, row.bytes) for row in waiting] == [("trainer", 2 * 4_205_751_296)]
+    roomy = planned(recipe_io.load("qwen3.5-4b-m2po-delta", ONE_AND_TWO), facts("9.0", 2, memory_gib=141, host_gib=512))
+    plan.refuse(roomy)
+    assert roomy.placement.shared and not roomy.placement.turns
+
+
+def test_an_engine_and_a_trainer_on_a_gpu_each_share_nothing() -> None:
+    recipe = recipe_io.load("qwen3.5-4b-m2po-delta", ("resources.rollout_gpus=1", "resources.train_gpus=1"))
+    result = planned(recipe, facts("9.0", 2, memory_gib=141, host_gib=512))
+    plan.refuse(result)
+    assert result.gpu_map == {0: ["engine0"], 1: ["trainer"]}
+    assert result.cards == [] and not result.placement.shared
+    env = {p.name: p.env["CUDA_VISIBLE_DEVICES"] for p in result.processes}
+    assert env == {"engine0": "0", "rollout": "", "trainer": "1", "eval": ""}
+    with pytest.raises(plan.UserError, match="GPU 1 needs at least"):
+        plan.refuse(planned(recipe, facts("9.0", 2, memory_gib=36, host_gib=512)))

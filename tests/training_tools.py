@@ -36,7 +36,7 @@ def recipe(**tables: dict[str, Any]) -> Recipe:
     return Recipe.model_validate(base)
 
 
-def save_model(directory: Path, *, config: dict[str, Any] | None = None, seed: int = 0) -> Path:
+def save_model(directory: Path, *, config: dict[str, Any] | None = None, seed: int = 0, std: float = 0.2) -> Path:
     """A random tiny hybrid as a checkpoint on disk."""
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
@@ -46,7 +46,7 @@ def save_model(directory: Path, *, config: dict[str, Any] | None = None, seed: i
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "conv1d" not in name:
-                parameter.normal_(0.0, 0.2)
+                parameter.normal_(0.0, std)
     model.save_pretrained(directory)
     return directory
 
@@ -78,6 +78,15 @@ def sample_groups(
     return groups
 
 
+def uneven_groups(seed: int) -> list[Group]:
+    """Groups of which one sample is far longer than the rest: with a budget of 40 tokens its rank has fewer
+    micro-batches than the other."""
+    groups = sample_groups(None, 4, seed=seed, version=-1)
+    tokens = np.random.default_rng(seed).integers(2, 64, 50).astype(np.int32)
+    groups[1].samples[0].segments[0] = Segment(-1, tokens, np.full(50, -4.0, np.float32))
+    return groups
+
+
 @torch.no_grad()
 def own_logprobs(trainer: Trainer, prompt: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """float32 [T] of a completion alone, by the plain forward of the model."""
@@ -87,8 +96,9 @@ def own_logprobs(trainer: Trainer, prompt: np.ndarray, tokens: np.ndarray) -> np
     return chosen.numpy()
 
 
-def spawn(script: str, arguments: Sequence[str], world_size: int) -> list[str]:
-    """Run a Python script in `world_size` real processes joined over gloo; their stdouts, rank by rank."""
+def spawn(script: str, arguments: Sequence[str], world_size: int, *, timeout_s: float = 120) -> list[str]:
+    """Run a Python script in `world_size` real processes joined over gloo; their stdouts, rank by rank. Each sees one
+    GPU, where there are any."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -102,7 +112,7 @@ def spawn(script: str, arguments: Sequence[str], world_size: int) -> list[str]:
     children = [
         subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(script), *arguments],
-            env=common | {"RANK": str(rank)},
+            env=common | {"RANK": str(rank), "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -112,7 +122,7 @@ def spawn(script: str, arguments: Sequence[str], world_size: int) -> list[str]:
     outputs = []
     try:
         for child in children:
-            out, error = child.communicate(timeout=120)
+            out, error = child.communicate(timeout=timeout_s)
             assert child.returncode == 0, error[-3000:]
             outputs.append(out)
     finally:

@@ -83,7 +83,8 @@ def rank_main(setting: dict[str, Any]) -> None:
     if device == "cuda":
         torch.cuda.set_device(rank)
     store = dist.FileStore(f"{setting['folder']}/store", ranks)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=ranks)
+    where: dict[str, Any] = {"device_id": torch.device("cuda", rank)} if device == "cuda" else {}
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=ranks, **where)
     buffer = torch.full((ELEMENTS[device],), float(rank + 1), device=device)
     dist.all_reduce(buffer)
     assert bool((buffer == ranks * (ranks + 1) / 2).all()), "a wrong sum"

@@ -99,7 +99,7 @@ def load_engine(config: WorkerConfig) -> EmbeddedEngine:
     engine = EmbeddedEngine(
         config.model_path,
         load,
-        Limits(rollout.max_running_requests, rollout.context_length, rollout.chunked_prefill_size),
+        Limits(rollout.running, rollout.context_length, rollout.chunked_prefill_size),
         stage_dir=Path(config.extra["stage_dir"]) if config.extra.get("stage_dir") else None,
         device=config.device,
         exclusive_calls=config.recipe.launch.deterministic,

@@ -164,7 +164,7 @@ class Options:
 def command(config: WorkerConfig, model: Path, options: Options, flags: Mapping[str, Any]) -> list[str]:
     """The server's arguments. `flags`: the adapter's own. The token is not among them: it stands in a file."""
     rollout, backends = config.recipe.rollout, config.backends
-    slots = rollout.max_running_requests
+    slots = rollout.running
     settings: dict[str, Any] = {
         "model_path": model,
         "host": config.recipe.launch.host,

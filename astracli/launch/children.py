@@ -12,9 +12,11 @@ from typing import Any
 
 from astracli.launch.local import ChildSpec
 from astracli.launch.ports import free_ports
+from astracli.launch.supervise import Retry
 from astracli.plan import LaunchPlan, ProcessPlan
 from astracli.recipe import Recipe
 from astracli.run_dir import RunDir, write_atomic
+from astracli.training import link
 from astracli.workers.common import THREAD_VARIABLES, WorkerConfig
 
 OFFLINE = {
@@ -68,6 +70,23 @@ def build(setting: Setting, extra: Mapping[str, Mapping[str, Any]]) -> list[Chil
     return specs
 
 
+def retry(setting: Setting, specs: Sequence[ChildSpec]) -> Retry | None:
+    """How trainer ranks on GPUs start once more when their first all-reduce fails; None for one rank, or on a CPU."""
+    ranks = [spec for spec in specs if spec.role == "trainer"]
+    known = all(os.environ.get(name) == value for name, value in link.WITHOUT_PEERS.items())
+    if len(ranks) < 2 or setting.plan.choice.device != "cuda" or known:
+        return None
+
+    def again() -> list[ChildSpec]:
+        (port,) = free_ports(1, setting.recipe.launch.host)
+        env = {**link.WITHOUT_PEERS, "MASTER_PORT": str(port)}
+        return [replace(spec, env={**spec.env, **env}) for spec in ranks]
+
+    different = " ".join(f"{name}={value}" for name, value in link.WITHOUT_PEERS.items())
+    words = f"the {len(ranks)} training GPUs do not reach each other directly: their ranks run with {different}"
+    return Retry(link.BROKEN, frozenset(spec.name for spec in ranks), again, words)
+
+
 def _placement(plan: LaunchPlan, process: ProcessPlan) -> dict[str, Any]:
     """What the plan decided about GPU memory, as `WorkerConfig.extra` of the process that must keep to it."""
     if process.role == "rollout":
@@ -81,7 +100,8 @@ def _placement(plan: LaunchPlan, process: ProcessPlan) -> dict[str, Any]:
         }
     split = plan.placement.split
     told = {"reference": split.reference, "optimizer": split.optimizer, "shared": plan.placement.shared}
-    return {"placement": told | {"cards": plan.cards}}
+    leaves = any(name in plan.cards for gpu in process.gpus for name in plan.gpu_map[gpu])
+    return {"placement": told | {"cards": plan.cards, "leaves": leaves}}
 
 
 def _engine(
@@ -113,7 +133,7 @@ def _config(
         run_dir=setting.run.path.resolve(),
         hub_url=setting.hub_url,
         token=setting.token,
-        recipe=setting.recipe,
+        recipe=_settled(setting),
         paths=dict(setting.paths),
         engines=list(engines),
         device=setting.plan.choice.device if process.role in ("engine", "trainer") else "cpu",
@@ -123,6 +143,12 @@ def _config(
         backends=setting.plan.choice.settings(),
         extra=dict(extra),
     )
+
+
+def _settled(setting: Setting) -> Recipe:
+    """The recipe with what the plan derived in its place."""
+    rollout = setting.recipe.rollout.model_copy(update={"max_running_requests": setting.plan.running_requests})
+    return setting.recipe.model_copy(update={"rollout": rollout})
 
 
 def write(config: WorkerConfig) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from astracli import metrics, report_data
+from astracli import plan as planning
 from astracli.launch import children, ports, summary
 from astracli.launch.fetch import to_stderr
 from astracli.launch.local import MemorySampler
@@ -138,8 +139,9 @@ class Job:
                 self.resume_step is not None,
             )
             watch = Watch(self, hub.store, sinks)
+            specs = children.build(setting, self.extra)
             supervisor = Supervisor(
-                children.build(setting, self.extra),
+                specs,
                 hub,
                 main_role=MAIN_ROLE[self.plan.command],
                 ready_timeout_s=self.recipe.launch.ready_timeout_s,
@@ -148,6 +150,7 @@ class Job:
                 hint=self._hint,
                 tick=watch,
                 memory=memory,
+                retry=children.retry(setting, specs),
             )
             connect(supervisor)
             try:
@@ -238,6 +241,8 @@ class Job:
             store=store.state(),
             memory=memory,
             restarts={name: status.restarts for name, status in supervisor.status.items()},
+            notes=supervisor.notes,
+            plan=planning.to_json(self.plan),
         )
 
 

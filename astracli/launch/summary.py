@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from astracli import balance
 from astracli.launch.local import MemorySampler
 from astracli.metrics import Record, mean, median, series, values, without_absent
 from astracli.recipe import Recipe
@@ -30,9 +31,12 @@ def build(
     store: Mapping[str, Any],
     memory: MemorySampler | None,
     restarts: Mapping[str, int],
+    notes: Sequence[str] = (),
+    plan: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """`phases`: seconds of this attempt by phase; `evaluations_s`: by step, announcement to result, beside training;
-    `store`: `HubStore.state()`; `records`: all of metrics.jsonl."""
+    `store`: `HubStore.state()`; `records`: all of metrics.jsonl; `notes`: what the supervisor did to go on; `plan`:
+    plan.json."""
     wall_s = sum(phases.values())
     trained = [step for step, _ in series(records, "train_s") or series(records, "step_s")]
     here = [step for step in trained if step >= first_step]
@@ -50,10 +54,12 @@ def build(
         "benchmarks": benchmarks(store.get("evals") or []),
         "expected": recipe.expected.model_dump() if recipe.expected else None,
         "training": training(records, first_step),
+        "balance": balance.of_run(records, recipe, plan, first_step) if plan and trained else None,
         "weights": weights(records, recipe.weights.transfer),
         "parity": {"mean_abs": mean(values(records, "parity_mean_abs")), "max_abs": largest(records, "parity_max_abs")},
         "groups": store.get("counts") or {},
         "restarts": {name: count for name, count in restarts.items() if count},
+        "notes": list(notes),
         "memory": memory_document(memory),
         "paths": paths(run_dir),
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -65,6 +66,18 @@ class Status:
 
 
 @dataclass(frozen=True)
+class Retry:
+    """Children that are all started once more, as other specs, when one of them ends with a code that asks for it."""
+
+    code: int
+    names: frozenset[str]
+    specs: Callable[[], Sequence[ChildSpec]]
+    """Asked when it is needed: a port must be free then."""
+    words: str
+    """What was wrong and what is different now."""
+
+
+@dataclass(frozen=True)
 class Outcome:
     interrupted: bool
     phases: dict[str, float]
@@ -86,6 +99,7 @@ class Supervisor:
         hint: Callable[[], str] = lambda: "",
         tick: Callable[[Supervisor], None] = lambda supervisor: None,
         memory: MemorySampler | None = None,
+        retry: Retry | None = None,
         poll_s: float = 0.1,
     ):
         self.specs = {spec.name: spec for spec in specs}
@@ -93,6 +107,9 @@ class Supervisor:
         self.phase: Phase = "starting"
         self.children: dict[str, Child] = {}
         self.memory = memory or MemorySampler()
+        self.notes: list[str] = []
+        """What the run did to go on, for its summary."""
+        self._retry = retry
         self._hub = hub
         self._main = {spec.name for spec in specs if spec.role == main_role}
         self._done: set[str] = set()
@@ -163,7 +180,8 @@ class Supervisor:
             raise RunFailed("the hub stopped serving", self._hint() or None)
         dead = sorted((child for child in self.children.values() if child.exited()), key=Child.log_time)
         for child in dead:
-            self._on_exit(child)
+            if self.children.get(child.name) is child:
+                self._on_exit(child)
         self._check_ready(now)
         for child in list(self.children.values()):
             self._check_heartbeat(child, now)
@@ -180,11 +198,25 @@ class Supervisor:
         code = child.reap()
         del self.children[child.name]
         ending = self.phase in ("finishing", "stopping")
-        if code == 0 and child.name in self._main:
+        if self._retry is not None and code == self._retry.code and child.name in self._retry.names and not ending:
+            self._start_again(child, self._retry)
+        elif code == 0 and child.name in self._main:
             self._done.add(child.name)
             self.status[child.name].state = "done"
         elif not (ending and code in (0, TERM_EXIT)):
             self._lost(child, f"ended with {exit_words(code)}" + (" before the run was done" if code == 0 else ""))
+
+    def _start_again(self, ended: Child, retry: Retry) -> None:
+        """All children of the retry anew, once; `ended` is the first of them that gave up."""
+        self._retry = None
+        said = ended.last_lines(1)
+        local.stop([self.children.pop(name) for name in retry.names if name in self.children], grace_s=0.5)
+        self.notes.append(f"{retry.words} ({'; '.join(said)})" if said else retry.words)
+        print(f"warning: {self.notes[-1]}", file=sys.stderr, flush=True)
+        for spec in retry.specs():
+            self._hub.release_worker(spec.name)
+            self.status[spec.name] = Status(spec.role)
+            self.children[spec.name] = Child(spec)
 
     def _lost(self, child: Child, what: str) -> None:
         """A child is gone that should not be: start it again, or end the run."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 RENDEZVOUS = timedelta(minutes=10)
 WAIT = timedelta(days=7)
 """Ranks wait for rank 0, which waits for the hub as long as a batch takes; the heartbeat ends an orphan, not this."""
+COLLECTIVE = timedelta(minutes=30)
+"""Of a collective inside a step, a checkpoint or an export: all ranks are at it, and one that is not never comes."""
 
 RELEASE_S = 0.2
 
@@ -41,6 +43,8 @@ class Ranks:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     mesh: DeviceMesh | None = None
     """None: no process group, nothing is sharded."""
+    talk: Any = None
+    """The group, over the CPU, of everything here; the default group carries what a step computes."""
 
     @property
     def first(self) -> bool:
@@ -57,7 +61,7 @@ class Ranks:
     def _reduce(self, values: Iterable[float], op: Any) -> list[float]:
         result = torch.tensor(list(values), dtype=torch.float64)
         if self.world_size > 1:
-            dist.all_reduce(result, op=op)
+            dist.all_reduce(result, op=op, group=self.talk)
         return [float(v) for v in result]
 
     def gather(self, tensor_N: Tensor) -> Tensor:
@@ -67,11 +71,11 @@ class Ranks:
             return local
         lengths = torch.zeros(self.world_size, dtype=torch.int64)
         lengths[self.rank] = len(local)
-        dist.all_reduce(lengths)
+        dist.all_reduce(lengths, group=self.talk)
         padded = local.new_zeros(int(lengths.max()))
         padded[: len(local)] = local
         parts = [torch.empty_like(padded) for _ in range(self.world_size)]
-        dist.all_gather(parts, padded)
+        dist.all_gather(parts, padded, group=self.talk)
         return torch.cat([part[:length] for part, length in zip(parts, lengths.tolist(), strict=True)])
 
     def broadcast(self, payload: bytes | None) -> bytes:
@@ -80,17 +84,33 @@ class Ranks:
             assert payload is not None
             return payload
         length = torch.tensor([len(payload) if payload is not None else 0])
-        dist.broadcast(length, src=0)
+        dist.broadcast(length, src=0, group=self.talk)
         if payload is not None:
             buffer = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else torch.empty(0).byte()
         else:
             buffer = torch.empty(int(length), dtype=torch.uint8)
-        dist.broadcast(buffer, src=0)
+        dist.broadcast(buffer, src=0, group=self.talk)
         return buffer.numpy().tobytes()
 
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors of one dtype, on the device, by their mean over all ranks: everywhere the same bits."""
+        if self.world_size == 1 or not tensors:
+            return
+        together = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(together)
+        parts = (together / self.world_size).split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def squares(self, gradients: Iterable[Tensor]) -> float:
+        """Sum of squares of a sharded model's gradients, over all ranks; what every rank holds whole counts once."""
+        mine = [local(g) for g in gradients if self.first or hasattr(g, "to_local")]
+        norms = torch._foreach_norm(mine) if mine else []
+        found = float(torch.stack([n.double() for n in norms]).square().sum()) if norms else 0.0
+        return self.sum([found])[0]
+
     def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
+        self.sum([0.0])
 
     def close(self) -> None:
         """Leave the process group, together with all other ranks.
@@ -101,7 +121,7 @@ class Ranks:
         if self.mesh is None or not dist.is_initialized():
             return
         self.barrier()
-        self.mesh = None
+        self.mesh = self.talk = None
         gc.collect()
         dist.destroy_process_group()
         time.sleep(RELEASE_S)
@@ -110,45 +130,67 @@ class Ranks:
 def join(device: str, environment: Mapping[str, str] = os.environ) -> Ranks:
     """Join the process group that the environment describes. `device`: `cpu` or `cuda`.
 
-    Raises UserError when the environment names several ranks but no meeting place.
+    Several ranks then prove that they reach each other (`link.py`). Raises UserError when the environment names several
+    ranks but no meeting place.
     """
     rank, world_size = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
     if world_size == 1 and device == "cpu":
         return Ranks()
     from torch.distributed.device_mesh import init_device_mesh
 
+    from astracli.training import link
+
     chosen = torch.device("cpu")
+    options: dict[str, Any] = {"backend": "gloo", "timeout": COLLECTIVE}
     if device == "cuda":
         chosen = torch.device("cuda", int(environment.get("LOCAL_RANK", str(rank % max(1, torch.cuda.device_count())))))
         torch.cuda.set_device(chosen)
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        # with a device NCCL connects at once, here, and not in the first step
+        options |= {"backend": "cpu:gloo,cuda:nccl", "device_id": chosen}
     if world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=WAIT)
-    else:
-        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
-        if missing:
-            raise UserError(f"WORLD_SIZE is {world_size}, {' and '.join(missing)} is not set", "start it with torchrun")
-        store = dist.TCPStore(
-            environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), world_size, rank == 0, timeout=RENDEZVOUS
-        )
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=WAIT)
-    return Ranks(rank, world_size, chosen, init_device_mesh(device, (world_size,)))
+        dist.init_process_group(**options, store=dist.HashStore(), rank=0, world_size=1)
+        return Ranks(rank, world_size, chosen, init_device_mesh(device, (world_size,)))
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    if missing:
+        raise UserError(f"WORLD_SIZE is {world_size}, {' and '.join(missing)} is not set", "start it with torchrun")
+    store = dist.TCPStore(
+        environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), world_size, rank == 0, timeout=RENDEZVOUS
+    )
+    with link.watched(link.LIMIT_S):
+        dist.init_process_group(**options, store=store, rank=rank, world_size=world_size)
+        link.check(rank, world_size, chosen)
+    talk = dist.new_group(backend="gloo", timeout=WAIT)
+    return Ranks(rank, world_size, chosen, init_device_mesh(device, (world_size,)), talk)
 
 
-def shard(policy: nn.Module, block_classes: Iterable[str], ranks: Ranks) -> None:
+def shard(
+    policy: nn.Module,
+    block_classes: Iterable[str],
+    ranks: Ranks,
+    *,
+    exact: Collection[nn.Parameter] = (),
+    compute: torch.dtype | None = None,
+) -> None:
     """FSDP2 in place: each block on its own, the root (embedding, head, last norm) as one more group.
 
-    `policy`'s forward must do everything that touches the root's parameters: outside it they are sharded.
+    `policy`'s forward must do everything that touches the root's parameters: outside it they are sharded. It computes
+    in `compute` (None: bf16 on a GPU, as stored on a CPU), but for the `exact` parameters. Those every rank holds whole
+    in their own dtype, because FSDP gathers a block in one dtype; their gradients are averaged by the optimizer. They
+    should be few and small.
     """
     if ranks.mesh is None:
         policy.to(ranks.device)
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    if compute is None and ranks.device.type == "cuda":
+        compute = torch.bfloat16
+    for parameter in exact:
+        parameter.data = parameter.data.to(ranks.device)
     # FSDP moves each group to the device as it shards it: the whole fp32 model is never there at once
-    settings: dict[str, Any] = {"mesh": ranks.mesh}
-    if ranks.device.type == "cuda":
-        settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    settings: dict[str, Any] = {"mesh": ranks.mesh, "ignored_params": set(exact)}
+    if compute is not None:
+        settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     names = frozenset(block_classes)
     for module in list(policy.modules()):
         if type(module).__name__ in names:

@@ -115,14 +115,10 @@ class Masters:
         Raises RunFailed when the norm is not finite.
         """
         assert not self.away
-        gradients = {}
-        for name, parameter in self.parameters.items():
-            if name in self._optimized and parameter.grad is not None:
-                gradients[name] = local(parameter.grad)
-        norms = torch._foreach_norm(list(gradients.values())) if gradients else []
-        squares = float(torch.stack([n.double() for n in norms]).square().sum()) if gradients else 0.0
-        (total,) = self.ranks.sum([squares]) if self.ranks.mesh is not None else [squares]
-        norm = math.sqrt(total)
+        self._average_replicated()
+        found = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        norm = math.sqrt(self.ranks.squares(found.values()))
+        gradients = {name: local(gradient) for name, gradient in found.items() if name in self._optimized}
         if not math.isfinite(norm):
             raise RunFailed(
                 f"the gradient norm of step {step} is {norm}",
@@ -145,6 +141,18 @@ class Masters:
                 self._optimized[name].grad = None
         self.publish_to_parameters()
         return norm
+
+    def _replicated(self, name: str) -> bool:
+        """Whether every rank holds this parameter whole (`fsdp.shard`, `exact`)."""
+        return self.ranks.mesh is not None and not hasattr(self.parameters[name], "placements")
+
+    def _average_replicated(self) -> None:
+        """Gradients of replicated parameters become the mean over ranks, which sharding makes of all others."""
+        if self.ranks.world_size == 1:
+            return
+        # every micro-batch has every parameter in its graph, an empty one too: the same list on all ranks
+        gradients = [p.grad for n, p in self.parameters.items() if self._replicated(n) and p.grad is not None]
+        self.ranks.average(gradients)
 
     def _step_in_buckets(self, gradients: Mapping[str, Tensor]) -> None:
         """AdamW over some tensors at a time, with their moments moved in: the same numbers as all at once."""
@@ -245,7 +253,8 @@ class Masters:
 
     @torch.no_grad()
     def wire_shards(self, *, on_host: bool = False) -> dict[str, Tensor | Shard]:
-        """HF name -> this rank's part of the tensor in its wire dtype: what is published. Empty parts are left out.
+        """HF name -> this rank's part of the tensor in its wire dtype: what is published. Empty parts are left out; a
+        tensor that all ranks hold is rank 0's.
 
         Copies, on the device of the masters or `on_host`: training may go on while they are published.
         """
@@ -253,9 +262,9 @@ class Masters:
         for name, value in self.values.items():
             tensor = value.to(DTYPES[self.wire[name].dtype], copy=True)
             tensor = tensor.cpu() if on_host else tensor
-            if self.ranks.mesh is None:
+            if self.ranks.mesh is None or (self._replicated(name) and self.ranks.first):
                 result[self.wire[name].name] = tensor
-            elif tensor.numel():
+            elif tensor.numel() and not self._replicated(name):
                 parameter: Any = self.parameters[name]
                 _, offset = compute_local_shape_and_global_offset(
                     parameter.shape, parameter.device_mesh, parameter.placements
@@ -275,7 +284,7 @@ class Masters:
         return result
 
     def as_distributed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's shards as DTensors placed like their parameters, sharing storage; plain tensors unsharded."""
+        """This rank's shards as DTensors placed like their parameters, sharing storage; others as they are."""
         if self.ranks.mesh is None:
             return dict(tensors)
         from torch.distributed.tensor import DTensor
@@ -283,6 +292,9 @@ class Masters:
         result: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             parameter = self.parameters[name]
+            if self._replicated(name):
+                result[name] = tensor
+                continue
             assert isinstance(parameter, DTensor), name
             result[name] = DTensor.from_local(
                 tensor,

@@ -15,7 +15,7 @@ from astracli.adapter import ModelAdapter
 from astracli.errors import RunFailed
 from astracli.rl.batch import Join, MicroBatch, Row, pad_rows
 from astracli.training import packing, varlen
-from astracli.training.fsdp import Ranks, local
+from astracli.training.fsdp import Ranks
 from astracli.training.logprob import PolicyModel
 
 ROWS_TOLERANCE = {"cpu": 1e-4, "cuda": 0.25}
@@ -146,11 +146,7 @@ def _minus_separate(
     tokens = sum(row.loss_tokens for row in rows)
 
     def norm() -> float:
-        local_grads = [local(p.grad) for p in policy.parameters() if p.grad is not None]
-        norms = torch._foreach_norm(local_grads)
-        squares = float(torch.stack([n.double() for n in norms]).square().sum()) if norms else 0.0
-        (total,) = ranks.sum([squares]) if ranks.mesh is not None else [squares]
-        return total**0.5
+        return ranks.squares(p.grad for p in policy.parameters() if p.grad is not None) ** 0.5
 
     first()
     whole = norm()

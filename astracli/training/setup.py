@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from astracli import backend
-from astracli.adapter import ModelAdapter, read_config
+from astracli.adapter import ModelAdapter, WireTensor, read_config
 from astracli.cpu import linear
 from astracli.plan_trainer import RESIDENT, Split
 from astracli.recipe import Recipe
@@ -34,9 +35,9 @@ def build_trainer(
     model = _load(model_dir, adapter, ranks, attention, packed)
     wire = adapter.wire_tensors(model)
     blocks = adapter.block_classes(model)
-    policy = PolicyModel(model)
+    policy, exact = PolicyModel(model), _exact(model, wire)
     recompute(policy, blocks, recipe.train.activation_checkpointing)
-    shard(policy, blocks, ranks)
+    shard(policy, blocks, ranks, exact=exact)
     masters = Masters(policy.model, wire, recipe.train, ranks, moments_on_host=split.optimizer == "host")
     reference = _reference(model_dir, adapter, recipe, ranks, attention, packed)
     parking = None
@@ -69,6 +70,12 @@ def _load(model_dir: Path, adapter: ModelAdapter, ranks: Ranks, attention: str, 
     return model
 
 
+def _exact(model: torch.nn.Module, wire: Mapping[str, WireTensor]) -> list[torch.nn.Parameter]:
+    """Parameters that the engine holds in fp32: the trainer must not compute with them rounded."""
+    parameters = dict(model.named_parameters())
+    return [parameters[name] for name, tensor in wire.items() if tensor.dtype == "float32"]
+
+
 def _reference(
     model_dir: Path, adapter: ModelAdapter, recipe: Recipe, ranks: Ranks, attention: str, packed: bool
 ) -> PolicyModel | None:
@@ -76,21 +83,24 @@ def _reference(
     if recipe.algorithm.kl_coef == 0:
         return None
     model = _load(model_dir, adapter, ranks, attention, packed)
-    blocks = adapter.block_classes(model)
+    blocks, wire = adapter.block_classes(model), adapter.wire_tensors(model)
+    exact = _exact(model, wire)
     if ranks.device.type == "cpu":
         parameters = dict(model.named_parameters())
         with torch.no_grad():
-            for name, tensor in adapter.wire_tensors(model).items():
+            for name, tensor in wire.items():
                 parameters[name].copy_(parameters[name].to(DTYPES[tensor.dtype]))
     else:
+        kept = set(exact)
         for parameter in model.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)  # what mixed precision computes the policy with
+            if parameter not in kept:
+                parameter.data = parameter.data.to(torch.bfloat16)  # what mixed precision computes the policy with
     policy = PolicyModel(model)
     policy.requires_grad_(False)
     if ranks.world_size == 1:
         policy.to(ranks.device)
     else:
-        shard(policy, blocks, ranks)
+        shard(policy, blocks, ranks, exact=exact)
     return policy
 
 

@@ -68,7 +68,7 @@ class Rollout:
         self.grader = grader
         self.sampling = Sampling(config.recipe, tuple(stop_token_ids(tokenizer, config.model_path)))
         rollout = config.recipe.rollout
-        self.groups_per_engine = max(1, math.ceil(rollout.max_running_requests / rollout.group_size))
+        self.groups_per_engine = max(1, math.ceil(rollout.running / rollout.group_size))
         self._held: set[int] = set()
         self._unfit_in_a_row = 0
         self._tasks: asyncio.TaskGroup

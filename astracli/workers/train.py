@@ -169,9 +169,9 @@ class TrainLoop:
             if self.hub is not None:
                 evals = self.hub.state()["evals"]
                 self._pinned = {item["version"] for item in evals if item["state"] == "pending"}
-            self.publisher.restart(self.step, masters.wire_shards(on_host=bool(self.turn.cards)), owned=True)
+            self.publisher.restart(self.step, masters.wire_shards(on_host=self.turn.leaves), owned=True)
         else:
-            self.publisher.publish(0, masters.wire_shards(on_host=bool(self.turn.cards)), owned=True)
+            self.publisher.publish(0, masters.wire_shards(on_host=self.turn.leaves), owned=True)
         self.turn.end(self.trainer)
         self._announce(self.step)
         if self.hub is not None and found is not None and self.step > 0:
@@ -237,7 +237,7 @@ class TrainLoop:
     def _publish(self, step: int, figures: dict[str, float], saved: bool, began: float) -> None:
         """Publish version step + 1 from a copy, here or in the background; `publish_s` is what it costs the step."""
         version, begin = step + 1, time.perf_counter()
-        tensors = self.trainer.masters.wire_shards(on_host=bool(self.turn.cards))
+        tensors = self.trainer.masters.wire_shards(on_host=self.turn.leaves)
         figures["snapshot_s"] = time.perf_counter() - begin
 
         def published(result: PublishResult) -> None:

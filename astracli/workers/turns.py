@@ -2,7 +2,8 @@
 
 Side by side: the engines reserve their memory first, and the trainer takes what they leave. In turns: the trainer asks
 the hub for the engines' cards when it has a batch, brings its state back from the host, trains and publishes, leaves
-again and gives the cards back. Rank 0 asks, all ranks move.
+again and gives the cards back. Rank 0 asks; the ranks whose GPU an engine uses, too, move, the others wait where they
+are.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class Turn:
         told = config.extra.get("placement", {})
         self.cards: list[str] = list(told.get("cards", ()))
         """Engines with which this trainer takes turns; their names are the cards'."""
+        self.leaves = bool(self.cards) and bool(told.get("leaves", True))
+        """Whether an engine uses this rank's own GPU in its turn."""
         self._shared = bool(told.get("shared"))
         self._config = config
         self._reporter = reporter
@@ -51,7 +54,7 @@ class Turn:
             return True
         answer = self._ranks.broadcast((_YES if self._take() else _NO) if self._hub is not None else None)
         self._mine = answer == _YES
-        if self._mine and trainer is not None:
+        if self._mine and self.leaves and trainer is not None:
             trainer.to_device()
         return self._mine
 
@@ -59,7 +62,8 @@ class Turn:
         """Leave the GPUs to the engines; nothing when they are shared side by side. A collective."""
         if not self.cards or not self._mine:
             return
-        trainer.to_host()
+        if self.leaves:
+            trainer.to_host()
         self._ranks.barrier()
         self._mine = False
         if self._hub is not None:

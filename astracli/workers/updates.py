@@ -102,12 +102,12 @@ class Lane:
         """Set while requests may be sent."""
         self.version: int | None = None
         """What the engine holds; None when that is not known or not to be trusted."""
-        self.busy_groups = 0
-        """Groups that generate on this engine, or wait at its gate."""
         self.changed = asyncio.Event()
         """Set whenever a group has left."""
         self.tokens = 0
         """Tokens generated for this worker."""
+        self._busy_groups = 0
+        self._idle_s, self._idle_since = 0.0, time.monotonic()
         self._engine = engine
         self._hub = hub
         self._fetcher = fetcher
@@ -124,8 +124,23 @@ class Lane:
         self._attached = False
         self._serving = False
         self._failures = 0
-        self._last_update = (time.monotonic(), 0)
+        self._last_update = (time.monotonic(), 0, 0.0)
         self._aborted = {"aborted_samples": 0, "prefilled_again_tokens": 0}
+
+    @property
+    def busy_groups(self) -> int:
+        """Groups that generate on this engine, or wait at its gate."""
+        return self._busy_groups
+
+    @busy_groups.setter
+    def busy_groups(self, count: int) -> None:
+        self._idle_s, self._idle_since = self.idle_s, time.monotonic()
+        self._busy_groups = count
+
+    @property
+    def idle_s(self) -> float:
+        """How long it has had no group at all, because the hub granted none."""
+        return self._idle_s + (0.0 if self._busy_groups else time.monotonic() - self._idle_since)
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 
@@ -354,8 +369,9 @@ class Lane:
 
     def _since_last_update(self) -> dict[str, Any]:
         """What happened on this engine since the update before."""
-        now, (then, tokens) = time.monotonic(), self._last_update
-        self._last_update = (now, self.tokens)
+        now, idle_s, (then, tokens, idle_before) = time.monotonic(), self.idle_s, self._last_update
+        self._last_update = (now, self.tokens, idle_s)
         counts = dict(self._aborted)
         self._aborted = dict.fromkeys(self._aborted, 0)
-        return {"rollout_tokens_per_s": (self.tokens - tokens) / max(1e-9, now - then), **counts}
+        seconds = {"interval_s": now - then, "idle_s": idle_s - idle_before}
+        return {"rollout_tokens_per_s": (self.tokens - tokens) / max(1e-9, now - then), **seconds, **counts}

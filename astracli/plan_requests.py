@@ -1,0 +1,98 @@
+"""How many requests an engine decodes at once, when the recipe leaves it to the machine. Pure.
+
+An engine reserves `mem_fraction_static` of its GPU: weights, a recurrent state for every request and one more, and the
+KV cache. With a GPU of its own every request gets the KV cache of a full context, so that none is ever retracted;
+beside a trainer one in four does (`COMFORT`). More requests than admission lets be under way would never come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import ceil
+
+from astracli import plan_memory
+from astracli.adapter import MemoryShape
+from astracli.plan_memory import COMFORT, ROOM, words
+from astracli.plan_place import options, takes_turns, trainer_bytes
+from astracli.recipe import Recipe
+
+MOST = 256
+"""Decoding gains little from more; every one of them costs a CUDA graph's buffers and logits."""
+FEW = 8
+"""Beside a trainer, more of that one moves to the host rather than fewer requests than this."""
+
+
+def settle(
+    recipe: Recipe,
+    shape: MemoryShape | None,
+    sizes: Mapping[int, int],
+    engine_gpus: Sequence[int],
+    train_gpus: Sequence[int],
+) -> tuple[Recipe, str | None]:
+    """(the recipe with `rollout.max_running_requests` set, how it was derived). A recipe that says it stays as it is;
+    without a GPU or a known model it takes `recipe.RUNNING`, and there is nothing to say."""
+    if recipe.rollout.max_running_requests is not None:
+        return recipe, None
+    card = min((sizes[gpu] for gpu in engine_gpus if gpu in sizes), default=None)
+    if shape is None or card is None:
+        return _with(recipe, recipe.rollout.running), None
+    useful = _useful(recipe, len(engine_gpus))
+    if set(engine_gpus) & set(train_gpus):
+        return _beside(recipe, shape, card, len(train_gpus), useful)
+    static = int(recipe.rollout.mem_fraction_static * card)
+    fit = _fit(recipe, shape, static, card, 1)
+    why = f"{recipe.rollout.mem_fraction_static:.0%} of {words(card)} less {words(2 * shape.parameters)} of weights"
+    return _settled(recipe, shape, fit, useful, 1, why)
+
+
+def _beside(recipe: Recipe, shape: MemoryShape, card: int, ranks: int, useful: int) -> tuple[Recipe, str | None]:
+    """On a GPU that holds a trainer, too: what the trainer leaves when as little of it as possible is on the host."""
+    if takes_turns(_with(recipe, FEW), shape, card, ranks):
+        beside = plan_memory.CUDA_CONTEXT + plan_memory.beside_static(shape, _with(recipe, useful))
+        static = min(int(recipe.rollout.mem_fraction_static * card), int(ROOM * card) - beside)
+        fit = _fit(recipe, shape, static, card, COMFORT)
+        return _settled(recipe, shape, fit, useful, COMFORT, f"{words(card)} in turns with the trainer")
+    fit = 1
+    for option in options(recipe):
+        left = int(ROOM * card) - trainer_bytes(recipe, shape, ranks, option)
+        static = min(
+            int(recipe.rollout.mem_fraction_static * card),
+            left - plan_memory.beside_static(shape, _with(recipe, useful)),
+        )
+        fit = _fit(recipe, shape, static, card, COMFORT)
+        if fit >= FEW:
+            break
+    return _settled(recipe, shape, fit, useful, COMFORT, f"what the trainer leaves of {words(card)}")
+
+
+def _fit(recipe: Recipe, shape: MemoryShape, static: int, card: int, comfort: int) -> int:
+    """Requests of which one in `comfort` finds the KV cache of a full context in `static` bytes; at least 1."""
+    each = shape.state_bytes_per_sequence + shape.kv_bytes_per_token * recipe.rollout.context_length / comfort
+    room = static - 2 * shape.parameters - shape.state_bytes_per_sequence
+    fit = max(1, int(room // each)) if each else MOST
+    while fit > 1 and static + plan_memory.beside_static(shape, _with(recipe, fit)) > card:
+        fit -= 1
+    return fit
+
+
+def _useful(recipe: Recipe, engines: int) -> int:
+    """Requests that an engine can ever have: of rollouts under way, or of an evaluation."""
+    under_way = (recipe.effective_staleness + 1) * recipe.batch_sequences
+    return min(MOST, max(ceil(under_way / engines), recipe.eval.max_concurrency))
+
+
+def _settled(recipe: Recipe, shape: MemoryShape, fit: int, useful: int, comfort: int, why: str) -> tuple[Recipe, str]:
+    count = min(fit, useful)
+    count -= count % 8 if count > 8 else 0
+    kv = words(shape.kv_bytes_per_token * recipe.rollout.context_length)
+    state = f" and {words(shape.state_bytes_per_sequence)} of state" if shape.state_bytes_per_sequence else ""
+    parts = f"a full context of {kv}{state} each" if comfort == 1 else f"a full context of {kv} for one in {comfort}"
+    if comfort != 1 and state:
+        parts += f",{state.removeprefix(' and')} each"
+    limit = f"; more than {useful} are of no use" if count < fit and fit > useful else ""
+    return _with(recipe, count), f"{why}: {fit} fit, with {parts}{limit}"
+
+
+def _with(recipe: Recipe, count: int) -> Recipe:
+    rollout = recipe.rollout.model_copy(update={"max_running_requests": count})
+    return recipe.model_copy(update={"rollout": rollout})

@@ -1,0 +1,63 @@
+"""Do the ranks of a trainer reach each other? An all-reduce at their start, under a time limit.
+
+On some machines NCCL's direct copies between GPUs hang or bring wrong data (PCIe access control, a virtual machine's
+IOMMU), and a run would stand still in its first step. A rank that cannot prove its link ends with `BROKEN`, and the
+supervisor starts all ranks once more, in fresh processes, with `WITHOUT_PEERS` in their environment.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+BROKEN = 71
+"""Exit code of a rank whose all-reduce hung, failed or was wrong."""
+WITHOUT_PEERS = {"NCCL_P2P_DISABLE": "1"}
+LIMIT_S = 60.0
+"""From the moment at which all ranks have met; NCCL's own start is in it."""
+ELEMENTS = {"cpu": 2**12, "cuda": 2**24}
+"""fp32 elements: on GPUs enough that NCCL takes the path of a step."""
+
+
+@contextmanager
+def watched(limit_s: float) -> Iterator[None]:
+    """End this process with `BROKEN` when the block raises or has not ended in time: nothing can free a rank that hangs
+    inside a collective."""
+    timer = threading.Timer(limit_s, _give_up, [f"the ranks' all-reduce has not ended after {limit_s:g} s"])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except Exception as error:
+        _give_up(f"the ranks' all-reduce failed: {type(error).__name__}: {error}")
+    finally:
+        timer.cancel()
+
+
+def check(rank: int, world_size: int, device: torch.device) -> None:
+    """Sum over all ranks twice, the second time on what the first gave. Raises ValueError when it is wrong."""
+    import torch
+    import torch.distributed as dist
+
+    buffer = torch.arange(ELEMENTS[device.type], device=device, dtype=torch.float32).remainder_(64.0)
+    expected = buffer * (world_size * world_size) + world_size * sum(range(world_size))
+    buffer += rank
+    for _ in range(2):
+        dist.all_reduce(buffer)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    wrong = int((buffer != expected).sum())
+    if wrong:
+        raise ValueError(f"{wrong} of {buffer.numel()} sums over {world_size} ranks are wrong")
+
+
+def _give_up(reason: str) -> None:
+    print(f"error: {reason}", file=sys.stderr, flush=True)
+    os._exit(BROKEN)

@@ -1,0 +1,119 @@
+"""What limited a run and what to change, worked by hand; and what the records of a run come to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from astracli import balance, recipe_io
+from astracli.balance import Seen, Setting
+from astracli.closing import balance_words
+
+SEEN = Seen(step_s=100.0, wait_s=3.0, engine_s=200.0, idle_s=20.0, trained_tokens=97_000.0, generated_tokens=120_000.0)
+SETTING = Setting(engines=2, ranks=1, gpus=True, slots=64, allowed=128, staleness=1, turns=False)
+
+
+def judged(setting: Setting = SETTING, **seen: float) -> balance.Balance:
+    found = balance.judge(replace(SEEN, **seen), setting)
+    assert found is not None
+    return found
+
+
+def test_balanced() -> None:
+    found = judged()
+    assert (found.limit, found.factor, found.change) == ("nothing", None, "")
+    # 3 of 100 s waited; 120,000 tokens in 100 s of two engines; 97,000 in the 97 s of work
+    assert (found.wait_share, found.idle_share) == (0.03, 0.1)
+    assert (found.generated_tokens_per_s, found.trained_tokens_per_s) == (1200.0, 1000.0)
+    assert found.words == (
+        "balanced: the trainer waited 3% of its time for batches, the 2 engines were idle 10% of the time"
+    )
+
+
+def test_generation_limits() -> None:
+    # 45 of 100 s waited: the work of 55 s took 100, generation is 100 / 55 = 1.8 times too slow; 2 x 1.8 = 3.6 engines
+    found = judged(wait_s=45.0)
+    assert found.limit == "generation" and found.factor == pytest.approx(100 / 55)
+    assert found.words == (
+        "generation limits: the trainer waited 45% of its time for batches; the 2 engines are 1.8x too slow"
+    )
+    assert found.change == "resources.rollout_gpus=4, or a higher rollout.max_running_requests, if memory allows"
+    narrow = judged(replace(SETTING, allowed=32), wait_s=45.0)
+    assert narrow.change == (
+        "resources.rollout_gpus=4, or a larger train.batch_groups or train.max_staleness: 32 requests may be under "
+        "way, the engines have room for 64"
+    )
+    cpu = judged(replace(SETTING, gpus=False, engines=1), wait_s=20.0)
+    assert cpu.words.endswith("the engine is 1.2x too slow")
+    assert cpu.change.startswith("resources.engines=2 where there are cores for them, or ")
+
+
+def test_training_limits() -> None:
+    # idle 120 of 200 engine seconds: 80 s did the work, 2.5 times more was possible
+    found = judged(wait_s=1.0, idle_s=120.0)
+    assert found.limit == "training" and found.factor == pytest.approx(2.5)
+    assert found.words == (
+        "training limits: the 2 engines were idle 60% of the time, the trainer waited 1% of its time for batches; "
+        "it is 2.5x too slow for the 2 engines"
+    )
+    assert found.change == (
+        "resources.train_gpus=3, or 1 engine instead of 2, or a larger train.tokens_per_microbatch or fewer "
+        "train.minibatches"
+    )
+
+
+def test_shares_near_one_propose_nothing_absurd() -> None:
+    found = judged(replace(SETTING, engines=1), idle_s=200.0)
+    assert found.factor == 20.0
+    assert found.change == "a larger train.tokens_per_microbatch or fewer train.minibatches"
+    assert judged(wait_s=99.9).change == "a higher rollout.max_running_requests, if memory allows"
+
+
+def test_each_waits_for_the_other() -> None:
+    found = judged(wait_s=30.0, idle_s=100.0)
+    assert found.limit == "each other" and found.factor is None
+    assert found.change.startswith("a higher train.max_staleness")
+    on_policy = judged(replace(SETTING, staleness=0), wait_s=30.0, idle_s=100.0)
+    assert on_policy.change == "train.max_staleness over 0 lets them work at the same time"
+    turns = judged(replace(SETTING, turns=True), wait_s=30.0, idle_s=100.0)
+    assert turns.limit == "turns" and "share_gpus=false" in turns.change
+
+
+def test_without_a_word_of_the_engines_or_a_step() -> None:
+    silent = judged(engine_s=0.0, idle_s=0.0)
+    assert silent.limit == "nothing" and silent.idle_share is None and silent.generated_tokens_per_s is None
+    assert balance.judge(replace(SEEN, step_s=0.0), SETTING) is None
+
+
+def trained(step: int, step_s: float, wait_s: float) -> dict[str, Any]:
+    return {"process": "trainer", "step": step, "step_s": step_s, "wait_s": wait_s, "tokens": 500.0}
+
+
+def updated(version: int, interval_s: float, idle_s: float) -> dict[str, Any]:
+    told = {"interval_s": interval_s, "idle_s": idle_s, "rollout_tokens_per_s": 300.0}
+    return {"process": "rollout", "step": version, "engine": "engine0", **told}
+
+
+def test_a_run_is_judged_without_its_first_step() -> None:
+    """Steps 1 and 2 count: 4 s of which 1 s waited. So do versions 2 and 3: 4 s, 0.2 s idle, 1200 tokens."""
+    records = [trained(0, 60.0, 58.0), trained(1, 2.0, 0.6), trained(2, 2.0, 0.4)]
+    records += [updated(0, 1.0, 0.0), updated(1, 60.0, 50.0), updated(2, 2.0, 0.1), updated(3, 2.0, 0.1)]
+    recipe = recipe_io.load("qwen3.5-tiny-m2po-delta")
+    plan = {
+        "processes": [{"role": "engine", "gpus": []}, {"role": "trainer", "gpus": []}],
+        "placement": {"turns": False},
+        "running_requests": 32,
+    }
+    found = balance.of_run(records, recipe, plan, 0)
+    assert found is not None
+    assert (found["limit"], found["wait_share"]) == ("generation", pytest.approx(0.25))
+    assert found["idle_share"] == pytest.approx(0.05)
+    assert found["generated_tokens_per_s"] == pytest.approx(300.0)
+    assert found["trained_tokens_per_s"] == pytest.approx(1000 / 3)
+    assert balance_words(found).startswith(
+        "generation limits: the trainer waited 25% of its time for batches; the engine is 1.3x too slow "
+        "(without the first step; tokens/s: generated 300, trained while at work 333); try resources.engines=2 where"
+    )
+    assert balance.of_run(records[:1], recipe, plan, 0) is None

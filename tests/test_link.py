@@ -1,0 +1,127 @@
+"""Ranks that do not reach each other: found within a time limit, started once more without direct links; said so."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from machines import facts
+from test_plan import load, planned
+from test_supervise import logs, spec, supervisor  # noqa: F401
+
+from astracli import recipe_io
+from astracli.closing import closing_facts
+from astracli.errors import RunFailed
+from astracli.launch import children, local, summary
+from astracli.launch.ports import free_ports
+from astracli.launch.supervise import Retry
+from astracli.run_dir import RunDir
+from astracli.training import link
+
+RANK = """
+    import os, sys, time
+    import torch.distributed as dist
+    from astracli.training import fsdp, link
+
+    link.LIMIT_S = 2.0
+    honest = dist.all_reduce
+
+    def broken(tensor, **more):
+        if os.environ["RANK"] == "1" and HOW == "hangs":
+            time.sleep(3600)
+        honest(tensor, **more)
+        if HOW == "wrong":
+            tensor[5] += 1
+
+    if os.environ.get("NCCL_P2P_DISABLE") != "1":
+        dist.all_reduce = broken
+    ranks = fsdp.join("cpu")
+    print("sum", ranks.sum([1.0]))
+    ranks.close()
+"""
+
+
+def rank_env(rank: int, **more: str) -> dict[str, str]:
+    (port,) = free_ports(1, "127.0.0.1")
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    return {"RANK": str(rank), "WORLD_SIZE": "2", **meet, **more}
+
+
+@pytest.mark.parametrize("how", ["hangs", "wrong"])
+def test_ranks_whose_all_reduce_fails_start_again_without_direct_links(logs: Path, how: str) -> None:  # noqa: F811
+    code = f"    HOW = {how!r}\n" + RANK
+    env = rank_env(0)
+    specs = [
+        spec(logs, name, code, "trainer", env={**env, "RANK": str(rank)})
+        for rank, name in enumerate(("trainer", "trainer1"))
+    ]
+
+    def again() -> list[local.ChildSpec]:
+        fresh = rank_env(0, **link.WITHOUT_PEERS)
+        return [replace(s, env={**fresh, "RANK": s.env["RANK"]}) for s in specs]
+
+    retry = Retry(link.BROKEN, frozenset(("trainer", "trainer1")), again, "they run without")
+    family = supervisor(specs, retry=retry)
+    begun = time.monotonic()
+    family.run()
+    assert time.monotonic() - begun < 60
+    (note,) = family.notes
+    reason = "has not ended after 2 s" if how == "hangs" else "of 4096 sums over 2 ranks are wrong"
+    assert note.startswith("they run without (error: the ranks' all-reduce") and reason in note
+    for rank, name in enumerate(("trainer", "trainer1")):
+        assert (logs / f"{name}.log").read_text().count("sum [2.0]") == 1, rank
+        assert family.status[name].state == "done" and family.status[name].restarts == 0
+
+
+def test_a_second_failure_ends_the_run(logs: Path) -> None:  # noqa: F811
+    specs = [spec(logs, "trainer", f"import sys; print('error: no sum'); sys.exit({link.BROKEN})")]
+    retry = Retry(link.BROKEN, frozenset(["trainer"]), lambda: specs, "once more")
+    family = supervisor(specs, retry=retry)
+    with pytest.raises(RunFailed, match=f"`trainer` ended with exit code {link.BROKEN}"):
+        family.run()
+    assert family.notes == ["once more (error: no sum)"]
+
+
+def test_what_a_run_on_two_gpus_starts_again_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
+    recipe = load("qwen3.5-4b-m2po-delta", "resources.rollout_gpus=1", "resources.train_gpus=2")
+    plan = planned(recipe, facts("9.0", 3, memory_gib=141, host_gib=512))
+    assert [row for row in plan.placement.reasons if row[0] == "2 ranks"] == [
+        (
+            "2 ranks",
+            "direct links",
+            "proved by an all-reduce in 60 s at the start; if not, once more with NCCL_P2P_DISABLE=1",
+        )
+    ]
+    setting = children.Setting(recipe, plan, RunDir(tmp_path), 1, "http://127.0.0.1:1", "token", {"model": "m"})
+    specs = children.build(setting, {})
+    retry = children.retry(setting, specs)
+    assert retry is not None and retry.names == {"trainer", "trainer1"}
+    ranks = [s for s in specs if s.role == "trainer"]
+    # each rank sees its own GPU, and so it is the first one there
+    assert [(s.env["CUDA_VISIBLE_DEVICES"], s.env["LOCAL_RANK"], s.env["RANK"]) for s in ranks] == [
+        ("1", "0", "0"),
+        ("2", "0", "1"),
+    ]
+    again = retry.specs()
+    assert [s.env["NCCL_P2P_DISABLE"] for s in again] == ["1", "1"]
+    assert len({s.env["MASTER_PORT"] for s in again}) == 1 and again[0].argv == ranks[0].argv
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    assert children.retry(setting, specs) is None, "nothing else is left to try"
+    alone = load("qwen3.5-4b-m2po-delta", "resources.rollout_gpus=1", "resources.train_gpus=1")
+    setting = replace(setting, recipe=alone, plan=planned(alone, facts("9.0", 2, memory_gib=141, host_gib=512)))
+    monkeypatch.delenv("NCCL_P2P_DISABLE")
+    assert children.retry(setting, children.build(setting, {})) is None
+
+
+def test_the_closing_table_says_so(tmp_path: Path) -> None:
+    document = summary.build(
+        recipe_io.load("qwen3.5-tiny-m2po-delta"), run_dir=tmp_path, state="done", attempt=1, first_step=0,
+        phases={"running": 1.0}, evaluations_s={}, records=[], store={}, memory=None, restarts={},
+        notes=["the 2 training GPUs do not reach each other directly"],
+    )  # fmt: skip
+    assert ("note", "the 2 training GPUs do not reach each other directly") in closing_facts(document)
+    json.dumps(document)

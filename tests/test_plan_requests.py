@@ -1,0 +1,100 @@
+"""How many requests an engine gets when the recipe leaves it open: by hand on recorded machines."""
+
+from __future__ import annotations
+
+import pytest
+from machines import GIB, facts
+from test_plan import TINY, load, planned, tiny
+
+from astracli import plan, plan_memory
+from astracli.launch import children
+from astracli.launch.children import Setting
+from astracli.recipe import RUNNING, Recipe
+from astracli.run_dir import RunDir
+
+WEIGHTS = 2 * 4_205_751_296
+STATE = 24 * (32 * 128 * 128 * 4 + 8192 * 3 * 2)
+"""49.1 MiB a request, and one more."""
+KV = 8192 * 32 * 1024
+"""256 MiB a full context."""
+
+
+def opened(name: str, *overrides: str) -> Recipe:
+    """A shipped recipe that does not say how many requests."""
+    recipe = load(name, *overrides)
+    return recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"max_running_requests": None})})
+
+
+@pytest.mark.parametrize(
+    ("memory_gib", "fit", "given"),
+    [
+        (44, 76, 72),  # 0.7 x 44 GiB - 7.83 GiB - 49.1 MiB = 22.92 GiB, over 305.1 MiB each
+        (80, 161, 160),  # 48.12 GiB
+        (141, 304, 256),  # 90.82 GiB; more than 256 are of no use
+    ],
+)
+def test_an_engine_with_a_gpu_of_its_own(memory_gib: float, fit: int, given: int) -> None:
+    assert int((0.7 * memory_gib * GIB - WEIGHTS - STATE) / (KV + STATE)) == fit
+    result = planned(opened("qwen3.5-4b-m2po-delta"), facts("8.9", 8, memory_gib=memory_gib, host_gib=512))
+    assert result.running_requests == given
+    (row,) = [row for row in result.placement.reasons if row[0] == "requests"]
+    of_no_use = "; more than 256 are of no use" if given == 256 else ""
+    assert row[1:] == (
+        f"{given} at once",
+        f"70% of {memory_gib:.2f} GiB less 7.83 GiB of weights: {fit} fit, "
+        f"with a full context of 256.0 MiB and 49.1 MiB of state each{of_no_use}",
+    )
+    held = {r.what: r.bytes for r in result.memory if r.process == "engine0"}
+    assert held["recurrent state"] == (given + 1) * STATE
+    kv = held["KV cache (bf16), one request"] + held["KV cache (bf16), the others"]
+    assert kv == given * KV, "no request is ever retracted"
+    plan.refuse(result)
+
+
+def test_no_more_than_admission_lets_be_under_way() -> None:
+    few = opened("qwen3.5-4b-m2po-delta", "train.max_staleness=0", "train.batch_groups=40", "eval.max_concurrency=64")
+    result = planned(few, facts("9.0", 8, memory_gib=141, host_gib=512))
+    assert result.running_requests == 80, "40 groups of 8 over 4 engines"
+
+
+def test_beside_a_trainer_one_request_in_four_finds_a_full_context() -> None:
+    shared = ("resources.rollout_gpus=1", "resources.train_gpus=1", "resources.share_gpus=true")
+    recipe = opened("qwen3.5-4b-m2po-delta", *shared)
+    document = facts("9.0", 1, memory_gib=110, host_gib=512)
+    result = planned(recipe, document)
+    plan.refuse(result)
+    count, fraction = result.running_requests, result.placement.mem_fraction_static
+    assert fraction is not None and count >= 8 and count % 8 == 0
+    static = WEIGHTS + (count + 1) * STATE + count // 4 * KV
+    assert static <= fraction * 110 * GIB
+    assert plan_memory.on_gpu(result.memory, ["engine0", "trainer"], fixed=True) <= 110 * GIB
+    (row,) = [row for row in result.placement.reasons if row[0] == "requests"]
+    assert (
+        row[2].startswith("what the trainer leaves of 110.00 GiB: ")
+        and "for one in 4, 49.1 MiB of state each" in row[2]
+    )
+    turns = planned(opened("qwen3.5-4b-m2po-delta", *shared, "resources.share_mode=turns"), document)
+    assert turns.running_requests > count, "in its turn the engine has the whole GPU"
+    plan.refuse(turns)
+
+
+def test_a_dense_model_counts_its_kv_cache_alone() -> None:
+    result = planned(opened("qwen3-1.7b-m2po-delta"), facts("8.9", 2, memory_gib=44, host_gib=512))
+    (row,) = [row for row in result.placement.reasons if row[0] == "requests"]
+    assert "state" not in row[2] and result.running_requests > 8
+
+
+def test_what_the_recipe_says_stays_and_a_cpu_takes_the_default() -> None:
+    said = planned(load("qwen3.5-4b-m2po-delta"), facts("8.9", 8, host_gib=512))
+    assert said.running_requests == 32 and "requests" not in {row[0] for row in said.placement.reasons}
+    assert planned(opened("qwen3.5-tiny-m2po-delta"), facts(), TINY).running_requests == RUNNING
+    assert planned(tiny(), facts(), TINY).running_requests == 256
+
+
+def test_the_processes_are_told(tmp_path: object) -> None:
+    recipe = opened("qwen3.5-4b-m2po-delta", "resources.rollout_gpus=1", "resources.train_gpus=1")
+    result = planned(recipe, facts("9.0", 2, memory_gib=141, host_gib=512))
+    setting = Setting(recipe, result, RunDir(tmp_path), 1, "http://127.0.0.1:1", "token", {"model": "m"})  # type: ignore[arg-type]
+    (engine,) = [process for process in result.processes if process.role == "engine"]
+    config = children._config(setting, engine, [], {})
+    assert config.recipe.rollout.max_running_requests == config.recipe.rollout.running == 256

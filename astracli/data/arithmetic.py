@@ -3,6 +3,8 @@
 A problem reads `37+45`. Its worked solution writes every column's sum, lowest digit first and with the carry, then the
 answer: `12 08 \\boxed{82}`. A subtraction column is a - b - borrow + 10, so that it never goes below zero.
 
+Problems of several steps are `arithmetic_steps`'s; `draw` knows their levels too.
+
 Every draw is a pure function of (seed, index): there is no running state, and any draw can be repeated alone.
 """
 
@@ -15,6 +17,8 @@ from typing import Literal
 
 import xxhash
 
+from astracli.data import arithmetic_steps
+from astracli.data.arithmetic_steps import STEP_LEVELS
 from astracli.data.prompts import Problem
 
 Level = Literal["add2", "sub2", "add3", "sub3"]
@@ -56,6 +60,17 @@ def held_out(n: int = 256) -> list[Problem]:
     return list(items.values())
 
 
+def held_out_steps(n: int = 256) -> list[Problem]:
+    """The evaluation items of several steps: always the same, distinct, the levels in turns."""
+    items: dict[str, Problem] = {}
+    index = 0
+    while len(items) < n:
+        problem = _draw_steps(STEP_LEVELS[len(items) % len(STEP_LEVELS)], _HELD_OUT_SEED, index, held_out=True)
+        items.setdefault(problem.id, problem)
+        index += 1
+    return list(items.values())
+
+
 def worked(op: str, a: int, b: int) -> str:
     """The written-out solution: the columns, lowest digit first, then the boxed answer. Needs a >= b for `-`."""
     carry = 0
@@ -69,14 +84,16 @@ def worked(op: str, a: int, b: int) -> str:
 
 
 def worked_text(question: str) -> str:
-    """`worked` for a problem text: `37+45` -> `12 08 \\boxed{82}`. Raises ValueError for any other text."""
+    """The solution of a problem text: `37+45` -> `12 08 \\boxed{82}`. Raises ValueError for any other text."""
     match = _QUESTION.fullmatch(question)
     if match is None:
-        raise ValueError(f"`{question}` is no problem of this family")
+        return arithmetic_steps.worked_text(question)
     return worked(match[2], int(match[1]), int(match[3]))
 
 
 def _draw(level: str, seed: int, index: int, *, held_out: bool) -> Problem:
+    if level in STEP_LEVELS:
+        return _draw_steps(level, seed, index, held_out=held_out)
     op, digits = _SHAPE[level]
     low, span = 10 ** (digits - 1), 9 * 10 ** (digits - 1)
     attempt = 0
@@ -91,6 +108,16 @@ def _draw(level: str, seed: int, index: int, *, held_out: bool) -> Problem:
     question = f"{a}{op}{b}"
     meta = {"level": level, "op": op, "a": a, "b": b}
     return Problem(id=f"{level}:{question}", question=question, answer=str(_result(op, a, b)), meta=meta)
+
+
+def _draw_steps(level: str, seed: int, index: int, *, held_out: bool) -> Problem:
+    operations, attempt = int(level[-1]), 0
+    while True:
+        first = attempt * 64
+        question, value = arithmetic_steps.expression(operations, lambda n, first=first: _bits(seed, index, first + n + 1))
+        attempt += 1
+        if arithmetic_steps.is_held_out(question) == held_out:
+            return Problem(id=f"{level}:{question}", question=question, answer=str(value), meta={"level": level})
 
 
 def _result(op: str, a: int, b: int) -> int:

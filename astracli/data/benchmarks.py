@@ -59,9 +59,13 @@ class Benchmark:
         return render(self.prompt, item.question)
 
 
+GENERATED = {"arithmetic-heldout": arithmetic.held_out, "arithmetic-steps-heldout": arithmetic.held_out_steps}
+"""How the items of a set without a Hub copy are drawn, by their number."""
+
 _MAA = "problems (c) Mathematical Association of America, collection "
 _SPECS = (
     BenchmarkSpec("arithmetic-heldout", (256,), 8, None, "{question}", "generated"),
+    BenchmarkSpec("arithmetic-steps-heldout", (256,), 4, None, "{question}", "generated"),
     BenchmarkSpec(
         "aime24",
         (30,),
@@ -181,7 +185,8 @@ def load(name: str, local_path: str | Path | None = None, own_prompt: str = MATH
     """
     spec = get(name)
     if spec.hub is None:
-        return Benchmark(name, arithmetic.held_out(spec.counts[0]), spec.samples, spec.prompt)
+        items = GENERATED[name](spec.counts[0])
+        return Benchmark(name, items, spec.samples, spec.prompt)
     path = Path(local_path) if local_path is not None else spec.path or local(spec)
     if path is None:
         raise UserError(

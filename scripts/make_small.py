@@ -1,6 +1,6 @@
 """Warm up a Qwen3.5 of 20.7 million parameters on worked arithmetic of several steps, for `qwen3.5-small-m2po-delta`.
 
-    python scripts/make_small.py DIR [--seconds 75] [--stop-at 0.45] [--tokens 65536] [--shape small|proxy|tiny]
+    python scripts/make_small.py DIR [--seconds 75] [--stop-at 0.45] [--tokens 32768] [--shape small|proxy|tiny]
 
 Supervised, from random weights, with the product's own trainer: fp32 masters, on a GPU packed rows, bf16 and fla's
 kernels, on a CPU padded rows and fp32. A share `--smoothing` of the targets is a random token, so the model stays unsure of a way it
@@ -114,7 +114,7 @@ def draw(step: int, tokens: int, smoothing: float) -> Packed:
     while count < tokens - 80:
         problem = arithmetic.draw(rng.randrange(2**62), SEED, arithmetic.STEP_LEVELS)
         drawn.append(problem)
-        count += len(problem.question) + len(arithmetic.worked_text(problem.question)) - 5
+        count += len(problem.question) + len(arithmetic.worked_text(problem.question)) - 4
     row = pack(drawn)
     noise = np.random.default_rng(step)
     hit = noise.random(len(row.target_N)) < smoothing
@@ -250,13 +250,14 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=5.0, help="seconds between two measurements")
     parser.add_argument("--stop-at", type=float, default=0.45, help="end when `worked` is so high")
     parser.add_argument("--smoothing", type=float, default=0.012)
-    parser.add_argument("--tokens", type=int, default=65536, help="of one step")
+    parser.add_argument("--tokens", type=int, default=32768, help="of one step")
     parser.add_argument("--packing", choices=["auto", "packed", "padded"], default="auto", help="as in a recipe")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cpu", action="store_true", help="also where there is a GPU")
-    parser.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 1) - 2) if (os.cpu_count() or 1) > 4 else 0)
+    cores = os.cpu_count() or 1
+    parser.add_argument("--workers", type=int, default=min(8, cores - 2) if cores > 4 else 0, help="that draw problems")
     args = parser.parse_args()
     source = batches(args)
     first = next(source)  # other processes are forked before anything starts threads

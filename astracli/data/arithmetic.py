@@ -42,7 +42,7 @@ def draw(index: int, seed: int, levels: Sequence[str] = LEVELS) -> Problem:
     return _draw(level, seed, index, held_out=False)
 
 
-def held_out(n: int = 256) -> list[Problem]:
+def held_out(n: int = 256, levels: Sequence[str] = LEVELS) -> list[Problem]:
     """The evaluation items: always the same, distinct pairs, the levels in turns. Raises ValueError for n > 1200."""
     if not 0 < n <= 1200:
         raise ValueError(f"{n} held-out items asked for, 1 to 1200 are there")
@@ -50,7 +50,7 @@ def held_out(n: int = 256) -> list[Problem]:
     pairs: set[tuple[str, int, int]] = set()
     index = 0
     while len(items) < n:
-        problem = _draw(LEVELS[len(items) % len(LEVELS)], _HELD_OUT_SEED, index, held_out=True)
+        problem = _draw(levels[len(items) % len(levels)], _HELD_OUT_SEED, index, held_out=True)
         index += 1
         a, b = sorted((problem.meta["a"], problem.meta["b"]))
         pair = (problem.meta["op"], a, b)
@@ -58,6 +58,11 @@ def held_out(n: int = 256) -> list[Problem]:
             pairs.add(pair)
             items[problem.id] = problem
     return list(items.values())
+
+
+def held_out_sums(n: int = 96) -> list[Problem]:
+    """The evaluation items of two-digit sums alone."""
+    return held_out(n, ("add2",))
 
 
 def held_out_steps(n: int = 256) -> list[Problem]:

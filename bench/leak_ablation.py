@@ -89,9 +89,7 @@ def table(runs: list[dict[str, Any]]) -> None:
         cells = []
         for of in groups.values():
             values = sorted(figure(r) for r in of)
-            cells.append(
-                f"{statistics.median(values):.3g} ({values[0]:.3g} to {values[-1]:.3g})" if values else "-"
-            )
+            cells.append(f"{statistics.median(values):.3g} ({values[0]:.3g} to {values[-1]:.3g})" if values else "-")
         print(f"{label:42}" + "".join(f"{cell:>34}" for cell in cells))
 
 

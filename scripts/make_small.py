@@ -3,8 +3,8 @@
     python scripts/make_small.py DIR [--seconds 75] [--stop-at 0.45] [--tokens 32768] [--shape small|proxy|tiny]
 
 Supervised, from random weights, with the product's own trainer: fp32 masters, on a GPU packed rows, bf16 and fla's
-kernels, on a CPU padded rows and fp32. A share `--smoothing` of the targets is a random token, so the model stays unsure of a way it
-knows: the chance of a whole solution at temperature 1 levels off near (1 - smoothing)^tokens. That is the gap which
+kernels, on a CPU padded rows and fp32. A share `--smoothing` of the targets is a random token, so the model stays unsure
+of a way it knows: the chance of a whole solution at temperature 1 levels off near (1 - smoothing)^tokens. That is the gap which
 reinforcement learning closes. `worked` in the metrics is that chance, averaged over the held-out problems: the product
 of the probabilities of the tokens of the worked solution (another way to a right answer does not count, so sampling
 scores a little more); `surely` is the share of problems in which every one of them is over one half, which greedy

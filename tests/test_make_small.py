@@ -46,7 +46,7 @@ def test_rows_hold_the_solutions_and_noise_falls_on_targets_alone(small) -> None
     for number, problem in enumerate(problems):
         a, b = row.bounds_S1[number : number + 2]
         text = f"{problem.question}={arithmetic.worked_text(problem.question)}"
-        assert tokenizer(text)["input_ids"] == list(row.tokens_1T[0, a : b - 1]) and row.tokens_1T[0, b - 1] == small.EOS
+        assert [*tokenizer(text)["input_ids"], small.EOS] == list(row.tokens_1T[0, a:b])
     assert (row.tokens_1T[0, row.predict_N + 1] == row.target_N).all()
     tokens_BL, predict_N = small.padded(row)
     assert (tokens_BL.reshape(-1)[predict_N + 1] == row.target_N).all()

@@ -263,7 +263,7 @@ def test_ignoring_boundaries_leaves_attention_alone(model_dir: Path) -> None:
 @pytest.mark.parametrize(("name", "asked"), [("qwen3_5", "padded"), ("llama", "auto")])
 def test_boundaries_can_be_ignored_only_where_there_are_some(name: str, asked: str) -> None:
     chosen = recipe(train={"packing": asked, "row_boundaries": "ignored"})
-    with pytest.raises(UserError, match="train.row_boundaries = ignored has nothing to leak through"):
+    with pytest.raises(UserError, match=r"train\.row_boundaries = ignored has nothing to leak through"):
         backend.packing(chosen, registry.get(name), "cpu")
     assert backend.packing(recipe(train={"row_boundaries": "ignored"}), ADAPTER, "cpu")[0] == "packed"
 

@@ -35,6 +35,7 @@ from astracli.training.logprob import PolicyModel
 from astracli.training.optimizer import Masters, learning_rate
 from astracli.training.parking import Parking
 
+
 @dataclass
 class StepResult:
     metrics: dict[str, float]

@@ -2,11 +2,11 @@
 
     python scripts/make_small.py DIR [--seconds 75] [--stop-at 0.45] [--tokens 32768] [--shape small|proxy|tiny]
 
-Supervised, from random weights, with the product's own trainer: fp32 masters, on a GPU packed rows, bf16 and fla's
-kernels, on a CPU padded rows and fp32. A share `--smoothing` of the targets is a random token, so the model stays unsure
-of a way it knows: the chance of a whole solution at temperature 1 levels off near (1 - smoothing)^tokens. That is the gap which
-reinforcement learning closes. `worked` in the metrics is that chance, averaged over the held-out problems: the product
-of the probabilities of the tokens of the worked solution (another way to a right answer does not count, so sampling
+Supervised, from random weights, with the product's own trainer: fp32 masters; packed rows, bf16 and fla's kernels on a
+GPU, padded rows and fp32 on a CPU. A share `--smoothing` of the targets is a random token, so the model stays unsure of
+a way it knows: the chance of a whole solution at temperature 1 levels off near (1 - smoothing)^tokens. That is the gap
+which reinforcement learning closes. `worked` in the metrics is that chance, averaged over the held-out problems: the
+product of the probabilities of the worked solution's tokens (another way to a right answer does not count, so sampling
 scores a little more); `surely` is the share of problems in which every one of them is over one half, which greedy
 decoding solves.
 The clock of `--seconds` starts after the first step, which compiles kernels. DIR is a whole checkpoint after every

@@ -211,7 +211,7 @@ def keep(trainer: Trainer, start: Path, args: argparse.Namespace, records: list[
 
 
 def warm_up(trainer: Trainer, start: Path, source: Iterator[Packed], args: argparse.Namespace) -> None:
-    held_out = arithmetic.held_out_steps()
+    held_out = arithmetic.held_out_steps()[: args.items]
     assert all(encode(p.question + "=") == chat_prompt_tokens(_vocabulary()[0], p.question) for p in held_out[:8])
     size = max(1, min(len(held_out), args.tokens // 100))
     rows = [pack(held_out[i : i + size]) for i in range(0, len(held_out), size)]
@@ -254,6 +254,7 @@ def main() -> None:
     parser.add_argument("--packing", choices=["auto", "packed", "padded"], default="auto", help="as in a recipe")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--items", type=int, default=256, help="held-out problems to measure, at most 256")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cpu", action="store_true", help="also where there is a GPU")
     cores = os.cpu_count() or 1

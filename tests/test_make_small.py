@@ -30,7 +30,7 @@ def small() -> object:
 
 def test_a_warm_up_leaves_a_checkpoint_and_its_metrics(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPTS / "make_small.py"), str(tmp_path / "warm"), "--shape", "tiny", "--cpu"]
-    command += ["--tokens", "1024", "--steps", "3", "--every", "0", "--workers", "0"]
+    command += ["--tokens", "512", "--steps", "3", "--every", "0", "--workers", "0", "--items", "8"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (tmp_path / "warm" / "warm_up.jsonl").read_text().splitlines()]

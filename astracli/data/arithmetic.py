@@ -118,10 +118,11 @@ def _draw(level: str, seed: int, index: int, *, held_out: bool) -> Problem:
 def _draw_steps(level: str, seed: int, index: int, *, held_out: bool) -> Problem:
     operations, attempt = int(level[-1]), 0
     while True:
-        first = attempt * 64
-        question, value = arithmetic_steps.expression(
-            operations, lambda n, first=first: _bits(seed, index, first + n + 1)
-        )
+
+        def bits(n: int, first: int = attempt * 64) -> int:
+            return _bits(seed, index, first + n + 1)
+
+        question, value = arithmetic_steps.expression(operations, bits)
         attempt += 1
         if arithmetic_steps.is_held_out(question) == held_out:
             return Problem(id=f"{level}:{question}", question=question, answer=str(value), meta={"level": level})

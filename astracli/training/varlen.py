@@ -43,7 +43,8 @@ def carry_state(model: torch.nn.Module) -> None:
     def forget(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, kwargs | {"carry_state": True} if "cu_seqlens" in kwargs else kwargs
 
-    model.base_model.register_forward_pre_hook(forget, with_kwargs=True)
+    base: Any = model.base_model
+    base.register_forward_pre_hook(forget, with_kwargs=True)
 
 
 def boundaries(bounds_S1: np.ndarray, device: torch.device) -> dict[str, Any]:

@@ -82,9 +82,11 @@ def delta_net(
     attention_mask: Any = None,
     cu_seqlens: Any = None,
     max_seqlen: int | None = None,
+    carry_state: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """[B, T, hidden] -> [B, T, hidden]; with `cu_seqlens` (int32 [S + 1]) B is 1 and every segment starts from zeros.
+    """[B, T, hidden] -> [B, T, hidden]; with `cu_seqlens` (int32 [S + 1]) B is 1 and every segment starts from zeros,
+    unless `carry_state` (an ablation) treats the row as one segment.
 
     What training never asks for (a cache, a mask) goes to transformers' own forward, `plain`, and so does an ordinary
     row on a CPU. Raises ValueError when the boundaries do not cover the row.
@@ -93,6 +95,8 @@ def delta_net(
 
     from astracli.gpu import fused
 
+    if carry_state:
+        cu_seqlens = None
     kernels = fused.fla() if hidden_states.is_cuda else None
     if cache_params is not None or attention_mask is not None or (cu_seqlens is None and kernels is None):
         if cu_seqlens is not None:

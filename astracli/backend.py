@@ -302,11 +302,24 @@ def packing(recipe: Recipe, adapter: ModelAdapter, device: str) -> tuple[str, st
         obstacle = f"train.attention = {attention} does not know the boundaries of a packed row"
     if asked == "packed" and obstacle is not None:
         raise UserError(f"train.packing = packed: {obstacle}", "use `--set train.packing=padded`")
+    if recipe.train.row_boundaries == "ignored":
+        return _without_boundaries(asked, obstacle, adapter)
     if asked != "auto":
         return asked, "the recipe asks for it"
     if device == "cpu":
         return "padded", "right-padded rows are quicker than short segments on a CPU"
     return ("padded", obstacle) if obstacle is not None else ("packed", "one row a micro-batch, nothing is padded")
+
+
+def _without_boundaries(asked: str, obstacle: str | None, adapter: ModelAdapter) -> tuple[str, str]:
+    """The ablation needs rows with boundaries, and layers that carry state over them."""
+    if adapter.hybrid and asked != "padded" and obstacle is None:
+        return "packed", "an ablation: train.row_boundaries = ignored lets state run from one sample into the next"
+    why = "train.packing = padded joins no samples" if adapter.hybrid else f"adapter `{adapter.name}` is no hybrid"
+    raise UserError(
+        f"train.row_boundaries = ignored has nothing to leak through: {obstacle or why}",
+        "leave it at `reset`, or pack a hybrid's rows with `--set train.packing=packed`",
+    )
 
 
 def _known(key: str, value: str, names: tuple[str, ...], who: str) -> None:

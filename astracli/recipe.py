@@ -61,7 +61,7 @@ class DataTable(Table):
     directory NAME, itself or in its `train` and `eval`. None is the environment's ASTRA_DATA_DIR."""
     split: str = "train"
     revision: str | None = None
-    levels: list[Literal["add2", "sub2", "add3", "sub3"]] = Field(
+    levels: list[Literal["add2", "sub2", "add3", "sub3", "steps2", "steps3", "steps4"]] = Field(
         default=["add2", "sub2", "add3", "sub3"], min_length=1
     )
     """Difficulty levels of the generated arithmetic family, drawn uniformly (other sources ignore it)."""
@@ -130,6 +130,13 @@ class TrainTable(Table):
     packing: Literal["auto", "packed", "padded"] = "auto"
     """How a micro-batch lays out its samples: `packed`, one row without padding that nothing leaks through (proved at
     start-up), or `padded` rows; `auto` packs on a GPU and pads on a CPU."""
+    row_boundaries: Literal["reset", "ignored"] = "reset"
+    """`ignored` is for an ablation and trains on wrong numbers: in packed rows of a hybrid, recurrent and convolution
+    state runs from one sample into the next, as where nobody tells these layers of the boundaries (attention still ends
+    at them). The checks of rows and of the engine then report instead of stopping."""
+    rows_check_every: PositiveInt = 50
+    """Steps between two measurements of joined rows against separate ones, log-probabilities and gradient; the first
+    batch of a process is always measured."""
     learning_rate: PositiveFloat = 5e-6
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: NonNegativeInt = 0

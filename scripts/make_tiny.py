@@ -17,6 +17,7 @@ import math
 import random
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -36,9 +37,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(content: Sequence[str] = CONTENT) -> PreTrainedTokenizerFast:
     """One token a character, and one for `\\boxed{`."""
-    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *CONTENT])}
+    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *content])}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|[\s\S]"), behavior="isolated")
     core.decoder = decoders.Fuse()

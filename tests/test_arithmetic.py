@@ -21,6 +21,32 @@ def test_worked_solution_by_hand(question: str, solution: str) -> None:
     assert worked_text(question) == solution
 
 
+@pytest.mark.parametrize(
+    ("question", "solution"),
+    [
+        ("(37+48)*6", r"37+48 15 08=85 85*6 30 51=510 \boxed{510}"),
+        ("90*4-52", r"90*4 00 36=360 360-52 08 10 13=308 \boxed{308}"),
+        ("(28-24)*2+10", r"28-24 14 10=4 4*2 08=8 8+10 08 01=18 \boxed{18}"),
+    ],
+)
+def test_solution_of_several_steps_by_hand(question: str, solution: str) -> None:
+    assert worked_text(question) == solution
+
+
+def test_problems_of_several_steps_are_right_bounded_and_apart_from_the_held_out_ones() -> None:
+    held = arithmetic.held_out_steps()
+    assert held == arithmetic.held_out_steps() and len({p.question for p in held}) == 256
+    assert {p.meta["level"]: 0 for p in held}.keys() == set(arithmetic.STEP_LEVELS)
+    drawn = [draw(i, 7, arithmetic.STEP_LEVELS) for i in range(2000)]
+    for problem in [*drawn, *held]:
+        operators = [c for c in problem.question if c in "+-*"]
+        assert len(operators) == int(problem.meta["level"][-1])
+        assert eval(problem.question) == int(problem.answer) <= 999  # Python knows precedence; digits and signs alone
+        assert worked_text(problem.question).endswith(f"\\boxed{{{problem.answer}}}")
+    assert not {p.question for p in drawn} & {p.question for p in held}
+    assert [draw(i, 0, ["steps3"]) for i in range(5)] == [draw(i, 0, ["steps3"]) for i in range(5)]
+
+
 def test_columns_rebuild_the_answer() -> None:
     for index in range(300):
         p = draw(index, seed=5)
@@ -34,7 +60,7 @@ def test_columns_rebuild_the_answer() -> None:
 
 def test_other_text_has_no_worked_solution() -> None:
     with pytest.raises(ValueError, match="is no problem"):
-        worked_text("37*45")
+        worked_text("37/45")
 
 
 def test_draws_depend_on_seed_and_index_alone() -> None:

@@ -31,6 +31,8 @@ def test_registry_has_the_samples_and_counts_of_the_reference() -> None:
     table = {name: (spec.counts[0], spec.samples) for name, spec in benchmarks.BENCHMARKS.items()}
     assert table == {
         "arithmetic-heldout": (256, 8),
+        "arithmetic-steps-heldout": (256, 4),
+        "arithmetic-sums-heldout": (96, 8),
         "aime24": (30, 16),
         "aime25": (30, 16),
         "amc": (45, 16),
@@ -47,6 +49,12 @@ def test_arithmetic_needs_no_file() -> None:
     assert benchmarks.fetch("arithmetic-heldout") is None
     found = benchmarks.load("arithmetic-heldout")
     assert (len(found.items), found.samples, found.text(found.items[0])) == (256, 8, "90+59")
+
+
+def test_generated_sums_are_asked_as_the_recipe_asks() -> None:
+    found = benchmarks.load("arithmetic-sums-heldout", own_prompt="What is {question}?")
+    assert {item.meta["level"] for item in found.items} == {"add2"} and len(found.items) == 96
+    assert found.text(found.items[0]) == f"What is {found.items[0].question}?"
 
 
 def test_unknown_name_says_the_nearest() -> None:

@@ -255,6 +255,39 @@ def test_noise_raises_what_is_allowed_on_a_gpu_and_never_to_a_leak() -> None:
         parity.require_gradients(0.26, cuda, ADAPTER, True, noise=0.9)
 
 
+def test_ignored_boundaries_are_measured_and_do_not_stop_the_run(model_dir: Path) -> None:
+    table = {"packing": "packed", "tokens_per_microbatch": 256, "rows_check_every": 2}
+    leaking = make_trainer(model_dir, recipe(train={**table, "row_boundaries": "ignored"}))
+    found = [leaking.train(sample_groups(None, 4, seed=s, version=s), s, s).metrics for s in range(3)]
+    assert found[0]["rows_gradient_error"] > 0.1 and found[0]["rows_max_abs"] > 0.1
+    assert "rows_gradient_error" not in found[1] and found[2]["rows_gradient_error"] > 0.1
+    exact = make_trainer(model_dir, recipe(train=table))
+    found = [exact.train(sample_groups(exact, 4, seed=s, version=s), s, s).metrics for s in range(3)]
+    assert found[2]["rows_gradient_error"] < 1e-4 and found[2]["rows_max_abs"] < 1e-4
+
+
+def test_ignoring_boundaries_leaves_attention_alone(model_dir: Path) -> None:
+    """Only recurrent layers leak: with theirs taken out of the way, both modes are one."""
+    leaking = make_trainer(model_dir, recipe(train={"packing": "packed", "row_boundaries": "ignored"}))
+    exact = make_trainer(model_dir, recipe(train={"packing": "packed"}))
+    row = packing.pack_rows(groups_as_rows()[:4])
+    results = []
+    for trainer in (leaking, exact):
+        for layer in trainer.policy.model.modules():
+            if hasattr(layer, "linear_attn"):
+                layer.linear_attn.forward = lambda hidden_states, **k: hidden_states * 0.5
+        results.append(parity.logprobs(trainer.policy, trainer.adapter, row, torch.device("cpu"))[0])
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(("name", "asked"), [("qwen3_5", "padded"), ("llama", "auto")])
+def test_boundaries_can_be_ignored_only_where_there_are_some(name: str, asked: str) -> None:
+    chosen = recipe(train={"packing": asked, "row_boundaries": "ignored"})
+    with pytest.raises(UserError, match=r"train\.row_boundaries = ignored has nothing to leak through"):
+        backend.packing(chosen, registry.get(name), "cpu")
+    assert backend.packing(recipe(train={"row_boundaries": "ignored"}), ADAPTER, "cpu")[0] == "packed"
+
+
 def gradient_error(trainer: Any, rows: list[Row]) -> float:
     join: Callable[..., Any] = packing.pack_rows if trainer.packed else pad_rows
     error = parity.gradients_against_separate(trainer.policy, trainer.adapter, rows, Ranks(), join=join, pad_token=0)

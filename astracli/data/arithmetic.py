@@ -3,6 +3,8 @@
 A problem reads `37+45`. Its worked solution writes every column's sum, lowest digit first and with the carry, then the
 answer: `12 08 \\boxed{82}`. A subtraction column is a - b - borrow + 10, so that it never goes below zero.
 
+Problems of several steps are `arithmetic_steps`'s; `draw` knows their levels too.
+
 Every draw is a pure function of (seed, index): there is no running state, and any draw can be repeated alone.
 """
 
@@ -15,6 +17,8 @@ from typing import Literal
 
 import xxhash
 
+from astracli.data import arithmetic_steps
+from astracli.data.arithmetic_steps import STEP_LEVELS
 from astracli.data.prompts import Problem
 
 Level = Literal["add2", "sub2", "add3", "sub3"]
@@ -38,7 +42,7 @@ def draw(index: int, seed: int, levels: Sequence[str] = LEVELS) -> Problem:
     return _draw(level, seed, index, held_out=False)
 
 
-def held_out(n: int = 256) -> list[Problem]:
+def held_out(n: int = 256, levels: Sequence[str] = LEVELS) -> list[Problem]:
     """The evaluation items: always the same, distinct pairs, the levels in turns. Raises ValueError for n > 1200."""
     if not 0 < n <= 1200:
         raise ValueError(f"{n} held-out items asked for, 1 to 1200 are there")
@@ -46,13 +50,29 @@ def held_out(n: int = 256) -> list[Problem]:
     pairs: set[tuple[str, int, int]] = set()
     index = 0
     while len(items) < n:
-        problem = _draw(LEVELS[len(items) % len(LEVELS)], _HELD_OUT_SEED, index, held_out=True)
+        problem = _draw(levels[len(items) % len(levels)], _HELD_OUT_SEED, index, held_out=True)
         index += 1
         a, b = sorted((problem.meta["a"], problem.meta["b"]))
         pair = (problem.meta["op"], a, b)
         if pair not in pairs:
             pairs.add(pair)
             items[problem.id] = problem
+    return list(items.values())
+
+
+def held_out_sums(n: int = 96) -> list[Problem]:
+    """The evaluation items of two-digit sums alone."""
+    return held_out(n, ("add2",))
+
+
+def held_out_steps(n: int = 256) -> list[Problem]:
+    """The evaluation items of several steps: always the same, distinct, the levels in turns."""
+    items: dict[str, Problem] = {}
+    index = 0
+    while len(items) < n:
+        problem = _draw_steps(STEP_LEVELS[len(items) % len(STEP_LEVELS)], _HELD_OUT_SEED, index, held_out=True)
+        items.setdefault(problem.id, problem)
+        index += 1
     return list(items.values())
 
 
@@ -69,14 +89,16 @@ def worked(op: str, a: int, b: int) -> str:
 
 
 def worked_text(question: str) -> str:
-    """`worked` for a problem text: `37+45` -> `12 08 \\boxed{82}`. Raises ValueError for any other text."""
+    """The solution of a problem text: `37+45` -> `12 08 \\boxed{82}`. Raises ValueError for any other text."""
     match = _QUESTION.fullmatch(question)
     if match is None:
-        raise ValueError(f"`{question}` is no problem of this family")
+        return arithmetic_steps.worked_text(question)
     return worked(match[2], int(match[1]), int(match[3]))
 
 
 def _draw(level: str, seed: int, index: int, *, held_out: bool) -> Problem:
+    if level in STEP_LEVELS:
+        return _draw_steps(level, seed, index, held_out=held_out)
     op, digits = _SHAPE[level]
     low, span = 10 ** (digits - 1), 9 * 10 ** (digits - 1)
     attempt = 0
@@ -91,6 +113,19 @@ def _draw(level: str, seed: int, index: int, *, held_out: bool) -> Problem:
     question = f"{a}{op}{b}"
     meta = {"level": level, "op": op, "a": a, "b": b}
     return Problem(id=f"{level}:{question}", question=question, answer=str(_result(op, a, b)), meta=meta)
+
+
+def _draw_steps(level: str, seed: int, index: int, *, held_out: bool) -> Problem:
+    operations, attempt = int(level[-1]), 0
+    while True:
+
+        def bits(n: int, first: int = attempt * 64) -> int:
+            return _bits(seed, index, first + n + 1)
+
+        question, value = arithmetic_steps.expression(operations, bits)
+        attempt += 1
+        if arithmetic_steps.is_held_out(question) == held_out:
+            return Problem(id=f"{level}:{question}", question=question, answer=str(value), meta={"level": level})
 
 
 def _result(op: str, a: int, b: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ class BenchmarkSpec:
     hub: HubSet | None
     """None: generated."""
     prompt: str = MATH_PROMPT
+    """Empty: the recipe's `data.prompt`."""
     licence: str = ""
     file_names: tuple[str, ...] = ()
     """Names of a local copy besides the benchmark's own."""
@@ -59,9 +60,18 @@ class Benchmark:
         return render(self.prompt, item.question)
 
 
+GENERATED: dict[str, Callable[[int], list[Problem]]] = {
+    "arithmetic-heldout": arithmetic.held_out,
+    "arithmetic-steps-heldout": arithmetic.held_out_steps,
+    "arithmetic-sums-heldout": arithmetic.held_out_sums,
+}
+"""How the items of a set without a Hub copy are drawn, by their number."""
+
 _MAA = "problems (c) Mathematical Association of America, collection "
 _SPECS = (
     BenchmarkSpec("arithmetic-heldout", (256,), 8, None, "{question}", "generated"),
+    BenchmarkSpec("arithmetic-steps-heldout", (256,), 4, None, "{question}", "generated"),
+    BenchmarkSpec("arithmetic-sums-heldout", (96,), 8, None, "", "generated"),
     BenchmarkSpec(
         "aime24",
         (30,),
@@ -175,13 +185,14 @@ def fetch_all(names: Iterable[str], data_dir: str | None = None) -> dict[str, st
 def load(name: str, local_path: str | Path | None = None, own_prompt: str = MATH_PROMPT) -> Benchmark:
     """A benchmark from `local_path`, from its own path or ASTRA_DATA_DIR, or generated.
 
-    A set of one's own is asked with `own_prompt`: a recipe's `data.prompt`.
+    A set of one's own, and one whose spec has no prompt, is asked with `own_prompt`: a recipe's `data.prompt`.
 
     Raises UserError, also for a wrong number of items and for other content than the hash says.
     """
     spec = get(name)
     if spec.hub is None:
-        return Benchmark(name, arithmetic.held_out(spec.counts[0]), spec.samples, spec.prompt)
+        items = GENERATED[name](spec.counts[0])
+        return Benchmark(name, items, spec.samples, spec.prompt or own_prompt)
     path = Path(local_path) if local_path is not None else spec.path or local(spec)
     if path is None:
         raise UserError(

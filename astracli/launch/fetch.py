@@ -66,7 +66,9 @@ def local_path(path: str, key: str = "model.path") -> Path | None:
         return expanded.resolve()
     if path.startswith(("/", "./", "../", "~")) or not _REPOSITORY.fullmatch(path):
         raise UserError(
-            f"{key} = `{path}`: nothing at that path", "check it, or give a Hub id such as `Qwen/Qwen3.5-4B`"
+            f"{key} = `{path}`: nothing at that path",
+            "check it, or give a Hub id such as `Qwen/Qwen3.5-4B`; `astra recipes copy` of a shipped recipe says how "
+            "its model is made",
         )
     return None
 

@@ -32,7 +32,7 @@ def build_trainer(
     """Everything a step needs, on every rank. `attention`: an implementation that transformers knows. `split`: what
     waits in host memory between its uses."""
     packed = backend.packing(recipe, adapter, ranks.device.type)[0] == "packed"
-    model = _load(model_dir, adapter, ranks, attention, packed)
+    model = _load(model_dir, adapter, recipe, ranks, attention, packed)
     wire = adapter.wire_tensors(model)
     blocks = adapter.block_classes(model)
     policy, exact = PolicyModel(model), _exact(model, wire)
@@ -57,7 +57,9 @@ def build_trainer(
     )
 
 
-def _load(model_dir: Path, adapter: ModelAdapter, ranks: Ranks, attention: str, packed: bool) -> torch.nn.Module:
+def _load(
+    model_dir: Path, adapter: ModelAdapter, recipe: Recipe, ranks: Ranks, attention: str, packed: bool
+) -> torch.nn.Module:
     model: torch.nn.Module = adapter.load_for_training(model_dir, attention=attention)
     if ranks.device.type == "cpu":
         if adapter.prepare_cpu is not None:
@@ -67,6 +69,8 @@ def _load(model_dir: Path, adapter: ModelAdapter, ranks: Ranks, attention: str, 
         adapter.prepare_gpu(model)
     if packed:
         varlen.install(model, adapter)
+        if recipe.train.row_boundaries == "ignored":
+            varlen.carry_state(model)
     return model
 
 
@@ -82,7 +86,7 @@ def _reference(
     """The initial policy as it was published, without gradients; None when the recipe asks for no KL."""
     if recipe.algorithm.kl_coef == 0:
         return None
-    model = _load(model_dir, adapter, ranks, attention, packed)
+    model = _load(model_dir, adapter, recipe, ranks, attention, packed)
     blocks, wire = adapter.block_classes(model), adapter.wire_tensors(model)
     exact = _exact(model, wire)
     if ranks.device.type == "cpu":

@@ -37,6 +37,16 @@ def install(model: Any, adapter: ModelAdapter) -> None:
         adapter.install_varlen(model)
 
 
+def carry_state(model: torch.nn.Module) -> None:
+    """For an ablation: the recurrent layers of a model that `install` made exact no longer hear of boundaries."""
+
+    def forget(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, kwargs | {"carry_state": True} if "cu_seqlens" in kwargs else kwargs
+
+    base: Any = model.base_model
+    base.register_forward_pre_hook(forget, with_kwargs=True)
+
+
 def boundaries(bounds_S1: np.ndarray, device: torch.device) -> dict[str, Any]:
     """Keyword arguments of a model's forward for one packed row."""
     cu_seqlens = torch.from_numpy(bounds_S1.astype(np.int32)).to(device)

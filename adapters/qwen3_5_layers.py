@@ -69,8 +69,8 @@ def _by_device(on_gpu: Callable[..., Any], on_cpu: Callable[..., Any], *args: An
 
 
 def install_varlen(model: Any, *, all_rows: bool = False) -> None:
-    """Exact packed rows: every Gated DeltaNet gets a forward that knows `cu_seqlens`. `all_rows`: ordinary rows on a CPU
-    take it too, for a transformers whose layers cannot be given kernels."""
+    """Exact packed rows: every Gated DeltaNet gets a forward that knows `cu_seqlens`. `all_rows`: ordinary rows on a
+    CPU take it too, for a transformers whose layers cannot be given kernels."""
     for module in delta_net_modules(model):
         if getattr(module.forward, "func", None) is not delta_net:
             module.forward = partial(delta_net, module, module.forward, all_rows)

@@ -97,11 +97,13 @@ def prepare_cpu(model: Any) -> None:
 
     layers.torch_on_cpu()
     for module in layers.delta_net_modules(model):
-        if hasattr(module, "chunk_gated_delta_rule"):  # until transformers 5.16 kernels are attributes
+        if hasattr(module, "chunk_gated_delta_rule"):  # before transformers 5.16 kernels are attributes
             module.causal_conv1d_fn = delta_rule.conv_silu
             module.causal_conv1d_update = modeling.torch_causal_conv1d_update
             module.chunk_gated_delta_rule = layers.torch_rule()
             module.recurrent_gated_delta_rule = modeling.torch_recurrent_gated_delta_rule
+        else:
+            layers.install_varlen(module, all_rows=True)  # since then functions that all models share
         if not isinstance(module.norm, modeling.Qwen3_5RMSNormGated):
             norm = modeling.Qwen3_5RMSNormGated(module.head_v_dim, eps=module.layer_norm_epsilon)
             norm.weight = torch.nn.Parameter(module.norm.weight.detach().to("cpu", torch.float32))

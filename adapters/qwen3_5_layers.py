@@ -60,23 +60,26 @@ def torch_on_cpu() -> None:
             setattr(modeling, name, chooser)
 
 
-def _by_device(on_gpu: Callable[..., Any], on_cpu: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
-    if x.is_cuda:
-        return on_gpu(x, *args, **kwargs)
+def _by_device(on_gpu: Callable[..., Any], on_cpu: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """By the first argument, a tensor, given by its place or by name."""
+    if next(iter((*args, *kwargs.values()))).is_cuda:
+        return on_gpu(*args, **kwargs)
     known = inspect.signature(on_cpu).parameters
-    return on_cpu(x, *args, **{name: value for name, value in kwargs.items() if name in known})
+    return on_cpu(*args, **{name: value for name, value in kwargs.items() if name in known})
 
 
-def install_varlen(model: Any) -> None:
-    """Exact packed rows: every Gated DeltaNet gets a forward that knows `cu_seqlens`."""
+def install_varlen(model: Any, *, all_rows: bool = False) -> None:
+    """Exact packed rows: every Gated DeltaNet gets a forward that knows `cu_seqlens`. `all_rows`: ordinary rows on a
+    CPU take it too, for a transformers whose layers cannot be given kernels."""
     for module in delta_net_modules(model):
         if getattr(module.forward, "func", None) is not delta_net:
-            module.forward = partial(delta_net, module, module.forward)
+            module.forward = partial(delta_net, module, module.forward, all_rows)
 
 
 def delta_net(
     module: Any,
     plain: Callable[..., Any],
+    all_rows: bool,
     hidden_states: Any,
     cache_params: Any = None,
     attention_mask: Any = None,
@@ -89,7 +92,7 @@ def delta_net(
     unless `carry_state` (an ablation) treats the row as one segment.
 
     What training never asks for (a cache, a mask) goes to transformers' own forward, `plain`, and so does an ordinary
-    row on a CPU. Raises ValueError when the boundaries do not cover the row.
+    row on a CPU without `all_rows`. Raises ValueError when the boundaries do not cover the row.
     """
     import torch
 
@@ -98,7 +101,8 @@ def delta_net(
     if carry_state:
         cu_seqlens = None
     kernels = fused.fla() if hidden_states.is_cuda else None
-    if cache_params is not None or attention_mask is not None or (cu_seqlens is None and kernels is None):
+    ordinary = cu_seqlens is None and kernels is None and not all_rows
+    if cache_params is not None or attention_mask is not None or ordinary:
         if cu_seqlens is not None:
             raise ValueError("a packed row takes no cache and no mask")
         return plain(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)

@@ -142,6 +142,29 @@ def _as_names(value: str | Iterable[str] | None) -> frozenset[str]:
     return frozenset([value]) if isinstance(value, str) else frozenset(value)
 
 
+PLAIN_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
+"""Names of the class that reads a tokenizer.json and adds nothing of a family's own."""
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a checkpoint directory, as `AutoTokenizer` gives it.
+
+    `AutoTokenizer` imports all of transformers' model code; a process that has no model need not pay those 2 s of CPU
+    when the checkpoint names the plain class.
+    """
+    import json
+
+    file = path / "tokenizer_config.json"
+    settings = json.loads(file.read_text()) if file.is_file() else {}
+    if settings.get("tokenizer_class") in PLAIN_TOKENIZERS and "auto_map" not in settings:
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(str(path))
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(path))
+
+
 def chat_prompt_tokens(tokenizer: Any, text: str) -> list[int]:
     """Token ids of one user turn, generation prompt added, thinking off.
 

@@ -110,6 +110,12 @@ def test_reading_commands_do_not_import_torch() -> None:
         assert spawn(*command, code=code).stderr.endswith("light\n")
 
 
+@pytest.mark.parametrize("words", [(), ("runs",)])
+def test_a_group_without_a_command_shows_its_help(astra: Astra, words: tuple[str, ...]) -> None:
+    said = astra(*words)
+    assert said.code == 2 and said.err.startswith("Usage: astra") and "error" not in said.err and "hint" not in said.err
+
+
 def test_commands_are_the_documented_ones(astra: Astra) -> None:
     said = astra("--help").out
     listed = [line.split()[0] for line in said.partition("Commands:\n")[2].splitlines() if line.strip()]

@@ -54,7 +54,7 @@ VERDICTS: list[tuple[str, str, set[str], set[str], str]] = [
         "laptop-cpu",
         BIG,
         {"gpus", "memory"},
-        {"open files", "flash-linear-attention", "triton", "checkpoint", "disk", "load"},
+        {"open files", "checkpoint", "disk", "load"},
         "auto",
     ),
     ("container", BIG, {"shared memory"}, {"open files", "locked memory", "checkpoint"}, "fa3"),

@@ -164,6 +164,12 @@ def test_versions_reach_a_server_that_started_without_weights(tmp_path: Path, hu
     [
         ("oom", "ended with exit code 1: the GPU ran out of memory", "max_running_requests"),
         ("late", "ended with exit code 1: the model produced NaN", "weights that it was given"),
+        (
+            "cuda",
+            "ended with exit code 1: the GPU reported an error: an illegal memory access",
+            "attention_backend=triton",
+        ),
+        ("kernel", "ended with exit code 1: a compiled package of its environment does not load", "engine.python"),
         ("quiet", "ended with exit code 7", "log"),
         ("mute", "was not ready within 2 s", "log"),
     ],
@@ -274,6 +280,10 @@ def test_the_directory_that_sglang_loads_holds_text_names_whatever_the_checkpoin
         ("RuntimeError: NCCL communicator was aborted: it timed out", "collective between GPUs timed out"),
         ("ImportError: Can not import FA3 in sgl_kernel. Please check", "FlashAttention-3 is not in its environment"),
         ("ModuleNotFoundError: No module named 'orjson'", "lacks the module orjson"),
+        ("RuntimeError: CUDA error: no kernel image is available for execution", "built for other GPUs"),
+        ("RuntimeError: Could not find nvcc and default cuda_home='/usr/local/cuda'", "no compiler for it"),
+        ("RuntimeError: The NVIDIA driver on your system is too old (found version 12020).", "driver is older"),
+        ("ImportError: libcudart.so.13: cannot open shared object file: No such file", "libcudart.so.13: cannot open"),
         ("User-specified context_length (8192) is greater than the derived context_length (512).",
          "rollout.context_length = 8192 is more than the model's 512"),
         ("ValueError: something nobody has seen", "ValueError: something nobody has seen"),

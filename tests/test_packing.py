@@ -431,7 +431,7 @@ def test_a_gpu_whose_fla_has_no_right_backward_runs_the_rule_in_torch(
     monkeypatch.setattr(fused, "fla", lambda: SimpleNamespace(conv=conv, rms_norm_gated=norm, rule=refused))
     row = hidden.as_subclass(OnGpu)
     with pytest.raises(RuntimeError, match="chunk_bwd"):
-        layers.delta_net(module, module.forward, row, cu_seqlens=bounds)
+        layers.delta_net(module, module.forward, False, row, cu_seqlens=bounds)
     monkeypatch.setattr(fused, "delta_rule_by_torch", True)
-    found = layers.delta_net(module, module.forward, row, cu_seqlens=bounds)
+    found = layers.delta_net(module, module.forward, False, row, cu_seqlens=bounds)
     assert float((found.detach().as_subclass(torch.Tensor) - wanted.detach()).abs().max()) < 1e-5

@@ -54,6 +54,7 @@ def test_a_parked_tensor_holds_no_memory_and_comes_back_whole() -> None:
     parking.to_host()
     assert whole.untyped_storage().nbytes() == other.untyped_storage().nbytes() == 0
     assert torch.equal(parking.on_host(view), before), "and can be read where it waits"
+    assert repr(view) == "tensor(parked, size=(3, 4), dtype=torch.float32)", "a failing test may show it"
     parking.to_device()
     assert torch.equal(view, before) and torch.equal(other, before_other)
     whole.add_(1.0)

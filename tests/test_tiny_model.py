@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from astracli.adapter import chat_prompt_tokens
+from astracli.adapter import chat_prompt_tokens, load_tokenizer
 from astracli.data import arithmetic
 from astracli.rl.grader import grade_math
 
@@ -60,3 +60,12 @@ def test_text_survives_the_tokenizer(question: str) -> None:
     assert tokenizer.unk_token_id not in tokens
     assert len(tokens) < 24, "a whole solution fits the recipe's completion"
     assert tokenizer.decode(chat_prompt_tokens(tokenizer, question)) == question + "="
+
+
+def test_a_process_without_a_model_reads_the_same_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, quick = AutoTokenizer.from_pretrained(TINY), load_tokenizer(TINY)
+    assert type(quick) is type(whole) and quick.init_kwargs == whole.init_kwargs
+    assert quick("3+44=")["input_ids"] == whole("3+44=")["input_ids"] and quick.chat_template == whole.chat_template
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", str)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    assert load_tokenizer(tmp_path) == str(tmp_path), "a family's own class is AutoTokenizer's to find"

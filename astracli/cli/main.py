@@ -59,7 +59,11 @@ def run(args: list[str]) -> int:
         code = app(args=args, prog_name="astra", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except typer.TyperException as error:
-        talk.error(_lower(error.format_message()), _usage_hint(args))
+        said = error.format_message()
+        if said.startswith("Usage:"):  # a group without a command: its help is the answer
+            print(said, file=sys.stderr)
+        else:
+            talk.error(_lower(said), _usage_hint(args))
         return error.exit_code
     except AstraError as error:
         _debug()

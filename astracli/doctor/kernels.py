@@ -14,7 +14,8 @@ FLA, CONV = "flash-linear-attention", "causal-conv1d"
 
 
 def checks(subject: Subject) -> Iterator[Check]:
-    facts, used = subject.facts, subject.cuda and subject.hybrid
+    facts = subject.facts
+    used = subject.cuda and subject.hybrid and bool(facts["gpus"])  # on a machine without a GPU nothing would run them
     for name in (FLA, "triton"):
         check = optional(facts, name, GROUP)
         if used and not machine.usable(facts, name):

@@ -86,6 +86,29 @@ KNOWN = (
         "its scheduler hung",
         "look for the stacks in its log; `--set rollout.attention_backend=triton` avoids most kernel hangs",
     ),
+    _known(
+        r"([\w./-]+\.so[\w.]*): (?:undefined symbol|cannot open shared object file)[^\n]*",
+        r"a compiled package of its environment does not load: \g<0>",
+        "it was built for another torch or CUDA: install `sglang` with its own pins in an environment of its own and "
+        "name it in resources.engine.python; `astra doctor RECIPE` lists the pins that are not met",
+    ),
+    _known(
+        r"(?i)could not find nvcc|nvcc: (?:command )?not found|CUDA_HOME environment variable|ninja is required",
+        "a kernel is compiled at first use, and there is no compiler for it",
+        "install ninja and the CUDA toolkit's nvcc, or take kernels that need neither: "
+        "`--set rollout.attention_backend=triton`",
+    ),
+    _known(
+        r"CUDA driver version is insufficient|driver on your system is too old",
+        "the GPU's driver is older than the CUDA that its torch was built for",
+        "update the driver, or install a torch for an older CUDA; `astra doctor` shows both",
+    ),
+    _known(
+        r"CUDA error: ([^\n]+)",
+        r"the GPU reported an error: \1",
+        "`astra doctor RECIPE` tries its kernels one by one; `--set rollout.attention_backend=triton` takes the "
+        "plainest; when the same GPU fails again, look for `Xid` in `dmesg`",
+    ),
 )
 """In order: the first that is found explains the death. Sources: SGLang's issue tracker and our own runs."""
 

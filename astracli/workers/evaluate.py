@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from astracli import metrics
+from astracli.adapter import load_tokenizer
 from astracli.data import benchmarks
 from astracli.data.benchmarks import Benchmark
 from astracli.data.prompts import stop_token_ids
@@ -155,10 +156,8 @@ class Partial:
 
 
 def run(config: WorkerConfig, reporter: Reporter) -> None:
-    from transformers import AutoTokenizer
-
     recipe = config.recipe
-    tokenizer = AutoTokenizer.from_pretrained(str(config.model_path))
+    tokenizer = load_tokenizer(config.model_path)
     sampling = Sampling(
         temperature=recipe.eval.temperature,
         top_p=recipe.eval.top_p,

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from astracli.adapter import chat_prompt_tokens
+from astracli.adapter import chat_prompt_tokens, load_tokenizer
 from astracli.data.prompts import Problem, PromptSource, stop_token_ids
 from astracli.engines.client import EngineClient
 from astracli.errors import RunFailed
@@ -307,11 +307,9 @@ async def _main(
 
 def run(config: WorkerConfig, reporter: Reporter) -> None:
     """Entry of the process."""
-    from transformers import AutoTokenizer
-
     recipe = config.recipe
     source = PromptSource(recipe.data, recipe.seed, config.data_path)
-    tokenizer = AutoTokenizer.from_pretrained(str(config.model_path))
+    tokenizer = load_tokenizer(config.model_path)
     with GradePool(recipe.data.reward, recipe.data.reward_workers, recipe.data.reward_timeout_s) as pool:
         asyncio.run(_main(config, reporter, tokenizer, source, pool))
 

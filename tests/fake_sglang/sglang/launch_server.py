@@ -1,7 +1,7 @@
 """Stands in for SGLang in tests: the part of its HTTP interface that we use, over a model with fused parameters.
 
-FAKE_SGLANG says how it misbehaves: `oom` (dies while loading), `mute` (never ready), `late` (dies a moment after it was
-ready, with a NaN), `quiet` (dies without a word).
+FAKE_SGLANG says how it misbehaves: `oom` (dies while loading), `kernel` (a package that does not load), `mute` (never
+ready), `late` and `cuda` (dies a moment after it was ready, with a NaN or a CUDA error), `quiet` (dies without a word).
 """
 
 import argparse
@@ -17,6 +17,10 @@ from pathlib import Path
 import torch
 
 PREFIX = "model.layers.0."
+LAST_WORDS = {
+    "late": "RuntimeError: probability tensor contains either `inf`, `nan` or element < 0",
+    "cuda": "torch.AcceleratorError: CUDA error: an illegal memory access was encountered",
+}
 
 
 class FusedModel(torch.nn.Module):
@@ -110,17 +114,19 @@ def main():
     print(f"server_args=ServerArgs(api_key='{options.api_key}', rest={rest})", flush=True)
     if mode == "oom":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.83 GiB")
+    if mode == "kernel":
+        raise ImportError("/site/sgl_kernel/common_ops.abi3.so: undefined symbol: _ZN3c104cuda9SetDeviceEa")
     if mode == "quiet":
         os._exit(7)
     server = ThreadingHTTPServer((options.host, int(options.port)), Handler)
     server.daemon_threads = True
     server.options, server.version, server.lock = options, options.weight_version, threading.Lock()
     server.model = FusedModel()
-    if mode == "late":
+    if mode in LAST_WORDS:
 
         def die():
             time.sleep(1.5)
-            print("RuntimeError: probability tensor contains either `inf`, `nan` or element < 0", flush=True)
+            print(LAST_WORDS[mode], flush=True)
             os._exit(1)
 
         threading.Thread(target=die, daemon=True).start()

@@ -130,7 +130,7 @@ def light_row(name: str, workers: int = 0) -> MemoryRow:
 def disk_rows(shape: MemoryShape, recipe: Recipe, checkpoint_bytes: int | None) -> list[MemoryRow]:
     """Checkpoints, published versions and the export of a training run, at their largest."""
     weights, keep = 2 * shape.parameters, recipe.weights.keep
-    held = recipe.checkpoint.keep + 1
+    held = recipe.checkpoint.keep + 1 if recipe.checkpoint.every else 0
     checkpoints = MemoryRow("trainer", f"{held} checkpoints (one being written)", "disk", 12 * shape.parameters * held)
     if recipe.weights.transfer == "full":
         published = MemoryRow("trainer", f"{keep + 1} published versions, full", "disk", weights * (keep + 1))

@@ -264,7 +264,8 @@ class EvalTable(Table):
 
 
 class CheckpointTable(Table):
-    every: PositiveInt = 10
+    every: NonNegativeInt = 10
+    """Steps; the last step always. 0: none at all, so that a run which dies begins anew."""
     keep: PositiveInt = 2
     """Newest checkpoints kept on disk."""
 

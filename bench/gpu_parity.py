@@ -8,7 +8,8 @@ and trainer on one GPU, and prints over the run's tokens: mean and largest |diff
 trainer and engine, their KL estimate, the mean ratio, and the trainer's own start-up check (joined rows against each
 alone: largest difference of log-probability, relative error of the gradient, and where that is over 1 %, how far a unit
 in bf16's last place at every block moves the gradient). Exits 1 when a mean is over 0.01, a mean ratio further than
-0.002 from 1, or a gradient error over 1 % and over that noise. DIR: `python bench/random_checkpoint.py DIR`; a model of
+0.002 from 1, or a gradient error over 1 % and over that noise. `gpu_gib` is the most memory that all of the run's
+processes held on the GPU together. DIR: `python bench/random_checkpoint.py DIR`; a model of
 random weights is trained with `reward = "probe"`.
 """
 
@@ -22,6 +23,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from meter import MemoryWatch
 
 LIMITS = {"parity_mean_abs": 1e-2, "ratio_off": 2e-3, "rows_gradient_error": 1e-2}
 
@@ -37,7 +40,7 @@ def train(model: str, attention: str, args: argparse.Namespace, run: Path) -> li
         "train.learning_rate": 1e-6,
         "train.parity_tolerance": 10,  # to measure, not to stop
         "eval.every": 0,
-        "checkpoint.every": 1000,
+        "checkpoint.every": 0,
     }
     if model != "astra:tiny":
         settings |= {"data.reward": "probe", "rollout.max_new_tokens": 256, "rollout.context_length": 512}
@@ -49,6 +52,7 @@ def train(model: str, attention: str, args: argparse.Namespace, run: Path) -> li
         if args.engine_path:
             settings["resources.engine.env.PYTHONPATH"] = args.engine_path
     command = [sys.executable, "-m", "astracli", "train", "--recipe", "qwen3.5-tiny-m2po-delta", "--run-dir", str(run)]
+    settings |= dict(pair.split("=", 1) for pair in args.set)
     command += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     done = subprocess.run(command, cwd=run.parent, capture_output=True, text=True)
     if done.returncode:
@@ -58,7 +62,11 @@ def train(model: str, attention: str, args: argparse.Namespace, run: Path) -> li
 
 
 def measure(model: str, attention: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    watch = MemoryWatch()
+    if args.device == "cuda":
+        watch.start()
     records = train(model, attention, args, folder / f"{Path(model).name.replace(':', '-')}-{attention}")
+    watch.done.set()
     own = [r for r in records if "parity_mean_abs" in r]
     tokens = [r["parity_tokens"] for r in own]
 
@@ -77,6 +85,8 @@ def measure(model: str, attention: str, args: argparse.Namespace, folder: Path) 
         "rows_gradient_error": max(r["rows_gradient_error"] for r in records if "rows_gradient_error" in r),
         "rows_gradient_noise": max(r.get("rows_gradient_noise", 0.0) for r in records),
         "step_s": statistics.median(r["step_s"] for r in records),
+        "steps": len(records),
+        "gpu_gib": watch.peak_gib,
     }
     off = row | {"ratio_off": abs(row["ratio_mean"] - 1.0)}
     limits = LIMITS | {"rows_gradient_error": max(LIMITS["rows_gradient_error"], row["rows_gradient_noise"])}
@@ -90,6 +100,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more settings of the recipe")
     parser.add_argument("--engine-path", help="PYTHONPATH of the environment that holds SGLang")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -99,7 +110,8 @@ def main() -> None:
         print(json.dumps(rows))
     else:
         columns = ("model", "attention", "tokens", "parity_mean_abs", "parity_max_abs", "parity_kl", "ratio_mean",
-                   "rows_max_abs", "rows_gradient_error", "rows_gradient_noise")  # fmt: skip
+                   "rows_max_abs", "rows_gradient_error", "rows_gradient_noise", "step_s", "steps",
+                   "gpu_gib")  # fmt: skip
         print("  ".join(f"{column:>19}" for column in columns))
         for row in rows:
             cells = [f"{row[c]:.6g}" if isinstance(row[c], float) else str(row[c]) for c in columns]

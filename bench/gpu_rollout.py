@@ -8,7 +8,7 @@ DIR: `python bench/random_checkpoint.py DIR`. Both sides ask for the same number
 the same limits; a round is one of each. Raw is one HTTP request per completion, `--concurrency` of them open at once,
 against an engine process started as a run starts it; ours is the whole worker: leases, groups, grading, the hub. A
 side's figure is generated tokens over the seconds from all processes ready to the last sample. `--memory-gib` keeps
-the engine within a smaller card's memory and prints the most that nvidia-smi saw.
+the engine within a smaller card's memory and prints the most that nvidia-smi saw of its processes.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from meter import MemoryWatch
 from transformers import AutoTokenizer
 
 from astracli import backend, machine, recipe_io, registry
@@ -177,22 +178,6 @@ def ours(args: argparse.Namespace, sets: list[str], groups: int, folder: Path) -
         sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
     tokens = sum(len(json.loads(line)["tokens"]) for line in out.read_text().splitlines())
     return tokens, json.loads((run / "summary.json").read_text())["phases_s"]["training"]
-
-
-class MemoryWatch(threading.Thread):
-    """The most memory of the first GPU that nvidia-smi shows as used, in GiB."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.peak_gib = 0.0
-        self.done = threading.Event()
-
-    def run(self) -> None:
-        ask = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"]
-        while not self.done.wait(0.5):
-            said = subprocess.run(ask, capture_output=True, text=True)
-            if said.returncode == 0:
-                self.peak_gib = max(self.peak_gib, float(said.stdout.split()[0]) / 1024)
 
 
 def main() -> None:

@@ -1,20 +1,23 @@
-"""Load on an engine during updates, for gpu_sglang_delta.py: streams that never end, counted as their tokens arrive.
+"""What benches on a GPU share: streams that load an engine during updates, and the memory that a run takes.
 
-Streams begin at staggered lengths, so that their contexts fill the server evenly and no two end together. One that
-ends early (aborted by an update) is sent again with as many tokens behind its prompt as it had generated, which is
-what the rollout worker does; one that reaches its budget begins anew. Random tokens take the place of real ones: only
-their number costs time.
+Streams never end and are counted as their tokens arrive. They begin at staggered lengths, so that their contexts fill
+the server evenly and no two end together. One that ends early (aborted by an update) is sent again with as many tokens
+behind its prompt as it had generated, which is what the rollout worker does; one that reaches its budget begins anew.
+Random tokens take the place of real ones: only their number costs time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
+import psutil
 
 WINDOW_S, SHARE = 0.5, 0.95
 
@@ -107,3 +110,22 @@ class Meter:
                 return at - WINDOW_S - begin
             at += 0.025
         return None
+
+
+class MemoryWatch(threading.Thread):
+    """The most GPU memory that nvidia-smi shows for this process and all that it started, in GiB."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak_gib = 0.0
+        self.done = threading.Event()
+
+    def run(self) -> None:
+        ask = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+        me = psutil.Process()
+        while not self.done.wait(0.5):
+            said = subprocess.run(ask, capture_output=True, text=True)
+            ours = {me.pid, *(child.pid for child in me.children(recursive=True))}
+            rows = [line.split(",") for line in said.stdout.splitlines() if said.returncode == 0]
+            used = sum(float(mib) for pid, mib in rows if int(pid) in ours and mib.strip().isdigit())
+            self.peak_gib = max(self.peak_gib, used / 1024)

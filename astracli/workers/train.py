@@ -308,7 +308,7 @@ class TrainLoop:
         from astracli.training import checkpoint
 
         table = self.recipe.checkpoint
-        if step % table.every and step != self.recipe.train.steps:
+        if not table.every or (step % table.every and step != self.recipe.train.steps):
             return False
         began = time.perf_counter()
         checkpoint.save(self.checkpoints, step, step, self.trainer.masters, self.ranks, keep=table.keep)

@@ -30,7 +30,6 @@ def test_one_start_gives_every_mode_and_leaves_what_it_knows_on_disk(tmp_path: P
         "--modes",
         "in_place",
         "abort",
-        "--recovery",
         "--warm-s",
         "0.3",
         "--quiet-s",

@@ -9,6 +9,7 @@ Random tokens take the place of real ones: only their number costs time.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import subprocess
 import threading
@@ -98,7 +99,8 @@ class Meter:
 
     def rate(self, begin: float, end: float) -> float:
         """Tokens a second that arrived in (begin, end]."""
-        return sum(count for when, count in self.arrived if begin < when <= end) / max(1e-9, end - begin)
+        late = itertools.takewhile(lambda item: item[0] > begin, reversed(self.arrived))
+        return sum(count for when, count in late if when <= end) / max(1e-9, end - begin)
 
     async def recovery(self, begin: float, end: float, before: float, limit_s: float) -> float | None:
         """An update was felt from `begin` to `end` (continue answered): seconds from `begin` until half a second begins

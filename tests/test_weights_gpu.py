@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from astracli.weights import codec, digest, resident, sglang_loader, staged
+from astracli.weights import codec, digest, host, resident, sglang_loader, staged
+from astracli.weights.decoder import DecoderProcess
+from astracli.weights.device import bits_torch
 from astracli.weights.digest import bits_of
 from astracli.weights.manifest import Manifest, seal, version_name
 from astracli.weights.publisher import Publisher
@@ -123,6 +127,48 @@ def test_shards_on_a_device(tmp_path: Path) -> None:
     weights["norm.weight"][3] += 1
     assert publisher.publish(1, parts).changed == 1
     publisher.close()
+
+
+def test_large_tensors_move_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "CHUNK", 4096)
+    host._pinned.cache_clear()
+    there = {"a": random_weights(50_001, torch.bfloat16, 0).cuda(), "b": random_weights(7_777, torch.float32, 1).cuda()}
+    with ThreadPoolExecutor(3) as pool:
+        copies = host.to_host(there, pool.map)
+    for name, tensor in there.items():
+        parts = []
+        for bits, free in host.chunks_of(tensor):
+            parts.append(bits.copy())
+            free()
+        assert np.array_equal(np.concatenate(parts), bits_of(tensor.cpu())) and len(parts) > 3
+        assert np.array_equal(bits_of(copies[name]), bits_of(tensor.cpu()))
+    back = {name: torch.zeros_like(tensor) for name, tensor in there.items()}
+    host.to_device((bits_torch(back[name]), bits_of(copies[name])) for name in there)
+    torch.cuda.synchronize()
+    assert all(torch.equal(bits_torch(back[name]), bits_torch(there[name])) for name in there)
+    assert host._pinned().qsize() == host._BUFFERS
+    host._pinned.cache_clear()
+
+
+@pytest.mark.parametrize("spare", [0, 1 << 60])
+def test_what_a_child_decoded_is_applied_on_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spare: int
+) -> None:
+    monkeypatch.setattr(resident, "SPARE_BYTES", spare)
+    old, new = model_weights(), later(model_weights(), 1)
+    publisher = Publisher(tmp_path, full_interval=1)
+    publisher.publish(0, old)
+    publisher.publish(1, new)
+    publisher.close()
+    engine = {name: tensor.cuda() for name, tensor in old.items()}
+    hands = resident.Resident({name: staged.placements(tensor) for name, tensor in engine.items()})
+    with contextlib.closing(DecoderProcess()) as child:
+        for step, base in (("v000001/manifest.json", 0), ("v000000/manifest.full.json", None)):
+            plan = {"version": 1 if base == 0 else 0, "kind": "full" if base is None else "delta", "base_version": base}
+            (tmp_path / "next.json").write_bytes(seal({**plan, "steps": [step], "model_path": None}))
+            staged.apply(tmp_path, hands.placed, base, child.prepare(tmp_path), hands)
+            wanted = old if base is None else new
+            assert all(np.array_equal(bits_of(engine[n].cpu()), bits_of(wanted[n])) for n in wanted)
 
 
 class Model(torch.nn.Module):

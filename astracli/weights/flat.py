@@ -29,11 +29,11 @@ class Span(NamedTuple):
     start: int
     length: int
     kind: int
-    value: int
+    value_at: int
     """First of its values."""
-    count: int
+    size: int
     """Values; of a dense span `length`."""
-    index: int
+    index_at: int
     """First of its indices, as many as values, counted from `start`; -1: every element in turn."""
 
 
@@ -66,8 +66,8 @@ class Place(NamedTuple):
     """Where one piece belongs: its group, its values and indices there, and what is added to its indices."""
 
     width: int
-    value: int
-    index: int
+    value_at: int
+    index_at: int
     shift: int
 
 
@@ -99,7 +99,7 @@ def lay_out(pieces: Iterable[tuple[str, int, int, int, str, int]]) -> tuple[dict
         if last is not None and _continues(last, name, kind, start, length, dense):
             begin = last.start
             whole = start + length - begin
-            group.spans[-1] = last._replace(length=whole, count=last.count + count)
+            group.spans[-1] = last._replace(length=whole, size=last.size + count)
         else:
             begin = start
             group.spans.append(Span(name, start, length, kind, value, count, index))
@@ -110,7 +110,7 @@ def lay_out(pieces: Iterable[tuple[str, int, int, int, str, int]]) -> tuple[dict
 
 
 def _continues(last: Span, name: str, kind: int, start: int, length: int, dense: bool) -> bool:
-    same = last.name == name and last.kind == kind and (last.index < 0) == dense
+    same = last.name == name and last.kind == kind and (last.index_at < 0) == dense
     near = last.start + last.length == start if dense else start >= last.start + last.length
     return same and near and start + length - last.start < _REACH
 
@@ -118,9 +118,9 @@ def _continues(last: Span, name: str, kind: int, start: int, length: int, dense:
 def fill(groups: dict[int, Group], place: Place, update: codec.Update) -> None:
     """Write one piece's changes into the groups' memory."""
     group = groups[place.width]
-    group.values[place.value : place.value + len(update.values)] = update.values
+    group.values[place.value_at : place.value_at + len(update.values)] = update.values
     if update.indices is not None:
-        target = group.indices[place.index : place.index + len(update.indices)]
+        target = group.indices[place.index_at : place.index_at + len(update.indices)]
         np.add(update.indices, place.shift, out=target, casting="unsafe")
 
 

@@ -259,7 +259,7 @@ def _safetensors_head(tensors: Mapping[str, Local]) -> bytes:
 
 def _write_at(job: tuple[int, int, Bits, Callable[[], None]]) -> None:
     handle, at, bits, free = job
-    view = memoryview(bits).cast("B")
+    view = bits.data.cast("B")
     try:
         while view:
             done = os.pwrite(handle, view, at)

@@ -7,7 +7,6 @@ that looks only at what STABLE lists never sees half a version, whatever is kill
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,16 +17,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import xxhash
 
 from astracli.errors import RunFailed
-from astracli.weights import payload
+from astracli.weights import payload, retention
 from astracli.weights.manifest import (
     MANIFEST,
     STABLE,
     Manifest,
-    read_stable,
     seal,
     unseal,
     version_name,
-    versions_in,
     write_atomic,
 )
 from astracli.weights.snapshot import Snapshot, Source, lanes_of, local, take
@@ -176,7 +173,7 @@ class Publisher:
             for path in self.directory.glob("v[0-9]*"):
                 number = int(path.name[1:])
                 if number > version:
-                    self._remove(number)
+                    retention.remove(self.directory, number)
             (self.directory / version_name(version) / STABLE).unlink(missing_ok=True)
         taken = take(tensors, owned=owned, first=self._base_version is None, run=self._run)
         return replace(self._publish(version, taken.tensors, taken.lanes), snapshot_s=taken.seconds)
@@ -232,7 +229,7 @@ class Publisher:
         manifests = self._finish(directory, version, parts)
         self._base, self._base_version = tensors, version
         if self.rank == 0:
-            self._prune(version)
+            retention.prune(self.directory, version, self.keep, self.pinned)
         by_kind = {m.kind: m for m in manifests}
         first = manifests[0]
         return PublishResult(
@@ -318,28 +315,6 @@ class Publisher:
                 if (doc["session"], doc["version"]) == (self.session, version):
                     return doc
         raise RunFailed(f"rank {self.rank} waited {self.rank_timeout_s:g} s for `{path}`", "look at that rank's log")
-
-    # ---- retention ----
-
-    def _prune(self, newest: int) -> None:
-        """Keep the newest `keep`, and what a receiver with nothing needs to reach the newest or a pinned version."""
-        present = versions_in(self.directory)
-        kept = set(present[-self.keep :])
-        for target in [newest, *(v for v in present if self.pinned(v))]:
-            while target in present:
-                kept.add(target)
-                kinds = read_stable(self.directory, target)["manifests"]
-                if "full" in kinds:
-                    break
-                target = kinds["delta"]["base_version"]
-        for version in present:
-            if version not in kept:
-                self._remove(version)
-
-    def _remove(self, version: int) -> None:
-        directory = self.directory / version_name(version)
-        (directory / STABLE).unlink(missing_ok=True)
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _described(tensors: Mapping[str, payload.Local], lanes: Mapping[str, str]) -> dict[str, payload.PartTensor]:

@@ -144,17 +144,17 @@ class Resident:
             if low >= high:
                 continue
             view = bits_torch(place.view)
-            if span.index < 0:
-                where = slice(span.value + low - span.start, span.value + high - span.start)
+            if span.index_at < 0:
+                where = slice(span.value_at + low - span.start, span.value_at + high - span.start)
                 yield Run(view[low - place.offset : high - place.offset], where, None, span.kind)
                 continue
-            first, last = 0, span.count
+            first, last = 0, span.size
             if high - low < span.length:
-                own = indices[span.index : span.index + span.count]
+                own = indices[span.index_at : span.index_at + span.size]
                 first, last = (int(k) for k in np.searchsorted(own, (low - span.start, high - span.start)))
             if first < last:
-                where = slice(span.value + first, span.value + last)
-                chosen = slice(span.index + first, span.index + last)
+                where = slice(span.value_at + first, span.value_at + last)
+                chosen = slice(span.index_at + first, span.index_at + last)
                 yield Run(view, where, chosen, span.kind, span.start - place.offset)
 
     # ---- in the pause ----

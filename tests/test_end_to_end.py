@@ -134,6 +134,7 @@ def test_a_checkpoint_is_exported_text_only(finished: Path) -> None:
     words = ("runs", "export", str(finished), "--step", "2", "--text-only", "--out", str(out))
     done = astra(*words, cwd=finished.parent)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines() == [f"step 2 of `{finished}`"], "and no progress bar of a library"
     config = json.loads((out / "config.json").read_text())
     assert config["full_attention_interval"] == 4
     assert "model.layers.0.mlp.up_proj.weight" in AutoModelForCausalLM.from_pretrained(out).state_dict()

@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -92,6 +93,24 @@ def test_a_group_that_is_none_is_400_and_a_step_out_of_order_409(server: Server,
     assert (reply.status_code, "not a packed group" in reply.json()["error"]) == (400, True)
     with pytest.raises(RunFailed, match=r"refused POST /batch \(409\): batch 3 was asked for; the next one is 0"):
         hub.batch(3, wait_s=0)
+
+
+def test_a_full_disk_is_one_line_and_any_other_failure_is_raised(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(words: str) -> Any:
+        def renew(*_: Any) -> None:
+            raise sqlite3.OperationalError(words)
+
+        return renew
+
+    body, headers = {"lease_ids": [1], "worker": "w"}, {"Authorization": f"Bearer {TOKEN}"}
+    monkeypatch.setattr(server.store, "renew", failing("database or disk is full"))
+    said = httpx.post(server.url + "/lease/renew", json=body, headers=headers)
+    assert said.status_code == 500 and "disk is full" in said.json()["error"] and "free space" in said.json()["hint"]
+    monkeypatch.setattr(server.store, "renew", failing("no such table: groups"))
+    said = httpx.post(server.url + "/lease/renew", json=body, headers=headers)
+    assert said.status_code == 500 and said.text == "Internal Server Error", "its traceback is in the log"
 
 
 def test_the_flow_of_one_step(server: Server, hub: HubClient) -> None:

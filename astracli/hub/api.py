@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import sqlite3
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -23,7 +24,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from astracli.errors import AstraError
+from astracli.errors import AstraError, disk_full
 from astracli.hub.parse import BadBody, field, lease_ids, read_json, wait_s
 from astracli.hub.server import ServerThread, serve
 from astracli.hub.store import HubStore
@@ -64,6 +65,14 @@ async def _on_bad_body(request: Request, error: Exception) -> Response:
 async def _on_refusal(request: Request, error: Exception) -> Response:
     assert isinstance(error, AstraError)
     return _error(409, error.message, error.hint)
+
+
+async def _on_failed_write(request: Request, error: Exception) -> Response:
+    """A full disk in one line, instead of the traceback that anything else gets."""
+    full = disk_full(error)
+    if full is None:
+        raise error
+    return _error(500, full.message, full.hint)
 
 
 class MetricsFile:
@@ -295,5 +304,7 @@ def build_app(
     routes.append(Route("/state", hub.state, methods=["GET"]))
     if weights_app is not None:
         routes.append(Mount("/weights", weights_app))
-    app = Starlette(routes=routes, exception_handlers={BadBody: _on_bad_body, AstraError: _on_refusal})
+    known: dict[Any, Any] = {BadBody: _on_bad_body, AstraError: _on_refusal}
+    known |= dict.fromkeys((OSError, sqlite3.OperationalError), _on_failed_write)
+    app = Starlette(routes=routes, exception_handlers=known)
     return TokenGuard(app, token)

@@ -24,11 +24,14 @@ def export_checkpoint(
         there = ", ".join(str(c.step) for c in checkpoint.find(checkpoints)) or "none"
         wanted = "whole checkpoint" if step is None else f"whole checkpoint of step {step}"
         raise UserError(f"no {wanted} in `{checkpoints}`", f"steps that can be exported: {there}")
+    from transformers.utils import logging
+
     from astracli import registry
     from astracli.training.export import export  # torch, which a refusal need not wait for
     from astracli.training.fsdp import join
     from astracli.training.setup import build_trainer
 
+    logging.disable_progress_bar()
     adapter = registry.resolve(recipe, model_dir)
     plain = recipe.model_copy(update={"algorithm": recipe.algorithm.model_copy(update={"kl_coef": 0.0})})
     ranks = join("cpu", {})

@@ -47,7 +47,7 @@ from meter import Meter
 
 from astracli import registry
 from astracli.adapter import read_config
-from astracli.engines.client import UNPROVEN, EngineClient, GenRequest
+from astracli.engines.client import UNPROVEN, EngineClient, GenRequest, flushes
 from astracli.hub.api import serve
 from astracli.launch import fetch, ports
 from astracli.training.optimizer import DTYPES
@@ -233,7 +233,7 @@ class Run:
         times.append(time.monotonic())
         await self.client.pause(mode)
         times.append(time.monotonic())
-        answer = await self.client.apply_staged(version, flush=mode != "in_place")
+        answer = await self.client.apply_staged(version, flush=flushes(mode))
         times.append(time.monotonic())
         await self.client.resume()
         times.append(time.monotonic())

@@ -29,6 +29,7 @@ def test_one_start_gives_every_mode_and_leaves_what_it_knows_on_disk(tmp_path: P
         "1",
         "--modes",
         "in_place",
+        "retract",
         "abort",
         "--warm-s",
         "0.3",
@@ -38,13 +39,13 @@ def test_one_start_gives_every_mode_and_leaves_what_it_knows_on_disk(tmp_path: P
     out = tmp_path / "out.json"
     doc = run("gpu_sglang_delta.py", "--device", "cpu", *options, "--limit-s", "100", "--out", str(out))
     assert json.loads(out.read_text()) == doc
-    assert [row["version"] for row in doc["rows"]] == [0, 1, 2, 3] and doc["rows"][0]["kind"] == "full"
+    assert [row["version"] for row in doc["rows"]] == [0, 1, 2, 3, 4] and doc["rows"][0]["kind"] == "full"
     assert doc["rows"][0]["version_0_s"] > 0 and doc["setup"]["sglang_ready_s"] > 0
-    for mode in ("in_place", "abort"):
+    for mode in ("in_place", "retract", "abort"):
         found = doc["summary"][mode]
         assert all(found[key]["n"] == 1 for key in ("pause_ms", "digest", "decode_s", "publish_s")), found
         assert found["tokens_per_s"]["p50"] > 0 and "staging_tokens_per_s" in found
-    assert [row["version"] for row in doc["rows"] if "readback_s" in row] == [0]
+    assert [row["version"] for row in doc["rows"] if "readback_s" in row] == [0, 4]
 
 
 def test_what_publishing_costs_is_measured_in_turns() -> None:

@@ -74,6 +74,13 @@ class Update:
     """Where the time went, when the engine says: decode_s, apply_s, verify_s, write_s."""
 
 
+def flushes(pause_mode: str) -> bool:
+    """Whether an update of this mode may ask for an empty cache. SGLang can only empty it with no request anywhere, and
+    ends when it is asked and cannot; requests that were retracted wait, and those paused in place hold theirs. In these
+    modes no cache outlives an update either: the engine then runs without a prefix cache."""
+    return pause_mode == "abort"
+
+
 class EngineClient:
     """Talks to one engine. Every error it cannot mend is a RunFailed that names the engine and its URL."""
 

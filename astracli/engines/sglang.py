@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import astracli
 from astracli.engines import checkpoint, last_words
-from astracli.engines.client import STAGED_LOADER, UNPROVEN
+from astracli.engines.client import STAGED_LOADER, UNPROVEN, flushes
 from astracli.errors import RunFailed
 from astracli.launch.supervise import answers
 from astracli.run_dir import RunDir, write_atomic
@@ -187,6 +187,8 @@ def command(config: WorkerConfig, model: Path, options: Options, flags: Mapping[
         "cuda_graph_bs_decode" if options.has("cuda_graph_bs_decode") else "cuda_graph_bs": graph_sizes(slots),
         **flags,
     }
+    if not flushes(config.recipe.weights.pause_mode):
+        settings["disable_radix_cache"] = True  # it would hold states of weights that are gone
     if backends.get("serving_attention", "auto") != "auto":
         settings["attention_backend"] = backends["serving_attention"]
     if backends.get("linear_attention", "none") != "none":

@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Protocol
 
-from astracli.engines.client import UNPROVEN, EngineClient, GenRequest, GenResult
+from astracli.engines.client import UNPROVEN, EngineClient, GenRequest, GenResult, flushes
 from astracli.errors import RunFailed
 from astracli.hub.client import AsyncHubClient
 
@@ -343,7 +343,7 @@ class Lane:
             await self._drain()
         begun = time.monotonic()
         await self._call(self._engine.pause(self._mode))
-        update = await self._call(self._engine.apply_staged(target, flush=self._mode != "in_place"))
+        update = await self._call(self._engine.apply_staged(target, flush=flushes(self._mode)))
         try:
             if not update.success:
                 raise RunFailed(f"version {target} was not applied: {update.message}")

@@ -1,10 +1,12 @@
 """Stands in for SGLang where a script streams and pauses: a transformers model that is loaded by name, and made-up
-tokens at a fixed rate, five milliseconds each, none while generation is paused."""
+tokens at a fixed rate, five milliseconds each, none while generation is paused. Like SGLang it ends when it is told to
+empty its cache while requests are there."""
 
 import argparse
 import asyncio
 import importlib
 import json
+import os
 
 import torch
 import uvicorn
@@ -32,7 +34,7 @@ def main():
     for name in ("model-path", "host", "port", "api-key", "custom-weight-loader"):
         parser.add_argument(f"--{name}", required=True)
     options, _ = parser.parse_known_args()
-    model, state = Model(options.model_path), {"aborts": 0}
+    model, state = Model(options.model_path), {"aborts": 0, "open": 0}
     going = asyncio.Event()
     going.set()
 
@@ -40,12 +42,14 @@ def main():
         body, aborts = await request.json(), state["aborts"]
 
         async def tokens():
+            state["open"] += 1
             for count in range(1, body["sampling_params"]["max_new_tokens"] + 1):
                 await asyncio.sleep(0.005)
                 await going.wait()
                 yield f"data: {json.dumps({'meta_info': {'completion_tokens': count}})}\n\n"
                 if state["aborts"] != aborts:
                     break
+            state["open"] -= 1
             yield "data: [DONE]\n\n"
 
         return StreamingResponse(tokens(), media_type="text/event-stream")
@@ -54,6 +58,8 @@ def main():
         body = await request.json()
         module, _, name = options.custom_weight_loader.rpartition(".")
         assert body["load_format"] == options.custom_weight_loader and not going.is_set()
+        if body["flush_cache"] and state["open"]:
+            os._exit(1)
         with torch.inference_mode():
             getattr(importlib.import_module(module), name)(model, [])
         return JSONResponse({"success": True, "message": "Success"})

@@ -52,7 +52,7 @@ class Variant:
     checkpointing: str
     packing: str = "packed"
     boundaries: bool = True
-    """False: a packed row as one long segment, which trains on leaked state."""
+    """False: recurrent layers run through a packed row's boundaries, which trains on leaked state."""
     fused: bool = True
     """False: without the adapter's `prepare_gpu`."""
     split: Split = RESIDENT
@@ -82,6 +82,7 @@ def recipe(variant: Variant, tokens: int, group_size: int) -> Recipe:
                 "learning_rate": 1e-6,
                 "activation_checkpointing": variant.checkpointing,
                 "packing": variant.packing,
+                "row_boundaries": "reset" if variant.boundaries else "ignored",
                 "parity_tolerance": 1e9,  # no engine drew these samples
             },
             "algorithm": {"name": "m2po"},
@@ -138,22 +139,7 @@ def build(
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(dict(config)))
         trainer = setup.build_trainer(Path(folder), drawn, chosen, ranks, attention="sdpa", split=variant.split)
-    if not variant.boundaries:
-        forget_boundaries(trainer)
     return trainer
-
-
-def forget_boundaries(trainer: Trainer) -> None:
-    divide = trainer._divide
-
-    def forgetful(*arguments: Any) -> Any:
-        batch = divide(*arguments)
-        for micro in (m for minibatch in batch.minibatches for m in minibatch):
-            micro.bounds_S1 = np.array([0, micro.tokens_BL.size])
-        return batch
-
-    trainer._divide = forgetful  # type: ignore[method-assign]
-    trainer._rows_checked = True  # it would stop here, and rightly
 
 
 def settle(device: torch.device) -> None:

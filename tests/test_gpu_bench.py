@@ -42,7 +42,7 @@ def test_every_variant_gets_a_row(
     assert list(rows) == names
     assert rows["packed-none"]["tokens_per_s"] > 0 and rows["packed-none"]["gradient_error"] < 1e-4
     assert rows["padded-selective"]["raised"] == "MemoryError: no room"
-    assert rows["leaking"]["gradient_error"] is None  # it would not have started
+    assert rows["leaking"]["gradient_error"] > 0.01  # measured, and let pass: the recipe asks for the leak
 
 
 def test_peaks_go_by_the_most_exact_name(bench: ModuleType) -> None:

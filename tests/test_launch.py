@@ -128,7 +128,13 @@ def test_a_used_run_directory_is_refused(tmp_path: Path) -> None:
 
 def test_dry_run_of_every_shipped_recipe() -> None:
     for info in recipe_io.shipped():
-        document = run.dry_run(recipe_io.load(info.name), "train")
+        recipe = recipe_io.load(info.name)
+        if recipe.model.path.startswith("./"):  # its model is made first
+            with pytest.raises(UserError, match="nothing at that path") as refused:
+                run.dry_run(recipe, "train")
+            assert refused.value.hint and "how its model is made" in refused.value.hint
+            continue
+        document = run.dry_run(recipe, "train")
         assert document["recipe"] == info.name and document["processes"]
         assert json.loads(json.dumps(document, default=str))["processes"][0]["name"] == "engine0"
 

@@ -60,7 +60,8 @@ def checked(**tables: dict[str, Any]) -> Recipe:
         ),
         (
             {"data": {"levels": ["add2", "mul2"]}},
-            'recipe `r`: `data.levels[1]` = "mul2" is not allowed: it takes `add2` or `sub2` or `add3` or `sub3`',
+            'recipe `r`: `data.levels[1]` = "mul2" is not allowed: it takes `add2` or `sub2` or `add3` or `sub3` '
+            "or `steps2` or `steps3` or `steps4`",
         ),
     ],
 )

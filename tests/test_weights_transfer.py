@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import socket
@@ -21,7 +22,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount
 
 from astracli.errors import RunFailed
-from astracli.weights import WeightCorrupt, staged
+from astracli.weights import WeightCorrupt, host, payload, staged
 from astracli.weights.digest import digest_tensor, to_hex
 from astracli.weights.manifest import Manifest, read_stable, version_name, versions_in
 from astracli.weights.publisher import Publisher, PublishResult
@@ -360,6 +361,30 @@ def test_ranks_write_pieces_and_the_manifest_is_that_of_the_whole(tmp_path: Path
     staged.apply(tmp_path / "stage", empty, None)
     assert same(empty, versions[3])
     receiver.close()
+
+
+def test_a_full_disk_ends_a_version_only_when_no_thread_writes_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+
+    def chunks(flat: torch.Tensor) -> Iterator[tuple[Any, Any]]:
+        for bits, _ in host.chunks_of(flat):
+            held.append(1)
+            yield bits, held.pop
+
+    def full(handle: int, view: memoryview, at: int) -> int:
+        time.sleep(0.02 if at else 0.0)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(payload, "chunks_of", chunks)
+    monkeypatch.setattr(payload.os, "pwrite", full)
+    publisher = Publisher(tmp_path, threads=2)
+    with pytest.raises(OSError, match="No space left"):
+        publisher.publish(0, first_weights())
+    assert held == []  # on a GPU: a buffer that the next version would wait for, for ever
+    assert [p.name for p in (tmp_path / "v000000").iterdir()] == []
+    publisher.close()
 
 
 def test_ranks_that_do_not_cover_a_tensor_or_never_come_are_named(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from starlette.routing import Mount
 from astracli.errors import RunFailed
 from astracli.weights import WeightCorrupt, host, payload, staged
 from astracli.weights.digest import digest_tensor, to_hex
-from astracli.weights.manifest import Manifest, read_stable, version_name, versions_in
+from astracli.weights.manifest import Manifest, read_stable, seal, version_name, versions_in, write_atomic
 from astracli.weights.publisher import Publisher, PublishResult
 from astracli.weights.server import weights_app
 from astracli.weights.snapshot import Shard
@@ -399,6 +399,18 @@ def test_ranks_that_do_not_cover_a_tensor_or_never_come_are_named(tmp_path: Path
         alone.publish(0, {"w": tensor})
     alone.close()
     assert versions_in(tmp_path / "b") == []
+
+
+def test_a_left_over_that_vanishes_while_a_rank_looks_at_it_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher = Publisher(tmp_path, rank=1, world_size=2, session="s", rank_timeout_s=5)
+    path = tmp_path / "STABLE"
+    doc = {"session": "s", "version": 3}
+    threading.Timer(0.1, lambda: write_atomic(path, seal(doc))).start()
+    monkeypatch.setattr(Path, "exists", lambda self: True)  # as it was a moment ago
+    assert publisher._await(path, 3) == doc
+    publisher.close()
 
 
 # ---- serving --------------------------------------------------------------------------------------------------------

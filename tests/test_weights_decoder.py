@@ -161,6 +161,15 @@ def test_the_child_ends_with_its_engine(tmp_path: Path) -> None:
     assert not alive()
 
 
+def test_an_engine_that_dies_while_its_child_decodes_gets_no_other_last_words(tmp_path: Path) -> None:
+    where = stage(tmp_path, chain(2), [delta(1)])
+    ours, theirs = socket.socketpair()
+    decoder._send(ours, {"stage": str(where)})
+    ours.close()
+    with theirs:
+        decoder.serve(theirs)
+
+
 def test_pieces_become_few_spans_that_no_index_leaves() -> None:
     reach = flat._REACH
     pieces = [

@@ -176,7 +176,10 @@ def serve(channel: socket.socket) -> None:
                     doc = {"error": str(error)}
                 except OSError as error:  # no memory, no descriptors: not the payload's fault
                     doc = {"unable": str(error)}
-                _send(channel, doc, handle)
+                try:
+                    _send(channel, doc, handle)
+                except ConnectionError:  # gone meanwhile; a traceback would stand as its last words
+                    return
 
 
 # ---- both ------------------------------------------------------------------------------------------------------------

@@ -76,10 +76,17 @@ def spin(stop: threading.Event) -> tuple[int, float]:
 
 def stage(read: Any, folder: Path, hands: Resident, stop: threading.Event, out: list[float]) -> None:
     begin = time.perf_counter()
-    prepared: Prepared = read(folder)
-    staged.load(prepared, hands)
-    out.append(time.perf_counter() - begin)
-    stop.set()
+    try:
+        prepared: Prepared = read(folder)
+        staged.load(prepared, hands)
+        out.append(time.perf_counter() - begin)
+    finally:
+        stop.set()  # after an error too: the main thread spins until then
+
+
+def require(times: list[float], rounds: int) -> None:
+    if len(times) < rounds:
+        sys.exit(f"{rounds - len(times)} of {rounds} rounds failed, see above")
 
 
 def measure(shape: str, rounds: int, folder: Path) -> list[dict[str, Any]]:
@@ -109,6 +116,7 @@ def measure(shape: str, rounds: int, folder: Path) -> list[dict[str, Any]]:
             longest = max(longest, worst)
             thread.join()
         sys.setswitchinterval(5e-3)
+        require(beside, rounds)
         rows.append({
             "way": way, "shape": shape, "alone_ms": 1000 * statistics.median(alone),
             "stage_ms": 1000 * statistics.median(beside), "worst_stage_ms": 1000 * max(beside),
@@ -138,9 +146,11 @@ def read_back(shape: str, rounds: int, folder: Path, interval: float, free: floa
 
     def run(stop: threading.Event, out: list[float]) -> None:
         begin = time.perf_counter()
-        read_back_digests(model, entries)
-        out.append(time.perf_counter() - begin)
-        stop.set()
+        try:
+            read_back_digests(model, entries)
+            out.append(time.perf_counter() - begin)
+        finally:
+            stop.set()
 
     alone: list[float] = []
     beside: list[float] = []
@@ -158,6 +168,7 @@ def read_back(shape: str, rounds: int, folder: Path, interval: float, free: floa
         longest = max(longest, worst)
         thread.join()
     sys.setswitchinterval(5e-3)
+    require(beside, rounds)
     return {
         "way": f"read-back, {1000 * interval:g} ms", "shape": shape, "alone_ms": 1000 * statistics.median(alone),
         "stage_ms": 1000 * statistics.median(beside), "worst_stage_ms": 1000 * max(beside),

@@ -1,4 +1,4 @@
-"""Warm up a Qwen3.5 of 20.7 million parameters on worked arithmetic of several steps, for `qwen3.5-small-m2po-delta`.
+"""Warm up a Qwen3.5 of 20.8 million parameters on worked arithmetic of several steps, for `qwen3.5-small-m2po-delta`.
 
     python scripts/make_small.py DIR [--seconds 75] [--stop-at 0.45] [--tokens 32768] [--shape small|proxy|tiny]
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 HERE = Path(__file__).parent
 
@@ -53,3 +57,16 @@ def test_what_publishing_costs_is_measured_in_turns() -> None:
     doc = run("gpu_publish_cost.py", *options)
     assert doc["pairs"] == 2 and doc["ratio"] == doc["on_s"] / doc["off_s"] and doc["published_from"] == "cpu"
     assert all(row["bytes"] > 0 and row["publish_s"] > 0 for row in doc["rows"])
+
+
+def test_a_failed_round_ends_the_bench_and_is_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(HERE.parent / "bench"))
+    bench = importlib.import_module("decode_beside")
+    monkeypatch.setattr(threading, "excepthook", lambda told: None)
+    stop = threading.Event()
+    thread = threading.Thread(target=bench.stage, args=(bench.prepare, tmp_path, None, stop, []))
+    thread.start()
+    thread.join()
+    assert stop.is_set()  # the main thread spins until then
+    with pytest.raises(SystemExit, match="1 of 2 rounds failed"):
+        bench.require([0.5], 2)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +17,7 @@ import pytest
 import torch
 from test_weights_loader import Weights, chain, copies, delta, restage, same, stage
 
-from astracli.weights import WeightCorrupt, WeightMismatch, flat, staged
+from astracli.weights import WeightCorrupt, WeightMismatch, decoder, flat, reading, staged
 from astracli.weights.codec import Update
 from astracli.weights.decoder import DecoderProcess
 from astracli.weights.resident import Resident
@@ -84,6 +88,37 @@ def test_damage_is_named_and_a_wrong_base_is_still_refused(tmp_path: Path, child
     assert same(engine, versions[0])
 
 
+def test_a_payload_that_cannot_be_decoded_leaves_no_memory_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(coded: reading.Coded) -> Update:
+        raise WeightCorrupt(f"`{coded.tensor.name}` is no zstd")
+
+    def decoded() -> list[str]:
+        links = []
+        for path in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError):
+                links.append(os.readlink(path))
+        return [link for link in links if "astra-decoded" in link]
+
+    where = stage(tmp_path, chain(2), [delta(1)])
+    monkeypatch.setattr(reading, "decode", refuse)
+    ours, theirs = socket.socketpair()
+    gc.disable()  # a cycle would keep as much memory as a version takes
+    try:
+        thread = threading.Thread(target=decoder.serve, args=(theirs,))
+        thread.start()
+        for _ in range(3):
+            decoder._send(ours, {"stage": str(where)})
+            assert "is no zstd" in decoder._receive(ours)[0]["error"]
+        ours.close()
+        thread.join()
+        assert decoded() == []
+    finally:
+        gc.enable()
+        theirs.close()
+
+
 def test_a_child_that_died_is_replaced(tmp_path: Path) -> None:
     where = stage(tmp_path, chain(2), [delta(1)])
     with contextlib.closing(DecoderProcess()) as decoder:
@@ -124,6 +159,15 @@ def test_the_child_ends_with_its_engine(tmp_path: Path) -> None:
     while alive() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not alive()
+
+
+def test_an_engine_that_dies_while_its_child_decodes_gets_no_other_last_words(tmp_path: Path) -> None:
+    where = stage(tmp_path, chain(2), [delta(1)])
+    ours, theirs = socket.socketpair()
+    decoder._send(ours, {"stage": str(where)})
+    ours.close()
+    with theirs:
+        decoder.serve(theirs)
 
 
 def test_pieces_become_few_spans_that_no_index_leaves() -> None:

@@ -453,6 +453,31 @@ def test_a_version_is_decoded_and_loaded_before_the_call_and_only_scattered_in_i
     assert not result["proof"] and result["loader_s"] >= result["apply_s"] + result["verify_s"]
 
 
+def test_the_thread_that_decodes_ahead_outlives_an_error_of_any_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = stage(tmp_path, chain(3), [delta(1)])
+    errors: list[Exception] = [MemoryError("no room for an array")]
+
+    def prepare(directory: Path) -> staged.Prepared:
+        if errors:
+            raise errors.pop()
+        return staged.prepare(directory)
+
+    def awaited() -> bool:
+        plan, deadline = (where / "next.json").read_bytes(), time.monotonic() + 5
+        while watcher.decoded(where, plan) in (None, 0.0) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return watcher.decoded(where, plan) not in (None, 0.0)
+
+    thread = watcher.StageWatcher(where, prepare=prepare)
+    assert awaited() and thread.take() is None
+    assert "no room for an array" in capsys.readouterr().err
+    restage(tmp_path, [delta(2)])
+    assert awaited() and thread.take() is not None
+    thread.close()
+
+
 def test_a_plan_that_changes_nothing_wakes_the_thread_that_decodes_ahead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

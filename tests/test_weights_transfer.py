@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import socket
@@ -21,9 +22,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount
 
 from astracli.errors import RunFailed
-from astracli.weights import WeightCorrupt, staged
+from astracli.weights import WeightCorrupt, host, payload, staged
 from astracli.weights.digest import digest_tensor, to_hex
-from astracli.weights.manifest import Manifest, read_stable, version_name, versions_in
+from astracli.weights.manifest import Manifest, read_stable, seal, version_name, versions_in, write_atomic
 from astracli.weights.publisher import Publisher, PublishResult
 from astracli.weights.server import weights_app
 from astracli.weights.snapshot import Shard
@@ -362,6 +363,30 @@ def test_ranks_write_pieces_and_the_manifest_is_that_of_the_whole(tmp_path: Path
     receiver.close()
 
 
+def test_a_full_disk_ends_a_version_only_when_no_thread_writes_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+
+    def chunks(flat: torch.Tensor) -> Iterator[tuple[Any, Any]]:
+        for bits, _ in host.chunks_of(flat):
+            held.append(1)
+            yield bits, held.pop
+
+    def full(handle: int, view: memoryview, at: int) -> int:
+        time.sleep(0.02 if at else 0.0)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(payload, "chunks_of", chunks)
+    monkeypatch.setattr(payload.os, "pwrite", full)
+    publisher = Publisher(tmp_path, threads=2)
+    with pytest.raises(OSError, match="No space left"):
+        publisher.publish(0, first_weights())
+    assert held == []  # on a GPU: a buffer that the next version would wait for, for ever
+    assert [p.name for p in (tmp_path / "v000000").iterdir()] == []
+    publisher.close()
+
+
 def test_ranks_that_do_not_cover_a_tensor_or_never_come_are_named(tmp_path: Path) -> None:
     tensor = torch.zeros(4, 2).bfloat16()
     publisher = Publisher(tmp_path / "a")
@@ -374,6 +399,18 @@ def test_ranks_that_do_not_cover_a_tensor_or_never_come_are_named(tmp_path: Path
         alone.publish(0, {"w": tensor})
     alone.close()
     assert versions_in(tmp_path / "b") == []
+
+
+def test_a_left_over_that_vanishes_while_a_rank_looks_at_it_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher = Publisher(tmp_path, rank=1, world_size=2, session="s", rank_timeout_s=5)
+    path = tmp_path / "STABLE"
+    doc = {"session": "s", "version": 3}
+    threading.Timer(0.1, lambda: write_atomic(path, seal(doc))).start()
+    monkeypatch.setattr(Path, "exists", lambda self: True)  # as it was a moment ago
+    assert publisher._await(path, 3) == doc
+    publisher.close()
 
 
 # ---- serving --------------------------------------------------------------------------------------------------------

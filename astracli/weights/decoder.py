@@ -10,6 +10,7 @@ Both sides of one socket pair. To the child: a stage directory. From it: a docum
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +113,8 @@ def _rebuilt(doc: dict[str, Any], handle: int) -> reading.Prepared:
 # ---- the child -------------------------------------------------------------------------------------------------------
 
 
-def _decode(stage_dir: Path, pool: ThreadPoolExecutor) -> tuple[dict[str, Any], int]:
-    """(what the engine must know, descriptor of the memory that holds all arrays)"""
+def _decode(stage_dir: Path, pool: ThreadPoolExecutor, own: contextlib.ExitStack) -> tuple[dict[str, Any], int]:
+    """(what the engine must know, descriptor of the memory that holds all arrays: closed with `own`)"""
     prepared, steps = reading.open_plan(stage_dir)
     layouts, size = [], 0
     for step in steps:
@@ -124,6 +126,7 @@ def _decode(stage_dir: Path, pool: ThreadPoolExecutor) -> tuple[dict[str, Any], 
             starts[width], size = size, size + -(-group.nbytes // 8) * 8
         layouts.append((coded, groups, places, starts))
     handle = os.memfd_create("astra-decoded", os.MFD_CLOEXEC)
+    own.callback(os.close, handle)
     os.ftruncate(handle, size)
     memory = np.frombuffer(mmap.mmap(handle, size), np.uint8) if size else np.zeros(0, np.uint8)
     documents = []
@@ -131,8 +134,8 @@ def _decode(stage_dir: Path, pool: ThreadPoolExecutor) -> tuple[dict[str, Any], 
         used = [group for group in groups.values() if group.spans]
         for width, group in groups.items():
             group.lay(memory[starts[width] : starts[width] + group.nbytes])
-        for done in [pool.submit(_one, c, groups, p) for c, p in zip(coded, places, strict=True)]:
-            done.result()
+        for _ in pool.map(_one, coded, repeat(groups), places):  # an error cancels the rest, and keeps no memory alive
+            pass
         documents.append({
             "model": manifest.model, "version": manifest.version, "base_version": manifest.base_version,
             "kind": manifest.kind, "frozen_digests": manifest.frozen_digests,
@@ -164,18 +167,19 @@ def serve(channel: socket.socket) -> None:
                 request, _ = _receive(channel)
             except OSError:
                 return
-            try:
-                doc, handle = _decode(Path(request["stage"]), pool)
-            except (WeightCorrupt, ValueError) as error:
-                _send(channel, {"error": str(error)})
-                continue
-            except OSError as error:  # no memory, no descriptors: not the payload's fault
-                _send(channel, {"unable": str(error)})
-                continue
-            try:
-                _send(channel, doc, handle)
-            finally:
-                os.close(handle)
+            with contextlib.ExitStack() as own:
+                doc: dict[str, Any]
+                handle: int | None = None
+                try:
+                    doc, handle = _decode(Path(request["stage"]), pool, own)
+                except (WeightCorrupt, ValueError) as error:
+                    doc = {"error": str(error)}
+                except OSError as error:  # no memory, no descriptors: not the payload's fault
+                    doc = {"unable": str(error)}
+                try:
+                    _send(channel, doc, handle)
+                except ConnectionError:  # gone meanwhile; a traceback would stand as its last words
+                    return
 
 
 # ---- both ------------------------------------------------------------------------------------------------------------

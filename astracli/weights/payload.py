@@ -231,8 +231,9 @@ def write_full(
                 part.tensors[name] = entry
 
         try:
-            for _ in run(_write_at, chunks()):
-                pass
+            failed = [error for error in run(_write_at, chunks()) if error is not None]
+            if failed:  # not before the other threads have ended: they write to this file
+                raise failed[0]
         except BaseException:
             temporary.unlink()
             raise
@@ -257,15 +258,19 @@ def _safetensors_head(tensors: Mapping[str, Local]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _write_at(job: tuple[int, int, Bits, Callable[[], None]]) -> None:
+def _write_at(job: tuple[int, int, Bits, Callable[[], None]]) -> OSError | None:
+    """The error is given back: raised, it would cancel jobs that hold a buffer."""
     handle, at, bits, free = job
     view = bits.data.cast("B")
     try:
         while view:
             done = os.pwrite(handle, view, at)
             view, at = view[done:], at + done
+    except OSError as error:
+        return error
     finally:
         free()
+    return None
 
 
 def hash_file(path: Path) -> str:

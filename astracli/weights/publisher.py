@@ -310,7 +310,7 @@ class Publisher:
     def _await(self, path: Path, version: int) -> dict[str, Any]:
         """Another rank's sealed file, of this session and version; a left-over of an earlier attempt is not it."""
         for _ in payload.waiting(time.monotonic() + self.rank_timeout_s):
-            if path.exists():
+            with contextlib.suppress(FileNotFoundError):  # rank 0 also removes an earlier attempt's STABLE
                 doc = unseal(path.read_bytes(), str(path))
                 if (doc["session"], doc["version"]) == (self.session, version):
                     return doc

@@ -76,7 +76,7 @@ class StageWatcher:
             if self._seen == (status.st_ino, status.st_mtime_ns):
                 continue
             self._seen = (status.st_ino, status.st_mtime_ns)
-            begin = time.perf_counter()
+            begin, plan = time.perf_counter(), b""
             with self._lock:
                 self._prepared = None  # room for the next
                 try:
@@ -84,8 +84,10 @@ class StageWatcher:
                     prepared = self._prepare(self.stage_dir)
                     self._then(prepared)
                     self._prepared = prepared
-                except (AstraError, OSError, ValueError, RuntimeError):
+                except (AstraError, OSError):
                     pass  # applying it meets the same error and reports it
+                except Exception as error:  # the same; a thread that ended would make every later version wait for it
+                    print(f"warning: decoding ahead: {error!r}", file=sys.stderr, flush=True)
             self._say(plan_hash(plan), self._prepared is not None, time.perf_counter() - begin)
 
     def _say(self, plan: str, ok: bool, seconds: float) -> None:

@@ -29,15 +29,6 @@ def delta_net_modules(model: Any) -> list[Any]:
     return [m for m in model.modules() if hasattr(m, "A_log") and hasattr(m, "in_proj_qkv")]
 
 
-def _apart(kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A kernel whose host code remembers what it computed for the last boundaries. Selective recomputation compares the
-    operators of both passes one by one and must not see that the second pass has fewer, or more."""
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    with _disable_current_modes():
-        return kernel(*args, **kwargs)
-
-
 def torch_rule() -> Callable[..., Any]:
     """transformers' chunk rule in torch; newer releases wrap it so that it calls fla where fla is installed."""
     from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
@@ -114,7 +105,7 @@ def delta_net(
     by_torch = kernels is None or fused.delta_rule_by_torch
     bounds = _segments(cu_seqlens, tokens) if by_torch else []
     if kernels is not None:
-        mixed = _apart(kernels.conv, mixed, taps, module.conv1d.bias, activation="silu", cu_seqlens=cu_seqlens)[0]
+        mixed = kernels.conv(mixed, taps, module.conv1d.bias, activation="silu", cu_seqlens=cu_seqlens)[0]
     else:
         mixed = torch.cat([_torch_conv(mixed[:, a:b], taps, module.conv1d.bias) for a, b in bounds], dim=1)
     query, key, value = mixed.split([module.key_dim, module.key_dim, module.value_dim], dim=-1)
@@ -132,7 +123,7 @@ def delta_net(
         out = torch.cat([rule(q, k, v, g=g_, beta=beta_)[0] for q, k, v, g_, beta_ in parts], dim=1)
     else:
         options = {"use_qk_l2norm_in_kernel": True, "cu_seqlens": cu_seqlens}
-        out = _apart(kernels.rule, query, key, value, g=g, beta=beta, **options)[0]
+        out = kernels.rule(query, key, value, g=g, beta=beta, **options)[0]
     if kernels is not None:
         out = kernels.rms_norm_gated(out, gate, module.norm.weight, None, eps=module.layer_norm_epsilon)
     else:

@@ -9,7 +9,7 @@ trainer and engine, their KL estimate, the mean ratio, and the trainer's own sta
 alone: largest difference of log-probability, relative error of the gradient, and where that is over 1 %, how far a unit
 in bf16's last place at every block moves the gradient). Exits 1 when a mean is over 0.01, a mean ratio further than
 0.002 from 1, or a gradient error over 1 % and over that noise. `gpu_gib` is the most memory that all of the run's
-processes held on the GPU together. DIR: `python bench/random_checkpoint.py DIR`; a model of
+processes held on the GPU together (None: not seen). DIR: `python bench/random_checkpoint.py DIR`; a model of
 random weights is trained with `reward = "probe"`.
 """
 
@@ -86,7 +86,7 @@ def measure(model: str, attention: str, args: argparse.Namespace, folder: Path) 
         "rows_gradient_noise": max(r.get("rows_gradient_noise", 0.0) for r in records),
         "step_s": statistics.median(r["step_s"] for r in records),
         "steps": len(records),
-        "gpu_gib": watch.peak_gib,
+        "gpu_gib": watch.peak_gib or None,  # not seen: on a CPU, or in a container with process ids of its own
     }
     off = row | {"ratio_off": abs(row["ratio_mean"] - 1.0)}
     limits = LIMITS | {"rows_gradient_error": max(LIMITS["rows_gradient_error"], row["rows_gradient_noise"])}

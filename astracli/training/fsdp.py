@@ -1,8 +1,9 @@
 """The ranks of a trainer: process group, what they add up and hand around, and FSDP2 sharding of a policy.
 
 One rank needs none of it: no process group, no wrapping. Its parameters are stored in what is computed with, the fp32
-masters beside them (`optimizer`): FSDP2 on a mesh of one copies and casts every parameter in every pass. Several ranks
-find each other by the torchrun variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+masters beside them (`optimizer`). FSDP2 on a mesh of one (`wrapped`) computes the same; it copies and casts every
+parameter in every pass, and saves those 2 bytes a parameter. Several ranks find each other by the torchrun variables
+RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 """
 
 from __future__ import annotations
@@ -139,14 +140,15 @@ class Ranks:
         time.sleep(RELEASE_S)
 
 
-def join(device: str, environment: Mapping[str, str] = os.environ) -> Ranks:
-    """Join the process group that the environment describes. `device`: `cpu` or `cuda`.
+def join(device: str, environment: Mapping[str, str] = os.environ, *, wrapped: bool = False) -> Ranks:
+    """Join the process group that the environment describes. `device`: `cpu` or `cuda`. `wrapped`: one rank gets a
+    process group of its own, too.
 
     Several ranks then prove that they reach each other (`link.py`). Raises UserError when the environment names several
     ranks but no meeting place.
     """
     rank, world_size = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
-    if world_size == 1:
+    if world_size == 1 and not wrapped:
         return Ranks(device=_own(device, 0, environment))
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -157,6 +159,9 @@ def join(device: str, environment: Mapping[str, str] = os.environ) -> Ranks:
     if device == "cuda":
         # with a device NCCL connects at once, here, and not in the first step
         options |= {"backend": "cpu:gloo,cuda:nccl", "device_id": chosen}
+    if world_size == 1:
+        dist.init_process_group(**options, store=dist.HashStore(), rank=0, world_size=1)
+        return Ranks(rank, world_size, chosen, init_device_mesh(device, (world_size,)))
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if missing:
         raise UserError(f"WORLD_SIZE is {world_size}, {' and '.join(missing)} is not set", "start it with torchrun")

@@ -118,7 +118,7 @@ class Ranks:
     def squares(self, gradients: Iterable[Tensor]) -> float:
         """Sum of squares of a model's gradients, over all ranks; what every rank holds whole counts once."""
         mine = [local(g) for g in gradients if self.first or hasattr(g, "to_local")]
-        norms = torch._foreach_norm(mine) if mine else []
+        norms = list(torch._foreach_norm(mine)) if mine else []
         found = float(torch.stack(norms).double().square().sum()) if norms else 0.0
         return self.sum([found])[0]
 

@@ -119,7 +119,10 @@ class Masters:
         if not self.rounded:
             return
         if self.ranks.lowers:
-            torch._foreach_copy_(list(self.parameters.values()), list(self.values.values()))
+            for dtype in set(DTYPES.values()):  # one kernel over many tensors takes targets of one dtype
+                names = [name for name, parameter in self.parameters.items() if parameter.dtype == dtype]
+                if names:
+                    torch._foreach_copy_([self.parameters[n] for n in names], [self.values[n] for n in names])
             return
         for name, parameter in self.parameters.items():
             local(parameter).copy_(self.values[name].to(DTYPES[self.wire[name].dtype]))

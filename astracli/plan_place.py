@@ -1,7 +1,8 @@
 """What a plan moves off its GPUs, and what an engine may reserve of its own, each with the reason. Pure.
 
-A trainer keeps everything on its GPU while that fits. Then its reference goes to the host (used once a step), then
-AdamW's moments (used in every update, four times the bytes). An engine that shares a GPU reserves what the trainer
+A trainer keeps everything on its GPU while that fits. Then its reference goes to the host (used once a step), then one
+rank keeps no bf16 parameters beside their masters, then AdamW's moments go (used in every update, four times the
+bytes); in all, the fewest of these that fit. An engine that shares a GPU reserves what the trainer
 leaves of it.
 """
 
@@ -50,6 +51,9 @@ def place(
     beside = AWAY if turns else None
     split, why = _split(recipe, shape, smallest, len(train_gpus), shared, beside) if train_gpus else (Split(), [])
     reasons = [(what, getattr(split, what), reason) for what, reason in why]
+    if split.wrapped:
+        why_wrapped = f"in bf16 beside their masters they need {words(2 * shape.parameters)} more"
+        reasons.append(("parameters", "cast in every pass", why_wrapped))
     if len(train_gpus) > 1:
         without = " ".join(f"{name}={value}" for name, value in link.WITHOUT_PEERS.items())
         proof = f"proved by an all-reduce in {link.LIMIT_S:g} s at the start; if not, once more with {without}"
@@ -84,20 +88,21 @@ def takes_turns(recipe: Recipe, shape: MemoryShape, size: int | None, ranks: int
     if mode != "auto" or size is None:
         return mode == "turns"
     engine = _engine(recipe, shape, 1)
-    if any(trainer_bytes(recipe, shape, ranks, option) + engine <= size for option in options(recipe)):
+    if any(trainer_bytes(recipe, shape, ranks, option) + engine <= size for option in options(recipe, ranks)):
         return False
-    return any(trainer_bytes(recipe, shape, ranks, option) + AWAY <= size for option in options(recipe))
+    return any(trainer_bytes(recipe, shape, ranks, option) + AWAY <= size for option in options(recipe, ranks))
 
 
-def options(recipe: Recipe) -> list[Split]:
-    """Splits that the recipe leaves open, least moved first."""
+def options(recipe: Recipe, ranks: int) -> list[Split]:
+    """Splits that the recipe leaves open, the quickest first."""
     asked = recipe.train
     referenced = recipe.algorithm.kl_coef > 0
     references = ("gpu", "host") if asked.reference_device == "auto" and referenced else (asked.reference_device,)
     optimizers = ("gpu", "host") if asked.optimizer_device == "auto" else (asked.optimizer_device,)
     return [
-        Split("host" if reference == "host" else "gpu", "host" if optimizer == "host" else "gpu")
+        Split("host" if reference == "host" else "gpu", "host" if optimizer == "host" else "gpu", wrapped)
         for optimizer in optimizers
+        for wrapped in ((False, True) if ranks == 1 else (False,))
         for reference in references
     ]
 
@@ -107,7 +112,7 @@ def _split(
 ) -> tuple[Split, list[tuple[str, str]]]:
     """(where things lie, [(what is decided, reason)]). `beside`: what stays of an engine that takes turns."""
     asked, referenced = recipe.train, recipe.algorithm.kl_coef > 0
-    open_to_us = options(recipe)
+    open_to_us = options(recipe, ranks)
     first, last = open_to_us[0], open_to_us[-1]
     chosen = first
     if size is not None:

@@ -53,7 +53,7 @@ def _beside(recipe: Recipe, shape: MemoryShape, card: int, ranks: int, useful: i
         fit = _fit(recipe, shape, static, card, COMFORT)
         return _settled(recipe, shape, fit, useful, COMFORT, f"{words(card)} in turns with the trainer")
     fit = 1
-    for option in options(recipe):
+    for option in options(recipe, ranks):
         left = int(ROOM * card) - trainer_bytes(recipe, shape, ranks, option)
         static = min(
             int(recipe.rollout.mem_fraction_static * card),

@@ -1,8 +1,9 @@
 """What a trainer rank holds in memory, in bytes, at its largest: in the backward pass of a full micro-batch. Pure.
 
-The terms follow `training/`: fp32 masters, gradients and moments, sharded over the ranks (optimizer.py); FSDP2 mixed
-precision, which gathers a block in bf16 around its use and the embedding and head for the whole pass (fsdp.py); the
-output head in chunks of tokens (logprob.py); the last published version on the host (weights/publisher.py).
+The terms follow `training/`: fp32 masters, gradients and moments, sharded over the ranks (optimizer.py); on one rank
+the bf16 parameters beside them; else FSDP2 mixed precision, which gathers a block in bf16 around its use and the
+embedding and head for the whole pass (fsdp.py); the output head in chunks of tokens (logprob.py); the last published
+version on the host (weights/publisher.py).
 Letters: P parameters, R ranks, V vocabulary, D hidden size, T tokens of a micro-batch.
 """
 
@@ -24,6 +25,8 @@ GATHERED = 14
 """Bytes a parameter of a block while its backward pass runs: it and the next one gathered in bf16 (2 each) with the
 buffer of the collective (2), bf16 gradients (2), the fp32 buffer that they are reduced from (4), the one of the block
 before (2: half of it, on average)."""
+ALONE = 2
+"""The same on one rank, which gathers and reduces nothing: bf16 gradients, each gone when it is added up."""
 RECOMPUTED = 1.25
 """A block's backward pass over what autograd kept of it: gradients come before what they are made from goes."""
 NCCL = 2**29
@@ -36,10 +39,13 @@ class Split:
 
     reference: Where = "gpu"
     optimizer: Where = "gpu"
+    wrapped: bool = False
+    """One rank casts its masters to bf16 block by block in every pass, as several do, and keeps no bf16 parameters
+    beside them: less memory, more and smaller kernels."""
 
 
 RESIDENT = Split()
-"""Everything on the GPU."""
+"""Everything on the GPU, and bf16 parameters too."""
 
 
 def trainer_rows(
@@ -58,8 +64,11 @@ def trainer_rows(
         # moved in for the scoring pass, it takes the room of the gradients, which are made later
         rows.append(MemoryRow(name, "reference (bf16)", split.reference, 2 * share))
     context = CUDA_CONTEXT + (NCCL if ranks > 1 else 0)
+    if _gathers(ranks, split):
+        rows.append(MemoryRow(name, "embedding and head, gathered (bf16)", "gpu", 2 * _outside(shape)))
+    else:
+        rows.append(MemoryRow(name, "parameters beside their masters (bf16)", "gpu", 2 * shape.parameters))
     rows += [
-        MemoryRow(name, "embedding and head, gathered (bf16)", "gpu", 2 * _outside(shape)),
         MemoryRow(name, "activations", "gpu", _kept(shape, recipe), "estimated"),
         MemoryRow(name, "backward pass of the head or a block", "gpu", _peak(shape, recipe, ranks, split), "estimated"),
         MemoryRow(name, "CUDA context", "gpu", context, "estimated"),
@@ -90,6 +99,10 @@ def _on_cpu(name: str, shape: MemoryShape, recipe: Recipe, ranks: int) -> list[M
     return [*rows, MemoryRow(name, "process", host, TORCH_PROCESS, "estimated")]
 
 
+def _gathers(ranks: int, split: Split) -> bool:
+    return ranks > 1 or split.wrapped
+
+
 def _outside(shape: MemoryShape) -> int:
     return shape.outside_blocks or shape.vocab_size * shape.hidden_size
 
@@ -113,14 +126,15 @@ def _peak(shape: MemoryShape, recipe: Recipe, ranks: int, split: Split) -> int:
     """The largest of what comes and goes while the activations are kept, or after them: head, one block, update.
 
     Head: its gradient in fp32 and bf16, a chunk of fp32 logits and the bf16 gradients of four, the last norm. Block:
-    `GATHERED`, its activations made again, the head's gradient. Update with the moments on the host: those of the
-    largest tensor.
+    `GATHERED` or `ALONE`, its activations made again, the head's gradient. Update with the moments on the host: those
+    of the largest tensor.
     """
     tokens, head = _tokens(recipe), shape.vocab_size * shape.hidden_size
     logits = min(LOGIT_BYTES["cuda"], tokens * shape.vocab_size * 4)
     in_head = (4 + 2) * head + 3 * logits + 14 * shape.hidden_size * tokens
     block = ceil((shape.parameters - _outside(shape)) / max(shape.layers, 1))
     again = RECOMPUTED if recipe.train.activation_checkpointing != "none" else RECOMPUTED - 1
-    in_block = GATHERED * block + int(again * max(block_activations(shape)) * tokens) + 2 * head
+    weights = (GATHERED if _gathers(ranks, split) else ALONE) * block
+    in_block = weights + int(again * max(block_activations(shape)) * tokens) + 2 * head
     update = 8 * ceil(head / ranks) - _kept(shape, recipe) if split.optimizer == "host" else 0
     return max(in_head, in_block, update)

@@ -1,6 +1,7 @@
 """How fast the trainer is: tokens/s, MFU and peak memory of one optimizer step, its variants side by side.
 
     python bench/gpu_train.py [--shape 4b] [--tokens 8192] [--micro-batches 4] [--steps 3] [--variants ...] [--json]
+    python bench/gpu_train.py --wrapped                       FSDP2 on one GPU too: what it costs
     python bench/gpu_train.py --profile packed-selective      the kernels that take the time
     python bench/gpu_train.py --shape tiny                    on a CPU
 
@@ -191,7 +192,8 @@ def measure(
 
 def planned(trainer: Trainer, shape: MemoryShape) -> int:
     """Bytes that the launch plan counts on the GPU, without what torch does not allocate."""
-    split = Split(optimizer="host" if trainer.masters.moments_on_host else "gpu")
+    alone_wrapped = trainer.ranks.world_size == 1 and trainer.ranks.mesh is not None
+    split = Split(optimizer="host" if trainer.masters.moments_on_host else "gpu", wrapped=alone_wrapped)
     rows = plan_trainer.trainer_rows("trainer", shape, trainer.recipe, "cuda", trainer.ranks.world_size, split)
     return sum(row.bytes for row in rows if row.where == "gpu" and row.what != "CUDA context")
 
@@ -293,11 +295,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed, after two that are not")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--profile", choices=VARIANTS, help="no table: the kernels of one step of this variant")
+    parser.add_argument("--wrapped", action="store_true", help="FSDP2 on a mesh of one, as where memory is short")
     parser.add_argument("--limit-s", type=float, default=560.0)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     began = time.perf_counter()
-    ranks = fsdp.join("cuda" if torch.cuda.is_available() else "cpu")
+    ranks = fsdp.join("cuda" if torch.cuda.is_available() else "cpu", wrapped=args.wrapped)
     adapter = registry.get(args.adapter)
     config = shape_config(adapter, args.shape)
     shape = adapter.memory_shape(config)

@@ -27,7 +27,6 @@ from astracli.errors import RunFailed, UserError
 from astracli.gpu import fused
 from astracli.rl.batch import Row, build_batch, pad_rows, rows_of
 from astracli.training import fsdp, packing, parity, varlen
-from astracli.training.fsdp import Ranks
 from astracli.training.logprob import PolicyModel
 
 LENGTHS = (37, 90, 5, 70, 1)
@@ -240,9 +239,9 @@ def test_the_noise_of_rounding_is_a_unit_in_the_last_place_and_no_leak(model_dir
     chosen = recipe(train={"packing": "packed", "activation_checkpointing": checkpointing})
     trainer = make_trainer(model_dir, chosen)
     rows = parity.spread(groups_as_rows(), 256)
-    noise = parity.rounding_noise(trainer.policy, trainer.adapter, rows, Ranks(), pad_token=0)
+    noise = parity.rounding_noise(trainer.policy, trainer.adapter, rows, trainer.masters, pad_token=0)
     assert 1e-2 < noise < 0.3  # four blocks, each moved by 2^-8
-    assert noise == parity.rounding_noise(trainer.policy, trainer.adapter, rows, Ranks(), pad_token=0)
+    assert noise == parity.rounding_noise(trainer.policy, trainer.adapter, rows, trainer.masters, pad_token=0)
     assert gradient_error(trainer, rows) < 1e-5  # nothing of it stays
 
 
@@ -290,7 +289,8 @@ def test_boundaries_can_be_ignored_only_where_there_are_some(name: str, asked: s
 
 def gradient_error(trainer: Any, rows: list[Row]) -> float:
     join: Callable[..., Any] = packing.pack_rows if trainer.packed else pad_rows
-    error = parity.gradients_against_separate(trainer.policy, trainer.adapter, rows, Ranks(), join=join, pad_token=0)
+    masters = trainer.masters
+    error = parity.gradients_against_separate(trainer.policy, trainer.adapter, rows, masters, join=join, pad_token=0)
     assert all(p.grad is None for p in trainer.policy.parameters())
     return error
 

@@ -228,23 +228,28 @@ def test_no_hint_is_refused_when_it_is_followed(name: str) -> None:
     assert tried["followed"] > 0 or config, tried
 
 
-def moved(name: str, gib: float, count: int, *overrides: str) -> tuple[str, str, float | None]:
+def moved(name: str, gib: float, count: int, *overrides: str) -> tuple[str, str, bool, float | None]:
     result = planned(load(name, *overrides), facts("9.0", count, memory_gib=gib, host_gib=512))
     plan.refuse(result)
     split = result.placement.split
-    return split.reference, split.optimizer, result.placement.mem_fraction_static
+    return split.reference, split.optimizer, split.wrapped, result.placement.mem_fraction_static
 
 
 def test_what_does_not_fit_moves_to_the_host_and_the_plan_says_why() -> None:
     one_each = ("resources.rollout_gpus=1", "resources.train_gpus=1")
-    assert moved("qwen3.5-4b-m2po-delta", 141, 2, *one_each) == ("gpu", "gpu", 0.7)
-    assert moved("qwen3.5-4b-m2po-delta", 80, 2, *one_each) == ("host", "gpu", 0.7)
-    assert moved("qwen3.5-4b-m2po-delta", 44, 2, *one_each) == ("host", "host", 0.7)
-    assert moved("qwen3.5-4b-m2po-delta", 80, 2, *one_each, "algorithm.kl_coef=0") == ("gpu", "gpu", 0.7)
+    assert moved("qwen3.5-4b-m2po-delta", 141, 2, *one_each) == ("gpu", "gpu", False, 0.7)
+    assert moved("qwen3.5-4b-m2po-delta", 88, 2, *one_each) == ("host", "gpu", False, 0.7)
+    assert moved("qwen3.5-4b-m2po-delta", 80, 2, *one_each) == ("host", "gpu", True, 0.7)
+    assert moved("qwen3.5-4b-m2po-delta", 60, 2, *one_each) == ("gpu", "host", False, 0.7)
+    assert moved("qwen3.5-4b-m2po-delta", 44, 2, *one_each) == ("host", "host", True, 0.7)
+    assert moved("qwen3.5-4b-m2po-delta", 80, 2, *one_each, "algorithm.kl_coef=0") == ("gpu", "gpu", True, 0.7)
+    assert moved("qwen3.5-4b-m2po-delta", 80, 3, one_each[0], "resources.train_gpus=2")[2] is False, "it is sharded"
     assert moved("qwen3.5-4b-m2po-delta", 141, 2, *one_each, "train.optimizer_device=host")[1] == "host"
     result = planned(load("qwen3.5-4b-m2po-delta", *one_each), facts("9.0", 2, memory_gib=44, host_gib=512))
-    why = "with everything on the GPU the trainer needs 79.26 GiB of 44.00 GiB"
-    assert result.placement.reasons == (("reference", "host", why), ("optimizer", "host", why))
+    why = "with everything on the GPU the trainer needs 85.91 GiB of 44.00 GiB"
+    cast = "in bf16 beside their masters they need 7.83 GiB more"
+    wanted = (("reference", "host", why), ("optimizer", "host", why), ("parameters", "cast in every pass", cast))
+    assert result.placement.reasons == wanted
     where = {row.what: (row.where, row.bytes) for row in result.memory if row.process == "trainer"}
     assert where["moments (fp32)"] == ("host", 8 * 4_205_751_296)
     assert where["reference (bf16)"] == ("host", 2 * 4_205_751_296)
@@ -356,3 +361,17 @@ def test_dense_families_have_no_state_row() -> None:
         assert registry.resolve(recipe) is adapter
         result = planned(recipe, facts("9.0", 2, memory_gib=200, host_gib=512))
         assert "recurrent state" not in {row.what for row in result.memory}
+
+
+def test_one_rank_holds_bf16_parameters_beside_its_masters_and_gathers_nothing() -> None:
+    recipe = load("qwen3.5-4b-m2po-delta")
+    shape = qwen3_5.memory_shape(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"])
+
+    def rows(ranks: int, wrapped: bool) -> dict[str, int]:
+        split = plan_trainer.Split(wrapped=wrapped)
+        return {row.what: row.bytes for row in plan_trainer.trainer_rows("t", shape, recipe, "cuda", ranks, split)}
+
+    beside, gathered = "parameters beside their masters (bf16)", "embedding and head, gathered (bf16)"
+    assert rows(1, False)[beside] == 2 * 4_205_751_296 and gathered not in rows(1, False)
+    for ranks, wrapped in ((1, True), (2, False)):
+        assert beside not in rows(ranks, wrapped) and gathered in rows(ranks, wrapped)

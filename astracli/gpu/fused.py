@@ -89,10 +89,11 @@ def install(model: Any, *, norms: Collection[str], mlps: Collection[str], centre
 
 
 def _norm(module: Any, centre: float, x: Tensor) -> Tensor:
-    """[..., D] -> [..., D]; the scale in fp32, as engines compute it."""
+    """[..., D] -> [..., D]; the scale in fp32, as engines compute it. A weight that is the scale is read in its own
+    dtype: the kernel takes it to fp32 itself, and adds up its gradient in fp32."""
     epsilon = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-    scale = module.weight.float()
-    normal: Tensor = fla().rms_norm(x, scale + centre if centre else scale, None, eps=epsilon)
+    scale = module.weight.float() + centre if centre else module.weight
+    normal: Tensor = fla().rms_norm(x, scale, None, eps=epsilon)
     return normal
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def _placement(plan: LaunchPlan, process: ProcessPlan) -> dict[str, Any]:
             "turns": process.name in plan.cards,
         }
     split = plan.placement.split
-    told = {"reference": split.reference, "optimizer": split.optimizer, "shared": plan.placement.shared}
+    told = {**asdict(split), "shared": plan.placement.shared}
     leaves = any(name in plan.cards for gpu in process.gpus for name in plan.gpu_map[gpu])
     return {"placement": told | {"cards": plan.cards, "leaves": leaves}}
 

@@ -1,8 +1,9 @@
 """The ranks of a trainer: process group, what they add up and hand around, and FSDP2 sharding of a policy.
 
-One rank on a CPU needs none of it: no process group, no wrapping. Several ranks find each other by the torchrun
-variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. One rank on a GPU is wrapped all the same: FSDP2's mixed
-precision is what computes in bf16 on fp32 parameters.
+One rank needs none of it: no process group, no wrapping. Its parameters are stored in what is computed with, the fp32
+masters beside them (`optimizer`). FSDP2 on a mesh of one (`wrapped`) computes the same; it copies and casts every
+parameter in every pass, and saves those 2 bytes a parameter. Several ranks find each other by the torchrun variables
+RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 """
 
 from __future__ import annotations
@@ -45,10 +46,22 @@ class Ranks:
     """None: no process group, nothing is sharded."""
     talk: Any = None
     """The group, over the CPU, of everything here; the default group carries what a step computes."""
+    compute: torch.dtype | None = None
+    """What a policy computes in; None: bf16 on a GPU, fp32 on a CPU."""
 
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What a policy computes in, but for what the engine holds in fp32."""
+        return self.compute or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+
+    @property
+    def lowers(self) -> bool:
+        """Whether parameters are stored in `precision`, under fp32. FSDP casts where it gathers, and stores fp32."""
+        return self.mesh is None and self.precision != torch.float32
 
     def sum(self, values: Iterable[float]) -> list[float]:
         """Element-wise sum over all ranks, in float64."""
@@ -103,10 +116,10 @@ class Ranks:
             tensor.copy_(part.view_as(tensor))
 
     def squares(self, gradients: Iterable[Tensor]) -> float:
-        """Sum of squares of a sharded model's gradients, over all ranks; what every rank holds whole counts once."""
+        """Sum of squares of a model's gradients, over all ranks; what every rank holds whole counts once."""
         mine = [local(g) for g in gradients if self.first or hasattr(g, "to_local")]
-        norms = torch._foreach_norm(mine) if mine else []
-        found = float(torch.stack([n.double() for n in norms]).square().sum()) if norms else 0.0
+        norms = list(torch._foreach_norm(mine)) if mine else []
+        found = float(torch.stack(norms).double().square().sum()) if norms else 0.0
         return self.sum([found])[0]
 
     def barrier(self) -> None:
@@ -127,24 +140,23 @@ class Ranks:
         time.sleep(RELEASE_S)
 
 
-def join(device: str, environment: Mapping[str, str] = os.environ) -> Ranks:
-    """Join the process group that the environment describes. `device`: `cpu` or `cuda`.
+def join(device: str, environment: Mapping[str, str] = os.environ, *, wrapped: bool = False) -> Ranks:
+    """Join the process group that the environment describes. `device`: `cpu` or `cuda`. `wrapped`: one rank gets a
+    process group of its own, too.
 
     Several ranks then prove that they reach each other (`link.py`). Raises UserError when the environment names several
     ranks but no meeting place.
     """
     rank, world_size = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
-    if world_size == 1 and device == "cpu":
-        return Ranks()
+    if world_size == 1 and not wrapped:
+        return Ranks(device=_own(device, 0, environment))
     from torch.distributed.device_mesh import init_device_mesh
 
     from astracli.training import link
 
-    chosen = torch.device("cpu")
+    chosen = _own(device, rank, environment)
     options: dict[str, Any] = {"backend": "gloo", "timeout": COLLECTIVE}
     if device == "cuda":
-        chosen = torch.device("cuda", int(environment.get("LOCAL_RANK", str(rank % max(1, torch.cuda.device_count())))))
-        torch.cuda.set_device(chosen)
         # with a device NCCL connects at once, here, and not in the first step
         options |= {"backend": "cpu:gloo,cuda:nccl", "device_id": chosen}
     if world_size == 1:
@@ -163,6 +175,15 @@ def join(device: str, environment: Mapping[str, str] = os.environ) -> Ranks:
     return Ranks(rank, world_size, chosen, init_device_mesh(device, (world_size,)), talk)
 
 
+def _own(device: str, rank: int, environment: Mapping[str, str]) -> torch.device:
+    """This rank's device, made the current one."""
+    if device == "cpu":
+        return torch.device("cpu")
+    chosen = torch.device("cuda", int(environment.get("LOCAL_RANK", str(rank % max(1, torch.cuda.device_count())))))
+    torch.cuda.set_device(chosen)
+    return chosen
+
+
 def shard(
     policy: nn.Module,
     block_classes: Iterable[str],
@@ -171,10 +192,11 @@ def shard(
     exact: Collection[nn.Parameter] = (),
     compute: torch.dtype | None = None,
 ) -> None:
-    """FSDP2 in place: each block on its own, the root (embedding, head, last norm) as one more group.
+    """FSDP2 in place: each block on its own, the root (embedding, head, last norm) as one more group. One rank moves to
+    its device, as it is.
 
     `policy`'s forward must do everything that touches the root's parameters: outside it they are sharded. It computes
-    in `compute` (None: bf16 on a GPU, as stored on a CPU), but for the `exact` parameters. Those every rank holds whole
+    in `compute` (None: the ranks' precision), but for the `exact` parameters. Those every rank holds whole
     in their own dtype, because FSDP gathers a block in one dtype; their gradients are averaged by the optimizer. They
     should be few and small.
     """
@@ -183,13 +205,12 @@ def shard(
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    if compute is None and ranks.device.type == "cuda":
-        compute = torch.bfloat16
+    compute = compute or ranks.precision
     for parameter in exact:
         parameter.data = parameter.data.to(ranks.device)
     # FSDP moves each group to the device as it shards it: the whole fp32 model is never there at once
     settings: dict[str, Any] = {"mesh": ranks.mesh, "ignored_params": set(exact)}
-    if compute is not None:
+    if compute != torch.float32:
         settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     names = frozenset(block_classes)
     for module in list(policy.modules()):

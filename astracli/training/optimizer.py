@@ -1,9 +1,9 @@
 """The optimizer: fp32 masters, AdamW, the gradient norm of all ranks, the learning rate of a step.
 
-On a CPU a parameter holds the value that the engine holds (rounded to the wire dtype, computed with in fp32) and the
-master keeps what rounding loses; gradients go to the master, and after each update the parameter is the rounded master
-again. So trainer and engine compute the same function. On a GPU the parameters are the fp32 masters, and FSDP2 casts
-them to bf16 for computing.
+A parameter holds the value that the engine holds (rounded to the wire dtype) and the master keeps what rounding loses;
+gradients go to the master, and after each update the parameter is the rounded master again. So trainer and engine
+compute the same function. On a CPU it is stored and computed with in fp32; on one GPU it is stored in the wire dtype,
+and is what is published; on several the parameters are the fp32 masters, and FSDP2 casts them to bf16 for computing.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from astracli.adapter import WireTensor
 from astracli.errors import RunFailed
 from astracli.recipe import TrainTable
 from astracli.training.fsdp import Ranks, local
+from astracli.training.gradients import Gradients
 from astracli.training.parking import Parking
 from astracli.weights.snapshot import Shard
 
@@ -57,6 +58,7 @@ class Masters:
     ):
         """`wire`: training parameter name -> how it travels; parameters it leaves out are frozen. With
         `moments_on_host` the moments wait in host memory, and pass through the device bucket by bucket in an update.
+        Where `ranks.lowers`, the model's parameters become what they are computed with.
 
         Raises RunFailed when it names a parameter that the model does not have.
         """
@@ -71,7 +73,8 @@ class Masters:
             parameter.requires_grad_(name in self.wire)
         self.parameters = {name: self.parameters[name] for name in self.wire}
         self.tied = self._tied_names(model)
-        self.rounded = ranks.device.type == "cpu"
+        self.rounded = ranks.lowers or ranks.precision == torch.float32
+        """Parameters are the masters rounded, beside them; else they are the masters."""
         self.moments_on_host = moments_on_host
         self._parked: dict[str, Parking] = {}
         self._away: Parking | None = None
@@ -82,6 +85,9 @@ class Masters:
                 name: local(p.detach()).clone() if self.rounded else local(p.detach())
                 for name, p in self.parameters.items()
             }
+            if ranks.lowers:
+                self._lower(model)
+        self.grads = Gradients(self.parameters, accumulate=ranks.lowers)
         self._optimized = {name: nn.Parameter(value) for name, value in self.values.items() if value.numel()}
         self.adamw = torch.optim.AdamW(
             list(self._optimized.values()),
@@ -93,6 +99,13 @@ class Masters:
         )
         self.publish_to_parameters()
 
+    def _lower(self, model: nn.Module) -> None:
+        """Store every parameter in its wire dtype, frozen ones in what is computed with."""
+        for name, parameter in model.named_parameters():
+            wire = self.wire.get(plain_name(name))
+            # a copy all the same: what travels in fp32 must not be its own master
+            parameter.data = parameter.data.to(DTYPES[wire.dtype] if wire else self.ranks.precision, copy=True)
+
     def _tied_names(self, model: nn.Module) -> dict[str, str]:
         """{name of a tied duplicate: wire name of the parameter that it is}"""
         wire_of = {id(p): self.wire[name].name for name, p in self.parameters.items()}
@@ -102,8 +115,14 @@ class Masters:
 
     @torch.no_grad()
     def publish_to_parameters(self) -> None:
-        """parameter <- master rounded to the wire dtype. On a GPU they are one tensor: nothing to do."""
+        """parameter <- master rounded to the wire dtype. Under mixed precision they are one tensor: nothing to do."""
         if not self.rounded:
+            return
+        if self.ranks.lowers:
+            for dtype in set(DTYPES.values()):  # one kernel over many tensors takes targets of one dtype
+                names = [name for name, parameter in self.parameters.items() if parameter.dtype == dtype]
+                if names:
+                    torch._foreach_copy_([self.parameters[n] for n in names], [self.values[n] for n in names])
             return
         for name, parameter in self.parameters.items():
             local(parameter).copy_(self.values[name].to(DTYPES[self.wire[name].dtype]))
@@ -116,7 +135,7 @@ class Masters:
         """
         assert not self.away
         self._average_replicated()
-        found = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        found = self.grads.found()
         norm = math.sqrt(self.ranks.squares(found.values()))
         gradients = {name: local(gradient) for name, gradient in found.items() if name in self._optimized}
         if not math.isfinite(norm):
@@ -135,10 +154,9 @@ class Masters:
             self._step_in_buckets(gradients)
         else:
             self.adamw.step()
-        for name, parameter in self.parameters.items():
-            parameter.grad = None
-            if name in self._optimized:
-                self._optimized[name].grad = None
+        for master in self._optimized.values():
+            master.grad = None
+        self.grads.clear()
         self.publish_to_parameters()
         return norm
 
@@ -151,8 +169,7 @@ class Masters:
         if self.ranks.world_size == 1:
             return
         # every micro-batch has every parameter in its graph, an empty one too: the same list on all ranks
-        gradients = [p.grad for n, p in self.parameters.items() if self._replicated(n) and p.grad is not None]
-        self.ranks.average(gradients)
+        self.ranks.average([gradient for name, gradient in self.grads.found().items() if self._replicated(name)])
 
     def _step_in_buckets(self, gradients: Mapping[str, Tensor]) -> None:
         """AdamW over some tensors at a time, with their moments moved in: the same numbers as all at once."""
@@ -215,16 +232,27 @@ class Masters:
         until `to_device`, which brings them back byte for byte."""
         if self._away is None or self._away_updates != min(self.updates, 1):
             # the first update makes the moments, and they join
-            held = [*self.values.values(), *self.parameters.values()]
+            held = list(self.values.values())
+            if not self.ranks.lowers:
+                held += self.parameters.values()
             if not self.moments_on_host:
                 held += [s[key] for s in self.adamw.state.values() for key in ("exp_avg", "exp_avg_sq")]
             self._away, self._away_updates = Parking(held), min(self.updates, 1)
         self._away.to_host()
+        self._resize_parameters(0)
+
+    def _resize_parameters(self, share: int) -> None:
+        """Empty (0) or give back (1) the memory of parameters that are stored in less than fp32: their masters wait on
+        the host, so they need not."""
+        for parameter in self.parameters.values() if self.ranks.lowers else ():
+            parameter.untyped_storage().resize_(share * parameter.nbytes)
 
     def to_device(self) -> None:
         """Take the device again after `to_host`."""
-        if self._away is not None:
+        if self._away is not None and self._away.parked:
             self._away.to_device()
+            self._resize_parameters(1)
+            self.publish_to_parameters()
 
     @property
     def updates(self) -> int:
@@ -260,8 +288,11 @@ class Masters:
         """
         result: dict[str, Tensor | Shard] = {}
         for name, value in self.values.items():
-            tensor = value.to(DTYPES[self.wire[name].dtype], copy=True)
-            tensor = tensor.cpu() if on_host else tensor
+            if self.ranks.lowers:
+                tensor = self.parameters[name].detach().to("cpu" if on_host else value.device, copy=True)
+            else:
+                tensor = value.to(DTYPES[self.wire[name].dtype], copy=True)
+                tensor = tensor.cpu() if on_host else tensor
             if self.ranks.mesh is None or (self._replicated(name) and self.ranks.first):
                 result[self.wire[name].name] = tensor
             elif tensor.numel() and not self._replicated(name):

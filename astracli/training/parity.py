@@ -15,8 +15,8 @@ from astracli.adapter import ModelAdapter
 from astracli.errors import RunFailed
 from astracli.rl.batch import Join, MicroBatch, Row, pad_rows
 from astracli.training import packing, varlen
-from astracli.training.fsdp import Ranks
 from astracli.training.logprob import PolicyModel
+from astracli.training.optimizer import Masters
 
 ROWS_TOLERANCE = {"cpu": 1e-4, "cuda": 0.25}
 """Largest |difference| of one token. On a GPU bf16 kernels choose other tilings for other shapes, so single tokens
@@ -76,25 +76,25 @@ def gradients_against_separate(
     policy: PolicyModel,
     adapter: ModelAdapter,
     rows: Sequence[Row],
-    ranks: Ranks,
+    masters: Masters,
     *,
     join: Join,
     pad_token: int,
 ) -> float:
     """|difference| / |gradient of the rows together| of their mean log-probability, over all parameters of all ranks.
 
-    Every rank must bring the same rows. Gradients are None before and after.
+    Every rank must bring the same rows. `masters` hold no gradients before and after.
     """
 
     def together() -> None:
-        logprob_N, _ = logprobs(policy, adapter, join(list(rows), pad_token), ranks.device)
+        logprob_N, _ = logprobs(policy, adapter, join(list(rows), pad_token), masters.ranks.device)
         (logprob_N.sum() / sum(row.loss_tokens for row in rows)).backward()
 
-    return _minus_separate(policy, adapter, rows, ranks, together, pad_token)
+    return _minus_separate(policy, adapter, rows, masters, together, pad_token)
 
 
 def rounding_noise(
-    policy: PolicyModel, adapter: ModelAdapter, rows: Sequence[Row], ranks: Ranks, *, pad_token: int
+    policy: PolicyModel, adapter: ModelAdapter, rows: Sequence[Row], masters: Masters, *, pad_token: int
 ) -> float:
     """How far the gradient moves, relative to its norm, when every block's input moves by a unit in bf16's last place.
 
@@ -121,21 +121,21 @@ def rounding_noise(
         ]
         try:
             for row in rows:
-                logprob_N, _ = logprobs(policy, adapter, pad_rows([row], pad_token), ranks.device)
+                logprob_N, _ = logprobs(policy, adapter, pad_rows([row], pad_token), masters.ranks.device)
                 (logprob_N.sum() / tokens).backward()
         finally:
             for hook in hooks:
                 hook.remove()
 
     tokens = sum(row.loss_tokens for row in rows)
-    return _minus_separate(policy, adapter, rows, ranks, jolted, pad_token)
+    return _minus_separate(policy, adapter, rows, masters, jolted, pad_token)
 
 
 def _minus_separate(
     policy: PolicyModel,
     adapter: ModelAdapter,
     rows: Sequence[Row],
-    ranks: Ranks,
+    masters: Masters,
     first: Callable[[], None],
     pad_token: int,
 ) -> float:
@@ -146,15 +146,15 @@ def _minus_separate(
     tokens = sum(row.loss_tokens for row in rows)
 
     def norm() -> float:
-        return ranks.squares(p.grad for p in policy.parameters() if p.grad is not None) ** 0.5
+        return masters.ranks.squares(masters.grads.found().values()) ** 0.5
 
     first()
     whole = norm()
     for row in rows:
-        logprob_N, _ = logprobs(policy, adapter, pad_rows([row], pad_token), ranks.device)
+        logprob_N, _ = logprobs(policy, adapter, pad_rows([row], pad_token), masters.ranks.device)
         (-logprob_N.sum() / tokens).backward()
     difference = norm()
-    policy.zero_grad(set_to_none=True)
+    masters.grads.clear()
     return difference / whole if whole else difference
 
 

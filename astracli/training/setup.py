@@ -89,7 +89,7 @@ def _reference(
     model = _load(model_dir, adapter, recipe, ranks, attention, packed)
     blocks, wire = adapter.block_classes(model), adapter.wire_tensors(model)
     exact = _exact(model, wire)
-    if ranks.device.type == "cpu":
+    if ranks.precision == torch.float32:
         parameters = dict(model.named_parameters())
         with torch.no_grad():
             for name, tensor in wire.items():
@@ -98,7 +98,7 @@ def _reference(
         kept = set(exact)
         for parameter in model.parameters():
             if parameter not in kept:
-                parameter.data = parameter.data.to(torch.bfloat16)  # what mixed precision computes the policy with
+                parameter.data = parameter.data.to(ranks.precision)  # what the policy is computed with
     policy = PolicyModel(model)
     policy.requires_grad_(False)
     if ranks.world_size == 1:

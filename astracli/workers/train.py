@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import msgpack
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 ENCODE_THREADS = 8
 """That compress what a GPU coded; each rank has its own."""
+_SPLIT = tuple(field.name for field in fields(Split))
 BATCH_WAIT_S = 5.0
 """One long poll for a batch; between two, a stop is noticed."""
 
@@ -41,7 +43,7 @@ def run(config: WorkerConfig, reporter: Reporter) -> None:
     from astracli.training import fsdp
 
     _settle_torch(config)
-    ranks = fsdp.join(config.device)
+    ranks = fsdp.join(config.device, wrapped=_split(config).wrapped)
     _train(config, reporter, ranks)
     ranks.close()
 
@@ -58,7 +60,7 @@ def _train(config: WorkerConfig, reporter: Reporter, ranks: Any) -> None:
 def _split(config: WorkerConfig) -> Split:
     """What the plan lets wait on the host. On a CPU there is one place."""
     told = config.extra.get("placement", {})
-    return Split(told.get("reference", "gpu"), told.get("optimizer", "gpu")) if config.device == "cuda" else RESIDENT
+    return Split(**{name: told[name] for name in _SPLIT if name in told}) if config.device == "cuda" else RESIDENT
 
 
 def _settle_torch(config: WorkerConfig) -> None:

@@ -1,0 +1,271 @@
+"""One rank that stores its parameters in bf16 does, bit for bit, what FSDP2 on a mesh of one did, with fewer operators.
+
+On a GPU this is how one rank trains; here it is told to compute in bf16 on a CPU (`Ranks.compute`).
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_tools import make_trainer, recipe, save_model, spawn, uneven_groups
+
+from astracli.adapters.qwen3_5 import ADAPTER, tiny_config
+from astracli.plan_trainer import RESIDENT, Split
+from astracli.training import checkpoint, setup
+from astracli.training.fsdp import Ranks
+from astracli.training.gradients import Gradients
+from astracli.training.step import Trainer
+
+ODD = {"vocab_size": 65, "intermediate_size": 61}
+TRAIN: dict[str, Any] = {
+    "packing": "packed", "tokens_per_microbatch": 40, "learning_rate": 3e-4, "parity_tolerance": 100.0,
+    "activation_checkpointing": "selective",
+}  # fmt: skip
+NAMES = ("loss", "grad_norm", "kl", "entropy", "m2_limit", "tokens")
+
+SHARDED = """
+import json, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from test_single_rank import NAMES, TRAIN, chosen, count_operators, rows_error
+from training_tools import make_trainer, uneven_groups
+from astracli.training import checkpoint, fsdp
+
+device, wrapped, model_dir, out, resume = json.loads(sys.argv[1])
+out = Path(out)
+out.mkdir(exist_ok=True)
+ranks = fsdp.join(device, wrapped=wrapped)
+ranks.compute = torch.bfloat16
+trainer = make_trainer(Path(model_dir), chosen(), ranks)
+if resume:
+    checkpoint.load(checkpoint.latest(Path(resume)), trainer.masters, ranks)
+found = {"rows": rows_error(trainer), "figures": []}
+trainer._rows_checked = True
+for step in range(2 if resume else 0, 3):
+    metrics = trainer.train(uneven_groups(step), step, step).metrics
+    found["figures"].append([metrics[name] for name in NAMES])
+    if step == 1:
+        checkpoint.save(out / "checkpoints", 2, 2, trainer.masters, ranks, keep=1)
+full = trainer.masters.wire_full()
+if ranks.first:
+    save_file(full, out / "full.safetensors")
+if ranks.world_size == 1:
+    save_file(trainer.masters.values, out / "masters.safetensors")
+found["operators"] = count_operators(trainer)
+ranks.close()
+print(json.dumps(found))
+"""
+
+
+def chosen(**train: Any) -> Any:
+    return recipe(algorithm={"kl_coef": 0.01}, train=TRAIN | train)
+
+
+def rows_error(trainer: Trainer) -> float:
+    """The start-up check's figure: how far bf16 rounds the gradient of packed rows from that of separate ones."""
+    from astracli.training import packing, parity
+
+    rows = parity.spread(trainer._divide(uneven_groups(0), 0).rows, 80)
+    join = packing.dividers(True)[1]
+    error = parity.gradients_against_separate(
+        trainer.policy, trainer.adapter, rows, trainer.masters, join=join, pad_token=0
+    )
+    assert not trainer.masters.grads.found()
+    return error
+
+
+def count_operators(trainer: Trainer) -> int:
+    """Those that compute or copy in forward and backward of one micro-batch, the second of a minibatch."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    count = 0
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal count
+            view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+            count += not (view or func.name().startswith(("profiler::", "aten::empty")))
+            return func(*args, **(kwargs or {}))
+
+    micros = [m for minibatch in trainer._divide(uneven_groups(0), 0).minibatches for m in minibatch if m.rows]
+    for micro in micros[:2]:
+        count = 0
+        with Counting():
+            trainer._forward(trainer.policy, micro)[0].sum().backward()
+    trainer.masters.grads.clear()
+    return count
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"), config=tiny_config() | ODD, std=0.05)
+
+
+def lowered(model_dir: Path, split: Split = RESIDENT, **train: Any) -> Trainer:
+    ranks = Ranks(compute=torch.bfloat16)
+    trainer = setup.build_trainer(model_dir, ADAPTER, chosen(**train), ranks, attention="sdpa", split=split)
+    trainer._rows_checked = True  # a CPU's tolerance is that of fp32
+    return trainer
+
+
+def figures(trainer: Trainer, first: int = 0, last: int = 3) -> list[list[float]]:
+    steps = [trainer.train(uneven_groups(step), step, step).metrics for step in range(first, last)]
+    return [[metrics[name] for name in NAMES] for metrics in steps]
+
+
+def sharded(
+    world_size: int, model_dir: Path, out: Path, resume: Path | None = None, device: str = "cpu", wrapped: bool = True
+) -> dict[str, Any]:
+    told = json.dumps([device, wrapped, str(model_dir), str(out), str(resume) if resume else None])
+    found: dict[str, Any] = json.loads(spawn(SHARDED, [told], world_size)[0])
+    return found
+
+
+def test_it_is_bit_for_bit_what_fsdp_on_a_mesh_of_one_gives(model_dir: Path, tmp_path: Path) -> None:
+    theirs = sharded(1, model_dir, tmp_path)
+    trainer = lowered(model_dir)
+    assert rows_error(trainer) == theirs["rows"] > 0
+    assert figures(trainer) == theirs["figures"]
+    masters = load_file(tmp_path / "masters.safetensors")
+    for name, value in trainer.masters.values.items():
+        assert value.dtype == torch.float32 and torch.equal(value, masters[name]), name
+    full = load_file(tmp_path / "full.safetensors")
+    for name, tensor in trainer.masters.wire_full().items():
+        assert tensor.dtype == full[name].dtype and torch.equal(tensor, full[name]), name
+    mine = count_operators(trainer)
+    cast = sum(tensor.dtype == torch.bfloat16 for tensor in full.values())
+    print(f"operators of a micro-batch, {cast} bf16 parameters: {theirs['operators']} with FSDP2, {mine} without")
+    assert theirs["operators"] - mine >= 4 * cast, "cast and copied, in forward and backward"
+
+
+def test_two_sharded_ranks_learn_the_same_and_checkpoints_go_both_ways(model_dir: Path, tmp_path: Path) -> None:
+    """To bf16's rounding: two ranks divide the rows otherwise, and round each part's gradient."""
+    two = sharded(2, model_dir, tmp_path / "two")
+    one = lowered(model_dir)
+    mine = figures(one, 0, 2)
+    checkpoint.save(tmp_path / "one", 2, 2, one.masters, one.ranks, keep=1)
+    mine += figures(one, 2, 3)
+    for step, tolerance in enumerate((0.01, 0.05, 0.05)):
+        assert mine[step] == pytest.approx(two["figures"][step], rel=tolerance, abs=2e-3), step
+
+    other = lowered(model_dir)
+    found = checkpoint.latest(tmp_path / "two" / "checkpoints")
+    assert found is not None
+    checkpoint.load(found, other.masters, other.ranks)
+    assert figures(other, 2, 3)[0] == pytest.approx(two["figures"][2], rel=0.01, abs=2e-3)
+    resumed = sharded(2, model_dir, tmp_path / "again", tmp_path / "one")
+    assert resumed["figures"][0] == pytest.approx(mine[2], rel=0.01, abs=2e-3)
+
+    full = load_file(tmp_path / "two" / "full.safetensors")
+    start = make_trainer(model_dir, chosen()).masters.wire_full()
+    apart = moved = 0.0
+    for name, tensor in one.masters.wire_full().items():
+        apart += float((tensor.float() - full[name].float()).double().square().sum())
+        moved += float((tensor.float() - start[name].float()).double().square().sum())
+    assert 0 < apart < 0.01 * moved
+
+
+def test_it_learns_what_fp32_learns(model_dir: Path) -> None:
+    exact = make_trainer(model_dir, chosen())
+    for step, (mine, theirs) in enumerate(zip(figures(lowered(model_dir)), figures(exact), strict=True)):
+        assert mine == pytest.approx(theirs, rel=0.1, abs=5e-3), step
+        assert mine != theirs, "this is bf16"
+
+
+def test_gradients_add_up_in_fp32_and_leave_nothing_in_bf16() -> None:
+    """1 and 255 times 2^-9: a bf16 sum would stay at 1, whose last place is 2^-7."""
+    parameter = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    gradients = Gradients({"w": parameter}, accumulate=True)
+    assert gradients.found() == {}
+    for micro in range(256):
+        (parameter * (1.0 if micro == 0 else 2.0**-9)).sum().backward()
+        assert parameter.grad is None
+    found = gradients.found()["w"]
+    assert found.dtype == torch.float32 and found.tolist() == [1 + 255 / 512] * 3
+    gone = weakref.ref(found)
+    del found
+    gradients.clear()
+    assert gone() is None and gradients.found() == {}
+
+
+def test_what_the_engine_holds_in_fp32_stays_fp32_beside_its_master(model_dir: Path) -> None:
+    trainer = lowered(model_dir, minibatches=1)
+    masters = trainer.masters
+    figures(trainer, 0, 1)
+    kinds = {p.dtype for n, p in masters.parameters.items() if "A_log" not in n}
+    assert kinds == {torch.bfloat16}
+    before = {name: tensor.clone() for name, tensor in published(masters).items()}
+    for name, value in masters.values.items():
+        parameter = masters.parameters[name]
+        assert value.dtype == torch.float32 and value.data_ptr() != parameter.data_ptr()
+        assert torch.equal(parameter, value.to(parameter.dtype)), "the parameter is the rounded master"
+        assert ("A_log" in name) == (parameter.dtype == torch.float32)
+    shown, hosted = published(masters), masters.wire_shards(on_host=True)
+    figures(trainer, 1, 2)
+    assert any(not torch.equal(before[name], tensor) for name, tensor in published(masters).items())
+    for name, tensor in before.items():
+        assert torch.equal(shown[name], tensor) and torch.equal(hosted[name], tensor), "a copy, not the parameter"
+
+
+def published(masters: Any) -> dict[str, torch.Tensor]:
+    return dict(masters.wire_shards())
+
+
+@pytest.mark.parametrize("split", [RESIDENT, Split("host", "host")])
+def test_away_it_holds_nothing_and_learns_the_same(model_dir: Path, split: Split) -> None:
+    stays, leaves = lowered(model_dir), lowered(model_dir, split)
+    for step in range(3):
+        leaves.to_host()
+        leaves.to_host()
+        held = [*leaves.masters.values.values(), *leaves.masters.parameters.values()]
+        held += [s[k] for s in leaves.masters.adamw.state.values() for k in ("exp_avg", "exp_avg_sq")]
+        assert leaves.masters._away is not None
+        assert sum(tensor.untyped_storage().nbytes() for tensor in held) == 0
+        waiting = 4 if step == 0 or split.optimizer == "host" else 12
+        assert leaves.masters._away.nbytes == waiting * sum(v.numel() for v in leaves.masters.values.values())
+        leaves.to_device()
+        leaves.to_device()
+        assert figures(stays, step, step + 1) == figures(leaves, step, step + 1)
+    for name, value in stays.masters.values.items():
+        assert torch.equal(value, leaves.masters.values[name]), name
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(model_dir: Path, tmp_path: Path) -> None:
+    first = lowered(model_dir)
+    figures(first, 0, 2)
+    checkpoint.save(tmp_path, 2, 2, first.masters, first.ranks, keep=1)
+    second = lowered(model_dir)
+    found = checkpoint.latest(tmp_path)
+    assert found is not None
+    checkpoint.load(found, second.masters, second.ranks)
+    assert figures(first, 2, 3) == figures(second, 2, 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_it_is_what_fsdp_on_a_mesh_of_one_gives(tmp_path: Path) -> None:
+    from test_packing_gpu import save
+
+    model_dir = save(tmp_path / "m")
+    check_wrapped_and_not(model_dir, tmp_path, "cuda")
+
+
+def check_wrapped_and_not(model_dir: Path, folder: Path, device: str) -> None:
+    """The same by kernels whose atomics may add in another order; on a CPU to try it out."""
+    theirs, mine = (
+        sharded(1, model_dir, folder / str(wrapped), device=device, wrapped=wrapped) for wrapped in (True, False)
+    )
+    print("operators of a micro-batch:", theirs["operators"], "with FSDP2,", mine["operators"], "without")
+    assert mine["operators"] < theirs["operators"]
+    for step, tolerance in enumerate((1e-3, 0.02, 0.05)):
+        assert mine["figures"][step] == pytest.approx(theirs["figures"][step], rel=tolerance, abs=1e-3), step
+    masters = [load_file(folder / str(wrapped) / "masters.safetensors") for wrapped in (True, False)]
+    for name, value in masters[0].items():
+        assert (value - masters[1][name]).abs().max() < 6 * TRAIN["learning_rate"], name  # six updates

@@ -245,6 +245,17 @@ def test_the_noise_of_rounding_is_a_unit_in_the_last_place_and_no_leak(model_dir
     assert gradient_error(trainer, rows) < 1e-5  # nothing of it stays
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_unit_in_the_last_place_goes_up_as_often_as_down(dtype: torch.dtype) -> None:
+    hidden = torch.randn(30000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    moved = parity.a_unit_off(hidden, 3)
+    assert moved.dtype == dtype and torch.equal(moved, parity.a_unit_off(hidden, 3))
+    share = (moved.double() - hidden.double()) / hidden.double()
+    assert abs(float((share > 0).double().mean()) - 1 / 3) < 0.02  # 1 + 2^-8 as a factor in bf16 is 1
+    assert abs(float((share < 0).double().mean()) - 1 / 3) < 0.02
+    assert float(share.abs().max()) <= (2.0**-8 if dtype == torch.float32 else 2.0**-7) * 1.001
+
+
 def test_noise_raises_what_is_allowed_on_a_gpu_and_never_to_a_leak() -> None:
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert parity.gradient_tolerance(cpu, 0.1) == 1e-4

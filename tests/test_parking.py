@@ -96,6 +96,21 @@ def test_moments_and_reference_on_the_host_change_no_byte(model_dir: Path, monke
     assert float(found["first." + next(iter(here.masters.values))].abs().max()) > 0
 
 
+def test_a_bucket_holds_no_more_than_it_may_or_one_tensor(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan counts on it: the largest tensor may come behind a bucket that is almost full."""
+    limit = 6000
+    monkeypatch.setattr(optimizer, "BUCKET_BYTES", limit)
+    chosen = recipe(train={"parity_tolerance": 100.0})
+    trainer = split_trainer(model_dir, chosen, HOST)
+    masters, sizes = trainer.masters, []
+    real = masters._step_bucket
+    monkeypatch.setattr(masters, "_step_bucket", lambda names, g: sizes.append(names) or real(names, g))
+    train(trainer, range(1))
+    assert len(sizes) > 3 and any(len(names) > 1 for names in sizes)
+    for names in sizes:
+        assert len(names) == 1 or sum(2 * masters.values[name].nbytes for name in names) <= limit
+
+
 @pytest.mark.parametrize("writer", [Split(), HOST])
 def test_a_checkpoint_is_the_same_wherever_the_moments_wait(model_dir: Path, tmp_path: Path, writer: Split) -> None:
     chosen = recipe(train={"learning_rate": 1e-2, "parity_tolerance": 100.0})

@@ -18,6 +18,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from astracli.adapter import WireTensor
 from astracli.errors import RunFailed
+from astracli.plan_trainer import BUCKET_BYTES
 from astracli.recipe import TrainTable
 from astracli.training.fsdp import Ranks, local
 from astracli.training.gradients import Gradients
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
-BUCKET_BYTES = 2**30
-"""Moments that are on the device at once while those of all tensors wait on the host (one tensor may be larger)."""
 
 
 def learning_rate(table: TrainTable, step: int) -> float:
@@ -65,14 +63,17 @@ class Masters:
         self.ranks = ranks
         self.table = table
         self.wire = dict(wire)
-        self.parameters = {plain_name(n): p for n, p in model.named_parameters()}
-        unknown = sorted(set(self.wire) - set(self.parameters))
+        every = {plain_name(n): p for n, p in model.named_parameters()}
+        unknown = sorted(set(self.wire) - set(every))
         if unknown:
             raise RunFailed(f"the adapter's wire names {unknown[:5]} are no parameters of {type(model).__name__}")
-        for name, parameter in self.parameters.items():
+        for name, parameter in every.items():
             parameter.requires_grad_(name in self.wire)
-        self.parameters = {name: self.parameters[name] for name in self.wire}
+        self.parameters = {name: every[name] for name in self.wire}
+        self.frozen = [parameter for name, parameter in every.items() if name not in self.wire]
         self.tied = self._tied_names(model)
+        self.lowers = ranks.lowers
+        """Parameters are stored in what is computed with."""
         self.rounded = ranks.lowers or ranks.precision == torch.float32
         """Parameters are the masters rounded, beside them; else they are the masters."""
         self.moments_on_host = moments_on_host
@@ -81,13 +82,10 @@ class Masters:
         self._away_updates = 0
         self._host_mesh: DeviceMesh | None = None
         with torch.no_grad():
-            self.values = {
-                name: local(p.detach()).clone() if self.rounded else local(p.detach())
-                for name, p in self.parameters.items()
-            }
-            if ranks.lowers:
-                self._lower(model)
-        self.grads = Gradients(self.parameters, accumulate=ranks.lowers)
+            for parameter in self.frozen if self.lowers else ():
+                parameter.data = parameter.data.to(ranks.precision)
+            self.values = {name: self._master(name, parameter) for name, parameter in self.parameters.items()}
+        self.grads = Gradients(self.parameters, accumulate=self.lowers)
         self._optimized = {name: nn.Parameter(value) for name, value in self.values.items() if value.numel()}
         self.adamw = torch.optim.AdamW(
             list(self._optimized.values()),
@@ -99,12 +97,17 @@ class Masters:
         )
         self.publish_to_parameters()
 
-    def _lower(self, model: nn.Module) -> None:
-        """Store every parameter in its wire dtype, frozen ones in what is computed with."""
-        for name, parameter in model.named_parameters():
-            wire = self.wire.get(plain_name(name))
+    def _master(self, name: str, parameter: nn.Parameter) -> Tensor:
+        """The fp32 master. Its parameter is stored in its wire dtype from here on, where parameters are: one after the
+        other, so that the fp32 originals never lie beside all of their masters."""
+        value = local(parameter.detach())
+        if not self.rounded:
+            return value
+        master = value.clone()
+        if self.lowers:
             # a copy all the same: what travels in fp32 must not be its own master
-            parameter.data = parameter.data.to(DTYPES[wire.dtype] if wire else self.ranks.precision, copy=True)
+            parameter.data = parameter.data.to(DTYPES[self.wire[name].dtype], copy=True)
+        return master
 
     def _tied_names(self, model: nn.Module) -> dict[str, str]:
         """{name of a tied duplicate: wire name of the parameter that it is}"""
@@ -118,7 +121,7 @@ class Masters:
         """parameter <- master rounded to the wire dtype. Under mixed precision they are one tensor: nothing to do."""
         if not self.rounded:
             return
-        if self.ranks.lowers:
+        if self.lowers:
             for dtype in set(DTYPES.values()):  # one kernel over many tensors takes targets of one dtype
                 names = [name for name, parameter in self.parameters.items() if parameter.dtype == dtype]
                 if names:
@@ -176,11 +179,12 @@ class Masters:
         bucket: list[str] = []
         size = 0
         for name in gradients:
-            bucket.append(name)
-            size += 2 * self.values[name].nbytes
-            if size >= BUCKET_BYTES:
+            its = 2 * self.values[name].nbytes
+            if bucket and size + its > BUCKET_BYTES:
                 self._step_bucket(bucket, gradients)
                 bucket, size = [], 0
+            bucket.append(name)
+            size += its
         if bucket:
             self._step_bucket(bucket, gradients)
 
@@ -232,8 +236,8 @@ class Masters:
         until `to_device`, which brings them back byte for byte."""
         if self._away is None or self._away_updates != min(self.updates, 1):
             # the first update makes the moments, and they join
-            held = list(self.values.values())
-            if not self.ranks.lowers:
+            held = [*self.values.values(), *self.frozen]
+            if not self.lowers:
                 held += self.parameters.values()
             if not self.moments_on_host:
                 held += [s[key] for s in self.adamw.state.values() for key in ("exp_avg", "exp_avg_sq")]
@@ -244,7 +248,7 @@ class Masters:
     def _resize_parameters(self, share: int) -> None:
         """Empty (0) or give back (1) the memory of parameters that are stored in less than fp32: their masters wait on
         the host, so they need not."""
-        for parameter in self.parameters.values() if self.ranks.lowers else ():
+        for parameter in self.parameters.values() if self.lowers else ():
             parameter.untyped_storage().resize_(share * parameter.nbytes)
 
     def to_device(self) -> None:
@@ -288,7 +292,7 @@ class Masters:
         """
         result: dict[str, Tensor | Shard] = {}
         for name, value in self.values.items():
-            if self.ranks.lowers:
+            if self.lowers:
                 tensor = self.parameters[name].detach().to("cpu" if on_host else value.device, copy=True)
             else:
                 tensor = value.to(DTYPES[self.wire[name].dtype], copy=True)

@@ -100,16 +100,12 @@ def rounding_noise(
 
     Other kernels round otherwise, so two right ways to compute one gradient in bf16 differ, the more the deeper the
     model: with random weights (CPU, 32 layers) both packed and separate rows lie 0.05 from the gradient in fp32, and
-    0.02 from each other; in fp32 they are 2.5e-6 apart. What packing changes is measured against this. Each value of a
-    block's input is multiplied by 1 - 2^-8, 1 or 1 + 2^-8, the same ones in the recomputation of a backward pass.
+    0.02 from each other; in fp32 they are 2.5e-6 apart. What packing changes is measured against this.
     """
 
     def jolt(block: int) -> Callable[..., Any]:
         def hook(_: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-            hidden = inputs[0] if inputs else named["hidden_states"]
-            draw = torch.Generator(hidden.device).manual_seed(block)
-            signs = torch.randint(-1, 2, hidden.shape, generator=draw, device=hidden.device)
-            hidden = hidden * (1 + signs * 2.0**-8).to(hidden.dtype)
+            hidden = a_unit_off(inputs[0] if inputs else named["hidden_states"], block)
             return ((hidden, *inputs[1:]), named) if inputs else (inputs, named | {"hidden_states": hidden})
 
         return hook
@@ -129,6 +125,14 @@ def rounding_noise(
 
     tokens = sum(row.loss_tokens for row in rows)
     return _minus_separate(policy, adapter, rows, masters, jolted, pad_token)
+
+
+def a_unit_off(hidden: torch.Tensor, seed: int) -> torch.Tensor:
+    """Each value times 1 - 2^-8, 1 or 1 + 2^-8, by chance; the same ones for the same seed, as when a block is computed
+    again in a backward pass. In fp32, and then rounded: 1 + 2^-8 itself is no number in bf16."""
+    draw = torch.Generator(hidden.device).manual_seed(seed)
+    signs = torch.randint(-1, 2, hidden.shape, generator=draw, device=hidden.device, dtype=torch.int8)
+    return (hidden.float() * (1 + signs * 2.0**-8)).to(hidden.dtype)
 
 
 def _minus_separate(

@@ -54,7 +54,7 @@ def test_a_parked_tensor_holds_no_memory_and_comes_back_whole() -> None:
     parking.to_host()
     assert whole.untyped_storage().nbytes() == other.untyped_storage().nbytes() == 0
     assert torch.equal(parking.on_host(view), before), "and can be read where it waits"
-    assert repr(view) == "tensor(parked, size=(3, 4), dtype=torch.float32)", "a failing test may show it"
+    assert repr(view) == "tensor(parked, size=(3, 4), dtype=torch.float32, device=cpu)"
     parking.to_device()
     assert torch.equal(view, before) and torch.equal(other, before_other)
     whole.add_(1.0)
@@ -62,6 +62,28 @@ def test_a_parked_tensor_holds_no_memory_and_comes_back_whole() -> None:
     parking.to_host()
     parking.to_device()
     assert torch.equal(view, with_one), "what was written in between is kept"
+
+
+SHOWN = """
+    import torch
+    from astracli.training.parking import Parking
+    whole = torch.arange(6.0)
+    view, parameter, number = whole[2:], torch.nn.Parameter(whole), whole[3].detach()
+    before = repr([whole, parameter, number])
+    parking = Parking([whole])
+    parking.to_host()
+    text = repr({"seen": [view, parameter, number]}) + str(whole) + f"{whole} {parameter}"
+    assert text.count("parked, size=") == 6 and "size=(4,)" in text and "Parameter containing" in text, text
+    parking.to_device()
+    assert repr([whole, parameter, number]) == before
+    assert repr(torch.empty(0)) == "tensor([])" and "meta" in repr(torch.empty(3, device="meta"))
+    print("whole")
+"""
+
+
+def test_a_parked_tensor_can_be_shown() -> None:
+    """In a process of its own: without care it dies of a segmentation fault."""
+    assert spawn(SHOWN, [], 1) == ["whole\n"]
 
 
 def test_constant_tensors_are_copied_to_the_host_once() -> None:

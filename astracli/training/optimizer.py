@@ -22,7 +22,7 @@ from astracli.plan_trainer import BUCKET_BYTES
 from astracli.recipe import TrainTable
 from astracli.training.fsdp import Ranks, local
 from astracli.training.gradients import Gradients
-from astracli.training.parking import Parking
+from astracli.training.parking import Parking, empty
 from astracli.weights.snapshot import Shard
 
 if TYPE_CHECKING:
@@ -243,19 +243,15 @@ class Masters:
                 held += [s[key] for s in self.adamw.state.values() for key in ("exp_avg", "exp_avg_sq")]
             self._away, self._away_updates = Parking(held), min(self.updates, 1)
         self._away.to_host()
-        self._resize_parameters(0)
-
-    def _resize_parameters(self, share: int) -> None:
-        """Empty (0) or give back (1) the memory of parameters that are stored in less than fp32: their masters wait on
-        the host, so they need not."""
         for parameter in self.parameters.values() if self.lowers else ():
-            parameter.untyped_storage().resize_(share * parameter.nbytes)
+            empty(parameter.untyped_storage())  # the masters wait on the host: these are the same, rounded
 
     def to_device(self) -> None:
         """Take the device again after `to_host`."""
         if self._away is not None and self._away.parked:
             self._away.to_device()
-            self._resize_parameters(1)
+            for parameter in self.parameters.values() if self.lowers else ():
+                parameter.untyped_storage().resize_(parameter.nbytes)
             self.publish_to_parameters()
 
     @property

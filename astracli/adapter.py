@@ -103,7 +103,8 @@ class ModelAdapter:
     hybrid: bool = False
     """True when some layers keep a recurrent state."""
     parity_tolerance: Mapping[str, float] = field(default_factory=lambda: {"cpu": 1e-4, "cuda": 1e-2})
-    """Largest mean |trainer - engine| log-probability at staleness 0, by device."""
+    """Largest mean |trainer - engine| log-probability at staleness 0, by device; `cuda` wherever the engine computes in
+    bf16."""
     known_configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Hub id -> the part of its config.json that `memory_shape` reads, so that a plan can be made before a download."""
     wire_name: Callable[[str], str | None] = lambda name: name

@@ -44,6 +44,9 @@ SERVING: dict[str, tuple[Capability, Capability, str | None]] = {
 }
 """SGLang attention backend -> (lowest capability, first capability too high, package it needs)."""
 
+SERVING_ON_CPU = ("torch_native", "intel_amx")
+"""SGLang attention backends without a GPU, the one that every CPU has first."""
+
 TRAINER: dict[str, tuple[tuple[str, ...], str | None]] = {
     "sdpa": (("cpu", "cuda"), None),
     "eager": (("cpu", "cuda"), None),
@@ -60,6 +63,8 @@ PACKS = ("auto", "sdpa")
 ASKED = "the recipe asks for it"
 SGLANG_ENV = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}
 """Log-probabilities before temperature: what the trainer compares with."""
+SGLANG_CPU_ENV = {"SGLANG_USE_CPU_ENGINE": "1"}
+"""What tells SGLang that it is to run without a GPU."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +113,8 @@ def choose(
     device, why_device = _device(recipe)
     engine, why_engine = _engine(recipe, device)
     capability = lowest_capability(facts) if device == "cuda" else None
-    serving, why_serving = _serving(adapter, facts, recipe, engine, capability)
-    linear, why_linear = _linear(adapter, recipe, engine)
+    serving, why_serving = _serving(adapter, facts, recipe, engine, device, capability)
+    linear, why_linear = _linear(adapter, recipe, engine, device)
     trainer, why_trainer = _trainer(facts, recipe, device)
     gdn, why_gdn, warning = backend_delta_rule.choose(adapter, facts, device, capability)
     layout, why_layout = packing(recipe, adapter, device)
@@ -123,7 +128,9 @@ def choose(
         Backend("delta rule, forward", gdn, why_gdn),
         Backend("delta rule, backward", gdn, why_gdn),
     )
-    env = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else dict(SGLANG_ENV) if engine == "sglang" else {}
+    env = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    if engine == "sglang":
+        env |= SGLANG_ENV | (SGLANG_CPU_ENV if device == "cpu" else {})
     warnings = (warning,) if warning else ()
     return BackendChoice(device, engine, serving, linear, trainer, gdn, gdn, env, reasons, warnings)
 
@@ -168,10 +175,7 @@ def _engine(recipe: Recipe, device: str) -> tuple[Literal["embedded", "sglang"],
     asked = recipe.rollout.engine
     if device == "cpu":
         if asked == "sglang":
-            raise UserError(
-                "rollout.engine = sglang on a CPU: the published sglang package runs on GPUs only",
-                "use `--set rollout.engine=embedded`, or GPUs: `--set resources.device=cuda`",
-            )
+            return "sglang", f"{ASKED}: SGLang's CPU backend, which computes in bf16"
         return "embedded", "the engine that runs on a CPU" if asked == "auto" else ASKED
     if asked == "auto":
         return "sglang", "the engine for GPUs"
@@ -179,10 +183,13 @@ def _engine(recipe: Recipe, device: str) -> tuple[Literal["embedded", "sglang"],
 
 
 def _serving(
-    adapter: ModelAdapter, facts: Facts, recipe: Recipe, engine: str, capability: Capability | None
+    adapter: ModelAdapter, facts: Facts, recipe: Recipe, engine: str, device: str, capability: Capability | None
 ) -> tuple[str, str]:
     asked = recipe.rollout.attention_backend
     key = "rollout.attention_backend"
+    if engine == "sglang" and device == "cpu":
+        _known(key, asked, ("auto", *SERVING_ON_CPU), "sglang on a CPU")
+        return (SERVING_ON_CPU[0], "SGLang's attention for every CPU") if asked == "auto" else (asked, ASKED)
     if engine == "embedded":
         _known(key, asked, ("auto", "sdpa", "eager"), "the embedded engine")
         return ("sdpa", "exact and quick in the embedded engine") if asked == "auto" else (asked, ASKED)
@@ -262,7 +269,7 @@ def _forbidden(adapter: ModelAdapter, name: str, capability: Capability) -> str 
     return None
 
 
-def _linear(adapter: ModelAdapter, recipe: Recipe, engine: str) -> tuple[str, str]:
+def _linear(adapter: ModelAdapter, recipe: Recipe, engine: str, device: str) -> tuple[str, str]:
     asked = recipe.rollout.linear_attention_backend
     if not adapter.hybrid:
         return "none", "a dense model has no linear attention"
@@ -271,7 +278,8 @@ def _linear(adapter: ModelAdapter, recipe: Recipe, engine: str) -> tuple[str, st
         return "torch", "the delta rule in torch, one step a token"
     if asked != "auto":
         return asked, ASKED if asked == "triton" else f"{ASKED} (only triton has been measured)"
-    return "triton", "SGLang's default on every GPU"
+    where = "every GPU" if device == "cuda" else "a CPU too, where it takes SGLang's own CPU kernels"
+    return "triton", f"SGLang's default on {where}"
 
 
 def _trainer(facts: Facts, recipe: Recipe, device: str) -> tuple[str, str]:

@@ -187,6 +187,9 @@ def command(config: WorkerConfig, model: Path, options: Options, flags: Mapping[
         "cuda_graph_bs_decode" if options.has("cuda_graph_bs_decode") else "cuda_graph_bs": graph_sizes(slots),
         **flags,
     }
+    if config.device == "cpu":
+        settings |= {"device": "cpu", "disable_overlap_schedule": True, "disable_cuda_graph": True}
+        del settings["disable_prefill_cuda_graph"]
     if not flushes(config.recipe.weights.pause_mode):
         settings["disable_radix_cache"] = True  # it would hold states of weights that are gone
     if backends.get("serving_attention", "auto") != "auto":

@@ -6,7 +6,8 @@ whose recurrent or convolution state leaks between or through rows fails here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -103,6 +104,40 @@ def rounding_noise(
     0.02 from each other; in fp32 they are 2.5e-6 apart. What packing changes is measured against this.
     """
 
+    def jolted() -> None:
+        with _jolted(policy, adapter):
+            for row in rows:
+                logprob_N, _ = logprobs(policy, adapter, pad_rows([row], pad_token), masters.ranks.device)
+                (logprob_N.sum() / tokens).backward()
+
+    tokens = sum(row.loss_tokens for row in rows)
+    return _minus_separate(policy, adapter, rows, masters, jolted, pad_token)
+
+
+@torch.no_grad()
+def logprob_noise(
+    policy: PolicyModel, adapter: ModelAdapter, rows: Sequence[Row], device: torch.device, *, pad_token: int
+) -> float:
+    """Mean |change of a loss token's log-probability| when every block's input moves by a unit in bf16's last place.
+
+    What two right implementations in bf16 may differ by depends on the model: on a CPU, SGLang in bf16 lies 0.03 from
+    SmolLM2-135M in fp32, whose logits go up to 37, and transformers in bf16 lies as far (`bench/sglang_cpu.py`). A
+    collective when the policy is sharded: every rank must bring the same rows.
+    """
+    changes = []
+    for row in rows:
+        alone = pad_rows([row], pad_token)
+        plain_N, _ = logprobs(policy, adapter, alone, device)
+        with _jolted(policy, adapter):
+            jolted_N, _ = logprobs(policy, adapter, alone, device)
+        changes.append((jolted_N - plain_N).abs())
+    return float(torch.cat(changes).mean())
+
+
+@contextmanager
+def _jolted(policy: PolicyModel, adapter: ModelAdapter) -> Iterator[None]:
+    """Every block of the policy sees its input `a_unit_off`."""
+
     def jolt(block: int) -> Callable[..., Any]:
         def hook(_: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
             hidden = a_unit_off(inputs[0] if inputs else named["hidden_states"], block)
@@ -110,21 +145,13 @@ def rounding_noise(
 
         return hook
 
-    def jolted() -> None:
-        hooks = [
-            block.register_forward_pre_hook(jolt(i), with_kwargs=True)
-            for i, block in enumerate(adapter.blocks(policy.model))
-        ]
-        try:
-            for row in rows:
-                logprob_N, _ = logprobs(policy, adapter, pad_rows([row], pad_token), masters.ranks.device)
-                (logprob_N.sum() / tokens).backward()
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    tokens = sum(row.loss_tokens for row in rows)
-    return _minus_separate(policy, adapter, rows, masters, jolted, pad_token)
+    blocks = adapter.blocks(policy.model)
+    hooks = [block.register_forward_pre_hook(jolt(i), with_kwargs=True) for i, block in enumerate(blocks)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def a_unit_off(hidden: torch.Tensor, seed: int) -> torch.Tensor:

@@ -29,7 +29,7 @@ from astracli.rl.losses import Limits
 from astracli.rl.losses.kl import k3
 from astracli.rl.types import Group
 from astracli.training import objective, packing, parity
-from astracli.training.agreement import Agreement
+from astracli.training.agreement import CEILING, TIMES_NOISE, Agreement
 from astracli.training.fsdp import Ranks, gather_no_more
 from astracli.training.logprob import PolicyModel
 from astracli.training.optimizer import Masters, learning_rate
@@ -54,6 +54,8 @@ class Sums:
     capped: float = 0.0
     own: Agreement = field(default_factory=Agreement)
     """Of the tokens of the trainer's own version."""
+    noise: float | None = None
+    """What rounding alone moves such a token by, where that was asked."""
 
 
 @dataclass
@@ -85,7 +87,9 @@ class Trainer:
         reference_parking: Parking | None = None,
         pad_token: int = 0,
         packed: bool = False,
+        bf16_engine: bool = False,
     ):
+        """`bf16_engine`: what draws the tokens computes in bf16, whatever this trainer computes in."""
         self.policy = policy
         self.masters = masters
         self.adapter = adapter
@@ -98,6 +102,8 @@ class Trainer:
         self.algorithm = losses.get(recipe.algorithm.name)
         self.ablation = packed and recipe.train.row_boundaries == "ignored"
         """Rows leak because the recipe says so: the checks measure and do not stop."""
+        self.bf16_engine = bf16_engine
+        self._noise_allows = 0.0
         self._first = True
         self._rows_checked = False
         self._kept: tuple[Tensor, Tensor] | None = None
@@ -125,7 +131,7 @@ class Trainer:
         limits = self._score(batch, version, references, proximals, sums) if score else self._limits_of_fresh(batch)
         timer.lap("score_s")
         if score:
-            self._require_agreement(sums, version)
+            self._require_agreement(batch, sums, version)
         norms = [
             self._minibatch(batch, index, step, version, limits, references, proximals, sums, timer, measure=not score)
             for index in range(len(batch.minibatches))
@@ -207,13 +213,23 @@ class Trainer:
         self._rows_checked = True
         return found
 
-    def _require_agreement(self, sums: Sums, version: int) -> None:
-        """Raise RunFailed when the engine that drew this version's tokens holds other weights. A collective."""
+    def _require_agreement(self, batch: Batch, sums: Sums, version: int) -> None:
+        """Raise RunFailed when the engine that drew this version's tokens holds other weights. A collective.
+
+        An engine in bf16 may be away by what rounding does to this model, where that is more than the adapter's
+        tolerance; a tolerance of the recipe is final.
+        """
         sums.own = sums.own.over(self.ranks)
         if self.ablation:
             return
-        tolerance = self.recipe.train.parity_tolerance or self.adapter.parity_tolerance[self.ranks.device.type]
-        sums.own.require(tolerance, version)
+        asked, known = self.recipe.train.parity_tolerance, self.adapter.parity_tolerance
+        tolerance = asked or known["cuda" if self.bf16_engine else "cpu"]
+        if asked is None and self.bf16_engine and not sums.own.within(max(tolerance, self._noise_allows)):
+            rows = parity.spread(batch.rows, self.recipe.train.tokens_per_microbatch)
+            noise = parity.logprob_noise(self.policy, self.adapter, rows, self.ranks.device, pad_token=self.pad_token)
+            (sums.noise,) = self.ranks.max([noise])
+            self._noise_allows = min(CEILING, TIMES_NOISE * sums.noise)
+        sums.own.require(max(tolerance, self._noise_allows), version)
 
     # pass 1
 
@@ -328,7 +344,7 @@ class Trainer:
             (loss * self.ranks.world_size).backward()
             timer.lap("backward_s")
         if measure:
-            self._require_agreement(sums, version)
+            self._require_agreement(batch, sums, version)
         norm = self.masters.update(step)
         timer.lap("optimizer_s")
         return norm
@@ -362,4 +378,6 @@ class Trainer:
             figures |= batch.overlong()
         if self.reference is not None:
             figures["kl"] = kl / tokens
+        if sums.noise is not None:
+            figures["parity_noise"] = sums.noise
         return figures | sums.own.figures

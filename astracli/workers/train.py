@@ -134,7 +134,14 @@ class TrainLoop:
         self.adapter = registry.resolve(self.recipe, config.model_path)
         attention = config.backends.get("attention", "sdpa")
         self.trainer = build_trainer(
-            config.model_path, self.adapter, self.recipe, ranks, attention=attention, split=_split(config)
+            config.model_path,
+            self.adapter,
+            self.recipe,
+            ranks,
+            attention=attention,
+            split=_split(config),
+            # SGLang does on a CPU too
+            bf16_engine=config.device != "cpu" or config.backends.get("engine") == "sglang",
         )
         self.checkpoints = config.run_dir / "checkpoints"
         self._pinned: set[int] = set()

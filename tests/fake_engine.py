@@ -7,6 +7,7 @@ completion that was continued must equal one that was not. Its log-probability t
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,18 @@ class FakeEngine:
     paused: bool = False
     refusals: int = 0
     """Updates that will fail."""
+    window: bool = False
+    """Takes updates only between begin and end, as SGLang from 0.5.21 on."""
+    begun: bool = False
+    sticky: bool = False
+    """An end does not end it: another client has begun again."""
+    broken: list[str] = field(default_factory=list)
+    """Paths whose next call is answered with 500."""
+    update_s: float = 0.0
+    loader_dir: Path | None = None
+    """Where it leaves `result.json`, as our loader in SGLang does."""
+    staged: int = 1
+    """The version in `result.json`."""
     events: list[str] = field(default_factory=list)
     released: list[str] = field(default_factory=list)
     """Memory that is another's now."""
@@ -65,7 +78,11 @@ class FakeEngine:
             Route("/update_weights_from_tensor", self._update, methods=["POST"]),
             Route("/release_memory_occupation", self._release, methods=["POST"]),
             Route("/resume_memory_occupation", self._take_back, methods=["POST"]),
+            Route("/update_weight_version", self._name, methods=["POST"]),
         ]
+        if self.window:
+            routes.append(Route("/begin_weight_update", self._begin, methods=["POST"]))
+            routes.append(Route("/end_weight_update", self._end, methods=["POST"]))
         self._thread = ServerThread(Starlette(routes=routes), listener).start()
         return self
 
@@ -125,6 +142,7 @@ class FakeEngine:
         return JSONResponse({})
 
     async def _continue(self, request: Request) -> Response:
+        assert not self.begun, "would generate before the layers' work after loading"
         self.paused = False
         return JSONResponse({})
 
@@ -140,9 +158,41 @@ class FakeEngine:
         self.events.append("resumed")
         return Response()
 
+    async def _begin(self, request: Request) -> Response:
+        assert await request.json() == {} and self.paused
+        return self._switch(request, "begun", True, "a weight-update session is already open")
+
+    async def _end(self, request: Request) -> Response:
+        return self._switch(request, "ended", False, "no weight-update session is open")
+
+    def _switch(self, request: Request, event: str, to: bool, refusal: str) -> Response:
+        if answer := self._broken(request):
+            return answer
+        if self.begun is to:
+            return JSONResponse({"success": False, "message": refusal}, 400)
+        self.begun = to or self.sticky
+        self.events.append(event)
+        return JSONResponse({"success": True, "message": "Success"})
+
+    def _broken(self, request: Request) -> Response | None:
+        if request.url.path not in self.broken:
+            return None
+        self.broken.remove(request.url.path)
+        return JSONResponse({"error": {"message": "broken"}}, 500)
+
+    async def _name(self, request: Request) -> Response:
+        self.version = int((await request.json())["new_version"])
+        self.events.append(f"named {self.version}")
+        return JSONResponse({"success": True})
+
     async def _update(self, request: Request) -> Response:
         assert self.paused and not self.released
         version = int((await request.json())["weight_version"])
+        await asyncio.sleep(self.update_s)
+        if answer := self._broken(request):
+            return answer
+        if self.window and not self.begun:
+            return JSONResponse({"success": False, "message": "must run between begin and end"}, 400)
         if self.refusals:
             self.refusals -= 1
             self.serving = False
@@ -150,6 +200,9 @@ class FakeEngine:
             return JSONResponse({"success": False, "message": "digest of lm_head differs"}, 400)
         self.version, self.serving = version, True
         self.events.append(f"applied {version}")
+        if self.loader_dir is not None:
+            found = {"ok": True, "version": self.staged, "message": "", "apply_s": 0.001}
+            (self.loader_dir / "result.json").write_text(json.dumps(found))
         return JSONResponse({"success": True, "message": "", "seconds": {"apply_s": 0.001}})
 
 

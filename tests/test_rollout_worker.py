@@ -110,7 +110,7 @@ class World:
             hub = await stack.enter_async_context(AsyncHubClient(config.hub_url, TOKEN))
             lanes = []
             for number, fake in enumerate([self.engine, *self.others]):
-                engine = await stack.enter_async_context(EngineClient(fake.url, TOKEN))
+                engine = await stack.enter_async_context(EngineClient(fake.url, TOKEN, loader_dir=fake.loader_dir))
                 mode, name = config.recipe.weights.pause_mode, f"engine{number}"
                 lanes.append(Lane(name, engine, hub, self.fetcher, process="rollout", mode=mode, ready_timeout_s=5.0))
             source = PromptSource(config.recipe.data, 5)

@@ -8,13 +8,14 @@ import json
 import pickle
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from astracli.engines.window import Update, UpdateWindow
 from astracli.errors import RunFailed
 
 if TYPE_CHECKING:
@@ -64,16 +65,6 @@ class GenResult:
     rid: str
 
 
-@dataclass(frozen=True)
-class Update:
-    """The engine's answer to a weight update."""
-
-    success: bool
-    message: str
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    """Where the time went, when the engine says: decode_s, apply_s, verify_s, write_s."""
-
-
 def flushes(pause_mode: str) -> bool:
     """Whether an update of this mode may ask for an empty cache. SGLang can only empty it with no request anywhere, and
     ends when it is asked and cannot; requests that were retracted wait, and those paused in place hold theirs. In these
@@ -103,6 +94,7 @@ class EngineClient:
         """A 503 of `/generate` is retried this long."""
         self._control_s = control_s
         self._loader_dir = loader_dir
+        self._window = UpdateWindow(self._status, self._update)
         self._http: httpx.AsyncClient = httpx.AsyncClient(
             base_url=self.url,
             headers={"Authorization": f"Bearer {token}"},
@@ -143,6 +135,8 @@ class EngineClient:
             if time.monotonic() > deadline:
                 raise self._failure(f"was not ready within {timeout:g} s", "read its log in the run directory")
             await asyncio.sleep(_RETRY_S)
+        if self._loader_dir is not None:
+            await self._window.learn()  # now, so that no pause waits for it
 
     async def model_info(self) -> dict[str, Any]:
         """model_path, weight_version (a string); the embedded engine adds serving, problem, running, ..."""
@@ -218,7 +212,7 @@ class EngineClient:
         """SGLang answers success whatever our loader found; what it found stands in `result`. The weights bear the
         version's name only once that says so: a worker that dies in between leaves them unproven."""
         result.unlink(missing_ok=True)
-        update = await self._update("/update_weights_from_tensor", body)
+        update = await self._window.update("/update_weights_from_tensor", body)
         if not update.success:
             return update
         try:
@@ -229,7 +223,7 @@ class EngineClient:
             return Update(False, found["message"] or f"the loader applied version {found['version']}")
         await self.set_version(version)
         seconds = {name: value for name, value in found.items() if name.endswith("_s") and value is not None}
-        return Update(True, "", seconds)
+        return Update(True, "", {**seconds, **update.seconds})
 
     async def load_directory(self, path: str, version: int) -> Update:
         """Load a whole Hugging Face checkpoint directory that the engine can read."""
@@ -239,8 +233,8 @@ class EngineClient:
         """Change the label of the present weights."""
         await self._send("POST", "/update_weight_version", {"new_version": str(version)})
 
-    async def _update(self, path: str, body: Mapping[str, Any]) -> Update:
-        reply = await self._request("POST", path, body, timeout=self._control_s)
+    async def _update(self, path: str, body: Mapping[str, Any], limit_s: float | None = None) -> Update:
+        reply = await self._request("POST", path, body, timeout=self._control_s if limit_s is None else limit_s)
         if reply.status_code == 400:
             document = _json(reply)
             if isinstance(document, dict) and "success" in document:
@@ -252,6 +246,9 @@ class EngineClient:
 
     async def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         return self._content(await self._request(method, path, body, timeout=self._control_s), path)
+
+    async def _status(self, path: str) -> int:
+        return (await self._request("GET", path, None, timeout=self._control_s)).status_code
 
     async def _request(
         self, method: str, path: str, body: Mapping[str, Any] | None, *, timeout: float | None

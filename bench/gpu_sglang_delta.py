@@ -13,7 +13,8 @@ at the end medians and the 99th percentile of each mode. Versions:
     transfer_s, stage_s                     fetched and checked; until the server had it decoded and on the device
     decode_s, decode_gb_per_s               of the server's decoder; bytes of the full version over them
     abort_ms, pause_ms                      ending all requests (mode abort); pause sent to continue answered, split:
-                                            pause, call, continue; inside the call: record, apply, digest
+                                            pause, call, continue; inside the call: begin, record, apply,
+                                            digest, end (begin and end: SGLang from 0.5.21 on)
     readback_s                              every fourth version, after the pause, while the server generates
     tokens_per_s, staging_tokens_per_s      of the streams in a quiet second, and while a version is staged
     recovery_s                              until tokens/s is at 95 % of the quiet second again (--recovery), from the
@@ -250,6 +251,7 @@ class Run:
                 "pause": pause_ms, "call": call_ms, "apply": 1000 * result["apply_s"],
                 "digest": 1000 * result["verify_s"], "record": 1000 * result.get("record_s", 0.0),
                 "loader": 1000 * result.get("loader_s", 0.0), "continue": continue_ms,
+                **{name[:-2]: 1000 * answer.seconds[name] for name in ("begin_s", "end_s") if name in answer.seconds},
             },
         }  # fmt: skip
         if meter:
@@ -351,8 +353,8 @@ async def compare(client: EngineClient, model: Any, trainer: Trainer, adapter: A
 
 FIGURES = (
     "density", "bytes_per_changed", "publish_s", "digest_s", "diff_s", "encode_s", "transfer_s", "stage_s", "decode_s",
-    "decode_gb_per_s", "load_s", "abort_ms", "pause_ms", "pause", "call", "apply", "digest", "loader", "continue",
-    "readback_s", "tokens_per_s", "staging_tokens_per_s", "recovery_s",
+    "decode_gb_per_s", "load_s", "abort_ms", "pause_ms", "pause", "call", "begin", "apply", "digest", "loader", "end",
+    "continue", "readback_s", "tokens_per_s", "staging_tokens_per_s", "recovery_s",
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ An update, in the order in which it happens (mode `abort`):
     fetch and stage     generation goes on
     close the gate      no new request leaves this worker
     abort, drain        every request ends its segment; partial tokens come back, all of the old version
-    pause, apply, continue      with nothing running; the engine checks digests before it serves
+    pause, apply, continue      with nothing running; the engine checks digests before it serves (`engines/window.py`)
     report, open        the hub learns the version, then prompt + prefix are sent again
     read back           when due, beside generation: results are held until the weights are proven under HF names too
 

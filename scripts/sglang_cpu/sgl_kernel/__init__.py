@@ -19,8 +19,8 @@ def _rms(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * scale.float()
 
 
-def fused_sigmoid_mul_cpu(x: Tensor, gate: Tensor, inplace: bool = False) -> Tensor:
-    """[T, D] * sigmoid(gate [T, D] or [T, H, K])"""
+def fused_sigmoid_mul_cpu(x: Tensor, gate: Tensor, inplace: bool = True) -> Tensor:
+    """[T, D] * sigmoid(gate [T, D] or [T, H, K]). From 0.5.19 on SGLang leaves `inplace` out and means it."""
     result = (x.float() * torch.sigmoid(gate.reshape(x.shape).float())).to(x.dtype)
     return x.copy_(result) if inplace else result
 

@@ -527,8 +527,9 @@ def test_a_read_back_that_differs_is_reported_and_takes_the_version_away(
     proof = json.loads(wait_for(where / "proof.json"))
     assert not proof["ok"] and proof["version"] == 1 and "1 tensors differ: model.norm.weight" in proof["message"]
     restage(tmp_path, [delta(2)])
-    sglang_loader.apply_staged(model)
-    assert "the engine holds None" in json.loads((where / "result.json").read_text())["message"]
+    for refusal in ("moved its parameters", "the engine holds None"):
+        sglang_loader.apply_staged(model)
+        assert refusal in json.loads((where / "result.json").read_text())["message"]
 
 
 def test_anything_that_load_weights_raises_is_an_outcome_and_no_exception(
@@ -568,6 +569,32 @@ def test_a_failed_version_is_reported_and_only_a_full_one_mends_it(
     restage(tmp_path, ["v000000/manifest.full.json", delta(1), delta(2)])
     last = outcome()
     assert last["ok"] and last["version"] == 2 and same(model.hf(), versions[2])
+
+
+def test_parameters_that_the_engine_has_moved_are_found_again_by_a_full_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a version would land, and be proved, in memory that nothing serves from."""
+    versions, model = chain(4), FusedModel()
+    model.load_weights(versions[0].items())
+    where = stage(tmp_path, versions, [delta(1)])
+    monkeypatch.setenv("ASTRA_STAGE_DIR", str(where))
+
+    def outcome() -> dict[str, Any]:
+        sglang_loader.apply_staged(model)
+        return dict(json.loads((where / "result.json").read_text()))
+
+    assert outcome()["ok"]
+    model.qkv = nn.Parameter(model.qkv.data.clone())
+    restage(tmp_path, [delta(2)])
+    refused = outcome()
+    assert not refused["ok"] and "moved its parameters" in refused["message"]
+    assert same(model.hf(), versions[1])
+    restage(tmp_path, ["v000000/manifest.full.json", delta(1), delta(2)])
+    assert outcome()["ok"] and same(model.hf(), versions[2])
+    model.norm.data = model.norm.data.clone()
+    restage(tmp_path, [delta(3)])
+    assert "moved its parameters" in outcome()["message"]
 
 
 def test_the_loader_module_imports_nothing_of_sglang() -> None:

@@ -164,6 +164,7 @@ class _Engine:
         self._model = weakref.ref(model)
         self._proving: threading.Thread | None = None
         self._names: list[tuple[str, str, tuple[int, ...]]] = []
+        self._addresses: list[tuple[dict[str, Any], str, int]] = []
         self._decoder = DecoderProcess()
         self.watcher = StageWatcher(stage_dir, self.load, self.warm, self._decoder.prepare)
 
@@ -212,10 +213,20 @@ class _Engine:
         self._proving.start()
 
     def record(self, entries: Sequence[TensorEntry]) -> None:
-        """Find out where the model keeps `entries`; again only for other names, dtypes or shapes than before."""
+        """Find out where the model keeps `entries`; again only for other names, dtypes or shapes than before.
+
+        Raises WeightMismatch when a parameter lies elsewhere by now (SGLang's own work after loading may replace some):
+        what was decoded for the old places is lost, and the next call, of a full version, asks for the new ones.
+        """
+        if any(getattr(slots.get(name), "data_ptr", int)() != at for slots, name, at in self._addresses):
+            self.hands, self._names, self._addresses = None, [], []
+            raise WeightMismatch("the engine has moved its parameters since they were found", "send a full payload")
         if self._names != _identity(entries):
-            self.hands = Resident(PlacementRecorder().record(self._model(), entries))
+            model: Any = self._model()
+            self.hands = Resident(PlacementRecorder().record(model, entries))
             self._names = _identity(entries)
+            held = ((module._parameters, name) for module in model.modules() for name in module._parameters)
+            self._addresses = [(slots, name, p.data_ptr()) for slots, name in held if (p := slots[name]) is not None]
 
 
 def _identity(entries: Iterable[TensorEntry]) -> list[tuple[str, str, tuple[int, ...]]]:

@@ -12,10 +12,9 @@ The loss of a minibatch runs over all ranks and micro-batches (`objective`). Sha
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -29,45 +28,18 @@ from astracli.rl.losses import Limits
 from astracli.rl.losses.kl import k3
 from astracli.rl.types import Group
 from astracli.training import objective, packing, parity
-from astracli.training.agreement import Agreement
 from astracli.training.fsdp import Ranks, gather_no_more
 from astracli.training.logprob import PolicyModel
 from astracli.training.optimizer import Masters, learning_rate
 from astracli.training.parking import Parking
+from astracli.training.sums import Sums, Timer
+from astracli.training.upload import upload
 
 
 @dataclass
 class StepResult:
     metrics: dict[str, float]
     batch: Batch
-
-
-@dataclass
-class Sums:
-    """What one rank adds up over tokens; all ranks' are summed at the end of the step."""
-
-    ratio: float = 0.0
-    entropy: float = 0.0
-    kl: float = 0.0
-    loss: float = 0.0
-    clipped: float = 0.0
-    capped: float = 0.0
-    own: Agreement = field(default_factory=Agreement)
-    """Of the tokens of the trainer's own version."""
-
-
-@dataclass
-class Timer:
-    """Seconds per phase."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    _since: float = field(default_factory=time.perf_counter)
-
-    def lap(self, phase: str) -> None:
-        """The time since the last lap belongs to `phase`."""
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._since
-        self._since = now
 
 
 class Trainer:
@@ -109,7 +81,7 @@ class Trainer:
         without tokens.
         """
         assert not self.masters.away
-        timer = Timer()
+        timer = Timer(self.ranks.device)
         batch = self._divide(groups, step)
         timer.lap("batch_s")
         metrics = self._check_rows(batch, step)
@@ -139,8 +111,9 @@ class Trainer:
             "staleness_mean": stale_mean,
             "staleness_max": float(stale_max),
         }
-        metrics |= timer.seconds
-        metrics["train_s"] = sum(timer.seconds.values())
+        seconds = timer.seconds()
+        metrics |= seconds
+        metrics["train_s"] = sum(seconds.values())
         return StepResult(metrics, batch)
 
     def to_host(self) -> None:
@@ -178,7 +151,7 @@ class Trainer:
         return parity.logprobs(policy, self.adapter, micro, self.ranks.device)
 
     def _on_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.ranks.device)
+        return upload(array, self.ranks.device)
 
     # checks
 
@@ -236,7 +209,7 @@ class Trainer:
 
         `proximals` is filled: id of micro-batch -> log-probabilities [N] of the policy at the start of the step.
         """
-        ratios, advantages = [], []
+        ratios = []
         self._kept, reused = None, self._reused(batch)
         for minibatch in batch.minibatches:
             for micro in minibatch:
@@ -246,9 +219,9 @@ class Trainer:
                     self._kept = logprob_N, entropy_N
                 proximals[id(micro)] = logprob_N.detach()
                 ratios.append(self._measure(micro, version, logprob_N, entropy_N, references.get(id(micro)), sums))
-                advantages.append(self._on_device(micro.advantage_N))
         log_ratio_N = self.ranks.gather(torch.cat(ratios))
-        advantage_N = self.ranks.gather(torch.cat(advantages))
+        advantages = [micro.advantage_N for minibatch in batch.minibatches for micro in minibatch]
+        advantage_N = self.ranks.gather(torch.from_numpy(np.concatenate(advantages)))
         return self.algorithm.prepare(log_ratio_N, advantage_N, self.recipe.algorithm)
 
     def _reused(self, batch: Batch) -> MicroBatch | None:
@@ -280,11 +253,13 @@ class Trainer:
         log_ratio_N = logprob_N - self._on_device(micro.logprob_N)
         if not len(log_ratio_N):
             return log_ratio_N
-        sums.ratio += float(log_ratio_N.exp().double().sum())
-        sums.entropy += float(entropy_N.double().sum())
+        sums.add("ratio", log_ratio_N.exp())
+        sums.add("entropy", entropy_N)
         if reference_N is not None:
-            sums.kl += float(k3(logprob_N, reference_N).double().sum())
-        sums.own.add(log_ratio_N[self._on_device(micro.version_N) == version])
+            sums.add("kl", k3(logprob_N, reference_N))
+        own_M = np.flatnonzero(micro.version_N == version)  # counted here: a device would have to be waited for
+        every = len(own_M) == len(log_ratio_N)
+        sums.own.add(log_ratio_N if every else log_ratio_N.index_select(0, self._on_device(own_M)))
         return log_ratio_N
 
     # pass 2
@@ -320,9 +295,10 @@ class Trainer:
             if reference_N is not None:
                 loss_N = loss_N + self.recipe.algorithm.kl_coef * k3(logprob_N, reference_N)
             loss = objective.normalised(normaliser, loss_N, micro, divisor)
-            sums.loss += float(loss.detach())
-            sums.clipped += float(result.clipped_N.sum())
-            sums.capped += float(result.capped_N.sum()) if result.capped_N is not None else 0.0
+            sums.add("loss", loss)
+            sums.add("clipped", result.clipped_N)
+            if result.capped_N is not None:
+                sums.add("capped", result.capped_N)
             timer.lap("forward_s")
             # sharding averages gradients over ranks, the divisor already counts all of them
             (loss * self.ranks.world_size).backward()
@@ -335,9 +311,7 @@ class Trainer:
 
     def _figures(self, batch: Batch, sums: Sums, updates: int) -> dict[str, float]:
         """The step's metrics over all ranks."""
-        ratio, entropy, kl, loss, clipped, capped = self.ranks.sum(
-            [sums.ratio, sums.entropy, sums.kl, sums.loss, sums.clipped, sums.capped]
-        )
+        ratio, entropy, kl, loss, clipped, capped = self.ranks.sum(sums.read())
         tokens = batch.loss_tokens
         rewards = np.concatenate([g.rewards for g in batch.groups])
         per_row = np.array([row.advantage for row in batch.rows])

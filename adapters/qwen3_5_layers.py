@@ -105,7 +105,7 @@ def delta_net(
     taps = module.conv1d.weight.squeeze(1)
     by_torch = kernels is None or fused.delta_rule_by_torch
     bounds = _segments(cu_seqlens, tokens, edges) if by_torch else []
-    known = fused.chunks(edges, hidden_states.device) if kernels is not None and edges is not None else {}
+    known = fused.chunks(edges, hidden_states.device) if kernels and cu_seqlens is not None and edges else {}
     if kernels is not None:
         mixed = kernels.conv(mixed, taps, module.conv1d.bias, activation="silu", cu_seqlens=cu_seqlens, **known)[0]
     else:

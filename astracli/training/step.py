@@ -28,11 +28,12 @@ from astracli.rl.losses import Limits
 from astracli.rl.losses.kl import k3
 from astracli.rl.types import Group
 from astracli.training import objective, packing, parity
+from astracli.training.adam import learning_rate
 from astracli.training.fsdp import Ranks, gather_no_more
 from astracli.training.logprob import PolicyModel
-from astracli.training.optimizer import Masters, learning_rate
+from astracli.training.optimizer import Masters
 from astracli.training.parking import Parking
-from astracli.training.sums import Sums, Timer
+from astracli.training.sums import Sums, Timer, figures
 from astracli.training.upload import upload
 
 
@@ -102,7 +103,7 @@ class Trainer:
             self._minibatch(batch, index, step, version, limits, references, proximals, sums, timer, measure=not score)
             for index in range(len(batch.minibatches))
         ]
-        metrics |= self._figures(batch, sums, len(norms))
+        metrics |= figures(self.recipe, self.ranks, batch, sums, len(norms), referenced=self.reference is not None)
         metrics |= {
             "grad_norm": float(np.mean(norms)),
             "grad_norm_max": float(np.max(norms)),
@@ -308,32 +309,3 @@ class Trainer:
         norm = self.masters.update(step)
         timer.lap("optimizer_s")
         return norm
-
-    def _figures(self, batch: Batch, sums: Sums, updates: int) -> dict[str, float]:
-        """The step's metrics over all ranks."""
-        ratio, entropy, kl, loss, clipped, capped = self.ranks.sum(sums.read())
-        tokens = batch.loss_tokens
-        rewards = np.concatenate([g.rewards for g in batch.groups])
-        per_row = np.array([row.advantage for row in batch.rows])
-        figures = {
-            "loss": loss / updates,
-            "reward_mean": float(rewards.mean()),
-            "advantage_mean": float(per_row.mean()),
-            "advantage_std": float(per_row.std()),
-            "clip_fraction": clipped / tokens,
-            "ratio_mean": ratio / tokens,
-            "entropy": entropy / tokens,
-            "tokens": float(tokens),
-            "samples": float(len(batch.rows)),
-            "groups": float(len(batch.groups)),
-            "completion_tokens_mean": tokens / len(batch.rows),
-            "length_stop_fraction": float(np.mean([r.sample.finish_reason == "length" for r in batch.rows])),
-            "updates": float(updates),
-        }
-        if self.algorithm.weighted:
-            figures["weight_capped_fraction"] = capped / tokens
-        if self.recipe.algorithm.overlong_fraction:
-            figures |= batch.overlong()
-        if self.reference is not None:
-            figures["kl"] = kl / tokens
-        return figures | sums.own.figures

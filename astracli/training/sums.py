@@ -1,4 +1,4 @@
-"""What a step adds up while it runs, and how long its phases took: read once, when the device is done.
+"""What a step adds up while it runs, how long its phases took, and its metrics: read once, when the device is done.
 
 A figure that is read for every micro-batch makes the host wait for the device, which then waits for the host's next
 kernels. Here nothing is read before the end of a pass.
@@ -9,10 +9,15 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from astracli.recipe import Recipe
+from astracli.rl import losses
+from astracli.rl.batch import Batch
 from astracli.training.agreement import Agreement
+from astracli.training.fsdp import Ranks
 
 
 class Sums:
@@ -65,3 +70,35 @@ class Timer:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+def figures(
+    recipe: Recipe, ranks: Ranks, batch: Batch, sums: Sums, updates: int, *, referenced: bool
+) -> dict[str, float]:
+    """A step's metrics over all ranks. `referenced`: KL to a reference was measured. A collective."""
+    ratio, entropy, kl, loss, clipped, capped = ranks.sum(sums.read())
+    tokens = batch.loss_tokens
+    rewards = np.concatenate([g.rewards for g in batch.groups])
+    per_row = np.array([row.advantage for row in batch.rows])
+    found = {
+        "loss": loss / updates,
+        "reward_mean": float(rewards.mean()),
+        "advantage_mean": float(per_row.mean()),
+        "advantage_std": float(per_row.std()),
+        "clip_fraction": clipped / tokens,
+        "ratio_mean": ratio / tokens,
+        "entropy": entropy / tokens,
+        "tokens": float(tokens),
+        "samples": float(len(batch.rows)),
+        "groups": float(len(batch.groups)),
+        "completion_tokens_mean": tokens / len(batch.rows),
+        "length_stop_fraction": float(np.mean([r.sample.finish_reason == "length" for r in batch.rows])),
+        "updates": float(updates),
+    }
+    if losses.get(recipe.algorithm.name).weighted:
+        found["weight_capped_fraction"] = capped / tokens
+    if recipe.algorithm.overlong_fraction:
+        found |= batch.overlong()
+    if referenced:
+        found["kl"] = kl / tokens
+    return found | sums.own.figures

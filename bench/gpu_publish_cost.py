@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_train import VARIANTS, build, environment, groups, recipe, settle, shape_config
+from gpu_train import environment
+from train_case import VARIANTS, build, groups, recipe, settle, shape_config
 
 from astracli import registry
 from astracli.training import fsdp

@@ -21,7 +21,8 @@ from astracli.training import checkpoint
 from astracli.training.fsdp import Ranks
 from astracli.weights.manifest import read_stable
 from astracli.workers.common import WorkerConfig
-from astracli.workers.train import TrainLoop, in_background
+from astracli.workers.train import TrainLoop
+from astracli.workers.train_settings import in_background
 
 STEPS = 4
 

@@ -166,7 +166,7 @@ def held(loop: Any) -> int:
     """Bytes of the trainer's state that are on its device."""
     masters = loop.trainer.masters
     tensors = [*masters.values.values(), *masters.parameters.values()]
-    tensors += [s[k] for s in masters.adamw.state.values() for k in ("exp_avg", "exp_avg_sq")]
+    tensors += [s[k] for s in masters.adam.adamw.state.values() for k in ("exp_avg", "exp_avg_sq")]
     return sum(t.untyped_storage().nbytes() for t in tensors)
 
 

@@ -122,6 +122,7 @@ def test_versions_reach_a_server_that_started_without_weights(tmp_path: Path, hu
                 subscriber.fetch(0, None)
                 first = await client.apply_staged(0)
                 assert first.success and {"decode_s", "apply_s", "verify_s"} <= first.seconds.keys()
+                await client.settle()
                 assert (await client.model_info())["weight_version"] == "0"
                 publisher.publish(1, weights(1))
                 assert subscriber.fetch(1, 0).kind == "delta"

@@ -10,8 +10,9 @@ An update, in the order in which it happens (mode `abort`):
     read back           when due, beside generation: results are held until the weights are proven under HF names too
 
 On a GPU that engine and trainer use in turns, the lane holds the engine's card at the hub. When the trainer wants it,
-and no evaluation is pinned there: gate, abort, drain, pause, release KV cache and weights (the engine keeps a copy of
-them in host memory), give the card; then wait for the card, take the memory back and continue.
+and no evaluation is pinned there: gate, abort, drain, pause, settle (no read-back is at the weights any more), release
+KV cache and weights (the engine keeps a copy of them in host memory), give the card; then wait for the card, take the
+memory back and continue.
 
 `retract` and `in_place` leave requests running: the gate stays open, and what comes back carries the *oldest* version
 that was in force during its request, so that staleness is never understated.
@@ -39,8 +40,6 @@ ABORT_AGAIN_S = 0.2
 FAILURES_IN_A_ROW = 3
 TURN_TAGS = ("kv_cache", "weights")
 """What an engine gives back for a trainer's turn. (Recurrent states belong to the KV cache.)"""
-_TOLD = ("decode_s", "load_s", "apply_s", "verify_s", "changed")
-"""Figures of an engine's outcome that are metrics."""
 
 PauseMode = Literal["abort", "retract", "in_place"]
 
@@ -75,9 +74,7 @@ class Fetcher(Protocol):
 
     def wake(self, version: int) -> None: ...
 
-    def outcome(self, version: int) -> Mapping[str, Any]: ...
-
-    def proof(self, version: int) -> float: ...
+    def proof(self, version: int) -> Mapping[str, float]: ...
 
 
 class Lane:
@@ -215,6 +212,7 @@ class Lane:
         await self._drain()
         await self._hub.engine_state(self.name, self.version, "updating")
         await self._call(self._engine.pause("abort"))
+        await self._call(self._engine.settle())  # a read-back may outlive whoever waited for it
         await self._call(self._engine.release_memory(TURN_TAGS))
         released = time.monotonic()
         await self._hub.give_card(self.name, self.name)
@@ -299,7 +297,7 @@ class Lane:
     async def _prove(self, target: int, record: dict[str, Any]) -> None:
         """Wait for the read-back of `target`; weights that are not the trainer's are replaced by a full payload."""
         try:
-            record["readback_s"] = await asyncio.to_thread(self._fetcher.proof, target)
+            record |= await asyncio.to_thread(self._fetcher.proof, target)
         except RunFailed as error:
             self.open.clear()
             self.version, self._serving = None, False
@@ -310,7 +308,7 @@ class Lane:
             await self._resync(target, record, error)
             record.pop("gate_closed")
             if record.pop("proof", False):  # before it serves: the second time nobody trusts it
-                record["readback_s"] = await asyncio.to_thread(self._fetcher.proof, target)
+                record |= await asyncio.to_thread(self._fetcher.proof, target)
             self.version, self._serving = target, True
             await self._let_in()
         finally:
@@ -344,19 +342,16 @@ class Lane:
         begun = time.monotonic()
         await self._call(self._engine.pause(self._mode))
         update = await self._call(self._engine.apply_staged(target, flush=flushes(self._mode)))
-        try:
-            if not update.success:
-                raise RunFailed(f"version {target} was not applied: {update.message}")
-            outcome = self._fetcher.outcome(target)
-        except RunFailed:
+        if not update.success:
             self._serving = False
             self.open.clear()
             self.version = None
             await self._call(self._engine.resume())
-            raise
+            raise RunFailed(f"version {target} was not applied: {update.message}")
         await self._call(self._engine.resume())
-        told = {key: outcome[key] for key in _TOLD if outcome.get(key) is not None}
-        record |= {"pause_s": time.monotonic() - begun, **told, **update.seconds, "proof": bool(outcome.get("proof"))}
+        record |= {"pause_s": time.monotonic() - begun, **update.seconds, "proof": bool(update.outcome.get("proof"))}
+        if "changed" in update.outcome:
+            record["changed"] = update.outcome["changed"]
 
     async def _drain(self) -> None:
         """End every request of this worker's; returns when none is outstanding."""

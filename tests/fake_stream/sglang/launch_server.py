@@ -31,8 +31,9 @@ class Model(torch.nn.Module):
 
 def main():
     parser = argparse.ArgumentParser()
-    for name in ("model-path", "host", "port", "api-key", "custom-weight-loader"):
+    for name in ("model-path", "host", "port", "api-key"):
         parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--custom-weight-loader", nargs="*", required=True)
     options, _ = parser.parse_known_args()
     model, state = Model(options.model_path), {"aborts": 0, "open": 0}
     going = asyncio.Event()
@@ -56,8 +57,8 @@ def main():
 
     async def update(request):
         body = await request.json()
-        module, _, name = options.custom_weight_loader.rpartition(".")
-        assert body["load_format"] == options.custom_weight_loader and not going.is_set()
+        module, _, name = body["load_format"].rpartition(".")
+        assert body["load_format"] in options.custom_weight_loader and not going.is_set()
         if body["flush_cache"] and state["open"]:
             os._exit(1)
         with torch.inference_mode():

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 from fake_engine import FakeEngine, FakeFetcher
+from hub_tools import open_store
 from machines import facts
 from test_hub_api import TOKEN, Server
-from test_hub_store import open_store
 from test_train_worker import STEPS, Job, save_model
 
 from astracli import backend, plan, plan_memory, recipe_io, registry

@@ -21,9 +21,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_weights_transfer import TOKEN as WEIGHTS_TOKEN
-from test_weights_transfer import Server as WeightServer
 from test_workers_common import TOKEN, FakeHub, hub, make_config
+from transfer_tools import TOKEN as WEIGHTS_TOKEN
+from transfer_tools import Server as WeightServer
 
 from astracli.adapters.qwen3_5 import ADAPTER as QWEN3_5
 from astracli.engines import checkpoint, last_words

@@ -14,7 +14,7 @@ import torch
 from staged_tools import Weights, chain, copies, delta, restage, same, stage
 
 from astracli.errors import RunFailed
-from astracli.weights import WeightCorrupt, WeightMismatch, codec, resident, staged
+from astracli.weights import WeightCorrupt, WeightMismatch, codec, container, resident, staged
 from astracli.weights.digest import bits_of, digest_tensor, to_hex
 from astracli.weights.manifest import version_name
 from astracli.weights.staged import Placement
@@ -106,7 +106,7 @@ def test_frozen_and_tied_tensors_are_checked_when_given(tmp_path: Path) -> None:
         staged.apply(where, engine, 0)
 
 
-@pytest.mark.parametrize("encoding", list(codec.ENCODINGS))
+@pytest.mark.parametrize("encoding", list(container.ENCODINGS))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_torch_scatter_is_the_numpy_one(encoding: str, dtype: torch.dtype) -> None:
     """What runs on a GPU gives the same bits; the operations are the same ones on any device."""

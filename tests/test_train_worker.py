@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hub_tools import open_store
 from test_hub_api import TOKEN, Server
-from test_hub_store import open_store
 from training_tools import recipe, sample_groups, save_model
 
 from astracli.errors import RunFailed

@@ -143,7 +143,7 @@ def test_nothing_of_the_size_of_a_mask_is_ever_made(name: str) -> None:
 
 
 def groups_as_rows(seed: int = 0, count: int = 6) -> list[Row]:
-    return rows_of(sample_groups(None, count, seed=seed), recipe().algorithm, 16)
+    return rows_of(sample_groups(None, count, seed=seed), recipe().algorithm, recipe().rollout)
 
 
 def test_rows_are_packed_within_the_budget() -> None:
@@ -306,7 +306,7 @@ def test_every_rank_gets_the_same_number_of_packed_rows() -> None:
             algorithm=recipe().algorithm,
             minibatches=2,
             tokens_per_microbatch=48,
-            max_new_tokens=16,
+            rollout=recipe().rollout,
             rank=rank,
             world_size=3,
             divide_rows=packing.micro_batches,
@@ -345,7 +345,7 @@ def test_selective_recomputation_computes_half_of_the_blocks_again() -> None:
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_rounded_rows_hold_the_same_loss_tokens(packed: bool) -> None:
-    rows = rows_of(sample_groups(None, 3, seed=5), recipe().algorithm, 16)
+    rows = rows_of(sample_groups(None, 3, seed=5), recipe().algorithm, recipe().rollout)
     micro = packing.pack_rows(rows) if packed else pad_rows(rows, 0)
     longer = packing.rounded(micro, 64)
     assert longer.tokens_BL.shape[1] % 64 == 0 and longer.tokens_BL.shape[1] >= micro.tokens_BL.shape[1]

@@ -90,7 +90,7 @@ class RolloutTable(Table):
     group_size: PositiveInt = 8
     """Samples per prompt."""
     temperature: PositiveFloat = 1.0
-    """Training computes with the probabilities of temperature 1: anything else biases its gradient, and is warned of."""
+    """Training computes with the probabilities of temperature 1: other draws bias its gradient, and are warned of."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """As with `temperature`: below 1 the draws are not the policy's."""
     max_new_tokens: PositiveInt = 4000
@@ -198,7 +198,7 @@ class AlgorithmTable(Table):
     """Last part of a completion's room in which the reward falls linearly by up to `overlong_penalty`; 0 is off, dapo
     0.2. Any algorithm. The room is `rollout.max_new_tokens`, less where `rollout.context_length` ends before."""
     overlong_penalty: PositiveFloat = 0.5
-    """Taken off the reward of a completion that uses all its room. 0.5 with rewards 0 and 1 is DAPO's 1 with -1 and 1."""
+    """Taken off the reward of a completion that fills its room. 0.5 with rewards 0 and 1 is DAPO's 1 with -1 and 1."""
     kl_coef: NonNegativeFloat = 0.0
     """Weight of the k3 KL estimate to the initial model; 0 loads no reference."""
     advantage: Literal["group", "mean"] = "group"

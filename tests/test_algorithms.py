@@ -212,9 +212,9 @@ def test_a_micro_batch_without_tokens_keeps_its_graph(name: str) -> None:
 
 def test_overlong_penalty_by_hand() -> None:
     # 20 tokens at most, the last 5 of them in a straight line
-    lengths = np.array([3, 15, 16, 18, 20])
-    assert overlong_penalties(lengths, 20, 0.25, 0.5).tolist() == pytest.approx([0, 0, 0.1, 0.3, 0.5])
-    assert overlong_penalties(lengths, 20, 0.0, 0.5).tolist() == [0.0] * 5
+    lengths = np.array([3, 15, 16, 18, 20, 25])
+    assert overlong_penalties(lengths, 20, 0.25, 0.5).tolist() == pytest.approx([0, 0, 0.1, 0.3, 0.5, 0.5])
+    assert overlong_penalties(lengths, 20, 0.0, 0.5).tolist() == [0.0] * 6
 
 
 def test_the_penalty_of_half_is_that_of_the_paper() -> None:

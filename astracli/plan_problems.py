@@ -7,7 +7,8 @@ from typing import Any
 
 from astracli import machine, plan_memory
 from astracli.adapter import MemoryShape
-from astracli.backend import OLDEST, BackendChoice, capability_of
+from astracli.backend import BackendChoice
+from astracli.backend_serving import OLDEST, capability_of
 from astracli.plan_memory import words
 from astracli.plan_types import LaunchPlan, Problem
 from astracli.recipe import Recipe

@@ -167,7 +167,7 @@ LENGTHS = (37, 90, 5, 70)
 
 
 def test_sizes_of_qwen3_5_4b() -> None:
-    shape = qwen3_5.memory_shape(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"])
+    shape = qwen3_5.ADAPTER.memory_shape(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"])
     assert shape.parameters == 4_205_751_296
     assert shape.kv_bytes_per_token == 32 * 1024
     assert round(shape.state_bytes_per_sequence / 2**20, 1) == 49.1
@@ -218,7 +218,7 @@ def test_text_only_config_is_one_that_sglang_reads() -> None:
 def test_the_shipped_model_loads() -> None:
     path = Path(str(resources.files("astracli") / "assets" / "tiny"))
     model = qwen3_5.load(path)
-    shape = qwen3_5.memory_shape(json.loads((path / "config.json").read_text()))
+    shape = qwen3_5.ADAPTER.memory_shape(json.loads((path / "config.json").read_text()))
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     assert 500_000 < shape.parameters < 1_500_000
     assert len(qwen3_5.wire_tensors(model)) == len(list(model.parameters()))

@@ -47,7 +47,7 @@ class FakeEngine:
     """Answers at once; counts what is in flight; can abort, fail and change its version."""
 
     def __init__(self, version: int = 7) -> None:
-        self.version = version
+        self.version = self.started = version
         self.in_flight = self.most = 0
         self.aborts = self.failures = 0
         self.healthy = True
@@ -74,8 +74,8 @@ class FakeEngine:
             if self.aborts:
                 self.aborts -= 1
                 tokens, reason = tokens[:2], "abort"
-            version = self.version
-            results.append(GenResult(tokens, np.full(len(tokens), -0.5, np.float32), reason, version, version, ""))
+            logprobs = np.full(len(tokens), -0.5, np.float32)
+            results.append(GenResult(tokens, logprobs, reason, self.version, self.started, ""))
         return results
 
 

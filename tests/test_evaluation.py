@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 import pytest
-from eval_cases import SAMPLING, FakeEngine, expected_average, run_benchmark, small
+from eval_cases import SAMPLING, CharTokenizer, FakeEngine, expected_average, run_benchmark, small
 
+from astracli.engines.client import GenRequest
 from astracli.errors import RunFailed
-from astracli.rl.evaluation import sample_seed
+from astracli.rl.evaluation import Spread, sample_seed
 
 
 def test_seeds_depend_on_run_benchmark_item_and_sample_only() -> None:
@@ -75,6 +77,43 @@ def test_a_healthy_engine_that_refuses_ends_the_evaluation() -> None:
         run_benchmark(engine, small(1))
 
 
+def test_a_healthy_engine_may_refuse_twice() -> None:
+    engine = FakeEngine()
+    engine.failures = 2
+    assert len(run_benchmark(engine, small(1)).samples) == 8 and len(engine.calls) == 3
+
+
+def test_an_answer_that_lived_through_an_update_is_an_error() -> None:
+    engine = FakeEngine()
+    engine.started = 6
+    with pytest.raises(RunFailed, match="pinned to version 7 was answered by version 6"):
+        run_benchmark(engine, small(1))
+
+
+def test_samples_beyond_those_asked_for_are_left_out() -> None:
+    progress: list[tuple[int, int]] = []
+    before = run_benchmark(FakeEngine(), small(1)).samples
+    engine = FakeEngine()
+    result = run_benchmark(
+        engine, small(2), samples=2, done_before=before, on_progress=lambda done, total: progress.append((done, total))
+    )
+    assert (len(result.samples), len(engine.requests), progress) == (4, 2, [(4, 4)])
+
+
+def test_requests_go_to_the_engine_that_has_the_fewest() -> None:
+    request = GenRequest(input_ids=CharTokenizer()("1+1=")["input_ids"], max_new_tokens=9)
+
+    async def served() -> list[int]:
+        first, second = FakeEngine(), FakeEngine()
+        both = Spread([first, second])
+        for _ in range(3):
+            await both.generate([request] * 2)  # nothing else is on its way: always the first
+        await asyncio.gather(*(both.generate([request] * n) for n in (3, 1, 1, 1)))  # 3 | 1 1 1
+        return [len(call) for engine in (first, second) for call in engine.calls]
+
+    assert asyncio.run(served()) == [2, 2, 2, 3, 1, 1, 1]
+
+
 def test_another_version_is_an_error() -> None:
     with pytest.raises(RunFailed, match="pinned to version 7 was answered by version 9"):
         run_benchmark(FakeEngine(9), small(2))
@@ -86,5 +125,5 @@ def test_prompts_that_do_not_fit_count_as_wrong() -> None:
     length = len(benchmark.items[2].question)  # a three-digit problem
     result = run_benchmark(FakeEngine(), benchmark, sampling=replace(SAMPLING, context_length=length))
     figures = result.figures()
-    assert figures["items"] == 4 and figures["prompts_too_long"] == 16
+    assert figures["items"] == 4 and figures["prompts_too_long"] == 16 and figures["truncated_fraction"] == 0.0
     assert all(s.grade.verdict == "no_answer" for s in result.samples if s.finish_reason == "prompt_too_long")

@@ -26,6 +26,7 @@ from astracli.adapters.qwen3_5 import ADAPTER
 from astracli.errors import RunFailed, UserError
 from astracli.gpu import fused
 from astracli.rl.batch import Row, build_batch, pad_rows, rows_of
+from astracli.rl.types import Segment
 from astracli.training import fsdp, packing, parity, varlen
 from astracli.training.logprob import PolicyModel
 
@@ -100,12 +101,6 @@ def test_a_sliding_window_holds_inside_every_segment() -> None:
         assert (model(**packed_inputs(rows)).logits[0] - alone).abs().max() <= 2e-5
 
 
-def test_attention_that_packed_rows_do_not_compute_is_refused() -> None:
-    x = torch.zeros(1, 2, 4, 8)
-    with pytest.raises(RunFailed, match="asks for softcap"):
-        varlen.attention(torch.nn.Identity(), x, x, x, None, softcap=30.0)
-
-
 class Largest(TorchDispatchMode):
     """Elements of the largest tensor that any operator returns."""
 
@@ -162,6 +157,18 @@ def test_rows_are_packed_within_the_budget() -> None:
     assert [m.rows for m in packing.micro_batches(rows[::-1], 64, 0)] == [m.rows for m in micros]
     alone = packing.micro_batches(rows, 4, 0)
     assert len(alone) == len(rows)  # a sample over the budget travels alone
+
+
+def test_a_sample_goes_into_the_fullest_row_that_has_room() -> None:
+    group = sample_groups(None, 1, seed=0, size=4)[0]
+    group.prompt_tokens = np.array([3], np.int32)
+    for sample, tokens in zip(group.samples, (4, 8, 1, 4), strict=True):
+        sample.segments[0] = Segment(0, np.full(tokens, 5, np.int32), np.zeros(tokens, np.float32))
+    rows = rows_of([group], recipe().algorithm, recipe().rollout)
+    assert [len(row) for row in rows] == [5, 9, 2, 5]
+    # 9 alone, 5 and 5; the 2 fits beside the 9, too, but fills the other row to its 12 tokens
+    micros = packing.micro_batches(rows, 12, 0)
+    assert [[row.index for row in micro.rows] for micro in micros] == [[1], [0, 2, 3]]
 
 
 def test_positions_restart() -> None:

@@ -18,6 +18,7 @@ def test_allowance_at_staleness_0_is_one_batch_while_the_trainer_waits_and_none_
 def test_allowance_grows_with_staleness_and_shrinks_with_the_lag_of_the_engine() -> None:
     assert [allowance(batch_groups=16, max_staleness=1, next_step=5, version=v) for v in (5, 4, 3, 0)] == [32, 16, 0, 0]
     assert allowance(batch_groups=16, max_staleness=8, next_step=5, version=5) == 9 * 16
+    assert allowance(batch_groups=16, max_staleness=1, next_step=3, version=5) == 32  # a version ahead allows no more
 
 
 def test_reason_says_what_is_waited_for() -> None:

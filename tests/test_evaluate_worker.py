@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import json
 import subprocess
@@ -15,15 +16,33 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from eval_cases import VOCABULARY, FakeEngine, answer_tokens, expected_average, run_benchmark, small
+from eval_cases import (
+    SAMPLING,
+    VOCABULARY,
+    CharTokenizer,
+    FakeEngine,
+    answer_tokens,
+    expected_average,
+    run_benchmark,
+    small,
+)
 
 from astracli.data import benchmarks
 from astracli.recipe import Recipe
 from astracli.rl import passk
+from astracli.rl.reward import GradePool
 from astracli.workers import eval_files, evaluate
 from astracli.workers.common import WorkerConfig
 
 TOKEN = "secret"
+RECIPE = {
+    "seed": 5,
+    "model": {"path": "astra:tiny"},
+    "data": {"source": "arithmetic"},
+    "train": {"steps": 10},
+    "rollout": {"max_new_tokens": 24, "context_length": 64},
+    "eval": {"benchmarks": ["arithmetic-heldout"], "samples": 4, "temperature": 1.0},
+}
 
 
 def test_rows_of_a_step_are_replaced_and_overall_is_the_unweighted_mean(tmp_path: Path) -> None:
@@ -48,6 +67,50 @@ def test_rows_of_a_step_are_replaced_and_overall_is_the_unweighted_mean(tmp_path
         *("step", "version", "benchmark", "problem_id", "problem", "answer", "sample", "completion", "tokens"),
         *("logprobs", "advantage", "reward", "verdict", "finish_reason"),
     ]
+
+
+def test_a_pinned_engine_is_asked_alone_and_none_means_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[str, Any] = {}
+
+    class Client(FakeEngine):
+        def __init__(self, url: str, token: str, *, name: str, loader_dir: Path | None):
+            super().__init__()
+            made[name] = self
+
+        async def wait_ready(self, timeout_s: float) -> None: ...
+
+        async def close(self) -> None: ...
+
+    monkeypatch.setattr("astracli.engines.client.EngineClient", Client)
+    config: Any = SimpleNamespace(
+        recipe=Recipe.model_validate(RECIPE),
+        token=TOKEN,
+        backends={},
+        engines=[{"name": name, "url": "http://nowhere"} for name in ("engine0", "engine1")],
+    )
+    with GradePool() as pool:
+        evaluator = evaluate.Evaluator(config, quiet(), CharTokenizer(), pool, SAMPLING, [small(8)])
+        asyncio.run(evaluator.evaluate("engine1", 7))
+        assert made.keys() == {"engine1"} and len(made["engine1"].requests) == 32
+        asyncio.run(evaluator.evaluate(None, 7))
+    assert [len(made[name].requests) for name in ("engine0", "engine1")] == [16, 16]
+
+
+def test_what_an_earlier_attempt_left_is_taken_where_it_belongs(tmp_path: Path) -> None:
+    """Not a sample of another version or of an item that is gone, and not a line that was torn."""
+    first, second, third, fourth, *_ = run_benchmark(FakeEngine(), small(1)).samples
+    kept = eval_files.Partial(tmp_path / "partial", small(1), 7)
+    assert kept.read() == []
+    kept.add([first, second])
+    kept.add([replace(third, version=6), replace(fourth, problem=replace(fourth.problem, id="gone"))])
+    with kept.path.open("a") as file:
+        file.write('{"problem_id": "add2:')
+    found = kept.read()
+    assert [(s.problem, s.sample, s.version, s.text, s.finish_reason, s.grade) for s in found] == [
+        (s.problem, s.sample, 7, s.text, s.finish_reason, s.grade) for s in (first, second)
+    ]
+    assert [s.tokens.tolist() for s in found] == [s.tokens.tolist() for s in (first, second)]
+    assert [s.version for s in replace(kept, version=None).read()] == [7, 7, 6]
 
 
 class Stand(BaseHTTPRequestHandler):
@@ -132,21 +195,13 @@ def save_tokenizer(path: Path) -> None:
 def worker_config(tmp_path: Path, server: Any, **extra: Any) -> WorkerConfig:
     save_tokenizer(tmp_path / "model")
     url = f"http://127.0.0.1:{server.server_address[1]}"
-    recipe = {
-        "seed": 5,
-        "model": {"path": "astra:tiny"},
-        "data": {"source": "arithmetic"},
-        "train": {"steps": 10},
-        "rollout": {"max_new_tokens": 24, "context_length": 64},
-        "eval": {"benchmarks": ["arithmetic-heldout"], "samples": 4, "temperature": 1.0},
-    }
     return WorkerConfig(
         name="eval",
         role="eval",
         run_dir=tmp_path / "run",
         hub_url=url,
         token=TOKEN,
-        recipe=Recipe.model_validate(recipe),
+        recipe=Recipe.model_validate(RECIPE),
         paths={"model": str(tmp_path / "model"), "data": None, "benchmarks": {"arithmetic-heldout": None}},
         engines=[{"name": "engine0", "url": url}],
         extra=extra,

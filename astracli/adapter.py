@@ -89,8 +89,8 @@ class ModelAdapter:
     """2-D mask -> `position_ids`, or None to let the model count."""
     install_varlen: Callable[[Any], None] | None = None
     """Make a loaded model's recurrent layers exact on packed rows: they get `cu_seqlens` (int32 [segments + 1], on the
-    device) and `max_seqlen` (int) and reset every state at a boundary; attention does so by itself
-    (`training/varlen.py`). None = not needed; a hybrid without it trains on padded rows."""
+    device), `max_seqlen` (int) and `edges` (those of `cu_seqlens`, as ints) and reset every state at a boundary;
+    attention does so by itself (`training/varlen.py`). None = not needed; a hybrid without it trains on padded rows."""
     prepare_cpu: Callable[[Any], None] | None = None
     """Make a loaded model safe and quick on a CPU (for example: never pick a GPU kernel); None = nothing to do."""
     prepare_gpu: Callable[[Any], None] | None = None
@@ -103,7 +103,8 @@ class ModelAdapter:
     hybrid: bool = False
     """True when some layers keep a recurrent state."""
     parity_tolerance: Mapping[str, float] = field(default_factory=lambda: {"cpu": 1e-4, "cuda": 1e-2})
-    """Largest mean |trainer - engine| log-probability at staleness 0, by device."""
+    """Largest mean |trainer - engine| log-probability at staleness 0, by device; `cuda` wherever the engine computes in
+    bf16."""
     known_configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Hub id -> the part of its config.json that `memory_shape` reads, so that a plan can be made before a download."""
     wire_name: Callable[[str], str | None] = lambda name: name

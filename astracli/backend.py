@@ -30,6 +30,8 @@ PACKS = ("auto", "sdpa")
 
 SGLANG_ENV = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}
 """Log-probabilities before temperature: what the trainer compares with."""
+SGLANG_CPU_ENV = {"SGLANG_USE_CPU_ENGINE": "1"}
+"""What tells SGLang that it is to run without a GPU."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,8 @@ def choose(
     device, why_device = _device(recipe)
     engine, why_engine = _engine(recipe, device)
     capability = lowest_capability(facts) if device == "cuda" else None
-    serving, why_serving = backend_serving.attention(adapter, facts, recipe, engine, capability)
-    linear, why_linear = backend_serving.linear_attention(adapter, recipe, engine)
+    serving, why_serving = backend_serving.attention(adapter, facts, recipe, engine, device, capability)
+    linear, why_linear = backend_serving.linear_attention(adapter, recipe, engine, device)
     trainer, why_trainer = _trainer(facts, recipe, device)
     gdn, why_gdn, warning = backend_delta_rule.choose(adapter, facts, device, capability)
     layout, why_layout = packing(recipe, adapter, device)
@@ -93,7 +95,9 @@ def choose(
         Backend("delta rule, forward", gdn, why_gdn),
         Backend("delta rule, backward", gdn, why_gdn),
     )
-    env = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else dict(SGLANG_ENV) if engine == "sglang" else {}
+    env = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    if engine == "sglang":
+        env |= SGLANG_ENV | (SGLANG_CPU_ENV if device == "cpu" else {})
     warnings = (warning,) if warning else ()
     return BackendChoice(device, engine, serving, linear, trainer, gdn, gdn, env, reasons, warnings)
 
@@ -124,10 +128,7 @@ def _engine(recipe: Recipe, device: str) -> tuple[Literal["embedded", "sglang"],
     asked = recipe.rollout.engine
     if device == "cpu":
         if asked == "sglang":
-            raise UserError(
-                "rollout.engine = sglang on a CPU: the published sglang package runs on GPUs only",
-                "use `--set rollout.engine=embedded`, or GPUs: `--set resources.device=cuda`",
-            )
+            return "sglang", f"{ASKED}: SGLang's CPU backend, which computes in bf16"
         return "embedded", "the engine that runs on a CPU" if asked == "auto" else ASKED
     if asked == "auto":
         return "sglang", "the engine for GPUs"

@@ -42,6 +42,9 @@ SERVING: dict[str, tuple[Capability, Capability, str | None]] = {
 }
 """SGLang attention backend -> (lowest capability, first capability too high, package it needs)."""
 
+SERVING_ON_CPU = ("torch_native", "intel_amx")
+"""SGLang attention backends without a GPU, the one that every CPU has first."""
+
 COMPILED = {"fa3": "flash_ops"}
 """SGLang attention backend -> the compiled kernels that it needs of its package."""
 
@@ -63,11 +66,14 @@ def dotted(capability: Capability) -> str:
 
 
 def attention(
-    adapter: ModelAdapter, facts: Facts, recipe: Recipe, engine: str, capability: Capability | None
+    adapter: ModelAdapter, facts: Facts, recipe: Recipe, engine: str, device: str, capability: Capability | None
 ) -> tuple[str, str]:
     """(attention backend of the engine, the reason). Raises UserError for one that cannot serve."""
     asked = recipe.rollout.attention_backend
     key = "rollout.attention_backend"
+    if engine == "sglang" and device == "cpu":
+        known(key, asked, ("auto", *SERVING_ON_CPU), "sglang on a CPU")
+        return (SERVING_ON_CPU[0], "SGLang's attention for every CPU") if asked == "auto" else (asked, ASKED)
     if engine == "embedded":
         known(key, asked, ("auto", "sdpa", "eager"), "the embedded engine")
         return ("sdpa", "exact and quick in the embedded engine") if asked == "auto" else (asked, ASKED)
@@ -147,7 +153,7 @@ def _forbidden(adapter: ModelAdapter, name: str, capability: Capability) -> str 
     return None
 
 
-def linear_attention(adapter: ModelAdapter, recipe: Recipe, engine: str) -> tuple[str, str]:
+def linear_attention(adapter: ModelAdapter, recipe: Recipe, engine: str, device: str) -> tuple[str, str]:
     """(the engine's kernel of the linear-attention layers, the reason)"""
     asked = recipe.rollout.linear_attention_backend
     if not adapter.hybrid:
@@ -157,7 +163,8 @@ def linear_attention(adapter: ModelAdapter, recipe: Recipe, engine: str) -> tupl
         return "torch", "the delta rule in torch, one step a token"
     if asked != "auto":
         return asked, ASKED if asked == "triton" else f"{ASKED} (only triton has been measured)"
-    return "triton", "SGLang's default on every GPU"
+    where = "every GPU" if device == "cuda" else "a CPU too, where it takes SGLang's own CPU kernels"
+    return "triton", f"SGLang's default on {where}"
 
 
 def known(key: str, value: str, names: tuple[str, ...], who: str) -> None:

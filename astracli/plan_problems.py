@@ -57,6 +57,8 @@ def software_problems(recipe: Recipe, choice: BackendChoice, facts: Mapping[str,
         if not machine.usable(facts, "sglang"):
             message = f"recipe `{recipe.name}` generates with sglang, which is not installed here"
             hint = "`pip install 'astracli[sglang]'`, or name its environment in resources.engine.python"
+            if choice.device == "cpu":
+                hint = "name the environment of SGLang's CPU build in resources.engine.python, or `--engine embedded`"
             problems.append(Problem("package", "package sglang", message, hint))
         libc = facts["system"]["libc"] or ""
         version = machine.version_tuple(libc.removeprefix("glibc "))

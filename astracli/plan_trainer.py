@@ -29,6 +29,9 @@ ALONE = 2
 """The same on one rank, which gathers and reduces nothing: bf16 gradients, each gone when it is added up."""
 RECOMPUTED = 1.25
 """A block's backward pass over what autograd kept of it: gradients come before what they are made from goes."""
+BUCKET_BYTES = 2**30
+"""Moments that an update has on the GPU at once while those of all tensors wait on the host; those of one tensor may be
+more."""
 NCCL = 2**29
 """Buffers of the collectives on each GPU (estimated)."""
 
@@ -127,7 +130,7 @@ def _peak(shape: MemoryShape, recipe: Recipe, ranks: int, split: Split) -> int:
 
     Head: its gradient in fp32 and bf16, a chunk of fp32 logits and the bf16 gradients of four, the last norm. Block:
     `GATHERED` or `ALONE`, its activations made again, the head's gradient. Update with the moments on the host: those
-    of the largest tensor.
+    of a bucket, or of the largest tensor.
     """
     tokens, head = _tokens(recipe), shape.vocab_size * shape.hidden_size
     logits = min(LOGIT_BYTES["cuda"], tokens * shape.vocab_size * 4)
@@ -136,5 +139,6 @@ def _peak(shape: MemoryShape, recipe: Recipe, ranks: int, split: Split) -> int:
     again = RECOMPUTED if recipe.train.activation_checkpointing != "none" else RECOMPUTED - 1
     weights = (GATHERED if _gathers(ranks, split) else ALONE) * block
     in_block = weights + int(again * max(block_activations(shape)) * tokens) + 2 * head
-    update = 8 * ceil(head / ranks) - _kept(shape, recipe) if split.optimizer == "host" else 0
+    bucket = min(8 * ceil(shape.parameters / ranks), max(BUCKET_BYTES, 8 * ceil(head / ranks)))
+    update = bucket - _kept(shape, recipe) if split.optimizer == "host" else 0
     return max(in_head, in_block, update)

@@ -324,7 +324,7 @@ class LaunchTable(Table):
     lease_timeout_s: PositiveFloat = 600.0
     hub_history_steps: PositiveInt = 1000
     """Steps whose groups stay listed in hub.sqlite, a row each. Older rows are counted and deleted. (What was generated
-    leaves it sooner: once the second checkpoint after its step is acknowledged.)"""
+    leaves it sooner: once the second checkpoint after its step is acknowledged, or the next step without any.)"""
 
 
 class MetricsTable(Table):

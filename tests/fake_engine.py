@@ -7,6 +7,7 @@ completion that was continued must equal one that was not. Its log-probability t
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from astracli.engines.client import SETTLE_LOADER
 from astracli.errors import RunFailed
 from astracli.hub.server import ServerThread
 from astracli.weights.subscriber import StagedPlan
@@ -41,6 +43,12 @@ class FakeEngine:
     events: list[str] = field(default_factory=list)
     released: list[str] = field(default_factory=list)
     """Memory that is another's now."""
+    stage_dir: Path | None = None
+    """As SGLang with our loader: answers success to every update, and the outcome is a file here."""
+    results: list[dict[str, Any] | None] = field(default_factory=list)
+    """What the loader will write into it; None: nothing, as when it never ran."""
+    proofs: bool = False
+    """Whether a read-back follows each update."""
     running: int = 0
     port: int = 0
     _aborts: int = 0
@@ -63,6 +71,7 @@ class FakeEngine:
             Route("/pause_generation", self._pause, methods=["POST"]),
             Route("/continue_generation", self._continue, methods=["POST"]),
             Route("/update_weights_from_tensor", self._update, methods=["POST"]),
+            Route("/update_weight_version", self._label, methods=["POST"]),
             Route("/release_memory_occupation", self._release, methods=["POST"]),
             Route("/resume_memory_occupation", self._take_back, methods=["POST"]),
         ]
@@ -142,7 +151,16 @@ class FakeEngine:
 
     async def _update(self, request: Request) -> Response:
         assert self.paused and not self.released
-        version = int((await request.json())["weight_version"])
+        body = await request.json()
+        if body["load_format"] == SETTLE_LOADER:
+            self.events.append("settled")
+            return JSONResponse({"success": True, "message": "Success"})
+        version = int(body["weight_version"])
+        if self.stage_dir is not None:
+            self.version, result = version, self.results.pop(0)
+            if result is not None:
+                (self.stage_dir / "result.json").write_text(json.dumps({"ok": True, "message": "", **result}))
+            return JSONResponse({"success": True, "message": "Success"})
         if self.refusals:
             self.refusals -= 1
             self.serving = False
@@ -150,7 +168,13 @@ class FakeEngine:
             return JSONResponse({"success": False, "message": "digest of lm_head differs"}, 400)
         self.version, self.serving = version, True
         self.events.append(f"applied {version}")
-        return JSONResponse({"success": True, "message": "", "seconds": {"apply_s": 0.001}})
+        outcome = {"apply_s": 0.001, "changed": 7, "proof": self.proofs}
+        return JSONResponse({"success": True, "message": "", "outcome": outcome})
+
+    async def _label(self, request: Request) -> Response:
+        self.version = int((await request.json())["new_version"])
+        self.events.append(f"called {self.version}")
+        return JSONResponse({"success": True})
 
 
 @dataclass
@@ -164,10 +188,8 @@ class FakeFetcher:
         self.asked.append((target_version, have_version))
         return StagedPlan(target_version, "full" if have_version is None else "delta", ("x",), 100, 100, 0.0, 0.001)
 
-    refuse: list[RunFailed] = field(default_factory=list)
-    """Errors of the coming outcomes."""
     proofs: list[RunFailed | float] = field(default_factory=list)
-    """What the coming read-backs find; without any, none is due."""
+    """What the coming read-backs find."""
 
     watched: bool = True
     woken: list[int] = field(default_factory=list)
@@ -176,13 +198,8 @@ class FakeFetcher:
         self.woken.append(version)
         self.watched = True
 
-    def outcome(self, version: int) -> dict[str, Any]:
-        if self.refuse:
-            raise self.refuse.pop(0)
-        return {"ok": True, "version": version, "changed": 7, "proof": bool(self.proofs)}
-
-    def proof(self, version: int) -> float:
+    def proof(self, version: int) -> dict[str, float]:
         found = self.proofs.pop(0)
         if isinstance(found, RunFailed):
             raise found
-        return found
+        return {"readback_s": found}

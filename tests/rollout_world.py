@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 from fake_engine import FakeEngine, FakeFetcher, token
+from hub_tools import open_store
 from test_hub_api import TOKEN, Server
-from test_hub_store import open_store
 
 from astracli.data.prompts import PromptSource
 from astracli.engines.client import EngineClient

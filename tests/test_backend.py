@@ -233,10 +233,19 @@ def test_a_gpu_recipe_resolves_on_a_machine_without_gpus() -> None:
     assert (choice.serving_attention, choice.gdn_forward) == ("auto", "auto")
 
 
+def test_sglang_serves_on_a_cpu_where_it_is_asked_for() -> None:
+    choice = backend.choose(HYBRID, facts(), recipe(rollout={"engine": "sglang"}, **CPU))
+    assert (choice.device, choice.engine, choice.serving_attention) == ("cpu", "sglang", "torch_native")
+    assert choice.env["SGLANG_USE_CPU_ENGINE"] == "1" and choice.env["SGLANG_RETURN_ORIGINAL_LOGPROB"] == "1"
+    assert choice.env["CUDA_VISIBLE_DEVICES"] == "" and "bf16" in choice.reasons[1].reason
+    amx = recipe(rollout={"engine": "sglang", "attention_backend": "intel_amx"}, **CPU)
+    assert backend.choose(HYBRID, facts(), amx).serving_attention == "intel_amx"
+    assert "SGLANG_USE_CPU_ENGINE" not in backend.choose(HYBRID, facts("9.0", 8), recipe()).env
+
+
 def test_what_cannot_work_is_refused() -> None:
-    with pytest.raises(UserError, match="sglang on a CPU") as error:
-        backend.choose(HYBRID, facts(), recipe(rollout={"engine": "sglang"}, **CPU))
-    assert "rollout.engine=embedded" in str(error.value.hint)
+    with pytest.raises(UserError, match="sglang on a CPU takes auto, torch_native, intel_amx"):
+        backend.choose(HYBRID, facts(), recipe(rollout={"engine": "sglang", "attention_backend": "flashinfer"}, **CPU))
     with pytest.raises(UserError, match="are both 0"):
         backend.choose(HYBRID, facts("9.0", 8), recipe(resources={"rollout_gpus": 0, "train_gpus": 0}))
     with pytest.raises(UserError, match=r"flashinffer: sglang takes .*did you mean `flashinfer`"):

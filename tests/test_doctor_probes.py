@@ -197,6 +197,28 @@ def test_ranks_that_cannot_meet_are_ended_and_tried_again(monkeypatch: pytest.Mo
     assert all_reduce.all_reduce(4, "cuda")[-1]["value"].endswith("nor with NCCL_P2P_DISABLE=1")
 
 
+def test_every_rank_sees_its_own_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    class Ended:
+        def __init__(self, command: Any, env: Any, **more: Any) -> None:
+            started.append(env.get("CUDA_VISIBLE_DEVICES"))
+
+        def wait(self, timeout: float | None = None) -> int:
+            return 1
+
+        def kill(self) -> None:
+            pass
+
+    monkeypatch.setattr(all_reduce.subprocess, "Popen", Ended)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-1a, 6")
+    assert all_reduce.attempt(3, "cuda", {}) is None
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert all_reduce.attempt(2, "cuda", {}) is None
+    assert all_reduce.attempt(2, "cpu", {}) is None
+    assert started == ["4", "GPU-1a", "6", "0", "1", None, None]
+
+
 def test_a_failed_row_carries_its_own_mending() -> None:
     asked = Probe("all-reduce", "all_reduce", {}, 1, True, "why", "fix")
     row = {"name": "all-reduce", "status": "fail", "value": "v", "fix": "own"}

@@ -21,9 +21,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_weights_transfer import TOKEN as WEIGHTS_TOKEN
-from test_weights_transfer import Server as WeightServer
 from test_workers_common import TOKEN, FakeHub, hub, make_config
+from transfer_tools import TOKEN as WEIGHTS_TOKEN
+from transfer_tools import Server as WeightServer
 
 from astracli.adapters.qwen3_5 import ADAPTER as QWEN3_5
 from astracli.engines import checkpoint
@@ -122,6 +122,7 @@ def test_versions_reach_a_server_that_started_without_weights(tmp_path: Path, hu
                 subscriber.fetch(0, None)
                 first = await client.apply_staged(0)
                 assert first.success and {"decode_s", "apply_s", "verify_s"} <= first.seconds.keys()
+                await client.settle()
                 assert (await client.model_info())["weight_version"] == "0"
                 publisher.publish(1, weights(1))
                 assert subscriber.fetch(1, 0).kind == "delta"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_hub_store import finish_step, group, ids, open_store
+from hub_tools import finish_step, group, ids, open_store
 
 from astracli import recipe_io
 from astracli.data.prompts import PromptSource

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from machines import facts
 from test_plan import load, planned
 from test_supervise import logs, spec, supervisor  # noqa: F401
@@ -74,6 +76,23 @@ def test_ranks_whose_all_reduce_fails_start_again_without_direct_links(logs: Pat
     for rank, name in enumerate(("trainer", "trainer1")):
         assert (logs / f"{name}.log").read_text().count("sum [2.0]") == 1, rank
         assert family.status[name].state == "done" and family.status[name].restarts == 0
+
+
+def test_the_check_leaves_no_buffer_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, made, alive_then = torch.arange, [], []
+
+    def arange(count: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        tensor = real(count, dtype=dtype)
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setitem(link.ELEMENTS, "cuda", 100)
+    monkeypatch.setattr(torch, "arange", arange)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda buffer: buffer)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive_then.append([r() is not None for r in made]))
+    link.check(0, 1, torch.device("cuda"))
+    assert alive_then == [[False]]
 
 
 def test_a_second_failure_ends_the_run(logs: Path) -> None:  # noqa: F811

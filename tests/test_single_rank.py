@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +226,7 @@ def test_away_it_holds_nothing_and_learns_the_same(model_dir: Path, split: Split
         leaves.to_host()
         leaves.to_host()
         held = [*leaves.masters.values.values(), *leaves.masters.parameters.values()]
-        held += [s[k] for s in leaves.masters.adamw.state.values() for k in ("exp_avg", "exp_avg_sq")]
+        held += [s[k] for s in leaves.masters.adam.adamw.state.values() for k in ("exp_avg", "exp_avg_sq")]
         assert leaves.masters._away is not None
         assert sum(tensor.untyped_storage().nbytes() for tensor in held) == 0
         waiting = 4 if step == 0 or split.optimizer == "host" else 12
@@ -235,6 +236,55 @@ def test_away_it_holds_nothing_and_learns_the_same(model_dir: Path, split: Split
         assert figures(stays, step, step + 1) == figures(leaves, step, step + 1)
     for name, value in stays.masters.values.items():
         assert torch.equal(value, leaves.masters.values[name]), name
+
+
+def test_originals_in_fp32_go_as_their_masters_are_made(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU 4 bytes a parameter at 4B are 16 GiB, beside an engine that has taken its part."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    originals: list[int] = []
+
+    class AtEveryClone(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.clone.default and any(args[0].data_ptr() == p.data_ptr() for p in parameters):
+                originals.append(sum(p.dtype == torch.float32 and "A_log" not in n for n, p in named.items()))
+            return func(*args, **(kwargs or {}))
+
+    made: Any = setup.Masters
+    named: dict[str, torch.Tensor] = {}
+    parameters: list[torch.Tensor] = []
+
+    def watched(model: Any, *args: Any, **options: Any) -> Any:
+        named.update(model.named_parameters())
+        parameters.extend(named.values())
+        with AtEveryClone():
+            return made(model, *args, **options)
+
+    monkeypatch.setattr(setup, "Masters", watched)
+    lowered(model_dir)
+    lower = sum("A_log" not in name for name in named)
+    assert len(originals) == len(named) and originals[0] == lower and originals[-1] <= 1
+    assert originals == sorted(originals, reverse=True)
+
+
+def test_what_is_never_trained_leaves_with_the_rest(model_dir: Path) -> None:
+    """An adapter may leave a tensor out of what travels: stored in what is computed with, it gets no gradient."""
+    name = "model.layers.3.self_attn.q_norm.weight"
+    adapter = replace(ADAPTER, wire_tensors=lambda m: {n: t for n, t in ADAPTER.wire_tensors(m).items() if n != name})
+    trainer = setup.build_trainer(
+        model_dir, adapter, chosen(), Ranks(compute=torch.bfloat16), attention="sdpa", split=RESIDENT
+    )
+    trainer._rows_checked = True
+    (frozen,) = trainer.masters.frozen
+    before = frozen.clone()
+    figures(trainer, 0, 1)
+    assert frozen.dtype == torch.bfloat16 and frozen.grad is None and not frozen.requires_grad
+    trainer.to_host()
+    held = [p for p in trainer.policy.parameters() if p.untyped_storage().nbytes()]
+    assert held == [], "nothing of the policy stays on the device"
+    trainer.to_device()
+    assert torch.equal(frozen, before)
+    figures(trainer, 1, 2)
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(model_dir: Path, tmp_path: Path) -> None:

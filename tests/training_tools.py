@@ -22,18 +22,6 @@ from astracli.training import setup
 from astracli.training.fsdp import Ranks
 from astracli.training.step import Trainer
 
-_plain_repr = torch.Tensor.__repr__
-
-
-def _repr(tensor: torch.Tensor, **options: Any) -> str:
-    """A parked tensor has no bytes: torch would print what lies at address 0, and a failing test would end pytest."""
-    if tensor.numel() and not tensor.is_meta and tensor.device.type == "cpu" and not tensor.untyped_storage().nbytes():
-        return f"tensor(parked, size={tuple(tensor.shape)}, dtype={tensor.dtype})"
-    return _plain_repr(tensor, **options)
-
-
-torch.Tensor.__repr__ = _repr  # type: ignore[assignment]
-
 
 def recipe(**tables: dict[str, Any]) -> Recipe:
     base: dict[str, Any] = {

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def attempt(ranks: int, device: str, env: dict[str, str], start_s: float = START
         started = [
             subprocess.Popen(
                 [sys.executable, "-m", "astracli.doctor.all_reduce", json.dumps(base | {"rank": rank})],
-                env=os.environ | env,
+                env=os.environ | env | (own_gpu(rank, os.environ) if device == "cuda" else {}),
                 stdout=subprocess.DEVNULL,
             )
             for rank in range(ranks)
@@ -65,6 +66,12 @@ def attempt(ranks: int, device: str, env: dict[str, str], start_s: float = START
                 process.wait()
 
 
+def own_gpu(rank: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """A rank sees its own GPU alone, as the trainer's do: NCCL goes other ways between GPUs that one process sees."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[rank].strip() if visible else str(rank)}
+
+
 def _peers(ranks: int) -> Row:
     """Which pairs of GPUs reach each other's memory directly. None is slow, and right."""
     import torch
@@ -81,9 +88,9 @@ def rank_main(setting: dict[str, Any]) -> None:
 
     device, rank, ranks = setting["device"], setting["rank"], setting["ranks"]
     if device == "cuda":
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(0)  # the only one that it sees
     store = dist.FileStore(f"{setting['folder']}/store", ranks)
-    where: dict[str, Any] = {"device_id": torch.device("cuda", rank)} if device == "cuda" else {}
+    where: dict[str, Any] = {"device_id": torch.device("cuda", 0)} if device == "cuda" else {}
     dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=ranks, **where)
     buffer = torch.full((ELEMENTS[device],), float(rank + 1), device=device)
     dist.all_reduce(buffer)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 STAGED_LOADER = "astracli.weights.sglang_loader.apply_staged"
 """`load_format` of an update that applies what is staged beside the engine."""
+SETTLE_LOADER = "astracli.weights.sglang_loader.settle"
+"""`load_format` of an update that changes nothing and waits for whatever still reads the weights."""
 UNPROVEN = -1
 """SGLang's label of weights that nobody has checked yet; the embedded engine says `serving: false` instead."""
 NO_TENSORS = [base64.b64encode(pickle.dumps([])).decode()]
@@ -70,8 +72,13 @@ class Update:
 
     success: bool
     message: str
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    """Where the time went, when the engine says: decode_s, apply_s, verify_s, write_s."""
+    outcome: Mapping[str, Any] = field(default_factory=dict)
+    """What the engine says of it: `changed` elements, seconds under names that end in `_s`, and whether a read-back
+    follows (`proof`)."""
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {name: value for name, value in self.outcome.items() if name.endswith("_s") and value is not None}
 
 
 def flushes(pause_mode: str) -> bool:
@@ -228,8 +235,16 @@ class EngineClient:
         if not found["ok"] or found["version"] != version:
             return Update(False, found["message"] or f"the loader applied version {found['version']}")
         await self.set_version(version)
-        seconds = {name: value for name, value in found.items() if name.endswith("_s") and value is not None}
-        return Update(True, "", seconds)
+        return Update(True, "", found)
+
+    async def settle(self) -> None:
+        """Return once nothing reads the weights beside generation any more: a read-back that nobody waits for may
+        still be at it, whoever asked for it. Only our loader in a foreign engine reads so."""
+        if self._loader_dir is not None:
+            body = {"serialized_named_tensors": NO_TENSORS, "load_format": SETTLE_LOADER, "flush_cache": False}
+            update = await self._update("/update_weights_from_tensor", body)
+            if not update.success:
+                raise self._failure(f"does not settle: {update.message}")
 
     async def load_directory(self, path: str, version: int) -> Update:
         """Load a whole Hugging Face checkpoint directory that the engine can read."""
@@ -246,7 +261,7 @@ class EngineClient:
             if isinstance(document, dict) and "success" in document:
                 return Update(False, str(document.get("message", "")))
         document = self._content(reply, path)
-        return Update(bool(document["success"]), str(document.get("message", "")), document.get("seconds") or {})
+        return Update(bool(document["success"]), str(document.get("message", "")), document.get("outcome") or {})
 
     # -- transport
 

@@ -193,6 +193,7 @@ class Job:
             curriculum=self._curriculum() if training else None,
             history_steps=recipe.launch.hub_history_steps,
             max_dropped_batches=recipe.rollout.max_dropped_batches,
+            checkpoints=recipe.checkpoint.every > 0,
             cards=self.plan.cards,
         )
         listeners: list[Supervisor] = []

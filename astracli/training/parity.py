@@ -6,7 +6,8 @@ whose recurrent or convolution state leaks between or through rows fails here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from astracli.rl.batch import Join, MicroBatch, Row, pad_rows
 from astracli.training import packing, varlen
 from astracli.training.logprob import PolicyModel
 from astracli.training.optimizer import Masters
+from astracli.training.upload import upload
 
 ROWS_TOLERANCE = {"cpu": 1e-4, "cuda": 0.25}
 """Largest |difference| of one token. On a GPU bf16 kernels choose other tilings for other shapes, so single tokens
@@ -34,13 +36,13 @@ def logprobs(
     """Log-probability and entropy, each fp32 [N], of a micro-batch's loss tokens."""
     if device.type == "cuda":
         micro = packing.rounded(micro)
-    predict_N, target_N = (torch.from_numpy(x).to(device) for x in (micro.predict_N, micro.target_N))
-    tokens_BL = torch.from_numpy(micro.tokens_BL).to(device)
+    predict_N, target_N = (upload(x, device) for x in (micro.predict_N, micro.target_N))
+    tokens_BL = upload(micro.tokens_BL, device)
     if micro.bounds_S1 is not None:
-        positions_1T = torch.from_numpy(packing.positions(micro.bounds_S1))[None].to(device)
+        positions_1T = upload(packing.positions(micro.bounds_S1)[None], device)
         boundaries = varlen.boundaries(micro.bounds_S1, device)
         return policy(tokens_BL, None, positions_1T, predict_N, target_N, **boundaries)
-    mask = torch.from_numpy(micro.mask_BL).to(device)
+    mask = upload(micro.mask_BL, device)
     position_ids = adapter.position_ids(mask) if adapter.position_ids else None
     return policy(tokens_BL, adapter.attention_mask(mask), position_ids, predict_N, target_N)
 
@@ -100,35 +102,65 @@ def rounding_noise(
 
     Other kernels round otherwise, so two right ways to compute one gradient in bf16 differ, the more the deeper the
     model: with random weights (CPU, 32 layers) both packed and separate rows lie 0.05 from the gradient in fp32, and
-    0.02 from each other; in fp32 they are 2.5e-6 apart. What packing changes is measured against this. Each value of a
-    block's input is multiplied by 1 - 2^-8, 1 or 1 + 2^-8, the same ones in the recomputation of a backward pass.
+    0.02 from each other; in fp32 they are 2.5e-6 apart. What packing changes is measured against this.
     """
+
+    def jolted() -> None:
+        with _jolted(policy, adapter):
+            for row in rows:
+                logprob_N, _ = logprobs(policy, adapter, pad_rows([row], pad_token), masters.ranks.device)
+                (logprob_N.sum() / tokens).backward()
+
+    tokens = sum(row.loss_tokens for row in rows)
+    return _minus_separate(policy, adapter, rows, masters, jolted, pad_token)
+
+
+@torch.no_grad()
+def logprob_noise(
+    policy: PolicyModel, adapter: ModelAdapter, rows: Sequence[Row], device: torch.device, *, pad_token: int
+) -> float:
+    """Mean |change of a loss token's log-probability| when every block's input moves by a unit in bf16's last place.
+
+    What two right implementations in bf16 may differ by depends on the model: on a CPU, SGLang in bf16 lies 0.03 from
+    SmolLM2-135M in fp32, whose logits go up to 37, and transformers in bf16 lies as far (`bench/sglang_cpu.py`). A
+    collective when the policy is sharded: every rank must bring the same rows.
+    """
+    changes = []
+    for row in rows:
+        alone = pad_rows([row], pad_token)
+        plain_N, _ = logprobs(policy, adapter, alone, device)
+        with _jolted(policy, adapter):
+            jolted_N, _ = logprobs(policy, adapter, alone, device)
+        changes.append((jolted_N - plain_N).abs())
+    return float(torch.cat(changes).mean())
+
+
+@contextmanager
+def _jolted(policy: PolicyModel, adapter: ModelAdapter) -> Iterator[None]:
+    """Every block of the policy sees its input `a_unit_off`."""
 
     def jolt(block: int) -> Callable[..., Any]:
         def hook(_: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-            hidden = inputs[0] if inputs else named["hidden_states"]
-            draw = torch.Generator(hidden.device).manual_seed(block)
-            signs = torch.randint(-1, 2, hidden.shape, generator=draw, device=hidden.device)
-            hidden = hidden * (1 + signs * 2.0**-8).to(hidden.dtype)
+            hidden = a_unit_off(inputs[0] if inputs else named["hidden_states"], block)
             return ((hidden, *inputs[1:]), named) if inputs else (inputs, named | {"hidden_states": hidden})
 
         return hook
 
-    def jolted() -> None:
-        hooks = [
-            block.register_forward_pre_hook(jolt(i), with_kwargs=True)
-            for i, block in enumerate(adapter.blocks(policy.model))
-        ]
-        try:
-            for row in rows:
-                logprob_N, _ = logprobs(policy, adapter, pad_rows([row], pad_token), masters.ranks.device)
-                (logprob_N.sum() / tokens).backward()
-        finally:
-            for hook in hooks:
-                hook.remove()
+    blocks = adapter.blocks(policy.model)
+    hooks = [block.register_forward_pre_hook(jolt(i), with_kwargs=True) for i, block in enumerate(blocks)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
-    tokens = sum(row.loss_tokens for row in rows)
-    return _minus_separate(policy, adapter, rows, masters, jolted, pad_token)
+
+def a_unit_off(hidden: torch.Tensor, seed: int) -> torch.Tensor:
+    """Each value times 1 - 2^-8, 1 or 1 + 2^-8, by chance; the same ones for the same seed, as when a block is computed
+    again in a backward pass. In fp32, and then rounded: 1 + 2^-8 itself is no number in bf16."""
+    draw = torch.Generator(hidden.device).manual_seed(seed)
+    signs = torch.randint(-1, 2, hidden.shape, generator=draw, device=hidden.device, dtype=torch.int8)
+    return (hidden.float() * (1 + signs * 2.0**-8)).to(hidden.dtype)
 
 
 def _minus_separate(

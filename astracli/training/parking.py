@@ -2,14 +2,17 @@
 
 A parked tensor keeps its identity: its storage is emptied and later filled again, so everything that shares it (FSDP's
 shards, the optimizer's parameters, views) is right again without being told. Copies go through pinned memory on the
-current stream, in the order of everything else there.
+current stream, in the order of everything else there. Until then torch would print what lies at address 0, which ends a
+process, or a GPU's context: whoever looks (a debugger, a traceback with values) is told that it is parked.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +52,7 @@ class Parking:
                 if key not in self._host:
                     self._host[key] = self._host_memory(self._bytes[key], storage.device)
                 self._host[key].copy_(_flat(storage), non_blocking=True)
-            storage.resize_(0)
+            empty(storage)
         self.parked = True
 
     def _host_memory(self, size: int, device: torch.device) -> Tensor:
@@ -87,6 +90,33 @@ class Parking:
             torch.cuda.synchronize(storage.device)
         flat = self._host[storage._cdata].view(here.dtype)
         return flat.as_strided(here.size(), here.stride(), here.storage_offset())
+
+
+def empty(storage: torch.UntypedStorage) -> None:
+    """Free its memory; the tensors that share it stay, and can still be shown."""
+    if not hasattr(torch.Tensor.__repr__, "shows_parked"):
+        shown: Any = _showing_parked(torch.Tensor.__repr__)
+        torch.Tensor.__repr__ = shown  # type: ignore[method-assign]
+    storage.resize_(0)
+
+
+def _showing_parked(plain: Callable[..., str]) -> Callable[..., str]:
+    """torch's `repr`, for tensors that are there."""
+
+    @wraps(plain)
+    def shown(tensor: Tensor, **options: Any) -> str:
+        if not _is_empty(tensor):
+            return plain(tensor, **options)
+        return f"tensor(parked, size={tuple(tensor.shape)}, dtype={tensor.dtype}, device={tensor.device})"
+
+    shown.shows_parked = True  # type: ignore[attr-defined]
+    return shown
+
+
+def _is_empty(tensor: Tensor) -> bool:
+    """Whether a plain tensor has elements and no memory for them."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and not tensor.is_meta
+    return plain and tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
 
 
 def _flat(storage: torch.UntypedStorage) -> Tensor:

@@ -28,9 +28,10 @@ def build_trainer(
     *,
     attention: str,
     split: Split = RESIDENT,
+    bf16_engine: bool = False,
 ) -> Trainer:
     """Everything a step needs, on every rank. `attention`: an implementation that transformers knows. `split`: what
-    waits in host memory between its uses."""
+    waits in host memory between its uses. `bf16_engine`: the engine computes in bf16."""
     packed = backend.packing(recipe, adapter, ranks.device.type)[0] == "packed"
     model = _load(model_dir, adapter, recipe, ranks, attention, packed)
     wire = adapter.wire_tensors(model)
@@ -54,6 +55,7 @@ def build_trainer(
         reference_parking=parking,
         pad_token=pad_token(model_dir),
         packed=packed,
+        bf16_engine=bf16_engine,
     )
 
 

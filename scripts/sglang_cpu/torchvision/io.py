@@ -1,0 +1,5 @@
+"""Nothing: see the package."""
+
+from torchvision import empty
+
+empty(__name__)

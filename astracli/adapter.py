@@ -83,8 +83,8 @@ class ModelAdapter:
     engine_flags: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
     """config.json -> extra engine settings (SGLang command line names, without dashes)."""
     attention_mask: Callable[[Any], Any] = lambda mask: mask
-    """2-D 0/1 mask of a right-padded batch -> what the model's forward gets (None for qwen3_5: its causal form is exact
-    for right-padded rows, and anything else leaks or breaks)."""
+    """2-D 0/1 mask of a right-padded batch -> what the model's forward gets; None where its causal form is exact for
+    right-padded rows and anything else leaks or breaks."""
     position_ids: Callable[[Any], Any] | None = None
     """2-D mask -> `position_ids`, or None to let the model count."""
     install_varlen: Callable[[Any], None] | None = None

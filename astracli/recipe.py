@@ -90,7 +90,9 @@ class RolloutTable(Table):
     group_size: PositiveInt = 8
     """Samples per prompt."""
     temperature: PositiveFloat = 1.0
+    """Training computes with the probabilities of temperature 1: other draws bias its gradient, and are warned of."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """As with `temperature`: below 1 the draws are not the policy's."""
     max_new_tokens: PositiveInt = 4000
     context_length: PositiveInt = 8192
     """Prompt and completion together, tokens."""
@@ -112,6 +114,10 @@ class RolloutTable(Table):
     def running(self) -> int:
         """`max_running_requests`; before a plan has derived it, and on a CPU, `RUNNING`."""
         return self.max_running_requests or RUNNING
+
+    def completion_room(self, prompt_tokens: int) -> int:
+        """Tokens that a completion of a prompt of so many may have; below 1: the prompt does not fit."""
+        return min(self.max_new_tokens, self.context_length - prompt_tokens)
 
 
 RECOMPUTED_BLOCKS = {"full": 1, "selective": 2}
@@ -189,10 +195,10 @@ class AlgorithmTable(Table):
     loss_length: PositiveInt | None = None
     """dr_grpo: tokens that a sequence's summed loss is divided by; None is `rollout.max_new_tokens`."""
     overlong_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Last part of `rollout.max_new_tokens` in which the reward falls linearly by up to `overlong_penalty`; 0 is off,
-    dapo 0.2. Any algorithm."""
+    """Last part of a completion's room in which the reward falls linearly by up to `overlong_penalty`; 0 is off, dapo
+    0.2. Any algorithm. The room is `rollout.max_new_tokens`, less where `rollout.context_length` ends before."""
     overlong_penalty: PositiveFloat = 0.5
-    """Taken off the reward of a completion that uses all tokens. 0.5 with rewards 0 and 1 is DAPO's 1 with -1 and 1."""
+    """Taken off the reward of a completion that fills its room. 0.5 with rewards 0 and 1 is DAPO's 1 with -1 and 1."""
     kl_coef: NonNegativeFloat = 0.0
     """Weight of the k3 KL estimate to the initial model; 0 loads no reference."""
     advantage: Literal["group", "mean"] = "group"

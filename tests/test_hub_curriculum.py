@@ -43,6 +43,17 @@ def asked(store: HubStore, groups: int) -> list[int]:
     return [lease["prompt_index"] for lease in store.lease("w", groups)["leases"]]
 
 
+def test_the_ends_of_the_band_belong_to_it() -> None:
+    chooser = Curriculum(CurriculumTable(low=0.25, high=0.5, outside=0.1), 0, kind)
+    weights = [chooser._weight(rate) for rate in (None, 0.2, 0.25, 0.5, 0.6)]
+    assert weights == [1.0, 0.1, 1.0, 1.0, 0.1]
+
+
+def test_another_seed_draws_other_numbers() -> None:
+    drawn = {uniform(seed, lease) for seed in range(4) for lease in range(4)}
+    assert len(drawn) == 16 and all(0.0 <= number < 1.0 for number in drawn)
+
+
 def test_without_a_record_every_candidate_is_as_likely(tmp_path: Path) -> None:
     prompts = asked(open_taught(tmp_path), 400)
     assert [p // 4 for p in prompts] == list(range(400))  # one of each lease's own four

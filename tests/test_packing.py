@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from astracli import backend, registry
 from astracli.adapter import ModelAdapter
 from astracli.adapters.qwen3_5 import ADAPTER
-from astracli.errors import RunFailed, UserError
+from astracli.errors import UserError
 from astracli.rl.batch import Row, build_batch, pad_rows, rows_of
+from astracli.rl.types import Segment
 from astracli.training import fsdp, packing, varlen
 from astracli.training.logprob import PolicyModel
 
@@ -93,12 +94,6 @@ def test_a_sliding_window_holds_inside_every_segment() -> None:
         assert (model(**packed_inputs(rows)).logits[0] - alone).abs().max() <= 2e-5
 
 
-def test_attention_that_packed_rows_do_not_compute_is_refused() -> None:
-    x = torch.zeros(1, 2, 4, 8)
-    with pytest.raises(RunFailed, match="asks for softcap"):
-        varlen.attention(torch.nn.Identity(), x, x, x, None, softcap=30.0)
-
-
 class Largest(TorchDispatchMode):
     """Elements of the largest tensor that any operator returns."""
 
@@ -136,7 +131,7 @@ def test_nothing_of_the_size_of_a_mask_is_ever_made(name: str) -> None:
 
 
 def groups_as_rows(seed: int = 0, count: int = 6) -> list[Row]:
-    return rows_of(sample_groups(None, count, seed=seed), recipe().algorithm, 16)
+    return rows_of(sample_groups(None, count, seed=seed), recipe().algorithm, recipe().rollout)
 
 
 def test_rows_are_packed_within_the_budget() -> None:
@@ -155,6 +150,18 @@ def test_rows_are_packed_within_the_budget() -> None:
     assert [m.rows for m in packing.micro_batches(rows[::-1], 64, 0)] == [m.rows for m in micros]
     alone = packing.micro_batches(rows, 4, 0)
     assert len(alone) == len(rows)  # a sample over the budget travels alone
+
+
+def test_a_sample_goes_into_the_fullest_row_that_has_room() -> None:
+    group = sample_groups(None, 1, seed=0, size=4)[0]
+    group.prompt_tokens = np.array([3], np.int32)
+    for sample, tokens in zip(group.samples, (4, 8, 1, 4), strict=True):
+        sample.segments[0] = Segment(0, np.full(tokens, 5, np.int32), np.zeros(tokens, np.float32))
+    rows = rows_of([group], recipe().algorithm, recipe().rollout)
+    assert [len(row) for row in rows] == [5, 9, 2, 5]
+    # 9 alone, 5 and 5; the 2 fits beside the 9, too, but fills the other row to its 12 tokens
+    micros = packing.micro_batches(rows, 12, 0)
+    assert [[row.index for row in micro.rows] for micro in micros] == [[1], [0, 2, 3]]
 
 
 def test_positions_restart() -> None:
@@ -207,7 +214,7 @@ def test_every_rank_gets_the_same_number_of_packed_rows() -> None:
             algorithm=recipe().algorithm,
             minibatches=2,
             tokens_per_microbatch=48,
-            max_new_tokens=16,
+            rollout=recipe().rollout,
             rank=rank,
             world_size=3,
             divide_rows=packing.micro_batches,
@@ -246,7 +253,7 @@ def test_selective_recomputation_computes_half_of_the_blocks_again() -> None:
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_rounded_rows_hold_the_same_loss_tokens(packed: bool) -> None:
-    rows = rows_of(sample_groups(None, 3, seed=5), recipe().algorithm, 16)
+    rows = rows_of(sample_groups(None, 3, seed=5), recipe().algorithm, recipe().rollout)
     micro = packing.pack_rows(rows) if packed else pad_rows(rows, 0)
     longer = packing.rounded(micro, 64)
     assert longer.tokens_BL.shape[1] % 64 == 0 and longer.tokens_BL.shape[1] >= micro.tokens_BL.shape[1]

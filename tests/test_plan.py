@@ -84,6 +84,14 @@ def test_ranks_threads_and_restarts_come_from_the_recipe() -> None:
     assert "engines and trainer want 5 threads of 2 usable cores: they will starve each other" in result.warnings
 
 
+def test_draws_that_the_loss_does_not_compute_with_are_warned_of() -> None:
+    odd = tiny("rollout.temperature=0.7", "rollout.top_p=0.9")
+    (warning,) = (w for w in planned(odd, facts(), TINY).warnings if "temperature" in w)
+    assert warning.startswith("rollout.temperature = 0.7 and rollout.top_p = 0.9: the loss computes with")
+    assert not [w for w in planned(tiny(), facts(), TINY).warnings if "temperature" in w]
+    assert not [w for w in planned(odd, facts(), TINY, command="rollout").warnings if "temperature" in w]
+
+
 def test_gpu_map_of_eight_gpus() -> None:
     result = planned(load("qwen3.5-4b-m2po-delta"), facts("8.9", 8, host_gib=512))
     assert result.gpu_map == {

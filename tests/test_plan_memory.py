@@ -84,7 +84,7 @@ def test_an_engine_beside_its_trainer_reserves_what_that_one_leaves() -> None:
     fraction = result.placement.mem_fraction_static
     assert fraction is not None and 0.3 < fraction < 0.45
     assert plan_memory.total(result.memory, where="gpu", fixed=True) <= 0.96 * 141 * GIB
-    shape = qwen3_5.memory_shape(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"])
+    shape = qwen3_5.ADAPTER.memory_shape(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"])
     assert fraction * 141 * GIB > plan_memory.static_bytes(shape, recipe, requests=8)
     assert [what for what, _, _ in result.placement.reasons] == ["engine"]
     assert moved("qwen3.5-4b-m2po-delta", 80, 1, *shared)[1] == "host"
@@ -134,7 +134,7 @@ def test_dense_families_have_no_state_row() -> None:
 
 def test_one_rank_holds_bf16_parameters_beside_its_masters_and_gathers_nothing() -> None:
     recipe = load("qwen3.5-4b-m2po-delta")
-    shape = qwen3_5.memory_shape(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"])
+    shape = qwen3_5.ADAPTER.memory_shape(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"])
 
     def rows(ranks: int, wrapped: bool) -> dict[str, int]:
         split = plan_trainer.Split(wrapped=wrapped)

@@ -219,6 +219,36 @@ def test_a_forged_payload_never_reaches_an_index_error() -> None:
     assert outcomes["refused"] > 300
 
 
+def test_a_payload_ends_with_its_planes() -> None:
+    encoded, length = sample()
+    longer = resealed(encoded.payload[:-8] + b"x" + bytes(8))
+    with pytest.raises(WeightCorrupt, match=r"payload planes end at byte \d+ of \d+"):
+        codec.decode(longer, encoded.encoding, encoded.count, length, 2)
+
+
+def test_a_dense_payload_has_no_long_gaps() -> None:
+    encoded, length = sample("dense-ulp")
+    blob = bytearray(encoded.payload)
+    struct.pack_into("<Q", blob, container._HEADER.size - 8, 1)
+    with pytest.raises(WeightCorrupt, match="2 planes for `dense-ulp`"):
+        codec.decode(resealed(bytes(blob)), "dense-ulp", encoded.count, length, 2)
+
+
+@pytest.mark.parametrize("encoding", list(container.ENCODINGS))
+def test_an_update_fits_its_own_length_and_dtype_alone(encoding: str) -> None:
+    encoded, length = sample(encoding)
+    update = codec.decode(encoded.payload, encoding, encoded.count, length, 2)
+    for target in (np.zeros(length + 1, np.uint16), np.zeros(length, np.uint32)):
+        with pytest.raises(WeightCorrupt, match=f"an update of {length} elements cannot change"):
+            codec.apply_update(update, target)
+
+
+def test_a_piece_has_a_largest_size() -> None:
+    long = np.broadcast_to(np.uint16(0), (container.MAX_PIECE + 1,))  # one element in memory
+    with pytest.raises(ValueError, match="a piece of 2147483649 elements"):
+        codec.encode_changed(long, long, np.zeros(1, np.int64))
+
+
 def forged(
     gaps: list[int], long: list[int], values: list[int], *, length: int = 1000, escapes: int | None = None
 ) -> bytes:
@@ -235,6 +265,8 @@ def test_what_each_check_refuses() -> None:
     def decode(blob: bytes, count: int, length: int = 1000) -> codec.Update:
         return codec.decode(blob, "gap-ulp", count, length, 2)
 
+    with pytest.raises(WeightCorrupt, match="payload with 0 changes and 0 long gaps among 1000 elements"):
+        decode(forged([], [], []), 0)
     good = decode(forged([3, 255, 0], [300], [1, 2, 3]), 3)
     assert good.indices is not None and good.indices.tolist() == [3, 304, 305]
     refused = {

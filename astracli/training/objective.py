@@ -31,12 +31,13 @@ def token_losses(
 
 
 def denominator(normaliser: Normaliser, batch: Batch, index: int, recipe: Recipe) -> float:
-    """What the sum over minibatch `index` of all ranks is divided by."""
+    """What the sum over minibatch `index` of all ranks is divided by. A mean over sequences weighs all those of the
+    batch alike (`Batch.rows_per_minibatch`)."""
     if normaliser == "token":
         return batch.minibatch_tokens[index]
     if normaliser == "sequence":
-        return batch.minibatch_rows[index]
-    return batch.minibatch_rows[index] * (recipe.algorithm.loss_length or recipe.rollout.max_new_tokens)
+        return batch.rows_per_minibatch
+    return batch.rows_per_minibatch * (recipe.algorithm.loss_length or recipe.rollout.max_new_tokens)
 
 
 def normalised(normaliser: Normaliser, loss_N: Tensor, micro: MicroBatch, divisor: float) -> Tensor:

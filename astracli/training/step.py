@@ -146,7 +146,7 @@ class Trainer:
             algorithm=self.recipe.algorithm,
             minibatches=table.minibatches,
             tokens_per_microbatch=table.tokens_per_microbatch,
-            max_new_tokens=self.recipe.rollout.max_new_tokens,
+            rollout=self.recipe.rollout,
             pad_token=self.pad_token,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,

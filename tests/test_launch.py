@@ -211,6 +211,30 @@ def test_job_runs_to_its_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     assert not psutil.Process().children()
 
 
+def test_a_job_that_is_interrupted_before_its_first_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ctrl_c(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    job = job_with(tmp_path, DONE)
+    monkeypatch.setattr(children, "build", ctrl_c)
+    assert job.run() == 130 and job.summary == {}
+    assert RunDir(tmp_path / "run").shown_state() == "interrupted"
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_job_whose_reader_has_gone_goes_on(tmp_path: Path) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from pathlib import Path\nimport test_launch as t\n"
+        f"sys.exit(t.job_with(Path({str(tmp_path)!r}), t.DONE).run())\n"
+    )
+    there, here = os.pipe()
+    os.close(there)
+    assert subprocess.run([sys.executable, "-c", code], stderr=here, timeout=60).returncode == 0
+    os.close(here)
+    assert RunDir(tmp_path / "run").shown_state() == "done"
+
+
 def test_job_that_fails_says_so_everywhere(tmp_path: Path) -> None:
     job = job_with(tmp_path, 'raise RunFailed("the gradient is not finite", "lower the learning rate")')
     with pytest.raises(RunFailed) as failure:

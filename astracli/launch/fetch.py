@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from astracli import talk
 from astracli.errors import UserError
 
 BUNDLED_PREFIX = "astra:"
@@ -34,10 +35,6 @@ INSTEAD: dict[Kind, str] = {
 
 def _silent(_message: str) -> None:
     """For downloads of a few kilobytes."""
-
-
-def to_stderr(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 def bundled(name: str) -> Path:
@@ -73,7 +70,7 @@ def local_path(path: str, key: str = "model.path") -> Path | None:
     return None
 
 
-def fetch_model(path: str, revision: str | None = None, say: Say = to_stderr) -> Path:
+def fetch_model(path: str, revision: str | None = None, say: Say = talk.say) -> Path:
     """Local directory of a checkpoint: shipped (`astra:NAME`), a directory, or a Hub id that is downloaded now."""
     found = local_path(path)
     if found is None:
@@ -87,7 +84,7 @@ def fetch_model(path: str, revision: str | None = None, say: Say = to_stderr) ->
     return found
 
 
-def fetch_dataset(source: str, revision: str | None = None, say: Say = to_stderr) -> Path:
+def fetch_dataset(source: str, revision: str | None = None, say: Say = talk.say) -> Path:
     """Local file or directory of a data set: a path, or a Hub data set id that is downloaded now."""
     found = local_path(source, "data.source")
     return found or _snapshot(source, "dataset", revision, DATA_FILES, [], say)

@@ -20,6 +20,7 @@ from astracli.launch.job import Job
 from astracli.plan import Command, LaunchPlan
 from astracli.recipe import Recipe
 from astracli.run_dir import RunDir
+from astracli.talk import say
 
 CHANGEABLE = ("train.steps", "launch.", "metrics.", "resources.", "checkpoint.")
 """What `--set` may change on a resume: how long, where and how the run goes on, not what it learns from."""
@@ -75,11 +76,12 @@ def train(recipe: Recipe, *, run_dir: Path | None = None, resume: Path | None = 
         code = task.run()
     finally:
         run.unlock()
-    from astracli.closing import print_closing
+    if task.summary:
+        from astracli.closing import print_closing
 
-    print_closing(task.summary)
+        print_closing(task.summary)
     if code == 130:
-        fetch.to_stderr(f"interrupted; go on with `astra train --resume {run.path}`")
+        say(f"interrupted; go on with `astra train --resume {run.path}`")
     return code
 
 
@@ -99,7 +101,7 @@ def rollout(recipe: Recipe, *, weights: str | None = None, n: int, out: Path, ru
     finally:
         run.unlock()
     if code == 0:
-        fetch.to_stderr(_rollout_words(out))
+        say(_rollout_words(out))
     return code
 
 
@@ -210,7 +212,7 @@ def _fetch(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> Source:
     model = fetch.fetch_model(recipe.model.path, recipe.model.revision)
     inputs.check_checkpoint(model)
     if not has_chat_template(model):
-        fetch.to_stderr(
+        say(
             f"warning: no chat template in `{model}`: prompts go to the model as bare text, right for a base model and "
             "wrong for a chat model; copy its chat_template.jinja beside tokenizer.json"
         )
@@ -317,7 +319,7 @@ def _print_results(document: Mapping[str, Any], as_json: bool) -> None:
     from astracli.closing import result_lines
 
     print("\n".join(result_lines(document)))
-    fetch.to_stderr(f"items and figures are in {document['path']}")
+    say(f"items and figures are in {document['path']}")
 
 
 def _rollout_words(out: Path) -> str:

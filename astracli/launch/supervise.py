@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from urllib.parse import urlsplit
 from astracli.errors import RunFailed
 from astracli.launch import local
 from astracli.launch.local import Child, ChildSpec, MemorySampler, exit_words
+from astracli.talk import say
 
 Phase = Literal["starting", "running", "finishing", "stopping"]
 
@@ -212,7 +212,7 @@ class Supervisor:
         said = ended.last_lines(1)
         local.stop([self.children.pop(name) for name in retry.names if name in self.children], grace_s=0.5)
         self.notes.append(f"{retry.words} ({'; '.join(said)})" if said else retry.words)
-        print(f"warning: {self.notes[-1]}", file=sys.stderr, flush=True)
+        say(f"warning: {self.notes[-1]}")
         for spec in retry.specs():
             self._hub.release_worker(spec.name)
             self.status[spec.name] = Status(spec.role)

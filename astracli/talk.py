@@ -8,7 +8,7 @@ import sys
 
 
 def say(message: str) -> None:
-    """Print a line to stderr. When that cannot be written (`... 2>&1 | head` has read enough), be silent from now on."""
+    """Print a line to stderr. Once that cannot be written (`2>&1 | head` has read enough), be silent."""
     try:
         print(message, file=sys.stderr, flush=True)
     except OSError:

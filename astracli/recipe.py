@@ -36,6 +36,8 @@ class ModelTable(Table):
     """`astra:tiny` (shipped with the package), a local directory, or a Hub id."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id; None is the Hub's default branch."""
+    made_by: str | None = None
+    """The command that makes a local `path`: said when nothing is there."""
     adapter: str = "auto"
     """Name of a model adapter, or `auto`: the one that claims the checkpoint's `model_type`."""
 

@@ -79,8 +79,8 @@ def check(document: Mapping[str, Any], name: str) -> Recipe:
 
 
 def _check_names(recipe: Recipe, label: str) -> None:
-    """Names that the schema cannot know: algorithm and benchmarks. Raises UserError with the nearest."""
-    from astracli.data.benchmarks import BENCHMARKS, is_path
+    """What the schema cannot know: names of algorithm and benchmarks, and the benchmarks' own samples. UserError."""
+    from astracli.data.benchmarks import BENCHMARKS, get, is_path
     from astracli.rl.losses import ALGORITHMS
 
     used = [("algorithm.name", recipe.algorithm.name, "algorithm", list(ALGORITHMS))]
@@ -91,6 +91,14 @@ def _check_names(recipe: Recipe, label: str) -> None:
         if name not in known:
             message = f"recipe `{label}`: `{key}` = {json.dumps(name)} is not allowed: there is no such {kind}"
             raise UserError(message, f"{_nearest(name, known)}known: {', '.join(known)}")
+    k = recipe.eval.pass_k
+    for spec in map(get, recipe.eval.benchmarks if recipe.eval.samples is None else ()):
+        if spec.samples < k:
+            raise UserError(
+                f"recipe `{label}`: eval.pass_k = {k}, and `{spec.name}` is asked {spec.samples} samples an item: "
+                "pass@k needs at least k",
+                f"ask for more with `--set eval.samples={k}`, or lower eval.pass_k",
+            )
 
 
 def to_document(recipe: Recipe) -> dict[str, Any]:

@@ -363,6 +363,11 @@ def _used(run: RunDir) -> UserError:
             f"run directory `{run.path}` is not empty and holds no run", "give another --run-dir, or empty it"
         )
     status = run.status()
+    if status is not None and status.state == "running" and status.alive():
+        return UserError(
+            f"run directory `{run.path}` is in use (state: {status.shown()})",
+            f"look at it with `astra runs status {run.path}`, or give another directory",
+        )
     if status is not None and status.command == "eval":
         go_on = "" if status.state == "done" else f"go on with it by `astra eval --resume {run.path}`, "
         return UserError(

@@ -132,7 +132,7 @@ def test_dry_run_of_every_shipped_recipe() -> None:
         if recipe.model.path.startswith("./"):  # its model is made first
             with pytest.raises(UserError, match="nothing at that path") as refused:
                 run.dry_run(recipe, "train")
-            assert refused.value.hint and "how its model is made" in refused.value.hint
+            assert refused.value.hint and "make it: `python scripts/make_" in refused.value.hint
             continue
         document = run.dry_run(recipe, "train")
         assert document["recipe"] == info.name and document["processes"]

@@ -150,4 +150,9 @@ def _read_facts(path: Path) -> dict[str, Any]:
         raise UserError(f"facts file `{path}` is not JSON: {error}", hint) from None
     if not isinstance(document, dict):
         raise UserError(f"facts file `{path}` holds no JSON object", hint)
-    return document
+    from astracli import machine
+
+    try:
+        return machine.validate(document)
+    except UserError as error:
+        raise UserError(f"facts file `{path}`: {error.message}", hint) from None

@@ -31,7 +31,7 @@ def complete_run(incomplete: str) -> Iterator[str]:
 RecipeArg = Annotated[
     str | None,
     typer.Argument(
-        metavar="[RECIPE]", help="Shipped recipe name or path of a .toml file.", autocompletion=complete_recipe
+        metavar="RECIPE", help="Shipped recipe name or path of a .toml file.", autocompletion=complete_recipe
     ),
 ]
 RecipeOpt = Annotated[
@@ -47,12 +47,18 @@ RunDirOpt = Annotated[
     Path | None, typer.Option("--run-dir", metavar="DIR", help="Run directory; default runs/RECIPE-YYYYmmdd-HHMMSS.")
 ]
 ResumeOpt = Annotated[
-    Path | None, typer.Option("--resume", metavar="RUN_DIR", help="Continue the run in RUN_DIR from its checkpoint.")
+    Path | None,
+    typer.Option(
+        "--resume",
+        metavar="RUN",
+        help="Continue a run, named or by its directory, from its checkpoint.",
+        autocompletion=complete_run,
+    ),
 ]
 RunArg = Annotated[str, typer.Argument(metavar="RUN", help="Run name or directory.", autocompletion=complete_run)]
 OptionalRunArg = Annotated[
     str | None,
-    typer.Argument(metavar="[RUN]", help="Run name or directory; default the newest run.", autocompletion=complete_run),
+    typer.Argument(metavar="RUN", help="Run name or directory; default the newest run.", autocompletion=complete_run),
 ]
 
 

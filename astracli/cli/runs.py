@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from astracli.cli.options import JsonOpt, OptionalRunArg, RunArg
+from astracli.cli.options import JsonOpt, OptionalRunArg, RunArg, complete_run
 from astracli.cli.output import out
 from astracli.errors import RunFailed, UserError
 
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Look at runs, stop them, free their disk.", rich_markup_mode=None, no_args_is_help=True)
 RootOpt = Annotated[Path, typer.Option("--root", metavar="DIR", help="Folder that holds the runs.")]
+CleanedRunArg = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="RUN", help="Run name or directory; default all that are done.", autocompletion=complete_run
+    ),
+]
 STOP_WAIT_S = 10.0
 
 
@@ -42,7 +48,7 @@ def list_(root: RootOpt = Path("runs"), json: JsonOpt = False) -> None:
 
 @app.command()
 def status(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
-    """Show a run's state and the newest figures of each of its processes."""
+    """Show a run's state and newest figures, process by process."""
     from dataclasses import asdict
 
     from astracli import run_view
@@ -68,16 +74,24 @@ def status(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
 @app.command()
 def logs(
     run: RunArg,
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Process, for example trainer.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Process, for example trainer; default all.")
+    ] = None,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on printing while the run lives.")] = False,
-    lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="Last lines of each log.")] = 20,
+    lines: Annotated[int, typer.Option("-n", "--lines", metavar="N", min=0, help="Last lines of each log.")] = 20,
     json: Annotated[bool, typer.Option("--json", help="Print each line as a JSON object: process, line.")] = False,
 ) -> None:
-    """Print the logs of a run's newest attempt."""
+    """Print the logs of a run's newest attempt.
+
+    A process writes here what it has to complain about: the log of one that is well may be empty.
+    """
     from astracli import run_view
 
     found = _run(run)
     files = run_view.log_files(found, name)
+    if empty := [file.stem for file in files if not file.stat().st_size]:
+        out().note(f"nothing in the log{'s' if len(empty) > 1 else ''} of {', '.join(empty)}")
+    files = [file for file in files if follow or file.stem not in empty]
     for file in files:
         if len(files) > 1 and not json:
             out().text(f"==> {file.stem} <==")
@@ -95,7 +109,10 @@ def _log_line(process: str, line: str) -> str:
 
 @app.command()
 def stop(run: RunArg, json: JsonOpt = False) -> None:
-    """Stop a run as Ctrl-C would: its supervisor ends every process of it. It can be resumed."""
+    """Stop a run as Ctrl-C would; it can be resumed.
+
+    Its supervisor ends every process of it.
+    """
     found = _run(run)
     status = found.status()
     if status is None or not _alive(found):
@@ -128,7 +145,10 @@ def stop(run: RunArg, json: JsonOpt = False) -> None:
 
 @app.command()
 def report(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
-    """Write a run's report.html, and print its closing report or its figures so far."""
+    """Write report.html and print a run's figures.
+
+    Of a run that has ended, the closing table; of one that goes on, its figures so far.
+    """
     from astracli import report_html, run_view
 
     found = _run(run)
@@ -176,7 +196,9 @@ def export(
     to: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Default RUN/export-latest or RUN/export-STEP.")
     ] = None,
-    step: Annotated[int | None, typer.Option("--step", help="A checkpoint's step; default the newest.")] = None,
+    step: Annotated[
+        int | None, typer.Option("--step", metavar="STEP", help="A checkpoint's step; default the newest.")
+    ] = None,
     text_only: Annotated[
         bool, typer.Option("--text-only", help="The text model alone, under text names, whatever it was loaded from.")
     ] = False,
@@ -202,11 +224,14 @@ def samples(
     wrong: Annotated[bool, typer.Option("--wrong", help="Wrong answers.")] = False,
     right: Annotated[bool, typer.Option("--right", help="Right answers.")] = False,
     truncated: Annotated[bool, typer.Option("--truncated", help="Answers cut off at the token limit.")] = False,
-    step: Annotated[int | None, typer.Option("--step", help="Only this step's.")] = None,
-    n: Annotated[int, typer.Option("-n", "--count", min=1, help="At most so many, the newest.")] = 10,
+    step: Annotated[int | None, typer.Option("--step", metavar="STEP", help="Only this step's.")] = None,
+    n: Annotated[int, typer.Option("-n", "--count", metavar="N", min=1, help="At most so many, the newest.")] = 10,
     json: JsonOpt = False,
 ) -> None:
-    """Print rollout samples of a run, or the answers of an evaluation: problem, completion, verdict."""
+    """Print samples of a run or an evaluation.
+
+    Of a run some of each step's rollouts, of an `astra eval` all answers: problem, completion, verdict.
+    """
     from collections import deque
 
     from astracli import run_view
@@ -225,14 +250,17 @@ def samples(
 
 @app.command()
 def clean(
-    run: OptionalRunArg = None,
+    run: CleanedRunArg = None,
     root: RootOpt = Path("runs"),
     older_than: Annotated[
         float,
-        typer.Option("--older-than", metavar="DAYS", min=0, help="Without RUN: only runs that ended so long ago."),
+        typer.Option(
+            "--older-than", metavar="DAYS", min=0, help="Without RUN: only runs that ended before so many days."
+        ),
     ] = 1.0,
     resumable: Annotated[
-        bool, typer.Option("--resumable", help="Also runs that failed or were stopped; they can still be resumed.")
+        bool,
+        typer.Option("--resumable", help="Without RUN: also runs that failed or were stopped; a resume still works."),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, remove nothing.")] = False,
     json: JsonOpt = False,
@@ -240,7 +268,7 @@ def clean(
     """Free the disk of ended runs.
 
     Published weights, configurations and staged payloads go; results, checkpoints and export stay. Processes that a
-    run left behind when its supervisor was killed are ended first.
+    run left behind when its supervisor was killed are ended first. Without RUN: all under --root that are done.
     """
     from astracli import run_view
 
@@ -260,11 +288,16 @@ def clean(
     if json:
         out(json).document({"runs": rows, "bytes": total, "removed": not dry_run})
         return
+    from astracli.closing import size
+
     for entry in rows:
-        out().text(f"{entry['run']}  {entry['bytes']} bytes")
-    out().text(
-        f"{'would free' if dry_run else 'freed'} {total} bytes in {len(rows)} {'run' if len(rows) == 1 else 'runs'}"
-    )
+        out().text(f"{entry['run']}  {size(entry['bytes'])}")
+    verb = "would free" if dry_run else "freed"
+    out().text(f"{verb} {size(total)} in {len(rows)} {'run' if len(rows) == 1 else 'runs'}")
+    if run is None and not rows:
+        out().hint(
+            f"runs that ended less than {older_than:g} days ago stay (--older-than), and failed ones (--resumable)"
+        )
 
 
 def _run(text: str | None) -> RunDir:

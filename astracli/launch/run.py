@@ -195,7 +195,7 @@ def _refusing_plan(recipe: Recipe, command: Command) -> LaunchPlan:
 def _config_if_here(recipe: Recipe) -> Mapping[str, Any] | None:
     """The model's config.json if it is on this machine, None for a Hub id that an adapter knows; else it is fetched."""
     path, revision = recipe.model.path, recipe.model.revision
-    if fetch.local_path(path) is not None:
+    if fetch.local_path(path, made_by=recipe.model.made_by) is not None:
         return fetch.fetch_config(path, revision)
     known = any(item.adapter and path in item.adapter.known_configs for item in registry.installed())
     cached = fetch.cached_config(path, revision)
@@ -249,7 +249,10 @@ def _with_evaluation(recipe: Recipe, benchmarks: Sequence[str] | None, samples: 
     document = recipe_io.to_document(recipe)
     document["eval"]["benchmarks"] = names
     if samples is not None:
-        document["eval"] |= {"samples": samples, "pass_k": min(samples, recipe.eval.pass_k)}
+        k = min(samples, recipe.eval.pass_k)
+        document["eval"] |= {"samples": samples, "pass_k": k}
+        if k < recipe.eval.pass_k:
+            say(f"pass@{k} instead of pass@{recipe.eval.pass_k}: {samples} samples an item allow no more")
     document["launch"]["deterministic"] = True  # two evaluations with one seed write the same files
     return recipe_io.check(document, recipe.name)
 
@@ -299,7 +302,7 @@ def _resume_step(run: RunDir, recipe: Recipe) -> int:
     if status is not None and status.state == "done" and (status.steps or 0) >= recipe.train.steps:
         raise UserError(
             f"run `{run.path}` is done: {status.step} of {status.steps} steps",
-            f"train on with `astra train --resume {run.path} --set train.steps={recipe.train.steps * 2}`",
+            f"train on with `astra train --resume {run.path} --set train.steps={2 * (status.steps or 1)}`",
         )
     newest = checkpoint.latest(run.checkpoints)
     step = newest.step if newest else 0

@@ -18,7 +18,7 @@ from run_cases import TINY, make_run
 
 from astracli.cli.output import sections, table_lines
 
-MAIN = "from astracli.cli.main import main; main()"
+MAIN = "from astracli.__main__ import main; main()"
 Astra = Callable[..., Ran]
 
 
@@ -205,6 +205,13 @@ def test_ctrl_c_is_130(astra: Astra, launch: Launch, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(launch, "train", interrupted)
     assert astra("train", TINY).code == 130
+
+
+def test_ctrl_c_while_the_command_is_imported() -> None:
+    code = "import builtins, sys\nbefore = builtins.__import__\n"
+    code += "def hook(name, *rest):\n    if name == 'typer': raise KeyboardInterrupt\n    return before(name, *rest)\n"
+    ran = spawn("recipes", "list", code=f"{code}builtins.__import__ = hook\n{MAIN}")
+    assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "")
 
 
 def test_a_closed_pipe_is_quiet() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -220,6 +221,20 @@ def test_a_job_that_is_interrupted_before_its_first_process(tmp_path: Path, monk
     assert job.run() == 130 and job.summary == {}
     assert RunDir(tmp_path / "run").shown_state() == "interrupted"
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_ctrl_c_while_the_hub_is_set_up_starts_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = children.build
+
+    def slowly(*words: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return build(*words)
+
+    job = job_with(tmp_path, DONE)
+    monkeypatch.setattr(children, "build", slowly)
+    assert job.run() == 130
+    assert (job.summary["state"], job.summary["steps"]) == ("interrupted", 0)
+    assert not list((tmp_path / "run" / "logs").rglob("*.log"))
 
 
 def test_a_job_whose_reader_has_gone_goes_on(tmp_path: Path) -> None:

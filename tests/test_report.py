@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from astracli.closing import print_closing, size
+from astracli.closing import closing_facts, print_closing, size
 from astracli.errors import UserError
 from astracli.launch import summary
 from astracli.launch.supervise import Status
@@ -225,6 +225,12 @@ def test_what_a_killed_attempt_trained_after_its_checkpoint_is_no_part_of_the_ru
     assert (found["steps"], found["steps_this_attempt"], found["training"]["tokens"]) == (2, 0, 0)
     found = make_summary(tmp_path, records=before + after, first_step=2, since=150.0)
     assert (found["steps"], found["training"]["tokens"], found["training"]["step_s_mean"]) == (3, 10, 3.0)
+
+
+def test_the_table_of_a_command_without_a_trainer_has_no_steps(tmp_path: Path) -> None:
+    found = make_summary(tmp_path, records=[], store={}, plan={"command": "rollout"})
+    assert found["steps_planned"] is None and list(found["phases_s"])[:2] == ["start-up", "running"]
+    assert "steps" not in dict(closing_facts(found))
 
 
 def test_summary_of_a_run_that_never_began(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from astracli import metrics, report_data
 from astracli import plan as planning
 from astracli.launch import children, ports, summary
 from astracli.launch.local import MemorySampler
-from astracli.launch.supervise import Supervisor
+from astracli.launch.supervise import Supervisor, signals
 from astracli.metrics import Record, Sink, Tail
 from astracli.plan import LaunchPlan
 from astracli.recipe import Recipe
@@ -129,7 +129,7 @@ class Job:
         engines = [process.name for process in self.plan.processes if process.role == "engine"]
         token = secrets.token_urlsafe(32)
         memory = MemorySampler()
-        with self._hub(engines, token) as (hub, connect):
+        with signals() as interrupted, self._hub(engines, token) as (hub, connect):
             setting = children.Setting(
                 self.recipe,
                 self.plan,
@@ -153,6 +153,7 @@ class Job:
                 tick=watch,
                 memory=memory,
                 retry=children.retry(setting, specs),
+                interrupted=interrupted,
             )
             connect(supervisor)
             try:

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from astracli import machine, recipe_io, registry
+from astracli import machine, metrics, recipe_io, registry
 from astracli import plan as planning
 from astracli import run_dir as runs
 from astracli.adapter_tools import has_chat_template
@@ -100,8 +100,8 @@ def rollout(recipe: Recipe, *, weights: str | None = None, n: int, out: Path, ru
         code = task.run()
     finally:
         run.unlock()
-    if code == 0:
-        say(_rollout_words(out))
+    if code == 0 or out.exists():
+        say(("interrupted; " if code else "") + _rollout_words(out))
     return code
 
 
@@ -145,6 +145,8 @@ def evaluate(
         document = json.loads((run.eval / "results.json").read_text())
         document |= {"weights": recipe.model.path, "path": str(run.eval)}
         _print_results(document, as_json)
+    elif code == 130:
+        say(f"interrupted; go on with `astra eval --resume {run.path}`")
     return code
 
 
@@ -252,7 +254,7 @@ def _with_evaluation(recipe: Recipe, benchmarks: Sequence[str] | None, samples: 
         k = min(samples, recipe.eval.pass_k)
         document["eval"] |= {"samples": samples, "pass_k": k}
         if k < recipe.eval.pass_k:
-            say(f"pass@{k} instead of pass@{recipe.eval.pass_k}: {samples} samples an item allow no more")
+            say(f"--samples {samples}: pass@{k} in the place of pass@{recipe.eval.pass_k}")
     document["launch"]["deterministic"] = True  # two evaluations with one seed write the same files
     return recipe_io.check(document, recipe.name)
 
@@ -327,6 +329,7 @@ def _print_results(document: Mapping[str, Any], as_json: bool) -> None:
 
 def _rollout_words(out: Path) -> str:
     """How many samples were written, and how they were graded."""
-    rewards = [json.loads(line)["reward"] for line in out.open()]
+    with out.open(encoding="utf-8") as lines:
+        rewards = [record["reward"] for record in metrics.parse(lines)]
     mean = sum(rewards) / max(1, len(rewards))
     return f"{len(rewards)} samples, mean reward {mean:.3f}, in {out}"

@@ -39,7 +39,7 @@ def build(
     `store`: `HubStore.state()`; `records`: all of metrics.jsonl; `notes`: what the supervisor did to go on; `plan`:
     plan.json. `first_step`, `since`: where and when (unix seconds) this attempt began: what an earlier one trained
     after its last checkpoint is no part of the run."""
-    wall_s = sum(phases.values())
+    wall_s, training_run = sum(phases.values()), plan is None or plan["command"] == "train"
     mine = [record for record in records if record.get("time", since) >= since]
     here = [step for step in _steps(mine) if step >= first_step]
     trained = [step for step in _steps(records) if step < first_step] + here
@@ -49,10 +49,10 @@ def build(
         "state": state,
         "attempt": attempt,
         "steps": len(trained),
-        "steps_planned": recipe.train.steps,
+        "steps_planned": recipe.train.steps if training_run else None,
         "steps_this_attempt": len(here),
         "wall_s": wall_s,
-        "phases_s": wall_phases(phases, sum(values(records, "export_s"))),
+        "phases_s": wall_phases(phases, sum(values(records, "export_s")), "training" if training_run else "running"),
         "evaluations_s": dict(evaluations_s),
         "benchmarks": benchmarks(store.get("evals") or []),
         "expected": recipe.expected.model_dump() if recipe.expected else None,
@@ -72,9 +72,9 @@ def _steps(records: Sequence[Record]) -> list[int]:
     return [step for step, _ in series(records, "train_s") or series(records, "step_s")]
 
 
-def wall_phases(phases: Mapping[str, float], export_s: float) -> dict[str, float]:
+def wall_phases(phases: Mapping[str, float], export_s: float, running: str) -> dict[str, float]:
     """The phases in words; the export, which is the end of `running`, apart."""
-    named = {"starting": "start-up", "running": "training", "finishing": "last evaluations"}
+    named = {"starting": "start-up", "running": running, "finishing": "last evaluations"}
     found: dict[str, float] = {}
     for phase, seconds in phases.items():
         found[named.get(phase, phase)] = seconds - (export_s if phase == "running" else 0.0)

@@ -73,7 +73,7 @@ def check(document: Mapping[str, Any], name: str) -> Recipe:
         hints = [hint for _, hint in found if hint]
         fallback = "`astra recipes show NAME` prints every key of a recipe with its value"
         separator = "\n  " if len(found) > 1 else " "
-        raise UserError(f"recipe `{name}`:{separator}{lines}", "; ".join(hints) or fallback) from None
+        raise UserError(f"recipe `{name}`:{separator}{lines}", " ".join(hints) or fallback) from None
     _check_names(recipe, name)
     return recipe
 
@@ -208,7 +208,11 @@ def _merged(file: Path | Traversable, chain: tuple[str, ...]) -> dict[str, Any]:
         raise UserError(
             f"recipe `{shown}`: `extends` = {json.dumps(parent, default=str)} is not a recipe's name or path"
         )
-    base = _merged(_find(parent, file), (*chain, label))
+    try:
+        found = _find(parent, file)
+    except UserError as error:
+        raise UserError(f"recipe `{shown}`, `extends`: {error.message}", error.hint) from None
+    base = _merged(found, (*chain, label))
     base.pop("description", None)
     return _merge(base, document) | {"name": own_name}
 

@@ -278,7 +278,7 @@ def test_eval_alone_takes_the_newest_run_with_an_export(astra: Astra, launch: La
 def test_eval_of_a_run_without_export(astra: Astra, launch: Launch, runs: Path) -> None:
     make_run(runs / "killed", state="failed")
     ran = astra("eval")
-    assert ran.code == 2 and "nothing to evaluate: 1 runs under `runs`, none with an export" in ran.err
+    assert ran.code == 2 and "nothing to evaluate: 1 run under `runs`, none with an export" in ran.err
     ran = astra("eval", "--run-dir", "runs/killed")
     assert "error: run `runs/killed` has no export (state: failed)" in ran.err
     assert "hint: finish it with `astra train --resume runs/killed`" in ran.err
@@ -372,6 +372,17 @@ def test_tables_align_wrap_and_put_numbers_right() -> None:
         "          five six",
         "bb    10  -",
     ]
+
+
+def test_a_table_is_no_wider_than_its_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    from astracli.cli.output import room
+
+    monkeypatch.setenv("COLUMNS", "60")
+    assert room() == 100, "a file or a pipe has no columns"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert room() == 60
+    monkeypatch.setenv("COLUMNS", "200")
+    assert room() == 100
 
 
 def test_a_nested_document_becomes_titled_tables() -> None:

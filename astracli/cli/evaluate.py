@@ -130,7 +130,8 @@ def newest_exported(root: Path = Path("runs")) -> RunDir:
     for run in runs:
         if (run.export / "config.json").is_file():
             return run
-    have = f"{len(runs)} runs under `{root}`, none with an export" if runs else f"no runs under `{root}`"
+    count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
+    have = f"{count} under `{root}`, none with an export" if runs else f"no runs under `{root}`"
     raise UserError(
         f"nothing to evaluate: {have}", "train one with `astra train RECIPE`, or name a recipe: `astra eval RECIPE`"
     )

@@ -273,7 +273,7 @@ def _override(document: dict[str, Any], text: str) -> None:
 
 
 def _value(keys: list[str], raw: str) -> Any:
-    """The first reading of `raw` that the schema takes: TOML, "none", plain string, comma-separated list."""
+    """The first reading of `raw` that the schema takes: TOML, "none", Python's True, plain string, list with commas."""
     from astracli.recipe_schema import at
 
     readings: list[Any] = []
@@ -283,6 +283,8 @@ def _value(keys: list[str], raw: str) -> Any:
         readings.append(raw)
     if raw == "none":
         readings.insert(0, None)
+    if raw in ("True", "False"):
+        readings.append(raw == "True")
     parts = [part.strip() for part in raw.strip("[]").split(",") if part.strip()]
     readings += [raw, parts]
     slot = at(keys)

@@ -123,6 +123,7 @@ def test_a_circle_of_extends_is_refused(tmp_path: Path) -> None:
         ("eval.benchmarks=[]", "eval.benchmarks", []),
         ("data.levels=add2", "data.levels", ["add2"]),
         ("launch.deterministic=true", "launch.deterministic", True),
+        ("launch.deterministic=True", "launch.deterministic", True),
         ("launch.max_restarts=none", "launch.max_restarts", None),
         ("resources.engine.env.A=3", "resources.engine.env", {"A": "3"}),
         ("train.betas=[0.9, 0.95]", "train.betas", (0.9, 0.95)),

@@ -283,15 +283,16 @@ def clean(
         for pid in run_view.end_leftovers(r):
             out().note(f"ended process {pid} that `{r.path}` left behind")
     freed = [run_view.clean(r, dry_run=dry_run) for r in runs]
-    rows = [{"run": str(r.path), "bytes": count} for r, count in zip(runs, freed, strict=True) if count]
+    rows = [(str(r.path), count) for r, count in zip(runs, freed, strict=True) if count]
     total = sum(freed)
     if json:
-        out(json).document({"runs": rows, "bytes": total, "removed": not dry_run})
+        named = [{"run": path, "bytes": count} for path, count in rows]
+        out(json).document({"runs": named, "bytes": total, "removed": not dry_run})
         return
     from astracli.closing import size
 
-    for entry in rows:
-        out().text(f"{entry['run']}  {size(entry['bytes'])}")
+    for path, count in rows:
+        out().text(f"{path}  {size(count)}")
     verb = "would free" if dry_run else "freed"
     out().text(f"{verb} {size(total)} in {len(rows)} {'run' if len(rows) == 1 else 'runs'}")
     if run is None and not rows:

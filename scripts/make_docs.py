@@ -63,8 +63,9 @@ def _default(value: ast.expr | None) -> str:
 
 
 def recipe() -> str:
-    tree = ast.parse((ROOT / "astracli" / "recipe.py").read_text(encoding="utf-8"))
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    files = (ROOT / "astracli" / name for name in ("recipe.py", "recipe_run.py"))
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
+    classes = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
     parts = [
         "# Recipe reference\n\n" + MADE + 'A recipe is a TOML file; `extends = "NAME"` starts from another one, and '
         "`--set table.key=value` changes one value. Unknown keys are refused.\n`astra recipes show NAME` prints one "

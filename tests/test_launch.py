@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from astracli import recipe_io, run_dir
+from astracli import recipe_io, runs
 from astracli.errors import RunFailed, UserError
 from astracli.launch import children, run
 from astracli.launch.job import Job
@@ -187,7 +187,7 @@ def job_with(tmp_path: Path, trainer: str, **changes: Any) -> Job:
     plan = replace(
         plan, processes=tuple(replace(p, module="stand_in", env={**p.env, **search}) for p in plan.processes)
     )
-    run_path = run_dir.create("t", tmp_path / "run")
+    run_path = runs.create("t", tmp_path / "run")
     run_path.next_attempt()
     return Job(recipe, plan, run_path, 1, {"model": "/m", "data": None, "benchmarks": {}})
 

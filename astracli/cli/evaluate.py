@@ -65,7 +65,7 @@ def evaluate(
         _compare(*compare, json)
         return
     from astracli import recipe_io
-    from astracli.run_dir import named
+    from astracli.runs import named
 
     run: RunDir | None = None
     changes = [*(set_ or ()), *([f"rollout.engine={engine}"] if engine else ())]
@@ -124,7 +124,7 @@ def _compare(a: str, b: str, as_json: bool) -> None:
 
 def newest_exported(root: Path = Path("runs")) -> RunDir:
     """The newest run under `root` that has an export. Raises UserError when there is none."""
-    from astracli.run_dir import list_runs
+    from astracli.runs import list_runs
 
     runs = list_runs(root)
     for run in runs:
@@ -139,13 +139,11 @@ def newest_exported(root: Path = Path("runs")) -> RunDir:
 
 def _exported(run: RunDir) -> RunDir:
     if not (run.export / "config.json").is_file():
-        status = run.status()
-        going = status is not None and status.state == "running" and status.alive()
         checkpoint = f"`astra runs export {run.path} --out DIR`, then `astra eval RECIPE --weights DIR`"
         raise UserError(
             f"run `{run.path}` has no export (state: {run.shown_state()})",
             f"it is made at the end; its newest checkpoint meanwhile: {checkpoint}"
-            if going
+            if run.going()
             else f"finish it with `astra train --resume {run.path}`",
         )
     return run

@@ -43,7 +43,7 @@ def train(
         loaded = load_recipe(recipe_name, recipe, set_, "train")
     else:
         from astracli import recipe_io
-        from astracli.run_dir import named
+        from astracli.runs import named
 
         if name := one_name(recipe_name, recipe):
             raise UserError(

@@ -10,9 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from astracli import machine, metrics, recipe_io, registry
+from astracli import machine, metrics, recipe_io, registry, runs
 from astracli import plan as planning
-from astracli import run_dir as runs
 from astracli.adapter_tools import has_chat_template
 from astracli.errors import UserError
 from astracli.launch import fetch, inputs, job, problems

@@ -330,5 +330,6 @@ def _rollout_words(out: Path) -> str:
     """How many samples were written, and how they were graded."""
     with out.open(encoding="utf-8") as lines:
         rewards = [record["reward"] for record in metrics.parse(lines)]
-    mean = sum(rewards) / max(1, len(rewards))
-    return f"{len(rewards)} samples, mean reward {mean:.3f}, in {out}"
+    if not rewards:
+        return f"no samples yet in {out}"
+    return f"{len(rewards)} samples, mean reward {sum(rewards) / len(rewards):.3f}, in {out}"

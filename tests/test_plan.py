@@ -135,6 +135,15 @@ def test_every_shipped_recipe_plans_on_any_machine() -> None:
             assert {t.title for t in plan.render(result)} >= {"processes", "backends", "model", "memory", "disk"}
 
 
+def test_processes_that_need_the_same_stand_once_in_the_tables() -> None:
+    result = planned(load("qwen3.5-4b-m2po-delta"), facts())
+    (memory,) = (table for table in plan.render(result) if table.title == "memory")
+    labels = list(dict.fromkeys(row[0] for row in memory.rows))
+    assert labels == ["supervisor", "4 x engine, each", "rollout", "4 x trainer, each", "eval", "all"]
+    whole = sum(row.what == "weights (bf16)" for row in result.memory)
+    assert (whole, sum(row[1] == "weights (bf16)" for row in memory.rows)) == (4, 1)
+
+
 def test_a_gpu_recipe_on_a_laptop_says_what_is_missing() -> None:
     result = planned(load("qwen3.5-4b-m2po-delta"), facts())
     assert result.missing == [

@@ -7,6 +7,8 @@ What is special, and handled here:
 - a 2-D mask is never needed: causal rows padded on the right are exact for both layer kinds;
 - the delta rule and the convolution carry state across a packed row, so both must be reset at every boundary
   (`qwen3_5_layers.py`).
+
+Sizes are `qwen3_5_sizes`'s. A family without any of this is a page: begin with a copy of `llama.py`.
 """
 
 from __future__ import annotations
@@ -16,13 +18,13 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from astracli.adapter import DeltaRule, Forbidden, MemoryShape, ModelAdapter, WireTensor, read_config
-from astracli.adapter_tools import Shapes, gemm_flops, load_checkpoint, outside_blocks, wire_map
+from astracli.adapter import DeltaRule, Forbidden, ModelAdapter, WireTensor, read_config
+from astracli.adapter_tools import load_checkpoint, wire_map
 from astracli.adapters import qwen3_5_layers as layers
+from astracli.adapters import qwen3_5_sizes as sizes
 
 KEEP_FP32 = ("A_log",)
 FROZEN = ("model.visual.", "visual.", "mtp.")
@@ -33,13 +35,6 @@ _GPU_KERNELS = (
     "chunk_gated_delta_rule",
     "fused_recurrent_gated_delta_rule",
 )
-
-
-def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The text part of a config.json, whichever layout; `tie_word_embeddings` may stand at either level."""
-    text = dict(config.get("text_config") or config)
-    text.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", False))
-    return text
 
 
 def text_name(name: str) -> str | None:
@@ -53,7 +48,7 @@ def load(path: Path, *, attention: str = "sdpa") -> Any:
     """Qwen3_5ForCausalLM in fp32. Raises UserError naming text tensors that are missing or left over."""
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-    document = text_config(read_config(Path(path)))
+    document = sizes.text_config(read_config(Path(path)))
     document["model_type"] = "qwen3_5_text"
     with _torch_kernels_without_gpu():
         return load_checkpoint(
@@ -126,120 +121,8 @@ def _gated_norm(module: Any, x: Any, gate: Any) -> Any:
     return gated_rms_norm(x.float(), gate.float(), module.weight.float(), module.variance_epsilon).type_as(x)
 
 
-def _layer_types(text: Mapping[str, Any]) -> list[str]:
-    interval = text.get("full_attention_interval", 4)
-    count = text["num_hidden_layers"]
-    return text.get("layer_types") or [
-        "linear_attention" if (index + 1) % interval else "full_attention" for index in range(count)
-    ]
-
-
-def _delta_net_sizes(text: Mapping[str, Any]) -> tuple[int, int, int, int, int]:
-    """(key heads, value heads, key head dim, value head dim, convolution kernel)"""
-    return (
-        text.get("linear_num_key_heads", 16),
-        text.get("linear_num_value_heads", 32),
-        text.get("linear_key_head_dim", 128),
-        text.get("linear_value_head_dim", 128),
-        text.get("linear_conv_kernel_dim", 4),
-    )
-
-
-def _full_attention(text: Mapping[str, Any]) -> Shapes:
-    hidden, dim = text["hidden_size"], text.get("head_dim", 256)
-    query, kv = text["num_attention_heads"] * dim, text["num_key_value_heads"] * dim
-    shapes: Shapes = {
-        "self_attn.q_proj.weight": (2 * query, hidden),  # query and output gate
-        "self_attn.k_proj.weight": (kv, hidden),
-        "self_attn.v_proj.weight": (kv, hidden),
-        "self_attn.o_proj.weight": (hidden, query),
-    }
-    if text.get("attention_bias"):
-        shapes |= {name.replace("weight", "bias"): shape[:1] for name, shape in shapes.items()}
-    return shapes | {"self_attn.q_norm.weight": (dim,), "self_attn.k_norm.weight": (dim,)}
-
-
-def _delta_net(text: Mapping[str, Any]) -> Shapes:
-    hidden = text["hidden_size"]
-    key_heads, value_heads, key_dim, value_dim, kernel = _delta_net_sizes(text)
-    keys, values = key_heads * key_dim, value_heads * value_dim
-    return {
-        "linear_attn.A_log": (value_heads,),
-        "linear_attn.dt_bias": (value_heads,),
-        "linear_attn.conv1d.weight": (2 * keys + values, 1, kernel),
-        "linear_attn.norm.weight": (value_dim,),
-        "linear_attn.in_proj_qkv.weight": (2 * keys + values, hidden),
-        "linear_attn.in_proj_z.weight": (values, hidden),
-        "linear_attn.in_proj_b.weight": (value_heads, hidden),
-        "linear_attn.in_proj_a.weight": (value_heads, hidden),
-        "linear_attn.out_proj.weight": (hidden, values),
-    }
-
-
-def text_shapes(config: Mapping[str, Any]) -> Shapes:
-    """`{HF text name: shape}` of everything that is trained."""
-    text = text_config(config)
-    hidden, inner = text["hidden_size"], text["intermediate_size"]
-    common: Shapes = {
-        "mlp.gate_proj.weight": (inner, hidden),
-        "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-    }
-    mixers = {"linear_attention": _delta_net(text), "full_attention": _full_attention(text)}
-    shapes: Shapes = {"model.embed_tokens.weight": (text["vocab_size"], hidden), "model.norm.weight": (hidden,)}
-    for index, kind in enumerate(_layer_types(text)):
-        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in (common | mixers[kind]).items()}
-    if not text["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (text["vocab_size"], hidden)
-    return shapes
-
-
-def memory_shape(config: Mapping[str, Any]) -> MemoryShape:
-    """Recurrent state in fp32, convolution state (kernel - 1 columns) and KV cache in bf16."""
-    text, shapes = text_config(config), text_shapes(config)
-    kinds, sizes = _layer_types(text), _activations(text)
-    key_heads, value_heads, key_dim, value_dim, kernel = _delta_net_sizes(text)
-    recurrent = value_heads * key_dim * value_dim * 4
-    convolution = (2 * key_heads * key_dim + value_heads * value_dim) * (kernel - 1) * 2
-    kv_width = text["num_key_value_heads"] * text.get("head_dim", 256)
-    return MemoryShape(
-        parameters=sum(prod(shape) for shape in shapes.values()),
-        vocab_size=text["vocab_size"],
-        hidden_size=text["hidden_size"],
-        layers=text["num_hidden_layers"],
-        kv_bytes_per_token=kinds.count("full_attention") * 2 * 2 * kv_width,
-        state_bytes_per_sequence=kinds.count("linear_attention") * (recurrent + convolution),
-        flops_per_token=gemm_flops(shapes, tied=text["tie_word_embeddings"]),
-        outside_blocks=outside_blocks(shapes),
-        block_activations=tuple(sizes[kind] for kind in kinds),
-    )
-
-
-def _activations(text: Mapping[str, Any]) -> dict[str, int]:
-    """Kind of block -> bytes a token in bf16 that autograd keeps of it on a GPU.
-
-    fla's norms keep input and output (2 + 2 bytes a unit), its MLP gate and up (2 + 2). Full attention: normed heads'
-    inputs, what varlen attention keeps (query, key, value, output), the gate and the gated output. Delta rule: input of
-    the convolution; query and key, normed and repeated to the value heads, value, gate, output, gated output; a row of
-    the chunk's matrix a head.
-    """
-    key_heads, value_heads, key_dim, value_dim, _ = _delta_net_sizes(text)
-    values = value_heads * value_dim
-    channels = 2 * key_heads * key_dim + values
-    query, kv = (text[f"num_{n}_heads"] * text.get("head_dim", 256) for n in ("attention", "key_value"))
-    hidden, inner, heads = text["hidden_size"], text["intermediate_size"], text["num_attention_heads"]
-    block = 2 * 4 * hidden + 4 * inner
-    delta = 2 * channels + 4 * value_heads * key_dim + 8 * values + (2 * layers.CHUNK + 26) * value_heads
-    return {
-        "linear_attention": block + delta,
-        "full_attention": block + 10 * query + 6 * kv + 4 * heads,
-    }
-
-
 def wire_tensors(model: Any) -> dict[str, WireTensor]:
-    return wire_map(model, text_shapes(model.config.to_dict()), KEEP_FP32)
+    return wire_map(model, sizes.text_shapes(model.config.to_dict()), KEEP_FP32)
 
 
 def delta_rule(config: Mapping[str, Any], device: str) -> DeltaRule:
@@ -247,7 +130,7 @@ def delta_rule(config: Mapping[str, Any], device: str) -> DeltaRule:
     from astracli.gpu import fused
 
     kernels = fused.fla() if device == "cuda" else None
-    _, value_heads, key_dim, value_dim, _ = _delta_net_sizes(text_config(config))
+    _, value_heads, key_dim, value_dim, _ = sizes.delta_net_sizes(sizes.text_config(config))
     rule = kernels.rule if kernels is not None else layers.torch_rule()
     return DeltaRule(rule, value_heads, key_dim, value_dim)
 
@@ -255,9 +138,9 @@ def delta_rule(config: Mapping[str, Any], device: str) -> DeltaRule:
 def engine_flags(config: Mapping[str, Any]) -> dict[str, Any]:
     """One state slot a request instead of three to five; and the interval that text configs of transformers lack."""
     flags: dict[str, Any] = {"disable_radix_cache": True}
-    text = text_config(config)
+    text = sizes.text_config(config)
     if "full_attention_interval" not in text:
-        override: dict[str, Any] = {"full_attention_interval": _interval(text)}
+        override: dict[str, Any] = {"full_attention_interval": sizes.interval(text)}
         nested = {"text_config": override} if "text_config" in config else override
         flags["json_model_override_args"] = json.dumps(nested)
     return flags
@@ -265,14 +148,9 @@ def engine_flags(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def text_only_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of the text model alone, with the interval that SGLang reads and transformers does not write."""
-    text = text_config(config)
+    text = sizes.text_config(config)
     own = {"model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"]}
-    return text | own | {"full_attention_interval": _interval(text)}
-
-
-def _interval(text: Mapping[str, Any]) -> int:
-    """Every n-th layer is full attention."""
-    return _layer_types(text).index("full_attention") + 1
+    return text | own | {"full_attention_interval": sizes.interval(text)}
 
 
 def tiny_config() -> dict[str, Any]:
@@ -305,35 +183,13 @@ def tiny_config() -> dict[str, Any]:
     }
 
 
-_TEXT_4B: dict[str, Any] = {
-    "vocab_size": 248320,
-    "hidden_size": 2560,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "linear_num_key_heads": 16,
-    "linear_num_value_heads": 32,
-    "full_attention_interval": 4,
-    "tie_word_embeddings": True,
-}
-_TEXT_0_8B = _TEXT_4B | {
-    "hidden_size": 1024,
-    "intermediate_size": 3584,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "linear_num_value_heads": 16,
-}
-
 ADAPTER = ModelAdapter(
     name="qwen3_5",
     model_types=("qwen3_5", "qwen3_5_text"),
     summary="Qwen3.5 hybrids (Gated DeltaNet and full attention), text-only",
     load_for_training=load,
     load_for_serving=load,
-    memory_shape=memory_shape,
+    memory_shape=sizes.memory_shape,
     wire_tensors=wire_tensors,
     engine_flags=engine_flags,
     attention_mask=lambda mask: None,
@@ -349,10 +205,10 @@ ADAPTER = ModelAdapter(
     wire_name=text_name,
     text_only_config=text_only_config,
     known_configs={
-        "Qwen/Qwen3.5-4B": {"model_type": "qwen3_5", "text_config": _TEXT_4B},
-        "Qwen/Qwen3.5-0.8B": {"model_type": "qwen3_5", "text_config": _TEXT_0_8B},
+        "Qwen/Qwen3.5-4B": {"model_type": "qwen3_5", "text_config": sizes.TEXT_4B},
+        "Qwen/Qwen3.5-0.8B": {"model_type": "qwen3_5", "text_config": sizes.TEXT_0_8B},
     },
-    shapes=text_shapes,
+    shapes=sizes.text_shapes,
     delta_rule=delta_rule,
     tiny_config=tiny_config,
 )

@@ -76,6 +76,7 @@ def delta_net(
     attention_mask: Any = None,
     cu_seqlens: Any = None,
     max_seqlen: int | None = None,
+    edges: tuple[int, ...] | None = None,
     carry_state: bool = False,
     **kwargs: Any,
 ) -> Any:
@@ -90,7 +91,7 @@ def delta_net(
     from astracli.gpu import fused
 
     if carry_state:
-        cu_seqlens = None
+        cu_seqlens = edges = None
     kernels = fused.fla() if hidden_states.is_cuda else None
     ordinary = cu_seqlens is None and kernels is None and not all_rows
     if cache_params is not None or attention_mask is not None or ordinary:
@@ -103,9 +104,10 @@ def delta_net(
     mixed = module.in_proj_qkv(hidden_states)
     taps = module.conv1d.weight.squeeze(1)
     by_torch = kernels is None or fused.delta_rule_by_torch
-    bounds = _segments(cu_seqlens, tokens) if by_torch else []
+    bounds = _segments(cu_seqlens, tokens, edges) if by_torch else []
+    known = fused.chunks(edges, hidden_states.device) if kernels and cu_seqlens is not None and edges else {}
     if kernels is not None:
-        mixed = kernels.conv(mixed, taps, module.conv1d.bias, activation="silu", cu_seqlens=cu_seqlens)[0]
+        mixed = kernels.conv(mixed, taps, module.conv1d.bias, activation="silu", cu_seqlens=cu_seqlens, **known)[0]
     else:
         mixed = torch.cat([_torch_conv(mixed[:, a:b], taps, module.conv1d.bias) for a, b in bounds], dim=1)
     query, key, value = mixed.split([module.key_dim, module.key_dim, module.value_dim], dim=-1)
@@ -114,7 +116,7 @@ def delta_net(
     if (times := module.num_v_heads // module.num_k_heads) > 1:
         query, key = query.repeat_interleave(times, dim=2), key.repeat_interleave(times, dim=2)
     beta = module.in_proj_b(hidden_states).sigmoid()
-    decay = module.in_proj_a(hidden_states).float() + module.dt_bias.float()
+    decay = module.in_proj_a(hidden_states) + module.dt_bias.float()  # in fp32
     g = -module.A_log.float().exp() * torch.nn.functional.softplus(decay)
     gate = module.in_proj_z(hidden_states).reshape(rows, tokens, -1, module.head_v_dim)
     if kernels is None or by_torch:
@@ -123,6 +125,7 @@ def delta_net(
         out = torch.cat([rule(q, k, v, g=g_, beta=beta_)[0] for q, k, v, g_, beta_ in parts], dim=1)
     else:
         options = {"use_qk_l2norm_in_kernel": True, "cu_seqlens": cu_seqlens}
+        options |= {name: value for name, value in known.items() if name in kernels.rule_options}
         out = kernels.rule(query, key, value, g=g, beta=beta, **options)[0]
     if kernels is not None:
         out = kernels.rms_norm_gated(out, gate, module.norm.weight, None, eps=module.layer_norm_epsilon)
@@ -131,11 +134,11 @@ def delta_net(
     return module.out_proj(out.reshape(rows, tokens, -1))
 
 
-def _segments(cu_seqlens: Any, tokens: int) -> list[tuple[int, int]]:
+def _segments(cu_seqlens: Any, tokens: int, edges: tuple[int, ...] | None = None) -> list[tuple[int, int]]:
     """(start, end) of every segment; one for an ordinary row."""
     from astracli.training.varlen import segments
 
-    return [(0, tokens)] if cu_seqlens is None else segments(cu_seqlens, tokens)
+    return [(0, tokens)] if cu_seqlens is None else segments(cu_seqlens, tokens, edges)
 
 
 def _torch_conv(x: Any, taps: Any, bias: Any) -> Any:

@@ -83,14 +83,14 @@ class ModelAdapter:
     engine_flags: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
     """config.json -> extra engine settings (SGLang command line names, without dashes)."""
     attention_mask: Callable[[Any], Any] = lambda mask: mask
-    """2-D 0/1 mask of a right-padded batch -> what the model's forward gets (None for qwen3_5: its causal form is exact
-    for right-padded rows, and anything else leaks or breaks)."""
+    """2-D 0/1 mask of a right-padded batch -> what the model's forward gets; None where its causal form is exact for
+    right-padded rows and anything else leaks or breaks."""
     position_ids: Callable[[Any], Any] | None = None
     """2-D mask -> `position_ids`, or None to let the model count."""
     install_varlen: Callable[[Any], None] | None = None
     """Make a loaded model's recurrent layers exact on packed rows: they get `cu_seqlens` (int32 [segments + 1], on the
-    device) and `max_seqlen` (int) and reset every state at a boundary; attention does so by itself
-    (`training/varlen.py`). None = not needed; a hybrid without it trains on padded rows."""
+    device), `max_seqlen` (int) and `edges` (those of `cu_seqlens`, as ints) and reset every state at a boundary;
+    attention does so by itself (`training/varlen.py`). None = not needed; a hybrid without it trains on padded rows."""
     prepare_cpu: Callable[[Any], None] | None = None
     """Make a loaded model safe and quick on a CPU (for example: never pick a GPU kernel); None = nothing to do."""
     prepare_gpu: Callable[[Any], None] | None = None

@@ -1,51 +1,22 @@
 """Which device, engine, attention and kernels a run gets on a machine, each with its reason.
 
-The knowledge is in tables; `choose` only reads them. A combination that is known to fail is refused here with the
-reason and the ways out, before anything starts. What a machine merely lacks is the plan's to say.
+The knowledge is in tables, also those of `backend_serving` and `backend_delta_rule`; `choose` only reads them. A
+combination that is known to fail is refused with the reason and the ways out, before anything starts. What a machine
+merely lacks is the plan's to say.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from astracli import backend_delta_rule, machine
+from astracli import backend_delta_rule, backend_serving, machine
 from astracli.adapter import ModelAdapter
+from astracli.backend_serving import ASKED, Facts, known, lowest_capability
 from astracli.errors import UserError
 from astracli.machine import usable
 from astracli.recipe import Recipe
-
-Capability = tuple[int, int]
-Facts = Mapping[str, Any]
-
-OLDEST: Capability = (8, 0)
-"""bf16 arithmetic begins here."""
-
-SERVING_DEFAULTS: tuple[tuple[Capability, tuple[str, ...], str], ...] = (
-    ((8, 0), ("flashinfer", "triton"), "SGLang below 9.0: flashinfer where it can be imported, else triton"),
-    (
-        (9, 0),
-        ("fa3", "flashinfer", "triton"),
-        "SGLang on Hopper: fa3 where its kernels are, else flashinfer, else triton",
-    ),
-    ((10, 0), ("trtllm_mha", "triton"), "SGLang from 10.0: trtllm_mha where flashinfer can be imported, else triton"),
-    ((12, 0), ("flashinfer", "triton"), "SGLang from 12.0: flashinfer where it can be imported, else triton"),
-)
-"""(from this compute capability on, candidates in order, reason)."""
-
-SERVING: dict[str, tuple[Capability, Capability, str | None]] = {
-    "flashinfer": ((8, 0), (99, 0), "flashinfer-python"),
-    "triton": ((8, 0), (99, 0), None),
-    "fa3": ((8, 0), (10, 0), "sglang-kernel"),
-    "trtllm_mha": ((10, 0), (99, 0), "flashinfer-python"),
-    "torch_native": ((8, 0), (99, 0), None),
-}
-"""SGLang attention backend -> (lowest capability, first capability too high, package it needs)."""
-
-SERVING_ON_CPU = ("torch_native", "intel_amx")
-"""SGLang attention backends without a GPU, the one that every CPU has first."""
 
 TRAINER: dict[str, tuple[tuple[str, ...], str | None]] = {
     "sdpa": (("cpu", "cuda"), None),
@@ -54,13 +25,9 @@ TRAINER: dict[str, tuple[tuple[str, ...], str | None]] = {
 }
 """Trainer attention -> (devices, package it needs)."""
 
-COMPILED = {"fa3": "flash_ops"}
-"""SGLang attention backend -> the compiled kernels that it needs of its package."""
-
 PACKS = ("auto", "sdpa")
 """Values of train.attention under which a packed row gets its own attention function."""
 
-ASKED = "the recipe asks for it"
 SGLANG_ENV = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}
 """Log-probabilities before temperature: what the trainer compares with."""
 SGLANG_CPU_ENV = {"SGLANG_USE_CPU_ENGINE": "1"}
@@ -113,8 +80,8 @@ def choose(
     device, why_device = _device(recipe)
     engine, why_engine = _engine(recipe, device)
     capability = lowest_capability(facts) if device == "cuda" else None
-    serving, why_serving = _serving(adapter, facts, recipe, engine, device, capability)
-    linear, why_linear = _linear(adapter, recipe, engine, device)
+    serving, why_serving = backend_serving.attention(adapter, facts, recipe, engine, device, capability)
+    linear, why_linear = backend_serving.linear_attention(adapter, recipe, engine, device)
     trainer, why_trainer = _trainer(facts, recipe, device)
     gdn, why_gdn, warning = backend_delta_rule.choose(adapter, facts, device, capability)
     layout, why_layout = packing(recipe, adapter, device)
@@ -133,20 +100,6 @@ def choose(
         env |= SGLANG_ENV | (SGLANG_CPU_ENV if device == "cpu" else {})
     warnings = (warning,) if warning else ()
     return BackendChoice(device, engine, serving, linear, trainer, gdn, gdn, env, reasons, warnings)
-
-
-def capability_of(gpu: Mapping[str, Any]) -> Capability:
-    major, _, minor = gpu["compute_capability"].partition(".")
-    return int(major), int(minor or 0)
-
-
-def lowest_capability(facts: Facts) -> Capability | None:
-    """The lowest of the visible GPUs; None without any."""
-    return min((capability_of(gpu) for gpu in machine.visible_gpus(facts)), default=None)
-
-
-def _dotted(capability: Capability) -> str:
-    return f"{capability[0]}.{capability[1]}"
 
 
 def _device(recipe: Recipe) -> tuple[Literal["cpu", "cuda"], str]:
@@ -182,111 +135,11 @@ def _engine(recipe: Recipe, device: str) -> tuple[Literal["embedded", "sglang"],
     return asked, ASKED
 
 
-def _serving(
-    adapter: ModelAdapter, facts: Facts, recipe: Recipe, engine: str, device: str, capability: Capability | None
-) -> tuple[str, str]:
-    asked = recipe.rollout.attention_backend
-    key = "rollout.attention_backend"
-    if engine == "sglang" and device == "cpu":
-        _known(key, asked, ("auto", *SERVING_ON_CPU), "sglang on a CPU")
-        return (SERVING_ON_CPU[0], "SGLang's attention for every CPU") if asked == "auto" else (asked, ASKED)
-    if engine == "embedded":
-        _known(key, asked, ("auto", "sdpa", "eager"), "the embedded engine")
-        return ("sdpa", "exact and quick in the embedded engine") if asked == "auto" else (asked, ASKED)
-    if asked != "auto":
-        _known(key, asked, ("auto", *SERVING), "sglang")
-        return asked, _check_serving(adapter, facts, recipe, asked, key, capability)
-    if capability is None or capability < OLDEST:
-        return "auto", "decided by compute capability where the GPUs are"
-    candidates, reason = next((names, why) for start, names, why in reversed(SERVING_DEFAULTS) if capability >= start)
-    passed_over: list[str] = []
-    for name in candidates:
-        lack = _forbidden(adapter, name, capability) or lacks(facts, recipe, name)
-        if lack is None:
-            over = f"; {', '.join(passed_over)}" if passed_over else ""
-            return name, f"{reason} (this GPU: {_dotted(capability)}{over})"
-        passed_over.append(f"no {name}: {lack}")
-    raise UserError(
-        f"no attention backend serves `{adapter.name}` on compute capability {_dotted(capability)}",
-        "install flashinfer: `pip install flashinfer-python`",
-    )
-
-
-def serving_options(adapter: ModelAdapter, capability: Capability) -> tuple[list[str], dict[str, str]]:
-    """(attention backends that serve this family on these GPUs, {refused one: reason})."""
-    running = [name for name, (low, high, _) in SERVING.items() if low <= capability < high]
-    refused = {name: reason for name in running if (reason := _forbidden(adapter, name, capability)) is not None}
-    return [name for name in running if name not in refused], refused
-
-
-def lacks(facts: Facts, recipe: Recipe, name: str) -> str | None:
-    """What the engine's environment lacks for attention backend `name`; None when it is there, or nothing is known."""
-    package = SERVING[name][2]
-    if recipe.resources.engine.foreign:
-        engine = facts.get("engine")
-        if not engine or engine["error"] is not None:
-            return None
-        facts = {**facts, "packages": engine["packages"]}
-    if package is None or (name in COMPILED and package not in facts["packages"]):
-        return None
-    if not usable(facts, package):
-        return f"{package} cannot be imported"
-    compiled = facts["packages"][package].get("compiled")
-    if name in COMPILED and compiled is not None and COMPILED[name] not in compiled:
-        return f"this build of {package} has no {COMPILED[name]}"
-    return None
-
-
-def _check_serving(
-    adapter: ModelAdapter, facts: Facts, recipe: Recipe, name: str, key: str, capability: Capability | None
-) -> str:
-    """The reason to take what the recipe asks for. Raises UserError where it is known to fail."""
-    if capability is None:
-        return "the recipe asks for it (no GPU here to check it against)"
-    lowest, too_high, _ = SERVING[name]
-    ways = ", ".join(
-        f"`{other}`"
-        for other, (low, high, _) in SERVING.items()
-        if low <= capability < high and other != name and _forbidden(adapter, other, capability) is None
-    )
-    hint = f"set {key} to `auto`, or to one of {ways}"
-    if not lowest <= capability < too_high:
-        raise UserError(f"{key} = {name} does not run on compute capability {_dotted(capability)}", hint)
-    reason = _forbidden(adapter, name, capability)
-    if reason is not None:
-        where = f"`{adapter.name}` on compute capability {_dotted(capability)}"
-        raise UserError(f"{key} = {name} is refused for {where}: {reason}", hint)
-    if name in COMPILED and (lack := lacks(facts, recipe, name)) is not None:
-        raise UserError(f"{key} = {name}: {lack}", hint)
-    return ASKED
-
-
-def _forbidden(adapter: ModelAdapter, name: str, capability: Capability) -> str | None:
-    for entry in adapter.forbidden:
-        everywhere = not entry.compute_capabilities
-        if entry.backend == name and (everywhere or _dotted(capability) in entry.compute_capabilities):
-            return entry.reason
-    return None
-
-
-def _linear(adapter: ModelAdapter, recipe: Recipe, engine: str, device: str) -> tuple[str, str]:
-    asked = recipe.rollout.linear_attention_backend
-    if not adapter.hybrid:
-        return "none", "a dense model has no linear attention"
-    if engine == "embedded":
-        _known("rollout.linear_attention_backend", asked, ("auto", "torch"), "the embedded engine")
-        return "torch", "the delta rule in torch, one step a token"
-    if asked != "auto":
-        return asked, ASKED if asked == "triton" else f"{ASKED} (only triton has been measured)"
-    where = "every GPU" if device == "cuda" else "a CPU too, where it takes SGLang's own CPU kernels"
-    return "triton", f"SGLang's default on {where}"
-
-
 def _trainer(facts: Facts, recipe: Recipe, device: str) -> tuple[str, str]:
     asked = recipe.train.attention
     if asked == "auto":
         return "sdpa", "torch's own attention: exact on both devices, nothing to install"
-    _known("train.attention", asked, ("auto", *TRAINER), "the trainer")
+    known("train.attention", asked, ("auto", *TRAINER), "the trainer")
     devices, package = TRAINER[asked]
     if device not in devices:
         raise UserError(f"train.attention = {asked} does not run on a CPU", "use `--set train.attention=auto`")
@@ -328,11 +181,3 @@ def _without_boundaries(asked: str, obstacle: str | None, adapter: ModelAdapter)
         f"train.row_boundaries = ignored has nothing to leak through: {obstacle or why}",
         "leave it at `reset`, or pack a hybrid's rows with `--set train.packing=packed`",
     )
-
-
-def _known(key: str, value: str, names: tuple[str, ...], who: str) -> None:
-    if value not in names:
-        near = difflib.get_close_matches(value, names, n=1)
-        guess = f"; did you mean `{near[0]}`?" if near else ""
-        hint = f"`--set {key}=auto` lets astra choose"
-        raise UserError(f"{key} = {value}: {who} takes {', '.join(names)}{guess}", hint)

@@ -26,7 +26,8 @@ def benchmark_table(summary: Mapping[str, Any]) -> Table:
     rows = summary["benchmarks"]
     first, last = rows[0]["first"]["step"], rows[0]["last"]["step"]
     for heading in ("benchmark", "figure", f"step {first}", f"step {last}", "difference"):
-        table.add_column(heading, justify="left" if heading in ("benchmark", "figure") else "right")
+        words = heading in ("benchmark", "figure")
+        table.add_column(heading, justify="left" if words else "right", no_wrap=heading != "benchmark", overflow="fold")
     for row in rows:
         spread = [f"{row[side]['avg_at_n']:.3f} ± {row[side]['stderr']:.3f}" for side in ("first", "last")]
         table.add_row(row["benchmark"], f"avg@{row['n']}", *spread, f"{row['difference_avg_at_n']:+.3f}")
@@ -59,7 +60,8 @@ def closing_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         done += f", {training['step_s_mean']:.2f} s each"
         if training["wait_share"] is not None:
             done += f", the trainer waited {training['wait_share']:.0%} of it"
-    facts.append(("steps", done))
+    if summary["steps_planned"] is not None:
+        facts.append(("steps", done))
     if found := summary.get("balance"):
         facts.append(("balance", balance_words(found)))
     if training["tokens"]:

@@ -96,7 +96,7 @@ def _build(
         *plan_problems.software_problems(recipe, choice, facts),
         *plan_problems.size_problems(plan, recipe, shape, facts, way_out),
     ]
-    warnings = [*choice.warnings, *plan_problems.warnings(plan, facts)]
+    warnings = [*choice.warnings, *plan_problems.warnings(plan, recipe, facts)]
     return replace(plan, problems=tuple(problems), warnings=tuple(warnings))
 
 

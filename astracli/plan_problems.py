@@ -7,7 +7,8 @@ from typing import Any
 
 from astracli import machine, plan_memory
 from astracli.adapter import MemoryShape
-from astracli.backend import OLDEST, BackendChoice, capability_of
+from astracli.backend import BackendChoice
+from astracli.backend_serving import OLDEST, capability_of
 from astracli.plan_memory import words
 from astracli.plan_types import LaunchPlan, Problem
 from astracli.recipe import Recipe
@@ -120,9 +121,16 @@ def size_problems(
     return problems
 
 
-def warnings(plan: LaunchPlan, facts: Mapping[str, Any]) -> list[str]:
-    """What may go wrong under load but need not."""
+def warnings(plan: LaunchPlan, recipe: Recipe, facts: Mapping[str, Any]) -> list[str]:
+    """What may go wrong under load but need not, and what is wrong by the recipe's own wish."""
+    rollout = recipe.rollout
+    odd = [f"rollout.{k} = {v:g}" for k in ("temperature", "top_p") if (v := getattr(rollout, k)) != 1.0]
     result = []
+    if odd and plan.command == "train":
+        result.append(
+            f"{' and '.join(odd)}: the loss computes with the probabilities of temperature 1 and the whole vocabulary, "
+            "so the gradient is biased towards what these draws prefer"
+        )
     sizes = sizes_of(facts)
     for gpu, names in plan.gpu_map.items():
         need, size = plan_memory.on_gpu(plan.memory, names), sizes.get(gpu)

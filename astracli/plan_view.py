@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -31,7 +32,7 @@ def render(plan: LaunchPlan) -> list[Table]:
         ("disk", plan.disk, ("disk",)),
     )
     for title, rows, places in everywhere:
-        body: list[tuple[str, ...]] = [(r.process, r.what, r.where, words(r.bytes), r.basis) for r in rows]
+        body: list[tuple[str, ...]] = _each(rows)
         body += [("all", "sum", place, words(plan_memory.total(rows, where=place)), "") for place in places if rows]
         if body:
             tables.append(Table(title, ("process", "what", "where", "size", "basis"), tuple(body)))
@@ -41,6 +42,21 @@ def render(plan: LaunchPlan) -> list[Table]:
         if lines:
             tables.append(Table(title, ("what",), tuple((line,) for line in lines)))
     return tables
+
+
+def _each(rows: Sequence[MemoryRow]) -> list[tuple[str, ...]]:
+    """Rows of text; neighbours that need the same, as engines do, stand once: `4 x engine, each`."""
+    needs: dict[str, list[tuple[str, ...]]] = {}
+    for row in rows:
+        needs.setdefault(row.process, []).append((row.what, row.where, words(row.bytes), row.basis))
+    alike: list[list[str]] = []
+    for name in needs:
+        if alike and needs[alike[-1][0]] == needs[name]:
+            alike[-1].append(name)
+        else:
+            alike.append([name])
+    said = {n[0]: n[0] if len(n) == 1 else f"{len(n)} x {n[0].rstrip('0123456789')}, each" for n in alike}
+    return [(label, *need) for name, label in said.items() for need in needs[name]]
 
 
 def _figure(key: str, value: float) -> str:

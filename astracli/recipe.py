@@ -1,6 +1,7 @@
 """The recipe schema: every setting of a run, its unit, its range and its reason.
 
 One value stands in one place. Unknown keys are refused (`recipe_io` turns pydantic's complaint into one message).
+What a run learns from stands here, how and where it runs in `recipe_run`.
 """
 
 from __future__ import annotations
@@ -8,8 +9,6 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -18,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from astracli.recipe_run import CheckpointTable, ExpectedTable, LaunchTable, MetricsTable, ResourcesTable, Table
 from astracli.rl.losses import OWN_DEFAULTS
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -25,17 +25,13 @@ RUNNING = 32
 """Sequences that an engine decodes at once where no memory was counted."""
 
 
-class Table(BaseModel):
-    """Base of every table: immutable, and strict about its keys and types (`"80"` is no number, 1 is no boolean)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
 class ModelTable(Table):
     path: str = Field(min_length=1)
     """`astra:tiny` (shipped with the package), a local directory, or a Hub id."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id; None is the Hub's default branch."""
+    made_by: str | None = None
+    """The command that makes a local `path`: said when nothing is there."""
     adapter: str = "auto"
     """Name of a model adapter, or `auto`: the one that claims the checkpoint's `model_type`."""
 
@@ -90,7 +86,9 @@ class RolloutTable(Table):
     group_size: PositiveInt = 8
     """Samples per prompt."""
     temperature: PositiveFloat = 1.0
+    """Training computes with the probabilities of temperature 1: other draws bias its gradient, and are warned of."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """As with `temperature`: below 1 the draws are not the policy's."""
     max_new_tokens: PositiveInt = 4000
     context_length: PositiveInt = 8192
     """Prompt and completion together, tokens."""
@@ -112,6 +110,10 @@ class RolloutTable(Table):
     def running(self) -> int:
         """`max_running_requests`; before a plan has derived it, and on a CPU, `RUNNING`."""
         return self.max_running_requests or RUNNING
+
+    def completion_room(self, prompt_tokens: int) -> int:
+        """Tokens that a completion of a prompt of so many may have; below 1: the prompt does not fit."""
+        return min(self.max_new_tokens, self.context_length - prompt_tokens)
 
 
 RECOMPUTED_BLOCKS = {"full": 1, "selective": 2}
@@ -189,10 +191,10 @@ class AlgorithmTable(Table):
     loss_length: PositiveInt | None = None
     """dr_grpo: tokens that a sequence's summed loss is divided by; None is `rollout.max_new_tokens`."""
     overlong_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Last part of `rollout.max_new_tokens` in which the reward falls linearly by up to `overlong_penalty`; 0 is off,
-    dapo 0.2. Any algorithm."""
+    """Last part of a completion's room in which the reward falls linearly by up to `overlong_penalty`; 0 is off, dapo
+    0.2. Any algorithm. The room is `rollout.max_new_tokens`, less where `rollout.context_length` ends before."""
     overlong_penalty: PositiveFloat = 0.5
-    """Taken off the reward of a completion that uses all tokens. 0.5 with rewards 0 and 1 is DAPO's 1 with -1 and 1."""
+    """Taken off the reward of a completion that fills its room. 0.5 with rewards 0 and 1 is DAPO's 1 with -1 and 1."""
     kl_coef: NonNegativeFloat = 0.0
     """Weight of the k3 KL estimate to the initial model; 0 loads no reference."""
     advantage: Literal["group", "mean"] = "group"
@@ -248,7 +250,7 @@ class WeightsTable(Table):
 
 
 class EvalTable(Table):
-    benchmarks: list[str] = []
+    benchmarks: list[str] = Field(default=[])
     every: NonNegativeInt = 10
     """Evaluate at step 0, every n steps and at the end; 0 switches in-run evaluation off."""
     samples: PositiveInt | None = None
@@ -261,84 +263,6 @@ class EvalTable(Table):
     """None takes `rollout.max_new_tokens`."""
     max_concurrency: PositiveInt = 64
     """Evaluation requests in flight at once."""
-
-
-class CheckpointTable(Table):
-    every: NonNegativeInt = 10
-    """Steps; the last step always. 0: none at all, so that a run which dies begins anew."""
-    keep: PositiveInt = 2
-    """Newest checkpoints kept on disk."""
-
-
-class EngineEnv(Table):
-    python: str | None = None
-    """Interpreter of the engine's own environment; None is this one."""
-    env: dict[str, str] = {}
-    """Set for the engine alone; a PYTHONPATH here gives it other packages than the trainer's."""
-
-    @property
-    def foreign(self) -> bool:
-        """Whether the engine sees other packages than this process does."""
-        return self.python is not None or "PYTHONPATH" in self.env
-
-
-class ThreadsTable(Table):
-    engine: PositiveInt = 1
-    trainer: PositiveInt = 1
-    other: PositiveInt = 1
-    """CPU threads per process; two cores want one each."""
-
-
-class ResourcesTable(Table):
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    rollout_gpus: NonNegativeInt = 0
-    train_gpus: NonNegativeInt = 0
-    share_gpus: bool = False
-    """Engine and trainer on the same GPUs."""
-    share_mode: Literal["auto", "side_by_side", "turns"] = "auto"
-    """How they share: `side_by_side`, each keeps its part (the engine reserves what the trainer leaves); `turns`, the
-    trainer waits in host memory while the engine generates, and the engine gives its KV cache back for a training step.
-    `auto` takes turns only where the two do not fit side by side."""
-    engines: PositiveInt = 1
-    """Engine processes on a CPU; on GPUs there is one per rollout GPU."""
-    train_ranks: PositiveInt = 1
-    """Trainer processes on a CPU (FSDP2 over gloo); on GPUs one per training GPU."""
-    engine: EngineEnv = EngineEnv()
-    threads: ThreadsTable = ThreadsTable()
-
-
-class LaunchTable(Table):
-    host: str = "127.0.0.1"
-    deterministic: bool = False
-    """Same bytes from run to run: staleness 0, fixed slots, batches sorted by id."""
-    max_restarts: NonNegativeInt | None = None
-    """Restarts of an engine or rollout worker; None is 0 on a CPU and 2 on GPUs."""
-    ready_timeout_s: PositiveFloat = 600.0
-    heartbeat_timeout_s: PositiveFloat = 60.0
-    lease_timeout_s: PositiveFloat = 600.0
-    hub_history_steps: PositiveInt = 1000
-    """Steps whose groups stay listed in hub.sqlite, a row each. Older rows are counted and deleted. (What was generated
-    leaves it sooner: once the second checkpoint after its step is acknowledged.)"""
-
-
-class MetricsTable(Table):
-    sinks: list[str] = []
-    """Where metrics go besides metrics.jsonl: `tensorboard`, `wandb`, `trackio` (extras), or `pkg.module:factory`."""
-    samples_per_step: NonNegativeInt = 8
-    """Rollout samples written to `samples/` per step."""
-
-
-class ExpectedTable(Table):
-    """Published or measured figures to show beside ours: fractions in [0, 1]."""
-
-    source: str
-    machine: str
-    avg_at_n_first: float | None = None
-    avg_at_n_last: float | None = None
-    pass_at_k_first: float | None = None
-    pass_at_k_last: float | None = None
-    steps: int | None = None
-    note: str | None = None
 
 
 class Recipe(Table):

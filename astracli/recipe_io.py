@@ -73,14 +73,14 @@ def check(document: Mapping[str, Any], name: str) -> Recipe:
         hints = [hint for _, hint in found if hint]
         fallback = "`astra recipes show NAME` prints every key of a recipe with its value"
         separator = "\n  " if len(found) > 1 else " "
-        raise UserError(f"recipe `{name}`:{separator}{lines}", "; ".join(hints) or fallback) from None
+        raise UserError(f"recipe `{name}`:{separator}{lines}", " ".join(hints) or fallback) from None
     _check_names(recipe, name)
     return recipe
 
 
 def _check_names(recipe: Recipe, label: str) -> None:
-    """Names that the schema cannot know: algorithm and benchmarks. Raises UserError with the nearest."""
-    from astracli.data.benchmarks import BENCHMARKS, is_path
+    """What the schema cannot know: names of algorithm and benchmarks, and the benchmarks' own samples. UserError."""
+    from astracli.data.benchmarks import BENCHMARKS, get, is_path
     from astracli.rl.losses import ALGORITHMS
 
     used = [("algorithm.name", recipe.algorithm.name, "algorithm", list(ALGORITHMS))]
@@ -91,6 +91,14 @@ def _check_names(recipe: Recipe, label: str) -> None:
         if name not in known:
             message = f"recipe `{label}`: `{key}` = {json.dumps(name)} is not allowed: there is no such {kind}"
             raise UserError(message, f"{_nearest(name, known)}known: {', '.join(known)}")
+    k = recipe.eval.pass_k
+    for spec in map(get, recipe.eval.benchmarks if recipe.eval.samples is None else ()):
+        if spec.samples < k:
+            raise UserError(
+                f"recipe `{label}`: eval.pass_k = {k}, and `{spec.name}` is asked {spec.samples} samples an item: "
+                "pass@k needs at least k",
+                f"ask for more with `--set eval.samples={k}`, or lower eval.pass_k",
+            )
 
 
 def to_document(recipe: Recipe) -> dict[str, Any]:
@@ -200,7 +208,11 @@ def _merged(file: Path | Traversable, chain: tuple[str, ...]) -> dict[str, Any]:
         raise UserError(
             f"recipe `{shown}`: `extends` = {json.dumps(parent, default=str)} is not a recipe's name or path"
         )
-    base = _merged(_find(parent, file), (*chain, label))
+    try:
+        found = _find(parent, file)
+    except UserError as error:
+        raise UserError(f"recipe `{shown}`, `extends`: {error.message}", error.hint) from None
+    base = _merged(found, (*chain, label))
     base.pop("description", None)
     return _merge(base, document) | {"name": own_name}
 
@@ -261,7 +273,7 @@ def _override(document: dict[str, Any], text: str) -> None:
 
 
 def _value(keys: list[str], raw: str) -> Any:
-    """The first reading of `raw` that the schema takes: TOML, "none", plain string, comma-separated list."""
+    """The first reading of `raw` that the schema takes: TOML, "none", Python's True, plain string, list with commas."""
     from astracli.recipe_schema import at
 
     readings: list[Any] = []
@@ -271,6 +283,8 @@ def _value(keys: list[str], raw: str) -> Any:
         readings.append(raw)
     if raw == "none":
         readings.insert(0, None)
+    if raw in ("True", "False"):
+        readings.append(raw == "True")
     parts = [part.strip() for part in raw.strip("[]").split(",") if part.strip()]
     readings += [raw, parts]
     slot = at(keys)

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from astracli.metrics import Record, without_absent
+from astracli.talk import say
 
 STEP_PHASES = ("wait", "score", "forward", "backward", "optimizer", "publish")
 """Phases of a training step; the trainer's figures are their names with `_s`."""
@@ -124,29 +125,40 @@ def stderr_console() -> Console:
 
 
 class PlainView:
-    """One line a step, at most one every two seconds; an evaluation and a change of phase always get theirs."""
+    """One line a step, at most one every two seconds; an evaluation and a change of phase always get theirs.
+
+    Without any for a while, a line says who waits for what. What an earlier attempt did is not told again.
+    """
 
     def __init__(self, write: Callable[[str], None] | None = None, clock: Callable[[], float] = time.monotonic):
-        self._write = write or (lambda line: print(line, file=sys.stderr, flush=True))
+        self._write = write or say
         self._clock = clock
         self._last = clock() - PLAIN_EVERY_S
         self._step = 0
         self._phase = ""
         self._evals: set[int] = set()
+        self._looked = False
 
     def update(self, progress: Progress) -> None:
         now = self._clock()
+        if not self._looked:
+            self._looked = True
+            self._step, self._evals = progress.step, {evaluation["step"] for evaluation in progress.evals}
         for evaluation in progress.evals:
             if evaluation["step"] not in self._evals:
                 self._evals.add(evaluation["step"])
                 self._say(now, eval_line(evaluation))
-        if progress.phase != self._phase:
-            self._phase = progress.phase
-            waits = waits_of(progress) if progress.phase != "stopping" else []
-            self._say(now, " ".join([phase_words(progress), *waits]))
-        elif (progress.step > self._step and now - self._last >= PLAIN_EVERY_S) or now - self._last >= SILENCE_S:
+        turned, ending = progress.phase != self._phase, progress.phase in ("finishing", "stopping")
+        done = " ".join([done_words(progress), *progress.parts()])
+        if progress.step > self._step and (ending if turned else now - self._last >= PLAIN_EVERY_S):
             self._step = progress.step
-            self._say(now, " ".join([done_words(progress), *progress.parts(), *waits_of(progress)]))
+            self._say(now, done)
+        if turned:
+            self._phase = progress.phase
+            self._say(now, phase_words(progress))
+        elif now - self._last >= SILENCE_S:
+            done = phase_words(progress) if progress.phase == "starting" else done
+            self._say(now, "; ".join([done, *progress.waits()]))
 
     def _say(self, now: float, line: str) -> None:
         self._last = now
@@ -154,10 +166,6 @@ class PlainView:
 
     def close(self) -> None:
         pass
-
-
-def waits_of(progress: Progress) -> list[str]:
-    return ["; ".join(progress.waits())] if progress.waits() else []
 
 
 def done_words(progress: Progress) -> str:

@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 from astracli import metrics
 from astracli.errors import UserError
-from astracli.run_dir import RunDir, list_runs
+from astracli.run_dir import RunDir
+from astracli.runs import list_runs
 
 Outcome = Literal["right", "wrong", "truncated"]
 
@@ -291,7 +292,7 @@ def cleanable(root: Path, *, older_than_s: float, resumable: bool) -> list[RunDi
     now, found = time.time(), []
     for run in list_runs(root):
         status = run.status()
-        if status is None or run.in_use() or (status.state == "running" and status.alive()):
+        if status is None or run.in_use() or run.going():
             continue
         ended = status.ended or run.status_json.stat().st_mtime
         if (status.state == "done" or resumable) and now - ended >= older_than_s:

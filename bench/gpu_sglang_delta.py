@@ -1,6 +1,7 @@
 """A published version inside a real SGLang: staged, applied by our loader, read back, compared with the trainer.
 
-    python bench/gpu_sglang_delta.py --shape 4b --running 64 --context 2048 --recovery --modes retract in_place --out F
+    python bench/gpu_sglang_delta.py --shape 4b --running 64 --context 2048 --recovery --kept --modes retract in_place
+                                     --limit-s 225 --out F
     python bench/gpu_sglang_delta.py [--model astra:tiny] [--versions 20] [--modes abort]
 
 Starts one SGLang server on the first GPU with our custom weight loader, publishes version 0 in full and then deltas of
@@ -14,11 +15,17 @@ at the end medians and the 99th percentile of each mode. Versions:
     decode_s, decode_gb_per_s               of the server's decoder; bytes of the full version over them
     abort_ms, pause_ms                      ending all requests (mode abort); pause sent to continue answered, split:
                                             pause, call, continue; inside the call: begin, record, apply,
-                                            digest, end (begin and end: SGLang from 0.5.21 on)
-    readback_s                              every fourth version, after the pause, while the server generates
-    tokens_per_s, staging_tokens_per_s      of the streams in a quiet second, and while a version is staged
+                                            digest (tables, launch, device), end (begin and end: SGLang
+                                            from 0.5.21 on)
+    readback_s                              every fourth version, after the pause, while the server generates, split:
+                                            wait (for the thread), place, tables, launch, device; readback_seen_s is
+                                            from continue answered to the proof read
+    tokens_per_s, staging_tokens_per_s      of the streams in a quiet second, and in the staging_s that a version is
+                                            staged; staging_ratio is that of all versions of a mode together
     recovery_s                              until tokens/s is at 95 % of the quiet second again (--recovery), from the
-                                            moment when abort or pause was sent
+                                            moment when abort or pause was sent; null when not within 8 s
+    kept_*, fresh_*                         --kept, once a mode: |log-probability as drawn - by the new weights alone|
+                                            of requests that lived through an update, and of others (kept.py)
     parity_*                                |server - transformers| log-probabilities (--parity, a small --model)
 
 --limit-s bounds the whole run: each mode gets its share of what is left after version 0, and does fewer versions when
@@ -31,110 +38,27 @@ import argparse
 import asyncio
 import itertools
 import json
-import os
 import shutil
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+from kept import MARGIN, Kept
 from meter import Meter
+from sglang_server import TOKEN, Server, Trainer, adapter_of, compare, model_directory
 
-from astracli import registry
-from astracli.adapter import read_config
-from astracli.engines.client import UNPROVEN, EngineClient, GenRequest, flushes
+from astracli.engines.client import UNPROVEN, EngineClient, flushes
 from astracli.hub.api import serve
-from astracli.launch import fetch, ports
-from astracli.training.optimizer import DTYPES
+from astracli.launch import ports
 from astracli.weights.manifest import write_atomic
-from astracli.weights.publisher import Publisher
 from astracli.weights.server import weights_routes
 from astracli.weights.subscriber import Subscriber
 
 BEGAN = time.monotonic()
-TOKEN = "bench-token"
-VERIFY = 4
-"""Every how manieth version is read back under HF names."""
 RECOVERY_S = 8.0
-SHAPE_4B = {
-    "hidden_size": 2560, "intermediate_size": 9216, "num_hidden_layers": 32, "num_attention_heads": 16,
-    "num_key_value_heads": 4, "head_dim": 256, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
-    "linear_key_head_dim": 128, "linear_value_head_dim": 128, "vocab_size": 248320, "tie_word_embeddings": True,
-}  # fmt: skip
-
-
-def model_directory(args: argparse.Namespace, folder: Path) -> tuple[Path, Callable[[], Any]]:
-    """(what to serve, what makes the model): a given checkpoint, or random weights of the 4B shape, of which only the
-    config is written: the server starts while they are drawn, and gets them as version 0."""
-    out = folder / "model"
-    if args.shape is None:
-        found = fetch.local_path(args.model)
-        if found is None:
-            sys.exit(f"no local checkpoint `{args.model}`")
-        shutil.copytree(found, out)
-        return out, lambda: adapter_of(out).load_for_training(out, attention="sdpa")
-    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
-
-    config = Qwen3_5TextConfig(**SHAPE_4B, eos_token_id=1, pad_token_id=0)
-    config.architectures = ["Qwen3_5ForCausalLM"]
-    out.mkdir()
-    (out / "config.json").write_text(json.dumps(config.to_dict() | {"full_attention_interval": 4, "dtype": "bfloat16"}))
-
-    def draw() -> Any:
-        torch.manual_seed(0)
-        with torch.device(args.device):
-            return Qwen3_5ForCausalLM(config).to(torch.bfloat16)
-
-    return out, draw
-
-
-def adapter_of(directory: Path) -> Any:
-    kind = read_config(directory)["model_type"]
-    return next(a for item in registry.installed() if (a := item.adapter) and kind in a.model_types)
-
-
-class Server:
-    """One SGLang process in its own session."""
-
-    def __init__(self, args: argparse.Namespace, model: Path, stage: Path, log: Path):
-        with ports.bind("127.0.0.1") as probe:
-            port = probe.getsockname()[1]
-        graphs = ["--cuda-graph-bs-decode", "1", str(args.running)]
-        command = [
-            args.sglang_python, "-m", "sglang.launch_server", "--model-path", str(model), "--skip-tokenizer-init",
-            "--host", "127.0.0.1", "--port", str(port), "--api-key", TOKEN, "--attention-backend", "triton",
-            "--disable-radix-cache", "--disable-prefill-cuda-graph", *graphs, "--max-running-requests",
-            str(max(2, args.running)), "--mem-fraction-static", "0.5", "--context-length", str(args.context),
-            "--custom-weight-loader", "astracli.weights.sglang_loader.apply_staged", "--load-format", "dummy",
-            "--weight-version=-1", "--stream-interval", "8",
-        ]  # fmt: skip
-        env = os.environ | {
-            "ASTRA_STAGE_DIR": str(stage),
-            "ASTRA_START_VERSION": "",  # weights made up by the server: version 0 reaches it in full
-            "ASTRA_VERIFY_INTERVAL": str(VERIFY),
-            "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
-        }
-        self.log = log
-        self.url = f"http://127.0.0.1:{port}"
-        with log.open("w") as out:
-            self.process = subprocess.Popen(
-                command, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-            )
-
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGTERM)
-            try:
-                self.process.wait(5)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
 
 
 class Record:
@@ -158,41 +82,6 @@ class Record:
         if self.out is not None:
             self.doc["summary"] = summary(self.rows)
             write_atomic(self.out, json.dumps(self.doc, indent=1).encode())
-
-
-class Trainer:
-    """fp32 masters, and the publisher of what they are in their wire dtypes."""
-
-    def __init__(self, args: argparse.Namespace, model: Any, adapter: Any, folder: Path):
-        wanted = adapter.wire_tensors(model)
-        parameters = dict(model.named_parameters())
-        self.masters = {t.name: parameters[name].detach().float().to(args.device) for name, t in wanted.items()}
-        self.dtypes = {t.name: DTYPES[t.dtype] for t in wanted.values()}
-        self.lr, self.draw = args.lr, torch.Generator(args.device).manual_seed(0)
-        threads = 1 if args.device == "cpu" else min(16, os.cpu_count() or 1)
-        self.publisher = Publisher(
-            folder, transfer="delta", full_interval=1000, keep=4, model_name="bench", threads=threads
-        )
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """What an Adam step does to masters when gradients are noise: about lr in each direction."""
-        for tensor in self.masters.values():
-            noise = torch.randn(tensor.shape, generator=self.draw, device=tensor.device)
-            tensor.add_(noise.clamp_(-2, 2), alpha=-self.lr)
-
-    def publish(self, version: int) -> dict[str, Any]:
-        began = time.monotonic()
-        tensors = {name: tensor.to(self.dtypes[name], copy=True) for name, tensor in self.masters.items()}
-        if next(iter(tensors.values())).is_cuda:
-            torch.cuda.synchronize()
-        copied_s = time.monotonic() - began
-        done = self.publisher.publish(version, tensors, owned=True)
-        return {
-            "density": done.density, "full_bytes": done.bytes_full, "bytes_per_changed": done.bytes_per_changed,
-            "snapshot_s": copied_s + done.snapshot_s, "publish_s": done.publish_s, "digest_s": done.digest_s,
-            "diff_s": done.diff_s, "encode_s": done.encode_s, "write_s": done.write_s,
-        }  # fmt: skip
 
 
 class Run:
@@ -240,7 +129,7 @@ class Run:
         times.append(time.monotonic())
         if not answer.success:
             sys.exit(f"version {version} was not applied: {answer.message}")
-        result = self.subscriber.outcome(version)
+        result = answer.outcome
         abort_ms, pause_ms, call_ms, continue_ms = (1000 * (b - a) for a, b in itertools.pairwise(times))
         row: dict[str, Any] = {
             "version": version, "kind": plan.kind, "bytes": plan.bytes, "linked": plan.linked,
@@ -249,21 +138,41 @@ class Run:
             "pause_ms": pause_ms + call_ms + continue_ms,
             "split_ms": {
                 "pause": pause_ms, "call": call_ms, "apply": 1000 * result["apply_s"],
-                "digest": 1000 * result["verify_s"], "record": 1000 * result.get("record_s", 0.0),
-                "loader": 1000 * result.get("loader_s", 0.0), "continue": continue_ms,
-                **{name[:-2]: 1000 * answer.seconds[name] for name in ("begin_s", "end_s") if name in answer.seconds},
+                "digest": 1000 * result["verify_s"], "digest_tables": 1000 * result["digest_tables_s"],
+                "digest_launch": 1000 * result["digest_launch_s"], "digest_device": 1000 * result["digest_device_s"],
+                "record": 1000 * result["record_s"], "loader": 1000 * result["loader_s"], "continue": continue_ms,
+                **{name[:-2]: 1000 * result[name] for name in ("begin_s", "end_s") if name in result},
             },
         }  # fmt: skip
+        proven = asyncio.create_task(self._proof(version, times[-1])) if result["proof"] else None
         if meter:
             meter.resume()
             meter.check()
             row["tokens_per_s"] = meter.rate(quiet, staging)
-            row["staging_tokens_per_s"] = meter.rate(staging, times[0])
+            row |= {"staging_tokens_per_s": meter.rate(staging, times[0]), "staging_s": times[0] - staging}
             if self.args.recovery:
                 row["recovery_s"] = await meter.recovery(times[0], times[-1], row["tokens_per_s"], RECOVERY_S)
-        if result.get("proof"):
-            row["readback_s"] = await asyncio.to_thread(self.subscriber.proof, version)
+        if proven is not None:
+            row |= await proven
         return row
+
+    async def _proof(self, version: int, continued: float) -> dict[str, float]:
+        found = await asyncio.to_thread(self.subscriber.proof, version)
+        return found | {"readback_seen_s": time.monotonic() - continued}
+
+    async def kept(self, version: int, mode: str, meter: Meter) -> dict[str, Any]:
+        """A version that requests live through, with nothing else running: what it does to their log-probabilities."""
+        await meter.drain(self.client.abort_all)
+        self.trainer.step()
+        await asyncio.to_thread(self.trainer.publish, version)
+        third = (self.args.context - 100) // 3
+        async with Kept(self.client.url, TOKEN, min(8, self.args.running), third, third) as kept:
+            await kept.begin(least=MARGIN)
+            row = await self._bring(version, version - 1, mode, None)
+            kept.updated()
+            row |= await kept.compared()
+        meter.resume()
+        return {"mode": mode, "counted": False, **row}
 
 
 async def wait_ready(client: EngineClient, server: Server, timeout_s: float) -> None:
@@ -292,7 +201,7 @@ async def drive(args: argparse.Namespace, folder: Path, record: Record) -> None:
         published = trainer.publish(0)
         record.note(version_0_publish=published)
         async with EngineClient(server.url, TOKEN, loader_dir=stage) as client:
-            await wait_ready(client, server, args.ready_s)
+            await wait_ready(client, server, min(args.ready_s, args.limit_s - (time.monotonic() - BEGAN)))
             record.note(sglang_ready_s=time.monotonic() - BEGAN)
             run = Run(args, trainer, subscriber, client)
             record.row(published | await run.first())
@@ -319,6 +228,10 @@ async def modes(args: argparse.Namespace, run: Run, record: Record, check: Any, 
                 if taken and time.monotonic() + 1.2 * max(taken[-3:]) > deadline:
                     record.note(**{f"{mode}_cut": f"{n} versions: {args.limit_s:.0f} s would not suffice for more"})
                     break
+                if args.kept and mode != "abort" and n == (not k):  # behind the one that warms up
+                    record.row(await run.kept(version, mode, meter))
+                    version += 1
+                    await asyncio.sleep(args.warm_s)
                 row = await run.next(version, mode, meter)
                 row["counted"] = version > 1
                 if check is not None:
@@ -328,33 +241,12 @@ async def modes(args: argparse.Namespace, run: Run, record: Record, check: Any, 
                 version += 1
 
 
-@torch.no_grad()
-def transformers_logprobs(model: Any, prompt: list[int], tokens: list[int]) -> torch.Tensor:
-    ids = torch.tensor([prompt + tokens], device=model.device)
-    logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
-    return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0].cpu()
-
-
-async def compare(client: EngineClient, model: Any, trainer: Trainer, adapter: Any) -> dict[str, float]:
-    """|server - transformers| on sampled completions; transformers computes in fp32 on the published values."""
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in adapter.wire_tensors(model).items():
-            parameters[name].copy_(trainer.masters[tensor.name].to(trainer.dtypes[tensor.name]))
-    prompts = [[6, 10, 13, 7, 8, 16], [11, 5, 14, 4, 9, 16], [12, 3, 10, 13, 4, 4, 9, 16]]
-    results = await client.generate([GenRequest(p, 24, temperature=1.0, rid=f"c{i}") for i, p in enumerate(prompts)])
-    gaps = [
-        (transformers_logprobs(model, p, r.tokens.tolist()) - torch.from_numpy(r.logprobs)).abs()
-        for p, r in zip(prompts, results, strict=True)
-    ]
-    every = torch.cat(gaps)
-    return {"parity_mean": float(every.mean()), "parity_max": float(every.max()), "engine_version": results[0].version}
-
-
 FIGURES = (
     "density", "bytes_per_changed", "publish_s", "digest_s", "diff_s", "encode_s", "transfer_s", "stage_s", "decode_s",
-    "decode_gb_per_s", "load_s", "abort_ms", "pause_ms", "pause", "call", "begin", "apply", "digest", "loader", "end",
-    "continue", "readback_s", "tokens_per_s", "staging_tokens_per_s", "recovery_s",
+    "decode_gb_per_s", "load_s", "abort_ms", "pause_ms", "pause", "call", "begin", "record", "apply", "digest",
+    "digest_tables", "digest_launch", "digest_device", "loader", "end", "continue", "readback_s", "readback_wait_s",
+    "readback_place_s", "readback_tables_s", "readback_launch_s", "readback_device_s", "readback_seen_s",
+    "tokens_per_s", "staging_tokens_per_s", "staging_s", "recovery_s",
 )  # fmt: skip
 
 
@@ -369,6 +261,13 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             if values:
                 p99 = values[min(len(values) - 1, int(0.99 * len(values)))]
                 found[mode][key] = {"p50": statistics.median(values), "p99": p99, "n": len(values)}
+        if late := [row for row in flat if row.get("recovery_s", 0.0) is None]:
+            found[mode]["not_recovered"] = {"p50": len(late), "p99": len(late), "n": len(flat)}
+        staged = [row for row in flat if row.get("tokens_per_s")]
+        if staged:  # a window is a fraction of a second: all together
+            usual = sum(row["tokens_per_s"] * row["staging_s"] for row in staged)
+            ratio = sum(row["staging_tokens_per_s"] * row["staging_s"] for row in staged) / max(1e-9, usual)
+            found[mode]["staging_ratio"] = {"p50": ratio, "p99": ratio, "n": len(staged)}
     return found
 
 
@@ -381,6 +280,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512, help="context length of the server")
     parser.add_argument("--modes", nargs="+", choices=["abort", "retract", "in_place"], default=["abort"])
     parser.add_argument("--recovery", action="store_true", help="wait for full speed after each update")
+    parser.add_argument("--kept", action="store_true", help="log-probabilities of requests that live through an update")
     parser.add_argument("--parity", action="store_true", help="compare log-probabilities after every version")
     parser.add_argument("--warm-s", type=float, default=4.0, help="generating before the first update")
     parser.add_argument("--quiet-s", type=float, default=1.0, help="before each update, for the rate without it")

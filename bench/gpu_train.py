@@ -22,130 +22,25 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import math
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from train_case import VARIANTS, build, groups, recipe, settle, shape_config
 
 from astracli import plan_trainer, registry
-from astracli.adapter import MemoryShape, ModelAdapter
-from astracli.plan_trainer import RESIDENT, Split
-from astracli.recipe import Recipe
-from astracli.rl.types import Group, Sample, Segment
-from astracli.training import fsdp, setup
+from astracli.adapter import MemoryShape
+from astracli.plan_trainer import Split
+from astracli.rl.types import Group
+from astracli.training import fsdp
 from astracli.training.step import Trainer
 
 PEAK = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "B200": 2250}
 """Dense bf16 TFLOP/s by a part of the GPU's name; the first that fits."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    checkpointing: str
-    packing: str = "packed"
-    boundaries: bool = True
-    """False: recurrent layers run through a packed row's boundaries, which trains on leaked state."""
-    fused: bool = True
-    """False: without the adapter's `prepare_gpu`."""
-    split: Split = RESIDENT
-
-
-VARIANTS = {
-    "packed-selective": Variant("selective"),
-    "packed-none": Variant("none"),
-    "packed-full": Variant("full"),
-    "padded-selective": Variant("selective", packing="padded"),
-    "plain-modules": Variant("selective", fused=False),
-    "leaking": Variant("selective", boundaries=False),
-    "moments-on-host": Variant("full", split=Split(optimizer="host")),
-}
-
-
-def recipe(variant: Variant, tokens: int, group_size: int) -> Recipe:
-    return Recipe.model_validate(
-        {
-            "model": {"path": "unused"},
-            "data": {"source": "arithmetic"},
-            "rollout": {"group_size": group_size},
-            "train": {
-                "steps": 1000,
-                "minibatches": 1,
-                "tokens_per_microbatch": tokens,
-                "learning_rate": 1e-6,
-                "activation_checkpointing": variant.checkpointing,
-                "packing": variant.packing,
-                "row_boundaries": "reset" if variant.boundaries else "ignored",
-                "parity_tolerance": 1e9,  # no engine drew these samples
-            },
-            "algorithm": {"name": "m2po"},
-        }
-    )
-
-
-def groups(tokens: int, longest: int, vocabulary: int, step: int, size: int) -> list[Group]:
-    """About `tokens` tokens of random samples under weight version `step`; half of every group is right."""
-    draw = np.random.default_rng(step)
-    result: list[Group] = []
-    left = float(tokens)
-    scale = longest / 4000
-    while left > 0:
-        prompt = draw.integers(2, vocabulary, max(2, int(scale * math.exp(draw.uniform(math.log(64), math.log(512))))))
-        samples = []
-        for s in range(size):
-            length = max(2, int(scale * math.exp(draw.uniform(math.log(128), math.log(4000)))))
-            completion = draw.integers(2, vocabulary, length).astype(np.int32)
-            logprobs = np.full(length, -math.log(vocabulary), np.float32)
-            reward = float(s % 2)
-            segment = Segment(step, completion, logprobs)
-            samples.append(Sample(s, [segment], "stop", reward, "right" if reward else "wrong"))
-            left -= len(prompt) + length
-        result.append(Group(len(result), f"p{len(result)}", prompt.astype(np.int32), samples, problem="?", answer="!"))
-    return result
-
-
-def shape_config(adapter: ModelAdapter, shape: str) -> dict[str, Any]:
-    if shape == "tiny":
-        assert adapter.tiny_config is not None
-        return adapter.tiny_config()
-    known = next(config for name, config in adapter.known_configs.items() if name.lower().endswith(f"-{shape}"))
-    text = dict(known.get("text_config", known))
-    return text | {"model_type": f"{known['model_type']}_text" if "text_config" in known else known["model_type"]}
-
-
-def build(
-    adapter: ModelAdapter, config: Mapping[str, Any], variant: Variant, chosen: Recipe, ranks: fsdp.Ranks
-) -> Trainer:
-    """The product's trainer over random weights made where they are used."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    def load(path: Path, *, attention: str) -> Any:
-        torch.manual_seed(0)
-        settings = AutoConfig.for_model(**config)
-        with torch.device(ranks.device):
-            model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, attn_implementation=attention)
-        return model
-
-    drawn = replace(adapter, load_for_training=load)
-    if not variant.fused:
-        drawn = replace(drawn, prepare_gpu=None)
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(dict(config)))
-        trainer = setup.build_trainer(Path(folder), drawn, chosen, ranks, attention="sdpa", split=variant.split)
-    return trainer
-
-
-def settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def timed_step(trainer: Trainer, sample: list[Group], step: int) -> tuple[float, int, int, dict[str, float]]:

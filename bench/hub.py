@@ -27,7 +27,7 @@ from astracli.hub.api import build_app, serve
 from astracli.hub.client import HubClient
 from astracli.hub.store import HubStore
 from astracli.launch.ports import bind
-from astracli.recipe import LaunchTable
+from astracli.recipe_run import LaunchTable
 from astracli.rl.types import Group, Sample, Segment, unpack_group
 
 GROUPS, SAMPLES, TOKENS = 32, 8, 4096

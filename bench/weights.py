@@ -63,7 +63,13 @@ SHAPES = {
         "num_key_value_heads": 1, "head_dim": 128, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
         "linear_key_head_dim": 64, "linear_value_head_dim": 64, "vocab_size": 16384,
     },
+    "names": {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 32, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+        "linear_key_head_dim": 16, "linear_value_head_dim": 16, "vocab_size": 64,
+    },
 }  # fmt: skip
+"""`names`: as many tensors as `4b` has, of no size: what is done for each of them."""
 UPDATES = [(1e-6, 1), (1e-6, 4), (5e-6, 1), (5e-6, 4)]
 """(learning rate, optimizer steps per version)"""
 MOMENT = (0.1 / 1.9) ** 0.5

@@ -63,8 +63,9 @@ def _default(value: ast.expr | None) -> str:
 
 
 def recipe() -> str:
-    tree = ast.parse((ROOT / "astracli" / "recipe.py").read_text(encoding="utf-8"))
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    files = (ROOT / "astracli" / name for name in ("recipe.py", "recipe_run.py"))
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
+    classes = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
     parts = [
         "# Recipe reference\n\n" + MADE + 'A recipe is a TOML file; `extends = "NAME"` starts from another one, and '
         "`--set table.key=value` changes one value. Unknown keys are refused.\n`astra recipes show NAME` prints one "
@@ -116,7 +117,8 @@ def benchmarks() -> str:
             "directory that `data.path` names (else the environment's `ASTRA_DATA_DIR`), itself or its `eval/`.",
             "Its number of items and its content hash are checked; a cut, doubled or changed set is refused.",
             "`Hub: not run` means that nobody has loaded that copy yet.",
-            "A set of your own goes by its path: `astra eval --benchmark my_set.jsonl`.\n",
+            "A set of your own goes by its path, with 4 samples an item unless `eval.samples` or `--samples`",
+            "says otherwise: `astra eval --benchmark my_set.jsonl`.\n",
             "| name | items | samples | content hash | on the Hub | Hub | licence |",
             "|---|---|---|---|---|---|---|",
             *rows,

@@ -31,7 +31,9 @@ def main() -> None:
     venv.create(args.dir, with_pip=True)
     python = args.dir.absolute() / "bin" / "python"
     # without dependencies: SGLang's own would bring CUDA, and the list is whole
-    if subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "-r", PACKAGES]).returncode:
+    if subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "-r", PACKAGES]
+    ).returncode:
         shutil.rmtree(args.dir)
         raise SystemExit("error: pip failed, see above; nothing is left")
     where = "import sysconfig; print(sysconfig.get_path('purelib'))"

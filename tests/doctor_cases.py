@@ -9,7 +9,7 @@ from typing import Any
 
 from machines import GIB, package
 
-from astracli.adapters import qwen3_5
+from astracli.adapters import qwen3_5, qwen3_5_sizes
 
 Edit = Callable[[dict[str, Any]], Any]
 
@@ -64,7 +64,7 @@ def stub(name: str) -> Edit:
 def checkpoint(**changes: Any) -> dict[str, Any]:
     """The 4B checkpoint as `gather` would find it whole, in the multimodal layout."""
     tensors = {}
-    for name, shape in qwen3_5.text_shapes(CONFIG_4B).items():
+    for name, shape in qwen3_5_sizes.text_shapes(CONFIG_4B).items():
         dtype = "F32" if "A_log" in name else "BF16"
         tensors[name.replace("model.", "model.language_model.", 1)] = {"dtype": dtype, "shape": list(shape)}
     tensors["model.visual.patch.weight"] = {"dtype": "BF16", "shape": [4, 4]}

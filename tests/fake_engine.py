@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from astracli.engines.client import SETTLE_LOADER
 from astracli.errors import RunFailed
 from astracli.hub.server import ServerThread
 from astracli.weights.subscriber import StagedPlan
@@ -47,13 +48,15 @@ class FakeEngine:
     broken: list[str] = field(default_factory=list)
     """Paths whose next call is answered with 500."""
     update_s: float = 0.0
-    loader_dir: Path | None = None
-    """Where it leaves `result.json`, as our loader in SGLang does."""
-    staged: int = 1
-    """The version in `result.json`."""
     events: list[str] = field(default_factory=list)
     released: list[str] = field(default_factory=list)
     """Memory that is another's now."""
+    stage_dir: Path | None = None
+    """As SGLang with our loader: answers success to every update, and the outcome is a file here."""
+    results: list[dict[str, Any] | None] = field(default_factory=list)
+    """What the loader will write into it, by and by; None: nothing, as when it never ran. Afterwards version 1."""
+    proofs: bool = False
+    """Whether a read-back follows each update."""
     running: int = 0
     port: int = 0
     _aborts: int = 0
@@ -76,9 +79,9 @@ class FakeEngine:
             Route("/pause_generation", self._pause, methods=["POST"]),
             Route("/continue_generation", self._continue, methods=["POST"]),
             Route("/update_weights_from_tensor", self._update, methods=["POST"]),
+            Route("/update_weight_version", self._label, methods=["POST"]),
             Route("/release_memory_occupation", self._release, methods=["POST"]),
             Route("/resume_memory_occupation", self._take_back, methods=["POST"]),
-            Route("/update_weight_version", self._name, methods=["POST"]),
         ]
         if self.window:
             routes.append(Route("/begin_weight_update", self._begin, methods=["POST"]))
@@ -147,7 +150,7 @@ class FakeEngine:
         return JSONResponse({})
 
     async def _release(self, request: Request) -> Response:
-        assert self.paused and not self.running, "as SGLang, which dies otherwise"
+        assert self.paused and not self.running and not self.begun, "as SGLang, which dies otherwise"
         self.released = (await request.json())["tags"]
         self.events.append(f"released {' '.join(self.released)}")
         return Response()
@@ -180,19 +183,18 @@ class FakeEngine:
         self.broken.remove(request.url.path)
         return JSONResponse({"error": {"message": "broken"}}, 500)
 
-    async def _name(self, request: Request) -> Response:
-        self.version = int((await request.json())["new_version"])
-        self.events.append(f"named {self.version}")
-        return JSONResponse({"success": True})
-
     async def _update(self, request: Request) -> Response:
         assert self.paused and not self.released
-        version = int((await request.json())["weight_version"])
+        body = await request.json()
         await asyncio.sleep(self.update_s)
         if answer := self._broken(request):
             return answer
         if self.window and not self.begun:
             return JSONResponse({"success": False, "message": "must run between begin and end"}, 400)
+        if body["load_format"] == SETTLE_LOADER:
+            self.events.append("settled")
+            return JSONResponse({"success": True, "message": "Success"})
+        version = int(body["weight_version"])
         if self.refusals:
             self.refusals -= 1
             self.serving = False
@@ -200,10 +202,18 @@ class FakeEngine:
             return JSONResponse({"success": False, "message": "digest of lm_head differs"}, 400)
         self.version, self.serving = version, True
         self.events.append(f"applied {version}")
-        if self.loader_dir is not None:
-            found = {"ok": True, "version": self.staged, "message": "", "apply_s": 0.001}
-            (self.loader_dir / "result.json").write_text(json.dumps(found))
-        return JSONResponse({"success": True, "message": "", "seconds": {"apply_s": 0.001}})
+        if self.stage_dir is not None:
+            result = self.results.pop(0) if self.results else {"version": 1, "apply_s": 0.001}
+            if result is not None:
+                (self.stage_dir / "result.json").write_text(json.dumps({"ok": True, "message": "", **result}))
+            return JSONResponse({"success": True, "message": "Success"})
+        outcome = {"apply_s": 0.001, "changed": 7, "proof": self.proofs}
+        return JSONResponse({"success": True, "message": "", "outcome": outcome})
+
+    async def _label(self, request: Request) -> Response:
+        self.version = int((await request.json())["new_version"])
+        self.events.append(f"called {self.version}")
+        return JSONResponse({"success": True})
 
 
 @dataclass
@@ -217,10 +227,8 @@ class FakeFetcher:
         self.asked.append((target_version, have_version))
         return StagedPlan(target_version, "full" if have_version is None else "delta", ("x",), 100, 100, 0.0, 0.001)
 
-    refuse: list[RunFailed] = field(default_factory=list)
-    """Errors of the coming outcomes."""
     proofs: list[RunFailed | float] = field(default_factory=list)
-    """What the coming read-backs find; without any, none is due."""
+    """What the coming read-backs find."""
 
     watched: bool = True
     woken: list[int] = field(default_factory=list)
@@ -229,13 +237,8 @@ class FakeFetcher:
         self.woken.append(version)
         self.watched = True
 
-    def outcome(self, version: int) -> dict[str, Any]:
-        if self.refuse:
-            raise self.refuse.pop(0)
-        return {"ok": True, "version": version, "changed": 7, "proof": bool(self.proofs)}
-
-    def proof(self, version: int) -> float:
+    def proof(self, version: int) -> dict[str, float]:
         found = self.proofs.pop(0)
         if isinstance(found, RunFailed):
             raise found
-        return found
+        return {"readback_s": found}

@@ -98,7 +98,7 @@ def test_a_block_keeps_what_its_adapter_says(adapter: Any, name: str, monkeypatc
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", flash)
     monkeypatch.setattr(fused, "fla", fla)
     document = dict(adapter.ADAPTER.known_configs[name])
-    shape = adapter.memory_shape(document)
+    shape = adapter.ADAPTER.memory_shape(document)
     text = dict(document.get("text_config", document), num_hidden_layers=4)
     kind = {"qwen3_5": "qwen3_5_text"}.get(document["model_type"], document["model_type"])
     text.pop("model_type", None)
@@ -124,7 +124,7 @@ def shape_of(config: Any) -> int:
 
 
 def test_what_lies_outside_the_blocks() -> None:
-    tied = qwen3_5.memory_shape(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"])
+    tied = qwen3_5.ADAPTER.memory_shape(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"])
     assert tied.outside_blocks == 248320 * 2560 + 2560
     untied = llama.memory_shape(llama.LLAMA3_8B)
     assert untied.outside_blocks == 2 * 128256 * 4096 + 4096

@@ -1,4 +1,4 @@
-"""Adapters on real tiny models: exact loading, strict names, exact packing, sizes against measured figures."""
+"""Adapters on real tiny models: exact loading, strict names, sizes against measured figures."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from hybrid import row, tiny_text
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -23,41 +24,16 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
 from astracli.adapter import ModelAdapter
 from astracli.adapters import generic, llama, qwen3, qwen3_5
 from astracli.errors import UserError
-from astracli.training import varlen
 
 FAMILIES = [
     (qwen3_5.ADAPTER, Qwen3_5TextConfig, Qwen3_5ForCausalLM),
     (qwen3.ADAPTER, Qwen3Config, Qwen3ForCausalLM),
     (llama.ADAPTER, LlamaConfig, LlamaForCausalLM),
 ]
-
-
-def tiny_text(seed: int = 0, **changes: Any) -> Any:
-    """A random tiny hybrid whose logits have a standard deviation near 1."""
-    torch.manual_seed(seed)
-    changes = {"initializer_range": 0.15} | changes
-    return Qwen3_5ForCausalLM(Qwen3_5TextConfig.from_dict(qwen3_5.tiny_config() | changes)).float().eval()
-
-
-def row(length: int, seed: int = 1, batch: int = 1) -> torch.Tensor:
-    return torch.randint(2, 64, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def gradients_of(model: Any, logits: torch.Tensor) -> torch.Tensor:
-    """All gradients of a fixed weighted sum of the logits, as one vector."""
-    model.zero_grad()
-    weight = torch.linspace(-1, 1, logits.numel()).reshape(logits.shape)
-    (logits * weight).mean().backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 @pytest.fixture
@@ -187,116 +163,11 @@ def test_wire_names_are_free_of_wrapper_prefixes() -> None:
     assert wire["model.layers.1._orig_mod.linear_attn.A_log"].name == "model.layers.1.linear_attn.A_log"
 
 
-@pytest.mark.parametrize("length", [5, 40, 64, 130])
-def test_prepare_cpu_keeps_the_numbers(length: int) -> None:
-    plain, quick = tiny_text(), tiny_text()
-    qwen3_5.prepare_cpu(quick)
-    ids = row(length, batch=3)
-    expected, got = (model(ids, use_cache=False).logits for model in (plain, quick))
-    assert 0.5 < expected.std() < 2
-    # against fp64, each of the two is up to 7e-5 away in logits and 1e-4 in gradients
-    assert (got - expected).abs().max() <= 7e-5
-    assert relative(gradients_of(quick, got), gradients_of(plain, expected)) <= 7e-5
-
-
-def test_rows_of_one_chunk_never_reach_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, seen = tiny_text(), []
-    real = modeling.torch_chunk_gated_delta_rule
-
-    def spy(*args: Any, chunk_size: int = 64, **kwargs: Any) -> Any:
-        seen.append(chunk_size)
-        return real(*args, chunk_size=chunk_size, **kwargs)
-
-    monkeypatch.setattr(modeling, "torch_chunk_gated_delta_rule", spy)
-    qwen3_5.prepare_cpu(model)
-    model(row(64), use_cache=False)
-    assert seen == []
-    model(row(70), use_cache=False)
-    assert seen == [64] * 3
-
-
-def test_right_padding_without_a_mask_is_exact() -> None:
-    model = tiny_text()
-    qwen3_5.prepare_cpu(model)
-    short = row(9)
-    padded = torch.cat([short, torch.zeros(1, 30, dtype=torch.long)], dim=1)
-    assert qwen3_5.ADAPTER.attention_mask(padded != 0) is None
-    with torch.no_grad():
-        assert (model(padded).logits[:, :9] - model(short).logits).abs().max() <= 5e-6
-
-
-@pytest.mark.skipif(
-    not hasattr(modeling, "FusedRMSNormGated"),
-    reason="this transformers dispatches by wrapped functions: test_packing.py",
-)
-def test_gpu_kernels_that_are_installed_are_never_used_on_a_cpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = tiny_text()
-    source.save_pretrained(tmp_path)
-    ids = row(17)
-    with torch.no_grad():
-        expected = source(ids).logits
-
-    def no_driver(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("0 active drivers")
-
-    for name in qwen3_5._GPU_KERNELS:
-        monkeypatch.setattr(modeling, name, no_driver)
-    with pytest.raises((RuntimeError, AssertionError)):
-        Qwen3_5ForCausalLM(source.config)  # asks for a current CUDA device
-    model = qwen3_5.load(tmp_path)
-    assert modeling.chunk_gated_delta_rule is no_driver  # put back
-    qwen3_5.prepare_cpu(model)
-    with torch.no_grad():
-        assert (model(ids).logits - expected).abs().max() <= 5e-6
-        assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 20)
-
-
 LENGTHS = (37, 90, 5, 70)
 
 
-def packed_inputs(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    lengths = [r.shape[1] for r in rows]
-    return {
-        "input_ids": torch.cat(rows, dim=1),
-        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
-        "cu_seqlens": torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32),
-        "max_seqlen": max(lengths),
-    }
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("cpu_kernels", [False, True])
-def test_a_packed_row_equals_separate_rows(recompute: bool, cpu_kernels: bool) -> None:
-    model = tiny_text(hidden_size=64).train()
-    if cpu_kernels:
-        qwen3_5.prepare_cpu(model)
-    rows = [row(n, seed=n) for n in LENGTHS]
-    separate = torch.cat([model(r, use_cache=False).logits for r in rows], dim=1)
-    reference = gradients_of(model, separate)
-    leaked = model(**{k: v for k, v in packed_inputs(rows).items() if "seqlen" not in k}, use_cache=False).logits
-    varlen.install(model, qwen3_5.ADAPTER)
-    if recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    packed = model(**packed_inputs(rows), use_cache=False).logits
-    close = 2e-5 if cpu_kernels else 2e-4  # transformers' own delta rule rounds otherwise than the one for packed rows
-    assert (packed - separate).abs().max() <= close
-    assert relative(gradients_of(model, packed), reference) <= close
-    assert (leaked - separate).abs().max() > 1.0  # what the same row gives without its boundaries
-    with torch.no_grad():  # and ordinary rows still work
-        assert (model(rows[0], use_cache=False).logits - separate[:, :37]).abs().max() <= 2e-5
-
-
-def test_boundaries_that_do_not_cover_the_row_are_refused() -> None:
-    model = tiny_text()
-    varlen.install(model, qwen3_5.ADAPTER)
-    with pytest.raises(ValueError, match="does not describe one packed row"):
-        model(row(10), cu_seqlens=torch.tensor([0, 4, 9]), max_seqlen=5, use_cache=False)
-
-
 def test_sizes_of_qwen3_5_4b() -> None:
-    shape = qwen3_5.memory_shape(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"])
+    shape = qwen3_5.ADAPTER.memory_shape(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"])
     assert shape.parameters == 4_205_751_296
     assert shape.kv_bytes_per_token == 32 * 1024
     assert round(shape.state_bytes_per_sequence / 2**20, 1) == 49.1
@@ -347,7 +218,7 @@ def test_text_only_config_is_one_that_sglang_reads() -> None:
 def test_the_shipped_model_loads() -> None:
     path = Path(str(resources.files("astracli") / "assets" / "tiny"))
     model = qwen3_5.load(path)
-    shape = qwen3_5.memory_shape(json.loads((path / "config.json").read_text()))
+    shape = qwen3_5.ADAPTER.memory_shape(json.loads((path / "config.json").read_text()))
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     assert 500_000 < shape.parameters < 1_500_000
     assert len(qwen3_5.wire_tensors(model)) == len(list(model.parameters()))

@@ -29,6 +29,14 @@ def test_batch_norm_weighs_by_tokens() -> None:
     assert (result * [3, 1]).sum() == pytest.approx(0.0, abs=1e-12)
 
 
+def test_batch_norm_of_fewer_than_two_counts_is_zero() -> None:
+    assert batch_normalise(np.array([0.5]), np.array([1])).tolist() == [0.0]
+
+
+def test_batch_norm_of_equal_advantages_is_zero() -> None:
+    assert batch_normalise(np.array([0.5, 0.5]), np.array([3, 2])).tolist() == [0.0, 0.0]
+
+
 def test_batch_norm_after_group_norm() -> None:
     result = advantages(
         [np.array([1.0, 0.0]), np.array([1.0, 0.0, 0.0])],

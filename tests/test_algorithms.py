@@ -17,8 +17,7 @@ from astracli import recipe_io
 from astracli.errors import UserError
 from astracli.recipe import AlgorithmTable
 from astracli.rl import losses
-from astracli.rl.advantage import overlong_penalties
-from astracli.rl.batch import Row, build_batch, empty_micro_batch, pad_rows
+from astracli.rl.batch import Row, empty_micro_batch, pad_rows
 from astracli.rl.losses import TokenLoss
 from astracli.training import objective
 
@@ -56,7 +55,7 @@ def computed(name: str, **settings: Any) -> tuple[float, list[float], TokenLoss]
     limits = algorithm.prepare(proximal - torch.from_numpy(micro.logprob_N), torch.tensor(ADVANTAGE), chosen.algorithm)
     logprob = torch.tensor(POLICY).log().requires_grad_()
     result = objective.token_losses(algorithm, micro, logprob, proximal, limits)
-    batch: Any = type("Whole", (), {"minibatch_tokens": [3], "minibatch_rows": [2]})
+    batch: Any = type("Whole", (), {"minibatch_tokens": [3], "rows_per_minibatch": 2.0})
     divisor = objective.denominator(algorithm.normaliser, batch, 0, chosen)
     loss = objective.normalised(algorithm.normaliser, result.loss_N, micro, divisor)
     loss.backward()
@@ -193,6 +192,19 @@ def test_tis_by_hand() -> None:
     assert result.capped_N is not None and result.capped_N.tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize(("name", "weights"), [("tis", [1.375, 2.0, 0.4]), ("decoupled", [1.375, 0.0, 0.4])])
+def test_a_policy_that_has_not_moved_trains_with_the_weight_alone(name: str, weights: list[float]) -> None:
+    """No pass without gradients: u = 1 with the gradient of log pi, the weight pi / pi_behaviour is a constant."""
+    micro = pad_rows([row(2, BEHAVIOUR[:2], 1.0), row(1, BEHAVIOUR[2:], -2.0)], 0)
+    algorithm, logprob = losses.get(name), torch.tensor(POLICY).log().requires_grad_()
+    limits = algorithm.prepare(torch.zeros(3), torch.tensor(ADVANTAGE), AlgorithmTable(name=name, weight_cap=2.0))
+    result = objective.token_losses(algorithm, micro, logprob, None, limits)
+    result.loss_N.sum().backward()
+    expected = [-w * a for w, a in zip(weights, ADVANTAGE, strict=True)]
+    assert result.loss_N.tolist() == pytest.approx(expected)
+    assert logprob.grad is not None and logprob.grad.tolist() == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("name", FORMULAS)
 def test_a_micro_batch_without_tokens_keeps_its_graph(name: str) -> None:
     algorithm, empty = losses.get(name), torch.zeros(0)
@@ -204,35 +216,6 @@ def test_a_micro_batch_without_tokens_keeps_its_graph(name: str) -> None:
     loss = objective.normalised(algorithm.normaliser, result.loss_N, micro, 4.0)
     loss.backward()
     assert loss.item() == 0.0 and logprob.grad is not None
-
-
-# overlong shaping
-
-
-def test_overlong_penalty_by_hand() -> None:
-    # 20 tokens at most, the last 5 of them in a straight line
-    lengths = np.array([3, 15, 16, 18, 20])
-    assert overlong_penalties(lengths, 20, 0.25, 0.5).tolist() == pytest.approx([0, 0, 0.1, 0.3, 0.5])
-    assert overlong_penalties(lengths, 20, 0.0, 0.5).tolist() == [0.0] * 5
-
-
-def test_the_penalty_of_half_is_that_of_the_paper() -> None:
-    """Rewards 0 and 1 with penalty 0.5 have the advantages of rewards -1 and 1 with penalty 1."""
-    (group,) = sample_groups(None, 1, seed=3, size=6)
-    ours = build(group, AlgorithmTable(name="dapo"))
-    for sample in group.samples:
-        sample.reward = 2 * sample.reward - 1
-    theirs = build(group, AlgorithmTable(name="dapo", overlong_penalty=1.0))
-    assert [r.advantage for r in ours] == pytest.approx([r.advantage for r in theirs], rel=1e-4)
-    assert any(r.penalty for r in ours)
-
-
-def build(group: Any, table: AlgorithmTable) -> list[Row]:
-    longest = max(len(s.tokens) for s in group.samples)
-    batch = build_batch(
-        [group], step=0, seed=0, algorithm=table, minibatches=1, tokens_per_microbatch=64, max_new_tokens=longest
-    )
-    return batch.rows
 
 
 # what the name switches

@@ -58,9 +58,25 @@ def test_columns_rebuild_the_answer() -> None:
         assert str(total + carry) == p.answer
 
 
-def test_other_text_has_no_worked_solution() -> None:
+@pytest.mark.parametrize(
+    "question",
+    [
+        "37/45",
+        "2+3*4",  # 14, and 20 from left to right
+        "(2+3)*4+5*6",
+        "(12+(3))*4",
+        "((12+3))*4",
+        "12+3)*4",
+        "12*34",  # a column is a digit's product
+        "12*34+5",
+        "12-34",
+        "12-34+56",
+        "012*3+4",
+    ],
+)
+def test_other_text_has_no_worked_solution(question: str) -> None:
     with pytest.raises(ValueError, match="is no problem"):
-        worked_text("37/45")
+        worked_text(question)
 
 
 def test_draws_depend_on_seed_and_index_alone() -> None:

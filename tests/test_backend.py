@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from machines import facts, package
 
-from astracli import backend, machine
+from astracli import backend, backend_serving, machine
 from astracli.adapters import llama, qwen3_5
 from astracli.errors import UserError
 from astracli.recipe import Recipe
@@ -155,7 +155,8 @@ def test_every_decision_on_recorded_machines(name: str, capability: str, hybrid:
         assert (choice.linear_attention, choice.trainer_attention) == (linear, "sdpa")
         assert len(choice.reasons) == 8 and all(row.reason and "\n" not in row.reason for row in choice.reasons)
         if capability != "none":
-            allowed, refused = backend.serving_options(adapter, backend.lowest_capability(document) or (0, 0))
+            lowest = backend_serving.lowest_capability(document) or (0, 0)
+            allowed, refused = backend_serving.serving_options(adapter, lowest)
             assert "triton" in allowed, "triton serves everywhere"
             assert set(refused) == ({"fa3"} if (adapter, capability) == (HYBRID, "8.9") else set())
             assert backend.choose(adapter, document, recipe(rollout={"attention_backend": "triton"}))

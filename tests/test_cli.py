@@ -7,7 +7,6 @@ import os
 import resource
 import subprocess
 import sys
-import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -15,40 +14,16 @@ from typing import Any
 
 import pytest
 from conftest import Ran
+from run_cases import TINY, make_run
 
-from astracli import run_view
 from astracli.cli.output import sections, table_lines
-from astracli.run_dir import RunDir
 
-TINY = "qwen3.5-tiny-m2po-delta"
-MAIN = "from astracli.cli.main import main; main()"
+MAIN = "from astracli.__main__ import main; main()"
 Astra = Callable[..., Ran]
 
 
 def spawn(*args: str, code: str = MAIN, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=60, **options)
-
-
-@pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory; the folder `runs` in it."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "runs"
-
-
-def make_run(path: Path, *, state: str = "done", started: float = 1000.0, export: bool = False) -> RunDir:
-    from astracli import recipe_io
-
-    path.mkdir(parents=True)
-    run = RunDir(path)
-    run.recipe_json.write_text(recipe_io.to_json(recipe_io.load(TINY, ["seed=5"])))
-    run.start(recipe=TINY, steps=100, step=40)
-    run.end(state, exit_code=0) if state != "running" else None  # type: ignore[arg-type,func-returns-value]
-    run.update(started=started, ended=None if state == "running" else started + 60)
-    if export:
-        run.export.mkdir()
-        (run.export / "config.json").write_text("{}")
-    return run
 
 
 class Launch(types.ModuleType):
@@ -147,6 +122,11 @@ def test_version(astra: Astra) -> None:
         (["recipes", "copy", "nope"], "there is no recipe `nope`"),
         (["doctor", "--facts", "nope.json"], "cannot read facts file `nope.json`: no such file or directory"),
         (["rollout", TINY, "--n", "0"], "invalid value for '--n'"),
+        (["eval", "--compare", "a", "b"], "`a` holds no evaluation: there is no such directory"),
+        (["recipes", "copy", TINY, "sub/"], "`sub` is no name for a recipe"),
+        (["recipes", "check", "qwen3.5-small-m2po-delta"], "model.path = `./small-warm`: nothing at that path"),
+        (["train", TINY, "--set", "eval.pass_k=9"], f"recipe `{TINY}`: eval.pass_k = 9, and `arithmetic-heldout` is "
+         "asked 8 samples an item: pass@k needs at least k"),
         (["train", TINY, "--set", "train.steps=0"], f"recipe `{TINY}`: `train.steps` = 0 is not allowed: "
          "it takes a whole number greater than 0"),
     ],
@@ -160,6 +140,34 @@ def test_bad_input_ends_with_2_a_message_and_a_hint(
     assert first.startswith(f"error: {error}")
     assert blank == "" and hint.startswith("hint: ")
     assert ran.out == "" and launch.asked == {}
+
+
+@pytest.mark.parametrize(
+    ("args", "page"),
+    [
+        (["runs", "logs"], "runs logs"),
+        (["runs", "clean", "--older-than", "-1"], "runs clean"),
+        (["runs", "list", "--bogus"], "runs list"),
+        (["runs", "bogus"], "runs"),
+        (["doctor", "--bogus"], "doctor"),
+    ],
+)
+def test_a_command_line_that_does_not_parse_names_its_own_help(astra: Astra, args: list[str], page: str) -> None:
+    ran = astra(*args)
+    assert ran.code == 2 and ran.err.endswith(f"\nhint: `astra {page} --help` shows what it takes\n")
+
+
+def test_a_machine_description_that_is_none(astra: Astra, runs: Path) -> None:
+    Path("m.json").write_text('{"gpus": []}')
+    ran = astra("doctor", "--facts", "m.json")
+    assert ran.code == 2 and "facts file `m.json`: not a machine description: `system`: field required" in ran.err
+
+
+def test_what_an_ascii_terminal_cannot_show_is_escaped(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(f'extends = "{TINY}"\ndescription = "± 1"\n', encoding="utf-8")
+    ran = spawn("recipes", "show", str(recipe), env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert ran.returncode == 0 and 'description = "\\xb1 1"' in ran.stdout
 
 
 def test_samples_are_never_overwritten(astra: Astra, runs: Path, launch: Launch) -> None:
@@ -199,6 +207,13 @@ def test_ctrl_c_is_130(astra: Astra, launch: Launch, monkeypatch: pytest.MonkeyP
     assert astra("train", TINY).code == 130
 
 
+def test_ctrl_c_while_the_command_is_imported() -> None:
+    code = "import builtins, sys\nbefore = builtins.__import__\n"
+    code += "def hook(name, *rest):\n    if name == 'typer': raise KeyboardInterrupt\n    return before(name, *rest)\n"
+    ran = spawn("recipes", "list", code=f"{code}builtins.__import__ = hook\n{MAIN}")
+    assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "")
+
+
 def test_a_closed_pipe_is_quiet() -> None:
     reading, writing = os.pipe()
     os.close(reading)
@@ -224,6 +239,8 @@ def test_resume_takes_the_runs_own_recipe(astra: Astra, launch: Launch, runs: Pa
     astra("train", "--resume", str(run.path), "--set", "train.steps=200")
     assert (launch.asked["recipe"].seed, launch.asked["recipe"].train.steps) == (5, 200)
     assert launch.asked["resume"] == run.path
+    astra("train", "--resume", "a")
+    assert launch.asked["resume"] == Path("runs/a")
     ran = astra("train", TINY, "--resume", str(run.path))
     assert ran.code == 2 and ran.err.startswith(f"error: both a recipe (`{TINY}`) and --resume {run.path} given")
 
@@ -261,10 +278,13 @@ def test_eval_alone_takes_the_newest_run_with_an_export(astra: Astra, launch: La
 def test_eval_of_a_run_without_export(astra: Astra, launch: Launch, runs: Path) -> None:
     make_run(runs / "killed", state="failed")
     ran = astra("eval")
-    assert ran.code == 2 and "nothing to evaluate: 1 runs under `runs`, none with an export" in ran.err
+    assert ran.code == 2 and "nothing to evaluate: 1 run under `runs`, none with an export" in ran.err
     ran = astra("eval", "--run-dir", "runs/killed")
     assert "error: run `runs/killed` has no export (state: failed)" in ran.err
     assert "hint: finish it with `astra train --resume runs/killed`" in ran.err
+    make_run(runs / "busy", state="running")
+    ran = astra("eval", "--run-dir", "busy")
+    assert "has no export (state: running)" in ran.err and "hint: it is made at the end" in ran.err
 
 
 # -- recipes and adapters ----------------------------------------------------------------------------------------------
@@ -341,193 +361,6 @@ def test_doctor_shows_failures_first_and_exits_1(astra: Astra, capsys: pytest.Ca
     assert max(map(len, lines)) <= 100
 
 
-# -- runs --------------------------------------------------------------------------------------------------------------
-
-
-def test_runs_list(astra: Astra, runs: Path) -> None:
-    make_run(runs / "old", started=10)
-    make_run(runs / "new", started=20, state="failed")
-    rows = json.loads(astra("runs", "list", "--json").out)
-    assert [(r["run"], r["state"], r["step"], r["wall_s"]) for r in rows] == [
-        ("new", "failed", 40, 60.0),
-        ("old", "done", 40, 60.0),
-    ]
-    assert "40/100" in astra("runs", "list").out
-
-
-def test_runs_status_joins_the_newest_figures_of_each_process(astra: Astra, runs: Path) -> None:
-    run = make_run(runs / "a")
-    records = [
-        {"time": 1, "step": 1, "process": "trainer", "grad_norm": 0.5, "lr": 1e-4},
-        {"time": 2, "step": 2, "process": "trainer", "grad_norm": 0.25},
-        {"time": 2, "step": 2, "process": "rollout", "reward_mean": 0.75},
-    ]
-    run.metrics_jsonl.write_text("".join(json.dumps(r) + "\n" for r in records) + '{"torn')
-    found = json.loads(astra("runs", "status", "a", "--json").out)
-    assert found["figures"] == {
-        "trainer": {"step": 2, "grad_norm": 0.25, "lr": 1e-4},
-        "rollout": {"step": 2, "reward_mean": 0.75},
-    }
-    assert found["status"]["state"] == "done"
-
-
-def test_runs_logs(astra: Astra, runs: Path) -> None:
-    run = make_run(runs / "a")
-    for attempt, text in ((1, "old\n"), (2, "one\ntwo\nthree\n")):
-        assert run.next_attempt() == attempt
-        (run.attempt_logs(attempt) / "trainer.log").write_text(text)
-    assert astra("runs", "logs", "a", "trainer", "-n", "2").out == "two\nthree\n"
-    lines = astra("runs", "logs", "a", "-n", "2", "--json").out.splitlines()
-    assert [json.loads(line) for line in lines] == [{"process": "trainer", "line": word} for word in ("two", "three")]
-    ran = astra("runs", "logs", "a", "nope")
-    assert ran.code == 2 and "hint: there are: trainer" in ran.err
-
-
-def test_following_a_log_ends_with_the_run(tmp_path: Path) -> None:
-    log = tmp_path / "trainer.log"
-    log.write_text("before\n")
-    turns = iter([True, True, False])
-
-    def going() -> bool:
-        with log.open("a") as file:
-            file.write("half")
-        return next(turns)
-
-    assert [line for _, line in run_view.follow([log], going, interval_s=0)] == ["halfhalfhalf"]
-
-
-def test_runs_stop_terms_the_recorded_supervisor_only(astra: Astra, runs: Path) -> None:
-    import psutil
-
-    run = make_run(runs / "a", state="running")
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    try:
-        run.update(pid=child.pid, create_time=1.0)  # not ours: another process has the pid now
-        ran = astra("runs", "stop", "a")
-        assert ran.code == 2 and "is not running (state: dead (resumable))" in ran.err
-        assert child.poll() is None
-        run.update(create_time=psutil.Process(child.pid).create_time())
-        ran = astra("runs", "stop", "a")
-        assert ran.code == 0 and not psutil.pid_exists(child.pid)
-        assert ran.err.splitlines()[0] == f"stopped `runs/a` (supervisor {child.pid})"
-        other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-        run.update(pid=other.pid, create_time=psutil.Process(other.pid).create_time())
-        stopped = json.loads(astra("runs", "stop", "a", "--json").out)
-        assert (stopped["run"], stopped["pid"], stopped["state"]) == ("runs/a", other.pid, "dead (resumable)")
-        other.wait()
-    finally:
-        child.kill()
-        child.wait()
-
-
-def test_runs_samples_filter(astra: Astra, runs: Path) -> None:
-    run = make_run(runs / "a")
-    run.samples.mkdir()
-
-    def sample(step: int, verdict: str, finish: str) -> str:
-        record = {"step": step, "version": step, "problem_id": f"p{step}", "problem": "1+1", "answer": "2"}
-        record |= {"completion": "2", "tokens": [1, 2], "reward": float(verdict == "right"), "verdict": verdict}
-        return json.dumps(record | {"finish_reason": finish}) + "\n"
-
-    (run.samples / "000001.jsonl").write_text(sample(1, "right", "stop") + sample(1, "wrong", "length"))
-    (run.samples / "000002.jsonl").write_text(sample(2, "timeout", "stop"))
-
-    def shown(*options: str) -> list[tuple[int, str]]:
-        return [(s["step"], s["verdict"]) for s in json.loads(astra("runs", "samples", "a", "--json", *options).out)]
-
-    assert shown() == [(1, "right"), (1, "wrong"), (2, "timeout")]
-    assert shown("--wrong") == [(1, "wrong"), (2, "timeout")]
-    assert shown("--right", "--truncated") == [(1, "right"), (1, "wrong")]
-    assert shown("--wrong", "--step", "1") == [(1, "wrong")]
-    assert shown("-n", "1") == [(2, "timeout")]
-    assert "problem: 1+1" in astra("runs", "samples", "a").out
-
-
-def test_runs_report_shows_first_last_and_difference(astra: Astra, runs: Path) -> None:
-    run = make_run(runs / "a")
-    run.eval.mkdir()
-    run.eval_csv.write_text(
-        "step,version,benchmark,items,n,avg_at_n,stderr,k,pass_at_k\n"
-        "0,0,arithmetic-heldout,256,8,0.375,0.02,4,0.6\n"
-        "100,100,arithmetic-heldout,256,8,0.875,0.01,4,0.9\n"
-        "25,25,arithmetic-heldout,256,8,0.5,0.01,4,0.7\n"
-    )
-    run.metrics_jsonl.write_text(
-        "".join(json.dumps({"step": s, "process": "trainer", "step_s": float(s)}) + "\n" for s in range(1, 21))
-    )
-    document = json.loads(astra("runs", "report", "a", "--json").out)
-    (trend,) = document["evaluation"]
-    assert (trend["first_step"], trend["first"], trend["last_step"], trend["last"]) == (0, 0.375, 100, 0.875)
-    assert (trend["difference"], trend["pass_first"], trend["pass_last"]) == (0.5, 0.6, 0.9)
-    assert document["figures"] == [{"figure": "seconds a step", "metric": "step_s", "first": 1.0, "last_tenth": 19.5}]
-    assert "0.875" in astra("runs", "report", "a").out
-
-
-def test_an_evaluation_shows_its_results_and_answers(astra: Astra, runs: Path) -> None:
-    run = make_run(runs / "e")
-    run.update(command="eval")
-    (run.eval / "items").mkdir(parents=True)
-    row = {"step": 0, "version": 0, "benchmark": "b", "problem_id": "p", "problem": "1+1", "answer": "2"}
-    row |= {"completion": "3", "tokens": [1], "reward": 0.0, "verdict": "wrong", "finish_reason": "stop"}
-    (run.eval / "items" / "step_000000_b.jsonl").write_text(json.dumps(row) + "\n")
-    figures = {"items": 1, "n": 1, "avg_at_n": 0.0, "stderr": 0.0, "k": 1, "pass_at_k": 0.0, "prompts_too_long": 1}
-    (run.eval / "results.json").write_text(json.dumps({"results": {"b": figures, "overall": figures}}))
-    said = astra("runs", "report", "e").out
-    assert "b          1      avg@1 0.000 ± 0.000" in said
-    assert "b: 1 samples count as wrong: their prompt leaves no room in rollout.context_length" in said
-    assert json.loads(astra("runs", "report", "e", "--json").out)["results"]["results"]["b"] == figures
-    assert "completion: 3" in astra("runs", "samples", "e", "--wrong").out
-    ran = astra("eval", TINY, "--out", str(run.path))
-    assert ran.code == 2 and "holds an evaluation already (state: done)" in ran.err
-
-
-def test_runs_clean_frees_what_it_says_and_keeps_results(astra: Astra, runs: Path) -> None:
-    done = make_run(runs / "done")
-    failed = make_run(runs / "failed", state="failed")
-    recent = make_run(runs / "recent", started=time.time() - 120)
-    for run in (done, failed, recent):
-        for folder in (run.weights / "v000001", run.config, run.checkpoints, run.export):
-            folder.mkdir(parents=True)
-            (folder / "x").write_bytes(b"0" * 1000)
-    assert json.loads(astra("runs", "clean", "--dry-run", "--json").out) == {
-        "runs": [{"run": "runs/done", "bytes": 2000}],
-        "bytes": 2000,
-        "removed": False,
-    }
-    assert done.weights.is_dir()
-    assert astra("runs", "clean").out.splitlines()[-1] == "freed 2000 bytes in 1 run"
-    assert not done.weights.exists() and not done.config.exists()
-    assert (done.checkpoints / "x").is_file() and (done.export / "x").is_file()
-    assert failed.weights.is_dir() and recent.weights.is_dir()
-    assert (
-        astra("runs", "clean", "--resumable", "--older-than", "0").out.splitlines()[-1] == "freed 4000 bytes in 2 runs"
-    )
-
-
-def test_runs_clean_keeps_weights_that_an_evaluation_waits_for(astra: Astra, runs: Path) -> None:
-    from astracli.hub.store import HubStore
-
-    run = make_run(runs / "a", state="interrupted")
-    (run.weights / "v000000").mkdir(parents=True)
-    (run.weights / "v000000" / "x").write_bytes(b"0" * 1000)
-    limits = {"batch_groups": 1, "max_staleness": 0, "lease_timeout_s": 1.0, "steps": 4, "eval_every": 2}
-    store = HubStore(run.hub_sqlite, drop_equal_groups=False, engines=["engine0"], **limits)  # type: ignore[arg-type]
-    store.announce(0, 0)
-    assert astra("runs", "clean", "a").out == "freed 0 bytes in 0 runs\n" and run.weights.is_dir()
-    store.eval_done(0, 0, {})
-    store.close()
-    assert astra("runs", "clean", "a").out.endswith("freed 1000 bytes in 1 run\n") and not run.weights.exists()
-
-
-def test_runs_clean_refuses_a_running_run(astra: Astra, runs: Path) -> None:
-    run = make_run(runs / "a", state="running")
-    run.weights.mkdir()
-    ran = astra("runs", "clean", "a")
-    assert ran.code == 2 and ran.err.startswith("error: run `runs/a` is running")
-    assert astra("runs", "clean", "--resumable", "--older-than", "0").out == "freed 0 bytes in 0 runs\n"
-    assert run.weights.is_dir()
-
-
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
@@ -539,6 +372,17 @@ def test_tables_align_wrap_and_put_numbers_right() -> None:
         "          five six",
         "bb    10  -",
     ]
+
+
+def test_a_table_is_no_wider_than_its_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    from astracli.cli.output import room
+
+    monkeypatch.setenv("COLUMNS", "60")
+    assert room() == 100, "a file or a pipe has no columns"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert room() == 60
+    monkeypatch.setenv("COLUMNS", "200")
+    assert room() == 100
 
 
 def test_a_nested_document_becomes_titled_tables() -> None:

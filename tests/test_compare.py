@@ -49,6 +49,27 @@ def test_overall_is_the_mean_over_benchmarks_and_the_seed_decides() -> None:
     assert compare(a, b) == rows and compare(a, b, seed=1) != rows
 
 
+def test_each_benchmark_is_drawn_for_itself() -> None:
+    """Two equal benchmarks: the overall interval is narrower by the root of two, as with independent draws."""
+    a, b = ({name: evaluation(seed, 0.0)["b"] for name in "bc"} for seed in (1, 2))
+    first, second, both = compare(a, b)
+    assert (both.high - both.low) / (first.high - first.low) == pytest.approx(0.5**0.5, rel=0.05)
+    assert (first.low, first.high) != (second.low, second.high)
+
+
+def test_interval_and_p_by_hand() -> None:
+    # differences +0.1 and -0.1 in halves: sd 0.1, standard error 0.1 / sqrt(400)
+    a = {"b": {f"i{i}": 0.5 for i in range(400)}}
+    b = {"b": {f"i{i}": 0.6 if i % 2 else 0.4 for i in range(400)}}
+    (row,) = compare(a, b)
+    assert (row.low, row.high) == pytest.approx((-1.96 * 0.005, 1.96 * 0.005), rel=0.05)
+    assert row.p > 0.9 and not row.real
+    (better,) = compare(a, {"b": {f"i{i}": 0.6 + 0.001 * (i % 2) for i in range(400)}}, draws=999)
+    assert better.p == 2 / 1000 and better.real  # no draw at or under 0, and two sides
+    (worse,) = compare(b={"b": {f"i{i}": 0.4 for i in range(400)}}, a=a, draws=999)
+    assert worse.p == 2 / 1000 and worse.real
+
+
 def test_other_items_are_refused_with_the_figures() -> None:
     with pytest.raises(UserError, match="`b` has 300 items in one evaluation and 200 in the other, 200 in common"):
         compare(evaluation(1, 0.0), evaluation(1, 0.0, items=200))
@@ -97,4 +118,7 @@ def test_majority_of_one_is_the_average_and_of_all_the_vote() -> None:
     assert list(found) == [1, 2, 4]
     assert (found[1], found[4]) == (0.5, 0.5)
     assert votes.majority_at([[right, right, wrong]])[1] == pytest.approx(2 / 3)
+    mixed = [right, right, wrong, ("3", False), (None, False)]  # every item has draws of its own
+    alone, twice = votes.majority_at([mixed])[2], votes.majority_at([mixed, mixed])[2]
+    assert 0.3 < alone < 0.9 and alone != twice
     assert votes.sizes(6) == [1, 2, 4, 6] and votes.sizes(1) == [1]

@@ -184,7 +184,7 @@ def test_a_dead_run_and_its_processes_are_named_and_cleaned(
         assert left["processes"] == {str(child.pid): "astracli.sleeper"}
         monkeypatch.chdir(tmp_path)
         said = astra("runs", "clean", "a", "--dry-run")
-        assert said.out.startswith("runs/a  1002 bytes") and child.poll() is None
+        assert said.out.startswith("runs/a  1 kB") and child.poll() is None
         said = astra("runs", "clean", "a")
         assert said.code == 0 and f"ended process {child.pid} that `runs/a` left behind" in said.err
         assert not psutil.pid_exists(child.pid)

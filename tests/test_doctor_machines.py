@@ -135,6 +135,14 @@ def test_a_document_that_was_written_is_read_again(astra: Any, tmp_path: Path) -
     assert astra("doctor", "--no-probe", "--facts-out", str(tmp_path / "none" / "x.json")).code == 2
 
 
+def test_data_recorded_for_another_recipe_is_not_judged(astra: Any, tmp_path: Path) -> None:
+    file = tmp_path / "m.json"
+    assert astra("doctor", "qwen3.5-tiny-m2po-delta", "--no-probe", "--facts-out", str(file)).code == 0
+    report = json.loads(astra("doctor", "qwen3.5-4b-m2po-delta", "--facts", str(file), "--json").out)
+    found = {c["name"]: (c["status"], c["value"]) for c in report["checks"] if c["group"] == "data"}
+    assert found["training data"] == found["benchmarks"] == ("skip", "not in this document")
+
+
 def test_tilelang_on_an_h200_needs_its_own_tvm_ffi() -> None:
     whole = document("1xh200")
     check = one(judged(BIG, whole), "tilelang")

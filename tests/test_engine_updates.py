@@ -159,6 +159,7 @@ def test_staged_deltas_are_applied_and_checked(checkpoint: Path, tmp_path: Path)
                 update = await client.apply_staged(version)
                 assert update.success, update.message
                 assert set(update.seconds) == {"decode_s", "apply_s", "verify_s", "write_s"}
+                assert update.outcome["changed"] > 0
                 (result,) = await client.generate(long_requests(1))
                 assert result.version == version
             for name, expected in _wire(model).items():

@@ -1,7 +1,6 @@
-"""Evaluation: every item counted, pinned versions enforced, files rewritten, and the real process against real sockets.
+"""The evaluation process against real sockets, and the files that it leaves."""
 
-The engine is a stand-in that answers held-out arithmetic: sample seeds that are multiples of four are answered wrong.
-"""
+from __future__ import annotations
 
 import asyncio
 import csv
@@ -9,188 +8,49 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
+from eval_cases import (
+    SAMPLING,
+    VOCABULARY,
+    CharTokenizer,
+    FakeEngine,
+    answer_tokens,
+    expected_average,
+    run_benchmark,
+    small,
+)
 
 from astracli.data import benchmarks
-from astracli.data.benchmarks import Benchmark
-from astracli.data.prompts import Problem
-from astracli.engines.client import GenRequest, GenResult
-from astracli.errors import RunFailed
 from astracli.recipe import Recipe
 from astracli.rl import passk
-from astracli.rl.evaluation import Sampling, evaluate_benchmark, sample_seed
 from astracli.rl.reward import GradePool
-from astracli.workers import evaluate
+from astracli.workers import eval_files, evaluate
 from astracli.workers.common import WorkerConfig
 
-CHARACTERS = "0123456789+-= \\boxed{}"
-VOCABULARY = {c: i for i, c in enumerate(["<pad>", "<eos>", *dict.fromkeys(CHARACTERS)])}
-SYMBOLS = list(VOCABULARY)
-SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=24, context_length=64, stop_token_ids=(1,), seed=5)
 TOKEN = "secret"
-
-
-class CharTokenizer:
-    chat_template = None
-    eos_token_id = 1
-
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        return {"input_ids": [VOCABULARY[c] for c in text]}
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return "".join(SYMBOLS[i] for i in ids if i > 1)
-
-
-def answer_tokens(prompt: Sequence[int], seed: int) -> list[int]:
-    question = CharTokenizer().decode(prompt).rstrip("=")
-    right = eval(question)
-    return [*CharTokenizer()(f"\\boxed{{{right + (seed % 4 == 0)}}}")["input_ids"], 1]
-
-
-class FakeEngine:
-    """Answers at once; counts what is in flight; can abort, fail and change its version."""
-
-    def __init__(self, version: int = 7) -> None:
-        self.version = version
-        self.in_flight = self.most = 0
-        self.aborts = self.failures = 0
-        self.healthy = True
-        self.requests: list[GenRequest] = []
-        self.calls: list[list[GenRequest]] = []
-
-    async def health(self) -> bool:
-        return self.healthy
-
-    async def generate(self, requests: Sequence[GenRequest]) -> list[GenResult]:
-        self.requests += requests
-        self.calls.append(list(requests))
-        self.in_flight += len(requests)
-        self.most = max(self.most, self.in_flight)
-        await asyncio.sleep(0.001)
-        self.in_flight -= len(requests)
-        if self.failures:
-            self.failures -= 1
-            raise RunFailed("engine at nowhere is gone")
-        results = []
-        for request in requests:
-            tokens = np.array(answer_tokens(request.input_ids, request.seed), np.int32)
-            reason: Any = "stop"
-            if self.aborts:
-                self.aborts -= 1
-                tokens, reason = tokens[:2], "abort"
-            version = self.version
-            results.append(GenResult(tokens, np.full(len(tokens), -0.5, np.float32), reason, version, version, ""))
-        return results
-
-
-def small(n: int) -> Benchmark:
-    return replace(benchmarks.load("arithmetic-heldout"), items=benchmarks.load("arithmetic-heldout").items[:n])
-
-
-def run_benchmark(engine: FakeEngine, benchmark: Benchmark, **options: Any) -> Any:
-    options = {"sampling": SAMPLING, "version": 7} | options
-    with GradePool() as pool:
-        return asyncio.run(evaluate_benchmark(engine, benchmark, CharTokenizer(), pool, **options))
-
-
-def expected_average(items: Sequence[Problem], n: int) -> float:
-    wrong = [sample_seed(5, "arithmetic-heldout", p.id, i) % 4 == 0 for p in items for i in range(n)]
-    return 1 - sum(wrong) / len(wrong)
-
-
-def test_seeds_depend_on_run_benchmark_item_and_sample_only() -> None:
-    seeds = {sample_seed(s, b, p, i) for s in (0, 1) for b in ("a", "b") for p in ("x", "y") for i in range(4)}
-    assert len(seeds) == 32 and all(0 <= seed < 2**63 for seed in seeds)
-    first, second = FakeEngine(7), FakeEngine(8)
-    run_benchmark(first, small(5))
-    run_benchmark(second, small(5), version=8, max_concurrency=3)
-    assert sorted(r.seed for r in first.requests) == sorted(r.seed for r in second.requests)
-
-
-def test_average_is_over_all_items_and_samples() -> None:
-    benchmark = small(40)
-    progress: list[tuple[int, int]] = []
-    result = run_benchmark(FakeEngine(), benchmark, on_progress=lambda done, total: progress.append((done, total)))
-    assert result.score.avg_at_n == pytest.approx(expected_average(benchmark.items, 8))
-    assert (result.score.items, result.score.n, result.score.k) == (40, 8, 4)
-    assert progress[-1] == (320, 320)
-    assert [(s.problem.id, s.sample) for s in result.samples[:9]] == [
-        *((benchmark.items[0].id, i) for i in range(8)),
-        (benchmark.items[1].id, 0),
-    ]
-    assert 0 < result.figures()["response_tokens_mean"] < 24
-
-
-@pytest.mark.parametrize("limit", [1, 5, 16])
-def test_no_more_samples_in_flight_than_allowed(limit: int) -> None:
-    engine = FakeEngine()
-    run_benchmark(engine, small(20), max_concurrency=limit)
-    assert 0 < engine.most <= limit
-    long = FakeEngine()
-    run_benchmark(
-        long, small(20), max_concurrency=limit, sampling=replace(SAMPLING, max_new_tokens=5000, context_length=9999)
-    )
-    assert long.most == limit
-
-
-def test_fixed_calls_are_full_in_order_and_one_at_a_time() -> None:
-    engine, usual = FakeEngine(), FakeEngine()
-    exact = run_benchmark(engine, small(5), whole_calls=True, max_concurrency=16)
-    assert [len(call) for call in engine.calls] == [16, 16, 8] and engine.most == 16
-    assert [r.seed for r in engine.requests] == [
-        sample_seed(5, "arithmetic-heldout", item.id, i) for item in small(5).items for i in range(8)
-    ]
-    same = run_benchmark(usual, small(5), max_concurrency=16)
-    assert [(s.problem.id, s.sample, s.text) for s in exact.samples] == [
-        (s.problem.id, s.sample, s.text) for s in same.samples
-    ]
-
-
-def test_aborted_requests_and_a_restarting_engine_are_asked_again() -> None:
-    engine = FakeEngine()
-    engine.aborts, engine.failures, engine.healthy = 11, 3, False
-    benchmark = small(6)
-    result = run_benchmark(engine, benchmark)
-    assert result.score.avg_at_n == pytest.approx(expected_average(benchmark.items, 8))
-    assert {s.finish_reason for s in result.samples} == {"stop"}
-
-
-def test_a_healthy_engine_that_refuses_ends_the_evaluation() -> None:
-    engine = FakeEngine()
-    engine.failures = 10**6
-    with pytest.raises(RunFailed, match="is gone"):
-        run_benchmark(engine, small(1))
-
-
-def test_another_version_is_an_error() -> None:
-    with pytest.raises(RunFailed, match="pinned to version 7 was answered by version 9"):
-        run_benchmark(FakeEngine(9), small(2))
-    assert run_benchmark(FakeEngine(9), small(2), version=None).samples[0].version == 9
-
-
-def test_prompts_that_do_not_fit_count_as_wrong() -> None:
-    benchmark = small(4)
-    length = len(benchmark.items[2].question)  # a three-digit problem
-    result = run_benchmark(FakeEngine(), benchmark, sampling=replace(SAMPLING, context_length=length))
-    figures = result.figures()
-    assert figures["items"] == 4 and figures["prompts_too_long"] == 16
-    assert all(s.grade.verdict == "no_answer" for s in result.samples if s.finish_reason == "prompt_too_long")
+RECIPE = {
+    "seed": 5,
+    "model": {"path": "astra:tiny"},
+    "data": {"source": "arithmetic"},
+    "train": {"steps": 10},
+    "rollout": {"max_new_tokens": 24, "context_length": 64},
+    "eval": {"benchmarks": ["arithmetic-heldout"], "samples": 4, "temperature": 1.0},
+}
 
 
 def test_rows_of_a_step_are_replaced_and_overall_is_the_unweighted_mean(tmp_path: Path) -> None:
     results = [run_benchmark(FakeEngine(), small(8)), replace(run_benchmark(FakeEngine(), small(3)), benchmark="other")]
-    evaluate.write_results(tmp_path, 10, 7, results)
-    evaluate.write_results(tmp_path, 0, 0, results)
+    eval_files.write_results(tmp_path, 10, 7, results)
+    eval_files.write_results(tmp_path, 0, 0, results)
     before = (tmp_path / "eval.csv").read_text()
-    evaluate.write_results(tmp_path, 10, 7, results)
+    eval_files.write_results(tmp_path, 10, 7, results)
     assert (tmp_path / "eval.csv").read_text() == before
     rows = list(csv.DictReader((tmp_path / "eval.csv").open()))
     assert before.startswith("step,version,benchmark,items,n,avg_at_n,stderr,k,pass_at_k\n0,0,arithmetic-heldout,8,8,")
@@ -207,6 +67,50 @@ def test_rows_of_a_step_are_replaced_and_overall_is_the_unweighted_mean(tmp_path
         *("step", "version", "benchmark", "problem_id", "problem", "answer", "sample", "completion", "tokens"),
         *("logprobs", "advantage", "reward", "verdict", "finish_reason"),
     ]
+
+
+def test_a_pinned_engine_is_asked_alone_and_none_means_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[str, Any] = {}
+
+    class Client(FakeEngine):
+        def __init__(self, url: str, token: str, *, name: str, loader_dir: Path | None):
+            super().__init__()
+            made[name] = self
+
+        async def wait_ready(self, timeout_s: float) -> None: ...
+
+        async def close(self) -> None: ...
+
+    monkeypatch.setattr("astracli.engines.client.EngineClient", Client)
+    config: Any = SimpleNamespace(
+        recipe=Recipe.model_validate(RECIPE),
+        token=TOKEN,
+        backends={},
+        engines=[{"name": name, "url": "http://nowhere"} for name in ("engine0", "engine1")],
+    )
+    with GradePool() as pool:
+        evaluator = evaluate.Evaluator(config, quiet(), CharTokenizer(), pool, SAMPLING, [small(8)])
+        asyncio.run(evaluator.evaluate("engine1", 7))
+        assert made.keys() == {"engine1"} and len(made["engine1"].requests) == 32
+        asyncio.run(evaluator.evaluate(None, 7))
+    assert [len(made[name].requests) for name in ("engine0", "engine1")] == [16, 16]
+
+
+def test_what_an_earlier_attempt_left_is_taken_where_it_belongs(tmp_path: Path) -> None:
+    """Not a sample of another version or of an item that is gone, and not a line that was torn."""
+    first, second, third, fourth, *_ = run_benchmark(FakeEngine(), small(1)).samples
+    kept = eval_files.Partial(tmp_path / "partial", small(1), 7)
+    assert kept.read() == []
+    kept.add([first, second])
+    kept.add([replace(third, version=6), replace(fourth, problem=replace(fourth.problem, id="gone"))])
+    with kept.path.open("a") as file:
+        file.write('{"problem_id": "add2:')
+    found = kept.read()
+    assert [(s.problem, s.sample, s.version, s.text, s.finish_reason, s.grade) for s in found] == [
+        (s.problem, s.sample, 7, s.text, s.finish_reason, s.grade) for s in (first, second)
+    ]
+    assert [s.tokens.tolist() for s in found] == [s.tokens.tolist() for s in (first, second)]
+    assert [s.version for s in replace(kept, version=None).read()] == [7, 7, 6]
 
 
 class Stand(BaseHTTPRequestHandler):
@@ -291,21 +195,13 @@ def save_tokenizer(path: Path) -> None:
 def worker_config(tmp_path: Path, server: Any, **extra: Any) -> WorkerConfig:
     save_tokenizer(tmp_path / "model")
     url = f"http://127.0.0.1:{server.server_address[1]}"
-    recipe = {
-        "seed": 5,
-        "model": {"path": "astra:tiny"},
-        "data": {"source": "arithmetic"},
-        "train": {"steps": 10},
-        "rollout": {"max_new_tokens": 24, "context_length": 64},
-        "eval": {"benchmarks": ["arithmetic-heldout"], "samples": 4, "temperature": 1.0},
-    }
     return WorkerConfig(
         name="eval",
         role="eval",
         run_dir=tmp_path / "run",
         hub_url=url,
         token=TOKEN,
-        recipe=Recipe.model_validate(recipe),
+        recipe=Recipe.model_validate(RECIPE),
         paths={"model": str(tmp_path / "model"), "data": None, "benchmarks": {"arithmetic-heldout": None}},
         engines=[{"name": "engine0", "url": url}],
         extra=extra,

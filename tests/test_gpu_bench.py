@@ -15,6 +15,7 @@ import pytest
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
     path = Path(__file__).parent.parent / "bench" / "gpu_train.py"
+    sys.path.insert(0, str(path.parent))  # as when it is started: it imports its neighbours
     spec = importlib.util.spec_from_file_location("gpu_train", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -16,10 +16,10 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from hub_tools import group, open_store
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
-from test_hub_store import group, open_store
 
 from astracli.errors import RunFailed
 from astracli.hub import client as client_module

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_hub_store import finish_step, group, ids, open_store
+from hub_tools import finish_step, group, ids, open_store
 
 from astracli import recipe_io
 from astracli.data.prompts import PromptSource
@@ -41,6 +41,17 @@ def teach(store: HubStore, groups: int) -> None:
 
 def asked(store: HubStore, groups: int) -> list[int]:
     return [lease["prompt_index"] for lease in store.lease("w", groups)["leases"]]
+
+
+def test_the_ends_of_the_band_belong_to_it() -> None:
+    chooser = Curriculum(CurriculumTable(low=0.25, high=0.5, outside=0.1), 0, kind)
+    weights = [chooser._weight(rate) for rate in (None, 0.2, 0.25, 0.5, 0.6)]
+    assert weights == [1.0, 0.1, 1.0, 1.0, 0.1]
+
+
+def test_another_seed_draws_other_numbers() -> None:
+    drawn = {uniform(seed, lease) for seed in range(4) for lease in range(4)}
+    assert len(drawn) == 16 and all(0.0 <= number < 1.0 for number in drawn)
 
 
 def test_without_a_record_every_candidate_is_as_likely(tmp_path: Path) -> None:

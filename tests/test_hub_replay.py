@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_hub_store import batch_ids, fill, finish_step, group, ids, open_store
+from hub_tools import batch_ids, fill, finish_step, group, ids, open_store
 
 from astracli import recipe_io
 from astracli.errors import UserError
@@ -175,3 +175,11 @@ def test_a_replay_needs_room_for_its_staleness() -> None:
         recipe_io.load("qwen3.5-tiny-m2po-full", ["train.replay_ratio=3"])
     with pytest.raises(UserError, match=r"launch\.deterministic lets a token lag at most 0"):
         recipe_io.load("qwen3.5-tiny-m2po-full", ["train.replay_ratio=1", "launch.deterministic=true"])
+
+
+def test_without_checkpoints_what_will_be_trained_on_again_is_kept(tmp_path: Path) -> None:
+    store = open_store(tmp_path, steps=12, max_staleness=4, replay_ratio=1, checkpoints=False)
+    for step in range(0, 12, 2):
+        fill(store, step)
+        assert finish_step(store, step) == finish_step(store, step + 1)
+    assert store._db.scalar("SELECT COUNT(*) FROM blobs") <= 8

@@ -1,79 +1,16 @@
-"""The hub's store: admission, leases, batches, evaluations, and what survives a kill -9 at any instant."""
+"""The hub's store: admission, leases, batches, versions and evaluations."""
 
 from __future__ import annotations
 
-import os
-import random
-import shutil
-import signal
-import sqlite3
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from hub_tools import Clock, batch_ids, counts_of, fill, finish_step, group, ids, open_store
 
-from astracli.errors import RunFailed, UserError
-from astracli.hub.store import HubStore
-from astracli.rl.types import Group, Sample, Segment, pack_group, unpack_group
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def open_store(path: Path, **changes: Any) -> HubStore:
-    settings: dict[str, Any] = {
-        "batch_groups": 4,
-        "max_staleness": 1,
-        "drop_equal_groups": True,
-        "lease_timeout_s": 60.0,
-        "steps": 10,
-        "eval_every": 0,
-        "engines": ["engine0"],
-    }
-    return HubStore(path / "hub.sqlite", **(settings | changes))
-
-
-def group(lease_id: int, version: int = 0, rewards: tuple[float, ...] = (0.0, 1.0), verdict: Any = "right") -> bytes:
-    samples = [
-        Sample(i, [Segment(version, np.arange(3, dtype=np.int32), np.full(3, -0.5, np.float32))], "stop", r, verdict)
-        for i, r in enumerate(rewards)
-    ]
-    return pack_group(Group(lease_id, f"p{lease_id}", np.array([1, 2], np.int32), samples))
-
-
-def ids(reply: dict[str, Any]) -> list[int]:
-    return [lease["lease_id"] for lease in reply["leases"]]
-
-
-def batch_ids(reply: dict[str, Any]) -> list[int]:
-    return [unpack_group(blob).lease_id for blob in reply["groups"]]
-
-
-def finish_step(store: HubStore, step: int, checkpoint_step: int | None = None) -> list[int]:
-    got = batch_ids(store.batch(step))
-    store.announce(step + 1, step + 1)
-    store.engine_state("engine0", step + 1, "ready")
-    store.ack(step, step + 1, checkpoint_step)
-    return got
-
-
-def fill(store: HubStore, version: int, n: int = 4) -> list[int]:
-    leases = ids(store.lease("w", n, engine=None))
-    for lease in leases:
-        assert store.put(group(lease, version)) == "accepted"
-    return leases
-
+from astracli.errors import RunFailed
 
 # ---- admission -------------------------------------------------------------------------------------------------------
 
@@ -134,43 +71,6 @@ def test_a_resumed_deterministic_run_begins_its_wave_again(tmp_path: Path) -> No
     assert ids(store.lease("w", 9, engine="engine0")) == [4, 5, 6, 7]
     assert [store.put(group(lease, 1)) for lease in (4, 5, 6, 7)] == ["accepted"] * 4
     assert batch_ids(store.batch(1)) == [4, 5, 6, 7]
-
-
-def counts_of(**known: int) -> dict[str, int]:
-    names = ("in_flight", "queued", "waiting", "dropped", "expired", "skipped", "timeouts")
-    return dict.fromkeys((*names, "consumed_steps", "consumed_groups", "replayed_steps"), 0) | known
-
-
-def test_old_rows_are_deleted_and_still_counted(tmp_path: Path) -> None:
-    for name in ("long", "short"):
-        (tmp_path / name).mkdir()
-    kept = open_store(tmp_path / "long", steps=30, max_staleness=0, history_steps=99)
-    short = open_store(tmp_path / "short", steps=30, max_staleness=0, history_steps=5)
-    for store in (kept, short):
-        for step in range(30):
-            a, b, c, d = ids(store.lease("w", 4))
-            store.put(group(a, step, rewards=(1.0, 1.0), verdict="timeout"))
-            store.skip(b, "prompt of 3000 tokens")
-            store.put(group(c, step, verdict="timeout"))
-            store.put(group(d, step))
-            fill(store, step, 2)
-            store.batch(step)
-            store.announce(step + 1, step + 1)
-            store.ack(step, step + 1, step + 1 if step % 2 else None)
-    assert (
-        kept.counts()
-        == short.counts()
-        == counts_of(dropped=30, skipped=30, timeouts=30 * 4, consumed_steps=30, consumed_groups=120)
-    )
-    rows = [store._db.scalar("SELECT COUNT(*) FROM groups") for store in (kept, short)]
-    assert rows[0] == 30 * 6 and rows[1] <= 9 * 6, "five steps, and those whose blobs a resume may need"
-    blobs = short._db.scalar("SELECT COUNT(*) FROM blobs")
-    assert blobs <= 4 * 4, "two checkpoints of two steps"
-    assert short._db.scalar("SELECT MIN(step) FROM batches") >= 20
-    with pytest.raises(RunFailed, match="cannot resume from step 3"):
-        short.rewind(3, 3)
-    short.rewind(28, 28)
-    assert len(short.batch(28)["groups"]) == 4
 
 
 def test_an_engine_that_is_not_ready_gets_no_leases(tmp_path: Path) -> None:
@@ -408,52 +308,6 @@ def test_a_batch_for_which_nothing_came_in_has_no_mean_reward(tmp_path: Path) ->
     assert (stats["arrived_groups"], "reward_mean" in stats) == (0, False)
 
 
-# ---- acknowledgement, resume -----------------------------------------------------------------------------------------
-
-
-def test_groups_are_kept_back_to_the_checkpoint_before_the_newest(tmp_path: Path) -> None:
-    store = open_store(tmp_path)
-    for step in range(6):
-        fill(store, step)
-        finish_step(store, step, checkpoint_step={1: 2, 3: 4, 5: 6}.get(step))
-    with pytest.raises(RunFailed, match="the groups of step 3 are gone"):
-        store.batch(3)
-    assert len(store.batch(4)["groups"]) == 4
-    with pytest.raises(RunFailed, match="cannot resume from step 2: the groups of 2 later steps are gone"):
-        store.rewind(2, 2)
-    store.rewind(4, 4)
-    assert store.state()["counts"]["consumed_steps"] == 4
-
-
-def test_rewind_serves_the_same_batches_again_and_forgets_what_came_later(tmp_path: Path) -> None:
-    store = open_store(tmp_path, eval_every=2)
-    store.announce(0, 0)
-    store.engine_state("engine0", 0, "ready")
-    store.eval_done(0, 0, {"overall": 0.4})
-    batches = []
-    for step in range(5):
-        fill(store, step)
-        batches.append(finish_step(store, step))
-    in_flight = ids(store.lease("w", 2))
-    assert [e["step"] for e in store.state()["evals"]] == [0, 2, 4]
-    store.close()
-
-    store = open_store(tmp_path, eval_every=2)
-    store.rewind(3, 3)
-    state = store.state()
-    assert state["latest_version"] is None, "nothing may be fetched before the trainer has published version 3 anew"
-    assert store.target("engine0") == {"version": None, "pinned": False, "stop": False}
-    assert [(e["step"], e["state"]) for e in state["evals"]] == [(0, "done"), (2, "pending")]
-    assert (state["counts"]["consumed_steps"], state["next_step"], state["counts"]["queued"]) == (3, 5, 2)
-    assert store.announce(3, 3) == {"eval": False, "pinned": [2]}
-    assert store.target("engine0") == {"version": 2, "pinned": True, "stop": False}
-    store.engine_state("engine0", 3, "ready")
-    assert store.lease("w", 9, engine="engine0")["leases"] == [], "two batches are there already"
-    assert [finish_step(store, step) for step in (3, 4)] == batches[3:]
-    assert ids(store.lease("w", 2)) == in_flight
-    assert not store.finished
-
-
 # ---- versions and evaluations ----------------------------------------------------------------------------------------
 
 
@@ -531,100 +385,3 @@ def test_threads_share_one_store(tmp_path: Path) -> None:
     assert not failures
     assert (len(served), len(set(served))) == (200, 200)
     assert store.finished
-
-
-# ---- the file --------------------------------------------------------------------------------------------------------
-
-
-def test_another_schema_and_another_file_are_refused(tmp_path: Path) -> None:
-    open_store(tmp_path).close()
-    with sqlite3.connect(tmp_path / "hub.sqlite") as file:
-        file.execute("UPDATE meta SET value = 7 WHERE key = 'schema_version'")
-    with pytest.raises(UserError, match="has schema 7, this astra reads 2"):
-        open_store(tmp_path)
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "hub.sqlite").write_bytes(b"no database" * 100)
-    with pytest.raises(UserError, match="is not a hub database"):
-        open_store(tmp_path / "other")
-
-
-def test_reopening_requeues_leases_and_keeps_everything_else(tmp_path: Path) -> None:
-    store = open_store(tmp_path)
-    fill(store, 0, n=5)
-    first = store.batch(0)
-    store.lease("w", 2)
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for file in tmp_path.glob("hub.sqlite*"):
-        shutil.copy(file, copy)
-    again = open_store(copy)
-    assert again.batch(0) == first
-    counts = again.counts()
-    assert (counts["in_flight"], counts["queued"], counts["waiting"]) == (0, 2, 1)
-    assert ids(again.lease("w", 2)) == [5, 6]
-
-
-CHILD = """
-import sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from test_hub_store import group, ids, open_store, batch_ids, finish_step
-
-store = open_store(Path({path!r}), steps=10**6, batch_groups=3, drop_equal_groups=True)
-print("open", flush=True)
-step = store.state()["counts"]["consumed_steps"]
-while True:
-    for lease in ids(store.lease("w", 3)):
-        version = store.target("engine0")["version"] or 0
-        blob = group(lease, version, rewards=(1.0, 1.0) if lease % 5 == 4 else (0.0, 1.0))
-        print("put", lease, store.put(blob), flush=True)
-    reply = store.batch(step)
-    if "groups" in reply:
-        print("batch", step, *batch_ids(reply), flush=True)
-        store.announce(step + 1, step + 1)
-        store.ack(step, step + 1, (step + 1) if step % 4 == 3 else None)
-        print("ack", step, flush=True)
-        step += 1
-"""
-
-
-def test_kill_9_at_any_instant_loses_no_group_and_serves_none_in_two_batches(tmp_path: Path) -> None:
-    """A hub does its work as fast as it can; it is killed 8 times; everything it ever said must still hold."""
-    source = textwrap.dedent(CHILD).format(tests=str(Path(__file__).parent), path=str(tmp_path))
-    moments = random.Random(7)
-    batches: dict[int, list[int]] = {}
-    settled: dict[int, str] = {}
-    acked = -1
-    for _ in range(8):
-        child = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True)
-        assert child.stdout is not None
-        assert child.stdout.readline() == "open\n"
-        said = [child.stdout.readline().strip() for _ in range(moments.randint(20, 80))]
-        time.sleep(moments.uniform(0, 0.005))
-        os.kill(child.pid, signal.SIGKILL)
-        said += child.stdout.read().split("\n")[:-1]  # without a torn last line
-        child.wait()
-        for line in said:
-            words = line.split()
-            if words[0] == "put" and words[2] in ("accepted", "dropped"):
-                assert int(words[1]) not in settled, "settled once"
-                settled[int(words[1])] = words[2]
-            elif words[0] == "batch" and len(words) == 5:
-                assert batches.setdefault(int(words[1]), [int(i) for i in words[2:]]) == [int(i) for i in words[2:]]
-            elif words[0] == "ack":
-                acked = max(acked, int(words[1]))
-    assert len(batches) > 20
-    served = [i for step in batches.values() for i in step]
-    assert len(served) == len(set(served)), "no group in two batches"
-
-    with sqlite3.connect(tmp_path / "hub.sqlite") as file:
-        state = dict(file.execute("SELECT lease_id, state FROM groups"))
-        rows = dict(file.execute("SELECT lease_id, step FROM groups WHERE state = 'assigned'"))
-        blobs = {row[0] for row in file.execute("SELECT lease_id FROM blobs")}
-        done = file.execute("SELECT COUNT(*) FROM batches WHERE acked = 1").fetchone()[0]
-    assert done > acked, "an acknowledgement that was answered stays"
-    assert sorted(state) == list(range(len(state))), "no lease is missing"
-    for lease, status in settled.items():
-        assert state[lease] in (("kept", "assigned") if status == "accepted" else ("dropped",))
-    assert all(rows[i] == step for step, members in batches.items() for i in members)
-    assert all(lease in blobs for lease, name in state.items() if name == "kept")

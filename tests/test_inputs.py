@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from astracli import recipe_io, run_dir
+from astracli import recipe_io, runs
 from astracli.errors import UserError
 from astracli.launch import fetch, inputs, run
 
@@ -93,7 +93,7 @@ def test_bad_input_starts_nothing_and_leaves_no_run(
 
 def test_only_training_is_resumed(tmp_path: Path) -> None:
     recipe = recipe_io.load(TINY)
-    there = run_dir.create("x", tmp_path / "samples")
+    there = runs.create("x", tmp_path / "samples")
     there.recipe_json.write_text(recipe_io.to_json(recipe))
     there.start(recipe=TINY, command="rollout")
     there.end("done", exit_code=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from astracli import recipe_io, run_dir
+from astracli import recipe_io, runs
 from astracli.errors import RunFailed, UserError
 from astracli.launch import children, run
 from astracli.launch.job import Job
@@ -132,7 +133,7 @@ def test_dry_run_of_every_shipped_recipe() -> None:
         if recipe.model.path.startswith("./"):  # its model is made first
             with pytest.raises(UserError, match="nothing at that path") as refused:
                 run.dry_run(recipe, "train")
-            assert refused.value.hint and "how its model is made" in refused.value.hint
+            assert refused.value.hint and "make it: `python scripts/make_" in refused.value.hint
             continue
         document = run.dry_run(recipe, "train")
         assert document["recipe"] == info.name and document["processes"]
@@ -186,7 +187,7 @@ def job_with(tmp_path: Path, trainer: str, **changes: Any) -> Job:
     plan = replace(
         plan, processes=tuple(replace(p, module="stand_in", env={**p.env, **search}) for p in plan.processes)
     )
-    run_path = run_dir.create("t", tmp_path / "run")
+    run_path = runs.create("t", tmp_path / "run")
     run_path.next_attempt()
     return Job(recipe, plan, run_path, 1, {"model": "/m", "data": None, "benchmarks": {}})
 
@@ -209,6 +210,44 @@ def test_job_runs_to_its_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     talk = capfd.readouterr().err
     assert "starting" in talk and "all processes are ready" in talk and "stopping" in talk
     assert not psutil.Process().children()
+
+
+def test_a_job_that_is_interrupted_before_its_first_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ctrl_c(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    job = job_with(tmp_path, DONE)
+    monkeypatch.setattr(children, "build", ctrl_c)
+    assert job.run() == 130 and job.summary == {}
+    assert RunDir(tmp_path / "run").shown_state() == "interrupted"
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_ctrl_c_while_the_hub_is_set_up_starts_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = children.build
+
+    def slowly(*words: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return build(*words)
+
+    job = job_with(tmp_path, DONE)
+    monkeypatch.setattr(children, "build", slowly)
+    assert job.run() == 130
+    assert (job.summary["state"], job.summary["steps"]) == ("interrupted", 0)
+    assert not list((tmp_path / "run" / "logs").rglob("*.log"))
+
+
+def test_a_job_whose_reader_has_gone_goes_on(tmp_path: Path) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from pathlib import Path\nimport test_launch as t\n"
+        f"sys.exit(t.job_with(Path({str(tmp_path)!r}), t.DONE).run())\n"
+    )
+    there, here = os.pipe()
+    os.close(there)
+    assert subprocess.run([sys.executable, "-c", code], stderr=here, timeout=60).returncode == 0
+    os.close(here)
+    assert RunDir(tmp_path / "run").shown_state() == "done"
 
 
 def test_job_that_fails_says_so_everywhere(tmp_path: Path) -> None:

@@ -67,6 +67,16 @@ def test_the_loss_of_a_far_off_token_stays_finite() -> None:
     assert math.isfinite(loss.item())
 
 
+def test_the_limit_of_a_fixed_range_is_its_wider_side() -> None:
+    def cap(low: float, high: float) -> float:
+        settings = table(name="grpo", clip_low=low, clip_high=high)
+        return losses.get("grpo").prepare(tensors(), tensors(), settings).cap
+
+    assert cap(0.2, 0.2) == pytest.approx(-math.log(0.8))  # 0.223; log 1.2 is 0.182
+    assert cap(0.1, 0.4) == pytest.approx(math.log(1.4))
+    assert cap(1.5, 0.2) == pytest.approx(-math.log(1e-6))  # no ratio is under 0
+
+
 # m2po: hand-worked, tau 0.09. Candidates: |log r| 0.1, 0.2, 0.3, 0.6 -> m 0.01, 0.04, 0.09, 0.36; the last two tokens
 # moved against their advantage and are none.
 
@@ -99,6 +109,19 @@ def test_waterfill_by_hand() -> None:
     t = math.sqrt(0.15)
     assert isinstance(limits, Range)
     assert (limits.low, limits.high) == pytest.approx((math.exp(-t), 1.5))  # 1 - e^-0.387 = 0.321, e^0.387 - 1 = 0.473
+
+
+def test_a_mean_of_exactly_tau_is_kept_and_nothing_more() -> None:
+    moments = torch.tensor([0.25, 0.75, 4.0], dtype=torch.float64)
+    assert m2po.largest_kept(moments, 0.5) == math.sqrt(0.75)
+    assert m2po.largest_kept(moments, 0.4999) == math.sqrt(0.4999)  # the one kept, 0.25, is under it
+    assert m2po.largest_kept(moments[:0], 0.25) == 0.5
+
+
+def test_a_water_level_is_never_under_the_root_of_tau() -> None:
+    assert m2po.water_level(torch.tensor([0.01]), 0.25) == 0.5
+    assert m2po.water_level(torch.tensor([0.01, 0.36]), 0.25) == pytest.approx(0.6)
+    assert m2po.water_level(torch.tensor([]), 0.25) == 0.5
 
 
 def test_widths_are_bounded() -> None:

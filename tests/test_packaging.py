@@ -66,7 +66,7 @@ def test_licence_and_entry_points(wheel: zipfile.ZipFile) -> None:
     (licence,) = [name for name in wheel.namelist() if name.endswith("licenses/LICENSE")]
     assert b"Version 2.0, January 2004" in wheel.read(licence)
     (points,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
-    assert b"astra = astracli.cli.main:main" in wheel.read(points)
+    assert b"astra = astracli.__main__:main" in wheel.read(points)
     metadata = wheel.read(points.replace("entry_points.txt", "METADATA")).decode()
     assert "License-Expression: Apache-2.0" in metadata and "Requires-Python: >=3.11" in metadata
 

@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from astracli import registry
 from astracli.adapters.qwen3_5 import ADAPTER
 from astracli.adapters.qwen3_5_layers import torch_rule
-from astracli.gpu.fused import fla
+from astracli.gpu.fused import chunks, fla
 from astracli.training import fsdp, packing, setup, varlen
 from astracli.training import logprob as logprob_module
+from astracli.training.sums import Sums, Timer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -66,8 +67,10 @@ def test_fla_convolution_ends_at_every_boundary() -> None:
     x = torch.randn(1, tokens, channels, device="cuda", generator=draw).bfloat16().requires_grad_()
     taps = torch.randn(channels, 4, device="cuda", generator=draw).bfloat16().requires_grad_()
     pull = torch.randn(1, tokens, channels, device="cuda", generator=draw)
-    cu_seqlens = varlen.boundaries(bounds(), x.device)["cu_seqlens"]
-    out = fla().conv(x, taps, None, activation="silu", cu_seqlens=cu_seqlens)[0]
+    options = varlen.boundaries(bounds(), x.device)
+    cu_seqlens, known = options["cu_seqlens"], chunks(options["edges"], x.device)
+    out = fla().conv(x, taps, None, activation="silu", cu_seqlens=cu_seqlens, **known)[0]
+    assert torch.equal(out, fla().conv(x, taps, None, activation="silu", cu_seqlens=cu_seqlens)[0])
     found = torch.autograd.grad((out * pull).sum(), [x, taps])
     exact_x, exact_taps = (t.detach().double().requires_grad_() for t in (x, taps))
     parts = []
@@ -93,14 +96,17 @@ def test_fla_delta_rule_ends_at_every_boundary() -> None:
     leaves += [-torch.nn.functional.softplus(normal(heads) - 3.0), normal(heads).sigmoid().bfloat16()]
     leaves = [x.requires_grad_() for x in leaves]
     pull = normal(heads, size)
-    cu_seqlens = varlen.boundaries(bounds(), leaves[0].device)["cu_seqlens"]
+    boundaries = varlen.boundaries(bounds(), leaves[0].device)
+    cu_seqlens, known = boundaries["cu_seqlens"], chunks(boundaries["edges"], leaves[0].device)
 
     def run(rule: Any, inputs: list[torch.Tensor], **options: Any) -> torch.Tensor:
         q, k, v, g, beta = inputs
         out: torch.Tensor = rule(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True, **options)[0]
         return out
 
-    out = run(fla().rule, leaves, cu_seqlens=cu_seqlens)
+    known = {name: value for name, value in known.items() if name in fla().rule_options}
+    out = run(fla().rule, leaves, cu_seqlens=cu_seqlens, **known)
+    assert torch.equal(out, run(fla().rule, leaves, cu_seqlens=cu_seqlens))
     found = torch.autograd.grad((out * pull).sum(), leaves)
     exact = [x.detach().float().requires_grad_() for x in leaves]
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -237,6 +243,26 @@ def test_a_trainer_packs_and_proves_it(tmp_path: Path, ranks: Any, checkpointing
         assert metrics["rows_gradient_error"] < 1e-2
         results.append([metrics[name] for name in ("loss", "grad_norm", "entropy")])
     assert results[0] == pytest.approx(results[1], rel=0.02, abs=1e-3)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_no_micro_batch_waits_for_the_gpu(
+    tmp_path: Path, ranks: Any, checkpointing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch itself raises at every wait, after a step that compiles and tunes the kernels."""
+    table = {"activation_checkpointing": checkpointing, "tokens_per_microbatch": 512, "minibatches": 1}
+    chosen = recipe(train=table | {"parity_tolerance": 1e9})
+    trainer = setup.build_trainer(save(tmp_path / "m"), ADAPTER, chosen, ranks, attention="sdpa")
+    trainer.train(sample_groups(None, 8, seed=1), 0, 0)
+    batch = trainer._divide(sample_groups(None, 8, seed=2, version=1), 1)
+    limits = trainer._limits_of_fresh(batch)
+    monkeypatch.setattr(trainer.masters, "update", lambda step: 0.0)
+    monkeypatch.setattr(trainer, "_require_agreement", lambda *_: None)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer._minibatch(batch, 0, 1, 1, limits, {}, {}, Sums(), Timer(trainer.ranks.device), measure=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_boundaries_that_are_ignored_are_found(tmp_path: Path, ranks: Any) -> None:

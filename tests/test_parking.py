@@ -12,7 +12,7 @@ from training_tools import make_trainer, recipe, sample_groups, save_model, spaw
 
 from astracli.adapters.qwen3_5 import ADAPTER
 from astracli.plan_trainer import Split
-from astracli.training import checkpoint, optimizer, setup
+from astracli.training import adam, checkpoint, setup
 from astracli.training.fsdp import Ranks
 from astracli.training.parking import Parking
 from astracli.training.step import Trainer
@@ -100,7 +100,7 @@ def test_constant_tensors_are_copied_to_the_host_once() -> None:
 
 
 def test_moments_and_reference_on_the_host_change_no_byte(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizer, "BUCKET_BYTES", 2000)  # several tensors a bucket, several buckets
+    monkeypatch.setattr(adam, "BUCKET_BYTES", 2000)  # several tensors a bucket, several buckets
     chosen = recipe(algorithm={"kl_coef": 0.1}, train={"learning_rate": 1e-2, "parity_tolerance": 100.0})
     here, there = split_trainer(model_dir, chosen, Split()), split_trainer(model_dir, chosen, HOST)
     assert there.reference is not None
@@ -111,7 +111,7 @@ def test_moments_and_reference_on_the_host_change_no_byte(model_dir: Path, monke
             k: v for k, v in other.items() if not k.endswith("_s")
         }
     assert reference.untyped_storage().nbytes() == 0
-    states = there.masters.adamw.state.values()
+    states = there.masters.adam.adamw.state.values()
     assert {s[k].untyped_storage().nbytes() for s in states for k in ("exp_avg", "exp_avg_sq")} == {0}
     expected, found = everything(here), everything(there)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -121,12 +121,12 @@ def test_moments_and_reference_on_the_host_change_no_byte(model_dir: Path, monke
 def test_a_bucket_holds_no_more_than_it_may_or_one_tensor(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan counts on it: the largest tensor may come behind a bucket that is almost full."""
     limit = 6000
-    monkeypatch.setattr(optimizer, "BUCKET_BYTES", limit)
+    monkeypatch.setattr(adam, "BUCKET_BYTES", limit)
     chosen = recipe(train={"parity_tolerance": 100.0})
     trainer = split_trainer(model_dir, chosen, HOST)
     masters, sizes = trainer.masters, []
-    real = masters._step_bucket
-    monkeypatch.setattr(masters, "_step_bucket", lambda names, g: sizes.append(names) or real(names, g))
+    real = masters.adam._step_bucket
+    monkeypatch.setattr(masters.adam, "_step_bucket", lambda names, g: sizes.append(names) or real(names, g))
     train(trainer, range(1))
     assert len(sizes) > 3 and any(len(names) > 1 for names in sizes)
     for names in sizes:
@@ -158,7 +158,7 @@ def test_a_trainer_that_leaves_the_device_between_steps_learns_the_same(model_di
     for step in range(3):
         leaves.to_host()
         held = [*leaves.masters.values.values(), *leaves.masters.parameters.values()]
-        held += [s[k] for s in leaves.masters.adamw.state.values() for k in ("exp_avg", "exp_avg_sq")]
+        held += [s[k] for s in leaves.masters.adam.adamw.state.values() for k in ("exp_avg", "exp_avg_sq")]
         assert sum(tensor.untyped_storage().nbytes() for tensor in held) == 0
         leaves.to_device()
         train(stays, range(step, step + 1))

@@ -123,6 +123,7 @@ def test_a_circle_of_extends_is_refused(tmp_path: Path) -> None:
         ("eval.benchmarks=[]", "eval.benchmarks", []),
         ("data.levels=add2", "data.levels", ["add2"]),
         ("launch.deterministic=true", "launch.deterministic", True),
+        ("launch.deterministic=True", "launch.deterministic", True),
         ("launch.max_restarts=none", "launch.max_restarts", None),
         ("resources.engine.env.A=3", "resources.engine.env", {"A": "3"}),
         ("train.betas=[0.9, 0.95]", "train.betas", (0.9, 0.95)),
@@ -184,6 +185,19 @@ def test_unknown_recipe_names_the_nearest() -> None:
     assert error.hint is not None
     assert error.hint.startswith("did you mean `qwen3.5-tiny-m2po-delta`")
     assert error.hint.endswith("`astra recipes list`")
+
+
+def test_a_parent_that_is_unknown_is_said_with_the_file_that_names_it(tmp_path: Path) -> None:
+    child = tmp_path / "mine.toml"
+    child.write_text('extends = "qwen3.5-tiny-m2po-detla"\n')
+    error = refused(str(child))
+    assert error.message == f"recipe `{child}`, `extends`: there is no recipe `qwen3.5-tiny-m2po-detla`"
+    assert error.hint is not None and error.hint.startswith("did you mean `qwen3.5-tiny-m2po-delta`")
+
+
+def test_own_samples_bound_pass_k() -> None:
+    assert "`gsm8k` is asked 4 samples" in refused(TINY, "eval.pass_k=5", 'eval.benchmarks=["gsm8k"]').message
+    assert recipe_io.load(TINY, ["eval.pass_k=9", "eval.samples=9"]).eval.pass_k == 9
 
 
 def test_unreadable_files(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from astracli.closing import print_closing, size
+from astracli.closing import closing_facts, print_closing, size
 from astracli.errors import UserError
 from astracli.launch import summary
 from astracli.launch.supervise import Status
@@ -61,27 +61,44 @@ def recipe(**more: Any) -> Recipe:
     return Recipe.model_validate(document | more)
 
 
-def test_plain_lines_say_the_figures_and_who_waits_for_what() -> None:
+def test_plain_lines_say_the_figures_and_after_a_silence_who_waits_for_what() -> None:
     clock, lines = Clock(), list[str]()
     view = PlainView(lines.append, clock)
     progress = Progress("tiny", 100, clock=clock)
     statuses = {"trainer": Status("trainer", "starting"), "engine0": Status("engine", "ready", heard=1.0)}
     progress.feed([], state(0), statuses, "starting")
     view.update(progress)
-    assert lines == ["starting trainer: has not reported yet"]
+    assert lines == ["starting"]
+    clock.now += 20
+    view.update(progress)
+    assert lines.pop() == "starting; trainer: has not reported yet"
     statuses["trainer"] = Status("trainer", "ready", "3 of 16 groups", heard=1.0)
     clock.now += 5
     progress.feed([trainer(11)], state(12, evaluation(0, 0.352, 0.6)), statuses, "running")
     view.update(progress)
     assert lines[1:] == [
         "eval step 0: arithmetic-heldout avg@8 0.352 ± 0.020 pass@4 0.600",
-        "all processes are ready trainer: waiting for 3 of 16 groups",
+        "all processes are ready",
     ]
     clock.now += 2.5
     view.update(progress)
-    assert lines[3] == (
-        "step 12/100 reward 0.43 avg@8 0.352 (step 0) 210 tok/s staleness 0.9 trainer: waiting for 3 of 16 groups"
+    assert lines[3] == "step 12/100 reward 0.43 avg@8 0.352 (step 0) 210 tok/s staleness 0.9"
+    clock.now += 16
+    view.update(progress)
+    assert lines[4] == (
+        "step 12/100 reward 0.43 avg@8 0.352 (step 0) 210 tok/s staleness 0.9; trainer: waiting for 3 of 16 groups"
     )
+
+
+def test_plain_lines_of_a_resumed_run_begin_where_it_goes_on() -> None:
+    clock, lines = Clock(), list[str]()
+    view = PlainView(lines.append, clock)
+    progress = Progress("tiny", 100, clock=clock)
+    progress.feed([], state(4, evaluation(0, 0.352, 0.6)), {}, "starting")
+    view.update(progress)
+    clock.now += 3
+    view.update(progress)
+    assert lines == ["starting"]
 
 
 def test_plain_lines_come_at_most_every_two_seconds_and_never_stay_away() -> None:
@@ -199,6 +216,21 @@ def test_summary_figures(tmp_path: Path) -> None:
 def test_summary_of_a_resumed_attempt_times_its_own_steps(tmp_path: Path) -> None:
     found = make_summary(tmp_path, first_step=2)
     assert (found["steps"], found["steps_this_attempt"], found["training"]["tokens"]) == (4, 2, 2000)
+
+
+def test_what_a_killed_attempt_trained_after_its_checkpoint_is_no_part_of_the_run(tmp_path: Path) -> None:
+    before = [{"time": 100.0 + s, "step": s, "process": "trainer", "step_s": 2.0, "tokens": 1000} for s in range(4)]
+    after = [{"time": 200.0, "step": 2, "process": "trainer", "step_s": 3.0, "tokens": 10}]
+    found = make_summary(tmp_path, records=before, first_step=2, since=150.0)
+    assert (found["steps"], found["steps_this_attempt"], found["training"]["tokens"]) == (2, 0, 0)
+    found = make_summary(tmp_path, records=before + after, first_step=2, since=150.0)
+    assert (found["steps"], found["training"]["tokens"], found["training"]["step_s_mean"]) == (3, 10, 3.0)
+
+
+def test_the_table_of_a_command_without_a_trainer_has_no_steps(tmp_path: Path) -> None:
+    found = make_summary(tmp_path, records=[], store={}, plan={"command": "rollout"})
+    assert found["steps_planned"] is None and list(found["phases_s"])[:2] == ["start-up", "running"]
+    assert "steps" not in dict(closing_facts(found))
 
 
 def test_summary_of_a_run_that_never_began(tmp_path: Path) -> None:

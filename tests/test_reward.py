@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from astracli.errors import RunFailed, UserError
-from astracli.rl import grader
+from astracli.rl import answer_forms, grader
 from astracli.rl.reward import GradeItem, GradePool, grade_all, probe_grades, validate_reward
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -303,10 +303,34 @@ def test_builtin_rewards_validate_without_a_process() -> None:
     assert time.monotonic() - started < 0.1
 
 
+def test_the_last_announcement_behind_the_last_box_counts() -> None:
+    said = "the final answer is $10$"
+    assert grader.announced(f"{said}, so \\boxed{{7}}", "boxed_or_last_number") is None
+    assert grader.announced(f"\\boxed{{7}}; {said}. No: {said[:-4]}$12$.", "boxed_or_last_number") == (
+        "final answer is $12$."
+    )
+    assert grader.announced(f"\\boxed{{7}}; {said}", "boxed") is None
+
+
+def test_a_box_ends_where_its_brace_does_whatever_is_escaped() -> None:
+    assert grader.read_answer(r"\boxed{\left\{1, 2\right.} and so on}", "boxed") == (r"\left\{1, 2\right.", True)
+    assert grader.read_answer(r"\boxed{1, 2\} or so} 3", "boxed") == (r"1, 2\} or so", True)
+
+
+def test_forms_are_rewritten_only_where_one_side_has_them() -> None:
+    assert list(answer_forms.rewritten(r"50\%", r"50\%")) == []
+    assert list(answer_forms.rewritten(r"50\%", "50")) == [("50", "50")]
+    assert list(answer_forms.rewritten("[1,2]", "1,2")) == [("(1,2)", "(1,2)")]
+    assert list(answer_forms.rewritten("[1,2],[3,4]", "1,2,3,4")) == []
+
+
 def test_probe_rewards_the_upper_half_of_a_group() -> None:
     group = [GradeItem("", "", "", tokens) for tokens in ([2, 4], [2, 3], [1, 3], [1, 3, 5, 2])]
     # shares of even ids 1, 1/2, 0, 1/4; median 3/8
     assert [g.reward for g in probe_grades(group)] == [1.0, 1.0, 0.0, 0.0]
+    # of three the median is one of them: 0, 1/2, 1
+    odd = [GradeItem("", "", "", tokens) for tokens in ([1], [1, 2], [2])]
+    assert [g.reward for g in probe_grades(odd)] == [0.0, 1.0, 1.0]
     with GradePool("probe") as pool:
         assert [g.verdict for g in pool.grade_group(group)] == ["right", "right", "wrong", "wrong"]
     with pytest.raises(ValueError, match="token ids"):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from astracli import run_dir
+from astracli import runs
 from astracli.data import datasets
 from astracli.data.prompts import PromptSource
 from astracli.data.rows import GROUPS, JsonlRows, ParquetRows, open_rows
@@ -182,7 +182,7 @@ def test_killed_and_resumed_every_prompt_is_asked_once_an_epoch(tmp_path: Path, 
 def test_a_resume_refuses_other_problems(tmp_path: Path) -> None:
     rows = made(5)
     recipe: Any = SimpleNamespace(data=DataTable(source=str(jsonl(tmp_path, rows))))
-    run = run_dir.create("r", tmp_path / "run")
+    run = runs.create("r", tmp_path / "run")
     problems.pin(run, recipe, recipe.data.source)
     assert json.loads((run.path / "data.json").read_text())["rows"] == 5
     jsonl(tmp_path, [row | {"answer": "mended"} for row in rows])

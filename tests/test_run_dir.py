@@ -14,13 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from astracli import run_dir, run_view
+from astracli import run_dir, run_view, runs
 from astracli.errors import UserError
 from astracli.run_dir import RunDir
 
-HOLDER = (
-    "import sys,pathlib; from astracli import run_dir; r = run_dir.{call}; print('held', flush=True); sys.stdin.read()"
-)
+HOLDER = "import sys,pathlib; from astracli import runs; r = runs.{call}; print('held', flush=True); sys.stdin.read()"
 
 
 def recipe_in(path: Path) -> Path:
@@ -38,9 +36,9 @@ def holder(call: str) -> subprocess.Popen[str]:
 
 
 def test_default_name_and_two_in_one_second(tmp_path: Path) -> None:
-    runs = [run_dir.create("my recipe", root=tmp_path) for _ in range(3)]
-    assert len({run.path for run in runs}) == 3
-    assert all(re.fullmatch(r"my-recipe-\d{8}-\d{6}(-\d)?", run.name) for run in runs)
+    three = [runs.create("my recipe", root=tmp_path) for _ in range(3)]
+    assert len({run.path for run in three}) == 3
+    assert all(re.fullmatch(r"my-recipe-\d{8}-\d{6}(-\d)?", run.name) for run in three)
 
 
 def test_paths(tmp_path: Path) -> None:
@@ -53,11 +51,11 @@ def test_paths(tmp_path: Path) -> None:
 
 def test_an_empty_directory_is_taken_a_used_one_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    run = run_dir.create("r", tmp_path / "a")
+    run = runs.create("r", tmp_path / "a")
     recipe_in(run.path)
     run.unlock()
     with pytest.raises(UserError) as caught:
-        run_dir.create("r", tmp_path / "a")
+        runs.create("r", tmp_path / "a")
     assert caught.value.message == f"run directory `{tmp_path / 'a'}` was used before (state: not started)"
     assert caught.value.hint == (
         f"continue it with `astra train --resume {tmp_path / 'a'}`, give another --run-dir, leave --run-dir out for a "
@@ -68,9 +66,9 @@ def test_an_empty_directory_is_taken_a_used_one_is_refused(tmp_path: Path) -> No
 def test_a_directory_with_other_things_and_a_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_text("x")
     with pytest.raises(UserError, match="is not empty and holds no run"):
-        run_dir.create("r", tmp_path)
+        runs.create("r", tmp_path)
     with pytest.raises(UserError, match="is a file, not a run directory"):
-        run_dir.create("r", tmp_path / "photo.jpg")
+        runs.create("r", tmp_path / "photo.jpg")
 
 
 def test_two_processes_never_share_a_run(tmp_path: Path) -> None:
@@ -79,11 +77,11 @@ def test_two_processes_never_share_a_run(tmp_path: Path) -> None:
     try:
         assert RunDir(tmp_path / "a").in_use()
         with pytest.raises(UserError) as caught:
-            run_dir.resume(tmp_path / "a")
+            runs.resume(tmp_path / "a")
         assert caught.value.message == f"run directory `{tmp_path / 'a'}` is in use by process {process.pid}"
     finally:
         process.communicate("")
-    run = run_dir.resume(tmp_path / "a")
+    run = runs.resume(tmp_path / "a")
     assert run.held and not (run.unlock() or run.held)
     assert not RunDir(tmp_path / "a").in_use()
 
@@ -92,14 +90,14 @@ def test_a_killed_holder_frees_the_run(tmp_path: Path) -> None:
     process = holder(f"create('r', pathlib.Path({str(tmp_path / 'a')!r}))")
     process.kill()
     process.communicate()
-    assert run_dir.create("r", tmp_path / "a").held
+    assert runs.create("r", tmp_path / "a").held
 
 
 def test_resume_wants_a_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no run: it does not exist"):
-        run_dir.resume(tmp_path / "nope")
+        runs.resume(tmp_path / "nope")
     with pytest.raises(UserError, match=r"is no run: it holds no recipe\.json"):
-        run_dir.resume(tmp_path)
+        runs.resume(tmp_path)
 
 
 def test_state_from_start_to_end(tmp_path: Path) -> None:
@@ -137,19 +135,19 @@ def test_a_damaged_status_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is damaged"):
         run.status()
     assert run_view.row(run)["state"].startswith("unknown: ")
-    assert [r.name for r in run_dir.list_runs(tmp_path)] == ["a"]
+    assert [r.name for r in runs.list_runs(tmp_path)] == ["a"]
 
 
 def test_newest_is_the_one_that_started_last(tmp_path: Path) -> None:
-    assert run_dir.newest(tmp_path) is None
+    assert runs.newest(tmp_path) is None
     for name, started in (("a", 30.0), ("b", 10.0), ("c", 20.0)):
         run = RunDir(recipe_in(tmp_path / name))
         run.start(recipe="r")
         run.update(started=started)
     (tmp_path / "stray").mkdir()
-    found = run_dir.newest(tmp_path)
+    found = runs.newest(tmp_path)
     assert found is not None and found.name == "a"
-    assert [run.name for run in run_dir.list_runs(tmp_path)] == ["a", "c", "b"]
+    assert [run.name for run in runs.list_runs(tmp_path)] == ["a", "c", "b"]
 
 
 def test_write_atomic_keeps_the_mode_and_leaves_nothing(tmp_path: Path) -> None:
@@ -161,8 +159,8 @@ def test_write_atomic_keeps_the_mode_and_leaves_nothing(tmp_path: Path) -> None:
 def test_a_killed_supervisor_holds_the_run_until_its_children_are_gone(tmp_path: Path) -> None:
     recipe_in(tmp_path)
     code = (
-        "import subprocess, sys, pathlib; from astracli import run_dir; "
-        f"r = run_dir.resume(pathlib.Path({str(tmp_path)!r})); "
+        "import subprocess, sys, pathlib; from astracli import runs; "
+        f"r = runs.resume(pathlib.Path({str(tmp_path)!r})); "
         "c = subprocess.Popen(['sleep', '60'], pass_fds=(r.lock_fd,)); print(c.pid, flush=True); sys.stdin.read()"
     )
     supervisor = subprocess.Popen(

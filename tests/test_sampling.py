@@ -89,6 +89,11 @@ def test_nucleus_is_the_smallest_set_that_reaches_top_p(top_p: float) -> None:
         assert order[row][kept[row] > 0].tolist() == expected
 
 
+def test_a_nucleus_that_reaches_top_p_exactly_is_whole() -> None:
+    kept, _ = nucleus(torch.tensor([[0.25, 0.5, 0.25]]), torch.tensor([0.5], dtype=torch.float64))
+    assert kept.tolist() == [[0.5, 0.0, 0.0]]
+
+
 def test_top_p_frequencies_are_renormalised_inside_the_set() -> None:
     probs = np.array([0.5, 0.3, 0.15, 0.05])
     draws = uniforms(np.arange(20_000, dtype=np.uint64), np.zeros(20_000, np.int64))

@@ -18,6 +18,16 @@ def test_allowance_at_staleness_0_is_one_batch_while_the_trainer_waits_and_none_
 def test_allowance_grows_with_staleness_and_shrinks_with_the_lag_of_the_engine() -> None:
     assert [allowance(batch_groups=16, max_staleness=1, next_step=5, version=v) for v in (5, 4, 3, 0)] == [32, 16, 0, 0]
     assert allowance(batch_groups=16, max_staleness=8, next_step=5, version=5) == 9 * 16
+    assert allowance(batch_groups=16, max_staleness=1, next_step=3, version=5) == 32  # a version ahead allows no more
+
+
+def test_the_last_groups_wait_for_training_while_staleness_forbids_them() -> None:
+    """As many as the rest of the run needs are under way, but none is allowed: the engine is a version behind."""
+    late = admit(batch_groups=4, max_staleness=0, steps=2, next_step=1, version=0, in_flight=2, waiting=2)
+    assert (late.allowed, late.needed, late.capacity) == (0, 4, 0)
+    assert late.reason is not None and late.reason.startswith("training: 2 groups in flight, 2 waiting of 0 allowed")
+    last = admit(batch_groups=4, max_staleness=0, steps=2, next_step=1, version=1, in_flight=2, waiting=2)
+    assert last.reason == "the run's last 4 groups: 2 in flight, 2 waiting"
 
 
 def test_reason_says_what_is_waited_for() -> None:

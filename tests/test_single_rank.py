@@ -226,7 +226,7 @@ def test_away_it_holds_nothing_and_learns_the_same(model_dir: Path, split: Split
         leaves.to_host()
         leaves.to_host()
         held = [*leaves.masters.values.values(), *leaves.masters.parameters.values()]
-        held += [s[k] for s in leaves.masters.adamw.state.values() for k in ("exp_avg", "exp_avg_sq")]
+        held += [s[k] for s in leaves.masters.adam.adamw.state.values() for k in ("exp_avg", "exp_avg_sq")]
         assert leaves.masters._away is not None
         assert sum(tensor.untyped_storage().nbytes() for tensor in held) == 0
         waiting = 4 if step == 0 or split.optimizer == "host" else 12

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hub_tools import open_store
 from test_hub_api import TOKEN, Server
-from test_hub_store import open_store
 from training_tools import recipe, sample_groups, save_model
 
 from astracli.errors import RunFailed
@@ -21,7 +21,8 @@ from astracli.training import checkpoint
 from astracli.training.fsdp import Ranks
 from astracli.weights.manifest import read_stable
 from astracli.workers.common import WorkerConfig
-from astracli.workers.train import TrainLoop, in_background
+from astracli.workers.train import TrainLoop
+from astracli.workers.train_settings import in_background
 
 STEPS = 4
 

@@ -18,8 +18,8 @@ from astracli.adapters.qwen3_5 import ADAPTER
 from astracli.errors import RunFailed
 from astracli.recipe import TrainTable
 from astracli.rl.types import Group, Segment
+from astracli.training.adam import learning_rate
 from astracli.training.agreement import Agreement
-from astracli.training.optimizer import learning_rate
 from astracli.training.step import Trainer
 
 
@@ -234,14 +234,14 @@ def test_gradients_are_clipped_together(model_dir: Path) -> None:
     trainer = make_trainer(model_dir, recipe(train={"grad_clip": 1e-3, "minibatches": 1}))
     groups = sample_groups(trainer, 4, seed=1)
     seen = {}
-    step = trainer.masters.adamw.step
+    step = trainer.masters.adam.adamw.step
 
     def spy() -> None:
-        grads = [p.grad for p in trainer.masters.adamw.param_groups[0]["params"] if p.grad is not None]
+        grads = [p.grad for p in trainer.masters.adam.adamw.param_groups[0]["params"] if p.grad is not None]
         seen["norm"] = math.sqrt(sum(float(g.double().square().sum()) for g in grads))
         step()
 
-    trainer.masters.adamw.step = spy  # type: ignore[method-assign, assignment]
+    trainer.masters.adam.adamw.step = spy  # type: ignore[method-assign, assignment]
     metrics = trainer.train(groups, 0, 0).metrics
     assert metrics["grad_norm"] > 1e-2
     assert seen["norm"] == pytest.approx(1e-3, rel=1e-2)

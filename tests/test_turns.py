@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 from fake_engine import FakeEngine, FakeFetcher
+from hub_tools import open_store
 from machines import facts
 from test_hub_api import TOKEN, Server
-from test_hub_store import open_store
 from test_train_worker import STEPS, Job, save_model
 
 from astracli import backend, plan, plan_memory, recipe_io, registry
@@ -84,15 +84,18 @@ def test_an_engine_does_not_leave_while_an_evaluation_is_pinned_to_it(tmp_path: 
     assert store.target("engine0")["wanted"] is True
 
 
-def test_the_engine_gives_its_memory_back_with_nothing_running_and_goes_on_afterwards(tmp_path: Path) -> None:
-    engine = FakeEngine(TOKEN, length=400).start()
+@pytest.mark.parametrize("window", [False, True])
+def test_the_engine_gives_its_memory_back_with_nothing_running_and_goes_on_afterwards(
+    tmp_path: Path, window: bool
+) -> None:
+    engine = FakeEngine(TOKEN, length=400, stage_dir=tmp_path, results=[{"version": 1}], window=window).start()
     store = open_store(tmp_path, cards=["engine0"])
     server = Server(store, tmp_path)
 
     async def play() -> list[Any]:
         async with contextlib.AsyncExitStack() as stack:
             hub = await stack.enter_async_context(AsyncHubClient(server.url, TOKEN))
-            client = await stack.enter_async_context(EngineClient(engine.url, TOKEN))
+            client = await stack.enter_async_context(EngineClient(engine.url, TOKEN, loader_dir=tmp_path))
             lane = Lane("engine0", client, hub, FakeFetcher(), process="rollout", ready_timeout_s=5.0, turns=True)
             following = asyncio.create_task(lane.follow())
             store.announce(0, 0)
@@ -122,12 +125,19 @@ def test_the_engine_gives_its_memory_back_with_nothing_running_and_goes_on_after
         server.thread.stop()
     assert part.finish_reason == "abort" and 0 < len(part.tokens) < 400 and part.version == 0
     assert rest.version == 1
+    begun, ended = (["begun"], ["ended"]) if window else ([], [])
     assert engine.events == [
         "pause abort with 0 running",
+        *begun,
+        "settled",
+        *ended,
         "released kv_cache weights",
         "resumed",
         "pause abort with 0 running",
-        "applied 1",
+        *begun,
+        "applied -1",
+        *ended,
+        "called 1",
     ]
 
 
@@ -166,7 +176,7 @@ def held(loop: Any) -> int:
     """Bytes of the trainer's state that are on its device."""
     masters = loop.trainer.masters
     tensors = [*masters.values.values(), *masters.parameters.values()]
-    tensors += [s[k] for s in masters.adamw.state.values() for k in ("exp_avg", "exp_avg_sq")]
+    tensors += [s[k] for s in masters.adam.adamw.state.values() for k in ("exp_avg", "exp_avg_sq")]
     return sum(t.untyped_storage().nbytes() for t in tensors)
 
 

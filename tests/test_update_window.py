@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from fake_engine import FakeEngine
+from rollout_world import World, records, until
 from test_hub_api import TOKEN
-from test_rollout_worker import World, records, until
 
 from astracli.engines.client import EngineClient
 from astracli.errors import RunFailed
@@ -20,14 +20,14 @@ UPDATE, BEGIN, END = "/update_weights_from_tensor", "/begin_weight_update", "/en
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[FakeEngine]:
     """Paused, and wants begin and end."""
-    made = FakeEngine(TOKEN, window=True, paused=True, loader_dir=tmp_path).start()
+    made = FakeEngine(TOKEN, window=True, paused=True, stage_dir=tmp_path).start()
     yield made
     made.stop()
 
 
 def talk(engine: FakeEngine, scenario: Callable[[EngineClient], Awaitable[None]]) -> None:
     async def run() -> None:
-        async with EngineClient(engine.url, TOKEN, loader_dir=engine.loader_dir) as client, asyncio.timeout(10):
+        async with EngineClient(engine.url, TOKEN, loader_dir=engine.stage_dir) as client, asyncio.timeout(10):
             await scenario(client)
 
     asyncio.run(run())
@@ -38,7 +38,7 @@ def talk(engine: FakeEngine, scenario: Callable[[EngineClient], Awaitable[None]]
 def test_an_update_is_begun_and_ended_inside_the_pause_where_the_server_wants_that(
     tmp_path: Path, mode: str, window: bool
 ) -> None:
-    world = World(tmp_path, window=window, loader_dir=tmp_path)
+    world = World(tmp_path, window=window, stage_dir=tmp_path)
     try:
 
         async def scenario() -> None:
@@ -51,7 +51,7 @@ def test_an_update_is_begun_and_ended_inside_the_pause_where_the_server_wants_th
         world.close()
     paused, *rest = world.engine.events
     assert paused.startswith(f"pause {mode}")
-    assert rest == (["begun", "applied -1", "ended", "named 1"] if window else ["applied -1", "named 1"])
+    assert rest == (["begun", "applied -1", "ended", "called 1"] if window else ["applied -1", "called 1"])
     (record,) = records(world)
     assert (record["step"], record["resyncs"], record["apply_s"]) == (1, 0, 0.001)
     assert ("begin_s" in record, "end_s" in record) == (window, window)
@@ -60,7 +60,7 @@ def test_an_update_is_begun_and_ended_inside_the_pause_where_the_server_wants_th
 
 
 def test_a_refused_update_is_ended_before_it_is_repeated_in_full(tmp_path: Path) -> None:
-    world = World(tmp_path, window=True, loader_dir=tmp_path, refusals=1)
+    world = World(tmp_path, window=True, stage_dir=tmp_path, refusals=1)
     try:
 
         async def scenario() -> None:
@@ -72,7 +72,7 @@ def test_a_refused_update_is_ended_before_it_is_repeated_in_full(tmp_path: Path)
     finally:
         world.close()
     steps = [event for event in world.engine.events if "pause" not in event]
-    assert steps == ["begun", "refused -1", "ended", "begun", "applied -1", "ended", "named 1"]
+    assert steps == ["begun", "refused -1", "ended", "begun", "applied -1", "ended", "called 1"]
     assert records(world)[0]["resyncs"] == 1
 
 
@@ -98,7 +98,7 @@ def test_an_update_whose_client_is_cancelled_is_ended(engine: FakeEngine) -> Non
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert not engine.begun and "named 1" not in engine.events
+        assert not engine.begun and "called 1" not in engine.events
 
     talk(engine, scenario)
 
@@ -112,7 +112,7 @@ def test_an_end_that_fails_leaves_the_weights_unproven_and_the_next_update_mends
         assert engine.begun, "neither the update nor the end went through"
         engine.events.clear()
         assert (await client.apply_staged(1)).success
-        assert engine.events == ["ended", "begun", "applied -1", "ended", "named 1"]
+        assert engine.events == ["ended", "begun", "applied -1", "ended", "called 1"]
         engine.broken, engine.events = [END], []
         with pytest.raises(RunFailed, match=END):
             await client.apply_staged(1)
@@ -132,9 +132,20 @@ def test_a_server_that_will_not_begin_is_a_failed_update(engine: FakeEngine) -> 
     talk(engine, scenario)
 
 
+def test_waiting_for_a_read_back_is_begun_and_ended_too(engine: FakeEngine) -> None:
+    async def scenario(client: EngineClient) -> None:
+        await client.settle()
+        assert engine.events == ["begun", "settled", "ended"]
+        engine.sticky, engine.begun = True, True
+        with pytest.raises(RunFailed, match=r"does not settle: .* already open"):
+            await client.settle()
+
+    talk(engine, scenario)
+
+
 def test_what_the_server_wants_is_learned_anew_when_it_comes_back(tmp_path: Path) -> None:
-    old = FakeEngine(TOKEN, paused=True, loader_dir=tmp_path).start()
-    new = FakeEngine(TOKEN, window=True, paused=True, loader_dir=tmp_path, port=old.port)
+    old = FakeEngine(TOKEN, paused=True, stage_dir=tmp_path).start()
+    new = FakeEngine(TOKEN, window=True, paused=True, stage_dir=tmp_path, port=old.port)
 
     async def scenario(client: EngineClient) -> None:
         await client.wait_ready(5.0)
@@ -146,5 +157,5 @@ def test_what_the_server_wants_is_learned_anew_when_it_comes_back(tmp_path: Path
 
     talk(old, scenario)
     new.stop()
-    assert old.events == ["applied -1", "named 1"]
-    assert new.events == ["begun", "applied -1", "ended", "named 1"]
+    assert old.events == ["applied -1", "called 1"]
+    assert new.events == ["begun", "applied -1", "ended", "called 1"]

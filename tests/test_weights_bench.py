@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import json
 import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +41,42 @@ def test_one_start_gives_every_mode_and_leaves_what_it_knows_on_disk(tmp_path: P
         "0.3",
         "--quiet-s",
         "0.2",
+        "--kept",
     ]
     out = tmp_path / "out.json"
     doc = run("gpu_sglang_delta.py", "--device", "cpu", *options, "--limit-s", "100", "--out", str(out))
     assert json.loads(out.read_text()) == doc
-    assert [row["version"] for row in doc["rows"]] == [0, 1, 2, 3, 4] and doc["rows"][0]["kind"] == "full"
+    kept = {row["mode"]: row for row in doc["rows"] if "kept_tokens" in row}
+    assert kept.keys() == {"in_place", "retract"} and not any(row["counted"] for row in kept.values())
+    assert all(row["kept_tokens"] > 0 and row["fresh_tokens"] > row["kept_tokens"] for row in kept.values()), kept
+    assert [(row["kept_mean"], row["fresh_mean"]) for row in kept.values()] == [(0.25, 0.0), (0.0, 0.0)]
+    assert [row["version"] for row in doc["rows"]] == [0, 1, 2, 3, 4, 5, 6] and doc["rows"][0]["kind"] == "full"
     assert doc["rows"][0]["version_0_s"] > 0 and doc["setup"]["sglang_ready_s"] > 0
     for mode in ("in_place", "retract", "abort"):
         found = doc["summary"][mode]
-        assert all(found[key]["n"] == 1 for key in ("pause_ms", "digest", "decode_s", "publish_s")), found
-        assert found["tokens_per_s"]["p50"] > 0 and "staging_tokens_per_s" in found
-    assert [row["version"] for row in doc["rows"] if "readback_s" in row] == [0, 4]
+        wanted = ("pause_ms", "digest", "digest_device", "decode_s", "diff_s", "encode_s", "publish_s")
+        assert all(found[key]["n"] == 1 for key in wanted), found
+        assert found["tokens_per_s"]["p50"] > 0 and found["staging_ratio"]["p50"] > 0
+    proven = [row for row in doc["rows"] if "readback_s" in row]
+    assert [row["version"] for row in proven] == [0, 4]
+    parts = ("wait", "place", "tables", "launch", "device")
+    for row in proven:
+        assert 0 < sum(row[f"readback_{part}_s"] for part in parts) <= row["readback_s"] <= row["readback_seen_s"] + 0.1
+
+
+def test_recovery_is_the_first_half_second_at_95_percent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(HERE.parent / "bench"))
+    meter = importlib.import_module("meter").Meter("http://127.0.0.1:9", "", 1)
+    now = time.monotonic()
+    # one token a millisecond until 2 s ago, none for a second, then 60 % for half a second, then as before
+    meter.arrived = [(now - 3 + k / 1000, 1) for k in range(1000)]
+    meter.arrived += [(now - 1 + k / 600, 1) for k in range(300)]
+    meter.arrived += [(now - 0.5 + k / 1000, 1) for k in range(2500)]
+    assert meter.rate(now - 3, now - 2) == pytest.approx(1000, abs=2)
+    found = asyncio.run(meter.recovery(now - 2, now - 1, 1000.0, 4.0))
+    # a window that begins t before the full rate holds 600 t + 1000 (0.5 - t) tokens: 95 % at t = 0.0625
+    assert found == pytest.approx(2 - 0.5 - 0.0625, abs=0.03)
+    assert asyncio.run(meter.recovery(now - 2, now - 1, 1200.0, 0.5)) is None
 
 
 def test_what_publishing_costs_is_measured_in_turns() -> None:

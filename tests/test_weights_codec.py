@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from astracli.weights import WeightCorrupt, codec
+from astracli.weights import WeightCorrupt, codec, container
 from astracli.weights.digest import bits_of
 
 DTYPES: list[Any] = [np.uint16, np.uint32]
@@ -36,7 +36,7 @@ def round_trip(base: np.ndarray[Any, Any], new: np.ndarray[Any, Any]) -> codec.E
 def every_encoding(base: np.ndarray[Any, Any], new: np.ndarray[Any, Any]) -> list[codec.Encoded]:
     at = codec.changed_indices(base, new)
     found = []
-    for encoding in codec.ENCODINGS:
+    for encoding in container.ENCODINGS:
         blob = codec._pack(codec._difference(encoding, base, new, at), len(at), 1)
         found.append(codec.Encoded(encoding, len(at), blob))
     return found
@@ -185,7 +185,7 @@ def resealed(blob: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("encoding", list(codec.ENCODINGS))
+@pytest.mark.parametrize("encoding", list(container.ENCODINGS))
 def test_every_flip_and_truncation_is_detected(encoding: str, itemsize: int) -> None:
     encoded, length = sample(encoding, itemsize)
     draw = np.random.default_rng(9)
@@ -202,7 +202,7 @@ def test_every_flip_and_truncation_is_detected(encoding: str, itemsize: int) -> 
 def test_a_forged_payload_never_reaches_an_index_error() -> None:
     draw = np.random.default_rng(3)
     outcomes = {"refused": 0, "valid": 0}
-    for encoding in codec.ENCODINGS:
+    for encoding in container.ENCODINGS:
         encoded, length = sample(encoding)
         for _ in range(400):
             blob = bytearray(encoded.payload)
@@ -219,22 +219,54 @@ def test_a_forged_payload_never_reaches_an_index_error() -> None:
     assert outcomes["refused"] > 300
 
 
+def test_a_payload_ends_with_its_planes() -> None:
+    encoded, length = sample()
+    longer = resealed(encoded.payload[:-8] + b"x" + bytes(8))
+    with pytest.raises(WeightCorrupt, match=r"payload planes end at byte \d+ of \d+"):
+        codec.decode(longer, encoded.encoding, encoded.count, length, 2)
+
+
+def test_a_dense_payload_has_no_long_gaps() -> None:
+    encoded, length = sample("dense-ulp")
+    blob = bytearray(encoded.payload)
+    struct.pack_into("<Q", blob, container._HEADER.size - 8, 1)
+    with pytest.raises(WeightCorrupt, match="2 planes for `dense-ulp`"):
+        codec.decode(resealed(bytes(blob)), "dense-ulp", encoded.count, length, 2)
+
+
+@pytest.mark.parametrize("encoding", list(container.ENCODINGS))
+def test_an_update_fits_its_own_length_and_dtype_alone(encoding: str) -> None:
+    encoded, length = sample(encoding)
+    update = codec.decode(encoded.payload, encoding, encoded.count, length, 2)
+    for target in (np.zeros(length + 1, np.uint16), np.zeros(length, np.uint32)):
+        with pytest.raises(WeightCorrupt, match=f"an update of {length} elements cannot change"):
+            codec.apply_update(update, target)
+
+
+def test_a_piece_has_a_largest_size() -> None:
+    long = np.broadcast_to(np.uint16(0), (container.MAX_PIECE + 1,))  # one element in memory
+    with pytest.raises(ValueError, match="a piece of 2147483649 elements"):
+        codec.encode_changed(long, long, np.zeros(1, np.int64))
+
+
 def forged(
     gaps: list[int], long: list[int], values: list[int], *, length: int = 1000, escapes: int | None = None
 ) -> bytes:
     planes = [np.array(gaps, np.uint8)]
-    planes += codec._planes(np.array(long, "<u4")) if long else []
-    planes += codec._planes(np.array(values, "<u2"))
-    frames = [codec._deflate(p, 1) for p in planes]
+    planes += container.planes_of(np.array(long, "<u4")) if long else []
+    planes += container.planes_of(np.array(values, "<u2"))
+    frames = [container.deflate(p, 1) for p in planes]
     number = len(long) if escapes is None else escapes
-    head = codec._HEADER.pack(codec._MAGIC, 1, 2, len(planes), 0, length, len(gaps), number)
-    return resealed(head + b"".join(codec._SIZE.pack(len(f)) for f in frames) + b"".join(frames) + bytes(8))
+    head = container._HEADER.pack(container._MAGIC, 1, 2, len(planes), 0, length, len(gaps), number)
+    return resealed(head + b"".join(container._SIZE.pack(len(f)) for f in frames) + b"".join(frames) + bytes(8))
 
 
 def test_what_each_check_refuses() -> None:
     def decode(blob: bytes, count: int, length: int = 1000) -> codec.Update:
         return codec.decode(blob, "gap-ulp", count, length, 2)
 
+    with pytest.raises(WeightCorrupt, match="payload with 0 changes and 0 long gaps among 1000 elements"):
+        decode(forged([], [], []), 0)
     good = decode(forged([3, 255, 0], [300], [1, 2, 3]), 3)
     assert good.indices is not None and good.indices.tolist() == [3, 304, 305]
     refused = {
@@ -255,6 +287,6 @@ def test_what_each_check_refuses() -> None:
 
 
 def test_a_frame_that_announces_more_than_belongs_there_is_not_inflated() -> None:
-    frame = codec._deflate(np.ones(1 << 24, np.uint8), 1)
+    frame = container.deflate(np.ones(1 << 24, np.uint8), 1)
     with pytest.raises(WeightCorrupt, match="16777216 bytes where 5 belong"):
-        codec._inflate(memoryview(frame), 5)
+        container.inflate(memoryview(frame), 5)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from astracli.weights import codec, digest, host, resident, sglang_loader, staged
+from astracli.weights import codec, container, digest, host, resident, sglang_loader, staged
 from astracli.weights.decoder import DecoderProcess
 from astracli.weights.device import bits_torch
 from astracli.weights.digest import bits_of
@@ -63,7 +63,7 @@ def test_ranges_of_one_slot_are_added_up_and_a_plan_sees_new_values() -> None:
     assert plan.lanes()[1] == digest.digest_torch(whole)
 
 
-@pytest.mark.parametrize("encoding", list(codec.ENCODINGS))
+@pytest.mark.parametrize("encoding", list(container.ENCODINGS))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_scatter_kernel_is_the_numpy_update(encoding: str, dtype: torch.dtype) -> None:
     base, new = (bits_of(random_weights(50_000, dtype, seed)).copy() for seed in (1, 2))

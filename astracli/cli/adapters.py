@@ -15,7 +15,10 @@ NameArg = Annotated[str, typer.Argument(metavar="ADAPTER", help="Adapter name.")
 
 @app.command("list")
 def list_(json: JsonOpt = False) -> None:
-    """List the installed adapters, the model types that they claim, and what is wrong with a broken one."""
+    """List the installed adapters and what they claim.
+
+    Each with its model types and its package; of a broken one, what is wrong with it.
+    """
     from astracli import registry
 
     found = [item.to_json() for item in registry.installed()]
@@ -58,7 +61,10 @@ def show(name: NameArg, json: JsonOpt = False) -> None:
 
 @app.command()
 def check(name: NameArg, json: JsonOpt = False) -> None:
-    """Build the adapter's smallest model and check its names, dtypes and blocks. Exit 1 when one is wrong."""
+    """Check an adapter on its smallest model.
+
+    Names, dtypes, blocks, rows beside each other. Exit 1 when one is wrong.
+    """
     from astracli import adapter_check, registry
 
     adapter = registry.get(name)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from astracli.cli.options import JsonOpt, RecipeArg, RecipeOpt, SetOpt, load_recipe, one_name
-from astracli.cli.output import WIDTH, Output, out
+from astracli.cli.output import Output, out, room
 from astracli.errors import UserError
 
 VERSION = re.compile(r"\d+\.\d[\w.+]*")
@@ -78,7 +78,7 @@ def show(report: dict[str, Any], output: Output) -> None:
     if skipped:
         text = "skip  " + "; ".join(skipped)
         output.text("")
-        output.text(textwrap.fill(text, WIDTH, subsequent_indent=" " * 6, break_on_hyphens=False))
+        output.text(textwrap.fill(text, room(), subsequent_indent=" " * 6, break_on_hyphens=False))
     if report.get("backends"):
         output.text("")
         output.table(["backend", "choice", "reason"], [[b["what"], b["choice"], b["reason"]] for b in _merged(report)])
@@ -129,7 +129,7 @@ def _problem_lines(check: dict[str, Any]) -> list[str]:
         said.append(check["why"])
     if check["fix"]:
         said.append(f"fix: {check['fix']}")
-    lines = [line for words in said for line in textwrap.wrap(words, WIDTH - 6, break_on_hyphens=False)]
+    lines = [line for words in said for line in textwrap.wrap(words, room() - 6, break_on_hyphens=False)]
     return [f"{check['status']:4}  {lines[0]}", *(f"      {line}" for line in lines[1:]), ""]
 
 
@@ -150,4 +150,9 @@ def _read_facts(path: Path) -> dict[str, Any]:
         raise UserError(f"facts file `{path}` is not JSON: {error}", hint) from None
     if not isinstance(document, dict):
         raise UserError(f"facts file `{path}` holds no JSON object", hint)
-    return document
+    from astracli import machine
+
+    try:
+        return machine.validate(document)
+    except UserError as error:
+        raise UserError(f"facts file `{path}`: {error.message}", hint) from None

@@ -27,19 +27,23 @@ def evaluate(
         ),
     ] = None,
     run_dir: Annotated[
-        Path | None, typer.Option("--run-dir", metavar="RUN_DIR", help="Evaluate this run's export by its own recipe.")
+        Path | None, typer.Option("--run-dir", metavar="RUN", help="Evaluate this run's export by its own recipe.")
     ] = None,
     benchmark: Annotated[
         list[str] | None, typer.Option("--benchmark", metavar="NAME", help="Only this benchmark; may be repeated.")
     ] = None,
-    samples: Annotated[int | None, typer.Option("--samples", min=1, help="Samples an item.")] = None,
+    samples: Annotated[int | None, typer.Option("--samples", metavar="N", min=1, help="Samples an item.")] = None,
     engine: Annotated[
         str | None,
         typer.Option("--engine", metavar="NAME", help="auto, embedded or sglang: sets rollout.engine."),
     ] = None,
     to: Annotated[
         Path | None,
-        typer.Option("--out", metavar="DIR", help="Directory of this evaluation; default a new one under runs/."),
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Directory of this evaluation; default a new one under runs/, or under the run's own eval/.",
+        ),
     ] = None,
     resume: Annotated[
         Path | None, typer.Option("--resume", metavar="DIR", help="Go on with an evaluation that was stopped.")
@@ -61,14 +65,15 @@ def evaluate(
         _compare(*compare, json)
         return
     from astracli import recipe_io
-    from astracli.run_dir import existing
+    from astracli.runs import named
 
     run: RunDir | None = None
     changes = [*(set_ or ()), *([f"rollout.engine={engine}"] if engine else ())]
     if resume is not None:
         if one_name(recipe_name, recipe) or run_dir or weights or benchmark or samples or engine or to or set_:
             raise UserError("--resume goes on with an evaluation as it began", "leave the other options out")
-        loaded = recipe_io.from_json(existing(resume).recipe_json)
+        stopped = named(str(resume))
+        resume, loaded = stopped.path, recipe_io.from_json(stopped.recipe_json)
     elif one_name(recipe_name, recipe) is not None:
         if run_dir is not None:
             raise UserError(
@@ -76,7 +81,7 @@ def evaluate(
             )
         loaded = load_recipe(recipe_name, recipe, changes, "eval")
     else:
-        run = _exported(existing(run_dir)) if run_dir is not None else newest_exported()
+        run = _exported(named(str(run_dir))) if run_dir is not None else newest_exported()
         loaded = recipe_io.from_json(run.recipe_json, changes)
         weights = weights or str(run.export)
         out().note(f"evaluating {weights} by the recipe of {run.path}")
@@ -119,13 +124,14 @@ def _compare(a: str, b: str, as_json: bool) -> None:
 
 def newest_exported(root: Path = Path("runs")) -> RunDir:
     """The newest run under `root` that has an export. Raises UserError when there is none."""
-    from astracli.run_dir import list_runs
+    from astracli.runs import list_runs
 
     runs = list_runs(root)
     for run in runs:
         if (run.export / "config.json").is_file():
             return run
-    have = f"{len(runs)} runs under `{root}`, none with an export" if runs else f"no runs under `{root}`"
+    count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
+    have = f"{count} under `{root}`, none with an export" if runs else f"no runs under `{root}`"
     raise UserError(
         f"nothing to evaluate: {have}", "train one with `astra train RECIPE`, or name a recipe: `astra eval RECIPE`"
     )
@@ -133,8 +139,11 @@ def newest_exported(root: Path = Path("runs")) -> RunDir:
 
 def _exported(run: RunDir) -> RunDir:
     if not (run.export / "config.json").is_file():
+        checkpoint = f"`astra runs export {run.path} --out DIR`, then `astra eval RECIPE --weights DIR`"
         raise UserError(
             f"run `{run.path}` has no export (state: {run.shown_state()})",
-            f"finish it with `astra train --resume {run.path}`",
+            f"it is made at the end; its newest checkpoint meanwhile: {checkpoint}"
+            if run.going()
+            else f"finish it with `astra train --resume {run.path}`",
         )
     return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated
@@ -23,11 +24,11 @@ app.command("train")(train.train)
 app.command("rollout")(rollout.rollout)
 app.command("eval")(evaluate.evaluate)
 app.command("doctor")(doctor.doctor)
-app.add_typer(recipes.app, name="recipes")
-app.add_typer(adapters.app, name="adapters")
-app.add_typer(runs.app, name="runs")
+GROUPS = {"recipes": recipes.app, "adapters": adapters.app, "runs": runs.app}
+for name, group in GROUPS.items():
+    app.add_typer(group, name=name)
 
-COMMANDS = ("train", "rollout", "eval", "doctor", "recipes", "adapters", "runs")
+COMMANDS = ("train", "rollout", "eval", "doctor", *GROUPS)
 
 
 def _version(asked: bool) -> None:
@@ -55,6 +56,7 @@ def main(args: list[str] | None = None) -> None:
 def run(args: list[str]) -> int:
     """One command line -> exit code. Errors end here as a message; `ASTRA_DEBUG=1` adds the traceback."""
     talk = Output()
+    _encode_anything()
     try:
         code = app(args=args, prog_name="astra", standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -85,6 +87,13 @@ def run(args: list[str]) -> int:
         return 1
 
 
+def _encode_anything() -> None:
+    """A terminal or file that cannot show a character gets its escape, `\\xb1`, and not an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _debug() -> None:
     if os.environ.get("ASTRA_DEBUG") == "1":
         import traceback
@@ -99,5 +108,12 @@ def _lower(text: str) -> str:
 
 def _usage_hint(args: list[str]) -> str:
     """The help page nearest to a command line that did not parse."""
-    first = args[0] if args else ""
-    return f"`astra {first} --help` shows what it takes" if first in COMMANDS else "`astra --help` lists the commands"
+    command, *more = [*args, ""]
+    if command not in COMMANDS:
+        return "`astra --help` lists the commands"
+    inner = (
+        {info.name or getattr(info.callback, "__name__", "") for info in GROUPS[command].registered_commands}
+        if command in GROUPS
+        else ()
+    )
+    return f"`astra {' '.join([command, *more[: more[0] in inner]])} --help` shows what it takes"

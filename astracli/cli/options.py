@@ -12,6 +12,7 @@ from astracli.errors import UserError
 
 if TYPE_CHECKING:
     from astracli.recipe import Recipe
+    from astracli.run_dir import RunDir
 
 
 def complete_recipe(incomplete: str) -> Iterator[tuple[str, str]]:
@@ -23,15 +24,15 @@ def complete_recipe(incomplete: str) -> Iterator[tuple[str, str]]:
 
 def complete_run(incomplete: str) -> Iterator[str]:
     """Names of the runs under runs/ for the shell, newest first."""
-    from astracli import run_dir
+    from astracli import runs
 
-    yield from (run.name for run in run_dir.list_runs() if run.name.startswith(incomplete))
+    yield from (run.name for run in runs.list_runs() if run.name.startswith(incomplete))
 
 
 RecipeArg = Annotated[
     str | None,
     typer.Argument(
-        metavar="[RECIPE]", help="Shipped recipe name or path of a .toml file.", autocompletion=complete_recipe
+        metavar="RECIPE", help="Shipped recipe name or path of a .toml file.", autocompletion=complete_recipe
     ),
 ]
 RecipeOpt = Annotated[
@@ -47,13 +48,21 @@ RunDirOpt = Annotated[
     Path | None, typer.Option("--run-dir", metavar="DIR", help="Run directory; default runs/RECIPE-YYYYmmdd-HHMMSS.")
 ]
 ResumeOpt = Annotated[
-    Path | None, typer.Option("--resume", metavar="RUN_DIR", help="Continue the run in RUN_DIR from its checkpoint.")
+    Path | None,
+    typer.Option(
+        "--resume",
+        metavar="RUN",
+        help="Continue a run, named or by its directory, from its checkpoint.",
+        autocompletion=complete_run,
+    ),
 ]
 RunArg = Annotated[str, typer.Argument(metavar="RUN", help="Run name or directory.", autocompletion=complete_run)]
 OptionalRunArg = Annotated[
     str | None,
-    typer.Argument(metavar="[RUN]", help="Run name or directory; default the newest run.", autocompletion=complete_run),
+    typer.Argument(metavar="RUN", help="Run name or directory; default the newest run.", autocompletion=complete_run),
 ]
+
+RootOpt = Annotated[Path, typer.Option("--root", metavar="DIR", help="Folder that holds the runs.")]
 
 
 def one_name(positional: str | None, option: str | None) -> str | None:
@@ -73,3 +82,15 @@ def load_recipe(positional: str | None, option: str | None, overrides: list[str]
             "no recipe given", f"for example `astra {command} qwen3.5-tiny-m2po-delta`; all: `astra recipes list`"
         )
     return recipe_io.load(name, overrides or ())
+
+
+def the_run(text: str | None) -> RunDir:
+    """A run by name or path; None is the newest. Raises UserError."""
+    from astracli import runs
+
+    if text is not None:
+        return runs.named(text)
+    found = runs.newest()
+    if found is None:
+        raise UserError("no runs under `runs`", "start one with `astra train RECIPE`, or name a run directory")
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import typer
 
 WIDTH = 100
-"""Columns that a table may take."""
+"""Columns that a table may take where no terminal says less."""
 
 
 class Output:
@@ -30,10 +31,10 @@ class Output:
         _print(text)
 
     def table(self, headers: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None) -> None:
-        """Print aligned columns, at most WIDTH wide: the last column wraps."""
+        """Print aligned columns, as wide as there is room for: the last column wraps."""
         if title:
             _print(title)
-        _print("\n".join(table_lines(headers, rows)))
+        _print("\n".join(table_lines(headers, rows, room())))
 
     def facts(self, document: Mapping[str, Any], title: str | None = None) -> None:
         """Print a nested document as titled two-column tables."""
@@ -58,6 +59,11 @@ class Output:
         print(f"error: {message}", file=sys.stderr)
         if hint:
             print(f"\nhint: {hint}", file=sys.stderr)
+
+
+def room() -> int:
+    """Columns for a table: WIDTH, or a narrower terminal's own."""
+    return min(WIDTH, shutil.get_terminal_size((WIDTH, 40)).columns) if sys.stdout.isatty() else WIDTH
 
 
 def _print(text: str = "") -> None:

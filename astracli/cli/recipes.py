@@ -43,7 +43,7 @@ def show(recipe_name: RecipeArg = None, recipe: RecipeOpt = None, set_: SetOpt =
 @app.command()
 def copy(
     name: Annotated[str, typer.Argument(metavar="RECIPE", help="Shipped recipe.", autocompletion=complete_recipe)],
-    to: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Where to; default RECIPE.toml here.")] = None,
+    to: Annotated[Path | None, typer.Argument(metavar="FILE", help="Where to; default RECIPE.toml here.")] = None,
 ) -> None:
     """Copy a shipped recipe, comments and all, to change it."""
     from astracli import recipe_io
@@ -52,6 +52,8 @@ def copy(
     target = to or Path(f"{name}.toml")
     if target.is_dir():
         target = target / f"{name}.toml"
+    elif target.suffix != ".toml":
+        raise UserError(f"`{target}` is no name for a recipe", f"name a directory that exists, or `{target}.toml`")
     try:
         with target.open("x", encoding="utf-8") as file:
             file.write(text)
@@ -73,7 +75,7 @@ def check(recipe_name: RecipeArg = None, recipe: RecipeOpt = None, set_: SetOpt 
     from astracli.launch import fetch
 
     loaded = load_recipe(recipe_name, recipe, set_, "recipes check")
-    adapter = registry.resolve(loaded, fetch.local_path(loaded.model.path))
+    adapter = registry.resolve(loaded, fetch.local_path(loaded.model.path, made_by=loaded.model.made_by))
     facts = {
         "recipe": loaded.name,
         "model": loaded.model.path,

@@ -19,13 +19,16 @@ def rollout(
     set_: SetOpt = None,
     weights: Annotated[
         str | None,
-        typer.Option("--weights", metavar="DIR", help="Checkpoint directory or Hub id; default the recipe's model."),
+        typer.Option(
+            "--weights", metavar="DIR|HUB_ID", help="Checkpoint directory or Hub id; default the recipe's model."
+        ),
     ] = None,
     n: Annotated[
-        int, typer.Option("--n", min=1, help="Prompts to answer, each with the recipe's group_size samples.")
+        int,
+        typer.Option("--n", metavar="N", min=1, help="Prompts to answer, each with the recipe's group_size samples."),
     ] = 32,
     out_: Annotated[
-        Path, typer.Option("--out", metavar="F.jsonl", help="Where the samples go, one JSON line each.")
+        Path, typer.Option("--out", metavar="FILE", help="Where the samples go, one JSON line each.")
     ] = Path("rollout.jsonl"),
     run_dir: RunDirOpt = None,
     dry_run: DryRunOpt = False,

@@ -32,7 +32,8 @@ def train(
     """Train: rollout, trainer and evaluation together.
 
     Starts engines and workers as supervised processes; Ctrl-C ends them all and --resume goes on from there. With
-    --resume the recipe is the run's own, and --set still changes it. --json goes with --dry-run.
+    --resume the recipe is the run's own; --set then changes how long, where and how it runs, not what it learns from.
+    --json goes with --dry-run.
     """
     if json and not dry_run:
         raise UserError(
@@ -42,7 +43,7 @@ def train(
         loaded = load_recipe(recipe_name, recipe, set_, "train")
     else:
         from astracli import recipe_io
-        from astracli.run_dir import existing
+        from astracli.runs import named
 
         if name := one_name(recipe_name, recipe):
             raise UserError(
@@ -53,7 +54,8 @@ def train(
             raise UserError(
                 f"both --run-dir {run_dir} and --resume {resume} given", "a resumed run stays in its directory"
             )
-        loaded = recipe_io.from_json(existing(resume).recipe_json, set_ or ())
+        run = named(str(resume))
+        resume, loaded = run.path, recipe_io.from_json(run.recipe_json, set_ or ())
 
     if dry_run:
         print_plan(loaded, "train", out(json))

@@ -91,7 +91,7 @@ def worked(op: str, a: int, b: int) -> str:
 def worked_text(question: str) -> str:
     """The solution of a problem text: `37+45` -> `12 08 \\boxed{82}`. Raises ValueError for any other text."""
     match = _QUESTION.fullmatch(question)
-    if match is None:
+    if match is None or (match[2] == "-" and int(match[1]) < int(match[3])):
         return arithmetic_steps.worked_text(question)
     return worked(match[2], int(match[1]), int(match[3]))
 

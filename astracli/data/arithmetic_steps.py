@@ -40,9 +40,13 @@ def expression(operations: int, bits: Callable[[int], int]) -> tuple[str, int]:
         op = possible[bits(2 * number + 1) % len(possible)]
         low, high = {"+": (10, 99), "-": (10, min(99, value)), "*": (2, min(9, LARGEST // max(1, value)))}[op]
         operand = low + bits(2 * number + 2) % (high - low + 1)
-        text = f"({text})" if op == "*" and last in ("+", "-") else text
-        text, last, value = f"{text}{op}{operand}", op, apply(op, value, operand)
+        text, last, value = _extended(text, last, op, operand), op, apply(op, value, operand)
     return text, value
+
+
+def _extended(text: str, last: str, op: str, operand: int) -> str:
+    """An expression with one operation more; `last` is its outermost one. A product of a sum gets brackets."""
+    return f"({text}){op}{operand}" if op == "*" and last in ("+", "-") else f"{text}{op}{operand}"
 
 
 def apply(op: str, a: int, b: int) -> int:
@@ -61,13 +65,23 @@ def columns(op: str, a: int, b: int) -> str:
 
 
 def worked_text(question: str) -> str:
-    """The written-out solution of a problem text. Raises ValueError for any other text."""
+    """The written-out solution of a problem text. Raises ValueError for any other text.
+
+    It goes from left to right, so a text whose brackets do not say so (`2+3*4`) is none of this family, and neither is
+    one that its columns cannot write: a product with more than a digit, a difference below zero.
+    """
+    other = ValueError(f"`{question}` is no problem of this family")
     if not _WHOLE.fullmatch(question):
-        raise ValueError(f"`{question}` is no problem of this family")
+        raise other
     parts = [number or op for number, op in _PARTS.findall(question)]
     value, steps = int(parts[0]), []
+    text, last = str(value), ""
     for op, operand in zip(parts[1::2], map(int, parts[2::2]), strict=True):
         result = apply(op, value, operand)
+        if result < 0 or (op == "*" and operand > 9):
+            raise other
         steps.append(f"{value}{op}{operand} {columns(op, value, operand)}={result}")
-        value = result
+        text, last, value = _extended(text, last, op, operand), op, result
+    if text != question:
+        raise other
     return f"{' '.join(steps)} \\boxed{{{value}}}"

@@ -62,7 +62,7 @@ class JsonlRows(Rows):
                     numbers.append(number)
                 place += len(line)
         except OSError as error:
-            raise UserError(f"cannot read `{path}`: {error.strerror}") from None
+            raise UserError(f"cannot read `{path}`: {(error.strerror or str(error)).lower()}") from None
         self._starts = np.array([*starts, place], np.int64)
         gapless = len(numbers) == number
         self._numbers = None if gapless else np.array(numbers, np.int64)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from astracli.data import benchmarks
 from astracli.doctor.gather import offline
 from astracli.doctor.subject import Check, Facts, Status, Subject
 
 GROUP = "data"
 TRAINABLE = ("BF16", "F16", "F32")
+GENERATED = {"arithmetic", *benchmarks.GENERATED}
+"""Problems that need no file."""
 TIED_HEAD = "lm_head.weight"
 """Some files repeat the tied embedding under this name."""
 
@@ -139,13 +142,9 @@ def _sets(subject: Subject) -> Iterator[Check]:
     table = subject.recipe
     wanted = {"train": [table.data.source], "eval": table.eval.benchmarks if table.eval.every else []}
     for use, title in (("train", "training data"), ("eval", "benchmarks")):
-        if (
-            not subject.facts["data"]
-            and wanted[use]
-            and not {"arithmetic", "arithmetic-heldout"}.issuperset(wanted[use])
-        ):
+        sets = [s for s in subject.facts["data"] if s["use"] == use and s["name"] in wanted[use]]
+        if not sets and set(wanted[use]) - GENERATED:
             yield Check(title, GROUP, "skip", "not in this document")
-        sets = [s for s in subject.facts["data"] if s["use"] == use]
         broken = [s for s in sets if s["problem"] is not None]
         absent = [s for s in sets if s["place"] is None and s["problem"] is None]
         if not sets:

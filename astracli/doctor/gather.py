@@ -22,7 +22,7 @@ from astracli.adapter import read_config
 from astracli.adapter_tools import has_chat_template
 from astracli.errors import UserError
 from astracli.recipe import Recipe
-from astracli.run_dir import RUNS
+from astracli.runs import RUNS
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 HUB = "https://huggingface.co"

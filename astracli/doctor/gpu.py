@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from astracli import machine, plan_memory
-from astracli.backend import capability_of
+from astracli.backend_serving import capability_of
 from astracli.doctor.subject import Check, Status, Subject
 from astracli.plan_memory import words
 

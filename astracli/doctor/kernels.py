@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from astracli import machine
-from astracli.backend import lowest_capability
 from astracli.backend_delta_rule import HOPPER, SLOW, TILELANG_FFI, delta_rule_on_hopper, tilelang_flaw
+from astracli.backend_serving import lowest_capability
 from astracli.doctor.subject import Check, Subject, flaw, found, optional
 
 GROUP = "kernels"

@@ -33,7 +33,7 @@ def _listening(subject: Subject) -> Iterator[Check]:
         low, high = network["ports"]
         count = high - low + 1
         if count < FEW_PORTS:
-            why = "each request holds one for a minute after it has ended"
+            why = "each connection holds one for a minute after it has ended"
             fix = "`sysctl net.ipv4.ip_local_port_range='32768 60999'`"
             yield Check("ports", GROUP, "warn", f"{count} ({low} to {high})", why, fix)
         else:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 
 from astracli import machine
-from astracli.backend import SERVING, lowest_capability, serving_options
+from astracli.backend_serving import SERVING, lowest_capability, serving_options
 from astracli.doctor.subject import Check, Facts, Status, Subject, flaw, found
 from astracli.plan_problems import SGLANG_GLIBC
 

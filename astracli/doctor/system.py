@@ -66,7 +66,7 @@ def _shm(subject: Subject) -> Check:
         return Check("shared memory", GROUP, "ok", f"{words(size)} at /dev/shm")
     recipe = subject.recipe
     ranks = recipe.resources.train_gpus if recipe is not None and subject.cuda else 1
-    why = "NCCL and data loaders die when it is full"
+    why = "processes that hand each other tensors do it there, and die when it is full"
     if ranks > 1:
         why = f"NCCL puts the buffers of {ranks} trainer ranks there and dies with `unable to allocate shared memory`"
     status: Status = subject.bad(ranks > 1 and size < NCCL_SHM)

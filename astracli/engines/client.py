@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 STAGED_LOADER = "astracli.weights.sglang_loader.apply_staged"
 """`load_format` of an update that applies what is staged beside the engine."""
+SETTLE_LOADER = "astracli.weights.sglang_loader.settle"
+"""`load_format` of an update that changes nothing and waits for whatever still reads the weights."""
 UNPROVEN = -1
 """SGLang's label of weights that nobody has checked yet; the embedded engine says `serving: false` instead."""
 NO_TENSORS = [base64.b64encode(pickle.dumps([])).decode()]
@@ -222,8 +224,18 @@ class EngineClient:
         if not found["ok"] or found["version"] != version:
             return Update(False, found["message"] or f"the loader applied version {found['version']}")
         await self.set_version(version)
-        seconds = {name: value for name, value in found.items() if name.endswith("_s") and value is not None}
-        return Update(True, "", {**seconds, **update.seconds})
+        return Update(True, "", {**update.outcome, **found})
+
+    async def settle(self) -> None:
+        """Return once nothing reads the weights beside generation any more: a read-back that nobody waits for may
+        still be at it, whoever asked for it. Only our loader in a foreign engine reads so. To be called in a pause."""
+        if self._loader_dir is not None:
+            # The server takes it for an update, so it wants begin and end around it as well. Unpaused, these would wait
+            # for all requests; whoever calls this is about to release memory, has drained the engine and paused it.
+            body = {"serialized_named_tensors": NO_TENSORS, "load_format": SETTLE_LOADER, "flush_cache": False}
+            update = await self._window.update("/update_weights_from_tensor", body)
+            if not update.success:
+                raise self._failure(f"does not settle: {update.message}")
 
     async def load_directory(self, path: str, version: int) -> Update:
         """Load a whole Hugging Face checkpoint directory that the engine can read."""
@@ -240,7 +252,7 @@ class EngineClient:
             if isinstance(document, dict) and "success" in document:
                 return Update(False, str(document.get("message", "")))
         document = self._content(reply, path)
-        return Update(bool(document["success"]), str(document.get("message", "")), document.get("seconds") or {})
+        return Update(bool(document["success"]), str(document.get("message", "")), document.get("outcome") or {})
 
     # -- transport
 

@@ -8,8 +8,8 @@
 | POST /abort_request | rid (one or a list, exact) or abort_all | aborted: how many |
 | POST /pause_generation | mode: abort, retract, in_place | |
 | POST /continue_generation, /flush_cache | | |
-| POST /update_weights_from_tensor | load_format, weight_version; applies what is staged | success, message, seconds |
-| POST /update_weights_from_disk | model_path, weight_version | success, message, seconds |
+| POST /update_weights_from_tensor | load_format, weight_version; applies what is staged | success, message, outcome |
+| POST /update_weights_from_disk | model_path, weight_version | success, message, outcome |
 | POST /update_weight_version | new_version | |
 """
 
@@ -230,7 +230,7 @@ async def _update_from_disk(engine: EmbeddedEngine, request: Request) -> Respons
 
 async def _outcome(update: Any) -> Response:
     outcome = await asyncio.wrap_future(update)
-    document = {"success": outcome.success, "message": outcome.message, "seconds": outcome.seconds}
+    document = {"success": outcome.success, "message": outcome.message, "outcome": outcome.outcome}
     return JSONResponse(document, status_code=200 if outcome.success else 400)
 
 

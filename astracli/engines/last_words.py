@@ -1,4 +1,9 @@
-"""What an engine wrote before it died, in the words of somebody who has seen it before."""
+"""What an engine wrote before it died, in the words of somebody who has seen it before.
+
+SGLang talks much while it is well: optional modules that it could not import, libraries that a package did without,
+requests that it took back for a while. Only what ends a process counts: the line of an exception, or a line that no
+process outlives. A line that merely slows it down explains the end when there is nothing else.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from astracli.errors import RunFailed
+
+_RAISED = r"(?m)^(?:\[[^\]\n]*\] ?|- )?[\w.]*(?:Error|Exception): [^\n]*?"
+"""The line of an exception, up to what it says; SGLang lists the causes of a failed import with a dash."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +45,12 @@ KNOWN = (
         "or rollout.mem_fraction_static; `astra train --dry-run` shows what each needs",
     ),
     _known(
-        r"KV cache pool (?:is )?full|[Rr]etract(?:ed)? (?:some )?requests?",
-        "the KV cache was full and running requests were taken back",
-        "lower rollout.max_running_requests or rollout.max_new_tokens, or raise rollout.mem_fraction_static",
-    ),
-    _known(
-        r"(?i)nccl.{0,200}?\btime[d]?[ -]?out\b|collective operation timeout",
+        r"(?i)nccl[^\n]{0,200}?\btimed out\b|collective operation timeout",
         "a collective between GPUs timed out",
         "try `NCCL_P2P_DISABLE=1` in resources.engine.env; `astra doctor` measures an all-reduce",
     ),
     _known(
-        r"(?i)can ?not import FA3|No module named 'flash_attn_interface'",
+        _RAISED + r"(?:[Cc]an ?not import FA3|No module named 'flash_attn_interface')",
         "FlashAttention-3 is not in its environment",
         "`--set rollout.attention_backend=auto` takes what is there",
     ),
@@ -57,7 +60,7 @@ KNOWN = (
         "install the packages of the engine's environment for this GPU's compute capability",
     ),
     _known(
-        r"No module named '([\w.]+)'",
+        _RAISED + r"No module named '([\w.]+)'",
         r"its environment lacks the module \1",
         "install it where resources.engine.python points, or add its folder to PYTHONPATH in resources.engine.env",
     ),
@@ -82,24 +85,25 @@ KNOWN = (
         "start again: ports are chosen anew",
     ),
     _known(
-        r"[Ww]atchdog timeout",
+        r"(?<![Ss]oft )[Ww]atchdog timeout",
         "its scheduler hung",
         "look for the stacks in its log; `--set rollout.attention_backend=triton` avoids most kernel hangs",
     ),
     _known(
-        r"([\w./-]+\.so[\w.]*): (?:undefined symbol|cannot open shared object file)[^\n]*",
-        r"a compiled package of its environment does not load: \g<0>",
+        _RAISED + r"((?:[\w./+-]+\.so[\w.]*): (?:undefined symbol|cannot open shared object file)[^\n]*)",
+        r"a compiled package of its environment does not load: \1",
         "it was built for another torch or CUDA: install `sglang` with its own pins in an environment of its own and "
         "name it in resources.engine.python; `astra doctor RECIPE` lists the pins that are not met",
     ),
     _known(
-        r"(?i)could not find nvcc|nvcc: (?:command )?not found|CUDA_HOME environment variable|ninja is required",
+        _RAISED + r"(?i:could not find nvcc|CUDA_HOME environment variable is not set|ninja is required)"
+        r"|(?s:nvcc: (?:command )?not found.*ninja: build stopped)",
         "a kernel is compiled at first use, and there is no compiler for it",
         "install ninja and the CUDA toolkit's nvcc, or take kernels that need neither: "
         "`--set rollout.attention_backend=triton`",
     ),
     _known(
-        r"CUDA driver version is insufficient|driver on your system is too old",
+        _RAISED + r"(?:CUDA driver version is insufficient|driver on your system is too old)",
         "the GPU's driver is older than the CUDA that its torch was built for",
         "update the driver, or install a torch for an older CUDA; `astra doctor` shows both",
     ),
@@ -112,6 +116,15 @@ KNOWN = (
 )
 """In order: the first that is found explains the death. Sources: SGLang's issue tracker and our own runs."""
 
+SLOW = (
+    _known(
+        r"KV cache pool (?:is )?full|[Rr]etract(?:ed)? (?:some )?requests?",
+        "the KV cache was full and running requests were taken back",
+        "lower rollout.max_running_requests or rollout.max_new_tokens, or raise rollout.mem_fraction_static",
+    ),
+)
+"""An engine lives on with these: one of them explains an end that nothing else explains."""
+
 _EXCEPTION = re.compile(r"^(?:\[[^\]]*\] ?)?(?:[\w.]*(?:Error|Exception|Interrupt)\b.*|AssertionError.*)")
 
 
@@ -119,11 +132,17 @@ def explain(lines: Iterable[str]) -> tuple[str | None, str | None]:
     """(cause, hint) of an engine's end, from its last lines; (None, None) when nothing in them says why."""
     lines = [line for line in lines if "ServerArgs(" not in line]  # it names every option: nccl_port, dist_timeout, ...
     text = "\n".join(lines)
-    for known in KNOWN:
+    if found := _first(KNOWN, text):
+        return found
+    errors = [line.strip() for line in lines if _EXCEPTION.match(line.strip())]
+    return (errors[-1][:300], None) if errors else _first(SLOW, text) or (None, None)
+
+
+def _first(kinds: Iterable[Known], text: str) -> tuple[str, str] | None:
+    for known in kinds:
         if match := known.pattern.search(text):
             return match.expand(known.cause), known.hint
-    errors = [line.strip() for line in lines if _EXCEPTION.match(line.strip())]
-    return (errors[-1][:300], None) if errors else (None, None)
+    return None
 
 
 def death(name: str, what: str, lines: Iterable[str]) -> RunFailed:

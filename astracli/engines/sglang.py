@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import astracli
 from astracli.engines import checkpoint, last_words
-from astracli.engines.client import STAGED_LOADER, UNPROVEN, flushes
+from astracli.engines.client import SETTLE_LOADER, STAGED_LOADER, UNPROVEN, flushes
 from astracli.errors import RunFailed
 from astracli.launch.supervise import answers
 from astracli.run_dir import RunDir, write_atomic
@@ -179,7 +179,7 @@ def command(config: WorkerConfig, model: Path, options: Options, flags: Mapping[
         "chunked_prefill_size": rollout.chunked_prefill_size,
         "random_seed": config.recipe.seed,
         "dtype": "bfloat16",  # as published; a config that does not say is served in fp16
-        "custom_weight_loader": STAGED_LOADER,
+        "custom_weight_loader": [STAGED_LOADER, SETTLE_LOADER],
         "load_format": "dummy" if from_the_wire(config) else "safetensors",
         "weight_version": UNPROVEN if from_the_wire(config) else 0,
         "log_level_http": "warning",

@@ -27,8 +27,8 @@ Loader = Callable[[Path], tuple[Any, Mapping[str, WireTensor]]]
 class UpdateOutcome:
     success: bool
     message: str
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Where the time went: decode_s (possibly before the call), apply_s, verify_s, write_s."""
+    outcome: dict[str, Any] = field(default_factory=dict)
+    """`changed` elements, and where the time went: decode_s (possibly before the call), apply_s, verify_s, write_s."""
 
 
 class EngineWeights:
@@ -67,8 +67,8 @@ class EngineWeights:
         started = time.monotonic()
         self._write()
         self._serve(version)
-        seconds = {"decode_s": result.decode_s, "apply_s": result.apply_s, "verify_s": result.verify_s}
-        return UpdateOutcome(True, f"version {version} applied", seconds | {"write_s": time.monotonic() - started})
+        told = {name: getattr(result, name) for name in ("changed", "decode_s", "apply_s", "verify_s")}
+        return UpdateOutcome(True, f"version {version} applied", told | {"write_s": time.monotonic() - started})
 
     def load_directory(self, path: Path, version: int, load: Loader) -> UpdateOutcome:
         """Take every wire tensor from a checkpoint directory, read through the adapter; then serve it as `version`."""

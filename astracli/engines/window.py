@@ -13,6 +13,7 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from astracli.errors import RunFailed
 
@@ -27,8 +28,13 @@ class Update:
 
     success: bool
     message: str
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    """Where the time went, when the engine says: decode_s, apply_s, verify_s, write_s; by our clock begin_s, end_s."""
+    outcome: Mapping[str, Any] = field(default_factory=dict)
+    """What the engine says of it: `changed` elements, seconds under names that end in `_s`, and whether a read-back
+    follows (`proof`). By our clock `begin_s` and `end_s`."""
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {name: value for name, value in self.outcome.items() if name.endswith("_s") and value is not None}
 
 
 class UpdateWindow:
@@ -77,7 +83,7 @@ class UpdateWindow:
         return Update(
             update.success,
             update.message,
-            {**update.seconds, "begin_s": begin_s, "end_s": time.monotonic() - begun},
+            {**update.outcome, "begin_s": begin_s, "end_s": time.monotonic() - begun},
         )
 
     async def _begin(self) -> Update:

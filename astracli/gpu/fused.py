@@ -5,14 +5,18 @@ In eager torch a norm in bf16 is six kernels over fp32 copies; a gated MLP keeps
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Collection, Iterable
 from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from astracli.training.upload import upload
 
 delta_rule_by_torch = False
 """Set by a trainer for which `backend_delta_rule` found that fla's backward pass is wrong or raises on these GPUs."""
@@ -40,8 +44,27 @@ def fla() -> Any:
         rms_norm=rms_norm,
         rms_norm_gated=rms_norm_gated,
         rule=chunk_gated_delta_rule,
+        rule_options=frozenset(inspect.signature(chunk_gated_delta_rule).parameters),
         conv=causal_conv1d,
     )
+
+
+CHUNK = 64
+"""Tokens that fla's convolution and delta rule take at once."""
+
+
+@lru_cache(maxsize=4)
+def chunks(edges: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
+    """What fla's kernels need to know of a packed row's segments, made on the host: they would read `cu_seqlens` back.
+
+    `chunk_indices`: int32 [chunks, 2], the segment of every chunk and its number there; `cu_seqlens_cpu`: int64.
+    """
+    bounds = np.asarray(edges, np.int64)
+    counts = -(-np.diff(bounds) // CHUNK)
+    segment = np.repeat(np.arange(len(counts)), counts)
+    number = np.arange(len(segment)) - np.repeat(np.cumsum(counts) - counts, counts)
+    indices = upload(np.stack([segment, number], 1).astype(np.int32), device)
+    return {"chunk_indices": indices, "cu_seqlens_cpu": torch.from_numpy(bounds)}
 
 
 MOST_CONFIGS = 4
@@ -92,9 +115,15 @@ def _norm(module: Any, centre: float, x: Tensor) -> Tensor:
     """[..., D] -> [..., D]; the scale in fp32, as engines compute it. A weight that is the scale is read in its own
     dtype: the kernel takes it to fp32 itself, and adds up its gradient in fp32."""
     epsilon = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-    scale = module.weight.float() + centre if centre else module.weight
+    scale = module.weight + _one_number(centre, x.device) if centre else module.weight
     normal: Tensor = fla().rms_norm(x, scale, None, eps=epsilon)
     return normal
+
+
+@lru_cache
+def _one_number(value: float, device: torch.device) -> Tensor:
+    """fp32 [1]: with a tensor in bf16 it computes in fp32, without a copy of that in fp32."""
+    return torch.full((1,), value, dtype=torch.float32, device=device)
 
 
 def _mlp(module: Any, x: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ class BatchBook:
         replay_ratio: int,
         history_steps: int,
         max_dropped: int = 0,
+        checkpoints: bool = True,
     ):
         self._db = database
         self._fifo = consume == "fifo"
@@ -38,6 +39,7 @@ class BatchBook:
         self._by_id = deterministic
         self._history = history_steps
         self._max_dropped = max_dropped
+        self._checkpoints = checkpoints
 
     @property
     def next_step(self) -> int:
@@ -201,7 +203,8 @@ class BatchBook:
         """The batch of `step` has become `version`. Twice is once. Raises RunFailed for a step without a batch.
 
         `checkpoint_step` c: a checkpoint that has trained steps < c is on disk. Groups are kept back to the checkpoint
-        before it, so that either can be resumed from.
+        before it, so that either can be resumed from. A run that has no checkpoint and makes none cannot be resumed in
+        the middle: nothing is kept but this step's groups, which the next one may train on again.
         """
         with self._db.transaction() as sql:
             change = sql.execute("UPDATE batches SET acked = 1, version = ? WHERE step = ?", (version, step))
@@ -211,6 +214,8 @@ class BatchBook:
             if checkpoint_step is not None and checkpoint_step > before:
                 self._db.set_meta("checkpoint_step", checkpoint_step)
                 self._db.set_meta("prunable_before", before)
+            elif not self._checkpoints and not before:
+                self._db.set_meta("prunable_before", max(step, self._db.meta("prunable_before")))
             self._prune()
 
     def _prune(self) -> None:
@@ -255,6 +260,18 @@ class BatchBook:
         self._db.set_meta("forgotten_replayed", self.forgotten("replayed") + again)
         self._db.rows("DELETE FROM batches WHERE step < ?", step)
         self._db.set_meta("forgotten_steps", step)
+
+    @property
+    def begins_anew(self) -> bool:
+        """Whether groups are gone that no checkpoint stands for."""
+        gone = self._db.scalar("SELECT COUNT(*) FROM batches WHERE pruned = 1") + self.forgotten("steps")
+        return bool(gone) and not self._db.meta("checkpoint_step")
+
+    def forget_all(self) -> None:
+        """Inside a transaction of the caller: as if nothing had been granted, generated or trained on yet."""
+        for table in ("groups", "blobs", "batches"):
+            self._db.rows(f"DELETE FROM {table}")
+        self._db.rows("DELETE FROM meta WHERE key != 'schema_version'")
 
     def check_rewind(self, step: int) -> None:
         """Raises RunFailed when a batch of `step` or later can no longer be served."""

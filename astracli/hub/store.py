@@ -1,8 +1,8 @@
 """The hub's memory: which prompts are out, which groups are in, which batch holds what, which version is announced.
 
-Logic over SQLite in four parts: `schema` (the file), `leases` (prompts out, groups in), `batches` (groups to training),
-`evals` (versions and engines). Every decision is committed before anyone is told: a hub that is killed at any instant
-and opened again neither loses a group nor serves one in two batches.
+Logic over SQLite in parts: `schema` (the file), `leases` (prompts out, groups in), `batches` (groups to training),
+`evals` (versions and engines), `overview` (what is shown of it). Every decision is committed before anyone is told: a
+hub that is killed at any instant and opened again neither loses a group nor serves one in two batches.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from astracli.hub.cards import CardBook
 from astracli.hub.curriculum import Curriculum
 from astracli.hub.evals import EvalBoard
 from astracli.hub.leases import LeaseBook, PutStatus
+from astracli.hub.overview import Overview
 from astracli.hub.schema import Database
 from astracli.rl.schedule import admit, count
 from astracli.rl.types import unpack_group
@@ -28,6 +29,7 @@ class HubStore:
     """Thread-safe: one lock, one connection. `clock` returns monotonic seconds.
 
     `engines` are the names that evaluations are pinned to, in turn. `eval_every` 0 switches in-run evaluation off.
+    Without `checkpoints` nothing is kept for a resume: what a step was trained on goes with the next one.
     Deterministic runs (staleness 0) get their batches in the order of lease ids, and their leases in waves: nothing new
     is granted before every group of the wave before is in. Which groups are generated together, and so the last bits of
     their log-probabilities, then depends on nothing but their ids.
@@ -50,6 +52,7 @@ class HubStore:
         curriculum: Curriculum | None = None,
         history_steps: int = 1000,
         max_dropped_batches: int = 0,
+        checkpoints: bool = True,
         cards: Iterable[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -69,6 +72,7 @@ class HubStore:
             replay_ratio=replay_ratio,
             history_steps=history_steps,
             max_dropped=max_dropped_batches * batch_groups,
+            checkpoints=checkpoints,
         )
         self._leases = LeaseBook(
             self._db,
@@ -79,6 +83,8 @@ class HubStore:
             clock=clock,
         )
         self._cards = CardBook(cards)
+        parts = (self._db, self._leases, self._batches, self._board, self._cards)
+        self._overview = Overview(*parts, batch_groups=batch_groups, steps=steps)
         self._listeners: list[Callable[[], None]] = []
         self._stop = False
         self._deterministic = deterministic
@@ -234,11 +240,16 @@ class HubStore:
         Batches of later steps stay assigned and are served again; their acknowledgements, later versions and their
         evaluations never were; leases in flight are granted again. Nothing is announced until the trainer has published
         `version` anew. A deterministic run forgets the groups that no batch holds: their waves begin again, whole.
+        A run that never had a checkpoint and has let go of its batches begins anew, with its first prompt.
         Raises RunFailed when those batches are pruned.
         """
         with self._db.lock:
-            self._batches.check_rewind(step)
+            anew = not step and self._batches.begins_anew
+            if not anew:
+                self._batches.check_rewind(step)
             with self._db.transaction():
+                if anew:
+                    self._batches.forget_all()
                 self._batches.unacknowledge(step)
                 self._board.rewind(version)
                 self._db.set_meta("dropped_in_a_row", 0)
@@ -306,35 +317,9 @@ class HubStore:
     def counts(self) -> dict[str, int]:
         """Groups by fate, for the terminal; `timeouts` counts samples."""
         with self._db.lock:
-            count, forgotten = self._leases.count, self._batches.forgotten
-            acked, replayed = self._batches.acked, self._batches.replayed
-            timeouts = self._db.scalar("SELECT COALESCE(SUM(timeouts), 0) FROM groups WHERE timeouts > 0")
-        return {
-            "in_flight": count("leased"),
-            "queued": count("queued"),
-            "waiting": count("kept"),
-            "dropped": count("dropped") + forgotten("dropped"),
-            "expired": count("expired") + forgotten("expired"),
-            "skipped": count("skipped") + forgotten("skipped"),
-            "timeouts": timeouts + forgotten("timeouts"),
-            "consumed_steps": acked,
-            "consumed_groups": (acked - replayed) * self.batch_groups,
-            "replayed_steps": replayed,
-        }
+            return self._overview.counts()
 
     def state(self) -> dict[str, Any]:
         """Everything that the terminal shows of the store."""
         with self._db.lock:
-            return {
-                "steps": self.steps,
-                "next_step": self._batches.next_step,
-                "latest_version": self._board.latest,
-                "counts": self.counts(),
-                "dropped_in_a_row": self._db.meta("dropped_in_a_row"),
-                "skipped_in_a_row": self._db.meta("skipped_in_a_row"),
-                "engines": {name: dict(report) for name, report in self._board.engines.items()},
-                "evals": self._board.document(),
-                "cards": self._cards.document(),
-                "finished": self.finished,
-                "stop": self._stop,
-            }
+            return self._overview.document() | {"finished": self.finished, "stop": self._stop}

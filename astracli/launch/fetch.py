@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from astracli import talk
 from astracli.errors import UserError
 
 BUNDLED_PREFIX = "astra:"
@@ -36,10 +37,6 @@ def _silent(_message: str) -> None:
     """For downloads of a few kilobytes."""
 
 
-def to_stderr(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 def bundled(name: str) -> Path:
     """Directory of a model shipped with the package: `astra:tiny` -> astracli/assets/tiny. Raises UserError."""
     folder = Path(str(resources.files("astracli") / "assets"))
@@ -54,10 +51,10 @@ def bundled(name: str) -> Path:
     return folder / short
 
 
-def local_path(path: str, key: str = "model.path") -> Path | None:
+def local_path(path: str, key: str = "model.path", made_by: str | None = None) -> Path | None:
     """`path`, the value of `key`, as something already on this machine, or None when it is a Hub id.
 
-    Raises UserError when it is written like a path and nothing is there.
+    Raises UserError when it is written like a path and nothing is there; `made_by` is the command that makes it.
     """
     if path.startswith(BUNDLED_PREFIX):
         return bundled(path)
@@ -67,13 +64,12 @@ def local_path(path: str, key: str = "model.path") -> Path | None:
     if path.startswith(("/", "./", "../", "~")) or not _REPOSITORY.fullmatch(path):
         raise UserError(
             f"{key} = `{path}`: nothing at that path",
-            "check it, or give a Hub id such as `Qwen/Qwen3.5-4B`; `astra recipes copy` of a shipped recipe says how "
-            "its model is made",
+            f"make it: `{made_by}`" if made_by else "check it, or give a Hub id such as `Qwen/Qwen3.5-4B`",
         )
     return None
 
 
-def fetch_model(path: str, revision: str | None = None, say: Say = to_stderr) -> Path:
+def fetch_model(path: str, revision: str | None = None, say: Say = talk.say) -> Path:
     """Local directory of a checkpoint: shipped (`astra:NAME`), a directory, or a Hub id that is downloaded now."""
     found = local_path(path)
     if found is None:
@@ -87,7 +83,7 @@ def fetch_model(path: str, revision: str | None = None, say: Say = to_stderr) ->
     return found
 
 
-def fetch_dataset(source: str, revision: str | None = None, say: Say = to_stderr) -> Path:
+def fetch_dataset(source: str, revision: str | None = None, say: Say = talk.say) -> Path:
     """Local file or directory of a data set: a path, or a Hub data set id that is downloaded now."""
     found = local_path(source, "data.source")
     return found or _snapshot(source, "dataset", revision, DATA_FILES, [], say)
@@ -164,7 +160,7 @@ def _explained(name: str, kind: Kind, revision: str | None) -> Iterator[None]:
         raise UserError(f"`{name}` is no name of a {kind}: {_first_line(error)}") from None
     except OSError as error:
         raise UserError(
-            f"cannot store {kind} `{name}`: {error}", "free disk space, or set HF_HOME to another disk"
+            f"cannot store {kind} `{name}`: {_first_line(error)}", "free disk space, or set HF_HOME to another disk"
         ) from None
 
 
@@ -185,4 +181,5 @@ def _unreachable(name: str, kind: Kind, instead: str, error: Exception) -> tuple
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What an error says, without the number that the system gives it."""
+    return re.sub(r"^\[Errno -?\d+\] ", "", (str(error).strip().splitlines() or [type(error).__name__])[0])

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 from astracli import metrics, report_data
 from astracli import plan as planning
 from astracli.launch import children, ports, summary
-from astracli.launch.fetch import to_stderr
 from astracli.launch.local import MemorySampler
-from astracli.launch.supervise import Supervisor
+from astracli.launch.supervise import Supervisor, signals
 from astracli.metrics import Record, Sink, Tail
 from astracli.plan import LaunchPlan
 from astracli.recipe import Recipe
 from astracli.report import Progress, View, open_view
 from astracli.run_dir import RunDir, State, write_atomic
+from astracli.talk import say
 
 if TYPE_CHECKING:
     from astracli.hub.curriculum import Curriculum
@@ -75,6 +75,8 @@ class Job:
     phases: dict[str, float] = field(default_factory=dict)
     """Seconds of wall time that came before the job, by name; the job adds its own."""
     summary: dict[str, Any] = field(default_factory=dict)
+    """Empty when the job ended before its first process."""
+    _started: float = field(default_factory=time.time)
 
     @property
     def training(self) -> bool:
@@ -101,9 +103,10 @@ class Job:
             raise
         finally:
             self.run_dir.end(state, exit_code=code, cause=cause)
-            self.summary["state"] = state
-            write_atomic(self.run_dir.path / "summary.json", json.dumps(self.summary, indent=2) + "\n")
-            self._write_report()
+            if self.summary:
+                self.summary["state"] = state
+                write_atomic(self.run_dir.summary_json, json.dumps(self.summary, indent=2) + "\n")
+                self._write_report()
         return code
 
     def _write_report(self) -> None:
@@ -113,11 +116,10 @@ class Job:
         try:
             place = report_html.write(self.run_dir)
         except Exception as error:
-            to_stderr(f"warning: no report.html: {type(error).__name__}: {error}")
+            say(f"warning: no report.html: {type(error).__name__}: {error}")
             return
-        if "paths" in self.summary:
-            self.summary["paths"]["report"] = str(place)
-            write_atomic(self.run_dir.path / "summary.json", json.dumps(self.summary, indent=2) + "\n")
+        self.summary["paths"]["report"] = str(place)
+        write_atomic(self.run_dir.summary_json, json.dumps(self.summary, indent=2) + "\n")
 
     def _supervise(self) -> bool:
         """True when it was interrupted."""
@@ -127,7 +129,7 @@ class Job:
         engines = [process.name for process in self.plan.processes if process.role == "engine"]
         token = secrets.token_urlsafe(32)
         memory = MemorySampler()
-        with self._hub(engines, token) as (hub, connect):
+        with signals() as interrupted, self._hub(engines, token) as (hub, connect):
             setting = children.Setting(
                 self.recipe,
                 self.plan,
@@ -151,6 +153,7 @@ class Job:
                 tick=watch,
                 memory=memory,
                 retry=children.retry(setting, specs),
+                interrupted=interrupted,
             )
             connect(supervisor)
             try:
@@ -193,6 +196,7 @@ class Job:
             curriculum=self._curriculum() if training else None,
             history_steps=recipe.launch.hub_history_steps,
             max_dropped_batches=recipe.rollout.max_dropped_batches,
+            checkpoints=recipe.checkpoint.every > 0,
             cards=self.plan.cards,
         )
         listeners: list[Supervisor] = []
@@ -235,6 +239,7 @@ class Job:
             state="",
             attempt=self.attempt,
             first_step=self.resume_step or 0,
+            since=self._started,
             phases=self.phases,
             evaluations_s=evaluations_s,
             records=metrics.read(self.run_dir.metrics_jsonl),
@@ -313,10 +318,10 @@ def open_run(run: RunDir, recipe_text: str, plan: Mapping[str, Any]) -> int:
 
 def say_start(run: RunDir, plan: LaunchPlan, attempt: int, resumed_at: int | None) -> None:
     for warning in plan.warnings:
-        to_stderr(f"warning: {warning}")
+        say(f"warning: {warning}")
     names = ", ".join(process.name for process in plan.processes)
     where = f" from step {resumed_at}, attempt {attempt}" if resumed_at is not None else ""
-    to_stderr(f"run {run.path}{where}: {names}; logs in {run.attempt_logs(attempt)}")
+    say(f"run {run.path}{where}: {names}; logs in {run.attempt_logs(attempt)}")
 
 
 def discard(run: RunDir, path_was_there: bool) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from astracli.errors import UserError
-from astracli.launch import fetch
 from astracli.recipe import Recipe
 from astracli.run_dir import RunDir, write_atomic
+from astracli.talk import say
 
 
 def pin(run: RunDir, recipe: Recipe, path: str | None) -> None:
@@ -47,11 +47,11 @@ def decontaminated(recipe: Recipe, path: str, fetched: Mapping[str, str | None])
         return path
     said = decontamination.summary(found, len(problems))
     if recipe.data.decontaminate == "report":
-        fetch.to_stderr(f"warning: {said}; leave them out with `--set data.decontaminate=remove`")
+        say(f"warning: {said}; leave them out with `--set data.decontaminate=remove`")
         return path
     if len(found) == len(problems):
         raise UserError(said, "nothing would be left to train on; train on another set")
-    fetch.to_stderr(f"{said}: left out")
+    say(f"{said}: left out")
     known = datasets.known_set(recipe.data.source)
     split = known.split if known else recipe.data.split
     return str(decontamination.write_without(Path(path), split, found, datasets.cache_dir() / "datasets"))

@@ -10,9 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from astracli import machine, recipe_io, registry
+from astracli import machine, metrics, recipe_io, registry, runs
 from astracli import plan as planning
-from astracli import run_dir as runs
 from astracli.adapter_tools import has_chat_template
 from astracli.errors import UserError
 from astracli.launch import fetch, inputs, job, problems
@@ -20,6 +19,7 @@ from astracli.launch.job import Job
 from astracli.plan import Command, LaunchPlan
 from astracli.recipe import Recipe
 from astracli.run_dir import RunDir
+from astracli.talk import say
 
 CHANGEABLE = ("train.steps", "launch.", "metrics.", "resources.", "checkpoint.")
 """What `--set` may change on a resume: how long, where and how the run goes on, not what it learns from."""
@@ -75,11 +75,12 @@ def train(recipe: Recipe, *, run_dir: Path | None = None, resume: Path | None = 
         code = task.run()
     finally:
         run.unlock()
-    from astracli.closing import print_closing
+    if task.summary:
+        from astracli.closing import print_closing
 
-    print_closing(task.summary)
+        print_closing(task.summary)
     if code == 130:
-        fetch.to_stderr(f"interrupted; go on with `astra train --resume {run.path}`")
+        say(f"interrupted; go on with `astra train --resume {run.path}`")
     return code
 
 
@@ -98,8 +99,8 @@ def rollout(recipe: Recipe, *, weights: str | None = None, n: int, out: Path, ru
         code = task.run()
     finally:
         run.unlock()
-    if code == 0:
-        fetch.to_stderr(_rollout_words(out))
+    if code == 0 or out.exists():
+        say(("interrupted; " if code else "") + _rollout_words(out))
     return code
 
 
@@ -143,6 +144,8 @@ def evaluate(
         document = json.loads((run.eval / "results.json").read_text())
         document |= {"weights": recipe.model.path, "path": str(run.eval)}
         _print_results(document, as_json)
+    elif code == 130:
+        say(f"interrupted; go on with `astra eval --resume {run.path}`")
     return code
 
 
@@ -193,7 +196,7 @@ def _refusing_plan(recipe: Recipe, command: Command) -> LaunchPlan:
 def _config_if_here(recipe: Recipe) -> Mapping[str, Any] | None:
     """The model's config.json if it is on this machine, None for a Hub id that an adapter knows; else it is fetched."""
     path, revision = recipe.model.path, recipe.model.revision
-    if fetch.local_path(path) is not None:
+    if fetch.local_path(path, made_by=recipe.model.made_by) is not None:
         return fetch.fetch_config(path, revision)
     known = any(item.adapter and path in item.adapter.known_configs for item in registry.installed())
     cached = fetch.cached_config(path, revision)
@@ -210,7 +213,7 @@ def _fetch(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> Source:
     model = fetch.fetch_model(recipe.model.path, recipe.model.revision)
     inputs.check_checkpoint(model)
     if not has_chat_template(model):
-        fetch.to_stderr(
+        say(
             f"warning: no chat template in `{model}`: prompts go to the model as bare text, right for a base model and "
             "wrong for a chat model; copy its chat_template.jinja beside tokenizer.json"
         )
@@ -247,7 +250,10 @@ def _with_evaluation(recipe: Recipe, benchmarks: Sequence[str] | None, samples: 
     document = recipe_io.to_document(recipe)
     document["eval"]["benchmarks"] = names
     if samples is not None:
-        document["eval"] |= {"samples": samples, "pass_k": min(samples, recipe.eval.pass_k)}
+        k = min(samples, recipe.eval.pass_k)
+        document["eval"] |= {"samples": samples, "pass_k": k}
+        if k < recipe.eval.pass_k:
+            say(f"--samples {samples}: pass@{k} in the place of pass@{recipe.eval.pass_k}")
     document["launch"]["deterministic"] = True  # two evaluations with one seed write the same files
     return recipe_io.check(document, recipe.name)
 
@@ -297,7 +303,7 @@ def _resume_step(run: RunDir, recipe: Recipe) -> int:
     if status is not None and status.state == "done" and (status.steps or 0) >= recipe.train.steps:
         raise UserError(
             f"run `{run.path}` is done: {status.step} of {status.steps} steps",
-            f"train on with `astra train --resume {run.path} --set train.steps={recipe.train.steps * 2}`",
+            f"train on with `astra train --resume {run.path} --set train.steps={2 * (status.steps or 1)}`",
         )
     newest = checkpoint.latest(run.checkpoints)
     step = newest.step if newest else 0
@@ -317,11 +323,13 @@ def _print_results(document: Mapping[str, Any], as_json: bool) -> None:
     from astracli.closing import result_lines
 
     print("\n".join(result_lines(document)))
-    fetch.to_stderr(f"items and figures are in {document['path']}")
+    say(f"items and figures are in {document['path']}")
 
 
 def _rollout_words(out: Path) -> str:
     """How many samples were written, and how they were graded."""
-    rewards = [json.loads(line)["reward"] for line in out.open()]
-    mean = sum(rewards) / max(1, len(rewards))
-    return f"{len(rewards)} samples, mean reward {mean:.3f}, in {out}"
+    with out.open(encoding="utf-8") as lines:
+        rewards = [record["reward"] for record in metrics.parse(lines)]
+    if not rewards:
+        return f"no samples yet in {out}"
+    return f"{len(rewards)} samples, mean reward {sum(rewards) / len(rewards):.3f}, in {out}"

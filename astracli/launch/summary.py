@@ -25,6 +25,7 @@ def build(
     state: str,
     attempt: int,
     first_step: int,
+    since: float = 0.0,
     phases: Mapping[str, float],
     evaluations_s: Mapping[str, float],
     records: Sequence[Record],
@@ -36,25 +37,27 @@ def build(
 ) -> dict[str, Any]:
     """`phases`: seconds of this attempt by phase; `evaluations_s`: by step, announcement to result, beside training;
     `store`: `HubStore.state()`; `records`: all of metrics.jsonl; `notes`: what the supervisor did to go on; `plan`:
-    plan.json."""
-    wall_s = sum(phases.values())
-    trained = [step for step, _ in series(records, "train_s") or series(records, "step_s")]
-    here = [step for step in trained if step >= first_step]
+    plan.json. `first_step`, `since`: where and when (unix seconds) this attempt began: what an earlier one trained
+    after its last checkpoint is no part of the run."""
+    wall_s, training_run = sum(phases.values()), plan is None or plan["command"] == "train"
+    mine = [record for record in records if record.get("time", since) >= since]
+    here = [step for step in _steps(mine) if step >= first_step]
+    trained = [step for step in _steps(records) if step < first_step] + here
     return {
         "recipe": recipe.name,
         "seed": recipe.seed,
         "state": state,
         "attempt": attempt,
         "steps": len(trained),
-        "steps_planned": recipe.train.steps,
+        "steps_planned": recipe.train.steps if training_run else None,
         "steps_this_attempt": len(here),
         "wall_s": wall_s,
-        "phases_s": wall_phases(phases, sum(values(records, "export_s"))),
+        "phases_s": wall_phases(phases, sum(values(records, "export_s")), "training" if training_run else "running"),
         "evaluations_s": dict(evaluations_s),
         "benchmarks": benchmarks(store.get("evals") or []),
         "expected": recipe.expected.model_dump() if recipe.expected else None,
-        "training": training(records, first_step),
-        "balance": balance.of_run(records, recipe, plan, first_step) if plan and trained else None,
+        "training": training(mine, first_step),
+        "balance": balance.of_run(mine, recipe, plan, first_step) if plan and here else None,
         "weights": weights(records, recipe.weights.transfer),
         "parity": {"mean_abs": mean(values(records, "parity_mean_abs")), "max_abs": largest(records, "parity_max_abs")},
         "groups": store.get("counts") or {},
@@ -65,9 +68,13 @@ def build(
     }
 
 
-def wall_phases(phases: Mapping[str, float], export_s: float) -> dict[str, float]:
+def _steps(records: Sequence[Record]) -> list[int]:
+    return [step for step, _ in series(records, "train_s") or series(records, "step_s")]
+
+
+def wall_phases(phases: Mapping[str, float], export_s: float, running: str) -> dict[str, float]:
     """The phases in words; the export, which is the end of `running`, apart."""
-    named = {"starting": "start-up", "running": "training", "finishing": "last evaluations"}
+    named = {"starting": "start-up", "running": running, "finishing": "last evaluations"}
     found: dict[str, float] = {}
     for phase, seconds in phases.items():
         found[named.get(phase, phase)] = seconds - (export_s if phase == "running" else 0.0)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from urllib.parse import urlsplit
 from astracli.errors import RunFailed
 from astracli.launch import local
 from astracli.launch.local import Child, ChildSpec, MemorySampler, exit_words
+from astracli.talk import say
 
 Phase = Literal["starting", "running", "finishing", "stopping"]
 
@@ -100,6 +100,7 @@ class Supervisor:
         tick: Callable[[Supervisor], None] = lambda supervisor: None,
         memory: MemorySampler | None = None,
         retry: Retry | None = None,
+        interrupted: threading.Event | None = None,
         poll_s: float = 0.1,
     ):
         self.specs = {spec.name: spec for spec in specs}
@@ -119,6 +120,7 @@ class Supervisor:
         self._hint = hint
         self._tick = tick
         self._poll_s = poll_s
+        self._interrupted = interrupted
         self._phases: dict[str, float] = {}
         self._phase_began = time.monotonic()
         self._looked = time.monotonic()
@@ -134,10 +136,11 @@ class Supervisor:
 
     def run(self) -> Outcome:
         """Start, watch, end. Returns when nothing of ours is left running. Raises RunFailed with the reason."""
-        with _signals() as interrupted:
+        with contextlib.nullcontext(self._interrupted) if self._interrupted else signals() as interrupted:
             try:
                 for spec in self.specs.values():
-                    self.children[spec.name] = Child(spec)
+                    if not interrupted.is_set():
+                        self.children[spec.name] = Child(spec)
                 self.memory.start(lambda: {child.pid: name for name, child in list(self.children.items())})
                 while not interrupted.is_set() and not self._finished():
                     self._look()
@@ -212,7 +215,7 @@ class Supervisor:
         said = ended.last_lines(1)
         local.stop([self.children.pop(name) for name in retry.names if name in self.children], grace_s=0.5)
         self.notes.append(f"{retry.words} ({'; '.join(said)})" if said else retry.words)
-        print(f"warning: {self.notes[-1]}", file=sys.stderr, flush=True)
+        say(f"warning: {self.notes[-1]}")
         for spec in retry.specs():
             self._hub.release_worker(spec.name)
             self.status[spec.name] = Status(spec.role)
@@ -301,8 +304,11 @@ def answers(url: str, token: str, timeout_s: float = 1.0) -> bool:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """Ctrl-C, TERM and a closed terminal set the event: this process has children to end before itself."""
+def signals() -> Iterator[threading.Event]:
+    """Ctrl-C, TERM and a closed terminal set the event: this process has children to end before itself.
+
+    Entered before anything heavy is imported: a library's bare `except:` would swallow a KeyboardInterrupt.
+    """
     interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield interrupted

@@ -34,31 +34,31 @@ def group_advantages(rewards_S: np.ndarray, mode: Literal["group", "mean"]) -> n
     return centred_S / (rewards_S.std(ddof=1) + EPS)
 
 
-def batch_normalise(advantages_B: np.ndarray, tokens_B: np.ndarray) -> np.ndarray:
+def batch_normalise(advantages_B: np.ndarray, counts_B: np.ndarray) -> np.ndarray:
     """float64 [B]: normalised once more over the batch, (a - mean) / (unbiased std + 1e-5).
 
-    Mean and variance run over *tokens* (a sample counts as often as it has loss tokens), because the loss is a token
-    mean: after this the token mean of the advantage is 0, whatever the lengths are.
+    A sample counts `counts_B` times, as often as the loss's own mean counts it: its loss tokens where that is a mean
+    over tokens, 1 where it is one over sequences. After this that mean of the advantage is 0, whatever the lengths are.
     """
-    advantages_B, tokens_B = np.asarray(advantages_B, np.float64), np.asarray(tokens_B, np.float64)
-    total = tokens_B.sum()
+    advantages_B, counts_B = np.asarray(advantages_B, np.float64), np.asarray(counts_B, np.float64)
+    total = counts_B.sum()
     if total < 2:
         return np.zeros_like(advantages_B)
-    centred_B = advantages_B - (advantages_B * tokens_B).sum() / total
-    variance = (centred_B**2 * tokens_B).sum() / (total - 1)
+    centred_B = advantages_B - (advantages_B * counts_B).sum() / total
+    variance = (centred_B**2 * counts_B).sum() / (total - 1)
     return centred_B / (np.sqrt(variance) + EPS)
 
 
 def advantages(
     rewards: Sequence[np.ndarray],
-    tokens: Sequence[np.ndarray],
+    counts: Sequence[np.ndarray],
     *,
     mode: Literal["group", "mean"],
     batch_norm: bool,
 ) -> list[np.ndarray]:
-    """Advantages of every group, each float64 [S]; `rewards` and `tokens` (loss tokens per sample) are each [S]."""
+    """Advantages of every group, each float64 [S]; `rewards` and `counts` (see `batch_normalise`) are each [S]."""
     result = [group_advantages(r, mode) for r in rewards]
     if not batch_norm or not result:
         return result
-    flat_B = batch_normalise(np.concatenate(result), np.concatenate(list(tokens)))
+    flat_B = batch_normalise(np.concatenate(result), np.concatenate(list(counts)))
     return np.split(flat_B, np.cumsum([len(r) for r in result])[:-1])

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from astracli.recipe import AlgorithmTable
+from astracli.recipe import AlgorithmTable, RolloutTable
+from astracli.rl import losses
 from astracli.rl.advantage import advantages, overlong_penalties
 from astracli.rl.types import Group, Sample
 
@@ -89,14 +90,18 @@ class Batch:
     """This rank's micro-batches."""
     minibatch_tokens: list[int]
     """Loss tokens of each minibatch, over all ranks: the denominator of the token mean."""
-    minibatch_rows: list[int]
-    """Rows of each minibatch, over all ranks."""
     versions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     """int32, all loss tokens of all ranks"""
 
     @property
     def loss_tokens(self) -> int:
         return sum(self.minibatch_tokens)
+
+    @property
+    def rows_per_minibatch(self) -> float:
+        """The denominator of a mean over sequences, the same for every minibatch: they are divided by tokens, so one
+        with long rows has fewer of them, and its own count would give a long sequence a larger share."""
+        return len(self.rows) / len(self.minibatches)
 
     def staleness(self, version: int) -> tuple[float, int]:
         """Mean and largest lag of a token behind `version`, in versions."""
@@ -112,17 +117,21 @@ class Batch:
         }
 
 
-def rows_of(groups: Sequence[Group], algorithm: AlgorithmTable, max_new_tokens: int) -> list[Row]:
+def rows_of(groups: Sequence[Group], algorithm: AlgorithmTable, rollout: RolloutTable) -> list[Row]:
     """Every sample with at least one token, with its advantage.
 
     Samples without tokens count in their group's mean and spread (their reward is real), but train nothing.
     """
     lengths = [np.array([len(s.tokens) for s in g.samples]) for g in groups]
     overlong = (algorithm.overlong_fraction, algorithm.overlong_penalty)
-    penalties = [overlong_penalties(lengths_S, max_new_tokens, *overlong) for lengths_S in lengths]
+    penalties = [
+        overlong_penalties(lengths_S, rollout.completion_room(len(g.prompt_tokens)), *overlong)
+        for g, lengths_S in zip(groups, lengths, strict=True)
+    ]
+    by_sequence = losses.get(algorithm.name).normaliser == "sequence"
     per_group = advantages(
         [g.rewards - penalty_S for g, penalty_S in zip(groups, penalties, strict=True)],
-        lengths,
+        [np.minimum(lengths_S, 1) for lengths_S in lengths] if by_sequence else lengths,
         mode=algorithm.advantage,
         batch_norm=algorithm.batch_norm_advantage,
     )
@@ -235,7 +244,7 @@ def build_batch(
     algorithm: AlgorithmTable,
     minibatches: int,
     tokens_per_microbatch: int,
-    max_new_tokens: int,
+    rollout: RolloutTable,
     pad_token: int = 0,
     rank: int = 0,
     world_size: int = 1,
@@ -246,7 +255,7 @@ def build_batch(
     Raises ValueError when no sample holds a token.
     """
     ordered = sorted(groups, key=lambda g: g.lease_id)
-    rows = rows_of(ordered, algorithm, max_new_tokens)
+    rows = rows_of(ordered, algorithm, rollout)
     if not rows:
         raise ValueError(f"the batch of step {step} has {len(ordered)} groups and no completion token")
     shuffled = list(rows)
@@ -259,5 +268,4 @@ def build_batch(
         padding = max(map(len, shares)) - len(shares[rank])
         mine.append(shares[rank] + [empty_micro_batch(pad_token) for _ in range(padding)])
         tokens.append(sum(row.loss_tokens for row in part))
-    counts = [len(part) for part in parts]
-    return Batch(step, ordered, rows, mine, tokens, counts, np.concatenate([r.versions for r in rows]))
+    return Batch(step, ordered, rows, mine, tokens, np.concatenate([r.versions for r in rows]))

@@ -48,8 +48,9 @@ def read_shares(text: str) -> Shares:
     places = [Path(name), Path("runs", name)]
     folder = next((p for place in places for p in (place / "eval/items", place / "items") if p.is_dir()), None)
     if folder is None:
+        there = any(place.is_dir() for place in places)
         raise UserError(
-            f"`{name}` holds no evaluation: no `eval/items` in it",
+            f"`{name}` holds no evaluation: " + ("no `eval/items` in it" if there else "there is no such directory"),
             "give the directory of a run or of an `astra eval`; RUN@STEP takes one step of a training run",
         )
     files: dict[int, list[Path]] = defaultdict(list)

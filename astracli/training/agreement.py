@@ -33,21 +33,30 @@ class Agreement:
     largest: float = 0.0
     sums: list[float] = field(default_factory=lambda: [0.0] * 4)
     """|log r|, r, k1, k3"""
+    _unread: list[Tensor] = field(default_factory=list)
+    """Of each micro-batch its sums and its largest, on the device."""
 
     @torch.no_grad()
     def add(self, log_ratio_N: Tensor) -> None:
-        """`log_ratio_N`: trainer's log-probability - engine's, of such tokens only."""
+        """`log_ratio_N`: trainer's log-probability - engine's, of such tokens only. Does not wait for the device."""
         if not len(log_ratio_N):
             return
         log_N = log_ratio_N.double()
         ratio_N = log_N.exp()
         parts = (log_N.abs(), ratio_N, -log_N, ratio_N - 1.0 - log_N)
-        self.sums = [total + float(part.sum()) for total, part in zip(self.sums, parts, strict=True)]
+        self._unread.append(torch.stack([*(part.sum() for part in parts), parts[0].max()]))
         self.tokens += len(log_N)
-        self.largest = max(self.largest, float(parts[0].max()))
+
+    def _read(self) -> None:
+        """Take what was added. Waits for the device."""
+        unread, self._unread = self._unread, []
+        for *sums, largest in torch.stack(unread).tolist() if unread else ():
+            self.sums = [total + part for total, part in zip(self.sums, sums, strict=True)]
+            self.largest = max(self.largest, largest)
 
     def over(self, ranks: Ranks) -> Agreement:
         """Of all ranks together. A collective."""
+        self._read()
         tokens, *sums = ranks.sum([float(self.tokens), *self.sums])
         (largest,) = ranks.max([self.largest])
         return Agreement(int(tokens), largest, sums)
@@ -57,6 +66,7 @@ class Agreement:
         """The step's metrics; {} when no token was of the trainer's version."""
         if not self.tokens:
             return {}
+        self._read()
         absolute, ratio, k1, k3 = (total / self.tokens for total in self.sums)
         return {
             "parity_mean_abs": absolute,
@@ -69,6 +79,7 @@ class Agreement:
 
     def within(self, tolerance: float) -> bool:
         """Whether the mean |difference| is at most `tolerance` (one that is no number is not)."""
+        self._read()
         return not self.tokens or self.sums[0] / self.tokens <= self._allowed(tolerance)
 
     def _allowed(self, tolerance: float) -> float:

@@ -168,7 +168,7 @@ class PolicyModel(nn.Module):
         hidden_BLD = base(
             input_ids=tokens_BL, attention_mask=attention_mask, use_cache=False, **arguments
         ).last_hidden_state
-        hidden_ND = hidden_BLD.flatten(0, 1)[predict_N]
+        hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, predict_N)  # not [...]: its backward pass sorts
         head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
         chunk = self.chunk or chunk_tokens(self.vocabulary, tokens_BL.device.type)
         return chunked_logprob(hidden_ND, head.weight, target_N, bias_V=head.bias, chunk=chunk)

@@ -6,12 +6,13 @@ holds. Shape letters: N loss tokens, R rows.
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from astracli.recipe import Recipe
 from astracli.rl.batch import Batch, MicroBatch
 from astracli.rl.losses import Algorithm, Limits, Normaliser, TokenLoss, Tokens
+from astracli.training.upload import upload
 
 
 def token_losses(
@@ -21,26 +22,27 @@ def token_losses(
     device = logprob_N.device
     tokens = Tokens(
         logprob_N=logprob_N,
-        behaviour_N=torch.from_numpy(micro.logprob_N).to(device),
-        advantage_N=torch.from_numpy(micro.advantage_N).to(device),
+        behaviour_N=upload(micro.logprob_N, device),
+        advantage_N=upload(micro.advantage_N, device),
         proximal_N=logprob_N.detach() if proximal_N is None else proximal_N,
-        sequence_N=torch.from_numpy(micro.sequence_N).to(device),
+        sequence_N=upload(micro.sequence_N, device),
     )
     return algorithm.token_loss(tokens, limits)
 
 
 def denominator(normaliser: Normaliser, batch: Batch, index: int, recipe: Recipe) -> float:
-    """What the sum over minibatch `index` of all ranks is divided by."""
+    """What the sum over minibatch `index` of all ranks is divided by. A mean over sequences weighs all those of the
+    batch alike (`Batch.rows_per_minibatch`)."""
     if normaliser == "token":
         return batch.minibatch_tokens[index]
     if normaliser == "sequence":
-        return batch.minibatch_rows[index]
-    return batch.minibatch_rows[index] * (recipe.algorithm.loss_length or recipe.rollout.max_new_tokens)
+        return batch.rows_per_minibatch
+    return batch.rows_per_minibatch * (recipe.algorithm.loss_length or recipe.rollout.max_new_tokens)
 
 
 def normalised(normaliser: Normaliser, loss_N: Tensor, micro: MicroBatch, divisor: float) -> Tensor:
     """This micro-batch's part of the minibatch's loss, a scalar."""
     if normaliser == "sequence":
-        sequence_N = torch.from_numpy(micro.sequence_N).to(loss_N.device)
-        loss_N = loss_N / torch.bincount(sequence_N)[sequence_N]
+        sequence_N = micro.sequence_N
+        loss_N = loss_N / upload(np.bincount(sequence_N)[sequence_N], loss_N.device)
     return loss_N.sum() / divisor

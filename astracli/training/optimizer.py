@@ -1,4 +1,4 @@
-"""The optimizer: fp32 masters, AdamW, the gradient norm of all ranks, the learning rate of a step.
+"""fp32 masters of what is trained: updated from clipped gradients, rounded into the parameters, given out to publish.
 
 A parameter holds the value that the engine holds (rounded to the wire dtype) and the master keeps what rounding loses;
 gradients go to the master, and after each update the parameter is the rounded master again. So trainer and engine
@@ -18,8 +18,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from astracli.adapter import WireTensor
 from astracli.errors import RunFailed
-from astracli.plan_trainer import BUCKET_BYTES
 from astracli.recipe import TrainTable
+from astracli.training.adam import Adam, learning_rate
 from astracli.training.fsdp import Ranks, local
 from astracli.training.gradients import Gradients
 from astracli.training.parking import Parking, empty
@@ -29,17 +29,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-def learning_rate(table: TrainTable, step: int) -> float:
-    """Rate of step 0, 1, ...: linear warm-up over `warmup_steps`, then the schedule over the steps that are left."""
-    if step < table.warmup_steps:
-        return table.learning_rate * (step + 1) / table.warmup_steps
-    done = min(1.0, (step - table.warmup_steps) / max(1, table.steps - table.warmup_steps))
-    if table.schedule == "constant":
-        return table.learning_rate
-    shape = 1.0 - done if table.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-    return table.learning_rate * (table.final_lr_fraction + (1.0 - table.final_lr_fraction) * shape)
 
 
 class Masters:
@@ -77,7 +66,6 @@ class Masters:
         self.rounded = ranks.lowers or ranks.precision == torch.float32
         """Parameters are the masters rounded, beside them; else they are the masters."""
         self.moments_on_host = moments_on_host
-        self._parked: dict[str, Parking] = {}
         self._away: Parking | None = None
         self._away_updates = 0
         self._host_mesh: DeviceMesh | None = None
@@ -86,15 +74,7 @@ class Masters:
                 parameter.data = parameter.data.to(ranks.precision)
             self.values = {name: self._master(name, parameter) for name, parameter in self.parameters.items()}
         self.grads = Gradients(self.parameters, accumulate=self.lowers)
-        self._optimized = {name: nn.Parameter(value) for name, value in self.values.items() if value.numel()}
-        self.adamw = torch.optim.AdamW(
-            list(self._optimized.values()),
-            lr=table.learning_rate,
-            betas=table.betas,
-            eps=table.eps,
-            weight_decay=table.weight_decay,
-            fused=True,
-        )
+        self.adam = Adam(self.values, table, moments_on_host=moments_on_host)
         self.publish_to_parameters()
 
     def _master(self, name: str, parameter: nn.Parameter) -> Tensor:
@@ -140,7 +120,7 @@ class Masters:
         self._average_replicated()
         found = self.grads.found()
         norm = math.sqrt(self.ranks.squares(found.values()))
-        gradients = {name: local(gradient) for name, gradient in found.items() if name in self._optimized}
+        gradients = {name: part for name, gradient in found.items() if (part := local(gradient)).numel()}
         if not math.isfinite(norm):
             raise RunFailed(
                 f"the gradient norm of step {step} is {norm}",
@@ -148,17 +128,9 @@ class Masters:
             )
         if norm > self.table.grad_clip:
             torch._foreach_mul_(list(gradients.values()), self.table.grad_clip / (norm + 1e-6))
-        for group in self.adamw.param_groups:
-            group["lr"] = learning_rate(self.table, step)
-        for name, master in self._optimized.items():
-            assert self.rounded or master.data_ptr() == local(self.parameters[name]).data_ptr(), name
-            master.grad = None if self.moments_on_host else gradients.get(name)
-        if self.moments_on_host:
-            self._step_in_buckets(gradients)
-        else:
-            self.adamw.step()
-        for master in self._optimized.values():
-            master.grad = None
+        for name, value in self.values.items():
+            assert self.rounded or value.data_ptr() == local(self.parameters[name]).data_ptr(), name
+        self.adam.step(gradients, learning_rate(self.table, step))
         self.grads.clear()
         self.publish_to_parameters()
         return norm
@@ -174,57 +146,13 @@ class Masters:
         # every micro-batch has every parameter in its graph, an empty one too: the same list on all ranks
         self.ranks.average([gradient for name, gradient in self.grads.found().items() if self._replicated(name)])
 
-    def _step_in_buckets(self, gradients: Mapping[str, Tensor]) -> None:
-        """AdamW over some tensors at a time, with their moments moved in: the same numbers as all at once."""
-        bucket: list[str] = []
-        size = 0
-        for name in gradients:
-            its = 2 * self.values[name].nbytes
-            if bucket and size + its > BUCKET_BYTES:
-                self._step_bucket(bucket, gradients)
-                bucket, size = [], 0
-            bucket.append(name)
-            size += its
-        if bucket:
-            self._step_bucket(bucket, gradients)
-
-    def _step_bucket(self, names: list[str], gradients: Mapping[str, Tensor]) -> None:
-        for name in names:
-            if name in self._parked:
-                self._parked[name].to_device()
-            self._optimized[name].grad = gradients[name]
-        self.adamw.step()
-        for name in names:
-            self._optimized[name].grad = None
-            self._park(name)
-
-    def _park(self, name: str) -> None:
-        """The moments of one parameter to the host."""
-        if name not in self._parked:
-            state = self.adamw.state[self._optimized[name]]
-            self._parked[name] = Parking((state["exp_avg"], state["exp_avg_sq"]))
-        self._parked[name].to_host()
-
     def moments(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """AdamW's first and second moments by parameter name, where they are; zeros before the first update."""
-        return self._moments("exp_avg"), self._moments("exp_avg_sq")
-
-    def _moments(self, key: str) -> dict[str, Tensor]:
-        found = {}
-        for name, value in self.values.items():
-            state = self.adamw.state.get(self._optimized[name], {}) if name in self._optimized else {}
-            parked = self._parked.get(name)
-            moment = state[key] if state else self._no_moment(value)
-            found[name] = parked.on_host(moment) if parked is not None else moment
-        return found
+        return self.adam.moments()
 
     def no_moments(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Zeros, where moments wait between updates."""
-        first, second = ({n: self._no_moment(v) for n, v in self.values.items()} for _ in range(2))
-        return first, second
-
-    def _no_moment(self, value: Tensor) -> Tensor:
-        return torch.zeros_like(value, device="cpu" if self.moments_on_host else None)
+        return self.adam.no_moments()
 
     @property
     def away(self) -> bool:
@@ -239,8 +167,7 @@ class Masters:
             held = [*self.values.values(), *self.frozen]
             if not self.lowers:
                 held += self.parameters.values()
-            if not self.moments_on_host:
-                held += [s[key] for s in self.adamw.state.values() for key in ("exp_avg", "exp_avg_sq")]
+            held += self.adam.on_device()
             self._away, self._away_updates = Parking(held), min(self.updates, 1)
         self._away.to_host()
         for parameter in self.parameters.values() if self.lowers else ():
@@ -257,26 +184,13 @@ class Masters:
     @property
     def updates(self) -> int:
         """AdamW updates made so far: what its bias correction counts."""
-        for master in self._optimized.values():
-            state = self.adamw.state.get(master)
-            if state:
-                return int(state["step"])
-        return 0
+        return self.adam.updates
 
-    @torch.no_grad()
     def restore(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor], updates: int) -> None:
         """Take over moments (this rank's shards, which then belong to it) and the update count; `values` have been
         filled in place already."""
         self._away = None
-        for name, master in self._optimized.items():
-            self.adamw.state[master] = {
-                "step": torch.tensor(float(updates), device=master.device),
-                "exp_avg": first[name].to(master.device),
-                "exp_avg_sq": second[name].to(master.device),
-            }
-            if self.moments_on_host:
-                self._parked.pop(name, None)
-                self._park(name)
+        self.adam.restore(first, second, updates)
         self.publish_to_parameters()
 
     @torch.no_grad()

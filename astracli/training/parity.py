@@ -18,6 +18,7 @@ from astracli.rl.batch import Join, MicroBatch, Row, pad_rows
 from astracli.training import packing, varlen
 from astracli.training.logprob import PolicyModel
 from astracli.training.optimizer import Masters
+from astracli.training.upload import upload
 
 ROWS_TOLERANCE = {"cpu": 1e-4, "cuda": 0.25}
 """Largest |difference| of one token. On a GPU bf16 kernels choose other tilings for other shapes, so single tokens
@@ -35,13 +36,13 @@ def logprobs(
     """Log-probability and entropy, each fp32 [N], of a micro-batch's loss tokens."""
     if device.type == "cuda":
         micro = packing.rounded(micro)
-    predict_N, target_N = (torch.from_numpy(x).to(device) for x in (micro.predict_N, micro.target_N))
-    tokens_BL = torch.from_numpy(micro.tokens_BL).to(device)
+    predict_N, target_N = (upload(x, device) for x in (micro.predict_N, micro.target_N))
+    tokens_BL = upload(micro.tokens_BL, device)
     if micro.bounds_S1 is not None:
-        positions_1T = torch.from_numpy(packing.positions(micro.bounds_S1))[None].to(device)
+        positions_1T = upload(packing.positions(micro.bounds_S1)[None], device)
         boundaries = varlen.boundaries(micro.bounds_S1, device)
         return policy(tokens_BL, None, positions_1T, predict_N, target_N, **boundaries)
-    mask = torch.from_numpy(micro.mask_BL).to(device)
+    mask = upload(micro.mask_BL, device)
     position_ids = adapter.position_ids(mask) if adapter.position_ids else None
     return policy(tokens_BL, adapter.attention_mask(mask), position_ids, predict_N, target_N)
 

@@ -95,7 +95,8 @@ class Parking:
 def empty(storage: torch.UntypedStorage) -> None:
     """Free its memory; the tensors that share it stay, and can still be shown."""
     if not hasattr(torch.Tensor.__repr__, "shows_parked"):
-        torch.Tensor.__repr__ = _showing_parked(torch.Tensor.__repr__)  # type: ignore[method-assign]
+        shown: Any = _showing_parked(torch.Tensor.__repr__)
+        torch.Tensor.__repr__ = shown  # type: ignore[method-assign]
     storage.resize_(0)
 
 

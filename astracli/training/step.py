@@ -12,10 +12,9 @@ The loss of a minibatch runs over all ranks and micro-batches (`objective`). Sha
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -29,47 +28,20 @@ from astracli.rl.losses import Limits
 from astracli.rl.losses.kl import k3
 from astracli.rl.types import Group
 from astracli.training import objective, packing, parity
-from astracli.training.agreement import CEILING, TIMES_NOISE, Agreement
+from astracli.training.adam import learning_rate
+from astracli.training.agreement import CEILING, TIMES_NOISE
 from astracli.training.fsdp import Ranks, gather_no_more
 from astracli.training.logprob import PolicyModel
-from astracli.training.optimizer import Masters, learning_rate
+from astracli.training.optimizer import Masters
 from astracli.training.parking import Parking
+from astracli.training.sums import Sums, Timer, figures
+from astracli.training.upload import upload
 
 
 @dataclass
 class StepResult:
     metrics: dict[str, float]
     batch: Batch
-
-
-@dataclass
-class Sums:
-    """What one rank adds up over tokens; all ranks' are summed at the end of the step."""
-
-    ratio: float = 0.0
-    entropy: float = 0.0
-    kl: float = 0.0
-    loss: float = 0.0
-    clipped: float = 0.0
-    capped: float = 0.0
-    own: Agreement = field(default_factory=Agreement)
-    """Of the tokens of the trainer's own version."""
-    noise: float | None = None
-    """What rounding alone moves such a token by, where that was asked."""
-
-
-@dataclass
-class Timer:
-    """Seconds per phase."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    _since: float = field(default_factory=time.perf_counter)
-
-    def lap(self, phase: str) -> None:
-        """The time since the last lap belongs to `phase`."""
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._since
-        self._since = now
 
 
 class Trainer:
@@ -115,7 +87,7 @@ class Trainer:
         without tokens.
         """
         assert not self.masters.away
-        timer = Timer()
+        timer = Timer(self.ranks.device)
         batch = self._divide(groups, step)
         timer.lap("batch_s")
         metrics = self._check_rows(batch, step)
@@ -136,7 +108,7 @@ class Trainer:
             self._minibatch(batch, index, step, version, limits, references, proximals, sums, timer, measure=not score)
             for index in range(len(batch.minibatches))
         ]
-        metrics |= self._figures(batch, sums, len(norms))
+        metrics |= figures(self.recipe, self.ranks, batch, sums, len(norms), referenced=self.reference is not None)
         metrics |= {
             "grad_norm": float(np.mean(norms)),
             "grad_norm_max": float(np.max(norms)),
@@ -145,8 +117,9 @@ class Trainer:
             "staleness_mean": stale_mean,
             "staleness_max": float(stale_max),
         }
-        metrics |= timer.seconds
-        metrics["train_s"] = sum(timer.seconds.values())
+        seconds = timer.seconds()
+        metrics |= seconds
+        metrics["train_s"] = sum(seconds.values())
         return StepResult(metrics, batch)
 
     def to_host(self) -> None:
@@ -173,7 +146,7 @@ class Trainer:
             algorithm=self.recipe.algorithm,
             minibatches=table.minibatches,
             tokens_per_microbatch=table.tokens_per_microbatch,
-            max_new_tokens=self.recipe.rollout.max_new_tokens,
+            rollout=self.recipe.rollout,
             pad_token=self.pad_token,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
@@ -184,7 +157,7 @@ class Trainer:
         return parity.logprobs(policy, self.adapter, micro, self.ranks.device)
 
     def _on_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.ranks.device)
+        return upload(array, self.ranks.device)
 
     # checks
 
@@ -252,7 +225,7 @@ class Trainer:
 
         `proximals` is filled: id of micro-batch -> log-probabilities [N] of the policy at the start of the step.
         """
-        ratios, advantages = [], []
+        ratios = []
         self._kept, reused = None, self._reused(batch)
         for minibatch in batch.minibatches:
             for micro in minibatch:
@@ -262,9 +235,9 @@ class Trainer:
                     self._kept = logprob_N, entropy_N
                 proximals[id(micro)] = logprob_N.detach()
                 ratios.append(self._measure(micro, version, logprob_N, entropy_N, references.get(id(micro)), sums))
-                advantages.append(self._on_device(micro.advantage_N))
         log_ratio_N = self.ranks.gather(torch.cat(ratios))
-        advantage_N = self.ranks.gather(torch.cat(advantages))
+        advantages = [micro.advantage_N for minibatch in batch.minibatches for micro in minibatch]
+        advantage_N = self.ranks.gather(torch.from_numpy(np.concatenate(advantages)))
         return self.algorithm.prepare(log_ratio_N, advantage_N, self.recipe.algorithm)
 
     def _reused(self, batch: Batch) -> MicroBatch | None:
@@ -296,11 +269,13 @@ class Trainer:
         log_ratio_N = logprob_N - self._on_device(micro.logprob_N)
         if not len(log_ratio_N):
             return log_ratio_N
-        sums.ratio += float(log_ratio_N.exp().double().sum())
-        sums.entropy += float(entropy_N.double().sum())
+        sums.add("ratio", log_ratio_N.exp())
+        sums.add("entropy", entropy_N)
         if reference_N is not None:
-            sums.kl += float(k3(logprob_N, reference_N).double().sum())
-        sums.own.add(log_ratio_N[self._on_device(micro.version_N) == version])
+            sums.add("kl", k3(logprob_N, reference_N))
+        own_M = np.flatnonzero(micro.version_N == version)  # counted here: a device would have to be waited for
+        every = len(own_M) == len(log_ratio_N)
+        sums.own.add(log_ratio_N if every else log_ratio_N.index_select(0, self._on_device(own_M)))
         return log_ratio_N
 
     # pass 2
@@ -336,9 +311,10 @@ class Trainer:
             if reference_N is not None:
                 loss_N = loss_N + self.recipe.algorithm.kl_coef * k3(logprob_N, reference_N)
             loss = objective.normalised(normaliser, loss_N, micro, divisor)
-            sums.loss += float(loss.detach())
-            sums.clipped += float(result.clipped_N.sum())
-            sums.capped += float(result.capped_N.sum()) if result.capped_N is not None else 0.0
+            sums.add("loss", loss)
+            sums.add("clipped", result.clipped_N)
+            if result.capped_N is not None:
+                sums.add("capped", result.capped_N)
             timer.lap("forward_s")
             # sharding averages gradients over ranks, the divisor already counts all of them
             (loss * self.ranks.world_size).backward()
@@ -348,36 +324,3 @@ class Trainer:
         norm = self.masters.update(step)
         timer.lap("optimizer_s")
         return norm
-
-    def _figures(self, batch: Batch, sums: Sums, updates: int) -> dict[str, float]:
-        """The step's metrics over all ranks."""
-        ratio, entropy, kl, loss, clipped, capped = self.ranks.sum(
-            [sums.ratio, sums.entropy, sums.kl, sums.loss, sums.clipped, sums.capped]
-        )
-        tokens = batch.loss_tokens
-        rewards = np.concatenate([g.rewards for g in batch.groups])
-        per_row = np.array([row.advantage for row in batch.rows])
-        figures = {
-            "loss": loss / updates,
-            "reward_mean": float(rewards.mean()),
-            "advantage_mean": float(per_row.mean()),
-            "advantage_std": float(per_row.std()),
-            "clip_fraction": clipped / tokens,
-            "ratio_mean": ratio / tokens,
-            "entropy": entropy / tokens,
-            "tokens": float(tokens),
-            "samples": float(len(batch.rows)),
-            "groups": float(len(batch.groups)),
-            "completion_tokens_mean": tokens / len(batch.rows),
-            "length_stop_fraction": float(np.mean([r.sample.finish_reason == "length" for r in batch.rows])),
-            "updates": float(updates),
-        }
-        if self.algorithm.weighted:
-            figures["weight_capped_fraction"] = capped / tokens
-        if self.recipe.algorithm.overlong_fraction:
-            figures |= batch.overlong()
-        if self.reference is not None:
-            figures["kl"] = kl / tokens
-        if sums.noise is not None:
-            figures["parity_noise"] = sums.noise
-        return figures | sums.own.figures

@@ -1,7 +1,7 @@
 """Packed rows through a transformers model: what its forward gets, and attention that ends at every boundary.
 
-The boundaries travel as keyword arguments of the forward, `cu_seqlens` (int32 [S + 1] on the device) and `max_seqlen`
-(an int, so that no kernel has to ask the GPU for it), down to the attention function and the recurrent layers. The
+The boundaries travel as keyword arguments of the forward, `cu_seqlens` (int32 [S + 1] on the device), `max_seqlen` and
+`edges` (ints: nothing has to ask the GPU for them), down to the attention function and the recurrent layers. The
 attention function is registered under a name for which transformers builds no mask, so nothing of size T x T exists.
 
 Shape letters: B rows, S segments, T tokens of a row, H query heads, G key and value heads, D head size.
@@ -10,6 +10,7 @@ Shape letters: B rows, S segments, T tokens of a row, H query heads, G key and v
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -21,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from astracli.adapter import ModelAdapter
 from astracli.errors import RunFailed
+from astracli.training.upload import upload
 
 NAME = "astra_varlen"
 _UNKNOWN = ("s_aux", "softcap", "position_bias")
@@ -49,16 +51,19 @@ def carry_state(model: torch.nn.Module) -> None:
 
 def boundaries(bounds_S1: np.ndarray, device: torch.device) -> dict[str, Any]:
     """Keyword arguments of a model's forward for one packed row."""
-    cu_seqlens = torch.from_numpy(bounds_S1.astype(np.int32)).to(device)
-    return {"cu_seqlens": cu_seqlens, "max_seqlen": int(np.diff(bounds_S1).max())}
+    return {
+        "cu_seqlens": upload(bounds_S1.astype(np.int32), device),
+        "max_seqlen": int(np.diff(bounds_S1).max()),
+        "edges": tuple(bounds_S1.tolist()),
+    }
 
 
-def segments(cu_seqlens: Tensor, tokens: int) -> list[tuple[int, int]]:
-    """[(start, end)] of a packed row of `tokens` tokens, on the host. Waits for a GPU.
+def segments(cu_seqlens: Tensor, tokens: int, edges: Sequence[int] | None = None) -> list[tuple[int, int]]:
+    """[(start, end)] of a packed row of `tokens` tokens, on the host. Without `edges` it waits for a GPU.
 
     Raises ValueError when the boundaries do not cover the row.
     """
-    edges = [int(edge) for edge in cu_seqlens.tolist()]
+    edges = cu_seqlens.tolist() if edges is None else edges
     if edges[0] != 0 or edges[-1] != tokens or any(a >= b for a, b in pairwise(edges)):
         raise ValueError(f"cu_seqlens {edges} does not describe one packed row of {tokens} tokens")
     return list(pairwise(edges))
@@ -74,6 +79,7 @@ def attention(
     scaling: float | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    edges: Sequence[int] | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -99,7 +105,7 @@ def attention(
         return _flash(query, key, value, cu_seqlens, max_seqlen, scale, sliding_window), None
     parts = [
         _causal(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scale, sliding_window)
-        for a, b in segments(cu_seqlens, query.shape[2])
+        for a, b in segments(cu_seqlens, query.shape[2], edges)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2), None
 

@@ -3,41 +3,34 @@
 A float is looked at as its bits: uint16 for bf16 and fp16, uint32 for fp32. *Changed* means that the bits differ, so
 NaN payloads, infinities and -0.0 come back exactly. Changed positions are gap-coded, one byte each with an escape;
 values are differences in ULP (the distance in the monotone order of all bit patterns, zigzag, modulo 2^width) or XOR;
-each byte of each number goes into its own plane, because planes differ in what they look like; planes go through zstd.
+each byte of each number goes into its own plane, because planes differ in what they look like (`container.py`).
 
 Letters: N elements of the piece, C changed ones.
 """
 
 from __future__ import annotations
 
-import struct
-import threading
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import xxhash
-import zstandard
 
 from astracli.weights import WeightCorrupt
+from astracli.weights.container import (
+    ESCAPE,
+    MAX_PIECE,
+    Bits,
+    assemble,
+    indices_of,
+    inflate,
+    join,
+    open_planes,
+    planes_of,
+    unsigned,
+)
 
-MAX_PIECE = 1 << 31
-"""Elements of one piece, at most."""
-ENCODINGS = {"gap-ulp": 1, "gap-xor": 2, "dense-ulp": 3, "dense-xor": 4, "dense-raw": 5}
-"""Encoding -> its code in the payload. `none` has no payload, `raw` is the plain bytes of a full version."""
-
-_MAGIC = b"ADP1"
-_HEADER = struct.Struct("<4sBBBBQQQ")  # magic, encoding, item size, planes, 0, elements, changed, escapes
-_SIZE = struct.Struct("<I")  # of one plane's frame; 0 = the plane is all zero
-_CHECK = struct.Struct("<Q")  # xxh3-64 of everything before it
-ESCAPE = 255
-"""A gap of this or more stands in the list of long gaps."""
 _DENSE_FROM = 1 / 8  # a lower density never codes smaller as a dense plane: a Huffman symbol costs a bit at least
 _WINDOW, _WINDOWS = 1 << 15, 4  # the sample on which encodings are compared
 _SCAN = 1 << 18  # elements compared at a time: both inputs stay in the cache
-_local = threading.local()
-
-Bits = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -107,15 +100,15 @@ def decode(payload: bytes | memoryview, encoding: str, count: int, length: int, 
     if encoding == "none":
         if count or len(payload):
             raise WeightCorrupt(f"an unchanged piece with {count} changes and {len(payload)} bytes")
-        return Update("none", length, np.zeros(0, np.int64), np.zeros(0, _unsigned(itemsize)))
-    planes, escapes = _open(payload, encoding, count, length, itemsize)
+        return Update("none", length, np.zeros(0, np.int64), np.zeros(0, unsigned(itemsize)))
+    planes, escapes = open_planes(payload, encoding, count, length, itemsize)
     dense = encoding.startswith("dense-")
-    values = _join([_inflate(frame, length if dense else count) for frame in planes[-itemsize:]])
+    values = join([inflate(frame, length if dense else count) for frame in planes[-itemsize:]])
     indices = None
     if dense:
         changed = count if encoding == "dense-raw" else int(np.count_nonzero(values))
     else:
-        indices = _indices(planes, count, escapes, length)
+        indices = indices_of(planes, count, escapes, length)
         changed = int(np.count_nonzero(values))
     if changed != count:
         raise WeightCorrupt(f"payload changes {changed} elements, its header says {count}")
@@ -147,10 +140,6 @@ def apply_encoded(encoded: Encoded, base: Bits) -> Bits:
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------
-
-
-def _unsigned(itemsize: int) -> np.dtype[Any]:
-    return np.dtype(f"<u{itemsize}")
 
 
 def _sign_fill(bits: Bits) -> Bits:
@@ -235,120 +224,10 @@ def _choose(base: Bits, new: Bits, indices: Bits, level: int) -> str:
     return smallest(names, base, new, level)
 
 
-# ---- bytes -----------------------------------------------------------------------------------------------------------
-
-
-def _planes(values: Bits) -> list[Bits]:
-    """[n] numbers -> one uint8 [n] array per byte, lowest byte first."""
-    table = values.view(np.uint8).reshape(-1, values.itemsize)
-    return [np.ascontiguousarray(table[:, k]) for k in range(values.itemsize)]
-
-
-def _join(planes: list[Bits]) -> Bits:
-    table = np.empty((len(planes[0]), len(planes)), np.uint8)
-    for k, plane in enumerate(planes):
-        table[:, k] = plane
-    return table.reshape(-1).view(_unsigned(len(planes)))
-
-
 def _pack(update: Update, count: int, level: int) -> bytes:
     gaps = None
     if update.indices is not None:
         gaps = np.diff(update.indices, prepend=-1)
         gaps -= 1
     short, long = (None, None) if gaps is None else (np.minimum(gaps, ESCAPE).astype(np.uint8), gaps[gaps >= ESCAPE])
-    return assemble(update.encoding, update.length, count, short, long, _planes(update.values), level)
-
-
-def assemble(
-    encoding: str, length: int, count: int, short: Bits | None, long: Bits | None, values: list[Bits], level: int
-) -> bytes:
-    """A payload from its planes: gap bytes [C] and long gaps [E] (None for a dense encoding), a plane a value byte."""
-    planes: list[Bits] = [] if short is None else [short]
-    escapes = 0 if long is None else len(long)
-    if long is not None and escapes:
-        planes += _planes(long.astype("<u4"))
-    planes += values
-    frames = [_deflate(plane, level) for plane in planes]
-    head = _HEADER.pack(_MAGIC, ENCODINGS[encoding], len(values), len(planes), 0, length, count, escapes)
-    body = b"".join([head, *(_SIZE.pack(len(frame)) for frame in frames), *frames])
-    return body + _CHECK.pack(xxhash.xxh3_64_intdigest(body))
-
-
-def _open(
-    payload: bytes | memoryview, encoding: str, count: int, length: int, itemsize: int
-) -> tuple[list[memoryview], int]:
-    """The compressed planes of a payload and its number of escapes, after every check that needs no decompression."""
-    view = memoryview(payload)
-    if len(view) < _HEADER.size + _CHECK.size:
-        raise WeightCorrupt(f"a payload of {len(view)} bytes is shorter than its header")
-    body = view[: -_CHECK.size]
-    if xxhash.xxh3_64_intdigest(body) != _CHECK.unpack(view[-_CHECK.size :])[0]:
-        raise WeightCorrupt(f"a payload of {len(view)} bytes fails its checksum")
-    magic, code, size, number, zero, elements, changed, escapes = _HEADER.unpack_from(body)
-    expected = (_MAGIC, ENCODINGS.get(encoding), itemsize, 0, length, count)
-    if (magic, code, size, zero, elements, changed) != expected:
-        found = (magic, code, size, zero, elements, changed)
-        raise WeightCorrupt(f"payload header {found}, the manifest says {expected}")
-    if not 0 < count <= length <= MAX_PIECE or escapes > count:
-        raise WeightCorrupt(f"payload with {count} changes and {escapes} long gaps among {length} elements")
-    gap_planes = 0 if encoding.startswith("dense-") else 5 if escapes else 1
-    if number != gap_planes + itemsize or (escapes and not gap_planes):
-        raise WeightCorrupt(f"payload with {number} planes for `{encoding}` of {itemsize}-byte elements")
-    at = _HEADER.size + number * _SIZE.size
-    if len(body) < at:
-        raise WeightCorrupt(f"a payload of {len(view)} bytes ends inside its table of planes")
-    planes = []
-    for (frame,) in _SIZE.iter_unpack(body[_HEADER.size : at]):
-        planes.append(body[at : at + frame])
-        at += frame
-    if at != len(body):
-        raise WeightCorrupt(f"payload planes end at byte {at} of {len(body)}")
-    return planes, escapes
-
-
-def _indices(planes: list[memoryview], count: int, escapes: int, length: int) -> Bits:
-    """int64 [C], strictly increasing by construction, checked to end inside the piece."""
-    short = _inflate(planes[0], count)
-    steps = short.astype(np.int64)
-    long = short == ESCAPE
-    if int(np.count_nonzero(long)) != escapes:
-        raise WeightCorrupt(f"payload with {np.count_nonzero(long)} escaped gaps, its header says {escapes}")
-    if escapes:
-        values = _join([_inflate(frame, escapes) for frame in planes[1:5]])
-        if int(values.min()) < ESCAPE:
-            raise WeightCorrupt(f"payload with a gap of {values.min()} in its list of long gaps")
-        steps[long] = values
-    steps += 1
-    indices = np.cumsum(steps, out=steps)
-    indices -= 1
-    if indices[-1] >= length:
-        raise WeightCorrupt(f"payload reaches element {indices[-1]} of {length}")
-    return indices
-
-
-def _deflate(plane: Bits, level: int) -> bytes:
-    if not plane.any():
-        return b""
-    cache: dict[int, Any] = _local.__dict__.setdefault("compressors", {})
-    if level not in cache:
-        cache[level] = zstandard.ZstdCompressor(level=level, write_checksum=False)
-    frame: bytes = cache[level].compress(plane.data)
-    return frame
-
-
-def _inflate(frame: memoryview, size: int) -> Bits:
-    """uint8 [size]; the frame must announce exactly that size, so that no frame can ask for more memory."""
-    if not len(frame):
-        return np.zeros(size, np.uint8)
-    decompressor = _local.__dict__.setdefault("decompressor", zstandard.ZstdDecompressor())
-    try:
-        announced = zstandard.get_frame_parameters(frame).content_size
-        if announced != size:
-            raise WeightCorrupt(f"a plane of {announced} bytes where {size} belong")
-        data = decompressor.decompress(frame, max_output_size=size, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise WeightCorrupt(f"a plane that zstd cannot read: {error}") from error
-    if len(data) != size:
-        raise WeightCorrupt(f"a plane of {len(data)} bytes where {size} belong")
-    return np.frombuffer(data, np.uint8)
+    return assemble(update.encoding, update.length, count, short, long, planes_of(update.values), level)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from astracli.weights import codec
+from astracli.weights import codec, container
 from astracli.weights.payload import Coded
 
 _PIECES_AT_ONCE = 16
@@ -130,10 +130,10 @@ def _pass(
     before[0] = -1
     before[1:] = at[:-1]
     gaps = at - torch.maximum(before, (at & -piece) - 1) - 1
-    long_at = torch.nonzero(gaps >= codec.ESCAPE).view(-1)
+    long_at = torch.nonzero(gaps >= container.ESCAPE).view(-1)
     counts, long_counts = torch.stack([ends, torch.searchsorted(long_at, ends)]).tolist()
     fetched = _Fetched(
-        gaps.clamp(max=codec.ESCAPE).to(torch.uint8),
+        gaps.clamp(max=container.ESCAPE).to(torch.uint8),
         gaps[long_at].to(torch.int32),
         _planes(difference("gap-ulp", old[at], new[at])),
     )
@@ -175,7 +175,7 @@ def _compressing(
         dense = encoding.startswith("dense-")
         near, far = (None, None) if dense else (short[changes], long_gaps[long])
         count = changes.stop - changes.start
-        payload = codec.assemble(encoding, where[1], count, near, far, values, level)
+        payload = container.assemble(encoding, where[1], count, near, far, values, level)
         return *where, codec.Encoded(encoding, count, payload)
 
     return work

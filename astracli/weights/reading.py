@@ -52,6 +52,8 @@ class Prepared:
     """Of all payloads."""
     loaded: Any = None
     """The same in the form in which `hands` took it over, once they did."""
+    hands: Any = None
+    """Who did: what they loaded fits their weights alone."""
     decode_s: float = 0.0
     load_s: float = 0.0
 

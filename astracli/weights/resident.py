@@ -6,6 +6,8 @@ of where each run of them goes. In the pause there is one scatter over all tenso
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -35,10 +37,10 @@ class Run:
     values: slice
     """Of the scatter's values."""
     indices: slice | None
-    """Of the scatter's indices; None: every element of the view."""
+    """Of the scatter's indices; None: consecutive elements."""
     kind: int
     shift: int = 0
-    """What is added to an index to count from the view's first element."""
+    """What is added to an index to count from the view's first element; without indices, the first of the elements."""
 
 
 @dataclass
@@ -66,7 +68,9 @@ class Scatter:
         """The kernel's work in torch operations, a few for each run."""
         for run in self.runs:
             value = values[run.values]
-            at = slice(None) if run.indices is None else indices[run.indices].long() + run.shift
+            at: Any = slice(run.shift, run.shift + len(value))
+            if run.indices is not None:
+                at = indices[run.indices].long() + run.shift
             old = run.view[at]
             if run.kind == KINDS["ulp"]:
                 value = from_order(to_order(old) + value)
@@ -87,18 +91,23 @@ class Resident:
     """The hands of an engine whose weights are views of its parameters, on one device."""
 
     placed: Mapping[str, Sequence[Placement]]
-    _digests: dict[tuple[str, ...], Any] = field(default_factory=dict)
+    spent: dict[str, float] = field(default_factory=dict)
+    """Seconds of the last `digests`: making tables, starting the kernels, waiting for the device."""
+    _plans: dict[tuple[str, ...], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.device = next(p.view.device for places in self.placed.values() for p in places)
         self._triton = self.device.type == "cuda" and find_spec("triton") is not None
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        # made here, once: every torch call gives the interpreter away, and a thread beside a busy one waits for it
+        self._bits = {name: [(p, bits_torch(p.view)) for p in places] for name, places in self.placed.items()}
 
     # ---- before the pause ----
 
     def load(self, prepared: Prepared) -> None:
         """Bring a decoded version to the device, in any thread; its decoded form on the host is given up."""
         if prepared.loaded is not None:
+            assert prepared.hands is self, "loaded for other weights: its addresses are not these"
             return
         flat_steps = prepared.flat if prepared.flat is not None else [flat.flatten(step) for step in prepared.steps]
         if self._stream is None:
@@ -107,16 +116,17 @@ class Resident:
             with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
                 steps = [self._step(step) for step in flat_steps]
             self._stream.synchronize()
-        prepared.loaded, prepared.steps, prepared.flat = steps, [], None
+        prepared.loaded, prepared.hands, prepared.steps, prepared.flat = steps, self, [], None
 
     def _step(self, step: flat.FlatStep) -> Step:
         copies = []
         for name, start, bits in step.raws:
-            for place in self.placed[name]:
+            for place, view in self._bits[name]:
                 low, high = max(start, place.offset), min(start + len(bits), place.end)
                 if low < high:
-                    target = place.view[low - place.offset : high - place.offset]
-                    copies.append((bits_torch(target), bits[low - start : high - start]))
+                    whole = high - low == len(view)
+                    target = view if whole else view[low - place.offset : high - place.offset]
+                    copies.append((target, bits[low - start : high - start]))
         return Step([self._scatter(group, step.borrowed) for group in step.groups], copies)
 
     def _scatter(self, group: flat.Group, borrowed: bool) -> Scatter:
@@ -139,14 +149,13 @@ class Resident:
 
     def _runs(self, span: flat.Span, indices: np.ndarray[Any, Any]) -> Iterator[Run]:
         """The parts of a span by the views that they fall into."""
-        for place in self.placed[span.name]:
+        for place, view in self._bits[span.name]:
             low, high = max(span.start, place.offset), min(span.start + span.length, place.end)
             if low >= high:
                 continue
-            view = bits_torch(place.view)
             if span.index_at < 0:
                 where = slice(span.value_at + low - span.start, span.value_at + high - span.start)
-                yield Run(view[low - place.offset : high - place.offset], where, None, span.kind)
+                yield Run(view, where, None, span.kind, low - place.offset)
                 continue
             first, last = 0, span.size
             if high - low < span.length:
@@ -170,19 +179,27 @@ class Resident:
         if self._stream is not None:
             torch.cuda.synchronize(self.device)
 
-    def digests(self, names: Iterable[str]) -> dict[str, str]:
-        """HF name -> digest of what the views hold now. The first call for the same names also makes tables."""
+    def plan(self, names: Iterable[str]) -> Any:
+        """The tables of one pass of digests over `names`, made once; None: none are needed here."""
         wanted = tuple(names)
-        if wanted not in self._digests:
-            self._digests[wanted] = self._plan(wanted) if wanted and self._triton else None
-        plan = self._digests[wanted]
-        if plan is not None:
-            lanes = plan.lanes()
-        else:
-            lanes = [self._lanes(self.placed[name]) for name in wanted]
+        if wanted not in self._plans:
+            self._plans[wanted] = self._tables(wanted) if wanted and self._triton else None
+        return self._plans[wanted]
+
+    def digests(self, names: Iterable[str]) -> dict[str, str]:
+        """HF name -> digest of what the views hold now: one pass, one wait. `spent` says where the time went."""
+        wanted, times = tuple(names), [time.perf_counter()]
+        plan = self.plan(wanted)
+        times.append(time.perf_counter())
+        sums = plan.launch() if plan is not None else None
+        times.append(time.perf_counter())
+        lanes = [self._lanes(self.placed[name]) for name in wanted] if sums is None else digest.lanes_of(sums)
+        times.append(time.perf_counter())
+        parts = ("tables_s", "launch_s", "device_s")
+        self.spent = {part: end - begin for part, (begin, end) in zip(parts, itertools.pairwise(times), strict=True)}
         return {name: digest.to_hex(found) for name, found in zip(wanted, lanes, strict=True)}
 
-    def _plan(self, names: Sequence[str]) -> Any:
+    def _tables(self, names: Sequence[str]) -> Any:
         from astracli.weights.kernels import DigestPlan
 
         pairs = [(place, slot) for slot, name in enumerate(names) for place in self.placed[name]]

@@ -22,7 +22,9 @@ from astracli.weights.reading import NEXT, Prepared, prepare, read
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["NEXT", "PROOF", "RESULT", "ApplyResult", "Hands", "Placement", "Prepared", "Target", "apply", "prepare"]
+__all__ = [
+    "NEXT", "PROOF", "RESULT", "ApplyResult", "Hands", "Placement", "Prepared", "Target", "apply", "perform", "prepare"
+]  # fmt: skip
 RESULT = "result.json"
 PROOF = "proof.json"
 
@@ -88,7 +90,7 @@ def apply(
     try:
         if prepared is None or not is_staged(stage_dir, prepared):
             prepared = prepare(stage_dir)
-        result = _apply(prepared, tensors, have_version, hands)
+        result = perform(prepared, tensors, have_version, hands)
     except (AstraError, ValueError) as error:
         raise fail(stage_dir, error if isinstance(error, AstraError) else WeightCorrupt(str(error))) from error
     succeed(stage_dir, result)
@@ -107,7 +109,7 @@ def succeed(stage_dir: Path, result: ApplyResult, more: Mapping[str, Any] | None
 
 
 def write_proof(stage_dir: Path, doc: Mapping[str, Any]) -> None:
-    """Write what a read-back under HF names found: `version`, `ok`, `message`, `seconds`."""
+    """Write what a read-back under HF names found: `version`, `ok`, `message`, and seconds."""
     write_atomic(Path(stage_dir) / PROOF, json.dumps(doc).encode())
 
 
@@ -135,7 +137,10 @@ def placements(target: Target) -> Sequence[Placement]:
 # ---- one version -----------------------------------------------------------------------------------------------------
 
 
-def _apply(prepared: Prepared, tensors: Mapping[str, Target], have: int | None, hands: Hands | None) -> ApplyResult:
+def perform(
+    prepared: Prepared, tensors: Mapping[str, Target], have: int | None, hands: Hands | None = None
+) -> ApplyResult:
+    """`apply` without its files."""
     placed = {name: placements(target) for name, target in tensors.items()}
     if prepared.kind != "full" and prepared.base_version != have:
         raise WeightMismatch(

@@ -196,26 +196,10 @@ class Subscriber:
         plan = {"version": version, "kind": "none", "steps": [], "base_version": version, "model_path": None}
         write_atomic(self.stage_dir / NEXT, seal(plan))
 
-    def outcome(self, version: int) -> dict[str, Any]:
-        """What the engine says of the staged plan after it was asked to apply it: `result.json`.
-
-        An engine that runs foreign code answers success to any call that did not kill it; this file is the proof that
-        `version` was applied and its digests were right. Raises RunFailed when it does not say so.
-        """
-        try:
-            doc: dict[str, Any] = json.loads((self.stage_dir / RESULT).read_bytes())
-            applied = bool(doc["ok"]) and doc["version"] == version
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunFailed(
-                f"the engine wrote no outcome of version {version} into `{self.stage_dir}`: {error!r}",
-                "it must run with our weight loader and ASTRA_STAGE_DIR set to that directory",
-            ) from None
-        if not applied:
-            raise RunFailed(f"version {version} was not applied: {doc.get('message') or doc}")
-        return doc
-
-    def proof(self, version: int) -> float:
-        """Wait for the read-back of `version` under HF names, which the engine makes while it generates: its seconds.
+    def proof(self, version: int) -> dict[str, float]:
+        """Wait for the read-back of `version` under HF names, which the engine makes while it generates. -> seconds:
+        `readback_s`, and in it `readback_wait_s`, `readback_place_s`, `readback_tables_s`, `readback_launch_s`,
+        `readback_device_s`.
 
         Raises RunFailed when it found other weights than the trainer's, or did not come within `decode_wait_s`.
         """
@@ -224,10 +208,11 @@ class Subscriber:
             with contextlib.suppress(OSError, ValueError):
                 doc = json.loads((self.stage_dir / PROOF).read_bytes())
                 if doc["version"] == version and doc["ok"]:
-                    return float(doc["seconds"])
+                    seconds = {name: float(value) for name, value in doc.items() if name.endswith("_s")}
+                    return {n if n == "readback_s" else f"readback_{n}": value for n, value in seconds.items()}
                 if doc["version"] == version:
                     raise RunFailed(f"version {version}: {doc['message']}")
-            time.sleep(0.01)
+            time.sleep(0.005)
         raise RunFailed(f"the engine did not read version {version} back within {self.decode_wait_s:g} s")
 
     def _step(self, version: int, name: str) -> Manifest:

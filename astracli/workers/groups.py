@@ -56,8 +56,7 @@ class Sampling:
 
     def budget(self, prompt: Sequence[int]) -> int:
         """Tokens that a completion of this prompt may have; below 1: the prompt does not fit."""
-        rollout = self.recipe.rollout
-        return min(rollout.max_new_tokens, rollout.context_length - len(prompt))
+        return self.recipe.rollout.completion_room(len(prompt))
 
     def request(self, prompt: Sequence[int], lease_id: int, draft: Draft) -> GenRequest:
         """What is asked for a sample now: everything, or its continuation."""

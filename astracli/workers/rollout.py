@@ -30,8 +30,9 @@ from astracli.hub.client import AsyncHubClient
 from astracli.rl.reward import Grade, GradeItem, GradePool
 from astracli.rl.types import Group, Sample
 from astracli.workers.common import Reporter, WorkerConfig, worker_main
+from astracli.workers.gate import EngineLost
 from astracli.workers.groups import Draft, SampleWriter, Sampling, generate_groups
-from astracli.workers.updates import EngineLost, Lane
+from astracli.workers.updates import Lane
 
 LEASE_WAIT_S = 2.0
 REPORT_S = 1.0

@@ -16,16 +16,14 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import msgpack
 
 from astracli.errors import RunFailed
-from astracli.plan_trainer import RESIDENT, Split
-from astracli.recipe import Recipe
 from astracli.rl.types import Group, unpack_group
 from astracli.workers.common import TERM_EXIT, Reporter, WorkerConfig, worker_main
+from astracli.workers.train_settings import in_background, settle_torch, split_of
 from astracli.workers.turns import Turn
 
 if TYPE_CHECKING:
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
 
 ENCODE_THREADS = 8
 """That compress what a GPU coded; each rank has its own."""
-_SPLIT = tuple(field.name for field in fields(Split))
 BATCH_WAIT_S = 5.0
 """One long poll for a batch; between two, a stop is noticed."""
 
@@ -42,8 +39,8 @@ def run(config: WorkerConfig, reporter: Reporter) -> None:
     """The whole life of one rank."""
     from astracli.training import fsdp
 
-    _settle_torch(config)
-    ranks = fsdp.join(config.device, wrapped=_split(config).wrapped)
+    settle_torch(config)
+    ranks = fsdp.join(config.device, wrapped=split_of(config).wrapped)
     _train(config, reporter, ranks)
     ranks.close()
 
@@ -55,40 +52,6 @@ def _train(config: WorkerConfig, reporter: Reporter, ranks: Any) -> None:
         if not loop.advance():
             return
     loop.finish()
-
-
-def _split(config: WorkerConfig) -> Split:
-    """What the plan lets wait on the host. On a CPU there is one place."""
-    told = config.extra.get("placement", {})
-    return Split(**{name: told[name] for name in _SPLIT if name in told}) if config.device == "cuda" else RESIDENT
-
-
-def _settle_torch(config: WorkerConfig) -> None:
-    """Threads and determinism, before anything is computed."""
-    if config.recipe.launch.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    import torch
-
-    from astracli.cpu.memory import keep_freed_memory
-
-    if config.device == "cpu":
-        keep_freed_memory()
-    elif config.backends.get("gdn_backward") == "torch":
-        from astracli.gpu import fused
-
-        fused.delta_rule_by_torch = True
-    torch.set_num_threads(config.threads)
-    torch.manual_seed(config.recipe.seed)
-    if config.recipe.launch.deterministic:
-        torch.use_deterministic_algorithms(True)
-
-
-def in_background(recipe: Recipe, device: str) -> bool:
-    """Whether publishing runs beside the next step. Not in deterministic mode, where nothing may run beside anything;
-    otherwise as the recipe says, by itself on a GPU only (docs/benchmarks.md has the figures of a CPU)."""
-    if recipe.launch.deterministic or recipe.weights.background == "off":
-        return False
-    return recipe.weights.background == "on" or device != "cpu"
 
 
 def _end_rank(error: BaseException) -> None:
@@ -139,7 +102,7 @@ class TrainLoop:
             self.recipe,
             ranks,
             attention=attention,
-            split=_split(config),
+            split=split_of(config),
             # SGLang does on a CPU too
             bf16_engine=config.device != "cpu" or config.backends.get("engine") == "sglang",
         )

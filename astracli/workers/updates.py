@@ -1,4 +1,4 @@
-"""One engine as the rollout worker sees it: a gate for requests, and the choreography of a weight update.
+"""One engine as the rollout worker sees it: behind a gate for requests, the choreography of a weight update.
 
 An update, in the order in which it happens (mode `abort`):
 
@@ -10,8 +10,9 @@ An update, in the order in which it happens (mode `abort`):
     read back           when due, beside generation: results are held until the weights are proven under HF names too
 
 On a GPU that engine and trainer use in turns, the lane holds the engine's card at the hub. When the trainer wants it,
-and no evaluation is pinned there: gate, abort, drain, pause, release KV cache and weights (the engine keeps a copy of
-them in host memory), give the card; then wait for the card, take the memory back and continue.
+and no evaluation is pinned there: gate, abort, drain, pause, settle (no read-back is at the weights any more), release
+KV cache and weights (the engine keeps a copy of them in host memory), give the card; then wait for the card, take the
+memory back and continue.
 
 `retract` and `in_place` leave requests running: the gate stays open, and what comes back carries the *oldest* version
 that was in force during its request, so that staleness is never understated.
@@ -24,29 +25,20 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
-from astracli.engines.client import UNPROVEN, EngineClient, GenRequest, GenResult, flushes
+from astracli.engines.client import UNPROVEN, EngineClient, flushes
 from astracli.errors import RunFailed
 from astracli.hub.client import AsyncHubClient
+from astracli.workers.gate import EngineLost, Gate
 
 TARGET_WAIT_S = 2.0
 """How long one question for the target version waits for another answer."""
-ABORT_AGAIN_S = 0.2
-"""A request that was on its way when all were aborted is caught by the next abort."""
-FAILURES_IN_A_ROW = 3
 TURN_TAGS = ("kv_cache", "weights")
 """What an engine gives back for a trainer's turn. (Recurrent states belong to the KV cache.)"""
-_TOLD = ("decode_s", "load_s", "apply_s", "verify_s", "changed")
-"""Figures of an engine's outcome that are metrics."""
 
 PauseMode = Literal["abort", "retract", "in_place"]
-
-
-class EngineLost(RunFailed):
-    """The engine did not answer; it may come back under the same address. What was asked of it is to be asked again."""
 
 
 class StagedPlan(Protocol):
@@ -75,13 +67,11 @@ class Fetcher(Protocol):
 
     def wake(self, version: int) -> None: ...
 
-    def outcome(self, version: int) -> Mapping[str, Any]: ...
-
-    def proof(self, version: int) -> float: ...
+    def proof(self, version: int) -> Mapping[str, float]: ...
 
 
-class Lane:
-    """One engine: its version, its gate, what this worker has outstanding on it."""
+class Lane(Gate):
+    """One engine: its gate, and how it follows the hub."""
 
     def __init__(
         self,
@@ -95,94 +85,15 @@ class Lane:
         ready_timeout_s: float = 600.0,
         turns: bool = False,
     ):
-        self.name = name
+        super().__init__(name, engine)
         self.turns = turns
         """Whether a trainer uses the engine's GPU, too, when this engine does not."""
-        self.open = asyncio.Event()
-        """Set while requests may be sent."""
-        self.version: int | None = None
-        """What the engine holds; None when that is not known or not to be trusted."""
-        self.changed = asyncio.Event()
-        """Set whenever a group has left."""
-        self.tokens = 0
-        """Tokens generated for this worker."""
-        self._busy_groups = 0
-        self._idle_s, self._idle_since = 0.0, time.monotonic()
-        self._engine = engine
         self._hub = hub
         self._fetcher = fetcher
         self._process = process
         self._mode = mode
         self._ready_timeout_s = ready_timeout_s
-        self._proven = asyncio.Event()
-        """Set unless a read-back is due: what comes back meanwhile waits for it."""
-        self._proven.set()
-        self._disproved = 0
-        self._outstanding = 0
-        self._drained = asyncio.Event()
-        self._drained.set()
-        self._attached = False
         self._serving = False
-        self._failures = 0
-        self._last_update = (time.monotonic(), 0, 0.0)
-        self._aborted = {"aborted_samples": 0, "prefilled_again_tokens": 0}
-
-    @property
-    def busy_groups(self) -> int:
-        """Groups that generate on this engine, or wait at its gate."""
-        return self._busy_groups
-
-    @busy_groups.setter
-    def busy_groups(self, count: int) -> None:
-        self._idle_s, self._idle_since = self.idle_s, time.monotonic()
-        self._busy_groups = count
-
-    @property
-    def idle_s(self) -> float:
-        """How long it has had no group at all, because the hub granted none."""
-        return self._idle_s + (0.0 if self._busy_groups else time.monotonic() - self._idle_since)
-
-    # ---- requests ----------------------------------------------------------------------------------------------------
-
-    async def generate(self, requests: Sequence[GenRequest]) -> list[GenResult]:
-        """Send requests once the gate is open; a result's `version` is the oldest in force during its request.
-
-        Raises EngineLost when the engine is gone, RunFailed when that happens again and again.
-        """
-        await self.open.wait()
-        version = self.version
-        assert version is not None
-        disproved = self._disproved
-        self._outstanding += 1
-        self._drained.clear()
-        try:
-            results = await self._engine.generate(requests)
-        except RunFailed as error:
-            self._lose(error)
-            raise EngineLost(error.message, error.hint) from error
-        finally:
-            self._outstanding -= 1
-            if not self._outstanding:
-                self._drained.set()
-        self._failures = 0
-        await self._proven.wait()
-        if self._disproved != disproved:
-            raise EngineLost(f"{self.name} generated with weights that are not the trainer's")
-        self.tokens += sum(len(result.tokens) for result in results)
-        return [replace(r, version=min(version, r.version, r.version_start)) for r in results]
-
-    def count_aborted(self, samples: int, tokens: int) -> None:
-        """For the metrics: samples to be continued, and the prompt and prefix tokens that are prefilled again."""
-        self._aborted["aborted_samples"] += samples
-        self._aborted["prefilled_again_tokens"] += tokens
-
-    def _lose(self, error: RunFailed) -> None:
-        if self._attached:
-            self._attached = False
-            self._failures += 1
-        self.open.clear()
-        if self._failures >= FAILURES_IN_A_ROW:
-            raise error
 
     # ---- following the hub -------------------------------------------------------------------------------------------
 
@@ -215,6 +126,7 @@ class Lane:
         await self._drain()
         await self._hub.engine_state(self.name, self.version, "updating")
         await self._call(self._engine.pause("abort"))
+        await self._call(self._engine.settle())  # a read-back may outlive whoever waited for it
         await self._call(self._engine.release_memory(TURN_TAGS))
         released = time.monotonic()
         await self._hub.give_card(self.name, self.name)
@@ -260,13 +172,6 @@ class Lane:
             await self._call(self._engine.resume())
         self._attached = True
 
-    async def _call(self, request: Any) -> Any:
-        """Await a control call; an engine that does not answer is EngineLost."""
-        try:
-            return await request
-        except RunFailed as error:
-            raise EngineLost(error.message, error.hint) from error
-
     async def _let_in(self) -> None:
         """The engine holds checked weights: tell the hub, then open the gate."""
         await self._hub.engine_state(self.name, self.version, "ready")
@@ -299,7 +204,7 @@ class Lane:
     async def _prove(self, target: int, record: dict[str, Any]) -> None:
         """Wait for the read-back of `target`; weights that are not the trainer's are replaced by a full payload."""
         try:
-            record["readback_s"] = await asyncio.to_thread(self._fetcher.proof, target)
+            record |= await asyncio.to_thread(self._fetcher.proof, target)
         except RunFailed as error:
             self.open.clear()
             self.version, self._serving = None, False
@@ -310,7 +215,7 @@ class Lane:
             await self._resync(target, record, error)
             record.pop("gate_closed")
             if record.pop("proof", False):  # before it serves: the second time nobody trusts it
-                record["readback_s"] = await asyncio.to_thread(self._fetcher.proof, target)
+                record |= await asyncio.to_thread(self._fetcher.proof, target)
             self.version, self._serving = target, True
             await self._let_in()
         finally:
@@ -344,34 +249,13 @@ class Lane:
         begun = time.monotonic()
         await self._call(self._engine.pause(self._mode))
         update = await self._call(self._engine.apply_staged(target, flush=flushes(self._mode)))
-        try:
-            if not update.success:
-                raise RunFailed(f"version {target} was not applied: {update.message}")
-            outcome = self._fetcher.outcome(target)
-        except RunFailed:
+        if not update.success:
             self._serving = False
             self.open.clear()
             self.version = None
             await self._call(self._engine.resume())
-            raise
+            raise RunFailed(f"version {target} was not applied: {update.message}")
         await self._call(self._engine.resume())
-        told = {key: outcome[key] for key in _TOLD if outcome.get(key) is not None}
-        record |= {"pause_s": time.monotonic() - begun, **told, **update.seconds, "proof": bool(outcome.get("proof"))}
-
-    async def _drain(self) -> None:
-        """End every request of this worker's; returns when none is outstanding."""
-        while not self._drained.is_set():
-            await self._call(self._engine.abort_all())
-            try:
-                await asyncio.wait_for(self._drained.wait(), ABORT_AGAIN_S)
-            except TimeoutError:
-                continue
-
-    def _since_last_update(self) -> dict[str, Any]:
-        """What happened on this engine since the update before."""
-        now, idle_s, (then, tokens, idle_before) = time.monotonic(), self.idle_s, self._last_update
-        self._last_update = (now, self.tokens, idle_s)
-        counts = dict(self._aborted)
-        self._aborted = dict.fromkeys(self._aborted, 0)
-        seconds = {"interval_s": now - then, "idle_s": idle_s - idle_before}
-        return {"rollout_tokens_per_s": (self.tokens - tokens) / max(1e-9, now - then), **seconds, **counts}
+        record |= {"pause_s": time.monotonic() - begun, **update.seconds, "proof": bool(update.outcome.get("proof"))}
+        if "changed" in update.outcome:
+            record["changed"] = update.outcome["changed"]

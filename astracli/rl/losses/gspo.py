@@ -17,9 +17,11 @@ from astracli.rl.losses.clipping import Range, clipped_loss, fixed_range
 
 def token_loss(tokens: Tokens, limits: Range) -> TokenLoss:
     """The sequence's loss at each of its tokens."""
-    lengths_R = torch.bincount(tokens.sequence_N).to(tokens.logprob_N.dtype)
-    sums_R = torch.zeros_like(lengths_R).index_add(0, tokens.sequence_N, tokens.log_ratio_N)
-    mean_N = (sums_R / lengths_R)[tokens.sequence_N]
+    # as many places as tokens, of which sequences take the first: to count them a GPU would have to be waited for
+    zeros_N = torch.zeros_like(tokens.behaviour_N)
+    lengths_N = zeros_N.index_add(0, tokens.sequence_N, torch.ones_like(zeros_N))
+    sums_N = zeros_N.index_add(0, tokens.sequence_N, tokens.log_ratio_N)
+    mean_N = (sums_N / lengths_N.clamp(min=1))[tokens.sequence_N]
     return TokenLoss(*clipped_loss(mean_N, tokens.advantage_N, limits))
 
 

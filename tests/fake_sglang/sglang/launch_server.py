@@ -49,8 +49,9 @@ class FusedModel(torch.nn.Module):
 def arguments():
     parser = argparse.ArgumentParser()
     parser.add_argument("--config")
-    for name in ("model-path", "host", "port", "custom-weight-loader", "load-format", "weight-version"):
+    for name in ("model-path", "host", "port", "load-format", "weight-version"):
         parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--custom-weight-loader", nargs="*", required=True)
     known, rest = parser.parse_known_args()
     known.api_key = json.loads(Path(known.config).read_text())["api-key"]
     assert known.api_key not in sys.argv
@@ -71,11 +72,11 @@ class Handler(BaseHTTPRequestHandler):
             return None
         server = self.server
         if self.path == "/update_weights_from_tensor":
-            assert body["load_format"] == server.options.custom_weight_loader
+            assert body["load_format"] in server.options.custom_weight_loader
             module, _, name = body["load_format"].rpartition(".")
             with server.lock, torch.inference_mode():
                 getattr(importlib.import_module(module), name)(server.model, [])
-            server.version = body["weight_version"]
+            server.version = body.get("weight_version") or server.version
             return self.answer(200, {"success": True, "message": "Success"})
         if self.path == "/update_weight_version":
             server.version = body["new_version"]

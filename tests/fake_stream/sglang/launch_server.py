@@ -1,6 +1,7 @@
 """Stands in for SGLang where a script streams and pauses: a transformers model that is loaded by name, and made-up
 tokens at a fixed rate, five milliseconds each, none while generation is paused. Like SGLang it ends when it is told to
-empty its cache while requests are there."""
+empty its cache while requests are there. A log-probability is -1 - version, and 0.25 more in a request that began under
+another version and was kept in place."""
 
 import argparse
 import asyncio
@@ -31,22 +32,33 @@ class Model(torch.nn.Module):
 
 def main():
     parser = argparse.ArgumentParser()
-    for name in ("model-path", "host", "port", "api-key", "custom-weight-loader"):
+    for name in ("model-path", "host", "port", "api-key"):
         parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--custom-weight-loader", nargs="*", required=True)
     options, _ = parser.parse_known_args()
-    model, state = Model(options.model_path), {"aborts": 0, "open": 0}
+    model, state = Model(options.model_path), {"aborts": 0, "open": 0, "version": 0, "mode": ""}
     going = asyncio.Event()
     going.set()
 
     async def generate(request):
-        body, aborts = await request.json(), state["aborts"]
+        body, aborts, begun = await request.json(), state["aborts"], state["version"]
+        if not body.get("stream"):
+            entries = [[-1.0 - state["version"], token, None] for token in body["input_ids"]]
+            return JSONResponse({"meta_info": {"input_token_logprobs": entries[body["logprob_start_len"] :]}})
 
         async def tokens():
             state["open"] += 1
+            drawn, logprobs = [], []
             for count in range(1, body["sampling_params"]["max_new_tokens"] + 1):
                 await asyncio.sleep(0.005)
                 await going.wait()
-                yield f"data: {json.dumps({'meta_info': {'completion_tokens': count}})}\n\n"
+                stale = state["mode"] == "in_place" and begun != state["version"]
+                drawn.append(count % 9)
+                logprobs.append([-1.0 - state["version"] + 0.25 * stale, drawn[-1], None])
+                meta = {"completion_tokens": count}
+                if body.get("return_logprob"):
+                    meta["output_token_logprobs"] = logprobs
+                yield f"data: {json.dumps({'output_ids': drawn, 'meta_info': meta})}\n\n"
                 if state["aborts"] != aborts:
                     break
             state["open"] -= 1
@@ -56,8 +68,8 @@ def main():
 
     async def update(request):
         body = await request.json()
-        module, _, name = options.custom_weight_loader.rpartition(".")
-        assert body["load_format"] == options.custom_weight_loader and not going.is_set()
+        module, _, name = body["load_format"].rpartition(".")
+        assert body["load_format"] in options.custom_weight_loader and not going.is_set()
         if body["flush_cache"] and state["open"]:
             os._exit(1)
         with torch.inference_mode():
@@ -68,7 +80,10 @@ def main():
         if request.headers["authorization"] != f"Bearer {options.api_key}":
             return Response(status_code=401)
         if request.url.path == "/pause_generation":
+            state["mode"] = (await request.json())["mode"]
             going.clear()
+        elif request.url.path == "/update_weight_version":
+            state["version"] = int((await request.json())["new_version"])
         elif request.url.path == "/continue_generation":
             going.set()
         elif request.url.path == "/abort_request":

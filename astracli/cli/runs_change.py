@@ -1,0 +1,136 @@
+"""`astra runs stop`, `export` and `clean`: what changes a run, or what lies in its directory."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from astracli.cli.options import JsonOpt, OptionalRunArg, RootOpt, RunArg, complete_run, the_run
+from astracli.cli.output import out
+from astracli.errors import RunFailed, UserError
+
+CleanedRunArg = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="RUN", help="Run name or directory; default all that are done.", autocompletion=complete_run
+    ),
+]
+STOP_WAIT_S = 10.0
+
+
+def stop(run: RunArg, json: JsonOpt = False) -> None:
+    """Stop a run as Ctrl-C would; it can be resumed.
+
+    Its supervisor ends every process of it.
+    """
+    found = the_run(run)
+    status = found.status()
+    if status is None or not found.going():
+        raise UserError(
+            f"run `{found.path}` is not running (state: {found.shown_state()})",
+            "`astra runs list` shows which ones are",
+        )
+    import socket
+
+    import psutil
+
+    if status.host != socket.gethostname():
+        raise UserError(f"run `{found.path}` runs on {status.host}, this is {socket.gethostname()}", "stop it there")
+    os.kill(status.pid, signal.SIGTERM)
+    try:
+        psutil.Process(status.pid).wait(timeout=STOP_WAIT_S)
+    except psutil.NoSuchProcess:
+        pass
+    except psutil.TimeoutExpired:
+        raise RunFailed(
+            f"run `{found.path}` still stops after {STOP_WAIT_S:.0f} s (supervisor {status.pid})",
+            f"follow it with `astra runs logs {found.path} -f`",
+        ) from None
+    if json:
+        out(json).document({"run": str(found.path), "pid": status.pid, "state": found.shown_state()})
+        return
+    out().note(f"stopped `{found.path}` (supervisor {status.pid})")
+    out().hint(f"continue it with `astra train --resume {found.path}`")
+
+
+def export(
+    run: OptionalRunArg = None,
+    to: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Default RUN/export-latest or RUN/export-STEP.")
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option("--step", metavar="STEP", help="A checkpoint's step; default the newest.")
+    ] = None,
+    text_only: Annotated[
+        bool, typer.Option("--text-only", help="The text model alone, under text names, whatever it was loaded from.")
+    ] = False,
+) -> None:
+    """Write a run's checkpoint as a Hugging Face directory."""
+    from astracli import recipe_io
+    from astracli.launch import fetch
+
+    found = the_run(run)
+    recipe = recipe_io.from_json(found.recipe_json)
+    model_dir = fetch.local_path(recipe.model.path) or fetch.fetch_model(recipe.model.path, recipe.model.revision)
+    from astracli.training.export_run import export_checkpoint
+
+    place = to or found.path / ("export-" + ("latest" if step is None else str(step)) + ("-text" if text_only else ""))
+    done = export_checkpoint(found.checkpoints, recipe, model_dir, place, step=step, text_only=text_only)
+    out().text(str(place))
+    out().note(f"step {done} of `{found.path}`")
+
+
+def clean(
+    run: CleanedRunArg = None,
+    root: RootOpt = Path("runs"),
+    older_than: Annotated[
+        float,
+        typer.Option(
+            "--older-than", metavar="DAYS", min=0, help="Without RUN: only runs that ended before so many days."
+        ),
+    ] = 1.0,
+    resumable: Annotated[
+        bool,
+        typer.Option("--resumable", help="Without RUN: also runs that failed or were stopped; a resume still works."),
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, remove nothing.")] = False,
+    json: JsonOpt = False,
+) -> None:
+    """Free the disk of ended runs.
+
+    Published weights, configurations and staged payloads go; results, checkpoints and export stay. Processes that a
+    run left behind when its supervisor was killed are ended first. Without RUN: all under --root that are done.
+    """
+    from astracli import run_view
+
+    if run is None:
+        runs = run_view.cleanable(root, older_than_s=older_than * 86400, resumable=resumable)
+    else:
+        one = the_run(run)
+        if one.in_use() or one.going():
+            raise UserError(f"run `{one.path}` is running", f"stop it first: `astra runs stop {one.path}`")
+        runs = [one]
+    for r in runs if not dry_run else []:
+        for pid in run_view.end_leftovers(r):
+            out().note(f"ended process {pid} that `{r.path}` left behind")
+    freed = [run_view.clean(r, dry_run=dry_run) for r in runs]
+    rows = [(str(r.path), count) for r, count in zip(runs, freed, strict=True) if count]
+    total = sum(freed)
+    if json:
+        named = [{"run": path, "bytes": count} for path, count in rows]
+        out(json).document({"runs": named, "bytes": total, "removed": not dry_run})
+        return
+    from astracli.closing import size
+
+    for path, count in rows:
+        out().text(f"{path}  {size(count)}")
+    verb = "would free" if dry_run else "freed"
+    out().text(f"{verb} {size(total)} in {len(rows)} {'run' if len(rows) == 1 else 'runs'}")
+    if run is None and not rows:
+        out().hint(
+            f"runs that ended less than {older_than:g} days ago stay (--older-than), and failed ones (--resumable)"
+        )

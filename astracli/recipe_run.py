@@ -1,0 +1,94 @@
+"""Tables of a recipe that say how, where and with what output a run goes, not what it learns.
+
+What a resume may change (`launch.run.CHANGEABLE`) stands here, `train.steps` apart.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
+
+
+class Table(BaseModel):
+    """Base of every table: immutable, and strict about its keys and types (`"80"` is no number, 1 is no boolean)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class CheckpointTable(Table):
+    every: NonNegativeInt = 10
+    """Steps; the last step always. 0: none at all, so that a run which dies begins anew."""
+    keep: PositiveInt = 2
+    """Newest checkpoints kept on disk."""
+
+
+class EngineEnv(Table):
+    python: str | None = None
+    """Interpreter of the engine's own environment; None is this one."""
+    env: dict[str, str] = {}
+    """Set for the engine alone; a PYTHONPATH here gives it other packages than the trainer's."""
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the engine sees other packages than this process does."""
+        return self.python is not None or "PYTHONPATH" in self.env
+
+
+class ThreadsTable(Table):
+    engine: PositiveInt = 1
+    trainer: PositiveInt = 1
+    other: PositiveInt = 1
+    """CPU threads per process; two cores want one each."""
+
+
+class ResourcesTable(Table):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    rollout_gpus: NonNegativeInt = 0
+    train_gpus: NonNegativeInt = 0
+    share_gpus: bool = False
+    """Engine and trainer on the same GPUs."""
+    share_mode: Literal["auto", "side_by_side", "turns"] = "auto"
+    """How they share: `side_by_side`, each keeps its part (the engine reserves what the trainer leaves); `turns`, the
+    trainer waits in host memory while the engine generates, and the engine gives its KV cache back for a training step.
+    `auto` takes turns only where the two do not fit side by side."""
+    engines: PositiveInt = 1
+    """Engine processes on a CPU; on GPUs there is one per rollout GPU."""
+    train_ranks: PositiveInt = 1
+    """Trainer processes on a CPU (FSDP2 over gloo); on GPUs one per training GPU."""
+    engine: EngineEnv = EngineEnv()
+    threads: ThreadsTable = ThreadsTable()
+
+
+class LaunchTable(Table):
+    host: str = "127.0.0.1"
+    deterministic: bool = False
+    """Same bytes from run to run: staleness 0, fixed slots, batches sorted by id."""
+    max_restarts: NonNegativeInt | None = None
+    """Restarts of an engine or rollout worker; None is 0 on a CPU and 2 on GPUs."""
+    ready_timeout_s: PositiveFloat = 600.0
+    heartbeat_timeout_s: PositiveFloat = 60.0
+    lease_timeout_s: PositiveFloat = 600.0
+    hub_history_steps: PositiveInt = 1000
+    """Steps whose groups stay listed in hub.sqlite, a row each. Older rows are counted and deleted. (What was generated
+    leaves it sooner: once the second checkpoint after its step is acknowledged, or the next step without any.)"""
+
+
+class MetricsTable(Table):
+    sinks: list[str] = []
+    """Where metrics go besides metrics.jsonl: `tensorboard`, `wandb`, `trackio` (extras), or `pkg.module:factory`."""
+    samples_per_step: NonNegativeInt = 8
+    """Rollout samples written to `samples/` per step."""
+
+
+class ExpectedTable(Table):
+    """Published or measured figures to show beside ours: fractions in [0, 1]."""
+
+    source: str
+    machine: str
+    avg_at_n_first: float | None = None
+    avg_at_n_last: float | None = None
+    pass_at_k_first: float | None = None
+    pass_at_k_last: float | None = None
+    steps: int | None = None
+    note: str | None = None

@@ -1,0 +1,23 @@
+"""A micro-batch's arrays to where they are computed with, without standing still for it.
+
+A copy from ordinary memory waits until a GPU has done everything that was asked of it before; from pinned memory it
+takes its place in the queue, and the next kernels are asked for meanwhile. torch keeps the pinned memory until the copy
+is over, and for the next one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array on the device; on a CPU it shares the array's memory."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else pinned(tensor).to(device, non_blocking=True)
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """A copy in memory that a GPU reads by itself."""
+    return tensor.pin_memory()

@@ -1,0 +1,160 @@
+"""What an evaluation leaves on disk: one line a sample, tables of the figures, and the samples of an unfinished one."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from astracli import metrics
+from astracli.data.benchmarks import Benchmark
+from astracli.rl import passk
+from astracli.rl.evaluation import EvalSample, Result, full_figures, score_figures
+from astracli.rl.reward import Grade
+from astracli.rl.sample_log import sample_line
+
+CSV_COLUMNS = ("step", "version", "benchmark", "items", "n", "avg_at_n", "stderr", "k", "pass_at_k")
+OVERALL = "overall"
+
+
+@dataclass(frozen=True)
+class Partial:
+    """The samples of a benchmark so far, in the order in which they came: one line each, appended."""
+
+    folder: Path
+    benchmark: Benchmark
+    version: int | None
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"{self.benchmark.name}.jsonl"
+
+    def read(self) -> list[EvalSample]:
+        """What an earlier attempt left; a torn last line and samples of another version or item are left out."""
+        metrics.mend(self.path)
+        problems = {problem.id: problem for problem in self.benchmark.items}
+        return [
+            EvalSample(
+                problem=problems[row["problem_id"]],
+                sample=row["sample"],
+                version=row["version"],
+                text=row["completion"],
+                tokens=np.array(row["tokens"], np.int32),
+                logprobs=np.array(row["logprobs"], np.float64),
+                finish_reason=row["finish_reason"],
+                grade=Grade(row["reward"], row["verdict"]),
+            )
+            for row in metrics.read(self.path)
+            if row["problem_id"] in problems and self.version in (None, row["version"])
+        ]
+
+    def add(self, samples: Sequence[EvalSample]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(item_line(0, s.version, self.benchmark.name, s)) + "\n" for s in samples]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(lines))
+
+
+def timeless(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: {k: v for k, v in values.items() if k != "wall_s"} for name, values in found.items()}
+
+
+def write_csv(path: Path, document: dict[str, Any]) -> None:
+    """Every figure of `results.json`, one row a benchmark; `pass_at_3` is pass@3, `greedy_avg` the greedy share."""
+    rows = []
+    for name, values in document["results"].items():
+        row: dict[str, Any] = {"benchmark": name}
+        for key, value in values.items():
+            if isinstance(value, dict):
+                row |= {f"{key}_{k}": share for k, share in value.items()}
+            else:
+                row[key] = value
+        greedy = document.get("greedy", {}).get(name)
+        rows.append(row | ({"greedy_avg": greedy["avg_at_n"]} if greedy else {}))
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
+    table.writeheader()
+    table.writerows({k: f"{v:.6f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    write_atomically(path, text.getvalue())
+
+
+def write_results(folder: Path, step: int, version: int, results: Sequence[Result]) -> None:
+    """Items and table of one evaluation. Writing a step again replaces it."""
+    for result in results:
+        lines = [json.dumps(item_line(step, version, result.benchmark, sample)) for sample in result.samples]
+        write_atomically(folder / "items" / f"step_{step:06d}_{result.benchmark}.jsonl", "\n".join(lines) + "\n")
+    update_csv(folder / "eval.csv", step, version, results)
+
+
+def item_line(step: int, version: int, benchmark: str, sample: EvalSample) -> dict[str, Any]:
+    """One line of an items file."""
+    return sample_line(
+        step=step,
+        version=version,
+        benchmark=benchmark,
+        problem_id=sample.problem.id,
+        problem=sample.problem.question,
+        answer=sample.problem.answer,
+        sample=sample.sample,
+        completion=sample.text,
+        tokens=sample.tokens,
+        logprobs=sample.logprobs,
+        advantage=None,
+        reward=sample.grade.reward,
+        verdict=sample.grade.verdict,
+        finish_reason=sample.finish_reason,
+    )
+
+
+def update_csv(path: Path, step: int, version: int, results: Sequence[Result]) -> None:
+    """Put one evaluation's rows into the table, in the order of steps; rows of the same step make room."""
+    rows: list[dict[str, Any]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["step"]) != step]
+    scores = [(result.benchmark, result.score) for result in results]
+    if scores:
+        scores.append((OVERALL, passk.overall([score for _, score in scores])))
+    for name, score in scores:
+        numbers = {k: f"{v:.6f}" if isinstance(v, float) else v for k, v in score_figures(score).items()}
+        rows.append({"step": step, "version": version, "benchmark": name, **numbers})
+    rows.sort(key=lambda row: int(row["step"]))
+    text = io.StringIO()
+    table = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_atomically(path, text.getvalue())
+
+
+def figures(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
+    """{benchmark: figures} and `overall`."""
+    found = {result.benchmark: result.figures() for result in results}
+    if results:
+        found[OVERALL] = full_figures(passk.overall([result.score for result in results]))
+    return found
+
+
+def metric_records(process: str, step: int, version: int, results: Sequence[Result]) -> list[dict[str, Any]]:
+    """One metrics record a benchmark and one for `overall`; every figure is named eval_*, those by k are left out."""
+    return [
+        {"step": step, "process": process, "version": version, "benchmark": name}
+        | {f"eval_{key}": value for key, value in values.items() if not isinstance(value, dict)}
+        for name, values in figures(results).items()
+    ]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.tmp")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

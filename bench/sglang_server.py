@@ -1,0 +1,162 @@
+"""One SGLang server with our loader, and a trainer that publishes to it: random 4B weights, or a checkpoint.
+
+For benches; every server that is started here is stopped by its id.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from astracli import registry
+from astracli.adapter import read_config
+from astracli.engines.client import SETTLE_LOADER, STAGED_LOADER, EngineClient, GenRequest
+from astracli.launch import fetch, ports
+from astracli.training.optimizer import DTYPES
+from astracli.weights.publisher import Publisher
+
+TOKEN = "bench-token"
+VERIFY = 4
+"""Every how manieth version is read back under HF names."""
+SHAPE_4B = {
+    "hidden_size": 2560, "intermediate_size": 9216, "num_hidden_layers": 32, "num_attention_heads": 16,
+    "num_key_value_heads": 4, "head_dim": 256, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128, "linear_value_head_dim": 128, "vocab_size": 248320, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def model_directory(args: argparse.Namespace, folder: Path) -> tuple[Path, Callable[[], Any]]:
+    """(what to serve, what makes the model): a given checkpoint, or random weights of the 4B shape, of which only the
+    config is written: the server starts while they are drawn, and gets them as version 0."""
+    out = folder / "model"
+    if args.shape is None:
+        found = fetch.local_path(args.model)
+        if found is None:
+            sys.exit(f"no local checkpoint `{args.model}`")
+        shutil.copytree(found, out)
+        return out, lambda: adapter_of(out).load_for_training(out, attention="sdpa")
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+    config = Qwen3_5TextConfig(**SHAPE_4B, eos_token_id=1, pad_token_id=0)
+    config.architectures = ["Qwen3_5ForCausalLM"]
+    out.mkdir()
+    (out / "config.json").write_text(json.dumps(config.to_dict() | {"full_attention_interval": 4, "dtype": "bfloat16"}))
+
+    def draw() -> Any:
+        torch.manual_seed(0)
+        with torch.device(args.device):
+            return Qwen3_5ForCausalLM(config).to(torch.bfloat16)
+
+    return out, draw
+
+
+def adapter_of(directory: Path) -> Any:
+    kind = read_config(directory)["model_type"]
+    return next(a for item in registry.installed() if (a := item.adapter) and kind in a.model_types)
+
+
+class Server:
+    """One SGLang process in its own session."""
+
+    def __init__(self, args: argparse.Namespace, model: Path, stage: Path, log: Path):
+        with ports.bind("127.0.0.1") as probe:
+            port = probe.getsockname()[1]
+        graphs = ["--cuda-graph-bs-decode", "1", str(args.running)]
+        command = [
+            args.sglang_python, "-m", "sglang.launch_server", "--model-path", str(model), "--skip-tokenizer-init",
+            "--host", "127.0.0.1", "--port", str(port), "--api-key", TOKEN, "--attention-backend", "triton",
+            "--disable-radix-cache", "--disable-prefill-cuda-graph", *graphs, "--max-running-requests",
+            str(max(2, args.running)), "--mem-fraction-static", "0.5", "--context-length", str(args.context),
+            "--custom-weight-loader", STAGED_LOADER, SETTLE_LOADER, "--load-format", "dummy",
+            "--weight-version=-1", "--stream-interval", "8",
+        ]  # fmt: skip
+        env = os.environ | {
+            "ASTRA_STAGE_DIR": str(stage),
+            "ASTRA_START_VERSION": "",  # weights made up by the server: version 0 reaches it in full
+            "ASTRA_VERIFY_INTERVAL": str(VERIFY),
+            "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
+        }
+        self.log = log
+        self.url = f"http://127.0.0.1:{port}"
+        with log.open("w") as out:
+            self.process = subprocess.Popen(
+                command, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            try:
+                self.process.wait(5)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+
+
+class Trainer:
+    """fp32 masters, and the publisher of what they are in their wire dtypes."""
+
+    def __init__(self, args: argparse.Namespace, model: Any, adapter: Any, folder: Path):
+        wanted = adapter.wire_tensors(model)
+        parameters = dict(model.named_parameters())
+        self.masters = {t.name: parameters[name].detach().float().to(args.device) for name, t in wanted.items()}
+        self.dtypes = {t.name: DTYPES[t.dtype] for t in wanted.values()}
+        self.lr, self.draw = args.lr, torch.Generator(args.device).manual_seed(0)
+        threads = 1 if args.device == "cpu" else min(16, os.cpu_count() or 1)
+        self.publisher = Publisher(
+            folder, transfer="delta", full_interval=1000, keep=4, model_name="bench", threads=threads
+        )
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """What an Adam step does to masters when gradients are noise: about lr in each direction."""
+        for tensor in self.masters.values():
+            noise = torch.randn(tensor.shape, generator=self.draw, device=tensor.device)
+            tensor.add_(noise.clamp_(-2, 2), alpha=-self.lr)
+
+    def publish(self, version: int) -> dict[str, Any]:
+        began = time.monotonic()
+        tensors = {name: tensor.to(self.dtypes[name], copy=True) for name, tensor in self.masters.items()}
+        if next(iter(tensors.values())).is_cuda:
+            torch.cuda.synchronize()
+        copied_s = time.monotonic() - began
+        done = self.publisher.publish(version, tensors, owned=True)
+        return {
+            "density": done.density, "full_bytes": done.bytes_full, "bytes_per_changed": done.bytes_per_changed,
+            "snapshot_s": copied_s + done.snapshot_s, "publish_s": done.publish_s, "digest_s": done.digest_s,
+            "diff_s": done.diff_s, "encode_s": done.encode_s, "write_s": done.write_s,
+        }  # fmt: skip
+
+
+@torch.no_grad()
+def transformers_logprobs(model: Any, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+    ids = torch.tensor([prompt + tokens], device=model.device)
+    logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
+    return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0].cpu()
+
+
+async def compare(client: EngineClient, model: Any, trainer: Trainer, adapter: Any) -> dict[str, float]:
+    """|server - transformers| on sampled completions; transformers computes in fp32 on the published values."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in adapter.wire_tensors(model).items():
+            parameters[name].copy_(trainer.masters[tensor.name].to(trainer.dtypes[tensor.name]))
+    prompts = [[6, 10, 13, 7, 8, 16], [11, 5, 14, 4, 9, 16], [12, 3, 10, 13, 4, 4, 9, 16]]
+    results = await client.generate([GenRequest(p, 24, temperature=1.0, rid=f"c{i}") for i, p in enumerate(prompts)])
+    gaps = [
+        (transformers_logprobs(model, p, r.tokens.tolist()) - torch.from_numpy(r.logprobs)).abs()
+        for p, r in zip(prompts, results, strict=True)
+    ]
+    every = torch.cat(gaps)
+    return {"parity_mean": float(every.mean()), "parity_max": float(every.max()), "engine_version": results[0].version}

@@ -1,0 +1,68 @@
+"""A hub's store with settings of a small run, groups for it, and the steps that a run takes with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from astracli.hub.store import HubStore
+from astracli.rl.types import Group, Sample, Segment, pack_group, unpack_group
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def open_store(path: Path, **changes: Any) -> HubStore:
+    settings: dict[str, Any] = {
+        "batch_groups": 4,
+        "max_staleness": 1,
+        "drop_equal_groups": True,
+        "lease_timeout_s": 60.0,
+        "steps": 10,
+        "eval_every": 0,
+        "engines": ["engine0"],
+    }
+    return HubStore(path / "hub.sqlite", **(settings | changes))
+
+
+def group(lease_id: int, version: int = 0, rewards: tuple[float, ...] = (0.0, 1.0), verdict: Any = "right") -> bytes:
+    samples = [
+        Sample(i, [Segment(version, np.arange(3, dtype=np.int32), np.full(3, -0.5, np.float32))], "stop", r, verdict)
+        for i, r in enumerate(rewards)
+    ]
+    return pack_group(Group(lease_id, f"p{lease_id}", np.array([1, 2], np.int32), samples))
+
+
+def ids(reply: dict[str, Any]) -> list[int]:
+    return [lease["lease_id"] for lease in reply["leases"]]
+
+
+def batch_ids(reply: dict[str, Any]) -> list[int]:
+    return [unpack_group(blob).lease_id for blob in reply["groups"]]
+
+
+def finish_step(store: HubStore, step: int, checkpoint_step: int | None = None) -> list[int]:
+    got = batch_ids(store.batch(step))
+    store.announce(step + 1, step + 1)
+    store.engine_state("engine0", step + 1, "ready")
+    store.ack(step, step + 1, checkpoint_step)
+    return got
+
+
+def fill(store: HubStore, version: int, n: int = 4) -> list[int]:
+    leases = ids(store.lease("w", n, engine=None))
+    for lease in leases:
+        assert store.put(group(lease, version)) == "accepted"
+    return leases
+
+
+def counts_of(**known: int) -> dict[str, int]:
+    names = ("in_flight", "queued", "waiting", "dropped", "expired", "skipped", "timeouts")
+    return dict.fromkeys((*names, "consumed_steps", "consumed_groups", "replayed_steps"), 0) | known

@@ -1,0 +1,146 @@
+"""What the tests of the rollout worker share: a real hub, engines on real sockets, and the worker beside a scenario."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_engine import FakeEngine, FakeFetcher, token
+from hub_tools import open_store
+from test_hub_api import TOKEN, Server
+
+from astracli.data.prompts import PromptSource
+from astracli.engines.client import EngineClient
+from astracli.hub.client import AsyncHubClient
+from astracli.hub.store import HubStore
+from astracli.recipe import Recipe
+from astracli.rl.reward import Grade, GradeItem
+from astracli.rl.schedule import sample_seed
+from astracli.rl.types import Group, unpack_group
+from astracli.workers.common import Reporter, WorkerConfig
+from astracli.workers.rollout import Rollout
+from astracli.workers.updates import Lane
+
+LENGTH = 20
+
+
+class Tokenizer:
+    """Characters as tokens."""
+
+    chat_template = None
+    eos_token_id = 1
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [ord(c) for c in text]}
+
+    def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return "".join(chr(t) for t in tokens if t != 1)
+
+
+class Grader:
+    """Right for every even sample of a group."""
+
+    async def agrade_group(self, items: Sequence[GradeItem]) -> list[Grade]:
+        return [Grade(float(i % 2 == 0), "right" if i % 2 == 0 else "wrong") for i in range(len(items))]
+
+
+def recipe(**tables: Any) -> Recipe:
+    document: dict[str, Any] = {
+        "seed": 5,
+        "model": {"path": "none"},
+        "data": {"source": "arithmetic"},
+        "rollout": {"group_size": 4, "max_new_tokens": 64, "context_length": 256, "max_running_requests": 8},
+        "train": {"steps": 6, "batch_groups": 4, "max_staleness": 1},
+    }
+    for name, table in tables.items():
+        document[name] = document.get(name, {}) | table
+    return Recipe.model_validate(document)
+
+
+class World:
+    """A hub, an engine and a worker's parts; `play` runs the worker beside a scenario."""
+
+    def __init__(self, path: Path, **engine: Any):
+        self.path = path
+        self.engine = FakeEngine(TOKEN, length=LENGTH, **engine).start()
+        self.others: list[FakeEngine] = []
+        self.fetcher = FakeFetcher()
+        self.server = Server(open_store(path, steps=6), path)
+
+    @property
+    def store(self) -> HubStore:
+        return self.server.store
+
+    def close(self) -> None:
+        self.server.thread.stop()
+        for engine in [self.engine, *self.others]:
+            engine.stop()
+
+    def config(self, **changes: Any) -> WorkerConfig:
+        engines = [{"name": "engine0", "url": self.engine.url}]
+        extra = changes.pop("extra", {})
+        return WorkerConfig(
+            "rollout",
+            "rollout",
+            self.path,
+            self.server.url,
+            TOKEN,
+            recipe(**changes),
+            {"model": str(self.path)},
+            engines,
+            extra=extra,
+        )
+
+    async def play(self, scenario: Callable[[], Awaitable[None]] | None = None, **changes: Any) -> None:
+        """Until the worker ends; the scenario requests the stop when it is through."""
+        config = self.config(**changes)
+        async with contextlib.AsyncExitStack() as stack:
+            hub = await stack.enter_async_context(AsyncHubClient(config.hub_url, TOKEN))
+            lanes = []
+            for number, fake in enumerate([self.engine, *self.others]):
+                engine = await stack.enter_async_context(EngineClient(fake.url, TOKEN, loader_dir=fake.stage_dir))
+                mode, name = config.recipe.weights.pause_mode, f"engine{number}"
+                lanes.append(Lane(name, engine, hub, self.fetcher, process="rollout", mode=mode, ready_timeout_s=5.0))
+            source = PromptSource(config.recipe.data, 5)
+            worker = Rollout(config, Reporter(config), hub, lanes, source, Tokenizer(), Grader())
+
+            async def act() -> None:
+                if scenario is not None:
+                    await scenario()
+                    self.store.request_stop()
+
+            async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+                tasks.create_task(worker.run())
+                tasks.create_task(act())
+
+    async def batch(self, step: int) -> list[Group]:
+        while "groups" not in (reply := self.store.batch(step)):
+            await asyncio.sleep(0.01)
+        return [unpack_group(blob) for blob in reply["groups"]]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = World(tmp_path)
+    yield made
+    made.close()
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+def expected(lease_id: int, index: int) -> list[int]:
+    seed = sample_seed(5, lease_id, index)
+    return [token(seed, t) for t in range(LENGTH - 1)] + [1]
+
+
+def records(world: World) -> list[dict[str, Any]]:
+    lines = world.server.metrics.read_text().splitlines() if world.server.metrics.exists() else []
+    return [json.loads(line) for line in lines]

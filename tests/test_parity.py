@@ -1,0 +1,127 @@
+"""The check at a run's start: a leak through packed rows is found and told from rounding; a recipe may ask for one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_packing import groups_as_rows
+from training_tools import make_trainer, recipe, sample_groups, save_model
+
+from astracli import backend, registry
+from astracli.adapters.qwen3_5 import ADAPTER
+from astracli.errors import RunFailed, UserError
+from astracli.rl.batch import Row, pad_rows
+from astracli.training import packing, parity
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def test_the_check_of_the_start_measures_gradients_too(model_dir: Path) -> None:
+    trainer = make_trainer(model_dir, recipe(train={"packing": "packed", "tokens_per_microbatch": 256}))
+    metrics = trainer.train(sample_groups(trainer, 4, seed=1), 0, 0).metrics
+    assert 0 < metrics["rows_gradient_error"] < 1e-5 and metrics["rows_max_abs"] < 1e-5
+    assert "rows_gradient_error" not in trainer.train(sample_groups(trainer, 4, seed=2, version=1), 1, 1).metrics
+
+
+def without_boundaries(model: Any) -> None:
+    """An adapter that forgets them: its recurrent layers see one long row."""
+    for layer in model.modules():
+        if hasattr(layer, "linear_attn"):
+            plain = layer.linear_attn.forward
+            layer.linear_attn.forward = lambda *a, plain=plain, **k: plain(
+                *a, **{n: v for n, v in k.items() if "seqlen" not in n}
+            )
+
+
+def test_a_leak_is_found_in_log_probabilities_and_in_gradients(model_dir: Path) -> None:
+    leaking = replace(ADAPTER, install_varlen=without_boundaries)
+    chosen = recipe(train={"packing": "packed", "tokens_per_microbatch": 256})
+    trainer = make_trainer(model_dir, chosen, adapter=leaking)
+    with pytest.raises(RunFailed, match=r"rows packed in one row differ from separate rows by .* in log-probability"):
+        trainer.train(sample_groups(None, 4, seed=1), 0, 0)
+    rows = parity.spread(groups_as_rows(), 256)
+    error = gradient_error(trainer, rows)
+    assert error > 0.1
+    with pytest.raises(RunFailed, match=r"in gradient, relative to its norm, allowed 1\.0e-04"):
+        parity.require_gradients(error, torch.device("cpu"), leaking, True)
+    assert gradient_error(make_trainer(model_dir, chosen), rows) < 1e-5
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_the_noise_of_rounding_is_a_unit_in_the_last_place_and_no_leak(model_dir: Path, checkpointing: str) -> None:
+    chosen = recipe(train={"packing": "packed", "activation_checkpointing": checkpointing})
+    trainer = make_trainer(model_dir, chosen)
+    rows = parity.spread(groups_as_rows(), 256)
+    noise = parity.rounding_noise(trainer.policy, trainer.adapter, rows, trainer.masters, pad_token=0)
+    assert 1e-2 < noise < 0.3  # four blocks, each moved by 2^-8
+    assert noise == parity.rounding_noise(trainer.policy, trainer.adapter, rows, trainer.masters, pad_token=0)
+    assert gradient_error(trainer, rows) < 1e-5  # nothing of it stays
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_unit_in_the_last_place_goes_up_as_often_as_down(dtype: torch.dtype) -> None:
+    hidden = torch.randn(30000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    moved = parity.a_unit_off(hidden, 3)
+    assert moved.dtype == dtype and torch.equal(moved, parity.a_unit_off(hidden, 3))
+    share = (moved.double() - hidden.double()) / hidden.double()
+    assert abs(float((share > 0).double().mean()) - 1 / 3) < 0.02  # 1 + 2^-8 as a factor in bf16 is 1
+    assert abs(float((share < 0).double().mean()) - 1 / 3) < 0.02
+    assert float(share.abs().max()) <= (2.0**-8 if dtype == torch.float32 else 2.0**-7) * 1.001
+
+
+def test_noise_raises_what_is_allowed_on_a_gpu_and_never_to_a_leak() -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert parity.gradient_tolerance(cpu, 0.1) == 1e-4
+    assert [parity.gradient_tolerance(cuda, n) for n in (0.0, 0.005, 0.05, 3.0)] == [1e-2, 1e-2, 0.05, 0.15]
+    parity.require_gradients(0.04, cuda, ADAPTER, True, noise=0.05)
+    with pytest.raises(RunFailed, match=r"allowed 1\.5e-01"):
+        parity.require_gradients(0.26, cuda, ADAPTER, True, noise=0.9)
+
+
+def test_ignored_boundaries_are_measured_and_do_not_stop_the_run(model_dir: Path) -> None:
+    table = {"packing": "packed", "tokens_per_microbatch": 256, "rows_check_every": 2}
+    leaking = make_trainer(model_dir, recipe(train={**table, "row_boundaries": "ignored"}))
+    found = [leaking.train(sample_groups(None, 4, seed=s, version=s), s, s).metrics for s in range(3)]
+    assert found[0]["rows_gradient_error"] > 0.1 and found[0]["rows_max_abs"] > 0.1
+    assert "rows_gradient_error" not in found[1] and found[2]["rows_gradient_error"] > 0.1
+    exact = make_trainer(model_dir, recipe(train=table))
+    found = [exact.train(sample_groups(exact, 4, seed=s, version=s), s, s).metrics for s in range(3)]
+    assert found[2]["rows_gradient_error"] < 1e-4 and found[2]["rows_max_abs"] < 1e-4
+
+
+def test_ignoring_boundaries_leaves_attention_alone(model_dir: Path) -> None:
+    """Only recurrent layers leak: with theirs taken out of the way, both modes are one."""
+    leaking = make_trainer(model_dir, recipe(train={"packing": "packed", "row_boundaries": "ignored"}))
+    exact = make_trainer(model_dir, recipe(train={"packing": "packed"}))
+    row = packing.pack_rows(groups_as_rows()[:4])
+    results = []
+    for trainer in (leaking, exact):
+        for layer in trainer.policy.model.modules():
+            if hasattr(layer, "linear_attn"):
+                layer.linear_attn.forward = lambda hidden_states, **k: hidden_states * 0.5
+        results.append(parity.logprobs(trainer.policy, trainer.adapter, row, torch.device("cpu"))[0])
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(("name", "asked"), [("qwen3_5", "padded"), ("llama", "auto")])
+def test_boundaries_can_be_ignored_only_where_there_are_some(name: str, asked: str) -> None:
+    chosen = recipe(train={"packing": asked, "row_boundaries": "ignored"})
+    with pytest.raises(UserError, match=r"train\.row_boundaries = ignored has nothing to leak through"):
+        backend.packing(chosen, registry.get(name), "cpu")
+    assert backend.packing(recipe(train={"row_boundaries": "ignored"}), ADAPTER, "cpu")[0] == "packed"
+
+
+def gradient_error(trainer: Any, rows: list[Row]) -> float:
+    join: Callable[..., Any] = packing.pack_rows if trainer.packed else pad_rows
+    masters = trainer.masters
+    error = parity.gradients_against_separate(trainer.policy, trainer.adapter, rows, masters, join=join, pad_token=0)
+    assert all(p.grad is None for p in trainer.policy.parameters())
+    return error

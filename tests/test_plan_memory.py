@@ -1,0 +1,161 @@
+"""Memory of a launch plan: what each process holds in bytes, what moves to the host, what cannot fit."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from machines import GIB, facts
+from test_plan import load, planned
+
+from astracli import plan, plan_memory, plan_trainer, registry
+from astracli.adapter import MemoryShape
+from astracli.adapters import llama, qwen3, qwen3_5
+from astracli.errors import UserError
+
+
+def test_bytes_of_qwen3_5_4b() -> None:
+    result = planned(load("qwen3.5-4b-m2po-full"), facts("8.9", 8, host_gib=512))
+    rows = {(row.process, row.what): row.bytes for row in result.memory}
+    parameters = 4_205_751_296
+    assert rows["engine0", "weights (bf16)"] == 2 * parameters
+    assert rows["engine0", "KV cache (bf16), one request"] == 8192 * 32 * 1024
+    assert rows["engine0", "recurrent state"] == 33 * 24 * (32 * 128 * 128 * 4 + 8192 * 3 * 2)
+    assert rows["engine0", "KV cache (bf16), the others"] == 31 * 8192 * 32 * 1024
+    tight = planned(load("qwen3.5-4b-m2po-full"), facts("8.9", 8, memory_gib=20, host_gib=512))
+    held = {row.what: row.bytes for row in tight.memory if row.process == "engine0"}
+    reserved = ("weights (bf16)", "recurrent state", "KV cache (bf16), one request", "KV cache (bf16), the others")
+    assert sum(held[what] for what in reserved) == int(0.7 * 20 * GIB), "no more than its part"
+    assert rows["trainer", "master weights (fp32)"] == parameters  # 4 bytes over 4 ranks
+    assert rows["trainer", "moments (fp32)"] == 2 * parameters
+    assert rows["trainer1", "gradients (fp32)"] == parameters
+    assert rows["trainer", "reference (bf16)"] == parameters // 2
+    outside = 248320 * 2560 + 2560
+    assert rows["trainer", "embedding and head, gathered (bf16)"] == 2 * outside
+    assert rows["trainer", "activations"] == 8192 * 32 * 2 * 2560  # the input of every block
+    head = 6 * 248320 * 2560 + 3 * 2**29 + 8192 * 14 * 2560
+    assert rows["trainer", "backward pass of the head or a block"] == head
+    assert rows["trainer1", "checkpoint while loading (fp32), over these"] == 3 * parameters
+    disk = {row.what: row.bytes for row in result.disk}
+    assert disk["3 checkpoints (one being written)"] == 3 * 12 * parameters
+    assert disk["13 published versions, full"] == 13 * 2 * parameters
+    assert disk["export"] == 2 * parameters
+    assert result.model["flops_per_trained_token"] == pytest.approx(25.2e9, rel=2e-3)
+    assert result.expected["avg_at_n_last"] == 0.574
+    lean = planned(load("qwen3.5-4b-m2po-full", "algorithm.kl_coef=0"), facts("8.9", 8, host_gib=512))
+    assert "reference (bf16)" not in {row.what for row in lean.memory}
+
+
+def moved(name: str, gib: float, count: int, *overrides: str) -> tuple[str, str, bool, float | None]:
+    result = planned(load(name, *overrides), facts("9.0", count, memory_gib=gib, host_gib=512))
+    plan.refuse(result)
+    split = result.placement.split
+    return split.reference, split.optimizer, split.wrapped, result.placement.mem_fraction_static
+
+
+def test_what_does_not_fit_moves_to_the_host_and_the_plan_says_why() -> None:
+    one_each = ("resources.rollout_gpus=1", "resources.train_gpus=1")
+    assert moved("qwen3.5-4b-m2po-delta", 141, 2, *one_each) == ("gpu", "gpu", False, 0.7)
+    assert moved("qwen3.5-4b-m2po-delta", 88, 2, *one_each) == ("host", "gpu", False, 0.7)
+    assert moved("qwen3.5-4b-m2po-delta", 80, 2, *one_each) == ("host", "gpu", True, 0.7)
+    assert moved("qwen3.5-4b-m2po-delta", 60, 2, *one_each) == ("gpu", "host", False, 0.7)
+    assert moved("qwen3.5-4b-m2po-delta", 44, 2, *one_each) == ("host", "host", True, 0.7)
+    assert moved("qwen3.5-4b-m2po-delta", 80, 2, *one_each, "algorithm.kl_coef=0") == ("gpu", "gpu", True, 0.7)
+    assert moved("qwen3.5-4b-m2po-delta", 80, 3, one_each[0], "resources.train_gpus=2")[2] is False, "it is sharded"
+    assert moved("qwen3.5-4b-m2po-delta", 141, 2, *one_each, "train.optimizer_device=host")[1] == "host"
+    result = planned(load("qwen3.5-4b-m2po-delta", *one_each), facts("9.0", 2, memory_gib=44, host_gib=512))
+    why = "with everything on the GPU the trainer needs 85.91 GiB of 44.00 GiB"
+    cast = "in bf16 beside their masters they need 7.83 GiB more"
+    wanted = (("reference", "host", why), ("optimizer", "host", why), ("parameters", "cast in every pass", cast))
+    assert result.placement.reasons == wanted
+    where = {row.what: (row.where, row.bytes) for row in result.memory if row.process == "trainer"}
+    assert where["moments (fp32)"] == ("host", 8 * 4_205_751_296)
+    assert where["reference (bf16)"] == ("host", 2 * 4_205_751_296)
+    assert "placement" in {table.title for table in plan.render(result)}
+    with pytest.raises(UserError, match=r"GPU 1 needs at least 7\d\.\d\d GiB of GPU memory for trainer"):
+        asked = load("qwen3.5-4b-m2po-delta", *one_each, "train.optimizer_device=gpu")
+        plan.refuse(planned(asked, facts("9.0", 2, memory_gib=44, host_gib=512)))
+
+
+def test_an_engine_beside_its_trainer_reserves_what_that_one_leaves() -> None:
+    shared = ("resources.rollout_gpus=1", "resources.train_gpus=1", "resources.share_gpus=true")
+    recipe = load("qwen3.5-4b-m2po-delta", *shared)
+    result = planned(recipe, facts("9.0", 1, memory_gib=141, host_gib=512))
+    fraction = result.placement.mem_fraction_static
+    assert fraction is not None and 0.3 < fraction < 0.45
+    assert plan_memory.total(result.memory, where="gpu", fixed=True) <= 0.96 * 141 * GIB
+    shape = qwen3_5.ADAPTER.memory_shape(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"])
+    assert fraction * 141 * GIB > plan_memory.static_bytes(shape, recipe, requests=8)
+    assert [what for what, _, _ in result.placement.reasons] == ["engine"]
+    assert moved("qwen3.5-4b-m2po-delta", 80, 1, *shared)[1] == "host"
+    lowered = load("qwen3.5-4b-m2po-delta", *shared, "rollout.mem_fraction_static=0.2")
+    assert planned(lowered, facts("9.0", 1, memory_gib=141, host_gib=512)).placement.mem_fraction_static == 0.2
+
+
+def test_an_engine_that_may_not_reserve_enough_is_refused() -> None:
+    asked = load("qwen3.5-4b-m2po-delta", "rollout.mem_fraction_static=0.2")
+    with pytest.raises(UserError, match=r"reserves 20% of GPU 0 \(8\.80 GiB\), it needs 9\.\d\d GiB") as error:
+        plan.refuse(planned(asked, facts("8.9", 8, memory_gib=44, host_gib=512)))
+    sets = re.findall(r"--set ([^ `]+)", str(error.value.hint))
+    assert [s.split("=")[0] for s in sets] == ["rollout.mem_fraction_static"]
+
+
+def test_what_cannot_fit_is_refused_with_its_size() -> None:
+    recipe = load("llama3-8b-instruct-m2po-delta", "resources.train_gpus=1", "resources.rollout_gpus=1")
+    result = planned(recipe, facts("9.0", 2, memory_gib=60, host_gib=512))
+    with pytest.raises(UserError, match=r"GPU 1 needs at least 7\d\.\d\d GiB of GPU memory for trainer, it has 60"):
+        plan.refuse(result)
+    small = planned(load("qwen3.5-4b-m2po-delta"), facts("9.0", 8, host_gib=16))
+    with pytest.raises(UserError, match=r"needs at least .* GiB of memory, this machine has 16\.00 GiB"):
+        plan.refuse(small)
+    full = planned(load("qwen3.5-4b-m2po-full"), facts("9.0", 8, host_gib=512, disk_gib=100))
+    assert [item for item in full.missing if "disk" in item] == ["250.68 GiB of disk"]
+
+
+def test_the_trainers_logit_chunk_is_the_planned_one() -> None:
+    from astracli.training import logprob
+
+    assert logprob.LOGIT_BYTES == plan_trainer.LOGIT_BYTES
+
+
+def test_words() -> None:
+    assert plan_memory.words(2 * 4_205_751_296) == "7.83 GiB"
+    assert plan_memory.words(512) == "512 B"
+    assert plan_memory.words(51_511_296) == "49.1 MiB"
+
+
+def test_dense_families_have_no_state_row() -> None:
+    for adapter, path in ((llama.ADAPTER, "meta-llama/Meta-Llama-3-8B-Instruct"), (qwen3.ADAPTER, "Qwen/Qwen3-8B")):
+        recipe = load("qwen3-1.7b-m2po-delta", f"model.path={path}")
+        assert registry.resolve(recipe) is adapter
+        result = planned(recipe, facts("9.0", 2, memory_gib=200, host_gib=512))
+        assert "recurrent state" not in {row.what for row in result.memory}
+
+
+def test_one_rank_holds_bf16_parameters_beside_its_masters_and_gathers_nothing() -> None:
+    recipe = load("qwen3.5-4b-m2po-delta")
+    shape = qwen3_5.ADAPTER.memory_shape(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"])
+
+    def rows(ranks: int, wrapped: bool) -> dict[str, int]:
+        split = plan_trainer.Split(wrapped=wrapped)
+        return {row.what: row.bytes for row in plan_trainer.trainer_rows("t", shape, recipe, "cuda", ranks, split)}
+
+    beside, gathered = "parameters beside their masters (bf16)", "embedding and head, gathered (bf16)"
+    assert rows(1, False)[beside] == 2 * 4_205_751_296 and gathered not in rows(1, False)
+    for ranks, wrapped in ((1, True), (2, False)):
+        assert beside not in rows(ranks, wrapped) and gathered in rows(ranks, wrapped)
+
+
+def test_an_update_with_moments_on_the_host_counts_a_bucket_of_them() -> None:
+    """Where every tensor is small, and so is what comes and goes in the passes."""
+    recipe = load("qwen3.5-4b-m2po-delta", "train.tokens_per_microbatch=64", "rollout.context_length=64",
+                  "rollout.max_new_tokens=32")  # fmt: skip
+    blocks = (1000,) * 1000
+    shape = MemoryShape(10**9, 1000, 64, 1000, 1, 0, 1.0, outside_blocks=64000, block_activations=blocks)
+    kept, passes = "activations", "backward pass of the head or a block"
+
+    def rows(optimizer: plan_trainer.Where) -> dict[str, int]:
+        split = plan_trainer.Split(optimizer=optimizer)
+        return {row.what: row.bytes for row in plan_trainer.trainer_rows("t", shape, recipe, "cuda", 1, split)}
+
+    assert rows("host")[kept] + rows("host")[passes] == plan_trainer.BUCKET_BYTES > 10 * rows("gpu")[passes]

@@ -1,0 +1,163 @@
+"""Weight updates under a working rollout worker: segments, failures, engines that come back, pins."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rollout_world import World, expected, records, until, world
+
+from astracli.errors import RunFailed
+from astracli.rl.types import Group
+
+__all__ = ["world"]
+
+
+def test_an_update_ends_segments_and_the_continuation_equals_an_uncut_completion(world: World) -> None:
+    got: list[Group] = []
+
+    async def scenario() -> None:
+        await until(lambda: world.engine.running == 8)
+        await asyncio.sleep(0.06)
+        world.store.announce(1, 1)
+        got.extend(await world.batch(0))
+
+    asyncio.run(world.play(scenario))
+    assert world.engine.events == ["pause abort with 0 running", "applied 1"]
+    assert world.fetcher.asked == [(1, 0)]
+    cut = [sample for group in got for sample in group.samples if len(sample.segments) == 2]
+    assert len(cut) >= 8, "everything that ran at the update has two segments"
+    for group in got:
+        for sample in group.samples:
+            assert sample.tokens.tolist() == expected(group.lease_id, sample.index)
+            assert np.array_equal(sample.logprobs, -1.0 - sample.versions), "the version of each token is its own"
+    (record,) = records(world)
+    assert record["step"] == 1 and record["resyncs"] == 0 and record["kind"] == "delta"
+    assert record["aborted_samples"] == 8 and record["prefilled_again_tokens"] > 8 * 4
+    assert 0 < record["pause_s"] <= record["gap_s"] < 1.0
+    assert world.store.state()["engines"]["engine0"] == {"version": 1, "state": "ready"}
+
+
+@pytest.mark.parametrize("mode", ["retract", "in_place"])
+def test_requests_kept_through_an_update_count_as_the_oldest_version(world: World, mode: str) -> None:
+    got: list[Group] = []
+
+    async def scenario() -> None:
+        await until(lambda: world.engine.running == 8)
+        await asyncio.sleep(0.05)
+        world.store.announce(1, 1)
+        got.extend(await world.batch(0))
+
+    asyncio.run(world.play(scenario, weights={"pause_mode": mode}))
+    assert world.engine.events == [f"pause {mode} with 8 running", "applied 1"]
+    kept = [sample for group in got[:2] for sample in group.samples]
+    assert [len(sample.segments) for sample in kept] == [1] * 8
+    assert all(sample.versions.max() == 0 and sample.logprobs.min() == -2.0 for sample in kept)
+
+
+def test_a_failed_update_is_repeated_in_full_and_serves_nothing_in_between(world: World) -> None:
+    world.engine.refusals = 1
+
+    async def scenario() -> None:
+        await until(lambda: world.engine.running)
+        world.store.announce(1, 1)
+        await world.batch(0)
+        await until(lambda: world.store.state()["engines"]["engine0"]["version"] == 1)
+
+    asyncio.run(world.play(scenario))
+    assert world.fetcher.asked == [(1, 0), (1, None)]
+    assert [event for event in world.engine.events if "pause" not in event] == ["refused 1", "applied 1"]
+    (record,) = records(world)
+    assert (record["resyncs"], record["kind"], record["changed"], record["apply_s"]) == (1, "full", 7, 0.001)
+
+
+def test_an_engine_in_which_our_loader_never_ran_is_woken_before_the_first_update(world: World) -> None:
+    world.fetcher.watched = False
+
+    async def scenario() -> None:
+        await until(lambda: world.engine.running)
+        world.store.announce(1, 1)
+        await until(lambda: bool(records(world)))
+
+    asyncio.run(world.play(scenario))
+    assert world.fetcher.woken == [0] and world.fetcher.asked == [(1, 0)]
+    assert [event for event in world.engine.events if "pause" not in event] == ["applied 0", "applied 1"]
+
+
+def test_what_is_generated_before_a_read_back_fails_is_lost_and_the_engine_resynced(world: World) -> None:
+    world.engine.proofs = True
+    world.fetcher.proofs = [RunFailed("read back under HF names, 1 tensors differ: a"), 0.01]
+
+    async def scenario() -> None:
+        world.store.announce(1, 1)
+        for group in await world.batch(0):
+            for sample in group.samples:
+                assert sample.tokens.tolist() == expected(group.lease_id, sample.index)
+        await until(lambda: bool(records(world)))
+
+    asyncio.run(world.play(scenario))
+    assert world.fetcher.asked == [(1, 0), (1, None)]
+    assert [event for event in world.engine.events if "pause" not in event] == ["applied 1", "applied 1"]
+    (record,) = records(world)
+    assert (record["resyncs"], record["kind"], record["readback_s"]) == (1, "full", 0.01)
+
+
+def test_an_update_that_fails_twice_ends_the_run_in_words(world: World) -> None:
+    world.engine.refusals = 2
+
+    async def scenario() -> None:
+        world.store.announce(1, 1)
+        await asyncio.sleep(10)
+
+    with pytest.raises(ExceptionGroup) as error:
+        asyncio.run(world.play(scenario))
+    (failure,) = error.value.exceptions
+    assert isinstance(failure, RunFailed)
+    assert failure.message == (
+        "engine0 could not be brought to version 1: version 1 was not applied: digest of lm_head differs; "
+        "then, with a full payload: version 1 was not applied: digest of lm_head differs"
+    )
+
+
+def test_a_pinned_engine_stays_until_the_evaluation_is_done(tmp_path: Path) -> None:
+    world = World(tmp_path, step_s=0.001)
+    world.store._board._every = 100  # an evaluation at step 0
+
+    async def scenario() -> None:
+        world.store.announce(0, 0)
+        await world.batch(0)
+        world.store.announce(1, 1)
+        await world.batch(1)
+        await asyncio.sleep(0.2)
+        assert world.engine.events == [], "pinned: no update, and rollouts went on at the pinned version"
+        assert (
+            "(staleness 1, engine 2 versions behind the next batch)"
+            in world.store.lease("x", 1, engine="engine0")["wait"]
+        )
+        world.store.eval_done(0, 0, {})
+        await until(lambda: world.engine.version == 1)
+        await until(lambda: world.store.counts()["in_flight"] + world.store.counts()["waiting"])
+
+    try:
+        asyncio.run(world.play(scenario))
+    finally:
+        world.close()
+
+
+def test_an_engine_that_comes_back_is_given_weights_before_it_serves(world: World) -> None:
+    async def scenario() -> None:
+        world.store.announce(0, 0)
+        await world.batch(0)
+        world.store.announce(1, 1)
+        await until(lambda: world.engine.version == 1 and world.engine.running)
+        await asyncio.to_thread(world.engine.stop)
+        await until(lambda: world.store.counts()["queued"] > 0)
+        world.engine.version, world.engine.serving, world.engine.running = 0, False, 0
+        world.engine.start()
+        await world.batch(1)
+
+    asyncio.run(world.play(scenario))
+    assert world.fetcher.asked == [(1, 0), (1, 0)]
+    assert world.engine.version == 1

@@ -58,7 +58,7 @@ def software_problems(recipe: Recipe, choice: BackendChoice, facts: Mapping[str,
             message = f"recipe `{recipe.name}` generates with sglang, which is not installed here"
             hint = "`pip install 'astracli[sglang]'`, or name its environment in resources.engine.python"
             if choice.device == "cpu":
-                hint = "name the environment of SGLang's CPU build in resources.engine.python, or `--engine embedded`"
+                hint = "name the environment of SGLang's CPU build in resources.engine.python, or take `embedded`"
             problems.append(Problem("package", "package sglang", message, hint))
         libc = facts["system"]["libc"] or ""
         version = machine.version_tuple(libc.removeprefix("glibc "))

@@ -31,12 +31,12 @@ class Request:
         """First token that is surely drawn by the new weights."""
 
     def take(self, answer: dict[str, Any]) -> None:
-        """A chunk: everything so far, or only what is new."""
-        tokens, meta = answer["output_ids"], answer["meta_info"]
+        """A chunk; its tokens and their log-probabilities are, each by itself, everything so far or what is new."""
+        meta = answer["meta_info"]
         logprobs = [entry[0] for entry in meta["output_token_logprobs"]]
-        if len(tokens) < meta["completion_tokens"]:
-            tokens, logprobs = self.tokens + tokens, self.logprobs + logprobs
-        self.tokens, self.logprobs = tokens, logprobs
+        whole = meta["completion_tokens"]
+        self.tokens = answer["output_ids"] if len(answer["output_ids"]) == whole else self.tokens + answer["output_ids"]
+        self.logprobs = logprobs if len(logprobs) == whole else self.logprobs + logprobs
 
 
 class Kept:

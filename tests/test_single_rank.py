@@ -125,7 +125,8 @@ def sharded(
     world_size: int, model_dir: Path, out: Path, resume: Path | None = None, device: str = "cpu", wrapped: bool = True
 ) -> dict[str, Any]:
     told = json.dumps([device, wrapped, str(model_dir), str(out), str(resume) if resume else None])
-    found: dict[str, Any] = json.loads(spawn(SHARDED, [told], world_size)[0])
+    # the last line: TileLang prints what it compiles
+    found: dict[str, Any] = json.loads(spawn(SHARDED, [told], world_size)[0].strip().splitlines()[-1])
     return found
 
 

@@ -130,7 +130,7 @@ def test_the_pass_without_gradients_is_left_out_when_it_says_nothing(model_dir: 
 def test_an_engine_with_other_weights_stops_the_run(model_dir: Path) -> None:
     trainer = make_trainer(model_dir, recipe())
     groups = stale(sample_groups(trainer, 4, seed=1), 0.01, version=0)
-    with pytest.raises(RunFailed, match=r"trainer and engine disagree at version 0: mean .* allowed mean 1e-04"):
+    with pytest.raises(RunFailed, match=r"trainer and engine disagree at version 0: mean .* allowed mean 1.0e-04"):
         trainer.train(groups, 0, 0)
     relaxed = make_trainer(model_dir, recipe(train={"parity_tolerance": 0.02}))
     assert relaxed.train(groups, 0, 0).metrics["parity_mean_abs"] == pytest.approx(0.005, abs=0.001)
@@ -152,7 +152,7 @@ def test_an_engine_that_drifts_away_later_stops_the_run_before_an_update(model_d
         metrics = trainer.train(sample_groups(trainer, 4, seed=step, version=step), step, step).metrics
         assert metrics["parity_mean_abs"] < 1e-5
     before = {name: value.clone() for name, value in trainer.masters.values.items()}
-    with pytest.raises(RunFailed, match=r"disagree at version 3: .* allowed mean 1e-04") as stopped:
+    with pytest.raises(RunFailed, match=r"disagree at version 3: .* allowed mean 1.0e-04") as stopped:
         trainer.train(stale(sample_groups(trainer, 4, seed=3), 0.01, version=3), 3, 3)
     assert "train.parity_tolerance" in str(stopped.value.hint)
     assert all(torch.equal(before[name], value) for name, value in trainer.masters.values.items())

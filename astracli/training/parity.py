@@ -121,8 +121,8 @@ def logprob_noise(
 ) -> float:
     """Mean |change of a loss token's log-probability| when every block's input moves by a unit in bf16's last place.
 
-    What two right implementations in bf16 may differ by depends on the model: on a CPU, SGLang in bf16 lies 0.03 from
-    SmolLM2-135M in fp32, whose logits go up to 37, and transformers in bf16 lies as far (`bench/sglang_cpu.py`). A
+    What two right implementations in bf16 may differ by depends on the model: SmolLM2-135M, whose logits go up to 37,
+    in fp32 lies 0.03 from SGLang in bf16, and this is 0.03 too (docs/benchmarks.md, "A pretrained checkpoint"). A
     collective when the policy is sharded: every rank must bring the same rows.
     """
     changes = []

@@ -72,9 +72,9 @@ class DataTable(Table):
     decontaminate: Literal["report", "remove", "off"] = "report"
     """Training problems that are also items of `eval.benchmarks`: counted and said, left out, or not looked for."""
     reward: str = "math"
-    """`math`, `math_boxed` (only a box counts), `probe`, a name from the entry-point group `astra.rewards`, or
-    `pkg.module:function`. `probe` tries the machinery out on any weights, random ones too: 1 where the share of even
-    token ids is at or over its group's median, else 0."""
+    """`math`, `math_boxed` (only a box counts), `number` (the last number as written, nothing worked out), `probe`,
+    a name from the entry-point group `astra.rewards`, or `pkg.module:function`. `probe` tries the machinery out on any
+    weights, random ones too: 1 where the share of even token ids is at or over its group's median, else 0."""
     reward_timeout_s: PositiveFloat = 5.0
     """One grading may take this long; then its worker is killed, the reward is 0 and a timeout is counted."""
     reward_workers: PositiveInt = 1

@@ -317,6 +317,33 @@ def test_a_box_ends_where_its_brace_does_whatever_is_escaped() -> None:
     assert grader.read_answer(r"\boxed{1, 2\} or so} 3", "boxed") == (r"1, 2\} or so", True)
 
 
+@pytest.mark.parametrize(
+    ("gold", "text", "verdict"),
+    [
+        ("149", "90+59 is a mathematical expression", "wrong"),  # its value is the answer; math-verify says right
+        ("149", "\\boxed{90+59}", "wrong"),
+        ("149", "90 + 59 = 149.", "right"),
+        ("149", "12 08 \\boxed{149}", "right"),
+        ("31", "90-59=31", "right"),
+        ("-31", "59-90 = -31", "right"),
+        ("-31", "59-90 = −31", "right"),
+        ("1149", "it is 1,149", "right"),
+        ("149", "149 or 150", "wrong"),
+        ("329", "\\boxed{329}590}", "right"),
+        ("149", "none", "no_answer"),
+    ],
+)
+def test_a_number_is_read_as_it_is_written_and_nothing_is_worked_out(gold: str, text: str, verdict: str) -> None:
+    with GradePool("number") as pool:
+        assert pool.grade([GradeItem("", gold, text)])[0].verdict == verdict
+
+
+def test_math_works_a_repeated_question_out() -> None:
+    """Why generated arithmetic is not judged by it."""
+    with GradePool("math") as pool:
+        assert pool.grade([GradeItem("90+59", "149", "90+59 is a mathematical expression")])[0].verdict == "right"
+
+
 def test_forms_are_rewritten_only_where_one_side_has_them() -> None:
     assert list(answer_forms.rewritten(r"50\%", r"50\%")) == []
     assert list(answer_forms.rewritten(r"50\%", "50")) == [("50", "50")]

@@ -54,6 +54,8 @@ class Benchmark:
     prompt: str
     pass_k: int = 4
     """Default k of pass@k."""
+    grader: str = "math"
+    """The reward that judges its answers."""
 
     def text(self, item: Problem) -> str:
         """What the user turn says for an item."""
@@ -192,7 +194,7 @@ def load(name: str, local_path: str | Path | None = None, own_prompt: str = MATH
     spec = get(name)
     if spec.hub is None:
         items = GENERATED[name](spec.counts[0])
-        return Benchmark(name, items, spec.samples, spec.prompt or own_prompt)
+        return Benchmark(name, items, spec.samples, spec.prompt or own_prompt, grader="number")
     path = Path(local_path) if local_path is not None else spec.path or local(spec)
     if path is None:
         raise UserError(

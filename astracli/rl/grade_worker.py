@@ -33,7 +33,7 @@ Score = Callable[[str, str, str], float]
 ENTRY_POINT_GROUP = "astra.rewards"
 EXTRACTIONS: dict[str, grader.Extraction] = {"math": "boxed_or_last_number", "math_boxed": "boxed"}
 """Built-in rewards of this process: name -> where the answer is read."""
-BUILTIN = (*EXTRACTIONS, "probe")
+BUILTIN = (*EXTRACTIONS, "number", "probe")
 _ADDRESS_SPACE_BYTES = 4 << 30
 """Bound for mathematics, where a short answer such as 9^9^9^9 can ask for any amount of memory."""
 
@@ -107,6 +107,9 @@ def grade_one(spec: str, score: Score | None, item: list[str], send: Callable[[F
         if not math.isfinite(reward):
             return [0.0, "error", f"the reward is {reward}"]
         return [reward, "right" if reward > 0 else "wrong", ""]
+    if spec == "number":
+        verdict = grader.grade_number(answer, text)
+        return [1.0 if verdict == "right" else 0.0, verdict, ""]
     extraction = EXTRACTIONS[spec]
     verdict = grader.quick(answer, text, extraction)
     if verdict is None:
@@ -133,7 +136,7 @@ def serve(source: BinaryIO, sink: BinaryIO) -> None:
         return
     spec, timeout_s = str(hello["spec"]), float(hello["timeout_s"])
     try:
-        score = None if spec in EXTRACTIONS else load_reward(spec)
+        score = None if spec in BUILTIN else load_reward(spec)
     except AstraError as error:
         send(["refused", error.message, error.hint])
         return

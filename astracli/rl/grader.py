@@ -37,6 +37,19 @@ def grade_math(gold: str, text: str, extraction: Extraction = "boxed_or_last_num
     return thorough(gold, text, extraction) if verdict is None else verdict
 
 
+def grade_number(gold: str, text: str) -> Verdict:
+    """The last box, else the last number, against a gold integer: as it is written, nothing is worked out.
+
+    For generated arithmetic, where the question is an expression of the answer's value: math-verify calls `90+59 is a
+    sum` right for 149, and a policy learns to repeat the question (measured, docs/benchmarks.md).
+    """
+    answer, _ = read_answer(text, "boxed_or_last_number")
+    if answer is None:
+        return "no_answer"
+    found = integer(answer)
+    return "right" if found is not None and found == integer(gold) else "wrong"
+
+
 def quick(gold: str, text: str, extraction: Extraction = "boxed_or_last_number") -> Verdict | None:
     """The verdict when no algebra is needed, else None. Linear in the text; never slow."""
     if announced(text, extraction) is not None:

@@ -33,8 +33,9 @@ from astracli.errors import RunFailed, UserError
 if TYPE_CHECKING:
     from astracli.rl.types import Verdict
 
-BUILTIN = ("math", "math_boxed", "probe")
-"""`math`: the last box, else the last number. `math_boxed`: only a box counts. `probe`: see `probe_rewards`."""
+BUILTIN = ("math", "math_boxed", "number", "probe")
+"""`math`: the last box, else the last number. `math_boxed`: only a box counts. `number`: the last number as written.
+`probe`: see `probe_rewards`."""
 _BATCH = 64
 _START_S = 60.0
 """How long a worker may take to start, or to import what it grades with."""

@@ -15,10 +15,11 @@ themselves are `eval_files`'s.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import shutil
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ class Evaluator:
     config: WorkerConfig
     reporter: Reporter
     tokenizer: Any
-    pool: GradePool
+    pools: Mapping[str, GradePool]
+    """By the reward that a benchmark is judged by."""
     sampling: Sampling
     benchmarks: list[Benchmark]
 
@@ -82,7 +84,7 @@ class Evaluator:
                         clients[0] if len(clients) == 1 else Spread(clients),
                         benchmark,
                         self.tokenizer,
-                        self.pool,
+                        self.pools[benchmark.grader],
                         sampling=sampling,
                         samples=1 if greedy else table.samples,
                         version=version,
@@ -112,8 +114,12 @@ def run(config: WorkerConfig, reporter: Reporter) -> None:
         seed=recipe.seed,
     )
     sets = [benchmarks.load(name, config.benchmark_path(name), recipe.data.prompt) for name in recipe.eval.benchmarks]
-    with GradePool("math", recipe.data.reward_workers, recipe.data.reward_timeout_s) as pool:
-        evaluator = Evaluator(config, reporter, tokenizer, pool, sampling, sets)
+    with contextlib.ExitStack() as stack:
+        pools = {
+            spec: stack.enter_context(GradePool(spec, recipe.data.reward_workers, recipe.data.reward_timeout_s))
+            for spec in sorted({benchmark.grader for benchmark in sets})
+        }
+        evaluator = Evaluator(config, reporter, tokenizer, pools, sampling, sets)
         reporter.ready()
         if config.extra.get("standalone"):
             evaluate_once(evaluator)

@@ -320,7 +320,7 @@ def test_one_engine_is_pinned_to_an_evaluation_in_turn_and_the_others_follow(tmp
     store.announce(2, 2)
     targets = [(store.target(name)["version"], store.target(name)["pinned"]) for name in ("engine0", "engine1")]
     assert targets == [(0, True), (2, True)], "the second evaluation went to the second engine"
-    assert store.eval_next()["wait"] == "engine0 to hold version 0; it is starting at None"
+    assert store.eval_next()["wait"] == "engine0 to hold version 0; it is starting"
     store.engine_state("engine0", 0, "ready")
     assert store.eval_next() == {"step": 0, "version": 0, "engine": "engine0"}
     assert store.eval_next() == {"step": 0, "version": 0, "engine": "engine0"}, "pending until it is done"

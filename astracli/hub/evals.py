@@ -85,7 +85,8 @@ class EvalBoard:
             return None, f"the next version to evaluate; the latest is {self.latest}"
         step, version, engine = pending[0]
         report = self.engines.get(engine, {"version": None, "state": "starting"})
-        return None, f"{engine} to hold version {version}; it is {report['state']} at {report['version']}"
+        at = "" if report["version"] is None else f" at {report['version']}"
+        return None, f"{engine} to hold version {version}; it is {report['state']}{at}"
 
     def version_of(self, engine: str | None) -> tuple[int, str | None]:
         """(version at which a new group would start, None or what it waits for).

@@ -7,8 +7,8 @@
 
 The trainer is the product's own (`training/setup.py`, `Trainer.train`), with random weights drawn on the GPU; a step
 is one minibatch of samples of mixed lengths (prompts of 64 to 512 tokens, completions of 128 to 4000, log-uniform), cut
-into micro-batches of at most `--tokens`. Timed are the forward and backward passes and the AdamW update, after two
-steps that compile kernels and measure the packed rows against separate ones (`gradient_error`; `gradient_noise` is what
+into micro-batches of at most `--tokens`. Timed are the forward and backward passes and the AdamW update, after a
+step that measures the packed rows against separate ones and one over each timed batch, which compile kernels (`gradient_error`; `gradient_noise` is what
 a unit in bf16's last place at every block does, measured where the error is over 1 %). MFU counts the
 adapter's FLOPs per token (matrix products; the output head for completion tokens alone, which is where it is computed;
 no recomputation, padding, attention or delta rule) against the dense bf16 peak of the GPU's name. `planned_gib` is what
@@ -60,7 +60,8 @@ def measure(
     device = trainer.ranks.device
     began = time.perf_counter()
     first = timed_step(trainer, draw(0), 0)[3]
-    timed_step(trainer, draw(1), 1)
+    for step in range(2, 2 + steps):  # the batches that are timed below: kernels are compiled by row length
+        timed_step(trainer, draw(step), step)
     warm = time.perf_counter() - began
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -8,8 +8,9 @@
 The trainer is the product's own (`training/setup.py`, `Trainer.train`), with random weights drawn on the GPU; a step
 is one minibatch of samples of mixed lengths (prompts of 64 to 512 tokens, completions of 128 to 4000, log-uniform), cut
 into micro-batches of at most `--tokens`. Timed are the forward and backward passes and the AdamW update, after a
-step that measures the packed rows against separate ones and one over each timed batch, which compile kernels (`gradient_error`; `gradient_noise` is what
-a unit in bf16's last place at every block does, measured where the error is over 1 %). MFU counts the
+step that measures the packed rows against separate ones and one over each timed batch, which compile kernels
+(`gradient_error`; `gradient_noise` is what a unit in bf16's last place at every block does, measured where the error is
+over 1 %). MFU counts the
 adapter's FLOPs per token (matrix products; the output head for completion tokens alone, which is where it is computed;
 no recomputation, padding, attention or delta rule) against the dense bf16 peak of the GPU's name. `planned_gib` is what
 the launch plan counts for this trainer without its CUDA context, to be held against `peak_gib` (what torch allocated);

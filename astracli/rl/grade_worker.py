@@ -108,8 +108,8 @@ def grade_one(spec: str, score: Score | None, item: list[str], send: Callable[[F
             return [0.0, "error", f"the reward is {reward}"]
         return [reward, "right" if reward > 0 else "wrong", ""]
     if spec == "number":
-        verdict = grader.grade_number(answer, text)
-        return [1.0 if verdict == "right" else 0.0, verdict, ""]
+        literal = grader.grade_number(answer, text)
+        return [1.0 if literal == "right" else 0.0, literal, ""]
     extraction = EXTRACTIONS[spec]
     verdict = grader.quick(answer, text, extraction)
     if verdict is None:

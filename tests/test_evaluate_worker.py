@@ -88,8 +88,8 @@ def test_a_pinned_engine_is_asked_alone_and_none_means_all(tmp_path: Path, monke
         backends={},
         engines=[{"name": name, "url": "http://nowhere"} for name in ("engine0", "engine1")],
     )
-    with GradePool() as pool:
-        evaluator = evaluate.Evaluator(config, quiet(), CharTokenizer(), {"math": pool}, SAMPLING, [small(8)])
+    with GradePool("number") as pool:
+        evaluator = evaluate.Evaluator(config, quiet(), CharTokenizer(), {"number": pool}, SAMPLING, [small(8)])
         asyncio.run(evaluator.evaluate("engine1", 7))
         assert made.keys() == {"engine1"} and len(made["engine1"].requests) == 32
         asyncio.run(evaluator.evaluate(None, 7))

@@ -170,7 +170,7 @@ class TrainTable(Table):
     """Trainer attention: `auto`, `sdpa`, `eager`, or what the backend table offers."""
     parity_tolerance: PositiveFloat | None = None
     """Largest mean |trainer - engine| log-probability over a batch's tokens of staleness 0; more ends the run, at any
-    step. None takes the adapter's."""
+    step. None takes the adapter's; twice `parity_noise`, at most 0.1, where an engine in bf16 needs more."""
 
 
 class AlgorithmTable(Table):

@@ -10,7 +10,8 @@ streams decode. One line of JSON for each version goes to stderr as soon as it i
 at the end medians and the 99th percentile of each mode. Versions:
 
     density, changed, bytes, bytes_per_changed, full_bytes
-    publish_s (digest_s, diff_s, encode_s)  by the publisher, everything; diff and coding of all threads
+    publish_s (digest_s, delta_s)           by the publisher: everything; digests; the delta, diff to last byte
+    diff_s, encode_s                        in delta_s: the thread that asks the GPU, beside it the coding threads' sum
     transfer_s, stage_s                     fetched and checked; until the server had it decoded and on the device
     decode_s, decode_gb_per_s               of the server's decoder; bytes of the full version over them
     abort_ms, pause_ms                      ending all requests (mode abort); pause sent to continue answered, split:
@@ -242,11 +243,11 @@ async def modes(args: argparse.Namespace, run: Run, record: Record, check: Any, 
 
 
 FIGURES = (
-    "density", "bytes_per_changed", "publish_s", "digest_s", "diff_s", "encode_s", "transfer_s", "stage_s", "decode_s",
-    "decode_gb_per_s", "load_s", "abort_ms", "pause_ms", "pause", "call", "begin", "record", "apply", "digest",
-    "digest_tables", "digest_launch", "digest_device", "loader", "end", "continue", "readback_s", "readback_wait_s",
-    "readback_place_s", "readback_tables_s", "readback_launch_s", "readback_device_s", "readback_seen_s",
-    "tokens_per_s", "staging_tokens_per_s", "staging_s", "recovery_s",
+    "density", "bytes_per_changed", "publish_s", "digest_s", "delta_s", "diff_s", "encode_s", "transfer_s", "stage_s",
+    "decode_s", "decode_gb_per_s", "load_s", "abort_ms", "pause_ms", "pause", "call", "begin", "record", "apply",
+    "digest", "digest_tables", "digest_launch", "digest_device", "loader", "end", "continue", "readback_s",
+    "readback_wait_s", "readback_place_s", "readback_tables_s", "readback_launch_s", "readback_device_s",
+    "readback_seen_s", "tokens_per_s", "staging_tokens_per_s", "staging_s", "recovery_s",
 )  # fmt: skip
 
 

@@ -135,7 +135,7 @@ class Trainer:
         return {
             "density": done.density, "full_bytes": done.bytes_full, "bytes_per_changed": done.bytes_per_changed,
             "snapshot_s": copied_s + done.snapshot_s, "publish_s": done.publish_s, "digest_s": done.digest_s,
-            "diff_s": done.diff_s, "encode_s": done.encode_s, "write_s": done.write_s,
+            "delta_s": done.delta_s, "diff_s": done.diff_s, "encode_s": done.encode_s, "write_s": done.write_s,
         }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from astracli.weights import codec, device
 
@@ -28,7 +29,7 @@ def by_numpy(base: Bits, new: Bits, piece: int) -> list[tuple[int, int, codec.En
 def by_torch(base: Bits, new: Bits, piece: int, where: str = "cpu") -> list[tuple[int, int, codec.Encoded]]:
     old, now = (torch.from_numpy(b.view(f"<i{b.itemsize}").copy()).to(where) for b in (base, new))
     room = threading.Semaphore(1)
-    return [tuple(work()[:3]) for work in device.coded_pieces(old, now, piece, 1, room)]  # type: ignore[misc]
+    return [tuple(work()[:3]) for _, work in device.coded_pieces([("w", old, now)], piece, 1, room)]  # type: ignore[misc]
 
 
 def versions(seed: int, size: int, itemsize: int, share: float, wild: bool) -> tuple[Bits, Bits]:
@@ -79,19 +80,98 @@ def test_every_encoding_is_chosen_and_the_same() -> None:
 
 
 def test_a_pass_waits_until_the_one_before_is_compressed() -> None:
-    """Two passes may wait; the third is not begun before a piece of the first is done."""
-    base, new = (torch.from_numpy(b.view("<i2")) for b in versions(2, 16 * 64 * 3, 2, 0.5, False))
+    """Two passes may wait; the third brings nothing to the host before all of the first is compressed."""
+    base, new = (torch.from_numpy(b.view("<i2")) for b in versions(2, 16 * 64 * 3, 2, 0.1, False))
     room = threading.Semaphore(2)
-    pieces = device.coded_pieces(base, new, 64, 1, room)
-    held = [next(pieces) for _ in range(32)]
-    waiting = threading.Thread(target=lambda: held.append(next(pieces)))
+    pieces = device.coded_pieces([("w", base, new)], 64, 1, room)
+    held = [next(pieces)[1] for _ in range(32)]
+    waiting = threading.Thread(target=lambda: held.append(next(pieces)[1]))
     waiting.start()
     waiting.join(0.1)
     assert waiting.is_alive()
-    for work in held[:16]:
+    for work in held[:15]:
         work()
+    waiting.join(0.1)
+    assert waiting.is_alive()
+    held[15]()
     waiting.join(10)
     assert len(held) == 33
+
+
+def a_model(seed: int, piece: int) -> list[tuple[str, Bits, Bits]]:
+    """Tensors of both widths, empty, unchanged and changed in part, small and larger than a pass."""
+    draw = np.random.default_rng(seed)
+    sizes = [*draw.integers(0, 3 * piece, 30), 0, 16 * piece, 40 * piece + 5, 1, piece, 2 * piece]
+    shares = draw.choice([0.0, 0.001, 0.05, 0.5], len(sizes))
+    draws = enumerate(zip(sizes, shares, strict=True))
+    return [
+        (f"t{k}", *versions(seed + k, int(n), int(draw.choice([2, 2, 4])), share, False)) for k, (n, share) in draws
+    ]
+
+
+@pytest.mark.parametrize("piece", [64, 1024])
+@pytest.mark.parametrize("seed", range(4))
+def test_many_tensors_share_a_pass(seed: int, piece: int) -> None:
+    model = a_model(100 * seed, piece)
+    wanted = [(name, *found) for name, base, new in model for found in by_numpy(base, new, piece)]
+    tensors = [(n, *(torch.from_numpy(b.view(f"<i{b.itemsize}")) for b in pair)) for n, *pair in model]
+    works = device.coded_pieces(tensors, piece, 1, threading.Semaphore(2))  # type: ignore[arg-type]
+    assert [(name, *work()[:3]) for name, work in works] == wanted
+    assert len({name for name, *_ in wanted}) > 10
+
+
+class Asked(TorchDispatchMode):
+    """Counts operators, and those whose answer a GPU's host would have to wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.waits = 0, list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        name = func.overloadpacket.__name__
+        by_mask = name.startswith("index") and any(
+            t is not None and t.dtype == torch.bool for a in args if isinstance(a, (list, tuple)) for t in a
+        )
+        waits = ("_local_scalar_dense", "nonzero", "masked_select", "repeat_interleave", "unique", "item", "equal")
+        if name in waits or by_mask:
+            self.waits.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_device_is_asked_once_for_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its counts, some passes later. Everything else is asked for without an answer."""
+    piece, looked = 1024, list[int]()
+    model = [(f"t{k}", *versions(k, 700, 2, 0.03, False)) for k in range(400)]
+    tensors = [(n, *(torch.from_numpy(b.view("<i2")) for b in pair)) for n, *pair in model]
+    arrays, compare = device._Fetched.arrays, device._Pass.__init__
+    begun = 0
+
+    def watched(self: Any) -> Any:
+        looked.append(begun)
+        return arrays(self)
+
+    def begin(self: Any, *args: Any) -> None:
+        nonlocal begun
+        begun += 1
+        compare(self, *args)
+
+    monkeypatch.setattr(device._Fetched, "arrays", watched)
+    monkeypatch.setattr(device._Pass, "__init__", begin)
+    with Asked() as asked:
+        works = list(device.coded_pieces(tensors, piece, 1, threading.Semaphore(1000)))  # type: ignore[arg-type]
+    passes = -(-400 // (16 * piece // 700))
+    assert begun == passes == len(looked) and len(works) == 400
+    assert looked[0] == 5 and asked.waits == [] and asked.count < 400 * 20
+    works[0][1]()
+    assert len(looked) == passes + 1, "a work looks at what came of it"
+
+
+def test_a_wait_would_be_noticed() -> None:
+    flags = torch.tensor([True, False])
+    with Asked() as asked:
+        torch.nonzero(flags), flags[flags], flags.sum().item(), torch.nonzero_static(flags, size=1)
+    assert len(asked.waits) == 3
 
 
 @pytest.mark.gpu

@@ -174,18 +174,17 @@ def _pieces(
     tensors: Mapping[str, Local], base: Mapping[str, Local], level: int
 ) -> Iterator[tuple[str, Callable[[], Coded]]]:
     """(tensor, what codes a piece of it), in order. On a GPU the diff happens here, in the thread that iterates."""
-    room = threading.Semaphore(PASSES_IN_FLIGHT)
-    for name, local in tensors.items():
-        if local.flat.device.type == "cpu":
-            old, new = base[name].bits, local.bits
-            for at in range(0, len(local), PIECE):
-                yield name, partial(_coded, old[at : at + PIECE], new[at : at + PIECE], at, level)
-        else:
-            from astracli.weights.device import coded_pieces
+    if any(local.flat.device.type != "cpu" for local in tensors.values()):
+        from astracli.weights.device import coded_pieces
 
-            # the first version stays on the host: a tensor of it at a time goes back
-            for work in coded_pieces(base[name].flat.to(local.flat.device), local.flat, PIECE, level, room):
-                yield name, work
+        # the first version stays on the host: a tensor of it at a time goes back
+        pairs = ((name, base[name].flat, local.flat) for name, local in tensors.items())
+        yield from coded_pieces(pairs, PIECE, level, threading.Semaphore(PASSES_IN_FLIGHT))
+        return
+    for name, local in tensors.items():
+        old, new = base[name].bits, local.bits
+        for at in range(0, len(local), PIECE):
+            yield name, partial(_coded, old[at : at + PIECE], new[at : at + PIECE], at, level)
 
 
 def _coded(old: Bits, new: Bits, start: int, level: int) -> Coded:

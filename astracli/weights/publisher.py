@@ -46,6 +46,8 @@ class PublishResult:
     changed: int
     elements: int
     digest_s: float
+    delta_s: float
+    """From the first comparison to the delta's last byte."""
     diff_s: float
     encode_s: float
     write_s: float
@@ -221,9 +223,11 @@ class Publisher:
         digest_s = time.perf_counter() - begin
         delta = self._base_version is not None and self.transfer == "delta"
         parts = []
-        run = self._run
+        run, delta_s = self._run, 0.0
         if delta:
+            compared = time.perf_counter()
             parts.append(payload.write_delta(directory, self.rank, tensors, self._base, lanes, self.level, run))
+            delta_s = time.perf_counter() - compared
         if not delta or version % self.full_interval == 0:
             parts.append(payload.write_full(directory, self.rank, tensors, lanes, run))
         manifests = self._finish(directory, version, parts)
@@ -242,6 +246,7 @@ class Publisher:
             changed=first.changed,
             elements=first.elements,
             digest_s=digest_s,
+            delta_s=delta_s,
             diff_s=sum(p.diff_s for p in parts),
             encode_s=sum(p.encode_s for p in parts),
             write_s=sum(p.write_s for p in parts),

@@ -61,13 +61,14 @@ def _end_rank(error: BaseException) -> None:
 
 
 def _published_figures(result: PublishResult) -> dict[str, float]:
-    """Metrics of one version; seconds are of this rank, summed over threads."""
+    """Metrics of one version; seconds are of this rank, `diff_s` to `write_s` summed over threads."""
     return {
         "delta_density": result.density,
         "delta_bytes": result.bytes_delta,
         "full_bytes": result.bytes_full,
         "bytes_per_changed": result.bytes_per_changed,
         "digest_s": result.digest_s,
+        "delta_s": result.delta_s,
         "diff_s": result.diff_s,
         "encode_s": result.encode_s,
         "write_s": result.write_s,

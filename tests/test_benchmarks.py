@@ -1,15 +1,19 @@
 """The registry of benchmarks: names, counts that are checked, and local copies."""
 
 import json
+import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from astracli.data import benchmarks
+from astracli import recipe_io
+from astracli.data import arithmetic, benchmarks
 from astracli.data.content_hash import content_hash
 from astracli.data.prompts import Problem
 from astracli.errors import UserError
+from astracli.rl.grader import grade_number
 
 
 @pytest.fixture
@@ -55,6 +59,31 @@ def test_generated_sums_are_asked_as_the_recipe_asks() -> None:
     found = benchmarks.load("arithmetic-sums-heldout", own_prompt="What is {question}?")
     assert {item.meta["level"] for item in found.items} == {"add2"} and len(found.items) == 96
     assert found.text(found.items[0]) == f"What is {found.items[0].question}?"
+
+
+def test_shown_sums_of_the_small_recipe_are_right_and_none_is_asked_in_its_evaluation() -> None:
+    recipe = recipe_io.load("smollm2-135m-m2po-delta", ())
+    turns = r"What is (\d+)\+(\d+)\?<\|im_end\|>\n<\|im_start\|>assistant\n(\d+) \+ (\d+) = (\d+)<\|im_end\|>"
+    shown = re.findall(turns, recipe.data.prompt)
+    assert len(shown) == 4 and recipe.data.prompt.endswith("user\nWhat is {question}?")
+    for a, b, again_a, again_b, answer in shown:
+        assert (a, b) == (again_a, again_b) and int(a) + int(b) == int(answer)
+        assert min(int(a), int(b)) < 10 or not arithmetic.is_held_out("+", int(a), int(b))
+
+
+def test_sums_of_the_small_recipe_pay_nothing_for_what_was_read() -> None:
+    recipe = recipe_io.load("smollm2-135m-m2po-delta", ())
+    items = arithmetic.held_out(96, recipe.data.levels)
+    assert [item.id for item in items] == [item.id for item in benchmarks.load("arithmetic-sums-heldout").items]
+    asked = [*items, *(arithmetic.draw(i, recipe.seed, recipe.data.levels) for i in range(500))]
+    copies = ("{q}", "{q} =", "{q} is a sum.", "{a}", "{b}", "The sum of {a} and {b}", r"\boxed{{{q}}}", "{q} = {q}")
+    for copy in copies:
+        texts = [copy.format(q=p.question, a=p.meta["a"], b=p.meta["b"]) for p in asked]
+        verdicts = {grade_number(p.answer, text) for p, text in zip(asked, texts, strict=True)}
+        assert verdicts <= {"wrong", "no_answer"}, copy
+    assert all(grade_number(p.answer, f"{p.question} = {p.answer}") == "right" for p in asked)
+    answers = Counter(arithmetic.draw(i, recipe.seed, recipe.data.levels).answer for i in range(5000))
+    assert answers.most_common(1)[0][1] < 0.02 * 5000, "what always the same number earns"
 
 
 def test_unknown_name_says_the_nearest() -> None:

@@ -246,6 +246,8 @@ def test_graph_sizes() -> None:
     assert graph_sizes(1) == [1]
     assert graph_sizes(12) == [1, 2, 4, 8, 12]
     assert graph_sizes(100) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 96, 100]
+    assert graph_sizes(1024)[16:] == [256, 320, 384, 448, 512, 640, 768, 896, 1024]
+    assert graph_sizes(300)[-3:] == [224, 256, 300]
 
 
 @pytest.mark.parametrize("prefix", ["model.", "model.language_model."])

@@ -215,8 +215,12 @@ def command(config: WorkerConfig, model: Path, options: Options, flags: Mapping[
 
 
 def graph_sizes(slots: int) -> list[int]:
-    """Batch sizes whose decode step is captured as a CUDA graph; a smaller batch runs in the next larger."""
-    sizes = [1, 2, 4, *range(8, min(slots, 64) + 1, 8), *range(96, slots + 1, 32)]
+    """Batch sizes whose decode step is captured as a CUDA graph; a smaller batch runs in the next larger.
+
+    Wider apart as they grow, because each is captured at start-up: from 64 on a batch is padded by half at most, from
+    128 on by a quarter.
+    """
+    sizes = [1, 2, 4, *range(8, 65, 8), *range(96, 257, 32), *range(320, 513, 64), *range(640, slots + 1, 128)]
     return sorted({size for size in sizes if size <= slots} | {slots})
 
 

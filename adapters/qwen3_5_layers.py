@@ -89,6 +89,7 @@ def delta_net(
     import torch
 
     from astracli.gpu import fused
+    from astracli.training.weight_gradients import linears
 
     if carry_state:
         cu_seqlens = edges = None
@@ -101,7 +102,8 @@ def delta_net(
     rows, tokens = hidden_states.shape[:2]
     if cu_seqlens is not None and rows != 1:
         raise ValueError(f"cu_seqlens with {rows} rows; a packed row is one")
-    mixed = module.in_proj_qkv(hidden_states)
+    projections = module.in_proj_qkv, module.in_proj_b, module.in_proj_a, module.in_proj_z
+    mixed, beta, decay, gate = linears(hidden_states, projections)
     taps = module.conv1d.weight.squeeze(1)
     by_torch = kernels is None or fused.delta_rule_by_torch
     bounds = _segments(cu_seqlens, tokens, edges) if by_torch else []
@@ -115,10 +117,10 @@ def delta_net(
     value = value.reshape(rows, tokens, -1, module.head_v_dim)
     if (times := module.num_v_heads // module.num_k_heads) > 1:
         query, key = query.repeat_interleave(times, dim=2), key.repeat_interleave(times, dim=2)
-    beta = module.in_proj_b(hidden_states).sigmoid()
-    decay = module.in_proj_a(hidden_states) + module.dt_bias.float()  # in fp32
+    beta = beta.sigmoid()
+    decay = decay + module.dt_bias.float()  # in fp32
     g = -module.A_log.float().exp() * torch.nn.functional.softplus(decay)
-    gate = module.in_proj_z(hidden_states).reshape(rows, tokens, -1, module.head_v_dim)
+    gate = gate.reshape(rows, tokens, -1, module.head_v_dim)
     if kernels is None or by_torch:
         rule = partial(torch_rule(), use_qk_l2norm_in_kernel=True)
         parts = [tuple(x[:, a:b] for x in (query, key, value, g, beta)) for a, b in bounds]

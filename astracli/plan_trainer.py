@@ -130,7 +130,8 @@ def _peak(shape: MemoryShape, recipe: Recipe, ranks: int, split: Split) -> int:
 
     Head: its gradient in fp32 and bf16, a chunk of fp32 logits and the bf16 gradients of four, the last norm. Block:
     `GATHERED` or `ALONE`, its activations made again, the head's gradient. Update with the moments on the host: those
-    of a bucket, or of the largest tensor.
+    of a bucket, or of the largest tensor. On one rank this is a bound from above: its products add to the fp32
+    gradients themselves (weight_gradients.py), and neither the head's gradient nor a block's lies beside those.
     """
     tokens, head = _tokens(recipe), shape.vocab_size * shape.hidden_size
     logits = min(LOGIT_BYTES["cuda"], tokens * shape.vocab_size * 4)

@@ -31,7 +31,7 @@ from astracli.gpu import fused
 from astracli.recipe import Recipe
 from astracli.rl import losses
 from astracli.rl.types import Group, Sample, Segment
-from astracli.training import logprob, setup, upload, varlen
+from astracli.training import logprob, setup, upload, varlen, weight_gradients
 from astracli.training.fsdp import Ranks
 from astracli.training.step import Trainer
 from astracli.training.sums import Sums
@@ -91,6 +91,14 @@ def kernels(count: Count) -> SimpleNamespace:
     gated = opaque(count, "fla gated norm", lambda x, gate, w: torch.empty_like(x))
     mlp = opaque(count, "fla mlp", lambda gate, up, down: gate.new_empty(*gate.shape[:-1], down.shape[0]))
 
+    def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+        count.calls["fla swiglu"] += 1
+        return torch.empty_like(gate)
+
+    def swiglu_again(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        count.calls["fla swiglu, backward"] += 1
+        return tuple(torch.empty_like(x) for x in (gate, up, grad))
+
     def known(chunk_indices: Tensor, cu_seqlens_cpu: Tensor) -> None:
         assert chunk_indices.device == DEVICE and cu_seqlens_cpu.device.type == "cpu"
 
@@ -108,6 +116,8 @@ def kernels(count: Count) -> SimpleNamespace:
         rule_options=frozenset(("chunk_indices", "cu_seqlens_cpu")),
         rms_norm=lambda x, weight, bias, *, eps: norm(x, weight),
         rms_norm_gated=lambda x, gate, weight, bias, *, eps: gated(x, gate, weight),
+        swiglu=swiglu,
+        swiglu_again=swiglu_again,
         swiglu_linear=lambda gate, up, weight, bias: mlp(gate, up, weight),
     )
 
@@ -122,10 +132,7 @@ def head(count: Count) -> SimpleNamespace:
     def gradient(*_: Tensor) -> None:
         count.calls["head gradient"] += 1
 
-    def add_product(*_: Tensor) -> None:
-        count.calls["head product"] += 1
-
-    return SimpleNamespace(measure=measure, gradient=gradient, add_product=add_product)
+    return SimpleNamespace(measure=measure, gradient=gradient)
 
 
 @contextmanager
@@ -135,6 +142,10 @@ def one_gpu(count: Count) -> Iterator[None]:
     def product(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
         count.calls["mm in fp32"] += 1
         return a.new_empty(a.shape[0], b.shape[1], dtype=out_dtype)
+
+    def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+        assert total.shape == (left.shape[1], right.shape[1])
+        count.calls["mm that adds in fp32"] += 1
 
     fused.chunks.cache_clear()
     fused._one_number.cache_clear()
@@ -146,6 +157,8 @@ def one_gpu(count: Count) -> Iterator[None]:
         mock.patch.object(fused, "fla", lambda: fla),
         mock.patch.object(logprob, "_kernels", lambda: head(count)),
         mock.patch.object(logprob, "_logits", lambda h, w, bias: product(h, w.t(), torch.float32)),
+        mock.patch.object(weight_gradients, "product", lambda x, y: product(x.t(), y, torch.float32)),
+        mock.patch.object(weight_gradients, "add_product", add_product),
         mock.patch.object(varlen, "_flash_runs", lambda *_: True),
         mock.patch.object(upload, "pinned", lambda tensor: tensor),
     ):

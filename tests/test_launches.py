@@ -47,7 +47,7 @@ def test_no_micro_batch_waits_for_the_gpu(bench: ModuleType, algorithm: str, che
     chosen = bench.recipe(512, checkpointing, {"name": algorithm})
     count, phases = bench.micro_batches(ADAPTER, config(), chosen)
     assert count.waits == []
-    assert len(phases) >= 2 and all(phase["backward"] > phase["forward"] > 50 for phase in phases)
+    assert len(phases) >= 2 and all(min(phase.values()) > 50 for phase in phases)
     assert count.calls["fla rule, backward"] == len(phases)
     assert count.calls["fla rule"] == len(phases) * (2 if checkpointing == "full" else 1)
 
@@ -83,7 +83,7 @@ def test_a_wait_would_be_noticed(bench: ModuleType, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_gated_delta_net_layer_costs_what_it_must(bench: ModuleType) -> None:
-    """At 4B: 32 heads of values to 16 of keys. Seven products, fla's six calls, two residual sums, the decay."""
+    """At 4B: 32 heads of values to 16 of keys. Seven products, two residual sums, the decay, fla's seven calls."""
     heads = {"linear_num_key_heads": 16, "linear_num_value_heads": 32}
     chosen = bench.recipe(512, "none", {"name": "m2po"})
     one, two = (
@@ -92,8 +92,8 @@ def test_a_gated_delta_net_layer_costs_what_it_must(bench: ModuleType) -> None:
         )[1][-1]
         for n in (1, 2)
     )
-    assert two["forward"] - one["forward"] <= 27
-    assert two["backward"] - one["backward"] <= 55
+    assert two["forward"] - one["forward"] <= 28
+    assert two["backward"] - one["backward"] <= 45
 
 
 def test_the_chunks_of_segments_are_those_that_fla_counts() -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from astracli.training import weight_gradients
 from astracli.training.upload import upload
 
 delta_rule_by_torch = False
@@ -35,12 +36,16 @@ def fla() -> Any:
     except ImportError:
         return None
     try:  # 0.6 and later
+        from fla.modules.activations.ops import swiglu_fwd, swiglu_fwdbwd
         from fla.modules.causal_conv1d import causal_conv1d
     except ImportError:
+        from fla.modules.activations import swiglu_fwd, swiglu_fwdbwd
         from fla.modules.convolution import causal_conv1d
     thin_tuning(module for name, module in list(sys.modules.items()) if name.startswith("fla."))
     return SimpleNamespace(
         swiglu_linear=swiglu_linear,
+        swiglu=partial(swiglu_fwd, output_contiguous=True),
+        swiglu_again=partial(swiglu_fwdbwd, use_weight=True, output_contiguous=True),
         rms_norm=rms_norm,
         rms_norm_gated=rms_norm_gated,
         rule=chunk_gated_delta_rule,
@@ -128,6 +133,13 @@ def _one_number(value: float, device: torch.device) -> Tensor:
 
 def _mlp(module: Any, x: Tensor) -> Tensor:
     """down(silu(gate) * up); the product is not kept but made again in the backward pass."""
-    down = module.down_proj
-    result: Tensor = fla().swiglu_linear(module.gate_proj(x), module.up_proj(x), down.weight, down.bias)
+    layers = module.gate_proj, module.up_proj, module.down_proj
+    sums = [weight_gradients.of(layer.weight) for layer in layers]
+    kernels, down = fla(), module.down_proj
+    result: Tensor
+    if None not in sums and all(layer.bias is None for layer in layers):
+        weights = [layer.weight for layer in layers]
+        result = weight_gradients.GatedMlp.apply(x, kernels.swiglu, kernels.swiglu_again, sums, *weights)
+    else:
+        result = kernels.swiglu_linear(module.gate_proj(x), module.up_proj(x), down.weight, down.bias)
     return result

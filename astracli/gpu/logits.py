@@ -8,7 +8,6 @@ Shape letters: n tokens of a chunk, V vocabulary.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -67,8 +66,3 @@ def gradient(logits_nV: Tensor, target_n: Tensor, normaliser_n: Tensor, grad_n: 
     _gradient[(rows, triton.cdiv(vocabulary, _BLOCK))](
         logits_nV, target_n, normaliser_n, grad_n, out_nV, vocabulary, logits_nV.stride(0), BLOCK=_BLOCK
     )
-
-
-def add_product(total_VD: Tensor, left_nV: Tensor, right_nD: Tensor) -> None:
-    """total += left^T right, accumulated in the fp32 of `total` inside the matrix product."""
-    torch.ops.aten.addmm.dtype_out(total_VD, left_nV.t(), right_nD, torch.float32, out=total_VD)

@@ -2,7 +2,8 @@
 
 Sharded and fp32 parameters keep their own (`p.grad`, fp32, added up by autograd or FSDP). Parameters that are stored in
 bf16 cannot: 256 micro-batches added up in bf16 lose what is under 1/256 of the sum. A hook takes each gradient as soon
-as autograd has it, adds it to an fp32 accumulator and lets go of the bf16 one.
+as autograd has it, adds it to an fp32 accumulator and lets go of the bf16 one. Weights of matrix products need not even
+that (`weight_gradients`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
+
+from astracli.training import weight_gradients
 
 
 class Gradients:
@@ -23,6 +26,11 @@ class Gradients:
         if self._sums is not None:
             for name, parameter in parameters.items():
                 parameter.register_post_accumulate_grad_hook(_taking(self._sums, name))
+
+    def by_products(self, model: nn.Module) -> None:
+        """Let the model's matrix products add the gradients of their weights themselves: hooks take the rest."""
+        if self._sums is not None:
+            weight_gradients.install(model, self._parameters, self._sums)
 
     def found(self) -> dict[str, Tensor]:
         """fp32 gradients by parameter name, where there is one; sharded like their parameters."""
@@ -43,7 +51,8 @@ def _taking(sums: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
 
     def take(parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None
+        if gradient is None:
+            return  # every use was a product that added to the sum itself
         if name in sums:
             sums[name].add_(gradient)  # one kernel, in fp32: no copy of the gradient in fp32 is made
         else:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from astracli.training import weight_gradients
+
 LOGIT_BYTES = {"cpu": 2**25, "cuda": 2**29}
 """Size of one chunk's fp32 logits, by device."""
 _CHUNKS_PER_PRODUCT = {"cpu": 1, "cuda": 4}
@@ -71,8 +73,8 @@ def _gradient(logits_nV: Tensor, target_n: Tensor, normaliser_n: Tensor, grad_n:
 
 def _add_product(total_VD: Tensor, left_nV: Tensor, right_nD: Tensor) -> None:
     """total (fp32) += left^T right"""
-    if left_nV.is_cuda and left_nV.dtype != torch.float32 and (kernels := _kernels()) is not None:
-        kernels.add_product(total_VD, left_nV, right_nD)
+    if left_nV.is_cuda and left_nV.dtype != torch.float32:
+        weight_gradients.add_product(total_VD, left_nV, right_nD)
     elif left_nV.dtype == torch.float32:
         total_VD.addmm_(left_nV.t(), right_nD)
     else:
@@ -80,11 +82,18 @@ def _add_product(total_VD: Tensor, left_nV: Tensor, right_nD: Tensor) -> None:
 
 
 class _ChunkedLogprob(torch.autograd.Function):
-    """(hidden_ND, weight_VD, bias_V or None, target_N, chunk) -> (logprob_N, entropy_N), both fp32."""
+    """(hidden_ND, weight_VD, bias_V or None, target_N, chunk, the weight's accumulator or None) -> (logprob_N,
+    entropy_N), both fp32."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_N: Tensor, chunk: int
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        target_N: Tensor,
+        chunk: int,
+        total: weight_gradients.Accumulator | None,
     ) -> tuple[Tensor, Tensor]:
         count = len(target_N)
         logprob_N = hidden_ND.new_empty(count, dtype=torch.float32)
@@ -95,16 +104,19 @@ class _ChunkedLogprob(torch.autograd.Function):
             logprob_N[part], entropy_N[part], normaliser_N[part] = _measure(logits_nV, target_N[part])
             del logits_nV  # or the next chunk is made beside it
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, normaliser_N)
-        ctx.chunk = chunk
+        ctx.chunk, ctx.total = chunk, total
         ctx.mark_non_differentiable(entropy_N)
         return logprob_N, entropy_N
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor | None, Tensor | None, None, None, None]:
         hidden_ND, weight_VD, bias_V, target_N, normaliser_N = ctx.saved_tensors
         grad_N = grads[0].contiguous()
         d_hidden_ND = torch.empty_like(hidden_ND)
-        d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        if ctx.total is not None:
+            d_weight_VD = ctx.total.total(weight_VD)
+        else:
+            d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         d_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
         several = ctx.chunk * _CHUNKS_PER_PRODUCT.get(hidden_ND.device.type, 1)
         buffer = hidden_ND.new_empty(min(several, len(target_N)), weight_VD.shape[0])
@@ -123,14 +135,15 @@ class _ChunkedLogprob(torch.autograd.Function):
             d_hidden_ND[group] = d_logits_gV @ weight_VD
             _add_product(d_weight_VD, d_logits_gV, hidden_gD)
         d_bias = None if bias_V is None or d_bias_V is None else d_bias_V.to(bias_V.dtype)
-        return d_hidden_ND, d_weight_VD.to(weight_VD.dtype), d_bias, None, None
+        d_weight = d_weight_VD.to(weight_VD.dtype) if ctx.total is None else None
+        return d_hidden_ND, d_weight, d_bias, None, None, None
 
 
 def chunked_logprob(
     hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, *, bias_V: Tensor | None = None, chunk: int = 1024
 ) -> tuple[Tensor, Tensor]:
     """log p(target) with gradients, and the distribution's entropy (nats, without); both fp32 [N]."""
-    return _ChunkedLogprob.apply(hidden_ND, weight_VD, bias_V, target_N, chunk)
+    return _ChunkedLogprob.apply(hidden_ND, weight_VD, bias_V, target_N, chunk, weight_gradients.of(weight_VD))
 
 
 class PolicyModel(nn.Module):

@@ -74,6 +74,8 @@ class Masters:
                 parameter.data = parameter.data.to(ranks.precision)
             self.values = {name: self._master(name, parameter) for name, parameter in self.parameters.items()}
         self.grads = Gradients(self.parameters, accumulate=self.lowers)
+        if ranks.device.type != "cpu":  # a CPU has no product of bf16 that adds to fp32
+            self.grads.by_products(model)
         self.adam = Adam(self.values, table, moments_on_host=moments_on_host)
         self.publish_to_parameters()
 

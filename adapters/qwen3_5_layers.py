@@ -89,6 +89,7 @@ def delta_net(
     import torch
 
     from astracli.gpu import fused
+    from astracli.gpu.heads import SplitHeads
     from astracli.training.weight_gradients import linears
 
     if carry_state:
@@ -112,11 +113,16 @@ def delta_net(
         mixed = kernels.conv(mixed, taps, module.conv1d.bias, activation="silu", cu_seqlens=cu_seqlens, **known)[0]
     else:
         mixed = torch.cat([_torch_conv(mixed[:, a:b], taps, module.conv1d.bias) for a, b in bounds], dim=1)
-    query, key, value = mixed.split([module.key_dim, module.key_dim, module.value_dim], dim=-1)
-    query, key = (x.reshape(rows, tokens, -1, module.head_k_dim) for x in (query, key))
-    value = value.reshape(rows, tokens, -1, module.head_v_dim)
-    if (times := module.num_v_heads // module.num_k_heads) > 1:
-        query, key = query.repeat_interleave(times, dim=2), key.repeat_interleave(times, dim=2)
+    times = module.num_v_heads // module.num_k_heads
+    if kernels is not None:
+        # fla takes grouped heads, but 0.5's TileLang backward does not, and its other one raises on Hopper
+        query, key, value = SplitHeads.apply(mixed, module.key_dim, module.head_k_dim, module.head_v_dim, times)
+    else:
+        query, key, value = mixed.split([module.key_dim, module.key_dim, module.value_dim], dim=-1)
+        query, key = (x.reshape(rows, tokens, -1, module.head_k_dim) for x in (query, key))
+        value = value.reshape(rows, tokens, -1, module.head_v_dim)
+        if times > 1:
+            query, key = query.repeat_interleave(times, dim=2), key.repeat_interleave(times, dim=2)
     beta = beta.sigmoid()
     decay = decay + module.dt_bias.float()  # in fp32
     g = -module.A_log.float().exp() * torch.nn.functional.softplus(decay)
@@ -150,10 +156,33 @@ def _torch_conv(x: Any, taps: Any, bias: Any) -> Any:
     return delta_rule.conv_silu(x.transpose(1, 2), taps, bias).transpose(1, 2)
 
 
+def _rotate_by_hand() -> None:
+    """transformers' attention turns queries and keys by a function of its module: on a GPU, one with fewer kernels."""
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
+
+    from astracli.gpu import heads
+
+    plain: Any = modeling.apply_rotary_pos_emb
+    known = list(inspect.signature(heads.rotate).parameters.values())
+    asked = list(inspect.signature(plain).parameters.values())
+    same = len(asked) == len(known) and [p.default for p in asked] == [p.default for p in known]
+    if getattr(plain, "func", None) is not _by_device and same:
+        chooser: Any = partial(_by_device, _rotate, plain)
+        chooser.__wrapped__ = plain
+        modeling.apply_rotary_pos_emb = chooser
+
+
+def _rotate(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:
+    from astracli.gpu import heads
+
+    return heads.rotate(q, k, cos, sin, unsqueeze_dim)
+
+
 def prepare_gpu(model: Any) -> None:
     """Every layer through fla's kernels where it is installed; the norms' weights are centred at zero."""
     from astracli.gpu import fused
 
+    _rotate_by_hand()
     if fused.fla() is not None:
         install_varlen(model)
         fused.install(model, norms=("Qwen3_5RMSNorm",), mlps=("Qwen3_5MLP",), centre=1.0)

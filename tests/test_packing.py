@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -152,16 +153,36 @@ def test_rows_are_packed_within_the_budget() -> None:
     assert len(alone) == len(rows)  # a sample over the budget travels alone
 
 
-def test_a_sample_goes_into_the_fullest_row_that_has_room() -> None:
+def test_rows_are_as_few_as_can_be_and_then_even() -> None:
     group = sample_groups(None, 1, seed=0, size=4)[0]
     group.prompt_tokens = np.array([3], np.int32)
     for sample, tokens in zip(group.samples, (4, 8, 1, 4), strict=True):
         sample.segments[0] = Segment(0, np.full(tokens, 5, np.int32), np.zeros(tokens, np.float32))
     rows = rows_of([group], recipe().algorithm, recipe().rollout)
     assert [len(row) for row in rows] == [5, 9, 2, 5]
-    # 9 alone, 5 and 5; the 2 fits beside the 9, too, but fills the other row to its 12 tokens
+    # 9 alone, 5 and 5; the 2 fits beside either
     micros = packing.micro_batches(rows, 12, 0)
-    assert [[row.index for row in micro.rows] for micro in micros] == [[1], [0, 2, 3]]
+    assert [[row.index for row in micro.rows] for micro in micros] == [[1, 2], [0, 3]]
+
+
+def test_no_row_is_left_short_and_a_full_division_stays() -> None:
+    class Sized:
+        def __init__(self, index: int, length: int):
+            self.index, self.length = index, length
+
+        def __len__(self) -> int:
+            return self.length
+
+    def lengths(*of: int, most: int) -> list[list[int]]:
+        rows: Any = [Sized(i, n) for i, n in enumerate(of)]
+        with mock.patch.object(packing, "pack_rows", lambda found: [len(row) for row in found]):
+            divided: Any = packing.micro_batches(rows, most, 0)
+        return list(divided)
+
+    assert [sum(x) for x in lengths(4, 4, 4, 4, 4, 4, 2, most=12)] == [10, 8, 8], "not 12, 12 and 2"
+    # each into the emptier, [5, 4] and [5, 3, 3]: over a budget of 10, so the full rows stay
+    assert lengths(5, 5, 4, 3, 3, most=10) == [[5, 5], [4, 3, 3]]
+    assert lengths(30, 4, 4, most=10) == [[30], [4, 4]], "over the budget, alone"
 
 
 def test_positions_restart() -> None:

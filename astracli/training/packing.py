@@ -19,14 +19,25 @@ from astracli.rl.batch import MicroBatch, Row
 
 
 def micro_batches(rows: Sequence[Row], tokens_per_microbatch: int, pad_token: int) -> list[MicroBatch]:
-    """Packed rows of at most the budget: longest sample first, each into the fullest row that has room for it.
+    """Packed rows of at most the budget: as few as longest first, best fit gives, and of as even lengths as can be.
 
-    A sample over the budget travels alone. The same rows give the same division.
+    One row that holds what the others had no room for would be short: a GPU computes it faster than the host can ask
+    for its kernels, and its gradients are added to the accumulators at the same cost. A sample over the budget travels
+    alone. The same rows give the same division.
     """
+    ordered = sorted(rows, key=lambda r: (-len(r), r.index))
+    fewest = _best_fit(ordered, tokens_per_microbatch)
+    even = _evenly(ordered, len(fewest))
+    fits = all(len(found) == 1 or sum(map(len, found)) <= tokens_per_microbatch for found in even)
+    return [pack_rows(sorted(found, key=lambda r: r.index)) for found in (even if fits else fewest)]
+
+
+def _best_fit(ordered: Sequence[Row], most: int) -> list[list[Row]]:
+    """Each into the fullest of those that have room for it."""
     bins: list[list[Row]] = []
     load: list[int] = []
-    for row in sorted(rows, key=lambda r: (-len(r), r.index)):
-        room = [i for i, used in enumerate(load) if used + len(row) <= tokens_per_microbatch]
+    for row in ordered:
+        room = [i for i, used in enumerate(load) if used + len(row) <= most]
         if room:
             fullest = max(room, key=lambda i: (load[i], -i))
             bins[fullest].append(row)
@@ -34,7 +45,18 @@ def micro_batches(rows: Sequence[Row], tokens_per_microbatch: int, pad_token: in
         else:
             bins.append([row])
             load.append(len(row))
-    return [pack_rows(sorted(found, key=lambda r: r.index)) for found in bins]
+    return bins
+
+
+def _evenly(ordered: Sequence[Row], count: int) -> list[list[Row]]:
+    """Each into the emptiest."""
+    bins: list[list[Row]] = [[] for _ in range(count)]
+    load = [0] * count
+    for row in ordered:
+        emptiest = load.index(min(load))
+        bins[emptiest].append(row)
+        load[emptiest] += len(row)
+    return bins
 
 
 def pack_rows(rows: list[Row], pad_token: int = 0) -> MicroBatch:
@@ -48,9 +70,10 @@ def pack_rows(rows: list[Row], pad_token: int = 0) -> MicroBatch:
     return batch.micro_batch(rows, tokens_1T, np.ones_like(tokens_1T), np.concatenate(predict), bounds_S1)
 
 
-GPU_LENGTHS = 512
-"""Rows are this long on a GPU, or a multiple: blocks that come back in few sizes are found again by torch's allocator,
-and fla compiles its convolution for every thousand tokens of a row (each once, kept on disk)."""
+GPU_LENGTHS = 128
+"""Rows are this long on a GPU, or a multiple: whole tiles of a matrix product, and blocks that come back in few sizes
+are found again by torch's allocator. fla compiles its convolution for every thousand tokens of a row (each once, kept
+on disk). Rows of a minibatch are nearly equally long, so what is added to one is added to all of them."""
 
 
 def rounded(micro: MicroBatch, multiple: int = GPU_LENGTHS) -> MicroBatch:

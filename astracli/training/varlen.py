@@ -149,7 +149,8 @@ def _flash(
 
     options: dict[str, Any] = {}
     known = _flash_options()
-    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    # not `x[0]`: its gradient is copied into zeros
+    q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))
     if q.shape[1] != k.shape[1]:
         if "enable_gqa" in known:
             options["enable_gqa"] = True

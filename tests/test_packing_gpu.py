@@ -198,7 +198,7 @@ def plain_mlp(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch
     return (torch.nn.functional.silu(x @ gate.t()) * (x @ up.t())) @ down.t()
 
 
-def save(directory: Path) -> Path:
+def save(directory: Path, **config: Any) -> Path:
     """A random model with head sizes as GPU kernels want them, otherwise small, and activations that stay near 1."""
     assert ADAPTER.tiny_config is not None
     document = ADAPTER.tiny_config() | {
@@ -215,7 +215,7 @@ def save(directory: Path) -> Path:
             "partial_rotary_factor": 0.5,
             "mrope_section": [6, 5, 5],
         },
-    }
+    } | config
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.for_model(**document)).save_pretrained(directory)
     return directory

@@ -304,7 +304,9 @@ def test_a_resumed_run_goes_on_bit_for_bit(model_dir: Path, tmp_path: Path) -> N
 def test_on_a_gpu_it_is_what_fsdp_on_a_mesh_of_one_gives(tmp_path: Path) -> None:
     from test_packing_gpu import save
 
-    model_dir = save(tmp_path / "m")
+    # calm enough that roundings in bf16 move the first gradient's norm by less than a thousandth (the product adds in
+    # fp32, FSDP2 what was rounded); with eight layers of 0.06 they move it by 4 %
+    model_dir = save(tmp_path / "m", num_hidden_layers=4, initializer_range=0.01)
     check_wrapped_and_not(model_dir, tmp_path, "cuda")
 
 
@@ -315,14 +317,8 @@ def check_wrapped_and_not(model_dir: Path, folder: Path, device: str) -> None:
     )
     print("operators of a micro-batch:", theirs["operators"], "with FSDP2,", mine["operators"], "without")
     assert mine["operators"] < theirs["operators"]
-    norm = NAMES.index("grad_norm")
-    for step, tolerance in enumerate((1e-3, 0.02, 0.05)):
-        # the gradient's norm apart: FSDP2 sums gradients that were rounded to bf16, the products here add in fp32, and a
-        # unit in bf16's last place at every block moves the gradient by more than this
-        found, wanted = ([*f[:norm], *f[norm + 1 :]] for f in (mine["figures"][step], theirs["figures"][step]))
-        assert found == pytest.approx(wanted, rel=tolerance, abs=1e-3), step
-        norms = mine["figures"][step][norm], theirs["figures"][step][norm]
-        assert norms[0] == pytest.approx(norms[1], rel=max(tolerance, 0.03)), step
+    for step, tolerance in enumerate((2e-3, 0.05, 0.05)):
+        assert mine["figures"][step] == pytest.approx(theirs["figures"][step], rel=tolerance, abs=tolerance), step
     masters = [load_file(folder / str(wrapped) / "masters.safetensors") for wrapped in (True, False)]
     for name, value in masters[0].items():
         assert (value - masters[1][name]).abs().max() < 6 * TRAIN["learning_rate"], name  # six updates

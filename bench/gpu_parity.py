@@ -54,9 +54,10 @@ def train(model: str, attention: str, args: argparse.Namespace, run: Path) -> li
     command = [sys.executable, "-m", "astracli", "train", "--recipe", "qwen3.5-tiny-m2po-delta", "--run-dir", str(run)]
     settings |= dict(pair.split("=", 1) for pair in args.set)
     command += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    done = subprocess.run(command, cwd=run.parent, capture_output=True, text=True)
+    # what it says goes to stderr as it comes: of a run that is cut off, that is all there is
+    done = subprocess.run(command, cwd=run.parent, stdout=subprocess.DEVNULL)
     if done.returncode:
-        sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+        sys.exit(f"{' '.join(command)} ended with {done.returncode}")
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [r for r in records if r["process"] == "trainer" and "loss" in r]
 

@@ -153,13 +153,13 @@ class FakeEngine:
         assert self.paused and not self.running and not self.begun, "as SGLang, which dies otherwise"
         self.released = (await request.json())["tags"]
         self.events.append(f"released {' '.join(self.released)}")
-        return Response()
+        return JSONResponse(None)  # SGLang answers `null`
 
     async def _take_back(self, request: Request) -> Response:
         assert (await request.json())["tags"] == self.released
         self.released = []
         self.events.append("resumed")
-        return Response()
+        return JSONResponse(None)
 
     async def _begin(self, request: Request) -> Response:
         assert await request.json() == {} and self.paused

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import pickle
 import time
@@ -276,7 +277,7 @@ class EngineClient:
 
     def _content(self, reply: httpx.Response, path: str) -> Any:
         document = _json(reply)
-        if reply.status_code == 200 and document is not None:
+        if reply.status_code == 200:
             return document
         problem = document.get("error") if isinstance(document, dict) else None
         message = problem.get("message") if isinstance(problem, dict) else None
@@ -288,11 +289,11 @@ class EngineClient:
 
 
 def _json(reply: httpx.Response) -> Any:
-    """The body as JSON; an empty or textual 200 (SGLang's control routes) becomes {"message": text}."""
-    try:
-        return reply.json()
-    except ValueError:
-        return {"message": reply.text[:300]} if reply.status_code == 200 else None
+    """The body as JSON; a 200 that is empty, text or `null` (SGLang's control routes) becomes {"message": text}."""
+    document = None
+    with contextlib.suppress(ValueError):
+        document = reply.json()
+    return {"message": reply.text[:300]} if document is None and reply.status_code == 200 else document
 
 
 def _generate_body(requests: Sequence[GenRequest], *, foreign: bool = False) -> dict[str, Any]:

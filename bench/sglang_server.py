@@ -25,6 +25,7 @@ from astracli.engines.client import SETTLE_LOADER, STAGED_LOADER, EngineClient, 
 from astracli.launch import fetch, ports
 from astracli.training.optimizer import DTYPES
 from astracli.weights.publisher import Publisher
+from astracli.weights.snapshot import copies
 
 TOKEN = "bench-token"
 VERIFY = 4
@@ -127,7 +128,7 @@ class Trainer:
 
     def publish(self, version: int) -> dict[str, Any]:
         began = time.monotonic()
-        tensors = {name: tensor.to(self.dtypes[name], copy=True) for name, tensor in self.masters.items()}
+        tensors = copies(self.masters, self.dtypes)
         if next(iter(tensors.values())).is_cuda:
             torch.cuda.synchronize()
         copied_s = time.monotonic() - began

@@ -17,7 +17,7 @@ import pytest
 import torch
 from staged_tools import Weights, chain, copies, delta, restage, same, stage
 
-from astracli.weights import WeightCorrupt, WeightMismatch, decoder, flat, reading, staged
+from astracli.weights import WeightCorrupt, WeightMismatch, channel, decoder, flat, reading, staged
 from astracli.weights.codec import Update
 from astracli.weights.decoder import DecoderProcess
 from astracli.weights.resident import Resident
@@ -109,8 +109,8 @@ def test_a_payload_that_cannot_be_decoded_leaves_no_memory_behind(
         thread = threading.Thread(target=decoder.serve, args=(theirs,))
         thread.start()
         for _ in range(3):
-            decoder._send(ours, {"stage": str(where)})
-            assert "is no zstd" in decoder._receive(ours)[0]["error"]
+            channel.send(ours, {"stage": str(where)})
+            assert "is no zstd" in channel.receive(ours)[0]["error"]
         ours.close()
         thread.join()
         assert decoded() == held
@@ -164,7 +164,7 @@ def test_the_child_ends_with_its_engine(tmp_path: Path) -> None:
 def test_an_engine_that_dies_while_its_child_decodes_gets_no_other_last_words(tmp_path: Path) -> None:
     where = stage(tmp_path, chain(2), [delta(1)])
     ours, theirs = socket.socketpair()
-    decoder._send(ours, {"stage": str(where)})
+    channel.send(ours, {"stage": str(where)})
     ours.close()
     with theirs:
         decoder.serve(theirs)

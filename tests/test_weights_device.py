@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import threading
+import contextlib
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from astracli.weights import codec, device
+from astracli.errors import RunFailed
+from astracli.weights import codec, device, encoder, payload
+from astracli.weights.manifest import FileEntry
+from astracli.weights.payload import hash_file
+from astracli.weights.snapshot import copies
 
 Bits = np.ndarray[Any, Any]
 
@@ -26,10 +33,32 @@ def by_numpy(base: Bits, new: Bits, piece: int) -> list[tuple[int, int, codec.En
     return found
 
 
+Coded = tuple[str, int, int, codec.Encoded]
+
+
+def coded(tensors: list[tuple[str, torch.Tensor, torch.Tensor]], piece: int) -> list[Coded]:
+    """(name, start, length, payload) of every changed piece, coded in this process."""
+    blocks: list[torch.Tensor] = []
+
+    def block(size: int) -> tuple[int, torch.Tensor]:
+        blocks.append(torch.empty(size, dtype=torch.uint8))
+        return len(blocks) - 1, blocks[-1]
+
+    result: list[Coded] = []
+    for found in device.compared(tensors, piece, block):
+        found.ready.wait()
+        works = encoder.encoded(blocks[found.work.block].numpy(), found.work, 1)
+        for name, described, work in zip(found.names, found.work.pieces, works, strict=True):
+            result.append((name, *described[:2], work()))
+    return result
+
+
+def signed(bits: Bits) -> torch.Tensor:
+    return torch.from_numpy(bits.view(f"<i{bits.itemsize}").copy())
+
+
 def by_torch(base: Bits, new: Bits, piece: int, where: str = "cpu") -> list[tuple[int, int, codec.Encoded]]:
-    old, now = (torch.from_numpy(b.view(f"<i{b.itemsize}").copy()).to(where) for b in (base, new))
-    room = threading.Semaphore(1)
-    return [tuple(work()[:3]) for _, work in device.coded_pieces([("w", old, now)], piece, 1, room)]  # type: ignore[misc]
+    return [found[1:] for found in coded([("w", signed(base).to(where), signed(new).to(where))], piece)]
 
 
 def versions(seed: int, size: int, itemsize: int, share: float, wild: bool) -> tuple[Bits, Bits]:
@@ -79,25 +108,6 @@ def test_every_encoding_is_chosen_and_the_same() -> None:
         assert [e.encoding for _, _, e in found] == [encoding] and found == by_numpy(old, new, 4096)
 
 
-def test_a_pass_waits_until_the_one_before_is_compressed() -> None:
-    """Two passes may wait; the third brings nothing to the host before all of the first is compressed."""
-    base, new = (torch.from_numpy(b.view("<i2")) for b in versions(2, 16 * 64 * 3, 2, 0.1, False))
-    room = threading.Semaphore(2)
-    pieces = device.coded_pieces([("w", base, new)], 64, 1, room)
-    held = [next(pieces)[1] for _ in range(32)]
-    waiting = threading.Thread(target=lambda: held.append(next(pieces)[1]))
-    waiting.start()
-    waiting.join(0.1)
-    assert waiting.is_alive()
-    for work in held[:15]:
-        work()
-    waiting.join(0.1)
-    assert waiting.is_alive()
-    held[15]()
-    waiting.join(10)
-    assert len(held) == 33
-
-
 def a_model(seed: int, piece: int) -> list[tuple[str, Bits, Bits]]:
     """Tensors of both widths, empty, unchanged and changed in part, small and larger than a pass."""
     draw = np.random.default_rng(seed)
@@ -109,15 +119,75 @@ def a_model(seed: int, piece: int) -> list[tuple[str, Bits, Bits]]:
     ]
 
 
+def pairs(model: list[tuple[str, Bits, Bits]], flat: bool) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """As tensors: each by itself, or those of a width behind one another in one."""
+    if not flat:
+        return [(name, signed(base), signed(new)) for name, base, new in model]
+    sides: list[dict[str, torch.Tensor]] = []
+    for side in (1, 2):
+        views: dict[str, torch.Tensor] = {}
+        for itemsize in (2, 4):
+            own = [item for item in model if item[side].itemsize == itemsize]
+            if not own:
+                continue
+            whole = signed(np.concatenate([item[side] for item in own]))
+            parts = whole.split([len(item[side]) for item in own])
+            views |= {item[0]: part for item, part in zip(own, parts, strict=True)}
+        sides.append(views)
+    return [(name, sides[0][name], sides[1][name]) for name, *_ in model]
+
+
+@pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("piece", [64, 1024])
 @pytest.mark.parametrize("seed", range(4))
-def test_many_tensors_share_a_pass(seed: int, piece: int) -> None:
+def test_many_tensors_share_a_pass(seed: int, piece: int, flat: bool) -> None:
     model = a_model(100 * seed, piece)
     wanted = [(name, *found) for name, base, new in model for found in by_numpy(base, new, piece)]
-    tensors = [(n, *(torch.from_numpy(b.view(f"<i{b.itemsize}")) for b in pair)) for n, *pair in model]
-    works = device.coded_pieces(tensors, piece, 1, threading.Semaphore(2))  # type: ignore[arg-type]
-    assert [(name, *work()[:3]) for name, work in works] == wanted
+    assert coded(pairs(model, flat), piece) == wanted
     assert len({name for name, *_ in wanted}) > 10
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_another_process_writes_what_this_one_would(flat: bool, tmp_path: Path) -> None:
+    piece = 1024
+    with contextlib.closing(encoder.EncoderProcess(3)) as process:
+        for version in range(3):
+            model = a_model(1000 + 100 * version, piece)
+            wanted = [(name, *found) for name, base, new in model for found in by_numpy(base, new, piece)]
+            path = tmp_path / f"{version}.bin"
+            made = device.compared(pairs(model, flat), piece, process.block)
+            found = list(process.code(path, 1, made))
+            file = path.read_bytes()
+            assert process.files == {path.name: FileEntry(len(file), hash_file(path))}
+            payloads = [file[c.offset : c.offset + c.size] for _, c in found]
+            assert b"".join(payloads) == file and [c.checksum for _, c in found] == [
+                xxhash.xxh3_128_hexdigest(payload) for payload in payloads
+            ]
+            assert [
+                (name, c.start, c.length, codec.Encoded(c.encoding, c.changes, payload))
+                for (name, c), payload in zip(found, payloads, strict=True)
+            ] == wanted
+            assert process.encode_s > 0 and process.write_s > 0 and process.diff_s > 0
+        blocks = len(process._blocks)
+        assert blocks <= encoder._COPIES + encoder._WORKS + 2, "blocks are used again"
+        assert list(process.code(tmp_path / "none", 1, iter(()))) == [] and process.files == {}
+        assert not (tmp_path / "none").exists()
+        child = process._process
+        assert child is not None and child.poll() is None
+    assert child.returncode == 0
+
+
+def test_a_coder_that_dies_or_cannot_write_ends_the_version_with_the_cause(tmp_path: Path) -> None:
+    model = a_model(7, 64)
+    with contextlib.closing(encoder.EncoderProcess(1)) as process, pytest.raises(OSError, match="No such file"):
+        list(process.code(tmp_path / "absent" / "d.bin", 1, device.compared(pairs(model, False), 64, process.block)))
+    with contextlib.closing(encoder.EncoderProcess(1)) as process:
+        process.start()
+        assert process._process is not None
+        process._process.kill()
+        process._process.wait()
+        with pytest.raises(RunFailed, match="codes weights ended with -9"):
+            list(process.code(tmp_path / "d.bin", 1, device.compared(pairs(model, False), 64, process.block)))
 
 
 class Asked(TorchDispatchMode):
@@ -139,32 +209,31 @@ class Asked(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_device_is_asked_once_for_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its counts, some passes later. Everything else is asked for without an answer."""
-    piece, looked = 1024, list[int]()
+@pytest.mark.parametrize(("flat", "each"), [(False, 20), (True, 4)])
+def test_the_device_is_asked_once_for_a_pass(flat: bool, each: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For its counts, some passes later. Nothing else waits for an answer, and tensors behind one another are one."""
+    piece, begun, waited = 1024, 0, list[int]()
     model = [(f"t{k}", *versions(k, 700, 2, 0.03, False)) for k in range(400)]
-    tensors = [(n, *(torch.from_numpy(b.view("<i2")) for b in pair)) for n, *pair in model]
-    arrays, compare = device._Fetched.arrays, device._Pass.__init__
-    begun = 0
-
-    def watched(self: Any) -> Any:
-        looked.append(begun)
-        return arrays(self)
+    compare, wait = device._Pass.__init__, device.Event.wait
 
     def begin(self: Any, *args: Any) -> None:
         nonlocal begun
         begun += 1
         compare(self, *args)
 
-    monkeypatch.setattr(device._Fetched, "arrays", watched)
+    def watched(self: Any) -> None:
+        waited.append(begun)
+        wait(self)
+
     monkeypatch.setattr(device._Pass, "__init__", begin)
+    monkeypatch.setattr(device.Event, "wait", watched)
+    tensors = pairs(model, flat)
     with Asked() as asked:
-        works = list(device.coded_pieces(tensors, piece, 1, threading.Semaphore(1000)))  # type: ignore[arg-type]
+        made = list(device.compared(tensors, piece, lambda size: (0, torch.empty(size, dtype=torch.uint8))))
     passes = -(-400 // (16 * piece // 700))
-    assert begun == passes == len(looked) and len(works) == 400
-    assert looked[0] == 5 and asked.waits == [] and asked.count < 400 * 20
-    works[0][1]()
-    assert len(looked) == passes + 1, "a work looks at what came of it"
+    assert begun == passes == len(waited) == len(made) and waited[0] == 5
+    assert sum(len(found.names) for found in made) == 400
+    assert asked.waits == [] and asked.count < 400 * each
 
 
 def test_a_wait_would_be_noticed() -> None:
@@ -180,3 +249,38 @@ def test_a_wait_would_be_noticed() -> None:
 def test_a_gpu_writes_the_same_bytes(itemsize: int, share: float) -> None:
     base, new = versions(5, 3_000_000, itemsize, share, wild=False)
     assert by_torch(base, new, 1 << 16, "cuda") == by_numpy(base, new, 1 << 16)
+
+
+def test_copies_lie_behind_one_another_by_dtype() -> None:
+    draw = torch.Generator().manual_seed(0)
+    sources = {name: torch.randn(shape, generator=draw) for name, shape in (("a", (3, 4)), ("b", (5,)), ("c", (2, 2)))}
+    dtypes = {"a": torch.bfloat16, "b": torch.float32, "c": torch.bfloat16}
+    found = copies(sources, dtypes)
+    assert list(found) == ["a", "b", "c"]
+    for name, source in sources.items():
+        assert found[name].dtype == dtypes[name] and torch.equal(found[name], source.to(dtypes[name]))
+        assert found[name].is_contiguous() and found[name].data_ptr() != source.data_ptr()
+    assert device._behind(found["a"].view(-1), found["c"].view(-1))
+    sources["a"].zero_()
+    assert found["a"].any(), "training goes on"
+
+
+def test_a_gpu_s_delta_is_the_file_that_a_cpu_writes(tmp_path: Path) -> None:
+    """Payload, pieces and checksums, of tensors that begin in the middle of theirs."""
+    model = pairs(a_model(3, payload.PIECE >> 10), flat=True)
+    floats = {torch.int16: torch.bfloat16, torch.int32: torch.float32}
+    base, new = (
+        {n: payload.Local(str(floats[t.dtype])[6:], (9999,), 7, t.view(floats[t.dtype])) for n, t in side}
+        for side in ([(n, old) for n, old, _ in model], [(n, now) for n, _, now in model])
+    )
+    lanes = dict.fromkeys(new, "00" * 16)
+    for name in ("cpu", "gpu"):
+        (tmp_path / name).mkdir()
+    wanted = payload.write_delta(tmp_path / "cpu", 3, new, base, lanes, 1)
+    found = payload.write_delta(tmp_path / "gpu", 3, {}, {}, {}, 1)
+    found.tensors = {n: replace(t, pieces=[]) for n, t in wanted.tensors.items()}
+    with contextlib.closing(encoder.EncoderProcess(2)) as process:
+        payload._by_gpu(found, tmp_path / "gpu" / "delta-00003.bin", new, base, 1, process)
+    assert (found.tensors, found.files) == (wanted.tensors, wanted.files) and wanted.files
+    one, two = ((tmp_path / name / "delta-00003.bin").read_bytes() for name in ("cpu", "gpu"))
+    assert one == two

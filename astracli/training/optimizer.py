@@ -23,7 +23,7 @@ from astracli.training.adam import Adam, learning_rate
 from astracli.training.fsdp import Ranks, local
 from astracli.training.gradients import Gradients
 from astracli.training.parking import Parking, empty
-from astracli.weights.snapshot import Shard
+from astracli.weights.snapshot import Shard, copies
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -203,12 +203,13 @@ class Masters:
         Copies, on the device of the masters or `on_host`: training may go on while they are published.
         """
         result: dict[str, Tensor | Shard] = {}
-        for name, value in self.values.items():
-            if self.lowers:
-                tensor = self.parameters[name].detach().to("cpu" if on_host else value.device, copy=True)
-            else:
-                tensor = value.to(DTYPES[self.wire[name].dtype], copy=True)
-                tensor = tensor.cpu() if on_host else tensor
+        dtypes = {name: DTYPES[self.wire[name].dtype] for name in self.values}
+        sources = {name: self.parameters[name].detach() for name in self.values} if self.lowers else self.values
+        if on_host:
+            taken = {name: source.to("cpu", dtypes[name], copy=True) for name, source in sources.items()}
+        else:
+            taken = copies(sources, dtypes)
+        for name, tensor in taken.items():
             if self.ranks.mesh is None or (self._replicated(name) and self.ranks.first):
                 result[self.wire[name].name] = tensor
             elif tensor.numel() and not self._replicated(name):

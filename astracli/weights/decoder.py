@@ -11,11 +11,9 @@ Both sides of one socket pair. To the child: a stage directory. From it: a docum
 from __future__ import annotations
 
 import contextlib
-import json
 import mmap
 import os
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -26,10 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from astracli.weights import WeightCorrupt, flat, reading
+from astracli.weights import WeightCorrupt, channel, flat, reading
 from astracli.weights.manifest import Manifest, TensorEntry
 
-_LENGTH = struct.Struct("<Q")
 _THREADS = 8
 
 
@@ -45,18 +42,15 @@ class DecoderProcess:
         if self._socket is not None and self._process is not None and self._process.poll() is None:
             return self._socket
         self.close()
-        self._socket, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "astracli.weights.decoder", str(theirs.fileno())]
-        with theirs:
-            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        self._process, self._socket = channel.child("astracli.weights.decoder")
         return self._socket
 
     def prepare(self, stage_dir: Path) -> reading.Prepared:
         begin = time.perf_counter()
         try:
-            channel = self.start()
-            _send(channel, {"stage": str(stage_dir)})
-            doc, handle = _receive(channel)
+            link = self.start()
+            channel.send(link, {"stage": str(stage_dir)})
+            doc, handle = channel.receive(link)
         except OSError as error:
             return self._here(stage_dir, error)
         if "unable" in doc:
@@ -159,12 +153,12 @@ def _one(coded: reading.Coded, groups: dict[int, flat.Group], place: flat.Place)
     flat.fill(groups, place, reading.decode(coded))
 
 
-def serve(channel: socket.socket) -> None:
+def serve(link: socket.socket) -> None:
     """Answer until the engine is gone."""
     with ThreadPoolExecutor(max(1, min(_THREADS, (os.cpu_count() or 1) // 2)), "decode") as pool:
         while True:
             try:
-                request, _ = _receive(channel)
+                request, _ = channel.receive(link)
             except OSError:
                 return
             with contextlib.ExitStack() as own:
@@ -177,38 +171,9 @@ def serve(channel: socket.socket) -> None:
                 except OSError as error:  # no memory, no descriptors: not the payload's fault
                     doc = {"unable": str(error)}
                 try:
-                    _send(channel, doc, handle)
+                    channel.send(link, doc, handle)
                 except ConnectionError:  # gone meanwhile; a traceback would stand as its last words
                     return
-
-
-# ---- both ------------------------------------------------------------------------------------------------------------
-
-
-def _send(channel: socket.socket, doc: dict[str, Any], handle: int | None = None) -> None:
-    blob = json.dumps(doc).encode()
-    socket.send_fds(channel, [_LENGTH.pack(len(blob))], [] if handle is None else [handle])
-    channel.sendall(blob)
-
-
-def _receive(channel: socket.socket) -> tuple[dict[str, Any], int | None]:
-    """Raises ConnectionError when the other side is gone."""
-    head, handles, _, _ = socket.recv_fds(channel, _LENGTH.size, 1)
-    head += _exactly(channel, _LENGTH.size - len(head)) if head else b""
-    if not head:
-        raise ConnectionError("the other side has closed")
-    doc: dict[str, Any] = json.loads(_exactly(channel, _LENGTH.unpack(head)[0]))
-    return doc, handles[0] if handles else None
-
-
-def _exactly(channel: socket.socket, size: int) -> bytes:
-    found = bytearray()
-    while len(found) < size:
-        chunk = channel.recv(min(1 << 20, size - len(found)))
-        if not chunk:
-            raise ConnectionError("the other side has closed")
-        found += chunk
-    return bytes(found)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,31 @@
-"""`codec.encode` in torch operations, on the GPU where the tensors lie: only coded bytes go to the host.
+"""The difference between two versions in torch operations, on the GPU where they lie: only coded bytes go to the host.
 
-The GPU compares, gap-codes and splits into byte planes; the planes are copied to pinned memory, and threads compress
-them there. The bytes are those of the numpy path. Operations are the same on every device, so that a CPU can test them.
+The GPU compares, gap-codes and splits into byte planes; they are copied into memory from which another process
+compresses them (`encoder`). The bytes are those of the numpy path. Operations are the same on every device, so that a
+CPU can test them.
 
 Whoever asks a GPU how many values changed stands still until it has done everything before, and where an engine
-generates on it too, gives his turn away. So tensors are compared many at a time (a `_Pass`), their counts come back
-behind the work, and some passes are asked for ahead of the one whose counts are read.
+generates on it too, gives his turn away. So tensors are compared many at a time (a pass), their counts come back behind
+the work, and some passes are asked for ahead of the one whose counts are read. Beside a training step every operation
+that is asked for here delays one of the step's: tensors that lie behind one another are compared as one.
 
 Letters: N elements of a pass, C changed ones, P pieces of it, E long gaps, W bytes of an element.
 """
 
 from __future__ import annotations
 
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from astracli.training.upload import upload
 from astracli.weights import codec, container
-from astracli.weights.payload import Bits, Coded
+from astracli.weights.encoder import Planes, Work
 
 _PIECES_AT_ONCE = 16
 """Pieces of one pass on the device: bounds its temporaries to some 50 bytes for each change among 64 M elements."""
@@ -47,14 +48,44 @@ def from_order(order: torch.Tensor) -> torch.Tensor:
     return order ^ (~(order >> (8 * order.element_size() - 1)) | torch.iinfo(order.dtype).min)
 
 
+class Event:
+    """What was asked of a device so far; to wait for it gives the processor away."""
+
+    def __init__(self, device: torch.device):
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(blocking=True)  # a spinning thread would hold a processor
+            self._event.record()
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+
+
+@dataclass
+class Found:
+    """The changes of one pass, on their way to the host."""
+
+    work: Work
+    """What codes them, once `ready`."""
+    names: list[str]
+    """Of each of the work's pieces."""
+    ready: Event
+
+
 class _Range(NamedTuple):
-    """Elements [start, start + length) of one tensor, at elements [at, at + length) of its pass."""
+    """Elements of one tensor from `start` on, which are elements of a pass from `at` on."""
 
     name: str
     start: int
     at: int
     old: torch.Tensor
     new: torch.Tensor
+
+    @property
+    def end(self) -> int:
+        """In the pass."""
+        return self.at + len(self.new)
 
 
 class _Piece(NamedTuple):
@@ -64,48 +95,48 @@ class _Piece(NamedTuple):
     end: int
 
     @property
-    def place(self) -> tuple[int, int]:
-        """Start in the tensor's local range, and length."""
-        return self.range.start + self.first - self.range.at, self.end - self.first
+    def start(self) -> int:
+        """In the tensor's local range."""
+        return self.range.start + self.first - self.range.at
 
     def bits(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Base and new, views on the device."""
         low, high = self.first - self.range.at, self.end - self.range.at
-        return self.range.old[low:high], self.range.new[low:high]
+        return bits_torch(self.range.old[low:high]), bits_torch(self.range.new[low:high])
 
 
-def coded_pieces(
-    tensors: Iterable[tuple[str, torch.Tensor, torch.Tensor]], piece: int, level: int, room: threading.Semaphore
-) -> Iterator[tuple[str, Callable[[], Coded]]]:
-    """(name, work) for every changed piece of (name, base, new), in order; the work compresses, in any thread.
+def compared(
+    tensors: Iterable[tuple[str, torch.Tensor, torch.Tensor]], piece: int,
+    block: Callable[[int], tuple[int, torch.Tensor]],
+) -> Iterator[Found]:  # fmt: skip
+    """The changed pieces of (name, base, new), in order, some at a time.
 
     `base` and `new`: flat, of one length and dtype; `new` on the device where all is compared, `base` anywhere.
-    `piece`: elements, a power of two. What a pass brings to the host takes one of `room` until its last piece is
-    compressed.
+    `piece`: elements, a power of two. `block(size)`: host memory for what changed in a pass: number and uint8 [size].
     """
     ahead: deque[_Pass] = deque()
-    clock = _Clock()
     for ranges in _passes(tensors, piece):
         ahead.append(_Pass(ranges, piece))
-        if len(ahead) > _AHEAD:
-            yield from _coded(ahead.popleft(), level, room, clock)
+        if len(ahead) > _AHEAD and (found := ahead.popleft().found(block)) is not None:
+            yield found
     while ahead:
-        yield from _coded(ahead.popleft(), level, room, clock)
+        if (found := ahead.popleft().found(block)) is not None:
+            yield found
 
 
 def _passes(tensors: Iterable[tuple[str, torch.Tensor, torch.Tensor]], piece: int) -> Iterator[list[_Range]]:
     """Neighbouring tensors of at most `_PIECES_AT_ONCE` pieces of elements together; one is only cut between pieces."""
     found: list[_Range] = []
     at, most = 0, piece * _PIECES_AT_ONCE
-    for name, base, tensor in tensors:
-        old, new = bits_torch(base.to(tensor.device)), bits_torch(tensor)
-        start = 0
+    for name, base, new in tensors:
+        old, start = base if base.device == new.device else base.to(new.device), 0
         while start < len(new):
             length = len(new) - start
             if length > most - at:
                 length = (most - at) // piece * piece
             if length:
-                found.append(_Range(name, start, at, old[start : start + length], new[start : start + length]))
+                both = (old, new) if length == len(new) else (t[start : start + length] for t in (old, new))
+                found.append(_Range(name, start, at, *both))
                 start, at = start + length, at + length
             else:
                 yield found
@@ -114,184 +145,112 @@ def _passes(tensors: Iterable[tuple[str, torch.Tensor, torch.Tensor]], piece: in
         yield found
 
 
+def _joined(ranges: list[_Range]) -> list[_Range]:
+    """The ranges' bits; of those that lie behind one another in memory, in both versions, as one."""
+    runs: list[list[_Range]] = []
+    for r in ranges:
+        if runs and _behind(runs[-1][-1].old, r.old) and _behind(runs[-1][-1].new, r.new):
+            runs[-1].append(r)
+        else:
+            runs.append([r])
+    found = []
+    for first, *_, last in (run * 2 for run in runs):
+        size = (last.end - first.at,)
+        old, new = (bits_torch(t.as_strided(size, (1,), t.storage_offset())) for t in (first.old, first.new))
+        found.append(first._replace(old=old, new=new))
+    return found
+
+
+def _behind(first: torch.Tensor, second: torch.Tensor) -> bool:
+    same = first.dtype == second.dtype and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    return same and first.storage_offset() + len(first) == second.storage_offset()
+
+
 class _Pass:
     """Which elements of some ranges changed. Made without waiting for the device; `found` waits for the counts."""
 
     def __init__(self, ranges: list[_Range], piece: int):
-        last = ranges[-1]
-        self.device = last.new.device
-        self.ranges = ranges
+        self.device = ranges[0].new.device
+        self.runs = _joined(ranges)
         self.pieces = [
-            _Piece(r, r.at + low, r.at + min(low + piece, len(r.new)))
-            for r in ranges
-            for low in range(0, len(r.new), piece)
+            _Piece(r, low, min(low + piece, r.end)) for r in ranges for low in range(r.at, r.end, piece)
+        ]  # fmt: skip
+        self.changed = torch.empty(ranges[-1].end, dtype=torch.bool, device=self.device)
+        for run in self.runs:
+            torch.ne(run.old, run.new, out=self.changed[run.at : run.end])
+        last = upload(np.asarray([p.end - 1 for p in self.pieces], np.int64), self.device)
+        counts = _up_to(self.changed, last)
+        self._counts = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=self.device.type == "cuda")
+        self._counts.copy_(counts, non_blocking=True)
+        self._counted = Event(self.device)
+
+    def found(self, block: Callable[[int], tuple[int, torch.Tensor]]) -> Found | None:
+        """What changed; None when nothing did. Everything is asked of the device at once."""
+        self._counted.wait()
+        counts = [0, *self._counts.tolist()]
+        changed = [k for k in range(len(self.pieces)) if counts[k + 1] > counts[k]]
+        if not changed:
+            return None
+        pieces = [self.pieces[k] for k in changed]
+        bounds = [(counts[k], counts[k + 1]) for k in changed]
+        choice = [
+            len(codec.candidates(p.range.new.element_size(), high - low, p.end - p.first)) > 1
+            for p, (low, high) in zip(pieces, bounds, strict=True)
         ]
-        self.changed = torch.empty(last.at + len(last.new), dtype=torch.bool, device=self.device)
-        for r in ranges:
-            torch.ne(r.old, r.new, out=self.changed[r.at : r.at + len(r.new)])
-        self.last = upload(np.asarray([p.end - 1 for p in self.pieces], np.int64), self.device)
-        self._counts = _Fetched(_up_to(self.changed, self.last))
+        arrays = [] if all(choice) else self._planes(pieces, bounds)
+        planes = len(arrays)
+        for piece, whole in zip(pieces, choice, strict=True):
+            arrays += piece.bits() if whole else ()
+        starts = list(accumulate((-(-array.nbytes // 8) * 8 for array in arrays), initial=0))
+        number, memory = block(starts[-1])
+        for start, array in zip(starts, arrays, strict=False):
+            memory[start : start + array.nbytes].copy_(array.view(-1).view(torch.uint8), non_blocking=True)
+        whole_at = iter(zip(starts[planes::2], starts[planes + 1 :: 2], strict=False))
+        described = [
+            (p.start, p.end - p.first, p.range.new.element_size(), *bound, *(next(whole_at) if whole else (-1, -1)))
+            for p, bound, whole in zip(pieces, bounds, choice, strict=True)
+        ]
+        where = Planes(starts[0], starts[1], starts[2], starts[3], bounds[-1][1]) if planes else None
+        return Found(Work(number, where, described), [p.range.name for p in pieces], Event(self.device))
 
-    def counts(self) -> list[int]:
-        """Changed elements up to the end of each piece, P numbers."""
-        found: list[int] = self._counts.arrays()[0].tolist()
-        return found
-
-
-def _up_to(flags: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """int32 [P]: how many of the first elements are set, each of the positions `last` included."""
-    return torch.cumsum(flags, 0, dtype=torch.int32)[last]
-
-
-class _Fetched:
-    """Tensors on their way to the host. On a GPU the copies run beside what follows them."""
-
-    def __init__(self, *tensors: torch.Tensor):
-        self._event: torch.cuda.Event | None = None
-        if tensors[0].device.type == "cpu":
-            self._host = tensors
-            return
-        self._host = tuple(torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors)
-        for host, tensor in zip(self._host, tensors, strict=True):
-            host.copy_(tensor, non_blocking=True)
-        self._event = torch.cuda.Event()
-        self._event.record()
-
-    def arrays(self) -> list[np.ndarray[Any, Any]]:
-        if self._event is not None:
-            self._event.synchronize()
-        return [host.numpy() for host in self._host]
-
-
-class _Planes:
-    """Gaps and ULP differences of all changes of a pass, on their way to the host."""
-
-    def __init__(self, found: _Pass, pieces: list[_Piece], bounds: list[tuple[int, int]]):
-        """`bounds`: of each of the changed `pieces`, its changes [low, high) among those of the pass."""
+    def _planes(self, pieces: list[_Piece], bounds: list[tuple[int, int]]) -> list[torch.Tensor]:
+        """uint8 gaps [C], int32 long gaps [E], how many of those up to the end of each piece (int32), uint8 byte planes
+        of the values [W, C]. `bounds`: of each changed piece, its changes among those of the pass."""
         total = bounds[-1][1]
-        at = torch.nonzero_static(found.changed, size=total).view(-1)  # int64 [C]
-        first = np.asarray([(low, piece.first - 1) for (low, _), piece in zip(bounds, pieces, strict=True)], np.int64)
-        low, edge = upload(np.ascontiguousarray(first.T), at.device)
+        at = torch.nonzero_static(self.changed, size=total).view(-1)  # int64 [C]
+        edges = np.asarray(
+            [(low, high - 1, p.first - 1) for (low, high), p in zip(bounds, pieces, strict=True)], np.int64
+        )
+        low, high, edge = upload(np.ascontiguousarray(edges.T), self.device)
         before = torch.empty_like(at)  # the change before; for the first of a piece, the last element before the piece
         before[1:] = at[:-1]
         before[low] = edge
         gaps = at - before - 1
         long = gaps >= container.ESCAPE
-        high = upload(np.asarray([high - 1 for _, high in bounds], np.int64), at.device)
-        most = min(total, len(found.changed) // (container.ESCAPE + 1))  # each takes that many elements
+        most = min(total, len(self.changed) // (container.ESCAPE + 1))  # each takes that many elements
         long_at = torch.nonzero_static(long, size=most, fill_value=0).view(-1)
-        values = _values(found, at, pieces, bounds)
         short = gaps.clamp(max=container.ESCAPE).to(torch.uint8)
-        self._fetched = _Fetched(short, gaps[long_at].to(torch.int32), _up_to(long, high), _bytes(values))
-        self._bounds = bounds
+        values = self._values(at, pieces, bounds)
+        planes = values.view(torch.uint8).view(-1, values.element_size()).T.contiguous()
+        return [short, gaps[long_at].to(torch.int32), _up_to(long, high), planes]
 
-    def piece(self, number: int) -> tuple[Bits, Bits, list[Bits]]:
-        """uint8 gaps, int32 long gaps and the byte planes of the values of one changed piece; waits for the copy."""
-        short, long, up_to, planes = self._fetched.arrays()
-        changes = slice(*self._bounds[number])
-        far = slice(int(up_to[number - 1]) if number else 0, int(up_to[number]))
-        return short[changes], long[far], [plane[changes] for plane in planes]
-
-
-def _values(found: _Pass, at: torch.Tensor, pieces: list[_Piece], bounds: list[tuple[int, int]]) -> torch.Tensor:
-    """int16 [C]: zigzag ULP differences at the changes `at`. Those of wider elements are left as they happen to be."""
-    old, new = (torch.empty(len(at), dtype=torch.int16, device=at.device) for _ in range(2))
-    spans: dict[int, tuple[_Range, int, int]] = {}  # by the range's place: a tensor's changed pieces are neighbours
-    for piece, (low, high) in zip(pieces, bounds, strict=True):
-        found_at = piece.range.at
-        spans[found_at] = (piece.range, spans[found_at][1] if found_at in spans else low, high)
-    for tensor, low, high in spans.values():
-        if tensor.new.element_size() == 2:
-            index = at[low:high] - tensor.at
-            torch.index_select(tensor.old, 0, index, out=old[low:high])
-            torch.index_select(tensor.new, 0, index, out=new[low:high])
-    step = to_order(new) - to_order(old)
-    return (step >> 15) ^ (step + step)
+    def _values(self, at: torch.Tensor, pieces: list[_Piece], bounds: list[tuple[int, int]]) -> torch.Tensor:
+        """int16 [C]: zigzag ULP differences at the changes `at`; those of wider elements as they happen to be."""
+        old, new = (torch.empty(len(at), dtype=torch.int16, device=self.device) for _ in range(2))
+        low, k = 0, 0
+        for run in self.runs:
+            high = low
+            while k < len(pieces) and pieces[k].first < run.end:
+                high, k = bounds[k][1], k + 1
+            if high > low and run.new.element_size() == 2:
+                index = at[low:high] - run.at
+                torch.index_select(run.old, 0, index, out=old[low:high])
+                torch.index_select(run.new, 0, index, out=new[low:high])
+            low = high
+        step = to_order(new) - to_order(old)
+        return (step >> 15) ^ (step + step)
 
 
-def _bytes(values: torch.Tensor) -> torch.Tensor:
-    """[n] integers of W bytes -> uint8 [W, n], lowest byte first."""
-    return values.view(torch.uint8).view(-1, values.element_size()).T.contiguous()
-
-
-def _coded(
-    found: _Pass, level: int, room: threading.Semaphore, clock: _Clock
-) -> Iterator[tuple[str, Callable[[], Coded]]]:
-    """The works of one pass. Everything is asked of the device at once; the works wait for what comes of it."""
-    counts = [0, *found.counts()]
-    changed = [k for k in range(len(found.pieces)) if counts[k + 1] > counts[k]]
-    if not changed:
-        return
-    clock.stop()
-    room.acquire()
-    clock.go()
-    pieces = [found.pieces[k] for k in changed]
-    bounds = [(counts[k], counts[k + 1]) for k in changed]
-    names = [
-        codec.candidates(p.range.new.element_size(), b - a, p.place[1])
-        for p, (a, b) in zip(pieces, bounds, strict=True)
-    ]
-    planes = _Planes(found, pieces, bounds) if ["gap-ulp"] in names else None
-    left = _Countdown(len(pieces), room.release)
-    for number, piece in enumerate(pieces):
-        work: Callable[[], codec.Encoded]
-        if planes is not None and names[number] == ["gap-ulp"]:
-            work = partial(_compressed, planes, number, piece.place[1], level)
-        else:
-            work = partial(_encoded, _Fetched(*piece.bits()), level)
-        clock.stop()
-        yield piece.range.name, partial(_timed, work, piece.place, left, clock.lap())
-        clock.go()
-
-
-def _compressed(planes: _Planes, number: int, length: int, level: int) -> codec.Encoded:
-    short, long, values = planes.piece(number)
-    return codec.Encoded(
-        "gap-ulp", len(short), container.assemble("gap-ulp", length, len(short), short, long, values, level)
-    )
-
-
-def _encoded(fetched: _Fetched, level: int) -> codec.Encoded:
-    """A piece with a choice of encodings is coded on the host: they are tried on samples, and it is dense, or small."""
-    old, new = (bits.view(container.unsigned(bits.itemsize)) for bits in fetched.arrays())
-    return codec.encode(old, new, level)
-
-
-def _timed(work: Callable[[], codec.Encoded], place: tuple[int, int], left: _Countdown, diff_s: float) -> Coded:
-    begin = time.perf_counter()
-    try:
-        return Coded(*place, work(), diff_s, time.perf_counter() - begin)
-    finally:
-        left.one()
-
-
-class _Countdown:
-    """Calls `done` once as many pieces have ended as it was made for, well or not."""
-
-    def __init__(self, count: int, done: Callable[[], Any]):
-        self._left, self._done, self._lock = count, done, threading.Lock()
-
-    def one(self) -> None:
-        with self._lock:
-            self._left -= 1
-            last = not self._left
-        if last:
-            self._done()
-
-
-class _Clock:
-    """Seconds of the thread that asks, between one piece and the next; waiting for room is none of them."""
-
-    def __init__(self) -> None:
-        self._spent, self._since = 0.0, time.perf_counter()
-
-    def stop(self) -> None:
-        self._spent += time.perf_counter() - self._since
-
-    def go(self) -> None:
-        self._since = time.perf_counter()
-
-    def lap(self) -> float:
-        """What was spent since the lap before."""
-        spent, self._spent = self._spent, 0.0
-        return spent
+def _up_to(flags: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """int32 [P]: how many of the first elements are set, each of the positions `last` included."""
+    return torch.cumsum(flags, 0, dtype=torch.int32)[last]

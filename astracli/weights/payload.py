@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import os
 import struct
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -24,15 +23,15 @@ from astracli.errors import RunFailed
 from astracli.weights import codec, digest
 from astracli.weights.host import chunks_of
 from astracli.weights.manifest import FileEntry, Kind, Manifest, Piece, TensorEntry, joint_encoding
+from astracli.weights.writing import HashingFile
 
 if TYPE_CHECKING:
     import torch
 
+    from astracli.weights.encoder import EncoderProcess
+
 PIECE = 1 << 22
 """Elements of a delta piece, at most: bounds the encoder's memory and keeps it in the cache."""
-
-PASSES_IN_FLIGHT = 4
-"""Passes over a GPU whose planes wait in pinned memory for a compressing thread."""
 
 _SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
@@ -112,42 +111,21 @@ class Part:
         return asdict(self)
 
 
-class _HashingFile:
-    """A payload being written: temporary name, running hash, renamed at the end; no bytes, no file."""
-
-    def __init__(self, path: Path):
-        self.path, self.offset = path, 0
-        self._part = path.with_name(f"{path.name}.tmp{os.getpid()}")
-        self._hash = xxhash.xxh3_128()
-        self._file: BinaryIO | None = None
-
-    def write(self, blob: bytes) -> int:
-        """Append, and say at which offset."""
-        if self._file is None:
-            self._file = open(self._part, "wb")  # noqa: SIM115  closed in `close`
-        at = self.offset
-        self._file.write(blob)
-        self._hash.update(blob)
-        self.offset += len(blob)
-        return at
-
-    def close(self) -> dict[str, FileEntry]:
-        if self._file is None:
-            return {}
-        self._file.close()
-        os.replace(self._part, self.path)
-        return {self.path.name: FileEntry(self.offset, self._hash.hexdigest())}
-
-
 def write_delta(
     directory: Path, rank: int, tensors: Mapping[str, Local], base: Mapping[str, Local], lanes: Mapping[str, str],
-    level: int, run: Callable[..., Iterable[Any]] = map,
+    level: int, run: Callable[..., Iterable[Any]] = map, encoder: EncoderProcess | None = None,
 ) -> Part:  # fmt: skip
-    """Encode what changed from `base` into `delta-RANK.bin`. `run` maps over pieces: `map`, or a thread pool's."""
+    """Encode what changed from `base` into `delta-RANK.bin`. `run` maps over pieces on a CPU: `map`, or a thread
+    pool's; what lies on a GPU is compared there, and `encoder` codes and writes it."""
     part = Part("delta")
-    out = _HashingFile(directory / f"delta-{rank:05d}.bin")
+    path = directory / f"delta-{rank:05d}.bin"
     for name, local in tensors.items():
         part.tensors[name] = PartTensor(local.dtype, local.shape, local.start, len(local), lanes[name])
+    if any(local.flat.device.type != "cpu" for local in tensors.values()):
+        assert encoder is not None
+        _by_gpu(part, path, tensors, base, level, encoder)
+        return part
+    out = HashingFile(path)
     for name, found in run(_done, _pieces(tensors, base, level)):
         part.diff_s += found.diff_s
         part.encode_s += found.encode_s
@@ -158,11 +136,25 @@ def write_delta(
         offset = out.write(encoded.payload)
         checksum = xxhash.xxh3_128_hexdigest(encoded.payload)
         start = tensors[name].start + found.start
-        where = (start, found.length, out.path.name, offset, len(encoded.payload), checksum)
+        where = (start, found.length, path.name, offset, len(encoded.payload), checksum)
         part.tensors[name].pieces.append(Piece(*where, encoded.encoding, encoded.count))
         part.write_s += time.perf_counter() - begin
     part.files = out.close()
     return part
+
+
+def _by_gpu(
+    part: Part, path: Path, tensors: Mapping[str, Local], base: Mapping[str, Local], level: int, encoder: EncoderProcess
+) -> None:  # fmt: skip
+    from astracli.weights.device import compared
+
+    # the first version stays on the host: a tensor of it at a time goes back
+    pairs = ((name, base[name].flat, local.flat) for name, local in tensors.items())
+    for name, found in encoder.code(path, level, compared(pairs, PIECE, encoder.block)):
+        where = (tensors[name].start + found.start, found.length, path.name, found.offset, found.size, found.checksum)
+        part.tensors[name].pieces.append(Piece(*where, found.encoding, found.changes))
+    part.files = encoder.files
+    part.diff_s, part.encode_s, part.write_s = encoder.diff_s, encoder.encode_s, encoder.write_s
 
 
 def _done(job: tuple[str, Callable[[], Coded]]) -> tuple[str, Coded]:
@@ -173,14 +165,7 @@ def _done(job: tuple[str, Callable[[], Coded]]) -> tuple[str, Coded]:
 def _pieces(
     tensors: Mapping[str, Local], base: Mapping[str, Local], level: int
 ) -> Iterator[tuple[str, Callable[[], Coded]]]:
-    """(tensor, what codes a piece of it), in order. On a GPU the diff happens here, in the thread that iterates."""
-    if any(local.flat.device.type != "cpu" for local in tensors.values()):
-        from astracli.weights.device import coded_pieces
-
-        # the first version stays on the host: a tensor of it at a time goes back
-        pairs = ((name, base[name].flat, local.flat) for name, local in tensors.items())
-        yield from coded_pieces(pairs, PIECE, level, threading.Semaphore(PASSES_IN_FLIGHT))
-        return
+    """(tensor, what codes a piece of it), in order."""
     for name, local in tensors.items():
         old, new = base[name].bits, local.bits
         for at in range(0, len(local), PIECE):

@@ -18,6 +18,7 @@ import xxhash
 
 from astracli.errors import RunFailed
 from astracli.weights import payload, retention
+from astracli.weights.encoder import EncoderProcess
 from astracli.weights.manifest import (
     MANIFEST,
     STABLE,
@@ -100,6 +101,7 @@ class Publisher:
         self._base: dict[str, payload.Local] = {}
         self._base_version: int | None = None
         self._threads = ThreadPoolExecutor(threads, "weights-encode") if threads > 1 else None
+        self._encoder = EncoderProcess(threads)
         self._background = ThreadPoolExecutor(1, "weights-publish")
         self._pending: Future[PublishResult] | None = None
         self._stream: torch.cuda.Stream | None = None
@@ -186,6 +188,7 @@ class Publisher:
             self.wait()
         finally:
             self._background.shutdown()
+            self._encoder.close()
             if self._threads:
                 self._threads.shutdown()
 
@@ -226,7 +229,7 @@ class Publisher:
         run, delta_s = self._run, 0.0
         if delta:
             compared = time.perf_counter()
-            parts.append(payload.write_delta(directory, self.rank, tensors, self._base, lanes, self.level, run))
+            parts.append(self._delta(directory, tensors, lanes))
             delta_s = time.perf_counter() - compared
         if not delta or version % self.full_interval == 0:
             parts.append(payload.write_full(directory, self.rank, tensors, lanes, run))
@@ -252,6 +255,12 @@ class Publisher:
             write_s=sum(p.write_s for p in parts),
             publish_s=time.perf_counter() - begin,
         )
+
+    def _delta(
+        self, directory: Path, tensors: Mapping[str, payload.Local], lanes: Mapping[str, str]
+    ) -> payload.Part:  # fmt: skip
+        where = (directory, self.rank, tensors, self._base, lanes, self.level)
+        return payload.write_delta(*where, self._run, self._encoder)
 
     def _check_names(self, version: int, tensors: Mapping[str, payload.Local]) -> None:
         known = {n: (t.dtype, t.shape, t.start, len(t)) for n, t in self._base.items()}

@@ -67,6 +67,22 @@ def take(
     return Snapshot(taken, lanes, ready, time.perf_counter() - begin)
 
 
+def copies(sources: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
+    """Copies of tensors on one device, in these dtypes. Those of a dtype lie behind one another in one tensor: few
+    kernels make them, and few compare them (`device`)."""
+    import torch
+
+    found: dict[str, torch.Tensor] = {}
+    for dtype in dict.fromkeys(dtypes[name] for name in sources):
+        names = [name for name in sources if dtypes[name] == dtype]
+        sizes = [sources[name].numel() for name in names]
+        whole = torch.empty(sum(sizes), dtype=dtype, device=sources[names[0]].device)
+        views = [part.view(sources[name].shape) for name, part in zip(names, whole.split(sizes), strict=True)]
+        torch._foreach_copy_(views, [sources[name] for name in names])
+        found |= zip(names, views, strict=True)
+    return {name: found[name] for name in sources}
+
+
 def local(source: Source, *, copy: bool) -> payload.Local:
     """A tensor or shard, flat on its own device. Raises RunFailed for a dtype that does not travel."""
     tensor = source.flat if isinstance(source, Shard) else source

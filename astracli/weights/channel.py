@@ -1,0 +1,46 @@
+"""Documents and file descriptors between a process and its child, over one socket pair."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import subprocess
+import sys
+from typing import Any
+
+_LENGTH = struct.Struct("<Q")
+
+
+def child(module: str, *arguments: str) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start `python -m MODULE SOCKET_FD ARGUMENTS`: the child, which ends when the socket is closed, and our end."""
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-m", module, str(theirs.fileno()), *arguments]
+    with theirs:
+        return subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL), ours
+
+
+def send(channel: socket.socket, doc: dict[str, Any], handle: int | None = None) -> None:
+    blob = json.dumps(doc).encode()
+    socket.send_fds(channel, [_LENGTH.pack(len(blob))], [] if handle is None else [handle])
+    channel.sendall(blob)
+
+
+def receive(channel: socket.socket) -> tuple[dict[str, Any], int | None]:
+    """Raises ConnectionError when the other side is gone."""
+    head, handles, _, _ = socket.recv_fds(channel, _LENGTH.size, 1)
+    head += _exactly(channel, _LENGTH.size - len(head)) if head else b""
+    if not head:
+        raise ConnectionError("the other side has closed")
+    doc: dict[str, Any] = json.loads(_exactly(channel, _LENGTH.unpack(head)[0]))
+    return doc, handles[0] if handles else None
+
+
+def _exactly(channel: socket.socket, size: int) -> bytes:
+    found = bytearray()
+    while len(found) < size:
+        chunk = channel.recv(min(1 << 20, size - len(found)))
+        if not chunk:
+            raise ConnectionError("the other side has closed")
+        found += chunk
+    return bytes(found)

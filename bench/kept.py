@@ -32,11 +32,13 @@ class Request:
 
     def take(self, answer: dict[str, Any]) -> None:
         """A chunk; its tokens and their log-probabilities are, each by itself, everything so far or what is new."""
-        meta = answer["meta_info"]
-        logprobs = [entry[0] for entry in meta["output_token_logprobs"]]
-        whole = meta["completion_tokens"]
-        self.tokens = answer["output_ids"] if len(answer["output_ids"]) == whole else self.tokens + answer["output_ids"]
-        self.logprobs = logprobs if len(logprobs) == whole else self.logprobs + logprobs
+        self.tokens = grown(self.tokens, answer["output_ids"])
+        self.logprobs = grown(self.logprobs, [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]])
+
+
+def grown(known: list[Any], told: list[Any]) -> list[Any]:
+    """`told` where it begins with all that is known, else behind it."""
+    return told if told[: len(known)] == known else known + told
 
 
 class Kept:
@@ -113,6 +115,9 @@ class Kept:
         entries = reply.json()["meta_info"]["input_token_logprobs"][1:]  # the first is the prompt's last token
         if [entry[1] for entry in entries] != request.tokens:
             raise SystemExit("the server's log-probabilities are not of the tokens that were asked about")
+        if not len(request.logprobs) == len(request.tokens) == self._new:
+            counts = f"{len(request.tokens)} tokens with {len(request.logprobs)} log-probabilities, not {self._new}"
+            raise SystemExit(f"a request streamed {counts}")
         pairs = list(zip(request.logprobs, (entry[0] for entry in entries), strict=True))
         return [abs(drawn - alone) for drawn, alone in pairs[request.after :]]
 

@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from astracli import registry
+from astracli import registry, upload
 from astracli.adapter import ModelAdapter
 from astracli.gpu import fused
 from astracli.recipe import Recipe
 from astracli.rl import losses
 from astracli.rl.types import Group, Sample, Segment
-from astracli.training import logprob, setup, upload, varlen, weight_gradients
+from astracli.training import logprob, setup, varlen, weight_gradients
 from astracli.training.fsdp import Ranks
 from astracli.training.step import Trainer
 from astracli.training.sums import Sums

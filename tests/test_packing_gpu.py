@@ -201,21 +201,25 @@ def plain_mlp(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch
 def save(directory: Path, **config: Any) -> Path:
     """A random model with head sizes as GPU kernels want them, otherwise small, and activations that stay near 1."""
     assert ADAPTER.tiny_config is not None
-    document = ADAPTER.tiny_config() | {
-        "initializer_range": 0.06,
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 8,
-        "head_dim": 64,
-        "linear_key_head_dim": 64,
-        "linear_value_head_dim": 64,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "partial_rotary_factor": 0.5,
-            "mrope_section": [6, 5, 5],
-        },
-    } | config
+    document = (
+        ADAPTER.tiny_config()
+        | {
+            "initializer_range": 0.06,
+            "hidden_size": 256,
+            "intermediate_size": 512,
+            "num_hidden_layers": 8,
+            "head_dim": 64,
+            "linear_key_head_dim": 64,
+            "linear_value_head_dim": 64,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+                "mrope_section": [6, 5, 5],
+            },
+        }
+        | config
+    )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.for_model(**document)).save_pretrained(directory)
     return directory

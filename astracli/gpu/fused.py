@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from astracli.training import weight_gradients
-from astracli.training.upload import upload
+from astracli.upload import upload
 
 delta_rule_by_torch = False
 """Set by a trainer for which `backend_delta_rule` found that fla's backward pass is wrong or raises on these GPUs."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from astracli.recipe import Recipe
 from astracli.rl.batch import Batch, MicroBatch
 from astracli.rl.losses import Algorithm, Limits, Normaliser, TokenLoss, Tokens
-from astracli.training.upload import upload
+from astracli.upload import upload
 
 
 def token_losses(

@@ -18,7 +18,7 @@ from astracli.rl.batch import Join, MicroBatch, Row, pad_rows
 from astracli.training import packing, varlen
 from astracli.training.logprob import PolicyModel
 from astracli.training.optimizer import Masters
-from astracli.training.upload import upload
+from astracli.upload import upload
 
 ROWS_TOLERANCE = {"cpu": 1e-4, "cuda": 0.25}
 """Largest |difference| of one token. On a GPU bf16 kernels choose other tilings for other shapes, so single tokens

@@ -35,7 +35,7 @@ from astracli.training.logprob import PolicyModel
 from astracli.training.optimizer import Masters
 from astracli.training.parking import Parking
 from astracli.training.sums import Sums, Timer, figures
-from astracli.training.upload import upload
+from astracli.upload import upload
 
 
 @dataclass

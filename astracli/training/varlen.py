@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from astracli.adapter import ModelAdapter
 from astracli.errors import RunFailed
-from astracli.training.upload import upload
+from astracli.upload import upload
 
 NAME = "astra_varlen"
 _UNKNOWN = ("s_aux", "softcap", "position_bias")

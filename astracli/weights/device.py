@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from astracli.training.upload import upload
+from astracli.upload import upload
 from astracli.weights import codec, container
 from astracli.weights.encoder import Planes, Work
 

@@ -1,4 +1,4 @@
-"""A micro-batch's arrays to where they are computed with, without standing still for it.
+"""Arrays to where they are computed with, without standing still for it.
 
 A copy from ordinary memory waits until a GPU has done everything that was asked of it before; from pinned memory it
 takes its place in the queue, and the next kernels are asked for meanwhile. torch keeps the pinned memory until the copy

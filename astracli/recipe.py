@@ -238,8 +238,9 @@ class WeightsTable(Table):
     """With `delta`: every n-th version travels in full."""
     keep: PositiveInt = 12
     """Published versions kept on disk (pinned ones stay besides)."""
-    pause_mode: Literal["abort", "retract", "in_place"] = "abort"
-    """What happens to running requests at an update; `abort` ends their segment and resubmits prompt + prefix."""
+    pause_mode: Literal["abort", "retract", "in_place"] = "in_place"
+    """What happens to running requests at an update. `in_place`: they go on, with the keys and values that they have;
+    `retract`: those are computed anew; `abort`: their segment ends, and prompt + prefix are sent again."""
     background: Literal["auto", "on", "off"] = "auto"
     """Publish a version beside the next training step. `auto`: when the trainer runs on GPUs; never in deterministic
     mode."""

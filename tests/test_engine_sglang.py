@@ -223,8 +223,8 @@ def test_command_line(tmp_path: Path, hub: FakeHub) -> None:
     found = command(alone, Path("/m"), OPTIONS, {})
     assert "--disable-radix-cache" not in found
     for mode, cached in (("retract", False), ("in_place", False), ("abort", True)):
-        weights = alone.recipe.weights.model_copy(update={"pause_mode": mode})
-        asked = replace(alone, recipe=alone.recipe.model_copy(update={"weights": weights}))
+        weights = config.recipe.weights.model_copy(update={"pause_mode": mode})
+        asked = replace(config, recipe=config.recipe.model_copy(update={"weights": weights}))
         assert ("--disable-radix-cache" not in command(asked, Path("/m"), OPTIONS, {})) == cached
     assert {"--load-format=safetensors", "--weight-version=0"} <= set(found)
     assert not any("attention-backend" in part or "linear" in part for part in found)

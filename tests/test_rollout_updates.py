@@ -24,7 +24,7 @@ def test_an_update_ends_segments_and_the_continuation_equals_an_uncut_completion
         world.store.announce(1, 1)
         got.extend(await world.batch(0))
 
-    asyncio.run(world.play(scenario))
+    asyncio.run(world.play(scenario, weights={"pause_mode": "abort"}))
     assert world.engine.events == ["pause abort with 0 running", "applied 1"]
     assert world.fetcher.asked == [(1, 0)]
     cut = [sample for group in got for sample in group.samples if len(sample.segments) == 2]

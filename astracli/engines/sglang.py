@@ -190,7 +190,7 @@ def command(config: WorkerConfig, model: Path, options: Options, flags: Mapping[
     if config.device == "cpu":
         settings |= {"device": "cpu", "disable_overlap_schedule": True, "disable_cuda_graph": True}
         del settings["disable_prefill_cuda_graph"]
-    if not flushes(config.recipe.weights.pause_mode):
+    if from_the_wire(config) and not flushes(config.recipe.weights.pause_mode):
         settings["disable_radix_cache"] = True  # it would hold states of weights that are gone
     if backends.get("serving_attention", "auto") != "auto":
         settings["attention_backend"] = backends["serving_attention"]

@@ -170,7 +170,8 @@ async def ask_all(url: str, recipe: Recipe, prompts: list[list[int]], concurrenc
 
 def ours(args: argparse.Namespace, sets: list[str], groups: int, folder: Path) -> tuple[int, float]:
     """(tokens, seconds) of one `astra rollout`, start-up excluded."""
-    run, out = folder / f"rollout-{time.monotonic_ns()}", folder / "samples.jsonl"
+    run = folder / f"rollout-{time.monotonic_ns()}"
+    out = folder / f"{run.name}.jsonl"
     command = [sys.executable, "-m", "astracli", "rollout", "--recipe", args.recipe, "--n", str(groups)]
     command += ["--out", str(out), "--run-dir", str(run), *(part for s in sets for part in ("--set", s))]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)

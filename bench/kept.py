@@ -27,18 +27,27 @@ class Request:
         self.prompt = [3 + (number + 7 * i) % 97 % 60 for i in range(prompt)]
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
+        self._tokens, self._logprobs = Growth(), Growth()
         self.after = 0
         """First token that is surely drawn by the new weights."""
 
     def take(self, answer: dict[str, Any]) -> None:
         """A chunk; its tokens and their log-probabilities are, each by itself, everything so far or what is new."""
-        self.tokens = grown(self.tokens, answer["output_ids"])
-        self.logprobs = grown(self.logprobs, [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]])
+        self.tokens = self._tokens.grown(self.tokens, answer["output_ids"])
+        logprobs = [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
+        self.logprobs = self._logprobs.grown(self.logprobs, logprobs)
 
 
-def grown(known: list[Any], told: list[Any]) -> list[Any]:
-    """`told` where it begins with all that is known, else behind it."""
-    return told if told[: len(known)] == known else known + told
+class Growth:
+    """Whether a stream tells all so far or what is new: its second chunk shows it, for the rest of the stream."""
+
+    def __init__(self) -> None:
+        self._whole: bool | None = None
+
+    def grown(self, known: list[Any], told: list[Any]) -> list[Any]:
+        if known and self._whole is None:
+            self._whole = len(told) > len(known) and told[: len(known)] == known
+        return told if self._whole else known + told
 
 
 class Kept:
@@ -83,7 +92,9 @@ class Kept:
         began, self.requests = self.requests, [Request(k, self._prompt) for k in range(self._count)]
         await asyncio.gather(*(self._stream(request) for request in self.requests))
         fresh = await self._gaps()
-        left = {"kept_requests": len(began), "kept_before": sum(r.after for r in began) / len(began)}
+        if not gaps:
+            raise SystemExit("every request had ended before the update was over: none was kept through it")
+        left = {"kept_requests": len(began), "kept_before": sum(r.after - MARGIN for r in began) / len(began)}
         return {**left, **_figures("kept", gaps), **_figures("fresh", fresh)}
 
     async def _stream(self, request: Request) -> None:

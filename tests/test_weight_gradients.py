@@ -170,6 +170,19 @@ def test_a_padding_token_has_no_gradient() -> None:
     assert table.weight.grad is None
 
 
+def test_a_layer_whose_forward_was_replaced_or_is_watched_is_asked_itself() -> None:
+    layers: Any = nn.ModuleList([nn.Linear(4, 3, bias=False) for _ in range(3)]).bfloat16()
+    weight_gradients.install(layers, dict(layers.named_parameters()), {})
+    assert all(weight_gradients.served(layer) is not None for layer in layers)
+    seen: list[Any] = []
+    layers[0].forward = lambda x: torch.zeros(2, 3)
+    layers[1].register_forward_hook(lambda *_: seen.append(1))
+    x = torch.ones(2, 4).bfloat16()
+    found = weight_gradients.linears(x, list(layers))
+    assert seen == [1] and not found[0].any() and found[2].any()
+    assert [weight_gradients.served(layer) is None for layer in layers] == [True, True, False]
+
+
 def test_what_something_else_computes_stays_with_autograd() -> None:
     """A layer whose forward was replaced, and an embedding that counts its tokens."""
     model = nn.Sequential(nn.Embedding(9, 4, scale_grad_by_freq=True), nn.Linear(4, 3)).bfloat16()

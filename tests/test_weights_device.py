@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from astracli.errors import RunFailed
-from astracli.weights import codec, device, encoder, payload
+from astracli.weights import channel, codec, coder, device, encoder, payload
 from astracli.weights.manifest import FileEntry
 from astracli.weights.payload import hash_file
 from astracli.weights.snapshot import copies
@@ -47,7 +48,7 @@ def coded(tensors: list[tuple[str, torch.Tensor, torch.Tensor]], piece: int) -> 
     result: list[Coded] = []
     for found in device.compared(tensors, piece, block):
         found.ready.wait()
-        works = encoder.encoded(blocks[found.work.block].numpy(), found.work, 1)
+        works = coder.encoded(blocks[found.work.block].numpy(), found.work, 1)
         for name, described, work in zip(found.names, found.work.pieces, works, strict=True):
             result.append((name, *described[:2], work()))
     return result
@@ -179,15 +180,35 @@ def test_another_process_writes_what_this_one_would(flat: bool, tmp_path: Path) 
 
 def test_a_coder_that_dies_or_cannot_write_ends_the_version_with_the_cause(tmp_path: Path) -> None:
     model = a_model(7, 64)
-    with contextlib.closing(encoder.EncoderProcess(1)) as process, pytest.raises(OSError, match="No such file"):
-        list(process.code(tmp_path / "absent" / "d.bin", 1, device.compared(pairs(model, False), 64, process.block)))
+
+    def code(process: encoder.EncoderProcess, path: Path) -> list[Any]:
+        return list(process.code(path, 1, device.compared(pairs(model, False), 64, process.block)))
+
     with contextlib.closing(encoder.EncoderProcess(1)) as process:
-        process.start()
-        assert process._process is not None
-        process._process.kill()
-        process._process.wait()
+        with pytest.raises(OSError, match="No such file"):
+            code(process, tmp_path / "absent" / "d.bin")
+        assert process._process is None, "what was under way belongs to that file"
+        wanted = code(process, tmp_path / "d.bin")
+        assert len(wanted) > 20
+        child = process._process
+        assert child is not None
+        child.send_signal(signal.SIGINT)  # a terminal's Ctrl-C reaches the whole group
+        assert code(process, tmp_path / "e.bin") == wanted and child.poll() is None
+        child.kill()
+        child.wait()
         with pytest.raises(RunFailed, match="codes weights ended with -9"):
-            list(process.code(tmp_path / "d.bin", 1, device.compared(pairs(model, False), 64, process.block)))
+            code(process, tmp_path / "f.bin")
+        broken = device.compared(pairs(model, False), 64, lambda size: process.block(size) if size < 99 else 1 / 0)  # type: ignore[arg-type,return-value]
+        with pytest.raises(ZeroDivisionError):
+            list(process.code(tmp_path / "g.bin", 1, broken))
+        assert code(process, tmp_path / "h.bin") == wanted
+
+
+def test_a_child_that_is_told_nonsense_ends() -> None:
+    process, link = channel.child("astracli.weights.coder", "2")
+    with link, open("/dev/null", "rb") as file:
+        channel.send(link, {"new": 0, "size": 4096}, file.fileno())
+        assert process.wait(10) == 1
 
 
 class Asked(TorchDispatchMode):

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from astracli.weights import codec, container, digest, host, resident, sglang_loader, staged
+from astracli.weights import codec, container, digest, host, payload, resident, sglang_loader, staged
 from astracli.weights.decoder import DecoderProcess
 from astracli.weights.device import bits_torch
 from astracli.weights.digest import bits_of
 from astracli.weights.manifest import Manifest, seal, version_name
 from astracli.weights.publisher import Publisher
-from astracli.weights.snapshot import Shard
+from astracli.weights.snapshot import Shard, copies
 from astracli.weights.staged import Placement
 
 pytestmark = pytest.mark.gpu
@@ -115,6 +115,32 @@ def test_a_publisher_writes_the_same_files_from_device_tensors(tmp_path: Path) -
         publisher.close()
     names = sorted(p.relative_to(tmp_path / "cpu") for p in (tmp_path / "cpu").rglob("*.*"))
     assert len(names) == 3 * 2 + 4 * 2
+    for name in names:
+        assert (tmp_path / "cuda" / name).read_bytes() == (tmp_path / "cpu" / name).read_bytes(), name
+
+
+def test_many_passes_beside_a_stream_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Published in the background while the main stream overwrites what was published and takes new memory."""
+    monkeypatch.setattr(payload, "PIECE", 1 << 10)
+    versions = [model_weights()]
+    while len(versions) < 6:
+        versions.append(later(versions[-1], len(versions)))
+    plain, beside = Publisher(tmp_path / "cpu"), Publisher(tmp_path / "cuda", threads=4)
+    live = {name: tensor.cuda() for name, tensor in versions[0].items()}
+    for version, weights in enumerate(versions):
+        plain.publish(version, weights)
+        for name, tensor in live.items():
+            tensor.copy_(weights[name])
+        beside.publish_async(version, copies(live, {name: tensor.dtype for name, tensor in live.items()}), owned=True)
+        for _ in range(20):
+            taken = [torch.randn(1 << 20, device="cuda") for _ in range(4)]
+            for tensor in live.values():
+                tensor.normal_()
+        del taken
+    plain.close()
+    beside.close()
+    names = sorted(p.relative_to(tmp_path / "cpu") for p in (tmp_path / "cpu").rglob("delta-*"))
+    assert len(names) == 5
     for name in names:
         assert (tmp_path / "cuda" / name).read_bytes() == (tmp_path / "cpu" / name).read_bytes(), name
 

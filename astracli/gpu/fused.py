@@ -134,7 +134,7 @@ def _one_number(value: float, device: torch.device) -> Tensor:
 def _mlp(module: Any, x: Tensor) -> Tensor:
     """down(silu(gate) * up); the product is not kept but made again in the backward pass."""
     layers = module.gate_proj, module.up_proj, module.down_proj
-    sums = [weight_gradients.of(layer.weight) for layer in layers]
+    sums = [weight_gradients.served(layer) for layer in layers]
     kernels, down = fla(), module.down_proj
     result: Tensor
     if None not in sums and all(layer.bias is None for layer in layers):

@@ -84,6 +84,12 @@ def _plain(module: Any) -> bool:
     return type(module) is nn.Linear
 
 
+def served(layer: Any) -> Accumulator | None:
+    """Where the products of a linear layer add its weight's gradient; None where something else computes with it."""
+    own = getattr(vars(layer).get("forward"), "func", None) is _linear_forward
+    return of(layer.weight) if own and not layer._forward_hooks and not layer._forward_pre_hooks else None
+
+
 def _linear_forward(module: nn.Linear, x: Tensor) -> Tensor:
     if of(module.weight) is None:
         return nn.functional.linear(x, module.weight, module.bias)
@@ -94,8 +100,8 @@ def _linear_forward(module: nn.Linear, x: Tensor) -> Tensor:
 def linears(x: Tensor, layers: Sequence[Any]) -> list[Tensor]:
     """Linear layers of one input: their outputs. Where all are served, the gradient of the input is added up inside
     the products too."""
-    sums = [of(layer.weight) for layer in layers]
-    if any(found is None or "forward" not in vars(layer) for found, layer in zip(sums, layers, strict=True)):
+    sums = [served(layer) for layer in layers]
+    if None in sums:
         return [layer(x) for layer in layers]
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
     return list(_Linears.apply(x, sums, biases, *weights, *biases))
@@ -158,7 +164,7 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, None]:
         tokens, weight = ctx.saved_tensors
         tokens_N = tokens.reshape(-1)
-        grad_ND = grads[0].reshape(len(tokens_N), -1).float()
+        grad_ND = grads[0].reshape(-1, grads[0].shape[-1]).float()
         if ctx.padding is not None:
             grad_ND = grad_ND.masked_fill((tokens_N == ctx.padding)[:, None], 0.0)
         # not `index_add_`: on a GPU it adds in any order

@@ -1,7 +1,7 @@
 """The difference between two versions in torch operations, on the GPU where they lie: only coded bytes go to the host.
 
 The GPU compares, gap-codes and splits into byte planes; they are copied into memory from which another process
-compresses them (`encoder`). The bytes are those of the numpy path. Operations are the same on every device, so that a
+compresses them (`coder`). The bytes are those of the numpy path. Operations are the same on every device, so that a
 CPU can test them.
 
 Whoever asks a GPU how many values changed stands still until it has done everything before, and where an engine
@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ import torch
 
 from astracli.upload import upload
 from astracli.weights import codec, container
-from astracli.weights.encoder import Planes, Work
+from astracli.weights.coder import Planes, Work
 
 _PIECES_AT_ONCE = 16
 """Pieces of one pass on the device: bounds its temporaries to some 50 bytes for each change among 64 M elements."""
@@ -197,7 +197,13 @@ class _Pass:
             len(codec.candidates(p.range.new.element_size(), high - low, p.end - p.first)) > 1
             for p, (low, high) in zip(pieces, bounds, strict=True)
         ]
-        arrays = [] if all(choice) else self._planes(pieces, bounds)
+        sparse = [p for p, whole in zip(pieces, choice, strict=True) if not whole]
+        sizes = [high - low for (low, high), whole in zip(bounds, choice, strict=True) if not whole]
+        ends = [0, *accumulate(sizes)]
+        for piece, whole in zip(pieces, choice, strict=True):
+            if whole and sparse:  # else its changes would stand in the planes
+                self.changed[piece.first : piece.end].fill_(False)
+        arrays = self._planes(sparse, list(pairwise(ends))) if sparse else []
         planes = len(arrays)
         for piece, whole in zip(pieces, choice, strict=True):
             arrays += piece.bits() if whole else ()
@@ -206,16 +212,18 @@ class _Pass:
         for start, array in zip(starts, arrays, strict=False):
             memory[start : start + array.nbytes].copy_(array.view(-1).view(torch.uint8), non_blocking=True)
         whole_at = iter(zip(starts[planes::2], starts[planes + 1 :: 2], strict=False))
+        found_at = pairwise(ends)
         described = [
-            (p.start, p.end - p.first, p.range.new.element_size(), *bound, *(next(whole_at) if whole else (-1, -1)))
-            for p, bound, whole in zip(pieces, bounds, choice, strict=True)
+            (p.start, p.end - p.first, p.range.new.element_size())
+            + ((0, 0, *next(whole_at)) if whole else (*next(found_at), -1, -1))
+            for p, whole in zip(pieces, choice, strict=True)
         ]
-        where = Planes(starts[0], starts[1], starts[2], starts[3], bounds[-1][1]) if planes else None
+        where = Planes(starts[0], starts[1], starts[2], starts[3], ends[-1]) if planes else None
         return Found(Work(number, where, described), [p.range.name for p in pieces], Event(self.device))
 
     def _planes(self, pieces: list[_Piece], bounds: list[tuple[int, int]]) -> list[torch.Tensor]:
         """uint8 gaps [C], int32 long gaps [E], how many of those up to the end of each piece (int32), uint8 byte planes
-        of the values [W, C]. `bounds`: of each changed piece, its changes among those of the pass."""
+        of the values [W, C]. `bounds`: of each of these pieces, its changes among theirs."""
         total = bounds[-1][1]
         at = torch.nonzero_static(self.changed, size=total).view(-1)  # int64 [C]
         edges = np.asarray(

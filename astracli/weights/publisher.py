@@ -210,8 +210,10 @@ class Publisher:
         self._stream = self._stream or torch.cuda.Stream(next(iter(taken.tensors.values())).flat.device)
         with torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):
             self._stream.wait_event(taken.ready)
-            yield
-            self._stream.synchronize()
+            try:
+                yield
+            finally:  # it reads what the caller may free
+                self._stream.synchronize()
 
     def _publish(self, version: int, tensors: dict[str, payload.Local], lanes: dict[str, str] | None) -> PublishResult:
         begin = time.perf_counter()

@@ -14,8 +14,8 @@ and no evaluation is pinned there: gate, abort, drain, pause, settle (no read-ba
 KV cache and weights (the engine keeps a copy of them in host memory), give the card; then wait for the card, take the
 memory back and continue.
 
-`in_place`, the default, and `retract` leave requests running: the gate stays open, and what comes back carries the *oldest* version
-that was in force during its request, so that staleness is never understated.
+`in_place`, the default, and `retract` leave requests running: the gate stays open, and what comes back carries the
+*oldest* version that was in force during its request, so that staleness is never understated.
 An update that fails is repeated once with a full payload; a second failure ends the run. A read-back that finds other
 weights closes the gate, loses what was generated meanwhile, and is answered by a full payload too.
 """

@@ -1,0 +1,178 @@
+"""Codes the changes that a GPU found, and writes them: `python -m astracli.weights.coder SOCKET_FD THREADS`.
+
+The child of `encoder.EncoderProcess`; it ends with its trainer. Both sides of one socket pair. To the child: `new` (a
+block of memory, with its descriptor), `begin` (a file), `work`, `end`. From it: an answer to every `work` and `end`, in
+order.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from astracli.weights import channel, codec, container
+from astracli.weights.writing import HashingFile
+
+Bits = np.ndarray[Any, Any]
+
+
+class Planes(NamedTuple):
+    """Where in a block the gaps and values of a pass lie, bytes."""
+
+    short: int
+    """uint8 [C]"""
+    long: int
+    """int32: gaps of 255 and more"""
+    up_to: int
+    """int32: how many of those up to the end of each piece that they hold"""
+    values: int
+    """uint8 [2, C], the lower bytes first"""
+    changes: int
+    """C"""
+
+
+class Work(NamedTuple):
+    """The changed pieces of one pass, as they lie in a block."""
+
+    block: int
+    planes: Planes | None
+    pieces: list[tuple[int, int, int, int, int, int, int]]
+    """(start, length, bytes of an element, first change in the planes, behind the last, where its old bits are, where
+    its new): the planes hold what is needed, and the last two are -1, or those two say where all of it is."""
+
+
+class Coded(NamedTuple):
+    """One piece's payload in the file."""
+
+    start: int
+    length: int
+    offset: int
+    size: int
+    checksum: str
+    encoding: str
+    changes: int
+
+
+def encoded(memory: Bits, work: Work, level: int) -> list[Callable[[], codec.Encoded]]:
+    """What codes each piece of a work, in any thread. `memory`: its block, uint8."""
+    found: list[Callable[[], codec.Encoded]] = []
+    up_to = np.zeros(0, np.int32)
+    if work.planes is not None:
+        up_to = memory[work.planes.up_to :][: 4 * len(work.pieces)].view(np.int32)
+    number = 0  # of those whose changes the planes hold
+    for _, length, itemsize, low, high, old_at, new_at in work.pieces:
+        if old_at >= 0 or work.planes is None:
+            # a piece with a choice of encodings, which are tried on samples: it is dense, or small
+            unsigned = container.unsigned(itemsize)
+            old, new = (memory[at : at + length * itemsize].view(unsigned) for at in (old_at, new_at))
+            found.append(partial(codec.encode, old, new, level))
+        else:
+            far = slice(int(up_to[number - 1]) if number else 0, int(up_to[number]))
+            number += 1
+            found.append(partial(_from_planes, memory, work.planes, length, slice(low, high), far, level))
+    return found
+
+
+def _from_planes(
+    memory: Bits, at: Planes, length: int, changes: slice, far: slice, level: int
+) -> codec.Encoded:  # fmt: skip
+    short = memory[at.short : at.short + at.changes][changes]
+    long = memory[at.long + 4 * far.start : at.long + 4 * far.stop].view(np.int32)
+    values = [memory[at.values + k * at.changes :][: at.changes][changes] for k in range(2)]
+    payload = container.assemble("gap-ulp", length, len(short), short, long, values, level)
+    return codec.Encoded("gap-ulp", len(short), payload)
+
+
+def serve(link: socket.socket, threads: int) -> None:
+    """Answer until the trainer is gone."""
+    blocks: dict[int, Bits] = {}
+    jobs: queue.SimpleQueue[Callable[[], dict[str, Any]] | None] = queue.SimpleQueue()
+    writer = threading.Thread(target=_answers, args=(link, jobs))
+    writer.start()
+    try:
+        with ThreadPoolExecutor(threads, "encode") as pool:
+            _listen(link, pool, jobs, blocks)
+    finally:  # or nothing would end this process
+        jobs.put(None)
+        writer.join()
+
+
+def _listen(
+    link: socket.socket, pool: ThreadPoolExecutor, jobs: queue.SimpleQueue[Callable[[], dict[str, Any]] | None],
+    blocks: dict[int, Bits],
+) -> None:  # fmt: skip
+    out, level = None, 1
+    while True:
+        try:
+            doc, handle = channel.receive(link)
+        except OSError:
+            return
+        if handle is not None:
+            blocks[doc["new"]] = np.frombuffer(mmap.mmap(handle, doc["size"]), np.uint8)
+            os.close(handle)
+        elif "begin" in doc:
+            out, level = HashingFile(Path(doc["begin"])), doc["level"]
+        elif out is not None and "work" in doc:
+            block, planes, pieces = doc["work"]
+            work = Work(block, Planes(*planes) if planes else None, pieces)
+            futures = [pool.submit(_timed, one) for one in encoded(blocks[block], work, level)]
+            jobs.put(partial(_written, out, work, futures))
+        elif out is not None:
+            jobs.put(partial(_ended, out))
+
+
+def _answers(link: socket.socket, jobs: queue.SimpleQueue[Callable[[], dict[str, Any]] | None]) -> None:
+    """Write what is coded, in the order in which it was asked for, and say so."""
+    while (job := jobs.get()) is not None:
+        try:
+            doc = job()
+        except OSError as error:  # of the disk
+            doc = {"error": [error.errno, error.strerror, error.filename]}
+        except Exception as error:
+            doc = {"error": f"weights were not coded: {type(error).__name__}: {error}"}
+        try:
+            channel.send(link, doc)
+        except OSError:
+            return
+
+
+def _timed(work: Callable[[], codec.Encoded]) -> tuple[codec.Encoded, float]:
+    begin = time.perf_counter()
+    return work(), time.perf_counter() - begin
+
+
+def _written(out: HashingFile, work: Work, futures: list[Future[tuple[codec.Encoded, float]]]) -> dict[str, Any]:
+    pieces, encode_s, write_s = [], 0.0, 0.0
+    for (start, length, *_), future in zip(work.pieces, futures, strict=True):
+        found, seconds = future.result()
+        begin = time.perf_counter()
+        offset = out.write(found.payload)
+        checksum = xxhash.xxh3_128_hexdigest(found.payload)
+        pieces.append(Coded(start, length, offset, len(found.payload), checksum, found.encoding, found.count))
+        write_s += time.perf_counter() - begin
+        encode_s += seconds
+    return {"pieces": pieces, "encode_s": encode_s, "write_s": write_s}
+
+
+def _ended(out: HashingFile) -> dict[str, Any]:
+    return {"files": {name: (entry.bytes, entry.xxh3) for name, entry in out.close().items()}}
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's is for the trainer, whose end is ours
+    with socket.socket(fileno=int(sys.argv[1])) as connection:
+        serve(connection, int(sys.argv[2]))

@@ -29,7 +29,10 @@ MORE = 4
 FIRST_STEPS = 1
 """Left out: the first batch is waited for while nothing else can be done."""
 
-Limit = Literal["generation", "training", "turns", "each other", "nothing"]
+HELD = 0.5
+"""Share of the engines' idle time, spent in evaluations, from which these are what the trainer waits for."""
+
+Limit = Literal["generation", "training", "turns", "evaluation", "each other", "nothing"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Seen:
     idle_s: float
     trained_tokens: float
     generated_tokens: float
+    held_s: float = 0.0
+    """In which an evaluation held an engine at its version while steps were due."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +91,13 @@ def judge(seen: Seen, setting: Setting) -> Balance | None:
     working = seen.step_s - seen.wait_s
     generated = setting.engines * seen.generated_tokens / seen.engine_s if seen.engine_s > 0 else None
     trained = seen.trained_tokens / working if working > 0 else None
-    limit, factor = _limit(wait, idle, setting)
+    held = seen.held_s >= HELD * seen.idle_s
+    limit, factor = _limit(wait, idle, held, setting)
     words, change = _words(limit, factor, wait, idle, setting)
     return Balance(limit, wait, idle, factor, generated, trained, words, change)
 
 
-def _limit(wait: float, idle: float | None, setting: Setting) -> tuple[Limit, float | None]:
+def _limit(wait: float, idle: float | None, held: bool, setting: Setting) -> tuple[Limit, float | None]:
     if wait <= LITTLE:
         if idle is None or idle <= IDLE:
             return "nothing", None
@@ -99,7 +105,7 @@ def _limit(wait: float, idle: float | None, setting: Setting) -> tuple[Limit, fl
     if setting.turns:
         return "turns", None
     if idle is not None and idle > BOTH:
-        return "each other", None
+        return "evaluation" if held else "each other", None
     return "generation", min(FASTEST, 1 / max(1e-3, 1 - wait))
 
 
@@ -117,6 +123,10 @@ def _words(limit: Limit, factor: float | None, wait: float, idle: float | None, 
             words,
             "a GPU of its own for each (resources.share_gpus=false), or larger train.batch_groups: fewer turns",
         )
+    if limit == "evaluation":
+        one = "the engine" if setting.engines == 1 else "an engine"
+        words = f"evaluations hold up both: {waited}, and {back}, most of it while one held {one} at its version"
+        return words, "a larger eval.every, fewer eval.samples, or a higher eval.max_concurrency"
     if limit == "each other":
         words = f"neither is too slow: {waited}, and {back}"
         if setting.staleness == 0:
@@ -179,7 +189,21 @@ def _seen(records: Sequence[Record], first: int) -> Seen:
         idle_s=sum(r["idle_s"] for r in told),
         trained_tokens=sum(r.get("tokens", 0.0) for r in steps),
         generated_tokens=sum(r["rollout_tokens_per_s"] * r["interval_s"] for r in told),
+        held_s=_held(records, steps),
     )
+
+
+def _held(records: Sequence[Record], steps: Sequence[Record]) -> float:
+    """Seconds of these steps in which an evaluation ran."""
+    if not steps:
+        return 0.0
+    first, last = min(r["time"] - r["step_s"] for r in steps), max(r["time"] for r in steps)
+    spans: dict[int, tuple[float, float]] = {}  # the benchmarks of a version go together
+    for r in records:
+        if r.get("process") == "eval" and "eval_wall_s" in r:
+            begin, end = spans.get(r["version"], (r["time"], r["time"]))
+            spans[r["version"]] = (min(begin, r["time"] - r["eval_wall_s"]), max(end, r["time"]))
+    return sum(max(0.0, min(end, last) - max(begin, first)) for begin, end in spans.values())
 
 
 def _setting(recipe: Recipe, plan: Mapping[str, Any]) -> Setting:

@@ -81,6 +81,26 @@ def test_each_waits_for_the_other() -> None:
     assert turns.limit == "turns" and "share_gpus=false" in turns.change
 
 
+def test_an_evaluation_that_holds_the_engine_is_what_both_wait_for() -> None:
+    # idle 100 of 200 engine seconds: at least half of that in evaluations
+    held = judged(wait_s=30.0, idle_s=100.0, held_s=50.0)
+    assert held.limit == "evaluation" and held.factor is None and "held an engine" in held.words
+    assert held.change == "a larger eval.every, fewer eval.samples, or a higher eval.max_concurrency"
+    assert judged(wait_s=30.0, idle_s=100.0, held_s=49.0).limit == "each other"
+    assert judged(wait_s=45.0, held_s=50.0).limit == "generation", "engines that have enough to do"
+
+
+def test_seconds_of_evaluations_while_steps_were_due() -> None:
+    steps = [trained(1, 2.0, 0.0), trained(2, 2.0, 0.0)]  # from 100 to 104
+    one = {"process": "eval", "version": 1, "eval_wall_s": 3.0, "time": 101.5}  # from 98.5: 1.5 s of it
+    other = {"process": "eval", "version": 2, "eval_wall_s": 1.0, "time": 103.0}
+    beside = {"process": "eval", "version": 2, "eval_wall_s": 0.5, "time": 103.5}  # 102 to 103.5 together
+    last = {"process": "eval", "version": 3, "eval_wall_s": 9.0, "time": 114.0}
+    overall = {"process": "eval", "version": 1, "time": 101.5, "benchmark": "overall"}
+    assert balance._held([one, other, beside, last, overall], steps) == pytest.approx(3.0)
+    assert balance._held([one], []) == 0.0
+
+
 def test_without_a_word_of_the_engines_or_a_step() -> None:
     silent = judged(engine_s=0.0, idle_s=0.0)
     assert silent.limit == "nothing" and silent.idle_share is None and silent.generated_tokens_per_s is None
@@ -88,7 +108,9 @@ def test_without_a_word_of_the_engines_or_a_step() -> None:
 
 
 def trained(step: int, step_s: float, wait_s: float) -> dict[str, Any]:
-    return {"process": "trainer", "step": step, "step_s": step_s, "wait_s": wait_s, "tokens": 500.0}
+    """Steps end at 100, 102, 104, ..."""
+    times = {"time": 100.0 + 2 * step, "step_s": step_s, "wait_s": wait_s}
+    return {"process": "trainer", "step": step, "tokens": 500.0, **times}
 
 
 def updated(version: int, interval_s: float, idle_s: float) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import asyncio
 import json
 from typing import Any
 
-import httpx
+from meter import Streams
 
 MARGIN = 16
 """Tokens behind those that had arrived when the update was over: drawn before, delivered later (every 8th step)."""
@@ -50,34 +50,23 @@ class Growth:
         return told if self._whole else known + told
 
 
-class Kept:
+class Kept(Streams):
     """`count` requests of `prompt` tokens that generate `new` more."""
 
     def __init__(self, url: str, token: str, count: int, prompt: int, new: int):
-        self._http = httpx.AsyncClient(
-            base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=None, trust_env=False
-        )
+        super().__init__(url, token)
         self._prompt, self._new, self._count = prompt, new, count
-        self._tasks: list[asyncio.Task[None]] = []
         self.requests: list[Request] = []
 
     async def __aenter__(self) -> Kept:
         return self
-
-    async def __aexit__(self, *_: object) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._http.aclose()
 
     async def begin(self, least: int) -> None:
         """Until each request has `least` tokens."""
         self.requests = [Request(k, self._prompt) for k in range(self._count)]
         self._tasks = [asyncio.create_task(self._stream(request)) for request in self.requests]
         while any(len(request.tokens) < least for request in self.requests):
-            for task in self._tasks:
-                if task.done():
-                    task.result()
+            self.check()
             await asyncio.sleep(0.005)
 
     def updated(self) -> None:

@@ -26,25 +26,14 @@ COUNT = re.compile(r'"completion_tokens": ?(\d+)')
 interpreter from the threads whose work is measured."""
 
 
-class Meter:
-    """`running` streams with contexts of up to `budget` tokens; counts what arrives when."""
+class Streams:
+    """Requests that a server answers bit by bit, until the end of the block."""
 
-    def __init__(self, url: str, token: str, running: int, budget: int = 1500):
-        self._body: dict[str, Any] = {"stream": True, "sampling_params": {"temperature": 1.0, "ignore_eos": True}}
-        self._running, self._budget = running, budget
-        limits = httpx.Limits(max_connections=running + 8, max_keepalive_connections=running + 8)
+    def __init__(self, url: str, token: str, limits: httpx.Limits | None = None):
         headers = {"Authorization": f"Bearer {token}"}
-        self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=None, limits=limits, trust_env=False)
+        kept = limits or httpx.Limits(max_connections=100, max_keepalive_connections=20)
+        self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=None, limits=kept, trust_env=False)
         self._tasks: list[asyncio.Task[None]] = []
-        self._open, self._idle, self._sent = asyncio.Event(), asyncio.Event(), 0
-        self._open.set()
-        self._idle.set()
-        self.arrived: list[tuple[float, int]] = []
-        """(when, tokens)"""
-
-    async def __aenter__(self) -> Meter:
-        self._tasks = [asyncio.create_task(self._stream(k)) for k in range(self._running)]
-        return self
 
     async def __aexit__(self, *_: object) -> None:
         for task in self._tasks:
@@ -57,6 +46,24 @@ class Meter:
         for task in self._tasks:
             if task.done():
                 task.result()
+
+
+class Meter(Streams):
+    """`running` streams with contexts of up to `budget` tokens; counts what arrives when."""
+
+    def __init__(self, url: str, token: str, running: int, budget: int = 1500):
+        self._body: dict[str, Any] = {"stream": True, "sampling_params": {"temperature": 1.0, "ignore_eos": True}}
+        self._running, self._budget = running, budget
+        super().__init__(url, token, httpx.Limits(max_connections=running + 8, max_keepalive_connections=running + 8))
+        self._open, self._idle, self._sent = asyncio.Event(), asyncio.Event(), 0
+        self._open.set()
+        self._idle.set()
+        self.arrived: list[tuple[float, int]] = []
+        """(when, tokens)"""
+
+    async def __aenter__(self) -> Meter:
+        self._tasks = [asyncio.create_task(self._stream(k)) for k in range(self._running)]
+        return self
 
     async def _stream(self, k: int) -> None:
         done = k * self._budget // self._running

@@ -102,6 +102,8 @@ class Case:
     threads: int
     folder: Path
     read: Callable[[Path], staged.Prepared] = staged.prepare
+    encoder: EncoderProcess | None = None
+    """On a GPU; it lives as long as a trainer."""
 
     def clock(self) -> float:
         if self.device == "cuda":
@@ -149,14 +151,12 @@ def ours(case: Case) -> Cost:
     """The publisher's own steps between snapshot and STABLE, and the engine's between plan and proof."""
     old = {name: local(tensor, copy=False) for name, tensor in case.base.items()}
     now = {name: local(tensor, copy=False) for name, tensor in case.new.items()}
-    with case.pool() as pool, contextlib.closing(EncoderProcess(case.threads)) as encoder:
-        if case.device == "cuda":
-            encoder.start()  # it lives as long as a trainer
+    with case.pool() as pool:
         begin = case.clock()
         lanes = digest.digest_many([(t.flat, 0) for t in now.values()])
         names = {name: digest.to_hex(found) for name, found in zip(now, lanes, strict=True)}
         digested_s = case.clock() - begin
-        part = payload.write_delta(case.folder, 0, now, old, names, 1, pool.map, encoder)
+        part = payload.write_delta(case.folder, 0, now, old, names, 1, pool.map, case.encoder)
         manifest = payload.merge([part], model="bench", version=1, base_version=0, frozen_digests={})
         (case.folder / "manifest.json").write_bytes(manifest.to_bytes())
         encode_s = case.clock() - begin
@@ -257,7 +257,7 @@ def measure(
     rows: list[dict[str, Any]] = []
     drawn: tuple[tuple[float, int], Weights, Weights] | None = None
     took: dict[str, float] = {}
-    with contextlib.closing(DecoderProcess()) as child:
+    with contextlib.closing(DecoderProcess()) as child, contextlib.closing(EncoderProcess(threads)) as encoder:
         read = child.prepare if device == "cuda" else staged.prepare
         for (lr, steps), method in order:
             begin = time.perf_counter()
@@ -273,7 +273,7 @@ def measure(
             lossless = True
             for _ in range(repeats[method]):
                 engine = {name: tensor.clone() for name, tensor in base.items()}
-                found.append(METHODS[method](Case(base, new, engine, device, threads, folder, read)))
+                found.append(METHODS[method](Case(base, new, engine, device, threads, folder, read, encoder)))
                 lossless = lossless and same_bits(engine, new)
             best, quickest = min(found, key=lambda c: c.encode_s), min(found, key=lambda c: c.decode_s)
             elements = sum(t.numel() for t in base.values())

@@ -46,14 +46,6 @@ def chain(count: int) -> list[Weights]:
     return found
 
 
-def same(one: Weights, two: Weights) -> bool:
-    return one.keys() == two.keys() and all(digest_tensor(one[n]) == digest_tensor(two[n]) for n in one)
-
-
-def copies(weights: Weights) -> Weights:
-    return {name: tensor.clone() for name, tensor in weights.items()}
-
-
 def stage(directory: Path, versions: list[Weights], steps: list[str], **options: Any) -> Path:
     """Publish `versions` and stage `steps` of them, as a subscriber on the same disk would."""
     publisher = Publisher(directory / "weights", model_name="fake", keep=100, **options)

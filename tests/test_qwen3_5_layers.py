@@ -8,25 +8,11 @@ from typing import Any
 import pytest
 import torch
 from hybrid import row, tiny_text
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3_5ForCausalLM,
-    Qwen3_5TextConfig,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import Qwen3_5ForCausalLM
 from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
-from astracli.adapters import llama, qwen3, qwen3_5
+from astracli.adapters import qwen3_5
 from astracli.training import varlen
-
-FAMILIES = [
-    (qwen3_5.ADAPTER, Qwen3_5TextConfig, Qwen3_5ForCausalLM),
-    (qwen3.ADAPTER, Qwen3Config, Qwen3ForCausalLM),
-    (llama.ADAPTER, LlamaConfig, LlamaForCausalLM),
-]
-
 
 LENGTHS = (37, 90, 5, 70)
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from staged_tools import Weights, chain, copies, delta, restage, same, stage
+from staged_tools import Weights, chain, delta, restage, stage
+from transfer_tools import copies, same
 
 from astracli.errors import RunFailed
 from astracli.weights import WeightCorrupt, WeightMismatch, codec, container, resident, staged

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from staged_tools import Weights, chain, copies, delta, restage, same, stage
+from staged_tools import Weights, chain, delta, restage, stage
+from transfer_tools import copies, same
 
 from astracli.weights import WeightCorrupt, WeightMismatch, channel, decoder, flat, reading, staged
 from astracli.weights.codec import Update

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from staged_tools import FusedModel, chain, delta, entries, first_weights, restage, same, stage, wait_for
+from staged_tools import FusedModel, chain, delta, entries, first_weights, restage, stage, wait_for
 from torch import nn
+from transfer_tools import same
 
 from astracli.weights import WeightMismatch, sglang_loader, staged, watcher
 from astracli.weights.placement import PlacementRecorder

@@ -55,7 +55,7 @@ class Work(NamedTuple):
     its new): the planes hold what is needed, and the last two are -1, or those two say where all of it is."""
 
 
-class Coded(NamedTuple):
+class Stored(NamedTuple):
     """One piece's payload in the file."""
 
     start: int
@@ -162,7 +162,7 @@ def _written(out: HashingFile, work: Work, futures: list[Future[tuple[codec.Enco
         begin = time.perf_counter()
         offset = out.write(found.payload)
         checksum = xxhash.xxh3_128_hexdigest(found.payload)
-        pieces.append(Coded(start, length, offset, len(found.payload), checksum, found.encoding, found.count))
+        pieces.append(Stored(start, length, offset, len(found.payload), checksum, found.encoding, found.count))
         write_s += time.perf_counter() - begin
         encode_s += seconds
     return {"pieces": pieces, "encode_s": encode_s, "write_s": write_s}

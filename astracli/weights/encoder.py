@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from astracli.errors import RunFailed
 from astracli.weights import channel
-from astracli.weights.coder import Coded
+from astracli.weights.coder import Stored
 from astracli.weights.manifest import FileEntry
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class EncoderProcess:
             os.close(handle)
         return number
 
-    def code(self, path: Path, level: int, found: Iterable[Found]) -> Iterator[tuple[str, Coded]]:
+    def code(self, path: Path, level: int, found: Iterable[Found]) -> Iterator[tuple[str, Stored]]:
         """Every piece of what was found, in order, as it lies in the file `path`, with its tensor's name. Afterwards
         `files` and the seconds are those of this file. Raises RunFailed when the child is gone, OSError when it
         cannot write. After any error the next file gets another child."""
@@ -122,13 +122,13 @@ class EncoderProcess:
             self.close()
             raise
 
-    def _answer(self, one: Found) -> Iterator[tuple[str, Coded]]:
+    def _answer(self, one: Found) -> Iterator[tuple[str, Stored]]:
         doc = self._told()
         self.encode_s += doc["encode_s"]
         self.write_s += doc["write_s"]
         self._free.append(one.work.block)
         for name, piece in zip(one.names, doc["pieces"], strict=True):
-            yield name, Coded(*piece)
+            yield name, Stored(*piece)
 
     def _told(self) -> dict[str, Any]:
         doc, _ = channel.receive(self.start())

@@ -306,7 +306,8 @@ def test_signal_stops_all_within_five_seconds(logs: Path, signum: int) -> None:
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
     wait_for(lambda: (logs / "rollout.log").exists() and (logs / "rollout.log").read_text().strip())
     wait_for(lambda: "deaf" in (logs / "trainer.log").read_text())
-    wait_for(lambda: (logs / "pids").exists() and len((logs / "pids").read_text().split()) == 2)  # children were quicker
+    # the children may have been quicker
+    wait_for(lambda: (logs / "pids").exists() and len((logs / "pids").read_text().split()) == 2)
     pids = [int(p) for p in (logs / "pids").read_text().split()] + [int((logs / "rollout.log").read_text())]
     assert len(pids) == 3 and all(alive(pid) for pid in pids)
     began = time.monotonic()

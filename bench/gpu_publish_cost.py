@@ -40,17 +40,24 @@ WARM_UP = 3
 
 
 def step(trainer: Trainer, sample: Any, number: int, publisher: Publisher | None, version: int) -> dict[str, float]:
-    """Seconds of one step, and of the snapshot at its beginning."""
+    """Seconds of one step, of the copy at its beginning, and until the publisher has it."""
     device = trainer.ranks.device
     settle(device)
     began = time.perf_counter()
+    copied = began
     if publisher is not None:
-        publisher.publish_async(version, trainer.masters.wire_shards(), owned=True)
-    copied = time.perf_counter()
+        tensors = trainer.masters.wire_shards()
+        copied = time.perf_counter()
+        publisher.publish_async(version, tensors, owned=True)
+    handed = time.perf_counter()
     trainer.train(sample, number, number)
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()  # not the publisher's stream
-    return {"step_s": time.perf_counter() - began, "snapshot_s": copied - began}
+    ended = time.perf_counter()
+    found = {"step_s": ended - began, "copy_s": copied - began, "hand_over_s": handed - copied}
+    if device.type == "cuda":
+        found["reserved_gib"] = torch.cuda.memory_reserved(device) / 2**30
+    return found
 
 
 def published(result: PublishResult | None) -> dict[str, Any]:
@@ -84,7 +91,8 @@ def measure(trainer: Trainer, publisher: Publisher, draw: Any, pairs: int, limit
             found = step(trainer, sample, number, publisher if on else None, version)
             row["on_s" if on else "off_s"] = found["step_s"]
             if on:
-                row |= {"snapshot_s": found["snapshot_s"], **published(publisher.wait())}
+                del found["step_s"]
+                row |= found | published(publisher.wait())
         last = (time.perf_counter() - begin) / 2
         rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,8 @@ from astracli.weights import channel, codec, container
 from astracli.weights.writing import HashingFile
 
 Bits = np.ndarray[Any, Any]
+_BEHIND = 5
+"""More niceness than the trainer's and the engine's: they keep a GPU busy, and nobody waits for us."""
 
 
 class Planes(NamedTuple):
@@ -67,34 +70,53 @@ class Stored(NamedTuple):
     changes: int
 
 
-def encoded(memory: Bits, work: Work, level: int) -> list[Callable[[], codec.Encoded]]:
-    """What codes each piece of a work, in any thread. `memory`: its block, uint8."""
-    found: list[Callable[[], codec.Encoded]] = []
-    up_to = np.zeros(0, np.int32)
+Job = Callable[[], "list[tuple[int, codec.Encoded]]"]
+"""Codes some pieces of a work: their numbers in it, and what became of them."""
+
+
+def encoded(memory: Bits, work: Work, level: int, threads: int) -> list[Job]:
+    """What codes a work, in any thread. `memory`: its block, uint8. `threads`: of zstd's, beside the one that asks."""
+    jobs: list[Job] = []
+    in_planes = []
+    for number, (_, length, itemsize, _, _, old_at, new_at) in enumerate(work.pieces):
+        if old_at < 0:
+            in_planes.append(number)
+            continue
+        # a piece with a choice of encodings, which are tried on samples: it is dense, or small
+        unsigned = container.unsigned(itemsize)
+        old, new = (memory[at : at + length * itemsize].view(unsigned) for at in (old_at, new_at))
+        jobs.append(partial(_by_choice, number, old, new, level))
     if work.planes is not None:
-        up_to = memory[work.planes.up_to :][: 4 * len(work.pieces)].view(np.int32)
-    number = 0  # of those whose changes the planes hold
-    for _, length, itemsize, low, high, old_at, new_at in work.pieces:
-        if old_at >= 0 or work.planes is None:
-            # a piece with a choice of encodings, which are tried on samples: it is dense, or small
-            unsigned = container.unsigned(itemsize)
-            old, new = (memory[at : at + length * itemsize].view(unsigned) for at in (old_at, new_at))
-            found.append(partial(codec.encode, old, new, level))
-        else:
-            far = slice(int(up_to[number - 1]) if number else 0, int(up_to[number]))
-            number += 1
-            found.append(partial(_from_planes, memory, work.planes, length, slice(low, high), far, level))
-    return found
+        jobs.append(partial(_from_planes, memory, work.planes, work, in_planes, level, threads))
+    return jobs
+
+
+def _by_choice(number: int, old: Bits, new: Bits, level: int) -> list[tuple[int, codec.Encoded]]:
+    return [(number, codec.encode(old, new, level))]
 
 
 def _from_planes(
-    memory: Bits, at: Planes, length: int, changes: slice, far: slice, level: int
-) -> codec.Encoded:  # fmt: skip
-    short = memory[at.short : at.short + at.changes][changes]
-    long = memory[at.long + 4 * far.start : at.long + 4 * far.stop].view(np.int32)
-    values = [memory[at.values + k * at.changes :][: at.changes][changes] for k in range(2)]
-    payload = container.assemble("gap-ulp", length, len(short), short, long, values, level)
-    return codec.Encoded("gap-ulp", len(short), payload)
+    memory: Bits, at: Planes, work: Work, numbers: list[int], level: int, threads: int
+) -> list[tuple[int, codec.Encoded]]:  # fmt: skip
+    """Those pieces of which the planes hold what is needed."""
+    up_to = [0, *memory[at.up_to :][: 4 * len(numbers)].view(np.int32).tolist()]
+    planes: list[Bits] = []
+    bounds = []
+    for (low, high), number in zip(pairwise(up_to), numbers, strict=True):
+        changes = slice(*work.pieces[number][3:5])
+        short = memory[at.short : at.short + at.changes][changes]
+        long = memory[at.long + 4 * low : at.long + 4 * high].view(np.int32)
+        values = [memory[at.values + k * at.changes :][: at.changes][changes] for k in range(2)]
+        first = len(planes)
+        planes += container.list_planes(short, long, values)
+        bounds.append((number, len(short), len(long), slice(first, len(planes))))
+    frames = container.deflate_many(planes, level, threads)
+    found = []
+    for number, count, escapes, own in bounds:
+        length = work.pieces[number][1]
+        payload = container.put_together("gap-ulp", length, count, escapes, 2, frames[own])
+        found.append((number, codec.Encoded("gap-ulp", count, payload)))
+    return found
 
 
 def serve(link: socket.socket, threads: int) -> None:
@@ -105,15 +127,15 @@ def serve(link: socket.socket, threads: int) -> None:
     writer.start()
     try:
         with ThreadPoolExecutor(threads, "encode") as pool:
-            _listen(link, pool, jobs, blocks)
+            _listen(link, pool, threads, jobs, blocks)
     finally:  # or nothing would end this process
         jobs.put(None)
         writer.join()
 
 
 def _listen(
-    link: socket.socket, pool: ThreadPoolExecutor, jobs: queue.SimpleQueue[Callable[[], dict[str, Any]] | None],
-    blocks: dict[int, Bits],
+    link: socket.socket, pool: ThreadPoolExecutor, threads: int,
+    jobs: queue.SimpleQueue[Callable[[], dict[str, Any]] | None], blocks: dict[int, Bits],
 ) -> None:  # fmt: skip
     out, level = None, 1
     while True:
@@ -129,7 +151,7 @@ def _listen(
         elif out is not None and "work" in doc:
             block, planes, pieces = doc["work"]
             work = Work(block, Planes(*planes) if planes else None, pieces)
-            futures = [pool.submit(_timed, one) for one in encoded(blocks[block], work, level)]
+            futures = [pool.submit(_timed, one) for one in encoded(blocks[block], work, level, threads)]
             jobs.put(partial(_written, out, work, futures))
         elif out is not None:
             jobs.put(partial(_ended, out))
@@ -150,22 +172,24 @@ def _answers(link: socket.socket, jobs: queue.SimpleQueue[Callable[[], dict[str,
             return
 
 
-def _timed(work: Callable[[], codec.Encoded]) -> tuple[codec.Encoded, float]:
+def _timed(job: Job) -> tuple[list[tuple[int, codec.Encoded]], float]:
     begin = time.perf_counter()
-    return work(), time.perf_counter() - begin
+    return job(), time.perf_counter() - begin
 
 
-def _written(out: HashingFile, work: Work, futures: list[Future[tuple[codec.Encoded, float]]]) -> dict[str, Any]:
-    pieces, encode_s, write_s = [], 0.0, 0.0
-    for (start, length, *_), future in zip(work.pieces, futures, strict=True):
-        found, seconds = future.result()
-        begin = time.perf_counter()
+def _written(
+    out: HashingFile, work: Work, futures: list[Future[tuple[list[tuple[int, codec.Encoded]], float]]]
+) -> dict[str, Any]:  # fmt: skip
+    told = [future.result() for future in futures]
+    begin = time.perf_counter()
+    pieces = []
+    for number, found in sorted((one for ones, _ in told for one in ones), key=lambda one: one[0]):
+        start, length, *_ = work.pieces[number]
         offset = out.write(found.payload)
         checksum = xxhash.xxh3_128_hexdigest(found.payload)
         pieces.append(Stored(start, length, offset, len(found.payload), checksum, found.encoding, found.count))
-        write_s += time.perf_counter() - begin
-        encode_s += seconds
-    return {"pieces": pieces, "encode_s": encode_s, "write_s": write_s}
+    encode_s = sum(seconds for _, seconds in told)
+    return {"pieces": pieces, "encode_s": encode_s, "write_s": time.perf_counter() - begin}
 
 
 def _ended(out: HashingFile) -> dict[str, Any]:
@@ -174,5 +198,6 @@ def _ended(out: HashingFile) -> dict[str, Any]:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's is for the trainer, whose end is ours
+    os.nice(_BEHIND)
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         serve(connection, int(sys.argv[2]))

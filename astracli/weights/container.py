@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -53,13 +54,24 @@ def assemble(
     encoding: str, length: int, count: int, short: Bits | None, long: Bits | None, values: list[Bits], level: int
 ) -> bytes:
     """A payload from its planes: gap bytes [C] and long gaps [E] (None for a dense encoding), a plane a value byte."""
-    planes: list[Bits] = [] if short is None else [short]
-    escapes = 0 if long is None else len(long)
-    if long is not None and escapes:
-        planes += planes_of(long.astype("<u4"))
-    planes += values
+    planes = list_planes(short, long, values)
     frames = [deflate(plane, level) for plane in planes]
-    head = _HEADER.pack(_MAGIC, ENCODINGS[encoding], len(values), len(planes), 0, length, count, escapes)
+    return put_together(encoding, length, count, 0 if long is None else len(long), len(values), frames)
+
+
+def list_planes(short: Bits | None, long: Bits | None, values: list[Bits]) -> list[Bits]:
+    """In the order in which they stand in the payload."""
+    gaps: list[Bits] = [] if short is None else [short]
+    if long is not None and len(long):
+        gaps += planes_of(long.astype("<u4"))
+    return gaps + values
+
+
+def put_together(
+    encoding: str, length: int, count: int, escapes: int, itemsize: int, frames: Sequence[bytes | memoryview]
+) -> bytes:
+    """A payload from its compressed planes."""
+    head = _HEADER.pack(_MAGIC, ENCODINGS[encoding], itemsize, len(frames), 0, length, count, escapes)
     body = b"".join([head, *(_SIZE.pack(len(frame)) for frame in frames), *frames])
     return body + _CHECK.pack(xxhash.xxh3_64_intdigest(body))
 
@@ -119,11 +131,28 @@ def indices_of(planes: list[memoryview], count: int, escapes: int, length: int) 
 def deflate(plane: Bits, level: int) -> bytes:
     if not plane.any():
         return b""
+    frame: bytes = _compressor(level).compress(plane.data)
+    return frame
+
+
+def deflate_many(planes: Sequence[Bits], level: int, threads: int) -> list[bytes | memoryview]:
+    """What `deflate` makes of each, in threads of zstd's own: Python's would hand the interpreter to one another for
+    every plane, which takes longer than to compress it. `planes`: contiguous."""
+    busy = [k for k, plane in enumerate(planes) if plane.any()]
+    found: list[bytes | memoryview] = [b""] * len(planes)
+    if not busy:
+        return found
+    frames = _compressor(level).multi_compress_to_buffer([planes[k].data for k in busy], threads=threads)
+    for k, frame in zip(busy, frames, strict=True):
+        found[k] = memoryview(frame)
+    return found
+
+
+def _compressor(level: int) -> Any:
     cache: dict[int, Any] = _local.__dict__.setdefault("compressors", {})
     if level not in cache:
         cache[level] = zstandard.ZstdCompressor(level=level, write_checksum=False)
-    frame: bytes = cache[level].compress(plane.data)
-    return frame
+    return cache[level]
 
 
 def inflate(frame: memoryview, size: int) -> Bits:

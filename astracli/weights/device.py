@@ -1,24 +1,25 @@
-"""The difference between two versions in torch operations, on the GPU where they lie: only coded bytes go to the host.
+"""The difference between two versions on the GPU where they lie: only what is to be coded goes to the host.
 
 The GPU compares, gap-codes and splits into byte planes; they are copied into memory from which another process
-compresses them (`coder`). The bytes are those of the numpy path. Operations are the same on every device, so that a
-CPU can test them.
+compresses them (`coder`). The bytes are those of the numpy path. On a GPU two Triton kernels do it (`changes`), on a
+CPU, for tests, torch operations.
 
 Whoever asks a GPU how many values changed stands still until it has done everything before, and where an engine
 generates on it too, gives his turn away. So tensors are compared many at a time (a pass), their counts come back behind
 the work, and some passes are asked for ahead of the one whose counts are read. Beside a training step every operation
-that is asked for here delays one of the step's: tensors that lie behind one another are compared as one.
+that is asked for here delays one of the step's: a pass takes few, whatever it consists of.
 
-Letters: N elements of a pass, C changed ones, P pieces of it, E long gaps, W bytes of an element.
+Letters: C changed elements of a pass, P pieces of it, E long gaps.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -27,10 +28,14 @@ from astracli.upload import upload
 from astracli.weights import codec, container
 from astracli.weights.coder import Planes, Work
 
-_PIECES_AT_ONCE = 16
-"""Pieces of one pass on the device: bounds its temporaries to some 50 bytes for each change among 64 M elements."""
+if TYPE_CHECKING:
+    from astracli.weights.changes import ByTriton
+
+_PIECES_AT_ONCE = 64
+"""Pieces of one pass: bounds its temporaries to some 20 bytes for each change among 256 M elements, and what the other
+process waits for at the beginning and has left to do at the end."""
 _AHEAD = 4
-"""Passes that are compared before the counts of the first of them are read: a byte an element each."""
+"""Passes that are compared before the counts of the first of them are read."""
 
 
 def bits_torch(tensor: torch.Tensor) -> torch.Tensor:
@@ -73,7 +78,7 @@ class Found:
     ready: Event
 
 
-class _Range(NamedTuple):
+class Range(NamedTuple):
     """Elements of one tensor from `start` on, which are elements of a pass from `at` on."""
 
     name: str
@@ -88,8 +93,10 @@ class _Range(NamedTuple):
         return self.at + len(self.new)
 
 
-class _Piece(NamedTuple):
-    range: _Range
+class Piece(NamedTuple):
+    """Part of a range that is coded by itself."""
+
+    range: Range
     first: int
     """In the pass."""
     end: int
@@ -124,9 +131,9 @@ def compared(
             yield found
 
 
-def _passes(tensors: Iterable[tuple[str, torch.Tensor, torch.Tensor]], piece: int) -> Iterator[list[_Range]]:
+def _passes(tensors: Iterable[tuple[str, torch.Tensor, torch.Tensor]], piece: int) -> Iterator[list[Range]]:
     """Neighbouring tensors of at most `_PIECES_AT_ONCE` pieces of elements together; one is only cut between pieces."""
-    found: list[_Range] = []
+    found: list[Range] = []
     at, most = 0, piece * _PIECES_AT_ONCE
     for name, base, new in tensors:
         old, start = base if base.device == new.device else base.to(new.device), 0
@@ -136,7 +143,7 @@ def _passes(tensors: Iterable[tuple[str, torch.Tensor, torch.Tensor]], piece: in
                 length = (most - at) // piece * piece
             if length:
                 both = (old, new) if length == len(new) else (t[start : start + length] for t in (old, new))
-                found.append(_Range(name, start, at, *both))
+                found.append(Range(name, start, at, *both))
                 start, at = start + length, at + length
             else:
                 yield found
@@ -145,65 +152,42 @@ def _passes(tensors: Iterable[tuple[str, torch.Tensor, torch.Tensor]], piece: in
         yield found
 
 
-def _joined(ranges: list[_Range]) -> list[_Range]:
-    """The ranges' bits; of those that lie behind one another in memory, in both versions, as one."""
-    runs: list[list[_Range]] = []
-    for r in ranges:
-        if runs and _behind(runs[-1][-1].old, r.old) and _behind(runs[-1][-1].new, r.new):
-            runs[-1].append(r)
-        else:
-            runs.append([r])
-    found = []
-    for first, *_, last in (run * 2 for run in runs):
-        size = (last.end - first.at,)
-        old, new = (bits_torch(t.as_strided(size, (1,), t.storage_offset())) for t in (first.old, first.new))
-        found.append(first._replace(old=old, new=new))
-    return found
-
-
-def _behind(first: torch.Tensor, second: torch.Tensor) -> bool:
-    same = first.dtype == second.dtype and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
-    return same and first.storage_offset() + len(first) == second.storage_offset()
-
-
 class _Pass:
     """Which elements of some ranges changed. Made without waiting for the device; `found` waits for the counts."""
 
-    def __init__(self, ranges: list[_Range], piece: int):
+    def __init__(self, ranges: list[Range], piece: int):
         self.device = ranges[0].new.device
-        self.runs = _joined(ranges)
         self.pieces = [
-            _Piece(r, low, min(low + piece, r.end)) for r in ranges for low in range(r.at, r.end, piece)
+            Piece(r, low, min(low + piece, r.end)) for r in ranges for low in range(r.at, r.end, piece)
         ]  # fmt: skip
-        self.changed = torch.empty(ranges[-1].end, dtype=torch.bool, device=self.device)
-        for run in self.runs:
-            torch.ne(run.old, run.new, out=self.changed[run.at : run.end])
-        last = upload(np.asarray([p.end - 1 for p in self.pieces], np.int64), self.device)
-        counts = _up_to(self.changed, last)
-        self._counts = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=self.device.type == "cuda")
-        self._counts.copy_(counts, non_blocking=True)
-        self._counted = Event(self.device)
+        self.changes: ByTorch | ByTriton
+        if self.device.type == "cuda" and find_spec("triton"):
+            from astracli.weights.changes import ByTriton
+
+            self.changes = ByTriton(self.pieces, piece)
+        else:
+            self.changes = ByTorch(self.pieces, piece)
+        counted = self.changes.counted
+        self._counted = torch.empty(counted.shape, dtype=counted.dtype, pin_memory=self.device.type == "cuda")
+        self._counted.copy_(counted, non_blocking=True)
+        self._ready = Event(self.device)
 
     def found(self, block: Callable[[int], tuple[int, torch.Tensor]]) -> Found | None:
         """What changed; None when nothing did. Everything is asked of the device at once."""
-        self._counted.wait()
-        counts = [0, *self._counts.tolist()]
+        self._ready.wait()
+        counts = [0, *self.changes.counts(self._counted)]
         changed = [k for k in range(len(self.pieces)) if counts[k + 1] > counts[k]]
         if not changed:
             return None
         pieces = [self.pieces[k] for k in changed]
-        bounds = [(counts[k], counts[k + 1]) for k in changed]
+        sizes = [counts[k + 1] - counts[k] for k in changed]
         choice = [
-            len(codec.candidates(p.range.new.element_size(), high - low, p.end - p.first)) > 1
-            for p, (low, high) in zip(pieces, bounds, strict=True)
+            len(codec.candidates(p.range.new.element_size(), size, p.end - p.first)) > 1
+            for p, size in zip(pieces, sizes, strict=True)
         ]
-        sparse = [p for p, whole in zip(pieces, choice, strict=True) if not whole]
-        sizes = [high - low for (low, high), whole in zip(bounds, choice, strict=True) if not whole]
-        ends = [0, *accumulate(sizes)]
-        for piece, whole in zip(pieces, choice, strict=True):
-            if whole and sparse:  # else its changes would stand in the planes
-                self.changed[piece.first : piece.end].fill_(False)
-        arrays = self._planes(sparse, list(pairwise(ends))) if sparse else []
+        sparse = [k for k, whole in zip(changed, choice, strict=True) if not whole]
+        ends = list(accumulate((size for size, whole in zip(sizes, choice, strict=True) if not whole), initial=0))
+        arrays = self.changes.planes(sparse, [high - low for low, high in pairwise(ends)]) if sparse else []
         planes = len(arrays)
         for piece, whole in zip(pieces, choice, strict=True):
             arrays += piece.bits() if whole else ()
@@ -221,42 +205,56 @@ class _Pass:
         where = Planes(starts[0], starts[1], starts[2], starts[3], ends[-1]) if planes else None
         return Found(Work(number, where, described), [p.range.name for p in pieces], Event(self.device))
 
-    def _planes(self, pieces: list[_Piece], bounds: list[tuple[int, int]]) -> list[torch.Tensor]:
-        """uint8 gaps [C], int32 long gaps [E], how many of those up to the end of each piece (int32), uint8 byte planes
-        of the values [W, C]. `bounds`: of each of these pieces, its changes among theirs."""
-        total = bounds[-1][1]
-        at = torch.nonzero_static(self.changed, size=total).view(-1)  # int64 [C]
-        edges = np.asarray(
-            [(low, high - 1, p.first - 1) for (low, high), p in zip(bounds, pieces, strict=True)], np.int64
-        )
-        low, high, edge = upload(np.ascontiguousarray(edges.T), self.device)
+
+class ByTorch:
+    """The changes of one pass in torch operations, the same on every device."""
+
+    def __init__(self, pieces: Sequence[Piece], most: int):
+        """`pieces`: in order, all on one device, of at most `most` elements."""
+        self._device, self._pieces = pieces[0].range.new.device, pieces
+        self._changed = torch.empty(pieces[-1].end, dtype=torch.bool, device=self._device)
+        for piece in pieces:
+            torch.ne(*piece.bits(), out=self._changed[piece.first : piece.end])
+        last = upload(np.asarray([p.end - 1 for p in pieces], np.int64), self._device)
+        self.counted = _up_to(self._changed, last)
+        """What the host must see before `counts` can answer."""
+
+    def counts(self, counted: torch.Tensor) -> list[int]:
+        """How many elements changed up to the end of each piece. `counted`: on the host."""
+        found: list[int] = counted.tolist()
+        return found
+
+    def planes(self, sparse: Sequence[int], sizes: Sequence[int]) -> list[torch.Tensor]:
+        """Of these pieces, 2-byte elements with `sizes` changes each, C in all: uint8 gaps [C], int32 long gaps [E] and
+        how many of those there are up to the end of each piece (int32), uint8 byte planes of the values [2, C]."""
+        pieces, ends = [self._pieces[k] for k in sparse], list(accumulate(sizes))
+        for k in set(range(len(self._pieces))) - set(sparse):  # else its changes would stand in the planes
+            self._changed[self._pieces[k].first : self._pieces[k].end].fill_(False)
+        at = torch.nonzero_static(self._changed, size=ends[-1]).view(-1)  # int64 [C]
+        starts = np.asarray([[0, *ends[:-1]], [p.first - 1 for p in pieces]], np.int64)
+        low, edge = upload(starts, self._device)
         before = torch.empty_like(at)  # the change before; for the first of a piece, the last element before the piece
         before[1:] = at[:-1]
         before[low] = edge
-        gaps = at - before - 1
-        long = gaps >= container.ESCAPE
-        most = min(total, len(self.changed) // (container.ESCAPE + 1))  # each takes that many elements
-        long_at = torch.nonzero_static(long, size=most, fill_value=0).view(-1)
+        gaps = (at - before - 1).to(torch.int32)
+        steps = torch.empty(len(at), dtype=torch.int16, device=self._device)
+        for piece, high, size in zip(pieces, ends, sizes, strict=True):
+            where = slice(high - size, high)
+            old, new = (to_order(bits[at[where] - piece.first]) for bits in piece.bits())
+            steps[where] = new - old
+        values = (steps >> 15) ^ (steps + steps)  # zigzag
+        planes = values.view(torch.uint8).view(-1, 2).T.contiguous()
         short = gaps.clamp(max=container.ESCAPE).to(torch.uint8)
-        values = self._values(at, pieces, bounds)
-        planes = values.view(torch.uint8).view(-1, values.element_size()).T.contiguous()
-        return [short, gaps[long_at].to(torch.int32), _up_to(long, high), planes]
+        return [short, *long_gaps(gaps, [end - 1 for end in ends], len(self._changed)), planes]
 
-    def _values(self, at: torch.Tensor, pieces: list[_Piece], bounds: list[tuple[int, int]]) -> torch.Tensor:
-        """int16 [C]: zigzag ULP differences at the changes `at`; those of wider elements as they happen to be."""
-        old, new = (torch.empty(len(at), dtype=torch.int16, device=self.device) for _ in range(2))
-        low, k = 0, 0
-        for run in self.runs:
-            high = low
-            while k < len(pieces) and pieces[k].first < run.end:
-                high, k = bounds[k][1], k + 1
-            if high > low and run.new.element_size() == 2:
-                index = at[low:high] - run.at
-                torch.index_select(run.old, 0, index, out=old[low:high])
-                torch.index_select(run.new, 0, index, out=new[low:high])
-            low = high
-        step = to_order(new) - to_order(old)
-        return (step >> 15) ^ (step + step)
+
+def long_gaps(gaps: torch.Tensor, last: list[int], elements: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Those of `gaps` that a byte does not hold, int32 [E] with some nothings behind, and how many there are up to each
+    of the positions `last` (int32). `elements`: that the gaps are among, of which each long one takes 256."""
+    long = gaps >= container.ESCAPE
+    most = min(len(gaps), elements // (container.ESCAPE + 1))
+    at = torch.nonzero_static(long, size=most, fill_value=0).view(-1)
+    return gaps[at], _up_to(long, upload(np.asarray(last, np.int64), gaps.device))
 
 
 def _up_to(flags: torch.Tensor, last: torch.Tensor) -> torch.Tensor:

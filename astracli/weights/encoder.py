@@ -52,7 +52,7 @@ class EncoderProcess:
         self._blocks: dict[int, _Block] = {}
         self._free: list[int] = []
         self.encode_s = self.write_s = self.diff_s = 0.0
-        """Of the last file: all threads' coding, writing, and asking the GPU."""
+        """Of the last file: coding (of jobs that run beside each other), writing, and asking the GPU."""
         self.files: dict[str, FileEntry] = {}
 
     def start(self) -> socket.socket:

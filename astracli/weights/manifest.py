@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,7 +106,10 @@ class Manifest:
         return sum(t.numel for t in self.tensors)
 
     def to_bytes(self) -> bytes:
-        return seal({"format": FORMAT, **asdict(self)})
+        # not `asdict`, which copies every value: a trainer stands still for it
+        tensors = [vars(t) | {"pieces": [vars(p) for p in t.pieces]} for t in self.tensors]
+        files = {name: vars(file) for name, file in self.files.items()}
+        return seal({"format": FORMAT, **vars(self), "tensors": tensors, "files": files})
 
     @classmethod
     def from_bytes(cls, blob: bytes, what: str = "manifest") -> Manifest:

@@ -11,7 +11,7 @@ import os
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -108,7 +108,8 @@ class Part:
         return cls(**{**doc, "tensors": tensors, "files": files})
 
     def to_doc(self) -> dict[str, Any]:
-        return asdict(self)
+        tensors = {name: vars(t) | {"pieces": [vars(p) for p in t.pieces]} for name, t in self.tensors.items()}
+        return vars(self) | {"tensors": tensors, "files": {name: vars(file) for name, file in self.files.items()}}
 
 
 def write_delta(

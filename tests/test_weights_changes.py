@@ -1,0 +1,128 @@
+"""The Triton kernels that compare two versions, without a GPU: interpreted on a CPU, compiled for two kinds of GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+
+if __name__ == "__main__":  # before Triton is imported: it interprets then
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from test_weights_device import a_model, by_numpy, coded, pairs, versions
+
+from astracli.weights import device
+
+pytest.importorskip("triton", reason="Triton has no wheel for this system; it stands beside torch where there are GPUs")
+
+
+def interpreted(tensors: list[tuple[str, torch.Tensor, torch.Tensor]], piece: int) -> Any:
+    from astracli.weights.changes import ByTriton
+
+    with patch.object(device, "ByTorch", ByTriton):
+        return coded(tensors, piece)
+
+
+def check_many_tensors() -> None:
+    """Of both widths, empty, unchanged and dense ones, smaller and larger than a pass, aligned and not."""
+    for seed, flat, piece in ((0, True, 64), (1, False, 256)):
+        model = a_model(seed, piece)
+        wanted = [(name, *found) for name, base, new in model for found in by_numpy(base, new, piece)]
+        assert interpreted(pairs(model, flat), piece) == wanted
+        print(len(wanted), "pieces")
+
+
+def check_tiles() -> None:
+    """Several tiles and blocks a piece, changes at every edge, gaps longer than a tile."""
+    size, piece = 300_000, 1 << 17
+    edges = [k + d for k in (2048, 65_536, piece, 2 * piece) for d in (-1, 0, 1)]
+    for name, at in (("edges", [0, *edges, size - 1]), ("ends", [0, size - 1]), ("last", [size - 1]), ("none", [])):
+        base, _ = versions(1, size, 2, 0.0, False)
+        new = base.copy()
+        new[at] ^= np.uint16(0x8001)
+        assert interpreted(pairs([("w", base, new)], flat=True), piece) == [
+            ("w", *found) for found in by_numpy(base, new, piece)
+        ]
+        print(len(at), name)
+    for share in (0.0005, 0.03, 0.12):
+        base, new = versions(2, size, 2, share, wild=True)
+        assert interpreted(pairs([("w", base, new)], flat=True), piece) == [
+            ("w", *found) for found in by_numpy(base, new, piece)
+        ]
+    every = np.arange(1 << 16, dtype=np.uint16)  # every value to every distance, sampled
+    for step in (1, 2, 0x7FFF, 0x8000, 0xFFFF):
+        base, new = np.zeros((2, 16 << 16), np.uint16)
+        base[::16] = every
+        new[::16] = every + np.uint16(step)
+        assert interpreted(pairs([("w", base, new)], flat=True), 1 << 20) == [
+            ("w", *found) for found in by_numpy(base, new, 1 << 20)
+        ]
+    print("steps")
+
+
+def check_few_launches() -> None:
+    """Whatever a pass consists of."""
+    from astracli.weights import changes
+
+    launches: list[str] = []
+
+    class Watched:
+        def __init__(self, kernel: Any, name: str):
+            self.kernel, self.name = kernel, name
+
+        def __getitem__(self, grid: Any) -> Any:
+            launches.append(self.name)
+            return self.kernel[grid]
+
+    names = ("_count", "_gather", "_code")
+    with patch.multiple(changes, **{name: Watched(getattr(changes, name), name) for name in names}):
+        model = [(f"t{k}", *versions(k, 64, 2, 0.05, False)) for k in range(64)]
+        interpreted(pairs(model, flat=True), 64)
+    assert sorted(launches) == ["_code", "_count", "_gather"], launches
+    print("launches", len(launches))
+
+
+@pytest.mark.parametrize("check", ["check_many_tensors", "check_tiles", "check_few_launches"])
+def test_interpreted_they_write_the_bytes_of_numpy(check: str) -> None:
+    command = [sys.executable, str(Path(__file__)), check]
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_they_compile_and_load_16_bytes_at_once(capability: int) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from astracli.weights import changes
+
+    def ptx(kernel: Any, types: dict[str, str], **constants: int) -> str:
+        signature = types | dict.fromkeys(constants, "constexpr")
+        source = ASTSource(kernel, signature, constants)
+        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+        return str(made.asm["ptx"])
+
+    for width in (2, 4):
+        text = ptx(changes._count, {"tiles": "*i64", "out": "*i32"}, WIDTH=width, ALIGNED=True, BLOCK=changes.BLOCK)
+        assert text.count("ld.global.v4.b32") == width
+        assert "ld.global.v4" not in ptx(
+            changes._count, {"tiles": "*i64", "out": "*i32"}, WIDTH=width, ALIGNED=False, BLOCK=changes.BLOCK
+        )
+    found = {"tiles": "*i64", "at_out": "*i32", "bits_out": "*i32"}
+    assert ptx(changes._gather, found, ALIGNED=True, BLOCK=changes.BLOCK).count("ld.global.v4.b32") == 2
+    coded = {"at": "*i32", "bits": "*i32", "total": "i32", "gaps": "*i32", "short": "*u8", "values": "*u8"}
+    assert "st.global" in ptx(changes._code, coded, PIECE=1 << 22, BLOCK=changes.BLOCK)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    globals()[sys.argv[1]]()

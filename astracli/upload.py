@@ -1,4 +1,4 @@
-"""Arrays to where they are computed with, without standing still for it.
+"""Between the host and where it is computed, without standing still for it.
 
 A copy from ordinary memory waits until a GPU has done everything that was asked of it before; from pinned memory it
 takes its place in the queue, and the next kernels are asked for meanwhile. torch keeps the pinned memory until the copy
@@ -6,6 +6,8 @@ is over, and for the next one.
 """
 
 from __future__ import annotations
+
+import weakref
 
 import numpy as np
 import torch
@@ -16,6 +18,16 @@ def upload(array: np.ndarray, device: torch.device) -> Tensor:
     """The array on the device; on a CPU it shares the array's memory."""
     tensor = torch.from_numpy(array)
     return tensor if device.type == "cpu" else pinned(tensor).to(device, non_blocking=True)
+
+
+def host_memory(size: int, device: torch.device, owner: object) -> Tensor:
+    """uint8 [size], as long as `owner` lives; for a GPU pinned, registered by hand: torch's own pinned allocator rounds
+    up to powers of 2."""
+    memory = torch.empty(size, dtype=torch.uint8)
+    if device.type == "cuda" and size:
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0))
+        weakref.finalize(owner, torch.cuda.cudart().cudaHostUnregister, memory.data_ptr())
+    return memory
 
 
 def pinned(tensor: Tensor) -> Tensor:

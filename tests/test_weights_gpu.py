@@ -119,6 +119,30 @@ def test_a_publisher_writes_the_same_files_from_device_tensors(tmp_path: Path) -
         assert (tmp_path / "cuda" / name).read_bytes() == (tmp_path / "cpu" / name).read_bytes(), name
 
 
+def test_what_leaves_its_gpu_waits_on_the_host(tmp_path: Path) -> None:
+    """The parameters themselves are published, trained on, and compared with what was there: the same files."""
+    versions = [model_weights()]
+    while len(versions) < 5:
+        versions.append(later(versions[-1], len(versions)))
+    plain, leaving = Publisher(tmp_path / "cpu"), Publisher(tmp_path / "cuda", threads=4, leaves=True)
+    live = {name: tensor.cuda() for name, tensor in versions[0].items()}
+    for version, weights in enumerate(versions):
+        plain.publish(version, weights)
+        for name, tensor in live.items():
+            tensor.copy_(weights[name])
+        before = torch.cuda.memory_allocated()
+        leaving.publish(version, live, owned=True)
+        assert torch.cuda.memory_allocated() == before
+        kept = [t.flat for t in leaving._base.values()]
+        assert all(flat.device.type == "cpu" and flat.is_pinned() for flat in kept if len(flat))
+    plain.close()
+    leaving.close()
+    names = sorted(p.relative_to(tmp_path / "cpu") for p in (tmp_path / "cpu").rglob("*.*"))
+    assert len([name for name in names if name.name.startswith("delta-0")]) == 4
+    for name in names:
+        assert (tmp_path / "cuda" / name).read_bytes() == (tmp_path / "cpu" / name).read_bytes(), name
+
+
 def test_many_passes_beside_a_stream_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Published in the background while the main stream overwrites what was published and takes new memory."""
     monkeypatch.setattr(payload, "PIECE", 1 << 10)

@@ -83,6 +83,29 @@ def test_the_publisher_keeps_its_own_copy(tmp_path: Path) -> None:
     publisher.close()
 
 
+def test_what_gives_its_device_up_publishes_the_tensors_themselves(tmp_path: Path) -> None:
+    """The same memory waits for every version; the files are those of a publisher that copies."""
+    plain, leaving = Publisher(tmp_path / "plain"), Publisher(tmp_path / "leaving", leaves=True)
+    weights = first_weights()
+    live, waits = copies(weights), set()
+    for version in range(4):
+        plain.publish(version, weights)
+        leaving.publish(version, live, owned=True)
+        waits.add(tuple(t.flat.data_ptr() for t in leaving._base.values()))
+        weights = step(weights, version)
+        for name, tensor in live.items():
+            tensor.copy_(weights[name])  # trained
+    assert len(waits) == 1
+    with pytest.raises(ValueError, match="not published in the background"):
+        leaving.publish_async(4, live)
+    plain.close()
+    leaving.close()
+    names = sorted(p.relative_to(tmp_path / "plain") for p in (tmp_path / "plain").rglob("*.*"))
+    assert len([name for name in names if name.name.startswith("delta-0")]) == 3
+    for name in names:
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "leaving" / name).read_bytes(), name
+
+
 def test_retention_keeps_the_newest_what_leads_there_and_what_is_pinned(tmp_path: Path) -> None:
     pinned: set[int] = set()
     publisher = Publisher(tmp_path, full_interval=5, keep=2, pinned=pinned.__contains__)

@@ -196,19 +196,19 @@ class Masters:
         self.publish_to_parameters()
 
     @torch.no_grad()
-    def wire_shards(self, *, on_host: bool = False) -> dict[str, Tensor | Shard]:
+    def wire_shards(self, *, copy: bool = True) -> dict[str, Tensor | Shard]:
         """HF name -> this rank's part of the tensor in its wire dtype: what is published. Empty parts are left out; a
         tensor that all ranks hold is rank 0's.
 
-        Copies, on the device of the masters or `on_host`: training may go on while they are published.
+        Copies: training may go on while they are published. Without `copy` those on a GPU that are in their wire dtype
+        already are the parameters themselves; on a CPU numpy, through which they are seen, would keep their memory.
         """
         result: dict[str, Tensor | Shard] = {}
         dtypes = {name: DTYPES[self.wire[name].dtype] for name in self.values}
         sources = {name: self.parameters[name].detach() for name in self.values} if self.lowers else self.values
-        if on_host:
-            taken = {name: source.to("cpu", dtypes[name], copy=True) for name, source in sources.items()}
-        else:
-            taken = copies(sources, dtypes)
+        there = {name: t for name, t in sources.items() if not copy and t.is_cuda and t.dtype == dtypes[name]}
+        taken = copies({name: t for name, t in sources.items() if name not in there}, dtypes)
+        taken = {name: there[name] if name in there else taken[name] for name in sources}
         for name, tensor in taken.items():
             if self.ranks.mesh is None or (self._replicated(name) and self.ranks.first):
                 result[self.wire[name].name] = tensor

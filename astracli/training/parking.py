@@ -8,7 +8,6 @@ process, or a GPU's context: whoever looks (a debugger, a traceback with values)
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from astracli.training.fsdp import local
+from astracli.upload import host_memory
 
 
 class Parking:
@@ -50,18 +50,10 @@ class Parking:
         for key, storage in self._storages.items():
             if key not in self._host or not self._constant:
                 if key not in self._host:
-                    self._host[key] = self._host_memory(self._bytes[key], storage.device)
+                    self._host[key] = host_memory(self._bytes[key], storage.device, self)
                 self._host[key].copy_(_flat(storage), non_blocking=True)
             empty(storage)
         self.parked = True
-
-    def _host_memory(self, size: int, device: torch.device) -> Tensor:
-        """uint8 [size]; pinned for a GPU, registered by hand: torch's own pinned allocator rounds up to powers of 2."""
-        buffer = torch.empty(size, dtype=torch.uint8)
-        if device.type == "cuda" and size:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
-            weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, buffer.data_ptr())
-        return buffer
 
     def to_device(self) -> None:
         """Fill the storages again, byte for byte."""

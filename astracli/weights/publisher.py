@@ -28,7 +28,7 @@ from astracli.weights.manifest import (
     version_name,
     write_atomic,
 )
-from astracli.weights.snapshot import Snapshot, Source, lanes_of, local, take
+from astracli.weights.snapshot import HostCopy, Snapshot, Source, lanes_of, local, take
 
 if TYPE_CHECKING:
     import torch
@@ -79,14 +79,17 @@ class Publisher:
 
     With several ranks every rank makes one with the same `session` (a text that no earlier attempt used) and publishes
     the same versions; every element of a tensor is given by exactly one rank. `frozen` tensors never change: their
-    digests stand in every manifest; `tied` maps a name that never travels to the one that does.
+    digests stand in every manifest; `tied` maps a name that never travels to the one that does. `leaves`: the device is
+    given up between versions; what the next is compared with waits on the host, and nothing is published in the
+    background.
     """
 
     def __init__(
         self, directory: Path, *, transfer: Literal["full", "delta"] = "delta", full_interval: int = 10, keep: int = 12,
         level: int = 1, model_name: str = "", rank: int = 0, world_size: int = 1, session: str = "",
         frozen: Mapping[str, Source] | None = None, tied: Mapping[str, str] | None = None,
-        pinned: Callable[[int], bool] = lambda version: False, threads: int = 1, rank_timeout_s: float = 600.0,
+        pinned: Callable[[int], bool] = lambda version: False, threads: int = 1, leaves: bool = False,
+        rank_timeout_s: float = 600.0,
     ):  # fmt: skip
         if world_size > 1 and not session:
             raise ValueError("several ranks need a session that no earlier attempt used")
@@ -103,6 +106,7 @@ class Publisher:
         self._threads = ThreadPoolExecutor(threads, "weights-encode") if threads > 1 else None
         self._encoder = EncoderProcess(threads)
         self._background = ThreadPoolExecutor(1, "weights-publish")
+        self._rest = HostCopy() if leaves else None
         self._pending: Future[PublishResult] | None = None
         self._stream: torch.cuda.Stream | None = None
         self.on_failure: Callable[[BaseException], None] | None = None
@@ -117,7 +121,7 @@ class Publisher:
         a GPU with room for another version are compared and coded there; otherwise they come to the host.
         """
         waited = self.settle()
-        taken = take(tensors, owned=owned, first=self._base_version is None, run=self._run)
+        taken = self._take(tensors, owned)
         return replace(self._publish(version, taken.tensors, taken.lanes), waited_s=waited, snapshot_s=taken.seconds)
 
     def publish_async(
@@ -129,8 +133,10 @@ class Publisher:
         An error of the background comes out of the next call, of `check`, `settle`, `wait` or `close`. `on_published`
         runs in the background, behind STABLE; what it raises is an error of the background too.
         """
+        if self._rest is not None:
+            raise ValueError("what leaves its device is not published in the background")
         waited = self.settle()
-        taken = take(tensors, owned=owned, first=self._base_version is None, run=self._run)
+        taken = self._take(tensors, owned)
 
         def work() -> PublishResult:
             try:
@@ -179,7 +185,7 @@ class Publisher:
                 if number > version:
                     retention.remove(self.directory, number)
             (self.directory / version_name(version) / STABLE).unlink(missing_ok=True)
-        taken = take(tensors, owned=owned, first=self._base_version is None, run=self._run)
+        taken = self._take(tensors, owned)
         return replace(self._publish(version, taken.tensors, taken.lanes), snapshot_s=taken.seconds)
 
     def close(self) -> None:
@@ -198,6 +204,10 @@ class Publisher:
     def _run(self) -> Callable[..., Iterable[Any]]:
         """`map` over chunks or pieces, in threads when there are some."""
         return self._threads.map if self._threads else map
+
+    def _take(self, tensors: Mapping[str, Source], owned: bool) -> Snapshot:
+        stay = self._rest is not None  # its copy is made behind the version, and nobody trains until then
+        return take(tensors, owned=owned or stay, first=self._base_version is None, stay=stay, run=self._run)
 
     @contextlib.contextmanager
     def _beside(self, taken: Snapshot) -> Iterator[None]:
@@ -236,7 +246,7 @@ class Publisher:
         if not delta or version % self.full_interval == 0:
             parts.append(payload.write_full(directory, self.rank, tensors, lanes, run))
         manifests = self._finish(directory, version, parts)
-        self._base, self._base_version = tensors, version
+        self._base, self._base_version = self._rest.take(tensors) if self._rest is not None else tensors, version
         if self.rank == 0:
             retention.prune(self.directory, version, self.keep, self.pinned)
         by_kind = {m.kind: m for m in manifests}

@@ -8,9 +8,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Union
 
 from astracli.errors import RunFailed
+from astracli.upload import host_memory
 from astracli.weights import digest, payload
 from astracli.weights.host import to_host
 from astracli.weights.manifest import ITEM_BYTES
@@ -45,14 +47,40 @@ class Snapshot:
     seconds: float
 
 
+class HostCopy:
+    """A version that waits on the host while its GPU is given up, in the same pinned memory as the one before it."""
+
+    def __init__(self) -> None:
+        self._there: dict[str, payload.Local] = {}
+
+    def take(self, tensors: Mapping[str, payload.Local]) -> dict[str, payload.Local]:
+        """Copies of `tensors`, where those of the last call were. All on one device, the same ones every time."""
+        import torch
+
+        device = next(iter(tensors.values())).flat.device
+        if not self._there:
+            # all in one: memory is pinned by the page, and a page only once
+            starts = list(accumulate((-(-t.flat.nbytes // 16) * 16 for t in tensors.values()), initial=0))
+            memory = host_memory(starts[-1], device, self)
+            for start, (name, local) in zip(starts, tensors.items(), strict=False):
+                flat = memory[start : start + local.flat.nbytes].view(local.flat.dtype)
+                self._there[name] = replace(local, flat=flat)
+        for name, local in tensors.items():
+            self._there[name].flat.copy_(local.flat, non_blocking=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return dict(self._there)
+
+
 def take(
-    tensors: Mapping[str, Source], *, owned: bool, first: bool, run: Callable[..., Iterable[Any]] = map
-) -> Snapshot:
-    """Copies of `tensors`; the tensors themselves when they are `owned`. `first`: nothing was published before. `run`
-    maps over chunks that go to the host: `map`, or a thread pool's."""
+    tensors: Mapping[str, Source], *, owned: bool, first: bool, stay: bool = False,
+    run: Callable[..., Iterable[Any]] = map,
+) -> Snapshot:  # fmt: skip
+    """Copies of `tensors`; the tensors themselves when they are `owned`. `first`: nothing was published before. `stay`:
+    on their device in any case. `run` maps over chunks that go to the host: `map`, or a thread pool's."""
     lanes, begin = None, time.perf_counter()
     taken = {name: local(tensor, copy=not owned) for name, tensor in tensors.items()}
-    if _on_gpu(taken) and (first or not _room(taken)):
+    if not stay and _on_gpu(taken) and (first or not _room(taken)):
         lanes = lanes_of(taken)
         hosted = to_host({name: t.flat for name, t in taken.items()}, run)
         taken = {name: replace(t, flat=hosted[name]) for name, t in taken.items()}

@@ -124,8 +124,10 @@ class TrainLoop:
             tied=self.trainer.masters.tied,
             pinned=lambda version: version in self._pinned,
             threads=config.threads if config.device == "cpu" else max(config.threads, ENCODE_THREADS),
+            leaves=self.turn.leaves,
         )
-        self.background = in_background(self.recipe, config.device)
+        # before it gives a GPU up, a trainer waits for its version anyway
+        self.background = in_background(self.recipe, config.device) and not self.turn.cards
         if not ranks.first:
             self.publisher.on_failure = _end_rank
 
@@ -142,9 +144,9 @@ class TrainLoop:
             if self.hub is not None:
                 evals = self.hub.state()["evals"]
                 self._pinned = {item["version"] for item in evals if item["state"] == "pending"}
-            self.publisher.restart(self.step, masters.wire_shards(on_host=self.turn.leaves), owned=True)
+            self.publisher.restart(self.step, masters.wire_shards(copy=not self.turn.leaves), owned=True)
         else:
-            self.publisher.publish(0, masters.wire_shards(on_host=self.turn.leaves), owned=True)
+            self.publisher.publish(0, masters.wire_shards(copy=not self.turn.leaves), owned=True)
         self.turn.end(self.trainer)
         self._announce(self.step)
         if self.hub is not None and found is not None and self.step > 0:
@@ -210,7 +212,7 @@ class TrainLoop:
     def _publish(self, step: int, figures: dict[str, float], saved: bool, began: float) -> None:
         """Publish version step + 1 from a copy, here or in the background; `publish_s` is what it costs the step."""
         version, begin = step + 1, time.perf_counter()
-        tensors = self.trainer.masters.wire_shards(on_host=self.turn.leaves)
+        tensors = self.trainer.masters.wire_shards(copy=not self.turn.leaves)
         figures["snapshot_s"] = time.perf_counter() - begin
 
         def published(result: PublishResult) -> None:

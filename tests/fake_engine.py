@@ -211,7 +211,9 @@ class FakeEngine:
         return JSONResponse({"success": True, "message": "", "outcome": outcome})
 
     async def _label(self, request: Request) -> Response:
-        self.version = int((await request.json())["new_version"])
+        body = await request.json()
+        self._aborts += body.get("abort_all_requests", True)  # as in SGLang
+        self.version = int(body["new_version"])
         self.events.append(f"called {self.version}")
         return JSONResponse({"success": True})
 

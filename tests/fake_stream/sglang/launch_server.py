@@ -83,7 +83,9 @@ def main():
             state["mode"] = (await request.json())["mode"]
             going.clear()
         elif request.url.path == "/update_weight_version":
-            state["version"] = int((await request.json())["new_version"])
+            body = await request.json()
+            state["aborts"] += body.get("abort_all_requests", True)
+            state["version"] = int(body["new_version"])
         elif request.url.path == "/continue_generation":
             going.set()
         elif request.url.path == "/abort_request":

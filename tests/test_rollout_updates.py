@@ -79,6 +79,24 @@ def test_a_failed_update_is_repeated_in_full_and_serves_nothing_in_between(world
     assert (record["resyncs"], record["kind"], record["changed"], record["apply_s"]) == (1, "full", 7, 0.001)
 
 
+@pytest.mark.parametrize("mode", ["retract", "in_place"])
+def test_what_a_failed_update_found_running_is_ended_and_asked_anew(world: World, mode: str) -> None:
+    world.engine.refusals, world.engine.update_s = 1, 0.1
+    got: list[Group] = []
+
+    async def scenario() -> None:
+        await until(lambda: world.engine.running == 8)
+        world.store.announce(1, 1)
+        got.extend(await world.batch(0))
+
+    asyncio.run(world.play(scenario, weights={"pause_mode": mode}))
+    assert world.engine.events[:2] == [f"pause {mode} with 8 running", "refused 1"]
+    assert world.engine.events[2:] == [f"pause {mode} with 0 running", "applied 1"]
+    samples = [sample for group in got for sample in group.samples]
+    assert {float(value) for sample in samples for value in sample.logprobs} == {-2.0}, "drawn by version 1 alone"
+    assert all(sample.tokens.tolist() == expected(g.lease_id, sample.index) for g in got for sample in g.samples)
+
+
 def test_an_engine_in_which_our_loader_never_ran_is_woken_before_the_first_update(world: World) -> None:
     world.fetcher.watched = False
 

@@ -1,8 +1,9 @@
 """A published version inside a real SGLang: staged, applied by our loader, read back, compared with the trainer.
 
     python bench/gpu_sglang_delta.py --shape 4b --running 64 --context 2048 --recovery --kept --modes retract in_place
-                                     --limit-s 225 --out F
+                                     --limit-s 225 --out F [--ahead 60 --watch-every 5]
     python bench/gpu_sglang_delta.py [--model astra:tiny] [--versions 20] [--modes abort]
+    python bench/gpu_sglang_delta.py --device cpu --sglang-python DIR/bin/python --running 4 ...
 
 Starts one SGLang server on the first GPU with our custom weight loader, publishes version 0 in full and then deltas of
 an Adam-like update (at 3 % density), diffed and coded on the GPU, and brings each into the server while `--running`
@@ -21,32 +22,40 @@ at the end medians and the 99th percentile of each mode. Versions:
     readback_s                              every fourth version, after the pause, while the server generates, split:
                                             wait (for the thread), place, tables, launch, device; readback_seen_s is
                                             from continue answered to the proof read
+    again_s                                 until every stream has brought tokens again, from the moment when abort or
+                                            pause was sent; null when not within 8 s
     tokens_per_s, staging_tokens_per_s      of the streams in a quiet second, and in the staging_s that a version is
                                             staged; staging_ratio is that of all versions of a mode together
     recovery_s                              until tokens/s is at 95 % of the quiet second again (--recovery), from the
-                                            moment when abort or pause was sent; null when not within 8 s
+                                            same moment; null when not within 8 s
     kept_*, fresh_*                         --kept, once a mode: |log-probability as drawn - by the new weights alone|
                                             of requests that lived through an update, and of others (kept.py)
     parity_*                                |server - transformers| log-probabilities (--parity, a small --model)
 
 --limit-s bounds the whole run: each mode gets its share of what is left after version 0, and does fewer versions when
-that is short. Everything it starts, it stops. `--device cpu` is for trying it beside a stand-in for SGLang.
+that is short. More fit with --ahead: versions that are published while the server starts (their rows lack the seconds
+of publishing, which then went on beside no engine), and with --watch-every K: the quiet second, the rate while staging
+and the recovery belong to every Kth version of a mode, and those between follow as soon as every stream generates.
+Everything it starts, it stops. `--device cpu` is for trying it, beside SGLang itself in the environment that
+`scripts/sglang_on_cpu.py DIR` makes, or beside a stand-in.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import itertools
 import json
 import shutil
-import statistics
 import sys
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
+from delta_rows import BEGAN, Record, summary
 from kept import MARGIN, Kept
 from meter import Meter
 from sglang_server import TOKEN, Server, Trainer, adapter_of, compare, model_directory
@@ -54,42 +63,43 @@ from sglang_server import TOKEN, Server, Trainer, adapter_of, compare, model_dir
 from astracli.engines.client import UNPROVEN, EngineClient, flushes
 from astracli.hub.api import serve
 from astracli.launch import ports
-from astracli.weights.manifest import write_atomic
 from astracli.weights.server import weights_routes
 from astracli.weights.subscriber import Subscriber
 
-BEGAN = time.monotonic()
 RECOVERY_S = 8.0
 
 
-class Record:
-    """What is known so far: to stderr at once, and whole to --out."""
+class Versions:
+    """The trainer's versions in their order: some are published while the server starts, the others when asked for."""
 
-    def __init__(self, out: Path | None):
-        self.out, self.doc = out, {"setup": {}, "rows": []}
-        self.setup, self.rows = self.doc["setup"], self.doc["rows"]
+    def __init__(self, trainer: Trainer):
+        self._trainer = trainer
+        self._published = 0
+        self._ahead: deque[dict[str, Any]] = deque()
 
-    def note(self, **found: Any) -> None:
-        """A figure of the setup, with the seconds since the start."""
-        self.setup.update(found)
-        self._tell({"at_s": round(time.monotonic() - BEGAN, 2), **found})
+    async def ahead(self, most: int, ready: asyncio.Task[None]) -> int:
+        """Publish up to `most` versions until the server is ready: how many."""
+        while len(self._ahead) < most and not ready.done():
+            found = await self._publish()
+            unheard = {key: value for key, value in found.items() if not key.endswith("_s")}  # no engine ran beside it
+            self._ahead.append(unheard | {"ahead": True})
+        return len(self._ahead)
 
-    def row(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        self._tell(row)
+    async def take(self) -> dict[str, Any]:
+        """The next version, and what publishing it beside the engine took."""
+        return self._ahead.popleft() if self._ahead else await self._publish()
 
-    def _tell(self, doc: dict[str, Any]) -> None:
-        print(json.dumps(doc), file=sys.stderr, flush=True)
-        if self.out is not None:
-            self.doc["summary"] = summary(self.rows)
-            write_atomic(self.out, json.dumps(self.doc, indent=1).encode())
+    async def _publish(self) -> dict[str, Any]:
+        self._published += 1
+        self._trainer.step()
+        return {"version": self._published} | await asyncio.to_thread(self._trainer.publish, self._published)
 
 
 class Run:
     """One server, its subscriber, and the versions that go into it."""
 
-    def __init__(self, args: argparse.Namespace, trainer: Trainer, subscriber: Subscriber, client: EngineClient):
-        self.args, self.trainer, self.subscriber, self.client = args, trainer, subscriber, client
+    def __init__(self, args: argparse.Namespace, versions: Versions, subscriber: Subscriber, client: EngineClient):
+        self.args, self.versions, self.subscriber, self.client = args, versions, subscriber, client
 
     async def first(self) -> dict[str, Any]:
         """Version 0, published already, into a server that makes its weights up; nothing runs."""
@@ -99,25 +109,24 @@ class Run:
         await self.client.apply_staged(UNPROVEN)
         await self.client.resume()
         woken_s = time.monotonic() - began
-        row = await self._bring(0, None, "abort", None)
+        row = await self._bring(0, "abort", None)
         return row | {"wake_s": woken_s, "version_0_s": time.monotonic() - began}
 
-    async def next(self, version: int, mode: str, meter: Meter) -> dict[str, Any]:
-        """A delta, from the trainer's step to the last proof."""
+    async def next(self, mode: str, meter: Meter, *, watched: bool) -> dict[str, Any]:
+        """A delta, from the trainer's step to the last proof; `watched`: with the streams' rates around it."""
         began = time.monotonic()
-        self.trainer.step()
-        published = await asyncio.to_thread(self.trainer.publish, version)
-        row = {"mode": mode, **published, **await self._bring(version, version - 1, mode, meter)}
+        published = await self.versions.take()
+        row = {"mode": mode, **published, **await self._bring(published["version"], mode, meter, watched=watched)}
         row["bytes_per_changed"] = row["bytes"] / max(1, row["changed"])
         row["decode_gb_per_s"] = row["full_bytes"] / 1e9 / max(1e-9, row["decode_s"])
         row["version_s"] = time.monotonic() - began
         return row
 
-    async def _bring(self, version: int, have: int | None, mode: str, meter: Meter | None) -> dict[str, Any]:
+    async def _bring(self, version: int, mode: str, meter: Meter | None, *, watched: bool = False) -> dict[str, Any]:
         quiet = time.monotonic()
-        await asyncio.sleep(self.args.quiet_s if meter else 0.0)
+        await asyncio.sleep(self.args.quiet_s if watched else 0.0)
         staging = time.monotonic()
-        plan = await asyncio.to_thread(self.subscriber.fetch, version, have)
+        plan = await asyncio.to_thread(self.subscriber.fetch, version, version - 1 if version else None)
         times = [time.monotonic()]
         if mode == "abort" and meter:
             await meter.drain(self.client.abort_all)
@@ -129,7 +138,7 @@ class Run:
         await self.client.resume()
         times.append(time.monotonic())
         if not answer.success:
-            sys.exit(f"version {version} was not applied: {answer.message}")
+            raise RuntimeError(f"version {version} was not applied: {answer.message}")
         result = answer.outcome
         abort_ms, pause_ms, call_ms, continue_ms = (1000 * (b - a) for a, b in itertools.pairwise(times))
         row: dict[str, Any] = {
@@ -147,29 +156,35 @@ class Run:
         }  # fmt: skip
         proven = asyncio.create_task(self._proof(version, times[-1])) if result["proof"] else None
         if meter:
+            meter.mark()
             meter.resume()
+            row |= await self._felt(meter, times, quiet, staging) if watched else {}
+            row["again_s"] = await meter.again(times[0], RECOVERY_S)
             meter.check()
-            row["tokens_per_s"] = meter.rate(quiet, staging)
-            row |= {"staging_tokens_per_s": meter.rate(staging, times[0]), "staging_s": times[0] - staging}
-            if self.args.recovery:
-                row["recovery_s"] = await meter.recovery(times[0], times[-1], row["tokens_per_s"], RECOVERY_S)
         if proven is not None:
             row |= await proven
         return row
+
+    async def _felt(self, meter: Meter, times: list[float], quiet: float, staging: float) -> dict[str, float | None]:
+        """What the streams felt of an update."""
+        usual = meter.rate(quiet, staging)
+        rates = {"tokens_per_s": usual, "staging_tokens_per_s": meter.rate(staging, times[0])}
+        if self.args.recovery:
+            rates["recovery_s"] = await meter.recovery(times[0], times[-1], usual, RECOVERY_S)
+        return {**rates, "staging_s": times[0] - staging}
 
     async def _proof(self, version: int, continued: float) -> dict[str, float]:
         found = await asyncio.to_thread(self.subscriber.proof, version)
         return found | {"readback_seen_s": time.monotonic() - continued}
 
-    async def kept(self, version: int, mode: str, meter: Meter) -> dict[str, Any]:
+    async def kept(self, mode: str, meter: Meter) -> dict[str, Any]:
         """A version that requests live through, with nothing else running: what it does to their log-probabilities."""
         await meter.drain(self.client.abort_all)
-        self.trainer.step()
-        await asyncio.to_thread(self.trainer.publish, version)
+        version = (await self.versions.take())["version"]
         third = (self.args.context - 100) // 3
         async with Kept(self.client.url, TOKEN, min(8, self.args.running), third, third) as kept:
             await kept.begin(least=MARGIN)
-            row = await self._bring(version, version - 1, mode, None)
+            row = await self._bring(version, mode, None)
             kept.updated()
             row |= await kept.compared()
         meter.resume()
@@ -180,7 +195,7 @@ async def wait_ready(client: EngineClient, server: Server, timeout_s: float) -> 
     deadline = time.monotonic() + timeout_s
     while not await client.health():
         if server.process.poll() is not None or time.monotonic() > deadline:
-            sys.exit("SGLang did not become ready; its last lines:\n" + server.log.read_text()[-3000:])
+            raise RuntimeError("SGLang did not become ready")
         await asyncio.sleep(0.5)
 
 
@@ -201,75 +216,53 @@ async def drive(args: argparse.Namespace, folder: Path, record: Record) -> None:
         subscriber = Subscriber(files.url, TOKEN, stage, directory)
         published = trainer.publish(0)
         record.note(version_0_publish=published)
+        versions = Versions(trainer)
         async with EngineClient(server.url, TOKEN, loader_dir=stage) as client:
-            await wait_ready(client, server, min(args.ready_s, args.limit_s - (time.monotonic() - BEGAN)))
+            patience = min(args.ready_s, args.limit_s - (time.monotonic() - BEGAN))
+            ready = asyncio.create_task(wait_ready(client, server, patience))
+            if args.ahead:
+                record.note(published_ahead=await versions.ahead(args.ahead, ready))
+            await ready
             record.note(sglang_ready_s=time.monotonic() - BEGAN)
-            run = Run(args, trainer, subscriber, client)
+            run = Run(args, versions, subscriber, client)
             record.row(published | await run.first())
-            await modes(args, run, record, check, adapter)
+            parity = functools.partial(compare, client, check, trainer, adapter) if args.parity else None
+            await modes(args, run, record, parity)
         subscriber.close()
         trainer.publisher.close()
         files.stop()
+    except Exception as error:
+        error.add_note(server.last_lines())
+        raise
     finally:
         server.stop()
         if args.keep_log:
             shutil.copy(folder / "sglang.log", args.keep_log)
 
 
-async def modes(args: argparse.Namespace, run: Run, record: Record, check: Any, adapter: Any) -> None:
+async def modes(args: argparse.Namespace, run: Run, record: Record, parity: Any) -> None:
     """Every mode's versions under one load that never stops. The first of all is not counted: it warms up both sides,
-    and is compared with a version that is still on the host."""
-    version, end = 1, BEGAN + args.limit_s - 15.0  # for stopping
+    and is compared with a version that is still on the host. `parity`: makes the comparison with transformers."""
+    end = BEGAN + args.limit_s - 15.0  # for stopping
     async with Meter(run.client.url, TOKEN, args.running, args.context - 100) as meter:
         await asyncio.sleep(args.warm_s)
         for k, mode in enumerate(args.modes):
             deadline = time.monotonic() + (end - time.monotonic()) / (len(args.modes) - k)
             taken: list[float] = []
-            for n in range(args.versions + (not k)):
-                if taken and time.monotonic() + 1.2 * max(taken[-3:]) > deadline:
+            warm_up = int(k == 0)
+            for n in range(args.versions + warm_up):
+                if taken and time.monotonic() + 1.2 * max(taken[-max(3, args.watch_every) :]) > deadline:
                     record.note(**{f"{mode}_cut": f"{n} versions: {args.limit_s:.0f} s would not suffice for more"})
                     break
-                if args.kept and mode != "abort" and n == (not k):  # behind the one that warms up
-                    record.row(await run.kept(version, mode, meter))
-                    version += 1
+                if args.kept and mode != "abort" and n == warm_up:
+                    record.row(await run.kept(mode, meter))
                     await asyncio.sleep(args.warm_s)
-                row = await run.next(version, mode, meter)
-                row["counted"] = version > 1
-                if check is not None:
-                    row |= await compare(run.client, check, run.trainer, adapter)
+                row = await run.next(mode, meter, watched=(n - warm_up) % args.watch_every == 0)
+                row["counted"] = n >= warm_up
+                if parity is not None:
+                    row |= await parity()
                 record.row(row)
                 taken.append(row["version_s"])
-                version += 1
-
-
-FIGURES = (
-    "density", "bytes_per_changed", "publish_s", "digest_s", "delta_s", "diff_s", "encode_s", "transfer_s", "stage_s",
-    "decode_s", "decode_gb_per_s", "load_s", "abort_ms", "pause_ms", "pause", "call", "begin", "record", "apply",
-    "digest", "digest_tables", "digest_launch", "digest_device", "loader", "end", "continue", "readback_s",
-    "readback_wait_s", "readback_place_s", "readback_tables_s", "readback_launch_s", "readback_device_s",
-    "readback_seen_s", "tokens_per_s", "staging_tokens_per_s", "staging_s", "recovery_s",
-)  # fmt: skip
-
-
-def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Mode -> figure -> median, 99th percentile (the worst of fewer than a hundred), number of counted versions."""
-    found: dict[str, dict[str, Any]] = {}
-    for mode in dict.fromkeys(row["mode"] for row in rows if row.get("counted")):
-        flat = [row | row["split_ms"] for row in rows if row.get("counted") and row["mode"] == mode]
-        found[mode] = {}
-        for key in FIGURES:
-            values = sorted(row[key] for row in flat if row.get(key) is not None)
-            if values:
-                p99 = values[min(len(values) - 1, int(0.99 * len(values)))]
-                found[mode][key] = {"p50": statistics.median(values), "p99": p99, "n": len(values)}
-        if late := [row for row in flat if row.get("recovery_s", 0.0) is None]:
-            found[mode]["not_recovered"] = {"p50": len(late), "p99": len(late), "n": len(flat)}
-        staged = [row for row in flat if row.get("tokens_per_s")]
-        if staged:  # a window is a fraction of a second: all together
-            usual = sum(row["tokens_per_s"] * row["staging_s"] for row in staged)
-            ratio = sum(row["staging_tokens_per_s"] * row["staging_s"] for row in staged) / max(1e-9, usual)
-            found[mode]["staging_ratio"] = {"p50": ratio, "p99": ratio, "n": len(staged)}
-    return found
 
 
 def main() -> None:
@@ -279,6 +272,8 @@ def main() -> None:
     parser.add_argument("--versions", type=int, default=20, help="of each mode, at most")
     parser.add_argument("--running", type=int, default=32)
     parser.add_argument("--context", type=int, default=512, help="context length of the server")
+    parser.add_argument("--ahead", type=int, default=0, help="versions published while the server starts, at most")
+    parser.add_argument("--watch-every", type=int, default=1, help="rates around every Kth version of a mode only")
     parser.add_argument("--modes", nargs="+", choices=["abort", "retract", "in_place"], default=["abort"])
     parser.add_argument("--recovery", action="store_true", help="wait for full speed after each update")
     parser.add_argument("--kept", action="store_true", help="log-probabilities of requests that live through an update")
@@ -293,6 +288,8 @@ def main() -> None:
     parser.add_argument("--sglang-python", default=sys.executable)
     parser.add_argument("--keep-log", type=Path, help="copy the server's log here")
     args = parser.parse_args()
+    if args.ahead and args.parity:
+        parser.error("--parity compares with the trainer's last version: none may be published ahead")
     record = Record(args.out)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         asyncio.run(drive(args, Path(folder), record))

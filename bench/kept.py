@@ -27,27 +27,35 @@ class Request:
         self.prompt = [3 + (number + 7 * i) % 97 % 60 for i in range(prompt)]
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
-        self._tokens, self._logprobs = Growth(), Growth()
+        self.finish: dict[str, Any] = {}
+        """Why it ended, in the server's words."""
         self.after = 0
         """First token that is surely drawn by the new weights."""
 
     def take(self, answer: dict[str, Any]) -> None:
-        """A chunk; its tokens and their log-probabilities are, each by itself, everything so far or what is new."""
-        self.tokens = self._tokens.grown(self.tokens, answer["output_ids"])
-        logprobs = [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
-        self.logprobs = self._logprobs.grown(self.logprobs, logprobs)
+        """A chunk. Raises RuntimeError when the server answers with an error, or leaves tokens out."""
+        if "meta_info" not in answer:
+            raise RuntimeError(f"a request was answered with {json.dumps(answer)[:300]}")
+        meta = answer["meta_info"]
+        self.finish = meta.get("finish_reason") or {}
+        count, logprobs = meta["completion_tokens"], [entry[0] for entry in meta["output_token_logprobs"]]
+        try:
+            self.tokens = grown(self.tokens, answer["output_ids"], count)
+            self.logprobs = grown(self.logprobs, logprobs, count)
+        except ValueError as error:
+            raise RuntimeError(f"a request's stream has a gap: {error}; finish reason {self.finish}") from None
 
 
-class Growth:
-    """Whether a stream tells all so far or what is new: its second chunk shows it, for the rest of the stream."""
-
-    def __init__(self) -> None:
-        self._whole: bool | None = None
-
-    def grown(self, known: list[Any], told: list[Any]) -> list[Any]:
-        if known and self._whole is None:
-            self._whole = len(told) > len(known) and told[: len(known)] == known
-        return told if self._whole else known + told
+def grown(known: list[Any], told: list[Any], count: int) -> list[Any]:
+    """The `count` that there are in all, when a chunk tells all of them, or those that are new, or (as SGLang of a
+    request that it ends) the last once more. Raises ValueError when some are missing."""
+    if len(told) >= count:
+        return told[:count]
+    if len(known) == count:
+        return known
+    if len(known) + len(told) != count:
+        raise ValueError(f"{len(told)} told behind {len(known)} known are not {count}")
+    return known + told
 
 
 class Kept(Streams):
@@ -82,7 +90,7 @@ class Kept(Streams):
         await asyncio.gather(*(self._stream(request) for request in self.requests))
         fresh = await self._gaps()
         if not gaps:
-            raise SystemExit("every request had ended before the update was over: none was kept through it")
+            raise RuntimeError("every request had ended before the update was over: none was kept through it")
         left = {"kept_requests": len(began), "kept_before": sum(r.after - MARGIN for r in began) / len(began)}
         return {**left, **_figures("kept", gaps), **_figures("fresh", fresh)}
 
@@ -94,6 +102,8 @@ class Kept(Streams):
             async for line in reply.aiter_lines():
                 if line.startswith("data:") and not line.endswith("[DONE]"):
                     request.take(json.loads(line[5:]))
+        if len(request.tokens) != self._new:
+            raise RuntimeError(f"a request ended behind {len(request.tokens)} of {self._new} tokens: {request.finish}")
 
     async def _gaps(self) -> list[float]:
         found: list[float] = []
@@ -113,11 +123,10 @@ class Kept(Streams):
         reply = await self._http.post("/generate", json=body)
         reply.raise_for_status()
         entries = reply.json()["meta_info"]["input_token_logprobs"][1:]  # the first is the prompt's last token
-        if [entry[1] for entry in entries] != request.tokens:
-            raise SystemExit("the server's log-probabilities are not of the tokens that were asked about")
-        if not len(request.logprobs) == len(request.tokens) == self._new:
-            counts = f"{len(request.tokens)} tokens with {len(request.logprobs)} log-probabilities, not {self._new}"
-            raise SystemExit(f"a request streamed {counts}")
+        asked, told = request.tokens, [entry[1] for entry in entries]
+        if len(asked) != len(told) or any(b not in (a, 0) for a, b in zip(asked, told, strict=True)):
+            # 0: SGLang calls the vocabulary's last token so (logprob_result_processor.py), its log-probability is right
+            raise RuntimeError(f"asked about the tokens {asked}, the server's log-probabilities are of {told}")
         pairs = list(zip(request.logprobs, (entry[0] for entry in entries), strict=True))
         return [abs(drawn - alone) for drawn, alone in pairs[request.after :]]
 

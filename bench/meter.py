@@ -60,6 +60,8 @@ class Meter(Streams):
         self._idle.set()
         self.arrived: list[tuple[float, int]] = []
         """(when, tokens)"""
+        self._first: dict[int, float] = {}
+        """Stream -> when its first tokens since `mark` arrived."""
 
     async def __aenter__(self) -> Meter:
         self._tasks = [asyncio.create_task(self._stream(k)) for k in range(self._running)]
@@ -86,7 +88,9 @@ class Meter(Streams):
                 async for line in reply.aiter_lines():
                     if found := COUNT.search(line):
                         count = int(found[1])
-                        self.arrived.append((time.monotonic(), count - seen))
+                        now = time.monotonic()
+                        self._first.setdefault(k, now)
+                        self.arrived.append((now, count - seen))
                         seen = count
         finally:
             self._sent -= 1
@@ -111,6 +115,18 @@ class Meter(Streams):
         """Tokens a second that arrived in (begin, end]."""
         late = itertools.takewhile(lambda item: item[0] > begin, reversed(self.arrived))
         return sum(count for when, count in late if when <= end) / max(1e-9, end - begin)
+
+    def mark(self) -> None:
+        """An update is over: `again` counts from here."""
+        self._first.clear()
+
+    async def again(self, begin: float, limit_s: float) -> float | None:
+        """Seconds from `begin` until every stream had brought tokens since `mark`; None: not within `limit_s` of it."""
+        while len(self._first) < self._running:
+            if time.monotonic() > begin + limit_s:
+                return None
+            await asyncio.sleep(0.005)
+        return max(self._first.values()) - begin
 
     async def recovery(self, begin: float, end: float, before: float, limit_s: float) -> float | None:
         """An update was felt from `begin` to `end` (continue answered): seconds from `begin` until half a second begins

@@ -21,6 +21,8 @@ import torch
 
 from astracli import registry
 from astracli.adapter import read_config
+from astracli.backend import SGLANG_CPU_ENV, SGLANG_ENV
+from astracli.backend_serving import SERVING_ON_CPU
 from astracli.engines.client import SETTLE_LOADER, STAGED_LOADER, EngineClient, GenRequest
 from astracli.launch import fetch, ports
 from astracli.training.optimizer import DTYPES
@@ -73,12 +75,11 @@ class Server:
     def __init__(self, args: argparse.Namespace, model: Path, stage: Path, log: Path):
         with ports.bind("127.0.0.1") as probe:
             port = probe.getsockname()[1]
-        graphs = ["--cuda-graph-bs-decode", "1", str(args.running)]
         command = [
             args.sglang_python, "-m", "sglang.launch_server", "--model-path", str(model), "--skip-tokenizer-init",
-            "--host", "127.0.0.1", "--port", str(port), "--api-key", TOKEN, "--attention-backend", "triton",
-            "--disable-radix-cache", "--disable-prefill-cuda-graph", *graphs, "--max-running-requests",
-            str(max(2, args.running)), "--mem-fraction-static", "0.5", "--context-length", str(args.context),
+            "--host", "127.0.0.1", "--port", str(port), "--api-key", TOKEN, *self._device(args),
+            "--disable-radix-cache", "--dtype", "bfloat16", "--max-running-requests", str(max(2, args.running)),
+            "--mem-fraction-static", "0.5", "--context-length", str(args.context),
             "--custom-weight-loader", STAGED_LOADER, SETTLE_LOADER, "--load-format", "dummy",
             "--weight-version=-1", "--stream-interval", "8",
         ]  # fmt: skip
@@ -86,7 +87,8 @@ class Server:
             "ASTRA_STAGE_DIR": str(stage),
             "ASTRA_START_VERSION": "",  # weights made up by the server: version 0 reaches it in full
             "ASTRA_VERIFY_INTERVAL": str(VERIFY),
-            "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
+            **SGLANG_ENV,
+            **(SGLANG_CPU_ENV if args.device == "cpu" else {}),
         }
         self.log = log
         self.url = f"http://127.0.0.1:{port}"
@@ -94,6 +96,19 @@ class Server:
             self.process = subprocess.Popen(
                 command, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
             )
+
+    @staticmethod
+    def _device(args: argparse.Namespace) -> list[str]:
+        if args.device == "cpu":
+            slots = ["--max-total-tokens", str(max(2, args.running) * args.context)]  # else most of the memory
+            plain = ["--disable-overlap-schedule", "--disable-cuda-graph"]
+            return ["--device", "cpu", "--attention-backend", SERVING_ON_CPU[0], *plain, *slots]
+        graphs = ["--disable-prefill-cuda-graph", "--cuda-graph-bs-decode", "1", str(args.running)]
+        return ["--attention-backend", "triton", *graphs]
+
+    def last_lines(self) -> str:
+        """For whoever reads why a bench ended."""
+        return f"the server's last lines:\n{self.log.read_text(errors='replace')[-3000:]}"
 
     def stop(self) -> None:
         if self.process.poll() is None:

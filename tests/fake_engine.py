@@ -23,6 +23,9 @@ from astracli.errors import RunFailed
 from astracli.hub.server import ServerThread
 from astracli.weights.subscriber import StagedPlan
 
+BROKEN = -99.0
+"""Log-probability of what is drawn from weights that an update failed to change."""
+
 
 def token(seed: int, position: int) -> int:
     return 3 + (seed // (position + 7)) % 90
@@ -123,10 +126,11 @@ class FakeEngine:
                 break
             while self.paused:
                 await asyncio.sleep(self.step_s)
-            assert self.serving and not self.released
+            assert not self.released
             position = offset + len(out)
             out.append(1 if position == self.length - 1 else token(seed, position))
-            logprobs.append([-1.0 - self.version, out[-1], None])
+            # requests kept through an update go on whatever it left behind
+            logprobs.append([-1.0 - self.version if self.serving else BROKEN, out[-1], None])
             if out[-1] in params["stop_token_ids"]:
                 reason = "stop"
                 break
@@ -211,7 +215,9 @@ class FakeEngine:
         return JSONResponse({"success": True, "message": "", "outcome": outcome})
 
     async def _label(self, request: Request) -> Response:
-        self.version = int((await request.json())["new_version"])
+        body = await request.json()
+        self._aborts += body.get("abort_all_requests", True)  # as in SGLang
+        self.version = int(body["new_version"])
         self.events.append(f"called {self.version}")
         return JSONResponse({"success": True})
 

@@ -40,9 +40,13 @@ def test_an_update_ends_segments_and_the_continuation_equals_an_uncut_completion
     assert world.store.state()["engines"]["engine0"] == {"version": 1, "state": "ready"}
 
 
+@pytest.mark.parametrize("foreign", [False, True], ids=["embedded", "sglang"])
 @pytest.mark.parametrize("mode", ["retract", "in_place"])
-def test_requests_kept_through_an_update_count_as_the_oldest_version(world: World, mode: str) -> None:
+def test_requests_kept_through_an_update_count_as_the_oldest_version(
+    world: World, tmp_path: Path, mode: str, foreign: bool
+) -> None:
     got: list[Group] = []
+    world.engine.stage_dir = tmp_path if foreign else None
 
     async def scenario() -> None:
         await until(lambda: world.engine.running == 8)
@@ -51,10 +55,12 @@ def test_requests_kept_through_an_update_count_as_the_oldest_version(world: Worl
         got.extend(await world.batch(0))
 
     asyncio.run(world.play(scenario, weights={"pause_mode": mode}))
-    assert world.engine.events == [f"pause {mode} with 8 running", "applied 1"]
+    applied = ["applied -1", "called 1"] if foreign else ["applied 1"]
+    assert world.engine.events == [f"pause {mode} with 8 running", *applied]
     kept = [sample for group in got[:2] for sample in group.samples]
     assert [len(sample.segments) for sample in kept] == [1] * 8
     assert all(sample.versions.max() == 0 and sample.logprobs.min() == -2.0 for sample in kept)
+    assert [record["aborted_samples"] for record in records(world)] == [0]
 
 
 def test_a_failed_update_is_repeated_in_full_and_serves_nothing_in_between(world: World) -> None:
@@ -71,6 +77,24 @@ def test_a_failed_update_is_repeated_in_full_and_serves_nothing_in_between(world
     assert [event for event in world.engine.events if "pause" not in event] == ["refused 1", "applied 1"]
     (record,) = records(world)
     assert (record["resyncs"], record["kind"], record["changed"], record["apply_s"]) == (1, "full", 7, 0.001)
+
+
+@pytest.mark.parametrize("mode", ["retract", "in_place"])
+def test_what_a_failed_update_found_running_is_ended_and_asked_anew(world: World, mode: str) -> None:
+    world.engine.refusals, world.engine.update_s = 1, 0.1
+    got: list[Group] = []
+
+    async def scenario() -> None:
+        await until(lambda: world.engine.running == 8)
+        world.store.announce(1, 1)
+        got.extend(await world.batch(0))
+
+    asyncio.run(world.play(scenario, weights={"pause_mode": mode}))
+    assert world.engine.events[:2] == [f"pause {mode} with 8 running", "refused 1"]
+    assert world.engine.events[2:] == [f"pause {mode} with 0 running", "applied 1"]
+    samples = [sample for group in got for sample in group.samples]
+    assert {float(value) for sample in samples for value in sample.logprobs} == {-2.0}, "drawn by version 1 alone"
+    assert all(sample.tokens.tolist() == expected(g.lease_id, sample.index) for g in got for sample in g.samples)
 
 
 def test_an_engine_in_which_our_loader_never_ran_is_woken_before_the_first_update(world: World) -> None:

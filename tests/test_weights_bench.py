@@ -32,7 +32,11 @@ def test_one_start_gives_every_mode_and_leaves_what_it_knows_on_disk(tmp_path: P
         "--running",
         "4",
         "--versions",
-        "1",
+        "2",
+        "--ahead",
+        "3",
+        "--watch-every",
+        "2",
         "--modes",
         "in_place",
         "retract",
@@ -50,15 +54,18 @@ def test_one_start_gives_every_mode_and_leaves_what_it_knows_on_disk(tmp_path: P
     assert kept.keys() == {"in_place", "retract"} and not any(row["counted"] for row in kept.values())
     assert all(row["kept_tokens"] > 0 and row["fresh_tokens"] > row["kept_tokens"] for row in kept.values()), kept
     assert [(row["kept_mean"], row["fresh_mean"]) for row in kept.values()] == [(0.25, 0.0), (0.0, 0.0)]
-    assert [row["version"] for row in doc["rows"]] == [0, 1, 2, 3, 4, 5, 6] and doc["rows"][0]["kind"] == "full"
+    assert [row["version"] for row in doc["rows"]] == list(range(10)) and doc["rows"][0]["kind"] == "full"
+    assert doc["setup"]["published_ahead"] == 3 and [row["version"] for row in doc["rows"] if "ahead" in row] == [1, 3]
+    assert [row["version"] for row in doc["rows"] if "tokens_per_s" in row] == [3, 6, 8]
     assert doc["rows"][0]["version_0_s"] > 0 and doc["setup"]["sglang_ready_s"] > 0
     for mode in ("in_place", "retract", "abort"):
         found = doc["summary"][mode]
-        wanted = ("pause_ms", "digest", "digest_device", "decode_s", "diff_s", "encode_s", "publish_s")
-        assert all(found[key]["n"] == 1 for key in wanted), found
-        assert found["tokens_per_s"]["p50"] > 0 and found["staging_ratio"]["p50"] > 0
+        assert all(found[key]["n"] == 2 for key in ("pause_ms", "digest", "digest_device", "decode_s", "again_s"))
+        beside = 1 if mode == "in_place" else 2  # version 3 was published ahead
+        assert all(found[key]["n"] == beside for key in ("publish_s", "diff_s", "encode_s")), found
+        assert found["tokens_per_s"]["p50"] > 0 and found["staging_ratio"]["n"] == 1
     proven = [row for row in doc["rows"] if "readback_s" in row]
-    assert [row["version"] for row in proven] == [0, 4]
+    assert [row["version"] for row in proven] == [0, 4, 8]
     parts = ("wait", "place", "tables", "launch", "device")
     for row in proven:
         assert 0 < sum(row[f"readback_{part}_s"] for part in parts) <= row["readback_s"] <= row["readback_seen_s"] + 0.1
@@ -77,6 +84,40 @@ def test_recovery_is_the_first_half_second_at_95_percent(monkeypatch: pytest.Mon
     # a window that begins t before the full rate holds 600 t + 1000 (0.5 - t) tokens: 95 % at t = 0.0625
     assert found == pytest.approx(2 - 0.5 - 0.0625, abs=0.03)
     assert asyncio.run(meter.recovery(now - 2, now - 1, 1200.0, 0.5)) is None
+
+
+def test_every_stream_must_have_brought_tokens_behind_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(HERE.parent / "bench"))
+    meter = importlib.import_module("meter").Meter("http://127.0.0.1:9", "", 2)
+    now = time.monotonic()
+    meter._first = {0: now - 0.3, 1: now - 0.1}
+    assert asyncio.run(meter.again(now - 0.5, 1.0)) == pytest.approx(0.4)
+    meter.mark()
+    meter._first = {0: now - 0.3}
+    assert asyncio.run(meter.again(now - 0.5, 0.6)) is None
+
+
+def test_a_stream_tells_all_its_tokens_or_the_new_ones_and_why_it_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(HERE.parent / "bench"))
+    kept = importlib.import_module("kept")
+
+    def chunk(tokens: list[int], count: int, logprobs: int, reason: str | None = None) -> dict[str, Any]:
+        meta = {"completion_tokens": count, "finish_reason": {"type": reason} if reason else None}
+        return {"output_ids": tokens, "meta_info": meta | {"output_token_logprobs": [[-0.5, 0, None]] * logprobs}}
+
+    whole, new = kept.Request(0, 4), kept.Request(0, 4)
+    for answer in (chunk([7], 1, 1), chunk([7, 7], 2, 2), chunk([7, 7, 8], 3, 3, "length")):
+        whole.take(answer)
+    for answer in (chunk([7], 1, 1), chunk([7, 8], 3, 3), chunk([9], 4, 1, "length")):
+        new.take(answer)
+    assert (whole.tokens, len(whole.logprobs), whole.finish) == ([7, 7, 8], 3, {"type": "length"})
+    assert (new.tokens, len(new.logprobs)) == ([7, 7, 8, 9], 4)
+    whole.take(chunk([8], 3, 3, "abort"))  # SGLang, of a request that waited when it was ended
+    assert (whole.tokens, len(whole.logprobs), whole.finish) == ([7, 7, 8], 3, {"type": "abort"})
+    with pytest.raises(RuntimeError, match=r"gap: 1 told behind 3 known are not 6; finish reason {'type': 'abort'}"):
+        whole.take(chunk([8], 6, 6, "abort"))
+    with pytest.raises(RuntimeError, match=r"answered with .*too long"):
+        whole.take({"error": {"message": "too long"}})
 
 
 def test_what_publishing_costs_is_measured_in_turns() -> None:

@@ -243,8 +243,9 @@ class EngineClient:
         return await self._update("/update_weights_from_disk", {"model_path": path, "weight_version": str(version)})
 
     async def set_version(self, version: int) -> None:
-        """Change the label of the present weights."""
-        await self._send("POST", "/update_weight_version", {"new_version": str(version)})
+        """Change the label of the present weights; requests go on. (SGLang ends them all unless it is told not to.)"""
+        body = {"new_version": str(version), "abort_all_requests": False}
+        await self._send("POST", "/update_weight_version", body)
 
     async def _update(self, path: str, body: Mapping[str, Any], limit_s: float | None = None) -> Update:
         reply = await self._request("POST", path, body, timeout=self._control_s if limit_s is None else limit_s)

@@ -16,8 +16,9 @@ memory back and continue.
 
 `in_place`, the default, and `retract` leave requests running: the gate stays open, and what comes back carries the
 *oldest* version that was in force during its request, so that staleness is never understated.
-An update that fails is repeated once with a full payload; a second failure ends the run. A read-back that finds other
-weights closes the gate, loses what was generated meanwhile, and is answered by a full payload too.
+An update that fails ends and loses the requests that it found running, and is repeated once with a full payload; a
+second failure ends the run. A read-back that finds other weights closes the gate, loses what was generated meanwhile,
+and is answered by a full payload too.
 """
 
 from __future__ import annotations
@@ -253,7 +254,10 @@ class Lane(Gate):
             self._serving = False
             self.open.clear()
             self.version = None
+            self._disproved += 1  # requests that it found running went on with weights that nobody trusts
+            await self._call(self._engine.abort_all())
             await self._call(self._engine.resume())
+            await self._drain()
             raise RunFailed(f"version {target} was not applied: {update.message}")
         await self._call(self._engine.resume())
         record |= {"pause_s": time.monotonic() - begun, **update.seconds, "proof": bool(update.outcome.get("proof"))}

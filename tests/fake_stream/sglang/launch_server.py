@@ -49,17 +49,19 @@ def main():
         async def tokens():
             state["open"] += 1
             drawn, logprobs = [], []
-            for count in range(1, body["sampling_params"]["max_new_tokens"] + 1):
+            most = body["sampling_params"]["max_new_tokens"]
+            for count in range(1, most + 1):
                 await asyncio.sleep(0.005)
                 await going.wait()
                 stale = state["mode"] == "in_place" and begun != state["version"]
                 drawn.append(count % 9)
                 logprobs.append([-1.0 - state["version"] + 0.25 * stale, drawn[-1], None])
-                meta = {"completion_tokens": count}
+                ended = "abort" if state["aborts"] != aborts else "length" if count == most else None
+                meta = {"completion_tokens": count, "finish_reason": {"type": ended} if ended else None}
                 if body.get("return_logprob"):
                     meta["output_token_logprobs"] = logprobs
                 yield f"data: {json.dumps({'output_ids': drawn, 'meta_info': meta})}\n\n"
-                if state["aborts"] != aborts:
+                if ended:
                     break
             state["open"] -= 1
             yield "data: [DONE]\n\n"
@@ -83,7 +85,9 @@ def main():
             state["mode"] = (await request.json())["mode"]
             going.clear()
         elif request.url.path == "/update_weight_version":
-            state["version"] = int((await request.json())["new_version"])
+            body = await request.json()
+            state["aborts"] += body.get("abort_all_requests", True)
+            state["version"] = int(body["new_version"])
         elif request.url.path == "/continue_generation":
             going.set()
         elif request.url.path == "/abort_request":

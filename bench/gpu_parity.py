@@ -6,11 +6,12 @@
 Runs `astra train` on-policy (`train.max_staleness = 0`, one minibatch) for each model and serving attention, SGLang
 and trainer on one GPU, and prints over the run's tokens: mean and largest |difference of log-probability| between
 trainer and engine, their KL estimate, the mean ratio, and the trainer's own start-up check (joined rows against each
-alone: largest difference of log-probability, relative error of the gradient, and where that is over 1 %, how far a unit
-in bf16's last place at every block moves the gradient). Exits 1 when a mean is over 0.01, a mean ratio further than
-0.002 from 1, or a gradient error over 1 % and over that noise. `gpu_gib` is the most memory that all of the run's
-processes held on the GPU together (None: not seen). DIR: `python bench/random_checkpoint.py DIR`; a model of
-random weights is trained with `reward = "probe"`.
+alone: largest difference of log-probability, relative error of the gradient). Where the first is over 0.01 or the last
+over 1 %, it also says how far a unit in bf16's last place at every block moves them: the noise. Exits 1 when a mean is
+over 0.01 and over twice that noise, a gradient error over 1 % and over that noise, or a mean ratio further than 0.002
+from 1. `gpu_gib` is the most memory that all of the run's processes held on the GPU together (None: not seen). DIR:
+`python bench/random_checkpoint.py DIR`, whose weights are as restless as a model can be, or `python
+scripts/make_small.py DIR --shape 4b`, which has learned something; both are trained with `reward = "probe"`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from meter import MemoryWatch
+
+from astracli.training.agreement import TIMES_NOISE
 
 LIMITS = {"parity_mean_abs": 1e-2, "ratio_off": 2e-3, "rows_gradient_error": 1e-2}
 
@@ -80,6 +83,7 @@ def measure(model: str, attention: str, args: argparse.Namespace, folder: Path) 
         "tokens": int(sum(tokens)),
         "parity_mean_abs": mean("parity_mean_abs"),
         "parity_max_abs": max(r["parity_max_abs"] for r in own),
+        "parity_noise": max((r["parity_noise"] for r in records if "parity_noise" in r), default=None),
         "parity_kl": mean("parity_kl"),
         "ratio_mean": mean("parity_ratio_mean"),
         "rows_max_abs": max(r["rows_max_abs"] for r in records if "rows_max_abs" in r),
@@ -90,7 +94,10 @@ def measure(model: str, attention: str, args: argparse.Namespace, folder: Path) 
         "gpu_gib": watch.peak_gib or None,  # not seen: on a CPU, or in a container with process ids of its own
     }
     off = row | {"ratio_off": abs(row["ratio_mean"] - 1.0)}
-    limits = LIMITS | {"rows_gradient_error": max(LIMITS["rows_gradient_error"], row["rows_gradient_noise"])}
+    limits = LIMITS | {
+        "parity_mean_abs": max(LIMITS["parity_mean_abs"], TIMES_NOISE * (row["parity_noise"] or 0.0)),
+        "rows_gradient_error": max(LIMITS["rows_gradient_error"], row["rows_gradient_noise"]),
+    }
     return row | {"over": [name for name, limit in limits.items() if not off[name] <= limit]}
 
 
@@ -110,8 +117,8 @@ def main() -> None:
     if args.json:
         print(json.dumps(rows))
     else:
-        columns = ("model", "attention", "tokens", "parity_mean_abs", "parity_max_abs", "parity_kl", "ratio_mean",
-                   "rows_max_abs", "rows_gradient_error", "rows_gradient_noise", "step_s", "steps",
+        columns = ("model", "attention", "tokens", "parity_mean_abs", "parity_noise", "parity_max_abs", "parity_kl",
+                   "ratio_mean", "rows_max_abs", "rows_gradient_error", "rows_gradient_noise", "step_s", "steps",
                    "gpu_gib")  # fmt: skip
         print("  ".join(f"{column:>19}" for column in columns))
         for row in rows:

@@ -1,6 +1,6 @@
 """Warm up a Qwen3.5 of 20.8 million parameters on worked arithmetic of several steps, for `qwen3.5-small-m2po-delta`.
 
-    python scripts/make_small.py DIR [--seconds 75] [--stop-at 0.45] [--tokens 32768] [--shape small|proxy|tiny]
+    python scripts/make_small.py DIR [--seconds 75] [--stop-at 0.45] [--tokens 32768] [--shape small|proxy|tiny|4b]
 
 Supervised, from random weights, with the product's own trainer: fp32 masters; packed rows, bf16 and fla's kernels on a
 GPU, padded rows and fp32 on a CPU. A share `--smoothing` of the targets is a random token, so the model stays unsure of
@@ -59,8 +59,23 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "proxy": {},
     "tiny": {"hidden_size": 32, "intermediate_size": 64},
+    "4b": {
+        "vocab_size": 248_320,
+        "hidden_size": 2560,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "rope": [11, 11, 10],
+    },
 }
-"""What differs from the shipped tiny model; `proxy` is its size."""
+"""What differs from the shipped tiny model; `proxy` is its size, `4b` that of the published one: to see whether an
+engine agrees with the trainer there, on a GPU of 140 GB (`--tokens 8192 --lr 1e-4 --every 999 --seconds 60`)."""
 SCALE = 100_000
 """Places of the learning rate's schedule, which runs over time and not over steps."""
 SEED = 11
@@ -145,7 +160,10 @@ def build(shape: str, folder: Path, seed: int) -> None:
     if rope:
         document["rope_parameters"] = document["rope_parameters"] | {"mrope_section": rope}
     torch.manual_seed(seed)
-    save(Qwen3_5ForCausalLM(Qwen3_5TextConfig.from_dict(document)), _vocabulary()[0], folder)
+    large = shape == "4b" and torch.cuda.is_available()  # a CPU draws as many numbers for minutes
+    with torch.device("cuda" if large else "cpu"):
+        model = Qwen3_5ForCausalLM(Qwen3_5TextConfig.from_dict(document))
+    save(model, _vocabulary()[0], folder)
 
 
 def trainer_of(folder: Path, args: argparse.Namespace) -> Trainer:
@@ -217,7 +235,8 @@ def warm_up(trainer: Trainer, start: Path, source: Iterator[Packed], args: argpa
     rows = [pack(held_out[i : i + size]) for i in range(0, len(held_out), size)]
     records: list[dict[str, float]] = []
     began = clock = time.monotonic()
-    measured, tokens, recent = -float("inf"), 0, deque(maxlen=20)
+    measured = -float("inf") if args.every < args.seconds else began
+    tokens, recent = 0, deque(maxlen=20)
     for step, row in enumerate(source):
         progress = 0.0 if step == 0 else (time.monotonic() - clock) / args.seconds
         loss = -logprobs(trainer, row).mean()
@@ -267,7 +286,8 @@ def main() -> None:
         yield first
         yield from source
 
-    with tempfile.TemporaryDirectory() as folder:
+    args.dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.dir.parent) as folder:
         start = Path(folder) / "start"
         build(args.shape, start, args.seed)
         trainer = trainer_of(start, args)

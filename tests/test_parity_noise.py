@@ -60,6 +60,8 @@ def test_noise_allows_twice_itself_and_never_more_than_a_tenth(
         differing(model_dir, 0.07)
     with pytest.raises(RunFailed, match=r"allowed mean 1\.0e-03"):  # what a recipe says is final
         differing(model_dir, 0.05, parity_tolerance=1e-3)
+    told = differing(model_dir, 0.05, parity_tolerance=1.0)
+    assert told["parity_noise"] == 0.03 and told["parity_mean_abs"] == pytest.approx(0.05, abs=0.01)
     monkeypatch.setattr(parity, "logprob_noise", lambda *a, **k: 5.0)
     with pytest.raises(RunFailed, match=r"allowed mean 1\.0e-01"):
         differing(model_dir, 0.2)

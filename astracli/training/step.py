@@ -190,19 +190,19 @@ class Trainer:
         """Raise RunFailed when the engine that drew this version's tokens holds other weights. A collective.
 
         An engine in bf16 may be away by what rounding does to this model, where that is more than the adapter's
-        tolerance; a tolerance of the recipe is final.
+        tolerance; a tolerance of the recipe is final, and the noise is told beside the difference.
         """
         sums.own = sums.own.over(self.ranks)
         if self.ablation:
             return
         asked, known = self.recipe.train.parity_tolerance, self.adapter.parity_tolerance
-        tolerance = asked or known["cuda" if self.bf16_engine else "cpu"]
-        if asked is None and self.bf16_engine and not sums.own.within(max(tolerance, self._noise_allows)):
+        tolerance = known["cuda" if self.bf16_engine else "cpu"]
+        if self.bf16_engine and not sums.own.within(max(tolerance, self._noise_allows)):
             rows = parity.spread(batch.rows, self.recipe.train.tokens_per_microbatch)
             noise = parity.logprob_noise(self.policy, self.adapter, rows, self.ranks.device, pad_token=self.pad_token)
             (sums.noise,) = self.ranks.max([noise])
             self._noise_allows = min(CEILING, TIMES_NOISE * sums.noise)
-        sums.own.require(max(tolerance, self._noise_allows), version)
+        sums.own.require(asked or max(tolerance, self._noise_allows), version)
 
     # pass 1
 

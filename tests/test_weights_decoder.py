@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
 from staged_tools import Weights, chain, delta, restage, stage
@@ -107,7 +110,7 @@ def test_a_payload_that_cannot_be_decoded_leaves_no_memory_behind(
     ours, theirs = socket.socketpair()
     gc.disable()  # a cycle would keep as much memory as a version takes
     try:
-        thread = threading.Thread(target=decoder.serve, args=(theirs,))
+        thread = threading.Thread(target=decoder.serve, args=(theirs, 1))
         thread.start()
         for _ in range(3):
             channel.send(ours, {"stage": str(where)})
@@ -118,6 +121,49 @@ def test_a_payload_that_cannot_be_decoded_leaves_no_memory_behind(
     finally:
         gc.enable()
         theirs.close()
+
+
+def answered(where: Path, processes: int) -> tuple[dict[str, Any], bytes]:
+    """What the child says to one plan, and the memory that it sends."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        channel.send(ours, {"stage": str(where)})
+        ours.shutdown(socket.SHUT_WR)
+        decoder.serve(theirs, processes)
+        doc, handle = channel.receive(ours)
+    if handle is None:
+        return doc, b""
+    with open(handle, "rb") as file:
+        return doc, file.read()
+
+
+def test_forked_processes_decode_the_same_and_say_what_was_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder, "_LEAST", 1)
+    where, ours = stage(tmp_path, chain(3), [delta(1), delta(2)]), os.getpid()
+    children = psutil.Process().children()
+    alone, shared = answered(where, 1), answered(where, 3)
+    assert alone == shared and len(shared[1]) > 1000 and any(shared[1])
+    decode, pieces = reading.decode, [coded for step in reading.open_plan(where)[1] for coded in step]
+
+    def wrong(coded: reading.Coded) -> Update:
+        if coded.tensor.name == pieces[-1].tensor.name:
+            if os.getpid() == ours:
+                pytest.fail("decoded in this process")
+            if killed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise WeightCorrupt(f"`{coded.tensor.name}` is no zstd")
+        return decode(coded)
+
+    monkeypatch.setattr(reading, "decode", wrong)
+    killed = False
+    assert answered(where, 3) == ({"error": f"`{pieces[-1].tensor.name}` is no zstd"}, b"")
+    killed = True
+    assert answered(where, 3) == ({"unable": "a process that decoded ended with -9"}, b"")
+    monkeypatch.setattr(reading, "decode", decode)
+    assert answered(where, 3) == alone
+    assert psutil.Process().children() == children
 
 
 def test_a_child_that_died_is_replaced(tmp_path: Path) -> None:
@@ -168,7 +214,7 @@ def test_an_engine_that_dies_while_its_child_decodes_gets_no_other_last_words(tm
     channel.send(ours, {"stage": str(where)})
     ours.close()
     with theirs:
-        decoder.serve(theirs)
+        decoder.serve(theirs, 1)
 
 
 def test_pieces_become_few_spans_that_no_index_leaves() -> None:

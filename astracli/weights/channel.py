@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import struct
 import subprocess
@@ -16,8 +17,9 @@ def child(module: str, *arguments: str) -> tuple[subprocess.Popen[bytes], socket
     """Start `python -m MODULE SOCKET_FD ARGUMENTS`: the child, which ends when the socket is closed, and our end."""
     ours, theirs = socket.socketpair()
     command = [sys.executable, "-m", module, str(theirs.fileno()), *arguments]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # idle threads, beside which nobody forks
     with theirs:
-        return subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL), ours
+        return subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=env), ours
 
 
 def send(channel: socket.socket, doc: dict[str, Any], handle: int | None = None) -> None:

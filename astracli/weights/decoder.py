@@ -2,8 +2,10 @@
 
 An engine's scheduler is a Python loop that never sleeps. A thread that decodes beside it must win the interpreter back
 after each of thousands of short calls, and waited seconds for half a megabyte; it also took the interpreter away from
-the scheduler. So a child of the engine decodes, with threads, into anonymous shared memory, and sends its descriptor
-and a list of spans. What is left for the engine's own thread is a few large calls. The child ends with its engine.
+the scheduler. So a child of the engine decodes into anonymous shared memory, and sends its descriptor and a list of
+spans. What is left for the engine's own thread is a few large calls. The child ends with its engine. It forks for every
+plan: threads would hand the interpreter to one another between the numpy calls of each piece, and eight of them took
+longer than one.
 
 Both sides of one socket pair. To the child: a stage directory. From it: a document, and a descriptor when that is well.
 """
@@ -17,17 +19,17 @@ import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from astracli.weights import WeightCorrupt, channel, flat, reading
 from astracli.weights.manifest import Manifest, TensorEntry
 
-_THREADS = 8
+_PROCESSES = 8
+_LEAST = 1 << 20
+"""Bytes of payload for each process that are worth a fork."""
 
 
 class DecoderProcess:
@@ -107,7 +109,7 @@ def _rebuilt(doc: dict[str, Any], handle: int) -> reading.Prepared:
 # ---- the child -------------------------------------------------------------------------------------------------------
 
 
-def _decode(stage_dir: Path, pool: ThreadPoolExecutor, own: contextlib.ExitStack) -> tuple[dict[str, Any], int]:
+def _decode(stage_dir: Path, processes: int, own: contextlib.ExitStack) -> tuple[dict[str, Any], int]:
     """(what the engine must know, descriptor of the memory that holds all arrays: closed with `own`)"""
     prepared, steps = reading.open_plan(stage_dir)
     layouts, size = [], 0
@@ -128,8 +130,7 @@ def _decode(stage_dir: Path, pool: ThreadPoolExecutor, own: contextlib.ExitStack
         used = [group for group in groups.values() if group.spans]
         for width, group in groups.items():
             group.lay(memory[starts[width] : starts[width] + group.nbytes])
-        for _ in pool.map(_one, coded, repeat(groups), places):  # an error cancels the rest, and keeps no memory alive
-            pass
+        _fill(list(zip(coded, places, strict=True)), groups, processes)
         documents.append({
             "model": manifest.model, "version": manifest.version, "base_version": manifest.base_version,
             "kind": manifest.kind, "frozen_digests": manifest.frozen_digests,
@@ -149,33 +150,78 @@ def _piece(coded: reading.Coded) -> tuple[int, int, str, int]:
     return coded.piece.start, coded.piece.length, coded.piece.encoding, coded.piece.count
 
 
-def _one(coded: reading.Coded, groups: dict[int, flat.Group], place: flat.Place) -> None:
-    flat.fill(groups, place, reading.decode(coded))
+Jobs = list[tuple[reading.Coded, flat.Place]]
 
 
-def serve(link: socket.socket) -> None:
+def _fill(jobs: Jobs, groups: dict[int, flat.Group], processes: int) -> None:
+    """Decode every piece to its place in the groups' memory, which is shared. Raises WeightCorrupt, or OSError when a
+    process ended without a word."""
+    processes = min(processes, sum(coded.piece.bytes for coded, _ in jobs) // _LEAST)
+    if processes < 2:
+        _fill_here(jobs, groups)
+        return
+    forks: list[tuple[int, int]] = []
+    failed: list[Exception] = []
+    try:
+        for k in range(processes):
+            told, tell = os.pipe()
+            pid = os.fork()
+            if not pid:
+                _in_fork(jobs[k::processes], groups, tell)
+            os.close(tell)
+            forks.append((pid, told))
+    finally:
+        for pid, told in forks:
+            with open(told, "rb") as pipe:
+                said = pipe.read().decode()
+            status = os.waitpid(pid, 0)[1]
+            if said:
+                failed.append(WeightCorrupt(said))
+            elif status:
+                failed.append(OSError(f"a process that decoded ended with {os.waitstatus_to_exitcode(status)}"))
+    if failed:
+        raise failed[0]
+
+
+def _in_fork(jobs: Jobs, groups: dict[int, flat.Group], tell: int) -> NoReturn:
+    """The whole life of a forked process."""
+    code = 1
+    try:
+        _fill_here(jobs, groups)
+        code = 0
+    except (WeightCorrupt, ValueError) as error:
+        os.write(tell, str(error).encode())
+    finally:
+        os._exit(code)  # nothing of the parent's is to be closed or flushed
+
+
+def _fill_here(jobs: Jobs, groups: dict[int, flat.Group]) -> None:
+    for coded, place in jobs:
+        flat.fill(groups, place, reading.decode(coded))
+
+
+def serve(link: socket.socket, processes: int) -> None:
     """Answer until the engine is gone."""
-    with ThreadPoolExecutor(max(1, min(_THREADS, (os.cpu_count() or 1) // 2)), "decode") as pool:
-        while True:
+    while True:
+        try:
+            request, _ = channel.receive(link)
+        except OSError:
+            return
+        with contextlib.ExitStack() as own:
+            doc: dict[str, Any]
+            handle: int | None = None
             try:
-                request, _ = channel.receive(link)
-            except OSError:
+                doc, handle = _decode(Path(request["stage"]), processes, own)
+            except (WeightCorrupt, ValueError) as error:
+                doc = {"error": str(error)}
+            except OSError as error:  # no memory, no descriptors: not the payload's fault
+                doc = {"unable": str(error)}
+            try:
+                channel.send(link, doc, handle)
+            except ConnectionError:  # gone meanwhile; a traceback would stand as its last words
                 return
-            with contextlib.ExitStack() as own:
-                doc: dict[str, Any]
-                handle: int | None = None
-                try:
-                    doc, handle = _decode(Path(request["stage"]), pool, own)
-                except (WeightCorrupt, ValueError) as error:
-                    doc = {"error": str(error)}
-                except OSError as error:  # no memory, no descriptors: not the payload's fault
-                    doc = {"unable": str(error)}
-                try:
-                    channel.send(link, doc, handle)
-                except ConnectionError:  # gone meanwhile; a traceback would stand as its last words
-                    return
 
 
 if __name__ == "__main__":
     with socket.socket(fileno=int(sys.argv[1])) as connection:
-        serve(connection)
+        serve(connection, max(1, min(_PROCESSES, (os.cpu_count() or 1) // 2)))

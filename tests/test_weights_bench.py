@@ -55,13 +55,14 @@ def test_one_start_gives_every_mode_and_leaves_what_it_knows_on_disk(tmp_path: P
     assert all(row["kept_tokens"] > 0 and row["fresh_tokens"] > row["kept_tokens"] for row in kept.values()), kept
     assert [(row["kept_mean"], row["fresh_mean"]) for row in kept.values()] == [(0.25, 0.0), (0.0, 0.0)]
     assert [row["version"] for row in doc["rows"]] == list(range(10)) and doc["rows"][0]["kind"] == "full"
-    assert doc["setup"]["published_ahead"] == 3 and [row["version"] for row in doc["rows"] if "ahead" in row] == [1, 3]
+    ahead = doc["setup"]["published_ahead"]  # fewer when the server was quick to start
+    assert 1 <= ahead <= 3 and [row["version"] for row in doc["rows"] if "ahead" in row] == [1, 3][: (ahead + 1) // 2]
     assert [row["version"] for row in doc["rows"] if "tokens_per_s" in row] == [3, 6, 8]
     assert doc["rows"][0]["version_0_s"] > 0 and doc["setup"]["sglang_ready_s"] > 0
     for mode in ("in_place", "retract", "abort"):
         found = doc["summary"][mode]
         assert all(found[key]["n"] == 2 for key in ("pause_ms", "digest", "digest_device", "decode_s", "again_s"))
-        beside = 1 if mode == "in_place" else 2  # version 3 was published ahead
+        beside = 1 if mode == "in_place" and ahead == 3 else 2  # version 3 was published ahead
         assert all(found[key]["n"] == beside for key in ("publish_s", "diff_s", "encode_s")), found
         assert found["tokens_per_s"]["p50"] > 0 and found["staging_ratio"]["n"] == 1
     proven = [row for row in doc["rows"] if "readback_s" in row]

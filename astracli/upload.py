@@ -21,8 +21,8 @@ def upload(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def host_memory(size: int, device: torch.device, owner: object) -> Tensor:
-    """uint8 [size], as long as `owner` lives; for a GPU pinned, registered by hand: torch's own pinned allocator rounds
-    up to powers of 2."""
+    """uint8 [size]; for a GPU pinned for as long as `owner` lives, which must keep it for as long. Registered by hand:
+    torch's own pinned allocator rounds up to powers of 2."""
     memory = torch.empty(size, dtype=torch.uint8)
     if device.type == "cuda" and size:
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0))

@@ -95,6 +95,8 @@ def test_what_a_failed_update_found_running_is_ended_and_asked_anew(world: World
     samples = [sample for group in got for sample in group.samples]
     assert {float(value) for sample in samples for value in sample.logprobs} == {-2.0}, "drawn by version 1 alone"
     assert all(sample.tokens.tolist() == expected(g.lease_id, sample.index) for g in got for sample in g.samples)
+    (record,) = records(world)
+    assert record["gap_s"] > record["pause_s"] > 0.1, "closed from the failure on, while the full payload came"
 
 
 def test_an_engine_in_which_our_loader_never_ran_is_woken_before_the_first_update(world: World) -> None:

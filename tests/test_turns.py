@@ -194,6 +194,7 @@ def test_a_trainer_in_turns_learns_the_same_and_is_away_between_its_steps(
     for cards in ([], ["engine0"]):
         job = Job(tmp_path / ("turns" if cards else "alone"), model_dir)
         job.store._cards = CardBook(cards)
+        job.background = "on"  # on a GPU it is; in turns nothing may run beside the engine
         loops: list[Any] = []
         engine = Engine(job, loops)
         placement = {"shared": True, "cards": cards}

@@ -65,6 +65,8 @@ def test_one_start_gives_every_mode_and_leaves_what_it_knows_on_disk(tmp_path: P
         beside = 1 if mode == "in_place" and ahead == 3 else 2  # version 3 was published ahead
         assert all(found[key]["n"] == beside for key in ("publish_s", "diff_s", "encode_s")), found
         assert found["tokens_per_s"]["p50"] > 0 and found["staging_ratio"]["n"] == 1
+    streamed = [row for row in doc["rows"] if "again_s" in row]  # what came before the update was over does not count
+    assert len(streamed) == 7 and all(1000 * r["again_s"] > r["abort_ms"] + r["pause_ms"] for r in streamed), streamed
     proven = [row for row in doc["rows"] if "readback_s" in row]
     assert [row["version"] for row in proven] == [0, 4, 8]
     parts = ("wait", "place", "tables", "launch", "device")

@@ -18,7 +18,7 @@ if __name__ == "__main__":  # before Triton is imported: it interprets then
 
 from test_weights_device import a_model, by_numpy, coded, pairs, versions
 
-from astracli.weights import device
+from astracli.weights import device, payload
 
 pytest.importorskip("triton", reason="Triton has no wheel for this system; it stands beside torch where there are GPUs")
 
@@ -37,6 +37,11 @@ def check_many_tensors() -> None:
         wanted = [(name, *found) for name, base, new in model for found in by_numpy(base, new, piece)]
         assert interpreted(pairs(model, flat), piece) == wanted
         print(len(wanted), "pieces")
+    # more short tensors than pieces of the publisher's size fit between 0 and 2^31
+    short = [(f"t{k}", *versions(k, 8, 2, 0.1, False)) for k in range(600)]
+    wanted = [(name, *found) for name, base, new in short for found in by_numpy(base, new, payload.PIECE)]
+    assert interpreted(pairs(short, flat=True), payload.PIECE) == wanted
+    print(len(wanted), "short pieces")
 
 
 def check_tiles() -> None:

@@ -106,6 +106,30 @@ def test_what_gives_its_device_up_publishes_the_tensors_themselves(tmp_path: Pat
         assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "leaving" / name).read_bytes(), name
 
 
+def test_behind_a_host_copy_that_failed_half_way_comes_a_full_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher, live = Publisher(tmp_path, leaves=True), copies(first_weights())
+    publisher.publish(0, live, owned=True)
+    copy, done = torch.Tensor.copy_, list[int]()
+
+    def breaks(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        done.append(1)
+        if len(done) == 2:
+            raise RuntimeError("the GPU fell off")
+        return copy(self, *args, **kwargs)
+
+    for tensor in live.values():
+        tensor.add_(1)
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="fell off"):
+        broken.setattr(torch.Tensor, "copy_", breaks)
+        publisher.publish(1, live, owned=True)
+    found = publisher.publish(2, live, owned=True)
+    assert found.full_written and not found.bytes_delta
+    assert not publisher.publish(3, live, owned=True).changed
+    publisher.close()
+
+
 def test_retention_keeps_the_newest_what_leads_there_and_what_is_pinned(tmp_path: Path) -> None:
     pinned: set[int] = set()
     publisher = Publisher(tmp_path, full_interval=5, keep=2, pinned=pinned.__contains__)

@@ -1,8 +1,8 @@
 """The difference between two versions on the GPU where they lie: only what is to be coded goes to the host.
 
 The GPU compares, gap-codes and splits into byte planes; they are copied into memory from which another process
-compresses them (`coder`). The bytes are those of the numpy path. On a GPU two Triton kernels do it (`changes`), on a
-CPU, for tests, torch operations.
+compresses them (`coder`). The bytes are those of the numpy path. On a GPU Triton kernels do it (`changes`), on a CPU,
+for tests, and where there is no Triton, torch operations.
 
 Whoever asks a GPU how many values changed stands still until it has done everything before, and where an engine
 generates on it too, gives his turn away. So tensors are compared many at a time (a pass), their counts come back behind
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 _PIECES_AT_ONCE = 64
 """Pieces of one pass: bounds its temporaries to some 20 bytes for each change among 256 M elements, and what the other
 process waits for at the beginning and has left to do at the end."""
+_RANGES_AT_ONCE = 448
+"""Tensors of one pass: it has at most 512 pieces then, short ones included, and an int32 tells all of their elements
+apart, 4 M a piece."""
 _AHEAD = 4
 """Passes that are compared before the counts of the first of them are read."""
 
@@ -132,7 +135,8 @@ def compared(
 
 
 def _passes(tensors: Iterable[tuple[str, torch.Tensor, torch.Tensor]], piece: int) -> Iterator[list[Range]]:
-    """Neighbouring tensors of at most `_PIECES_AT_ONCE` pieces of elements together; one is only cut between pieces."""
+    """Neighbouring tensors, `_RANGES_AT_ONCE` at most, of at most `_PIECES_AT_ONCE` pieces of elements together; one is
+    only cut between pieces."""
     found: list[Range] = []
     at, most = 0, piece * _PIECES_AT_ONCE
     for name, base, new in tensors:
@@ -141,7 +145,7 @@ def _passes(tensors: Iterable[tuple[str, torch.Tensor, torch.Tensor]], piece: in
             length = len(new) - start
             if length > most - at:
                 length = (most - at) // piece * piece
-            if length:
+            if length and len(found) < _RANGES_AT_ONCE:
                 both = (old, new) if length == len(new) else (t[start : start + length] for t in (old, new))
                 found.append(Range(name, start, at, *both))
                 start, at = start + length, at + length

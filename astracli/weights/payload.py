@@ -149,7 +149,7 @@ def _by_gpu(
 ) -> None:  # fmt: skip
     from astracli.weights.device import compared
 
-    # the first version stays on the host: a tensor of it at a time goes back
+    # a base on the host (the first version, and that of a trainer that left its GPU) goes back a tensor at a time
     pairs = ((name, base[name].flat, local.flat) for name, local in tensors.items())
     for name, found in encoder.code(path, level, compared(pairs, PIECE, encoder.block)):
         where = (tensors[name].start + found.start, found.length, path.name, found.offset, found.size, found.checksum)

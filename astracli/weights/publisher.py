@@ -246,7 +246,10 @@ class Publisher:
         if not delta or version % self.full_interval == 0:
             parts.append(payload.write_full(directory, self.rank, tensors, lanes, run))
         manifests = self._finish(directory, version, parts)
-        self._base, self._base_version = self._rest.take(tensors) if self._rest is not None else tensors, version
+        if self._rest is not None:
+            self._base_version = None  # its copy is overwritten: a delta from half of that would be from no version
+            tensors = self._rest.take(tensors)
+        self._base, self._base_version = tensors, version
         if self.rank == 0:
             retention.prune(self.directory, version, self.keep, self.pinned)
         by_kind = {m.kind: m for m in manifests}

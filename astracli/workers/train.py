@@ -210,7 +210,7 @@ class TrainLoop:
         return waited
 
     def _publish(self, step: int, figures: dict[str, float], saved: bool, began: float) -> None:
-        """Publish version step + 1 from a copy, here or in the background; `publish_s` is what it costs the step."""
+        """Publish version step + 1, here or from a copy in the background; `publish_s` is what it costs the step."""
         version, begin = step + 1, time.perf_counter()
         tensors = self.trainer.masters.wire_shards(copy=not self.turn.leaves)
         figures["snapshot_s"] = time.perf_counter() - begin

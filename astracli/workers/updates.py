@@ -252,6 +252,8 @@ class Lane(Gate):
         update = await self._call(self._engine.apply_staged(target, flush=flushes(self._mode)))
         if not update.success:
             self._serving = False
+            if record["gate_closed"] is None:
+                record["gate_closed"] = time.monotonic()
             self.open.clear()
             self.version = None
             self._disproved += 1  # requests that it found running went on with weights that nobody trusts

@@ -56,19 +56,18 @@ def check_tiles() -> None:
             ("w", *found) for found in by_numpy(base, new, piece)
         ]
         print(len(at), name)
-    for share in (0.0005, 0.03, 0.12):
+    for share in (0.0005, 0.12):
         base, new = versions(2, size, 2, share, wild=True)
         assert interpreted(pairs([("w", base, new)], flat=True), piece) == [
             ("w", *found) for found in by_numpy(base, new, piece)
         ]
-    every = np.arange(1 << 16, dtype=np.uint16)  # every value to every distance, sampled
-    for step in (1, 2, 0x7FFF, 0x8000, 0xFFFF):
-        base, new = np.zeros((2, 16 << 16), np.uint16)
-        base[::16] = every
-        new[::16] = every + np.uint16(step)
-        assert interpreted(pairs([("w", base, new)], flat=True), 1 << 20) == [
-            ("w", *found) for found in by_numpy(base, new, 1 << 20)
-        ]
+    every = np.arange(1 << 16, dtype=np.uint16)  # every value, to one of five distances
+    base, new = np.zeros((2, 16 << 16), np.uint16)
+    base[::16] = every
+    new[::16] = every + np.resize(np.array([1, 2, 0x7FFF, 0x8000, 0xFFFF], np.uint16), 1 << 16)
+    assert interpreted(pairs([("w", base, new)], flat=True), 1 << 20) == [
+        ("w", *found) for found in by_numpy(base, new, 1 << 20)
+    ]
     print("steps")
 
 

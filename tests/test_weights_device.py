@@ -257,6 +257,22 @@ def test_the_device_is_asked_once_for_a_pass(monkeypatch: pytest.MonkeyPatch) ->
     assert asked.waits == []
 
 
+def test_what_goes_to_the_host_whole_does_not_go_all_at_once() -> None:
+    piece = 256
+    base, new = versions(3, 60 * piece, 2, 0.9, False)
+    new[5 * piece : 9 * piece] = base[5 * piece : 9 * piece]
+    new[5 * piece + 7] ^= 1  # sparse among dense ones, and three that did not change
+    sizes: list[int] = []
+
+    def block(size: int) -> tuple[int, torch.Tensor]:
+        sizes.append(size)
+        return 0, torch.empty(size, dtype=torch.uint8)
+
+    assert len(list(device.compared([("w", signed(base), signed(new))], piece, block))) == 4
+    assert max(sizes) <= 16 * 2 * 2 * piece + 64 and sum(sizes) >= 56 * 2 * 2 * piece
+    assert by_torch(base, new, piece) == by_numpy(base, new, piece)
+
+
 def test_a_wait_would_be_noticed() -> None:
     flags = torch.tensor([True, False])
     with Asked() as asked:

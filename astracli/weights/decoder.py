@@ -165,7 +165,12 @@ def _fill(jobs: Jobs, groups: dict[int, flat.Group], processes: int) -> None:
     try:
         for k in range(processes):
             told, tell = os.pipe()
-            pid = os.fork()
+            try:
+                pid = os.fork()
+            except OSError:
+                os.close(told)
+                os.close(tell)
+                raise
             if not pid:
                 _in_fork(jobs[k::processes], groups, tell)
             os.close(tell)

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 _PIECES_AT_ONCE = 64
 """Pieces of one pass: bounds its temporaries to some 20 bytes for each change among 256 M elements, and what the other
 process waits for at the beginning and has left to do at the end."""
+_WHOLE_AT_ONCE = 16
+"""Pieces that go to the host whole, together: 128 MiB of each version, where nearly every value changes."""
 _RANGES_AT_ONCE = 448
 """Tensors of one pass: it has at most 512 pieces then, short ones included, and an int32 tells all of their elements
 apart, 4 M a piece."""
@@ -127,11 +129,10 @@ def compared(
     ahead: deque[_Pass] = deque()
     for ranges in _passes(tensors, piece):
         ahead.append(_Pass(ranges, piece))
-        if len(ahead) > _AHEAD and (found := ahead.popleft().found(block)) is not None:
-            yield found
+        if len(ahead) > _AHEAD:
+            yield from ahead.popleft().found(block)
     while ahead:
-        if (found := ahead.popleft().found(block)) is not None:
-            yield found
+        yield from ahead.popleft().found(block)
 
 
 def _passes(tensors: Iterable[tuple[str, torch.Tensor, torch.Tensor]], piece: int) -> Iterator[list[Range]]:
@@ -176,19 +177,26 @@ class _Pass:
         self._counted.copy_(counted, non_blocking=True)
         self._ready = Event(self.device)
 
-    def found(self, block: Callable[[int], tuple[int, torch.Tensor]]) -> Found | None:
-        """What changed; None when nothing did. Everything is asked of the device at once."""
+    def found(self, block: Callable[[int], tuple[int, torch.Tensor]]) -> Iterator[Found]:
+        """What changed, together, unless much of it goes to the host whole."""
         self._ready.wait()
         counts = [0, *self.changes.counts(self._counted)]
-        changed = [k for k in range(len(self.pieces)) if counts[k + 1] > counts[k]]
-        if not changed:
-            return None
+        part: list[tuple[int, int, bool]] = []
+        for k, piece in enumerate(self.pieces):
+            if size := counts[k + 1] - counts[k]:
+                width, length = piece.range.new.element_size(), piece.end - piece.first
+                whole = len(codec.candidates(width, size, length)) > 1
+                if whole and sum(w for _, _, w in part) == _WHOLE_AT_ONCE:
+                    yield self._found(part, block)
+                    part = []
+                part.append((k, size, whole))
+        if part:
+            yield self._found(part, block)
+
+    def _found(self, part: list[tuple[int, int, bool]], block: Callable[[int], tuple[int, torch.Tensor]]) -> Found:
+        """(piece, its changes, whether all of it is needed), in order. Everything is asked of the device at once."""
+        changed, sizes, choice = zip(*part, strict=True)
         pieces = [self.pieces[k] for k in changed]
-        sizes = [counts[k + 1] - counts[k] for k in changed]
-        choice = [
-            len(codec.candidates(p.range.new.element_size(), size, p.end - p.first)) > 1
-            for p, size in zip(pieces, sizes, strict=True)
-        ]
         sparse = [k for k, whole in zip(changed, choice, strict=True) if not whole]
         ends = list(accumulate((size for size, whole in zip(sizes, choice, strict=True) if not whole), initial=0))
         arrays = self.changes.planes(sparse, [high - low for low, high in pairwise(ends)]) if sparse else []
@@ -232,9 +240,10 @@ class ByTorch:
         """Of these pieces, 2-byte elements with `sizes` changes each, C in all: uint8 gaps [C], int32 long gaps [E] and
         how many of those there are up to the end of each piece (int32), uint8 byte planes of the values [2, C]."""
         pieces, ends = [self._pieces[k] for k in sparse], list(accumulate(sizes))
-        for k in set(range(len(self._pieces))) - set(sparse):  # else its changes would stand in the planes
-            self._changed[self._pieces[k].first : self._pieces[k].end].fill_(False)
-        at = torch.nonzero_static(self._changed, size=ends[-1]).view(-1)  # int64 [C]
+        changed = torch.zeros_like(self._changed)  # no other piece's
+        for piece in pieces:
+            changed[piece.first : piece.end] = self._changed[piece.first : piece.end]
+        at = torch.nonzero_static(changed, size=ends[-1]).view(-1)  # int64 [C]
         starts = np.asarray([[0, *ends[:-1]], [p.first - 1 for p in pieces]], np.int64)
         low, edge = upload(starts, self._device)
         before = torch.empty_like(at)  # the change before; for the first of a piece, the last element before the piece

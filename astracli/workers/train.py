@@ -194,8 +194,6 @@ class TrainLoop:
         saved = self._checkpoint_if_due(version, figures)
         self.step = version
         self._publish(step, figures, saved, began)
-        if self.turn.cards:
-            self._settle()
         self.turn.end(self.trainer)
         self.reporter.progress(step=version, tokens_per_s=round(figures["tokens_per_s"], 1))
         return True

@@ -49,7 +49,7 @@ def coded(tensors: list[tuple[str, torch.Tensor, torch.Tensor]], piece: int) -> 
     for found in device.compared(tensors, piece, block):
         found.ready.wait()
         jobs = coder.encoded(blocks[found.work.block].numpy(), found.work, 1, threads=2)
-        made = dict(one for job in jobs for one in job())
+        made = dict(one for job in (*jobs[0], *jobs[1]) for one in job())
         for number, (name, described) in enumerate(zip(found.names, found.work.pieces, strict=True)):
             result.append((name, *described[:2], made.pop(number)))
         assert not made

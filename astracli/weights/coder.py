@@ -29,6 +29,8 @@ from astracli.weights import channel, codec, container
 from astracli.weights.writing import HashingFile
 
 Bits = np.ndarray[Any, Any]
+_TOGETHER = 2
+"""Works whose planes are compressed beside each other: one is put together while zstd's threads have the next."""
 _BEHIND = 5
 """More niceness than the trainer's and the engine's: they keep a GPU busy, and nobody waits for us."""
 
@@ -74,9 +76,10 @@ Job = Callable[[], "list[tuple[int, codec.Encoded]]"]
 """Codes some pieces of a work: their numbers in it, and what became of them."""
 
 
-def encoded(memory: Bits, work: Work, level: int, threads: int) -> list[Job]:
-    """What codes a work, in any thread. `memory`: its block, uint8. `threads`: of zstd's, beside the one that asks."""
-    jobs: list[Job] = []
+def encoded(memory: Bits, work: Work, level: int, threads: int) -> tuple[list[Job], list[Job]]:
+    """What codes a work, in any thread: jobs that keep one busy, and jobs that keep `threads` of zstd's busy. `memory`:
+    its block, uint8."""
+    alone: list[Job] = []
     in_planes = []
     for number, (_, length, itemsize, _, _, old_at, new_at) in enumerate(work.pieces):
         if old_at < 0:
@@ -85,10 +88,10 @@ def encoded(memory: Bits, work: Work, level: int, threads: int) -> list[Job]:
         # a piece with a choice of encodings, which are tried on samples: it is dense, or small
         unsigned = container.unsigned(itemsize)
         old, new = (memory[at : at + length * itemsize].view(unsigned) for at in (old_at, new_at))
-        jobs.append(partial(_by_choice, number, old, new, level))
-    if work.planes is not None:
-        jobs.append(partial(_from_planes, memory, work.planes, work, in_planes, level, threads))
-    return jobs
+        alone.append(partial(_by_choice, number, old, new, level))
+    if work.planes is None:
+        return alone, []
+    return alone, [partial(_from_planes, memory, work.planes, work, in_planes, level, threads)]
 
 
 def _by_choice(number: int, old: Bits, new: Bits, level: int) -> list[tuple[int, codec.Encoded]]:
@@ -126,15 +129,15 @@ def serve(link: socket.socket, threads: int) -> None:
     writer = threading.Thread(target=_answers, args=(link, jobs))
     writer.start()
     try:
-        with ThreadPoolExecutor(threads, "encode") as pool:
-            _listen(link, pool, threads, jobs, blocks)
+        with ThreadPoolExecutor(threads, "encode") as pool, ThreadPoolExecutor(_TOGETHER, "planes") as few:
+            _listen(link, pool, few, threads, jobs, blocks)
     finally:  # or nothing would end this process
         jobs.put(None)
         writer.join()
 
 
 def _listen(
-    link: socket.socket, pool: ThreadPoolExecutor, threads: int,
+    link: socket.socket, pool: ThreadPoolExecutor, few: ThreadPoolExecutor, threads: int,
     jobs: queue.SimpleQueue[Callable[[], dict[str, Any]] | None], blocks: dict[int, Bits],
 ) -> None:  # fmt: skip
     out, level = None, 1
@@ -151,7 +154,8 @@ def _listen(
         elif out is not None and "work" in doc:
             block, planes, pieces = doc["work"]
             work = Work(block, Planes(*planes) if planes else None, pieces)
-            futures = [pool.submit(_timed, one) for one in encoded(blocks[block], work, level, threads)]
+            alone, wide = encoded(blocks[block], work, level, threads)
+            futures = [pool.submit(_timed, job) for job in alone] + [few.submit(_timed, job) for job in wide]
             jobs.put(partial(_written, out, work, futures))
         elif out is not None:
             jobs.put(partial(_ended, out))

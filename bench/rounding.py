@@ -3,9 +3,9 @@
     python bench/rounding.py DIR [--tokens 128] [--device cpu | cuda] [--json]
 
 transformers' own code both times, one row of random tokens; also the relative difference of the hidden states behind
-every eighth block. Two right implementations in bf16 differ by about 1.4 times the mean that is printed, and no engine
-can agree with a trainer better than that. DIR: `python bench/random_checkpoint.py DIR [--device cpu]`. 4.2 B parameters
-take 17 GB of memory and some minutes on a CPU.
+every eighth block. Two right implementations in bf16 may be as far from one another as the mean that is printed, 1.4
+times as far where their roundings have nothing in common. DIR: `python bench/random_checkpoint.py DIR [--device cpu]`.
+4.2 B parameters take 17 GB of memory and a minute or two on a CPU.
 """
 
 from __future__ import annotations

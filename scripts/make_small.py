@@ -36,6 +36,7 @@ from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from astracli import registry
 from astracli.adapter import chat_prompt_tokens
+from astracli.adapters.qwen3_5_sizes import TEXT_4B
 from astracli.data import arithmetic
 from astracli.recipe import Recipe
 from astracli.training import fsdp, packing, varlen
@@ -59,20 +60,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "proxy": {},
     "tiny": {"hidden_size": 32, "intermediate_size": 64},
-    "4b": {
-        "vocab_size": 248_320,
-        "hidden_size": 2560,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "linear_num_key_heads": 16,
-        "linear_num_value_heads": 32,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
-        "rope": [11, 11, 10],
-    },
+    "4b": TEXT_4B | {"linear_key_head_dim": 128, "linear_value_head_dim": 128, "rope": [11, 11, 10]},
 }
 """What differs from the shipped tiny model; `proxy` is its size, `4b` that of the published one: to see whether an
 engine agrees with the trainer there, on a GPU of 140 GB (`--tokens 8192 --lr 1e-4 --every 999 --seconds 60`)."""

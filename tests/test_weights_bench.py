@@ -18,13 +18,13 @@ import pytest
 HERE = Path(__file__).parent
 
 
-def run(script: str, *options: str) -> dict[str, Any]:
+def run(script: str, *options: str) -> Any:
     path = os.pathsep.join([str(HERE / "fake_stream"), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(HERE.parent / "bench" / script), *options]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return dict(json.loads(done.stdout))
+    return json.loads(done.stdout)
 
 
 def test_one_start_gives_every_mode_and_leaves_what_it_knows_on_disk(tmp_path: Path) -> None:
@@ -72,6 +72,20 @@ def test_one_start_gives_every_mode_and_leaves_what_it_knows_on_disk(tmp_path: P
     parts = ("wait", "place", "tables", "launch", "device")
     for row in proven:
         assert 0 < sum(row[f"readback_{part}_s"] for part in parts) <= row["readback_s"] <= row["readback_seen_s"] + 0.1
+
+
+def test_coding_and_decoding_are_timed_by_threads_and_by_processes() -> None:
+    options = ["--pieces", "2", "--densities", "0.01", "--workers", "1", "2", "--rounds", "1"]
+    rows = run("coding.py", *options, "--json")
+    ways = {("code", "python"), ("code", "zstd"), ("decode", "threads"), ("decode", "forks")}
+    assert {(row["what"], row["way"]) for row in rows} == ways and len(rows) == 8
+    assert all(row["seconds"] > 0 for row in rows)
+
+
+def test_bf16_moves_log_probabilities_and_fp32_is_what_they_are_moved_from() -> None:
+    found = run("rounding.py", str(HERE.parent / "astracli" / "assets" / "tiny"), "--tokens", "48", "--json")
+    assert 0 < found["mean"] < found["max"] < 1 and found["tokens"] == 47
+    assert all(0 < share < 0.2 for share in found["hidden"])
 
 
 def test_recovery_is_the_first_half_second_at_95_percent(monkeypatch: pytest.MonkeyPatch) -> None:

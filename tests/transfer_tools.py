@@ -57,6 +57,14 @@ def chain(count: int) -> list[Weights]:
     return found
 
 
+def same_files(one: Path, two: Path, pattern: str = "*.*") -> int:
+    """How many files of `one` are, byte for byte, those of `two`; it is an error if any is not."""
+    names = sorted(path.relative_to(one) for path in one.rglob(pattern))
+    for name in names:
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    return len(names)
+
+
 def same(one: Weights, two: Weights) -> bool:
     return one.keys() == two.keys() and all(digest_tensor(one[n]) == digest_tensor(two[n]) for n in one)
 

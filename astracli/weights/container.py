@@ -137,7 +137,7 @@ def deflate(plane: Bits, level: int) -> bytes:
 
 def deflate_many(planes: Sequence[Bits], level: int, threads: int) -> list[bytes | memoryview]:
     """What `deflate` makes of each, in threads of zstd's own: Python's would hand the interpreter to one another for
-    every plane, which takes longer than to compress it. `planes`: contiguous."""
+    every plane. `planes`: contiguous."""
     busy = [k for k, plane in enumerate(planes) if plane.any()]
     found: list[bytes | memoryview] = [b""] * len(planes)
     if not busy:

@@ -4,8 +4,7 @@ An engine's scheduler is a Python loop that never sleeps. A thread that decodes 
 after each of thousands of short calls, and waited seconds for half a megabyte; it also took the interpreter away from
 the scheduler. So a child of the engine decodes into anonymous shared memory, and sends its descriptor and a list of
 spans. What is left for the engine's own thread is a few large calls. The child ends with its engine. It forks for every
-plan: threads would hand the interpreter to one another between the numpy calls of each piece, and eight of them took
-longer than one.
+plan: threads would hand the interpreter to one another between the numpy calls of each piece.
 
 Both sides of one socket pair. To the child: a stage directory. From it: a document, and a descriptor when that is well.
 """

@@ -57,6 +57,8 @@ class HostCopy:
         """Copies of `tensors`, where those of the last call were. All on one device, the same ones every time."""
         import torch
 
+        if not tensors:
+            return {}
         device = next(iter(tensors.values())).flat.device
         if not self._there:
             # all in one: memory is pinned by the page, and a page only once
@@ -97,7 +99,7 @@ def take(
 
 def copies(sources: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
     """Copies of tensors on one device, in these dtypes. Those of a dtype lie behind one another in one tensor: few
-    kernels make them, and few compare them (`device`)."""
+    kernels make them."""
     import torch
 
     found: dict[str, torch.Tensor] = {}

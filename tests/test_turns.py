@@ -22,11 +22,11 @@ from machines import facts
 from test_hub_api import TOKEN, Server
 from test_train_worker import STEPS, Job, save_model
 
-from astracli import backend, plan, plan_memory, recipe_io, registry
+from astracli import backend, metrics, plan, plan_memory, recipe_io, registry
 from astracli.engines.client import EngineClient, GenRequest
 from astracli.hub.cards import CardBook
 from astracli.hub.client import AsyncHubClient, HubClient
-from astracli.launch import children
+from astracli.launch import children, summary
 from astracli.launch.ports import free_ports
 from astracli.recipe import Recipe
 from astracli.weights.manifest import read_stable
@@ -139,6 +139,38 @@ def test_the_engine_gives_its_memory_back_with_nothing_running_and_goes_on_after
         *ended,
         "called 1",
     ]
+
+
+def test_a_turn_before_the_first_version_names_no_step(tmp_path: Path) -> None:
+    """The trainer has the first turn: it makes version 0. Whoever sums up a run compares steps with integers."""
+    engine = FakeEngine(TOKEN, length=4, stage_dir=tmp_path, results=[{"version": 0}]).start()
+    store = open_store(tmp_path, cards=["engine0"])
+    server = Server(store, tmp_path)
+
+    async def play() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            hub = await stack.enter_async_context(AsyncHubClient(server.url, TOKEN))
+            client = await stack.enter_async_context(EngineClient(engine.url, TOKEN, loader_dir=tmp_path))
+            lane = Lane("engine0", client, hub, FakeFetcher(), process="rollout", ready_timeout_s=5.0, turns=True)
+            engine.version = -1
+            following = asyncio.create_task(lane.follow())
+            for version in range(2):
+                while not (await asyncio.to_thread(store.take_card, "engine0", "trainer"))["held"]:
+                    await asyncio.sleep(0.02)
+                store.announce(version, version)
+                store.give_card("engine0", "trainer")
+                await lane.open.wait()
+            store.request_stop()
+            await following
+
+    try:
+        asyncio.run(asyncio.wait_for(play(), 30))
+    finally:
+        engine.stop()
+        server.thread.stop()
+    told = [r for r in metrics.read(tmp_path / "metrics.jsonl") if "release_s" in r]
+    assert ["step" in r for r in told] == [False, True]
+    assert summary.training(told, 0)["step_s_p50"] is None, "a run's closing reads them"
 
 
 @pytest.fixture(scope="module")

@@ -140,8 +140,11 @@ class Lane(Gate):
         back = time.monotonic()
         await self._call(self._engine.resume_memory(TURN_TAGS))
         await self._call(self._engine.resume())
+        record: dict[str, Any] = {"process": self._process, "engine": self.name}
+        if self.version is not None:  # the first turn is the trainer's: it makes version 0
+            record["step"] = self.version
         seconds = {"release_s": released - begun, "away_s": back - released, "resume_s": time.monotonic() - back}
-        await self._hub.metrics([{"process": self._process, "step": self.version, "engine": self.name, **seconds}])
+        await self._hub.metrics([record | seconds])
         return True
 
     async def _approach(self, target: int | None) -> None:

@@ -12,7 +12,7 @@ at the end medians and the 99th percentile of each mode. Versions:
 
     density, changed, bytes, bytes_per_changed, full_bytes
     publish_s (digest_s, delta_s)           by the publisher: everything; digests; the delta, diff to last byte
-    diff_s, encode_s                        in delta_s: the thread that asks the GPU, beside it the coding threads' sum
+    diff_s, encode_s                        in delta_s, by the clock: asking the GPU, and beside it the coding
     transfer_s, stage_s                     fetched and checked; until the server had it decoded and on the device
     decode_s, decode_gb_per_s               of the server's decoder; bytes of the full version over them
     abort_ms, pause_ms                      ending all requests (mode abort); pause sent to continue answered, split:

@@ -50,7 +50,8 @@ def read(run: Path) -> dict[str, Any]:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [r for r in records if r["process"] == "trainer" and "loss" in r]
     with (run / "eval" / "eval.csv").open(encoding="utf-8", newline="") as file:
-        curve = [(int(row["step"]), float(row["avg_at_n"])) for row in csv.DictReader(file)]
+        overall = [row for row in csv.DictReader(file) if row["benchmark"] == "overall"]
+    curve = [(int(row["step"]), float(row["avg_at_n"])) for row in overall]
     figures = {name: [(r["step"], r[name]) for r in steps if name in r] for name in (*MEANS, *CHECKS)}
     return {
         "mode": recipe["train"]["row_boundaries"],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -150,6 +152,24 @@ def test_many_tensors_share_a_pass(seed: int, piece: int, flat: bool) -> None:
     assert len({name for name, *_ in wanted}) > 10
 
 
+def test_jobs_beside_each_other_take_their_time_once() -> None:
+    clock, both = coder._Clock(), threading.Barrier(2)
+
+    def job() -> list[tuple[int, codec.Encoded]]:
+        both.wait(10)
+        time.sleep(0.2)
+        return []
+
+    begun = time.perf_counter()
+    jobs = [threading.Thread(target=clock.timed, args=(job,)) for _ in range(2)]
+    for one in jobs:
+        one.start()
+    for one in jobs:
+        one.join()
+    time.sleep(0.1)
+    assert 0.19 <= clock.taken() <= time.perf_counter() - begun - 0.09 and clock.taken() == 0.0
+
+
 @pytest.mark.parametrize("flat", [False, True])
 def test_another_process_writes_what_this_one_would(flat: bool, tmp_path: Path) -> None:
     piece = 1024
@@ -159,6 +179,7 @@ def test_another_process_writes_what_this_one_would(flat: bool, tmp_path: Path) 
             wanted = [(name, *found) for name, base, new in model for found in by_numpy(base, new, piece)]
             path = tmp_path / f"{version}.bin"
             made = device.compared(pairs(model, flat), piece, process.block)
+            begun = time.perf_counter()
             found = list(process.code(path, 1, made))
             file = path.read_bytes()
             assert process.files == {path.name: FileEntry(len(file), hash_file(path))}
@@ -170,7 +191,8 @@ def test_another_process_writes_what_this_one_would(flat: bool, tmp_path: Path) 
                 (name, c.start, c.length, codec.Encoded(c.encoding, c.changes, payload))
                 for (name, c), payload in zip(found, payloads, strict=True)
             ] == wanted
-            assert process.encode_s > 0 and process.write_s > 0 and process.diff_s > 0
+            assert 0 < process.encode_s < time.perf_counter() - begun, "jobs beside each other count once"
+            assert process.write_s > 0 and process.diff_s > 0
         blocks = len(process._blocks)
         assert blocks <= encoder._COPIES + encoder._WORKS + 2, "blocks are used again"
         assert list(process.code(tmp_path / "none", 1, iter(()))) == [] and process.files == {}

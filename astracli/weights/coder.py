@@ -140,7 +140,7 @@ def _listen(
     link: socket.socket, pool: ThreadPoolExecutor, few: ThreadPoolExecutor, threads: int,
     jobs: queue.SimpleQueue[Callable[[], dict[str, Any]] | None], blocks: dict[int, Bits],
 ) -> None:  # fmt: skip
-    out, level = None, 1
+    out, level, clock = None, 1, _Clock()
     while True:
         try:
             doc, handle = channel.receive(link)
@@ -155,10 +155,10 @@ def _listen(
             block, planes, pieces = doc["work"]
             work = Work(block, Planes(*planes) if planes else None, pieces)
             alone, wide = encoded(blocks[block], work, level, threads)
-            futures = [pool.submit(_timed, job) for job in alone] + [few.submit(_timed, job) for job in wide]
+            futures = [pool.submit(clock.timed, job) for job in alone] + [few.submit(clock.timed, job) for job in wide]
             jobs.put(partial(_written, out, work, futures))
         elif out is not None:
-            jobs.put(partial(_ended, out))
+            jobs.put(partial(_ended, out, clock))
 
 
 def _answers(link: socket.socket, jobs: queue.SimpleQueue[Callable[[], dict[str, Any]] | None]) -> None:
@@ -176,28 +176,52 @@ def _answers(link: socket.socket, jobs: queue.SimpleQueue[Callable[[], dict[str,
             return
 
 
-def _timed(job: Job) -> tuple[list[tuple[int, codec.Encoded]], float]:
-    begin = time.perf_counter()
-    return job(), time.perf_counter() - begin
+class _Clock:
+    """Seconds in which at least one job ran: a sum over jobs beside each other would count their waiting for cores."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running = 0
+        self._since = 0.0
+        self._seconds = 0.0
+
+    def timed(self, job: Job) -> list[tuple[int, codec.Encoded]]:
+        with self._lock:
+            if not self._running:
+                self._since = time.perf_counter()
+            self._running += 1
+        try:
+            return job()
+        finally:
+            with self._lock:
+                self._running -= 1
+                if not self._running:
+                    self._seconds += time.perf_counter() - self._since
+
+    def taken(self) -> float:
+        """The seconds since the last call; no job runs."""
+        with self._lock:
+            seconds, self._seconds = self._seconds, 0.0
+            return seconds
 
 
 def _written(
-    out: HashingFile, work: Work, futures: list[Future[tuple[list[tuple[int, codec.Encoded]], float]]]
+    out: HashingFile, work: Work, futures: list[Future[list[tuple[int, codec.Encoded]]]]
 ) -> dict[str, Any]:  # fmt: skip
-    told = [future.result() for future in futures]
+    coded = [one for future in futures for one in future.result()]
     begin = time.perf_counter()
     pieces = []
-    for number, found in sorted((one for ones, _ in told for one in ones), key=lambda one: one[0]):
+    for number, found in sorted(coded, key=lambda one: one[0]):
         start, length, *_ = work.pieces[number]
         offset = out.write(found.payload)
         checksum = xxhash.xxh3_128_hexdigest(found.payload)
         pieces.append(Stored(start, length, offset, len(found.payload), checksum, found.encoding, found.count))
-    encode_s = sum(seconds for _, seconds in told)
-    return {"pieces": pieces, "encode_s": encode_s, "write_s": time.perf_counter() - begin}
+    return {"pieces": pieces, "write_s": time.perf_counter() - begin}
 
 
-def _ended(out: HashingFile) -> dict[str, Any]:
-    return {"files": {name: (entry.bytes, entry.xxh3) for name, entry in out.close().items()}}
+def _ended(out: HashingFile, clock: _Clock) -> dict[str, Any]:
+    files = {name: (entry.bytes, entry.xxh3) for name, entry in out.close().items()}
+    return {"files": files, "encode_s": clock.taken()}
 
 
 if __name__ == "__main__":

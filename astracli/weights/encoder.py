@@ -52,7 +52,7 @@ class EncoderProcess:
         self._blocks: dict[int, _Block] = {}
         self._free: list[int] = []
         self.encode_s = self.write_s = self.diff_s = 0.0
-        """Of the last file: coding (of jobs that run beside each other), writing, and asking the GPU."""
+        """Of the last file, by the clock: coding, writing (beside the coding of what comes next), asking the GPU."""
         self.files: dict[str, FileEntry] = {}
 
     def start(self) -> socket.socket:
@@ -112,6 +112,7 @@ class EncoderProcess:
                     break
             channel.send(self.start(), {"end": True})
             doc = self._told()
+            self.encode_s = doc["encode_s"]
             self.files = {name: FileEntry(size, digest) for name, (size, digest) in doc["files"].items()}
         except ConnectionError as error:
             raise RunFailed(
@@ -124,7 +125,6 @@ class EncoderProcess:
 
     def _answer(self, one: Found) -> Iterator[tuple[str, Stored]]:
         doc = self._told()
-        self.encode_s += doc["encode_s"]
         self.write_s += doc["write_s"]
         self._free.append(one.work.block)
         for name, piece in zip(one.names, doc["pieces"], strict=True):

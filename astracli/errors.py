@@ -53,3 +53,30 @@ def disk_full(error: BaseException) -> RunFailed | None:
             )
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+def gpu_failed(error: BaseException) -> RunFailed | None:
+    """`error` as a message, when at its root a GPU was out of memory or reported an error; None for any other.
+
+    By words and class name: torch is not imported here, and Triton, cuBLAS and NCCL raise classes of their own.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        said = (str(seen).strip().splitlines() or [type(seen).__name__])[0][:300]
+        if "CUDA out of memory" in said or "CUDA error: out of memory" in said or "STATUS_ALLOC_FAILED" in said:
+            return RunFailed(
+                f"the GPU ran out of memory: {said}",
+                "a new run needs less with `--set train.activation_checkpointing=full`, `--set "
+                "train.optimizer_device=host` or a smaller train.tokens_per_microbatch, and beside an engine with "
+                "`--set resources.share_mode=turns`, which `--resume` takes too; `astra train --dry-run` shows what "
+                "each part holds",
+            )
+        if "CUDA error" in said or "CUDA driver error" in said or "NCCL error" in said:
+            return RunFailed(
+                f"the GPU reported an error: {said}",
+                "it may belong to work that was asked of the GPU earlier: `CUDA_LAUNCH_BLOCKING=1` in the environment "
+                "names the call; `astra doctor RECIPE` tries the kernels one by one; when the same GPU fails again, "
+                "look for `Xid` in `dmesg`",
+            )
+        seen = seen.__cause__ or seen.__context__
+    return None

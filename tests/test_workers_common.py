@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from astracli.errors import UserError
+from astracli.errors import UserError, gpu_failed
 from astracli.recipe import Recipe
 from astracli.workers.common import Reporter, WorkerConfig, load_config
 
@@ -165,6 +165,29 @@ def test_exit_codes_and_words(tmp_path: Path, hub: FakeHub, body: str, code: int
     if code != 1 or "Zero" not in words:
         assert "Traceback" not in stderr
     assert hub.bodies[-1]["state"] == ("done" if code == 0 else "failed")
+
+
+@pytest.mark.parametrize(
+    ("said", "words", "hint"),
+    [
+        ("CUDA out of memory. Tried to allocate 7.83 GiB.", "the GPU ran out of memory: CUDA out", "activation_checkp"),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`", "the GPU ran out of memory", "dry-run"),
+        ("CUDA error: an illegal memory access was encountered\nCompile with", "reported an error: CUDA err", "Xid"),
+        ("NCCL error in: ProcessGroupNCCL.cpp:77, unhandled cuda error", "the GPU reported an error: NCCL", "doctor"),
+    ],
+)
+def test_what_a_gpu_did_to_a_worker_is_its_last_word(
+    tmp_path: Path, hub: FakeHub, said: str, words: str, hint: str
+) -> None:
+    """Wrapped, as a library does it; the stack stands before it."""
+    body = f"try:\n    raise RuntimeError({said!r})\nexcept RuntimeError as e:\n    raise ValueError('step 3') from e"
+    worker = start_worker(tmp_path, hub.url, body)
+    _, stderr = worker.communicate(timeout=20)
+    assert worker.returncode == 1
+    stack, _, last = stderr.partition("\nerror: ")
+    assert "Traceback" in stack and "ValueError: step 3" in stack
+    assert words in last.splitlines()[0] and hint in last.partition("\nhint: ")[2]
+    assert gpu_failed(RuntimeError("shapes do not match")) is None
 
 
 def test_term_unwinds_and_exits_143(tmp_path: Path, hub: FakeHub) -> None:

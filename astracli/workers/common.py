@@ -27,7 +27,7 @@ from types import FrameType, TracebackType
 from typing import Any, Literal, NoReturn
 from urllib.parse import urlsplit
 
-from astracli.errors import AstraError, UserError, disk_full
+from astracli.errors import AstraError, UserError, disk_full, gpu_failed
 from astracli.recipe import Recipe
 
 State = Literal["starting", "ready", "done", "failed"]
@@ -267,7 +267,8 @@ def _run(fn: Callable[[WorkerConfig, Reporter], None], config: WorkerConfig, rep
         if full := disk_full(error):
             return _explain(full)
         traceback.print_exc()
-        return 1
+        failed = gpu_failed(error)
+        return _explain(failed) if failed else 1
 
 
 def _explain(error: AstraError) -> int:

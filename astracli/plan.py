@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -74,7 +74,10 @@ def _build(
     """`way_out(otherwise)`: the hint of a problem of size."""
     processes = _processes(recipe, choice, facts, command)
     recipe, placement = _place(processes, shape, recipe, choice, facts)
-    memory = _memory(processes, shape, recipe, choice.device, placement, facts)
+    counted = (processes, shape, recipe, choice.device, placement, facts)
+    memory = _memory(*counted)
+    if not placement.turns and _room_to_publish(processes, memory, facts):
+        memory = _memory(*counted, published="gpu")
     if placement.turns:
         # a worker that starts again does not know whose turn it is
         processes = [replace(process, restarts=0) for process in processes]
@@ -195,6 +198,7 @@ def _memory(
     device: str,
     placement: Placement,
     facts: Mapping[str, Any],
+    published: plan_trainer.Where = "host",
 ) -> list[MemoryRow]:
     rows, sizes = [plan_memory.light_row("supervisor")], plan_problems.sizes_of(facts) if device == "cuda" else {}
     for process in processes:
@@ -203,13 +207,30 @@ def _memory(
             static = None if card is None else int((placement.mem_fraction_static or 0.0) * card)
             rows += plan_memory.engine_rows(process.name, shape, recipe, device, static=static)
         elif process.role == "trainer" and shape:
-            rows += plan_trainer.trainer_rows(process.name, shape, recipe, device, process.world_size, placement.split)
+            where = (device, process.world_size, placement.split, published)
+            rows += plan_trainer.trainer_rows(process.name, shape, recipe, *where)
         else:
             rows.append(plan_memory.light_row(process.name, process.children))
     if not placement.turns:
         return rows
     engine, trainer = ({gpu for p in processes if p.role == role for gpu in p.gpus} for role in ("engine", "trainer"))
     return plan_place.in_turns(rows, {p.name for p in processes if set(p.gpus) & engine & trainer})
+
+
+def _room_to_publish(
+    processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], facts: Mapping[str, Any]
+) -> bool:
+    """Whether every GPU with a trainer has room for two published versions beside all else."""
+    sizes = plan_problems.sizes_of(facts)
+    held = {row.process: row.bytes for row in rows if row.what == plan_trainer.PUBLISHED}
+    cards = {gpu: p.name for p in processes if p.name in held for gpu in p.gpus}
+
+    def fits(gpu: int, trainer: str) -> bool:
+        names = [p.name for p in processes if gpu in p.gpus]
+        need = plan_memory.on_gpu(rows, names) + held[trainer] + plan_trainer.SPARE_BYTES
+        return gpu in sizes and need <= sizes[gpu]
+
+    return bool(cards) and all(fits(*item) for item in cards.items())
 
 
 def _model(shape: MemoryShape, recipe: Recipe) -> dict[str, Any]:

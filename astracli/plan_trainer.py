@@ -3,7 +3,7 @@
 The terms follow `training/`: fp32 masters, gradients and moments, sharded over the ranks (optimizer.py); on one rank
 the bf16 parameters beside them; else FSDP2 mixed precision, which gathers a block in bf16 around its use and the
 embedding and head for the whole pass (fsdp.py); the output head in chunks of tokens (logprob.py); the last published
-version on the host (weights/publisher.py).
+version and the next, on the GPU where there is room for both (weights/snapshot.py), else on the host.
 Letters: P parameters, R ranks, V vocabulary, D hidden size, T tokens of a micro-batch.
 """
 
@@ -32,6 +32,9 @@ RECOMPUTED = 1.25
 BUCKET_BYTES = 2**30
 """Moments that an update has on the GPU at once while those of all tensors wait on the host; those of one tensor may be
 more."""
+PUBLISHED = "published weights, last version and the next"
+SPARE_BYTES = 2**30
+"""Of a GPU, what published versions leave free; `weights.snapshot` says the same."""
 NCCL = 2**29
 """Buffers of the collectives on each GPU (estimated)."""
 
@@ -52,9 +55,16 @@ RESIDENT = Split()
 
 
 def trainer_rows(
-    name: str, shape: MemoryShape, recipe: Recipe, device: str, ranks: int, split: Split = RESIDENT
+    name: str,
+    shape: MemoryShape,
+    recipe: Recipe,
+    device: str,
+    ranks: int,
+    split: Split = RESIDENT,
+    published: Where = "host",
 ) -> list[MemoryRow]:
-    """One trainer rank; parameters, gradients, moments and reference are sharded over the ranks."""
+    """One trainer rank; parameters, gradients, moments and reference are sharded over the ranks. `published`: where the
+    last published version and the next lie."""
     if device == "cpu":
         return _on_cpu(name, shape, recipe, ranks)
     share = ceil(shape.parameters / ranks)
@@ -75,8 +85,13 @@ def trainer_rows(
         MemoryRow(name, "activations", "gpu", _kept(shape, recipe), "estimated"),
         MemoryRow(name, "backward pass of the head or a block", "gpu", _peak(shape, recipe, ranks, split), "estimated"),
         MemoryRow(name, "CUDA context", "gpu", context, "estimated"),
-        MemoryRow(name, "published weights, last version and the next", "host", 4 * share),
     ]
+    if published == "gpu":
+        # what finds no room at a version's time comes to the host; the first one, before anything was trained, does so
+        rows.append(MemoryRow(name, PUBLISHED, "gpu", 4 * share, fixed=False))
+        rows.append(MemoryRow(name, "published weights, the first version", "host", 2 * share))
+    else:
+        rows.append(MemoryRow(name, PUBLISHED, "host", 4 * share))
     resident = sum(row.bytes for row in rows if row.where == "host")
     loading = max(0, 4 * shape.parameters - resident)
     rows.append(MemoryRow(name, "checkpoint while loading (fp32), over these", "host", loading, "estimated"))
@@ -90,7 +105,7 @@ def _on_cpu(name: str, shape: MemoryShape, recipe: Recipe, ranks: int) -> list[M
         MemoryRow(name, "master weights (fp32)", host, 4 * share),
         MemoryRow(name, "moments (fp32)", host, 8 * share),
         MemoryRow(name, "gradients (fp32)", host, 4 * share),
-        MemoryRow(name, "published weights, last version and the next", host, 4 * share),
+        MemoryRow(name, PUBLISHED, host, 4 * share),
         MemoryRow(name, "rounded weights of the forward (fp32)", host, 4 * share),
     ]
     if recipe.algorithm.kl_coef > 0:

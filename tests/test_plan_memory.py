@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from machines import GIB, facts
@@ -35,7 +36,9 @@ def test_bytes_of_qwen3_5_4b() -> None:
     assert rows["trainer", "activations"] == 8192 * 32 * 2 * 2560  # the input of every block
     head = 6 * 248320 * 2560 + 3 * 2**29 + 8192 * 14 * 2560
     assert rows["trainer", "backward pass of the head or a block"] == head
-    assert rows["trainer1", "checkpoint while loading (fp32), over these"] == 3 * parameters
+    assert rows["trainer1", "published weights, last version and the next"] == parameters
+    assert rows["trainer1", "published weights, the first version"] == parameters // 2
+    assert rows["trainer1", "checkpoint while loading (fp32), over these"] == 4 * parameters - parameters // 2
     disk = {row.what: row.bytes for row in result.disk}
     assert disk["3 checkpoints (one being written)"] == 3 * 12 * parameters
     assert disk["13 published versions, full"] == 13 * 2 * parameters
@@ -90,6 +93,51 @@ def test_an_engine_beside_its_trainer_reserves_what_that_one_leaves() -> None:
     assert moved("qwen3.5-4b-m2po-delta", 80, 1, *shared)[1] == "host"
     lowered = load("qwen3.5-4b-m2po-delta", *shared, "rollout.mem_fraction_static=0.2")
     assert planned(lowered, facts("9.0", 1, memory_gib=141, host_gib=512)).placement.mem_fraction_static == 0.2
+
+
+def test_published_versions_lie_on_a_gpu_that_has_room_for_two() -> None:
+    """Where there is none, on the host, and nothing else is decided otherwise for them."""
+    versions, first = plan_trainer.PUBLISHED, "published weights, the first version"
+    where = {}
+    for gib in (141, 110, 100):
+        one_each = load("qwen3.5-4b-m2po-delta", "resources.rollout_gpus=1", "resources.train_gpus=1")
+        result = planned(one_each, facts("9.0", 2, memory_gib=gib, host_gib=512))
+        rows = {row.what: row for row in result.memory if row.process == "trainer"}
+        need = plan_memory.total(result.memory, where="gpu", processes=["trainer"])
+        where[gib] = rows[versions].where
+        assert rows[versions].bytes == 4 * 4_205_751_296
+        assert (first in rows) == (where[gib] == "gpu")
+        assert need + (2**30 if where[gib] == "gpu" else 0) <= gib * GIB and not result.warnings
+        assert result.placement.split == plan_trainer.RESIDENT
+    assert where == {141: "gpu", 110: "gpu", 100: "host"}
+    shared = ("resources.rollout_gpus=1", "resources.train_gpus=1", "resources.share_gpus=true")
+    turns = load("qwen3.5-4b-m2po-delta", *shared, "resources.share_mode=turns")
+    away = planned(turns, facts("9.0", 1, memory_gib=192, host_gib=512))
+    assert {row.where for row in away.memory if row.what == versions} == {"host"}, "it gives its GPU back"
+
+
+def test_the_room_that_published_versions_leave_is_the_planned_one() -> None:
+    from astracli.weights import snapshot
+
+    assert snapshot.SPARE_BYTES == plan_trainer.SPARE_BYTES
+
+
+@pytest.mark.parametrize(
+    ("settings", "seen_gib"),
+    [
+        (("rollout.mem_fraction_static=0.18", "rollout.max_running_requests=128"), 114.6),
+        (("resources.share_mode=turns", "train.optimizer_device=host", "rollout.mem_fraction_static=0.2",
+          "rollout.max_running_requests=256", "rollout.max_new_tokens=256", "rollout.context_length=512",
+          "train.minibatches=1"), 47.8),
+    ],
+)  # fmt: skip
+def test_what_was_seen_of_a_gpu_is_planned_within_a_tenth(settings: tuple[str, ...], seen_gib: float) -> None:
+    """Engine and trainer of 4.2 B on one H200: docs/benchmarks.md, "The whole loop at 4B" and "in turns"."""
+    bench = Path(__file__).parent.parent / "bench" / "random-4b.toml"
+    document = facts("9.0", 1, memory_gib=140.4, host_gib=512)
+    known = qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"]
+    result = planned(load(str(bench), *settings), document, known)
+    assert plan_memory.on_gpu(result.memory, ["engine0", "trainer"]) / GIB == pytest.approx(seen_gib, rel=0.1)
 
 
 def test_an_engine_that_may_not_reserve_enough_is_refused() -> None:

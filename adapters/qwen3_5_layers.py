@@ -24,6 +24,8 @@ _DISPATCHED = (
     "torch_recurrent_gated_delta_rule",
 )
 
+_BOUNDARIES = ("cu_seqlens", "edges", "carry_state")
+
 
 def delta_net_modules(model: Any) -> list[Any]:
     return [m for m in model.modules() if hasattr(m, "A_log") and hasattr(m, "in_proj_qkv")]
@@ -65,6 +67,23 @@ def install_varlen(model: Any, *, all_rows: bool = False) -> None:
     for module in delta_net_modules(model):
         if getattr(module.forward, "func", None) is not delta_net:
             module.forward = partial(delta_net, module, module.forward, all_rows)
+    for layer in model.modules():
+        if _hands_nothing_on(layer) and not hasattr(layer.linear_attn, "boundaries"):
+            layer.linear_attn.boundaries = {}
+            layer.register_forward_pre_hook(_remember, with_kwargs=True)
+
+
+def _hands_nothing_on(layer: Any) -> bool:
+    """transformers 5.8 calls a Gated DeltaNet without the keyword arguments of its layer; later ones hand them on."""
+    if not hasattr(layer, "linear_attn"):
+        return False
+    parameters = inspect.signature(type(layer.linear_attn).forward).parameters.values()
+    return all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def _remember(layer: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Before every forward of the layer, also one that a backward pass repeats."""
+    layer.linear_attn.boundaries = {name: kwargs[name] for name in _BOUNDARIES if name in kwargs}
 
 
 def delta_net(
@@ -92,6 +111,8 @@ def delta_net(
     from astracli.gpu.heads import SplitHeads
     from astracli.training.weight_gradients import linears
 
+    if told := getattr(module, "boundaries", None):
+        cu_seqlens, edges, carry_state = told.get("cu_seqlens"), told.get("edges"), told.get("carry_state", False)
     if carry_state:
         cu_seqlens = edges = None
     kernels = fused.fla() if hidden_states.is_cuda else None

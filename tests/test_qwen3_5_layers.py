@@ -127,6 +127,25 @@ def test_a_packed_row_equals_separate_rows(recompute: bool, cpu_kernels: bool) -
         assert (model(rows[0], use_cache=False).logits - separate[:, :37]).abs().max() <= 2e-5
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_boundaries_reach_a_delta_net_whose_layer_hands_nothing_on(
+    recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers 5.8 has it: without `**kwargs`, and called without."""
+    net, layer = modeling.Qwen3_5GatedDeltaNet.forward, modeling.Qwen3_5DecoderLayer.forward
+
+    def bare(self: Any, hidden_states: Any, cache_params: Any = None, attention_mask: Any = None) -> Any:
+        return net(self, hidden_states, cache_params=cache_params, attention_mask=attention_mask)
+
+    def deaf(self: Any, hidden_states: Any, position_embeddings: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        own = {} if hasattr(self, "linear_attn") else kwargs
+        return layer(self, hidden_states, position_embeddings, attention_mask, **own)
+
+    monkeypatch.setattr(modeling.Qwen3_5GatedDeltaNet, "forward", bare)
+    monkeypatch.setattr(modeling.Qwen3_5DecoderLayer, "forward", deaf)
+    test_a_packed_row_equals_separate_rows(recompute, cpu_kernels=True)
+
+
 def test_boundaries_that_do_not_cover_the_row_are_refused() -> None:
     model = tiny_text()
     varlen.install(model, qwen3_5.ADAPTER)

@@ -217,9 +217,7 @@ def _memory(
     return plan_place.in_turns(rows, {p.name for p in processes if set(p.gpus) & engine & trainer})
 
 
-def _room_to_publish(
-    processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], facts: Mapping[str, Any]
-) -> bool:
+def _room_to_publish(processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], facts: Mapping[str, Any]) -> bool:
     """Whether every GPU with a trainer has room for two published versions beside all else."""
     sizes = plan_problems.sizes_of(facts)
     held = {row.process: row.bytes for row in rows if row.what == plan_trainer.PUBLISHED}

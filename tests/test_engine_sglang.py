@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from transfer_tools import TOKEN as WEIGHTS_TOKEN
 from transfer_tools import Server as WeightServer
 
 from astracli.adapters.qwen3_5 import ADAPTER as QWEN3_5
-from astracli.engines import checkpoint
+from astracli.engines import checkpoint, sglang
 from astracli.engines.client import EngineClient, GenRequest
 from astracli.engines.sglang import Options, command, graph_sizes
 from astracli.errors import RunFailed
@@ -228,6 +229,59 @@ def test_command_line(tmp_path: Path, hub: FakeHub) -> None:
         assert ("--disable-radix-cache" not in command(asked, Path("/m"), OPTIONS, {})) == cached
     assert {"--load-format=safetensors", "--weight-version=0"} <= set(found)
     assert not any("attention-backend" in part or "linear" in part for part in found)
+
+
+def test_what_the_recipe_says_of_an_engine_is_on_its_command_line(tmp_path: Path, hub: FakeHub) -> None:
+    """One server a GPU: never data parallelism, through which SGLang takes no weights. In turns it may leave."""
+    config = engine_config(tmp_path, hub)
+    (tmp_path / "config").mkdir()
+    asked = {"context_length": 4096, "chunked_prefill_size": 2048, "max_running_requests": 24}
+    asked |= {"mem_fraction_static": 0.55}
+    rollout = config.recipe.rollout.model_copy(update=asked)
+    config = replace(config, recipe=config.recipe.model_copy(update={"rollout": rollout, "seed": 7}))
+    found = command(config, Path("/m"), OPTIONS, {})
+    port = config.extra["port"]
+    assert {"--host=127.0.0.1", f"--port={port}", "--skip-tokenizer-init", "--dtype=bfloat16"} <= set(found)
+    assert {"--context-length=4096", "--chunked-prefill-size=2048", "--max-running-requests=24"} <= set(found)
+    assert {"--mem-fraction-static=0.55", "--random-seed=7", f"--max-total-tokens={24 * 4096}"} <= set(found)
+    assert not any(part.startswith(("--dp", "--data-parallel", "--tp")) for part in found)
+    leaves = ("--enable-memory-saver", "--enable-weights-cpu-backup")
+    assert not set(leaves) & set(found)
+    planned = replace(config, extra=config.extra | {"turns": True, "mem_fraction_static": 0.31})
+    found = command(planned, Path("/m"), OPTIONS, {})
+    assert {*leaves, "--mem-fraction-static=0.31"} <= set(found), "what the plan derived is the last word"
+
+
+def test_an_engine_that_answers_no_more_is_given_up_with_its_last_words(
+    tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four health checks in a row; one that is answered meanwhile begins the count anew."""
+    replies = iter([False, False, False, True, False, False, False, False])
+    asked: list[str] = []
+
+    def answers(url: str, token: str, timeout_s: float) -> bool:
+        asked.append(url.rpartition("/")[2])
+        return next(replies)
+
+    class Hung:
+        lines = ("[2026-11-23 12:17:04] all is well", "Scheduler watchdog timeout (self.watchdog_timeout=300)")
+
+        def check(self) -> None:
+            pass
+
+    class Running:
+        stop_requested = threading.Event()
+
+    for name, value in (("answers", answers), ("HEALTH_EVERY_S", 0.0), ("LOOK_S", 0.001)):
+        monkeypatch.setattr(sglang, name, value)
+    config: Any = engine_config(tmp_path, hub)
+    with pytest.raises(RunFailed, match="engine0 failed 4 health checks in a row: its scheduler hung") as error:
+        sglang._watch(config, Hung(), Running())  # type: ignore[arg-type]
+    assert asked == ["health_generate"] * 8 and "attention_backend=triton" in str(error.value.hint)
+    replies, asked[:] = iter([False] * 4), []
+    with pytest.raises(RunFailed, match="failed 4 health checks"):  # in a trainer's turn nothing can be generated
+        sglang._watch(replace(config, extra=config.extra | {"turns": True}), Hung(), Running())  # type: ignore[arg-type]
+    assert asked == ["model_info"] * 4
 
 
 def test_options_are_found_wherever_a_release_keeps_them(tmp_path: Path) -> None:

@@ -43,6 +43,22 @@ def test_last_words(line: str, cause: str) -> None:
     assert last_words.explain(["all is well"]) == (None, None)
 
 
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ('File "flash_fwd_launch_template.h", line 180', "rollout.attention_backend=flashinfer"),
+        ("RuntimeError: CUDA error: invalid argument", "rollout.attention_backend=flashinfer"),
+        ("KV cache pool full, retract 3 requests", "rollout.max_new_tokens"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "rollout.chunked_prefill_size"),
+        ("[Rank 0] Watchdog caught collective operation timeout: WorkNCCL", "NCCL_P2P_DISABLE=1"),
+    ],
+)
+def test_known_last_words_have_a_hint_of_their_own(line: str, hint: str) -> None:
+    assert hint in str(last_words.death("engine0", "ended with exit code 1", [line]).hint)
+    nothing = last_words.death("engine0", "ended with exit code 1", ["Killed"])
+    assert hint not in str(nothing.hint) and "log" in str(nothing.hint)
+
+
 def test_the_list_of_options_explains_nothing() -> None:
     """SGLang prints all of them first: `nccl_port`, `watchdog_timeout`, `dist_timeout`, ..."""
     options = "[2026-11-23 11:40:02] server_args=ServerArgs(nccl_port=None, dist_timeout=None, watchdog-timeout=300)"

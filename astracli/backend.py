@@ -85,6 +85,7 @@ def choose(
     trainer, why_trainer = _trainer(facts, recipe, device)
     gdn, why_gdn, warning = backend_delta_rule.choose(adapter, facts, device, capability)
     layout, why_layout = packing(recipe, adapter, device)
+    env, why_env = _environment(device, engine)
     reasons = (
         Backend("device", device, why_device),
         Backend("engine", engine, why_engine),
@@ -94,12 +95,20 @@ def choose(
         Backend("micro-batches", layout, why_layout),
         Backend("delta rule, forward", gdn, why_gdn),
         Backend("delta rule, backward", gdn, why_gdn),
+        Backend("environment", " ".join(f"{name}={value}" for name, value in env.items()) or "as it is", why_env),
     )
-    env = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-    if engine == "sglang":
-        env |= SGLANG_ENV | (SGLANG_CPU_ENV if device == "cpu" else {})
     warnings = (warning,) if warning else ()
     return BackendChoice(device, engine, serving, linear, trainer, gdn, gdn, env, reasons, warnings)
+
+
+def _environment(device: str, engine: str) -> tuple[dict[str, str], str]:
+    """(what is set for every process, the reason)"""
+    env = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    reasons = ["no process looks for a GPU"] if device == "cpu" else []
+    if engine == "sglang":
+        env |= SGLANG_ENV | (SGLANG_CPU_ENV if device == "cpu" else {})
+        reasons += ["SGLang reports log-probabilities before temperature, as the trainer computes them"]
+    return env, "; ".join(reasons) or "nothing has to be set"
 
 
 def _device(recipe: Recipe) -> tuple[Literal["cpu", "cuda"], str]:

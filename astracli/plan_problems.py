@@ -147,6 +147,23 @@ def warnings(plan: LaunchPlan, recipe: Recipe, facts: Mapping[str, Any]) -> list
     trained = any(process.role == "trainer" for process in plan.processes)
     if plan.choice.device == "cuda" and plan.choice.gdn_backward == "torch" and trained:
         result.append("the delta rule in plain torch keeps more activations than this plan counts")
+    if trained and plan.choice.engine == "sglang":
+        result += _borrowed(facts)
     if not plan.model:
         result.append("memory and disk are not planned: the model's config.json is not on this machine")
+    return result
+
+
+def _borrowed(facts: Mapping[str, Any]) -> list[str]:
+    """What a PYTHONPATH that was set for an engine changes in the trainer without a word."""
+    places = [place for place in (facts["env"].get("PYTHONPATH") or "").split(":") if place]
+    result = []
+    for name in ("torch", "transformers"):
+        package = facts["packages"].get(name) or {}
+        origin = package.get("origin") or ""
+        if place := next((place for place in places if origin.startswith(place.rstrip("/") + "/")), None):
+            result.append(
+                f"the trainer computes with {name} {package['version']} of PYTHONPATH (`{place}`), not with its own "
+                "environment's: what is meant for the engine alone belongs in resources.engine.env.PYTHONPATH"
+            )
     return result

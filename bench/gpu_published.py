@@ -106,6 +106,11 @@ def judge(layout: str, source: Path, run: Path, device: str) -> dict[str, Any]:
         "same_names_and_dtypes": {n: t.dtype for n, t in before.items()} == {n: t.dtype for n, t in after.items()},
         "untrained_bytes_kept": all(torch.equal(before[n], after[n]) for n in untrained),
         "text_trained": all(not torch.equal(before[n], after[n]) for n in matrices),
+        "other_files_kept": all(
+            (run / "export" / file.name).read_bytes() == file.read_bytes()
+            for file in source.iterdir()
+            if file.is_file() and file.suffix != ".safetensors" and file.name not in ("config.json", INDEX)
+        ),
         "reloads": bool(torch.isfinite(logits).all()),
         "last_version_applied": updates[-1]["step"] == len(trainer),
         "first_version_in_full": updates[0]["kind"] == ("full" if device == "cuda" else "delta"),

@@ -59,6 +59,7 @@ def test_cpu() -> None:
         "micro-batches",
         "delta rule, forward",
         "delta rule, backward",
+        "environment",
     ]
     assert all(row.reason for row in choice.reasons)
 
@@ -153,7 +154,9 @@ def test_every_decision_on_recorded_machines(name: str, capability: str, hybrid:
         assert choice.env
         linear = "none" if adapter is DENSE else "torch" if capability == "none" else "triton"
         assert (choice.linear_attention, choice.trainer_attention) == (linear, "sdpa")
-        assert len(choice.reasons) == 8 and all(row.reason and "\n" not in row.reason for row in choice.reasons)
+        assert choice.reasons[-1].what == "environment"
+        assert choice.reasons[-1].choice == " ".join(f"{name}={value}" for name, value in choice.env.items())
+        assert len(choice.reasons) == 9 and all(row.reason and "\n" not in row.reason for row in choice.reasons)
         if capability != "none":
             lowest = backend_serving.lowest_capability(document) or (0, 0)
             allowed, refused = backend_serving.serving_options(adapter, lowest)

@@ -240,6 +240,23 @@ def test_the_engines_own_environment_is_not_judged_from_here() -> None:
     assert result.processes[0].python is None  # the process that watches the server is one of ours
 
 
+def test_a_python_path_that_changes_the_trainer_is_said() -> None:
+    """The engine's packages, sourced for the whole shell."""
+    document = facts("9.0", 2, packages={"transformers": "5.12.1"}, host_gib=512)
+    document["packages"]["transformers"]["origin"] = "/tmp/site/transformers/__init__.py"
+
+    def said(path: str | None, *overrides: str) -> list[str]:
+        document["env"]["PYTHONPATH"] = path
+        found = planned(load("qwen3-1.7b-m2po-delta", *overrides), document).warnings
+        return [line for line in found if "PYTHONPATH" in line]
+
+    (line,) = said("/opt/more:/tmp/site/")
+    assert line.startswith("the trainer computes with transformers 5.12.1 of PYTHONPATH (`/tmp/site/`)")
+    assert "resources.engine.env.PYTHONPATH" in line
+    assert said(None) == said("/opt/more:/tmp/sit") == []
+    assert said(None, 'resources.engine.env={PYTHONPATH="/tmp/site"}') == [], "the engine's own"
+
+
 def test_an_unknown_model_still_has_processes() -> None:
     recipe = load("qwen3-1.7b-m2po-delta", "model.path=some/finetune", "model.adapter=qwen3")
     result = planned(recipe, facts("9.0", 2, host_gib=512))

@@ -7,9 +7,9 @@
 them; `--turns` makes them take turns on it. Weights are random (`--model DIR` takes a checkpoint that
 `bench/random_checkpoint.py` wrote, else one is made), the reward is `probe`, transfer is `delta`. The run is
 interrupted once `--steps` versions are in the engine, so that no checkpoint and no export is written; one that has not
-come so far after `--limit-s` is interrupted too. What a run did is printed, whatever its end. The first `--skip` steps,
-in which kernels are compiled, do not count. `--set KEY=VALUE` changes the recipe. Exit 1 when fewer steps were trained,
-or an engine was restarted or resynced.
+come so far after `--limit-s` is interrupted too. What a run did is printed, whatever its end, and the most memory that
+was seen of the GPUs beside what the plan counts. The first `--skip` steps, in which kernels are compiled, do not count.
+`--set KEY=VALUE` changes the recipe. Exit 1 when fewer steps were trained, or an engine was restarted or resynced.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from meter import MemoryWatch
+
+from astracli.plan_memory import MemoryRow, on_gpu
 
 HERE = Path(__file__).parent
 LAYOUTS = ("1+1", "shared", "1+2")
@@ -136,6 +140,13 @@ def spread(rows: Sequence[Record], name: str) -> dict[str, float] | None:
             "count": len(values)}  # fmt: skip
 
 
+def planned_gib(run: Path) -> float:
+    """What the run's plan counts on all of its GPUs."""
+    document = json.loads((run / "plan.json").read_text())
+    rows = [MemoryRow(**row) for row in document["memory"]]
+    return sum(on_gpu(rows, names) for names in document["gpu_map"].values()) / 2**30
+
+
 def judge(args: argparse.Namespace, run: Path, wall_s: float) -> dict[str, Any]:
     """The figures of a run; JSON-able."""
     found = records(run)
@@ -150,7 +161,7 @@ def judge(args: argparse.Namespace, run: Path, wall_s: float) -> dict[str, Any]:
         "first_steps_s": [round(r["step_s"], 2) for r in trained[: args.skip]],
         "restarts": sum(summary["restarts"].values()), "resyncs": sum(r["resyncs"] for r in updates),
         "notes": summary["notes"], "balance": summary["balance"],
-        "peak_memory_bytes": summary["memory"].get("peak_bytes"),
+        "peak_memory_bytes": summary["memory"].get("peak_bytes"), "planned_gib": planned_gib(run),
     }  # fmt: skip
     if not steady:
         return result
@@ -208,6 +219,8 @@ def table(result: dict[str, Any]) -> None:
         f"density {result['density']:.2%}"
         + (f"; parity mean {result['parity_mean']:.1e}" if result["parity_mean"] is not None else "")
     )
+    if result["gpu_gib"]:
+        print(f"GPU memory: {result['gpu_gib']:.1f} GiB at most, planned {result['planned_gib']:.1f} GiB")
     for title in ("update", "turn"):
         for name, s in result[title].items():
             print(f"{title} {name[:-2]}: p50 {1e3 * s['p50']:.1f} ms, p99 {1e3 * s['p99']:.1f} ms ({s['count']})")
@@ -239,14 +252,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         run = Path(name) / "run"
         model = checkpoint(args, Path(name))
-        begun = time.monotonic()
+        begun, watch = time.monotonic(), MemoryWatch()
+        if args.device == "cuda":
+            watch.start()
         code, said = train(args, model, run)
+        watch.done.set()
         if code not in (0, 130):
             logs = [f"==> {log.name}\n{log.read_text()[-1500:]}" for log in sorted(run.glob("logs/attempt_1/*.log"))]
             print("\n".join([f"`astra train` ended with {code}:", said, *logs]), file=sys.stderr)
         if not (run / "summary.json").exists():
             sys.exit(1)
-        result = judge(args, run, time.monotonic() - begun)
+        result = judge(args, run, time.monotonic() - begun) | {"gpu_gib": watch.peak_gib or None}
     print(json.dumps(result)) if args.json else table(result)
     whole = code in (0, 130) and result["steps"] == args.steps
     sys.exit(0 if whole and not result["restarts"] and not result["resyncs"] else 1)

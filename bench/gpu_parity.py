@@ -9,7 +9,7 @@ trainer and engine, their KL estimate, the mean ratio, and the trainer's own sta
 alone: largest difference of log-probability, relative error of the gradient). Where the first is over 0.01 or the last
 over 1 %, it also says how far a unit in bf16's last place at every block moves them: the noise. Exits 1 when a mean is
 over 0.01 and over twice that noise, a gradient error over 1 % and over that noise, or a mean ratio further than 0.002
-from 1. `gpu_gib` is the most memory that all of the run's processes held on the GPU together (None: not seen). DIR:
+from 1. `gpu_gib` is the most memory that all of the run's processes held on the GPU together (None: a CPU). DIR:
 `python bench/random_checkpoint.py DIR`, whose weights are as restless as a model can be, or `python
 scripts/make_small.py DIR --shape 4b`, which has learned something; both are trained with `reward = "probe"`.
 """
@@ -91,7 +91,7 @@ def measure(model: str, attention: str, args: argparse.Namespace, folder: Path) 
         "rows_gradient_noise": max(r.get("rows_gradient_noise", 0.0) for r in records),
         "step_s": statistics.median(r["step_s"] for r in records),
         "steps": len(records),
-        "gpu_gib": watch.peak_gib or None,  # not seen: on a CPU, or in a container with process ids of its own
+        "gpu_gib": watch.peak_gib or None,
     }
     off = row | {"ratio_off": abs(row["ratio_mean"] - 1.0)}
     limits = LIMITS | {

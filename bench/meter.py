@@ -141,19 +141,33 @@ class Meter(Streams):
 
 
 class MemoryWatch(threading.Thread):
-    """The most GPU memory that nvidia-smi shows for this process and all that it started, in GiB."""
+    """The most GPU memory that nvidia-smi shows for this process and all that it started, in GiB; in a container, whose
+    processes it does not know by these ids, what all GPUs together hold more than when the watch began."""
 
-    def __init__(self) -> None:
+    def __init__(self, every_s: float = 0.5) -> None:
         super().__init__(daemon=True)
-        self.peak_gib = 0.0
         self.done = threading.Event()
+        self._every_s = every_s
+        self._ours = self._more = 0.0
+
+    @property
+    def peak_gib(self) -> float:
+        return self._ours or self._more
 
     def run(self) -> None:
-        ask = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
-        me = psutil.Process()
-        while not self.done.wait(0.5):
-            said = subprocess.run(ask, capture_output=True, text=True)
+        me, before = psutil.Process(), None
+        while not self.done.is_set():
             ours = {me.pid, *(child.pid for child in me.children(recursive=True))}
-            rows = [line.split(",") for line in said.stdout.splitlines() if said.returncode == 0]
-            used = sum(float(mib) for pid, mib in rows if int(pid) in ours and mib.strip().isdigit())
-            self.peak_gib = max(self.peak_gib, used / 1024)
+            held = _asked("--query-compute-apps=pid,used_memory")
+            self._ours = max(self._ours, sum(row[-1] for row in held if row[0] in ours) / 1024)
+            used = sum(row[0] for row in _asked("--query-gpu=memory.used"))
+            before = used if before is None else before
+            self._more = max(self._more, (used - before) / 1024)
+            self.done.wait(self._every_s)
+
+
+def _asked(what: str) -> list[list[float]]:
+    """Rows of nvidia-smi, without those that are no numbers."""
+    done = subprocess.run(["nvidia-smi", what, "--format=csv,noheader,nounits"], capture_output=True, text=True)
+    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if done.returncode == 0]
+    return [[float(cell) for cell in row] for row in rows if all(cell.isdigit() for cell in row)]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -80,4 +82,33 @@ def test_the_whole_loop_at_tiny_shape(tmp_path: Path) -> None:
     assert 0 < result["delta_bytes"] < result["full_bytes"]
     assert result["update"]["pause_s"]["count"] >= 2 and result["generated_tokens_per_s"] > 0
     assert result["balance"]["limit"] in ("generation", "training", "each other", "nothing")
+    assert (result["planned_gib"], result["gpu_gib"]) == (0.0, None)
     assert not list(tmp_path.iterdir()), "nothing is left"
+
+
+@pytest.mark.parametrize(("pid", "seen"), [("$PPID", 40.0), ("4000000", 30.0)])
+def test_gpu_memory_is_that_of_our_processes_or_else_what_came_since(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pid: str, seen: float
+) -> None:
+    """48 GiB are held, 18 of them from before: 40 by process 1 or by us, whose id a container does not show."""
+    from meter import MemoryWatch  # type: ignore[import-not-found]
+
+    asked = tmp_path / "asked"
+    script = f"""#!/bin/sh
+case "$1" in
+*compute-apps*) echo "{pid}, 40960"; echo "1, [N/A]" ;;
+*memory.used*) [ -e {asked} ] && echo 49152 || echo 18432; touch {asked} ;;
+esac
+"""
+    (tmp_path / "nvidia-smi").write_text(script)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    watch = MemoryWatch(every_s=0.01)
+    assert watch.peak_gib == 0.0
+    watch.start()
+    deadline = time.monotonic() + 20
+    while watch.peak_gib != seen and time.monotonic() < deadline:
+        time.sleep(0.01)
+    watch.done.set()
+    watch.join()
+    assert watch.peak_gib == seen

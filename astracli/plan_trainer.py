@@ -145,16 +145,17 @@ def _peak(shape: MemoryShape, recipe: Recipe, ranks: int, split: Split) -> int:
 
     Head: its gradient in fp32 and bf16, a chunk of fp32 logits and the bf16 gradients of four, the last norm. Block:
     `GATHERED` or `ALONE`, its activations made again, the head's gradient. Update with the moments on the host: those
-    of a bucket, or of the largest tensor. On one rank this is a bound from above: its products add to the fp32
-    gradients themselves (weight_gradients.py), and neither the head's gradient nor a block's lies beside those.
+    of a bucket, or of the largest tensor. On one rank products add to the fp32 gradients themselves
+    (weight_gradients.py): the head's gradient lies nowhere else, and a block's only where something else computes it.
     """
     tokens, head = _tokens(recipe), shape.vocab_size * shape.hidden_size
     logits = min(LOGIT_BYTES["cuda"], tokens * shape.vocab_size * 4)
-    in_head = (4 + 2) * head + 3 * logits + 14 * shape.hidden_size * tokens
+    of_head = 1 if _gathers(ranks, split) else 0
+    in_head = of_head * (4 + 2) * head + 3 * logits + 14 * shape.hidden_size * tokens
     block = ceil((shape.parameters - _outside(shape)) / max(shape.layers, 1))
     again = RECOMPUTED if recipe.train.activation_checkpointing != "none" else RECOMPUTED - 1
     weights = (GATHERED if _gathers(ranks, split) else ALONE) * block
-    in_block = weights + int(again * max(block_activations(shape)) * tokens) + 2 * head
+    in_block = weights + int(again * max(block_activations(shape)) * tokens) + of_head * 2 * head
     bucket = min(8 * ceil(shape.parameters / ranks), max(BUCKET_BYTES, 8 * ceil(head / ranks)))
     update = bucket - _kept(shape, recipe) if split.optimizer == "host" else 0
     return max(in_head, in_block, update)

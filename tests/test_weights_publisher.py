@@ -14,7 +14,7 @@ import torch
 from transfer_tools import Server, Weights, chain, copies, first_weights, publish, same, same_files, step, subscriber
 
 from astracli.errors import RunFailed
-from astracli.weights import host, payload, staged
+from astracli.weights import host, payload, snapshot, staged
 from astracli.weights.digest import digest_tensor, to_hex
 from astracli.weights.manifest import Manifest, read_stable, seal, version_name, versions_in, write_atomic
 from astracli.weights.publisher import Publisher, PublishResult
@@ -341,3 +341,36 @@ def test_a_left_over_that_vanishes_while_a_rank_looks_at_it_is_waited_for(
     monkeypatch.setattr(Path, "exists", lambda self: True)  # as it was a moment ago
     assert publisher._await(path, 3) == doc
     publisher.close()
+
+
+# ---- on a GPU, which is made up --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("free", "reserved", "fullest", "stays"),
+    [(1.0, 10.0, 7.9, True), (1.0, 10.0, 8.0, False), (4.0, 2.0, 2.0, True), (3.0, 2.0, 2.0, False)],
+)
+def test_a_version_stays_on_a_gpu_that_was_never_too_full_for_two(
+    monkeypatch: pytest.MonkeyPatch, free: float, reserved: float, fullest: float, stays: bool
+) -> None:
+    """GiB: a version of 2, and 1 that must stay free. The first one, before anything was trained, always leaves."""
+    gib = 2**30
+    for name, value in (("mem_get_info", (int(free * gib), 80 * gib)), ("memory_reserved", int(reserved * gib))):
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: int(fullest * gib))
+    version = {"a": payload.Local("bfloat16", (gib,), 0, torch.empty(gib, dtype=torch.bfloat16, device="meta"))}
+    assert snapshot._room(version) == stays
+    left: list[str] = []
+    monkeypatch.setattr(snapshot, "_on_gpu", lambda tensors: not left and tensors["a"].flat.device.type == "meta")
+    monkeypatch.setattr(snapshot, "lanes_of", lambda tensors: dict.fromkeys(tensors, "digest"))
+
+    def to_host(flats: dict[str, torch.Tensor], run: Any) -> dict[str, torch.Tensor]:
+        left.extend(flats)
+        return {name: torch.empty(1) for name in flats}
+
+    monkeypatch.setattr(snapshot, "to_host", to_host)
+    source = {"a": version["a"].flat}
+    assert snapshot.take(source, owned=True, first=True).tensors["a"].flat.device.type == "cpu" and left == ["a"]
+    if not stays:
+        left.clear()
+        assert snapshot.take(source, owned=True, first=False).lanes == {"a": "digest"} and left == ["a"]

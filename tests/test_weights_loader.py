@@ -26,7 +26,7 @@ from astracli.weights.subscriber import Subscriber
 
 @pytest.fixture(autouse=True)
 def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[sglang_loader.Engine]]:
-    """All that a test makes. SGLang's live as long as their process; here their threads and decoders end with the test."""
+    """All that a test makes. SGLang's live as long as their process; here threads and decoders end with the test."""
     made: list[sglang_loader.Engine] = []
 
     class Kept(sglang_loader.Engine):

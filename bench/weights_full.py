@@ -3,8 +3,9 @@
     python bench/weights_full.py [--copies 3] [--threads 1] [--json]
 
 `--copies` times the tensors of weights.py's 0.1b shape (0.19 GB each) in /dev/shm where there is one: digests, publish
-(digests included), fetch over HTTP (server and client in one process, so they share one interpreter), fetch on a shared
-disk (linked and checked), reading it with its checksums in an engine, applying with digests. Best of `--repeats`.
+(digests included), fetch over HTTP in one range and in four (server and client in one process, so they share one
+interpreter), fetch on a shared disk (linked and checked), reading it with its checksums in an engine, applying with
+digests. Best of `--repeats`.
 """
 
 from __future__ import annotations
@@ -44,9 +45,14 @@ def measure(weights: dict[str, torch.Tensor], threads: int, folder: Path) -> dic
     found |= {"publish": result.publish_s, "of which writing and checksums": result.write_s}
     publisher.close()
     files = serve(Starlette(routes=weights_routes(folder / "weights")), ports.bind("127.0.0.1")).start()
-    for what, link_bytes in (("fetch over HTTP", None), ("fetch on the same disk", 1 << 20)):
+    ways: list[tuple[str, dict[str, Any]]] = [
+        ("fetch over HTTP", {"link_bytes": None, "parts": 1}),
+        ("the same in four ranges at once", {"link_bytes": None, "parts": 4}),
+        ("fetch on the same disk", {"link_bytes": 1 << 20}),
+    ]
+    for what, options in ways:
         stage = folder / what.replace(" ", "-")
-        receiver = Subscriber(files.url, "bench-token", stage, link_bytes=link_bytes)
+        receiver = Subscriber(files.url, "bench-token", stage, **options)
         found[what] = receiver.fetch(0).transfer_s
         receiver.close()
     files.stop()

@@ -185,3 +185,46 @@ def test_staged_deltas_are_applied_and_checked(checkpoint: Path, tmp_path: Path)
                 assert torch.equal(engine.weights.copies[name], expected), name
 
     with_client(engine, scenario)
+
+
+def test_parameters_are_read_back_after_an_update_and_others_than_the_trainers_stop_the_engine(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(checkpoint, stage_dir=tmp_path / "stage", verify_interval=2)
+    weights, model = engine.weights, QWEN3_5.load_for_training(checkpoint, attention="sdpa")
+    write = weights._write
+
+    def wrongly() -> None:
+        """The copies are right, which is all that the digests in the pause can see; less than bf16 can tell is not."""
+        write()
+        with torch.no_grad():
+            weights._parameters["model.norm.weight"].view(-1)[3] += 1e-6
+
+    async def scenario(client: EngineClient) -> None:
+        with _published(tmp_path) as (publisher, subscriber):
+            publisher.publish(0, _wire(model))
+            for version in (1, 2, 3):
+                with torch.no_grad():
+                    model.model.norm.weight += 0.5
+                publisher.publish(version, _wire(model))
+                subscriber.fetch(version, version - 1)
+                update = await client.apply_staged(version)
+                assert update.success and update.outcome["proof"] == (version == 2), update
+                if version == 2:
+                    assert subscriber.proof(2).keys() == {"readback_s"}
+            with torch.no_grad():
+                model.model.norm.weight[0] = float("nan")
+            publisher.publish(4, _wire(model))
+            monkeypatch.setattr(weights, "_write", wrongly)
+            subscriber.fetch(4, 3)
+            assert (await client.apply_staged(4)).success
+            with pytest.raises(RunFailed, match=r"version 4: read back .* 1 tensors differ: model\.norm\.weight"):
+                subscriber.proof(4)
+            with pytest.raises(RunFailed, match="not serving: the update to version 4 failed: read back"):
+                await client.generate(long_requests(1))
+            monkeypatch.setattr(weights, "_write", write)
+            assert not (await client.apply_staged(4)).success, "nobody knows what it holds"
+            assert subscriber.fetch(4, None).kind == "full"
+            assert (await client.apply_staged(4)).success and subscriber.proof(4)
+
+    with_client(engine, scenario)

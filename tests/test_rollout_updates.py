@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,36 @@ def test_what_is_generated_before_a_read_back_fails_is_lost_and_the_engine_resyn
     assert [event for event in world.engine.events if "pause" not in event] == ["applied 1", "applied 1"]
     (record,) = records(world)
     assert (record["resyncs"], record["kind"], record["readback_s"]) == (1, "full", 0.01)
+
+
+def test_no_evaluation_begins_before_the_weights_are_read_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answers are not held back: of weights that are then found wrong they would be counted."""
+    world.store._board._every = 1
+    world.engine.proofs = True
+    world.fetcher.proofs = [RunFailed("read back under HF names, 1 tensors differ: a"), 0.01]
+    asked, go_on, proof = threading.Event(), threading.Event(), world.fetcher.proof
+
+    def slowly(version: int) -> dict[str, float]:
+        asked.set()
+        assert go_on.wait(10)
+        return proof(version)
+
+    monkeypatch.setattr(world.fetcher, "proof", slowly)
+
+    async def scenario() -> None:
+        await until(lambda: world.engine.running == 8)
+        world.store.announce(1, 1)
+        await until(asked.is_set)
+        await asyncio.sleep(0.05)
+        assert "to hold version 1" in world.store.eval_next()["wait"]
+        assert world.fetcher.asked == [(1, 0)]
+        go_on.set()
+        await until(lambda: "step" in world.store.eval_next())
+        assert world.fetcher.asked == [(1, 0), (1, None)], "in full, and proven, before it began"
+        assert world.store.eval_next() == {"step": 1, "version": 1, "engine": "engine0"}
+        world.store.eval_done(1, 1, {})
+
+    asyncio.run(world.play(scenario))
 
 
 def test_an_update_that_fails_twice_ends_the_run_in_words(world: World) -> None:

@@ -74,6 +74,27 @@ def test_one_start_gives_every_mode_and_leaves_what_it_knows_on_disk(tmp_path: P
         assert 0 < sum(row[f"readback_{part}_s"] for part in parts) <= row["readback_s"] <= row["readback_seen_s"] + 0.1
 
 
+def test_the_quick_comparison_ends_soon_and_says_what_each_way_costs() -> None:
+    begun = time.monotonic()
+    rows = run("weights.py", "--quick", "--json")
+    assert time.monotonic() - begun < 30
+    keys = ["method", "lr", "steps_per_version", "density", "bytes", "bytes_per_changed", "encode_s", "decode_s"]
+    assert all(list(row) == [*keys, "lossless"] and row["lossless"] is True for row in rows)
+    updates = [(1e-6, 1), (1e-6, 4), (5e-6, 1), (5e-6, 4)]
+    methods = ["ours", "index+value", "xor+zstd", "safetensors"]
+    assert [(r["lr"], r["steps_per_version"], r["method"]) for r in rows] == [(*u, m) for u in updates for m in methods]
+    for row in rows:
+        changed = row["bytes"] / row["bytes_per_changed"]
+        full = next(r["bytes"] for r in rows if r["method"] == "safetensors")
+        assert row["density"] == pytest.approx(2 * changed / full, rel=0.01) and row["encode_s"] > 0 < row["decode_s"]
+    sizes = {(r["lr"], r["steps_per_version"], r["method"]): r["bytes"] for r in rows}
+    assert all(sizes[*u, "ours"] < sizes[*u, "xor+zstd"] < sizes[*u, "index+value"] for u in updates)
+    sparse = [row for row in rows if row["method"] == "ours" and row["density"] < 0.05]
+    assert len(sparse) == 3 and all(row["bytes_per_changed"] <= 1.5 for row in sparse), sparse
+    smaller = [sizes[*u, "safetensors"] / sizes[*u, "ours"] for u in updates[1:3]]
+    assert smaller[0] >= 40 <= smaller[1], "at 2.9 and 3.7 %"
+
+
 def test_coding_and_decoding_are_timed_by_threads_and_by_processes() -> None:
     options = ["--pieces", "2", "--densities", "0.01", "--workers", "1", "2", "--rounds", "1"]
     rows = run("coding.py", *options, "--json")

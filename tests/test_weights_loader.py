@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,23 @@ from astracli.weights import WeightMismatch, sglang_loader, staged, watcher
 from astracli.weights.placement import PlacementRecorder
 from astracli.weights.resident import Resident
 from astracli.weights.subscriber import Subscriber
+
+
+@pytest.fixture(autouse=True)
+def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[sglang_loader.Engine]]:
+    """All that a test makes. SGLang's live as long as their process; here threads and decoders end with the test."""
+    made: list[sglang_loader.Engine] = []
+
+    class Kept(sglang_loader.Engine):
+        def __init__(self, *given: Any):
+            super().__init__(*given)
+            made.append(self)
+
+    monkeypatch.setattr(sglang_loader, "Engine", Kept)
+    yield made
+    for engine in made:
+        engine.watcher.close()
+        engine._decoder.close()
 
 
 def test_placements_are_found_through_load_weights_without_changing_a_weight(tmp_path: Path) -> None:
@@ -135,6 +153,24 @@ def test_the_thread_that_decodes_ahead_outlives_an_error_of_any_kind(
     restage(tmp_path, [delta(2)])
     assert awaited() and thread.take() is not None
     thread.close()
+
+
+def test_the_thread_says_nothing_of_a_model_that_has_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    versions, model = chain(3), FusedModel()
+    model.load_weights(versions[0].items())
+    where = stage(tmp_path, versions, [delta(1)])
+    monkeypatch.setenv("ASTRA_STAGE_DIR", str(where))
+    sglang_loader.apply_staged(model)
+    assert json.loads((where / "result.json").read_text())["ok"]
+    del model
+    gc.collect()
+    restage(tmp_path, [delta(2)])
+    plan, deadline = (where / "next.json").read_bytes(), time.monotonic() + 10
+    while watcher.decoded(where, plan) in (None, 0.0) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert not json.loads((where / "watching.json").read_text())["ok"] and capsys.readouterr().err == ""
 
 
 def outcome(receiver: Subscriber) -> dict[str, Any]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -154,15 +156,45 @@ def test_a_receiver_that_was_killed_goes_on_from_its_part_file(tmp_path: Path, s
 def test_a_large_file_comes_in_parallel_ranges(tmp_path: Path, server: Server) -> None:
     big = {"w": torch.randn(200, 1000).bfloat16()}
     publish(tmp_path / "weights", [big])
+    server.cut_after = 70_000  # every one of them breaks off once
     receiver = subscriber(server, tmp_path, parts=4, part_bytes=50_000)
-    receiver.fetch(0)
+    manifest, payload = ((tmp_path / "weights" / "v000000" / n).stat().st_size for n in FULL)
+    assert receiver.fetch(0).downloaded == manifest + payload
     ranges = sorted(int(r.removeprefix("bytes=").split("-")[0]) for p, r in server.requests if "safetensors" in p)
-    assert len(ranges) == 4 and ranges[0] == 0 and 99_000 < ranges[1] < 101_000
+    assert len(ranges) == 8 and ranges[0] == 0 and 99_000 < ranges[2] < 101_000
+    assert [ranges[k + 1] - ranges[k] for k in (0, 2, 4, 6)] == [70_000] * 4, "each goes on where it was"
     engine = {"w": torch.zeros(200, 1000).bfloat16()}
     staged.apply(tmp_path / "stage", engine, None)
     assert same(engine, big)
     assert [p.suffix for p in (tmp_path / "stage" / "v000000").iterdir() if p.suffix == ".part"] == []
     receiver.close()
+
+
+def test_receivers_at_once_do_not_wait_for_one_that_reads_slowly_nor_does_the_server_read_ahead_for_it(
+    tmp_path: Path, server: Server
+) -> None:
+    big = {"w": torch.arange(16 << 20, dtype=torch.int32).view(torch.bfloat16)}
+    publish(tmp_path / "weights", [big])
+    path = tmp_path / "weights" / "v000000" / FULL[1]
+    size = path.stat().st_size
+    address = httpx.URL(server.url)
+    with socket.create_connection((address.host, address.port), timeout=20) as slow:
+        slow.sendall(
+            f"GET /weights/0/{FULL[1]} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+            f"Authorization: Bearer {TOKEN}\r\n\r\n".encode()
+        )
+        found = bytearray(slow.recv(1 << 16))
+        receivers = [subscriber(server, tmp_path, f"stage{k}", link_bytes=None) for k in range(3)]
+        with ThreadPoolExecutor(3) as pool:
+            plans = list(pool.map(lambda receiver: receiver.fetch(0), receivers))
+        assert [plan.bytes for plan in plans] == [size] * 3
+        for k, receiver in enumerate(receivers):
+            assert (tmp_path / f"stage{k}" / "v000000" / FULL[1]).read_bytes() == path.read_bytes()
+            receiver.close()
+        assert server.requests[0][0].endswith(FULL[1]) and len(found) <= server.sent[0] < size / 2, server.sent[0]
+        while chunk := slow.recv(1 << 20):
+            found += chunk
+    assert found.endswith(path.read_bytes()), "it gets all of it in its own time"
 
 
 def test_a_large_file_of_the_same_disk_is_linked_and_outlives_its_publisher(tmp_path: Path, server: Server) -> None:

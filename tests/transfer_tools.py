@@ -78,6 +78,8 @@ class Server:
 
     def __init__(self, directory: Path):
         self.requests: list[tuple[str, str]] = []
+        self.sent: list[int] = []
+        """Bytes of each answer that its connection has taken, in the order of `requests`."""
         self.cut_after: int | None = None
         app = Starlette(routes=[Mount("/weights", weights_app(directory))])
 
@@ -86,24 +88,24 @@ class Server:
                 return await app(scope, receive, send)
             request = Request(scope)
             self.requests.append((request.url.path, request.headers.get("range", "")))
+            number = len(self.sent)
+            self.sent.append(0)
             if request.headers.get("authorization") != f"Bearer {TOKEN}":
                 refusal: Response = JSONResponse({}, status_code=401)
                 return await refusal(scope, receive, send)
             budget = self.cut_after if "safetensors" in request.url.path else None
-            sent = 0
 
-            async def limited(message: Any) -> None:
-                nonlocal sent
+            async def counted(message: Any) -> None:
                 if message["type"] == "http.response.body" and budget is not None:
-                    body = message.get("body", b"")[: budget - sent]
-                    sent += len(body)
-                    await send({"type": "http.response.body", "body": body, "more_body": True})
-                    if sent >= budget:
-                        raise ConnectionError("cut")
-                    return
-                await send(message)
+                    message = {**message, "body": message.get("body", b"")[: budget - self.sent[number]]}
+                    await send({**message, "more_body": True})
+                else:
+                    await send(message)
+                self.sent[number] += len(message.get("body", b""))
+                if budget is not None and self.sent[number] >= budget:
+                    raise ConnectionError("cut")
 
-            return await app(scope, receive, limited if budget is not None else send)
+            return await app(scope, receive, counted)
 
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"

@@ -104,6 +104,7 @@ def load_engine(config: WorkerConfig) -> EmbeddedEngine:
         device=config.device,
         exclusive_calls=config.recipe.launch.deterministic,
         problem="waiting for its weights" if config.extra.get("await_weights") else None,
+        verify_interval=config.recipe.weights.verify_interval,
     )
     start = config.extra.get("start_version")
     if start is not None:

@@ -67,6 +67,7 @@ class EmbeddedEngine:
         device: str = "cpu",
         exclusive_calls: bool = False,
         problem: str | None = None,
+        verify_interval: int = 0,
     ):
         model, wire = load(path)
         if device == "cpu":
@@ -76,7 +77,7 @@ class EmbeddedEngine:
         self.limits = limits
         self._stage = StageWatcher(stage_dir) if stage_dir is not None else None
         self._load = load
-        self.weights = EngineWeights(model.to(device), wire, problem=problem)
+        self.weights = EngineWeights(model.to(device), wire, problem=problem, verify_interval=verify_interval)
         decoder = Decoder(model, limits.slots, prefill_tokens=limits.prefill_tokens)
         self.scheduler = Scheduler(decoder, exclusive_calls=exclusive_calls)
         self._eos = _eos_ids(model)
@@ -245,6 +246,7 @@ class EmbeddedEngine:
                         tokens_generated=self.scheduler.tokens_generated,
                     )
         finally:
+            self.weights.settle()
             if self._stage is not None:
                 self._stage.close()
 

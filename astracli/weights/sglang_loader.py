@@ -111,6 +111,8 @@ class Engine:
         """Where the model keeps `entries` now, with the tables for their digests. Recorded for other names, dtypes or
         shapes than before, and when a parameter lies elsewhere than before. Raises WeightMismatch."""
         model = self._model()
+        if model is None:  # gone with its engine, while the watcher had a version for it
+            raise WeightMismatch("the model is not there any more")
         with self._lock:
             known = (_identity(entries), _lying(model))
             if self._hands is None or self._known != known:
@@ -196,9 +198,7 @@ def apply_staged(model: Any, named_tensors: Iterable[Any] = ()) -> None:
         (stage_dir / old).unlink(missing_ok=True)
     have, engine.version = engine.version, None  # unknown until proven
     try:
-        prepared = engine.watcher.take()
-        if prepared is None or not staged.is_staged(stage_dir, prepared):
-            prepared = staged.prepare(stage_dir)
+        prepared = staged.current(stage_dir, engine.watcher.take())
         entries = prepared.manifests[-1].tensors if prepared.manifests else ()
         record_s, hands = time.perf_counter(), engine.place(entries) if entries else None
         if prepared.loaded is not None and prepared.hands is not hands:  # a parameter has moved since it was loaded

@@ -88,8 +88,7 @@ def apply(
     stage_dir = Path(stage_dir)
     (stage_dir / RESULT).unlink(missing_ok=True)
     try:
-        if prepared is None or not is_staged(stage_dir, prepared):
-            prepared = prepare(stage_dir)
+        prepared = current(stage_dir, prepared)
         result = perform(prepared, tensors, have_version, hands)
     except (AstraError, ValueError) as error:
         raise fail(stage_dir, error if isinstance(error, AstraError) else WeightCorrupt(str(error))) from error
@@ -97,9 +96,11 @@ def apply(
     return result
 
 
-def is_staged(stage_dir: Path, prepared: Prepared) -> bool:
-    """Whether `prepared` is what `next.json` names now."""
-    return prepared.plan == read(Path(stage_dir) / NEXT)
+def current(stage_dir: Path, prepared: Prepared | None) -> Prepared:
+    """What `next.json` names now: `prepared`, when that is it. Raises WeightCorrupt."""
+    if prepared is None or prepared.plan != read(Path(stage_dir) / NEXT):
+        return prepare(stage_dir)
+    return prepared
 
 
 def succeed(stage_dir: Path, result: ApplyResult, more: Mapping[str, Any] | None = None) -> None:

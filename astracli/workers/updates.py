@@ -7,7 +7,8 @@ An update, in the order in which it happens (mode `abort`):
     abort, drain        every request ends its segment; partial tokens come back, all of the old version
     pause, apply, continue      with nothing running; the engine checks digests before it serves (`engines/window.py`)
     report, open        the hub learns the version, then prompt + prefix are sent again
-    read back           when due, beside generation: results are held until the weights are proven under HF names too
+    read back           when due, beside generation, and before the report: results are held, and no evaluation begins,
+                        until the weights are proven under HF names too
 
 On a GPU that engine and trainer use in turns, the lane holds the engine's card at the hub. When the trainer wants it,
 and no evaluation is pinned there: gate, abort, drain, pause, settle (no read-back is at the weights any more), release
@@ -196,9 +197,11 @@ class Lane(Gate):
             await self._resync(target, record, error)
         self.version, self._serving = target, True
         due = record.pop("proof", False)
-        if due:
+        if due:  # the hub hears of it with the proof: an evaluation would begin, whose answers nobody holds back
             self._proven.clear()
-        await self._let_in()
+            self.open.set()
+        else:
+            await self._let_in()
         gate_closed = record.pop("gate_closed")
         record["gap_s"] = time.monotonic() - gate_closed if gate_closed is not None else 0.0
         if due:
@@ -222,6 +225,9 @@ class Lane(Gate):
                 record |= await asyncio.to_thread(self._fetcher.proof, target)
             self.version, self._serving = target, True
             await self._let_in()
+        else:
+            if self.open.is_set():  # the engine may have been lost meanwhile
+                await self._hub.engine_state(self.name, target, "ready")
         finally:
             self._proven.set()
 

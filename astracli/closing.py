@@ -50,7 +50,7 @@ def closing_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, words) rows of the closing table."""
     training, weights, parity, memory = (summary[key] for key in ("training", "weights", "parity", "memory"))
     phases = ", ".join(f"{name} {duration(seconds)}" for name, seconds in summary["phases_s"].items() if seconds >= 0.5)
-    facts = [("wall time", f"{duration(summary['wall_s'])}: {phases}")]
+    facts = [("wall time", f"{duration(summary['wall_s'])}{': ' if phases else ''}{phases}")]
     expected = summary.get("expected")
     if expected:
         steps = f", {expected['steps']} steps" if expected.get("steps") else ""

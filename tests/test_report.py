@@ -239,6 +239,8 @@ def test_summary_of_a_run_that_never_began(tmp_path: Path) -> None:
     out = io.StringIO()
     print_closing(found, Console(file=out, width=140))
     assert "0 of 100" in out.getvalue()
+    found["wall_s"], found["phases_s"] = 0.4, {"start-up": 0.4}
+    assert dict(closing_facts(found))["wall time"] == "0 s", "no phase is long enough to be named"
 
 
 def test_closing_table(tmp_path: Path) -> None:

@@ -186,14 +186,17 @@ def results(run: RunDir) -> dict[str, Any] | None:
 
 
 def summary(run: RunDir) -> dict[str, Any] | None:
-    """The closing figures of a run that has ended; None while it runs and of one that was killed."""
+    """The closing figures of a run that has ended; None while it runs and of one that was killed. Its places are where
+    the run lies now: it may have been moved, or be looked at from another directory."""
+    from astracli.launch.summary import paths
+
     try:
         document = json.loads(run.summary_json.read_text())
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise UserError(f"`{run.summary_json}` is damaged: {error}") from None
-    return document if isinstance(document, dict) else None
+    return document | {"paths": paths(run.path)} if isinstance(document, dict) else None
 
 
 def report(run: RunDir) -> dict[str, Any]:

@@ -140,6 +140,14 @@ def test_runs_report_shows_first_last_and_difference(astra: Astra, runs: Path) -
     assert "0.875" in astra("runs", "report", "a").out
 
 
+def test_a_report_says_where_the_run_lies_now(astra: Astra, runs: Path) -> None:
+    """A run that was moved since, whose closing document names its old places."""
+    run = make_run(runs / "here")
+    run.summary_json.write_text(json.dumps({"paths": {"run": "runs/before", "export": "runs/before/export"}}))
+    found = json.loads(astra("runs", "report", "here", "--json").out)["summary"]
+    assert found["paths"] == {"run": "runs/here", "report": "runs/here/report.html"}
+
+
 def test_an_evaluation_shows_its_results_and_answers(astra: Astra, runs: Path) -> None:
     run = make_run(runs / "e")
     run.update(command="eval")

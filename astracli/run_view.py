@@ -45,8 +45,8 @@ def row(run: RunDir) -> dict[str, Any]:
     try:
         status = run.status()
         state = "not started" if status is None else status.shown()
-    except UserError as error:
-        status, state = None, f"unknown: {error}"
+    except UserError:
+        status, state = None, f"unknown: {run.status_json.name} is damaged"
     return {
         "run": run.name,
         "state": state,
@@ -294,7 +294,10 @@ def cleanable(root: Path, *, older_than_s: float, resumable: bool) -> list[RunDi
     """Ended runs under `root`: those that are done, with `resumable` also failed, interrupted and dead ones."""
     now, found = time.time(), []
     for run in list_runs(root):
-        status = run.status()
+        try:
+            status = run.status()
+        except UserError:
+            continue  # whether it ended is not known; it can still be named
         if status is None or run.in_use() or run.going():
             continue
         ended = status.ended or run.status_json.stat().st_mtime

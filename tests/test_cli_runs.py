@@ -202,6 +202,14 @@ def test_runs_clean_keeps_weights_that_an_evaluation_waits_for(astra: Astra, run
     assert astra("runs", "clean", "a").out.endswith("freed 1 kB in 1 run\n") and not run.weights.exists()
 
 
+def test_a_damaged_run_is_listed_and_keeps_no_other_from_being_cleaned(astra: Astra, runs: Path) -> None:
+    (make_run(runs / "done").weights / "v000001").mkdir(parents=True)
+    (runs / "done" / "weights" / "v000001" / "x").write_bytes(b"0" * 1000)
+    make_run(runs / "hurt").status_json.write_text("{")
+    assert astra("runs", "clean", "--older-than", "0").out == "runs/done  1 kB\nfreed 1 kB in 1 run\n"
+    assert "unknown: status.json is damaged  -" in astra("runs", "list").out
+
+
 def test_runs_clean_refuses_a_running_run(astra: Astra, runs: Path) -> None:
     run = make_run(runs / "a", state="running")
     run.weights.mkdir()

@@ -172,16 +172,20 @@ def _faster_training(setting: Setting, factor: float) -> str:
 def of_run(
     records: Sequence[Record], recipe: Recipe, plan: Mapping[str, Any], first_step: int
 ) -> dict[str, Any] | None:
-    """The balance as summary.json holds it. `plan`: plan.json's document; `first_step`: of this attempt."""
-    seen = _seen(records, first_step + FIRST_STEPS)
+    """The balance as summary.json holds it. `plan`: plan.json's document; `first_step`: of this attempt.
+
+    At its end a run asks for nothing more: what the last step trains on was admitted `max_staleness` versions before.
+    Engines that are idle from there on wait for nobody.
+    """
+    seen = _seen(records, first_step + FIRST_STEPS, recipe.train.steps - recipe.effective_staleness)
     found = judge(seen, _setting(recipe, plan))
     return asdict(found) if found is not None else None
 
 
-def _seen(records: Sequence[Record], first: int) -> Seen:
+def _seen(records: Sequence[Record], first: int, last: int) -> Seen:
     steps = [r for r in records if r.get("process") == "trainer" and "step_s" in r and r.get("step", 0) >= first]
     # an update to version v is told by an engine that generated with v - 1
-    told = [r for r in records if "idle_s" in r and r.get("step", 0) > first]
+    told = [r for r in records if "idle_s" in r and first < r.get("step", 0) <= last]
     return Seen(
         step_s=sum(r["step_s"] for r in steps),
         wait_s=sum(r.get("wait_s", 0.0) for r in steps),
@@ -189,7 +193,7 @@ def _seen(records: Sequence[Record], first: int) -> Seen:
         idle_s=sum(r["idle_s"] for r in told),
         trained_tokens=sum(r.get("tokens", 0.0) for r in steps),
         generated_tokens=sum(r["rollout_tokens_per_s"] * r["interval_s"] for r in told),
-        held_s=_held(records, steps),
+        held_s=_held(records, [r for r in steps if r["step"] < last]),
     )
 
 

@@ -25,16 +25,20 @@ def benchmark_table(summary: Mapping[str, Any]) -> Table:
     table = Table(box=None, padding=(0, 2), pad_edge=False)
     rows = summary["benchmarks"]
     first, last = rows[0]["first"]["step"], rows[0]["last"]["step"]
-    for heading in ("benchmark", "figure", f"step {first}", f"step {last}", "difference"):
+    sides = ("first", "last") if first != last else ("first",)  # of an interrupted run there may be one
+    for heading in ("benchmark", "figure", f"step {first}", f"step {last}", "difference")[: 5 if len(sides) > 1 else 3]:
         words = heading in ("benchmark", "figure")
         table.add_column(heading, justify="left" if words else "right", no_wrap=heading != "benchmark", overflow="fold")
     for row in rows:
-        spread = [f"{row[side]['avg_at_n']:.3f} ± {row[side]['stderr']:.3f}" for side in ("first", "last")]
-        table.add_row(row["benchmark"], f"avg@{row['n']}", *spread, f"{row['difference_avg_at_n']:+.3f}")
-        passes = [f"{row[side]['pass_at_k']:.3f}" for side in ("first", "last")]
-        table.add_row("", f"pass@{row['k']}", *passes, f"{row['difference_pass_at_k']:+.3f}")
+        spread = [f"{row[side]['avg_at_n']:.3f} ± {row[side]['stderr']:.3f}" for side in sides]
+        passes = [f"{row[side]['pass_at_k']:.3f}" for side in sides]
+        if len(sides) > 1:
+            spread.append(f"{row['difference_avg_at_n']:+.3f}")
+            passes.append(f"{row['difference_pass_at_k']:+.3f}")
+        table.add_row(row["benchmark"], f"avg@{row['n']}", *spread)
+        table.add_row("", f"pass@{row['k']}", *passes)
     expected = summary.get("expected")
-    if expected:
+    if expected and len(sides) > 1:
         for label, a, b in (
             ("avg@n", "avg_at_n_first", "avg_at_n_last"),
             ("pass@k", "pass_at_k_first", "pass_at_k_last"),
@@ -50,7 +54,7 @@ def closing_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, words) rows of the closing table."""
     training, weights, parity, memory = (summary[key] for key in ("training", "weights", "parity", "memory"))
     phases = ", ".join(f"{name} {duration(seconds)}" for name, seconds in summary["phases_s"].items() if seconds >= 0.5)
-    facts = [("wall time", f"{duration(summary['wall_s'])}: {phases}")]
+    facts = [("wall time", f"{duration(summary['wall_s'])}{': ' if phases else ''}{phases}")]
     expected = summary.get("expected")
     if expected:
         steps = f", {expected['steps']} steps" if expected.get("steps") else ""
@@ -102,7 +106,9 @@ def result_lines(document: Mapping[str, Any]) -> list[str]:
     for name, found in document["results"].items():
         if name == "overall" and len(document["results"]) == 2:
             continue
-        average = f"avg@{found['n']} {found['avg_at_n']:.3f} ± {found['stderr']:.3f}"
+        average = f"avg@{found['n']} {found['avg_at_n']:.3f}"
+        if found["items"] > 1:  # one item has no spread over items
+            average += f" ± {found['stderr']:.3f}"
         interval = f"{found['ci95_low']:.3f}-{found['ci95_high']:.3f}" if "ci95_low" in found else ""
         best = f"{greedy[name]['avg_at_n']:.3f}" if name in greedy else ""
         votes = found.get("majority_at") or {}

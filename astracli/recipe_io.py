@@ -73,7 +73,7 @@ def check(document: Mapping[str, Any], name: str) -> Recipe:
         hints = [hint for _, hint in found if hint]
         fallback = "`astra recipes show NAME` prints every key of a recipe with its value"
         separator = "\n  " if len(found) > 1 else " "
-        raise UserError(f"recipe `{name}`:{separator}{lines}", " ".join(hints) or fallback) from None
+        raise UserError(f"recipe `{name}`:{separator}{lines}", " ".join(dict.fromkeys(hints)) or fallback) from None
     _check_names(recipe, name)
     return recipe
 
@@ -188,6 +188,9 @@ def _find(name_or_path: str, origin: Path | Traversable | None) -> Path | Traver
     if not _is_path(name_or_path):
         if name_or_path not in _shipped_names() and Path(name_or_path).is_file():
             return Path(name_or_path)
+        beside = Path(f"{name_or_path}.toml")
+        if name_or_path not in _shipped_names() and beside.is_file():
+            raise UserError(f"there is no recipe `{name_or_path}`", f"a file is meant by its path: `{beside}`")
         return _shipped_file(name_or_path)
     path = Path(name_or_path).expanduser()
     return origin.parent / path if isinstance(origin, Path) and not path.is_absolute() else path

@@ -83,7 +83,8 @@ def dotted_keys(slot: Slot = ROOT, prefix: str = "") -> Iterator[str]:
 
 
 def nearest_key(dotted: str) -> str | None:
-    """The valid dotted key closest to an invalid one: same table first, then the same last name, then any."""
+    """The valid dotted key closest to an invalid one: same table first, then the same last name, then, where there is
+    no such table, any. (The name of a table alone makes `train.foo` and `train.eps` alike.)"""
     table, _, leaf = dotted.rpartition(".")
     keys = list(dotted_keys())
     siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == table}
@@ -91,7 +92,9 @@ def nearest_key(dotted: str) -> str | None:
     if close:
         return siblings[close[0]]
     leaves = {key.rpartition(".")[2]: key for key in reversed(keys)}
-    close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.8) or difflib.get_close_matches(dotted, keys, n=1)
+    close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.8)
+    if not close and table not in keys:
+        close = difflib.get_close_matches(dotted, keys, n=1)
     return leaves.get(close[0], close[0]) if close else None
 
 

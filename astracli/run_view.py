@@ -45,8 +45,8 @@ def row(run: RunDir) -> dict[str, Any]:
     try:
         status = run.status()
         state = "not started" if status is None else status.shown()
-    except UserError as error:
-        status, state = None, f"unknown: {error}"
+    except UserError:
+        status, state = None, f"unknown: {run.status_json.name} is damaged"
     return {
         "run": run.name,
         "state": state,
@@ -186,14 +186,17 @@ def results(run: RunDir) -> dict[str, Any] | None:
 
 
 def summary(run: RunDir) -> dict[str, Any] | None:
-    """The closing figures of a run that has ended; None while it runs and of one that was killed."""
+    """The closing figures of a run that has ended; None while it runs and of one that was killed. Its places are where
+    the run lies now: it may have been moved, or be looked at from another directory."""
+    from astracli.launch.summary import paths
+
     try:
         document = json.loads(run.summary_json.read_text())
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise UserError(f"`{run.summary_json}` is damaged: {error}") from None
-    return document if isinstance(document, dict) else None
+    return document | {"paths": paths(run.path)} if isinstance(document, dict) else None
 
 
 def report(run: RunDir) -> dict[str, Any]:
@@ -291,7 +294,10 @@ def cleanable(root: Path, *, older_than_s: float, resumable: bool) -> list[RunDi
     """Ended runs under `root`: those that are done, with `resumable` also failed, interrupted and dead ones."""
     now, found = time.time(), []
     for run in list_runs(root):
-        status = run.status()
+        try:
+            status = run.status()
+        except UserError:
+            continue  # whether it ended is not known; it can still be named
         if status is None or run.in_use() or run.going():
             continue
         ended = status.ended or run.status_json.stat().st_mtime

@@ -249,6 +249,8 @@ def main() -> None:
     args.new_tokens = args.new_tokens or (24 if args.shape == "tiny" else 512)
     if args.steps <= args.skip:
         parser.error(f"--steps must be over --skip ({args.skip})")
+    if args.turns and (args.device == "cpu" or args.layout == "1+1"):
+        parser.error("--turns needs GPUs that engine and trainer share: --layout shared or 1+2, not --device cpu")
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         run = Path(name) / "run"
         model = checkpoint(args, Path(name))

@@ -139,3 +139,10 @@ def test_a_run_is_judged_without_its_first_step() -> None:
         "(without the first step; tokens/s: generated 300, trained while at work 333); try resources.engines=2 where"
     )
     assert balance.of_run(records[:1], recipe, plan, 0) is None
+    # of four steps the last two train on what was admitted before: no engine has anything to do then
+    records += [trained(3, 2.0, 0.5), updated(4, 2.0, 2.0)]
+    records[-3:-2] = [updated(3, 2.0, 2.0)]
+    ending = balance.of_run(records, recipe_io.load("qwen3.5-tiny-m2po-delta", ["train.steps=4"]), plan, 0)
+    assert ending is not None and ending["idle_share"] == pytest.approx(0.05) and ending["limit"] == "generation"
+    cut_off = balance.of_run(records, recipe, plan, 0)
+    assert cut_off is not None and cut_off["idle_share"] == pytest.approx(4.1 / 6)

@@ -140,6 +140,14 @@ def test_runs_report_shows_first_last_and_difference(astra: Astra, runs: Path) -
     assert "0.875" in astra("runs", "report", "a").out
 
 
+def test_a_report_says_where_the_run_lies_now(astra: Astra, runs: Path) -> None:
+    """A run that was moved since, whose closing document names its old places."""
+    run = make_run(runs / "here")
+    run.summary_json.write_text(json.dumps({"paths": {"run": "runs/before", "export": "runs/before/export"}}))
+    found = json.loads(astra("runs", "report", "here", "--json").out)["summary"]
+    assert found["paths"] == {"run": "runs/here", "report": "runs/here/report.html"}
+
+
 def test_an_evaluation_shows_its_results_and_answers(astra: Astra, runs: Path) -> None:
     run = make_run(runs / "e")
     run.update(command="eval")
@@ -150,7 +158,7 @@ def test_an_evaluation_shows_its_results_and_answers(astra: Astra, runs: Path) -
     figures = {"items": 1, "n": 1, "avg_at_n": 0.0, "stderr": 0.0, "k": 1, "pass_at_k": 0.0, "prompts_too_long": 1}
     (run.eval / "results.json").write_text(json.dumps({"results": {"b": figures, "overall": figures}}))
     said = astra("runs", "report", "e").out
-    assert "b          1      avg@1 0.000 ± 0.000" in said
+    assert "b          1      avg@1 0.000  " in said, "one item has no standard error"
     assert "b: 1 samples count as wrong: their prompt leaves no room in rollout.context_length" in said
     assert json.loads(astra("runs", "report", "e", "--json").out)["results"]["results"]["b"] == figures
     assert "completion: 3" in astra("runs", "samples", "e", "--wrong").out
@@ -192,6 +200,14 @@ def test_runs_clean_keeps_weights_that_an_evaluation_waits_for(astra: Astra, run
     store.eval_done(0, 0, {})
     store.close()
     assert astra("runs", "clean", "a").out.endswith("freed 1 kB in 1 run\n") and not run.weights.exists()
+
+
+def test_a_damaged_run_is_listed_and_keeps_no_other_from_being_cleaned(astra: Astra, runs: Path) -> None:
+    (make_run(runs / "done").weights / "v000001").mkdir(parents=True)
+    (runs / "done" / "weights" / "v000001" / "x").write_bytes(b"0" * 1000)
+    make_run(runs / "hurt").status_json.write_text("{")
+    assert astra("runs", "clean", "--older-than", "0").out == "runs/done  1 kB\nfreed 1 kB in 1 run\n"
+    assert "unknown: status.json is damaged  -" in astra("runs", "list").out
 
 
 def test_runs_clean_refuses_a_running_run(astra: Astra, runs: Path) -> None:

@@ -242,6 +242,14 @@ def test_an_engine_that_this_version_lacks_fails_the_recipe(monkeypatch: pytest.
     assert judged(TINY, facts())["ok"] is True
 
 
+def test_a_checkpoint_that_a_script_makes_is_mended_by_that_script() -> None:
+    lost = {"path": "./small-warm", "place": None, "problem": "model.path = `./small-warm`: nothing at that path"}
+    absent = gpu_box() | {"checkpoint": lost}
+    assert one(judged("qwen3.5-small-m2po-delta", absent), "checkpoint")["fix"] == (
+        "make it: `python scripts/make_small.py ./small-warm`"
+    )
+
+
 def test_load_is_warned_about() -> None:
     document = facts()
     document["system"]["cores_usable"] = 1.0

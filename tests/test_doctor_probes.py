@@ -111,6 +111,16 @@ def test_what_is_asked_of_whom_on_gpus() -> None:
     assert {p.name for p in probes.trainer_probes(judged(None))} == {"imports", "bandwidth"}
 
 
+def test_a_recipe_whose_model_has_to_be_made_first_is_asked_what_can_be(tmp_path: Path, monkeypatch: Any) -> None:
+    """No checkpoint, so no adapter and no sizes: on a laptop and where the GPUs are."""
+    monkeypatch.chdir(tmp_path)
+    for document in (facts(), gpu_box()):
+        small = judged("qwen3.5-small-m2po-delta", document)
+        assert small.fit.adapter is None and small.fit.refusal is not None
+        assert {p.name for p in probes.engine_probes(small)} <= {"engine imports"}
+        assert {p.name for p in probes.trainer_probes(small)} == {"imports", "bandwidth"}
+
+
 def test_an_adapter_without_a_tiny_model_is_skipped_and_said() -> None:
     asked = judged()
     fit = dataclasses.replace(asked.fit, adapter=generic.ADAPTER)

@@ -78,7 +78,8 @@ def check(device: str, folder: Path) -> None:
 
     def run(ranks: int, out: str, *, resume: bool = False) -> list[dict[str, list[list[float]]]]:
         told = json.dumps([device, str(model), str(folder / out), resume, NAMES])
-        return [json.loads(text) for text in spawn(SCRIPT, [told], ranks, timeout_s=400)]
+        # the last line: TileLang prints what it compiles
+        return [json.loads(text.strip().splitlines()[-1]) for text in spawn(SCRIPT, [told], ranks, timeout_s=400)]
 
     two, other = run(2, "two")
     assert two["figures"] == other["figures"]

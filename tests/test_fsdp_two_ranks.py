@@ -123,6 +123,7 @@ import json, sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
 from astracli.adapters.qwen3_5 import ADAPTER
 from astracli.training import fsdp
 from astracli.training.logprob import PolicyModel
@@ -135,6 +136,9 @@ for kept in (True, False):
     exact = [p for n, p in model.named_parameters() if "A_log" in n] if kept else []
     fsdp.recompute(policy, ADAPTER.block_classes(model), "full")
     fsdp.shard(policy, ADAPTER.block_classes(model), ranks, exact=exact, compute=torch.bfloat16)
+    groups = [type(m).__name__ for m in policy.modules() if isinstance(m, FSDPModule)]
+    blocks = model.config.num_hidden_layers
+    assert groups == ["FSDPPolicyModel", *["FSDPQwen3_5DecoderLayer"] * blocks], "a block is gathered on its own"
     tokens_BL = torch.arange(2, 26)[None] + ranks.rank
     logprob_N, _ = policy(tokens_BL, None, None, torch.arange(23), tokens_BL[0, 1:])
     logprob_N.sum().backward()

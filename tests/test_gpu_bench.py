@@ -66,6 +66,14 @@ def test_kernels_are_summed_and_idle_time_is_not_hidden(bench: ModuleType) -> No
     assert lines[-1] == "busy 4.0 ms of 8.0 ms from the first to the last, 3 in all"
 
 
+@pytest.mark.parametrize("options", [["--layout", "1+1"], ["--layout", "1+2", "--device", "cpu"]])
+def test_turns_are_refused_where_nothing_is_shared(options: list[str]) -> None:
+    """Else the table would say `in turns` over a run that took none."""
+    command = [sys.executable, str(Path(__file__).parent.parent / "bench" / "gpu_loop.py"), "--turns", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "--turns needs GPUs that engine and trainer share" in done.stderr
+
+
 def test_the_whole_loop_at_tiny_shape(tmp_path: Path) -> None:
     """`bench/gpu_loop.py` with the embedded engine: every figure is there, and they add up."""
     command = [sys.executable, str(Path(__file__).parent.parent / "bench" / "gpu_loop.py"), "--json"]

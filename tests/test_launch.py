@@ -289,3 +289,12 @@ def test_fewer_samples_than_pass_k_lower_it() -> None:
     evaluation = run._with_evaluation(tiny(), ["gsm8k"], 2).eval
     assert (evaluation.benchmarks, evaluation.samples, evaluation.pass_k) == (["gsm8k"], 2, 2)
     assert run._with_evaluation(tiny(), None, 16).eval.pass_k == 4
+
+
+def test_a_rollout_that_wrote_no_sample_leaves_no_file(tmp_path: Path) -> None:
+    """The same command would be refused: `--out` is there already."""
+    out = tmp_path / "samples.jsonl"
+    out.write_text('{"reward": 1.0}\n{"reward": 0.0}\n')
+    assert run._rollout_words(out) == f"2 samples, mean reward 0.500, in {out}"
+    out.write_text("")
+    assert run._rollout_words(out) == "no samples yet" and not out.exists()

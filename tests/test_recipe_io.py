@@ -147,6 +147,11 @@ def test_later_overrides_win() -> None:
         ("group_size=4", f"recipe `{TINY}`: unknown key `group_size` (= 4)", "did you mean `rollout.group_size`?"),
         ("trian.steps=4", f'recipe `{TINY}`: unknown key `trian` (= {{"steps": 4}})', "did you mean `train`?"),
         (
+            "train.foo=1",  # nothing is like it: its own table is no suggestion
+            f"recipe `{TINY}`: unknown key `train.foo` (= 1)",
+            "`astra recipes show NAME` prints every key of a recipe with its value",
+        ),
+        (
             "train.steps=many",
             f'recipe `{TINY}`: `train.steps` = "many" is not allowed: it takes a whole number greater than 0',
             "`astra recipes show NAME` prints every key of a recipe with its value",
@@ -177,6 +182,19 @@ def test_an_unknown_benchmark_gets_the_nearest_name() -> None:
     error = refused(TINY, "eval.benchmarks=arithmetic-held")
     assert error.message.endswith('`eval.benchmarks` = "arithmetic-held" is not allowed: there is no such benchmark')
     assert error.hint is not None and error.hint.startswith("did you mean `arithmetic-heldout`")
+
+
+def test_one_suggestion_for_two_keys_stands_once(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text(f'extends = "{TINY}"\n[train]\nstep = 1\nstepz = 1\n')
+    assert refused(str(mine)).hint == "did you mean `train.steps`?"
+
+
+def test_a_file_of_that_name_is_pointed_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.toml").write_text(f'extends = "{TINY}"\n')
+    monkeypatch.chdir(tmp_path)
+    assert refused("mine").hint == "a file is meant by its path: `mine.toml`"
+    assert recipe_io.load("mine.toml").name == "mine"
 
 
 def test_unknown_recipe_names_the_nearest() -> None:

@@ -239,6 +239,17 @@ def test_summary_of_a_run_that_never_began(tmp_path: Path) -> None:
     out = io.StringIO()
     print_closing(found, Console(file=out, width=140))
     assert "0 of 100" in out.getvalue()
+    found["wall_s"], found["phases_s"] = 0.4, {"start-up": 0.4}
+    assert dict(closing_facts(found))["wall time"] == "0 s", "no phase is long enough to be named"
+
+
+def test_one_evaluation_is_not_compared_with_itself(tmp_path: Path) -> None:
+    out = io.StringIO()
+    found = make_summary(tmp_path, store=state(1, evaluation(0, 0.35, 0.6)))
+    print_closing(found, Console(file=out, width=140))
+    head, average, passed = (" ".join(line.split()) for line in out.getvalue().splitlines()[:3])
+    assert (head, average) == ("benchmark figure step 0", "arithmetic-heldout avg@8 0.350 ± 0.020")
+    assert passed == "pass@4 0.600"
 
 
 def test_closing_table(tmp_path: Path) -> None:

@@ -131,6 +131,5 @@ def clean(
     verb = "would free" if dry_run else "freed"
     out().text(f"{verb} {size(total)} in {len(rows)} {'run' if len(rows) == 1 else 'runs'}")
     if run is None and not rows:
-        out().hint(
-            f"runs that ended less than {older_than:g} days ago stay (--older-than), and failed ones (--resumable)"
-        )
+        days = f"{older_than:g} day{'' if older_than == 1 else 's'}"
+        out().hint(f"runs that ended less than {days} ago stay (--older-than), and failed ones (--resumable)")

@@ -63,7 +63,10 @@ def _checkpoint(subject: Subject) -> Iterator[Check]:
         yield Check("checkpoint", GROUP, status, f"{path} is not on this machine", why, fix)
         return
     if known["problem"] is not None:
+        made_by = subject.recipe.model.made_by
         cure = "check model.path; copy or download the checkpoint again"
+        if known["place"] is None and made_by:
+            cure = f"make it: `{made_by}`"
         yield Check("checkpoint", GROUP, "fail", path, known["problem"], cure)
         return
     if known["missing_files"]:

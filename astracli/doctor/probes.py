@@ -193,8 +193,9 @@ def _imports(subject: Subject, device: str) -> dict[str, str]:
 
 
 def _known(subject: Subject) -> Any:
-    """Sizes of a model that the adapter knows, when its config.json is not here."""
-    assert subject.fit.adapter is not None and subject.recipe is not None
+    """Sizes of a model that the adapter knows, when its config.json is not here; empty for one that nobody knows."""
+    if subject.fit.adapter is None or subject.recipe is None:
+        return {}
     return subject.fit.adapter.known_configs.get(subject.recipe.model.path) or {}
 
 

@@ -327,9 +327,11 @@ def _print_results(document: Mapping[str, Any], as_json: bool) -> None:
 
 
 def _rollout_words(out: Path) -> str:
-    """How many samples were written, and how they were graded."""
+    """How many samples were written, and how they were graded. A file without any goes: it would be in the way when the
+    same command is given again."""
     with out.open(encoding="utf-8") as lines:
         rewards = [record["reward"] for record in metrics.parse(lines)]
     if not rewards:
-        return f"no samples yet in {out}"
+        out.unlink()
+        return "no samples yet"
     return f"{len(rewards)} samples, mean reward {sum(rewards) / len(rewards):.3f}, in {out}"

@@ -179,5 +179,6 @@ def paths(run_dir: Path) -> dict[str, str]:
         "samples": run_dir / "samples",
         "checkpoints": run_dir / "checkpoints",
         "logs": run_dir / "logs",
+        "report": run_dir / "report.html",
     }
     return {name: str(place) for name, place in places.items() if place.exists()}

@@ -25,14 +25,18 @@ def benchmark_table(summary: Mapping[str, Any]) -> Table:
     table = Table(box=None, padding=(0, 2), pad_edge=False)
     rows = summary["benchmarks"]
     first, last = rows[0]["first"]["step"], rows[0]["last"]["step"]
-    for heading in ("benchmark", "figure", f"step {first}", f"step {last}", "difference"):
+    sides = ("first", "last") if last != first else ("first",)  # a run that ended before its second evaluation
+    for heading in ("benchmark", "figure", f"step {first}", f"step {last}" if len(sides) > 1 else "last", "difference"):
         words = heading in ("benchmark", "figure")
         table.add_column(heading, justify="left" if words else "right", no_wrap=heading != "benchmark", overflow="fold")
     for row in rows:
-        spread = [f"{row[side]['avg_at_n']:.3f} ± {row[side]['stderr']:.3f}" for side in ("first", "last")]
-        table.add_row(row["benchmark"], f"avg@{row['n']}", *spread, f"{row['difference_avg_at_n']:+.3f}")
-        passes = [f"{row[side]['pass_at_k']:.3f}" for side in ("first", "last")]
-        table.add_row("", f"pass@{row['k']}", *passes, f"{row['difference_pass_at_k']:+.3f}")
+        spread = [f"{row[side]['avg_at_n']:.3f} ± {row[side]['stderr']:.3f}" for side in sides]
+        passes = [f"{row[side]['pass_at_k']:.3f}" for side in sides]
+        for name, figure, values, change in (
+            (row["benchmark"], f"avg@{row['n']}", spread, row["difference_avg_at_n"]),
+            ("", f"pass@{row['k']}", passes, row["difference_pass_at_k"]),
+        ):
+            table.add_row(name, figure, *values, *([f"{change:+.3f}"] if len(sides) > 1 and change is not None else []))
     expected = summary.get("expected")
     if expected:
         for label, a, b in (

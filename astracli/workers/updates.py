@@ -195,13 +195,10 @@ class Lane(Gate):
             print(f"warning: {self.name}: {error.message}; sending a full payload", file=sys.stderr, flush=True)
             await self._resync(target, record, error)
         self.version, self._serving = target, True
-        due = record.pop("proof", False)
-        if due:
-            self._proven.clear()
         await self._let_in()
         gate_closed = record.pop("gate_closed")
         record["gap_s"] = time.monotonic() - gate_closed if gate_closed is not None else 0.0
-        if due:
+        if record.pop("proof"):
             await self._prove(target, record)
         await self._hub.metrics([record | self._since_last_update()])
 
@@ -210,6 +207,7 @@ class Lane(Gate):
         try:
             record |= await asyncio.to_thread(self._fetcher.proof, target)
         except RunFailed as error:
+            closed = time.monotonic()
             self.open.clear()
             self.version, self._serving = None, False
             self._disproved += 1
@@ -218,10 +216,11 @@ class Lane(Gate):
             print(f"warning: {self.name}: {error.message}; sending a full payload", file=sys.stderr, flush=True)
             await self._resync(target, record, error)
             record.pop("gate_closed")
-            if record.pop("proof", False):  # before it serves: the second time nobody trusts it
+            if record.pop("proof"):  # before it serves: the second time nobody trusts it
                 record |= await asyncio.to_thread(self._fetcher.proof, target)
             self.version, self._serving = target, True
             await self._let_in()
+            record["gap_s"] += time.monotonic() - closed
         finally:
             self._proven.set()
 
@@ -264,7 +263,14 @@ class Lane(Gate):
             await self._call(self._engine.resume())
             await self._drain()
             raise RunFailed(f"version {target} was not applied: {update.message}")
-        await self._call(self._engine.resume())
-        record |= {"pause_s": time.monotonic() - begun, **update.seconds, "proof": bool(update.outcome.get("proof"))}
+        due = bool(update.outcome.get("proof"))
+        if due:  # what comes back from now on may be of weights that are not the trainer's
+            self._proven.clear()
+        try:
+            await self._call(self._engine.resume())
+        except EngineLost:
+            self._proven.set()
+            raise
+        record |= {"pause_s": time.monotonic() - begun, **update.seconds, "proof": due}
         if "changed" in update.outcome:
             record["changed"] = update.outcome["changed"]

@@ -105,6 +105,18 @@ def test_pending_evaluations_are_waited_for(logs: Path) -> None:
     assert outcome.phases["finishing"] > 0.4
 
 
+def test_a_ctrl_c_after_everything_was_done_takes_nothing_back(logs: Path) -> None:
+    interrupted = threading.Event()
+
+    def impatient(family: Supervisor) -> None:
+        if family.phase == "stopping":
+            interrupted.set()
+
+    specs = [spec(logs, "rollout", SLEEP), spec(logs, "trainer", "")]
+    family = supervisor(specs, tick=impatient, interrupted=interrupted)
+    assert not family.run().interrupted and interrupted.is_set()
+
+
 def test_first_failure_names_the_child_its_code_and_its_last_lines(logs: Path) -> None:
     code = """
     import sys

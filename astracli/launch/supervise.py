@@ -80,6 +80,7 @@ class Retry:
 @dataclass(frozen=True)
 class Outcome:
     interrupted: bool
+    """Before everything was done; a signal that comes later only hurries the others' end."""
     phases: dict[str, float]
     """Seconds of wall time in each phase."""
 
@@ -146,13 +147,14 @@ class Supervisor:
                     self._look()
                     self._tick(self)
                     interrupted.wait(self._poll_s)
+                before_its_end = interrupted.is_set()
                 self._enter("stopping")
                 self._hub.request_stop()
-                if not interrupted.is_set():
+                if not before_its_end:
                     self._let_go(interrupted)
             finally:
                 self._end_all()
-        return Outcome(interrupted.is_set(), self.phases())
+        return Outcome(before_its_end, self.phases())
 
     def phases(self) -> dict[str, float]:
         """Seconds spent in each phase so far."""

@@ -37,7 +37,7 @@ Limit = Literal["generation", "training", "turns", "evaluation", "each other", "
 
 @dataclass(frozen=True)
 class Seen:
-    """What a run did, its first steps left out. Seconds."""
+    """What a run did, its first and last steps left out. Seconds."""
 
     step_s: float
     """Of all steps, waiting included."""
@@ -181,15 +181,17 @@ def of_run(
     records: Sequence[Record], recipe: Recipe, plan: Mapping[str, Any], first_step: int
 ) -> dict[str, Any] | None:
     """The balance as summary.json holds it. `plan`: plan.json's document; `first_step`: of this attempt."""
-    seen = _seen(records, first_step + FIRST_STEPS)
+    # when the last batches are under way, no prompt is left to grant
+    seen = _seen(records, first_step + FIRST_STEPS, recipe.train.steps - recipe.effective_staleness)
     found = judge(seen, _setting(recipe, plan))
     return asdict(found) if found is not None else None
 
 
-def _seen(records: Sequence[Record], first: int) -> Seen:
-    steps = [r for r in records if r.get("process") == "trainer" and "step_s" in r and r.get("step", 0) >= first]
+def _seen(records: Sequence[Record], first: int, end: int) -> Seen:
+    """Of the steps from `first` on and before `end`."""
+    steps = [r for r in records if r.get("process") == "trainer" and "step_s" in r and first <= r.get("step", 0) < end]
     # an update to version v is told by an engine that generated with v - 1
-    told = [r for r in records if "idle_s" in r and r.get("step", 0) > first]
+    told = [r for r in records if "idle_s" in r and first < r.get("step", 0) <= end]
     return Seen(
         step_s=sum(r["step_s"] for r in steps),
         wait_s=sum(r.get("wait_s", 0.0) for r in steps),

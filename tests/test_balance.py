@@ -161,3 +161,19 @@ def test_a_run_is_judged_without_its_first_step() -> None:
         "(without the first step; tokens/s: generated 300, trained while at work 333); try resources.engines=2 where"
     )
     assert balance.of_run(records[:1], recipe, plan, 0) is None
+
+
+def test_the_end_of_a_run_for_which_nothing_is_left_to_generate_says_nothing() -> None:
+    """With staleness 2, all of 6 steps is granted when step 3 begins: version 4 is the last that engines work up to."""
+    recipe = recipe_io.load("qwen3.5-tiny-m2po-delta", ["train.steps=6", "train.max_staleness=2"])
+    plan = {
+        "processes": [{"role": "engine", "gpus": []}, {"role": "trainer", "gpus": []}],
+        "placement": {"turns": False, "shared": False},
+        "running_requests": 32,
+    }
+    records = [trained(step, 2.0, 0.08 if step < 4 else 0.0) for step in range(6)]
+    records += [updated(version, 2.0, 0.1 if version < 5 else 2.0) for version in range(7)]
+    found = balance.of_run(records, recipe, plan, 0)
+    assert found is not None and found["limit"] == "nothing"
+    assert (found["wait_share"], found["idle_share"]) == (pytest.approx(0.04), pytest.approx(0.05))
+    assert balance.of_run(records[4:6] + records[-2:], recipe, plan, 4) is None, "resumed for its last two steps"

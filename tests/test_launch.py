@@ -25,7 +25,7 @@ from astracli.launch import children, run, summary, watch
 from astracli.launch.job import Job
 from astracli.plan import LaunchPlan
 from astracli.recipe import Recipe
-from astracli.report import LiveView
+from astracli.report import LiveView, Progress
 from astracli.run_dir import RunDir
 from astracli.workers.common import load_config
 
@@ -297,6 +297,17 @@ def test_what_only_shows_a_run_cannot_end_it(
     talk = capfd.readouterr().err
     assert "warning: `BrokenSink` gets no more figures, metrics.jsonl has all: ConnectionError: no network" in talk
     assert "warning: no closing table: TypeError: int() argument" in talk
+
+
+def test_a_terminal_that_is_gone_takes_no_run_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone:
+        def update(self, progress: Progress) -> None:
+            raise OSError(5, "Input/output error")
+
+        close = update
+
+    monkeypatch.setattr(watch, "open_view", Gone)
+    assert job_with(tmp_path, DONE).run() == 0
 
 
 def test_a_failure_keeps_its_words_when_its_end_cannot_be_shown(

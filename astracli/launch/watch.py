@@ -1,4 +1,5 @@
-"""What is fed while a run goes on: the view, the sinks, status.json. None of them can end the run that they show."""
+"""What is fed while a run goes on: the view, the sinks, status.json. Neither a sink that fails nor a terminal that is
+gone ends the run."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from astracli.launch.supervise import Supervisor
 from astracli.metrics import Record, Sink, Tail
-from astracli.report import Progress, View, open_view
+from astracli.report import PlainView, Progress, View, open_view
 from astracli.run_dir import RunDir
 from astracli.talk import say
 
@@ -59,10 +60,16 @@ class Watch:
         self._time_evaluations(state["evals"], now)
         step = self._progress.step
         self._progress.feed(records, state, supervisor.status, supervisor.phase)
-        self._view.update(self._progress)
+        self._show()
         if self._training and self._progress.step != step and now - self._told >= STATUS_EVERY_S:
             self._told = now
             self._run_dir.update(step=self._progress.step)
+
+    def _show(self) -> None:
+        try:
+            self._view.update(self._progress)
+        except OSError:  # its terminal is gone
+            self._view = PlainView()  # falls silent by itself
 
     def _pass_on(self, records: Sequence[Record]) -> None:
         """To every sink; one that fails is said once, and asked for nothing more than to close."""

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from astracli import metrics, recipe_io, runs
 from astracli.errors import RunFailed, UserError
-from astracli.launch import children, run, summary, watch
+from astracli.launch import changes, children, run, summary, watch
 from astracli.launch.job import Job
 from astracli.plan import LaunchPlan
 from astracli.recipe import Recipe
@@ -101,10 +101,10 @@ def stored_run(tmp_path: Path, recipe: Recipe) -> RunDir:
 def test_resume_keeps_what_is_learned_and_lets_the_rest_change(tmp_path: Path) -> None:
     stored = stored_run(tmp_path, tiny())
     allowed = tiny(train__steps=200, launch__heartbeat_timeout_s=5, resources__train_ranks=2, checkpoint__keep=3)
-    assert run._resumed_recipe(allowed, stored) == allowed
+    assert changes.resumed_recipe(allowed, stored) == allowed
     for key, value in (("train__learning_rate", 1.0), ("algorithm__name", "grpo"), ("launch__deterministic", True)):
         with pytest.raises(UserError, match=rf"--set {key.replace('__', '.')} on --resume"):
-            run._resumed_recipe(tiny(**{key: value}), stored)
+            changes.resumed_recipe(tiny(**{key: value}), stored)
 
 
 def test_a_finished_run_is_not_resumed_but_can_train_on(tmp_path: Path) -> None:
@@ -112,8 +112,8 @@ def test_a_finished_run_is_not_resumed_but_can_train_on(tmp_path: Path) -> None:
     stored.start(recipe="t", steps=100, step=100)
     stored.end("done", exit_code=0)
     with pytest.raises(UserError, match="is done: 100 of 100 steps"):
-        run._resume_step(stored, tiny(train__steps=100))
-    assert run._resume_step(stored, tiny(train__steps=200)) == 0
+        changes.resume_step(stored, tiny(train__steps=100))
+    assert changes.resume_step(stored, tiny(train__steps=200)) == 0
 
 
 def test_a_failed_fetch_leaves_no_run_behind(tmp_path: Path) -> None:
@@ -358,6 +358,6 @@ def test_children_of_a_killed_supervisor_end_by_themselves(tmp_path: Path) -> No
 
 
 def test_fewer_samples_than_pass_k_lower_it() -> None:
-    evaluation = run._with_evaluation(tiny(), ["gsm8k"], 2).eval
+    evaluation = changes.with_evaluation(tiny(), ["gsm8k"], 2).eval
     assert (evaluation.benchmarks, evaluation.samples, evaluation.pass_k) == (["gsm8k"], 2, 2)
-    assert run._with_evaluation(tiny(), None, 16).eval.pass_k == 4
+    assert changes.with_evaluation(tiny(), None, 16).eval.pass_k == 4

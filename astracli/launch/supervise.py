@@ -20,10 +20,10 @@ from astracli.errors import RunFailed
 from astracli.launch import local
 from astracli.launch.local import Child, ChildSpec, MemorySampler, exit_words
 from astracli.talk import say
+from astracli.workers.common import TERM_EXIT
 
 Phase = Literal["starting", "running", "finishing", "stopping"]
 
-TERM_EXIT = 143
 STALL_S = 5.0
 """A longer gap between two looks means that this process itself stood still (a suspended laptop): nobody is blamed."""
 

@@ -62,7 +62,7 @@ def _end_rank(error: BaseException) -> None:
 
 
 def _published_figures(result: PublishResult) -> dict[str, float]:
-    """Metrics of one version; seconds are of this rank, `diff_s` to `write_s` summed over threads."""
+    """Metrics of one version; seconds are of this rank, `diff_s` to `write_s` on a CPU summed over its threads."""
     return {
         "delta_density": result.density,
         "delta_bytes": result.bytes_delta,

@@ -103,8 +103,8 @@ class Publisher:
     def publish(self, version: int, tensors: Mapping[str, Source], *, owned: bool = False) -> PublishResult:
         """Publish now, in this thread. `tensors`: HF name -> tensor in its wire dtype (or this rank's Shard).
 
-        `owned`: the caller never writes to `tensors` again, so they need no copy. From the second version on, tensors on
-        a GPU with room for another version are compared and coded there; otherwise they come to the host.
+        `owned`: the caller never writes to `tensors` again, so they need no copy. From the second version on, tensors
+        on a GPU with room for another version are compared and coded there; otherwise they come to the host.
         """
         waited = self.settle()
         taken = self._take(tensors, owned)

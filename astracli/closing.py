@@ -85,6 +85,10 @@ def closing_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
             else "sum of RSS: shared pages count more than once, PSS is unavailable"
         )
         facts.append(("peak memory", f"{size(memory['peak_bytes'])} ({what}): {each}"))
+    if restarts := summary.get("restarts"):
+        each = ", ".join(f"{name} {count}" for name, count in restarts.items())
+        counted = "; the balance counts the time that they took" if summary.get("balance") else ""
+        facts.append(("restarts", each + counted))
     facts += [("note", words) for words in summary.get("notes", ())]
     facts += [(name, place) for name, place in summary["paths"].items()]
     return facts

@@ -286,6 +286,9 @@ def test_closing_table(tmp_path: Path) -> None:
     assert "an update median ms: snapshot 3.0, apply 10.0; the trainer waited 0.4 s to publish" in lines
     assert "parity mean |trainer - engine| log-probability 2.0e-06, largest 3.0e-05" in lines
     assert "peak memory 1.9 GB (sum of PSS): trainer 800 MB" in lines
+    assert "restarts rollout 2" in lines
+    found["restarts"] = {}
+    assert "restarts" not in dict(closing_facts(found))
 
 
 def test_two_benchmarks_show_their_mean(tmp_path: Path) -> None:

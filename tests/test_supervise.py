@@ -164,16 +164,18 @@ def test_engine_is_restarted_then_gives_up(logs: Path) -> None:
     assert (logs / "engine0.log").read_text().count("out of memory") == 3
 
 
-def test_restart_lets_the_run_go_on(logs: Path) -> None:
+def test_restart_lets_the_run_go_on(logs: Path, capfd: pytest.CaptureFixture[str]) -> None:
     mark = logs / "mark"
     code = f"""
     try: open({str(mark)!r}, "x")
     except FileExistsError: time.sleep(60)
-    sys.exit(1)
+    sys.exit("no memory left")
     """
     family = supervisor([spec(logs, "rollout", code, restarts=1), spec(logs, "trainer", "import time; time.sleep(1)")])
     assert not family.run().interrupted
     assert family.status["rollout"].restarts == 1
+    said = "warning: `rollout` ended with exit code 1 (no memory left); it is started again, time 1 of 1\n"
+    assert capfd.readouterr().err == said
 
 
 def test_dead_hub_ends_the_run(logs: Path) -> None:

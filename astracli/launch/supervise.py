@@ -230,6 +230,9 @@ class Supervisor:
         if status.restarts >= child.spec.restarts:
             after = f" after {status.restarts} restarts" if status.restarts else ""
             raise RunFailed(f"`{child.name}` {what}{after}{_quote(child)}", self._hint() or None)
+        last = "".join(f" ({line})" for line in child.last_lines(1))
+        again = f"it is started again, time {status.restarts + 1} of {child.spec.restarts}"
+        say(f"warning: `{child.name}` {what}{last}; {again}")
         if child.spec.before_restart is not None:
             child.spec.before_restart()
         self.status[child.name] = Status(child.spec.role, restarts=status.restarts + 1)

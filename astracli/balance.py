@@ -37,7 +37,7 @@ Limit = Literal["generation", "training", "turns", "evaluation", "each other", "
 
 @dataclass(frozen=True)
 class Seen:
-    """What a run did, its first steps left out. Seconds."""
+    """What a run did, its first and last steps left out. Seconds."""
 
     step_s: float
     """Of all steps, waiting included."""
@@ -65,6 +65,8 @@ class Setting:
     """Requests that admission lets be under way at once: (max_staleness + 1) batches."""
     staleness: int
     turns: bool
+    shared: bool
+    """Some GPU has an engine and a trainer."""
 
 
 @dataclass(frozen=True)
@@ -141,11 +143,7 @@ def _words(limit: Limit, factor: float | None, wait: float, idle: float | None, 
 
 
 def _faster_generation(setting: Setting, factor: float) -> str:
-    wanted = ceil(setting.engines * factor - 0.1)
-    more = "resources.rollout_gpus" if setting.gpus else "resources.engines"
-    ways = [f"{more}={wanted}"] if setting.engines < wanted <= MORE * setting.engines else []
-    if not setting.gpus:
-        ways = [f"{way} where there are cores for them" for way in ways]
+    ways = _more("resources.rollout_gpus" if setting.gpus else "resources.engines", setting.engines, factor, setting)
     if setting.allowed < setting.slots:
         ways.append(
             f"a larger train.batch_groups or train.max_staleness: {setting.allowed} requests may be under way, the "
@@ -157,16 +155,26 @@ def _faster_generation(setting: Setting, factor: float) -> str:
 
 
 def _faster_training(setting: Setting, factor: float) -> str:
-    wanted = ceil(setting.ranks * factor - 0.1)
-    more = "resources.train_gpus" if setting.gpus else "resources.train_ranks"
-    ways = [f"{more}={wanted}"] if setting.ranks < wanted <= MORE * setting.ranks else []
-    if not setting.gpus:
-        ways = [f"{way} where there are cores for them" for way in ways]
+    ways = _more("resources.train_gpus" if setting.gpus else "resources.train_ranks", setting.ranks, factor, setting)
     if setting.engines > 1:
         fewer = max(1, round(setting.engines / factor))
         ways.append(f"{fewer} engine{'' if fewer == 1 else 's'} instead of {setting.engines}")
     ways.append("a larger train.tokens_per_microbatch or fewer train.minibatches")
     return ", or ".join(ways)
+
+
+def _more(key: str, there: int, factor: float, setting: Setting) -> list[str]:
+    """`factor` times as many of what there is, where that is worth proposing. On shared GPUs within those of the other
+    side, which are there; beyond them a GPU for each, as an engine reserves no more than a trainer leaves anywhere."""
+    wanted = ceil(there * factor - 0.1)
+    worth = there < wanted <= MORE * there
+    if not setting.gpus:
+        return [f"{key}={wanted} where there are cores for them"] if worth else []
+    if not setting.shared or (worth and wanted <= max(setting.engines, setting.ranks)):
+        return [f"{key}={wanted}"] if worth else []
+    gpus = setting.engines + setting.ranks + (wanted - there if worth else 0)
+    change = f" and {key}={wanted}" if worth else ""
+    return [f"resources.share_gpus=false{change}, which takes {gpus} GPUs"]
 
 
 def of_run(
@@ -182,10 +190,11 @@ def of_run(
     return asdict(found) if found is not None else None
 
 
-def _seen(records: Sequence[Record], first: int, last: int) -> Seen:
-    steps = [r for r in records if r.get("process") == "trainer" and "step_s" in r and r.get("step", 0) >= first]
+def _seen(records: Sequence[Record], first: int, end: int) -> Seen:
+    """Of the steps from `first` on and before `end`."""
+    steps = [r for r in records if r.get("process") == "trainer" and "step_s" in r and first <= r.get("step", 0) < end]
     # an update to version v is told by an engine that generated with v - 1
-    told = [r for r in records if "idle_s" in r and first < r.get("step", 0) <= last]
+    told = [r for r in records if "idle_s" in r and first < r.get("step", 0) <= end]
     return Seen(
         step_s=sum(r["step_s"] for r in steps),
         wait_s=sum(r.get("wait_s", 0.0) for r in steps),
@@ -193,7 +202,7 @@ def _seen(records: Sequence[Record], first: int, last: int) -> Seen:
         idle_s=sum(r["idle_s"] for r in told),
         trained_tokens=sum(r.get("tokens", 0.0) for r in steps),
         generated_tokens=sum(r["rollout_tokens_per_s"] * r["interval_s"] for r in told),
-        held_s=_held(records, [r for r in steps if r["step"] < last]),
+        held_s=_held(records, steps),
     )
 
 
@@ -221,4 +230,5 @@ def _setting(recipe: Recipe, plan: Mapping[str, Any]) -> Setting:
         allowed=(recipe.effective_staleness + 1) * recipe.batch_sequences,
         staleness=recipe.effective_staleness,
         turns=bool(plan["placement"]["turns"]),
+        shared=bool(plan["placement"]["shared"]),
     )

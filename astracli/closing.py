@@ -32,11 +32,11 @@ def benchmark_table(summary: Mapping[str, Any]) -> Table:
     for row in rows:
         spread = [f"{row[side]['avg_at_n']:.3f} ± {row[side]['stderr']:.3f}" for side in sides]
         passes = [f"{row[side]['pass_at_k']:.3f}" for side in sides]
-        if len(sides) > 1:
-            spread.append(f"{row['difference_avg_at_n']:+.3f}")
-            passes.append(f"{row['difference_pass_at_k']:+.3f}")
-        table.add_row(row["benchmark"], f"avg@{row['n']}", *spread)
-        table.add_row("", f"pass@{row['k']}", *passes)
+        for name, figure, values, change in (
+            (row["benchmark"], f"avg@{row['n']}", spread, row["difference_avg_at_n"]),
+            ("", f"pass@{row['k']}", passes, row["difference_pass_at_k"]),
+        ):
+            table.add_row(name, figure, *values, *([f"{change:+.3f}"] if len(sides) > 1 and change is not None else []))
     expected = summary.get("expected")
     if expected and len(sides) > 1:
         for label, a, b in (
@@ -85,6 +85,10 @@ def closing_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
             else "sum of RSS: shared pages count more than once, PSS is unavailable"
         )
         facts.append(("peak memory", f"{size(memory['peak_bytes'])} ({what}): {each}"))
+    if restarts := summary.get("restarts"):
+        each = ", ".join(f"{name} {count}" for name, count in restarts.items())
+        counted = "; the balance counts the time that they took" if summary.get("balance") else ""
+        facts.append(("restarts", each + counted))
     facts += [("note", words) for words in summary.get("notes", ())]
     facts += [(name, place) for name, place in summary["paths"].items()]
     return facts

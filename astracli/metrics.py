@@ -64,13 +64,15 @@ def mend(path: Path) -> None:
 
 
 def parse(lines: Iterable[str]) -> Iterator[Record]:
-    """Records of JSONL lines; a torn line (a writer was killed) is left out."""
+    """Records of JSONL lines; a torn line (a writer was killed) is left out, and so is a `step` that is null."""
     for line in lines:
         try:
             record = json.loads(line)
         except ValueError:
             continue
         if isinstance(record, dict):
+            if record.get("step", 0) is None:
+                del record["step"]
             yield record
 
 

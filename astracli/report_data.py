@@ -122,9 +122,7 @@ def step_phases(records: Sequence[Record]) -> dict[str, Any]:
     parts = {name: dict(metrics.series(records, name, "trainer")) for name in PHASES}
     parts = {name: values for name, values in parts.items() if any(values.values())}
     seconds = [[_short(values.get(step, 0.0)) for step in steps] for values in parts.values()]
-    # a checkpoint is written after the step that it belongs to, so it comes on top of `step_s`
-    inside = [place for place, name in enumerate(parts) if name != "checkpoint_s"]
-    rest = [_short(max(0.0, total[step] - sum(seconds[p][i] for p in inside))) for i, step in enumerate(steps)]
+    rest = [_short(max(0.0, total[step] - sum(each[i] for each in seconds))) for i, step in enumerate(steps)]
     return {
         "names": [name.removesuffix("_s") for name in parts] + ["other"],
         "steps": steps,
@@ -155,14 +153,16 @@ def tiles(run: RunDir, records: Sequence[Record], summary: Mapping[str, Any]) ->
     from astracli.closing import size
     from astracli.report import duration
 
+    trends = run_view.trends(run)
     found = [
         {
             "label": f"{trend.benchmark} avg@{trend.n}",
             "value": f"{trend.last:.3f}",
-            "note": f"{trend.difference:+.3f} from {trend.first:.3f} at step {trend.first_step}",
+            "note": (f"{trend.difference:+.3f} from {trend.first:.3f} " if trend.last_step != trend.first_step else "")
+            + f"at step {trend.first_step}",
         }
-        for trend in run_view.trends(run)
-        if trend.benchmark != "overall" or len(run_view.trends(run)) > 2
+        for trend in trends
+        if trend.benchmark != "overall" or len(trends) > 2
     ]
     row = run_view.row(run)
     if row["step"] is not None:

@@ -12,7 +12,7 @@ from astracli.balance import Seen, Setting
 from astracli.closing import balance_words
 
 SEEN = Seen(step_s=100.0, wait_s=3.0, engine_s=200.0, idle_s=20.0, trained_tokens=97_000.0, generated_tokens=120_000.0)
-SETTING = Setting(engines=2, ranks=1, gpus=True, slots=64, allowed=128, staleness=1, turns=False)
+SETTING = Setting(engines=2, ranks=1, gpus=True, slots=64, allowed=128, staleness=1, turns=False, shared=False)
 
 
 def judged(setting: Setting = SETTING, **seen: float) -> balance.Balance:
@@ -62,6 +62,28 @@ def test_training_limits() -> None:
         "resources.train_gpus=3, or 1 engine instead of 2, or a larger train.tokens_per_microbatch or fewer "
         "train.minibatches"
     )
+
+
+def test_what_shares_a_gpu_needs_one_of_its_own_before_more_of_the_same() -> None:
+    """More engines than training GPUs would lie beside the shared ones, each with the part that a trainer leaves."""
+    one = replace(SETTING, engines=1, shared=True)
+    slow = judged(one, wait_s=45.0, engine_s=100.0, idle_s=0.0)
+    assert slow.change == (
+        "resources.share_gpus=false and resources.rollout_gpus=2, which takes 3 GPUs, or a higher "
+        "rollout.max_running_requests, if memory allows"
+    )
+    busy = judged(one, wait_s=1.0, engine_s=100.0, idle_s=60.0)
+    assert busy.change.startswith("resources.share_gpus=false and resources.train_gpus=3, which takes 4 GPUs, or a ")
+    apart = "resources.share_gpus=false, which takes 2 GPUs, or "
+    assert judged(one, wait_s=90.0).change.startswith(apart), "ten engines are not worth proposing, one apart is"
+    assert judged(one, wait_s=8.0, idle_s=0.0).change.startswith(apart)
+
+
+def test_where_a_trainer_has_more_gpus_its_engines_may_have_them_too() -> None:
+    wide = replace(SETTING, engines=2, ranks=4, shared=True)
+    assert judged(wide, wait_s=45.0).change.startswith("resources.rollout_gpus=4, or a higher ")
+    wider = replace(SETTING, engines=4, ranks=2, shared=True)
+    assert judged(wider, wait_s=1.0, idle_s=100.0).change.startswith("resources.train_gpus=4, or 2 engines instead of")
 
 
 def test_shares_near_one_propose_nothing_absurd() -> None:
@@ -125,7 +147,7 @@ def test_a_run_is_judged_without_its_first_step() -> None:
     recipe = recipe_io.load("qwen3.5-tiny-m2po-delta")
     plan = {
         "processes": [{"role": "engine", "gpus": []}, {"role": "trainer", "gpus": []}],
-        "placement": {"turns": False},
+        "placement": {"turns": False, "shared": False},
         "running_requests": 32,
     }
     found = balance.of_run(records, recipe, plan, 0)
@@ -139,10 +161,19 @@ def test_a_run_is_judged_without_its_first_step() -> None:
         "(without the first step; tokens/s: generated 300, trained while at work 333); try resources.engines=2 where"
     )
     assert balance.of_run(records[:1], recipe, plan, 0) is None
-    # of four steps the last two train on what was admitted before: no engine has anything to do then
-    records += [trained(3, 2.0, 0.5), updated(4, 2.0, 2.0)]
-    records[-3:-2] = [updated(3, 2.0, 2.0)]
-    ending = balance.of_run(records, recipe_io.load("qwen3.5-tiny-m2po-delta", ["train.steps=4"]), plan, 0)
-    assert ending is not None and ending["idle_share"] == pytest.approx(0.05) and ending["limit"] == "generation"
-    cut_off = balance.of_run(records, recipe, plan, 0)
-    assert cut_off is not None and cut_off["idle_share"] == pytest.approx(4.1 / 6)
+
+
+def test_the_end_of_a_run_for_which_nothing_is_left_to_generate_says_nothing() -> None:
+    """With staleness 2, all of 6 steps is granted when step 3 begins: version 4 is the last that engines work up to."""
+    recipe = recipe_io.load("qwen3.5-tiny-m2po-delta", ["train.steps=6", "train.max_staleness=2"])
+    plan = {
+        "processes": [{"role": "engine", "gpus": []}, {"role": "trainer", "gpus": []}],
+        "placement": {"turns": False, "shared": False},
+        "running_requests": 32,
+    }
+    records = [trained(step, 2.0, 0.08 if step < 4 else 0.0) for step in range(6)]
+    records += [updated(version, 2.0, 0.1 if version < 5 else 2.0) for version in range(7)]
+    found = balance.of_run(records, recipe, plan, 0)
+    assert found is not None and found["limit"] == "nothing"
+    assert (found["wait_share"], found["idle_share"]) == (pytest.approx(0.04), pytest.approx(0.05))
+    assert balance.of_run(records[4:6] + records[-2:], recipe, plan, 4) is None, "resumed for its last two steps"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -9,20 +10,22 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from rich.console import Console
 
-from astracli import recipe_io, runs
+from astracli import metrics, recipe_io, runs
 from astracli.errors import RunFailed, UserError
-from astracli.launch import children, run
+from astracli.launch import changes, children, run, summary, watch
 from astracli.launch.job import Job
 from astracli.plan import LaunchPlan
 from astracli.recipe import Recipe
+from astracli.report import LiveView, Progress
 from astracli.run_dir import RunDir
 from astracli.workers.common import load_config
 
@@ -98,10 +101,10 @@ def stored_run(tmp_path: Path, recipe: Recipe) -> RunDir:
 def test_resume_keeps_what_is_learned_and_lets_the_rest_change(tmp_path: Path) -> None:
     stored = stored_run(tmp_path, tiny())
     allowed = tiny(train__steps=200, launch__heartbeat_timeout_s=5, resources__train_ranks=2, checkpoint__keep=3)
-    assert run._resumed_recipe(allowed, stored) == allowed
+    assert changes.resumed_recipe(allowed, stored) == allowed
     for key, value in (("train__learning_rate", 1.0), ("algorithm__name", "grpo"), ("launch__deterministic", True)):
         with pytest.raises(UserError, match=rf"--set {key.replace('__', '.')} on --resume"):
-            run._resumed_recipe(tiny(**{key: value}), stored)
+            changes.resumed_recipe(tiny(**{key: value}), stored)
 
 
 def test_a_finished_run_is_not_resumed_but_can_train_on(tmp_path: Path) -> None:
@@ -109,8 +112,8 @@ def test_a_finished_run_is_not_resumed_but_can_train_on(tmp_path: Path) -> None:
     stored.start(recipe="t", steps=100, step=100)
     stored.end("done", exit_code=0)
     with pytest.raises(UserError, match="is done: 100 of 100 steps"):
-        run._resume_step(stored, tiny(train__steps=100))
-    assert run._resume_step(stored, tiny(train__steps=200)) == 0
+        changes.resume_step(stored, tiny(train__steps=100))
+    assert changes.resume_step(stored, tiny(train__steps=200)) == 0
 
 
 def test_a_failed_fetch_leaves_no_run_behind(tmp_path: Path) -> None:
@@ -263,6 +266,75 @@ def test_job_that_fails_says_so_everywhere(tmp_path: Path) -> None:
     assert not psutil.Process().children()
 
 
+class BrokenSink:
+    def __init__(self, *names: str):
+        self.names, self.calls = names, ["made"]
+
+    def write(self, records: Sequence[Mapping[str, Any]]) -> None:
+        self._call("write")
+
+    def close(self) -> None:
+        self._call("close")
+
+    def _call(self, name: str) -> None:
+        self.calls.append(name)
+        if name in self.names:
+            raise ConnectionError(f"no network for {name}")
+
+
+def test_what_only_shows_a_run_cannot_end_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sinks = [BrokenSink("write", "close"), BrokenSink()]
+    monkeypatch.setattr(metrics, "open_sinks", lambda *_: sinks)
+    monkeypatch.setattr(summary, "build", lambda *_, **__: int(None))  # type: ignore[call-overload]
+    twice = DONE.replace("sys.exit", "time.sleep(1.2); hub.metrics([{'step': 1}]); sys.exit")
+    job = job_with(tmp_path, twice)
+    assert job.run() == 0 and job.summary == {}
+    assert RunDir(tmp_path / "run").shown_state() == "done"
+    assert sinks[0].calls == ["made", "write", "close"], "not asked again"
+    assert sinks[1].calls == ["made", "write", "write", "close"]
+    talk = capfd.readouterr().err
+    assert "warning: `BrokenSink` gets no more figures, metrics.jsonl has all: ConnectionError: no network" in talk
+    assert "warning: no closing table: TypeError: int() argument" in talk
+
+
+def test_a_terminal_that_is_gone_takes_no_run_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone:
+        def update(self, progress: Progress) -> None:
+            raise OSError(5, "Input/output error")
+
+        close = update
+
+    monkeypatch.setattr(watch, "open_view", Gone)
+    assert job_with(tmp_path, DONE).run() == 0
+
+
+def test_a_failure_keeps_its_words_when_its_end_cannot_be_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(summary, "build", lambda *_, **__: int(None))  # type: ignore[call-overload]
+    monkeypatch.setattr(metrics, "open_sinks", lambda *_: [BrokenSink("close")])
+    job = job_with(tmp_path, 'raise RunFailed("the gradient is not finite")')
+    with pytest.raises(RunFailed, match="`trainer` ended with exit code 1"):
+        job.run()
+
+
+def test_the_terminal_is_given_back_when_no_process_could_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    views: list[LiveView] = []
+    console = Console(file=io.StringIO(), force_terminal=True)
+    monkeypatch.setattr(watch, "open_view", lambda: views.append(LiveView(console)) or views[-1])
+    monkeypatch.setattr(children, "build", full)
+    with pytest.raises(OSError, match="No space left"):
+        job_with(tmp_path, DONE).run()
+    assert not any(view._live.is_started for view in views)
+
+
 def test_children_of_a_killed_supervisor_end_by_themselves(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
@@ -286,9 +358,9 @@ def test_children_of_a_killed_supervisor_end_by_themselves(tmp_path: Path) -> No
 
 
 def test_fewer_samples_than_pass_k_lower_it() -> None:
-    evaluation = run._with_evaluation(tiny(), ["gsm8k"], 2).eval
+    evaluation = changes.with_evaluation(tiny(), ["gsm8k"], 2).eval
     assert (evaluation.benchmarks, evaluation.samples, evaluation.pass_k) == (["gsm8k"], 2, 2)
-    assert run._with_evaluation(tiny(), None, 16).eval.pass_k == 4
+    assert changes.with_evaluation(tiny(), None, 16).eval.pass_k == 4
 
 
 def test_a_rollout_that_wrote_no_sample_leaves_no_file(tmp_path: Path) -> None:

@@ -122,10 +122,25 @@ def test_the_document_holds_what_the_run_wrote(page: Page) -> None:
     (benchmark,) = found["evals"]  # `overall` of one benchmark says nothing new
     assert benchmark["points"][0] == {"step": 0, "avg": 0.2, "low": 0.1203, "high": 0.31368, "pass": 0.2}
     assert found["phases"]["names"] == ["wait", "forward", "backward", "checkpoint", "other"]
-    assert [seconds[0] for seconds in found["phases"]["seconds"]] == [0.5, 0.4, 0.6, 0.1, 0.5]
+    assert [seconds[0] for seconds in found["phases"]["seconds"]] == [0.5, 0.4, 0.6, 0.1, 0.4]
     assert (found["weights"]["count"], found["weights"]["bytes"], found["weights"]["pause_ms_p50"]) == (6, 6000, 50.0)
     assert found["recipe"]["train"]["steps"] == recipe_io.load("qwen3.5-tiny-m2po-delta").train.steps
     assert found["machine"] == [["machine", "not recorded by this run"]]
+
+
+def test_the_phases_of_a_step_add_up_to_it() -> None:
+    """A checkpoint is written inside the step that it ends."""
+    spent = {"wait_s": 0.5, "forward_s": 0.4, "backward_s": 0.6, "publish_s": 0.1, "checkpoint_s": 0.3}
+    found = report_data.step_phases([{"step": 3, "process": "trainer", "step_s": 2.0, **spent}])
+    assert found["names"] == ["wait", "forward", "backward", "publish", "checkpoint", "other"]
+    assert [seconds for (seconds,) in found["seconds"]] == [0.5, 0.4, 0.6, 0.1, 0.3, 0.1]
+
+
+def test_one_evaluation_has_no_trend(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    run.eval_csv.write_text("".join(run.eval_csv.read_text().splitlines(keepends=True)[:3]))
+    tile = report_data.tiles(run, [], {})[0]
+    assert tile == {"label": "b avg@1", "value": "0.200", "note": "at step 0"}
 
 
 def test_samples_are_whole_and_a_problem_cannot_break_out_of_its_script(page: Page) -> None:

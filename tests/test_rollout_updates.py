@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from rollout_world import World, expected, records, until, world
 
+from astracli.engines.client import EngineClient
 from astracli.errors import RunFailed
 from astracli.rl.types import Group
 
@@ -114,7 +115,7 @@ def test_an_engine_in_which_our_loader_never_ran_is_woken_before_the_first_updat
 
 
 def test_what_is_generated_before_a_read_back_fails_is_lost_and_the_engine_resynced(world: World) -> None:
-    world.engine.proofs = True
+    world.engine.proofs, world.engine.update_s = True, 0.1
     world.fetcher.proofs = [RunFailed("read back under HF names, 1 tensors differ: a"), 0.01]
 
     async def scenario() -> None:
@@ -129,6 +130,35 @@ def test_what_is_generated_before_a_read_back_fails_is_lost_and_the_engine_resyn
     assert [event for event in world.engine.events if "pause" not in event] == ["applied 1", "applied 1"]
     (record,) = records(world)
     assert (record["resyncs"], record["kind"], record["readback_s"]) == (1, "full", 0.01)
+    assert record["gap_s"] > 0.1, "closed from the failure on, while the full payload came"
+
+
+def test_what_comes_back_before_the_engine_has_said_that_it_goes_on_waits_for_the_proof(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resume, proof, counted = EngineClient.resume, world.fetcher.proof, []
+
+    async def slowly(client: EngineClient) -> None:
+        await resume(client)
+        await asyncio.sleep(0.4)  # twice as long as a completion takes
+
+    def counting(version: int) -> dict[str, float]:
+        counts = world.store.state()["counts"]
+        counted.append(counts["waiting"] + counts["dropped"])
+        return proof(version)
+
+    monkeypatch.setattr(EngineClient, "resume", slowly)
+    monkeypatch.setattr(world.fetcher, "proof", counting)
+    world.engine.proofs = True
+    world.fetcher.proofs = [RunFailed("read back under HF names, 1 tensors differ: a"), 0.01]
+
+    async def scenario() -> None:
+        await until(lambda: world.engine.running == 8)
+        world.store.announce(1, 1)
+        await until(lambda: bool(records(world)))
+
+    asyncio.run(world.play(scenario))
+    assert counted == [0, 0], "nothing that the wrong weights drew"
 
 
 def test_no_evaluation_begins_before_the_weights_are_read_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,18 @@ def test_pending_evaluations_are_waited_for(logs: Path) -> None:
     assert outcome.phases["finishing"] > 0.4
 
 
+def test_a_ctrl_c_after_everything_was_done_takes_nothing_back(logs: Path) -> None:
+    interrupted = threading.Event()
+
+    def impatient(family: Supervisor) -> None:
+        if family.phase == "stopping":
+            interrupted.set()
+
+    specs = [spec(logs, "rollout", SLEEP), spec(logs, "trainer", "")]
+    family = supervisor(specs, tick=impatient, interrupted=interrupted)
+    assert not family.run().interrupted and interrupted.is_set()
+
+
 def test_first_failure_names_the_child_its_code_and_its_last_lines(logs: Path) -> None:
     code = """
     import sys
@@ -152,16 +164,18 @@ def test_engine_is_restarted_then_gives_up(logs: Path) -> None:
     assert (logs / "engine0.log").read_text().count("out of memory") == 3
 
 
-def test_restart_lets_the_run_go_on(logs: Path) -> None:
+def test_restart_lets_the_run_go_on(logs: Path, capfd: pytest.CaptureFixture[str]) -> None:
     mark = logs / "mark"
     code = f"""
     try: open({str(mark)!r}, "x")
     except FileExistsError: time.sleep(60)
-    sys.exit(1)
+    sys.exit("no memory left")
     """
     family = supervisor([spec(logs, "rollout", code, restarts=1), spec(logs, "trainer", "import time; time.sleep(1)")])
     assert not family.run().interrupted
     assert family.status["rollout"].restarts == 1
+    said = "warning: `rollout` ended with exit code 1 (no memory left); it is started again, time 1 of 1\n"
+    assert capfd.readouterr().err == said
 
 
 def test_dead_hub_ends_the_run(logs: Path) -> None:

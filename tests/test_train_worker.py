@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from astracli.hub.client import HubClient
 from astracli.rl.types import pack_group
 from astracli.training import checkpoint
 from astracli.training.fsdp import Ranks
+from astracli.weights import publisher
 from astracli.weights.manifest import read_stable
+from astracli.weights.snapshot import Snapshot
 from astracli.workers.common import WorkerConfig
 from astracli.workers.train import TrainLoop
 from astracli.workers.train_settings import in_background
@@ -265,6 +269,28 @@ def test_the_step_goes_on_while_its_version_is_published_and_the_next_one_waits(
     for record in steps:
         assert record["publish_s"] == pytest.approx(record["publish_wait_s"] + record["snapshot_s"])
         assert record["stable_s"] >= record["digest_s"] + record["write_s"] and record["bytes_per_changed"] > 0
+
+
+def test_a_step_counts_the_copy_that_its_version_is_published_from(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU without room for another version copies to the host, and training waits for it."""
+    take = publisher.take
+
+    def slowly(*arguments: Any, **options: Any) -> Snapshot:
+        time.sleep(0.3)
+        taken = take(*arguments, **options)
+        return replace(taken, seconds=taken.seconds + 0.3)
+
+    job.background = "on"
+    loop = job.loop()
+    loop.start()
+    monkeypatch.setattr(publisher, "take", slowly)
+    job.train(loop)
+    loop.publisher.settle()
+    steps = [r for r in job.records() if "loss" in r]
+    assert len(steps) == STEPS
+    for record in steps:
+        assert record["step_s"] > record["train_s"] + record["publish_s"] > 0.3
+        assert record["tokens_per_s"] == pytest.approx(record["tokens"] / record["step_s"])
 
 
 def test_an_error_in_the_background_ends_the_wait_for_a_batch_with_its_cause(

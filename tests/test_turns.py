@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from astracli.weights.manifest import read_stable
 from astracli.workers.updates import Lane
 
 GIB = 2**30
+LEAVING_S = 0.1
 
 
 def test_a_card_has_one_holder_and_the_others_wait_in_order() -> None:
@@ -219,6 +220,14 @@ def engine_url() -> Iterator[str]:
     engine.stop()
 
 
+def slowly(work: Callable[[], None]) -> Callable[[], None]:
+    def slow() -> None:
+        time.sleep(LEAVING_S)
+        work()
+
+    return slow
+
+
 def test_a_trainer_in_turns_learns_the_same_and_is_away_between_its_steps(
     tmp_path: Path, model_dir: Path, engine_url: str
 ) -> None:
@@ -234,6 +243,7 @@ def test_a_trainer_in_turns_learns_the_same_and_is_away_between_its_steps(
         try:
             loop = job.loop(extra={"placement": placement}, engines=engines)
             loops.append(loop)
+            loop.trainer.to_host = slowly(loop.trainer.to_host)
             loop.start()
             job.train(loop)
             assert held(loop) == 0 if cards else held(loop) > 0
@@ -242,6 +252,8 @@ def test_a_trainer_in_turns_learns_the_same_and_is_away_between_its_steps(
             engine.stop()
             job.server.thread.stop()
         if cards:
+            for r in job.records():
+                assert "loss" not in r or r["step_s"] > r["wait_s"] + r["train_s"] + LEAVING_S, "leaving is part of it"
             assert len(engine.turns) >= 6 and set(engine.turns) == {0}, "nothing of it is left in an engine's turn"
         loop.trainer.to_device()
         values.append({name: value.clone() for name, value in loop.trainer.masters.values.items()})

@@ -15,6 +15,7 @@ from transfer_tools import Server, Weights, chain, copies, first_weights, publis
 
 from astracli.errors import RunFailed
 from astracli.weights import host, payload, snapshot, staged
+from astracli.weights.committer import Committer
 from astracli.weights.digest import digest_tensor, to_hex
 from astracli.weights.manifest import Manifest, read_stable, seal, version_name, versions_in, write_atomic
 from astracli.weights.publisher import Publisher, PublishResult
@@ -334,13 +335,12 @@ def test_ranks_that_do_not_cover_a_tensor_or_never_come_are_named(tmp_path: Path
 def test_a_left_over_that_vanishes_while_a_rank_looks_at_it_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publisher = Publisher(tmp_path, rank=1, world_size=2, session="s", rank_timeout_s=5)
+    second = Committer("", 1, 2, "s", 5, payload.Part("full"), {})
     path = tmp_path / "STABLE"
     doc = {"session": "s", "version": 3}
     threading.Timer(0.1, lambda: write_atomic(path, seal(doc))).start()
     monkeypatch.setattr(Path, "exists", lambda self: True)  # as it was a moment ago
-    assert publisher._await(path, 3) == doc
-    publisher.close()
+    assert second.wait_for(path, 3) == doc
 
 
 # ---- on a GPU, which is made up --------------------------------------------------------------------------------------

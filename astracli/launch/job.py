@@ -16,10 +16,9 @@ from astracli import plan as planning
 from astracli.launch import children, ports, summary
 from astracli.launch.local import MemorySampler
 from astracli.launch.supervise import Supervisor, signals
-from astracli.metrics import Record, Sink, Tail
+from astracli.launch.watch import Watch, unharmed
 from astracli.plan import LaunchPlan
 from astracli.recipe import Recipe
-from astracli.report import Progress, View, open_view
 from astracli.run_dir import RunDir, State, write_atomic
 from astracli.talk import say
 
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from astracli.hub.server import ServerThread
     from astracli.hub.store import HubStore
 
-WATCH_EVERY_S = 0.5
-STATUS_EVERY_S = 1.0
 MAIN_ROLE = {"train": "trainer", "rollout": "rollout", "eval": "eval"}
 
 
@@ -110,16 +107,12 @@ class Job:
         return code
 
     def _write_report(self) -> None:
-        """The page of the run. One that cannot be made is said, and takes nothing from the run."""
+        """The page of the run, and its place in the summary."""
         from astracli import report_html
 
-        try:
-            place = report_html.write(self.run_dir)
-        except Exception as error:
-            say(f"warning: no report.html: {type(error).__name__}: {error}")
-            return
-        self.summary["paths"]["report"] = str(place)
-        write_atomic(self.run_dir.summary_json, json.dumps(self.summary, indent=2) + "\n")
+        with unharmed("no report.html"):
+            self.summary["paths"]["report"] = str(report_html.write(self.run_dir))
+            write_atomic(self.run_dir.summary_json, json.dumps(self.summary, indent=2) + "\n")
 
     def _supervise(self) -> bool:
         """True when it was interrupted."""
@@ -140,8 +133,8 @@ class Job:
                 self.paths,
                 self.resume_step is not None,
             )
-            watch = Watch(self, hub.store, sinks)
             specs = children.build(setting, self.extra)
+            watch = Watch(run, self.recipe.train.steps if self.training else None, hub.store, sinks)
             supervisor = Supervisor(
                 specs,
                 hub,
@@ -160,7 +153,8 @@ class Job:
                 return supervisor.run().interrupted
             finally:
                 watch.close(supervisor)
-                self._sum_up(supervisor, hub.store, memory, watch.evaluations_s)
+                with unharmed("no closing table"):
+                    self._sum_up(supervisor, hub.store, memory, watch.evaluations_s)
 
     def _curriculum(self) -> Curriculum | None:
         """What chooses prompts by their solve rate; None when they are asked in their order."""
@@ -249,60 +243,6 @@ class Job:
             notes=supervisor.notes,
             plan=planning.to_json(self.plan),
         )
-
-
-class Watch:
-    """Called between the supervisor's looks: feeds the view, the sinks and status.json."""
-
-    def __init__(self, job: Job, store: HubStore, sinks: list[Sink]):
-        self.evaluations_s: dict[str, float] = {}
-        """Step of an evaluation -> seconds from its announcement to its result."""
-        self._run_dir = job.run_dir
-        self._training = job.training
-        self._store = store
-        self._sinks = sinks
-        self._tail = Tail(job.run_dir.metrics_jsonl, from_end=True)
-        self._view: View = open_view()
-        self._progress = Progress(job.run_dir.name, job.recipe.train.steps if job.training else 0)
-        self._looked = self._told = 0.0
-        self._announced: dict[str, float] = {}
-
-    def __call__(self, supervisor: Supervisor) -> None:
-        now = time.monotonic()
-        if now - self._looked < WATCH_EVERY_S:
-            return
-        self._looked = now
-        records: list[Record] = self._tail.new()
-        state = self._store.state()
-        for sink in self._sinks if records else []:
-            sink.write(records)
-        self._time_evaluations(state["evals"], now)
-        step = self._progress.step
-        self._progress.feed(records, state, supervisor.status, supervisor.phase)
-        self._view.update(self._progress)
-        if self._training and self._progress.step != step and now - self._told >= STATUS_EVERY_S:
-            self._told = now
-            self._run_dir.update(step=self._progress.step)
-
-    def _time_evaluations(self, evals: list[dict[str, Any]], now: float) -> None:
-        for evaluation in evals:
-            step = str(evaluation["step"])
-            if evaluation["state"] == "pending":
-                self._announced.setdefault(step, now)
-            elif step in self._announced:
-                self.evaluations_s[step] = round(now - self._announced.pop(step), 2)
-
-    def close(self, supervisor: Supervisor) -> None:
-        """One last look at everything, then give the terminal back."""
-        self._looked = 0.0
-        try:
-            self(supervisor)
-            if self._training:
-                self._run_dir.update(step=self._progress.step)
-        finally:
-            self._view.close()
-            for sink in self._sinks:
-                sink.close()
 
 
 def open_run(run: RunDir, recipe_text: str, plan: Mapping[str, Any]) -> int:

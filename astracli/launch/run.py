@@ -14,15 +14,11 @@ from astracli import machine, metrics, recipe_io, registry, runs
 from astracli import plan as planning
 from astracli.adapter_tools import has_chat_template
 from astracli.errors import UserError
-from astracli.launch import fetch, inputs, job, problems
+from astracli.launch import changes, fetch, inputs, job, problems
 from astracli.launch.job import Job
 from astracli.plan import Command, LaunchPlan
 from astracli.recipe import Recipe
-from astracli.run_dir import RunDir
 from astracli.talk import say
-
-CHANGEABLE = ("train.steps", "launch.", "metrics.", "resources.", "checkpoint.")
-"""What `--set` may change on a resume: how long, where and how the run goes on, not what it learns from."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +47,14 @@ def train(recipe: Recipe, *, run_dir: Path | None = None, resume: Path | None = 
         return 0
     began = time.monotonic()
     if resume is not None:
-        recipe = _resumed_recipe(recipe, runs.existing(resume))
+        recipe = changes.resumed_recipe(recipe, runs.existing(resume))
     plan = _refusing_plan(recipe, "train")
     there = run_dir is not None and run_dir.exists()
     run = runs.resume(resume) if resume is not None else runs.create(recipe.name, run_dir)
     step: int | None = None
     try:
         if resume is not None:
-            step = _resume_step(run, recipe)
+            step = changes.resume_step(run, recipe)
         source = _fetch(recipe, data=True, benchmarks=recipe.eval.benchmarks if recipe.eval.every else [])
         problems.pin(run, recipe, source.paths["data"])
     except BaseException:
@@ -87,7 +83,7 @@ def train(recipe: Recipe, *, run_dir: Path | None = None, resume: Path | None = 
 def rollout(recipe: Recipe, *, weights: str | None = None, n: int, out: Path, run_dir: Path | None = None) -> int:
     """Generate and grade `n` groups into `out`; the exit code."""
     began = time.monotonic()
-    recipe = _with_weights(recipe, weights)
+    recipe = changes.with_weights(recipe, weights)
     plan = _refusing_plan(recipe, "rollout")
     source = _fetch(recipe, data=True, benchmarks=[])
     run = runs.create(f"{recipe.name}-rollout", run_dir)
@@ -121,11 +117,11 @@ def evaluate(
     """
     began = time.monotonic()
     if resume is None:
-        recipe = _with_evaluation(_with_weights(recipe, weights), benchmarks, samples)
+        recipe = changes.with_evaluation(changes.with_weights(recipe, weights), benchmarks, samples)
     plan = _refusing_plan(recipe, "eval")
     source = _fetch(recipe, data=False, benchmarks=recipe.eval.benchmarks)
     if resume is not None:
-        run = _resumed_evaluation(resume)
+        run = changes.resumed_evaluation(resume)
     elif out is not None:
         run = runs.create(f"{recipe.name}-eval", out)
     elif run_dir is not None:
@@ -147,18 +143,6 @@ def evaluate(
     elif code == 130:
         say(f"interrupted; go on with `astra eval --resume {run.path}`")
     return code
-
-
-def _resumed_evaluation(path: Path) -> RunDir:
-    """A stopped evaluation, locked, without its hub's state, which would tell the workers to stop. Raises UserError."""
-    status = runs.existing(path).status()
-    if status is not None and (status.command != "eval" or status.state == "done"):
-        what = "is done" if status.command == "eval" else f"is no evaluation but `astra {status.command}`"
-        raise UserError(f"`{path}` {what}", "start a new one with `astra eval RECIPE`")
-    run = runs.resume(path)
-    for file in run.path.glob("hub.sqlite*"):
-        file.unlink()
-    return run
 
 
 def _before(began: float, source: Source) -> dict[str, float]:
@@ -223,93 +207,6 @@ def _fetch(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> Source:
         path = problems.decontaminated(recipe, path, fetched)
     paths = {"model": str(model), "data": path, "benchmarks": fetched}
     return Source(paths, time.monotonic() - began)
-
-
-# -- changes to a recipe ----------------------------------------------------------------------------------------------
-
-
-def _with_weights(recipe: Recipe, weights: str | None) -> Recipe:
-    """Other weights in the place of the recipe's model."""
-    if weights is None:
-        return recipe
-    local = fetch.local_path(weights, "--weights")
-    path = weights if local is None or weights.startswith(fetch.BUNDLED_PREFIX) else str(local)
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": path, "revision": None})})
-
-
-def _with_evaluation(recipe: Recipe, benchmarks: Sequence[str] | None, samples: int | None) -> Recipe:
-    from astracli.data import benchmarks as sets
-
-    names = list(benchmarks or recipe.eval.benchmarks)
-    if not names:
-        raise UserError(
-            f"recipe `{recipe.name}` names no benchmark", f"name one: `--benchmark {next(iter(sets.BENCHMARKS))}`"
-        )
-    for name in names:
-        sets.get(name)
-    document = recipe_io.to_document(recipe)
-    document["eval"]["benchmarks"] = names
-    if samples is not None:
-        k = min(samples, recipe.eval.pass_k)
-        document["eval"] |= {"samples": samples, "pass_k": k}
-        if k < recipe.eval.pass_k:
-            say(f"--samples {samples}: pass@{k} in the place of pass@{recipe.eval.pass_k}")
-    document["launch"]["deterministic"] = True  # two evaluations with one seed write the same files
-    return recipe_io.check(document, recipe.name)
-
-
-# -- resume -----------------------------------------------------------------------------------------------------------
-
-
-def _resumed_recipe(recipe: Recipe, run: RunDir) -> Recipe:
-    """The run's recipe with the changes that a resume allows. Raises UserError for any other."""
-    status = run.status()
-    if status is not None and status.command != "train":
-        raise UserError(
-            f"`{run.path}` holds an `astra {status.command}`, only a training run can be resumed",
-            f"start it again with `astra {status.command} {run.recipe_json}`",
-        )
-    stored = recipe_io.from_json(run.recipe_json)
-    changed = [
-        key for key in _differences(recipe_io.to_document(stored), recipe_io.to_document(recipe)) if key != "name"
-    ]
-    refused = [key for key in changed if not key.startswith(CHANGEABLE) or key == "launch.deterministic"]
-    if refused:
-        allowed = ", ".join(f"{key}*" if key.endswith(".") else key for key in CHANGEABLE)
-        raise UserError(
-            f"--set {refused[0]} on --resume: a run goes on as it began; what may change is {allowed}",
-            f"start a new run with it: `astra train --recipe {run.recipe_json} --set {refused[0]}=...`",
-        )
-    return recipe.model_copy(update={"name": stored.name})
-
-
-def _differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ."""
-    found: list[str] = []
-    for key in {**before, **after}:
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            found.append(prefix + key)
-    return found
-
-
-def _resume_step(run: RunDir, recipe: Recipe) -> int:
-    """Steps that the newest whole checkpoint has trained; 0 without one: the same run from its beginning."""
-    from astracli.training import checkpoint
-
-    status = run.status()
-    if status is not None and status.state == "done" and (status.steps or 0) >= recipe.train.steps:
-        raise UserError(
-            f"run `{run.path}` is done: {status.step} of {status.steps} steps",
-            f"train on with `astra train --resume {run.path} --set train.steps={2 * (status.steps or 1)}`",
-        )
-    newest = checkpoint.latest(run.checkpoints)
-    step = newest.step if newest else 0
-    if step > recipe.train.steps:
-        raise UserError(f"train.steps = {recipe.train.steps}, but `{run.path}` has trained {step} steps already")
-    return step
 
 
 # -- results ----------------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def build(
         "steps_planned": recipe.train.steps if training_run else None,
         "steps_this_attempt": len(here),
         "wall_s": wall_s,
-        "phases_s": wall_phases(phases, sum(values(records, "export_s")), "training" if training_run else "running"),
+        "phases_s": wall_phases(phases, sum(values(mine, "export_s")), "training" if training_run else "running"),
         "evaluations_s": dict(evaluations_s),
         "benchmarks": benchmarks(store.get("evals") or []),
         "expected": recipe.expected.model_dump() if recipe.expected else None,
@@ -84,7 +84,8 @@ def wall_phases(phases: Mapping[str, float], export_s: float, running: str) -> d
 
 
 def benchmarks(evals: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """First and last evaluation of each benchmark, and the difference; `overall` last, and only of several."""
+    """First and last evaluation of each benchmark, and the difference, None when they are one; `overall` last, and
+    only of several."""
     done = sorted((e for e in evals if e.get("results")), key=lambda e: e["step"])
     names = list(dict.fromkeys(name for e in done for name in e["results"]))
     names.sort(key=lambda name: name == OVERALL)
@@ -93,7 +94,7 @@ def benchmarks(evals: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for name in names:
         of_name = [{"step": e["step"], **e["results"][name]} for e in done if name in e["results"]]
-        first, last = of_name[0], of_name[-1]
+        first, last, more = of_name[0], of_name[-1], len(of_name) > 1
         rows.append(
             {
                 "benchmark": name,
@@ -102,8 +103,8 @@ def benchmarks(evals: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "items": last.get("items"),
                 "first": first,
                 "last": last,
-                "difference_avg_at_n": last["avg_at_n"] - first["avg_at_n"],
-                "difference_pass_at_k": last["pass_at_k"] - first["pass_at_k"],
+                "difference_avg_at_n": last["avg_at_n"] - first["avg_at_n"] if more else None,
+                "difference_pass_at_k": last["pass_at_k"] - first["pass_at_k"] if more else None,
             }
         )
     return rows

@@ -20,10 +20,10 @@ from astracli.errors import RunFailed
 from astracli.launch import local
 from astracli.launch.local import Child, ChildSpec, MemorySampler, exit_words
 from astracli.talk import say
+from astracli.workers.common import TERM_EXIT
 
 Phase = Literal["starting", "running", "finishing", "stopping"]
 
-TERM_EXIT = 143
 STALL_S = 5.0
 """A longer gap between two looks means that this process itself stood still (a suspended laptop): nobody is blamed."""
 
@@ -80,6 +80,7 @@ class Retry:
 @dataclass(frozen=True)
 class Outcome:
     interrupted: bool
+    """Before everything was done; a signal that comes later only hurries the others' end."""
     phases: dict[str, float]
     """Seconds of wall time in each phase."""
 
@@ -146,13 +147,14 @@ class Supervisor:
                     self._look()
                     self._tick(self)
                     interrupted.wait(self._poll_s)
+                before_its_end = interrupted.is_set()
                 self._enter("stopping")
                 self._hub.request_stop()
-                if not interrupted.is_set():
+                if not before_its_end:
                     self._let_go(interrupted)
             finally:
                 self._end_all()
-        return Outcome(interrupted.is_set(), self.phases())
+        return Outcome(before_its_end, self.phases())
 
     def phases(self) -> dict[str, float]:
         """Seconds spent in each phase so far."""
@@ -228,6 +230,9 @@ class Supervisor:
         if status.restarts >= child.spec.restarts:
             after = f" after {status.restarts} restarts" if status.restarts else ""
             raise RunFailed(f"`{child.name}` {what}{after}{_quote(child)}", self._hint() or None)
+        last = "".join(f" ({line})" for line in child.last_lines(1))
+        again = f"it is started again, time {status.restarts + 1} of {child.spec.restarts}"
+        say(f"warning: `{child.name}` {what}{last}; {again}")
         if child.spec.before_restart is not None:
             child.spec.before_restart()
         self.status[child.name] = Status(child.spec.role, restarts=status.restarts + 1)

@@ -46,7 +46,6 @@ class Coded(NamedTuple):
     length: int
     encoded: codec.Encoded
     diff_s: float
-    """Since the piece before."""
     encode_s: float
 
 

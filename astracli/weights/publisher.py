@@ -1,8 +1,4 @@
-"""The trainer's side: diff against the last published version, write payloads and manifest, then STABLE.
-
-Order on disk: payload files and manifests under their final names, each by rename; `STABLE` last and synced. A reader
-that looks only at what STABLE lists never sees half a version, whatever is killed when.
-"""
+"""The trainer's side: diff against the last published version, write this rank's payload, then commit (`committer`)."""
 
 from __future__ import annotations
 
@@ -14,20 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import xxhash
-
 from astracli.errors import RunFailed
 from astracli.weights import payload, retention
+from astracli.weights.committer import Committer
 from astracli.weights.encoder import EncoderProcess
-from astracli.weights.manifest import (
-    MANIFEST,
-    STABLE,
-    Manifest,
-    seal,
-    unseal,
-    version_name,
-    write_atomic,
-)
+from astracli.weights.manifest import STABLE, version_name
 from astracli.weights.snapshot import HostCopy, Snapshot, Source, lanes_of, local, take
 
 if TYPE_CHECKING:
@@ -96,11 +83,10 @@ class Publisher:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         self.transfer, self.full_interval, self.keep, self.level = transfer, full_interval, keep, level
-        self.model_name, self.rank, self.world_size, self.session = model_name, rank, world_size, session
-        self.pinned, self.rank_timeout_s = pinned, rank_timeout_s
-        self._tied = dict(tied or {})
+        self.rank, self.pinned = rank, pinned
         frozen_locals = {name: local(source, copy=False) for name, source in (frozen or {}).items()}
-        self._frozen = payload.Part("full", _described(frozen_locals, lanes_of(frozen_locals)))
+        never_sent = payload.Part("full", _described(frozen_locals, lanes_of(frozen_locals)))
+        self._ranks = Committer(model_name, rank, world_size, session, rank_timeout_s, never_sent, dict(tied or {}))
         self._base: dict[str, payload.Local] = {}
         self._base_version: int | None = None
         self._threads = ThreadPoolExecutor(threads, "weights-encode") if threads > 1 else None
@@ -117,8 +103,8 @@ class Publisher:
     def publish(self, version: int, tensors: Mapping[str, Source], *, owned: bool = False) -> PublishResult:
         """Publish now, in this thread. `tensors`: HF name -> tensor in its wire dtype (or this rank's Shard).
 
-        `owned`: the caller never writes to `tensors` again, so they need no copy. From the third version on, tensors on
-        a GPU with room for another version are compared and coded there; otherwise they come to the host.
+        `owned`: the caller never writes to `tensors` again, so they need no copy. From the second version on, tensors
+        on a GPU with room for another version are compared and coded there; otherwise they come to the host.
         """
         waited = self.settle()
         taken = self._take(tensors, owned)
@@ -245,7 +231,7 @@ class Publisher:
             delta_s = time.perf_counter() - compared
         if not delta or version % self.full_interval == 0:
             parts.append(payload.write_full(directory, self.rank, tensors, lanes, run))
-        manifests = self._finish(directory, version, parts)
+        manifests = self._ranks.commit(directory, version, self._base_version, parts)
         if self._rest is not None:
             self._base_version = None  # its copy is overwritten: a delta from half of that would be from no version
             tensors = self._rest.take(tensors)
@@ -283,67 +269,6 @@ class Publisher:
         if known and known != given:
             odd = sorted(n for n in known.keys() | given.keys() if known.get(n) != given.get(n))
             raise RunFailed(f"version {version} has other tensors than {self._base_version}: {', '.join(odd[:5])}")
-
-    def _finish(self, directory: Path, version: int, parts: list[payload.Part]) -> list[Manifest]:
-        """Rank 0: merge all ranks' parts, write manifests and STABLE. Others: hand over, wait for STABLE."""
-        if self.rank:
-            doc: dict[str, Any] = {"session": self.session, "version": version, "base_version": self._base_version}
-            doc |= {"parts": [p.to_doc() for p in parts], "frozen": self._frozen.to_doc()}
-            write_atomic(directory / f"rank-{self.rank:05d}.json", seal(doc))
-            stable = self._await(directory / STABLE, version)
-            names = [m["file"] for m in stable["manifests"].values()]
-            return [Manifest.from_bytes((directory / name).read_bytes(), name) for name in names]
-        documents = [self._await(directory / f"rank-{rank:05d}.json", version) for rank in range(1, self.world_size)]
-        for rank, doc in enumerate(documents, 1):
-            if doc["base_version"] != self._base_version or len(doc["parts"]) != len(parts):
-                raise RunFailed(f"rank {rank} publishes {version} over {doc['base_version']}, not {self._base_version}")
-        frozen = self._frozen_digests([self._frozen, *(payload.Part.from_doc(d["frozen"]) for d in documents)])
-        manifests = []
-        for k, part in enumerate(parts):
-            everyone = [part, *(payload.Part.from_doc(d["parts"][k]) for d in documents)]
-            manifest = payload.merge(
-                everyone, model=self.model_name, version=version, base_version=self._base_version, frozen_digests={}
-            )
-            digests = {t.name: t.digest for t in manifest.tensors}
-            tied = {name: digests.get(source, frozen.get(source, "")) for name, source in self._tied.items()}
-            if missing := [name for name, value in tied.items() if not value]:
-                raise RunFailed(f"tied to a tensor that is not published: {', '.join(missing)}")
-            manifests.append(replace(manifest, frozen_digests=frozen | tied))
-        self._declare_stable(directory, version, manifests)
-        return manifests
-
-    def _frozen_digests(self, parts: list[payload.Part]) -> dict[str, str]:
-        merged = payload.merge(parts, model="", version=0, base_version=None, frozen_digests={})
-        return {t.name: t.digest for t in merged.tensors}
-
-    def _declare_stable(self, directory: Path, version: int, manifests: list[Manifest]) -> None:
-        files: dict[str, int] = {}
-        kinds: dict[str, Any] = {}
-        for manifest in manifests:
-            name, blob = MANIFEST[manifest.kind], manifest.to_bytes()
-            Manifest.from_bytes(blob, name)
-            write_atomic(directory / name, blob)
-            files |= {name: len(blob)} | {n: f.bytes for n, f in manifest.files.items()}
-            kinds[manifest.kind] = {
-                "file": name,
-                "base_version": manifest.base_version,
-                "bytes": manifest.payload_bytes,
-                "xxh3": xxhash.xxh3_128_hexdigest(blob),
-            }
-        for path in directory.iterdir():
-            if path.name not in files:  # other ranks have handed over: what is not listed is left over
-                path.unlink()
-        stable = {"version": version, "session": self.session, "manifests": kinds, "files": files}
-        write_atomic(directory / STABLE, seal(stable), sync=True)
-
-    def _await(self, path: Path, version: int) -> dict[str, Any]:
-        """Another rank's sealed file, of this session and version; a left-over of an earlier attempt is not it."""
-        for _ in payload.waiting(time.monotonic() + self.rank_timeout_s):
-            with contextlib.suppress(FileNotFoundError):  # rank 0 also removes an earlier attempt's STABLE
-                doc = unseal(path.read_bytes(), str(path))
-                if (doc["session"], doc["version"]) == (self.session, version):
-                    return doc
-        raise RunFailed(f"rank {self.rank} waited {self.rank_timeout_s:g} s for `{path}`", "look at that rank's log")
 
 
 def _described(tensors: Mapping[str, payload.Local], lanes: Mapping[str, str]) -> dict[str, payload.PartTensor]:

@@ -1,8 +1,9 @@
 """The trainer process: takes batches from the hub, trains, checkpoints, publishes, acknowledges; exports at the end.
 
 Order of one step s, safe against a kill at any point: train -> checkpoint s + 1 when due -> publish version s + 1 ->
-announce -> metrics -> acknowledge. A resumed trainer loads checkpoint c, publishes version c anew and asks for batch c,
-which the hub serves with the same groups. Rank 0 talks to the hub; other ranks get the batch from it.
+announce -> leave the GPU, in turns -> metrics -> acknowledge. A resumed trainer loads checkpoint c, publishes version c
+anew and asks for batch c, which the hub serves with the same groups. Rank 0 talks to the hub; other ranks get the batch
+from it.
 
 Everything from publishing on may happen in a thread beside step s + 1 (`weights.background`), from a copy. It is over
 before checkpoint s + 2 is written, so when a checkpoint c is on disk, every step before c - 1 has been acknowledged,
@@ -61,7 +62,7 @@ def _end_rank(error: BaseException) -> None:
 
 
 def _published_figures(result: PublishResult) -> dict[str, float]:
-    """Metrics of one version; seconds are of this rank, `diff_s` to `write_s` summed over threads."""
+    """Metrics of one version; seconds are of this rank, `diff_s` to `write_s` on a CPU summed over its threads."""
     return {
         "delta_density": result.density,
         "delta_bytes": result.bytes_delta,
@@ -194,7 +195,6 @@ class TrainLoop:
         saved = self._checkpoint_if_due(version, figures)
         self.step = version
         self._publish(step, figures, saved, began)
-        self.turn.end(self.trainer)
         self.reporter.progress(step=version, tokens_per_s=round(figures["tokens_per_s"], 1))
         return True
 
@@ -208,7 +208,8 @@ class TrainLoop:
         return waited
 
     def _publish(self, step: int, figures: dict[str, float], saved: bool, began: float) -> None:
-        """Publish version step + 1, here or from a copy in the background; `publish_s` is what it costs the step."""
+        """Publish version step + 1, here or from a copy in the background; `publish_s` is what it costs the step. A
+        trainer in turns then leaves its GPU, which is the end of its step."""
         version, begin = step + 1, time.perf_counter()
         tensors = self.trainer.masters.wire_shards(copy=not self.turn.leaves)
         figures["snapshot_s"] = time.perf_counter() - begin
@@ -218,20 +219,22 @@ class TrainLoop:
             figures["snapshot_s"] += result.snapshot_s
             self._announce(version)
             if self.background:
-                figures["publish_s"] += result.snapshot_s
+                settle(0.0, handed_over + result.snapshot_s)
             else:
-                settle(result.publish_s)
+                self.turn.end(self.trainer)
+                settle(result.publish_s, time.perf_counter())
             self._metrics(step, figures)
             if self.hub is not None:
                 self.hub.ack(step, version, version if saved else None)
 
-        def settle(publish_s: float) -> None:
+        def settle(publish_s: float, ended: float) -> None:
             figures["publish_s"] = figures["publish_wait_s"] + figures["snapshot_s"] + publish_s
-            figures["step_s"] = time.perf_counter() - began
+            figures["step_s"] = ended - began
             figures["tokens_per_s"] = figures["tokens"] / figures["step_s"]
 
+        handed_over = time.perf_counter()
         if self.background:
-            settle(0.0)
+            settle(0.0, handed_over)
             self.publisher.publish_async(version, tensors, published, owned=True)
         else:
             published(self.publisher.publish(version, tensors, owned=True))

@@ -196,9 +196,8 @@ class Lane(Gate):
             print(f"warning: {self.name}: {error.message}; sending a full payload", file=sys.stderr, flush=True)
             await self._resync(target, record, error)
         self.version, self._serving = target, True
-        due = record.pop("proof", False)
+        due = record.pop("proof")
         if due:  # the hub hears of it with the proof: an evaluation would begin, whose answers nobody holds back
-            self._proven.clear()
             self.open.set()
         else:
             await self._let_in()
@@ -213,6 +212,7 @@ class Lane(Gate):
         try:
             record |= await asyncio.to_thread(self._fetcher.proof, target)
         except RunFailed as error:
+            closed = time.monotonic()
             self.open.clear()
             self.version, self._serving = None, False
             self._disproved += 1
@@ -221,10 +221,11 @@ class Lane(Gate):
             print(f"warning: {self.name}: {error.message}; sending a full payload", file=sys.stderr, flush=True)
             await self._resync(target, record, error)
             record.pop("gate_closed")
-            if record.pop("proof", False):  # before it serves: the second time nobody trusts it
+            if record.pop("proof"):  # before it serves: the second time nobody trusts it
                 record |= await asyncio.to_thread(self._fetcher.proof, target)
             self.version, self._serving = target, True
             await self._let_in()
+            record["gap_s"] += time.monotonic() - closed
         else:
             if self.open.is_set():  # the engine may have been lost meanwhile
                 await self._hub.engine_state(self.name, target, "ready")
@@ -270,7 +271,14 @@ class Lane(Gate):
             await self._call(self._engine.resume())
             await self._drain()
             raise RunFailed(f"version {target} was not applied: {update.message}")
-        await self._call(self._engine.resume())
-        record |= {"pause_s": time.monotonic() - begun, **update.seconds, "proof": bool(update.outcome.get("proof"))}
+        due = bool(update.outcome.get("proof"))
+        if due:  # what comes back from now on may be of weights that are not the trainer's
+            self._proven.clear()
+        try:
+            await self._call(self._engine.resume())
+        except EngineLost:
+            self._proven.set()
+            raise
+        record |= {"pause_s": time.monotonic() - begun, **update.seconds, "proof": due}
         if "changed" in update.outcome:
             record["changed"] = update.outcome["changed"]

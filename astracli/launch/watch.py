@@ -1,0 +1,105 @@
+"""What is fed while a run goes on: the view, the sinks, status.json. Neither a sink that fails nor a terminal that is
+gone ends the run."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from astracli.launch.supervise import Supervisor
+from astracli.metrics import Record, Sink, Tail
+from astracli.report import PlainView, Progress, View, open_view
+from astracli.run_dir import RunDir
+from astracli.talk import say
+
+if TYPE_CHECKING:
+    from astracli.hub.store import HubStore
+
+WATCH_EVERY_S = 0.5
+STATUS_EVERY_S = 1.0
+
+
+@contextlib.contextmanager
+def unharmed(what: str) -> Iterator[None]:
+    """An error inside is said after `what`, and takes nothing from the run."""
+    try:
+        yield
+    except Exception as error:
+        say(f"warning: {what}: {type(error).__name__}: {error}")
+
+
+class Watch:
+    """Called between the supervisor's looks: feeds the view, the sinks and status.json."""
+
+    def __init__(self, run_dir: RunDir, steps: int | None, store: HubStore, sinks: Sequence[Sink]):
+        """`steps`: of a training run; None for a job without a trainer."""
+        self.evaluations_s: dict[str, float] = {}
+        """Step of an evaluation -> seconds from its announcement to its result."""
+        self._run_dir = run_dir
+        self._training = steps is not None
+        self._store = store
+        self._sinks = list(sinks)
+        self._broken: list[Sink] = []
+        self._tail = Tail(run_dir.metrics_jsonl, from_end=True)
+        self._view: View = open_view()
+        self._progress = Progress(run_dir.name, steps or 0)
+        self._looked = self._told = 0.0
+        self._announced: dict[str, float] = {}
+
+    def __call__(self, supervisor: Supervisor) -> None:
+        now = time.monotonic()
+        if now - self._looked < WATCH_EVERY_S:
+            return
+        self._looked = now
+        records: list[Record] = self._tail.new()
+        state = self._store.state()
+        if records:
+            self._pass_on(records)
+        self._time_evaluations(state["evals"], now)
+        step = self._progress.step
+        self._progress.feed(records, state, supervisor.status, supervisor.phase)
+        self._show()
+        if self._training and self._progress.step != step and now - self._told >= STATUS_EVERY_S:
+            self._told = now
+            self._run_dir.update(step=self._progress.step)
+
+    def _show(self) -> None:
+        try:
+            self._view.update(self._progress)
+        except OSError:  # its terminal is gone
+            self._view = PlainView()  # falls silent by itself
+
+    def _pass_on(self, records: Sequence[Record]) -> None:
+        """To every sink; one that fails is said once, and asked for nothing more than to close."""
+        for sink in self._sinks:
+            if sink in self._broken:
+                continue
+            try:
+                sink.write(records)
+            except Exception as error:
+                self._broken.append(sink)
+                name = type(sink).__name__
+                say(f"warning: `{name}` gets no more figures, metrics.jsonl has all: {type(error).__name__}: {error}")
+
+    def _time_evaluations(self, evals: list[dict[str, Any]], now: float) -> None:
+        for evaluation in evals:
+            step = str(evaluation["step"])
+            if evaluation["state"] == "pending":
+                self._announced.setdefault(step, now)
+            elif step in self._announced:
+                self.evaluations_s[step] = round(now - self._announced.pop(step), 2)
+
+    def close(self, supervisor: Supervisor) -> None:
+        """One last look at everything, then give the terminal back. Raises nothing: the run has ended, well or not."""
+        self._looked = 0.0
+        with unharmed("the last figures were not shown"):
+            self(supervisor)
+            if self._training:
+                self._run_dir.update(step=self._progress.step)
+        with unharmed("the live view did not close"):
+            self._view.close()
+        for sink in self._sinks:
+            with unharmed(f"`{type(sink).__name__}` did not close"):
+                sink.close()

@@ -225,6 +225,9 @@ def test_what_a_killed_attempt_trained_after_its_checkpoint_is_no_part_of_the_ru
     assert (found["steps"], found["steps_this_attempt"], found["training"]["tokens"]) == (2, 0, 0)
     found = make_summary(tmp_path, records=before + after, first_step=2, since=150.0)
     assert (found["steps"], found["training"]["tokens"], found["training"]["step_s_mean"]) == (3, 10, 3.0)
+    # killed behind the checkpoint of step 1, before its figures were written
+    found = make_summary(tmp_path, records=before[:1] + after, first_step=2, since=150.0)
+    assert (found["steps"], found["steps_this_attempt"]) == (3, 1)
 
 
 def test_an_export_of_an_earlier_attempt_is_no_part_of_this_ones_time(tmp_path: Path) -> None:

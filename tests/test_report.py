@@ -216,6 +216,10 @@ def test_summary_figures(tmp_path: Path) -> None:
 def test_summary_of_a_resumed_attempt_times_its_own_steps(tmp_path: Path) -> None:
     found = make_summary(tmp_path, first_step=2)
     assert (found["steps"], found["steps_this_attempt"], found["training"]["tokens"]) == (4, 2, 2000)
+    facts = dict(closing_facts(make_summary(tmp_path, first_step=2, attempt=3)))
+    assert facts["wall time"].startswith("3 min 26 s in attempt 3: start-up 11 s, ")
+    assert facts["steps"] == "4 of 100, 2 in attempt 3, 2.00 s each, the trainer waited 25% of it"
+    assert facts["tokens"] == "2,000 trained in attempt 3, 500 a second"
 
 
 def test_what_a_killed_attempt_trained_after_its_checkpoint_is_no_part_of_the_run(tmp_path: Path) -> None:

@@ -54,13 +54,15 @@ def closing_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, words) rows of the closing table."""
     training, weights, parity, memory = (summary[key] for key in ("training", "weights", "parity", "memory"))
     phases = ", ".join(f"{name} {duration(seconds)}" for name, seconds in summary["phases_s"].items() if seconds >= 0.5)
-    facts = [("wall time", f"{duration(summary['wall_s'])}{': ' if phases else ''}{phases}")]
+    attempt = f" in attempt {summary['attempt']}" if summary["attempt"] > 1 else ""  # of a resumed run, this one's time
+    facts = [("wall time", f"{duration(summary['wall_s'])}{attempt}{': ' if phases else ''}{phases}")]
     expected = summary.get("expected")
     if expected:
         steps = f", {expected['steps']} steps" if expected.get("steps") else ""
         facts.insert(0, ("expected", f"{expected['source']} ({expected['machine']}{steps})"))
     done = f"{summary['steps']} of {summary['steps_planned']}"
     if training["step_s_mean"] is not None:
+        done += f", {summary['steps_this_attempt']}{attempt}" if attempt else ""
         done += f", {training['step_s_mean']:.2f} s each"
         if training["wait_share"] is not None:
             done += f", the trainer waited {training['wait_share']:.0%} of it"
@@ -69,7 +71,8 @@ def closing_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     if found := summary.get("balance"):
         facts.append(("balance", balance_words(found)))
     if training["tokens"]:
-        facts.append(("tokens", f"{training['tokens']:,.0f} trained, {training['tokens_per_s'] or 0:,.0f} a second"))
+        rate = f"{training['tokens_per_s'] or 0:,.0f} a second"
+        facts.append(("tokens", f"{training['tokens']:,.0f} trained{attempt}, {rate}"))
     if weights["full_bytes"]:
         facts.append(("weights", weight_words(weights)))
         if weights.get("seconds_p50"):

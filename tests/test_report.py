@@ -216,6 +216,10 @@ def test_summary_figures(tmp_path: Path) -> None:
 def test_summary_of_a_resumed_attempt_times_its_own_steps(tmp_path: Path) -> None:
     found = make_summary(tmp_path, first_step=2)
     assert (found["steps"], found["steps_this_attempt"], found["training"]["tokens"]) == (4, 2, 2000)
+    facts = dict(closing_facts(make_summary(tmp_path, first_step=2, attempt=3)))
+    assert facts["wall time"].startswith("3 min 26 s in attempt 3: start-up 11 s, ")
+    assert facts["steps"] == "4 of 100, 2 in attempt 3, 2.00 s each, the trainer waited 25% of it"
+    assert facts["tokens"] == "2,000 trained in attempt 3, 500 a second"
 
 
 def test_what_a_killed_attempt_trained_after_its_checkpoint_is_no_part_of_the_run(tmp_path: Path) -> None:
@@ -225,6 +229,9 @@ def test_what_a_killed_attempt_trained_after_its_checkpoint_is_no_part_of_the_ru
     assert (found["steps"], found["steps_this_attempt"], found["training"]["tokens"]) == (2, 0, 0)
     found = make_summary(tmp_path, records=before + after, first_step=2, since=150.0)
     assert (found["steps"], found["training"]["tokens"], found["training"]["step_s_mean"]) == (3, 10, 3.0)
+    # killed behind the checkpoint of step 1, before its figures were written
+    found = make_summary(tmp_path, records=before[:1] + after, first_step=2, since=150.0)
+    assert (found["steps"], found["steps_this_attempt"]) == (3, 1)
 
 
 def test_an_export_of_an_earlier_attempt_is_no_part_of_this_ones_time(tmp_path: Path) -> None:

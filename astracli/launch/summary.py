@@ -42,13 +42,12 @@ def build(
     wall_s, training_run = sum(phases.values()), plan is None or plan["command"] == "train"
     mine = [record for record in records if record.get("time", since) >= since]
     here = [step for step in _steps(mine) if step >= first_step]
-    trained = [step for step in _steps(records) if step < first_step] + here
     return {
         "recipe": recipe.name,
         "seed": recipe.seed,
         "state": state,
         "attempt": attempt,
-        "steps": len(trained),
+        "steps": first_step + len(here),  # a kill behind a checkpoint may leave its last step without a record
         "steps_planned": recipe.train.steps if training_run else None,
         "steps_this_attempt": len(here),
         "wall_s": wall_s,

@@ -1,6 +1,6 @@
 """Tables of a recipe that say how, where and with what output a run goes, not what it learns.
 
-What a resume may change (`launch.changes.CHANGEABLE`) stands here, `train.steps` apart.
+All of it may change on a resume (`launch.changes.CHANGEABLE`), besides `train.steps` and what saves memory.
 """
 
 from __future__ import annotations

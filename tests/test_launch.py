@@ -102,6 +102,10 @@ def test_resume_keeps_what_is_learned_and_lets_the_rest_change(tmp_path: Path) -
     stored = stored_run(tmp_path, tiny())
     allowed = tiny(train__steps=200, launch__heartbeat_timeout_s=5, resources__train_ranks=2, checkpoint__keep=3)
     assert changes.resumed_recipe(allowed, stored) == allowed
+    less_memory = tiny(
+        train__tokens_per_microbatch=512, train__activation_checkpointing="full", train__optimizer_device="host"
+    )
+    assert changes.resumed_recipe(less_memory, stored) == less_memory, "a run that ran out of memory goes on"
     for key, value in (("train__learning_rate", 1.0), ("algorithm__name", "grpo"), ("launch__deterministic", True)):
         with pytest.raises(UserError, match=rf"--set {key.replace('__', '.')} on --resume"):
             changes.resumed_recipe(tiny(**{key: value}), stored)

@@ -65,7 +65,7 @@ def run(args: list[str]) -> int:
         if said.startswith("Usage:"):  # a group without a command: its help is the answer
             print(said, file=sys.stderr)
         else:
-            talk.error(_lower(said), _usage_hint(args))
+            talk.error(_lower(said), _usage_hint(args, said))
         return error.exit_code
     except AstraError as error:
         _debug()
@@ -106,8 +106,10 @@ def _lower(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
-def _usage_hint(args: list[str]) -> str:
+def _usage_hint(args: list[str], said: str) -> str:
     """The help page nearest to a command line that did not parse."""
+    if "--set" in args and "extra argument" in said and "=" in said:
+        return "every setting takes its own `--set`: `--set a.b=1 --set c.d=2`"
     command, *more = [*args, ""]
     if command not in COMMANDS:
         return "`astra --help` lists the commands"

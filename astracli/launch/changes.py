@@ -13,7 +13,13 @@ from astracli.recipe import Recipe
 from astracli.run_dir import RunDir
 from astracli.talk import say
 
-CHANGEABLE = ("train.steps", "launch.", "metrics.", "resources.", "checkpoint.")
+PORTIONS = (
+    "train.tokens_per_microbatch", "train.activation_checkpointing", "train.optimizer_device", "train.reference_device",
+    "rollout.max_running_requests", "rollout.chunked_prefill_size", "rollout.mem_fraction_static",
+    "rollout.attention_backend", "rollout.linear_attention_backend", "eval.max_concurrency",
+)  # fmt: skip
+"""How much is computed at once, where it lies and by which kernel: what a run that ran out of memory needs changed."""
+CHANGEABLE = ("train.steps", "launch.", "metrics.", "resources.", "checkpoint.", *PORTIONS)
 """What `--set` may change on a resume: how long, where and how the run goes on, not what it learns from."""
 
 

@@ -305,7 +305,7 @@ def test_what_only_shows_a_run_cannot_end_it(
 
 def test_a_terminal_that_is_gone_takes_no_run_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Gone:
-        def update(self, progress: Progress) -> None:
+        def update(self, *_: Progress) -> None:
             raise OSError(5, "Input/output error")
 
         close = update

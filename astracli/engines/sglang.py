@@ -24,7 +24,7 @@ import astracli
 from astracli.engines import checkpoint, last_words
 from astracli.engines.client import SETTLE_LOADER, STAGED_LOADER, UNPROVEN, flushes
 from astracli.errors import RunFailed
-from astracli.launch.supervise import answers
+from astracli.launch.health import answers
 from astracli.run_dir import RunDir, write_atomic
 from astracli.workers.common import Reporter, WorkerConfig, worker_main
 

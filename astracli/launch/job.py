@@ -15,7 +15,8 @@ from astracli import metrics, report_data
 from astracli import plan as planning
 from astracli.launch import children, ports, summary
 from astracli.launch.local import MemorySampler
-from astracli.launch.supervise import Supervisor, signals
+from astracli.launch.signals import signals
+from astracli.launch.supervise import Supervisor
 from astracli.launch.watch import Watch, unharmed
 from astracli.plan import LaunchPlan
 from astracli.recipe import Recipe

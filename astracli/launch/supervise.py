@@ -7,18 +7,18 @@ monotonic clocks; nothing is ever found by name or by port.
 from __future__ import annotations
 
 import contextlib
-import http.client
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
-from urllib.parse import urlsplit
 
 from astracli.errors import RunFailed
 from astracli.launch import local
+from astracli.launch.health import answers
 from astracli.launch.local import Child, ChildSpec, MemorySampler, exit_words
+from astracli.launch.signals import signals
 from astracli.talk import say
 from astracli.workers.common import TERM_EXIT
 
@@ -293,37 +293,3 @@ def _quote(child: Child, count: int = 20) -> str:
     if not lines:
         return f"; it wrote nothing to {child.spec.log}"
     return f"; its last lines in {child.spec.log}:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-def answers(url: str, token: str, timeout_s: float = 1.0) -> bool:
-    """GET `url` answers 200 under the run's token."""
-    address = urlsplit(url)
-    connection = http.client.HTTPConnection(address.hostname or "127.0.0.1", address.port, timeout=timeout_s)
-    try:
-        connection.request("GET", address.path or "/", headers={"Authorization": f"Bearer {token}"})
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
-
-
-@contextlib.contextmanager
-def signals() -> Iterator[threading.Event]:
-    """Ctrl-C, TERM and a closed terminal set the event: this process has children to end before itself.
-
-    Entered before anything heavy is imported: a library's bare `except:` would swallow a KeyboardInterrupt.
-    """
-    interrupted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupted
-        return
-    before = {signal.SIGTSTP: signal.signal(signal.SIGTSTP, signal.SIG_IGN)}  # stopped, the hub would lose its workers
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(signum) is not signal.SIG_IGN:
-            before[signum] = signal.signal(signum, lambda _signum, _frame: interrupted.set())
-    try:
-        yield interrupted
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

@@ -69,6 +69,8 @@ class Watch:
         try:
             self._view.update(self._progress)
         except OSError:  # its terminal is gone
+            with contextlib.suppress(OSError):
+                self._view.close()
             self._view = PlainView()  # falls silent by itself
 
     def _pass_on(self, records: Sequence[Record]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from astracli.errors import RunFailed
 from astracli.hub.client import HubClient
-from astracli.launch.supervise import answers
+from astracli.launch.health import answers
 from astracli.workers.common import Reporter, WorkerConfig
 
 WAIT_S = 5.0

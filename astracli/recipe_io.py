@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from astracli.recipe import Recipe
 
 LIST_HINT = "see them with `astra recipes list`"
+SET_HINT = "every setting takes its own `--set`: `--set a.b=1 --set c.d=2`"
 FILE_HINT = "a recipe is a TOML file; `astra recipes copy qwen3.5-tiny-m2po-delta` makes one to start from"
 
 
@@ -155,7 +156,8 @@ def _shipped_names() -> list[str]:
 def _shipped_file(name: str) -> Traversable:
     names = _shipped_names()
     if name not in names and not (name.startswith("_") and _folder().joinpath(f"{name}.toml").is_file()):
-        raise UserError(f"there is no recipe `{name}`", _nearest(name, names) + LIST_HINT)
+        hint = SET_HINT if "=" in name else _nearest(name, names) + LIST_HINT
+        raise UserError(f"there is no recipe `{name}`", hint)
     return _folder().joinpath(f"{name}.toml")
 
 

@@ -12,7 +12,6 @@ import typer
 from astracli.cli import adapters, doctor, evaluate, recipes, rollout, runs, train
 from astracli.cli.output import Output
 from astracli.errors import AstraError, disk_full
-from astracli.recipe_io import SET_HINT
 
 app = typer.Typer(
     name="astra",
@@ -110,6 +109,8 @@ def _lower(text: str) -> str:
 def _usage_hint(args: list[str], said: str) -> str:
     """The help page nearest to a command line that did not parse."""
     if "--set" in args and "extra argument" in said and "=" in said:
+        from astracli.recipe_io import SET_HINT
+
         return SET_HINT
     command, *more = [*args, ""]
     if command not in COMMANDS:

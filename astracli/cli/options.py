@@ -68,6 +68,8 @@ RootOpt = Annotated[Path, typer.Option("--root", metavar="DIR", help="Folder tha
 def one_name(positional: str | None, option: str | None) -> str | None:
     """The recipe that a command line names, as an argument or as an option. Raises UserError when it names two."""
     if positional and option and positional != option:
+        from astracli import recipe_io
+
         hint = recipe_io.SET_HINT if "=" in positional else "give one of them"
         raise UserError(f"two recipes given: `{positional}` and `--recipe {option}`", hint)
     return positional or option

@@ -145,7 +145,7 @@ def test_bad_input_ends_with_2_a_message_and_a_hint(
 @pytest.mark.parametrize(
     ("args", "page"),
     [
-        (["runs", "logs"], "runs logs"),
+        (["runs", "logs", "--lines"], "runs logs"),
         (["runs", "clean", "--older-than", "-1"], "runs clean"),
         (["runs", "list", "--bogus"], "runs list"),
         (["runs", "bogus"], "runs"),
@@ -155,6 +155,15 @@ def test_bad_input_ends_with_2_a_message_and_a_hint(
 def test_a_command_line_that_does_not_parse_names_its_own_help(astra: Astra, args: list[str], page: str) -> None:
     ran = astra(*args)
     assert ran.code == 2 and ran.err.endswith(f"\nhint: `astra {page} --help` shows what it takes\n")
+
+
+def test_a_directory_that_has_been_removed(astra: Astra, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    ran = astra("train", "--recipe", "qwen3.5-tiny-m2po-delta")
+    assert ran.code == 2 and ran.err.startswith("error: the current directory has been removed\n")
 
 
 def test_a_second_setting_behind_one_set_is_told_how_to_say_it(astra: Astra) -> None:

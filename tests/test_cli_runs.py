@@ -50,6 +50,7 @@ def test_runs_logs(astra: Astra, runs: Path) -> None:
         assert run.next_attempt() == attempt
         (run.attempt_logs(attempt) / "trainer.log").write_text(text)
     assert astra("runs", "logs", "a", "trainer", "-n", "2").out == "two\nthree\n"
+    assert astra("runs", "logs", "-n", "2").out == "two\nthree\n", "of the newest run"
     lines = astra("runs", "logs", "a", "-n", "2", "--json").out.splitlines()
     assert [json.loads(line) for line in lines] == [{"process": "trainer", "line": word} for word in ("two", "three")]
     (run.attempt_logs(2) / "eval.log").touch()

@@ -234,3 +234,11 @@ def test_local_paths(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert fetch_model(str(tmp_path)) == tmp_path
+
+
+def test_a_run_in_the_place_of_a_checkpoint_is_told_where_its_model_is(tmp_path: Path) -> None:
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"no config\.json") as caught:
+        fetch_model(str(tmp_path))
+    assert caught.value.hint == f"what that run trained is `{tmp_path / 'export'}`"

@@ -79,6 +79,9 @@ def run(args: list[str]) -> int:
         if full := disk_full(error):
             talk.error(full.message, full.hint)
             return full.exit_code
+        if isinstance(error, FileNotFoundError) and not _stands_somewhere():
+            talk.error("the current directory has been removed", "change to one that is there")
+            return 2
         message = str(error).strip().partition("\n")[0]
         talk.error(
             f"unexpected {type(error).__name__}" + (f": {message}" if message else ""),
@@ -92,6 +95,14 @@ def _encode_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _stands_somewhere() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _debug() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from astracli.cli import runs_change
-from astracli.cli.options import JsonOpt, OptionalRunArg, RootOpt, RunArg, the_run
+from astracli.cli.options import JsonOpt, OptionalRunArg, RootOpt, the_run
 from astracli.cli.output import out
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def status(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
 
 @app.command()
 def logs(
-    run: RunArg,
+    run: OptionalRunArg = None,
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="Process, for example trainer; default all.")
     ] = None,

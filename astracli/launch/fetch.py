@@ -75,7 +75,11 @@ def fetch_model(path: str, revision: str | None = None, say: Say = talk.say) -> 
     if found is None:
         found = _snapshot(path, "model", revision, MODEL_FILES, MODEL_IGNORED, say)
     if not (found / "config.json").is_file():
-        raise UserError(f"no config.json in `{found}`", "give a checkpoint directory or a Hub id as model.path")
+        export = found / "export"
+        trained = f"what that run trained is `{export}`" if (export / "config.json").is_file() else ""
+        raise UserError(
+            f"no config.json in `{found}`", trained or "give a checkpoint directory or a Hub id as model.path"
+        )
     if not any(found.glob("*.safetensors")):
         raise UserError(
             f"no *.safetensors in `{found}`", "convert the checkpoint to safetensors, or choose another one"

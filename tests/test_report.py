@@ -222,6 +222,17 @@ def test_summary_of_a_resumed_attempt_times_its_own_steps(tmp_path: Path) -> Non
     assert facts["tokens"] == "2,000 trained in attempt 3, 500 a second"
 
 
+def test_waiting_for_an_engine_to_start_is_start_up_and_no_part_of_a_step(tmp_path: Path) -> None:
+    """Ready at 111: the step that began at 103 and ended at 117 waited 8 of its 10 s before, and worked 4."""
+    records = [
+        {"time": 117.0, "step": 0, "process": "trainer", "step_s": 14.0, "wait_s": 10.0, "train_s": 4.0, "tokens": 60},
+        {"time": 121.0, "step": 1, "process": "trainer", "step_s": 4.0, "wait_s": 1.0, "train_s": 3.0, "tokens": 40},
+    ]
+    found = make_summary(tmp_path, records=records, since=100.0, phases={"planning": 3.0, "starting": 11.0})["training"]
+    assert (found["step_s_mean"], found["wait_s"], found["wait_share"]) == (5.0, 3.0, pytest.approx(0.3))
+    assert found["tokens_per_s"] == 10.0
+
+
 def test_what_a_killed_attempt_trained_after_its_checkpoint_is_no_part_of_the_run(tmp_path: Path) -> None:
     before = [{"time": 100.0 + s, "step": s, "process": "trainer", "step_s": 2.0, "tokens": 1000} for s in range(4)]
     after = [{"time": 200.0, "step": 2, "process": "trainer", "step_s": 3.0, "tokens": 10}]

@@ -55,7 +55,7 @@ def build(
         "evaluations_s": dict(evaluations_s),
         "benchmarks": benchmarks(store.get("evals") or []),
         "expected": recipe.expected.model_dump() if recipe.expected else None,
-        "training": training(mine, first_step),
+        "training": training(_since_ready(mine, since + phases.get("starting", 0.0)), first_step),
         "balance": balance.of_run(mine, recipe, plan, first_step) if plan and here else None,
         "weights": weights(records, recipe.weights.transfer),
         "parity": {"mean_abs": mean(values(records, "parity_mean_abs")), "max_abs": largest(records, "parity_max_abs")},
@@ -65,6 +65,18 @@ def build(
         "memory": memory_document(memory),
         "paths": paths(run_dir),
     }
+
+
+def _since_ready(records: Sequence[Record], ready: float) -> list[Record]:
+    """The records without what a trainer that was up first waited for the others: that is start-up, and told as such.
+    `ready`: when all processes were, unix seconds."""
+    found = []
+    for record in records:
+        if "wait_s" in record and "step_s" in record and "time" in record:
+            early = min(record["wait_s"], max(0.0, ready - (record["time"] - record["step_s"])))
+            record = record | {"wait_s": record["wait_s"] - early, "step_s": record["step_s"] - early}
+        found.append(record)
+    return found
 
 
 def _steps(records: Sequence[Record]) -> list[int]:

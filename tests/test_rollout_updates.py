@@ -248,3 +248,36 @@ def test_an_engine_that_comes_back_is_given_weights_before_it_serves(world: Worl
     asyncio.run(world.play(scenario))
     assert world.fetcher.asked == [(1, 0), (1, 0)]
     assert world.engine.version == 1
+
+
+def test_an_engine_that_is_lost_during_its_read_back_and_comes_back_gets_work_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its proof never comes; it is resynced, and attached only then: the hub must hear that it is ready after that."""
+    world.engine.proofs = True
+    world.fetcher.proofs = [RunFailed("the engine did not read version 1 back within 60 s"), 0.01, 0.01, 0.01]
+    asked, go_on, proof = threading.Event(), threading.Event(), world.fetcher.proof
+
+    def slowly(version: int) -> dict[str, float]:
+        asked.set()
+        assert go_on.wait(10)
+        return proof(version)
+
+    monkeypatch.setattr(world.fetcher, "proof", slowly)
+
+    async def scenario() -> None:
+        await until(lambda: world.engine.running == 8)
+        world.store.announce(1, 1)
+        await until(asked.is_set)
+        assert world.engine.running
+        world.engine.step_s = 0.2  # so that what runs is cut off
+        await asyncio.to_thread(world.engine.stop)
+        await until(lambda: world.store.counts()["queued"] > 0)
+        world.engine.version, world.engine.serving, world.engine.running, world.engine.step_s = 0, False, 0, 0.01
+        world.engine.start()
+        go_on.set()
+        await until(lambda: bool(records(world)))
+        await world.batch(0)
+        await until(lambda: world.store.state()["engines"]["engine0"] == {"version": 1, "state": "ready"})
+
+    asyncio.run(world.play(scenario))

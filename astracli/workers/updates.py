@@ -161,6 +161,7 @@ class Lane(Gate):
 
         An engine that was started again serves nothing before it was given weights.
         """
+        self.open.clear()  # an update may have opened it since the engine was lost, which the hub hears of anew
         if self._failures:
             await self._hub.engine_state(self.name, None, "down")
         await self._engine.wait_ready(self._ready_timeout_s)

@@ -281,3 +281,24 @@ def test_an_engine_that_is_lost_during_its_read_back_and_comes_back_gets_work_ag
         await until(lambda: world.store.state()["engines"]["engine0"] == {"version": 1, "state": "ready"})
 
     asyncio.run(world.play(scenario))
+
+
+def test_an_engine_that_is_lost_while_it_has_nothing_to_do_is_given_weights_when_it_comes_back(world: World) -> None:
+    """Without a request and an update nothing fails here: only the supervisor sees it, and says so to the hub."""
+
+    async def scenario() -> None:
+        world.store.announce(1, 1)
+        await until(lambda: world.store.state()["engines"].get("engine0") == {"version": 1, "state": "ready"})
+        await world.batch(0)
+        await until(lambda: world.store.lease("x", 0, engine="engine0")["wait"])
+        await until(lambda: not world.store.counts()["in_flight"])
+        asked = len(world.fetcher.asked)
+        await asyncio.to_thread(world.engine.stop)
+        world.engine.version, world.engine.serving = 0, False
+        world.store.release_worker("engine0")
+        world.engine.start()
+        await until(lambda: world.store.state()["engines"]["engine0"] == {"version": 1, "state": "ready"})
+        assert len(world.fetcher.asked) == asked + 1
+
+    asyncio.run(world.play(scenario))
+    assert world.engine.version == 1 and world.engine.serving

@@ -105,7 +105,7 @@ class Lane(Gate):
             try:
                 if not self._attached:
                     await self._attach()
-                ready_to_serve = self._serving and not self.open.is_set()
+                ready_to_serve, told = self._serving and not self.open.is_set(), self.open.is_set()
                 reply = await self._hub.target(
                     self.name,
                     have=self.version if self.open.is_set() else None,
@@ -113,7 +113,9 @@ class Lane(Gate):
                 )
                 if reply["stop"]:
                     return
-                if self.turns and self._attached and reply.get("wanted"):
+                if told and reply.get("down"):
+                    self._attached = False  # the supervisor saw it end: with nothing under way, nothing failed here
+                elif self.turns and self._attached and reply.get("wanted"):
                     if not await self._take_turns():
                         return
                 elif self._attached:

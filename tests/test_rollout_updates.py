@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -131,6 +132,31 @@ def test_what_is_generated_before_a_read_back_fails_is_lost_and_the_engine_resyn
     (record,) = records(world)
     assert (record["resyncs"], record["kind"], record["readback_s"]) == (1, "full", 0.01)
     assert record["gap_s"] > 0.1, "closed from the failure on, while the full payload came"
+
+
+def test_an_engine_that_is_lost_after_a_failed_read_back_is_not_taken_at_its_word(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says that it holds the version; SGLang, too, goes on saying so."""
+    world.engine.proofs = True
+    world.fetcher.proofs = [RunFailed("read back under HF names, 1 tensors differ: a"), 0.01]
+    pause, pauses = EngineClient.pause, []
+
+    async def lost_once(client: EngineClient, mode: Any) -> None:
+        pauses.append(mode)
+        if len(pauses) == 2:
+            raise RunFailed("engine0 did not answer")
+        await pause(client, mode)
+
+    monkeypatch.setattr(EngineClient, "pause", lost_once)
+
+    async def scenario() -> None:
+        world.store.announce(1, 1)
+        await until(lambda: world.store.state()["engines"].get("engine0") == {"version": 1, "state": "ready"})
+
+    asyncio.run(world.play(scenario))
+    assert world.fetcher.asked == [(1, 0), (1, None), (1, None)]
+    assert [event for event in world.engine.events if "pause" not in event] == ["applied 1", "applied 1"]
 
 
 def test_what_comes_back_before_the_engine_has_said_that_it_goes_on_waits_for_the_proof(

@@ -96,6 +96,8 @@ class Lane(Gate):
         self._mode = mode
         self._ready_timeout_s = ready_timeout_s
         self._serving = False
+        self._wrong: int | None = None
+        """What the engine says it holds, and a read-back has found it does not."""
 
     # ---- following the hub -------------------------------------------------------------------------------------------
 
@@ -169,8 +171,8 @@ class Lane(Gate):
         await self._engine.wait_ready(self._ready_timeout_s)
         info = await self._call(self._engine.model_info())
         held = int(info["weight_version"])
-        self.version = held if held != UNPROVEN else None
-        self._serving = bool(info.get("serving", self.version is not None))
+        self.version = held if held not in (UNPROVEN, self._wrong) else None
+        self._serving = self.version is not None and bool(info.get("serving", True))
         if info.get("paused", True):  # SGLang does not say; to continue what runs changes nothing
             await self._call(self._engine.resume())
         if self.version is not None and not self._fetcher.watched:  # our loader would first compile in a pause
@@ -217,7 +219,7 @@ class Lane(Gate):
         except RunFailed as error:
             closed = time.monotonic()
             self.open.clear()
-            self.version, self._serving = None, False
+            self.version, self._serving, self._wrong = None, False, target
             self._disproved += 1
             self._proven.set()
             record["resyncs"] += 1
@@ -274,6 +276,7 @@ class Lane(Gate):
             await self._call(self._engine.resume())
             await self._drain()
             raise RunFailed(f"version {target} was not applied: {update.message}")
+        self._wrong = None
         due = bool(update.outcome.get("proof"))
         if due:  # what comes back from now on may be of weights that are not the trainer's
             self._proven.clear()

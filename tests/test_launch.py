@@ -93,6 +93,13 @@ def test_an_engine_that_is_started_again_waits_for_weights(tmp_path: Path) -> No
     assert load_config(["w", engine.argv[-1]]).extra["await_weights"] is True
 
 
+def test_an_engine_without_a_trainer_is_started_again_with_the_models_own_weights(tmp_path: Path) -> None:
+    recipe = tiny(launch__max_restarts=2)
+    alone = replace(setting(recipe, tmp_path), plan=run._plan(recipe, "rollout", run._config_if_here(recipe)))
+    engine = next(spec for spec in children.build(alone, {}) if spec.role == "engine")
+    assert engine.restarts == 2 and engine.before_restart is None, "nobody would give it any"
+
+
 def stored_run(tmp_path: Path, recipe: Recipe) -> RunDir:
     (tmp_path / "recipe.json").write_text(recipe_io.to_json(recipe))
     return RunDir(tmp_path)

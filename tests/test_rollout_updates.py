@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,6 +134,31 @@ def test_what_is_generated_before_a_read_back_fails_is_lost_and_the_engine_resyn
     assert record["gap_s"] > 0.1, "closed from the failure on, while the full payload came"
 
 
+def test_an_engine_that_is_lost_after_a_failed_read_back_is_not_taken_at_its_word(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says that it holds the version; SGLang, too, goes on saying so."""
+    world.engine.proofs = True
+    world.fetcher.proofs = [RunFailed("read back under HF names, 1 tensors differ: a"), 0.01]
+    pause, pauses = EngineClient.pause, []
+
+    async def lost_once(client: EngineClient, mode: Any) -> None:
+        pauses.append(mode)
+        if len(pauses) == 2:
+            raise RunFailed("engine0 did not answer")
+        await pause(client, mode)
+
+    monkeypatch.setattr(EngineClient, "pause", lost_once)
+
+    async def scenario() -> None:
+        world.store.announce(1, 1)
+        await until(lambda: world.store.state()["engines"].get("engine0") == {"version": 1, "state": "ready"})
+
+    asyncio.run(world.play(scenario))
+    assert world.fetcher.asked == [(1, 0), (1, None), (1, None)]
+    assert [event for event in world.engine.events if "pause" not in event] == ["applied 1", "applied 1"]
+
+
 def test_what_comes_back_before_the_engine_has_said_that_it_goes_on_waits_for_the_proof(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,3 +274,57 @@ def test_an_engine_that_comes_back_is_given_weights_before_it_serves(world: Worl
     asyncio.run(world.play(scenario))
     assert world.fetcher.asked == [(1, 0), (1, 0)]
     assert world.engine.version == 1
+
+
+def test_an_engine_that_is_lost_during_its_read_back_and_comes_back_gets_work_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its proof never comes; it is resynced, and attached only then: the hub must hear that it is ready after that."""
+    world.engine.proofs = True
+    world.fetcher.proofs = [RunFailed("the engine did not read version 1 back within 60 s"), 0.01, 0.01, 0.01]
+    asked, go_on, proof = threading.Event(), threading.Event(), world.fetcher.proof
+
+    def slowly(version: int) -> dict[str, float]:
+        asked.set()
+        assert go_on.wait(10)
+        return proof(version)
+
+    monkeypatch.setattr(world.fetcher, "proof", slowly)
+
+    async def scenario() -> None:
+        await until(lambda: world.engine.running == 8)
+        world.store.announce(1, 1)
+        await until(asked.is_set)
+        assert world.engine.running
+        world.engine.step_s = 0.2  # so that what runs is cut off
+        await asyncio.to_thread(world.engine.stop)
+        await until(lambda: world.store.counts()["queued"] > 0)
+        world.engine.version, world.engine.serving, world.engine.running, world.engine.step_s = 0, False, 0, 0.01
+        world.engine.start()
+        go_on.set()
+        await until(lambda: bool(records(world)))
+        await world.batch(0)
+        await until(lambda: world.store.state()["engines"]["engine0"] == {"version": 1, "state": "ready"})
+
+    asyncio.run(world.play(scenario))
+
+
+def test_an_engine_that_is_lost_while_it_has_nothing_to_do_is_given_weights_when_it_comes_back(world: World) -> None:
+    """Without a request and an update nothing fails here: only the supervisor sees it, and says so to the hub."""
+
+    async def scenario() -> None:
+        world.store.announce(1, 1)
+        await until(lambda: world.store.state()["engines"].get("engine0") == {"version": 1, "state": "ready"})
+        await world.batch(0)
+        await until(lambda: world.store.lease("x", 0, engine="engine0")["wait"])
+        await until(lambda: not world.store.counts()["in_flight"])
+        asked = len(world.fetcher.asked)
+        await asyncio.to_thread(world.engine.stop)
+        world.engine.version, world.engine.serving = 0, False
+        world.store.release_worker("engine0")
+        world.engine.start()
+        await until(lambda: world.store.state()["engines"]["engine0"] == {"version": 1, "state": "ready"})
+        assert len(world.fetcher.asked) == asked + 1
+
+    asyncio.run(world.play(scenario))
+    assert world.engine.version == 1 and world.engine.serving

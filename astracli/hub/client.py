@@ -84,7 +84,8 @@ class _Calls:
 
     def target(self, engine: str, *, have: int | None = None, wait_s: float = 0.0) -> Any:
         """-> {"version": int or None, "pinned": bool, "stop": bool}; waits up to `wait_s` for another than `have`.
-        Of an engine that takes turns on its GPU also "wanted": someone waits for it, which ends the wait, too."""
+        Of an engine that takes turns on its GPU also "wanted": someone waits for it, which ends the wait, too. Of one
+        that was lost, and not reported since, "down"."""
         query = f"wait_s={wait_s}" + ("" if have is None else f"&have={have}")
         return self._send(_Call("GET", f"/engines/{engine}/target?{query}", None, "application/json"))
 

@@ -71,6 +71,10 @@ class EvalBoard:
         with self._db.lock:
             self.engines[engine] = document
 
+    def down(self, engine: str) -> bool:
+        """Whether it was lost, and has not been reported ready since."""
+        return self.engines.get(engine, {}).get("state") == "down"
+
     def next(self) -> tuple[dict[str, Any] | None, str]:
         """(the evaluation that can run now or None, what is waited for as a noun phrase).
 

@@ -269,11 +269,12 @@ class HubStore:
 
     def target(self, engine: str) -> dict[str, Any]:
         """-> {"version": int or None, "pinned": bool, "stop": bool}; of an engine that takes turns on its GPU also
-        "wanted": whether someone waits for it and no evaluation is pinned to it."""
+        "wanted": whether someone waits for it and no evaluation is pinned to it; of one that was lost "down"."""
         with self._db.lock:
             version, pinned = self._board.target(engine)
-            turns = {"wanted": self._cards.wanted(engine) and not pinned} if engine in self._cards else {}
-        return {"version": version, "pinned": pinned, "stop": self._stop, **turns}
+            more = {"wanted": self._cards.wanted(engine) and not pinned} if engine in self._cards else {}
+            more |= {"down": True} if self._board.down(engine) else {}
+        return {"version": version, "pinned": pinned, "stop": self._stop, **more}
 
     def take_card(self, card: str, who: str) -> dict[str, Any]:
         """-> {"held": bool, "stop": bool}. See `CardBook.take`."""

@@ -107,7 +107,8 @@ def _placement(plan: LaunchPlan, process: ProcessPlan) -> dict[str, Any]:
 def _engine(
     setting: Setting, process: ProcessPlan, config: WorkerConfig, address: Mapping[str, str], port: int
 ) -> ChildSpec:
-    """An engine that is started again holds no weights of this run: it then waits until they are staged and checked."""
+    """An engine that is started again holds no weights of a training run: it then waits until they are staged and
+    checked. Without a trainer nobody would stage any, and the model's own are right."""
     Path(address["stage_dir"]).mkdir(parents=True, exist_ok=True)
     published = setting.plan.command == "train"
     extra = {"port": port, "stage_dir": address["stage_dir"], "published": published, **config.extra}
@@ -121,7 +122,8 @@ def _engine(
         return spec  # reports ready when its server answers, and starts without weights every time
     # one that takes turns may be asked to give its memory back at once, which a generated token would be in the way of
     path = "model_info" if process.name in setting.plan.cards else "health_generate"
-    return replace(spec, health_url=f"{address['url']}/{path}", before_restart=before_restart)
+    spec = replace(spec, health_url=f"{address['url']}/{path}")
+    return replace(spec, before_restart=before_restart) if published else spec
 
 
 def _config(

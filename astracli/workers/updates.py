@@ -96,6 +96,8 @@ class Lane(Gate):
         self._mode = mode
         self._ready_timeout_s = ready_timeout_s
         self._serving = False
+        self._wrong: int | None = None
+        """What the engine says it holds, and a read-back has found it does not."""
 
     # ---- following the hub -------------------------------------------------------------------------------------------
 
@@ -105,7 +107,7 @@ class Lane(Gate):
             try:
                 if not self._attached:
                     await self._attach()
-                ready_to_serve = self._serving and not self.open.is_set()
+                ready_to_serve, told = self._serving and not self.open.is_set(), self.open.is_set()
                 reply = await self._hub.target(
                     self.name,
                     have=self.version if self.open.is_set() else None,
@@ -113,7 +115,9 @@ class Lane(Gate):
                 )
                 if reply["stop"]:
                     return
-                if self.turns and self._attached and reply.get("wanted"):
+                if told and reply.get("down"):
+                    self._attached = False  # the supervisor saw it end: with nothing under way, nothing failed here
+                elif self.turns and self._attached and reply.get("wanted"):
                     if not await self._take_turns():
                         return
                 elif self._attached:
@@ -161,13 +165,14 @@ class Lane(Gate):
 
         An engine that was started again serves nothing before it was given weights.
         """
+        self.open.clear()  # an update may have opened it since the engine was lost, which the hub hears of anew
         if self._failures:
             await self._hub.engine_state(self.name, None, "down")
         await self._engine.wait_ready(self._ready_timeout_s)
         info = await self._call(self._engine.model_info())
         held = int(info["weight_version"])
-        self.version = held if held != UNPROVEN else None
-        self._serving = bool(info.get("serving", self.version is not None))
+        self.version = held if held not in (UNPROVEN, self._wrong) else None
+        self._serving = self.version is not None and bool(info.get("serving", True))
         if info.get("paused", True):  # SGLang does not say; to continue what runs changes nothing
             await self._call(self._engine.resume())
         if self.version is not None and not self._fetcher.watched:  # our loader would first compile in a pause
@@ -214,7 +219,7 @@ class Lane(Gate):
         except RunFailed as error:
             closed = time.monotonic()
             self.open.clear()
-            self.version, self._serving = None, False
+            self.version, self._serving, self._wrong = None, False, target
             self._disproved += 1
             self._proven.set()
             record["resyncs"] += 1
@@ -271,6 +276,7 @@ class Lane(Gate):
             await self._call(self._engine.resume())
             await self._drain()
             raise RunFailed(f"version {target} was not applied: {update.message}")
+        self._wrong = None
         due = bool(update.outcome.get("proof"))
         if due:  # what comes back from now on may be of weights that are not the trainer's
             self._proven.clear()

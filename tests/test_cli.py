@@ -16,8 +16,6 @@ import pytest
 from conftest import Ran
 from run_cases import TINY, make_run
 
-from astracli.cli.output import sections, table_lines
-
 MAIN = "from astracli.__main__ import main; main()"
 Astra = Callable[..., Ran]
 
@@ -375,36 +373,3 @@ def test_doctor_shows_failures_first_and_exits_1(astra: Astra, capsys: pytest.Ca
     assert lines[lines.index("warn  g/b: v") + 1 :][:2] == ["      because", "      fix: do"]
     assert lines[-1] == "a run would not work: 1 ok, 1 to look at, 1 failed"
     assert max(map(len, lines)) <= 100
-
-
-# -- tables ------------------------------------------------------------------------------------------------------------
-
-
-def test_tables_align_wrap_and_put_numbers_right() -> None:
-    lines = table_lines(["name", "n", "words"], [["a", 5, "one two three four five six"], ["bb", 10, None]], width=32)
-    assert lines == [
-        "name   n  words",
-        "a      5  one two three four",
-        "          five six",
-        "bb    10  -",
-    ]
-
-
-def test_a_table_is_no_wider_than_its_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    from astracli.cli.output import room
-
-    monkeypatch.setenv("COLUMNS", "60")
-    assert room() == 100, "a file or a pipe has no columns"
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert room() == 60
-    monkeypatch.setenv("COLUMNS", "200")
-    assert room() == 100
-
-
-def test_a_nested_document_becomes_titled_tables() -> None:
-    found = sections({"a": 1, "b": {"c": [1, 2], "d": []}, "e": [{"x": 1}, {"x": 2, "y": True}]})
-    assert found == [
-        (None, [], [["a", 1]]),
-        ("b", [], [["c", "1, 2"], ["d", "-"]]),
-        ("e", ["x", "y"], [[1, None], [2, True]]),
-    ]

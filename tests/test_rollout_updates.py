@@ -187,11 +187,8 @@ def test_what_comes_back_before_the_engine_has_said_that_it_goes_on_waits_for_th
     assert counted == [0, 0], "nothing that the wrong weights drew"
 
 
-def test_no_evaluation_begins_before_the_weights_are_read_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its answers are not held back: of weights that are then found wrong they would be counted."""
-    world.store._board._every = 1
-    world.engine.proofs = True
-    world.fetcher.proofs = [RunFailed("read back under HF names, 1 tensors differ: a"), 0.01]
+def proof_on_demand(world: World, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """(a read-back is asked for, it may be answered)"""
     asked, go_on, proof = threading.Event(), threading.Event(), world.fetcher.proof
 
     def slowly(version: int) -> dict[str, float]:
@@ -200,6 +197,15 @@ def test_no_evaluation_begins_before_the_weights_are_read_back(world: World, mon
         return proof(version)
 
     monkeypatch.setattr(world.fetcher, "proof", slowly)
+    return asked, go_on
+
+
+def test_no_evaluation_begins_before_the_weights_are_read_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answers are not held back: of weights that are then found wrong they would be counted."""
+    world.store._board._every = 1
+    world.engine.proofs = True
+    world.fetcher.proofs = [RunFailed("read back under HF names, 1 tensors differ: a"), 0.01]
+    asked, go_on = proof_on_demand(world, monkeypatch)
 
     async def scenario() -> None:
         await until(lambda: world.engine.running == 8)
@@ -282,14 +288,7 @@ def test_an_engine_that_is_lost_during_its_read_back_and_comes_back_gets_work_ag
     """Its proof never comes; it is resynced, and attached only then: the hub must hear that it is ready after that."""
     world.engine.proofs = True
     world.fetcher.proofs = [RunFailed("the engine did not read version 1 back within 60 s"), 0.01, 0.01, 0.01]
-    asked, go_on, proof = threading.Event(), threading.Event(), world.fetcher.proof
-
-    def slowly(version: int) -> dict[str, float]:
-        asked.set()
-        assert go_on.wait(10)
-        return proof(version)
-
-    monkeypatch.setattr(world.fetcher, "proof", slowly)
+    asked, go_on = proof_on_demand(world, monkeypatch)
 
     async def scenario() -> None:
         await until(lambda: world.engine.running == 8)

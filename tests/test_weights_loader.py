@@ -108,6 +108,14 @@ def test_versions_follow_each_other_inside_the_engine(tmp_path: Path, monkeypatc
     assert len(calls) == 2
 
 
+def decoded_ahead(where: Path) -> bool:
+    """Whether the thread has an answer to the plan that lies there, within ten seconds."""
+    plan, deadline = (where / "next.json").read_bytes(), time.monotonic() + 10
+    while watcher.decoded(where, plan) in (None, 0.0) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return watcher.decoded(where, plan) not in (None, 0.0)
+
+
 def test_a_version_is_decoded_and_loaded_before_the_call_and_only_scattered_in_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,10 +125,7 @@ def test_a_version_is_decoded_and_loaded_before_the_call_and_only_scattered_in_i
     monkeypatch.setenv("ASTRA_STAGE_DIR", str(where))
     sglang_loader.apply_staged(model)
     restage(tmp_path, [delta(2)])
-    plan = (where / "next.json").read_bytes()
-    deadline = time.monotonic() + 10
-    while watcher.decoded(where, plan) in (None, 0.0) and time.monotonic() < deadline:
-        time.sleep(0.005)
+    assert decoded_ahead(where)
     shutil.rmtree(where / "v000002")  # nothing of it is read again
     prepared = sglang_loader._engines[model].watcher._prepared
     assert prepared is not None and prepared.loaded is not None and prepared.steps == []
@@ -141,17 +146,11 @@ def test_the_thread_that_decodes_ahead_outlives_an_error_of_any_kind(
             raise errors.pop()
         return staged.prepare(directory)
 
-    def awaited() -> bool:
-        plan, deadline = (where / "next.json").read_bytes(), time.monotonic() + 5
-        while watcher.decoded(where, plan) in (None, 0.0) and time.monotonic() < deadline:
-            time.sleep(0.005)
-        return watcher.decoded(where, plan) not in (None, 0.0)
-
     thread = watcher.StageWatcher(where, prepare=prepare)
-    assert awaited() and thread.take() is None
+    assert decoded_ahead(where) and thread.take() is None
     assert "no room for an array" in capsys.readouterr().err
     restage(tmp_path, [delta(2)])
-    assert awaited() and thread.take() is not None
+    assert decoded_ahead(where) and thread.take() is not None
     thread.close()
 
 
@@ -167,9 +166,7 @@ def test_the_thread_says_nothing_of_a_model_that_has_gone(
     del model
     gc.collect()
     restage(tmp_path, [delta(2)])
-    plan, deadline = (where / "next.json").read_bytes(), time.monotonic() + 10
-    while watcher.decoded(where, plan) in (None, 0.0) and time.monotonic() < deadline:
-        time.sleep(0.005)
+    assert decoded_ahead(where)
     assert not json.loads((where / "watching.json").read_text())["ok"] and capsys.readouterr().err == ""
 
 

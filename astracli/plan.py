@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from astracli import machine, plan_hint, plan_memory, plan_place, plan_problems, plan_requests, plan_trainer
+from astracli import machine, plan_hint, plan_memory, plan_place, plan_problems, plan_requests, plan_speed, plan_trainer
 from astracli.adapter import MemoryShape, ModelAdapter
 from astracli.backend import BackendChoice
 from astracli.errors import UserError
@@ -47,7 +47,7 @@ def build(
     def fits(other: Recipe, lightly: bool) -> bool:
         tried = _build(other, choice, facts, command, shape, None, lambda otherwise: otherwise)
         blocked = any(problem.blocking and problem.kind in ("gpus", "memory") for problem in tried.problems)
-        return not blocked and not (lightly and tried.placement.split.optimizer == "host")
+        return not blocked and not (lightly and tried.placement.short)
 
     def way_out(otherwise: str) -> str:
         count = len(machine.visible_gpus(facts))
@@ -180,11 +180,12 @@ def _place(
 ) -> tuple[Recipe, Placement]:
     """The recipe with what it leaves to the machine, and where things lie."""
     if choice.device != "cuda":
-        return plan_requests.settle(recipe, shape, {}, [], [])[0], Placement()
+        return plan_requests.settle(recipe, shape, {}, [], [], plan_speed.pace([]))[0], Placement()
     gpus = {role: [gpu for p in processes if p.role == role for gpu in p.gpus] for role in ("engine", "trainer")}
     where = (plan_problems.sizes_of(facts), gpus["engine"], gpus["trainer"])
-    recipe, why = plan_requests.settle(recipe, shape, *where)
-    placement = plan_place.place(recipe, shape, *where)
+    pace = plan_speed.pace([gpu for gpu in machine.visible_gpus(facts) if gpu["index"] in gpus["trainer"]])
+    recipe, why = plan_requests.settle(recipe, shape, *where, pace)
+    placement = plan_place.place(recipe, shape, *where, pace)
     if why is not None:
         row = ("requests", f"{recipe.rollout.running} at once", why)
         placement = replace(placement, reasons=(row, *placement.reasons))

@@ -10,7 +10,7 @@ from astracli.recipe import Recipe
 Sets = dict[str, Any]
 """Dotted key -> value"""
 Accepted = Callable[[Recipe, bool], bool]
-"""(recipe, whether it must do without its moments on the host, which cost time in every update)"""
+"""(recipe, whether it must do without what costs time in every update: moments that have to wait on the host)"""
 
 
 def find(recipe: Recipe, command: str, gpus: int, accepted: Accepted) -> Sets | None:
@@ -67,8 +67,8 @@ def _smaller(recipe: Recipe, command: str) -> Iterator[Sets]:
     steps: list[Sets] = [{}]
     train, rollout = recipe.train, recipe.rollout
     if command == "train":
-        if train.activation_checkpointing != "full":
-            steps.append({"train.activation_checkpointing": "full"})
+        if train.activation_checkpointing in ("none", "selective"):
+            steps.append({"train.activation_checkpointing": "auto"})
         if train.reference_device == "gpu":
             steps.append({"train.reference_device": "auto"})
         if train.optimizer_device == "gpu":

@@ -1,9 +1,8 @@
 """What a plan moves off its GPUs, and what an engine may reserve of its own, each with the reason. Pure.
 
-A trainer keeps everything on its GPU while that fits. Then its reference goes to the host (used once a step), then one
-rank keeps no bf16 parameters beside their masters, then AdamW's moments go (used in every update, four times the
-bytes); in all, the fewest of these that fit. An engine that shares a GPU reserves what the trainer
-leaves of it.
+A trainer that does not fit its GPU has three ways to need less of it: the reference waits on the host (used once a
+step), a part of AdamW's moments does (used in every update), activations are made again in the backward pass. It takes
+those that cost least time (`plan_speed.py`). An engine that shares a GPU reserves what the trainer leaves of it.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ from dataclasses import dataclass, field, replace
 from astracli import plan_memory, plan_trainer
 from astracli.adapter import MemoryShape
 from astracli.plan_memory import COMFORT, ROOM, MemoryRow, words
-from astracli.plan_trainer import Split
-from astracli.recipe import Recipe
+from astracli.plan_speed import Pace, step_seconds
+from astracli.plan_trainer import Split, Where
+from astracli.recipe import Recipe, Recomputed
 from astracli.training import link
 
 
@@ -30,6 +30,8 @@ class Placement:
     """Some GPU holds an engine and a trainer: the trainer leaves it alone until the engine has reserved its part."""
     turns: bool = False
     """They take turns on it: what one of them uses for its work is not there during the other's."""
+    short: bool = False
+    """Moments have to wait on the host, whatever is computed again."""
     reasons: tuple[tuple[str, str, str], ...] = field(default=())
     """(what, where, why)"""
 
@@ -40,20 +42,22 @@ def place(
     sizes: Mapping[int, int],
     engine_gpus: Sequence[int],
     train_gpus: Sequence[int],
+    pace: Pace,
 ) -> Placement:
-    """`sizes`: bytes of each visible GPU; the lists are those that the processes get."""
+    """`sizes`: bytes of each visible GPU; the lists are those that the processes get; `pace`: of the trainer's."""
     fraction = recipe.rollout.mem_fraction_static
     shared = bool(set(engine_gpus) & set(train_gpus))
     if shape is None:
         return Placement(mem_fraction_static=fraction, shared=shared)
     smallest = min((sizes[gpu] for gpu in train_gpus if gpu in sizes), default=None)
     turns = shared and takes_turns(recipe, shape, smallest, len(train_gpus))
-    beside = AWAY if turns else None
-    split, why = _split(recipe, shape, smallest, len(train_gpus), shared, beside) if train_gpus else (Split(), [])
-    reasons = [(what, getattr(split, what), reason) for what, reason in why]
-    if split.wrapped:
-        why_wrapped = f"in bf16 beside their masters they need {words(2 * shape.parameters)} more"
-        reasons.append(("parameters", "cast in every pass", why_wrapped))
+    split, short = Split(), False
+    reasons: list[tuple[str, str, str]] = []
+    if train_gpus and smallest is None:
+        split = options(recipe, shape, len(train_gpus), pace)[0]
+    elif smallest is not None:
+        beside = AWAY if turns else None
+        split, short, reasons = _split(recipe, shape, smallest, len(train_gpus), pace, shared, beside)
     if len(train_gpus) > 1:
         without = " ".join(f"{name}={value}" for name, value in link.WITHOUT_PEERS.items())
         proof = f"proved by an all-reduce in {link.LIMIT_S:g} s at the start; if not, once more with {without}"
@@ -75,7 +79,7 @@ def place(
             fraction = derived
             why_less = f"what the trainer leaves of {words(smallest)}, less {words(beside)} for work"
             reasons.append(("engine", f"reserves {fraction:.0%}", why_less))
-    return Placement(split, fraction, shared, turns, tuple(reasons))
+    return Placement(split, fraction, shared, turns, short, tuple(reasons))
 
 
 AWAY = plan_memory.CUDA_GRAPHS + plan_memory.CUDA_CONTEXT
@@ -87,59 +91,86 @@ def takes_turns(recipe: Recipe, shape: MemoryShape, size: int | None, ranks: int
     mode = recipe.resources.share_mode
     if mode != "auto" or size is None:
         return mode == "turns"
-    engine = _engine(recipe, shape, 1)
-    if any(trainer_bytes(recipe, shape, ranks, option) + engine <= size for option in options(recipe, ranks)):
-        return False
-    return any(trainer_bytes(recipe, shape, ranks, option) + AWAY <= size for option in options(recipe, ranks))
+    need = min(trainer_bytes(recipe, shape, ranks, split) for split in options(recipe, shape, ranks, Pace()))
+    return need + AWAY <= size < need + _engine(recipe, shape, 1)
 
 
-def options(recipe: Recipe, ranks: int) -> list[Split]:
-    """Splits that the recipe leaves open, the quickest first."""
-    asked = recipe.train
-    referenced = recipe.algorithm.kl_coef > 0
-    references = ("gpu", "host") if asked.reference_device == "auto" and referenced else (asked.reference_device,)
-    optimizers = ("gpu", "host") if asked.optimizer_device == "auto" else (asked.optimizer_device,)
-    return [
-        Split("host" if reference == "host" else "gpu", "host" if optimizer == "host" else "gpu", wrapped)
-        for optimizer in optimizers
-        for wrapped in ((False, True) if ranks == 1 else (False,))
-        for reference in references
-    ]
+def options(recipe: Recipe, shape: MemoryShape, ranks: int, pace: Pace, *, beside: bool = False) -> list[Split]:
+    """Splits that the recipe leaves open, the quickest first. `beside`: an engine runs on the same GPU meanwhile, which
+    makes more of memory than the trainer does."""
+    asked, used = recipe.train, recipe.algorithm.kl_coef > 0
+    modes: Sequence[Recomputed] = ("full",) if beside else ("none", "selective", "full")
+    if asked.activation_checkpointing != "auto":
+        modes = (asked.activation_checkpointing,)
+    references: Sequence[Where] = ("gpu", "host") if used else ("gpu",)
+    if asked.reference_device != "auto":
+        references = (asked.reference_device,)
+    parts = {"auto": PARTS, "gpu": (0.0,), "host": (1.0,)}[asked.optimizer_device]
+    splits = [Split(reference, part, mode) for reference in references for part in parts for mode in modes]
+    return sorted(splits, key=lambda split: step_seconds(recipe, shape, ranks, split, pace))
+
+
+PARTS = tuple(twentieths / 20 for twentieths in range(21))
+"""Of the moments, that may wait on the host."""
+
+
+def _part(moments_on_host: float) -> str:
+    if moments_on_host in (0.0, 1.0):
+        return "host" if moments_on_host else "gpu"
+    return f"{moments_on_host:.0%} on the host"
 
 
 def _split(
-    recipe: Recipe, shape: MemoryShape, size: int | None, ranks: int, shared: bool, beside: int | None
-) -> tuple[Split, list[tuple[str, str]]]:
-    """(where things lie, [(what is decided, reason)]). `beside`: what stays of an engine that takes turns."""
+    recipe: Recipe, shape: MemoryShape, size: int, ranks: int, pace: Pace, shared: bool, beside: int | None
+) -> tuple[Split, bool, list[tuple[str, str, str]]]:
+    """(where things lie, whether moments have to wait on the host, [(what, where, reason)]). `beside`: what stays of an
+    engine that takes turns."""
     asked, referenced = recipe.train, recipe.algorithm.kl_coef > 0
-    open_to_us = options(recipe, ranks)
-    first, last = open_to_us[0], open_to_us[-1]
-    chosen = first
-    if size is not None:
-        requests = recipe.rollout.running
-        for wanted, room in ((max(1, requests // COMFORT), ROOM), (1, ROOM), (1, 1.0)):
-            engine = beside if beside is not None else _engine(recipe, shape, wanted) if shared else 0
-            fitting = [
-                option for option in open_to_us if trainer_bytes(recipe, shape, ranks, option) + engine <= room * size
-            ]
-            chosen = fitting[0] if fitting else last
-            if fitting:
-                break
+    apart = not shared or beside is not None
+    open_to_us = options(recipe, shape, ranks, pace, beside=not apart)
+    needs = {split: trainer_bytes(recipe, shape, ranks, split) for split in open_to_us}
+    chosen, fitting = min(open_to_us, key=needs.__getitem__), list[Split]()
+    for wanted, room in ((max(1, recipe.rollout.running // COMFORT), ROOM), (1, ROOM), (1, 1.0)):
+        engine = beside if beside is not None else _engine(recipe, shape, wanted) if shared else 0
+        fitting = [split for split in open_to_us if needs[split] + engine <= room * size]
+        if fitting:
+            chosen = fitting[0]
+            break
     reasons = []
-    for what, asked_for, there in (
-        ("reference", asked.reference_device, referenced),
-        ("optimizer", asked.optimizer_device, True),
+    if asked.activation_checkpointing == "auto":
+        why = _quickest(recipe, shape, ranks, pace, fitting, size) if apart else "an engine beside it needs the memory"
+        reasons.append(("activations", KEPT[chosen.recomputed], why))
+    need = trainer_bytes(recipe, shape, ranks, Split(recomputed=chosen.recomputed))
+    no_room = f"with everything on the GPU the trainer needs {words(need)} of {words(size)}"
+    for what, asked_for, where, moved in (
+        ("reference", asked.reference_device, chosen.reference, referenced and chosen.reference == "host"),
+        ("optimizer", asked.optimizer_device, _part(chosen.moments_on_host), chosen.moments_on_host > 0),
     ):
-        if there and (getattr(chosen, what) == "host" or asked_for != "auto"):
-            reasons.append(
-                (what, "the recipe asks for it" if asked_for != "auto" else _why(recipe, shape, size, ranks))
-            )
-    return chosen, reasons
+        if moved or (asked_for != "auto" and (referenced or what != "reference")):
+            reasons.append((what, where, "the recipe asks for it" if asked_for != "auto" else no_room))
+    short = not any(split.moments_on_host == 0 for split in fitting)
+    return chosen, short, reasons
 
 
-def _why(recipe: Recipe, shape: MemoryShape, size: int | None, ranks: int) -> str:
-    need = trainer_bytes(recipe, shape, ranks, Split())
-    return f"with everything on the GPU the trainer needs {words(need)} of {words(size or 0)}"
+KEPT: dict[Recomputed, str] = {
+    "none": "kept",
+    "selective": "every second block's made again",
+    "full": "every block's made again",
+}
+
+
+def _quickest(recipe: Recipe, shape: MemoryShape, ranks: int, pace: Pace, fitting: Sequence[Split], size: int) -> str:
+    """How the quickest that fits compares with the other ways to treat activations, each at its best."""
+    if not fitting:
+        return f"needs least; nothing fits {words(size)}"
+    best = {split.recomputed: step_seconds(recipe, shape, ranks, split, pace) for split in reversed(fitting)}
+    first = fitting[0].recomputed
+    parts = []
+    for mode, again in (("none", "none"), ("selective", "every second"), ("full", "every")):
+        if mode != first:
+            ratio = f"{best[mode] / best[first]:.2f} times as long" if mode in best else "does not fit"
+            parts.append(f"{again} again: {ratio}")
+    return f"the quickest that fits {words(size)} (estimated); {', '.join(parts)}"
 
 
 def trainer_bytes(recipe: Recipe, shape: MemoryShape, ranks: int, split: Split) -> int:
@@ -155,7 +186,7 @@ def _engine(recipe: Recipe, shape: MemoryShape, requests: int) -> int:
 
 STAYS = ("CUDA graphs", "CUDA context")
 """Rows that stay on a GPU whoever's turn it is."""
-PARKED = ("weights (bf16)", "master weights (fp32)", "moments (fp32)", "reference (bf16)")
+PARKED = ("weights (bf16)", plan_trainer.MASTERS, "moments (fp32)", "reference (bf16)")
 """Rows that wait in host memory during the other's turn; the rest is empty then."""
 
 

@@ -14,6 +14,7 @@ from astracli import plan_memory
 from astracli.adapter import MemoryShape
 from astracli.plan_memory import COMFORT, ROOM, words
 from astracli.plan_place import options, takes_turns, trainer_bytes
+from astracli.plan_speed import Pace
 from astracli.recipe import Recipe
 
 MOST = 256
@@ -28,6 +29,7 @@ def settle(
     sizes: Mapping[int, int],
     engine_gpus: Sequence[int],
     train_gpus: Sequence[int],
+    pace: Pace,
 ) -> tuple[Recipe, str | None]:
     """(the recipe with `rollout.max_running_requests` set, how it was derived). A recipe that says it stays as it is;
     without a GPU or a known model it takes `recipe.RUNNING`, and there is nothing to say."""
@@ -38,14 +40,16 @@ def settle(
         return _with(recipe, recipe.rollout.running), None
     useful = _useful(recipe, len(engine_gpus))
     if set(engine_gpus) & set(train_gpus):
-        return _beside(recipe, shape, card, len(train_gpus), useful)
+        return _beside(recipe, shape, card, len(train_gpus), useful, pace)
     static = int(recipe.rollout.mem_fraction_static * card)
     fit = _fit(recipe, shape, static, card, 1)
     why = f"{recipe.rollout.mem_fraction_static:.0%} of {words(card)} less {words(2 * shape.parameters)} of weights"
     return _settled(recipe, shape, fit, useful, 1, why)
 
 
-def _beside(recipe: Recipe, shape: MemoryShape, card: int, ranks: int, useful: int) -> tuple[Recipe, str | None]:
+def _beside(
+    recipe: Recipe, shape: MemoryShape, card: int, ranks: int, useful: int, pace: Pace
+) -> tuple[Recipe, str | None]:
     """On a GPU that holds a trainer, too: what the trainer leaves when as little of it as possible is on the host."""
     if takes_turns(_with(recipe, FEW), shape, card, ranks):
         beside = plan_memory.CUDA_CONTEXT + plan_memory.beside_static(shape, _with(recipe, useful))
@@ -53,7 +57,7 @@ def _beside(recipe: Recipe, shape: MemoryShape, card: int, ranks: int, useful: i
         fit = _fit(recipe, shape, static, card, COMFORT)
         return _settled(recipe, shape, fit, useful, COMFORT, f"{words(card)} in turns with the trainer")
     fit = 1
-    for option in options(recipe, ranks):
+    for option in options(recipe, shape, ranks, pace, beside=True):
         left = int(ROOM * card) - trainer_bytes(recipe, shape, ranks, option)
         static = min(
             int(recipe.rollout.mem_fraction_static * card),

@@ -1,9 +1,10 @@
 """What a trainer rank holds in memory, in bytes, at its largest: in the backward pass of a full micro-batch. Pure.
 
 The terms follow `training/`: fp32 masters, gradients and moments, sharded over the ranks (optimizer.py); on one rank
-the bf16 parameters beside them; else FSDP2 mixed precision, which gathers a block in bf16 around its use and the
-embedding and head for the whole pass (fsdp.py); the output head in chunks of tokens (logprob.py); the last published
-version and the next, on the GPU where there is room for both (weights/snapshot.py), else on the host.
+the bf16 parameters are halves of their masters (halves.py); on several FSDP2 mixed precision gathers a block in bf16
+around its use and the embedding and head for the whole pass (fsdp.py); the output head in chunks of tokens
+(logprob.py); the last published version and the next, on the GPU where there is room for both (weights/snapshot.py),
+else on the host.
 Letters: P parameters, R ranks, V vocabulary, D hidden size, T tokens of a micro-batch.
 """
 
@@ -15,7 +16,7 @@ from typing import Literal
 
 from astracli.adapter import MemoryShape
 from astracli.plan_memory import CUDA_CONTEXT, TORCH_PROCESS, MemoryRow, Place, block_activations
-from astracli.recipe import RECOMPUTED_BLOCKS, Recipe
+from astracli.recipe import RECOMPUTED_BLOCKS, Recipe, Recomputed
 
 Where = Literal["gpu", "host"]
 
@@ -29,9 +30,12 @@ ALONE = 2
 """The same on one rank, which gathers and reduces nothing: bf16 gradients, each gone when it is added up."""
 RECOMPUTED = 1.25
 """A block's backward pass over what autograd kept of it: gradients come before what they are made from goes."""
-BUCKET_BYTES = 2**30
-"""Moments that an update has on the GPU at once while those of all tensors wait on the host; those of one tensor may be
-more."""
+BUCKET_BYTES = 2**29
+"""What passes through the GPU together in an update: masters made whole from halves, moments that wait on the host. Of
+one tensor it may be more."""
+PASSING = 3
+"""Buckets of moments on the GPU at once: one comes, one is worked on, one leaves."""
+MASTERS = "master weights (fp32)"
 PUBLISHED = "published weights, last version and the next"
 SPARE_BYTES = 2**30
 """Of a GPU, what published versions leave free; `weights.snapshot` says the same."""
@@ -41,17 +45,24 @@ NCCL = 2**29
 
 @dataclass(frozen=True)
 class Split:
-    """Where what a trainer does not always need lies: on its GPU, or in pinned host memory and moved in when used."""
+    """Where what a trainer does not always need lies: on its GPU, in pinned host memory and moved in when used, or
+    nowhere and computed again."""
 
     reference: Where = "gpu"
-    optimizer: Where = "gpu"
-    wrapped: bool = False
-    """One rank casts its masters to bf16 block by block in every pass, as several do, and keeps no bf16 parameters
-    beside them: less memory, more and smaller kernels."""
+    moments_on_host: float = 0.0
+    """Which part of AdamW's moments."""
+    recomputed: Recomputed = "none"
+    """Of the blocks' activations, where the recipe leaves it open."""
 
 
 RESIDENT = Split()
-"""Everything on the GPU, and bf16 parameters too."""
+"""Everything on the GPU."""
+
+
+def recomputed(recipe: Recipe, split: Split) -> Recomputed:
+    """What the backward pass computes again."""
+    asked = recipe.train.activation_checkpointing
+    return split.recomputed if asked == "auto" else asked
 
 
 def trainer_rows(
@@ -69,20 +80,20 @@ def trainer_rows(
         return _on_cpu(name, shape, recipe, ranks)
     share = ceil(shape.parameters / ranks)
     rows = [
-        MemoryRow(name, "master weights (fp32)", "gpu", 4 * share),
+        MemoryRow(name, MASTERS, "gpu", 4 * share),
         MemoryRow(name, "gradients (fp32)", "gpu", 4 * share),
-        MemoryRow(name, "moments (fp32)", split.optimizer, 8 * share),
     ]
+    away = ceil(split.moments_on_host * 8 * share)
+    places: tuple[tuple[Where, int], ...] = (("gpu", 8 * share - away), ("host", away))
+    rows += [MemoryRow(name, "moments (fp32)", where, part) for where, part in places if part]
     if recipe.algorithm.kl_coef > 0:
         # moved in for the scoring pass, it takes the room of the gradients, which are made later
         rows.append(MemoryRow(name, "reference (bf16)", split.reference, 2 * share))
     context = CUDA_CONTEXT + (NCCL if ranks > 1 else 0)
-    if _gathers(ranks, split):
+    if ranks > 1:
         rows.append(MemoryRow(name, "embedding and head, gathered (bf16)", "gpu", 2 * _outside(shape)))
-    else:
-        rows.append(MemoryRow(name, "parameters beside their masters (bf16)", "gpu", 2 * shape.parameters))
     rows += [
-        MemoryRow(name, "activations", "gpu", _kept(shape, recipe), "estimated"),
+        MemoryRow(name, "activations", "gpu", _kept(shape, recipe, split), "estimated"),
         MemoryRow(name, "backward pass of the head or a block", "gpu", _peak(shape, recipe, ranks, split), "estimated"),
         MemoryRow(name, "CUDA context", "gpu", context, "estimated"),
     ]
@@ -102,7 +113,7 @@ def _on_cpu(name: str, shape: MemoryShape, recipe: Recipe, ranks: int) -> list[M
     share = ceil(shape.parameters / ranks)
     host: Place = "host"
     rows = [
-        MemoryRow(name, "master weights (fp32)", host, 4 * share),
+        MemoryRow(name, MASTERS, host, 4 * share),
         MemoryRow(name, "moments (fp32)", host, 8 * share),
         MemoryRow(name, "gradients (fp32)", host, 4 * share),
         MemoryRow(name, PUBLISHED, host, 4 * share),
@@ -112,13 +123,9 @@ def _on_cpu(name: str, shape: MemoryShape, recipe: Recipe, ranks: int) -> list[M
         rows.append(MemoryRow(name, "reference", host, 4 * share))
     logits = min(LOGIT_BYTES["cpu"], _tokens(recipe) * shape.vocab_size * 4)
     rows.append(MemoryRow(name, "logits of a chunk (fp32)", host, 3 * logits))
-    activations = 2 * (_kept(shape, recipe) + _tokens(recipe) * max(block_activations(shape)))
+    activations = 2 * (_kept(shape, recipe, RESIDENT) + _tokens(recipe) * max(block_activations(shape)))
     rows.append(MemoryRow(name, "activations", host, activations, "estimated", fixed=False))
     return [*rows, MemoryRow(name, "process", host, TORCH_PROCESS, "estimated")]
-
-
-def _gathers(ranks: int, split: Split) -> bool:
-    return ranks > 1 or split.wrapped
 
 
 def _outside(shape: MemoryShape) -> int:
@@ -132,9 +139,9 @@ def _tokens(recipe: Recipe) -> int:
     return min(max(recipe.train.tokens_per_microbatch, context), step)
 
 
-def _kept(shape: MemoryShape, recipe: Recipe) -> int:
+def _kept(shape: MemoryShape, recipe: Recipe, split: Split) -> int:
     """What forward keeps of a micro-batch in bf16: of a recomputed block its input, of the others all."""
-    own, mode = block_activations(shape), recipe.train.activation_checkpointing
+    own, mode = block_activations(shape), recomputed(recipe, split)
     again = set(range(0, len(own), RECOMPUTED_BLOCKS[mode])) if mode != "none" else set()
     kept = sum(2 * shape.hidden_size if i in again else size for i, size in enumerate(own))
     return _tokens(recipe) * kept
@@ -144,18 +151,30 @@ def _peak(shape: MemoryShape, recipe: Recipe, ranks: int, split: Split) -> int:
     """The largest of what comes and goes while the activations are kept, or after them: head, one block, update.
 
     Head: its gradient in fp32 and bf16, a chunk of fp32 logits and the bf16 gradients of four, the last norm. Block:
-    `GATHERED` or `ALONE`, its activations made again, the head's gradient. Update with the moments on the host: those
-    of a bucket, or of the largest tensor. On one rank products add to the fp32 gradients themselves
-    (weight_gradients.py): the head's gradient lies nowhere else, and a block's only where something else computes it.
+    `GATHERED` or `ALONE`, its activations made again, the head's gradient. On one rank products add to the fp32
+    gradients themselves (weight_gradients.py): the head's gradient lies nowhere else, and a block's only where
+    something else computes it.
     """
     tokens, head = _tokens(recipe), shape.vocab_size * shape.hidden_size
     logits = min(LOGIT_BYTES["cuda"], tokens * shape.vocab_size * 4)
-    of_head = 1 if _gathers(ranks, split) else 0
+    of_head = 1 if ranks > 1 else 0
     in_head = of_head * (4 + 2) * head + 3 * logits + 14 * shape.hidden_size * tokens
     block = ceil((shape.parameters - _outside(shape)) / max(shape.layers, 1))
-    again = RECOMPUTED if recipe.train.activation_checkpointing != "none" else RECOMPUTED - 1
-    weights = (GATHERED if _gathers(ranks, split) else ALONE) * block
+    again = RECOMPUTED if recomputed(recipe, split) != "none" else RECOMPUTED - 1
+    weights = (GATHERED if ranks > 1 else ALONE) * block
     in_block = weights + int(again * max(block_activations(shape)) * tokens) + of_head * 2 * head
-    bucket = min(8 * ceil(shape.parameters / ranks), max(BUCKET_BYTES, 8 * ceil(head / ranks)))
-    update = bucket - _kept(shape, recipe) if split.optimizer == "host" else 0
-    return max(in_head, in_block, update)
+    return max(in_head, in_block, _in_update(shape, ranks, split) - _kept(shape, recipe, split))
+
+
+def _in_update(shape: MemoryShape, ranks: int, split: Split) -> int:
+    """What an update brings to the GPU (adam.py): on one rank masters made whole, the head's in one piece, beside the
+    first moments from the host; then those of `PASSING` buckets. The head's moments are the last to leave."""
+    share, head = ceil(shape.parameters / ranks), ceil(shape.vocab_size * shape.hidden_size / ranks)
+    master = 4 if ranks == 1 else 0
+    whole = min(master * share, max(BUCKET_BYTES, master * head))
+    if not split.moments_on_host:
+        return whole
+    head_stays = (1.0 - split.moments_on_host) * share >= head
+    largest = BUCKET_BYTES if head_stays else max(BUCKET_BYTES, (8 + master) * head)
+    before, between = ((PASSING - 1) * BUCKET_BYTES + piece for piece in (whole if head_stays else 0, largest))
+    return min(max(before, between), (8 + master) * share)

@@ -116,7 +116,9 @@ class RolloutTable(Table):
         return min(self.max_new_tokens, self.context_length - prompt_tokens)
 
 
-RECOMPUTED_BLOCKS = {"full": 1, "selective": 2}
+Recomputed = Literal["none", "selective", "full"]
+"""What a backward pass computes again of the blocks' forward passes."""
+RECOMPUTED_BLOCKS: dict[Recomputed, int] = {"full": 1, "selective": 2}
 """Mode of `train.activation_checkpointing` -> every how many-th block the backward pass computes again."""
 
 
@@ -158,14 +160,16 @@ class TrainTable(Table):
     replay_ratio: NonNegativeInt = 0
     """Every batch is trained on again up to n times, in the steps after its first, while no token of it is staler than
     `max_staleness`. A replay is a step: it counts in `steps` and publishes a version."""
-    activation_checkpointing: Literal["none", "full", "selective"] = "none"
-    """What the backward pass computes again: `full`, every block (least memory, a third more work); `selective`, every
-    second block; `none`, nothing."""
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    """What the backward pass computes again: `none`, nothing; `selective`, every second block; `full`, every block
+    (least memory, a third more work). `auto` is the quickest that the GPU has memory for, AdamW's moments on the host
+    weighed against it; beside an engine `full`; on a CPU `none`."""
     reference_device: Literal["auto", "gpu", "host"] = "auto"
     """Where the initial model of the KL term waits between scoring passes; `host` is pinned memory, `auto` is the GPU
     while it has room. On a CPU there is one place."""
     optimizer_device: Literal["auto", "gpu", "host"] = "auto"
-    """Where AdamW's moments wait between updates; with `host` they pass through the GPU tensor by tensor."""
+    """Where AdamW's moments wait between updates: on the GPU, in pinned memory of the host, from which they pass
+    through the GPU in every update, or (`auto`) in both, as it pays."""
     attention: str = "auto"
     """Trainer attention: `auto`, `sdpa`, `eager`, or what the backend table offers."""
     parity_tolerance: PositiveFloat | None = None

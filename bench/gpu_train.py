@@ -1,6 +1,7 @@
 """How fast the trainer is: tokens/s, MFU and peak memory of one optimizer step, its variants side by side.
 
     python bench/gpu_train.py [--shape 4b] [--tokens 8192] [--micro-batches 4] [--steps 3] [--variants ...] [--json]
+    python bench/gpu_train.py --card-gib 79.6                 as the plan places it on a smaller GPU, held to its memory
     python bench/gpu_train.py --wrapped                       FSDP2 on one GPU too: what it costs
     python bench/gpu_train.py --profile packed-selective      the kernels that take the time
     python bench/gpu_train.py --shape tiny                    on a CPU
@@ -14,7 +15,8 @@ over 1 %). MFU counts the
 adapter's FLOPs per token (matrix products; the output head for completion tokens alone, which is where it is computed;
 no recomputation, padding, attention or delta rule) against the dense bf16 peak of the GPU's name. `planned_gib` is what
 the launch plan counts for this trainer without its CUDA context, to be held against `peak_gib` (what torch allocated);
-`moments-on-host` is packed-full with AdamW's moments in pinned memory.
+`moments-on-host` is packed-full with AdamW's moments in pinned memory; with `--card-gib` each variant has as many there
+as the plan says (`on_host`), and torch may take no more than that GPU has beside its CUDA context.
 Every row is printed as soon as it is known; what does not fit in `--limit-s` is said.
 """
 
@@ -27,21 +29,20 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from train_case import VARIANTS, build, groups, recipe, settle, shape_config
 
-from astracli import plan_trainer, registry
+from astracli import plan_place, plan_speed, plan_trainer, registry
 from astracli.adapter import MemoryShape
+from astracli.plan_memory import CUDA_CONTEXT
 from astracli.plan_trainer import Split
 from astracli.rl.types import Group
 from astracli.training import fsdp
 from astracli.training.step import Trainer
-
-PEAK = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "B200": 2250}
-"""Dense bf16 TFLOP/s by a part of the GPU's name; the first that fits."""
 
 
 def timed_step(trainer: Trainer, sample: list[Group], step: int) -> tuple[float, int, int, dict[str, float]]:
@@ -79,6 +80,7 @@ def measure(
     row["tflops"] = round(statistics.median(used) / 1e12, 3)
     row["mfu"] = round(statistics.median(used) / (peak * 1e12), 4) if peak else None
     row["peak_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if device.type == "cuda" else None
+    row["on_host"] = trainer.masters.adam.moments_on_host
     row["planned_gib"] = round(planned(trainer, shape) / 2**30, 2) if device.type == "cuda" else None
     row["gradient_error"] = first.get("rows_gradient_error")
     row["gradient_noise"] = first.get("rows_gradient_noise")
@@ -89,8 +91,7 @@ def measure(
 
 def planned(trainer: Trainer, shape: MemoryShape) -> int:
     """Bytes that the launch plan counts on the GPU, without what torch does not allocate."""
-    alone_wrapped = trainer.ranks.world_size == 1 and trainer.ranks.mesh is not None
-    split = Split(optimizer="host" if trainer.masters.moments_on_host else "gpu", wrapped=alone_wrapped)
+    split = Split(moments_on_host=trainer.masters.adam.moments_on_host)
     rows = plan_trainer.trainer_rows("trainer", shape, trainer.recipe, "cuda", trainer.ranks.world_size, split)
     return sum(row.bytes for row in rows if row.where == "gpu" and row.what != "CUDA context")
 
@@ -156,6 +157,7 @@ COLUMNS = (
     "mfu",
     "peak_gib",
     "planned_gib",
+    "on_host",
     "micro_batches",
     "gradient_error",
     "gradient_noise",
@@ -171,7 +173,7 @@ def line(name: str, row: Mapping[str, Any]) -> str:
     def cell(value: Any) -> str:
         if value is None:
             return "-"
-        return f"{value:.2e}" if isinstance(value, float) and 0 < abs(value) < 1e-3 else str(value)
+        return f"{value:.2e}" if isinstance(value, float) and 0 < abs(value) < 1e-3 else f"{value:.8g}"
 
     return f"{name:18}" + "".join(f"{cell(row[column]):>16}" for column in COLUMNS)
 
@@ -192,7 +194,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed, after two that are not")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--profile", choices=VARIANTS, help="no table: the kernels of one step of this variant")
-    parser.add_argument("--wrapped", action="store_true", help="FSDP2 on a mesh of one, as where memory is short")
+    parser.add_argument("--card-gib", type=float, help="memory of the GPU to plan for; 79.6 is an H100 of 80 GB")
+    parser.add_argument("--wrapped", action="store_true", help="FSDP2 on a mesh of one")
     parser.add_argument("--limit-s", type=float, default=560.0)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -202,7 +205,7 @@ def main() -> None:
     config = shape_config(adapter, args.shape)
     shape = adapter.memory_shape(config)
     where = environment(ranks.device)
-    peak = next((float(p) for name, p in PEAK.items() if name in where["device"]), None)
+    peak = next((float(tflops) for part, tflops in plan_speed.PEAK.items() if part in where["device"]), None)
     size = 4 if args.shape == "tiny" else 8
 
     def draw(step: int) -> list[Group]:
@@ -210,7 +213,15 @@ def main() -> None:
 
     def start(name: str) -> Trainer:
         variant = VARIANTS[name]
-        return build(adapter, config, variant, recipe(variant, args.tokens, size), ranks)
+        chosen = recipe(variant, args.tokens, size)
+        if args.card_gib:
+            held = plan_place.place(chosen, shape, {0: int(args.card_gib * 2**30)}, [], [0], plan_speed.Pace())
+            variant = replace(variant, split=held.split)
+        return build(adapter, config, variant, chosen, ranks)
+
+    if args.card_gib and ranks.device.type == "cuda":
+        room = args.card_gib * 2**30 - CUDA_CONTEXT
+        torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(ranks.device).total_memory)
 
     print("  ".join(f"{k} {v}" for k, v in where.items()), file=sys.stderr, flush=True)
     if args.profile:

@@ -28,10 +28,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from astracli import registry, upload
 from astracli.adapter import ModelAdapter
 from astracli.gpu import fused
+from astracli.plan_trainer import RESIDENT, recomputed
 from astracli.recipe import Recipe
 from astracli.rl import losses
 from astracli.rl.types import Group, Sample, Segment
-from astracli.training import logprob, setup, varlen, weight_gradients
+from astracli.training import halves, logprob, setup, varlen, weight_gradients
 from astracli.training.fsdp import Ranks
 from astracli.training.step import Trainer
 from astracli.training.sums import Sums
@@ -161,6 +162,8 @@ def one_gpu(count: Count) -> Iterator[None]:
         mock.patch.object(weight_gradients, "add_product", add_product),
         mock.patch.object(varlen, "_flash_runs", lambda *_: True),
         mock.patch.object(upload, "pinned", lambda tensor: tensor),
+        mock.patch.object(halves, "split", lambda *_: None),  # of an update, which is not counted here
+        mock.patch.object(halves, "join", lambda *_: None),
     ):
         try:
             yield
@@ -182,7 +185,7 @@ def build(adapter: ModelAdapter, config: Mapping[str, Any], chosen: Recipe) -> T
     varlen.install(model, adapter)
     wire = adapter.wire_tensors(model)
     policy = logprob.PolicyModel(model)
-    setup.recompute(policy, adapter.block_classes(model), chosen.train.activation_checkpointing)
+    setup.recompute(policy, adapter.block_classes(model), recomputed(chosen, RESIDENT))
     masters = setup.Masters(policy.model, wire, chosen.train, ranks)
     return Trainer(policy, masters, adapter, chosen, ranks, packed=True)
 

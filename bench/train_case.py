@@ -39,7 +39,7 @@ VARIANTS = {
     "padded-selective": Variant("selective", packing="padded"),
     "plain-modules": Variant("selective", fused=False),
     "leaking": Variant("selective", boundaries=False),
-    "moments-on-host": Variant("full", split=Split(optimizer="host")),
+    "moments-on-host": Variant("full", split=Split(moments_on_host=1.0)),
 }
 
 

@@ -17,7 +17,7 @@ from astracli.training.fsdp import Ranks
 from astracli.training.parking import Parking
 from astracli.training.step import Trainer
 
-HOST = Split("host", "host")
+HOST = Split("host", 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_a_checkpoint_is_the_same_wherever_the_moments_wait(model_dir: Path, tmp
     first = split_trainer(model_dir, chosen, writer)
     train(first, range(2))
     checkpoint.save(tmp_path, 2, 2, first.masters, first.ranks, keep=1)
-    second = split_trainer(model_dir, chosen, Split("host", "gpu" if writer.optimizer == "host" else "host"))
+    second = split_trainer(model_dir, chosen, Split("host", 0.5 if writer is HOST else 1.0))
     found = checkpoint.latest(tmp_path)
     assert found is not None
     checkpoint.load(found, second.masters, second.ranks)
@@ -190,14 +190,14 @@ SCRIPT = """
     ranks = fsdp.join("cpu")
     chosen = recipe(algorithm={"kl_coef": 0.1}, train={"learning_rate": 1e-2, "parity_tolerance": 100.0})
     sums = []
-    for split in (Split(), Split("host", "host")):
+    for split in (Split(), Split("host", 1.0)):
         trainer = setup.build_trainer(Path(sys.argv[1]), ADAPTER, chosen, ranks, attention="sdpa", split=split)
         for step in range(2):
             trainer.train(sample_groups(None, 2, seed=step, version=step), step, step)
-            if split.optimizer == "host":
+            if split.moments_on_host:
                 trainer.to_host()
                 trainer.to_device()
-        target = Path(sys.argv[2]) / split.optimizer
+        target = Path(sys.argv[2]) / str(split.moments_on_host)
         checkpoint.save(target, 2, 2, trainer.masters, ranks, keep=1)
         other = setup.build_trainer(Path(sys.argv[1]), ADAPTER, chosen, ranks, attention="sdpa", split=split)
         checkpoint.load(checkpoint.latest(target), other.masters, ranks)
@@ -234,16 +234,17 @@ GPU_SCRIPT = """
     ranks = fsdp.join("cuda")
     chosen = recipe(algorithm={"kl_coef": 0.1}, train={"learning_rate": 1e-2, "parity_tolerance": 100.0})
     trainers = []
-    for split in (Split(), Split("host", "host")):
+    for split in (Split(), Split("host", 1.0)):
         trainers.append(setup.build_trainer(Path(sys.argv[1]), ADAPTER, chosen, ranks, attention="sdpa", split=split))
         for step in range(3):
-            if split.optimizer == "host":
+            if split.moments_on_host:
                 trainers[-1].to_host()
                 trainers[-1].to_device()
             trainers[-1].train(sample_groups(None, 4, seed=step, version=step), step, step)
-    kinds = [(t.masters.values, *t.masters.moments()) for t in trainers]
-    sides = [[tensor for kind in found for tensor in kind.values()] for found in kinds]
-    print(max(float((a.cpu() - b.cpu()).abs().max()) for a, b in zip(*sides)))
+    with trainers[0].masters.whole(), trainers[1].masters.whole():
+        kinds = [(t.masters.values, *t.masters.moments()) for t in trainers]
+        sides = [[tensor for kind in found for tensor in kind.values()] for found in kinds]
+        print(max(float((a.cpu() - b.cpu()).abs().max()) for a, b in zip(*sides)))
     ranks.close()
 """
 
@@ -251,4 +252,4 @@ GPU_SCRIPT = """
 @pytest.mark.gpu
 def test_on_a_gpu_what_waits_on_the_host_learns_the_same(model_dir: Path) -> None:
     (out,) = spawn(GPU_SCRIPT, [str(model_dir)], 1)
-    assert float(out) < 1e-5  # atomics of the backward pass may differ in the last bits
+    assert float(out.split()[-1]) < 1e-5  # behind what TileLang prints; the backward pass has atomics

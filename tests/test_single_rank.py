@@ -58,7 +58,8 @@ full = trainer.masters.wire_full()
 if ranks.first:
     save_file(full, out / "full.safetensors")
 if ranks.world_size == 1:
-    save_file(trainer.masters.values, out / "masters.safetensors")
+    with trainer.masters.whole():
+        save_file(trainer.masters.values, out / "masters.safetensors")
 found["operators"] = count_operators(trainer)
 ranks.close()
 print(json.dumps(found))
@@ -136,8 +137,14 @@ def test_it_is_bit_for_bit_what_fsdp_on_a_mesh_of_one_gives(model_dir: Path, tmp
     assert rows_error(trainer) == theirs["rows"] > 0
     assert figures(trainer) == theirs["figures"]
     masters = load_file(tmp_path / "masters.safetensors")
-    for name, value in trainer.masters.values.items():
-        assert value.dtype == torch.float32 and torch.equal(value, masters[name]), name
+    moved = []
+    with trainer.masters.whole():
+        for name, value in trainer.masters.values.items():
+            assert value.dtype == torch.float32
+            moved.append((value.view(torch.int32) - masters[name].view(torch.int32)).abs().flatten())
+    apart = torch.cat(moved)
+    # halves move a master half-way between two bf16 numbers, one in 65,536, by its last place: here in six updates
+    assert apart.max() <= 2 and 0 < (apart > 0).sum() < 3 * 6 * len(apart) / 2**16
     full = load_file(tmp_path / "full.safetensors")
     for name, tensor in trainer.masters.wire_full().items():
         assert tensor.dtype == full[name].dtype and torch.equal(tensor, full[name]), name
@@ -204,11 +211,14 @@ def test_what_the_engine_holds_in_fp32_stays_fp32_beside_its_master(model_dir: P
     kinds = {p.dtype for n, p in masters.parameters.items() if "A_log" not in n}
     assert kinds == {torch.bfloat16}
     before = {name: tensor.clone() for name, tensor in published(masters).items()}
-    for name, value in masters.values.items():
-        parameter = masters.parameters[name]
-        assert value.dtype == torch.float32 and value.data_ptr() != parameter.data_ptr()
-        assert torch.equal(parameter, value.to(parameter.dtype)), "the parameter is the rounded master"
-        assert ("A_log" in name) == (parameter.dtype == torch.float32)
+    held = sum(value.untyped_storage().nbytes() for value in masters.values.values())
+    assert held == 4 * sum(value.numel() for name, value in masters.values.items() if "A_log" in name)
+    with masters.whole():
+        for name, value in masters.values.items():
+            parameter = masters.parameters[name]
+            assert value.dtype == torch.float32 and value.data_ptr() != parameter.data_ptr()
+            assert torch.equal(parameter, value.to(parameter.dtype)), "the parameter is the rounded master"
+            assert ("A_log" in name) == (parameter.dtype == torch.float32)
     shown, more = published(masters), masters.wire_shards(copy=False)
     figures(trainer, 1, 2)
     assert any(not torch.equal(before[name], tensor) for name, tensor in published(masters).items())
@@ -220,7 +230,7 @@ def published(masters: Any) -> dict[str, torch.Tensor]:
     return dict(masters.wire_shards())
 
 
-@pytest.mark.parametrize("split", [RESIDENT, Split("host", "host")])
+@pytest.mark.parametrize("split", [RESIDENT, Split("host", 0.6)])
 def test_away_it_holds_nothing_and_learns_the_same(model_dir: Path, split: Split) -> None:
     stays, leaves = lowered(model_dir), lowered(model_dir, split)
     for step in range(3):
@@ -230,13 +240,17 @@ def test_away_it_holds_nothing_and_learns_the_same(model_dir: Path, split: Split
         held += [s[k] for s in leaves.masters.adam.adamw.state.values() for k in ("exp_avg", "exp_avg_sq")]
         assert leaves.masters._away is not None
         assert sum(tensor.untyped_storage().nbytes() for tensor in held) == 0
-        waiting = 4 if step == 0 or split.optimizer == "host" else 12
-        assert leaves.masters._away.nbytes == waiting * sum(v.numel() for v in leaves.masters.values.values())
+        sizes = {name: value.numel() for name, value in leaves.masters.values.items()}
+        exact = sum(size for name, size in sizes.items() if "A_log" in name)
+        moments = sum(size for name, size in sizes.items() if name not in leaves.masters.adam.away) if step else 0
+        assert leaves.masters._away.nbytes == 4 * sum(sizes.values()) + 4 * exact + 8 * moments
         leaves.to_device()
         leaves.to_device()
         assert figures(stays, step, step + 1) == figures(leaves, step, step + 1)
-    for name, value in stays.masters.values.items():
-        assert torch.equal(value, leaves.masters.values[name]), name
+    with stays.masters.whole(), leaves.masters.whole():
+        for name, value in stays.masters.values.items():
+            assert value.abs().sum() > 0 or "bias" in name, name
+            assert torch.equal(value, leaves.masters.values[name]), name
 
 
 def test_originals_in_fp32_go_as_their_masters_are_made(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

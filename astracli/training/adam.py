@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from astracli.plan_trainer import BUCKET_BYTES
 from astracli.recipe import TrainTable
+from astracli.training.halves import Halves
 from astracli.training.parking import Parking
+from astracli.training.passage import Passage
 
 
 def learning_rate(table: TrainTable, step: int) -> float:
@@ -25,14 +27,25 @@ def learning_rate(table: TrainTable, step: int) -> float:
 
 
 class Adam:
-    """Updates `values` in place. With `moments_on_host` the moments wait in host memory, and pass through the device
-    bucket by bucket in an update: the same numbers as all at once."""
+    """Updates `values` in place, bucket by bucket where something passes through the device for it: moments that wait
+    in host memory, masters that lie in `halves`. The same numbers as all at once."""
 
-    def __init__(self, values: Mapping[str, Tensor], table: TrainTable, *, moments_on_host: bool):
+    def __init__(
+        self,
+        values: Mapping[str, Tensor],
+        table: TrainTable,
+        *,
+        moments_on_host: float = 0.0,
+        halves: Halves | None = None,
+    ):
+        """`moments_on_host`: the part of the moments that waits there."""
         self.values = values
         self.moments_on_host = moments_on_host
+        self.halves = halves or Halves()
+        self.away = on_host({name: value.numel() for name, value in values.items()}, moments_on_host)
         self._optimized = {name: nn.Parameter(value) for name, value in values.items() if value.numel()}
         self._parked: dict[str, Parking] = {}
+        self._passage: Passage | None = None
         self.adamw = torch.optim.AdamW(
             list(self._optimized.values()),
             lr=table.learning_rate,
@@ -46,17 +59,29 @@ class Adam:
         """One update of what has a gradient."""
         for group in self.adamw.param_groups:
             group["lr"] = rate
-        for bucket in self._buckets(gradients):
-            self._step_bucket(bucket, gradients)
+        stay = self._buckets([name for name in gradients if name not in self.away])
+        pass_by = self._buckets([name for name in gradients if name in self.away])
+        sets = [[self._parked[name] for name in bucket if name in self._parked] for bucket in pass_by]
 
-    def _buckets(self, gradients: Mapping[str, Tensor]) -> list[list[str]]:
-        """Names whose moments are on the device together; one tensor may be over the limit alone."""
-        if not self.moments_on_host:
-            return [list(gradients)]
+        def resident() -> None:
+            for bucket in stay:
+                self._step_bucket(bucket, gradients)
+
+        def visitors(index: int) -> list[Parking]:
+            self._step_bucket(pass_by[index], gradients)
+            return [self._parking(name) for name in pass_by[index]]
+
+        if self._passage is None:
+            self._passage = Passage(next(iter(self.values.values())).device)
+        self._passage.through(sets, visitors, resident)
+
+    def _buckets(self, names: Sequence[str]) -> list[list[str]]:
+        """Names that are updated together: what they bring to the device for it fits a bucket; one alone may be over
+        the limit."""
         buckets: list[list[str]] = []
         size = 0
-        for name in gradients:
-            its = 2 * self.values[name].nbytes
+        for name in names:
+            its = self.values[name].nbytes * ((2 if name in self.away else 0) + (1 if name in self.halves else 0))
             if not buckets or size + its > BUCKET_BYTES:
                 buckets.append([])
                 size = 0
@@ -64,23 +89,20 @@ class Adam:
             size += its
         return buckets
 
-    def _step_bucket(self, names: list[str], gradients: Mapping[str, Tensor]) -> None:
-        for name in names:
-            if name in self._parked:
-                self._parked[name].to_device()
-            self._optimized[name].grad = gradients[name]
-        self.adamw.step()
-        for name in names:
-            self._optimized[name].grad = None
-            if self.moments_on_host:
-                self._park(name)
+    def _step_bucket(self, names: Collection[str], gradients: Mapping[str, Tensor]) -> None:
+        with self.halves.whole(names):
+            for name in names:
+                self._optimized[name].grad = gradients[name]
+            self.adamw.step()
+            for name in names:
+                self._optimized[name].grad = None
 
-    def _park(self, name: str) -> None:
-        """The moments of one parameter to the host."""
+    def _parking(self, name: str) -> Parking:
+        """Of the moments of one parameter, on the device now."""
         if name not in self._parked:
             state = self.adamw.state[self._optimized[name]]
             self._parked[name] = Parking((state["exp_avg"], state["exp_avg_sq"]))
-        self._parked[name].to_host()
+        return self._parked[name]
 
     def moments(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """First and second moments by parameter name, where they are; zeros before the first update."""
@@ -91,23 +113,22 @@ class Adam:
         for name, value in self.values.items():
             state = self.adamw.state.get(self._optimized[name], {}) if name in self._optimized else {}
             parked = self._parked.get(name)
-            moment = state[key] if state else self._no_moment(value)
+            moment = state[key] if state else self._no_moment(name, value)
             found[name] = parked.on_host(moment) if parked is not None else moment
         return found
 
     def no_moments(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Zeros, where moments wait between updates."""
-        first, second = ({n: self._no_moment(v) for n, v in self.values.items()} for _ in range(2))
+        first, second = ({n: self._no_moment(n, v) for n, v in self.values.items()} for _ in range(2))
         return first, second
 
-    def _no_moment(self, value: Tensor) -> Tensor:
-        return torch.zeros_like(value, device="cpu" if self.moments_on_host else None)
+    def _no_moment(self, name: str, value: Tensor) -> Tensor:
+        return torch.zeros_like(value, device="cpu" if name in self.away else None)
 
     def on_device(self) -> list[Tensor]:
         """Moments that lie beside their masters."""
-        if self.moments_on_host:
-            return []
-        return [state[key] for state in self.adamw.state.values() for key in ("exp_avg", "exp_avg_sq")]
+        there = [self.adamw.state.get(m, {}) for name, m in self._optimized.items() if name not in self.away]
+        return [state[key] for state in there if state for key in ("exp_avg", "exp_avg_sq")]
 
     @property
     def updates(self) -> int:
@@ -127,6 +148,19 @@ class Adam:
                 "exp_avg": first[name].to(master.device),
                 "exp_avg_sq": second[name].to(master.device),
             }
-            if self.moments_on_host:
+            if name in self.away:
                 self._parked.pop(name, None)
-                self._park(name)
+                self._parking(name).to_host()
+
+
+def on_host(sizes: Mapping[str, int], part: float) -> frozenset[str]:
+    """Names of the parameters whose moments wait on the host: at least `part` of all elements. The largest stay, which
+    would pass through in one piece."""
+    room = (1.0 - part) * sum(sizes.values())
+    away = set()
+    for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
+        if size and size > room:
+            away.add(name)
+        else:
+            room -= size
+    return frozenset(away)

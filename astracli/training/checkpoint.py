@@ -107,7 +107,7 @@ def save(directory: Path, step: int, version: int, masters: Masters, ranks: Rank
     state: dict[str, Any] = {f"rng.{ranks.rank}": torch.get_rng_state()}
     for kind, tensors in (("value", masters.values), ("first", first), ("second", second)):
         state |= {f"{kind}.{name}": t for name, t in masters.as_distributed(tensors).items()}
-    with _alone_without_a_word():
+    with masters.whole(), _alone_without_a_word():
         dcp.save(state, storage_writer=dcp.FileSystemWriter(working), no_dist=ranks.world_size == 1)
     ranks.barrier()
     if ranks.first:
@@ -152,7 +152,7 @@ def load(checkpoint: Checkpoint, masters: Masters, ranks: Ranks) -> None:
     rng = f"rng.{ranks.rank}"
     if ranks.rank < int(checkpoint.meta["world_size"]):
         state[rng] = torch.get_rng_state()
-    with torch.no_grad(), _alone_without_a_word():
+    with torch.no_grad(), masters.whole(), _alone_without_a_word():
         dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint.path), no_dist=ranks.world_size == 1)
     masters.restore(first, second, int(checkpoint.meta["updates"]))
     if rng in state:

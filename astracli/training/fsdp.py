@@ -1,8 +1,8 @@
 """The ranks of a trainer: process group, what they add up and hand around, and FSDP2 sharding of a policy.
 
-One rank needs none of it: no process group, no wrapping. Its parameters are stored in what is computed with, the fp32
-masters beside them (`optimizer`). FSDP2 on a mesh of one (`wrapped`) computes the same; it copies and casts every
-parameter in every pass, and saves those 2 bytes a parameter. Several ranks find each other by the torchrun variables
+One rank needs none of it: no process group, no wrapping. Its parameters are stored in what is computed with, as halves
+of their fp32 masters (`optimizer`). FSDP2 on a mesh of one (`wrapped`, for comparison) computes the same; it copies and
+casts every parameter in every pass. Several ranks find each other by the torchrun variables
 RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 """
 
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from astracli.errors import UserError
-from astracli.recipe import RECOMPUTED_BLOCKS
+from astracli.recipe import RECOMPUTED_BLOCKS, Recomputed
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -219,7 +219,7 @@ def shard(
     fully_shard(policy, **settings)
 
 
-def recompute(policy: nn.Module, block_classes: Iterable[str], mode: str) -> None:
+def recompute(policy: nn.Module, block_classes: Iterable[str], mode: Recomputed) -> None:
     """Activation checkpointing of every block, before sharding.
 
     `full` keeps a block's input and computes all of it again in the backward pass; `selective` does so with every

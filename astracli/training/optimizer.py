@@ -3,13 +3,15 @@
 A parameter holds the value that the engine holds (rounded to the wire dtype) and the master keeps what rounding loses;
 gradients go to the master, and after each update the parameter is the rounded master again. So trainer and engine
 compute the same function. On a CPU it is stored and computed with in fp32; on one GPU it is stored in the wire dtype,
-and is what is published; on several the parameters are the fp32 masters, and FSDP2 casts them to bf16 for computing.
+is what is published, and is one half of its master (`halves`); on several the parameters are the fp32 masters, and
+FSDP2 casts them to bf16 for computing.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +24,8 @@ from astracli.recipe import TrainTable
 from astracli.training.adam import Adam, learning_rate
 from astracli.training.fsdp import Ranks, local
 from astracli.training.gradients import Gradients
-from astracli.training.parking import Parking, empty
+from astracli.training.halves import Halves
+from astracli.training.parking import Parking
 from astracli.weights.snapshot import Shard, copies
 
 if TYPE_CHECKING:
@@ -41,11 +44,11 @@ class Masters:
         table: TrainTable,
         ranks: Ranks,
         *,
-        moments_on_host: bool = False,
+        moments_on_host: float = 0.0,
     ):
-        """`wire`: training parameter name -> how it travels; parameters it leaves out are frozen. With
-        `moments_on_host` the moments wait in host memory, and pass through the device bucket by bucket in an update.
-        Where `ranks.lowers`, the model's parameters become what they are computed with.
+        """`wire`: training parameter name -> how it travels; parameters it leaves out are frozen. The part
+        `moments_on_host` of the moments waits in host memory, and passes through the device in an update. Where
+        `ranks.lowers`, the model's parameters become what they are computed with.
 
         Raises RunFailed when it names a parameter that the model does not have.
         """
@@ -64,8 +67,9 @@ class Masters:
         self.lowers = ranks.lowers
         """Parameters are stored in what is computed with."""
         self.rounded = ranks.lowers or ranks.precision == torch.float32
-        """Parameters are the masters rounded, beside them; else they are the masters."""
-        self.moments_on_host = moments_on_host
+        """Parameters are the masters rounded; else they are the masters."""
+        self.halves = Halves()
+        """Of masters that are bf16 parameters and what these lack: their `values` are there inside `whole` alone."""
         self._away: Parking | None = None
         self._away_updates = 0
         self._host_mesh: DeviceMesh | None = None
@@ -76,7 +80,7 @@ class Masters:
         self.grads = Gradients(self.parameters, accumulate=self.lowers)
         if ranks.device.type != "cpu":  # a CPU has no product of bf16 that adds to fp32
             self.grads.by_products(model)
-        self.adam = Adam(self.values, table, moments_on_host=moments_on_host)
+        self.adam = Adam(self.values, table, moments_on_host=moments_on_host, halves=self.halves)
         self.publish_to_parameters()
 
     def _master(self, name: str, parameter: nn.Parameter) -> Tensor:
@@ -85,11 +89,9 @@ class Masters:
         value = local(parameter.detach())
         if not self.rounded:
             return value
-        master = value.clone()
-        if self.lowers:
-            # a copy all the same: what travels in fp32 must not be its own master
-            parameter.data = parameter.data.to(DTYPES[self.wire[name].dtype], copy=True)
-        return master
+        if self.lowers and self.wire[name].dtype == "bfloat16":
+            return self.halves.take(name, parameter, torch.bfloat16)
+        return value.clone()  # where it travels in fp32 too: a version must not change while it is published
 
     def _tied_names(self, model: nn.Module) -> dict[str, str]:
         """{name of a tied duplicate: wire name of the parameter that it is}"""
@@ -100,17 +102,16 @@ class Masters:
 
     @torch.no_grad()
     def publish_to_parameters(self) -> None:
-        """parameter <- master rounded to the wire dtype. Under mixed precision they are one tensor: nothing to do."""
-        if not self.rounded:
-            return
-        if self.lowers:
-            for dtype in set(DTYPES.values()):  # one kernel over many tensors takes targets of one dtype
-                names = [name for name, parameter in self.parameters.items() if parameter.dtype == dtype]
-                if names:
-                    torch._foreach_copy_([self.parameters[n] for n in names], [self.values[n] for n in names])
-            return
-        for name, parameter in self.parameters.items():
-            local(parameter).copy_(self.values[name].to(DTYPES[self.wire[name].dtype]))
+        """parameter <- master rounded to the wire dtype. Under mixed precision they are one tensor, in halves the
+        parameter is a part of its master: nothing to do."""
+        if self.rounded:
+            for name, parameter in self.parameters.items():
+                if name not in self.halves:
+                    local(parameter).copy_(self.values[name].to(DTYPES[self.wire[name].dtype]))
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Inside, every master is in memory, to be read or written: `values` elsewhere may lie in halves."""
+        return self.halves.whole()
 
     @torch.no_grad()
     def update(self, step: int) -> float:
@@ -166,22 +167,15 @@ class Masters:
         until `to_device`, which brings them back byte for byte."""
         if self._away is None or self._away_updates != min(self.updates, 1):
             # the first update makes the moments, and they join
-            held = [*self.values.values(), *self.frozen]
-            if not self.lowers:
-                held += self.parameters.values()
-            held += self.adam.on_device()
+            masters = [value for name, value in self.values.items() if name not in self.halves]
+            held = [*self.parameters.values(), *masters, *self.halves.rests, *self.frozen, *self.adam.on_device()]
             self._away, self._away_updates = Parking(held), min(self.updates, 1)
         self._away.to_host()
-        for parameter in self.parameters.values() if self.lowers else ():
-            empty(parameter.untyped_storage())  # the masters wait on the host: these are the same, rounded
 
     def to_device(self) -> None:
         """Take the device again after `to_host`."""
         if self._away is not None and self._away.parked:
             self._away.to_device()
-            for parameter in self.parameters.values() if self.lowers else ():
-                parameter.untyped_storage().resize_(parameter.nbytes)
-            self.publish_to_parameters()
 
     @property
     def updates(self) -> int:
@@ -190,7 +184,7 @@ class Masters:
 
     def restore(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor], updates: int) -> None:
         """Take over moments (this rank's shards, which then belong to it) and the update count; `values` have been
-        filled in place already."""
+        filled in place already, inside `whole`."""
         self._away = None
         self.adam.restore(first, second, updates)
         self.publish_to_parameters()
@@ -205,7 +199,7 @@ class Masters:
         """
         result: dict[str, Tensor | Shard] = {}
         dtypes = {name: DTYPES[self.wire[name].dtype] for name in self.values}
-        sources = {name: self.parameters[name].detach() for name in self.values} if self.lowers else self.values
+        sources = self._sources()
         there = {name: t for name, t in sources.items() if not copy and t.is_cuda and t.dtype == dtypes[name]}
         taken = copies({name: t for name, t in sources.items() if name not in there}, dtypes)
         taken = {name: there[name] if name in there else taken[name] for name in sources}
@@ -221,11 +215,15 @@ class Masters:
                 result[self.wire[name].name] = Shard(tensor.reshape(-1), start, tuple(parameter.shape))
         return result
 
+    def _sources(self) -> dict[str, Tensor]:
+        """What is published, by parameter name, in a dtype that rounds to the wire's."""
+        return {name: self.parameters[name].detach() for name in self.values} if self.lowers else self.values
+
     @torch.no_grad()
     def wire_full(self) -> dict[str, Tensor]:
         """HF name -> the whole tensor in its wire dtype, on the CPU of rank 0; {} on other ranks. A collective."""
         result: dict[str, Tensor] = {}
-        for name, value in self.as_distributed(self.values).items():
+        for name, value in self.as_distributed(self._sources()).items():
             whole = value.full_tensor() if hasattr(value, "full_tensor") else value
             if self.ranks.first:
                 result[self.wire[name].name] = whole.to(DTYPES[self.wire[name].dtype]).cpu().contiguous()

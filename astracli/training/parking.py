@@ -45,22 +45,39 @@ class Parking:
 
     def to_host(self) -> None:
         """Empty the device's storages; their bytes wait on the host. Parked twice is parked once."""
-        if self.parked:
-            return
-        for key, storage in self._storages.items():
-            if key not in self._host or not self._constant:
-                if key not in self._host:
-                    self._host[key] = host_memory(self._bytes[key], storage.device, self)
-                self._host[key].copy_(_flat(storage), non_blocking=True)
-            empty(storage)
-        self.parked = True
+        if not self.parked:
+            self.save()
+            self.leave()
 
     def to_device(self) -> None:
         """Fill the storages again, byte for byte."""
-        if not self.parked:
-            return
+        if self.parked:
+            self.make_room()
+            self.fill()
+
+    def save(self) -> None:
+        """To the host, on the current stream: the first half of `to_host`."""
+        for key, storage in self._storages.items():
+            if key in self._host and self._constant:
+                continue
+            if key not in self._host:
+                self._host[key] = host_memory(self._bytes[key], storage.device, self)
+            self._host[key].copy_(_flat(storage), non_blocking=True)
+
+    def leave(self) -> None:
+        """Empty the storages, whose bytes `save` has taken: the other half."""
+        for storage in self._storages.values():
+            empty(storage)
+        self.parked = True
+
+    def make_room(self) -> None:
+        """Memory for the storages: the first half of `to_device`."""
         for key, storage in self._storages.items():
             storage.resize_(self._bytes[key])
+
+    def fill(self) -> None:
+        """From the host, on the current stream: the other half."""
+        for key, storage in self._storages.items():
             _flat(storage).copy_(self._host[key], non_blocking=True)
         self.parked = False
 

@@ -10,7 +10,7 @@ import torch
 from astracli import backend
 from astracli.adapter import ModelAdapter, WireTensor, read_config
 from astracli.cpu import linear
-from astracli.plan_trainer import RESIDENT, Split
+from astracli.plan_trainer import RESIDENT, Split, recomputed
 from astracli.recipe import Recipe
 from astracli.training import varlen
 from astracli.training.fsdp import Ranks, recompute, shard
@@ -37,9 +37,9 @@ def build_trainer(
     wire = adapter.wire_tensors(model)
     blocks = adapter.block_classes(model)
     policy, exact = PolicyModel(model), _exact(model, wire)
-    recompute(policy, blocks, recipe.train.activation_checkpointing)
+    recompute(policy, blocks, recomputed(recipe, split))
     shard(policy, blocks, ranks, exact=exact)
-    masters = Masters(policy.model, wire, recipe.train, ranks, moments_on_host=split.optimizer == "host")
+    masters = Masters(policy.model, wire, recipe.train, ranks, moments_on_host=split.moments_on_host)
     reference = _reference(model_dir, adapter, recipe, ranks, attention, packed)
     parking = None
     if reference is not None and split.reference == "host":

@@ -41,7 +41,7 @@ def run(config: WorkerConfig, reporter: Reporter) -> None:
     from astracli.training import fsdp
 
     settle_torch(config)
-    ranks = fsdp.join(config.device, wrapped=split_of(config).wrapped)
+    ranks = fsdp.join(config.device)
     _train(config, reporter, ranks)
     ranks.close()
 

@@ -1,0 +1,94 @@
+"""fp32 masters without their own memory: the bf16 parameter is the upper half, the 16 bits beside it are the lower.
+
+A master rounded to bf16 is what the passes compute with and what is published. Kept beside it, the master repeats those
+16 bits; what rounding lost fits 16 others: master bits = (parameter bits << 16) + rest, with a signed rest. So 4 bytes
+a parameter hold both, where 6 did, and passes read the parameter as it lies there.
+
+Rounding is to nearest, ties to even, as everywhere. A master exactly half-way between two bf16 numbers (one in 65,536)
+would have a rest of 2^15 in one of two directions, which 16 bits cannot tell apart: it is moved by its own last place
+(2^-24 of its value) towards the number that it is rounded to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from astracli.training.parking import empty
+
+
+def split(master: Tensor, high: Tensor, rest: Tensor) -> None:
+    """high (bf16) <- master (fp32) rounded; rest (int16) <- what that lost. One shape, contiguous. The values of
+    `master` are not to be used after it: `join` has them."""
+    if master.is_cuda:
+        from astracli.gpu import halves
+
+        halves.split(master, high, rest)
+        return
+    bits = master.view(torch.int32)
+    odd = (bits >> 16) & 1
+    bits = torch.where((bits & 0xFFFF) == 0x8000, bits + (2 * odd - 1), bits)
+    top = (bits + 0x8000) >> 16
+    high.view(torch.int16).copy_(top)
+    rest.copy_(bits - (top << 16))
+
+
+def join(high: Tensor, rest: Tensor, master: Tensor) -> None:
+    """master (fp32) <- its two halves."""
+    if master.is_cuda:
+        from astracli.gpu import halves
+
+        halves.join(high, rest, master)
+        return
+    master.view(torch.int32).copy_((high.view(torch.int16).int() << 16) + rest.int())
+
+
+class Halves:
+    """Masters by name whose storage is empty but inside `whole`; elsewhere their parameter and `rest` are they."""
+
+    def __init__(self) -> None:
+        self._masters: dict[str, Tensor] = {}
+        self._parameters: dict[str, Tensor] = {}
+        self._rests: dict[str, Tensor] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._masters
+
+    @property
+    def rests(self) -> list[Tensor]:
+        """int16, the memory that this adds to the parameters."""
+        return list(self._rests.values())
+
+    @torch.no_grad()
+    def take(self, name: str, parameter: torch.nn.Parameter, dtype: torch.dtype) -> Tensor:
+        """Store the parameter in `dtype` (bf16) from here on. Returns its master, whose storage is empty."""
+        master = parameter.detach().clone(memory_format=torch.contiguous_format)
+        parameter.data = torch.empty_like(master, dtype=dtype)
+        self._masters[name], self._parameters[name] = master, parameter
+        self._rests[name] = torch.empty_like(master, dtype=torch.int16)
+        self._leave([name])
+        return master
+
+    @contextmanager
+    def whole(self, names: Collection[str] | None = None) -> Iterator[None]:
+        """Inside, these masters (None: all) are in memory and may be written to; after it the parameters are they,
+        rounded."""
+        chosen = [name for name in (self._masters if names is None else names) if name in self._masters]
+        with torch.no_grad():
+            for name in chosen:
+                master = self._masters[name]
+                master.untyped_storage().resize_(master.nbytes)
+                join(self._parameters[name].detach(), self._rests[name], master)
+            try:
+                yield
+            finally:
+                self._leave(chosen)
+
+    def _leave(self, names: Collection[str]) -> None:
+        for name in names:
+            master = self._masters[name]
+            split(master, self._parameters[name].detach(), self._rests[name])
+            empty(master.untyped_storage())

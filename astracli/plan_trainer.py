@@ -174,7 +174,7 @@ def _in_update(shape: MemoryShape, ranks: int, split: Split) -> int:
     whole = min(master * share, max(BUCKET_BYTES, master * head))
     if not split.moments_on_host:
         return whole
-    head_stays = (1.0 - split.moments_on_host) * share >= head
+    head_stays = (1.0 - split.moments_on_host) * share >= ceil(_outside(shape) / ranks)  # and an untied embedding
     largest = BUCKET_BYTES if head_stays else max(BUCKET_BYTES, (8 + master) * head)
     before, between = ((PASSING - 1) * BUCKET_BYTES + piece for piece in (whole if head_stays else 0, largest))
     return min(max(before, between), (8 + master) * share)

@@ -51,6 +51,14 @@ def test_half_way_rounds_to_even_and_the_master_follows_by_its_last_place() -> N
     assert torch.equal(halves_of(moved)[2], moved), "once"
 
 
+def test_nan_and_infinity_stay_what_they_are() -> None:
+    for pattern in (0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7FC00000, 0xFF80FFFF):
+        high, _, back = halves_of(bits(pattern))
+        assert high.isnan() and back.isnan(), hex(pattern)
+    high, _, back = halves_of(bits(0x7F800000, 0xFF800000))
+    assert high.tolist() == back.tolist() == [float("inf"), float("-inf")]
+
+
 def test_all_others_come_back_bit_for_bit_and_rounding_is_torchs() -> None:
     drawn = torch.randint(-(2**31), 2**31, (2**20,), generator=torch.Generator().manual_seed(0))
     master = drawn.to(torch.int32).view(torch.float32)
@@ -74,6 +82,8 @@ def test_a_master_has_memory_inside_whole_alone_and_keeps_what_is_written_there(
         assert torch.equal(masters["a"], before) and masters["b"].untyped_storage().nbytes() == 0
         masters["a"].add_(2.0**-20)
     assert masters["a"].untyped_storage().nbytes() == 0
+    with halves.whole(["a"]), pytest.raises(AssertionError, match=r"in memory already: \['a'\]"), halves.whole():
+        pass
     with pytest.raises(KeyError), halves.whole():
         assert torch.equal(masters["a"], before + 2.0**-20), "less than bf16 can hold"
         raise KeyError("inside")
@@ -154,7 +164,7 @@ def test_a_gpu_makes_the_same_halves() -> None:
     drawn = torch.randint(-(2**31), 2**31, (2**22 + 77,), generator=torch.Generator().manual_seed(0))
     drawn[:4096] = (drawn[:4096] & ~0xFFFF) | 0x8000
     master = drawn.to(torch.int32).view(torch.float32)
-    master = torch.where(torch.isfinite(master), master, 1.0)
+    assert master.isnan().any(), "which become the same NaN"
     on_cpu, on_gpu = halves_of(master), halves_of(master.cuda())
     for mine, theirs in zip(on_cpu, on_gpu, strict=True):
         kind = torch.int32 if mine.dtype == torch.float32 else torch.int16

@@ -186,11 +186,12 @@ SCRIPT = """
     from training_tools import recipe, sample_groups
     from astracli.adapters.qwen3_5 import ADAPTER
     from astracli.plan_trainer import Split
-    from astracli.training import checkpoint, fsdp, setup
+    from astracli.training import adam, checkpoint, fsdp, setup
+    adam.BUCKET_BYTES = 20_000
     ranks = fsdp.join("cpu")
     chosen = recipe(algorithm={"kl_coef": 0.1}, train={"learning_rate": 1e-2, "parity_tolerance": 100.0})
     sums = []
-    for split in (Split(), Split("host", 1.0)):
+    for split in (Split(), Split("host", 0.4), Split("host", 1.0)):
         trainer = setup.build_trainer(Path(sys.argv[1]), ADAPTER, chosen, ranks, attention="sdpa", split=split)
         for step in range(2):
             trainer.train(sample_groups(None, 2, seed=step, version=step), step, step)
@@ -203,7 +204,7 @@ SCRIPT = """
         checkpoint.load(checkpoint.latest(target), other.masters, ranks)
         total = [*other.masters.values.values(), *(t for m in other.masters.moments() for t in m.values())]
         sums.append([float(t.double().sum()) for t in total])
-    print(sums[0] == sums[1] and sum(map(abs, sums[0])) > 0)
+    print(sums[0] == sums[1] == sums[2] and sum(map(abs, sums[0])) > 0)
     ranks.close()
 """
 
@@ -230,21 +231,24 @@ GPU_SCRIPT = """
     from training_tools import recipe, sample_groups
     from astracli.adapters.qwen3_5 import ADAPTER
     from astracli.plan_trainer import Split
-    from astracli.training import fsdp, setup
+    from astracli.training import adam, fsdp, setup
+    adam.BUCKET_BYTES = 40_000
     ranks = fsdp.join("cuda")
     chosen = recipe(algorithm={"kl_coef": 0.1}, train={"learning_rate": 1e-2, "parity_tolerance": 100.0})
     trainers = []
-    for split in (Split(), Split("host", 1.0)):
+    for split in (Split(), Split("host", 0.4), Split("host", 1.0)):
         trainers.append(setup.build_trainer(Path(sys.argv[1]), ADAPTER, chosen, ranks, attention="sdpa", split=split))
         for step in range(3):
             if split.moments_on_host:
                 trainers[-1].to_host()
                 trainers[-1].to_device()
             trainers[-1].train(sample_groups(None, 4, seed=step, version=step), step, step)
-    with trainers[0].masters.whole(), trainers[1].masters.whole():
-        kinds = [(t.masters.values, *t.masters.moments()) for t in trainers]
-        sides = [[tensor for kind in found for tensor in kind.values()] for found in kinds]
-        print(max(float((a.cpu() - b.cpu()).abs().max()) for a, b in zip(*sides)))
+    sides = []
+    for trainer in trainers:
+        with trainer.masters.whole():
+            kinds = (trainer.masters.values, *trainer.masters.moments())
+            sides.append([tensor.cpu().clone() for kind in kinds for tensor in kind.values()])
+    print(max(float((a - b).abs().max()) for other in sides[1:] for a, b in zip(sides[0], other)))
     ranks.close()
 """
 

@@ -10,10 +10,12 @@ import pytest
 from machines import GIB, facts
 from test_plan import load, planned
 
-from astracli import plan, plan_memory, plan_trainer, registry
+from astracli import plan, plan_memory, plan_place, plan_trainer, registry
 from astracli.adapter import MemoryShape
 from astracli.adapters import llama, qwen3, qwen3_5
+from astracli.adapters.qwen3_5_sizes import text_shapes
 from astracli.errors import UserError
+from astracli.training import adam
 
 EVERY_BLOCK_AGAIN = "train.activation_checkpointing=full"
 
@@ -233,3 +235,33 @@ def test_an_update_with_moments_on_the_host_counts_a_bucket_of_them() -> None:
     assert bucket > 10 * rows(0.0)[kept]
     assert rows(0.0)[kept] + rows(0.0)[passes] == bucket, "of masters made whole"
     assert rows(0.5)[kept] + rows(0.5)[passes] == plan_trainer.PASSING * bucket, "and of moments"
+
+
+DENSE = {"llama": (llama, "meta-llama/Meta-Llama-3-8B-Instruct"), "1.7b": (qwen3, "Qwen/Qwen3-1.7B"),
+         "8b": (qwen3, "Qwen/Qwen3-8B")}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", *DENSE])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_an_update_brings_no_more_than_is_planned(name: str, ranks: int) -> None:
+    """The update's own buckets, replayed over the tensors of a model: three sets of moments at most, and masters."""
+    if name == "qwen3_5":
+        config = qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"]
+        shapes, shape = text_shapes(config), qwen3_5.ADAPTER.memory_shape(config)
+    else:
+        module, path = DENSE[name]
+        config = module.ADAPTER.known_configs[path]
+        shapes, shape = module._shapes(config), module.ADAPTER.memory_shape(config)
+    sizes = {tensor: math.ceil(math.prod(dims) / ranks) for tensor, dims in shapes.items()}
+    master = 4 if ranks == 1 else 0
+    for part in plan_place.PARTS:
+        away = adam.on_host(sizes, part)
+        stay = [
+            sum(sizes[n] for n in b) for b in adam.buckets({n: master * s for n, s in sizes.items() if n not in away})
+        ]
+        comes = adam.buckets({n: (8 + master) * s for n, s in sizes.items() if n in away})
+        moving = [sum(sizes[n] for n in bucket) for bucket in comes]
+        first = 8 * sum(moving[: plan_trainer.PASSING - 1]) + master * max(stay, default=0)
+        later = [8 * sum(moving[max(0, i - 1) : i + 2]) + master * moving[i] for i in range(len(moving))]
+        planned_bytes = plan_trainer._in_update(shape, ranks, plan_trainer.Split(moments_on_host=part))
+        assert max(first, *later, 0) <= planned_bytes * 1.001, part

@@ -14,6 +14,7 @@ _BLOCK = 2048
 def _split(master, high, rest, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     bits = tl.load(master + at, mask=at < count)
+    bits = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits)
     bits += tl.where((bits & 0xFFFF) == 0x8000, 2 * ((bits >> 16) & 1) - 1, 0)
     top = (bits + 0x8000) >> 16
     tl.store(high + at, top.to(tl.int16), mask=at < count)

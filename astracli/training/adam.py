@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +59,8 @@ class Adam:
         """One update of what has a gradient."""
         for group in self.adamw.param_groups:
             group["lr"] = rate
-        stay = self._buckets([name for name in gradients if name not in self.away])
-        pass_by = self._buckets([name for name in gradients if name in self.away])
+        stay = buckets({name: self._brings(name) for name in gradients if name not in self.away})
+        pass_by = buckets({name: self._brings(name) for name in gradients if name in self.away})
         sets = [[self._parked[name] for name in bucket if name in self._parked] for bucket in pass_by]
 
         def resident() -> None:
@@ -75,19 +75,9 @@ class Adam:
             self._passage = Passage(next(iter(self.values.values())).device)
         self._passage.through(sets, visitors, resident)
 
-    def _buckets(self, names: Sequence[str]) -> list[list[str]]:
-        """Names that are updated together: what they bring to the device for it fits a bucket; one alone may be over
-        the limit."""
-        buckets: list[list[str]] = []
-        size = 0
-        for name in names:
-            its = self.values[name].nbytes * ((2 if name in self.away else 0) + (1 if name in self.halves else 0))
-            if not buckets or size + its > BUCKET_BYTES:
-                buckets.append([])
-                size = 0
-            buckets[-1].append(name)
-            size += its
-        return buckets
+    def _brings(self, name: str) -> int:
+        """Bytes that come to the device for an update of this."""
+        return self.values[name].nbytes * ((2 if name in self.away else 0) + (1 if name in self.halves else 0))
 
     def _step_bucket(self, names: Collection[str], gradients: Mapping[str, Tensor]) -> None:
         with self.halves.whole(names):
@@ -153,9 +143,23 @@ class Adam:
                 self._parking(name).to_host()
 
 
+def buckets(brings: Mapping[str, int]) -> list[list[str]]:
+    """Names that are updated together, in their order: what they bring to the device for it (bytes) fits a bucket; one
+    alone may be over the limit."""
+    made: list[list[str]] = []
+    size = 0
+    for name, its in brings.items():
+        if not made or size + its > BUCKET_BYTES:
+            made.append([])
+            size = 0
+        made[-1].append(name)
+        size += its
+    return made
+
+
 def on_host(sizes: Mapping[str, int], part: float) -> frozenset[str]:
-    """Names of the parameters whose moments wait on the host: at least `part` of all elements. The largest stay, which
-    would pass through in one piece."""
+    """Names of the parameters whose moments wait on the host: at least `part` of all elements. The largest stay as long
+    as there is room, since each passes through in one piece."""
     room = (1.0 - part) * sum(sizes.values())
     away = set()
     for name, size in sorted(sizes.items(), key=lambda item: -item[1]):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +24,11 @@ from astracli.training.parking import empty
 def split(master: Tensor, high: Tensor, rest: Tensor) -> None:
     """high (bf16) <- master (fp32) rounded; rest (int16) <- what that lost. One shape, contiguous. The values of
     `master` are not to be used after it: `join` has them."""
-    if master.is_cuda:
-        from astracli.gpu import halves
-
-        halves.split(master, high, rest)
+    if master.is_cuda and (kernels := _kernels()) is not None:
+        kernels.split(master, high, rest)
         return
     bits = master.view(torch.int32)
+    bits = torch.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits)  # a NaN of all ones would round to zero
     odd = (bits >> 16) & 1
     bits = torch.where((bits & 0xFFFF) == 0x8000, bits + (2 * odd - 1), bits)
     top = (bits + 0x8000) >> 16
@@ -38,12 +38,19 @@ def split(master: Tensor, high: Tensor, rest: Tensor) -> None:
 
 def join(high: Tensor, rest: Tensor, master: Tensor) -> None:
     """master (fp32) <- its two halves."""
-    if master.is_cuda:
-        from astracli.gpu import halves
-
-        halves.join(high, rest, master)
+    if master.is_cuda and (kernels := _kernels()) is not None:
+        kernels.join(high, rest, master)
         return
     master.view(torch.int32).copy_((high.view(torch.int16).int() << 16) + rest.int())
+
+
+def _kernels() -> Any:
+    """The Triton kernels; None where Triton cannot be imported."""
+    try:
+        from astracli.gpu import halves
+    except ImportError:
+        return None
+    return halves
 
 
 class Halves:
@@ -77,6 +84,8 @@ class Halves:
         """Inside, these masters (None: all) are in memory and may be written to; after it the parameters are they,
         rounded."""
         chosen = [name for name in (self._masters if names is None else names) if name in self._masters]
+        nested = [name for name in chosen if self._masters[name].untyped_storage().nbytes()]
+        assert not nested, f"in memory already: {nested[:5]}"
         with torch.no_grad():
             for name in chosen:
                 master = self._masters[name]

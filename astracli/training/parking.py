@@ -2,8 +2,9 @@
 
 A parked tensor keeps its identity: its storage is emptied and later filled again, so everything that shares it (FSDP's
 shards, the optimizer's parameters, views) is right again without being told. Copies go through pinned memory on the
-current stream, in the order of everything else there. Until then torch would print what lies at address 0, which ends a
-process, or a GPU's context: whoever looks (a debugger, a traceback with values) is told that it is parked.
+stream that is current, which `passage` makes another than that of the work. Until then torch would print what lies at
+address 0, which ends a process, or a GPU's context: whoever looks (a debugger, a traceback with values) is told that it
+is parked.
 """
 
 from __future__ import annotations

@@ -73,9 +73,13 @@ def _build(
 ) -> LaunchPlan:
     """`way_out(otherwise)`: the hint of a problem of size."""
     processes = _processes(recipe, choice, facts, command)
-    recipe, placement = _place(processes, shape, recipe, choice, facts)
+    asked = recipe
+    recipe, placement = _place(processes, shape, asked, choice, facts)
+    memory = _memory(processes, shape, recipe, choice.device, placement, facts)
+    if (host := _room_on_host(processes, memory, facts)) is not None and choice.device == "cuda":
+        recipe, placement = _place(processes, shape, asked, choice, facts, host)
+        memory = _memory(processes, shape, recipe, choice.device, placement, facts)
     counted = (processes, shape, recipe, choice.device, placement, facts)
-    memory = _memory(*counted)
     if not placement.turns and _room_to_publish(processes, memory, facts):
         memory = _memory(*counted, published="gpu")
     if placement.turns:
@@ -177,15 +181,17 @@ def _place(
     recipe: Recipe,
     choice: BackendChoice,
     facts: Mapping[str, Any],
+    host: int | None = None,
 ) -> tuple[Recipe, Placement]:
-    """The recipe with what it leaves to the machine, and where things lie."""
+    """The recipe with what it leaves to the machine, and where things lie. `host`: bytes that trainers may take there,
+    None while there is enough."""
     if choice.device != "cuda":
         return plan_requests.settle(recipe, shape, {}, [], [], plan_speed.pace([]))[0], Placement()
     gpus = {role: [gpu for p in processes if p.role == role for gpu in p.gpus] for role in ("engine", "trainer")}
     where = (plan_problems.sizes_of(facts), gpus["engine"], gpus["trainer"])
     pace = plan_speed.pace([gpu for gpu in machine.visible_gpus(facts) if gpu["index"] in gpus["trainer"]])
     recipe, why = plan_requests.settle(recipe, shape, *where, pace)
-    placement = plan_place.place(recipe, shape, *where, pace)
+    placement = plan_place.place(recipe, shape, *where, pace, host)
     if why is not None:
         row = ("requests", f"{recipe.rollout.running} at once", why)
         placement = replace(placement, reasons=(row, *placement.reasons))
@@ -216,6 +222,15 @@ def _memory(
         return rows
     engine, trainer = ({gpu for p in processes if p.role == role for gpu in p.gpus} for role in ("engine", "trainer"))
     return plan_place.in_turns(rows, {p.name for p in processes if set(p.gpus) & engine & trainer})
+
+
+def _room_on_host(processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], facts: Mapping[str, Any]) -> int | None:
+    """What others leave trainers of a host that is too small for all of them; None where all fit."""
+    size = facts["system"]["memory_total"]
+    if plan_memory.total(rows, where="host", fixed=True) <= size:
+        return None
+    others = [process.name for process in processes if process.role != "trainer"] + ["supervisor"]
+    return int(size - plan_memory.total(rows, where="host", fixed=True, processes=others))
 
 
 def _room_to_publish(processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], facts: Mapping[str, Any]) -> bool:

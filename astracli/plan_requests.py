@@ -13,8 +13,9 @@ from math import ceil
 from astracli import plan_memory
 from astracli.adapter import MemoryShape
 from astracli.plan_memory import COMFORT, ROOM, words
-from astracli.plan_place import options, takes_turns, trainer_bytes
+from astracli.plan_place import takes_turns
 from astracli.plan_speed import Pace
+from astracli.plan_split import options, recomputing, trainer_bytes
 from astracli.recipe import Recipe
 
 MOST = 256
@@ -57,7 +58,7 @@ def _beside(
         fit = _fit(recipe, shape, static, card, COMFORT)
         return _settled(recipe, shape, fit, useful, COMFORT, f"{words(card)} in turns with the trainer")
     fit = 1
-    for option in options(recipe, shape, ranks, pace, beside=True):
+    for option in recomputing(options(recipe, shape, ranks, pace)):
         left = int(ROOM * card) - trainer_bytes(recipe, shape, ranks, option)
         static = min(
             int(recipe.rollout.mem_fraction_static * card),

@@ -14,9 +14,12 @@ from astracli.adapter import MemoryShape
 from astracli.plan_trainer import Split, recomputed
 from astracli.recipe import RECOMPUTED_BLOCKS, Recipe
 
-PEAK = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "B200": 2250}
+PEAK = {
+    **{"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H20": 148},
+    **{"A100": 312, "L40S": 362, "L40": 181, "B200": 2250, "B300": 2250},
+}
 """Dense bf16 TFLOP/s (vendor's data sheets) by a part of the GPU's name; the first that fits."""
-PEAK_OF = {"8.0": 312, "8.6": 150, "8.9": 181, "9.0": 989, "10.0": 2250, "12.0": 210}
+PEAK_OF = {"8.0": 312, "8.6": 150, "8.9": 181, "9.0": 989, "10.0": 2250, "10.3": 2250, "12.0": 210}
 """The same of a GPU whose name says nothing, by compute capability; `USUAL` of others."""
 USUAL = 300
 REACHED = 0.42

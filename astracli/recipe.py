@@ -163,7 +163,7 @@ class TrainTable(Table):
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     """What the backward pass computes again: `none`, nothing; `selective`, every second block; `full`, every block
     (least memory, a third more work). `auto` is the quickest that the GPU has memory for, AdamW's moments on the host
-    weighed against it; beside an engine `full`; on a CPU `none`."""
+    weighed against it; beside an engine `full` unless there is plenty; on a CPU `none`."""
     reference_device: Literal["auto", "gpu", "host"] = "auto"
     """Where the initial model of the KL term waits between scoring passes; `host` is pinned memory, `auto` is the GPU
     while it has room. On a CPU there is one place."""

@@ -81,7 +81,9 @@ def measure(
     row["mfu"] = round(statistics.median(used) / (peak * 1e12), 4) if peak else None
     row["peak_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if device.type == "cuda" else None
     row["on_host"] = trainer.masters.adam.moments_on_host
-    row["planned_gib"] = round(planned(trainer, shape) / 2**30, 2) if device.type == "cuda" else None
+    # what FSDP2 on one rank holds is planned for nobody
+    counted = device.type == "cuda" and (trainer.ranks.mesh is None or trainer.ranks.world_size > 1)
+    row["planned_gib"] = round(planned(trainer, shape) / 2**30, 2) if counted else None
     row["gradient_error"] = first.get("rows_gradient_error")
     row["gradient_noise"] = first.get("rows_gradient_noise")
     row["warm_up_s"] = round(warm, 1)

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 from machines import GIB, facts
 from test_plan import load, planned
+from training_tools import recipe, save_model
 
-from astracli import plan, plan_memory, plan_place, plan_speed
+from astracli import plan, plan_memory, plan_place, plan_speed, plan_split
 from astracli.adapters import qwen3_5
+from astracli.errors import UserError
+from astracli.launch import children
+from astracli.plan import LaunchPlan
 from astracli.plan_speed import Pace
 from astracli.plan_trainer import Split, recomputed
+from astracli.training import setup
+from astracli.training.fsdp import Ranks
+from astracli.workers import train_settings
+from astracli.workers.common import WorkerConfig
 
 ONE_EACH = ("resources.rollout_gpus=1", "resources.train_gpus=1")
 NAME = "qwen3.5-4b-m2po-delta"
@@ -17,12 +29,12 @@ SHAPE = qwen3_5.ADAPTER.memory_shape(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5
 
 
 def test_seconds_by_hand() -> None:
-    recipe, pace = load(NAME), Pace(flops=400e12, link=100e9)
+    asked, pace = load(NAME), Pace(flops=400e12, link=100e9)
     parameters, tokens = 4_205_751_296, 256 * 8192 / 4
     passes = tokens * SHAPE.flops_per_token / 400e12
 
     def seconds(split: Split, ranks: int = 1) -> float:
-        return plan_speed.step_seconds(recipe, SHAPE, ranks, split, pace)
+        return plan_speed.step_seconds(asked, SHAPE, ranks, split, pace)
 
     assert seconds(Split()) == pytest.approx(passes)
     assert seconds(Split(recomputed="selective")) == pytest.approx(1.15 * passes)
@@ -36,10 +48,10 @@ def test_seconds_by_hand() -> None:
 
 def test_the_estimate_orders_what_was_measured_on_80_gb() -> None:
     """16,101, 14,740 and 13,206 tokens/s on one H200 held to 80 GB, without a reference: docs/benchmarks.md."""
-    recipe = load(NAME, "algorithm.kl_coef=0")
+    asked = load(NAME, "algorithm.kl_coef=0")
     pace = plan_speed.pace([{"name": "NVIDIA H200", "compute_capability": "9.0"}])
     splits = (Split("gpu", 0.65, "none"), Split("gpu", 0.15, "selective"), Split("gpu", 0.0, "full"))
-    seconds = [plan_speed.step_seconds(recipe, SHAPE, 1, split, pace) for split in splits]
+    seconds = [plan_speed.step_seconds(asked, SHAPE, 1, split, pace) for split in splits]
     assert seconds[1] / seconds[0] == pytest.approx(16101 / 14740, rel=0.03)
     assert seconds[2] / seconds[0] == pytest.approx(16101 / 13206, rel=0.03)
 
@@ -59,20 +71,61 @@ def test_the_quickest_that_fits_is_taken(gib: float, split: Split) -> None:
     plan.refuse(result)
     assert result.placement.split == split
     assert plan_memory.total(result.memory, where="gpu", processes=["trainer"], fixed=True) <= gib * GIB
-    options = plan_place.options(load(NAME, *ONE_EACH), SHAPE, 1, Pace())
+    options = plan_split.options(load(NAME, *ONE_EACH), SHAPE, 1, Pace())
     assert len(options) == len(set(options)) == 2 * 21 * 3
-    assert ("activations", plan_place.KEPT[split.recomputed]) == result.placement.reasons[0][:2]
+    assert ("activations", plan_split.KEPT[split.recomputed]) == result.placement.reasons[0][:2]
 
 
 def test_the_plan_says_what_the_others_would_cost() -> None:
     result = planned(load(NAME, *ONE_EACH), facts("9.0", 2, memory_gib=60, host_gib=512))
     assert result.placement.reasons[0] == (
         "activations",
-        "every second block's made again",
-        "the quickest that fits 60.00 GiB (estimated); none again: does not fit, every again: 1.10 times as long",
+        "half made again",
+        "the quickest that fits 57.00 GiB of 60.00 GiB (estimated); "
+        "all kept: no room, all made again: 1.10 times as long",
     )
     blocked = planned(load(NAME, *ONE_EACH), facts("9.0", 2, memory_gib=30, host_gib=512))
-    assert blocked.placement.reasons[0][2] == "needs least; nothing fits 30.00 GiB"
+    assert blocked.placement.reasons[0][2] == "needs least; nothing fits 30.00 GiB of 30.00 GiB"
+    tight = planned(load(NAME, *ONE_EACH), facts("9.0", 2, memory_gib=42, host_gib=512))
+    assert tight.placement.reasons[0][2] == "needs least; nothing else fits 42.00 GiB of 42.00 GiB"
+    assert tight.placement.split == Split("host", 1.0, "full")
+    unknown = planned(load(NAME), facts("9.0", 1, memory_gib=80, host_gib=512))
+    assert unknown.placement.reasons[0] == ("activations", "all made again", "the memory of its GPU is not known")
+    assert unknown.placement.split == Split("gpu", 0.0, "full")
+
+
+def test_a_host_that_is_too_small_has_its_say() -> None:
+    """Moments that found room there at 512 GiB stay on the GPU, and more is computed again."""
+
+    def on(host_gib: float) -> LaunchPlan:
+        return planned(load(NAME, *ONE_EACH), facts("9.0", 2, memory_gib=79.6, host_gib=host_gib))
+
+    for host_gib, split in ((47, Split("host", 0.65, "none")), (40, Split("host", 0.15, "selective")),
+                            (18, Split("gpu", 0.0, "full"))):  # fmt: skip
+        result = on(host_gib)
+        plan.refuse(result)
+        assert result.placement.split == split, host_gib
+        assert plan_memory.total(result.memory, where="host", fixed=True) <= host_gib * GIB
+    assert " and the host (estimated)" in on(40).placement.reasons[0][2]
+    with pytest.raises(UserError, match=r"needs at least 1\d\.\d\d GiB of memory, this machine has 12\.00 GiB"):
+        plan.refuse(on(12))
+
+
+def test_what_was_planned_reaches_the_trainer(tmp_path: Path) -> None:
+    """Through the JSON that a rank is told, to the blocks that it wraps."""
+    result = planned(load(NAME, *ONE_EACH), facts("9.0", 2, memory_gib=60, host_gib=512))
+    (rank,) = (process for process in result.processes if process.role == "trainer")
+    told = json.loads(json.dumps(children._placement(result, rank)))
+    config = WorkerConfig("trainer", "trainer", tmp_path, "", "", load(NAME), {}, device="cuda", extra=told)
+    assert train_settings.split_of(config) == result.placement.split == Split("host", 0.75, "selective")
+    assert train_settings.split_of(replace(config, device="cpu")) == Split()
+    model_dir = save_model(tmp_path / "model")
+    for mode, wrapped in (("none", 0), ("selective", 2), ("full", 4)):
+        split = Split(recomputed=mode)
+        asked = recipe(train={"activation_checkpointing": "auto"})
+        trainer = setup.build_trainer(model_dir, qwen3_5.ADAPTER, asked, Ranks(), attention="sdpa", split=split)
+        found = [name for name, _ in trainer.policy.named_modules() if name.endswith("._checkpoint_wrapped_module")]
+        assert len(found) == wrapped, mode
 
 
 def test_four_gpus_share_what_one_had_to_move() -> None:
@@ -82,8 +135,8 @@ def test_four_gpus_share_what_one_had_to_move() -> None:
 
 
 def test_a_slow_link_makes_computing_again_the_cheaper_way() -> None:
-    recipe = load(NAME, *ONE_EACH, "algorithm.kl_coef=0")
-    where = (recipe, SHAPE, {0: int(79.6 * GIB)}, [], [0])
+    asked = load(NAME, *ONE_EACH, "algorithm.kl_coef=0")
+    where = (asked, SHAPE, {0: int(79.6 * GIB)}, [], [0])
     assert plan_place.place(*where, Pace(400e12, 100e9)).split == Split("gpu", 0.65, "none")
     assert plan_place.place(*where, Pace(400e12, 20e9)).split == Split("gpu", 0.15, "selective")
     assert plan_place.place(*where, Pace(400e12, 1e9)).split == Split("gpu", 0.0, "full")
@@ -107,8 +160,10 @@ def test_the_slowest_gpu_counts() -> None:
     assert plan_speed.pace([h100, l40]) == plan_speed.pace([l40]) != plan_speed.pace([h100])
     assert plan_speed.pace([h100]).flops == pytest.approx(0.42 * 989e12) and plan_speed.pace([h100]).link == 99e9
     assert plan_speed.pace([l40]) == Pace(pytest.approx(0.42 * 181e12), 50e9)
-    names = ("H200", "H100 80GB HBM3", "H100 PCIe", "L40", "L40S")
-    assert [plan_speed.peak(f"NVIDIA {name}") for name in names] == [989, 989, 756, 181, 362], "the most exact name"
+    names = ("H200", "H20", "H100 80GB HBM3", "H100 PCIe", "L40", "L40S")
+    assert [plan_speed.peak(f"NVIDIA {name}") for name in names] == [989, 148, 989, 756, 181, 362], (
+        "the most exact name"
+    )
     assert plan_speed.peak("a gpu", "10.0") == 2250
     assert plan_speed.peak("a gpu", "7.5") == plan_speed.peak("a gpu") == 300
     assert plan_speed.pace([]) == Pace()

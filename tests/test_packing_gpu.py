@@ -16,7 +16,7 @@ from astracli import registry
 from astracli.adapters.qwen3_5 import ADAPTER
 from astracli.adapters.qwen3_5_layers import torch_rule
 from astracli.gpu.fused import chunks, fla
-from astracli.training import fsdp, packing, setup, varlen
+from astracli.training import fsdp, packing, parity, setup, varlen
 from astracli.training import logprob as logprob_module
 from astracli.training.sums import Sums, Timer
 
@@ -244,9 +244,35 @@ def test_a_trainer_packs_and_proves_it(tmp_path: Path, ranks: Any, checkpointing
         groups = sample_groups(None, 8, seed=1)
         metrics = trainer.train(groups, 0, 0).metrics
         print(checkpointing, layout, {k: metrics[k] for k in ("rows_max_abs", "rows_gradient_error", "grad_norm")})
-        assert metrics["rows_gradient_error"] < 1e-2
+        assert metrics["rows_gradient_error"] < (3e-3 if trainer.packed else 1e-2)
         results.append([metrics[name] for name in ("loss", "grad_norm", "entropy")])
     assert results[0] == pytest.approx(results[1], rel=0.02, abs=1e-3)
+
+
+@pytest.mark.parametrize("layers", [8, 32])
+def test_packed_rows_are_separate_rows_bit_for_bit_at_any_depth(tmp_path: Path, ranks: Any, layers: int) -> None:
+    """In one shape, and with attention that adds up in one order: only sums over tokens come in another order."""
+    chosen = recipe(train={"tokens_per_microbatch": 512, "parity_tolerance": 1e9})
+    model_dir = save(tmp_path / "m", num_hidden_layers=layers)
+    trainer = setup.build_trainer(model_dir, ADAPTER, chosen, ranks, attention="sdpa")
+    rows = parity.spread(trainer._divide(sample_groups(None, 8, seed=1), 0).rows, 512)
+    options: dict[str, Any] = {"join": packing.pack_rows, "pad_token": 0}
+
+    def error(**more: Any) -> float:
+        return parity.gradients_against_separate(
+            trainer.policy, trainer.adapter, rows, trainer.masters, **options, **more
+        )
+
+    with torch.no_grad():
+        together, _ = parity.logprobs(trainer.policy, ADAPTER, packing.pack_rows(rows), ranks.device)
+        for index in range(len(rows)):
+            micro, its = parity.in_the_shape_of_all(rows, index, **options)
+            alone, _ = parity.logprobs(trainer.policy, ADAPTER, micro, ranks.device)
+            assert torch.equal(alone[its], together[its])
+    found, otherwise = error(), error(same_shape=False)
+    print(layers, "layers: in one shape", found, "in other shapes", otherwise)
+    assert found < 3e-3 and not torch.are_deterministic_algorithms_enabled()
+    assert error() == pytest.approx(found, rel=1e-3)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_packing import groups_as_rows
@@ -53,6 +54,33 @@ def test_a_leak_is_found_in_log_probabilities_and_in_gradients(model_dir: Path) 
     with pytest.raises(RunFailed, match=r"in gradient, relative to its norm, allowed 1\.0e-04"):
         parity.require_gradients(error, torch.device("cpu"), leaking, True)
     assert gradient_error(make_trainer(model_dir, chosen), rows) < 1e-5
+    # and as a GPU computes each alone
+    assert gradient_error(trainer, rows, same_shape=True) == pytest.approx(error, rel=0.02)
+    assert gradient_error(make_trainer(model_dir, chosen), rows, same_shape=True) < 1e-5
+
+
+@pytest.mark.parametrize("join", [packing.pack_rows, pad_rows])
+def test_a_row_alone_in_the_shape_of_all(model_dir: Path, join: Any) -> None:
+    trainer = make_trainer(model_dir, recipe(train={"packing": "packed" if join is packing.pack_rows else "padded"}))
+    rows = groups_as_rows()[:3]
+    together = join(rows, 9)
+    device, count = torch.device("cpu"), [row.loss_tokens for row in rows]
+    assert len(set(map(len, rows))) == 3 and len(set(count)) == 3
+    for index, row in enumerate(rows):
+        micro, its = parity.in_the_shape_of_all(rows, index, join=join, pad_token=9)
+        assert (its.start, its.stop) == (sum(count[:index]), sum(count[: index + 1]))
+        assert micro.tokens_BL.shape == together.tokens_BL.shape and len(micro.target_N) == len(together.target_N)
+        flat = micro.tokens_BL.ravel()
+        assert flat[: len(row)].tolist() == row.tokens.tolist() and set(flat[len(row) :]) == {9}
+        assert micro.target_N[its].tolist() == row.tokens[row.prompt_length :].tolist()
+        assert micro.predict_N[its].tolist() == list(range(row.prompt_length - 1, len(row) - 1))
+        others = np.delete(micro.predict_N, np.r_[its])
+        assert len(set(others)) == len(others) and others.min() >= len(row)  # each its own, none of this row's
+        if micro.bounds_S1 is not None:
+            assert micro.bounds_S1[1] == len(row) and len(micro.bounds_S1) == len(rows) + 1
+        alone, _ = parity.logprobs(trainer.policy, trainer.adapter, pad_rows([row], 9), device)
+        found, _ = parity.logprobs(trainer.policy, trainer.adapter, micro, device)
+        assert (found[its] - alone).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
@@ -119,9 +147,10 @@ def test_boundaries_can_be_ignored_only_where_there_are_some(name: str, asked: s
     assert backend.packing(recipe(train={"row_boundaries": "ignored"}), ADAPTER, "cpu")[0] == "packed"
 
 
-def gradient_error(trainer: Any, rows: list[Row]) -> float:
+def gradient_error(trainer: Any, rows: list[Row], *, same_shape: bool | None = None) -> float:
     join: Callable[..., Any] = packing.pack_rows if trainer.packed else pad_rows
-    masters = trainer.masters
-    error = parity.gradients_against_separate(trainer.policy, trainer.adapter, rows, masters, join=join, pad_token=0)
+    error = parity.gradients_against_separate(
+        trainer.policy, trainer.adapter, rows, trainer.masters, join=join, pad_token=0, same_shape=same_shape
+    )
     assert all(p.grad is None for p in trainer.policy.parameters())
     return error

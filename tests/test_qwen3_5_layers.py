@@ -119,12 +119,14 @@ def test_a_packed_row_equals_separate_rows(recompute: bool, cpu_kernels: bool) -
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     packed = model(**packed_inputs(rows), use_cache=False).logits
-    close = 2e-5 if cpu_kernels else 2e-4  # transformers' own delta rule rounds otherwise than the one for packed rows
+    # rows of other shapes round otherwise: by up to 2e-5 on an AMD EPYC, 3.5e-5 on a Xeon with AMX; transformers' own
+    # delta rule, which the one for packed rows is not, by more
+    close = 1e-4 if cpu_kernels else 2e-4
     assert (packed - separate).abs().max() <= close
     assert relative(gradients_of(model, packed), reference) <= close
     assert (leaked - separate).abs().max() > 1.0  # what the same row gives without its boundaries
     with torch.no_grad():  # and ordinary rows still work
-        assert (model(rows[0], use_cache=False).logits - separate[:, :37]).abs().max() <= 2e-5
+        assert (model(rows[0], use_cache=False).logits - separate[:, :37]).abs().max() <= close
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -40,3 +42,53 @@ def test_attention_takes_the_scale_of_the_model() -> None:
             scores = scores.masked_fill(torch.ones(b - a, b - a).triu(1).bool(), -torch.inf)
             expected = scores.softmax(-1) @ value[0, :, a:b]
             assert torch.allclose(found[0, a:b].transpose(0, 1), expected, atol=1e-6)
+
+
+class Told(torch.autograd.Function):
+    """Writes down whether its backward pass has to add up in one order."""
+
+    modes: list[bool]
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, fails: bool) -> torch.Tensor:
+        ctx.fails = fails
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor, None]:
+        Told.modes.append(torch.are_deterministic_algorithms_enabled())
+        if ctx.fails:
+            raise RuntimeError("a kernel failed")
+        return grads[0], None
+
+
+def test_attention_adds_up_in_one_order_where_it_is_asked_to_and_nothing_else_does() -> None:
+    Told.modes = []
+    x = torch.ones(3, requires_grad=True)
+    varlen._ordered(Told.apply(x, False)).sum().backward()
+    with varlen.one_order():
+        Told.apply(varlen._ordered(Told.apply(Told.apply(x, False), False)), False).sum().backward()
+        assert varlen._ordered(Told.apply(x.detach(), False)).grad_fn is None
+    varlen._ordered(Told.apply(x, False)).sum().backward()
+    assert Told.modes == [False, False, True, False, False]
+
+
+def test_the_order_asked_for_ends_with_an_error_too() -> None:
+    Told.modes = []
+    x = torch.ones(3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="a kernel failed"), varlen.one_order():
+        varlen._ordered(Told.apply(x, True)).sum().backward()
+    assert Told.modes == [True] and not torch.are_deterministic_algorithms_enabled()
+    varlen._ordered(Told.apply(x, False)).sum().backward()
+    assert Told.modes == [True, False]
+
+
+def test_both_kinds_of_rows_ask_their_kernel_for_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 5, 8, generator=draw).requires_grad_() for _ in range(3))
+    asked: list[tuple[int, ...]] = []
+    monkeypatch.setattr(varlen, "_ordered", lambda out: asked.append(tuple(out.shape)) or out)
+    varlen.attention(torch.nn.Identity(), query, key, value, None)
+    edges = torch.tensor([0, 2, 5], dtype=torch.int32)
+    varlen.attention(torch.nn.Identity(), query, key, value, None, cu_seqlens=edges)
+    assert asked == [(1, 2, 5, 8), (1, 2, 2, 8), (1, 2, 3, 8)]

@@ -2,14 +2,22 @@
 
 The log-probabilities of rows joined into one micro-batch, and their gradient, equal those of each row alone. A model
 whose recurrent or convolution state leaks between or through rows fails here.
+
+In bf16 two right ways to compute one gradient differ by percents at 32 layers: another number of rows means another
+kernel for a product, which adds up in another order, and from there every rounding differs. So on a GPU the gradient
+of a row alone is computed in the shape of all of them (`in_the_shape_of_all`), and attention adds up in one order
+(`varlen.one_order`): the same kernels see the same numbers, and what is left is what leaks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from astracli.adapter import ModelAdapter
@@ -24,9 +32,11 @@ ROWS_TOLERANCE = {"cpu": 1e-4, "cuda": 0.25}
 """Largest |difference| of one token. On a GPU bf16 kernels choose other tilings for other shapes, so single tokens
 move by a few hundredths; a leak moves them by whole units."""
 GRADIENT_TOLERANCE = {"cpu": 1e-4, "cuda": 1e-2}
-"""Largest |difference| of the gradient over its norm. A leak through Gated DeltaNet layers gives 0.96."""
+"""Largest |difference| of the gradient over its norm. A leak through Gated DeltaNet layers gives 0.96; without one an
+H200 gives 0.001 at 4.2 B parameters (what a convolution's gradient loses when it is rounded to bf16 row by row)."""
 GRADIENT_CEILING = 0.15
-"""What `rounding_noise` may raise that to, never more: a leak gives 0.26 at four layers and grows with depth."""
+"""What `rounding_noise` may raise that to on a GPU whose kernels do not repeat themselves, never more: a leak gives
+0.26 at four layers and grows with depth."""
 MOST_ROWS = 8
 
 
@@ -74,6 +84,23 @@ def rows_against_separate(
     return float((together - alone).abs().max())
 
 
+def in_the_shape_of_all(rows: Sequence[Row], index: int, *, join: Join, pad_token: int) -> tuple[MicroBatch, slice]:
+    """Row `index` alone, in a micro-batch of the shape that all rows make together, and where its loss tokens are.
+
+    It comes first, where nothing can reach it, and padding fills the place of the others behind it. Loss tokens keep
+    their order, so that chunks of the output head are the same too.
+    """
+    order = [index, *(i for i in range(len(rows)) if i != index)]
+    blank = [replace(row, tokens=np.full_like(row.tokens, pad_token)) for row in rows]
+    micro = join([rows[index], *(blank[i] for i in order[1:])], pad_token)
+    counts = [row.loss_tokens for row in rows]
+    starts = dict(zip(order, np.cumsum([0, *(counts[i] for i in order)]).tolist(), strict=False))
+    taken = np.concatenate([np.arange(starts[i], starts[i] + counts[i]) for i in range(len(rows))])
+    before = sum(counts[:index])
+    ordered = replace(micro, predict_N=micro.predict_N[taken], target_N=micro.target_N[taken])
+    return ordered, slice(before, before + counts[index])
+
+
 def gradients_against_separate(
     policy: PolicyModel,
     adapter: ModelAdapter,
@@ -82,17 +109,24 @@ def gradients_against_separate(
     *,
     join: Join,
     pad_token: int,
+    same_shape: bool | None = None,
 ) -> float:
     """|difference| / |gradient of the rows together| of their mean log-probability, over all parameters of all ranks.
 
-    Every rank must bring the same rows. `masters` hold no gradients before and after.
+    Every rank must bring the same rows. `masters` hold no gradients before and after. With `same_shape`, the default on
+    a GPU, every row costs the passes that all of them cost together; without, a row alone is an ordinary one: in fp32
+    other shapes change a millionth, and that is the plainer proof.
     """
 
     def together() -> None:
         logprob_N, _ = logprobs(policy, adapter, join(list(rows), pad_token), masters.ranks.device)
         (logprob_N.sum() / sum(row.loss_tokens for row in rows)).backward()
 
-    return _minus_separate(policy, adapter, rows, masters, together, pad_token)
+    if not (masters.ranks.device.type != "cpu" if same_shape is None else same_shape):
+        return _minus_separate(policy, adapter, rows, masters, together, _by_itself(rows, pad_token))
+    alone = partial(in_the_shape_of_all, rows, join=join, pad_token=pad_token)
+    with varlen.one_order():
+        return _minus_separate(policy, adapter, rows, masters, together, alone)
 
 
 def rounding_noise(
@@ -112,7 +146,7 @@ def rounding_noise(
                 (logprob_N.sum() / tokens).backward()
 
     tokens = sum(row.loss_tokens for row in rows)
-    return _minus_separate(policy, adapter, rows, masters, jolted, pad_token)
+    return _minus_separate(policy, adapter, rows, masters, jolted, _by_itself(rows, pad_token))
 
 
 @torch.no_grad()
@@ -163,13 +197,22 @@ def a_unit_off(hidden: torch.Tensor, seed: int) -> torch.Tensor:
     return (hidden.float() * (1 + signs * 2.0**-8)).to(hidden.dtype)
 
 
+Alone = Callable[[int], tuple[MicroBatch, slice]]
+"""Number of a row -> a micro-batch that computes it alone, and where its loss tokens are among that one's"""
+
+
+def _by_itself(rows: Sequence[Row], pad_token: int) -> Alone:
+    """Each as an ordinary row of its own length."""
+    return lambda index: (pad_rows([rows[index]], pad_token), slice(None))
+
+
 def _minus_separate(
     policy: PolicyModel,
     adapter: ModelAdapter,
     rows: Sequence[Row],
     masters: Masters,
     first: Callable[[], None],
-    pad_token: int,
+    alone: Alone,
 ) -> float:
     """|gradient that `first` leaves, minus that of the rows one by one| over the former.
 
@@ -182,9 +225,10 @@ def _minus_separate(
 
     first()
     whole = norm()
-    for row in rows:
-        logprob_N, _ = logprobs(policy, adapter, pad_rows([row], pad_token), masters.ranks.device)
-        (-logprob_N.sum() / tokens).backward()
+    for index in range(len(rows)):
+        micro, its = alone(index)
+        logprob_N, _ = logprobs(policy, adapter, micro, masters.ranks.device)
+        (-logprob_N[its].sum() / tokens).backward()
     difference = norm()
     masters.grads.clear()
     return difference / whole if whole else difference

@@ -10,7 +10,8 @@ Shape letters: B rows, S segments, T tokens of a row, H query heads, G key and v
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -37,6 +38,35 @@ def install(model: Any, adapter: ModelAdapter) -> None:
     model.config._attn_implementation = NAME
     if adapter.install_varlen is not None:
         adapter.install_varlen(model)
+
+
+_in_one_order = False
+
+
+@contextmanager
+def one_order() -> Iterator[None]:
+    """Passes inside, forward and backward, give the same bits each time they are repeated.
+
+    Flash attention's backward pass adds up the gradient of queries in whatever order its blocks come, unless torch is
+    in its deterministic mode. That mode refuses operators in every thread, so it is on for this kernel's launch alone.
+    """
+    global _in_one_order
+    before, mode = _in_one_order, torch.are_deterministic_algorithms_enabled()
+    _in_one_order = True
+    try:
+        yield
+    finally:
+        _in_one_order = before
+        torch.use_deterministic_algorithms(mode)
+
+
+def _ordered(out: Tensor) -> Tensor:
+    """`out` of an attention kernel, whose backward pass adds up in one order if that was asked for."""
+    if _in_one_order and out.grad_fn is not None:
+        mode = torch.are_deterministic_algorithms_enabled()
+        out.grad_fn.register_prehook(lambda _: torch.use_deterministic_algorithms(True))
+        out.grad_fn.register_hook(lambda *_: torch.use_deterministic_algorithms(mode))
+    return out
 
 
 def carry_state(model: torch.nn.Module) -> None:
@@ -118,8 +148,10 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int
         back = ahead[:, None] - ahead[None, :]
         mask = (back >= 0) & (back < window)
     grouped = query.shape[1] != key.shape[1]
-    return scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    return _ordered(
+        scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+        )
     )
 
 
@@ -167,5 +199,5 @@ def _flash(
         if window is not None and longest > window:
             raise RunFailed("this torch has no sliding window in packed rows", "use `--set train.packing=padded`")
     out: Any = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
-    attended: Tensor = out[None]
+    attended: Tensor = _ordered(out)[None]
     return attended

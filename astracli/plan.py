@@ -27,6 +27,9 @@ MODULES = {
     "trainer": "astracli.workers.train",
     "eval": "astracli.workers.evaluate",
 }
+TRAINER_ON_GPU = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+"""Environment of a trainer there: what moves between GPU and host, and rows of many lengths, leave no holes. Without it
+a trainer whose tensors fill 75 of 78.6 GiB ran out of memory over 3.5 GiB of them (docs/benchmarks.md)."""
 
 
 def build(
@@ -133,8 +136,7 @@ def _processes(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any], 
             "OMP_NUM_THREADS": str(count),
             "TOKENIZERS_PARALLELISM": "false",
             **(resources.engine.env if role == "engine" and choice.engine == "embedded" else {}),
-            # what moves between GPU and host leaves no holes
-            **({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} if role == "trainer" and cuda else {}),
+            **(TRAINER_ON_GPU if role == "trainer" and cuda else {}),
         }
         return ProcessPlan(
             name=name,

@@ -27,10 +27,9 @@ from typing import Any
 
 import torch
 from gpu_train import environment
-from train_case import VARIANTS, build, groups, recipe, settle, shape_config
+from train_case import VARIANTS, build, groups, join, recipe, settle, shape_config
 
 from astracli import registry
-from astracli.training import fsdp
 from astracli.training.step import Trainer
 from astracli.weights.publisher import Publisher, PublishResult
 from astracli.workers.train import ENCODE_THREADS
@@ -111,7 +110,7 @@ def main() -> None:
     parser.add_argument("--limit-s", type=float, default=120.0)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    ranks = fsdp.join("cuda" if torch.cuda.is_available() else "cpu")
+    ranks = join()
     adapter, variant = registry.get(args.adapter), VARIANTS[args.variant]
     config = shape_config(adapter, args.shape)
     vocabulary = adapter.memory_shape(config).vocab_size

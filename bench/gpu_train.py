@@ -14,7 +14,8 @@ step that measures the packed rows against separate ones and one over each timed
 over 1 %). MFU counts the
 adapter's FLOPs per token (matrix products; the output head for completion tokens alone, which is where it is computed;
 no recomputation, padding, attention or delta rule) against the dense bf16 peak of the GPU's name. `planned_gib` is what
-the launch plan counts for this trainer without its CUDA context, to be held against `peak_gib` (what torch allocated);
+the launch plan counts for this trainer without its CUDA context, to be held against `peak_gib` (what torch allocated;
+`reserved_gib` with the holes between);
 `moments-on-host` is packed-full with AdamW's moments in pinned memory; with `--card-gib` each variant has as many there
 as the plan says (`on_host`), and torch may take no more than that GPU has beside its CUDA context.
 Every row is printed as soon as it is known; what does not fit in `--limit-s` is said.
@@ -34,14 +35,13 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from train_case import VARIANTS, build, groups, recipe, settle, shape_config
+from train_case import VARIANTS, build, groups, join, recipe, settle, shape_config
 
 from astracli import plan_place, plan_speed, plan_trainer, registry
 from astracli.adapter import MemoryShape
 from astracli.plan_memory import CUDA_CONTEXT
 from astracli.plan_trainer import Split
 from astracli.rl.types import Group
-from astracli.training import fsdp
 from astracli.training.step import Trainer
 
 
@@ -80,6 +80,7 @@ def measure(
     row["tflops"] = round(statistics.median(used) / 1e12, 3)
     row["mfu"] = round(statistics.median(used) / (peak * 1e12), 4) if peak else None
     row["peak_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if device.type == "cuda" else None
+    row["reserved_gib"] = round(torch.cuda.max_memory_reserved(device) / 2**30, 2) if device.type == "cuda" else None
     row["on_host"] = trainer.masters.adam.moments_on_host
     # what FSDP2 on one rank holds is planned for nobody
     counted = device.type == "cuda" and (trainer.ranks.mesh is None or trainer.ranks.world_size > 1)
@@ -158,6 +159,7 @@ COLUMNS = (
     "tflops",
     "mfu",
     "peak_gib",
+    "reserved_gib",
     "planned_gib",
     "on_host",
     "micro_batches",
@@ -202,7 +204,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     began = time.perf_counter()
-    ranks = fsdp.join("cuda" if torch.cuda.is_available() else "cpu", wrapped=args.wrapped)
+    ranks = join(wrapped=args.wrapped)
     adapter = registry.get(args.adapter)
     config = shape_config(adapter, args.shape)
     shape = adapter.memory_shape(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from astracli.adapter import ModelAdapter
+from astracli.plan import TRAINER_ON_GPU
 from astracli.plan_trainer import RESIDENT, Split
 from astracli.recipe import Recipe
 from astracli.rl.types import Group, Sample, Segment
@@ -41,6 +43,12 @@ VARIANTS = {
     "leaking": Variant("selective", boundaries=False),
     "moments-on-host": Variant("full", split=Split(moments_on_host=1.0)),
 }
+
+
+def join(*, wrapped: bool = False) -> fsdp.Ranks:
+    """The only rank, on a GPU where there is one, in the environment that a plan gives its trainer."""
+    os.environ.update(TRAINER_ON_GPU)  # torch reads it at the first allocation
+    return fsdp.join("cuda" if torch.cuda.is_available() else "cpu", wrapped=wrapped)
 
 
 def recipe(variant: Variant, tokens: int, group_size: int) -> Recipe:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what a script puts into the background with Ctrl-C ignored. The product honours that, so tests that
+    # send it would wait in vain.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST = ("test_exactness.py", "test_end_to_end.py", "test_checkpoint.py", "test_rollout_worker.py")
 """Begun first when workers share the suite: a long file that starts last leaves the other worker with nothing to do."""

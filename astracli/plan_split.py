@@ -60,7 +60,8 @@ def resident(splits: Sequence[Split]) -> list[Split]:
     def away(split: Split) -> tuple[float, bool]:
         return split.moments_on_host, split.reference == "host"
 
-    return [split for split in splits if away(split) == min(map(away, splits))]
+    least = min(map(away, splits))
+    return [split for split in splits if away(split) == least]
 
 
 def recomputing(splits: Sequence[Split]) -> list[Split]:

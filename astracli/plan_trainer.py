@@ -11,6 +11,7 @@ Letters: P parameters, R ranks, V vocabulary, D hidden size, T tokens of a micro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 from typing import Literal
 
@@ -140,11 +141,16 @@ def _tokens(recipe: Recipe) -> int:
 
 
 def _kept(shape: MemoryShape, recipe: Recipe, split: Split) -> int:
-    """What forward keeps of a micro-batch in bf16: of a recomputed block its input, of the others all."""
-    own, mode = block_activations(shape), recomputed(recipe, split)
+    """What forward keeps of a micro-batch in bf16."""
+    return _tokens(recipe) * _kept_a_token(shape, recomputed(recipe, split))
+
+
+@lru_cache  # a plan that looks for a way out weighs some thousand splits
+def _kept_a_token(shape: MemoryShape, mode: Recomputed) -> int:
+    """Of a recomputed block its input, of the others all."""
+    own = block_activations(shape)
     again = set(range(0, len(own), RECOMPUTED_BLOCKS[mode])) if mode != "none" else set()
-    kept = sum(2 * shape.hidden_size if i in again else size for i, size in enumerate(own))
-    return _tokens(recipe) * kept
+    return sum(2 * shape.hidden_size if i in again else size for i, size in enumerate(own))
 
 
 def _peak(shape: MemoryShape, recipe: Recipe, ranks: int, split: Split) -> int:

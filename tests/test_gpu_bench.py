@@ -48,6 +48,26 @@ def test_every_variant_gets_a_row(
     assert rows["leaking"]["gradient_error"] > 0.01  # measured, and let pass: the recipe asks for the leak
 
 
+def test_leaking_rows_differ_in_every_shape_and_order(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`bench/gpu_rows.py`: a packed row equals itself, and nothing else where state leaks."""
+    import gpu_rows  # type: ignore[import-not-found]
+
+    options = ["--shape", "tiny", "--tokens", "64", "--longest", "40", "--json"]
+    found = {}
+    for variant in ("packed-full", "leaking"):
+        monkeypatch.setattr(sys, "argv", ["gpu_rows.py", *options, "--variant", variant])
+        gpu_rows.main()
+        found[variant] = json.loads(capsys.readouterr().out)
+    for way in ("in the shape of all", "in its own shape"):
+        right, leaking = found["packed-full"][way], found["leaking"][way]
+        assert max(right.values()) < 1e-4
+        assert min(leaking["any order"], leaking["one order"]) > 1e-2 and leaking["logprob"] > 1e-3
+    assert found["leaking"]["packed once more"] == {"logprob": 0.0, "any order": 0.0, "one order": 0.0}
+    assert len(found["packed-full"]["lies in"]) == 3
+
+
 def test_kernels_are_summed_and_idle_time_is_not_hidden(bench: ModuleType) -> None:
     """Two overlap for 1 ms, then nothing for 4 ms."""
     ms = 1_000_000

@@ -29,7 +29,7 @@ SMALL = [
     "eval.every=2",
     "eval.samples=4",
 ]
-OF_A_PROCESS = frozenset({"time", "rows_max_abs", "rows_gradient_error"})
+OF_A_PROCESS = frozenset({"time", "rows_max_abs", "rows_gradient_error", "rows_gradient_own_shape"})
 """Not figures of a step: a clock, and a check that each trainer process makes on the first batch it sees."""
 
 

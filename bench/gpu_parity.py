@@ -6,8 +6,9 @@
 Runs `astra train` on-policy (`train.max_staleness = 0`, one minibatch) for each model and serving attention, SGLang
 and trainer on one GPU, and prints over the run's tokens: mean and largest |difference of log-probability| between
 trainer and engine, their KL estimate, the mean ratio, and the trainer's own start-up check (joined rows against each
-alone: largest difference of log-probability, relative error of the gradient). Where the first is over 0.01 or the last
-over 1 %, it also says how far a unit in bf16's last place at every block moves them: the noise. Exits 1 when a mean is
+alone: largest difference of log-probability, relative error of the gradient in one shape, and in shapes of their own).
+Where the first is over 0.01 or the last over 1 %, it also says how far a unit in bf16's last place at every block moves
+them: the noise. Exits 1 when a mean is
 over 0.01 and over twice that noise, a gradient error over 1 %, or a mean ratio further than 0.002 from 1. `gpu_gib` is
 the most memory that all of the run's processes held on the GPU together (None: a CPU). DIR: `python
 bench/random_checkpoint.py DIR`, whose weights are as restless as a model can be, or `python scripts/make_small.py DIR
@@ -88,6 +89,7 @@ def measure(model: str, attention: str, args: argparse.Namespace, folder: Path) 
         "ratio_mean": mean("parity_ratio_mean"),
         "rows_max_abs": max(r["rows_max_abs"] for r in records if "rows_max_abs" in r),
         "rows_gradient_error": max(r["rows_gradient_error"] for r in records if "rows_gradient_error" in r),
+        "gradient_own_shape": max((r[own] for r in records if (own := "rows_gradient_own_shape") in r), default=None),
         "rows_gradient_noise": max(r.get("rows_gradient_noise", 0.0) for r in records),
         "step_s": statistics.median(r["step_s"] for r in records),
         "steps": len(records),
@@ -116,8 +118,8 @@ def main() -> None:
         print(json.dumps(rows))
     else:
         columns = ("model", "attention", "tokens", "parity_mean_abs", "parity_noise", "parity_max_abs", "parity_kl",
-                   "ratio_mean", "rows_max_abs", "rows_gradient_error", "rows_gradient_noise", "step_s", "steps",
-                   "gpu_gib")  # fmt: skip
+                   "ratio_mean", "rows_max_abs", "rows_gradient_error", "gradient_own_shape", "rows_gradient_noise",
+                   "step_s", "steps", "gpu_gib")  # fmt: skip
         print("  ".join(f"{column:>19}" for column in columns))
         for row in rows:
             cells = [f"{row[c]:.6g}" if isinstance(row[c], float) else str(row[c]) for c in columns]

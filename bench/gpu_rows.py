@@ -1,13 +1,13 @@
 """What is left between packed and separate rows in bf16, and where it comes from: kernels, order of sums, or the model.
 
-    python bench/gpu_rows.py [--shape 4b] [--longest 4000] [--layers N] [--json]
-    python bench/gpu_rows.py --shape tiny --longest 40 --tokens 64      on a CPU: what is printed there is fp32
+    python bench/gpu_rows.py [--shape 4b] [--lengths 370 3014] [--layers N] [--json]
+    python bench/gpu_rows.py --shape tiny --lengths 7 30      on a CPU, where it is all fp32
 
 Random weights in the product's trainer. The gradient of the mean log-probability of some rows packed into one, minus
 the same computed another way, over its norm: the packed row once more; each row alone in the shape of the packed one;
 each row alone in its own shape, as anybody would. Each in the order in which attention's kernel happens to add up, and
-in one order (`varlen.one_order`). Then the parameters that most of the last but one's difference lies in (in the shape
-of all, in one order: what a run's start-up check measures), and the largest difference of a token's log-probability.
+in one order (`varlen.one_order`); with the largest difference of a token's log-probability. Last the kinds of
+parameters that hold most of the squared difference of `in the shape of all` in one order, which is what a run checks.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from gpu_train import environment
-from train_case import VARIANTS, build, groups, join, recipe, shape_config
+from train_case import VARIANTS, build, join, recipe, shape_config
 
 from astracli import registry
 from astracli.rl.batch import MicroBatch, Row, pad_rows
+from astracli.rl.types import Group, Sample, Segment
 from astracli.training import packing, parity, varlen
 from astracli.training.step import Trainer
 
@@ -60,7 +62,7 @@ class Rows:
         left = squares(grads.found().values())
         kinds: dict[str, float] = {}
         for name, gradient in grads.found().items():
-            kind = ".".join(part for part in str(name).split(".")[-2:])
+            kind = ".".join(name.split(".")[-2:])
             kinds[kind] = kinds.get(kind, 0.0) + squares([gradient]) / left if left else 0.0
         grads.clear()
         return (left / whole) ** 0.5, kinds
@@ -94,26 +96,40 @@ def measure(rows: Rows) -> dict[str, Any]:
     return found
 
 
+def drawn(lengths: Sequence[int], vocabulary: int) -> Group:
+    """Samples of random tokens, with one prompt half as long as the shortest."""
+    draw = np.random.default_rng(0)
+    prompt = draw.integers(2, vocabulary, min(lengths) // 2).astype(np.int32)
+    samples = []
+    for index, length in enumerate(lengths):
+        completion = draw.integers(2, vocabulary, length - len(prompt)).astype(np.int32)
+        segment = Segment(0, completion, np.zeros(len(completion), np.float32))
+        samples.append(Sample(index, [segment], "stop", float(index % 2), "right" if index % 2 else "wrong"))
+    return Group(0, "p0", prompt, samples, problem="?", answer="!")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", default="qwen3_5")
     parser.add_argument("--shape", default="4b", help="`tiny`, or the end of a model id that the adapter knows")
     parser.add_argument("--layers", type=int, help="as many of the shape's kind")
-    parser.add_argument("--tokens", type=int, default=8192, help="of one micro-batch, at most")
-    parser.add_argument("--longest", type=int, default=4000, help="longest completion, tokens")
-    parser.add_argument("--variant", choices=VARIANTS, default="packed-full")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[370, 3014], help="tokens of each of two or more rows"
+    )
+    packed = [name for name, variant in VARIANTS.items() if variant.packing == "packed"]
+    parser.add_argument("--variant", choices=packed, default="packed-full")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if len(args.lengths) < 2 or min(args.lengths) < 4:
+        parser.error(f"--lengths {' '.join(map(str, args.lengths))}: two rows or more, of 4 tokens or more")
     ranks = join()
     adapter, variant = registry.get(args.adapter), VARIANTS[args.variant]
     config = shape_config(adapter, args.shape)
     if args.layers:
         config = {k: v for k, v in config.items() if k != "layer_types"} | {"num_hidden_layers": args.layers}
-    chosen = recipe(variant, args.tokens, 4 if args.shape == "tiny" else 8)
-    trainer = build(adapter, config, variant, chosen, ranks)
-    sample = groups(args.tokens, args.longest, adapter.memory_shape(config).vocab_size, 0, chosen.rollout.group_size)
-    rows = parity.spread(trainer._divide(sample, 0).rows, args.tokens)
-    found = measure(Rows(trainer, rows, 0))
+    trainer = build(adapter, config, variant, recipe(variant, sum(args.lengths), len(args.lengths)), ranks)
+    group = drawn(args.lengths, adapter.memory_shape(config).vocab_size)
+    found = measure(Rows(trainer, trainer._divide([group], 0).rows, 0))
     if args.json:
         print(json.dumps({**found, "environment": environment(ranks.device)}))
     else:
@@ -123,7 +139,7 @@ def main() -> None:
         for way in ("packed once more", "in the shape of all", "in its own shape"):
             cells = found[way]
             print(f"{way:24}{cells['any order']:12.2e}{cells['one order']:12.2e}{cells['logprob']:18.2e}")
-        print("of the second's square lie in " + ", ".join(f"{k} {v:.1%}" for k, v in found["lies in"].items()))
+        print("in the shape of all, in one order: " + ", ".join(f"{k} {v:.1%}" for k, v in found["lies in"].items()))
     ranks.close()
 
 

@@ -10,12 +10,11 @@ The trainer is the product's own (`training/setup.py`, `Trainer.train`), with ra
 is one minibatch of samples of mixed lengths (prompts of 64 to 512 tokens, completions of 128 to 4000, log-uniform), cut
 into micro-batches of at most `--tokens`. Timed are the forward and backward passes and the AdamW update, after a
 step that measures the packed rows against separate ones and one over each timed batch, which compile kernels
-(`gradient_error`; `gradient_noise` is what a unit in bf16's last place at every block does, measured where the error is
-over 1 %). MFU counts the
-adapter's FLOPs per token (matrix products; the output head for completion tokens alone, which is where it is computed;
-no recomputation, padding, attention or delta rule) against the dense bf16 peak of the GPU's name. `planned_gib` is what
-the launch plan counts for this trainer without its CUDA context, to be held against `peak_gib` (what torch allocated;
-`reserved_gib` with the holes between);
+(`gradient_error` in one shape, `gradient_own` each in its own; `gradient_noise` is what a unit in bf16's last place at
+every block does, measured where the latter is over 1 %). MFU counts the adapter's FLOPs per token (matrix products;
+the output head for completion tokens alone, which is where it is computed; no recomputation, padding, attention or
+delta rule) against the dense bf16 peak of the GPU's name. `planned_gib` is what the launch plan counts for this trainer
+without its CUDA context, to be held against `peak_gib` (what torch allocated; `reserved_gib` with the holes between).
 `moments-on-host` is packed-full with AdamW's moments in pinned memory; with `--card-gib` each variant has as many there
 as the plan says (`on_host`), and torch may take no more than that GPU has beside its CUDA context.
 Every row is printed as soon as it is known; what does not fit in `--limit-s` is said.
@@ -86,6 +85,7 @@ def measure(
     counted = device.type == "cuda" and (trainer.ranks.mesh is None or trainer.ranks.world_size > 1)
     row["planned_gib"] = round(planned(trainer, shape) / 2**30, 2) if counted else None
     row["gradient_error"] = first.get("rows_gradient_error")
+    row["gradient_own"] = first.get("rows_gradient_own_shape")
     row["gradient_noise"] = first.get("rows_gradient_noise")
     row["warm_up_s"] = round(warm, 1)
     row["grad_norm"] = round(metrics["grad_norm"], 4)
@@ -164,6 +164,7 @@ COLUMNS = (
     "on_host",
     "micro_batches",
     "gradient_error",
+    "gradient_own",
     "gradient_noise",
     "warm_up_s",
     "grad_norm",

@@ -54,7 +54,7 @@ def test_leaking_rows_differ_in_every_shape_and_order(
     """`bench/gpu_rows.py`: a packed row equals itself, and nothing else where state leaks."""
     import gpu_rows  # type: ignore[import-not-found]
 
-    options = ["--shape", "tiny", "--tokens", "64", "--longest", "40", "--json"]
+    options = ["--shape", "tiny", "--lengths", "7", "30", "--json"]
     found = {}
     for variant in ("packed-full", "leaking"):
         monkeypatch.setattr(sys, "argv", ["gpu_rows.py", *options, "--variant", variant])

@@ -75,10 +75,9 @@ def rows_error(trainer: Trainer) -> float:
     from astracli.training import packing, parity
 
     rows = parity.spread(trainer._divide(uneven_groups(0), 0).rows, 80)
-    join = packing.dividers(True)[1]
-    error = parity.gradients_against_separate(
-        trainer.policy, trainer.adapter, rows, trainer.masters, join=join, pad_token=0
-    )
+    options: dict[str, Any] = {"join": packing.dividers(True)[1], "pad_token": 0}
+    options["same_shape"] = trainer.ranks.device.type != "cpu"
+    error = parity.gradients_against_separate(trainer.policy, trainer.adapter, rows, trainer.masters, **options)
     assert not trainer.masters.grads.found()
     return error
 

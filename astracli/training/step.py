@@ -173,16 +173,17 @@ class Trainer:
         )
         if not self.ablation:
             parity.require_rows(difference, device, self.adapter, self.packed)
-        error = parity.gradients_against_separate(
-            self.policy, self.adapter, chosen, self.masters, join=join, pad_token=self.pad_token
+        found = {"rows_max_abs": difference} | parity.gradient_figures(
+            self.policy,
+            self.adapter,
+            chosen,
+            self.masters,
+            join=join,
+            pad_token=self.pad_token,
+            in_bf16=device.type != "cpu",
         )
-        found = {"rows_max_abs": difference, "rows_gradient_error": error}
-        if device.type != "cpu" and error > parity.gradient_tolerance(device):
-            noise = parity.rounding_noise(self.policy, self.adapter, chosen, self.masters, pad_token=self.pad_token)
-            found["rows_gradient_noise"] = noise
         if not self.ablation and not self._rows_checked:  # later it is small: tokens that the policy drew itself
-            noise = found.get("rows_gradient_noise", 0.0)
-            parity.require_gradients(error, device, self.adapter, self.packed, noise)
+            parity.require_gradients(found, device, self.adapter, self.packed)
         self._rows_checked = True
         return found
 

@@ -45,27 +45,38 @@ _in_one_order = False
 
 @contextmanager
 def one_order() -> Iterator[None]:
-    """Passes inside, forward and backward, give the same bits each time they are repeated.
+    """Inside, passes through this module's attention, forward and backward, give the same bits each time.
 
     Flash attention's backward pass adds up the gradient of queries in whatever order its blocks come, unless torch is
-    in its deterministic mode. That mode refuses operators in every thread, so it is on for this kernel's launch alone.
+    in its deterministic mode. That mode refuses operators, in every thread of the process (a float cumsum of whoever
+    publishes beside this, say), so it is on while this kernel is launched and at no other time.
     """
     global _in_one_order
-    before, mode = _in_one_order, torch.are_deterministic_algorithms_enabled()
+    before, mode = _in_one_order, _mode()
+    _set_mode(mode)  # torch's first change of it imports for a second or two: here, not inside a backward pass
     _in_one_order = True
     try:
         yield
     finally:
         _in_one_order = before
-        torch.use_deterministic_algorithms(mode)
+        _set_mode(mode)
+
+
+def _mode() -> tuple[bool, bool]:
+    """(deterministic algorithms only, or a warning only)"""
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def _set_mode(mode: tuple[bool, bool]) -> None:
+    torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
 
 
 def _ordered(out: Tensor) -> Tensor:
     """`out` of an attention kernel, whose backward pass adds up in one order if that was asked for."""
     if _in_one_order and out.grad_fn is not None:
-        mode = torch.are_deterministic_algorithms_enabled()
-        out.grad_fn.register_prehook(lambda _: torch.use_deterministic_algorithms(True))
-        out.grad_fn.register_hook(lambda *_: torch.use_deterministic_algorithms(mode))
+        mode = _mode()
+        out.grad_fn.register_prehook(lambda _: _set_mode((True, False)))
+        out.grad_fn.register_hook(lambda *_: _set_mode(mode))
     return out
 
 

@@ -47,7 +47,8 @@ ranks.compute = torch.bfloat16
 trainer = make_trainer(Path(model_dir), chosen(), ranks)
 if resume:
     checkpoint.load(checkpoint.latest(Path(resume)), trainer.masters, ranks)
-found = {"rows": rows_error(trainer), "figures": []}
+alone = ranks.world_size == 1
+found = {"rows": rows_error(trainer) if alone else None, "figures": []}
 trainer._rows_checked = True
 for step in range(2 if resume else 0, 3):
     metrics = trainer.train(uneven_groups(step), step, step).metrics
@@ -57,10 +58,10 @@ for step in range(2 if resume else 0, 3):
 full = trainer.masters.wire_full()
 if ranks.first:
     save_file(full, out / "full.safetensors")
-if ranks.world_size == 1:
+if alone:
     with trainer.masters.whole():
         save_file(trainer.masters.values, out / "masters.safetensors")
-found["operators"] = count_operators(trainer)
+    found["operators"] = count_operators(trainer)
 ranks.close()
 print(json.dumps(found))
 """

@@ -93,6 +93,7 @@ def delta_net(
     hidden_states: Any,
     cache_params: Any = None,
     attention_mask: Any = None,
+    cache: Any = None,
     cu_seqlens: Any = None,
     max_seqlen: int | None = None,
     edges: tuple[int, ...] | None = None,
@@ -102,8 +103,9 @@ def delta_net(
     """[B, T, hidden] -> [B, T, hidden]; with `cu_seqlens` (int32 [S + 1]) B is 1 and every segment starts from zeros,
     unless `carry_state` (an ablation) treats the row as one segment.
 
-    What training never asks for (a cache, a mask) goes to transformers' own forward, `plain`, and so does an ordinary
-    row on a CPU without `all_rows`. Raises ValueError when the boundaries do not cover the row.
+    What training never asks for (a cache, `cache_params` until transformers 5.23; a mask) goes to transformers' own
+    forward, `plain`, and so does an ordinary row on a CPU without `all_rows`. Raises ValueError when the boundaries do
+    not cover the row.
     """
     import torch
 
@@ -117,10 +119,12 @@ def delta_net(
         cu_seqlens = edges = None
     kernels = fused.fla() if hidden_states.is_cuda else None
     ordinary = cu_seqlens is None and kernels is None and not all_rows
-    if cache_params is not None or attention_mask is not None or ordinary:
+    caches = {"cache_params": cache_params, "cache": cache}
+    held = {name: given for name, given in caches.items() if given is not None}
+    if held or attention_mask is not None or ordinary:
         if cu_seqlens is not None:
             raise ValueError("a packed row takes no cache and no mask")
-        return plain(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
+        return plain(hidden_states, attention_mask=attention_mask, **held, **kwargs)
     rows, tokens = hidden_states.shape[:2]
     if cu_seqlens is not None and rows != 1:
         raise ValueError(f"cu_seqlens with {rows} rows; a packed row is one")

@@ -11,7 +11,7 @@ from hybrid import row, tiny_text
 from transformers import Qwen3_5ForCausalLM
 from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
-from astracli.adapters import qwen3_5
+from astracli.adapters import qwen3_5, qwen3_5_layers
 from astracli.training import varlen
 
 LENGTHS = (37, 90, 5, 70)
@@ -146,6 +146,23 @@ def test_boundaries_reach_a_delta_net_whose_layer_hands_nothing_on(
     monkeypatch.setattr(modeling.Qwen3_5GatedDeltaNet, "forward", bare)
     monkeypatch.setattr(modeling.Qwen3_5DecoderLayer, "forward", deaf)
     test_a_packed_row_equals_separate_rows(recompute, cpu_kernels=True)
+
+
+@pytest.mark.parametrize("name", ["cache_params", "cache"])
+def test_a_cache_reaches_transformers_own_forward_by_the_name_it_came_with(name: str) -> None:
+    """`cache_params` until transformers 5.23, `cache` since: without it a prefilled prompt would leave no state."""
+    given: dict[str, Any] = {}
+
+    def plain(hidden_states: Any, **kwargs: Any) -> Any:
+        given.update(kwargs)
+        return hidden_states
+
+    module = qwen3_5_layers.delta_net_modules(tiny_text())[0]
+    held, hidden = object(), torch.zeros(1, 3, 8)
+    assert qwen3_5_layers.delta_net(module, plain, True, hidden, **{name: held}) is hidden
+    assert given == {"attention_mask": None, name: held}
+    with pytest.raises(ValueError, match="takes no cache"):
+        qwen3_5_layers.delta_net(module, plain, True, hidden, cu_seqlens=torch.tensor([0, 3]), **{name: held})
 
 
 def test_boundaries_that_do_not_cover_the_row_are_refused() -> None:

@@ -5,6 +5,7 @@ Shape letters: M prompts, N active rows, P longest prompt, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,6 +27,9 @@ class Decoder:
         self.prefill_tokens = prefill_tokens
         """Tokens, padding included, of one prefill forward; a single longer prompt is still one forward."""
         self.device = next(model.parameters()).device
+        # transformers 5.24 has renamed it
+        renamed = "cache" in inspect.signature(model.forward).parameters
+        self._cache_argument = "cache" if renamed else "past_key_values"
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[np.ndarray], first: int) -> Tensor:
@@ -89,9 +93,9 @@ class Decoder:
             input_ids=torch.from_numpy(ids).to(self.device),
             attention_mask=torch.from_numpy(mask.astype(np.int64)).to(self.device) if padded else None,
             position_ids=torch.from_numpy(positions).to(self.device),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_argument: cache},
         )
         self.cache.insert(cache, first, copies, torch.from_numpy(padding).to(self.device) if padded else None)
         return output.logits[:, -1][copies]
@@ -108,9 +112,9 @@ class Decoder:
             input_ids=torch.from_numpy(tokens[:, None].copy()).to(self.device),
             attention_mask=mask,
             position_ids=columns[:, None],
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_argument: self.cache},
         )
         return output.logits[:, -1]
 

@@ -13,6 +13,7 @@ Sizes are `qwen3_5_sizes`'s. A family without any of this is a page: begin with 
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -70,6 +71,10 @@ def _torch_kernels_without_gpu() -> Iterator[None]:
         yield
         return
     saved = {name: getattr(modeling, name) for name in _GPU_KERNELS if hasattr(modeling, name)}
+    # what newer transformers define themselves is called by every model, one that generates meanwhile too
+    own = [name for name, value in saved.items() if value and inspect.unwrap(value).__module__ == modeling.__name__]
+    for name in own:
+        del saved[name]
     log = logging.getLogger(modeling.__name__)
     level = log.level
     log.setLevel(logging.ERROR)  # "the fast path is not available": on a CPU there is none

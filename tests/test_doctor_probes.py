@@ -20,6 +20,7 @@ from astracli.adapters import generic, qwen3_5
 from astracli.doctor import all_reduce, attention, measures, probe_child, probes
 from astracli.doctor.probes import Probe
 from astracli.doctor.subject import Subject, subject
+from astracli.training import varlen
 
 CONFIG = qwen3_5.tiny_config()
 
@@ -134,7 +135,12 @@ def with_adapter(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
 
 
 def test_a_leaking_adapter_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_adapter(monkeypatch, install_varlen=lambda model: None)
+    def leaking(model: Any) -> None:
+        assert qwen3_5.ADAPTER.install_varlen is not None
+        qwen3_5.ADAPTER.install_varlen(model)
+        varlen.carry_state(model)
+
+    with_adapter(monkeypatch, install_varlen=leaking)
     failed = [row["name"] for row in measures.adapter("qwen3_5", "cpu") if row["status"] == "fail"]
     assert failed == ["packed row == separate"]
 

@@ -24,13 +24,11 @@ from gpu_train import environment
 from train_case import VARIANTS, build, join, recipe, shape_config
 
 from astracli import registry
-from astracli.rl.batch import MicroBatch, Row, pad_rows
+from astracli.rl.batch import Row, pad_rows
 from astracli.rl.types import Group, Sample, Segment
 from astracli.training import packing, parity, varlen
+from astracli.training.parity import Pass
 from astracli.training.step import Trainer
-
-Pass = tuple[MicroBatch, slice]
-"""A micro-batch, and which of its loss tokens count"""
 
 
 class Rows:

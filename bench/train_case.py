@@ -47,10 +47,9 @@ VARIANTS = {
 
 def join(*, wrapped: bool = False) -> fsdp.Ranks:
     """The only rank, on a GPU where there is one, in the environment that a plan gives its trainer."""
-    if torch.cuda.is_available():
-        os.environ.update(TRAINER_ON_GPU)  # torch reads it at the first allocation
-        return fsdp.join("cuda", wrapped=wrapped)
-    return fsdp.join("cpu", wrapped=wrapped)
+    if torch.version.cuda:
+        os.environ.update(TRAINER_ON_GPU)  # before anything asks the driver: torch reads it once
+    return fsdp.join("cuda" if torch.cuda.is_available() else "cpu", wrapped=wrapped)
 
 
 def recipe(variant: Variant, tokens: int, group_size: int) -> Recipe:

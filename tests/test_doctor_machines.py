@@ -150,6 +150,6 @@ def test_tilelang_on_an_h200_needs_its_own_tvm_ffi() -> None:
     whole["packages"]["apache-tvm-ffi"]["version"] = "0.1.15"
     report = judged(BIG, whole)
     check = one(report, "tilelang")
-    assert check["status"] == "warn" and check["fix"] == "`pip install apache-tvm-ffi==0.1.10`"
+    assert check["status"] == "warn" and check["fix"] == "`pip install apache-tvm-ffi==0.1.11`"
     assert "0.1.15 is installed" in check["why"]
     assert one(report, "gated backward")["status"] == "warn"

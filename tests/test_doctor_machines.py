@@ -42,7 +42,7 @@ VERDICTS: list[tuple[str, str, set[str], set[str], str]] = [
     # machine, recipe, what fails, what warns, serving attention
     ("8xl40", BIG, set(), {"checkpoint"}, "flashinfer"),
     ("8xl40", TINY, set(), set(), "sdpa"),
-    ("8xh100", BIG, set(), {"checkpoint"}, "fa3"),
+    ("8xh100", BIG, set(), {"checkpoint"}, "flashinfer"),
     ("1xa100", BIG, {"gpus"}, {"checkpoint", "locked memory"}, "flashinfer"),
     ("1xa100", SHARED, set(), {"checkpoint"}, "flashinfer"),
     ("8xb200", BIG, set(), {"checkpoint"}, "trtllm_mha"),
@@ -57,8 +57,8 @@ VERDICTS: list[tuple[str, str, set[str], set[str], str]] = [
         {"open files", "checkpoint", "disk", "load"},
         "auto",
     ),
-    ("container", BIG, {"shared memory"}, {"open files", "locked memory", "checkpoint"}, "fa3"),
-    ("container", SHARED, set(), {"open files", "shared memory", "checkpoint"}, "fa3"),
+    ("container", BIG, {"shared memory"}, {"open files", "locked memory", "checkpoint"}, "flashinfer"),
+    ("container", SHARED, set(), {"open files", "shared memory", "checkpoint"}, "flashinfer"),
     ("container", TINY, set(), {"open files"}, "sdpa"),
 ]
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import pytest
 from machines import facts, package
 
-from astracli import backend, backend_serving, machine
+from astracli import backend, backend_serving, machine, machine_facts
 from astracli.adapters import llama, qwen3_5
 from astracli.errors import UserError
 from astracli.recipe import Recipe
 
 HYBRID, DENSE = qwen3_5.ADAPTER, llama.ADAPTER
 KERNEL = package("0.4.5")
+TILELANG = Path(__file__).parent / "fixtures" / "machines" / "1xh200-tilelang.json"
+"""torch 2.11 with fla 0.5.0 and TileLang, an sglang-kernel without fa3."""
 
 
 def recipe(**tables: dict[str, Any]) -> Recipe:
@@ -130,21 +131,21 @@ def test_fa3_needs_its_kernels(kernel: Any, flashinfer: str | None, expected: st
 
 RECORDED: list[tuple[str, str, str, str, str]] = [
     # machine, compute capability, serving a hybrid, serving a dense model, delta rule of the hybrid
-    ("1xa100", "8.0", "flashinfer", "flashinfer", "fla"),
+    ("1xa100-80g", "8.0", "flashinfer", "flashinfer", "fla"),
     ("4xa10g", "8.6", "flashinfer", "flashinfer", "fla"),
     ("8xl40", "8.9", "flashinfer", "flashinfer", "fla"),
     ("8xh100", "9.0", "flashinfer", "fa3", "fla"),
-    ("1xh200", "9.0", "flashinfer", "flashinfer", "fla+tilelang"),
+    ("1xh200", "9.0", "flashinfer", "fa3", "fla"),
+    (str(TILELANG), "9.0", "flashinfer", "flashinfer", "fla+tilelang"),
     ("8xb200", "10.0", "trtllm_mha", "trtllm_mha", "fla"),
     ("rtx5090", "12.0", "flashinfer", "flashinfer", "fla"),
-    ("laptop-cpu", "none", "sdpa", "sdpa", "torch"),
+    ("laptop", "none", "sdpa", "sdpa", "torch"),
 ]
 
 
 @pytest.mark.parametrize(("name", "capability", "hybrid", "dense", "rule"), RECORDED)
 def test_every_decision_on_recorded_machines(name: str, capability: str, hybrid: str, dense: str, rule: str) -> None:
-    text = (resources.files("astracli") / "assets/machines" / f"{name}.json").read_text()
-    document = json.loads(text)
+    document = machine_facts.load(name)
     assert {gpu["compute_capability"] for gpu in document["gpus"]} == ({capability} - {"none"})
     asked = recipe(**CPU) if capability == "none" else recipe()
     for adapter, serving, delta in ((HYBRID, hybrid, rule), (DENSE, dense, "none")):
@@ -168,7 +169,7 @@ def test_every_decision_on_recorded_machines(name: str, capability: str, hybrid:
 
 @pytest.mark.parametrize("ffi", ["0.1.9", "0.1.15", None])
 def test_tilelang_loads_with_few_tvm_ffi_only(ffi: str | None) -> None:
-    document = json.loads((resources.files("astracli") / "assets/machines/1xh200.json").read_text())
+    document = machine_facts.load(str(TILELANG))
     document["packages"]["apache-tvm-ffi"] = package(ffi)
     choice = backend.choose(HYBRID, document, recipe())
     assert choice.gdn_backward == "torch"

@@ -80,7 +80,7 @@ def test_this_machine_without_a_recipe() -> None:
 
 def test_the_report_has_the_documented_shape() -> None:
     report = judged(TINY, facts())
-    assert set(report) == {"ok", "checks", "backends", "facts"}
+    assert set(report) == {"ok", "checks", "backends", "placement", "memory_by_place", "facts"}
     assert {tuple(c) for c in report["checks"]} == {("name", "group", "status", "value", "why", "fix")}
     assert {tuple(b) for b in report["backends"]} == {("what", "choice", "reason")}
     assert {c["group"] for c in report["checks"]} == {

@@ -13,6 +13,7 @@ from machines import GIB, facts
 
 from astracli import backend as backends
 from astracli import machine, machine_facts, plan, plan_gpus, recipe_io, registry
+from astracli.adapters import qwen3_5
 from astracli.errors import UserError
 from astracli.launch import run as launch
 from astracli.plan_types import LaunchPlan
@@ -106,7 +107,7 @@ def test_a_shared_gpu_holds_both_and_one_that_is_not_there_has_none() -> None:
 
 
 def test_a_run_on_a_cpu_has_no_such_table() -> None:
-    result = launch.planned(recipe_io.load(TINY), "train", facts())
+    result = launch.planned(recipe_io.load(TINY), "train", machine.validate(facts()))
     assert plan_gpus.uses(result) == [] and "memory a GPU" not in [table.title for table in plan.render(result)]
 
 
@@ -172,6 +173,19 @@ def test_a_document_starts_nothing(astra: Astra, runs: Path, command: str) -> No
     assert refused.err.startswith("error: --facts 8xl40 describes another machine: it goes with --dry-run")
     assert f"`astra {command} RECIPE --dry-run --facts 8xl40`" in refused.err and not runs.exists()
     assert astra(command, TINY, "--dry-run", "--facts", "8xl4").code == 2
+
+
+def test_a_model_that_was_recorded_there_is_planned_from_its_record(astra: Astra, runs: Path) -> None:
+    """Its directory is not on this machine: the recorded config.json is enough."""
+    away = "model.path=./somewhere/model"
+    assert "nothing at that path" in astra("train", SHARED, "--dry-run", "--facts", "1xh200", "--set", away).err
+    config = dict(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-0.8B"])
+    recorded = {"path": "./somewhere/model", "place": "/data/somewhere/model", "config": config}
+    Path("there.json").write_text(json.dumps(machine_facts.load("1xh200") | {"checkpoint": recorded}))
+    told = astra("train", SHARED, "--dry-run", "--facts", "there.json", "--set", away, "--json")
+    named = astra("train", SHARED, "--dry-run", "--facts", "1xh200", "--json")
+    plans = [json.loads(said.out) for said in (told, named)]
+    assert plans[0]["memory"] == plans[1]["memory"] != [] and plans[0]["missing"] == []
 
 
 def test_completion_offers_shipped_machines() -> None:

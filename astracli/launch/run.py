@@ -33,6 +33,9 @@ class Source:
 def planned(recipe: Recipe, command: Command, facts: Mapping[str, Any] | None = None) -> LaunchPlan:
     """The plan of a command, for this machine or the one that `facts` describes; never refuses what the machine lacks,
     only what is wrong."""
+    recorded = facts["checkpoint"] if facts is not None else None
+    if recorded is not None and recorded["path"] == recipe.model.path and recorded["config"] is not None:
+        return _plan(recipe, command, recorded["config"], facts)
     return _plan(recipe, command, _config_if_here(recipe), facts)
 
 
@@ -155,10 +158,11 @@ def _plan(
     from astracli import backend
     from astracli.doctor.gather import with_engine
 
-    facts = facts if facts is not None else with_engine(machine.probe(), recipe)
+    here = facts is None
+    facts = with_engine(machine.probe(), recipe) if facts is None else facts
     adapter = registry.resolve(recipe, config)
     choice = backend.choose(adapter, facts, recipe, config)
-    local = fetch.local_path(recipe.model.path) if config is not None else None
+    local = fetch.local_path(recipe.model.path) if here and config is not None else None
     size = sum(file.stat().st_size for file in local.glob("*.safetensors")) if local is not None else None
     return planning.build(recipe, adapter, choice, facts, command=command, config=config, checkpoint_bytes=size)
 

@@ -205,6 +205,10 @@ ADAPTER = ModelAdapter(
     frozen=FROZEN,
     forbidden=(
         Forbidden("fa3", ("8.9",), 'a Gated DeltaNet hybrid dies under load there ("CUDA error: invalid argument")'),
+        Forbidden(
+            "fa3", ("8.6",), "it takes the kernels of 8.9, and a Gated DeltaNet hybrid dies under load with them"
+        ),
+        Forbidden("fa3", ("9.0",), "not run with a Gated DeltaNet hybrid yet", refused=False),
     ),
     hybrid=True,
     wire_name=text_name,

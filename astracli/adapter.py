@@ -30,6 +30,8 @@ class Forbidden:
     compute_capabilities: tuple[str, ...]
     """`"8.9"` style; empty = everywhere."""
     reason: str
+    refused: bool = True
+    """False = only not known to work: `auto` takes another, a recipe may ask for it by name."""
 
 
 @dataclass(frozen=True)

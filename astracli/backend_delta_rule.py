@@ -15,8 +15,9 @@ FLA_NATIVE = ((0, 6), (3, 7, 1))
 """flash-linear-attention and triton from which the gated backward works on Hopper by itself."""
 FLA_OLD_TRITON = (3, 4)
 """Triton below this is right with every flash-linear-attention."""
-TILELANG_FFI: dict[tuple[int, ...], tuple[int, ...]] = {(0, 1, 11): (0, 1, 10)}
-"""TileLang -> the one apache-tvm-ffi that it loads with (measured: 0.1.9 and 0.1.15 lack a symbol)."""
+TILELANG_FFI: dict[tuple[int, ...], tuple[tuple[int, ...], ...]] = {(0, 1, 11): ((0, 1, 10), (0, 1, 11))}
+"""TileLang -> the versions of apache-tvm-ffi that it loads with (0.1.9 and 0.1.15 lack a symbol)."""
+TILELANG = "`pip install tilelang==0.1.11 apache-tvm-ffi==0.1.11` beside a CUDA toolkit with nvcc"
 
 SLOW = "the delta rule runs in plain torch, several times slower"
 
@@ -52,11 +53,17 @@ def delta_rule_on_hopper(facts: Facts, fla: tuple[int, ...], triton: tuple[int, 
     reason = f"{words} raises in the gated backward on Hopper (fla issue 640)"
     if usable(facts, "tilelang") and broken is not None:
         reason += f", and {broken}"
-    way = (
-        "`pip install 'torch>=2.13' 'flash-linear-attention>=0.6'` (that torch brings triton>=3.7.1), or "
-        "`pip install tilelang==0.1.11 apache-tvm-ffi==0.1.10` beside a CUDA toolkit with nvcc"
-    )
-    return "torch", reason, f"{reason}: {SLOW}; {way}"
+    return "torch", reason, f"{reason}: {SLOW}; {native(facts)}, or {TILELANG}"
+
+
+def native(facts: Facts) -> str:
+    """The command that brings versions whose gated backward works on Hopper by itself. One that leaves an SGLang of
+    this environment without the torch that it is built for is not named."""
+    if version_of(facts, "triton") >= FLA_NATIVE[1]:
+        return "`pip install 'flash-linear-attention>=0.6'`"
+    if usable(facts, "sglang"):
+        return "`pip install -c constraints/cuda.txt 'astracli[gpu,sglang]'` (a newer SGLang with its torch and triton)"
+    return "`pip install 'torch>=2.13' 'flash-linear-attention>=0.6'` (that torch brings triton>=3.7.1)"
 
 
 def tilelang_flaw(facts: Facts) -> str | None:
@@ -65,10 +72,10 @@ def tilelang_flaw(facts: Facts) -> str | None:
     if needed is None or "apache-tvm-ffi" not in facts["packages"]:
         return None
     has = version_of(facts, "apache-tvm-ffi")
-    if has == needed:
+    if has in needed:
         return None
-    own = _join(version_of(facts, "tilelang"))
-    return f"tilelang {own} loads with apache-tvm-ffi {_join(needed)} alone, {_join(has) or 'none'} is installed"
+    own, ways = _join(version_of(facts, "tilelang")), " or ".join(map(_join, needed))
+    return f"tilelang {own} loads with apache-tvm-ffi {ways} alone, {_join(has) or 'none'} is installed"
 
 
 def _join(version: tuple[int, ...]) -> str:

@@ -6,11 +6,11 @@ The knowledge is in tables: what SGLang takes by itself on a compute capability;
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from astracli import machine
-from astracli.adapter import ModelAdapter
+from astracli.adapter import Forbidden, ModelAdapter
 from astracli.errors import UserError
 from astracli.machine import usable
 from astracli.recipe import Recipe
@@ -83,13 +83,13 @@ def attention(
     if capability is None or capability < OLDEST:
         return "auto", "decided by compute capability where the GPUs are"
     candidates, reason = next((names, why) for start, names, why in reversed(SERVING_DEFAULTS) if capability >= start)
-    passed_over: list[str] = []
+    passed: list[str] = []
     for name in candidates:
-        lack = _forbidden(adapter, name, capability) or lacks(facts, recipe, name)
+        lack = not_by_auto(adapter, name, capability) or lacks(facts, recipe, name)
         if lack is None:
-            over = f"; {', '.join(passed_over)}" if passed_over else ""
+            over = f"; {', '.join(passed)}" if passed else ""
             return name, f"{reason} (this GPU: {dotted(capability)}{over})"
-        passed_over.append(f"no {name}: {lack}")
+        passed.append(f"no {name}: {lack}")
     raise UserError(
         f"no attention backend serves `{adapter.name}` on compute capability {dotted(capability)}",
         "install flashinfer: `pip install flashinfer-python`",
@@ -145,12 +145,21 @@ def _check_serving(
     return ASKED
 
 
+def not_by_auto(adapter: ModelAdapter, name: str, capability: Capability) -> str | None:
+    """Why `auto` does not take a backend for this family on these GPUs; None when it may."""
+    return next((entry.reason for entry in _entries(adapter, name, capability)), None)
+
+
 def _forbidden(adapter: ModelAdapter, name: str, capability: Capability) -> str | None:
+    """Why a backend is refused to a recipe that asks for it; None when it is not."""
+    return next((entry.reason for entry in _entries(adapter, name, capability) if entry.refused), None)
+
+
+def _entries(adapter: ModelAdapter, name: str, capability: Capability) -> Iterator[Forbidden]:
     for entry in adapter.forbidden:
         everywhere = not entry.compute_capabilities
         if entry.backend == name and (everywhere or dotted(capability) in entry.compute_capabilities):
-            return entry.reason
-    return None
+            yield entry
 
 
 def linear_attention(adapter: ModelAdapter, recipe: Recipe, engine: str, device: str) -> tuple[str, str]:

@@ -42,6 +42,8 @@ PACKAGES = {
 }
 """Distribution -> the module that it installs."""
 
+RECORDED = "recorded by machine.probe"
+
 MODEL_FILES = {"transformers": "models", "sglang": "srt/models"}
 """Package -> the folder in it that holds one entry a model family."""
 
@@ -210,7 +212,7 @@ class RunLeft(_Part):
 
 class Machine(_Part):
     schema_version: Literal[1] = 1
-    source: str = "recorded by machine.probe"
+    source: str = RECORDED
     """Where the document comes from."""
     system: System
     python: Python

@@ -98,6 +98,8 @@ def _build(
         memory=tuple(memory),
         disk=tuple(disk),
         model=_model(shape, recipe) if shape else {},
+        gpu_sizes=plan_problems.sizes_of(facts),
+        host_size=facts["system"]["memory_total"],
         running_requests=recipe.rollout.running,
         expected=recipe.expected.model_dump(exclude_none=True) if recipe.expected else {},
     )

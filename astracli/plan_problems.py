@@ -35,7 +35,8 @@ def gpu_problems(
         noun = "GPU" if needed == 1 else "GPUs"
         there = str(len(gpus)) if gpus else "none"
         on_cpu = f"`astra {plan.command} --recipe {CPU_RECIPE}` runs on a CPU"
-        otherwise = f"no split of this recipe fits these GPUs; {on_cpu}" if gpus else on_cpu
+        elsewhere = f"`astra {plan.command} --recipe {recipe.name} --dry-run --facts 8xl40` plans for another machine"
+        otherwise = f"no split of this recipe fits these GPUs; {on_cpu}" if gpus else f"{on_cpu}; {elsewhere}"
         return [
             Problem(
                 "gpus",

@@ -61,6 +61,10 @@ class LaunchPlan:
     """Sizes of the model and of a step; empty when no config is known."""
     placement: Placement = field(default_factory=Placement)
     """What lies where on GPUs and host, and why."""
+    gpu_sizes: Mapping[int, int] = field(default_factory=dict)
+    """Bytes of every GPU that the machine shows."""
+    host_size: int = 0
+    """Bytes of the host's memory."""
     running_requests: int = 0
     """Of each engine: the recipe's `rollout.max_running_requests`, or what was derived for it."""
     expected: Mapping[str, Any] = field(default_factory=dict)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from astracli import plan_memory
+from astracli import plan_gpus, plan_memory
 from astracli.plan_memory import MemoryRow, Place, words
 from astracli.plan_types import LaunchPlan, Table
 
@@ -25,6 +25,8 @@ def render(plan: LaunchPlan) -> list[Table]:
     ]
     if plan.placement.reasons:
         tables.append(Table("placement", ("what", "where", "reason"), plan.placement.reasons))
+    if uses := plan_gpus.uses(plan):
+        tables.append(Table("memory a GPU", plan_gpus.COLUMNS, tuple(plan_gpus.rows(uses))))
     if plan.model:
         tables.append(Table("model", ("figure", "value"), tuple((k, _figure(k, v)) for k, v in plan.model.items())))
     everywhere: tuple[tuple[str, tuple[MemoryRow, ...], tuple[Place, ...]], ...] = (
@@ -69,4 +71,6 @@ def to_json(plan: LaunchPlan) -> dict[str, Any]:
     """The plan as a JSON document: `plan.json` of a run, `--dry-run --json`."""
     document = asdict(plan)
     document["choice"] = plan.choice.settings() | {"reasons": [asdict(row) for row in plan.choice.reasons]}
-    return document | {"missing": plan.missing, "gpu_map": {str(gpu): names for gpu, names in plan.gpu_map.items()}}
+    document |= {"gpu_sizes": {str(gpu): size for gpu, size in plan.gpu_sizes.items()}}
+    document |= {"gpu_map": {str(gpu): names for gpu, names in plan.gpu_map.items()}}
+    return document | {"missing": plan.missing, "memory_by_place": plan_gpus.document(plan)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,7 +80,7 @@ def test_this_machine_without_a_recipe() -> None:
 
 def test_the_report_has_the_documented_shape() -> None:
     report = judged(TINY, facts())
-    assert set(report) == {"ok", "checks", "backends", "facts"}
+    assert set(report) == {"ok", "checks", "backends", "placement", "memory_by_place", "facts"}
     assert {tuple(c) for c in report["checks"]} == {("name", "group", "status", "value", "why", "fix")}
     assert {tuple(b) for b in report["backends"]} == {("what", "choice", "reason")}
     assert {c["group"] for c in report["checks"]} == {
@@ -145,7 +146,9 @@ def test_a_refused_combination_is_a_failed_check_with_its_way_out() -> None:
     allowed = one(report, "attention backends")
     assert allowed["status"] == "ok"
     assert allowed["value"] == "flashinfer, triton, torch_native allowed on 8.9; refused: fa3"
-    assert "fa3" not in one(judged(BIG, gpu_box("9.0")), "attention backends")["value"].partition("refused")[2]
+    hopper = one(judged(BIG, gpu_box("9.0")), "attention backends")
+    assert hopper["value"] == "flashinfer, triton, fa3, torch_native allowed on 9.0; not by `auto`: fa3"
+    assert hopper["why"] == "fa3: not run with a Gated DeltaNet hybrid yet"
 
 
 @pytest.mark.parametrize(
@@ -161,10 +164,37 @@ def test_the_gated_backward_on_hopper(fla: str, triton: str, nvcc: str | None, s
     check = one(judged(BIG, document), "gated backward")
     assert check["status"] == status
     if status == "warn":
-        assert "fla issue 640" in check["why"] and "'torch>=2.13' 'flash-linear-attention>=0.6'" in check["fix"]
+        assert "fla issue 640" in check["why"]
+        assert ("constraints/cuda.txt" if triton == "3.6.0" else "'flash-linear-attention>=0.6'`") in check["fix"]
+        del document["packages"]["sglang"]  # the engine has an environment of its own: nothing holds torch back
+        if triton == "3.6.0":
+            assert "'torch>=2.13' 'flash-linear-attention>=0.6'" in one(judged(None, document), "gated backward")["fix"]
     ada = gpu_box("8.9", packages=versions)
     assert one(judged(BIG, ada), "gated backward")["status"] == "ok"
     assert one(judged(None, document), "gated backward")["status"] == status
+
+
+@pytest.mark.parametrize(
+    ("name", "nvcc", "status", "kernel"),
+    [
+        ("cuda.txt", None, "ok", "fla"),
+        ("cuda-torch2.11.txt", None, "warn", "torch"),
+        ("cuda-torch2.11.txt", "/usr/local/cuda/bin/nvcc", "ok", "fla+tilelang"),
+    ],
+)
+def test_the_shipped_sets_on_hopper(name: str, nvcc: str | None, status: str, kernel: str) -> None:
+    """The extras allow either set; what the older one needs on Hopper is said here."""
+    text = (Path(__file__).parents[1] / "constraints" / name).read_text()
+    lines = [line.split("==") for line in text.splitlines() if "==" in line and not line.startswith("#")]
+    document = gpu_box("9.0", packages={n: v for n, v in lines if n in machine.PACKAGES}, nvcc=nvcc)
+    document["compilers"]["cccl"] = nvcc and "/usr/local/cuda/include/cccl"
+    report = judged(BIG, document)
+    assert report["ok"] is True
+    check = one(report, "gated backward")
+    assert check["status"] == status and one(report, "tilelang")["status"] == "ok"
+    assert {row["what"]: row["choice"] for row in report["backends"]}["delta rule, backward"] == kernel
+    if status == "warn":
+        assert "`pip install -c constraints/cuda.txt" in check["fix"] and "nvcc" in check["fix"]
 
 
 def test_tilelang_needs_an_nvcc_with_headers() -> None:

@@ -19,7 +19,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from astracli import metrics, recipe_io, runs
+from astracli import metrics, plan, recipe_io, runs
 from astracli.errors import RunFailed, UserError
 from astracli.launch import changes, children, run, summary, watch
 from astracli.launch.job import Job
@@ -146,10 +146,10 @@ def test_dry_run_of_every_shipped_recipe() -> None:
         recipe = recipe_io.load(info.name)
         if recipe.model.path.startswith("./"):  # its model is made first
             with pytest.raises(UserError, match="nothing at that path") as refused:
-                run.dry_run(recipe, "train")
+                plan.to_json(run.planned(recipe, "train"))
             assert refused.value.hint and "make it: `python scripts/make_" in refused.value.hint
             continue
-        document = run.dry_run(recipe, "train")
+        document = plan.to_json(run.planned(recipe, "train"))
         assert document["recipe"] == info.name and document["processes"]
         assert json.loads(json.dumps(document, default=str))["processes"][0]["name"] == "engine0"
 

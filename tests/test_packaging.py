@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,6 +13,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from astracli.machine import version_tuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -78,25 +82,76 @@ def pins(name: str) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("name", ["cpu.txt", "cuda.txt"])
+@pytest.mark.parametrize("name", ["cpu.txt", "cuda.txt", "cuda-torch2.11.txt"])
 def test_constraints_pin_every_direct_dependency(name: str) -> None:
     extras = PROJECT["project"]["optional-dependencies"]
     wanted = PROJECT["project"]["dependencies"] + extras["dev"]
-    if name == "cuda.txt":
-        wanted += extras["gpu"] + extras["sglang"]
-    else:
+    if name == "cpu.txt":
         wanted += extras["tensorboard"] + extras["wandb"] + extras["trackio"]
-    direct = {re.split(r"[><=; \[]", text)[0].lower().replace("_", "-") for text in wanted}
-    assert sorted(direct - pins(name).keys()) == []
+    else:
+        wanted += extras["gpu"] + extras["sglang"]
+    pinned, floors = pins(name), {}
+    for text in wanted:
+        found, least = re.match(r"([\w.-]+)(?:>=([\d.]+))?", text).groups()  # type: ignore[union-attr]
+        floors[found.lower().replace("_", "-")] = version_tuple(least or "0")
+    assert sorted(floors.keys() - pinned.keys()) == []
+    assert {found for found, least in floors.items() if version_tuple(pinned[found]) < least} == set()
 
 
 def test_constraints_are_the_sets_that_belong_together() -> None:
-    cpu, cuda = pins("cpu.txt"), pins("cuda.txt")
+    cpu, cuda, ran = pins("cpu.txt"), pins("cuda.txt"), pins("cuda-torch2.11.txt")
     assert (cpu["torch"], cpu["transformers"]) == ("2.13.0", "5.12.1")
-    assert (cuda["torch"], cuda["transformers"], cuda["triton"]) == ("2.13.0", "5.12.1", "3.7.1")
-    assert (cuda["sglang"], cuda["flashinfer-python"]) == ("0.5.21", "0.6.18")
+    assert (cuda["torch"], cuda["transformers"], cuda["triton"]) == ("2.14.1", "5.19.0", "3.8.0")
+    assert (cuda["sglang"], cuda["flashinfer-python"]) == ("0.5.23", "0.7.2")
     assert cuda["flash-linear-attention"] == "0.6.0"
-    assert "resolved, not run" in (ROOT / "constraints" / "cuda.txt").read_text().lower()
+    assert (ran["torch"], ran["transformers"], ran["triton"]) == ("2.11.0", "5.12.1", "3.6.0")
+    assert (ran["sglang"], ran["flash-linear-attention"], ran["tilelang"]) == ("0.5.17", "0.5.0", "0.1.11")
+
+
+FAKE_UV = """#!{python}
+import json, os, sys
+arguments = sys.argv[1:]
+if arguments == ["--version"]:
+    sys.exit()
+indexes = {{key: os.environ.get(key) for key in ("UV_DEFAULT_INDEX", "UV_FIND_LINKS")}}
+with open({log!r}, "a") as log:
+    print(json.dumps([arguments, indexes]), file=log)
+name = os.path.basename(arguments[arguments.index("--constraint") + 1])
+python = arguments[arguments.index("--python-version") + 1]
+if (name, python) == {unsolvable!r}:
+    sys.exit("error: No solution found")
+print(open(arguments[arguments.index("--constraint") + 1]).read() + {more!r})
+"""
+
+
+@pytest.mark.parametrize(
+    ("unsolvable", "more", "code", "says"),
+    [
+        (None, "", 0, "constraints/cuda.txt: astracli[gpu,sglang] on Python 3.11: resolves\n"),
+        (("cuda.txt", "3.12"), "", 1, "astracli[dev,gpu,sglang] on Python 3.12: does not resolve\nerror: No solution"),
+        (None, "cuda-tile==1.6.0rc9\nbrand-new==1.0\n", 1, "3.11: the file does not pin brand-new==1.0: add them\n"),
+    ],
+)
+def test_the_constraints_are_asked_of_pips_index_alone(
+    tmp_path: Path, unsolvable: tuple[str, str] | None, more: str, code: int, says: str
+) -> None:
+    """A stand-in for uv: what it is asked, and what is made of its answers. CI asks the real one."""
+    uv, log = tmp_path / "uv", tmp_path / "log"
+    uv.write_text(FAKE_UV.format(python=sys.executable, log=str(log), unsolvable=unsolvable, more=more))
+    uv.chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "UV_FIND_LINKS": "/elsewhere"}
+    env = {key: value for key, value in env.items() if key != "UV_DEFAULT_INDEX"} | {"PIP_INDEX_URL": "file:///index"}
+    command = [sys.executable, str(ROOT / "scripts" / "check_constraints.py")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == code and says in done.stdout, done
+    assert ("would not install" in done.stderr) is bool(code)
+    asked = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {tuple(env.values()) for _, env in asked} == {("file:///index", None)}
+    for arguments, _ in asked:
+        assert arguments[:3] == ["pip", "compile", "pyproject.toml"] and "--no-config" in arguments
+        assert arguments[arguments.index("--only-binary") + 1] == ":all:"
+    both = [(Path(a[4]).name, a[6]) for a, _ in asked]
+    assert {(name, python) for name in ("cuda.txt", "cuda-torch2.11.txt") for python in ("3.11", "3.12")} <= set(both)
 
 
 def test_ci_types_what_readme_says() -> None:
@@ -108,7 +163,8 @@ def test_ci_types_what_readme_says() -> None:
         assert command in readme
     assert commands[-1] == TEST
     assert [commands.index(command) for command in SET_UP] == sorted(commands.index(command) for command in SET_UP)
-    assert {"ruff check .", "ruff format --check .", "set -euo pipefail"} <= set(commands)
+    checks = {"ruff check .", "ruff format --check .", "python scripts/check_constraints.py"}
+    assert checks | {"set -euo pipefail"} <= set(commands)
 
 
 def test_ci_names_no_registry() -> None:

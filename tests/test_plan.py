@@ -160,7 +160,10 @@ def test_a_gpu_recipe_on_a_laptop_says_what_is_missing() -> None:
         "recipe `qwen3.5-4b-m2po-delta` asks for 8 GPUs (rollout 4, train 4), this machine has none "
         "(also missing: package sglang, a CUDA build of torch, 66.94 GiB of memory)"
     )
-    assert error.value.hint == ("`astra train --recipe qwen3.5-tiny-m2po-delta` runs on a CPU")
+    assert error.value.hint == (
+        "`astra train --recipe qwen3.5-tiny-m2po-delta` runs on a CPU; "
+        "`astra train --recipe qwen3.5-4b-m2po-delta --dry-run --facts 8xl40` plans for another machine"
+    )
 
 
 @pytest.mark.parametrize(

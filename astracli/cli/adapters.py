@@ -52,7 +52,12 @@ def show(name: NameArg, json: JsonOpt = False) -> None:
         "frozen": list(adapter.frozen),
         "parity_tolerance": dict(adapter.parity_tolerance),
         "forbidden": [
-            {"backend": f.backend, "compute_capabilities": list(f.compute_capabilities), "reason": f.reason}
+            {
+                "backend": f.backend,
+                "compute_capabilities": list(f.compute_capabilities),
+                "reason": f.reason,
+                "refused": f.refused,
+            }
             for f in adapter.forbidden
         ],
     }

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from astracli.cli.options import JsonOpt, RecipeArg, RecipeOpt, SetOpt, load_recipe, one_name
+from astracli.cli.options import FactsOpt, JsonOpt, RecipeArg, RecipeOpt, SetOpt, load_recipe, one_name
 from astracli.cli.output import Output, out, room
 from astracli.errors import UserError
 
@@ -22,9 +22,7 @@ def doctor(
     recipe_name: RecipeArg = None,
     recipe: RecipeOpt = None,
     set_: SetOpt = None,
-    facts: Annotated[
-        Path | None, typer.Option("--facts", metavar="FILE", help="Judge the machine described in FILE, not this one.")
-    ] = None,
+    facts: FactsOpt = None,
     facts_out: Annotated[
         Path | None, typer.Option("--facts-out", metavar="FILE", help="Also write this machine's facts to FILE.")
     ] = None,
@@ -43,9 +41,10 @@ def doctor(
     loaded = None if one_name(recipe_name, recipe) is None else load_recipe(recipe_name, recipe, set_, "doctor")
     if loaded is None and set_:
         raise UserError("--set given without a recipe", "name one: `astra doctor RECIPE --set ...`")
+    from astracli import machine_facts
     from astracli.doctor.gather import gather
 
-    machine = _read_facts(facts) if facts else gather(loaded)
+    machine = machine_facts.load(facts) if facts else gather(loaded)
     if facts_out:
         _write_facts(facts_out, machine)
     from astracli.doctor import checks
@@ -82,7 +81,20 @@ def show(report: dict[str, Any], output: Output) -> None:
     if report.get("backends"):
         output.text("")
         output.table(["backend", "choice", "reason"], [[b["what"], b["choice"], b["reason"]] for b in _merged(report)])
+    if report.get("placement"):
+        output.text("")
+        output.table(["placement", "where", "why"], [list(row.values()) for row in report["placement"]])
+    if report.get("memory_by_place"):
+        output.text("")
+        from astracli import plan_gpus
+
+        output.table(plan_gpus.COLUMNS, plan_gpus.rows([plan_gpus.Use(**use) for use in report["memory_by_place"]]))
     output.text("")
+    from astracli import machine
+
+    source = report["facts"].get("source", machine.RECORDED)
+    if source != machine.RECORDED:
+        output.text(textwrap.fill(f"judged from a document: {source}", room(), break_on_hyphens=False))
     output.text(_verdict(ordered))
 
 
@@ -138,21 +150,3 @@ def _write_facts(path: Path, document: dict[str, Any]) -> None:
         path.write_text(json_module.dumps(document, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write `{path}`: {(error.strerror or str(error)).lower()}") from None
-
-
-def _read_facts(path: Path) -> dict[str, Any]:
-    hint = "make one with `astra doctor --facts-out FILE`"
-    try:
-        document = json_module.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read facts file `{path}`: {(error.strerror or str(error)).lower()}", hint) from None
-    except ValueError as error:
-        raise UserError(f"facts file `{path}` is not JSON: {error}", hint) from None
-    if not isinstance(document, dict):
-        raise UserError(f"facts file `{path}` holds no JSON object", hint)
-    from astracli import machine
-
-    try:
-        return machine.validate(document)
-    except UserError as error:
-        raise UserError(f"facts file `{path}`: {error.message}", hint) from None

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from astracli.cli.options import DryRunOpt, JsonOpt, RecipeArg, RecipeOpt, SetOpt, load_recipe, one_name
+from astracli.cli.options import DryRunOpt, FactsOpt, JsonOpt, RecipeArg, RecipeOpt, SetOpt, load_recipe, one_name
 from astracli.cli.output import out
-from astracli.cli.plan_view import print_plan
+from astracli.cli.plan_view import print_plan, refuse_facts
 from astracli.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def evaluate(
         typer.Option("--compare", metavar="RUN_A RUN_B", help="Compare two evaluations, each a RUN or RUN@STEP."),
     ] = None,
     dry_run: DryRunOpt = False,
+    facts: FactsOpt = None,
     json: JsonOpt = False,
 ) -> None:
     """Evaluate a model, or the newest run.
@@ -64,6 +65,7 @@ def evaluate(
     if compare is not None:
         _compare(*compare, json)
         return
+    refuse_facts(facts, dry_run, "eval")
     from astracli import recipe_io
     from astracli.runs import named
 
@@ -87,7 +89,7 @@ def evaluate(
         out().note(f"evaluating {weights} by the recipe of {run.path}")
 
     if dry_run:
-        print_plan(loaded, "eval", out(json))
+        print_plan(loaded, "eval", out(json), facts)
         return
     from astracli.launch import run as launch
 

@@ -29,6 +29,13 @@ def complete_run(incomplete: str) -> Iterator[str]:
     yield from (run.name for run in runs.list_runs() if run.name.startswith(incomplete))
 
 
+def complete_facts(incomplete: str) -> Iterator[str]:
+    """Names of the shipped machine documents for the shell."""
+    from astracli import machine_facts
+
+    yield from (name for name in machine_facts.names() if name.startswith(incomplete))
+
+
 RecipeArg = Annotated[
     str | None,
     typer.Argument(
@@ -44,6 +51,15 @@ SetOpt = Annotated[
 ]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DryRunOpt = Annotated[bool, typer.Option("--dry-run", help="Print the plan and start nothing.")]
+FactsOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--facts",
+        metavar="FILE|NAME",
+        help="Another machine, by its document: a file, or one that ships with astra, such as 8xl40.",
+        autocompletion=complete_facts,
+    ),
+]
 RunDirOpt = Annotated[
     Path | None, typer.Option("--run-dir", metavar="DIR", help="Run directory; default runs/RECIPE-YYYYmmdd-HHMMSS.")
 ]

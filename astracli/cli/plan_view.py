@@ -2,27 +2,48 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING
 
-from astracli.cli.output import Output
+from astracli.cli.output import Output, room
+from astracli.errors import UserError
 
 if TYPE_CHECKING:
     from astracli.plan import Command
     from astracli.recipe import Recipe
 
 
-def print_plan(recipe: Recipe, command: Command, output: Output) -> None:
-    """The plan of a command on this machine. Starts nothing."""
+ELSEWHERE = "`--facts NAME` plans for another machine"
+
+
+def print_plan(recipe: Recipe, command: Command, output: Output, facts: str | None = None) -> None:
+    """The plan of a command on this machine, or on the one of a document (`--facts`). Starts nothing."""
+    from astracli import machine_facts, plan
     from astracli.launch import run as launch
 
+    described = machine_facts.load(facts) if facts is not None else None
+    found = launch.planned(recipe, command, described)
     if output.as_json:
-        output.document(launch.dry_run(recipe, command))
+        output.document(plan.to_json(found) | ({"machine": facts, "source": described["source"]} if described else {}))
         return
-    from astracli import plan
-
-    found = launch.planned(recipe, command)
+    if described is not None:
+        told = f"for the machine `{facts}`, not this one: {described['source']}"
+        output.text(textwrap.fill(told, room(), break_on_hyphens=False) + "\n")
     for table in plan.render(found):
         output.table(table.columns, table.rows, table.title)
         output.text("")
     blocked = any(problem.blocking for problem in found.problems)
-    output.text("nothing was started" + ("; this machine cannot run it: see above" if blocked else ""))
+    which = "that" if described is not None else "this"
+    output.text("nothing was started" + (f"; {which} machine cannot run it: see above" if blocked else ""))
+    if described is None and any(problem.kind == "gpus" for problem in found.problems):
+        output.hint(f"{ELSEWHERE}: {', '.join(machine_facts.names())}, or a file")
+
+
+def refuse_facts(facts: str | None, dry_run: bool, command: Command) -> None:
+    """`--facts` describes another machine: nothing can be started there. Raises UserError."""
+    if facts is not None and not dry_run:
+        raise UserError(
+            f"--facts {facts} describes another machine: it goes with --dry-run",
+            f"`astra {command} RECIPE --dry-run --facts {facts}` plans for it, `astra doctor RECIPE --facts {facts}` "
+            "judges it",
+        )

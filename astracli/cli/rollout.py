@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from astracli.cli.options import DryRunOpt, JsonOpt, RecipeArg, RecipeOpt, RunDirOpt, SetOpt, load_recipe
+from astracli.cli.options import DryRunOpt, FactsOpt, JsonOpt, RecipeArg, RecipeOpt, RunDirOpt, SetOpt, load_recipe
 from astracli.cli.output import out
-from astracli.cli.plan_view import print_plan
+from astracli.cli.plan_view import print_plan, refuse_facts
 from astracli.errors import UserError
 
 
@@ -32,14 +32,16 @@ def rollout(
     ] = Path("rollout.jsonl"),
     run_dir: RunDirOpt = None,
     dry_run: DryRunOpt = False,
+    facts: FactsOpt = None,
     json: JsonOpt = False,
 ) -> None:
     """Generate and grade samples, without training."""
+    refuse_facts(facts, dry_run, "rollout")
     if json and not dry_run:
         raise UserError("--json prints a plan: it goes with --dry-run", "samples are JSON lines already: see --out")
     loaded = load_recipe(recipe_name, recipe, set_, "rollout")
     if dry_run:
-        print_plan(loaded, "rollout", out(json))
+        print_plan(loaded, "rollout", out(json), facts)
         return
     from astracli.launch import run as launch
 

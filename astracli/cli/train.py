@@ -6,6 +6,7 @@ import typer
 
 from astracli.cli.options import (
     DryRunOpt,
+    FactsOpt,
     JsonOpt,
     RecipeArg,
     RecipeOpt,
@@ -16,7 +17,7 @@ from astracli.cli.options import (
     one_name,
 )
 from astracli.cli.output import out
-from astracli.cli.plan_view import print_plan
+from astracli.cli.plan_view import print_plan, refuse_facts
 from astracli.errors import UserError
 
 
@@ -25,6 +26,7 @@ def train(
     recipe: RecipeOpt = None,
     set_: SetOpt = None,
     dry_run: DryRunOpt = False,
+    facts: FactsOpt = None,
     run_dir: RunDirOpt = None,
     resume: ResumeOpt = None,
     json: JsonOpt = False,
@@ -33,8 +35,9 @@ def train(
 
     Starts engines and workers as supervised processes; Ctrl-C ends them all and --resume goes on from there. With
     --resume the recipe is the run's own; --set then changes how long, where and how it runs, not what it learns from.
-    --json goes with --dry-run.
+    --json goes with --dry-run, and so does --facts: it plans for a machine that is not this one.
     """
+    refuse_facts(facts, dry_run, "train")
     if json and not dry_run:
         raise UserError(
             "--json prints a plan: it goes with --dry-run", "a run's figures: `astra runs status RUN --json`"
@@ -58,7 +61,7 @@ def train(
         resume, loaded = run.path, recipe_io.from_json(run.recipe_json, set_ or ())
 
     if dry_run:
-        print_plan(loaded, "train", out(json))
+        print_plan(loaded, "train", out(json), facts)
         return
     from astracli.launch import run as launch
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from astracli import plan_gpus
 from astracli.doctor import data, gpu, kernels, network, python, runs, serving, system, trainer
 from astracli.doctor import recipe as recipe_fit
 from astracli.doctor.subject import Check, Subject, subject
@@ -30,9 +31,9 @@ GROUPS: tuple[Callable[[Subject], Iterator[Check]], ...] = (
 
 
 def run(recipe: Recipe | None, facts: Mapping[str, Any], probe: bool = False) -> dict[str, Any]:
-    """The report: `{"ok", "checks", "backends", "facts"}`. `probe` also measures on this machine.
+    """The report: `{"ok", "checks", "backends", "placement", "memory_by_place", "facts"}`.
 
-    Raises UserError when `facts` is not a machine document.
+    `probe` also measures on this machine. Raises UserError when `facts` is not a machine document.
     """
     judged = subject(recipe, facts)
     found = [check for group in GROUPS for check in group(judged)]
@@ -40,10 +41,13 @@ def run(recipe: Recipe | None, facts: Mapping[str, Any], probe: bool = False) ->
         from astracli.doctor import probes
 
         found += probes.run(judged)
-    choice = judged.fit.choice
+    choice, plan = judged.fit.choice, judged.fit.plan
+    placed = plan.placement.reasons if plan else ()
     return {
         "ok": all(check.status != "fail" for check in found),
         "checks": [asdict(check) for check in found],
         "backends": [asdict(row) for row in choice.reasons] if choice else [],
+        "placement": [dict(zip(("what", "where", "why"), row, strict=True)) for row in placed],
+        "memory_by_place": plan_gpus.document(plan) if plan else [],
         "facts": dict(judged.facts),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from astracli import machine
-from astracli.backend_delta_rule import HOPPER, SLOW, TILELANG_FFI, delta_rule_on_hopper, tilelang_flaw
+from astracli.backend_delta_rule import HOPPER, SLOW, TILELANG_FFI, delta_rule_on_hopper, native, tilelang_flaw
 from astracli.backend_serving import lowest_capability
 from astracli.doctor.subject import Check, Subject, flaw, found, optional
 
@@ -54,7 +54,7 @@ def _tilelang(subject: Subject) -> Iterator[Check]:
     used = subject.fit.choice is not None and subject.fit.choice.gdn_backward == "fla+tilelang"
     broken = tilelang_flaw(subject.facts)
     if check.status == "ok" and broken is not None:
-        needed = TILELANG_FFI[machine.version_of(subject.facts, "tilelang")]
+        needed = TILELANG_FFI[machine.version_of(subject.facts, "tilelang")][-1]
         fix = f"`pip install apache-tvm-ffi=={'.'.join(map(str, needed))}`"
         yield Check("tilelang", GROUP, "warn", f"{check.value} does not load", broken, fix)
     elif check.status == "ok" and not tools["nvcc"]:
@@ -62,7 +62,7 @@ def _tilelang(subject: Subject) -> Iterator[Check]:
         yield Check("tilelang", GROUP, "ok", f"{check.value}, without nvcc", why)
     elif check.status == "ok" and used and not tools["cccl"]:
         why = "it compiles with nvcc and includes <cuda/std/...>, which a bare nvcc lacks"
-        fix = "`pip install 'torch>=2.13' 'flash-linear-attention>=0.6'`, or install the CUDA toolkit with CCCL"
+        fix = f"{native(subject.facts)}, or install the CUDA toolkit with CCCL"
         yield Check("tilelang", GROUP, "fail", f"{check.value}, nvcc without CCCL headers", why, fix)
     else:
         yield check

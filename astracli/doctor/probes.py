@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from astracli import machine
+from astracli.backend_delta_rule import native
 from astracli.doctor import probe_child
 from astracli.doctor.subject import Check, Status, Subject
 
@@ -134,7 +135,7 @@ def trainer_probes(subject: Subject) -> Iterator[Probe]:
                         pinned, prefix=f"{name}: ", env=env)  # fmt: skip
         if adapter.delta_rule is not None and settings:
             why = "the trainer would learn from wrong gradients without a word"
-            fix = pinned if device == "cpu" else "`pip install 'torch>=2.13' 'flash-linear-attention>=0.6'`"
+            fix = pinned if device == "cpu" else native(subject.facts)
             sizes = {"name": name, "config": settings, "device": device}
             yield Probe("delta rule", "delta_rule", sizes, kernels_s, True, why, fix, env=env)
         if settings and subject.fit.choice is not None:

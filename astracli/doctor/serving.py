@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 
 from astracli import machine
-from astracli.backend_serving import SERVING, lowest_capability, serving_options
+from astracli.backend_serving import SERVING, lowest_capability, not_by_auto, serving_options
 from astracli.doctor.subject import Check, Facts, Status, Subject, flaw, found
 from astracli.plan_problems import SGLANG_GLIBC
 
@@ -138,7 +138,10 @@ def _attention(subject: Subject) -> Iterator[Check]:
     value = f"{', '.join(allowed)} allowed on {capability[0]}.{capability[1]}" if allowed else "none"
     if refused:
         value += f"; refused: {', '.join(refused)}"
-    why = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+    untried = {name: reason for name in allowed if (reason := not_by_auto(adapter, name, capability)) is not None}
+    if untried:
+        value += f"; not by `auto`: {', '.join(untried)}"
+    why = "; ".join(f"{name}: {reason}" for name, reason in (refused | untried).items())
     status: Status = "ok" if allowed else subject.bad(subject.sglang)
     yield Check("attention backends", GROUP, status, value, why, "" if allowed else "use other GPUs")
 

@@ -30,14 +30,13 @@ class Source:
     """Spent on fetching."""
 
 
-def planned(recipe: Recipe, command: Command) -> LaunchPlan:
-    """The plan of a command, for this machine; never refuses what the machine lacks, only what is wrong."""
-    return _plan(recipe, command, _config_if_here(recipe))
-
-
-def dry_run(recipe: Recipe, command: Command) -> dict[str, Any]:
-    """`planned` as a document."""
-    return planning.to_json(planned(recipe, command))
+def planned(recipe: Recipe, command: Command, facts: Mapping[str, Any] | None = None) -> LaunchPlan:
+    """The plan of a command, for this machine or the one that `facts` describes; never refuses what the machine lacks,
+    only what is wrong."""
+    recorded = facts["checkpoint"] if facts is not None else None
+    if recorded is not None and recorded["path"] == recipe.model.path and recorded["config"] is not None:
+        return _plan(recipe, command, recorded["config"], facts)
+    return _plan(recipe, command, _config_if_here(recipe), facts)
 
 
 def train(recipe: Recipe, *, run_dir: Path | None = None, resume: Path | None = None, dry_run: bool = False) -> int:
@@ -152,14 +151,18 @@ def _before(began: float, source: Source) -> dict[str, float]:
 # -- plan -------------------------------------------------------------------------------------------------------------
 
 
-def _plan(recipe: Recipe, command: Command, config: Mapping[str, Any] | None) -> LaunchPlan:
+def _plan(
+    recipe: Recipe, command: Command, config: Mapping[str, Any] | None, facts: Mapping[str, Any] | None = None
+) -> LaunchPlan:
+    """`facts`: of another machine; None = this one."""
     from astracli import backend
     from astracli.doctor.gather import with_engine
 
-    facts = with_engine(machine.probe(), recipe)
+    here = facts is None
+    facts = with_engine(machine.probe(), recipe) if facts is None else facts
     adapter = registry.resolve(recipe, config)
     choice = backend.choose(adapter, facts, recipe, config)
-    local = fetch.local_path(recipe.model.path) if config is not None else None
+    local = fetch.local_path(recipe.model.path) if here and config is not None else None
     size = sum(file.stat().st_size for file in local.glob("*.safetensors")) if local is not None else None
     return planning.build(recipe, adapter, choice, facts, command=command, config=config, checkpoint_bytes=size)
 

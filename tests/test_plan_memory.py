@@ -18,6 +18,7 @@ from astracli.errors import UserError
 from astracli.training import adam
 
 EVERY_BLOCK_AGAIN = "train.activation_checkpointing=full"
+REQUESTS = "rollout.max_running_requests=32"
 
 
 def test_bytes_of_qwen3_5_4b() -> None:
@@ -28,7 +29,7 @@ def test_bytes_of_qwen3_5_4b() -> None:
     assert rows["engine0", "KV cache (bf16), one request"] == 8192 * 32 * 1024
     assert rows["engine0", "recurrent state"] == 33 * 24 * (32 * 128 * 128 * 4 + 8192 * 3 * 2)
     assert rows["engine0", "KV cache (bf16), the others"] == 31 * 8192 * 32 * 1024
-    tight = planned(load("qwen3.5-4b-m2po-full"), facts("8.9", 8, memory_gib=20, host_gib=512))
+    tight = planned(load("qwen3.5-4b-m2po-full", REQUESTS), facts("8.9", 8, memory_gib=20, host_gib=512))
     held = {row.what: row.bytes for row in tight.memory if row.process == "engine0"}
     reserved = ("weights (bf16)", "recurrent state", "KV cache (bf16), one request", "KV cache (bf16), the others")
     assert sum(held[what] for what in reserved) == int(0.7 * 20 * GIB), "no more than its part"
@@ -76,7 +77,7 @@ def test_what_does_not_fit_moves_to_the_host_and_the_plan_says_why() -> None:
     assert moved(name, 79.6, 2, *one_each, f"{again}none", "train.reference_device=gpu") == ("gpu", 0.9)
     assert moved(name, 80, 3, one_each[0], "resources.train_gpus=2", EVERY_BLOCK_AGAIN) == ("gpu", 0.0)
     assert moved(name, 141, 2, *one_each, "train.optimizer_device=host") == ("gpu", 1.0)
-    result = planned(load(name, *full), facts("9.0", 2, memory_gib=60, host_gib=512))
+    result = planned(load(name, *full, REQUESTS), facts("9.0", 2, memory_gib=60, host_gib=512))
     why = "with everything on the GPU the trainer needs 74.53 GiB, it may fill 57.00 GiB"
     assert result.placement.reasons == (("reference", "host", why), ("optimizer", "35% on the host", why))
     rows = [row for row in result.memory if row.process == "trainer" and row.what == "moments (fp32)"]
@@ -94,7 +95,7 @@ def test_what_does_not_fit_moves_to_the_host_and_the_plan_says_why() -> None:
 
 def test_an_engine_beside_its_trainer_reserves_what_that_one_leaves() -> None:
     shared = ("resources.rollout_gpus=1", "resources.train_gpus=1", "resources.share_gpus=true")
-    recipe = load("qwen3.5-4b-m2po-delta", *shared)
+    recipe = load("qwen3.5-4b-m2po-delta", *shared, REQUESTS)
     result = planned(recipe, facts("9.0", 1, memory_gib=141, host_gib=512))
     fraction = result.placement.mem_fraction_static
     assert fraction == 0.2
@@ -108,7 +109,7 @@ def test_an_engine_beside_its_trainer_reserves_what_that_one_leaves() -> None:
     assert less.reasons[0] == ("activations", "all made again", because) and less.split == plan_split.Split(
         "gpu", 0.0, "full"
     )
-    assert moved("qwen3.5-4b-m2po-delta", 80, 1, *shared) == ("host", 0.2)
+    assert moved("qwen3.5-4b-m2po-delta", 80, 1, *shared, REQUESTS) == ("host", 0.2)
     lowered = load("qwen3.5-4b-m2po-delta", *shared, "rollout.mem_fraction_static=0.2")
     assert planned(lowered, facts("9.0", 1, memory_gib=141, host_gib=512)).placement.mem_fraction_static == 0.2
 
@@ -158,7 +159,7 @@ def test_what_was_seen_of_a_gpu_is_planned_within_a_tenth(settings: tuple[str, .
 
 
 def test_an_engine_that_may_not_reserve_enough_is_refused() -> None:
-    asked = load("qwen3.5-4b-m2po-delta", "rollout.mem_fraction_static=0.2")
+    asked = load("qwen3.5-4b-m2po-delta", "rollout.mem_fraction_static=0.2", REQUESTS)
     with pytest.raises(UserError, match=r"reserves 20% of GPU 0 \(8\.80 GiB\), it needs 9\.\d\d GiB") as error:
         plan.refuse(planned(asked, facts("8.9", 8, memory_gib=44, host_gib=512)))
     sets = re.findall(r"--set ([^ `]+)", str(error.value.hint))

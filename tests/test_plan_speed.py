@@ -23,7 +23,8 @@ from astracli.training.fsdp import Ranks
 from astracli.workers import train_settings
 from astracli.workers.common import WorkerConfig
 
-ONE_EACH = ("resources.rollout_gpus=1", "resources.train_gpus=1")
+REQUESTS = "rollout.max_running_requests=32"
+ONE_EACH = ("resources.rollout_gpus=1", "resources.train_gpus=1", REQUESTS)
 NAME = "qwen3.5-4b-m2po-delta"
 SHAPE = qwen3_5.ADAPTER.memory_shape(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"])
 
@@ -89,7 +90,7 @@ def test_the_plan_says_what_the_others_would_cost() -> None:
     tight = planned(load(NAME, *ONE_EACH), facts("9.0", 2, memory_gib=42, host_gib=512))
     assert tight.placement.reasons[0][2] == "needs least; nothing else fits 42.00 GiB of 42.00 GiB"
     assert tight.placement.split == Split("host", 1.0, "full")
-    unknown = planned(load(NAME), facts("9.0", 1, memory_gib=80, host_gib=512))
+    unknown = planned(load(NAME, REQUESTS), facts("9.0", 1, memory_gib=80, host_gib=512))
     assert unknown.placement.reasons[0] == ("activations", "all made again", "the memory of its GPU is not known")
     assert unknown.placement.split == Split("gpu", 0.0, "full")
 

@@ -9,7 +9,17 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from astracli import machine, plan_hint, plan_memory, plan_place, plan_problems, plan_requests, plan_speed, plan_trainer
+from astracli import (
+    machine,
+    plan_hint,
+    plan_margin,
+    plan_memory,
+    plan_place,
+    plan_problems,
+    plan_requests,
+    plan_speed,
+    plan_trainer,
+)
 from astracli.adapter import MemoryShape, ModelAdapter
 from astracli.backend import BackendChoice
 from astracli.errors import UserError
@@ -100,12 +110,15 @@ def _build(
         running_requests=recipe.rollout.running,
         expected=recipe.expected.model_dump(exclude_none=True) if recipe.expected else {},
     )
+    if choice.device == "cuda":
+        sizes = plan_problems.sizes_of(facts)
+        plan = replace(plan, margins=plan_margin.margins(plan.memory, plan.gpu_map, sizes))
     problems = [
         *plan_problems.gpu_problems(plan, recipe, facts, way_out),
         *plan_problems.software_problems(recipe, choice, facts),
         *plan_problems.size_problems(plan, recipe, shape, facts, way_out),
     ]
-    warnings = [*choice.warnings, *plan_problems.warnings(plan, recipe, facts)]
+    warnings = [*choice.warnings, *plan_problems.warnings(plan, recipe, facts), *plan_margin.warnings(plan.margins)]
     return replace(plan, problems=tuple(problems), warnings=tuple(warnings))
 
 
@@ -249,7 +262,7 @@ def _room_to_publish(
     sizes = plan_problems.sizes_of(facts)
     held = {row.process: row.bytes for row in rows if row.what == plan_trainer.PUBLISHED}
     # torch gives the holes of its cache back where memory is short
-    solid = [row for row in rows if row.what != plan_trainer.HOLES]
+    solid = [row for row in rows if row.what != plan_memory.HOLES]
     leaves = _on_shared_gpus(processes) if turns else set()
 
     def fits(gpu: int, trainer: str) -> bool:

@@ -9,8 +9,7 @@ from astracli import machine, plan_memory
 from astracli.adapter import MemoryShape
 from astracli.backend import BackendChoice
 from astracli.backend_serving import OLDEST, capability_of
-from astracli.plan_memory import words
-from astracli.plan_trainer import HOLES
+from astracli.plan_memory import HOLES, words
 from astracli.plan_types import LaunchPlan, Problem
 from astracli.recipe import Recipe
 

@@ -13,10 +13,11 @@ from math import ceil
 
 from astracli import plan_memory
 from astracli.adapter import MemoryShape
-from astracli.plan_memory import COMFORT, ROOM, words
+from astracli.plan_memory import COMFORT, safe, words
 from astracli.plan_place import takes_turns
 from astracli.plan_speed import Pace
-from astracli.plan_split import options, recomputing, trainer_bytes
+from astracli.plan_split import options, recomputing, trainer_needs
+from astracli.plan_trainer import context_bytes
 from astracli.recipe import Recipe
 
 MOST = 256
@@ -54,16 +55,16 @@ def _beside(
 ) -> tuple[Recipe, str | None]:
     """On a GPU that holds a trainer, too: what the trainer leaves when as little of it as possible is on the host."""
     if takes_turns(_with(recipe, FEW), shape, card, ranks):
-        beside = plan_memory.CUDA_CONTEXT + plan_memory.beside_static(shape, _with(recipe, useful))
-        static = min(int(recipe.rollout.mem_fraction_static * card), int(ROOM * card) - beside)
+        beside = context_bytes(ranks) + plan_memory.beside_static(shape, _with(recipe, useful))
+        static = min(int(recipe.rollout.mem_fraction_static * card), card - safe(beside))
         fit = _fit(recipe, shape, static, card, COMFORT)
         return _settled(recipe, shape, fit, useful, COMFORT, f"{words(card)} in turns with the trainer", no_more)
     fit = 1
     for option in recomputing(options(recipe, shape, ranks, pace)):
-        left = int(ROOM * card) - trainer_bytes(recipe, shape, ranks, option)
+        left = card - trainer_needs(recipe, shape, ranks, option)[1]
         static = min(
             int(recipe.rollout.mem_fraction_static * card),
-            left - plan_memory.beside_static(shape, _with(recipe, useful)),
+            left - safe(plan_memory.beside_static(shape, _with(recipe, useful))),
         )
         fit = _fit(recipe, shape, static, card, COMFORT)
         if fit >= FEW:
@@ -76,7 +77,7 @@ def _fit(recipe: Recipe, shape: MemoryShape, static: int, card: int, comfort: in
     each = shape.state_bytes_per_sequence + shape.kv_bytes_per_token * recipe.rollout.context_length / comfort
     room = static - 2 * shape.parameters - shape.state_bytes_per_sequence
     fit = max(1, int(room // each)) if each else MOST
-    while fit > 1 and static + plan_memory.beside_static(shape, _with(recipe, fit)) > card:
+    while fit > 1 and static + safe(plan_memory.beside_static(shape, _with(recipe, fit))) > card:
         fit -= 1
     return fit
 

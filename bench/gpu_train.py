@@ -39,7 +39,7 @@ from train_case import VARIANTS, build, groups, join, recipe, settle, shape_conf
 
 from astracli import plan_place, plan_speed, plan_trainer, registry
 from astracli.adapter import MemoryShape
-from astracli.plan_memory import CUDA_CONTEXT
+from astracli.plan_memory import CUDA_CONTEXT, HOLES
 from astracli.plan_trainer import Split
 from astracli.rl.types import Group
 from astracli.training.step import Trainer
@@ -99,7 +99,7 @@ def planned(trainer: Trainer, shape: MemoryShape) -> int:
     """Bytes that the launch plan counts on the GPU, without what torch does not allocate and the holes of its cache."""
     split = Split(moments_on_host=trainer.masters.adam.moments_on_host)
     rows = plan_trainer.trainer_rows("trainer", shape, trainer.recipe, "cuda", trainer.ranks.world_size, split)
-    return sum(row.bytes for row in rows if row.where == "gpu" and row.what not in ("CUDA context", plan_trainer.HOLES))
+    return sum(row.bytes for row in rows if row.where == "gpu" and row.what not in ("CUDA context", HOLES))
 
 
 def profile(trainer: Trainer, draw: Callable[[int], list[Group]]) -> str:

@@ -66,21 +66,21 @@ def test_what_does_not_fit_moves_to_the_host_and_the_plan_says_why() -> None:
     name, full = "qwen3.5-4b-m2po-delta", (*one_each, EVERY_BLOCK_AGAIN)
     assert moved(name, 141, 2, *full) == ("gpu", 0.0)
     assert moved(name, 79.6, 2, *full) == ("gpu", 0.0), "an H100 of 80 GB"
-    assert moved(name, 78, 2, *full) == ("gpu", 0.05), "a twentieth in each of four updates beats 7.8 GiB once"
+    assert moved(name, 79, 2, *full) == ("gpu", 0.05), "a twentieth in each of four updates beats 7.8 GiB once"
     assert moved(name, 76, 2, *full) == ("host", 0.0)
-    assert moved(name, 60, 2, *full) == ("host", 0.35)
+    assert moved(name, 60, 2, *full) == ("host", 0.4)
     assert moved(name, 44, 2, *full) == ("host", 1.0)
     again = "train.activation_checkpointing="
-    assert moved(name, 79.6, 2, *one_each, f"{again}selective") == ("host", 0.15)
+    assert moved(name, 79.6, 2, *one_each, f"{again}selective") == ("host", 0.2)
     assert moved(name, 79.6, 2, *one_each, f"{again}none") == ("host", 0.65)
     assert moved(name, 79.6, 2, *one_each, f"{again}none", "train.reference_device=gpu") == ("gpu", 0.9)
     assert moved(name, 80, 3, one_each[0], "resources.train_gpus=2", EVERY_BLOCK_AGAIN) == ("gpu", 0.0)
     assert moved(name, 141, 2, *one_each, "train.optimizer_device=host") == ("gpu", 1.0)
     result = planned(load(name, *full, REQUESTS), facts("9.0", 2, memory_gib=60, host_gib=512))
-    why = "with everything on the GPU the trainer needs 74.53 GiB, it may fill 57.00 GiB"
-    assert result.placement.reasons == (("reference", "host", why), ("optimizer", "35% on the host", why))
+    why = "with everything on the GPU the trainer needs 74.53 GiB, 79.22 GiB with its margin; it may fill 60.00 GiB"
+    assert result.placement.reasons == (("reference", "host", why), ("optimizer", "40% on the host", why))
     rows = [row for row in result.memory if row.process == "trainer" and row.what == "moments (fp32)"]
-    away = math.ceil(0.35 * 8 * 4_205_751_296)
+    away = math.ceil(0.4 * 8 * 4_205_751_296)
     assert [(row.where, row.bytes) for row in rows] == [("gpu", 8 * 4_205_751_296 - away), ("host", away)]
     result = planned(load(name, *one_each), facts("9.0", 2, memory_gib=44, host_gib=512))
     where = {row.what: (row.where, row.bytes) for row in result.memory if row.process == "trainer"}
@@ -97,20 +97,20 @@ def test_an_engine_beside_its_trainer_reserves_what_that_one_leaves() -> None:
     recipe = load("qwen3.5-4b-m2po-delta", *shared, REQUESTS)
     result = planned(recipe, facts("9.0", 1, memory_gib=141, host_gib=512))
     fraction = result.placement.mem_fraction_static
-    assert fraction == 0.2
+    assert fraction == 0.19
     assert plan_memory.total(result.memory, where="gpu", fixed=True) <= 0.96 * 141 * GIB
     shape = qwen3_5.ADAPTER.memory_shape(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"])
     assert fraction * 141 * GIB > plan_memory.static_bytes(shape, recipe, requests=8)
-    assert [item[:2] for item in result.placement.reasons] == [("activations", "all kept"), ("engine", "reserves 20%")]
+    assert [item[:2] for item in result.placement.reasons] == [("activations", "all kept"), ("engine", "reserves 19%")]
     assert fraction * 141 * GIB > plan_memory.static_bytes(shape, recipe, requests=32), "all that it can use"
     less = planned(recipe, facts("9.0", 1, memory_gib=100, host_gib=512)).placement
     because = "the engine beside it makes more of the memory"
     assert less.reasons[0] == ("activations", "all made again", because) and less.split == plan_split.Split(
         "gpu", 0.0, "full"
     )
-    assert moved("qwen3.5-4b-m2po-delta", 80, 1, *shared, REQUESTS) == ("host", 0.2)
-    lowered = load("qwen3.5-4b-m2po-delta", *shared, "rollout.mem_fraction_static=0.2")
-    assert planned(lowered, facts("9.0", 1, memory_gib=141, host_gib=512)).placement.mem_fraction_static == 0.2
+    assert moved("qwen3.5-4b-m2po-delta", 80, 1, *shared, REQUESTS) == ("host", 0.25)
+    lowered = load("qwen3.5-4b-m2po-delta", *shared, "rollout.mem_fraction_static=0.1")
+    assert planned(lowered, facts("9.0", 1, memory_gib=141, host_gib=512)).placement.mem_fraction_static == 0.1
 
 
 def test_published_versions_lie_on_a_gpu_that_has_room_for_two() -> None:

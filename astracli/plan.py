@@ -60,7 +60,8 @@ def build(
     def fits(other: Recipe, lightly: bool) -> bool:
         tried = _build(other, choice, facts, command, shape, None, lambda otherwise: otherwise)
         blocked = any(problem.blocking and problem.kind in ("gpus", "memory") for problem in tried.problems)
-        return not blocked and not (lightly and tried.placement.short)
+        strained = tried.placement.short or any(margin.short for margin in tried.margins)
+        return not blocked and not (lightly and strained)
 
     def way_out(otherwise: str) -> str:
         count = len(machine.visible_gpus(facts))

@@ -103,8 +103,13 @@ def takes_turns(recipe: Recipe, shape: MemoryShape, size: int | None, ranks: int
     mode = recipe.resources.share_mode
     if mode != "auto" or size is None:
         return mode == "turns"
-    need = min(trainer_needs(recipe, shape, ranks, split)[0] for split in options(recipe, shape, ranks, Pace()))
-    return need + AWAY <= size < need + _engine(recipe, shape, 1)
+    engine, least = _engine(recipe, shape, 1), size
+    for split in reversed(options(recipe, shape, ranks, Pace())):
+        need = trainer_needs(recipe, shape, ranks, split)[0]
+        if need + engine <= size:
+            return False
+        least = min(least, need)
+    return least + AWAY <= size
 
 
 def _tries(

@@ -34,13 +34,14 @@ def settle(
     train_gpus: Sequence[int],
     pace: Pace,
 ) -> tuple[Recipe, str | None]:
-    """(the recipe with `rollout.max_running_requests` set, how it was derived). A recipe that says it stays as it is;
-    without a GPU or a known model it takes `recipe.RUNNING`, and there is nothing to say."""
+    """(the recipe with `rollout.max_running_requests` set, how it was derived). A recipe that says it stays as it is,
+    with nothing to say; without a GPU or a known model it takes `recipe.RUNNING`."""
     if recipe.rollout.max_running_requests != "auto":
         return recipe, None
     card = min((sizes[gpu] for gpu in engine_gpus if gpu in sizes), default=None)
     if shape is None or card is None:
-        return _with(recipe, recipe.rollout.running), None
+        unknown = "the memory of its GPU is not known" if shape is not None else "the model's sizes are not known"
+        return _with(recipe, recipe.rollout.running), unknown
     useful, no_more = _most(recipe, len(engine_gpus), card)
     if set(engine_gpus) & set(train_gpus):
         return _beside(recipe, shape, card, len(train_gpus), useful, no_more, pace)

@@ -115,6 +115,9 @@ def test_what_the_recipe_says_stays_and_a_cpu_takes_the_default() -> None:
     assert said.running_requests == 32 and "requests" not in {row[0] for row in said.placement.reasons}
     assert planned(opened("qwen3.5-tiny-m2po-delta"), facts(), TINY).running_requests == RUNNING
     assert planned(tiny(), facts(), TINY).running_requests == 256
+    elsewhere = planned(load("qwen3.5-4b-m2po-delta"), facts())
+    assert elsewhere.running_requests == RUNNING
+    assert elsewhere.placement.reasons[0] == ("requests", "32 at once", "the memory of its GPU is not known")
 
 
 def test_the_processes_are_told(tmp_path: object) -> None:

@@ -5,11 +5,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from astracli import machine, plan_hint, plan_memory, plan_place, plan_problems, plan_requests, plan_speed, plan_trainer
+from astracli import (
+    machine,
+    plan_hint,
+    plan_margin,
+    plan_memory,
+    plan_place,
+    plan_problems,
+    plan_requests,
+    plan_speed,
+    plan_trainer,
+)
 from astracli.adapter import MemoryShape, ModelAdapter
 from astracli.backend import BackendChoice
 from astracli.errors import UserError
@@ -50,7 +60,8 @@ def build(
     def fits(other: Recipe, lightly: bool) -> bool:
         tried = _build(other, choice, facts, command, shape, None, lambda otherwise: otherwise)
         blocked = any(problem.blocking and problem.kind in ("gpus", "memory") for problem in tried.problems)
-        return not blocked and not (lightly and tried.placement.short)
+        strained = tried.placement.short or any(margin.short for margin in tried.margins)
+        return not blocked and not (lightly and strained)
 
     def way_out(otherwise: str) -> str:
         count = len(machine.visible_gpus(facts))
@@ -82,9 +93,8 @@ def _build(
     if (host := _room_on_host(processes, memory, facts)) is not None and choice.device == "cuda":
         recipe, placement = _place(processes, shape, asked, choice, facts, host)
         memory = _memory(processes, shape, recipe, choice.device, placement, facts)
-    counted = (processes, shape, recipe, choice.device, placement, facts)
-    if not placement.turns and _room_to_publish(processes, memory, facts):
-        memory = _memory(*counted, published="gpu")
+    if on_gpu := _room_to_publish(processes, memory, facts, placement.turns):
+        memory = _memory(processes, shape, recipe, choice.device, placement, facts, on_gpu)
     if placement.turns:
         # a worker that starts again does not know whose turn it is
         processes = [replace(process, restarts=0) for process in processes]
@@ -103,12 +113,15 @@ def _build(
         running_requests=recipe.rollout.running,
         expected=recipe.expected.model_dump(exclude_none=True) if recipe.expected else {},
     )
+    if choice.device == "cuda":
+        sizes = plan_problems.sizes_of(facts)
+        plan = replace(plan, margins=plan_margin.margins(plan.memory, plan.gpu_map, sizes))
     problems = [
         *plan_problems.gpu_problems(plan, recipe, facts, way_out),
         *plan_problems.software_problems(recipe, choice, facts),
         *plan_problems.size_problems(plan, recipe, shape, facts, way_out),
     ]
-    warnings = [*choice.warnings, *plan_problems.warnings(plan, recipe, facts)]
+    warnings = [*choice.warnings, *plan_problems.warnings(plan, recipe, facts), *plan_margin.warnings(plan.margins)]
     return replace(plan, problems=tuple(problems), warnings=tuple(warnings))
 
 
@@ -209,8 +222,9 @@ def _memory(
     device: str,
     placement: Placement,
     facts: Mapping[str, Any],
-    published: plan_trainer.Where = "host",
+    published_on_gpu: Collection[str] = (),
 ) -> list[MemoryRow]:
+    """`published_on_gpu`: trainers whose published versions lie on their GPU, those of others on the host."""
     rows, sizes = [plan_memory.light_row("supervisor")], plan_problems.sizes_of(facts) if device == "cuda" else {}
     for process in processes:
         if process.role == "engine" and shape:
@@ -218,14 +232,20 @@ def _memory(
             static = None if card is None else int((placement.mem_fraction_static or 0.0) * card)
             rows += plan_memory.engine_rows(process.name, shape, recipe, device, static=static)
         elif process.role == "trainer" and shape:
+            published: plan_trainer.Where = "gpu" if process.name in published_on_gpu else "host"
             where = (device, process.world_size, placement.split, published)
             rows += plan_trainer.trainer_rows(process.name, shape, recipe, *where)
         else:
             rows.append(plan_memory.light_row(process.name, process.children))
     if not placement.turns:
         return rows
+    return plan_place.in_turns(rows, _on_shared_gpus(processes))
+
+
+def _on_shared_gpus(processes: Sequence[ProcessPlan]) -> set[str]:
+    """Processes on a GPU that an engine and a trainer use."""
     engine, trainer = ({gpu for p in processes if p.role == role for gpu in p.gpus} for role in ("engine", "trainer"))
-    return plan_place.in_turns(rows, {p.name for p in processes if set(p.gpus) & engine & trainer})
+    return {p.name for p in processes if set(p.gpus) & engine & trainer}
 
 
 def _room_on_host(processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], facts: Mapping[str, Any]) -> int | None:
@@ -237,18 +257,24 @@ def _room_on_host(processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], f
     return int(size - plan_memory.total(rows, where="host", fixed=True, processes=others))
 
 
-def _room_to_publish(processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], facts: Mapping[str, Any]) -> bool:
-    """Whether every GPU with a trainer has room for two published versions beside all else."""
+def _room_to_publish(
+    processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], facts: Mapping[str, Any], turns: bool
+) -> set[str]:
+    """Trainers whose GPU has room for two published versions beside all else; each rank finds out for itself
+    (`weights.snapshot`). One that leaves its GPU in the engine's turn keeps them on the host."""
     sizes = plan_problems.sizes_of(facts)
     held = {row.process: row.bytes for row in rows if row.what == plan_trainer.PUBLISHED}
-    cards = {gpu: p.name for p in processes if p.name in held for gpu in p.gpus}
+    # torch gives the holes of its cache back where memory is short
+    solid = [row for row in rows if row.what != plan_memory.HOLES]
+    leaves = _on_shared_gpus(processes) if turns else set()
 
     def fits(gpu: int, trainer: str) -> bool:
         names = [p.name for p in processes if gpu in p.gpus]
-        need = plan_memory.on_gpu(rows, names) + held[trainer] + plan_trainer.SPARE_BYTES
+        need = plan_memory.on_gpu(solid, names) + held[trainer] + plan_trainer.SPARE_BYTES
         return gpu in sizes and need <= sizes[gpu]
 
-    return bool(cards) and all(fits(*item) for item in cards.items())
+    there = [p for p in processes if p.name in held and p.gpus and p.name not in leaves]
+    return {p.name for p in there if all(fits(gpu, p.name) for gpu in p.gpus)}
 
 
 def _model(shape: MemoryShape, recipe: Recipe) -> dict[str, Any]:

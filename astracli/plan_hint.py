@@ -10,7 +10,8 @@ from astracli.recipe import Recipe
 Sets = dict[str, Any]
 """Dotted key -> value"""
 Accepted = Callable[[Recipe, bool], bool]
-"""(recipe, whether it must do without what costs time in every update: moments that have to wait on the host)"""
+"""(recipe, whether it must have the margin of its estimates, and do without what costs time in every update: moments
+that have to wait on the host)"""
 
 
 def find(recipe: Recipe, command: str, gpus: int, accepted: Accepted) -> Sets | None:

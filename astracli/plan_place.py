@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 
 from astracli import plan_memory, plan_split, plan_trainer
 from astracli.adapter import MemoryShape
-from astracli.plan_memory import COMFORT, ROOM, MemoryRow, words
+from astracli.plan_memory import COMFORT, MemoryRow, safe, words
 from astracli.plan_speed import Pace
-from astracli.plan_split import KEPT, Choice, Try, options, recomputing, resident, trainer_bytes
+from astracli.plan_split import KEPT, Choice, Try, options, recomputing, resident, trainer_needs
 from astracli.plan_trainer import Split
 from astracli.recipe import Recipe
 from astracli.training import link
@@ -79,12 +79,12 @@ def place(
         asked = recipe.resources.share_mode == "turns"
         why_turns = "the recipe asks for it" if asked else f"side by side they do not fit {words(smallest)}"
         reasons.append(("engine and trainer", "take turns", why_turns))
-        left = smallest - plan_memory.CUDA_CONTEXT - plan_memory.beside_static(shape, recipe)
-        fraction = min(fraction, max(0.01, int(100 * ROOM * left / smallest) / 100))
+        left = smallest - safe(plan_trainer.context_bytes(ranks) + plan_memory.beside_static(shape, recipe))
+        fraction = min(fraction, max(0.01, int(100 * left / smallest) / 100))
     elif shared and smallest is not None and cards:
         beside = plan_memory.beside_static(shape, recipe)
-        trainer = trainer_bytes(recipe, shape, ranks, chosen.split)
-        roomy, all_of_it = (int(room * smallest) - trainer - beside for room in (ROOM, 1.0))
+        least, room = trainer_needs(recipe, shape, ranks, chosen.split)
+        roomy, all_of_it = smallest - room - safe(beside), smallest - least - beside
         left = roomy if roomy >= plan_memory.static_bytes(shape, recipe) else all_of_it
         derived = max(0.01, int(100 * left / smallest) / 100)
         if derived < fraction:
@@ -94,8 +94,6 @@ def place(
     return Placement(chosen.split, fraction, shared, turns, chosen.short, tuple(reasons))
 
 
-PLENTY = 0.9
-"""Of a GPU, what an engine with all that it can use and a trainer with all that it has may fill side by side."""
 AWAY = plan_memory.CUDA_GRAPHS + plan_memory.CUDA_CONTEXT
 """What an engine keeps of its GPU while a trainer uses it."""
 
@@ -105,8 +103,13 @@ def takes_turns(recipe: Recipe, shape: MemoryShape, size: int | None, ranks: int
     mode = recipe.resources.share_mode
     if mode != "auto" or size is None:
         return mode == "turns"
-    need = min(trainer_bytes(recipe, shape, ranks, split) for split in options(recipe, shape, ranks, Pace()))
-    return need + AWAY <= size < need + _engine(recipe, shape, 1)
+    engine, least = _engine(recipe, shape, 1), size
+    for split in reversed(options(recipe, shape, ranks, Pace())):
+        need = trainer_needs(recipe, shape, ranks, split)[0]
+        if need + engine <= size:
+            return False
+        least = min(least, need)
+    return least + AWAY <= size
 
 
 def _tries(
@@ -115,17 +118,19 @@ def _tries(
     """Ways to share the GPU between trainer and engine, what is best for both first."""
     if not shared or turns:
         beside = AWAY if turns else 0
-        return [Try(every, int(ROOM * size) - beside), Try(every, size - beside, tight=True)]
+        return [Try(every, size - safe(beside)), Try(every, size - beside, tight=True)]
     requests = recipe.rollout.running
     whole = min(
         int(recipe.rollout.mem_fraction_static * size), plan_memory.static_bytes(shape, recipe, requests=requests)
     )
     again, because = recomputing(every), "the engine beside it makes more of the memory"
+    beside = plan_memory.beside_static(shape, recipe)
+    some, one = (plan_memory.static_bytes(shape, recipe, requests=n) for n in (max(1, requests // COMFORT), 1))
     return [
-        Try(resident(every), int(PLENTY * size) - whole - plan_memory.beside_static(shape, recipe)),
-        Try(again, int(ROOM * size) - _engine(recipe, shape, max(1, requests // COMFORT)), because=because),
-        Try(again, int(ROOM * size) - _engine(recipe, shape, 1), because=because),
-        Try(again, size - _engine(recipe, shape, 1), tight=True, because=because),
+        Try(resident(every), size - whole - safe(beside)),
+        Try(again, size - some - safe(beside), because=because),
+        Try(again, size - one - safe(beside), because=because),
+        Try(again, size - one - beside, tight=True, because=because),
     ]
 
 

@@ -9,7 +9,7 @@ from astracli import machine, plan_memory
 from astracli.adapter import MemoryShape
 from astracli.backend import BackendChoice
 from astracli.backend_serving import OLDEST, capability_of
-from astracli.plan_memory import words
+from astracli.plan_memory import HOLES, words
 from astracli.plan_types import LaunchPlan, Problem
 from astracli.recipe import Recipe
 
@@ -134,7 +134,9 @@ def warnings(plan: LaunchPlan, recipe: Recipe, facts: Mapping[str, Any]) -> list
         )
     sizes = sizes_of(facts)
     for gpu, names in plan.gpu_map.items():
-        need, size = plan_memory.on_gpu(plan.memory, names), sizes.get(gpu)
+        # torch gives the holes of its cache back where memory is short
+        need = plan_memory.on_gpu([row for row in plan.memory if row.what != HOLES], names)
+        size = sizes.get(gpu)
         if size is not None and need > size >= plan_memory.on_gpu(plan.memory, names, fixed=True):
             result.append(f"GPU {gpu} may need {words(need)} under full load, it has {words(size)}: requests will wait")
     busy = sum(process.threads for process in plan.processes if process.role in ("engine", "trainer"))

@@ -26,9 +26,9 @@ class Try:
     splits: Sequence[Split]
     """The quickest first."""
     available: int
-    """Bytes that the trainer may take of its GPU."""
+    """Bytes that the trainer may take of its GPU, with the margin of its own estimates."""
     tight: bool = False
-    """Nothing is left for what estimates miss: the least is taken, not the quickest."""
+    """Without that margin: the least is taken, not the quickest."""
     because: str = ""
     """Why these splits and no others."""
 
@@ -70,10 +70,11 @@ def recomputing(splits: Sequence[Split]) -> list[Split]:
     return [split for split in splits if split.recomputed == most]
 
 
-def trainer_bytes(recipe: Recipe, shape: MemoryShape, ranks: int, split: Split) -> int:
-    """What a rank needs of its GPU."""
+def trainer_needs(recipe: Recipe, shape: MemoryShape, ranks: int, split: Split) -> tuple[int, int]:
+    """What a rank needs of its GPU: (at least; of all that is expected there, with the margin of its estimates)."""
     rows = plan_trainer.trainer_rows("trainer", shape, recipe, "cuda", ranks, split)
-    return plan_memory.total(rows, where="gpu", fixed=True)
+    there = [row for row in plan_memory.expected(rows) if row.where == "gpu"]
+    return sum(row.bytes for row in there if row.fixed), sum(map(plan_memory.padded, there))
 
 
 def choose(
@@ -88,14 +89,16 @@ def choose(
     """`size`: bytes of the GPU; `over`: by how many bytes a split is over the host's memory (0 = it fits), None while
     there is enough for any. Where nothing fits, what needs least."""
     every = list(dict.fromkeys(split for each in tries for split in each.splits))
-    needs = {split: trainer_bytes(recipe, shape, ranks, split) for split in every}
+    both = {split: trainer_needs(recipe, shape, ranks, split) for split in every}
+    needs, rooms = ({split: pair[which] for split, pair in both.items()} for which in (0, 1))
     if over is not None:
         on_gpu = [split for split in every if needs[split] <= tries[-1].available] or every
         missing = {split: over(split) for split in on_gpu}
         needs = {split: needs[split] for split in on_gpu if missing[split] == min(missing.values())}
     least = min(needs, key=needs.__getitem__)
     for each in tries:
-        fitting = [split for split in each.splits if split in needs and needs[split] <= each.available]
+        taken = needs if each.tight else rooms
+        fitting = [split for split in each.splits if split in needs and taken[split] <= each.available]
         if fitting:
             chosen = min(fitting, key=needs.__getitem__) if each.tight else fitting[0]
             break
@@ -103,11 +106,15 @@ def choose(
         each, fitting, chosen = tries[-1], [], least
     reasons = []
     if recipe.train.activation_checkpointing == "auto":
-        where = f"{words(each.available)} of {words(size)}" + (" and the host" if over is not None else "")
+        where = words(each.available) + (f" of {words(size)}" if each.available < size else "")
+        where += (" without a margin" if each.tight else " with its margin") + (" and the host" if over else "")
         why = each.because or _compared(recipe, shape, ranks, pace, chosen, fitting, each.tight, where)
         reasons.append(("activations", KEPT[chosen.recomputed], why))
-    need = trainer_bytes(recipe, shape, ranks, Split(recomputed=chosen.recomputed))
-    no_room = f"with everything on the GPU the trainer needs {words(need)}, it may fill {words(each.available)}"
+    need, room = trainer_needs(recipe, shape, ranks, Split(recomputed=chosen.recomputed))
+    no_room = (
+        f"with everything on the GPU the trainer needs {words(need)}, {words(room)} with its margin; "
+        f"it may fill {words(each.available)}"
+    )
     for what, asked_for, place, moved in (
         ("reference", recipe.train.reference_device, chosen.reference, chosen.reference == "host"),
         ("optimizer", recipe.train.optimizer_device, part_words(chosen.moments_on_host), chosen.moments_on_host > 0),

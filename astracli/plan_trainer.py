@@ -16,7 +16,7 @@ from math import ceil
 from typing import Literal
 
 from astracli.adapter import MemoryShape
-from astracli.plan_memory import CUDA_CONTEXT, TORCH_PROCESS, MemoryRow, Place, block_activations
+from astracli.plan_memory import CUDA_CONTEXT, HOLES, TORCH_PROCESS, Basis, MemoryRow, Place, block_activations
 from astracli.recipe import RECOMPUTED_BLOCKS, Recipe, Recomputed
 
 Where = Literal["gpu", "host"]
@@ -38,6 +38,8 @@ PASSING = 3
 """Buckets of moments on the GPU at once: one comes, one is worked on, one leaves."""
 MASTERS = "master weights (fp32)"
 PUBLISHED = "published weights, last version and the next"
+HOLES_SHARE = 0.03
+"""Of what torch allocates on a GPU, what its cache holds besides at the fullest moment (measured: 0.025 to 0.041)."""
 SPARE_BYTES = 2**30
 """Of a GPU, what published versions leave free; `weights.snapshot` says the same."""
 NCCL = 2**29
@@ -90,13 +92,14 @@ def trainer_rows(
     if recipe.algorithm.kl_coef > 0:
         # moved in for the scoring pass, it takes the room of the gradients, which are made later
         rows.append(MemoryRow(name, "reference (bf16)", split.reference, 2 * share))
-    context = CUDA_CONTEXT + (NCCL if ranks > 1 else 0)
     if ranks > 1:
         rows.append(MemoryRow(name, "embedding and head, gathered (bf16)", "gpu", 2 * _outside(shape)))
+    # what an adapter says of its blocks is counted from autograd
+    kept, peak = _passes(shape, recipe, ranks, split)
+    known: Basis = "counted" if shape.block_activations else "estimated"
     rows += [
-        MemoryRow(name, "activations", "gpu", _kept(shape, recipe, split), "estimated"),
-        MemoryRow(name, "backward pass of the head or a block", "gpu", _peak(shape, recipe, ranks, split), "estimated"),
-        MemoryRow(name, "CUDA context", "gpu", context, "estimated"),
+        MemoryRow(name, "activations", "gpu", kept, known),
+        MemoryRow(name, "backward pass of the head or a block", "gpu", peak, "estimated"),
     ]
     if published == "gpu":
         # what finds no room at a version's time comes to the host; the first one, before anything was trained, does so
@@ -104,10 +107,18 @@ def trainer_rows(
         rows.append(MemoryRow(name, "published weights, the first version", "host", 2 * share))
     else:
         rows.append(MemoryRow(name, PUBLISHED, "host", 4 * share))
+    holes = int(HOLES_SHARE * sum(row.bytes for row in rows if row.where == "gpu"))
+    rows.append(MemoryRow(name, HOLES, "gpu", holes, "estimated", fixed=False))
+    rows.append(MemoryRow(name, "CUDA context", "gpu", context_bytes(ranks), "estimated"))
     resident = sum(row.bytes for row in rows if row.where == "host")
     loading = max(0, 4 * shape.parameters - resident)
     rows.append(MemoryRow(name, "checkpoint while loading (fp32), over these", "host", loading, "estimated"))
     return [*rows, MemoryRow(name, "process", "host", TORCH_PROCESS, "estimated")]
+
+
+def context_bytes(ranks: int) -> int:
+    """What a rank keeps of its GPU in another's turn."""
+    return CUDA_CONTEXT + (NCCL if ranks > 1 else 0)
 
 
 def _on_cpu(name: str, shape: MemoryShape, recipe: Recipe, ranks: int) -> list[MemoryRow]:
@@ -124,7 +135,7 @@ def _on_cpu(name: str, shape: MemoryShape, recipe: Recipe, ranks: int) -> list[M
         rows.append(MemoryRow(name, "reference", host, 4 * share))
     logits = min(LOGIT_BYTES["cpu"], _tokens(recipe) * shape.vocab_size * 4)
     rows.append(MemoryRow(name, "logits of a chunk (fp32)", host, 3 * logits))
-    activations = 2 * (_kept(shape, recipe, RESIDENT) + _tokens(recipe) * max(block_activations(shape)))
+    activations = 2 * _tokens(recipe) * sum(_of_a_token(shape, recomputed(recipe, RESIDENT)))
     rows.append(MemoryRow(name, "activations", host, activations, "estimated", fixed=False))
     return [*rows, MemoryRow(name, "process", host, TORCH_PROCESS, "estimated")]
 
@@ -140,36 +151,34 @@ def _tokens(recipe: Recipe) -> int:
     return min(max(recipe.train.tokens_per_microbatch, context), step)
 
 
-def _kept(shape: MemoryShape, recipe: Recipe, split: Split) -> int:
-    """What forward keeps of a micro-batch in bf16."""
-    return _tokens(recipe) * _kept_a_token(shape, recomputed(recipe, split))
-
-
 @lru_cache  # a plan that looks for a way out weighs some thousand splits
-def _kept_a_token(shape: MemoryShape, mode: Recomputed) -> int:
-    """Of a recomputed block its input, of the others all."""
+def _of_a_token(shape: MemoryShape, mode: Recomputed) -> tuple[int, int]:
+    """(what forward keeps of a token in bf16: of a recomputed block its input, of the others all; the most of a
+    block)."""
     own = block_activations(shape)
     again = set(range(0, len(own), RECOMPUTED_BLOCKS[mode])) if mode != "none" else set()
-    return sum(2 * shape.hidden_size if i in again else size for i, size in enumerate(own))
+    return sum(2 * shape.hidden_size if i in again else size for i, size in enumerate(own)), max(own)
 
 
-def _peak(shape: MemoryShape, recipe: Recipe, ranks: int, split: Split) -> int:
-    """The largest of what comes and goes while the activations are kept, or after them: head, one block, update.
+def _passes(shape: MemoryShape, recipe: Recipe, ranks: int, split: Split) -> tuple[int, int]:
+    """(activations of a micro-batch, the largest of what comes and goes while they are kept, or after them: head, one
+    block, update).
 
     Head: its gradient in fp32 and bf16, a chunk of fp32 logits and the bf16 gradients of four, the last norm. Block:
     `GATHERED` or `ALONE`, its activations made again, the head's gradient. On one rank products add to the fp32
     gradients themselves (weight_gradients.py): the head's gradient lies nowhere else, and a block's only where
     something else computes it.
     """
-    tokens, head = _tokens(recipe), shape.vocab_size * shape.hidden_size
+    tokens, head, mode = _tokens(recipe), shape.vocab_size * shape.hidden_size, recomputed(recipe, split)
+    kept, largest = (tokens * size for size in _of_a_token(shape, mode))
     logits = min(LOGIT_BYTES["cuda"], tokens * shape.vocab_size * 4)
     of_head = 1 if ranks > 1 else 0
     in_head = of_head * (4 + 2) * head + 3 * logits + 14 * shape.hidden_size * tokens
     block = ceil((shape.parameters - _outside(shape)) / max(shape.layers, 1))
-    again = RECOMPUTED if recomputed(recipe, split) != "none" else RECOMPUTED - 1
+    again = RECOMPUTED if mode != "none" else RECOMPUTED - 1
     weights = (GATHERED if ranks > 1 else ALONE) * block
-    in_block = weights + int(again * max(block_activations(shape)) * tokens) + of_head * 2 * head
-    return max(in_head, in_block, _in_update(shape, ranks, split) - _kept(shape, recipe, split))
+    in_block = weights + int(again * largest) + of_head * 2 * head
+    return kept, max(in_head, in_block, _in_update(shape, ranks, split) - kept)
 
 
 def _in_update(shape: MemoryShape, ranks: int, split: Split) -> int:

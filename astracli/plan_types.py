@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from astracli.backend import BackendChoice
+from astracli.plan_margin import Margin
 from astracli.plan_memory import MemoryRow
 from astracli.plan_place import Placement
 
@@ -69,6 +70,8 @@ class LaunchPlan:
     """Of each engine: the recipe's `rollout.max_running_requests`, or what was derived for it."""
     expected: Mapping[str, Any] = field(default_factory=dict)
     """Published figures of the recipe."""
+    margins: tuple[Margin, ...] = ()
+    """Of each GPU whose size is known."""
     problems: tuple[Problem, ...] = ()
     warnings: tuple[str, ...] = ()
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from astracli import plan_gpus, plan_memory
+from astracli import plan_gpus, plan_margin, plan_memory
 from astracli.plan_memory import MemoryRow, Place, words
 from astracli.plan_types import LaunchPlan, Table
 
@@ -23,8 +23,8 @@ def render(plan: LaunchPlan) -> list[Table]:
         Table("processes", columns, tuple(processes)),
         Table("backends", ("what", "choice", "reason"), backends),
     ]
-    if plan.placement.reasons:
-        tables.append(Table("placement", ("what", "where", "reason"), plan.placement.reasons))
+    if placed := (*plan.placement.reasons, *plan_margin.reasons(plan.margins)):
+        tables.append(Table("placement", ("what", "where", "reason"), placed))
     if uses := plan_gpus.uses(plan):
         tables.append(Table("memory a GPU", plan_gpus.COLUMNS, tuple(plan_gpus.rows(uses))))
     if plan.model:

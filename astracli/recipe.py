@@ -6,6 +6,7 @@ What a run learns from stands here, how and where it runs in `recipe_run`.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -14,6 +15,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -92,9 +94,12 @@ class RolloutTable(Table):
     max_new_tokens: PositiveInt = 4000
     context_length: PositiveInt = 8192
     """Prompt and completion together, tokens."""
-    max_running_requests: PositiveInt | None = None
-    """Sequences that one engine decodes at once. Hybrids hold a state cache per sequence beside the KV cache. None: as
-    many as fit its GPU, 32 on a CPU; the plan says how many."""
+    max_running_requests: PositiveInt | Literal["auto"] = "auto"
+    """Sequences that one engine decodes at once. Hybrids hold a state cache per sequence beside the KV cache. `auto`:
+    as many as fit its GPU, at most what `running_ceiling` says, 32 on a CPU; the plan says how many and why."""
+    running_ceiling: dict[str, PositiveInt] = Field(default={})
+    """With `auto`: memory of a GPU in whole GiB -> most requests on a GPU that has no more than that. `{ 48 = 32 }`: 32
+    on a GPU of 44 GiB, as many as fit on one of 80."""
     attention_backend: str = "auto"
     linear_attention_backend: str = "auto"
     mem_fraction_static: float = Field(default=0.7, gt=0.0, lt=1.0)
@@ -106,10 +111,21 @@ class RolloutTable(Table):
     """The run ends when so many batches' worth of groups (x `train.batch_groups`) in a row were dropped because all
     their samples earned the same; 0 goes on generating."""
 
+    @field_validator("max_running_requests", mode="before")
+    @classmethod
+    def _null_is_auto(cls, value: Any) -> Any:
+        """Run directories of earlier versions say null."""
+        return "auto" if value is None else value
+
     @property
     def running(self) -> int:
         """`max_running_requests`; before a plan has derived it, and on a CPU, `RUNNING`."""
-        return self.max_running_requests or RUNNING
+        return RUNNING if self.max_running_requests == "auto" else self.max_running_requests
+
+    def ceiling(self, gpu_gib: float) -> tuple[int, int] | None:
+        """(GiB, requests): the entry of `running_ceiling` for a GPU of so much memory; None when there is none."""
+        entries = ((int(key), most) for key, most in self.running_ceiling.items())
+        return min((entry for entry in entries if gpu_gib <= entry[0]), default=None)
 
     def completion_room(self, prompt_tokens: int) -> int:
         """Tokens that a completion of a prompt of so many may have; below 1: the prompt does not fit."""
@@ -312,6 +328,11 @@ class Recipe(Table):
                 f"rollout.max_new_tokens = {rollout.max_new_tokens} leaves no room for a prompt in "
                 f"rollout.context_length = {rollout.context_length}"
             )
+        for key in rollout.running_ceiling:
+            if not re.fullmatch(r"[1-9]\d*", key):
+                raise ValueError(
+                    f"rollout.running_ceiling has the key `{key}`: a GPU's memory in whole GiB is meant, such as 48"
+                )
         if evaluation.max_new_tokens is not None and evaluation.max_new_tokens >= rollout.context_length:
             raise ValueError(
                 f"eval.max_new_tokens = {evaluation.max_new_tokens} leaves no room for a prompt in "

@@ -69,7 +69,7 @@ def check(document: Mapping[str, Any], name: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(dict(document))
     except ValidationError as error:
-        found = [complaint(dict(item)) for item in error.errors(include_url=False)]
+        found = list(dict.fromkeys(complaint(dict(item)) for item in error.errors(include_url=False)))
         lines = "\n  ".join(message for message, _ in found)
         hints = [hint for _, hint in found if hint]
         fallback = "`astra recipes show NAME` prints every key of a recipe with its value"

@@ -101,6 +101,8 @@ def nearest_key(dotted: str) -> str | None:
 def complaint(error: dict[str, Any]) -> tuple[str, str | None]:
     """One pydantic error -> (message with dotted key and value, hint)."""
     keys: list[str | int] = list(error["loc"])
+    if error["type"] not in ("extra_forbidden", "missing") and keys and at(keys) is None:
+        keys.pop()  # which of a place's alternatives: each of them complains
     dotted, value = _dotted(keys), _show(error["input"])
     if error["type"] == "extra_forbidden":
         near = nearest_key(dotted)

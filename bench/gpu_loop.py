@@ -8,8 +8,9 @@ them; `--turns` makes them take turns on it. Weights are random (`--model DIR` t
 `bench/random_checkpoint.py` wrote, else one is made), the reward is `probe`, transfer is `delta`. The run is
 interrupted once `--steps` versions are in the engine, so that no checkpoint and no export is written; one that has not
 come so far after `--limit-s` is interrupted too. What a run did is printed, whatever its end, and the most memory that
-was seen of the GPUs beside what the plan counts. The first `--skip` steps, in which kernels are compiled, do not count.
-`--set KEY=VALUE` changes the recipe. Exit 1 when fewer steps were trained, or an engine was restarted or resynced.
+was seen of each GPU beside what the plan counts there. The first `--skip` steps, in which kernels are compiled, do not
+count. `--set KEY=VALUE` changes the recipe. Exit 1 when fewer steps were trained, an engine was restarted or resynced,
+or the memory seen is more than a tenth away from the plan: of all GPUs together, or over it of any.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ PHASES = {
 """Of a trainer's step; what is left of `step_s` is shown as `other`."""
 UPDATE = ("fetch_s", "transfer_s", "stage_s", "pause_s", "apply_s", "verify_s", "gap_s", "readback_s")
 TURN = ("release_s", "away_s", "resume_s")
+GIB = 2**30
+LIMIT = 0.1
+"""By how much of the plan the memory that is seen may differ from it."""
 
 Record = dict[str, Any]
 
@@ -140,11 +144,26 @@ def spread(rows: Sequence[Record], name: str) -> dict[str, float] | None:
             "count": len(values)}  # fmt: skip
 
 
-def planned_gib(run: Path) -> float:
-    """What the run's plan counts on all of its GPUs."""
+def memory(run: Path, watch: MemoryWatch) -> list[Record]:
+    """What was seen of each GPU of the run's plan beside what that counts, and of all together; [] on a CPU."""
     document = json.loads((run / "plan.json").read_text())
     rows = [MemoryRow(**row) for row in document["memory"]]
-    return sum(on_gpu(rows, names) for names in document["gpu_map"].values()) / 2**30
+    seen = watch.peaks_gib
+    found: list[Record] = [
+        {"gpu": gpu, "processes": names, "seen_gib": seen.get(int(gpu), 0.0), "planned_gib": on_gpu(rows, names) / GIB}
+        for gpu, names in document["gpu_map"].items()
+    ]
+    if found:
+        planned = sum(row["planned_gib"] for row in found)
+        found.append({"gpu": "all", "processes": [], "seen_gib": watch.peak_gib, "planned_gib": planned})
+    return [row | {"ratio": row["seen_gib"] / row["planned_gib"]} for row in found]
+
+
+def as_planned(found: Sequence[Record]) -> bool:
+    """Whether the layout holds what its plan counts, by `LIMIT`, and no GPU more. True where nothing was seen."""
+    if not found or not found[-1]["seen_gib"]:
+        return True
+    return found[-1]["ratio"] >= 1 - LIMIT and all(row["ratio"] <= 1 + LIMIT for row in found)
 
 
 def judge(args: argparse.Namespace, run: Path, wall_s: float) -> dict[str, Any]:
@@ -161,7 +180,7 @@ def judge(args: argparse.Namespace, run: Path, wall_s: float) -> dict[str, Any]:
         "first_steps_s": [round(r["step_s"], 2) for r in trained[: args.skip]],
         "restarts": sum(summary["restarts"].values()), "resyncs": sum(r["resyncs"] for r in updates),
         "notes": summary["notes"], "balance": summary["balance"],
-        "peak_memory_bytes": summary["memory"].get("peak_bytes"), "planned_gib": planned_gib(run),
+        "peak_memory_bytes": summary["memory"].get("peak_bytes"),
     }  # fmt: skip
     if not steady:
         return result
@@ -198,6 +217,7 @@ def table(result: dict[str, Any]) -> None:
     print(f"{what}: {result['steps']} steps in {result['wall_s']:.0f} s of wall time (start-up {result['start_s']} s; "
           f"the first steps, left out below, took {first} s)")  # fmt: skip
     print(f"restarts {result['restarts']}, resyncs {result['resyncs']:g}" + "".join(f"; {n}" for n in result["notes"]))
+    memory_table(result["memory"])
     if "phases_s" not in result:
         return
     print("\n| phase | s a step | share |\n|---|---|---|")
@@ -219,13 +239,22 @@ def table(result: dict[str, Any]) -> None:
         f"density {result['density']:.2%}"
         + (f"; parity mean {result['parity_mean']:.1e}" if result["parity_mean"] is not None else "")
     )
-    if result["gpu_gib"]:
-        print(f"GPU memory: {result['gpu_gib']:.1f} GiB at most, planned {result['planned_gib']:.1f} GiB")
     for title in ("update", "turn"):
         for name, s in result[title].items():
             print(f"{title} {name[:-2]}: p50 {1e3 * s['p50']:.1f} ms, p99 {1e3 * s['p99']:.1f} ms ({s['count']})")
     if result["balance"]:
         print(f"closing table: {result['balance']['words']}; try {result['balance']['change'] or 'nothing else'}")
+
+
+def memory_table(found: Sequence[Record]) -> None:
+    if not found:
+        return
+    print("\n| GPU | processes | seen, GiB at most | planned GiB | seen / planned |\n|---|---|---|---|---|")
+    for row in found:
+        names = ", ".join(row["processes"]) or "at one time"
+        figures = f"{row['seen_gib']:.1f} | {row['planned_gib']:.1f} | {row['ratio']:.3f}"
+        print(f"| {row['gpu']} | {names} | {figures} |")
+    print(f"the plan {'holds' if as_planned(found) else 'is missed'}: {LIMIT:.0%} is the limit")
 
 
 def main() -> None:
@@ -264,10 +293,10 @@ def main() -> None:
             print("\n".join([f"`astra train` ended with {code}:", said, *logs]), file=sys.stderr)
         if not (run / "summary.json").exists():
             sys.exit(1)
-        result = judge(args, run, time.monotonic() - begun) | {"gpu_gib": watch.peak_gib or None}
+        result = judge(args, run, time.monotonic() - begun) | {"memory": memory(run, watch)}
     print(json.dumps(result)) if args.json else table(result)
     whole = code in (0, 130) and result["steps"] == args.steps
-    sys.exit(0 if whole and not result["restarts"] and not result["resyncs"] else 1)
+    sys.exit(0 if whole and not result["restarts"] and not result["resyncs"] and as_planned(result["memory"]) else 1)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ step that measures the packed rows against separate ones and one over each timed
 every block does, measured where the latter is over 1 %). MFU counts the adapter's FLOPs per token (matrix products;
 the output head for completion tokens alone, which is where it is computed; no recomputation, padding, attention or
 delta rule) against the dense bf16 peak of the GPU's name. `planned_gib` is what the launch plan counts for this trainer
-without its CUDA context, to be held against `peak_gib` (what torch allocated; `reserved_gib` with the holes between).
+without its CUDA context and holes, to be held against `peak_gib` (what torch allocated; `reserved_gib` with the holes).
+The plan counts a micro-batch of `--tokens`; `fullest` is the most that one of a timed step had on this rank.
 `moments-on-host` is packed-full with AdamW's moments in pinned memory; with `--card-gib` each variant has as many there
 as the plan says (`on_host`), and torch may take no more than that GPU has beside its CUDA context.
 Every row is printed as soon as it is known; what does not fit in `--limit-s` is said.
@@ -38,7 +39,7 @@ from train_case import VARIANTS, build, groups, join, recipe, settle, shape_conf
 
 from astracli import plan_place, plan_speed, plan_trainer, registry
 from astracli.adapter import MemoryShape
-from astracli.plan_memory import CUDA_CONTEXT
+from astracli.plan_memory import CUDA_CONTEXT, HOLES
 from astracli.plan_trainer import Split
 from astracli.rl.types import Group
 from astracli.training.step import Trainer
@@ -67,19 +68,21 @@ def measure(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     head = 6.0 * shape.vocab_size * shape.hidden_size
-    rates, used, micros = [], [], 0
+    rates, used, micros, fullest = [], [], 0, 0
     for step in range(2, 2 + steps):
         sample = draw(step)
         seconds, tokens, completion, metrics = timed_step(trainer, sample, step)
         rates.append(tokens / seconds)
         used.append((tokens * shape.flops_per_token - (tokens - completion) * head) / seconds)
-        micros = int(sum(map(len, trainer._divide(sample, step).minibatches)))
+        divided = [micro for minibatch in trainer._divide(sample, step).minibatches for micro in minibatch]
+        micros, fullest = len(divided), max(fullest, *(int(micro.tokens_BL.size) for micro in divided))
     rate = statistics.median(rates)
     row: dict[str, Any] = {"tokens_per_s": round(rate, 1), "micro_batches": micros}
     row["tflops"] = round(statistics.median(used) / 1e12, 3)
     row["mfu"] = round(statistics.median(used) / (peak * 1e12), 4) if peak else None
     row["peak_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if device.type == "cuda" else None
     row["reserved_gib"] = round(torch.cuda.max_memory_reserved(device) / 2**30, 2) if device.type == "cuda" else None
+    row["fullest"] = fullest
     row["on_host"] = trainer.masters.adam.moments_on_host
     # what FSDP2 on one rank holds is planned for nobody
     counted = device.type == "cuda" and (trainer.ranks.mesh is None or trainer.ranks.world_size > 1)
@@ -93,10 +96,10 @@ def measure(
 
 
 def planned(trainer: Trainer, shape: MemoryShape) -> int:
-    """Bytes that the launch plan counts on the GPU, without what torch does not allocate."""
+    """Bytes that the launch plan counts on the GPU, without what torch does not allocate and the holes of its cache."""
     split = Split(moments_on_host=trainer.masters.adam.moments_on_host)
     rows = plan_trainer.trainer_rows("trainer", shape, trainer.recipe, "cuda", trainer.ranks.world_size, split)
-    return sum(row.bytes for row in rows if row.where == "gpu" and row.what != "CUDA context")
+    return sum(row.bytes for row in rows if row.where == "gpu" and row.what not in ("CUDA context", HOLES))
 
 
 def profile(trainer: Trainer, draw: Callable[[int], list[Group]]) -> str:
@@ -161,6 +164,7 @@ COLUMNS = (
     "peak_gib",
     "reserved_gib",
     "planned_gib",
+    "fullest",
     "on_host",
     "micro_batches",
     "gradient_error",

@@ -20,22 +20,22 @@ KV = 8192 * 32 * 1024
 
 
 def opened(name: str, *overrides: str) -> Recipe:
-    """A shipped recipe that does not say how many requests."""
-    recipe = load(name, *overrides)
-    return recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"max_running_requests": None})})
+    """A shipped recipe that leaves to memory alone how many requests."""
+    recipe = load(name, "rollout.max_running_requests=auto", *overrides)
+    return recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"running_ceiling": {}})})
 
 
 @pytest.mark.parametrize(
     ("memory_gib", "fit", "given"),
     [
-        (44, 76, 72),  # 0.7 x 44 GiB - 7.83 GiB - 49.1 MiB = 22.92 GiB, over 305.1 MiB each
+        (52, 95, 88),  # 0.7 x 52 GiB - 7.83 GiB - 49.1 MiB = 28.52 GiB, over 305.1 MiB each
         (80, 161, 160),  # 48.12 GiB
         (141, 304, 256),  # 90.82 GiB; more than 256 are of no use
     ],
 )
 def test_an_engine_with_a_gpu_of_its_own(memory_gib: float, fit: int, given: int) -> None:
     assert int((0.7 * memory_gib * GIB - WEIGHTS - STATE) / (KV + STATE)) == fit
-    result = planned(opened("qwen3.5-4b-m2po-delta"), facts("8.9", 8, memory_gib=memory_gib, host_gib=512))
+    result = planned(load("qwen3.5-4b-m2po-delta"), facts("8.9", 8, memory_gib=memory_gib, host_gib=512))
     assert result.running_requests == given
     (row,) = [row for row in result.placement.reasons if row[0] == "requests"]
     of_no_use = "; more than 256 are of no use" if given == 256 else ""
@@ -49,6 +49,32 @@ def test_an_engine_with_a_gpu_of_its_own(memory_gib: float, fit: int, given: int
     kv = held["KV cache (bf16), one request"] + held["KV cache (bf16), the others"]
     assert kv == given * KV, "no request is ever retracted"
     plan.refuse(result)
+
+
+@pytest.mark.parametrize(("memory_gib", "given"), [(22.5, 24), (44, 32), (48, 32), (48.1, 80)])
+def test_a_recipe_may_know_of_a_ceiling_of_small_gpus(memory_gib: float, given: int) -> None:
+    """The 32 that ran on 44 GB L40s do not follow from memory: 76 fit there."""
+    document = facts("8.9", 8, memory_gib=memory_gib, host_gib=512)
+    for name in ("qwen3.5-4b-m2po-delta", "qwen3.5-4b-m2po-full"):
+        result = planned(load(name), document)
+        assert result.running_requests == given == plan.to_json(result)["running_requests"]
+        (row,) = [row for row in result.placement.reasons if row[0] == "requests"]
+        assert row[1] == f"{given} at once"
+        said = "; rollout.running_ceiling of GPUs of up to 48 GiB is 32"
+        assert row[2].endswith(said) == (given == 32), row
+        held = {r.what: r.bytes for r in result.memory if r.process == "engine0"}
+        assert held["recurrent state"] == (given + 1) * STATE
+
+
+def test_of_several_ceilings_that_of_the_smallest_memory_holds() -> None:
+    document = facts("8.9", 8, memory_gib=40, host_gib=512)
+    several = load("qwen3.5-4b-m2po-delta", "rollout.running_ceiling={41 = 11, 39 = 3}")
+    assert several.rollout.running_ceiling == {"41": 11, "39": 3}
+    assert planned(several, document).running_requests == 11
+    raised = load("qwen3.5-4b-m2po-delta", "rollout.running_ceiling.48=256")
+    assert planned(raised, document).running_requests == 64
+    number = load("qwen3.5-4b-m2po-delta", "rollout.max_running_requests=50")
+    assert planned(number, document).running_requests == 50, "what the recipe says stays"
 
 
 def test_no_more_than_admission_lets_be_under_way() -> None:
@@ -85,10 +111,13 @@ def test_a_dense_model_counts_its_kv_cache_alone() -> None:
 
 
 def test_what_the_recipe_says_stays_and_a_cpu_takes_the_default() -> None:
-    said = planned(load("qwen3.5-4b-m2po-delta"), facts("8.9", 8, host_gib=512))
+    said = planned(load("llama3-8b-instruct-m2po-delta"), facts("8.9", 8, memory_gib=80, host_gib=512))
     assert said.running_requests == 32 and "requests" not in {row[0] for row in said.placement.reasons}
     assert planned(opened("qwen3.5-tiny-m2po-delta"), facts(), TINY).running_requests == RUNNING
     assert planned(tiny(), facts(), TINY).running_requests == 256
+    elsewhere = planned(load("qwen3.5-4b-m2po-delta"), facts())
+    assert elsewhere.running_requests == RUNNING
+    assert elsewhere.placement.reasons[0] == ("requests", "32 at once", "the memory of its GPU is not known")
 
 
 def test_the_processes_are_told(tmp_path: object) -> None:

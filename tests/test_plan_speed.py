@@ -23,7 +23,8 @@ from astracli.training.fsdp import Ranks
 from astracli.workers import train_settings
 from astracli.workers.common import WorkerConfig
 
-ONE_EACH = ("resources.rollout_gpus=1", "resources.train_gpus=1")
+REQUESTS = "rollout.max_running_requests=32"
+ONE_EACH = ("resources.rollout_gpus=1", "resources.train_gpus=1", REQUESTS)
 NAME = "qwen3.5-4b-m2po-delta"
 SHAPE = qwen3_5.ADAPTER.memory_shape(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"])
 
@@ -60,9 +61,9 @@ def test_the_estimate_orders_what_was_measured_on_80_gb() -> None:
     ("gib", "split"),
     [
         (141, Split("gpu", 0.0, "none")),
-        (86, Split("host", 0.45, "none")),
+        (86, Split("host", 0.5, "none")),
         (79.6, Split("host", 0.65, "none")),
-        (60, Split("host", 0.75, "selective")),
+        (60, Split("host", 0.8, "selective")),
         (44, Split("host", 1.0, "full")),
     ],
 )
@@ -81,15 +82,15 @@ def test_the_plan_says_what_the_others_would_cost() -> None:
     assert result.placement.reasons[0] == (
         "activations",
         "half made again",
-        "the quickest that fits 57.00 GiB of 60.00 GiB (estimated); "
-        "all kept: no room, all made again: 1.10 times as long",
+        "the quickest that fits 60.00 GiB with its margin (estimated); "
+        "all kept: no room, all made again: 1.09 times as long",
     )
     blocked = planned(load(NAME, *ONE_EACH), facts("9.0", 2, memory_gib=30, host_gib=512))
-    assert blocked.placement.reasons[0][2] == "needs least; nothing fits 30.00 GiB of 30.00 GiB"
+    assert blocked.placement.reasons[0][2] == "needs least; nothing fits 30.00 GiB without a margin"
     tight = planned(load(NAME, *ONE_EACH), facts("9.0", 2, memory_gib=42, host_gib=512))
-    assert tight.placement.reasons[0][2] == "needs least; nothing else fits 42.00 GiB of 42.00 GiB"
+    assert tight.placement.reasons[0][2] == "needs least; nothing else fits 42.00 GiB without a margin"
     assert tight.placement.split == Split("host", 1.0, "full")
-    unknown = planned(load(NAME), facts("9.0", 1, memory_gib=80, host_gib=512))
+    unknown = planned(load(NAME, REQUESTS), facts("9.0", 1, memory_gib=80, host_gib=512))
     assert unknown.placement.reasons[0] == ("activations", "all made again", "the memory of its GPU is not known")
     assert unknown.placement.split == Split("gpu", 0.0, "full")
 
@@ -100,7 +101,7 @@ def test_a_host_that_is_too_small_has_its_say() -> None:
     def on(host_gib: float) -> LaunchPlan:
         return planned(load(NAME, *ONE_EACH), facts("9.0", 2, memory_gib=79.6, host_gib=host_gib))
 
-    for host_gib, split in ((47, Split("host", 0.65, "none")), (40, Split("host", 0.15, "selective")),
+    for host_gib, split in ((47, Split("host", 0.65, "none")), (40, Split("host", 0.2, "selective")),
                             (18, Split("gpu", 0.0, "full"))):  # fmt: skip
         result = on(host_gib)
         plan.refuse(result)
@@ -117,7 +118,7 @@ def test_what_was_planned_reaches_the_trainer(tmp_path: Path) -> None:
     (rank,) = (process for process in result.processes if process.role == "trainer")
     told = json.loads(json.dumps(children._placement(result, rank)))
     config = WorkerConfig("trainer", "trainer", tmp_path, "", "", load(NAME), {}, device="cuda", extra=told)
-    assert train_settings.split_of(config) == result.placement.split == Split("host", 0.75, "selective")
+    assert train_settings.split_of(config) == result.placement.split == Split("host", 0.8, "selective")
     assert train_settings.split_of(replace(config, device="cpu")) == Split()
     model_dir = save_model(tmp_path / "model")
     for mode, wrapped in (("none", 0), ("selective", 2), ("full", 4)):
@@ -129,16 +130,17 @@ def test_what_was_planned_reaches_the_trainer(tmp_path: Path) -> None:
 
 
 def test_four_gpus_share_what_one_had_to_move() -> None:
-    for gib, capability, mode in ((79.6, "9.0", "none"), (44, "8.9", "selective")):
-        split = planned(load(NAME), facts(capability, 8, memory_gib=gib, host_gib=512)).placement.split
-        assert split == Split("gpu", 0.0, mode)
+    """On L40s the reference waits on the host: with it there, what is estimated would have no margin."""
+    for gib, capability, split in ((79.6, "9.0", Split()), (44, "8.9", Split("host", 0.0, "selective"))):
+        result = planned(load(NAME), facts(capability, 8, memory_gib=gib, host_gib=512))
+        assert result.placement.split == split and not result.warnings
 
 
 def test_a_slow_link_makes_computing_again_the_cheaper_way() -> None:
     asked = load(NAME, *ONE_EACH, "algorithm.kl_coef=0")
     where = (asked, SHAPE, {0: int(79.6 * GIB)}, [], [0])
     assert plan_place.place(*where, Pace(400e12, 100e9)).split == Split("gpu", 0.65, "none")
-    assert plan_place.place(*where, Pace(400e12, 20e9)).split == Split("gpu", 0.15, "selective")
+    assert plan_place.place(*where, Pace(400e12, 20e9)).split == Split("gpu", 0.2, "selective")
     assert plan_place.place(*where, Pace(400e12, 1e9)).split == Split("gpu", 0.0, "full")
 
 

@@ -29,6 +29,15 @@ def checked(**tables: dict[str, Any]) -> Recipe:
             "recipe `r`: rollout.max_new_tokens = 64 leaves no room for a prompt in rollout.context_length = 64",
         ),
         (
+            {"rollout": {"running_ceiling": {"44.5": 32}}},
+            "recipe `r`: rollout.running_ceiling has the key `44.5`: a GPU's memory in whole GiB is meant, such as 48",
+        ),
+        (
+            {"rollout": {"max_running_requests": "all"}},
+            'recipe `r`: `rollout.max_running_requests` = "all" is not allowed: it takes a whole number greater than 0 '
+            "or `auto`",
+        ),
+        (
             {"eval": {"max_new_tokens": 9000}},
             "recipe `r`: eval.max_new_tokens = 9000 leaves no room for a prompt in rollout.context_length = 8192",
         ),

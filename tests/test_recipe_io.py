@@ -11,6 +11,7 @@ import pytest
 
 from astracli import recipe_io
 from astracli.errors import UserError
+from astracli.recipe import RUNNING
 
 TINY = "qwen3.5-tiny-m2po-delta"
 MATH = ["qwen3.5-4b-m2po-full", "qwen3.5-4b-m2po-delta", "qwen3.5-0.8b-m2po-delta", "qwen3-1.7b-m2po-delta"]
@@ -60,7 +61,8 @@ def test_4b_has_the_published_settings() -> None:
     assert (recipe.algorithm.m2_threshold, recipe.algorithm.kl_coef) == (0.01, 0.001)
     assert recipe.algorithm.batch_norm_advantage and recipe.algorithm.drop_equal_groups
     assert (recipe.rollout.max_new_tokens, recipe.rollout.context_length, recipe.rollout.group_size) == (4000, 8192, 8)
-    assert (recipe.rollout.max_running_requests, recipe.rollout.mem_fraction_static) == (32, 0.7)
+    assert (recipe.rollout.max_running_requests, recipe.rollout.mem_fraction_static) == ("auto", 0.7)
+    assert recipe.rollout.running_ceiling == {"48": 32}
     assert recipe.eval.benchmarks == ["aime24", "aime25", "amc", "minerva", "math500"]
     assert (recipe.eval.every, recipe.eval.temperature, recipe.eval.max_concurrency) == (10, 0.6, 64)
     assert (recipe.resources.rollout_gpus, recipe.resources.train_gpus) == (4, 4)
@@ -100,6 +102,22 @@ def test_extends_a_shipped_name(tmp_path: Path) -> None:
     assert differing(recipe_io.to_document(recipe), recipe_io.to_document(parent)) == {"name", "description", "seed"}
 
 
+def test_extends_undoes_a_number_and_what_is_shown_says_auto(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text('extends = "llama3-8b-instruct-m2po-delta"\nrollout.max_running_requests = "auto"\n')
+    assert recipe_io.load("llama3-8b-instruct-m2po-delta").rollout.max_running_requests == 32
+    recipe = recipe_io.load(str(mine))
+    assert recipe.rollout.max_running_requests == "auto" and recipe.rollout.running == RUNNING
+    shown = recipe_io.to_toml(recipe_io.load("qwen3.5-4b-m2po-delta"))
+    assert 'max_running_requests = "auto"' in shown and "[rollout.running_ceiling]\n48 = 32\n" in shown
+    again = tmp_path / "again.toml"
+    again.write_text(shown)
+    assert recipe_io.load(str(again)).rollout == recipe_io.load("qwen3.5-4b-m2po-delta").rollout
+    old = recipe_io.to_document(recipe)
+    old["rollout"]["max_running_requests"] = None  # as a run directory of an earlier version says it
+    assert recipe_io.check(old, "old").rollout.max_running_requests == "auto"
+
+
 def test_a_circle_of_extends_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text('extends = "b.toml"\n')
     (tmp_path / "b.toml").write_text('extends = "a.toml"\n')
@@ -127,6 +145,10 @@ def test_a_circle_of_extends_is_refused(tmp_path: Path) -> None:
         ("launch.max_restarts=none", "launch.max_restarts", None),
         ("resources.engine.env.A=3", "resources.engine.env", {"A": "3"}),
         ("train.betas=[0.9, 0.95]", "train.betas", (0.9, 0.95)),
+        ("rollout.max_running_requests=auto", "rollout.max_running_requests", "auto"),
+        ("rollout.max_running_requests=none", "rollout.max_running_requests", "auto"),
+        ("rollout.max_running_requests=7", "rollout.max_running_requests", 7),
+        ("rollout.running_ceiling.48=16", "rollout.running_ceiling", {"48": 16}),
     ],
 )
 def test_set_reads_a_value_as_its_field_takes_it(override: str, path: str, value: Any) -> None:

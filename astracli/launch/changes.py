@@ -15,8 +15,9 @@ from astracli.talk import say
 
 PORTIONS = (
     "train.tokens_per_microbatch", "train.activation_checkpointing", "train.optimizer_device", "train.reference_device",
-    "rollout.max_running_requests", "rollout.chunked_prefill_size", "rollout.mem_fraction_static",
-    "rollout.attention_backend", "rollout.linear_attention_backend", "eval.max_concurrency",
+    "rollout.max_running_requests", "rollout.running_ceiling", "rollout.chunked_prefill_size",
+    "rollout.mem_fraction_static", "rollout.attention_backend", "rollout.linear_attention_backend",
+    "eval.max_concurrency",
 )  # fmt: skip
 """How much is computed at once, where it lies and by which kernel: what a run that ran out of memory needs changed."""
 CHANGEABLE = ("train.steps", "launch.", "metrics.", "resources.", "checkpoint.", *PORTIONS)

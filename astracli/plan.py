@@ -9,7 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from astracli import machine, plan_hint, plan_memory, plan_place, plan_problems, plan_requests, plan_speed, plan_trainer
+from astracli import (
+    machine,
+    plan_hint,
+    plan_memory,
+    plan_place,
+    plan_problems,
+    plan_requests,
+    plan_speed,
+    plan_staging,
+    plan_trainer,
+)
 from astracli.adapter import MemoryShape, ModelAdapter
 from astracli.backend import BackendChoice
 from astracli.errors import UserError
@@ -85,6 +95,9 @@ def _build(
     counted = (processes, shape, recipe, choice.device, placement, facts)
     if not placement.turns and _room_to_publish(processes, memory, facts):
         memory = _memory(*counted, published="gpu")
+    if shape and command == "train":
+        room = plan_problems.sizes_of(facts), facts["system"]["memory_total"]
+        placement, memory = plan_staging.decide(processes, memory, shape, recipe, placement, *room)
     if placement.turns:
         # a worker that starts again does not know whose turn it is
         processes = [replace(process, restarts=0) for process in processes]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import time
@@ -248,6 +249,22 @@ def test_what_waits_for_a_parameter_that_has_moved_or_left_its_gpu_is_read_again
     restage(tmp_path, [FULL.format(3)])
     staged_ahead(engine, 3)
     assert called(engine, where)["staging"] == "gpu" and same(engine.hf(), versions[3])
+
+
+def test_a_bench_moves_the_memory_between_versions(
+    tmp_path: Path, engine: FusedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))
+    loaders = importlib.import_module("staging_loader")
+    versions = chain(4)
+    where = stage(tmp_path, versions, [FULL.format(0)], transfer="full")
+    assert called(engine, where)["ok"]
+    for version, place in enumerate(("host", "file", "gpu"), 1):
+        getattr(loaders, place)(engine)
+        restage(tmp_path, [FULL.format(version)])
+        staged_ahead(engine, version)
+        found = called(engine, where)
+        assert found["ok"] and found["staging"] == place and same(engine.hf(), versions[version])
 
 
 def test_the_embedded_engine_reads_no_file_in_its_pause(tmp_path: Path) -> None:

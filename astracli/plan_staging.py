@@ -11,10 +11,13 @@ from dataclasses import replace
 
 from astracli import plan_memory
 from astracli.adapter import MemoryShape
-from astracli.plan_memory import ROOM, MemoryRow, words
+from astracli.plan_memory import MemoryRow, words
 from astracli.plan_place import Placement, Staging
 from astracli.plan_types import ProcessPlan
 from astracli.recipe import Recipe
+
+ROOM = 0.95
+"""Of a GPU, what its processes and the versions that wait there may fill: estimates are not exact."""
 
 
 def row(name: str, shape: MemoryShape, where: Staging, *, turns: bool = False) -> MemoryRow | None:

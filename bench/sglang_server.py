@@ -96,7 +96,11 @@ class Server:
             **(settings or {}),
         }
         if loaders:
-            env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), env.get("PYTHONPATH")]))
+            own = log.with_name("loaders")  # alone: what else lies here might hide a package of the server's
+            own.mkdir()
+            for module in {loader.partition(".")[0] for loader in loaders}:
+                shutil.copy(Path(__file__).with_name(f"{module}.py"), own)
+            env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(own), env.get("PYTHONPATH")]))
         self.log = log
         self.url = f"http://127.0.0.1:{port}"
         with log.open("w") as out:

@@ -228,11 +228,12 @@ def _pairs(
 
 
 def _pages(size: int) -> torch.Tensor:
-    """uint8 [size] of host memory in huge pages where the system has them: they are pinned several times as fast."""
+    """uint8 [size] of host memory that no child inherits (a fork would copy what is pinned), in huge pages where the
+    system has them: they are pinned several times as fast."""
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):
-            pages.madvise(mmap.MADV_HUGEPAGE)
+    for advice in ("MADV_DONTFORK", "MADV_HUGEPAGE"):
+        with contextlib.suppress(AttributeError, OSError):
+            pages.madvise(getattr(mmap, advice))
     return torch.frombuffer(pages, dtype=torch.uint8)
 
 

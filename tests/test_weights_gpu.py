@@ -18,7 +18,7 @@ from astracli.weights import codec, container, digest, host, payload, resident, 
 from astracli.weights.decoder import DecoderProcess
 from astracli.weights.device import bits_torch
 from astracli.weights.digest import bits_of
-from astracli.weights.manifest import Manifest, seal, version_name
+from astracli.weights.manifest import Manifest, seal, version_name, write_atomic
 from astracli.weights.publisher import Publisher
 from astracli.weights.snapshot import Shard, copies
 from astracli.weights.staged import Placement
@@ -285,7 +285,7 @@ def test_full_versions_wait_beside_an_engine_and_are_copied_in_its_pause(
     for version in range(4):
         step = f"{version_name(version)}/manifest.full.json"
         plan = {"version": version, "kind": "full", "base_version": None, "steps": [step], "model_path": None}
-        (stage / "next.json").write_bytes(seal(plan))
+        write_atomic(stage / "next.json", seal(plan))  # a thread may look at any moment
         if version:
             watching, deadline = sglang_loader._engines[model].watcher, time.monotonic() + 60
             while (watching._prepared is None or watching._prepared.version != version) and time.monotonic() < deadline:

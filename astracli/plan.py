@@ -18,6 +18,7 @@ from astracli import (
     plan_problems,
     plan_requests,
     plan_speed,
+    plan_staging,
     plan_trainer,
 )
 from astracli.adapter import MemoryShape, ModelAdapter
@@ -95,6 +96,9 @@ def _build(
         memory = _memory(processes, shape, recipe, choice.device, placement, facts)
     if on_gpu := _room_to_publish(processes, memory, facts, placement.turns):
         memory = _memory(processes, shape, recipe, choice.device, placement, facts, on_gpu)
+    if shape and command == "train":
+        room = plan_problems.sizes_of(facts), facts["system"]["memory_total"]
+        placement, memory = plan_staging.decide(processes, memory, shape, recipe, placement, *room)
     if placement.turns:
         # a worker that starts again does not know whose turn it is
         processes = [replace(process, restarts=0) for process in processes]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from astracli import plan_memory, plan_split, plan_trainer
 from astracli.adapter import MemoryShape
@@ -17,6 +18,8 @@ from astracli.plan_split import KEPT, Choice, Try, options, recomputing, residen
 from astracli.plan_trainer import Split
 from astracli.recipe import Recipe
 from astracli.training import link
+
+Staging = Literal["gpu", "host", "file"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Placement:
     """Moments have to wait on the host, whatever is computed again."""
     reasons: tuple[tuple[str, str, str], ...] = field(default=())
     """(what, where, why)"""
+    staging: Staging = "file"
+    """Where a full version waits beside each engine until its pause (`plan_staging.py`)."""
 
 
 def place(

@@ -143,8 +143,8 @@ class Run:
         abort_ms, pause_ms, call_ms, continue_ms = (1000 * (b - a) for a, b in itertools.pairwise(times))
         row: dict[str, Any] = {
             "version": version, "kind": plan.kind, "bytes": plan.bytes, "linked": plan.linked,
-            "changed": result["changed"], "transfer_s": plan.transfer_s, "stage_s": plan.stage_s,
-            "decode_s": result["decode_s"], "load_s": result["load_s"], "abort_ms": abort_ms,
+            "changed": result["changed"], "staging": result.get("staging"), "transfer_s": plan.transfer_s,
+            "stage_s": plan.stage_s, "decode_s": result["decode_s"], "load_s": result["load_s"], "abort_ms": abort_ms,
             "pause_ms": pause_ms + call_ms + continue_ms,
             "split_ms": {
                 "pause": pause_ms, "call": call_ms, "apply": 1000 * result["apply_s"],

@@ -13,9 +13,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -72,7 +72,11 @@ def adapter_of(directory: Path) -> Any:
 class Server:
     """One SGLang process in its own session."""
 
-    def __init__(self, args: argparse.Namespace, model: Path, stage: Path, log: Path):
+    def __init__(
+        self, args: argparse.Namespace, model: Path, stage: Path, log: Path, *, loaders: Sequence[str] = (),
+        settings: Mapping[str, str] | None = None,
+    ):  # fmt: skip
+        """`loaders`: custom weight loaders of the bench's own besides ours; `settings`: over our loader's."""
         with ports.bind("127.0.0.1") as probe:
             port = probe.getsockname()[1]
         command = [
@@ -80,7 +84,7 @@ class Server:
             "--host", "127.0.0.1", "--port", str(port), "--api-key", TOKEN, *self._device(args),
             "--disable-radix-cache", "--dtype", "bfloat16", "--max-running-requests", str(max(2, args.running)),
             "--mem-fraction-static", "0.5", "--context-length", str(args.context),
-            "--custom-weight-loader", STAGED_LOADER, SETTLE_LOADER, "--load-format", "dummy",
+            "--custom-weight-loader", STAGED_LOADER, SETTLE_LOADER, *loaders, "--load-format", "dummy",
             "--weight-version=-1", "--stream-interval", "8",
         ]  # fmt: skip
         env = os.environ | {
@@ -89,7 +93,14 @@ class Server:
             "ASTRA_VERIFY_INTERVAL": str(VERIFY),
             **SGLANG_ENV,
             **(SGLANG_CPU_ENV if args.device == "cpu" else {}),
+            **(settings or {}),
         }
+        if loaders:
+            own = log.with_name("loaders")  # alone: what else lies here might hide a package of the server's
+            own.mkdir()
+            for module in {loader.partition(".")[0] for loader in loaders}:
+                shutil.copy(Path(__file__).with_name(f"{module}.py"), own)
+            env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(own), env.get("PYTHONPATH")]))
         self.log = log
         self.url = f"http://127.0.0.1:{port}"
         with log.open("w") as out:
@@ -123,7 +134,10 @@ class Server:
 class Trainer:
     """fp32 masters, and the publisher of what they are in their wire dtypes."""
 
-    def __init__(self, args: argparse.Namespace, model: Any, adapter: Any, folder: Path):
+    def __init__(
+        self, args: argparse.Namespace, model: Any, adapter: Any, folder: Path, *,
+        transfer: Literal["full", "delta"] = "delta", keep: int = 4,
+    ):  # fmt: skip
         wanted = adapter.wire_tensors(model)
         parameters = dict(model.named_parameters())
         self.masters = {t.name: parameters[name].detach().float().to(args.device) for name, t in wanted.items()}
@@ -131,7 +145,7 @@ class Trainer:
         self.lr, self.draw = args.lr, torch.Generator(args.device).manual_seed(0)
         threads = 1 if args.device == "cpu" else min(16, os.cpu_count() or 1)
         self.publisher = Publisher(
-            folder, transfer="delta", full_interval=1000, keep=4, model_name="bench", threads=threads
+            folder, transfer=transfer, full_interval=1000, keep=keep, model_name="bench", threads=threads
         )
 
     @torch.no_grad()

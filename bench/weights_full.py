@@ -4,8 +4,8 @@
 
 `--copies` times the tensors of weights.py's 0.1b shape (0.19 GB each) in /dev/shm where there is one: digests, publish
 (digests included), fetch over HTTP in one range and in four (server and client in one process, so they share one
-interpreter), fetch on a shared disk (linked and checked), reading it with its checksums in an engine, applying with
-digests. Best of `--repeats`.
+interpreter), fetch on a shared disk (linked and checked), reading it with its checksums in an engine, copying it out of
+its file, applying with digests. Best of `--repeats`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from weights import versions
 
 from astracli.hub.api import serve
 from astracli.launch import ports
-from astracli.weights import staged
+from astracli.weights import reading, staged
 from astracli.weights.publisher import Publisher
 from astracli.weights.server import weights_routes
 from astracli.weights.snapshot import lanes_of, take
@@ -59,6 +59,9 @@ def measure(weights: dict[str, torch.Tensor], threads: int, folder: Path) -> dic
     begin = time.perf_counter()
     prepared = staged.prepare(stage)
     timed("read in the engine", begin)
+    begin = time.perf_counter()
+    reading.hold(prepared)
+    timed("staged beside generation", begin)
     engine = {name: torch.ones_like(tensor) for name, tensor in weights.items()}
     begin = time.perf_counter()
     staged.apply(stage, engine, None, prepared)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from astracli.weights.digest import digest_tensor, to_hex
-from astracli.weights.manifest import Manifest, TensorEntry, seal, version_name
+from astracli.weights.manifest import Manifest, TensorEntry, seal, version_name, write_atomic
 from astracli.weights.publisher import Publisher
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
@@ -66,7 +66,7 @@ def restage(directory: Path, steps: list[str]) -> Path:
     version = int(steps[-1][1:7])
     kind = "full" if full else "delta"
     plan = {"version": version, "kind": kind, "base_version": base, "steps": steps, "model_path": None}
-    (target / "next.json").write_bytes(seal(plan))
+    write_atomic(target / "next.json", seal(plan))  # a watcher may look at any moment
     return target
 
 

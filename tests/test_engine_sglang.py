@@ -63,7 +63,7 @@ def engine_config(tmp_path: Path, hub: FakeHub, mode: str = "", **changes: Any) 
         recipe=config.recipe.model_copy(update={"resources": resources, "launch": launch}),
         paths={"model": str(model_dir(tmp_path))},
         backends={"engine": "sglang", "serving_attention": "triton", "linear_attention": "triton"},
-        extra={"port": port, "stage_dir": str(tmp_path / "stage" / "engine0"), "published": True},
+        extra={"port": port, "stage_dir": str(tmp_path / "stage" / "engine0"), "published": True, "staging": "gpu"},
         **changes,
     )
 
@@ -137,7 +137,8 @@ def test_versions_reach_a_server_that_started_without_weights(tmp_path: Path, hu
                 assert not refused.success and "the engine holds 1" in refused.message
                 assert (await client.model_info())["weight_version"] == "-1"
                 subscriber.fetch(2, None)
-                assert (await client.apply_staged(2)).success
+                full = await client.apply_staged(2)
+                assert full.success and full.outcome["staging"] == "gpu", "as the engine was told"
                 assert (await client.model_info())["weight_version"] == "2"
 
                 await client.set_version(-2)  # the stand-in then answers as SGLang does to a call that an abort met

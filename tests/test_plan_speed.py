@@ -148,7 +148,7 @@ def test_the_recipe_s_word_counts() -> None:
     asked = load(NAME, *ONE_EACH, "train.activation_checkpointing=full")
     result = planned(asked, facts("9.0", 2, memory_gib=141, host_gib=512))
     assert recomputed(asked, result.placement.split) == "full" == result.placement.split.recomputed
-    assert result.placement.reasons == ()
+    assert [what for what, _, _ in result.placement.reasons] == ["a full version"]
     assert recomputed(asked, Split(recomputed="none")) == "full" and recomputed(load(NAME), Split()) == "none"
     shared = (*ONE_EACH, "resources.share_gpus=true")
     turns = planned(load(NAME, *shared, "resources.share_mode=turns"), facts("9.0", 1, memory_gib=141, host_gib=512))

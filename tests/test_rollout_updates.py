@@ -102,17 +102,19 @@ def test_what_a_failed_update_found_running_is_ended_and_asked_anew(world: World
     assert record["gap_s"] > record["pause_s"] > 0.1, "closed from the failure on, while the full payload came"
 
 
-def test_an_engine_in_which_our_loader_never_ran_is_woken_before_the_first_update(world: World) -> None:
-    world.fetcher.watched = False
+@pytest.mark.parametrize("held", [0, -1])
+def test_an_engine_in_which_our_loader_never_ran_is_woken_before_the_first_update(world: World, held: int) -> None:
+    """Also one whose weights are made up: version 0 is then staged beside it like every other."""
+    world.fetcher.watched, world.engine.version = False, held
 
     async def scenario() -> None:
-        await until(lambda: world.engine.running)
+        await until(lambda: world.engine.running or held < 0)
         world.store.announce(1, 1)
         await until(lambda: bool(records(world)))
 
     asyncio.run(world.play(scenario))
-    assert world.fetcher.woken == [0] and world.fetcher.asked == [(1, 0)]
-    assert [event for event in world.engine.events if "pause" not in event] == ["applied 0", "applied 1"]
+    assert world.fetcher.woken == [held] and world.fetcher.asked == [(1, 0 if held == 0 else None)]
+    assert [event for event in world.engine.events if "pause" not in event] == [f"applied {held}", "applied 1"]
 
 
 def test_what_is_generated_before_a_read_back_fails_is_lost_and_the_engine_resynced(world: World) -> None:

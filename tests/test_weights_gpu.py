@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,11 @@ import pytest
 import torch
 from transfer_tools import same_files
 
-from astracli.weights import codec, container, digest, host, payload, resident, sglang_loader, staged
+from astracli.weights import codec, container, digest, host, payload, resident, sglang_loader, staged, staging
 from astracli.weights.decoder import DecoderProcess
 from astracli.weights.device import bits_torch
 from astracli.weights.digest import bits_of
-from astracli.weights.manifest import Manifest, seal, version_name
+from astracli.weights.manifest import Manifest, seal, version_name, write_atomic
 from astracli.weights.publisher import Publisher
 from astracli.weights.snapshot import Shard, copies
 from astracli.weights.staged import Placement
@@ -260,3 +262,59 @@ def test_versions_follow_each_other_inside_an_engine(
             held = model.held[entry.name.replace(".", "_")].data
             assert digest.to_hex(digest.digest_tensor(held)) == entry.digest
     publisher.close()
+
+
+@pytest.mark.parametrize("where", ["gpu", "host"])
+@pytest.mark.parametrize("kept", ["1", ""])
+def test_full_versions_wait_beside_an_engine_and_are_copied_in_its_pause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, kept: str
+) -> None:
+    monkeypatch.setattr(staging, "CHUNK", 1 << 16)  # some tensors span several
+    versions = model_versions(4)
+    publisher = Publisher(tmp_path / "weights", transfer="full", keep=10)
+    for version, weights in enumerate(versions):
+        publisher.publish(version, weights)
+    publisher.close()
+    stage = tmp_path / "weights"
+    model = Model(versions[0])
+    for name, value in {"STAGE_DIR": str(stage), "START_VERSION": "", "VERIFY_INTERVAL": "1"}.items():
+        monkeypatch.setenv(f"ASTRA_{name}", value)
+    monkeypatch.setenv("ASTRA_STAGING", where)
+    monkeypatch.setenv("ASTRA_STAGING_KEPT", kept)
+    places = set()
+    for version in range(4):
+        step = f"{version_name(version)}/manifest.full.json"
+        plan = {"version": version, "kind": "full", "base_version": None, "steps": [step], "model_path": None}
+        write_atomic(stage / "next.json", seal(plan))  # a thread may look at any moment
+        if version:
+            watching, deadline = sglang_loader._engines[model].watcher, time.monotonic() + 60
+            while (watching._prepared is None or watching._prepared.version != version) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            (held,) = [one.held for one in watching._prepared.loaded]  # type: ignore[union-attr]
+            assert {s.is_cuda for _, s in held.pairs} == {where == "gpu"}
+            assert len(held.pairs) > len(versions[0]) and (where == "gpu" or held.pairs[0][1].is_pinned())
+            places.add(sglang_loader._engines[model].staging._memory.data_ptr())  # type: ignore[union-attr]
+            for file in (stage / version_name(version)).glob("full-*"):
+                file.unlink()
+        sglang_loader.apply_staged(model)
+        known = sglang_loader._engines[model]
+        known.settle()
+        result = json.loads((stage / "result.json").read_text())
+        assert result["ok"] and (not version or result["staging"] == where), result
+        assert json.loads((stage / "proof.json").read_text())["ok"]
+        for name, tensor in versions[version].items():
+            assert np.array_equal(bits_of(model.held[name.replace(".", "_")].data.cpu()), bits_of(tensor))
+        deadline = time.monotonic() + 60
+        while not kept and known.staging._memory is not None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert (known.staging._memory is None) == (not kept or not version)
+    assert len(places) == 1 or not kept
+    before = torch.cuda.memory_reserved()
+    sglang_loader.settle(model)
+    gone = known.staging._memory is None
+    assert gone == (where == "gpu" or not kept) and (
+        not kept or where == "host" or torch.cuda.memory_reserved() < before
+    )
+    known.staging.free()
+    known.watcher.close()
+    known._decoder.close()

@@ -24,6 +24,7 @@ from astracli.engines.scheduler import PauseMode, Scheduler
 from astracli.engines.table import Completion, Request
 from astracli.engines.weights import EngineWeights, Loader, UpdateOutcome
 from astracli.errors import UserError
+from astracli.weights import reading
 from astracli.weights.watcher import StageWatcher
 
 _SAMPLING_KEYS = frozenset(
@@ -75,7 +76,7 @@ class EmbeddedEngine:
             linear.install(model)
         self.path = path
         self.limits = limits
-        self._stage = StageWatcher(stage_dir) if stage_dir is not None else None
+        self._stage = StageWatcher(stage_dir, reading.hold) if stage_dir is not None else None
         self._load = load
         self.weights = EngineWeights(model.to(device), wire, problem=problem, verify_interval=verify_interval)
         decoder = Decoder(model, limits.slots, prefill_tokens=limits.prefill_tokens)

@@ -107,6 +107,8 @@ def engine_environment(config: WorkerConfig) -> dict[str, str]:
         "ASTRA_STAGE_DIR": str(config.extra["stage_dir"]),
         "ASTRA_START_VERSION": "" if from_the_wire(config) else "0",
         "ASTRA_VERIFY_INTERVAL": str(config.recipe.weights.verify_interval),
+        "ASTRA_STAGING": config.extra.get("staging", "host"),
+        "ASTRA_STAGING_KEPT": "1" if config.recipe.weights.transfer == "full" else "",
     }
 
 

@@ -97,6 +97,7 @@ def _placement(plan: LaunchPlan, process: ProcessPlan) -> dict[str, Any]:
         return {
             "mem_fraction_static": plan.placement.mem_fraction_static,
             "turns": process.name in plan.cards,
+            "staging": plan.placement.staging,
         }
     split = plan.placement.split
     told = {**asdict(split), "shared": plan.placement.shared}

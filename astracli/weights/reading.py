@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,7 +34,8 @@ class Coded(NamedTuple):
 
 @dataclass
 class Prepared:
-    """A staged plan, decoded: needs no file any more, except those of a full version."""
+    """A staged plan, decoded: needs no file any more, except those of a full version until it is staged (`hold` here,
+    `Resident.stage` in a foreign engine)."""
 
     plan: bytes
     """The next.json that it came from."""
@@ -65,6 +66,17 @@ def prepare(stage_dir: Path) -> Prepared:
     prepared.steps = [[(c.tensor.name, c.piece.start, decode(c)) for c in step] for step in steps]
     prepared.decode_s = time.perf_counter() - begin
     return prepared
+
+
+def hold(prepared: Prepared) -> None:
+    """Bring the bits of a full version out of its files, so that applying it reads memory alone."""
+
+    def own(update: codec.Update) -> codec.Update:
+        return replace(update, values=np.array(update.values)) if update.encoding == "raw" else update
+
+    begin = time.perf_counter()
+    prepared.steps = [[(name, start, own(update)) for name, start, update in step] for step in prepared.steps]
+    prepared.load_s += time.perf_counter() - begin
 
 
 def open_plan(stage_dir: Path) -> tuple[Prepared, list[list[Coded]]]:

@@ -1,7 +1,8 @@
 """Applying to weights that live on a GPU: everything that can be done before the pause is done before it.
 
 While the engine still generates, a decoded version is turned into flat indices and values on the device, and a table
-of where each run of them goes. In the pause there is one scatter over all tensors and one pass of digests.
+of where each run of them goes; a full version is staged (`staging.py`). In the pause there is one scatter over all
+tensors, or a copy for each of them, and one pass of digests.
 """
 
 from __future__ import annotations
@@ -21,11 +22,10 @@ from astracli.weights.device import bits_torch, from_order, to_order
 from astracli.weights.flat import KINDS
 from astracli.weights.host import to_device
 from astracli.weights.staged import Placement, Prepared
+from astracli.weights.staging import SPARE_BYTES, Copy, Held, Staging, Where
 
 BLOCK = 1024
 """Changed elements of one work item of the kernel."""
-SPARE_BYTES = 1 << 30
-"""Device memory that staging leaves free; what does not fit stays in pinned memory and is copied in the pause."""
 
 
 @dataclass
@@ -82,8 +82,10 @@ class Scatter:
 @dataclass
 class Step:
     scatters: list[Scatter]
-    copies: list[tuple[torch.Tensor, np.ndarray[Any, Any]]]
-    """(view, its new bits in a mapped file): of a full version, copied in the pause."""
+    copies: list[Copy]
+    """Of a full version, in its file: through pinned chunks in the pause."""
+    held: Held | None = None
+    """Of a full version, staged: then `copies` is empty."""
 
 
 @dataclass
@@ -117,6 +119,24 @@ class Resident:
                 steps = [self._step(step) for step in flat_steps]
             self._stream.synchronize()
         prepared.loaded, prepared.hands, prepared.steps, prepared.flat = steps, self, [], None
+
+    def stage(self, prepared: Prepared, staging: Staging) -> None:
+        """Bring the bits of a full version that is loaded out of its file, as near to the weights as there is room."""
+        for step in prepared.loaded or ():
+            if step.copies and (held := staging.hold(step.copies)) is not None:
+                step.held, step.copies = held, []
+
+    def fits(self, prepared: Prepared) -> bool:
+        """Whether what was loaded, if anything was, can still be applied to these weights."""
+        steps = prepared.loaded
+        return steps is None or (prepared.hands is self and all(s.held is None or s.held.valid for s in steps))
+
+    @staticmethod
+    def waits(prepared: Prepared) -> Where | None:
+        """Where a full version that is about to be applied has been staged; None for other versions."""
+        if prepared.kind != "full":
+            return None
+        return next((step.held.where for step in prepared.loaded or () if step.held is not None), "file")
 
     def _step(self, step: flat.FlatStep) -> Step:
         copies = []
@@ -173,6 +193,8 @@ class Resident:
         if self._stream is not None:
             torch.cuda.synchronize(self.device)  # a batch that was under way has read the old weights by now
         for step in prepared.loaded or ():
+            if step.held is not None:
+                step.held.copy()
             to_device(step.copies)
             for scatter in step.scatters:
                 scatter.run(self.device)

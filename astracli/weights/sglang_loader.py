@@ -7,9 +7,10 @@ HF tensor, the parameter memory that holds it. From then on a version is a scatt
 one pass of digests over it. Before each the model is asked where its parameters lie; when one has moved or was
 replaced, the mapping is recorded anew.
 
-The process reads three environment variables, set by whoever starts the engine:
-ASTRA_STAGE_DIR (where versions are staged), ASTRA_START_VERSION (what the engine was started with, default 0; empty for
-random weights), ASTRA_VERIFY_INTERVAL (read back under HF names every n-th version, default 0 = never).
+The process reads these environment variables, set by whoever starts the engine: ASTRA_STAGE_DIR (where versions are
+staged), ASTRA_START_VERSION (what the engine was started with, default 0; empty for random weights),
+ASTRA_VERIFY_INTERVAL (read back under HF names every n-th version, default 0 = never), ASTRA_STAGING (what a full
+version waits in: `gpu`, `host`, `file`; default host), ASTRA_STAGING_KEPT (1: that memory is kept for the next one).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from astracli.weights.manifest import TensorEntry
 from astracli.weights.placement import PlacementRecorder
 from astracli.weights.resident import Resident
 from astracli.weights.staged import Prepared
+from astracli.weights.staging import Staging, Where
 from astracli.weights.watcher import StageWatcher
 
 _SWITCH_S = 2e-4
@@ -77,6 +79,8 @@ class Engine:
         self._lock = threading.Lock()
         self._hands: Resident | None = None
         self._known: tuple[Any, ...] = ()
+        kept = os.environ.get("ASTRA_STAGING_KEPT") == "1"
+        self.staging = Staging(_where(os.environ.get("ASTRA_STAGING", "host")), self._device, kept=kept)
         self._decoder = DecoderProcess()
         self.watcher = StageWatcher(stage_dir, self.load, self.warm, self._decoder.prepare)
 
@@ -92,9 +96,15 @@ class Engine:
                 kernels.warm(self._device)
 
     def load(self, prepared: Prepared) -> None:
-        """Bring a decoded version to the device; for the first one, find out where the weights lie."""
+        """Bring a decoded version to the device, or as near as there is room; for the first one, find out where the
+        weights lie."""
         if prepared.manifests:
-            staged.load(prepared, self.place(prepared.manifests[-1].tensors))
+            hands = self.place(prepared.manifests[-1].tensors)
+            begin = time.perf_counter()
+            hands.load(prepared)
+            with _quick:
+                hands.stage(prepared, self.staging)
+            prepared.load_s += time.perf_counter() - begin
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[None]:
@@ -131,6 +141,11 @@ class Engine:
             self._proving = None
         if self._stream is not None:
             self._stream.synchronize()  # of one that failed behind its launch
+
+    def leave_gpu(self) -> None:
+        """Give up what is decoded ahead, and the GPU memory in which it waits."""
+        self.watcher.take()
+        self.staging.leave_gpu()
 
     def prove(self, stage_dir: Path, entries: Sequence[TensorEntry], version: int) -> None:
         """Read the weights back in a thread, while the engine generates again; the outcome is `proof.json`."""
@@ -201,14 +216,18 @@ def apply_staged(model: Any, named_tensors: Iterable[Any] = ()) -> None:
         prepared = staged.current(stage_dir, engine.watcher.take())
         entries = prepared.manifests[-1].tensors if prepared.manifests else ()
         record_s, hands = time.perf_counter(), engine.place(entries) if entries else None
-        if prepared.loaded is not None and prepared.hands is not hands:  # a parameter has moved since it was loaded
-            prepared = staged.prepare(stage_dir)
-        record_s = time.perf_counter() - record_s
-        result = staged.perform(prepared, hands.placed if hands else {}, have, hands)
+        with engine.staging.applied() if prepared.kind == "full" else contextlib.nullcontext():
+            if hands is not None and not hands.fits(prepared):  # a parameter has moved since it was loaded
+                prepared = staged.prepare(stage_dir)
+            record_s = time.perf_counter() - record_s
+            waited = hands.waits(prepared) if hands is not None else None
+            result = staged.perform(prepared, hands.placed if hands else {}, have, hands)
         interval = int(os.environ.get("ASTRA_VERIFY_INTERVAL", "0"))
         due = bool(interval and entries and result.version % interval == 0)
         spent = {f"digest_{part}": seconds for part, seconds in hands.spent.items()} if hands else {}
-        more = {"record_s": record_s, **spent, "loader_s": time.perf_counter() - begin, "proof": due}
+        more: dict[str, Any] = {"record_s": record_s, **spent, "loader_s": time.perf_counter() - begin, "proof": due}
+        if waited is not None:
+            more["staging"] = waited
         staged.succeed(stage_dir, result, more)
         engine.version = result.version
         if due:
@@ -220,8 +239,14 @@ def apply_staged(model: Any, named_tensors: Iterable[Any] = ()) -> None:
 
 
 def settle(model: Any, named_tensors: Iterable[Any] = ()) -> None:
-    """Wait until nothing of ours reads the weights any more: what a read-back reads may then be given away. Does
-    nothing else; no read-back begins before the next `apply_staged`."""
+    """Before the engine's GPU is given away: wait until nothing of ours reads the weights any more (no read-back begins
+    before the next `apply_staged`), and give the memory up in which versions wait on the GPU."""
     engine = _engines.get(model)
     if engine is not None:
         engine.settle()
+        engine.leave_gpu()
+
+
+def _where(text: str) -> Where:
+    places: dict[str, Where] = {"gpu": "gpu", "host": "host", "file": "file"}
+    return places[text]

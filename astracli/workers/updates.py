@@ -175,10 +175,11 @@ class Lane(Gate):
         self._serving = self.version is not None and bool(info.get("serving", True))
         if info.get("paused", True):  # SGLang does not say; to continue what runs changes nothing
             await self._call(self._engine.resume())
-        if self.version is not None and not self._fetcher.watched:  # our loader would first compile in a pause
-            self._fetcher.wake(self.version)
+        if not self._fetcher.watched:  # our loader would first compile, and stage nothing, in a pause
+            named = UNPROVEN if self.version is None else self.version
+            self._fetcher.wake(named)
             await self._call(self._engine.pause("abort"))
-            await self._call(self._engine.apply_staged(self.version))
+            await self._call(self._engine.apply_staged(named))  # refused by weights without a version; it runs now
             await self._call(self._engine.resume())
         self._attached = True
 

@@ -64,6 +64,8 @@ class FakeEngine:
     proofs: bool = False
     """Whether a read-back follows each update."""
     running: int = 0
+    clocks: dict[int, int] = field(default_factory=dict)
+    """Tick up to which each running request has drawn."""
     port: int = 0
     _aborts: int = 0
     _thread: ServerThread | None = None
@@ -99,6 +101,11 @@ class FakeEngine:
         assert self._thread is not None
         self._thread.stop()
 
+    @property
+    def ticked(self) -> bool:
+        """Whether everything that runs has drawn up to the last tick."""
+        return all(clock == self.ticks for clock in list(self.clocks.values()))
+
     async def _ok(self, request: Request) -> Response:
         return JSONResponse({})
 
@@ -129,10 +136,12 @@ class FakeEngine:
 
     async def _counted(self, place: int, ids: list[int], params: dict[str, Any], offset: int) -> dict[str, Any]:
         self.running += 1
+        self.clocks[params["sampling_seed"]] = self.ticks or 0
         try:
             return await self._one(ids, params, offset) | {"index": place}
         finally:
             self.running -= 1
+            del self.clocks[params["sampling_seed"]]
 
     async def _one(self, ids: list[int], params: dict[str, Any], offset: int) -> dict[str, Any]:
         aborts, start, seed = self._aborts, self.version, params["sampling_seed"]
@@ -153,6 +162,7 @@ class FakeEngine:
             out.append(1 if position == length - 1 else token(seed, position))
             # requests kept through an update go on whatever it left behind
             logprobs.append([-1.0 - self.version if self.serving else BROKEN, out[-1], None])
+            self.clocks[seed] = begun + len(out)
             if out[-1] in params["stop_token_ids"]:
                 reason = "stop"
                 break

@@ -115,6 +115,10 @@ class Gate:
             except TimeoutError:
                 continue
 
+    def usage(self) -> dict[str, Any]:
+        """What happened on this engine since its last update, for the metrics."""
+        return {"engine": self.name, **self._since_last_update()}
+
     def _since_last_update(self) -> dict[str, Any]:
         """What happened on this engine since the update before."""
         now, (then, tokens) = self.use.seconds(), self._last_update
@@ -126,4 +130,5 @@ class Gate:
             "rollout_tokens_per_s": (self.tokens - tokens) / interval_s,
             "slots_busy": (now.busy - then.busy) / interval_s,
         }
-        return {**rates, "interval_s": now.all - then.all, "idle_s": now.idle - then.idle, **counts}
+        seconds = {"interval_s": now.all - then.all, "idle_s": now.idle - then.idle}
+        return {**rates, **seconds, **counts}

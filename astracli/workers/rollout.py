@@ -102,6 +102,8 @@ class Rollout:
             if self._held:
                 with contextlib.suppress(RunFailed):
                     await self.hub.give_back(sorted(self._held))
+        if self._writer is not None:  # no update has told how full the slots were
+            await self.hub.metrics([{"process": self.config.name} | lane.usage() for lane in self.lanes])
 
     def _start(self, part: Coroutine[Any, Any, None]) -> None:
         self._tasks.create_task(part)

@@ -6,8 +6,8 @@
 DIR: `python bench/random_checkpoint.py DIR`. A completion has as many tokens as a log-normal law of its seed says
 (`--median`, `--sigma`, at most `--new-tokens`), and no end token comes before. The worker is the real one: leases of a
 hub that always grants, groups, grading. The engine itself is asked every `--poll-s` seconds how many requests it runs
-(the embedded engine's /model_info; SGLang's /get_load or /v1/loads); the mean over the seconds after `--warm-s` by its
-slots is the share. The worker's own share counts requests from sending to their result.
+(the embedded engine's /model_info; SGLang's /get_load or /v1/loads); their mean over `--seconds`, weighted by time and
+after `--warm-s`, divided by the slots is the share.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,9 +65,7 @@ def long_tailed(length: Callable[[int], int], lengths: list[int]) -> type[Engine
 
     class LongTailed(EngineClient):
         async def generate(self, requests: Sequence[GenRequest], *more: Any) -> list[GenResult]:
-            asked = [
-                replace(r, max_new_tokens=length(r.seed) - r.draw_offset, stop_token_ids=()) for r in requests
-            ]  # fmt: skip
+            asked = [replace(r, max_new_tokens=length(r.seed) - r.draw_offset, stop_token_ids=()) for r in requests]
             results = await super().generate(asked, *more)
             lengths.extend(len(result.tokens) for result in results)
             return results
@@ -126,8 +124,9 @@ class Poll:
 
     def _watch(self) -> None:
         while not self._done.is_set():
-            counts = self._counts()
-            self.seen.append((time.monotonic(), *counts))
+            with suppress(OSError):  # a busy server may answer late; the answer before stands until the next
+                counts = self._counts()
+                self.seen.append((time.monotonic(), *counts))
             self._done.wait(self._every_s)
 
     def mean(self, begin: float, end: float) -> tuple[float, float]:

@@ -70,6 +70,9 @@ def closing_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("steps", done))
     if found := summary.get("balance"):
         facts.append(("balance", balance_words(found)))
+    if busy := summary.get("slots_busy"):
+        each = ", ".join(f"{name} {share:.0%}" for name, share in busy.items())
+        facts.append(("slots busy", f"{each}, with rollouts, over time"))
     if training["tokens"]:
         rate = f"{training['tokens_per_s'] or 0:,.0f} a second"
         facts.append(("tokens", f"{training['tokens']:,.0f} trained{attempt}, {rate}"))

@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from astracli.engines.client import SETTLE_LOADER
@@ -34,10 +35,12 @@ def token(seed: int, position: int) -> int:
 @dataclass
 class FakeEngine:
     token: str
-    length: int = 20
-    """Tokens of a completion; the last is the stop token 1."""
+    length: int | Callable[[int], int] = 20
+    """Tokens of a completion, or a law of its seed; the last is the stop token 1."""
     step_s: float = 0.01
     """Seconds a token takes."""
+    ticks: int | None = None
+    """A clock that the test turns, a token of every request at each tick; None: `step_s`."""
     version: int = 0
     serving: bool = True
     paused: bool = False
@@ -61,6 +64,8 @@ class FakeEngine:
     proofs: bool = False
     """Whether a read-back follows each update."""
     running: int = 0
+    clocks: dict[int, int] = field(default_factory=dict)
+    """Tick up to which each running request has drawn."""
     port: int = 0
     _aborts: int = 0
     _thread: ServerThread | None = None
@@ -96,6 +101,11 @@ class FakeEngine:
         assert self._thread is not None
         self._thread.stop()
 
+    @property
+    def ticked(self) -> bool:
+        """Whether everything that runs has drawn up to the last tick."""
+        return all(clock == self.ticks for clock in list(self.clocks.values()))
+
     async def _ok(self, request: Request) -> Response:
         return JSONResponse({})
 
@@ -108,14 +118,35 @@ class FakeEngine:
             return JSONResponse({"error": {"message": "not serving"}}, 503)
         body = await request.json()
         offsets = body.get("draw_offset") or [0] * len(body["input_ids"])
-        self.running += len(offsets)
         rows = zip(body["input_ids"], body["sampling_params"], offsets, strict=True)
-        answers = await asyncio.gather(*(self._one(ids, params, offset) for ids, params, offset in rows))
-        self.running -= len(offsets)
+        asked = [asyncio.ensure_future(self._counted(place, *row)) for place, row in enumerate(rows)]
+        if body.get("stream"):
+            return StreamingResponse(self._events(asked))
+        answers = await asyncio.gather(*asked)
         return JSONResponse(answers)
+
+    async def _events(self, asked: list[asyncio.Task[dict[str, Any]]]) -> AsyncIterator[str]:
+        try:
+            for ended in asyncio.as_completed(asked):
+                yield f"data: {json.dumps(await ended)}\n\n"
+            yield "data: [DONE]\n\n"
+        finally:
+            for task in asked:
+                task.cancel()
+
+    async def _counted(self, place: int, ids: list[int], params: dict[str, Any], offset: int) -> dict[str, Any]:
+        self.running += 1
+        self.clocks[params["sampling_seed"]] = self.ticks or 0
+        try:
+            return await self._one(ids, params, offset) | {"index": place}
+        finally:
+            self.running -= 1
+            del self.clocks[params["sampling_seed"]]
 
     async def _one(self, ids: list[int], params: dict[str, Any], offset: int) -> dict[str, Any]:
         aborts, start, seed = self._aborts, self.version, params["sampling_seed"]
+        length = self.length if isinstance(self.length, int) else self.length(seed)
+        begun = self.ticks or 0
         out: list[int] = []
         logprobs: list[Any] = []
         reason = "length"
@@ -124,13 +155,14 @@ class FakeEngine:
             if self._aborts > aborts:
                 reason = "abort"
                 break
-            while self.paused:
+            while self.paused or (self.ticks is not None and self.ticks - begun <= len(out)):
                 await asyncio.sleep(self.step_s)
             assert not self.released
             position = offset + len(out)
-            out.append(1 if position == self.length - 1 else token(seed, position))
+            out.append(1 if position == length - 1 else token(seed, position))
             # requests kept through an update go on whatever it left behind
             logprobs.append([-1.0 - self.version if self.serving else BROKEN, out[-1], None])
+            self.clocks[seed] = begun + len(out)
             if out[-1] in params["stop_token_ids"]:
                 reason = "stop"
                 break

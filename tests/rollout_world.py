@@ -65,12 +65,13 @@ def recipe(**tables: Any) -> Recipe:
 class World:
     """A hub, an engine and a worker's parts; `play` runs the worker beside a scenario."""
 
-    def __init__(self, path: Path, **engine: Any):
+    def __init__(self, path: Path, hub: dict[str, Any] | None = None, **engine: Any):
         self.path = path
-        self.engine = FakeEngine(TOKEN, length=LENGTH, **engine).start()
+        self.engine = FakeEngine(TOKEN, **({"length": LENGTH} | engine)).start()
         self.others: list[FakeEngine] = []
         self.fetcher = FakeFetcher()
-        self.server = Server(open_store(path, steps=6), path)
+        self.lanes: list[Lane] = []
+        self.server = Server(open_store(path, **({"steps": 6} | (hub or {}))), path)
 
     @property
     def store(self) -> HubStore:
@@ -106,6 +107,7 @@ class World:
                 engine = await stack.enter_async_context(EngineClient(fake.url, TOKEN, loader_dir=fake.stage_dir))
                 mode, name = config.recipe.weights.pause_mode, f"engine{number}"
                 lanes.append(Lane(name, engine, hub, self.fetcher, process="rollout", mode=mode, ready_timeout_s=5.0))
+            self.lanes = lanes
             source = PromptSource(config.recipe.data, 5)
             worker = Rollout(config, Reporter(config), hub, lanes, source, Tokenizer(), Grader())
 
@@ -136,9 +138,10 @@ async def until(condition: Callable[[], Any]) -> None:
         await asyncio.sleep(0.005)
 
 
-def expected(lease_id: int, index: int) -> list[int]:
+def expected(lease_id: int, index: int, length: int | Callable[[int], int] = LENGTH) -> list[int]:
     seed = sample_seed(5, lease_id, index)
-    return [token(seed, t) for t in range(LENGTH - 1)] + [1]
+    tokens = length if isinstance(length, int) else length(seed)
+    return [token(seed, t) for t in range(tokens - 1)] + [1]
 
 
 def records(world: World) -> list[dict[str, Any]]:

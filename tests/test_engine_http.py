@@ -24,7 +24,7 @@ from engine_server import TOKEN, engine_of, long_requests, running, save, slow, 
 from astracli.adapter import ModelAdapter
 from astracli.adapters.llama import ADAPTER as LLAMA
 from astracli.adapters.qwen3_5 import ADAPTER as QWEN3_5
-from astracli.engines.client import EngineClient, GenRequest
+from astracli.engines.client import Ended, EngineClient, GenRequest, GenResult
 from astracli.engines.embedded import bind
 from astracli.errors import RunFailed
 
@@ -156,12 +156,38 @@ def test_abort_returns_partial_tokens_and_a_continuation_completes_them(checkpoi
     with_client(engine, scenario)
 
 
-def test_a_client_that_hangs_up_frees_its_slots(checkpoint: Path) -> None:
+def test_results_come_as_requests_end_and_equal_those_of_one_answer(checkpoint: Path) -> None:
+    """Ten requests of up to 40, 36, .. 4 tokens in six slots; the shortest of the first six is told first."""
+    engine = engine_of(checkpoint)
+
+    async def scenario(client: EngineClient) -> None:
+        prompts = [[3 + i, 9, 4] for i in range(10)]
+        requests = [GenRequest(p, 40 - 4 * i, seed=i, rid=f"r{i}") for i, p in enumerate(prompts)]
+        whole = await client.generate(requests)
+        told: list[tuple[int, int]] = []
+
+        def ended(place: int, result: GenResult) -> None:
+            told.append((place, len(result.tokens)))
+
+        parts = await client.generate(requests, ended)
+        assert [r.rid for r in parts] == [f"r{i}" for i in range(10)]
+        for one, other in zip(parts, whole, strict=True):
+            assert one.tokens.tolist() == other.tokens.tolist() and one.finish_reason == other.finish_reason
+            assert one.logprobs == pytest.approx(other.logprobs, abs=2e-5)
+        assert sorted(told) == [(i, len(r.tokens)) for i, r in enumerate(whole)]
+        lengths = [len(r.tokens) for r in whole]
+        assert told[0][0] == min(range(6), key=lambda place: lengths[place]) and told[-1][1] > told[0][1]
+
+    with_client(engine, scenario)
+
+
+@pytest.mark.parametrize("ended", [None, lambda place, result: None], ids=["whole", "streamed"])
+def test_a_client_that_hangs_up_frees_its_slots(checkpoint: Path, ended: Ended | None) -> None:
     engine = engine_of(checkpoint)
 
     async def scenario(client: EngineClient) -> None:
         async with slow(engine):
-            hasty = asyncio.create_task(client.generate(long_requests(3)))
+            hasty = asyncio.create_task(client.generate(long_requests(3), ended))
             await asyncio.sleep(0.2)
             assert (await client.model_info())["running"] > 0
             hasty.cancel()

@@ -30,10 +30,13 @@ class Cutting:
         self.calls: list[list[GenRequest]] = []
         self.aborted: list[tuple[int, int]] = []
 
-    async def generate(self, requests: Sequence[GenRequest]) -> list[GenResult]:
+    async def generate(self, requests: Sequence[GenRequest], ended: Any) -> list[GenResult]:
         self.calls.append(list(requests))
         version = len(self.calls)
-        return [result([2 + version] * min(self.each, r.max_new_tokens), "abort", version) for r in requests]
+        results = [result([2 + version] * min(self.each, r.max_new_tokens), "abort", version) for r in requests]
+        for place, one in enumerate(results):
+            ended(place, one)
+        return results
 
     def count_aborted(self, samples: int, tokens: int) -> None:
         self.aborted.append((samples, tokens))
@@ -42,7 +45,10 @@ class Cutting:
 def test_a_continuation_asks_for_the_rest_with_the_same_draws() -> None:
     chosen = recipe(rollout={"group_size": 2, "max_new_tokens": 16, "context_length": 64})
     lane: Any = Cutting(7)
-    drafts = asyncio.run(generate_groups(lane, Sampling(chosen, (1,)), {5: PROMPT}))[5]
+    ended: list[int] = []
+    work = generate_groups(lane, Sampling(chosen, (1,)), {5: PROMPT}, lambda: ended.append(len(lane.calls)))
+    drafts = asyncio.run(work)[5]
+    assert ended == [3, 3], "an abort leaves a sample outstanding until its room is used up"
     assert [[r.max_new_tokens for r in call] for call in lane.calls] == [[16, 16], [9, 9], [2, 2]]
     assert [[r.draw_offset for r in call] for call in lane.calls] == [[0, 0], [7, 7], [14, 14]]
     assert [len(call[0].input_ids) for call in lane.calls] == [3, 10, 17]
@@ -56,7 +62,7 @@ def test_a_continuation_asks_for_the_rest_with_the_same_draws() -> None:
 def test_a_long_prompt_leaves_less_room() -> None:
     chosen = recipe(rollout={"group_size": 2, "max_new_tokens": 16, "context_length": 20})
     lane: Any = Cutting(100)
-    (first, _) = asyncio.run(generate_groups(lane, Sampling(chosen, (1,)), {0: [9] * 8}))[0]
+    (first, _) = asyncio.run(generate_groups(lane, Sampling(chosen, (1,)), {0: [9] * 8}, lambda: None))[0]
     assert [[r.max_new_tokens for r in call] for call in lane.calls] == [[12, 12]] and len(first.tokens) == 12
     assert Sampling(chosen, ()).budget([9] * 20) == 0
 

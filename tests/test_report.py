@@ -294,6 +294,23 @@ def test_one_evaluation_is_not_compared_with_itself(tmp_path: Path) -> None:
     assert passed == "pass@4 0.600"
 
 
+def test_slots_busy_by_engine_is_weighted_by_time_and_leaves_start_and_end_out(tmp_path: Path) -> None:
+    """Step 0 starts everything; the last two steps of 100 (staleness 2) were granted all their prompts before."""
+
+    def told(step: int | None, engine: str, share: float, seconds: float) -> dict[str, Any]:
+        record = {"process": "rollout", "engine": engine, "slots_busy": share, "interval_s": seconds}
+        return record if step is None else record | {"step": step}
+
+    records = [told(0, "engine0", 0.0, 60.0), told(1, "engine0", 0.1, 60.0), told(2, "engine0", 0.9, 30.0)]
+    records += [told(98, "engine0", 1.0, 10.0), told(99, "engine0", 0.0, 50.0), told(50, "engine1", 0.5, 1.0)]
+    busy = summary.slots_busy(records, 1, 98)
+    assert busy == {"engine0": pytest.approx((0.9 * 30 + 1.0 * 10) / 40), "engine1": 0.5}
+    assert summary.slots_busy([told(None, "engine0", 0.7, 5.0)], 1, 98) == {"engine0": pytest.approx(0.7)}
+    found = make_summary(tmp_path, records=[trainer(3, step_s=2.0), told(3, "engine0", 0.968, 9.0)])
+    assert dict(closing_facts(found))["slots busy"] == "engine0 97%, with rollouts, over time"
+    assert "slots busy" not in dict(closing_facts(make_summary(tmp_path)))
+
+
 def test_closing_table(tmp_path: Path) -> None:
     found = make_summary(tmp_path)
     found["memory"] = {"peak_bytes": 1_900_000_000, "kind": "pss", "peak_bytes_by_process": {"trainer": 800_000_000}}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from fake_engine import FakeEngine
-from rollout_world import LENGTH, TOKEN, World, expected, recipe, until, world
+from rollout_world import LENGTH, TOKEN, World, expected, recipe, records, until, world
 
 from astracli.data.prompts import PromptSource
 from astracli.errors import RunFailed
@@ -86,6 +86,9 @@ def test_a_run_whose_prompts_all_do_not_fit_ends(world: World, monkeypatch: pyte
 def test_n_groups_are_written_without_a_trainer(world: World) -> None:
     out = world.path / "samples.jsonl"
     asyncio.run(world.play(extra={"out": str(out), "n": 5}))
+    (record,) = records(world)
+    assert (record["process"], record["engine"]) == ("rollout", "engine0") and "step" not in record
+    assert 0 < record["slots_busy"] <= 1 and 0 < record["interval_s"] < 60
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(rows) == 5 * 4
     assert {row["problem_id"] for row in rows} == {PromptSource(recipe().data, 5).problem(i).id for i in range(5)}

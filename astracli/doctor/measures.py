@@ -115,16 +115,17 @@ def parity(name: str) -> list[Row]:
             return served, found.wire_tensors(served)
 
         engine = EmbeddedEngine(Path(folder), load, Limits(slots=4, context_length=64))
-        done: list[Any] = []
+        done: dict[int, Any] = {}
         prompts = [[3, 5, 7, 9][: n + 1] for n in range(4)]
         sampling = {"temperature": 1.0, "max_new_tokens": 24, "sampling_seed": 1, "ignore_eos": True}
         body = {"input_ids": prompts, "sampling_params": sampling, "return_logprob": True}
-        rids = engine.generate(body, done.extend)
-        while not done:
+        rids = engine.generate(body, done.__setitem__)
+        while len(done) < len(rids):
             engine.scheduler.turn()
-    assert [completion.rid for completion in done] == rids
+    completions = [done[place] for place in range(len(rids))]
+    assert [completion.rid for completion in completions] == rids
     policy, differences = PolicyModel(model), []
-    for prompt, completion in zip(prompts, done, strict=True):
+    for prompt, completion in zip(prompts, completions, strict=True):
         tokens = torch.tensor([[*prompt, *completion.tokens.tolist()]])
         predict = torch.arange(len(prompt) - 1, tokens.shape[1] - 1)
         mask = torch.ones_like(tokens)

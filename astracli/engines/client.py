@@ -8,7 +8,7 @@ import contextlib
 import json
 import pickle
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -66,6 +66,10 @@ class GenResult:
     version_start: int
     """Weights in force at the first token; differs only for a request kept through an update."""
     rid: str
+
+
+Ended = Callable[[int, GenResult], None]
+"""Called with a request's place in its call and its result."""
 
 
 def flushes(pause_mode: str) -> bool:
@@ -147,13 +151,38 @@ class EngineClient:
 
     # -- generation
 
-    async def generate(self, requests: Sequence[GenRequest]) -> list[GenResult]:
-        """Generate all, in one call; results in the order of the requests. Waits for as long as it takes.
+    async def generate(self, requests: Sequence[GenRequest], ended: Ended | None = None) -> list[GenResult]:
+        """Generate all; results in the order of the requests. Waits for as long as it takes.
 
-        Raises RunFailed when the engine dies, refuses a request, or does not serve for `not_serving_s`.
+        With `ended`, which is called with each result when its request ends, the embedded engine gets one call that it
+        answers piece by piece, and SGLang one call for each request: its stream repeats all tokens with every piece.
+        Without, all requests are one call.
+
+        Raises RunFailed when the engine dies, refuses a request, or does not serve for `not_serving_s`. What else was
+        asked for with it is then abandoned.
         """
         if not requests:
             return []
+        if ended is None:
+            return await self._call_for(requests)
+        if self._loader_dir is None:
+            return await self._stream(requests, ended)
+
+        async def one(place: int) -> GenResult:
+            (result,) = await self._call_for([requests[place]])
+            ended(place, result)
+            return result
+
+        tasks = [asyncio.create_task(one(place)) for place in range(len(requests))]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _call_for(self, requests: Sequence[GenRequest]) -> list[GenResult]:
+        """Every result in one answer."""
         body = _generate_body(requests, foreign=self._loader_dir is not None)
         deadline = time.monotonic() + self.not_serving_s
         while True:
@@ -168,6 +197,33 @@ class EngineClient:
         if not isinstance(answers, list) or len(answers) != len(requests):
             raise self._failure(f"answered /generate with something else than {len(requests)} results")
         return [_result(answer) for answer in answers]
+
+    async def _stream(self, requests: Sequence[GenRequest], ended: Ended) -> list[GenResult]:
+        """One call whose results come as their requests end."""
+        import httpx
+
+        body = _generate_body(requests) | {"stream": True}
+        deadline = time.monotonic() + self.not_serving_s
+        results: dict[int, GenResult] = {}
+        while True:
+            try:
+                async with self._http.stream("POST", "/generate", json=body, timeout=None) as reply:
+                    if reply.status_code == 200:
+                        async for line in reply.aiter_lines():
+                            if line.startswith("data: {"):
+                                answer = json.loads(line[len("data: ") :])
+                                results[answer["index"]] = result = _result(answer)
+                                ended(answer["index"], result)
+                        break
+                    await reply.aread()
+            except httpx.TransportError as error:
+                raise self._gone(error, "/generate") from None
+            if reply.status_code != 503 or time.monotonic() > deadline:
+                self._content(reply, "/generate")
+            await asyncio.sleep(_RETRY_S)
+        if len(results) != len(requests):
+            raise self._failure(f"answered /generate with {len(results)} of {len(requests)} results")
+        return [results[place] for place in range(len(requests))]
 
     async def abort(self, rids: Collection[str]) -> None:
         """End these requests; each returns what it has, with finish reason `abort`."""
@@ -274,7 +330,7 @@ class EngineClient:
         except httpx.TimeoutException:
             raise self._failure(f"did not answer {path} within {timeout:g} s") from None
         except httpx.TransportError as error:
-            raise self._failure(f"is gone: {error or type(error).__name__} ({path})", "read its log") from None
+            raise self._gone(error, path) from None
 
     def _content(self, reply: httpx.Response, path: str) -> Any:
         document = _json(reply)
@@ -284,6 +340,9 @@ class EngineClient:
         message = problem.get("message") if isinstance(problem, dict) else None
         detail = message or (document.get("message") if isinstance(document, dict) else None) or reply.text[:300]
         raise self._failure(f"answered {path} with {reply.status_code}: {detail}")
+
+    def _gone(self, error: Exception, path: str) -> RunFailed:
+        return self._failure(f"is gone: {error or type(error).__name__} ({path})", "read its log")
 
     def _failure(self, what: str, hint: str | None = None) -> RunFailed:
         return RunFailed(f"{self.name} at {self.url} {what}", hint)

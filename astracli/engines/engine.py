@@ -87,8 +87,9 @@ class EmbeddedEngine:
 
     # -- requests
 
-    def generate(self, body: Mapping[str, Any], done: Callable[[list[Completion]], None]) -> list[str]:
-        """Start what a `/generate` body asks for. `done` is called once, in the decode thread, when all have ended.
+    def generate(self, body: Mapping[str, Any], ended: Callable[[int, Completion], None]) -> list[str]:
+        """Start what a `/generate` body asks for. `ended(place in the body, completion)` is called once for each
+        request, in the decode thread.
 
         Returns the request ids. Raises UserError for a body it cannot run, NotServing without checked weights.
         """
@@ -96,18 +97,8 @@ class EmbeddedEngine:
             raise NotServing(self.weights.problem)
         self._calls += 1
         requests = self._requests(body)
-        results: list[Completion | None] = [None] * len(requests)
-        missing = len(requests)
-
-        def deliver(index: int, completion: Completion) -> None:
-            nonlocal missing
-            results[index] = completion
-            missing -= 1
-            if not missing:
-                done([result for result in results if result is not None])
-
         for index, request in enumerate(requests):
-            request.deliver = lambda completion, index=index: deliver(index, completion)  # type: ignore[misc]
+            request.deliver = lambda completion, index=index: ended(index, completion)  # type: ignore[misc]
         self.scheduler.submit(requests)
         return [request.rid for request in requests]
 

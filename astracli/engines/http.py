@@ -5,6 +5,7 @@
 | GET /health_generate | | 200 once the model is loaded, else 503 |
 | GET /model_info | | model_path, weight_version, serving, problem, paused, running, ... |
 | POST /generate | input_ids, sampling_params, rid, draw_offset | output_ids and meta_info; 503 while not serving |
+| | the same and stream: true | server-sent events, one for each request when it ends, with its place as `index` |
 | POST /abort_request | rid (one or a list, exact) or abort_all | aborted: how many |
 | POST /pause_generation | mode: abort, retract, in_place | |
 | POST /continue_generation, /flush_cache | | |
@@ -18,13 +19,13 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -130,29 +131,51 @@ async def _generate(engine: EmbeddedEngine, request: Request) -> Response:
 
     body = await _json(request)
     loop = asyncio.get_running_loop()
-    finished: asyncio.Future[list[Completion]] = loop.create_future()
+    ended: asyncio.Queue[tuple[int, Completion]] = asyncio.Queue()
 
-    def resolve(completions: list[Completion]) -> None:
-        if not finished.done():
-            finished.set_result(completions)
-
-    def done(completions: list[Completion]) -> None:
-        loop.call_soon_threadsafe(resolve, completions)
+    def deliver(place: int, completion: Completion) -> None:
+        loop.call_soon_threadsafe(ended.put_nowait, (place, completion))
 
     try:
-        rids = engine.generate(body, done)
+        rids = engine.generate(body, deliver)
     except NotServing as error:
         return _error(503, f"not serving: {error}")
-    gone = asyncio.ensure_future(_disconnected(request))
-    waiting_for: set[asyncio.Future[Any]] = {finished, gone}
-    await asyncio.wait(waiting_for, return_when=asyncio.FIRST_COMPLETED)
-    if not finished.done():
-        engine.abort(rids)
+    answers = _answers(engine, request, rids, ended)
+    if body.get("stream"):
+        return StreamingResponse(_events(answers), media_type="text/event-stream")
+    found = {place: answer async for place, answer in answers}
+    if len(found) < len(rids):
         return Response(status_code=499)
-    gone.cancel()
-    answers = [_answer(completion) for completion in finished.result()]
     batched = isinstance(body["input_ids"][0], list)
-    return JSONResponse(answers if batched else answers[0])
+    return JSONResponse([found[place] for place in range(len(rids))] if batched else found[0])
+
+
+async def _answers(
+    engine: EmbeddedEngine, request: Request, rids: list[str], ended: asyncio.Queue[tuple[int, Completion]]
+) -> AsyncIterator[tuple[int, dict[str, Any]]]:
+    """Each request's place and answer when it ends. Of a client that hangs up, what is left is aborted."""
+    gone = asyncio.ensure_future(_disconnected(request))
+    left = len(rids)
+    try:
+        while left:
+            following = asyncio.ensure_future(ended.get())
+            await asyncio.wait({following, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not following.done():
+                following.cancel()
+                break
+            left -= 1
+            place, completion = following.result()
+            yield place, _answer(completion)
+    finally:
+        gone.cancel()
+        if left:
+            engine.abort(rids)
+
+
+async def _events(answers: AsyncIterator[tuple[int, dict[str, Any]]]) -> AsyncIterator[str]:
+    async for place, answer in answers:
+        yield f"data: {json.dumps(answer | {'index': place})}\n\n"
+    yield "data: [DONE]\n\n"
 
 
 async def _disconnected(request: Request) -> None:

@@ -37,6 +37,8 @@ class Scheduler:
         self.version = version
         self.paused: PauseMode | None = None
         self.exclusive_calls = exclusive_calls
+        self._refill = max(1, decoder.slots // (8 if exclusive_calls else 10))
+        """Free slots that are worth a prefill. Deterministic runs keep the number that their bytes depend on."""
         self.tokens_generated = 0
         self.steps = 0
         self.seconds = {"prefill": 0.0, "decode": 0.0, "idle": 0.0}
@@ -104,7 +106,7 @@ class Scheduler:
         """Prefill waiting requests into free slots; not for every single slot, or prefills would outnumber steps."""
         free = self.table.slots - self.table.active
         eligible = self._eligible()
-        if not eligible or free < min(eligible, max(1, self.table.slots // 8)):
+        if not eligible or free < min(eligible, self._refill):
             return
         new = [self.waiting.popleft() for _ in range(min(free, eligible))]
         contexts = [request.context() for request in new]

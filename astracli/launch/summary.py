@@ -57,6 +57,9 @@ def build(
         "expected": recipe.expected.model_dump() if recipe.expected else None,
         "training": training(_since_ready(mine, since + phases.get("starting", 0.0)), first_step),
         "balance": balance.of_run(mine, recipe, plan, first_step) if plan and here else None,
+        "slots_busy": slots_busy(
+            mine, first_step + balance.FIRST_STEPS, recipe.train.steps - recipe.effective_staleness
+        ),
         "weights": weights(records, recipe.weights.transfer),
         "parity": {"mean_abs": mean(values(records, "parity_mean_abs")), "max_abs": largest(records, "parity_max_abs")},
         "groups": store.get("counts") or {},
@@ -141,6 +144,23 @@ def training(records: Sequence[Record], first_step: int) -> dict[str, Any]:
         "grad_norm_mean": mean(values(here, "grad_norm")),
         "checkpoint_s": sum(values(here, "checkpoint_s")),
         "export_s": sum(values(here, "export_s")),
+    }
+
+
+def slots_busy(records: Sequence[Record], first: int, end: int) -> dict[str, float]:
+    """By engine, the share of its slots that had a request of the rollout worker, weighted by time.
+
+    Of a training run from step `first` on and before `end`, as in the balance; of `astra rollout`, which has no steps,
+    all of it.
+    """
+    spans: dict[str, list[tuple[float, float]]] = {}
+    for r in records:
+        # an update to version v is told by an engine that generated with v - 1
+        if "slots_busy" in r and ("step" not in r or first < r["step"] <= end):
+            spans.setdefault(r["engine"], []).append((r["slots_busy"], r["interval_s"]))
+    return {
+        engine: sum(share * seconds for share, seconds in told) / sum(seconds for _, seconds in told)
+        for engine, told in sorted(spans.items())
     }
 
 

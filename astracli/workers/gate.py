@@ -6,13 +6,13 @@ A request waits at the gate, and its result until the weights that made it are p
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from astracli.engines.client import EngineClient, GenRequest, GenResult
+from astracli.engines.client import Ended, EngineClient, GenRequest, GenResult
 from astracli.errors import RunFailed
+from astracli.workers.slot_use import SlotUse
 
 ABORT_AGAIN_S = 0.2
 """A request that was on its way when all were aborted is caught by the next abort."""
@@ -33,58 +33,51 @@ class Gate:
         self.version: int | None = None
         """What the engine holds; None when that is not known or not to be trusted."""
         self.changed = asyncio.Event()
-        """Set whenever a group has left."""
+        """Set whenever a sample has ended."""
         self.tokens = 0
         """Tokens generated for this worker."""
-        self._busy_groups = 0
-        self._idle_s, self._idle_since = 0.0, time.monotonic()
+        self.use = SlotUse()
         self._engine = engine
         self._proven = asyncio.Event()
         """Set unless a read-back is due: what comes back meanwhile waits for it."""
         self._proven.set()
         self._disproved = 0
-        self._outstanding = 0
         self._drained = asyncio.Event()
         self._drained.set()
         self._attached = False
         self._failures = 0
-        self._last_update = (time.monotonic(), 0, 0.0)
+        self._last_update = (self.use.seconds(), 0)
         self._aborted = {"aborted_samples": 0, "prefilled_again_tokens": 0}
 
-    @property
-    def busy_groups(self) -> int:
-        """Groups that generate on this engine, or wait at its gate."""
-        return self._busy_groups
-
-    @busy_groups.setter
-    def busy_groups(self, count: int) -> None:
-        self._idle_s, self._idle_since = self.idle_s, time.monotonic()
-        self._busy_groups = count
-
-    @property
-    def idle_s(self) -> float:
-        """How long it has had no group at all, because the hub granted none."""
-        return self._idle_s + (0.0 if self._busy_groups else time.monotonic() - self._idle_since)
-
-    async def generate(self, requests: Sequence[GenRequest]) -> list[GenResult]:
+    async def generate(self, requests: Sequence[GenRequest], ended: Ended | None = None) -> list[GenResult]:
         """Send requests once the gate is open; a result's `version` is the oldest in force during its request.
 
+        `ended` hears of each request's end as it comes, of its result before its weights are proven.
         Raises EngineLost when the engine is gone, RunFailed when that happens again and again.
         """
         await self.open.wait()
         version = self.version
         assert version is not None
         disproved = self._disproved
-        self._outstanding += 1
+        left = len(requests)
+        self.use.change(sent=left)
         self._drained.clear()
+
+        def one_ended(place: int, result: GenResult) -> None:
+            nonlocal left
+            left -= 1
+            self.use.change(sent=-1)
+            if ended is not None:
+                ended(place, result)
+
         try:
-            results = await self._engine.generate(requests)
+            results = await self._engine.generate(requests, None if ended is None else one_ended)
         except RunFailed as error:
             self._lose(error)
             raise EngineLost(error.message, error.hint) from error
         finally:
-            self._outstanding -= 1
-            if not self._outstanding:
+            self.use.change(sent=-left)
+            if not self.use.sent:
                 self._drained.set()
         self._failures = 0
         await self._proven.wait()
@@ -122,11 +115,20 @@ class Gate:
             except TimeoutError:
                 continue
 
+    def usage(self) -> dict[str, Any]:
+        """What happened on this engine since its last update, for the metrics."""
+        return {"engine": self.name, **self._since_last_update()}
+
     def _since_last_update(self) -> dict[str, Any]:
         """What happened on this engine since the update before."""
-        now, idle_s, (then, tokens, idle_before) = time.monotonic(), self.idle_s, self._last_update
-        self._last_update = (now, self.tokens, idle_s)
+        now, (then, tokens) = self.use.seconds(), self._last_update
+        self._last_update = (now, self.tokens)
         counts = dict(self._aborted)
         self._aborted = dict.fromkeys(self._aborted, 0)
-        seconds = {"interval_s": now - then, "idle_s": idle_s - idle_before}
-        return {"rollout_tokens_per_s": (self.tokens - tokens) / max(1e-9, now - then), **seconds, **counts}
+        interval_s = max(1e-9, now.all - then.all)
+        rates = {
+            "rollout_tokens_per_s": (self.tokens - tokens) / interval_s,
+            "slots_busy": (now.busy - then.busy) / interval_s,
+        }
+        seconds = {"interval_s": now.all - then.all, "idle_s": now.idle - then.idle}
+        return {**rates, **seconds, **counts}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,6 +58,10 @@ class Sampling:
         """Tokens that a completion of this prompt may have; below 1: the prompt does not fit."""
         return self.recipe.rollout.completion_room(len(prompt))
 
+    def used_up(self, prompt: Sequence[int], draft: Draft, more: int = 0) -> bool:
+        """Whether the draft, with `more` tokens, has as many as it may."""
+        return len(draft.tokens) + more >= self.budget(prompt)
+
     def request(self, prompt: Sequence[int], lease_id: int, draft: Draft) -> GenRequest:
         """What is asked for a sample now: everything, or its continuation."""
         prefix = draft.tokens
@@ -72,18 +76,28 @@ class Sampling:
         )
 
 
-async def generate_groups(lane: Lane, sampling: Sampling, asked: Mapping[int, Sequence[int]]) -> dict[int, list[Draft]]:
-    """All samples of some groups, in one call to the engine, continued after every update until each has ended.
+async def generate_groups(
+    lane: Lane, sampling: Sampling, asked: Mapping[int, Sequence[int]], sample_ended: Callable[[], None]
+) -> dict[int, list[Draft]]:
+    """All samples of some groups, asked for together, and again after every update until each has ended.
 
-    `asked`: lease id -> prompt tokens. -> lease id -> drafts.
+    `asked`: lease id -> prompt tokens. -> lease id -> drafts. `sample_ended` is called for each sample when its place
+    on the engine is free; not in a deterministic run, which asks for one answer to all of them.
     """
     drafts = {lease: [Draft(index) for index in range(sampling.recipe.rollout.group_size)] for lease in asked}
     empty = 0
     while going := [(lease, draft) for lease, some in drafts.items() for draft in some if draft.finish is None]:
-        results = await lane.generate([sampling.request(asked[lease], lease, draft) for lease, draft in going])
+
+        def ended(place: int, result: GenResult, going: Sequence[tuple[int, Draft]] = going) -> None:
+            lease, draft = going[place]
+            if result.finish_reason != "abort" or sampling.used_up(asked[lease], draft, len(result.tokens)):
+                sample_ended()
+
+        requests = [sampling.request(asked[lease], lease, draft) for lease, draft in going]
+        results = await lane.generate(requests, None if sampling.recipe.launch.deterministic else ended)
         for (lease, draft), result in zip(going, results, strict=True):
             draft.take(result)
-            if draft.finish is None and len(draft.tokens) >= sampling.budget(asked[lease]):
+            if draft.finish is None and sampling.used_up(asked[lease], draft):
                 draft.finish = "length"
         cut = [(lease, draft) for lease, draft in going if draft.finish is None]
         if cut:

@@ -1,10 +1,11 @@
 """The rollout worker: leases prompts, has groups generated and graded, hands them in, and updates its engines' weights.
 
-One asyncio loop. Each engine is a lane (`updates`) with a feeder that keeps it full and a follower that keeps it at the
-hub's target version. A group stays on one engine; its samples are generated together. A sample whose request is ended
-by an update is continued from prompt + prefix: its tokens form one segment per version. Draws depend on
-(recipe seed, lease, sample, position) alone. In a deterministic run all groups of one grant are one call to the engine,
-which runs nothing beside it: log-probabilities then depend on nothing else either, to the last bit.
+One asyncio loop. Each engine is a lane (`updates`) with a feeder that keeps its slots full and a follower that keeps it
+at the hub's target version. A group stays on one engine and its samples are asked for together; each frees its slot
+when it ends, and the next group is leased while its longest sample still runs. A sample whose request is ended by an
+update is continued from prompt + prefix: its tokens form one segment per version. Draws depend on (recipe seed, lease,
+sample, position) alone. In a deterministic run all groups of one grant are one call to the engine, which runs nothing
+beside it: log-probabilities then depend on nothing else either, to the last bit.
 
 `extra = {"out": FILE, "n": N}`: no trainer; N groups are written to FILE, one JSON line a sample, and the worker ends.
 """
@@ -69,7 +70,9 @@ class Rollout:
         self.grader = grader
         self.sampling = Sampling(config.recipe, tuple(stop_token_ids(tokenizer, config.model_path)))
         rollout = config.recipe.rollout
-        self.groups_per_engine = max(1, math.ceil(rollout.running / rollout.group_size))
+        self._slots, self._group_size = rollout.running, rollout.group_size
+        for lane in self.lanes:
+            lane.use.slots = self._slots
         self._held: set[int] = set()
         self._unfit_in_a_row = 0
         self._tasks: asyncio.TaskGroup
@@ -99,6 +102,8 @@ class Rollout:
             if self._held:
                 with contextlib.suppress(RunFailed):
                     await self.hub.give_back(sorted(self._held))
+        if self._writer is not None:  # no update has told how full the slots were
+            await self.hub.metrics([{"process": self.config.name} | lane.usage() for lane in self.lanes])
 
     def _start(self, part: Coroutine[Any, Any, None]) -> None:
         self._tasks.create_task(part)
@@ -110,30 +115,38 @@ class Rollout:
     # ---- leases ------------------------------------------------------------------------------------------------------
 
     async def _feed(self, lane: Lane) -> None:
-        """Keep as many groups on the engine as it decodes at once."""
+        """Keep the engine's slots full, as far as the hub grants leases."""
         while True:
             await lane.open.wait()
-            free = self.groups_per_engine - lane.busy_groups
-            if self.config.recipe.launch.deterministic and lane.busy_groups:
-                free = 0
-            if self._writer is not None:
-                free = min(free, self._writer.left - len(self._held))
-            if free <= 0:
+            wanted = self._wanted(lane)
+            if wanted <= 0:
                 lane.changed.clear()
                 await lane.changed.wait()
                 continue
             wait_s = LEASE_WAIT_S if self._waits.get(lane.name) else 0.0
-            reply = await self.hub.lease(self.config.name, free, engine=lane.name, wait_s=wait_s)
+            reply = await self.hub.lease(self.config.name, wanted, engine=lane.name, wait_s=wait_s)
             self._waits[lane.name] = None if reply["leases"] else reply["wait"]
             if reply["stop"]:
                 self._over.set()
                 return
             leases = {lease["lease_id"]: lease["prompt_index"] for lease in reply["leases"]}
             self._held |= leases.keys()
-            lane.busy_groups += len(leases)
+            lane.use.change(outstanding=len(leases) * self._group_size)
             together = [leases] if self.config.recipe.launch.deterministic else [{i: n} for i, n in leases.items()]
             for some in together if leases else []:
                 self._start(self._groups(lane, some))
+
+    def _wanted(self, lane: Lane) -> int:
+        """Groups to lease for this engine now: as many as leave none of its slots empty.
+
+        Of groups of G, at most G - 1 samples then wait in the engine. Each slot that becomes free takes one, so that
+        they hardly age: of S slots, S become free in a completion's mean time.
+        """
+        outstanding = lane.use.outstanding
+        if self.config.recipe.launch.deterministic and outstanding:
+            return 0
+        groups = math.ceil((self._slots - outstanding) / self._group_size)
+        return groups if self._writer is None else min(groups, self._writer.left - len(self._held))
 
     async def _renew(self) -> None:
         """Prolong what is held. A lease that was lost is finished all the same: the first arrival counts."""
@@ -145,20 +158,24 @@ class Rollout:
     # ---- a group -----------------------------------------------------------------------------------------------------
 
     async def _groups(self, lane: Lane, leases: Mapping[int, int]) -> None:
-        """Leases (id -> prompt) from prompts to graded groups, in one call to the engine.
-
-        Their place on the engine is free again before they are graded.
-        """
+        """Leases (id -> prompt) from prompts to graded groups. The engine's slots are free before they are graded."""
         problems = {lease: self.source.problem(index) for lease, index in leases.items()}
         prompts = {i: chat_prompt_tokens(self.tokenizer, self.source.text(p)) for i, p in problems.items()}
         unfit = {lease: reason for lease, prompt in prompts.items() if (reason := self._unfit(prompt))}
         asked = {lease: prompt for lease, prompt in prompts.items() if lease not in unfit}
+        outstanding = len(leases) * self._group_size
+
+        def ended(samples: int = 1) -> None:
+            nonlocal outstanding
+            outstanding -= samples
+            lane.use.change(outstanding=-samples)
+            lane.changed.set()
+
         try:
             try:
-                drafts = await generate_groups(lane, self.sampling, asked)
+                drafts = await generate_groups(lane, self.sampling, asked, ended)
             finally:
-                lane.busy_groups -= len(leases)
-                lane.changed.set()
+                ended(outstanding)
             self._unfit_in_a_row = 0 if asked else self._unfit_in_a_row + len(unfit)
             for lease, reason in unfit.items():
                 await self.hub.skip(lease, reason)
@@ -235,17 +252,20 @@ class Rollout:
     # ---- talk --------------------------------------------------------------------------------------------------------
 
     async def _report(self) -> None:
-        """Each second: what is done, how fast, and what is waited for when nothing generates."""
-        seen: deque[tuple[float, int]] = deque()
+        """Each second: what is done, how fast, how full slots are, and what is waited for when nothing generates."""
+        seen: deque[tuple[float, int, float]] = deque()
+        uses = [lane.use for lane in self.lanes]
         while True:
-            now, tokens = time.monotonic(), sum(lane.tokens for lane in self.lanes)
-            seen.append((now, tokens))
-            while len(seen) > 2 and now - seen[0][0] > RATE_WINDOW_S:
+            tokens, busy_s = sum(lane.tokens for lane in self.lanes), sum(use.seconds().busy for use in uses)
+            seen.append((time.monotonic(), tokens, busy_s))
+            while len(seen) > 2 and seen[-1][0] - seen[0][0] > RATE_WINDOW_S:
                 seen.popleft()
-            rate = (tokens - seen[0][1]) / max(1e-9, now - seen[0][0]) if len(seen) > 1 else 0.0
-            in_flight = sum(lane.busy_groups for lane in self.lanes)
-            self.reporter.progress(**self._done, in_flight=in_flight, tokens_per_s=round(rate, 1))
-            self.reporter.waiting(None if in_flight else self._wait_reason())
+            passed, made, busy = (last - first for first, last in zip(seen[0], seen[-1], strict=True))
+            passed = max(1e-9, passed)  # of the first second there is nothing to compare with
+            rates = {"tokens_per_s": round(made / passed, 1), "slots_busy": round(busy / passed / len(uses), 3)}
+            self.reporter.progress(**self._done, in_flight=len(self._held), **rates)
+            outstanding = any(use.outstanding for use in uses)
+            self.reporter.waiting(None if outstanding else self._wait_reason())
             await asyncio.sleep(REPORT_S)
 
     def _wait_reason(self) -> str | None:

@@ -17,7 +17,8 @@ from astracli.data.benchmarks import Benchmark
 from astracli.data.prompts import Problem
 from astracli.engines.client import GenRequest, GenResult
 from astracli.errors import RunFailed
-from astracli.rl.evaluation import Sampling, evaluate_benchmark, sample_seed
+from astracli.rl.eval_spread import evaluate
+from astracli.rl.evaluation import BenchmarkWork, Result, Sampling, sample_seed
 from astracli.rl.reward import GradePool
 
 CHARACTERS = "0123456789+-= \\boxed{}"
@@ -55,7 +56,7 @@ class FakeEngine:
         self.calls: list[list[GenRequest]] = []
 
     async def health(self) -> bool:
-        return self.healthy
+        return self.healthy or not self.failures
 
     async def generate(self, requests: Sequence[GenRequest]) -> list[GenResult]:
         self.requests += requests
@@ -83,10 +84,19 @@ def small(n: int) -> Benchmark:
     return replace(benchmarks.load("arithmetic-heldout"), items=benchmarks.load("arithmetic-heldout").items[:n])
 
 
-def run_benchmark(engine: FakeEngine, benchmark: Benchmark, **options: Any) -> Any:
-    options = {"sampling": SAMPLING, "version": 7} | options
+def run_benchmark(engine: FakeEngine, benchmark: Benchmark, **options: Any) -> Result:
+    """With one engine."""
+    return run_benchmarks({"engine0": engine}, [benchmark], **options)[0]
+
+
+def run_benchmarks(engines: dict[str, FakeEngine], sets: Sequence[Benchmark], **options: Any) -> list[Result]:
+    """`options` of `BenchmarkWork` and of `evaluate`."""
+    of_run = {key: options.pop(key) for key in ("members", "on_progress", "on_waiting") if key in options}
+    options = {"sampling": SAMPLING, "version": 7, "max_concurrency": 64} | options
+    fixed, most = options.get("whole_calls", False), options["max_concurrency"]
     with GradePool() as pool:
-        return asyncio.run(evaluate_benchmark(engine, benchmark, CharTokenizer(), pool, **options))
+        works = [BenchmarkWork(benchmark, CharTokenizer(), pool, **options) for benchmark in sets]
+        return asyncio.run(evaluate(works, engines, max_concurrency=most, fixed=fixed, **of_run))
 
 
 def expected_average(items: Sequence[Problem], n: int) -> float:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import csv
 import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,9 +17,7 @@ from typing import Any
 
 import pytest
 from eval_cases import (
-    SAMPLING,
     VOCABULARY,
-    CharTokenizer,
     FakeEngine,
     answer_tokens,
     expected_average,
@@ -30,7 +28,6 @@ from eval_cases import (
 from astracli.data import benchmarks
 from astracli.recipe import Recipe
 from astracli.rl import passk
-from astracli.rl.reward import GradePool
 from astracli.workers import eval_files, evaluate
 from astracli.workers.common import WorkerConfig
 
@@ -47,13 +44,16 @@ RECIPE = {
 
 def test_rows_of_a_step_are_replaced_and_overall_is_the_unweighted_mean(tmp_path: Path) -> None:
     results = [run_benchmark(FakeEngine(), small(8)), replace(run_benchmark(FakeEngine(), small(3)), benchmark="other")]
-    eval_files.write_results(tmp_path, 10, 7, results)
-    eval_files.write_results(tmp_path, 0, 0, results)
+    eval_files.write_results(tmp_path, eval_files.When(10, 7, 8), results)
+    eval_files.write_results(tmp_path, eval_files.When(0, 0, 0), results)
     before = (tmp_path / "eval.csv").read_text()
-    eval_files.write_results(tmp_path, 10, 7, results)
+    eval_files.write_results(tmp_path, eval_files.When(10, 7, 8), results)
     assert (tmp_path / "eval.csv").read_text() == before
     rows = list(csv.DictReader((tmp_path / "eval.csv").open()))
-    assert before.startswith("step,version,benchmark,items,n,avg_at_n,stderr,k,pass_at_k\n0,0,arithmetic-heldout,8,8,")
+    assert before.startswith(
+        "step,version,benchmark,items,n,avg_at_n,stderr,k,pass_at_k,due_step\n0,0,arithmetic-heldout,8,8,"
+    )
+    assert [row["due_step"] for row in rows] == ["0"] * 3 + ["8"] * 3
     assert [(r["step"], r["benchmark"], r["items"]) for r in rows] == [
         (step, name, items)
         for step in ("0", "10")
@@ -67,33 +67,6 @@ def test_rows_of_a_step_are_replaced_and_overall_is_the_unweighted_mean(tmp_path
         *("step", "version", "benchmark", "problem_id", "problem", "answer", "sample", "completion", "tokens"),
         *("logprobs", "advantage", "reward", "verdict", "finish_reason"),
     ]
-
-
-def test_a_pinned_engine_is_asked_alone_and_none_means_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: dict[str, Any] = {}
-
-    class Client(FakeEngine):
-        def __init__(self, url: str, token: str, *, name: str, loader_dir: Path | None):
-            super().__init__()
-            made[name] = self
-
-        async def wait_ready(self, timeout_s: float) -> None: ...
-
-        async def close(self) -> None: ...
-
-    monkeypatch.setattr("astracli.engines.client.EngineClient", Client)
-    config: Any = SimpleNamespace(
-        recipe=Recipe.model_validate(RECIPE),
-        token=TOKEN,
-        backends={},
-        engines=[{"name": name, "url": "http://nowhere"} for name in ("engine0", "engine1")],
-    )
-    with GradePool("number") as pool:
-        evaluator = evaluate.Evaluator(config, quiet(), CharTokenizer(), {"number": pool}, SAMPLING, [small(8)])
-        asyncio.run(evaluator.evaluate("engine1", 7))
-        assert made.keys() == {"engine1"} and len(made["engine1"].requests) == 32
-        asyncio.run(evaluator.evaluate(None, 7))
-    assert [len(made[name].requests) for name in ("engine0", "engine1")] == [16, 16]
 
 
 def test_what_an_earlier_attempt_left_is_taken_where_it_belongs(tmp_path: Path) -> None:
@@ -140,6 +113,9 @@ class Stand(BaseHTTPRequestHandler):
             task = state["tasks"][0] if state["tasks"] else {"wait": "nothing", "stop": True}
             state["version"] = task.get("version", state["version"])
             self._answer(task)
+        elif self.path == "/eval/engines":
+            time.sleep(0.0 if body.get("have") is None else 0.2)
+            self._answer({"engines": ["engine0"], "stop": False})
         else:
             state["calls"].append((self.path, body))
             if self.path == "/eval/done":
@@ -169,7 +145,7 @@ class Stand(BaseHTTPRequestHandler):
 def stand() -> Iterator[Any]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Stand)
     server.daemon_threads = True
-    tasks = [{"step": s, "version": v, "engine": "engine0"} for s, v in ((0, 0), (10, 10))]
+    tasks = [{"step": s, "version": s, "due_step": due} for s, due in ((0, 0), (10, 8))]
     server.state = {"tasks": tasks, "calls": [], "version": 3, "asked": 0}  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -310,8 +286,7 @@ def test_a_stop_ends_an_evaluation(tmp_path: Path, stand: Any) -> None:
     stop = threading.Event()
     stop.set()
     config = worker_config(tmp_path, stand, standalone=True, out=str(tmp_path / "out"))
-    reporter = SimpleNamespace(ready=lambda: None, progress=lambda **_: None, stop_requested=stop)
     with pytest.raises(SystemExit) as caught:
-        evaluate.run(config, reporter)  # type: ignore[arg-type]
+        evaluate.run(config, quiet(stop))
     assert caught.value.code == 143
     assert not (tmp_path / "out" / "eval.csv").exists()

@@ -6,6 +6,7 @@ Sample seeds that are multiples of four are answered wrong.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,7 @@ from astracli.engines.client import GenRequest, GenResult
 from astracli.errors import RunFailed
 from astracli.rl.eval_spread import evaluate
 from astracli.rl.evaluation import BenchmarkWork, Result, Sampling, sample_seed
-from astracli.rl.reward import GradePool
+from astracli.rl.reward import Grade, GradeItem, GradePool
 
 CHARACTERS = "0123456789+-= \\boxed{}"
 VOCABULARY = {c: i for i, c in enumerate(["<pad>", "<eos>", *dict.fromkeys(CHARACTERS)])}
@@ -42,6 +43,14 @@ def answer_tokens(prompt: Sequence[int], seed: int) -> list[int]:
     question = CharTokenizer().decode(prompt).rstrip("=")
     right = eval(question)
     return [*CharTokenizer()(f"\\boxed{{{right + (seed % 4 == 0)}}}")["input_ids"], 1]
+
+
+class InstantGrader:
+    """Right when the answer is in the box."""
+
+    async def agrade(self, items: Sequence[GradeItem]) -> list[Grade]:
+        right = [item.text == f"\\boxed{{{item.answer}}}" for item in items]
+        return [Grade(float(one), "right" if one else "wrong") for one in right]
 
 
 class FakeEngine:
@@ -90,12 +99,13 @@ def run_benchmark(engine: FakeEngine, benchmark: Benchmark, **options: Any) -> R
 
 
 def run_benchmarks(engines: dict[str, FakeEngine], sets: Sequence[Benchmark], **options: Any) -> list[Result]:
-    """`options` of `BenchmarkWork` and of `evaluate`."""
+    """`options` of `BenchmarkWork` and of `evaluate`; `grader` in the place of processes that grade."""
     of_run = {key: options.pop(key) for key in ("members", "on_progress", "on_waiting") if key in options}
     options = {"sampling": SAMPLING, "version": 7, "max_concurrency": 64} | options
     fixed, most = options.get("whole_calls", False), options["max_concurrency"]
-    with GradePool() as pool:
-        works = [BenchmarkWork(benchmark, CharTokenizer(), pool, **options) for benchmark in sets]
+    with contextlib.ExitStack() as stack:
+        grader = options.pop("grader", None) or stack.enter_context(GradePool())
+        works = [BenchmarkWork(benchmark, CharTokenizer(), grader, **options) for benchmark in sets]
         return asyncio.run(evaluate(works, engines, max_concurrency=most, fixed=fixed, **of_run))
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from eval_cases import FakeEngine, expected_average, run_benchmark, run_benchmarks, small
+from eval_cases import SAMPLING, FakeEngine, InstantGrader, expected_average, run_benchmark, run_benchmarks, small
 
 from astracli.engines.client import GenRequest, GenResult
 from astracli.errors import RunFailed
@@ -62,15 +62,10 @@ class Hub:
 
 def spread(engines: dict[str, Any], items: int = 16, **options: Any) -> Any:
     """One benchmark of 8 samples an item, one request a sample, 4 at an engine at once."""
-    long = replace(run_case(), max_new_tokens=300, context_length=400)
-    (result,) = run_benchmarks(engines, [small(items)], sampling=long, max_concurrency=4, **options)
+    long = replace(SAMPLING, max_new_tokens=300, context_length=400)
+    settings = {"sampling": long, "max_concurrency": 4, "grader": InstantGrader()}
+    (result,) = run_benchmarks(engines, [small(items)], **settings, **options)
     return result
-
-
-def run_case() -> Any:
-    from eval_cases import SAMPLING
-
-    return SAMPLING
 
 
 def test_a_slower_engine_serves_less_and_each_is_let_go_when_its_share_is_served() -> None:
@@ -149,7 +144,7 @@ def test_a_fixed_split_depends_on_no_clock() -> None:
     for seconds in ((0.001, 0.01), (0.01, 0.001)):
         engines = {f"engine{i}": TimedEngine(s) for i, s in enumerate(seconds)}
         both = [small(5), replace(small(3), name="other")]
-        found = run_benchmarks(engines, both, whole_calls=True, max_concurrency=16)
+        found = run_benchmarks(engines, both, whole_calls=True, max_concurrency=16, grader=InstantGrader())
         assert [len(result.samples) for result in found] == [40, 24]
         assert [engine.most for engine in engines.values()] == [16, 16], "one call at a time"
         calls.append([[[r.seed for r in call] for call in engine.calls] for engine in engines.values()])
@@ -161,7 +156,7 @@ def test_progress_speaks_of_the_first_benchmark_that_is_not_done() -> None:
     seen: list[tuple[str, int, int]] = []
     both = [small(5), replace(small(3), name="other")]
     note = lambda work: seen.append((work.benchmark.name, work.done, work.total))  # noqa: E731
-    run_benchmarks({"engine0": FakeEngine()}, both, max_concurrency=8, on_progress=note)
+    run_benchmarks({"engine0": FakeEngine()}, both, max_concurrency=8, on_progress=note, grader=InstantGrader())
     assert seen == [
         *(("arithmetic-heldout", done, 40) for done in (0, 8, 16, 24, 32)),
         *(("other", done, 24) for done in (0, 8, 16, 24)),
@@ -171,5 +166,5 @@ def test_progress_speaks_of_the_first_benchmark_that_is_not_done() -> None:
 def test_benchmarks_share_the_engine_so_that_the_tail_of_one_holds_up_none() -> None:
     engine = TimedEngine(0.005)
     both = [small(1), replace(small(3), name="other")]
-    run_benchmarks({"engine0": engine}, both, max_concurrency=32)
+    run_benchmarks({"engine0": engine}, both, max_concurrency=32, grader=InstantGrader())
     assert engine.most == 32

@@ -110,7 +110,8 @@ class Stand(BaseHTTPRequestHandler):
                 ]
             )
         elif self.path == "/eval/next":
-            task = state["tasks"][0] if state["tasks"] else {"wait": "nothing", "stop": True}
+            left = [task for task in state["tasks"] if task["version"] not in body["finishing"]]
+            task = left[0] if left else {"wait": "nothing", "stop": not state["tasks"]}
             state["version"] = task.get("version", state["version"])
             self._answer(task)
         elif self.path == "/eval/engines":
@@ -145,7 +146,7 @@ class Stand(BaseHTTPRequestHandler):
 def stand() -> Iterator[Any]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Stand)
     server.daemon_threads = True
-    tasks = [{"step": s, "version": s, "due_step": due} for s, due in ((0, 0), (10, 8))]
+    tasks = [{"step": s, "version": s, "due_step": due, "served": False} for s, due in ((0, 0), (10, 8))]
     server.state = {"tasks": tasks, "calls": [], "version": 3, "asked": 0}  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

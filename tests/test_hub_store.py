@@ -328,7 +328,7 @@ def test_every_engine_serves_an_evaluation_and_is_let_go_when_its_share_is_serve
     assert targets(store) == [(0, True)] * 2
     assert store.eval_next()["wait"] == "an engine to hold version 0: engine0 is starting, engine1 is starting"
     store.engine_state("engine1", 0, "ready")
-    assert store.eval_next() == {"step": 0, "version": 0, "due_step": 0}
+    assert store.eval_next() == {"step": 0, "version": 0, "due_step": 0, "served": False}
     assert store.eval_engines(0) == {"engines": ["engine1"], "stop": False}
     assert store.eval_engines(1) == {"engines": [], "stop": False}, "not what is evaluated"
     store.engine_state("engine0", 0, "ready")
@@ -336,10 +336,12 @@ def test_every_engine_serves_an_evaluation_and_is_let_go_when_its_share_is_serve
     assert targets(store) == [(0, True), (1, False)]
     assert store.eval_engines(0)["engines"] == ["engine0"], "the other is about to be updated"
     store.eval_release(0, 0, "engine0")
-    assert targets(store)[0] == (0, True), "the last one stays: the worker may be killed before it is done"
-    assert store.eval_next() == {"step": 0, "version": 0, "due_step": 0}, "pending until it is done"
+    assert targets(store) == [(1, False)] * 2, "its results may come later"
+    assert store.eval_next() == {"step": 0, "version": 0, "due_step": 0, "served": True}, "of a worker that was killed"
+    assert store.eval_next([0])["wait"] == "the next version to evaluate; the latest is 1"
+    assert store.announce(1, 1) == {"pinned": [0]}, "a resume may need it"
     store.eval_done(0, 0, {"overall": 0.3})
-    assert targets(store) == [(1, False)] * 2
+    assert store.announce(1, 1) == {"pinned": []}
     assert store.eval_next()["wait"] == "the next version to evaluate; the latest is 1"
     with pytest.raises(RunFailed, match="no evaluation of version 7 at step 1"):
         store.eval_done(1, 7, {})
@@ -359,9 +361,10 @@ def test_an_evaluation_that_becomes_due_meanwhile_takes_the_version_that_is_curr
     ], "one evaluation stands for all that became due"
     store.eval_release(0, 0, "engine0")
     store.engine_state("engine0", 5, "ready")
-    store.eval_done(0, 0, {})
     store.engine_state("engine1", 0, "ready")
-    assert store.eval_next() == {"step": 5, "version": 5, "due_step": 2}
+    store.eval_release(0, 0, "engine1")
+    assert store.eval_next([0]) == {"step": 5, "version": 5, "due_step": 2, "served": False}
+    store.eval_done(0, 0, {})
     assert targets(store) == [(5, True)] * 2
     assert store.eval_engines(5)["engines"] == ["engine0"]
     store.eval_done(0, 0, {"again": 1})
@@ -411,7 +414,7 @@ def test_the_last_step_is_evaluated_and_then_the_run_is_finished(tmp_path: Path)
     fill(store, 0)
     finish_step(store, 0)
     assert not store.finished
-    assert store.eval_next() == {"step": 1, "version": 1, "due_step": 1}
+    assert store.eval_next() == {"step": 1, "version": 1, "due_step": 1, "served": False}
     store.eval_done(1, 1, {"overall": 0.9})
     assert store.finished
     assert store.eval_next()["stop"]

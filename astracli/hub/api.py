@@ -240,8 +240,12 @@ class _Hub:
 
     async def eval_next(self, request: Request) -> Response:
         body = await read_json(request)
+        finishing = field(body, "finishing", list, [])
         reply = await self._pulse.until(
-            request, self._store.eval_next, lambda r: "step" in r or bool(r.get("stop")), wait_s(body)
+            request,
+            lambda: self._store.eval_next(finishing),
+            lambda r: "step" in r or bool(r.get("stop")),
+            wait_s(body),
         )
         return JSONResponse(reply)
 

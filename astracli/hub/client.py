@@ -103,9 +103,10 @@ class _Calls:
         """state: ready | updating | down. -> {}"""
         return self._post(f"/engines/{engine}/state", version=version, state=state, **info)
 
-    def eval_next(self, wait_s: float = MAX_WAIT_S) -> Any:
-        """-> {"step", "version", "due_step"} or {"wait": reason, "stop": bool}"""
-        return self._post("/eval/next", wait_s=wait_s)
+    def eval_next(self, wait_s: float = MAX_WAIT_S, *, finishing: Iterable[int] = ()) -> Any:
+        """-> {"step", "version", "due_step", "served": every sample is on disk} or {"wait": reason, "stop": bool}.
+        `finishing`: versions whose results are being written, which are left out."""
+        return self._post("/eval/next", wait_s=wait_s, finishing=list(finishing))
 
     def eval_engines(self, version: int, have: list[str] | None = None, wait_s: float = 0.0) -> Any:
         """-> {"engines": names of those that can be asked now, "stop": bool}; waits up to `wait_s` for other names than

@@ -2,15 +2,17 @@
 
 A version is announced once it is stable on disk. An evaluation that becomes due then is written in the same
 transaction. One runs at a time, and all engines serve it: the target of each stays at the evaluated version until its
-share is served (`release`) or the evaluation is done; then it follows the latest version. An evaluation that becomes
-due meanwhile waits, and takes the version that is the latest when the running one ends; it stands for every step at
-which one became due until then. What engines report lives in memory: after a restart they report again.
+share is served (`release`); then it follows the latest version. With the last share the evaluation is *served*: its
+results may still be on their way (`done`), but the next may run. One that becomes due meanwhile waits, and takes the
+version that is the latest when the running one is served; it stands for every step at which one became due until then.
+What engines report lives in memory: after a restart they report again.
 """
 
 from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,8 @@ class Evaluation:
     version: int
     due_step: int
     """The step at which it became due; below `step` when an earlier evaluation was still running then."""
+    served: bool = False
+    """Every sample is on disk; what is left are the results."""
 
 
 class EvalBoard:
@@ -59,10 +63,15 @@ class EvalBoard:
     @property
     def running(self) -> Evaluation | None:
         """The evaluation that engines serve now."""
-        row = self._db.one(
-            "SELECT step, version, due_step FROM evals WHERE results IS NULL AND version IS NOT NULL LIMIT 1"
+        return next((one for one in self._begun() if not one.served), None)
+
+    def _begun(self) -> list[Evaluation]:
+        """Those that have a version and no results, oldest first."""
+        rows = self._db.rows(
+            "SELECT step, version, due_step, served FROM evals "
+            "WHERE results IS NULL AND version IS NOT NULL ORDER BY due_step"
         )
-        return None if row is None else Evaluation(*map(int, row))
+        return [Evaluation(int(step), int(version), int(due), bool(served)) for step, version, due, served in rows]
 
     @property
     def open(self) -> int:
@@ -94,11 +103,9 @@ class EvalBoard:
             sql.execute("UPDATE evals SET step = ?, version = ? WHERE version IS NULL", newest)
 
     def pinned(self) -> list[int]:
-        """The evaluated version; with an evaluation that waits also the latest, which that may take."""
-        waits = self._db.scalar("SELECT COUNT(*) FROM evals WHERE version IS NULL")
-        running, latest = self.running, self.latest
-        found = {running.version} if running is not None else set()
-        return sorted(found | ({latest} if waits and latest is not None else set()))
+        """Versions of evaluations that are not done; with one that waits also the latest, which that may take."""
+        waits, latest = self._db.scalar("SELECT COUNT(*) FROM evals WHERE version IS NULL"), self.latest
+        return sorted({one.version for one in self._begun()} | ({latest} if waits and latest is not None else set()))
 
     def target(self, engine: str) -> tuple[int | None, bool]:
         """(version that the engine should hold or None, whether an evaluation pins it there).
@@ -132,33 +139,39 @@ class EvalBoard:
         at = {name for name in ready if self.engines[name]["version"] == version}
         return [name for name in self._names if name in at and name not in self._released]
 
-    def next(self) -> tuple[Evaluation | None, str]:
-        """(the evaluation that can run now or None, what is waited for as a noun phrase).
+    def next(self, finishing: Collection[int] = ()) -> tuple[Evaluation | None, str]:
+        """(the evaluation that can be worked on now or None, what is waited for as a noun phrase).
 
-        It can run when an engine has reported that it is ready at that version. A worker that begins anew gets the same
-        one again.
+        One that is served and not done, or one for which an engine has reported that it is ready at its version. A
+        worker that begins anew gets the same one again. `finishing`: versions whose results the worker is writing.
         """
-        running = self.running
-        if running is None:
+        begun = [one for one in self._begun() if one.version not in finishing]
+        if not begun:
             return None, f"the next version to evaluate; the latest is {self.latest}"
-        if self.holders(running.version):
-            return running, ""
+        first = begun[0]
+        if first.served or self.holders(first.version):
+            return first, ""
         states = []
         for name in self._names:
             report = self.engines.get(name, {"version": None, "state": "starting"})
             at = "" if report["version"] is None else f" at {report['version']}"
             states.append(f"{name} is {report['state']}{at}")
-        return None, f"an engine to hold version {running.version}: {', '.join(states)}"
+        return None, f"an engine to hold version {first.version}: {', '.join(states)}"
 
     def release(self, step: int, version: int, engine: str) -> None:
-        """The engine has served its share of this evaluation. Of one that does not run (any more) nothing happens.
+        """The engine has served its share of this evaluation, and every sample of that is on disk.
 
-        The last engine stays until the evaluation is done: a worker that is killed before may have lost samples.
+        Of an evaluation that does not run (any more) nothing happens. With the last engine it is served.
         """
-        with self._db.lock:
-            running, others = self.running, set(self._names) - self._released - {engine}
-            if running is not None and (running.step, running.version) == (step, version) and others:
-                self._released |= set() if self._together else {engine}
+        with self._db.transaction() as sql:
+            running = self.running
+            if running is None or (running.step, running.version) != (step, version) or self._together:
+                return
+            self._released.add(engine)
+            if self._released.issuperset(self._names):
+                sql.execute("UPDATE evals SET served = 1 WHERE due_step = ?", (running.due_step,))
+                self._released.clear()
+                self._start(sql)
 
     def version_of(self, engine: str | None) -> tuple[int, str | None]:
         """(version at which a new group would start, None or what it waits for).
@@ -199,6 +212,7 @@ class EvalBoard:
         self._db.rows("DELETE FROM versions")
         self._db.rows("DELETE FROM evals WHERE due_step > ?", version)
         self._db.rows("UPDATE evals SET step = NULL, version = NULL, results = NULL WHERE version > ?", version)
+        self._db.rows("UPDATE evals SET served = 0 WHERE results IS NULL")  # the engines are new: none is past it
         self._released.clear()
         self.engines.clear()
 

@@ -66,8 +66,15 @@ CREATE INDEX batches_with_blobs ON batches (step) WHERE pruned = 0;
 
 CREATE TABLE versions (version INTEGER PRIMARY KEY, step INTEGER NOT NULL);
 
--- step, version: what is evaluated; NULL while an earlier evaluation runs. results: JSON; NULL until it is done.
-CREATE TABLE evals (due_step INTEGER PRIMARY KEY, step INTEGER UNIQUE, version INTEGER, results TEXT);
+-- step, version: what is evaluated; NULL while an earlier evaluation runs. served: every sample is on disk, no engine
+-- is needed any more. results: JSON; NULL until it is done.
+CREATE TABLE evals (
+    due_step INTEGER PRIMARY KEY,
+    step INTEGER UNIQUE,
+    version INTEGER,
+    served INTEGER NOT NULL DEFAULT 0,
+    results TEXT
+);
 """
 
 

@@ -8,7 +8,7 @@ hub that is killed at any instant and opened again neither loses a group nor ser
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -299,10 +299,11 @@ class HubStore:
         self._board.report(engine, {"version": version, "state": state, **info})
         self._changed()
 
-    def eval_next(self) -> dict[str, Any]:
-        """-> {"step", "version", "due_step"} or {"wait": reason, "stop": bool}; stop also when none will come."""
+    def eval_next(self, finishing: Collection[int] = ()) -> dict[str, Any]:
+        """-> {"step", "version", "due_step", "served"} or {"wait": reason, "stop": bool}: also when none will come.
+        See `EvalBoard.next`."""
         with self._db.lock:
-            found, wait = self._board.next()
+            found, wait = self._board.next(finishing)
             if found is not None and not self._stop:
                 return asdict(found)
             return {"wait": wait or STOPPING, "stop": self._stop or self.finished}

@@ -157,16 +157,20 @@ class _Spread:
             self._beside(self._watch())
             while any(work.done < work.total for work in self._works):
                 self._deal()
-                for share in self._shares:
-                    if not (share.released or share.queue or share.open_calls):
-                        share.released = True
-                        self._tasks.create_task(self._members.release(share.name))
+                self._release([share for share in self._shares if not share.queue and not share.open_calls])
                 if self._on_waiting is not None:
                     self._on_waiting(not any(share.open_calls for share in self._shares))
                 self._changed.clear()
                 await self._changed.wait()
+            self._release(self._shares)
             for task in self._waiting:
                 task.cancel()
+
+    def _release(self, shares: Sequence[Share]) -> None:
+        for share in shares:
+            if not share.released:
+                share.released = True
+                self._tasks.create_task(self._members.release(share.name))
 
     def _beside(self, waiting: Coroutine[Any, Any, None]) -> None:
         """What may still wait when every sample is there, and ends then."""

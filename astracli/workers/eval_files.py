@@ -7,7 +7,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -171,12 +171,13 @@ def figures(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def metric_records(process: str, when: When, results: Sequence[Result]) -> list[dict[str, Any]]:
-    """One metrics record a benchmark and one for `overall`; every figure is named eval_*, those by k are left out."""
+def metric_records(process: str, when: When, found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One metrics record a benchmark and one for `overall`, from `figures`; every figure is named eval_*, without those
+    by k."""
     return [
         {"step": when.step, "process": process, "version": when.version, "due_step": when.due_step, "benchmark": name}
         | {f"eval_{key}": value for key, value in values.items() if not isinstance(value, dict)}
-        for name, values in figures(results).items()
+        for name, values in found.items()
     ]
 
 

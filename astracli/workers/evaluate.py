@@ -20,7 +20,8 @@ import contextlib
 import json
 import shutil
 import threading
-from collections.abc import Collection, Coroutine, Mapping
+from collections.abc import Collection, Coroutine, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from astracli.adapter import load_tokenizer
 from astracli.data import benchmarks
 from astracli.data.benchmarks import Benchmark
 from astracli.data.prompts import stop_token_ids
+from astracli.errors import RunFailed
 from astracli.hub.client import AsyncHubClient, HubClient
 from astracli.rl.eval_spread import evaluate
 from astracli.rl.evaluation import BenchmarkWork, Result, Sampling
@@ -114,6 +116,17 @@ class Evaluator:
             on_samples=kept.add,
         )
 
+    def check_whole(self, when: eval_files.When, partial: Path) -> None:
+        """Raises RunFailed when samples of an evaluation are gone that no engine can be asked for again."""
+        for benchmark in self.benchmarks:
+            work = self._work(benchmark, when.version, partial, False, False)
+            if work.done < work.total:
+                there = f"{work.done} of {work.total} samples of {benchmark.name}"
+                raise RunFailed(
+                    f"`{partial}` holds {there}, and the engines have gone on from version {when.version}",
+                    f"a resume evaluates them again: `astra train --resume {self.config.run_dir}`",
+                )
+
     def _tell(self, work: BenchmarkWork) -> None:
         self.reporter.progress(benchmark=work.benchmark.name, done=work.done, total=work.total)
 
@@ -165,27 +178,44 @@ def run(config: WorkerConfig, reporter: Reporter) -> None:
 
 
 def follow_hub(evaluator: Evaluator) -> None:
-    """Evaluate what the hub hands out until it says stop. An evaluation counts as done when its files are written."""
+    """Evaluate what the hub hands out until it says stop. Results are written while the next evaluation runs."""
     config, reporter = evaluator.config, evaluator.reporter
     folder = config.run_dir / "eval"
+    finishing: dict[int, Future[None]] = {}
+    writer = ThreadPoolExecutor(1, "results")
     with HubClient(config.hub_url, config.token) as hub:
         while not reporter.stop_requested.is_set():
-            task = hub.eval_next(wait_s=WAIT_S)
+            for version in [version for version, writing in finishing.items() if writing.done()]:
+                finishing.pop(version).result()
+            task = hub.eval_next(wait_s=WAIT_S, finishing=list(finishing))
             if "step" not in task:
                 if task.get("stop"):
-                    return
+                    break
                 reporter.waiting(task.get("wait"))
                 continue
             reporter.waiting(None)
+            served = task.pop("served")
             when = eval_files.When(**task)
             reporter.progress(step=when.step, version=when.version)
             partial = eval_files.partial_of(folder, when.step)
-            work = evaluator.evaluate(when.version, partial, of_run=when)
-            results = _until_stop(work, reporter.stop_requested)
-            eval_files.write_results(folder, when, results)
-            hub.metrics(eval_files.metric_records(config.name, when, results))
-            hub.eval_done(when.step, when.version, eval_files.figures(results))
-            shutil.rmtree(partial.parent, ignore_errors=True)
+            if served:
+                evaluator.check_whole(when, partial)
+            results = _until_stop(evaluator.evaluate(when.version, partial, of_run=when), reporter.stop_requested)
+            finishing[when.version] = writer.submit(finish, config, hub, when, results)
+        for writing in finishing.values():
+            writing.result()
+
+
+def finish(config: WorkerConfig, hub: HubClient, when: eval_files.When, results: Sequence[Result]) -> None:
+    """Write one evaluation's files, then tell the hub. It counts as done when they are there."""
+    folder, figures = config.run_dir / "eval", eval_files.figures(results)
+    eval_files.write_results(folder, when, results)
+    hub.metrics(eval_files.metric_records(config.name, when, figures))
+    hub.eval_done(when.step, when.version, figures)
+    partial = eval_files.partial_of(folder, when.step)
+    shutil.rmtree(partial, ignore_errors=True)
+    with contextlib.suppress(OSError):  # the next evaluation keeps samples there
+        partial.parent.rmdir()
 
 
 def evaluate_once(evaluator: Evaluator) -> None:

@@ -26,13 +26,14 @@ from eval_cases import (
 )
 
 from astracli.data import benchmarks
+from astracli.errors import RunFailed
 from astracli.recipe import Recipe
 from astracli.rl import passk
 from astracli.workers import eval_files, evaluate
 from astracli.workers.common import WorkerConfig
 
 TOKEN = "secret"
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "seed": 5,
     "model": {"path": "astra:tiny"},
     "data": {"source": "arithmetic"},
@@ -211,6 +212,52 @@ def test_the_process_follows_the_hub(tmp_path: Path, stand: Any) -> None:
         (s, name, "eval") for s in (0, 10) for name in ("arithmetic-heldout", "overall")
     ]
     assert any(body["state"] == "done" for path, body in calls if path == "/status")
+
+
+def test_a_worker_that_begins_anew_asks_for_what_is_missing_and_writes_what_was_served(
+    tmp_path: Path, stand: Any
+) -> None:
+    """Of the first evaluation every sample is on disk, of the second two thirds."""
+    config = worker_config(tmp_path, stand, standalone=True, out=str(tmp_path / "whole"))
+    once = Recipe.model_validate(RECIPE | {"eval": RECIPE["eval"] | {"samples": 1, "pass_k": 1}})
+    config = replace(config, recipe=once)
+    stand.state["version"] = 0
+    evaluate.run(config, quiet())
+    lines = (tmp_path / "whole/items/step_000000_arithmetic-heldout.jsonl").read_text().splitlines(keepends=True)
+    folder = config.run_dir / "eval"
+    for step, kept in ((0, lines), (10, [line for i, line in enumerate(lines) if i % 3])):
+        place = eval_files.partial_of(folder, step) / "arithmetic-heldout.jsonl"
+        place.parent.mkdir(parents=True)
+        place.write_text("".join(kept).replace('"version": 0', f'"version": {step}'))
+    stand.state["tasks"][0]["served"] = True
+    before = stand.state["asked"]
+    evaluate.run(replace(config, extra={}), quiet())
+    assert stand.state["asked"] - before == 256 - len(kept)
+    both = [folder / f"items/step_{step:06d}_arithmetic-heldout.jsonl" for step in (0, 10)]
+    answers = [[json.loads(line)["completion"] for line in path.read_text().splitlines()] for path in both]
+    assert answers[0] == answers[1] == [json.loads(line)["completion"] for line in lines]
+    assert sorted(path.name for path in folder.iterdir()) == ["eval.csv", "items"]
+    released = [body for path, body in stand.state["calls"] if path == "/eval/release"]
+    assert released[-1] == {"step": 10, "version": 10, "engine": "engine0"}
+
+
+def test_samples_that_are_gone_after_the_engines_went_on_end_the_worker(tmp_path: Path, stand: Any) -> None:
+    stand.state["tasks"][0]["served"] = True
+    with pytest.raises(RunFailed, match="holds 0 of 1024 samples of arithmetic-heldout, and the engines have gone on"):
+        evaluate.run(worker_config(tmp_path, stand), quiet())
+
+
+def test_a_resume_forgets_the_files_of_later_steps(tmp_path: Path) -> None:
+    result = run_benchmark(FakeEngine(), small(2))
+    for step in (0, 10, 13):
+        eval_files.write_results(tmp_path, eval_files.When(step, step, min(step, 10)), [result])
+    for step in (10, 13):
+        eval_files.Partial(eval_files.partial_of(tmp_path, step), small(2), 7).add(result.samples)
+    eval_files.forget_after(tmp_path, 12)
+    assert {row["step"] for row in csv.DictReader((tmp_path / "eval.csv").open())} == {"0", "10"}
+    assert sorted(path.name[:11] for path in (tmp_path / "items").iterdir()) == ["step_000000", "step_000010"]
+    assert [path.name for path in (tmp_path / "partial").iterdir()] == ["step_000010"]
+    eval_files.forget_after(tmp_path / "none", 0)
 
 
 def test_once_on_an_engine_without_a_run(tmp_path: Path, stand: Any) -> None:

@@ -256,7 +256,9 @@ def test_a_pinned_engine_stays_until_the_evaluation_is_done(tmp_path: Path) -> N
             in world.store.lease("x", 1, engine="engine0")["wait"]
         )
         world.store.eval_done(0, 0, {})
-        await until(lambda: world.engine.version == 1)
+        await until(lambda: bool(records(world)))
+        (record,) = records(world)
+        assert 0.1 < record["held_idle_s"] <= record["idle_s"], "nothing could be granted at the pinned version"
         await until(lambda: world.store.counts()["in_flight"] + world.store.counts()["waiting"])
 
     try:

@@ -1,15 +1,17 @@
-"""What limited a run, generation or training, by how much, and what to change. Pure.
+"""What limited a run: generation, training or evaluation, by how much, and what to change. Pure.
 
-Two shares tell it. The trainer *waits* while it has no batch. An engine is *idle* while it has no prompt to work on:
-the hub grants none, because what it would generate could become too stale. A trainer that waits w of its time could
-train 1 / (1 - w) times as fast as the engines let it; engines that are idle i of theirs could generate 1 / (1 - i)
-times as fast as the trainer lets them.
+Shares tell it. The trainer *waits* while it has no batch. An engine is *idle* while it has no prompt to work on: the
+hub grants none, because what it would generate could become too stale. It is *held* while it has none because an
+evaluation keeps it at an older version. A trainer that waits w of its time could train 1 / (1 - w) times as fast as the
+engines let it; engines that are idle i of theirs could generate 1 / (1 - i) times as fast as the trainer lets them.
+Engines that spend e of their time on evaluations would make 1 / (1 - e) times as many rollouts without. Seconds of
+engines are summed over engines and divided by the summed time of all: a share is that of the average engine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any, Literal
 
@@ -29,8 +31,8 @@ MORE = 4
 FIRST_STEPS = 1
 """Left out: the first batch is waited for while nothing else can be done."""
 
-HELD = 0.5
-"""Share of the engines' idle time, spent in evaluations, from which these are what the trainer waits for."""
+EVALUATING = 0.5
+"""Evaluations limit when without them so much of the trainer's wait would go, or of the engines' idle time."""
 
 Limit = Literal["generation", "training", "turns", "evaluation", "each other", "nothing"]
 
@@ -46,10 +48,14 @@ class Seen:
     engine_s: float
     """Of all engines together; 0 = no engine has said anything."""
     idle_s: float
+    """Of all engines together, those that `held_s` counts left out."""
     trained_tokens: float
     generated_tokens: float
+    """Of rollouts."""
     held_s: float = 0.0
-    """In which an evaluation held an engine at its version while steps were due."""
+    """Of all engines together: without a prompt because an evaluation held the engine at its version."""
+    evaluated_tokens: float = 0.0
+    """Generated for evaluations while these steps were due."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +80,12 @@ class Balance:
     limit: Limit
     wait_share: float
     idle_share: float | None
+    """Of an engine's time, without a prompt and not held."""
+    held_share: float | None
+    evaluation_share: float | None
+    """Of an engine's time: what evaluations took of it."""
     factor: float | None
-    """How many times as fast the limiting side would have to be; None when none does."""
+    """How many times as fast the limiting side would have to be; None when neither side limits."""
     generated_tokens_per_s: float | None
     trained_tokens_per_s: float | None
     """Of the trainer at work: without its waiting."""
@@ -89,53 +99,58 @@ def judge(seen: Seen, setting: Setting) -> Balance | None:
     if seen.step_s <= 0:
         return None
     wait = min(1.0, seen.wait_s / seen.step_s)
-    idle = min(1.0, seen.idle_s / seen.engine_s) if seen.engine_s > 0 else None
     working = seen.step_s - seen.wait_s
-    generated = setting.engines * seen.generated_tokens / seen.engine_s if seen.engine_s > 0 else None
     trained = seen.trained_tokens / working if working > 0 else None
-    held = seen.held_s >= HELD * seen.idle_s
-    limit, factor = _limit(wait, idle, held, setting)
-    words, change = _words(limit, factor, wait, idle, setting)
-    return Balance(limit, wait, idle, factor, generated, trained, words, change)
+    idle = held = evaluation = generated = None
+    if seen.engine_s > 0:
+        idle, held = (min(1.0, seconds / seen.engine_s) for seconds in (seen.idle_s, seen.held_s))
+        made = seen.evaluated_tokens + seen.generated_tokens
+        evaluation = max(held, (1 - idle) * seen.evaluated_tokens / made if made else 0.0)
+        generated = setting.engines * seen.generated_tokens / seen.engine_s
+    limit, factor = _limit(wait, idle or 0.0, held or 0.0, evaluation or 0.0, setting)
+    shares = Balance(limit, wait, idle, held, evaluation, factor, generated, trained, "", "")
+    words, change = _words(shares, setting)
+    return replace(shares, words=words, change=change)
 
 
-def _limit(wait: float, idle: float | None, held: bool, setting: Setting) -> tuple[Limit, float | None]:
+def _limit(wait: float, idle: float, held: float, evaluation: float, setting: Setting) -> tuple[Limit, float | None]:
     if wait <= LITTLE:
-        if idle is None or idle <= IDLE:
-            return "nothing", None
-        return "training", min(FASTEST, 1 / max(1e-3, 1 - idle))
+        return ("training", min(FASTEST, 1 / max(1e-3, 1 - idle))) if idle > IDLE else ("nothing", None)
     if setting.turns:
         return "turns", None
-    if idle is not None and idle > BOTH:
-        return "evaluation" if held else "each other", None
+    if idle + held > BOTH:
+        return ("evaluation" if held >= EVALUATING * (idle + held) else "each other"), None
+    if evaluation >= EVALUATING * wait:
+        return "evaluation", None
     return "generation", min(FASTEST, 1 / max(1e-3, 1 - wait))
 
 
-def _words(limit: Limit, factor: float | None, wait: float, idle: float | None, setting: Setting) -> tuple[str, str]:
+def _words(seen: Balance, setting: Setting) -> tuple[str, str]:
     """(what was seen, what to change)"""
     engines = "the engine" if setting.engines == 1 else f"the {setting.engines} engines"
-    waited = f"the trainer waited {wait:.0%} of its time for batches"
+    waited = f"the trainer waited {seen.wait_share:.0%} of its time for batches"
     verb = "was" if setting.engines == 1 else "were"
-    back = f"{engines} {verb} idle {idle:.0%} of the time" if idle is not None else ""
-    if limit == "nothing":
+    back = f"{engines} {verb} idle {seen.idle_share:.0%} of the time" if seen.idle_share is not None else ""
+    if seen.limit == "nothing":
         return f"balanced: {waited}" + (f", {back}" if back else ""), ""
-    if limit == "turns":
+    if seen.limit == "turns":
         words = f"engine and trainer take turns on a GPU: {waited}, and {engines} stood still while it trained"
         return (
             words,
             "a GPU of its own for each (resources.share_gpus=false), or larger train.batch_groups: fewer turns",
         )
-    if limit == "evaluation":
-        one = "the engine" if setting.engines == 1 else "an engine"
-        words = f"evaluations hold up both: {waited}, and {back}, most of it while one held {one} at its version"
-        return words, "a larger eval.every, fewer eval.samples, or a higher eval.max_concurrency"
-    if limit == "each other":
+    if seen.limit == "evaluation":
+        held = f", and held them without rollouts {seen.held_share:.0%}" if seen.held_share else ""
+        took = f"evaluations took {seen.evaluation_share:.0%} of the time of {engines}{held}"
+        return f"evaluations limit: {waited}; {took}", "a larger eval.every, or fewer eval.samples"
+    if seen.limit == "each other":
         words = f"neither is too slow: {waited}, and {back}"
         if setting.staleness == 0:
             return words, "train.max_staleness over 0 lets them work at the same time"
         return words, "a higher train.max_staleness, or shorter answers: batches wait for their last groups"
+    factor = seen.factor
     assert factor is not None
-    if limit == "training":
+    if seen.limit == "training":
         words = f"training limits: {back}, {waited}; it is {factor:.1f}x too slow for {engines}"
         return words, _faster_training(setting, factor)
     words = f"generation limits: {waited}; {engines} {'is' if setting.engines == 1 else 'are'} {factor:.1f}x too slow"
@@ -195,28 +210,31 @@ def _seen(records: Sequence[Record], first: int, end: int) -> Seen:
     steps = [r for r in records if r.get("process") == "trainer" and "step_s" in r and first <= r.get("step", 0) < end]
     # an update to version v is told by an engine that generated with v - 1
     told = [r for r in records if "idle_s" in r and first < r.get("step", 0) <= end]
+    held_s = sum(r.get("held_idle_s", 0.0) for r in told)
     return Seen(
         step_s=sum(r["step_s"] for r in steps),
         wait_s=sum(r.get("wait_s", 0.0) for r in steps),
         engine_s=sum(r["interval_s"] for r in told),
-        idle_s=sum(r["idle_s"] for r in told),
+        idle_s=sum(r["idle_s"] for r in told) - held_s,
         trained_tokens=sum(r.get("tokens", 0.0) for r in steps),
         generated_tokens=sum(r["rollout_tokens_per_s"] * r["interval_s"] for r in told),
-        held_s=_held(records, steps),
+        held_s=held_s,
+        evaluated_tokens=_evaluated(records, steps),
     )
 
 
-def _held(records: Sequence[Record], steps: Sequence[Record]) -> float:
-    """Seconds of these steps in which an evaluation ran."""
+def _evaluated(records: Sequence[Record], steps: Sequence[Record]) -> float:
+    """Tokens of evaluations that were generated while these steps were due: of one that began before or ended after,
+    the part of its time."""
     if not steps:
         return 0.0
     first, last = min(r["time"] - r["step_s"] for r in steps), max(r["time"] for r in steps)
-    spans: dict[int, tuple[float, float]] = {}  # the benchmarks of a version go together
+    tokens = 0.0
     for r in records:
-        if r.get("process") == "eval" and "eval_wall_s" in r:
-            begin, end = spans.get(r["version"], (r["time"], r["time"]))
-            spans[r["version"]] = (min(begin, r["time"] - r["eval_wall_s"]), max(end, r["time"]))
-    return sum(max(0.0, min(end, last) - max(begin, first)) for begin, end in spans.values())
+        if r.get("process") == "eval" and r.get("eval_wall_s"):
+            begin, end = r["time"] - r["eval_wall_s"], r["time"]
+            tokens += r["eval_tokens"] * max(0.0, min(end, last) - max(begin, first)) / (end - begin)
+    return tokens
 
 
 def _setting(recipe: Recipe, plan: Mapping[str, Any]) -> Setting:

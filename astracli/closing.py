@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from astracli.report import duration, stderr_console
+from astracli.report import duration, evaluated, stderr_console
 
 
 def print_closing(summary: Mapping[str, Any], console: Console | None = None) -> None:
@@ -26,7 +26,8 @@ def benchmark_table(summary: Mapping[str, Any]) -> Table:
     rows = summary["benchmarks"]
     first, last = rows[0]["first"]["step"], rows[0]["last"]["step"]
     sides = ("first", "last") if first != last else ("first",)  # of an interrupted run there may be one
-    for heading in ("benchmark", "figure", f"step {first}", f"step {last}", "difference")[: 5 if len(sides) > 1 else 3]:
+    steps = (evaluated(rows[0]["first"]), evaluated(rows[0]["last"]))
+    for heading in ("benchmark", "figure", *steps, "difference")[: 5 if len(sides) > 1 else 3]:
         words = heading in ("benchmark", "figure")
         table.add_column(heading, justify="left" if words else "right", no_wrap=heading != "benchmark", overflow="fold")
     for row in rows:

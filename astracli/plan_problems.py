@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import ceil
 from typing import Any
 
 from astracli import machine, plan_memory
@@ -132,6 +133,8 @@ def warnings(plan: LaunchPlan, recipe: Recipe, facts: Mapping[str, Any]) -> list
             f"{' and '.join(odd)}: the loss computes with the probabilities of temperature 1 and the whole vocabulary, "
             "so the gradient is biased towards what these draws prefer"
         )
+    if any(process.role == "eval" for process in plan.processes) and plan.command == "train":
+        result += _evaluations(recipe)
     sizes = sizes_of(facts)
     for gpu, names in plan.gpu_map.items():
         # torch gives the holes of its cache back where memory is short
@@ -155,6 +158,25 @@ def warnings(plan: LaunchPlan, recipe: Recipe, facts: Mapping[str, Any]) -> list
     if not plan.model:
         result.append("memory and disk are not planned: the model's config.json is not on this machine")
     return result
+
+
+def _evaluations(recipe: Recipe) -> list[str]:
+    """When evaluations generate more than the rollouts between two of them; benchmarks of unknown size left out."""
+    from astracli.data import benchmarks
+
+    table = recipe.eval
+    specs = [benchmarks.get(name) for name in table.benchmarks]
+    items = [benchmarks.count_items(spec) or 0 for spec in specs]
+    asked = sum(n * (table.samples or spec.samples) for n, spec in zip(items, specs, strict=True))
+    a_step = recipe.batch_sequences / (1 + recipe.train.replay_ratio)
+    between = int(a_step * min(table.every, recipe.train.steps))
+    if asked <= between:
+        return []
+    ways = [f"eval.every={ceil(asked / a_step)}"]
+    if fewer := between // sum(items):
+        ways.append(f"eval.samples={fewer}" + (f" with eval.pass_k={fewer}" if fewer < table.pass_k else ""))
+    counts = f"one is {asked:,} completions, between two of them {between:,} rollouts are made"
+    return [f"evaluations generate more than training: {counts}; try {', or '.join(ways)}"]
 
 
 def _borrowed(facts: Mapping[str, Any]) -> list[str]:

@@ -273,7 +273,8 @@ class WeightsTable(Table):
 class EvalTable(Table):
     benchmarks: list[str] = Field(default=[])
     every: NonNegativeInt = 10
-    """Evaluate at step 0, every n steps and at the end; 0 switches in-run evaluation off."""
+    """Evaluate at step 0, every n steps and at the end; 0 switches in-run evaluation off. One that becomes due while
+    another runs takes the version that is current when that ends."""
     samples: PositiveInt | None = None
     """Samples per item; None takes each benchmark's own."""
     pass_k: PositiveInt = 4
@@ -283,7 +284,7 @@ class EvalTable(Table):
     max_new_tokens: PositiveInt | None = None
     """None takes `rollout.max_new_tokens`."""
     max_concurrency: PositiveInt = 64
-    """Evaluation requests in flight at once."""
+    """Evaluation requests in flight at once on each engine."""
 
 
 class Recipe(Table):

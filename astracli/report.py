@@ -64,7 +64,7 @@ class Progress:
         for record in records:
             record = without_absent(record)
             for key, value in record.items():
-                if isinstance(value, int | float) and key not in ("time", "step", "version"):
+                if isinstance(value, int | float) and key not in ("time", "step", "version", "due_step"):
                     self.figures[key] = float(value)
         self.counts = state.get("counts") or {}
         self.evals = sorted((e for e in state.get("evals") or [] if e.get("results")), key=lambda e: e["step"])
@@ -192,13 +192,19 @@ def phase_words(progress: Progress) -> str:
 
 
 def eval_line(evaluation: Mapping[str, Any]) -> str:
-    """`eval step 25: arithmetic-heldout avg@8 0.520 ± 0.021 pass@4 0.710`"""
+    """`eval step 25: arithmetic-heldout avg@8 0.520 ± 0.021 pass@4 0.710`, see `evaluated`"""
     cells = [
         f"{name} avg@{f['n']} {f['avg_at_n']:.3f} ± {f['stderr']:.3f} pass@{f['k']} {f['pass_at_k']:.3f}"
         for name, f in evaluation["results"].items()
         if not (name == "overall" and len(evaluation["results"]) == 2)
     ]
-    return f"eval step {evaluation['step']}: " + ", ".join(cells)
+    return f"eval {evaluated(evaluation)}: " + ", ".join(cells)
+
+
+def evaluated(evaluation: Mapping[str, Any]) -> str:
+    """`step 13 (due at 10)`, or `step 10` of one that did not have to wait for an earlier one."""
+    step, due_step = evaluation["step"], evaluation.get("due_step", evaluation["step"])
+    return f"step {step}" + (f" (due at {due_step})" if due_step != step else "")
 
 
 class LiveView:

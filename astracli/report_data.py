@@ -80,7 +80,10 @@ def curves(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def evaluations(run: RunDir) -> list[dict[str, Any]]:
-    """[{benchmark, n, k, items, points: [{step, avg, low, high, pass}]}] from `eval/eval.csv`; intervals are 95 %."""
+    """[{benchmark, n, k, items, late, points: [{step, avg, low, high, pass}]}] from `eval/eval.csv`.
+
+    Intervals are 95 %. `late`: the steps that stand for an earlier one at which the evaluation became due, in words.
+    """
     if not run.eval_csv.is_file():
         return []
     rows: dict[str, list[dict[str, str]]] = defaultdict(list)
@@ -95,6 +98,11 @@ def evaluations(run: RunDir) -> list[dict[str, Any]]:
             "n": int(each[-1]["n"]),
             "k": int(each[-1]["k"]),
             "items": int(each[-1]["items"]),
+            "late": ", ".join(
+                f"{row['step']} (due at {row['due_step']})"
+                for row in each
+                if row.get("due_step") not in (None, "", row["step"])
+            ),
             "points": [_evaluation(row) for row in sorted(each, key=lambda row: int(row["step"]))],
         }
         for name, each in rows.items()

@@ -6,6 +6,7 @@ Sample seeds that are multiples of four are answered wrong.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,8 +18,9 @@ from astracli.data.benchmarks import Benchmark
 from astracli.data.prompts import Problem
 from astracli.engines.client import GenRequest, GenResult
 from astracli.errors import RunFailed
-from astracli.rl.evaluation import Sampling, evaluate_benchmark, sample_seed
-from astracli.rl.reward import GradePool
+from astracli.rl.eval_spread import evaluate
+from astracli.rl.evaluation import BenchmarkWork, Result, Sampling, sample_seed
+from astracli.rl.reward import Grade, GradeItem, GradePool
 
 CHARACTERS = "0123456789+-= \\boxed{}"
 VOCABULARY = {c: i for i, c in enumerate(["<pad>", "<eos>", *dict.fromkeys(CHARACTERS)])}
@@ -43,6 +45,14 @@ def answer_tokens(prompt: Sequence[int], seed: int) -> list[int]:
     return [*CharTokenizer()(f"\\boxed{{{right + (seed % 4 == 0)}}}")["input_ids"], 1]
 
 
+class InstantGrader:
+    """Right when the answer is in the box."""
+
+    async def agrade(self, items: Sequence[GradeItem]) -> list[Grade]:
+        right = [item.text == f"\\boxed{{{item.answer}}}" for item in items]
+        return [Grade(float(one), "right" if one else "wrong") for one in right]
+
+
 class FakeEngine:
     """Answers at once; counts what is in flight; can abort, fail and change its version."""
 
@@ -55,7 +65,7 @@ class FakeEngine:
         self.calls: list[list[GenRequest]] = []
 
     async def health(self) -> bool:
-        return self.healthy
+        return self.healthy or not self.failures
 
     async def generate(self, requests: Sequence[GenRequest]) -> list[GenResult]:
         self.requests += requests
@@ -83,10 +93,20 @@ def small(n: int) -> Benchmark:
     return replace(benchmarks.load("arithmetic-heldout"), items=benchmarks.load("arithmetic-heldout").items[:n])
 
 
-def run_benchmark(engine: FakeEngine, benchmark: Benchmark, **options: Any) -> Any:
-    options = {"sampling": SAMPLING, "version": 7} | options
-    with GradePool() as pool:
-        return asyncio.run(evaluate_benchmark(engine, benchmark, CharTokenizer(), pool, **options))
+def run_benchmark(engine: FakeEngine, benchmark: Benchmark, **options: Any) -> Result:
+    """With one engine."""
+    return run_benchmarks({"engine0": engine}, [benchmark], **options)[0]
+
+
+def run_benchmarks(engines: dict[str, FakeEngine], sets: Sequence[Benchmark], **options: Any) -> list[Result]:
+    """`options` of `BenchmarkWork` and of `evaluate`; `grader` in the place of processes that grade."""
+    of_run = {key: options.pop(key) for key in ("members", "on_progress", "on_waiting") if key in options}
+    options = {"sampling": SAMPLING, "version": 7, "max_concurrency": 64} | options
+    fixed, most = options.get("whole_calls", False), options["max_concurrency"]
+    with contextlib.ExitStack() as stack:
+        grader = options.pop("grader", None) or stack.enter_context(GradePool())
+        works = [BenchmarkWork(benchmark, CharTokenizer(), grader, **options) for benchmark in sets]
+        return asyncio.run(evaluate(works, engines, max_concurrency=most, fixed=fixed, **of_run))
 
 
 def expected_average(items: Sequence[Problem], n: int) -> float:

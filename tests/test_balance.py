@@ -103,24 +103,29 @@ def test_each_waits_for_the_other() -> None:
     assert turns.limit == "turns" and "share_gpus=false" in turns.change
 
 
-def test_an_evaluation_that_holds_the_engine_is_what_both_wait_for() -> None:
-    # idle 100 of 200 engine seconds: at least half of that in evaluations
-    held = judged(wait_s=30.0, idle_s=100.0, held_s=50.0)
-    assert held.limit == "evaluation" and held.factor is None and "held an engine" in held.words
-    assert held.change == "a larger eval.every, fewer eval.samples, or a higher eval.max_concurrency"
-    assert judged(wait_s=30.0, idle_s=100.0, held_s=49.0).limit == "each other"
-    assert judged(wait_s=45.0, held_s=50.0).limit == "generation", "engines that have enough to do"
+def test_evaluations_limit_when_without_them_half_of_the_wait_would_go() -> None:
+    # 120,000 tokens of rollouts and 60,000 of evaluations: a third of the time that the engines were not idle (0.9)
+    found = judged(wait_s=60.0, evaluated_tokens=60_000.0)
+    assert found.limit == "evaluation" and found.factor is None
+    assert found.evaluation_share == pytest.approx(0.3)
+    assert found.words == (
+        "evaluations limit: the trainer waited 60% of its time for batches; "
+        "evaluations took 30% of the time of the 2 engines"
+    )
+    assert found.change == "a larger eval.every, or fewer eval.samples"
+    assert judged(wait_s=61.0, evaluated_tokens=60_000.0).limit == "generation", "they are the smaller half"
+    held = judged(wait_s=60.0, idle_s=20.0, held_s=60.0, evaluated_tokens=60_000.0)
+    assert held.words.endswith("took 30% of the time of the 2 engines, and held them without rollouts 30%")
 
 
-def test_seconds_of_evaluations_while_steps_were_due() -> None:
+def test_tokens_of_evaluations_while_steps_were_due() -> None:
     steps = [trained(1, 2.0, 0.0), trained(2, 2.0, 0.0)]  # from 100 to 104
-    one = {"process": "eval", "version": 1, "eval_wall_s": 3.0, "time": 101.5}  # from 98.5: 1.5 s of it
-    other = {"process": "eval", "version": 2, "eval_wall_s": 1.0, "time": 103.0}
-    beside = {"process": "eval", "version": 2, "eval_wall_s": 0.5, "time": 103.5}  # 102 to 103.5 together
-    last = {"process": "eval", "version": 3, "eval_wall_s": 9.0, "time": 114.0}
+    one = {"process": "eval", "version": 1, "eval_wall_s": 3.0, "eval_tokens": 300, "time": 101.5}  # half of it before
+    other = {"process": "eval", "version": 2, "eval_wall_s": 1.0, "eval_tokens": 70, "time": 103.0}
+    last = {"process": "eval", "version": 3, "eval_wall_s": 11.0, "eval_tokens": 110, "time": 114.0}
     overall = {"process": "eval", "version": 1, "time": 101.5, "benchmark": "overall"}
-    assert balance._held([one, other, beside, last, overall], steps) == pytest.approx(3.0)
-    assert balance._held([one], []) == 0.0
+    assert balance._evaluated([one, other, last, overall], steps) == pytest.approx(150 + 70 + 10)
+    assert balance._evaluated([one], []) == 0.0
 
 
 def test_without_a_word_of_the_engines_or_a_step() -> None:
@@ -135,9 +140,9 @@ def trained(step: int, step_s: float, wait_s: float) -> dict[str, Any]:
     return {"process": "trainer", "step": step, "tokens": 500.0, **times}
 
 
-def updated(version: int, interval_s: float, idle_s: float) -> dict[str, Any]:
+def updated(version: int, interval_s: float, idle_s: float, **more: Any) -> dict[str, Any]:
     told = {"interval_s": interval_s, "idle_s": idle_s, "rollout_tokens_per_s": 300.0}
-    return {"process": "rollout", "step": version, "engine": "engine0", **told}
+    return {"process": "rollout", "step": version, "engine": "engine0", **told, **more}
 
 
 def test_a_run_is_judged_without_its_first_step() -> None:
@@ -177,3 +182,42 @@ def test_the_end_of_a_run_for_which_nothing_is_left_to_generate_says_nothing() -
     assert found is not None and found["limit"] == "nothing"
     assert (found["wait_share"], found["idle_share"]) == (pytest.approx(0.04), pytest.approx(0.05))
     assert balance.of_run(records[4:6] + records[-2:], recipe, plan, 4) is None, "resumed for its last two steps"
+
+
+RUNS = {
+    # name: (wait, idle, held: shares of every engine's time; evaluation tokens for each of rollouts; what limits)
+    "balanced": (0.03, 0.05, 0.0, 0.1, "nothing"),
+    "balanced, held beside a trainer that has enough": (0.03, 0.05, 0.6, 4.0, "nothing"),
+    "training": (0.01, 0.5, 0.0, 0.1, "training"),
+    "generation": (0.5, 0.02, 0.0, 0.1, "generation"),
+    "evaluation takes the tokens": (0.54, 0.0, 0.1, 1.86, "evaluation"),
+    "evaluation holds the engines": (0.85, 0.02, 0.8, 20.0, "evaluation"),
+    "each other": (0.3, 0.5, 0.02, 0.1, "each other"),
+    "each other, while a small evaluation runs all the time": (0.3, 0.3, 0.0, 0.05, "each other"),
+}
+
+
+@pytest.mark.parametrize("engines", [1, 2, 4])
+@pytest.mark.parametrize("name", RUNS)
+def test_the_verdict_is_that_of_the_average_engine(name: str, engines: int) -> None:
+    """Ten steps of 2 s; each engine tells its shares of them; one evaluation lasts all the time."""
+    wait, idle, held, evaluated, limit = RUNS[name]
+    recipe = recipe_io.load("qwen3.5-tiny-m2po-delta", ["train.max_staleness=2", "train.steps=20"])
+    records: list[dict[str, Any]] = [trained(step, 2.0, 2.0 * wait) for step in range(12)]
+    for engine in range(engines):
+        shares = {"held_idle_s": 2.0 * held, "engine": f"engine{engine}"}
+        records += [updated(version, 2.0, 2.0 * (idle + held), **shares) for version in range(13)]
+    tokens = evaluated * 300.0 * 22.0 * engines  # from 100 to 122, all of it while steps 1 to 11 were due
+    records.append({"process": "eval", "version": 1, "time": 122.0, "eval_wall_s": 22.0, "eval_tokens": tokens})
+    document = {
+        "processes": [{"role": "engine", "gpus": []}] * engines + [{"role": "trainer", "gpus": []}],
+        "placement": {"turns": False, "shared": False},
+        "running_requests": 32,
+    }
+    found = balance.of_run(records, recipe, document, 0)
+    assert found is not None
+    assert (found["limit"], found["wait_share"]) == (limit, pytest.approx(wait))
+    assert (found["idle_share"], found["held_share"]) == (pytest.approx(idle), pytest.approx(held))
+    in_turns = document | {"placement": {"turns": True, "shared": True}}
+    turns = balance.of_run(records, recipe, in_turns, 0)
+    assert turns is not None and turns["limit"] == (limit if wait < 0.05 else "turns")

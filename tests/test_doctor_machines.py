@@ -80,7 +80,8 @@ VERDICTS: list[tuple[str, str, set[str], set[str], str]] = [
 def test_verdicts(name: str, recipe: str, fails: set[str], warns: set[str], serving: str) -> None:
     report = judged(recipe, document(name))
     assert set(found(report, "fail")) == fails
-    assert set(found(report, "warn")) == warns
+    evaluations = set() if recipe == TINY else {"load"}  # those of the math recipes generate more than training
+    assert set(found(report, "warn")) == warns | evaluations
     assert report["ok"] is not bool(fails)
     assert choices(report)["serving attention"] == serving
 
@@ -117,7 +118,7 @@ def test_the_container_is_mended_by_the_two_options_that_it_names() -> None:
     assert "--ulimit nofile=65536:65536" in one(report, "open files")["fix"]
     box["system"] |= {"shm_total": 8 * 2**30, "nofile": 65536, "memlock": -1}
     box["checkpoint"] = checkpoint()
-    assert found(judged(BIG, box), "fail", "warn") == {}
+    assert found(judged(BIG, box), "fail", "warn") == {"load": "warn"}, "its evaluations generate more than training"
 
 
 def test_the_command_judges_a_document(astra: Any, tmp_path: Path) -> None:
@@ -130,7 +131,7 @@ def test_the_command_judges_a_document(astra: Any, tmp_path: Path) -> None:
     assert lines[0] == "fail  system/shared memory: 64.0 MiB at /dev/shm"
     assert "      fix: start the container with `--shm-size=8g`" in lines
     starts = [line.split()[0] for line in lines if line.startswith(("fail", "warn", "ok ", "backend"))]
-    assert starts == ["fail", "warn", "warn", "warn", "ok", "backend"]
+    assert starts == ["fail", "warn", "warn", "warn", "warn", "ok", "backend"]
     assert lines[-1].startswith("a run would not work: ") and lines[-1].endswith("1 failed")
     assert max(map(len, lines)) <= 100
     assert astra("doctor", TINY, "--facts", str(file)).code == 0

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import csv
 import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,9 +17,7 @@ from typing import Any
 
 import pytest
 from eval_cases import (
-    SAMPLING,
     VOCABULARY,
-    CharTokenizer,
     FakeEngine,
     answer_tokens,
     expected_average,
@@ -28,14 +26,14 @@ from eval_cases import (
 )
 
 from astracli.data import benchmarks
+from astracli.errors import RunFailed
 from astracli.recipe import Recipe
 from astracli.rl import passk
-from astracli.rl.reward import GradePool
 from astracli.workers import eval_files, evaluate
 from astracli.workers.common import WorkerConfig
 
 TOKEN = "secret"
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "seed": 5,
     "model": {"path": "astra:tiny"},
     "data": {"source": "arithmetic"},
@@ -47,13 +45,16 @@ RECIPE = {
 
 def test_rows_of_a_step_are_replaced_and_overall_is_the_unweighted_mean(tmp_path: Path) -> None:
     results = [run_benchmark(FakeEngine(), small(8)), replace(run_benchmark(FakeEngine(), small(3)), benchmark="other")]
-    eval_files.write_results(tmp_path, 10, 7, results)
-    eval_files.write_results(tmp_path, 0, 0, results)
+    eval_files.write_results(tmp_path, eval_files.When(10, 7, 8), results)
+    eval_files.write_results(tmp_path, eval_files.When(0, 0, 0), results)
     before = (tmp_path / "eval.csv").read_text()
-    eval_files.write_results(tmp_path, 10, 7, results)
+    eval_files.write_results(tmp_path, eval_files.When(10, 7, 8), results)
     assert (tmp_path / "eval.csv").read_text() == before
     rows = list(csv.DictReader((tmp_path / "eval.csv").open()))
-    assert before.startswith("step,version,benchmark,items,n,avg_at_n,stderr,k,pass_at_k\n0,0,arithmetic-heldout,8,8,")
+    assert before.startswith(
+        "step,version,benchmark,items,n,avg_at_n,stderr,k,pass_at_k,due_step\n0,0,arithmetic-heldout,8,8,"
+    )
+    assert [row["due_step"] for row in rows] == ["0"] * 3 + ["8"] * 3
     assert [(r["step"], r["benchmark"], r["items"]) for r in rows] == [
         (step, name, items)
         for step in ("0", "10")
@@ -67,33 +68,6 @@ def test_rows_of_a_step_are_replaced_and_overall_is_the_unweighted_mean(tmp_path
         *("step", "version", "benchmark", "problem_id", "problem", "answer", "sample", "completion", "tokens"),
         *("logprobs", "advantage", "reward", "verdict", "finish_reason"),
     ]
-
-
-def test_a_pinned_engine_is_asked_alone_and_none_means_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: dict[str, Any] = {}
-
-    class Client(FakeEngine):
-        def __init__(self, url: str, token: str, *, name: str, loader_dir: Path | None):
-            super().__init__()
-            made[name] = self
-
-        async def wait_ready(self, timeout_s: float) -> None: ...
-
-        async def close(self) -> None: ...
-
-    monkeypatch.setattr("astracli.engines.client.EngineClient", Client)
-    config: Any = SimpleNamespace(
-        recipe=Recipe.model_validate(RECIPE),
-        token=TOKEN,
-        backends={},
-        engines=[{"name": name, "url": "http://nowhere"} for name in ("engine0", "engine1")],
-    )
-    with GradePool("number") as pool:
-        evaluator = evaluate.Evaluator(config, quiet(), CharTokenizer(), {"number": pool}, SAMPLING, [small(8)])
-        asyncio.run(evaluator.evaluate("engine1", 7))
-        assert made.keys() == {"engine1"} and len(made["engine1"].requests) == 32
-        asyncio.run(evaluator.evaluate(None, 7))
-    assert [len(made[name].requests) for name in ("engine0", "engine1")] == [16, 16]
 
 
 def test_what_an_earlier_attempt_left_is_taken_where_it_belongs(tmp_path: Path) -> None:
@@ -137,9 +111,13 @@ class Stand(BaseHTTPRequestHandler):
                 ]
             )
         elif self.path == "/eval/next":
-            task = state["tasks"][0] if state["tasks"] else {"wait": "nothing", "stop": True}
+            left = [task for task in state["tasks"] if task["version"] not in body["finishing"]]
+            task = left[0] if left else {"wait": "nothing", "stop": not state["tasks"]}
             state["version"] = task.get("version", state["version"])
             self._answer(task)
+        elif self.path == "/eval/engines":
+            time.sleep(0.0 if body.get("have") is None else 0.2)
+            self._answer({"engines": ["engine0"], "stop": False})
         else:
             state["calls"].append((self.path, body))
             if self.path == "/eval/done":
@@ -169,7 +147,7 @@ class Stand(BaseHTTPRequestHandler):
 def stand() -> Iterator[Any]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Stand)
     server.daemon_threads = True
-    tasks = [{"step": s, "version": v, "engine": "engine0"} for s, v in ((0, 0), (10, 10))]
+    tasks = [{"step": s, "version": s, "due_step": due, "served": False} for s, due in ((0, 0), (10, 8))]
     server.state = {"tasks": tasks, "calls": [], "version": 3, "asked": 0}  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -234,6 +212,52 @@ def test_the_process_follows_the_hub(tmp_path: Path, stand: Any) -> None:
         (s, name, "eval") for s in (0, 10) for name in ("arithmetic-heldout", "overall")
     ]
     assert any(body["state"] == "done" for path, body in calls if path == "/status")
+
+
+def test_a_worker_that_begins_anew_asks_for_what_is_missing_and_writes_what_was_served(
+    tmp_path: Path, stand: Any
+) -> None:
+    """Of the first evaluation every sample is on disk, of the second two thirds."""
+    config = worker_config(tmp_path, stand, standalone=True, out=str(tmp_path / "whole"))
+    once = Recipe.model_validate(RECIPE | {"eval": RECIPE["eval"] | {"samples": 1, "pass_k": 1}})
+    config = replace(config, recipe=once)
+    stand.state["version"] = 0
+    evaluate.run(config, quiet())
+    lines = (tmp_path / "whole/items/step_000000_arithmetic-heldout.jsonl").read_text().splitlines(keepends=True)
+    folder = config.run_dir / "eval"
+    for step, kept in ((0, lines), (10, [line for i, line in enumerate(lines) if i % 3])):
+        place = eval_files.partial_of(folder, step) / "arithmetic-heldout.jsonl"
+        place.parent.mkdir(parents=True)
+        place.write_text("".join(kept).replace('"version": 0', f'"version": {step}'))
+    stand.state["tasks"][0]["served"] = True
+    before = stand.state["asked"]
+    evaluate.run(replace(config, extra={}), quiet())
+    assert stand.state["asked"] - before == 256 - len(kept)
+    both = [folder / f"items/step_{step:06d}_arithmetic-heldout.jsonl" for step in (0, 10)]
+    answers = [[json.loads(line)["completion"] for line in path.read_text().splitlines()] for path in both]
+    assert answers[0] == answers[1] == [json.loads(line)["completion"] for line in lines]
+    assert sorted(path.name for path in folder.iterdir()) == ["eval.csv", "items"]
+    released = [body for path, body in stand.state["calls"] if path == "/eval/release"]
+    assert released[-1] == {"step": 10, "version": 10, "engine": "engine0"}
+
+
+def test_samples_that_are_gone_after_the_engines_went_on_end_the_worker(tmp_path: Path, stand: Any) -> None:
+    stand.state["tasks"][0]["served"] = True
+    with pytest.raises(RunFailed, match="holds 0 of 1024 samples of arithmetic-heldout, and the engines have gone on"):
+        evaluate.run(worker_config(tmp_path, stand), quiet())
+
+
+def test_a_resume_forgets_the_files_of_later_steps(tmp_path: Path) -> None:
+    result = run_benchmark(FakeEngine(), small(2))
+    for step in (0, 10, 13):
+        eval_files.write_results(tmp_path, eval_files.When(step, step, min(step, 10)), [result])
+    for step in (10, 13):
+        eval_files.Partial(eval_files.partial_of(tmp_path, step), small(2), 7).add(result.samples)
+    eval_files.forget_after(tmp_path, 12)
+    assert {row["step"] for row in csv.DictReader((tmp_path / "eval.csv").open())} == {"0", "10"}
+    assert sorted(path.name[:11] for path in (tmp_path / "items").iterdir()) == ["step_000000", "step_000010"]
+    assert [path.name for path in (tmp_path / "partial").iterdir()] == ["step_000010"]
+    eval_files.forget_after(tmp_path / "none", 0)
 
 
 def test_once_on_an_engine_without_a_run(tmp_path: Path, stand: Any) -> None:
@@ -310,8 +334,7 @@ def test_a_stop_ends_an_evaluation(tmp_path: Path, stand: Any) -> None:
     stop = threading.Event()
     stop.set()
     config = worker_config(tmp_path, stand, standalone=True, out=str(tmp_path / "out"))
-    reporter = SimpleNamespace(ready=lambda: None, progress=lambda **_: None, stop_requested=stop)
     with pytest.raises(SystemExit) as caught:
-        evaluate.run(config, reporter)  # type: ignore[arg-type]
+        evaluate.run(config, quiet(stop))
     assert caught.value.code == 143
     assert not (tmp_path / "out" / "eval.csv").exists()

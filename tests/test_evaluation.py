@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 
 import pytest
-from eval_cases import SAMPLING, CharTokenizer, FakeEngine, expected_average, run_benchmark, small
+from eval_cases import SAMPLING, FakeEngine, expected_average, run_benchmark, small
 
-from astracli.engines.client import GenRequest
 from astracli.errors import RunFailed
-from astracli.rl.evaluation import Spread, sample_seed
+from astracli.rl.evaluation import sample_seed
 
 
 def test_seeds_depend_on_run_benchmark_item_and_sample_only() -> None:
@@ -25,7 +23,7 @@ def test_seeds_depend_on_run_benchmark_item_and_sample_only() -> None:
 def test_average_is_over_all_items_and_samples() -> None:
     benchmark = small(40)
     progress: list[tuple[int, int]] = []
-    result = run_benchmark(FakeEngine(), benchmark, on_progress=lambda done, total: progress.append((done, total)))
+    result = run_benchmark(FakeEngine(), benchmark, on_progress=lambda work: progress.append((work.done, work.total)))
     assert result.score.avg_at_n == pytest.approx(expected_average(benchmark.items, 8))
     assert (result.score.items, result.score.n, result.score.k) == (40, 8, 4)
     assert progress[-1] == (320, 320)
@@ -91,27 +89,17 @@ def test_an_answer_that_lived_through_an_update_is_an_error() -> None:
 
 
 def test_samples_beyond_those_asked_for_are_left_out() -> None:
-    progress: list[tuple[int, int]] = []
+    progress: list[int] = []
     before = run_benchmark(FakeEngine(), small(1)).samples
     engine = FakeEngine()
     result = run_benchmark(
-        engine, small(2), samples=2, done_before=before, on_progress=lambda done, total: progress.append((done, total))
+        engine,
+        small(2),
+        samples=2,
+        done_before=before,
+        on_progress=lambda work: progress.append((work.done, work.total)),
     )
-    assert (len(result.samples), len(engine.requests), progress) == (4, 2, [(4, 4)])
-
-
-def test_requests_go_to_the_engine_that_has_the_fewest() -> None:
-    request = GenRequest(input_ids=CharTokenizer()("1+1=")["input_ids"], max_new_tokens=9)
-
-    async def served() -> list[int]:
-        first, second = FakeEngine(), FakeEngine()
-        both = Spread([first, second])
-        for _ in range(3):
-            await both.generate([request] * 2)  # nothing else is on its way: always the first
-        await asyncio.gather(*(both.generate([request] * n) for n in (3, 1, 1, 1)))  # 3 | 1 1 1
-        return [len(call) for engine in (first, second) for call in engine.calls]
-
-    assert asyncio.run(served()) == [2, 2, 2, 3, 1, 1, 1]
+    assert (len(result.samples), len(engine.requests), progress) == (4, 2, [(2, 4), (4, 4)])
 
 
 def test_another_version_is_an_error() -> None:

@@ -128,7 +128,7 @@ def test_the_flow_of_one_step(server: Server, hub: HubClient) -> None:
     served = hub.batch(0)
     assert [unpack_group(blob).lease_id for blob in served["groups"]] == [0, 1, 3, 4]
     assert served["stats"]["arrived_groups"] == 4
-    assert hub.announce(1, 1) == {"eval": False, "pinned": []}
+    assert hub.announce(1, 1) == {"pinned": []}
     hub.ack(0, 1, checkpoint_step=1)
     assert hub.target("engine0") == {"version": 1, "pinned": False, "stop": False}
     assert hub.status({"name": "rollout", "pid": 1, "state": "ready", "waiting": None, "progress": {}}) == {

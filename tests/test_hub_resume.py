@@ -119,7 +119,8 @@ def test_rewind_serves_the_same_batches_again_and_forgets_what_came_later(tmp_pa
         fill(store, step)
         batches.append(finish_step(store, step))
     in_flight = ids(store.lease("w", 2))
-    assert [e["step"] for e in store.state()["evals"]] == [0, 2, 4]
+    evals = [(e["due_step"], e["step"], e["state"]) for e in store.state()["evals"]]
+    assert evals == [(0, 0, "done"), (2, 2, "running"), (4, None, "waiting")]
     store.close()
 
     store = open_store(tmp_path, eval_every=2)
@@ -127,9 +128,9 @@ def test_rewind_serves_the_same_batches_again_and_forgets_what_came_later(tmp_pa
     state = store.state()
     assert state["latest_version"] is None, "nothing may be fetched before the trainer has published version 3 anew"
     assert store.target("engine0") == {"version": None, "pinned": False, "stop": False}
-    assert [(e["step"], e["state"]) for e in state["evals"]] == [(0, "done"), (2, "pending")]
+    assert [(e["step"], e["state"]) for e in state["evals"]] == [(0, "done"), (2, "running")]
     assert (state["counts"]["consumed_steps"], state["next_step"], state["counts"]["queued"]) == (3, 5, 2)
-    assert store.announce(3, 3) == {"eval": False, "pinned": [2]}
+    assert store.announce(3, 3) == {"pinned": [2]}
     assert store.target("engine0") == {"version": 2, "pinned": True, "stop": False}
     store.engine_state("engine0", 3, "ready")
     assert store.lease("w", 9, engine="engine0")["leases"] == [], "two batches are there already"
@@ -142,7 +143,7 @@ def test_another_schema_and_another_file_are_refused(tmp_path: Path) -> None:
     open_store(tmp_path).close()
     with sqlite3.connect(tmp_path / "hub.sqlite") as file:
         file.execute("UPDATE meta SET value = 7 WHERE key = 'schema_version'")
-    with pytest.raises(UserError, match="has schema 7, this astra reads 2"):
+    with pytest.raises(UserError, match="has schema 7, this astra reads 3"):
         open_store(tmp_path)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "hub.sqlite").write_bytes(b"no database" * 100)
@@ -230,3 +231,18 @@ def test_kill_9_at_any_instant_loses_no_group_and_serves_none_in_two_batches(tmp
         assert state[lease] in (("kept", "assigned") if status == "accepted" else ("dropped",))
     assert all(rows[i] == step for step, members in batches.items() for i in members)
     assert all(lease in blobs for lease, name in state.items() if name == "kept")
+
+
+def test_an_evaluation_of_forgotten_weights_is_due_again_and_takes_the_version_that_is_resumed(tmp_path: Path) -> None:
+    store = open_store(tmp_path, eval_every=2)
+    for version in range(4):
+        store.announce(version, version)
+    store.eval_done(0, 0, {})
+    store.announce(4, 4)
+    store.eval_done(3, 3, {})  # due at 2
+    assert store.eval_next()["wait"].startswith("an engine to hold version 4")
+    store.rewind(2, 2)
+    evals = [(e["due_step"], e["step"], e["state"]) for e in store.state()["evals"]]
+    assert evals == [(0, 0, "done"), (2, None, "waiting")]
+    assert store.announce(2, 2) == {"pinned": [2]}
+    assert [(e["due_step"], e["step"], e["state"]) for e in store.state()["evals"]][1:] == [(2, 2, "running")]

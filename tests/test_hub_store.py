@@ -11,6 +11,7 @@ import pytest
 from hub_tools import Clock, batch_ids, counts_of, fill, finish_step, group, ids, open_store
 
 from astracli.errors import RunFailed
+from astracli.hub.store import HubStore
 
 # ---- admission -------------------------------------------------------------------------------------------------------
 
@@ -311,25 +312,99 @@ def test_a_batch_for_which_nothing_came_in_has_no_mean_reward(tmp_path: Path) ->
 # ---- versions and evaluations ----------------------------------------------------------------------------------------
 
 
-def test_one_engine_is_pinned_to_an_evaluation_in_turn_and_the_others_follow(tmp_path: Path) -> None:
-    store = open_store(tmp_path, eval_every=2, engines=["engine0", "engine1"], steps=5)
-    assert store.target("engine0") == {"version": None, "pinned": False, "stop": False}
-    assert store.announce(0, 0) == {"eval": True, "pinned": [0]}
-    assert store.announce(0, 0) == {"eval": True, "pinned": [0]}
-    assert store.announce(1, 1) == {"eval": False, "pinned": [0]}
-    store.announce(2, 2)
-    targets = [(store.target(name)["version"], store.target(name)["pinned"]) for name in ("engine0", "engine1")]
-    assert targets == [(0, True), (2, True)], "the second evaluation went to the second engine"
-    assert store.eval_next()["wait"] == "engine0 to hold version 0; it is starting"
+TWO = ["engine0", "engine1"]
+
+
+def targets(store: HubStore) -> list[tuple[int | None, bool]]:
+    return [(store.target(name)["version"], store.target(name)["pinned"]) for name in TWO]
+
+
+def test_every_engine_serves_an_evaluation_and_is_let_go_when_its_share_is_served(tmp_path: Path) -> None:
+    store = open_store(tmp_path, eval_every=2, engines=TWO, steps=5)
+    assert targets(store) == [(None, False)] * 2
+    assert store.announce(0, 0) == {"pinned": [0]}
+    assert store.announce(0, 0) == {"pinned": [0]}
+    assert store.announce(1, 1) == {"pinned": [0]}
+    assert targets(store) == [(0, True)] * 2
+    assert store.eval_next()["wait"] == "an engine to hold version 0: engine0 is starting, engine1 is starting"
+    store.engine_state("engine1", 0, "ready")
+    assert store.eval_next() == {"step": 0, "version": 0, "due_step": 0, "served": False}
+    assert store.eval_engines(0) == {"engines": ["engine1"], "stop": False}
+    assert store.eval_engines(1) == {"engines": [], "stop": False}, "not what is evaluated"
     store.engine_state("engine0", 0, "ready")
-    assert store.eval_next() == {"step": 0, "version": 0, "engine": "engine0"}
-    assert store.eval_next() == {"step": 0, "version": 0, "engine": "engine0"}, "pending until it is done"
+    store.eval_release(0, 0, "engine1")
+    assert targets(store) == [(0, True), (1, False)]
+    assert store.eval_engines(0)["engines"] == ["engine0"], "the other is about to be updated"
+    store.eval_release(0, 0, "engine0")
+    assert targets(store) == [(1, False)] * 2, "its results may come later"
+    assert store.eval_next() == {"step": 0, "version": 0, "due_step": 0, "served": True}, "of a worker that was killed"
+    assert store.eval_next([0])["wait"] == "the next version to evaluate; the latest is 1"
+    assert store.announce(1, 1) == {"pinned": [0]}, "a resume may need it"
     store.eval_done(0, 0, {"overall": 0.3})
-    assert store.target("engine0") == {"version": 2, "pinned": False, "stop": False}
-    store.engine_state("engine1", 2, "updating")
-    assert "step" not in store.eval_next()
+    assert store.announce(1, 1) == {"pinned": []}
+    assert store.eval_next()["wait"] == "the next version to evaluate; the latest is 1"
     with pytest.raises(RunFailed, match="no evaluation of version 7 at step 1"):
         store.eval_done(1, 7, {})
+
+
+def test_an_evaluation_that_becomes_due_meanwhile_takes_the_version_that_is_current_then(tmp_path: Path) -> None:
+    store = open_store(tmp_path, eval_every=2, engines=TWO, steps=9)
+    for version in range(4):
+        reply = store.announce(version, version)
+    assert reply == {"pinned": [0, 3]}, "the latest may be taken before the trainer publishes another"
+    assert targets(store) == [(0, True)] * 2, "one at a time"
+    store.announce(4, 4)
+    store.announce(5, 5)
+    assert [(e["due_step"], e["step"], e["state"]) for e in store.state()["evals"]] == [
+        (0, 0, "running"),
+        (2, None, "waiting"),
+    ], "one evaluation stands for all that became due"
+    store.eval_release(0, 0, "engine0")
+    store.engine_state("engine0", 5, "ready")
+    store.engine_state("engine1", 0, "ready")
+    store.eval_release(0, 0, "engine1")
+    assert store.eval_next([0]) == {"step": 5, "version": 5, "due_step": 2, "served": False}
+    store.eval_done(0, 0, {})
+    assert targets(store) == [(5, True)] * 2
+    assert store.eval_engines(5)["engines"] == ["engine0"]
+    store.eval_done(0, 0, {"again": 1})
+    assert store.eval_next()["step"] == 5, "told twice"
+    assert store.announce(6, 6) == {"pinned": [5, 6]}
+    store.eval_done(5, 5, {})
+    assert store.announce(6, 6) == {"pinned": [6]}
+    assert (store.pending_evals(), store.state()["evals"][-1]["due_step"]) == (1, 6)
+    store.eval_done(6, 6, {})
+    store.eval_release(6, 6, "engine0")
+    for version in (7, 8, 9):
+        store.announce(version, version)
+    store.eval_done(8, 8, {})
+    assert [(e["due_step"], e["step"]) for e in store.state()["evals"]] == [(0, 0), (2, 5), (6, 6), (8, 8), (9, 9)]
+
+
+def test_an_engine_that_is_lost_in_its_share_gets_the_evaluated_version_again(tmp_path: Path) -> None:
+    store = open_store(tmp_path, eval_every=9, engines=TWO)
+    store.announce(0, 0)
+    for name in TWO:
+        store.engine_state(name, 0, "ready")
+    store.announce(1, 1)
+    store.eval_release(0, 0, "engine0")
+    store.release_worker("engine1")
+    assert store.eval_engines(0)["engines"] == []
+    assert targets(store) == [(1, False), (0, True)]
+    store.release_worker("engine0")
+    assert targets(store)[0] == (1, False), "its share is served"
+    store.engine_state("engine1", 0, "ready")
+    assert store.eval_engines(0)["engines"] == ["engine1"]
+
+
+def test_deterministic_engines_stay_together_until_an_evaluation_is_done(tmp_path: Path) -> None:
+    store = open_store(tmp_path, eval_every=1, engines=TWO, max_staleness=0, deterministic=True)
+    store.announce(0, 0)
+    store.eval_release(0, 0, "engine0")
+    store.announce(1, 1)
+    assert targets(store) == [(0, True)] * 2, "so that version 2 cannot be made before version 1 is evaluated"
+    store.eval_done(0, 0, {})
+    assert targets(store) == [(1, True)] * 2 and store.state()["evals"][-1]["due_step"] == 1
 
 
 def test_the_last_step_is_evaluated_and_then_the_run_is_finished(tmp_path: Path) -> None:
@@ -339,7 +414,7 @@ def test_the_last_step_is_evaluated_and_then_the_run_is_finished(tmp_path: Path)
     fill(store, 0)
     finish_step(store, 0)
     assert not store.finished
-    assert store.eval_next() == {"step": 1, "version": 1, "engine": "engine0"}
+    assert store.eval_next() == {"step": 1, "version": 1, "due_step": 1, "served": False}
     store.eval_done(1, 1, {"overall": 0.9})
     assert store.finished
     assert store.eval_next()["stop"]

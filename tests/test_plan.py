@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,6 +91,31 @@ def test_draws_that_the_loss_does_not_compute_with_are_warned_of() -> None:
     assert warning.startswith("rollout.temperature = 0.7 and rollout.top_p = 0.9: the loss computes with")
     assert not [w for w in planned(tiny(), facts(), TINY).warnings if "temperature" in w]
     assert not [w for w in planned(odd, facts(), TINY, command="rollout").warnings if "temperature" in w]
+
+
+def test_evaluations_that_generate_more_than_the_rollouts_between_them_are_warned_of(tmp_path: Path) -> None:
+    """30x16 + 30x16 + 45x16 + 272x4 + 500x4 completions every ten steps of 32 x 8 rollouts."""
+
+    def told(*overrides: str, name: str = "qwen3.5-4b-m2po-delta", **more: Any) -> list[str]:
+        result = planned(load(name, *overrides), facts("8.9", 8, host_gib=512), **more)
+        return [warning for warning in result.warnings if warning.startswith("evaluations")]
+
+    assert told() == [
+        "evaluations generate more than training: one is 4,768 completions, between two of them 2,560 rollouts are "
+        "made; try eval.every=19, or eval.samples=2 with eval.pass_k=2"
+    ]
+    assert told("eval.every=18") and not told("eval.every=19")
+    assert not told("eval.samples=2", "eval.pass_k=2") and told("eval.samples=3", "eval.pass_k=3")
+    assert told("eval.every=19", "train.replay_ratio=1")[0].endswith(
+        "try eval.every=38, or eval.samples=2 with eval.pass_k=2"
+    )
+    assert not told(command="eval") and not told("eval.every=0")
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"problem": "1", "answer": "1"}\n' * 700)
+    (found,) = told(f'eval.benchmarks=["{own}"]')
+    assert "one is 2,800 completions" in found and "try eval.every=11, or eval.samples=3 with eval.pass_k=3" in found
+    own.unlink()
+    assert not told(f'eval.benchmarks=["{own}"]'), "its size is not known"
 
 
 def test_gpu_map_of_eight_gpus() -> None:

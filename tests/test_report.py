@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from astracli.closing import closing_facts, print_closing, size
+from astracli.closing import benchmark_table, closing_facts, print_closing, size
 from astracli.errors import UserError
 from astracli.launch import summary
 from astracli.launch.supervise import Status
 from astracli.metrics import Tail, mean, median, mend, open_sinks, read, series
 from astracli.recipe import Recipe
-from astracli.report import LiveView, PlainView, Progress, draw, duration
+from astracli.report import LiveView, PlainView, Progress, draw, duration, eval_line
 
 
 class Clock:
@@ -33,7 +33,7 @@ def figures(avg: float, passed: float) -> dict[str, Any]:
 
 def evaluation(step: int, avg: float, passed: float) -> dict[str, Any]:
     both = {"arithmetic-heldout": figures(avg, passed), "overall": figures(avg, passed)}
-    return {"step": step, "version": step, "engine": "engine0", "state": "done", "results": both}
+    return {"due_step": step, "step": step, "version": step, "state": "done", "results": both}
 
 
 def state(step: int, *evals: dict[str, Any]) -> dict[str, Any]:
@@ -335,6 +335,14 @@ def test_closing_table(tmp_path: Path) -> None:
     assert "restarts rollout 2" in lines
     found["restarts"] = {}
     assert "restarts" not in dict(closing_facts(found))
+
+
+def test_an_evaluation_that_had_to_wait_says_so() -> None:
+    late = evaluation(13, 0.5, 0.7) | {"due_step": 10}
+    assert eval_line(late).startswith("eval step 13 (due at 10): arithmetic-heldout avg@8 0.500")
+    (row,) = summary.benchmarks([evaluation(0, 0.3, 0.6), late])
+    headings = benchmark_table({"benchmarks": [row], "expected": None}).columns
+    assert [column.header for column in headings][2:4] == ["step 0", "step 13 (due at 10)"]
 
 
 def test_two_benchmarks_show_their_mean(tmp_path: Path) -> None:

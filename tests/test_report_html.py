@@ -120,6 +120,7 @@ def test_the_document_holds_what_the_run_wrote(page: Page) -> None:
     ]  # fmt: skip
     assert found["curves"][0]["lines"][0]["points"][-1] == [STEPS - 1, 0.83333]
     (benchmark,) = found["evals"]  # `overall` of one benchmark says nothing new
+    assert benchmark["late"] == ""
     assert benchmark["points"][0] == {"step": 0, "avg": 0.2, "low": 0.1203, "high": 0.31368, "pass": 0.2}
     assert found["phases"]["names"] == ["wait", "forward", "backward", "checkpoint", "other"]
     assert [seconds[0] for seconds in found["phases"]["seconds"]] == [0.5, 0.4, 0.6, 0.1, 0.4]

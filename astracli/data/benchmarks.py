@@ -136,6 +136,8 @@ _SPECS = (
         hashes=("0e04963d599be364",),
     ),
 )
+COUNTED_BYTES = 64 << 20
+"""The largest file whose lines are counted beforehand."""
 BENCHMARKS: dict[str, BenchmarkSpec] = {spec.name: spec for spec in _SPECS}
 
 
@@ -154,6 +156,18 @@ def get(name: str) -> BenchmarkSpec:
     near = difflib.get_close_matches(name, BENCHMARKS, n=1)
     hint = f"did you mean `{near[0]}`?" if near else "choose from the list"
     raise UserError(f"there is no benchmark `{name}`: {', '.join(BENCHMARKS)}", hint)
+
+
+def count_items(spec: BenchmarkSpec) -> int | None:
+    """How many items there are, without loading the set; None where that is not known beforehand."""
+    if spec.counts:
+        return spec.counts[0]
+    if spec.path is None or spec.path.suffix != ".jsonl" or not spec.path.is_file():
+        return None
+    if spec.path.stat().st_size > COUNTED_BYTES:
+        return None
+    with spec.path.open("rb") as file:
+        return sum(bool(line.strip()) for line in file)
 
 
 def fetch(name: str, data_dir: str | None = None) -> str | None:

@@ -200,15 +200,15 @@ class _Hub:
         name, query = request.path_params["name"], request.query_params
         try:
             have, longest = int(query.get("have", "-1")), min(MAX_WAIT_S, float(query.get("wait_s", "0")))
+            pinned = bool(int(query["pinned"])) if "pinned" in query else None
         except ValueError as error:
             raise BadBody(str(error)) from None
-        reply = await self._pulse.until(
-            request,
-            lambda: self._store.target(name),
-            lambda r: r["stop"] or r.get("wanted") or (r["version"] is not None and r["version"] != have),
-            longest,
-        )
-        return JSONResponse(reply)
+
+        def is_news(reply: dict[str, Any]) -> bool:
+            moved = reply["version"] is not None and reply["version"] != have
+            return reply["stop"] or reply.get("wanted") or moved or pinned not in (None, reply["pinned"])
+
+        return JSONResponse(await self._pulse.until(request, lambda: self._store.target(name), is_news, longest))
 
     async def engine_state(self, request: Request) -> Response:
         body = await read_json(request)
@@ -240,10 +240,30 @@ class _Hub:
 
     async def eval_next(self, request: Request) -> Response:
         body = await read_json(request)
+        finishing = field(body, "finishing", list, [])
         reply = await self._pulse.until(
-            request, self._store.eval_next, lambda r: "step" in r or bool(r.get("stop")), wait_s(body)
+            request,
+            lambda: self._store.eval_next(finishing),
+            lambda r: "step" in r or bool(r.get("stop")),
+            wait_s(body),
         )
         return JSONResponse(reply)
+
+    async def eval_engines(self, request: Request) -> Response:
+        body = await read_json(request)
+        version, have = field(body, "version", int), field(body, "have", list, None)
+        reply = await self._pulse.until(
+            request,
+            lambda: self._store.eval_engines(version),
+            lambda r: r["stop"] or r["engines"] != have,
+            wait_s(body),
+        )
+        return JSONResponse(reply)
+
+    async def eval_release(self, request: Request) -> Response:
+        body = await read_json(request)
+        self._store.eval_release(field(body, "step", int), field(body, "version", int), field(body, "engine", str))
+        return JSONResponse({})
 
     async def eval_done(self, request: Request) -> Response:
         body = await read_json(request)
@@ -294,6 +314,8 @@ def build_app(
         "/card/take": hub.take_card,
         "/card/give": hub.give_card,
         "/eval/next": hub.eval_next,
+        "/eval/engines": hub.eval_engines,
+        "/eval/release": hub.eval_release,
         "/eval/done": hub.eval_done,
         "/status": hub.status,
         "/metrics": hub.metrics,

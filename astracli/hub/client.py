@@ -79,14 +79,16 @@ class _Calls:
         return self._post("/ack", step=step, version=version, checkpoint_step=checkpoint_step)
 
     def announce(self, version: int, step: int) -> Any:
-        """-> {"eval": bool, "pinned": [versions that must stay on disk]}"""
+        """-> {"pinned": [versions that must stay on disk]}"""
         return self._post("/announce", version=version, step=step)
 
-    def target(self, engine: str, *, have: int | None = None, wait_s: float = 0.0) -> Any:
-        """-> {"version": int or None, "pinned": bool, "stop": bool}; waits up to `wait_s` for another than `have`.
+    def target(self, engine: str, *, have: int | None = None, pinned: bool | None = None, wait_s: float = 0.0) -> Any:
+        """-> {"version": int or None, "pinned": bool, "stop": bool}; waits up to `wait_s` for another version than
+        `have`, or for the other of `pinned`: whether an evaluation holds the engine at that version.
         Of an engine that takes turns on its GPU also "wanted": someone waits for it, which ends the wait, too. Of one
         that was lost, and not reported since, "down"."""
         query = f"wait_s={wait_s}" + ("" if have is None else f"&have={have}")
+        query += "" if pinned is None else f"&pinned={int(pinned)}"
         return self._send(_Call("GET", f"/engines/{engine}/target?{query}", None, "application/json"))
 
     def take_card(self, card: str, who: str, wait_s: float = 0.0) -> Any:
@@ -101,9 +103,19 @@ class _Calls:
         """state: ready | updating | down. -> {}"""
         return self._post(f"/engines/{engine}/state", version=version, state=state, **info)
 
-    def eval_next(self, wait_s: float = MAX_WAIT_S) -> Any:
-        """-> {"step", "version", "engine"} or {"wait": reason, "stop": bool}"""
-        return self._post("/eval/next", wait_s=wait_s)
+    def eval_next(self, wait_s: float = MAX_WAIT_S, *, finishing: Iterable[int] = ()) -> Any:
+        """-> {"step", "version", "due_step", "served": every sample is on disk} or {"wait": reason, "stop": bool}.
+        `finishing`: versions whose results are being written, which are left out."""
+        return self._post("/eval/next", wait_s=wait_s, finishing=list(finishing))
+
+    def eval_engines(self, version: int, have: list[str] | None = None, wait_s: float = 0.0) -> Any:
+        """-> {"engines": names of those that can be asked now, "stop": bool}; waits up to `wait_s` for other names than
+        `have`."""
+        return self._post("/eval/engines", version=version, have=have, wait_s=wait_s)
+
+    def eval_release(self, step: int, version: int, engine: str) -> Any:
+        """The engine has served its share of this evaluation, and every sample of it is on disk. -> {}"""
+        return self._post("/eval/release", step=step, version=version, engine=engine)
 
     def eval_done(self, step: int, version: int, results: Any) -> Any:
         """-> {}"""

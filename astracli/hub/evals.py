@@ -1,27 +1,51 @@
-"""Versions, engines and evaluations: which version an engine should hold, and which evaluation may run.
+"""Versions, engines and evaluations: which version an engine should hold, and which evaluation runs.
 
-A version is announced once it is stable on disk; the evaluation that it calls for is written in the same transaction,
-with the engine that will serve it. That engine's target stays at the evaluated version until the evaluation is done;
-the others follow the latest. What engines report lives in memory: after a restart they report again.
+A version is announced once it is stable on disk. An evaluation that becomes due then is written in the same
+transaction. One runs at a time, and all engines serve it: the target of each stays at the evaluated version until its
+share is served (`release`); then it follows the latest version. With the last share the evaluation is *served*: its
+results may still be on their way (`done`), but the next may run. One that becomes due meanwhile waits, and takes the
+version that is the latest when the running one is served; it stands for every step at which one became due until then.
+What engines report lives in memory: after a restart they report again.
 """
 
 from __future__ import annotations
 
 import json
+import sqlite3
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 from astracli.errors import RunFailed
 from astracli.hub.schema import Database
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """One that runs."""
+
+    step: int
+    version: int
+    due_step: int
+    """The step at which it became due; below `step` when an earlier evaluation was still running then."""
+    served: bool = False
+    """Every sample is on disk; what is left are the results."""
+
+
 class EvalBoard:
     """Part of the store; every method is safe from any thread."""
 
-    def __init__(self, database: Database, *, steps: int, eval_every: int, engines: list[str]):
+    def __init__(
+        self, database: Database, *, steps: int, eval_every: int, engines: list[str], deterministic: bool = False
+    ):
         self._db = database
         self._steps = steps
         self._every = eval_every
         self._names = list(engines)
+        self._together = deterministic
+        """Whether every engine stays until the evaluation is done: which step is evaluated then depends on no clock."""
+        self._released: set[str] = set()
+        """Engines whose share of the running evaluation is served."""
         self.engines: dict[str, dict[str, Any]] = {}
         """Last report of each engine: {"version", "state", ...}."""
 
@@ -36,35 +60,66 @@ class EvalBoard:
         """Step of the newest announced version; -1 before the first."""
         return self._db.scalar("SELECT COALESCE(MAX(step), -1) FROM versions")
 
-    def pending(self) -> list[tuple[int, int, str]]:
-        """[(step, version, engine)] of evaluations that are not done, oldest version first."""
-        rows = self._db.rows("SELECT step, version, engine FROM evals WHERE results IS NULL ORDER BY version")
-        return [(int(step), int(version), str(engine)) for step, version, engine in rows]
+    @property
+    def running(self) -> Evaluation | None:
+        """The evaluation that engines serve now."""
+        return next((one for one in self._begun() if not one.served), None)
+
+    def _begun(self) -> list[Evaluation]:
+        """Those that have a version and no results, oldest first."""
+        rows = self._db.rows(
+            "SELECT step, version, due_step, served FROM evals "
+            "WHERE results IS NULL AND version IS NOT NULL ORDER BY due_step"
+        )
+        return [Evaluation(int(step), int(version), int(due), bool(served)) for step, version, due, served in rows]
+
+    @property
+    def open(self) -> int:
+        """Evaluations that became due and are not done."""
+        return self._db.scalar("SELECT COUNT(*) FROM evals WHERE results IS NULL")
 
     def _is_due(self, step: int) -> bool:
-        return self._every > 0 and (step % self._every == 0 or step == self._steps)
+        return self._every > 0 and bool(self._names) and (step % self._every == 0 or step == self._steps)
 
     def announce(self, version: int, step: int) -> dict[str, Any]:
         """A version is stable on disk. Telling it twice changes nothing.
 
-        -> {"eval": whether an evaluation of this step is pending, "pinned": versions that must stay on disk}.
+        -> {"pinned": versions that must stay on disk until the next is announced}.
         """
         with self._db.transaction() as sql:
             sql.execute("INSERT OR IGNORE INTO versions (version, step) VALUES (?, ?)", (version, step))
-            if self._is_due(step) and self._names:
-                turn = self._db.scalar("SELECT COUNT(*) FROM evals WHERE step < ?", step)
-                engine = self._names[turn % len(self._names)]
-                sql.execute(
-                    "INSERT OR IGNORE INTO evals (step, version, engine) VALUES (?, ?, ?)", (step, version, engine)
-                )
-        pending = self.pending()
-        return {"eval": any(item[0] == step for item in pending), "pinned": [item[1] for item in pending]}
+            covered = sql.execute(
+                "SELECT 1 FROM evals WHERE due_step <= ? AND (step IS NULL OR step >= ?)", (step, step)
+            ).fetchone()
+            if self._is_due(step) and covered is None:
+                sql.execute("INSERT INTO evals (due_step) VALUES (?)", (step,))
+            self._start(sql)
+        return {"pinned": self.pinned()}
+
+    def _start(self, sql: sqlite3.Connection) -> None:
+        """Inside a transaction: an evaluation that waits takes the latest version, unless another runs."""
+        newest = sql.execute("SELECT step, version FROM versions ORDER BY version DESC LIMIT 1").fetchone()
+        if newest is not None and self.running is None:
+            sql.execute("UPDATE evals SET step = ?, version = ? WHERE version IS NULL", newest)
+
+    def pinned(self) -> list[int]:
+        """Versions of evaluations that are not done; with one that waits also the latest, which that may take."""
+        waits, latest = self._db.scalar("SELECT COUNT(*) FROM evals WHERE version IS NULL"), self.latest
+        return sorted({one.version for one in self._begun()} | ({latest} if waits and latest is not None else set()))
 
     def target(self, engine: str) -> tuple[int | None, bool]:
-        """(version that the engine should hold or None, whether an evaluation pins it there)."""
-        latest = self.latest
-        pinned = [version for _, version, name in self.pending() if name == engine]
-        return (pinned[0], True) if pinned and latest is not None else (latest, False)
+        """(version that the engine should hold or None, whether an evaluation pins it there).
+
+        An engine that is past the evaluated version never goes back.
+        """
+        latest, running = self.latest, self.running
+        if latest is None or running is None or engine in self._released or self._past(engine, running):
+            return latest, False
+        return running.version, True
+
+    def _past(self, engine: str, evaluation: Evaluation) -> bool:
+        held = self.engines.get(engine, {}).get("version")
+        return held is not None and held > evaluation.version
 
     def report(self, engine: str, document: dict[str, Any]) -> None:
         """What an engine holds: {"version", "state": ready|updating|down, ...}."""
@@ -75,22 +130,48 @@ class EvalBoard:
         """Whether it was lost, and has not been reported ready since."""
         return self.engines.get(engine, {}).get("state") == "down"
 
-    def next(self) -> tuple[dict[str, Any] | None, str]:
-        """(the evaluation that can run now or None, what is waited for as a noun phrase).
+    def holders(self, version: int) -> list[str]:
+        """Engines that can be asked now: ready at the evaluated version and kept there, in the plan's order."""
+        running = self.running
+        if running is None or running.version != version:
+            return []
+        ready = [name for name, report in self.engines.items() if report["state"] == "ready"]
+        at = {name for name in ready if self.engines[name]["version"] == version}
+        return [name for name in self._names if name in at and name not in self._released]
 
-        An evaluation can run when its engine has reported that it is ready at that version.
+    def next(self, finishing: Collection[int] = ()) -> tuple[Evaluation | None, str]:
+        """(the evaluation that can be worked on now or None, what is waited for as a noun phrase).
+
+        One that is served and not done, or one for which an engine has reported that it is ready at its version. A
+        worker that begins anew gets the same one again. `finishing`: versions whose results the worker is writing.
         """
-        pending = self.pending()
-        for step, version, engine in pending:
-            report = self.engines.get(engine, {})
-            if report.get("state") == "ready" and report.get("version") == version:
-                return {"step": step, "version": version, "engine": engine}, ""
-        if not pending:
+        begun = [one for one in self._begun() if one.version not in finishing]
+        if not begun:
             return None, f"the next version to evaluate; the latest is {self.latest}"
-        step, version, engine = pending[0]
-        report = self.engines.get(engine, {"version": None, "state": "starting"})
-        at = "" if report["version"] is None else f" at {report['version']}"
-        return None, f"{engine} to hold version {version}; it is {report['state']}{at}"
+        first = begun[0]
+        if first.served or self.holders(first.version):
+            return first, ""
+        states = []
+        for name in self._names:
+            report = self.engines.get(name, {"version": None, "state": "starting"})
+            at = "" if report["version"] is None else f" at {report['version']}"
+            states.append(f"{name} is {report['state']}{at}")
+        return None, f"an engine to hold version {first.version}: {', '.join(states)}"
+
+    def release(self, step: int, version: int, engine: str) -> None:
+        """The engine has served its share of this evaluation, and every sample of that is on disk.
+
+        Of an evaluation that does not run (any more) nothing happens. With the last engine it is served.
+        """
+        with self._db.transaction() as sql:
+            running = self.running
+            if running is None or (running.step, running.version) != (step, version) or self._together:
+                return
+            self._released.add(engine)
+            if self._released.issuperset(self._names):
+                sql.execute("UPDATE evals SET served = 1 WHERE due_step = ?", (running.due_step,))
+                self._released.clear()
+                self._start(sql)
 
     def version_of(self, engine: str | None) -> tuple[int, str | None]:
         """(version at which a new group would start, None or what it waits for).
@@ -106,34 +187,45 @@ class EvalBoard:
         return int(report["version"]), None
 
     def done(self, step: int, version: int, results: Any) -> None:
-        """Store the results and let go of the engine. Raises RunFailed when there is no such evaluation."""
+        """Store the results and let go of every engine; one that waits starts. Telling it twice changes nothing else.
+
+        Raises RunFailed when there is no such evaluation.
+        """
         with self._db.transaction() as sql:
+            ends = self.running
             change = sql.execute(
                 "UPDATE evals SET results = ? WHERE step = ? AND version = ?", (json.dumps(results), step, version)
             )
             if change.rowcount != 1:
                 raise RunFailed(f"there is no evaluation of version {version} at step {step}")
+            if ends is not None and ends.version == version:
+                self._released.clear()
+                self._start(sql)
 
     def rewind(self, version: int) -> None:
         """Inside a transaction of the caller: training goes on from `version`, and makes every later one again.
 
         No version is announced until the trainer has published: an engine must not fetch files that are being written
-        anew. Finished evaluations of later versions are forgotten too: they would speak of other weights.
+        anew. Evaluations of later versions are forgotten, finished or not: they would speak of other weights. What
+        became due before is due still, and takes the version that is announced first.
         """
         self._db.rows("DELETE FROM versions")
-        self._db.rows("DELETE FROM evals WHERE version > ?", version)
+        self._db.rows("DELETE FROM evals WHERE due_step > ?", version)
+        self._db.rows("UPDATE evals SET step = NULL, version = NULL, results = NULL WHERE version > ?", version)
+        self._db.rows("UPDATE evals SET served = 0 WHERE results IS NULL")  # the engines are new: none is past it
+        self._released.clear()
         self.engines.clear()
 
     def document(self) -> list[dict[str, Any]]:
-        """Every evaluation for the terminal."""
-        rows = self._db.rows("SELECT step, version, engine, results FROM evals ORDER BY step")
+        """Every evaluation for the terminal; `step` and `version` are None while it waits for an earlier one."""
+        rows = self._db.rows("SELECT due_step, step, version, results FROM evals ORDER BY due_step")
         return [
             {
+                "due_step": due_step,
                 "step": step,
                 "version": version,
-                "engine": engine,
-                "state": "pending" if results is None else "done",
+                "state": "done" if results is not None else "waiting" if version is None else "running",
                 "results": None if results is None else json.loads(results),
             }
-            for step, version, engine, results in rows
+            for due_step, step, version, results in rows
         ]

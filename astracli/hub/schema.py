@@ -15,7 +15,7 @@ from typing import Any
 
 from astracli.errors import UserError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 PAGE_BYTES = 16 << 10
 """A group of long completions is hundreds of kilobytes in one value: fewer pages to read, and to free again."""
 LOG_BYTES = 64 << 20
@@ -66,8 +66,15 @@ CREATE INDEX batches_with_blobs ON batches (step) WHERE pruned = 0;
 
 CREATE TABLE versions (version INTEGER PRIMARY KEY, step INTEGER NOT NULL);
 
--- results: JSON; NULL while pending.
-CREATE TABLE evals (step INTEGER PRIMARY KEY, version INTEGER NOT NULL, engine TEXT NOT NULL, results TEXT);
+-- step, version: what is evaluated; NULL while an earlier evaluation runs. served: every sample is on disk, no engine
+-- is needed any more. results: JSON; NULL until it is done.
+CREATE TABLE evals (
+    due_step INTEGER PRIMARY KEY,
+    step INTEGER UNIQUE,
+    version INTEGER,
+    served INTEGER NOT NULL DEFAULT 0,
+    results TEXT
+);
 """
 
 

@@ -8,7 +8,8 @@ hub that is killed at any instant and opened again neither loses a group nor ser
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ STOPPING = "the end: the run is being stopped"
 class HubStore:
     """Thread-safe: one lock, one connection. `clock` returns monotonic seconds.
 
-    `engines` are the names that evaluations are pinned to, in turn. `eval_every` 0 switches in-run evaluation off.
+    `engines` are the names of those that serve evaluations. `eval_every` 0 switches in-run evaluation off.
     Without `checkpoints` nothing is kept for a resume: what a step was trained on goes with the next one.
     Deterministic runs (staleness 0) get their batches in the order of lease ids, and their leases in waves: nothing new
     is granted before every group of the wave before is in. Which groups are generated together, and so the last bits of
@@ -61,7 +62,9 @@ class HubStore:
         self.max_staleness = max_staleness
         self.steps = steps
         self._db = Database(Path(path))
-        self._board = EvalBoard(self._db, steps=steps, eval_every=eval_every, engines=engines)
+        self._board = EvalBoard(
+            self._db, steps=steps, eval_every=eval_every, engines=engines, deterministic=deterministic
+        )
         self._batches = BatchBook(
             self._db,
             batch_groups=batch_groups,
@@ -114,7 +117,7 @@ class HubStore:
         """Every step acknowledged, the last version announced, no evaluation pending."""
         with self._db.lock:
             trained = self._batches.acked >= self.steps and self._board.latest_step >= self.steps
-            return trained and not self._board.pending()
+            return trained and not self._board.open
 
     def close(self) -> None:
         self._db.close()
@@ -296,20 +299,31 @@ class HubStore:
         self._board.report(engine, {"version": version, "state": state, **info})
         self._changed()
 
-    def eval_next(self) -> dict[str, Any]:
-        """-> {"step", "version", "engine"} or {"wait": reason, "stop": bool}; stop also when none will come."""
+    def eval_next(self, finishing: Collection[int] = ()) -> dict[str, Any]:
+        """-> {"step", "version", "due_step", "served"} or {"wait": reason, "stop": bool}: also when none will come.
+        See `EvalBoard.next`."""
         with self._db.lock:
-            item, wait = self._board.next()
-            if item is not None and not self._stop:
-                return item
+            found, wait = self._board.next(finishing)
+            if found is not None and not self._stop:
+                return asdict(found)
             return {"wait": wait or STOPPING, "stop": self._stop or self.finished}
 
+    def eval_engines(self, version: int) -> dict[str, Any]:
+        """-> {"engines": names of those that can be asked for the evaluation of `version` now, "stop": bool}"""
+        with self._db.lock:
+            return {"engines": self._board.holders(version), "stop": self._stop}
+
+    def eval_release(self, step: int, version: int, engine: str) -> None:
+        """See `EvalBoard.release`."""
+        self._board.release(step, version, engine)
+        self._changed()
+
     def pending_evals(self) -> int:
-        """Evaluations that were announced and are not done."""
-        return len(self._board.pending())
+        """Evaluations that became due and are not done."""
+        return self._board.open
 
     def eval_done(self, step: int, version: int, results: Any) -> None:
-        """Raises RunFailed when there is no such evaluation."""
+        """See `EvalBoard.done`."""
         self._board.done(step, version, results)
         self._changed()
 

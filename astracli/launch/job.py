@@ -51,7 +51,7 @@ class HubHandle:
             self.store.engine_state(name, None, "down")
 
     def pending_evals(self) -> int:
-        return sum(evaluation["state"] == "pending" for evaluation in self.store.state()["evals"])
+        return self.store.pending_evals()
 
 
 @dataclass
@@ -174,6 +174,7 @@ class Job:
         from astracli.hub.api import build_app, serve
         from astracli.hub.store import HubStore
         from astracli.weights.server import weights_app
+        from astracli.workers import eval_files
 
         recipe, training = self.recipe, self.training
         store = HubStore(
@@ -212,6 +213,7 @@ class Job:
         try:
             if self.resume_step is not None:
                 store.rewind(self.resume_step, self.resume_step)
+                eval_files.forget_after(self.run_dir.eval, self.resume_step)
             server = serve(app, ports.bind(recipe.launch.host)).start()
             yield HubHandle(store, server, frozenset(engines)), listeners.append
         finally:

@@ -107,7 +107,11 @@ def benchmarks(evals: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         names = names[:1]
     rows = []
     for name in names:
-        of_name = [{"step": e["step"], **e["results"][name]} for e in done if name in e["results"]]
+        of_name = [
+            {"step": e["step"], "due_step": e.get("due_step", e["step"]), **e["results"][name]}
+            for e in done
+            if name in e["results"]
+        ]
         first, last, more = of_name[0], of_name[-1], len(of_name) > 1
         rows.append(
             {

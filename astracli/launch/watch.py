@@ -36,7 +36,7 @@ class Watch:
     def __init__(self, run_dir: RunDir, steps: int | None, store: HubStore, sinks: Sequence[Sink]):
         """`steps`: of a training run; None for a job without a trainer."""
         self.evaluations_s: dict[str, float] = {}
-        """Step of an evaluation -> seconds from its announcement to its result."""
+        """Step of an evaluation -> seconds from when it became due to its result."""
         self._run_dir = run_dir
         self._training = steps is not None
         self._store = store
@@ -46,7 +46,7 @@ class Watch:
         self._view: View = open_view()
         self._progress = Progress(run_dir.name, steps or 0)
         self._looked = self._told = 0.0
-        self._announced: dict[str, float] = {}
+        self._due: dict[int, float] = {}
 
     def __call__(self, supervisor: Supervisor) -> None:
         now = time.monotonic()
@@ -87,11 +87,11 @@ class Watch:
 
     def _time_evaluations(self, evals: list[dict[str, Any]], now: float) -> None:
         for evaluation in evals:
-            step = str(evaluation["step"])
-            if evaluation["state"] == "pending":
-                self._announced.setdefault(step, now)
-            elif step in self._announced:
-                self.evaluations_s[step] = round(now - self._announced.pop(step), 2)
+            due_step = evaluation["due_step"]
+            if evaluation["state"] != "done":
+                self._due.setdefault(due_step, now)
+            elif due_step in self._due:
+                self.evaluations_s[str(evaluation["step"])] = round(now - self._due.pop(due_step), 2)
 
     def close(self, supervisor: Supervisor) -> None:
         """One last look at everything, then give the terminal back. Raises nothing: the run has ended, well or not."""

@@ -1,13 +1,12 @@
-"""One benchmark through one engine: ask, check the version, grade, count.
+"""One benchmark of an evaluation: what is asked, which version must answer, how answers are graded and counted.
 
-Every item stands in the denominator: an unanswered, aborted-for-good, over-long or ungradable sample is a wrong one
-with its own verdict. A request's random draws depend on (seed, benchmark, item, sample) alone, so the same weights give
-the same samples in any order, and a paired comparison of two versions draws alike.
+Every item stands in the denominator: an unanswered, over-long or ungradable sample is a wrong one with its own verdict.
+A request's random draws depend on (seed, benchmark, item, sample) alone, so the same weights give the same samples in
+any order and from any engine, and a paired comparison of two versions draws alike. `eval_spread` asks the engines.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import xxhash
 from astracli.adapter import chat_prompt_tokens
 from astracli.errors import RunFailed
 from astracli.rl import passk, votes
-from astracli.rl.reward import Grade, GradeItem, GradePool
+from astracli.rl.reward import Grade, GradeItem
 
 if TYPE_CHECKING:
     from astracli.data.benchmarks import Benchmark
@@ -29,16 +28,12 @@ if TYPE_CHECKING:
 _SHORT_TOKENS = 256
 """Up to here a completion is so short that one HTTP request carries several samples of an item."""
 _SHORT_SAMPLES = 8
-_PATIENCE_S = 900.0
-"""How long an engine may be away, or abort a request again and again, before the evaluation gives up."""
 
 
-class Engine(Protocol):
-    """What an evaluation needs of `engines.client.EngineClient`."""
+class Grader(Protocol):
+    """What an evaluation needs of `rl.reward.GradePool`."""
 
-    async def generate(self, requests: Sequence[GenRequest]) -> list[GenResult]: ...
-
-    async def health(self) -> bool: ...
+    async def agrade(self, items: Sequence[GradeItem]) -> list[Grade]: ...
 
 
 @dataclass(frozen=True)
@@ -149,117 +144,85 @@ def _calls(
     return [todo[i : i + size] for todo in by_item for i in range(0, len(todo), size)]
 
 
-async def evaluate_benchmark(
-    engine: Engine,
-    benchmark: Benchmark,
-    tokenizer: Any,
-    pool: GradePool,
-    *,
-    sampling: Sampling,
-    samples: int | None = None,
-    version: int | None = None,
-    pass_k: int | None = None,
-    max_concurrency: int = 64,
-    on_progress: Callable[[int, int], None] | None = None,
-    done_before: Sequence[EvalSample] = (),
-    on_samples: Callable[[Sequence[EvalSample]], None] | None = None,
-    whole_calls: bool = False,
-) -> Result:
-    """Sample every item `samples` times (None: the benchmark's own) and score it.
+class BenchmarkWork:
+    """The samples of one benchmark at one version: those that are there, and the calls that bring the others."""
 
-    At most `max_concurrency` samples are with the engine at once. `version` is the weight version that must have
-    answered; None takes any. `on_progress(done, total)` counts samples. `done_before` are samples of an earlier
-    attempt, which are not asked again; `on_samples` gets the new ones as they come, in no order. `whole_calls`: see
-    `_calls`. Raises RunFailed when another version answers,
-    or when the engine does not come back.
-    """
-    started = time.monotonic()
-    n = samples or benchmark.samples
-    total = n * len(benchmark.items)
-    places = {problem.id: place for place, problem in enumerate(benchmark.items)}
-    found = {(places[s.problem.id], s.sample): s for s in done_before if s.problem.id in places and s.sample < n}
-    prompts = [chat_prompt_tokens(tokenizer, benchmark.text(problem)) for problem in benchmark.items]
-    calls = _calls(len(prompts), n, found, sampling, max_concurrency, whole_calls)
-    gate = asyncio.Semaphore(max(1, max_concurrency // max(map(len, calls), default=1)))
+    def __init__(
+        self,
+        benchmark: Benchmark,
+        tokenizer: Any,
+        grader: Grader,
+        *,
+        sampling: Sampling,
+        samples: int | None = None,
+        version: int | None = None,
+        pass_k: int | None = None,
+        max_concurrency: int = 64,
+        whole_calls: bool = False,
+        done_before: Sequence[EvalSample] = (),
+        on_samples: Callable[[Sequence[EvalSample]], None] | None = None,
+    ):
+        """`samples` of every item, None: the benchmark's own. `version`: what must have answered, None: any.
+        `done_before` are samples of an earlier attempt, which are not asked again; `on_samples` gets the new ones
+        as they come, in no order. `whole_calls`, `max_concurrency`: see `_calls`."""
+        self.benchmark = benchmark
+        self.n = samples or benchmark.samples
+        self.total = self.n * len(benchmark.items)
+        self._tokenizer, self._grader, self._sampling = tokenizer, grader, sampling
+        self._version, self._pass_k, self._on_samples = version, pass_k or benchmark.pass_k, on_samples
+        self._places = {problem.id: place for place, problem in enumerate(benchmark.items)}
+        places = self._places
+        self._found = {
+            (places[s.problem.id], s.sample): s for s in done_before if s.problem.id in places and s.sample < self.n
+        }
+        self._prompts = [chat_prompt_tokens(tokenizer, benchmark.text(problem)) for problem in benchmark.items]
+        self.calls = _calls(len(self._prompts), self.n, self._found, sampling, max_concurrency, whole_calls)
+        self._began = self._ended = time.monotonic()
 
-    async def ask(units: Sequence[Unit]) -> None:
-        rooms = [min(sampling.max_new_tokens, sampling.context_length - len(prompts[place])) for place, _ in units]
-        asked = [(unit, room) for unit, room in zip(units, rooms, strict=True) if room > 0]
-        done = [
-            _unasked(benchmark.items[p], i, version or 0)
-            for (p, i), room in zip(units, rooms, strict=True)
-            if room <= 0
-        ]
-        if asked:
-            requests = [
-                _request(benchmark.name, benchmark.items[p], prompts[p], i, room, sampling) for (p, i), room in asked
-            ]
-            async with gate:
-                answers = await generate_all(engine, requests, version)
-            done += await _grade([(benchmark.items[p], i) for (p, i), _ in asked], answers, tokenizer, pool)
-        found.update({(places[sample.problem.id], sample.sample): sample for sample in done})
-        if on_samples is not None:
-            on_samples(done)
-        if on_progress is not None:
-            on_progress(len(found), total)
+    @property
+    def done(self) -> int:
+        """Samples that are there."""
+        return len(self._found)
 
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            for call in calls:
-                tasks.create_task(ask(call))
-    except ExceptionGroup as failures:
-        raise failures.exceptions[0] from None
-    ordered = [found[place, i] for place in range(len(benchmark.items)) for i in range(n)]
-    right = [[s.grade.verdict == "right" for s in ordered[i : i + n]] for i in range(0, total, n)]
-    return Result(benchmark.name, passk.score(right, pass_k or benchmark.pass_k), ordered, time.monotonic() - started)
+    def begin(self) -> None:
+        """The first call is sent now."""
+        self._began = self._ended = time.monotonic()
 
+    def requests(self, units: Sequence[Unit]) -> list[tuple[Unit, GenRequest]]:
+        """What to ask an engine; nothing for a unit whose prompt leaves no room."""
+        rooms = {unit: self._room(unit) for unit in units}
+        return [(unit, self._request(unit, room)) for unit, room in rooms.items() if room > 0]
 
-class Spread:
-    """Several engines as one: a request goes to the engine that has the fewest samples, of equals to the first."""
+    async def record(self, units: Sequence[Unit], answers: Sequence[tuple[Unit, GenResult]]) -> None:
+        """Grade and keep the answers, and with them what is not asked of `units`. Raises RunFailed when another version
+        has answered."""
+        for _, answer in answers:
+            _check_version(answer, self._version)
+        items = self.benchmark.items
+        done = [_unasked(items[p], i, self._version or 0) for p, i in units if self._room((p, i)) <= 0]
+        if answers:
+            asked = [(items[p], i) for (p, i), _ in answers]
+            done += await _grade(asked, [answer for _, answer in answers], self._tokenizer, self._grader)
+        self._found.update({(self._places[sample.problem.id], sample.sample): sample for sample in done})
+        self._ended = time.monotonic()
+        if self._on_samples is not None and done:
+            self._on_samples(done)
 
-    def __init__(self, engines: Sequence[Engine]):
-        self._engines = list(engines)
-        self._in_flight = [0] * len(self._engines)
+    def result(self) -> Result:
+        """Once every sample is there."""
+        ordered = [self._found[place, i] for place in range(len(self.benchmark.items)) for i in range(self.n)]
+        right = [[s.grade.verdict == "right" for s in ordered[i : i + self.n]] for i in range(0, self.total, self.n)]
+        score = passk.score(right, self._pass_k)
+        return Result(self.benchmark.name, score, ordered, self._ended - self._began)
 
-    async def generate(self, requests: Sequence[GenRequest]) -> list[GenResult]:
-        place = self._in_flight.index(min(self._in_flight))
-        self._in_flight[place] += len(requests)
-        try:
-            return await self._engines[place].generate(requests)
-        finally:
-            self._in_flight[place] -= len(requests)
+    def _room(self, unit: Unit) -> int:
+        return min(self._sampling.max_new_tokens, self._sampling.context_length - len(self._prompts[unit[0]]))
 
-    async def health(self) -> bool:
-        """Whether all of them are there: a refusal of one is not excused by another."""
-        return all(await asyncio.gather(*(engine.health() for engine in self._engines)))
-
-
-async def generate_all(engine: Engine, requests: Sequence[GenRequest], version: int | None) -> list[GenResult]:
-    """One finished answer per request; what comes back aborted, or meets an engine that restarts, is sent again.
-
-    Raises RunFailed: another version answered, a healthy engine fails three times, or patience is at its end.
-    """
-    answers: dict[int, GenResult] = {}
-    deadline = time.monotonic() + _PATIENCE_S
-    pause_s, refusals = 0.05, 0
-    while True:
-        todo = [i for i in range(len(requests)) if i not in answers]
-        failure: RunFailed | None = None
-        try:
-            replies = await engine.generate([requests[i] for i in todo])
-        except RunFailed as error:
-            replies, failure = [], error
-            refusals += await engine.health()
-        for i, reply in zip(todo, replies, strict=False):
-            if reply.finish_reason != "abort":
-                _check_version(reply, version)
-                answers[i] = reply
-        if len(answers) == len(requests):
-            return [answers[i] for i in range(len(requests))]
-        if refusals == 3 or time.monotonic() > deadline:
-            raise failure or RunFailed(f"the engine aborted an evaluation request for {_PATIENCE_S:g} s")
-        await asyncio.sleep(pause_s)
-        pause_s = min(2.0, 2 * pause_s)
+    def _request(self, unit: Unit, room: int) -> GenRequest:
+        place, sample = unit
+        return _request(
+            self.benchmark.name, self.benchmark.items[place], self._prompts[place], sample, room, self._sampling
+        )
 
 
 def _check_version(reply: GenResult, version: int | None) -> None:
@@ -288,11 +251,11 @@ def _request(
 
 
 async def _grade(
-    asked: Sequence[tuple[Problem, int]], answers: Sequence[GenResult], tokenizer: Any, pool: GradePool
+    asked: Sequence[tuple[Problem, int]], answers: Sequence[GenResult], tokenizer: Any, grader: Grader
 ) -> list[EvalSample]:
     texts = [tokenizer.decode(answer.tokens.tolist(), skip_special_tokens=True) for answer in answers]
     items = [GradeItem(problem.question, problem.answer, text) for (problem, _), text in zip(asked, texts, strict=True)]
-    grades = await pool.agrade(items)
+    grades = await grader.agrade(items)
     return [
         EvalSample(problem, i, answer.version, text, answer.tokens, answer.logprobs, answer.finish_reason, grade)
         for (problem, i), answer, text, grade in zip(asked, answers, texts, grades, strict=True)

@@ -6,8 +6,9 @@ import csv
 import io
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,18 @@ from astracli.rl.evaluation import EvalSample, Result, full_figures, score_figur
 from astracli.rl.reward import Grade
 from astracli.rl.sample_log import sample_line
 
-CSV_COLUMNS = ("step", "version", "benchmark", "items", "n", "avg_at_n", "stderr", "k", "pass_at_k")
+CSV_COLUMNS = ("step", "version", "benchmark", "items", "n", "avg_at_n", "stderr", "k", "pass_at_k", "due_step")
 OVERALL = "overall"
+
+
+@dataclass(frozen=True)
+class When:
+    """What one evaluation speaks of."""
+
+    step: int
+    version: int
+    due_step: int
+    """The step at which it became due; below `step` when an earlier evaluation was still running then."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +96,26 @@ def write_csv(path: Path, document: dict[str, Any]) -> None:
     write_atomically(path, text.getvalue())
 
 
-def write_results(folder: Path, step: int, version: int, results: Sequence[Result]) -> None:
+def partial_of(folder: Path, step: int) -> Path:
+    """Where the samples of a run's unfinished evaluation are kept."""
+    return folder / "partial" / f"step_{step:06d}"
+
+
+def write_results(folder: Path, when: When, results: Sequence[Result]) -> None:
     """Items and table of one evaluation. Writing a step again replaces it."""
     for result in results:
-        lines = [json.dumps(item_line(step, version, result.benchmark, sample)) for sample in result.samples]
-        write_atomically(folder / "items" / f"step_{step:06d}_{result.benchmark}.jsonl", "\n".join(lines) + "\n")
-    update_csv(folder / "eval.csv", step, version, results)
+        lines = [json.dumps(item_line(when.step, when.version, result.benchmark, sample)) for sample in result.samples]
+        write_atomically(folder / "items" / f"step_{when.step:06d}_{result.benchmark}.jsonl", "\n".join(lines) + "\n")
+    update_csv(folder / "eval.csv", when, results)
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """A run goes on from a checkpoint of `step`: later steps' evaluations, finished or not, are of other weights."""
+    if (folder / "eval.csv").exists():
+        _write_rows(folder / "eval.csv", [row for row in _rows(folder / "eval.csv") if int(row["step"]) <= step])
+    for path in [*(folder / "items").glob("step_*.jsonl"), *(folder / "partial").glob("step_*")]:
+        if int(path.name.split("_")[1].removesuffix(".jsonl")) > step:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def item_line(step: int, version: int, benchmark: str, sample: EvalSample) -> dict[str, Any]:
@@ -113,23 +138,28 @@ def item_line(step: int, version: int, benchmark: str, sample: EvalSample) -> di
     )
 
 
-def update_csv(path: Path, step: int, version: int, results: Sequence[Result]) -> None:
+def update_csv(path: Path, when: When, results: Sequence[Result]) -> None:
     """Put one evaluation's rows into the table, in the order of steps; rows of the same step make room."""
-    rows: list[dict[str, Any]] = []
-    if path.exists():
-        with path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["step"]) != step]
+    rows = [row for row in _rows(path) if int(row["step"]) != when.step] if path.exists() else []
     scores = [(result.benchmark, result.score) for result in results]
     if scores:
         scores.append((OVERALL, passk.overall([score for _, score in scores])))
     for name, score in scores:
         numbers = {k: f"{v:.6f}" if isinstance(v, float) else v for k, v in score_figures(score).items()}
-        rows.append({"step": step, "version": version, "benchmark": name, **numbers})
-    rows.sort(key=lambda row: int(row["step"]))
+        rows.append({**asdict(when), "benchmark": name, **numbers})
+    _write_rows(path, rows)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     text = io.StringIO()
     table = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
     table.writeheader()
-    table.writerows(rows)
+    table.writerows(sorted(rows, key=lambda row: int(row["step"])))
     write_atomically(path, text.getvalue())
 
 
@@ -141,12 +171,13 @@ def figures(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def metric_records(process: str, step: int, version: int, results: Sequence[Result]) -> list[dict[str, Any]]:
-    """One metrics record a benchmark and one for `overall`; every figure is named eval_*, those by k are left out."""
+def metric_records(process: str, when: When, found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One metrics record a benchmark and one for `overall`, from `figures`; every figure is named eval_*, without those
+    by k."""
     return [
-        {"step": step, "process": process, "version": version, "benchmark": name}
+        {"step": when.step, "process": process, "version": when.version, "due_step": when.due_step, "benchmark": name}
         | {f"eval_{key}": value for key, value in values.items() if not isinstance(value, dict)}
-        for name, values in figures(results).items()
+        for name, values in found.items()
     ]
 
 

@@ -144,7 +144,7 @@ class TrainLoop:
         if self.config.resume:
             if self.hub is not None:
                 evals = self.hub.state()["evals"]
-                self._pinned = {item["version"] for item in evals if item["state"] == "pending"}
+                self._pinned = {item["version"] for item in evals if item["state"] == "running"}
             self.publisher.restart(self.step, masters.wire_shards(copy=not self.turn.leaves), owned=True)
         else:
             self.publisher.publish(0, masters.wire_shards(copy=not self.turn.leaves), owned=True)

@@ -10,6 +10,8 @@ An update, in the order in which it happens (mode `abort`):
     read back           when due, beside generation, and before the report: results are held, and no evaluation begins,
                         until the weights are proven under HF names too
 
+An engine that an evaluation holds at its version gets no update until the hub lets it go; its rollouts go on.
+
 On a GPU that engine and trainer use in turns, the lane holds the engine's card at the hub. When the trainer wants it,
 and no evaluation is pinned there: gate, abort, drain, pause, settle (no read-back is at the weights any more), release
 KV cache and weights (the engine keeps a copy of them in host memory), give the card; then wait for the card, take the
@@ -72,6 +74,27 @@ class Fetcher(Protocol):
     def proof(self, version: int) -> Mapping[str, float]: ...
 
 
+class IdleWhile:
+    """How much of an engine's idle seconds fall into a state that comes and goes."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._since: float | None = None
+        """The idle seconds that there were when the state began; None outside it."""
+
+    def note(self, state: bool, idle_s: float) -> None:
+        """The state now, with the engine's idle seconds so far."""
+        if self._since is not None:
+            self._seconds += idle_s - self._since
+        self._since = idle_s if state else None
+
+    def take(self, state: bool, idle_s: float) -> float:
+        """The seconds since the last call."""
+        self.note(state, idle_s)
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
 class Lane(Gate):
     """One engine: its gate, and how it follows the hub."""
 
@@ -98,6 +121,9 @@ class Lane(Gate):
         self._serving = False
         self._wrong: int | None = None
         """What the engine says it holds, and a read-back has found it does not."""
+        self._held = False
+        """Whether an evaluation holds the engine at its version."""
+        self._held_idle = IdleWhile()
 
     # ---- following the hub -------------------------------------------------------------------------------------------
 
@@ -111,10 +137,13 @@ class Lane(Gate):
                 reply = await self._hub.target(
                     self.name,
                     have=self.version if self.open.is_set() else None,
+                    pinned=self._held,
                     wait_s=0.0 if ready_to_serve else TARGET_WAIT_S,
                 )
                 if reply["stop"]:
                     return
+                self._held = reply["pinned"]
+                self._held_idle.note(self._held, self.use.seconds().idle)
                 if told and reply.get("down"):
                     self._attached = False  # the supervisor saw it end: with nothing under way, nothing failed here
                 elif self.turns and self._attached and reply.get("wanted"):
@@ -211,7 +240,8 @@ class Lane(Gate):
         record["gap_s"] = time.monotonic() - gate_closed if gate_closed is not None else 0.0
         if due:
             await self._prove(target, record)
-        await self._hub.metrics([record | self._since_last_update()])
+        since = {"held_idle_s": self._held_idle.take(self._held, self.use.seconds().idle)} | self._since_last_update()
+        await self._hub.metrics([record | since])
 
     async def _prove(self, target: int, record: dict[str, Any]) -> None:
         """Wait for the read-back of `target`; weights that are not the trainer's are replaced by a full payload."""

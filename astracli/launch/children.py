@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from astracli.launch.again import Retry
 from astracli.launch.local import ChildSpec
 from astracli.launch.ports import free_ports
-from astracli.launch.supervise import Retry
 from astracli.plan import LaunchPlan, ProcessPlan
 from astracli.recipe import Recipe
 from astracli.run_dir import RunDir, write_atomic

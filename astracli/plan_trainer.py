@@ -107,6 +107,7 @@ def trainer_rows(
     resident = sum(row.bytes for row in rows if row.where == "host")
     loading = max(0, 4 * shape.parameters - resident)
     rows.append(MemoryRow(name, "checkpoint while loading (fp32), over these", "host", loading, "estimated"))
+    rows += _checkpoint_copy(name, recipe, share)
     return [*rows, MemoryRow(name, "process", "host", TORCH_PROCESS, "estimated")]
 
 
@@ -126,7 +127,16 @@ def _on_cpu(name: str, shape: MemoryShape, recipe: Recipe, ranks: int) -> list[M
     rows.append(MemoryRow(name, "logits of a chunk (fp32)", host, 3 * logits))
     activations = 2 * (_kept(shape, recipe, RESIDENT) + _tokens(recipe) * max(block_activations(shape)))
     rows.append(MemoryRow(name, "activations", host, activations, "estimated", fixed=False))
+    rows += _checkpoint_copy(name, recipe, share)
     return [*rows, MemoryRow(name, "process", host, TORCH_PROCESS, "estimated")]
+
+
+def _checkpoint_copy(name: str, recipe: Recipe, share: int) -> list[MemoryRow]:
+    """What a checkpoint is written from beside the next steps (checkpoint_saver.py): masters and both moments. With
+    less, its pieces are used again, and an update waits for the disk."""
+    if not recipe.checkpoint.every or recipe.launch.deterministic:
+        return []
+    return [MemoryRow(name, "copy of a checkpoint that is being written", "host", 12 * share, fixed=False)]
 
 
 def _outside(shape: MemoryShape) -> int:

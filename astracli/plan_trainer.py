@@ -37,6 +37,7 @@ one tensor it may be more."""
 PASSING = 3
 """Buckets of moments on the GPU at once: one comes, one is worked on, one leaves."""
 MASTERS = "master weights (fp32)"
+CHECKPOINT_COPY = "copy of a checkpoint that is being written"
 PUBLISHED = "published weights, last version and the next"
 SPARE_BYTES = 2**30
 """Of a GPU, what published versions leave free; `weights.snapshot` says the same."""
@@ -136,7 +137,7 @@ def _checkpoint_copy(name: str, recipe: Recipe, share: int) -> list[MemoryRow]:
     less, its pieces are used again, and an update waits for the disk."""
     if not recipe.checkpoint.every or recipe.launch.deterministic:
         return []
-    return [MemoryRow(name, "copy of a checkpoint that is being written", "host", 12 * share, fixed=False)]
+    return [MemoryRow(name, CHECKPOINT_COPY, "host", 12 * share, fixed=False)]
 
 
 def _outside(shape: MemoryShape) -> int:

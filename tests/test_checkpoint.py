@@ -20,6 +20,7 @@ from training_tools import make_trainer, recipe, sample_groups, save_model, spaw
 from astracli.errors import RunFailed, disk_full
 from astracli.training import checkpoint, checkpoint_saver
 from astracli.training.checkpoint_saver import pieces
+from astracli.training.fsdp import Ranks
 from astracli.training.step import Trainer
 
 SCRIPT = """
@@ -274,6 +275,21 @@ def test_a_full_disk_is_told_and_leaves_the_older_checkpoint(
         saver.begin(3, 3, trainer.masters)
     found = checkpoint.latest(tmp_path)
     assert found is not None and found.step == 1
+
+
+def test_memory_for_the_copy_is_what_the_plan_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 100 pieces in all 60 are free now and 30 go to others later: two ranks share 0.8 of the smaller rest."""
+    size = checkpoint_saver.PIECE_BYTES
+    host = {"memory_total": 100 * size, "memory_available": 60 * size}
+    monkeypatch.setattr("astracli.machine_read.system", lambda: host)
+
+    def count(wanted: int, others: int, **more: Any) -> int:
+        saver = checkpoint_saver.Saver(tmp_path, Ranks(world_size=2), keep=2, others=others * size, **more)
+        saver._block_bytes = size
+        return saver._pieces(wanted)
+
+    assert (count(1000, 30), count(1000, 80), count(7, 30)) == (24, 8, 7)
+    assert count(1000, 100) == count(1000, 30, beside=False) == checkpoint_saver.LEAST_PIECES
 
 
 def test_pieces_are_all_bytes_in_their_order() -> None:

@@ -37,7 +37,7 @@ PIECE_BYTES = 1 << 28
 LEAST_PIECES = 4
 """Of memory for copies, where there is none for all of them: one is filled, one written, two wait."""
 ROOM = 0.8
-"""Of the memory that is available on the host, what the copies of all ranks may fill."""
+"""Of the host's memory that nothing else needs, now or by the plan, what the copies of all ranks may fill."""
 RNG_BYTES = 1 << 16
 """More than a random state has."""
 LOOK_S = 0.05
@@ -56,8 +56,10 @@ class _Piece:
 class Saver:
     """One rank's part. Errors of the threads come out of the next `begin`, `check` or `wait`."""
 
-    def __init__(self, directory: Path, ranks: Ranks, *, keep: int, beside: bool = True):
-        """`beside`: steps go on while a checkpoint is written, so that its copy needs memory."""
+    def __init__(self, directory: Path, ranks: Ranks, *, keep: int, beside: bool = True, others: int = 0):
+        """`beside`: steps go on while a checkpoint is written, so that its copy needs memory. `others`: bytes of the
+        host's memory that everything else of the run may come to need."""
+        self._others = others
         self.directory, self.ranks, self.keep, self.beside = directory, ranks, keep, beside
         self.whole: int | None = None
         """Step of the newest checkpoint that this made whole; on rank 0."""
@@ -93,7 +95,8 @@ class Saver:
             return min(LEAST_PIECES, all_of_them)
         from astracli.machine_read import system
 
-        room = ROOM * system()["memory_available"] / self.ranks.world_size
+        host = system()
+        room = ROOM * min(host["memory_available"], host["memory_total"] - self._others) / self.ranks.world_size
         return max(1, min(all_of_them, max(LEAST_PIECES, int(room // self._block_bytes))))
 
     def _make(self, count: int) -> None:
@@ -211,18 +214,21 @@ class _Save:
             self._copies(stream)
 
     def _copies(self, stream: torch.cuda.Stream | None) -> None:
-        last = None
+        last: torch.cuda.Event | None = None
         for slices in pieces(self._parts, self._saver._block_bytes):
             block = self._saver._free.get()
             if block is None:
                 if self._saver._none is not None:
                     raise self._saver._none
                 return
-            sizes = [high - low for _, low, high in slices]
-            targets = list(block[: sum(sizes)].split(sizes))
-            torch._foreach_copy_(targets, [part[low:high] for part, low, high in slices], non_blocking=True)
-            last = stream.record_event() if stream is not None else None
-            self._full.put(_Piece(block, sum(sizes), last))
+            size = 0
+            for part, low, high in slices:
+                block[size : size + high - low].copy_(part[low:high], non_blocking=True)
+                size += high - low
+            if stream is not None:
+                last = torch.cuda.Event(blocking=True)  # who waits for it leaves its core to others
+                last.record(stream)
+            self._full.put(_Piece(block, size, last))
         self._full.put(None)
         if last is not None:
             last.synchronize()

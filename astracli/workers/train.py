@@ -116,7 +116,9 @@ class TrainLoop:
         )
         self.checkpoints = config.run_dir / "checkpoints"
         beside = not self.recipe.launch.deterministic  # where nothing runs beside anything
-        self.saver = Saver(self.checkpoints, ranks, keep=self.recipe.checkpoint.keep, beside=beside)
+        others = int(config.extra.get("placement", {}).get("host_bytes", 0))
+        keep = self.recipe.checkpoint.keep
+        self.saver = Saver(self.checkpoints, ranks, keep=keep, beside=beside, others=others)
         self._pinned: set[int] = set()
         table = self.recipe.weights
         self.publisher = Publisher(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -96,9 +96,21 @@ def closing_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         each = ", ".join(f"{name} {count}" for name, count in restarts.items())
         counted = "; the balance counts the time that they took" if summary.get("balance") else ""
         facts.append(("restarts", each + counted))
+    if resumes := summary.get("resumes"):
+        facts.append(("resumes", resume_words(resumes)))
     facts += [("note", words) for words in summary.get("notes", ())]
     facts += [(name, place) for name, place in summary["paths"].items()]
     return facts
+
+
+def resume_words(resumes: Sequence[Mapping[str, Any]]) -> str:
+    """How often the run went on from a checkpoint by itself, where, what for, and what that cost."""
+    each = [
+        f"at step {found['at_step']} from step {found['from_step']} ({found['cause']}), "
+        f"{duration(found['seconds'] or 0.0)} until it was there again"
+        for found in resumes
+    ]
+    return f"{len(each)}: " + "; ".join(each)
 
 
 UNGRADED = {

@@ -37,6 +37,7 @@ one tensor it may be more."""
 PASSING = 3
 """Buckets of moments on the GPU at once: one comes, one is worked on, one leaves."""
 MASTERS = "master weights (fp32)"
+CHECKPOINT_COPY = "copy of a checkpoint that is being written"
 PUBLISHED = "published weights, last version and the next"
 HOLES_SHARE = 0.03
 """Of what torch allocates on a GPU, what its cache holds besides at the fullest moment (measured: 0.025 to 0.041)."""
@@ -113,6 +114,7 @@ def trainer_rows(
     resident = sum(row.bytes for row in rows if row.where == "host")
     loading = max(0, 4 * shape.parameters - resident)
     rows.append(MemoryRow(name, "checkpoint while loading (fp32), over these", "host", loading, "estimated"))
+    rows += _checkpoint_copy(name, recipe, share)
     return [*rows, MemoryRow(name, "process", "host", TORCH_PROCESS, "estimated")]
 
 
@@ -137,7 +139,16 @@ def _on_cpu(name: str, shape: MemoryShape, recipe: Recipe, ranks: int) -> list[M
     rows.append(MemoryRow(name, "logits of a chunk (fp32)", host, 3 * logits))
     activations = 2 * _tokens(recipe) * sum(_of_a_token(shape, recomputed(recipe, RESIDENT)))
     rows.append(MemoryRow(name, "activations", host, activations, "estimated", fixed=False))
+    rows += _checkpoint_copy(name, recipe, share)
     return [*rows, MemoryRow(name, "process", host, TORCH_PROCESS, "estimated")]
+
+
+def _checkpoint_copy(name: str, recipe: Recipe, share: int) -> list[MemoryRow]:
+    """What a checkpoint is written from beside the next steps (checkpoint_saver.py): masters and both moments. With
+    less, its pieces are used again, and an update waits for the disk."""
+    if not recipe.checkpoint.every or recipe.launch.deterministic:
+        return []
+    return [MemoryRow(name, CHECKPOINT_COPY, "host", 12 * share, fixed=False)]
 
 
 def _outside(shape: MemoryShape) -> int:

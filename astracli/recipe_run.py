@@ -65,7 +65,14 @@ class LaunchTable(Table):
     deterministic: bool = False
     """Same bytes from run to run: staleness 0, fixed slots, batches sorted by id."""
     max_restarts: NonNegativeInt | None = None
-    """Restarts of an engine or rollout worker; None is 0 on a CPU and 2 on GPUs."""
+    """Restarts of an engine or rollout worker within `restart_window_s`; None is 0 on a CPU and 2 on GPUs."""
+    restart_window_s: PositiveFloat = 3600.0
+    """Seconds over which restarts are counted: in a run of days a process may fail now and then, and one that fails
+    again at once will not do better."""
+    max_resumes: NonNegativeInt | None = None
+    """How often a run whose trainer ended of what may pass (a CUDA error, a collective that timed out, a rank that was
+    killed) goes on from its newest checkpoint by itself; None is 0 on a CPU and 5 on GPUs. Twice alike at one step ends
+    the run, and so does whatever a new start would only repeat."""
     ready_timeout_s: PositiveFloat = 600.0
     heartbeat_timeout_s: PositiveFloat = 60.0
     lease_timeout_s: PositiveFloat = 600.0

@@ -157,7 +157,7 @@ class PlainView:
             self._phase = progress.phase
             self._say(now, phase_words(progress))
         elif now - self._last >= SILENCE_S:
-            done = phase_words(progress) if progress.phase == "starting" else done
+            done = phase_words(progress) if progress.phase in ("starting", "resuming") else done
             self._say(now, "; ".join([done, *progress.waits()]))
 
     def _say(self, now: float, line: str) -> None:
@@ -185,6 +185,7 @@ def phase_words(progress: Progress) -> str:
     words = {
         "starting": "starting",
         "running": "all processes are ready",
+        "resuming": "going on from the checkpoint",
         "finishing": "training is done, the last evaluations run",
         "stopping": "stopping",
     }

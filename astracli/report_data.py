@@ -52,7 +52,9 @@ def document(run: RunDir) -> dict[str, Any]:
     summary = run_view.summary(run) or {}
     return {
         "run": run_view.row(run) | {"cause": status.cause if status else None},
-        "summary": {key: summary[key] for key in ("groups", "memory", "restarts", "expected") if summary.get(key)},
+        "summary": {
+            key: summary[key] for key in ("groups", "memory", "restarts", "resumes", "expected") if summary.get(key)
+        },
         "tiles": tiles(run, records, summary),
         "curves": curves(records),
         "evals": evaluations(run),

@@ -40,7 +40,7 @@ def packed(run: RunDir, decode: Decode | None = None, *, most: int = MOST, budge
 
 def chosen(run: RunDir, most: int) -> tuple[list[Row], int]:
     """(rows, how many there are): rollout samples first, then those of the last and the first evaluation."""
-    rollout = [row for file in sorted(run.samples.glob("*.jsonl")) for row in metrics.read(file)]
+    rollout = [row for file in sorted(run.samples.glob("*.jsonl")) for row in _rows(file)]
     total = len(rollout)
     by_step: dict[str, list[Path]] = {}
     for file in sorted((run.eval / "items").glob("step_*.jsonl")):
@@ -48,7 +48,7 @@ def chosen(run: RunDir, most: int) -> tuple[list[Row], int]:
     steps = sorted(by_step)
     kept_steps = sorted({*steps[-1:], *steps[:1]})
     total += sum(_lines(file) for step in steps if step not in kept_steps for file in by_step[step])
-    items = [row for step in kept_steps for file in by_step[step] for row in metrics.read(file)]
+    items = [row for step in kept_steps for file in by_step[step] for row in _rows(file)]
     total += len(items)
     room = max(most - len(items), most * 7 // 10)
     rollout = spread(rollout, min(room, most))
@@ -60,6 +60,15 @@ def spread(rows: list[Row], count: int) -> list[Row]:
     if len(rows) <= count:
         return rows
     return [rows[i * len(rows) // count] for i in range(count)]
+
+
+def _rows(file: Path) -> Iterator[Row]:
+    """What a page needs of a file's samples: of a run of days all of their tokens would be gigabytes."""
+    with file.open(encoding="utf-8") as lines:
+        for row in metrics.parse(lines):
+            lists = {key: row.get(key) or [] for key in ("tokens", "logprobs")}
+            row |= {key: list(_clipped(values)) for key, values in lists.items()}
+            yield row | {"length": len(lists["tokens"])}
 
 
 def _lines(file: Path) -> int:
@@ -95,7 +104,7 @@ def columns(rows: Sequence[Row], total: int, decode: Decode | None) -> dict[str,
         "sample": [row.get("sample") for row in rows],
         "reward": [row.get("reward") for row in rows],
         "advantage": [row.get("advantage") for row in rows],
-        "length": [len(row.get("tokens") or []) for row in rows],
+        "length": [row.get("length", len(row.get("tokens") or [])) for row in rows],
     }
     for column in ("benchmark", "problem_id", "problem", "answer", "verdict", "finish_reason"):
         found[column] = [texts.place(row.get(column)) for row in rows]

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from training_tools import make_trainer, recipe, sample_groups, save_model, spawn
 
-from astracli.errors import RunFailed
-from astracli.training import checkpoint
+from astracli.errors import RunFailed, disk_full
+from astracli.training import checkpoint, checkpoint_saver
+from astracli.training.checkpoint_saver import pieces
+from astracli.training.fsdp import Ranks
 from astracli.training.step import Trainer
 
 SCRIPT = """
@@ -102,7 +109,7 @@ def test_damaged_checkpoints_are_passed_over(model_dir: Path, tmp_path: Path, da
     for step in (5, 10):
         checkpoint.save(tmp_path, step, step, trainer.masters, trainer.ranks, keep=2)
     newest = tmp_path / "step_000010"
-    data = next(newest.glob("*.distcp"))
+    data = next(newest.glob("*.bin"))
     if damage == "marker":
         (newest / checkpoint.COMPLETE).unlink()
     elif damage == "missing":
@@ -117,6 +124,16 @@ def test_damaged_checkpoints_are_passed_over(model_dir: Path, tmp_path: Path, da
         shutil.move(newest, tmp_path / "step_000011")
     found = checkpoint.latest(tmp_path)
     assert found is not None and found.step == 5
+
+
+def test_another_format_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    """Passed over, the run would begin anew without a word."""
+    trainer = make_trainer(model_dir, recipe())
+    path = checkpoint.save(tmp_path, 5, 5, trainer.masters, trainer.ranks, keep=2)
+    meta = json.loads((path / checkpoint.META).read_text())
+    (path / checkpoint.META).write_text(json.dumps(meta | {"format": 1}))
+    with pytest.raises(RunFailed, match="has format 1, this astra reads 2"):
+        checkpoint.latest(tmp_path)
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
@@ -146,3 +163,146 @@ def test_a_save_of_the_shipped_model_takes_little_time(tmp_path: Path) -> None:
         checkpoint.save(tmp_path, step, step, trainer.masters, trainer.ranks, keep=1)
         took.append(time.process_time() - began)
     assert min(took) < 0.5
+
+
+# -- beside the steps that follow --------------------------------------------------------------------------------------
+
+
+class Disk:
+    """Stands in for the disk: holds every write until it is let go, and may be full."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: OSError | None = None):
+        self.free, self.error, self.writes = threading.Event(), error, 0
+        real = checkpoint_saver.write_all
+
+        def slowly(file: Any, content: memoryview) -> None:
+            self.writes += 1
+            assert self.free.wait(60), "nobody let it go"
+            if self.error is not None:
+                raise self.error
+            real(file, content)
+
+        monkeypatch.setattr(checkpoint_saver, "write_all", slowly)
+
+
+def stored(trainer: Trainer, directory: Path) -> dict[str, torch.Tensor]:
+    """Masters and moments as the newest checkpoint has them, in a trainer of its own."""
+    found = checkpoint.latest(directory)
+    assert found is not None
+    checkpoint.load(found, trainer.masters, trainer.ranks)
+    return state_of(trainer)
+
+
+def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    first, second = trainer.masters.moments()
+    kinds = {"value": trainer.masters.values, "first": first, "second": second}
+    return {f"{kind}.{name}": t.clone() for kind, tensors in kinds.items() for name, t in tensors.items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(t, other[name]) for name, t in one.items())
+
+
+def test_a_checkpoint_is_of_the_moment_at_which_it_was_begun_and_whole_only_at_the_end(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(model_dir, recipe())
+    saver = checkpoint_saver.Saver(tmp_path, trainer.ranks, keep=2)
+    steps(trainer, 0, 1)
+    saver.begin(1, 1, trainer.masters)
+    saver.wait()
+    steps(trainer, 1, 2)
+    then = state_of(trainer)
+    disk = Disk(monkeypatch)
+    digested: list[str] = []
+    whole_digest = checkpoint.digest_of
+    monkeypatch.setattr(checkpoint, "digest_of", lambda path: digested.append(path.suffix) or whole_digest(path))
+    saver.begin(2, 2, trainer.masters)
+    steps(trainer, 2, 4)  # the disk has taken nothing yet, and two steps change everything
+    found = checkpoint.latest(tmp_path)
+    assert saver.busy and saver.whole == 1 and found is not None and found.step == 1
+    assert not same(then, state_of(trainer))
+    digested.clear()
+    disk.free.set()
+    saver.wait()
+    assert saver.whole == 2 and set(digested) == {".json"}, "what was written is never read again"
+    figures = saver.figures()
+    held = sum(value.numel() for value in trainer.masters.values.values())
+    assert figures["checkpoint_bytes"] == 12 * held + torch.get_rng_state().numel() and not saver.figures()
+    other = make_trainer(model_dir, recipe())
+    assert same(then, stored(other, tmp_path))
+
+
+def test_with_little_memory_an_update_waits_for_the_disk(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy's pieces are used again, so a part of the state is still to be copied when the step would change it."""
+    monkeypatch.setattr(checkpoint_saver, "PIECE_BYTES", 1 << 14)
+    monkeypatch.setattr(checkpoint_saver, "ROOM", 0.0)
+    trainer = make_trainer(model_dir, recipe())
+    steps(trainer, 0, 1)
+    then = state_of(trainer)
+    disk = Disk(monkeypatch)
+    saver = checkpoint_saver.Saver(tmp_path, trainer.ranks, keep=2)
+    saver.begin(1, 1, trainer.masters)
+    work = threading.Thread(target=steps, args=(trainer, 1, 2))
+    work.start()
+    wait_until(lambda: disk.writes == 1 and saver._free.empty())
+    time.sleep(0.5)
+    assert work.is_alive() and same(then, state_of(trainer)) and len(saver.blocks) == checkpoint_saver.LEAST_PIECES
+    disk.free.set()
+    work.join(60)
+    saver.wait()
+    assert not work.is_alive() and disk.writes > 3 * checkpoint_saver.LEAST_PIECES
+    assert not same(then, state_of(trainer))
+    assert same(then, stored(make_trainer(model_dir, recipe()), tmp_path))
+
+
+def test_a_full_disk_is_told_and_leaves_the_older_checkpoint(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(model_dir, recipe())
+    checkpoint.save(tmp_path, 1, 1, trainer.masters, trainer.ranks, keep=2)
+    disk = Disk(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
+    disk.free.set()
+    saver = checkpoint_saver.Saver(tmp_path, trainer.ranks, keep=2)
+    saver.begin(2, 2, trainer.masters)
+    with pytest.raises(OSError, match="No space left") as full:
+        saver.wait()
+    assert disk_full(full.value) is not None
+    steps(trainer, 2, 3)  # nobody waits for a copy that will not come
+    with pytest.raises(OSError, match="No space left"):
+        saver.begin(3, 3, trainer.masters)
+    found = checkpoint.latest(tmp_path)
+    assert found is not None and found.step == 1
+
+
+def test_memory_for_the_copy_is_what_the_plan_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 100 pieces in all 60 are free now and 30 go to others later: two ranks share 0.8 of the smaller rest."""
+    size = checkpoint_saver.PIECE_BYTES
+    host = {"memory_total": 100 * size, "memory_available": 60 * size}
+    monkeypatch.setattr("astracli.machine_read.system", lambda: host)
+
+    def count(wanted: int, others: int, **more: Any) -> int:
+        saver = checkpoint_saver.Saver(tmp_path, Ranks(world_size=2), keep=2, others=others * size, **more)
+        saver._block_bytes = size
+        return saver._pieces(wanted)
+
+    assert (count(1000, 30), count(1000, 80), count(7, 30)) == (24, 8, 7)
+    assert count(1000, 100) == count(1000, 30, beside=False) == checkpoint_saver.LEAST_PIECES
+
+
+def test_pieces_are_all_bytes_in_their_order() -> None:
+    rng = np.random.default_rng(0)
+    parts = [torch.from_numpy(rng.integers(0, 256, n, dtype=np.uint8)) for n in (3, 0, 17, 8, 1, 40)]
+    for size in (1, 5, 8, 64, 1000):
+        made = [torch.cat([part[low:high] for part, low, high in piece]) for piece in pieces(parts, size)]
+        assert torch.equal(torch.cat(made), torch.cat(parts))
+        assert all(len(piece) == size for piece in made[:-1]) and 0 < len(made[-1]) <= size
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "condition never came true"
+        time.sleep(0.01)

@@ -20,6 +20,7 @@ import pytest
 from rich.console import Console
 
 from astracli import metrics, plan, recipe_io, runs
+from astracli.closing import closing_facts
 from astracli.errors import RunFailed, UserError
 from astracli.launch import changes, children, run, summary, watch
 from astracli.launch.job import Job
@@ -275,6 +276,35 @@ def test_job_that_fails_says_so_everywhere(tmp_path: Path) -> None:
     assert (status["state"], status["exit_code"], found["state"]) == ("failed", 1, "failed")
     assert status["cause"].startswith("`trainer` ended with exit code 1")
     assert not psutil.Process().children()
+
+
+ONCE = """if config.extra.get("start") is None:
+        hub.announce(0, 0)
+        reporter.progress(step=0)
+        time.sleep(1.2)
+        raise RuntimeError("CUDA error: unspecified launch failure")
+    assert (config.extra["step"], config.resume, hub.state()["latest_version"]) == (0, True, None)
+    """
+
+
+def test_a_trainer_that_met_a_cuda_error_goes_on_by_itself(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its hub is rewound, everyone is started anew as on a resume, and summary and closing table say so."""
+    job = job_with(tmp_path, ONCE + DONE, launch__max_resumes=1)
+    assert job.run() == 0
+    status, found = files(tmp_path / "run")
+    assert (status["state"], status["attempt"], found["steps"]) == ("done", 1, 1)
+    (resume,) = found["resumes"]
+    assert (resume["at_step"], resume["from_step"]) == (0, 0) and resume["seconds"] > 0
+    assert found["phases_s"]["resuming"] > 0
+    rows = dict(closing_facts(found))
+    assert rows["resumes"].startswith("1: at step 0 from step 0 (the GPU reported an error: CUDA error: unspecified")
+    assert load_config(["w", str(tmp_path / "run" / "config" / "engine0.json")]).extra["await_weights"] is True
+    assert "the run goes on from the beginning, there is no checkpoint yet, time 1 of 1" in capfd.readouterr().err
+
+
+def test_a_cpu_run_goes_on_only_when_asked_to(tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match="`trainer` ended with exit code 75"):
+        job_with(tmp_path, ONCE + DONE).run()
 
 
 class BrokenSink:

@@ -20,6 +20,7 @@ from astracli.errors import RunFailed
 from astracli.hub.client import HubClient
 from astracli.rl.types import pack_group
 from astracli.training import checkpoint
+from astracli.training.checkpoint_saver import _Save
 from astracli.training.fsdp import Ranks
 from astracli.weights import publisher
 from astracli.weights.manifest import read_stable
@@ -154,6 +155,9 @@ def test_a_run_from_start_to_export(job: Job, expected: dict[str, torch.Tensor])
         assert record["step_s"] >= record["wait_s"] + record["train_s"]
         assert record["tokens"] == pytest.approx(record["tokens_per_s"] * record["step_s"])
     assert [("checkpoint_s" in r) for r in steps] == [False, True, False, True]
+    written = [r for r in job.records() if "checkpoint_write_s" in r]
+    assert len(written) == 2 and all(r["checkpoint_bytes"] == written[0]["checkpoint_bytes"] > 0 for r in written)
+    assert job.store._db.meta("checkpoint_step") == STEPS
 
     lines = (job.run_dir / "samples" / "step_000002.jsonl").read_text().splitlines()
     assert len(lines) == 3
@@ -184,7 +188,7 @@ def test_a_kill_at_any_point_changes_nothing(
     assert loop.hub is not None
     targets: dict[str, tuple[Any, str]] = {
         "train": (loop.trainer, "train"),
-        "save": (checkpoint, "save"),
+        "save": (loop.saver, "begin"),
         "publish": (loop.publisher, "_publish"),
         "announce": (loop.hub, "announce"),
         "ack": (loop.hub, "ack"),
@@ -199,12 +203,41 @@ def test_a_kill_at_any_point_changes_nothing(
         with pytest.raises(Killed):
             loop.advance()
             loop.publisher.settle()
+    loop.saver.wait()  # a process that is gone writes no more
     again = job.resume()
     job.train(again)
     again.publisher.settle()
     assert same(again, expected)
     assert job.store.finished
     assert job.store.state()["counts"]["consumed_steps"] == STEPS
+
+
+def test_a_kill_while_a_checkpoint_is_written_goes_back_to_the_one_before(
+    job: Job, expected: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoint 4 has all its bytes but is not whole: the hub still has what checkpoint 2 needs."""
+    loop = job.loop()
+    loop.start()
+    job.train(loop, until=3)
+    loop.saver.wait()
+
+    def die(save: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Save, "_make_whole", die)
+        job.roll(3)
+        assert loop.advance() and loop.step == 4
+        with pytest.raises(Killed):
+            loop.finish()
+    assert job.store._db.meta("checkpoint_step") == 2
+    again = job.resume()
+    assert again.step == 2
+    job.train(again)
+    again.finish()
+    assert same(again, expected) and job.store.finished
+    assert job.store.state()["counts"]["consumed_steps"] == STEPS
+    assert [c.step for c in checkpoint.find(job.run_dir / "checkpoints")] == [2, 4]
 
 
 @pytest.mark.parametrize("where", ["_publish", "announce", "ack"])
@@ -228,6 +261,7 @@ def test_a_kill_while_the_next_step_trains_changes_nothing(
         patch.setattr(loop.publisher if where == "_publish" else loop.hub, where, hang)
         job.train(loop, until=2)
         assert reached.wait(10)
+        loop.saver.wait()
         job.roll(2)
         assert loop.hub is not None and "groups" in loop.hub.batch(2)
         again = job.resume()

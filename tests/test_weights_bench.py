@@ -165,6 +165,15 @@ def test_what_publishing_costs_is_measured_in_turns() -> None:
     assert all(row["bytes"] > 0 and row["publish_s"] > 0 for row in doc["rows"])
 
 
+def test_what_a_checkpoint_costs_is_measured_beside_steps(tmp_path: Path) -> None:
+    options = ["--shape", "tiny", "--tokens", "64", "--longest", "40", "--micro-batches", "1", "--checkpoints", "1"]
+    doc = run("gpu_checkpoint_cost.py", *options, "--directory", str(tmp_path), "--json")
+    (row,) = doc["rows"]
+    assert doc["ratio_first"] == row["first_s"] / row["off_s"] and row["write_s"] >= row["copy_s"] > 0
+    assert row["gb"] == pytest.approx(row["write_gb_per_s"] * row["write_s"]) and doc["memory_gb"] > row["gb"] > 0
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failed_round_ends_the_bench_and_is_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(HERE.parent / "bench"))
     bench = importlib.import_module("decode_beside")

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from astracli.errors import UserError, gpu_failed
+from astracli import transient
+from astracli.errors import UserError, gpu_failed, link_failed
 from astracli.recipe import Recipe
 from astracli.workers.common import Reporter, WorkerConfig, load_config
 
@@ -183,11 +184,33 @@ def test_what_a_gpu_did_to_a_worker_is_its_last_word(
     body = f"try:\n    raise RuntimeError({said!r})\nexcept RuntimeError as e:\n    raise ValueError('step 3') from e"
     worker = start_worker(tmp_path, hub.url, body)
     _, stderr = worker.communicate(timeout=20)
-    assert worker.returncode == 1
+    assert worker.returncode == (1 if "ran out of memory" in words else transient.EXIT)
     stack, _, last = stderr.partition("\nerror: ")
     assert "Traceback" in stack and "ValueError: step 3" in stack
     assert words in last.splitlines()[0] and hint in last.partition("\nhint: ")[2]
     assert gpu_failed(RuntimeError("shapes do not match")) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        ("CUDA error: device-side assert triggered", 1),
+        ("CUDA error: no kernel image is available for execution on the device", 1),
+        ("NCCL error in: ProcessGroupNCCL.cpp:77, unhandled cuda error\nCuda failure 2 'out of memory'", 1),
+        ("CUDA error: uncorrectable ECC error encountered", transient.EXIT),
+        ("NCCL error in: NCCLUtils.cpp:94, remote process exited or there was a network error", transient.EXIT),
+    ],
+)
+def test_which_errors_of_a_gpu_may_pass(said: str, code: int) -> None:
+    found = gpu_failed(RuntimeError(said))
+    assert found is not None and found.exit_code == code
+
+
+def test_a_rank_that_lost_another_says_so() -> None:
+    gloo = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:3811")
+    found = link_failed(gloo)
+    assert found is not None and found.exit_code == transient.EXIT and found.message.startswith(transient.LINK)
+    assert link_failed(ConnectionError("Connection closed by peer")) is None, "of anything else, such as the hub"
 
 
 def test_term_unwinds_and_exits_143(tmp_path: Path, hub: FakeHub) -> None:

@@ -14,8 +14,14 @@ class CardBook:
     """Cards by the name of the engine whose GPU they stand for. Calls are made under the store's lock."""
 
     def __init__(self, engines: Iterable[str] = ()):
-        self._holder: dict[str, str | None] = {name: name for name in engines}
-        self._queue: dict[str, list[str]] = {name: [] for name in self._holder}
+        self._holder: dict[str, str | None] = dict.fromkeys(engines)
+        self._queue: dict[str, list[str]] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Every process begins anew: each engine holds its card, nobody waits."""
+        self._holder = {name: name for name in self._holder}
+        self._queue = {name: [] for name in self._holder}
 
     def __contains__(self, card: str) -> bool:
         return card in self._holder

@@ -257,6 +257,7 @@ class HubStore:
                 self._board.rewind(version)
                 self._db.set_meta("dropped_in_a_row", 0)
             self._leases.requeue("state = 'leased'")
+            self._cards.reset()
             if self._deterministic:
                 self._leases.forget_since_last_batch()
                 self._wave_left = 0

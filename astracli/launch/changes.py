@@ -91,19 +91,24 @@ def _differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: st
 
 def resume_step(run: RunDir, recipe: Recipe) -> int:
     """Steps that the newest whole checkpoint has trained; 0 without one: the same run from its beginning."""
-    from astracli.training import checkpoint
-
     status = run.status()
     if status is not None and status.state == "done" and (status.steps or 0) >= recipe.train.steps:
         raise UserError(
             f"run `{run.path}` is done: {status.step} of {status.steps} steps",
             f"train on with `astra train --resume {run.path} --set train.steps={2 * (status.steps or 1)}`",
         )
-    newest = checkpoint.latest(run.checkpoints)
-    step = newest.step if newest else 0
+    step = checkpoint_step(run)
     if step > recipe.train.steps:
         raise UserError(f"train.steps = {recipe.train.steps}, but `{run.path}` has trained {step} steps already")
     return step
+
+
+def checkpoint_step(run: RunDir) -> int:
+    """Steps that the newest whole checkpoint has trained; 0 without one."""
+    from astracli.training import checkpoint
+
+    newest = checkpoint.latest(run.checkpoints)
+    return newest.step if newest else 0
 
 
 def resumed_evaluation(path: Path) -> RunDir:

@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from astracli.launch.again import Retry
 from astracli.launch.local import ChildSpec
 from astracli.launch.ports import free_ports
-from astracli.launch.supervise import Retry
 from astracli.plan import LaunchPlan, ProcessPlan
+from astracli.plan_trainer import CHECKPOINT_COPY
 from astracli.recipe import Recipe
 from astracli.run_dir import RunDir, write_atomic
 from astracli.training import link
@@ -102,7 +103,8 @@ def _placement(plan: LaunchPlan, process: ProcessPlan) -> dict[str, Any]:
     split = plan.placement.split
     told = {**asdict(split), "shared": plan.placement.shared}
     leaves = any(name in plan.cards for gpu in process.gpus for name in plan.gpu_map[gpu])
-    return {"placement": told | {"cards": plan.cards, "leaves": leaves}}
+    others = sum(row.bytes for row in plan.memory if row.where == "host" and row.what != CHECKPOINT_COPY)
+    return {"placement": told | {"cards": plan.cards, "leaves": leaves, "host_bytes": others}}
 
 
 def _engine(

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import secrets
+import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from astracli import metrics, report_data
 from astracli import plan as planning
-from astracli.launch import children, ports, summary
+from astracli.launch import changes, children, ports, summary
+from astracli.launch.again import Resumes, Start
 from astracli.launch.local import MemorySampler
 from astracli.launch.signals import signals
 from astracli.launch.supervise import Supervisor
@@ -147,6 +149,8 @@ class Job:
                 tick=watch,
                 memory=memory,
                 retry=children.retry(setting, specs),
+                resumes=self._resumes(setting, hub.store),
+                restart_window_s=self.recipe.launch.restart_window_s,
                 interrupted=interrupted,
             )
             connect(supervisor)
@@ -156,6 +160,30 @@ class Job:
                 watch.close(supervisor)
                 with unharmed("no closing table"):
                     self._sum_up(supervisor, hub.store, memory, watch.evaluations_s)
+
+    def _resumes(self, setting: children.Setting, store: HubStore) -> Resumes | None:
+        """How the run goes on when its trainer ends of what may pass; None when it does not, because the recipe says so
+        or because it makes no checkpoints."""
+        limit = self.recipe.launch.max_resumes
+        if limit is None:
+            limit = 5 if self.plan.choice.device == "cuda" else 0
+        if not self.training or not limit or not self.recipe.checkpoint.every:
+            return None
+
+        def start(number: int) -> Start:
+            """All as `--resume` does it, with the hub that is there."""
+            step = changes.checkpoint_step(self.run_dir)
+            store.rewind(step, step)
+            shutil.rmtree(self.run_dir.stage, ignore_errors=True)
+            again = replace(setting, resume=True)
+            more: dict[str, dict[str, Any]] = {
+                "trainer": {"step": step, "start": number}, "engine": {"await_weights": True}
+            }  # fmt: skip
+            told = {role: {**self.extra.get(role, {}), **more.get(role, {})} for role in {*self.extra, *more}}
+            specs = children.build(again, told)
+            return Start(step, specs, children.retry(again, specs))
+
+        return Resumes(limit, start, step=self.resume_step or 0)
 
     def _curriculum(self) -> Curriculum | None:
         """What chooses prompts by their solve rate; None when they are asked in their order."""
@@ -243,6 +271,7 @@ class Job:
             store=store.state(),
             memory=memory,
             restarts={name: status.restarts for name, status in supervisor.status.items()},
+            resumes=[resume.document() for resume in supervisor.resumes.taken] if supervisor.resumes else [],
             notes=supervisor.notes,
             plan=planning.to_json(self.plan),
         )
@@ -250,8 +279,6 @@ class Job:
 
 def open_run(run: RunDir, recipe_text: str, plan: Mapping[str, Any]) -> int:
     """Write recipe.json and plan.json, clear what an earlier attempt staged; returns the attempt's number."""
-    import shutil
-
     write_atomic(run.recipe_json, recipe_text)
     write_atomic(run.plan_json, json.dumps(plan, indent=2, default=str) + "\n")
     report_data.write_machine(run)

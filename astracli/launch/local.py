@@ -188,7 +188,7 @@ def _alive(process: psutil.Process) -> bool:
 
 
 class MemorySampler:
-    """Each second: memory of this process and all its descendants, in bytes. Also remembers who was ever seen.
+    """Each second: memory of this process and all its descendants, in bytes. Also remembers who was seen and lives.
 
     PSS (shared pages counted once, in parts); RSS where the system has no PSS (`kind` says which).
     """
@@ -235,7 +235,7 @@ class MemorySampler:
                     ours[process.pid] = process
         total = sum(by_name.values())
         with self._lock:
-            self._seen |= ours
+            self._seen = {pid: p for pid, p in self._seen.items() if pid in ours or _alive(p)} | ours
             self.peak_bytes = max(self.peak_bytes, total)
             for name, used in by_name.items():
                 self.peak_by_name[name] = max(self.peak_by_name.get(name, 0), used)

@@ -32,13 +32,14 @@ def build(
     store: Mapping[str, Any],
     memory: MemorySampler | None,
     restarts: Mapping[str, int],
+    resumes: Sequence[Mapping[str, Any]] = (),
     notes: Sequence[str] = (),
     plan: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """`phases`: seconds of this attempt by phase; `evaluations_s`: by step, announcement to result, beside training;
-    `store`: `HubStore.state()`; `records`: all of metrics.jsonl; `notes`: what the supervisor did to go on; `plan`:
-    plan.json. `first_step`, `since`: where and when (unix seconds) this attempt began: what an earlier one trained
-    after its last checkpoint is no part of the run."""
+    `store`: `HubStore.state()`; `records`: all of metrics.jsonl; `resumes`: of `again.Resume`; `notes`: what else
+    the supervisor did to go on; `plan`: plan.json. `first_step`, `since`: where and when (unix seconds) this attempt
+    began: what an earlier one trained after its last checkpoint is no part of the run."""
     wall_s, training_run = sum(phases.values()), plan is None or plan["command"] == "train"
     mine = [record for record in records if record.get("time", since) >= since]
     here = [step for step in _steps(mine) if step >= first_step]
@@ -64,6 +65,7 @@ def build(
         "parity": {"mean_abs": mean(values(records, "parity_mean_abs")), "max_abs": largest(records, "parity_max_abs")},
         "groups": store.get("counts") or {},
         "restarts": {name: count for name, count in restarts.items() if count},
+        "resumes": [dict(resume) for resume in resumes],
         "notes": list(notes),
         "memory": memory_document(memory),
         "paths": paths(run_dir),

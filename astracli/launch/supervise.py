@@ -11,78 +11,22 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any
 
 from astracli.errors import RunFailed
 from astracli.launch import local
+from astracli.launch.again import End, Restarts, Resumes, Retry, ended, first_cause
 from astracli.launch.health import answers
-from astracli.launch.local import Child, ChildSpec, MemorySampler, exit_words
+from astracli.launch.local import Child, ChildSpec, MemorySampler
 from astracli.launch.signals import signals
+from astracli.launch.status import Hub, Outcome, Phase, Status
 from astracli.talk import say
 from astracli.workers.common import TERM_EXIT
 
-Phase = Literal["starting", "running", "finishing", "stopping"]
-
 STALL_S = 5.0
 """A longer gap between two looks means that this process itself stood still (a suspended laptop): nobody is blamed."""
-
-
-class Hub(Protocol):
-    """What the supervisor asks of the hub. Python calls in this process."""
-
-    def alive(self) -> bool:
-        """The hub's server still serves."""
-
-    def request_stop(self) -> None:
-        """Answer `stop` to every worker from now on."""
-
-    def release_worker(self, name: str) -> None:
-        """A worker died: its leases go back, its engine is down."""
-
-    def pending_evals(self) -> int:
-        """Evaluations announced and not done."""
-
-
-@dataclass
-class Status:
-    """The last word of one child."""
-
-    role: str
-    state: str = "starting"
-    waiting: str | None = None
-    progress: Mapping[str, Any] = field(default_factory=dict)
-    heard: float | None = None
-    """Monotonic time of the last heartbeat; None before the first."""
-    healthy: bool = False
-    """`health_url` answered 200."""
-    restarts: int = 0
-
-    def words(self) -> str:
-        """What it waits for, or its state."""
-        if self.waiting:
-            return self.waiting if self.waiting.startswith("waiting") else f"waiting for {self.waiting}"
-        return self.state if self.heard is not None else "has not reported yet"
-
-
-@dataclass(frozen=True)
-class Retry:
-    """Children that are all started once more, as other specs, when one of them ends with a code that asks for it."""
-
-    code: int
-    names: frozenset[str]
-    specs: Callable[[], Sequence[ChildSpec]]
-    """Asked when it is needed: a port must be free then."""
-    words: str
-    """What was wrong and what is different now."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    interrupted: bool
-    """Before everything was done; a signal that comes later only hurries the others' end."""
-    phases: dict[str, float]
-    """Seconds of wall time in each phase."""
+RANKS_S = 3.0
+"""A trainer's rank has ended: so long the others have to end too. Which of them was the cause is then known."""
 
 
 class Supervisor:
@@ -101,6 +45,8 @@ class Supervisor:
         tick: Callable[[Supervisor], None] = lambda supervisor: None,
         memory: MemorySampler | None = None,
         retry: Retry | None = None,
+        resumes: Resumes | None = None,
+        restart_window_s: float = 3600.0,
         interrupted: threading.Event | None = None,
         poll_s: float = 0.1,
     ):
@@ -111,7 +57,10 @@ class Supervisor:
         self.memory = memory or MemorySampler()
         self.notes: list[str] = []
         """What the run did to go on, for its summary."""
+        self.resumes = resumes
+        self._restarts = Restarts(restart_window_s)
         self._retry = retry
+        self._retried = False
         self._hub = hub
         self._main = {spec.name for spec in specs if spec.role == main_role}
         self._done: set[str] = set()
@@ -189,7 +138,15 @@ class Supervisor:
                 self._on_exit(child)
         self._check_ready(now)
         for child in list(self.children.values()):
-            self._check_heartbeat(child, now)
+            if self.children.get(child.name) is child:
+                self._check_heartbeat(child, now)
+        if self.resumes is not None:
+            self.resumes.reached(self._trained())
+
+    def _trained(self) -> int | None:
+        """Steps that the trainer has trained; None before it says so."""
+        said = [self.status[name].progress.get("step") for name in self._main]
+        return max((int(step) for step in said if step is not None), default=None)
 
     def _forgive(self, gap_s: float) -> None:
         for child in self.children.values():
@@ -199,9 +156,7 @@ class Supervisor:
                 status.heard += gap_s
 
     def _on_exit(self, child: Child) -> None:
-        local.stop([child], grace_s=0.5)  # what it left behind in its session
-        code = child.reap()
-        del self.children[child.name]
+        code = self._reap(child)
         ending = self.phase in ("finishing", "stopping")
         if self._retry is not None and code == self._retry.code and child.name in self._retry.names and not ending:
             self._start_again(child, self._retry)
@@ -209,12 +164,18 @@ class Supervisor:
             self._done.add(child.name)
             self.status[child.name].state = "done"
         elif not (ending and code in (0, TERM_EXIT)):
-            self._lost(child, f"ended with {exit_words(code)}" + (" before the run was done" if code == 0 else ""))
+            self._lost(ended(child, code))
 
-    def _start_again(self, ended: Child, retry: Retry) -> None:
-        """All children of the retry anew, once; `ended` is the first of them that gave up."""
-        self._retry = None
-        said = ended.last_lines(1)
+    def _reap(self, child: Child) -> int:
+        local.stop([child], grace_s=0.5)  # what it left behind in its session
+        code = child.reap()
+        del self.children[child.name]
+        return code
+
+    def _start_again(self, gone: Child, retry: Retry) -> None:
+        """All children of the retry anew, once; `gone` is the first of them that gave up."""
+        self._retry, self._retried = None, True
+        said = gone.last_lines(1)
         local.stop([self.children.pop(name) for name in retry.names if name in self.children], grace_s=0.5)
         self.notes.append(f"{retry.words} ({'; '.join(said)})" if said else retry.words)
         say(f"warning: {self.notes[-1]}")
@@ -223,24 +184,69 @@ class Supervisor:
             self.status[spec.name] = Status(spec.role)
             self.children[spec.name] = Child(spec)
 
-    def _lost(self, child: Child, what: str) -> None:
-        """A child is gone that should not be: start it again, or end the run."""
-        status = self.status[child.name]
+    def _lost(self, end: End) -> None:
+        """A child is gone that should not be: start it again, go on from a checkpoint, or end the run."""
+        child, status = end.child, self.status[end.child.name]
         self._hub.release_worker(child.name)
-        if status.restarts >= child.spec.restarts:
-            after = f" after {status.restarts} restarts" if status.restarts else ""
-            raise RunFailed(f"`{child.name}` {what}{after}{_quote(child)}", self._hint() or None)
+        if child.name in self._main and self.resumes is not None:
+            self._lost_trainer(end, self.resumes)
+            return
+        recent, window = self._restarts.recent(child.name), f"{self._restarts.window_s:g} s"
+        if recent >= child.spec.restarts:
+            after = f" after {recent} restarts within {window}" if recent else ""
+            raise RunFailed(f"`{child.name}` {end.what}{after}{_quote(child)}", self._hint() or None)
         last = "".join(f" ({line})" for line in child.last_lines(1))
-        again = f"it is started again, time {status.restarts + 1} of {child.spec.restarts}"
-        say(f"warning: `{child.name}` {what}{last}; {again}")
+        again = f"it is started again, time {recent + 1} of {child.spec.restarts} within {window}"
+        say(f"warning: `{child.name}` {end.what}{last}; {again}")
         if child.spec.before_restart is not None:
             child.spec.before_restart()
+        self._restarts.add(child.name)
         self.status[child.name] = Status(child.spec.role, restarts=status.restarts + 1)
         self.children[child.name] = Child(child.spec)
 
+    def _lost_trainer(self, end: End, resumes: Resumes) -> None:
+        """Go on from the newest checkpoint when what ended a rank may pass; else end the run with its cause."""
+        began = time.monotonic()
+        end = first_cause([end, *self._other_ends()])
+        step = resumes.reached(self._trained())
+        refusal = None if end.cause is None else resumes.refusal(step, end.cause)
+        if end.cause is None or refusal is not None:
+            words = f"`{end.child.name}` {end.what}" + (f"; {refusal}" if refusal else "")
+            raise RunFailed(words + _quote(end.child), self._hint() or None)
+        self._enter("resuming")
+        say(f"warning: `{end.child.name}` {end.what} at step {step} ({end.cause}): everything is stopped, to go on")
+        local.stop(list(self.children.values()), also=self.memory.seen())
+        self.children.clear()
+        start = resumes.take(step, end.cause, began)
+        where = f"the checkpoint of step {start.step}" if start.step else "the beginning, there is no checkpoint yet"
+        say(f"warning: the run goes on from {where}, time {len(resumes.taken)} of {resumes.limit}")
+        self._start_all(start.specs, start.retry)
+        self._looked = time.monotonic()
+
+    def _other_ends(self) -> list[End]:
+        """The other ranks that end by themselves now: a rank that is gone takes them with it."""
+        deadline = time.monotonic() + RANKS_S
+        names = [name for name in self._main if name in self.children]
+        while names and time.monotonic() < deadline and not all(self.children[name].exited() for name in names):
+            time.sleep(0.02)
+        dead = sorted((self.children[name] for name in names if self.children[name].exited()), key=Child.log_time)
+        ends = [ended(child, self._reap(child)) for child in dead]
+        return [end for end in ends if end.code != 0]
+
+    def _start_all(self, specs: Sequence[ChildSpec], retry: Retry | None) -> None:
+        """Every child anew; ranks that were started once more for their link keep what was different then."""
+        again = {spec.name: spec for spec in retry.specs()} if self._retried and retry is not None else {}
+        self._retry = None if self._retried else retry
+        self._done.clear()
+        self.specs = {spec.name: again.get(spec.name, spec) for spec in specs}
+        for name, spec in self.specs.items():
+            before = self.status.get(name)
+            self.status[name] = Status(spec.role, restarts=before.restarts if before else 0)
+            self.children[name] = Child(spec)
+
     def _check_ready(self, now: float) -> None:
         late = [child for child in self.children.values() if not self._ready(child)]
-        if not late and self.phase == "starting":
+        if not late and self.phase in ("starting", "resuming"):
             self._enter("running")
         if any(now - child.started > self._ready_timeout_s for child in late):
             names = ", ".join(f"`{child.name}` ({self.status[child.name].words()})" for child in late)
@@ -267,7 +273,7 @@ class Supervisor:
         words = self.status[child.name].words()
         local.stop([child], grace_s=1.0)
         del self.children[child.name]
-        self._lost(child, f"sent no heartbeat for {self._heartbeat_timeout_s:g} s (last: {words})")
+        self._lost(End(child, None, f"sent no heartbeat for {self._heartbeat_timeout_s:g} s (last: {words})"))
 
     def _let_go(self, interrupted: threading.Event, patience_s: float = 1.5) -> None:
         """The hub says stop: give everyone a moment to end by itself."""
@@ -284,6 +290,8 @@ class Supervisor:
         self.memory.close()
         local.stop(list(self.children.values()), also=seen)
         self.children.clear()
+        if self.resumes is not None:
+            self.resumes.close()
         self._phases = self.phases()
         self._phase_began = time.monotonic()
 

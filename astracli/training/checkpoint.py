@@ -1,10 +1,12 @@
 """Checkpoints of a trainer: fp32 masters, moments, update count, step, version, RNG; for any number of ranks.
 
-    checkpoints/step_000010/   torch.distributed.checkpoint files, meta.json, COMPLETE
+    checkpoints/step_000010/   rank_0.bin, rank_0.json, ..., meta.json, COMPLETE
 
-A checkpoint is written beside its place and renamed into it when whole; `COMPLETE` lists every file with its size and
-its xxh3. A directory without it, or whose files do not match, is no checkpoint. `step_N` is the state after N steps:
-training goes on with step N, and the weights are version N. Finding checkpoints does not import torch.
+`rank_R.bin` holds what rank R holds, tensor behind tensor, and `rank_R.json` says where: kind, name, dtype, and which
+range of the flattened tensor. A checkpoint is written beside its place (`checkpoint_saver`) and renamed into it when
+whole; `COMPLETE` lists every file with its size and its xxh3. A directory without it, or whose files do not match, is
+no checkpoint. `step_N` is the state after N steps: training goes on with step N, and the weights are version N.
+Finding checkpoints does not import torch.
 """
 
 from __future__ import annotations
@@ -13,20 +15,21 @@ import json
 import os
 import re
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from astracli.errors import RunFailed
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from astracli.training.fsdp import Ranks
     from astracli.training.optimizer import Masters
 
-FORMAT = 1
+FORMAT = 2
 COMPLETE = "COMPLETE"
 META = "meta.json"
 _NAME = re.compile(r"step_(\d{6,})")
@@ -38,6 +41,21 @@ class Checkpoint:
     step: int
     version: int
     meta: Mapping[str, Any]
+
+
+class Entry(NamedTuple):
+    """A range of a flattened tensor in a rank's file."""
+
+    kind: str
+    """`value`, or its halves `high` and `rest`; `first` and `second` moment; `rng`."""
+    name: str
+    """Of the parameter; of a random state its rank."""
+    dtype: str
+    start: int
+    """In the whole tensor, elements."""
+    length: int
+    offset: int
+    """In the file, bytes."""
 
 
 def place(directory: Path, step: int) -> Path:
@@ -64,18 +82,24 @@ def latest(directory: Path) -> Checkpoint | None:
     return None
 
 
-def read(path: Path) -> Checkpoint | None:
-    """The checkpoint at `path`, or None when it is none, is incomplete or is damaged."""
+def read(path: Path, *, digests: bool = True) -> Checkpoint | None:
+    """The checkpoint at `path`, or None when it is none, is incomplete or is damaged. Without `digests` only sizes are
+    compared: whoever asks knows that its bytes were read and right. Raises RunFailed for another format."""
     match = _NAME.fullmatch(path.name)
     if not match:
         return None
     try:
         files = json.loads((path / COMPLETE).read_text())["files"]
         meta = json.loads((path / META).read_text())
-        if meta["format"] != FORMAT or meta["step"] != int(match[1]):
+        if meta["format"] != FORMAT:
+            raise RunFailed(
+                f"checkpoint `{path}` has format {meta['format']}, this astra reads {FORMAT}",
+                "resume the run with the version of astra that made it",
+            )
+        if meta["step"] != int(match[1]):
             return None
         whole = all(
-            (path / name).stat().st_size == size and _digest(path / name) == digest
+            (path / name).stat().st_size == size and (not digests or digest_of(path / name) == digest)
             for name, (size, digest) in files.items()
         )
         return Checkpoint(path, int(meta["step"]), int(meta["version"]), meta) if whole else None
@@ -83,7 +107,7 @@ def read(path: Path) -> Checkpoint | None:
         return None
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
     import xxhash
 
     digest = xxhash.xxh3_64()
@@ -94,50 +118,22 @@ def _digest(path: Path) -> str:
 
 
 def save(directory: Path, step: int, version: int, masters: Masters, ranks: Ranks, *, keep: int) -> Path:
-    """Write the state after `step` steps and drop all but the newest `keep`. A collective. Returns its place."""
-    import torch
-    import torch.distributed.checkpoint as dcp
+    """Write the state after `step` steps, now, and drop all but the newest `keep`. A collective. Returns its place."""
+    from astracli.training.checkpoint_saver import Saver
 
-    target, working = place(directory, step), directory / f".step_{step:06d}.tmp"
-    if ranks.first:
-        shutil.rmtree(working, ignore_errors=True)
-        working.mkdir(parents=True)
+    saver = Saver(directory, ranks, keep=keep, beside=False)
+    saver.begin(step, version, masters)
+    saver.wait()
     ranks.barrier()
-    first, second = masters.moments()
-    state: dict[str, Any] = {f"rng.{ranks.rank}": torch.get_rng_state()}
-    for kind, tensors in (("value", masters.values), ("first", first), ("second", second)):
-        state |= {f"{kind}.{name}": t for name, t in masters.as_distributed(tensors).items()}
-    with masters.whole(), _alone_without_a_word():
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(working), no_dist=ranks.world_size == 1)
-    ranks.barrier()
-    if ranks.first:
-        meta = {
-            "format": FORMAT,
-            "step": step,
-            "version": version,
-            "updates": masters.updates,
-            "world_size": ranks.world_size,
-            "names": sorted(masters.values),
-        }
-        _write(working / META, json.dumps(meta))
-        files = {p.name: [p.stat().st_size, _digest(p)] for p in sorted(working.iterdir())}
-        _write(working / COMPLETE, json.dumps({"files": files}))
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(working, target)
-        _sync(directory)
-        prune(directory, keep)
-    ranks.barrier()
-    return target
+    return place(directory, step)
 
 
 def load(checkpoint: Checkpoint, masters: Masters, ranks: Ranks) -> None:
-    """Fill masters, moments and parameters from a checkpoint of whatever number of ranks. A collective.
+    """Fill masters, moments and parameters from a checkpoint of whatever number of ranks.
 
     Raises RunFailed when it holds other parameters than the model.
     """
     import torch
-    import torch.distributed.checkpoint as dcp
 
     other = set(masters.values) ^ set(checkpoint.meta["names"])
     if other:
@@ -145,26 +141,73 @@ def load(checkpoint: Checkpoint, masters: Masters, ranks: Ranks) -> None:
             f"checkpoint `{checkpoint.path}` is of another model: {len(other)} parameters differ, {sorted(other)[:3]}",
             "resume with the run directory's own recipe, or start a new run",
         )
+    stored = _Stored(checkpoint)
     first, second = masters.no_moments()
-    state: dict[str, Any] = {}
-    for kind, tensors in (("value", masters.values), ("first", first), ("second", second)):
-        state |= {f"{kind}.{name}": t for name, t in masters.as_distributed(tensors).items()}
-    rng = f"rng.{ranks.rank}"
-    if ranks.rank < int(checkpoint.meta["world_size"]):
-        state[rng] = torch.get_rng_state()
-    with torch.no_grad(), masters.whole(), _alone_without_a_word():
-        dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint.path), no_dist=ranks.world_size == 1)
+    with torch.no_grad():
+        for name, value in masters.values.items():
+            where = (name, masters.start(name), value.numel())
+            with masters.halves.whole([name]):
+                value.copy_(stored.master(*where).view(value.shape))
+            for kind, moments in (("first", first), ("second", second)):
+                moments[name].copy_(stored.read(kind, *where).view(value.shape))
     masters.restore(first, second, int(checkpoint.meta["updates"]))
-    if rng in state:
-        torch.set_rng_state(state[rng])
+    if ranks.rank < int(checkpoint.meta["world_size"]):
+        rng = str(ranks.rank)
+        torch.set_rng_state(stored.read("rng", rng, 0, stored.length("rng", rng)))
 
 
-@contextmanager
-def _alone_without_a_word() -> Iterator[None]:
-    """One rank needs no process group; torch warns about its absence all the same."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        yield
+class _Stored:
+    """Ranges of tensors, from the files of all ranks."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self._path = checkpoint.path
+        self._entries: dict[tuple[str, str], list[tuple[Path, Entry]]] = defaultdict(list)
+        for rank in range(int(checkpoint.meta["world_size"])):
+            for entry in map(Entry._make, json.loads((self._path / f"rank_{rank}.json").read_text())["tensors"]):
+                self._entries[entry.kind, entry.name].append((self._path / f"rank_{rank}.bin", entry))
+
+    def length(self, kind: str, name: str) -> int:
+        return sum(entry.length for _, entry in self._entries[kind, name])
+
+    def master(self, name: str, start: int, length: int) -> Tensor:
+        """fp32 [length], whether it was stored so or in halves."""
+        import torch
+
+        from astracli.training.halves import join
+
+        if ("value", name) in self._entries or not length:
+            return self.read("value", name, start, length)
+        high, rest = (self.read(kind, name, start, length) for kind in ("high", "rest"))
+        master = torch.empty(length, dtype=torch.float32)
+        join(high, rest, master)
+        return master
+
+    def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
+        """[length] elements from `start` on. Raises RunFailed when some of them are nowhere."""
+        import torch
+
+        found = self._entries.get((kind, name), [])
+        dtype = getattr(torch, found[0][1].dtype) if found else torch.float32
+        result, missing = torch.empty(length, dtype=dtype), length
+        for path, entry in found:
+            low, high = max(start, entry.start), min(start + length, entry.start + entry.length)
+            if low < high:
+                target = result[low - start : high - start].view(torch.uint8).numpy()
+                with path.open("rb", buffering=0) as file:
+                    file.seek(entry.offset + (low - entry.start) * dtype.itemsize)
+                    _fill(file, target.data)
+                missing -= high - low
+        if missing:
+            raise RunFailed(f"checkpoint `{self._path}` lacks {missing} elements of `{name}` ({kind})")
+        return result
+
+
+def _fill(file: Any, target: memoryview) -> None:
+    while target:
+        count = file.readinto(target)
+        if not count:
+            raise RunFailed(f"`{file.name}` is shorter than its index says")
+        target = target[count:]
 
 
 def prune(directory: Path, keep: int) -> None:
@@ -176,14 +219,17 @@ def prune(directory: Path, keep: int) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _write(path: Path, text: str) -> None:
-    with path.open("w") as file:
+def write(path: Path, text: str) -> None:
+    """All of it or nothing, on disk when this returns."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+    os.replace(part, path)
 
 
-def _sync(directory: Path) -> None:
+def sync(directory: Path) -> None:
     """Make a rename in `directory` last through a power cut."""
     handle = os.open(directory, os.O_RDONLY)
     try:

@@ -69,6 +69,10 @@ class Halves:
         """int16, the memory that this adds to the parameters."""
         return list(self._rests.values())
 
+    def parts(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """The parameter (bf16) and the rest (int16) that a master lies in; None for one that does not."""
+        return (self._parameters[name].detach(), self._rests[name]) if name in self._masters else None
+
     @torch.no_grad()
     def take(self, name: str, parameter: torch.nn.Parameter, dtype: torch.dtype) -> Tensor:
         """Store the parameter in `dtype` (bf16) from here on. Returns its master, whose storage is empty."""

@@ -10,9 +10,9 @@ FSDP2 casts them to bf16 for computing.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,6 @@ from astracli.training.gradients import Gradients
 from astracli.training.halves import Halves
 from astracli.training.parking import Parking
 from astracli.weights.snapshot import Shard, copies
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -72,7 +69,8 @@ class Masters:
         """Of masters that are bf16 parameters and what these lack: their `values` are there inside `whole` alone."""
         self._away: Parking | None = None
         self._away_updates = 0
-        self._host_mesh: DeviceMesh | None = None
+        self.before_change: Callable[[], object] = lambda: None
+        """Called before what this holds changes or moves: a checkpoint may still be copied from it."""
         with torch.no_grad():
             for parameter in self.frozen if self.lowers else ():
                 parameter.data = parameter.data.to(ranks.precision)
@@ -133,12 +131,21 @@ class Masters:
             torch._foreach_mul_(list(gradients.values()), self.table.grad_clip / (norm + 1e-6))
         for name, value in self.values.items():
             assert self.rounded or value.data_ptr() == local(self.parameters[name]).data_ptr(), name
+        self.before_change()
         self.adam.step(gradients, learning_rate(self.table, step))
         self.grads.clear()
         self.publish_to_parameters()
         return norm
 
-    def _replicated(self, name: str) -> bool:
+    def start(self, name: str) -> int:
+        """Where this rank's part begins in the flattened parameter."""
+        if self.ranks.mesh is None or self.replicated(name) or not self.values[name].numel():
+            return 0
+        parameter: Any = self.parameters[name]
+        _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+        return int(offset[0]) * (parameter.numel() // parameter.shape[0])
+
+    def replicated(self, name: str) -> bool:
         """Whether every rank holds this parameter whole (`fsdp.shard`, `exact`)."""
         return self.ranks.mesh is not None and not hasattr(self.parameters[name], "placements")
 
@@ -147,7 +154,7 @@ class Masters:
         if self.ranks.world_size == 1:
             return
         # every micro-batch has every parameter in its graph, an empty one too: the same list on all ranks
-        self.ranks.average([gradient for name, gradient in self.grads.found().items() if self._replicated(name)])
+        self.ranks.average([gradient for name, gradient in self.grads.found().items() if self.replicated(name)])
 
     def moments(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """AdamW's first and second moments by parameter name, where they are; zeros before the first update."""
@@ -165,6 +172,7 @@ class Masters:
     def to_host(self) -> None:
         """Leave the device to others: masters, parameters and moments wait on the host. Nothing else may be called
         until `to_device`, which brings them back byte for byte."""
+        self.before_change()
         if self._away is None or self._away_updates != min(self.updates, 1):
             # the first update makes the moments, and they join
             masters = [value for name, value in self.values.items() if name not in self.halves]
@@ -204,15 +212,11 @@ class Masters:
         taken = copies({name: t for name, t in sources.items() if name not in there}, dtypes)
         taken = {name: there[name] if name in there else taken[name] for name in sources}
         for name, tensor in taken.items():
-            if self.ranks.mesh is None or (self._replicated(name) and self.ranks.first):
+            if self.ranks.mesh is None or (self.replicated(name) and self.ranks.first):
                 result[self.wire[name].name] = tensor
-            elif tensor.numel() and not self._replicated(name):
-                parameter: Any = self.parameters[name]
-                _, offset = compute_local_shape_and_global_offset(
-                    parameter.shape, parameter.device_mesh, parameter.placements
-                )
-                start = offset[0] * (parameter.numel() // parameter.shape[0])
-                result[self.wire[name].name] = Shard(tensor.reshape(-1), start, tuple(parameter.shape))
+            elif tensor.numel() and not self.replicated(name):
+                shape = tuple(self.parameters[name].shape)
+                result[self.wire[name].name] = Shard(tensor.reshape(-1), self.start(name), shape)
         return result
 
     def _sources(self) -> dict[str, Tensor]:
@@ -238,30 +242,19 @@ class Masters:
         result: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             parameter = self.parameters[name]
-            if self._replicated(name):
+            if self.replicated(name):
                 result[name] = tensor
                 continue
             assert isinstance(parameter, DTensor), name
             result[name] = DTensor.from_local(
                 tensor,
-                self._mesh_of(tensor),
+                self.ranks.mesh,
                 parameter.placements,
                 run_check=False,
                 shape=parameter.shape,
                 stride=parameter.stride(),
             )
         return result
-
-    def _mesh_of(self, tensor: Tensor) -> DeviceMesh:
-        """The ranks' mesh, on the kind of device that holds `tensor`."""
-        assert self.ranks.mesh is not None
-        if tensor.device.type == self.ranks.mesh.device_type:
-            return self.ranks.mesh
-        if self._host_mesh is None:
-            from torch.distributed.device_mesh import init_device_mesh
-
-            self._host_mesh = init_device_mesh(tensor.device.type, (self.ranks.world_size,))
-        return self._host_mesh
 
 
 def plain_name(name: str) -> str:

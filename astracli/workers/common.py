@@ -27,7 +27,7 @@ from types import FrameType, TracebackType
 from typing import Any, Literal, NoReturn
 from urllib.parse import urlsplit
 
-from astracli.errors import AstraError, UserError, disk_full, gpu_failed
+from astracli.errors import AstraError, UserError, disk_full, gpu_failed, link_failed
 from astracli.recipe import Recipe
 
 State = Literal["starting", "ready", "done", "failed"]
@@ -222,8 +222,9 @@ def set_threads(threads: int) -> None:
 def worker_main(fn: Callable[[WorkerConfig, Reporter], None]) -> None:
     """Body of a worker's `__main__`: load the config, report, run `fn`, end with the right exit code.
 
-    0 done, 1 failed, 2 bad input, 143 told to stop. SIGTERM sets `reporter.stop_requested` and unwinds the main thread
-    with SystemExit, so that `finally` blocks run. SIGUSR1 prints every thread's stack to stderr and goes on.
+    0 done, 1 failed, 75 failed in a way that may pass (`transient`), 2 bad input, 143 told to stop. SIGTERM sets
+    `reporter.stop_requested` and unwinds the main thread with SystemExit, so that `finally` blocks run. SIGUSR1 prints
+    every thread's stack to stderr and goes on.
     """
     try:
         config = load_config(sys.argv)
@@ -267,7 +268,7 @@ def _run(fn: Callable[[WorkerConfig, Reporter], None], config: WorkerConfig, rep
         if full := disk_full(error):
             return _explain(full)
         traceback.print_exc()
-        failed = gpu_failed(error)
+        failed = gpu_failed(error) or link_failed(error)
         return _explain(failed) if failed else 1
 
 

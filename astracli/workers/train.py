@@ -1,12 +1,15 @@
 """The trainer process: takes batches from the hub, trains, checkpoints, publishes, acknowledges; exports at the end.
 
-Order of one step s, safe against a kill at any point: train -> checkpoint s + 1 when due -> publish version s + 1 ->
-announce -> leave the GPU, in turns -> metrics -> acknowledge. A resumed trainer loads checkpoint c, publishes version c
-anew and asks for batch c, which the hub serves with the same groups. Rank 0 talks to the hub; other ranks get the batch
-from it.
+Order of one step s, safe against a kill at any point: train -> begin checkpoint s + 1 when due -> publish version
+s + 1 -> announce -> leave the GPU, in turns -> metrics -> acknowledge. A resumed trainer loads checkpoint c, publishes
+version c anew and asks for batch c, which the hub serves with the same groups. Rank 0 talks to the hub; other ranks get
+the batch from it.
+
+A checkpoint is written beside the steps that follow (`checkpoint_saver`), but in deterministic mode. Once it is whole
+the next acknowledgement tells the hub; until then a resume begins at the one before, whose groups the hub keeps.
 
 Everything from publishing on may happen in a thread beside step s + 1 (`weights.background`), from a copy. It is over
-before checkpoint s + 2 is written, so when a checkpoint c is on disk, every step before c - 1 has been acknowledged,
+before checkpoint s + 2 is begun, so when a checkpoint c is on disk, every step before c - 1 has been acknowledged,
 and step c - 1 is acknowledged by whoever resumes from it. Groups of batch s + 1 that were handed out before step s was
 acknowledged stay in that batch. An error in the thread ends the run at the trainer's next turn.
 """
@@ -21,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
-from astracli.errors import RunFailed
+from astracli.errors import RunFailed, disk_full, gpu_failed
 from astracli.rl.types import Group, unpack_group
 from astracli.workers.common import TERM_EXIT, Reporter, WorkerConfig, worker_main
 from astracli.workers.train_settings import in_background, settle_torch, split_of
@@ -57,8 +60,10 @@ def _train(config: WorkerConfig, reporter: Reporter, ranks: Any) -> None:
 
 def _end_rank(error: BaseException) -> None:
     """The background of a rank without a hub failed: the others would wait for its part, and it for their batch."""
-    print(f"error: publishing failed: {error}", file=sys.stderr, flush=True)
-    os._exit(1)
+    known = disk_full(error) or gpu_failed(error)
+    said = known.message if known else f"a version or a checkpoint was not written: {type(error).__name__}: {error}"
+    print(f"error: {said}", file=sys.stderr, flush=True)
+    os._exit(known.exit_code if known else 1)
 
 
 def _published_figures(result: PublishResult) -> dict[str, float]:
@@ -83,6 +88,7 @@ class TrainLoop:
     def __init__(self, config: WorkerConfig, reporter: Reporter, ranks: Any):
         from astracli import registry
         from astracli.hub.client import HubClient
+        from astracli.training.checkpoint_saver import Saver
         from astracli.training.export import frozen_tensors
         from astracli.training.setup import build_trainer
         from astracli.weights.publisher import Publisher
@@ -109,6 +115,10 @@ class TrainLoop:
             bf16_engine=config.device != "cpu" or config.backends.get("engine") == "sglang",
         )
         self.checkpoints = config.run_dir / "checkpoints"
+        beside = not self.recipe.launch.deterministic  # where nothing runs beside anything
+        others = int(config.extra.get("placement", {}).get("host_bytes", 0))
+        keep = self.recipe.checkpoint.keep
+        self.saver = Saver(self.checkpoints, ranks, keep=keep, beside=beside, others=others)
         self._pinned: set[int] = set()
         table = self.recipe.weights
         self.publisher = Publisher(
@@ -120,7 +130,7 @@ class TrainLoop:
             model_name=self.recipe.model.path,
             rank=ranks.rank,
             world_size=ranks.world_size,
-            session=f"{config.run_dir.name}-{config.attempt}",
+            session=f"{config.run_dir.name}-{config.attempt}-{config.extra.get('start', 0)}",
             frozen=frozen_tensors(config.model_path, self.adapter) if ranks.first else None,
             tied=self.trainer.masters.tied,
             pinned=lambda version: version in self._pinned,
@@ -130,7 +140,7 @@ class TrainLoop:
         # before it gives a GPU up, a trainer waits for its version anyway
         self.background = in_background(self.recipe, config.device) and not self.turn.cards
         if not ranks.first:
-            self.publisher.on_failure = _end_rank
+            self.publisher.on_failure = self.saver.on_failure = _end_rank
 
     def start(self) -> None:
         """Begin at version 0, or where the checkpoint stands; from then on the engines can serve."""
@@ -149,6 +159,8 @@ class TrainLoop:
         else:
             self.publisher.publish(0, masters.wire_shards(copy=not self.turn.leaves), owned=True)
         self.turn.end(self.trainer)
+        if self.recipe.checkpoint.every and self.saver.beside:
+            self.saver.prepare(masters)
         self._announce(self.step)
         if self.hub is not None and found is not None and self.step > 0:
             # a kill between checkpoint and acknowledgement left this step open
@@ -165,7 +177,8 @@ class TrainLoop:
             return checkpoint.latest(self.checkpoints)
         if step == 0:
             return None
-        found = checkpoint.read(checkpoint.place(self.checkpoints, int(step)))
+        # the supervisor has read it whole
+        found = checkpoint.read(checkpoint.place(self.checkpoints, int(step)), digests=False)
         if found is None:
             raise RunFailed(f"there is no whole checkpoint of step {step} in `{self.checkpoints}`")
         return found
@@ -192,9 +205,10 @@ class TrainLoop:
             count = self.recipe.metrics.samples_per_step
             write_samples(self.config.run_dir / "samples", result.batch, step, self.recipe.seed, count)
         figures["publish_wait_s"] = self._settle()
-        saved = self._checkpoint_if_due(version, figures)
+        self.saver.check()
+        self._checkpoint_if_due(version, figures)
         self.step = version
-        self._publish(step, figures, saved, began)
+        self._publish(step, figures, began)
         self.reporter.progress(step=version, tokens_per_s=round(figures["tokens_per_s"], 1))
         return True
 
@@ -207,7 +221,7 @@ class TrainLoop:
         self.reporter.waiting(None)
         return waited
 
-    def _publish(self, step: int, figures: dict[str, float], saved: bool, began: float) -> None:
+    def _publish(self, step: int, figures: dict[str, float], began: float) -> None:
         """Publish version step + 1, here or from a copy in the background; `publish_s` is what it costs the step. A
         trainer in turns then leaves its GPU, which is the end of its step."""
         version, begin = step + 1, time.perf_counter()
@@ -223,9 +237,9 @@ class TrainLoop:
             else:
                 self.turn.end(self.trainer)
                 settle(result.publish_s, time.perf_counter())
-            self._metrics(step, figures)
+            self._metrics(step, figures | self.saver.figures())
             if self.hub is not None:
-                self.hub.ack(step, version, version if saved else None)
+                self.hub.ack(step, version, self.saver.whole)
 
         def settle(publish_s: float, ended: float) -> None:
             figures["publish_s"] = figures["publish_wait_s"] + figures["snapshot_s"] + publish_s
@@ -252,9 +266,14 @@ class TrainLoop:
         if self.ranks.first:
             export(self.config.run_dir / "export", self.config.model_path, tensors, self.adapter)
         self.turn.end(self.trainer)
+        export_s = time.perf_counter() - began
         self.publisher.close()
+        self.reporter.waiting("the last checkpoint to be on disk" if self.saver.busy else None)
+        self.saver.wait()
         self.ranks.barrier()
-        self._metrics(self.step - 1, {"export_s": time.perf_counter() - began})
+        self._metrics(self.step - 1, {"export_s": export_s, **self.saver.figures()})
+        if self.hub is not None and self.saver.whole is not None:
+            self.hub.ack(self.step - 1, self.step, self.saver.whole)
 
     def _receive(self) -> tuple[list[Group], dict[str, float]] | None:
         """This step's groups on every rank, and the hub's counts of what arrived for it; None on a stop."""
@@ -277,19 +296,24 @@ class TrainLoop:
             if "groups" in reply:
                 return reply
             self.publisher.check()
+            self.saver.check()
             self.reporter.waiting(reply["wait"])
         return {"stop": True}
 
-    def _checkpoint_if_due(self, step: int, figures: dict[str, float]) -> bool:
-        from astracli.training import checkpoint
-
-        table = self.recipe.checkpoint
-        if not table.every or (step % table.every and step != self.recipe.train.steps):
-            return False
+    def _checkpoint_if_due(self, step: int, figures: dict[str, float]) -> None:
+        """Begin one; `checkpoint_s` is for how long the step stands still for it."""
+        every = self.recipe.checkpoint.every
+        if not every or (step % every and step != self.recipe.train.steps):
+            return
         began = time.perf_counter()
-        checkpoint.save(self.checkpoints, step, step, self.trainer.masters, self.ranks, keep=table.keep)
+        if self.saver.busy:
+            self.reporter.waiting("the checkpoint before to be on disk")
+        self.saver.begin(step, step, self.trainer.masters)
+        if not self.saver.beside:
+            self.saver.wait()
+            self.ranks.barrier()
+        self.reporter.waiting(None)
         figures["checkpoint_s"] = time.perf_counter() - began
-        return True
 
     def _announce(self, version: int) -> None:
         """Tell the hub that a version is on disk; learn which older ones must stay there."""

@@ -1,0 +1,152 @@
+"""What is started again, how often, and where from: a child alone, a trainer's ranks once, or all from a checkpoint."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from astracli import transient
+from astracli.launch.local import Child, ChildSpec, exit_words
+
+
+@dataclass(frozen=True)
+class Retry:
+    """Children that are all started once more, as other specs, when one of them ends with a code that asks for it."""
+
+    code: int
+    names: frozenset[str]
+    specs: Callable[[], Sequence[ChildSpec]]
+    """Asked when it is needed: a port must be free then."""
+    words: str
+    """What was wrong and what is different now."""
+
+
+class Restarts:
+    """Restarts of each child, counted over the last `window_s` seconds: what fails once a day may be started again for
+    as long as a run lasts, what fails at once again may not."""
+
+    def __init__(self, window_s: float, clock: Callable[[], float] = time.monotonic):
+        self.window_s = window_s
+        self._clock = clock
+        self._times: dict[str, deque[float]] = {}
+
+    def recent(self, name: str) -> int:
+        """How often it was started again in the window that ends now."""
+        times = self._times.setdefault(name, deque())
+        while times and self._clock() - times[0] > self.window_s:
+            times.popleft()
+        return len(times)
+
+    def add(self, name: str) -> None:
+        self._times.setdefault(name, deque()).append(self._clock())
+
+
+@dataclass(frozen=True)
+class End:
+    """A trainer rank that is gone."""
+
+    child: Child
+    code: int | None
+    """None: it was ended because it had fallen silent."""
+    what: str
+    """How it ended, in words."""
+
+    @property
+    def cause(self) -> str | None:
+        """Why it may do better the next time; None when it may not."""
+        return transient.cause(self.code, self.child.last_lines())
+
+
+def first_cause(ends: Sequence[End]) -> End:
+    """The rank whose end is the others' cause: one that will not pass before one that may, and both before those that
+    only lost another rank. Otherwise the first."""
+    lasting = [end for end in ends if end.cause is None]
+    own = [end for end in ends if end.cause is not None and not transient.secondary(end.cause)]
+    return (lasting or own or list(ends))[0]
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run that goes on from a checkpoint."""
+
+    step: int
+    specs: Sequence[ChildSpec]
+    retry: Retry | None
+
+
+@dataclass
+class Resume:
+    """One time that a run went on from its checkpoint by itself."""
+
+    at_step: int
+    """Steps that were trained when the trainer ended."""
+    from_step: int
+    """Steps that the checkpoint has trained; 0: there was none yet."""
+    cause: str
+    began: float
+    seconds: float | None = None
+    """From the trainer's end until as many steps were trained again; None while they are not."""
+
+    def document(self) -> dict[str, Any]:
+        return {key: getattr(self, key) for key in ("at_step", "from_step", "cause", "seconds")}
+
+
+class Resumes:
+    """When a run whose trainer ended goes on from its checkpoint by itself, and what that cost."""
+
+    def __init__(
+        self, limit: int, start: Callable[[int], Start], *, step: int = 0, clock: Callable[[], float] = time.monotonic
+    ):
+        """`start(n)` rewinds the hub to the newest checkpoint and says how everything is started for the n-th time.
+        `step`: where the run began."""
+        self.limit = limit
+        self.start = start
+        self.taken: list[Resume] = []
+        self._step = step
+        self._clock = clock
+
+    def refusal(self, step: int, cause: str) -> str | None:
+        """Why the run does not go on, of an end at `step`; None when it does."""
+        last = self.taken[-1] if self.taken else None
+        if last is not None and step <= last.at_step and _alike(cause, last.cause):
+            return f"it ended so at step {last.at_step} before, and got no further from the checkpoint"
+        if len(self.taken) >= self.limit:
+            return f"launch.max_resumes = {self.limit} are used up"
+        return None
+
+    def reached(self, step: int | None) -> int:
+        """Take note of the steps trained so far, as the trainer says; the number that is known."""
+        self._step = self._step if step is None else step
+        for resume in self.taken[-1:]:
+            if resume.seconds is None and self._step >= resume.at_step and step is not None:
+                resume.seconds = round(self._clock() - resume.began, 2)
+        return self._step
+
+    def take(self, step: int, cause: str, began: float) -> Start:
+        """Begin the next one. `began`: when the trainer was found to have ended."""
+        self.close()
+        start = self.start(len(self.taken) + 1)
+        self.taken.append(Resume(step, start.step, cause, began))
+        self._step = start.step
+        return start
+
+    def close(self) -> None:
+        """The run ends, or ended again: what has not caught up yet has cost the time until now."""
+        for resume in self.taken[-1:]:
+            if resume.seconds is None:
+                resume.seconds = round(self._clock() - resume.began, 2)
+
+
+def ended(child: Child, code: int) -> End:
+    words = f"ended with {exit_words(code)}" + (" before the run was done" if code == 0 else "")
+    return End(child, code, words)
+
+
+def _alike(one: str, other: str) -> bool:
+    """The same words, whatever addresses, ports and process ids stand in them."""
+    plain = [re.sub(r"0x[0-9a-fA-F]+|\d+", "#", words) for words in (one, other)]
+    return plain[0] == plain[1]

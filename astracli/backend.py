@@ -28,8 +28,8 @@ TRAINER: dict[str, tuple[tuple[str, ...], str | None]] = {
 PACKS = ("auto", "sdpa")
 """Values of train.attention under which a packed row gets its own attention function."""
 
-SGLANG_ENV = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}
-"""Log-probabilities before temperature: what the trainer compares with."""
+SGLANG_ENV = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"}
+"""Log-probabilities after temperature, whatever the shell says: what the trainer compares with."""
 SGLANG_CPU_ENV = {"SGLANG_USE_CPU_ENGINE": "1"}
 """What tells SGLang that it is to run without a GPU."""
 
@@ -107,7 +107,7 @@ def _environment(device: str, engine: str) -> tuple[dict[str, str], str]:
     reasons = ["no process looks for a GPU"] if device == "cpu" else []
     if engine == "sglang":
         env |= SGLANG_ENV | (SGLANG_CPU_ENV if device == "cpu" else {})
-        reasons += ["SGLang reports log-probabilities before temperature, as the trainer computes them"]
+        reasons += ["SGLang reports log-probabilities after temperature, as the trainer computes them"]
     return env, "; ".join(reasons) or "nothing has to be set"
 
 

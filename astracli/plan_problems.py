@@ -126,11 +126,10 @@ def size_problems(
 def warnings(plan: LaunchPlan, recipe: Recipe, facts: Mapping[str, Any]) -> list[str]:
     """What may go wrong under load but need not, and what is wrong by the recipe's own wish."""
     rollout = recipe.rollout
-    odd = [f"rollout.{k} = {v:g}" for k in ("temperature", "top_p") if (v := getattr(rollout, k)) != 1.0]
     result = []
-    if odd and plan.command == "train":
+    if rollout.top_p != 1.0 and plan.command == "train":
         result.append(
-            f"{' and '.join(odd)}: the loss computes with the probabilities of temperature 1 and the whole vocabulary, "
+            f"rollout.top_p = {rollout.top_p:g}: the loss computes with the probabilities of the whole vocabulary, "
             "so the gradient is biased towards what these draws prefer"
         )
     if any(process.role == "eval" for process in plan.processes) and plan.command == "train":

@@ -88,9 +88,9 @@ class RolloutTable(Table):
     group_size: PositiveInt = 8
     """Samples per prompt."""
     temperature: PositiveFloat = 1.0
-    """Training computes with the probabilities of temperature 1: other draws bias its gradient, and are warned of."""
+    """Of the draws. The trainer divides its logits by it too: what is trained is the policy that draws."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    """As with `temperature`: below 1 the draws are not the policy's."""
+    """Below 1 the draws are not the policy's: that biases the gradient, and is warned of."""
     max_new_tokens: PositiveInt = 4000
     context_length: PositiveInt = 8192
     """Prompt and completion together, tokens."""
@@ -165,6 +165,9 @@ class TrainTable(Table):
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), strict=False)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.01
+    weight_decay_on: Literal["all", "matrices"] = "all"
+    """`all`: every trained parameter decays, as in torch and AstraFlow; `matrices`: those of two dimensions and more,
+    so that norms, biases, `A_log` and `dt_bias` do not."""
     grad_clip: PositiveFloat = 1.0
     """Largest global gradient norm."""
     max_staleness: NonNegativeInt = 8
@@ -208,6 +211,9 @@ class AlgorithmTable(Table):
     weight_cap: PositiveFloat = 5.0
     """Largest weight pi_proximal / pi_behaviour, 2 to 10: `decoupled` (5) drops a token over it, `tis` (2) keeps it
     with this weight."""
+    mismatch_cap: float | None = Field(default=None, ge=1.0)
+    """Corrects for an engine whose probabilities differ from the trainer's, beside any algorithm: tokens of the current
+    version weigh min(pi_trainer / pi_engine, mismatch_cap). 2 is usual; None is off."""
     loss_length: PositiveInt | None = None
     """dr_grpo: tokens that a sequence's summed loss is divided by; None is `rollout.max_new_tokens`."""
     overlong_fraction: float = Field(default=0.0, ge=0.0, le=1.0)

@@ -47,10 +47,14 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 class Run:
     """One training run: a trainer, and a second model that generates with weights of an earlier step."""
 
-    def __init__(self, label: str, staleness: int, seed: int, args: argparse.Namespace):
-        own = ALGORITHMS[label]
+    def __init__(
+        self, label: str, staleness: int, seed: int, args: argparse.Namespace, own: dict[str, Any] | None = None
+    ):
+        """`own`: the settings of `[algorithm]`, where `label` is not one of `ALGORITHMS`."""
+        own = own or ALGORITHMS[label]
         settings = [f"algorithm.{key}={json.dumps(value)}" for key, value in own.items()]
         settings += [f"train.steps={args.steps}", f"train.max_staleness={max(1, staleness)}", f"seed={seed}"]
+        settings += args.settings
         self.recipe = recipe_io.load(RECIPE, settings)
         self.label, self.staleness, self.seed, self.args = label, staleness, seed, args
         path = Path(str(files("astracli") / "assets" / "tiny"))
@@ -97,16 +101,16 @@ class Run:
 
     def run(self) -> dict[str, Any]:
         """The finished run's document. A run whose data carries no signal any more ends early and says so."""
-        began = time.process_time()
+        began, args = time.process_time(), self.args
         curve: list[tuple[int, float]] = []
         figures: list[dict[str, float]] = []
         ended = None
-        for step in range(self.args.steps + 1):
+        for step in range(args.steps + 1):
             self.kept[step] = self._weights()
-            if step % self.args.every == 0 or step == self.args.steps:
+            if step % args.every == 0 or step == args.steps:
                 self._act_as(self.kept[step])
-                curve.append((step, self.actor.evaluate(1.0, 4)))
-            if step == self.args.steps:
+                curve.append((step, self.actor.evaluate(1.0, args.samples if step == args.steps else args.between)))
+            if step == args.steps:
                 break
             version = max(0, step - self.staleness)
             self.kept = {v: w for v, w in self.kept.items() if v >= version}
@@ -183,6 +187,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--every", type=int, default=10)
+    parser.add_argument("--samples", type=int, default=4, help="an item, of the last evaluation")
+    parser.add_argument("--between", type=int, default=4, help="an item, of the evaluations before")
+    parser.add_argument("--set", nargs="*", default=[], dest="settings", metavar="KEY=VALUE", help="of the recipe")
     parser.add_argument("--out", type=Path, default=Path("staleness.json"))
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", action="store_true")

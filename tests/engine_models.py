@@ -56,8 +56,8 @@ def tiny_model(kind: str, seed: int = 0) -> Any:
 
 
 @torch.no_grad()
-def reference_logprobs(model: Any, prompt: list[int], completion: list[int]) -> list[float]:
-    """log p(completion | prompt), token by token, from one full forward without a cache."""
+def reference_logprobs(model: Any, prompt: list[int], completion: list[int], temperature: float = 1.0) -> list[float]:
+    """log p(completion | prompt) at a temperature, token by token, from one full forward without a cache."""
     ids = torch.tensor([prompt + completion])
-    logprobs = model(input_ids=ids).logits[0].float().log_softmax(-1)
+    logprobs = model(input_ids=ids).logits[0].float().div(temperature or 1.0).log_softmax(-1)
     return [logprobs[len(prompt) - 1 + i, token].item() for i, token in enumerate(completion)]

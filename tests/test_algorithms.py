@@ -218,6 +218,50 @@ def test_a_micro_batch_without_tokens_keeps_its_graph(name: str) -> None:
     assert loss.item() == 0.0 and logprob.grad is not None
 
 
+# mismatch correction, beside any algorithm
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_mismatch_correction_weighs_tokens_of_the_current_version(name: str) -> None:
+    """Tokens 0 and 2 are the current version's: their ratio is to the trainer's own probability, their weight
+    min(pi_proximal / pi_engine, 1.1), which is 1.1 and 0.8. Token 1 is older: its ratio is to the engine's, and it
+    weighs 1."""
+    settings, _ = FORMULAS[name]
+    chosen = recipe(algorithm={"name": name, "loss_length": LOSS_LENGTH} | settings)
+    algorithm = losses.get(name)
+    micro = pad_rows([row(2, BEHAVIOUR[:2], 1.0), row(1, BEHAVIOUR[2:], -2.0)], 0)
+    micro.version_N[:] = [7, 6, 7]
+    proximal = torch.tensor(PROXIMAL).log()
+    moved = objective.moved(proximal - torch.from_numpy(micro.logprob_N), micro, 7)
+    assert moved.tolist() == pytest.approx([0.0, math.log(3.5), 0.0])
+    limits = algorithm.prepare(moved, torch.tensor(ADVANTAGE), chosen.algorithm)
+    logprob = torch.tensor(POLICY).log().requires_grad_()
+    result, capped = objective.corrected_losses(algorithm, micro, logprob, proximal, limits, version=7, cap=1.1)
+    result.loss_N.sum().backward()
+
+    # the same algorithm, told that the engine's probabilities of tokens 0 and 2 were the trainer's
+    plain = logprob.detach().clone().requires_grad_()
+    micro.logprob_N[[0, 2]] = np.log(np.float32([PROXIMAL[0], PROXIMAL[2]]))
+    expected = objective.token_losses(algorithm, micro, plain, proximal, limits)
+    weights = torch.tensor([1.1, 1.0, 0.8])
+    (expected.loss_N * weights).sum().backward()
+    torch.testing.assert_close(result.loss_N, expected.loss_N * weights)
+    assert logprob.grad is not None and plain.grad is not None
+    torch.testing.assert_close(logprob.grad, plain.grad)
+    assert capped.tolist() == [True, False, False]
+
+
+def test_grpo_with_mismatch_correction_is_tis_on_fresh_tokens() -> None:
+    grpo, micro = losses.get("grpo"), pad_rows([row(2, BEHAVIOUR[:2], 1.0), row(1, BEHAVIOUR[2:], -2.0)], 0)
+    proximal, logprob = torch.tensor(PROXIMAL).log(), torch.tensor(POLICY).log().requires_grad_()
+    limits = grpo.prepare(torch.zeros(3), torch.tensor(ADVANTAGE), AlgorithmTable(name="grpo"))
+    result, _ = objective.corrected_losses(grpo, micro, logprob, proximal, limits, version=0, cap=2.0)
+    (result.loss_N.sum() / 3).backward()
+    loss, gradient, _ = computed("tis")
+    assert (result.loss_N.sum() / 3).item() == pytest.approx(loss)
+    assert logprob.grad is not None and logprob.grad.tolist() == pytest.approx(gradient)
+
+
 # what the name switches
 
 
@@ -292,6 +336,26 @@ def test_a_normaliser_does_not_see_micro_batches(model_dir: Path, name: str) -> 
         metrics = trainer.train(sample_groups(trainer, 3, seed=2), 0, 0).metrics
         figures.append((metrics["loss"], metrics["grad_norm"]))
     assert figures[0] == pytest.approx(figures[1], rel=1e-4, abs=1e-6)
+
+
+def test_mismatch_correction_in_a_step(model_dir: Path) -> None:
+    """An engine that gives every token half of the trainer's probability: weight 2, capped at 1.5, and no ratio moved,
+    however narrow the range; older tokens keep the ratio 2 and are clipped where they gain."""
+    chosen = recipe(algorithm={"name": "grpo", "mismatch_cap": 1.5}, train={"minibatches": 1, "parity_tolerance": 1.0})
+    figures = []
+    for version in (0, -1):
+        trainer = make_trainer(model_dir, chosen)
+        groups = sample_groups(trainer, 4, seed=1, version=version)
+        for sample in (s for g in groups for s in g.samples):
+            sample.segments[0].logprobs = sample.segments[0].logprobs - np.float32(math.log(2.0))
+        figures.append(trainer.train(groups, 0, 0).metrics)
+    rows = trainer._divide(groups, 0).rows
+    tokens = sum(r.loss_tokens for r in rows)
+    fresh, old = figures
+    assert (fresh["mismatch_capped_fraction"], fresh["clip_fraction"]) == (1.0, 0.0)
+    assert fresh["loss"] == pytest.approx(-1.5 * sum(r.advantage * r.loss_tokens for r in rows) / tokens, rel=1e-4)
+    gaining = sum(r.loss_tokens for r in rows if r.advantage > 0) / tokens
+    assert old["mismatch_capped_fraction"] == 0.0 and old["clip_fraction"] == pytest.approx(gaining)
 
 
 def test_one_stale_minibatch_is_measured_from_the_policy_itself(model_dir: Path) -> None:

@@ -97,7 +97,7 @@ def test_serving_attention_by_capability(adapter: Any, capability: str, flashinf
     assert choice.serving_attention == expected
     assert choice.linear_attention == ("triton" if adapter is HYBRID else "none")
     assert choice.engine == "sglang"
-    assert choice.env == {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}
+    assert choice.env == {"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"}
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_a_gpu_recipe_resolves_on_a_machine_without_gpus() -> None:
 def test_sglang_serves_on_a_cpu_where_it_is_asked_for() -> None:
     choice = backend.choose(HYBRID, facts(), recipe(rollout={"engine": "sglang"}, **CPU))
     assert (choice.device, choice.engine, choice.serving_attention) == ("cpu", "sglang", "torch_native")
-    assert choice.env["SGLANG_USE_CPU_ENGINE"] == "1" and choice.env["SGLANG_RETURN_ORIGINAL_LOGPROB"] == "1"
+    assert choice.env["SGLANG_USE_CPU_ENGINE"] == "1" and choice.env["SGLANG_RETURN_ORIGINAL_LOGPROB"] == "0"
     assert choice.env["CUDA_VISIBLE_DEVICES"] == "" and "bf16" in choice.reasons[1].reason
     amx = recipe(rollout={"engine": "sglang", "attention_backend": "intel_amx"}, **CPU)
     assert backend.choose(HYBRID, facts(), amx).serving_attention == "intel_amx"

@@ -1,8 +1,10 @@
-"""Majority votes, and the paired bootstrap: it finds a difference that is there and none that is not."""
+"""Majority votes, and the sign-flip test: it finds a difference that is there and none that is not."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 
 from astracli.errors import UserError
 from astracli.rl import votes
-from astracli.rl.compare import Shares, compare, read_shares
+from astracli.rl.compare import Shares, compare, read_shares, words
 
 
 def evaluation(seed: int, gain: float, items: int = 300, noise: float = 0.1) -> Shares:
@@ -32,11 +34,60 @@ def test_a_small_difference_is_found_because_items_are_paired() -> None:
     assert back.difference == pytest.approx(-row.difference) and back.real
 
 
-def test_no_difference_is_called_real_about_one_time_in_twenty() -> None:
-    real = sum(compare(evaluation(2 * i, 0.0), evaluation(2 * i + 1, 0.0), draws=1000)[0].real for i in range(100))
-    assert 1 <= real <= 12
+def named(shares: Any) -> Shares:
+    return {"b": {f"i{i}": float(share) for i, share in enumerate(shares)}}
+
+
+@pytest.mark.parametrize(("items", "least"), [(1, 0.0), (2, 0.0), (4, 0.0), (8, 0.01), (30, 0.02), (300, 0.02)])
+def test_no_difference_is_called_real_at_most_one_time_in_twenty(items: int, least: float) -> None:
+    """Eight samples an item, of items from hopeless to easy, from one and the same model."""
+    rng, times, real = np.random.default_rng(items), 600, 0
+    for _ in range(times):
+        chance = rng.uniform(0, 1, items)
+        a, b = (named(rng.binomial(8, chance) / 8) for _ in range(2))
+        (row,) = compare(a, b, draws=399)
+        assert row.real == (not row.low <= 0 <= row.high)
+        assert (row.verdict == "too few items") == (items < 6)
+        real += row.real
+    assert least <= real / times <= 0.05
+
+
+def test_one_item_is_never_a_difference() -> None:
+    (row,) = compare(named([0.0]), named([1.0]))
+    assert (row.difference, row.p, row.low, row.high) == (1.0, 1.0, -math.inf, math.inf)
+    assert not row.real and words(row).startswith("too few items: +1.000 over 1")
+    (five,) = compare(named([0.0] * 5), named([1.0] * 5))
+    assert five.p == 2 / 32 and five.verdict == "too few items"
+    (six,) = compare(named([0.0] * 6), named([1.0] * 6))
+    assert six.p == 2 / 64 and six.verdict == "real"
+
+
+def test_a_few_items_that_differ_among_many_are_no_difference() -> None:
+    (row,) = compare(named([0.5] * 30), named([1.0] * 5 + [0.5] * 25))
+    assert row.verdict == "not shown" and words(row).endswith("; 5 of 30 items differ")
+    assert row.p == pytest.approx(2 / 32, abs=0.01) and row.low <= 0
+    (more,) = compare(named([0.5] * 30), named([1.0] * 8 + [0.5] * 22))
+    assert more.real and more.p == pytest.approx(2 / 256, abs=0.004)
+
+
+def test_all_signs_of_seven_items_by_brute_force() -> None:
+    """p, and the interval: it holds the shifts that the same test does not reject."""
+    differences = np.array([0.5, 0.25, -0.125, 0.375, 0.0, 0.625, 0.25])
+
+    def share(shift: float) -> float:
+        means = [np.mean(s * (differences - shift)) for s in itertools.product((1, -1), repeat=7)]
+        return float(np.mean(np.abs(means) >= abs(np.mean(differences - shift)) - 1e-12))
+
+    (row,) = compare(named(np.full(7, 0.3)), named(0.3 + differences))
+    assert row.p == pytest.approx(share(0.0))
+    for edge, outwards in ((row.low, -1e-6), (row.high, 1e-6)):
+        assert share(edge - outwards) > 0.05 >= share(edge + outwards)
+
+
+def test_the_same_evaluation_twice() -> None:
     same = evaluation(1, 0.0)
     (row,) = compare(same, same)
+    assert (row.low, row.high) == (0.0, 0.0)
     assert (row.difference, row.p, row.real) == (0.0, 1.0, False)
 
 
@@ -65,9 +116,9 @@ def test_interval_and_p_by_hand() -> None:
     assert (row.low, row.high) == pytest.approx((-1.96 * 0.005, 1.96 * 0.005), rel=0.05)
     assert row.p > 0.9 and not row.real
     (better,) = compare(a, {"b": {f"i{i}": 0.6 + 0.001 * (i % 2) for i in range(400)}}, draws=999)
-    assert better.p == 2 / 1000 and better.real  # no draw at or under 0, and two sides
+    assert better.p == 1 / 1000 and better.real  # no draw so far from 0
     (worse,) = compare(b={"b": {f"i{i}": 0.4 for i in range(400)}}, a=a, draws=999)
-    assert worse.p == 2 / 1000 and worse.real
+    assert worse.p == 1 / 1000 and worse.real
 
 
 def test_other_items_are_refused_with_the_figures() -> None:
@@ -98,7 +149,13 @@ def test_a_run_a_step_of_it_and_the_command(tmp_path: Path, astra: Callable[...,
     done = astra("eval", "--compare", f"{run}@0", run)
     assert done.code == 0 and "b: B is better: +0.500, 95 % interval +0.500 to +0.500" in done.out
     (row,) = json.loads(astra("eval", "--compare", run, run, "--json").out)["benchmarks"]
-    assert (row["items"], row["real"]) == (20, False)
+    assert (row["items"], row["real"], row["verdict"]) == (20, False, "not shown")
+    write(tmp_path / "few" / "items", 0, [False] * 4)
+    write(tmp_path / "few" / "items", 1, [True] * 4)
+    few = str(tmp_path / "few")
+    assert "b: too few items: +1.000 over 2" in astra("eval", "--compare", f"{few}@0", few).out
+    (row,) = json.loads(astra("eval", "--compare", f"{few}@0", few, "--json").out)["benchmarks"]
+    assert (row["low"], row["high"], row["p"], row["verdict"]) == (None, None, 0.5, "too few items")
 
 
 def test_votes() -> None:

@@ -54,7 +54,7 @@ def _check_exact(model: Any, requests: list[Request], out: dict[str, Completion]
     assert sorted(out) == sorted(request.rid for request in requests)
     for request in requests:
         done = out[request.rid]
-        expected = reference_logprobs(model, request.prompt.tolist(), done.tokens.tolist())
+        expected = reference_logprobs(model, request.prompt.tolist(), done.tokens.tolist(), request.temperature)
         assert done.logprobs == pytest.approx(expected, abs=1e-5), request.rid
         ended = done.tokens[-1] in request.stop_token_ids
         assert done.finish_reason == ("stop" if ended else "length")

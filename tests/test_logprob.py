@@ -33,6 +33,44 @@ def test_equal_to_log_softmax_with_gradients(chunk: int, with_bias: bool) -> Non
     assert not entropy.requires_grad
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_at_a_temperature_it_is_the_policy_that_draws(with_bias: bool) -> None:
+    """softmax(logits / 0.7) by autograd of its definition; at temperature 1 not a byte is another."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(20, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    bias = torch.randn(50, requires_grad=True) if with_bias else None
+    target, pull = torch.randint(0, 50, (20,)), torch.randn(20)
+    inputs = [t for t in (hidden, weight, bias) if t is not None]
+
+    def found(**settings: float) -> list[torch.Tensor]:
+        logprob, entropy = chunked_logprob(hidden, weight, target, bias_V=bias, chunk=7, **settings)  # type: ignore[arg-type]
+        return [logprob, entropy, *torch.autograd.grad((logprob * pull).sum(), inputs)]
+
+    plain = (torch.nn.functional.linear(hidden, weight, bias).double() / 0.7).log_softmax(-1)
+    expected = plain.gather(1, target[:, None])[:, 0]
+    entropy = -(plain.exp() * plain).sum(-1)
+    for mine, theirs in zip(
+        found(temperature=0.7),
+        [expected, entropy, *torch.autograd.grad((expected * pull).sum(), inputs)],
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs.float(), atol=2e-5, rtol=1e-4)
+    for mine, same in zip(found(temperature=1.0), found(), strict=True):
+        assert torch.equal(mine, same)
+
+
+def test_a_temperature_by_hand() -> None:
+    """Logits 0 and log 2 at temperature 0.5 are 0 and log 4: p = 0.2, 0.8; d log p0 / d logits = (0.8, -0.8) / 0.5."""
+    weight = torch.tensor([[0.0], [1.0]], requires_grad=True)
+    hidden = torch.tensor([[0.6931472]])
+    logprob, entropy = chunked_logprob(hidden, weight, torch.tensor([0]), temperature=0.5)
+    logprob.sum().backward()
+    assert logprob.exp().item() == pytest.approx(0.2)
+    assert entropy.item() == pytest.approx(0.5004024)
+    assert weight.grad is not None
+    assert weight.grad.flatten().tolist() == pytest.approx([1.6 * 0.6931472, -1.6 * 0.6931472])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_is_one_chunk_not_the_batch(dtype: torch.dtype) -> None:
     tokens, vocabulary, chunk = 512, 4096, 16

@@ -64,10 +64,10 @@ def test_rows_do_not_depend_on_each_other() -> None:
         assert logprob[0] == pytest.approx(logprobs[row], abs=1e-6)
 
 
-def test_log_probability_is_untempered_and_unfiltered_and_greedy_takes_the_largest() -> None:
+def test_log_probability_is_tempered_and_unfiltered_and_greedy_takes_the_largest() -> None:
     logits = torch.randn(5, 11, generator=torch.Generator().manual_seed(0)) * 3
-    reference = logits.double().log_softmax(-1)
     for temperature, top_p in ((0.0, 1.0), (0.3, 0.5), (2.0, 0.9)):
+        reference = (logits.double() / (temperature or 1.0)).log_softmax(-1)
         tokens, logprobs = choose(logits, np.full(5, temperature), np.full(5, top_p), np.linspace(0, 0.99, 5))
         assert logprobs == pytest.approx(reference[np.arange(5), tokens].numpy(), abs=1e-6)
         if temperature == 0:

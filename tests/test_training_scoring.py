@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,14 @@ def scorings(trainer: Trainer) -> list[int]:
     return made
 
 
-@pytest.mark.parametrize(("deterministic", "expected"), [(False, [0]), (True, [0, 1, 2])])
-def test_a_deterministic_run_scores_every_step(model_dir: Path, deterministic: bool, expected: list[int]) -> None:
-    """Left out in the second step and not in the first of a resumed process, it would make a difference."""
-    chosen = recipe(train={"minibatches": 1}, launch={"deterministic": deterministic})
+@pytest.mark.parametrize(
+    ("name", "deterministic", "expected"),
+    [("grpo", False, [0]), ("grpo", True, [0, 1, 2]), ("m2po", False, [0, 1, 2])],
+)
+def test_which_steps_are_scored(model_dir: Path, name: str, deterministic: bool, expected: list[int]) -> None:
+    """Left out in the second step and not in the first of a resumed process, it would make a difference. M2PO's limits
+    come from the log-ratios, so it scores every step."""
+    chosen = recipe(algorithm={"name": name}, train={"minibatches": 1}, launch={"deterministic": deterministic})
     trainer = make_trainer(model_dir, chosen)
     made = scorings(trainer)
     for step in range(3):
@@ -41,22 +46,30 @@ def test_a_deterministic_run_scores_every_step(model_dir: Path, deterministic: b
     assert made == expected
 
 
-def test_a_stale_minibatch_is_scored_in_every_step(model_dir: Path) -> None:
-    """Its first tokens lie 0.15 from the policy, on the side of their advantage; the others 0.001: the mean of the
-    moments is under 0.01, so all are kept and the limit is 0.15, not the root of 0.01."""
-    trainer = make_trainer(model_dir, recipe(train={"minibatches": 1, "learning_rate": 1e-9}))
+@pytest.mark.parametrize(("tau", "bounded"), [(0.01, False), (0.002, True)])
+def test_a_batch_is_bounded_by_its_own_log_ratios(model_dir: Path, tau: float, bounded: bool) -> None:
+    """First tokens lie 0.1 and more from the policy, on the side of their advantage, the others 0.001. The version is
+    the trainer's own: a step that is not scored would take all of them for 0."""
+    relaxed = {"minibatches": 1, "learning_rate": 1e-9, "parity_tolerance": 1.0}
+    trainer = make_trainer(model_dir, recipe(train=relaxed, algorithm={"m2_threshold": tau}))
     trainer.train(sample_groups(trainer, 2, seed=0), 0, 0)
     made = scorings(trainer)
-    groups = sample_groups(trainer, 4, seed=1, version=0)
+    groups, moments = sample_groups(trainer, 4, seed=1, version=1), []
     for group in groups:
         for sample in group.samples:
             toward = 1.0 if sample.reward > group.rewards.mean() else -1.0
             moved = np.full(len(sample.tokens), -1e-3 * toward, np.float32)
-            moved[0] = -0.15 * toward
+            moved[0] = -(0.1 + 0.01 * len(moments) / 13) * toward
             sample.segments[0].logprobs = sample.segments[0].logprobs + moved
+            moments += (moved.astype(np.float64) ** 2).tolist()
     metrics = trainer.train(groups, 1, 1).metrics
     assert made == [1]
-    assert metrics["m2_limit"] == pytest.approx(0.15, rel=1e-3)
+    moments.sort()
+    kept = [m for i, m in enumerate(moments) if sum(moments[: i + 1]) / (i + 1) <= tau]
+    assert (len(kept) < len(moments)) is bounded and kept[-1] > 1e-2
+    assert metrics["m2_limit"] == pytest.approx(kept[-1] ** 0.5 if bounded else math.log(21.0), rel=1e-3)
+    # the token that sets the limit trains, those beyond it do not
+    assert metrics["clip_fraction"] == pytest.approx(1 - len(kept) / len(moments), abs=1e-9)
 
 
 def test_later_minibatches_move_away_from_the_policy_of_the_start(model_dir: Path) -> None:

@@ -38,7 +38,9 @@ def stale(groups: list[Group], shift: float, version: int = -1) -> list[Group]:
     return moved
 
 
-def plain_loss(trainer: Trainer, groups: list[Group], low: float, high: float) -> torch.Tensor:
+def plain_loss(
+    trainer: Trainer, groups: list[Group], low: float, high: float, temperature: float = 1.0
+) -> torch.Tensor:
     """The clipped objective, row by row through the plain model: token mean over the whole batch."""
     total, tokens = torch.zeros(()), 0
     for group in groups:
@@ -47,7 +49,7 @@ def plain_loss(trainer: Trainer, groups: list[Group], low: float, high: float) -
             row = torch.from_numpy(np.concatenate([group.prompt_tokens, sample.tokens]).astype(np.int64))[None]
             logits = trainer.policy.model(input_ids=row).logits  # type: ignore[operator]
             start = len(group.prompt_tokens)
-            logprob = logits[0, start - 1 : -1].log_softmax(-1).gather(1, row[0, start:, None])[:, 0]
+            logprob = (logits[0, start - 1 : -1] / temperature).log_softmax(-1).gather(1, row[0, start:, None])[:, 0]
             ratio = (logprob - torch.from_numpy(sample.logprobs)).exp()
             advantage = float((sample.reward - mean) / (std + 1e-5))
             total = total - torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage).sum()
@@ -71,6 +73,40 @@ def test_one_minibatch_is_the_plain_objective(model_dir: Path) -> None:
     assert "parity_mean_abs" not in metrics  # no token of the current version
     assert 0 < metrics["clip_fraction"] < 0.5
     assert abs(metrics["ratio_mean"] - 1.0) > 1e-4
+
+
+def tempered(trainer: Trainer, groups: list[Group], temperature: float) -> list[Group]:
+    """The same tokens with the log-probabilities of an engine that drew them at a temperature."""
+    for group, sample in ((g, s) for g in groups for s in g.samples):
+        row = torch.from_numpy(np.concatenate([group.prompt_tokens, sample.tokens]).astype(np.int64))[None]
+        with torch.no_grad():
+            logits = trainer.policy.model(input_ids=row).logits[0, len(group.prompt_tokens) - 1 : -1]  # type: ignore[operator]
+        scaled = (logits.double() / temperature).log_softmax(-1)
+        chosen = scaled.gather(1, row[0, len(group.prompt_tokens) :, None])[:, 0]
+        sample.segments[0].logprobs = chosen.float().numpy()
+    return groups
+
+
+def test_a_rollout_temperature_trains_the_policy_that_drew(model_dir: Path) -> None:
+    """Gradient against autograd of the definition at temperature 0.7; engine, KL and entropy at the same."""
+    rollout = {"group_size": 4, "max_new_tokens": 16, "context_length": 64, "temperature": 0.7}
+    table = {"name": "grpo", "clip_low": 0.1, "clip_high": 0.2, "kl_coef": 0.1}
+    trainer = make_trainer(model_dir, recipe(train={"minibatches": 1}, algorithm=table, rollout=rollout))
+    fresh = tempered(trainer, sample_groups(trainer, 4, seed=1), 0.7)
+    old = stale(fresh, 0.3)
+    expected = plain_loss(trainer, old, 0.9, 1.2, 0.7)
+    gradients = torch.autograd.grad(expected, list(trainer.masters.parameters.values()))
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+    metrics = trainer.train(old, 0, 0).metrics
+    assert metrics["loss"] == pytest.approx(expected.item(), abs=1e-6)
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert metrics["kl"] == pytest.approx(0.0, abs=1e-9)
+
+    again = make_trainer(model_dir, recipe(algorithm=table, rollout=rollout))
+    metrics = again.train(fresh, 0, 0).metrics
+    assert metrics["parity_max_abs"] < 1e-5 and metrics["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+    with pytest.raises(RunFailed, match="trainer and engine disagree at version 0"):
+        make_trainer(model_dir, recipe(algorithm=table, rollout=rollout)).train(sample_groups(again, 4, seed=1), 0, 0)
 
 
 def test_the_cap_of_m2po_comes_from_the_whole_batch(model_dir: Path) -> None:
@@ -107,7 +143,7 @@ def test_micro_batches_do_not_change_the_update(model_dir: Path) -> None:
 
 
 def test_the_pass_without_gradients_is_left_out_when_it_says_nothing(model_dir: Path) -> None:
-    trainer = make_trainer(model_dir, recipe(train={"minibatches": 1}))
+    trainer = make_trainer(model_dir, recipe(algorithm={"name": "grpo"}, train={"minibatches": 1}))
     calls = 0
     forward = trainer._forward
 
@@ -245,6 +281,22 @@ def test_gradients_are_clipped_together(model_dir: Path) -> None:
     metrics = trainer.train(groups, 0, 0).metrics
     assert metrics["grad_norm"] > 1e-2
     assert seen["norm"] == pytest.approx(1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("on", ["all", "matrices"])
+def test_what_decays_is_the_recipes_choice(model_dir: Path, on: str) -> None:
+    """No gradient, so an update is the decay alone: 1 - 0.1 x 0.5 of the value."""
+    table = {"weight_decay": 0.5, "learning_rate": 0.1, "weight_decay_on": on}
+    masters = make_trainer(model_dir, recipe(train=table)).masters
+    before = {name: value.clone() for name, value in masters.values.items()}
+    for parameter in masters.parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    masters.update(0)
+    kinds = {name.rsplit(".", 1)[-1] for name, value in before.items() if value.ndim == 1}
+    assert {"A_log", "dt_bias", "weight"} <= kinds
+    for name, value in before.items():
+        decays = on == "all" or value.ndim > 1
+        torch.testing.assert_close(masters.values[name], value * 0.95 if decays else value, msg=name)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(model_dir: Path) -> None:

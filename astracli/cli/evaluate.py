@@ -116,10 +116,7 @@ def _compare(a: str, b: str, as_json: bool) -> None:
         return
     out().table(
         ["benchmark", "items", "A", "B", "B - A", "95 % from", "to", "p", "difference"],
-        [
-            [r.benchmark, r.items, r.a, r.b, r.difference, r.low, r.high, r.p, "real" if r.real else "not shown"]
-            for r in rows
-        ],
+        [[r.benchmark, r.items, r.a, r.b, r.difference, r.low, r.high, r.p, r.verdict] for r in rows],
     )
     out().text("\n".join(f"{row.benchmark}: {compare.words(row)}" for row in rows))
 

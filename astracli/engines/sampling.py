@@ -44,33 +44,32 @@ def choose(
     """Next tokens and their log-probabilities.
 
     Shapes: logits [N, V], temperature, top_p and draws float [N] -> tokens int64 [N], logprobs float32 [N].
-    Temperature 0 takes the most likely token. The log-probability is the untempered, unfiltered one, in fp32.
+    Temperature 0 takes the most likely token. The log-probability is that of the distribution after temperature (at 0:
+    of temperature 1) and before top-p, in fp32: what the trainer computes too.
     """
     logits = logits.float()
-    logprobs = logits.log_softmax(-1)
+    scale = np.where(temperature == 0, 1.0, temperature).astype(np.float32)
+    scaled = logits if (scale == 1).all() else logits / torch.from_numpy(scale).to(logits.device)[:, None]
+    logprobs = scaled.log_softmax(-1)
     if (temperature == 0).all():
         tokens = logits.argmax(-1)
     else:
-        tokens = _draw(logits, logprobs, temperature, top_p, draws)
+        probs = logprobs.exp() if (temperature == 1).all() else scaled.softmax(-1)
+        tokens = _draw(probs, temperature, top_p, draws)
         if (temperature == 0).any():
             greedy = torch.from_numpy(temperature == 0).to(logits.device)
             tokens = torch.where(greedy, logits.argmax(-1), tokens)
     return tokens.cpu().numpy(), logprobs.gather(1, tokens[:, None])[:, 0].cpu().numpy()
 
 
-def _draw(logits: Tensor, logprobs: Tensor, temperature: np.ndarray, top_p: np.ndarray, draws: np.ndarray) -> Tensor:
+def _draw(probs: Tensor, temperature: np.ndarray, top_p: np.ndarray, draws: np.ndarray) -> Tensor:
     """Inverse-CDF sampling, int64 [N]; rows of temperature 0 get something harmless."""
-    if (temperature == 1).all():
-        probs = logprobs.exp()
-    else:
-        scale = torch.from_numpy(np.where(temperature == 0, 1.0, temperature).astype(np.float32)).to(logits.device)
-        probs = (logits / scale[:, None]).softmax(-1)
-    u = torch.from_numpy(draws).to(logits.device)
+    u = torch.from_numpy(draws).to(probs.device)
     tokens = _invert(probs, u)
     filtered = np.flatnonzero((top_p < 1) & (temperature > 0))
     if len(filtered):
-        rows = torch.from_numpy(filtered).to(logits.device)
-        kept, order = nucleus(probs[rows], torch.from_numpy(top_p[filtered]).to(logits.device))
+        rows = torch.from_numpy(filtered).to(probs.device)
+        kept, order = nucleus(probs[rows], torch.from_numpy(top_p[filtered]).to(probs.device))
         tokens[rows] = order.gather(1, _invert(kept, u[rows])[:, None])[:, 0]
     return tokens
 

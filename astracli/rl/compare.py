@@ -1,14 +1,19 @@
-"""Is one evaluation better than another? A paired bootstrap over items, from the two item files.
+"""Is one evaluation better than another? A sign-flip test over paired items, from the two item files.
 
-Items are matched by id, so that the difficulty of an item falls out of the difference. For every benchmark the items
-are drawn again with replacement `DRAWS` times (seeded): the middle 95 % of the mean differences is the interval, and
-the difference is called real when 0 is outside. p is two-sided, (1 + draws on the other side of 0) x 2 / (DRAWS + 1).
-`overall` is the unweighted mean over benchmarks, each drawn for itself.
+Items are matched by id, so that the difficulty of an item falls out of the difference. Were both evaluations equally
+good, an item's difference would be as likely to have the other sign: p is the share of sign choices whose mean
+difference is at least as far from 0 as the one seen. All 2^n choices are gone through for up to `EXACT` items, `DRAWS`
+random ones (seeded) for more, with p = (1 + as far) / (1 + draws). A difference is real where p is at most `LEVEL`,
+which then happens to equals in at most that share of comparisons. The interval holds the differences that the same test
+does not reject. With fewer than `LEAST` items even differences of one sign have p > `LEVEL`: nothing can be said.
+
+`overall` is the unweighted mean over benchmarks; signs are those of all their items.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +24,13 @@ import numpy as np
 from astracli.errors import UserError
 
 DRAWS = 10_000
+EXACT = 14
+"""Items up to which all signs are gone through: 16,384 choices."""
+LEVEL = 0.05
+LEAST = 6
+"""2 / 2^6 = 0.031 is the first p that is at most LEVEL."""
+_TIE = 1e-12
+"""Differences are multiples of 1 / samples; sums of them in another order are off by less."""
 Shares = dict[str, dict[str, float]]
 """{benchmark: {item id: share of right samples}}"""
 
@@ -33,11 +45,20 @@ class Difference:
     b: float
     difference: float
     low: float
-    """Lower end of the 95 % interval of `difference`."""
+    """Lower end of the 95 % interval of `difference`; -inf where too few items bound it."""
     high: float
     p: float
-    real: bool
-    """Whether 0 is outside the interval."""
+    differing: int
+    """Items whose shares are not equal."""
+
+    @property
+    def real(self) -> bool:
+        return self.p <= LEVEL
+
+    @property
+    def verdict(self) -> str:
+        """`real`, `not shown` or `too few items`"""
+        return "real" if self.real else "too few items" if self.items < LEAST else "not shown"
 
 
 def read_shares(text: str) -> Shares:
@@ -79,7 +100,7 @@ def compare(a: Shares, b: Shares, *, seed: int = 0, draws: int = DRAWS) -> list[
     common = [name for name in a if name in b]
     if not common:
         raise UserError(f"no benchmark in common: {', '.join(a)} and {', '.join(b)}")
-    rows, boots, means = [], [], []
+    rows, differences, means = [], [], []
     for place, name in enumerate(common):
         if a[name].keys() != b[name].keys():
             both = len(a[name].keys() & b[name].keys())
@@ -89,41 +110,82 @@ def compare(a: Shares, b: Shares, *, seed: int = 0, draws: int = DRAWS) -> list[
                 "evaluate both on the same benchmark file",
             )
         pairs = np.array([(a[name][item], b[name][item]) for item in sorted(a[name])])
-        boot = _resampled(pairs[:, 1] - pairs[:, 0], np.random.default_rng([seed, place]), draws)
-        first, second = (float(x) for x in pairs.mean(axis=0))
-        rows.append(_row(name, len(pairs), first, second, boot))
-        boots.append(boot)
-        means.append((first, second))
+        means.append(tuple(float(x) for x in pairs.mean(axis=0)))
+        differences.append(pairs[:, 1] - pairs[:, 0])
+        rows.append(_row(name, means[-1], differences[-1:], np.random.default_rng([seed, place]), draws))
     if len(rows) > 1:
-        first, second = (float(x) for x in np.mean(means, axis=0))
-        rows.append(_row("overall", sum(row.items for row in rows), first, second, np.mean(boots, axis=0)))
+        rng = np.random.default_rng([seed, len(common)])
+        rows.append(_row("overall", tuple(float(x) for x in np.mean(means, axis=0)), differences, rng, draws))
     return rows
 
 
-def _resampled(differences: np.ndarray, rng: np.random.Generator, draws: int) -> np.ndarray:
-    """[draws] means of resampled item differences [items]; in blocks, so that memory stays under some 50 MB."""
-    block = max(1, 4_000_000 // len(differences))
-    means = [
-        differences[rng.integers(0, len(differences), (min(block, draws - done), len(differences)))].mean(axis=1)
+def _row(
+    name: str, means: tuple[float, ...], differences: list[np.ndarray], rng: np.random.Generator, draws: int
+) -> Difference:
+    """The test of the mean over benchmarks of their items' mean difference."""
+    every = np.concatenate(differences)
+    weights = np.concatenate([np.full(len(each), 1 / len(each) / len(differences)) for each in differences])
+    seen = float(weights @ every)
+    flipped, shift = _flipped(np.stack([weights * every, weights], axis=1), rng, draws)
+    drawn = int(len(every) > EXACT)  # the signs as they are count among random ones
+    p = (drawn + int((np.abs(flipped) >= abs(seen) - _TIE).sum())) / (drawn + len(flipped))
+    below, above = (_reach(flipped - seen * shift, sign * shift, drawn) for sign in (-1, 1))
+    a, b = means
+    return Difference(
+        name,
+        len(every),
+        a,
+        b,
+        seen,
+        round(seen - below, 12),  # a tie with 0 is 0
+        round(seen + above, 12),
+        p,
+        int((np.abs(every) > _TIE).sum()),
+    )
+
+
+def _flipped(columns: np.ndarray, rng: np.random.Generator, draws: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of the two columns [items, 2] under each choice of signs; in blocks, so that memory stays under 50 MB."""
+    items = len(columns)
+    if items <= EXACT:
+        signs = 1.0 - 2.0 * ((np.arange(2**items)[:, None] >> np.arange(items)) & 1)
+        return tuple((signs @ columns).T)
+    block = max(1, 2_000_000 // items)
+    sums = [
+        (1.0 - 2.0 * rng.integers(0, 2, (min(block, draws - done), items), dtype=np.int8)) @ columns
         for done in range(0, draws, block)
     ]
-    return np.concatenate(means)
+    return tuple(np.concatenate(sums).T)
 
 
-def _row(name: str, items: int, a: float, b: float, boot: np.ndarray) -> Difference:
-    low, high = (float(x) for x in np.quantile(boot, [0.025, 0.975]))
-    beyond = min(int((boot <= 0).sum()), int((boot >= 0).sum()))
-    p = min(1.0, 2 * (1 + beyond) / (len(boot) + 1))
-    return Difference(name, items, a, b, b - a, low, high, p, low > 0 or high < 0)
+def _reach(apart: np.ndarray, shift: np.ndarray, drawn: int) -> float:
+    """How far the true difference may lie from the one seen without being rejected; inf: however far.
+
+    At a distance e a choice of signs is as far out as what was seen where |apart - e shift| >= e; |shift| <= 1, so that
+    holds up to one e for each choice. The largest e that more than `LEVEL` of the choices reach is the answer.
+    """
+    limits = np.zeros(len(apart))
+    above, below = apart > _TIE, apart < -_TIE
+    limits[above] = apart[above] / (1.0 + shift[above])
+    limits[below] = -apart[below] / (1.0 - shift[below])
+    limits[~above & ~below & (np.abs(shift) > 1.0 - _TIE)] = np.inf
+    count = math.floor(LEVEL * (len(limits) + drawn) + _TIE) + 1 - drawn
+    return float(np.sort(limits)[-max(1, count)])
 
 
 def words(row: Difference) -> str:
-    """`better by 0.237, 95 % interval 0.21 to 0.26, p 0.0002: a real difference`"""
-    if not row.real:
-        return f"no real difference: {row.difference:+.3f}, 95 % interval {row.low:+.3f} to {row.high:+.3f}"
-    side = "B is better" if row.difference > 0 else "A is better"
-    return f"{side}: {row.difference:+.3f}, 95 % interval {row.low:+.3f} to {row.high:+.3f}"
+    """`B is better: +0.237, 95 % interval +0.210 to +0.260`"""
+    if row.verdict == "too few items":
+        return f"too few items: {row.difference:+.3f} over {row.items}, at least {LEAST} must differ to tell"
+    interval = f", 95 % interval {row.low:+.3f} to {row.high:+.3f}"
+    if row.real:
+        return f"{'B' if row.difference > 0 else 'A'} is better: {row.difference:+.3f}{interval}"
+    few = f"; {row.differing} of {row.items} items differ" if row.differing < LEAST else ""
+    return f"no real difference: {row.difference:+.3f}{interval}{few}"
 
 
 def document(a: str, b: str, rows: list[Difference]) -> Mapping[str, object]:
-    return {"a": a, "b": b, "draws": DRAWS, "benchmarks": [vars(row) for row in rows]}
+    """As JSON, in which what is not bounded is null."""
+    ends = [{k: v if math.isfinite(v) else None for k, v in (("low", r.low), ("high", r.high))} for r in rows]
+    lines = [vars(r) | its | {"real": r.real, "verdict": r.verdict} for r, its in zip(rows, ends, strict=True)]
+    return {"a": a, "b": b, "draws": DRAWS, "benchmarks": lines}

@@ -60,7 +60,7 @@ class EvalSample:
     tokens: np.ndarray
     """int32 [T]"""
     logprobs: np.ndarray
-    """float32 [T], before temperature"""
+    """float32 [T], after temperature (0: that of 1), before top-p"""
     finish_reason: str
     """`stop`, `length`, or `prompt_too_long`."""
     grade: Grade

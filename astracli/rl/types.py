@@ -23,7 +23,7 @@ class Segment:
     tokens: np.ndarray
     """int32 [t]"""
     logprobs: np.ndarray
-    """float32 [t]: the engine's own log-probabilities, before temperature."""
+    """float32 [t]: the engine's own log-probabilities, after temperature and before top-p."""
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,12 +48,7 @@ class Adam:
         self._parked: dict[str, Parking] = {}
         self._passage: Passage | None = None
         self.adamw = torch.optim.AdamW(
-            list(self._optimized.values()),
-            lr=table.learning_rate,
-            betas=table.betas,
-            eps=table.eps,
-            weight_decay=table.weight_decay,
-            fused=True,
+            _groups(self._optimized, table), lr=table.learning_rate, betas=table.betas, eps=table.eps, fused=True
         )
 
     def step(self, gradients: Mapping[str, Tensor], rate: float) -> None:
@@ -141,6 +137,15 @@ class Adam:
             if name in self.away:
                 self._parked.pop(name, None)
                 self._parking(name).to_host()
+
+
+def _groups(optimized: Mapping[str, nn.Parameter], table: TrainTable) -> list[dict[str, Any]]:
+    """What decays, and what does not (`train.weight_decay_on`)."""
+    every = table.weight_decay_on == "all"
+    decays = [master for master in optimized.values() if every or master.ndim > 1]
+    others = [master for master in optimized.values() if not every and master.ndim <= 1]
+    groups = [(decays, table.weight_decay), (others, 0.0)]
+    return [{"params": masters, "weight_decay": decay} for masters, decay in groups if masters]
 
 
 def buckets(brings: Mapping[str, int]) -> list[list[str]]:

@@ -1,7 +1,8 @@
 """Log-probabilities of chosen tokens without ever holding [tokens, vocabulary] for a batch.
 
 Hidden states go through the output head in chunks of tokens; each chunk's logits live only until its log-sum-exp and
-its token's logit are known, and are computed again in the backward pass. fp32 logits.
+its token's logit are known, and are computed again in the backward pass. fp32 logits, divided by the temperature of the
+rollout in fp32: probabilities, entropies and gradients are those of the policy that draws.
 
 Shape letters: B rows, L padded length, N chosen tokens, D hidden size, V vocabulary.
 """
@@ -31,13 +32,15 @@ def chunk_tokens(vocabulary: int, device: str) -> int:
     return fit if device == "cpu" or fit < _TILE else fit - fit % _TILE
 
 
-def _logits(hidden_nD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-    """fp32 [n, V]"""
+def _logits(hidden_nD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float) -> Tensor:
+    """fp32 [n, V], divided by `temperature`"""
     if hidden_nD.dtype != torch.float32 and hidden_nD.is_cuda:
         logits_nV = torch.mm(hidden_nD, weight_VD.t(), out_dtype=torch.float32)
     else:
         logits_nV = (hidden_nD @ weight_VD.t()).float()
-    return logits_nV if bias_V is None else logits_nV + bias_V.float()
+    if bias_V is not None:
+        logits_nV = logits_nV + bias_V.float()
+    return logits_nV if temperature == 1.0 else logits_nV.div_(temperature)
 
 
 @lru_cache
@@ -82,8 +85,8 @@ def _add_product(total_VD: Tensor, left_nV: Tensor, right_nD: Tensor) -> None:
 
 
 class _ChunkedLogprob(torch.autograd.Function):
-    """(hidden_ND, weight_VD, bias_V or None, target_N, chunk, the weight's accumulator or None) -> (logprob_N,
-    entropy_N), both fp32."""
+    """(hidden_ND, weight_VD, bias_V or None, target_N, chunk, temperature, the weight's accumulator or None) ->
+    (logprob_N, entropy_N), both fp32."""
 
     @staticmethod
     def forward(
@@ -93,6 +96,7 @@ class _ChunkedLogprob(torch.autograd.Function):
         bias_V: Tensor | None,
         target_N: Tensor,
         chunk: int,
+        temperature: float,
         total: weight_gradients.Accumulator | None,
     ) -> tuple[Tensor, Tensor]:
         count = len(target_N)
@@ -100,18 +104,20 @@ class _ChunkedLogprob(torch.autograd.Function):
         entropy_N, normaliser_N = torch.empty_like(logprob_N), torch.empty_like(logprob_N)
         for a in range(0, count, chunk):
             part = slice(a, a + chunk)
-            logits_nV = _logits(hidden_ND[part], weight_VD, bias_V)
+            logits_nV = _logits(hidden_ND[part], weight_VD, bias_V, temperature)
             logprob_N[part], entropy_N[part], normaliser_N[part] = _measure(logits_nV, target_N[part])
             del logits_nV  # or the next chunk is made beside it
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, normaliser_N)
-        ctx.chunk, ctx.total = chunk, total
+        ctx.chunk, ctx.temperature, ctx.total = chunk, temperature, total
         ctx.mark_non_differentiable(entropy_N)
         return logprob_N, entropy_N
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor | None, Tensor | None, None, None, None, None]:
         hidden_ND, weight_VD, bias_V, target_N, normaliser_N = ctx.saved_tensors
         grad_N = grads[0].contiguous()
+        if ctx.temperature != 1.0:
+            grad_N = grad_N / ctx.temperature  # from here on by the logits before they are divided
         d_hidden_ND = torch.empty_like(hidden_ND)
         if ctx.total is not None:
             d_weight_VD = ctx.total.total(weight_VD)
@@ -126,7 +132,7 @@ class _ChunkedLogprob(torch.autograd.Function):
             d_logits_gV = buffer[: len(hidden_gD)]
             for b in range(0, len(hidden_gD), ctx.chunk):
                 part = slice(a + b, min(a + b + ctx.chunk, a + several))
-                logits_nV = _logits(hidden_ND[part], weight_VD, bias_V)
+                logits_nV = _logits(hidden_ND[part], weight_VD, bias_V, ctx.temperature)
                 inside = d_logits_gV[b : b + ctx.chunk]
                 _gradient(logits_nV, target_N[part], normaliser_N[part], grad_N[part], inside)
                 del logits_nV
@@ -136,14 +142,22 @@ class _ChunkedLogprob(torch.autograd.Function):
             _add_product(d_weight_VD, d_logits_gV, hidden_gD)
         d_bias = None if bias_V is None or d_bias_V is None else d_bias_V.to(bias_V.dtype)
         d_weight = d_weight_VD.to(weight_VD.dtype) if ctx.total is None else None
-        return d_hidden_ND, d_weight, d_bias, None, None, None
+        return d_hidden_ND, d_weight, d_bias, None, None, None, None
 
 
 def chunked_logprob(
-    hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, *, bias_V: Tensor | None = None, chunk: int = 1024
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    chunk: int = 1024,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """log p(target) with gradients, and the distribution's entropy (nats, without); both fp32 [N]."""
-    return _ChunkedLogprob.apply(hidden_ND, weight_VD, bias_V, target_N, chunk, weight_gradients.of(weight_VD))
+    """log p(target) with gradients, and the distribution's entropy (nats, without); both fp32 [N]. p is the softmax of
+    the logits divided by `temperature`."""
+    total = weight_gradients.of(weight_VD)
+    return _ChunkedLogprob.apply(hidden_ND, weight_VD, bias_V, target_N, chunk, temperature, total)
 
 
 class PolicyModel(nn.Module):
@@ -153,10 +167,12 @@ class PolicyModel(nn.Module):
     parameters are whole where they are used.
     """
 
-    def __init__(self, model: nn.Module, *, chunk: int | None = None):
+    def __init__(self, model: nn.Module, *, chunk: int | None = None, temperature: float = 1.0):
+        """`temperature`: of the draws (`rollout.temperature`)."""
         super().__init__()
         self.model = model
         self.chunk = chunk
+        self.temperature = temperature
         head: Any = model.get_output_embeddings()  # type: ignore[operator]
         if head is None or model.base_model is model:
             raise ValueError(f"{type(model).__name__} has no output head over a base model")
@@ -184,4 +200,6 @@ class PolicyModel(nn.Module):
         hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, predict_N)  # not [...]: its backward pass sorts
         head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
         chunk = self.chunk or chunk_tokens(self.vocabulary, tokens_BL.device.type)
-        return chunked_logprob(hidden_ND, head.weight, target_N, bias_V=head.bias, chunk=chunk)
+        return chunked_logprob(
+            hidden_ND, head.weight, target_N, bias_V=head.bias, chunk=chunk, temperature=self.temperature
+        )

@@ -1,10 +1,21 @@
 """From the token losses of an algorithm to the loss of a minibatch, one micro-batch at a time.
 
 The parts of a minibatch are summed over micro-batches and ranks, so each is divided by what the *whole* minibatch
-holds. Shape letters: N loss tokens, R rows.
+holds.
+
+Mismatch correction (`algorithm.mismatch_cap`, beside any algorithm): the engine draws with slightly other probabilities
+than the trainer's under the same weights. On a token that the current version drew, the trainer's own probability is
+known: pi_old, from the start of the step. There the algorithm takes its ratio to pi_old, which is how far the *policy*
+moved, and the loss is weighted by min(pi_old / pi_engine, cap), a constant. A token of an older version keeps its ratio
+to the engine and the weight 1: the trainer no longer holds the weights that drew it. Source: Yao et al. 2025,
+https://fengyao.notion.site/off-policy-rl.
+
+Shape letters: N loss tokens, R rows.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
@@ -12,6 +23,7 @@ from torch import Tensor
 from astracli.recipe import Recipe
 from astracli.rl.batch import Batch, MicroBatch
 from astracli.rl.losses import Algorithm, Limits, Normaliser, TokenLoss, Tokens
+from astracli.rl.losses.clipping import ratio
 from astracli.upload import upload
 
 
@@ -19,15 +31,43 @@ def token_losses(
     algorithm: Algorithm, micro: MicroBatch, logprob_N: Tensor, proximal_N: Tensor | None, limits: Limits
 ) -> TokenLoss:
     """The algorithm on a micro-batch. Without `proximal_N` the policy has not moved since the start of the step."""
+    return algorithm.token_loss(_tokens(micro, logprob_N, proximal_N), limits)
+
+
+def corrected_losses(
+    algorithm: Algorithm,
+    micro: MicroBatch,
+    logprob_N: Tensor,
+    proximal_N: Tensor | None,
+    limits: Limits,
+    *,
+    version: int,
+    cap: float,
+) -> tuple[TokenLoss, Tensor]:
+    """The same with mismatch correction, and where pi_old / pi_engine is over `cap` (bool [N]). `version`: of the
+    weights at the start of the step."""
+    tokens = _tokens(micro, logprob_N, proximal_N)
+    own_N = upload(micro.version_N == version, logprob_N.device)
+    weight_N = ratio((tokens.proximal_N - tokens.behaviour_N).masked_fill(~own_N, 0.0))
+    known = replace(tokens, behaviour_N=tokens.proximal_N.where(own_N, tokens.behaviour_N))
+    result = algorithm.token_loss(known, limits)
+    return result._replace(loss_N=weight_N.clamp(max=cap) * result.loss_N), weight_N > cap
+
+
+def _tokens(micro: MicroBatch, logprob_N: Tensor, proximal_N: Tensor | None) -> Tokens:
     device = logprob_N.device
-    tokens = Tokens(
+    return Tokens(
         logprob_N=logprob_N,
         behaviour_N=upload(micro.logprob_N, device),
         advantage_N=upload(micro.advantage_N, device),
         proximal_N=logprob_N.detach() if proximal_N is None else proximal_N,
         sequence_N=upload(micro.sequence_N, device),
     )
-    return algorithm.token_loss(tokens, limits)
+
+
+def moved(log_ratio_N: Tensor, micro: MicroBatch, version: int) -> Tensor:
+    """From log-ratios to the engine those that `corrected_losses` gives the algorithm at the start of the step."""
+    return log_ratio_N.masked_fill(upload(micro.version_N == version, log_ratio_N.device), 0.0)
 
 
 def denominator(normaliser: Normaliser, batch: Batch, index: int, recipe: Recipe) -> float:

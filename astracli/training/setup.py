@@ -36,7 +36,7 @@ def build_trainer(
     model = _load(model_dir, adapter, recipe, ranks, attention, packed)
     wire = adapter.wire_tensors(model)
     blocks = adapter.block_classes(model)
-    policy, exact = PolicyModel(model), _exact(model, wire)
+    policy, exact = PolicyModel(model, temperature=recipe.rollout.temperature), _exact(model, wire)
     recompute(policy, blocks, recomputed(recipe, split))
     shard(policy, blocks, ranks, exact=exact)
     masters = Masters(policy.model, wire, recipe.train, ranks, moments_on_host=split.moments_on_host)
@@ -101,7 +101,7 @@ def _reference(
         for parameter in model.parameters():
             if parameter not in kept:
                 parameter.data = parameter.data.to(ranks.precision)  # what the policy is computed with
-    policy = PolicyModel(model)
+    policy = PolicyModel(model, temperature=recipe.rollout.temperature)
     policy.requires_grad_(False)
     if ranks.world_size == 1:
         policy.to(ranks.device)

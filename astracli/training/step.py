@@ -2,7 +2,8 @@
 
 1. One pass without gradients over the batch of all ranks: log-ratios to the behaviour policy, from them the
    algorithm's limits (they hold for all minibatches), agreement with the engine, mean ratio, entropy, KL. Left out when
-   it could say nothing new: one minibatch, nothing stale, not the first batch of the process.
+   it could say nothing new: one minibatch, nothing stale, not the first batch of the process, and an algorithm whose
+   limits do not come from log-ratios.
 2. Per minibatch: forward and backward of its micro-batches, one clipped AdamW update.
 
 An engine that disagrees stops the run at any step before an update is made from what it drew.
@@ -24,7 +25,7 @@ from astracli.adapter import ModelAdapter
 from astracli.recipe import Recipe
 from astracli.rl import losses
 from astracli.rl.batch import Batch, MicroBatch, build_batch
-from astracli.rl.losses import Limits
+from astracli.rl.losses import Limits, TokenLoss
 from astracli.rl.losses.kl import k3
 from astracli.rl.types import Group
 from astracli.training import objective, packing, parity
@@ -97,10 +98,11 @@ class Trainer:
         sums = Sums()
         references = self._reference_logprobs(batch)
         # What is done only in a process's first step must not change what a resumed run computes.
-        score = self.recipe.launch.deterministic or not single_fresh or self._first
+        always = self.recipe.launch.deterministic or self.algorithm.limits_from_ratios
+        score = always or not single_fresh or self._first
         self._first = False
         proximals: dict[int, Tensor] = {}
-        limits = self._score(batch, version, references, proximals, sums) if score else self._limits_of_fresh(batch)
+        limits = self._score(batch, version, references, proximals, sums) if score else self._fixed_limits()
         timer.lap("score_s")
         if score:
             self._require_agreement(batch, sums, version)
@@ -235,7 +237,9 @@ class Trainer:
                 if micro is reused:
                     self._kept = logprob_N, entropy_N
                 proximals[id(micro)] = logprob_N.detach()
-                ratios.append(self._measure(micro, version, logprob_N, entropy_N, references.get(id(micro)), sums))
+                log_ratio_N = self._measure(micro, version, logprob_N, entropy_N, references.get(id(micro)), sums)
+                corrected = self.recipe.algorithm.mismatch_cap is not None
+                ratios.append(objective.moved(log_ratio_N, micro, version) if corrected else log_ratio_N)
         log_ratio_N = self.ranks.gather(torch.cat(ratios))
         advantages = [micro.advantage_N for minibatch in batch.minibatches for micro in minibatch]
         advantage_N = self.ranks.gather(torch.from_numpy(np.concatenate(advantages)))
@@ -251,10 +255,10 @@ class Trainer:
         alone = self.ranks.mesh is None and self.ranks.device.type == "cpu"
         return first[0] if alone and len(first) == 1 else None
 
-    def _limits_of_fresh(self, batch: Batch) -> Limits:
-        """Limits of a batch drawn from the very policy: every log-ratio is 0."""
-        advantage_N = torch.from_numpy(np.concatenate([np.full(r.loss_tokens, r.advantage) for r in batch.rows]))
-        return self.algorithm.prepare(torch.zeros_like(advantage_N), advantage_N, self.recipe.algorithm)
+    def _fixed_limits(self) -> Limits:
+        """Of an algorithm that does not look at the batch for them."""
+        assert not self.algorithm.limits_from_ratios
+        return self.algorithm.prepare(torch.zeros(0), torch.zeros(0), self.recipe.algorithm)
 
     @torch.no_grad()
     def _measure(
@@ -307,7 +311,7 @@ class Trainer:
             reference_N = references.get(id(micro))
             if measure:
                 self._measure(micro, version, logprob_N.detach(), entropy_N, reference_N, sums)
-            result = objective.token_losses(self.algorithm, micro, logprob_N, proximals.get(id(micro)), limits)
+            result = self._token_losses(micro, logprob_N, proximals.get(id(micro)), limits, version, sums)
             loss_N = result.loss_N
             if reference_N is not None:
                 loss_N = loss_N + self.recipe.algorithm.kl_coef * k3(logprob_N, reference_N)
@@ -325,3 +329,22 @@ class Trainer:
         norm = self.masters.update(step)
         timer.lap("optimizer_s")
         return norm
+
+    def _token_losses(
+        self,
+        micro: MicroBatch,
+        logprob_N: Tensor,
+        proximal_N: Tensor | None,
+        limits: Limits,
+        version: int,
+        sums: Sums,
+    ) -> TokenLoss:
+        """The algorithm's, corrected for the engine's mismatch where the recipe asks for it."""
+        cap = self.recipe.algorithm.mismatch_cap
+        if cap is None:
+            return objective.token_losses(self.algorithm, micro, logprob_N, proximal_N, limits)
+        result, capped_N = objective.corrected_losses(
+            self.algorithm, micro, logprob_N, proximal_N, limits, version=version, cap=cap
+        )
+        sums.add("mismatched", capped_N)
+        return result

@@ -23,7 +23,7 @@ from astracli.training.fsdp import Ranks
 class Sums:
     """Of one rank, over tokens, by name; on its device until they are read."""
 
-    NAMES = ("ratio", "entropy", "kl", "loss", "clipped", "capped")
+    NAMES = ("ratio", "entropy", "kl", "loss", "clipped", "capped", "mismatched")
 
     def __init__(self) -> None:
         self.own = Agreement()
@@ -78,7 +78,7 @@ def figures(
     recipe: Recipe, ranks: Ranks, batch: Batch, sums: Sums, updates: int, *, referenced: bool
 ) -> dict[str, float]:
     """A step's metrics over all ranks. `referenced`: KL to a reference was measured. A collective."""
-    ratio, entropy, kl, loss, clipped, capped = ranks.sum(sums.read())
+    ratio, entropy, kl, loss, clipped, capped, mismatched = ranks.sum(sums.read())
     tokens = batch.loss_tokens
     rewards = np.concatenate([g.rewards for g in batch.groups])
     per_row = np.array([row.advantage for row in batch.rows])
@@ -99,6 +99,8 @@ def figures(
     }
     if losses.get(recipe.algorithm.name).weighted:
         found["weight_capped_fraction"] = capped / tokens
+    if recipe.algorithm.mismatch_cap is not None:
+        found["mismatch_capped_fraction"] = mismatched / tokens
     if recipe.algorithm.overlong_fraction:
         found |= batch.overlong()
     if referenced:

@@ -95,6 +95,8 @@ class Algorithm:
     token_loss: Callable[[Tokens, Any], TokenLoss]
     """`(tokens of a micro-batch, what prepare returned)`"""
     normaliser: Normaliser = "token"
+    limits_from_ratios: bool = False
+    """Whether `prepare` looks at the log-ratios: then they must be the batch's own, so every batch is scored."""
     weighted: bool = False
     """Whether it weighs tokens by pi_proximal / pi_behaviour and says where that weight is capped."""
 

@@ -12,7 +12,7 @@ from astracli.recipe import AlgorithmTable
 from astracli.rl.losses import TokenLoss, Tokens
 
 LOG_RATIO_BOUND = 20.0
-"""exp() stays finite in fp32; no trained policy is this far from its behaviour."""
+"""exp() stays finite in fp32; no trained policy is this far from its behaviour. A limit there is none."""
 
 
 @dataclass(frozen=True)

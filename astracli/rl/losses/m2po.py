@@ -1,7 +1,7 @@
 """M2PO: bound the second moment of the log-ratio instead of every ratio. Source: arXiv 2510.01161.
 
 m = (log pi_theta - log pi_behaviour)^2 over the candidates T, the tokens whose ratio already moved the way their
-advantage pushes: {A > 0, r > 1} and {A < 0, r < 1}. Three published ways to keep mean(m) at or under tau:
+advantage pushes: {A > 0, r > 1} and {A < 0, r < 1}. Three published ways to bring mean(m) down to tau:
 
 - mask (the paper's algorithm 1): drop the largest m until the mean over the rest of T is <= tau;
   loss = mean of M r A.
@@ -10,10 +10,13 @@ advantage pushes: {A > 0, r > 1} and {A < 0, r < 1}. Three published ways to kee
 - clip (AstraFlow): the largest kept |log r| = t becomes the PPO clip range [1 - (1 - e^-t), 1 + (e^t - 1)], the two
   widths at most 0.95 and 20.
 
+Where mean(m) <= tau as it is, nothing has to be bounded, and none of them bounds: mask drops no token, waterfill has no
+range, clip has its widest.
+
 The sources compute t per micro-batch. Here it is computed once, over the batch of all ranks before the first optimizer
-step, and holds for all minibatches. On fresh data all log-ratios of that pass are near 0, and so would be the largest
-kept one: the first optimizer step would freeze the later minibatches. So t is never under sqrt(tau). That never drops
-or keeps another token of the batch itself: a token with m <= tau cannot lift a mean over tau.
+step, and holds for all minibatches (docs/algorithms.md says why). Later minibatches move on, so where something has to
+be bounded, t is never under sqrt(tau). That never drops or keeps another token of the batch itself: a token with
+m <= tau cannot lift a mean over tau.
 
 Shape letters: N loss tokens of the global batch, C candidates.
 """
@@ -28,10 +31,12 @@ from torch import Tensor
 
 from astracli.recipe import AlgorithmTable
 from astracli.rl.losses import Algorithm, Limits, TokenLoss, Tokens
-from astracli.rl.losses.clipping import Range, clipped_loss, ratio
+from astracli.rl.losses.clipping import LOG_RATIO_BOUND, Range, clipped_loss, ratio
 
 CLIP_WIDEST = (0.95, 20.0)
 WATERFILL_NARROWEST = (0.3, 0.5)
+EDGE = 1e-6
+"""Relative. The token that sets a range must stay inside it, and its ratio is exp() in fp32, up to 3e-7 off."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,11 @@ def candidates(log_ratio_N: Tensor, advantage_N: Tensor) -> Tensor:
     return ((advantage_N > 0) & (log_ratio_N > 0)) | ((advantage_N < 0) & (log_ratio_N < 0))
 
 
+def bounded(moment_C: Tensor, tau: float) -> bool:
+    """Whether the mean of the moments is over `tau`; without a candidate it is not."""
+    return len(moment_C) > 0 and not float(moment_C.double().mean()) <= tau
+
+
 def largest_kept(moment_C: Tensor, tau: float) -> float:
     """Cap on |log r|: the largest one kept when the largest moments are dropped until the mean is <= tau."""
     ascending_C = moment_C.double().sort().values
@@ -55,33 +65,39 @@ def largest_kept(moment_C: Tensor, tau: float) -> float:
 
 
 def water_level(moment_C: Tensor, tau: float) -> float:
-    """Cap t on |log r| with sum(min(m, t^2)) = tau |C|; the largest |log r| when the mean is under tau as it is."""
+    """Cap t on |log r| with sum(min(m, t^2)) = tau |C|; the largest |log r| when the mean is under tau as it is, and
+    never under the root of tau. Moments may be infinite."""
     count = len(moment_C)
-    if count == 0:
-        return math.sqrt(tau)
     ascending_C = moment_C.double().sort().values
-    if float(ascending_C.mean()) <= tau:
-        return max(math.sqrt(float(ascending_C[-1])), math.sqrt(tau))
+    if not bounded(moment_C, tau):
+        return max(math.sqrt(float(ascending_C[-1])) if count else 0.0, math.sqrt(tau))
     # level_C[k]: t^2 when the k smallest stay as they are and the others are cut; the first that fits under m[k] is it
-    below_C = ascending_C.cumsum(0) - ascending_C
+    below_C = ascending_C.cumsum(0).roll(1)
+    below_C[0] = 0.0
     left_C = count - torch.arange(count, device=moment_C.device)
     level_C = (tau * count - below_C) / left_C
     first = int((level_C <= ascending_C).nonzero()[0])
     return math.sqrt(float(level_C[first]))
 
 
+def widths(t: float) -> tuple[float, float]:
+    """Of the clip range of ratios whose |log r| is at most t, below and above 1."""
+    return -math.expm1(-t), math.expm1(t)
+
+
 def prepare(log_ratio_N: Tensor, advantage_N: Tensor, table: AlgorithmTable) -> Limits:
     """Limits of the batch. Shapes: both [N], the loss tokens of the *global* batch."""
-    chosen_N = candidates(log_ratio_N, advantage_N)
-    moment_C = log_ratio_N[chosen_N].double() ** 2
-    if table.variant == "waterfill":
-        t = water_level(moment_C, table.m2_threshold)
-        low, high = (max(w, n) for w, n in zip((-math.expm1(-t), math.expm1(t)), WATERFILL_NARROWEST, strict=True))
-        return Range(1.0 - low, 1.0 + high)
-    t = largest_kept(moment_C, table.m2_threshold)
+    tau = table.m2_threshold
+    moment_C = log_ratio_N[candidates(log_ratio_N, advantage_N)].double() ** 2
+    free = not bounded(moment_C, tau)
     if table.variant == "mask":
-        return Mask(t)
-    low, high = (min(w, m) for w, m in zip((-math.expm1(-t), math.expm1(t)), CLIP_WIDEST, strict=True))
+        return Mask(LOG_RATIO_BOUND if free else largest_kept(moment_C, tau))
+    if table.variant == "waterfill":
+        low, high = widths(LOG_RATIO_BOUND if free else water_level(moment_C, tau))
+        low, high = max(low, WATERFILL_NARROWEST[0]), max(high, WATERFILL_NARROWEST[1])
+    else:
+        low, high = CLIP_WIDEST if free else widths(largest_kept(moment_C, tau))
+        low, high = min(low, CLIP_WIDEST[0]), min(high, CLIP_WIDEST[1])
     return Range(1.0 - low, 1.0 + high)
 
 
@@ -89,9 +105,10 @@ def token_loss(tokens: Tokens, limits: Limits) -> TokenLoss:
     """Loss per token and the tokens that train nothing."""
     log_ratio_N, advantage_N = tokens.log_ratio_N, tokens.advantage_N
     if isinstance(limits, Range):
+        limits = Range(limits.low * (1.0 - EDGE), limits.high * (1.0 + EDGE))
         return TokenLoss(*clipped_loss(log_ratio_N, advantage_N, limits))
     cut_N = candidates(log_ratio_N, advantage_N) & (log_ratio_N.abs() > limits.cap)
     return TokenLoss(-(ratio(log_ratio_N) * advantage_N).masked_fill(cut_N, 0.0), cut_N)
 
 
-ALGORITHM = Algorithm("m2po", prepare, token_loss)
+ALGORITHM = Algorithm("m2po", prepare, token_loss, limits_from_ratios=True)

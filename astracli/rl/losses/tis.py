@@ -8,7 +8,8 @@ What is available: the engine's log-probabilities, and the trainer's at the star
 version the latter is pi_old itself. On a stale token the trainer no longer holds the weights that drew it, so the
 mismatch cannot be told from the staleness: there w = pi_step_start / pi_engine corrects for both, truncated alike, and
 u counts from the start of the step. (`decoupled` drops a token over its cap; this one keeps it with the weight C.)
-The mismatch alone is the metric `parity_mean_abs`, over the tokens of the current version.
+The mismatch alone is the metric `parity_mean_abs`, over the tokens of the current version; `algorithm.mismatch_cap`
+corrects for it alone, beside any algorithm (`training/objective.py`).
 """
 
 from __future__ import annotations

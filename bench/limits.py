@@ -192,6 +192,8 @@ def run_all(left: list[tuple[str, int, int]], args: argparse.Namespace) -> None:
                 return
             print(f"{count + 1}/{len(left)} {r['algorithm']}, staleness {r['staleness']}, seed {r['seed']}: "
                   f"{r['curve'][-1][1]:.3f} ({r['cpu_s']:.0f} CPU s)", file=sys.stderr, flush=True)  # fmt: skip
+        pool.close()
+        pool.join()
 
 
 def table(runs: list[dict[str, Any]]) -> None:

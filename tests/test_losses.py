@@ -124,6 +124,15 @@ def test_a_water_level_is_never_under_the_root_of_tau() -> None:
     assert m2po.water_level(torch.tensor([]), 0.25) == 0.5
 
 
+def test_a_water_level_where_the_mean_is_tau_but_for_rounding() -> None:
+    """Means and running sums round differently: no level need fit under its moment."""
+    draw = torch.Generator().manual_seed(0)
+    for count in range(1, 300):
+        moments = torch.rand(count, generator=draw, dtype=torch.float64)
+        for tau in (float(moments.mean()), math.nextafter(float(moments.mean()), 0.0)):
+            assert m2po.water_level(moments, tau) == pytest.approx(math.sqrt(float(moments.max())), rel=1e-6)
+
+
 def test_widths_are_bounded() -> None:
     far = tensors(9.0, -9.0)
     limits = M2PO.prepare(far, tensors(1.0, -1.0), table(variant="clip", m2_threshold=100.0))

@@ -117,8 +117,9 @@ def test_fla_delta_rule_ends_at_every_boundary() -> None:
         assert relative(mine, theirs) < 1.5e-2
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_the_head_in_bf16_is_the_plain_one(with_bias: bool) -> None:
+def test_the_head_in_bf16_is_the_plain_one(with_bias: bool, temperature: float) -> None:
     """Several chunks and products; fp32 logits from bf16 inputs."""
     draw = torch.Generator(device="cuda").manual_seed(0)
     tokens, size, vocabulary = 700, 128, 5003
@@ -131,10 +132,13 @@ def test_the_head_in_bf16_is_the_plain_one(with_bias: bool) -> None:
     target = torch.randint(0, vocabulary, (tokens,), device="cuda", generator=draw)
     pull = torch.randn(tokens, device="cuda", generator=draw)
     leaves = [x for x in (hidden, weight, bias) if x is not None]
-    logprob, entropy = logprob_module.chunked_logprob(hidden, weight, target, bias_V=bias, chunk=64)
+    logprob, entropy = logprob_module.chunked_logprob(
+        hidden, weight, target, bias_V=bias, chunk=64, temperature=temperature
+    )
     found = torch.autograd.grad((logprob * pull).sum(), leaves)
     exact = [x.detach().double().requires_grad_() for x in leaves]
-    plain = torch.nn.functional.linear(exact[0], exact[1], exact[2] if with_bias else None).log_softmax(-1)
+    logits = torch.nn.functional.linear(exact[0], exact[1], exact[2] if with_bias else None)
+    plain = (logits / temperature).log_softmax(-1)
     wanted = plain.gather(1, target[:, None])[:, 0]
     assert (logprob - wanted).abs().max() < 1e-3
     assert (entropy + (plain.exp() * plain).sum(-1)).abs().max() < 1e-3

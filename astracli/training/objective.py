@@ -20,7 +20,7 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from astracli.recipe import Recipe
+from astracli.recipe import AlgorithmTable, Recipe
 from astracli.rl.batch import Batch, MicroBatch
 from astracli.rl.losses import Algorithm, Limits, Normaliser, TokenLoss, Tokens
 from astracli.rl.losses.clipping import ratio
@@ -32,6 +32,21 @@ def token_losses(
 ) -> TokenLoss:
     """The algorithm on a micro-batch. Without `proximal_N` the policy has not moved since the start of the step."""
     return algorithm.token_loss(_tokens(micro, logprob_N, proximal_N), limits)
+
+
+def step_losses(
+    algorithm: Algorithm,
+    table: AlgorithmTable,
+    micro: MicroBatch,
+    logprob_N: Tensor,
+    proximal_N: Tensor | None,
+    limits: Limits,
+    version: int,
+) -> tuple[TokenLoss, Tensor | None]:
+    """What a step trains on: `token_losses`, corrected where the recipe asks for it, and then where the cap was met."""
+    if table.mismatch_cap is None:
+        return token_losses(algorithm, micro, logprob_N, proximal_N, limits), None
+    return corrected_losses(algorithm, micro, logprob_N, proximal_N, limits, version=version, cap=table.mismatch_cap)
 
 
 def corrected_losses(
@@ -65,8 +80,10 @@ def _tokens(micro: MicroBatch, logprob_N: Tensor, proximal_N: Tensor | None) -> 
     )
 
 
-def moved(log_ratio_N: Tensor, micro: MicroBatch, version: int) -> Tensor:
-    """From log-ratios to the engine those that `corrected_losses` gives the algorithm at the start of the step."""
+def moved(log_ratio_N: Tensor, micro: MicroBatch, version: int, table: AlgorithmTable) -> Tensor:
+    """From log-ratios to the engine those that `step_losses` gives the algorithm at the start of the step."""
+    if table.mismatch_cap is None:
+        return log_ratio_N
     return log_ratio_N.masked_fill(upload(micro.version_N == version, log_ratio_N.device), 0.0)
 
 

@@ -25,7 +25,7 @@ from astracli.adapter import ModelAdapter
 from astracli.recipe import Recipe
 from astracli.rl import losses
 from astracli.rl.batch import Batch, MicroBatch, build_batch
-from astracli.rl.losses import Limits, TokenLoss
+from astracli.rl.losses import Limits
 from astracli.rl.losses.kl import k3
 from astracli.rl.types import Group
 from astracli.training import objective, packing, parity
@@ -238,8 +238,7 @@ class Trainer:
                     self._kept = logprob_N, entropy_N
                 proximals[id(micro)] = logprob_N.detach()
                 log_ratio_N = self._measure(micro, version, logprob_N, entropy_N, references.get(id(micro)), sums)
-                corrected = self.recipe.algorithm.mismatch_cap is not None
-                ratios.append(objective.moved(log_ratio_N, micro, version) if corrected else log_ratio_N)
+                ratios.append(objective.moved(log_ratio_N, micro, version, self.recipe.algorithm))
         log_ratio_N = self.ranks.gather(torch.cat(ratios))
         advantages = [micro.advantage_N for minibatch in batch.minibatches for micro in minibatch]
         advantage_N = self.ranks.gather(torch.from_numpy(np.concatenate(advantages)))
@@ -311,15 +310,18 @@ class Trainer:
             reference_N = references.get(id(micro))
             if measure:
                 self._measure(micro, version, logprob_N.detach(), entropy_N, reference_N, sums)
-            result = self._token_losses(micro, logprob_N, proximals.get(id(micro)), limits, version, sums)
+            result, mismatched_N = objective.step_losses(
+                self.algorithm, self.recipe.algorithm, micro, logprob_N, proximals.get(id(micro)), limits, version
+            )
             loss_N = result.loss_N
             if reference_N is not None:
                 loss_N = loss_N + self.recipe.algorithm.kl_coef * k3(logprob_N, reference_N)
             loss = objective.normalised(normaliser, loss_N, micro, divisor)
             sums.add("loss", loss)
             sums.add("clipped", result.clipped_N)
-            if result.capped_N is not None:
-                sums.add("capped", result.capped_N)
+            for name, over_N in (("capped", result.capped_N), ("mismatched", mismatched_N)):
+                if over_N is not None:
+                    sums.add(name, over_N)
             timer.lap("forward_s")
             # sharding averages gradients over ranks, the divisor already counts all of them
             (loss * self.ranks.world_size).backward()
@@ -329,22 +331,3 @@ class Trainer:
         norm = self.masters.update(step)
         timer.lap("optimizer_s")
         return norm
-
-    def _token_losses(
-        self,
-        micro: MicroBatch,
-        logprob_N: Tensor,
-        proximal_N: Tensor | None,
-        limits: Limits,
-        version: int,
-        sums: Sums,
-    ) -> TokenLoss:
-        """The algorithm's, corrected for the engine's mismatch where the recipe asks for it."""
-        cap = self.recipe.algorithm.mismatch_cap
-        if cap is None:
-            return objective.token_losses(self.algorithm, micro, logprob_N, proximal_N, limits)
-        result, capped_N = objective.corrected_losses(
-            self.algorithm, micro, logprob_N, proximal_N, limits, version=version, cap=cap
-        )
-        sums.add("mismatched", capped_N)
-        return result

@@ -76,8 +76,9 @@ def water_level(moment_C: Tensor, tau: float) -> float:
     below_C[0] = 0.0
     left_C = count - torch.arange(count, device=moment_C.device)
     level_C = (tau * count - below_C) / left_C
-    first = int((level_C <= ascending_C).nonzero()[0])
-    return math.sqrt(float(level_C[first]))
+    fits_C = level_C <= ascending_C
+    fits_C[-1] = True  # rounding may put the last level an ulp over the largest moment, where the mean is tau
+    return math.sqrt(float(level_C[fits_C.nonzero()[0]]))
 
 
 def widths(t: float) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
     python bench/eval_simulation.py [--recipe qwen3.5-4b-m2po-delta] [--engines 4] [--ranks 4] [--steps 100]
         [--every N] [--samples N] [--staleness N] [--slots N] [--engine-rate 7500] [--trainer-rate 8105]
-        [--scaling 0.835] [--json]
+        [--scaling 0.835] [--set KEY=VALUE] [--json]
 
 Real are the hub's store (leases, admission, batches, versions, evaluations; SQLite), the spread of an evaluation over
 engines and the verdict. The clock is simulated. An engine has `--slots` places and a queue; a step of decoding n
@@ -433,7 +433,6 @@ def figures(simulation: Simulation, wall_s: float) -> dict[str, Any]:
         "running_requests": setting.slots,
     }
     verdict = balance.of_run(simulation.records, recipe, plan, 0)
-    assert verdict is not None
     due = [*range(0, recipe.train.steps, recipe.eval.every), recipe.train.steps]
     return {
         "wall_s": wall_s,
@@ -442,11 +441,11 @@ def figures(simulation: Simulation, wall_s: float) -> dict[str, Any]:
         "ratio": wall_s / max(training_s, generation_s),
         "evaluation_share_of_tokens": simulation.evaluation_tokens / generated,
         "slots_busy": sum(engine.slot_s for engine in simulation.engines) / (setting.slots * setting.engines * wall_s),
-        "trainer_waited": verdict["wait_share"],
+        "trainer_waited": verdict["wait_share"] if verdict else None,
         "evaluations": [(row["step"], row["due_step"]) for row in rows],
         "missing": [one for one in due if not any(row["due_step"] <= one <= row["step"] for row in rows)],
-        "limit": verdict["limit"],
-        "verdict": f"{verdict['words']}; try {verdict['change']}",
+        "limit": verdict["limit"] if verdict else None,
+        "verdict": f"{verdict['words']}; try {verdict['change']}" if verdict else None,
     }
 
 
@@ -462,13 +461,14 @@ def main() -> None:
         ("fetch-s", 1.0), ("pause-s", 0.03),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=float, default=number)
+    parser.add_argument("--set", action="append", default=[], help="another setting of the recipe")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     keys = {"every": "eval.every", "samples": "eval.samples", "staleness": "train.max_staleness",
             "concurrency": "eval.max_concurrency"}  # fmt: skip
     sets = [f"{key}={value}" for name, key in keys.items() if (value := getattr(args, name)) is not None]
-    recipe = recipe_io.load(args.recipe, [f"train.steps={args.steps}", *sets])
+    recipe = recipe_io.load(args.recipe, [f"train.steps={args.steps}", *sets, *args.set])
     rate = args.trainer_rate * args.ranks * args.scaling ** math.log2(args.ranks)
     slots = args.slots or recipe.rollout.running
     speeds = (args.engine_rate, rate, args.median, args.sigma, args.fetch_s, args.pause_s)

@@ -70,6 +70,8 @@ class Setting:
     allowed: int
     """Requests that admission lets be under way at once: (max_staleness + 1) batches."""
     staleness: int
+    concurrency: int
+    """Evaluation requests that each engine gets at once."""
     turns: bool
     shared: bool
     """Some GPU has an engine and a trainer."""
@@ -142,7 +144,10 @@ def _words(seen: Balance, setting: Setting) -> tuple[str, str]:
     if seen.limit == "evaluation":
         held = f", and held them without rollouts {seen.held_share:.0%}" if seen.held_share else ""
         took = f"evaluations took {seen.evaluation_share:.0%} of the time of {engines}{held}"
-        return f"evaluations limit: {waited}; {took}", "a larger eval.every, or fewer eval.samples"
+        change = "a larger eval.every, or fewer eval.samples"
+        if setting.concurrency < (each := setting.slots // setting.engines):
+            change += f", or eval.max_concurrency={each}: so many requests run at once on an engine"
+        return f"evaluations limit: {waited}; {took}", change
     if seen.limit == "each other":
         words = f"neither is too slow: {waited}, and {back}"
         if setting.staleness == 0:
@@ -247,6 +252,7 @@ def _setting(recipe: Recipe, plan: Mapping[str, Any]) -> Setting:
         slots=max(1, engines) * plan["running_requests"],
         allowed=(recipe.effective_staleness + 1) * recipe.batch_sequences,
         staleness=recipe.effective_staleness,
+        concurrency=recipe.eval.max_concurrency,
         turns=bool(plan["placement"]["turns"]),
         shared=bool(plan["placement"]["shared"]),
     )

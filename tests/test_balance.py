@@ -12,7 +12,8 @@ from astracli.balance import Seen, Setting
 from astracli.closing import balance_words
 
 SEEN = Seen(step_s=100.0, wait_s=3.0, engine_s=200.0, idle_s=20.0, trained_tokens=97_000.0, generated_tokens=120_000.0)
-SETTING = Setting(engines=2, ranks=1, gpus=True, slots=64, allowed=128, staleness=1, turns=False, shared=False)
+SETTING = Setting(engines=2, ranks=1, gpus=True, slots=64, allowed=128, staleness=1, concurrency=64, turns=False,
+                  shared=False)  # fmt: skip
 
 
 def judged(setting: Setting = SETTING, **seen: float) -> balance.Balance:
@@ -113,6 +114,8 @@ def test_evaluations_limit_when_without_them_half_of_the_wait_would_go() -> None
         "evaluations took 30% of the time of the 2 engines"
     )
     assert found.change == "a larger eval.every, or fewer eval.samples"
+    narrow = judged(replace(SETTING, concurrency=8), wait_s=60.0, evaluated_tokens=60_000.0)
+    assert narrow.change.endswith(", or eval.max_concurrency=32: so many requests run at once on an engine")
     assert judged(wait_s=61.0, evaluated_tokens=60_000.0).limit == "generation", "they are the smaller half"
     held = judged(wait_s=60.0, idle_s=20.0, held_s=60.0, evaluated_tokens=60_000.0)
     assert held.words.endswith("took 30% of the time of the 2 engines, and held them without rollouts 30%")

@@ -204,6 +204,7 @@ def follow_hub(evaluator: Evaluator) -> None:
             finishing[when.version] = writer.submit(finish, config, hub, when, results)
         for writing in finishing.values():
             writing.result()
+        writer.shutdown()
 
 
 def finish(config: WorkerConfig, hub: HubClient, when: eval_files.When, results: Sequence[Result]) -> None:

@@ -21,7 +21,7 @@ from astracli.rl.reward import GradeItem, GradePool
 
 def plain(problem: str, answer: str, completion: str) -> float:
     """math-verify alone, as a reward (it runs in the same killable processes)."""
-    from astracli.rl.grader import load_math_verify
+    from astracli.rl.grading.algebra import load_math_verify
 
     parse, verify = load_math_verify()
     gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)

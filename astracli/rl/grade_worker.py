@@ -26,6 +26,7 @@ import msgpack
 
 from astracli.errors import AstraError, UserError
 from astracli.rl import grader
+from astracli.rl.grading import algebra
 
 Frame = list[object]
 Score = Callable[[str, str, str], float]
@@ -113,13 +114,13 @@ def grade_one(spec: str, score: Score | None, item: list[str], send: Callable[[F
     extraction = EXTRACTIONS[spec]
     verdict = grader.quick(answer, text, extraction)
     if verdict is None:
-        if not grader.math_verify_loaded():
+        if not algebra.loaded():
             send(["loading"])
-            grader.load_math_verify()
+            algebra.load_math_verify()
             send(["loaded"])
         try:
-            verdict = grader.thorough(answer, text, extraction)
-        except MemoryError:
+            verdict = grader.thorough(answer, text, extraction, problem)
+        except (MemoryError, RecursionError):
             verdict = "error"
     return [1.0 if verdict == "right" else 0.0, verdict, ""]
 

@@ -1,0 +1,311 @@
+"""Where the final answer of a completion stands: thinking left out, then tag, box, announcement, formula, number."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from astracli.rl.grading.tokens import FUNCTIONS
+
+Extraction = Literal["boxed_or_last_number", "boxed"]
+Place = Literal["box", "tag", "said", "whole", "formula", "number", "none"]
+
+_NAMES = r"(?:seed:)?(?:think|thinking|thought|thoughts|reasoning|scratchpad|reflection)"
+_THINK_OPEN = re.compile(
+    rf"<{_NAMES}>|\[{_NAMES}\]|◁{_NAMES}▷|<\|begin_of_thought\|>|<\|channel\|>analysis", re.IGNORECASE
+)
+_THINK_CLOSE = re.compile(
+    rf"</{_NAMES}>|\[/{_NAMES}\]|◁/{_NAMES}▷|<\|end_of_thought\|>|<\|channel\|>final(?:<\|message\|>)?", re.IGNORECASE
+)
+_TOKEN = re.compile(r"<\|[^<>|]{1,40}\|>")
+_TAG = re.compile(r"<(answer|final_answer|final|solution)>(.*?)(?:</\1>|$)", re.IGNORECASE | re.DOTALL)
+_BOX = re.compile(r"\\f?boxed\s*\{")
+_FINAL = re.compile(r"final answer is:?\s*(\$[^$\n]+\$|\\\(.+?\\\)|[^\s$\\][^\n]*)", re.IGNORECASE)
+_MINUS = re.compile(r"[-−–]\s*(?:\$|\\\(|\\\[)?\s*$")
+_JOINT_DRESSING = re.compile(
+    r"\\\(|\\\)|\\\[|\\\]|\\q?quad|\\[,;:! ]|[$*,;.:\s&]|\\\\"
+    r"|\\text\{([^{}]*)\}|\\mathrm\{([^{}]*)\}|[A-Za-z](?:_\{?\w+\}?)?\s*="
+)
+_CORRECTED = re.compile(
+    r"\b(?:no|not|wait|actually|correct\w*|instead|mistake|final\w*|so|therefore|thus|hence|sorry|then|rather|but|check\w*"
+    r"|again|simplif\w*|gives?|get|is|equals|becomes|answer|which)\b|=|\\(?:to|implies|Rightarrow|approx)",
+    re.IGNORECASE,
+)
+_SENTENCE_END = re.compile(r"[.!?。！？](?=\s+\S)|\n\s*\n\s*\S")
+_ASSIGN = re.compile(r"(?:^|[\s$(])([A-Za-z](?:_\{?\w+\}?)?\s*=)\s*\$?\s*$")
+_SAID = re.compile(
+    r"(?:\banswers?|\boption|\bchoice|\bresult)\s*(?:\((?:in|to)[^()]{1,40}\))?\s*\**\s*"
+    r"(?:(?:is|are|was|would be|will be|must be|should be)\b\s*(?:therefore|thus|then|simply|just|clearly)?\s*[:：]?"
+    r"|[:：]|=)\s*\**\s*[:：]?"
+    r"|答案(?:应该|应当)?(?:是|为|等于|[:：])+|(?:结果|答)(?:是|为|[:：])+|####",
+    re.IGNORECASE,
+)
+_PICKED = re.compile(r"(?:故|应|因此|所以)?(?:选择?|选项)(?:为|是)?\s*[:：]?\s*[(（]?([A-J])[)）]?(?![A-Za-z])")
+_CHOSEN = re.compile(
+    r"\b(?:choose|select|pick|option|choice)(?:\s+(?:option|choice|is|answer))*\s*:?\s*\**\(?([A-J])\)?"
+    r"(?=[\s.,*]|$)(?!\s+(?:or|and)\b)"
+)
+_PLAIN_FRACTION = re.compile(r"(?<![\d.,/*^+)(-])[-−]?(?:\d+\s+)?\d+\s*/\s*\d+$")
+_STOP = re.compile(
+    r"(?<![A-Z\d])\.(?=\s+[A-Z\\$(]|\s*$)|(?<=[\dA-J])\.(?=\s+[A-Z][a-z]|\s*$)|[。！]|\n"
+    r"|,?\s+(?:because|since|which|where|as\s|so\s|I hope|when)\b"
+)
+_BULLET = re.compile(r"^\s*(?:[-–*•+]\s+|#+\s+|>\s+)")
+_MATH = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_NUMBER = re.compile(r"[-−+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?", re.ASCII)
+_RANGE = re.compile(
+    r"(?:[\d%)]|°)\s*(?:or|to|and/or|through|–|—|~|or maybe|or perhaps)\s*\$?$|\bbetween\s+\S{1,12}\s+and\s*\$?$",
+    re.IGNORECASE,
+)
+_BARE_BEFORE = frozenset(" \t\n$=:(€£*、，。：是为有")
+_BARE_AFTER = re.compile(r"(?:st|nd|rd|th)?\.?(?:[\s$,;:!?)*°%€\u3000-\u9fff\uff00-\uffef]|$)")
+_PROSE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
+_FUNCTIONS = FUNCTIONS | {"sqrt", "mod", "lim", "arcsin", "arccos", "arctan"}
+BARE_LIMIT = 200
+"""Longest text, in characters, that can be an answer and nothing else."""
+
+
+@dataclass(frozen=True)
+class Found:
+    text: str
+    """The answer as written; empty when nothing can be read."""
+    place: Place
+    last_words: str = ""
+    """What math-verify may read instead of `text`, when the answer is no box."""
+
+
+def without_thinking(text: str) -> str:
+    """The text behind the thinking; thinking that is never closed hides all that follows it."""
+    if "<" not in text and "[" not in text and "◁" not in text:
+        return text
+    closes = list(_THINK_CLOSE.finditer(text))
+    if closes:
+        text = text[closes[-1].end() :]
+    opened = _THINK_OPEN.search(text)
+    return text[: opened.start()] if opened else text
+
+
+def read_answer(text: str, extraction: Extraction) -> tuple[str | None, bool]:
+    """The answer in the last box, else the last number as written, and whether it stood in a box.
+
+    The last box counts, and one that is never closed holds no answer: (None, True). Boxes side by side are a list.
+    """
+    text = without_thinking(text)
+    found = boxed(text)
+    if found is not None:
+        return (found or None), True
+    if extraction == "boxed":
+        return None, False
+    number = last_number(text)
+    return (number[0] if number else None), False
+
+
+def find(text: str, extraction: Extraction) -> Found:
+    """The final answer of a completion."""
+    text = without_thinking(text)
+    if "<|" in text:
+        text = _TOKEN.sub(" ", text)
+    box = boxed(text)
+    if extraction == "boxed":
+        return Found(box or "", "box" if box is not None else "none")
+    tags = list(_TAG.finditer(text))
+    if tags and (box is None or _BOX.search(text, tags[-1].end()) is None):
+        inner = tags[-1][2].strip()
+        in_tag = boxed(inner)
+        return Found(in_tag, "box") if in_tag is not None else Found(_undressed(inner), "tag", inner)
+    if box is not None:
+        said = announced(text, extraction)
+        if said is None:
+            return Found(box, "box")
+        content = _FINAL.search(said)
+        return Found(_said_content(content[1]) if content else "", "said", said)
+    whole = bare(text)
+    if whole is not None:
+        return Found(whole, "whole", text)
+    said_answer = _said(text)
+    if said_answer:
+        return Found(said_answer, "said", text)
+    return _unannounced(text)
+
+
+def announces(text: str) -> bool:
+    """Whether a text speaks of its answer at all."""
+    return "answer" in text.lower() or _SAID.search(text) is not None or _CHOSEN.search(text) is not None
+
+
+def tagged(text: str) -> bool:
+    return _TAG.search(text) is not None
+
+
+def bare(text: str) -> str | None:
+    """The whole text as an answer when it is one expression and no prose (`\\dfrac{1}{3}`), else None."""
+    text = text.strip()
+    if not text or len(text) > BARE_LIMIT or "\n" in text or "$" in text or "\\(" in text or "\\[" in text:
+        return None
+    words = {word.lower() for word in _PROSE.findall(text)}
+    if not text.isascii() and re.search(r"[\u3040-\u9fff]", text):
+        return None
+    return text if words <= _FUNCTIONS or "\\text" in text else None
+
+
+def boxed(text: str) -> str | None:
+    """What the last box says: None without a box, empty when it is not closed or says nothing."""
+    if "boxed" not in text and "fbox" not in text:
+        return None
+    starts = list(_BOX.finditer(text))
+    if not starts:
+        return None
+    contents = [(m.start(), balanced(text, m.end()), m.end()) for m in starts[-12:]]
+    start, content, _ = contents[-1]
+    if content is None or not content.strip():
+        return ""
+    answers = [content.strip()]
+    for (place, before, inner), following in zip(contents[-2::-1], contents[:0:-1], strict=False):
+        if before is None or inner + len(before) > following[0]:
+            break
+        between = text[inner + len(before) + 1 : following[0]]
+        if not _side_by_side(between):
+            break
+        answers.insert(0, before.strip())
+        start = place
+    sign = "-" if _minus_before(text[:start]) else ""
+    distinct = list(dict.fromkeys(answers))
+    return sign + distinct[0] if len(distinct) == 1 else ", ".join([sign + distinct[0], *distinct[1:]])
+
+
+def _side_by_side(between: str) -> bool:
+    """Whether two boxes with this text between them give one answer of several parts."""
+    if len(between) > 120 or _SENTENCE_END.search(between + " "):
+        return False
+    words = _JOINT_DRESSING.sub(lambda m: f" {m[1] or m[2] or ''} ", between)
+    if _CORRECTED.search(words):
+        return False
+    return len(words.split()) <= 5
+
+
+def _minus_before(before: str) -> bool:
+    """Whether a minus sign stands before a box: not a dash, and not the mark of a list item."""
+    match = _MINUS.search(before[-20:])
+    if match is None:
+        return False
+    head = before[: len(before) - len(match[0])]
+    line = head.rsplit("\n", 1)[-1].rstrip(" \t")
+    spaced = match[0][1:2].isspace()
+    if not line:
+        return not spaced
+    if spaced:
+        return line[-1] in "=({,$" or line.endswith(("\\(", "\\[", "is"))
+    return not line[-1].isdigit() and (head[-1].isspace() or line[-1] in "=({,$:*" or line.endswith(("\\(", "\\[")))
+
+
+def balanced(text: str, start: int) -> str | None:
+    """The text from `start` to the brace that closes what opened just before it; None when none does."""
+    depth = 1
+    i = start
+    while i < len(text):
+        char = text[i]
+        if char == "\\":
+            i += 1
+        elif char == "{":
+            depth += 1
+        elif char == "}":
+            depth -= 1
+            if depth == 0:
+                return text[start:i]
+        i += 1
+    return None
+
+
+def announced(text: str, extraction: Extraction) -> str | None:
+    """`final answer is $10,455$` and what follows, when it stands behind the last box and says no box itself."""
+    if extraction == "boxed":
+        return None
+    boxes = list(_BOX.finditer(text))
+    if not boxes:
+        return None
+    said = list(_FINAL.finditer(text, boxes[-1].end()))
+    return text[said[-1].start() :] if said else None
+
+
+def _said_content(text: str) -> str:
+    stop = _STOP.search(text)
+    return _undressed(text[: stop.start()] if stop and not text.startswith(("$", "\\(")) else text)
+
+
+def _said(text: str) -> str:
+    """What follows the last `the answer is`, `Answer:`, `####`, `答案是` or `选`; empty without one."""
+    picked = list(_PICKED.finditer(text)) or list(_CHOSEN.finditer(text))
+    said = list(_SAID.finditer(text))
+    if picked and (not said or picked[-1].start() >= said[-1].start()):
+        return picked[-1][1]
+    if not said:
+        return ""
+    rest = text[said[-1].end() :].lstrip(" \t*:：")
+    rest = rest.lstrip("\n").lstrip() if not rest.split("\n", 1)[0].strip() else rest
+    rest = _BULLET.sub("", rest)
+    math = _MATH.match(rest)
+    if math and not re.match(r"\s*(?:or|and|或|和|,|，|\\?%|to\b)", rest[math.end() :]):
+        return _undressed(math[0])
+    stop = _STOP.search(rest)
+    return _undressed(rest[: stop.start()] if stop else rest)
+
+
+def _undressed(text: str) -> str:
+    """Without Markdown, list marks and the dollar signs of formulas inside a sentence."""
+    text = _BULLET.sub("", text.strip()).replace("**", "").replace("__", "").strip()
+    bare = re.sub(r"\\\$", "", text)
+    if bare.count("$") and bare.count("$") % 2 == 0:
+        text = re.sub(r"(?<!\\)\$", " ", text)
+    text = re.sub(r"\\\(|\\\)|(?<!\\)\\\[|(?<!\\)\\\]", " ", text).strip()
+    return text.rstrip(".。;；,，").strip()
+
+
+def _unannounced(text: str) -> Found:
+    """The last formula or the last number, whichever ends later."""
+    formulas = list(_MATH.finditer(text))
+    number = last_number(text)
+    if formulas and (number is None or formulas[-1].end() >= number[1]):
+        content = next(group for group in formulas[-1].groups() if group is not None)
+        if _ranged(text[: formulas[-1].start()]):
+            return Found("", "formula", text)
+        return Found(content.strip(), "formula", text)
+    if number is None:
+        return Found("", "none", text)
+    if _ranged(text[: number[2]]):
+        return Found("", "number", "")
+    fraction = _PLAIN_FRACTION.search(text[: number[1]])
+    if fraction and _BARE_AFTER.match(text, number[1]):
+        return Found(fraction[0].replace("−", "-"), "formula", text)
+    return Found(number[0], "number", text)
+
+
+def _ranged(before: str) -> bool:
+    """Whether what ends here goes on with a range or a hedge: `149 or `."""
+    return _RANGE.search(before[-32:]) is not None
+
+
+def last_number(text: str) -> tuple[str, int, int] | None:
+    """(as written, end, start) of the last number. A mark of a list or a hyphen is no sign."""
+    numbers = list(_NUMBER.finditer(text))
+    if not numbers:
+        return None
+    last = numbers[-1]
+    written, start = last[0], last.start()
+    if written[0] in "-−+" and start and (text[start - 1].isalnum() or text[start - 1] in ")]}%°"):
+        written, start = written[1:], start + 1
+    return written.replace("−", "-"), last.end(), start
+
+
+def ends_bare(text: str) -> bool:
+    """Whether the last number stands alone, not inside a formula such as `8/3` or `\\sqrt{5}`."""
+    found = last_number(text)
+    if found is None:
+        return False
+    _, end, start = found
+    before = text[start - 1 : start]
+    if _ranged(text[:start]) or before in "-−–":
+        return not before and _BARE_AFTER.match(text, end) is not None
+    if before == "(" and text[: start - 1].rstrip().endswith(("*", "^", "/", "+", "-", "=")):
+        return False  # `10 ** (-2)`
+    return (not before or before in _BARE_BEFORE) and _BARE_AFTER.match(text, end) is not None

@@ -34,48 +34,30 @@ _OPERATORS = {
     ">=": ">=",
     "!=": "!=",
 }
-
-
 _RELATION = re.compile(r"\\(?:le|ge|ne)(?![A-Za-z])|<=|>=|!=|==?|<|>|\\not\s*=")
-
-
 _CONNECTIVE = re.compile(
-    r"\\words\{\s*,?\s*(or|and)\s*(?:else)?,?\s*\}|(?<![A-Za-z\\])(or|and|&)(?![A-Za-z])|或者?|(?<=[\d)}])[和与及](?=[\\\d(-])"
+    r"\\words\{\s*,?\s*(or|OR|and|AND)\s*(?:else)?,?\s*\}|(?<![A-Za-z\\])(or|and)(?![A-Za-z])|或者?|(?<=[\d)}])[和与及](?=[\\\d(-])"
 )
-
-
 _MATRIX = re.compile(r"\\begin\{([pbvB]?matrix|array|smallmatrix)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}$", re.DOTALL)
-
-
 _ALL_REALS = re.compile(
     r"(?:all|any|every)\s+(?:the\s+)?reals?(?:\s+numbers?)?(?:\s+[a-z]\b)?|reals|real numbers|全体实数|一切实数"
 )
-
-
 _NOTHING = re.compile(
     r"(?:there\s+(?:is|are)\s+)?(?:no\s+(?:real\s+|such\s+)?(?:solutions?|values?|roots?)|(?:the\s+)?empty\s+set|无解|空集)",
     re.IGNORECASE,
 )
-
-
 _EXCEPT = re.compile(r"\s*(?:except|other than|excluding|but not|but)\s+(?:for\s+)?")
-
-
 _OPENING, _CLOSING_CHARACTERS = "([{", ")]}"
-
-
 _KNOWN_WORDS = frozenset(WORDS) | FUNCTIONS
-
-
-_BASED = re.compile(r"\(?(\d+)\)?\s*_\s*\{?\s*(\d+)\s*\}?")
-
-
+_BASED = re.compile(r"\(?(-?\d+)\)?\s*_\s*\{?\s*(\d+)\s*\}?")
 _TIME = re.compile(r"\d{1,2}:\d{2}(?::\d{2})?(?:\s*(?:am|pm|a\.m|p\.m|AM|PM))?")
 
 
 def read(text: str, single_units: bool = False) -> Answer:
     """The answer that a text in one notation says. Raises Unreadable."""
-    text = _CONNECTIVE.sub(lambda m: r" \lor " if (m[1] or m[2]) == "or" or "或" in m[0] else r" \land ", text.strip())
+    text = _CONNECTIVE.sub(
+        lambda m: r" \lor " if (m[1] or m[2] or "").lower() == "or" or "或" in m[0] else r" \land ", text.strip()
+    )
     if len(text) > 4000:
         raise Unreadable("too long")
     return _read(text, single_units)
@@ -189,6 +171,8 @@ def _continues(text: str, place: int, separator: str) -> bool:
 
 
 def _is_name(text: str) -> bool:
+    if re.search(r"\\words\{[^{}]*\b(?:not|no|or|never)\b", text):
+        return False
     text = re.sub(r"\\words\{[^{}]*\}", "W", text.strip())
     try:
         text = text[1:-1] if text.startswith("(") and _encloses(text) else text
@@ -225,6 +209,8 @@ def _relation(text: str, single: bool) -> Answer | None:
     if not operators:
         return None
     sides.append(text[start:].strip())
+    if not sides[0] and len(sides) == 2 and operators[0] not in ("=", "!="):
+        sides[0] = "x"  # `\\ge 2` alone
     if all(operator == "=" for operator in operators) and (found := _assignment(sides, single)) is not None:
         return found
     nodes = []

@@ -31,6 +31,8 @@ def equal(gold: Answer, answer: Answer, conventions: Conventions) -> bool:
     gold, answer = _spread(gold), _spread(answer)
     if gold == answer:
         return True
+    if _set_like(gold, conventions):
+        answer = _united(answer)
     if _set_like(gold, conventions) or _set_like(answer, conventions):
         verdict = _as_sets(gold, answer, conventions)
         if verdict is not None:
@@ -38,6 +40,8 @@ def equal(gold: Answer, answer: Answer, conventions: Conventions) -> bool:
     if isinstance(gold, Joined):
         return _joined(gold, answer, conventions)
     if isinstance(answer, Joined):
+        if answer.how == "or" and all(equal(gold, part, conventions) for part in answer.parts):
+            return True  # one value in several spellings
         answer = _listed(answer)
         if isinstance(answer, Joined):
             return False
@@ -113,6 +117,14 @@ def _pair_of_numbers(answer: Answer) -> bool:
     return isinstance(answer, Several) and all(isinstance(item, Value) for item in answer.items)
 
 
+def _united(answer: Answer) -> Answer:
+    """Intervals with commas between them, where a union is the gold."""
+    intervals = isinstance(answer, Several) and not answer.brackets and len(answer.items) > 1
+    if intervals and all(is_pair(item) or is_interval(item) for item in answer.items):  # type: ignore[union-attr]
+        return Joined("or", answer.items)  # type: ignore[union-attr]
+    return answer
+
+
 def _listed(answer: Joined) -> Answer:
     """`2 or 3` as a list."""
     if answer.how != "or":
@@ -130,6 +142,8 @@ def _listed(answer: Joined) -> Answer:
 def _joined(gold: Joined, answer: Answer, conventions: Conventions) -> bool:
     listed = _listed(gold)
     if isinstance(listed, Several):
+        if all(equal(listed.items[0], item, conventions) for item in listed.items[1:]):
+            return equal(listed.items[0], answer, conventions)  # one value in several spellings
         other = _listed(answer) if isinstance(answer, Joined) else answer
         return not isinstance(other, Joined) and equal(listed, other, conventions)
     if not isinstance(answer, Joined) or answer.how != gold.how or len(answer.parts) != len(gold.parts):

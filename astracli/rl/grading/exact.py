@@ -47,8 +47,8 @@ def exact(node: Node) -> Fraction | None:
 def _exact_power(base: Fraction, exponent: Fraction) -> Fraction | None:
     if exponent.denominator != 1:
         return None
-    if base == 0 and exponent < 0:
-        raise Undefined("division by zero")
+    if base == 0 and exponent <= 0:
+        raise Undefined("zero to a power that is not positive")
     size = max(abs(base.numerator).bit_length(), base.denominator.bit_length())
     if base in (0, 1, -1):
         return base**2 if exponent % 2 == 0 and exponent else (base if exponent else Fraction(1))

@@ -12,11 +12,7 @@ from astracli.rl.grading.tokens import FUNCTIONS, GREEK, Token, tokenised
 from astracli.rl.grading.trees import Node, Unreadable
 
 _CLOSING = {"(": ")", "[": "]", "{": "}", r"\{": r"\}"}
-
-
 _NO_CALL = frozenset("abcdeikmnrABCKMR")
-
-
 _DEPTH = 200
 
 

@@ -10,7 +10,6 @@ from astracli.rl.grading.tokens import FUNCTIONS
 
 Extraction = Literal["boxed_or_last_number", "boxed"]
 Place = Literal["box", "tag", "said", "whole", "formula", "number", "none"]
-
 _NAMES = r"(?:seed:)?(?:think|thinking|thought|thoughts|reasoning|scratchpad|reflection)"
 _THINK_OPEN = re.compile(
     rf"<{_NAMES}>|\[{_NAMES}\]|◁{_NAMES}▷|<\|begin_of_thought\|>|<\|channel\|>analysis", re.IGNORECASE
@@ -51,6 +50,7 @@ _STOP = re.compile(
     r"(?<![A-Z\d])\.(?=\s+[A-Z\\$(]|\s*$)|(?<=[\dA-J])\.(?=\s+[A-Z][a-z]|\s*$)|[。！]|\n"
     r"|,?\s+(?:because|since|which|where|as\s|so\s|I hope|when)\b"
 )
+_LETTER = re.compile(r"[*\s$({\\]*(?:text(?:bf)?\{)?\(?[A-J]\)?[})*\s$.]*")
 _BULLET = re.compile(r"^\s*(?:[-–*•+]\s+|#+\s+|>\s+)")
 _MATH = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _NUMBER = re.compile(r"[-−+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?", re.ASCII)
@@ -59,7 +59,9 @@ _RANGE = re.compile(
     re.IGNORECASE,
 )
 _BARE_BEFORE = frozenset(" \t\n$=:(€£*、，。：是为有")
+_GOES_ON = re.compile(r"[\s$*)\\]*(?:or|to|through|–|—)\s", re.IGNORECASE)
 _BARE_AFTER = re.compile(r"(?:st|nd|rd|th)?\.?(?:[\s$,;:!?)*°%€\u3000-\u9fff\uff00-\uffef]|$)")
+_TEXT = re.compile(r"\\(?:text\w*|math[a-z]+|mbox)\s*\{[^{}]*\}")
 _PROSE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
 _FUNCTIONS = FUNCTIONS | {"sqrt", "mod", "lim", "arcsin", "arccos", "arctan"}
 BARE_LIMIT = 200
@@ -113,7 +115,7 @@ def find(text: str, extraction: Extraction) -> Found:
     if tags and (box is None or _BOX.search(text, tags[-1].end()) is None):
         inner = tags[-1][2].strip()
         in_tag = boxed(inner)
-        return Found(in_tag, "box") if in_tag is not None else Found(_undressed(inner), "tag", inner)
+        return Found(in_tag, "box") if in_tag is not None else Found(_said(inner) or _undressed(inner), "tag", inner)
     if box is not None:
         said = announced(text, extraction)
         if said is None:
@@ -130,7 +132,9 @@ def find(text: str, extraction: Extraction) -> Found:
 
 
 def announces(text: str) -> bool:
-    """Whether a text speaks of its answer at all."""
+    """Whether a text speaks of its answer at all, or is a letter."""
+    if len(text) < 24 and _LETTER.fullmatch(text.strip()):
+        return True
     return "answer" in text.lower() or _SAID.search(text) is not None or _CHOSEN.search(text) is not None
 
 
@@ -141,12 +145,14 @@ def tagged(text: str) -> bool:
 def bare(text: str) -> str | None:
     """The whole text as an answer when it is one expression and no prose (`\\dfrac{1}{3}`), else None."""
     text = text.strip()
+    if len(text) < 16 and _LETTER.fullmatch(text):
+        return text
     if not text or len(text) > BARE_LIMIT or "\n" in text or "$" in text or "\\(" in text or "\\[" in text:
         return None
-    words = {word.lower() for word in _PROSE.findall(text)}
+    words = {word.lower() for word in _PROSE.findall(_TEXT.sub("", text))}
     if not text.isascii() and re.search(r"[\u3040-\u9fff]", text):
         return None
-    return text if words <= _FUNCTIONS or "\\text" in text else None
+    return text if words <= _FUNCTIONS else None
 
 
 def boxed(text: str) -> str | None:
@@ -308,4 +314,6 @@ def ends_bare(text: str) -> bool:
         return not before and _BARE_AFTER.match(text, end) is not None
     if before == "(" and text[: start - 1].rstrip().endswith(("*", "^", "/", "+", "-", "=")):
         return False  # `10 ** (-2)`
+    if _GOES_ON.match(text, end):
+        return False
     return (not before or before in _BARE_BEFORE) and _BARE_AFTER.match(text, end) is not None

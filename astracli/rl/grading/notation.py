@@ -102,7 +102,6 @@ _SPACES = dict.fromkeys(
 )
 _INVISIBLE = frozenset("\u200b\u200c\u200d\u2060\ufeff\u00ad\u2061\u2062\u2063\u200e\u200f\ufe0e\ufe0f")
 _OVERLINE = "\u0305"
-
 _SIZES = re.compile(
     r"\\(?:left|right|bigl|bigr|Bigl|Bigr|biggl|biggr|Biggl|Biggr|big|Big|bigg|Bigg|middle)(?![A-Za-z])\s*\.?"
 )
@@ -154,7 +153,15 @@ _THOUSANDS = re.compile(
     r"(?<![\d.^_{,])(\d{1,3})((?:\{,\}\d{3})+|(?:\\,\d{3})+|(?:\\ \d{3})+|(?: \d{3})+)(?![\d/]|\s*/)"
 )
 _GROUPED = re.compile(r"(?<![\w.,^])(\d{1,3}(?:,\d{3})+)(?![\d,])")
+_FORMULA = re.compile(r"(?<![\\$])\$(?!\$)([^$]*[\\=<>^_][^$]*)(?<!\\)\$")
+"""A formula between dollar signs inside an answer: what looks like two amounts of money is none."""
 _WORD = re.compile(r"[A-Za-z]{2,}")
+_ORDINAL = re.compile(r"(\d)\s*(?:\^\s*)?\{?\s*\\(?:text|mathrm|textrm|mbox)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}?")
+_COMPOUND = re.compile(
+    r"([\d})]\s*(?:\\[,;: ]|~|\s)*)\\(?:mathrm|text|textrm|mbox|rm)\s*"
+    r"\{((?:[A-Za-z/.\s]|\\[,;:! ]|\^?-?\d|\^\{-?\d\})*\^\{-?\d\})\}"
+)
+"""A unit with exponents behind a number: `9.8\\,\\mathrm{m\\,s^{-2}}`."""
 _UNIT_LETTERS = frozenset("msghLNJWVKC")
 _BAR = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar)\s*(?:\{(\d+)\}|(\d))")
 _DOT = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?")
@@ -164,7 +171,7 @@ _ENDLESS = re.compile(r"(?<![\d.])(\d*)\.(\d+)\s*(?:\\ldots|\.\.\.)")
 
 def plain(text: str) -> str:
     """An answer in one notation: ASCII and LaTeX commands, no sizes, fonts, thousands separators or outer dollars."""
-    text = _outer(_ascii(text))
+    text = _outer(_ascii(_chinese_number(text.strip())))
     if "\\" in text or "{" in text:
         text = _latex(text)
     text = _repeating(text)
@@ -200,6 +207,23 @@ def _ascii(text: str) -> str:
     return "".join(out)
 
 
+_CHINESE = {char: value for value, char in enumerate("零一二三四五六七八九")} | {"两": 2, "〇": 0}
+
+
+def _chinese_number(text: str) -> str:
+    """A number below 10,000 that is written in Chinese numerals alone, in digits; any other text as it is."""
+    total, digit = 0, 0
+    for char in text:
+        if char in _CHINESE:
+            digit = _CHINESE[char]
+        elif char in "十百千":
+            total += (digit or 1) * {"十": 10, "百": 100, "千": 1000}[char]
+            digit = 0
+        else:
+            return text
+    return str(total + digit) if text else text
+
+
 def _one(char: str, rest: str) -> str:
     if char in _INVISIBLE:
         return ""
@@ -228,7 +252,7 @@ def _overlined(text: str) -> str:
 
 
 def _outer(text: str) -> str:
-    text = text.strip()
+    text = _FORMULA.sub(r" \1 ", text.strip()).strip()
     while True:
         before = text
         for left, right in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`")):
@@ -248,6 +272,8 @@ def _latex(text: str) -> str:
     for pattern, new in _RENAMED:
         text = pattern.sub(new, text)
     text = _DEGREE.sub(r"\\degree ", text)
+    text = _ORDINAL.sub(r"\1", text)
+    text = _COMPOUND.sub(lambda m: m[1] + r"\words{" + re.sub(r"[{}]|\\[,;:! ]", " ", m[2]).strip() + "}", text)
     text = _STYLED_LETTER.sub(r" \1", text)
     while True:
         changed = _STYLED.sub(_unstyled, text)
@@ -268,7 +294,8 @@ def _unstyled(match: re.Match[str]) -> str:
         if match[0].startswith("\\operatorname"):
             return rf"\{content.strip()} "
         return rf"\words{{{content.strip()}}}"
-    return f" {content} " if not content.strip().isalnum() else f"{{{content.strip()}}}"
+    script = match.string[: match.start()].rstrip().endswith(("^", "_"))
+    return f"{{{content.strip()}}}" if script else f" {content.strip()} "
 
 
 def _repeating(text: str) -> str:

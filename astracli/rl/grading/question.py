@@ -70,6 +70,8 @@ def unfinished(problem: str, gold: Answer, answer: Answer) -> bool:
 def repeated(problem: str, answer: str) -> bool:
     """Whether an answer, in whatever notation, is a formula of the problem letter by letter."""
     plain = re.sub(r"\s", "", notation.plain(answer))
+    if len(plain) > 12 and plain[:200] in re.sub(r"\s", "", notation.plain(problem)):
+        return True
     return bool(plain) and any(re.sub(r"\s", "", notation.plain(text)) == plain for text in _formulas(problem[:_LONG]))
 
 

@@ -11,8 +11,6 @@ _TOKEN = re.compile(
     r"|(?P<power>\*\*)|(?P<letter>[A-Za-z])|(?P<other>.)",
     re.DOTALL | re.ASCII,
 )
-
-
 GREEK = frozenset(
     [
         "alpha",
@@ -63,8 +61,6 @@ GREEK = frozenset(
         "circ",
     ]
 )
-
-
 FUNCTIONS = frozenset(
     [
         "sin",
@@ -98,8 +94,6 @@ FUNCTIONS = frozenset(
         "artanh",
     ]
 )
-
-
 WORDS = {
     **{name: name for name in FUNCTIONS},
     **{name: name for name in ("sqrt", "cbrt", "pi", "abs", "floor", "ceil", "binom")},
@@ -113,8 +107,6 @@ WORDS = {
     "deg": "degree",
     "theta": "theta",
 }
-
-
 _LONGEST = sorted(WORDS, key=len, reverse=True)
 
 

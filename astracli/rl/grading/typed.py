@@ -16,7 +16,18 @@ _OPTION = re.compile(
     r"(?:\(([A-J])\)|(?<![A-Za-z])([A-J])[.):])\s*(.*?)(?=(?:\\q?quad|\s|\$|\\\\|~)*(?:\\text(?:bf|rm)?\{|\\mathrm\{)?\(?(?<![A-Za-z])[A-J]\)?[.):]|\n|$)",
     re.DOTALL,
 )
-_HEDGE = re.compile(r"\b(?:between|either|neither|or|at least|at most|more than|less than|not|from)\b", re.IGNORECASE)
+_HEDGE = re.compile(
+    r"\b(?:between|either|neither|or|at least|at most|more than|less than|not|from|to|maybe|perhaps|possibly|wait)\b|[?|;&]|^\s*(?:\\[gl]eq?(?![a-z])|[<>≤≥])|\\\\",
+    re.IGNORECASE,
+)
+_DOUBT = re.compile(r"\b(?:maybe|perhaps|possibly|wait|not|either|neither)\b|\?", re.IGNORECASE)
+_SECOND = re.compile(r"\\words\{[^{}]*\}(?:\^\{?\d\}?)?[^^_{}]*(?:\d|\\frac|\\sqrt)")
+"""A number behind the words behind a number."""
+_ANNOUNCED = re.compile(
+    r"^(?:\\words\{\s*)?(?:(?:so|thus|hence|therefore),?\s+)?the\s+(?:final\s+)?(?:answer|result|value)"
+    r"\s+(?:is|=)\s*:?\s*\}?(?![^{]*\})\s*",
+    re.IGNORECASE,
+)
 _NAME_ONLY = re.compile(r"[A-Za-z\\]*\s*(?:=)?\s*")
 
 
@@ -27,7 +38,7 @@ def verdict(gold: str, answer: str, problem: str = "", conventions: Conventions 
     """
     if "\\boxed" in gold:
         gold = extraction.boxed(gold) or gold
-    wanted, found = notation.plain(gold), notation.plain(answer)
+    wanted, found = notation.plain(gold), _ANNOUNCED.sub("", notation.plain(answer))
     if not found:
         return False
     chosen = _choice(wanted, found, problem, conventions)
@@ -52,7 +63,11 @@ def verdict(gold: str, answer: str, problem: str = "", conventions: Conventions 
 def hedged(gold: str, answer: str) -> bool:
     """Whether an answer that is not readable is a range or a choice of answers where the gold is one value."""
     wanted = _gold(notation.plain(gold))
-    return isinstance(wanted, (Value, Assigned)) and _HEDGE.search(answer) is not None
+    if wanted is None or isinstance(wanted, Words):
+        return False
+    if isinstance(wanted, (Value, Assigned)):
+        return _HEDGE.search(answer) is not None or _SECOND.search(notation.plain(answer)) is not None
+    return _DOUBT.search(answer) is not None
 
 
 def _choice(gold: str, answer: str, problem: str, conventions: Conventions | None) -> bool | None:

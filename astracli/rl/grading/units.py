@@ -77,7 +77,6 @@ _add("frequency", 1, "Hz")
 _add("amount", 1, "mol", "moles", "mole")
 _add("pressure", 1, "Pa")
 _add("pressure", 1000, "kPa")
-
 SINGLE = frozenset(name for name in _KNOWN if len(name) == 1 and name.isascii() and name.isalpha())
 CURRENCY = "$€£¥₹"
 _WORDS = r"\\words\{[^{}]*\}"
@@ -87,6 +86,12 @@ _PLAIN = re.compile(rf"(?P<unit>[A-Za-z°¢.]+(?:[ /]+[A-Za-z.]+)*{_EXPONENT}(?:
 _CJK = re.compile(r"(?P<unit>[\u4e00-\u9fff]+)\s*$")
 _PERCENT = re.compile(r"\s*(?:%|\\words\{\s*(?:%|percent|pct)\s*\}|(?:percent|pct)\b)\s*$", re.IGNORECASE)
 _NUMBERLIKE = re.compile(r"[-+]?[\d.,/()\s]*[\d)]|.*[})\d]", re.DOTALL)
+_REMARK = re.compile(
+    r"[=+*?<>|,;:]|(?<![\^{\d-])\d|\b(?:or|and|to|not|no|maybe|perhaps|possibly|either|neither|nor|if|but|approx\w*|about"
+    r"|less|more|least|most|wait|actually|wrong)\b",
+    re.IGNORECASE,
+)
+"""What behind a number is no unit: it says something about the answer."""
 _SQUARE = re.compile(r"^(?:square|sq\.?)\s+", re.IGNORECASE)
 _CUBIC = re.compile(r"^(?:cubic|cu\.?)\s+", re.IGNORECASE)
 
@@ -113,7 +118,8 @@ def take_unit(text: str, known: frozenset[str], single: bool) -> tuple[str, str]
         return text[: cjk.start()].rstrip(), cjk["unit"]
     place = text.find(r"\words{")
     if place > 0 and (_MARKED.fullmatch(text, place)):
-        return text[:place].rstrip(), _named(re.sub(r"\\words\{([^{}]*)\}", r" \1 ", text[place:]))
+        unit = re.sub(r"\\words\{([^{}]*)\}", r" \1 ", text[place:])
+        return (text, "") if _REMARK.search(unit) else (text[:place].rstrip(), _named(unit))
     match = _PLAIN.search(text)
     if match is None or match.start() == 0:
         return text, ""

@@ -17,17 +17,9 @@ from astracli.rl.grading.exact import Undefined, exact
 from astracli.rl.grading.trees import Node, symbols
 
 DIGITS = 60
-
-
 _AGREE = 40
-
-
 _POINTS = 4
-
-
 _INTEGER_NAMES = frozenset("ijklmnNMKpqrst")
-
-
 _DISCRETE = frozenset(("floor", "ceil", "factorial", "binom", "gcd", "lcm"))
 
 
@@ -96,9 +88,9 @@ def _symbol(name: str, point: Mapping[str, Any], mp: Any) -> Any:
 
 def _power(base: Any, exponent: Any, mp: Any) -> Any:
     if base == 0:
-        if mp.re(exponent) < 0:
-            raise Undefined("division by zero")
-        return mp.mpf(1) if exponent == 0 else mp.mpf(0)
+        if mp.re(exponent) <= 0:
+            raise Undefined("zero to a power that is not positive")
+        return mp.mpf(0)
     if not mp.isfinite(base) or not mp.isfinite(exponent):
         raise Undefined("a power of infinity")
     if abs(mp.re(exponent * mp.log(base))) > 1e7:
@@ -163,6 +155,9 @@ def _points(names: set[str], nodes: tuple[Node, Node], mp: Any) -> Iterator[dict
     ordered = sorted(names)
     for _ in range(_POINTS):
         yield {name: mp.mpf(draw.uniform(0.6, 3.1)) for name in ordered}
+    if any(_mentions(node, _DISCRETE) for node in nodes):
+        for _ in range(_POINTS):
+            yield {name: mp.mpf(draw.uniform(4.0, 40.0)) for name in ordered}
     if not any(_rooted(node) for node in nodes):
         for _ in range(_POINTS):
             yield {name: mp.mpf(draw.uniform(-3.1, -0.6)) for name in ordered}
@@ -230,8 +225,9 @@ def _alternates(a: Node, b: Node) -> bool:
 
 
 def _agree(a: Node, b: Node, points: list[dict[str, Any]], least: int) -> bool:
-    """Whether the values agree at all points where both have one, and there are enough of those."""
+    """Whether the values agree at all points where both have one, there are enough of those, and not all are zero."""
     compared = 0
+    nonzero = exact_zero(a) or exact_zero(b)
     for point in points:
         values = []
         for node in (a, b):
@@ -243,7 +239,12 @@ def _agree(a: Node, b: Node, points: list[dict[str, Any]], least: int) -> bool:
             compared += 1
             if not close(values[0], values[1]):
                 return False
-    return compared >= least
+            nonzero = nonzero or values[0] != 0
+    return compared >= least and nonzero
+
+
+def exact_zero(node: Node) -> bool:
+    return _exact_or_none(node) == 0
 
 
 def decimal_digits(node: Node) -> int:

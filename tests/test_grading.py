@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from astracli.recipe import GradingTable
 from astracli.rl import grader
+from astracli.rl.grading.conventions import Conventions
 from astracli.rl.reward import GradeItem, GradePool, grade_all
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -163,3 +165,42 @@ def test_square_brackets_are_a_list_where_the_problem_asks_for_one() -> None:
     assert grader.grade_math("[3, 5]", "\\boxed{5, 3}", problem=factors) == "wrong"
     assert grader.grade_math("[3, 5]", "\\boxed{3, 5}", problem=range_) == "wrong"
     assert grader.grade_math("[3, 5]", "\\boxed{3 \\le x \\le 5}", problem=range_) == "right"
+
+
+def graded(settings: dict[str, object], *pairs: tuple[str, str]) -> list[str]:
+    with GradePool("math", grading=settings) as pool:
+        return [grade.verdict for grade in pool.grade(items(*pairs))]
+
+
+def test_three_conventions_can_be_changed() -> None:
+    near = [
+        ("9.8", "\\boxed{9.81}"),
+        ("9.8", "\\boxed{10}"),
+        ("\\sqrt{2}", "\\boxed{1.41}"),
+        ("(2, 3.14)", "\\boxed{(2, 3.15)}"),
+    ]
+    assert graded({}, *near) == ["wrong"] * 4
+    assert graded({"relative_tolerance": 0.01}, *near) == ["right", "wrong", "right", "right"]
+    lists = [("1, 2", "\\boxed{2, 1}"), ("1, 2", "\\boxed{1, 2}"), ("\\{1, 2\\}", "\\boxed{\\{2, 1\\}}")]
+    assert graded({}, *lists) == ["right"] * 3
+    assert graded({"ordered_lists": True}, *lists) == ["wrong", "right", "right"]
+    units = [
+        ("5 \\text{ m}", "\\boxed{5}"),
+        ("5 \\text{ m}", "\\boxed{500 \\text{ cm}}"),
+        ("5", "\\boxed{5 \\text{ m}}"),
+    ]
+    assert graded({}, *units) == ["right"] * 3
+    assert graded({"units": "required"}, *units) == ["wrong", "right", "right"]
+
+
+def test_a_recipe_that_says_nothing_keeps_the_conventions() -> None:
+    assert Conventions.of(GradingTable().model_dump()) == Conventions()
+    changed = GradingTable(relative_tolerance=0.01, ordered_lists=True, units="required")
+    assert Conventions.of(changed.model_dump()) == Conventions(0.01, True, True)
+
+
+@pytest.mark.parametrize(
+    "answer", ["9^{9^{9^{9}}}", "(((9!)!)!)!", "0^0", "\\frac{1}{0}", "(" * 5000 + "1" + ")" * 5000]
+)
+def test_what_cannot_be_worked_out_is_wrong_at_once(answer: str) -> None:
+    assert grader.grade_math("2", f"\\boxed{{{answer}}}") in ("wrong", "no_answer", "error")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -18,3 +20,12 @@ class Conventions:
     """The problem asks for a percentage: a bare number is one."""
     list_asked: bool = False
     """The problem asks for values and not for an interval: `[3, 5]` is a list."""
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Conventions:
+        """From the table `data.grading` of a recipe, as a document; keys that are left out keep their default."""
+        return cls(
+            tolerance=float(settings.get("relative_tolerance", 0.0)),
+            ordered=bool(settings.get("ordered_lists", False)),
+            units_required=settings.get("units", "optional") == "required",
+        )

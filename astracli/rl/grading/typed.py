@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import lru_cache
 
 from astracli.rl.grading import choices, extraction, notation, question, values
@@ -13,11 +14,13 @@ from astracli.rl.grading.conventions import Conventions
 from astracli.rl.grading.trees import Unreadable
 
 _OPTION = re.compile(
-    r"(?:\(([A-J])\)|(?<![A-Za-z])([A-J])[.):])\s*(.*?)(?=(?:\\q?quad|\s|\$|\\\\|~)*(?:\\text(?:bf|rm)?\{|\\mathrm\{)?\(?(?<![A-Za-z])[A-J]\)?[.):]|\n|$)",
+    r"(?:\(([A-J])\)|(?<![A-Za-z])([A-J])[.):])\s*(.*?)"
+    r"(?=(?:\\q?quad|\s|\$|\\\\|~)*(?:\\text(?:bf|rm)?\{|\\mathrm\{)?\(?(?<![A-Za-z])[A-J]\)?[.):]|\n|$)",
     re.DOTALL,
 )
 _HEDGE = re.compile(
-    r"\b(?:between|either|neither|or|at least|at most|more than|less than|not|from|to|maybe|perhaps|possibly|wait)\b|[?|;&]|^\s*(?:\\[gl]eq?(?![a-z])|[<>≤≥])|\\\\",
+    r"\b(?:between|either|neither|or|at least|at most|more than|less than|not|from|to|maybe|perhaps|possibly|wait)\b"
+    r"|[?|;&]|^\s*(?:\\[gl]eq?(?![a-z])|[<>≤≥])|\\\\",
     re.IGNORECASE,
 )
 _DOUBT = re.compile(r"\b(?:maybe|perhaps|possibly|wait|not|either|neither)\b|\?", re.IGNORECASE)
@@ -50,12 +53,8 @@ def verdict(gold: str, answer: str, problem: str = "", conventions: Conventions 
     if words is not None and words == as_words(found):
         return True
     conventions = conventions or Conventions()
-    conventions = Conventions(
-        conventions.tolerance,
-        conventions.ordered,
-        conventions.units_required,
-        question.percent_asked(problem),
-        question.list_asked(problem),
+    conventions = replace(
+        conventions, percent_asked=question.percent_asked(problem), list_asked=question.list_asked(problem)
     )
     return _compared(wanted, found, problem, conventions)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -59,6 +60,14 @@ def short_answers(workers: int, count: int = 20_000) -> float:
     return rate
 
 
+def says_the_gold(row: dict) -> bool:
+    """Whether the last box, or the `final answer is ...`, is the gold letter by letter, fonts and spaces aside."""
+    ends = [row["output"].rfind("\\boxed{"), row["output"].lower().rfind("final answer is")]
+    end = row["output"][max(ends) :].split("{" if ends[0] > ends[1] else "is", 1)[-1] if max(ends) >= 0 else ""
+    end, gold = (re.sub(r"\\text|[{}$\\\s\"]", "", text) for text in (end, row["gold"]))
+    return bool(gold) and re.match(re.escape(gold) + r"(?!\.?[\w^/+*-])", end) is not None
+
+
 def agreement(rows: list[dict], found: list[str], key: str) -> dict[str, tuple[int, int]]:
     """{source: (agreeing, rows)}"""
     counts: dict[str, tuple[int, int]] = {}
@@ -90,8 +99,11 @@ def compare(args: argparse.Namespace) -> None:
         a, b = agreement(rows, ours, key), agreement(rows, theirs, key)
         for name, (right, total) in a.items():
             mark = "" if right >= b[name][0] else "below"
-            lines.append([name, total, f"{right / total:.4f}", f"{b[name][0] / total:.4f}", mark])
-    print("\n".join(table_lines(["file, then source", "rows", "ours", "math-verify", ""], lines, 140)))
+            refused = sum(row[key] == name and not row["correct"] and says_the_gold(row) for row in rows)
+            lines.append([name, total, f"{right / total:.4f}", f"{b[name][0] / total:.4f}", mark, refused or ""])
+    columns = ["file, then source", "rows", "ours", "math-verify", "", "gold refused"]
+    print("\n".join(table_lines(columns, lines, 140)))
+    print("\ngold refused: the output says the gold letter by letter, and the published verdict is `wrong`")
     print(f"\n{rate:.0f} gradings/s here, {plain_rate:.0f} by math-verify alone, {args.workers} worker(s)")
     shown: dict[str, int] = {}
     for row, verdict, other in zip(rows, ours, theirs, strict=True):

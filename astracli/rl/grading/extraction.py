@@ -157,8 +157,17 @@ def bare(text: str) -> str | None:
 
 def boxed(text: str) -> str | None:
     """What the last box says: None without a box, empty when it is not closed or says nothing."""
-    if "boxed" not in text and "fbox" not in text:
+    boxes = text.count("box")
+    if boxes == 0:
         return None
+    if boxes == 1:  # quick: what most completions are
+        only = _BOX.search(text)
+        if only is None:
+            return None
+        content = balanced(text, only.end())
+        if content is None or not content.strip():
+            return ""
+        return "-" + content if _minus_before(text[max(0, only.start() - 80) : only.start()]) else content
     starts = list(_BOX.finditer(text))
     if not starts:
         return None
@@ -192,6 +201,8 @@ def _side_by_side(between: str) -> bool:
 
 def _minus_before(before: str) -> bool:
     """Whether a minus sign stands before a box: not a dash, and not the mark of a list item."""
+    if "-" not in before[-20:] and before.isascii():
+        return False
     match = _MINUS.search(before[-20:])
     if match is None:
         return False
@@ -207,6 +218,9 @@ def _minus_before(before: str) -> bool:
 
 def balanced(text: str, start: int) -> str | None:
     """The text from `start` to the brace that closes what opened just before it; None when none does."""
+    end = text.find("}", start)
+    if end >= 0 and text.find("{", start, end) < 0 and text.find("\\", start, end) < 0:
+        return text[start:end]
     depth = 1
     i = start
     while i < len(text):
@@ -225,7 +239,7 @@ def balanced(text: str, start: int) -> str | None:
 
 def announced(text: str, extraction: Extraction) -> str | None:
     """`final answer is $10,455$` and what follows, when it stands behind the last box and says no box itself."""
-    if extraction == "boxed":
+    if extraction == "boxed" or ("nswer" not in text and "NSWER" not in text):
         return None
     boxes = list(_BOX.finditer(text))
     if not boxes:

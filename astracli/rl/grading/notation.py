@@ -263,6 +263,8 @@ def _outer(text: str) -> str:
 
 
 def _latex(text: str) -> str:
+    if "\\begin" not in text:
+        text = re.sub(r"\\\\(?=[A-Za-z]{2})", r"\\", text)  # `\\\\frac`, escaped twice
     text = re.sub(r"(\d),\s*\\!\s*(?=\d{3})", r"\1,", text)
     text = re.sub(r"\\rootsign\s*(\d+)", r"{\1}", text)
     text = _NOTHING.sub("", text)

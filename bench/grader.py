@@ -65,7 +65,7 @@ def says_the_gold(row: dict) -> bool:
     ends = [row["output"].rfind("\\boxed{"), row["output"].lower().rfind("final answer is")]
     end = row["output"][max(ends) :].split("{" if ends[0] > ends[1] else "is", 1)[-1] if max(ends) >= 0 else ""
     end, gold = (re.sub(r"\\text|[{}$\\\s\"]", "", text) for text in (end, row["gold"]))
-    return bool(gold) and re.match(re.escape(gold) + r"(?!\.?[\w^/+*-])", end) is not None
+    return bool(gold) and re.match(re.escape(gold) + r"(?!\.?\d|[\w^/+*-])", end) is not None
 
 
 def agreement(rows: list[dict], found: list[str], key: str) -> dict[str, tuple[int, int]]:

@@ -21,7 +21,7 @@ from astracli.rl.grading.answer_types import (
 )
 from astracli.rl.grading.expressions import parse
 from astracli.rl.grading.tokens import FUNCTIONS, WORDS
-from astracli.rl.grading.trees import Node, Unreadable
+from astracli.rl.grading.trees import Node, TooLarge, Unreadable
 
 _OPERATORS = {
     r"\le": "<=",
@@ -59,7 +59,7 @@ def read(text: str, single_units: bool = False) -> Answer:
         lambda m: r" \lor " if (m[1] or m[2] or "").lower() == "or" or "或" in m[0] else r" \land ", text.strip()
     )
     if len(text) > 4000:
-        raise Unreadable("too long")
+        raise TooLarge("too long")
     return _read(text, single_units)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 from astracli.rl.grading.tokens import FUNCTIONS, GREEK, Token, tokenised
-from astracli.rl.grading.trees import Node, Unreadable
+from astracli.rl.grading.trees import Node, TooLarge, Unreadable
 
 _CLOSING = {"(": ")", "[": "]", "{": "}", r"\{": r"\}"}
 _NO_CALL = frozenset("abcdeikmnrABCKMR")
@@ -19,7 +19,7 @@ _DEPTH = 200
 def parse(text: str) -> Node:
     """The tree of a whole expression. Raises Unreadable."""
     if len(text) > 4000:
-        raise Unreadable("too long")
+        raise TooLarge("too long")
     parser = _Parser(tokenised(text))
     node = parser.sum()
     if parser.at < len(parser.tokens):
@@ -50,7 +50,7 @@ class _Parser:
     def sum(self) -> Node:
         self.depth += 1
         if self.depth > _DEPTH:
-            raise Unreadable("nested too deeply")
+            raise TooLarge("nested too deeply")
         parts: list[Node] = [self.product()]
         while (sign := self.peek()) in ("+", "-", r"\pm", r"\mp") and sign:
             self.at += 1
@@ -204,7 +204,7 @@ class _Parser:
             raise Unreadable("the expression ends early")
         self.depth += 1
         if self.depth > _DEPTH:
-            raise Unreadable("nested too deeply")
+            raise TooLarge("nested too deeply")
         token = self.tokens[self.at]
         self.at += 1
         if token.kind == "number":
@@ -384,8 +384,8 @@ def _is_number(node: Node, value: int) -> bool:
 def _value(text: str) -> Fraction:
     mantissa, _, exponent = text.lower().partition("e")
     if exponent and abs(int(exponent)) > 100_000:
-        raise Unreadable("the exponent is too large")
+        raise TooLarge("the exponent is too large")
     if len(mantissa) > 20_000:
-        raise Unreadable("the number is too long")
+        raise TooLarge("the number is too long")
     value = Fraction(mantissa.rstrip(".") if mantissa != "." else "0")
     return value * Fraction(10) ** int(exponent) if exponent else value

@@ -46,6 +46,8 @@ _CHOSEN = re.compile(
     r"(?=[\s.,*]|$)(?!\s+(?:or|and)\b)"
 )
 _PLAIN_FRACTION = re.compile(r"(?<![\d.,/*^+)(-])[-−]?(?:\d+\s+)?\d+\s*/\s*\d+$")
+_PAIR = re.compile(r"(\b(?:and|or)|,)?\s([\[(][^()\[\]]{1,80},[^()\[\]]{1,80}[\])])[.\s]*$")
+"""A pair or an interval at the end of a sentence, and the word or comma that makes it one of several."""
 _STOP = re.compile(
     r"(?<![A-Z\d])\.(?=\s+[A-Z\\$(]|\s*$)|(?<=[\dA-J])\.(?=\s+[A-Z][a-z]|\s*$)|[。！]|\n"
     r"|,?\s+(?:because|since|which|where|as\s|so\s|I hope|when)\b"
@@ -294,6 +296,9 @@ def _unannounced(text: str) -> Found:
         return Found("", "none", text)
     if _ranged(text[: number[2]]):
         return Found("", "number", "")
+    pair = _PAIR.search(text)
+    if pair:
+        return Found("" if _RANGE.search(text[: pair.start() + 1]) or pair[1] else pair[2], "formula", text)
     fraction = _PLAIN_FRACTION.search(text[: number[1]])
     if fraction and _BARE_AFTER.match(text, number[1]):
         return Found(fraction[0].replace("−", "-"), "formula", text)

@@ -7,7 +7,7 @@ change. Two sets are equal when they agree at all critical points of both and on
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -23,6 +23,7 @@ from astracli.rl.grading.answer_types import (
     Value,
     is_interval,
 )
+from astracli.rl.grading.quantities import has_sign_choice, with_sign
 from astracli.rl.grading.trees import Node, symbols
 
 
@@ -117,6 +118,9 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _inequality(relation: Relation) -> RealSet | None:
+    if any(has_sign_choice(side) for side in relation.sides):
+        both = [replace(relation, sides=tuple(with_sign(s, upper) for s in relation.sides)) for upper in (True, False)]
+        return _joined(Joined("and" if relation.operators == ("!=",) else "or", tuple(both)))
     sides = [_without_calls(side) for side in relation.sides]
     names = set().union(*(symbols(side) for side in sides)) - {"e", "i"}
     if len(names) != 1:

@@ -15,6 +15,10 @@ class Unreadable(ValueError):
     """The text is no expression that this parser knows."""
 
 
+class TooLarge(Unreadable):
+    """The text is longer, or nested more deeply, than any answer is."""
+
+
 def symbols(node: Node) -> set[str]:
     """Names of the variables in a tree; a call counts as one, `f(x)`."""
     if node[0] == "sym":

@@ -11,7 +11,7 @@ from astracli.rl.grading.answer_types import Answer, Assigned, Dots, Several, Va
 from astracli.rl.grading.answers import as_words, read, split
 from astracli.rl.grading.compare import equal
 from astracli.rl.grading.conventions import Conventions
-from astracli.rl.grading.trees import Unreadable
+from astracli.rl.grading.trees import TooLarge, Unreadable
 
 _OPTION = re.compile(
     r"(?:\(([A-J])\)|(?<![A-Za-z])([A-J])[.):])\s*(.*?)"
@@ -142,6 +142,8 @@ def _gold(gold: str) -> Answer | None:
 def _answer(text: str, gold: Answer) -> Answer | None:
     try:
         return read(text, single_units=not variables(gold))
+    except TooLarge as error:
+        raise values.Undefined(str(error)) from None
     except Unreadable:
         return None
 

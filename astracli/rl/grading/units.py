@@ -83,6 +83,7 @@ _WORDS = r"\\words\{[^{}]*\}"
 _EXPONENT = r"(?:\s*\^\s*(?:\{-?\d\}|-?\d))?"
 _MARKED = re.compile(rf"(?:\s*(?:{_WORDS}|[A-Za-z]+|[/.]|\\cdot)\s*{_EXPONENT})+\.?\s*$")
 _PLAIN = re.compile(rf"(?P<unit>[A-Za-z°¢.]+(?:[ /]+[A-Za-z.]+)*{_EXPONENT}(?:\s*/\s*[A-Za-z]+{_EXPONENT})?)\s*$")
+_SYMBOL = re.compile(r"(.*[\d})])\s*(\\Omega|\\mu\s*[a-zA-Z]|\\(?:AA|ell))", re.DOTALL)
 _CJK = re.compile(r"(?P<unit>[\u4e00-\u9fff]+)\s*$")
 _PERCENT = re.compile(r"\s*(?:%|\\words\{\s*(?:%|percent|pct)\s*\}|(?:percent|pct)\b)\s*$", re.IGNORECASE)
 _NUMBERLIKE = re.compile(r"[-+]?[\d.,/()\s]*[\d)]|.*[})\d]", re.DOTALL)
@@ -116,6 +117,8 @@ def take_unit(text: str, known: frozenset[str], single: bool) -> tuple[str, str]
         return text[:-1].rstrip(), text[-1]
     if (cjk := _CJK.search(text)) and cjk.start() > 0:
         return text[: cjk.start()].rstrip(), cjk["unit"]
+    if single and (sign := _SYMBOL.fullmatch(text)):
+        return sign[1], sign[2].replace(" ", "")
     place = text.find(r"\words{")
     if place > 0 and (_MARKED.fullmatch(text, place)):
         unit = re.sub(r"\\words\{([^{}]*)\}", r" \1 ", text[place:])

@@ -20,6 +20,7 @@ from astracli.rl.grading.answer_types import (
     is_interval,
 )
 from astracli.rl.grading.expressions import parse
+from astracli.rl.grading.phrases import ALL_REALS, CLOSING, EXCEPT, NOTHING, OPENING, as_words, encloses, split
 from astracli.rl.grading.tokens import FUNCTIONS, WORDS
 from astracli.rl.grading.trees import Node, TooLarge, Unreadable
 
@@ -39,15 +40,6 @@ _CONNECTIVE = re.compile(
     r"\\words\{\s*,?\s*(or|OR|and|AND)\s*(?:else)?,?\s*\}|(?<![A-Za-z\\])(or|and)(?![A-Za-z])|或者?|(?<=[\d)}])[和与及](?=[\\\d(-])"
 )
 _MATRIX = re.compile(r"\\begin\{([pbvB]?matrix|array|smallmatrix)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}$", re.DOTALL)
-_ALL_REALS = re.compile(
-    r"(?:all|any|every)\s+(?:the\s+)?reals?(?:\s+numbers?)?(?:\s+[a-z]\b)?|reals|real numbers|全体实数|一切实数"
-)
-_NOTHING = re.compile(
-    r"(?:there\s+(?:is|are)\s+)?(?:no\s+(?:real\s+|such\s+)?(?:solutions?|values?|roots?)|(?:the\s+)?empty\s+set|无解|空集)",
-    re.IGNORECASE,
-)
-_EXCEPT = re.compile(r"\s*(?:except|other than|excluding|but not|but)\s+(?:for\s+)?")
-_OPENING, _CLOSING_CHARACTERS = "([{", ")]}"
 _KNOWN_WORDS = frozenset(WORDS) | FUNCTIONS
 _BASED = re.compile(r"\(?(-?\d+)\)?\s*_\s*\{?\s*(\d+)\s*\}?")
 _TIME = re.compile(r"\d{1,2}:\d{2}(?::\d{2})?(?:\s*(?:am|pm|a\.m|p\.m|AM|PM))?")
@@ -117,14 +109,14 @@ def _special(text: str) -> Answer | None:
     line = re.fullmatch(r"\\mathbb\s*\{?\s*([RZQNC])\s*\}?", text)
     if line:
         return RealLine(line[1])
-    if text in (r"\emptyset", r"\{\}", r"\{ \}", r"\phi") or _NOTHING.fullmatch(words):
+    if text in (r"\emptyset", r"\{\}", r"\{ \}", r"\phi") or NOTHING.fullmatch(words):
         return Several((), "{}") if text != r"\phi" else None
     if text in (r"\ldots", "...", "..") or re.fullmatch(r"\\ldots\s*", text):
         return Dots()
-    reals = _ALL_REALS.match(words)
+    reals = ALL_REALS.match(words)
     if reals and reals.end() == len(words):
         return RealLine()
-    if reals and (without := _EXCEPT.match(words, reals.end())):
+    if reals and (without := EXCEPT.match(words, reals.end())):
         rest = re.sub(r"^[a-z]\s*=\s*", "", words[without.end() :])
         items = _read(rest.replace(r"\land", ","), False)
         return Joined("minus", (RealLine(), _braced(items)))
@@ -139,43 +131,12 @@ def _braced(answer: Answer) -> Answer:
     )
 
 
-def split(text: str, separator: str) -> list[str]:
-    """The parts between separators outside all brackets. Brackets of intervals need not match."""
-    parts, depth, start, i = [], 0, 0, 0
-    bars = 0
-    while i < len(text):
-        if text.startswith(separator, i) and depth <= 0 and bars % 2 == 0 and not _continues(text, i, separator):
-            parts.append(text[start:i])
-            i += len(separator)
-            start = i
-            continue
-        if text.startswith((r"\langle", r"\lfloor", r"\lceil", r"\begin"), i):
-            depth += 1
-        elif text.startswith((r"\rangle", r"\rfloor", r"\rceil", r"\end"), i):
-            depth -= 1
-        elif text[i] in _OPENING:
-            depth += 1
-        elif text[i] in _CLOSING_CHARACTERS:
-            depth -= 1
-        i += 1
-    parts.append(text[start:])
-    return [part.strip() for part in parts]
-
-
-def _continues(text: str, place: int, separator: str) -> bool:
-    """Whether a command goes on behind the separator (`\\in` in `\\infty`), or an escape stands before it."""
-    after = text[place + len(separator) : place + len(separator) + 1]
-    return (separator.startswith("\\") and after.isalpha()) or (
-        place > 0 and text[place - 1] == "\\" and separator in ",;"
-    )
-
-
 def _is_name(text: str) -> bool:
     if re.search(r"\\words\{[^{}]*\b(?:not|no|or|never)\b", text):
         return False
     text = re.sub(r"\\words\{[^{}]*\}", "W", text.strip())
     try:
-        text = text[1:-1] if text.startswith("(") and _encloses(text) else text
+        text = text[1:-1] if text.startswith("(") and encloses(text) else text
         node = parse(text.replace(",", " ").replace(":", "/"))
     except Unreadable:
         return text.replace(" ", "").isalpha()
@@ -204,7 +165,7 @@ def _relation(text: str, single: bool) -> Answer | None:
             operators.append("!=" if "not" in match[0] else _OPERATORS.get(match[0], "="))
             i = start = match.end()
             continue
-        depth += (text[i] in _OPENING) - (text[i] in _CLOSING_CHARACTERS)
+        depth += (text[i] in OPENING) - (text[i] in CLOSING)
         i += 1
     if not operators:
         return None
@@ -249,13 +210,13 @@ def _bracketed(text: str, single: bool) -> Answer | None:
     ):
         if text.startswith(opening) and text.endswith(closing) and len(text) >= len(opening) + len(closing):
             inner = text[len(opening) : -len(closing)].strip()
-            if closing == ")" and opening == "(" and not _encloses(text):
+            if closing == ")" and opening == "(" and not encloses(text):
                 return None
             if opening == "\\{":
                 return _set(inner, single)
             parts = [part for part in split(inner, ",")]
             if len(parts) < 2:
-                if opening == "[" and closing == "]" and _encloses(text):
+                if opening == "[" and closing == "]" and encloses(text):
                     return Several((_read(inner, single),), "[]")
                 if opening == "(" and closing == ")" and ("\\words" in inner or _RELATION.search(inner)):
                     return _read(inner, single)
@@ -266,7 +227,7 @@ def _bracketed(text: str, single: bool) -> Answer | None:
             return Several(tuple(_read(part, single) for part in parts), brackets)
     if re.fullmatch(r"\][^\[\]]+,[^\[\]]+\[", text):
         return Several(tuple(_read(part, single) for part in split(text[1:-1], ",")), "()")
-    if text.startswith("{") and text.endswith("}") and _encloses(text) and "," in text:
+    if text.startswith("{") and text.endswith("}") and encloses(text) and "," in text:
         return _read(text[1:-1], single)
     return None
 
@@ -280,16 +241,6 @@ def _set(inner: str, single: bool) -> Answer:
             return _read(parts[1], single)
     read_inner = _read(inner, single)
     return _braced(read_inner)
-
-
-def _encloses(text: str) -> bool:
-    """Whether the first bracket closes at the last character."""
-    depth = 0
-    for place, char in enumerate(text):
-        depth += (char in _OPENING) - (char in _CLOSING_CHARACTERS)
-        if depth == 0:
-            return place == len(text) - 1
-    return False
 
 
 def _matrix(body: str, single: bool) -> Answer:
@@ -341,13 +292,3 @@ def _value(text: str, single: bool) -> Answer:
     if scale != 1:
         node = ("mul", node, ("num", Fraction(scale), str(scale)))
     return Value(node, unit, percent)
-
-
-def as_words(text: str) -> str | None:
-    """Prose as comparable words: no case, no article, no punctuation; None when it is a formula."""
-    text = re.sub(r"\\words\{([^{}]*)\}", r" \1 ", text)
-    text = re.sub(r"[{}]", " ", text)
-    if re.search(r"[\\^_=<>+*/]", text) or not re.search(r"[^\W\d_]{2}", text):
-        return None
-    words = [word for word in re.findall(r"[\w'-]+", text.casefold()) if word not in ("a", "an", "the")]
-    return " ".join(words)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from astracli.rl.grading.tokens import FUNCTIONS, GREEK, Token, tokenised
+from astracli.rl.grading.tokens import FUNCTIONS, GREEK, Reader, tokenised
 from astracli.rl.grading.trees import Node, TooLarge, Unreadable
 
 _CLOSING = {"(": ")", "[": "]", "{": "}", r"\{": r"\}"}
@@ -27,25 +27,8 @@ def parse(text: str) -> Node:
     return node
 
 
-class _Parser:
-    def __init__(self, tokens: list[Token]):
-        self.tokens = tokens
-        self.at = 0
-        self.depth = 0
-
-    def peek(self, ahead: int = 0) -> str:
-        place = self.at + ahead
-        return self.tokens[place].text if place < len(self.tokens) else ""
-
-    def take(self, *texts: str) -> bool:
-        if self.peek() in texts and self.at < len(self.tokens):
-            self.at += 1
-            return True
-        return False
-
-    def need(self, text: str) -> None:
-        if not self.take(text):
-            raise Unreadable(f"`{text}` is missing")
+class _Parser(Reader):
+    bar_depth = 0
 
     def sum(self) -> Node:
         self.depth += 1
@@ -103,8 +86,6 @@ class _Parser:
             name = token.text[1:]
             return name in GREEK or name in FUNCTIONS or name in _PREFIXES or token.text == "\\|"
         return token.text in ("(", "[", "{") or (token.text == "|" and self.bars_left() and self.bar_depth == 0)
-
-    bar_depth = 0
 
     def bars_left(self) -> bool:
         return sum(token.text == "|" for token in self.tokens[self.at :]) >= 2
@@ -167,23 +148,6 @@ class _Parser:
             return None
         value = whole + Fraction(int(part[0]), int(part[1]))
         return ("num", value, f"{whole} {part[0]}/{part[1]}")
-
-    def integer(self) -> str:
-        """The digits of a braced integer or of one bare digit, else nothing."""
-        if self.peek() == "{" and self.peek(1).isdigit() and self.peek(2) == "}":
-            self.at += 3
-            return self.peek(-2)
-        return self.digit() if self.peek().isdigit() else ""
-
-    def digit(self) -> str:
-        """One digit of the number that comes next: `\\frac43` is 4 over 3."""
-        token = self.tokens[self.at]
-        digit, rest = token.text[0], token.text[1:]
-        if rest:
-            self.tokens[self.at] = Token(rest, "number", False)
-        else:
-            self.at += 1
-        return digit
 
     def argument(self) -> Node:
         """An argument of a LaTeX command: a group, or one digit or letter."""

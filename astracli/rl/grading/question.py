@@ -9,8 +9,8 @@ from functools import lru_cache
 
 from astracli.rl.grading import notation, values
 from astracli.rl.grading.answer_types import Answer, Assigned, Several, Value
-from astracli.rl.grading.answers import split
 from astracli.rl.grading.expressions import parse
+from astracli.rl.grading.phrases import split
 from astracli.rl.grading.trees import Node, Unreadable, canonical, symbols
 
 _PERCENT = re.compile(

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from astracli.rl.grading.trees import Unreadable
+
 _TOKEN = re.compile(
     r"(?P<space>\s+)|(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+(?![A-Za-z\d]))?)|(?P<command>\\(?:[A-Za-z]+|.))"
     r"|(?P<power>\*\*)|(?P<letter>[A-Za-z])|(?P<other>.)",
@@ -155,3 +157,43 @@ def _joined(tokens: list[Token]) -> Iterator[Token]:
                 yield Token("\\" + WORDS[name], "command", spaced)
                 place += len(name)
         i = end
+
+
+class Reader:
+    """A place in a list of tokens."""
+
+    def __init__(self, tokens: list[Token]):
+        self.tokens = tokens
+        self.at = 0
+        self.depth = 0
+
+    def peek(self, ahead: int = 0) -> str:
+        place = self.at + ahead
+        return self.tokens[place].text if place < len(self.tokens) else ""
+
+    def take(self, *texts: str) -> bool:
+        if self.peek() in texts and self.at < len(self.tokens):
+            self.at += 1
+            return True
+        return False
+
+    def need(self, text: str) -> None:
+        if not self.take(text):
+            raise Unreadable(f"`{text}` is missing")
+
+    def integer(self) -> str:
+        """The digits of a braced integer or of one bare digit, else nothing."""
+        if self.peek() == "{" and self.peek(1).isdigit() and self.peek(2) == "}":
+            self.at += 3
+            return self.peek(-2)
+        return self.digit() if self.peek().isdigit() else ""
+
+    def digit(self) -> str:
+        """One digit of the number that comes next: `\\frac43` is 4 over 3."""
+        token = self.tokens[self.at]
+        digit, rest = token.text[0], token.text[1:]
+        if rest:
+            self.tokens[self.at] = Token(rest, "number", False)
+        else:
+            self.at += 1
+        return digit

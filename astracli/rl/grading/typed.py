@@ -6,11 +6,12 @@ import re
 from dataclasses import replace
 from functools import lru_cache
 
-from astracli.rl.grading import choices, extraction, notation, question, values
+from astracli.rl.grading import boxes, choices, notation, question, values
 from astracli.rl.grading.answer_types import Answer, Assigned, Dots, Several, Value, Words, variables
-from astracli.rl.grading.answers import as_words, read, split
+from astracli.rl.grading.answers import read
 from astracli.rl.grading.compare import equal
 from astracli.rl.grading.conventions import Conventions
+from astracli.rl.grading.phrases import as_words, split
 from astracli.rl.grading.trees import TooLarge, Unreadable
 
 _OPTION = re.compile(
@@ -39,8 +40,10 @@ def verdict(gold: str, answer: str, problem: str = "", conventions: Conventions 
 
     Raises values.Undefined when a value cannot be worked out.
     """
+    if len(answer) > 4000 + 4 * len(gold):
+        return False
     if "\\boxed" in gold:
-        gold = extraction.boxed(gold) or gold
+        gold = boxes.boxed(gold) or gold
     wanted, found = notation.plain(gold), _ANNOUNCED.sub("", notation.plain(answer))
     if not found:
         return False

@@ -60,6 +60,25 @@ def short_answers(workers: int, count: int = 20_000) -> float:
     return rate
 
 
+def errors(args: argparse.Namespace) -> None:
+    """Wrong answers called right and right answers refused, by kind, on labelled pairs."""
+    rows = [json.loads(line) for line in args.pairs.open(encoding="utf-8") if line.strip()]
+    rows = [row | {"output": row["completion"], "correct": row["right"]} for row in rows]
+    sys.path.insert(0, str(Path(__file__).parent))
+    found = [verdicts(rows, spec, args.workers)[0] for spec in ("math", "bench.grader:plain")]
+    lines = []
+    for kind in [*dict.fromkeys(row["kind"] for row in rows), "all"]:
+        chosen = [i for i, row in enumerate(rows) if kind in (row["kind"], "all")]
+        wrong = [
+            sum((said[i] == "right") != rows[i]["correct"] and rows[i]["correct"] == label for i in chosen)
+            for said in found
+            for label in (False, True)
+        ]
+        lines.append([kind, len(chosen), *wrong])
+    columns = ["kind", "pairs", "called right", "refused", "math-verify: called right", "refused"]
+    print("\n".join(table_lines(columns, lines, 140)))
+
+
 def says_the_gold(row: dict) -> bool:
     """Whether the last box, or the `final answer is ...`, is the gold letter by letter, fonts and spaces aside."""
     ends = [row["output"].rfind("\\boxed{"), row["output"].lower().rfind("final answer is")]
@@ -83,7 +102,10 @@ def main() -> None:
     parser.add_argument("--show", type=int, default=20, help="disagreements a file (default 20)")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write every verdict there")
+    parser.add_argument("--pairs", type=Path, help="labelled pairs, as tests/fixtures/grading_pairs.jsonl")
     args = parser.parse_args()
+    if args.pairs is not None:
+        errors(args)
     if args.folder is not None:
         compare(args)
     print(f"{short_answers(args.workers):.0f} gradings/s of short integer answers, {args.workers} worker(s)")

@@ -52,8 +52,7 @@ def test_no_labelled_pair_is_graded_otherwise(name: str) -> None:
         ("82", "\\boxed{82} then \\boxed{8", "no_answer"),
         ("82", "\\boxed{}", "no_answer"),
         ("82", "", "no_answer"),
-        ("82", "+ - =", "no_answer"),
-        ("82", "12 08 82", "right"),
+        ("82", "12 08 82", None),
         ("5", "so the result is $\\sqrt{5}$", None),
         ("9" * 6000, "\\boxed{" + "9" * 6000 + "}", "right"),
         ("\\frac{1}{2}", "\\boxed{\\frac{1}{2}}", "right"),
@@ -104,6 +103,8 @@ def test_quick_rules(gold: str, text: str, verdict: str | None) -> None:
         ("\\frac{1}{3}", "\\dfrac{1}{3}", "right"),
         ("x^2+2x+1", "x^2 + 2*x + 1", "right"),
         ("3", "there are 3 of them", "right"),
+        ("82", "12 08 82", "right"),
+        ("82", "+ - =", "no_answer"),
         ("-2", "so y is 10 ** (-2)", "wrong"),
     ],
 )

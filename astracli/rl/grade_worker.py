@@ -121,10 +121,7 @@ def grade_one(
     extraction = EXTRACTIONS[spec]
     verdict = grader.quick(answer, text, extraction)
     if verdict is None:
-        if not algebra.loaded():
-            send(["loading"])
-            algebra.load_math_verify()
-            send(["loaded"])
+        algebra.on_import = lambda state: send([state])
         try:
             verdict = grader.thorough(answer, text, extraction, problem, conventions)
         except (MemoryError, RecursionError):

@@ -58,12 +58,12 @@ def quick(gold: str, text: str, where: Extraction = "boxed_or_last_number") -> V
         return None
     if answer is None:
         return "no_answer" if boxed or where == "boxed" or not _readable(text) else None
+    if not boxed:
+        return None
     wanted, found = integer(gold), integer(answer)
     if wanted is not None and found is not None:
-        if wanted == found and (boxed or extraction.ends_bare(text)):
-            return "right"
-        return "wrong" if boxed else None
-    return "right" if boxed and answer.strip() == gold.strip() else None
+        return "right" if wanted == found else "wrong"
+    return "right" if answer.strip() == gold.strip() else None
 
 
 def thorough(
@@ -81,16 +81,24 @@ def thorough(
         return "no_answer"
     try:
         right = typed.verdict(gold, found.text, problem, conventions)
+        if right is None and found.place == "whole":
+            found = extraction.unannounced(text)
+            right = typed.verdict(gold, found.text, problem, conventions) if found.text else None
     except values.Undefined:
         return "wrong"
     if found.place == "number" and not (right and extraction.ends_bare(found.last_words)):
         return "wrong" if not right and integer(gold) is not None else _by_math_verify(gold, found.last_words)
     if right is None and (question.repeated(problem, found.text) or typed.hedged(gold, found.text)):
         return "wrong"
+    if right is None and found.place in ("said", "tag") and (number := extraction.only_number(found.text)):
+        right = typed.verdict(gold, number, problem, conventions)
+    if right is None and found.place != "formula" and typed.only_words(gold, found.text):
+        return "wrong"
     if right is None:
-        return _by_math_verify(
-            gold, f"\\boxed{{{found.text}}}" if found.place in ("box", "whole") else found.last_words
-        )
+        verdict = _by_math_verify(gold, f"\\boxed{{{found.text}}}")
+        if verdict == "no_answer" and found.place not in ("box", "whole") and found.last_words:
+            verdict = _by_math_verify(gold, found.last_words)
+        return verdict
     return "right" if right else "wrong"
 
 
@@ -114,4 +122,10 @@ def integer(text: str) -> str | None:
 
 def _readable(text: str) -> bool:
     """Whether prose without a number may still hold an answer: a formula, or a word after 'answer'."""
-    return "$" in text or "\\" in text or not text.isascii() or extraction.announces(text)
+    return (
+        "$" in text
+        or "\\" in text
+        or not text.isascii()
+        or extraction.announces(text)
+        or extraction.bare(text) is not None
+    )

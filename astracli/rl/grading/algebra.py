@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-
-def loaded() -> bool:
-    return "math_verify" in sys.modules
+on_import: Callable[[str], None] | None = None
+"""Told `loading` before math-verify is imported and `loaded` behind it."""
 
 
 @lru_cache(maxsize=1)
@@ -16,8 +15,12 @@ def load_math_verify() -> tuple[Any, Any]:
     """(parse, verify). Importing it takes about a second, so nothing does until an answer needs it."""
     import logging
 
+    if on_import is not None:
+        on_import("loading")
     from math_verify import parse, verify
 
+    if on_import is not None:
+        on_import("loaded")
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     return parse, verify
 

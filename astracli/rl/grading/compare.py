@@ -182,11 +182,17 @@ def _relations(gold: Answer, answer: Answer, conventions: Conventions) -> bool:
 def _worked_out(answer: Relation, gold: Value, conventions: Conventions) -> bool:
     """`2 + 3 = 5`: a chain of equal values that ends in the answer."""
     first, last = answer.sides[0], answer.sides[-1]
-    if symbols(first) - {"e", "i"} and not name_like(first):
+    if symbols(first) - {"e", "i"} and not name_like(first) and not _steps(answer):
         return False
     if canonical(first) == canonical(last):
         return False
     return same_quantity(gold, Value(last), conventions)
+
+
+def _steps(chain: Relation) -> bool:
+    """Whether the last steps of a chain are a calculation: `5 \\star 1 = 45 + 2 = 47`."""
+    last_two = chain.sides[-2:]
+    return len(chain.sides) > 2 and not symbols(last_two[0]) and values.same(last_two[0], last_two[1])
 
 
 def _several(gold: Answer, answer: Answer, conventions: Conventions) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from astracli.rl.grading.boxes import BOX, boxed
-from astracli.rl.grading.tokens import FUNCTIONS
+from astracli.rl.grading.tokens import FUNCTIONS, WORDS
 
 Extraction = Literal["boxed_or_last_number", "boxed"]
 Place = Literal["box", "tag", "said", "whole", "formula", "number", "none"]
@@ -43,6 +43,8 @@ _STOP = re.compile(
 )
 _LETTER = re.compile(r"[*\s$({\\]*(?:text(?:bf)?\{)?\(?[A-J]\)?[})*\s$.]*")
 _BULLET = re.compile(r"^\s*(?:[-–*•+]\s+|#+\s+|>\s+)")
+_COPULA = re.compile(r"\b(?:is|are|equals|was|were)\b\s*:?\s*|:\s+(?=[-\d$\\])")
+_BOLD = re.compile(r"(\*\*|__)(.+?)\1")
 _MATH = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _NUMBER = re.compile(r"[-−+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?", re.ASCII)
 _RANGE = re.compile(
@@ -52,9 +54,11 @@ _RANGE = re.compile(
 _BARE_BEFORE = frozenset(" \t\n$=:(€£*、，。：是为有")
 _GOES_ON = re.compile(r"[\s$*)\\]*(?:or|to|through|–|—)\s", re.IGNORECASE)
 _BARE_AFTER = re.compile(r"(?:st|nd|rd|th)?\.?(?:[\s$,;:!?)*°%€\u3000-\u9fff\uff00-\uffef]|$)")
-_TEXT = re.compile(r"\\(?:text\w*|math[a-z]+|mbox)\s*\{[^{}]*\}")
+_DELIMITED = re.compile(r"(?<!\\)\$|(?<!\\)\\[(\[]")
+_LETTERED = re.compile(r"\(?[A-J][.):]\s")
+_TEXT = re.compile(r"\\(?:begin|end)\{[a-z]+\}|\\(?:text\w*|math[a-z]+|mbox)\s*\{[^{}]*\}")
 _PROSE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
-_FUNCTIONS = FUNCTIONS | {"sqrt", "mod", "lim", "arcsin", "arccos", "arctan"}
+_FUNCTIONS = FUNCTIONS | WORDS.keys() | {"mod", "lim"}
 BARE_LIMIT = 200
 """Longest text, in characters, that can be an answer and nothing else."""
 
@@ -119,7 +123,7 @@ def find(text: str, extraction: Extraction) -> Found:
     said_answer = _said(text)
     if said_answer:
         return Found(said_answer, "said", text)
-    return _unannounced(text)
+    return unannounced(text)
 
 
 def announces(text: str) -> bool:
@@ -138,8 +142,10 @@ def bare(text: str) -> str | None:
     text = text.strip()
     if len(text) < 16 and _LETTER.fullmatch(text):
         return text
-    if not text or len(text) > BARE_LIMIT or "\n" in text or "$" in text or "\\(" in text or "\\[" in text:
+    if not text or len(text) > BARE_LIMIT or "\n" in text or _DELIMITED.search(text):
         return None
+    if _LETTERED.match(text) or (text.isalpha() and text.isascii()):
+        return text
     words = {word.lower() for word in _PROSE.findall(_TEXT.sub("", text))}
     if not text.isascii() and re.search(r"[\u3040-\u9fff]", text):
         return None
@@ -177,22 +183,35 @@ def _said(text: str) -> str:
     if math and not re.match(r"\s*(?:or|and|或|和|,|，|\\?%|to\b)", rest[math.end() :]):
         return _undressed(math[0])
     stop = _STOP.search(rest)
-    return _undressed(rest[: stop.start()] if stop else rest)
+    rest = rest[: stop.start()] if stop else rest
+    if _prose(rest) and (copula := list(_COPULA.finditer(rest))):
+        rest = rest[copula[-1].end() :]
+    return _undressed(rest)
+
+
+def _prose(text: str) -> bool:
+    """Whether a text has words that are none of mathematics."""
+    return any(word.lower() not in _FUNCTIONS for word in _PROSE.findall(_TEXT.sub("", text)))
 
 
 def _undressed(text: str) -> str:
     """Without Markdown, list marks and the dollar signs of formulas inside a sentence."""
-    text = _BULLET.sub("", text.strip()).replace("**", "").replace("__", "").strip()
+    text = _BULLET.sub("", text.strip())
+    text = _BOLD.sub(r"\2", text).strip("*_ ")
     bare = re.sub(r"\\\$", "", text)
     if bare.count("$") and bare.count("$") % 2 == 0:
         text = re.sub(r"(?<!\\)\$", " ", text)
     text = re.sub(r"\\\(|\\\)|(?<!\\)\\\[|(?<!\\)\\\]", " ", text).strip()
-    return text.rstrip(".。;；,，").strip()
+    return text if text.endswith("..") else text.rstrip(".。;；,，").strip()
 
 
-def _unannounced(text: str) -> Found:
+def unannounced(text: str) -> Found:
     """The last formula or the last number, whichever ends later."""
-    formulas = list(_MATH.finditer(text))
+    formulas = [
+        match
+        for match in _MATH.finditer(text)
+        if not _prose(match[0]) or "\\" in match[0] or len(match[0]) > len(text) - 4
+    ]
     number = last_number(text)
     if formulas and (number is None or formulas[-1].end() >= number[1]):
         content = next(group for group in formulas[-1].groups() if group is not None)
@@ -215,6 +234,17 @@ def _unannounced(text: str) -> Found:
 def _ranged(before: str) -> bool:
     """Whether what ends here goes on with a range or a hedge: `149 or `."""
     return _RANGE.search(before[-32:]) is not None
+
+
+def only_number(text: str) -> str | None:
+    """The number of a phrase that holds one number and no formula: `一共有36个苹果`."""
+    found = {match[0].lstrip("-−+") for match in _NUMBER.finditer(text)}
+    number = last_number(text)
+    return (
+        number[0]
+        if number and len(found) == 1 and not re.search(r"[\\^=/*()\[\]{}<>≤≥!]", text) and ends_bare(text)
+        else None
+    )
 
 
 def last_number(text: str) -> tuple[str, int, int] | None:

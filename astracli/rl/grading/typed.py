@@ -40,6 +40,8 @@ def verdict(gold: str, answer: str, problem: str = "", conventions: Conventions 
 
     Raises values.Undefined when a value cannot be worked out.
     """
+    if answer.strip() == gold.strip() and gold.strip().isdigit():
+        return True
     if len(answer) > 4000 + 4 * len(gold):
         return False
     if "\\boxed" in gold:
@@ -70,6 +72,12 @@ def hedged(gold: str, answer: str) -> bool:
     if isinstance(wanted, (Value, Assigned)):
         return _HEDGE.search(answer) is not None or _SECOND.search(notation.plain(answer)) is not None
     return _DOUBT.search(answer) is not None
+
+
+def only_words(gold: str, answer: str) -> bool:
+    """Whether an answer is words where the gold is a number."""
+    wanted = _gold(notation.plain(gold))
+    return isinstance(wanted, Value) and not variables(wanted) and as_words(notation.plain(answer)) is not None
 
 
 def _choice(gold: str, answer: str, problem: str, conventions: Conventions | None) -> bool | None:
@@ -115,7 +123,7 @@ def _one_reading(gold: str, answer: str, problem: str, conventions: Conventions)
     before, after = _approximation(answer)
     found = _answer(before, wanted)
     if found is None:
-        return False if isinstance(wanted, Value) and not variables(wanted) and as_words(before) is not None else None
+        return None
     if isinstance(wanted, Words) or isinstance(found, Words):
         return _same_words(wanted, found)
     if _contradicts(found, wanted):

@@ -12,7 +12,6 @@ class Value:
     node: Node
     unit: str = ""
     percent: bool = False
-    approximate: bool = False
 
 
 @dataclass(frozen=True)

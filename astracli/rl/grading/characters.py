@@ -158,7 +158,7 @@ def _one(char: str, rest: str) -> str:
 
 def _root_argument(rest: str) -> str:
     """What tells a root sign before bare digits where it ends: nothing to add elsewhere."""
-    return "\\rootsign " if re.match(r"\s*\d{2,}", rest) else ""
+    return "\\rootsign " if re.match(r"\s*\d{2,}", rest) else " "
 
 
 def _overlined(text: str) -> str:

@@ -26,10 +26,10 @@ def same_equation(gold: Answer, answer: Answer) -> bool:
     names = {name for name in symbols(first) if name not in ("e", "i") and not name.endswith("()")}
     if not names:
         return False
-    mp = values._mp()
+    mp = values.context()
     quotient: Any = None
     compared = 0
-    for point in values._points(names, (first, second), mp):
+    for point in values.points(names, (first, second), mp):
         try:
             a, b = values.number(first, point), values.number(second, point)
         except values.Undefined:

@@ -21,7 +21,6 @@ _THINK_CLOSE = re.compile(
 _TOKEN = re.compile(r"<\|[^<>|]{1,40}\|>")
 _TAG = re.compile(r"<(answer|final_answer|final|solution)>(.*?)(?:</\1>|$)", re.IGNORECASE | re.DOTALL)
 _FINAL = re.compile(r"final answer is:?\s*(\$[^$\n]+\$|\\\(.+?\\\)|[^\s$\\][^\n]*)", re.IGNORECASE)
-_ASSIGN = re.compile(r"(?:^|[\s$(])([A-Za-z](?:_\{?\w+\}?)?\s*=)\s*\$?\s*$")
 _SAID = re.compile(
     r"(?:\banswers?|\boption|\bchoice|\bresult)\s*(?:\((?:in|to)[^()]{1,40}\))?\s*\**\s*"
     r"(?:(?:is|are|was|would be|will be|must be|should be)\b\s*(?:therefore|thus|then|simply|just|clearly)?\s*[:：]?"
@@ -139,7 +138,7 @@ def tagged(text: str) -> bool:
 
 def bare(text: str) -> str | None:
     """The whole text as an answer when it is one expression and no prose (`\\dfrac{1}{3}`), else None."""
-    text = text.strip()
+    text = _BULLET.sub("", text.strip()).strip()
     if len(text) < 16 and _LETTER.fullmatch(text):
         return text
     if not text or len(text) > BARE_LIMIT or "\n" in text or _DELIMITED.search(text):
@@ -238,6 +237,7 @@ def _ranged(before: str) -> bool:
 
 def only_number(text: str) -> str | None:
     """The number of a phrase that holds one number and no formula: `一共有36个苹果`."""
+    text = re.sub(r"^([A-Za-z -]+)\((\d+)\)$", r"\1 \2", text)  # `nine (9)`
     found = {match[0].lstrip("-−+") for match in _NUMBER.finditer(text)}
     number = last_number(text)
     return (

@@ -50,7 +50,9 @@ _RENAMED = [
         ("Reals|reals|R", r"\\mathbb{R}"),
     )
 ]
-_DEGREE = re.compile(r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})|\\(?:degree|textdegree)(?![A-Za-z])\s*")
+_DEGREE = re.compile(
+    r"(?<=[\d)}])\^\s*(?:o(?![A-Za-z])|\{\s*o\s*\})|\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})|\\(?:degree|textdegree)(?![A-Za-z])\s*"
+)
 _FONT = (
     r"(?:text|textbf|textit|textrm|textsf|texttt|textnormal|mbox|hbox|mathrm|mathbf|mathit|mathsf|boldsymbol|bm|rm|emph"
     r"|underline|boxed|fbox|operatorname\*?|ensuremath|mathop|color\{[a-z]+\})"
@@ -70,6 +72,9 @@ _COMPOUND = re.compile(
     r"\{((?:[A-Za-z/.\s]|\\[,;:! ]|\^?-?\d|\^\{-?\d\})*\^\{-?\d\})\}"
 )
 """A unit with exponents behind a number: `9.8\\,\\mathrm{m\\,s^{-2}}`."""
+_NUMERALS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+_SPELLED = re.compile(rf"(?:\\words\{{\s*)?({'|'.join(_NUMERALS)})(?:\s*\}})?(?:\s*\(\d+\))?", re.IGNORECASE)
+"""A small number in a word: `nine`, `nine (9)`."""
 _UNIT_LETTERS = frozenset("msghLNJWVKC")
 _BAR = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar)\s*(?:\{(\d+)\}|(\d))")
 _DOT = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?")
@@ -82,10 +87,14 @@ def plain(text: str) -> str:
     text = _outer(as_latex(chinese_number(text.strip())))
     if "\\" in text or "{" in text:
         text = _latex(text)
+    text = re.sub(r"(?<=\d)'(?=\d{3}(?!\d))", "", text)
+    text = re.sub(r"(?<=\d) ?e ?(?=-?\d+$)", "e", text)
     text = _repeating(text)
     text = _THOUSANDS.sub(lambda m: m[1] + re.sub(r"\D", "", m[2]), text)
     text = _SPACING.sub(" ", text)
-    return _final_point(" ".join(text.split()))
+    text = _final_point(" ".join(text.split()))
+    spelled = _SPELLED.fullmatch(text)
+    return str(_NUMERALS.index(spelled[1].lower())) if spelled else text
 
 
 def without_separators(text: str) -> str:

@@ -88,7 +88,7 @@ def _bound(answer: Answer) -> Any:
     if not isinstance(answer, Value) or symbols(answer.node) - {"e", "i"}:
         raise values.Undefined("a symbolic bound")
     value = values.number(answer.node)
-    mp = values._mp()
+    mp = values.context()
     if mp.im(value) != 0:
         raise values.Undefined("no real bound")
     return mp.re(value)
@@ -104,7 +104,7 @@ def _interval(answer: Several) -> RealSet:
         above = (x > low and not _equal(x, low)) or (closed_low and _equal(x, low))
         return bool(above and ((x < high and not _equal(x, high)) or (closed_high and _equal(x, high))))
 
-    mp = values._mp()
+    mp = values.context()
     return RealSet(tuple(point for point in (low, high) if mp.isfinite(point)), contains)
 
 
@@ -145,7 +145,7 @@ def _without_calls(node: Node) -> Node:
 
 def _link(left: Node, operator: str, right: Node, name: str) -> RealSet | None:
     """One inequality: its zeros are the critical points."""
-    mp = values._mp()
+    mp = values.context()
     if any(_infinite(side) for side in (left, right)):
         return RealSet((), lambda x: operator in ("<", ">"))
     difference: Node = ("add", left, ("neg", right))
@@ -182,7 +182,7 @@ def _zeros(left: Node, right: Node, name: str) -> list[Any] | None:
 
 
 def _polynomial_zeros(node: Node, name: str) -> list[Any] | None:
-    mp = values._mp()
+    mp = values.context()
     places = [Fraction(k, 1) for k in (-4, -3, -2, -1, 0, 1, 2, 3)]
     table = [(mp.mpf(int(k)), mp.re(values.number(node, {name: mp.mpf(int(k))}))) for k in places]
     coefficients = _divided_differences(table)
@@ -212,7 +212,7 @@ def _divided_differences(table: list[tuple[Any, Any]]) -> list[Any]:
 
 def _probes(points: tuple[Any, ...]) -> list[Any]:
     """All critical points, one point between each two neighbours, and one beyond each end."""
-    mp = values._mp()
+    mp = values.context()
     ordered: list[Any] = []
     for point in sorted(points):
         if not ordered or not _equal(point, ordered[-1]):

@@ -24,17 +24,18 @@ _DISCRETE = frozenset(("floor", "ceil", "factorial", "binom", "gcd", "lcm"))
 
 
 @lru_cache(maxsize=1)
-def _mp() -> Any:
+def context() -> Any:
+    """mpmath with `DIGITS` digits, apart from the settings of others."""
     from mpmath import mp
 
-    context = mp.clone()
-    context.dps = DIGITS
-    return context
+    own = mp.clone()
+    own.dps = DIGITS
+    return own
 
 
 def number(node: Node, point: Mapping[str, Any] | None = None) -> Any:
     """The value at a point as an mpmath number. Raises Undefined."""
-    mp = _mp()
+    mp = context()
     try:
         value = _number(node, point or {}, mp)
         if mp.isnan(value):
@@ -142,14 +143,14 @@ def _function(node: Node, point: Mapping[str, Any], mp: Any) -> Any:
 
 def close(a: Any, b: Any, digits: int = _AGREE) -> bool:
     """Whether two mpmath numbers agree in relative terms."""
-    mp = _mp()
+    mp = context()
     if mp.isinf(a) or mp.isinf(b):
         return bool(a == b)
     size = max(abs(a), abs(b))
     return bool(size == 0 or abs(a - b) <= size * mp.mpf(10) ** -digits)
 
 
-def _points(names: set[str], nodes: tuple[Node, Node], mp: Any) -> Iterator[dict[str, Any]]:
+def points(names: set[str], nodes: tuple[Node, Node], mp: Any) -> Iterator[dict[str, Any]]:
     """Where two expressions are compared: positive values; negative ones too where no root or logarithm forbids it."""
     draw = random.Random("points of comparison")
     ordered = sorted(names)
@@ -211,8 +212,8 @@ def _exact_or_none(node: Node) -> Fraction | None:
 
 
 def _same_function(a: Node, b: Node, names: set[str]) -> bool:
-    mp = _mp()
-    if _agree(a, b, list(_points(names, (a, b), mp)), 3):
+    mp = context()
+    if _agree(a, b, list(points(names, (a, b), mp)), 3):
         return True
     if names <= _INTEGER_NAMES and (_mentions(a, _DISCRETE) or _mentions(b, _DISCRETE) or _alternates(a, b)):
         return _agree(a, b, list(_integer_points(names, mp)), 6)
@@ -259,7 +260,7 @@ def decimal_digits(node: Node) -> int:
 def rounded(node: Node, value: Any, least: int = 6) -> bool:
     """Whether `node` is a decimal of at least `least` significant digits, and `value` rounded to them, or to 10."""
     digits = min(decimal_digits(node), 10)
-    mp = _mp()
+    mp = context()
     if digits < least or mp.im(value) != 0 or not mp.isfinite(value):
         return False
     written = number(node)

@@ -258,7 +258,7 @@ class _Parser(Reader):
             self.need("(")
             return ("fn", name, self.group("("))
         if name in ("overline", "overrightarrow", "vec", "hat", "dot", "ddot", "bar", "tilde"):
-            return ("sym", f"{name} {self.argument()}")
+            return self.symbol(f"{name} {self.argument()}")
         if name in FUNCTIONS:
             return self.function(name)
         if name == "pi" and self.peek() != "_":

@@ -104,6 +104,14 @@ def test_quick_rules(gold: str, text: str, verdict: str | None) -> None:
         ("x^2+2x+1", "x^2 + 2*x + 1", "right"),
         ("3", "there are 3 of them", "right"),
         ("82", "12 08 82", "right"),
+        ("\\frac{1}{3}", "\\boxed{0.333333}", "right"),
+        ("\\frac{1}{3}", "\\boxed{0.33333}", "wrong"),
+        ("\\frac{1}{3}", "\\boxed{0.333334}", "wrong"),
+        ("\\pi", "\\boxed{3.14159}", "wrong"),
+        ("\\pi", "\\boxed{3.141593}", "right"),
+        ("\\frac{1}{8103}", "\\boxed{0.000123}", "wrong"),
+        ("0.333333", "\\boxed{\\frac{1}{3}}", "right"),
+        ("0.333333", "\\boxed{0.3333333}", "wrong"),
         ("82", "+ - =", "no_answer"),
         ("-2", "so y is 10 ** (-2)", "wrong"),
     ],
@@ -205,3 +213,11 @@ def test_a_recipe_that_says_nothing_keeps_the_conventions() -> None:
 )
 def test_what_cannot_be_worked_out_is_wrong_at_once(answer: str) -> None:
     assert grader.grade_math("2", f"\\boxed{{{answer}}}") in ("wrong", "no_answer", "error")
+
+
+def test_letter_and_text_of_a_choice_stand_for_each_other() -> None:
+    problem = "What is 3 * 4?\n(A) 10\n(B) 12\n(C) 14"
+    pairs = [("B", "12"), ("B", "14"), ("B", "C"), ("12", "B"), ("12", "C"), ("12", "(B)"), ("12", "B, C")]
+    with GradePool("math") as pool:
+        grades = pool.grade([GradeItem(problem, gold, f"\\boxed{{{answer}}}") for gold, answer in pairs])
+    assert [g.verdict for g in grades] == ["right", "wrong", "wrong", "right", "wrong", "right", "wrong"]

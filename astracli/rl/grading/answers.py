@@ -109,8 +109,8 @@ def _special(text: str) -> Answer | None:
     line = re.fullmatch(r"\\mathbb\s*\{?\s*([RZQNC])\s*\}?", text)
     if line:
         return RealLine(line[1])
-    if text in (r"\emptyset", r"\{\}", r"\{ \}", r"\phi") or NOTHING.fullmatch(words):
-        return Several((), "{}") if text != r"\phi" else None
+    if text in (r"\emptyset", r"\{\}", r"\{ \}") or NOTHING.fullmatch(words):
+        return Several((), "{}")
     if text in (r"\ldots", "...", "..") or re.fullmatch(r"\\ldots\s*", text):
         return Dots()
     reals = ALL_REALS.match(words)
@@ -145,9 +145,7 @@ def _is_name(text: str) -> bool:
 
 def name_like(node: Node) -> bool:
     """Whether a tree names a quantity: letters, a function of letters, a ratio of such, and no numbers or sums."""
-    if node[0] == "sym":
-        return node[1] not in ("e", "i") or True
-    if node[0] == "call":
+    if node[0] in ("sym", "call"):
         return True
     if node[0] in ("mul", "div"):
         return all(name_like(part) for part in node[1:])

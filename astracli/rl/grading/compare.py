@@ -136,7 +136,7 @@ def _listed(answer: Joined) -> Answer:
             items.extend(part.items)
         else:
             items.append(part)
-    return Several(tuple(items))
+    return Several(tuple(items), "{}")
 
 
 def _joined(gold: Joined, answer: Answer, conventions: Conventions) -> bool:

@@ -307,8 +307,6 @@ class _Parser(Reader):
         node = self.power()
         while self.starts() and self.peek()[1:] not in FUNCTIONS and self.peek() not in ("(", "[", "|"):
             node = _product(node, self.power())
-        if self.peek() == "/" and self.peek(1).isdigit() and node[0] != "num":
-            return node
         return node
 
 

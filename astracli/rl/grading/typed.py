@@ -54,6 +54,8 @@ def verdict(gold: str, answer: str, problem: str = "", conventions: Conventions 
         return chosen
     if wanted == found:
         return True
+    if (letter := choices.chosen(found)) and found.strip(" ().") == letter and letter in _options(problem):
+        found = notation.plain(_options(problem)[letter])
     words = as_words(wanted)
     if words is not None and words == as_words(found):
         return True

@@ -18,6 +18,8 @@ from astracli.rl.grading.trees import Node, symbols
 
 DIGITS = 60
 _AGREE = 40
+LEAST_DIGITS = 6
+"""Digits behind the point, all significant, from which on a decimal may stand for the exact value that it rounds."""
 _POINTS = 4
 _INTEGER_NAMES = frozenset("ijklmnNMKpqrst")
 _DISCRETE = frozenset(("floor", "ceil", "factorial", "binom", "gcd", "lcm"))
@@ -194,7 +196,7 @@ def same(a: Node, b: Node, tolerance: float = 0.0) -> bool:
             return True
         if tolerance > 0 and abs(left - right) <= tolerance * abs(left):
             return True
-        if max(decimal_digits(a), decimal_digits(b)) < 6 or min(decimal_digits(a), decimal_digits(b)) > 0:
+        if max(decimal_digits(a), decimal_digits(b)) < LEAST_DIGITS or min(decimal_digits(a), decimal_digits(b)) > 0:
             return False
     names = (symbols(a) | symbols(b)) - {"e", "i"}
     names = {name for name in names if not name.endswith("()")}
@@ -249,19 +251,21 @@ def exact_zero(node: Node) -> bool:
 
 
 def decimal_digits(node: Node) -> int:
-    """Significant digits of a decimal literal with a fraction part, 0 for anything else."""
+    """Significant digits of a decimal with at least `LEAST_DIGITS` behind the point, 0 for anything else."""
     while node[0] == "neg":
         node = node[1]
     if node[0] != "num" or "." not in node[2]:
         return 0
+    if len(node[2].partition(".")[2].lower().partition("e")[0]) < LEAST_DIGITS:
+        return 0
     return len(node[2].lower().partition("e")[0].replace(".", "").lstrip("0"))
 
 
-def rounded(node: Node, value: Any, least: int = 6) -> bool:
-    """Whether `node` is a decimal of at least `least` significant digits, and `value` rounded to them, or to 10."""
+def rounded(node: Node, value: Any) -> bool:
+    """Whether `node` is a decimal with so many digits that it stands for `value`, rounded to them or to 10."""
     digits = min(decimal_digits(node), 10)
     mp = context()
-    if digits < least or mp.im(value) != 0 or not mp.isfinite(value):
+    if digits < LEAST_DIGITS or mp.im(value) != 0 or not mp.isfinite(value):
         return False
     written = number(node)
     unit = mp.mpf(10) ** (mp.floor(mp.log10(abs(written))) - digits + 1)

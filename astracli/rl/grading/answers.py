@@ -37,7 +37,8 @@ _OPERATORS = {
 }
 _RELATION = re.compile(r"\\(?:le|ge|ne)(?![A-Za-z])|<=|>=|!=|==?|<|>|\\not\s*=")
 _CONNECTIVE = re.compile(
-    r"\\words\{\s*,?\s*(or|OR|and|AND)\s*(?:else)?,?\s*\}|(?<![A-Za-z\\])(or|and)(?![A-Za-z])|或者?|(?<=[\d)}])[和与及](?=[\\\d(-])"
+    r"\\words\{\s*,?\s*(or|OR|and|AND)\s*(?:else)?,?\s*\}|\\words\{[^{}]*\}|(?<![A-Za-z\\])(or|and)(?![A-Za-z])"
+    r"|或者?|(?<=[\d)}])[和与及](?=[\\\d(-])"
 )
 _MATRIX = re.compile(r"\\begin\{([pbvB]?matrix|array|smallmatrix)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}$", re.DOTALL)
 _KNOWN_WORDS = frozenset(WORDS) | FUNCTIONS
@@ -47,12 +48,18 @@ _TIME = re.compile(r"\d{1,2}:\d{2}(?::\d{2})?(?:\s*(?:am|pm|a\.m|p\.m|AM|PM))?")
 
 def read(text: str, single_units: bool = False) -> Answer:
     """The answer that a text in one notation says. Raises Unreadable."""
-    text = _CONNECTIVE.sub(
-        lambda m: r" \lor " if (m[1] or m[2] or "").lower() == "or" or "或" in m[0] else r" \land ", text.strip()
-    )
+    text = _CONNECTIVE.sub(_connective, text.strip())
     if len(text) > 4000:
         raise TooLarge("too long")
     return _read(text, single_units)
+
+
+def _connective(match: re.Match[str]) -> str:
+    """`or` and `and` between answers; longer words stay as they are."""
+    word = (match[1] or match[2] or "").lower()
+    if not word and match[0].startswith("\\"):
+        return match[0]
+    return r" \lor " if word == "or" or "或" in match[0] else r" \land "
 
 
 def _read(text: str, single: bool) -> Answer:

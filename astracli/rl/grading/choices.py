@@ -11,6 +11,8 @@ _SEPARATED = re.compile(
 _FIRST = re.compile(
     r"\s*\{?\s*(?:\(\s*(?P<a>[A-J])\s*\)|(?P<b>[A-J])\s*(?:[.:)]|\}|$|(?=\\words|\s)))\s*\}?(?P<rest>.*)$", re.DOTALL
 )
+_CALLED = re.compile(r"^\s*(?:\\words\{\s*)?(?:option|choice|answer)\s*\(?([A-J])\)?\s*\}?\s*$", re.IGNORECASE)
+_RUN = re.compile(r"[A-J]{2,5}")
 _WRAPPED = re.compile(r"\s*\\words\{\s*(\(\s*[A-J]\s*\)[^{}]*|[A-J]\s*[.:)][^{}]*)\}")
 _OTHER = re.compile(r"(?<![A-Za-z\\])\(?([A-J])\)?(?![A-Za-z'])")
 _PAREN = re.compile(r"\(\s*([A-J])\s*\)")
@@ -39,6 +41,7 @@ def chosen(text: str) -> str | None:
 
     `B`, `(B)`, `(B) 12` and `B. twelve` choose B. A second letter, a range, a union or a word of doubt chooses nothing.
     """
+    text = _CALLED.sub(r"\1", text)
     wrapped = _WRAPPED.match(text)
     if wrapped:
         text = f"{wrapped[1]} {text[wrapped.end() :]}"
@@ -66,3 +69,9 @@ def chosen(text: str) -> str | None:
     if others and re.fullmatch(r"[\s(),.;A-J\\]*(?:\\words\{[^{}]*\}[\s(),.;A-J]*)?", rest):
         return None
     return letter
+
+
+def run_of_letters(text: str) -> frozenset[str] | None:
+    """The letters of `ABD`: two to five different ones in the order of the alphabet, else None."""
+    text = text.strip()
+    return frozenset(text) if _RUN.fullmatch(text) and list(text) == sorted(set(text)) else None

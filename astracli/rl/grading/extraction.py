@@ -30,7 +30,7 @@ _SAID = re.compile(
 )
 _PICKED = re.compile(r"(?:故|应|因此|所以)?(?:选择?|选项)(?:为|是)?\s*[:：]?\s*[(（]?([A-J])[)）]?(?![A-Za-z])")
 _CHOSEN = re.compile(
-    r"\b(?:choose|select|pick|option|choice)(?:\s+(?:option|choice|is|answer))*\s*:?\s*\**\(?([A-J])\)?"
+    r"\b(?i:choose|select|pick|option|choice)(?:\s+(?:option|choice|is|answer))*\s*:?\s*\**\(?([A-J])\)?"
     r"(?=[\s.,*]|$)(?!\s+(?:or|and)\b)"
 )
 _PLAIN_FRACTION = re.compile(r"(?<![\d.,/*^+)(-])[-−]?(?:\d+\s+)?\d+\s*/\s*\d+$")

@@ -143,6 +143,8 @@ def _unstyled(match: re.Match[str]) -> str:
     content = match[1]
     if content.strip() in _UNIT_LETTERS and re.search(r"[\d)}]\s*(?:\\[,;: ]|~|\s)*$", match.string[: match.start()]):
         return rf"\words{{{content.strip()}}}"
+    if content.strip()[:1].isdigit():
+        return f" {content.strip()} "
     if _WORD.search(content) and not content.strip().startswith("\\"):
         if match[0].startswith("\\operatorname"):
             return rf"\{content.strip()} "
@@ -184,4 +186,4 @@ def _final_point(text: str) -> str:
     """Without a point that ends the sentence, and without what is no part of an answer at its ends."""
     while text and (text[-1] in ",;" or (text[-1] == "." and not text.endswith(".."))):
         text = text[:-1].rstrip()
-    return text.lstrip(":").strip()
+    return text.lstrip(":").strip() if not text.startswith("=") else text[1:].strip()

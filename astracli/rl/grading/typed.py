@@ -24,7 +24,7 @@ _HEDGE = re.compile(
     r"|[?|;&]|^\s*(?:\\[gl]eq?(?![a-z])|[<>≤≥])|\\\\",
     re.IGNORECASE,
 )
-_DOUBT = re.compile(r"\b(?:maybe|perhaps|possibly|wait|not|either|neither)\b|\?", re.IGNORECASE)
+_DOUBT = re.compile(r"\b(?:maybe|perhaps|possibly|wait|not|either|neither|between|everything)\b|\?", re.IGNORECASE)
 _SECOND = re.compile(r"\\words\{[^{}]*\}(?:\^\{?\d\}?)?[^^_{}]*(?:\d|\\frac|\\sqrt)")
 """A number behind the words behind a number."""
 _ANNOUNCED = re.compile(
@@ -85,9 +85,12 @@ def only_words(gold: str, answer: str) -> bool:
 def _choice(gold: str, answer: str, problem: str, conventions: Conventions | None) -> bool | None:
     """The verdict when the gold is letters of choices."""
     wanted = choices.letters(gold)
+    named = choices.letters(answer)
+    if wanted is None and named is not None and len(named) > 1:
+        wanted = choices.run_of_letters(gold)
     if wanted is None:
         return None
-    named = choices.letters(answer)
+    named = named or (choices.run_of_letters(answer) if len(wanted) > 1 else None)
     if named is not None:
         return named == wanted
     if len(wanted) > 1:

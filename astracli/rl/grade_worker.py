@@ -124,8 +124,8 @@ def grade_one(
         algebra.on_import = lambda state: send([state])
         try:
             verdict = grader.thorough(answer, text, extraction, problem, conventions)
-        except (MemoryError, RecursionError):
-            verdict = "error"
+        except Exception as error:
+            return [0.0, "error", f"{type(error).__name__}: {error}"]
     return [1.0 if verdict == "right" else 0.0, verdict, ""]
 
 

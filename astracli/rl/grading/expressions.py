@@ -345,6 +345,8 @@ def _is_number(node: Node, value: int) -> bool:
 
 def _value(text: str) -> Fraction:
     mantissa, _, exponent = text.lower().partition("e")
+    if not mantissa:
+        raise Unreadable(f"`{text}` is no number")
     if exponent and abs(int(exponent)) > 100_000:
         raise TooLarge("the exponent is too large")
     if len(mantissa) > 20_000:

@@ -42,7 +42,7 @@ def real_set(answer: Answer, pairs_are_intervals: bool = False) -> RealSet | Non
     """
     try:
         return _real_set(answer, pairs_are_intervals)
-    except values.Undefined:
+    except (values.Undefined, ArithmeticError, values.context().NoConvergence):
         return None
 
 

@@ -51,6 +51,17 @@ class CurriculumTable(Table):
     """Latest groups of a kind (a level of `arithmetic`, else one problem) that count."""
 
 
+class GradingTable(Table):
+    """Where graders differ: what rewards `math` and `math_boxed` take for the same answer (docs/grading.md)."""
+
+    relative_tolerance: float = Field(default=0.0, ge=0.0, le=0.1)
+    """Numbers this far apart, relative to the gold, are equal; for golds that are measured or rounded (0.01)."""
+    ordered_lists: bool = False
+    """Whether `1, 2` without brackets has an order. With brackets it always has."""
+    units: Literal["optional", "required"] = "optional"
+    """`required`: a gold with a unit is not matched by the bare number."""
+
+
 class DataTable(Table):
     source: str = Field(min_length=1)
     """`arithmetic` (generated), a registered name, a local .jsonl/.parquet file, or a Hub dataset id."""
@@ -81,6 +92,7 @@ class DataTable(Table):
     """One grading may take this long; then its worker is killed, the reward is 0 and a timeout is counted."""
     reward_workers: PositiveInt = 1
     """Grading processes."""
+    grading: GradingTable = GradingTable()
 
 
 class RolloutTable(Table):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from astracli.rl.reward import GradeItem, GradePool
 
 def plain(problem: str, answer: str, completion: str) -> float:
     """math-verify alone, as a reward (it runs in the same killable processes)."""
-    from astracli.rl.grader import load_math_verify
+    from astracli.rl.grading.algebra import load_math_verify
 
     parse, verify = load_math_verify()
     gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
@@ -59,6 +60,33 @@ def short_answers(workers: int, count: int = 20_000) -> float:
     return rate
 
 
+def errors(args: argparse.Namespace) -> None:
+    """Wrong answers called right and right answers refused, by kind, on labelled pairs."""
+    rows = [json.loads(line) for line in args.pairs.open(encoding="utf-8") if line.strip()]
+    rows = [row | {"output": row["completion"], "correct": row["right"]} for row in rows]
+    sys.path.insert(0, str(Path(__file__).parent))
+    found = [verdicts(rows, spec, args.workers)[0] for spec in ("math", "bench.grader:plain")]
+    lines = []
+    for kind in [*dict.fromkeys(row["kind"] for row in rows), "all"]:
+        chosen = [i for i, row in enumerate(rows) if kind in (row["kind"], "all")]
+        wrong = [
+            sum((said[i] == "right") != rows[i]["correct"] and rows[i]["correct"] == label for i in chosen)
+            for said in found
+            for label in (False, True)
+        ]
+        lines.append([kind, len(chosen), *wrong])
+    columns = ["kind", "pairs", "called right", "refused", "math-verify: called right", "refused"]
+    print("\n".join(table_lines(columns, lines, 140)))
+
+
+def says_the_gold(row: dict) -> bool:
+    """Whether the last box, or the `final answer is ...`, is the gold letter by letter, fonts and spaces aside."""
+    ends = [row["output"].rfind("\\boxed{"), row["output"].lower().rfind("final answer is")]
+    end = row["output"][max(ends) :].split("{" if ends[0] > ends[1] else "is", 1)[-1] if max(ends) >= 0 else ""
+    end, gold = (re.sub(r"\\text|[{}$\\\s\"]", "", text) for text in (end, row["gold"]))
+    return bool(gold) and re.match(re.escape(gold) + r"(?!\.?\d|[\w^/+*-])", end) is not None
+
+
 def agreement(rows: list[dict], found: list[str], key: str) -> dict[str, tuple[int, int]]:
     """{source: (agreeing, rows)}"""
     counts: dict[str, tuple[int, int]] = {}
@@ -74,7 +102,10 @@ def main() -> None:
     parser.add_argument("--show", type=int, default=20, help="disagreements a file (default 20)")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write every verdict there")
+    parser.add_argument("--pairs", type=Path, help="labelled pairs, as tests/fixtures/grading_pairs.jsonl")
     args = parser.parse_args()
+    if args.pairs is not None:
+        errors(args)
     if args.folder is not None:
         compare(args)
     print(f"{short_answers(args.workers):.0f} gradings/s of short integer answers, {args.workers} worker(s)")
@@ -90,8 +121,11 @@ def compare(args: argparse.Namespace) -> None:
         a, b = agreement(rows, ours, key), agreement(rows, theirs, key)
         for name, (right, total) in a.items():
             mark = "" if right >= b[name][0] else "below"
-            lines.append([name, total, f"{right / total:.4f}", f"{b[name][0] / total:.4f}", mark])
-    print("\n".join(table_lines(["file, then source", "rows", "ours", "math-verify", ""], lines, 140)))
+            refused = sum(row[key] == name and not row["correct"] and says_the_gold(row) for row in rows)
+            lines.append([name, total, f"{right / total:.4f}", f"{b[name][0] / total:.4f}", mark, refused or ""])
+    columns = ["file, then source", "rows", "ours", "math-verify", "", "gold refused"]
+    print("\n".join(table_lines(columns, lines, 140)))
+    print("\ngold refused: the output says the gold letter by letter, and the published verdict is `wrong`")
     print(f"\n{rate:.0f} gradings/s here, {plain_rate:.0f} by math-verify alone, {args.workers} worker(s)")
     shown: dict[str, int] = {}
     for row, verdict, other in zip(rows, ours, theirs, strict=True):

@@ -1,7 +1,6 @@
-"""Grading: the rules, the processes that are killed, the user's own rewards, and the speed."""
+"""Grading: the processes that are killed, the user's own rewards, and the speed. The rules: test_grading."""
 
 import asyncio
-import json
 import os
 import signal
 import subprocess
@@ -13,105 +12,14 @@ from pathlib import Path
 import pytest
 
 from astracli.errors import RunFailed, UserError
-from astracli.rl import answer_forms, grader
-from astracli.rl.reward import GradeItem, GradePool, grade_all, probe_grades, validate_reward
+from astracli.rl.reward import GradeItem, GradePool, probe_grades, validate_reward
 
-FIXTURES = Path(__file__).parent / "fixtures"
-HOSTILE = "\\boxed{9^{9^{9^{9}}}}"
+HOSTILE = "\\boxed{\\sum_{n=1}^{10^{9}} n^{1000}}"
+"""Only math-verify reads it, and it adds a milliard powers."""
 
 
 def items(*pairs: tuple[str, str]) -> list[GradeItem]:
     return [GradeItem("", gold, text) for gold, text in pairs]
-
-
-@pytest.mark.parametrize(
-    ("gold", "text", "verdict"),
-    [
-        ("82", "12 08 \\boxed{82}", "right"),
-        ("82", "12 08 \\boxed{082}", "right"),
-        ("82", "12 08 \\boxed{ +82 }", "right"),
-        ("1024", "\\boxed{1,024}", "right"),
-        ("1024", "\\boxed{1{,}024}", "right"),
-        ("12", "\\boxed{1,2}", None),
-        ("-3", "x = -\\boxed{3}", "right"),
-        ("3", "7 - 4 is 3, so \\boxed{3}", "right"),
-        ("0", "\\boxed{-0}", "right"),
-        ("82", "\\boxed{83}", "wrong"),
-        ("82", "first \\boxed{82}, no: \\boxed{83}", "wrong"),
-        ("83", "first \\boxed{82}, no: \\boxed{83}", "right"),
-        ("82", "\\boxed{82", "no_answer"),
-        ("82", "\\boxed{82} then \\boxed{8", "no_answer"),
-        ("82", "\\boxed{}", "no_answer"),
-        ("82", "", "no_answer"),
-        ("82", "+ - =", "no_answer"),
-        ("82", "12 08 82", "right"),
-        ("5", "so the result is $\\sqrt{5}$", None),
-        ("9" * 6000, "\\boxed{" + "9" * 6000 + "}", "right"),
-        ("\\frac{1}{2}", "\\boxed{\\frac{1}{2}}", "right"),
-        ("2", "\\boxed{\\frac{4}{2}}", None),
-    ],
-)
-def test_quick_rules(gold: str, text: str, verdict: str | None) -> None:
-    assert grader.quick(gold, text) == verdict
-
-
-@pytest.mark.parametrize(
-    ("gold", "text", "verdict"),
-    [
-        ("2", "\\boxed{\\frac{4}{2}}", "right"),
-        ("0.5", "\\boxed{\\frac12}", "right"),
-        ("4.5 \\times 10^{33}", "\\boxed{4.5 \\times 10^{33}}", "right"),
-        ("\\left( 3, \\frac{\\pi}{2} \\right)", "\\boxed{(3, \\pi/2)}", "right"),
-        ("(1,2)", "\\boxed{(2,1)}", "wrong"),
-        ("5", "so the result is $\\sqrt{5}$", "wrong"),
-        ("{1,2}", "both \\boxed{1} and \\boxed{2}", "right"),
-        ("x+1", "The answer is $1+x$.", "right"),
-        ("50", "\\boxed{50.0\\%}", "right"),
-        ("50", "\\boxed{0.5}", "wrong"),
-        ("[3, 5]", "\\boxed{3, 5}", "right"),
-        ("[3, 5]", "\\boxed{5, 3}", "wrong"),
-        ("[1, 2]", "\\boxed{(1, 2)}", "wrong"),
-        ("(1, 2)", "\\boxed{1 < x < 2}", "right"),
-        ("(1, 2)", "\\boxed{1 \\le x < 2}", "wrong"),
-        ("4.5e33", "\\boxed{4.5 \\times 10^{33}}", "right"),
-        ("1.04e-3", "\\boxed{1.04 \\times 10^{3}}", "wrong"),
-        ("B", "\\boxed{\\textbf{(B)}\\ 12}", "right"),
-        ("(B)", "\\boxed{B. twelve}", "right"),
-        ("B", "\\boxed{\\text{(C)}}", "wrong"),
-        ("B", "\\boxed{Bob}", "wrong"),
-        ("A", "\\boxed{\\text{A}pple}", "wrong"),
-        ("\\frac{\\sqrt{3}}{3}", "\\boxed{\\frac{\\sqrt{3}}{3} \\approx 0.577}", "right"),
-        (
-            "10455",
-            "it is $\\boxed{255}$ more. Final Answer: The final answer is $10,455$. I hope it is correct.",
-            "right",
-        ),
-        (
-            "255",
-            "it is $\\boxed{255}$ more. Final Answer: The final answer is $10,455$. I hope it is correct.",
-            "wrong",
-        ),
-        ("\\frac{1}{3}", "\\dfrac{1}{3}", "right"),
-        ("x^2+2x+1", "x^2 + 2*x + 1", "right"),
-        ("3", "there are 3 of them", "right"),
-        ("-2", "so y is 10 ** (-2)", "wrong"),
-    ],
-)
-def test_thorough_rules(gold: str, text: str, verdict: str) -> None:
-    assert grader.grade_math(gold, text) == verdict
-
-
-def test_a_box_can_be_required() -> None:
-    assert grader.grade_math("82", "the answer is 82") == "right"
-    assert grader.grade_math("82", "the answer is 82", "boxed") == "no_answer"
-    with GradePool("math_boxed") as pool:
-        verdicts = [g.verdict for g in pool.grade(items(("82", "82"), ("82", "\\boxed{82}")))]
-    assert verdicts == ["no_answer", "right"]
-
-
-def test_agrees_with_published_verdicts() -> None:
-    rows = [json.loads(line) for line in (FIXTURES / "graded_outputs.jsonl").read_text().splitlines()]
-    assert grade_all([(row["gold"], row["output"]) for row in rows]) == [row["correct"] for row in rows]
 
 
 def test_integer_answers_need_no_algebra_library() -> None:
@@ -301,54 +209,6 @@ def test_builtin_rewards_validate_without_a_process() -> None:
     for spec in ("math", "math_boxed", "probe"):
         validate_reward(spec)
     assert time.monotonic() - started < 0.1
-
-
-def test_the_last_announcement_behind_the_last_box_counts() -> None:
-    said = "the final answer is $10$"
-    assert grader.announced(f"{said}, so \\boxed{{7}}", "boxed_or_last_number") is None
-    assert grader.announced(f"\\boxed{{7}}; {said}. No: {said[:-4]}$12$.", "boxed_or_last_number") == (
-        "final answer is $12$."
-    )
-    assert grader.announced(f"\\boxed{{7}}; {said}", "boxed") is None
-
-
-def test_a_box_ends_where_its_brace_does_whatever_is_escaped() -> None:
-    assert grader.read_answer(r"\boxed{\left\{1, 2\right.} and so on}", "boxed") == (r"\left\{1, 2\right.", True)
-    assert grader.read_answer(r"\boxed{1, 2\} or so} 3", "boxed") == (r"1, 2\} or so", True)
-
-
-@pytest.mark.parametrize(
-    ("gold", "text", "verdict"),
-    [
-        ("149", "90+59 is a mathematical expression", "wrong"),  # its value is the answer; math-verify says right
-        ("149", "\\boxed{90+59}", "wrong"),
-        ("149", "90 + 59 = 149.", "right"),
-        ("149", "12 08 \\boxed{149}", "right"),
-        ("31", "90-59=31", "right"),
-        ("-31", "59-90 = -31", "right"),
-        ("-31", "59-90 = −31", "right"),
-        ("1149", "it is 1,149", "right"),
-        ("149", "149 or 150", "wrong"),
-        ("329", "\\boxed{329}590}", "right"),
-        ("149", "none", "no_answer"),
-    ],
-)
-def test_a_number_is_read_as_it_is_written_and_nothing_is_worked_out(gold: str, text: str, verdict: str) -> None:
-    with GradePool("number") as pool:
-        assert pool.grade([GradeItem("", gold, text)])[0].verdict == verdict
-
-
-def test_math_works_a_repeated_question_out() -> None:
-    """Why generated arithmetic is not judged by it."""
-    with GradePool("math") as pool:
-        assert pool.grade([GradeItem("90+59", "149", "90+59 is a mathematical expression")])[0].verdict == "right"
-
-
-def test_forms_are_rewritten_only_where_one_side_has_them() -> None:
-    assert list(answer_forms.rewritten(r"50\%", r"50\%")) == []
-    assert list(answer_forms.rewritten(r"50\%", "50")) == [("50", "50")]
-    assert list(answer_forms.rewritten("[1,2]", "1,2")) == [("(1,2)", "(1,2)")]
-    assert list(answer_forms.rewritten("[1,2],[3,4]", "1,2,3,4")) == []
 
 
 def test_probe_rewards_the_upper_half_of_a_group() -> None:

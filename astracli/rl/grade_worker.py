@@ -1,6 +1,6 @@
 """The process that grades and may be killed: `python -m astracli.rl.grade_worker`, frames on stdin and stdout.
 
-A frame is a 4-byte little-endian length and that many bytes of msgpack. In: {"spec", "timeout_s"} once, then
+A frame is a 4-byte little-endian length and that many bytes of msgpack. In: {"spec", "timeout_s", "grading"} once, then
 {"items": [[problem, answer, text], ...]} any number of times. Out: ["ready"] or ["refused", message, hint]; then for
 every item, in order, [reward, verdict, detail]; ["loading"] and ["loaded"] stand around a slow import, whose time
 belongs to no item. The end of stdin ends the process.
@@ -26,6 +26,8 @@ import msgpack
 
 from astracli.errors import AstraError, UserError
 from astracli.rl import grader
+from astracli.rl.grading import algebra
+from astracli.rl.grading.conventions import Conventions
 
 Frame = list[object]
 Score = Callable[[str, str, str], float]
@@ -96,7 +98,13 @@ def _installed(name: str) -> object:
     )
 
 
-def grade_one(spec: str, score: Score | None, item: list[str], send: Callable[[Frame], None]) -> Frame:
+def grade_one(
+    spec: str,
+    score: Score | None,
+    item: list[str],
+    send: Callable[[Frame], None],
+    conventions: Conventions | None = None,
+) -> Frame:
     """[reward, verdict, detail] of one item. An exception of the reward is the verdict `error`."""
     problem, answer, text = item
     if score is not None:
@@ -113,14 +121,11 @@ def grade_one(spec: str, score: Score | None, item: list[str], send: Callable[[F
     extraction = EXTRACTIONS[spec]
     verdict = grader.quick(answer, text, extraction)
     if verdict is None:
-        if not grader.math_verify_loaded():
-            send(["loading"])
-            grader.load_math_verify()
-            send(["loaded"])
+        algebra.on_import = lambda state: send([state])
         try:
-            verdict = grader.thorough(answer, text, extraction)
-        except MemoryError:
-            verdict = "error"
+            verdict = grader.thorough(answer, text, extraction, problem, conventions)
+        except Exception as error:
+            return [0.0, "error", f"{type(error).__name__}: {error}"]
     return [1.0 if verdict == "right" else 0.0, verdict, ""]
 
 
@@ -135,6 +140,7 @@ def serve(source: BinaryIO, sink: BinaryIO) -> None:
     if hello is None:
         return
     spec, timeout_s = str(hello["spec"]), float(hello["timeout_s"])
+    conventions = Conventions.of(hello.get("grading", {}))
     try:
         score = None if spec in BUILTIN else load_reward(spec)
     except AstraError as error:
@@ -147,7 +153,7 @@ def serve(source: BinaryIO, sink: BinaryIO) -> None:
         for item in batch["items"]:
             # The one who started this process kills it in time. Should he be gone, the kernel does.
             signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 60.0)
-            send(grade_one(spec, score, item, send))
+            send(grade_one(spec, score, item, send, conventions))
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 

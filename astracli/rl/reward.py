@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -64,16 +64,19 @@ class Grade:
 class GradePool:
     """Grades completions in `workers` processes; one item may take `timeout_s` seconds.
 
+    `grading` is the recipe's table `data.grading`, for the rewards of mathematics.
     Processes start when the first batch needs them. Thread-safe. A context manager; `close` kills the processes.
     Raises UserError at the first grading when `spec` is no reward (`validate_reward` finds out before a run starts).
     """
 
-    def __init__(self, spec: str = "math", workers: int = 1, timeout_s: float = 5.0):
+    def __init__(
+        self, spec: str = "math", workers: int = 1, timeout_s: float = 5.0, grading: Mapping[str, Any] | None = None
+    ):
         self._spec = spec
         self._timeout_s = timeout_s
         self._workers = workers
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-        self._all = [_Worker(spec, timeout_s) for _ in range(workers)]
+        self._all = [_Worker(spec, timeout_s, dict(grading or {})) for _ in range(workers)]
         for worker in self._all:
             self._idle.put(worker)
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="grade")
@@ -160,7 +163,8 @@ class GradePool:
 class _Worker:
     """One grading process: started when needed, killed when it must be. Used by one thread at a time."""
 
-    def __init__(self, spec: str, timeout_s: float):
+    def __init__(self, spec: str, timeout_s: float, grading: dict[str, Any]):
+        self._grading = grading
         self._spec = spec
         self._timeout_s = timeout_s
         self._process: subprocess.Popen[bytes] | None = None
@@ -204,7 +208,7 @@ class _Worker:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             start_new_session=True,
         )
-        self._send({"spec": self._spec, "timeout_s": self._timeout_s})
+        self._send({"spec": self._spec, "timeout_s": self._timeout_s, "grading": self._grading})
         try:
             frame = self._receive(_START_S)
         except TimeoutError:

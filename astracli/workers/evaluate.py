@@ -164,9 +164,12 @@ def run(config: WorkerConfig, reporter: Reporter) -> None:
         seed=recipe.seed,
     )
     sets = [benchmarks.load(name, config.benchmark_path(name), recipe.data.prompt) for name in recipe.eval.benchmarks]
+    data = recipe.data
     with contextlib.ExitStack() as stack:
         pools = {
-            spec: stack.enter_context(GradePool(spec, recipe.data.reward_workers, recipe.data.reward_timeout_s))
+            spec: stack.enter_context(
+                GradePool(spec, data.reward_workers, data.reward_timeout_s, data.grading.model_dump())
+            )
             for spec in sorted({benchmark.grader for benchmark in sets})
         }
         evaluator = Evaluator(config, reporter, tokenizer, pools, sampling, sets)

@@ -331,7 +331,8 @@ def run(config: WorkerConfig, reporter: Reporter) -> None:
     recipe = config.recipe
     source = PromptSource(recipe.data, recipe.seed, config.data_path)
     tokenizer = load_tokenizer(config.model_path)
-    with GradePool(recipe.data.reward, recipe.data.reward_workers, recipe.data.reward_timeout_s) as pool:
+    data = recipe.data
+    with GradePool(data.reward, data.reward_workers, data.reward_timeout_s, data.grading.model_dump()) as pool:
         asyncio.run(_main(config, reporter, tokenizer, source, pool))
 
 

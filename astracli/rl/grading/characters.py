@@ -1,0 +1,166 @@
+"""Characters outside ASCII that models write, as LaTeX: `½`, `x²`, `√2`, `−13`, full-width digits, Chinese numerals."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_SUPERSCRIPT = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁿⁱˣʸ", "0123456789+-=()nixy", strict=True))
+_SUBSCRIPT = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₌₍₎ₙₘₖₐₓᵢⱼ", "0123456789+-=()nmkaxij", strict=True))
+_ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
+_GREEK = {
+    chr(code): rf"\{name} "
+    for code, name in zip(
+        [*range(0x3B1, 0x3C2), *range(0x3C3, 0x3CA)],
+        [
+            "alpha",
+            "beta",
+            "gamma",
+            "delta",
+            "epsilon",
+            "zeta",
+            "eta",
+            "theta",
+            "iota",
+            "kappa",
+            "lambda",
+            "mu",
+            "nu",
+            "xi",
+            "omicron",
+            "pi",
+            "rho",
+            "sigma",
+            "tau",
+            "upsilon",
+            "phi",
+            "chi",
+            "psi",
+            "omega",
+        ],
+        strict=True,
+    )
+} | {"Γ": r"\Gamma ", "Δ": r"\Delta ", "Θ": r"\Theta ", "Λ": r"\Lambda ", "Π": r"\Pi ", "Σ": r"\Sigma "}
+_GREEK |= {"Φ": r"\Phi ", "Ψ": r"\Psi ", "Ω": r"\Omega ", "ϕ": r"\phi ", "ϵ": r"\epsilon ", "ϑ": r"\theta "}
+_CHARACTERS = {
+    **_GREEK,
+    **dict.fromkeys("‐‑‒–—―−﹣－", "-"),
+    **dict.fromkeys("×✕✖⨯", r"\times "),
+    **dict.fromkeys("·⋅∙•‧", r"\cdot "),
+    **dict.fromkeys("°º˚", r"\degree "),
+    **dict.fromkeys("⟨〈", r"\langle "),
+    **dict.fromkeys("⟩〉", r"\rangle "),
+    **dict.fromkeys("，、", ","),
+    **dict.fromkeys("∼～", r"\sim "),
+    "÷": r"\div ",
+    "∕": "/",
+    "⁄": "/",
+    "±": r"\pm ",
+    "∓": r"\mp ",
+    "∞": r"\infty ",
+    "≤": r"\le ",
+    "≥": r"\ge ",
+    "⩽": r"\le ",
+    "⩾": r"\ge ",
+    "≦": r"\le ",
+    "≧": r"\ge ",
+    "≠": r"\ne ",
+    "≈": r"\approx ",
+    "≃": r"\approx ",
+    "≅": r"\approx ",
+    "∪": r"\cup ",
+    "∩": r"\cap ",
+    "∖": r"\setminus ",
+    "∈": r"\in ",
+    "∅": r"\emptyset ",
+    "∨": r"\lor ",
+    "∧": r"\land ",
+    "ℝ": r"\mathbb{R}",
+    "ℤ": r"\mathbb{Z}",
+    "ℚ": r"\mathbb{Q}",
+    "ℕ": r"\mathbb{N}",
+    "ℂ": r"\mathbb{C}",
+    "⌊": r"\lfloor ",
+    "⌋": r"\rfloor ",
+    "⌈": r"\lceil ",
+    "⌉": r"\rceil ",
+    "∠": r"\angle ",
+    "…": r"\ldots ",
+    "⋯": r"\ldots ",
+    "′": "'",
+    "’": "'",
+    "。": ".",
+    "→": r"\to ",
+    "∗": "*",
+}
+_SPACES = dict.fromkeys(
+    "\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000", " "
+)
+_INVISIBLE = frozenset("\u200b\u200c\u200d\u2060\ufeff\u00ad\u2061\u2062\u2063\u200e\u200f\ufe0e\ufe0f")
+_OVERLINE = "\u0305"
+
+
+def as_latex(text: str) -> str:
+    if text.isascii():
+        return text
+    text = _overlined(text)
+    out: list[str] = []
+    i = 0
+    while i < len(text):
+        char = text[i]
+        for table, mark in ((_SUPERSCRIPT, "^"), (_SUBSCRIPT, "_")):
+            if char in table:
+                end = i
+                while end < len(text) and text[end] in table:
+                    end += 1
+                out.append(f"{mark}{{{''.join(table[c] for c in text[i:end])}}}")
+                i = end
+                break
+        else:
+            out.append(_one(char, text[i + 1 :]))
+            i += 1
+    return "".join(out)
+
+
+_CHINESE = {char: value for value, char in enumerate("零一二三四五六七八九")} | {"两": 2, "〇": 0}
+
+
+def chinese_number(text: str) -> str:
+    """A number below 10,000 that is written in Chinese numerals alone, in digits; any other text as it is."""
+    total, digit = 0, 0
+    for char in text:
+        if char in _CHINESE:
+            digit = _CHINESE[char]
+        elif char in "十百千":
+            total += (digit or 1) * {"十": 10, "百": 100, "千": 1000}[char]
+            digit = 0
+        else:
+            return text
+    return str(total + digit) if text else text
+
+
+def _one(char: str, rest: str) -> str:
+    if char in _INVISIBLE:
+        return ""
+    if char in _SPACES:
+        return " "
+    if char in _ROOTS:
+        return _ROOTS[char] + _root_argument(rest)
+    if char in _CHARACTERS:
+        return _CHARACTERS[char]
+    name = unicodedata.name(char, "")
+    if name.startswith("VULGAR FRACTION"):
+        top, _, bottom = unicodedata.normalize("NFKC", char).partition("\u2044")
+        return rf"\frac{{{top}}}{{{bottom}}}"
+    folded = unicodedata.normalize("NFKC", char)
+    return _CHARACTERS.get(folded, folded)
+
+
+def _root_argument(rest: str) -> str:
+    """What tells a root sign before bare digits where it ends: nothing to add elsewhere."""
+    return "\\rootsign " if re.match(r"\s*\d{2,}", rest) else " "
+
+
+def _overlined(text: str) -> str:
+    """Digits with a combining overline: `0.3̅` -> `0.\\overline{3}`."""
+    return re.sub(rf"(?:\d{_OVERLINE})+", lambda m: r"\overline{" + m[0].replace(_OVERLINE, "") + "}", text)

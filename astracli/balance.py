@@ -146,7 +146,7 @@ def _words(seen: Balance, setting: Setting) -> tuple[str, str]:
         took = f"evaluations took {seen.evaluation_share:.0%} of the time of {engines}{held}"
         change = "a larger eval.every, or fewer eval.samples"
         if setting.concurrency < (each := setting.slots // setting.engines):
-            change += f", or eval.max_concurrency={each}: so many requests run at once on an engine"
+            change += f", or eval.max_concurrency=auto: an engine runs {each} requests at once"
         return f"evaluations limit: {waited}; {took}", change
     if seen.limit == "each other":
         words = f"neither is too slow: {waited}, and {back}"
@@ -252,7 +252,7 @@ def _setting(recipe: Recipe, plan: Mapping[str, Any]) -> Setting:
         slots=max(1, engines) * plan["running_requests"],
         allowed=(recipe.effective_staleness + 1) * recipe.batch_sequences,
         staleness=recipe.effective_staleness,
-        concurrency=recipe.eval.max_concurrency,
+        concurrency=plan["running_requests"] if recipe.eval.max_concurrency == "auto" else recipe.eval.max_concurrency,
         turns=bool(plan["placement"]["turns"]),
         shared=bool(plan["placement"]["shared"]),
     )

@@ -134,10 +134,11 @@ def warnings(plan: LaunchPlan, recipe: Recipe, facts: Mapping[str, Any]) -> list
         )
     if any(process.role == "eval" for process in plan.processes) and plan.command == "train":
         result += _evaluations(recipe)
-        if recipe.eval.max_concurrency < plan.running_requests:
+        most = recipe.eval.max_concurrency
+        if most != "auto" and most < plan.running_requests:
             result.append(
                 f"evaluations leave slots empty: an engine runs {plan.running_requests} requests at once, and gets "
-                f"{recipe.eval.max_concurrency} of an evaluation; try eval.max_concurrency={plan.running_requests}"
+                f"{most} of an evaluation; try eval.max_concurrency=auto"
             )
     sizes = sizes_of(facts)
     for gpu, names in plan.gpu_map.items():

@@ -87,7 +87,8 @@ def _most(recipe: Recipe, engines: int, card: int) -> tuple[int, str]:
     """(requests that an engine may have, why no more): those that it can ever have, of rollouts under way or of an
     evaluation, or what the recipe says of a GPU of this memory."""
     under_way = (recipe.effective_staleness + 1) * recipe.batch_sequences
-    useful = min(MOST, max(ceil(under_way / engines), recipe.eval.max_concurrency))
+    asked = recipe.eval.max_concurrency
+    useful = min(MOST, max(ceil(under_way / engines), 0 if asked == "auto" else asked))
     useful -= useful % 8 if useful > 8 else 0
     found = recipe.rollout.ceiling(card / 2**30)
     if found is not None and found[1] < useful:

@@ -301,8 +301,9 @@ class EvalTable(Table):
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     max_new_tokens: PositiveInt | None = None
     """None takes `rollout.max_new_tokens`."""
-    max_concurrency: PositiveInt = 64
-    """Evaluation requests in flight at once on each engine."""
+    max_concurrency: PositiveInt | Literal["auto"] = "auto"
+    """Evaluation requests in flight at once on each engine; `auto`: as many as it decodes at once
+    (`rollout.max_running_requests`)."""
 
 
 class Recipe(Table):
@@ -331,6 +332,12 @@ class Recipe(Table):
     def batch_sequences(self) -> int:
         """Sequences of one step: `train.batch_groups` x `rollout.group_size`."""
         return self.train.batch_groups * self.rollout.group_size
+
+    @property
+    def evaluation_requests(self) -> int:
+        """`eval.max_concurrency`; `auto` is what an engine decodes at once."""
+        most = self.eval.max_concurrency
+        return self.rollout.running if most == "auto" else most
 
     @model_validator(mode="after")
     def _coherent(self) -> Recipe:

@@ -165,12 +165,12 @@ class Simulation:
             began, before = self.now, sum(e.tokens - e.rollout_tokens for e in self.engines)
             works = [
                 BenchmarkWork(one, Instantly(), Instantly(), sampling=sampling, version=task["version"],
-                              samples=table.samples, max_concurrency=table.max_concurrency)
+                              samples=table.samples, max_concurrency=recipe.evaluation_requests)
                 for one in _benchmarks(recipe)
             ]  # fmt: skip
             engines = {engine.name: engine for engine in self.engines}
             members = Members(self, task["step"], task["version"])
-            await evaluate(works, engines, members, max_concurrency=table.max_concurrency)
+            await evaluate(works, engines, members, max_concurrency=recipe.evaluation_requests)
             self.store.eval_done(task["step"], task["version"], {})
             tokens = sum(e.tokens - e.rollout_tokens for e in self.engines) - before
             self.evaluation_tokens += tokens
@@ -288,11 +288,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     keys = {"every": "eval.every", "samples": "eval.samples", "staleness": "train.max_staleness",
-            "concurrency": "eval.max_concurrency"}  # fmt: skip
+            "concurrency": "eval.max_concurrency", "slots": "rollout.max_running_requests"}  # fmt: skip
     sets = [f"{key}={value}" for name, key in keys.items() if (value := getattr(args, name)) is not None]
     recipe = recipe_io.load(args.recipe, [f"train.steps={args.steps}", *sets, *args.set])
     rate = args.trainer_rate * args.ranks * args.scaling ** math.log2(args.ranks)
-    slots = args.slots or recipe.rollout.running
+    slots = recipe.rollout.running
     speeds = (args.engine_rate, rate, args.median, args.sigma, args.fetch_s, args.pause_s)
     found = simulate(Setting(recipe, args.engines, args.ranks, slots, *speeds, args.seed))
     if args.json:

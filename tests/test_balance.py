@@ -115,7 +115,7 @@ def test_evaluations_limit_when_without_them_half_of_the_wait_would_go() -> None
     )
     assert found.change == "a larger eval.every, or fewer eval.samples"
     narrow = judged(replace(SETTING, concurrency=8), wait_s=60.0, evaluated_tokens=60_000.0)
-    assert narrow.change.endswith(", or eval.max_concurrency=32: so many requests run at once on an engine")
+    assert narrow.change.endswith(", or eval.max_concurrency=auto: an engine runs 32 requests at once")
     assert judged(wait_s=61.0, evaluated_tokens=60_000.0).limit == "generation", "they are the smaller half"
     held = judged(wait_s=60.0, idle_s=20.0, held_s=60.0, evaluated_tokens=60_000.0)
     assert held.words.endswith("took 30% of the time of the 2 engines, and held them without rollouts 30%")

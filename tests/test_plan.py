@@ -110,10 +110,11 @@ def test_evaluations_that_generate_more_than_the_rollouts_between_them_are_warne
         "try eval.every=38, or eval.samples=2 with eval.pass_k=2"
     )
     assert not told(command="eval") and not told("eval.every=0")
-    (narrow,) = told("eval.every=20", "rollout.max_running_requests=65")
+    assert not told("eval.every=20", "rollout.max_running_requests=65")
+    (narrow,) = told("eval.every=20", "rollout.max_running_requests=65", "eval.max_concurrency=64")
     assert narrow == (
         "evaluations leave slots empty: an engine runs 65 requests at once, and gets 64 of an evaluation; "
-        "try eval.max_concurrency=65"
+        "try eval.max_concurrency=auto"
     )
     own = tmp_path / "own.jsonl"
     own.write_text('{"problem": "1", "answer": "1"}\n' * 700)

@@ -64,7 +64,7 @@ def test_4b_has_the_published_settings() -> None:
     assert (recipe.rollout.max_running_requests, recipe.rollout.mem_fraction_static) == ("auto", 0.7)
     assert recipe.rollout.running_ceiling == {"48": 32}
     assert recipe.eval.benchmarks == ["aime24", "aime25", "amc", "minerva", "math500"]
-    assert (recipe.eval.every, recipe.eval.temperature, recipe.eval.max_concurrency) == (10, 0.6, 64)
+    assert (recipe.eval.every, recipe.eval.temperature, recipe.eval.max_concurrency) == (10, 0.6, "auto")
     assert (recipe.resources.rollout_gpus, recipe.resources.train_gpus) == (4, 4)
     assert recipe.data.prompt.endswith("final answer within \\boxed{}.")
     expected = recipe.expected

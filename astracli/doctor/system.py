@@ -45,7 +45,7 @@ def files_needed(subject: Subject) -> int:
     if recipe is None:
         return 0
     groups = (recipe.effective_staleness + 1) * recipe.train.batch_groups
-    return 50 + groups + (ceil(recipe.eval.max_concurrency / recipe.eval.pass_k) if recipe.eval.every else 0)
+    return 50 + groups + (ceil(recipe.evaluation_requests / recipe.eval.pass_k) if recipe.eval.every else 0)
 
 
 def _files(subject: Subject) -> Check:

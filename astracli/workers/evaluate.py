@@ -90,7 +90,7 @@ class Evaluator:
                 [self._work(benchmark, version, partial, greedy, whole) for benchmark in self.benchmarks],
                 clients,
                 RunEngines(hub, of_run.step, of_run.version) if of_run is not None else None,
-                max_concurrency=table.max_concurrency,
+                max_concurrency=self.config.recipe.evaluation_requests,
                 fixed=whole,
                 on_progress=self._tell,
                 on_waiting=lambda waits: self.reporter.waiting(
@@ -110,7 +110,7 @@ class Evaluator:
             samples=1 if greedy else table.samples,
             version=version,
             pass_k=table.pass_k,
-            max_concurrency=table.max_concurrency,
+            max_concurrency=self.config.recipe.evaluation_requests,
             whole_calls=whole,
             done_before=kept.read(),
             on_samples=kept.add,

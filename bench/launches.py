@@ -157,7 +157,7 @@ def one_gpu(count: Count) -> Iterator[None]:
         mock.patch.dict(logprob._CHUNKS_PER_PRODUCT, {"meta": logprob._CHUNKS_PER_PRODUCT["cuda"]}),
         mock.patch.object(fused, "fla", lambda: fla),
         mock.patch.object(logprob, "_kernels", lambda: head(count)),
-        mock.patch.object(logprob, "_logits", lambda h, w, bias: product(h, w.t(), torch.float32)),
+        mock.patch.object(logprob, "_logits", lambda h, w, bias, temperature: product(h, w.t(), torch.float32)),
         mock.patch.object(weight_gradients, "product", lambda x, y: product(x.t(), y, torch.float32)),
         mock.patch.object(weight_gradients, "add_product", add_product),
         mock.patch.object(varlen, "_flash_runs", lambda *_: True),

@@ -147,10 +147,11 @@ def test_phases_on_a_gpu_are_timed_by_its_own_events(monkeypatch: pytest.MonkeyP
 
 def test_sums_are_read_once_and_are_those_of_all_micro_batches() -> None:
     added = sums.Sums()
-    assert added.read() == [0.0] * 6
+    assert added.read() == [0.0] * len(sums.Sums.NAMES)
     for part in np.split(np.arange(12, dtype=np.float32), 3):
         added.add("loss", torch.from_numpy(part))
         added.add("ratio", torch.tensor(0.5))
     assert dict(zip(sums.Sums.NAMES, added.read(), strict=True)) == {
-        "ratio": 1.5, "entropy": 0.0, "kl": 0.0, "loss": 66.0, "clipped": 0.0, "capped": 0.0
+        "ratio": 1.5, "entropy": 0.0, "kl": 0.0, "loss": 66.0, "clipped": 0.0, "capped": 0.0,
+        "mismatched": 0.0,
     }  # fmt: skip

@@ -21,6 +21,11 @@ from astracli.recipe import Recipe
 TINY = qwen3_5.tiny_config()
 
 
+def memory_warnings(result: LaunchPlan) -> list[str]:
+    """Without the one that the 4B recipes' evaluations deserve anywhere."""
+    return [warning for warning in result.warnings if not warning.startswith("evaluations generate")]
+
+
 def planned(recipe: Recipe, document: dict[str, Any], config: dict[str, Any] | None = None, **more: Any) -> LaunchPlan:
     adapter = registry.resolve(recipe, config)
     choice = backend.choose(adapter, document, recipe, config)

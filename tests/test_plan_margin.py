@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from machines import GIB, facts
-from test_plan import load, planned
+from test_plan import load, memory_warnings, planned
 from test_plan_speed import SHAPE
 
 from astracli import plan, plan_margin, plan_memory
@@ -57,7 +57,7 @@ def test_the_flagship_on_eight_l40(name: str) -> None:
     """40.4 GiB of 44 had been planned, without the holes of torch's cache: 2.4 left for 8.0 of estimates."""
     result = planned(load(name), facts("8.9", 8, memory_gib=44, host_gib=512))
     plan.refuse(result)
-    assert not result.warnings and [each.gpu for each in result.margins] == list(range(8))
+    assert not memory_warnings(result) and [each.gpu for each in result.margins] == list(range(8))
     assert all(each.left >= each.needed > GIB for each in result.margins)
     trainers = result.margins[4:]
     assert len({(each.planned, each.needed, each.left) for each in trainers}) == 1
@@ -81,7 +81,7 @@ def test_what_an_adapter_does_not_say_of_its_blocks_is_estimated() -> None:
 def test_a_plan_without_room_for_its_margin_is_taken_last_and_says_so() -> None:
     tight = planned(load("qwen3.5-4b-m2po-delta", *ONE_EACH), facts("9.0", 2, memory_gib=42, host_gib=512))
     plan.refuse(tight)
-    (warning,) = tight.warnings
+    (warning,) = memory_warnings(tight)
     assert warning.startswith("GPU 1: 386.1 MiB are left beside the 41.62 GiB that are planned")
     shared = (*ONE_EACH, "resources.share_gpus=true")
     for gib in (80, 100, 140.4):

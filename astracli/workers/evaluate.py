@@ -74,7 +74,7 @@ class Evaluator:
         """
         from astracli.engines.client import EngineClient
 
-        table, launch = self.config.recipe.eval, self.config.recipe.launch
+        launch = self.config.recipe.launch
         whole = launch.deterministic and self.embedded
         async with contextlib.AsyncExitStack() as stack:
             hub = await stack.enter_async_context(AsyncHubClient(self.config.hub_url, self.config.token))

@@ -15,8 +15,9 @@ A way is a rule, a source of the limits and a threshold, all of M2PO as a clip:
 Step t trains on what the policy of step t - staleness generated (`staleness.py`). Tokens cut are counted three ways in
 every run, on the same forward passes: by the way itself, by the published rule on what the update computes on, and by
 PPO's range of 0.2. Every run is one file in --out; what is there is not run again, so a cut-off command can be given
-again, and `--minutes 0` only prints. Runs are independent processes of one thread; ways of tier 1 come first. A run
-takes a minute or two on a core.
+again, and `--minutes 0` only prints. A run that fails is a row (`failed: message`) and ends no other; the next command
+tries it again, and the exit status is 1. Runs are independent processes of one thread; ways of tier 1 come first. A run
+takes two to five minutes on a core.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import os
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,9 +40,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from staleness import Run
+from staleness import RECIPE, Run
 from torch import Tensor
 
+from astracli import recipe_io
+from astracli.errors import UserError
 from astracli.recipe import AlgorithmTable
 from astracli.rl import losses
 from astracli.rl.losses import Limits, TokenLoss, Tokens, m2po
@@ -167,10 +171,20 @@ def place(args: argparse.Namespace, label: str, staleness: int, seed: int) -> Pa
     return Path(args.out) / f"{label.replace(' ', '-')}_k{staleness}_s{seed}.json"
 
 
+def ended_well(path: Path) -> bool:
+    return path.exists() and "failed" not in json.loads(path.read_text())
+
+
 def one(task: tuple[str, int, int, argparse.Namespace]) -> dict[str, Any]:
+    """The run's document, which is also its file. A failure is one too: the other runs have nothing to do with it."""
     torch.set_num_threads(1)
     label, staleness, seed, args = task
-    found = LimitsRun(label, staleness, seed, args).run() | {"steps": args.steps}
+    found: dict[str, Any] = {"algorithm": label, "staleness": staleness, "seed": seed, "steps": args.steps}
+    try:
+        found |= LimitsRun(label, staleness, seed, args).run()
+    except Exception as error:
+        found["failed"] = (str(error).strip() or type(error).__name__).splitlines()[0]
+        traceback.print_exc()
     path = place(args, label, staleness, seed)
     working = path.with_suffix(".tmp")
     working.write_text(json.dumps(found))
@@ -190,31 +204,44 @@ def run_all(left: list[tuple[str, int, int]], args: argparse.Namespace) -> None:
             except multiprocessing.TimeoutError:
                 print(f"time is over: {count} of {len(left)} runs ended", file=sys.stderr)
                 return
-            print(f"{count + 1}/{len(left)} {r['algorithm']}, staleness {r['staleness']}, seed {r['seed']}: "
-                  f"{r['curve'][-1][1]:.3f} ({r['cpu_s']:.0f} CPU s)", file=sys.stderr, flush=True)  # fmt: skip
+            which = f"{r['algorithm']}, staleness {r['staleness']}, seed {r['seed']}"
+            print(f"{count + 1}/{len(left)} {which}: {outcome(r)}", file=sys.stderr, flush=True)
         pool.close()
         pool.join()
 
 
+def outcome(run: dict[str, Any]) -> str:
+    if "failed" in run:
+        return f"failed: {run['failed']}"
+    return f"{run['curve'][-1][1]:.3f} ({run['cpu_s']:.0f} CPU s)"
+
+
 def table(runs: list[dict[str, Any]]) -> None:
-    """Means over seeds; behind the last evaluation its lowest seed."""
+    """Means over the seeds that did not fail, behind the last evaluation its lowest seed; then a row a failed run."""
     print(f"{'way':17} {'staleness':>9} {'seeds':>5} {'last':>6} {'lowest':>6} {'area':>6} | cut, %: {'itself':>6} "
           f"{'published':>9} {'PPO 0.2':>7} | {'mean ratio':>10} {'grad norm':>9} {'CPU s':>5}")  # fmt: skip
     for staleness in sorted({r["staleness"] for r in runs}):
         for label in WAYS:
-            of = [r for r in runs if (r["staleness"], r["algorithm"]) == (staleness, label)]
-            if not of:
-                continue
-            last = [r["curve"][-1][1] for r in of]
-            names = ("area", "cut_itself", "cut_published", "cut_ppo", "ratio_mean", "grad_norm", "cpu_s")
-            mean = {name: statistics.mean(r[name] for r in of) for name in names}
-            ended = sum(r["ended"] is not None for r in of)
-            print(
-                f"{label:17} {staleness:9d} {len(of):5d} {statistics.mean(last):6.3f} {min(last):6.3f} "
-                f"{mean['area']:6.3f} |         {100 * mean['cut_itself']:6.2f} {100 * mean['cut_published']:9.2f} "
-                f"{100 * mean['cut_ppo']:7.2f} | {mean['ratio_mean']:10.3f} {mean['grad_norm']:9.2f} "
-                f"{mean['cpu_s']:5.0f}{f'  {ended} ended early' if ended else ''}"
-            )
+            every = [r for r in runs if (r["staleness"], r["algorithm"]) == (staleness, label)]
+            of = [r for r in every if "failed" not in r]
+            if of:
+                print(row(label, staleness, of))
+            for r in every:
+                if "failed" in r:
+                    print(f"{label:17} {staleness:9d} seed {r['seed']} {outcome(r)}")
+
+
+def row(label: str, staleness: int, of: list[dict[str, Any]]) -> str:
+    last = [r["curve"][-1][1] for r in of]
+    names = ("area", "cut_itself", "cut_published", "cut_ppo", "ratio_mean", "grad_norm", "cpu_s")
+    mean = {name: statistics.mean(r[name] for r in of) for name in names}
+    ended = sum(r["ended"] is not None for r in of)
+    return (
+        f"{label:17} {staleness:9d} {len(of):5d} {statistics.mean(last):6.3f} {min(last):6.3f} "
+        f"{mean['area']:6.3f} |         {100 * mean['cut_itself']:6.2f} {100 * mean['cut_published']:9.2f} "
+        f"{100 * mean['cut_ppo']:7.2f} | {mean['ratio_mean']:10.3f} {mean['grad_norm']:9.2f} "
+        f"{mean['cpu_s']:5.0f}{f'  {ended} ended early' if ended else ''}"
+    )
 
 
 def main() -> None:
@@ -234,15 +261,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("limits"))
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    try:
+        recipe_io.load(RECIPE, args.settings)
+    except UserError as error:
+        parser.error(f"--set: {error}")
     args.out.mkdir(parents=True, exist_ok=True)
     everything = list(wanted(args))
-    left = [each for each in everything if not place(args, *each).exists()]
+    left = [each for each in everything if not ended_well(place(args, *each))]
     if left and args.minutes:
         run_all(left, args)
     runs = [json.loads(path.read_text()) for each in everything if (path := place(args, *each)).exists()]
     if {r["steps"] for r in runs} - {args.steps}:
         print(f"warning: some runs in {args.out} have other than {args.steps} steps", file=sys.stderr)
     print(json.dumps(runs)) if args.json else table(runs)
+    if any("failed" in r for r in runs):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -62,14 +63,16 @@ class Run:
         self.trainer = build_trainer(path, adapter, self.recipe, fsdp.Ranks(), attention="sdpa")
         spike = argparse.Namespace(lr=1e-4, beta2=0.99, groups=0, samples=0)
         self.actor = Spike(spike, seed)
-        self.kept: dict[int, dict[str, torch.Tensor]] = {}
+        self.kept: dict[int, Mapping[str, Any]] = {}
         self.asked = 0
 
-    def _weights(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach().bfloat16() for name, p in self.trainer.policy.model.named_parameters()}
+    def _weights(self) -> Mapping[str, Any]:
+        """What an engine would get, as copies. `A_log` among them is fp32: rounded to bf16 it is another policy, whose
+        log-probabilities are up to 0.1 away on single tokens."""
+        return self.trainer.masters.wire_shards()
 
     @torch.no_grad()
-    def _act_as(self, weights: dict[str, torch.Tensor]) -> None:
+    def _act_as(self, weights: Mapping[str, Any]) -> None:
         own = dict(self.actor.model.named_parameters())
         for name, tensor in weights.items():
             own[name].copy_(tensor)

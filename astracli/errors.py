@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-from astracli import transient
+from astracli.process import transient
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_WORDS = (

@@ -41,7 +41,7 @@ import torch
 from staleness import Run
 from torch import Tensor
 
-from astracli.recipe import AlgorithmTable
+from astracli.config.recipe import AlgorithmTable
 from astracli.rl import losses
 from astracli.rl.losses import Limits, TokenLoss, Tokens, m2po
 from astracli.rl.losses.clipping import Range

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from training_tools import make_trainer, recipe, sample_groups, save_model
 
-from astracli import recipe_io
+from astracli.config import recipe_io
+from astracli.config.recipe import AlgorithmTable
 from astracli.errors import UserError
-from astracli.recipe import AlgorithmTable
 from astracli.rl import losses
 from astracli.rl.batch import Row, empty_micro_batch, pad_rows
 from astracli.rl.losses import TokenLoss

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from astracli import recipe_io
+from astracli.config import recipe_io
 from astracli.data import arithmetic, benchmarks
 from astracli.data.content_hash import content_hash
 from astracli.data.prompts import Problem
 from astracli.errors import UserError
-from astracli.rl.grader import grade_number
+from astracli.rewards.grader import grade_number
 
 
 @pytest.fixture

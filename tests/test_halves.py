@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from astracli.plan_trainer import PASSING
-from astracli.recipe import TrainTable
+from astracli.config.recipe import TrainTable
+from astracli.plan.trainer import PASSING
 from astracli.training import adam
 from astracli.training.adam import Adam, on_host
 from astracli.training.halves import Halves, join, split

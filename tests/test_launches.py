@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from astracli import upload
 from astracli.adapters.qwen3_5 import ADAPTER, tiny_config
-from astracli.gpu import fused
+from astracli.kernels import upload
+from astracli.kernels.gpu import fused
 from astracli.rl import losses
 from astracli.training import objective, sums
 from astracli.training.fsdp import Ranks

@@ -9,11 +9,15 @@ import pytest
 from machines import GIB, facts
 from test_plan import load, planned
 
-from astracli import plan, plan_memory, plan_split, plan_trainer, registry
-from astracli.adapter import MemoryShape
 from astracli.adapters import llama, qwen3, qwen3_5
 from astracli.adapters.qwen3_5_sizes import text_shapes
 from astracli.errors import UserError
+from astracli.models import registry
+from astracli.models.adapter import MemoryShape
+from astracli.plan import build as plan
+from astracli.plan import memory as plan_memory
+from astracli.plan import offload as plan_split
+from astracli.plan import trainer as plan_trainer
 from astracli.training import adam
 
 EVERY_BLOCK_AGAIN = "train.activation_checkpointing=full"
@@ -137,7 +141,7 @@ def test_published_versions_lie_on_a_gpu_that_has_room_for_two() -> None:
 
 
 def test_the_room_that_published_versions_leave_is_the_planned_one() -> None:
-    from astracli.weights import snapshot
+    from astracli.weights.publish import snapshot
 
     assert snapshot.SPARE_BYTES == plan_trainer.SPARE_BYTES
 

@@ -16,9 +16,10 @@ import pytest
 from machines import GIB
 from test_plan import load, planned
 
-from astracli import plan_memory, plan_trainer
 from astracli.adapters import qwen3_5
-from astracli.plan import LaunchPlan
+from astracli.plan import memory as plan_memory
+from astracli.plan import trainer as plan_trainer
+from astracli.plan.build import LaunchPlan
 
 BENCH = Path(__file__).parent.parent / "bench"
 CONFIG = qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"]

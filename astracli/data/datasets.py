@@ -22,7 +22,7 @@ from astracli.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-    from astracli.recipe import DataTable, Recipe
+    from astracli.config.recipe import DataTable, Recipe
 
 DATA_DIR_VARIABLE = "ASTRA_DATA_DIR"
 """A directory that holds NAME.jsonl files, itself or in `eval/` and `train/`, where `data.path` names none."""
@@ -195,7 +195,7 @@ class Problems(Sequence[Problem]):
 
 def download(source: HubSet, revision: str | None = None) -> Path:
     """A Hub data set as one local .jsonl file, kept by commit in the cache. Raises UserError when it cannot be had."""
-    from astracli.launch.fetch import fetch_dataset
+    from astracli.data.fetch import fetch_dataset
 
     snapshot = fetch_dataset(source.hub_id, revision)
     name = "-".join(filter(None, [source.hub_id.replace("/", "--"), source.config, source.split, snapshot.name[:12]]))

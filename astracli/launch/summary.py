@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from astracli import balance
-from astracli.launch.local import MemorySampler
-from astracli.metrics import Record, mean, median, series, values, without_absent
-from astracli.recipe import Recipe
+from astracli.config.recipe import Recipe
+from astracli.process.children import MemorySampler
+from astracli.report import balance
+from astracli.runs.metrics import Record, mean, median, series, values, without_absent
 
 OVERALL = "overall"
 UPDATE_PARTS = (

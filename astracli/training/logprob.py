@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from astracli.training import weight_gradients
+from astracli.kernels import weight_gradients
 
 LOGIT_BYTES = {"cpu": 2**25, "cuda": 2**29}
 """Size of one chunk's fp32 logits, by device."""
@@ -47,7 +47,7 @@ def _logits(hidden_nD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, tempera
 def _kernels() -> Any:
     """The Triton kernels of the head; None where Triton cannot be imported."""
     try:
-        from astracli.gpu import logits
+        from astracli.kernels.gpu import logits
     except ImportError:
         return None
     return logits

@@ -23,7 +23,7 @@ from astracli.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from astracli.recipe import AlgorithmTable
+    from astracli.config.recipe import AlgorithmTable
 
 ALGORITHMS = {
     "m2po": "astracli.rl.losses.m2po",

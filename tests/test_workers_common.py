@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from astracli.config.recipe import Recipe
-from astracli.errors import UserError, gpu_failed, link_failed
+from astracli.errors import UserError
 from astracli.process import transient
+from astracli.process.transient import gpu_failed, link_failed
 from astracli.process.worker import Reporter, WorkerConfig, load_config
 
 TOKEN = "run-token"

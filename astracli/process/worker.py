@@ -28,7 +28,8 @@ from typing import Any, Literal, NoReturn
 from urllib.parse import urlsplit
 
 from astracli.config.recipe import Recipe
-from astracli.errors import AstraError, UserError, disk_full, gpu_failed, link_failed
+from astracli.errors import AstraError, UserError, disk_full
+from astracli.process.transient import gpu_failed, link_failed
 
 State = Literal["starting", "ready", "done", "failed"]
 

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
-from astracli.errors import RunFailed, disk_full, gpu_failed
+from astracli.errors import RunFailed, disk_full
+from astracli.process.transient import gpu_failed
 from astracli.process.worker import TERM_EXIT, Reporter, WorkerConfig, worker_main
 from astracli.rl.types import Group, unpack_group
 from astracli.training.settings import in_background, settle_torch, split_of

@@ -9,8 +9,9 @@ import pytest
 
 from astracli.errors import UserError
 from astracli.kernels import varlen
-from astracli.models import adapter_check, registry
+from astracli.models import registry
 from astracli.models.adapter import ModelAdapter
+from astracli.training import adapter_check
 
 
 def findings(adapter: ModelAdapter) -> dict[str, tuple[str, str]]:

@@ -21,11 +21,11 @@ from astracli.plan import offload as plan_split
 from astracli.plan import placement as plan_place
 from astracli.plan.build import LaunchPlan
 from astracli.plan.cost import Pace
-from astracli.plan.trainer import Split, recomputed
 from astracli.process.worker import WorkerConfig
 from astracli.training import settings as train_settings
 from astracli.training import setup
 from astracli.training.fsdp import Ranks
+from astracli.training.layout import Split, recomputed
 
 REQUESTS = "rollout.max_running_requests=32"
 ONE_EACH = ("resources.rollout_gpus=1", "resources.train_gpus=1", REQUESTS)

@@ -70,7 +70,8 @@ def check(name: NameArg, json: JsonOpt = False) -> None:
 
     Names, dtypes, blocks, rows beside each other. Exit 1 when one is wrong.
     """
-    from astracli.models import adapter_check, registry
+    from astracli.models import registry
+    from astracli.training import adapter_check
 
     adapter = registry.get(name)
     report = adapter_check.check(adapter)

@@ -28,7 +28,7 @@ SLOW_COPY = 5e9
 
 def adapter(name: str, device: str) -> list[Row]:
     """The adapter's promises on its smallest model: names, sizes, padded and packed rows == separate."""
-    from astracli.models import adapter_check
+    from astracli.training import adapter_check
 
     return adapter_check.check(registry.get(name), device)["checks"]
 
@@ -100,7 +100,7 @@ def parity(name: str) -> list[Row]:
     import torch
 
     from astracli.engines.embedded.engine import EmbeddedEngine, Limits
-    from astracli.models import adapter_check
+    from astracli.training import adapter_check
     from astracli.training.logprob import PolicyModel
 
     found = registry.get(name)

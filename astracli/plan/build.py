@@ -27,6 +27,7 @@ from astracli.plan.memory import MemoryRow
 from astracli.plan.placement import Placement
 from astracli.plan.types import Command, LaunchPlan, Problem, ProcessPlan, Role, Table
 from astracli.plan.view import render, to_json
+from astracli.training import layout
 
 __all__ = ["Command", "LaunchPlan", "Problem", "ProcessPlan", "Table", "build", "refuse", "render", "to_json"]
 
@@ -234,7 +235,7 @@ def _memory(
             static = None if card is None else int((placement.mem_fraction_static or 0.0) * card)
             rows += plan_memory.engine_rows(process.name, shape, recipe, device, static=static)
         elif process.role == "trainer" and shape:
-            published: plan_trainer.Where = "gpu" if process.name in published_on_gpu else "host"
+            published: layout.Where = "gpu" if process.name in published_on_gpu else "host"
             where = (device, process.world_size, placement.split, published)
             rows += plan_trainer.trainer_rows(process.name, shape, recipe, *where)
         else:

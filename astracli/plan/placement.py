@@ -18,8 +18,8 @@ from astracli.plan import trainer as plan_trainer
 from astracli.plan.cost import Pace
 from astracli.plan.memory import COMFORT, MemoryRow, safe, words
 from astracli.plan.offload import KEPT, Choice, Try, options, recomputing, resident, trainer_needs
-from astracli.plan.trainer import Split
 from astracli.training import link
+from astracli.training.layout import Split
 
 Staging = Literal["gpu", "host", "file"]
 

@@ -10,19 +10,14 @@ Letters: P parameters, R ranks, V vocabulary, D hidden size, T tokens of a micro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
-from typing import Literal
 
 from astracli.config.recipe import RECOMPUTED_BLOCKS, Recipe, Recomputed
 from astracli.models.adapter import MemoryShape
 from astracli.plan.memory import CUDA_CONTEXT, HOLES, TORCH_PROCESS, Basis, MemoryRow, Place, block_activations
+from astracli.training.layout import BUCKET_BYTES, LOGIT_BYTES, PASSING, RESIDENT, Split, Where, recomputed
 
-Where = Literal["gpu", "host"]
-
-LOGIT_BYTES = {"cpu": 2**25, "cuda": 2**29}
-"""fp32 logits of one chunk in the trainer's loss; with what lives beside them three times that."""
 GATHERED = 14
 """Bytes a parameter of a block while its backward pass runs: it and the next one gathered in bf16 (2 each) with the
 buffer of the collective (2), bf16 gradients (2), the fp32 buffer that they are reduced from (4), the one of the block
@@ -31,11 +26,6 @@ ALONE = 2
 """The same on one rank, which gathers and reduces nothing: bf16 gradients, each gone when it is added up."""
 RECOMPUTED = 1.25
 """A block's backward pass over what autograd kept of it: gradients come before what they are made from goes."""
-BUCKET_BYTES = 2**29
-"""What passes through the GPU together in an update: masters made whole from halves, moments that wait on the host. Of
-one tensor it may be more."""
-PASSING = 3
-"""Buckets of moments on the GPU at once: one comes, one is worked on, one leaves."""
 MASTERS = "master weights (fp32)"
 CHECKPOINT_COPY = "copy of a checkpoint that is being written"
 PUBLISHED = "published weights, last version and the next"
@@ -45,28 +35,6 @@ SPARE_BYTES = 2**30
 """Of a GPU, what published versions leave free; `weights.snapshot` says the same."""
 NCCL = 2**29
 """Buffers of the collectives on each GPU (estimated)."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """Where what a trainer does not always need lies: on its GPU, in pinned host memory and moved in when used, or
-    nowhere and computed again."""
-
-    reference: Where = "gpu"
-    moments_on_host: float = 0.0
-    """Which part of AdamW's moments."""
-    recomputed: Recomputed = "none"
-    """Of the blocks' activations, where the recipe leaves it open."""
-
-
-RESIDENT = Split()
-"""Everything on the GPU."""
-
-
-def recomputed(recipe: Recipe, split: Split) -> Recomputed:
-    """What the backward pass computes again."""
-    asked = recipe.train.activation_checkpointing
-    return split.recomputed if asked == "auto" else asked
 
 
 def trainer_rows(

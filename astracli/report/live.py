@@ -18,7 +18,7 @@ from typing import Any, Literal
 from astracli.errors import UserError
 from astracli.runs import metrics
 from astracli.runs.find import list_runs
-from astracli.runs.run_dir import RunDir
+from astracli.runs.run_dir import RunDir, paths
 
 Outcome = Literal["right", "wrong", "truncated"]
 
@@ -188,8 +188,6 @@ def results(run: RunDir) -> dict[str, Any] | None:
 def summary(run: RunDir) -> dict[str, Any] | None:
     """The closing figures of a run that has ended; None while it runs and of one that was killed. Its places are where
     the run lies now: it may have been moved, or be looked at from another directory."""
-    from astracli.launch.summary import paths
-
     try:
         document = json.loads(run.summary_json.read_text())
     except FileNotFoundError:

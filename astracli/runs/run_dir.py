@@ -271,6 +271,21 @@ def _flock(fd: int) -> bool:
     return True
 
 
+def paths(run_dir: Path) -> dict[str, str]:
+    """What lies where, of what is there."""
+    places = {
+        "run": run_dir,
+        "export": run_dir / "export",
+        "evaluations": run_dir / "eval" / "eval.csv",
+        "metrics": run_dir / "metrics.jsonl",
+        "samples": run_dir / "samples",
+        "checkpoints": run_dir / "checkpoints",
+        "logs": run_dir / "logs",
+        "report": run_dir / "report.html",
+    }
+    return {name: str(place) for name, place in places.items() if place.exists()}
+
+
 def write_atomic(path: Path, text: str, mode: int = 0o644) -> None:
     """Write a file so that readers see the old or the new text, never half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from astracli.kernels import weight_gradients
+from astracli.training.layout import LOGIT_BYTES
 
-LOGIT_BYTES = {"cpu": 2**25, "cuda": 2**29}
-"""Size of one chunk's fp32 logits, by device."""
 _CHUNKS_PER_PRODUCT = {"cpu": 1, "cuda": 4}
 """Chunks whose gradients of logits, in the compute dtype, go into one product for the gradient of the weight: every
 such product reads and writes that whole gradient."""

@@ -6,8 +6,8 @@ import os
 from dataclasses import fields
 
 from astracli.config.recipe import Recipe
-from astracli.plan.trainer import RESIDENT, Split
 from astracli.process.worker import WorkerConfig
+from astracli.training.layout import RESIDENT, Split
 
 _SPLIT = tuple(field.name for field in fields(Split))
 

@@ -33,8 +33,8 @@ import numpy as np
 from simulated import Changes, Engine, Idle, Instantly, Setting, SimulatedLoop
 
 from astracli.config import recipe_io
+from astracli.config.benchmarks import get
 from astracli.config.recipe import Recipe
-from astracli.data import benchmarks
 from astracli.data.benchmarks import Benchmark
 from astracli.data.prompts import Problem
 from astracli.evaluation.benchmark import BenchmarkWork, Sampling
@@ -210,7 +210,7 @@ def _raise(task: asyncio.Task[None]) -> None:
 
 def _benchmarks(recipe: Recipe) -> list[Benchmark]:
     """As many items as the recipe's benchmarks have."""
-    specs = [benchmarks.get(name) for name in recipe.eval.benchmarks]
+    specs = [get(name) for name in recipe.eval.benchmarks]
     return [
         Benchmark(spec.name, [Problem(f"{spec.name}{i}", "", "") for i in range(spec.counts[0])], spec.samples, "")
         for spec in specs

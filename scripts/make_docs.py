@@ -95,7 +95,7 @@ def _cell(text: str) -> str:
 
 
 def benchmarks() -> str:
-    from astracli.data.benchmarks import BENCHMARKS
+    from astracli.config.benchmarks import BENCHMARKS
     from astracli.data.datasets import TRAINING_SETS
 
     rows = []

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from astracli.config.benchmarks import MATH_PROMPT
 from astracli.config.recipe import DataTable
 from astracli.data import datasets
-from astracli.data.prompts import MATH_PROMPT, PromptSource, render, stop_token_ids
+from astracli.data.prompts import PromptSource, render, stop_token_ids
 from astracli.errors import UserError
 
 FIXTURE = Path(__file__).parent / "fixtures" / "problems.jsonl"

@@ -19,8 +19,8 @@ from pydantic import (
     model_validator,
 )
 
+from astracli.config.algorithms import ALGORITHMS
 from astracli.config.recipe_run import CheckpointTable, ExpectedTable, LaunchTable, MetricsTable, ResourcesTable, Table
-from astracli.rl.losses import OWN_DEFAULTS
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 RUNNING = 32
@@ -246,7 +246,7 @@ class AlgorithmTable(Table):
     @classmethod
     def _own_defaults(cls, values: Any) -> Any:
         """What the recipe leaves out takes the chosen algorithm's own value."""
-        own = OWN_DEFAULTS.get(str(values.get("name"))) if isinstance(values, dict) else None
+        own = ALGORITHMS.get(str(values.get("name"))) if isinstance(values, dict) else None
         return own | values if own else values
 
     @property

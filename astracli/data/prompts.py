@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
     from astracli.config.recipe import DataTable
 
-MATH_PROMPT = "{question}\nLet's think step by step. Please put your final answer within \\boxed{}."
-"""What a benchmark of written mathematics asks."""
-
 
 @dataclass(frozen=True)
 class Problem:

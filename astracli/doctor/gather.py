@@ -128,6 +128,7 @@ def cached(name: str, kind: str, revision: str | None = None) -> Path | None:
 
 def data(recipe: Recipe) -> list[dict[str, Any]]:
     """Training problems and benchmarks of a recipe, each with where it lies. See `machine.DataSet`."""
+    from astracli.config.benchmarks import get
     from astracli.data import benchmarks, datasets
 
     source, folder = recipe.data.source, recipe.data.path
@@ -144,7 +145,7 @@ def data(recipe: Recipe) -> list[dict[str, Any]]:
         found.append(_lookup(source, "train", hub_id, recipe.data.revision, find_train))
     names = recipe.eval.benchmarks if recipe.eval.every else []
     for name in names:
-        spec = benchmarks.get(name)
+        spec = get(name)
         if spec.hub is None:
             found.append(_set(name, "eval", None, "generated"))
         else:

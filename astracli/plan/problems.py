@@ -167,10 +167,11 @@ def warnings(plan: LaunchPlan, recipe: Recipe, facts: Mapping[str, Any]) -> list
 
 def _evaluations(recipe: Recipe) -> list[str]:
     """When evaluations generate more than the rollouts between two of them; benchmarks of unknown size left out."""
+    from astracli.config.benchmarks import get
     from astracli.data import benchmarks
 
     table = recipe.eval
-    specs = [benchmarks.get(name) for name in table.benchmarks]
+    specs = [get(name) for name in table.benchmarks]
     items = [benchmarks.count_items(spec) or 0 for spec in specs]
     asked = sum(n * (table.samples or spec.samples) for n, spec in zip(items, specs, strict=True))
     a_step = recipe.batch_sequences / (1 + recipe.train.replay_ratio)

@@ -1,1 +1,1 @@
-"""Model families: the adapter contract, its registry, and checks of an adapter."""
+"""Model families: the adapter contract and its registry."""

@@ -1,1 +1,1 @@
-"""Model families, one file each: data and small functions that fill an `astracli.adapter.ModelAdapter`."""
+"""Model families, one file each: data and small functions that fill an `astracli.models.adapter.ModelAdapter`."""

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from astracli.adapter import MemoryShape, ModelAdapter, WireTensor
-from astracli.adapter_tools import gemm_flops, load_checkpoint, outside_blocks, wire_map
 from astracli.errors import UserError
+from astracli.models.adapter import MemoryShape, ModelAdapter, WireTensor
+from astracli.models.adapter_tools import gemm_flops, load_checkpoint, outside_blocks, wire_map
 
 _RECURRENT = ("linear_attention", "mamba", "recurrent", "conv")
 

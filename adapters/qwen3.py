@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from astracli.adapter import MemoryShape, ModelAdapter, WireTensor
-from astracli.adapter_tools import Shapes, dense_memory_shape, dense_shapes, load_checkpoint, wire_map
+from astracli.models.adapter import MemoryShape, ModelAdapter, WireTensor
+from astracli.models.adapter_tools import Shapes, dense_memory_shape, dense_shapes, load_checkpoint, wire_map
 
 
 def _shapes(config: Mapping[str, Any]) -> Shapes:
@@ -30,7 +30,7 @@ def wire_tensors(model: Any) -> dict[str, WireTensor]:
 
 
 def prepare_gpu(model: Any) -> None:
-    from astracli.gpu import fused
+    from astracli.kernels.gpu import fused
 
     fused.install(model, norms=("Qwen3RMSNorm",), mlps=("Qwen3MLP",))
 

@@ -22,10 +22,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from astracli.adapter import DeltaRule, Forbidden, ModelAdapter, WireTensor, read_config
-from astracli.adapter_tools import load_checkpoint, wire_map
 from astracli.adapters import qwen3_5_layers as layers
 from astracli.adapters import qwen3_5_sizes as sizes
+from astracli.models.adapter import DeltaRule, Forbidden, ModelAdapter, WireTensor, read_config
+from astracli.models.adapter_tools import load_checkpoint, wire_map
 
 KEEP_FP32 = ("A_log",)
 FROZEN = ("model.visual.", "visual.", "mtp.")
@@ -93,7 +93,7 @@ def prepare_cpu(model: Any) -> None:
     import torch
     from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
-    from astracli.cpu import delta_rule
+    from astracli.kernels.cpu import delta_rule
 
     layers.torch_on_cpu()
     for module in layers.delta_net_modules(model):
@@ -115,13 +115,13 @@ def prepare_cpu(model: Any) -> None:
 
 
 def _norm(module: Any, x: Any) -> Any:
-    from astracli.cpu.norms import rms_norm
+    from astracli.kernels.cpu.norms import rms_norm
 
     return rms_norm(x.float(), 1.0 + module.weight.float(), module.eps).type_as(x)
 
 
 def _gated_norm(module: Any, x: Any, gate: Any) -> Any:
-    from astracli.cpu.norms import gated_rms_norm
+    from astracli.kernels.cpu.norms import gated_rms_norm
 
     return gated_rms_norm(x.float(), gate.float(), module.weight.float(), module.variance_epsilon).type_as(x)
 
@@ -132,7 +132,7 @@ def wire_tensors(model: Any) -> dict[str, WireTensor]:
 
 def delta_rule(config: Mapping[str, Any], device: str) -> DeltaRule:
     """The chunk rule as a trainer layer calls it: ours on a CPU, fla's on a GPU where it is installed."""
-    from astracli.gpu import fused
+    from astracli.kernels.gpu import fused
 
     kernels = fused.fla() if device == "cuda" else None
     _, value_heads, key_dim, value_dim, _ = sizes.delta_net_sizes(sizes.text_config(config))

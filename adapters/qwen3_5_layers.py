@@ -35,7 +35,7 @@ def torch_rule() -> Callable[..., Any]:
     """transformers' chunk rule in torch; newer releases wrap it so that it calls fla where fla is installed."""
     from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
-    from astracli.cpu import delta_rule
+    from astracli.kernels.cpu import delta_rule
 
     return partial(delta_rule.rule, inspect.unwrap(modeling.torch_chunk_gated_delta_rule), CHUNK)
 
@@ -109,9 +109,9 @@ def delta_net(
     """
     import torch
 
-    from astracli.gpu import fused
-    from astracli.gpu.heads import SplitHeads
-    from astracli.training.weight_gradients import linears
+    from astracli.kernels.gpu import fused
+    from astracli.kernels.gpu.heads import SplitHeads
+    from astracli.kernels.weight_gradients import linears
 
     if told := getattr(module, "boundaries", None):
         cu_seqlens, edges, carry_state = told.get("cu_seqlens"), told.get("edges"), told.get("carry_state", False)
@@ -169,14 +169,14 @@ def delta_net(
 
 def _segments(cu_seqlens: Any, tokens: int, edges: tuple[int, ...] | None = None) -> list[tuple[int, int]]:
     """(start, end) of every segment; one for an ordinary row."""
-    from astracli.training.varlen import segments
+    from astracli.kernels.varlen import segments
 
     return [(0, tokens)] if cu_seqlens is None else segments(cu_seqlens, tokens, edges)
 
 
 def _torch_conv(x: Any, taps: Any, bias: Any) -> Any:
     """silu of the causal depthwise convolution: x [B, T, C], taps [C, J] -> [B, T, C], from zeros."""
-    from astracli.cpu import delta_rule
+    from astracli.kernels.cpu import delta_rule
 
     return delta_rule.conv_silu(x.transpose(1, 2), taps, bias).transpose(1, 2)
 
@@ -185,7 +185,7 @@ def _rotate_by_hand() -> None:
     """transformers' attention turns queries and keys by a function of its module: on a GPU, one with fewer kernels."""
     from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
-    from astracli.gpu import heads
+    from astracli.kernels.gpu import heads
 
     plain: Any = modeling.apply_rotary_pos_emb
     known = list(inspect.signature(heads.rotate).parameters.values())
@@ -198,14 +198,14 @@ def _rotate_by_hand() -> None:
 
 
 def _rotate(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:
-    from astracli.gpu import heads
+    from astracli.kernels.gpu import heads
 
     return heads.rotate(q, k, cos, sin, unsqueeze_dim)
 
 
 def prepare_gpu(model: Any) -> None:
     """Every layer through fla's kernels where it is installed; the norms' weights are centred at zero."""
-    from astracli.gpu import fused
+    from astracli.kernels.gpu import fused
 
     _rotate_by_hand()
     if fused.fla() is not None:

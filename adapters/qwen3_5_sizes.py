@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from astracli.adapter import MemoryShape
-from astracli.adapter_tools import Shapes, gemm_flops, outside_blocks
 from astracli.adapters import qwen3_5_layers as layers
+from astracli.models.adapter import MemoryShape
+from astracli.models.adapter_tools import Shapes, gemm_flops, outside_blocks
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from astracli.cli.output import table_lines
+from astracli.config.benchmarks import BENCHMARKS
 from astracli.data import benchmarks, datasets, decontamination
 from astracli.data.content_hash import content_hash
 from astracli.data.prompts import Problem
@@ -23,7 +24,7 @@ from astracli.errors import UserError
 def load_all() -> dict[str, list[Problem]]:
     """Every written benchmark that is there; prints one row each."""
     rows, found = [], {}
-    for name, spec in benchmarks.BENCHMARKS.items():
+    for name, spec in BENCHMARKS.items():
         if spec.hub is None:
             continue
         try:

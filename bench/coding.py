@@ -32,8 +32,10 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as in the children: nobody
 import numpy as np
 import xxhash
 
-from astracli.weights import coder, container, decoder, flat, reading
-from astracli.weights.manifest import FileEntry, Manifest, Piece, TensorEntry, seal
+from astracli.weights.format import container, flat
+from astracli.weights.format.manifest import FileEntry, Manifest, Piece, TensorEntry, seal
+from astracli.weights.publish import coder
+from astracli.weights.receive import decoder, reading
 
 SIZE = 1 << 22
 PIECES_OF_4B = 1003

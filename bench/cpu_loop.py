@@ -157,8 +157,8 @@ def trl_side(steps: int, out: Path) -> None:
     import trl as package
 
     import astracli
-    from astracli.adapter import chat_prompt_tokens
     from astracli.data import arithmetic
+    from astracli.models.adapter import chat_prompt_tokens
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     path = Path(astracli.__file__).parent / "assets" / "tiny"

@@ -34,20 +34,21 @@ from typing import Any
 import torch
 from weights import versions
 
-from astracli.weights import sglang_loader, staged
-from astracli.weights.decoder import DecoderProcess
-from astracli.weights.manifest import TensorEntry
-from astracli.weights.placement import PlacementRecorder
-from astracli.weights.publisher import Publisher
-from astracli.weights.reading import Prepared, prepare
-from astracli.weights.resident import Resident
+from astracli.engines.sglang import loader as sglang_loader
+from astracli.weights.device.resident import Resident
+from astracli.weights.format.manifest import TensorEntry
+from astracli.weights.publish.publisher import Publisher
+from astracli.weights.receive import staged
+from astracli.weights.receive.decoder import DecoderProcess
+from astracli.weights.receive.placement import PlacementRecorder
+from astracli.weights.receive.reading import Prepared, prepare
 
 WAYS = {"thread, 5 ms": 5e-3, "thread, 0.5 ms": 5e-4, "process": 5e-3}
 
 
 def publish(folder: Path, shape: str) -> Resident:
     """Versions 0 and 1; version 1 is staged for the hands that come back."""
-    from astracli.weights.manifest import seal
+    from astracli.weights.format.manifest import seal
 
     base, new = versions(shape, 1e-6, 4, "cpu")
     publisher = Publisher(folder, full_interval=1000)

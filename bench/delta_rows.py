@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from astracli.weights.manifest import write_atomic
+from astracli.weights.format.manifest import write_atomic
 
 BEGAN = time.monotonic()
 FIGURES = (

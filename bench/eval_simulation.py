@@ -32,16 +32,17 @@ from typing import Any
 import numpy as np
 from simulated import Changes, Engine, Idle, Instantly, Setting, SimulatedLoop
 
-from astracli import balance, recipe_io
-from astracli.data import benchmarks
+from astracli.config import recipe_io
+from astracli.config.benchmarks import get
+from astracli.config.recipe import Recipe
 from astracli.data.benchmarks import Benchmark
 from astracli.data.prompts import Problem
+from astracli.evaluation.benchmark import BenchmarkWork, Sampling
+from astracli.evaluation.spread import evaluate
 from astracli.hub.store import HubStore
-from astracli.recipe import Recipe
-from astracli.rl.eval_spread import evaluate
-from astracli.rl.evaluation import BenchmarkWork, Sampling
+from astracli.report import balance
 from astracli.rl.types import Group, Sample, Segment, pack_group, unpack_group
-from astracli.workers.idle import IdleWhile
+from astracli.rollout.idle import IdleWhile
 
 AHEAD = 16
 """A sample more than there are slots for every so many slots waits in the engine."""
@@ -209,7 +210,7 @@ def _raise(task: asyncio.Task[None]) -> None:
 
 def _benchmarks(recipe: Recipe) -> list[Benchmark]:
     """As many items as the recipe's benchmarks have."""
-    specs = [benchmarks.get(name) for name in recipe.eval.benchmarks]
+    specs = [get(name) for name in recipe.eval.benchmarks]
     return [
         Benchmark(spec.name, [Problem(f"{spec.name}{i}", "", "") for i in range(spec.counts[0])], spec.samples, "")
         for spec in specs

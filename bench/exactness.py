@@ -29,8 +29,8 @@ SMALL = [
     "eval.every=2",
     "eval.samples=4",
 ]
-OF_A_PROCESS = frozenset({"time", "rows_max_abs", "rows_gradient_error", "rows_gradient_own_shape"})
-"""Not figures of a step: a clock, and a check that each trainer process makes on the first batch it sees."""
+OF_A_PROCESS = frozenset({"time", "slots_busy", "rows_max_abs", "rows_gradient_error", "rows_gradient_own_shape"})
+"""Not figures of a step: a clock, a share of time, a check that each trainer process makes on its first batch."""
 
 
 def digests(run: Path) -> dict[str, str]:

@@ -30,7 +30,7 @@ import torch
 from gpu_train import environment
 from train_case import VARIANTS, build, groups, join, recipe, settle, shape_config
 
-from astracli import registry
+from astracli.models import registry
 from astracli.training import checkpoint
 from astracli.training.checkpoint_saver import Saver
 from astracli.training.step import Trainer

@@ -4,7 +4,7 @@
 
 Copies to the GPU, from it, and both at once (bytes of both directions together), whole and in pieces of 64 MiB, as
 moments pass through in an update (`training/passage.py`); then the kernels of `training/halves.py` by the bytes that
-they read and write (8 a parameter). Medians, GB/s. `astracli/plan_speed.py` counts with the link's figure.
+they read and write (8 a parameter). Medians, GB/s. `astracli/plan/cost.py` counts with the link's figure.
 """
 
 from __future__ import annotations

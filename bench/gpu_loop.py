@@ -29,7 +29,7 @@ from typing import Any
 
 from meter import MemoryWatch
 
-from astracli.plan_memory import MemoryRow, on_gpu
+from astracli.plan.memory import MemoryRow, on_gpu
 
 HERE = Path(__file__).parent
 LAYOUTS = ("1+1", "shared", "1+2")

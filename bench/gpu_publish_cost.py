@@ -29,10 +29,10 @@ import torch
 from gpu_train import environment
 from train_case import VARIANTS, build, groups, join, recipe, settle, shape_config
 
-from astracli import registry
+from astracli.models import registry
 from astracli.training.step import Trainer
-from astracli.weights.publisher import Publisher, PublishResult
-from astracli.workers.train import ENCODE_THREADS
+from astracli.training.worker import ENCODE_THREADS
+from astracli.weights.publish.publisher import Publisher, PublishResult
 
 WARM_UP = 3
 """Steps that are not timed."""

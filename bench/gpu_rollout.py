@@ -33,15 +33,18 @@ from typing import Any
 from meter import MemoryWatch
 from transformers import AutoTokenizer
 
-from astracli import backend, machine, recipe_io, registry
-from astracli.adapter import chat_prompt_tokens
-from astracli.data import arithmetic
+from astracli.backends import choice as backend
+from astracli.config import recipe_io
+from astracli.config.recipe import Recipe
+from astracli.data import arithmetic, fetch
 from astracli.doctor import gather
 from astracli.engines.client import EngineClient, GenRequest
-from astracli.launch import fetch, ports
-from astracli.plan import ENGINE_MODULES
-from astracli.recipe import Recipe
-from astracli.workers.common import WorkerConfig
+from astracli.machine import facts as machine
+from astracli.models import registry
+from astracli.models.adapter import chat_prompt_tokens
+from astracli.plan.build import ENGINE_MODULES
+from astracli.process import ports
+from astracli.process.worker import WorkerConfig
 
 TOKEN = "bench"
 GROUP = 8

@@ -23,10 +23,11 @@ import torch
 from gpu_train import environment
 from train_case import VARIANTS, build, join, recipe, shape_config
 
-from astracli import registry
+from astracli.kernels import varlen
+from astracli.models import registry
 from astracli.rl.batch import Row, pad_rows
 from astracli.rl.types import Group, Sample, Segment
-from astracli.training import packing, parity, varlen
+from astracli.training import packing, parity
 from astracli.training.parity import Pass
 from astracli.training.step import Trainer
 

@@ -62,9 +62,9 @@ from sglang_server import TOKEN, Server, Trainer, adapter_of, compare, model_dir
 
 from astracli.engines.client import UNPROVEN, EngineClient, flushes
 from astracli.hub.api import serve
-from astracli.launch import ports
-from astracli.weights.server import weights_routes
-from astracli.weights.subscriber import Subscriber
+from astracli.process import ports
+from astracli.weights.publish.server import weights_routes
+from astracli.weights.receive.subscriber import Subscriber
 
 RECOVERY_S = 8.0
 

@@ -41,9 +41,9 @@ from starlette.applications import Starlette
 
 from astracli.engines.client import NO_TENSORS, EngineClient
 from astracli.hub.api import serve
-from astracli.launch import ports
-from astracli.weights.server import weights_routes
-from astracli.weights.subscriber import Subscriber
+from astracli.process import ports
+from astracli.weights.publish.server import weights_routes
+from astracli.weights.receive.subscriber import Subscriber
 
 LOADERS = "staging_loader"
 PLACES = ("gpu", "host", "file")

@@ -17,12 +17,12 @@ import time
 from pathlib import Path
 
 from astracli.cli.output import table_lines
-from astracli.rl.reward import GradeItem, GradePool
+from astracli.rewards.reward import GradeItem, GradePool
 
 
 def plain(problem: str, answer: str, completion: str) -> float:
     """math-verify alone, as a reward (it runs in the same killable processes)."""
-    from astracli.rl.grading.algebra import load_math_verify
+    from astracli.rewards.grading.algebra import load_math_verify
 
     parse, verify = load_math_verify()
     gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)

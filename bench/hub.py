@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 
+from astracli.config.recipe_run import LaunchTable
 from astracli.hub.api import build_app, serve
 from astracli.hub.client import HubClient
 from astracli.hub.store import HubStore
-from astracli.launch.ports import bind
-from astracli.recipe_run import LaunchTable
+from astracli.process.ports import bind
 from astracli.rl.types import Group, Sample, Segment, unpack_group
 
 GROUPS, SAMPLES, TOKENS = 32, 8, 4096

@@ -151,8 +151,8 @@ def wrong_digests(run: Path, version: int) -> list[object]:
     import torch
     from safetensors.torch import load_file
 
-    from astracli.weights.digest import digest_tensor, to_hex
-    from astracli.weights.manifest import MANIFEST, Manifest, read_stable, version_name
+    from astracli.weights.format.digest import digest_tensor, to_hex
+    from astracli.weights.format.manifest import MANIFEST, Manifest, read_stable, version_name
 
     kind = next(iter(read_stable(run / "weights", version)["manifests"]))
     manifest = Manifest.from_bytes((run / "weights" / version_name(version) / MANIFEST[kind]).read_bytes())

@@ -25,15 +25,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from astracli import registry, upload
-from astracli.adapter import ModelAdapter
-from astracli.gpu import fused
-from astracli.plan_trainer import RESIDENT, recomputed
-from astracli.recipe import Recipe
+from astracli.config.recipe import Recipe
+from astracli.kernels import upload, varlen, weight_gradients
+from astracli.kernels.gpu import fused
+from astracli.models import registry
+from astracli.models.adapter import ModelAdapter
 from astracli.rl import losses
 from astracli.rl.types import Group, Sample, Segment
-from astracli.training import halves, logprob, setup, varlen, weight_gradients
+from astracli.training import halves, logprob, setup
 from astracli.training.fsdp import Ranks
+from astracli.training.layout import RESIDENT, recomputed
 from astracli.training.step import Trainer
 from astracli.training.sums import Sums
 

@@ -23,10 +23,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from transformers import AutoTokenizer, Qwen3_5ForCausalLM
 
-from astracli import registry
-from astracli.adapter import chat_prompt_tokens
 from astracli.data import arithmetic
-from astracli.rl.grader import grade_math
+from astracli.models import registry
+from astracli.models.adapter import chat_prompt_tokens
+from astracli.rewards.grader import grade_math
 
 MAX_NEW = 24
 

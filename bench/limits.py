@@ -43,9 +43,9 @@ import torch
 from staleness import RECIPE, Run
 from torch import Tensor
 
-from astracli import recipe_io
+from astracli.config import recipe_io
+from astracli.config.recipe import AlgorithmTable
 from astracli.errors import UserError
-from astracli.recipe import AlgorithmTable
 from astracli.rl import losses
 from astracli.rl.losses import Limits, TokenLoss, Tokens, m2po
 from astracli.rl.losses.clipping import Range

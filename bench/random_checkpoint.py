@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from astracli import registry
+from astracli.models import registry
 
 SHARD_BYTES = 4 << 30
 

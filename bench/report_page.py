@@ -23,9 +23,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from astracli import recipe_io, report_html
 from astracli.cli.output import table_lines
-from astracli.run_dir import RunDir
+from astracli.config import recipe_io
+from astracli.report.page import html as report_html
+from astracli.runs.run_dir import RunDir
 
 CHROMIUM = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
 PROBE_HEAD = "<script>window.seen=[];addEventListener('error',e=>seen.push(e.message));"

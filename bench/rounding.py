@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from astracli import registry
-from astracli.adapter import read_config
+from astracli.models import registry
+from astracli.models.adapter import read_config
 
 
 @torch.no_grad()

@@ -112,8 +112,8 @@ def machines(tree: Tree) -> list[str]:
 
 
 def versions(run: Path) -> dict[str, str]:
-    """File -> hash, of every published version that is there."""
-    files = [path for path in run.glob("weights/**/*") if path.is_file()]
+    """File -> hash, of every published version that is there; of the store's nonce, which is drawn, nothing."""
+    files = [path for path in run.glob("weights/**/*") if path.is_file() and path.name != "NONCE"]
     return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

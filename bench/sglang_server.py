@@ -19,15 +19,16 @@ from typing import Any, Literal
 
 import torch
 
-from astracli import registry
-from astracli.adapter import read_config
-from astracli.backend import SGLANG_CPU_ENV, SGLANG_ENV
-from astracli.backend_serving import SERVING_ON_CPU
+from astracli.backends.choice import SGLANG_CPU_ENV, SGLANG_ENV
+from astracli.backends.serving import SERVING_ON_CPU
+from astracli.data import fetch
 from astracli.engines.client import SETTLE_LOADER, STAGED_LOADER, EngineClient, GenRequest
-from astracli.launch import fetch, ports
+from astracli.models import registry
+from astracli.models.adapter import read_config
+from astracli.process import ports
 from astracli.training.optimizer import DTYPES
-from astracli.weights.publisher import Publisher
-from astracli.weights.snapshot import copies
+from astracli.weights.publish.publisher import Publisher
+from astracli.weights.publish.snapshot import copies
 
 TOKEN = "bench-token"
 VERIFY = 4

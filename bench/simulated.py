@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from astracli.config.recipe import Recipe
 from astracli.engines.client import GenRequest, GenResult
 from astracli.hub.store import HubStore
-from astracli.recipe import Recipe
-from astracli.rl.reward import Grade, GradeItem
+from astracli.rewards.reward import Grade, GradeItem
 
 STEP_1_S, STEP_64_S = 1 / 237, 64 / 8300
 """Seconds of a decode step with 1 and with 64 requests, as measured (docs/benchmarks.md)."""

@@ -33,18 +33,20 @@ from urllib.error import HTTPError
 import numpy as np
 from gpu_rollout import TOKEN, engine, settings
 
-from astracli import machine, recipe_io
-from astracli.adapter import load_tokenizer
+from astracli.config import recipe_io
+from astracli.config.recipe import Recipe
+from astracli.data import fetch
 from astracli.data.prompts import PromptSource
 from astracli.engines.client import EngineClient, GenRequest, GenResult
 from astracli.hub.api import build_app, serve
 from astracli.hub.store import HubStore
-from astracli.launch import fetch, ports
-from astracli.recipe import Recipe
-from astracli.rl.reward import GradePool
-from astracli.weights.server import weights_app
-from astracli.workers import rollout
-from astracli.workers.common import Reporter, WorkerConfig
+from astracli.machine import facts as machine
+from astracli.models.adapter import load_tokenizer
+from astracli.process import ports
+from astracli.process.worker import Reporter, WorkerConfig
+from astracli.rewards.reward import GradePool
+from astracli.rollout import worker as rollout
+from astracli.weights.publish.server import weights_app
 
 MANY = 100_000
 """Groups of a batch and steps of a run: admission never says no."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from astracli.weights import sglang_loader
-from astracli.weights.staging import Staging, Where
+from astracli.engines.sglang import loader as sglang_loader
+from astracli.weights.receive.staging import Staging, Where
 
 
 def gpu(model: Any, named_tensors: Iterable[Any] = ()) -> None:

@@ -29,9 +29,10 @@ import numpy as np
 import torch
 from learning_spike import Spike
 
-from astracli import recipe_io, registry
-from astracli.adapter import chat_prompt_tokens
+from astracli.config import recipe_io
 from astracli.data import arithmetic
+from astracli.models import registry
+from astracli.models.adapter import chat_prompt_tokens
 from astracli.rl.types import Group, Sample, Segment
 from astracli.training import fsdp
 from astracli.training.setup import build_trainer

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from astracli.adapter import ModelAdapter
-from astracli.plan import TRAINER_ON_GPU
-from astracli.plan_trainer import RESIDENT, Split
-from astracli.recipe import Recipe
+from astracli.config.recipe import Recipe
+from astracli.models.adapter import ModelAdapter
+from astracli.plan.build import TRAINER_ON_GPU
 from astracli.rl.types import Group, Sample, Segment
 from astracli.training import fsdp, setup
+from astracli.training.layout import RESIDENT, Split
 from astracli.training.step import Trainer
 
 

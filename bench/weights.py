@@ -39,14 +39,16 @@ import torch
 import zstandard
 from safetensors.torch import load_file, save_file
 
-from astracli import registry
-from astracli.weights import digest, payload, staged
-from astracli.weights.decoder import DecoderProcess
-from astracli.weights.device import bits_torch
-from astracli.weights.encoder import EncoderProcess
-from astracli.weights.manifest import seal
-from astracli.weights.resident import Resident
-from astracli.weights.snapshot import local
+from astracli.models import registry
+from astracli.weights.device.difference import bits_torch
+from astracli.weights.device.resident import Resident
+from astracli.weights.format import digest
+from astracli.weights.format.manifest import seal
+from astracli.weights.publish import payload
+from astracli.weights.publish.encoder import EncoderProcess
+from astracli.weights.publish.snapshot import local
+from astracli.weights.receive import staged
+from astracli.weights.receive.decoder import DecoderProcess
 
 SHAPES = {
     "4b": {

@@ -34,12 +34,12 @@ import torch
 import xxhash
 
 from astracli.errors import RunFailed
-from astracli.weights import staged
-from astracli.weights.digest import bits_of, digest_tensor
-from astracli.weights.manifest import Manifest, seal, unseal, version_name
-from astracli.weights.payload import hash_file
-from astracli.weights.publisher import Publisher
-from astracli.weights.snapshot import Shard
+from astracli.weights.format.digest import bits_of, digest_tensor
+from astracli.weights.format.manifest import Manifest, seal, unseal, version_name
+from astracli.weights.publish.payload import hash_file
+from astracli.weights.publish.publisher import Publisher
+from astracli.weights.publish.snapshot import Shard
+from astracli.weights.receive import staged
 
 Weights = dict[str, torch.Tensor]
 SHAPES = {

@@ -22,12 +22,12 @@ from starlette.applications import Starlette
 from weights import versions
 
 from astracli.hub.api import serve
-from astracli.launch import ports
-from astracli.weights import reading, staged
-from astracli.weights.publisher import Publisher
-from astracli.weights.server import weights_routes
-from astracli.weights.snapshot import lanes_of, take
-from astracli.weights.subscriber import Subscriber
+from astracli.process import ports
+from astracli.weights.publish.publisher import Publisher
+from astracli.weights.publish.server import weights_routes
+from astracli.weights.publish.snapshot import lanes_of, take
+from astracli.weights.receive import reading, staged
+from astracli.weights.receive.subscriber import Subscriber
 
 
 def measure(weights: dict[str, torch.Tensor], threads: int, folder: Path) -> dict[str, float]:

@@ -63,7 +63,7 @@ def _default(value: ast.expr | None) -> str:
 
 
 def recipe() -> str:
-    files = (ROOT / "astracli" / name for name in ("recipe.py", "recipe_run.py"))
+    files = (ROOT / "astracli" / "config" / name for name in ("recipe.py", "recipe_run.py"))
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
     classes = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
     parts = [
@@ -95,7 +95,7 @@ def _cell(text: str) -> str:
 
 
 def benchmarks() -> str:
-    from astracli.data.benchmarks import BENCHMARKS
+    from astracli.config.benchmarks import BENCHMARKS
     from astracli.data.datasets import TRAINING_SETS
 
     rows = []

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from astracli import machine
+from astracli.machine import facts as machine
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "astracli" / "assets" / "machines"

@@ -34,12 +34,13 @@ import torch
 from make_tiny import CONTENT, EOS, PAD, UNK, build_config, build_tokenizer, save
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-from astracli import registry
-from astracli.adapter import chat_prompt_tokens
 from astracli.adapters.qwen3_5_sizes import TEXT_4B
+from astracli.config.recipe import Recipe
 from astracli.data import arithmetic
-from astracli.recipe import Recipe
-from astracli.training import fsdp, packing, varlen
+from astracli.kernels import varlen
+from astracli.models import registry
+from astracli.models.adapter import chat_prompt_tokens
+from astracli.training import fsdp, packing
 from astracli.training.export import export
 from astracli.training.setup import build_trainer
 from astracli.training.step import Trainer

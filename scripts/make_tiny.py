@@ -24,10 +24,10 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-from astracli import registry
-from astracli.adapter import chat_prompt_tokens
 from astracli.data import arithmetic
-from astracli.rl.grader import grade_math
+from astracli.models import registry
+from astracli.models.adapter import chat_prompt_tokens
+from astracli.rewards.grader import grade_math
 
 CONTENT = [*"0123456789+-*= ", "\\boxed{", "}"]
 PAD, EOS, UNK = 0, 1, 2

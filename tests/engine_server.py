@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from engine_models import tiny_model
 
-from astracli.adapter import ModelAdapter
 from astracli.adapters.qwen3_5 import ADAPTER as QWEN3_5
 from astracli.engines.client import EngineClient, GenRequest
-from astracli.engines.embedded import bind, serving
-from astracli.engines.engine import EmbeddedEngine, Limits
-from astracli.engines.http import Door, build_app
+from astracli.engines.embedded.engine import EmbeddedEngine, Limits
+from astracli.engines.embedded.http import Door, build_app
+from astracli.engines.embedded.process import bind, serving
+from astracli.models.adapter import ModelAdapter
 
 TOKEN = "secret-of-the-run"
 

@@ -18,9 +18,9 @@ from astracli.data.benchmarks import Benchmark
 from astracli.data.prompts import Problem
 from astracli.engines.client import GenRequest, GenResult
 from astracli.errors import RunFailed
-from astracli.rl.eval_spread import evaluate
-from astracli.rl.evaluation import BenchmarkWork, Result, Sampling, sample_seed
-from astracli.rl.reward import Grade, GradeItem, GradePool
+from astracli.evaluation.benchmark import BenchmarkWork, Result, Sampling, sample_seed
+from astracli.evaluation.spread import evaluate
+from astracli.rewards.reward import Grade, GradeItem, GradePool
 
 CHARACTERS = "0123456789+-= \\boxed{}"
 VOCABULARY = {c: i for i, c in enumerate(["<pad>", "<eos>", *dict.fromkeys(CHARACTERS)])}

@@ -22,7 +22,7 @@ from starlette.routing import Route
 from astracli.engines.client import SETTLE_LOADER
 from astracli.errors import RunFailed
 from astracli.hub.server import ServerThread
-from astracli.weights.subscriber import StagedPlan
+from astracli.weights.receive.subscriber import StagedPlan
 
 BROKEN = -99.0
 """Log-probability of what is drawn from weights that an update failed to change."""

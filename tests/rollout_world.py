@@ -14,17 +14,17 @@ from fake_engine import FakeEngine, FakeFetcher, token
 from hub_tools import open_store
 from test_hub_api import TOKEN, Server
 
+from astracli.config.recipe import Recipe
 from astracli.data.prompts import PromptSource
 from astracli.engines.client import EngineClient
 from astracli.hub.client import AsyncHubClient
 from astracli.hub.store import HubStore
-from astracli.recipe import Recipe
-from astracli.rl.reward import Grade, GradeItem
+from astracli.process.worker import Reporter, WorkerConfig
+from astracli.rewards.reward import Grade, GradeItem
 from astracli.rl.schedule import sample_seed
 from astracli.rl.types import Group, unpack_group
-from astracli.workers.common import Reporter, WorkerConfig
-from astracli.workers.rollout import Rollout
-from astracli.workers.updates import Lane
+from astracli.rollout.updates import Lane
+from astracli.rollout.worker import Rollout
 
 LENGTH = 20
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from astracli import recipe_io
-from astracli.run_dir import RunDir
+from astracli.config import recipe_io
+from astracli.runs.run_dir import RunDir
 
 TINY = "qwen3.5-tiny-m2po-delta"
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from astracli.weights.digest import digest_tensor, to_hex
-from astracli.weights.manifest import Manifest, TensorEntry, seal, version_name, write_atomic
-from astracli.weights.publisher import Publisher
+from astracli.weights.format.digest import digest_tensor, to_hex
+from astracli.weights.format.manifest import Manifest, TensorEntry, seal, version_name, write_atomic
+from astracli.weights.publish.publisher import Publisher
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 from weights_damage import SHAPES

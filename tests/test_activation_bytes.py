@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from astracli.adapters import generic, llama, qwen3, qwen3_5
-from astracli.gpu import fused
+from astracli.kernels.gpu import fused
 
 TOKENS = 512
 

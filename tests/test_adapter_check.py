@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from astracli import adapter_check, registry
-from astracli.adapter import ModelAdapter
 from astracli.errors import UserError
-from astracli.training import varlen
+from astracli.kernels import varlen
+from astracli.models import registry
+from astracli.models.adapter import ModelAdapter
+from astracli.training import adapter_check
 
 
 def findings(adapter: ModelAdapter) -> dict[str, tuple[str, str]]:

@@ -25,9 +25,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from astracli.adapter import ModelAdapter
 from astracli.adapters import generic, llama, qwen3, qwen3_5
 from astracli.errors import UserError
+from astracli.models.adapter import ModelAdapter
 
 FAMILIES = [
     (qwen3_5.ADAPTER, Qwen3_5TextConfig, Qwen3_5ForCausalLM),

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 from machines import facts, package
 
-from astracli import backend, backend_serving, machine, machine_facts
 from astracli.adapters import llama, qwen3_5
+from astracli.backends import choice as backend
+from astracli.backends import serving as backend_serving
+from astracli.config.recipe import Recipe
 from astracli.errors import UserError
-from astracli.recipe import Recipe
+from astracli.machine import documents as machine_facts
+from astracli.machine import facts as machine
 
 HYBRID, DENSE = qwen3_5.ADAPTER, llama.ADAPTER
 KERNEL = package("0.4.5")

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from astracli import balance, recipe_io
-from astracli.balance import Seen, Setting
-from astracli.closing import balance_words
+from astracli.config import recipe_io
+from astracli.report import balance
+from astracli.report.balance import Seen, Setting
+from astracli.report.closing import balance_words
 
 SEEN = Seen(step_s=100.0, wait_s=3.0, engine_s=200.0, idle_s=20.0, trained_tokens=97_000.0, generated_tokens=120_000.0)
 SETTING = Setting(engines=2, ranks=1, gpus=True, slots=64, allowed=128, staleness=1, concurrency=64, turns=False,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from training_tools import sample_groups
 
-from astracli.recipe import AlgorithmTable, RolloutTable
+from astracli.config.recipe import AlgorithmTable, RolloutTable
 from astracli.rl.batch import Batch, build_batch
 from astracli.rl.types import Group, Sample, Segment
 

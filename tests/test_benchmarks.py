@@ -8,20 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from astracli import recipe_io
+from astracli.config import recipe_io
+from astracli.config.benchmarks import BENCHMARKS
 from astracli.data import arithmetic, benchmarks
 from astracli.data.content_hash import content_hash
 from astracli.data.prompts import Problem
 from astracli.errors import UserError
-from astracli.rl.grader import grade_number
+from astracli.rewards.grader import grade_number
 
 
 @pytest.fixture
 def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sets of made-up items pass for benchmarks: their hashes are not looked at."""
-    monkeypatch.setattr(
-        benchmarks, "BENCHMARKS", {name: replace(spec, hashes=()) for name, spec in benchmarks.BENCHMARKS.items()}
-    )
+    made_up = {name: replace(spec, hashes=()) for name, spec in BENCHMARKS.items()}
+    monkeypatch.setattr("astracli.config.benchmarks.BENCHMARKS", made_up)
 
 
 def write_items(path: Path, n: int, question: str = "problem", repeat: int = 1) -> Path:
@@ -32,7 +32,7 @@ def write_items(path: Path, n: int, question: str = "problem", repeat: int = 1) 
 
 
 def test_registry_has_the_samples_and_counts_of_the_reference() -> None:
-    table = {name: (spec.counts[0], spec.samples) for name, spec in benchmarks.BENCHMARKS.items()}
+    table = {name: (spec.counts[0], spec.samples) for name, spec in BENCHMARKS.items()}
     assert table == {
         "arithmetic-heldout": (256, 8),
         "arithmetic-steps-heldout": (256, 4),
@@ -185,9 +185,9 @@ def test_without_a_recorded_hash_the_count_is_checked_and_that_is_said(
 
 
 def test_every_benchmark_says_licence_and_whether_anybody_loaded_it() -> None:
-    assert all(spec.licence for spec in benchmarks.BENCHMARKS.values())
-    assert {n for n, spec in benchmarks.BENCHMARKS.items() if spec.hub and not spec.hashes} == {"amc"}
-    assert not any(spec.hub_loaded for spec in benchmarks.BENCHMARKS.values())
+    assert all(spec.licence for spec in BENCHMARKS.values())
+    assert {n for n, spec in BENCHMARKS.items() if spec.hub and not spec.hashes} == {"amc"}
+    assert not any(spec.hub_loaded for spec in BENCHMARKS.values())
 
 
 def test_a_set_of_ones_own_by_path(tmp_path: Path) -> None:

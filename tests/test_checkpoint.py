@@ -281,7 +281,7 @@ def test_memory_for_the_copy_is_what_the_plan_leaves(tmp_path: Path, monkeypatch
     """Of 100 pieces in all 60 are free now and 30 go to others later: two ranks share 0.8 of the smaller rest."""
     size = checkpoint_saver.PIECE_BYTES
     host = {"memory_total": 100 * size, "memory_available": 60 * size}
-    monkeypatch.setattr("astracli.machine_read.system", lambda: host)
+    monkeypatch.setattr("astracli.machine.read.system", lambda: host)
 
     def count(wanted: int, others: int, **more: Any) -> int:
         saver = checkpoint_saver.Saver(tmp_path, Ranks(world_size=2), keep=2, others=others * size, **more)

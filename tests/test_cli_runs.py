@@ -12,7 +12,7 @@ from pathlib import Path
 from conftest import Ran
 from run_cases import TINY, make_run
 
-from astracli import run_view
+from astracli.report import live as run_view
 
 Astra = Callable[..., Ran]
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from astracli.errors import UserError
-from astracli.rl import votes
-from astracli.rl.compare import Shares, compare, read_shares, words
+from astracli.evaluation import votes
+from astracli.evaluation.compare import Shares, compare, read_shares, words
 
 
 def evaluation(seed: int, gain: float, items: int = 300, noise: float = 0.1) -> Shares:

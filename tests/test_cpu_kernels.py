@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
-from astracli.cpu import delta_rule, linear, memory, norms
+from astracli.kernels.cpu import delta_rule, linear, memory, norms
 
 
 def gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Tensor, list[Tensor]]:

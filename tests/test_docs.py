@@ -19,7 +19,7 @@ def test_references_are_up_to_date() -> None:
 
 
 def test_every_command_and_recipe_key_is_there() -> None:
-    from astracli.recipe import Recipe
+    from astracli.config.recipe import Recipe
 
     cli, recipe = ((ROOT / "docs" / name).read_text() for name in ("cli.md", "recipe.md"))
     assert "--compare" in cli and "### astra runs report" in cli

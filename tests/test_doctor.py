@@ -12,10 +12,11 @@ import torch
 from doctor_cases import CASES, NET, Case, checkpoint, dead, held_by, put, stub
 from machines import facts, package
 
-from astracli import machine, recipe_io
 from astracli.adapters import qwen3_5
+from astracli.config import recipe_io
 from astracli.doctor import checks, python
 from astracli.errors import UserError
+from astracli.machine import facts as machine
 
 TINY, BIG, SHARED = "qwen3.5-tiny-m2po-delta", "qwen3.5-4b-m2po-delta", "qwen3.5-0.8b-m2po-delta"
 Report = dict[str, Any]
@@ -218,7 +219,7 @@ def test_packing_is_astras_own_whatever_transformers_does(version: str, said: st
 def test_packing_without_a_varlen_path_of_its_own_fails_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     import dataclasses
 
-    from astracli import registry
+    from astracli.models import registry
 
     leaking = dataclasses.replace(qwen3_5.ADAPTER, install_varlen=None)
     monkeypatch.setattr(registry, "resolve", lambda recipe, config=None: leaking)
@@ -255,20 +256,20 @@ def test_a_choice_without_its_package_fails() -> None:
 
 def test_dead_runs_and_their_processes_are_named() -> None:
     document = facts()
-    dead(1, {"77": "astracli.workers.train"})(document)
+    dead(1, {"77": "astracli.training.worker"})(document)
     check = one(judged(TINY, document), "dead runs")
     assert check["value"] == "runs/a stopped at step 7, holds 3.00 GiB"
-    assert check["why"] == "still running: astracli.workers.train (process 77)"
+    assert check["why"] == "still running: astracli.training.worker (process 77)"
     dead(7)(document)
     several = [c for c in judged(TINY, document)["checks"] if c["name"] == "dead runs"]
     assert len(several) == 6 and several[-1]["value"] == "2 more, 6.00 GiB"
 
 
 def test_an_engine_that_this_version_lacks_fails_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("astracli.doctor.recipe.shipped", lambda module: not module.endswith("sglang"))
+    monkeypatch.setattr("astracli.doctor.recipe.shipped", lambda module: not module.endswith("sglang.server"))
     report = judged(BIG, gpu_box())
     assert found(report, "fail") == {"version": "fail"}
-    assert one(report, "version")["value"] == "this version of astra has no `astracli.engines.sglang`"
+    assert one(report, "version")["value"] == "this version of astra has no `astracli.engines.sglang.server`"
     assert judged(TINY, facts())["ok"] is True
 
 

@@ -13,14 +13,18 @@ from typing import Any
 import psutil
 import pytest
 
-from astracli import machine, machine_read, recipe_io, run_dir, run_view
+from astracli.config import recipe_io
 from astracli.doctor import checks, gather
+from astracli.machine import facts as machine
+from astracli.machine import read as machine_read
+from astracli.report import live as run_view
+from astracli.runs import run_dir
 
 TINY = "qwen3.5-tiny-m2po-delta"
 
 
 def tiny(tmp_path: Path) -> Path:
-    from astracli.launch import fetch
+    from astracli.data import fetch
 
     return Path(shutil.copytree(fetch.bundled("astra:tiny"), tmp_path / "tiny"))
 

@@ -12,7 +12,7 @@ import pytest
 from doctor_cases import checkpoint
 from test_doctor import BIG, SHARED, TINY, found, judged, one
 
-from astracli import machine_facts
+from astracli.machine import documents as machine_facts
 
 RECORDED = Path(__file__).parent / "fixtures" / "machines"
 """Environments of the past: AstraFlow's on L40s, and torch 2.11 with TileLang on an H200."""

@@ -14,13 +14,14 @@ import torch
 from machines import facts
 from test_doctor import BIG, TINY, gpu_box
 
-from astracli import recipe_io, registry
-from astracli.adapter import DeltaRule
 from astracli.adapters import generic, qwen3_5
+from astracli.config import recipe_io
 from astracli.doctor import all_reduce, attention, measures, probe_child, probes
 from astracli.doctor.probes import Probe
 from astracli.doctor.subject import Subject, subject
-from astracli.training import varlen
+from astracli.kernels import varlen
+from astracli.models import registry
+from astracli.models.adapter import DeltaRule
 
 CONFIG = qwen3_5.tiny_config()
 

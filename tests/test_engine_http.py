@@ -21,12 +21,12 @@ import pytest
 from engine_models import reference_logprobs
 from engine_server import TOKEN, engine_of, long_requests, running, save, slow, with_client
 
-from astracli.adapter import ModelAdapter
 from astracli.adapters.llama import ADAPTER as LLAMA
 from astracli.adapters.qwen3_5 import ADAPTER as QWEN3_5
 from astracli.engines.client import Ended, EngineClient, GenRequest, GenResult
-from astracli.engines.embedded import bind
+from astracli.engines.embedded.process import bind
 from astracli.errors import RunFailed
+from astracli.models.adapter import ModelAdapter
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +282,12 @@ def test_the_process_serves_and_ends_on_sigterm(checkpoint: Path, tmp_path: Path
 
     with _hub() as hub:
         port = _free_port()
-        command = [sys.executable, "-m", "astracli.engines.embedded", str(_config(tmp_path, checkpoint, hub, port))]
+        command = [
+            sys.executable,
+            "-m",
+            "astracli.engines.embedded.process",
+            str(_config(tmp_path, checkpoint, hub, port)),
+        ]
         child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         try:
             assert asyncio.run(use(f"http://127.0.0.1:{port}", child)) == 12
@@ -301,7 +306,12 @@ def test_a_taken_port_ends_the_process_with_a_message(checkpoint: Path, tmp_path
         taken = bind("127.0.0.1", 0)
         taken.listen()
         port = taken.getsockname()[1]
-        command = [sys.executable, "-m", "astracli.engines.embedded", str(_config(tmp_path, checkpoint, hub, port))]
+        command = [
+            sys.executable,
+            "-m",
+            "astracli.engines.embedded.process",
+            str(_config(tmp_path, checkpoint, hub, port)),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         taken.close()
     assert done.returncode == 1

@@ -27,14 +27,15 @@ from transfer_tools import TOKEN as WEIGHTS_TOKEN
 from transfer_tools import Server as WeightServer
 
 from astracli.adapters.qwen3_5 import ADAPTER as QWEN3_5
-from astracli.engines import checkpoint, sglang
 from astracli.engines.client import EngineClient, GenRequest
-from astracli.engines.sglang import Options, command, graph_sizes
+from astracli.engines.sglang import checkpoint
+from astracli.engines.sglang import server as sglang
+from astracli.engines.sglang.server import Options, command, graph_sizes
 from astracli.errors import RunFailed
-from astracli.launch.ports import free_ports
-from astracli.weights.publisher import Publisher
-from astracli.weights.subscriber import Subscriber
-from astracli.workers.common import WorkerConfig
+from astracli.process.ports import free_ports
+from astracli.process.worker import WorkerConfig
+from astracli.weights.publish.publisher import Publisher
+from astracli.weights.receive.subscriber import Subscriber
 
 __all__ = ["hub"]
 
@@ -74,7 +75,7 @@ def process(config: WorkerConfig) -> Iterator[subprocess.Popen[str]]:
     path.write_text(json.dumps(config.document()))
     (config.run_dir / "config").mkdir(exist_ok=True)
     started = subprocess.Popen(
-        [sys.executable, "-m", "astracli.engines.sglang", str(path)], stdout=subprocess.PIPE,
+        [sys.executable, "-m", "astracli.engines.sglang.server", str(path)], stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     try:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from engine_models import VOCAB, reference_logprobs, tiny_model
 
-from astracli.engines import kernels
-from astracli.engines.decoder import Decoder
-from astracli.engines.scheduler import Scheduler
-from astracli.engines.table import Completion, Request
+from astracli.engines.embedded import kernels
+from astracli.engines.embedded.decoder import Decoder
+from astracli.engines.embedded.scheduler import Scheduler
+from astracli.engines.embedded.table import Completion, Request
 
 KINDS = ["qwen3_5", "llama", "qwen3"]
 

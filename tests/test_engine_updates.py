@@ -16,11 +16,11 @@ from starlette.applications import Starlette
 
 from astracli.adapters.qwen3_5 import ADAPTER as QWEN3_5
 from astracli.engines.client import EngineClient
-from astracli.engines.embedded import bind, serving
+from astracli.engines.embedded.process import bind, serving
 from astracli.errors import RunFailed
-from astracli.weights.publisher import Publisher
-from astracli.weights.server import weights_routes
-from astracli.weights.subscriber import Subscriber
+from astracli.weights.publish.publisher import Publisher
+from astracli.weights.publish.server import weights_routes
+from astracli.weights.receive.subscriber import Subscriber
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from eval_cases import SAMPLING, FakeEngine, InstantGrader, expected_average, ru
 
 from astracli.engines.client import GenRequest, GenResult
 from astracli.errors import RunFailed
-from astracli.rl import eval_spread
+from astracli.evaluation import spread as eval_spread
 
 
 class TimedEngine(FakeEngine):

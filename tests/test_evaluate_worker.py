@@ -25,12 +25,13 @@ from eval_cases import (
     small,
 )
 
+from astracli.config.recipe import Recipe
 from astracli.data import benchmarks
 from astracli.errors import RunFailed
-from astracli.recipe import Recipe
-from astracli.rl import passk
-from astracli.workers import eval_files, evaluate
-from astracli.workers.common import WorkerConfig
+from astracli.evaluation import files as eval_files
+from astracli.evaluation import passk
+from astracli.evaluation import worker as evaluate
+from astracli.process.worker import WorkerConfig
 
 TOKEN = "secret"
 RECIPE: dict[str, Any] = {
@@ -190,7 +191,7 @@ def test_the_process_follows_the_hub(tmp_path: Path, stand: Any) -> None:
     config = worker_config(tmp_path, stand)
     path = tmp_path / "eval.json"
     path.write_text(json.dumps(config.document()))
-    command = [sys.executable, "-m", "astracli.workers.evaluate", str(path)]
+    command = [sys.executable, "-m", "astracli.evaluation.worker", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / "run" / "eval" / "eval.csv").open()))

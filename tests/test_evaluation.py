@@ -8,7 +8,7 @@ import pytest
 from eval_cases import SAMPLING, FakeEngine, expected_average, run_benchmark, small
 
 from astracli.errors import RunFailed
-from astracli.rl.evaluation import sample_seed
+from astracli.evaluation.benchmark import sample_seed
 
 
 def test_seeds_depend_on_run_benchmark_item_and_sample_only() -> None:

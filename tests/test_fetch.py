@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
+from astracli.data.fetch import fetch_model, local_path
 from astracli.errors import UserError
-from astracli.launch.fetch import fetch_model, local_path
-from astracli.launch.ports import bind, free_ports
+from astracli.process.ports import bind, free_ports
 
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}
 FILES = {

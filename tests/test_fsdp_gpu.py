@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from training_tools import save_model, spawn
 
 from astracli.adapters.qwen3_5 import tiny_config
-from astracli.weights import digest
-from astracli.weights.manifest import Manifest
+from astracli.weights.format import digest
+from astracli.weights.format.manifest import Manifest
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,7 +34,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from training_tools import make_trainer, recipe, uneven_groups
 from astracli.training import checkpoint, fsdp
-from astracli.weights.publisher import Publisher
+from astracli.weights.publish.publisher import Publisher
 
 device, model_dir, out, resume, names = json.loads(sys.argv[1])
 out = Path(out)

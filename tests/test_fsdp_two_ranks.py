@@ -23,7 +23,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from training_tools import make_trainer, recipe, uneven_groups
 from astracli.training import fsdp
-from astracli.weights.publisher import Publisher
+from astracli.weights.publish.publisher import Publisher
 
 model_dir, out = map(Path, sys.argv[1:])
 ranks = fsdp.join("cpu")
@@ -105,8 +105,8 @@ def test_two_ranks_equal_one(model_dir: Path, out: Path) -> None:
 
 def test_what_two_ranks_publish_is_what_they_hold(out: Path) -> None:
     """The pieces that no one gathered give the gathered tensors, bit for bit, through the receiver's own code."""
-    from astracli.weights import digest
-    from astracli.weights.manifest import Manifest
+    from astracli.weights.format import digest
+    from astracli.weights.format.manifest import Manifest
 
     full = load_file(out / "full.safetensors")
     raw = (out / "weights" / "v000003" / "manifest.json").read_bytes()

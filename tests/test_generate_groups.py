@@ -11,7 +11,7 @@ from training_tools import recipe
 
 from astracli.engines.client import GenRequest, GenResult
 from astracli.rl.schedule import sample_seed
-from astracli.workers.groups import Draft, Sampling, generate_groups
+from astracli.rollout.groups import Draft, Sampling, generate_groups
 
 PROMPT = [9, 9, 9]
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from astracli.recipe import GradingTable
-from astracli.rl import grader
-from astracli.rl.grading.conventions import Conventions
-from astracli.rl.reward import GradeItem, GradePool, grade_all
+from astracli.config.recipe import GradingTable
+from astracli.rewards import grader
+from astracli.rewards.grading.conventions import Conventions
+from astracli.rewards.reward import GradeItem, GradePool, grade_all
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from astracli.plan_trainer import PASSING
-from astracli.recipe import TrainTable
+from astracli.config.recipe import TrainTable
 from astracli.training import adam
 from astracli.training.adam import Adam, on_host
 from astracli.training.halves import Halves, join, split
+from astracli.training.layout import PASSING
 from astracli.training.parking import Parking
 from astracli.training.passage import Passage
 

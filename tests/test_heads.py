@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from astracli.gpu import heads
+from astracli.kernels.gpu import heads
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from hub_tools import finish_step, group, ids, open_store
 
-from astracli import recipe_io
+from astracli.config import recipe_io
+from astracli.config.recipe import CurriculumTable, DataTable
 from astracli.data.prompts import PromptSource
 from astracli.errors import UserError
 from astracli.hub.curriculum import Curriculum, solve_rate, uniform
 from astracli.hub.store import HubStore
-from astracli.recipe import CurriculumTable, DataTable
 
 KINDS = ("easy", "fair", "hard", "new")
 RATES = {"easy": (1.0, 1.0), "fair": (0.0, 1.0), "hard": (0.0, 0.0)}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hub_tools import batch_ids, fill, finish_step, group, ids, open_store
 
-from astracli import recipe_io
+from astracli.config import recipe_io
 from astracli.errors import UserError
 from astracli.hub.store import HubStore
 from astracli.rl.schedule import Replays, admit, allowance, replays_due

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from astracli import recipe_io, runs
+from astracli.config import recipe_io
+from astracli.data import fetch
 from astracli.errors import UserError
-from astracli.launch import fetch, inputs, run
+from astracli.launch import inputs, run
+from astracli.runs import find as runs
 
 TINY = "qwen3.5-tiny-m2po-delta"
 

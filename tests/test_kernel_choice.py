@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from astracli.adapters import qwen3_5_layers
 from astracli.adapters.qwen3_5 import ADAPTER
-from astracli.gpu import fused
+from astracli.kernels.gpu import fused
 
 
 def test_kernels_that_are_wrapped_look_at_the_tensor_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,8 +59,8 @@ def test_a_gpu_whose_fla_has_no_right_backward_runs_the_rule_in_torch(
     from types import SimpleNamespace
 
     from astracli.adapters import qwen3_5_layers as layers
-    from astracli.cpu import delta_rule
-    from astracli.gpu import fused
+    from astracli.kernels.cpu import delta_rule
+    from astracli.kernels.gpu import fused
 
     class OnGpu(torch.Tensor):
         is_cuda = property(lambda self: True)  # type: ignore[assignment]

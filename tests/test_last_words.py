@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from astracli.engines import last_words
+from astracli.engines.sglang import last_words
 
 DIED = Path(__file__).parent / "fixtures" / "sglang_died.log"
 """A real SGLang: how it started, and how it ended because its cache could not be flushed."""

@@ -19,16 +19,19 @@ import psutil
 import pytest
 from rich.console import Console
 
-from astracli import metrics, plan, recipe_io, runs
-from astracli.closing import closing_facts
+from astracli.config import recipe_io
+from astracli.config.recipe import Recipe
 from astracli.errors import RunFailed, UserError
 from astracli.launch import changes, children, run, summary, watch
 from astracli.launch.job import Job
-from astracli.plan import LaunchPlan
-from astracli.recipe import Recipe
-from astracli.report import LiveView, Progress
-from astracli.run_dir import RunDir
-from astracli.workers.common import load_config
+from astracli.plan import build as plan
+from astracli.plan.build import LaunchPlan
+from astracli.process.worker import load_config
+from astracli.report.closing import closing_facts
+from astracli.report.page.page import LiveView, Progress
+from astracli.runs import find as runs
+from astracli.runs import metrics
+from astracli.runs.run_dir import RunDir
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -160,7 +163,7 @@ def test_dry_run_of_every_shipped_recipe() -> None:
 WORKER = """
 import sys, time
 from astracli.errors import RunFailed
-from astracli.workers.common import worker_main
+from astracli.process.worker import worker_main
 
 def run(config, reporter):
     reporter.ready()

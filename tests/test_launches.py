@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from astracli import upload
 from astracli.adapters.qwen3_5 import ADAPTER, tiny_config
-from astracli.gpu import fused
-from astracli.rl import losses
+from astracli.config.algorithms import ALGORITHMS
+from astracli.kernels import upload
+from astracli.kernels.gpu import fused
 from astracli.training import objective, sums
 from astracli.training.fsdp import Ranks
 from astracli.training.step import Trainer
@@ -42,7 +42,7 @@ def config(**changed: Any) -> Mapping[str, Any]:
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
-@pytest.mark.parametrize("algorithm", sorted(losses.ALGORITHMS))
+@pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
 def test_no_micro_batch_waits_for_the_gpu(bench: ModuleType, algorithm: str, checkpointing: str) -> None:
     """With the loss, the figures and the accumulation of gradients."""
     chosen = bench.recipe(512, checkpointing, {"name": algorithm})

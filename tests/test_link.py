@@ -14,13 +14,14 @@ from machines import facts
 from test_plan import load, planned
 from test_supervise import logs, spec, supervisor  # noqa: F401
 
-from astracli import recipe_io
-from astracli.closing import closing_facts
+from astracli.config import recipe_io
 from astracli.errors import RunFailed
-from astracli.launch import children, local, summary
-from astracli.launch.ports import free_ports
+from astracli.launch import children, summary
 from astracli.launch.supervise import Retry
-from astracli.run_dir import RunDir
+from astracli.process import children as local
+from astracli.process.ports import free_ports
+from astracli.report.closing import closing_facts
+from astracli.runs.run_dir import RunDir
 from astracli.training import link
 
 RANK = """

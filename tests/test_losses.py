@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from astracli.config.recipe import AlgorithmTable
 from astracli.errors import UserError
-from astracli.recipe import AlgorithmTable
 from astracli.rl import losses
 from astracli.rl.losses import TokenLoss, Tokens, m2po
 from astracli.rl.losses.clipping import Range

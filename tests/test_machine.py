@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from astracli import machine, machine_read
 from astracli.errors import UserError
+from astracli.machine import facts as machine
+from astracli.machine import read as machine_read
 
 SMI = """0, GPU-aa11, NVIDIA L40, 8.9, 46068, 45000, 580.105.08
 1, GPU-bb22, NVIDIA L40, 8.9, 46068, 46000, 580.105.08
@@ -21,7 +22,7 @@ SMI = """0, GPU-aa11, NVIDIA L40, 8.9, 46068, 45000, 580.105.08
 
 def test_probe_is_quick_valid_json_and_imports_nothing_heavy() -> None:
     code = (
-        "import json, sys, time; from astracli import machine\n"
+        "import json, sys, time; from astracli.machine import facts as machine\n"
         "t = time.process_time(); document = machine.probe(); spent = time.process_time() - t\n"
         "machine.validate(document)\n"
         "heavy = [m for m in ('torch', 'transformers', 'numpy', 'datasets') if m in sys.modules]\n"

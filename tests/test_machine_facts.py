@@ -11,12 +11,17 @@ import pytest
 from conftest import Ran
 from machines import GIB, facts
 
-from astracli import backend as backends
-from astracli import machine, machine_facts, plan, plan_gpus, recipe_io, registry
 from astracli.adapters import qwen3_5
+from astracli.backends import choice as backends
+from astracli.config import recipe_io
 from astracli.errors import UserError
 from astracli.launch import run as launch
-from astracli.plan_types import LaunchPlan
+from astracli.machine import documents as machine_facts
+from astracli.machine import facts as machine
+from astracli.models import registry
+from astracli.plan import build as plan
+from astracli.plan import gpus as plan_gpus
+from astracli.plan.types import LaunchPlan
 
 Astra = Callable[..., Ran]
 BIG, SHARED, TINY = "qwen3.5-4b-m2po-delta", "qwen3.5-0.8b-m2po-delta", "qwen3.5-tiny-m2po-delta"
@@ -156,7 +161,7 @@ def test_the_doctor_shows_placement_and_memory(astra: Astra) -> None:
 def test_a_machine_without_gpus_is_told_of_documents(
     astra: Astra, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("astracli.machine_read.gpus", lambda: ([], None))
+    monkeypatch.setattr("astracli.machine.read.gpus", lambda: ([], None))
     dry = astra("train", BIG, "--dry-run")
     assert dry.err.startswith("hint: `--facts NAME` plans for another machine: ") and "8xl40" in dry.err
     refused = astra("train", BIG)

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from astracli import registry
 from astracli.data import arithmetic
+from astracli.models import registry
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 

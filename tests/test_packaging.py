@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from astracli.machine import version_tuple
+from astracli.machine.facts import version_tuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

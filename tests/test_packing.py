@@ -15,13 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_tools import make_trainer, recipe, sample_groups, save_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from astracli import backend, registry
-from astracli.adapter import ModelAdapter
 from astracli.adapters.qwen3_5 import ADAPTER
+from astracli.backends import choice as backend
 from astracli.errors import UserError
+from astracli.kernels import varlen
+from astracli.models import registry
+from astracli.models.adapter import ModelAdapter
 from astracli.rl.batch import Row, build_batch, pad_rows, rows_of
 from astracli.rl.types import Segment
-from astracli.training import fsdp, packing, varlen
+from astracli.training import fsdp, packing
 from astracli.training.logprob import PolicyModel
 
 LENGTHS = (37, 90, 5, 70, 1)

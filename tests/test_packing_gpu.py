@@ -12,11 +12,12 @@ import torch
 from training_tools import recipe, sample_groups
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from astracli import registry
 from astracli.adapters.qwen3_5 import ADAPTER
 from astracli.adapters.qwen3_5_layers import torch_rule
-from astracli.gpu.fused import chunks, fla
-from astracli.training import fsdp, packing, parity, setup, varlen
+from astracli.kernels import varlen
+from astracli.kernels.gpu.fused import chunks, fla
+from astracli.models import registry
+from astracli.training import fsdp, packing, parity, setup
 from astracli.training import logprob as logprob_module
 from astracli.training.sums import Sums, Timer
 

@@ -13,11 +13,13 @@ import torch
 from test_packing import groups_as_rows
 from training_tools import make_trainer, recipe, sample_groups, save_model
 
-from astracli import backend, registry
 from astracli.adapters.qwen3_5 import ADAPTER
+from astracli.backends import choice as backend
 from astracli.errors import RunFailed, UserError
+from astracli.kernels import varlen
+from astracli.models import registry
 from astracli.rl.batch import Row, pad_rows
-from astracli.training import packing, parity, varlen
+from astracli.training import packing, parity
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from astracli.rl.passk import Score, overall, pass_at_k, score
+from astracli.evaluation.passk import Score, overall, pass_at_k, score
 
 
 def test_by_hand() -> None:

@@ -12,11 +12,16 @@ from typing import Any
 import pytest
 from machines import GIB, facts
 
-from astracli import backend, machine, plan, plan_memory, recipe_io, registry
 from astracli.adapters import qwen3_5
+from astracli.backends import choice as backend
+from astracli.config import recipe_io
+from astracli.config.recipe import Recipe
 from astracli.errors import UserError
-from astracli.plan import LaunchPlan
-from astracli.recipe import Recipe
+from astracli.machine import facts as machine
+from astracli.models import registry
+from astracli.plan import build as plan
+from astracli.plan import memory as plan_memory
+from astracli.plan.build import LaunchPlan
 
 TINY = qwen3_5.tiny_config()
 
@@ -48,10 +53,10 @@ def test_the_tiny_recipe_on_two_cores() -> None:
     assert {p.env["OMP_NUM_THREADS"] for p in result.processes} == {"1"}
     assert {p.env["CUDA_VISIBLE_DEVICES"] for p in result.processes} == {""}
     assert [p.module for p in result.processes] == [
-        "astracli.engines.embedded",
-        "astracli.workers.rollout",
-        "astracli.workers.train",
-        "astracli.workers.evaluate",
+        "astracli.engines.embedded.process",
+        "astracli.rollout.worker",
+        "astracli.training.worker",
+        "astracli.evaluation.worker",
     ]
     assert result.missing == [] and result.warnings == ()
     plan.refuse(result)
@@ -147,7 +152,7 @@ def test_gpu_map_of_eight_gpus() -> None:
     # alone with its GPU: every thread of a rank, the publisher's too, finds it as the current one
     assert by_name["trainer3"].env["CUDA_VISIBLE_DEVICES"] == "7"
     assert by_name["rollout"].env["CUDA_VISIBLE_DEVICES"] == ""
-    assert by_name["engine0"].module == "astracli.engines.sglang" and by_name["engine0"].restarts == 2
+    assert by_name["engine0"].module == "astracli.engines.sglang.server" and by_name["engine0"].restarts == 2
     assert result.missing == ["checkpoint Qwen/Qwen3.5-4B not on this machine"]
     plan.refuse(result)  # a download is no reason to refuse
 

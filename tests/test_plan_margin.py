@@ -10,10 +10,12 @@ from machines import GIB, facts
 from test_plan import load, memory_warnings, planned
 from test_plan_speed import SHAPE
 
-from astracli import plan, plan_margin, plan_memory
-from astracli.plan_margin import Margin
-from astracli.plan_memory import HOLES, MemoryRow
-from astracli.plan_trainer import trainer_rows
+from astracli.plan import build as plan
+from astracli.plan import margin as plan_margin
+from astracli.plan import memory as plan_memory
+from astracli.plan.margin import Margin
+from astracli.plan.memory import HOLES, MemoryRow
+from astracli.plan.trainer import trainer_rows
 
 ONE_EACH = ("resources.rollout_gpus=1", "resources.train_gpus=1")
 

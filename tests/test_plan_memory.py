@@ -9,12 +9,16 @@ import pytest
 from machines import GIB, facts
 from test_plan import load, memory_warnings, planned
 
-from astracli import plan, plan_memory, plan_split, plan_trainer, registry
-from astracli.adapter import MemoryShape
 from astracli.adapters import llama, qwen3, qwen3_5
 from astracli.adapters.qwen3_5_sizes import text_shapes
 from astracli.errors import UserError
-from astracli.training import adam
+from astracli.models import registry
+from astracli.models.adapter import MemoryShape
+from astracli.plan import build as plan
+from astracli.plan import memory as plan_memory
+from astracli.plan import offload as plan_split
+from astracli.plan import trainer as plan_trainer
+from astracli.training import adam, layout
 
 EVERY_BLOCK_AGAIN = "train.activation_checkpointing=full"
 REQUESTS = "rollout.max_running_requests=32"
@@ -128,7 +132,7 @@ def test_published_versions_lie_on_a_gpu_that_has_room_for_two() -> None:
         assert rows[versions].bytes == 4 * 4_205_751_296
         assert (first in rows) == (where[gib] == "gpu")
         assert need + (2**30 if where[gib] == "gpu" else 0) <= gib * GIB and not memory_warnings(result)
-        assert result.placement.split == plan_trainer.Split("gpu", 0.0, "full")
+        assert result.placement.split == layout.Split("gpu", 0.0, "full")
     assert where == {141: "gpu", 110: "gpu", 90: "host"}
     shared = ("resources.rollout_gpus=1", "resources.train_gpus=1", "resources.share_gpus=true")
     turns = load("qwen3.5-4b-m2po-delta", *shared, "resources.share_mode=turns")
@@ -137,7 +141,7 @@ def test_published_versions_lie_on_a_gpu_that_has_room_for_two() -> None:
 
 
 def test_the_room_that_published_versions_leave_is_the_planned_one() -> None:
-    from astracli.weights import snapshot
+    from astracli.weights.publish import snapshot
 
     assert snapshot.SPARE_BYTES == plan_trainer.SPARE_BYTES
 
@@ -160,12 +164,6 @@ def test_what_cannot_fit_is_refused_with_its_size() -> None:
         plan.refuse(small)
     full = planned(load("qwen3.5-4b-m2po-full"), facts("9.0", 8, host_gib=512, disk_gib=100))
     assert [item for item in full.missing if "disk" in item] == ["250.68 GiB of disk"]
-
-
-def test_the_trainers_logit_chunk_is_the_planned_one() -> None:
-    from astracli.training import logprob
-
-    assert logprob.LOGIT_BYTES == plan_trainer.LOGIT_BYTES
 
 
 def test_words() -> None:
@@ -205,13 +203,13 @@ def test_an_update_with_moments_on_the_host_counts_a_bucket_of_them() -> None:
     kept, passes = "activations", "backward pass of the head or a block"
 
     def rows(on_host: float) -> dict[str, int]:
-        split = plan_trainer.Split(moments_on_host=on_host)
+        split = layout.Split(moments_on_host=on_host)
         return {row.what: row.bytes for row in plan_trainer.trainer_rows("t", shape, recipe, "cuda", 1, split)}
 
-    bucket = plan_trainer.BUCKET_BYTES
+    bucket = layout.BUCKET_BYTES
     assert bucket > 10 * rows(0.0)[kept]
     assert rows(0.0)[kept] + rows(0.0)[passes] == bucket, "of masters made whole"
-    assert rows(0.5)[kept] + rows(0.5)[passes] == plan_trainer.PASSING * bucket, "and of moments"
+    assert rows(0.5)[kept] + rows(0.5)[passes] == layout.PASSING * bucket, "and of moments"
 
 
 DENSE = {"llama": (llama, "meta-llama/Meta-Llama-3-8B-Instruct"), "1.7b": (qwen3, "Qwen/Qwen3-1.7B"),
@@ -238,7 +236,7 @@ def test_an_update_brings_no_more_than_is_planned(name: str, ranks: int) -> None
         ]
         comes = adam.buckets({n: (8 + master) * s for n, s in sizes.items() if n in away})
         moving = [sum(sizes[n] for n in bucket) for bucket in comes]
-        first = 8 * sum(moving[: plan_trainer.PASSING - 1]) + master * max(stay, default=0)
+        first = 8 * sum(moving[: layout.PASSING - 1]) + master * max(stay, default=0)
         later = [8 * sum(moving[max(0, i - 1) : i + 2]) + master * moving[i] for i in range(len(moving))]
-        planned_bytes = plan_trainer._in_update(shape, ranks, plan_trainer.Split(moments_on_host=part))
+        planned_bytes = plan_trainer._in_update(shape, ranks, layout.Split(moments_on_host=part))
         assert max(first, *later, 0) <= planned_bytes * 1.001, part

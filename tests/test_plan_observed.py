@@ -16,9 +16,11 @@ import pytest
 from machines import GIB
 from test_plan import load, planned
 
-from astracli import plan_memory, plan_trainer
 from astracli.adapters import qwen3_5
-from astracli.plan import LaunchPlan
+from astracli.plan import memory as plan_memory
+from astracli.plan import trainer as plan_trainer
+from astracli.plan.build import LaunchPlan
+from astracli.training import layout
 
 BENCH = Path(__file__).parent.parent / "bench"
 CONFIG = qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"]
@@ -124,7 +126,7 @@ def test_what_torch_allocated_is_planned_within_a_tenth(
     """`full`: as a plan counts, which cannot know how full micro-batches get; else as they were, within a fiftieth."""
     sets = (f"train.activation_checkpointing={mode}", "algorithm.kl_coef=0", "rollout.context_length=4600")
     recipe = load("qwen3.5-4b-m2po-delta", *sets, f"train.tokens_per_microbatch={8192 if full else tokens}")
-    rows = plan_trainer.trainer_rows("t", SHAPE, recipe, "cuda", ranks, plan_trainer.Split(moments_on_host=on_host))
+    rows = plan_trainer.trainer_rows("t", SHAPE, recipe, "cuda", ranks, layout.Split(moments_on_host=on_host))
     own = [row for row in rows if row.where == "gpu" and row.what != "CUDA context"]
     torch = {row.what: row.bytes / GIB for row in own}
     margin = sum(row.bytes for row in plan_memory.with_margin(own)) / GIB - sum(torch.values())

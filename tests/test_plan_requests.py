@@ -6,11 +6,12 @@ import pytest
 from machines import GIB, facts
 from test_plan import TINY, load, planned, tiny
 
-from astracli import plan, plan_memory
+from astracli.config.recipe import RUNNING, Recipe
 from astracli.launch import children
 from astracli.launch.children import Setting
-from astracli.recipe import RUNNING, Recipe
-from astracli.run_dir import RunDir
+from astracli.plan import build as plan
+from astracli.plan import memory as plan_memory
+from astracli.runs.run_dir import RunDir
 
 WEIGHTS = 2 * 4_205_751_296
 STATE = 24 * (32 * 128 * 128 * 4 + 8192 * 3 * 2)

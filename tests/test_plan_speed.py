@@ -11,17 +11,21 @@ from machines import GIB, facts
 from test_plan import load, memory_warnings, planned
 from training_tools import recipe, save_model
 
-from astracli import plan, plan_memory, plan_place, plan_speed, plan_split
 from astracli.adapters import qwen3_5
 from astracli.errors import UserError
 from astracli.launch import children
-from astracli.plan import LaunchPlan
-from astracli.plan_speed import Pace
-from astracli.plan_trainer import Split, recomputed
+from astracli.plan import build as plan
+from astracli.plan import cost as plan_speed
+from astracli.plan import memory as plan_memory
+from astracli.plan import offload as plan_split
+from astracli.plan import placement as plan_place
+from astracli.plan.build import LaunchPlan
+from astracli.plan.cost import Pace
+from astracli.process.worker import WorkerConfig
+from astracli.training import settings as train_settings
 from astracli.training import setup
 from astracli.training.fsdp import Ranks
-from astracli.workers import train_settings
-from astracli.workers.common import WorkerConfig
+from astracli.training.layout import Split, recomputed
 
 REQUESTS = "rollout.max_running_requests=32"
 ONE_EACH = ("resources.rollout_gpus=1", "resources.train_gpus=1", REQUESTS)

@@ -6,10 +6,11 @@ import pytest
 from machines import GIB, facts
 from test_plan import TINY, load, planned, tiny
 
-from astracli import plan, plan_memory
 from astracli.launch.children import _placement
-from astracli.plan_memory import MemoryRow
-from astracli.plan_types import LaunchPlan
+from astracli.plan import build as plan
+from astracli.plan import memory as plan_memory
+from astracli.plan.memory import MemoryRow
+from astracli.plan.types import LaunchPlan
 
 FULL, DELTA = "qwen3.5-4b-m2po-full", "qwen3.5-4b-m2po-delta"
 ONE_GPU = ("resources.rollout_gpus=1", "resources.train_gpus=1", "resources.share_gpus=true")

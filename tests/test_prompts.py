@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from astracli.config.benchmarks import MATH_PROMPT
+from astracli.config.recipe import DataTable
 from astracli.data import datasets
-from astracli.data.prompts import MATH_PROMPT, PromptSource, render, stop_token_ids
+from astracli.data.prompts import PromptSource, render, stop_token_ids
 from astracli.errors import UserError
-from astracli.recipe import DataTable
 
 FIXTURE = Path(__file__).parent / "fixtures" / "problems.jsonl"
 
@@ -134,7 +135,7 @@ def test_known_sets_bring_their_own_fields(tmp_path: Path) -> None:
 
 
 def test_hub_set_becomes_one_local_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import astracli.launch.fetch as hub
+    import astracli.data.fetch as hub
 
     snapshot = tmp_path / "0123456789abcdef"
     (snapshot / "main").mkdir(parents=True)

@@ -12,7 +12,7 @@ from transformers import Qwen3_5ForCausalLM
 from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
 from astracli.adapters import qwen3_5, qwen3_5_layers
-from astracli.training import varlen
+from astracli.kernels import varlen
 
 LENGTHS = (37, 90, 5, 70)
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from astracli import recipe_io
+from astracli.config import recipe_io
+from astracli.config.recipe import Recipe
 from astracli.errors import UserError
-from astracli.recipe import Recipe
 
 MINIMAL: dict[str, Any] = {"model": {"path": "m"}, "data": {"source": "arithmetic"}, "train": {"steps": 5}}
 

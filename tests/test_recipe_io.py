@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from astracli import recipe_io
+from astracli.config import recipe_io
+from astracli.config.recipe import RUNNING
 from astracli.errors import UserError
-from astracli.recipe import RUNNING
 
 TINY = "qwen3.5-tiny-m2po-delta"
 MATH = ["qwen3.5-4b-m2po-full", "qwen3.5-4b-m2po-delta", "qwen3.5-0.8b-m2po-delta", "qwen3-1.7b-m2po-delta"]

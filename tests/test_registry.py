@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from astracli import registry
+from astracli.config.recipe import Recipe
 from astracli.errors import UserError
-from astracli.recipe import Recipe
+from astracli.models import registry
 
 PROJECT = """
 [build-system]
@@ -27,7 +27,7 @@ version = "2.1"
 py-modules = ["{module}"]
 """
 GOOD = """
-from astracli.adapter import MemoryShape, ModelAdapter
+from astracli.models.adapter import MemoryShape, ModelAdapter
 ADAPTER = ModelAdapter(
     name="olmo", model_types=("olmo9",), summary="a stranger's family",
     load_for_training=lambda path, *, attention: None, load_for_serving=lambda path, *, attention: None,
@@ -78,7 +78,7 @@ def run(site: Path, code: str) -> dict:
 
 def test_built_ins_come_in_by_entry_point_without_torch() -> None:
     code = (
-        "import json, sys; from astracli import registry\n"
+        "import json, sys; from astracli.models import registry\n"
         "found = [i.to_json() for i in registry.installed()]\n"
         "print(json.dumps({'found': found, 'torch': 'torch' in sys.modules}))"
     )
@@ -94,8 +94,8 @@ def test_built_ins_come_in_by_entry_point_without_torch() -> None:
 def test_a_strangers_package_is_resolved_by_type_and_by_name(site: Path) -> None:
     code = """
 import json
-from astracli import registry
-from astracli.recipe import Recipe
+from astracli.models import registry
+from astracli.config.recipe import Recipe
 def r(adapter):
     model = {"path": "x/y", "adapter": adapter}
     return Recipe.model_validate({"model": model, "data": {"source": "arithmetic"}, "train": {"steps": 1}})
@@ -112,7 +112,7 @@ print(json.dumps({"same": a is b, "flops": a.memory_shape({}).flops_per_token, "
 def test_a_broken_plugin_is_named_and_hurts_nobody_else(site: Path) -> None:
     code = """
 import json
-from astracli import registry
+from astracli.models import registry
 from astracli.errors import UserError
 try:
     registry.get("shaky"); text = None

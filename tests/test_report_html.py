@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 
-from astracli import recipe_io, report_data, report_html, report_samples
-from astracli.run_dir import RunDir
+from astracli.config import recipe_io
+from astracli.report import samples as report_samples
+from astracli.report.page import data as report_data
+from astracli.report.page import html as report_html
+from astracli.runs.run_dir import RunDir
 
 STEPS = 6
 

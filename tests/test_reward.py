@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from astracli.errors import RunFailed, UserError
-from astracli.rl.reward import GradeItem, GradePool, probe_grades, validate_reward
+from astracli.rewards.reward import GradeItem, GradePool, probe_grades, validate_reward
 
 HOSTILE = "\\boxed{\\sum_{n=1}^{10^{9}} n^{1000}}"
 """Only math-verify reads it, and it adds a milliard powers."""
@@ -24,7 +24,7 @@ def items(*pairs: tuple[str, str]) -> list[GradeItem]:
 
 def test_integer_answers_need_no_algebra_library() -> None:
     code = (
-        "import sys; from astracli.rl.grade_worker import grade_one\n"
+        "import sys; from astracli.rewards.grade_worker import grade_one\n"
         "print(grade_one('math', None, ['', '82', r'\\boxed{82}'], print)[1],"
         " [m for m in ('torch', 'numpy', 'sympy', 'pydantic') if m in sys.modules])"
     )
@@ -83,7 +83,7 @@ def test_closing_ends_processes_and_what_they_grade() -> None:
 
 def test_a_worker_ends_when_its_owner_is_gone() -> None:
     code = (
-        "import os, time; from astracli.rl.reward import *\n"
+        "import os, time; from astracli.rewards.reward import *\n"
         "pool = GradePool(); pool.grade([GradeItem('', '1', '1')])\n"
         "print(pool._all[0]._process.pid, flush=True); os.kill(os.getpid(), 9)"
     )

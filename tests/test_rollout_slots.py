@@ -13,7 +13,7 @@ import pytest
 from rollout_world import World, expected, until
 
 from astracli.rl.types import Group
-from astracli.workers.slot_use import SlotUse
+from astracli.rollout.slot_use import SlotUse
 
 SLOTS, GROUP = 8, 4
 ROOM = {"batch_groups": 100, "max_staleness": 0}

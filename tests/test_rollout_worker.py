@@ -71,7 +71,7 @@ def test_prompts_that_do_not_fit_are_skipped_and_counted(world: World) -> None:
 
 
 def test_a_run_whose_prompts_all_do_not_fit_ends(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("astracli.workers.rollout.UNFIT_PROMPTS", 30)
+    monkeypatch.setattr("astracli.rollout.worker.UNFIT_PROMPTS", 30)
 
     async def scenario() -> None:
         await until(lambda: world.store.counts()["skipped"] > 10_000)
@@ -117,7 +117,7 @@ def test_a_killed_worker_process_loses_no_group(tmp_path: Path) -> None:
     config = world.config(data={"reward": "probe"})
     file = tmp_path / "rollout.json"
     file.write_text(json.dumps(config.document()))
-    argv = [sys.executable, "-m", "astracli.workers.rollout", str(file)]
+    argv = [sys.executable, "-m", "astracli.rollout.worker", str(file)]
     world.store._leases._drop_equal = False
     child = subprocess.Popen(argv)
     try:

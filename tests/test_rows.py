@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from astracli import runs
+from astracli.config.recipe import DataTable
 from astracli.data import datasets
 from astracli.data.prompts import PromptSource
 from astracli.data.rows import GROUPS, JsonlRows, ParquetRows, open_rows
 from astracli.errors import UserError
 from astracli.hub.store import HubStore
 from astracli.launch import problems
-from astracli.recipe import DataTable
 from astracli.rl.types import Group, Sample, Segment, pack_group
+from astracli.runs import find as runs
 
 
 def made(n: int, width: int = 0) -> list[dict[str, Any]]:

@@ -14,9 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from astracli import run_dir, run_view, runs
 from astracli.errors import UserError
-from astracli.run_dir import RunDir
+from astracli.report import live as run_view
+from astracli.runs import find as runs
+from astracli.runs import run_dir
+from astracli.runs.run_dir import RunDir
 
 HOLDER = "import sys,pathlib; from astracli import runs; r = runs.{call}; print('held', flush=True); sys.stdin.read()"
 

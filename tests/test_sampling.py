@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from astracli.engines.sampling import choose, nucleus, seed_bits, uniforms
+from astracli.engines.embedded.sampling import choose, nucleus, seed_bits, uniforms
 
 
 def _choose(logits: torch.Tensor, temperature: float, top_p: float, draws: np.ndarray) -> np.ndarray:

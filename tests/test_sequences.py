@@ -10,7 +10,7 @@ import pytest
 import torch
 from training_tools import recipe, sample_groups
 
-from astracli.recipe import AlgorithmTable, RolloutTable
+from astracli.config.recipe import AlgorithmTable, RolloutTable
 from astracli.rl import losses
 from astracli.rl.advantage import overlong_penalties
 from astracli.rl.batch import Row, build_batch, rows_of

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from astracli import metrics, sinks
 from astracli.errors import UserError
+from astracli.runs import metrics, sinks
 
 RECORDS: list[dict[str, Any]] = [
     {"step": 0, "time": 1000.0, "process": "trainer", "loss": 0.5, "words": "no number"},
@@ -34,20 +34,20 @@ def test_built_in_sinks_are_entry_points_with_an_extra_each() -> None:
     points = project["entry-points"]["astra.sinks"]
     assert set(points) == {"tensorboard", "wandb", "trackio"} <= set(project["optional-dependencies"])
     for place in points.values():
-        assert hasattr(sinks, place.removeprefix("astracli.sinks:"))
+        assert hasattr(sinks, place.removeprefix("astracli.runs.sinks:"))
     assert not any(name in dependency for name in points for dependency in project["dependencies"])
 
 
 def test_a_missing_package_is_said_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="`wandb` is not usable") as caught:
-        metrics.open_sinks(["astracli.sinks:WandB"], tmp_path)
+        metrics.open_sinks(["astracli.runs.sinks:WandB"], tmp_path)
     assert caught.value.hint == 'pip install "astracli[wandb]"'
 
 
 def run_through(name: str, run_dir: Path) -> None:
     (run_dir / "recipe.json").write_text(json.dumps({"name": "tiny", "train": {"steps": 2}}))
-    (sink,) = metrics.open_sinks([f"astracli.sinks:{name}"], run_dir)
+    (sink,) = metrics.open_sinks([f"astracli.runs.sinks:{name}"], run_dir)
     sink.write(RECORDS[:2])
     sink.write(RECORDS[2:])
     sink.close()

@@ -17,13 +17,13 @@ from typing import Any
 import psutil
 import pytest
 
-from astracli import transient
 from astracli.errors import RunFailed
-from astracli.launch import local
 from astracli.launch.again import Restarts, Resumes, Start
-from astracli.launch.local import Child, ChildSpec, MemorySampler, exit_words
-from astracli.launch.ports import bind, free_ports
 from astracli.launch.supervise import Supervisor
+from astracli.process import children as local
+from astracli.process import transient
+from astracli.process.children import Child, ChildSpec, MemorySampler, exit_words
+from astracli.process.ports import bind, free_ports
 
 SLEEP = "import time; time.sleep(60)"
 FAMILY = """

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from astracli.adapter import chat_prompt_tokens, load_tokenizer
 from astracli.data import arithmetic
-from astracli.rl.grader import grade_math
+from astracli.models.adapter import chat_prompt_tokens, load_tokenizer
+from astracli.rewards.grader import grade_math
 
 TINY = Path(str(files("astracli") / "assets" / "tiny"))
 

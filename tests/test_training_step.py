@@ -15,8 +15,8 @@ import torch
 from training_tools import make_trainer, recipe, sample_groups, save_model
 
 from astracli.adapters.qwen3_5 import ADAPTER
+from astracli.config.recipe import TrainTable
 from astracli.errors import RunFailed
-from astracli.recipe import TrainTable
 from astracli.rl.types import Group, Segment
 from astracli.training.adam import learning_rate
 from astracli.training.agreement import Agreement

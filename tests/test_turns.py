@@ -22,15 +22,20 @@ from machines import facts
 from test_hub_api import TOKEN, Server
 from test_train_worker import STEPS, Job, save_model
 
-from astracli import backend, metrics, plan, plan_memory, recipe_io, registry
+from astracli.backends import choice as backend
+from astracli.config import recipe_io
+from astracli.config.recipe import Recipe
 from astracli.engines.client import EngineClient, GenRequest
 from astracli.hub.cards import CardBook
 from astracli.hub.client import AsyncHubClient, HubClient
 from astracli.launch import children, summary
-from astracli.launch.ports import free_ports
-from astracli.recipe import Recipe
-from astracli.weights.manifest import read_stable
-from astracli.workers.updates import Lane
+from astracli.models import registry
+from astracli.plan import build as plan
+from astracli.plan import memory as plan_memory
+from astracli.process.ports import free_ports
+from astracli.rollout.updates import Lane
+from astracli.runs import metrics
+from astracli.weights.format.manifest import read_stable
 
 GIB = 2**30
 LEAVING_S = 0.1
@@ -275,7 +280,7 @@ def test_two_ranks_take_turns_with_an_engine_on_the_first_ones_gpu(
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps(config.document()))
         meet = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, "-m", "astracli.workers.train", str(path)]
+        command = [sys.executable, "-m", "astracli.training.worker", str(path)]
         with (tmp_path / f"{name}.log").open("w") as log:
             ranks.append(subprocess.Popen(command, env=os.environ | meet, stdout=log, stderr=log))
     engine = Engine(job, [])

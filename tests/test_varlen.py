@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from astracli.errors import RunFailed
-from astracli.training import varlen
+from astracli.kernels import varlen
 
 
 def test_attention_that_packed_rows_do_not_compute_is_refused() -> None:

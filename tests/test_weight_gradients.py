@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from astracli.adapters.qwen3_5 import ADAPTER, tiny_config
 from astracli.adapters.qwen3_5_layers import install_varlen
-from astracli.gpu import fused
-from astracli.training import fsdp, weight_gradients
+from astracli.kernels import weight_gradients
+from astracli.kernels.gpu import fused
+from astracli.training import fsdp
 from astracli.training.gradients import Gradients
 from astracli.training.logprob import PolicyModel
 

@@ -15,10 +15,13 @@ from staged_tools import Weights, chain, delta, restage, stage
 from transfer_tools import copies, same
 
 from astracli.errors import RunFailed
-from astracli.weights import WeightCorrupt, WeightMismatch, codec, container, resident, staged
-from astracli.weights.digest import bits_of, digest_tensor, to_hex
-from astracli.weights.manifest import version_name
-from astracli.weights.staged import Placement
+from astracli.weights import WeightCorrupt, WeightMismatch
+from astracli.weights.device import resident
+from astracli.weights.format import codec, container
+from astracli.weights.format.digest import bits_of, digest_tensor, to_hex
+from astracli.weights.format.manifest import version_name
+from astracli.weights.receive import staged
+from astracli.weights.receive.staged import Placement
 
 
 def test_a_delta_lands_in_place_bit_for_bit_and_says_so(tmp_path: Path) -> None:

@@ -18,13 +18,14 @@ if __name__ == "__main__":  # before Triton is imported: it interprets then
 
 from test_weights_device import a_model, by_numpy, coded, pairs, versions
 
-from astracli.weights import device, payload
+from astracli.weights.device import difference as device
+from astracli.weights.publish import payload
 
 pytest.importorskip("triton", reason="Triton has no wheel for this system; it stands beside torch where there are GPUs")
 
 
 def interpreted(tensors: list[tuple[str, torch.Tensor, torch.Tensor]], piece: int) -> Any:
-    from astracli.weights.changes import ByTriton
+    from astracli.weights.device.changes import ByTriton
 
     with patch.object(device, "ByTorch", ByTriton):
         return coded(tensors, piece)
@@ -73,7 +74,7 @@ def check_tiles() -> None:
 
 def check_few_launches() -> None:
     """Whatever a pass consists of."""
-    from astracli.weights import changes
+    from astracli.weights.device import changes
 
     launches: list[str] = []
 
@@ -107,7 +108,7 @@ def test_they_compile_and_load_16_bytes_at_once(capability: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from astracli.weights import changes
+    from astracli.weights.device import changes
 
     def ptx(kernel: Any, types: dict[str, str], **constants: int) -> str:
         signature = types | dict.fromkeys(constants, "constexpr")

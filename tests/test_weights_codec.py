@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from astracli.weights import WeightCorrupt, codec, container
-from astracli.weights.digest import bits_of
+from astracli.weights import WeightCorrupt
+from astracli.weights.format import codec, container
+from astracli.weights.format.digest import bits_of
 
 DTYPES: list[Any] = [np.uint16, np.uint32]
 SPECIAL = {

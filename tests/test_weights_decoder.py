@@ -21,11 +21,14 @@ import torch
 from staged_tools import Weights, chain, delta, restage, stage
 from transfer_tools import copies, same
 
-from astracli.weights import WeightCorrupt, WeightMismatch, channel, decoder, flat, reading, staged
-from astracli.weights.codec import Update
-from astracli.weights.decoder import DecoderProcess
-from astracli.weights.resident import Resident
-from astracli.weights.staged import Placement
+from astracli.process import channel
+from astracli.weights import WeightCorrupt, WeightMismatch
+from astracli.weights.device.resident import Resident
+from astracli.weights.format import flat
+from astracli.weights.format.codec import Update
+from astracli.weights.receive import decoder, reading, staged
+from astracli.weights.receive.decoder import DecoderProcess
+from astracli.weights.receive.staged import Placement
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +195,8 @@ def test_without_a_child_the_engine_decodes_itself(
 
 def test_the_child_ends_with_its_engine(tmp_path: Path) -> None:
     code = (
-        "import os, signal; from astracli.weights.decoder import DecoderProcess; d = DecoderProcess(); d.start();"
+        "import os, signal; from astracli.weights.receive.decoder import DecoderProcess;"
+        "d = DecoderProcess(); d.start();"
         "print(d._process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=20, check=False)

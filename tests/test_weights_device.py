@@ -19,10 +19,13 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from astracli.errors import RunFailed
-from astracli.weights import channel, codec, coder, device, encoder, payload
-from astracli.weights.manifest import FileEntry
-from astracli.weights.payload import hash_file
-from astracli.weights.snapshot import copies
+from astracli.process import channel
+from astracli.weights.device import difference as device
+from astracli.weights.format import codec
+from astracli.weights.format.manifest import FileEntry
+from astracli.weights.publish import coder, encoder, payload
+from astracli.weights.publish.payload import hash_file
+from astracli.weights.publish.snapshot import copies
 
 Bits = np.ndarray[Any, Any]
 
@@ -229,7 +232,7 @@ def test_a_coder_that_dies_or_cannot_write_ends_the_version_with_the_cause(tmp_p
 
 
 def test_a_child_that_is_told_nonsense_ends() -> None:
-    process, link = channel.child("astracli.weights.coder", "2")
+    process, link = channel.child("astracli.weights.publish.coder", "2")
     with link, open("/dev/null", "rb") as file:
         channel.send(link, {"new": 0, "size": 4096}, file.fileno())
         assert process.wait(10) == 1

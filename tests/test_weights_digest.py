@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from astracli.weights import digest
+from astracli.weights.format import digest
 
 MASK = (1 << 64) - 1
 

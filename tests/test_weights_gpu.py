@@ -14,14 +14,18 @@ import pytest
 import torch
 from transfer_tools import same_files
 
-from astracli.weights import codec, container, digest, host, payload, resident, sglang_loader, staged, staging
-from astracli.weights.decoder import DecoderProcess
-from astracli.weights.device import bits_torch
-from astracli.weights.digest import bits_of
-from astracli.weights.manifest import Manifest, seal, version_name, write_atomic
-from astracli.weights.publisher import Publisher
-from astracli.weights.snapshot import Shard, copies
-from astracli.weights.staged import Placement
+from astracli.engines.sglang import loader as sglang_loader
+from astracli.weights.device import host, resident
+from astracli.weights.device.difference import bits_torch
+from astracli.weights.format import codec, container, digest
+from astracli.weights.format.digest import bits_of
+from astracli.weights.format.manifest import Manifest, seal, version_name, write_atomic
+from astracli.weights.publish import payload
+from astracli.weights.publish.publisher import Publisher
+from astracli.weights.publish.snapshot import Shard, copies
+from astracli.weights.receive import staged, staging
+from astracli.weights.receive.decoder import DecoderProcess
+from astracli.weights.receive.staged import Placement
 
 pytestmark = pytest.mark.gpu
 
@@ -44,7 +48,7 @@ RANGES = [
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_one_pass_gives_the_digests_of_numpy_and_torch(dtype: torch.dtype) -> None:
-    from astracli.weights.kernels import DigestPlan
+    from astracli.weights.device.kernels import DigestPlan
 
     host = [random_weights(size, dtype, k) for k, (size, _) in enumerate(RANGES)]
     starts = [start for _, start in RANGES]
@@ -57,7 +61,7 @@ def test_one_pass_gives_the_digests_of_numpy_and_torch(dtype: torch.dtype) -> No
 
 
 def test_ranges_of_one_slot_are_added_up_and_a_plan_sees_new_values() -> None:
-    from astracli.weights.kernels import DigestPlan
+    from astracli.weights.device.kernels import DigestPlan
 
     whole = random_weights(100_000, torch.bfloat16, 0).cuda()
     plan = DigestPlan([(whole[60_000:], 60_000), (whole[:60_000], 0), (whole[:7], 0)], [1, 1, 0])
@@ -83,7 +87,7 @@ def test_the_scatter_kernel_is_the_numpy_update(encoding: str, dtype: torch.dtyp
 
 
 def test_every_variant_is_compiled_before_it_is_needed() -> None:
-    from astracli.weights import kernels
+    from astracli.weights.device import kernels
 
     kernels.warm(torch.device("cuda"))
 

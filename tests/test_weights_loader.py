@@ -18,10 +18,12 @@ from staged_tools import FusedModel, chain, delta, entries, first_weights, resta
 from torch import nn
 from transfer_tools import same
 
-from astracli.weights import WeightMismatch, sglang_loader, staged, watcher
-from astracli.weights.placement import PlacementRecorder
-from astracli.weights.resident import Resident
-from astracli.weights.subscriber import Subscriber
+from astracli.engines.sglang import loader as sglang_loader
+from astracli.weights import WeightMismatch
+from astracli.weights.device.resident import Resident
+from astracli.weights.receive import staged, watcher
+from astracli.weights.receive.placement import PlacementRecorder
+from astracli.weights.receive.subscriber import Subscriber
 
 
 @pytest.fixture(autouse=True)

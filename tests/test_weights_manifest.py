@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from astracli.weights import WeightCorrupt
-from astracli.weights.manifest import FileEntry, Manifest, Piece, TensorEntry, seal
+from astracli.weights.format.manifest import FileEntry, Manifest, Piece, TensorEntry, seal
 
 HEX = "0123456789abcdef" * 2
 FIRST = Piece(0, 4, "a.bin", 0, 8, HEX, "raw", 4)

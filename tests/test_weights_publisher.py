@@ -14,12 +14,14 @@ import torch
 from transfer_tools import Server, Weights, chain, copies, first_weights, publish, same, same_files, step, subscriber
 
 from astracli.errors import RunFailed
-from astracli.weights import host, payload, snapshot, staged
-from astracli.weights.committer import Committer
-from astracli.weights.digest import digest_tensor, to_hex
-from astracli.weights.manifest import Manifest, read_stable, seal, version_name, versions_in, write_atomic
-from astracli.weights.publisher import Publisher, PublishResult
-from astracli.weights.snapshot import Shard
+from astracli.weights.device import host
+from astracli.weights.format.digest import digest_tensor, to_hex
+from astracli.weights.format.manifest import Manifest, read_stable, seal, version_name, versions_in, write_atomic
+from astracli.weights.publish import payload, snapshot
+from astracli.weights.publish.committer import Committer
+from astracli.weights.publish.publisher import Publisher, PublishResult
+from astracli.weights.publish.snapshot import Shard
+from astracli.weights.receive import staged
 
 
 @pytest.fixture

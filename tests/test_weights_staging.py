@@ -17,8 +17,9 @@ from staged_tools import FusedModel, chain, delta, restage, stage, wait_for
 from torch import nn
 from transfer_tools import copies, same
 
-from astracli.weights import reading, sglang_loader, staged, staging
-from astracli.weights.staging import Held, Staging, Where
+from astracli.engines.sglang import loader as sglang_loader
+from astracli.weights.receive import reading, staged, staging
+from astracli.weights.receive.staging import Held, Staging, Where
 
 CPU = torch.device("cpu")
 FULL = "v{:06d}/manifest.full.json"

@@ -17,10 +17,11 @@ import torch
 from transfer_tools import FULL, TOKEN, Server, chain, copies, publish, same, subscriber
 
 from astracli.errors import RunFailed
-from astracli.weights import WeightCorrupt, staged
-from astracli.weights.manifest import version_name
-from astracli.weights.publisher import Publisher
-from astracli.weights.subscriber import Subscriber, choose_route
+from astracli.weights import WeightCorrupt
+from astracli.weights.format.manifest import version_name
+from astracli.weights.publish.publisher import Publisher
+from astracli.weights.receive import staged
+from astracli.weights.receive.subscriber import Subscriber, choose_route
 
 
 @pytest.fixture

@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 
-from astracli import transient
-from astracli.errors import UserError, gpu_failed, link_failed
-from astracli.recipe import Recipe
-from astracli.workers.common import Reporter, WorkerConfig, load_config
+from astracli.config.recipe import Recipe
+from astracli.errors import UserError
+from astracli.process import transient
+from astracli.process.transient import gpu_failed, link_failed
+from astracli.process.worker import Reporter, WorkerConfig, load_config
 
 TOKEN = "run-token"
 
@@ -92,7 +93,7 @@ def start_worker(tmp_path: Path, url: str, body: str, **changes: Any) -> subproc
     script = tmp_path / "worker.py"
     lines = "\n".join(f"    {line}" for line in body.splitlines())
     script.write_text(
-        "import os, sys, time\nfrom astracli.errors import *\nfrom astracli.workers.common import worker_main\n"
+        "import os, sys, time\nfrom astracli.errors import *\nfrom astracli.process.worker import worker_main\n"
         f"def run(config, reporter):\n{lines}\nworker_main(run)\n"
     )
     return subprocess.Popen([sys.executable, script, path], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -253,7 +254,7 @@ def test_orphan_ends_when_its_parent_is_killed(tmp_path: Path, hub: FakeHub) -> 
     config = write_config(tmp_path, make_config(tmp_path, hub.url))
     script = tmp_path / "w.py"
     script.write_text(
-        "import time\nfrom astracli.workers.common import worker_main\n"
+        "import time\nfrom astracli.process.worker import worker_main\n"
         "def run(config, reporter):\n    reporter.ready()\n    time.sleep(60)\nworker_main(run)\n"
     )
     parent = subprocess.Popen(
@@ -270,7 +271,7 @@ def test_orphan_ends_when_its_parent_is_killed(tmp_path: Path, hub: FakeHub) -> 
 def test_worker_ends_when_the_hub_is_gone(tmp_path: Path, hub: FakeHub) -> None:
     path = write_config(tmp_path, make_config(tmp_path, hub.url))
     code = (
-        "import sys, time\nfrom astracli.workers.common import Reporter, load_config\n"
+        "import sys, time\nfrom astracli.process.worker import Reporter, load_config\n"
         "with Reporter(load_config(sys.argv), interval_s=0.05, give_up_s=0.5) as r:\n"
         "    r.ready()\n    time.sleep(60)\n"
     )

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from astracli.adapter import ModelAdapter
 from astracli.adapters.qwen3_5 import ADAPTER
-from astracli.recipe import Recipe
+from astracli.config.recipe import Recipe
+from astracli.models.adapter import ModelAdapter
 from astracli.rl.types import Group, Sample, Segment
 from astracli.training import setup
 from astracli.training.fsdp import Ranks

@@ -16,10 +16,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount
 
-from astracli.weights.digest import digest_tensor
-from astracli.weights.publisher import Publisher, PublishResult
-from astracli.weights.server import weights_app
-from astracli.weights.subscriber import Subscriber
+from astracli.weights.format.digest import digest_tensor
+from astracli.weights.publish.publisher import Publisher, PublishResult
+from astracli.weights.publish.server import weights_app
+from astracli.weights.receive.subscriber import Subscriber
 
 Weights = dict[str, torch.Tensor]
 TOKEN = "s3cret"

@@ -19,7 +19,7 @@ def list_(json: JsonOpt = False) -> None:
 
     Each with its model types and its package; of a broken one, what is wrong with it.
     """
-    from astracli import registry
+    from astracli.models import registry
 
     found = [item.to_json() for item in registry.installed()]
     if json:
@@ -40,7 +40,7 @@ def list_(json: JsonOpt = False) -> None:
 @app.command()
 def show(name: NameArg, json: JsonOpt = False) -> None:
     """Show what an adapter declares."""
-    from astracli import registry
+    from astracli.models import registry
 
     adapter = registry.get(name)
     facts = {
@@ -70,7 +70,8 @@ def check(name: NameArg, json: JsonOpt = False) -> None:
 
     Names, dtypes, blocks, rows beside each other. Exit 1 when one is wrong.
     """
-    from astracli import adapter_check, registry
+    from astracli.models import registry
+    from astracli.training import adapter_check
 
     adapter = registry.get(name)
     report = adapter_check.check(adapter)

@@ -41,8 +41,8 @@ def doctor(
     loaded = None if one_name(recipe_name, recipe) is None else load_recipe(recipe_name, recipe, set_, "doctor")
     if loaded is None and set_:
         raise UserError("--set given without a recipe", "name one: `astra doctor RECIPE --set ...`")
-    from astracli import machine_facts
     from astracli.doctor.gather import gather
+    from astracli.machine import documents as machine_facts
 
     machine = machine_facts.load(facts) if facts else gather(loaded)
     if facts_out:
@@ -86,11 +86,11 @@ def show(report: dict[str, Any], output: Output) -> None:
         output.table(["placement", "where", "why"], [list(row.values()) for row in report["placement"]])
     if report.get("memory_by_place"):
         output.text("")
-        from astracli import plan_gpus
+        from astracli.plan import gpus as plan_gpus
 
         output.table(plan_gpus.COLUMNS, plan_gpus.rows([plan_gpus.Use(**use) for use in report["memory_by_place"]]))
     output.text("")
-    from astracli import machine
+    from astracli.machine import facts as machine
 
     source = report["facts"].get("source", machine.RECORDED)
     if source != machine.RECORDED:

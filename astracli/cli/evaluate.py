@@ -13,7 +13,7 @@ from astracli.cli.plan_view import print_plan, refuse_facts
 from astracli.errors import UserError
 
 if TYPE_CHECKING:
-    from astracli.run_dir import RunDir
+    from astracli.runs.run_dir import RunDir
 
 
 def evaluate(
@@ -66,8 +66,8 @@ def evaluate(
         _compare(*compare, json)
         return
     refuse_facts(facts, dry_run, "eval")
-    from astracli import recipe_io
-    from astracli.runs import named
+    from astracli.config import recipe_io
+    from astracli.runs.find import named
 
     run: RunDir | None = None
     changes = [*(set_ or ()), *([f"rollout.engine={engine}"] if engine else ())]
@@ -108,7 +108,7 @@ def evaluate(
 
 
 def _compare(a: str, b: str, as_json: bool) -> None:
-    from astracli.rl import compare
+    from astracli.evaluation import compare
 
     rows = compare.compare(compare.read_shares(a), compare.read_shares(b))
     if as_json:
@@ -123,7 +123,7 @@ def _compare(a: str, b: str, as_json: bool) -> None:
 
 def newest_exported(root: Path = Path("runs")) -> RunDir:
     """The newest run under `root` that has an export. Raises UserError when there is none."""
-    from astracli.runs import list_runs
+    from astracli.runs.find import list_runs
 
     runs = list_runs(root)
     for run in runs:

@@ -120,7 +120,7 @@ def _lower(text: str) -> str:
 def _usage_hint(args: list[str], said: str) -> str:
     """The help page nearest to a command line that did not parse."""
     if "--set" in args and "extra argument" in said and "=" in said:
-        from astracli.recipe_io import SET_HINT
+        from astracli.config.recipe_io import SET_HINT
 
         return SET_HINT
     command, *more = [*args, ""]

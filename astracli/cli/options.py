@@ -11,27 +11,27 @@ import typer
 from astracli.errors import UserError
 
 if TYPE_CHECKING:
-    from astracli.recipe import Recipe
-    from astracli.run_dir import RunDir
+    from astracli.config.recipe import Recipe
+    from astracli.runs.run_dir import RunDir
 
 
 def complete_recipe(incomplete: str) -> Iterator[tuple[str, str]]:
     """Shipped recipe names for the shell, with their descriptions."""
-    from astracli import recipe_io
+    from astracli.config import recipe_io
 
     yield from ((info.name, info.description) for info in recipe_io.shipped() if info.name.startswith(incomplete))
 
 
 def complete_run(incomplete: str) -> Iterator[str]:
     """Names of the runs under runs/ for the shell, newest first."""
-    from astracli import runs
+    from astracli.runs import find as runs
 
     yield from (run.name for run in runs.list_runs() if run.name.startswith(incomplete))
 
 
 def complete_facts(incomplete: str) -> Iterator[str]:
     """Names of the shipped machine documents for the shell."""
-    from astracli import machine_facts
+    from astracli.machine import documents as machine_facts
 
     yield from (name for name in machine_facts.names() if name.startswith(incomplete))
 
@@ -84,7 +84,7 @@ RootOpt = Annotated[Path, typer.Option("--root", metavar="DIR", help="Folder tha
 def one_name(positional: str | None, option: str | None) -> str | None:
     """The recipe that a command line names, as an argument or as an option. Raises UserError when it names two."""
     if positional and option and positional != option:
-        from astracli import recipe_io
+        from astracli.config import recipe_io
 
         hint = recipe_io.SET_HINT if "=" in positional else "give one of them"
         raise UserError(f"two recipes given: `{positional}` and `--recipe {option}`", hint)
@@ -93,7 +93,7 @@ def one_name(positional: str | None, option: str | None) -> str | None:
 
 def load_recipe(positional: str | None, option: str | None, overrides: list[str] | None, command: str) -> Recipe:
     """The recipe that a command line names, loaded with its overrides. Raises UserError."""
-    from astracli import recipe_io
+    from astracli.config import recipe_io
 
     name = one_name(positional, option)
     if name is None:
@@ -105,7 +105,7 @@ def load_recipe(positional: str | None, option: str | None, overrides: list[str]
 
 def the_run(text: str | None) -> RunDir:
     """A run by name or path; None is the newest. Raises UserError."""
-    from astracli import runs
+    from astracli.runs import find as runs
 
     if text is not None:
         return runs.named(text)

@@ -9,8 +9,8 @@ from astracli.cli.output import Output, room
 from astracli.errors import UserError
 
 if TYPE_CHECKING:
-    from astracli.plan import Command
-    from astracli.recipe import Recipe
+    from astracli.config.recipe import Recipe
+    from astracli.plan.build import Command
 
 
 ELSEWHERE = "`--facts NAME` plans for another machine"
@@ -18,8 +18,9 @@ ELSEWHERE = "`--facts NAME` plans for another machine"
 
 def print_plan(recipe: Recipe, command: Command, output: Output, facts: str | None = None) -> None:
     """The plan of a command on this machine, or on the one of a document (`--facts`). Starts nothing."""
-    from astracli import machine_facts, plan
     from astracli.launch import run as launch
+    from astracli.machine import documents as machine_facts
+    from astracli.plan import build as plan
 
     described = machine_facts.load(facts) if facts is not None else None
     found = launch.planned(recipe, command, described)

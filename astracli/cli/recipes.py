@@ -19,7 +19,7 @@ def list_(json: JsonOpt = False) -> None:
     """List the recipes that come with the package."""
     from dataclasses import asdict
 
-    from astracli import recipe_io
+    from astracli.config import recipe_io
 
     found = recipe_io.shipped()
     if json:
@@ -31,7 +31,7 @@ def list_(json: JsonOpt = False) -> None:
 @app.command()
 def show(recipe_name: RecipeArg = None, recipe: RecipeOpt = None, set_: SetOpt = None, json: JsonOpt = False) -> None:
     """Print a recipe as it will run, with every default filled in."""
-    from astracli import recipe_io
+    from astracli.config import recipe_io
 
     loaded = load_recipe(recipe_name, recipe, set_, "recipes show")
     if json:
@@ -46,7 +46,7 @@ def copy(
     to: Annotated[Path | None, typer.Argument(metavar="FILE", help="Where to; default RECIPE.toml here.")] = None,
 ) -> None:
     """Copy a shipped recipe, comments and all, to change it."""
-    from astracli import recipe_io
+    from astracli.config import recipe_io
 
     text = recipe_io.source_text(name)
     target = to or Path(f"{name}.toml")
@@ -71,8 +71,8 @@ def copy(
 @app.command()
 def check(recipe_name: RecipeArg = None, recipe: RecipeOpt = None, set_: SetOpt = None, json: JsonOpt = False) -> None:
     """Check a recipe's keys and values. Exit 2 with the reason when something is wrong."""
-    from astracli import registry
-    from astracli.launch import fetch
+    from astracli.data import fetch
+    from astracli.models import registry
 
     loaded = load_recipe(recipe_name, recipe, set_, "recipes check")
     adapter = registry.resolve(loaded, fetch.local_path(loaded.model.path, made_by=loaded.model.made_by))

@@ -13,7 +13,7 @@ from astracli.cli.options import JsonOpt, OptionalRunArg, RootOpt, the_run
 from astracli.cli.output import out
 
 if TYPE_CHECKING:
-    from astracli.run_view import Outcome
+    from astracli.report.live import Outcome
 
 app = typer.Typer(help="Look at runs, stop them, free their disk.", rich_markup_mode=None, no_args_is_help=True)
 
@@ -21,7 +21,8 @@ app = typer.Typer(help="Look at runs, stop them, free their disk.", rich_markup_
 @app.command("list")
 def list_(root: RootOpt = Path("runs"), json: JsonOpt = False) -> None:
     """List the runs, newest first."""
-    from astracli import run_view, runs
+    from astracli.report import live as run_view
+    from astracli.runs import find as runs
 
     rows = [run_view.row(run) for run in runs.list_runs(root)]
     if json:
@@ -40,7 +41,7 @@ def status(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
     """Show a run's state and newest figures, process by process."""
     from dataclasses import asdict
 
-    from astracli import run_view
+    from astracli.report import live as run_view
 
     found = the_run(run)
     recorded = found.status()
@@ -74,7 +75,7 @@ def logs(
 
     A process writes here what it has to complain about: the log of one that is well may be empty.
     """
-    from astracli import run_view
+    from astracli.report import live as run_view
 
     found = the_run(run)
     files = run_view.log_files(found, name)
@@ -102,20 +103,21 @@ def report(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
 
     Of a run that has ended, the closing table; of one that goes on, its figures so far.
     """
-    from astracli import report_html, run_view
+    from astracli.report import live as run_view
+    from astracli.report.page import html as report_html
 
     found = the_run(run)
     out().note(f"wrote {report_html.write(found)}")
     summary, results = run_view.summary(found), run_view.results(found)
     if results is not None and not json:
-        from astracli.closing import result_lines
+        from astracli.report.closing import result_lines
 
         out().text("\n".join(result_lines(results)))
         return
     if summary is not None and not json:
         from rich.console import Console
 
-        from astracli.closing import print_closing
+        from astracli.report.closing import print_closing
 
         print_closing(summary, Console(width=100))
         return
@@ -159,7 +161,7 @@ def samples(
     """
     from collections import deque
 
-    from astracli import run_view
+    from astracli.report import live as run_view
 
     chosen = {"wrong": wrong, "right": right, "truncated": truncated}
     outcomes: set[Outcome] = {name for name, asked in chosen.items() if asked}  # type: ignore[misc]

@@ -70,8 +70,8 @@ def export(
     ] = False,
 ) -> None:
     """Write a run's checkpoint as a Hugging Face directory."""
-    from astracli import recipe_io
-    from astracli.launch import fetch
+    from astracli.config import recipe_io
+    from astracli.data import fetch
 
     found = the_run(run)
     recipe = recipe_io.from_json(found.recipe_json)
@@ -105,7 +105,7 @@ def clean(
     Published weights, configurations and staged payloads go; results, checkpoints and export stay. Processes that a
     run left behind when its supervisor was killed are ended first. Without RUN: all under --root that are done.
     """
-    from astracli import run_view
+    from astracli.report import live as run_view
 
     if run is None:
         runs = run_view.cleanable(root, older_than_s=older_than * 86400, resumable=resumable)
@@ -124,7 +124,7 @@ def clean(
         named = [{"run": path, "bytes": count} for path, count in rows]
         out(json).document({"runs": named, "bytes": total, "removed": not dry_run})
         return
-    from astracli.closing import size
+    from astracli.report.closing import size
 
     for path, count in rows:
         out().text(f"{path}  {size(count)}")

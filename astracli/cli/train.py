@@ -45,8 +45,8 @@ def train(
     if resume is None:
         loaded = load_recipe(recipe_name, recipe, set_, "train")
     else:
-        from astracli import recipe_io
-        from astracli.runs import named
+        from astracli.config import recipe_io
+        from astracli.runs.find import named
 
         if name := one_name(recipe_name, recipe):
             raise UserError(

@@ -11,10 +11,10 @@ import difflib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from astracli.config.benchmarks import HubSet
 from astracli.data.prompts import Problem
 from astracli.data.rows import is_saved, open_rows, split_of
 from astracli.errors import UserError
@@ -22,24 +22,10 @@ from astracli.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-    from astracli.recipe import DataTable, Recipe
+    from astracli.config.recipe import DataTable, Recipe
 
 DATA_DIR_VARIABLE = "ASTRA_DATA_DIR"
 """A directory that holds NAME.jsonl files, itself or in `eval/` and `train/`, where `data.path` names none."""
-
-
-@dataclass(frozen=True)
-class HubSet:
-    """A data set on the Hub, and which of its columns are the question and the answer."""
-
-    hub_id: str
-    split: str
-    question_fields: tuple[str, ...] = ("problem", "question")
-    answer_fields: tuple[str, ...] = ("answer",)
-    config: str | None = None
-    final_after: str | None = None
-    """The answer is what follows this mark in the answer column (GSM8K's `####`)."""
-
 
 TRAINING_SETS: dict[str, HubSet] = {
     "deepscaler": HubSet("agentica-org/DeepScaleR-Preview-Dataset", "train"),
@@ -195,7 +181,7 @@ class Problems(Sequence[Problem]):
 
 def download(source: HubSet, revision: str | None = None) -> Path:
     """A Hub data set as one local .jsonl file, kept by commit in the cache. Raises UserError when it cannot be had."""
-    from astracli.launch.fetch import fetch_dataset
+    from astracli.data.fetch import fetch_dataset
 
     snapshot = fetch_dataset(source.hub_id, revision)
     name = "-".join(filter(None, [source.hub_id.replace("/", "--"), source.config, source.split, snapshot.name[:12]]))

@@ -20,10 +20,7 @@ from astracli.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-    from astracli.recipe import DataTable
-
-MATH_PROMPT = "{question}\nLet's think step by step. Please put your final answer within \\boxed{}."
-"""What a benchmark of written mathematics asks."""
+    from astracli.config.recipe import DataTable
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from astracli import plan_gpus
+from astracli.config.recipe import Recipe
 from astracli.doctor import data, gpu, kernels, network, python, runs, serving, system, trainer
 from astracli.doctor import recipe as recipe_fit
 from astracli.doctor.subject import Check, Subject, subject
-from astracli.recipe import Recipe
+from astracli.plan import gpus as plan_gpus
 
 GROUPS: tuple[Callable[[Subject], Iterator[Check]], ...] = (
     system.checks,

@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from astracli import machine, machine_read, registry, run_view
-from astracli.adapter import read_config
-from astracli.adapter_tools import has_chat_template
+from astracli.config.recipe import Recipe
 from astracli.errors import UserError
-from astracli.recipe import Recipe
-from astracli.runs import RUNS
+from astracli.machine import facts as machine
+from astracli.machine import read as machine_read
+from astracli.models import registry
+from astracli.models.adapter import read_config
+from astracli.models.adapter_tools import has_chat_template
+from astracli.report import live as run_view
+from astracli.runs.find import RUNS
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 HUB = "https://huggingface.co"
@@ -57,7 +60,7 @@ def gather(recipe: Recipe | None = None, runs: Path = RUNS) -> dict[str, Any]:
 
 def checkpoint(path: str, revision: str | None = None) -> dict[str, Any]:
     """What lies at model.path: config.json, shards, tensor headers, tokenizer. See `machine.Checkpoint`."""
-    from astracli.launch import fetch
+    from astracli.data import fetch
 
     found: dict[str, Any] = {"path": path, "place": None}
     try:
@@ -125,6 +128,7 @@ def cached(name: str, kind: str, revision: str | None = None) -> Path | None:
 
 def data(recipe: Recipe) -> list[dict[str, Any]]:
     """Training problems and benchmarks of a recipe, each with where it lies. See `machine.DataSet`."""
+    from astracli.config.benchmarks import get
     from astracli.data import benchmarks, datasets
 
     source, folder = recipe.data.source, recipe.data.path
@@ -141,7 +145,7 @@ def data(recipe: Recipe) -> list[dict[str, Any]]:
         found.append(_lookup(source, "train", hub_id, recipe.data.revision, find_train))
     names = recipe.eval.benchmarks if recipe.eval.every else []
     for name in names:
-        spec = benchmarks.get(name)
+        spec = get(name)
         if spec.hub is None:
             found.append(_set(name, "eval", None, "generated"))
         else:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from astracli import machine
-from astracli.backend_delta_rule import HOPPER, SLOW, TILELANG_FFI, delta_rule_on_hopper, native, tilelang_flaw
-from astracli.backend_serving import lowest_capability
+from astracli.backends.delta_rule import HOPPER, SLOW, TILELANG_FFI, delta_rule_on_hopper, native, tilelang_flaw
+from astracli.backends.serving import lowest_capability
 from astracli.doctor.subject import Check, Subject, flaw, found, optional
+from astracli.machine import facts as machine
 
 GROUP = "kernels"
 FLA, CONV = "flash-linear-attention", "causal-conv1d"

@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from astracli import registry
 from astracli.doctor.all_reduce import all_reduce
 from astracli.doctor.attention import Row, relative, row
+from astracli.models import registry
 
 DELTA_TOKENS = 80
 """More than one chunk of 64, and not a multiple of it."""
@@ -28,7 +28,7 @@ SLOW_COPY = 5e9
 
 def adapter(name: str, device: str) -> list[Row]:
     """The adapter's promises on its smallest model: names, sizes, padded and packed rows == separate."""
-    from astracli import adapter_check
+    from astracli.training import adapter_check
 
     return adapter_check.check(registry.get(name), device)["checks"]
 
@@ -99,8 +99,8 @@ def parity(name: str) -> list[Row]:
     """The embedded engine draws tokens from the adapter's tiny model; the trainer scores the same tokens. On a CPU."""
     import torch
 
-    from astracli import adapter_check
-    from astracli.engines.engine import EmbeddedEngine, Limits
+    from astracli.engines.embedded.engine import EmbeddedEngine, Limits
+    from astracli.training import adapter_check
     from astracli.training.logprob import PolicyModel
 
     found = registry.get(name)

@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from astracli import machine
-from astracli.backend_delta_rule import native
+from astracli.backends.delta_rule import native
 from astracli.doctor import probe_child
 from astracli.doctor.subject import Check, Status, Subject
+from astracli.machine import facts as machine
 
 GROUP = "numerics"
 START_S = 60.0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from astracli import machine
 from astracli.doctor.subject import Check, Subject, flaw, found
+from astracli.machine import facts as machine
 
 GROUP = "python"
 OLDEST_PYTHON = (3, 11)

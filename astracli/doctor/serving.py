@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from astracli import machine
-from astracli.backend_serving import SERVING, lowest_capability, not_by_auto, serving_options
+from astracli.backends.serving import SERVING, lowest_capability, not_by_auto, serving_options
 from astracli.doctor.subject import Check, Facts, Status, Subject, flaw, found
-from astracli.plan_problems import SGLANG_GLIBC
+from astracli.machine import facts as machine
+from astracli.plan.problems import SGLANG_GLIBC
 
 GROUP = "serving"
 INSTALL = "`pip install 'astracli[sglang]'`, or name its environment in resources.engine.python"

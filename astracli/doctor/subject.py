@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from astracli import backend, machine, plan, registry
-from astracli.adapter import ModelAdapter, read_config
-from astracli.backend import BackendChoice
+from astracli.backends import choice as backend
+from astracli.backends.choice import BackendChoice
+from astracli.config.recipe import Recipe
 from astracli.errors import UserError
-from astracli.plan_types import LaunchPlan
-from astracli.recipe import Recipe
+from astracli.machine import facts as machine
+from astracli.models import registry
+from astracli.models.adapter import ModelAdapter, read_config
+from astracli.plan import build as plan
+from astracli.plan.types import LaunchPlan
 
 Facts = Mapping[str, Any]
 Status = Literal["ok", "warn", "fail", "skip"]
@@ -103,7 +106,7 @@ def subject(recipe: Recipe | None, document: Mapping[str, Any]) -> Subject:
 
 def _config(recipe: Recipe, facts: Facts) -> Mapping[str, Any] | None:
     """From the document; a model that ships with the package is on every machine."""
-    from astracli.launch import fetch
+    from astracli.data import fetch
 
     known = facts["checkpoint"]
     if known is not None and known["path"] == recipe.model.path:

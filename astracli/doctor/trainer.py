@@ -40,7 +40,7 @@ def _model(subject: Subject) -> Check:
 
 def _packing(subject: Subject) -> Check:
     """Samples of a hybrid side by side in one row. transformers' own way carries state over; astra has another."""
-    from astracli.machine import version_of
+    from astracli.machine.facts import version_of
 
     adapter = subject.fit.adapter
     assert adapter is not None

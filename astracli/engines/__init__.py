@@ -1,1 +1,1 @@
-"""Rollout engines: one HTTP client, and the embedded engine that answers it on transformers."""
+"""Rollout engines: one HTTP client, the embedded engine that answers it on transformers, and SGLang."""

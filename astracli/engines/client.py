@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from astracli.engines.window import Update, UpdateWindow
+from astracli.engines.sglang.window import Update, UpdateWindow
 from astracli.errors import RunFailed
 
 if TYPE_CHECKING:
     import httpx
 
-STAGED_LOADER = "astracli.weights.sglang_loader.apply_staged"
+STAGED_LOADER = "astracli.engines.sglang.loader.apply_staged"
 """`load_format` of an update that applies what is staged beside the engine."""
-SETTLE_LOADER = "astracli.weights.sglang_loader.settle"
+SETTLE_LOADER = "astracli.engines.sglang.loader.settle"
 """`load_format` of an update that changes nothing and waits for whatever still reads the weights."""
 UNPROVEN = -1
 """SGLang's label of weights that nobody has checked yet; the embedded engine says `serving: false` instead."""

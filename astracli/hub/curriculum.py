@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from astracli.hub.schema import Database
 
 if TYPE_CHECKING:
-    from astracli.recipe import CurriculumTable
+    from astracli.config.recipe import CurriculumTable
 
 
 class Curriculum:

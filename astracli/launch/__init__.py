@@ -1,1 +1,1 @@
-"""Where a launch plan runs: fetching, the supervised processes of one machine, and what the commands do with them."""
+"""Where a launch plan runs: the supervised processes of one machine, and what the commands do with them."""

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from astracli import transient
-from astracli.launch.local import Child, ChildSpec, exit_words
+from astracli.process import transient
+from astracli.process.children import Child, ChildSpec, exit_words
 
 
 @dataclass(frozen=True)

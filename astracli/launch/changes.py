@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from astracli import recipe_io, runs
+from astracli.config import recipe_io
+from astracli.config.recipe import Recipe
+from astracli.data import fetch
 from astracli.errors import UserError
-from astracli.launch import fetch
-from astracli.recipe import Recipe
-from astracli.run_dir import RunDir
-from astracli.talk import say
+from astracli.process.talk import say
+from astracli.runs import find as runs
+from astracli.runs.run_dir import RunDir
 
 PORTIONS = (
     "train.tokens_per_microbatch", "train.activation_checkpointing", "train.optimizer_device", "train.reference_device",
@@ -35,7 +36,7 @@ def with_weights(recipe: Recipe, weights: str | None) -> Recipe:
 
 def with_evaluation(recipe: Recipe, benchmarks: Sequence[str] | None, samples: int | None) -> Recipe:
     """Other benchmarks or samples an item than the recipe's, None = its own. Raises UserError."""
-    from astracli.data import benchmarks as sets
+    from astracli.config import benchmarks as sets
 
     names = list(benchmarks or recipe.eval.benchmarks)
     if not names:

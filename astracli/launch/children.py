@@ -10,15 +10,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from astracli.config.recipe import Recipe
 from astracli.launch.again import Retry
-from astracli.launch.local import ChildSpec
-from astracli.launch.ports import free_ports
-from astracli.plan import LaunchPlan, ProcessPlan
-from astracli.plan_trainer import CHECKPOINT_COPY
-from astracli.recipe import Recipe
-from astracli.run_dir import RunDir, write_atomic
+from astracli.plan.build import LaunchPlan, ProcessPlan
+from astracli.plan.trainer import CHECKPOINT_COPY
+from astracli.process.children import ChildSpec
+from astracli.process.ports import free_ports
+from astracli.process.worker import THREAD_VARIABLES, WorkerConfig
+from astracli.runs.run_dir import RunDir, write_atomic
 from astracli.training import link
-from astracli.workers.common import THREAD_VARIABLES, WorkerConfig
 
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",

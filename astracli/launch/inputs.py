@@ -9,11 +9,11 @@ import json
 import shutil
 from pathlib import Path
 
-from astracli import metrics
-from astracli.adapter_tools import checkpoint_tensors
+from astracli.config.recipe import Recipe
 from astracli.errors import UserError
-from astracli.launch import ports
-from astracli.recipe import Recipe
+from astracli.models.adapter_tools import checkpoint_tensors
+from astracli.process import ports
+from astracli.runs import metrics
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "*.tiktoken")
 """Any of them lets transformers build a tokenizer."""
@@ -31,7 +31,7 @@ def check_setting(recipe: Recipe, *, rewards: bool) -> None:
             "name the interpreter of the engine's environment, for example /opt/engine/bin/python",
         )
     if rewards:
-        from astracli.rl.reward import validate_reward
+        from astracli.rewards.reward import validate_reward
 
         validate_reward(recipe.data.reward)
 

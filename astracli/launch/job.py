@@ -12,18 +12,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from astracli import metrics, report_data
-from astracli import plan as planning
-from astracli.launch import changes, children, ports, summary
+from astracli.config.recipe import Recipe
+from astracli.launch import changes, children, summary
 from astracli.launch.again import Resumes, Start
-from astracli.launch.local import MemorySampler
-from astracli.launch.signals import signals
 from astracli.launch.supervise import Supervisor
 from astracli.launch.watch import Watch, unharmed
-from astracli.plan import LaunchPlan
-from astracli.recipe import Recipe
-from astracli.run_dir import RunDir, State, write_atomic
-from astracli.talk import say
+from astracli.plan import build as planning
+from astracli.plan.build import LaunchPlan
+from astracli.process import ports
+from astracli.process.children import MemorySampler
+from astracli.process.signals import signals
+from astracli.process.talk import say
+from astracli.report.page import data as report_data
+from astracli.runs import metrics
+from astracli.runs.run_dir import RunDir, State, write_atomic
 
 if TYPE_CHECKING:
     from astracli.hub.curriculum import Curriculum
@@ -111,7 +113,7 @@ class Job:
 
     def _write_report(self) -> None:
         """The page of the run, and its place in the summary."""
-        from astracli import report_html
+        from astracli.report.page import html as report_html
 
         with unharmed("no report.html"):
             self.summary["paths"]["report"] = str(report_html.write(self.run_dir))
@@ -199,10 +201,10 @@ class Job:
     @contextlib.contextmanager
     def _hub(self, engines: list[str], token: str) -> Iterator[tuple[HubHandle, Any]]:
         """The hub serving on a port of its own; `connect(supervisor)` sends it the heartbeats."""
+        from astracli.evaluation import files as eval_files
         from astracli.hub.api import build_app, serve
         from astracli.hub.store import HubStore
-        from astracli.weights.server import weights_app
-        from astracli.workers import eval_files
+        from astracli.weights.publish.server import weights_app
 
         recipe, training = self.recipe, self.training
         store = HubStore(

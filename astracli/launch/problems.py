@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from astracli.config.recipe import Recipe
 from astracli.errors import UserError
-from astracli.recipe import Recipe
-from astracli.run_dir import RunDir, write_atomic
-from astracli.talk import say
+from astracli.process.talk import say
+from astracli.runs.run_dir import RunDir, write_atomic
 
 
 def pin(run: RunDir, recipe: Recipe, path: str | None) -> None:

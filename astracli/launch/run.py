@@ -10,15 +10,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from astracli import machine, metrics, recipe_io, registry, runs
-from astracli import plan as planning
-from astracli.adapter_tools import has_chat_template
+from astracli.config import recipe_io
+from astracli.config.recipe import Recipe
+from astracli.data import fetch
 from astracli.errors import UserError
-from astracli.launch import changes, fetch, inputs, job, problems
+from astracli.launch import changes, inputs, job, problems
 from astracli.launch.job import Job
-from astracli.plan import Command, LaunchPlan
-from astracli.recipe import Recipe
-from astracli.talk import say
+from astracli.machine import facts as machine
+from astracli.models import registry
+from astracli.models.adapter_tools import has_chat_template
+from astracli.plan import build as planning
+from astracli.plan.build import Command, LaunchPlan
+from astracli.process.talk import say
+from astracli.runs import find as runs
+from astracli.runs import metrics
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ def train(recipe: Recipe, *, run_dir: Path | None = None, resume: Path | None = 
     finally:
         run.unlock()
     if task.summary:
-        from astracli.closing import print_closing
+        from astracli.report.closing import print_closing
 
         print_closing(task.summary)
     if code == 130:
@@ -155,7 +160,7 @@ def _plan(
     recipe: Recipe, command: Command, config: Mapping[str, Any] | None, facts: Mapping[str, Any] | None = None
 ) -> LaunchPlan:
     """`facts`: of another machine; None = this one."""
-    from astracli import backend
+    from astracli.backends import choice as backend
     from astracli.doctor.gather import with_engine
 
     here = facts is None
@@ -220,7 +225,7 @@ def _print_results(document: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(document, indent=2))
         return
-    from astracli.closing import result_lines
+    from astracli.report.closing import result_lines
 
     print("\n".join(result_lines(document)))
     say(f"items and figures are in {document['path']}")

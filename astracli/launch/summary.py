@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from astracli import balance
-from astracli.launch.local import MemorySampler
-from astracli.metrics import Record, mean, median, series, values, without_absent
-from astracli.recipe import Recipe
+from astracli.config.recipe import Recipe
+from astracli.process.children import MemorySampler
+from astracli.report import balance
+from astracli.runs.metrics import Record, mean, median, series, values, without_absent
+from astracli.runs.run_dir import paths
 
 OVERALL = "overall"
 UPDATE_PARTS = (
@@ -205,18 +206,3 @@ def memory_document(memory: MemorySampler | None) -> dict[str, Any]:
     if memory is None:
         return {}
     return {"peak_bytes": memory.peak_bytes, "kind": memory.kind, "peak_bytes_by_process": dict(memory.peak_by_name)}
-
-
-def paths(run_dir: Path) -> dict[str, str]:
-    """What lies where, of what is there."""
-    places = {
-        "run": run_dir,
-        "export": run_dir / "export",
-        "evaluations": run_dir / "eval" / "eval.csv",
-        "metrics": run_dir / "metrics.jsonl",
-        "samples": run_dir / "samples",
-        "checkpoints": run_dir / "checkpoints",
-        "logs": run_dir / "logs",
-        "report": run_dir / "report.html",
-    }
-    return {name: str(place) for name, place in places.items() if place.exists()}

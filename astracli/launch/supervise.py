@@ -14,14 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from astracli.errors import RunFailed
-from astracli.launch import local
 from astracli.launch.again import End, Restarts, Resumes, Retry, ended, first_cause
-from astracli.launch.health import answers
-from astracli.launch.local import Child, ChildSpec, MemorySampler
-from astracli.launch.signals import signals
 from astracli.launch.status import Hub, Outcome, Phase, Status
-from astracli.talk import say
-from astracli.workers.common import TERM_EXIT
+from astracli.process import children as local
+from astracli.process.children import Child, ChildSpec, MemorySampler
+from astracli.process.health import answers
+from astracli.process.signals import signals
+from astracli.process.talk import say
+from astracli.process.worker import TERM_EXIT
 
 STALL_S = 5.0
 """A longer gap between two looks means that this process itself stood still (a suspended laptop): nobody is blamed."""

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from astracli.launch.supervise import Supervisor
-from astracli.metrics import Record, Sink, Tail
-from astracli.report import PlainView, Progress, View, open_view
-from astracli.run_dir import RunDir
-from astracli.talk import say
+from astracli.process.talk import say
+from astracli.report.page.page import PlainView, Progress, View, open_view
+from astracli.runs.metrics import Record, Sink, Tail
+from astracli.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
     from astracli.hub.store import HubStore

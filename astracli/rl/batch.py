@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from astracli.recipe import AlgorithmTable, RolloutTable
+from astracli.config.recipe import AlgorithmTable, RolloutTable
 from astracli.rl import losses
 from astracli.rl.advantage import advantages, overlong_penalties
 from astracli.rl.types import Group, Sample

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from astracli.plan_trainer import BUCKET_BYTES
-from astracli.recipe import TrainTable
+from astracli.config.recipe import TrainTable
 from astracli.training.halves import Halves
+from astracli.training.layout import BUCKET_BYTES
 from astracli.training.parking import Parking
 from astracli.training.passage import Passage
 

@@ -28,11 +28,11 @@ import torch
 import xxhash
 from torch import Tensor
 
+from astracli.kernels.upload import host_memory
 from astracli.training import checkpoint
 from astracli.training.checkpoint import COMPLETE, FORMAT, META, Entry
 from astracli.training.fsdp import Ranks
 from astracli.training.optimizer import Masters
-from astracli.upload import host_memory
 
 PIECE_BYTES = 1 << 28
 ASKED_FOR = 2
@@ -96,7 +96,7 @@ class Saver:
     def _pieces(self, all_of_them: int) -> int:
         if not self.beside:
             return min(LEAST_PIECES, all_of_them)
-        from astracli.machine_read import system
+        from astracli.machine.read import system
 
         host = system()
         room = ROOM * min(host["memory_available"], host["memory_total"] - self._others) / self.ranks.world_size

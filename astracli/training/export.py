@@ -20,8 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from astracli.adapter import ModelAdapter, read_config
 from astracli.errors import RunFailed
+from astracli.models.adapter import ModelAdapter, read_config
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 * 2**30

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from astracli.config.recipe import Recipe
 from astracli.errors import UserError
-from astracli.recipe import Recipe
 from astracli.training import checkpoint
 
 
@@ -26,7 +26,7 @@ def export_checkpoint(
         raise UserError(f"no {wanted} in `{checkpoints}`", f"steps that can be exported: {there}")
     from transformers.utils import logging
 
-    from astracli import registry
+    from astracli.models import registry
     from astracli.training.export import export  # torch, which a refusal need not wait for
     from astracli.training.fsdp import join
     from astracli.training.setup import build_trainer

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from astracli.config.recipe import RECOMPUTED_BLOCKS, Recomputed
 from astracli.errors import UserError
-from astracli.recipe import RECOMPUTED_BLOCKS, Recomputed
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

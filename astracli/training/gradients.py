@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from astracli.training import weight_gradients
+from astracli.kernels import weight_gradients
 
 
 class Gradients:

@@ -47,7 +47,7 @@ def join(high: Tensor, rest: Tensor, master: Tensor) -> None:
 def _kernels() -> Any:
     """The Triton kernels; None where Triton cannot be imported."""
     try:
-        from astracli.gpu import halves
+        from astracli.kernels.gpu import halves
     except ImportError:
         return None
     return halves

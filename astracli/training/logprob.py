@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from astracli.training import weight_gradients
+from astracli.kernels import weight_gradients
+from astracli.training.layout import LOGIT_BYTES
 
-LOGIT_BYTES = {"cpu": 2**25, "cuda": 2**29}
-"""Size of one chunk's fp32 logits, by device."""
 _CHUNKS_PER_PRODUCT = {"cpu": 1, "cuda": 4}
 """Chunks whose gradients of logits, in the compute dtype, go into one product for the gradient of the weight: every
 such product reads and writes that whole gradient."""
@@ -47,7 +46,7 @@ def _logits(hidden_nD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, tempera
 def _kernels() -> Any:
     """The Triton kernels of the head; None where Triton cannot be imported."""
     try:
-        from astracli.gpu import logits
+        from astracli.kernels.gpu import logits
     except ImportError:
         return None
     return logits

@@ -20,11 +20,11 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from astracli.recipe import AlgorithmTable, Recipe
+from astracli.config.recipe import AlgorithmTable, Recipe
+from astracli.kernels.upload import upload
 from astracli.rl.batch import Batch, MicroBatch
 from astracli.rl.losses import Algorithm, Limits, Normaliser, TokenLoss, Tokens
 from astracli.rl.losses.clipping import ratio
-from astracli.upload import upload
 
 
 def token_losses(

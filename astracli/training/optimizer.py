@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from astracli.adapter import WireTensor
+from astracli.config.recipe import TrainTable
 from astracli.errors import RunFailed
-from astracli.recipe import TrainTable
+from astracli.models.adapter import WireTensor
 from astracli.training.adam import Adam, learning_rate
 from astracli.training.fsdp import Ranks, local
 from astracli.training.gradients import Gradients
 from astracli.training.halves import Halves
 from astracli.training.parking import Parking
-from astracli.weights.snapshot import Shard, copies
+from astracli.weights.publish.snapshot import Shard, copies
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from astracli.adapter import ModelAdapter
 from astracli.errors import RunFailed
+from astracli.kernels import varlen
+from astracli.kernels.upload import upload
+from astracli.models.adapter import ModelAdapter
 from astracli.rl.batch import Join, MicroBatch, Row, pad_rows
-from astracli.training import packing, varlen
+from astracli.training import packing
 from astracli.training.logprob import PolicyModel
 from astracli.training.optimizer import Masters
-from astracli.upload import upload
 
 ROWS_TOLERANCE = {"cpu": 1e-4, "cuda": 0.25}
 """Largest |difference| of one token. On a GPU bf16 kernels choose other tilings for other shapes, so single tokens

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from astracli.kernels.upload import host_memory
 from astracli.training.fsdp import local
-from astracli.upload import host_memory
 
 
 class Parking:

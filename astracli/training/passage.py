@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from astracli.plan_trainer import PASSING
+from astracli.training.layout import PASSING
 from astracli.training.parking import Parking
 
 Wait = Callable[[], None]

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from astracli import backend
-from astracli.adapter import ModelAdapter, WireTensor, read_config
-from astracli.cpu import linear
-from astracli.plan_trainer import RESIDENT, Split, recomputed
-from astracli.recipe import Recipe
-from astracli.training import varlen
+from astracli.backends import choice as backend
+from astracli.config.recipe import Recipe
+from astracli.kernels import varlen
+from astracli.kernels.cpu import linear
+from astracli.models.adapter import ModelAdapter, WireTensor, read_config
 from astracli.training.fsdp import Ranks, recompute, shard
+from astracli.training.layout import RESIDENT, Split, recomputed
 from astracli.training.logprob import PolicyModel
 from astracli.training.optimizer import DTYPES, Masters
 from astracli.training.parking import Parking

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from astracli.adapter import ModelAdapter
-from astracli.recipe import Recipe
+from astracli.config.recipe import Recipe
+from astracli.kernels.upload import upload
+from astracli.models.adapter import ModelAdapter
 from astracli.rl import losses
 from astracli.rl.batch import Batch, MicroBatch, build_batch
 from astracli.rl.losses import Limits
@@ -36,7 +37,6 @@ from astracli.training.logprob import PolicyModel
 from astracli.training.optimizer import Masters
 from astracli.training.parking import Parking
 from astracli.training.sums import Sums, Timer, figures
-from astracli.upload import upload
 
 
 @dataclass

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from astracli.recipe import Recipe
+from astracli.config.recipe import Recipe
 from astracli.rl import losses
 from astracli.rl.batch import Batch
 from astracli.training.agreement import Agreement

@@ -1,4 +1,4 @@
-"""Policy-gradient algorithms, one file each. To add one: write the file, give it a line in `ALGORITHMS`.
+"""Policy-gradient algorithms, one file each. To add one: write the file, give it a line in `config/algorithms.py`.
 
 An algorithm is two functions on flat loss tokens. `prepare` sees the whole batch of all ranks, before the first
 optimizer step, and returns the limits that hold for all minibatches; `token_loss` sees one micro-batch, whole sequences
@@ -18,34 +18,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
+from astracli.config.algorithms import ALGORITHMS
 from astracli.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from astracli.recipe import AlgorithmTable
-
-ALGORITHMS = {
-    "m2po": "astracli.rl.losses.m2po",
-    "grpo": "astracli.rl.losses.grpo",
-    "dapo": "astracli.rl.losses.dapo",
-    "dr_grpo": "astracli.rl.losses.dr_grpo",
-    "gspo": "astracli.rl.losses.gspo",
-    "cispo": "astracli.rl.losses.cispo",
-    "decoupled": "astracli.rl.losses.decoupled",
-    "tis": "astracli.rl.losses.tis",
-}
-"""Name in a recipe -> module that holds `ALGORITHM`."""
-
-OWN_DEFAULTS: dict[str, dict[str, Any]] = {
-    "dapo": {"clip_low": 0.2, "clip_high": 0.28, "overlong_fraction": 0.2},
-    "dr_grpo": {"advantage": "mean"},
-    "gspo": {"clip_low": 3e-4, "clip_high": 4e-4},
-    "cispo": {"clip_high": 4.0},
-    "decoupled": {"weight_cap": 5.0},
-    "tis": {"weight_cap": 2.0},
-}
-"""What an algorithm's source uses where it differs from `AlgorithmTable`: filled in where a recipe says nothing."""
+    from astracli.config.recipe import AlgorithmTable
 
 Normaliser = Literal["token", "sequence", "constant"]
 """Mean over the tokens of the minibatch; mean over its sequences of each one's token mean; mean over its sequences of
@@ -107,6 +86,6 @@ def get(name: str) -> Algorithm:
         raise UserError(
             f"algorithm.name = `{name}`: there is no such algorithm", f"one of {', '.join(sorted(ALGORITHMS))}"
         )
-    algorithm = importlib.import_module(ALGORITHMS[name]).ALGORITHM
+    algorithm = importlib.import_module(f"{__name__}.{name}").ALGORITHM
     assert isinstance(algorithm, Algorithm)
     return algorithm

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from astracli.recipe import AlgorithmTable
+from astracli.config.recipe import AlgorithmTable
 from astracli.rl.losses import Algorithm, TokenLoss, Tokens
 from astracli.rl.losses.clipping import ratio
 

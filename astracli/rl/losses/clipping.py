@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from astracli.recipe import AlgorithmTable
+from astracli.config.recipe import AlgorithmTable
 from astracli.rl.losses import TokenLoss, Tokens
 
 LOG_RATIO_BOUND = 20.0

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from astracli.recipe import AlgorithmTable
+from astracli.config.recipe import AlgorithmTable
 from astracli.rl.losses import Algorithm, Limits, TokenLoss, Tokens
 from astracli.rl.losses.clipping import LOG_RATIO_BOUND, Range, clipped_loss, ratio
 

@@ -1,0 +1,1 @@
+"""Which kernels and which engine, by compute capability, model family and what is installed; each with its reason."""

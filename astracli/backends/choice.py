@@ -1,0 +1,194 @@
+"""Which device, engine, attention and kernels a run gets on a machine, each with its reason.
+
+The knowledge is in tables, also those of `backend_serving` and `backend_delta_rule`; `choose` only reads them. A
+combination that is known to fail is refused with the reason and the ways out, before anything starts. What a machine
+merely lacks is the plan's to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from astracli.backends import delta_rule as backend_delta_rule
+from astracli.backends import serving as backend_serving
+from astracli.backends.serving import ASKED, Facts, known, lowest_capability
+from astracli.config.recipe import Recipe
+from astracli.errors import UserError
+from astracli.machine import facts as machine
+from astracli.machine.facts import usable
+from astracli.models.adapter import ModelAdapter
+
+TRAINER: dict[str, tuple[tuple[str, ...], str | None]] = {
+    "sdpa": (("cpu", "cuda"), None),
+    "eager": (("cpu", "cuda"), None),
+    "flash_attention_2": (("cuda",), "flash-attn"),
+}
+"""Trainer attention -> (devices, package it needs)."""
+
+PACKS = ("auto", "sdpa")
+"""Values of train.attention under which a packed row gets its own attention function."""
+
+SGLANG_ENV = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"}
+"""Log-probabilities after temperature, whatever the shell says: what the trainer compares with."""
+SGLANG_CPU_ENV = {"SGLANG_USE_CPU_ENGINE": "1"}
+"""What tells SGLang that it is to run without a GPU."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One decision, as `--dry-run` and `doctor` show it."""
+
+    what: str
+    choice: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    device: Literal["cpu", "cuda"]
+    engine: Literal["embedded", "sglang"]
+    serving_attention: str
+    """`auto` = decided where the GPUs are."""
+    linear_attention: str
+    """Engine kernel of the linear-attention layers; `none` for a dense model."""
+    trainer_attention: str
+    gdn_forward: str
+    """`torch`, `fla`, `fla+tilelang`, `auto` (decided where the GPUs are) or `none` (dense)."""
+    gdn_backward: str
+    env: Mapping[str, str] = field(default_factory=dict)
+    """Set for every process of the run."""
+    reasons: tuple[Backend, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def settings(self) -> dict[str, Any]:
+        """The decisions as plain JSON; `attention` is what trainer and embedded engine load the model with."""
+        return {
+            "device": self.device,
+            "engine": self.engine,
+            "attention": self.trainer_attention,
+            "serving_attention": self.serving_attention,
+            "linear_attention": self.linear_attention,
+            "gdn_forward": self.gdn_forward,
+            "gdn_backward": self.gdn_backward,
+        }
+
+
+def choose(
+    adapter: ModelAdapter, facts: Facts, recipe: Recipe, config: Mapping[str, Any] | None = None
+) -> BackendChoice:
+    """Decide for this machine. Raises UserError for a combination that cannot work anywhere or fails on these GPUs."""
+    device, why_device = _device(recipe)
+    engine, why_engine = _engine(recipe, device)
+    capability = lowest_capability(facts) if device == "cuda" else None
+    serving, why_serving = backend_serving.attention(adapter, facts, recipe, engine, device, capability)
+    linear, why_linear = backend_serving.linear_attention(adapter, recipe, engine, device)
+    trainer, why_trainer = _trainer(facts, recipe, device)
+    gdn, why_gdn, warning = backend_delta_rule.choose(adapter, facts, device, capability)
+    layout, why_layout = packing(recipe, adapter, device)
+    env, why_env = _environment(device, engine)
+    reasons = (
+        Backend("device", device, why_device),
+        Backend("engine", engine, why_engine),
+        Backend("serving attention", serving, why_serving),
+        Backend("serving linear attention", linear, why_linear),
+        Backend("trainer attention", trainer, why_trainer),
+        Backend("micro-batches", layout, why_layout),
+        Backend("delta rule, forward", gdn, why_gdn),
+        Backend("delta rule, backward", gdn, why_gdn),
+        Backend("environment", " ".join(f"{name}={value}" for name, value in env.items()) or "as it is", why_env),
+    )
+    warnings = (warning,) if warning else ()
+    return BackendChoice(device, engine, serving, linear, trainer, gdn, gdn, env, reasons, warnings)
+
+
+def _environment(device: str, engine: str) -> tuple[dict[str, str], str]:
+    """(what is set for every process, the reason)"""
+    env = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    reasons = ["no process looks for a GPU"] if device == "cpu" else []
+    if engine == "sglang":
+        env |= SGLANG_ENV | (SGLANG_CPU_ENV if device == "cpu" else {})
+        reasons += ["SGLang reports log-probabilities after temperature, as the trainer computes them"]
+    return env, "; ".join(reasons) or "nothing has to be set"
+
+
+def _device(recipe: Recipe) -> tuple[Literal["cpu", "cuda"], str]:
+    asked = recipe.resources
+    gpus = asked.rollout_gpus + asked.train_gpus
+    if asked.device == "cpu" and gpus:
+        key, count = next((k, n) for k in ("rollout_gpus", "train_gpus") if (n := getattr(asked, k)))
+        raise UserError(
+            f"resources.{key} = {count} asks for GPUs, but resources.device = cpu",
+            "add `--set resources.device=cuda` to train on GPUs; on a CPU `resources.engines` and "
+            "`resources.train_ranks` count processes",
+        )
+    if asked.device == "cpu":
+        return "cpu", "the recipe says resources.device = cpu"
+    if asked.device == "cuda" and gpus == 0:
+        raise UserError(
+            "resources.device = cuda, but resources.rollout_gpus and resources.train_gpus are both 0",
+            "add `--set resources.rollout_gpus=1 --set resources.train_gpus=1`, or `--set resources.device=cpu`",
+        )
+    if gpus:
+        return "cuda", f"the recipe asks for GPUs (rollout {asked.rollout_gpus}, train {asked.train_gpus})"
+    return "cpu", "the recipe asks for no GPU"
+
+
+def _engine(recipe: Recipe, device: str) -> tuple[Literal["embedded", "sglang"], str]:
+    asked = recipe.rollout.engine
+    if device == "cpu":
+        if asked == "sglang":
+            return "sglang", f"{ASKED}: SGLang's CPU backend, which computes in bf16"
+        return "embedded", "the engine that runs on a CPU" if asked == "auto" else ASKED
+    if asked == "auto":
+        return "sglang", "the engine for GPUs"
+    return asked, ASKED
+
+
+def _trainer(facts: Facts, recipe: Recipe, device: str) -> tuple[str, str]:
+    asked = recipe.train.attention
+    if asked == "auto":
+        return "sdpa", "torch's own attention: exact on both devices, nothing to install"
+    known("train.attention", asked, ("auto", *TRAINER), "the trainer")
+    devices, package = TRAINER[asked]
+    if device not in devices:
+        raise UserError(f"train.attention = {asked} does not run on a CPU", "use `--set train.attention=auto`")
+    if package is not None and machine.visible_gpus(facts) and not usable(facts, package):
+        stub = facts["packages"].get(package, {}).get("importable_spec")
+        what = "is only an empty namespace folder" if stub else "is not installed"
+        raise UserError(
+            f"train.attention = {asked} needs {package}, which {what}",
+            f"`pip install {package}`, or `--set train.attention=auto`",
+        )
+    return asked, ASKED
+
+
+def packing(recipe: Recipe, adapter: ModelAdapter, device: str) -> tuple[str, str]:
+    """(`packed` or `padded`, the reason). Raises UserError when a recipe asks for packed rows that would leak."""
+    asked, attention = recipe.train.packing, recipe.train.attention
+    obstacle = None
+    if adapter.hybrid and adapter.install_varlen is None:
+        obstacle = f"adapter `{adapter.name}` cannot reset its recurrent state inside a row (install_varlen)"
+    elif attention not in PACKS:
+        obstacle = f"train.attention = {attention} does not know the boundaries of a packed row"
+    if asked == "packed" and obstacle is not None:
+        raise UserError(f"train.packing = packed: {obstacle}", "use `--set train.packing=padded`")
+    if recipe.train.row_boundaries == "ignored":
+        return _without_boundaries(asked, obstacle, adapter)
+    if asked != "auto":
+        return asked, "the recipe asks for it"
+    if device == "cpu":
+        return "padded", "right-padded rows are quicker than short segments on a CPU"
+    return ("padded", obstacle) if obstacle is not None else ("packed", "one row a micro-batch, nothing is padded")
+
+
+def _without_boundaries(asked: str, obstacle: str | None, adapter: ModelAdapter) -> tuple[str, str]:
+    """The ablation needs rows with boundaries, and layers that carry state over them."""
+    if adapter.hybrid and asked != "padded" and obstacle is None:
+        return "packed", "an ablation: train.row_boundaries = ignored lets state run from one sample into the next"
+    why = "train.packing = padded joins no samples" if adapter.hybrid else f"adapter `{adapter.name}` is no hybrid"
+    raise UserError(
+        f"train.row_boundaries = ignored has nothing to leak through: {obstacle or why}",
+        "leave it at `reset`, or pack a hybrid's rows with `--set train.packing=packed`",
+    )

@@ -1,0 +1,185 @@
+"""Which attention an engine serves a model with on these GPUs: what runs there, is allowed for it, and is installed.
+
+The knowledge is in tables: what SGLang takes by itself on a compute capability; where a backend runs, what it needs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from astracli.config.recipe import Recipe
+from astracli.errors import UserError
+from astracli.machine import facts as machine
+from astracli.machine.facts import usable
+from astracli.models.adapter import Forbidden, ModelAdapter
+
+Capability = tuple[int, int]
+Facts = Mapping[str, Any]
+
+OLDEST: Capability = (8, 0)
+"""bf16 arithmetic begins here."""
+
+SERVING_DEFAULTS: tuple[tuple[Capability, tuple[str, ...], str], ...] = (
+    ((8, 0), ("flashinfer", "triton"), "SGLang below 9.0: flashinfer where it can be imported, else triton"),
+    (
+        (9, 0),
+        ("fa3", "flashinfer", "triton"),
+        "SGLang on Hopper: fa3 where its kernels are, else flashinfer, else triton",
+    ),
+    ((10, 0), ("trtllm_mha", "triton"), "SGLang from 10.0: trtllm_mha where flashinfer can be imported, else triton"),
+    ((12, 0), ("flashinfer", "triton"), "SGLang from 12.0: flashinfer where it can be imported, else triton"),
+)
+"""(from this compute capability on, candidates in order, reason)."""
+
+SERVING: dict[str, tuple[Capability, Capability, str | None]] = {
+    "flashinfer": ((8, 0), (99, 0), "flashinfer-python"),
+    "triton": ((8, 0), (99, 0), None),
+    "fa3": ((8, 0), (10, 0), "sglang-kernel"),
+    "trtllm_mha": ((10, 0), (99, 0), "flashinfer-python"),
+    "torch_native": ((8, 0), (99, 0), None),
+}
+"""SGLang attention backend -> (lowest capability, first capability too high, package it needs)."""
+
+SERVING_ON_CPU = ("torch_native", "intel_amx")
+"""SGLang attention backends without a GPU, the one that every CPU has first."""
+
+COMPILED = {"fa3": "flash_ops"}
+"""SGLang attention backend -> the compiled kernels that it needs of its package."""
+
+ASKED = "the recipe asks for it"
+
+
+def capability_of(gpu: Mapping[str, Any]) -> Capability:
+    major, _, minor = gpu["compute_capability"].partition(".")
+    return int(major), int(minor or 0)
+
+
+def lowest_capability(facts: Facts) -> Capability | None:
+    """The lowest of the visible GPUs; None without any."""
+    return min((capability_of(gpu) for gpu in machine.visible_gpus(facts)), default=None)
+
+
+def dotted(capability: Capability) -> str:
+    return f"{capability[0]}.{capability[1]}"
+
+
+def attention(
+    adapter: ModelAdapter, facts: Facts, recipe: Recipe, engine: str, device: str, capability: Capability | None
+) -> tuple[str, str]:
+    """(attention backend of the engine, the reason). Raises UserError for one that cannot serve."""
+    asked = recipe.rollout.attention_backend
+    key = "rollout.attention_backend"
+    if engine == "sglang" and device == "cpu":
+        known(key, asked, ("auto", *SERVING_ON_CPU), "sglang on a CPU")
+        return (SERVING_ON_CPU[0], "SGLang's attention for every CPU") if asked == "auto" else (asked, ASKED)
+    if engine == "embedded":
+        known(key, asked, ("auto", "sdpa", "eager"), "the embedded engine")
+        return ("sdpa", "exact and quick in the embedded engine") if asked == "auto" else (asked, ASKED)
+    if asked != "auto":
+        known(key, asked, ("auto", *SERVING), "sglang")
+        return asked, _check_serving(adapter, facts, recipe, asked, key, capability)
+    if capability is None or capability < OLDEST:
+        return "auto", "decided by compute capability where the GPUs are"
+    candidates, reason = next((names, why) for start, names, why in reversed(SERVING_DEFAULTS) if capability >= start)
+    passed: list[str] = []
+    for name in candidates:
+        lack = not_by_auto(adapter, name, capability) or lacks(facts, recipe, name)
+        if lack is None:
+            over = f"; {', '.join(passed)}" if passed else ""
+            return name, f"{reason} (this GPU: {dotted(capability)}{over})"
+        passed.append(f"no {name}: {lack}")
+    raise UserError(
+        f"no attention backend serves `{adapter.name}` on compute capability {dotted(capability)}",
+        "install flashinfer: `pip install flashinfer-python`",
+    )
+
+
+def serving_options(adapter: ModelAdapter, capability: Capability) -> tuple[list[str], dict[str, str]]:
+    """(attention backends that serve this family on these GPUs, {refused one: reason})."""
+    running = [name for name, (low, high, _) in SERVING.items() if low <= capability < high]
+    refused = {name: reason for name in running if (reason := _forbidden(adapter, name, capability)) is not None}
+    return [name for name in running if name not in refused], refused
+
+
+def lacks(facts: Facts, recipe: Recipe, name: str) -> str | None:
+    """What the engine's environment lacks for attention backend `name`; None when it is there, or nothing is known."""
+    package = SERVING[name][2]
+    if recipe.resources.engine.foreign:
+        engine = facts.get("engine")
+        if not engine or engine["error"] is not None:
+            return None
+        facts = {**facts, "packages": engine["packages"]}
+    if package is None or (name in COMPILED and package not in facts["packages"]):
+        return None
+    if not usable(facts, package):
+        return f"{package} cannot be imported"
+    compiled = facts["packages"][package].get("compiled")
+    if name in COMPILED and compiled is not None and COMPILED[name] not in compiled:
+        return f"this build of {package} has no {COMPILED[name]}"
+    return None
+
+
+def _check_serving(
+    adapter: ModelAdapter, facts: Facts, recipe: Recipe, name: str, key: str, capability: Capability | None
+) -> str:
+    """The reason to take what the recipe asks for. Raises UserError where it is known to fail."""
+    if capability is None:
+        return "the recipe asks for it (no GPU here to check it against)"
+    lowest, too_high, _ = SERVING[name]
+    ways = ", ".join(
+        f"`{other}`"
+        for other, (low, high, _) in SERVING.items()
+        if low <= capability < high and other != name and _forbidden(adapter, other, capability) is None
+    )
+    hint = f"set {key} to `auto`, or to one of {ways}"
+    if not lowest <= capability < too_high:
+        raise UserError(f"{key} = {name} does not run on compute capability {dotted(capability)}", hint)
+    reason = _forbidden(adapter, name, capability)
+    if reason is not None:
+        where = f"`{adapter.name}` on compute capability {dotted(capability)}"
+        raise UserError(f"{key} = {name} is refused for {where}: {reason}", hint)
+    if name in COMPILED and (lack := lacks(facts, recipe, name)) is not None:
+        raise UserError(f"{key} = {name}: {lack}", hint)
+    return ASKED
+
+
+def not_by_auto(adapter: ModelAdapter, name: str, capability: Capability) -> str | None:
+    """Why `auto` does not take a backend for this family on these GPUs; None when it may."""
+    return next((entry.reason for entry in _entries(adapter, name, capability)), None)
+
+
+def _forbidden(adapter: ModelAdapter, name: str, capability: Capability) -> str | None:
+    """Why a backend is refused to a recipe that asks for it; None when it is not."""
+    return next((entry.reason for entry in _entries(adapter, name, capability) if entry.refused), None)
+
+
+def _entries(adapter: ModelAdapter, name: str, capability: Capability) -> Iterator[Forbidden]:
+    for entry in adapter.forbidden:
+        everywhere = not entry.compute_capabilities
+        if entry.backend == name and (everywhere or dotted(capability) in entry.compute_capabilities):
+            yield entry
+
+
+def linear_attention(adapter: ModelAdapter, recipe: Recipe, engine: str, device: str) -> tuple[str, str]:
+    """(the engine's kernel of the linear-attention layers, the reason)"""
+    asked = recipe.rollout.linear_attention_backend
+    if not adapter.hybrid:
+        return "none", "a dense model has no linear attention"
+    if engine == "embedded":
+        known("rollout.linear_attention_backend", asked, ("auto", "torch"), "the embedded engine")
+        return "torch", "the delta rule in torch, one step a token"
+    if asked != "auto":
+        return asked, ASKED if asked == "triton" else f"{ASKED} (only triton has been measured)"
+    where = "every GPU" if device == "cuda" else "a CPU too, where it takes SGLang's own CPU kernels"
+    return "triton", f"SGLang's default on {where}"
+
+
+def known(key: str, value: str, names: tuple[str, ...], who: str) -> None:
+    """Raise UserError, with the nearest name, when `value` of a recipe's `key` is none of `names`."""
+    if value not in names:
+        near = difflib.get_close_matches(value, names, n=1)
+        guess = f"; did you mean `{near[0]}`?" if near else ""
+        hint = f"`--set {key}=auto` lets astra choose"
+        raise UserError(f"{key} = {value}: {who} takes {', '.join(names)}{guess}", hint)

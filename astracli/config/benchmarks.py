@@ -1,0 +1,140 @@
+"""The benchmarks by name: where each lies, how its items read, how many there are and how often each is sampled.
+
+The number of items and the content hash are a benchmark's identity: `data/benchmarks.py` refuses what differs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+from astracli.errors import UserError
+
+MATH_PROMPT = "{question}\nLet's think step by step. Please put your final answer within \\boxed{}."
+"""What a benchmark of written mathematics asks."""
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """A data set on the Hub, and which of its columns are the question and the answer."""
+
+    hub_id: str
+    split: str
+    question_fields: tuple[str, ...] = ("problem", "question")
+    answer_fields: tuple[str, ...] = ("answer",)
+    config: str | None = None
+    final_after: str | None = None
+    """The answer is what follows this mark in the answer column (GSM8K's `####`)."""
+
+
+@dataclass(frozen=True)
+class BenchmarkSpec:
+    """What is known of a benchmark before it is loaded."""
+
+    name: str
+    counts: tuple[int, ...]
+    """Accepted numbers of items: one, or one per copy in circulation; () takes any (a set of one's own)."""
+    samples: int
+    """Samples per item, unless the recipe says otherwise."""
+    hub: HubSet | None
+    """None: generated."""
+    prompt: str = MATH_PROMPT
+    """Empty: the recipe's `data.prompt`."""
+    licence: str = ""
+    file_names: tuple[str, ...] = ()
+    """Names of a local copy besides the benchmark's own."""
+    hashes: tuple[str, ...] = ()
+    """Accepted `content_hash`es of a copy with the first of `counts`; () when nobody could load the set yet: then the
+    number of items alone is checked, and that is said."""
+    hub_loaded: bool = False
+    """Whether the Hub copy was ever loaded and found to have that hash; until then it is marked `not run`."""
+    path: Path | None = None
+    """The file of a set of one's own."""
+
+
+_MAA = "problems (c) Mathematical Association of America, collection "
+_SPECS = (
+    BenchmarkSpec("arithmetic-heldout", (256,), 8, None, "{question}", "generated"),
+    BenchmarkSpec("arithmetic-steps-heldout", (256,), 4, None, "{question}", "generated"),
+    BenchmarkSpec("arithmetic-sums-heldout", (96,), 8, None, "", "generated"),
+    BenchmarkSpec(
+        "aime24",
+        (30,),
+        16,
+        HubSet("HuggingFaceH4/aime_2024", "train"),
+        licence=f"{_MAA}MIT",
+        hashes=("50c69a59aea22c18",),
+    ),
+    BenchmarkSpec(
+        "aime25",
+        (30,),
+        16,
+        HubSet("math-ai/aime25", "test"),
+        licence=f"{_MAA}Apache-2.0",
+        hashes=("fff8428f4392271c",),
+    ),
+    BenchmarkSpec("amc", (45,), 16, HubSet("rawsh/2024_AMC12", "train"), licence=f"{_MAA}without a stated licence"),
+    BenchmarkSpec(
+        "amc23", (40,), 16, HubSet("math-ai/amc23", "test"), licence=f"{_MAA}MIT", hashes=("16bb92275825d6f5",)
+    ),
+    BenchmarkSpec(
+        "amc22_23",
+        (83,),
+        16,
+        HubSet("AI-MO/aimo-validation-amc", "train"),
+        licence=f"{_MAA}MIT",
+        hashes=("54f5b7f5a7402846",),
+    ),
+    BenchmarkSpec(
+        "minerva",
+        (272,),
+        4,
+        HubSet("math-ai/minervamath", "test"),
+        licence="MIT",
+        hashes=("470b211dc30dd34a", "12d7ec73a5750e47"),  # the second: 62 golds rewritten in form only
+    ),
+    BenchmarkSpec(
+        "math500",
+        (500,),
+        4,
+        HubSet("HuggingFaceH4/MATH-500", "test"),
+        licence="MIT",
+        hashes=("129ab1775a34c3be",),
+    ),
+    BenchmarkSpec(
+        "gsm8k",
+        (1319,),
+        4,
+        HubSet("openai/gsm8k", "test", config="main", final_after="####"),
+        licence="MIT",
+        file_names=("gsm8k_test",),
+        hashes=("583ef2eb41dca8b6",),
+    ),
+    BenchmarkSpec(
+        "olympiadbench",
+        (675, 674),
+        4,
+        HubSet("math-ai/olympiadbench", "test", answer_fields=("answer", "final_answer")),
+        licence="MIT",
+        hashes=("0e04963d599be364",),
+    ),
+)
+BENCHMARKS: dict[str, BenchmarkSpec] = {spec.name: spec for spec in _SPECS}
+
+
+def is_path(name: str) -> bool:
+    """Whether a benchmark is named by its file: `my_set.jsonl`, `sets/mine.parquet`, `./a_datasets_directory`."""
+    return "/" in name or name.endswith((".jsonl", ".parquet"))
+
+
+def get(name: str) -> BenchmarkSpec:
+    """A benchmark by name, or a set of one's own by path. Raises UserError with the nearest name."""
+    if name in BENCHMARKS:
+        return BENCHMARKS[name]
+    if is_path(name):
+        path = Path(name).expanduser()
+        return BenchmarkSpec(path.stem, (), 4, HubSet("", "test"), licence="your own", path=path)
+    near = difflib.get_close_matches(name, BENCHMARKS, n=1)
+    hint = f"did you mean `{near[0]}`?" if near else "choose from the list"
+    raise UserError(f"there is no benchmark `{name}`: {', '.join(BENCHMARKS)}", hint)

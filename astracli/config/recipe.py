@@ -1,0 +1,388 @@
+"""The recipe schema: every setting of a run, its unit, its range and its reason.
+
+One value stands in one place. Unknown keys are refused (`recipe_io` turns pydantic's complaint into one message).
+What a run learns from stands here, how and where it runs in `recipe_run`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from astracli.config.algorithms import ALGORITHMS
+from astracli.config.recipe_run import CheckpointTable, ExpectedTable, LaunchTable, MetricsTable, ResourcesTable, Table
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+RUNNING = 32
+"""Sequences that an engine decodes at once where no memory was counted."""
+
+
+class ModelTable(Table):
+    path: str = Field(min_length=1)
+    """`astra:tiny` (shipped with the package), a local directory, or a Hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id; None is the Hub's default branch."""
+    made_by: str | None = None
+    """The command that makes a local `path`: said when nothing is there."""
+    adapter: str = "auto"
+    """Name of a model adapter, or `auto`: the one that claims the checkpoint's `model_type`."""
+
+
+class CurriculumTable(Table):
+    """Prompts by solve rate (mean reward of a kind's recent groups): those in the band are preferred."""
+
+    low: float = Field(default=0.2, ge=0.0, le=1.0)
+    high: float = Field(default=0.8, ge=0.0, le=1.0)
+    candidates: int = Field(default=4, ge=2, le=64)
+    """Prompts of which one is asked; the others are passed over in this epoch."""
+    outside: float = Field(default=0.1, gt=0.0, le=1.0)
+    """Weight of a prompt outside the band; one inside, or never asked, weighs 1."""
+    window: PositiveInt = 16
+    """Latest groups of a kind (a level of `arithmetic`, else one problem) that count."""
+
+
+class GradingTable(Table):
+    """Where graders differ: what rewards `math` and `math_boxed` take for the same answer (docs/grading.md)."""
+
+    relative_tolerance: float = Field(default=0.0, ge=0.0, le=0.1)
+    """Numbers this far apart, relative to the gold, are equal; for golds that are measured or rounded (0.01)."""
+    ordered_lists: bool = False
+    """Whether `1, 2` without brackets has an order. With brackets it always has."""
+    units: Literal["optional", "required"] = "optional"
+    """`required`: a gold with a unit is not matched by the bare number."""
+
+
+class DataTable(Table):
+    source: str = Field(min_length=1)
+    """`arithmetic` (generated), a registered name, a local .jsonl/.parquet file, or a Hub dataset id."""
+    path: str | None = None
+    """Directory that holds local copies of training sets and benchmarks: NAME.jsonl, NAME.parquet or a `datasets`
+    directory NAME, itself or in its `train` and `eval`. None is the environment's ASTRA_DATA_DIR."""
+    split: str = "train"
+    revision: str | None = None
+    levels: list[Literal["add2", "sub2", "add3", "sub3", "steps2", "steps3", "steps4"]] = Field(
+        default=["add2", "sub2", "add3", "sub3"], min_length=1
+    )
+    """Difficulty levels of the generated arithmetic family, drawn uniformly (other sources ignore it)."""
+    question_field: str = "problem"
+    answer_field: str = "answer"
+    prompt: str = "{question}"
+    """What the user turn says; `{question}` is the problem text."""
+    max_prompt_tokens: PositiveInt = 2000
+    """Longer prompts are skipped and counted."""
+    curriculum: CurriculumTable | None = None
+    """None asks prompts in their shuffled order; a table prefers those that are solved sometimes."""
+    decontaminate: Literal["report", "remove", "off"] = "report"
+    """Training problems that are also items of `eval.benchmarks`: counted and said, left out, or not looked for."""
+    reward: str = "math"
+    """`math`, `math_boxed` (only a box counts), `number` (the last number as written, nothing worked out), `probe`,
+    a name from the entry-point group `astra.rewards`, or `pkg.module:function`. `probe` tries the machinery out on any
+    weights, random ones too: 1 where the share of even token ids is at or over its group's median, else 0."""
+    reward_timeout_s: PositiveFloat = 5.0
+    """One grading may take this long; then its worker is killed, the reward is 0 and a timeout is counted."""
+    reward_workers: PositiveInt = 1
+    """Grading processes."""
+    grading: GradingTable = GradingTable()
+
+
+class RolloutTable(Table):
+    engine: Literal["auto", "embedded", "sglang"] = "auto"
+    group_size: PositiveInt = 8
+    """Samples per prompt."""
+    temperature: PositiveFloat = 1.0
+    """Of the draws. The trainer divides its logits by it too: what is trained is the policy that draws."""
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Below 1 the draws are not the policy's: that biases the gradient, and is warned of."""
+    max_new_tokens: PositiveInt = 4000
+    context_length: PositiveInt = 8192
+    """Prompt and completion together, tokens."""
+    max_running_requests: PositiveInt | Literal["auto"] = "auto"
+    """Sequences that one engine decodes at once. Hybrids hold a state cache per sequence beside the KV cache. `auto`:
+    as many as fit its GPU, at most what `running_ceiling` says, 32 on a CPU; the plan says how many and why."""
+    running_ceiling: dict[str, PositiveInt] = Field(default={})
+    """With `auto`: memory of a GPU in whole GiB -> most requests on a GPU that has no more than that. `{ 48 = 32 }`: 32
+    on a GPU of 44 GiB, as many as fit on one of 80."""
+    attention_backend: str = "auto"
+    linear_attention_backend: str = "auto"
+    mem_fraction_static: float = Field(default=0.7, gt=0.0, lt=1.0)
+    """Part of its GPU that an engine reserves for weights, recurrent state and KV cache. At most: beside a trainer
+    (`resources.share_gpus`) it is what that one leaves."""
+    chunked_prefill_size: PositiveInt = 8192
+    """Tokens of one prefill chunk; bounds the fp32 logits of a prefill."""
+    max_dropped_batches: NonNegativeInt = 8
+    """The run ends when so many batches' worth of groups (x `train.batch_groups`) in a row were dropped because all
+    their samples earned the same; 0 goes on generating."""
+
+    @field_validator("max_running_requests", mode="before")
+    @classmethod
+    def _null_is_auto(cls, value: Any) -> Any:
+        """Run directories of earlier versions say null."""
+        return "auto" if value is None else value
+
+    @property
+    def running(self) -> int:
+        """`max_running_requests`; before a plan has derived it, and on a CPU, `RUNNING`."""
+        return RUNNING if self.max_running_requests == "auto" else self.max_running_requests
+
+    def ceiling(self, gpu_gib: float) -> tuple[int, int] | None:
+        """(GiB, requests): the entry of `running_ceiling` for a GPU of so much memory; None when there is none."""
+        entries = ((int(key), most) for key, most in self.running_ceiling.items())
+        return min((entry for entry in entries if gpu_gib <= entry[0]), default=None)
+
+    def completion_room(self, prompt_tokens: int) -> int:
+        """Tokens that a completion of a prompt of so many may have; below 1: the prompt does not fit."""
+        return min(self.max_new_tokens, self.context_length - prompt_tokens)
+
+
+Recomputed = Literal["none", "selective", "full"]
+"""What a backward pass computes again of the blocks' forward passes."""
+RECOMPUTED_BLOCKS: dict[Recomputed, int] = {"full": 1, "selective": 2}
+"""Mode of `train.activation_checkpointing` -> every how many-th block the backward pass computes again."""
+
+
+class TrainTable(Table):
+    steps: PositiveInt
+    """Steps of the run. A step is one batch, a version is one publish, one publish a step."""
+    batch_groups: PositiveInt = 32
+    """Groups that a step trains on; dropped groups do not count."""
+    minibatches: PositiveInt = 4
+    """Optimizer steps per step."""
+    tokens_per_microbatch: PositiveInt = 8192
+    """Token budget (padding included) of one forward and backward."""
+    packing: Literal["auto", "packed", "padded"] = "auto"
+    """How a micro-batch lays out its samples: `packed`, one row without padding that nothing leaks through (proved at
+    start-up), or `padded` rows; `auto` packs on a GPU and pads on a CPU."""
+    row_boundaries: Literal["reset", "ignored"] = "reset"
+    """`ignored` is for an ablation and trains on wrong numbers: in packed rows of a hybrid, recurrent and convolution
+    state runs from one sample into the next, as where nobody tells these layers of the boundaries (attention still ends
+    at them). The checks of rows and of the engine then report instead of stopping."""
+    rows_check_every: PositiveInt = 50
+    """Steps between two measurements of joined rows against separate ones, log-probabilities and gradient; the first
+    batch of a process is always measured."""
+    learning_rate: PositiveFloat = 5e-6
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: NonNegativeInt = 0
+    final_lr_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Where `linear` and `cosine` end, as a fraction of `learning_rate`."""
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), strict=False)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.01
+    weight_decay_on: Literal["all", "matrices"] = "all"
+    """`all`: every trained parameter decays, as in torch and AstraFlow; `matrices`: those of two dimensions and more,
+    so that norms, biases, `A_log` and `dt_bias` do not."""
+    grad_clip: PositiveFloat = 1.0
+    """Largest global gradient norm."""
+    max_staleness: NonNegativeInt = 8
+    """Versions a token may lag behind the policy that trains on it. 0 = on-policy: rollout waits for every update.
+    Read it as `Recipe.effective_staleness`, which is 0 in deterministic mode."""
+    consume: Literal["edf", "fifo"] = "edf"
+    """Which waiting groups a step takes: `edf`, earliest deadline first, loses none to age; `fifo`, in the order of
+    arrival, prefers quick prompts and loses late ones."""
+    replay_ratio: NonNegativeInt = 0
+    """Every batch is trained on again up to n times, in the steps after its first, while no token of it is staler than
+    `max_staleness`. A replay is a step: it counts in `steps` and publishes a version."""
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    """What the backward pass computes again: `none`, nothing; `selective`, every second block; `full`, every block
+    (least memory, a third more work). `auto` is the quickest that the GPU has memory for, AdamW's moments on the host
+    weighed against it; beside an engine `full` unless there is plenty; on a CPU `none`."""
+    reference_device: Literal["auto", "gpu", "host"] = "auto"
+    """Where the initial model of the KL term waits between scoring passes; `host` is pinned memory, `auto` is the GPU
+    while it has room. On a CPU there is one place."""
+    optimizer_device: Literal["auto", "gpu", "host"] = "auto"
+    """Where AdamW's moments wait between updates: on the GPU, in pinned memory of the host, from which they pass
+    through the GPU in every update, or (`auto`) in both, as it pays."""
+    attention: str = "auto"
+    """Trainer attention: `auto`, `sdpa`, `eager`, or what the backend table offers."""
+    parity_tolerance: PositiveFloat | None = None
+    """Largest mean |trainer - engine| log-probability over a batch's tokens of staleness 0; more ends the run, at any
+    step. None takes the adapter's; twice `parity_noise`, at most 0.1, where an engine in bf16 needs more."""
+
+
+class AlgorithmTable(Table):
+    name: str = "m2po"
+    """One file in `astracli/rl/losses`, see docs/algorithms.md: `m2po`, `grpo`, `dapo`, `dr_grpo`, `gspo`, `cispo`,
+    `decoupled`, `tis`. Settings that a recipe leaves out take the algorithm's own values."""
+    variant: Literal["mask", "waterfill", "clip"] = "clip"
+    """Which published form of M2PO (other algorithms ignore it)."""
+    m2_threshold: PositiveFloat = 0.01
+    """Bound on the second moment of the log-ratio over candidate tokens (m2po alone; 0.003 to 0.04)."""
+    clip_low: PositiveFloat = 0.2
+    """The clip range is [1 - clip_low, 1 + clip_high] (m2po finds its own). 0.1 to 0.3; gspo 3e-4; cispo has none."""
+    clip_high: PositiveFloat = 0.2
+    """0.2 to 0.4; dapo 0.28; gspo 4e-4; cispo 4, its largest importance weight is 1 + clip_high."""
+    weight_cap: PositiveFloat = 5.0
+    """Largest weight pi_proximal / pi_behaviour, 2 to 10: `decoupled` (5) drops a token over it, `tis` (2) keeps it
+    with this weight."""
+    mismatch_cap: float | None = Field(default=None, ge=1.0)
+    """Corrects for an engine whose probabilities differ from the trainer's, beside any algorithm: tokens of the current
+    version weigh min(pi_trainer / pi_engine, mismatch_cap). 2 is usual; None is off."""
+    loss_length: PositiveInt | None = None
+    """dr_grpo: tokens that a sequence's summed loss is divided by; None is `rollout.max_new_tokens`."""
+    overlong_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Last part of a completion's room in which the reward falls linearly by up to `overlong_penalty`; 0 is off, dapo
+    0.2. Any algorithm. The room is `rollout.max_new_tokens`, less where `rollout.context_length` ends before."""
+    overlong_penalty: PositiveFloat = 0.5
+    """Taken off the reward of a completion that fills its room. 0.5 with rewards 0 and 1 is DAPO's 1 with -1 and 1."""
+    kl_coef: NonNegativeFloat = 0.0
+    """Weight of the k3 KL estimate to the initial model; 0 loads no reference."""
+    advantage: Literal["group", "mean"] = "group"
+    """`group`: (r - mean) / (unbiased std + 1e-5) inside the group; `mean`: r - mean (dr_grpo)."""
+    batch_norm_advantage: bool = False
+    """Normalise the advantages once more over the batch."""
+    drop_equal_groups: bool = True
+    """Leave out groups whose rewards are all equal: they carry no gradient."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_defaults(cls, values: Any) -> Any:
+        """What the recipe leaves out takes the chosen algorithm's own value."""
+        own = ALGORITHMS.get(str(values.get("name"))) if isinstance(values, dict) else None
+        return own | values if own else values
+
+    @property
+    def contradiction(self) -> str | None:
+        """What is said that the algorithm of this name leaves out; None when it is true to its name."""
+        if self.name == "dr_grpo" and (self.advantage != "mean" or self.batch_norm_advantage):
+            wrong = "batch_norm_advantage = true" if self.advantage == "mean" else f"advantage = {self.advantage}"
+            return (
+                f"algorithm.{wrong} divides by the spread of the rewards, which algorithm.name = dr_grpo leaves out; "
+                "take grpo for it"
+            )
+        if self.name == "dapo" and not self.drop_equal_groups:
+            return (
+                "algorithm.drop_equal_groups = false takes dynamic sampling out of algorithm.name = dapo; "
+                "take grpo for it"
+            )
+        return None
+
+    @property
+    def needs_group(self) -> bool:
+        return self.advantage in ("group", "mean")
+
+
+class WeightsTable(Table):
+    transfer: Literal["full", "delta"] = "full"
+    full_interval: PositiveInt = 10
+    """With `delta`: every n-th version travels in full."""
+    keep: PositiveInt = 12
+    """Published versions kept on disk (pinned ones stay besides)."""
+    pause_mode: Literal["abort", "retract", "in_place"] = "in_place"
+    """What happens to running requests at an update. `in_place`: they go on, with the keys and values that they have;
+    `retract`: those are computed anew; `abort`: their segment ends, and prompt + prefix are sent again."""
+    background: Literal["auto", "on", "off"] = "auto"
+    """Publish a version beside the next training step. `auto`: when the trainer runs on GPUs; never in deterministic
+    mode, nor where it takes turns with an engine on a GPU."""
+    verify_interval: PositiveInt = 1
+    """Read the engine's weights back and compare digests every n-th version."""
+    compression_level: int = Field(default=1, ge=1, le=19)
+    """zstd level of a payload."""
+
+
+class EvalTable(Table):
+    benchmarks: list[str] = Field(default=[])
+    every: NonNegativeInt = 10
+    """Evaluate at step 0, every n steps and at the end; 0 switches in-run evaluation off. One that becomes due while
+    another runs takes the version that is current when that ends."""
+    samples: PositiveInt | None = None
+    """Samples per item; None takes each benchmark's own."""
+    pass_k: PositiveInt = 4
+    temperature: NonNegativeFloat = 0.6
+    """0 is greedy."""
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    max_new_tokens: PositiveInt | None = None
+    """None takes `rollout.max_new_tokens`."""
+    max_concurrency: PositiveInt | Literal["auto"] = "auto"
+    """Evaluation requests in flight at once on each engine; `auto`: as many as it decodes at once
+    (`rollout.max_running_requests`)."""
+
+
+class Recipe(Table):
+    name: str = "unnamed"
+    description: str = ""
+    seed: NonNegativeInt = 0
+    model: ModelTable
+    data: DataTable
+    rollout: RolloutTable = RolloutTable()
+    train: TrainTable
+    algorithm: AlgorithmTable = AlgorithmTable()
+    weights: WeightsTable = WeightsTable()
+    eval: EvalTable = EvalTable()
+    checkpoint: CheckpointTable = CheckpointTable()
+    resources: ResourcesTable = ResourcesTable()
+    launch: LaunchTable = LaunchTable()
+    metrics: MetricsTable = MetricsTable()
+    expected: ExpectedTable | None = None
+
+    @property
+    def effective_staleness(self) -> int:
+        """Versions a token may lag behind in this run: `train.max_staleness`, and 0 when `launch.deterministic`."""
+        return 0 if self.launch.deterministic else self.train.max_staleness
+
+    @property
+    def batch_sequences(self) -> int:
+        """Sequences of one step: `train.batch_groups` x `rollout.group_size`."""
+        return self.train.batch_groups * self.rollout.group_size
+
+    @property
+    def evaluation_requests(self) -> int:
+        """`eval.max_concurrency`; `auto` is what an engine decodes at once."""
+        most = self.eval.max_concurrency
+        return self.rollout.running if most == "auto" else most
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Recipe:
+        rollout, train, evaluation = self.rollout, self.train, self.eval
+        if rollout.group_size < 2 and self.algorithm.needs_group:
+            raise ValueError(
+                f"rollout.group_size = {rollout.group_size}: "
+                "group-normalised advantages need at least 2 samples a prompt"
+            )
+        if self.algorithm.contradiction:
+            raise ValueError(self.algorithm.contradiction)
+        if rollout.max_new_tokens >= rollout.context_length:
+            raise ValueError(
+                f"rollout.max_new_tokens = {rollout.max_new_tokens} leaves no room for a prompt in "
+                f"rollout.context_length = {rollout.context_length}"
+            )
+        for key in rollout.running_ceiling:
+            if not re.fullmatch(r"[1-9]\d*", key):
+                raise ValueError(
+                    f"rollout.running_ceiling has the key `{key}`: a GPU's memory in whole GiB is meant, such as 48"
+                )
+        if evaluation.max_new_tokens is not None and evaluation.max_new_tokens >= rollout.context_length:
+            raise ValueError(
+                f"eval.max_new_tokens = {evaluation.max_new_tokens} leaves no room for a prompt in "
+                f"rollout.context_length = {rollout.context_length}"
+            )
+        if train.replay_ratio > self.effective_staleness:
+            limit = "launch.deterministic" if self.launch.deterministic else "train.max_staleness"
+            raise ValueError(
+                f"train.replay_ratio = {train.replay_ratio}, but {limit} lets a token lag at most "
+                f"{self.effective_staleness} versions behind: the n-th replay of a batch trains it n versions late"
+            )
+        if train.minibatches > self.batch_sequences:
+            raise ValueError(
+                f"train.minibatches = {train.minibatches} is more than the {self.batch_sequences} sequences of a step "
+                f"(train.batch_groups = {train.batch_groups} x rollout.group_size = {rollout.group_size})"
+            )
+        if evaluation.samples is not None and evaluation.samples < evaluation.pass_k:
+            raise ValueError(
+                f"eval.samples = {evaluation.samples} is fewer than eval.pass_k = {evaluation.pass_k}: "
+                "pass@k needs at least k samples an item"
+            )
+        band = self.data.curriculum
+        if band is not None and band.low > band.high:
+            raise ValueError(f"data.curriculum.low = {band.low} is over data.curriculum.high = {band.high}")
+        if "{question}" not in self.data.prompt:
+            raise ValueError(f"data.prompt = {self.data.prompt!r} has no {{question}} in it")
+        return self

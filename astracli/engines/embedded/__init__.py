@@ -1,0 +1,1 @@
+"""The embedded engine: SGLang's HTTP subset on transformers, for a CPU."""

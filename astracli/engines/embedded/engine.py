@@ -1,0 +1,269 @@
+"""The embedded engine behind its HTTP face: requests in SGLang's form, control, and weight updates.
+
+Everything that touches the model runs in the decode thread (`loop`); every other method may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import threading
+import uuid
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from astracli.engines.embedded import kernels
+from astracli.engines.embedded.decoder import Decoder
+from astracli.engines.embedded.scheduler import PauseMode, Scheduler
+from astracli.engines.embedded.table import Completion, Request
+from astracli.engines.embedded.weights import EngineWeights, Loader, UpdateOutcome
+from astracli.errors import UserError
+from astracli.kernels.cpu import linear
+from astracli.weights.receive import reading
+from astracli.weights.receive.watcher import StageWatcher
+
+_SAMPLING_KEYS = frozenset(
+    {"temperature", "top_p", "max_new_tokens", "stop_token_ids", "sampling_seed", "ignore_eos", "skip_special_tokens"}
+)
+
+
+class Progress(Protocol):
+    """The part of a worker's reporter that the loop needs."""
+
+    stop_requested: threading.Event
+
+    def waiting(self, reason: str | None) -> None: ...
+
+    def progress(self, **fields: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    slots: int
+    """Sequences decoded at once."""
+    context_length: int
+    """Prompt and completion together, tokens."""
+    prefill_tokens: int = 8192
+
+
+class NotServing(Exception):
+    """The engine holds no checked weights right now; the message says why."""
+
+
+class EmbeddedEngine:
+    """One model, its slots and its weights. `load` reads a checkpoint directory through the model's adapter."""
+
+    def __init__(
+        self,
+        path: Path,
+        load: Loader,
+        limits: Limits,
+        *,
+        stage_dir: Path | None = None,
+        device: str = "cpu",
+        exclusive_calls: bool = False,
+        problem: str | None = None,
+        verify_interval: int = 0,
+    ):
+        model, wire = load(path)
+        if device == "cpu":
+            kernels.install(model)
+            linear.install(model)
+        self.path = path
+        self.limits = limits
+        self._stage = StageWatcher(stage_dir, reading.hold) if stage_dir is not None else None
+        self._load = load
+        self.weights = EngineWeights(model.to(device), wire, problem=problem, verify_interval=verify_interval)
+        decoder = Decoder(model, limits.slots, prefill_tokens=limits.prefill_tokens)
+        self.scheduler = Scheduler(decoder, exclusive_calls=exclusive_calls)
+        self._eos = _eos_ids(model)
+        self._vocab = int(model.get_input_embeddings().weight.shape[0])
+        self._calls = 0
+
+    # -- requests
+
+    def generate(self, body: Mapping[str, Any], ended: Callable[[int, Completion], None]) -> list[str]:
+        """Start what a `/generate` body asks for. `ended(place in the body, completion)` is called once for each
+        request, in the decode thread.
+
+        Returns the request ids. Raises UserError for a body it cannot run, NotServing without checked weights.
+        """
+        if self.weights.problem is not None:
+            raise NotServing(self.weights.problem)
+        self._calls += 1
+        requests = self._requests(body)
+        for index, request in enumerate(requests):
+            request.deliver = lambda completion, index=index: ended(index, completion)  # type: ignore[misc]
+        self.scheduler.submit(requests)
+        return [request.rid for request in requests]
+
+    def _requests(self, body: Mapping[str, Any]) -> list[Request]:
+        ids = body.get("input_ids")
+        if not isinstance(ids, list) or not ids:
+            raise UserError("input_ids must be a list of token ids, or a list of such lists")
+        prompts = ids if isinstance(ids[0], list) else [ids]
+        count = len(prompts)
+        params = _spread(body.get("sampling_params") or {}, count, "sampling_params")
+        rids = _spread(body.get("rid"), count, "rid")
+        offsets = _spread(body.get("draw_offset", 0), count, "draw_offset")
+        try:
+            return [
+                self._request(prompt, param, rid, offset)
+                for prompt, param, rid, offset in zip(prompts, params, rids, offsets, strict=True)
+            ]
+        except (TypeError, ValueError, OverflowError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"malformed request: {error}") from None
+
+    def _request(self, ids: list[int], params: Mapping[str, Any], rid: str | None, offset: int) -> Request:
+        if unknown := sorted(params.keys() - _SAMPLING_KEYS):
+            raise UserError(f"sampling parameters {', '.join(unknown)} are not known to the embedded engine")
+        prompt = np.array(ids, np.int64)
+        if prompt.ndim != 1 or not len(prompt) or prompt.min() < 0 or prompt.max() >= self._vocab:
+            raise UserError(f"a prompt must be a non-empty list of token ids in [0, {self._vocab})")
+        room = self.limits.context_length - len(prompt)
+        if room < 1:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens, the engine's context is {self.limits.context_length}",
+                "raise rollout.context_length or lower data.max_prompt_tokens",
+            )
+        temperature, top_p = float(params.get("temperature", 1.0)), float(params.get("top_p", 1.0))
+        budget = int(params.get("max_new_tokens", room))
+        if not (math.isfinite(temperature) and temperature >= 0 and 0 < top_p <= 1 and budget >= 1):
+            raise UserError(
+                f"temperature {temperature} must be >= 0, top_p {top_p} in (0, 1], max_new_tokens {budget} >= 1"
+            )
+        stops = {int(token) for token in params.get("stop_token_ids") or ()}
+        if not params.get("ignore_eos"):
+            stops |= self._eos
+        seed = params.get("sampling_seed")
+        return Request(
+            rid=rid or uuid.uuid4().hex,
+            prompt=prompt,
+            max_new_tokens=min(budget, room),
+            temperature=temperature,
+            top_p=top_p,
+            stop_token_ids=tuple(sorted(stops)),
+            seed=secrets.randbits(63) if seed is None else int(seed),
+            draw_offset=int(offset or 0),
+            call=self._calls,
+        )
+
+    # -- control; each runs between two steps, the future holds its answer
+
+    def abort(self, rids: Collection[str] | None) -> Future[Any]:
+        return self.scheduler.call(lambda: self.scheduler.abort(rids))
+
+    def pause(self, mode: PauseMode) -> Future[Any]:
+        return self.scheduler.call(lambda: self.scheduler.pause(mode))
+
+    def resume(self) -> Future[Any]:
+        return self.scheduler.call(self.scheduler.resume)
+
+    def flush(self) -> Future[Any]:
+        return self.scheduler.call(self.scheduler.flush)
+
+    def apply_staged(self, version: int, *, flush: bool = True) -> Future[Any]:
+        """Answer: UpdateOutcome."""
+
+        def run() -> UpdateOutcome:
+            if self._stage is None:
+                return UpdateOutcome(False, "this engine was started without a staging directory")
+            outcome = self.weights.apply_staged(self._stage.stage_dir, version, self._stage.take())
+            return self._updated(outcome, flush)
+
+        return self.scheduler.call(run)
+
+    def load_directory(self, path: Path, version: int, *, flush: bool = True) -> Future[Any]:
+        """Answer: UpdateOutcome."""
+        return self.scheduler.call(lambda: self._updated(self.weights.load_directory(path, version, self._load), flush))
+
+    def relabel(self, version: int) -> Future[Any]:
+        def run() -> None:
+            self.weights.relabel(version)
+            self.scheduler.version = version
+
+        return self.scheduler.call(run)
+
+    def _updated(self, outcome: UpdateOutcome, flush: bool) -> UpdateOutcome:
+        if not outcome.success:
+            self.scheduler.abort()
+            return outcome
+        self.scheduler.version = self.weights.version
+        if flush:
+            self.scheduler.flush()
+        return outcome
+
+    def info(self) -> dict[str, Any]:
+        """What `/model_info` answers."""
+        scheduler = self.scheduler
+        return {
+            "model_path": str(self.path),
+            "weight_version": str(self.weights.version),
+            "is_generation": True,
+            "serving": self.weights.problem is None,
+            "problem": self.weights.problem,
+            "paused": scheduler.paused,
+            "running": scheduler.table.active,
+            "waiting": len(scheduler.waiting),
+            "tokens_generated": scheduler.tokens_generated,
+            "decode_steps": scheduler.steps,
+            "seconds": dict(scheduler.seconds),
+            "slots": self.limits.slots,
+            "context_length": self.limits.context_length,
+        }
+
+    # -- the decode thread
+
+    def loop(self, reporter: Progress) -> None:
+        """Decode until `reporter.stop_requested`. Raises RunFailed when the model produces NaN."""
+        reason: str | None = ""
+        try:
+            while not reporter.stop_requested.is_set():
+                stepped = self.scheduler.turn(wait_s=0.2)
+                now = None if stepped else self._idle_reason()
+                if now != reason:
+                    reason = now
+                    reporter.waiting(reason)
+                if not stepped or self.scheduler.steps % 64 == 0:
+                    reporter.progress(
+                        running=self.scheduler.table.active,
+                        version=self.weights.version,
+                        tokens_generated=self.scheduler.tokens_generated,
+                    )
+        finally:
+            self.weights.settle()
+            if self._stage is not None:
+                self._stage.close()
+
+    def _idle_reason(self) -> str:
+        if self.weights.problem is not None:
+            return f"weights: {self.weights.problem}"
+        if self.scheduler.paused is not None:
+            return f"continue_generation (paused, mode {self.scheduler.paused})"
+        return "requests"
+
+
+def _spread(value: Any, count: int, name: str) -> Sequence[Any]:
+    """One value for all prompts, or a list with one for each."""
+    if not isinstance(value, list):
+        return [value] * count
+    if len(value) != count:
+        raise UserError(f"{name} has {len(value)} entries for {count} prompts")
+    return value
+
+
+def _eos_ids(model: Any) -> frozenset[int]:
+    """End-of-sequence ids of the checkpoint: they end a sequence like a stop token, as in SGLang."""
+    ids: set[int] = set()
+    for config in (model.config, getattr(model, "generation_config", None)):
+        eos = getattr(config, "eos_token_id", None)
+        if eos is not None:
+            ids |= set(eos) if isinstance(eos, list | tuple) else {int(eos)}
+    return frozenset(ids)

@@ -1,0 +1,263 @@
+"""The embedded engine's HTTP face: the subset of SGLang's routes that a run uses. Imports no torch.
+
+| route | body | answer |
+|---|---|---|
+| GET /health_generate | | 200 once the model is loaded, else 503 |
+| GET /model_info | | model_path, weight_version, serving, problem, paused, running, ... |
+| POST /generate | input_ids, sampling_params, rid, draw_offset | output_ids and meta_info; 503 while not serving |
+| | the same and stream: true | server-sent events, one for each request when it ends, with its place as `index` |
+| POST /abort_request | rid (one or a list, exact) or abort_all | aborted: how many |
+| POST /pause_generation | mode: abort, retract, in_place | |
+| POST /continue_generation, /flush_cache | | |
+| POST /update_weights_from_tensor | load_format, weight_version; applies what is staged | success, message, outcome |
+| POST /update_weights_from_disk | model_path, weight_version | success, message, outcome |
+| POST /update_weight_version | new_version | |
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from astracli.engines.client import NO_TENSORS, STAGED_LOADER
+from astracli.errors import UserError
+
+if TYPE_CHECKING:
+    from astracli.engines.embedded.engine import EmbeddedEngine
+    from astracli.engines.embedded.table import Completion
+
+PAUSE_MODES = ("abort", "retract", "in_place")
+
+Handler = Callable[["EmbeddedEngine", Request], Awaitable[Response]]
+
+
+class Door:
+    """Holds the engine once it is loaded; until then every route answers 503."""
+
+    def __init__(self) -> None:
+        self.engine: EmbeddedEngine | None = None
+
+
+class _Guard:
+    """Answers 401 to every request without the run's token."""
+
+    def __init__(self, app: ASGIApp, token: str):
+        self._app = app
+        self._expected = f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._expected):
+                await _error(401, "the run's token is missing or wrong")(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def build_app(door: Door, token: str) -> ASGIApp:
+    """The ASGI application. `door.engine` may be set later."""
+
+    def route(path: str, method: str, handler: Handler) -> Route:
+        async def endpoint(request: Request) -> Response:
+            if door.engine is None:
+                return _error(503, "not ready: the model is being loaded")
+            try:
+                return await handler(door.engine, request)
+            except UserError as error:
+                return _error(400, f"{error.message}; {error.hint}" if error.hint else error.message)
+
+        return Route(path, endpoint, methods=[method])
+
+    app = Starlette(
+        routes=[
+            route("/health_generate", "GET", _health),
+            route("/health", "GET", _health),
+            route("/model_info", "GET", _info),
+            route("/generate", "POST", _generate),
+            route("/abort_request", "POST", _abort),
+            route("/pause_generation", "POST", _pause),
+            route("/continue_generation", "POST", _continue),
+            route("/flush_cache", "POST", _flush),
+            route("/update_weights_from_tensor", "POST", _update_from_tensor),
+            route("/update_weights_from_disk", "POST", _update_from_disk),
+            route("/update_weight_version", "POST", _update_version),
+        ]
+    )
+    return _Guard(app, token)
+
+
+def _error(status: int, message: str) -> JSONResponse:
+    return JSONResponse({"error": {"message": message, "code": status}}, status_code=status)
+
+
+async def _json(request: Request) -> dict[str, Any]:
+    raw = await request.body()
+    try:
+        body = json.loads(raw or b"{}")
+    except ValueError as error:
+        raise UserError(f"the body is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise UserError("the body must be a JSON object")
+    return body
+
+
+def _version(value: Any) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise UserError(f"weight_version {value!r} is not a whole number") from None
+
+
+async def _health(engine: EmbeddedEngine, request: Request) -> Response:
+    return JSONResponse({"status": "ok"})
+
+
+async def _info(engine: EmbeddedEngine, request: Request) -> Response:
+    return JSONResponse(engine.info())
+
+
+async def _generate(engine: EmbeddedEngine, request: Request) -> Response:
+    from astracli.engines.embedded.engine import NotServing
+
+    body = await _json(request)
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Queue[tuple[int, Completion]] = asyncio.Queue()
+
+    def deliver(place: int, completion: Completion) -> None:
+        loop.call_soon_threadsafe(ended.put_nowait, (place, completion))
+
+    try:
+        rids = engine.generate(body, deliver)
+    except NotServing as error:
+        return _error(503, f"not serving: {error}")
+    answers = _answers(engine, request, rids, ended)
+    if body.get("stream"):
+        return StreamingResponse(_events(answers), media_type="text/event-stream")
+    found = {place: answer async for place, answer in answers}
+    if len(found) < len(rids):
+        return Response(status_code=499)
+    batched = isinstance(body["input_ids"][0], list)
+    return JSONResponse([found[place] for place in range(len(rids))] if batched else found[0])
+
+
+async def _answers(
+    engine: EmbeddedEngine, request: Request, rids: list[str], ended: asyncio.Queue[tuple[int, Completion]]
+) -> AsyncIterator[tuple[int, dict[str, Any]]]:
+    """Each request's place and answer when it ends. Of a client that hangs up, what is left is aborted."""
+    gone = asyncio.ensure_future(_disconnected(request))
+    left = len(rids)
+    try:
+        while left:
+            following = asyncio.ensure_future(ended.get())
+            await asyncio.wait({following, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not following.done():
+                following.cancel()
+                break
+            left -= 1
+            place, completion = following.result()
+            yield place, _answer(completion)
+    finally:
+        gone.cancel()
+        if left:
+            engine.abort(rids)
+
+
+async def _events(answers: AsyncIterator[tuple[int, dict[str, Any]]]) -> AsyncIterator[str]:
+    async for place, answer in answers:
+        yield f"data: {json.dumps(answer | {'index': place})}\n\n"
+    yield "data: [DONE]\n\n"
+
+
+async def _disconnected(request: Request) -> None:
+    """Returns when the client has hung up."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _answer(completion: Completion) -> dict[str, Any]:
+    tokens = completion.tokens.tolist()
+    pairs = zip(completion.logprobs.tolist(), tokens, strict=True)
+    return {
+        "text": "",
+        "output_ids": tokens,
+        "meta_info": {
+            "id": completion.rid,
+            "finish_reason": {"type": completion.finish_reason},
+            "output_token_logprobs": [[logprob, token, None] for logprob, token in pairs],
+            "weight_version": str(completion.version),
+            "weight_version_start": str(completion.version_start),
+            "prompt_tokens": completion.prompt_tokens,
+            "completion_tokens": len(tokens),
+        },
+    }
+
+
+async def _abort(engine: EmbeddedEngine, request: Request) -> Response:
+    body = await _json(request)
+    rid = body.get("rid")
+    if not body.get("abort_all") and not rid:
+        raise UserError("abort_request needs `rid` or `abort_all`")
+    rids: list[str] | None = None
+    if not body.get("abort_all"):
+        rids = [str(one) for one in rid] if isinstance(rid, list) else [str(rid)]
+    return JSONResponse({"aborted": await asyncio.wrap_future(engine.abort(rids))})
+
+
+async def _pause(engine: EmbeddedEngine, request: Request) -> Response:
+    mode = (await _json(request)).get("mode", "abort")
+    if mode not in PAUSE_MODES:
+        raise UserError(f"pause mode {mode!r} is not one of {', '.join(PAUSE_MODES)}")
+    await asyncio.wrap_future(engine.pause(mode))
+    return JSONResponse({"status": "ok", "message": "paused"})
+
+
+async def _continue(engine: EmbeddedEngine, request: Request) -> Response:
+    await asyncio.wrap_future(engine.resume())
+    return JSONResponse({"status": "ok", "message": "continued"})
+
+
+async def _flush(engine: EmbeddedEngine, request: Request) -> Response:
+    if await asyncio.wrap_future(engine.flush()):
+        return JSONResponse({"success": True, "message": "flushed"})
+    return JSONResponse({"success": False, "message": "sequences are running"}, status_code=400)
+
+
+async def _update_from_tensor(engine: EmbeddedEngine, request: Request) -> Response:
+    body = await _json(request)
+    if body.get("serialized_named_tensors") not in ([], NO_TENSORS):
+        raise UserError("the embedded engine takes no tensors in a request; stage a payload and name its loader")
+    if body.get("load_format") != STAGED_LOADER:
+        raise UserError(f"load_format {body.get('load_format')!r} is not `{STAGED_LOADER}`")
+    flush = bool(body.get("flush_cache", True))
+    return await _outcome(engine.apply_staged(_version(body.get("weight_version")), flush=flush))
+
+
+async def _update_from_disk(engine: EmbeddedEngine, request: Request) -> Response:
+    body = await _json(request)
+    path = Path(str(body.get("model_path")))
+    if not path.is_dir():
+        raise UserError(f"model_path `{path}` is not a directory")
+    flush = bool(body.get("flush_cache", True))
+    return await _outcome(engine.load_directory(path, _version(body.get("weight_version")), flush=flush))
+
+
+async def _outcome(update: Any) -> Response:
+    outcome = await asyncio.wrap_future(update)
+    document = {"success": outcome.success, "message": outcome.message, "outcome": outcome.outcome}
+    return JSONResponse(document, status_code=200 if outcome.success else 400)
+
+
+async def _update_version(engine: EmbeddedEngine, request: Request) -> Response:
+    version = _version((await _json(request)).get("new_version"))
+    await asyncio.wrap_future(engine.relabel(version))
+    return JSONResponse({"success": True, "message": f"weight version {version}", "new_version": str(version)})

@@ -1,0 +1,120 @@
+"""The embedded engine's process: `python -m astracli.engines.embedded.process CONFIG.json`.
+
+HTTP is served from a thread, and answers 503 while torch and the model load; decoding runs in the main thread.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from astracli.engines.embedded.http import Door, build_app
+from astracli.errors import RunFailed
+from astracli.process.worker import Reporter, WorkerConfig, worker_main
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+    from astracli.engines.embedded.engine import EmbeddedEngine
+
+
+def run(config: WorkerConfig, reporter: Reporter) -> None:
+    """Serve until told to stop. Raises RunFailed when the port is taken or the model produces NaN."""
+    door = Door()
+    listener = bind(config.recipe.launch.host, int(config.extra["port"]))
+    with serving(build_app(door, config.token), listener):
+        engine = load_engine(config)
+        door.engine = engine
+        reporter.ready()
+        engine.loop(reporter)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening-ready socket; port 0 takes a free one. Raises RunFailed when it cannot be had."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # asyncio sets this only on sockets made with proto=IPPROTO_TCP; without it a reply waits 40 ms to be acknowledged.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise RunFailed(
+            f"the engine cannot listen on {host}:{port}: {error.strerror or error}",
+            "another process holds the port, or launch.host is not an address of this machine",
+        ) from None
+    return listener
+
+
+@contextmanager
+def serving(app: ASGIApp, listener: socket.socket) -> Iterator[None]:
+    """Serve `app` on `listener` from a daemon thread while the block runs."""
+    import uvicorn
+
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            loop="asyncio",  # `auto` takes whatever some other package installed
+            http="h11",
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=1,
+        )
+    )
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="http", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join(timeout=1.5)
+        listener.close()
+
+
+def load_engine(config: WorkerConfig) -> EmbeddedEngine:
+    """Load the model through its adapter, as version 0 or, with `extra.start_version`, as what is staged."""
+    import torch
+
+    from astracli.engines.embedded.engine import EmbeddedEngine, Limits
+    from astracli.kernels.cpu.memory import keep_freed_memory
+    from astracli.models import registry
+
+    torch.set_num_threads(config.threads)
+    if config.device == "cpu":
+        keep_freed_memory()
+    adapter = registry.resolve(config.recipe, config.model_path)
+
+    def load(path: Path) -> tuple[Any, Any]:
+        model = adapter.load_for_serving(path, attention="sdpa")  # slots need a mask of their own
+        if config.device == "cpu" and adapter.prepare_cpu is not None:
+            adapter.prepare_cpu(model)
+        return model, adapter.wire_tensors(model)
+
+    rollout = config.recipe.rollout
+    engine = EmbeddedEngine(
+        config.model_path,
+        load,
+        Limits(rollout.running, rollout.context_length, rollout.chunked_prefill_size),
+        stage_dir=Path(config.extra["stage_dir"]) if config.extra.get("stage_dir") else None,
+        device=config.device,
+        exclusive_calls=config.recipe.launch.deterministic,
+        problem="waiting for its weights" if config.extra.get("await_weights") else None,
+        verify_interval=config.recipe.weights.verify_interval,
+    )
+    start = config.extra.get("start_version")
+    if start is not None:
+        update = engine.apply_staged(int(start))
+        engine.scheduler.turn()
+        outcome = update.result()
+        if not outcome.success:
+            raise RunFailed(f"the engine cannot start at version {start}: {outcome.message}")
+    return engine
+
+
+if __name__ == "__main__":
+    worker_main(run)

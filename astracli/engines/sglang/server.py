@@ -1,0 +1,320 @@
+"""An SGLang engine's process, `python -m astracli.engines.sglang.server CONFIG.json`: starts, watches, ends a server.
+
+The server runs in the engine's own environment (`resources.engine`), this process in the run's: it writes the model
+directory, reports readiness, passes the server's output on without the run's token, and explains its last words. Under
+`astra train` the server starts from made-up weights and gets version 0 like every other version, verified by digest; it
+serves nothing before. One server per GPU (SGLang takes weights over HTTP with data parallelism 1 only).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import astracli
+from astracli.engines.client import SETTLE_LOADER, STAGED_LOADER, UNPROVEN, flushes
+from astracli.engines.sglang import checkpoint, last_words
+from astracli.errors import RunFailed
+from astracli.process.health import answers
+from astracli.process.worker import Reporter, WorkerConfig, worker_main
+from astracli.runs.run_dir import RunDir, write_atomic
+
+NEEDED = ("sglang", "torch", "numpy", "xxhash", "zstandard")
+"""Modules that the server and our weight loader inside it import."""
+RECORDED = (
+    *("sglang", "torch", "transformers", "triton", "flashinfer-python", "sglang-kernel", "sgl-kernel"),
+    *("flash-linear-attention", "numpy", "xxhash", "zstandard"),
+)
+"""Distributions whose versions are written down."""
+LOOK_S = 0.2
+HEALTH_EVERY_S = 30.0
+HEALTH_TIMEOUT_S = 25.0
+"""SGLang's own patience with its scheduler is 20 s."""
+UNHEALTHY = 4
+"""Health checks in a row that fail before the engine is given up."""
+KEPT_LINES = 400
+_BOOT = (
+    "import ctypes,os,runpy,signal;"
+    "ctypes.CDLL(None).prctl(1,signal.SIGKILL);"  # PR_SET_PDEATHSIG: never outlives the process that watches it
+    "os.getppid()==int(os.environ['ASTRA_PARENT']) or os._exit(3);"
+    "runpy.run_module('sglang.launch_server',run_name='__main__',alter_sys=True)"
+)
+_PROBE = """
+import importlib.metadata as m, importlib.util as u, json, sys
+def version(name):
+    try: return m.version(name)
+    except m.PackageNotFoundError: return None
+needed, recorded = json.loads(sys.argv[1])
+spec = u.find_spec("sglang")
+print(json.dumps({
+    "python": sys.version.split()[0], "executable": sys.executable, "path": [p for p in sys.path if p],
+    "missing": [n for n in needed if u.find_spec(n) is None],
+    "versions": {n: version(n) for n in recorded},
+    "sglang": list(spec.submodule_search_locations)[0] if spec and spec.submodule_search_locations else None,
+}))
+"""
+
+
+def run(config: WorkerConfig, reporter: Reporter) -> None:
+    """Serve until told to stop. Raises RunFailed when the server dies, hangs or never becomes ready."""
+    from astracli.models import registry
+
+    adapter = registry.resolve(config.recipe, config.model_path)
+    environment = engine_environment(config)
+    facts = probe(config, environment)
+    folder = RunDir(config.run_dir).stage / f"{config.name}-model"
+    model = checkpoint.prepare(folder, config.model_path, adapter, weights=not from_the_wire(config))
+    flags = adapter.engine_flags(json.loads((model / "config.json").read_text()))
+    arguments = command(config, model, Options(Path(facts["sglang"])), flags)
+    server = Server(config, facts["executable"], arguments, environment)
+    try:
+        _wait_ready(config, server, reporter)
+        reporter.ready()
+        _watch(config, server, reporter)
+    finally:
+        server.stop()
+
+
+def from_the_wire(config: WorkerConfig) -> bool:
+    """Whether every version, the first included, is brought by a trainer of this run."""
+    return bool(config.extra.get("published"))
+
+
+def engine_environment(config: WorkerConfig) -> dict[str, str]:
+    """The server's environment: this process's, the recipe's `resources.engine.env`, and what our loader reads."""
+    own = dict(config.recipe.resources.engine.env)
+    path = RunDir(config.run_dir).stage / f"{config.name}-path"
+    path.mkdir(parents=True, exist_ok=True)
+    link = path / "astracli"
+    if not link.is_symlink():
+        # the package alone: the folder it lies in holds the trainer's packages, which the engine must not see
+        link.symlink_to(Path(astracli.__file__).resolve().parent)
+    before = own.get("PYTHONPATH") or os.environ.get("PYTHONPATH", "")
+    return {
+        **os.environ,
+        **own,
+        "PYTHONPATH": os.pathsep.join(filter(None, [before, str(path)])),
+        "ASTRA_PARENT": str(os.getpid()),
+        "ASTRA_STAGE_DIR": str(config.extra["stage_dir"]),
+        "ASTRA_START_VERSION": "" if from_the_wire(config) else "0",
+        "ASTRA_VERIFY_INTERVAL": str(config.recipe.weights.verify_interval),
+        "ASTRA_STAGING": config.extra.get("staging", "host"),
+        "ASTRA_STAGING_KEPT": "1" if config.recipe.weights.transfer == "full" else "",
+    }
+
+
+def probe(config: WorkerConfig, environment: Mapping[str, str]) -> dict[str, Any]:
+    """What the engine's environment holds. It is written to RUN_DIR/environments/NAME.json, and what the run's own
+    holds, this process's and the trainer's, to trainer.json beside it. Raises RunFailed."""
+    python = config.recipe.resources.engine.python or sys.executable
+    place = config.run_dir / "environments"
+    place.mkdir(exist_ok=True)
+    facts = _ask(python, environment)
+    write_atomic(place / f"{config.name}.json", json.dumps(facts, indent=2) + "\n")
+    write_atomic(place / "trainer.json", json.dumps(_ask(sys.executable, os.environ), indent=2) + "\n")
+    if facts["missing"]:
+        raise RunFailed(
+            f"the engine's environment (`{python}`) lacks {', '.join(facts['missing'])}",
+            f"`{python} -m pip install {' '.join(facts['missing'])}`, or name another in resources.engine.python",
+        )
+    return facts
+
+
+def _ask(python: str, environment: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        done = subprocess.run(
+            [python, "-c", _PROBE, json.dumps([NEEDED, RECORDED])],
+            env=dict(environment), capture_output=True, text=True, timeout=120, check=True,
+        )  # fmt: skip
+        facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except subprocess.CalledProcessError as error:
+        raise RunFailed(f"`{python}` does not run: {error.stderr.strip()[-300:]}", "see resources.engine") from None
+    except (OSError, subprocess.TimeoutExpired, ValueError, IndexError) as error:
+        raise RunFailed(f"`{python}` does not run: {error}", "see resources.engine.python") from None
+    return facts
+
+
+class Options:
+    """The command line options that an installed SGLang knows, read from its source: releases rename them.
+
+    They are fields of a class in `server_args.py`; from 0.5.20 on its parts lie in `arg_groups`.
+    """
+
+    def __init__(self, package: Path):
+        file = package / "srt" / "server_args.py"
+        parts = [file, *sorted((package / "srt" / "arg_groups").rglob("*.py"))]
+        try:
+            self._source = "\n".join(part.read_text() for part in parts)
+        except OSError as error:
+            raise RunFailed(f"`{file}` cannot be read: {error.strerror}", "install sglang anew") from None
+        if not self.has("custom_weight_loader"):
+            raise RunFailed(f"the SGLang in `{package}` takes no custom weight loader", "install sglang >= 0.5.13")
+
+    def has(self, name: str) -> bool:
+        return re.search(rf"\b{name}\b", self._source) is not None
+
+
+def command(config: WorkerConfig, model: Path, options: Options, flags: Mapping[str, Any]) -> list[str]:
+    """The server's arguments. `flags`: the adapter's own. The token is not among them: it stands in a file."""
+    rollout, backends = config.recipe.rollout, config.backends
+    slots = rollout.running
+    settings: dict[str, Any] = {
+        "model_path": model,
+        "host": config.recipe.launch.host,
+        "port": config.extra["port"],
+        "skip_tokenizer_init": True,
+        "context_length": rollout.context_length,
+        "max_running_requests": slots,
+        "max_total_tokens": slots * rollout.context_length,  # more could never be used
+        "mem_fraction_static": config.extra.get("mem_fraction_static") or rollout.mem_fraction_static,
+        "enable_memory_saver": bool(config.extra.get("turns")),
+        "enable_weights_cpu_backup": bool(config.extra.get("turns")),
+        "chunked_prefill_size": rollout.chunked_prefill_size,
+        "random_seed": config.recipe.seed,
+        "dtype": "bfloat16",  # as published; a config that does not say is served in fp16
+        "custom_weight_loader": [STAGED_LOADER, SETTLE_LOADER],
+        "load_format": "dummy" if from_the_wire(config) else "safetensors",
+        "weight_version": UNPROVEN if from_the_wire(config) else 0,
+        "log_level_http": "warning",
+        "disable_prefill_cuda_graph": True,  # dozens of graphs, minutes of start-up, no gain at these prompt lengths
+        "cuda_graph_bs_decode" if options.has("cuda_graph_bs_decode") else "cuda_graph_bs": graph_sizes(slots),
+        **flags,
+    }
+    if config.device == "cpu":
+        settings |= {"device": "cpu", "disable_overlap_schedule": True, "disable_cuda_graph": True}
+        del settings["disable_prefill_cuda_graph"]
+    if from_the_wire(config) and not flushes(config.recipe.weights.pause_mode):
+        settings["disable_radix_cache"] = True  # it would hold states of weights that are gone
+    if backends.get("serving_attention", "auto") != "auto":
+        settings["attention_backend"] = backends["serving_attention"]
+    if backends.get("linear_attention", "none") != "none":
+        settings["linear_attn_backend"] = backends["linear_attention"]
+    if config.recipe.launch.deterministic:
+        settings["enable_deterministic_inference"] = True
+    optional = {"disable_prefill_cuda_graph", "mm_feature_transport", "mamba_ssm_dtype"}
+    settings["mm_feature_transport"] = "cpu"  # else a gigabyte of the GPU is kept for images
+    result = ["--config", str(_secret(config))]
+    for name, value in settings.items():
+        if name in optional and not options.has(name):
+            continue
+        dashed = "--" + name.replace("_", "-")
+        if value is True:
+            result.append(dashed)
+        elif isinstance(value, (list, tuple)):
+            result += [dashed, *map(str, value)]
+        elif value is not False:
+            result.append(f"{dashed}={value}")
+    return result
+
+
+def graph_sizes(slots: int) -> list[int]:
+    """Batch sizes whose decode step is captured as a CUDA graph; a smaller batch runs in the next larger.
+
+    Wider apart as they grow, because each is captured at start-up: from 64 on a batch is padded by half at most, from
+    128 on by a quarter.
+    """
+    sizes = [1, 2, 4, *range(8, 65, 8), *range(96, 257, 32), *range(320, 513, 64), *range(640, slots + 1, 128)]
+    return sorted({size for size in sizes if size <= slots} | {slots})
+
+
+def _secret(config: WorkerConfig) -> Path:
+    """The token where `ps` does not show it: JSON is YAML, and SGLang reads options from a YAML file."""
+    path = RunDir(config.run_dir).config / f"{config.name}.sglang.yaml"
+    write_atomic(path, json.dumps({"api-key": config.token}) + "\n", mode=0o600)
+    return path
+
+
+class Server:
+    """The SGLang process and what it writes."""
+
+    def __init__(self, config: WorkerConfig, python: str, arguments: list[str], environment: Mapping[str, str]):
+        self.name = config.name
+        self.lines: deque[str] = deque(maxlen=KEPT_LINES)
+        self._secret = config.token
+        print("starting sglang.launch_server " + " ".join(arguments), flush=True)
+        self._process = subprocess.Popen(
+            [python, "-c", _BOOT, *arguments], env=dict(environment), stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", bufsize=1,
+        )  # fmt: skip
+        assert self._process.stdout is not None
+        self._reader = threading.Thread(target=self._read, args=(self._process.stdout,), name="output", daemon=True)
+        self._reader.start()
+
+    def _read(self, stream: IO[str]) -> None:
+        """SGLang prints all its settings, its key among them."""
+        for line in stream:
+            shown = line.rstrip("\n").replace(self._secret, "***")
+            self.lines.append(shown)
+            print(shown, flush=True)
+
+    def check(self) -> None:
+        """Raise RunFailed with the reason when the server has ended."""
+        code = self._process.poll()
+        if code is not None:
+            self._reader.join(timeout=2.0)
+            from astracli.process.children import exit_words
+
+            raise last_words.death(self.name, f"ended with {exit_words(code)}", self.lines)
+
+    def stop(self) -> None:
+        """End it and what it started. KILL at once: asked to end, SGLang first sleeps five seconds for a diagnosis."""
+        import contextlib
+
+        import psutil
+
+        if self._process.poll() is None:
+            with contextlib.suppress(psutil.Error):
+                for child in psutil.Process(self._process.pid).children(recursive=True):
+                    with contextlib.suppress(psutil.Error):
+                        child.kill()
+            self._process.kill()
+            self._process.wait()
+
+
+def _wait_ready(config: WorkerConfig, server: Server, reporter: Reporter) -> None:
+    """Until SGLang answers its own health check, a generated token. Raises RunFailed."""
+    began = time.monotonic()
+    url = _url(config)
+    while not reporter.stop_requested.is_set():
+        server.check()
+        waited = time.monotonic() - began
+        if answers(url, config.token, timeout_s=HEALTH_TIMEOUT_S):
+            reporter.progress(start_s=round(time.monotonic() - began, 1))
+            return
+        if waited > config.recipe.launch.ready_timeout_s:
+            limit = config.recipe.launch.ready_timeout_s
+            raise last_words.death(config.name, f"was not ready within {limit:g} s", server.lines)
+        reporter.waiting(f"SGLang to start ({waited:.0f} s)")
+        time.sleep(LOOK_S)
+
+
+def _watch(config: WorkerConfig, server: Server, reporter: Reporter) -> None:
+    """Until told to stop. Raises RunFailed when the server ends or answers no more."""
+    failures, asked = 0, time.monotonic()
+    # in a trainer's turn no token can be generated, and a request that waits would be in the way of giving memory back
+    url = _url(config, "model_info" if config.extra.get("turns") else "health_generate")
+    while not reporter.stop_requested.wait(LOOK_S):
+        server.check()
+        if time.monotonic() - asked < HEALTH_EVERY_S:
+            continue
+        failures = 0 if answers(url, config.token, timeout_s=HEALTH_TIMEOUT_S) else failures + 1
+        asked = time.monotonic()
+        if failures >= UNHEALTHY:
+            raise last_words.death(config.name, f"failed {failures} health checks in a row", server.lines)
+
+
+def _url(config: WorkerConfig, path: str = "health_generate") -> str:
+    return f"http://{config.recipe.launch.host}:{config.extra['port']}/{path}"
+
+
+if __name__ == "__main__":
+    worker_main(run)

@@ -1,0 +1,1 @@
+"""Benchmarks: the worker, one benchmark on an engine, statistics, comparison of two evaluations."""

@@ -1,0 +1,191 @@
+"""What an evaluation leaves on disk: one line a sample, tables of the figures, and the samples of an unfinished one."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from astracli.data.benchmarks import Benchmark
+from astracli.evaluation import passk
+from astracli.evaluation.benchmark import EvalSample, Result, full_figures, score_figures
+from astracli.rewards.reward import Grade
+from astracli.rl.sample_log import sample_line
+from astracli.runs import metrics
+
+CSV_COLUMNS = ("step", "version", "benchmark", "items", "n", "avg_at_n", "stderr", "k", "pass_at_k", "due_step")
+OVERALL = "overall"
+
+
+@dataclass(frozen=True)
+class When:
+    """What one evaluation speaks of."""
+
+    step: int
+    version: int
+    due_step: int
+    """The step at which it became due; below `step` when an earlier evaluation was still running then."""
+
+
+@dataclass(frozen=True)
+class Partial:
+    """The samples of a benchmark so far, in the order in which they came: one line each, appended."""
+
+    folder: Path
+    benchmark: Benchmark
+    version: int | None
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"{self.benchmark.name}.jsonl"
+
+    def read(self) -> list[EvalSample]:
+        """What an earlier attempt left; a torn last line and samples of another version or item are left out."""
+        metrics.mend(self.path)
+        problems = {problem.id: problem for problem in self.benchmark.items}
+        return [
+            EvalSample(
+                problem=problems[row["problem_id"]],
+                sample=row["sample"],
+                version=row["version"],
+                text=row["completion"],
+                tokens=np.array(row["tokens"], np.int32),
+                logprobs=np.array(row["logprobs"], np.float64),
+                finish_reason=row["finish_reason"],
+                grade=Grade(row["reward"], row["verdict"]),
+            )
+            for row in metrics.read(self.path)
+            if row["problem_id"] in problems and self.version in (None, row["version"])
+        ]
+
+    def add(self, samples: Sequence[EvalSample]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(item_line(0, s.version, self.benchmark.name, s)) + "\n" for s in samples]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(lines))
+
+
+def timeless(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: {k: v for k, v in values.items() if k != "wall_s"} for name, values in found.items()}
+
+
+def write_csv(path: Path, document: dict[str, Any]) -> None:
+    """Every figure of `results.json`, one row a benchmark; `pass_at_3` is pass@3, `greedy_avg` the greedy share."""
+    rows = []
+    for name, values in document["results"].items():
+        row: dict[str, Any] = {"benchmark": name}
+        for key, value in values.items():
+            if isinstance(value, dict):
+                row |= {f"{key}_{k}": share for k, share in value.items()}
+            else:
+                row[key] = value
+        greedy = document.get("greedy", {}).get(name)
+        rows.append(row | ({"greedy_avg": greedy["avg_at_n"]} if greedy else {}))
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
+    table.writeheader()
+    table.writerows({k: f"{v:.6f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    write_atomically(path, text.getvalue())
+
+
+def partial_of(folder: Path, step: int) -> Path:
+    """Where the samples of a run's unfinished evaluation are kept."""
+    return folder / "partial" / f"step_{step:06d}"
+
+
+def write_results(folder: Path, when: When, results: Sequence[Result]) -> None:
+    """Items and table of one evaluation. Writing a step again replaces it."""
+    for result in results:
+        lines = [json.dumps(item_line(when.step, when.version, result.benchmark, sample)) for sample in result.samples]
+        write_atomically(folder / "items" / f"step_{when.step:06d}_{result.benchmark}.jsonl", "\n".join(lines) + "\n")
+    update_csv(folder / "eval.csv", when, results)
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """A run goes on from a checkpoint of `step`: later steps' evaluations, finished or not, are of other weights."""
+    if (folder / "eval.csv").exists():
+        _write_rows(folder / "eval.csv", [row for row in _rows(folder / "eval.csv") if int(row["step"]) <= step])
+    for path in [*(folder / "items").glob("step_*.jsonl"), *(folder / "partial").glob("step_*")]:
+        if int(path.name.split("_")[1].removesuffix(".jsonl")) > step:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def item_line(step: int, version: int, benchmark: str, sample: EvalSample) -> dict[str, Any]:
+    """One line of an items file."""
+    return sample_line(
+        step=step,
+        version=version,
+        benchmark=benchmark,
+        problem_id=sample.problem.id,
+        problem=sample.problem.question,
+        answer=sample.problem.answer,
+        sample=sample.sample,
+        completion=sample.text,
+        tokens=sample.tokens,
+        logprobs=sample.logprobs,
+        advantage=None,
+        reward=sample.grade.reward,
+        verdict=sample.grade.verdict,
+        finish_reason=sample.finish_reason,
+    )
+
+
+def update_csv(path: Path, when: When, results: Sequence[Result]) -> None:
+    """Put one evaluation's rows into the table, in the order of steps; rows of the same step make room."""
+    rows = [row for row in _rows(path) if int(row["step"]) != when.step] if path.exists() else []
+    scores = [(result.benchmark, result.score) for result in results]
+    if scores:
+        scores.append((OVERALL, passk.overall([score for _, score in scores])))
+    for name, score in scores:
+        numbers = {k: f"{v:.6f}" if isinstance(v, float) else v for k, v in score_figures(score).items()}
+        rows.append({**asdict(when), "benchmark": name, **numbers})
+    _write_rows(path, rows)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    text = io.StringIO()
+    table = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
+    table.writeheader()
+    table.writerows(sorted(rows, key=lambda row: int(row["step"])))
+    write_atomically(path, text.getvalue())
+
+
+def figures(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
+    """{benchmark: figures} and `overall`."""
+    found = {result.benchmark: result.figures() for result in results}
+    if results:
+        found[OVERALL] = full_figures(passk.overall([result.score for result in results]))
+    return found
+
+
+def metric_records(process: str, when: When, found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One metrics record a benchmark and one for `overall`, from `figures`; every figure is named eval_*, without those
+    by k."""
+    return [
+        {"step": when.step, "process": process, "version": when.version, "due_step": when.due_step, "benchmark": name}
+        | {f"eval_{key}": value for key, value in values.items() if not isinstance(value, dict)}
+        for name, values in found.items()
+    ]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.tmp")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -1,0 +1,259 @@
+"""One evaluation over several engines at once: each takes the next call when it has room.
+
+An engine that arrives late or is slower serves less. One that is lost gives its unanswered calls back to the others,
+and is asked again when it holds the version again. An engine is released as soon as no call is left to be sent and
+every sample of its own is recorded; the evaluation ends when all samples are there.
+
+`fixed` (deterministic runs): the calls are dealt out beforehand, in turn, and each engine gets one at a time. What is
+generated together then depends on nothing but the items and the order of the engines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from astracli.errors import RunFailed
+from astracli.evaluation.benchmark import BenchmarkWork, Result, Unit
+
+if TYPE_CHECKING:
+    from astracli.engines.client import GenRequest, GenResult
+
+PATIENCE_S = 900.0
+"""How long a call may meet an engine that is away, or that aborts it again and again, before the evaluation ends."""
+REFUSALS = 3
+"""Failures of a call on engines that are healthy, after which the evaluation ends."""
+LONGEST_PAUSE_S = 2.0
+
+
+class Engine(Protocol):
+    """What an evaluation needs of `engines.client.EngineClient`."""
+
+    async def generate(self, requests: Sequence[GenRequest]) -> list[GenResult]: ...
+
+    async def health(self) -> bool: ...
+
+
+class Members(Protocol):
+    """Which engines hold the evaluated version, and who is told when one has served its share."""
+
+    async def holders(self, known: Collection[str] | None) -> Collection[str]:
+        """Names of the engines that can be asked. Waits until they are others than `known`; None: as it is now."""
+
+    async def release(self, engine: str) -> None: ...
+
+
+class Standing:
+    """Engines of an evaluation without a run: always there, kept by nobody."""
+
+    def __init__(self, engines: Collection[str]):
+        self._engines = frozenset(engines)
+
+    async def holders(self, known: Collection[str] | None) -> Collection[str]:
+        if known is not None:
+            await asyncio.Event().wait()
+        return self._engines
+
+    async def release(self, engine: str) -> None:
+        pass
+
+
+@dataclass
+class Call:
+    """Samples that one request to an engine brings."""
+
+    work: BenchmarkWork
+    units: list[Unit]
+    refusals: int = 0
+    first_failed: float | None = None
+
+    def failed(self) -> bool:
+        """Whether its time is up, counted from its first failure."""
+        self.first_failed = self.first_failed or time.monotonic()
+        return time.monotonic() - self.first_failed > PATIENCE_S
+
+
+@dataclass
+class Share:
+    """What one engine serves of the evaluation."""
+
+    name: str
+    engine: Engine
+    queue: deque[Call]
+    """Where its next call comes from: all engines' queue, or its own when the split is fixed."""
+    samples: int = 0
+    """At the engine now."""
+    open_calls: int = 0
+    """Sent, and not recorded or given back."""
+    away: bool = False
+    """It failed, and has not been found healthy since."""
+    released: bool = False
+    pauses: int = field(default=0)
+    """Failures and aborts in a row."""
+
+    def next_pause(self) -> float:
+        self.pauses += 1
+        return float(min(LONGEST_PAUSE_S, 0.05 * 2 ** (self.pauses - 1)))
+
+
+async def evaluate(
+    works: Sequence[BenchmarkWork],
+    engines: Mapping[str, Engine],
+    members: Members | None = None,
+    *,
+    max_concurrency: int = 64,
+    fixed: bool = False,
+    on_progress: Callable[[BenchmarkWork], None] | None = None,
+    on_waiting: Callable[[bool], None] | None = None,
+) -> list[Result]:
+    """Every sample of every benchmark, at most `max_concurrency` at an engine at once.
+
+    `on_progress` gets the first benchmark that is not done; `on_waiting`, whether nothing is under way because no
+    engine can be asked. Raises RunFailed when another version answers, or a call finds no engine that answers it.
+    """
+    spread = _Spread(works, engines, members or Standing(engines), max_concurrency, fixed, on_progress, on_waiting)
+    try:
+        await spread.run()
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return [work.result() for work in works]
+
+
+class _Spread:
+    def __init__(
+        self,
+        works: Sequence[BenchmarkWork],
+        engines: Mapping[str, Engine],
+        members: Members,
+        max_concurrency: int,
+        fixed: bool,
+        on_progress: Callable[[BenchmarkWork], None] | None,
+        on_waiting: Callable[[bool], None] | None,
+    ):
+        self._works = list(works)
+        self._members = members
+        self._most = max_concurrency
+        self._fixed = fixed
+        self._on_progress, self._on_waiting = on_progress, on_waiting
+        self._present: Collection[str] = ()
+        self._changed = asyncio.Event()
+        self._tasks: asyncio.TaskGroup
+        self._waiting: list[asyncio.Task[None]] = []
+        self._begun: set[str] = set()
+        calls = [Call(work, units) for work in works for units in work.calls]
+        common = deque(() if fixed else calls)
+        self._shares = [Share(name, engine, deque() if fixed else common) for name, engine in engines.items()]
+        for call, share in zip(calls if fixed else (), itertools.cycle(self._shares), strict=False):
+            share.queue.append(call)
+
+    async def run(self) -> None:
+        self._tell()
+        async with asyncio.TaskGroup() as self._tasks:
+            self._beside(self._watch())
+            while any(work.done < work.total for work in self._works):
+                self._deal()
+                self._release([share for share in self._shares if not share.queue and not share.open_calls])
+                if self._on_waiting is not None:
+                    self._on_waiting(not any(share.open_calls for share in self._shares))
+                self._changed.clear()
+                await self._changed.wait()
+            self._release(self._shares)
+            for task in self._waiting:
+                task.cancel()
+
+    def _release(self, shares: Sequence[Share]) -> None:
+        for share in shares:
+            if not share.released:
+                share.released = True
+                self._tasks.create_task(self._members.release(share.name))
+
+    def _beside(self, waiting: Coroutine[Any, Any, None]) -> None:
+        """What may still wait when every sample is there, and ends then."""
+        self._waiting.append(self._tasks.create_task(waiting))
+
+    async def _watch(self) -> None:
+        known: Collection[str] | None = None
+        while True:
+            known = self._present = await self._members.holders(known)
+            self._changed.set()
+
+    def _deal(self) -> None:
+        """Send calls while an engine has room: to the one with the fewest samples, of equals to the first."""
+        while able := [share for share in self._shares if self._has_room(share)]:
+            share = min(able, key=lambda share: share.samples)
+            call = share.queue.popleft()
+            if call.work.benchmark.name not in self._begun:
+                self._begun.add(call.work.benchmark.name)
+                call.work.begin()
+            share.samples += len(call.units)
+            share.open_calls += 1
+            self._tasks.create_task(self._ask(share, call))
+
+    def _has_room(self, share: Share) -> bool:
+        if not share.queue or share.away or share.released or share.name not in self._present:
+            return False
+        most = 0 if self._fixed else self._most - len(share.queue[0].units)
+        return not share.samples or share.samples <= most
+
+    async def _ask(self, share: Share, call: Call) -> None:
+        asked = call.work.requests(call.units)
+        failure: RunFailed | None = None
+        answers: list[GenResult] = []
+        try:
+            if asked:
+                answers = await share.engine.generate([request for _, request in asked])
+        except RunFailed as error:
+            failure = error
+        share.samples -= len(call.units)
+        self._changed.set()
+        if failure is not None:
+            await self._give_back(share, call, failure)
+        else:
+            pairs = [(unit, answer) for (unit, _), answer in zip(asked, answers, strict=True)]
+            finished = [(unit, answer) for unit, answer in pairs if answer.finish_reason != "abort"]
+            aborted = [unit for unit, answer in pairs if answer.finish_reason == "abort"]
+            await call.work.record([unit for unit in call.units if unit not in aborted], finished)
+            self._tell()
+            if aborted:
+                await self._ask_again(share, Call(call.work, aborted, call.refusals, call.first_failed))
+            else:
+                share.pauses = 0
+        share.open_calls -= 1
+        self._changed.set()
+
+    async def _ask_again(self, share: Share, call: Call) -> None:
+        """The engine ended these requests early."""
+        if call.failed():
+            raise RunFailed(f"{share.name} aborted an evaluation request for {PATIENCE_S:g} s")
+        await asyncio.sleep(share.next_pause())
+        share.queue.appendleft(call)
+
+    async def _give_back(self, share: Share, call: Call, failure: RunFailed) -> None:
+        """The engine did not answer: the others may, or itself when it is there again."""
+        call.refusals += await share.engine.health()
+        if call.refusals >= REFUSALS or call.failed():
+            raise failure
+        share.queue.appendleft(call)
+        if not share.away:
+            share.away = True
+            self._beside(self._come_back(share))
+
+    async def _come_back(self, share: Share) -> None:
+        """Ask a lost engine again once it is healthy and, whoever looks after it says so, holds the version."""
+        while True:
+            await asyncio.sleep(share.next_pause())
+            if await share.engine.health():
+                break
+        self._present = await self._members.holders(None)
+        share.away = False
+        self._changed.set()
+
+    def _tell(self) -> None:
+        if self._on_progress is not None and self._works:
+            unfinished = (work for work in self._works if work.done < work.total)
+            self._on_progress(next(unfinished, self._works[-1]))

@@ -1,0 +1,267 @@
+"""The evaluation process: benchmarks at the versions that the hub names, or once, on engines of its own.
+
+In a run it asks the hub for the next evaluation, samples every benchmark from all engines as they come to hold that
+version (`evaluation/spread.py`), tells the hub when an engine has served its share, and writes
+
+    RUN_DIR/eval/items/step_000010_BENCHMARK.jsonl     one line a sample, the same schema as rollout samples
+    RUN_DIR/eval/eval.csv                              one row a benchmark and an `overall` row, fractions
+
+With `extra = {"standalone": true, "out": DIR}` it evaluates once, writes the same files and `results.json` and
+`results.csv` below DIR, and ends. Further keys there: `weights_version` (what must answer; default any), `step`,
+`greedy` (true: one greedy sample an item besides). Samples are kept as they come, in `RUN_DIR/eval/partial/STEP/` and
+in `DIR/partial/`: a second attempt asks for the missing ones only, and ends with the same files as one that was never
+interrupted. The files themselves are `eval_files`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import shutil
+import threading
+from collections.abc import Collection, Coroutine, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from astracli.data import benchmarks
+from astracli.data.benchmarks import Benchmark
+from astracli.data.prompts import stop_token_ids
+from astracli.errors import RunFailed
+from astracli.evaluation import files as eval_files
+from astracli.evaluation.benchmark import BenchmarkWork, Result, Sampling
+from astracli.evaluation.spread import evaluate
+from astracli.hub.client import AsyncHubClient, HubClient
+from astracli.models.adapter import load_tokenizer
+from astracli.process.worker import TERM_EXIT, Reporter, WorkerConfig, worker_main
+from astracli.rewards.reward import GradePool
+
+WAIT_S = 5.0
+"""How long one question to the hub waits for another answer."""
+STOP_PAUSE_S = 1.0
+
+
+@dataclass
+class Evaluator:
+    """What stays the same from one evaluation to the next."""
+
+    config: WorkerConfig
+    reporter: Reporter
+    tokenizer: Any
+    pools: Mapping[str, GradePool]
+    """By the reward that a benchmark is judged by."""
+    sampling: Sampling
+    benchmarks: list[Benchmark]
+
+    @property
+    def embedded(self) -> bool:
+        """Whether our own engine answers, which takes one call at a time in the deterministic mode."""
+        return self.config.backends.get("engine", "embedded") == "embedded"
+
+    async def evaluate(
+        self,
+        version: int | None,
+        partial: Path,
+        *,
+        greedy: bool = False,
+        of_run: eval_files.When | None = None,
+    ) -> list[Result]:
+        """Every benchmark of the recipe, over all engines: a run's as they hold the version, others once they are up.
+
+        Samples are kept in the directory `partial` as they come, and those that are there are not asked again.
+        """
+        from astracli.engines.client import EngineClient
+
+        launch = self.config.recipe.launch
+        whole = launch.deterministic and self.embedded
+        async with contextlib.AsyncExitStack() as stack:
+            hub = await stack.enter_async_context(AsyncHubClient(self.config.hub_url, self.config.token))
+            clients = {}
+            for entry in self.config.engines:
+                stage = None if self.embedded else Path(entry["stage_dir"])
+                client = EngineClient(entry["url"], self.config.token, name=entry["name"], loader_dir=stage)
+                clients[entry["name"]] = client
+                stack.push_async_callback(client.close)
+                if of_run is None:
+                    await client.wait_ready(launch.ready_timeout_s)
+            return await evaluate(
+                [self._work(benchmark, version, partial, greedy, whole) for benchmark in self.benchmarks],
+                clients,
+                RunEngines(hub, of_run.step, of_run.version) if of_run is not None else None,
+                max_concurrency=self.config.recipe.evaluation_requests,
+                fixed=whole,
+                on_progress=self._tell,
+                on_waiting=lambda waits: self.reporter.waiting(
+                    f"an engine that holds version {version}" if waits else None
+                ),
+            )
+
+    def _work(
+        self, benchmark: Benchmark, version: int | None, partial: Path, greedy: bool, whole: bool
+    ) -> BenchmarkWork:
+        table, kept = self.config.recipe.eval, eval_files.Partial(partial, benchmark, version)
+        return BenchmarkWork(
+            benchmark,
+            self.tokenizer,
+            self.pools[benchmark.grader],
+            sampling=replace(self.sampling, temperature=0.0) if greedy else self.sampling,
+            samples=1 if greedy else table.samples,
+            version=version,
+            pass_k=table.pass_k,
+            max_concurrency=self.config.recipe.evaluation_requests,
+            whole_calls=whole,
+            done_before=kept.read(),
+            on_samples=kept.add,
+        )
+
+    def check_whole(self, when: eval_files.When, partial: Path) -> None:
+        """Raises RunFailed when samples of an evaluation are gone that no engine can be asked for again."""
+        for benchmark in self.benchmarks:
+            work = self._work(benchmark, when.version, partial, False, False)
+            if work.done < work.total:
+                there = f"{work.done} of {work.total} samples of {benchmark.name}"
+                raise RunFailed(
+                    f"`{partial}` holds {there}, and the engines have gone on from version {when.version}",
+                    f"a resume evaluates them again: `astra train --resume {self.config.run_dir}`",
+                )
+
+    def _tell(self, work: BenchmarkWork) -> None:
+        self.reporter.progress(benchmark=work.benchmark.name, done=work.done, total=work.total)
+
+
+@dataclass(frozen=True)
+class RunEngines:
+    """The engines of a run, as the hub knows them (`eval_spread.Members`)."""
+
+    hub: AsyncHubClient
+    step: int
+    version: int
+
+    async def holders(self, known: Collection[str] | None) -> Collection[str]:
+        while True:
+            have = None if known is None else list(known)
+            reply = await self.hub.eval_engines(self.version, have, wait_s=0.0 if known is None else WAIT_S)
+            if reply["engines"] != have:
+                return list(reply["engines"])
+            if reply["stop"]:  # answered at once, for as long as this process has not ended
+                await asyncio.sleep(STOP_PAUSE_S)
+
+    async def release(self, engine: str) -> None:
+        await self.hub.eval_release(self.step, self.version, engine)
+
+
+def run(config: WorkerConfig, reporter: Reporter) -> None:
+    recipe = config.recipe
+    tokenizer = load_tokenizer(config.model_path)
+    sampling = Sampling(
+        temperature=recipe.eval.temperature,
+        top_p=recipe.eval.top_p,
+        max_new_tokens=recipe.eval.max_new_tokens or recipe.rollout.max_new_tokens,
+        context_length=recipe.rollout.context_length,
+        stop_token_ids=tuple(stop_token_ids(tokenizer, config.model_path)),
+        seed=recipe.seed,
+    )
+    sets = [benchmarks.load(name, config.benchmark_path(name), recipe.data.prompt) for name in recipe.eval.benchmarks]
+    data = recipe.data
+    with contextlib.ExitStack() as stack:
+        pools = {
+            spec: stack.enter_context(
+                GradePool(spec, data.reward_workers, data.reward_timeout_s, data.grading.model_dump())
+            )
+            for spec in sorted({benchmark.grader for benchmark in sets})
+        }
+        evaluator = Evaluator(config, reporter, tokenizer, pools, sampling, sets)
+        reporter.ready()
+        if config.extra.get("standalone"):
+            evaluate_once(evaluator)
+        else:
+            follow_hub(evaluator)
+
+
+def follow_hub(evaluator: Evaluator) -> None:
+    """Evaluate what the hub hands out until it says stop. Results are written while the next evaluation runs."""
+    config, reporter = evaluator.config, evaluator.reporter
+    folder = config.run_dir / "eval"
+    finishing: dict[int, Future[None]] = {}
+    writer = ThreadPoolExecutor(1, "results")
+    with HubClient(config.hub_url, config.token) as hub:
+        while not reporter.stop_requested.is_set():
+            for version in [version for version, writing in finishing.items() if writing.done()]:
+                finishing.pop(version).result()
+            task = hub.eval_next(wait_s=WAIT_S, finishing=list(finishing))
+            if "step" not in task:
+                if task.get("stop"):
+                    break
+                reporter.waiting(task.get("wait"))
+                continue
+            reporter.waiting(None)
+            served = task.pop("served")
+            when = eval_files.When(**task)
+            reporter.progress(step=when.step, version=when.version)
+            partial = eval_files.partial_of(folder, when.step)
+            if served:
+                evaluator.check_whole(when, partial)
+            results = _until_stop(evaluator.evaluate(when.version, partial, of_run=when), reporter.stop_requested)
+            finishing[when.version] = writer.submit(finish, config, hub, when, results)
+        for writing in finishing.values():
+            writing.result()
+        writer.shutdown()
+
+
+def finish(config: WorkerConfig, hub: HubClient, when: eval_files.When, results: Sequence[Result]) -> None:
+    """Write one evaluation's files, then tell the hub. It counts as done when they are there."""
+    folder, figures = config.run_dir / "eval", eval_files.figures(results)
+    eval_files.write_results(folder, when, results)
+    hub.metrics(eval_files.metric_records(config.name, when, figures))
+    hub.eval_done(when.step, when.version, figures)
+    partial = eval_files.partial_of(folder, when.step)
+    shutil.rmtree(partial, ignore_errors=True)
+    with contextlib.suppress(OSError):  # the next evaluation keeps samples there
+        partial.parent.rmdir()
+
+
+def evaluate_once(evaluator: Evaluator) -> None:
+    """The standalone mode: one evaluation, files below `extra["out"]`, which hold nothing that differs between runs."""
+    config, extra = evaluator.config, evaluator.config.extra
+    out = Path(extra["out"])
+    expected = extra.get("weights_version")
+    stop = evaluator.reporter.stop_requested
+    results = _until_stop(evaluator.evaluate(expected, out / "partial"), stop)
+    step = int(extra.get("step", 0))
+    version = expected if expected is not None else next((s.version for r in results for s in r.samples), 0)
+    eval_files.write_results(out, eval_files.When(step, version, step), results)
+    document: dict[str, Any] = {
+        "step": step,
+        "version": version,
+        "seed": config.recipe.seed,
+        "temperature": config.recipe.eval.temperature,
+        "results": eval_files.timeless(eval_files.figures(results)),
+    }
+    if extra.get("greedy"):
+        work = evaluator.evaluate(expected, out / "partial" / "greedy", greedy=True)
+        document["greedy"] = eval_files.timeless(eval_files.figures(_until_stop(work, stop)))
+    eval_files.write_csv(out / "results.csv", document)
+    eval_files.write_atomically(out / "results.json", json.dumps(document, indent=2) + "\n")
+    shutil.rmtree(out / "partial", ignore_errors=True)
+
+
+def _until_stop(work: Coroutine[Any, Any, list[Result]], stop: threading.Event) -> list[Result]:
+    """Run to the end, or leave with the exit code of a stopped worker as soon as a stop is asked for."""
+
+    async def watch() -> list[Result]:
+        task = asyncio.create_task(work)
+        while not task.done():
+            await asyncio.wait({task}, timeout=0.2)
+            if stop.is_set() and not task.done():
+                task.cancel()
+                await asyncio.wait({task}, timeout=2.0)
+                raise SystemExit(TERM_EXIT)
+        return task.result()
+
+    return asyncio.run(watch())
+
+
+if __name__ == "__main__":
+    worker_main(run)

@@ -1,0 +1,1 @@
+"""Quicker computation of what models do, for CPUs and GPUs, and packed rows."""

@@ -1,0 +1,58 @@
+"""Machine documents by what a command line calls them: the name of a shipped one, or a file."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from astracli.errors import UserError
+
+FOLDER = Path(__file__).parents[1] / "assets" / "machines"
+RECORD = "make one on the machine itself with `astra doctor RECIPE --facts-out FILE`"
+
+
+def names() -> list[str]:
+    """The shipped documents, machines with fewer GPUs first."""
+    found = [path.stem for path in FOLDER.glob("*.json")]
+    return sorted(found, key=lambda name: (_count(name), name))
+
+
+def _count(name: str) -> int:
+    count = name.partition("x")[0]
+    return int(count) if count.isdigit() else 0
+
+
+def load(text: str) -> dict[str, Any]:
+    """The document that `--facts` names, whole. Raises UserError.
+
+    A shipped name wins over a file of the same name; `./NAME` is always the file.
+    """
+    if text in names():
+        return _read(FOLDER / f"{text}.json", text)
+    path = Path(text)
+    if path.suffix != ".json" and path.name == text and not path.exists():
+        near = difflib.get_close_matches(text, names(), n=1)
+        guess = f"did you mean `{near[0]}`? " if near else ""
+        hint = f"{guess}they are {', '.join(names())}; or name a file: {RECORD}"
+        raise UserError(f"no machine `{text}` ships with astra, and there is no such file", hint)
+    return _read(path, text)
+
+
+def _read(path: Path, text: str) -> dict[str, Any]:
+    from astracli.machine import facts as machine
+
+    hint = f"{RECORD}, or take a shipped one: {', '.join(names())}"
+    try:
+        document = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read facts file `{text}`: {(error.strerror or str(error)).lower()}", hint) from None
+    except ValueError as error:
+        raise UserError(f"facts file `{text}` is not JSON: {error}", hint) from None
+    if not isinstance(document, dict):
+        raise UserError(f"facts file `{text}` holds no JSON object", hint)
+    try:
+        return machine.validate(document)
+    except UserError as error:
+        raise UserError(f"facts file `{text}`: {error.message}", hint) from None

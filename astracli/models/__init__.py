@@ -1,0 +1,1 @@
+"""Model families: the adapter contract and its registry."""

@@ -1,0 +1,218 @@
+"""What several adapters share: reading checkpoint headers, strict loading, strict wire names, sizes from shapes.
+
+A family describes its text tensors once, as `{HF name: shape}` computed from config.json. Parameter counts, FLOPs and
+the wire map all come from that table, and a loaded model that does not match it is refused with the names.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from astracli.errors import UserError
+from astracli.models.adapter import MemoryShape, WireTensor
+
+Shapes = dict[str, tuple[int, ...]]
+_WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+
+
+def checkpoint_tensors(path: Path) -> dict[str, str]:
+    """`{tensor name: safetensors dtype}` of every shard in a directory, from the headers alone; `{}` without shards.
+
+    Raises UserError for a file that is no whole safetensors file (a broken download, a git-lfs pointer).
+    """
+    found: dict[str, str] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with file.open("rb") as stream:
+                size = int.from_bytes(stream.read(8), "little")
+                if not 0 < size <= file.stat().st_size - 8:
+                    raise ValueError("header length does not fit the file")
+                header = json.loads(stream.read(size))
+                ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+                have = file.stat().st_size - 8 - size
+                if max(ends, default=0) != have:
+                    raise ValueError(f"its header promises {max(ends, default=0)} bytes of tensors, it holds {have}")
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            raise UserError(
+                f"`{file}` is not a whole safetensors file: {error}", "download the checkpoint again"
+            ) from None
+        found.update({name: entry["dtype"] for name, entry in header.items() if name != "__metadata__"})
+    return found
+
+
+def has_chat_template(path: Path) -> bool:
+    """The tokenizer beside the weights brings a chat template; without one prompts are bare text."""
+    settings = path / "tokenizer_config.json"
+    named = settings.is_file() and '"chat_template"' in settings.read_text(errors="replace")
+    return named or any((path / name).is_file() for name in ("chat_template.jinja", "chat_template.json"))
+
+
+def load_checkpoint(
+    model_class: Any,
+    path: Path,
+    *,
+    attention: str,
+    config: Any = None,
+    text_name: Callable[[str], str | None] = lambda name: name,
+) -> Any:
+    """A model in fp32, without dropout, every tensor of which came from the checkpoint.
+
+    `text_name` maps a checkpoint name to the model's own, or to None for a tensor that this model leaves out. Raises
+    UserError with the names when a tensor is missing, left over or of another shape.
+    """
+    import torch
+
+    path = Path(path)
+    in_files = {text_name(name) for name in checkpoint_tensors(path)} - {None}
+    arguments: dict[str, Any] = {"config": config} if config is not None else {}
+    try:
+        model, info = model_class.from_pretrained(
+            path,
+            dtype=torch.float32,
+            attn_implementation=attention,
+            output_loading_info=True,
+            local_files_only=True,
+            **arguments,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"cannot load `{path}`: {reason}", "check model.path and the files in it") from error
+    names = set(model.state_dict())
+    tied = names - {name for name, _ in model.named_parameters()} - {name for name, _ in model.named_buffers()}
+    missing = set(info["missing_keys"]) - tied
+    if in_files:
+        missing |= names - tied - in_files
+    unexpected = {str(name) for name in in_files - names}
+    refuse_names(f"checkpoint `{path}` does not fit {type(model).__name__}", missing=missing, unexpected=unexpected)
+    _no_dropout(model)
+    return model
+
+
+def _no_dropout(model: Any) -> None:
+    import torch
+
+    if getattr(model.config, "attention_dropout", 0.0):
+        model.config.attention_dropout = 0.0
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if getattr(module, "attention_dropout", 0.0):
+            module.attention_dropout = 0.0
+
+
+def refuse_names(what: str, **groups: Iterable[str]) -> None:
+    """Raise UserError listing every non-empty group of names; return when all are empty."""
+    parts = []
+    for label, names in groups.items():
+        ordered = sorted(names)
+        if ordered:
+            more = f" and {len(ordered) - 8} more" if len(ordered) > 8 else ""
+            parts.append(f"{len(ordered)} {label.replace('_', ' ')}: {', '.join(ordered[:8])}{more}")
+    if parts:
+        raise UserError(f"{what}: {'; '.join(parts)}", "every text tensor must be accounted for by its name")
+
+
+def wire_map(model: Any, shapes: Shapes | None = None, keep_fp32: tuple[str, ...] = ()) -> dict[str, WireTensor]:
+    """`{training parameter name: WireTensor}` of every parameter; tied duplicates are absent.
+
+    Wrapper prefixes (compile, checkpointing) are taken off the wire name. With `shapes` the model must hold exactly
+    those tensors; raises UserError listing what is missing, left over or of another shape.
+    """
+    parameters = dict(model.named_parameters())
+    result = {
+        name: WireTensor(
+            name=(wire := _WRAPPERS.sub("", name)),
+            dtype="float32" if any(mark in wire for mark in keep_fp32) else "bfloat16",
+            shape=tuple(parameter.shape),
+        )
+        for name, parameter in parameters.items()
+    }
+    if shapes is not None:
+        held = {tensor.name: tensor.shape for tensor in result.values()}
+        refuse_names(
+            f"the tensors of {type(model).__name__} are not those of its config",
+            missing=shapes.keys() - held.keys(),
+            left_over=held.keys() - shapes.keys(),
+            of_another_shape={n for n in shapes.keys() & held.keys() if shapes[n] != held[n]},
+        )
+    return result
+
+
+def gemm_flops(shapes: Mapping[str, tuple[int, ...]], *, tied: bool) -> float:
+    """Training FLOPs per token of the weight GEMMs: 6 per matrix element; an untied input embedding is a look-up."""
+    matrices = sum(
+        prod(shape) for name, shape in shapes.items() if len(shape) == 2 and (tied or "embed_tokens" not in name)
+    )
+    return 6.0 * matrices
+
+
+def dense_shapes(config: Mapping[str, Any], *, head_dim: int | None, head_norms: bool) -> Shapes:
+    """Text tensors of a Llama-shaped decoder: `{HF name: shape}`. `head_dim` None = hidden / heads."""
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    dim = config.get("head_dim") or head_dim or hidden // heads
+    projections: Shapes = {
+        "self_attn.q_proj": (heads * dim, hidden),
+        "self_attn.k_proj": (kv_heads * dim, hidden),
+        "self_attn.v_proj": (kv_heads * dim, hidden),
+        "self_attn.o_proj": (hidden, heads * dim),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    shapes: Shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    for index in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{index}"
+        for name, shape in projections.items():
+            shapes[f"{layer}.{name}.weight"] = shape
+            if config.get("attention_bias" if name.startswith("self_attn") else "mlp_bias"):
+                shapes[f"{layer}.{name}.bias"] = shape[:1]
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"{layer}.{name}.weight"] = (hidden,)
+        for name in ("q_norm", "k_norm") if head_norms else ():
+            shapes[f"{layer}.self_attn.{name}.weight"] = (dim,)
+    if not config.get("tie_word_embeddings", False):
+        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
+    return shapes
+
+
+def outside_blocks(shapes: Shapes) -> int:
+    """Parameters in no block: embedding, output head, last norm."""
+    return sum(prod(shape) for name, shape in shapes.items() if ".layers." not in name)
+
+
+def dense_activations(config: Mapping[str, Any], shapes: Shapes) -> int:
+    """Bytes a token that autograd keeps of a Llama-shaped block in bf16, as transformers computes it.
+
+    Norms: the input in fp32, the normed one, the product (8 bytes a unit). MLP: gate, its activation, up, the product
+    (8). Flash attention: query, key, value, output (2 each) and a normaliser a head; norms of heads come on top (6).
+    Without fla, whose fused norms and MLP keep about half as much: the plan does not count on it.
+    """
+    layer = "model.layers.0.self_attn"
+    query, kv = shapes[f"{layer}.q_proj.weight"][0], shapes[f"{layer}.k_proj.weight"][0]
+    head = 6 * (query + kv) if f"{layer}.q_norm.weight" in shapes else 0
+    block = 2 * 8 * config["hidden_size"] + 8 * config["intermediate_size"]
+    return block + 4 * (query + kv) + 4 * config["num_attention_heads"] + head
+
+
+def dense_memory_shape(config: Mapping[str, Any], shapes: Shapes) -> MemoryShape:
+    """Sizes of a Llama-shaped decoder; KV cache in bf16 for every layer."""
+    kv_width = shapes["model.layers.0.self_attn.k_proj.weight"][0]
+    layers = config["num_hidden_layers"]
+    return MemoryShape(
+        parameters=sum(prod(shape) for shape in shapes.values()),
+        vocab_size=config["vocab_size"],
+        hidden_size=config["hidden_size"],
+        layers=layers,
+        kv_bytes_per_token=2 * 2 * kv_width * layers,
+        state_bytes_per_sequence=0,
+        flops_per_token=gemm_flops(shapes, tied="lm_head.weight" not in shapes),
+        outside_blocks=outside_blocks(shapes),
+        block_activations=(dense_activations(config, shapes),) * layers,
+    )

@@ -1,0 +1,290 @@
+"""The launch plan: which processes a command starts on this machine, what they need, and what is missing. Pure.
+
+`build` never refuses: a plan for another machine can be looked at anywhere. `refuse` raises for what stops it here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from astracli.backends.choice import BackendChoice
+from astracli.config.recipe import Recipe
+from astracli.errors import UserError
+from astracli.machine import facts as machine
+from astracli.models.adapter import MemoryShape, ModelAdapter
+from astracli.plan import cost as plan_speed
+from astracli.plan import hints as plan_hint
+from astracli.plan import margin as plan_margin
+from astracli.plan import memory as plan_memory
+from astracli.plan import placement as plan_place
+from astracli.plan import problems as plan_problems
+from astracli.plan import requests as plan_requests
+from astracli.plan import staging as plan_staging
+from astracli.plan import trainer as plan_trainer
+from astracli.plan.memory import MemoryRow
+from astracli.plan.placement import Placement
+from astracli.plan.types import Command, LaunchPlan, Problem, ProcessPlan, Role, Table
+from astracli.plan.view import render, to_json
+from astracli.training import layout
+
+__all__ = ["Command", "LaunchPlan", "Problem", "ProcessPlan", "Table", "build", "refuse", "render", "to_json"]
+
+ENGINE_MODULES = {"embedded": "astracli.engines.embedded.process", "sglang": "astracli.engines.sglang.server"}
+MODULES = {
+    "rollout": "astracli.rollout.worker",
+    "trainer": "astracli.training.worker",
+    "eval": "astracli.evaluation.worker",
+}
+TRAINER_ON_GPU = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+"""Environment of a trainer there: what moves between GPU and host, and rows of many lengths, leave no holes. Without it
+a trainer whose tensors fill 75 of 78.6 GiB ran out of memory over 3.5 GiB of them (docs/benchmarks.md)."""
+
+
+def build(
+    recipe: Recipe,
+    adapter: ModelAdapter,
+    choice: BackendChoice,
+    facts: Mapping[str, Any],
+    *,
+    command: Command = "train",
+    config: Mapping[str, Any] | None = None,
+    checkpoint_bytes: int | None = None,
+) -> LaunchPlan:
+    """The plan of one command. `config` is the checkpoint's config.json, None when it is not on this machine (then the
+    sizes of a model that the adapter knows are used); `checkpoint_bytes` its size on disk."""
+    known = config if config is not None else adapter.known_configs.get(recipe.model.path)
+    shape = adapter.memory_shape(known) if known is not None else None
+
+    def fits(other: Recipe, lightly: bool) -> bool:
+        tried = _build(other, choice, facts, command, shape, None, lambda otherwise: otherwise)
+        blocked = any(problem.blocking and problem.kind in ("gpus", "memory") for problem in tried.problems)
+        strained = tried.placement.short or any(margin.short for margin in tried.margins)
+        return not blocked and not (lightly and strained)
+
+    def way_out(otherwise: str) -> str:
+        count = len(machine.visible_gpus(facts))
+        sets = plan_hint.find(recipe, command, count, fits) if count and choice.device == "cuda" else None
+        return f"run {plan_hint.command_line(command, recipe.name, sets)}" if sets else otherwise
+
+    plan = _build(recipe, choice, facts, command, shape, checkpoint_bytes, way_out)
+    if config is not None:
+        return plan
+    what = f"checkpoint {recipe.model.path} not on this machine"
+    absent = Problem("checkpoint", what, what, "it is downloaded when a run starts", blocking=False)
+    return replace(plan, problems=(*plan.problems, absent))
+
+
+def _build(
+    recipe: Recipe,
+    choice: BackendChoice,
+    facts: Mapping[str, Any],
+    command: Command,
+    shape: MemoryShape | None,
+    checkpoint_bytes: int | None,
+    way_out: Callable[[str], str],
+) -> LaunchPlan:
+    """`way_out(otherwise)`: the hint of a problem of size."""
+    processes = _processes(recipe, choice, facts, command)
+    asked = recipe
+    recipe, placement = _place(processes, shape, asked, choice, facts)
+    memory = _memory(processes, shape, recipe, choice.device, placement, facts)
+    if (host := _room_on_host(processes, memory, facts)) is not None and choice.device == "cuda":
+        recipe, placement = _place(processes, shape, asked, choice, facts, host)
+        memory = _memory(processes, shape, recipe, choice.device, placement, facts)
+    if on_gpu := _room_to_publish(processes, memory, facts, placement.turns):
+        memory = _memory(processes, shape, recipe, choice.device, placement, facts, on_gpu)
+    if shape and command == "train":
+        room = plan_problems.sizes_of(facts), facts["system"]["memory_total"]
+        placement, memory = plan_staging.decide(processes, memory, shape, recipe, placement, *room)
+    if placement.turns:
+        # a worker that starts again does not know whose turn it is
+        processes = [replace(process, restarts=0) for process in processes]
+    disk = plan_memory.disk_rows(shape, recipe, checkpoint_bytes) if shape and command == "train" else []
+    plan = LaunchPlan(
+        recipe=recipe.name,
+        command=command,
+        choice=choice,
+        processes=tuple(processes),
+        placement=placement,
+        memory=tuple(memory),
+        disk=tuple(disk),
+        model=_model(shape, recipe) if shape else {},
+        gpu_sizes=plan_problems.sizes_of(facts),
+        host_size=facts["system"]["memory_total"],
+        running_requests=recipe.rollout.running,
+        expected=recipe.expected.model_dump(exclude_none=True) if recipe.expected else {},
+    )
+    if choice.device == "cuda":
+        sizes = plan_problems.sizes_of(facts)
+        plan = replace(plan, margins=plan_margin.margins(plan.memory, plan.gpu_map, sizes))
+    problems = [
+        *plan_problems.gpu_problems(plan, recipe, facts, way_out),
+        *plan_problems.software_problems(recipe, choice, facts),
+        *plan_problems.size_problems(plan, recipe, shape, facts, way_out),
+    ]
+    warnings = [*choice.warnings, *plan_problems.warnings(plan, recipe, facts), *plan_margin.warnings(plan.margins)]
+    return replace(plan, problems=tuple(problems), warnings=tuple(warnings))
+
+
+def refuse(plan: LaunchPlan) -> None:
+    """Raise UserError (exit 2) with the first thing that stops the plan on this machine; return when nothing does."""
+    blocking = [problem for problem in plan.problems if problem.blocking]
+    if blocking:
+        first, *others = blocking
+        also = f" (also missing: {', '.join(problem.what for problem in others)})" if others else ""
+        raise UserError(first.message + also, first.hint)
+
+
+def _processes(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any], command: Command) -> list[ProcessPlan]:
+    resources, threads = recipe.resources, recipe.resources.threads
+    cuda = choice.device == "cuda"
+    restarts = recipe.launch.max_restarts if recipe.launch.max_restarts is not None else (2 if cuda else 0)
+    if recipe.launch.deterministic:
+        restarts = 0  # a wave whose engine dies begins again, whole, and that is what a resume does
+    physical = [gpu["index"] for gpu in machine.visible_gpus(facts)]
+    engine_gpus, train_gpus = _placement(recipe, physical) if cuda else ([], [])
+
+    def child(name: str, role: Role, gpus: list[int], visible: list[int], **more: Any) -> ProcessPlan:
+        count = {"engine": threads.engine, "trainer": threads.trainer}.get(role, threads.other)
+        env = {
+            **choice.env,
+            "CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpu in visible),
+            "OMP_NUM_THREADS": str(count),
+            "TOKENIZERS_PARALLELISM": "false",
+            **(resources.engine.env if role == "engine" and choice.engine == "embedded" else {}),
+            **(TRAINER_ON_GPU if role == "trainer" and cuda else {}),
+        }
+        return ProcessPlan(
+            name=name,
+            role=role,
+            module=ENGINE_MODULES[choice.engine] if role == "engine" else MODULES[role],
+            gpus=tuple(gpus),
+            threads=count,
+            nice=0 if role in ("engine", "trainer") else 5,
+            restarts=0 if role == "trainer" else restarts,
+            env=env,
+            **more,
+        )
+
+    result = []
+    for index in range(len(engine_gpus) if cuda else resources.engines):
+        own = engine_gpus[index : index + 1]
+        # SGLang runs in its environment, the process that watches it in ours
+        python = resources.engine.python if choice.engine == "embedded" else None
+        result.append(child(f"engine{index}", "engine", own, own, python=python))
+    if command in ("train", "rollout"):
+        result.append(child("rollout", "rollout", [], [], children=recipe.data.reward_workers))
+    ranks = (len(train_gpus) if cuda else resources.train_ranks) if command == "train" else 0
+    for rank in range(ranks):
+        own = train_gpus[rank : rank + 1]
+        result.append(child(f"trainer{rank or ''}", "trainer", own, own, rank=rank, world_size=ranks))
+    if command == "eval" or (command == "train" and recipe.eval.benchmarks and recipe.eval.every):
+        result.append(child("eval", "eval", [], [], children=recipe.data.reward_workers))
+    return result
+
+
+def _placement(recipe: Recipe, physical: list[int]) -> tuple[list[int], list[int]]:
+    """(engine GPUs, trainer GPUs): rollout first, then training; from 0 again when they share. Where this machine has
+    fewer, indexes go on counting: the plan is then for another machine."""
+    rollout, train = recipe.resources.rollout_gpus, recipe.resources.train_gpus
+    start = 0 if recipe.resources.share_gpus else rollout
+    beyond = range(max(physical, default=-1) + 1, max(physical, default=-1) + 1 + rollout + train)
+    slots = [*physical, *beyond]
+    return slots[:rollout], slots[start : start + train]
+
+
+def _place(
+    processes: list[ProcessPlan],
+    shape: MemoryShape | None,
+    recipe: Recipe,
+    choice: BackendChoice,
+    facts: Mapping[str, Any],
+    host: int | None = None,
+) -> tuple[Recipe, Placement]:
+    """The recipe with what it leaves to the machine, and where things lie. `host`: bytes that trainers may take there,
+    None while there is enough."""
+    if choice.device != "cuda":
+        return plan_requests.settle(recipe, shape, {}, [], [], plan_speed.pace([]))[0], Placement()
+    gpus = {role: [gpu for p in processes if p.role == role for gpu in p.gpus] for role in ("engine", "trainer")}
+    where = (plan_problems.sizes_of(facts), gpus["engine"], gpus["trainer"])
+    pace = plan_speed.pace([gpu for gpu in machine.visible_gpus(facts) if gpu["index"] in gpus["trainer"]])
+    recipe, why = plan_requests.settle(recipe, shape, *where, pace)
+    placement = plan_place.place(recipe, shape, *where, pace, host)
+    if why is not None:
+        row = ("requests", f"{recipe.rollout.running} at once", why)
+        placement = replace(placement, reasons=(row, *placement.reasons))
+    return recipe, placement
+
+
+def _memory(
+    processes: list[ProcessPlan],
+    shape: MemoryShape | None,
+    recipe: Recipe,
+    device: str,
+    placement: Placement,
+    facts: Mapping[str, Any],
+    published_on_gpu: Collection[str] = (),
+) -> list[MemoryRow]:
+    """`published_on_gpu`: trainers whose published versions lie on their GPU, those of others on the host."""
+    rows, sizes = [plan_memory.light_row("supervisor")], plan_problems.sizes_of(facts) if device == "cuda" else {}
+    for process in processes:
+        if process.role == "engine" and shape:
+            card = next((sizes[gpu] for gpu in process.gpus if gpu in sizes), None)
+            static = None if card is None else int((placement.mem_fraction_static or 0.0) * card)
+            rows += plan_memory.engine_rows(process.name, shape, recipe, device, static=static)
+        elif process.role == "trainer" and shape:
+            published: layout.Where = "gpu" if process.name in published_on_gpu else "host"
+            where = (device, process.world_size, placement.split, published)
+            rows += plan_trainer.trainer_rows(process.name, shape, recipe, *where)
+        else:
+            rows.append(plan_memory.light_row(process.name, process.children))
+    if not placement.turns:
+        return rows
+    return plan_place.in_turns(rows, _on_shared_gpus(processes))
+
+
+def _on_shared_gpus(processes: Sequence[ProcessPlan]) -> set[str]:
+    """Processes on a GPU that an engine and a trainer use."""
+    engine, trainer = ({gpu for p in processes if p.role == role for gpu in p.gpus} for role in ("engine", "trainer"))
+    return {p.name for p in processes if set(p.gpus) & engine & trainer}
+
+
+def _room_on_host(processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], facts: Mapping[str, Any]) -> int | None:
+    """What others leave trainers of a host that is too small for all of them; None where all fit."""
+    size = facts["system"]["memory_total"]
+    if plan_memory.total(rows, where="host", fixed=True) <= size:
+        return None
+    others = [process.name for process in processes if process.role != "trainer"] + ["supervisor"]
+    return int(size - plan_memory.total(rows, where="host", fixed=True, processes=others))
+
+
+def _room_to_publish(
+    processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], facts: Mapping[str, Any], turns: bool
+) -> set[str]:
+    """Trainers whose GPU has room for two published versions beside all else; each rank finds out for itself
+    (`weights.snapshot`). One that leaves its GPU in the engine's turn keeps them on the host."""
+    sizes = plan_problems.sizes_of(facts)
+    held = {row.process: row.bytes for row in rows if row.what == plan_trainer.PUBLISHED}
+    # torch gives the holes of its cache back where memory is short
+    solid = [row for row in rows if row.what != plan_memory.HOLES]
+    leaves = _on_shared_gpus(processes) if turns else set()
+
+    def fits(gpu: int, trainer: str) -> bool:
+        names = [p.name for p in processes if gpu in p.gpus]
+        need = plan_memory.on_gpu(solid, names) + held[trainer] + plan_trainer.SPARE_BYTES
+        return gpu in sizes and need <= sizes[gpu]
+
+    there = [p for p in processes if p.name in held and p.gpus and p.name not in leaves]
+    return {p.name for p in there if all(fits(gpu, p.name) for gpu in p.gpus)}
+
+
+def _model(shape: MemoryShape, recipe: Recipe) -> dict[str, Any]:
+    return {
+        "parameters": shape.parameters,
+        "kv_bytes_per_token": shape.kv_bytes_per_token,
+        "state_bytes_per_sequence": shape.state_bytes_per_sequence,
+        "flops_per_trained_token": shape.flops_per_token,
+        "sequences_per_step": recipe.batch_sequences,
+    }

@@ -1,0 +1,88 @@
+"""Ways out of a plan that does not fit: other splits of the GPUs and smaller settings, each tried out as a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from astracli.config.recipe import Recipe
+
+Sets = dict[str, Any]
+"""Dotted key -> value"""
+Accepted = Callable[[Recipe, bool], bool]
+"""(recipe, whether it must have the margin of its estimates, and do without what costs time in every update: moments
+that have to wait on the host)"""
+
+
+def find(recipe: Recipe, command: str, gpus: int, accepted: Accepted) -> Sets | None:
+    """The fewest settings with which `accepted` takes the recipe on `gpus` GPUs; None when none of ours will do."""
+    for lightly in (True, False):
+        for placement in _placements(recipe, command, gpus):
+            for smaller in _smaller(recipe, command):
+                sets = placement | smaller
+                if sets and accepted(changed(recipe, sets), lightly):
+                    return _fewest(recipe, sets, accepted, lightly)
+    return None
+
+
+def command_line(command: str, name: str, sets: Sets) -> str:
+    words = " ".join(f"--set {key}={str(value).lower()}" for key, value in sets.items())
+    return f"`astra {command} --recipe {name} {words}`"
+
+
+def changed(recipe: Recipe, sets: Sets) -> Recipe:
+    """The recipe with dotted keys set."""
+    tables: dict[str, dict[str, Any]] = {}
+    for key, value in sets.items():
+        table, _, name = key.partition(".")
+        tables.setdefault(table, {})[name] = value
+    return recipe.model_copy(update={t: getattr(recipe, t).model_copy(update=v) for t, v in tables.items()})
+
+
+def _fewest(recipe: Recipe, sets: Sets, accepted: Accepted, lightly: bool) -> Sets:
+    """Without the settings that turn out not to be needed."""
+    for key in list(sets):
+        fewer = {name: value for name, value in sets.items() if name != key}
+        if fewer and accepted(changed(recipe, fewer), lightly):
+            sets = fewer
+    return sets
+
+
+def _placements(recipe: Recipe, command: str, gpus: int) -> Iterator[Sets]:
+    """Splits of `gpus` GPUs: the recipe's own, then near halves, then more training GPUs, then one shared."""
+    own = recipe.resources
+    if own.rollout_gpus + (own.train_gpus if command == "train" else 0) <= gpus or own.share_gpus:
+        yield {}
+    if command != "train":
+        if gpus:
+            yield {"resources.rollout_gpus": gpus}
+        return
+    for rollout in sorted(range(1, gpus), key=lambda r: abs(2 * r - gpus)):
+        yield {"resources.rollout_gpus": rollout, "resources.train_gpus": gpus - rollout, "resources.share_gpus": False}
+    for count in dict.fromkeys((1, gpus) if gpus else ()):
+        yield {"resources.rollout_gpus": count, "resources.train_gpus": count, "resources.share_gpus": True}
+
+
+def _smaller(recipe: Recipe, command: str) -> Iterator[Sets]:
+    """Settings that need less and learn the same, one more each time."""
+    steps: list[Sets] = [{}]
+    train, rollout = recipe.train, recipe.rollout
+    if command == "train":
+        if train.activation_checkpointing in ("none", "selective"):
+            steps.append({"train.activation_checkpointing": "auto"})
+        if train.reference_device == "gpu":
+            steps.append({"train.reference_device": "auto"})
+        if train.optimizer_device == "gpu":
+            steps.append({"train.optimizer_device": "auto"})
+        if train.tokens_per_microbatch > rollout.context_length:
+            steps.append({"train.tokens_per_microbatch": rollout.context_length})
+    if rollout.chunked_prefill_size > 2048:
+        steps.append({"rollout.chunked_prefill_size": 2048})
+    steps += [
+        {"rollout.mem_fraction_static": value} for value in (0.8, 0.85, 0.9) if value > rollout.mem_fraction_static
+    ]
+    steps += [{"rollout.max_running_requests": n} for n in (16, 8, 4) if n < rollout.running]
+    sets: Sets = {}
+    for step in steps:
+        sets = sets | step
+        yield sets

@@ -1,0 +1,201 @@
+"""What a machine lacks for a launch plan: GPUs, packages, room. Pure; `plan.refuse` says which of it ends a command."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import ceil
+from typing import Any
+
+from astracli.backends.choice import BackendChoice
+from astracli.backends.serving import OLDEST, capability_of
+from astracli.config.recipe import Recipe
+from astracli.machine import facts as machine
+from astracli.models.adapter import MemoryShape
+from astracli.plan import memory as plan_memory
+from astracli.plan.memory import HOLES, words
+from astracli.plan.types import LaunchPlan, Problem
+
+SGLANG_GLIBC = (2, 34)
+CPU_RECIPE = "qwen3.5-tiny-m2po-delta"
+
+
+def sizes_of(facts: Mapping[str, Any]) -> dict[int, int]:
+    """Bytes of every visible GPU."""
+    return {gpu["index"]: gpu["memory_total"] for gpu in machine.visible_gpus(facts) if gpu["memory_total"]}
+
+
+def gpu_problems(
+    plan: LaunchPlan, recipe: Recipe, facts: Mapping[str, Any], way_out: Callable[[str], str]
+) -> list[Problem]:
+    if plan.choice.device != "cuda":
+        return []
+    gpus, needed = machine.visible_gpus(facts), len(plan.gpu_map)
+    if needed > len(gpus):
+        rollout, train = recipe.resources.rollout_gpus, recipe.resources.train_gpus
+        parts = f"rollout {rollout}, train {train}" if plan.command == "train" else f"rollout {rollout}"
+        shared = ", shared" if recipe.resources.share_gpus and plan.command == "train" else ""
+        noun = "GPU" if needed == 1 else "GPUs"
+        there = str(len(gpus)) if gpus else "none"
+        on_cpu = f"`astra {plan.command} --recipe {CPU_RECIPE}` runs on a CPU"
+        elsewhere = f"`astra {plan.command} --recipe {recipe.name} --dry-run --facts 8xl40` plans for another machine"
+        otherwise = f"no split of this recipe fits these GPUs; {on_cpu}" if gpus else f"{on_cpu}; {elsewhere}"
+        return [
+            Problem(
+                "gpus",
+                f"{needed} {noun} (this machine has {there})",
+                f"recipe `{recipe.name}` asks for {needed} {noun} ({parts}{shared}), this machine has {there}",
+                way_out(otherwise),
+            )
+        ]
+    old = sorted({gpu["compute_capability"] for gpu in gpus if capability_of(gpu) < OLDEST})
+    if old:
+        what = "GPUs of compute capability 8.0 or newer"
+        return [Problem("gpus", what, f"bf16 needs {what}, this machine has {', '.join(old)}", None)]
+    return []
+
+
+def software_problems(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any]) -> list[Problem]:
+    problems = []
+    if choice.engine == "sglang" and not recipe.resources.engine.foreign:
+        if not machine.usable(facts, "sglang"):
+            message = f"recipe `{recipe.name}` generates with sglang, which is not installed here"
+            hint = "`pip install 'astracli[sglang]'`, or name its environment in resources.engine.python"
+            if choice.device == "cpu":
+                hint = "name the environment of SGLang's CPU build in resources.engine.python, or take `embedded`"
+            problems.append(Problem("package", "package sglang", message, hint))
+        libc = facts["system"]["libc"] or ""
+        version = machine.version_tuple(libc.removeprefix("glibc "))
+        if libc.startswith("glibc") and version < SGLANG_GLIBC:
+            what = "glibc 2.34 or newer (sglang's wheels)"
+            message = f"sglang needs {what}, this machine has {libc}"
+            problems.append(Problem("system", what, message, "use a newer operating system image"))
+    if choice.device == "cuda" and facts["torch_cuda"] is None:
+        message = f"recipe `{recipe.name}` trains on GPUs, torch here is built without CUDA"
+        hint = "install a CUDA build of torch: `pip install -c constraints/cuda.txt 'astracli[gpu]'`"
+        problems.append(Problem("package", "a CUDA build of torch", message, hint))
+    return problems
+
+
+def size_problems(
+    plan: LaunchPlan,
+    recipe: Recipe,
+    shape: MemoryShape | None,
+    facts: Mapping[str, Any],
+    way_out: Callable[[str], str],
+) -> list[Problem]:
+    """What cannot fit whatever the load: fixed rows against each GPU, the host and the disk."""
+    problems = []
+    sizes = sizes_of(facts)
+    otherwise = "no setting of this recipe fits these GPUs: take more or larger ones, or a smaller model"
+    for gpu, names in plan.gpu_map.items():
+        need, size = plan_memory.on_gpu(plan.memory, names, fixed=True), sizes.get(gpu)
+        fraction = plan.placement.mem_fraction_static
+        if size is None:
+            continue
+        if need > size:
+            what = f"{words(need)} of GPU memory for {' and '.join(names)}"
+            message = f"GPU {gpu} needs at least {what}, it has {words(size)}"
+        elif fraction and shape and any(name.startswith("engine") for name in names):
+            static = plan_memory.static_bytes(shape, recipe)
+            if static <= fraction * size:
+                continue
+            what = f"{words(static)} for the engine's weights, states and one request"
+            message = (
+                f"the engine reserves {fraction:.0%} of GPU {gpu} ({words(int(fraction * size))}), it needs {what}"
+            )
+        else:
+            continue
+        problems.append(Problem("memory", what, message, way_out(otherwise)))
+        break
+    system = facts["system"]
+    host = plan_memory.total(plan.memory, where="host", fixed=True)
+    if host > system["memory_total"]:
+        what = f"{words(host)} of memory"
+        message = f"recipe `{plan.recipe}` needs at least {what}, this machine has {words(system['memory_total'])}"
+        otherwise = "choose a smaller model, or a machine with more memory"
+        problems.append(Problem("memory", what, message, way_out(otherwise)))
+    disk = plan_memory.total(plan.disk, where="disk")
+    if disk > system["disk_free"]:
+        what = f"{words(disk)} of disk"
+        free = words(system["disk_free"])
+        message = f"recipe `{plan.recipe}` may fill {what}, `{system['disk_path']}` has {free} free"
+        hint = "point --run-dir at a larger disk, or `--set checkpoint.keep=1 --set weights.keep=2`"
+        problems.append(Problem("disk", what, message, hint, blocking=False))
+    return problems
+
+
+def warnings(plan: LaunchPlan, recipe: Recipe, facts: Mapping[str, Any]) -> list[str]:
+    """What may go wrong under load but need not, and what is wrong by the recipe's own wish."""
+    rollout = recipe.rollout
+    result = []
+    if rollout.top_p != 1.0 and plan.command == "train":
+        result.append(
+            f"rollout.top_p = {rollout.top_p:g}: the loss computes with the probabilities of the whole vocabulary, "
+            "so the gradient is biased towards what these draws prefer"
+        )
+    if any(process.role == "eval" for process in plan.processes) and plan.command == "train":
+        result += _evaluations(recipe)
+        most = recipe.eval.max_concurrency
+        if most != "auto" and most < plan.running_requests:
+            result.append(
+                f"evaluations leave slots empty: an engine runs {plan.running_requests} requests at once, and gets "
+                f"{most} of an evaluation; try eval.max_concurrency=auto"
+            )
+    sizes = sizes_of(facts)
+    for gpu, names in plan.gpu_map.items():
+        # torch gives the holes of its cache back where memory is short
+        need = plan_memory.on_gpu([row for row in plan.memory if row.what != HOLES], names)
+        size = sizes.get(gpu)
+        if size is not None and need > size >= plan_memory.on_gpu(plan.memory, names, fixed=True):
+            result.append(f"GPU {gpu} may need {words(need)} under full load, it has {words(size)}: requests will wait")
+    busy = sum(process.threads for process in plan.processes if process.role in ("engine", "trainer"))
+    cores = facts["system"]["cores_usable"]
+    if plan.choice.device == "cpu" and busy > cores:
+        result.append(f"engines and trainer want {busy} threads of {cores:g} usable cores: they will starve each other")
+    host = plan_memory.total(plan.memory, where="host")
+    available = facts["system"]["memory_available"]
+    if available < host:
+        result.append(f"about {words(host)} of memory are needed under full load, {words(available)} are available now")
+    trained = any(process.role == "trainer" for process in plan.processes)
+    if plan.choice.device == "cuda" and plan.choice.gdn_backward == "torch" and trained:
+        result.append("the delta rule in plain torch keeps more activations than this plan counts")
+    if trained and plan.choice.engine == "sglang":
+        result += _borrowed(facts)
+    if not plan.model:
+        result.append("memory and disk are not planned: the model's config.json is not on this machine")
+    return result
+
+
+def _evaluations(recipe: Recipe) -> list[str]:
+    """When evaluations generate more than the rollouts between two of them; benchmarks of unknown size left out."""
+    from astracli.config.benchmarks import get
+    from astracli.data import benchmarks
+
+    table = recipe.eval
+    specs = [get(name) for name in table.benchmarks]
+    items = [benchmarks.count_items(spec) or 0 for spec in specs]
+    asked = sum(n * (table.samples or spec.samples) for n, spec in zip(items, specs, strict=True))
+    a_step = recipe.batch_sequences / (1 + recipe.train.replay_ratio)
+    between = int(a_step * min(table.every, recipe.train.steps))
+    if asked <= between:
+        return []
+    ways = [f"eval.every={ceil(asked / a_step)}"]
+    if fewer := between // sum(items):
+        ways.append(f"eval.samples={fewer}" + (f" with eval.pass_k={fewer}" if fewer < table.pass_k else ""))
+    counts = f"one is {asked:,} completions, between two of them {between:,} rollouts are made"
+    return [f"evaluations generate more than training: {counts}; try {', or '.join(ways)}"]
+
+
+def _borrowed(facts: Mapping[str, Any]) -> list[str]:
+    """What a PYTHONPATH that was set for an engine changes in the trainer without a word."""
+    places = [place for place in (facts["env"].get("PYTHONPATH") or "").split(":") if place]
+    result = []
+    for name in ("torch", "transformers"):
+        package = facts["packages"].get(name) or {}
+        origin = package.get("origin") or ""
+        if place := next((place for place in places if origin.startswith(place.rstrip("/") + "/")), None):
+            result.append(
+                f"the trainer computes with {name} {package['version']} of PYTHONPATH (`{place}`), not with its own "
+                "environment's: what is meant for the engine alone belongs in resources.engine.env.PYTHONPATH"
+            )
+    return result

@@ -1,0 +1,107 @@
+"""What a launch plan is made of: processes, problems, tables. Data only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from astracli.backends.choice import BackendChoice
+from astracli.plan.margin import Margin
+from astracli.plan.memory import MemoryRow
+from astracli.plan.placement import Placement
+
+Command = Literal["train", "rollout", "eval"]
+Role = Literal["engine", "rollout", "trainer", "eval"]
+
+
+@dataclass(frozen=True)
+class ProcessPlan:
+    """One child of the supervisor."""
+
+    name: str
+    role: Role
+    module: str
+    gpus: tuple[int, ...]
+    """Indexes as nvidia-smi counts them; () = none."""
+    threads: int
+    nice: int
+    restarts: int
+    env: Mapping[str, str]
+    """Set over the supervisor's environment."""
+    python: str | None = None
+    """Interpreter of its own environment; None = the supervisor's."""
+    rank: int = 0
+    world_size: int = 1
+    children: int = 0
+    """Grading processes that it starts itself."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that this machine lacks for the plan."""
+
+    kind: Literal["gpus", "memory", "package", "system", "disk", "checkpoint"]
+    what: str
+    """Short: `8 GPUs (this machine has 2)`."""
+    message: str
+    hint: str | None
+    blocking: bool = True
+    """False = the run mends it by itself (a download)."""
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    recipe: str
+    command: Command
+    choice: BackendChoice
+    processes: tuple[ProcessPlan, ...]
+    memory: tuple[MemoryRow, ...]
+    disk: tuple[MemoryRow, ...]
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """Sizes of the model and of a step; empty when no config is known."""
+    placement: Placement = field(default_factory=Placement)
+    """What lies where on GPUs and host, and why."""
+    gpu_sizes: Mapping[int, int] = field(default_factory=dict)
+    """Bytes of every GPU that the machine shows."""
+    host_size: int = 0
+    """Bytes of the host's memory."""
+    running_requests: int = 0
+    """Of each engine: the recipe's `rollout.max_running_requests`, or what was derived for it."""
+    expected: Mapping[str, Any] = field(default_factory=dict)
+    """Published figures of the recipe."""
+    margins: tuple[Margin, ...] = ()
+    """Of each GPU whose size is known."""
+    problems: tuple[Problem, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def missing(self) -> list[str]:
+        """What this machine lacks, in short."""
+        return [problem.what for problem in self.problems]
+
+    @property
+    def cards(self) -> list[str]:
+        """Engines that take turns with a trainer on their GPU."""
+        if not self.placement.turns:
+            return []
+        trained = {gpu for process in self.processes if process.role == "trainer" for gpu in process.gpus}
+        return [p.name for p in self.processes if p.role == "engine" and trained & set(p.gpus)]
+
+    @property
+    def gpu_map(self) -> dict[int, list[str]]:
+        """GPU index -> names of the processes on it."""
+        result: dict[int, list[str]] = {}
+        for process in self.processes:
+            for gpu in process.gpus:
+                result.setdefault(gpu, []).append(process.name)
+        return dict(sorted(result.items()))
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text for the terminal."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]

@@ -1,0 +1,1 @@
+"""What every child process shares: its config, its reports, ports, health of a server, its own children."""

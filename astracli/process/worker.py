@@ -1,0 +1,282 @@
+"""What every worker process shares: its resolved config, its heartbeat and wait reasons, its exit codes.
+
+A worker is `python -m astracli.ROLE.worker CONFIG.json`; its module ends in
+
+    if __name__ == "__main__":
+        worker_main(run)            # run(config: WorkerConfig, reporter: Reporter) -> None
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import http.client
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Literal, NoReturn
+from urllib.parse import urlsplit
+
+from astracli.config.recipe import Recipe
+from astracli.errors import AstraError, UserError, disk_full
+from astracli.process.transient import gpu_failed, link_failed
+
+State = Literal["starting", "ready", "done", "failed"]
+
+ORPHAN_EXIT = 3
+"""Exit code of a worker whose supervisor is gone."""
+TERM_EXIT = 143
+"""Exit code of a worker that was told to stop (128 + SIGTERM)."""
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """One process's resolved configuration, as in RUN_DIR/config/NAME.json."""
+
+    name: str
+    """Unique in the run: `engine0`, `rollout`, `trainer`, `trainer1`, `eval`."""
+    role: str
+    """`engine`, `rollout`, `trainer`, `eval`."""
+    run_dir: Path
+    hub_url: str
+    token: str = field(repr=False)
+    """Bearer token of the run; every request between its processes carries it."""
+    recipe: Recipe
+    paths: dict[str, Any]
+    """`model`: local directory; `data`: local path or None; `benchmarks`: {name: local path or None}."""
+    engines: list[dict[str, str]] = field(default_factory=list)
+    """[{"name", "url"}]"""
+    device: str = "cpu"
+    threads: int = 1
+    """CPU threads of this process."""
+    resume: bool = False
+    attempt: int = 1
+    """1 for a new run, one more for each `--resume`."""
+    backends: dict[str, Any] = field(default_factory=dict)
+    """What `backend.choose` picked: {"attention": ..., ...}."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What only this role needs: an engine's `port` and `stage_dir`, a resumed trainer's `step`."""
+
+    @property
+    def model_path(self) -> Path:
+        return Path(self.paths["model"])
+
+    @property
+    def data_path(self) -> Path | None:
+        return Path(self.paths["data"]) if self.paths.get("data") else None
+
+    def benchmark_path(self, name: str) -> Path | None:
+        """Local copy of a benchmark; None for a generated one."""
+        path = self.paths.get("benchmarks", {}).get(name)
+        return Path(path) if path else None
+
+    def document(self) -> dict[str, Any]:
+        """The JSON form that `load_config` reads."""
+        plain = {key: value for key, value in asdict(self).items() if key != "recipe"}
+        return plain | {"run_dir": str(self.run_dir), "recipe": self.recipe.model_dump(mode="json")}
+
+
+def load_config(argv: Sequence[str]) -> WorkerConfig:
+    """Read CONFIG.json named by the only argument. `argv` is `sys.argv`. Raises UserError."""
+    if len(argv) != 2:
+        raise UserError("a worker takes one argument, its CONFIG.json", "workers are started by `astra train`")
+    path = Path(argv[1])
+    try:
+        document = json.loads(path.read_text())
+        document["run_dir"] = Path(document["run_dir"])
+        document["recipe"] = Recipe.model_validate(document["recipe"])
+        return WorkerConfig(**document)
+    except OSError as error:
+        raise UserError(f"cannot read worker config `{path}`: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"`{path}` is not a worker config: {error}") from None
+
+
+class Reporter:
+    """Tells the hub each second that this process lives, and what it waits for. A context manager.
+
+    The heartbeat runs in a daemon thread. When the hub cannot be reached for `give_up_s` seconds, or when the process
+    that started this one is gone, it ends the process with `ORPHAN_EXIT`: an orphan never lives on.
+    """
+
+    def __init__(self, config: WorkerConfig, *, interval_s: float = 1.0, give_up_s: float = 10.0):
+        self.stop_requested = threading.Event()
+        """Set when the hub asks for a stop, or on SIGTERM: finish what you do and return."""
+        self._config = config
+        self._interval_s = interval_s
+        self._give_up_s = give_up_s
+        self._address = urlsplit(config.hub_url)
+        self._connection: http.client.HTTPConnection | None = None
+        self._parent = os.getppid()
+        self._state: State = "starting"
+        self._waiting: str | None = None
+        self._progress: dict[str, Any] = {}
+        self._error: str | None = None
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def ready(self) -> None:
+        """This process can do its work now."""
+        with self._lock:
+            self._state = "ready"
+            self._waiting = None
+        self._wake.set()
+
+    def waiting(self, reason: str | None) -> None:
+        """What this process waits for, in words (`3 of 16 groups`); None when it works."""
+        with self._lock:
+            self._waiting = reason
+
+    def progress(self, **fields: Any) -> None:
+        """Merge figures into what the terminal shows for this process (step=12, tokens_per_s=210.0)."""
+        with self._lock:
+            self._progress |= fields
+
+    def __enter__(self) -> Reporter:
+        self._thread = threading.Thread(target=self._beat, name="reporter", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        clean = kind is None or (isinstance(error, SystemExit) and error.code in (0, None, TERM_EXIT))
+        with self._lock:
+            self._state = "done" if clean else "failed"
+            self._waiting = None
+            self._error = None if clean or kind is None else str(error) or kind.__name__
+        self._closed.set()
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(timeout=3.0)
+
+    def _beat(self) -> None:
+        last_contact = time.monotonic()
+        while True:
+            closing = self._closed.is_set()
+            if os.getppid() != self._parent:
+                _leave("the supervisor is gone")
+            if self._post():
+                last_contact = time.monotonic()
+            elif time.monotonic() - last_contact > self._give_up_s:
+                _leave(f"the hub at {self._config.hub_url} did not answer for {self._give_up_s:g} s")
+            if closing:
+                return
+            self._wake.wait(self._interval_s)
+            self._wake.clear()
+
+    def _post(self) -> bool:
+        """One heartbeat. False when the hub could not be reached."""
+        with self._lock:
+            body: dict[str, Any] = {
+                "name": self._config.name,
+                "pid": os.getpid(),
+                "state": self._state,
+                "waiting": self._waiting,
+                "progress": dict(self._progress),
+            }
+            if self._error:
+                body["error"] = self._error
+        headers = {"Authorization": f"Bearer {self._config.token}", "Content-Type": "application/json"}
+        try:
+            if self._connection is None:
+                host, port = self._address.hostname or "127.0.0.1", self._address.port
+                self._connection = http.client.HTTPConnection(host, port, timeout=5.0)
+            self._connection.request("POST", "/status", json.dumps(body, default=str), headers)
+            reply = self._connection.getresponse()
+            content = reply.read()
+            if reply.status == 200 and json.loads(content).get("stop"):
+                self.stop_requested.set()
+            return reply.status < 400
+        except (OSError, http.client.HTTPException, ValueError):
+            if self._connection is not None:
+                self._connection.close()
+            self._connection = None
+            return False
+
+
+def _leave(reason: str) -> None:
+    print(f"error: {reason}, this process ends", file=sys.stderr, flush=True)
+    os._exit(ORPHAN_EXIT)
+
+
+def set_threads(threads: int) -> None:
+    """Bound this process's CPU threads, for libraries that are still to be imported and for a torch that is there."""
+    for variable in THREAD_VARIABLES:
+        os.environ[variable] = str(threads)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
+
+
+def worker_main(fn: Callable[[WorkerConfig, Reporter], None]) -> None:
+    """Body of a worker's `__main__`: load the config, report, run `fn`, end with the right exit code.
+
+    0 done, 1 failed, 75 failed in a way that may pass (`transient`), 2 bad input, 143 told to stop. SIGTERM sets
+    `reporter.stop_requested` and unwinds the main thread with SystemExit, so that `finally` blocks run. SIGUSR1 prints
+    every thread's stack to stderr and goes on.
+    """
+    try:
+        config = load_config(sys.argv)
+    except AstraError as error:
+        sys.exit(_explain(error))
+    set_threads(config.threads)
+    with contextlib.suppress(AttributeError, ValueError):
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
+    reporter = Reporter(config)
+
+    def on_term(_signum: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        reporter.stop_requested.set()
+        raise SystemExit(TERM_EXIT)
+
+    signal.signal(signal.SIGTERM, on_term)
+    _end(_run(fn, config, reporter))
+
+
+def _end(code: int) -> NoReturn:
+    """Leave at once. Everything of ours is closed by now; what Python would still do, taking torch's modules apart one
+    by one, costs seconds on a busy machine and would make a Ctrl-C late."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+def _run(fn: Callable[[WorkerConfig, Reporter], None], config: WorkerConfig, reporter: Reporter) -> int:
+    try:
+        with reporter:
+            fn(config, reporter)
+        return 0
+    except AstraError as error:
+        return _explain(error)
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException as error:
+        if full := disk_full(error):
+            return _explain(full)
+        traceback.print_exc()
+        failed = gpu_failed(error) or link_failed(error)
+        return _explain(failed) if failed else 1
+
+
+def _explain(error: AstraError) -> int:
+    """The worker's only mapping from an error to words and an exit code."""
+    print(f"error: {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {error.hint}", file=sys.stderr)
+    sys.stderr.flush()
+    return error.exit_code

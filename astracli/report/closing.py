@@ -1,0 +1,197 @@
+"""The closing table of a run, from its summary document: what it reached, what it took, where everything is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from astracli.report.page.page import duration, evaluated, stderr_console
+
+
+def print_closing(summary: Mapping[str, Any], console: Console | None = None) -> None:
+    """The closing table: benchmarks first and last, expected figures, time, weights, parity, memory, places."""
+    console = console or stderr_console()
+    if summary["benchmarks"]:
+        console.print(benchmark_table(summary))
+    for key, words in closing_facts(summary):
+        console.print(Text.assemble((f"{key:<13}", "bold"), words), soft_wrap=True)
+
+
+def benchmark_table(summary: Mapping[str, Any]) -> Table:
+    table = Table(box=None, padding=(0, 2), pad_edge=False)
+    rows = summary["benchmarks"]
+    first, last = rows[0]["first"]["step"], rows[0]["last"]["step"]
+    sides = ("first", "last") if first != last else ("first",)  # of an interrupted run there may be one
+    steps = (evaluated(rows[0]["first"]), evaluated(rows[0]["last"]))
+    for heading in ("benchmark", "figure", *steps, "difference")[: 5 if len(sides) > 1 else 3]:
+        words = heading in ("benchmark", "figure")
+        table.add_column(heading, justify="left" if words else "right", no_wrap=heading != "benchmark", overflow="fold")
+    for row in rows:
+        spread = [f"{row[side]['avg_at_n']:.3f} ± {row[side]['stderr']:.3f}" for side in sides]
+        passes = [f"{row[side]['pass_at_k']:.3f}" for side in sides]
+        for name, figure, values, change in (
+            (row["benchmark"], f"avg@{row['n']}", spread, row["difference_avg_at_n"]),
+            ("", f"pass@{row['k']}", passes, row["difference_pass_at_k"]),
+        ):
+            table.add_row(name, figure, *values, *([f"{change:+.3f}"] if len(sides) > 1 and change is not None else []))
+    expected = summary.get("expected")
+    if expected and len(sides) > 1:
+        for label, a, b in (
+            ("avg@n", "avg_at_n_first", "avg_at_n_last"),
+            ("pass@k", "pass_at_k_first", "pass_at_k_last"),
+        ):
+            low, high = expected.get(a), expected.get(b)
+            if low is not None or high is not None:
+                change = f"{high - low:+.3f}" if low is not None and high is not None else ""
+                table.add_row("expected", label, *("" if v is None else f"{v:.3f}" for v in (low, high)), change)
+    return table
+
+
+def closing_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name, words) rows of the closing table."""
+    training, weights, parity, memory = (summary[key] for key in ("training", "weights", "parity", "memory"))
+    phases = ", ".join(f"{name} {duration(seconds)}" for name, seconds in summary["phases_s"].items() if seconds >= 0.5)
+    attempt = f" in attempt {summary['attempt']}" if summary["attempt"] > 1 else ""  # of a resumed run, this one's time
+    facts = [("wall time", f"{duration(summary['wall_s'])}{attempt}{': ' if phases else ''}{phases}")]
+    expected = summary.get("expected")
+    if expected:
+        steps = f", {expected['steps']} steps" if expected.get("steps") else ""
+        facts.insert(0, ("expected", f"{expected['source']} ({expected['machine']}{steps})"))
+    done = f"{summary['steps']} of {summary['steps_planned']}"
+    if training["step_s_mean"] is not None:
+        done += f", {summary['steps_this_attempt']}{attempt}" if attempt else ""
+        done += f", {training['step_s_mean']:.2f} s each"
+        if training["wait_share"] is not None:
+            done += f", the trainer waited {training['wait_share']:.0%} of it"
+    if summary["steps_planned"] is not None:
+        facts.append(("steps", done))
+    if found := summary.get("balance"):
+        facts.append(("balance", balance_words(found)))
+    if busy := summary.get("slots_busy"):
+        each = ", ".join(f"{name} {share:.0%}" for name, share in busy.items())
+        facts.append(("slots busy", f"{each}, with rollouts, over time"))
+    if training["tokens"]:
+        rate = f"{training['tokens_per_s'] or 0:,.0f} a second"
+        facts.append(("tokens", f"{training['tokens']:,.0f} trained{attempt}, {rate}"))
+    if weights["full_bytes"]:
+        facts.append(("weights", weight_words(weights)))
+        if weights.get("seconds_p50"):
+            facts.append(("an update", update_words(weights)))
+    if parity["mean_abs"] is not None:
+        most = f", largest {parity['max_abs']:.1e}" if parity["max_abs"] is not None else ""
+        facts.append(("parity", f"mean |trainer - engine| log-probability {parity['mean_abs']:.1e}{most}"))
+    if memory.get("peak_bytes"):
+        each = ", ".join(f"{name} {size(used)}" for name, used in sorted(memory["peak_bytes_by_process"].items()))
+        what = (
+            "sum of PSS"
+            if memory["kind"] == "pss"
+            else "sum of RSS: shared pages count more than once, PSS is unavailable"
+        )
+        facts.append(("peak memory", f"{size(memory['peak_bytes'])} ({what}): {each}"))
+    if restarts := summary.get("restarts"):
+        each = ", ".join(f"{name} {count}" for name, count in restarts.items())
+        counted = "; the balance counts the time that they took" if summary.get("balance") else ""
+        facts.append(("restarts", each + counted))
+    if resumes := summary.get("resumes"):
+        facts.append(("resumes", resume_words(resumes)))
+    facts += [("note", words) for words in summary.get("notes", ())]
+    facts += [(name, place) for name, place in summary["paths"].items()]
+    return facts
+
+
+def resume_words(resumes: Sequence[Mapping[str, Any]]) -> str:
+    """How often the run went on from a checkpoint by itself, where, what for, and what that cost."""
+    each = [
+        f"at step {found['at_step']} from step {found['from_step']} ({found['cause']}), "
+        f"{duration(found['seconds'] or 0.0)} until it was there again"
+        for found in resumes
+    ]
+    return f"{len(each)}: " + "; ".join(each)
+
+
+UNGRADED = {
+    "prompts_too_long": "their prompt leaves no room in rollout.context_length",
+    "timeouts": "grading took longer than data.reward_timeout_s",
+    "errors": "grading failed",
+}
+"""Counts of an evaluation that are no verdicts about the model."""
+
+
+def result_lines(document: Mapping[str, Any]) -> list[str]:
+    """Figures of one evaluation (`eval/results.json`) as aligned text: a table, then by k, then what was not graded."""
+    greedy = document.get("greedy") or {}
+    rows = [("benchmark", "items", "avg@n", "95 %", "pass@k", "majority", "greedy", "tokens", "cut", "no answer")]
+    by_k, lost = [], []
+    for name, found in document["results"].items():
+        if name == "overall" and len(document["results"]) == 2:
+            continue
+        average = f"avg@{found['n']} {found['avg_at_n']:.3f}"
+        if found["items"] > 1:  # one item has no spread over items
+            average += f" ± {found['stderr']:.3f}"
+        interval = f"{found['ci95_low']:.3f}-{found['ci95_high']:.3f}" if "ci95_low" in found else ""
+        best = f"{greedy[name]['avg_at_n']:.3f}" if name in greedy else ""
+        votes = found.get("majority_at") or {}
+        majority = f"maj@{found['n']} {votes[str(found['n'])]:.3f}" if votes else ""
+        passed = f"pass@{found['k']} {found['pass_at_k']:.3f}"
+        shape = [f"{found['response_tokens_mean']:.1f}"] if "response_tokens_mean" in found else [""]
+        shape += [f"{found[key]:.1%}" if key in found else "" for key in ("truncated_fraction", "no_answer_fraction")]
+        rows.append((name, str(found["items"]), average, interval, passed, majority, best, *shape))
+        for title, values in (("pass", found.get("pass_at") or {}), ("majority", votes)):
+            if len(values) > 1:
+                by_k.append(f"{name} {title}@k: " + ", ".join(f"{k} {share:.3f}" for k, share in values.items()))
+        lost += [
+            f"{name}: {found[key]} samples count as wrong: {why}" for key, why in UNGRADED.items() if found.get(key)
+        ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return table + by_k + lost
+
+
+def balance_words(found: Mapping[str, Any]) -> str:
+    """What limited the run, both rates, and what to change."""
+    rates = [
+        f"{name} {found[key]:,.0f}"
+        for name, key in (("generated", "generated_tokens_per_s"), ("trained while at work", "trained_tokens_per_s"))
+        if found[key]
+    ]
+    seen = found["words"] + (f" (without the first step; tokens/s: {', '.join(rates)})" if rates else "")
+    return f"{seen}; try {found['change']}" if found["change"] else seen
+
+
+def weight_words(weights: Mapping[str, Any]) -> str:
+    words = [f"full {size(weights['full_bytes'])}"]
+    if weights["delta_bytes_mean"]:
+        words.append(f"mean delta {size(weights['delta_bytes_mean'])} ({weights['ratio']:.1f}x smaller)")
+    if weights["density_mean"] is not None:
+        words.append(f"{weights['density_mean']:.1%} of the values change in a version")
+    if weights.get("bytes_per_changed_p50"):
+        words.append(f"{weights['bytes_per_changed_p50']:.2f} bytes for each")
+    if weights["pause_s_p50"] is not None:
+        words.append(f"engine pause p50 {weights['pause_s_p50'] * 1000:.0f} ms")
+    if weights["resyncs"]:
+        words.append(f"{weights['resyncs']:.0f} resyncs")
+    return ", ".join(words)
+
+
+def update_words(weights: Mapping[str, Any]) -> str:
+    """Median milliseconds of each part of a weight update, and how long the trainer stood still for publishing."""
+    parts = [f"{name} {1000 * seconds:.1f}" for name, seconds in weights["seconds_p50"].items()]
+    waited = weights.get("publish_wait_s") or 0.0
+    return f"median ms: {', '.join(parts)}" + (
+        f"; the trainer waited {waited:.1f} s to publish" if waited > 0.05 else ""
+    )
+
+
+def size(count: float | None) -> str:
+    """Bytes as `1.9 MB` (decimal units)."""
+    if count is None:
+        return "?"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 999.5 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError

@@ -1,0 +1,279 @@
+"""What people see of a run while it goes on: a live view on a terminal, plain lines elsewhere. All on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from astracli.process.talk import say
+from astracli.runs.metrics import Record, without_absent
+
+STEP_PHASES = ("wait", "score", "forward", "backward", "optimizer", "publish")
+"""Phases of a training step; the trainer's figures are their names with `_s`."""
+PLAIN_EVERY_S = 2.0
+"""Least time between two step lines when stderr is no terminal."""
+SILENCE_S = 15.0
+"""After so long without a line, a line says what everyone waits for."""
+LIVE_EVERY_S = 0.25
+
+
+class ChildStatus(Protocol):
+    """The last word of one process (`supervise.Status`)."""
+
+    state: str
+    waiting: str | None
+    progress: Mapping[str, Any]
+    restarts: int
+
+    def words(self) -> str: ...
+
+
+@dataclass
+class Progress:
+    """What a view shows: fed with metrics records and the hub's state, it keeps the newest of everything."""
+
+    name: str
+    steps: int
+    step: int = 0
+    """Steps done."""
+    phase: str = "starting"
+    statuses: Mapping[str, ChildStatus] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
+    """Newest value of each metric."""
+    evals: list[dict[str, Any]] = field(default_factory=list)
+    counts: Mapping[str, int] = field(default_factory=dict)
+    clock: Callable[[], float] = time.monotonic
+    _done_at: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=21))
+    began: float = field(default_factory=time.monotonic)
+
+    def feed(
+        self, records: Sequence[Record], state: Mapping[str, Any], statuses: Mapping[str, ChildStatus], phase: str
+    ) -> None:
+        """Take what is new. `state` is `HubStore.state()`."""
+        self.phase, self.statuses = phase, statuses
+        for record in records:
+            record = without_absent(record)
+            for key, value in record.items():
+                if isinstance(value, int | float) and key not in ("time", "step", "version", "due_step"):
+                    self.figures[key] = float(value)
+        self.counts = state.get("counts") or {}
+        self.evals = sorted((e for e in state.get("evals") or [] if e.get("results")), key=lambda e: e["step"])
+        done = int(self.counts.get("consumed_steps", 0))
+        if done != self.step or not self._done_at:
+            self.step = done
+            self._done_at.append((self.clock(), done))
+
+    def left_s(self) -> float | None:
+        """Seconds until the last step at the pace of the last twenty; None while there is no pace yet."""
+        (first_time, first_step), (last_time, last_step) = self._done_at[0], self._done_at[-1]
+        if last_step <= first_step:
+            return None
+        pace = (last_time - first_time) / (last_step - first_step)
+        return max(0.0, pace * (self.steps - last_step) - (self.clock() - last_time))
+
+    def waits(self) -> list[str]:
+        """`trainer: waiting for 3 of 16 groups`, for each process that waits or is not ready."""
+        idle = [(name, s) for name, s in self.statuses.items() if s.waiting or s.state == "starting"]
+        return [f"{name}: {status.words()}" for name, status in idle]
+
+    def eval_words(self, evaluation: Mapping[str, Any]) -> str:
+        """`avg@8 0.35` of the overall figure, or of the only benchmark."""
+        results = evaluation["results"]
+        figures = results.get("overall") or next(iter(results.values()))
+        return f"avg@{figures['n']} {figures['avg_at_n']:.3f}"
+
+    def parts(self) -> list[str]:
+        """The figures of one line, those that are known."""
+        reward = "arrived_reward_mean" if "arrived_reward_mean" in self.figures else "reward_mean"
+        formats = (
+            (reward, "reward {:.2f}"),
+            ("tokens_per_s", "{:.0f} tok/s"),
+            ("staleness_mean", "staleness {:.1f}"),
+        )
+        shown = [text.format(self.figures[key]) for key, text in formats if key in self.figures]
+        if self.evals:
+            shown.insert(
+                1 if reward in self.figures else 0, f"{self.eval_words(self.evals[-1])} (step {self.evals[-1]['step']})"
+            )
+        return shown
+
+
+class View(Protocol):
+    def update(self, progress: Progress) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_view(console: Console | None = None) -> View:
+    """The live view on a terminal, plain lines elsewhere."""
+    console = console or stderr_console()
+    return LiveView(console) if console.is_terminal else PlainView()
+
+
+def stderr_console() -> Console:
+    return Console(stderr=True) if sys.stderr.isatty() else Console(stderr=True, width=120, highlight=False)
+
+
+class PlainView:
+    """One line a step, at most one every two seconds; an evaluation and a change of phase always get theirs.
+
+    Without any for a while, a line says who waits for what. What an earlier attempt did is not told again.
+    """
+
+    def __init__(self, write: Callable[[str], None] | None = None, clock: Callable[[], float] = time.monotonic):
+        self._write = write or say
+        self._clock = clock
+        self._last = clock() - PLAIN_EVERY_S
+        self._step = 0
+        self._phase = ""
+        self._evals: set[int] = set()
+        self._looked = False
+
+    def update(self, progress: Progress) -> None:
+        now = self._clock()
+        if not self._looked:
+            self._looked = True
+            self._step, self._evals = progress.step, {evaluation["step"] for evaluation in progress.evals}
+        for evaluation in progress.evals:
+            if evaluation["step"] not in self._evals:
+                self._evals.add(evaluation["step"])
+                self._say(now, eval_line(evaluation))
+        turned, ending = progress.phase != self._phase, progress.phase in ("finishing", "stopping")
+        done = " ".join([done_words(progress), *progress.parts()])
+        if progress.step > self._step and (ending if turned else now - self._last >= PLAIN_EVERY_S):
+            self._step = progress.step
+            self._say(now, done)
+        if turned:
+            self._phase = progress.phase
+            self._say(now, phase_words(progress))
+        elif now - self._last >= SILENCE_S:
+            done = phase_words(progress) if progress.phase in ("starting", "resuming") else done
+            self._say(now, "; ".join([done, *progress.waits()]))
+
+    def _say(self, now: float, line: str) -> None:
+        self._last = now
+        self._write(line)
+
+    def close(self) -> None:
+        pass
+
+
+def done_words(progress: Progress) -> str:
+    """`step 3/80`; of a job without steps what its workers count, `eval: done 120 total 1024`."""
+    if progress.steps:
+        return f"step {progress.step}/{progress.steps}"
+    busy = [f"{name}: {details(status)}" for name, status in progress.statuses.items() if status.progress]
+    return "; ".join(busy) or phase_words(progress)
+
+
+def details(status: ChildStatus) -> str:
+    """The figures that a process reports of itself: `done 120 total 1024`."""
+    return " ".join(f"{key} {short(value)}" for key, value in status.progress.items())
+
+
+def phase_words(progress: Progress) -> str:
+    words = {
+        "starting": "starting",
+        "running": "all processes are ready",
+        "resuming": "going on from the checkpoint",
+        "finishing": "training is done, the last evaluations run",
+        "stopping": "stopping",
+    }
+    return words.get(progress.phase, progress.phase)
+
+
+def eval_line(evaluation: Mapping[str, Any]) -> str:
+    """`eval step 25: arithmetic-heldout avg@8 0.520 ± 0.021 pass@4 0.710`, see `evaluated`"""
+    cells = [
+        f"{name} avg@{f['n']} {f['avg_at_n']:.3f} ± {f['stderr']:.3f} pass@{f['k']} {f['pass_at_k']:.3f}"
+        for name, f in evaluation["results"].items()
+        if not (name == "overall" and len(evaluation["results"]) == 2)
+    ]
+    return f"eval {evaluated(evaluation)}: " + ", ".join(cells)
+
+
+def evaluated(evaluation: Mapping[str, Any]) -> str:
+    """`step 13 (due at 10)`, or `step 10` of one that did not have to wait for an earlier one."""
+    step, due_step = evaluation["step"], evaluation.get("due_step", evaluation["step"])
+    return f"step {step}" + (f" (due at {due_step})" if due_step != step else "")
+
+
+class LiveView:
+    """A few lines that stay in place: step bar, figures, phases of a step, each process with what it waits for."""
+
+    def __init__(self, console: Console):
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+        self._live.start()
+        self._drawn = 0.0
+
+    def update(self, progress: Progress) -> None:
+        if time.monotonic() - self._drawn >= LIVE_EVERY_S:
+            self._drawn = time.monotonic()
+            self._live.update(draw(progress), refresh=True)
+
+    def close(self) -> None:
+        self._live.stop()
+
+
+def draw(progress: Progress) -> RenderableType:
+    """The live view's picture."""
+    left = progress.left_s()
+    head = Table.grid(padding=(0, 2))
+    bar: list[RenderableType] = [
+        ProgressBar(total=progress.steps, completed=progress.step, width=30),
+        f"step {progress.step}/{progress.steps}",
+    ]
+    head.add_row(
+        Text(progress.name, style="bold"),
+        *(bar if progress.steps else []),
+        f"{duration(progress.clock() - progress.began)} gone",
+        f"{duration(left)} left" if left is not None and progress.steps else phase_words(progress),
+    )
+    trend = ", ".join(f"{progress.eval_words(e)} (step {e['step']})" for e in progress.evals[-4:])
+    known = [part for part in progress.parts() if not part.startswith("avg@")]
+    figures = Text("   ".join(known) or ("no step yet" if progress.steps else ""))
+    rows = Table.grid(padding=(0, 2))
+    for name, status in progress.statuses.items():
+        restarts = f"restarted {status.restarts}x" if status.restarts else ""
+        rows.add_row(
+            Text(name, style="bold"), status.words(), Text(details(status), style="dim"), Text(restarts, style="yellow")
+        )
+    lines: list[RenderableType] = [head, figures]
+    if trend:
+        lines.append(Text(trend))
+    return Group(*lines, phase_bars(progress.figures), rows)
+
+
+def phase_bars(figures: Mapping[str, float]) -> RenderableType:
+    """Where the trainer's last step went: a bar a phase, as shares of `step_s`. Nothing before the first step."""
+    table = Table.grid(padding=(0, 2))
+    step_s = figures.get("step_s", 0.0)
+    for name in STEP_PHASES if step_s else ():
+        seconds = figures.get(f"{name}_s", 0.0)
+        bar = ProgressBar(total=step_s, completed=min(seconds, step_s), width=30)
+        table.add_row(Text(name, style="dim"), bar, f"{seconds:.2f} s", f"{seconds / step_s:.0%}")
+    return table
+
+
+def short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 05 s`, `2 h 07 min`"""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,155 @@
+"""The samples of a report, packed by columns so that 20,000 of them stay small.
+
+Texts are kept once, tokens as places in a list of token texts, log-probabilities as hundredths of a nat below zero.
+What does not fit is left out evenly over the steps, and the page says how many of how many it shows.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from astracli.runs import metrics
+from astracli.runs.run_dir import RunDir
+
+MOST = 20_000
+"""Samples of a page at most."""
+BUDGET_BYTES = 9_000_000
+"""Compressed samples of a page at most; base64 makes a third more of them."""
+HEAD_TOKENS, TAIL_TOKENS = 600, 200
+"""What is kept of a long completion."""
+
+Row = dict[str, Any]
+Decode = Callable[[int], str]
+
+
+def packed(run: RunDir, decode: Decode | None = None, *, most: int = MOST, budget: int = BUDGET_BYTES) -> str:
+    """base64 of gzipped JSON, see `columns`. `decode` gives a token's text (None: `token_decoder(run)`)."""
+    rows, total = chosen(run, most)
+    decode = decode or token_decoder(run)
+    while True:
+        blob = gzip.compress(json.dumps(columns(rows, total, decode), separators=(",", ":")).encode(), 6, mtime=0)
+        if len(blob) <= budget or len(rows) <= 1:
+            return base64.b64encode(blob).decode()
+        rows = spread(rows, max(1, int(len(rows) * 0.9 * budget / len(blob))))
+
+
+def chosen(run: RunDir, most: int) -> tuple[list[Row], int]:
+    """(rows, how many there are): rollout samples first, then those of the last and the first evaluation."""
+    rollout = [row for file in sorted(run.samples.glob("*.jsonl")) for row in _rows(file)]
+    total = len(rollout)
+    by_step: dict[str, list[Path]] = {}
+    for file in sorted((run.eval / "items").glob("step_*.jsonl")):
+        by_step.setdefault(file.name[:11], []).append(file)
+    steps = sorted(by_step)
+    kept_steps = sorted({*steps[-1:], *steps[:1]})
+    total += sum(_lines(file) for step in steps if step not in kept_steps for file in by_step[step])
+    items = [row for step in kept_steps for file in by_step[step] for row in _rows(file)]
+    total += len(items)
+    room = max(most - len(items), most * 7 // 10)
+    rollout = spread(rollout, min(room, most))
+    return rollout + spread(items, most - len(rollout)), total
+
+
+def spread(rows: list[Row], count: int) -> list[Row]:
+    """`count` of the rows at even distances; all when there are no more."""
+    if len(rows) <= count:
+        return rows
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
+def _rows(file: Path) -> Iterator[Row]:
+    """What a page needs of a file's samples: of a run of days all of their tokens would be gigabytes."""
+    with file.open(encoding="utf-8") as lines:
+        for row in metrics.parse(lines):
+            lists = {key: row.get(key) or [] for key in ("tokens", "logprobs")}
+            row |= {key: list(_clipped(values)) for key, values in lists.items()}
+            yield row | {"length": len(lists["tokens"])}
+
+
+def _lines(file: Path) -> int:
+    with file.open("rb") as stream:
+        return sum(1 for _ in stream)
+
+
+class _Table:
+    """Values by their first place of use."""
+
+    def __init__(self) -> None:
+        self.values: list[Any] = []
+        self._places: dict[Any, int] = {}
+
+    def place(self, value: Any) -> int:
+        if value not in self._places:
+            self._places[value] = len(self.values)
+            self.values.append(value)
+        return self._places[value]
+
+
+def columns(rows: Sequence[Row], total: int, decode: Decode | None) -> dict[str, Any]:
+    """{total, texts, vocabulary, and one list a column}; `cut[i]` tokens are missing before the last TAIL_TOKENS.
+
+    Without a tokenizer the completions travel as text and their tokens as ids.
+    """
+    texts, words = _Table(), _Table()
+    found: dict[str, Any] = {
+        "total": total,
+        "tail": TAIL_TOKENS,
+        "step": [row.get("step") for row in rows],
+        "version": [row.get("version") for row in rows],
+        "sample": [row.get("sample") for row in rows],
+        "reward": [row.get("reward") for row in rows],
+        "advantage": [row.get("advantage") for row in rows],
+        "length": [row.get("length", len(row.get("tokens") or [])) for row in rows],
+    }
+    for column in ("benchmark", "problem_id", "problem", "answer", "verdict", "finish_reason"):
+        found[column] = [texts.place(row.get(column)) for row in rows]
+    found["completion"] = [texts.place(row["completion"]) if decode is None else None for row in rows]
+    found["tokens"] = [[words.place(t) for t in _clipped(row.get("tokens") or [])] for row in rows]
+    found["logprobs"] = [[round(-100 * min(p, 0.0)) for p in _clipped(row.get("logprobs") or [])] for row in rows]
+    found["cut"] = [max(0, length - HEAD_TOKENS - TAIL_TOKENS) for length in found["length"]]
+    found["texts"] = texts.values
+    found["vocabulary"] = [decode(token) if decode else f"{token} " for token in words.values]
+    return found
+
+
+def _clipped(values: Sequence[Any]) -> Sequence[Any]:
+    if len(values) <= HEAD_TOKENS + TAIL_TOKENS:
+        return values
+    return [*values[:HEAD_TOKENS], *values[-TAIL_TOKENS:]]
+
+
+def token_decoder(run: RunDir) -> Decode | None:
+    """The text of a token by the tokenizer.json of the run's export or model; None when neither is on this machine."""
+    from tokenizers import Tokenizer
+
+    file = next(
+        (place / "tokenizer.json" for place in _model_places(run) if (place / "tokenizer.json").is_file()), None
+    )
+    if file is None:
+        return None
+    tokenizer = Tokenizer.from_file(str(file))
+
+    def decode(token: int) -> str:
+        text = tokenizer.decode([token], skip_special_tokens=False)
+        return text or tokenizer.id_to_token(token) or f"<{token}>"
+
+    return decode
+
+
+def _model_places(run: RunDir) -> Iterator[Path]:
+    from astracli.data import fetch
+    from astracli.errors import UserError
+
+    yield run.export
+    path = json.loads(run.recipe_json.read_text())["model"]["path"]
+    try:
+        local = fetch.local_path(path)
+    except UserError:
+        return  # the model was a directory that is gone
+    if local is not None:
+        yield local

@@ -1,0 +1,131 @@
+"""Is a completion's final answer the right one? The rules for mathematics, without processes and time limits.
+
+Three steps, each for what the one before leaves open: two plain integers are compared as text (`quick`); an answer and
+a gold that `rl.grading` reads are compared by type (`thorough`); anything else goes to math-verify, which may take for
+ever on a hostile input: call it where it can be killed (`astracli.rewards.reward.GradePool`). The conventions are in
+docs/grading.md.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from astracli.rewards.grading import algebra, extraction, question, typed, values
+from astracli.rewards.grading.conventions import Conventions
+from astracli.rewards.grading.extraction import Extraction, announced, read_answer
+
+if TYPE_CHECKING:
+    from astracli.rl.types import Verdict
+
+__all__ = ["Extraction", "announced", "grade_math", "grade_number", "integer", "quick", "read_answer", "thorough"]
+
+_INTEGER = re.compile(r"([+-]?)(\d{1,3}(?:,\d{3})+|\d+)\.?", re.ASCII)
+_AROUND = "$ \t\n\r"
+
+
+def grade_math(
+    gold: str,
+    text: str,
+    where: Extraction = "boxed_or_last_number",
+    problem: str = "",
+    conventions: Conventions | None = None,
+) -> Verdict:
+    """`right`, `wrong`, `no_answer` (nothing to read) or `error` (math-verify failed on it)."""
+    verdict = quick(gold, text, where)
+    return thorough(gold, text, where, problem, conventions) if verdict is None else verdict
+
+
+def grade_number(gold: str, text: str) -> Verdict:
+    """The last box, else the last number, against a gold integer: as it is written, nothing is worked out.
+
+    For generated arithmetic, where the question is an expression of the answer's value.
+    """
+    answer, _ = read_answer(text, "boxed_or_last_number")
+    if answer is None:
+        return "no_answer"
+    found = integer(answer)
+    return "right" if found is not None and found == integer(gold) else "wrong"
+
+
+def quick(gold: str, text: str, where: Extraction = "boxed_or_last_number") -> Verdict | None:
+    """The verdict when no algebra is needed, else None. Linear in the text; never slow."""
+    text = extraction.without_thinking(text)
+    if where != "boxed" and "<" in text and extraction.tagged(text):
+        return None
+    answer, boxed = read_answer(text, where)
+    if boxed and where != "boxed" and announced(text, where) is not None:
+        return None
+    if answer is None:
+        return "no_answer" if boxed or where == "boxed" or not _readable(text) else None
+    if not boxed:
+        return None
+    wanted, found = integer(gold), integer(answer)
+    if wanted is not None and found is not None:
+        return "right" if wanted == found else "wrong"
+    return "right" if answer.strip() == gold.strip() else None
+
+
+def thorough(
+    gold: str,
+    text: str,
+    where: Extraction = "boxed_or_last_number",
+    problem: str = "",
+    conventions: Conventions | None = None,
+) -> Verdict:
+    """The verdict by the types of gold and answer, and by math-verify where one of them is not readable."""
+    found = extraction.find(text, where)
+    if not found.text:
+        if found.place == "none" and found.last_words and _readable(found.last_words):
+            return _by_math_verify(gold, found.last_words)
+        return "no_answer"
+    try:
+        right = typed.verdict(gold, found.text, problem, conventions)
+        if right is None and found.place == "whole":
+            found = extraction.unannounced(text)
+            right = typed.verdict(gold, found.text, problem, conventions) if found.text else None
+    except values.Undefined:
+        return "wrong"
+    if found.place == "number" and not (right and extraction.ends_bare(found.last_words)):
+        return "wrong" if not right and integer(gold) is not None else _by_math_verify(gold, found.last_words)
+    if right is None and (question.repeated(problem, found.text) or typed.hedged(gold, found.text)):
+        return "wrong"
+    if right is None and found.place in ("said", "tag") and (number := extraction.only_number(found.text)):
+        right = typed.verdict(gold, number, problem, conventions)
+    if right is None and found.place != "formula" and typed.only_words(gold, found.text):
+        return "wrong"
+    if right is None:
+        verdict = _by_math_verify(gold, f"\\boxed{{{found.text}}}")
+        if verdict == "no_answer" and found.place not in ("box", "whole") and found.last_words:
+            verdict = _by_math_verify(gold, found.last_words)
+        return verdict
+    return "right" if right else "wrong"
+
+
+def _by_math_verify(gold: str, text: str) -> Verdict:
+    try:
+        right = algebra.verified(gold, text)
+    except Exception:
+        return "error"
+    return "no_answer" if right is None else "right" if right else "wrong"
+
+
+def integer(text: str) -> str | None:
+    """The canonical form of a plain integer (`$ +1,024.$` -> `1024`, `007` -> `7`, `-0` -> `0`), else None."""
+    plain = text.strip(_AROUND).replace("{,}", ",").replace("\\!", "").replace("−", "-")
+    match = _INTEGER.fullmatch(plain)
+    if match is None:
+        return None
+    digits = match[2].replace(",", "").lstrip("0") or "0"
+    return f"-{digits}" if match[1] == "-" and digits != "0" else digits
+
+
+def _readable(text: str) -> bool:
+    """Whether prose without a number may still hold an answer: a formula, or a word after 'answer'."""
+    return (
+        "$" in text
+        or "\\" in text
+        or not text.isascii()
+        or extraction.announces(text)
+        or extraction.bare(text) is not None
+    )

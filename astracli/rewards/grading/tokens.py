@@ -1,0 +1,199 @@
+"""The tokens of an expression in LaTeX or plain notation: letters that spell a function or a constant are one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from astracli.rewards.grading.trees import Unreadable
+
+_TOKEN = re.compile(
+    r"(?P<space>\s+)|(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+(?![A-Za-z\d]))?)|(?P<command>\\(?:[A-Za-z]+|.))"
+    r"|(?P<power>\*\*)|(?P<letter>[A-Za-z])|(?P<other>.)",
+    re.DOTALL | re.ASCII,
+)
+GREEK = frozenset(
+    [
+        "alpha",
+        "beta",
+        "gamma",
+        "delta",
+        "epsilon",
+        "zeta",
+        "eta",
+        "theta",
+        "iota",
+        "kappa",
+        "lambda",
+        "mu",
+        "nu",
+        "xi",
+        "omicron",
+        "rho",
+        "sigma",
+        "tau",
+        "upsilon",
+        "phi",
+        "chi",
+        "psi",
+        "omega",
+        "Gamma",
+        "Delta",
+        "Theta",
+        "Lambda",
+        "Xi",
+        "Pi",
+        "Sigma",
+        "Upsilon",
+        "Phi",
+        "Psi",
+        "Omega",
+        "ell",
+        "hbar",
+        "infty",
+        "pi",
+        "Omega",
+        "partial",
+        "angle",
+        "triangle",
+        "odot",
+        "prime",
+        "star",
+        "circ",
+    ]
+)
+FUNCTIONS = frozenset(
+    [
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "sec",
+        "csc",
+        "asin",
+        "acos",
+        "atan",
+        "sinh",
+        "cosh",
+        "tanh",
+        "coth",
+        "ln",
+        "log",
+        "lg",
+        "exp",
+        "gcd",
+        "lcm",
+        "max",
+        "min",
+        "det",
+        "sgn",
+        "arccot",
+        "arcsec",
+        "arccsc",
+        "arsinh",
+        "arcosh",
+        "artanh",
+    ]
+)
+WORDS = {
+    **{name: name for name in FUNCTIONS},
+    **{name: name for name in ("sqrt", "cbrt", "pi", "abs", "floor", "ceil", "binom")},
+    **{f"arc{name}": f"a{name}" for name in ("sin", "cos", "tan")},
+    **{name: name for name in GREEK if len(name) > 2 and name not in ("angle", "triangle", "prime", "star", "circ")},
+    "infinity": "infty",
+    "inf": "infty",
+    "oo": "infty",
+    "degrees": "degree",
+    "degree": "degree",
+    "deg": "degree",
+    "theta": "theta",
+}
+_LONGEST = sorted(WORDS, key=len, reverse=True)
+
+
+@dataclass
+class Token:
+    text: str
+    kind: str
+    spaced: bool
+
+
+def tokenised(text: str) -> list[Token]:
+    found: list[Token] = []
+    spaced = False
+    text = re.sub(r"(?<![\\A-Za-z])(?:np|math)\.(?=[a-z])", "", text)
+    for match in _TOKEN.finditer(text):
+        kind = match.lastgroup or "other"
+        if kind == "space":
+            spaced = True
+            continue
+        found.append(Token("^" if kind == "power" else match[0], "other" if kind == "power" else kind, spaced))
+        spaced = False
+    return list(_joined(found))
+
+
+def _joined(tokens: list[Token]) -> Iterator[Token]:
+    """Letters that spell a function or a constant become one command."""
+    i = 0
+    while i < len(tokens):
+        token = tokens[i]
+        if token.kind != "letter":
+            yield token
+            i += 1
+            continue
+        end = i + 1
+        while end < len(tokens) and tokens[end].kind == "letter" and not tokens[end].spaced:
+            end += 1
+        word = "".join(t.text for t in tokens[i:end])
+        place = 0
+        while place < len(word):
+            name = next((w for w in _LONGEST if word.startswith(w, place)), None)
+            spaced = tokens[i + place].spaced
+            if name is None:
+                yield Token(word[place], "letter", spaced)
+                place += 1
+            else:
+                yield Token("\\" + WORDS[name], "command", spaced)
+                place += len(name)
+        i = end
+
+
+class Reader:
+    """A place in a list of tokens."""
+
+    def __init__(self, tokens: list[Token]):
+        self.tokens = tokens
+        self.at = 0
+        self.depth = 0
+
+    def peek(self, ahead: int = 0) -> str:
+        place = self.at + ahead
+        return self.tokens[place].text if place < len(self.tokens) else ""
+
+    def take(self, *texts: str) -> bool:
+        if self.peek() in texts and self.at < len(self.tokens):
+            self.at += 1
+            return True
+        return False
+
+    def need(self, text: str) -> None:
+        if not self.take(text):
+            raise Unreadable(f"`{text}` is missing")
+
+    def integer(self) -> str:
+        """The digits of a braced integer or of one bare digit, else nothing."""
+        if self.peek() == "{" and self.peek(1).isdigit() and self.peek(2) == "}":
+            self.at += 3
+            return self.peek(-2)
+        return self.digit() if self.peek().isdigit() else ""
+
+    def digit(self) -> str:
+        """One digit of the number that comes next: `\\frac43` is 4 over 3."""
+        token = self.tokens[self.at]
+        digit, rest = token.text[0], token.text[1:]
+        if rest:
+            self.tokens[self.at] = Token(rest, "number", False)
+        else:
+            self.at += 1
+        return digit

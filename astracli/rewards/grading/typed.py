@@ -1,0 +1,192 @@
+"""The verdict on an answer by its type: both sides are read, and compared when both could be."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import lru_cache
+
+from astracli.rewards.grading import boxes, choices, notation, question, values
+from astracli.rewards.grading.answer_types import Answer, Assigned, Dots, Several, Value, Words, variables
+from astracli.rewards.grading.answers import read
+from astracli.rewards.grading.compare import equal
+from astracli.rewards.grading.conventions import Conventions
+from astracli.rewards.grading.phrases import as_words, split
+from astracli.rewards.grading.trees import TooLarge, Unreadable
+
+_OPTION = re.compile(
+    r"(?:\(([A-J])\)|(?<![A-Za-z])([A-J])[.):])\s*(.*?)"
+    r"(?=(?:\\q?quad|\s|\$|\\\\|~)*(?:\\text(?:bf|rm)?\{|\\mathrm\{)?\(?(?<![A-Za-z])[A-J]\)?[.):]|\n|$)",
+    re.DOTALL,
+)
+_HEDGE = re.compile(
+    r"\b(?:between|either|neither|or|at least|at most|more than|less than|not|from|to|maybe|perhaps|possibly|wait)\b"
+    r"|[?|;&]|^\s*(?:\\[gl]eq?(?![a-z])|[<>≤≥])|\\\\",
+    re.IGNORECASE,
+)
+_DOUBT = re.compile(r"\b(?:maybe|perhaps|possibly|wait|not|either|neither|between|everything)\b|\?", re.IGNORECASE)
+_SECOND = re.compile(r"\\words\{[^{}]*\}(?:\^\{?\d\}?)?[^^_{}]*(?:\d|\\frac|\\sqrt)")
+"""A number behind the words behind a number."""
+_ANNOUNCED = re.compile(
+    r"^(?:\\words\{\s*)?(?:(?:so|thus|hence|therefore),?\s+)?the\s+(?:final\s+)?(?:answer|result|value)"
+    r"\s+(?:is|=)\s*:?\s*\}?(?![^{]*\})\s*",
+    re.IGNORECASE,
+)
+_NAME_ONLY = re.compile(r"[A-Za-z\\]*\s*(?:=)?\s*")
+
+
+def verdict(gold: str, answer: str, problem: str = "", conventions: Conventions | None = None) -> bool | None:
+    """Whether the answer is right; None when one of the two is written in a way that is not known here.
+
+    Raises values.Undefined when a value cannot be worked out.
+    """
+    if answer.strip() == gold.strip() and gold.strip().isdigit():
+        return True
+    if len(answer) > 4000 + 4 * len(gold):
+        return False
+    if "\\boxed" in gold:
+        gold = boxes.boxed(gold) or gold
+    wanted, found = notation.plain(gold), _ANNOUNCED.sub("", notation.plain(answer))
+    if not found:
+        return False
+    chosen = _choice(wanted, found, problem, conventions)
+    if chosen is not None:
+        return chosen
+    if wanted == found:
+        return True
+    if (letter := choices.chosen(found)) and found.strip(" ().") == letter and letter in _options(problem):
+        found = notation.plain(_options(problem)[letter])
+    words = as_words(wanted)
+    if words is not None and words == as_words(found):
+        return True
+    conventions = conventions or Conventions()
+    conventions = replace(
+        conventions, percent_asked=question.percent_asked(problem), list_asked=question.list_asked(problem)
+    )
+    return _compared(wanted, found, problem, conventions)
+
+
+def hedged(gold: str, answer: str) -> bool:
+    """Whether an answer that is not readable is a range or a choice of answers where the gold is one value."""
+    wanted = _gold(notation.plain(gold))
+    if wanted is None or isinstance(wanted, Words):
+        return False
+    if isinstance(wanted, (Value, Assigned)):
+        return _HEDGE.search(answer) is not None or _SECOND.search(notation.plain(answer)) is not None
+    return _DOUBT.search(answer) is not None
+
+
+def only_words(gold: str, answer: str) -> bool:
+    """Whether an answer is words where the gold is a number."""
+    wanted = _gold(notation.plain(gold))
+    return isinstance(wanted, Value) and not variables(wanted) and as_words(notation.plain(answer)) is not None
+
+
+def _choice(gold: str, answer: str, problem: str, conventions: Conventions | None) -> bool | None:
+    """The verdict when the gold is letters of choices."""
+    wanted = choices.letters(gold)
+    named = choices.letters(answer)
+    if wanted is None and named is not None and len(named) > 1:
+        wanted = choices.run_of_letters(gold)
+    if wanted is None:
+        return None
+    named = named or (choices.run_of_letters(answer) if len(wanted) > 1 else None)
+    if named is not None:
+        return named == wanted
+    if len(wanted) > 1:
+        return False
+    if choices.chosen(answer) in wanted:
+        return True
+    text = _options(problem).get(next(iter(wanted)))
+    return bool(text) and choices.chosen(answer) is None and verdict(str(text), answer, "", conventions) is True
+
+
+@lru_cache(maxsize=256)
+def _options(problem: str) -> dict[str, str]:
+    """The texts of a problem's choices; empty when it has none."""
+    found = {(m[1] or m[2]): m[3].strip(" $~\\,;") for m in _OPTION.finditer(problem[-2000:])}
+    return found if "A" in found and "B" in found else {}
+
+
+def _compared(gold: str, answer: str, problem: str, conventions: Conventions) -> bool | None:
+    """The verdict under both readings of digits with commas: a number, or a list."""
+    results: list[bool | None] = []
+    for join in (notation.without_separators, str):
+        first, second = join(gold), join(answer)
+        if results and (first, second) == (notation.without_separators(gold), notation.without_separators(answer)):
+            break
+        results.append(_one_reading(first, second, problem, conventions))
+        if results[-1]:
+            return True
+    return None if results[0] is None else False
+
+
+def _one_reading(gold: str, answer: str, problem: str, conventions: Conventions) -> bool | None:
+    wanted = _gold(gold)
+    if wanted is None:
+        return None
+    before, after = _approximation(answer)
+    found = _answer(before, wanted)
+    if found is None:
+        return None
+    if isinstance(wanted, Words) or isinstance(found, Words):
+        return _same_words(wanted, found)
+    if _contradicts(found, wanted):
+        return False
+    right = equal(wanted, found, conventions)
+    if right and question.unfinished(problem, wanted, found):
+        return False
+    if right or after is None:
+        return right or _decimal_comma(gold, answer)
+    rounded = _answer(after, wanted)
+    if rounded is None or not equal(wanted, rounded, conventions):
+        return False
+    loose = Conventions(tolerance=0.01)
+    return isinstance(found, Value) and isinstance(rounded, Value) and equal(rounded, found, loose)
+
+
+@lru_cache(maxsize=4096)
+def _gold(gold: str) -> Answer | None:
+    if "$" in gold[1:] or len(gold) > 300:
+        return None
+    try:
+        return read(_approximation(gold)[0])
+    except Unreadable:
+        return None
+
+
+def _answer(text: str, gold: Answer) -> Answer | None:
+    try:
+        return read(text, single_units=not variables(gold))
+    except TooLarge as error:
+        raise values.Undefined(str(error)) from None
+    except Unreadable:
+        return None
+
+
+def _approximation(text: str) -> tuple[str, str | None]:
+    """(exact part, rounded part) of `\\frac13 \\approx 0.33`; (value, None) without a sign or an exact part."""
+    parts = split(text, r"\approx")
+    if len(parts) < 2:
+        return text, None
+    if _NAME_ONLY.fullmatch(parts[0]):
+        return parts[-1], None
+    return parts[0].rstrip("= "), parts[-1]
+
+
+def _contradicts(answer: Answer, gold: Answer) -> bool:
+    """Whether an elided list stands where none is the gold."""
+    elided = isinstance(answer, Several) and any(isinstance(item, Dots) for item in answer.items)
+    return elided and not (isinstance(gold, Several) and any(isinstance(item, Dots) for item in gold.items))
+
+
+def _same_words(gold: Answer, answer: Answer) -> bool:
+    return isinstance(gold, Words) and isinstance(answer, Words) and gold.text == answer.text
+
+
+def _decimal_comma(gold: str, answer: str) -> bool:
+    """`2,74` for 2.74."""
+    return bool(re.fullmatch(r"-?\d+,\d+", answer)) and answer.replace(",", ".") == gold
+
+
+__all__ = ["values", "verdict"]

@@ -1,0 +1,1 @@
+"""The rollout worker: leases, groups, and the weights of its engines."""

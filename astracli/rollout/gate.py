@@ -1,0 +1,134 @@
+"""One engine as requests see it: a gate, what is outstanding behind it, and which version their tokens bear.
+
+A request waits at the gate, and its result until the weights that made it are proven. `updates.Lane` opens and closes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from astracli.engines.client import Ended, EngineClient, GenRequest, GenResult
+from astracli.errors import RunFailed
+from astracli.rollout.slot_use import SlotUse
+
+ABORT_AGAIN_S = 0.2
+"""A request that was on its way when all were aborted is caught by the next abort."""
+FAILURES_IN_A_ROW = 3
+
+
+class EngineLost(RunFailed):
+    """The engine did not answer; it may come back under the same address. What was asked of it is to be asked again."""
+
+
+class Gate:
+    """The requests of this worker to one engine."""
+
+    def __init__(self, name: str, engine: EngineClient):
+        self.name = name
+        self.open = asyncio.Event()
+        """Set while requests may be sent."""
+        self.version: int | None = None
+        """What the engine holds; None when that is not known or not to be trusted."""
+        self.changed = asyncio.Event()
+        """Set whenever a sample has ended."""
+        self.tokens = 0
+        """Tokens generated for this worker."""
+        self.use = SlotUse()
+        self._engine = engine
+        self._proven = asyncio.Event()
+        """Set unless a read-back is due: what comes back meanwhile waits for it."""
+        self._proven.set()
+        self._disproved = 0
+        self._drained = asyncio.Event()
+        self._drained.set()
+        self._attached = False
+        self._failures = 0
+        self._last_update = (self.use.seconds(), 0)
+        self._aborted = {"aborted_samples": 0, "prefilled_again_tokens": 0}
+
+    async def generate(self, requests: Sequence[GenRequest], ended: Ended | None = None) -> list[GenResult]:
+        """Send requests once the gate is open; a result's `version` is the oldest in force during its request.
+
+        `ended` hears of each request's end as it comes, of its result before its weights are proven.
+        Raises EngineLost when the engine is gone, RunFailed when that happens again and again.
+        """
+        await self.open.wait()
+        version = self.version
+        assert version is not None
+        disproved = self._disproved
+        left = len(requests)
+        self.use.change(sent=left)
+        self._drained.clear()
+
+        def one_ended(place: int, result: GenResult) -> None:
+            nonlocal left
+            left -= 1
+            self.use.change(sent=-1)
+            if ended is not None:
+                ended(place, result)
+
+        try:
+            results = await self._engine.generate(requests, None if ended is None else one_ended)
+        except RunFailed as error:
+            self._lose(error)
+            raise EngineLost(error.message, error.hint) from error
+        finally:
+            self.use.change(sent=-left)
+            if not self.use.sent:
+                self._drained.set()
+        self._failures = 0
+        await self._proven.wait()
+        if self._disproved != disproved:
+            raise EngineLost(f"{self.name} generated with weights that are not the trainer's")
+        self.tokens += sum(len(result.tokens) for result in results)
+        return [replace(r, version=min(version, r.version, r.version_start)) for r in results]
+
+    def count_aborted(self, samples: int, tokens: int) -> None:
+        """For the metrics: samples to be continued, and the prompt and prefix tokens that are prefilled again."""
+        self._aborted["aborted_samples"] += samples
+        self._aborted["prefilled_again_tokens"] += tokens
+
+    def _lose(self, error: RunFailed) -> None:
+        if self._attached:
+            self._attached = False
+            self._failures += 1
+        self.open.clear()
+        if self._failures >= FAILURES_IN_A_ROW:
+            raise error
+
+    async def _call(self, request: Any) -> Any:
+        """Await a control call; an engine that does not answer is EngineLost."""
+        try:
+            return await request
+        except RunFailed as error:
+            raise EngineLost(error.message, error.hint) from error
+
+    async def _drain(self) -> None:
+        """End every request of this worker's; returns when none is outstanding."""
+        while not self._drained.is_set():
+            await self._call(self._engine.abort_all())
+            try:
+                await asyncio.wait_for(self._drained.wait(), ABORT_AGAIN_S)
+            except TimeoutError:
+                continue
+
+    def usage(self) -> dict[str, Any]:
+        """What happened on this engine since its last update, for the metrics."""
+        return {"engine": self.name, **self._since_last_update()}
+
+    def _since_last_update(self) -> dict[str, Any]:
+        """What happened on this engine since the update before."""
+        now, (then, tokens) = self.use.seconds(), self._last_update
+        self._last_update = (now, self.tokens)
+        counts = dict(self._aborted)
+        self._aborted = dict.fromkeys(self._aborted, 0)
+        interval_s = max(1e-9, now.all - then.all)
+        rates = {
+            "rollout_tokens_per_s": (self.tokens - tokens) / interval_s,
+            "slots_busy": (now.busy - then.busy) / interval_s,
+        }
+        seconds = {"interval_s": now.all - then.all, "idle_s": now.idle - then.idle}
+        return {**rates, **seconds, **counts}

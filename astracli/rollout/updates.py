@@ -1,0 +1,301 @@
+"""One engine as the rollout worker sees it: behind a gate for requests, the choreography of a weight update.
+
+An update, in the order in which it happens (mode `abort`):
+
+    fetch and stage     generation goes on
+    close the gate      no new request leaves this worker
+    abort, drain        every request ends its segment; partial tokens come back, all of the old version
+    pause, apply, continue      with nothing running; the engine checks digests before it serves (`sglang/window.py`)
+    report, open        the hub learns the version, then prompt + prefix are sent again
+    read back           when due, beside generation, and before the report: results are held, and no evaluation begins,
+                        until the weights are proven under HF names too
+
+An engine that an evaluation holds at its version gets no update until the hub lets it go; its rollouts go on.
+
+On a GPU that engine and trainer use in turns, the lane holds the engine's card at the hub. When the trainer wants it,
+and no evaluation is pinned there: gate, abort, drain, pause, settle (no read-back is at the weights any more), release
+KV cache and weights (the engine keeps a copy of them in host memory), give the card; then wait for the card, take the
+memory back and continue.
+
+`in_place`, the default, and `retract` leave requests running: the gate stays open, and what comes back carries the
+*oldest* version that was in force during its request, so that staleness is never understated.
+An update that fails ends and loses the requests that it found running, and is repeated once with a full payload; a
+second failure ends the run. A read-back that finds other weights closes the gate, loses what was generated meanwhile,
+and is answered by a full payload too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+from astracli.engines.client import UNPROVEN, EngineClient, flushes
+from astracli.errors import RunFailed
+from astracli.hub.client import AsyncHubClient
+from astracli.rollout.gate import EngineLost, Gate
+from astracli.rollout.idle import IdleWhile
+
+TARGET_WAIT_S = 2.0
+"""How long one question for the target version waits for another answer."""
+TURN_TAGS = ("kv_cache", "weights")
+"""What an engine gives back for a trainer's turn. (Recurrent states belong to the KV cache.)"""
+
+PauseMode = Literal["abort", "retract", "in_place"]
+
+
+class StagedPlan(Protocol):
+    """What `Lane` reads of the subscriber's answer."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def bytes(self) -> int: ...
+
+    @property
+    def transfer_s(self) -> float: ...
+
+    @property
+    def stage_s(self) -> float: ...
+
+
+class Fetcher(Protocol):
+    """The part of `weights.subscriber.Subscriber` that a lane needs. Called in a thread."""
+
+    def fetch(self, target_version: int, have_version: int | None = None) -> Any: ...
+
+    @property
+    def watched(self) -> bool: ...
+
+    def wake(self, version: int) -> None: ...
+
+    def proof(self, version: int) -> Mapping[str, float]: ...
+
+
+class Lane(Gate):
+    """One engine: its gate, and how it follows the hub."""
+
+    def __init__(
+        self,
+        name: str,
+        engine: EngineClient,
+        hub: AsyncHubClient,
+        fetcher: Fetcher,
+        *,
+        process: str,
+        mode: PauseMode = "abort",
+        ready_timeout_s: float = 600.0,
+        turns: bool = False,
+    ):
+        super().__init__(name, engine)
+        self.turns = turns
+        """Whether a trainer uses the engine's GPU, too, when this engine does not."""
+        self._hub = hub
+        self._fetcher = fetcher
+        self._process = process
+        self._mode = mode
+        self._ready_timeout_s = ready_timeout_s
+        self._serving = False
+        self._wrong: int | None = None
+        """What the engine says it holds, and a read-back has found it does not."""
+        self._held = False
+        """Whether an evaluation holds the engine at its version."""
+        self._held_idle = IdleWhile()
+
+    # ---- following the hub -------------------------------------------------------------------------------------------
+
+    async def follow(self) -> None:
+        """Keep the engine at the hub's target version until the hub says stop."""
+        while True:
+            try:
+                if not self._attached:
+                    await self._attach()
+                ready_to_serve, told = self._serving and not self.open.is_set(), self.open.is_set()
+                reply = await self._hub.target(
+                    self.name,
+                    have=self.version if self.open.is_set() else None,
+                    pinned=self._held,
+                    wait_s=0.0 if ready_to_serve else TARGET_WAIT_S,
+                )
+                if reply["stop"]:
+                    return
+                self._held = reply["pinned"]
+                self._held_idle.note(self._held, self.use.seconds().idle)
+                if told and reply.get("down"):
+                    self._attached = False  # the supervisor saw it end: with nothing under way, nothing failed here
+                elif self.turns and self._attached and reply.get("wanted"):
+                    if not await self._take_turns():
+                        return
+                elif self._attached:
+                    await self._approach(reply["version"])
+            except EngineLost as error:
+                self._lose(error)
+
+    async def _take_turns(self) -> bool:
+        """Let the trainer use the GPU, and take it back afterwards. False when the hub says stop meanwhile."""
+        begun = time.monotonic()
+        self.open.clear()
+        await self._drain()
+        await self._hub.engine_state(self.name, self.version, "updating")
+        await self._call(self._engine.pause("abort"))
+        await self._call(self._engine.settle())  # a read-back may outlive whoever waited for it
+        await self._call(self._engine.release_memory(TURN_TAGS))
+        released = time.monotonic()
+        await self._hub.give_card(self.name, self.name)
+        held = False
+        while not held:
+            reply = await self._hub.take_card(self.name, self.name, wait_s=TARGET_WAIT_S)
+            if reply["stop"]:
+                return False
+            held = reply["held"]
+        back = time.monotonic()
+        await self._call(self._engine.resume_memory(TURN_TAGS))
+        await self._call(self._engine.resume())
+        record: dict[str, Any] = {"process": self._process, "engine": self.name}
+        if self.version is not None:  # the first turn is the trainer's: it makes version 0
+            record["step"] = self.version
+        seconds = {"release_s": released - begun, "away_s": back - released, "resume_s": time.monotonic() - back}
+        await self._hub.metrics([record | seconds])
+        return True
+
+    async def _approach(self, target: int | None) -> None:
+        """Bring the engine to `target`; without one, it serves what it started with."""
+        if self._serving and target in (None, self.version):
+            if not self.open.is_set():
+                await self._let_in()
+        elif target is not None:
+            await self._update(target)
+
+    async def _attach(self) -> None:
+        """Wait for the engine and ask what it holds. The gate stays closed until that is the target.
+
+        An engine that was started again serves nothing before it was given weights.
+        """
+        self.open.clear()  # an update may have opened it since the engine was lost, which the hub hears of anew
+        if self._failures:
+            await self._hub.engine_state(self.name, None, "down")
+        await self._engine.wait_ready(self._ready_timeout_s)
+        info = await self._call(self._engine.model_info())
+        held = int(info["weight_version"])
+        self.version = held if held not in (UNPROVEN, self._wrong) else None
+        self._serving = self.version is not None and bool(info.get("serving", True))
+        if info.get("paused", True):  # SGLang does not say; to continue what runs changes nothing
+            await self._call(self._engine.resume())
+        if not self._fetcher.watched:  # our loader would first compile, and stage nothing, in a pause
+            named = UNPROVEN if self.version is None else self.version
+            self._fetcher.wake(named)
+            await self._call(self._engine.pause("abort"))
+            await self._call(self._engine.apply_staged(named))  # refused by weights without a version; it runs now
+            await self._call(self._engine.resume())
+        self._attached = True
+
+    async def _let_in(self) -> None:
+        """The engine holds checked weights: tell the hub, then open the gate."""
+        await self._hub.engine_state(self.name, self.version, "ready")
+        self.open.set()
+
+    # ---- an update ---------------------------------------------------------------------------------------------------
+
+    async def _update(self, target: int) -> None:
+        have = self.version if self.version != target else None
+        record: dict[str, Any] = {"process": self._process, "step": target, "engine": self.name, "resyncs": 0}
+        try:
+            await self._transfer(target, have, record)
+        except EngineLost:
+            raise
+        except RunFailed as error:
+            record["resyncs"] = 1
+            print(f"warning: {self.name}: {error.message}; sending a full payload", file=sys.stderr, flush=True)
+            await self._resync(target, record, error)
+        self.version, self._serving = target, True
+        due = record.pop("proof")
+        if due:  # the hub hears of it with the proof: an evaluation would begin, whose answers nobody holds back
+            self.open.set()
+        else:
+            await self._let_in()
+        gate_closed = record.pop("gate_closed")
+        record["gap_s"] = time.monotonic() - gate_closed if gate_closed is not None else 0.0
+        if due:
+            await self._prove(target, record)
+        since = {"held_idle_s": self._held_idle.take(self._held, self.use.seconds().idle)} | self._since_last_update()
+        await self._hub.metrics([record | since])
+
+    async def _prove(self, target: int, record: dict[str, Any]) -> None:
+        """Wait for the read-back of `target`; weights that are not the trainer's are replaced by a full payload."""
+        try:
+            record |= await asyncio.to_thread(self._fetcher.proof, target)
+        except RunFailed as error:
+            closed = time.monotonic()
+            self.open.clear()
+            self.version, self._serving, self._wrong = None, False, target
+            self._disproved += 1
+            self._proven.set()
+            record["resyncs"] += 1
+            print(f"warning: {self.name}: {error.message}; sending a full payload", file=sys.stderr, flush=True)
+            await self._resync(target, record, error)
+            record.pop("gate_closed")
+            if record.pop("proof"):  # before it serves: the second time nobody trusts it
+                record |= await asyncio.to_thread(self._fetcher.proof, target)
+            self.version, self._serving = target, True
+            await self._let_in()
+            record["gap_s"] += time.monotonic() - closed
+        else:
+            if self.open.is_set():  # the engine may have been lost meanwhile
+                await self._hub.engine_state(self.name, target, "ready")
+        finally:
+            self._proven.set()
+
+    async def _resync(self, target: int, record: dict[str, Any], cause: RunFailed) -> None:
+        """The weights did not become the target's: give the engine a full payload, once."""
+        try:
+            await self._transfer(target, None, record)
+        except EngineLost:
+            raise
+        except RunFailed as error:
+            raise RunFailed(
+                f"{self.name} could not be brought to version {target}: {cause.message}; "
+                f"then, with a full payload: {error.message}",
+                "the engine's log and weights/ in the run directory say more",
+            ) from error
+
+    async def _transfer(self, target: int, have: int | None, record: dict[str, Any]) -> None:
+        """Fetch, drain, apply. Raises EngineLost, or RunFailed when the payload or its application is at fault."""
+        record.setdefault("gate_closed", None)
+        begun = time.monotonic()
+        plan: StagedPlan = await asyncio.to_thread(self._fetcher.fetch, target, have)
+        record |= {"fetch_s": time.monotonic() - begun, "fetched_bytes": plan.bytes, "kind": plan.kind}
+        record |= {"transfer_s": plan.transfer_s, "stage_s": plan.stage_s}
+        if self._mode == "abort":
+            if record["gate_closed"] is None:
+                record["gate_closed"] = time.monotonic()
+            self.open.clear()
+            await self._drain()
+        begun = time.monotonic()
+        await self._call(self._engine.pause(self._mode))
+        update = await self._call(self._engine.apply_staged(target, flush=flushes(self._mode)))
+        if not update.success:
+            self._serving = False
+            if record["gate_closed"] is None:
+                record["gate_closed"] = time.monotonic()
+            self.open.clear()
+            self.version = None
+            self._disproved += 1  # requests that it found running went on with weights that nobody trusts
+            await self._call(self._engine.abort_all())
+            await self._call(self._engine.resume())
+            await self._drain()
+            raise RunFailed(f"version {target} was not applied: {update.message}")
+        self._wrong = None
+        due = bool(update.outcome.get("proof"))
+        if due:  # what comes back from now on may be of weights that are not the trainer's
+            self._proven.clear()
+        try:
+            await self._call(self._engine.resume())
+        except EngineLost:
+            self._proven.set()
+            raise
+        record |= {"pause_s": time.monotonic() - begun, **update.seconds, "proof": due}
+        if "changed" in update.outcome:
+            record["changed"] = update.outcome["changed"]

@@ -1,0 +1,340 @@
+"""The rollout worker: leases prompts, has groups generated and graded, hands them in, and updates its engines' weights.
+
+One asyncio loop. Each engine is a lane (`updates`) with a feeder that keeps its slots full and a follower that keeps it
+at the hub's target version. A group stays on one engine and its samples are asked for together; each frees its slot
+when it ends, and the next group is leased while its longest sample still runs. A sample whose request is ended by an
+update is continued from prompt + prefix: its tokens form one segment per version. Draws depend on (recipe seed, lease,
+sample, position) alone. In a deterministic run all groups of one grant are one call to the engine, which runs nothing
+beside it: log-probabilities then depend on nothing else either, to the last bit.
+
+`extra = {"out": FILE, "n": N}`: no trainer; N groups are written to FILE, one JSON line a sample, and the worker ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections import deque
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from astracli.data.prompts import Problem, PromptSource, stop_token_ids
+from astracli.engines.client import EngineClient
+from astracli.errors import RunFailed
+from astracli.hub.client import AsyncHubClient
+from astracli.models.adapter import chat_prompt_tokens, load_tokenizer
+from astracli.process.worker import Reporter, WorkerConfig, worker_main
+from astracli.rewards.reward import Grade, GradeItem, GradePool
+from astracli.rl.types import Group, Sample
+from astracli.rollout.gate import EngineLost
+from astracli.rollout.groups import Draft, SampleWriter, Sampling, generate_groups
+from astracli.rollout.updates import Lane
+
+LEASE_WAIT_S = 2.0
+REPORT_S = 1.0
+RATE_WINDOW_S = 10.0
+UNFIT_PROMPTS = 10_000
+"""Prompts in a row, or a whole epoch of them, that are too long: then the run ends instead of looking on."""
+
+
+class Grader(Protocol):
+    """The part of `rl.reward.GradePool` that this worker needs."""
+
+    async def agrade_group(self, items: Sequence[GradeItem]) -> list[Grade]: ...
+
+
+class Rollout:
+    """The worker's work. `run` ends when the hub says stop, or when `groups_wanted` groups are done."""
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        reporter: Reporter,
+        hub: AsyncHubClient,
+        lanes: Sequence[Lane],
+        source: PromptSource,
+        tokenizer: Any,
+        grader: Grader,
+    ):
+        self.config = config
+        self.reporter = reporter
+        self.hub = hub
+        self.lanes = list(lanes)
+        self.source = source
+        self.tokenizer = tokenizer
+        self.grader = grader
+        self.sampling = Sampling(config.recipe, tuple(stop_token_ids(tokenizer, config.model_path)))
+        rollout = config.recipe.rollout
+        self._slots, self._group_size = rollout.running, rollout.group_size
+        for lane in self.lanes:
+            lane.use.slots = self._slots
+        self._held: set[int] = set()
+        self._unfit_in_a_row = 0
+        self._tasks: asyncio.TaskGroup
+        self._over = asyncio.Event()
+        self._writer = SampleWriter(config.extra["out"], int(config.extra["n"])) if "out" in config.extra else None
+        self._waits: dict[str, str | None] = {}
+        self._done = {"groups": 0, "samples": 0}
+
+    async def run(self) -> None:
+        """Raises the first failure of any part, once everything has been cancelled."""
+        await self.hub.release(self.config.name)
+        self.reporter.ready()
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                parts: list[Coroutine[Any, Any, None]] = [self._renew(), self._report()]
+                for lane in self.lanes:
+                    parts += [self._follow(lane), self._feed(lane)]
+                for part in parts:
+                    self._start(part)
+                await self._over.wait()
+                raise _Over
+        except ExceptionGroup as group:
+            failures = [error for error in _leaves(group) if not isinstance(error, _Over)]
+            if failures:
+                raise next((error for error in failures if isinstance(error, RunFailed)), failures[0]) from None
+        finally:
+            if self._held:
+                with contextlib.suppress(RunFailed):
+                    await self.hub.give_back(sorted(self._held))
+        if self._writer is not None:  # no update has told how full the slots were
+            await self.hub.metrics([{"process": self.config.name} | lane.usage() for lane in self.lanes])
+
+    def _start(self, part: Coroutine[Any, Any, None]) -> None:
+        self._tasks.create_task(part)
+
+    async def _follow(self, lane: Lane) -> None:
+        await lane.follow()
+        self._over.set()
+
+    # ---- leases ------------------------------------------------------------------------------------------------------
+
+    async def _feed(self, lane: Lane) -> None:
+        """Keep the engine's slots full, as far as the hub grants leases."""
+        while True:
+            await lane.open.wait()
+            wanted = self._wanted(lane)
+            if wanted <= 0:
+                lane.changed.clear()
+                await lane.changed.wait()
+                continue
+            wait_s = LEASE_WAIT_S if self._waits.get(lane.name) else 0.0
+            reply = await self.hub.lease(self.config.name, wanted, engine=lane.name, wait_s=wait_s)
+            self._waits[lane.name] = None if reply["leases"] else reply["wait"]
+            if reply["stop"]:
+                self._over.set()
+                return
+            leases = {lease["lease_id"]: lease["prompt_index"] for lease in reply["leases"]}
+            self._held |= leases.keys()
+            lane.use.change(outstanding=len(leases) * self._group_size)
+            together = [leases] if self.config.recipe.launch.deterministic else [{i: n} for i, n in leases.items()]
+            for some in together if leases else []:
+                self._start(self._groups(lane, some))
+
+    def _wanted(self, lane: Lane) -> int:
+        """Groups to lease for this engine now: as many as leave none of its slots empty.
+
+        Of groups of G, at most G - 1 samples then wait in the engine. Each slot that becomes free takes one, so that
+        they hardly age: of S slots, S become free in a completion's mean time.
+        """
+        outstanding = lane.use.outstanding
+        if self.config.recipe.launch.deterministic and outstanding:
+            return 0
+        groups = math.ceil((self._slots - outstanding) / self._group_size)
+        return groups if self._writer is None else min(groups, self._writer.left - len(self._held))
+
+    async def _renew(self) -> None:
+        """Prolong what is held. A lease that was lost is finished all the same: the first arrival counts."""
+        while True:
+            await asyncio.sleep(self.config.recipe.launch.lease_timeout_s / 3)
+            if self._held:
+                await self.hub.renew(sorted(self._held), self.config.name)
+
+    # ---- a group -----------------------------------------------------------------------------------------------------
+
+    async def _groups(self, lane: Lane, leases: Mapping[int, int]) -> None:
+        """Leases (id -> prompt) from prompts to graded groups. The engine's slots are free before they are graded."""
+        problems = {lease: self.source.problem(index) for lease, index in leases.items()}
+        prompts = {i: chat_prompt_tokens(self.tokenizer, self.source.text(p)) for i, p in problems.items()}
+        unfit = {lease: reason for lease, prompt in prompts.items() if (reason := self._unfit(prompt))}
+        asked = {lease: prompt for lease, prompt in prompts.items() if lease not in unfit}
+        outstanding = len(leases) * self._group_size
+
+        def ended(samples: int = 1) -> None:
+            nonlocal outstanding
+            outstanding -= samples
+            lane.use.change(outstanding=-samples)
+            lane.changed.set()
+
+        try:
+            try:
+                drafts = await generate_groups(lane, self.sampling, asked, ended)
+            finally:
+                ended(outstanding)
+            self._unfit_in_a_row = 0 if asked else self._unfit_in_a_row + len(unfit)
+            for lease, reason in unfit.items():
+                await self.hub.skip(lease, reason)
+                self._let_go(lane, [lease])
+                if self._unfit_in_a_row >= min(len(self.source), UNFIT_PROMPTS):
+                    raise RunFailed(
+                        f"{self._unfit_in_a_row} prompts in a row do not fit, the last: {reason}",
+                        "raise data.max_prompt_tokens or rollout.context_length, or train on other problems",
+                    )
+            async with asyncio.TaskGroup() as tasks:
+                for lease, prompt in asked.items():
+                    tasks.create_task(self._hand_in(lease, problems[lease], prompt, drafts[lease]))
+        except EngineLost:
+            await self.hub.give_back(leases)
+            self._let_go(lane, leases)
+
+    def _let_go(self, lane: Lane, leases: Iterable[int]) -> None:
+        self._held.difference_update(leases)
+        lane.changed.set()
+
+    async def _hand_in(self, lease_id: int, problem: Problem, prompt: Sequence[int], drafts: Sequence[Draft]) -> None:
+        group = await self._grade(lease_id, problem, prompt, drafts)
+        await self.hub.put_group(group)
+        self._held.discard(lease_id)
+        self._count(group)
+
+    def _unfit(self, prompt: Sequence[int]) -> str | None:
+        longest = self.config.recipe.data.max_prompt_tokens
+        if len(prompt) > longest:
+            return f"prompt of {len(prompt)} tokens, data.max_prompt_tokens = {longest}"
+        if self.sampling.budget(prompt) < 1:
+            context = self.config.recipe.rollout.context_length
+            return f"prompt of {len(prompt)} tokens leaves no room in rollout.context_length = {context}"
+        return None
+
+    async def _grade(self, lease_id: int, problem: Problem, prompt: Sequence[int], drafts: Sequence[Draft]) -> Group:
+        texts = [self.tokenizer.decode(draft.tokens, skip_special_tokens=True) for draft in drafts]
+        items = [
+            GradeItem(problem.question, problem.answer, text, draft.tokens)
+            for text, draft in zip(texts, drafts, strict=True)
+        ]
+        grades = await self.grader.agrade_group(items)
+        samples = [
+            Sample(
+                index=draft.index,
+                segments=draft.segments,
+                finish_reason="stop" if draft.finish == "stop" else "length",
+                reward=float(grade.reward),
+                verdict=grade.verdict,
+                text=text,
+            )
+            for draft, grade, text in zip(drafts, grades, texts, strict=True)
+        ]
+        return Group(
+            lease_id=lease_id,
+            problem_id=problem.id,
+            prompt_tokens=np.array(prompt, np.int32),
+            samples=samples,
+            problem=problem.question,
+            answer=problem.answer,
+            meta=problem.meta,
+        )
+
+    def _count(self, group: Group) -> None:
+        self._done["groups"] += 1
+        self._done["samples"] += len(group.samples)
+        if self._writer is not None:
+            self._writer.write(group)
+            if not self._writer.left:
+                self._over.set()
+            for lane in self.lanes:
+                lane.changed.set()
+
+    # ---- talk --------------------------------------------------------------------------------------------------------
+
+    async def _report(self) -> None:
+        """Each second: what is done, how fast, how full slots are, and what is waited for when nothing generates."""
+        seen: deque[tuple[float, int, float]] = deque()
+        uses = [lane.use for lane in self.lanes]
+        while True:
+            tokens, busy_s = sum(lane.tokens for lane in self.lanes), sum(use.seconds().busy for use in uses)
+            seen.append((time.monotonic(), tokens, busy_s))
+            while len(seen) > 2 and seen[-1][0] - seen[0][0] > RATE_WINDOW_S:
+                seen.popleft()
+            passed, made, busy = (last - first for first, last in zip(seen[0], seen[-1], strict=True))
+            passed = max(1e-9, passed)  # of the first second there is nothing to compare with
+            rates = {"tokens_per_s": round(made / passed, 1), "slots_busy": round(busy / passed / len(uses), 3)}
+            self.reporter.progress(**self._done, in_flight=len(self._held), **rates)
+            outstanding = any(use.outstanding for use in uses)
+            self.reporter.waiting(None if outstanding else self._wait_reason())
+            await asyncio.sleep(REPORT_S)
+
+    def _wait_reason(self) -> str | None:
+        closed = [lane.name for lane in self.lanes if not lane.open.is_set()]
+        if len(closed) == len(self.lanes):
+            return f"weights or readiness of {', '.join(closed)}"
+        return next((reason for reason in self._waits.values() if reason), None)
+
+
+class _Over(Exception):
+    """Everything asked for is done; ends the task group."""
+
+
+def _leaves(error: Exception) -> list[Exception]:
+    """The failures inside nested groups, in order."""
+    if isinstance(error, ExceptionGroup):
+        return [leaf for part in error.exceptions for leaf in _leaves(part)]
+    return [error]
+
+
+def stage_dir(config: WorkerConfig, engine: dict[str, str]) -> Path:
+    """Where payloads for an engine are staged: its entry's `stage_dir`, else RUN_DIR/stage/NAME."""
+    return Path(engine.get("stage_dir") or config.run_dir / "stage" / engine["name"])
+
+
+async def _main(
+    config: WorkerConfig, reporter: Reporter, tokenizer: Any, source: PromptSource, pool: GradePool
+) -> None:
+    from astracli.weights.receive.subscriber import Subscriber
+
+    recipe = config.recipe
+    async with contextlib.AsyncExitStack() as stack:
+        hub = await stack.enter_async_context(AsyncHubClient(config.hub_url, config.token))
+        lanes = []
+        for entry in config.engines:
+            stage = stage_dir(config, entry)
+            client = EngineClient(
+                entry["url"],
+                config.token,
+                name=entry["name"],
+                loader_dir=stage if config.backends.get("engine") == "sglang" else None,
+            )
+            engine = await stack.enter_async_context(client)
+            subscriber = Subscriber(config.hub_url, config.token, stage, config.model_path)
+            stack.callback(subscriber.close)
+            lanes.append(
+                Lane(
+                    entry["name"],
+                    engine,
+                    hub,
+                    subscriber,
+                    process=config.name,
+                    mode=recipe.weights.pause_mode,
+                    ready_timeout_s=recipe.launch.ready_timeout_s,
+                    turns=entry["name"] in config.extra.get("cards", ()),
+                )
+            )
+        await Rollout(config, reporter, hub, lanes, source, tokenizer, pool).run()
+
+
+def run(config: WorkerConfig, reporter: Reporter) -> None:
+    """Entry of the process."""
+    recipe = config.recipe
+    source = PromptSource(recipe.data, recipe.seed, config.data_path)
+    tokenizer = load_tokenizer(config.model_path)
+    data = recipe.data
+    with GradePool(data.reward, data.reward_workers, data.reward_timeout_s, data.grading.model_dump()) as pool:
+        asyncio.run(_main(config, reporter, tokenizer, source, pool))
+
+
+if __name__ == "__main__":
+    worker_main(run)

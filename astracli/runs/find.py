@@ -1,0 +1,116 @@
+"""Run directories: a fresh one, a used one to go on with, one by its name, and all that there are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from astracli.errors import UserError
+from astracli.runs.run_dir import RunDir
+
+RUNS = Path("runs")
+
+
+def create(recipe_name: str, run_dir: Path | None = None, *, root: Path = RUNS) -> RunDir:
+    """A fresh, locked run directory: `root/RECIPE-YYYYmmdd-HHMMSS`, or `run_dir` when it is new or empty.
+
+    Raises UserError when `run_dir` was used before (the message names every way out) or cannot be made.
+    """
+    try:
+        path = run_dir if run_dir is not None else _fresh(recipe_name, root)
+        path.mkdir(parents=True, exist_ok=True)
+        run = RunDir(path)
+        if any(entry.name != ".lock" for entry in path.iterdir()):
+            raise _used(run)
+        run.lock()
+    except FileExistsError:
+        raise UserError(f"`{run_dir}` is a file, not a run directory", "give another --run-dir") from None
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"cannot make run directory `{run_dir or root}`: {reason}", "give another --run-dir") from None
+    return run
+
+
+def resume(path: Path) -> RunDir:
+    """A used run directory, locked, to be continued. Raises UserError when it holds no run or is in use."""
+    run = existing(path)
+    run.lock()
+    return run
+
+
+def existing(path: Path) -> RunDir:
+    """The run in `path`. Raises UserError when there is none."""
+    run = RunDir(path)
+    if not run.recipe_json.is_file():
+        why = "does not exist" if not path.exists() else "holds no recipe.json"
+        raise UserError(f"`{path}` is no run: it {why}", "`astra runs list` shows the runs under runs/")
+    return run
+
+
+def named(text: str, *, root: Path = RUNS) -> RunDir:
+    """A run by path, or by name under `root`. Raises UserError."""
+    under_root = root / text
+    return existing(under_root if under_root.is_dir() and "/" not in text else Path(text))
+
+
+def list_runs(root: Path = RUNS) -> list[RunDir]:
+    """The runs under `root`, newest first."""
+    return sorted(_runs(root), key=lambda run: (_started(run), run.name), reverse=True)
+
+
+def newest(root: Path = RUNS) -> RunDir | None:
+    """The run under `root` that started last; None when there is none."""
+    return max(_runs(root), key=lambda run: (_started(run), run.name), default=None)
+
+
+def _runs(root: Path) -> Iterator[RunDir]:
+    if root.is_dir():
+        yield from (RunDir(path) for path in root.iterdir() if (path / "recipe.json").is_file())
+
+
+def _started(run: RunDir) -> float:
+    try:
+        status = run.status()
+    except UserError:
+        status = None
+    return status.started if status else run.recipe_json.stat().st_mtime
+
+
+def _fresh(recipe_name: str, root: Path) -> Path:
+    """A name under `root` that this call made; two runs of one second get different names."""
+    safe = "".join(c if c.isalnum() or c in "._-" else "-" for c in recipe_name)
+    base = f"{safe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    root.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        path = root / (base if number == 1 else f"{base}-{number}")
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            number += 1
+
+
+def _used(run: RunDir) -> UserError:
+    if not run.recipe_json.is_file():
+        return UserError(
+            f"run directory `{run.path}` is not empty and holds no run", "give another --run-dir, or empty it"
+        )
+    status = run.status()
+    if status is not None and run.going():
+        return UserError(
+            f"run directory `{run.path}` is in use (state: {status.shown()})",
+            f"look at it with `astra runs status {run.path}`, or give another directory",
+        )
+    if status is not None and status.command == "eval":
+        go_on = "" if status.state == "done" else f"go on with it by `astra eval --resume {run.path}`, "
+        return UserError(
+            f"`{run.path}` holds an evaluation already (state: {run.shown_state()})",
+            f"{go_on}give another --out, or remove it with `rm -r {run.path}`",
+        )
+    return UserError(
+        f"run directory `{run.path}` was used before (state: {run.shown_state()})",
+        f"continue it with `astra train --resume {run.path}`, give another --run-dir, leave --run-dir out for a new "
+        f"name under runs/, or remove it with `rm -r {run.path}`",
+    )

@@ -1,0 +1,295 @@
+"""The run directory: where everything of a run lies, who holds it, and what state the run is in."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from astracli.errors import UserError
+
+State = Literal["running", "done", "failed", "interrupted"]
+ORPHANS_S = 20.0
+"""Children look for their supervisor each second, and give an unreachable hub ten."""
+
+
+@dataclass
+class RunStatus:
+    """What `status.json` says; the supervisor alone writes it."""
+
+    state: State
+    pid: int
+    create_time: float
+    """Start of process `pid`, seconds since 1970 (psutil): tells a reused pid from ours."""
+    host: str
+    started: float
+    """Unix time of this attempt's start."""
+    ended: float | None = None
+    attempt: int = 1
+    step: int = 0
+    steps: int | None = None
+    exit_code: int | None = None
+    cause: str | None = None
+    """Why the run ended when it did not end well, one line."""
+    command: str = "train"
+    recipe: str = ""
+
+    def alive(self) -> bool:
+        """True while the recorded supervisor still runs on this host."""
+        if self.host != socket.gethostname():
+            return self.state == "running"
+        try:
+            process = psutil.Process(self.pid)
+            return abs(process.create_time() - self.create_time) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    def shown(self) -> str:
+        """The state as people read it; a run that says `running` without its supervisor is `dead (resumable)`."""
+        if self.state != "running":
+            return self.state
+        if not self.alive():
+            return "dead (resumable)"
+        return "running" if self.host == socket.gethostname() else f"running on {self.host}"
+
+
+class RunDir:
+    """Paths of one run. `runs.create` and `runs.resume` also hold its lock, so that two supervisors never share it."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self._lock_fd: int | None = None
+
+    def __repr__(self) -> str:
+        return f"RunDir({str(self.path)!r})"
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def recipe_json(self) -> Path:
+        return self.path / "recipe.json"
+
+    @property
+    def plan_json(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def status_json(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def metrics_jsonl(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary_json(self) -> Path:
+        """The closing figures; written when an attempt ends."""
+        return self.path / "summary.json"
+
+    @property
+    def hub_sqlite(self) -> Path:
+        return self.path / "hub.sqlite"
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "weights"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def eval(self) -> Path:
+        return self.path / "eval"
+
+    @property
+    def eval_csv(self) -> Path:
+        return self.eval / "eval.csv"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config"
+
+    @property
+    def stage(self) -> Path:
+        """Payloads on their way into an engine, one folder per engine."""
+        return self.path / "stage"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def attempt_logs(self, attempt: int) -> Path:
+        """`logs/attempt_N`: one file per process and attempt, N from 1."""
+        return self.logs / f"attempt_{attempt}"
+
+    def attempts(self) -> list[int]:
+        """Numbers of the attempts that left logs, oldest first."""
+        numbers = (p.name.removeprefix("attempt_") for p in self.logs.glob("attempt_*"))
+        return sorted(int(n) for n in numbers if n.isdigit())
+
+    def next_attempt(self) -> int:
+        """The number of a new attempt; makes its log folder."""
+        number = max(self.attempts(), default=0) + 1
+        self.attempt_logs(number).mkdir(parents=True)
+        return number
+
+    # -- who holds it --------------------------------------------------------------------------------------------------
+
+    def lock(self, orphans_s: float = ORPHANS_S) -> None:
+        """Take the run for this process until `unlock` or its end. Raises UserError when another one holds it.
+
+        Children inherit `lock_fd`: a supervisor that was killed leaves the run held until the last of them has seen it
+        and ended. They would write checkpoints and weights under a resume; it waits `orphans_s` for them.
+        """
+        fd = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        deadline = time.monotonic() + orphans_s
+        while not _flock(fd):
+            holder = os.pread(fd, 32, 0).decode(errors="replace").strip()
+            orphans = holder.isdigit() and not _lives(int(holder))
+            if orphans and time.monotonic() < deadline:
+                time.sleep(0.05)
+                continue
+            os.close(fd)
+            raise UserError(
+                f"run directory `{self.path}` is in use by "
+                + (f"what process {holder} left running" if orphans else f"process {holder or 'unknown'}"),
+                f"wait for it, stop it with `astra runs stop {self.path}`, or give another --run-dir",
+            )
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, str(os.getpid()).encode(), 0)
+        self._lock_fd = fd
+
+    def unlock(self) -> None:
+        """Let go of the run; does nothing when it is not held."""
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    @property
+    def lock_fd(self) -> int | None:
+        """The file descriptor that holds the lock, to be inherited by every child; None when it is not held."""
+        return self._lock_fd
+
+    @property
+    def held(self) -> bool:
+        """True when this object holds the lock."""
+        return self._lock_fd is not None
+
+    def in_use(self) -> bool:
+        """True when a process holds the lock."""
+        if self.held:
+            return True
+        try:
+            fd = os.open(self.path / ".lock", os.O_RDWR)
+        except FileNotFoundError:
+            return False
+        try:
+            return not _flock(fd)
+        finally:
+            os.close(fd)
+
+    # -- what state it is in -------------------------------------------------------------------------------------------
+
+    def status(self) -> RunStatus | None:
+        """What `status.json` says; None when the run never started. Raises UserError when it cannot be read."""
+        try:
+            document = json.loads(self.status_json.read_text())
+            known = {field.name for field in fields(RunStatus)}
+            return RunStatus(**{key: value for key, value in document.items() if key in known})
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"`{self.status_json}` is damaged: {error}") from None
+
+    def going(self) -> bool:
+        """True while its supervisor lives (on another host: while it says so)."""
+        status = self.status()
+        return status is not None and status.state == "running" and status.alive()
+
+    def shown_state(self) -> str:
+        """The run's state in words; `not started` without a `status.json`."""
+        status = self.status()
+        return "not started" if status is None else status.shown()
+
+    def start(
+        self, *, recipe: str, command: str = "train", attempt: int = 1, steps: int | None = None, step: int = 0
+    ) -> None:
+        """Record that this process runs the run now."""
+        me = psutil.Process()
+        self._write(
+            RunStatus(
+                "running", me.pid, me.create_time(), socket.gethostname(), time.time(),
+                attempt=attempt, step=step, steps=steps, command=command, recipe=recipe,
+            )
+        )  # fmt: skip
+
+    def update(self, **changes: Any) -> None:
+        """Change fields of `status.json`, for example `step=12`. The run must have been started."""
+        status = self.status()
+        assert status is not None, "update() before start()"
+        self._write(RunStatus(**(asdict(status) | changes)))
+
+    def end(self, state: State, *, exit_code: int, cause: str | None = None) -> None:
+        """Record how the run ended."""
+        self.update(state=state, exit_code=exit_code, cause=cause, ended=time.time())
+
+    def _write(self, status: RunStatus) -> None:
+        write_atomic(self.status_json, json.dumps(asdict(status), indent=2) + "\n")
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _flock(fd: int) -> bool:
+    """Take the lock of an open file; False when another holds it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def paths(run_dir: Path) -> dict[str, str]:
+    """What lies where, of what is there."""
+    places = {
+        "run": run_dir,
+        "export": run_dir / "export",
+        "evaluations": run_dir / "eval" / "eval.csv",
+        "metrics": run_dir / "metrics.jsonl",
+        "samples": run_dir / "samples",
+        "checkpoints": run_dir / "checkpoints",
+        "logs": run_dir / "logs",
+        "report": run_dir / "report.html",
+    }
+    return {name: str(place) for name, place in places.items() if place.exists()}
+
+
+def write_atomic(path: Path, text: str, mode: int = 0o644) -> None:
+    """Write a file so that readers see the old or the new text, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    with os.fdopen(fd, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(temporary, path)

@@ -1,0 +1,43 @@
+"""Where a trainer keeps what it does not always need, and the sizes of what passes through its GPU.
+
+Nothing here imports torch: the plan counts with the same numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from astracli.config.recipe import Recipe, Recomputed
+
+Where = Literal["gpu", "host"]
+
+LOGIT_BYTES = {"cpu": 2**25, "cuda": 2**29}
+"""fp32 logits of one chunk in the trainer's loss; with what lives beside them three times that."""
+BUCKET_BYTES = 2**29
+"""What passes through the GPU together in an update: masters made whole from halves, moments that wait on the host. Of
+one tensor it may be more."""
+PASSING = 3
+"""Buckets of moments on the GPU at once: one comes, one is worked on, one leaves."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where what a trainer does not always need lies: on its GPU, in pinned host memory and moved in when used, or
+    nowhere and computed again."""
+
+    reference: Where = "gpu"
+    moments_on_host: float = 0.0
+    """Which part of AdamW's moments."""
+    recomputed: Recomputed = "none"
+    """Of the blocks' activations, where the recipe leaves it open."""
+
+
+RESIDENT = Split()
+"""Everything on the GPU."""
+
+
+def recomputed(recipe: Recipe, split: Split) -> Recomputed:
+    """What the backward pass computes again."""
+    asked = recipe.train.activation_checkpointing
+    return split.recomputed if asked == "auto" else asked

@@ -1,0 +1,94 @@
+"""A trainer that shares its GPUs with engines: waits until they have reserved their part, or takes turns with them.
+
+Side by side: the engines reserve their memory first, and the trainer takes what they leave. In turns: the trainer asks
+the hub for the engines' cards when it has a batch, brings its state back from the host, trains and publishes, leaves
+again and gives the cards back. Rank 0 asks; the ranks whose GPU an engine uses, too, move, the others wait where they
+are.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from astracli.errors import RunFailed
+from astracli.hub.client import HubClient
+from astracli.process.health import answers
+from astracli.process.worker import Reporter, WorkerConfig
+
+WAIT_S = 5.0
+"""One long poll for a card; between two, a stop is noticed."""
+LOOK_S = 0.5
+HEALTH_TIMEOUT_S = 25.0
+_YES, _NO = b"1", b"0"
+
+
+class Turn:
+    """One rank's part. Without shared GPUs every call does nothing, at once."""
+
+    def __init__(self, config: WorkerConfig, reporter: Reporter, ranks: Any, hub: HubClient | None):
+        told = config.extra.get("placement", {})
+        self.cards: list[str] = list(told.get("cards", ()))
+        """Engines with which this trainer takes turns; their names are the cards'."""
+        self.leaves = bool(self.cards) and bool(told.get("leaves", True))
+        """Whether an engine uses this rank's own GPU in its turn."""
+        self._shared = bool(told.get("shared"))
+        self._config = config
+        self._reporter = reporter
+        self._ranks = ranks
+        self._hub = hub
+        self._mine = False
+
+    def begin(self, trainer: Any = None) -> bool:
+        """Until the GPUs are this trainer's; False when the run is asked to stop. A collective.
+
+        The first call, before there is a `trainer`, also waits for the engines to be up. Raises RunFailed when they do
+        not come up in time.
+        """
+        if not self._shared or self._mine:
+            return True
+        if trainer is None:
+            self._await_engines()
+        if not self.cards:
+            self._mine = True
+            return True
+        answer = self._ranks.broadcast((_YES if self._take() else _NO) if self._hub is not None else None)
+        self._mine = answer == _YES
+        if self._mine and self.leaves and trainer is not None:
+            trainer.to_device()
+        return self._mine
+
+    def end(self, trainer: Any) -> None:
+        """Leave the GPUs to the engines; nothing when they are shared side by side. A collective."""
+        if not self.cards or not self._mine:
+            return
+        if self.leaves:
+            trainer.to_host()
+        self._ranks.barrier()
+        self._mine = False
+        if self._hub is not None:
+            for card in self.cards:
+                self._hub.give_card(card, self._config.name)
+
+    def _take(self) -> bool:
+        assert self._hub is not None
+        for card in self.cards:
+            self._reporter.waiting(f"{card} to leave the GPU")
+            while not (reply := self._hub.take_card(card, self._config.name, wait_s=WAIT_S))["held"]:
+                if reply["stop"] or self._reporter.stop_requested.is_set():
+                    return False
+        self._reporter.waiting(None)
+        return True
+
+    def _await_engines(self) -> None:
+        deadline = time.monotonic() + self._config.recipe.launch.ready_timeout_s
+        for engine in self._config.engines:
+            self._reporter.waiting(f"{engine['name']} to reserve its part of the GPU")
+            while not answers(f"{engine['url']}/model_info", self._config.token, timeout_s=HEALTH_TIMEOUT_S):
+                if self._reporter.stop_requested.is_set():
+                    return
+                if time.monotonic() > deadline:
+                    limit = self._config.recipe.launch.ready_timeout_s
+                    raise RunFailed(f"{engine['name']} was not up within {limit:g} s", "look at its log")
+                time.sleep(LOOK_S)
+        self._reporter.waiting(None)

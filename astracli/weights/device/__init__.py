@@ -1,0 +1,1 @@
+"""Weights on a GPU: differences, digests, scatter, copies to and from the host."""

@@ -1,0 +1,259 @@
+"""Applying to weights that live on a GPU: everything that can be done before the pause is done before it.
+
+While the engine still generates, a decoded version is turned into flat indices and values on the device, and a table
+of where each run of them goes; a full version is staged (`staging.py`). In the pause there is one scatter over all
+tensors, or a copy for each of them, and one pass of digests.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+
+from astracli.weights.device.difference import bits_torch, from_order, to_order
+from astracli.weights.device.host import to_device
+from astracli.weights.format import digest, flat
+from astracli.weights.format.flat import KINDS
+from astracli.weights.receive.staged import Placement, Prepared
+from astracli.weights.receive.staging import SPARE_BYTES, Copy, Held, Staging, Where
+
+BLOCK = 1024
+"""Changed elements of one work item of the kernel."""
+
+
+@dataclass
+class Run:
+    """Changes of one contiguous view."""
+
+    view: torch.Tensor
+    """Signed integers, sharing the parameter's memory."""
+    values: slice
+    """Of the scatter's values."""
+    indices: slice | None
+    """Of the scatter's indices; None: consecutive elements."""
+    kind: int
+    shift: int = 0
+    """What is added to an index to count from the view's first element; without indices, the first of the elements."""
+
+
+@dataclass
+class Scatter:
+    """All changes of one step among elements of one width."""
+
+    runs: list[Run]
+    values: torch.Tensor
+    """int16 or int32: zigzag undone, modulo 2^width; on the device, or pinned."""
+    indices: torch.Tensor
+    """int32; with a run's shift, inside its view."""
+    table: torch.Tensor | None = None
+    """The kernel's work items; None without Triton."""
+
+    def run(self, device: torch.device) -> None:
+        values, indices = (t.to(device, non_blocking=True) for t in (self.values, self.indices))
+        if self.table is None:
+            self.by_torch(values, indices)
+        else:
+            from astracli.weights.device import kernels
+
+            kernels.scatter(self.table, values, indices)
+
+    def by_torch(self, values: torch.Tensor, indices: torch.Tensor) -> None:
+        """The kernel's work in torch operations, a few for each run."""
+        for run in self.runs:
+            value = values[run.values]
+            at: Any = slice(run.shift, run.shift + len(value))
+            if run.indices is not None:
+                at = indices[run.indices].long() + run.shift
+            old = run.view[at]
+            if run.kind == KINDS["ulp"]:
+                value = from_order(to_order(old) + value)
+            elif run.kind == KINDS["xor"]:
+                value = old ^ value
+            run.view[at] = value
+
+
+@dataclass
+class Step:
+    scatters: list[Scatter]
+    copies: list[Copy]
+    """Of a full version, in its file: through pinned chunks in the pause."""
+    held: Held | None = None
+    """Of a full version, staged: then `copies` is empty."""
+
+
+@dataclass
+class Resident:
+    """The hands of an engine whose weights are views of its parameters, on one device."""
+
+    placed: Mapping[str, Sequence[Placement]]
+    spent: dict[str, float] = field(default_factory=dict)
+    """Seconds of the last `digests`: making tables, starting the kernels, waiting for the device."""
+    _plans: dict[tuple[str, ...], Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.device = next(p.view.device for places in self.placed.values() for p in places)
+        self._triton = self.device.type == "cuda" and find_spec("triton") is not None
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        # made here, once: every torch call gives the interpreter away, and a thread beside a busy one waits for it
+        self._bits = {name: [(p, bits_torch(p.view)) for p in places] for name, places in self.placed.items()}
+
+    # ---- before the pause ----
+
+    def load(self, prepared: Prepared) -> None:
+        """Bring a decoded version to the device, in any thread; its decoded form on the host is given up."""
+        if prepared.loaded is not None:
+            assert prepared.hands is self, "loaded for other weights: its addresses are not these"
+            return
+        flat_steps = prepared.flat if prepared.flat is not None else [flat.flatten(step) for step in prepared.steps]
+        if self._stream is None:
+            steps = [self._step(step) for step in flat_steps]
+        else:
+            with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+                steps = [self._step(step) for step in flat_steps]
+            self._stream.synchronize()
+        prepared.loaded, prepared.hands, prepared.steps, prepared.flat = steps, self, [], None
+
+    def stage(self, prepared: Prepared, staging: Staging) -> None:
+        """Bring the bits of a full version that is loaded out of its file, as near to the weights as there is room."""
+        for step in prepared.loaded or ():
+            if step.copies and (held := staging.hold(step.copies)) is not None:
+                step.held, step.copies = held, []
+
+    def fits(self, prepared: Prepared) -> bool:
+        """Whether what was loaded, if anything was, can still be applied to these weights."""
+        steps = prepared.loaded
+        return steps is None or (prepared.hands is self and all(s.held is None or s.held.valid for s in steps))
+
+    @staticmethod
+    def waits(prepared: Prepared) -> Where | None:
+        """Where a full version that is about to be applied has been staged; None for other versions."""
+        if prepared.kind != "full":
+            return None
+        return next((step.held.where for step in prepared.loaded or () if step.held is not None), "file")
+
+    def _step(self, step: flat.FlatStep) -> Step:
+        copies = []
+        for name, start, bits in step.raws:
+            for place, view in self._bits[name]:
+                low, high = max(start, place.offset), min(start + len(bits), place.end)
+                if low < high:
+                    whole = high - low == len(view)
+                    target = view if whole else view[low - place.offset : high - place.offset]
+                    copies.append((target, bits[low - start : high - start]))
+        return Step([self._scatter(group, step.borrowed) for group in step.groups], copies)
+
+    def _scatter(self, group: flat.Group, borrowed: bool) -> Scatter:
+        """Few calls, each on whole arrays: this thread competes with the engine's for the interpreter."""
+        values, indices = (torch.from_numpy(a) for a in (group.values.view(f"<i{group.width}"), group.indices))
+        runs = [run for span in group.spans for run in self._runs(span, group.indices)]
+        room = self._stream is not None
+        if room:
+            room = torch.cuda.mem_get_info(self.device)[0] > values.nbytes + indices.nbytes + SPARE_BYTES
+        if room:
+            values, indices = values.to(self.device), indices.to(self.device)
+        elif self._stream is not None:
+            values, indices = values.pin_memory(), indices.pin_memory()
+        elif borrowed:
+            values, indices = values.clone(), indices.clone()
+        scatter = Scatter(runs, values, indices)
+        if self._triton:
+            scatter.table = torch.from_numpy(work_items(runs)).to(self.device)
+        return scatter
+
+    def _runs(self, span: flat.Span, indices: np.ndarray[Any, Any]) -> Iterator[Run]:
+        """The parts of a span by the views that they fall into."""
+        for place, view in self._bits[span.name]:
+            low, high = max(span.start, place.offset), min(span.start + span.length, place.end)
+            if low >= high:
+                continue
+            if span.index_at < 0:
+                where = slice(span.value_at + low - span.start, span.value_at + high - span.start)
+                yield Run(view, where, None, span.kind, low - place.offset)
+                continue
+            first, last = 0, span.size
+            if high - low < span.length:
+                own = indices[span.index_at : span.index_at + span.size]
+                first, last = (int(k) for k in np.searchsorted(own, (low - span.start, high - span.start)))
+            if first < last:
+                where = slice(span.value_at + first, span.value_at + last)
+                chosen = slice(span.index_at + first, span.index_at + last)
+                yield Run(view, where, chosen, span.kind, span.start - place.offset)
+
+    # ---- in the pause ----
+
+    def apply(self, prepared: Prepared) -> None:
+        self.load(prepared)
+        if self._stream is not None:
+            torch.cuda.synchronize(self.device)  # a batch that was under way has read the old weights by now
+        for step in prepared.loaded or ():
+            if step.held is not None:
+                step.held.copy()
+            to_device(step.copies)
+            for scatter in step.scatters:
+                scatter.run(self.device)
+        if self._stream is not None:
+            torch.cuda.synchronize(self.device)
+
+    def plan(self, names: Iterable[str]) -> Any:
+        """The tables of one pass of digests over `names`, made once; None: none are needed here."""
+        wanted = tuple(names)
+        if wanted not in self._plans:
+            self._plans[wanted] = self._tables(wanted) if wanted and self._triton else None
+        return self._plans[wanted]
+
+    def digests(self, names: Iterable[str]) -> dict[str, str]:
+        """HF name -> digest of what the views hold now: one pass, one wait. `spent` says where the time went."""
+        wanted, times = tuple(names), [time.perf_counter()]
+        plan = self.plan(wanted)
+        times.append(time.perf_counter())
+        sums = plan.launch() if plan is not None else None
+        times.append(time.perf_counter())
+        lanes = [self._lanes(self.placed[name]) for name in wanted] if sums is None else digest.lanes_of(sums)
+        times.append(time.perf_counter())
+        parts = ("tables_s", "launch_s", "device_s")
+        self.spent = {part: end - begin for part, (begin, end) in zip(parts, itertools.pairwise(times), strict=True)}
+        return {name: digest.to_hex(found) for name, found in zip(wanted, lanes, strict=True)}
+
+    def _tables(self, names: Sequence[str]) -> Any:
+        from astracli.weights.device.kernels import DigestPlan
+
+        pairs = [(place, slot) for slot, name in enumerate(names) for place in self.placed[name]]
+        return DigestPlan([(place.view, place.offset) for place, _ in pairs], [slot for _, slot in pairs])
+
+    @staticmethod
+    def _lanes(places: Sequence[Placement]) -> digest.Lanes:
+        lanes = digest.ZERO
+        for found in digest.digest_many([(place.view, place.offset) for place in places]):
+            lanes = digest.add(lanes, found)
+        return lanes
+
+
+def work_items(runs: Sequence[Run]) -> np.ndarray[Any, Any]:
+    """int64 [n, 6], as `kernels.scatter` reads it: each run in items of at most BLOCK elements."""
+    rows = [
+        (
+            run.view.data_ptr() + run.shift * run.view.element_size(),
+            run.values.start,
+            -1 if run.indices is None else run.indices.start,
+            run.values.stop - run.values.start,
+            run.kind,
+        )
+        for run in runs
+    ]
+    address, value, index, count, kind = np.array(rows, np.int64).T
+    items = -(-count // BLOCK)
+    of = np.repeat(np.arange(len(rows)), items)
+    start = (np.arange(len(of)) - np.repeat(np.cumsum(items) - items, items)) * BLOCK
+    table = np.empty((len(of), 6), np.int64)
+    table[:, 0], table[:, 3], table[:, 5] = address[of], start, kind[of]
+    table[:, 1] = value[of] + start
+    table[:, 2] = np.where(index[of] < 0, -1, index[of] + start)
+    table[:, 4] = np.minimum(BLOCK, count[of] - start)
+    return table

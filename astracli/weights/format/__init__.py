@@ -1,0 +1,1 @@
+"""The bytes of a version: manifest, pieces, digests, coding of differences."""

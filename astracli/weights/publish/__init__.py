@@ -1,0 +1,1 @@
+"""The trainer's side of a version: find what changed, write it, declare it stable."""

@@ -1,0 +1,174 @@
+"""The trainer's side of the process that codes what a GPU found (`coder`).
+
+Threads that compress inside a trainer take the interpreter from the thread that asks the GPU for the step's kernels,
+and give it back, thousands of times a version: a step at 4 B took a fifth longer. So a child of the trainer compresses,
+with threads, and writes the payload. The GPU copies what it found into memory that both processes see (a *block*); the
+trainer says where in it the pieces lie, and is told where in the file their payloads are.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+import subprocess
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from astracli.errors import RunFailed
+from astracli.process import channel
+from astracli.weights.format.manifest import FileEntry
+from astracli.weights.publish.coder import Stored
+
+if TYPE_CHECKING:
+    import torch
+
+    from astracli.weights.device.difference import Found
+
+_COPIES = 2
+"""Passes whose copies to the host run while the next is asked for."""
+_WORKS = 4
+"""Passes that wait to be coded, or are."""
+_LEAST_BLOCK = 1 << 20
+_END_S = 10.0
+"""For the child to end once its socket is closed."""
+
+
+class _Block(NamedTuple):
+    number: int
+    memory: torch.Tensor
+
+
+class EncoderProcess:
+    """The trainer's end. One file at a time."""
+
+    def __init__(self, threads: int):
+        self._threads = threads
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+        self._blocks: dict[int, _Block] = {}
+        self._free: list[int] = []
+        self.encode_s = self.write_s = self.diff_s = 0.0
+        """Of the last file, by the clock: coding, writing (beside the coding of what comes next), asking the GPU."""
+        self.files: dict[str, FileEntry] = {}
+
+    def start(self) -> socket.socket:
+        """The way to the child, started by the first call."""
+        if self._socket is None:
+            self._process, self._socket = channel.child("astracli.weights.publish.coder", str(self._threads))
+        return self._socket
+
+    def block(self, size: int) -> tuple[int, torch.Tensor]:
+        """Memory that the child sees: its number, and uint8 [size] of it. Free again when its work is answered."""
+        fits = [n for n in self._free if len(self._blocks[n].memory) >= size]
+        if fits:
+            number = min(fits, key=lambda n: len(self._blocks[n].memory))
+            self._free.remove(number)
+        else:
+            number = self._new(max(_LEAST_BLOCK, 1 << (size - 1).bit_length()))
+        return number, self._blocks[number].memory[:size]
+
+    def _new(self, size: int) -> int:
+        import torch
+
+        number, handle = len(self._blocks), os.memfd_create("astra-changes", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(handle, size)
+            memory = torch.frombuffer(mmap.mmap(handle, size), dtype=torch.uint8)
+            _pin(memory)
+            self._blocks[number] = _Block(number, memory)
+            channel.send(self.start(), {"new": number, "size": size}, handle)
+        finally:
+            os.close(handle)
+        return number
+
+    def code(self, path: Path, level: int, found: Iterable[Found]) -> Iterator[tuple[str, Stored]]:
+        """Every piece of what was found, in order, as it lies in the file `path`, with its tensor's name. Afterwards
+        `files` and the seconds are those of this file. Raises RunFailed when the child is gone, OSError when it
+        cannot write. After any error the next file gets another child."""
+        self.encode_s = self.write_s = self.diff_s = 0.0
+        copying: deque[Found] = deque()
+        coding: deque[Found] = deque()
+        try:
+            channel.send(self.start(), {"begin": str(path), "level": level})
+            iterator = iter(found)
+            while True:
+                begin = time.perf_counter()
+                last = next(iterator, None)
+                self.diff_s += time.perf_counter() - begin
+                if last is not None:
+                    copying.append(last)
+                while copying and (last is None or len(copying) > _COPIES):
+                    one = copying.popleft()
+                    one.ready.wait()
+                    channel.send(self.start(), {"work": one.work})
+                    coding.append(one)
+                while coding and (last is None or len(coding) > _WORKS):
+                    yield from self._answer(coding.popleft())
+                if last is None:
+                    break
+            channel.send(self.start(), {"end": True})
+            doc = self._told()
+            self.encode_s = doc["encode_s"]
+            self.files = {name: FileEntry(size, digest) for name, (size, digest) in doc["files"].items()}
+        except ConnectionError as error:
+            raise RunFailed(
+                f"the process that codes weights ended with {self.close()}",
+                "the trainer's log holds its last words; killed by the system: it was out of memory",
+            ) from error
+        except BaseException:  # answers that are under way belong to this file
+            self.close()
+            raise
+
+    def _answer(self, one: Found) -> Iterator[tuple[str, Stored]]:
+        doc = self._told()
+        self.write_s += doc["write_s"]
+        self._free.append(one.work.block)
+        for name, piece in zip(one.names, doc["pieces"], strict=True):
+            yield name, Stored(*piece)
+
+    def _told(self) -> dict[str, Any]:
+        doc, _ = channel.receive(self.start())
+        if "error" in doc:
+            raise OSError(*doc["error"]) if isinstance(doc["error"], list) else RunFailed(doc["error"])
+        return doc
+
+    def close(self) -> int | None:
+        """End the child; its exit status, None where there was none."""
+        import torch
+
+        code = None
+        if self._socket is not None:
+            self._socket.close()
+        if self._process is not None:
+            try:
+                code = self._process.wait(_END_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                code = self._process.wait()
+        if self._blocks and torch.cuda.is_available():
+            torch.cuda.synchronize()  # copies into them may be under way
+            for block in self._blocks.values():
+                _cuda("cudaHostUnregister", block.memory.data_ptr())
+        self._blocks, self._free, self._socket, self._process = {}, [], None, None
+        return code
+
+
+def _pin(memory: torch.Tensor) -> None:
+    """Let a GPU write into it by itself. Raises RunFailed when it cannot be pinned."""
+    import torch
+
+    if torch.cuda.is_available() and (code := _cuda("cudaHostRegister", memory.data_ptr(), memory.nbytes, 0)):
+        raise RunFailed(
+            f"{memory.nbytes} bytes of host memory cannot be pinned for the published changes (CUDA error {code})",
+            "free host memory, or let the trainer use fewer GPUs of this machine",
+        )
+
+
+def _cuda(name: str, *args: int) -> int:
+    import torch
+
+    return int(getattr(torch.cuda.cudart(), name)(*args))

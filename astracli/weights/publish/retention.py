@@ -1,0 +1,35 @@
+"""Which published versions stay on disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from astracli.weights.format.manifest import STABLE, read_stable, version_name, versions_in
+
+
+def prune(directory: Path, newest: int, keep: int, pinned: Callable[[int], bool]) -> None:
+    """Keep the newest `keep`, and what a receiver with nothing needs to reach the newest or a pinned version.
+
+    A file that a receiver has linked stays with it.
+    """
+    present = versions_in(directory)
+    kept = set(present[-keep:])
+    for target in [newest, *(v for v in present if pinned(v))]:
+        while target in present:
+            kept.add(target)
+            kinds = read_stable(directory, target)["manifests"]
+            if "full" in kinds:
+                break
+            target = kinds["delta"]["base_version"]
+    for version in present:
+        if version not in kept:
+            remove(directory, version)
+
+
+def remove(directory: Path, version: int) -> None:
+    """STABLE first: without it the version does not exist for a reader."""
+    path = directory / version_name(version)
+    (path / STABLE).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""The engine's side of a version: fetch, check, decode, apply, prove."""

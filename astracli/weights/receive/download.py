@@ -1,0 +1,215 @@
+"""Files of published versions, from where they are to where they shall be: over HTTP by range, or by a hard link.
+
+Downloads resume: what arrived stays in `.part` files and the rest is asked for by range. A large file of a publisher
+whose disk this process sees too is linked instead, or copied by the kernel. Either way the caller checks what it got.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from astracli.errors import RunFailed
+from astracli.weights import WeightCorrupt
+from astracli.weights.format.manifest import version_name
+from astracli.weights.publish.server import NONCE
+
+_READ = 1 << 18
+"""Bytes asked of the socket at a time."""
+
+
+class Gone(Exception):
+    """The server has no such file: pruned, or never published."""
+
+
+class _Again(Exception):
+    """An answer that may be another one next time."""
+
+
+_PASSING = (httpx.TransportError, http.client.HTTPException, OSError, _Again)
+
+
+@dataclass
+class Downloader:
+    """Requests to one server of versions, with the run's token."""
+
+    url: str
+    token: str
+    retries: int = 8
+    """Connection errors in a row without a new byte."""
+    parts: int = 1
+    """Ranges of one large file fetched at the same time."""
+    part_bytes: int = 64 << 20
+    """A smaller file is one range."""
+    timeout_s: float = 30.0
+    link_bytes: int | None = 8 << 20
+    """A file of so many bytes or more is taken from the publisher's own disk where that is this one; None: never."""
+    downloaded: int = 0
+    """Bytes that came over the network."""
+    linked: int = 0
+    """Bytes that did not have to."""
+    _store: Path | None = field(default=None, init=False, repr=False)
+    _client: httpx.Client = field(init=False, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._client = httpx.Client(
+            headers=self._headers(), timeout=self.timeout_s, trust_env=False, follow_redirects=True
+        )
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.token}"}
+
+    def listing(self) -> dict[int, dict[str, Any]]:
+        """Version -> {kind: {"file", "base_version", "bytes", "xxh3"}} of all that are published."""
+        reply = self.get(f"{self.url}/weights").json()
+        self._store = _shared(reply.get("store"))
+        return {int(version): kinds for version, kinds in reply["detail"].items()}
+
+    def address(self, version: int, name: str) -> str:
+        return f"{self.url}/weights/{version}/{name}"
+
+    def get(self, url: str) -> httpx.Response:
+        """A small answer. Raises RunFailed or `Gone`."""
+        failures = 0
+        while True:
+            try:
+                reply = self._client.get(url)
+                _raise_for(reply.status_code, url)
+                return reply
+            except _PASSING as error:
+                failures += 1
+                if failures > self.retries:
+                    raise RunFailed(f"cannot reach `{url}`: {error!r}, {failures} times in a row") from error
+                time.sleep(min(0.05 * 2**failures, 2.0))
+
+    # ---- from the same disk ----
+
+    def link(self, version: int, name: str, size: int, path: Path) -> bool:
+        """Whether a large file could be had without the network. A link outlives the publisher's own name for it; the
+        publisher never writes to a file that has its final name."""
+        if self._store is None or self.link_bytes is None or size < self.link_bytes:
+            return False
+        source, part = self._store / version_name(version) / name, path.with_name(f"{path.name}.link")
+        part.unlink(missing_ok=True)
+        for way in (os.link, shutil.copyfile):  # a stage on another file system is still cheaper to copy to
+            try:
+                way(source, part)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    part.unlink(missing_ok=True)
+                continue
+            os.replace(part, path)
+            self.linked += size
+            return True
+        return False
+
+    # ---- over the network ----
+
+    def fetch(self, version: int, name: str, size: int, path: Path) -> None:
+        """A whole file, in as many ranges at once as its size deserves."""
+        url = self.address(version, name)
+        number = min(self.parts, max(1, size // self.part_bytes)) if size else 1
+        bounds = [size * k // number for k in range(number + 1)]
+        files = [path.with_name(f"{path.name}.{k}of{number}.part") for k in range(number)]
+        jobs = list(zip(files, bounds, bounds[1:], strict=False))
+        try:
+            if number == 1:
+                self._range(url, *jobs[0])
+            else:
+                with ThreadPoolExecutor(number, "weights-fetch") as pool:
+                    for done in [pool.submit(self._range, url, *job) for job in jobs]:
+                        done.result()
+            with open(files[0], "ab") as whole:
+                for file in files[1:]:
+                    with open(file, "rb") as part:
+                        shutil.copyfileobj(part, whole, 1 << 22)
+            os.replace(files[0], path)
+        except WeightCorrupt:
+            for file in files:
+                file.unlink(missing_ok=True)
+            raise
+        for file in files[1:]:
+            file.unlink()
+
+    def _range(self, url: str, part: Path, low: int, high: int) -> None:
+        """Bytes [low, high) of `url` into `part`, after those that are there."""
+        failures = 0
+        while True:
+            have = part.stat().st_size if part.exists() else 0
+            if have > high - low:
+                part.unlink()
+                have = 0
+            if have == high - low:
+                part.touch()
+                return
+            try:
+                self._stream(url, part, low + have, high)
+            except _PASSING as error:
+                grown = (part.stat().st_size if part.exists() else 0) - have
+                failures = 1 if grown > 0 else failures + 1
+                if failures > self.retries:
+                    raise RunFailed(f"cannot fetch `{url}`: {error!r}, {failures} times in a row") from error
+                time.sleep(min(0.05 * 2**failures, 2.0))
+
+    def _stream(self, url: str, part: Path, low: int, high: int) -> None:
+        """By the standard library's client, which reads a socket three times as fast as the one for small answers."""
+        where = urlsplit(url)
+        secure = where.scheme == "https"
+        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        with contextlib.closing(kind(where.hostname or "", where.port, timeout=self.timeout_s)) as connection:
+            connection.request("GET", where.path, headers=self._headers() | {"Range": f"bytes={low}-{high - 1}"})
+            reply = connection.getresponse()
+            _raise_for(reply.status, url)
+            if reply.status != 206:
+                raise RunFailed(f"`{url}` answered {reply.status} to a range request", "a proxy in between?")
+            if not (reply.getheader("content-range") or "").startswith(f"bytes {low}-{high - 1}/"):
+                raise WeightCorrupt(f"`{url}` answered range `{reply.getheader('content-range')}`")
+            left = high - low
+            with open(part, "ab", buffering=0) as file:
+                while left and (chunk := reply.read1(_READ)):  # as it comes: it stays when the line breaks
+                    file.write(chunk)
+                    left -= len(chunk)
+                    with self._lock:
+                        self.downloaded += len(chunk)
+        if left:
+            raise _Again(f"the connection ended {left} bytes early")
+
+
+def _shared(store: Any) -> Path | None:
+    """The publisher's directory, when it is the same one here: the server's answer, which needed the token, names a
+    random text that stands there in a file."""
+    try:
+        directory = Path(store["directory"])
+        same = (directory / NONCE).read_text() == store["nonce"] != ""
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
+    return directory if same else None
+
+
+def _raise_for(code: int, url: str) -> None:
+    """401 and other refusals end the fetch, 404 means gone, 416 a file that changed, 5xx may be tried again."""
+    if code == 401:
+        raise RunFailed(f"`{url}` refuses the token", "engine and hub must belong to the same run")
+    if code == 404:
+        raise Gone(url)
+    if code == 416:
+        raise WeightCorrupt(f"`{url}` is shorter than its manifest says")
+    if code >= 500:
+        raise _Again(f"`{url}` answered {code}")
+    if code >= 400:
+        raise RunFailed(f"`{url}` answered {code}")

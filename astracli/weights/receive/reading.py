@@ -1,0 +1,168 @@
+"""What is staged, read and checked: plan, manifests, payload files. Touches no weight and needs no torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from astracli.weights import WeightCorrupt
+from astracli.weights.format import codec
+from astracli.weights.format.manifest import Manifest, Piece, TensorEntry, unseal
+
+if TYPE_CHECKING:
+    from astracli.weights.format.flat import FlatStep
+
+NEXT = "next.json"
+_CHUNK = 1 << 20
+"""Bytes hashed at a time, for the file and for the piece while they are in the cache."""
+
+
+class Coded(NamedTuple):
+    """One checked piece, as it lies in its file."""
+
+    tensor: TensorEntry
+    piece: Piece
+    path: Path
+    blob: np.ndarray[Any, Any]
+    """uint8, mapped."""
+
+
+@dataclass
+class Prepared:
+    """A staged plan, decoded: needs no file any more, except those of a full version until it is staged (`hold` here,
+    `Resident.stage` in a foreign engine)."""
+
+    plan: bytes
+    """The next.json that it came from."""
+    version: int
+    kind: str
+    base_version: int | None
+    model_path: str | None
+    manifests: list[Manifest] = field(default_factory=list)
+    """Without their pieces, when another process read them."""
+    steps: list[list[tuple[str, int, codec.Update]]] = field(default_factory=list)
+    """(tensor, start of the piece, what to do) of each manifest, in the order of applying."""
+    flat: list[FlatStep] | None = None
+    """The same in few large arrays; then `steps` is empty."""
+    bytes: int = 0
+    """Of all payloads."""
+    loaded: Any = None
+    """The same in the form in which `hands` took it over, once they did."""
+    hands: Any = None
+    """Who did: what they loaded fits their weights alone."""
+    decode_s: float = 0.0
+    load_s: float = 0.0
+
+
+def prepare(stage_dir: Path) -> Prepared:
+    """Read and decode what `next.json` names. Touches no weight. Raises WeightCorrupt naming the file."""
+    begin = time.perf_counter()
+    prepared, steps = open_plan(stage_dir)
+    prepared.steps = [[(c.tensor.name, c.piece.start, decode(c)) for c in step] for step in steps]
+    prepared.decode_s = time.perf_counter() - begin
+    return prepared
+
+
+def hold(prepared: Prepared) -> None:
+    """Bring the bits of a full version out of its files, so that applying it reads memory alone."""
+
+    def own(update: codec.Update) -> codec.Update:
+        return replace(update, values=np.array(update.values)) if update.encoding == "raw" else update
+
+    begin = time.perf_counter()
+    prepared.steps = [[(name, start, own(update)) for name, start, update in step] for step in prepared.steps]
+    prepared.load_s += time.perf_counter() - begin
+
+
+def open_plan(stage_dir: Path) -> tuple[Prepared, list[list[Coded]]]:
+    """The plan without its changes, and the checked pieces of each step. Raises WeightCorrupt naming the file."""
+    stage_dir = Path(stage_dir)
+    blob = read(stage_dir / NEXT)
+    plan = unseal(blob, f"`{NEXT}`")
+    if plan.keys() != {"version", "kind", "base_version", "steps", "model_path"}:
+        raise WeightCorrupt(f"`{NEXT}` is no plan: it has {', '.join(sorted(plan))}")
+    prepared = Prepared(blob, plan["version"], plan["kind"], plan["base_version"], plan["model_path"])
+    at, steps = plan["base_version"], []
+    for step in plan["steps"]:
+        path = stage_dir / step
+        manifest = Manifest.from_bytes(read(path), f"`{step}`")
+        if manifest.base_version is not None and manifest.base_version != at:
+            raise WeightCorrupt(f"`{step}` changes version {manifest.base_version}, the step before it ends at {at}")
+        if manifest.kind == "full" and prepared.manifests:
+            raise WeightCorrupt(f"`{step}` is a full version behind other steps")
+        at = manifest.version
+        steps.append(list(_checked(path.parent, manifest)))
+        prepared.manifests.append(manifest)
+        prepared.bytes += sum(piece.bytes for tensor in manifest.tensors for piece in tensor.pieces)
+    if at != prepared.version:
+        raise WeightCorrupt(f"the staged steps end at version {at}, not {prepared.version}")
+    if any(_identity(m) != _identity(prepared.manifests[0]) for m in prepared.manifests):
+        raise WeightCorrupt("the staged steps are not of the same tensors")
+    return prepared, steps
+
+
+def read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise WeightCorrupt(f"cannot read staged `{path.name}`: {error.strerror}") from error
+
+
+def decode(coded: Coded) -> codec.Update:
+    """What a piece does. Raises WeightCorrupt naming tensor and file."""
+    tensor, piece, path, blob = coded
+    if piece.encoding == "raw":
+        return codec.Update("raw", piece.length, None, blob.view(f"<u{tensor.itemsize}"))
+    try:
+        return codec.decode(blob.data, piece.encoding, piece.count, piece.length, tensor.itemsize)
+    except WeightCorrupt as error:
+        raise WeightCorrupt(f"`{tensor.name}` in `{path.name}` of `{path.parent.name}`: {error}") from error
+
+
+def _identity(manifest: Manifest) -> list[Any]:
+    return [manifest.model, *((t.name, t.dtype, t.shape) for t in manifest.tensors)]
+
+
+def _checked(directory: Path, manifest: Manifest) -> Iterator[Coded]:
+    """All pieces in the manifest's order, once every file and every piece has its checksum."""
+    mapped: dict[str, np.ndarray[Any, Any]] = {}
+    pieces: dict[str, list[Piece]] = {name: [] for name in manifest.files}
+    for tensor in manifest.tensors:
+        for piece in tensor.pieces:
+            pieces[piece.file].append(piece)
+    for name, entry in manifest.files.items():
+        try:
+            mapped[name] = np.memmap(directory / name, np.uint8, "r") if entry.bytes else np.zeros(0, np.uint8)
+        except (OSError, ValueError) as error:
+            raise WeightCorrupt(f"cannot read staged `{name}` of version {manifest.version}: {error}") from error
+        if len(mapped[name]) != entry.bytes or not _sound(mapped[name], entry.xxh3, pieces[name]):
+            raise WeightCorrupt(f"staged `{name}` of version {manifest.version} fails its checksum")
+    for tensor in manifest.tensors:
+        for piece in tensor.pieces:
+            blob = mapped[piece.file][piece.offset : piece.offset + piece.bytes]
+            yield Coded(tensor, piece, directory / piece.file, blob)
+
+
+def _sound(file: np.ndarray[Any, Any], xxh3: str, pieces: list[Piece]) -> bool:
+    """Whether a file and its pieces have their checksums: in one pass, pieces in the order of their offsets."""
+    view, whole, at = file.data, xxhash.xxh3_128(), 0
+    for piece in sorted(pieces, key=lambda piece: piece.offset):
+        own, end = xxhash.xxh3_128(), piece.offset + piece.bytes
+        if piece.offset < at:  # no publisher shares bytes between pieces
+            return False
+        whole.update(view[at : piece.offset])
+        for start in range(piece.offset, end, _CHUNK):
+            chunk = view[start : min(end, start + _CHUNK)]
+            whole.update(chunk)
+            own.update(chunk)
+        if own.hexdigest() != piece.xxh3:
+            return False
+        at = end
+    whole.update(view[at:])
+    return bool(whole.hexdigest() == xxh3)

@@ -1,0 +1,255 @@
+"""The engine's side: apply what is staged to the weights in place, and prove the result before anything is served.
+
+Everything is decoded and checked before the first weight is touched, so corrupt bytes leave the engine as it was. After
+applying, the digest of every resulting tensor must be the manifest's; if one is not, the weights are garbage and the
+engine must be given a full version before it serves again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Union
+
+from astracli.errors import AstraError
+from astracli.weights import WeightCorrupt, WeightMismatch
+from astracli.weights.format import codec, digest
+from astracli.weights.format.manifest import Manifest, write_atomic
+from astracli.weights.receive.reading import NEXT, Prepared, prepare, read
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "NEXT", "PROOF", "RESULT", "ApplyResult", "Hands", "Placement", "Prepared", "Target", "apply", "perform", "prepare"
+]  # fmt: skip
+RESULT = "result.json"
+PROOF = "proof.json"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a range of one flattened HF tensor lies in the engine."""
+
+    view: torch.Tensor
+    """Flat, contiguous, sharing memory with the engine's parameter, in the wire dtype."""
+    offset: int
+    """Of its first element in the flattened HF tensor."""
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.view.numel()
+
+
+Target = Union["torch.Tensor", Sequence[Placement]]
+"""A contiguous tensor of the HF shape, or the placements that make it up."""
+
+
+@dataclass(frozen=True)
+class ApplyResult:
+    version: int
+    kind: str
+    steps: int
+    changed: int
+    """Elements written, over all steps."""
+    bytes: int
+    """Payload bytes of all steps."""
+    decode_s: float
+    """Reading, checking and decoding; may have happened earlier, in `prepare`."""
+    load_s: float
+    """What `hands` did before the weights changed; may have happened earlier."""
+    apply_s: float
+    verify_s: float
+
+
+class Hands(Protocol):
+    """What changes and reads the weights."""
+
+    def load(self, prepared: Prepared) -> None:
+        """Whatever can be done before the pause, in any thread; `apply` does what is left."""
+
+    def apply(self, prepared: Prepared) -> None: ...
+
+    def digests(self, names: Iterable[str]) -> dict[str, str]: ...
+
+
+def apply(
+    stage_dir: Path, tensors: Mapping[str, Target], have_version: int | None, prepared: Prepared | None = None,
+    hands: Hands | None = None,
+) -> ApplyResult:  # fmt: skip
+    """Turn the weights in `tensors` (all that travel; frozen and tied ones may be among them) into the staged version.
+
+    `have_version` is what they hold now, None when that is unknown; `hands` know the same tensors, None for numpy on
+    the host. Writes `result.json` beside `next.json` either way.
+    Raises WeightCorrupt (nothing was touched) or WeightMismatch (refused, or applied and wrong: resync in full).
+    """
+    stage_dir = Path(stage_dir)
+    (stage_dir / RESULT).unlink(missing_ok=True)
+    try:
+        prepared = current(stage_dir, prepared)
+        result = perform(prepared, tensors, have_version, hands)
+    except (AstraError, ValueError) as error:
+        raise fail(stage_dir, error if isinstance(error, AstraError) else WeightCorrupt(str(error))) from error
+    succeed(stage_dir, result)
+    return result
+
+
+def current(stage_dir: Path, prepared: Prepared | None) -> Prepared:
+    """What `next.json` names now: `prepared`, when that is it. Raises WeightCorrupt."""
+    if prepared is None or prepared.plan != read(Path(stage_dir) / NEXT):
+        return prepare(stage_dir)
+    return prepared
+
+
+def succeed(stage_dir: Path, result: ApplyResult, more: Mapping[str, Any] | None = None) -> None:
+    """Write `result.json` for a version that was applied and proven."""
+    doc = {"ok": True, "message": "", **asdict(result), **(more or {})}
+    write_atomic(Path(stage_dir) / RESULT, json.dumps(doc).encode())
+
+
+def write_proof(stage_dir: Path, doc: Mapping[str, Any]) -> None:
+    """Write what a read-back under HF names found: `version`, `ok`, `message`, and seconds."""
+    write_atomic(Path(stage_dir) / PROOF, json.dumps(doc).encode())
+
+
+def fail(stage_dir: Path, error: AstraError) -> AstraError:
+    """Write `result.json` for a version that could not be applied; gives the error back to be raised."""
+    doc = {"ok": False, "version": None, "message": str(error), "error": type(error).__name__}
+    write_atomic(Path(stage_dir) / RESULT, json.dumps(doc).encode())
+    return error
+
+
+def read_back_digests(tensors: Mapping[str, Target]) -> dict[str, str]:
+    """HF name -> digest of what the engine holds now, 32 hexadecimal digits."""
+    return {name: _digest(placements(target)) for name, target in tensors.items()}
+
+
+def placements(target: Target) -> Sequence[Placement]:
+    """A target as placements. Raises WeightMismatch for a tensor that is not contiguous."""
+    if isinstance(target, Sequence):
+        return target
+    if not target.is_contiguous():
+        raise WeightMismatch(f"a tensor of shape {list(target.shape)} is not contiguous and cannot change in place")
+    return [Placement(target.detach().view(-1), 0)]
+
+
+# ---- one version -----------------------------------------------------------------------------------------------------
+
+
+def perform(
+    prepared: Prepared, tensors: Mapping[str, Target], have: int | None, hands: Hands | None = None
+) -> ApplyResult:
+    """`apply` without its files."""
+    placed = {name: placements(target) for name, target in tensors.items()}
+    if prepared.kind != "full" and prepared.base_version != have:
+        raise WeightMismatch(
+            f"the staged delta changes version {prepared.base_version}, the engine holds {have}",
+            "fetch from the engine's own version, or in full",
+        )
+    if prepared.manifests:
+        _check_tensors(prepared.manifests[-1], placed)
+    hands = hands or _Numpy(placed)
+    load(prepared, hands)
+    begin = time.perf_counter()
+    hands.apply(prepared)
+    middle = time.perf_counter()
+    if prepared.manifests:
+        _check_digests(prepared, placed, hands)
+    return ApplyResult(
+        version=prepared.version,
+        kind=prepared.kind,
+        steps=len(prepared.manifests),
+        changed=sum(m.changed for m in prepared.manifests),
+        bytes=prepared.bytes,
+        decode_s=prepared.decode_s,
+        load_s=prepared.load_s,
+        apply_s=middle - begin,
+        verify_s=time.perf_counter() - middle,
+    )
+
+
+def load(prepared: Prepared, hands: Hands) -> None:
+    """`hands.load`, timed."""
+    begin = time.perf_counter()
+    hands.load(prepared)
+    prepared.load_s += time.perf_counter() - begin
+
+
+class _Numpy:
+    """The hands of weights on the host: there is nothing to do beforehand."""
+
+    def __init__(self, placed: Mapping[str, Sequence[Placement]]):
+        self._placed = placed
+
+    def load(self, prepared: Prepared) -> None:
+        pass
+
+    def apply(self, prepared: Prepared) -> None:
+        for updates in prepared.steps:
+            for name, start, update in updates:
+                for view, part in overlaps(update, start, self._placed[name]):
+                    codec.apply_update(part, digest.bits_of(view))
+
+    def digests(self, names: Iterable[str]) -> dict[str, str]:
+        return {name: _digest(self._placed[name]) for name in names}
+
+
+def _check_tensors(manifest: Manifest, placed: Mapping[str, Sequence[Placement]]) -> None:
+    """The engine holds exactly the tensors of the manifest, whole and in the wire dtype."""
+    wanted = {t.name: t for t in manifest.tensors}
+    if missing := sorted(wanted.keys() - placed.keys()):
+        raise WeightMismatch(f"the engine lacks {len(missing)} of {len(wanted)} tensors: {', '.join(missing[:5])}")
+    if unknown := sorted(placed.keys() - wanted.keys() - manifest.frozen_digests.keys()):
+        raise WeightMismatch(f"{len(unknown)} tensors of the engine are not in the manifest: {', '.join(unknown[:5])}")
+    for name, tensor in wanted.items():
+        end = 0
+        for place in placed[name]:
+            dtype = str(place.view.dtype).removeprefix("torch.")
+            if dtype != tensor.dtype or place.offset != end:
+                raise WeightMismatch(
+                    f"the engine holds `{name}` in {dtype} from element {place.offset}, "
+                    f"the wire in {tensor.dtype} from element {end}"
+                )
+            end = place.end
+        if end != tensor.numel:
+            raise WeightMismatch(f"the engine holds {end} elements of `{name}`, the manifest {tensor.numel}")
+
+
+def _check_digests(prepared: Prepared, placed: Mapping[str, Sequence[Placement]], hands: Hands) -> None:
+    manifest = prepared.manifests[-1]
+    frozen_here = [name for name in manifest.frozen_digests if name in placed]
+    found = hands.digests([*(t.name for t in manifest.tensors), *frozen_here])
+    wrong = [t.name for t in manifest.tensors if found[t.name] != t.digest]
+    if wrong:
+        raise WeightMismatch(
+            f"version {prepared.version}: {len(wrong)} of {len(manifest.tensors)} tensors have the wrong digest: "
+            f"{', '.join(wrong[:5])}",
+            "the engine must not serve before a full version is applied",
+        )
+    frozen = [name for name in frozen_here if found[name] != manifest.frozen_digests[name]]
+    if frozen:
+        raise WeightMismatch(
+            f"version {prepared.version}: frozen tensors differ from the trainer's: {', '.join(frozen[:5])}",
+            f"the engine must start from {prepared.model_path or 'the model the trainer started from'}",
+        )
+
+
+def _digest(places: Sequence[Placement]) -> str:
+    lanes = digest.ZERO
+    for place in places:
+        lanes = digest.add(lanes, digest.digest_tensor(place.view, place.offset))
+    return digest.to_hex(lanes)
+
+
+def overlaps(
+    update: codec.Update, start: int, places: Sequence[Placement]
+) -> Iterator[tuple[torch.Tensor, codec.Update]]:
+    """(view, what to do there) for an update of elements [start, start + length) of an HF tensor."""
+    for place in places:
+        low, high = max(start, place.offset), min(start + update.length, place.end)
+        if low < high:
+            part = update if high - low == update.length else update.cut(low - start, high - start)
+            yield place.view[low - place.offset : high - place.offset], part

@@ -5,7 +5,7 @@
 Generates, grades and trains in turns on the shipped tiny model (M2PO as a clip, group-normalised advantages, four
 optimizer steps a batch, fp32 masters behind bf16-rounded weights) and prints held-out avg@8 at temperature 1 before and
 after, with the CPU seconds that its one thread spent in generation and training (evaluation excluded). The recipe's
-task, temperature, learning rate and threshold were fixed with it, before any of the processes existed.
+task, temperature and learning rate were fixed with it, before any of the processes existed.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ def hub() -> Iterator[tuple[str, list[str]]]:
 SCRIPT = """
 import json, sys
 from astracli.errors import AstraError
-from astracli.launch import fetch
+from astracli.data import fetch
 call, *args = sys.argv[1:]
 try:
     out = getattr(fetch, call)(*args)

@@ -17,7 +17,7 @@ def items(*pairs: tuple[str, str]) -> list[GradeItem]:
     return [GradeItem("", gold, text) for gold, text in pairs]
 
 
-@pytest.mark.parametrize("name", ["grading_pairs", "grading_pairs_held_out"])
+@pytest.mark.parametrize("name", ["grading_pairs", "grading_pairs_held_out", "grading_pairs_independent"])
 def test_no_labelled_pair_is_graded_otherwise(name: str) -> None:
     """Each row: gold, problem (often empty), completion, the label, its kind and the label's reason."""
     rows = [json.loads(line) for line in (FIXTURES / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from astracli.rl.grading import algebra, extraction, question, typed, values
 from astracli.rl.grading.conventions import Conventions
-from astracli.rl.grading.extraction import Extraction, announced, read_answer
+from astracli.rl.grading.extraction import Extraction, Found, announced, read_answer
+from astracli.rl.grading.phrases import is_yes_or_no
 
 if TYPE_CHECKING:
     from astracli.rl.types import Verdict
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Extraction", "announced", "grade_math", "grade_number", "integer", "quick", "read_answer", "thorough"]
 
 _INTEGER = re.compile(r"([+-]?)(\d{1,3}(?:,\d{3})+|\d+)\.?", re.ASCII)
+_WORDS = re.compile(r"\s*(?:\\(?:text\w*|mathrm)\{)?\s*[A-Za-z]{2}[A-Za-z ,'-]*\}?\s*")
 _AROUND = "$ \t\n\r"
 
 
@@ -57,7 +59,7 @@ def quick(gold: str, text: str, where: Extraction = "boxed_or_last_number") -> V
     if boxed and where != "boxed" and announced(text, where) is not None:
         return None
     if answer is None:
-        return "no_answer" if boxed or where == "boxed" or not _readable(text) else None
+        return "no_answer" if boxed or where == "boxed" or not (_readable(text) or _WORDS.fullmatch(gold)) else None
     if not boxed:
         return None
     wanted, found = integer(gold), integer(answer)
@@ -75,6 +77,9 @@ def thorough(
 ) -> Verdict:
     """The verdict by the types of gold and answer, and by math-verify where one of them is not readable."""
     found = extraction.find(text, where)
+    if found.place in ("none", "number", "formula") and where != "boxed" and (words := typed.words_of(gold)):
+        said = extraction.worded(extraction.without_thinking(text), is_yes_or_no(words))
+        found = Found(said, "said", said) if said else found
     if not found.text:
         if found.place == "none" and found.last_words and _readable(found.last_words):
             return _by_math_verify(gold, found.last_words)

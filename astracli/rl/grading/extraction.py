@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from astracli.rl.grading import units
 from astracli.rl.grading.boxes import BOX, boxed
 from astracli.rl.grading.tokens import FUNCTIONS, WORDS
 
@@ -28,7 +29,9 @@ _SAID = re.compile(
     r"|答案(?:应该|应当)?(?:是|为|等于|[:：])+|(?:结果|答)(?:是|为|[:：])+|####",
     re.IGNORECASE,
 )
-_PICKED = re.compile(r"(?:故|应|因此|所以)?(?:选择?|选项)(?:为|是)?\s*[:：]?\s*[(（]?([A-J])[)）]?(?![A-Za-z])")
+_PICKED = re.compile(
+    r"(?:故|应|因此|所以)?(?:选择?|选项)(?:为|是)?\s*[:：]?\s*[(（]?([A-J](?:[\s、,，;；和与及或]*[A-J])*)[)）]?(?![A-Za-z])"
+)
 _CHOSEN = re.compile(
     r"\b(?i:choose|select|pick|option|choice)(?:\s+(?:option|choice|is|answer))*\s*:?\s*\**\(?([A-J])\)?"
     r"(?=[\s.,*]|$)(?!\s+(?:or|and)\b)"
@@ -43,6 +46,13 @@ _STOP = re.compile(
 _LETTER = re.compile(r"[*\s$({\\]*(?:text(?:bf)?\{)?\(?[A-J]\)?[})*\s$.]*")
 _BULLET = re.compile(r"^\s*(?:[-–*•+]\s+|#+\s+|>\s+)")
 _COPULA = re.compile(r"\b(?:is|are|equals|was|were)\b\s*:?\s*|:\s+(?=[-\d$\\])")
+_JOINT = re.compile(r"\b(?:is|are|equals|was|were|be)\b\s*:?\s*|(?<![<>!=])=\s*")
+_GIVEN_UP = re.compile(
+    r"\b(?:I|we)\s*(?:'m |am |was |are |were )?"
+    r"(?:cannot|can't|can not|could not|couldn't|unable to|not able to|failed to)\s+(?:\w+\s+){0,2}?"
+    r"(?:solve|determine|answer|find|complete|finish|compute|figure)\b|\bI (?:don't|do not) know\b",
+    re.IGNORECASE,
+)
 _BOLD = re.compile(r"(\*\*|__)(.+?)\1")
 _MATH = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _NUMBER = re.compile(r"[-−+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?", re.ASCII)
@@ -172,7 +182,7 @@ def _said(text: str) -> str:
     picked = list(_PICKED.finditer(text)) or list(_CHOSEN.finditer(text))
     said = list(_SAID.finditer(text))
     if picked and (not said or picked[-1].start() >= said[-1].start()):
-        return picked[-1][1]
+        return picked[-1][1] if "或" in picked[-1][1] else ", ".join(re.findall("[A-J]", picked[-1][1]))
     if not said:
         return ""
     rest = text[said[-1].end() :].lstrip(" \t*:：")
@@ -205,7 +215,9 @@ def _undressed(text: str) -> str:
 
 
 def unannounced(text: str) -> Found:
-    """The last formula or the last number, whichever ends later."""
+    """The last formula or the last number, whichever ends later; an expression in plain text behind `is` or `=`."""
+    if _GIVEN_UP.search(text[-300:]):
+        return Found("", "none", "")
     formulas = [
         match
         for match in _MATH.finditer(text)
@@ -217,6 +229,9 @@ def unannounced(text: str) -> Found:
         if _ranged(text[: formulas[-1].start()]):
             return Found("", "formula", text)
         return Found(content.strip(), "formula", text)
+    tail = _tail(text)
+    if tail and not (number and tail == number[0]):
+        return Found(tail, "formula", text)
     if number is None:
         return Found("", "none", text)
     if _ranged(text[: number[2]]):
@@ -228,6 +243,38 @@ def unannounced(text: str) -> Found:
     if fraction and _BARE_AFTER.match(text, number[1]):
         return Found(fraction[0].replace("−", "-"), "formula", text)
     return Found(number[0], "number", text)
+
+
+def _tail(text: str) -> str:
+    """`2*sqrt(3)` of `... so the area is 2*sqrt(3) cm.`; empty where the last sentence ends with no expression."""
+    sentence = re.split(r"(?<=[.!?])\s+(?=[A-Z])|\n", text.strip())[-1]
+    if "$" in sentence or "\\" in sentence or len(sentence) > BARE_LIMIT:
+        return ""
+    joints = list(_JOINT.finditer(sentence))
+    rest = _undressed(sentence[joints[-1].end() :]) if joints else ""
+    unit = re.search(r"(?<=[\w)])\s+([A-Za-z][A-Za-z /^\d]*)$", rest)
+    if unit and (units.measure(unit[1]) or unit[1].endswith("units")):
+        rest = rest[: unit.start()]
+    formula = re.search(r"[-+*/^]|sqrt|pi|[π√²³]", rest[1:]) and not re.search(r"[?!:;,|]|\b(?:or|to|and)\b", rest)
+    return rest if formula and not _prose(rest) and not re.search(r"\d-\d", rest) else ""
+
+
+def worded(text: str, yes_or_no: bool) -> str:
+    """The answer in words of a completion that announces none: what is set bold last, or ends the last sentence.
+
+    To a question of yes or no it is the word that begins the last paragraph.
+    """
+    if yes_or_no:
+        lead = re.match(
+            r"[\s*_]*(yes|no|true|false)\b(?=[*_]*[\s]*(?:[,.;:!—–]|$))", text.strip().rsplit("\n\n", 1)[-1], re.I
+        )
+        return lead[1] if lead else ""
+    bold = list(_BOLD.finditer(text))
+    if bold:
+        return bold[-1][2]
+    sentence = re.split(r"(?<=[.!?])\s+(?=[A-Z])|\n", text.strip())[-1]
+    joints = list(_JOINT.finditer(sentence))
+    return _undressed(sentence[joints[-1].end() :]) if joints else ""
 
 
 def _ranged(before: str) -> bool:

@@ -11,7 +11,7 @@ from astracli.rl.grading.answer_types import Answer, Assigned, Dots, Several, Va
 from astracli.rl.grading.answers import read
 from astracli.rl.grading.compare import equal
 from astracli.rl.grading.conventions import Conventions
-from astracli.rl.grading.phrases import as_words, split
+from astracli.rl.grading.phrases import as_words, is_yes_or_no, says, split
 from astracli.rl.grading.trees import TooLarge, Unreadable
 
 _OPTION = re.compile(
@@ -59,6 +59,8 @@ def verdict(gold: str, answer: str, problem: str = "", conventions: Conventions 
     words = as_words(wanted)
     if words is not None and words == as_words(found):
         return True
+    if words is not None and is_yes_or_no(words) and says(words, found):
+        return True
     conventions = conventions or Conventions()
     conventions = replace(
         conventions, percent_asked=question.percent_asked(problem), list_asked=question.list_asked(problem)
@@ -82,8 +84,18 @@ def only_words(gold: str, answer: str) -> bool:
     return isinstance(wanted, Value) and not variables(wanted) and as_words(notation.plain(answer)) is not None
 
 
+def words_of(gold: str) -> str | None:
+    """A gold that is words and no value, as comparable words."""
+    plain = notation.plain(gold)
+    words = as_words(plain)
+    return words if is_yes_or_no(words) or isinstance(_gold(plain), Words) else None
+
+
 def _choice(gold: str, answer: str, problem: str, conventions: Conventions | None) -> bool | None:
     """The verdict when the gold is letters of choices."""
+    lettered = choices.lettered(gold)
+    if lettered is not None:
+        return _choice_with_text(*lettered, answer, conventions)
     wanted = choices.letters(gold)
     named = choices.letters(answer)
     if wanted is None and named is not None and len(named) > 1:
@@ -99,6 +111,16 @@ def _choice(gold: str, answer: str, problem: str, conventions: Conventions | Non
         return True
     text = _options(problem).get(next(iter(wanted)))
     return bool(text) and choices.chosen(answer) is None and verdict(str(text), answer, "", conventions) is True
+
+
+def _choice_with_text(letter: str, text: str, answer: str, conventions: Conventions | None) -> bool:
+    """The verdict for a gold such as `(C) 17`: letter, text or both."""
+    both = choices.lettered(answer)
+    if both is not None:
+        return both[0] == letter and (both[1] == text or verdict(text, both[1], "", conventions) is not False)
+    if choices.letters(answer) is not None or choices.chosen(answer) is not None:
+        return choices.letters(answer) == {letter} or choices.chosen(answer) == letter
+    return verdict(text, answer, "", conventions) is True
 
 
 @lru_cache(maxsize=256)

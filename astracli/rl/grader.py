@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from astracli.rl.grading import algebra, extraction, question, typed, values
+from astracli.rl.grading import algebra, choices, extraction, question, typed, values
 from astracli.rl.grading.conventions import Conventions
 from astracli.rl.grading.extraction import Extraction, Found, announced, read_answer
 from astracli.rl.grading.phrases import is_yes_or_no
@@ -77,8 +77,8 @@ def thorough(
 ) -> Verdict:
     """The verdict by the types of gold and answer, and by math-verify where one of them is not readable."""
     found = extraction.find(text, where)
-    if found.place in ("none", "number", "formula") and where != "boxed" and (words := typed.words_of(gold)):
-        said = extraction.worded(extraction.without_thinking(text), is_yes_or_no(words))
+    if found.place in ("none", "number", "formula") and where != "boxed" and integer(gold) is None:
+        said = _in_words(gold, extraction.without_thinking(text))
         found = Found(said, "said", said) if said else found
     if not found.text:
         if found.place == "none" and found.last_words and _readable(found.last_words):
@@ -105,6 +105,14 @@ def thorough(
             verdict = _by_math_verify(gold, found.last_words)
         return verdict
     return "right" if right else "wrong"
+
+
+def _in_words(gold: str, text: str) -> str:
+    """What a completion without an announcement answers to a gold that is a word or the letter of a choice."""
+    if choices.letters(gold):
+        return extraction.letter_set_bold(text)
+    words = typed.words_of(gold)
+    return extraction.worded(text, is_yes_or_no(words)) if words else ""
 
 
 def _by_math_verify(gold: str, text: str) -> Verdict:

@@ -59,7 +59,8 @@ _MIXED = re.compile(
 )
 """A quantity in two units: `2 hours and 30 minutes`."""
 _TIME = re.compile(
-    r"(\d{1,2})(?P<minutes>:\d{2}(?::\d{2})?)?(?:\s*(?:\\words\{\s*)?(?P<half>[ap]\.?\s?m)\.?\s*\}?)?", re.IGNORECASE
+    r"(\d{1,2})(?P<minutes>\s*:\s*\d{2}(?:\s*:\s*\d{2})?)?(?:\s*(?:\\words\{\s*)?(?P<half>[ap]\.?\s?m)\.?\s*\}?)?",
+    re.IGNORECASE,
 )
 
 
@@ -284,7 +285,7 @@ def _ratio(text: str, single: bool) -> Answer | None:
     time = _TIME.fullmatch(text)
     if time and (time["minutes"] or (time["half"] and not time[0].isalnum())):
         half = (time["half"] or "")[:1].lower()
-        clock = [time[1], *(time["minutes"] or ":00")[1:].split(":")]
+        clock = [time[1], *(time["minutes"] or ":00").replace(" ", "")[1:].split(":")]
         return Ratio(tuple(_value(part, False) for part in clock), True, half)
     parts = split(
         re.sub(r"(?<=[\d)}])\s*\\words\{\s*(?:is )?to\s*\}\s*(?=[\\\d({])|(?<=\d)\s+to\s+(?=\d)", ":", text), ":"

@@ -6,9 +6,12 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from astracli.rl.grading import units
+from astracli.rl.grading import notation, units
+from astracli.rl.grading.answer_types import Words
+from astracli.rl.grading.answers import read
 from astracli.rl.grading.boxes import BOX, boxed
 from astracli.rl.grading.tokens import FUNCTIONS, WORDS
+from astracli.rl.grading.trees import Unreadable
 
 Extraction = Literal["boxed_or_last_number", "boxed"]
 Place = Literal["box", "tag", "said", "whole", "formula", "number", "none"]
@@ -26,7 +29,7 @@ _SAID = re.compile(
     r"(?:\banswers?|\boption|\bchoice|\bresult)\s*(?:\((?:in|to)[^()]{1,40}\))?\s*\**\s*"
     r"(?:(?:is|are|was|would be|will be|must be|should be)\b\s*(?:therefore|thus|then|simply|just|clearly)?\s*[:：]?"
     r"|[:：]|=)\s*\**\s*[:：]?"
-    r"|答案(?:应该|应当)?(?:是|为|等于|[:：])+|(?:结果|答)(?:是|为|[:：])+|####",
+    r"|【答案】|答案(?:应该|应当)?(?:是|为|等于|[:：])+|(?:结果|答)(?:是|为|[:：])+|####",
     re.IGNORECASE,
 )
 _PICKED = re.compile(
@@ -40,13 +43,19 @@ _PLAIN_FRACTION = re.compile(r"(?<![\d.,/*^+)(-])[-−]?(?:\d+\s+)?\d+\s*/\s*\d+
 _PAIR = re.compile(r"(\b(?:and|or)|,)?\s([\[(][^()\[\]]{1,80},[^()\[\]]{1,80}[\])])[.\s]*$")
 """A pair or an interval at the end of a sentence, and the word or comma that makes it one of several."""
 _STOP = re.compile(
-    r"(?<![A-Z\d])\.(?=\s+[A-Z\\$(]|\s*$)|(?<=[\dA-J])\.(?=\s+[A-Z][a-z]|\s*$)|[。！]|\n"
+    r"(?<![A-Z\d])\.(?=\s+[A-Z\\$(]|\s*$)|(?<=[\dA-J])\.(?=\s+[A-Z][a-z]|\s*$)|[。！【]|\n"
     r"|,?\s+(?:because|since|which|where|as\s|so\s|I hope|when)\b"
 )
 _LETTER = re.compile(r"[*\s$({\\]*(?:text(?:bf)?\{)?\(?[A-J]\)?[})*\s$.]*")
 _BULLET = re.compile(r"^\s*(?:[-–*•+]\s+|#+\s+|>\s+)")
 _COPULA = re.compile(r"\b(?:is|are|equals|was|were)\b\s*:?\s*|:\s+(?=[-\d$\\])")
-_JOINT = re.compile(r"\b(?:is|are|equals|was|were|be)\b\s*:?\s*|(?<![<>!=])=\s*")
+_JOINT = re.compile(
+    r"\b(?:is|are|equals|was|were|be)\b\s*"
+    r"(?:(?:therefore|thus|then|simply|just|exactly|equal to|given by|an?|the)\s+)?:?\s*|(?<![<>!=])=\s*"
+)
+_SENTENCES = re.compile(r"(?<=[.!?])\s+(?=[A-Z*])|\n")
+_LEAD = re.compile(r"[\s*_]*(yes|no|true|false)\b(?=[*_]*\s*(?:[,.;:!—–]|$))", re.IGNORECASE)
+_UNDECIDED = re.compile(r"\b(?:or|not|either|neither|nor|maybe|perhaps|isn't|wrong|incorrect)\b", re.IGNORECASE)
 _GIVEN_UP = re.compile(
     r"\b(?:I|we)\s*(?:'m |am |was |are |were )?"
     r"(?:cannot|can't|can not|could not|couldn't|unable to|not able to|failed to)\s+(?:\w+\s+){0,2}?"
@@ -247,7 +256,7 @@ def unannounced(text: str) -> Found:
 
 def _tail(text: str) -> str:
     """`2*sqrt(3)` of `... so the area is 2*sqrt(3) cm.`; empty where the last sentence ends with no expression."""
-    sentence = re.split(r"(?<=[.!?])\s+(?=[A-Z])|\n", text.strip())[-1]
+    sentence = _SENTENCES.split(text.rstrip()[-2 * BARE_LIMIT :])[-1]
     if "$" in sentence or "\\" in sentence or len(sentence) > BARE_LIMIT:
         return ""
     joints = list(_JOINT.finditer(sentence))
@@ -256,25 +265,42 @@ def _tail(text: str) -> str:
     if unit and (units.measure(unit[1]) or unit[1].endswith("units")):
         rest = rest[: unit.start()]
     formula = re.search(r"[-+*/^]|sqrt|pi|[π√²³]", rest[1:]) and not re.search(r"[?!:;,|]|\b(?:or|to|and)\b", rest)
-    return rest if formula and not _prose(rest) and not re.search(r"\d-\d", rest) else ""
+    return rest if formula and not _prose(rest) and not re.search(r"\d-\d", rest) and _readable(rest) else ""
+
+
+def _readable(text: str) -> bool:
+    try:
+        return not isinstance(read(notation.plain(text), True), Words)
+    except Unreadable:
+        return False
+
+
+def letter_set_bold(text: str) -> str:
+    """The letter that is set bold last, `so **C** is correct`; empty without one."""
+    bold = _set_bold(text)
+    return bold.strip("() .") if _LETTER.fullmatch(bold) else ""
 
 
 def worded(text: str, yes_or_no: bool) -> str:
     """The answer in words of a completion that announces none: what is set bold last, or ends the last sentence.
 
-    To a question of yes or no it is the word that begins the last paragraph.
+    To a question of yes or no it is first the word that begins the last paragraph.
     """
-    if yes_or_no:
-        lead = re.match(
-            r"[\s*_]*(yes|no|true|false)\b(?=[*_]*[\s]*(?:[,.;:!—–]|$))", text.strip().rsplit("\n\n", 1)[-1], re.I
-        )
-        return lead[1] if lead else ""
-    bold = list(_BOLD.finditer(text))
-    if bold:
-        return bold[-1][2]
-    sentence = re.split(r"(?<=[.!?])\s+(?=[A-Z])|\n", text.strip())[-1]
+    if yes_or_no and (lead := _LEAD.match(text.strip().rsplit("\n\n", 1)[-1])):
+        return lead[1]
+    if bold := _set_bold(text):
+        return bold
+    sentence = _SENTENCES.split(text.rstrip()[-2 * BARE_LIMIT :])[-1]
     joints = list(_JOINT.finditer(sentence))
     return _undressed(sentence[joints[-1].end() :]) if joints else ""
+
+
+def _set_bold(text: str) -> str:
+    """What stands in bold in the last sentence that has it; empty when it is one of several, or denied."""
+    for sentence in reversed(_SENTENCES.split(text.strip())):
+        if found := list(_BOLD.finditer(sentence)):
+            return found[0][2] if len(found) == 1 and not _UNDECIDED.search(sentence) else ""
+    return ""
 
 
 def _ranged(before: str) -> bool:

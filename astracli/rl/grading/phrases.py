@@ -71,6 +71,8 @@ def as_words(text: str) -> str | None:
     if re.search(r"[\\^_=<>+*/]", text) or not re.search(r"[^\W\d_]{2}", text):
         return None
     words = " ".join(word for word in re.findall(r"[\w'-]+", text.casefold()) if word not in ("a", "an", "the"))
+    if words.endswith(" does not exist") and words.count(" ") < 6:
+        return "does not exist"
     return _SYNONYMS.get(words, words)
 
 

@@ -126,7 +126,7 @@ def _choice_with_text(letter: str, text: str, answer: str, conventions: Conventi
 @lru_cache(maxsize=256)
 def _options(problem: str) -> dict[str, str]:
     """The texts of a problem's choices; empty when it has none."""
-    found = {(m[1] or m[2]): m[3].strip(" $~\\,;") for m in _OPTION.finditer(problem[-2000:])}
+    found = {(m[1] or m[2]): m[3].strip(" $~,;").rstrip("\\ $~,;") for m in _OPTION.finditer(problem[-2000:])}
     return found if "A" in found and "B" in found else {}
 
 
@@ -155,6 +155,7 @@ def _one_reading(gold: str, answer: str, problem: str, conventions: Conventions)
         return _same_words(wanted, found)
     if _contradicts(found, wanted):
         return False
+    wanted = _with_unit(gold, wanted, found)
     right = equal(wanted, found, conventions)
     if right and question.unfinished(problem, wanted, found):
         return False
@@ -165,6 +166,16 @@ def _one_reading(gold: str, answer: str, problem: str, conventions: Conventions)
         return False
     loose = Conventions(tolerance=0.01)
     return isinstance(found, Value) and isinstance(rounded, Value) and equal(rounded, found, loose)
+
+
+def _with_unit(gold: str, wanted: Answer, found: Answer) -> Answer:
+    """The gold `5 m` as a length, not as a variable, when the answer has a unit of the same kind."""
+    if not (isinstance(found, Value) and found.unit and isinstance(wanted, Value) and not wanted.unit):
+        return wanted
+    measured = _answer(gold, found)
+    if isinstance(measured, Value) and measured.unit and not variables(measured) and variables(wanted):
+        return measured
+    return wanted
 
 
 @lru_cache(maxsize=4096)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from fractions import Fraction
+from functools import lru_cache
 
 _KNOWN: dict[str, tuple[dict[str, int], Fraction]] = {}
 
@@ -203,6 +204,7 @@ def take_scale(unit: str) -> tuple[int, str]:
     return 1, unit
 
 
+@lru_cache(maxsize=4096)
 def measure(unit: str) -> tuple[str, Fraction] | None:
     """(dimensions, factor to their base units) of `km/h`, `m s^-1`, `miles per hour`; None for an unknown unit."""
     if unit.startswith("base "):

@@ -225,7 +225,8 @@ def _undressed(text: str) -> str:
 
 def unannounced(text: str) -> Found:
     """The last formula or the last number, whichever ends later; an expression in plain text behind `is` or `=`."""
-    if _GIVEN_UP.search(text[-300:]):
+    end = text[-300:]
+    if ("not " in end or "n't " in end or "nable " in end or "failed " in end) and _GIVEN_UP.search(end):
         return Found("", "none", "")
     formulas = [
         match
@@ -238,7 +239,7 @@ def unannounced(text: str) -> Found:
         if _ranged(text[: formulas[-1].start()]):
             return Found("", "formula", text)
         return Found(content.strip(), "formula", text)
-    tail = _tail(text)
+    tail = "" if number and _alone(text, number) else _tail(text)
     if tail and not (number and tail == number[0]):
         return Found(tail, "formula", text)
     if number is None:
@@ -252,6 +253,12 @@ def unannounced(text: str) -> Found:
     if fraction and _BARE_AFTER.match(text, number[1]):
         return Found(fraction[0].replace("−", "-"), "formula", text)
     return Found(number[0], "number", text)
+
+
+def _alone(text: str, number: tuple[str, int, int]) -> bool:
+    """Whether the last number ends the text and follows a word or an equals sign: no part of a longer expression."""
+    before = text[: number[2]].rstrip(" $")[-1:]
+    return not text[number[1] :].strip(" .$*\n") and (before.isalpha() or before in "=:")
 
 
 def _tail(text: str) -> str:

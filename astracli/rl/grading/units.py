@@ -197,7 +197,7 @@ _SCALES = {
 
 def take_scale(unit: str) -> tuple[int, str]:
     """(1000000, `dollars`) of `million dollars`."""
-    for word, size in _SCALES.items():
+    for word, size in _SCALES.items() if unit else ():
         match = re.match(rf"{word}s?(?![a-z])\s*", unit, re.IGNORECASE)
         if match and not (word == "千" and unit[1:2] in "米克"):
             return size, unit[match.end() :]

@@ -92,7 +92,12 @@ def thorough(
     except values.Undefined:
         return "wrong"
     if found.place == "number" and not (right and extraction.ends_bare(found.last_words)):
-        return "wrong" if not right and integer(gold) is not None else _by_math_verify(gold, found.last_words)
+        measured = right is False and not found.text[-1].isdigit()  # `12 meters` for 12 cm
+        return (
+            "wrong"
+            if measured or (not right and integer(gold) is not None)
+            else _by_math_verify(gold, found.last_words)
+        )
     if right is None and (question.repeated(problem, found.text) or typed.hedged(gold, found.text)):
         return "wrong"
     if right is None and found.place in ("said", "tag") and (number := extraction.only_number(found.text)):

@@ -53,6 +53,8 @@ _CONNECTIVE = re.compile(
 _MATRIX = re.compile(r"\\begin\{([pbvB]?matrix|array|smallmatrix)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}$", re.DOTALL)
 _KNOWN_WORDS = frozenset(WORDS) | FUNCTIONS
 _BASED = re.compile(r"\(?(-?\d+)\)?\s*_\s*\{?\s*(\d+)\s*\}?")
+_ANY_INTEGER = re.compile(r"[a-z]\s*\\in\s*(?:\\mathbb\s*\{?\s*[ZN]\s*\}?|Z)(?:\s*\^\s*\{?\s*[+*]\s*\}?)?")
+"""What a general solution says of its parameter: `k \\in \\mathbb{Z}`."""
 _THERMOMETER = re.compile(r"(.*\d)\s*\\degree\s*(?:\\words\{\s*)?(C|F)(?:elsius|ahrenheit)?\s*\}?")
 _MIXED = re.compile(
     r"(\d+)\s*(?:\\words\{)?\s*([A-Za-z]+?)\s*(?:\}|\s|\\land|and|,)*\s*(\d+(?:\.\d+)?)\s*(?:\\words\{)?\s*([A-Za-z]+)\s*\}?"
@@ -115,6 +117,8 @@ def _joined(separator: str, parts: list[str], single: bool) -> Answer:
         if separator == "," and len(parts) > 1 and (last := split(parts[-1], r"\land")) and len(last) > 1:
             parts = [*parts[:-1], *last]
     parts = [part for part in parts if part]
+    if separator == "," and len(parts) > 1 and _ANY_INTEGER.fullmatch(parts[-1]):
+        parts.pop()
     read_parts = tuple(_read(part, single) for part in parts)
     if len(read_parts) == 1:
         return read_parts[0]
@@ -330,5 +334,8 @@ def _value(text: str, single: bool) -> Answer:
     if node[0] == "neg" and node[1][0] == "fn" and node[1][1] == "degree":
         return Value(("neg", node[1][2]), unit or "degree", percent)
     if scale != 1:
-        node = ("mul", node, ("num", Fraction(scale), str(scale)))
+        if node[0] == "num":
+            node = ("num", node[1] * scale, str(node[1] * scale))
+        else:
+            node = ("mul", node, ("num", Fraction(scale), str(scale)))
     return Value(node, unit, percent)

@@ -53,6 +53,10 @@ _JOINT = re.compile(
     r"\b(?:is|are|equals|was|were|be)\b\s*"
     r"(?:(?:therefore|thus|then|simply|just|exactly|equal to|given by|an?|the)\s+)?:?\s*|(?<![<>!=])=\s*"
 )
+_RATIO = re.compile(r"\bratio\b[^.\n]{0,120}?\b(?:is|be|was|=)\s*(\d+)\s+to\s+(\d+)[.*\s]*$")
+_CIRCLED = re.compile("[①-⑳](?:[、,，和与及]*[①-⑳])*")
+"""Numbers of statements in Chinese problems: `①③`."""
+_UNIT = re.compile(r" ([A-Za-z]{2,})(?=[\s.,;*)]|$)")
 _SENTENCES = re.compile(r"(?<=[.!?])\s+(?=[A-Z*])|\n")
 _LEAD = re.compile(r"[\s*_]*(yes|no|true|false)\b(?=[*_]*\s*(?:[,.;:!—–]|$))", re.IGNORECASE)
 _UNDECIDED = re.compile(r"\b(?:or|not|either|neither|nor|maybe|perhaps|isn't|wrong|incorrect)\b", re.IGNORECASE)
@@ -197,6 +201,8 @@ def _said(text: str) -> str:
     rest = text[said[-1].end() :].lstrip(" \t*:：")
     rest = rest.lstrip("\n").lstrip() if not rest.split("\n", 1)[0].strip() else rest
     rest = _BULLET.sub("", rest)
+    if option := re.match(r"[(（]?([A-J])[)）]?\s*(?:选项|项)", rest):
+        return option[1]
     math = _MATH.match(rest)
     if math and not re.match(r"\s*(?:or|and|或|和|,|，|\\?%|to\b)", rest[math.end() :]):
         return _undressed(math[0])
@@ -228,6 +234,8 @@ def unannounced(text: str) -> Found:
     end = text[-300:]
     if ("not " in end or "n't " in end or "nable " in end or "failed " in end) and _GIVEN_UP.search(end):
         return Found("", "none", "")
+    if ratio := _RATIO.search(end):
+        return Found(f"{ratio[1]}:{ratio[2]}", "formula", text)
     formulas = [
         match
         for match in _MATH.finditer(text)
@@ -239,6 +247,9 @@ def unannounced(text: str) -> Found:
         if _ranged(text[: formulas[-1].start()]):
             return Found("", "formula", text)
         return Found(content.strip(), "formula", text)
+    circled = list(_CIRCLED.finditer(text))
+    if circled and (number is None or circled[-1].end() > number[1]):
+        return Found(re.sub("[、,，和与及]", "", circled[-1][0]), "formula", text)
     tail = "" if number and _alone(text, number) else _tail(text)
     if tail and not (number and tail == number[0]):
         return Found(tail, "formula", text)
@@ -252,7 +263,8 @@ def unannounced(text: str) -> Found:
     fraction = _PLAIN_FRACTION.search(text[: number[1]])
     if fraction and _BARE_AFTER.match(text, number[1]):
         return Found(fraction[0].replace("−", "-"), "formula", text)
-    return Found(number[0], "number", text)
+    unit = _UNIT.match(text, number[1])
+    return Found(number[0] + (f" {unit[1]}" if unit and units.measure(unit[1]) else ""), "number", text)
 
 
 def _alone(text: str, number: tuple[str, int, int]) -> bool:
@@ -271,7 +283,9 @@ def _tail(text: str) -> str:
     unit = re.search(r"(?<=[\w)])\s+([A-Za-z][A-Za-z /^\d]*)$", rest)
     if unit and (units.measure(unit[1]) or unit[1].endswith("units")):
         rest = rest[: unit.start()]
-    formula = re.search(r"[-+*/^]|sqrt|pi|[π√²³]", rest[1:]) and not re.search(r"[?!:;,|]|\b(?:or|to|and)\b", rest)
+    formula = re.search(r"[-+*/^]|sqrt|pi|[π√²³]", rest.lstrip("-+")) and not re.search(
+        r"[?!:;,|]|\b(?:or|to|and)\b", rest
+    )
     return rest if formula and not _prose(rest) and not re.search(r"\d-\d", rest) and _readable(rest) else ""
 
 

@@ -78,6 +78,8 @@ _SPELLED = re.compile(rf"(?:\\words\{{\s*)?({'|'.join(_NUMERALS)})(?:\s*\}})?(?:
 """A small number in a word: `nine`, `nine (9)`."""
 _UNIT_LETTERS = frozenset("msghLNJWVKC")
 _BEHIND_NUMBER = re.compile(r"[\d)}]\s*(?:\\[,;: ]|~|\s)*$")
+_COMBINATIONS = re.compile(r"(?<![A-Za-z\\])C\s*_\s*\{?(\d+)\}?\s*\^\s*\{?(\d+)\}?")
+"""`C_{10}^{3}`, ten choose three."""
 _BAR = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar)\s*(?:\{(\d+)\}|(\d))")
 _DOT = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?")
 _BRACKET = re.compile(r"(?<![\d.])(\d*)\.(\d*)\((\d+)\)")
@@ -89,12 +91,13 @@ def plain(text: str) -> str:
     text = _outer(as_latex(chinese_number(text.strip())))
     if "\\" in text or "{" in text:
         text = _latex(text)
+    text = _COMBINATIONS.sub(r"\\binom{\1}{\2}", text)
     text = re.sub(r"(?<=\d)'(?=\d{3}(?!\d))", "", text)
     text = re.sub(r"(?<=\d) ?e ?(?=-?\d+$)", "e", text)
     text = _repeating(text)
     text = _THOUSANDS.sub(lambda m: m[1] + re.sub(r"\D", "", m[2]), text)
     text = _SPACING.sub(" ", text)
-    text = _final_point(" ".join(text.split()))
+    text = re.sub(r"^an? (?=[\d.]+ ?%)", "", _final_point(" ".join(text.split())))
     spelled = _SPELLED.fullmatch(text)
     return str(_NUMERALS.index(spelled[1].lower())) if spelled else text
 

@@ -32,6 +32,8 @@ _ANNOUNCED = re.compile(
     r"\s+(?:is|=)\s*:?\s*\}?(?![^{]*\})\s*",
     re.IGNORECASE,
 )
+_TENS = re.compile(r"\\log\s*_\s*(?:\{\s*10\s*\}|10(?!\d))|\\lg(?![A-Za-z])")
+"""The logarithm to the base 10, which books also write without its base."""
 _NAME_ONLY = re.compile(r"[A-Za-z\\]*\s*(?:=)?\s*")
 
 
@@ -159,6 +161,8 @@ def _one_reading(gold: str, answer: str, problem: str, conventions: Conventions)
     right = equal(wanted, found, conventions)
     if right and question.unfinished(problem, wanted, found):
         return False
+    if not right and r"\ln" not in gold + answer and (_TENS.search(gold) is None) != (_TENS.search(answer) is None):
+        return _one_reading(_TENS.sub(r"\\log ", gold), _TENS.sub(r"\\log ", answer), problem, conventions)
     if right or after is None:
         return right or _decimal_comma(gold, answer)
     rounded = _answer(after, wanted)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from astracli.rl.grading import algebra, choices, extraction, question, typed, values
 from astracli.rl.grading.conventions import Conventions
 from astracli.rl.grading.extraction import Extraction, Found, announced, read_answer
-from astracli.rl.grading.phrases import is_yes_or_no
+from astracli.rl.grading.phrases import as_words, is_yes_or_no
 
 if TYPE_CHECKING:
     from astracli.rl.types import Verdict
@@ -117,7 +117,8 @@ def _in_words(gold: str, text: str) -> str:
     if choices.letters(gold):
         return extraction.letter_set_bold(text)
     words = typed.words_of(gold)
-    return extraction.worded(text, is_yes_or_no(words)) if words else ""
+    said = extraction.worded(text, is_yes_or_no(words)) if words else ""
+    return said if said and as_words(said) is not None else ""
 
 
 def _by_math_verify(gold: str, text: str) -> Verdict:

@@ -142,7 +142,7 @@ def _special(text: str) -> Answer | None:
         return Several((), "{}")
     if text in (r"\ldots", "...", "..") or re.fullmatch(r"\\ldots\s*", text):
         return Dots()
-    if (parts := _MIXED.fullmatch(text)) and (quantity := _mixed(*parts.groups())):
+    if len(text) < 100 and (parts := _MIXED.fullmatch(text)) and (quantity := _mixed(*parts.groups())):
         return quantity
     if INFINITE.fullmatch(words):
         return Value(parse(r"\infty"))

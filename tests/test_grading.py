@@ -209,7 +209,8 @@ def test_a_recipe_that_says_nothing_keeps_the_conventions() -> None:
 
 
 @pytest.mark.parametrize(
-    "answer", ["9^{9^{9^{9}}}", "(((9!)!)!)!", "0^0", "\\frac{1}{0}", "(" * 5000 + "1" + ")" * 5000]
+    "answer",
+    ["9^{9^{9^{9}}}", "5 " + "m/" * 1800 + "q", "(((9!)!)!)!", "0^0", "\\frac{1}{0}", "(" * 5000 + "1" + ")" * 5000],
 )
 def test_what_cannot_be_worked_out_is_wrong_at_once(answer: str) -> None:
     assert grader.grade_math("2", f"\\boxed{{{answer}}}") in ("wrong", "no_answer", "error")

@@ -89,7 +89,7 @@ def thorough(
         if right is None and found.place == "whole":
             found = extraction.unannounced(text)
             right = typed.verdict(gold, found.text, problem, conventions) if found.text else None
-    except values.Undefined:
+    except (values.Undefined, RecursionError):
         return "wrong"
     if found.place == "number" and not (right and extraction.ends_bare(found.last_words)):
         measured = right is False and not found.text[-1].isdigit()  # `12 meters` for 12 cm

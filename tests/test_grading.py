@@ -17,7 +17,7 @@ def items(*pairs: tuple[str, str]) -> list[GradeItem]:
     return [GradeItem("", gold, text) for gold, text in pairs]
 
 
-@pytest.mark.parametrize("name", ["grading_pairs", "grading_pairs_held_out"])
+@pytest.mark.parametrize("name", ["grading_pairs", "grading_pairs_held_out", "grading_pairs_independent"])
 def test_no_labelled_pair_is_graded_otherwise(name: str) -> None:
     """Each row: gold, problem (often empty), completion, the label, its kind and the label's reason."""
     rows = [json.loads(line) for line in (FIXTURES / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -209,7 +209,8 @@ def test_a_recipe_that_says_nothing_keeps_the_conventions() -> None:
 
 
 @pytest.mark.parametrize(
-    "answer", ["9^{9^{9^{9}}}", "(((9!)!)!)!", "0^0", "\\frac{1}{0}", "(" * 5000 + "1" + ")" * 5000]
+    "answer",
+    ["9^{9^{9^{9}}}", "5 " + "m/" * 1800 + "q", "(((9!)!)!)!", "0^0", "\\frac{1}{0}", "(" * 5000 + "1" + ")" * 5000],
 )
 def test_what_cannot_be_worked_out_is_wrong_at_once(answer: str) -> None:
     assert grader.grade_math("2", f"\\boxed{{{answer}}}") in ("wrong", "no_answer", "error")

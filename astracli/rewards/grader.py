@@ -11,9 +11,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from astracli.rewards.grading import algebra, extraction, question, typed, values
+from astracli.rewards.grading import algebra, choices, extraction, question, typed, values
 from astracli.rewards.grading.conventions import Conventions
-from astracli.rewards.grading.extraction import Extraction, announced, read_answer
+from astracli.rewards.grading.extraction import Extraction, Found, announced, read_answer
+from astracli.rewards.grading.phrases import as_words, is_yes_or_no
 
 if TYPE_CHECKING:
     from astracli.rl.types import Verdict
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Extraction", "announced", "grade_math", "grade_number", "integer", "quick", "read_answer", "thorough"]
 
 _INTEGER = re.compile(r"([+-]?)(\d{1,3}(?:,\d{3})+|\d+)\.?", re.ASCII)
+_WORDS = re.compile(r"\s*(?:\\(?:text\w*|mathrm)\{)?\s*[A-Za-z]{2}[A-Za-z ,'-]*\}?\s*")
 _AROUND = "$ \t\n\r"
 
 
@@ -57,7 +59,7 @@ def quick(gold: str, text: str, where: Extraction = "boxed_or_last_number") -> V
     if boxed and where != "boxed" and announced(text, where) is not None:
         return None
     if answer is None:
-        return "no_answer" if boxed or where == "boxed" or not _readable(text) else None
+        return "no_answer" if boxed or where == "boxed" or not (_readable(text) or _WORDS.fullmatch(gold)) else None
     if not boxed:
         return None
     wanted, found = integer(gold), integer(answer)
@@ -75,6 +77,9 @@ def thorough(
 ) -> Verdict:
     """The verdict by the types of gold and answer, and by math-verify where one of them is not readable."""
     found = extraction.find(text, where)
+    if found.place in ("none", "number", "formula") and where != "boxed" and integer(gold) is None:
+        said = _in_words(gold, extraction.without_thinking(text))
+        found = Found(said, "said", said) if said else found
     if not found.text:
         if found.place == "none" and found.last_words and _readable(found.last_words):
             return _by_math_verify(gold, found.last_words)
@@ -84,10 +89,15 @@ def thorough(
         if right is None and found.place == "whole":
             found = extraction.unannounced(text)
             right = typed.verdict(gold, found.text, problem, conventions) if found.text else None
-    except values.Undefined:
+    except (values.Undefined, RecursionError):
         return "wrong"
     if found.place == "number" and not (right and extraction.ends_bare(found.last_words)):
-        return "wrong" if not right and integer(gold) is not None else _by_math_verify(gold, found.last_words)
+        measured = right is False and not found.text[-1].isdigit()  # `12 meters` for 12 cm
+        return (
+            "wrong"
+            if measured or (not right and integer(gold) is not None)
+            else _by_math_verify(gold, found.last_words)
+        )
     if right is None and (question.repeated(problem, found.text) or typed.hedged(gold, found.text)):
         return "wrong"
     if right is None and found.place in ("said", "tag") and (number := extraction.only_number(found.text)):
@@ -100,6 +110,15 @@ def thorough(
             verdict = _by_math_verify(gold, found.last_words)
         return verdict
     return "right" if right else "wrong"
+
+
+def _in_words(gold: str, text: str) -> str:
+    """What a completion without an announcement answers to a gold that is a word or the letter of a choice."""
+    if choices.letters(gold):
+        return extraction.letter_set_bold(text)
+    words = typed.words_of(gold)
+    said = extraction.worded(text, is_yes_or_no(words)) if words else ""
+    return said if said and as_words(said) is not None else ""
 
 
 def _by_math_verify(gold: str, text: str) -> Verdict:

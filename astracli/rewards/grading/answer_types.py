@@ -51,6 +51,8 @@ class Relation:
 class Ratio:
     parts: tuple[Answer, ...]
     time: bool = False
+    half: str = ""
+    """`a` or `p` for a time in the morning or the afternoon; empty where it is not said."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,17 @@ from astracli.rewards.grading.answer_types import (
     is_interval,
 )
 from astracli.rewards.grading.expressions import parse
-from astracli.rewards.grading.phrases import ALL_REALS, CLOSING, EXCEPT, NOTHING, OPENING, as_words, encloses, split
+from astracli.rewards.grading.phrases import (
+    ALL_REALS,
+    CLOSING,
+    EXCEPT,
+    INFINITE,
+    NOTHING,
+    OPENING,
+    as_words,
+    encloses,
+    split,
+)
 from astracli.rewards.grading.tokens import FUNCTIONS, WORDS
 from astracli.rewards.grading.trees import Node, TooLarge, Unreadable
 
@@ -43,7 +53,17 @@ _CONNECTIVE = re.compile(
 _MATRIX = re.compile(r"\\begin\{([pbvB]?matrix|array|smallmatrix)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}$", re.DOTALL)
 _KNOWN_WORDS = frozenset(WORDS) | FUNCTIONS
 _BASED = re.compile(r"\(?(-?\d+)\)?\s*_\s*\{?\s*(\d+)\s*\}?")
-_TIME = re.compile(r"\d{1,2}:\d{2}(?::\d{2})?(?:\s*(?:am|pm|a\.m|p\.m|AM|PM))?")
+_ANY_INTEGER = re.compile(r"[a-z]\s*\\in\s*(?:\\mathbb\s*\{?\s*[ZN]\s*\}?|Z)(?:\s*\^\s*\{?\s*[+*]\s*\}?)?")
+"""What a general solution says of its parameter: `k \\in \\mathbb{Z}`."""
+_THERMOMETER = re.compile(r"(.*\d)\s*\\degree\s*(?:\\words\{\s*)?(C|F)(?:elsius|ahrenheit)?\s*\}?")
+_MIXED = re.compile(
+    r"(\d+)\s*(?:\\words\{)?\s*([A-Za-z]+?)\s*(?:\}|\s|\\land|and|,)*\s*(\d+(?:\.\d+)?)\s*(?:\\words\{)?\s*([A-Za-z]+)\s*\}?"
+)
+"""A quantity in two units: `2 hours and 30 minutes`."""
+_TIME = re.compile(
+    r"(\d{1,2})(?P<minutes>\s*:\s*\d{2}(?:\s*:\s*\d{2})?)?(?:\s*(?:\\words\{\s*)?(?P<half>[ap]\.?\s?m)\.?\s*\}?)?",
+    re.IGNORECASE,
+)
 
 
 def read(text: str, single_units: bool = False) -> Answer:
@@ -97,6 +117,8 @@ def _joined(separator: str, parts: list[str], single: bool) -> Answer:
         if separator == "," and len(parts) > 1 and (last := split(parts[-1], r"\land")) and len(last) > 1:
             parts = [*parts[:-1], *last]
     parts = [part for part in parts if part]
+    if separator == "," and len(parts) > 1 and _ANY_INTEGER.fullmatch(parts[-1]):
+        parts.pop()
     read_parts = tuple(_read(part, single) for part in parts)
     if len(read_parts) == 1:
         return read_parts[0]
@@ -120,6 +142,10 @@ def _special(text: str) -> Answer | None:
         return Several((), "{}")
     if text in (r"\ldots", "...", "..") or re.fullmatch(r"\\ldots\s*", text):
         return Dots()
+    if len(text) < 100 and (parts := _MIXED.fullmatch(text)) and (quantity := _mixed(*parts.groups())):
+        return quantity
+    if INFINITE.fullmatch(words):
+        return Value(parse(r"\infty"))
     reals = ALL_REALS.match(words)
     if reals and reals.end() == len(words):
         return RealLine()
@@ -260,15 +286,26 @@ def _matrix(body: str, single: bool) -> Answer:
 
 
 def _ratio(text: str, single: bool) -> Answer | None:
+    time = _TIME.fullmatch(text)
+    if time and (time["minutes"] or (time["half"] and not time[0].isalnum())):
+        half = (time["half"] or "")[:1].lower()
+        clock = [time[1], *(time["minutes"] or ":00").replace(" ", "")[1:].split(":")]
+        return Ratio(tuple(_value(part, False) for part in clock), True, half)
     parts = split(
         re.sub(r"(?<=[\d)}])\s*\\words\{\s*(?:is )?to\s*\}\s*(?=[\\\d({])|(?<=\d)\s+to\s+(?=\d)", ":", text), ":"
     )
     if len(parts) < 2:
         return None
-    time = _TIME.fullmatch(text)
-    if time:
-        return Ratio(tuple(_value(re.sub(r"\D", "", part), False) for part in parts), True)
     return Ratio(tuple(_read(part, single) for part in parts if part))
+
+
+def _mixed(large: str, large_unit: str, small: str, unit: str) -> Value | None:
+    """`2 hours 30 minutes`, in the smaller unit."""
+    first, second = units.measure(large_unit), units.measure(unit)
+    if first is None or second is None or first[0] != second[0] or first[1] <= second[1]:
+        return None
+    total = Fraction(large) * first[1] / second[1] + Fraction(small)
+    return Value(("num", total, str(total)), unit)
 
 
 def _value(text: str, single: bool) -> Answer:
@@ -281,6 +318,8 @@ def _value(text: str, single: bool) -> Answer:
     if not percent:
         text, percent = units.take_percent(text)
     scale, unit = units.take_scale(unit)
+    if unit == "" and (thermometer := _THERMOMETER.fullmatch(text)):
+        text, unit = thermometer[1], "°" + thermometer[2]
     try:
         node = parse(text)
     except Unreadable:
@@ -295,5 +334,8 @@ def _value(text: str, single: bool) -> Answer:
     if node[0] == "neg" and node[1][0] == "fn" and node[1][1] == "degree":
         return Value(("neg", node[1][2]), unit or "degree", percent)
     if scale != 1:
-        node = ("mul", node, ("num", Fraction(scale), str(scale)))
+        if node[0] == "num":
+            node = ("num", node[1] * scale, str(node[1] * scale))
+        else:
+            node = ("mul", node, ("num", Fraction(scale), str(scale)))
     return Value(node, unit, percent)

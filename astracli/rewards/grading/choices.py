@@ -16,6 +16,7 @@ _RUN = re.compile(r"[A-J]{2,5}")
 _WRAPPED = re.compile(r"\s*\\words\{\s*(\(\s*[A-J]\s*\)[^{}]*|[A-J]\s*[.:)][^{}]*)\}")
 _OTHER = re.compile(r"(?<![A-Za-z\\])\(?([A-J])\)?(?![A-Za-z'])")
 _PAREN = re.compile(r"\(\s*([A-J])\s*\)")
+_LETTERED = re.compile(r"\{?(?:\(\s*([A-J])\s*\)|([A-J])[.)])\}?[:.]?\s*([^\s=,].*)", re.DOTALL)
 _DOUBT = re.compile(
     r"(?<![A-Za-z])(?:or|not|no|wait|maybe|perhaps|actually|instead|rather|else|either|and|neither|nor|but|to)(?![A-Za-z])"
     r"|\\lor|\\land|\\cup|\\cap",
@@ -25,7 +26,7 @@ _DOUBT = re.compile(
 
 def letters(text: str) -> frozenset[str] | None:
     """The letters when a text in one notation is nothing but letters of choices, else None: `(B)`, `A, C`, `AC`."""
-    text = text.strip()
+    text = re.sub(r"\\words\{([^{}]*)\}", r" \1 ", text).strip()
     single = _LETTER.fullmatch(text)
     if single:
         return frozenset(single[1])
@@ -69,6 +70,14 @@ def chosen(text: str) -> str | None:
     if others and re.fullmatch(r"[\s(),.;A-J\\]*(?:\\words\{[^{}]*\}[\s(),.;A-J]*)?", rest):
         return None
     return letter
+
+
+def lettered(text: str) -> tuple[str, str] | None:
+    """(letter, text) of a choice written with its text, `(C) 17` or `C. 17`, else None."""
+    match = _LETTERED.fullmatch(text.strip())
+    if match is None or chosen(text) is None:
+        return None
+    return match[1] or match[2], match[3].strip()
 
 
 def run_of_letters(text: str) -> frozenset[str] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 
 from astracli.rewards.grading import sets, values
 from astracli.rewards.grading.answer_types import (
@@ -285,14 +286,28 @@ def _matched(gold: tuple[Answer, ...], answer: tuple[Answer, ...], conventions: 
 def _ratios(gold: Answer, answer: Answer, conventions: Conventions) -> bool:
     if isinstance(gold, Ratio) and isinstance(answer, Ratio):
         if gold.time or answer.time:
-            parts = zip(gold.parts, answer.parts, strict=False)
-            return len(gold.parts) == len(answer.parts) and all(equal(a, b, conventions) for a, b in parts)
+            return _same_time(gold, answer)
         if any(isinstance(part, Dots) for part in (*gold.parts, *answer.parts)) or len(gold.parts) > 2:
             return len(gold.parts) == len(answer.parts) and all(
                 equal(a, b, conventions) for a, b in zip(gold.parts, answer.parts, strict=True)
             )
     quotients = [_quotient(each) for each in (gold, answer)]
     return quotients[0] is not None and quotients[1] is not None and values.same(quotients[0], quotients[1])
+
+
+def _same_time(gold: Ratio, answer: Ratio) -> bool:
+    """`3:45 p.m.` is `3:45` and `15:45`, not `3:45 a.m.`."""
+    first, second = ([part.node for part in each.parts if isinstance(part, Value)] for each in (gold, answer))
+    if len(first) != len(second) or not all(values.same(a, b) for a, b in zip(first[1:], second[1:], strict=True)):
+        return False
+    if gold.half and answer.half:
+        return gold.half == answer.half and values.same(first[0], second[0])
+    noon = ("num", Fraction(12), "12")
+    hours = [
+        [node, *([("add", node, noon)] if each.half == "p" else [])]
+        for node, each in ((first[0], gold), (second[0], answer))
+    ]
+    return any(values.same(a, b) for a in hours[0] for b in hours[1])
 
 
 def _quotient(answer: Answer) -> Node | None:

@@ -6,8 +6,12 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from astracli.rewards.grading import notation, units
+from astracli.rewards.grading.answer_types import Words
+from astracli.rewards.grading.answers import read
 from astracli.rewards.grading.boxes import BOX, boxed
 from astracli.rewards.grading.tokens import FUNCTIONS, WORDS
+from astracli.rewards.grading.trees import Unreadable
 
 Extraction = Literal["boxed_or_last_number", "boxed"]
 Place = Literal["box", "tag", "said", "whole", "formula", "number", "none"]
@@ -25,10 +29,12 @@ _SAID = re.compile(
     r"(?:\banswers?|\boption|\bchoice|\bresult)\s*(?:\((?:in|to)[^()]{1,40}\))?\s*\**\s*"
     r"(?:(?:is|are|was|would be|will be|must be|should be)\b\s*(?:therefore|thus|then|simply|just|clearly)?\s*[:：]?"
     r"|[:：]|=)\s*\**\s*[:：]?"
-    r"|答案(?:应该|应当)?(?:是|为|等于|[:：])+|(?:结果|答)(?:是|为|[:：])+|####",
+    r"|【答案】|答案(?:应该|应当)?(?:是|为|等于|[:：])+|(?:结果|答)(?:是|为|[:：])+|####",
     re.IGNORECASE,
 )
-_PICKED = re.compile(r"(?:故|应|因此|所以)?(?:选择?|选项)(?:为|是)?\s*[:：]?\s*[(（]?([A-J])[)）]?(?![A-Za-z])")
+_PICKED = re.compile(
+    r"(?:故|应|因此|所以)?(?:选择?|选项)(?:为|是)?\s*[:：]?\s*[(（]?([A-J](?:[\s、,，;；和与及或]*[A-J])*)[)）]?(?![A-Za-z])"
+)
 _CHOSEN = re.compile(
     r"\b(?i:choose|select|pick|option|choice)(?:\s+(?:option|choice|is|answer))*\s*:?\s*\**\(?([A-J])\)?"
     r"(?=[\s.,*]|$)(?!\s+(?:or|and)\b)"
@@ -37,12 +43,29 @@ _PLAIN_FRACTION = re.compile(r"(?<![\d.,/*^+)(-])[-−]?(?:\d+\s+)?\d+\s*/\s*\d+
 _PAIR = re.compile(r"(\b(?:and|or)|,)?\s([\[(][^()\[\]]{1,80},[^()\[\]]{1,80}[\])])[.\s]*$")
 """A pair or an interval at the end of a sentence, and the word or comma that makes it one of several."""
 _STOP = re.compile(
-    r"(?<![A-Z\d])\.(?=\s+[A-Z\\$(]|\s*$)|(?<=[\dA-J])\.(?=\s+[A-Z][a-z]|\s*$)|[。！]|\n"
+    r"(?<![A-Z\d])\.(?=\s+[A-Z\\$(]|\s*$)|(?<=[\dA-J])\.(?=\s+[A-Z][a-z]|\s*$)|[。！【]|\n"
     r"|,?\s+(?:because|since|which|where|as\s|so\s|I hope|when)\b"
 )
 _LETTER = re.compile(r"[*\s$({\\]*(?:text(?:bf)?\{)?\(?[A-J]\)?[})*\s$.]*")
 _BULLET = re.compile(r"^\s*(?:[-–*•+]\s+|#+\s+|>\s+)")
 _COPULA = re.compile(r"\b(?:is|are|equals|was|were)\b\s*:?\s*|:\s+(?=[-\d$\\])")
+_JOINT = re.compile(
+    r"\b(?:is|are|equals|was|were|be)\b\s*"
+    r"(?:(?:therefore|thus|then|simply|just|exactly|equal to|given by|an?|the)\s+)?:?\s*|(?<![<>!=])=\s*"
+)
+_RATIO = re.compile(r"\bratio\b[^.\n]{0,120}?\b(?:is|be|was|=)\s*(\d+)\s+to\s+(\d+)[.*\s]*$")
+_CIRCLED = re.compile("[①-⑳](?:[、,，和与及]*[①-⑳])*")
+"""Numbers of statements in Chinese problems: `①③`."""
+_UNIT = re.compile(r" ([A-Za-z]{2,})(?=[\s.,;*)]|$)")
+_SENTENCES = re.compile(r"(?<=[.!?])\s+(?=[A-Z*])|\n")
+_LEAD = re.compile(r"[\s*_]*(yes|no|true|false)\b(?=[*_]*\s*(?:[,.;:!—–]|$))", re.IGNORECASE)
+_UNDECIDED = re.compile(r"\b(?:or|not|either|neither|nor|maybe|perhaps|isn't|wrong|incorrect)\b", re.IGNORECASE)
+_GIVEN_UP = re.compile(
+    r"\b(?:I|we)\s*(?:'m |am |was |are |were )?"
+    r"(?:cannot|can't|can not|could not|couldn't|unable to|not able to|failed to)\s+(?:\w+\s+){0,2}?"
+    r"(?:solve|determine|answer|find|complete|finish|compute|figure)\b|\bI (?:don't|do not) know\b",
+    re.IGNORECASE,
+)
 _BOLD = re.compile(r"(\*\*|__)(.+?)\1")
 _MATH = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _NUMBER = re.compile(r"[-−+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?", re.ASCII)
@@ -172,12 +195,14 @@ def _said(text: str) -> str:
     picked = list(_PICKED.finditer(text)) or list(_CHOSEN.finditer(text))
     said = list(_SAID.finditer(text))
     if picked and (not said or picked[-1].start() >= said[-1].start()):
-        return picked[-1][1]
+        return picked[-1][1] if "或" in picked[-1][1] else ", ".join(re.findall("[A-J]", picked[-1][1]))
     if not said:
         return ""
     rest = text[said[-1].end() :].lstrip(" \t*:：")
     rest = rest.lstrip("\n").lstrip() if not rest.split("\n", 1)[0].strip() else rest
     rest = _BULLET.sub("", rest)
+    if option := re.match(r"[(（]?([A-J])[)）]?\s*(?:选项|项)", rest):
+        return option[1]
     math = _MATH.match(rest)
     if math and not re.match(r"\s*(?:or|and|或|和|,|，|\\?%|to\b)", rest[math.end() :]):
         return _undressed(math[0])
@@ -205,7 +230,12 @@ def _undressed(text: str) -> str:
 
 
 def unannounced(text: str) -> Found:
-    """The last formula or the last number, whichever ends later."""
+    """The last formula or the last number, whichever ends later; an expression in plain text behind `is` or `=`."""
+    end = text[-300:]
+    if ("not " in end or "n't " in end or "nable " in end or "failed " in end) and _GIVEN_UP.search(end):
+        return Found("", "none", "")
+    if ratio := _RATIO.search(end):
+        return Found(f"{ratio[1]}:{ratio[2]}", "formula", text)
     formulas = [
         match
         for match in _MATH.finditer(text)
@@ -217,6 +247,12 @@ def unannounced(text: str) -> Found:
         if _ranged(text[: formulas[-1].start()]):
             return Found("", "formula", text)
         return Found(content.strip(), "formula", text)
+    circled = list(_CIRCLED.finditer(text))
+    if circled and (number is None or circled[-1].end() > number[1]):
+        return Found(re.sub("[、,，和与及]", "", circled[-1][0]), "formula", text)
+    tail = "" if number and _alone(text, number) else _tail(text)
+    if tail and not (number and tail == number[0]):
+        return Found(tail, "formula", text)
     if number is None:
         return Found("", "none", text)
     if _ranged(text[: number[2]]):
@@ -227,7 +263,65 @@ def unannounced(text: str) -> Found:
     fraction = _PLAIN_FRACTION.search(text[: number[1]])
     if fraction and _BARE_AFTER.match(text, number[1]):
         return Found(fraction[0].replace("−", "-"), "formula", text)
-    return Found(number[0], "number", text)
+    unit = _UNIT.match(text, number[1])
+    return Found(number[0] + (f" {unit[1]}" if unit and units.measure(unit[1]) else ""), "number", text)
+
+
+def _alone(text: str, number: tuple[str, int, int]) -> bool:
+    """Whether the last number ends the text and follows a word or an equals sign: no part of a longer expression."""
+    before = text[: number[2]].rstrip(" $")[-1:]
+    return not text[number[1] :].strip(" .$*\n") and (before.isalpha() or before in "=:")
+
+
+def _tail(text: str) -> str:
+    """`2*sqrt(3)` of `... so the area is 2*sqrt(3) cm.`; empty where the last sentence ends with no expression."""
+    sentence = _SENTENCES.split(text.rstrip()[-2 * BARE_LIMIT :])[-1]
+    if "$" in sentence or "\\" in sentence or len(sentence) > BARE_LIMIT:
+        return ""
+    joints = list(_JOINT.finditer(sentence))
+    rest = _undressed(sentence[joints[-1].end() :]) if joints else ""
+    unit = re.search(r"(?<=[\w)])\s+([A-Za-z][A-Za-z /^\d]*)$", rest)
+    if unit and (units.measure(unit[1]) or unit[1].endswith("units")):
+        rest = rest[: unit.start()]
+    formula = re.search(r"[-+*/^]|sqrt|pi|[π√²³]", rest.lstrip("-+")) and not re.search(
+        r"[?!:;,|]|\b(?:or|to|and)\b", rest
+    )
+    return rest if formula and not _prose(rest) and not re.search(r"\d-\d", rest) and _readable(rest) else ""
+
+
+def _readable(text: str) -> bool:
+    try:
+        return not isinstance(read(notation.plain(text), True), Words)
+    except Unreadable:
+        return False
+
+
+def letter_set_bold(text: str) -> str:
+    """The letter that is set bold last, `so **C** is correct`; empty without one."""
+    bold = _set_bold(text)
+    return bold.strip("() .") if _LETTER.fullmatch(bold) else ""
+
+
+def worded(text: str, yes_or_no: bool) -> str:
+    """The answer in words of a completion that announces none: what is set bold last, or ends the last sentence.
+
+    To a question of yes or no it is first the word that begins the last paragraph.
+    """
+    if yes_or_no and (lead := _LEAD.match(text.strip().rsplit("\n\n", 1)[-1])):
+        return lead[1]
+    if bold := _set_bold(text):
+        return bold
+    sentence = _SENTENCES.split(text.rstrip()[-2 * BARE_LIMIT :])[-1]
+    joints = list(_JOINT.finditer(sentence))
+    return _undressed(sentence[joints[-1].end() :]) if joints else ""
+
+
+def _set_bold(text: str) -> str:
+    """What stands in bold in the last sentence that has it; empty when it is one of several, or denied."""
+    for sentence in reversed(_SENTENCES.split(text.strip())):
+        if found := list(_BOLD.finditer(sentence)):
+            return found[0][2] if len(found) == 1 and not _UNDECIDED.search(sentence) else ""
+    return ""
 
 
 def _ranged(before: str) -> bool:

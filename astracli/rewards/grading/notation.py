@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from astracli.rewards.grading import units
 from astracli.rewards.grading.characters import as_latex, chinese_number
 
 _SIZES = re.compile(
@@ -69,13 +70,16 @@ _WORD = re.compile(r"[A-Za-z]{2,}")
 _ORDINAL = re.compile(r"(\d)\s*(?:\^\s*)?\{?\s*\\(?:text|mathrm|textrm|mbox)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}?")
 _COMPOUND = re.compile(
     r"([\d})]\s*(?:\\[,;: ]|~|\s)*)\\(?:mathrm|text|textrm|mbox|rm)\s*"
-    r"\{((?:[A-Za-z/.\s]|\\[,;:! ]|\^?-?\d|\^\{-?\d\})*\^\{-?\d\})\}"
+    r"\{((?:[A-Za-z/.~\s]|\\[,;:! ]|\\cdot(?![A-Za-z])|\^?-?\d|\^\{-?\d\})*\^\{-?\d\})\}"
 )
 """A unit with exponents behind a number: `9.8\\,\\mathrm{m\\,s^{-2}}`."""
 _NUMERALS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 _SPELLED = re.compile(rf"(?:\\words\{{\s*)?({'|'.join(_NUMERALS)})(?:\s*\}})?(?:\s*\(\d+\))?", re.IGNORECASE)
 """A small number in a word: `nine`, `nine (9)`."""
 _UNIT_LETTERS = frozenset("msghLNJWVKC")
+_BEHIND_NUMBER = re.compile(r"[\d)}]\s*(?:\\[,;: ]|~|\s)*$")
+_COMBINATIONS = re.compile(r"(?<![A-Za-z\\])C\s*_\s*\{?(\d+)\}?\s*\^\s*\{?(\d+)\}?")
+"""`C_{10}^{3}`, ten choose three."""
 _BAR = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar)\s*(?:\{(\d+)\}|(\d))")
 _DOT = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?")
 _BRACKET = re.compile(r"(?<![\d.])(\d*)\.(\d*)\((\d+)\)")
@@ -87,12 +91,13 @@ def plain(text: str) -> str:
     text = _outer(as_latex(chinese_number(text.strip())))
     if "\\" in text or "{" in text:
         text = _latex(text)
+    text = _COMBINATIONS.sub(r"\\binom{\1}{\2}", text)
     text = re.sub(r"(?<=\d)'(?=\d{3}(?!\d))", "", text)
     text = re.sub(r"(?<=\d) ?e ?(?=-?\d+$)", "e", text)
     text = _repeating(text)
     text = _THOUSANDS.sub(lambda m: m[1] + re.sub(r"\D", "", m[2]), text)
     text = _SPACING.sub(" ", text)
-    text = _final_point(" ".join(text.split()))
+    text = re.sub(r"^an? (?=[\d.]+ ?%)", "", _final_point(" ".join(text.split())))
     spelled = _SPELLED.fullmatch(text)
     return str(_NUMERALS.index(spelled[1].lower())) if spelled else text
 
@@ -126,7 +131,7 @@ def _latex(text: str) -> str:
         text = pattern.sub(new, text)
     text = _DEGREE.sub(r"\\degree ", text)
     text = _ORDINAL.sub(r"\1", text)
-    text = _COMPOUND.sub(lambda m: m[1] + r"\words{" + re.sub(r"[{}]|\\[,;:! ]", " ", m[2]).strip() + "}", text)
+    text = _COMPOUND.sub(lambda m: m[1] + r"\words{" + re.sub(r"[{}~]|\\[,;:! ]", " ", m[2]).strip() + "}", text)
     text = _STYLED_LETTER.sub(r" \1", text)
     while True:
         changed = _STYLED.sub(_unstyled, text)
@@ -140,8 +145,10 @@ def _latex(text: str) -> str:
 
 def _unstyled(match: re.Match[str]) -> str:
     """The content of a font command; words stay marked, so that letters of prose are no variables."""
-    content = match[1]
-    if content.strip() in _UNIT_LETTERS and re.search(r"[\d)}]\s*(?:\\[,;: ]|~|\s)*$", match.string[: match.start()]):
+    content = match[1].replace("~", " ")
+    if content.strip() in _UNIT_LETTERS and _BEHIND_NUMBER.search(match.string[: match.start()]):
+        return rf"\words{{{content.strip()}}}"
+    if len(content.strip()) > 1 and _BEHIND_NUMBER.search(match.string[: match.start()]) and units.measure(content):
         return rf"\words{{{content.strip()}}}"
     if content.strip()[:1].isdigit():
         return f" {content.strip()} "

@@ -11,6 +11,13 @@ NOTHING = re.compile(
     r"(?:there\s+(?:is|are)\s+)?(?:no\s+(?:real\s+|such\s+)?(?:solutions?|values?|roots?)|(?:the\s+)?empty\s+set|无解|空集)",
     re.IGNORECASE,
 )
+INFINITE = re.compile(
+    r"infinity|(?:there\s+are\s+)?(?:infinitely many|(?:an )?infinite(?: number of| amount of)?)"
+    r"(?:\s+(?:real\s+)?(?:solutions?|values?|roots?|pairs?))?",
+    re.IGNORECASE,
+)
+_SYNONYMS = {"dne": "does not exist", "doesn't exist": "does not exist", "not exist": "does not exist"}
+_OPPOSITES = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 EXCEPT = re.compile(r"\s*(?:except|other than|excluding|but not|but)\s+(?:for\s+)?")
 OPENING = "([{"
 CLOSING = ")]}"
@@ -63,5 +70,18 @@ def as_words(text: str) -> str | None:
     text = re.sub(r"[{}]", " ", text)
     if re.search(r"[\\^_=<>+*/]", text) or not re.search(r"[^\W\d_]{2}", text):
         return None
-    words = [word for word in re.findall(r"[\w'-]+", text.casefold()) if word not in ("a", "an", "the")]
-    return " ".join(words)
+    words = " ".join(word for word in re.findall(r"[\w'-]+", text.casefold()) if word not in ("a", "an", "the"))
+    if words.endswith(" does not exist") and words.count(" ") < 6:
+        return "does not exist"
+    return _SYNONYMS.get(words, words)
+
+
+def is_yes_or_no(gold: str | None) -> bool:
+    """Whether a gold, as words, is the answer to a question of yes or no."""
+    return gold in _OPPOSITES
+
+
+def says(gold: str, answer: str) -> bool:
+    """Whether prose begins with the gold, which is yes or no, and goes on to explain it: `Yes, it is possible`."""
+    text = re.sub(r"\\words\{([^{}]*)\}", r"\1", answer).strip("*_ ").casefold()
+    return re.match(rf"{gold}\W*[,.;:!—–-]", text) is not None and not re.search(rf"\b{_OPPOSITES[gold]}\b", text)

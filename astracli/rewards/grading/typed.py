@@ -11,7 +11,7 @@ from astracli.rewards.grading.answer_types import Answer, Assigned, Dots, Severa
 from astracli.rewards.grading.answers import read
 from astracli.rewards.grading.compare import equal
 from astracli.rewards.grading.conventions import Conventions
-from astracli.rewards.grading.phrases import as_words, split
+from astracli.rewards.grading.phrases import as_words, is_yes_or_no, says, split
 from astracli.rewards.grading.trees import TooLarge, Unreadable
 
 _OPTION = re.compile(
@@ -32,6 +32,8 @@ _ANNOUNCED = re.compile(
     r"\s+(?:is|=)\s*:?\s*\}?(?![^{]*\})\s*",
     re.IGNORECASE,
 )
+_TENS = re.compile(r"\\log\s*_\s*(?:\{\s*10\s*\}|10(?!\d))|\\lg(?![A-Za-z])")
+"""The logarithm to the base 10, which books also write without its base."""
 _NAME_ONLY = re.compile(r"[A-Za-z\\]*\s*(?:=)?\s*")
 
 
@@ -59,6 +61,8 @@ def verdict(gold: str, answer: str, problem: str = "", conventions: Conventions 
     words = as_words(wanted)
     if words is not None and words == as_words(found):
         return True
+    if words is not None and is_yes_or_no(words) and says(words, found):
+        return True
     conventions = conventions or Conventions()
     conventions = replace(
         conventions, percent_asked=question.percent_asked(problem), list_asked=question.list_asked(problem)
@@ -82,8 +86,18 @@ def only_words(gold: str, answer: str) -> bool:
     return isinstance(wanted, Value) and not variables(wanted) and as_words(notation.plain(answer)) is not None
 
 
+def words_of(gold: str) -> str | None:
+    """A gold that is words and no value, as comparable words."""
+    plain = notation.plain(gold)
+    words = as_words(plain)
+    return words if is_yes_or_no(words) or isinstance(_gold(plain), Words) else None
+
+
 def _choice(gold: str, answer: str, problem: str, conventions: Conventions | None) -> bool | None:
     """The verdict when the gold is letters of choices."""
+    lettered = choices.lettered(gold)
+    if lettered is not None:
+        return _choice_with_text(*lettered, answer, conventions)
     wanted = choices.letters(gold)
     named = choices.letters(answer)
     if wanted is None and named is not None and len(named) > 1:
@@ -101,10 +115,20 @@ def _choice(gold: str, answer: str, problem: str, conventions: Conventions | Non
     return bool(text) and choices.chosen(answer) is None and verdict(str(text), answer, "", conventions) is True
 
 
+def _choice_with_text(letter: str, text: str, answer: str, conventions: Conventions | None) -> bool:
+    """The verdict for a gold such as `(C) 17`: letter, text or both."""
+    both = choices.lettered(answer)
+    if both is not None:
+        return both[0] == letter and (both[1] == text or verdict(text, both[1], "", conventions) is not False)
+    if choices.letters(answer) is not None or choices.chosen(answer) is not None:
+        return choices.letters(answer) == {letter} or choices.chosen(answer) == letter
+    return verdict(text, answer, "", conventions) is True
+
+
 @lru_cache(maxsize=256)
 def _options(problem: str) -> dict[str, str]:
     """The texts of a problem's choices; empty when it has none."""
-    found = {(m[1] or m[2]): m[3].strip(" $~\\,;") for m in _OPTION.finditer(problem[-2000:])}
+    found = {(m[1] or m[2]): m[3].strip(" $~,;").rstrip("\\ $~,;") for m in _OPTION.finditer(problem[-2000:])}
     return found if "A" in found and "B" in found else {}
 
 
@@ -133,9 +157,12 @@ def _one_reading(gold: str, answer: str, problem: str, conventions: Conventions)
         return _same_words(wanted, found)
     if _contradicts(found, wanted):
         return False
+    wanted = _with_unit(gold, wanted, found)
     right = equal(wanted, found, conventions)
     if right and question.unfinished(problem, wanted, found):
         return False
+    if not right and r"\ln" not in gold + answer and (_TENS.search(gold) is None) != (_TENS.search(answer) is None):
+        return _one_reading(_TENS.sub(r"\\log ", gold), _TENS.sub(r"\\log ", answer), problem, conventions)
     if right or after is None:
         return right or _decimal_comma(gold, answer)
     rounded = _answer(after, wanted)
@@ -143,6 +170,16 @@ def _one_reading(gold: str, answer: str, problem: str, conventions: Conventions)
         return False
     loose = Conventions(tolerance=0.01)
     return isinstance(found, Value) and isinstance(rounded, Value) and equal(rounded, found, loose)
+
+
+def _with_unit(gold: str, wanted: Answer, found: Answer) -> Answer:
+    """The gold `5 m` as a length, not as a variable, when the answer has a unit of the same kind."""
+    if not (isinstance(found, Value) and found.unit and isinstance(wanted, Value) and not wanted.unit):
+        return wanted
+    measured = _answer(gold, found)
+    if isinstance(measured, Value) and measured.unit and not variables(measured) and variables(wanted):
+        return measured
+    return wanted
 
 
 @lru_cache(maxsize=4096)

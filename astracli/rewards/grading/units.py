@@ -7,14 +7,18 @@ that are not known (`apples`) never decide.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from fractions import Fraction
+from functools import lru_cache
 
-_KNOWN: dict[str, tuple[str, Fraction]] = {}
+_KNOWN: dict[str, tuple[dict[str, int], Fraction]] = {}
 
 
-def _add(dimension: str, factor: int | Fraction | str, *names: str) -> None:
+def _add(dimensions: str, factor: int | Fraction | str, *names: str) -> None:
+    """Units of the same dimensions (`length time^-2`) and their factor to the base units."""
+    powers = {name: int(power or 1) for name, _, power in (part.partition("^") for part in dimensions.split(", "))}
     for name in names:
-        _KNOWN[name] = dimension, Fraction(factor)
+        _KNOWN[name] = powers, Fraction(factor)
 
 
 for _short, _factor in (
@@ -47,8 +51,8 @@ _add("mass", 1000, "kg", "kilogram", "kilograms", "千克", "公斤")
 _add("mass", 1_000_000, "ton", "tons", "tonne", "tonnes", "吨")
 _add("weight", 1, "lb", "lbs", "pound", "pounds")
 _add("weight", "1/16", "oz", "ounce", "ounces")
-_add("volume", "1/1000", "L", "l", "liter", "liters", "litre", "litres", "升")
-_add("volume", "1/1000000", "mL", "ml", "milliliter", "milliliters", "毫升")
+_add("length^3", "1/1000", "L", "l", "liter", "liters", "litre", "litres", "升")
+_add("length^3", "1/1000000", "mL", "ml", "cc", "milliliter", "milliliters", "毫升")
 _add("gallon", 1, "gallon", "gallons", "gal")
 _add("gallon", "1/4", "quart", "quarts")
 _add("money", 1, "$", "dollar", "dollars", "usd", "USD", "bucks")
@@ -61,29 +65,48 @@ _add("angle", 1, "degree", "degrees", "deg", "度")
 _add("radian", 1, "rad", "radian", "radians")
 _add("celsius", 1, "°C", "celsius", "Celsius")
 _add("fahrenheit", 1, "°F", "fahrenheit", "Fahrenheit")
-_add("speed", 1, "mph", "miles per hour", "mi/h", "miles/hour")
-_add("metric speed", 1, "m/s", "meters per second", "metres per second")
-_add("metric speed", Fraction(5, 18), "km/h", "kph", "kmh", "kilometers per hour", "km/hr")
-_add("force", 1, "N", "newton", "newtons")
-_add("energy", 1, "J", "joule", "joules")
-_add("energy", 1000, "kJ")
+_add("length, time^-1", "0.44704", "mph")
+_add("length, time^-1", Fraction(5, 18), "kph", "kmh")
+_add("mass, length, time^-2", 1000, "N", "newton", "newtons")
+_add("mass, length^2, time^-2", 1000, "J", "joule", "joules")
 _add("electronvolt", 1, "eV")
-_add("power", 1, "W", "watt", "watts")
-_add("power", 1000, "kW")
-_add("voltage", 1, "V", "volt", "volts")
-_add("current", 1, "A", "amp", "amps")
-_add("temperature", 1, "K", "kelvin")
-_add("frequency", 1, "Hz")
+_add("mass, length^2, time^-3", 1000, "W", "watt", "watts")
+_add("mass, length^2, time^-3, current^-1", 1000, "V", "volt", "volts")
+_add("mass, length^2, time^-3, current^-2", 1000, "Ω", "ohm", "ohms")
+_add("current", 1, "A", "amp", "amps", "ampere", "amperes")
+_add("temperature", 1, "K", "kelvin", "kelvins")
+_add("time^-1", 1, "Hz", "hertz")
 _add("amount", 1, "mol", "moles", "mole")
-_add("pressure", 1, "Pa")
-_add("pressure", 1000, "kPa")
-SINGLE = frozenset(name for name in _KNOWN if len(name) == 1 and name.isascii() and name.isalpha())
+_add("mass, length^-1, time^-2", 1000, "Pa", "pascal", "pascals")
+_BARE = frozenset(_KNOWN) | {"kJ", "kW", "kPa"}
+"""Units that need no mark such as `\\text` behind a number."""
+SINGLE = frozenset(name for name in _BARE if len(name) == 1 and name.isascii() and name.isalpha())
+_add("current, time", 1, "C", "coulomb", "coulombs")
+_add("mass^-1, length^-2, time^4, current^2", "1/1000", "F", "farad", "farads")
+_add("mass, time^-2, current^-1", 1000, "T", "tesla", "teslas")
+_PREFIXES = {"p": -12, "n": -9, "μ": -6, "m": -3, "c": -2, "k": 3, "M": 6, "G": 9}
+for _base in ("m", "s", "g", "L", "N", "J", "W", "V", "A", "Hz", "Pa", "mol", "eV", "Ω", "C", "F", "T", "K"):
+    for _prefix, _power in _PREFIXES.items():
+        _powers_of_base, _size = _KNOWN[_base]
+        if _prefix + _base != "pm":  # behind a time, `pm` is the afternoon
+            _KNOWN.setdefault(_prefix + _base, (_powers_of_base, _size * Fraction(10) ** _power))
+_MEANINGS = {
+    "pound": "£",
+    "pounds": "£",
+    "degree": "°C",
+    "degrees": "°C",
+    "deg": "°C",
+}
+"""What a unit may mean besides: pounds of money, degrees of a thermometer."""
 CURRENCY = "$€£¥₹"
 _WORDS = r"\\words\{[^{}]*\}"
 _EXPONENT = r"(?:\s*\^\s*(?:\{-?\d\}|-?\d))?"
 _MARKED = re.compile(rf"(?:\s*(?:{_WORDS}|[A-Za-z]+|[/.]|\\cdot)\s*{_EXPONENT})+\.?\s*$")
 _PLAIN = re.compile(rf"(?P<unit>[A-Za-z°¢.]+(?:[ /]+[A-Za-z.]+)*{_EXPONENT}(?:\s*/\s*[A-Za-z]+{_EXPONENT})?)\s*$")
-_SYMBOL = re.compile(r"(.*[\d})])\s*(\\Omega|\\mu\s*[a-zA-Z]|\\(?:AA|ell))", re.DOTALL)
+_SYMBOL = re.compile(r"(.*[\d})])\s*(\\Omega|\\mu\s*(?:[a-zA-Z]{1,3}|\\Omega)|[kM]\s*\\Omega|\\(?:AA|ell))", re.DOTALL)
+_FRACTION = re.compile(
+    r"\\frac\s*\{((?:[^{}]|\\words\{[^{}]*\})+)\}\s*\{((?:[^{}]|\\words\{[^{}]*\}|\^\{-?\d\})+)\}\s*$"
+)
 _CJK = re.compile(r"(?P<unit>[\u4e00-\u9fff]+)\s*$")
 _PERCENT = re.compile(r"\s*(?:%|\\words\{\s*(?:%|percent|pct)\s*\}|(?:percent|pct)\b)\s*$", re.IGNORECASE)
 _NUMBERLIKE = re.compile(r"[-+]?[\d.,/()\s]*[\d)]|.*[})\d]", re.DOTALL)
@@ -95,6 +118,9 @@ _REMARK = re.compile(
 """What behind a number is no unit: it says something about the answer."""
 _SQUARE = re.compile(r"^(?:square|sq\.?)\s+", re.IGNORECASE)
 _CUBIC = re.compile(r"^(?:cubic|cu\.?)\s+", re.IGNORECASE)
+_PART = re.compile(r"(/|[^\s/^().\d-]+\.?)(\s*\^\s*-?\d+|\s+(?:squared|cubed)\b)?")
+_AHEAD = {"square": 2, "sq": 2, "sq.": 2, "cubic": 3, "cu": 3, "cu.": 3}
+_THERMOMETER = re.compile(r"(?:\bdegrees?\s*|\bdeg\s*|°\s*)(C|F)(?:elsius|ahrenheit)?\b", re.IGNORECASE)
 
 
 def take_percent(text: str) -> tuple[str, bool]:
@@ -117,8 +143,12 @@ def take_unit(text: str, known: frozenset[str], single: bool) -> tuple[str, str]
         return text[:-1].rstrip(), text[-1]
     if (cjk := _CJK.search(text)) and cjk.start() > 0:
         return text[: cjk.start()].rstrip(), cjk["unit"]
-    if single and (sign := _SYMBOL.fullmatch(text)):
-        return sign[1], sign[2].replace(" ", "")
+    if (sign := _SYMBOL.fullmatch(text)) and (single or "Omega" in sign[2]):
+        return sign[1], sign[2].replace(r"\Omega", "Ω").replace(r"\mu", "μ").replace(" ", "")
+    if (fraction := _FRACTION.search(text)) and _NUMBERLIKE.fullmatch(text[: fraction.start()].rstrip()):
+        unit = _named(re.sub(r"\\words", "", f"{fraction[1]} / {fraction[2]}"))
+        if measure(unit) and (single or re.search("[A-Za-z]{2}", unit)):
+            return text[: fraction.start()].rstrip(), unit
     place = text.find(r"\words{")
     if place > 0 and (_MARKED.fullmatch(text, place)):
         unit = re.sub(r"\\words\{([^{}]*)\}", r" \1 ", text[place:])
@@ -138,11 +168,12 @@ def _is_unit(unit: str, value: str, known: frozenset[str], single: bool) -> bool
         return False
     if all(len(word) == 1 for word in words):
         return single and value != value.rstrip() and all(word in SINGLE for word in words)
-    return all(word in _KNOWN or word.lower() in _KNOWN or len(word) >= 4 or len(words) > 1 for word in words)
+    known_units = _KNOWN.keys() if single and value != value.rstrip() else _BARE
+    return all(word in known_units or word.lower() in known_units or len(word) >= 4 or len(words) > 1 for word in words)
 
 
 def _named(unit: str) -> str:
-    """`square inches`, `inches^2`, `in^{2}` -> a base name and an exponent: `inches^2`."""
+    """Without braces and commands; `square inches` is `inches^2`."""
     unit = " ".join(unit.replace("{", "").replace("}", "").replace(r"\cdot", " ").split()).strip(" .")
     unit = re.sub(r"\s*\^\s*", "^", unit)
     for pattern, power in ((_SQUARE, 2), (_CUBIC, 3)):
@@ -166,31 +197,62 @@ _SCALES = {
 
 def take_scale(unit: str) -> tuple[int, str]:
     """(1000000, `dollars`) of `million dollars`."""
-    for word, size in _SCALES.items():
+    for word, size in _SCALES.items() if unit else ():
         match = re.match(rf"{word}s?(?![a-z])\s*", unit, re.IGNORECASE)
         if match and not (word == "千" and unit[1:2] in "米克"):
             return size, unit[match.end() :]
     return 1, unit
 
 
+@lru_cache(maxsize=4096)
 def measure(unit: str) -> tuple[str, Fraction] | None:
-    """(dimension, factor to its base unit), None for a unit that is not known."""
+    """(dimensions, factor to their base units) of `km/h`, `m s^-1`, `miles per hour`; None for an unknown unit."""
     if unit.startswith("base "):
         return unit, Fraction(1)
-    base, _, power = unit.partition("^")
-    base = base.strip()
-    found = _KNOWN.get(base) or _KNOWN.get(base.lower())
-    if found is None:
+    total: dict[str, int] = {}
+    size = Fraction(1)
+    parts = list(_powers(unit))
+    for name, power in parts:
+        found = _KNOWN.get(name) or _KNOWN.get(name.lower())
+        if found is None:
+            return None
+        size *= found[1] ** power
+        for dimension, times in found[0].items():
+            total[dimension] = total.get(dimension, 0) + times * power
+    if not parts:
         return None
-    exponent = int(power) if power.strip().isdigit() else 1
-    return (found[0] if exponent == 1 else f"{found[0]}^{exponent}"), found[1] ** exponent
+    return " ".join(f"{name}^{total[name]}" for name in sorted(total) if total[name]), size
+
+
+def _powers(unit: str) -> Iterator[tuple[str, int]]:
+    """The names of a unit and their powers; what stands behind `/` or `per` divides."""
+    unit = _THERMOMETER.sub(lambda m: "°" + m[1].upper(), unit)
+    sign, ahead = 1, 1
+    for name, power in _PART.findall(unit):
+        lower = name.lower()
+        if name == "/" or lower in ("per", "a"):
+            sign = -1
+        elif lower in _AHEAD:
+            ahead = _AHEAD[lower]
+        else:
+            power = power.strip(" ^")
+            yield name.strip("."), sign * ahead * int({"": 1, "squared": 2, "cubed": 3}.get(power, power))
+            ahead = 1
+
+
+def _meanings(unit: str) -> list[tuple[str, Fraction] | None]:
+    second = _MEANINGS.get(unit.lower())
+    return [measure(unit), *([measure(second)] if second else [])]
 
 
 def factor(gold: str, answer: str) -> Fraction | None:
     """What an answer in its unit is multiplied with to be in the gold's; None when the two measure different things."""
     if not gold or not answer or gold == answer:
         return Fraction(1)
-    first, second = measure(gold), measure(answer)
-    if first is None or second is None:
-        return Fraction(1)
-    return second[1] / first[1] if first[0] == second[0] else None
+    for first in _meanings(gold):
+        for second in _meanings(answer):
+            if first is None or second is None:
+                return Fraction(1)
+            if first[0] == second[0]:
+                return second[1] / first[1]
+    return None

@@ -20,7 +20,7 @@ from astracli.runs import find as runs
 from astracli.runs import run_dir
 from astracli.runs.run_dir import RunDir
 
-HOLDER = "import sys,pathlib; from astracli import runs; r = runs.{call}; print('held', flush=True); sys.stdin.read()"
+HOLDER = "import sys,pathlib; from astracli.runs import find as runs; r = runs.{call}; print('held', flush=True); sys.stdin.read()"
 
 
 def recipe_in(path: Path) -> Path:
@@ -161,7 +161,7 @@ def test_write_atomic_keeps_the_mode_and_leaves_nothing(tmp_path: Path) -> None:
 def test_a_killed_supervisor_holds_the_run_until_its_children_are_gone(tmp_path: Path) -> None:
     recipe_in(tmp_path)
     code = (
-        "import subprocess, sys, pathlib; from astracli import runs; "
+        "import subprocess, sys, pathlib; from astracli.runs import find as runs; "
         f"r = runs.resume(pathlib.Path({str(tmp_path)!r})); "
         "c = subprocess.Popen(['sleep', '60'], pass_fds=(r.lock_fd,)); print(c.pid, flush=True); sys.stdin.read()"
     )

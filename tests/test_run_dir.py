@@ -20,7 +20,10 @@ from astracli.runs import find as runs
 from astracli.runs import run_dir
 from astracli.runs.run_dir import RunDir
 
-HOLDER = "import sys,pathlib; from astracli.runs import find as runs; r = runs.{call}; print('held', flush=True); sys.stdin.read()"
+HOLDER = (
+    "import sys, pathlib; from astracli.runs import find as runs; "
+    "r = runs.{call}; print('held', flush=True); sys.stdin.read()"
+)
 
 
 def recipe_in(path: Path) -> Path:

@@ -17,7 +17,8 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass
 class Segment:
-    """Tokens that one weight version produced. A segment never spans an update."""
+    """Tokens under one weight version: the oldest that was in force while they were drawn. With the pause modes
+    `in_place` and `retract` a segment goes on behind an update."""
 
     version: int
     tokens: np.ndarray

@@ -42,6 +42,8 @@ _GREEK = {
     )
 } | {"Γ": r"\Gamma ", "Δ": r"\Delta ", "Θ": r"\Theta ", "Λ": r"\Lambda ", "Π": r"\Pi ", "Σ": r"\Sigma "}
 _GREEK |= {"Φ": r"\Phi ", "Ψ": r"\Psi ", "Ω": r"\Omega ", "ϕ": r"\phi ", "ϵ": r"\epsilon ", "ϑ": r"\theta "}
+GREEK_NAMES = frozenset(command.strip("\\ ") for command in _GREEK.values())
+"""As LaTeX commands without the backslash."""
 _CHARACTERS = {
     **_GREEK,
     **dict.fromkeys("‐‑‒–—―−﹣－", "-"),

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from astracli.rewards.grading.characters import GREEK_NAMES
 from astracli.rewards.grading.trees import Unreadable
 
 _TOKEN = re.compile(
@@ -13,56 +14,9 @@ _TOKEN = re.compile(
     r"|(?P<power>\*\*)|(?P<letter>[A-Za-z])|(?P<other>.)",
     re.DOTALL | re.ASCII,
 )
-GREEK = frozenset(
-    [
-        "alpha",
-        "beta",
-        "gamma",
-        "delta",
-        "epsilon",
-        "zeta",
-        "eta",
-        "theta",
-        "iota",
-        "kappa",
-        "lambda",
-        "mu",
-        "nu",
-        "xi",
-        "omicron",
-        "rho",
-        "sigma",
-        "tau",
-        "upsilon",
-        "phi",
-        "chi",
-        "psi",
-        "omega",
-        "Gamma",
-        "Delta",
-        "Theta",
-        "Lambda",
-        "Xi",
-        "Pi",
-        "Sigma",
-        "Upsilon",
-        "Phi",
-        "Psi",
-        "Omega",
-        "ell",
-        "hbar",
-        "infty",
-        "pi",
-        "Omega",
-        "partial",
-        "angle",
-        "triangle",
-        "odot",
-        "prime",
-        "star",
-        "circ",
-    ]
-)
+_SYMBOLS = ("ell", "hbar", "partial", "infty", "prime", "circ", "star", "angle", "triangle", "odot")
+GREEK = GREEK_NAMES | {"Xi", "Upsilon", *_SYMBOLS}
+"""Commands that are one symbol: Greek letters, and others that are read like them."""
 FUNCTIONS = frozenset(
     [
         "sin",

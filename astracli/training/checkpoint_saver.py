@@ -116,7 +116,7 @@ class Saver:
 
     def begin(self, step: int, version: int, masters: Masters) -> None:
         """Begin to write the state after `step` steps; the one before is waited for. A collective."""
-        self.wait()
+        self._written()
         self.prepare(masters)
         working = self.directory / f".step_{step:06d}.tmp"
         if self.ranks.first:
@@ -153,10 +153,19 @@ class Saver:
             raise self._save.error
 
     def wait(self) -> None:
-        """Until the checkpoint is whole; on another rank than the first, until its part is on disk."""
+        """Until the checkpoint is whole; on another rank than the first, until its part is on disk.
+
+        Its threads have ended then. One that still had a tensor to release when the interpreter ends would abort the
+        process.
+        """
+        self._written()
+        self.prepared()
+
+    def _written(self) -> None:
         if self._save is not None:
             self._save.done.wait()
             self.check()
+            self._save.join()
             self._save = None
 
     def figures(self) -> dict[str, float]:
@@ -188,9 +197,18 @@ class _Save:
             saver._stream = saver._stream or torch.cuda.Stream(device)
             saver._stream.wait_stream(torch.cuda.current_stream(device))
 
+        self._threads = [
+            threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True)
+            for work, name in ((self._copy, "checkpoint-copy"), (self._write, "checkpoint-write"))
+        ]
+
     def start(self) -> None:
-        for work, name in ((self._copy, "checkpoint-copy"), (self._write, "checkpoint-write")):
-            threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True).start()
+        for thread in self._threads:
+            thread.start()
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join()
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:

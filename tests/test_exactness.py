@@ -12,8 +12,8 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
-from exactness import SMALL, difference, digests, figures
-from killing import Attempt, records
+from loop.exactness import SMALL, difference, digests, figures
+from loop.killing import Attempt, records
 
 QUICK = ["eval.samples=1", "eval.pass_k=1"]
 

@@ -1,5 +1,5 @@
 """A micro-batch on a GPU asks for its kernels without ever waiting for one: shown without a GPU, on tensors that have
-no memory (`bench/launches.py`)."""
+no memory (`bench/trainer/launches.py`)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LAYERS = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_atte
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    path = Path(__file__).parent.parent / "bench" / "launches.py"
+    path = Path(__file__).parent.parent / "bench" / "trainer" / "launches.py"
     spec = importlib.util.spec_from_file_location("launches", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

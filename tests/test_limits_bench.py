@@ -15,7 +15,7 @@ from astracli.errors import RunFailed
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))
-    return importlib.import_module("limits")
+    return importlib.import_module("learning.limits")
 
 
 def test_a_failed_run_is_a_row_and_is_tried_again(

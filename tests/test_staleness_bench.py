@@ -11,7 +11,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
-from staleness import Run
+from learning.staleness import Run
 
 
 def test_the_generating_model_is_the_trained_one_and_older_versions_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,247 @@
+"""How full are an engine's slots when lengths are long-tailed? The rollout worker beside an engine process, watched.
+
+    python bench/engine/slots.py --device cpu [--slots 32] [--seconds 60]      the embedded engine, shipped model
+    python bench/engine/slots.py --model DIR [--slots 256] [--median 160] [--new-tokens 1024]      SGLang on a GPU
+
+DIR: `python bench/random_checkpoint.py DIR`. A completion has as many tokens as a log-normal law of its seed says
+(`--median`, `--sigma`, at most `--new-tokens`), and no end token comes before. The worker is the real one: leases of a
+hub that always grants, groups, grading. The engine itself is asked every `--poll-s` seconds how many requests it runs
+(the embedded engine's /model_info; SGLang's /get_load or /v1/loads); their mean over `--seconds`, weighted by time and
+after `--warm-s`, divided by the slots is the share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import shutil
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+
+import numpy as np
+
+from astracli.config import recipe_io
+from astracli.config.recipe import Recipe
+from astracli.data import fetch
+from astracli.data.prompts import PromptSource
+from astracli.engines.client import EngineClient, GenRequest, GenResult
+from astracli.hub.api import build_app, serve
+from astracli.hub.store import HubStore
+from astracli.machine import facts as machine
+from astracli.models.adapter import load_tokenizer
+from astracli.process import ports
+from astracli.process.worker import Reporter, WorkerConfig
+from astracli.rewards.reward import GradePool
+from astracli.rollout import worker as rollout
+from astracli.weights.publish.server import weights_app
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from engine.rollout import TOKEN, engine, settings
+
+MANY = 100_000
+"""Groups of a batch and steps of a run: admission never says no."""
+
+
+def law(args: argparse.Namespace) -> Callable[[int], int]:
+    """Tokens of the completion with a seed."""
+
+    def length(seed: int) -> int:
+        drawn = np.random.default_rng(seed).lognormal(math.log(args.median), args.sigma)
+        return int(min(max(1, round(drawn)), args.new_tokens))
+
+    return length
+
+
+def long_tailed(length: Callable[[int], int], lengths: list[int]) -> type[EngineClient]:
+    """A client whose requests end where the law says; `lengths` gets the tokens of each that has come back."""
+
+    class LongTailed(EngineClient):
+        async def generate(self, requests: Sequence[GenRequest], *more: Any) -> list[GenResult]:
+            asked = [replace(r, max_new_tokens=length(r.seed) - r.draw_offset, stop_token_ids=()) for r in requests]
+            results = await super().generate(asked, *more)
+            lengths.extend(len(result.tokens) for result in results)
+            return results
+
+    return LongTailed
+
+
+def endless(model: Path, folder: Path) -> Path:
+    """The checkpoint under a config without an end token."""
+    out = folder / "model"
+    shutil.copytree(model, out)
+    for name in ("config.json", "generation_config.json"):
+        if (out / name).exists():
+            document = json.loads((out / name).read_text())
+            document["eos_token_id"] = None
+            (out / name).write_text(json.dumps(document))
+    return out
+
+
+class Poll:
+    """Asks the engine how many requests it runs; a thread, from `with` to its end."""
+
+    def __init__(self, url: str, every_s: float):
+        self._url, self._every_s = url, every_s
+        self.seen: list[tuple[float, int, int]] = []
+        """(monotonic seconds, running, waiting in the engine)"""
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self._open = opener.open
+
+    def __enter__(self) -> Poll:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def ask(self, path: str) -> Any:
+        request = urllib.request.Request(self._url + path, headers={"Authorization": f"Bearer {TOKEN}"})
+        with self._open(request, timeout=10) as reply:
+            return json.load(reply)
+
+    def _counts(self) -> tuple[int, int]:
+        info = self.ask("/model_info")
+        if "running" in info:
+            return info["running"], info["waiting"]
+        try:
+            loads = self.ask("/get_load")
+            waiting = sum(load["num_waiting_reqs"] for load in loads)
+            return sum(load["num_reqs"] for load in loads) - waiting, waiting
+        except HTTPError:
+            loads = self.ask("/v1/loads")["loads"]
+            return sum(load["num_running_reqs"] for load in loads), sum(load["num_waiting_reqs"] for load in loads)
+
+    def _watch(self) -> None:
+        while not self._done.is_set():
+            with suppress(OSError):  # a busy server may answer late; the answer before stands until the next
+                counts = self._counts()
+                self.seen.append((time.monotonic(), *counts))
+            self._done.wait(self._every_s)
+
+    def mean(self, begin: float, end: float) -> tuple[float, float]:
+        """Mean of running and of waiting, weighted by the time until the next answer."""
+        spans = [
+            (min(after[0], end) - max(now[0], begin), now[1], now[2])
+            for now, after in zip(self.seen, self.seen[1:], strict=False)
+            if after[0] > begin and now[0] < end
+        ]
+        total = sum(span for span, _, _ in spans)
+        return sum(s * running for s, running, _ in spans) / total, sum(s * waiting for s, _, waiting in spans) / total
+
+
+@contextmanager
+def hub(folder: Path) -> Iterator[tuple[HubStore, str]]:
+    store = HubStore(
+        folder / "hub.sqlite", batch_groups=MANY, max_staleness=0, drop_equal_groups=False, lease_timeout_s=600.0,
+        steps=MANY, eval_every=0, engines=["engine0"],
+    )  # fmt: skip
+    (folder / "weights").mkdir()
+    app = build_app(
+        store, TOKEN, weights_app=weights_app(folder / "weights"), metrics_path=None, on_status=lambda _: None
+    )
+    server = serve(app, ports.bind("127.0.0.1")).start()
+    try:
+        yield store, server.url
+    finally:
+        server.stop()
+        store.close()
+
+
+def measure(args: argparse.Namespace, recipe: Recipe, model: Path, folder: Path) -> dict[str, Any]:
+    length, lengths = law(args), list[int]()
+    rollout.EngineClient = long_tailed(length, lengths)  # type: ignore[misc]
+    tokenizer, source = load_tokenizer(model), PromptSource(recipe.data, recipe.seed, None)
+    with engine(recipe, model, folder) as url, hub(folder) as (store, hub_url):
+        stage = folder / f"engine-{url.rpartition(':')[2]}" / "stage"
+        config = WorkerConfig(
+            name="rollout", role="rollout", run_dir=folder, hub_url=hub_url, token=TOKEN, recipe=recipe,
+            paths={"model": str(model)}, backends={"engine": "sglang" if args.device == "cuda" else "embedded"},
+            engines=[{"name": "engine0", "url": url, "stage_dir": str(stage)}],
+        )  # fmt: skip
+        marks: list[tuple[float, int]] = []
+
+        def keep_time() -> None:
+            for seconds in (args.warm_s, args.seconds):
+                time.sleep(seconds)
+                marks.append((time.monotonic(), sum(lengths)))
+            store.request_stop()
+
+        pool = GradePool(recipe.data.reward, recipe.data.reward_workers, recipe.data.reward_timeout_s)
+        with pool, Poll(url, args.poll_s) as poll:
+            clock = threading.Thread(target=keep_time)
+            clock.start()
+            asyncio.run(rollout._main(config, Reporter(config), tokenizer, source, pool))
+            clock.join()
+    (begin, before), (end, after) = marks
+    running, waiting = poll.mean(begin, end)
+    drawn = [length(seed) for seed in range(8000)]
+    group = recipe.rollout.group_size
+    longest = [max(drawn[i : i + group]) for i in range(0, len(drawn), group)]
+    return {
+        "slots": args.slots,
+        "slots_busy": running / args.slots,
+        "waiting_in_engine": waiting,
+        "tokens_per_s": (after - before) / (end - begin),
+        "completions": len(lengths),
+        "mean_tokens": statistics.mean(drawn),
+        "mean_by_longest_of_group": statistics.mean(drawn) / statistics.mean(longest),
+        "polls": len(poll.seen),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="checkpoint directory; default the shipped tiny model")
+    parser.add_argument("--recipe", default="qwen3.5-tiny-m2po-delta")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--slots", type=int, help="default 32, on a GPU 256")
+    parser.add_argument("--median", type=float, help="of a completion's tokens; default 24, on a GPU 160")
+    parser.add_argument("--sigma", type=float, default=0.8, help="of their logarithm")
+    parser.add_argument("--new-tokens", type=int, help="at most; default 160, on a GPU 1024")
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--warm-s", type=float, default=10.0)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--poll-s", type=float, default=0.05)
+    parser.add_argument("--memory-gib", type=float, help="of a smaller card")
+    parser.add_argument("--attention", help="rollout.attention_backend")
+    parser.add_argument("--engine-path", help="PYTHONPATH of the environment that holds SGLang")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    cpu = args.device == "cpu"
+    args.slots = args.concurrency = args.slots or (32 if cpu else 256)
+    args.median, args.new_tokens = args.median or (24 if cpu else 160), args.new_tokens or (160 if cpu else 1024)
+    gpus = machine.visible_gpus(machine.probe())
+    recipe = recipe_io.load(args.recipe, settings(args, gpus[0]["memory_total"] / 2**30 if gpus else None))
+    model = fetch.local_path(recipe.model.path)
+    if model is None:
+        sys.exit(f"no checkpoint at `{recipe.model.path}`")
+    with tempfile.TemporaryDirectory() as name:
+        result = measure(args, recipe, endless(model, Path(name)) if cpu else model, Path(name))
+    if args.json:
+        print(json.dumps(result))
+        return
+    print(
+        f"{args.slots} slots, {result['slots_busy']:.3f} busy on average over {args.seconds:.0f} s, "
+        f"{result['waiting_in_engine']:.1f} requests waiting in the engine; {result['tokens_per_s']:.0f} tokens/s\n"
+        f"{result['mean_tokens']:.0f} tokens a completion, {result['mean_by_longest_of_group']:.2f} of the longest in "
+        f"its group of {recipe.rollout.group_size}; {result['polls']} answers of the engine"
+    )
+
+
+if __name__ == "__main__":
+    main()

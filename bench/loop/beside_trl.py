@@ -1,0 +1,287 @@
+"""Our CPU loop against TRL's GRPOTrainer: the same tiny model, prompts and completions, on the same cores, in one run.
+
+    python bench/loop/beside_trl.py [--steps 60] [--rounds 3] [--trl-threads 1 2] [--json]
+
+Both sides: astra:tiny, the arithmetic prompts, 8 prompts x 8 completions of at most 24 tokens a step, temperature 1,
+one AdamW step on all of them, no group dropped, no KL, learning rate 2e-4. Sides take turns for `--rounds` rounds; a
+side's figure is samples over wall time from the end of step 5 on, start-up excluded, and medians over rounds are taken.
+Ours is `astra train` as it is (hub, rollout, grading and engine processes included, staleness up to 2 versions); TRL's
+is one process with each of `--trl-threads` threads, the quickest counts. CPU seconds of all of a side's processes stand
+beside it: they hold on a machine that others load too. TRL is imported from wherever it is importable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+PROMPTS, GROUP, TOKENS, FIRST = 8, 8, 24, 5
+SAMPLES = PROMPTS * GROUP
+RATE = 2e-4
+PHASES = ("score_s", "forward_s", "backward_s", "optimizer_s", "batch_s", "check_s", "publish_s", "wait_s")
+SETTINGS = {
+    "train.batch_groups": PROMPTS,
+    "train.minibatches": 1,
+    "train.learning_rate": RATE,
+    "train.schedule": '"constant"',
+    "train.warmup_steps": 0,
+    "rollout.group_size": GROUP,
+    "rollout.max_new_tokens": TOKENS,
+    "algorithm.drop_equal_groups": "false",
+    "eval.every": 0,
+    "checkpoint.every": 100000,
+}
+
+
+# ---- ours
+
+
+def ours(steps: int, extra: list[str], folder: Path) -> dict[str, Any]:
+    """One `astra train`; watched from outside."""
+    run = folder / f"run-{time.monotonic_ns()}"
+    settings = [f"{key}={value}" for key, value in SETTINGS.items()] + [f"train.steps={steps}", *extra]
+    command = [sys.executable, "-m", "astracli", "train", "--recipe", "qwen3.5-tiny-m2po-delta", "--run-dir", str(run)]
+    command += [part for setting in settings for part in ("--set", setting)]
+    with (folder / "train.log").open("w") as log:
+        began = time.monotonic()
+        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+        marks = [mark for wanted in (FIRST, steps) if (mark := _mark(process, run, wanted))]
+        code = process.wait()
+    if code or len(marks) < 2:
+        sys.exit(f"{' '.join(command)} ended with {code}:\n{(folder / 'train.log').read_text()[-3000:]}")
+    records = [r for r in _records(run) if r["process"] == "trainer" and "step_s" in r]
+    steady = [r for r in records if r["step"] >= FIRST]
+    window_s = steady[-1]["time"] - records[FIRST - 1]["time"]
+    first, last = marks
+    watched_s = last["time"] - first["time"]
+    watched_steps = sum(first["time"] < r["time"] <= last["time"] for r in records)
+    cpu_s = {name: used - first["cpu"].get(name, 0.0) for name, used in sorted(last["cpu"].items())}
+    engine = {k: (last["engine"][k] - first["engine"][k]) / watched_s for k in first["engine"]}
+    return {
+        "samples_per_s": SAMPLES * len(steady) / window_s,
+        "tokens_per_sample": statistics.mean(r["tokens"] for r in steady) / SAMPLES,
+        "step_s": statistics.median(r["step_s"] for r in steady),
+        "start_s": records[0]["time"] - records[0]["step_s"] - (time.time() - (time.monotonic() - began)),
+        "staleness_mean": statistics.mean(r["staleness_mean"] for r in steady),
+        "trainer_s": {p: statistics.median(r.get(p, 0.0) for r in steady) for p in PHASES},
+        "engine_share": {**engine, "other": max(0.0, 1.0 - sum(engine.values()))},
+        "cpu_s": sum(cpu_s.values()) / watched_steps,
+        "cpu_step_s": {name: used / watched_steps for name, used in cpu_s.items()},
+        "cpu_share": {name: used / watched_s for name, used in cpu_s.items()},
+    }
+
+
+def _mark(process: subprocess.Popen[bytes], run: Path, wanted: int) -> dict[str, Any] | None:
+    """CPU seconds of every process and the engine's phases, when step `wanted` has been trained. None if it ends."""
+    seen: dict[str, Any] | None = None
+    while process.poll() is None:
+        if sum(r["process"] == "trainer" and "step_s" in r for r in _records(run)) >= wanted:
+            return _look(process.pid, run) or seen
+        if wanted > FIRST:  # the last step is followed by the end at once: keep the newest look
+            seen = _look(process.pid, run) or seen
+        time.sleep(0.25)
+    return seen
+
+
+def _look(pid: int, run: Path) -> dict[str, Any] | None:
+    try:
+        cpu = dict(_cpu(pid, run))
+        config = json.loads((run / "config" / "engine0.json").read_text())
+        address = next(engine["url"] for engine in config["engines"] if engine["name"] == "engine0")
+        headers = {"Authorization": f"Bearer {config['token']}"}
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(urllib.request.Request(f"{address}/model_info", headers=headers), timeout=5) as reply:
+            seconds = json.load(reply)["seconds"]
+    except (OSError, psutil.Error, ValueError):
+        return None
+    return {"time": time.time(), "cpu": cpu, "engine": seconds}
+
+
+def _cpu(pid: int, run: Path) -> Iterator[tuple[str, float]]:
+    """(process name, CPU seconds); unnamed children (graders) are summed."""
+    names = {str(path): path.stem for path in (run / "config").glob("*.json")}
+    supervisor = psutil.Process(pid)
+    yield "supervisor + hub", sum(supervisor.cpu_times()[:2])
+    graders = 0.0
+    for child in supervisor.children(recursive=True):
+        used = sum(child.cpu_times()[:2])
+        name = next((names[part] for part in child.cmdline() if part in names), None)
+        if name:
+            yield name, used
+        else:
+            graders += used
+    yield "graders", graders
+
+
+def _records(run: Path) -> list[dict[str, Any]]:
+    try:
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+    except (OSError, ValueError):
+        return []
+
+
+# ---- TRL's
+
+
+def trl(steps: int, threads: int, folder: Path) -> dict[str, Any]:
+    """TRL's trainer in a process of its own."""
+    out = folder / "trl.json"
+    env = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, __file__, "--trl-side", str(out), "--steps", str(steps)]
+    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    return {**json.loads(out.read_text()), "threads": threads}
+
+
+def trl_side(steps: int, out: Path) -> None:
+    import datasets
+    import torch
+    import transformers
+    import trl as package
+
+    import astracli
+    from astracli.data import arithmetic
+    from astracli.models.adapter import chat_prompt_tokens
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    path = Path(astracli.__file__).parent / "assets" / "tiny"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    problems = [arithmetic.draw(index, 0) for index in range(PROMPTS * steps)]
+    rows = [
+        {"prompt": tokenizer.decode(chat_prompt_tokens(tokenizer, p.question)), "answer": p.answer} for p in problems
+    ]
+    # with a fingerprint of its own: hashing the table fails where dill and pyarrow do not go together
+    dataset = datasets.Dataset(datasets.table.InMemoryTable.from_pylist(rows), fingerprint="cpu-loop")
+    ends: list[float] = []
+    used: list[float] = []
+    lengths: list[float] = []
+
+    class Clock(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            ends.append(time.perf_counter())
+            used.append(time.process_time())
+
+    def reward(completions: list[str], answer: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        lengths.append(statistics.mean(map(len, completion_ids)))
+        found = [re.search(r"\\boxed\{(.*?)\}", text) for text in completions]
+        return [float(bool(match) and match[1] == right) for match, right in zip(found, answer, strict=True)]
+
+    config = package.GRPOConfig(
+        output_dir=str(out.parent / "trl"), use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False,
+        per_device_train_batch_size=SAMPLES, gradient_accumulation_steps=1, num_generations=GROUP,
+        max_completion_length=TOKENS, temperature=1.0, top_p=1.0, top_k=0, beta=0.0, learning_rate=RATE,
+        lr_scheduler_type="constant", adam_beta2=0.99, max_steps=steps, shuffle_dataset=False, report_to="none",
+        logging_strategy="no", save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    trainer = package.GRPOTrainer(
+        model, reward, args=config, train_dataset=dataset, processing_class=tokenizer, callbacks=[Clock()]
+    )
+    trainer.train()
+    steady = ends[FIRST - 1 :]
+    figures = {
+        "samples_per_s": SAMPLES * (len(steady) - 1) / (steady[-1] - steady[0]),
+        "tokens_per_sample": statistics.mean(lengths[FIRST:]),
+        "step_s": statistics.median(b - a for a, b in itertools.pairwise(steady)),
+        "cpu_s": (used[-1] - used[FIRST - 1]) / (len(steady) - 1),
+        "version": package.__version__,
+    }
+    out.write_text(json.dumps(figures))
+
+
+# ---- the comparison
+
+
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    rounds: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for number in range(args.rounds):
+            own = ours(args.steps, args.set, folder)
+            others = [trl(args.steps, threads, folder) for threads in args.trl_threads]
+            rounds.append({"ours": own, "trl": others})
+            best = max(other["samples_per_s"] for other in others)
+            print(f"round {number + 1}: ours {own['samples_per_s']:.1f}, TRL {best:.1f} samples/s", file=sys.stderr)
+    best = [max(r["trl"], key=lambda other: other["samples_per_s"]) for r in rounds]
+    middle = sorted(range(len(rounds)), key=lambda i: rounds[i]["ours"]["samples_per_s"])[len(rounds) // 2]
+    return {
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "trl": best[0]["version"],
+        "ours_samples_per_s": statistics.median(r["ours"]["samples_per_s"] for r in rounds),
+        "trl_samples_per_s": statistics.median(b["samples_per_s"] for b in best),
+        "ratio": statistics.median(
+            r["ours"]["samples_per_s"] / b["samples_per_s"] for r, b in zip(rounds, best, strict=True)
+        ),
+        "trl_threads": [b["threads"] for b in best],
+        "middle": middle,
+        "rounds": rounds,
+    }
+
+
+def table(result: dict[str, Any]) -> None:
+    shown = result["rounds"][result["middle"]]
+    own = shown["ours"]
+    print(", ".join(f"{k} {result[k]}" for k in ("machine", "python", "torch", "transformers")))
+    print(f"{'':22} {'samples/s':>10} {'step s':>8} {'tokens/sample':>14} {'CPU s/step':>11}")
+    sides = [("astra train", own)]
+    sides += [(f"TRL {other['version']}, {other['threads']} threads", other) for other in shown["trl"]]
+    for name, side in sides:
+        print(
+            f"{name:22} {side['samples_per_s']:10.1f} {side['step_s']:8.3f} "
+            f"{side['tokens_per_sample']:14.2f} {side['cpu_s']:11.3f}"
+        )
+    print(
+        f"median of {len(result['rounds'])} rounds: ours {result['ours_samples_per_s']:.1f}, TRL "
+        f"{result['trl_samples_per_s']:.1f} samples/s, ratio {result['ratio']:.2f} (the rounds' own ratios); "
+        f"mean staleness {own['staleness_mean']:.2f} versions"
+    )
+    print("trainer, ms a step: " + ", ".join(f"{k[:-2]} {1e3 * v:.1f}" for k, v in own["trainer_s"].items()))
+    print("engine, share of time: " + ", ".join(f"{k} {v:.2f}" for k, v in own["engine_share"].items()))
+    print(f"{'process':18} {'cores':>6} {'CPU ms a step':>14}")
+    for name, share in own["cpu_share"].items():
+        print(f"{name:18} {share:6.2f} {1e3 * own['cpu_step_s'][name]:14.1f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--trl-threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe setting of our side")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--trl-side", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.steps <= FIRST + 1:
+        parser.error(f"--steps must be over {FIRST + 1}")
+    if args.trl_side:
+        trl_side(args.steps, args.trl_side)
+        return
+    result = compare(args)
+    print(json.dumps(result)) if args.json else table(result)
+
+
+if __name__ == "__main__":
+    main()

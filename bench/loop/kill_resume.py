@@ -1,0 +1,200 @@
+"""One run, killed again and again: kill -9 of every process at random moments, a resume after each, then the books.
+
+    python bench/loop/kill_resume.py [--kills 4] [--seed 0] [--children engine0 rollout ...] [--run-dir DIR]
+
+`--kills` is per process. Half of the kills fall into an attempt's start-up, half into training. The last attempt runs
+to its end; then the run must have lost no group, trained none twice, acknowledged every batch once and have one
+evaluation for every step at which one became due. Prints a row per process and a line per rule, and exits 1 when a rule
+is broken. About 10 s a kill.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import random
+import sqlite3
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from loop.killing import CHILDREN, Attempt, processes_of
+
+EVERY = 5
+STALENESS = 2
+SMALL = [
+    "train.steps=100000",
+    "train.batch_groups=4",
+    "train.minibatches=1",
+    f"train.max_staleness={STALENESS}",
+    'train.schedule="constant"',
+    "rollout.group_size=4",
+    "checkpoint.every=2",
+    f"eval.every={EVERY}",
+    "eval.samples=1",
+    "eval.pass_k=1",
+]
+STARTUP_S = 6.0
+RUNNING_S = 4.0
+LAST_STEPS = 6
+"""Steps that the last attempt trains beyond the last batch that was ever made."""
+
+
+@dataclass
+class Tally:
+    """What happened to one process."""
+
+    starting: int = 0
+    running: int = 0
+    steps: int = 0
+    """Trained in the attempts that it ended."""
+    slowest_end_s: float = 0.0
+    """From the kill to the end of the supervisor."""
+
+
+@dataclass
+class Bench:
+    run: Path
+    draw: random.Random
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    attempts: int = 0
+
+    def attempt(self, victim: str, early: bool) -> None:
+        """One attempt and its end. An attempt that ends by itself, or wrongly, is a problem."""
+        resume = (self.run / "recipe.json").exists()
+        attempt = Attempt(self.run, [] if resume else SMALL, resume=resume)
+        self.attempts += 1
+        delay = self.draw.uniform(0.3, STARTUP_S) if early else self.draw.uniform(0.0, RUNNING_S)
+        if not early and not attempt.wait(lambda: bool(attempt.steps())):
+            self._failed(attempt, f"no step before the kill of {victim}")
+            return
+        time.sleep(delay)
+        if not attempt.wait(lambda: attempt.kill(victim)):
+            self._failed(attempt, f"{victim} was not there to be killed")
+            return
+        killed = time.monotonic()
+        code, talk = attempt.end()
+        tally = self.tallies.setdefault(victim, Tally())
+        tally.slowest_end_s = max(tally.slowest_end_s, time.monotonic() - killed)
+        tally.starting += not attempt.steps()
+        tally.running += bool(attempt.steps())
+        tally.steps += len(set(attempt.steps()))
+        if victim != "supervisor" and (code != 1 or f"`{victim}`" not in talk or "--resume" not in talk):
+            self.problems.append(f"attempt {self.attempts}, {victim} killed: exit {code}, {talk[-600:]}")
+
+    def _failed(self, attempt: Attempt, what: str) -> None:
+        if attempt.supervisor.poll() is None:
+            attempt.supervisor.terminate()
+        code, talk = attempt.end()
+        self.problems.append(f"attempt {self.attempts}: {what}; exit {code}, {talk[-1500:]}")
+
+    def finish(self) -> int:
+        """The last attempt, to its end. -> the run's steps."""
+        with sqlite3.connect(self.run / "hub.sqlite") as hub:
+            steps = int(hub.execute("SELECT COALESCE(MAX(step) + 1, 0) FROM batches").fetchone()[0]) + LAST_STEPS
+        attempt = Attempt(self.run, [f"train.steps={steps}"], resume=True)
+        self.attempts += 1
+        code, talk = attempt.end(300)
+        if code:
+            self.problems.append(f"the last attempt: exit {code}, {talk[-1500:]}")
+        return steps
+
+
+def check_hub(run: Path, steps: int) -> dict[str, list[object]]:
+    """Rule -> what breaks it."""
+    with sqlite3.connect(run / "hub.sqlite") as hub:
+        batches = hub.execute("SELECT step, lease_ids, acked, version FROM batches ORDER BY step").fetchall()
+        groups = hub.execute("SELECT lease_id, state, step, version FROM groups ORDER BY lease_id").fetchall()
+    trained = [lease for _, ids, _, _ in batches for lease in json.loads(ids)]
+    of_step = {lease: step for step, ids, _, _ in batches for lease in json.loads(ids)}
+    fates = ("assigned", "dropped", "expired", "skipped")
+    return {
+        "reached the last step": [len(batches)] if len(batches) != steps else [],
+        "no lease in two batches": [lease for lease, times in Counter(trained).items() if times > 1],
+        "every batch is of 4 groups": [step for step, ids, _, _ in batches if len(json.loads(ids)) != 4],
+        "every batch acknowledged once": [s for s, _, acked, v in batches if acked != 1 or v != s + 1],
+        "no lease id is missing": sorted(set(range(len(groups))) - {row[0] for row in groups}),
+        "every lease has one fate": [row for row in groups if row[1] not in fates],
+        "groups and batches agree": [
+            row for row in groups if (row[1] == "assigned") != (row[0] in of_step) or row[2] != of_step.get(row[0])
+        ],
+        "no token too old or too new": [
+            row for row in groups if row[1] == "assigned" and not row[2] - STALENESS <= row[3] <= row[2]
+        ],
+    }
+
+
+def check_files(run: Path, steps: int) -> dict[str, list[object]]:
+    """Rule -> what breaks it."""
+    due = [*range(0, steps, EVERY), steps]
+    rows = list(csv.DictReader((run / "eval" / "eval.csv").open()))
+    spans = [(int(row["due_step"]), int(row["step"]), row["benchmark"]) for row in rows]
+    found = Counter((step, name) for first, last, name in spans for step in due if first <= step <= last)
+    wanted = Counter((step, name) for step in due for name in ("arithmetic-heldout", "overall"))
+    torn = [p.name for p in (run / "eval" / "items").glob("*.jsonl") if len(p.read_text().splitlines()) != 256]
+    return {
+        "eval.csv: one row stands for every due step": sorted(((found - wanted) + (wanted - found)).items()),
+        "every evaluation has all its items": torn,
+        "no unfinished evaluation is left": [path.name for path in (run / "eval").glob("partial/*")],
+        "the last version's digests are the export's": wrong_digests(run, steps),
+        "nothing is left running": list(processes_of(run)),
+    }
+
+
+def wrong_digests(run: Path, version: int) -> list[object]:
+    """Tensors of the export that are not, bit for bit, what the last manifest says."""
+    import torch
+    from safetensors.torch import load_file
+
+    from astracli.weights.format.digest import digest_tensor, to_hex
+    from astracli.weights.format.manifest import MANIFEST, Manifest, read_stable, version_name
+
+    kind = next(iter(read_stable(run / "weights", version)["manifests"]))
+    manifest = Manifest.from_bytes((run / "weights" / version_name(version) / MANIFEST[kind]).read_bytes())
+    exported = load_file(run / "export" / "model.safetensors")
+    return [
+        entry.name
+        for entry in manifest.tensors
+        if to_hex(digest_tensor(exported[entry.name].to(getattr(torch, entry.dtype)).contiguous())) != entry.digest
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--children", nargs="+", choices=CHILDREN, default=list(CHILDREN))
+    parser.add_argument("--run-dir", type=Path)
+    args = parser.parse_args()
+    draw = random.Random(args.seed)
+    plan = [(name, number % 2 == 1) for name in args.children for number in range(args.kills)]
+    draw.shuffle(plan)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench((args.run_dir or Path(folder) / "run").resolve(), draw)
+        bench.run.parent.mkdir(parents=True, exist_ok=True)
+        for victim, early in plan:
+            bench.attempt(victim, early)
+            if len(bench.problems) > 3:
+                break
+        steps = bench.finish()
+        rules = check_hub(bench.run, steps) | check_files(bench.run, steps) if not bench.problems else {}
+    print(f"{'killed':12} {'starting':>8} {'running':>8} {'steps trained':>13} {'slowest end s':>13}")
+    for name, t in sorted(bench.tallies.items()):
+        print(f"{name:12} {t.starting:8d} {t.running:8d} {t.steps:13d} {t.slowest_end_s:13.1f}")
+    print(f"{bench.attempts} attempts, {steps} steps, {time.monotonic() - began:.0f} s, seed {args.seed}")
+    for rule, broken in rules.items():
+        print(f"{'BROKEN' if broken else 'kept':6}  {rule}" + (f": {broken[:8]}" if broken else ""))
+    for problem in bench.problems:
+        print(f"BROKEN  {problem}")
+    sys.exit(1 if bench.problems or any(rules.values()) else 0)
+
+
+if __name__ == "__main__":
+    main()

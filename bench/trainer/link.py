@@ -1,0 +1,83 @@
+"""What a GPU's link to pinned host memory carries, and what making masters whole from their halves costs.
+
+    python bench/trainer/link.py [--gib 1] [--rounds 5] [--json]
+
+Copies to the GPU, from it, and both at once (bytes of both directions together), whole and in pieces of 64 MiB, as
+moments pass through in an update (`training/passage.py`); then the kernels of `training/halves.py` by the bytes that
+they read and write (8 a parameter). Medians, GB/s. `astracli/plan/cost.py` counts with the link's figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from astracli.training import halves
+
+PIECE = 2**26
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gib", type=float, default=1.0, help="in each direction")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("needs a CUDA device")
+    size = max(PIECE, int(args.gib * 2**30) // PIECE * PIECE)
+    there = [torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2)]
+    here = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+
+    def copy(way: int, piece: int) -> None:
+        source, target = (here[0], there[0]) if way == 0 else (there[1], here[1])
+        with torch.cuda.stream(streams[way]):
+            for start in range(0, size, piece):
+                target[start : start + piece].copy_(source[start : start + piece], non_blocking=True)
+
+    def both(piece: int) -> None:
+        for start in range(2):
+            copy(start, piece)
+
+    elements = size // 4
+    master = torch.randn(elements, device="cuda")
+    high, rest = (torch.empty(elements, dtype=kind, device="cuda") for kind in (torch.bfloat16, torch.int16))
+    cases: dict[str, tuple[Callable[[], None], int]] = {
+        "to the GPU": (lambda: copy(0, size), size),
+        "from the GPU": (lambda: copy(1, size), size),
+        "both at once": (lambda: both(size), 2 * size),
+        "both at once, 64 MiB pieces": (lambda: both(PIECE), 2 * size),
+        "masters to halves": (lambda: halves.split(master, high, rest), 8 * elements),
+        "halves to masters": (lambda: halves.join(high, rest, master), 8 * elements),
+    }
+    found = {name: rate(work, moved, args.rounds) for name, (work, moved) in cases.items()}
+    where = torch.cuda.get_device_name()
+    if args.json:
+        print(json.dumps({"device": where, "torch": torch.__version__, "gb_per_s": found}))
+        return
+    print(f"{where}, torch {torch.__version__}")
+    for name, value in found.items():
+        print(f"{name:30}{value:10.1f} GB/s")
+
+
+def rate(work: Callable[[], None], moved: int, rounds: int) -> float:
+    """GB/s in the median of `rounds`, after one that is not counted."""
+    seconds = []
+    for _ in range(rounds + 1):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return round(moved / statistics.median(seconds[1:]) / 1e9, 1)
+
+
+if __name__ == "__main__":
+    main()

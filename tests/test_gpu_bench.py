@@ -26,19 +26,23 @@ def bench() -> ModuleType:
 def test_every_variant_gets_a_row(
     bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = bench.build
+    real = bench.Case.trainer
 
-    def build(adapter, config, variant, *rest):  # type: ignore[no-untyped-def]
+    def trainer(case, variant):  # type: ignore[no-untyped-def]
         if variant.packing == "padded":
             raise MemoryError("no room")
-        return real(adapter, config, variant, *rest)
+        return real(case, variant)
 
-    monkeypatch.setattr(bench, "build", build)
+    monkeypatch.setattr(bench.Case, "trainer", trainer)
     names = ["packed-none", "padded-selective", "leaking"]
     options = ["--shape", "tiny", "--tokens", "64", "--longest", "40", "--micro-batches", "1", "--steps", "1", "--json"]
     monkeypatch.setattr(sys, "argv", ["speed.py", *options, "--variants", *names])
     bench.main()
-    rows = {row["variant"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
+    said = capsys.readouterr()
+    document = json.loads(said.out)
+    assert document["environment"]["torch"] and document["environment"]["date"]
+    rows = {row["variant"]: row for row in document["rows"]}
+    assert [json.loads(line)["variant"] for line in said.err.splitlines() if line.startswith("{")] == names
     assert list(rows) == names
     assert rows["packed-none"]["tokens_per_s"] > 0 and rows["packed-none"]["gradient_error"] < 1e-4
     assert rows["padded-selective"]["raised"] == "MemoryError: no room"
@@ -102,7 +106,7 @@ def test_the_whole_loop_at_tiny_shape(tmp_path: Path) -> None:
     assert result["wait_share"] == pytest.approx(phases["wait"] / step)
     assert result["trained_tokens_per_s"] == pytest.approx(result["tokens_per_step"] / step)
     assert 0 < result["delta_bytes"] < result["full_bytes"]
-    assert result["update"]["pause_s"]["count"] >= 2 and result["generated_tokens_per_s"] > 0
+    assert result["update"]["pause_s"]["n"] >= 2 and result["generated_tokens_per_s"] > 0
     assert result["balance"]["limit"] in ("generation", "training", "each other", "nothing")
     assert result["memory"] == [], "no GPU"
     assert not list(tmp_path.iterdir()), "nothing is left"
@@ -113,7 +117,7 @@ def test_gpu_memory_is_that_of_our_processes_or_else_what_came_since(
     bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pid: str, seen: dict[int, float]
 ) -> None:
     """GPU 0 holds 48 GiB, 18 of them from before: 40 are ours, or, where our ids are not shown, 30. GPU 2 holds 3."""
-    from weights.streams import MemoryWatch  # type: ignore[import-not-found]
+    from shared import MemoryWatch  # type: ignore[import-not-found]
 
     asked = tmp_path / "asked"
     script = f"""#!/bin/sh
@@ -137,12 +141,10 @@ esac
     assert watch.peaks_gib == seen and watch.peak_gib == sum(seen.values())
 
 
-def test_a_run_s_memory_stands_beside_its_plan_for_each_gpu(
-    bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_s_memory_stands_beside_its_plan_for_each_gpu(bench: ModuleType, tmp_path: Path) -> None:
     """Engine and trainer take turns on GPU 3: 2 + max(10, 30) GiB are planned there, and 20 on GPU 5."""
     from loop import full_size  # type: ignore[import-not-found]
-    from weights.streams import MemoryWatch  # type: ignore[import-not-found]
+    from shared import MemoryWatch  # type: ignore[import-not-found]
 
     gib, one = 2**30, {"where": "gpu", "basis": "counted", "fixed": True, "away": False}
     rows = [
@@ -159,11 +161,9 @@ def test_a_run_s_memory_stands_beside_its_plan_for_each_gpu(
         watch._ours.see(dict(zip((3, 5), seen, strict=True)))
         found = full_size.memory(tmp_path, watch)
         assert [(row["gpu"], row["planned_gib"]) for row in found] == [("3", 32.0), ("5", 20.0), ("all", 52.0)]
-        full_size.memory_table(found)
         return [round(row["ratio"], 3) for row in found], full_size.as_planned(found)
 
     assert judged(32.0, 20.0) == ([1.0, 1.0, 1.0], True)
     assert judged(33.6, 15.0) == ([1.05, 0.75, 0.935], True), "a GPU may hold less, if all hold what is planned"
     assert judged(28.8, 17.0) == ([0.9, 0.85, 0.881], False)
     assert judged(32.0, 22.2) == ([1.0, 1.11, 1.042], False), "but none more"
-    assert "| 3 | engine0, trainer | 32.0 | 32.0 | 1.000 |" in capsys.readouterr().out

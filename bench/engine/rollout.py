@@ -21,12 +21,9 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -38,32 +35,33 @@ from astracli.config.recipe import Recipe
 from astracli.data import arithmetic, fetch
 from astracli.doctor import gather
 from astracli.engines.client import EngineClient, GenRequest
+from astracli.hub.api import build_app, serve
+from astracli.hub.store import HubStore
 from astracli.machine import facts as machine
 from astracli.models import registry
 from astracli.models.adapter import chat_prompt_tokens
 from astracli.plan.build import ENGINE_MODULES
 from astracli.process import ports
 from astracli.process.worker import WorkerConfig
+from astracli.weights.publish.server import weights_app
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from weights.streams import MemoryWatch
+from shared import RECIPE, command, finished, folder, more_options, options, say, show, watched
 
 TOKEN = "bench"
 GROUP = 8
+MANY = 100_000
+"""Groups of a batch and steps of a run."""
 
 
 def settings(args: argparse.Namespace, total_gib: float | None) -> list[str]:
     """What both sides' recipe says."""
     filler = "1 " * (args.prompt_tokens // 2)
     found: dict[str, Any] = {
-        "data.reward": "probe",
-        "data.prompt": json.dumps(filler + "{question}"),
-        "rollout.group_size": GROUP,
-        "rollout.max_new_tokens": args.new_tokens,
-        "rollout.context_length": args.prompt_tokens + 64 + args.new_tokens,
-        "rollout.max_running_requests": args.concurrency,
-        "algorithm.drop_equal_groups": "false",
-    }
+        "data.reward": "probe", "data.prompt": json.dumps(filler + "{question}"), "rollout.group_size": GROUP,
+        "rollout.max_new_tokens": args.new_tokens, "rollout.context_length": args.prompt_tokens + 64 + args.new_tokens,
+        "rollout.max_running_requests": args.concurrency, "algorithm.drop_equal_groups": "false",
+    }  # fmt: skip
     if args.device == "cuda":
         found |= {"resources.device": "cuda", "resources.rollout_gpus": 1, "model.path": str(args.model)}
         if args.engine_path:
@@ -79,29 +77,22 @@ def settings(args: argparse.Namespace, total_gib: float | None) -> list[str]:
 
 
 @contextmanager
-def silent_hub() -> Iterator[str]:
-    """Takes an engine's heartbeats."""
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(200)
-            self.send_header("Content-Length", "2")
-            self.end_headers()
-            self.wfile.write(b"{}")
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+def hub(folder: Path) -> Iterator[tuple[HubStore, str]]:
+    """A hub that always grants: admission never says no."""
+    store = HubStore(
+        folder / "hub.sqlite", batch_groups=MANY, max_staleness=0, drop_equal_groups=False, lease_timeout_s=600.0,
+        steps=MANY, eval_every=0, engines=["engine0"],
+    )  # fmt: skip
+    (folder / "weights").mkdir()
+    app = build_app(
+        store, TOKEN, weights_app=weights_app(folder / "weights"), metrics_path=None, on_status=lambda _: None
+    )
+    server = serve(app, ports.bind("127.0.0.1")).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield store, server.url
     finally:
-        server.shutdown()
+        server.stop()
+        store.close()
 
 
 @contextmanager
@@ -113,9 +104,9 @@ def engine(recipe: Recipe, model: Path, folder: Path) -> Iterator[str]:
     run = folder / f"engine-{port}"
     (run / "config").mkdir(parents=True)
     (run / "stage").mkdir()
-    with silent_hub() as hub:
+    with hub(run) as (_, hub_url):
         config = WorkerConfig(
-            name="engine0", role="engine", run_dir=run, hub_url=hub, token=TOKEN, recipe=recipe,
+            name="engine0", role="engine", run_dir=run, hub_url=hub_url, token=TOKEN, recipe=recipe,
             paths={"model": str(model)}, device=choice.device, threads=recipe.resources.threads.engine,
             backends=choice.settings(), extra={"port": port, "stage_dir": str(run / "stage"), "published": False},
         )  # fmt: skip
@@ -177,71 +168,60 @@ def ours(args: argparse.Namespace, sets: list[str], groups: int, folder: Path) -
     """(tokens, seconds) of one `astra rollout`, start-up excluded."""
     run = folder / f"rollout-{time.monotonic_ns()}"
     out = folder / f"{run.name}.jsonl"
-    command = [sys.executable, "-m", "astracli", "rollout", "--recipe", args.recipe, "--n", str(groups)]
-    command += ["--out", str(out), "--run-dir", str(run), *(part for s in sets for part in ("--set", s))]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    finished([*command("rollout", run, sets, args.recipe), "--n", str(groups), "--out", str(out)], folder)
     tokens = sum(len(json.loads(line)["tokens"]) for line in out.read_text().splitlines())
     return tokens, json.loads((run / "summary.json").read_text())["phases_s"]["running"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="checkpoint directory; default the shipped tiny model")
-    parser.add_argument("--recipe", default="qwen3.5-tiny-m2po-delta")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--concurrency", type=int, default=256)
-    parser.add_argument("--waves", type=int, default=4, help="completions per open request, on average")
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--new-tokens", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--memory-gib", type=float, help="of a smaller card")
-    parser.add_argument("--attention", help="rollout.attention_backend")
-    parser.add_argument("--engine-path", help="PYTHONPATH of the environment that holds SGLang")
-    parser.add_argument("--only-ours", action="store_true", help="without the raw requests: for memory, not speed")
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
+def engine_options(doc: str | None) -> argparse.ArgumentParser:
+    """What the benches of an engine ask for."""
+    return options(
+        doc, model={str: "checkpoint directory; default the shipped tiny model"}, recipe=RECIPE,
+        device=("cuda", "cpu"), memory_gib={float: "of a smaller card"}, attention={str: "rollout.attention_backend"},
+        engine_path={str: "PYTHONPATH of the environment that holds SGLang"},
+    )  # fmt: skip
+
+
+def chosen(args: argparse.Namespace) -> tuple[Recipe, Path, list[str]]:
+    """The recipe, its checkpoint and the settings that made it."""
     gpus = machine.visible_gpus(machine.probe())
     sets = settings(args, gpus[0]["memory_total"] / 2**30 if gpus else None)
     recipe = recipe_io.load(args.recipe, sets)
     model = fetch.local_path(recipe.model.path)
     if model is None:
         sys.exit(f"no checkpoint at `{recipe.model.path}`")
+    return recipe, model, sets
+
+
+def main() -> None:
+    parser = more_options(
+        engine_options(__doc__), concurrency=256, waves={4: "completions per open request, on average"},
+        prompt_tokens=128, new_tokens=512, rounds=3,
+        only_ours={False: "without the raw requests: for memory, not speed"},
+    )  # fmt: skip
+    args = parser.parse_args()
+    recipe, model, sets = chosen(args)
     groups = max(1, args.concurrency * args.waves // GROUP)
-    watch = MemoryWatch()
-    if args.device == "cuda":
-        watch.start()
     rows = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with folder() as name, watched(args.device) as watch:
         for _ in range(args.rounds):
             row: dict[str, float] = {}
             if not args.only_ours:
-                with engine(recipe, model, folder) as url:
+                with engine(recipe, model, name) as url:
                     raw = asyncio.run(ask_all(url, recipe, prompts_of(recipe, model, groups), args.concurrency))
                 row |= {"raw": raw[0] / raw[1], "raw_tokens": raw[0]}
-            own = ours(args, sets, groups, folder)
+            own = ours(args, sets, groups, name)
             rows.append(row | {"ours": own[0] / own[1], "tokens": own[0]})
-            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    watch.done.set()
+            say(rows[-1])
     result: dict[str, Any] = {
+        "completions": groups * GROUP,
         "ours_tokens_per_s": statistics.median(r["ours"] for r in rows),
         "peak_gib": watch.peak_gib or None,
-        "rounds": rows,
     }
     if not args.only_ours:
         result["raw_tokens_per_s"] = statistics.median(r["raw"] for r in rows)
         result["share"] = statistics.median(r["ours"] / r["raw"] for r in rows)
-    if args.json:
-        print(json.dumps(result))
-        return
-    print(f"{groups * GROUP} completions a round, at most {args.concurrency} at once, {args.new_tokens} tokens at most")
-    print(f"ours {result['ours_tokens_per_s']:.0f} tokens/s (median of {args.rounds} rounds)")
-    if not args.only_ours:
-        print(f"raw {result['raw_tokens_per_s']:.0f} tokens/s, ours / raw {result['share']:.3f}")
-    if result["peak_gib"]:
-        print(f"most GPU memory in use: {result['peak_gib']:.1f} GiB")
+    show(args, result | {"rounds": rows})
 
 
 if __name__ == "__main__":

@@ -19,12 +19,11 @@ import math
 import shutil
 import statistics
 import sys
-import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,26 +31,18 @@ from urllib.error import HTTPError
 
 import numpy as np
 
-from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
-from astracli.data import fetch
 from astracli.data.prompts import PromptSource
 from astracli.engines.client import EngineClient, GenRequest, GenResult
-from astracli.hub.api import build_app, serve
-from astracli.hub.store import HubStore
-from astracli.machine import facts as machine
 from astracli.models.adapter import load_tokenizer
-from astracli.process import ports
 from astracli.process.worker import Reporter, WorkerConfig
 from astracli.rewards.reward import GradePool
 from astracli.rollout import worker as rollout
-from astracli.weights.publish.server import weights_app
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from engine.rollout import TOKEN, engine, settings
+from shared import folder, more_options, show
 
-MANY = 100_000
-"""Groups of a batch and steps of a run: admission never says no."""
+from engine.rollout import TOKEN, chosen, engine, engine_options, hub
 
 
 def law(args: argparse.Namespace) -> Callable[[int], int]:
@@ -144,24 +135,6 @@ class Poll:
         return sum(s * running for s, running, _ in spans) / total, sum(s * waiting for s, _, waiting in spans) / total
 
 
-@contextmanager
-def hub(folder: Path) -> Iterator[tuple[HubStore, str]]:
-    store = HubStore(
-        folder / "hub.sqlite", batch_groups=MANY, max_staleness=0, drop_equal_groups=False, lease_timeout_s=600.0,
-        steps=MANY, eval_every=0, engines=["engine0"],
-    )  # fmt: skip
-    (folder / "weights").mkdir()
-    app = build_app(
-        store, TOKEN, weights_app=weights_app(folder / "weights"), metrics_path=None, on_status=lambda _: None
-    )
-    server = serve(app, ports.bind("127.0.0.1")).start()
-    try:
-        yield store, server.url
-    finally:
-        server.stop()
-        store.close()
-
-
 def measure(args: argparse.Namespace, recipe: Recipe, model: Path, folder: Path) -> dict[str, Any]:
     length, lengths = law(args), list[int]()
     rollout.EngineClient = long_tailed(length, lengths)  # type: ignore[misc]
@@ -193,54 +166,26 @@ def measure(args: argparse.Namespace, recipe: Recipe, model: Path, folder: Path)
     group = recipe.rollout.group_size
     longest = [max(drawn[i : i + group]) for i in range(0, len(drawn), group)]
     return {
-        "slots": args.slots,
-        "slots_busy": running / args.slots,
-        "waiting_in_engine": waiting,
-        "tokens_per_s": (after - before) / (end - begin),
-        "completions": len(lengths),
+        "slots": args.slots, "slots_busy": running / args.slots, "waiting_in_engine": waiting,
+        "tokens_per_s": (after - before) / (end - begin), "completions": len(lengths),
         "mean_tokens": statistics.mean(drawn),
-        "mean_by_longest_of_group": statistics.mean(drawn) / statistics.mean(longest),
-        "polls": len(poll.seen),
-    }
+        "mean_by_longest_of_group": statistics.mean(drawn) / statistics.mean(longest), "polls": len(poll.seen),
+    }  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="checkpoint directory; default the shipped tiny model")
-    parser.add_argument("--recipe", default="qwen3.5-tiny-m2po-delta")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--slots", type=int, help="default 32, on a GPU 256")
-    parser.add_argument("--median", type=float, help="of a completion's tokens; default 24, on a GPU 160")
-    parser.add_argument("--sigma", type=float, default=0.8, help="of their logarithm")
-    parser.add_argument("--new-tokens", type=int, help="at most; default 160, on a GPU 1024")
-    parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--warm-s", type=float, default=10.0)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--poll-s", type=float, default=0.05)
-    parser.add_argument("--memory-gib", type=float, help="of a smaller card")
-    parser.add_argument("--attention", help="rollout.attention_backend")
-    parser.add_argument("--engine-path", help="PYTHONPATH of the environment that holds SGLang")
-    parser.add_argument("--json", action="store_true")
+    parser = more_options(
+        engine_options(__doc__), slots={int: "default 32, on a GPU 256"}, sigma={0.8: "of the logarithm of tokens"},
+        median={float: "of a completion's tokens; default 24, on a GPU 160"}, prompt_tokens=32, warm_s=10.0,
+        new_tokens={int: "at most; default 160, on a GPU 1024"}, seconds=60.0, poll_s=0.05,
+    )  # fmt: skip
     args = parser.parse_args()
     cpu = args.device == "cpu"
     args.slots = args.concurrency = args.slots or (32 if cpu else 256)
     args.median, args.new_tokens = args.median or (24 if cpu else 160), args.new_tokens or (160 if cpu else 1024)
-    gpus = machine.visible_gpus(machine.probe())
-    recipe = recipe_io.load(args.recipe, settings(args, gpus[0]["memory_total"] / 2**30 if gpus else None))
-    model = fetch.local_path(recipe.model.path)
-    if model is None:
-        sys.exit(f"no checkpoint at `{recipe.model.path}`")
-    with tempfile.TemporaryDirectory() as name:
-        result = measure(args, recipe, endless(model, Path(name)) if cpu else model, Path(name))
-    if args.json:
-        print(json.dumps(result))
-        return
-    print(
-        f"{args.slots} slots, {result['slots_busy']:.3f} busy on average over {args.seconds:.0f} s, "
-        f"{result['waiting_in_engine']:.1f} requests waiting in the engine; {result['tokens_per_s']:.0f} tokens/s\n"
-        f"{result['mean_tokens']:.0f} tokens a completion, {result['mean_by_longest_of_group']:.2f} of the longest in "
-        f"its group of {recipe.rollout.group_size}; {result['polls']} answers of the engine"
-    )
+    recipe, model, _ = chosen(args)
+    with folder() as name:
+        show(args, measure(args, recipe, endless(model, name) if cpu else model, name))
 
 
 if __name__ == "__main__":

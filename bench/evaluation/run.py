@@ -11,18 +11,17 @@ its own step, or a later one that stands for it. Prints what was seen, and exits
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import sys
-import tempfile
 import time
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from loop.killing import Attempt, records
+from loop.killing import Attempt
+from shared import folder, options, records, show
 
 EVERY_S = 0.5
 
@@ -84,49 +83,28 @@ def figures(run: Path, engines: dict[str, dict[str, float]], steps: int, every: 
     generation_s = tokens / rate
     rows, missing = evaluated(run, steps, every)
     return {
-        "wall_s": wall_s,
-        "training_s": training_s,
-        "generation_s": generation_s,
-        "ratio": wall_s / max(training_s, generation_s),
-        "tokens": tokens,
-        "evaluation_tokens": evaluation_tokens,
+        "wall_s": wall_s, "training_s": training_s, "generation_s": generation_s,
+        "ratio": wall_s / max(training_s, generation_s), "tokens": tokens, "evaluation_tokens": evaluation_tokens,
         "engines_tokens_per_s": rate,
         "engines_busy": sum(engine["busy_s"] for engine in engines.values()) / len(engines) / wall_s,
-        "trainer_waited": summary["training"]["wait_share"],
-        "evaluations": rows,
-        "missing": missing,
-        "limit": summary["balance"]["limit"],
-        "verdict": summary["balance"]["words"],
-    }
+        "trainer_waited": summary["training"]["wait_share"], "evaluations": rows, "missing": missing,
+        "limit": summary["balance"]["limit"], "verdict": summary["balance"]["words"],
+    }  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("engines", 4), ("ranks", 4), ("steps", 16), ("every", 2), ("samples", 48)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--set", action="append", default=[], help="another setting of the recipe")
-    parser.add_argument("--run-dir", type=Path)
-    parser.add_argument("--limit-s", type=float, default=3600.0)
-    parser.add_argument("--json", action="store_true")
+    parser = options(
+        __doc__, engines=4, ranks=4, steps=16, every=2, samples=48, set="another setting of the recipe", run_dir=Path,
+        limit_s=3600.0,
+    )  # fmt: skip
     args = parser.parse_args()
-    sets = [
-        f"resources.engines={args.engines}",
-        f"resources.train_ranks={args.ranks}",
-        f"train.steps={args.steps}",
-        f"eval.every={args.every}",
-        f"eval.samples={args.samples}",
-        "checkpoint.every=0",
-        *args.set,
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        run = (args.run_dir or Path(folder) / "run").resolve()
+    sets = [f"resources.engines={args.engines}", f"resources.train_ranks={args.ranks}", f"train.steps={args.steps}"]
+    sets += [f"eval.every={args.every}", f"eval.samples={args.samples}", "checkpoint.every=0", *args.set]
+    with folder() as name:
+        run = (args.run_dir or name / "run").resolve()
         run.parent.mkdir(parents=True, exist_ok=True)
         found = figures(run, watch(run, sets, args.limit_s), args.steps, args.every)
-    if args.json:
-        print(json.dumps(found, indent=2))
-    else:
-        for name, value in found.items():
-            print(f"{name:22} {value:.3f}" if isinstance(value, float) else f"{name:22} {value}")
+    show(args, found)
     sys.exit(1 if found["missing"] else 0)
 
 

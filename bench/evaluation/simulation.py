@@ -17,13 +17,10 @@ rollouts and evaluations with full slots; 1.00 means that one of both was never 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import math
 import random
 import sys
-import tempfile
 from collections.abc import Collection, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +41,8 @@ from astracli.rl.types import Group, Sample, Segment, pack_group, unpack_group
 from astracli.rollout.idle import IdleWhile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import folder, options, show
+
 from evaluation.simulated import Changes, Engine, Idle, Instantly, Setting, SimulatedLoop
 
 AHEAD = 16
@@ -223,26 +222,19 @@ def simulate(setting: Setting) -> dict[str, Any]:
     recipe = setting.recipe
     names = [f"engine{i}" for i in range(setting.engines)]
 
-    async def play(folder: str) -> tuple[Simulation, float]:
+    async def play(name: Path) -> tuple[Simulation, float]:
         store = HubStore(
-            Path(folder) / "hub.sqlite",
-            batch_groups=recipe.train.batch_groups,
-            max_staleness=recipe.effective_staleness,
-            drop_equal_groups=True,
-            lease_timeout_s=1e9,
-            steps=recipe.train.steps,
-            eval_every=recipe.eval.every,
-            engines=names,
-            checkpoints=False,
-            clock=asyncio.get_running_loop().time,
-        )
+            name / "hub.sqlite", batch_groups=recipe.train.batch_groups, max_staleness=recipe.effective_staleness,
+            drop_equal_groups=True, lease_timeout_s=1e9, steps=recipe.train.steps, eval_every=recipe.eval.every,
+            engines=names, checkpoints=False, clock=asyncio.get_running_loop().time,
+        )  # fmt: skip
         simulation = Simulation(setting, store, Changes(store), [Engine(setting, name) for name in names])
         wall_s = await simulation.run()
         store.close()
         return simulation, wall_s
 
-    with tempfile.TemporaryDirectory() as folder, asyncio.Runner(loop_factory=SimulatedLoop) as runner:
-        simulation, wall_s = runner.run(play(folder))
+    with folder() as name, asyncio.Runner(loop_factory=SimulatedLoop) as runner:
+        simulation, wall_s = runner.run(play(name))
     return figures(simulation, wall_s)
 
 
@@ -275,20 +267,11 @@ def figures(simulation: Simulation, wall_s: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="qwen3.5-4b-m2po-delta")
-    for name, whole in (("engines", 4), ("ranks", 4), ("steps", 100)):
-        parser.add_argument(f"--{name}", type=int, default=whole)
-    for name in ("every", "samples", "staleness", "slots", "concurrency"):
-        parser.add_argument(f"--{name}", type=int, help="default: the recipe's")
-    for name, number in (
-        ("engine-rate", 7500.0), ("trainer-rate", 8105.0), ("scaling", 0.835), ("median", 1000.0), ("sigma", 0.9),
-        ("fetch-s", 1.0), ("pause-s", 0.03),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=float, default=number)
-    parser.add_argument("--set", action="append", default=[], help="another setting of the recipe")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true")
+    parser = options(
+        __doc__, recipe="qwen3.5-4b-m2po-delta", engines=4, ranks=4, steps=100, every=int, samples=int, staleness=int,
+        slots=int, concurrency=int, engine_rate=7500.0, trainer_rate=8105.0, scaling=0.835, median=1000.0, sigma=0.9,
+        fetch_s=1.0, pause_s=0.03, set="another setting of the recipe", seed=0,
+    )  # fmt: skip
     args = parser.parse_args()
     keys = {"every": "eval.every", "samples": "eval.samples", "staleness": "train.max_staleness",
             "concurrency": "eval.max_concurrency", "slots": "rollout.max_running_requests"}  # fmt: skip
@@ -298,11 +281,7 @@ def main() -> None:
     slots = recipe.rollout.running
     speeds = (args.engine_rate, rate, args.median, args.sigma, args.fetch_s, args.pause_s)
     found = simulate(Setting(recipe, args.engines, args.ranks, slots, *speeds, args.seed))
-    if args.json:
-        print(json.dumps(found, indent=2))
-    else:
-        for name, value in found.items():
-            print(f"{name:26} {value:.3f}" if isinstance(value, float) else f"{name:26} {value}")
+    show(args, found)
     sys.exit(1 if found["missing"] else 0)
 
 

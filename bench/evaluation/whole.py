@@ -6,20 +6,17 @@ wall time of each command, from import to results, and whether all files below `
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from astracli.cli.output import table_lines
 from astracli.data import arithmetic
 
-RECIPE = "qwen3.5-tiny-m2po-delta"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import ASTRA, RECIPE, finished, folder, options, show
+
 LEVELS = ["add2", "sub2", "add3", "sub3"]
 RUNS = (("one engine", 1), ("the same again", 1), ("two engines", 2))
 
@@ -45,42 +42,22 @@ def digest(folder: Path) -> str:
 
 def evaluate(folder: Path, name: str, engines: int, samples: int) -> dict[str, Any]:
     out = folder / name.replace(" ", "-")
-    command = [sys.executable, "-m", "astracli", "eval", RECIPE, "--benchmark", str(folder / "generated.jsonl")]
-    command += ["--samples", str(samples), "--set", f"resources.engines={engines}", "--out", str(out), "--json"]
-    began = time.monotonic()
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    wall_s = time.monotonic() - began
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
-    found = json.loads(done.stdout)["results"]["generated"]
+    words = [*ASTRA, "eval", RECIPE, "--benchmark", str(folder / "generated.jsonl"), "--samples", str(samples)]
+    words += ["--set", f"resources.engines={engines}", "--out", str(out), "--json"]
+    wall_s, said = finished(words, folder)
+    found = json.loads(said)["results"]["generated"]
     return {
-        "run": name,
-        "items": found["items"],
-        "samples": found["n"],
-        "avg_at_n": found["avg_at_n"],
-        "stderr": found["stderr"],
-        "wall_s": wall_s,
-        "files": digest(out / "eval"),
-    }
+        "run": name, "items": found["items"], "samples": found["n"], "avg_at_n": found["avg_at_n"],
+        "stderr": found["stderr"], "wall_s": wall_s, "files": digest(out / "eval"),
+    }  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--items", type=int, default=1000)
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        write_items(Path(name) / "generated.jsonl", args.items)
-        rows = [evaluate(Path(name), run, engines, args.samples) for run, engines in RUNS]
-    if args.json:
-        print(json.dumps(rows, indent=2))
-    else:
-        cells = [
-            [r["run"], r["items"], r["samples"], r["avg_at_n"], r["stderr"], r["wall_s"], r["files"]] for r in rows
-        ]
-        heads = ["run", "items", "samples", "avg@n", "stderr", "wall s", "digest of all files"]
-        print("\n".join(table_lines(heads, cells)))
+    args = options(__doc__, items=1000, samples=8).parse_args()
+    with folder() as name:
+        write_items(name / "generated.jsonl", args.items)
+        rows = [evaluate(name, run, engines, args.samples) for run, engines in RUNS]
+    show(args, {"rows": rows})
     sys.exit(0 if len({row["files"] for row in rows}) == 1 else 1)
 
 

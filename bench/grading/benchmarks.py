@@ -7,58 +7,59 @@ another's list of such problems ({file: {id: ...}}), it prints how many of those
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from astracli.cli.output import table_lines
 from astracli.config.benchmarks import BENCHMARKS
 from astracli.data import benchmarks, datasets, decontamination
 from astracli.data.content_hash import content_hash
 from astracli.data.prompts import Problem
 from astracli.errors import UserError
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import options, show
 
-def load_all() -> dict[str, list[Problem]]:
-    """Every written benchmark that is there; prints one row each."""
+
+def load_all() -> tuple[dict[str, list[Problem]], list[dict[str, Any]]]:
+    """Every written benchmark that is there, and a row of each."""
     rows, found = [], {}
     for name, spec in BENCHMARKS.items():
         if spec.hub is None:
             continue
+        row: dict[str, Any] = {"benchmark": name, "samples": spec.samples, "licence": spec.licence}
         try:
             items = found[name] = benchmarks.load(name).items
-            rows.append([name, len(items), content_hash(items), spec.samples, spec.licence])
+            rows.append(row | {"items": len(items), "content_hash": content_hash(items)})
         except UserError as error:
-            rows.append([name, "not run", "-", spec.samples, error.message])
-    print("\n".join(table_lines(["benchmark", "items", "content hash", "samples", "licence"], rows, 150)))
-    return found
+            rows.append(row | {"not_run": error.message})
+    return found, rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = options(__doc__)
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
     os.environ[datasets.DATA_DIR_VARIABLE] = str(args.folder)
-    items = load_all()
+    items, loaded = load_all()
     listed = args.folder / "train" / "CONTAMINATED_IDS.json"
     known = json.loads(listed.read_text()) if listed.exists() else {}
     rows = []
     for file in sorted((args.folder / "train").glob("*.jsonl")):
-        problems = datasets.Problems(
-            file, split="train", question_fields=("problem", "question"), answer_fields=("answer",)
-        )
+        fields = {"question_fields": ("problem", "question"), "answer_fields": ("answer",)}
+        problems = datasets.Problems(file, split="train", **fields)
         began = time.monotonic()
         found = decontamination.find(problems, items)
         seconds = time.monotonic() - began
         theirs = set(known.get(file.name, {}))
-        both = theirs & {overlap.problem_id for overlap in found}
+        both = len(theirs & {overlap.problem_id for overlap in found})
         equal = sum(overlap.kind == "equal" for overlap in found)
-        rows.append([file.stem, len(problems), equal, len(found) - equal, len(theirs), len(both), seconds])
-    print()
-    heads = ["training set", "problems", "equal", "near", "listed by others", "found of these", "seconds"]
-    print("\n".join(table_lines(heads, rows, 120)))
+        row = {"training set": file.stem, "problems": len(problems), "equal": equal, "near": len(found) - equal}
+        rows.append(row | {"listed by others": len(theirs), "found of these": both, "seconds": seconds})
+    show(args, {"benchmarks": loaded, "training sets": rows})
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ Without DIR it prints the speed on short integer answers alone, which stands in 
 
 DIR holds .jsonl files of {"gold", "output", "correct", "source"}: a model's output and what a person or another grader
 said of it. Plain math-verify is `verify(parse("\\boxed{GOLD}"), parse(OUTPUT))` with its defaults. Disagreements are
-printed under the table; a convention of the other grader (x100 accepted, say) is no fault of ours.
+said on stderr (`gold refused`: the output says the gold letter by letter, and the published verdict is `wrong`); a
+convention of the other grader (x100 accepted, say) is no fault of ours.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from astracli.cli.output import table_lines
 from astracli.rewards.reward import GradeItem, GradePool
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import options, show
+
 PYTHONPATH = os.environ.get("PYTHONPATH")
-BENCH = str(Path(__file__).resolve().parents[1])
 PLAIN = "grading.grader:plain"
 """The function below, for the processes that grade."""
 
@@ -50,7 +53,7 @@ def read(folder: Path) -> list[dict]:
 
 def verdicts(rows: list[dict], spec: str, workers: int) -> tuple[list[str], float]:
     """Verdicts and gradings a second."""
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [BENCH, PYTHONPATH]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), PYTHONPATH]))
     items = [GradeItem(row.get("problem") or "", row["gold"], row["output"]) for row in rows]
     with GradePool(spec, workers, 10.0) as pool:
         pool.grade([GradeItem("", "x+1", "\\boxed{1+x}")])  # start and import outside the clock
@@ -67,22 +70,21 @@ def short_answers(workers: int, count: int = 20_000) -> float:
     return rate
 
 
-def errors(args: argparse.Namespace) -> None:
+def errors(args: argparse.Namespace) -> dict[str, Any]:
     """Wrong answers called right and right answers refused, by kind, on labelled pairs."""
     rows = [json.loads(line) for line in args.pairs.open(encoding="utf-8") if line.strip()]
     rows = [row | {"output": row["completion"], "correct": row["right"]} for row in rows]
-    found = [verdicts(rows, spec, args.workers)[0] for spec in ("math", PLAIN)]
+    found = {who: verdicts(rows, spec, args.workers)[0] for who, spec in (("", "math"), ("math-verify ", PLAIN))}
     lines = []
     for kind in [*dict.fromkeys(row["kind"] for row in rows), "all"]:
         chosen = [i for i, row in enumerate(rows) if kind in (row["kind"], "all")]
-        wrong = [
-            sum((said[i] == "right") != rows[i]["correct"] and rows[i]["correct"] == label for i in chosen)
-            for said in found
-            for label in (False, True)
-        ]
-        lines.append([kind, len(chosen), *wrong])
-    columns = ["kind", "pairs", "called right", "refused", "math-verify: called right", "refused"]
-    print("\n".join(table_lines(columns, lines, 140)))
+        wrong = {
+            who + what: sum((said[i] == "right") != rows[i]["correct"] and rows[i]["correct"] == label for i in chosen)
+            for who, said in found.items()
+            for what, label in (("called right", False), ("refused", True))
+        }
+        lines.append({"kind": kind, "pairs": len(chosen), **wrong})
+    return {"pairs": lines}
 
 
 def says_the_gold(row: dict) -> bool:
@@ -102,22 +104,7 @@ def agreement(rows: list[dict], found: list[str], key: str) -> dict[str, tuple[i
     return counts
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path, nargs="?")
-    parser.add_argument("--show", type=int, default=20, help="disagreements a file (default 20)")
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="write every verdict there")
-    parser.add_argument("--pairs", type=Path, help="labelled pairs, as tests/fixtures/grading_pairs.jsonl")
-    args = parser.parse_args()
-    if args.pairs is not None:
-        errors(args)
-    if args.folder is not None:
-        compare(args)
-    print(f"{short_answers(args.workers):.0f} gradings/s of short integer answers, {args.workers} worker(s)")
-
-
-def compare(args: argparse.Namespace) -> None:
+def compare(args: argparse.Namespace) -> dict[str, Any]:
     rows = read(args.folder)
     ours, rate = verdicts(rows, "math", args.workers)
     theirs, plain_rate = verdicts(rows, PLAIN, args.workers)
@@ -125,13 +112,9 @@ def compare(args: argparse.Namespace) -> None:
     for key in ("file", "source"):
         a, b = agreement(rows, ours, key), agreement(rows, theirs, key)
         for name, (right, total) in a.items():
-            mark = "" if right >= b[name][0] else "below"
+            line = {key: name, "rows": total, "ours": right / total, "math-verify": b[name][0] / total}
             refused = sum(row[key] == name and not row["correct"] and says_the_gold(row) for row in rows)
-            lines.append([name, total, f"{right / total:.4f}", f"{b[name][0] / total:.4f}", mark, refused or ""])
-    columns = ["file, then source", "rows", "ours", "math-verify", "", "gold refused"]
-    print("\n".join(table_lines(columns, lines, 140)))
-    print("\ngold refused: the output says the gold letter by letter, and the published verdict is `wrong`")
-    print(f"\n{rate:.0f} gradings/s here, {plain_rate:.0f} by math-verify alone, {args.workers} worker(s)")
+            lines.append(line | {"below": right < b[name][0], "gold refused": refused})
     shown: dict[str, int] = {}
     for row, verdict, other in zip(rows, ours, theirs, strict=True):
         shown[row["file"]] = shown.get(row["file"], 0)
@@ -139,10 +122,24 @@ def compare(args: argparse.Namespace) -> None:
             continue
         shown[row["file"]] += 1
         said = "right" if row["correct"] else "wrong"
-        print(f"\n{row['source']}: they say {said}, we say {verdict}, math-verify {other}")
-        print(f"  gold: {row['gold']!r}\n  end of output: {row['output'][-160:]!r}")
-    if args.json:
-        args.json.write_text(json.dumps([[row["id"], o, p] for row, o, p in zip(rows, ours, theirs, strict=True)]))
+        print(f"\n{row['source']}: they say {said}, we say {verdict}, math-verify {other}", file=sys.stderr)
+        print(f"  gold: {row['gold']!r}\n  end of output: {row['output'][-160:]!r}", file=sys.stderr)
+    if args.verdicts:
+        args.verdicts.write_text(json.dumps([[r["id"], o, p] for r, o, p in zip(rows, ours, theirs, strict=True)]))
+    return {"per_s": rate, "math_verify_per_s": plain_rate, "agreement": lines}
+
+
+def main() -> None:
+    parser = options(
+        __doc__, show={20: "disagreements a file"}, workers=1, verdicts={Path: "write every verdict there"},
+        pairs={Path: "labelled pairs, as tests/fixtures/grading_pairs.jsonl, instead of DIR"},
+    )  # fmt: skip
+    parser.add_argument("folder", type=Path, nargs="?")
+    args = parser.parse_args()
+    found: dict[str, Any] = errors(args) if args.pairs else {}
+    found |= compare(args) if args.folder else {}
+    found |= {"short_answers_per_s": short_answers(args.workers), "workers": args.workers}
+    show(args, found)
 
 
 if __name__ == "__main__":

@@ -18,58 +18,53 @@ import argparse
 import csv
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import RECIPE, options, records, say, show, train, trained
+
+from learning.curves import of_seeds, panels
+
 MODES = ("reset", "ignored")
-RECIPE = "qwen3.5-tiny-m2po-delta"
 MEANS = ("parity_mean_abs", "ratio_mean", "clip_fraction", "grad_norm", "m2_limit", "entropy", "reward_mean")
 CHECKS = ("rows_max_abs", "rows_gradient_error")
 LARGEST = "parity_max_abs"
 """Not in documents that were written before it was kept: printed as nan."""
 
 
-def train(mode: str, seed: int, args: argparse.Namespace) -> Path:
+def run_of(mode: str, seed: int, args: argparse.Namespace) -> Path:
     """The run directory of one finished run."""
     run = Path(args.run) / f"{mode}-{seed}"
     if (run / "summary.json").is_file():
         return run
     settings = [f"seed={seed}", "train.packing=packed", f"train.row_boundaries={mode}", "eval.every=10"]
     settings += ["train.rows_check_every=10", *([f"train.steps={args.steps}"] if args.steps else []), *args.set]
-    command = [sys.executable, "-m", "astracli", "train", "--recipe", args.recipe, "--run-dir", str(run.resolve())]
-    command += [part for setting in settings for part in ("--set", setting)]
-    done = subprocess.run(command, cwd=args.run, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    train(run.resolve(), settings, args.recipe)
     return run
 
 
 def read(run: Path) -> dict[str, Any]:
     """One run's document: what its trainer measured and its evaluations."""
     recipe = json.loads((run / "recipe.json").read_text())
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [r for r in records if r["process"] == "trainer" and "loss" in r]
+    steps = trained(records(run))
     with (run / "eval" / "eval.csv").open(encoding="utf-8", newline="") as file:
         overall = [row for row in csv.DictReader(file) if row["benchmark"] == "overall"]
     curve = [(int(row["step"]), float(row["avg_at_n"])) for row in overall]
     figures = {name: [(r["step"], r[name]) for r in steps if name in r] for name in (*MEANS, *CHECKS, LARGEST)}
     return {
-        "mode": recipe["train"]["row_boundaries"],
-        "recipe": recipe["name"],
-        "seed": recipe["seed"],
-        "steps": len(steps),
-        "curve": sorted(curve),
-        "figures": figures,
-    }
+        "mode": recipe["train"]["row_boundaries"], "recipe": recipe["name"], "seed": recipe["seed"],
+        "steps": len(steps), "curve": sorted(curve), "figures": figures,
+    }  # fmt: skip
 
 
 def mean(run: dict[str, Any], name: str) -> float:
     return statistics.mean(value for _, value in run["figures"][name])
 
 
-def table(runs: list[dict[str, Any]]) -> None:
+def table(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Median of the seeds (lowest to highest) in both modes."""
     rows = (
         ("log-probability, trainer - engine, mean", lambda r: mean(r, "parity_mean_abs")),
         (
@@ -91,57 +86,35 @@ def table(runs: list[dict[str, Any]]) -> None:
         ("evaluation, best", lambda r: max(value for _, value in r["curve"])),
     )
     groups = {mode: [r for r in runs if r["mode"] == mode] for mode in MODES}
-    heads = [f"{mode}: {len(of)} x {of[0]['steps'] if of else 0} steps" for mode, of in groups.items()]
-    print(f"{'median of the seeds (lowest to highest)':42}" + "".join(f"{head:>34}" for head in heads))
+    found = [{"figure": "runs", **{mode: len(of) for mode, of in groups.items()}}]
     for label, figure in rows:
-        cells = []
-        for of in groups.values():
-            values = sorted(figure(r) for r in of)
-            cells.append(f"{statistics.median(values):.3g} ({values[0]:.3g} to {values[-1]:.3g})" if values else "-")
-        print(f"{label:42}" + "".join(f"{cell:>34}" for cell in cells))
+        found.append({"figure": label})
+        for mode, of in groups.items():
+            if values := sorted(figure(r) for r in of):
+                found[-1][mode] = f"{statistics.median(values):.3g} ({values[0]:.3g} to {values[-1]:.3g})"
+    return found
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """Three panels; a line is the median of its seeds, the band reaches from the lowest to the highest."""
-    import matplotlib
+    """Three panels, a line a mode."""
+    shown = {"held-out avg@n": "curve", "mean ratio": "ratio_mean", "clipped tokens": "clip_fraction"}
 
-    matplotlib.use("svg")
-    from matplotlib import pyplot
+    def line(mode: str, name: str) -> Any:
+        of = [r["curve"] if name == "curve" else r["figures"][name] for r in runs if r["mode"] == mode]
+        return of_seeds([dict(map(tuple, curve)) for curve in of])
 
-    matplotlib.rcParams["svg.hashsalt"] = "leak"
-    panels = (("held-out avg@n", "curve"), ("mean ratio", "ratio_mean"), ("clipped tokens", "clip_fraction"))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.4))
-    for axis, (title, name) in zip(axes, panels, strict=True):
-        for mode in MODES:
-            of = [dict(map(tuple, r["curve"] if name == "curve" else r["figures"][name]))
-                  for r in runs if r["mode"] == mode]  # fmt: skip
-            steps = sorted(set.intersection(*map(set, of))) if of else []
-            values = [[curve[step] for curve in of] for step in steps]
-            if not values:
-                continue
-            (line,) = axis.plot(steps, [statistics.median(v) for v in values], label=f"boundaries {mode}")
-            axis.fill_between(steps, [min(v) for v in values], [max(v) for v in values], alpha=0.15,
-                              color=line.get_color(), lw=0)  # fmt: skip
-        axis.set_title(title)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    panels({title: {f"boundaries {m}": line(m, name) for m in MODES} for title, name in shown.items()}, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(
+        __doc__, recipe=RECIPE, seeds=[0, 1, 2], steps={int: "instead of the recipe's"}, out=Path, plot=Path,
+        set="as `astra train --set`",
+    )  # fmt: skip
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, metavar="DIR", help="train both modes below DIR")
     source.add_argument("--runs", type=Path, nargs="+", metavar="RUN", help="finished runs of either mode")
     source.add_argument("--json-in", type=Path, nargs="+", metavar="FILE", help="what --out wrote")
-    parser.add_argument("--recipe", default=RECIPE)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, help="instead of the recipe's")
-    parser.add_argument("--set", action="append", default=[], help="a.b=c, as `astra train --set`")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     runs: list[dict[str, Any]] = []
     if args.json_in:
@@ -152,13 +125,13 @@ def main() -> None:
         args.run.mkdir(parents=True, exist_ok=True)
         for seed in args.seeds:
             for mode in MODES:
-                runs.append(read(train(mode, seed, args)))
-                print(f"seed {seed}, boundaries {mode}: {runs[-1]['curve'][-1][1]:.3f}", file=sys.stderr, flush=True)
+                runs.append(read(run_of(mode, seed, args)))
+                say(seed=seed, boundaries=mode, last=runs[-1]["curve"][-1][1])
     if args.out:
         args.out.write_text(json.dumps(runs))
     if args.plot:
         plot(runs, args.plot)
-    table(runs)
+    show(args, {"rows": table(runs)})
 
 
 if __name__ == "__main__":

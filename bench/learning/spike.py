@@ -11,11 +11,12 @@ task, temperature and learning rate were fixed with it, before any of the proces
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
+import sys
 import time
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -27,6 +28,9 @@ from astracli.data import arithmetic
 from astracli.models import registry
 from astracli.models.adapter import chat_prompt_tokens
 from astracli.rewards.grader import grade_math
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import options, show
 
 MAX_NEW = 24
 
@@ -186,27 +190,16 @@ def m2po_range(log_ratio_N: torch.Tensor, advantage_N: torch.Tensor, tau: float)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--groups", type=int, default=16)
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--minibatches", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=2e-4)
-    parser.add_argument("--beta2", type=float, default=0.99)
-    parser.add_argument("--tau", type=float, default=0.003)
-    parser.add_argument("--budget", type=float, default=110.0, help="CPU seconds of generation + training")
-    parser.add_argument("--json", action="store_true")
+    parser = options(
+        __doc__, seeds=[0, 1, 2], steps=80, groups=16, samples=8, minibatches=4, lr=2e-4, beta2=0.99, tau=0.003,
+        budget={110.0: "CPU seconds of generation + training"},
+    )  # fmt: skip
     args = parser.parse_args()
     torch.set_num_threads(1)
-    results = [Spike(args, seed).run() for seed in args.seeds]
-    if args.json:
-        print(json.dumps(results))
-        return
-    print(f"{'seed':>4} {'steps':>5} {'generate s':>10} {'train s':>8} {'greedy':>7}  held-out avg@8 at T 1.0, by step")
-    for r in results:
-        curve = "  ".join(f"{s}: {v:.3f}" for s, v in r["curve"])
-        print(f"{r['seed']:4d} {r['steps']:5d} {r['generate_s']:10.1f} {r['train_s']:8.1f} {r['greedy']:7.3f}  {curve}")
+    rows = [Spike(args, seed).run() for seed in args.seeds]
+    if not args.json:
+        rows = [row | {"curve": "  ".join(f"{step}: {value:.3f}" for step, value in row["curve"])} for row in rows]
+    show(args, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,13 +1,8 @@
-"""What M2PO claims, at the smallest scale: the tiny model trained on data that is exactly 0, 8 and 64 updates old.
-
-    python bench/learning/staleness.py [--staleness 0 8 64] [--seeds 0 1 2] [--steps 120] [--out FILE] [--plot SVG]
+"""The tiny model trained on data that is exactly so many updates old, for `stale_data.py`.
 
 Step t trains on groups that the policy of step max(0, t - staleness) generated (arXiv 2510.01161, section 5, controls
 staleness so): one process, our trainer and losses, the shipped model, the recipe's batch (16 groups x 8, 4 optimizer
-steps) and learning rate. Algorithms: grpo (clip 0.2) and the three published forms of M2PO with their published bounds
-(mask and waterfill 0.04, clip 0.01). Held-out avg@4 at temperature 1 is taken every `--every` steps from the *current*
-policy. Every finished run is appended to --out, and what stands there is not run again. `--plot` needs matplotlib.
-About a minute a run on one core.
+steps) and learning rate. Held-out avg@n at temperature 1 is taken of the *current* policy.
 """
 
 from __future__ import annotations
@@ -37,9 +32,10 @@ from astracli.training import fsdp
 from astracli.training.setup import build_trainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import RECIPE
+
 from learning.spike import Spike
 
-RECIPE = "qwen3.5-tiny-m2po-delta"
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "grpo": {"name": "grpo"},
     "m2po mask": {"name": "m2po", "variant": "mask", "m2_threshold": 0.04},
@@ -58,7 +54,7 @@ class Run:
         own = own or ALGORITHMS[label]
         settings = [f"algorithm.{key}={json.dumps(value)}" for key, value in own.items()]
         settings += [f"train.steps={args.steps}", f"train.max_staleness={max(1, staleness)}", f"seed={seed}"]
-        settings += args.settings
+        settings += args.set
         self.recipe = recipe_io.load(RECIPE, settings)
         self.label, self.staleness, self.seed, self.args = label, staleness, seed, args
         path = Path(str(files("astracli") / "assets" / "tiny"))
@@ -128,95 +124,8 @@ class Run:
             metrics = self.trainer.train(groups, step, step).metrics
             figures.append({k: metrics[k] for k in ("ratio_mean", "clip_fraction", "entropy", "grad_norm", "m2_limit")})
         return {
-            "algorithm": self.label,
-            "staleness": self.staleness,
-            "seed": self.seed,
-            "curve": curve,
-            "ended": ended,
-            "cpu_s": time.process_time() - began,
-            "clip_fraction": statistics.mean(f["clip_fraction"] for f in figures),
+            "algorithm": self.label, "staleness": self.staleness, "seed": self.seed, "curve": curve, "ended": ended,
+            "cpu_s": time.process_time() - began, "clip_fraction": statistics.mean(f["clip_fraction"] for f in figures),
             "grad_norm": statistics.mean(f["grad_norm"] for f in figures),
-            "ratio_mean": statistics.mean(f["ratio_mean"] for f in figures),
-            "entropy_last": figures[-1]["entropy"],
-        }
-
-
-def table(runs: list[dict[str, Any]]) -> None:
-    print(f"{'algorithm':16} {'staleness':>9} {'seeds':>5} {'first':>6} {'last':>6} {'lowest':>7} {'best':>6} "
-          f"{'clipped':>8} {'mean ratio':>10} {'grad norm':>9}")  # fmt: skip
-    for staleness in dict.fromkeys(r["staleness"] for r in runs):
-        for label in ALGORITHMS:
-            of = [r for r in runs if r["staleness"] == staleness and r["algorithm"] == label]
-            if not of:
-                continue
-            last = [r["curve"][-1][1] for r in of]
-            best = [max(value for _, value in r["curve"]) for r in of]
-            middle = {k: statistics.median(r[k] for r in of) for k in ("clip_fraction", "ratio_mean", "grad_norm")}
-            print(
-                f"{label:16} {staleness:9d} {len(of):5d} {of[0]['curve'][0][1]:6.3f} {statistics.median(last):6.3f} "
-                f"{min(last):7.3f} {statistics.median(best):6.3f} {middle['clip_fraction']:8.4f} "
-                f"{middle['ratio_mean']:10.3f} {middle['grad_norm']:9.2f}"
-            )
-
-
-def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """One panel a staleness; a line is the median of its seeds, the band reaches from the lowest to the highest."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams["svg.hashsalt"] = "staleness"
-    levels = sorted({r["staleness"] for r in runs})
-    figure, panels = pyplot.subplots(1, len(levels), figsize=(4 * len(levels), 3.4), sharey=True, squeeze=False)
-    for panel, staleness in zip(panels[0], levels, strict=True):
-        for label in ALGORITHMS:
-            of = [dict(map(tuple, r["curve"])) for r in runs if (r["staleness"], r["algorithm"]) == (staleness, label)]
-            steps = sorted(set.intersection(*(set(curve) for curve in of))) if of else []
-            values = np.array([[curve[step] for step in steps] for curve in of])
-            if len(values):
-                (line,) = panel.plot(steps, np.median(values, axis=0), label=label)
-                panel.fill_between(steps, values.min(0), values.max(0), alpha=0.15, color=line.get_color(), lw=0)
-        panel.set_title(f"staleness {staleness}")
-        panel.set_xlabel("step")
-        panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("held-out avg@4, temperature 1")
-    panels[0][-1].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--staleness", type=int, nargs="+", default=[0, 8, 64])
-    parser.add_argument("--algorithms", nargs="+", choices=list(ALGORITHMS), default=list(ALGORITHMS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--every", type=int, default=10)
-    parser.add_argument("--samples", type=int, default=4, help="an item, of the last evaluation")
-    parser.add_argument("--between", type=int, default=4, help="an item, of the evaluations before")
-    parser.add_argument("--set", nargs="*", default=[], dest="settings", metavar="KEY=VALUE", help="of the recipe")
-    parser.add_argument("--out", type=Path, default=Path("staleness.json"))
-    parser.add_argument("--plot", type=Path)
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    runs: list[dict[str, Any]] = json.loads(args.out.read_text()) if args.out.exists() else []
-    done = {(r["algorithm"], r["staleness"], r["seed"]) for r in runs}
-    for seed in args.seeds:
-        for staleness in args.staleness:
-            for label in args.algorithms:
-                if (label, staleness, seed) in done:
-                    continue
-                runs.append(Run(label, staleness, seed, args).run())
-                args.out.write_text(json.dumps(runs))
-                last = runs[-1]
-                print(f"seed {seed}, staleness {staleness}, {label}: {last['curve'][-1][1]:.3f} "
-                      f"({last['cpu_s']:.0f} CPU s)", file=sys.stderr, flush=True)  # fmt: skip
-    if args.plot:
-        plot(runs, args.plot)
-    print(json.dumps(runs)) if args.json else table(runs)
-
-
-if __name__ == "__main__":
-    main()
+            "ratio_mean": statistics.mean(f["ratio_mean"] for f in figures), "entropy_last": figures[-1]["entropy"],
+        }  # fmt: skip

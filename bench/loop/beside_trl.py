@@ -16,12 +16,10 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -30,22 +28,18 @@ from typing import Any
 
 import psutil
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import command, finished, folder, options, records, say, show, trained
+
 PROMPTS, GROUP, TOKENS, FIRST = 8, 8, 24, 5
 SAMPLES = PROMPTS * GROUP
 RATE = 2e-4
 PHASES = ("score_s", "forward_s", "backward_s", "optimizer_s", "batch_s", "check_s", "publish_s", "wait_s")
 SETTINGS = {
-    "train.batch_groups": PROMPTS,
-    "train.minibatches": 1,
-    "train.learning_rate": RATE,
-    "train.schedule": '"constant"',
-    "train.warmup_steps": 0,
-    "rollout.group_size": GROUP,
-    "rollout.max_new_tokens": TOKENS,
-    "algorithm.drop_equal_groups": "false",
-    "eval.every": 0,
-    "checkpoint.every": 100000,
-}
+    "train.batch_groups": PROMPTS, "train.minibatches": 1, "train.learning_rate": RATE, "train.schedule": '"constant"',
+    "train.warmup_steps": 0, "rollout.group_size": GROUP, "rollout.max_new_tokens": TOKENS,
+    "algorithm.drop_equal_groups": "false", "eval.every": 0, "checkpoint.every": 100000,
+}  # fmt: skip
 
 
 # ---- ours
@@ -55,28 +49,27 @@ def ours(steps: int, extra: list[str], folder: Path) -> dict[str, Any]:
     """One `astra train`; watched from outside."""
     run = folder / f"run-{time.monotonic_ns()}"
     settings = [f"{key}={value}" for key, value in SETTINGS.items()] + [f"train.steps={steps}", *extra]
-    command = [sys.executable, "-m", "astracli", "train", "--recipe", "qwen3.5-tiny-m2po-delta", "--run-dir", str(run)]
-    command += [part for setting in settings for part in ("--set", setting)]
+    words = command("train", run, settings)
     with (folder / "train.log").open("w") as log:
         began = time.monotonic()
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+        process = subprocess.Popen(words, cwd=folder, stdout=log, stderr=log)
         marks = [mark for wanted in (FIRST, steps) if (mark := _mark(process, run, wanted))]
         code = process.wait()
     if code or len(marks) < 2:
-        sys.exit(f"{' '.join(command)} ended with {code}:\n{(folder / 'train.log').read_text()[-3000:]}")
-    records = [r for r in _records(run) if r["process"] == "trainer" and "step_s" in r]
-    steady = [r for r in records if r["step"] >= FIRST]
-    window_s = steady[-1]["time"] - records[FIRST - 1]["time"]
+        sys.exit(f"{' '.join(words)} ended with {code}:\n{(folder / 'train.log').read_text()[-3000:]}")
+    found = trained(records(run))
+    steady = [r for r in found if r["step"] >= FIRST]
+    window_s = steady[-1]["time"] - found[FIRST - 1]["time"]
     first, last = marks
     watched_s = last["time"] - first["time"]
-    watched_steps = sum(first["time"] < r["time"] <= last["time"] for r in records)
+    watched_steps = sum(first["time"] < r["time"] <= last["time"] for r in found)
     cpu_s = {name: used - first["cpu"].get(name, 0.0) for name, used in sorted(last["cpu"].items())}
     engine = {k: (last["engine"][k] - first["engine"][k]) / watched_s for k in first["engine"]}
     return {
         "samples_per_s": SAMPLES * len(steady) / window_s,
         "tokens_per_sample": statistics.mean(r["tokens"] for r in steady) / SAMPLES,
         "step_s": statistics.median(r["step_s"] for r in steady),
-        "start_s": records[0]["time"] - records[0]["step_s"] - (time.time() - (time.monotonic() - began)),
+        "start_s": found[0]["time"] - found[0]["step_s"] - (time.time() - (time.monotonic() - began)),
         "staleness_mean": statistics.mean(r["staleness_mean"] for r in steady),
         "trainer_s": {p: statistics.median(r.get(p, 0.0) for r in steady) for p in PHASES},
         "engine_share": {**engine, "other": max(0.0, 1.0 - sum(engine.values()))},
@@ -90,7 +83,7 @@ def _mark(process: subprocess.Popen[bytes], run: Path, wanted: int) -> dict[str,
     """CPU seconds of every process and the engine's phases, when step `wanted` has been trained. None if it ends."""
     seen: dict[str, Any] | None = None
     while process.poll() is None:
-        if sum(r["process"] == "trainer" and "step_s" in r for r in _records(run)) >= wanted:
+        if len(trained(records(run))) >= wanted:
             return _look(process.pid, run) or seen
         if wanted > FIRST:  # the last step is followed by the end at once: keep the newest look
             seen = _look(process.pid, run) or seen
@@ -128,25 +121,15 @@ def _cpu(pid: int, run: Path) -> Iterator[tuple[str, float]]:
     yield "graders", graders
 
 
-def _records(run: Path) -> list[dict[str, Any]]:
-    try:
-        lines = (run / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
-    except (OSError, ValueError):
-        return []
-
-
 # ---- TRL's
 
 
 def trl(steps: int, threads: int, folder: Path) -> dict[str, Any]:
     """TRL's trainer in a process of its own."""
     out = folder / "trl.json"
-    env = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, __file__, "--trl-side", str(out), "--steps", str(steps)]
-    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    env = [f"OMP_NUM_THREADS={threads}", f"MKL_NUM_THREADS={threads}", "HF_HUB_OFFLINE=1"]
+    words = [sys.executable, __file__, "--trl-side", str(out), "--steps", str(steps)]
+    finished(["env", *env, *words], folder)
     return {**json.loads(out.read_text()), "threads": threads}
 
 
@@ -210,25 +193,17 @@ def trl_side(steps: int, out: Path) -> None:
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    import torch
-    import transformers
-
     rounds: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with folder() as name:
         for number in range(args.rounds):
-            own = ours(args.steps, args.set, folder)
-            others = [trl(args.steps, threads, folder) for threads in args.trl_threads]
+            own = ours(args.steps, args.set, name)
+            others = [trl(args.steps, threads, name) for threads in args.trl_threads]
             rounds.append({"ours": own, "trl": others})
             best = max(other["samples_per_s"] for other in others)
-            print(f"round {number + 1}: ours {own['samples_per_s']:.1f}, TRL {best:.1f} samples/s", file=sys.stderr)
+            say(round=number + 1, ours=own["samples_per_s"], trl=best)
     best = [max(r["trl"], key=lambda other: other["samples_per_s"]) for r in rounds]
     middle = sorted(range(len(rounds)), key=lambda i: rounds[i]["ours"]["samples_per_s"])[len(rounds) // 2]
     return {
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
         "trl": best[0]["version"],
         "ours_samples_per_s": statistics.median(r["ours"]["samples_per_s"] for r in rounds),
         "trl_samples_per_s": statistics.median(b["samples_per_s"] for b in best),
@@ -241,37 +216,24 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> None:
+def tables(result: dict[str, Any]) -> dict[str, Any]:
+    """The medians, and the round in the middle."""
     shown = result["rounds"][result["middle"]]
     own = shown["ours"]
-    print(", ".join(f"{k} {result[k]}" for k in ("machine", "python", "torch", "transformers")))
-    print(f"{'':22} {'samples/s':>10} {'step s':>8} {'tokens/sample':>14} {'CPU s/step':>11}")
-    sides = [("astra train", own)]
-    sides += [(f"TRL {other['version']}, {other['threads']} threads", other) for other in shown["trl"]]
-    for name, side in sides:
-        print(
-            f"{name:22} {side['samples_per_s']:10.1f} {side['step_s']:8.3f} "
-            f"{side['tokens_per_sample']:14.2f} {side['cpu_s']:11.3f}"
-        )
-    print(
-        f"median of {len(result['rounds'])} rounds: ours {result['ours_samples_per_s']:.1f}, TRL "
-        f"{result['trl_samples_per_s']:.1f} samples/s, ratio {result['ratio']:.2f} (the rounds' own ratios); "
-        f"mean staleness {own['staleness_mean']:.2f} versions"
-    )
-    print("trainer, ms a step: " + ", ".join(f"{k[:-2]} {1e3 * v:.1f}" for k, v in own["trainer_s"].items()))
-    print("engine, share of time: " + ", ".join(f"{k} {v:.2f}" for k, v in own["engine_share"].items()))
-    print(f"{'process':18} {'cores':>6} {'CPU ms a step':>14}")
-    for name, share in own["cpu_share"].items():
-        print(f"{name:18} {share:6.2f} {1e3 * own['cpu_step_s'][name]:14.1f}")
+    keys = ("samples_per_s", "step_s", "tokens_per_sample", "cpu_s")
+    sides = {"astra train": own} | {f"TRL, {other['threads']} threads": other for other in shown["trl"]}
+    cores = own["cpu_share"].items()
+    return {key: value for key, value in result.items() if key != "rounds"} | {
+        "staleness_mean": own["staleness_mean"],
+        "sides": [{"side": name, **{key: side[key] for key in keys}} for name, side in sides.items()],
+        "trainer, s a step": own["trainer_s"],
+        "engine, share of time": own["engine_share"],
+        "processes": [{"process": name, "cores": c, "CPU s a step": own["cpu_step_s"][name]} for name, c in cores],
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--trl-threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe setting of our side")
-    parser.add_argument("--json", action="store_true")
+    parser = options(__doc__, steps=60, rounds=3, trl_threads=[1, 2], set="a recipe setting of our side")
     parser.add_argument("--trl-side", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.steps <= FIRST + 1:
@@ -280,7 +242,7 @@ def main() -> None:
         trl_side(args.steps, args.trl_side)
         return
     result = compare(args)
-    print(json.dumps(result)) if args.json else table(result)
+    show(args, result if args.json else tables(result))
 
 
 if __name__ == "__main__":

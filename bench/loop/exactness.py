@@ -9,27 +9,23 @@ time. The last table runs the recipe at its own size in both modes. Exits 1 when
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from loop.killing import CHILDREN, Attempt, records
+from shared import folder, options, records, say, show, trained
+
+from loop.killing import CHILDREN, Attempt
 
 SMALL = [
-    "launch.deterministic=true",
-    "train.batch_groups=4",
-    "train.minibatches=2",
-    "checkpoint.every=2",
-    "eval.every=2",
+    "launch.deterministic=true", "train.batch_groups=4", "train.minibatches=2", "checkpoint.every=2", "eval.every=2",
     "eval.samples=4",
-]
+]  # fmt: skip
 OF_A_PROCESS = frozenset({"time", "slots_busy", "rows_max_abs", "rows_gradient_error", "rows_gradient_own_shape"})
 """Not figures of a step: a clock, a share of time, a check that each trainer process makes on its first batch."""
 
@@ -97,57 +93,47 @@ def disturbed(run: Path, sets: list[str], victim: str, after: int) -> int:
     return trained
 
 
-def cost(folder: Path, steps: int) -> None:
+def cost(folder: Path, steps: int) -> list[dict[str, Any]]:
     """Seconds a step and an evaluation at the recipe's own size, in both modes."""
     modes = {
         "deterministic": ["launch.deterministic=true"],
         "staleness 0": ["train.max_staleness=0"],
         "as in the recipe": [],
     }
-    print(f"\n{'mode':18} {'step s p50':>10} {'eval s p50':>10} {'run s':>7}")
-    middle = {}
+    rows: list[dict[str, Any]] = []
     for mode, sets in modes.items():
         run = folder / mode.replace(" ", "-")
         wall_s = straight(run, [f"train.steps={steps}", "eval.every=10", *sets])
         # the gap between two steps' records: evaluations that hold the engine are in it, the median leaves them out
-        times = [r["time"] for r in records(run) if r["process"] == "trainer" and "loss" in r]
-        gaps = [after - before for before, after in itertools.pairwise(times)]
+        gaps = [after - before for before, after in itertools.pairwise(r["time"] for r in trained(records(run)))]
         evals = [r["eval_wall_s"] for r in records(run) if "eval_wall_s" in r]
-        middle[mode] = statistics.median(gaps)
-        print(f"{mode:18} {middle[mode]:10.2f} {statistics.median(evals):10.2f} {wall_s:7.1f}")
-    for mode in ("staleness 0", "as in the recipe"):
-        print(f"a deterministic step takes {middle['deterministic'] / middle[mode]:.2f} times one with {mode}")
+        rows.append({"mode": mode, "step_s": statistics.median(gaps), "eval_s": statistics.median(evals)})
+        rows[-1] |= {"run_s": wall_s, "deterministic_step_over_it": rows[0]["step_s"] / rows[-1]["step_s"]}
+    return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=8)
+    parser = options(__doc__, steps=8, timing_steps={20: "0: no timing"})
     parser.add_argument("--points", nargs="*", default=[f"{name}@{n}" for n in (0, 3, 6) for name in CHILDREN])
-    parser.add_argument("--timing-steps", type=int, default=20, help="0: no timing")
     args = parser.parse_args()
     sets = [f"train.steps={args.steps}", *SMALL]
-    bad = False
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name).resolve()
-        straight(folder / "first", sets)
-        straight(folder / "second", sets)
-        odd = difference(folder / "first", folder / "second", whole=True)
-        bad |= bool(odd)
-        files = len(digests(folder / "first"))
-        print(f"{'process killed':15} {'after steps':>11} {'bytes and figures equal':>24}", flush=True)
-        print(
-            f"{'(second run)':15} {'':>11} {'no: ' + ', '.join(odd[:6]) if odd else f'yes, {files} files':>24}",
-            flush=True,
-        )
+    rows: list[dict[str, Any]] = []
+    with folder() as name:
+
+        def judge(run: str, after: int | None, *, whole: bool) -> None:
+            odd = difference(name / "first", name / run, whole=whole)
+            rows.append({"run": run, "after_steps": after, "files": len(digests(name / "first")), "differs": odd[:6]})
+            say(rows[-1])
+
+        straight(name / "first", sets)
+        straight(name / "second", sets)
+        judge("second", None, whole=True)
         for point in args.points:
             victim, _, after = point.partition("@")
-            trained = disturbed(folder / point, sets, victim, int(after))
-            odd = difference(folder / "first", folder / point, whole=False)
-            bad |= bool(odd)
-            print(f"{victim:15} {trained:11d} {'no: ' + ', '.join(odd[:6]) if odd else 'yes':>24}", flush=True)
-        if args.timing_steps:
-            cost(folder, args.timing_steps)
-    sys.exit(1 if bad else 0)
+            judge(point, disturbed(name / point, sets, victim, int(after)), whole=False)
+        modes = cost(name, args.timing_steps) if args.timing_steps else []
+    show(args, {"rows": rows, "modes": modes})
+    sys.exit(1 if any(row["differs"] for row in rows) else 0)
 
 
 if __name__ == "__main__":

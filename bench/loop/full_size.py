@@ -21,7 +21,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,27 +29,19 @@ from typing import Any
 from astracli.plan.memory import MemoryRow, on_gpu
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from weights.streams import MemoryWatch
+from shared import GIB, MemoryWatch, Record, command, folder, options, records, say, show, spread, trained, watched
 
 HERE = Path(__file__).resolve().parents[1]
 LAYOUTS = ("1+1", "shared", "1+2")
 PHASES = {
-    "wait": ("wait_s",),
-    "batch and checks": ("batch_s", "check_s"),
-    "score": ("score_s",),
-    "forward": ("forward_s",),
-    "backward": ("backward_s",),
-    "optimizer": ("optimizer_s",),
-    "publish": ("publish_s",),
-}
+    "wait": ("wait_s",), "batch and checks": ("batch_s", "check_s"), "score": ("score_s",), "forward": ("forward_s",),
+    "backward": ("backward_s",), "optimizer": ("optimizer_s",), "publish": ("publish_s",),
+}  # fmt: skip
 """Of a trainer's step; what is left of `step_s` is shown as `other`."""
 UPDATE = ("fetch_s", "transfer_s", "stage_s", "pause_s", "apply_s", "verify_s", "gap_s", "readback_s")
 TURN = ("release_s", "away_s", "resume_s")
-GIB = 2**30
 LIMIT = 0.1
 """By how much of the plan the memory that is seen may differ from it."""
-
-Record = dict[str, Any]
 
 
 def settings(args: argparse.Namespace, model: Path) -> list[str]:
@@ -86,24 +77,23 @@ def checkpoint(args: argparse.Namespace, folder: Path) -> Path:
     if args.model:
         return Path(args.model).resolve()
     out = folder / f"random-{args.shape}"
-    command = [sys.executable, str(HERE / "random_checkpoint.py"), str(out), "--shape", args.shape]
-    subprocess.run([*command, "--device", args.device], check=True, stdout=sys.stderr)
+    words = [sys.executable, str(HERE / "random_checkpoint.py"), str(out), "--shape", args.shape]
+    subprocess.run([*words, "--device", args.device], cwd=folder, check=True, stdout=sys.stderr)
     return out
 
 
 def train(args: argparse.Namespace, model: Path, run: Path) -> tuple[int, str]:
     """(exit code, last lines) of the run, which is interrupted when it has come far enough or the time is over."""
-    command = [sys.executable, "-m", "astracli", "train", "--recipe", str(HERE / "random-4b.toml")]
-    command += ["--run-dir", str(run), *(part for value in settings(args, model) for part in ("--set", value))]
+    words = command("train", run, settings(args, model), str(HERE / "random-4b.toml"))
     begun, said = time.monotonic(), -1
     with (run.parent / "train.log").open("w+") as log:
-        process = subprocess.Popen(command, cwd=run.parent, stdout=log, stderr=log)
+        process = subprocess.Popen(words, cwd=run.parent, stdout=log, stderr=log)
         while process.poll() is None:
             found = records(run)
-            trained = len(steps_of(found))
-            if trained != said:
-                said = trained
-                print(f"{time.monotonic() - begun:6.1f} s: {trained} steps", file=sys.stderr, flush=True)
+            done = len(trained(found))
+            if done != said:
+                said = done
+                say(at_s=round(time.monotonic() - begun, 1), steps=done)
             served = max((r["step"] for r in found if "pause_s" in r), default=0)
             if served >= args.steps or time.monotonic() - begun > args.limit_s:
                 process.send_signal(signal.SIGINT)
@@ -114,35 +104,12 @@ def train(args: argparse.Namespace, model: Path, run: Path) -> tuple[int, str]:
         return code, log.read()[-3000:]
 
 
-def records(run: Path) -> list[Record]:
-    try:
-        lines = (run / "metrics.jsonl").read_text().splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue  # the last line, half written
-    return found
-
-
-def steps_of(found: Sequence[Record]) -> list[Record]:
-    return [r for r in found if r["process"] == "trainer" and "step_s" in r]
-
-
 def mean(rows: Sequence[Record], *names: str) -> float:
     return statistics.fmean(sum(r.get(name) or 0.0 for name in names) for r in rows)
 
 
-def spread(rows: Sequence[Record], name: str) -> dict[str, float] | None:
-    """p50, p99 (of few values the largest) and how many."""
-    values = sorted(float(r[name]) for r in rows if isinstance(r.get(name), int | float))
-    if not values:
-        return None
-    return {"p50": statistics.median(values), "p99": values[min(len(values) - 1, int(0.99 * len(values)))],
-            "count": len(values)}  # fmt: skip
+def of_all(rows: Sequence[Record], name: str) -> dict[str, float] | None:
+    return spread(float(r[name]) for r in rows if isinstance(r.get(name), int | float))
 
 
 def memory(run: Path, watch: MemoryWatch) -> list[Record]:
@@ -170,15 +137,15 @@ def as_planned(found: Sequence[Record]) -> bool:
 def judge(args: argparse.Namespace, run: Path, wall_s: float) -> dict[str, Any]:
     """The figures of a run; JSON-able."""
     found = records(run)
-    trained = steps_of(found)
-    steady = [r for r in trained if args.skip <= r["step"] < args.steps]
+    steps = trained(found)
+    steady = [r for r in steps if args.skip <= r["step"] < args.steps]
     updates = [r for r in found if "pause_s" in r]
     later = [r for r in updates if r["step"] > args.skip]
     summary = json.loads((run / "summary.json").read_text())
     result: dict[str, Any] = {
         "shape": args.shape, "device": args.device, "layout": args.layout, "turns": args.turns,
-        "steps": min(len(trained), args.steps), "wall_s": wall_s, "start_s": summary["phases_s"].get("start-up"),
-        "first_steps_s": [round(r["step_s"], 2) for r in trained[: args.skip]],
+        "steps": min(len(steps), args.steps), "wall_s": wall_s, "start_s": summary["phases_s"].get("start-up"),
+        "first_steps_s": [round(r["step_s"], 2) for r in steps[: args.skip]],
         "restarts": sum(summary["restarts"].values()), "resyncs": sum(r["resyncs"] for r in updates),
         "notes": summary["notes"], "balance": summary["balance"],
         "peak_memory_bytes": summary["memory"].get("peak_bytes"),
@@ -193,111 +160,49 @@ def judge(args: argparse.Namespace, run: Path, wall_s: float) -> dict[str, Any]:
     parity = [r["parity_mean_abs"] for r in steady if "parity_mean_abs" in r]  # of steps with tokens that are not stale
     deltas = [r["delta_bytes"] for r in steady if r.get("delta_bytes")]
     return result | {
-        "phases_s": phases | {"step": mean(steady, "step_s")},
-        "tokens_per_step": tokens / len(steady),
-        "trained_tokens_per_s": tokens / spent,
-        "trained_tokens_per_s_at_work": tokens / max(1e-9, spent - waited),
+        "phases_s": phases | {"step": mean(steady, "step_s")}, "tokens_per_step": tokens / len(steady),
+        "trained_tokens_per_s": tokens / spent, "trained_tokens_per_s_at_work": tokens / max(1e-9, spent - waited),
         "generated_tokens_per_s": generated / sum(r["interval_s"] for r in later) if later else None,
         "wait_share": waited / spent,
         "idle_share": sum(r["idle_s"] for r in later) / sum(r["interval_s"] for r in later) if later else None,
-        "staleness_mean": mean(steady, "staleness_mean"),
-        "parity_mean": statistics.fmean(parity) if parity else None,
+        "staleness_mean": mean(steady, "staleness_mean"), "parity_mean": statistics.fmean(parity) if parity else None,
         "full_bytes": statistics.median(r["full_bytes"] for r in steady),
-        "delta_bytes": statistics.fmean(deltas) if deltas else None,
-        "density": mean(steady, "delta_density"),
-        "update": {name: s for name in UPDATE if (s := spread(later, name))},
-        "turn": {name: s for name in TURN if (s := spread(found, name))},
-    }
-
-
-def table(result: dict[str, Any]) -> None:
-    what = (
-        f"{result['shape']} on {result['device']}, layout {result['layout']}{', in turns' if result['turns'] else ''}"
-    )
-    first = ", ".join(f"{s:g}" for s in result["first_steps_s"])
-    print(f"{what}: {result['steps']} steps in {result['wall_s']:.0f} s of wall time (start-up {result['start_s']} s; "
-          f"the first steps, left out below, took {first} s)")  # fmt: skip
-    print(f"restarts {result['restarts']}, resyncs {result['resyncs']:g}" + "".join(f"; {n}" for n in result["notes"]))
-    memory_table(result["memory"])
-    if "phases_s" not in result:
-        return
-    print("\n| phase | s a step | share |\n|---|---|---|")
-    step = result["phases_s"]["step"]
-    for name, seconds in result["phases_s"].items():
-        print(f"| {name} | {seconds:.3f} | {seconds / step:.1%} |")
-    at_work, generated = result["trained_tokens_per_s_at_work"], result["generated_tokens_per_s"] or 0
-    print(
-        f"\ntrainer {result['trained_tokens_per_s']:.0f} tokens/s ({at_work:.0f} while at work), "
-        f"{result['tokens_per_step']:.0f} a step; generated {generated:.0f} tokens/s"
-    )
-    idle, delta = result["idle_share"], result["delta_bytes"]
-    print(
-        f"the trainer waited {result['wait_share']:.1%} of the time, the engine was idle "
-        f"{'?' if idle is None else f'{idle:.1%}'}; mean staleness {result['staleness_mean']:.2f} versions"
-    )
-    print(
-        f"full {result['full_bytes'] / 1e6:.3g} MB, mean delta {'-' if delta is None else f'{delta / 1e6:.3g} MB'}, "
-        f"density {result['density']:.2%}"
-        + (f"; parity mean {result['parity_mean']:.1e}" if result["parity_mean"] is not None else "")
-    )
-    for title in ("update", "turn"):
-        for name, s in result[title].items():
-            print(f"{title} {name[:-2]}: p50 {1e3 * s['p50']:.1f} ms, p99 {1e3 * s['p99']:.1f} ms ({s['count']})")
-    if result["balance"]:
-        print(f"closing table: {result['balance']['words']}; try {result['balance']['change'] or 'nothing else'}")
-
-
-def memory_table(found: Sequence[Record]) -> None:
-    if not found:
-        return
-    print("\n| GPU | processes | seen, GiB at most | planned GiB | seen / planned |\n|---|---|---|---|---|")
-    for row in found:
-        names = ", ".join(row["processes"]) or "at one time"
-        figures = f"{row['seen_gib']:.1f} | {row['planned_gib']:.1f} | {row['ratio']:.3f}"
-        print(f"| {row['gpu']} | {names} | {figures} |")
-    print(f"the plan {'holds' if as_planned(found) else 'is missed'}: {LIMIT:.0%} is the limit")
+        "delta_bytes": statistics.fmean(deltas) if deltas else None, "density": mean(steady, "delta_density"),
+        "update": {name: s for name in UPDATE if (s := of_all(later, name))},
+        "turn": {name: s for name in TURN if (s := of_all(found, name))},
+    }  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="4b", help="as bench/random_checkpoint.py knows it")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--layout", choices=LAYOUTS, default="1+1")
-    parser.add_argument("--turns", action="store_true", help="of a shared layout on GPUs")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--skip", type=int, default=3)
-    parser.add_argument("--groups", type=int, default=8, help="of 8 samples, a step")
-    parser.add_argument("--new-tokens", type=int, help="default 512; 24 of the tiny shape")
-    parser.add_argument("--running", type=int, default=128, help="requests that the engine decodes at once")
-    parser.add_argument("--limit-s", type=float, default=540.0)
-    parser.add_argument("--model", help="a checkpoint of the shape")
-    parser.add_argument("--folder", help="where checkpoint and run lie; default a temporary one")
-    parser.add_argument("--engine-path", help="PYTHONPATH of the environment that holds SGLang")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--json", action="store_true")
+    parser = options(
+        __doc__, shape={"4b": "as bench/random_checkpoint.py knows it"}, device=("cuda", "cpu"), layout=LAYOUTS,
+        turns={False: "of a shared layout on GPUs"}, steps=20, skip=3, groups={8: "of 8 samples, a step"},
+        new_tokens={int: "default 512; 24 of the tiny shape"}, limit_s=540.0, model={str: "a checkpoint of the shape"},
+        running={128: "requests that the engine decodes at once"}, set="changes the recipe",
+        folder={str: "where checkpoint and run lie; default a temporary one"},
+        engine_path={str: "PYTHONPATH of the environment that holds SGLang"},
+    )  # fmt: skip
     args = parser.parse_args()
     args.new_tokens = args.new_tokens or (24 if args.shape == "tiny" else 512)
     if args.steps <= args.skip:
         parser.error(f"--steps must be over --skip ({args.skip})")
     if args.turns and (args.device == "cpu" or args.layout == "1+1"):
         parser.error("--turns needs GPUs that engine and trainer share: --layout shared or 1+2, not --device cpu")
-    with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        run = Path(name) / "run"
-        model = checkpoint(args, Path(name))
-        begun, watch = time.monotonic(), MemoryWatch()
-        if args.device == "cuda":
-            watch.start()
-        code, said = train(args, model, run)
-        watch.done.set()
+    with folder(args.folder) as name:
+        run, model = name / "run", checkpoint(args, name)
+        begun = time.monotonic()
+        with watched(args.device) as watch:
+            code, said = train(args, model, run)
         if code not in (0, 130):
             logs = [f"==> {log.name}\n{log.read_text()[-1500:]}" for log in sorted(run.glob("logs/attempt_1/*.log"))]
             print("\n".join([f"`astra train` ended with {code}:", said, *logs]), file=sys.stderr)
         if not (run / "summary.json").exists():
             sys.exit(1)
-        result = judge(args, run, time.monotonic() - begun) | {"memory": memory(run, watch)}
-    print(json.dumps(result)) if args.json else table(result)
+        seen = memory(run, watch)
+        result = judge(args, run, time.monotonic() - begun) | {"memory": seen, "as_planned": as_planned(seen)}
+    show(args, result)
     whole = code in (0, 130) and result["steps"] == args.steps
-    sys.exit(0 if whole and not result["restarts"] and not result["resyncs"] and as_planned(result["memory"]) else 1)
+    sys.exit(0 if whole and not result["restarts"] and not result["resyncs"] and result["as_planned"] else 1)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,9 @@ row in place instead of the recipe's `launch.hub_history_steps`. Exits 1 when th
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
-import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -29,6 +26,9 @@ from astracli.hub.client import HubClient
 from astracli.hub.store import HubStore
 from astracli.process.ports import bind
 from astracli.rl.types import Group, Sample, Segment, unpack_group
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import folder, options, show, spread
 
 GROUPS, SAMPLES, TOKENS = 32, 8, 4096
 DROPPED = 1 / 4
@@ -71,17 +71,10 @@ def fill(store: HubStore, samples: int) -> int:
 
 def group(lease: int, version: int, rng: np.random.Generator) -> Group:
     """8 samples of 4096 tokens."""
-    samples = [
-        Sample(
-            i,
-            [Segment(version, rng.integers(0, 248320, TOKENS, np.int32), -rng.random(TOKENS, np.float32))],
-            "stop",
-            float(i % 2),
-            "right" if i % 2 else "wrong",
-            "text " * TOKENS,
-        )
-        for i in range(SAMPLES)
-    ]
+    samples = []
+    for i in range(SAMPLES):
+        part = Segment(version, rng.integers(0, 248320, TOKENS, np.int32), -rng.random(TOKENS, np.float32))
+        samples.append(Sample(i, [part], "stop", float(i % 2), "right" if i % 2 else "wrong", "text " * TOKENS))
     return Group(lease, f"problem-{lease}", rng.integers(0, 248320, 200, np.int32), samples, "question", "42")
 
 
@@ -119,40 +112,35 @@ def play(url: str, first: int, batches: int, folder: Path) -> tuple[dict[str, li
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=1_000_000)
-    parser.add_argument("--batches", type=int, default=100)
-    parser.add_argument("--keep-all", action="store_true")
-    args = parser.parse_args()
+    args = options(__doc__, samples=1_000_000, batches=100, keep_all=False).parse_args()
     history = 10**9 if args.keep_all else LaunchTable().hub_history_steps
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        store = open_store(folder / "hub.sqlite", history)
+    with folder() as name:
+        store = open_store(name / "hub.sqlite", history)
         first = fill(store, args.samples)
         rows = store.counts()
-        before = sum(path.stat().st_size for path in folder.glob("hub.sqlite*"))
+        before = sum(path.stat().st_size for path in name.glob("hub.sqlite*"))
         server = serve(build_app(store, "t"), bind("127.0.0.1")).start()
         with ProcessPoolExecutor(
             1, multiprocessing.get_context("spawn")
         ) as other:  # as in a run: not the hub's process
-            ms, largest = other.submit(play, server.url, first, args.batches, folder).result()
-        kept = store._db.scalar("SELECT COUNT(*) FROM groups")
-        after = store.counts()
+            ms, largest = other.submit(play, server.url, first, args.batches, name).result()
+        kept, after = store._db.scalar("SELECT COUNT(*) FROM groups"), store.counts()
         server.stop()
         store.close()
-    print(f"{'ms':22} {'calls':>6} {'p50':>8} {'p99':>8} {'max':>8}")
-    for call, values in ms.items():
-        p99 = sorted(values)[max(0, -(-99 * len(values) // 100) - 1)] if values else 0.0
-        print(f"{call:22} {len(values):6d} {statistics.median(values):8.2f} {p99:8.2f} {max(values):8.2f}")
-    batch = sorted(ms["batch"])
-    p99 = batch[-(-99 * len(batch) // 100) - 1]
-    size = GROUPS * SAMPLES * TOKENS
-    groups = rows["consumed_groups"] + rows["dropped"]
-    print(f"history {first * GROUPS * SAMPLES:,} samples in {groups:,} groups;")
-    print(f"rows kept {kept:,}; counted {after['consumed_groups'] + after['dropped']:,}; a batch is {size:,} tokens")
-    print(f"database {before / 1e6:.0f} MB with the history, at most {largest / 1e6:.0f} MB with blobs and log")
-    print(f"/batch p99 {p99:.1f} ms, asked for: under {TARGET_MS:.0f} ms")
+    calls = [call_row(call, values) for call, values in ms.items()]
+    p99 = next(row["p99"] for row in calls if row["call"] == "batch")
+    found = {
+        "history_samples": first * GROUPS * SAMPLES, "history_groups": rows["consumed_groups"] + rows["dropped"],
+        "rows_kept": kept, "rows_counted": after["consumed_groups"] + after["dropped"],
+        "batch_tokens": GROUPS * SAMPLES * TOKENS, "database_mb": before / 1e6, "largest_mb": largest / 1e6,
+        "batch_p99_ms": p99, "asked_under_ms": TARGET_MS,
+    }  # fmt: skip
+    show(args, found | {"ms": calls})
     sys.exit(1 if p99 >= TARGET_MS else 0)
+
+
+def call_row(call: str, values: list[float]) -> dict[str, Any]:
+    return {"call": call, **(spread(values) or {}), "max": max(values, default=None)}
 
 
 if __name__ == "__main__":

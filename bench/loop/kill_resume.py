@@ -10,35 +10,28 @@ is broken. About 10 s a kill.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import random
 import sqlite3
 import sys
-import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import folder, options, show
+
 from loop.killing import CHILDREN, Attempt, processes_of
 
 EVERY = 5
 STALENESS = 2
 SMALL = [
-    "train.steps=100000",
-    "train.batch_groups=4",
-    "train.minibatches=1",
-    f"train.max_staleness={STALENESS}",
-    'train.schedule="constant"',
-    "rollout.group_size=4",
-    "checkpoint.every=2",
-    f"eval.every={EVERY}",
-    "eval.samples=1",
+    "train.steps=100000", "train.batch_groups=4", "train.minibatches=1", f"train.max_staleness={STALENESS}",
+    'train.schedule="constant"', "rollout.group_size=4", "checkpoint.every=2", f"eval.every={EVERY}", "eval.samples=1",
     "eval.pass_k=1",
-]
+]  # fmt: skip
 STARTUP_S = 6.0
 RUNNING_S = 4.0
 LAST_STEPS = 6
@@ -166,18 +159,15 @@ def wrong_digests(run: Path, version: int) -> list[object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = options(__doc__, kills={4: "of each process"}, seed=0, run_dir=Path)
     parser.add_argument("--children", nargs="+", choices=CHILDREN, default=list(CHILDREN))
-    parser.add_argument("--run-dir", type=Path)
     args = parser.parse_args()
     draw = random.Random(args.seed)
     plan = [(name, number % 2 == 1) for name in args.children for number in range(args.kills)]
     draw.shuffle(plan)
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench((args.run_dir or Path(folder) / "run").resolve(), draw)
+    with folder() as name:
+        bench = Bench((args.run_dir or name / "run").resolve(), draw)
         bench.run.parent.mkdir(parents=True, exist_ok=True)
         for victim, early in plan:
             bench.attempt(victim, early)
@@ -185,14 +175,10 @@ def main() -> None:
                 break
         steps = bench.finish()
         rules = check_hub(bench.run, steps) | check_files(bench.run, steps) if not bench.problems else {}
-    print(f"{'killed':12} {'starting':>8} {'running':>8} {'steps trained':>13} {'slowest end s':>13}")
-    for name, t in sorted(bench.tallies.items()):
-        print(f"{name:12} {t.starting:8d} {t.running:8d} {t.steps:13d} {t.slowest_end_s:13.1f}")
-    print(f"{bench.attempts} attempts, {steps} steps, {time.monotonic() - began:.0f} s, seed {args.seed}")
-    for rule, broken in rules.items():
-        print(f"{'BROKEN' if broken else 'kept':6}  {rule}" + (f": {broken[:8]}" if broken else ""))
-    for problem in bench.problems:
-        print(f"BROKEN  {problem}")
+    rows = [{"killed": name, **vars(tally)} for name, tally in sorted(bench.tallies.items())]
+    kept = [{"rule": rule, "kept": not broken, "broken by": broken[:8]} for rule, broken in rules.items()]
+    found = {"attempts": bench.attempts, "steps": steps, "seconds": time.monotonic() - began, "seed": args.seed}
+    show(args, {**found, "problems": bench.problems, "rows": rows, "rules": kept})
     sys.exit(1 if bench.problems or any(rules.values()) else 0)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -14,14 +13,10 @@ from typing import Any
 
 import psutil
 
-ASTRA = [sys.executable, "-m", "astracli"]
-RECIPE = "qwen3.5-tiny-m2po-delta"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import ASTRA, command, records, trained
+
 CHILDREN = ("engine0", "rollout", "trainer", "eval", "supervisor")
-
-
-def words(sets: Sequence[str]) -> list[str]:
-    """`--set` before every one."""
-    return [word for value in sets for word in ("--set", value)]
 
 
 class Attempt:
@@ -29,12 +24,14 @@ class Attempt:
 
     def __init__(self, run: Path, sets: Sequence[str], *, resume: bool):
         self.run = run
-        where = ["--resume", str(run)] if resume else ["--recipe", RECIPE, "--run-dir", str(run)]
+        words = command("train", run, sets)
+        if resume:
+            words = [*ASTRA, "train", "--resume", str(run), *words[words.index(str(run)) + 1 :]]
         self._talk = (run.parent / f"{run.name}.log").open("w+")
         self._before = len(records(run))
         self.began = time.monotonic()
         self.supervisor = subprocess.Popen(
-            [*ASTRA, "train", *where, *words(sets)],
+            words,
             cwd=run.parent, stdin=subprocess.DEVNULL, stdout=self._talk, stderr=self._talk, start_new_session=True,
         )  # fmt: skip
 
@@ -48,7 +45,7 @@ class Attempt:
 
     def steps(self) -> list[int]:
         """Steps that this attempt has trained."""
-        return [r["step"] for r in self.new_records() if r["process"] == "trainer" and "loss" in r]
+        return [r["step"] for r in trained(self.new_records())]
 
     def wait(self, ready: Callable[[], bool], timeout_s: float = 120.0) -> bool:
         """Until `ready()`; False when the attempt ended before, or time ran out."""
@@ -88,18 +85,6 @@ class Attempt:
             code = self.supervisor.wait()
         self._talk.seek(0)
         return code, self._talk.read()
-
-
-def records(run: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl; half a line is left out."""
-    found = []
-    path = run / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
 
 
 def processes_of(run: Path) -> list[int]:

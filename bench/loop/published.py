@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
-import tempfile
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -24,14 +22,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import ONE_GPU, folder, options, records, show, train, trained
+
 VISION = {
-    "depth": 1,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_heads": 2,
-    "num_position_embeddings": 16,
+    "depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "num_position_embeddings": 16,
     "patch_size": 4,
-}
+}  # fmt: skip
 INDEX = "model.safetensors.index.json"
 
 
@@ -66,26 +63,14 @@ def full_layout(folder: Path) -> Path:
     return path
 
 
-def train(model: str, run: Path, args: argparse.Namespace) -> None:
+def run_of(model: str, run: Path, args: argparse.Namespace) -> None:
     settings: dict[str, Any] = {"model.path": model, "train.steps": args.steps, "eval.every": args.steps // 2}
     if args.device == "cuda":
-        settings |= {
-            "resources.device": "cuda",
-            "resources.rollout_gpus": 1,
-            "resources.train_gpus": 1,
-            "resources.share_gpus": "true",
-            "rollout.mem_fraction_static": 0.1,
-            "rollout.attention_backend": "triton",
-        }
+        settings |= {f"resources.{key}": value for key, value in ONE_GPU.items()}
+        settings |= {"rollout.mem_fraction_static": 0.1, "rollout.attention_backend": "triton"}
         if args.engine_path:
             settings["resources.engine.env.PYTHONPATH"] = args.engine_path
-    command = [sys.executable, "-m", "astracli", "train", "--recipe", "qwen3.5-tiny-m2po-delta", "--run-dir", str(run)]
-    command += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    done = subprocess.run(command, cwd=run.parent, stdout=sys.stderr, stderr=sys.stderr)
-    if done.returncode:
-        for log in sorted(run.glob("logs/attempt_1/*.log")):
-            print(f"==> {log.name}\n{log.read_text()[-1500:]}", file=sys.stderr)
-        sys.exit(f"{' '.join(command)} ended with {done.returncode}")
+    train(run, settings, talk=None)
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -97,9 +82,8 @@ def judge(layout: str, source: Path, run: Path, device: str) -> dict[str, Any]:
     before, after = tensors_of(source), tensors_of(run / "export")
     untrained = [n for n in before if "visual" in n or n.startswith("mtp.")]
     matrices = [n for n in before if n not in untrained and before[n].ndim == 2]
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    updates = [r for r in records if r["process"] == "rollout"]
-    trainer = [r for r in records if r["process"] == "trainer" and "loss" in r]
+    found = records(run)
+    updates, steps = [r for r in found if r["process"] == "rollout"], trained(found)
     model = AutoModelForCausalLM.from_pretrained(run / "export", dtype=torch.float32)
     logits = model(input_ids=torch.tensor([[6, 10, 13, 7, 8, 16]])).logits
     holds = {
@@ -112,42 +96,36 @@ def judge(layout: str, source: Path, run: Path, device: str) -> dict[str, Any]:
             if file.is_file() and file.suffix != ".safetensors" and file.name not in ("config.json", INDEX)
         ),
         "reloads": bool(torch.isfinite(logits).all()),
-        "last_version_applied": updates[-1]["step"] == len(trainer),
+        "last_version_applied": updates[-1]["step"] == len(steps),
         "first_version_in_full": updates[0]["kind"] == ("full" if device == "cuda" else "delta"),
         "no_resync": sum(r["resyncs"] for r in updates) == 0,
     }
     return {
-        "layout": layout,
-        "holds": holds,
-        "tensors": len(before),
-        "shards": len(list(source.glob("*.safetensors"))),
-        "deltas": sum(r["kind"] == "delta" for r in updates),
-        "read_back": sum("readback_s" in r for r in updates),
-        "parity_mean": max(r["parity_mean_abs"] for r in trainer if "parity_mean_abs" in r),
-        "parity_max": max(r["parity_max_abs"] for r in trainer if "parity_max_abs" in r),
-        "rewards": [round(r["reward_mean"], 3) for r in trainer],
-    }
+        "layout": layout, "tensors": len(before), "shards": len(list(source.glob("*.safetensors"))),
+        "deltas": sum(r["kind"] == "delta" for r in updates), "read_back": sum("readback_s" in r for r in updates),
+        "parity_mean": max(r["parity_mean_abs"] for r in steps if "parity_mean_abs" in r),
+        "parity_max": max(r["parity_max_abs"] for r in steps if "parity_max_abs" in r),
+        "broken": [what for what, good in holds.items() if not good],
+        "rewards": [round(r["reward_mean"], 3) for r in steps],
+    }  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(
+        __doc__, steps=6, device=("cuda", "cpu"),
+        engine_path={str: "PYTHONPATH of the environment that holds SGLang"},
+    )  # fmt: skip
     parser.add_argument("--layout", nargs="+", choices=["full", "text"], default=["full", "text"])
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--engine-path", help="PYTHONPATH of the environment that holds SGLang")
     args = parser.parse_args()
-    good = True
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    rows = []
+    with folder() as name:
         for layout in args.layout:
-            tiny = Path(str(files("astracli") / "assets" / "tiny"))
-            source = full_layout(folder) if layout == "full" else tiny
-            run = folder / f"run-{layout}"
-            train(str(source), run, args)
-            result = judge(layout, source, run, args.device)
-            good &= all(result["holds"].values())
-            print(json.dumps(result), flush=True)
-    sys.exit(0 if good else 1)
+            source = full_layout(name) if layout == "full" else Path(str(files("astracli") / "assets" / "tiny"))
+            run = name / f"run-{layout}"
+            run_of(str(source), run, args)
+            rows.append(judge(layout, source, run, args.device))
+    show(args, {"rows": rows})
+    sys.exit(1 if any(row["broken"] for row in rows) else 0)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ writes PNGs at 1440 and 390 px, light and dark. Needs `chromium` (Debian: apt-ge
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -17,16 +16,22 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from astracli.cli.output import table_lines
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
+
 from astracli.config import recipe_io
+from astracli.hub.api import serve
+from astracli.process import ports
 from astracli.report.page import html as report_html
 from astracli.runs.run_dir import RunDir
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import folder, options, show
 
 CHROMIUM = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
 PROBE_HEAD = "<script>window.seen=[];addEventListener('error',e=>seen.push(e.message));"
@@ -76,25 +81,11 @@ def made_up(path: Path, steps: int = 1000, samples: int = 20_000) -> RunDir:
     run.update(step=steps)
     run.end("done", exit_code=0)
     names = [
-        "reward_mean",
-        "arrived_reward_mean",
-        "kl",
-        "staleness_mean",
-        "ratio_mean",
-        "clip_fraction",
-        "entropy",
-        "loss",
-    ]
+        "reward_mean", "arrived_reward_mean", "kl", "staleness_mean", "ratio_mean", "clip_fraction", "entropy", "loss",
+    ]  # fmt: skip
     names += [
-        "completion_tokens_mean",
-        "grad_norm",
-        "grad_norm_max",
-        "lr",
-        "wait_s",
-        "forward_s",
-        "backward_s",
-        "step_s",
-    ]
+        "completion_tokens_mean", "grad_norm", "grad_norm_max", "lr", "wait_s", "forward_s", "backward_s", "step_s",
+    ]  # fmt: skip
     rows = ["step,version,benchmark,items,n,avg_at_n,stderr,k,pass_at_k"]
     with run.metrics_jsonl.open("w") as file:
         for step in range(steps):
@@ -107,7 +98,7 @@ def made_up(path: Path, steps: int = 1000, samples: int = 20_000) -> RunDir:
                 "fetched_bytes": 447_000,
                 "kind": "delta",
             }
-            file.write(json.dumps({"step": step + 1, "process": "rollout"} | update) + "\n")
+            file.write(json.dumps({"step": step + 1, "process": "rollout", "kind": "delta"} | update) + "\n")
             if step % 10 == 0:
                 rows += [
                     f"{step},{step},{name},256,8,{level * 0.9:.4f},0.012,4,{level:.4f}"
@@ -135,28 +126,13 @@ def probe(page: Path, folder: Path, width: int) -> dict[str, Any]:
     text = page.read_text().replace("<head>", "<head>" + PROBE_HEAD, 1).replace("</body>", PROBE + "</body>")
     answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
 
-    class Server(BaseHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
+    async def took(request: Request) -> Response:
+        answers.put(await request.json())
+        return Response()
 
-        def do_GET(self) -> None:
-            self._send(text.encode())
-
-        def do_POST(self) -> None:
-            answers.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self._send(b"")
-
-        def _send(self, body: bytes) -> None:
-            self.send_response(200)
-            self.send_header("Content-Type", "text/html; charset=utf-8")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_address[1]}/"
-    options = [f"--user-data-dir={folder / f'profile{width}'}", f"--window-size={width},900", url]
+    routes = [Route("/", lambda _: HTMLResponse(text)), Route("/probe", took, methods=["POST"])]
+    server = serve(Starlette(routes=routes), ports.bind("127.0.0.1")).start()
+    options = [f"--user-data-dir={folder / f'profile{width}'}", f"--window-size={width},900", server.url]
     browser = subprocess.Popen(
         ["chromium", *CHROMIUM, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
@@ -167,7 +143,7 @@ def probe(page: Path, folder: Path, width: int) -> dict[str, Any]:
     finally:
         os.killpg(browser.pid, signal.SIGKILL)
         browser.wait()
-        server.shutdown()
+        server.stop()
 
 
 def shoot(page: Path, folder: Path, profile: Path) -> None:
@@ -184,30 +160,25 @@ def shoot(page: Path, folder: Path, profile: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = options(__doc__, shots=Path)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN")
-    parser.add_argument("--shots", type=Path, metavar="DIR")
     args = parser.parse_args()
     if shutil.which("chromium") is None:
         sys.exit("chromium is not installed: apt-get install chromium")
-    rows, failed = [], []
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-        folder = Path(temporary)
-        runs = [RunDir(path.resolve()) for path in args.runs] or [made_up(folder / "made-up-1000-steps")]
+    rows: list[dict[str, Any]] = []
+    with folder() as name:
+        runs = [RunDir(path.resolve()) for path in args.runs] or [made_up(name / "made-up-1000-steps")]
         for run in runs:
             page = report_html.write(run).resolve()
             for width in (1440, 390):
-                seen = probe(page, folder, width)
-                bad = [name for name, good in seen["checks"].items() if not good] + seen["seen"]
-                failed += bad
-                rows.append(
-                    [run.name, page.stat().st_size / 1e6, width, seen["ms"] / 1e3, len(seen["checks"]), len(bad)]
-                )
+                seen = probe(page, name, width)
+                bad = [check for check, good in seen["checks"].items() if not good] + seen["seen"]
+                row = {"run": run.name, "mb": page.stat().st_size / 1e6, "width_px": width, "open_s": seen["ms"] / 1e3}
+                rows.append(row | {"checks": len(seen["checks"]), "failed": bad})
             if args.shots:
-                shoot(page, args.shots, folder / "profile")
-    print("\n".join(table_lines(["run", "MB", "width px", "open s", "checks", "failed"], rows)))
-    if failed:
-        sys.exit("failed: " + "; ".join(failed))
+                shoot(page, args.shots, name / "profile")
+    show(args, {"rows": rows})
+    sys.exit(1 if any(row["failed"] for row in rows) else 0)
 
 
 if __name__ == "__main__":

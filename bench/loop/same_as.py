@@ -10,24 +10,24 @@ Both trees are installed into folders of their own and run on this machine with 
     runs        deterministic runs of the tiny recipes, `delta` and `full`: exported weights, evaluation items, samples,
                 eval.csv, every figure that is no time, and the bytes of every published version
 
-Prints what differs, a line each, and exits 1 when anything does. What a text is meant to say differently shows up here
+What differs goes to stderr by name. Exits 1 when anything does. What a text is meant to say differently shows up here
 too: list it in the commit. A few minutes on two cores.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import command, folder, options, say, show
+
 from loop.exactness import SMALL, difference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,9 +120,7 @@ def versions(run: Path) -> dict[str, str]:
 
 def run_of(tree: Tree, recipe: str, steps: int) -> Path:
     run = tree.folder / recipe
-    words = ["-m", "astracli", "train", "--recipe", recipe, "--run-dir", str(run)]
-    for value in [*SMALL, f"train.steps={steps}", KEEP_WEIGHTS]:
-        words += ["--set", value]
+    words = command("train", run, [*SMALL, f"train.steps={steps}", KEEP_WEIGHTS], recipe)[1:]
     code, _, complained = tree.run(*words)
     if code:
         sys.exit(f"error: {recipe} of {tree.name} ended with {code}:\n{complained}")
@@ -148,27 +146,23 @@ def compare_texts(old: Tree, new: Tree, part: str) -> tuple[int, list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, steps=6, keep={Path: "a new folder for everything that both trees made"})
     parser.add_argument("commit")
-    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--keep", type=Path, help="a new folder for everything that both trees made")
     args = parser.parse_args()
-    bad = False
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name).resolve()
+    rows = []
+    with folder() as name:
         if args.keep:
-            folder = args.keep.resolve()
-            folder.mkdir(parents=True)
-        old = Tree("old", checkout(args.commit, folder / "source-old"), folder)
-        new = Tree("new", working_tree(folder / "source-new"), folder)
+            name = args.keep.resolve()
+            name.mkdir(parents=True)
+        old = Tree("old", checkout(args.commit, name / "source-old"), name)
+        new = Tree("new", working_tree(name / "source-new"), name)
         for part in args.only:
             seen, odd = compare_runs(old, new, args.steps) if part == "runs" else compare_texts(old, new, part)
-            print(f"{part:10} {seen} compared, {len(odd)} differ", flush=True)
-            for what in odd:
-                print(f"           {what}", flush=True)
-            bad |= bool(odd) or not seen
-    sys.exit(1 if bad else 0)
+            rows.append({"part": part, "compared": seen, "differ": len(odd)})
+            say(rows[-1], what=odd)
+    show(args, {"rows": rows})
+    sys.exit(1 if any(row["differ"] or not row["compared"] for row in rows) else 0)
 
 
 if __name__ == "__main__":

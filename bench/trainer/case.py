@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -13,9 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from shared import more_options, options
 
 from astracli.config.recipe import Recipe
-from astracli.models.adapter import ModelAdapter
+from astracli.models import registry
+from astracli.models.adapter import MemoryShape, ModelAdapter
 from astracli.plan.build import TRAINER_ON_GPU
 from astracli.rl.types import Group, Sample, Segment
 from astracli.training import fsdp, setup
@@ -35,14 +38,11 @@ class Variant:
 
 
 VARIANTS = {
-    "packed-selective": Variant("selective"),
-    "packed-none": Variant("none"),
-    "packed-full": Variant("full"),
-    "padded-selective": Variant("selective", packing="padded"),
-    "plain-modules": Variant("selective", fused=False),
+    "packed-selective": Variant("selective"), "packed-none": Variant("none"), "packed-full": Variant("full"),
+    "padded-selective": Variant("selective", packing="padded"), "plain-modules": Variant("selective", fused=False),
     "leaking": Variant("selective", boundaries=False),
     "moments-on-host": Variant("full", split=Split(moments_on_host=1.0)),
-}
+}  # fmt: skip
 
 
 def join(*, wrapped: bool = False) -> fsdp.Ranks:
@@ -52,7 +52,7 @@ def join(*, wrapped: bool = False) -> fsdp.Ranks:
     return fsdp.join("cuda" if torch.cuda.is_available() else "cpu", wrapped=wrapped)
 
 
-def recipe(variant: Variant, tokens: int, group_size: int) -> Recipe:
+def recipe(variant: Variant, tokens: int, group_size: int, algorithm: str = "m2po") -> Recipe:
     return Recipe.model_validate(
         {
             "model": {"path": "unused"},
@@ -68,7 +68,7 @@ def recipe(variant: Variant, tokens: int, group_size: int) -> Recipe:
                 "row_boundaries": "reset" if variant.boundaries else "ignored",
                 "parity_tolerance": 1e9,  # no engine drew these samples
             },
-            "algorithm": {"name": "m2po"},
+            "algorithm": {"name": algorithm},
         }
     )
 
@@ -123,6 +123,33 @@ def build(
         (Path(folder) / "config.json").write_text(json.dumps(dict(config)))
         trainer = setup.build_trainer(Path(folder), drawn, chosen, ranks, attention="sdpa", split=variant.split)
     return trainer
+
+
+def case_options(doc: str | None, **more: Any) -> argparse.ArgumentParser:
+    """The options of a bench that trains made-up samples."""
+    parser = options(doc, adapter="qwen3_5", shape={"4b": "`tiny`, or the end of a model id that the adapter knows"})
+    return more_options(
+        parser, tokens={8192: "of one micro-batch"}, micro_batches={4: "of one step, about"},
+        longest={4000: "longest completion, tokens"}, **more,
+    )  # fmt: skip
+
+
+class Case:
+    """What the options ask for: adapter, shape, samples and trainers of it on this rank."""
+
+    def __init__(self, args: argparse.Namespace, *, wrapped: bool = False):
+        self.args, self.ranks, self.adapter = args, join(wrapped=wrapped), registry.get(args.adapter)
+        self.config = shape_config(self.adapter, args.shape)
+        self.shape: MemoryShape = self.adapter.memory_shape(self.config)
+        self.size = 4 if args.shape == "tiny" else 8
+
+    def groups(self, step: int) -> list[Group]:
+        tokens = self.args.micro_batches * self.args.tokens
+        return groups(tokens, self.args.longest, self.shape.vocab_size, step, self.size)
+
+    def trainer(self, variant: Variant) -> Trainer:
+        chosen = recipe(variant, self.args.tokens, self.size)
+        return build(self.adapter, self.config, variant, chosen, self.ranks)
 
 
 def settle(device: torch.device) -> None:

@@ -10,18 +10,20 @@ A variant that raises is listed with what it said. On a CPU only the torch rule 
 
 from __future__ import annotations
 
-import argparse
 import inspect
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import options, say, show
 
 Rule = Callable[..., torch.Tensor]
 NAMES = ("q", "k", "v", "g", "beta")
@@ -113,27 +115,9 @@ def timed(rule: Rule, tensors: list[torch.Tensor], cu: torch.Tensor, repeats: in
     return statistics.median(seconds[2:])
 
 
-def environment() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none"}
-    for name in ("torch", "triton", "transformers", "flash-linear-attention", "tilelang"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "-"
-    return found
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--timed-tokens", type=int, default=8192)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = options(__doc__, heads=32, dim=128, tokens=2048, timed_tokens=8192, repeats=5)
     parser.add_argument("--compile", action="store_true", help="also the compiled torch rule; compiling takes minutes")
-    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shares = torch.tensor([0.0, 0.33, 0.335, 0.7, 1.0])
@@ -152,20 +136,10 @@ def main() -> None:
                 n: error(a, b) for n, a, b in zip(("out", *NAMES), [out, *got], [reference, *wanted], strict=True)
             }
             rows.append({"variant": name, **errors, "seconds": timed(rule, timed_inputs, timed_cu, args.repeats)})
-            print(f"done: {name}", file=sys.stderr, flush=True)
+            say(rows[-1])
         except Exception as problem:  # a variant that cannot run here is a result, and is printed as one
             rows.append({"variant": name, "raised": f"{type(problem).__name__}: {str(problem).strip()[:300]}"})
-    if args.json:
-        print(json.dumps({"environment": environment(), "arguments": vars(args), "rows": rows}))
-        return
-    print("  ".join(f"{k} {v}" for k, v in environment().items()))
-    print(f"relative error at {args.tokens} tokens, seconds forward + backward at {args.timed_tokens}")
-    print(f"{'variant':28}" + "".join(f"{n:>10}" for n in ("out", *NAMES, "seconds")))
-    for row in rows:
-        if "raised" in row:
-            print(f"{row['variant']:28} {row['raised']}")
-        else:
-            print(f"{row['variant']:28}" + "".join(f"{row[n]:10.2e}" for n in ("out", *NAMES, "seconds")))
+    show(args, {"tokens": args.tokens, "timed_tokens": args.timed_tokens, "rows": rows})
 
 
 if __name__ == "__main__":

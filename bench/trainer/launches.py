@@ -1,6 +1,6 @@
 """How many operators a micro-batch asks a GPU for, layer by layer, and where it would wait for one. Needs no GPU.
 
-    python bench/trainer/launches.py [--shape 4b] [--tokens 8192] [--checkpointing none] [--names]
+    python bench/trainer/launches.py [--shape 4b] [--tokens 8192] [--checkpointing none] [--json]
 
 The trainer's own code for one GPU runs on tensors that have a shape and no memory (device `meta`), which say that they
 are on one: a value that is read back raises, and a copy that waits is noted. Counted are the operators that compute or
@@ -11,11 +11,12 @@ is the difference that one more makes.
 
 from __future__ import annotations
 
-import argparse
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -37,6 +38,11 @@ from astracli.training.fsdp import Ranks
 from astracli.training.layout import RESIDENT, recomputed
 from astracli.training.step import Trainer
 from astracli.training.sums import Sums
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import options, show
+
+from trainer import case
 
 DEVICE = torch.device("meta")
 _FREE = ("profiler::", "aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::detach", "aten::lift", "prim::")
@@ -113,15 +119,11 @@ def kernels(count: Count) -> SimpleNamespace:
         return rule(q, k, v, g, beta), None
 
     return SimpleNamespace(
-        conv=call_conv,
-        rule=call_rule,
-        rule_options=frozenset(("chunk_indices", "cu_seqlens_cpu")),
+        conv=call_conv, rule=call_rule, rule_options=frozenset(("chunk_indices", "cu_seqlens_cpu")),
         rms_norm=lambda x, weight, bias, *, eps: norm(x, weight),
-        rms_norm_gated=lambda x, gate, weight, bias, *, eps: gated(x, gate, weight),
-        swiglu=swiglu,
-        swiglu_again=swiglu_again,
-        swiglu_linear=lambda gate, up, weight, bias: mlp(gate, up, weight),
-    )
+        rms_norm_gated=lambda x, gate, weight, bias, *, eps: gated(x, gate, weight), swiglu=swiglu,
+        swiglu_again=swiglu_again, swiglu_linear=lambda gate, up, weight, bias: mlp(gate, up, weight),
+    )  # fmt: skip
 
 
 def head(count: Count) -> SimpleNamespace:
@@ -191,17 +193,8 @@ def build(adapter: ModelAdapter, config: Mapping[str, Any], chosen: Recipe) -> T
     return Trainer(policy, masters, adapter, chosen, ranks, packed=True)
 
 
-def recipe(tokens: int, checkpointing: str, algorithm: Mapping[str, Any]) -> Recipe:
-    train = {"minibatches": 1, "tokens_per_microbatch": tokens, "activation_checkpointing": checkpointing, "steps": 9}
-    return Recipe.model_validate(
-        {
-            "model": {"path": "unused"},
-            "data": {"source": "arithmetic"},
-            "rollout": {"group_size": 4},
-            "train": train | {"packing": "packed"},
-            "algorithm": dict(algorithm),
-        }
-    )
+def recipe(tokens: int, checkpointing: str, algorithm: str) -> Recipe:
+    return case.recipe(case.Variant(checkpointing), tokens, 4, algorithm)
 
 
 def groups(tokens: int, versions: int = 2) -> list[Group]:
@@ -242,16 +235,11 @@ def micro_batches(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="4b")
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--checkpointing", choices=["none", "full"], default="none")
-    parser.add_argument("--names", action="store_true", help="the operators of a layer by name")
+    parser = options(__doc__, shape="4b", tokens=8192, checkpointing=("none", "full"))
     args = parser.parse_args()
     adapter = registry.get("qwen3_5")
-    known = next(c for n, c in adapter.known_configs.items() if n.lower().endswith(f"-{args.shape}"))
-    text = dict(known["text_config"]) | {"model_type": "qwen3_5_text"}
-    chosen = recipe(args.tokens, args.checkpointing, {"name": "m2po"})
+    text = case.shape_config(adapter, args.shape)
+    chosen = recipe(args.tokens, args.checkpointing, "m2po")
 
     def run(*kinds: str) -> tuple[Count, dict[str, int]]:
         config = text | {"layer_types": [f"{kind}_attention" for kind in kinds], "num_hidden_layers": len(kinds)}
@@ -259,20 +247,20 @@ def main() -> None:
         return count, phases[-1]
 
     one, base = run("linear")
-    print(f"{'operators of a micro-batch':32} {'forward':>8} {'backward':>9}")
+    rows, named = [], []
     for name, kinds in (
         ("a Gated DeltaNet layer", ("linear", "linear")),
         ("a full-attention layer", ("linear", "full")),
     ):
         two, with_it = run(*kinds)
-        print(f"{name:32} {with_it['forward'] - base['forward']:8} {with_it['backward'] - base['backward']:9}")
-        for operator, calls in sorted((two.calls - one.calls).items()) if args.names else ():
-            print(f"    {calls:4} {operator}  (of two micro-batches)")
+        rows.append({"operators of a micro-batch": name, **{phase: with_it[phase] - base[phase] for phase in base}})
+        of = sorted((two.calls - one.calls).items())
+        named += [{"layer": name, "operator": operator, "calls of two micro-batches": calls} for operator, calls in of]
     every = text["num_hidden_layers"]
     kinds = ["full" if (i + 1) % text["full_attention_interval"] == 0 else "linear" for i in range(every)]
     count, whole = run(*kinds)
-    print(f"{f'all {every} layers, loss and head':32} {whole['forward']:8} {whole['backward']:9}")
-    print(f"the host waits for the GPU: {', '.join(count.waits) or 'never'}")
+    rows.append({"operators of a micro-batch": f"all {every} layers, loss and head", **whole})
+    show(args, {"rows": rows, "the host waits for the GPU": count.waits, "operators": named})
 
 
 if __name__ == "__main__":

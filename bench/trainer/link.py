@@ -9,26 +9,24 @@ they read and write (8 a parameter). Medians, GB/s. `astracli/plan/cost.py` coun
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from astracli.training import halves
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import options, show
+
 PIECE = 2**26
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gib", type=float, default=1.0, help="in each direction")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
+    args = options(__doc__, gib={1.0: "in each direction"}, rounds=5).parse_args()
     if not torch.cuda.is_available():
         sys.exit("needs a CUDA device")
     size = max(PIECE, int(args.gib * 2**30) // PIECE * PIECE)
@@ -58,13 +56,7 @@ def main() -> None:
         "halves to masters": (lambda: halves.join(high, rest, master), 8 * elements),
     }
     found = {name: rate(work, moved, args.rounds) for name, (work, moved) in cases.items()}
-    where = torch.cuda.get_device_name()
-    if args.json:
-        print(json.dumps({"device": where, "torch": torch.__version__, "gb_per_s": found}))
-        return
-    print(f"{where}, torch {torch.__version__}")
-    for name, value in found.items():
-        print(f"{name:30}{value:10.1f} GB/s")
+    show(args, {"gb_per_s": found})
 
 
 def rate(work: Callable[[], None], moved: int, rounds: int) -> float:

@@ -10,8 +10,7 @@ times as far where their roundings have nothing in common. DIR: `python bench/ra
 
 from __future__ import annotations
 
-import argparse
-import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,9 @@ import torch
 
 from astracli.models import registry
 from astracli.models.adapter import read_config
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import options, show
 
 
 @torch.no_grad()
@@ -37,11 +39,8 @@ def forward(model: Any, tokens: torch.Tensor, blocks: list[Any]) -> tuple[torch.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, tokens=128, device=("cpu", "cuda"))
     parser.add_argument("dir", type=Path)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     kind = read_config(args.dir)["model_type"]
     adapter = next(a for item in registry.installed() if (a := item.adapter) and kind in a.model_types)
@@ -58,18 +57,9 @@ def main() -> None:
         parameter.data = parameter.data.float()
     exact, wanted = forward(model, tokens, every)
     off = (rounded - exact).abs()
-    found = {
-        "mean": off.mean().item(),
-        "max": off.max().item(),
-        "hidden": [((a - b).norm() / b.norm()).item() for a, b in zip(hidden, wanted, strict=True)],
-        "tokens": len(off),
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
-    if args.json:
-        print(json.dumps(found))
-    else:
-        shares = ", ".join(f"{share:.2%}" for share in found["hidden"])
-        print(f"mean |difference| {found['mean']:.4f}, largest {found['max']:.3f}; hidden states {shares}")
+    apart = [((a - b).norm() / b.norm()).item() for a, b in zip(hidden, wanted, strict=True)]
+    found = {"mean": off.mean().item(), "max": off.max().item(), "hidden": apart, "tokens": len(off)}
+    show(args, found | {"parameters": sum(p.numel() for p in model.parameters())})
 
 
 if __name__ == "__main__":

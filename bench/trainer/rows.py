@@ -12,9 +12,7 @@ parameters that hold most of the squared difference of `in the shape of all` in 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,8 +30,9 @@ from astracli.training.parity import Pass
 from astracli.training.step import Trainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import options, show
+
 from trainer.case import VARIANTS, build, join, recipe, shape_config
-from trainer.speed import environment
 
 
 class Rows:
@@ -112,16 +111,15 @@ def drawn(lengths: Sequence[int], vocabulary: int) -> Group:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapter", default="qwen3_5")
-    parser.add_argument("--shape", default="4b", help="`tiny`, or the end of a model id that the adapter knows")
-    parser.add_argument("--layers", type=int, help="as many of the shape's kind")
-    parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[370, 3014], help="tokens of each of two or more rows"
+    packed = (
+        "packed-full",
+        *(n for n, variant in VARIANTS.items() if variant.packing == "packed" and n != "packed-full"),
     )
-    packed = [name for name, variant in VARIANTS.items() if variant.packing == "packed"]
-    parser.add_argument("--variant", choices=packed, default="packed-full")
-    parser.add_argument("--json", action="store_true")
+    parser = options(
+        __doc__, adapter="qwen3_5", shape={"4b": "`tiny`, or the end of a known model id"},
+        layers={int: "as many of the shape's kind"}, variant=packed,
+    )  # fmt: skip
+    parser.add_argument("--lengths", type=int, nargs="+", default=[370, 3014], help="tokens of two or more rows")
     args = parser.parse_args()
     if len(args.lengths) < 2 or min(args.lengths) < 4:
         parser.error(f"--lengths {' '.join(map(str, args.lengths))}: two rows or more, of 4 tokens or more")
@@ -132,17 +130,7 @@ def main() -> None:
         config = {k: v for k, v in config.items() if k != "layer_types"} | {"num_hidden_layers": args.layers}
     trainer = build(adapter, config, variant, recipe(variant, sum(args.lengths), len(args.lengths)), ranks)
     group = drawn(args.lengths, adapter.memory_shape(config).vocab_size)
-    found = measure(Rows(trainer, trainer._divide([group], 0).rows, 0))
-    if args.json:
-        print(json.dumps({**found, "environment": environment(ranks.device)}))
-    else:
-        print("  ".join(f"{key} {value}" for key, value in environment(ranks.device).items()))
-        print(f"rows of {', '.join(map(str, found['lengths']))} tokens")
-        print(f"{'packed minus each row':24}{'any order':>12}{'one order':>12}{'log-probability':>18}")
-        for way in ("packed once more", "in the shape of all", "in its own shape"):
-            cells = found[way]
-            print(f"{way:24}{cells['any order']:12.2e}{cells['one order']:12.2e}{cells['logprob']:18.2e}")
-        print("in the shape of all, in one order: " + ", ".join(f"{k} {v:.1%}" for k, v in found["lies in"].items()))
+    show(args, measure(Rows(trainer, trainer._divide([group], 0).rows, 0)))
     ranks.close()
 
 

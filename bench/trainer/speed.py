@@ -18,26 +18,22 @@ without its CUDA context and holes, to be held against `peak_gib` (what torch al
 The plan counts a micro-batch of `--tokens`; `fullest` is the most that one of a timed step had on this rank.
 `moments-on-host` is packed-full with AdamW's moments in pinned memory; with `--card-gib` each variant has as many there
 as the plan says (`on_host`), and torch may take no more than that GPU has beside its CUDA context.
-Every row is printed as soon as it is known; what does not fit in `--limit-s` is said.
+Every row goes to stderr as soon as it is known; what does not fit in `--limit-s` is said.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from astracli.models import registry
 from astracli.models.adapter import MemoryShape
 from astracli.plan import cost as plan_speed
 from astracli.plan import placement as plan_place
@@ -48,7 +44,9 @@ from astracli.training.layout import Split
 from astracli.training.step import Trainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from trainer.case import VARIANTS, build, groups, join, recipe, settle, shape_config
+from shared import machine, say, show
+
+from trainer.case import VARIANTS, Case, case_options, recipe, settle
 
 
 def timed_step(trainer: Trainer, sample: list[Group], step: int) -> tuple[float, int, int, dict[str, float]]:
@@ -153,46 +151,6 @@ def kernel_table(spans: Sequence[tuple[str, int, int]], most: int = 40) -> str:
     return "\n".join(lines)
 
 
-def environment(device: torch.device) -> dict[str, str]:
-    found = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}
-    for name in ("torch", "triton", "transformers", "flash-linear-attention", "tilelang"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "-"
-    return found
-
-
-COLUMNS = (
-    "tokens_per_s",
-    "tflops",
-    "mfu",
-    "peak_gib",
-    "reserved_gib",
-    "planned_gib",
-    "fullest",
-    "on_host",
-    "micro_batches",
-    "gradient_error",
-    "gradient_own",
-    "gradient_noise",
-    "warm_up_s",
-    "grad_norm",
-)
-
-
-def line(name: str, row: Mapping[str, Any]) -> str:
-    if "raised" in row:
-        return f"{name:18} {row['raised']}"
-
-    def cell(value: Any) -> str:
-        if value is None:
-            return "-"
-        return f"{value:.2e}" if isinstance(value, float) and 0 < abs(value) < 1e-3 else f"{value:.8g}"
-
-    return f"{name:18}" + "".join(f"{cell(row[column]):>16}" for column in COLUMNS)
-
-
 def release() -> None:
     gc.collect()
     if torch.cuda.is_available():
@@ -200,50 +158,35 @@ def release() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapter", default="qwen3_5")
-    parser.add_argument("--shape", default="4b", help="`tiny`, or the end of a model id that the adapter knows")
-    parser.add_argument("--tokens", type=int, default=8192, help="of one micro-batch")
-    parser.add_argument("--micro-batches", type=int, default=4, help="of one step, about")
-    parser.add_argument("--longest", type=int, default=4000, help="longest completion, tokens")
-    parser.add_argument("--steps", type=int, default=3, help="timed, after two that are not")
+    parser = case_options(
+        __doc__, steps={3: "timed, after two that are not"}, card_gib={float: "memory of the GPU to plan for"},
+        wrapped={False: "FSDP2 on a mesh of one"}, limit_s=560.0,
+    )  # fmt: skip
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--profile", choices=VARIANTS, help="no table: the kernels of one step of this variant")
-    parser.add_argument("--card-gib", type=float, help="memory of the GPU to plan for; 79.6 is an H100 of 80 GB")
-    parser.add_argument("--wrapped", action="store_true", help="FSDP2 on a mesh of one")
-    parser.add_argument("--limit-s", type=float, default=560.0)
-    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     began = time.perf_counter()
-    ranks = join(wrapped=args.wrapped)
-    adapter = registry.get(args.adapter)
-    config = shape_config(adapter, args.shape)
-    shape = adapter.memory_shape(config)
-    where = environment(ranks.device)
-    peak = next((float(tflops) for part, tflops in plan_speed.PEAK.items() if part in where["device"]), None)
-    size = 4 if args.shape == "tiny" else 8
-
-    def draw(step: int) -> list[Group]:
-        return groups(args.micro_batches * args.tokens, args.longest, shape.vocab_size, step, size)
+    case = Case(args, wrapped=args.wrapped)
+    device = case.ranks.device
+    peak = next((float(tflops) for part, tflops in plan_speed.PEAK.items() if part in machine()["machine"]), None)
 
     def start(name: str) -> Trainer:
         variant = VARIANTS[name]
-        chosen = recipe(variant, args.tokens, size)
         if args.card_gib:
-            held = plan_place.place(chosen, shape, {0: int(args.card_gib * 2**30)}, [], [0], plan_speed.Pace())
-            variant = replace(variant, split=held.split)
-        return build(adapter, config, variant, chosen, ranks)
+            chosen, card = recipe(variant, args.tokens, case.size), {0: int(args.card_gib * 2**30)}
+            variant = replace(
+                variant, split=plan_place.place(chosen, case.shape, card, [], [0], plan_speed.Pace()).split
+            )
+        return case.trainer(variant)
 
-    if args.card_gib and ranks.device.type == "cuda":
+    if args.card_gib and device.type == "cuda":
         room = args.card_gib * 2**30 - CUDA_CONTEXT
-        torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(ranks.device).total_memory)
+        torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(device).total_memory)
 
-    print("  ".join(f"{k} {v}" for k, v in where.items()), file=sys.stderr, flush=True)
     if args.profile:
-        print(profile(start(args.profile), draw), flush=True)
+        print(profile(start(args.profile), case.groups), flush=True)
         return
-    if not args.json:
-        print(f"{'variant':18}" + "".join(f"{column:>16}" for column in COLUMNS), flush=True)
+    rows: list[dict[str, Any]] = []
     longest_variant = 0.0
     for name in args.variants:
         since = time.perf_counter()
@@ -251,13 +194,15 @@ def main() -> None:
             row: dict[str, Any] = {"raised": f"not run: {args.limit_s:.0f} s would not suffice"}
         else:
             try:
-                row = measure(start(name), draw, args.steps, shape, peak)
+                row = measure(start(name), case.groups, args.steps, case.shape, peak)
             except Exception as problem:  # a variant that cannot run here is a result, and is printed as one
                 row = {"raised": f"{type(problem).__name__}: {' '.join(str(problem).split())[:400]}"}
         release()
         longest_variant = max(longest_variant, time.perf_counter() - since) if "raised" not in row else longest_variant
-        print(json.dumps({"variant": name, **row, "environment": where}) if args.json else line(name, row), flush=True)
-    ranks.close()
+        rows.append({"variant": name} | row)
+        say(rows[-1])
+    show(args, {"rows": rows})
+    case.ranks.close()
 
 
 if __name__ == "__main__":

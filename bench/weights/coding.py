@@ -14,12 +14,10 @@ Seconds are the median of `--rounds`, all ways in turn, scaled to a whole versio
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import os
 import statistics
-import tempfile
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +34,9 @@ from astracli.weights.format import container, flat
 from astracli.weights.format.manifest import FileEntry, Manifest, Piece, TensorEntry, seal
 from astracli.weights.publish import coder
 from astracli.weights.receive import decoder, reading
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import folder, options, show
 
 SIZE = 1 << 22
 PIECES_OF_4B = 1003
@@ -117,23 +118,15 @@ def decode(folder: Path, way: str, workers: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pieces", type=int, default=128)
-    parser.add_argument("--densities", type=float, nargs="+", default=[0.0096, 0.0294, 0.1065])
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 8])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
+    args = options(__doc__, pieces=128, densities=[0.0096, 0.0294, 0.1065], workers=[1, 2, 8], rounds=3).parse_args()
     rows = []
     for density in args.densities:
         each = min(args.pieces, AT_ONCE)
         works = max(1, args.pieces // each)
         memory, work = block_of(density, each, np.random.default_rng(0))
         counts = [high - low for *_, low, high, _, _ in work.pieces] * works
-        root = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
-        with tempfile.TemporaryDirectory(dir=root) as name:
-            folder = Path(name)
-            stage(folder, code(memory, works, work, "zstd", 1), counts)
+        with folder(in_memory=True) as name:
+            stage(name, code(memory, works, work, "zstd", 1), counts)
             ways = [
                 (what, way, workers)
                 for what, kinds in (("code", ("python", "zstd")), ("decode", ("threads", "forks")))
@@ -147,17 +140,13 @@ def main() -> None:
                     if what == "code":
                         code(memory, works, work, way, workers)
                     else:
-                        decode(folder, way, workers)
+                        decode(name, way, workers)
                     spent = time.perf_counter() - begin
                     seconds[what, way, workers].append(spent * PIECES_OF_4B / (works * each))
         for (what, way, workers), all_of in seconds.items():
             row = {"density": density, "what": what, "way": way, "workers": workers}
             rows.append(row | {"seconds": statistics.median(all_of)})
-    if args.json:
-        print(json.dumps(rows))
-        return
-    for row in rows:
-        print("{density:7.2%}  {what:6}  {way:7}  {workers:2d}  {seconds:.3f} s".format(**row))
+    show(args, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -18,11 +18,9 @@ bit may be one that means nothing to zstd. Exits 1 when anything passes.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -41,18 +39,17 @@ from astracli.weights.publish.publisher import Publisher
 from astracli.weights.publish.snapshot import Shard
 from astracli.weights.receive import staged
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import folder, options, show
+
 Weights = dict[str, torch.Tensor]
 SHAPES = {
-    "model.embed_tokens.weight": (40, 16),
-    "model.layers.0.self_attn.q_proj.weight": (32, 16),
-    "model.layers.0.self_attn.k_proj.weight": (8, 16),
-    "model.layers.0.self_attn.v_proj.weight": (8, 16),
-    "model.layers.0.mlp.gate_proj.weight": (24, 16),
-    "model.layers.0.mlp.up_proj.weight": (24, 16),
-    "model.layers.0.linear_attn.conv1d.weight": (20, 1, 4),
-    "model.layers.0.linear_attn.A_log": (6,),
+    "model.embed_tokens.weight": (40, 16), "model.layers.0.self_attn.q_proj.weight": (32, 16),
+    "model.layers.0.self_attn.k_proj.weight": (8, 16), "model.layers.0.self_attn.v_proj.weight": (8, 16),
+    "model.layers.0.mlp.gate_proj.weight": (24, 16), "model.layers.0.mlp.up_proj.weight": (24, 16),
+    "model.layers.0.linear_attn.conv1d.weight": (20, 1, 4), "model.layers.0.linear_attn.A_log": (6,),
     "model.norm.weight": (16,),
-}
+}  # fmt: skip
 FULL_EVERY = 100
 """Trials between two resyncs in full."""
 
@@ -270,26 +267,12 @@ def run(trials: int, seed: int, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
+    args = options(__doc__, trials=10_000, seed=0).parse_args()
     begin = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        found = run(args.trials, args.seed, Path(folder))
-    found["seconds"] = time.perf_counter() - begin
-    if args.json:
-        print(json.dumps(found))
-    else:
-        for what, count in sorted(found["detected"].items()):
-            print(f"{what:28} {count:6d} detected")
-        print(
-            f"{sum(found['detected'].values())} of {found['trials']} detected, {found['resyncs']} resyncs in full, "
-            f"errors {found['errors']}; sealed again {found['sealed_again']}; {found['seconds']:.0f} s"
-        )
-    if found["missed"]:
-        sys.exit("missed:\n" + "\n".join(found["missed"][:20]))
+    with folder() as name:
+        found = run(args.trials, args.seed, name)
+    show(args, found | {"seconds": time.perf_counter() - begin})
+    sys.exit(1 if found["missed"] else 0)
 
 
 if __name__ == "__main__":

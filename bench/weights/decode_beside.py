@@ -20,11 +20,9 @@ of 0.2 ms that is set meanwhile.
 
 from __future__ import annotations
 
-import argparse
-import json
+import functools
 import statistics
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -43,6 +41,8 @@ from astracli.weights.receive.placement import PlacementRecorder
 from astracli.weights.receive.reading import Prepared, prepare
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import folder, options, show
+
 from weights.ways import versions
 
 WAYS = {"thread, 5 ms": 5e-3, "thread, 0.5 ms": 5e-4, "process": 5e-3}
@@ -80,14 +80,18 @@ def spin(stop: threading.Event) -> tuple[int, float]:
     return turns, longest
 
 
-def stage(read: Any, folder: Path, hands: Resident, stop: threading.Event, out: list[float]) -> None:
+def timed(call: Callable[[], Any], stop: threading.Event, out: list[float]) -> None:
     begin = time.perf_counter()
     try:
-        prepared: Prepared = read(folder)
-        staged.load(prepared, hands)
+        call()
         out.append(time.perf_counter() - begin)
     finally:
         stop.set()  # after an error too: the main thread spins until then
+
+
+def stage(read: Any, folder: Path, hands: Resident) -> None:
+    prepared: Prepared = read(folder)
+    staged.load(prepared, hands)
 
 
 def require(times: list[float], rounds: int) -> None:
@@ -105,29 +109,8 @@ def measure(shape: str, rounds: int, folder: Path) -> list[dict[str, Any]]:
     rows = []
     for way, interval in WAYS.items():
         read = child.prepare if way == "process" else prepare
-        alone: list[float] = []
         read(folder)  # the child has started, files are in memory
-        for _ in range(rounds):
-            stage(read, folder, hands, threading.Event(), alone)
-        beside: list[float] = []
-        left, longest = [], 0.0
-        sys.setswitchinterval(interval)
-        for _ in range(rounds):
-            stop = threading.Event()
-            thread = threading.Thread(target=stage, args=(read, folder, hands, stop, beside))
-            begin = time.perf_counter()
-            thread.start()
-            turns, worst = spin(stop)
-            left.append(turns / (time.perf_counter() - begin) / free)
-            longest = max(longest, worst)
-            thread.join()
-        sys.setswitchinterval(5e-3)
-        require(beside, rounds)
-        rows.append({
-            "way": way, "shape": shape, "alone_ms": 1000 * statistics.median(alone),
-            "stage_ms": 1000 * statistics.median(beside), "worst_stage_ms": 1000 * max(beside),
-            "loop": statistics.median(left), "longest_ms": 1000 * longest,
-        })  # fmt: skip
+        rows.append(beside(way, shape, functools.partial(stage, read, folder, hands), rounds, free, interval))
     child.close()
     return rows + mappings(rounds, folder / "engine", free)
 
@@ -169,29 +152,22 @@ def mappings(rounds: int, folder: Path, free: float) -> list[dict[str, Any]]:
         "mapping, anew": lambda: PlacementRecorder().record(model, entries),
         "mapping, kept": lambda: engine.place(entries),
     }
-    rows = [beside(way, call, rounds, free) | {"tensors": len(entries)} for way, call in ways.items()]
+    rows = [beside(way, "names", call, rounds, free, 2e-4) | {"tensors": len(entries)} for way, call in ways.items()]
     engine.watcher.close()
     return rows
 
 
-def beside(way: str, call: Callable[[], Any], rounds: int, free: float) -> dict[str, Any]:
-    def run(stop: threading.Event, out: list[float]) -> None:
-        begin = time.perf_counter()
-        try:
-            call()
-            out.append(time.perf_counter() - begin)
-        finally:
-            stop.set()
-
+def beside(way: str, shape: str, call: Callable[[], Any], rounds: int, free: float, interval: float) -> dict[str, Any]:
+    """`call` alone, and beside a thread that spins at that switch interval; it made `free` turns a second alone."""
     alone: list[float] = []
     times: list[float] = []
     left, longest = [], 0.0
     for _ in range(rounds):
-        run(threading.Event(), alone)
-    sys.setswitchinterval(2e-4)
+        timed(call, threading.Event(), alone)
+    sys.setswitchinterval(interval)
     for _ in range(rounds):
         stop = threading.Event()
-        thread = threading.Thread(target=run, args=(stop, times))
+        thread = threading.Thread(target=timed, args=(call, stop, times))
         begin = time.perf_counter()
         thread.start()
         turns, worst = spin(stop)
@@ -201,28 +177,17 @@ def beside(way: str, call: Callable[[], Any], rounds: int, free: float) -> dict[
     sys.setswitchinterval(5e-3)
     require(times, rounds)
     return {
-        "way": way, "shape": "names", "alone_ms": 1000 * statistics.median(alone),
+        "way": way, "shape": shape, "alone_ms": 1000 * statistics.median(alone),
         "stage_ms": 1000 * statistics.median(times), "worst_stage_ms": 1000 * max(times),
         "loop": statistics.median(left), "longest_ms": 1000 * longest,
     }  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=["0.1b", "0.01b"], default="0.1b")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
+    args = options(__doc__, shape=("0.1b", "0.01b"), rounds=5).parse_args()
     torch.set_num_threads(1)
-    shm = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=shm if shm.is_dir() else None) as folder:
-        rows = measure(args.shape, args.rounds, Path(folder))
-    if args.json:
-        print(json.dumps(rows))
-        return
-    for row in rows:
-        cells = "  ".join(f"{k} {v:9.2f}" for k, v in row.items() if isinstance(v, float))
-        print(f"{row['shape']:6} {row['way']:18} {cells}")
+    with folder(in_memory=True) as name:
+        show(args, {"rows": measure(args.shape, args.rounds, name)})
 
 
 if __name__ == "__main__":

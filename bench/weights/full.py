@@ -2,7 +2,7 @@
 
     python bench/weights/full.py [--copies 3] [--threads 1] [--json]
 
-`--copies` times the tensors of weights.py's 0.1b shape (0.19 GB each) in /dev/shm where there is one: digests, publish
+`--copies` times the tensors of ways.py's 0.1b shape (0.19 GB each) in /dev/shm where there is one: digests, publish
 (digests included), fetch over HTTP in one range and in four (server and client in one process, so they share one
 interpreter), fetch on a shared disk (linked and checked), reading it with its checksums in an engine, copying it out of
 its file, applying with digests. Best of `--repeats`.
@@ -10,10 +10,7 @@ its file, applying with digests. Best of `--repeats`.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +27,8 @@ from astracli.weights.receive import reading, staged
 from astracli.weights.receive.subscriber import Subscriber
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import folder, options, show
+
 from weights.ways import versions
 
 
@@ -53,9 +52,9 @@ def measure(weights: dict[str, torch.Tensor], threads: int, folder: Path) -> dic
         ("the same in four ranges at once", {"link_bytes": None, "parts": 4}),
         ("fetch on the same disk", {"link_bytes": 1 << 20}),
     ]
-    for what, options in ways:
+    for what, how in ways:
         stage = folder / what.replace(" ", "-")
-        receiver = Subscriber(files.url, "bench-token", stage, **options)
+        receiver = Subscriber(files.url, "bench-token", stage, **how)
         found[what] = receiver.fetch(0).transfer_s
         receiver.close()
     files.stop()
@@ -73,27 +72,18 @@ def measure(weights: dict[str, torch.Tensor], threads: int, folder: Path) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--copies", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
+    args = options(__doc__, copies=3, threads=1, repeats=2).parse_args()
     torch.set_num_threads(1)
     base, _ = versions("0.1b", 1e-6, 1, "cpu")
     weights = {f"{k}.{name}": tensor.clone() for k in range(args.copies) for name, tensor in base.items()}
     size = sum(tensor.nbytes for tensor in weights.values())
-    shm = Path("/dev/shm")
     runs: list[dict[str, Any]] = []
     for _ in range(args.repeats):
-        with tempfile.TemporaryDirectory(dir=shm if shm.is_dir() else None) as folder:
-            runs.append(measure(weights, args.threads, Path(folder)))
+        with folder(in_memory=True) as name:
+            runs.append(measure(weights, args.threads, name))
     best = {what: min(run[what] for run in runs) for what in runs[0]}
-    if args.json:
-        print(json.dumps({"bytes": size, "seconds": best}))
-        return
-    for what, seconds in best.items():
-        print(f"{what:31} {seconds:7.3f} s  {size / 1e9 / seconds:6.2f} GB/s")
+    rows = [{"stage": what, "seconds": spent, "gb_per_s": size / 1e9 / spent} for what, spent in best.items()]
+    show(args, {"bytes": size, "rows": rows})
 
 
 if __name__ == "__main__":

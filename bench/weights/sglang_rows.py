@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from astracli.weights.format.manifest import write_atomic
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import say, spread
 
 BEGAN = time.monotonic()
 FIGURES = (
@@ -38,7 +40,7 @@ class Record:
         self._tell(row)
 
     def _tell(self, doc: dict[str, Any]) -> None:
-        print(json.dumps(doc), file=sys.stderr, flush=True)
+        say(doc)
         if self.out is not None:
             self.doc["summary"] = summary(self.rows)
             write_atomic(self.out, json.dumps(self.doc, indent=1).encode())
@@ -51,10 +53,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         flat = [row | row["split_ms"] for row in rows if row.get("counted") and row["mode"] == mode]
         found[mode] = {}
         for key in FIGURES:
-            values = sorted(row[key] for row in flat if row.get(key) is not None)
-            if values:
-                p99 = values[min(len(values) - 1, int(0.99 * len(values)))]
-                found[mode][key] = {"p50": statistics.median(values), "p99": p99, "n": len(values)}
+            if values := spread(row[key] for row in flat if row.get(key) is not None):
+                found[mode][key] = values
         if late := [row for row in flat if row.get("recovery_s", 0.0) is None]:
             found[mode]["not_recovered"] = {"p50": len(late), "p99": len(late), "n": len(flat)}
         staged = [row for row in flat if row.get("tokens_per_s")]

@@ -30,14 +30,12 @@ from astracli.training.optimizer import DTYPES
 from astracli.weights.publish.publisher import Publisher
 from astracli.weights.publish.snapshot import copies
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from weights.ways import SHAPES
+
 TOKEN = "bench-token"
 VERIFY = 4
 """Every how manieth version is read back under HF names."""
-SHAPE_4B = {
-    "hidden_size": 2560, "intermediate_size": 9216, "num_hidden_layers": 32, "num_attention_heads": 16,
-    "num_key_value_heads": 4, "head_dim": 256, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
-    "linear_key_head_dim": 128, "linear_value_head_dim": 128, "vocab_size": 248320, "tie_word_embeddings": True,
-}  # fmt: skip
 
 
 def model_directory(args: argparse.Namespace, folder: Path) -> tuple[Path, Callable[[], Any]]:
@@ -52,7 +50,7 @@ def model_directory(args: argparse.Namespace, folder: Path) -> tuple[Path, Calla
         return out, lambda: adapter_of(out).load_for_training(out, attention="sdpa")
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-    config = Qwen3_5TextConfig(**SHAPE_4B, eos_token_id=1, pad_token_id=0)
+    config = Qwen3_5TextConfig(**SHAPES["4b"], tie_word_embeddings=True, eos_token_id=1, pad_token_id=0)
     config.architectures = ["Qwen3_5ForCausalLM"]
     out.mkdir()
     (out / "config.json").write_text(json.dumps(config.to_dict() | {"full_attention_interval": 4, "dtype": "bfloat16"}))

@@ -1,4 +1,4 @@
-"""Runs inside SGLang for `into_sglang_full.py`: moves the memory in which full versions wait, between two versions.
+"""Runs inside SGLang for `into_sglang.py full`: moves the memory in which full versions wait, between two versions.
 
 Custom weight loaders like ours, to be called in a pause; they change no weight.
 """

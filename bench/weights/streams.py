@@ -1,4 +1,4 @@
-"""What benches on a GPU share: streams that load an engine during updates, and the memory that a run takes.
+"""Streams that load an engine during updates.
 
 Streams never end and are counted as their tokens arrive. They begin at staggered lengths, so that their contexts fill
 the server evenly and no two end together. One that ends early (aborted by an update) is sent again with as many tokens
@@ -11,14 +11,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import re
-import subprocess
-import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
-import psutil
 
 WINDOW_S, SHARE = 0.5, 0.95
 COUNT = re.compile(r'"completion_tokens": ?(\d+)')
@@ -138,59 +135,3 @@ class Meter(Streams):
                 return at - WINDOW_S - begin
             at += 0.025
         return None
-
-
-class MemoryWatch(threading.Thread):
-    """The most GPU memory that nvidia-smi shows for this process and all that it started, in GiB, together and of each
-    GPU; in a container, whose processes it does not know by these ids, what the GPUs hold more than when the watch
-    began."""
-
-    def __init__(self, every_s: float = 0.5) -> None:
-        super().__init__(daemon=True)
-        self.done = threading.Event()
-        self._every_s = every_s
-        self._ours = _Peaks()
-        self._more = _Peaks()
-
-    @property
-    def peak_gib(self) -> float:
-        """Of all GPUs together, at one time."""
-        return self._ours.together or self._more.together
-
-    @property
-    def peaks_gib(self) -> dict[int, float]:
-        """Of each GPU, by the index that nvidia-smi gives it; their peaks may be at different times."""
-        return dict(self._ours.each if self._ours.together else self._more.each)
-
-    def run(self) -> None:
-        me, before = psutil.Process(), None
-        while not self.done.is_set():
-            ours = {str(pid) for pid in (me.pid, *(child.pid for child in me.children(recursive=True)))}
-            gpus = _asked("--query-gpu=index,uuid,memory.used")
-            index = {uuid: int(number) for number, uuid, _ in gpus}
-            held = dict.fromkeys(index.values(), 0.0)
-            for uuid, pid, used in _asked("--query-compute-apps=gpu_uuid,pid,used_memory"):
-                if pid in ours and uuid in index:
-                    held[index[uuid]] += float(used) / 1024
-            self._ours.see(held)
-            used_now = {int(number): float(used) / 1024 for number, _, used in gpus}
-            before = before or used_now
-            self._more.see({gpu: used - before.get(gpu, 0.0) for gpu, used in used_now.items()})
-            self.done.wait(self._every_s)
-
-
-class _Peaks:
-    def __init__(self) -> None:
-        self.together, self.each = 0.0, dict[int, float]()
-
-    def see(self, held: Mapping[int, float]) -> None:
-        self.together = max(self.together, sum(held.values()))
-        for gpu, gib in held.items():
-            self.each[gpu] = max(self.each.get(gpu, 0.0), gib)
-
-
-def _asked(what: str) -> list[list[str]]:
-    """Rows of nvidia-smi whose last cell is a number."""
-    done = subprocess.run(["nvidia-smi", what, "--format=csv,noheader,nounits"], capture_output=True, text=True)
-    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if done.returncode == 0]
-    return [row for row in rows if row[-1].isdigit()]

@@ -20,14 +20,11 @@ it is known and leaves out what does not fit into --limit-s, ours first.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import math
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +46,9 @@ from astracli.weights.publish.encoder import EncoderProcess
 from astracli.weights.publish.snapshot import local
 from astracli.weights.receive import staged
 from astracli.weights.receive.decoder import DecoderProcess
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import folder, options, say, show
 
 SHAPES = {
     "4b": {
@@ -264,7 +264,7 @@ def measure(
         for (lr, steps), method in order:
             begin = time.perf_counter()
             if begin + took.get(method, 0.0) > until:
-                print(f"not run for want of time: {method} at {lr:g}, {steps} steps", file=sys.stderr, flush=True)
+                say(not_run=f"{method} at {lr:g}, {steps} steps: the time would not suffice")
                 continue
             if drawn is None or drawn[0] != (lr, steps):
                 drawn = None  # room for the next
@@ -287,38 +287,25 @@ def measure(
             })  # fmt: skip
             took[method] = time.perf_counter() - begin
             if shape == "4b":
-                print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+                say(rows[-1])
     return sorted(rows, key=lambda row: UPDATES.index((row["lr"], row["steps_per_version"])))
 
 
-def table(rows: list[Mapping[str, Any]], out: Any) -> None:
-    print(
-        f"{'method':12} {'lr':>6} {'steps':>5} {'density':>8} {'MB':>9} {'B/changed':>9} {'smaller':>8} "
-        f"{'encode s':>9} {'MB/s':>7} {'decode s':>9} {'MB/s':>7} lossless",
-        file=out,
-    )
-    for r in rows:
-        print(
-            f"{r['method']:12} {r['lr']:6.0e} {r['steps_per_version']:5d} {r['density']:8.2%} {r['bytes'] / 1e6:9.2f} "
-            f"{r['bytes_per_changed']:9.2f} {r['full'] / r['bytes']:7.1f}x {r['encode_s']:9.3f} "
-            f"{r['full'] / 1e6 / r['encode_s']:7.0f} {r['decode_s']:9.3f} {r['full'] / 1e6 / r['decode_s']:7.0f} "
-            f"{'yes' if r['lossless'] else 'NO'}",
-            file=out,
-        )
-        if r["more"]:
-            print(" " * 13 + ", ".join(f"{k} {1000 * v:.1f} ms" for k, v in r["more"].items()), file=out)
+def flat(row: dict[str, Any]) -> dict[str, Any]:
+    """A row for a reader: megabytes, rates, and the parts of both sides in ms."""
+    full, parts = row["full"], {f"{name}_ms": 1000 * seconds for name, seconds in row["more"].items()}
+    shown = {key: value for key, value in row.items() if key not in ("full", "more", "bytes")}
+    shown |= {"mb": row["bytes"] / 1e6, "smaller": full / row["bytes"]}
+    return shown | {f"{side}_mb_per_s": full / 1e6 / row[f"{side}_s"] for side in ("encode", "decode")} | parts
 
 
 def main() -> None:
     began = time.perf_counter()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(
+        __doc__, device=("cpu", "cuda"), threads={int: "that compress: 1 on a CPU, up to 16 beside a GPU"}, repeats=int,
+        quick={False: "10 M elements, each method once"}, limit_s={float: "85 for 4b, else none"},
+    )  # fmt: skip
     parser.add_argument("--shape", choices=list(SHAPES))
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, help="that compress: 1 on a CPU, up to 16 beside a GPU")
-    parser.add_argument("--repeats", type=int)
-    parser.add_argument("--quick", action="store_true", help="10 M elements, each method once")
-    parser.add_argument("--json", action="store_true", help="the rows on stdout, the table on stderr")
-    parser.add_argument("--limit-s", type=float, help="85 for 4b, else none")
     args = parser.parse_args()
     torch.set_num_threads(1)
     shape = args.shape or ("0.01b" if args.quick else "0.1b")
@@ -328,11 +315,9 @@ def main() -> None:
     repeats = {name: args.repeats or (2 if name == "ours" else 1) if shape == "4b" else often for name in METHODS}
     shm = Path("/dev/shm")
     room = shm.is_dir() and shutil.disk_usage(shm).free > 20 * (1 << 30 if shape == "4b" else 1 << 26)
-    with tempfile.TemporaryDirectory(dir=shm if room else None) as folder:
-        rows = measure(shape, args.device, threads, repeats, Path(folder), until)
-    table(rows, sys.stderr if args.json else sys.stdout)
-    if args.json:
-        print(json.dumps([{k: v for k, v in row.items() if k not in ("full", "more")} for row in rows]))
+    with folder(in_memory=room) as name:
+        rows = measure(shape, args.device, threads, repeats, name, until)
+    show(args, {"rows": rows if args.json else [flat(row) for row in rows]})
     if not all(row["lossless"] for row in rows):
         sys.exit("a method did not give the new version back bit for bit")
 

@@ -16,7 +16,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -26,14 +27,14 @@ from typing import Any
 import psutil
 
 from astracli.cli.output import sections, table_lines
+from astracli.models import registry
+from astracli.models.adapter import read_config
 
 Record = dict[str, Any]
 RECIPE = "qwen3.5-tiny-m2po-delta"
 ASTRA = [sys.executable, "-m", "astracli"]
 PACKAGES = ("torch", "triton", "transformers", "flash-linear-attention", "tilelang", "sglang")
 GIB = 2**30
-ONE_GPU = {"device": "cuda", "rollout_gpus": 1, "train_gpus": 1, "share_gpus": "true"}
-"""`[resources]` of engine and trainer on one GPU."""
 
 
 # ---- options
@@ -109,6 +110,21 @@ def spread(values: Iterable[float]) -> dict[str, float] | None:
     return {"p50": statistics.median(found), "p99": found[min(len(found) - 1, int(0.99 * len(found)))], "n": len(found)}
 
 
+def median_s(work: Callable[[], Any], rounds: int, warm: int = 1) -> float:
+    """Seconds of `work` on this process's device, after `warm` rounds that are not counted."""
+    import torch
+
+    settle = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    seconds = []
+    for _ in range(rounds + warm):
+        settle()
+        began = time.perf_counter()
+        work()
+        settle()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[warm:])
+
+
 # ---- runs
 
 
@@ -117,6 +133,14 @@ def command(verb: str, run: Path, settings: Mapping[str, Any] | Iterable[str], r
     where it is started."""
     pairs = [f"{key}={value}" for key, value in settings.items()] if isinstance(settings, Mapping) else settings
     return [*ASTRA, verb, "--recipe", recipe, "--run-dir", str(run), *(w for pair in pairs for w in ("--set", pair))]
+
+
+def gpu_settings(args: argparse.Namespace, trainers: int | None = 1, *, shared: bool = True) -> Record:
+    """Settings of one engine on a GPU and so many trainers on GPUs (None: no word of it)."""
+    found: Record = {"resources.device": "cuda", "resources.rollout_gpus": 1}
+    if trainers is not None:
+        found |= {"resources.train_gpus": trainers, "resources.share_gpus": str(shared).lower()}
+    return found | ({"resources.engine.env.PYTHONPATH": args.engine_path} if args.engine_path else {})
 
 
 def finished(words: list[str], folder: Path, *, talk: Any = subprocess.PIPE) -> tuple[float, str]:
@@ -151,6 +175,20 @@ def records(run: Path) -> list[Record]:
 def trained(found: Iterable[Record]) -> list[Record]:
     """The trainer's records of steps among a run's."""
     return [r for r in found if r["process"] == "trainer" and "loss" in r]
+
+
+def ask(url: str, token: str, path: str = "/model_info") -> Any:
+    """What an engine says of itself. Raises OSError and ValueError."""
+    request = urllib.request.Request(url + path, headers={"Authorization": f"Bearer {token}"})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=10) as reply:
+        return json.load(reply)
+
+
+def adapter_of(directory: Path) -> Any:
+    """The installed adapter of a checkpoint's model type."""
+    kind = read_config(directory)["model_type"]
+    return next(a for item in registry.installed() if (a := item.adapter) and kind in a.model_types)
 
 
 @contextmanager

@@ -13,7 +13,8 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
 from loop.exactness import SMALL, difference, digests, figures
-from loop.killing import Attempt, records
+from loop.kill_resume import Attempt
+from shared import records
 
 QUICK = ["eval.samples=1", "eval.pass_k=1"]
 

@@ -28,8 +28,23 @@ def run(script: str, *options: str) -> Any:
 
 
 def test_one_start_gives_every_mode_and_leaves_what_it_knows_on_disk(tmp_path: Path) -> None:
-    options = "--json --device cpu --running 4 --versions 2 --ahead 3 --watch-every 2 --kept --limit-s 100".split()
-    options += "--modes in_place retract abort --warm-s 0.3 --quiet-s 0.2".split()
+    options = [
+        "--json",
+        "--device",
+        "cpu",
+        "--running",
+        "4",
+        "--versions",
+        "2",
+        "--ahead",
+        "3",
+        "--watch-every",
+        "2",
+        "--kept",
+        "--limit-s",
+        "100",
+    ]
+    options += ["--modes", "in_place", "retract", "abort", "--warm-s", "0.3", "--quiet-s", "0.2"]
     out = tmp_path / "out.json"
     doc = run(
         "weights/into_sglang.py", "delta", "--json", "--device", "cpu", *options, "--limit-s", "100", "--out", str(out)
@@ -122,7 +137,7 @@ def test_every_stream_must_have_brought_tokens_behind_an_update(monkeypatch: pyt
 
 def test_a_stream_tells_all_its_tokens_or_the_new_ones_and_why_it_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(HERE.parent / "bench"))
-    kept = importlib.import_module("weights.kept")
+    kept = importlib.import_module("weights.streams")
 
     def chunk(tokens: list[int], count: int, logprobs: int, reason: str | None = None) -> dict[str, Any]:
         meta = {"completion_tokens": count, "finish_reason": {"type": reason} if reason else None}

@@ -46,7 +46,7 @@ from astracli.process.worker import WorkerConfig
 from astracli.weights.publish.server import weights_app
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import RECIPE, command, finished, folder, more_options, options, say, show, watched
+from shared import RECIPE, command, finished, folder, gpu_settings, more_options, options, say, show, watched
 
 TOKEN = "bench"
 GROUP = 8
@@ -63,17 +63,12 @@ def settings(args: argparse.Namespace, total_gib: float | None) -> list[str]:
         "rollout.max_running_requests": args.concurrency, "algorithm.drop_equal_groups": "false",
     }  # fmt: skip
     if args.device == "cuda":
-        found |= {"resources.device": "cuda", "resources.rollout_gpus": 1, "model.path": str(args.model)}
-        if args.engine_path:
-            found["resources.engine.env.PYTHONPATH"] = args.engine_path
+        found |= gpu_settings(args, None) | {"model.path": str(args.model)}
         if args.attention:
             found["rollout.attention_backend"] = args.attention
         share = (args.memory_gib or total_gib or 0) / (total_gib or 1)
         found["rollout.mem_fraction_static"] = round(0.8 * min(1.0, share), 4)
     return [f"{key}={value}" for key, value in found.items()]
-
-
-# ---- raw
 
 
 @contextmanager
@@ -159,9 +154,6 @@ async def ask_all(url: str, recipe: Recipe, prompts: list[list[int]], concurrenc
         began = time.monotonic()
         lengths = await asyncio.gather(*(one(i) for i in range(len(prompts) * GROUP)))
         return sum(lengths), time.monotonic() - began
-
-
-# ---- ours
 
 
 def ours(args: argparse.Namespace, sets: list[str], groups: int, folder: Path) -> tuple[int, float]:

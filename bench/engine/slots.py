@@ -21,7 +21,6 @@ import statistics
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -40,7 +39,7 @@ from astracli.rewards.reward import GradePool
 from astracli.rollout import worker as rollout
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import folder, more_options, show
+from shared import ask, folder, more_options, show
 
 from engine.rollout import TOKEN, chosen, engine, engine_options, hub
 
@@ -80,44 +79,36 @@ def endless(model: Path, folder: Path) -> Path:
     return out
 
 
-class Poll:
-    """Asks the engine how many requests it runs; a thread, from `with` to its end."""
+class Poll(threading.Thread):
+    """Asks the engine how many requests it runs, from `with` to its end."""
 
     def __init__(self, url: str, every_s: float):
-        self._url, self._every_s = url, every_s
+        super().__init__()
+        self._url, self._every_s, self._done = url, every_s, threading.Event()
         self.seen: list[tuple[float, int, int]] = []
         """(monotonic seconds, running, waiting in the engine)"""
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        self._open = opener.open
 
     def __enter__(self) -> Poll:
-        self._thread.start()
+        self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
-        self._thread.join()
-
-    def ask(self, path: str) -> Any:
-        request = urllib.request.Request(self._url + path, headers={"Authorization": f"Bearer {TOKEN}"})
-        with self._open(request, timeout=10) as reply:
-            return json.load(reply)
+        self.join()
 
     def _counts(self) -> tuple[int, int]:
-        info = self.ask("/model_info")
+        info = ask(self._url, TOKEN)
         if "running" in info:
             return info["running"], info["waiting"]
         try:
-            loads = self.ask("/get_load")
+            loads = ask(self._url, TOKEN, "/get_load")
             waiting = sum(load["num_waiting_reqs"] for load in loads)
             return sum(load["num_reqs"] for load in loads) - waiting, waiting
         except HTTPError:
-            loads = self.ask("/v1/loads")["loads"]
+            loads = ask(self._url, TOKEN, "/v1/loads")["loads"]
             return sum(load["num_running_reqs"] for load in loads), sum(load["num_waiting_reqs"] for load in loads)
 
-    def _watch(self) -> None:
+    def run(self) -> None:
         while not self._done.is_set():
             with suppress(OSError):  # a busy server may answer late; the answer before stands until the next
                 counts = self._counts()

@@ -1,8 +1,6 @@
 """Do evaluations hold up a run on a larger machine? The hub and its schedule are real, engines and trainer simulated.
 
-    python bench/evaluation/simulation.py [--recipe qwen3.5-4b-m2po-delta] [--engines 4] [--ranks 4] [--steps 100]
-        [--every N] [--samples N] [--staleness N] [--slots N] [--engine-rate 7500] [--trainer-rate 8105]
-        [--scaling 0.835] [--set KEY=VALUE] [--json]
+    python bench/evaluation/simulation.py [--recipe qwen3.5-4b-m2po-delta] [--engines 4] [--ranks 4] [--steps 100] ...
 
 Real are the hub's store (leases, admission, batches, versions, evaluations; SQLite), the spread of an evaluation over
 engines and the verdict. The clock is simulated. An engine has `--slots` places and a queue; a step of decoding n
@@ -252,9 +250,7 @@ def figures(simulation: Simulation, wall_s: float) -> dict[str, Any]:
     verdict = balance.of_run(simulation.records, recipe, plan, 0)
     due = [*range(0, recipe.train.steps, recipe.eval.every), recipe.train.steps]
     return {
-        "wall_s": wall_s,
-        "training_s": training_s,
-        "generation_s": generation_s,
+        "wall_s": wall_s, "training_s": training_s, "generation_s": generation_s,
         "ratio": wall_s / max(training_s, generation_s),
         "evaluation_share_of_tokens": simulation.evaluation_tokens / generated,
         "slots_busy": sum(engine.slot_s for engine in simulation.engines) / (setting.slots * setting.engines * wall_s),
@@ -263,7 +259,7 @@ def figures(simulation: Simulation, wall_s: float) -> dict[str, Any]:
         "missing": [one for one in due if not any(row["due_step"] <= one <= row["step"] for row in rows)],
         "limit": verdict["limit"] if verdict else None,
         "verdict": f"{verdict['words']}; try {verdict['change']}" if verdict else None,
-    }
+    }  # fmt: skip
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Our grader and plain math-verify beside the verdicts of others, by source: `bench/grading/grader.py DIR [--show 20]`.
 
-Without DIR it prints the speed on short integer answers alone, which stands in the last line with DIR too.
+Without DIR it prints the speed on short integer answers alone, which stands beside the rest with DIR too.
 
 DIR holds .jsonl files of {"gold", "output", "correct", "source"}: a model's output and what a person or another grader
 said of it. Plain math-verify is `verify(parse("\\boxed{GOLD}"), parse(OUTPUT))` with its defaults. Disagreements are

@@ -78,13 +78,8 @@ class Spike:
                 break
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             position = position + 1
-            out = self.model(
-                input_ids=chosen[:, None],
-                attention_mask=mask,
-                position_ids=position,
-                past_key_values=out.past_key_values,
-                use_cache=True,
-            )
+            cache = {"past_key_values": out.past_key_values, "use_cache": True}
+            out = self.model(input_ids=chosen[:, None], attention_mask=mask, position_ids=position, **cache)
         rows, scores = torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1)
         ends = [r.index(self.eos) + 1 if self.eos in r else len(r) for r in rows]
         return [r[:e] for r, e in zip(rows, ends, strict=True)], [s[:e] for s, e in zip(scores, ends, strict=True)]

@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Mapping
 from importlib.resources import files
@@ -22,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
+from shared import RECIPE
 
 from astracli.config import recipe_io
 from astracli.data import arithmetic
@@ -30,10 +30,6 @@ from astracli.models.adapter import chat_prompt_tokens
 from astracli.rl.types import Group, Sample, Segment
 from astracli.training import fsdp
 from astracli.training.setup import build_trainer
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import RECIPE
-
 from learning.spike import Spike
 
 ALGORITHMS: dict[str, dict[str, Any]] = {

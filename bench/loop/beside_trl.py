@@ -21,7 +21,6 @@ import statistics
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from typing import Any
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import command, finished, folder, options, records, say, show, trained
+from shared import ask, command, finished, folder, options, records, say, show, trained
 
 PROMPTS, GROUP, TOKENS, FIRST = 8, 8, 24, 5
 SAMPLES = PROMPTS * GROUP
@@ -40,9 +39,6 @@ SETTINGS = {
     "train.warmup_steps": 0, "rollout.group_size": GROUP, "rollout.max_new_tokens": TOKENS,
     "algorithm.drop_equal_groups": "false", "eval.every": 0, "checkpoint.every": 100000,
 }  # fmt: skip
-
-
-# ---- ours
 
 
 def ours(steps: int, extra: list[str], folder: Path) -> dict[str, Any]:
@@ -96,10 +92,7 @@ def _look(pid: int, run: Path) -> dict[str, Any] | None:
         cpu = dict(_cpu(pid, run))
         config = json.loads((run / "config" / "engine0.json").read_text())
         address = next(engine["url"] for engine in config["engines"] if engine["name"] == "engine0")
-        headers = {"Authorization": f"Bearer {config['token']}"}
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(urllib.request.Request(f"{address}/model_info", headers=headers), timeout=5) as reply:
-            seconds = json.load(reply)["seconds"]
+        seconds = ask(address, config["token"])["seconds"]
     except (OSError, psutil.Error, ValueError):
         return None
     return {"time": time.time(), "cpu": cpu, "engine": seconds}
@@ -119,9 +112,6 @@ def _cpu(pid: int, run: Path) -> Iterator[tuple[str, float]]:
         else:
             graders += used
     yield "graders", graders
-
-
-# ---- TRL's
 
 
 def trl(steps: int, threads: int, folder: Path) -> dict[str, Any]:
@@ -189,9 +179,6 @@ def trl_side(steps: int, out: Path) -> None:
     out.write_text(json.dumps(figures))
 
 
-# ---- the comparison
-
-
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     rounds: list[dict[str, Any]] = []
     with folder() as name:
@@ -216,22 +203,6 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def tables(result: dict[str, Any]) -> dict[str, Any]:
-    """The medians, and the round in the middle."""
-    shown = result["rounds"][result["middle"]]
-    own = shown["ours"]
-    keys = ("samples_per_s", "step_s", "tokens_per_sample", "cpu_s")
-    sides = {"astra train": own} | {f"TRL, {other['threads']} threads": other for other in shown["trl"]}
-    cores = own["cpu_share"].items()
-    return {key: value for key, value in result.items() if key != "rounds"} | {
-        "staleness_mean": own["staleness_mean"],
-        "sides": [{"side": name, **{key: side[key] for key in keys}} for name, side in sides.items()],
-        "trainer, s a step": own["trainer_s"],
-        "engine, share of time": own["engine_share"],
-        "processes": [{"process": name, "cores": c, "CPU s a step": own["cpu_step_s"][name]} for name, c in cores],
-    }
-
-
 def main() -> None:
     parser = options(__doc__, steps=60, rounds=3, trl_threads=[1, 2], set="a recipe setting of our side")
     parser.add_argument("--trl-side", type=Path, help=argparse.SUPPRESS)
@@ -242,7 +213,9 @@ def main() -> None:
         trl_side(args.steps, args.trl_side)
         return
     result = compare(args)
-    show(args, result if args.json else tables(result))
+    if not args.json:  # one round for a reader, the one in the middle
+        result |= result.pop("rounds")[result["middle"]]
+    show(args, result)
 
 
 if __name__ == "__main__":

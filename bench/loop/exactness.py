@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shared import folder, options, records, say, show, trained
 
-from loop.killing import CHILDREN, Attempt
+from loop.kill_resume import CHILDREN, Attempt
 
 SMALL = [
     "launch.deterministic=true", "train.batch_groups=4", "train.minibatches=2", "checkpoint.every=2", "eval.every=2",
@@ -33,11 +33,8 @@ OF_A_PROCESS = frozenset({"time", "slots_busy", "rows_max_abs", "rows_gradient_e
 def digests(run: Path) -> dict[str, str]:
     """File -> hash, of everything that a deterministic run writes alike."""
     files = [
-        *run.glob("export/*.safetensors"),
-        *run.glob("eval/items/*"),
-        *run.glob("samples/*"),
-        run / "eval/eval.csv",
-    ]
+        *run.glob("export/*.safetensors"), *run.glob("eval/items/*"), *run.glob("samples/*"), run / "eval/eval.csv",
+    ]  # fmt: skip
     return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -95,13 +92,9 @@ def disturbed(run: Path, sets: list[str], victim: str, after: int) -> int:
 
 def cost(folder: Path, steps: int) -> list[dict[str, Any]]:
     """Seconds a step and an evaluation at the recipe's own size, in both modes."""
-    modes = {
-        "deterministic": ["launch.deterministic=true"],
-        "staleness 0": ["train.max_staleness=0"],
-        "as in the recipe": [],
-    }
+    modes = {"deterministic": ["launch.deterministic=true"], "staleness 0": ["train.max_staleness=0"]}
     rows: list[dict[str, Any]] = []
-    for mode, sets in modes.items():
+    for mode, sets in {**modes, "as in the recipe": []}.items():
         run = folder / mode.replace(" ", "-")
         wall_s = straight(run, [f"train.steps={steps}", "eval.every=10", *sets])
         # the gap between two steps' records: evaluations that hold the engine are in it, the median leaves them out

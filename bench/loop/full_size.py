@@ -29,7 +29,21 @@ from typing import Any
 from astracli.plan.memory import MemoryRow, on_gpu
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import GIB, MemoryWatch, Record, command, folder, options, records, say, show, spread, trained, watched
+from shared import (
+    GIB,
+    MemoryWatch,
+    Record,
+    command,
+    folder,
+    gpu_settings,
+    options,
+    records,
+    say,
+    show,
+    spread,
+    trained,
+    watched,
+)
 
 HERE = Path(__file__).resolve().parents[1]
 LAYOUTS = ("1+1", "shared", "1+2")
@@ -61,12 +75,9 @@ def settings(args: argparse.Namespace, model: Path) -> list[str]:
         "launch.max_restarts": 2,
     }
     if args.device == "cuda":
-        names = ("resources.rollout_gpus", "resources.train_gpus", "resources.share_gpus")
-        values |= dict(zip(names, gpus, strict=True))
+        values |= gpu_settings(args, gpus[1], shared=gpus[2])
         if args.turns:
             values["resources.share_mode"] = "turns"
-        if args.engine_path:
-            values["resources.engine.env.PYTHONPATH"] = args.engine_path
     else:
         values |= dict.fromkeys(("resources.rollout_gpus", "resources.train_gpus"), 0)
         values |= {"resources.share_gpus": False, "resources.train_ranks": gpus[1]}

@@ -63,7 +63,8 @@ def fill(store: HubStore, samples: int) -> int:
     with store._db.transaction() as sql:
         names = "lease_id, state, worker, version, step, arrived, reward_mean, samples, tokens, timeouts"
         sql.executemany(f"INSERT INTO groups ({names}) VALUES ({', '.join('?' * 10)})", groups)
-        sql.executemany("INSERT INTO batches VALUES (?, ?, ?, ?, ?, ?)", batches)
+        into = "batches (step, lease_ids, stats, acked, version, pruned)"
+        sql.executemany(f"INSERT INTO {into} VALUES (?, ?, ?, ?, ?, ?)", batches)
         sql.executemany("INSERT INTO versions VALUES (?, ?)", [(step, step) for step in range(steps + 1)])
         store._db.set_meta("checkpoint_step", steps)
     return steps
@@ -127,7 +128,7 @@ def main() -> None:
         kept, after = store._db.scalar("SELECT COUNT(*) FROM groups"), store.counts()
         server.stop()
         store.close()
-    calls = [call_row(call, values) for call, values in ms.items()]
+    calls = [{"call": call, **(spread(v) or {}), "max": max(v, default=None)} for call, v in ms.items()]
     p99 = next(row["p99"] for row in calls if row["call"] == "batch")
     found = {
         "history_samples": first * GROUPS * SAMPLES, "history_groups": rows["consumed_groups"] + rows["dropped"],
@@ -137,10 +138,6 @@ def main() -> None:
     }  # fmt: skip
     show(args, found | {"ms": calls})
     sys.exit(1 if p99 >= TARGET_MS else 0)
-
-
-def call_row(call: str, values: list[float]) -> dict[str, Any]:
-    return {"call": call, **(spread(values) or {}), "max": max(values, default=None)}
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Any
 from astracli.training.agreement import TIMES_NOISE
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import ONE_GPU, folder, options, records, show, train, trained, watched
+from shared import folder, gpu_settings, options, records, show, train, trained, watched
 
 LIMITS = {"parity_mean_abs": 1e-2, "ratio_off": 2e-3, "rows_gradient_error": 1e-2}
 
@@ -48,10 +48,8 @@ def run_of(model: str, attention: str, args: argparse.Namespace, run: Path) -> l
         settings |= {"data.reward": "probe", "rollout.max_new_tokens": 256, "rollout.context_length": 512}
         settings |= {"train.activation_checkpointing": "full", "train.tokens_per_microbatch": 8192}
     if args.device == "cuda":
-        settings |= {f"resources.{key}": value for key, value in ONE_GPU.items()}
+        settings |= gpu_settings(args)
         settings |= {"rollout.mem_fraction_static": 0.2, "rollout.attention_backend": attention}
-        if args.engine_path:
-            settings["resources.engine.env.PYTHONPATH"] = args.engine_path
     settings |= dict(pair.split("=", 1) for pair in args.set)
     train(run, settings, talk=None)  # what it says goes to stderr as it comes: of a run cut off, that is all there is
     return trained(records(run))

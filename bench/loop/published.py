@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import ONE_GPU, folder, options, records, show, train, trained
+from shared import folder, gpu_settings, options, records, show, train, trained
 
 VISION = {
     "depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "num_position_embeddings": 16,
@@ -66,10 +66,7 @@ def full_layout(folder: Path) -> Path:
 def run_of(model: str, run: Path, args: argparse.Namespace) -> None:
     settings: dict[str, Any] = {"model.path": model, "train.steps": args.steps, "eval.every": args.steps // 2}
     if args.device == "cuda":
-        settings |= {f"resources.{key}": value for key, value in ONE_GPU.items()}
-        settings |= {"rollout.mem_fraction_static": 0.1, "rollout.attention_backend": "triton"}
-        if args.engine_path:
-            settings["resources.engine.env.PYTHONPATH"] = args.engine_path
+        settings |= gpu_settings(args) | {"rollout.mem_fraction_static": 0.1, "rollout.attention_backend": "triton"}
     train(run, settings, talk=None)
 
 

@@ -93,11 +93,8 @@ def made_up(path: Path, steps: int = 1000, samples: int = 20_000) -> RunDir:
             record = {name: level * (i + 1) + draw.gauss(0, 0.1) for i, name in enumerate(names)} | {"step_s": 60.0}
             file.write(json.dumps({"step": step, "process": "trainer"} | record) + "\n")
             update = {
-                "engine": "engine0",
-                "pause_s": draw.uniform(0.03, 0.09),
-                "fetched_bytes": 447_000,
-                "kind": "delta",
-            }
+                "engine": "engine0", "pause_s": draw.uniform(0.03, 0.09), "fetched_bytes": 447_000, "kind": "delta",
+            }  # fmt: skip
             file.write(json.dumps({"step": step + 1, "process": "rollout", "kind": "delta"} | update) + "\n")
             if step % 10 == 0:
                 rows += [

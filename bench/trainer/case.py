@@ -73,27 +73,6 @@ def recipe(variant: Variant, tokens: int, group_size: int, algorithm: str = "m2p
     )
 
 
-def groups(tokens: int, longest: int, vocabulary: int, step: int, size: int) -> list[Group]:
-    """About `tokens` tokens of random samples under weight version `step`; half of every group is right."""
-    draw = np.random.default_rng(step)
-    result: list[Group] = []
-    left = float(tokens)
-    scale = longest / 4000
-    while left > 0:
-        prompt = draw.integers(2, vocabulary, max(2, int(scale * math.exp(draw.uniform(math.log(64), math.log(512))))))
-        samples = []
-        for s in range(size):
-            length = max(2, int(scale * math.exp(draw.uniform(math.log(128), math.log(4000)))))
-            completion = draw.integers(2, vocabulary, length).astype(np.int32)
-            logprobs = np.full(length, -math.log(vocabulary), np.float32)
-            reward = float(s % 2)
-            segment = Segment(step, completion, logprobs)
-            samples.append(Sample(s, [segment], "stop", reward, "right" if reward else "wrong"))
-            left -= len(prompt) + length
-        result.append(Group(len(result), f"p{len(result)}", prompt.astype(np.int32), samples, problem="?", answer="!"))
-    return result
-
-
 def shape_config(adapter: ModelAdapter, shape: str) -> dict[str, Any]:
     if shape == "tiny":
         assert adapter.tiny_config is not None
@@ -144,8 +123,23 @@ class Case:
         self.size = 4 if args.shape == "tiny" else 8
 
     def groups(self, step: int) -> list[Group]:
-        tokens = self.args.micro_batches * self.args.tokens
-        return groups(tokens, self.args.longest, self.shape.vocab_size, step, self.size)
+        """About the tokens that are asked for, of random samples under weight version `step`; half of every group is
+        right."""
+        draw, longest, vocabulary = np.random.default_rng(step), self.args.longest, self.shape.vocab_size
+        result: list[Group] = []
+        left, scale = float(self.args.micro_batches * self.args.tokens), longest / 4000
+        while left > 0:
+            most = int(scale * math.exp(draw.uniform(math.log(64), math.log(512))))
+            prompt = draw.integers(2, vocabulary, max(2, most)).astype(np.int32)
+            samples = []
+            for s in range(self.size):
+                length = max(2, int(scale * math.exp(draw.uniform(math.log(128), math.log(4000)))))
+                completion = draw.integers(2, vocabulary, length).astype(np.int32)
+                segment = Segment(step, completion, np.full(length, -math.log(vocabulary), np.float32))
+                samples.append(Sample(s, [segment], "stop", float(s % 2), "right" if s % 2 else "wrong"))
+                left -= len(prompt) + length
+            result.append(Group(len(result), f"p{len(result)}", prompt, samples, problem="?", answer="!"))
+        return result
 
     def trainer(self, variant: Variant) -> Trainer:
         chosen = recipe(variant, self.args.tokens, self.size)

@@ -10,10 +10,9 @@ A variant that raises is listed with what it said. On a CPU only the torch rule 
 
 from __future__ import annotations
 
+import functools
 import inspect
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import options, say, show
+from shared import median_s, options, say, show
 
 Rule = Callable[..., torch.Tensor]
 NAMES = ("q", "k", "v", "g", "beta")
@@ -101,20 +100,6 @@ def error(x: torch.Tensor, reference: torch.Tensor) -> float:
     return float((x.double() - reference).norm() / reference.norm())
 
 
-def timed(rule: Rule, tensors: list[torch.Tensor], cu: torch.Tensor, repeats: int) -> float:
-    weight = torch.ones_like(tensors[2], dtype=torch.float32)
-    seconds = []
-    for _ in range(repeats + 2):
-        if tensors[0].is_cuda:
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        gradients(rule, tensors, weight, cu)
-        if tensors[0].is_cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[2:])
-
-
 def main() -> None:
     parser = options(__doc__, heads=32, dim=128, tokens=2048, timed_tokens=8192, repeats=5)
     parser.add_argument("--compile", action="store_true", help="also the compiled torch rule; compiling takes minutes")
@@ -127,6 +112,7 @@ def main() -> None:
     weight = torch.randn(tensors[2].shape, generator=draw, device=device, dtype=torch.float64)
     reference, wanted = gradients(per_sequence(token_by_token), [x.double() for x in tensors], weight, cu)
     timed_inputs = inputs(args.timed_tokens, args.heads, args.dim, device, seed=2)
+    timed_weight = torch.ones_like(timed_inputs[2], dtype=torch.float32)
     timed_cu = (shares * args.timed_tokens).long().to(device)
     rows: list[dict[str, Any]] = []
     for name, rule in variants(device, args.compile).items():
@@ -135,7 +121,8 @@ def main() -> None:
             errors = {
                 n: error(a, b) for n, a, b in zip(("out", *NAMES), [out, *got], [reference, *wanted], strict=True)
             }
-            rows.append({"variant": name, **errors, "seconds": timed(rule, timed_inputs, timed_cu, args.repeats)})
+            work = functools.partial(gradients, rule, timed_inputs, timed_weight, timed_cu)
+            rows.append({"variant": name, **errors, "seconds": median_s(work, args.repeats, warm=2)})
             say(rows[-1])
         except Exception as problem:  # a variant that cannot run here is a result, and is printed as one
             rows.append({"variant": name, "raised": f"{type(problem).__name__}: {str(problem).strip()[:300]}"})

@@ -9,9 +9,7 @@ they read and write (8 a parameter). Medians, GB/s. `astracli/plan/cost.py` coun
 
 from __future__ import annotations
 
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +18,7 @@ import torch
 from astracli.training import halves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import options, show
+from shared import median_s, options, show
 
 PIECE = 2**26
 
@@ -48,27 +46,13 @@ def main() -> None:
     master = torch.randn(elements, device="cuda")
     high, rest = (torch.empty(elements, dtype=kind, device="cuda") for kind in (torch.bfloat16, torch.int16))
     cases: dict[str, tuple[Callable[[], None], int]] = {
-        "to the GPU": (lambda: copy(0, size), size),
-        "from the GPU": (lambda: copy(1, size), size),
-        "both at once": (lambda: both(size), 2 * size),
-        "both at once, 64 MiB pieces": (lambda: both(PIECE), 2 * size),
+        "to the GPU": (lambda: copy(0, size), size), "from the GPU": (lambda: copy(1, size), size),
+        "both at once": (lambda: both(size), 2 * size), "both at once, 64 MiB pieces": (lambda: both(PIECE), 2 * size),
         "masters to halves": (lambda: halves.split(master, high, rest), 8 * elements),
         "halves to masters": (lambda: halves.join(high, rest, master), 8 * elements),
-    }
-    found = {name: rate(work, moved, args.rounds) for name, (work, moved) in cases.items()}
+    }  # fmt: skip
+    found = {name: moved / median_s(work, args.rounds) / 1e9 for name, (work, moved) in cases.items()}
     show(args, {"gb_per_s": found})
-
-
-def rate(work: Callable[[], None], moved: int, rounds: int) -> float:
-    """GB/s in the median of `rounds`, after one that is not counted."""
-    seconds = []
-    for _ in range(rounds + 1):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    return round(moved / statistics.median(seconds[1:]) / 1e9, 1)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,8 @@ from typing import Any
 
 import torch
 
-from astracli.models import registry
-from astracli.models.adapter import read_config
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import options, show
+from shared import adapter_of, options, show
 
 
 @torch.no_grad()
@@ -42,8 +39,7 @@ def main() -> None:
     parser = options(__doc__, tokens=128, device=("cpu", "cuda"))
     parser.add_argument("dir", type=Path)
     args = parser.parse_args()
-    kind = read_config(args.dir)["model_type"]
-    adapter = next(a for item in registry.installed() if (a := item.adapter) and kind in a.model_types)
+    adapter = adapter_of(args.dir)
     model = adapter.load_for_training(args.dir, attention="sdpa")
     for name, parameter in model.named_parameters():  # one by one: two models would not fit
         wide = any(part in name for part in adapter.keep_fp32)

@@ -44,7 +44,7 @@ from astracli.training.layout import Split
 from astracli.training.step import Trainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import machine, say, show
+from shared import GIB, machine, say, show
 
 from trainer.case import VARIANTS, Case, case_options, recipe, settle
 
@@ -81,22 +81,19 @@ def measure(
         divided = [micro for minibatch in trainer._divide(sample, step).minibatches for micro in minibatch]
         micros, fullest = len(divided), max(fullest, *(int(micro.tokens_BL.size) for micro in divided))
     rate = statistics.median(rates)
-    row: dict[str, Any] = {"tokens_per_s": round(rate, 1), "micro_batches": micros}
-    row["tflops"] = round(statistics.median(used) / 1e12, 3)
-    row["mfu"] = round(statistics.median(used) / (peak * 1e12), 4) if peak else None
-    row["peak_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if device.type == "cuda" else None
-    row["reserved_gib"] = round(torch.cuda.max_memory_reserved(device) / 2**30, 2) if device.type == "cuda" else None
-    row["fullest"] = fullest
-    row["on_host"] = trainer.masters.adam.moments_on_host
+    on_gpu = device.type == "cuda"
     # what FSDP2 on one rank holds is planned for nobody
-    counted = device.type == "cuda" and (trainer.ranks.mesh is None or trainer.ranks.world_size > 1)
-    row["planned_gib"] = round(planned(trainer, shape) / 2**30, 2) if counted else None
-    row["gradient_error"] = first.get("rows_gradient_error")
-    row["gradient_own"] = first.get("rows_gradient_own_shape")
-    row["gradient_noise"] = first.get("rows_gradient_noise")
-    row["warm_up_s"] = round(warm, 1)
-    row["grad_norm"] = round(metrics["grad_norm"], 4)
-    return row
+    counted = on_gpu and (trainer.ranks.mesh is None or trainer.ranks.world_size > 1)
+    return {
+        "tokens_per_s": rate, "micro_batches": micros, "tflops": statistics.median(used) / 1e12,
+        "mfu": statistics.median(used) / (peak * 1e12) if peak else None,
+        "peak_gib": torch.cuda.max_memory_allocated(device) / GIB if on_gpu else None,
+        "reserved_gib": torch.cuda.max_memory_reserved(device) / GIB if on_gpu else None,
+        "planned_gib": planned(trainer, shape) / GIB if counted else None, "fullest": fullest,
+        "on_host": trainer.masters.adam.moments_on_host, "gradient_error": first.get("rows_gradient_error"),
+        "gradient_own": first.get("rows_gradient_own_shape"), "gradient_noise": first.get("rows_gradient_noise"),
+        "warm_up_s": warm, "grad_norm": metrics["grad_norm"],
+    }  # fmt: skip
 
 
 def planned(trainer: Trainer, shape: MemoryShape) -> int:

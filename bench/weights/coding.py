@@ -51,11 +51,9 @@ def block_of(density: float, pieces: int, draw: np.random.Generator) -> tuple[np
     ends = np.cumsum([0, *map(len, gaps)])
     steps = draw.choice(np.arange(1, 5, dtype=np.uint8), ends[-1], p=[0.45, 0.45, 0.05, 0.05])
     planes = (
-        np.minimum(np.concatenate(gaps), container.ESCAPE).astype(np.uint8),
-        np.concatenate(far),
-        np.cumsum([len(f) for f in far]).astype(np.int32),
-        np.concatenate([steps, np.zeros_like(steps)]),
-    )
+        np.minimum(np.concatenate(gaps), container.ESCAPE).astype(np.uint8), np.concatenate(far),
+        np.cumsum([len(f) for f in far]).astype(np.int32), np.concatenate([steps, np.zeros_like(steps)]),
+    )  # fmt: skip
     arrays = [np.pad(p.view(np.uint8), (0, -p.nbytes % 8)) for p in planes]
     starts = np.cumsum([0, *map(len, arrays)])
     described = [(k * SIZE, SIZE, 2, int(ends[k]), int(ends[k + 1]), -1, -1) for k in range(pieces)]

@@ -189,7 +189,8 @@ def sealed_again(stage: Stage, draw: np.random.Generator) -> None:
     blob = bytearray(stage.content[payload])
     at = piece.offset + int(draw.integers(piece.bytes - 8))
     blob[at] ^= 1 << draw.integers(8)
-    _reseal(blob, piece.offset, piece.bytes)
+    end = piece.offset + piece.bytes
+    blob[end - 8 : end] = xxhash.xxh3_64_intdigest(bytes(blob[piece.offset : end - 8])).to_bytes(8, "little")
     payload.write_bytes(blob)
     doc = unseal(stage.content[path], "manifest")
     doc["files"][piece.file]["xxh3"] = hash_file(payload)
@@ -198,11 +199,6 @@ def sealed_again(stage: Stage, draw: np.random.Generator) -> None:
             if entry["name"] == tensor.name and other["start"] == piece.start:
                 other["xxh3"] = _xxh3(blob[piece.offset : piece.offset + piece.bytes])
     path.write_bytes(seal(doc))
-
-
-def _reseal(blob: bytearray, offset: int, size: int) -> None:
-    body = bytes(blob[offset : offset + size - 8])
-    blob[offset + size - 8 : offset + size] = xxhash.xxh3_64_intdigest(body).to_bytes(8, "little")
 
 
 def _xxh3(blob: bytes | bytearray) -> str:

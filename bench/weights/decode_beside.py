@@ -43,7 +43,7 @@ from astracli.weights.receive.reading import Prepared, prepare
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shared import folder, options, show
 
-from weights.ways import versions
+from weights.made_up import versions
 
 WAYS = {"thread, 5 ms": 5e-3, "thread, 0.5 ms": 5e-4, "process": 5e-3}
 

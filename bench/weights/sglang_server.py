@@ -18,20 +18,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from shared import adapter_of
 
 from astracli.backends.choice import SGLANG_CPU_ENV, SGLANG_ENV
 from astracli.backends.serving import SERVING_ON_CPU
 from astracli.data import fetch
 from astracli.engines.client import SETTLE_LOADER, STAGED_LOADER, EngineClient, GenRequest
-from astracli.models import registry
-from astracli.models.adapter import read_config
 from astracli.process import ports
 from astracli.training.optimizer import DTYPES
 from astracli.weights.publish.publisher import Publisher
 from astracli.weights.publish.snapshot import copies
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from weights.ways import SHAPES
+from weights.made_up import SHAPES
 
 TOKEN = "bench-token"
 VERIFY = 4
@@ -61,11 +58,6 @@ def model_directory(args: argparse.Namespace, folder: Path) -> tuple[Path, Calla
             return Qwen3_5ForCausalLM(config).to(torch.bfloat16)
 
     return out, draw
-
-
-def adapter_of(directory: Path) -> Any:
-    kind = read_config(directory)["model_type"]
-    return next(a for item in registry.installed() if (a := item.adapter) and kind in a.model_types)
 
 
 class Server:

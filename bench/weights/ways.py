@@ -1,9 +1,10 @@
-"""What a version of the weights costs on the wire: ours beside three other ways, on the same data.
+"""What a version of the weights costs: as a delta beside three other ways, and in full, on the same made-up data.
 
-    python bench/weights/ways.py [--quick] [--json] [--shape 0.1b | 4b | 0.01b] [--device cpu | cuda] [--threads N]
+    python bench/weights/ways.py [--quick] [--shape 0.1b | 4b | 0.01b] [--device cpu | cuda] [--threads N] [--json]
+    python bench/weights/ways.py --full [--copies 3] [--threads 1] [--json]
 
-Makes weights in the shapes of a Qwen3.5 config (no checkpoint is needed) and updates them as Adam would: fp32 masters,
-moments that have settled on gradients of pure noise, learning rates 1e-6 and 5e-6, one and four steps a version. Then
+Updates the weights as Adam would: fp32 masters, moments that have settled on gradients of pure noise, learning rates
+1e-6 and 5e-6, one and four steps a version. Then
 
     ours          publisher's delta and engine's apply: digests of every tensor on both sides, files, checksums
     index+value   u32 index and new value of each changed element: 6 bytes for bf16 (AstraFlow, verl)
@@ -12,10 +13,15 @@ moments that have settled on gradients of pure noise, learning rates 1e-6 and 5e
 
 `bytes` are payload; `encode_s` goes from two versions in memory to files or buffers, `decode_s` from those to the new
 version in the engine's memory. On a CPU everything runs on `--threads` 1; MB/s are bytes of the full version over
-seconds. With --device cuda both versions and the engine's weights lie on the GPU; the table then also splits encode
-into diff and coding, and decode into what happens before the pause (in the decoder's process, as in an engine) and in
-it. Best of `--repeats`; --quick: 10 M elements once, some seconds on two cores. --shape 4b tells every row as soon as
-it is known and leaves out what does not fit into --limit-s, ours first.
+seconds. With --device cuda both versions and the engine's weights lie on the GPU; encode is then also split into diff
+and coding, and decode into what happens before the pause (in the decoder's process, as in an engine) and in it. Best of
+`--repeats`; --quick: 10 M elements once, some seconds on two cores. --shape 4b tells every row as soon as it is known
+and leaves out what does not fit into --limit-s, ours first.
+
+`--full`: where the seconds of a full version go, from the trainer's memory into an engine's, on a CPU. `--copies` times
+the tensors of the 0.1b shape (0.19 GB each): digests, publish (digests included), fetch over HTTP in one range and in
+four (server and client in one process, so they share one interpreter), fetch on a shared disk (linked and checked),
+reading it with its checksums in an engine, copying it out of its file, applying with digests.
 """
 
 from __future__ import annotations
@@ -35,53 +41,32 @@ from typing import Any
 import torch
 import zstandard
 from safetensors.torch import load_file, save_file
+from starlette.applications import Starlette
 
-from astracli.models import registry
+from astracli.hub.api import serve
+from astracli.process import ports
 from astracli.weights.device.difference import bits_torch
 from astracli.weights.device.resident import Resident
 from astracli.weights.format import digest
 from astracli.weights.format.manifest import seal
 from astracli.weights.publish import payload
 from astracli.weights.publish.encoder import EncoderProcess
-from astracli.weights.publish.snapshot import local
-from astracli.weights.receive import staged
+from astracli.weights.publish.publisher import Publisher
+from astracli.weights.publish.server import weights_routes
+from astracli.weights.publish.snapshot import lanes_of, local, take
+from astracli.weights.receive import reading, staged
 from astracli.weights.receive.decoder import DecoderProcess
+from astracli.weights.receive.subscriber import Subscriber
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shared import folder, options, say, show
 
-SHAPES = {
-    "4b": {
-        "hidden_size": 2560, "intermediate_size": 9216, "num_hidden_layers": 32, "num_attention_heads": 16,
-        "num_key_value_heads": 4, "head_dim": 256, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
-        "linear_key_head_dim": 128, "linear_value_head_dim": 128, "vocab_size": 248320,
-    },
-    "0.1b": {
-        "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 4,
-        "num_key_value_heads": 1, "head_dim": 128, "linear_num_key_heads": 4, "linear_num_value_heads": 8,
-        "linear_key_head_dim": 128, "linear_value_head_dim": 128, "vocab_size": 49152,
-    },
-    "0.01b": {
-        "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "head_dim": 128, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-        "linear_key_head_dim": 64, "linear_value_head_dim": 64, "vocab_size": 16384,
-    },
-    "names": {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 32, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
-        "linear_key_head_dim": 16, "linear_value_head_dim": 16, "vocab_size": 64,
-    },
-}  # fmt: skip
-"""`names`: as many tensors as `4b` has, of no size: what is done for each of them."""
+from weights.made_up import SHAPES, Weights, same_bits, versions
+
 UPDATES = [(1e-6, 1), (1e-6, 4), (5e-6, 1), (5e-6, 4)]
 """(learning rate, optimizer steps per version)"""
-MOMENT = (0.1 / 1.9) ** 0.5
-"""Standard deviation of Adam's settled first moment (beta 0.9) under unit noise; its second moment is then 1."""
-
 ENCODING = ("digest", "diff", "coding")
 """Parts of encode in `Cost.more`; the rest are parts of decode."""
-
-Weights = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -121,34 +106,6 @@ class _Plain:
     map = staticmethod(map)
 
 
-def versions(shape: str, lr: float, steps: int, device: str) -> tuple[Weights, Weights]:
-    """Published weights before and after `steps` Adam steps; the same for the same arguments."""
-    config = {"model_type": "qwen3_5_text", "tie_word_embeddings": True, **SHAPES[shape]}
-    adapter = next(a for item in registry.installed() if (a := item.adapter) and "qwen3_5_text" in a.model_types)
-    assert adapter.shapes is not None
-    draw = torch.Generator(device).manual_seed(0)
-    base, new = {}, {}
-    for name, size in adapter.shapes(config).items():
-        dtype = torch.float32 if any(part in name for part in adapter.keep_fp32) else torch.bfloat16
-        center = 1.0 if name.endswith("norm.weight") else 0.0
-        master = torch.randn(size, generator=draw, device=device).mul_(0.02).add_(center)
-        base[name] = master.to(dtype, copy=True)
-        moment = torch.randn(size, generator=draw, device=device).mul_(MOMENT)
-        for _ in range(steps):
-            moment.mul_(0.9).add_(torch.randn(size, generator=draw, device=device), alpha=0.1)
-            master.sub_(moment, alpha=lr)
-        new[name] = master.to(dtype)
-    return base, new
-
-
-def same_bits(one: Weights, two: Weights) -> bool:
-    flat = [(bits_torch(one[n].view(-1)), bits_torch(two[n].view(-1))) for n in one]
-    return one.keys() == two.keys() and all(torch.equal(a, b) for a, b in flat)
-
-
-# ---- the four ways ---------------------------------------------------------------------------------------------------
-
-
 def ours(case: Case) -> Cost:
     """The publisher's own steps between snapshot and STABLE, and the engine's between plan and proof."""
     old = {name: local(tensor, copy=False) for name, tensor in case.base.items()}
@@ -176,12 +133,9 @@ def ours(case: Case) -> Cost:
     done = staged.apply(case.folder, case.engine, 0, prepared, hands)
     end = case.clock()
     more = {
-        "digest": digested_s,
-        "diff": part.diff_s,
-        "coding": part.encode_s,
-        "before pause": ready - begin,
+        "digest": digested_s, "diff": part.diff_s, "coding": part.encode_s, "before pause": ready - begin,
         "in pause": end - ready,
-    }
+    }  # fmt: skip
     more |= {"apply": done.apply_s, "verify": done.verify_s}
     return Cost(manifest.payload_bytes, encode_s, end - begin, more)
 
@@ -246,9 +200,6 @@ METHODS: dict[str, Callable[[Case], Cost]] = {
 }  # fmt: skip
 
 
-# ---- measuring -------------------------------------------------------------------------------------------------------
-
-
 def measure(
     shape: str, device: str, threads: int, repeats: Mapping[str, int], folder: Path, until: float
 ) -> list[dict[str, Any]]:
@@ -291,6 +242,45 @@ def measure(
     return sorted(rows, key=lambda row: UPDATES.index((row["lr"], row["steps_per_version"])))
 
 
+def in_full(weights: dict[str, torch.Tensor], threads: int, folder: Path) -> dict[str, float]:
+    """Stage -> seconds."""
+    found: dict[str, float] = {}
+
+    def timed(what: str, begin: float) -> None:
+        found[what] = time.perf_counter() - begin
+
+    begin = time.perf_counter()
+    lanes_of(take(weights, owned=True, first=True).tensors)
+    timed("digests", begin)
+    publisher = Publisher(folder / "weights", model_name="bench", threads=threads)
+    result = publisher.publish(0, weights, owned=True)
+    found |= {"publish": result.publish_s, "of which writing and checksums": result.write_s}
+    publisher.close()
+    files = serve(Starlette(routes=weights_routes(folder / "weights")), ports.bind("127.0.0.1")).start()
+    ways: list[tuple[str, dict[str, Any]]] = [
+        ("fetch over HTTP", {"link_bytes": None, "parts": 1}),
+        ("the same in four ranges at once", {"link_bytes": None, "parts": 4}),
+        ("fetch on the same disk", {"link_bytes": 1 << 20}),
+    ]
+    for what, how in ways:
+        stage = folder / what.replace(" ", "-")
+        receiver = Subscriber(files.url, "bench-token", stage, **how)
+        found[what] = receiver.fetch(0).transfer_s
+        receiver.close()
+    files.stop()
+    begin = time.perf_counter()
+    prepared = staged.prepare(stage)
+    timed("read in the engine", begin)
+    begin = time.perf_counter()
+    reading.hold(prepared)
+    timed("staged beside generation", begin)
+    engine = {name: torch.ones_like(tensor) for name, tensor in weights.items()}
+    begin = time.perf_counter()
+    staged.apply(stage, engine, None, prepared)
+    timed("apply and verify", begin)
+    return found
+
+
 def flat(row: dict[str, Any]) -> dict[str, Any]:
     """A row for a reader: megabytes, rates, and the parts of both sides in ms."""
     full, parts = row["full"], {f"{name}_ms": 1000 * seconds for name, seconds in row["more"].items()}
@@ -304,10 +294,22 @@ def main() -> None:
     parser = options(
         __doc__, device=("cpu", "cuda"), threads={int: "that compress: 1 on a CPU, up to 16 beside a GPU"}, repeats=int,
         quick={False: "10 M elements, each method once"}, limit_s={float: "85 for 4b, else none"},
+        full={False: "a full version, stage by stage"}, copies={3: "of the tensors, of --full"},
     )  # fmt: skip
     parser.add_argument("--shape", choices=list(SHAPES))
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.full:
+        base, _ = versions("0.1b", 1e-6, 1, "cpu")
+        weights = {f"{k}.{name}": tensor.clone() for k in range(args.copies) for name, tensor in base.items()}
+        size, runs = sum(tensor.nbytes for tensor in weights.values()), []
+        for _ in range(args.repeats or 2):
+            with folder(in_memory=True) as name:
+                runs.append(in_full(weights, args.threads or 1, name))
+        best = {what: min(run[what] for run in runs) for what in runs[0]}
+        rows = [{"stage": what, "seconds": spent, "gb_per_s": size / 1e9 / spent} for what, spent in best.items()]
+        show(args, {"bytes": size, "rows": rows})
+        return
     shape = args.shape or ("0.01b" if args.quick else "0.1b")
     until = began + (args.limit_s or (85.0 if shape == "4b" else math.inf))
     threads = args.threads or (1 if args.device == "cpu" else min(16, os.cpu_count() or 1))

@@ -143,11 +143,13 @@ def gpu_settings(args: argparse.Namespace, trainers: int | None = 1, *, shared: 
     return found | ({"resources.engine.env.PYTHONPATH": args.engine_path} if args.engine_path else {})
 
 
-def finished(words: list[str], folder: Path, *, talk: Any = subprocess.PIPE) -> tuple[float, str]:
+def finished(words: list[str], folder: Path, *, console: Any = subprocess.PIPE) -> tuple[float, str]:
     """(seconds, stdout) of a command in `folder`; ends the bench with its last words when it fails. `talk`: where its
     stderr goes."""
     began = time.monotonic()
-    done = subprocess.run(words, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=talk, text=True)
+    done = subprocess.run(
+        words, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=console, text=True
+    )
     if done.returncode:
         logs = [f"==> {log.name}\n{log.read_text()[-1500:]}" for log in sorted(folder.glob("*/logs/*/*.log"))]
         said = "\n".join([*logs, done.stdout[-1000:], (done.stderr or "")[-3000:]])
@@ -155,9 +157,9 @@ def finished(words: list[str], folder: Path, *, talk: Any = subprocess.PIPE) -> 
     return time.monotonic() - began, done.stdout
 
 
-def train(run: Path, settings: Mapping[str, Any] | Iterable[str], recipe: str = RECIPE, **talk: Any) -> float:
+def train(run: Path, settings: Mapping[str, Any] | Iterable[str], recipe: str = RECIPE, **console: Any) -> float:
     """One `astra train` to its end. -> seconds of the whole command."""
-    return finished(command("train", run, settings, recipe), run.parent, **talk)[0]
+    return finished(command("train", run, settings, recipe), run.parent, **console)[0]
 
 
 def records(run: Path) -> list[Record]:

@@ -92,9 +92,9 @@ def watch(run: Path, sets: list[str], limit_s: float) -> dict[str, dict[str, flo
     while attempt.supervisor.poll() is None and attempt.seconds < limit_s:
         engines |= ask_engines(run)
         time.sleep(EVERY_S)
-    code, talk = attempt.end(30)
+    code, console = attempt.end(30)
     if code:
-        sys.exit(f"the run ended with {code}:\n{talk[-3000:]}")
+        sys.exit(f"the run ended with {code}:\n{console[-3000:]}")
     return engines
 
 
@@ -125,7 +125,7 @@ def figures(run: Path, engines: dict[str, dict[str, float]], steps: int, every: 
         "engines_tokens_per_s": rate,
         "engines_busy": sum(engine["busy_s"] for engine in engines.values()) / len(engines) / wall_s,
         "trainer_waited": summary["training"]["wait_share"], "evaluations": rows, "missing": missing,
-        "limit": summary["balance"]["limit"], "verdict": summary["balance"]["words"],
+        "limit": summary["bottleneck"]["limit"], "verdict": summary["bottleneck"]["words"],
     }  # fmt: skip
 
 

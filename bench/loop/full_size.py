@@ -1,10 +1,10 @@
 """The whole loop at 4.2 B parameters: `astra train` for 20 steps that nobody touches, and where its seconds go.
 
-    python bench/loop/full_size.py [--layout 1+1 | shared | 1+2] [--turns] [--steps 20] [--engine-path PATH] [--json]
+    python bench/loop/full_size.py [--layout 1+1 | shared | 1+2] [--time-sharing] [--steps 20] [--engine-path PATH] [--json]
     python bench/loop/full_size.py --shape tiny --device cpu [--layout 1+2]          a laptop, the embedded engine
 
 `1+1`: engine and trainer have a GPU each. `shared`: both on one. `1+2`: the trainer on two, the engine on the first of
-them; `--turns` makes them take turns on it. Weights are random (`--model DIR` takes a checkpoint that
+them; `--time-sharing` makes them take turns on it. Weights are random (`--model DIR` takes a checkpoint that
 `bench/random_checkpoint.py` wrote, else one is made), the reward is `probe`, transfer is `delta`. The run is
 interrupted once `--steps` versions are in the engine, so that no checkpoint and no export is written; one that has not
 come so far after `--limit-s` is interrupted too. What a run did is printed, whatever its end, and the most memory that
@@ -76,8 +76,8 @@ def settings(args: argparse.Namespace, model: Path) -> list[str]:
     }
     if args.device == "cuda":
         values |= gpu_settings(args, gpus[1], shared=gpus[2])
-        if args.turns:
-            values["resources.share_mode"] = "turns"
+        if args.time_sharing:
+            values["resources.share_mode"] = "time_sharing"
     else:
         values |= dict.fromkeys(("resources.rollout_gpus", "resources.train_gpus"), 0)
         values |= {"resources.share_gpus": False, "resources.train_ranks": gpus[1]}
@@ -154,11 +154,11 @@ def judge(args: argparse.Namespace, run: Path, wall_s: float) -> dict[str, Any]:
     later = [r for r in updates if r["step"] > args.skip]
     summary = json.loads((run / "summary.json").read_text())
     result: dict[str, Any] = {
-        "shape": args.shape, "device": args.device, "layout": args.layout, "turns": args.turns,
+        "shape": args.shape, "device": args.device, "layout": args.layout, "time_sharing": args.time_sharing,
         "steps": min(len(steps), args.steps), "wall_s": wall_s, "start_s": summary["phases_s"].get("start-up"),
         "first_steps_s": [round(r["step_s"], 2) for r in steps[: args.skip]],
         "restarts": sum(summary["restarts"].values()), "resyncs": sum(r["resyncs"] for r in updates),
-        "notes": summary["notes"], "balance": summary["balance"],
+        "notes": summary["notes"], "bottleneck": summary["bottleneck"],
         "peak_memory_bytes": summary["memory"].get("peak_bytes"),
     }  # fmt: skip
     if not steady:
@@ -187,7 +187,7 @@ def judge(args: argparse.Namespace, run: Path, wall_s: float) -> dict[str, Any]:
 def main() -> None:
     parser = options(
         __doc__, shape={"4b": "as bench/random_checkpoint.py knows it"}, device=("cuda", "cpu"), layout=LAYOUTS,
-        turns={False: "of a shared layout on GPUs"}, steps=20, skip=3, groups={8: "of 8 samples, a step"},
+        time_sharing={False: "of a shared layout on GPUs"}, steps=20, skip=3, groups={8: "of 8 samples, a step"},
         new_tokens={int: "default 512; 24 of the tiny shape"}, limit_s=540.0, model={str: "a checkpoint of the shape"},
         running={128: "requests that the engine decodes at once"}, set="changes the recipe",
         folder={str: "where checkpoint and run lie; default a temporary one"},
@@ -197,8 +197,10 @@ def main() -> None:
     args.new_tokens = args.new_tokens or (24 if args.shape == "tiny" else 512)
     if args.steps <= args.skip:
         parser.error(f"--steps must be over --skip ({args.skip})")
-    if args.turns and (args.device == "cpu" or args.layout == "1+1"):
-        parser.error("--turns needs GPUs that engine and trainer share: --layout shared or 1+2, not --device cpu")
+    if args.time_sharing and (args.device == "cpu" or args.layout == "1+1"):
+        parser.error(
+            "--time-sharing needs GPUs that engine and trainer share: --layout shared or 1+2, not --device cpu"
+        )
     with folder(args.folder) as name:
         run, model = name / "run", checkpoint(args, name)
         begun = time.monotonic()

@@ -51,7 +51,9 @@ def run_of(model: str, attention: str, args: argparse.Namespace, run: Path) -> l
         settings |= gpu_settings(args)
         settings |= {"rollout.mem_fraction_static": 0.2, "rollout.attention_backend": attention}
     settings |= dict(pair.split("=", 1) for pair in args.set)
-    train(run, settings, talk=None)  # what it says goes to stderr as it comes: of a run cut off, that is all there is
+    train(
+        run, settings, console=None
+    )  # what it says goes to stderr as it comes: of a run cut off, that is all there is
     return trained(records(run))
 
 

@@ -67,7 +67,7 @@ def run_of(model: str, run: Path, args: argparse.Namespace) -> None:
     settings: dict[str, Any] = {"model.path": model, "train.steps": args.steps, "eval.every": args.steps // 2}
     if args.device == "cuda":
         settings |= gpu_settings(args) | {"rollout.mem_fraction_static": 0.1, "rollout.attention_backend": "triton"}
-    train(run, settings, talk=None)
+    train(run, settings, console=None)
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:

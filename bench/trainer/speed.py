@@ -1,7 +1,7 @@
 """How fast the trainer is: tokens/s, MFU and peak memory of one optimizer step, its variants side by side.
 
     python bench/trainer/speed.py [--shape 4b] [--tokens 8192] [--micro-batches 4] [--steps 3] [--variants ...] [--json]
-    python bench/trainer/speed.py --card-gib 79.6             as the plan places it on a smaller GPU, held to its memory
+    python bench/trainer/speed.py --gpu-gib 79.6             as the plan places it on a smaller GPU, held to its memory
     python bench/trainer/speed.py --wrapped                   FSDP2 on one GPU too: what it costs
     python bench/trainer/speed.py --profile packed-selective  the kernels that take the time
     python bench/trainer/speed.py --shape tiny                    on a CPU
@@ -16,7 +16,7 @@ the output head for completion tokens alone, which is where it is computed; no r
 delta rule) against the dense bf16 peak of the GPU's name. `planned_gib` is what the launch plan counts for this trainer
 without its CUDA context and holes, to be held against `peak_gib` (what torch allocated; `reserved_gib` with the holes).
 The plan counts a micro-batch of `--tokens`; `fullest` is the most that one of a timed step had on this rank.
-`moments-on-host` is packed-full with AdamW's moments in pinned memory; with `--card-gib` each variant has as many there
+`moments-on-host` is packed-full with AdamW's moments in pinned memory; with `--gpu-gib` each variant has as many there
 as the plan says (`on_host`), and torch may take no more than that GPU has beside its CUDA context.
 Every row goes to stderr as soon as it is known; what does not fit in `--limit-s` is said.
 """
@@ -156,7 +156,7 @@ def release() -> None:
 
 def main() -> None:
     parser = case_options(
-        __doc__, steps={3: "timed, after two that are not"}, card_gib={float: "memory of the GPU to plan for"},
+        __doc__, steps={3: "timed, after two that are not"}, gpu_gib={float: "memory of the GPU to plan for"},
         wrapped={False: "FSDP2 on a mesh of one"}, limit_s=560.0,
     )  # fmt: skip
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
@@ -169,15 +169,15 @@ def main() -> None:
 
     def start(name: str) -> Trainer:
         variant = VARIANTS[name]
-        if args.card_gib:
-            chosen, card = recipe(variant, args.tokens, case.size), {0: int(args.card_gib * 2**30)}
+        if args.gpu_gib:
+            chosen, card = recipe(variant, args.tokens, case.size), {0: int(args.gpu_gib * 2**30)}
             variant = replace(
                 variant, split=plan_place.place(chosen, case.shape, card, [], [0], plan_speed.Pace()).split
             )
         return case.trainer(variant)
 
-    if args.card_gib and device.type == "cuda":
-        room = args.card_gib * 2**30 - CUDA_CONTEXT
+    if args.gpu_gib and device.type == "cuda":
+        room = args.gpu_gib * 2**30 - CUDA_CONTEXT
         torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(device).total_memory)
 
     if args.profile:

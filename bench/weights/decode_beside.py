@@ -35,7 +35,7 @@ from astracli.engines.sglang import loader as sglang_loader
 from astracli.weights.device.resident import Resident
 from astracli.weights.format.manifest import TensorEntry
 from astracli.weights.publish.publisher import Publisher
-from astracli.weights.receive import staged
+from astracli.weights.receive import apply
 from astracli.weights.receive.decoder import DecoderProcess
 from astracli.weights.receive.placement import PlacementRecorder
 from astracli.weights.receive.reading import Prepared, prepare
@@ -59,7 +59,7 @@ def publish(folder: Path, shape: str) -> Resident:
     publisher.close()
     plan = {"version": 1, "kind": "delta", "base_version": 0, "model_path": None}
     (folder / "next.json").write_bytes(seal({**plan, "steps": ["v000001/manifest.json"]}))
-    return Resident({name: staged.placements(tensor) for name, tensor in base.items()})
+    return Resident({name: apply.placements(tensor) for name, tensor in base.items()})
 
 
 def turn() -> int:
@@ -72,12 +72,12 @@ def turn() -> int:
 
 def spin(stop: threading.Event) -> tuple[int, float]:
     """(turns, the longest in seconds) until `stop`."""
-    turns, longest, before = 0, 0.0, time.perf_counter()
+    time_sharing, longest, before = 0, 0.0, time.perf_counter()
     while not stop.is_set():
         turn()
         now = time.perf_counter()
-        longest, before, turns = max(longest, now - before), now, turns + 1
-    return turns, longest
+        longest, before, time_sharing = max(longest, now - before), now, time_sharing + 1
+    return time_sharing, longest
 
 
 def timed(call: Callable[[], Any], stop: threading.Event, out: list[float]) -> None:
@@ -91,7 +91,7 @@ def timed(call: Callable[[], Any], stop: threading.Event, out: list[float]) -> N
 
 def stage(read: Any, folder: Path, hands: Resident) -> None:
     prepared: Prepared = read(folder)
-    staged.load(prepared, hands)
+    apply.load(prepared, hands)
 
 
 def require(times: list[float], rounds: int) -> None:
@@ -103,8 +103,8 @@ def measure(shape: str, rounds: int, folder: Path) -> list[dict[str, Any]]:
     hands = publish(folder, shape)
     quiet = threading.Event()
     threading.Timer(1.0, quiet.set).start()
-    turns, _ = spin(quiet)
-    free = turns / 1.0
+    time_sharing, _ = spin(quiet)
+    free = time_sharing / 1.0
     child = DecoderProcess()
     rows = []
     for way, interval in WAYS.items():
@@ -146,7 +146,7 @@ def mappings(rounds: int, folder: Path, free: float) -> list[dict[str, Any]]:
         for name, t in weights.items()
     ]
     model = Model(weights)
-    engine = sglang_loader.Engine(model, folder)
+    engine = sglang_loader.LoadedModel(model, folder)
     engine.place(entries)
     ways = {
         "mapping, anew": lambda: PlacementRecorder().record(model, entries),
@@ -170,8 +170,8 @@ def beside(way: str, shape: str, call: Callable[[], Any], rounds: int, free: flo
         thread = threading.Thread(target=timed, args=(call, stop, times))
         begin = time.perf_counter()
         thread.start()
-        turns, worst = spin(stop)
-        left.append(turns / (time.perf_counter() - begin) / free)
+        time_sharing, worst = spin(stop)
+        left.append(time_sharing / (time.perf_counter() - begin) / free)
         longest = max(longest, worst)
         thread.join()
     sys.setswitchinterval(5e-3)

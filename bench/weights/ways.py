@@ -54,7 +54,7 @@ from astracli.weights.publish.encoder import EncoderProcess
 from astracli.weights.publish.publisher import Publisher
 from astracli.weights.publish.server import weights_routes
 from astracli.weights.publish.snapshot import lanes_of, local, take
-from astracli.weights.receive import reading, staged
+from astracli.weights.receive import apply, reading
 from astracli.weights.receive.decoder import DecoderProcess
 from astracli.weights.receive.subscriber import Subscriber
 
@@ -88,7 +88,7 @@ class Case:
     device: str
     threads: int
     folder: Path
-    read: Callable[[Path], staged.Prepared] = staged.prepare
+    read: Callable[[Path], apply.Prepared] = apply.prepare
     encoder: EncoderProcess | None = None
     """On a GPU; it lives as long as a trainer."""
 
@@ -123,14 +123,14 @@ def ours(case: Case) -> Cost:
     (case.folder / "next.json").write_bytes(seal(plan))
     hands = None
     if case.device == "cuda":
-        hands = Resident({name: staged.placements(tensor) for name, tensor in case.engine.items()})
+        hands = Resident({name: apply.placements(tensor) for name, tensor in case.engine.items()})
         hands.digests(list(case.engine))  # its tables are made once in an engine's life
     begin = case.clock()
     prepared = case.read(case.folder)
     if hands is not None:
-        staged.load(prepared, hands)
+        apply.load(prepared, hands)
     ready = case.clock()
-    done = staged.apply(case.folder, case.engine, 0, prepared, hands)
+    done = apply.apply(case.folder, case.engine, 0, prepared, hands)
     end = case.clock()
     more = {
         "digest": digested_s, "diff": part.diff_s, "coding": part.encode_s, "before pause": ready - begin,
@@ -211,7 +211,7 @@ def measure(
     drawn: tuple[tuple[float, int], Weights, Weights] | None = None
     took: dict[str, float] = {}
     with contextlib.closing(DecoderProcess()) as child, contextlib.closing(EncoderProcess(threads)) as encoder:
-        read = child.prepare if device == "cuda" else staged.prepare
+        read = child.prepare if device == "cuda" else apply.prepare
         for (lr, steps), method in order:
             begin = time.perf_counter()
             if begin + took.get(method, 0.0) > until:
@@ -269,14 +269,14 @@ def in_full(weights: dict[str, torch.Tensor], threads: int, folder: Path) -> dic
         receiver.close()
     files.stop()
     begin = time.perf_counter()
-    prepared = staged.prepare(stage)
+    prepared = apply.prepare(stage)
     timed("read in the engine", begin)
     begin = time.perf_counter()
     reading.hold(prepared)
     timed("staged beside generation", begin)
     engine = {name: torch.ones_like(tensor) for name, tensor in weights.items()}
     begin = time.perf_counter()
-    staged.apply(stage, engine, None, prepared)
+    apply.apply(stage, engine, None, prepared)
     timed("apply and verify", begin)
     return found
 

@@ -154,7 +154,7 @@ class Run:
                 **{name[:-2]: 1000 * result[name] for name in ("begin_s", "end_s") if name in result},
             },
         }  # fmt: skip
-        proven = asyncio.create_task(self._proof(version, times[-1])) if result["proof"] else None
+        proven = asyncio.create_task(self._readback(version, times[-1])) if result["readback"] else None
         if meter:
             meter.mark()
             meter.resume()
@@ -173,8 +173,8 @@ class Run:
             rates["recovery_s"] = await meter.recovery(times[0], times[-1], usual, RECOVERY_S)
         return {**rates, "staging_s": times[0] - staging}
 
-    async def _proof(self, version: int, continued: float) -> dict[str, float]:
-        found = await asyncio.to_thread(self.subscriber.proof, version)
+    async def _readback(self, version: int, continued: float) -> dict[str, float]:
+        found = await asyncio.to_thread(self.subscriber.readback, version)
         return found | {"readback_seen_s": time.monotonic() - continued}
 
     async def kept(self, mode: str, meter: Meter) -> dict[str, Any]:

@@ -226,13 +226,13 @@ def main() -> None:
     def start(name: str) -> Trainer:
         variant = VARIANTS[name]
         chosen = recipe(variant, args.tokens, size)
-        if args.card_gib:
-            held = plan_place.place(chosen, shape, {0: int(args.card_gib * 2**30)}, [], [0], plan_speed.Pace())
+        if args.gpu_gib:
+            held = plan_place.place(chosen, shape, {0: int(args.gpu_gib * 2**30)}, [], [0], plan_speed.Pace())
             variant = replace(variant, split=held.split)
         return build(adapter, config, variant, chosen, ranks)
 
-    if args.card_gib and ranks.device.type == "cuda":
-        room = args.card_gib * 2**30 - CUDA_CONTEXT
+    if args.gpu_gib and ranks.device.type == "cuda":
+        room = args.gpu_gib * 2**30 - CUDA_CONTEXT
         torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(ranks.device).total_memory)
 
     print("  ".join(f"{k} {v}" for k, v in where.items()), file=sys.stderr, flush=True)

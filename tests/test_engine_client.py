@@ -46,7 +46,7 @@ def test_success_without_the_loaders_word_is_none_and_the_weights_stay_unproven(
 
 
 def test_the_loaders_word_is_the_outcome_and_gives_the_weights_their_name(tmp_path: Path) -> None:
-    found, engine = update(tmp_path, {"version": 3, "changed": 9, "apply_s": 0.5, "load_s": None, "proof": True})
-    assert found.success and found.outcome["changed"] == 9 and found.outcome["proof"]
+    found, engine = update(tmp_path, {"version": 3, "changed": 9, "apply_s": 0.5, "load_s": None, "readback": True})
+    assert found.success and found.outcome["changed"] == 9 and found.outcome["readback"]
     assert found.seconds == {"apply_s": 0.5}
     assert engine.version == 3 and engine.events[-1] == "called 3"

@@ -55,7 +55,7 @@ class Output:
         print(f"warning: {text}", file=sys.stderr)
 
     def error(self, message: str, hint: str | None = None) -> None:
-        """Say what happened and what to do: the last words of a command that failed."""
+        """Say what happened and what to do: the last lines of a command that failed."""
         print(f"error: {message}", file=sys.stderr)
         if hint:
             print(f"\nhint: {hint}", file=sys.stderr)

@@ -146,7 +146,7 @@ def load(checkpoint: Checkpoint, masters: Masters, ranks: Ranks) -> None:
     with torch.no_grad():
         for name, value in masters.values.items():
             where = (name, masters.start(name), value.numel())
-            with masters.halves.whole([name]):
+            with masters.split_masters.whole([name]):
                 value.copy_(stored.master(*where).view(value.shape))
             for kind, moments in (("first", first), ("second", second)):
                 moments[name].copy_(stored.read(kind, *where).view(value.shape))
@@ -173,7 +173,7 @@ class _Stored:
         """fp32 [length], whether it was stored so or in halves."""
         import torch
 
-        from astracli.training.halves import join
+        from astracli.training.split_masters import join
 
         if ("value", name) in self._entries or not length:
             return self.read("value", name, start, length)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from astracli.training.parking import empty
+from astracli.training.cpu_offload import empty
 
 
 def split(master: Tensor, high: Tensor, rest: Tensor) -> None:
@@ -47,13 +47,13 @@ def join(high: Tensor, rest: Tensor, master: Tensor) -> None:
 def _kernels() -> Any:
     """The Triton kernels; None where Triton cannot be imported."""
     try:
-        from astracli.kernels.gpu import halves
+        from astracli.kernels.gpu import split_masters
     except ImportError:
         return None
-    return halves
+    return split_masters
 
 
-class Halves:
+class SplitMasters:
     """Masters by name whose storage is empty but inside `whole`; elsewhere their parameter and `rest` are they."""
 
     def __init__(self) -> None:

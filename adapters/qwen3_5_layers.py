@@ -114,11 +114,8 @@ def delta_net(
     from astracli.kernels.weight_gradients import linears
 
     if told := getattr(module, "boundaries", None):
-        cu_seqlens, cu_seqlens_host, carry_state = (
-            told.get("cu_seqlens"),
-            told.get("cu_seqlens_host"),
-            told.get("carry_state", False),
-        )
+        cu_seqlens, cu_seqlens_host = told.get("cu_seqlens"), told.get("cu_seqlens_host")
+        carry_state = told.get("carry_state", False)
     if carry_state:
         cu_seqlens = cu_seqlens_host = None
     kernels = fused.fla() if hidden_states.is_cuda else None
@@ -137,11 +134,9 @@ def delta_net(
     taps = module.conv1d.weight.squeeze(1)
     by_torch = kernels is None or fused.delta_rule_by_torch
     bounds = _segments(cu_seqlens, tokens, cu_seqlens_host) if by_torch else []
-    known = (
-        fused.chunks(cu_seqlens_host, hidden_states.device)
-        if kernels and cu_seqlens is not None and cu_seqlens_host
-        else {}
-    )
+    known = {}
+    if kernels and cu_seqlens is not None and cu_seqlens_host:
+        known = fused.chunks(cu_seqlens_host, hidden_states.device)
     if kernels is not None:
         mixed = kernels.conv(mixed, taps, module.conv1d.bias, activation="silu", cu_seqlens=cu_seqlens, **known)[0]
     else:

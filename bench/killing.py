@@ -35,7 +35,8 @@ class Attempt:
         self.began = time.monotonic()
         self.supervisor = subprocess.Popen(
             [*ASTRA, "train", *where, *words(sets)],
-            cwd=run.parent, stdin=subprocess.DEVNULL, stdout=self._console, stderr=self._console, start_new_session=True,
+            cwd=run.parent, stdin=subprocess.DEVNULL, stdout=self._console, stderr=self._console,
+            start_new_session=True,
         )  # fmt: skip
 
     @property

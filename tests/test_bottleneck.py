@@ -13,8 +13,8 @@ from astracli.report.bottleneck import RunLayout, Seen
 from astracli.report.summary_table import bottleneck_words
 
 SEEN = Seen(step_s=100.0, wait_s=3.0, engine_s=200.0, idle_s=20.0, trained_tokens=97_000.0, generated_tokens=120_000.0)
-SETTING = RunLayout(engines=2, ranks=1, gpus=True, slots=64, allowed=128, staleness=1, concurrency=64, time_sharing=False,
-                  shared=False)  # fmt: skip
+SETTING = RunLayout(engines=2, ranks=1, gpus=True, slots=64, allowed=128, staleness=1, concurrency=64,
+                    time_sharing=False, shared=False)  # fmt: skip
 
 
 def judged(setting: RunLayout = SETTING, **seen: float) -> bottleneck.Bottleneck:

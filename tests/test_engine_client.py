@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 from fake_engine import FakeEngine
 
-from astracli.engines.client import EngineClient, Update
+from astracli.engines.client import EngineClient, UpdateReply
 
 TOKEN = "secret"
 
 
-def update(tmp_path: Path, result: dict[str, Any] | None) -> tuple[Update, FakeEngine]:
+def update(tmp_path: Path, result: dict[str, Any] | None) -> tuple[UpdateReply, FakeEngine]:
     engine = FakeEngine(TOKEN, stage_dir=tmp_path, results=[result]).start()
     (tmp_path / "result.json").write_text('{"ok": true, "version": 3, "message": ""}')  # of an update before
 
-    async def go() -> Update:
+    async def go() -> UpdateReply:
         async with EngineClient(engine.url, TOKEN, loader_dir=tmp_path) as client:
             await client.pause()
             return await client.apply_staged(3)

@@ -281,7 +281,9 @@ def test_an_engine_that_answers_no_more_is_given_up_with_its_last_lines(
         sglang._watch(config, Hung(), Running())  # type: ignore[arg-type]
     assert asked == ["health_generate"] * 8 and "attention_backend=triton" in str(error.value.hint)
     replies, asked[:] = iter([False] * 4), []
-    with pytest.raises(RunFailed, match="failed 4 health checks"):  # in a trainer's turn nothing can be generated
+    with pytest.raises(
+        RunFailed, match="failed 4 health checks"
+    ):  # nothing can be generated while the trainer has the GPU
         sglang._watch(replace(config, extra=config.extra | {"time_sharing": True}), Hung(), Running())  # type: ignore[arg-type]
     assert asked == ["model_info"] * 4
 
@@ -328,6 +330,6 @@ def test_the_directory_that_sglang_loads_holds_text_names_whatever_the_checkpoin
         with safe_open(shard, framework="pt") as file:
             names |= dict.fromkeys(file.keys(), shard.name)
     assert names == {"model.norm.weight": "model-1.safetensors", "model.embed_tokens.weight": "model-2.safetensors"}
-    assert json.loads((out / checkpoint.INDEX).read_text())["weight_map"] == names
+    assert json.loads((out / checkpoint.SHARD_INDEX).read_text())["weight_map"] == names
     bare = checkpoint.prepare(tmp_path / "bare", source, QWEN3_5, weights=False)
     assert [path.name for path in bare.iterdir()] == ["config.json"]

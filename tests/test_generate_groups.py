@@ -21,7 +21,7 @@ def result(tokens: Sequence[int], reason: Any, version: int) -> GenResult:
 
 
 class Cutting:
-    """An engine worker whose engine ends every request after `each` tokens, under a version of its own, and never stops."""
+    """An engine worker; its engine ends a request after `each` tokens, under a version of its own, and never stops."""
 
     name = "engine0"
 

@@ -181,7 +181,7 @@ def test_dense_families_have_no_state_row() -> None:
 
 
 def test_only_several_ranks_gather_what_lies_outside_blocks() -> None:
-    """One rank has it: its bf16 parameters are the upper halves of its masters, which are counted once."""
+    """One rank has it: its bf16 parameters are the upper parts of its masters, which are counted once."""
     recipe = load("qwen3.5-4b-m2po-delta")
     shape = qwen3_5.ADAPTER.memory_shape(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"])
 

@@ -158,7 +158,7 @@ def test_the_recipe_s_word_counts() -> None:
     time_sharing = planned(
         load(NAME, *shared, "resources.share_mode=time_sharing"), facts("9.0", 1, memory_gib=141, host_gib=512)
     )
-    assert time_sharing.placement.split.recomputed == "none", "in turns the GPU is the trainer's own"
+    assert time_sharing.placement.split.recomputed == "none", "with time sharing the GPU is the trainer's own"
 
 
 def test_the_slowest_gpu_counts() -> None:

@@ -38,7 +38,7 @@ def test_engines_of_their_own_gpu_stage_on_it_and_are_told(name: str) -> None:
 
 
 def test_a_full_gpu_leaves_the_host_and_a_full_host_the_file() -> None:
-    """The same engine on cards around the size from which there is room: all rows within 95 % of it."""
+    """The same engine on GPUs around the size from which there is room: all rows within 95 % of it."""
     limit = None
     for gib in range(20, 45):
         result = planned(load(FULL), facts("8.9", 8, memory_gib=gib, host_gib=512))

@@ -289,7 +289,7 @@ def test_an_engine_that_comes_back_is_given_weights_before_it_serves(world: Worl
 def test_an_engine_that_is_lost_during_its_read_back_and_comes_back_gets_work_again(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its proof never comes; it is resynced, and attached only then: the hub must hear that it is ready after that."""
+    """Its read-back never comes; it is resynced and then attached: only after that the hub hears that it is ready."""
     world.engine.readbacks = True
     world.fetcher.readbacks = [RunFailed("the engine did not read version 1 back within 60 s"), 0.01, 0.01, 0.01]
     asked, go_on = readback_on_demand(world, monkeypatch)

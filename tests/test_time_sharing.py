@@ -1,4 +1,4 @@
-"""A GPU that an engine and a trainer use in turns: the queue for it, the engine's side, the trainer's side."""
+"""A GPU that an engine and a trainer share in time: the queue for it, the engine's side, the trainer's side."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ LEAVING_S = 0.1
 
 def test_a_gpu_lease_has_one_holder_and_the_others_wait_in_order() -> None:
     book = GpuLeases(["engine0"])
-    assert book.take("engine0", "engine0"), "an engine holds its card from the start"
+    assert book.take("engine0", "engine0"), "an engine holds its lease from the start"
     assert not book.wanted("engine0")
     assert not book.take("engine0", "trainer") and not book.take("engine0", "other")
     assert not book.take("engine0", "trainer"), "asking again keeps the place"
@@ -118,7 +118,7 @@ def test_the_engine_gives_its_memory_back_with_nothing_running_and_goes_on_after
             (part,) = await work
             assert engine.released == ["kv_cache", "weights"] and engine.running == 0 and not worker.open.is_set()
             await asyncio.sleep(0.2)
-            assert engine.released, "it stays away until the trainer gives the card"
+            assert engine.released, "it stays away until the trainer gives the lease"
             store.announce(1, 1)
             store.give_gpu_lease("engine0", "trainer")
             await worker.open.wait()
@@ -152,7 +152,7 @@ def test_the_engine_gives_its_memory_back_with_nothing_running_and_goes_on_after
 
 
 def test_lending_before_the_first_version_names_no_step(tmp_path: Path) -> None:
-    """The trainer has the first turn: it makes version 0. Whoever sums up a run compares steps with integers."""
+    """The trainer has the GPU first: it makes version 0. Whoever sums up a run compares steps with integers."""
     engine = FakeEngine(TOKEN, length=4, stage_dir=tmp_path, results=[{"version": 0}]).start()
     store = open_store(tmp_path, gpu_leases=["engine0"])
     server = Server(store, tmp_path)
@@ -182,7 +182,7 @@ def test_lending_before_the_first_version_names_no_step(tmp_path: Path) -> None:
         server.thread.stop()
     told = [r for r in metrics.read(tmp_path / "metrics.jsonl") if "release_s" in r]
     assert ["step" in r for r in told] == [False, True]
-    assert summary.training(told, 0)["step_s_p50"] is None, "a run's closing reads them"
+    assert summary.training(told, 0)["step_s_p50"] is None, "a run's summary reads them"
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Engine:
-    """The engine's part as the hub sees it: gives its GPU lease when it is wanted, takes it back, remembers who had it."""
+    """The engine's part as the hub sees it: gives its lease when it is wanted, takes it back, remembers who had it."""
 
     def __init__(self, job: Job, loops: list[Any]):
         self.time_sharing: list[int] = []
@@ -246,7 +246,7 @@ def test_a_time_sharing_trainer_learns_the_same_and_is_away_between_its_steps(
     for gpu_leases in ([], ["engine0"]):
         job = Job(tmp_path / ("time_sharing" if gpu_leases else "alone"), model_dir)
         job.store._gpu_leases = GpuLeases(gpu_leases)
-        job.background = "on"  # on a GPU it is; in turns nothing may run beside the engine
+        job.background = "on"  # on a GPU it is; with time sharing nothing may run beside the engine
         loops: list[Any] = []
         engine = Engine(job, loops)
         placement = {"shared": True, "gpu_leases": gpu_leases}
@@ -266,7 +266,7 @@ def test_a_time_sharing_trainer_learns_the_same_and_is_away_between_its_steps(
             for r in job.records():
                 assert "loss" not in r or r["step_s"] > r["wait_s"] + r["train_s"] + LEAVING_S, "leaving is part of it"
             assert len(engine.time_sharing) >= 6 and set(engine.time_sharing) == {0}, (
-                "nothing of it is left in an engine's turn"
+                "nothing of it is left while an engine has the GPU"
             )
         loop.trainer.to_device()
         values.append({name: value.clone() for name, value in loop.trainer.masters.values.items()})
@@ -274,7 +274,7 @@ def test_a_time_sharing_trainer_learns_the_same_and_is_away_between_its_steps(
 
 
 def test_two_ranks_share_the_first_ones_gpu_with_an_engine(tmp_path: Path, model_dir: Path, engine_url: str) -> None:
-    """Two real processes; only rank 0 shares its GPU. Start, every step and the export are a turn each."""
+    """Two real processes; only rank 0 shares its GPU. Start, every step and the export each take the lease once."""
     job = Job(tmp_path, model_dir)
     job.store._gpu_leases = GpuLeases(["engine0"])
     engines = [{"name": "engine0", "url": engine_url, "stage_dir": str(tmp_path)}]

@@ -283,7 +283,7 @@ def test_nobody_takes_the_weights_away_under_a_read_back(tmp_path: Path, monkeyp
     assert reads.acquire(timeout=10)
     restage(tmp_path, ["v000000/manifest.full.json", delta(1), delta(2)])  # the same version in full
     waits(sglang_loader.apply_staged)
-    assert reads.acquire(timeout=10) and not (where / "readback.json").exists(), "that proof was of other weights"
+    assert reads.acquire(timeout=10) and not (where / "readback.json").exists(), "that read-back was of other weights"
     go_on.release()
     assert json.loads(wait_for(where / "readback.json"))["version"] == 2 and same(model.hf(), versions[2])
 

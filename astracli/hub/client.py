@@ -85,7 +85,7 @@ class _Calls:
     def target(self, engine: str, *, have: int | None = None, pinned: bool | None = None, wait_s: float = 0.0) -> Any:
         """-> {"version": int or None, "pinned": bool, "stop": bool}; waits up to `wait_s` for another version than
         `have`, or for the other of `pinned`: whether an evaluation holds the engine at that version.
-        Of an engine that takes turns on its GPU also "wanted": someone waits for it, which ends the wait, too. Of one
+        Of an engine with a GPU lease also "wanted": someone waits for it, which ends the wait, too. Of one
         that was lost, and not reported since, "down"."""
         query = f"wait_s={wait_s}" + ("" if have is None else f"&have={have}")
         query += "" if pinned is None else f"&pinned={int(pinned)}"

@@ -1,8 +1,8 @@
-"""Who may use a shared GPU: one holder a GPU lease, the others in the order in which they asked.
+"""GPU leases: who may use a GPU that engine and trainer share in time.
 
-An engine and a trainer that take turns on a GPU hold its GPU lease while they use the memory. An engine holds its GPU lease from
-the start, because it reserves its memory before anyone else is there. The book lives in memory: a hub that starts again
-starts its engines again, too.
+A lease has one holder; the others get it in the order in which they asked. Whoever uses the GPU's memory holds the
+lease. The engine holds it from the start, because it reserves its memory before anyone else is there. Leases are kept
+in memory only: a hub that starts again starts its engines again, too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 
 class GpuLeases:
-    """GPU leases by the name of the engine whose GPU they stand for. Calls are made under the store's lock."""
+    """One lease per engine, under the engine's name. Calls are made under the store's lock."""
 
     def __init__(self, engines: Iterable[str] = ()):
         self._holder: dict[str, str | None] = dict.fromkeys(engines)
@@ -19,7 +19,7 @@ class GpuLeases:
         self.reset()
 
     def reset(self) -> None:
-        """Every process begins anew: each engine holds its GPU lease, nobody waits."""
+        """Every process starts anew: each engine holds its lease, nobody waits."""
         self._holder = {name: name for name in self._holder}
         self._queue = {name: [] for name in self._holder}
 
@@ -27,9 +27,9 @@ class GpuLeases:
         return gpu_lease in self._holder
 
     def take(self, gpu_lease: str, who: str) -> bool:
-        """Whether `who` holds the GPU lease now; otherwise it keeps its place in the queue. Asking again changes nothing.
+        """Whether `who` holds the lease now; otherwise it is in the queue, once however often it asks.
 
-        Raises ValueError for a GPU lease that there is not.
+        Raises ValueError for an unknown lease.
         """
         if gpu_lease not in self._holder:
             raise ValueError(f"there is no GPU lease `{gpu_lease}`; there are {', '.join(self._holder) or 'none'}")
@@ -44,19 +44,19 @@ class GpuLeases:
         return False
 
     def give(self, gpu_lease: str, who: str) -> None:
-        """`who` holds the GPU lease, or waits for it, no longer; the first that waits may take it."""
+        """`who` no longer holds the lease or waits for it; the first in the queue may take it."""
         if self._holder.get(gpu_lease) == who:
             self._holder[gpu_lease] = None
         if who in self._queue.get(gpu_lease, []):
             self._queue[gpu_lease].remove(who)
 
     def forget(self, who: str) -> None:
-        """A process is dead: what it held or waited for is the others'."""
+        """A process is dead: it holds no lease and waits for none."""
         for gpu_lease in self._holder:
             self.give(gpu_lease, who)
 
     def wanted(self, gpu_lease: str) -> bool:
-        """Whether anyone waits for the GPU lease."""
+        """Whether anyone waits for the lease."""
         return bool(self._queue.get(gpu_lease))
 
     def document(self) -> dict[str, dict[str, object]]:

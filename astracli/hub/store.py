@@ -272,7 +272,7 @@ class HubStore:
         return reply
 
     def target(self, engine: str) -> dict[str, Any]:
-        """-> {"version": int or None, "pinned": bool, "stop": bool}; of an engine that takes turns on its GPU also
+        """-> {"version": int or None, "pinned": bool, "stop": bool}; of an engine with a GPU lease also
         "wanted": whether someone waits for it and no evaluation is pinned to it; of one that was lost "down"."""
         with self._db.lock:
             version, pinned = self._board.target(engine)

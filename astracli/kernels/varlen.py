@@ -1,8 +1,8 @@
 """Packed rows through a transformers model: what its forward gets, and attention that ends at every boundary.
 
-The boundaries travel as keyword arguments of the forward, `cu_seqlens` (int32 [S + 1] on the device), `max_seqlen` and
-`cu_seqlens_host` (ints: nothing has to ask the GPU for them), down to the attention function and the recurrent layers. The
-attention function is registered under a name for which transformers builds no mask, so nothing of size T x T exists.
+The boundaries are keyword arguments of the forward, `cu_seqlens` (int32 [S + 1] on the device), `max_seqlen` and
+`cu_seqlens_host` (the same as ints, so that nothing waits for the GPU); the attention function and the recurrent layers
+get them. The attention function has a name for which transformers builds no mask: nothing of size T x T exists.
 
 Shape letters: B rows, S segments, T tokens of a row, H query heads, G key and value heads, D head size.
 """

@@ -123,7 +123,7 @@ def _engine(
     spec = _spec(setting, process, config, {})
     if setting.plan.choice.engine == "sglang":
         return spec  # reports ready when its server answers, and starts without weights every time
-    # one that takes turns may be asked to give its memory back at once, which a generated token would be in the way of
+    # with time sharing it may be asked to give its memory back at once; a token being generated would be in the way
     path = "model_info" if process.name in setting.plan.gpu_leases else "health_generate"
     spec = replace(spec, health_url=f"{address['url']}/{path}")
     return replace(spec, before_restart=before_restart) if published else spec

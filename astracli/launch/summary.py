@@ -9,10 +9,9 @@ from typing import Any
 from astracli.config.recipe import Recipe
 from astracli.process.children import MemorySampler
 from astracli.report import bottleneck
-from astracli.runs.metrics import Record, mean, median, series, values, without_absent
+from astracli.runs.metrics import OVERALL, Record, mean, median, series, values, without_absent
 from astracli.runs.run_dir import paths
 
-OVERALL = "overall"
 UPDATE_PARTS = (
     "snapshot", "digest", "diff", "encode", "write", "transfer", "stage", "decode", "apply", "verify", "readback",
 )  # fmt: skip
@@ -157,7 +156,7 @@ def training(records: Sequence[Record], first_step: int) -> dict[str, Any]:
 def slots_busy(records: Sequence[Record], first: int, end: int) -> dict[str, float]:
     """By engine, the share of its slots that had a request of the rollout worker, weighted by time.
 
-    Of a training run from step `first` on and before `end`, as in the balance; of `astra rollout`, which has no steps,
+    Of a training run from step `first` on and before `end`, like the bottleneck; of `astra rollout`, without steps,
     all of it.
     """
     spans: dict[str, list[tuple[float, float]]] = {}

@@ -99,7 +99,7 @@ def _build(
         room = plan_problems.sizes_of(facts), facts["system"]["memory_total"]
         placement, memory = plan_staging.decide(processes, memory, shape, recipe, placement, *room)
     if placement.time_sharing:
-        # a worker that starts again does not know whose turn it is
+        # a worker that starts again does not know who has the GPU
         processes = [replace(process, restarts=0) for process in processes]
     disk = plan_memory.disk_rows(shape, recipe, checkpoint_bytes) if shape and command == "train" else []
     plan = LaunchPlan(
@@ -264,7 +264,7 @@ def _room_to_publish(
     processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], facts: Mapping[str, Any], time_sharing: bool
 ) -> set[str]:
     """Trainers whose GPU has room for two published versions beside all else; each rank finds out for itself
-    (`weights.snapshot`). One that leaves its GPU in the engine's turn keeps them on the host."""
+    (`weights.snapshot`). One that leaves its GPU to the engine keeps them on the host."""
     sizes = plan_problems.sizes_of(facts)
     held = {row.process: row.bytes for row in rows if row.what == plan_trainer.PUBLISHED}
     # torch gives the holes of its cache back where memory is short

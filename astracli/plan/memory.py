@@ -55,7 +55,7 @@ class MemoryRow:
     fixed: bool = True
     """Needed from the start; False = grows with load, and the engine or trainer can live with less."""
     away: bool = False
-    """Not there while another process has its turn on the GPU."""
+    """Not there while another process uses the GPU."""
 
 
 def engine_rows(

@@ -1,4 +1,4 @@
-"""How engines and trainers share GPUs: side by side or in turns, what each may take, and why. Pure.
+"""How engines and trainers share GPUs: side by side or by time sharing, what each may take, and why. Pure.
 
 A trainer that does not fit what it may take of its GPU lets something wait on the host or computes it again
 (`plan/offload.py`). An engine that shares a GPU reserves what the trainer leaves of it.
@@ -34,7 +34,7 @@ class Placement:
     shared: bool = False
     """Some GPU holds an engine and a trainer: the trainer leaves it alone until the engine has reserved its part."""
     time_sharing: bool = False
-    """They take turns on it: what one of them uses for its work is not there during the other's."""
+    """They share it in time: what one uses for its work is not there while the other works."""
     short: bool = False
     """Moments have to wait on the host, whatever is computed again."""
     reasons: tuple[tuple[str, str, str], ...] = field(default=())
@@ -79,10 +79,9 @@ def place(
     reasons = chosen.reasons
     if ranks > 1:
         without = " ".join(f"{name}={value}" for name, value in collective_check.WITHOUT_PEERS.items())
-        proof = (
-            f"proved by an all-reduce in {collective_check.LIMIT_S:g} s at the start; if not, once more with {without}"
-        )
-        reasons.append((f"{ranks} ranks", "direct links", proof))
+        limit_s = collective_check.LIMIT_S
+        why = f"proved by an all-reduce in {limit_s:g} s at the start; if not, once more with {without}"
+        reasons.append((f"{ranks} ranks", "direct links", why))
     engine_gpu_bytes = [sizes[gpu] for gpu in engine_gpus if gpu in sizes]
     if time_sharing and smallest is not None and engine_gpu_bytes:
         asked = recipe.resources.share_mode == "time_sharing"
@@ -108,7 +107,7 @@ AWAY = plan_memory.CUDA_GRAPHS + plan_memory.CUDA_CONTEXT
 
 
 def shares_time(recipe: Recipe, shape: MemoryShape, size: int | None, ranks: int) -> bool:
-    """Whether they take turns: asked for, or the only way in which both fit."""
+    """Whether they share a GPU in time: asked for, or the only way in which both fit."""
     mode = recipe.resources.share_mode
     if mode != "auto" or size is None:
         return mode == "time_sharing"
@@ -157,13 +156,13 @@ def _engine(recipe: Recipe, shape: MemoryShape, requests: int) -> int:
 
 
 STAYS = ("CUDA graphs", "CUDA context")
-"""Rows that stay on a GPU whoever's turn it is."""
+"""Rows that stay on a GPU whoever uses it."""
 OFFLOADED = ("weights (bf16)", plan_trainer.MASTERS, "moments (fp32)", "reference (bf16)")
-"""Rows that wait in host memory during the other's turn; the rest is empty then."""
+"""Rows that wait in host memory while the other uses the GPU; the rest is empty then."""
 
 
 def time_shared(rows: Sequence[MemoryRow], names: Collection[str]) -> list[MemoryRow]:
-    """All rows; of the processes that take turns (`names`) what leaves the GPU, and the host memory where it waits."""
+    """All rows; of the processes that share it in time (`names`) what leaves the GPU, and where it waits."""
     result = []
     for row in rows:
         away = row.process in names and row.where == "gpu" and row.what not in STAYS

@@ -87,7 +87,7 @@ def trainer_rows(
 
 
 def context_bytes(ranks: int) -> int:
-    """What a rank keeps of its GPU in another's turn."""
+    """What a rank keeps of its GPU while another process uses it."""
     return CUDA_CONTEXT + (NCCL if ranks > 1 else 0)
 
 

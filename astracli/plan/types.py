@@ -82,7 +82,7 @@ class LaunchPlan:
 
     @property
     def gpu_leases(self) -> list[str]:
-        """Engines that take turns with a trainer on their GPU."""
+        """Engines that share their GPU in time with a trainer: each has a GPU lease at the hub."""
         if not self.placement.time_sharing:
             return []
         trained = {gpu for process in self.processes if process.role == "trainer" for gpu in process.gpus}

@@ -97,7 +97,7 @@ class Bottleneck:
 
 
 def judge(seen: Seen, setting: RunLayout) -> Bottleneck | None:
-    """The balance of a run; None when no step was seen."""
+    """The bottleneck of a run; None when no step was seen."""
     if seen.step_s <= 0:
         return None
     wait = min(1.0, seen.wait_s / seen.step_s)
@@ -136,7 +136,7 @@ def _words(seen: Bottleneck, setting: RunLayout) -> tuple[str, str]:
     if seen.limit == "nothing":
         return f"balanced: {waited}" + (f", {back}" if back else ""), ""
     if seen.limit == "time_sharing":
-        words = f"engine and trainer take turns on a GPU: {waited}, and {engines} stood still while it trained"
+        words = f"engine and trainer share a GPU in time: {waited}, and {engines} stood still while it trained"
         return (
             words,
             "a GPU of its own for each (resources.share_gpus=false), or larger train.batch_groups: fewer turns",
@@ -200,7 +200,7 @@ def _more(key: str, there: int, factor: float, setting: RunLayout) -> list[str]:
 def of_run(
     records: Sequence[Record], recipe: Recipe, plan: Mapping[str, Any], first_step: int
 ) -> dict[str, Any] | None:
-    """The balance as summary.json holds it. `plan`: plan.json's document; `first_step`: of this attempt.
+    """The bottleneck as summary.json holds it. `plan`: plan.json's document; `first_step`: of this attempt.
 
     At its end a run asks for nothing more: what the last step trains on was admitted `max_staleness` versions before.
     Engines that are idle from there on wait for nobody.

@@ -94,7 +94,7 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("peak memory", f"{size(memory['peak_bytes'])} ({what}): {each}"))
     if restarts := summary.get("restarts"):
         each = ", ".join(f"{name} {count}" for name, count in restarts.items())
-        counted = "; the balance counts the time that they took" if summary.get("bottleneck") else ""
+        counted = "; the bottleneck counts the time that they took" if summary.get("bottleneck") else ""
         facts.append(("restarts", each + counted))
     if resumes := summary.get("resumes"):
         facts.append(("resumes", resume_words(resumes)))

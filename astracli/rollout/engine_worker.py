@@ -1,21 +1,21 @@
-"""One engine as the rollout worker sees it: behind a gate for requests, the choreography of a weight update.
+"""One engine as the rollout worker sees it: behind a gate for requests, the steps of a weight update.
 
 An update, in the order in which it happens (mode `abort`):
 
     fetch and stage     generation goes on
     close the gate      no new request leaves this worker
     abort, drain        every request ends its segment; partial tokens come back, all of the old version
-    pause, apply, continue      with nothing running; the engine checks digests before it serves (`sglang/update_session.py`)
+    pause, apply, continue      with nothing running; the engine checks digests before it serves
     report, open        the hub learns the version, then prompt + prefix are sent again
     read back           when due, beside generation, and before the report: results are held, and no evaluation begins,
                         until the weights are proven under HF names too
 
 An engine that an evaluation holds at its version gets no update until the hub lets it go; its rollouts go on.
 
-On a GPU that engine and trainer use in turns, the engine worker holds the engine's GPU lease at the hub. When the trainer wants it,
-and no evaluation is pinned there: gate, abort, drain, pause, settle (no read-back is at the weights any more), release
-KV cache and weights (the engine keeps a copy of them in host memory), give the GPU lease; then wait for the GPU lease, take the
-memory back and continue.
+With time sharing the engine worker holds the engine's GPU lease. When the trainer wants it, and no evaluation is pinned
+there: gate, abort, drain, pause, settle (no read-back is at the weights any more), release KV cache and
+weights (the engine keeps a copy of them in host memory), give the lease; then wait for it, take the memory back and
+continue.
 
 `in_place`, the default, and `retract` leave requests running: the gate stays open, and what comes back carries the
 *oldest* version that was in force during its request, so that staleness is never understated.
@@ -41,7 +41,7 @@ from astracli.rollout.request_gate import EngineLost, RequestGate
 TARGET_WAIT_S = 2.0
 """How long one question for the target version waits for another answer."""
 RELEASED_TAGS = ("kv_cache", "weights")
-"""What an engine gives back for a trainer's turn. (Recurrent states belong to the KV cache.)"""
+"""What an engine gives back for the trainer. (Recurrent states belong to the KV cache.)"""
 
 PauseMode = Literal["abort", "retract", "in_place"]
 
@@ -155,7 +155,7 @@ class EngineWorker(RequestGate):
         await self._call(self._engine.resume_memory(RELEASED_TAGS))
         await self._call(self._engine.resume())
         record: dict[str, Any] = {"process": self._process, "engine": self.name}
-        if self.version is not None:  # the first turn is the trainer's: it makes version 0
+        if self.version is not None:  # the trainer has the GPU first: it makes version 0
             record["step"] = self.version
         seconds = {"release_s": released - begun, "away_s": back - released, "resume_s": time.monotonic() - back}
         await self._hub.metrics([record | seconds])
@@ -212,7 +212,7 @@ class EngineWorker(RequestGate):
             await self._resync(target, record, error)
         self.version, self._serving = target, True
         due = record.pop("readback")
-        if due:  # the hub hears of it with the proof: an evaluation would begin, whose answers nobody holds back
+        if due:  # the hub hears of it after the read-back: an evaluation would begin, whose answers nobody holds back
             self.open.set()
         else:
             await self._let_in()

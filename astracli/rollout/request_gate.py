@@ -1,6 +1,7 @@
 """One engine as requests see it: a gate, what is outstanding behind it, and which version their tokens bear.
 
-A request waits at the gate, and its result until the weights that made it are proven. `engine_worker.EngineWorker` opens and closes.
+A request waits at the gate, and its result until the weights that made it are proven. `EngineWorker` opens and
+closes the gate.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The rollout worker: leases prompts, has groups generated and graded, hands them in, and updates its engines' weights.
 
-One asyncio loop. Each engine has an engine worker (`engine_worker`) with a feeder that keeps its slots full and a follower that keeps it
-at the hub's target version. A group stays on one engine and its samples are asked for together; each frees its slot
-when it ends, and the next group is leased while its longest sample still runs. A sample whose request is ended by an
+One asyncio loop. Each engine has an `EngineWorker`, a feeder that keeps its slots full and a follower that keeps it at
+the hub's target version. A group stays on one engine and its samples are asked for together; each frees its slot when
+it ends, and the next group is leased while its longest sample still runs. A sample whose request is ended by an
 update is continued from prompt + prefix: its tokens form one segment per version. Draws depend on (recipe seed, lease,
 sample, position) alone. In a deterministic run all groups of one grant are one call to the engine, which runs nothing
 beside it: log-probabilities then depend on nothing else either, to the last bit.
@@ -249,7 +249,7 @@ class Rollout:
             for worker in self.workers:
                 worker.changed.set()
 
-    # ---- talk --------------------------------------------------------------------------------------------------------
+    # ---- notes -------------------------------------------------------------------------------------------------------
 
     async def _report(self) -> None:
         """Each second: what is done, how fast, how full slots are, and what is waited for when nothing generates."""

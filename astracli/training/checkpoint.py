@@ -47,7 +47,7 @@ class Entry(NamedTuple):
     """A range of a flattened tensor in a rank's file."""
 
     kind: str
-    """`value`, or its halves `high` and `rest`; `first` and `second` moment; `rng`."""
+    """`value`, or the split master `high` and `rest`; `first` and `second` moment; `rng`."""
     name: str
     """Of the parameter; of a random state its rank."""
     dtype: str
@@ -170,7 +170,7 @@ class _Stored:
         return sum(entry.length for _, entry in self._entries[kind, name])
 
     def master(self, name: str, start: int, length: int) -> Tensor:
-        """fp32 [length], whether it was stored so or in halves."""
+        """fp32 [length], whether it was stored whole or split."""
         import torch
 
         from astracli.training.split_masters import join

@@ -1,10 +1,9 @@
 """Tensors that wait in host memory while a GPU is needed for something else.
 
-An offloaded tensor keeps its identity: its storage is emptied and later filled again, so everything that shares it (FSDP's
-shards, the optimizer's parameters, views) is right again without being told. Copies go through pinned memory on the
-stream that is current, which `overlapped_offload` makes another than that of the work. Until then torch would print what lies at
-address 0, which ends a process, or a GPU's context: whoever looks (a debugger, a traceback with values) is told that it
-is offloaded.
+An offloaded tensor keeps its identity: its storage is emptied and later filled again, so everything that shares it
+(FSDP's shards, the optimizer's parameters, views) is right again without being told. Copies go through pinned memory on
+the current stream; `overlapped_offload` makes that another than the stream of the work. To print an empty storage torch
+would read address 0, which ends the process or the GPU's context: so `repr` says that the tensor is offloaded.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from astracli.training.fsdp import local
 class CpuOffload:
     """Moves a set of tensors between their device and host memory, whole. Host memory is kept once it was needed.
 
-    `constant`: nobody writes to them, so offloading again copies nothing. On a CPU the host's copy is another place in the
+    `constant`: nobody writes to them, so offloading again copies nothing. On a CPU the host's copy is elsewhere in the
     same memory.
     """
 

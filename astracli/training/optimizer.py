@@ -3,8 +3,8 @@
 A parameter holds the value that the engine holds (rounded to the wire dtype) and the master keeps what rounding loses;
 gradients go to the master, and after each update the parameter is the rounded master again. So trainer and engine
 compute the same function. On a CPU it is stored and computed with in fp32; on one GPU it is stored in the wire dtype,
-is what is published, and is one half of its master (`split_masters`); on several the parameters are the fp32 masters, and
-FSDP2 casts them to bf16 for computing.
+is what is published, and is the upper half of its master (`split_masters`); on several the parameters are the fp32
+masters, and FSDP2 casts them to bf16 for computing.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Masters:
                     local(parameter).copy_(self.values[name].to(DTYPES[self.wire[name].dtype]))
 
     def whole(self) -> AbstractContextManager[None]:
-        """Inside, every master is in memory, to be read or written: `values` elsewhere may lie in halves."""
+        """Inside, every master is in memory, to be read or written; outside, split masters are empty."""
         return self.split_masters.whole()
 
     @torch.no_grad()
@@ -176,13 +176,8 @@ class Masters:
         if self._away is None or self._away_updates != min(self.updates, 1):
             # the first update makes the moments, and they join
             masters = [value for name, value in self.values.items() if name not in self.split_masters]
-            held = [
-                *self.parameters.values(),
-                *masters,
-                *self.split_masters.rests,
-                *self.frozen,
-                *self.adam.on_device(),
-            ]
+            held = [*self.parameters.values(), *masters, *self.split_masters.rests, *self.frozen]
+            held += self.adam.on_device()
             self._away, self._away_updates = CpuOffload(held), min(self.updates, 1)
         self._away.to_host()
 

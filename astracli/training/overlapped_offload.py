@@ -41,7 +41,7 @@ class CopyQueue:
 
 
 class OverlappedOffload:
-    """Two lanes, one each way."""
+    """Two queues of copies, one each way."""
 
     def __init__(self, device: torch.device):
         self._coming, self._leaving = CopyQueue(device), CopyQueue(device)

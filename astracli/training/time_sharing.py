@@ -1,9 +1,8 @@
-"""A trainer that shares its GPUs with engines: waits until they have reserved their part, or takes turns with them.
+"""A trainer that shares its GPUs with engines, side by side or in time.
 
-Side by side: the engines reserve their memory first, and the trainer takes what they leave. In turns: the trainer asks
-the hub for the engines' GPU leases when it has a batch, brings its state back from the host, trains and publishes, leaves
-again and gives the GPU leases back. Rank 0 asks; the ranks whose GPU an engine uses, too, move, the others wait where they
-are.
+Side by side: the engines reserve their memory first, and the trainer takes what they leave. In time: when it has a
+batch, the trainer asks the hub for the engines' GPU leases, brings its state back from the host, trains and publishes,
+moves to the host again and gives the leases back. Rank 0 asks. Only the ranks that share their GPU with an engine move.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ class TimeSharing:
     def __init__(self, config: WorkerConfig, reporter: Reporter, ranks: Any, hub: HubClient | None):
         told = config.extra.get("placement", {})
         self.gpu_leases: list[str] = list(told.get("gpu_leases", ()))
-        """Engines with which this trainer takes turns; their names are the GPU leases'."""
+        """Engines with which this trainer shares GPUs in time: the names of their leases."""
         self.leaves = bool(self.gpu_leases) and bool(told.get("leaves", True))
-        """Whether an engine uses this rank's own GPU in its turn."""
+        """Whether an engine shares this rank's own GPU."""
         self._shared = bool(told.get("shared"))
         self._config = config
         self._reporter = reporter

@@ -1,7 +1,7 @@
 """The trainer process: takes batches from the hub, trains, checkpoints, publishes, acknowledges; exports at the end.
 
 Order of one step s, safe against a kill at any point: train -> begin checkpoint s + 1 when due -> publish version
-s + 1 -> announce -> leave the GPU, in turns -> metrics -> acknowledge. A resumed trainer loads checkpoint c, publishes
+s + 1 -> announce -> leave a shared GPU -> metrics -> acknowledge. A resumed trainer loads checkpoint c, publishes
 version c anew and asks for batch c, which the hub serves with the same groups. Rank 0 talks to the hub; other ranks get
 the batch from it.
 
@@ -224,7 +224,7 @@ class TrainLoop:
 
     def _publish(self, step: int, figures: dict[str, float], began: float) -> None:
         """Publish version step + 1, here or from a copy in the background; `publish_s` is what it costs the step. A
-        trainer in turns then leaves its GPU, which is the end of its step."""
+        trainer with time sharing then leaves its GPU, which is the end of its step."""
         version, begin = step + 1, time.perf_counter()
         tensors = self.trainer.masters.wire_shards(copy=not self.time_sharing.leaves)
         figures["snapshot_s"] = time.perf_counter() - begin

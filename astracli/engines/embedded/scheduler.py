@@ -1,6 +1,6 @@
 """The decode loop: which requests run, and when they start, pause, resume and end.
 
-Other threads reach it through `submit` and `call` only. Everything else happens in the one thread that calls `run_once`.
+Other threads use `submit` and `call` only. Everything else happens in the one thread that calls `run_once`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The copies are what deltas apply to and what the digests of every update are taken from. The parameters hold their
 values exactly: bf16 values in fp32 arithmetic, and unrounded fp32 where the wire says float32. That they do is the
-second proof: the parameters are read back under HF names, beside generation, and their digests are the trainer's.
+second check: the parameters are read back under HF names, beside generation, and their digests are the trainer's.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class EngineWeights:
                 found = self.read_back()
                 wrong = [tensor.name for tensor in manifest.tensors if found[tensor.name] != tensor.digest]
                 message = f"read back under HF names, {len(wrong)} tensors differ: {', '.join(wrong[:5])}"
-            except Exception as error:  # whoever waits for the proof would wait in vain
+            except Exception as error:  # whoever waits for the read-back would wait in vain
                 wrong, message = ["?"], f"the read-back failed: {type(error).__name__}: {error}"
             if wrong:
                 self._failed(version, message)

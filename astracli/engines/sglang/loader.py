@@ -210,7 +210,7 @@ def apply_staged(model: Any, named_tensors: Iterable[Any] = ()) -> None:
     if engine is None:
         engine = _engines[model] = LoadedModel(model, stage_dir)
     engine.settle()
-    for old in (apply.RESULT, apply.READBACK):  # a proof that came after nobody waited for it any more is of no use
+    for old in (apply.RESULT, apply.READBACK):  # a read-back that nobody waited for any more is of no use
         (stage_dir / old).unlink(missing_ok=True)
     have, engine.version = engine.version, None  # unknown until proven
     try:

@@ -1,7 +1,7 @@
 """An SGLang engine's process, `python -m astracli.engines.sglang.server CONFIG.json`: starts, watches, ends a server.
 
 The server runs in the engine's own environment (`resources.engine`), this process in the run's: it writes the model
-directory, reports readiness, passes the server's output on without the run's token, and explains its last lines. Under
+directory, reports readiness, passes the server's output on without the run's token, and explains its end. Under
 `astra train` the server starts from made-up weights and gets version 0 like every other version, verified by digest; it
 serves nothing before. One server per GPU (SGLang takes weights over HTTP with data parallelism 1 only).
 """
@@ -300,7 +300,7 @@ def _wait_ready(config: WorkerConfig, server: Server, reporter: Reporter) -> Non
 def _watch(config: WorkerConfig, server: Server, reporter: Reporter) -> None:
     """Until told to stop. Raises RunFailed when the server ends or answers no more."""
     failures, asked = 0, time.monotonic()
-    # in a trainer's turn no token can be generated, and a request that waits would be in the way of giving memory back
+    # while the trainer has the GPU nothing is generated; a waiting request would keep memory from being given back
     url = _url(config, "model_info" if config.extra.get("time_sharing") else "health_generate")
     while not reporter.stop_requested.wait(LOOK_S):
         server.check()

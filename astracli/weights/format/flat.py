@@ -1,7 +1,7 @@
 """All changes of a version in few large arrays, so that whoever applies them has nothing to do for each piece.
 
-A `WidthGroup` holds the changes among elements of one width: one array of values, one of indices, and spans that say which
-part of them belongs to which range of which tensor. Pieces of one tensor that are of a kind become one span.
+A `WidthGroup` holds the changes among elements of one width: one array of values, one of indices, and spans that say
+which part of them belongs to which range of which tensor. Pieces of one tensor that are of a kind become one span.
 """
 
 from __future__ import annotations

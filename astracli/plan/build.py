@@ -147,11 +147,11 @@ def _processes(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any], 
     physical = [gpu["index"] for gpu in machine.visible_gpus(facts)]
     engine_gpus, train_gpus = _placement(recipe, physical) if cuda else ([], [])
 
-    def child(name: str, role: Role, gpus: list[int], visible: list[int], **more: Any) -> ProcessPlan:
+    def child(name: str, role: Role, gpus: list[int], **more: Any) -> ProcessPlan:
         count = {Role.ENGINE: threads.engine, Role.TRAINER: threads.trainer}.get(role, threads.other)
         env = {
             **choice.env,
-            "CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpu in visible),
+            "CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpu in gpus),
             "OMP_NUM_THREADS": str(count),
             "TOKENIZERS_PARALLELISM": "false",
             **(resources.engine.env if role is Role.ENGINE and choice.engine == "embedded" else {}),
@@ -174,15 +174,15 @@ def _processes(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any], 
         own = engine_gpus[index : index + 1]
         # SGLang runs in its environment, the process that watches it in ours
         python = resources.engine.python if choice.engine == "embedded" else None
-        result.append(child(f"engine{index}", Role.ENGINE, own, own, python=python))
+        result.append(child(f"engine{index}", Role.ENGINE, own, python=python))
     if command in ("train", "rollout"):
-        result.append(child("rollout", Role.ROLLOUT, [], [], children=recipe.data.reward_workers))
+        result.append(child("rollout", Role.ROLLOUT, [], children=recipe.data.reward_workers))
     ranks = (len(train_gpus) if cuda else resources.train_ranks) if command == "train" else 0
     for rank in range(ranks):
         own = train_gpus[rank : rank + 1]
-        result.append(child(f"trainer{rank or ''}", Role.TRAINER, own, own, rank=rank, world_size=ranks))
+        result.append(child(f"trainer{rank or ''}", Role.TRAINER, own, rank=rank, world_size=ranks))
     if command == "eval" or (command == "train" and recipe.eval.benchmarks and recipe.eval.every):
-        result.append(child("eval", Role.EVAL, [], [], children=recipe.data.reward_workers))
+        result.append(child("eval", Role.EVAL, [], children=recipe.data.reward_workers))
     return result
 
 

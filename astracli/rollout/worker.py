@@ -91,7 +91,7 @@ class Rollout:
                 for lane in self.lanes:
                     parts += [self._follow(lane), self._feed(lane)]
                 for part in parts:
-                    self._start(part)
+                    self._tasks.create_task(part)
                 await self._over.wait()
                 raise _Over
         except ExceptionGroup as group:
@@ -104,9 +104,6 @@ class Rollout:
                     await self.hub.give_back(sorted(self._held))
         if self._writer is not None:  # no update has told how full the slots were
             await self.hub.metrics([{"process": self.config.name} | lane.usage() for lane in self.lanes])
-
-    def _start(self, part: Coroutine[Any, Any, None]) -> None:
-        self._tasks.create_task(part)
 
     async def _follow(self, lane: Lane) -> None:
         await lane.follow()
@@ -134,7 +131,7 @@ class Rollout:
             lane.use.change(outstanding=len(leases) * self._group_size)
             together = [leases] if self.config.recipe.launch.deterministic else [{i: n} for i, n in leases.items()]
             for some in together if leases else []:
-                self._start(self._groups(lane, some))
+                self._tasks.create_task(self._groups(lane, some))
 
     def _wanted(self, lane: Lane) -> int:
         """Groups to lease for this engine now: as many as leave none of its slots empty.

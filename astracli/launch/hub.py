@@ -27,6 +27,10 @@ def serving(context: RunContext) -> Iterator[tuple[HubStore, ServerThread, Calla
 
     run, listeners = context.run_dir, list[Listener]()
 
+    def on_status(body: dict[str, Any]) -> None:
+        for listener in listeners:
+            listener(body)
+
     run.weights.mkdir(exist_ok=True)
     with contextlib.ExitStack() as stack:
         store = _store(context)
@@ -39,7 +43,7 @@ def serving(context: RunContext) -> Iterator[tuple[HubStore, ServerThread, Calla
             context.token,
             weights_app=weights_app(run.weights),
             metrics_path=run.metrics_jsonl,
-            on_status=lambda body: [listener(body) for listener in listeners],
+            on_status=on_status,
         )
         server = serve(app, ports.bind(context.recipe.launch.host)).start()
         stack.callback(server.stop)

@@ -10,7 +10,6 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from operator import methodcaller
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +20,7 @@ from astracli.launch.launcher import Launcher, Process, Started
 from astracli.process.config import Role
 from astracli.process.signals import signals
 from astracli.process.talk import say
-from astracli.process.worker import TERM_EXIT
+from astracli.process.worker import TERM_EXIT, Status
 
 if TYPE_CHECKING:
     from astracli.hub.store import HubStore
@@ -35,25 +34,6 @@ STACKS_S = 0.3
 """For a process to write its stacks down."""
 RANKS_S = 3.0
 """A trainer's rank has ended: so long the others have to end too. Which of them was the cause is then known."""
-
-
-@dataclass
-class Status:
-    """The last word of one child."""
-
-    state: str = "starting"
-    waiting: str | None = None
-    progress: Mapping[str, Any] = field(default_factory=dict)
-    heard: float | None = None
-    """Monotonic time of the last heartbeat; None before the first."""
-    restarts: int = 0
-    started: float = field(default_factory=time.monotonic)
-
-    def words(self) -> str:
-        """What it waits for, or its state."""
-        if self.waiting:
-            return self.waiting if self.waiting.startswith("waiting") else f"waiting for {self.waiting}"
-        return self.state if self.heard is not None else "has not reported yet"
 
 
 class Supervisor:

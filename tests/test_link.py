@@ -21,6 +21,7 @@ from astracli.launch.inputs import Inputs
 from astracli.launch.launcher import Process
 from astracli.launch.supervise import Retry
 from astracli.process.config import Role
+from astracli.process.layout import WITHOUT_PEERS
 from astracli.process.ports import free_ports
 from astracli.report.closing import closing_facts
 from astracli.runs.run_dir import RunDir
@@ -66,7 +67,7 @@ def test_ranks_whose_all_reduce_fails_start_again_without_direct_links(logs: Pat
     ]
 
     def again() -> list[Process]:
-        fresh = rank_env(0, **link.WITHOUT_PEERS)
+        fresh = rank_env(0, **WITHOUT_PEERS)
         return [replace(s, env={**fresh, "RANK": s.env["RANK"]}) for s in specs]
 
     retry = Retry(link.BROKEN, frozenset(("trainer", "trainer1")), again, "they run without")

@@ -24,6 +24,7 @@ from astracli.process.config import (
     SampleFile,
     TrainerConfig,
 )
+from astracli.process.layout import WITHOUT_PEERS
 from astracli.process.ports import free_ports
 from astracli.runs.run_dir import RunDir
 from astracli.training import link
@@ -87,16 +88,16 @@ def build(context: RunContext, hub_url: str) -> list[Process]:
 def retry(context: RunContext, processes: Sequence[Process]) -> Retry | None:
     """How trainer ranks on GPUs start once more when their first all-reduce fails; None for one rank, or on a CPU."""
     ranks = [process for process in processes if process.plan.role is Role.TRAINER]
-    known = all(os.environ.get(name) == value for name, value in link.WITHOUT_PEERS.items())
+    known = all(os.environ.get(name) == value for name, value in WITHOUT_PEERS.items())
     if len(ranks) < 2 or context.plan.choice.device != "cuda" or known:
         return None
 
     def again() -> list[Process]:
         (port,) = free_ports(1, context.recipe.launch.host)
-        env = {**link.WITHOUT_PEERS, "MASTER_PORT": str(port)}
+        env = {**WITHOUT_PEERS, "MASTER_PORT": str(port)}
         return [replace(rank, env={**rank.env, **env}) for rank in ranks]
 
-    different = " ".join(f"{name}={value}" for name, value in link.WITHOUT_PEERS.items())
+    different = " ".join(f"{name}={value}" for name, value in WITHOUT_PEERS.items())
     words = f"the {len(ranks)} training GPUs do not reach each other directly: their ranks run with {different}"
     return Retry(link.BROKEN, frozenset(rank.name for rank in ranks), again, words)
 

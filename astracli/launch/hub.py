@@ -15,22 +15,17 @@ if TYPE_CHECKING:
     from astracli.hub.server import ServerThread
     from astracli.hub.store import HubStore
 
-Listener = Callable[[Mapping[str, Any]], None]
-
 
 @contextlib.contextmanager
-def serving(context: RunContext) -> Iterator[tuple[HubStore, ServerThread, Callable[[Listener], None]]]:
-    """The hub serving on a port of its own; `connect(listener)` sends it every heartbeat from then on."""
+def serving(
+    context: RunContext, on_status: Callable[[Mapping[str, Any]], None]
+) -> Iterator[tuple[HubStore, ServerThread]]:
+    """The hub serving on a port of its own; `on_status` gets every heartbeat."""
     from astracli.evaluation import files as eval_files
     from astracli.hub.api import build_app, serve
     from astracli.weights.publish.server import weights_app
 
-    run, listeners = context.run_dir, list[Listener]()
-
-    def on_status(body: dict[str, Any]) -> None:
-        for listener in listeners:
-            listener(body)
-
+    run = context.run_dir
     run.weights.mkdir(exist_ok=True)
     with contextlib.ExitStack() as stack:
         store = _store(context)
@@ -47,7 +42,7 @@ def serving(context: RunContext) -> Iterator[tuple[HubStore, ServerThread, Calla
         )
         server = serve(app, ports.bind(context.recipe.launch.host)).start()
         stack.callback(server.stop)
-        yield store, server, listeners.append
+        yield store, server
 
 
 def _store(context: RunContext) -> HubStore:

@@ -87,7 +87,7 @@ class Job:
         context, run = self.context, self.context.run_dir
         sinks = metrics.open_sinks(context.recipe.metrics.sinks, run.path)
         metrics.mend(run.metrics_jsonl)
-        with signals() as interrupted, hub.serving(context) as (store, server, connect):
+        with signals() as interrupted, hub.serving(context, lambda body: supervisor.on_status(body)) as (store, server):
             processes = configs.build(context, server.url)
             launcher = LocalLauncher(run.lock_fd)
             watch = Watch(run, context.recipe.train.steps if context.training else None, store, sinks)
@@ -104,7 +104,6 @@ class Job:
                 resumes=self._resumes(store, server.url),
                 interrupted=interrupted,
             )
-            connect(supervisor.on_status)
             try:
                 return supervisor.run()
             finally:

@@ -17,8 +17,7 @@ from astracli.plan import trainer as plan_trainer
 from astracli.plan.cost import Pace
 from astracli.plan.memory import COMFORT, MemoryRow, safe, words
 from astracli.plan.offload import KEPT, Choice, Try, options, recomputing, resident, trainer_needs
-from astracli.process.layout import Split, Staging
-from astracli.training import link
+from astracli.process.layout import LIMIT_S, WITHOUT_PEERS, Split, Staging
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,8 @@ def place(
             chosen = Choice(split, False, [unknown] if recipe.train.activation_checkpointing == "auto" else [])
     reasons = chosen.reasons
     if ranks > 1:
-        without = " ".join(f"{name}={value}" for name, value in link.WITHOUT_PEERS.items())
-        proof = f"proved by an all-reduce in {link.LIMIT_S:g} s at the start; if not, once more with {without}"
+        without = " ".join(f"{name}={value}" for name, value in WITHOUT_PEERS.items())
+        proof = f"proved by an all-reduce in {LIMIT_S:g} s at the start; if not, once more with {without}"
         reasons.append((f"{ranks} ranks", "direct links", proof))
     cards = [sizes[gpu] for gpu in engine_gpus if gpu in sizes]
     if turns and smallest is not None and cards:

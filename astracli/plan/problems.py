@@ -96,7 +96,7 @@ def size_problems(
         if need > size:
             what = f"{words(need)} of GPU memory for {' and '.join(names)}"
             message = f"GPU {gpu} needs at least {what}, it has {words(size)}"
-        elif fraction and shape and plan.serves(gpu):
+        elif fraction and shape and any(p.role is Role.ENGINE and gpu in p.gpus for p in plan.processes):
             static = plan_memory.static_bytes(shape, recipe)
             if static <= fraction * size:
                 continue

@@ -88,10 +88,6 @@ class LaunchPlan:
         trained = {gpu for process in self.processes if process.role is Role.TRAINER for gpu in process.gpus}
         return [p.name for p in self.processes if p.role is Role.ENGINE and trained & set(p.gpus)]
 
-    def serves(self, gpu: int) -> bool:
-        """Whether an engine runs on that GPU."""
-        return any(process.role is Role.ENGINE and gpu in process.gpus for process in self.processes)
-
     @property
     def gpu_map(self) -> dict[int, list[str]]:
         """GPU index -> names of the processes on it."""

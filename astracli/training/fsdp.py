@@ -168,7 +168,7 @@ def join(device: str, environment: Mapping[str, str] = os.environ, *, wrapped: b
     store = dist.TCPStore(
         environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), world_size, rank == 0, timeout=RENDEZVOUS
     )
-    with link.watched(link.LIMIT_S):
+    with link.watched():
         dist.init_process_group(**options, store=store, rank=rank, world_size=world_size)
         link.check(rank, world_size, chosen)
     talk = dist.new_group(backend="gloo", timeout=WAIT)

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from astracli.config.recipe import Recipe
-from astracli.launch.again import Retry
 from astracli.launch.inputs import Inputs
 from astracli.launch.launcher import Process
+from astracli.launch.restarts import Retry
 from astracli.plan.trainer import CHECKPOINT_COPY
 from astracli.plan.types import LaunchPlan, ProcessPlan
 from astracli.process.config import (
@@ -27,7 +27,7 @@ from astracli.process.config import (
 from astracli.process.layout import WITHOUT_PEERS
 from astracli.process.ports import free_ports
 from astracli.runs.run_dir import RunDir
-from astracli.training import link
+from astracli.training import collective_check
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def retry(context: RunContext, processes: Sequence[Process]) -> Retry | None:
 
     different = " ".join(f"{name}={value}" for name, value in WITHOUT_PEERS.items())
     words = f"the {len(ranks)} training GPUs do not reach each other directly: their ranks run with {different}"
-    return Retry(link.BROKEN, frozenset(rank.name for rank in ranks), again, words)
+    return Retry(collective_check.BROKEN, frozenset(rank.name for rank in ranks), again, words)
 
 
 def _engine(context: RunContext, process: ProcessPlan, own: Mapping[str, Any]) -> ProcessConfig:
@@ -109,7 +109,7 @@ def _engine(context: RunContext, process: ProcessPlan, own: Mapping[str, Any]) -
         device=plan.choice.device,
         published=context.training,
         await_weights=context.resume_step is not None,
-        time_sharing=process.name in plan.cards,
+        time_sharing=process.name in plan.gpu_leases,
         mem_fraction_static=plan.placement.mem_fraction_static or context.recipe.rollout.mem_fraction_static,
         staging=plan.placement.staging if process.gpus else "host",
         serving_attention=plan.choice.serving_attention,
@@ -119,7 +119,7 @@ def _engine(context: RunContext, process: ProcessPlan, own: Mapping[str, Any]) -
 
 def _client(context: RunContext, process: ProcessPlan, own: Mapping[str, Any]) -> ProcessConfig:
     """Of a process that talks to the engines."""
-    plan, leases = context.plan, tuple(context.plan.cards)
+    plan, leases = context.plan, tuple(context.plan.gpu_leases)
     if process.role is Role.ROLLOUT:
         return RolloutConfig(**own, data_path=context.inputs.data, gpu_leases=leases, samples=context.samples)
     if process.role is Role.EVAL:

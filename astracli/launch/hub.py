@@ -65,7 +65,7 @@ def _store(context: RunContext) -> HubStore:
         history_steps=recipe.launch.hub_history_steps,
         max_dropped_batches=recipe.rollout.max_dropped_batches,
         checkpoints=recipe.checkpoint.every > 0,
-        cards=context.plan.cards,
+        gpu_leases=context.plan.gpu_leases,
     )
 
 

@@ -15,7 +15,7 @@ from astracli.config.recipe import Recipe
 from astracli.errors import UserError
 from astracli.models.adapter_tools import checkpoint_tensors
 from astracli.process import ports
-from astracli.process.talk import say
+from astracli.process.console import say
 from astracli.runs import metrics
 from astracli.runs.run_dir import RunDir, write_atomic
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from astracli.launch import changes, configs, hub, summary
-from astracli.launch.again import Resumes, Start
+from astracli.launch import configs, hub, recipe_changes, summary
 from astracli.launch.configs import RunContext
 from astracli.launch.launcher import Launcher
 from astracli.launch.local import LocalLauncher
+from astracli.launch.restarts import Resumes, Start
 from astracli.launch.supervise import Supervisor
 from astracli.launch.watch import Watch, unharmed
 from astracli.plan import build as planning
@@ -108,7 +108,7 @@ class Job:
                 return supervisor.run()
             finally:
                 watch.close(supervisor)
-                with unharmed("no closing table"):
+                with unharmed("no summary table"):
                     self._sum_up(supervisor, store, launcher, watch.evaluations_s)
 
     def _resumes(self, store: HubStore, hub_url: str) -> Resumes | None:
@@ -123,7 +123,7 @@ class Job:
 
         def start(number: int) -> Start:
             """All as `--resume` does it, with the hub that is there."""
-            step = changes.checkpoint_step(context.run_dir)
+            step = recipe_changes.checkpoint_step(context.run_dir)
             store.rewind(step, step)
             shutil.rmtree(context.run_dir.stage, ignore_errors=True)
             again = replace(context, resume_step=step, start=number)

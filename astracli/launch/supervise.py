@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from astracli.config.recipe_run import LaunchTable
 from astracli.errors import RunFailed
-from astracli.launch.again import End, Restarts, Resumes, Retry, ended, first_cause
 from astracli.launch.launcher import Launcher, Process, Started
+from astracli.launch.restarts import End, Restarts, Resumes, Retry, ended, first_cause
 from astracli.process.config import Role
+from astracli.process.console import say
 from astracli.process.signals import signals
-from astracli.process.talk import say
 from astracli.process.worker import TERM_EXIT, Status
 
 if TYPE_CHECKING:

@@ -81,7 +81,7 @@ def load_engine(config: EngineConfig) -> EmbeddedEngine:
     """Load the model through its adapter, as version 0."""
     import torch
 
-    from astracli.engines.embedded.engine import EmbeddedEngine, Limits
+    from astracli.engines.embedded.engine import EmbeddedEngine, EngineLimits
     from astracli.kernels.cpu.memory import keep_freed_memory
     from astracli.models import registry
 
@@ -100,7 +100,7 @@ def load_engine(config: EngineConfig) -> EmbeddedEngine:
     return EmbeddedEngine(
         config.model_path,
         load,
-        Limits(rollout.running, rollout.context_length, rollout.chunked_prefill_size),
+        EngineLimits(rollout.running, rollout.context_length, rollout.chunked_prefill_size),
         stage_dir=config.stage_dir,
         device=config.device,
         exclusive_calls=config.recipe.launch.deterministic,

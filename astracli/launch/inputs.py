@@ -13,6 +13,7 @@ from pathlib import Path
 
 from astracli.config.recipe import Recipe
 from astracli.errors import UserError
+from astracli.models.adapter import SHARD_INDEX
 from astracli.models.adapter_tools import checkpoint_tensors
 from astracli.process import ports
 from astracli.process.console import say
@@ -21,7 +22,6 @@ from astracli.runs.run_dir import RunDir, write_atomic
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "*.tiktoken")
 """Any of them lets transformers build a tokenizer."""
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def check_setting(recipe: Recipe, *, rewards: bool) -> None:
 def check_checkpoint(folder: Path) -> None:
     """All shards are there and whole, and a tokenizer lies beside them."""
     tensors = checkpoint_tensors(folder)
-    index = folder / INDEX
+    index = folder / SHARD_INDEX
     if index.is_file():
         try:
             wanted = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])

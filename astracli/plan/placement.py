@@ -75,8 +75,8 @@ def place(
     reasons = chosen.reasons
     if ranks > 1:
         without = " ".join(f"{name}={value}" for name, value in WITHOUT_PEERS.items())
-        proof = f"proved by an all-reduce in {LIMIT_S:g} s at the start; if not, once more with {without}"
-        reasons.append((f"{ranks} ranks", "direct links", proof))
+        why = f"proved by an all-reduce in {LIMIT_S:g} s at the start; if not, once more with {without}"
+        reasons.append((f"{ranks} ranks", "direct links", why))
     engine_gpu_bytes = [sizes[gpu] for gpu in engine_gpus if gpu in sizes]
     if time_sharing and smallest is not None and engine_gpu_bytes:
         asked = recipe.resources.share_mode == "time_sharing"

@@ -8,7 +8,7 @@ DIR: `python bench/random_checkpoint.py DIR`. Both sides ask for the same number
 the same limits; a round is one of each. Raw is one HTTP request per completion, `--concurrency` of them open at once,
 against an engine process started as a run starts it; ours is the whole worker: leases, groups, grading, the hub. A
 side's figure is generated tokens over the seconds from all processes ready to the last sample. `--memory-gib` keeps
-the engine within a smaller card's memory and prints the most that nvidia-smi saw of its processes.
+the engine within a smaller GPU's memory and prints the most that nvidia-smi saw of its processes.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def engine_options(doc: str | None) -> argparse.ArgumentParser:
     """What the benches of an engine ask for."""
     return options(
         doc, model={str: "checkpoint directory; default the shipped tiny model"}, recipe=RECIPE,
-        device=("cuda", "cpu"), memory_gib={float: "of a smaller card"}, attention={str: "rollout.attention_backend"},
+        device=("cuda", "cpu"), memory_gib={float: "of a smaller GPU"}, attention={str: "rollout.attention_backend"},
         engine_path={str: "PYTHONPATH of the environment that holds SGLang"},
     )  # fmt: skip
 

@@ -36,7 +36,7 @@ from astracli.evaluation.spread import evaluate
 from astracli.hub.store import HubStore
 from astracli.report import bottleneck
 from astracli.rl.types import Group, Sample, Segment, pack_group, unpack_group
-from astracli.rollout.idle import IdleWhile
+from astracli.rollout.slot_use import IdleWhile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shared import folder, options, show

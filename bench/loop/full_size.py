@@ -1,10 +1,10 @@
 """The whole loop at 4.2 B parameters: `astra train` for 20 steps that nobody touches, and where its seconds go.
 
-    python bench/loop/full_size.py [--layout 1+1 | shared | 1+2] [--time-sharing] [--steps 20] [--engine-path PATH] [--json]
+    python bench/loop/full_size.py [--layout 1+1 | shared | 1+2] [--time-sharing] [--steps 20] [--engine-path PATH]
     python bench/loop/full_size.py --shape tiny --device cpu [--layout 1+2]          a laptop, the embedded engine
 
 `1+1`: engine and trainer have a GPU each. `shared`: both on one. `1+2`: the trainer on two, the engine on the first of
-them; `--time-sharing` makes them take turns on it. Weights are random (`--model DIR` takes a checkpoint that
+them; with `--time-sharing` they share it in time. Weights are random (`--model DIR` takes a checkpoint that
 `bench/random_checkpoint.py` wrote, else one is made), the reward is `probe`, transfer is `delta`. The run is
 interrupted once `--steps` versions are in the engine, so that no checkpoint and no export is written; one that has not
 come so far after `--limit-s` is interrupted too. What a run did is printed, whatever its end, and the most memory that

@@ -57,7 +57,8 @@ class Attempt:
         self.began = time.monotonic()
         self.supervisor = subprocess.Popen(
             words,
-            cwd=run.parent, stdin=subprocess.DEVNULL, stdout=self._console, stderr=self._console, start_new_session=True,
+            cwd=run.parent, stdin=subprocess.DEVNULL, stdout=self._console, stderr=self._console,
+            start_new_session=True,
         )  # fmt: skip
 
     @property

@@ -1,10 +1,10 @@
-"""What a GPU's link to pinned host memory carries, and what making masters whole from their halves costs.
+"""What a GPU's link to pinned host memory carries, and what splitting and joining master weights costs.
 
     python bench/trainer/link.py [--gib 1] [--rounds 5] [--json]
 
 Copies to the GPU, from it, and both at once (bytes of both directions together), whole and in pieces of 64 MiB, as
-moments pass through in an update (`training/overlapped_offload.py`); then the kernels of `training/split_masters.py` by the bytes that
-they read and write (8 a parameter). Medians, GB/s. `astracli/plan/cost.py` counts with the link's figure.
+moments pass through in an update (`training/overlapped_offload.py`); then the kernels of `training/split_masters.py`
+by the bytes that they read and write (8 a parameter). Medians, GB/s. `astracli/plan/cost.py` uses the figure.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def main() -> None:
     cases: dict[str, tuple[Callable[[], None], int]] = {
         "to the GPU": (lambda: copy(0, size), size), "from the GPU": (lambda: copy(1, size), size),
         "both at once": (lambda: both(size), 2 * size), "both at once, 64 MiB pieces": (lambda: both(PIECE), 2 * size),
-        "masters to halves": (lambda: split_masters.split(master, high, rest), 8 * elements),
-        "halves to masters": (lambda: split_masters.join(high, rest, master), 8 * elements),
+        "split masters": (lambda: split_masters.split(master, high, rest), 8 * elements),
+        "join masters": (lambda: split_masters.join(high, rest, master), 8 * elements),
     }  # fmt: skip
     found = {name: moved / median_s(work, args.rounds) / 1e9 for name, (work, moved) in cases.items()}
     show(args, {"gb_per_s": found})

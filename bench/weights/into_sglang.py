@@ -26,7 +26,7 @@ A version whose digests are wrong, or whose read-back differs, ends the bench. V
     load_s                                  bringing the bits of a full version to the memory in which they wait
     readback_s                              every fourth delta, every full version, beside generation, split:
                                             wait (for the thread), place, tables, launch, device; readback_seen_s is
-                                            from continue answered to the proof read
+                                            from continue answered to the read-back
     again_s                                 until every stream has brought tokens again, from the moment when abort or
                                             pause was sent; null when not within 8 s
     tokens_per_s, staging_tokens_per_s      of the streams in a quiet second, and in the staging_s that a version is

@@ -111,7 +111,7 @@ class Run:
         return row | {"wake_s": woken_s, "version_0_s": time.monotonic() - began}
 
     async def next(self, mode: str, meter: Meter, *, watched: bool) -> dict[str, Any]:
-        """A delta, from the trainer's step to the last proof; `watched`: with the streams' rates around it."""
+        """A delta, from the trainer's step to the last read-back; `watched`: with the streams' rates around it."""
         began = time.monotonic()
         published = await self.versions.take()
         row = {"mode": mode, **published, **await self._bring(published["version"], mode, meter, watched=watched)}

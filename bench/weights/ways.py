@@ -107,7 +107,7 @@ class _Plain:
 
 
 def ours(case: Case) -> Cost:
-    """The publisher's own steps between snapshot and STABLE, and the engine's between plan and proof."""
+    """The publisher's own steps between snapshot and STABLE, and the engine's between plan and read-back."""
     old = {name: local(tensor, copy=False) for name, tensor in case.base.items()}
     now = {name: local(tensor, copy=False) for name, tensor in case.new.items()}
     with case.pool() as pool:

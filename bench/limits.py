@@ -48,7 +48,7 @@ from astracli.errors import UserError
 from astracli.rl import losses
 from astracli.rl.losses import Limits, TokenLoss, Tokens, m2po
 from astracli.rl.losses.clipping import Range
-from astracli.training.step import Trainer
+from astracli.training.step import Trainer, Work
 
 MICRO_BATCHES = 4
 """A minibatch of `microbatch`."""
@@ -94,15 +94,15 @@ def limits_per_minibatch(trainer: Trainer) -> None:
     """Each minibatch is scored by the policy that is about to be updated."""
     update: Callable[..., float] = trainer._minibatch
 
-    def minibatch(batch: Any, index: int, step: int, version: int, limits: Limits, *rest: Any, measure: bool) -> float:
+    def minibatch(work: Work, index: int, step: int, *, measure: bool) -> float:
         with torch.no_grad():
             ratios = [
                 trainer._forward(trainer.policy, micro)[0] - torch.from_numpy(micro.logprob_N)
-                for micro in batch.minibatches[index]
+                for micro in work.batch.minibatches[index]
             ]
-        advantages = np.concatenate([micro.advantage_N for micro in batch.minibatches[index]])
-        own = m2po.prepare(torch.cat(ratios), torch.from_numpy(advantages), trainer.recipe.algorithm.own)
-        return update(batch, index, step, version, own, *rest, measure=measure)
+        advantages = np.concatenate([micro.advantage_N for micro in work.batch.minibatches[index]])
+        work.limits = m2po.prepare(torch.cat(ratios), torch.from_numpy(advantages), trainer.recipe.algorithm.own)
+        return update(work, index, step, measure=measure)
 
     trainer._minibatch = minibatch  # type: ignore[assignment]
 

@@ -150,7 +150,7 @@ class RowCheck:
         ranks.
 
         With `same_shape` every row costs the passes that all of them cost together, and sums are taken in one order;
-        without, a row alone is an ordinary one: in fp32 other shapes change a millionth, and that is the plainer proof.
+        without, a row alone is an ordinary one: in fp32 other shapes change a millionth, and that is the plainer check.
         """
         if not same_shape:
             return self._minus(self.together(rows), self.alone(rows))

@@ -26,16 +26,16 @@ from astracli.kernels.upload import upload
 from astracli.models.adapter import ModelAdapter
 from astracli.rl import losses
 from astracli.rl.batch import Batch, MicroBatch, build_batch
-from astracli.rl.losses import Limits
+from astracli.rl.losses import ClipLimits
 from astracli.rl.types import Group
 from astracli.training import objective, packing, parity
 from astracli.training.adam import learning_rate
 from astracli.training.agreement import CEILING, TIMES_NOISE
+from astracli.training.cpu_offload import CpuOffload
 from astracli.training.fsdp import Ranks, gather_no_more
 from astracli.training.logprob import PolicyModel
 from astracli.training.optimizer import Masters
 from astracli.training.parity import RowCheck
-from astracli.training.parking import Parking
 from astracli.training.sums import Sums, Timer, figures
 
 
@@ -58,7 +58,7 @@ class Work:
     """id of micro-batch -> the reference's log-probabilities [N]; empty without a reference."""
     proximals: dict[int, Tensor] = field(default_factory=dict)
     """id of micro-batch -> log-probabilities [N] of the policy at the start of the step; empty without scoring."""
-    limits: Limits = field(init=False)
+    limits: ClipLimits = field(init=False)
 
     @property
     def micros(self) -> list[MicroBatch]:
@@ -76,7 +76,7 @@ class Trainer:
     ranks: Ranks
     _: KW_ONLY
     reference: PolicyModel | None = None
-    reference_parking: Parking | None = None
+    reference_offload: CpuOffload | None = None
     pad_token: int = 0
     packed: bool = False
     bf16_engine: bool = False
@@ -137,9 +137,9 @@ class Trainer:
         gather_no_more(self.policy)
         self.masters.to_host()
         if self.reference is not None:
-            if self.reference_parking is None:
-                self.reference_parking = Parking(self.reference.parameters(), constant=True)
-            self.reference_parking.to_host()
+            if self.reference_offload is None:
+                self.reference_offload = CpuOffload(self.reference.parameters(), constant=True)
+            self.reference_offload.to_host()
         if self.ranks.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -203,7 +203,7 @@ class Trainer:
     def _score_reference(self, work: Work) -> None:
         if self.reference is None:
             return
-        with self.reference_parking.moved_in() if self.reference_parking is not None else nullcontext():
+        with self.reference_offload.moved_in() if self.reference_offload is not None else nullcontext():
             work.references = {id(micro): self._forward(self.reference, micro)[0] for micro in work.micros}
         gather_no_more(self.reference)
 

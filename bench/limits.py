@@ -134,7 +134,7 @@ class LimitsRun(Run):
             with torch.no_grad():
                 own = m2po.prepare(tokens.log_ratio_N, tokens.advantage_N, rule)
                 published = int(m2po.token_loss(tokens, own).clipped_N.sum())
-                fixed = ppo.prepare(tokens.log_ratio_N, tokens.advantage_N, ppo.parameters())
+                fixed = ppo.prepare(tokens.log_ratio_N, tokens.advantage_N, ppo.settings())
                 ranged = int(ppo.token_loss(tokens, fixed).clipped_N.sum())
             result = token_loss(tokens, own if self.way.source == "microbatch" else limits)
             found = (int(result.clipped_N.sum()), published, ranged, len(tokens.advantage_N))

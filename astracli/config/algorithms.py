@@ -35,7 +35,7 @@ GROUP = "astra.algorithms"
 class AlgorithmSettings:
     """What a recipe must know of an algorithm; `astracli.rl.losses.Algorithm` adds how it computes."""
 
-    parameters: type[Table] = Table
+    settings: type[Table] = Table
     """Its own settings: the table `[algorithm.NAME]`."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Its own values of keys of `[algorithm]`, where a recipe says nothing."""
@@ -108,7 +108,7 @@ class AlgorithmTable(Table):
         found = {}
         for name in installed():
             with suppress(UserError):
-                found[name] = find(name).parameters
+                found[name] = find(name).settings
         return found
 
     @model_validator(mode="wrap")
@@ -126,7 +126,7 @@ class AlgorithmTable(Table):
             raise _refused("name", name, f"is not allowed: {error.message}", error.hint) from None
         shared = {key: value for key, value in values.items() if key not in others}
         for key in [key for key in shared if key not in whole.model_fields]:
-            owners = [name] if key in chosen.parameters.model_fields else []
+            owners = [name] if key in chosen.settings.model_fields else []
             owners = owners or [other for other, its in cls.brought().items() if key in its.model_fields]
             if owners:
                 places = " or ".join(f"`algorithm.{owner}.{key}`" for owner in owners)
@@ -137,7 +137,7 @@ class AlgorithmTable(Table):
 @cache
 def _extended(base: type[Table], *names: str) -> type[Table]:
     """A table with those of the algorithms that are named."""
-    return create_model(base.__name__, __base__=base, **{name: (find(name).parameters, ...) for name in names})  # type: ignore[call-overload]
+    return create_model(base.__name__, __base__=base, **{name: (find(name).settings, ...) for name in names})  # type: ignore[call-overload]
 
 
 def _refused(key: str, value: Any, message: str, hint: str | None) -> ValidationError:

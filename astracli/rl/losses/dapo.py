@@ -26,7 +26,7 @@ class Settings(Clipped):
 
 
 ALGORITHM = Algorithm(
-    parameters=Settings,
+    settings=Settings,
     prepare=fixed_range,
     token_loss=token_clipped,
     defaults={"overlong_fraction": 0.2},

@@ -10,10 +10,10 @@ from __future__ import annotations
 from pydantic import PositiveInt
 
 from astracli.rl.losses import Algorithm, Minibatch, Normaliser, mean_advantage
-from astracli.rl.losses.clipping import ClipRange, fixed_range, token_clipped
+from astracli.rl.losses.clipping import RangeSettings, fixed_range, token_clipped
 
 
-class Settings(ClipRange):
+class Settings(RangeSettings):
     loss_length: PositiveInt | None = None
     """Tokens that a sequence's summed loss is divided by; None is `rollout.max_new_tokens`."""
 
@@ -24,7 +24,7 @@ def total(minibatch: Minibatch, settings: Settings) -> float:
 
 
 ALGORITHM = Algorithm(
-    parameters=Settings,
+    settings=Settings,
     prepare=fixed_range,
     token_loss=token_clipped,
     advantage=mean_advantage,

@@ -20,7 +20,7 @@ from astracli.adapters import qwen3_5
 from astracli.plan import memory as plan_memory
 from astracli.plan import trainer as plan_trainer
 from astracli.plan.build import LaunchPlan
-from astracli.training import layout
+from astracli.process import layout
 
 BENCH = Path(__file__).parent.parent / "bench"
 CONFIG = qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"]
@@ -111,7 +111,7 @@ TRAINERS = [
     ("selective", 0.15, 1, 8117, 75.1, 77.0),
     ("full", 0.0, 1, 8117, 65.5, 68.2),
     ("none", 0.0, 1, 8117, 94.8, 97.6),
-    # the same on two ranks: `bench/trainer/speed.py --variants packed-none --micro-batches 8`
+    # the same on two ranks: `gpu_train.py --variants packed-none --micro-batches 8`
     ("none", 0.0, 2, 7275, 64.6, None),
     ("none", 0.0, 2, 7311, 65.1, None),
 ]

@@ -197,13 +197,8 @@ def sealed_again(stage: Stage, draw: np.random.Generator) -> None:
     for entry in doc["tensors"]:
         for other in entry["pieces"]:
             if entry["name"] == tensor.name and other["start"] == piece.start:
-                other["xxh3"] = _xxh3(blob[piece.offset : piece.offset + piece.bytes])
+                other["xxh3"] = xxhash.xxh3_128_hexdigest(bytes(blob[piece.offset : end]))
     path.write_bytes(seal(doc))
-
-
-def _xxh3(blob: bytes | bytearray) -> str:
-    text: str = xxhash.xxh3_128_hexdigest(bytes(blob))
-    return text
 
 
 def attempt(stage: Stage, engine: Weights, untouched: bool) -> tuple[str, str]:

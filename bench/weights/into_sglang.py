@@ -4,7 +4,6 @@
         --modes retract in_place --limit-s 225 --out F [--ahead 60 --watch-every 5]
     python bench/weights/into_sglang.py full --shape 4b --running 64 --context 2048 --after-s 150 --out F [--ahead 4]
     python bench/weights/into_sglang.py delta [--model astra:tiny] [--versions 20] [--modes abort]
-    python bench/weights/into_sglang.py full --device cpu --sglang-python DIR/bin/python --running 4 --versions 2
 
 Starts one SGLang server on the first GPU with our custom weight loader, publishes version 0 in full and then versions
 of an Adam-like update, and brings each into the server while `--running` streams decode. `delta`: at 3 % density,

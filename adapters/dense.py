@@ -11,7 +11,7 @@ from astracli.models.adapter_tools import Shapes, dense_memory_shape, load_check
 
 
 def dense_adapter(
-    family: str, shapes: Callable[[Mapping[str, Any]], Shapes], tiny: Mapping[str, Any], **own: Any
+    family: str, shapes: Callable[[Mapping[str, Any]], Shapes], tiny: dict[str, Any], **own: Any
 ) -> ModelAdapter:
     """`family`: what the names of its classes in transformers begin with. `shapes`: config.json -> HF name -> shape.
     `tiny`: what its smallest config.json says beside what all say. `own`: the other fields of the adapter."""

@@ -1,4 +1,4 @@
-"""Where a trainer keeps what it does not always need, and the sizes of what passes through its GPU.
+"""Where a trainer keeps what it does not always need, the sizes of what passes through its GPU, and its ranks' start.
 
 Nothing here imports torch: the plan counts with the same numbers.
 """
@@ -11,6 +11,8 @@ from typing import Literal
 from astracli.config.recipe import Recipe, Recomputed
 
 Where = Literal["gpu", "host"]
+Staging = Literal["gpu", "host", "file"]
+"""Where a full version waits beside an engine until its pause."""
 
 LOGIT_BYTES = {"cpu": 2**25, "cuda": 2**29}
 """fp32 logits of one chunk in the trainer's loss; with what lives beside them three times that."""
@@ -19,6 +21,10 @@ BUCKET_BYTES = 2**29
 one tensor it may be more."""
 BUCKETS_IN_FLIGHT = 3
 """Buckets of moments on the GPU at once: one comes, one is worked on, one leaves."""
+WITHOUT_PEERS = {"NCCL_P2P_DISABLE": "1"}
+"""Environment of ranks that do not reach each other directly."""
+LIMIT_S = 60.0
+"""For the ranks' first all-reduce, from the moment at which all have met; NCCL's own start is in it."""
 
 
 @dataclass(frozen=True)

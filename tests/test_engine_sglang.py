@@ -242,10 +242,9 @@ def test_what_the_recipe_says_of_an_engine_is_on_its_command_line(tmp_path: Path
     config = engine_config(tmp_path, hub)
     (tmp_path / "config").mkdir()
     asked = {"context_length": 4096, "chunked_prefill_size": 2048, "max_running_requests": 24}
-    asked |= {"mem_fraction_static": 0.55}
     rollout = config.recipe.rollout.model_copy(update=asked)
     recipe = config.recipe.model_copy(update={"rollout": rollout, "seed": 7})
-    config = config.model_copy(update={"recipe": recipe})
+    config = config.model_copy(update={"recipe": recipe, "mem_fraction_static": 0.55})
     found = command(config, Path("/m"), OPTIONS, {})
     port = config.port
     assert {"--host=127.0.0.1", f"--port={port}", "--skip-tokenizer-init", "--dtype=bfloat16"} <= set(found)

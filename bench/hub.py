@@ -27,6 +27,7 @@ from astracli.config.recipe_run import LaunchTable
 from astracli.hub.api import build_app, serve
 from astracli.hub.client import HubClient
 from astracli.hub.store import HubStore
+from astracli.hub.types import HubSettings, Lease
 from astracli.process.ports import bind
 from astracli.rl.types import Group, Sample, Segment, unpack_group
 
@@ -39,10 +40,11 @@ TARGET_MS = 100.0
 
 
 def open_store(path: Path, history_steps: int) -> HubStore:
-    return HubStore(
-        path, batch_groups=GROUPS, max_staleness=8, drop_equal_groups=True, lease_timeout_s=600.0, steps=10**6,
-        eval_every=0, engines=["engine0"], history_steps=history_steps,
+    settings = HubSettings(
+        batch_groups=GROUPS, max_staleness=8, drop_equal_groups=True, lease_timeout_s=600.0, steps=10**6,
+        eval_every=0, engines=("engine0",), history_steps=history_steps,
     )  # fmt: skip
+    return HubStore(path, settings)
 
 
 def fill(store: HubStore, samples: int) -> int:
@@ -102,14 +104,14 @@ def play(url: str, first: int, batches: int, folder: Path) -> tuple[dict[str, li
     for step in range(first, first + batches):
         client.announce(step, step)
         client.engine_state("engine0", step, "ready")
-        leases: list[dict[str, int]] = []
+        leases: list[Lease] = []
         while len(leases) < GROUPS:
-            leases += timed(ms["lease"], client.lease, "rollout", GROUPS - len(leases), engine="engine0")["leases"]
+            leases += timed(ms["lease"], client.lease, "rollout", GROUPS - len(leases), engine="engine0").leases
         for lease in leases:
-            made = group(lease["lease_id"], step, rng)
+            made = group(lease.lease_id, step, rng)
             timed(ms["put a group"], client.put_group, made)
         reply = timed(ms["batch"], client.batch, step)
-        timed(ms["unpack the batch"], lambda blobs: [unpack_group(blob) for blob in blobs], reply["groups"])
+        timed(ms["unpack the batch"], lambda blobs: [unpack_group(blob) for blob in blobs], reply.batch.groups)
         saved = step + 1 if (step + 1) % EVERY == 0 else None
         timed(ms["ack with a checkpoint" if saved else "ack"], client.ack, step, step + 1, saved)
         timed(ms["state"], client.state)
@@ -147,9 +149,9 @@ def main() -> None:
     batch = sorted(ms["batch"])
     p99 = batch[-(-99 * len(batch) // 100) - 1]
     size = GROUPS * SAMPLES * TOKENS
-    groups = rows["consumed_groups"] + rows["dropped"]
+    groups = rows.consumed_groups + rows.dropped
     print(f"history {first * GROUPS * SAMPLES:,} samples in {groups:,} groups;")
-    print(f"rows kept {kept:,}; counted {after['consumed_groups'] + after['dropped']:,}; a batch is {size:,} tokens")
+    print(f"rows kept {kept:,}; counted {after.consumed_groups + after.dropped:,}; a batch is {size:,} tokens")
     print(f"database {before / 1e6:.0f} MB with the history, at most {largest / 1e6:.0f} MB with blobs and log")
     print(f"/batch p99 {p99:.1f} ms, asked for: under {TARGET_MS:.0f} ms")
     sys.exit(1 if p99 >= TARGET_MS else 0)

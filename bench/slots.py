@@ -40,6 +40,7 @@ from astracli.data.prompts import PromptSource
 from astracli.engines.client import EngineClient, GenRequest, GenResult
 from astracli.hub.api import build_app, serve
 from astracli.hub.store import HubStore
+from astracli.hub.types import HubSettings
 from astracli.machine import facts as machine
 from astracli.models.adapter import load_tokenizer
 from astracli.process import ports
@@ -144,10 +145,11 @@ class Poll:
 
 @contextmanager
 def hub(folder: Path) -> Iterator[tuple[HubStore, str]]:
-    store = HubStore(
-        folder / "hub.sqlite", batch_groups=MANY, max_staleness=0, drop_equal_groups=False, lease_timeout_s=600.0,
-        steps=MANY, eval_every=0, engines=["engine0"],
+    settings = HubSettings(
+        batch_groups=MANY, max_staleness=0, drop_equal_groups=False, lease_timeout_s=600.0, steps=MANY, eval_every=0,
+        engines=("engine0",),
     )  # fmt: skip
+    store = HubStore(folder / "hub.sqlite", settings)
     (folder / "weights").mkdir()
     app = build_app(
         store, TOKEN, weights_app=weights_app(folder / "weights"), metrics_path=None, on_status=lambda _: None

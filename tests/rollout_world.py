@@ -121,9 +121,9 @@ class World:
                 tasks.create_task(act())
 
     async def batch(self, step: int) -> list[Group]:
-        while "groups" not in (reply := self.store.batch(step)):
+        while (reply := self.store.batch(step)).batch is None:
             await asyncio.sleep(0.01)
-        return [unpack_group(blob) for blob in reply["groups"]]
+        return [unpack_group(blob) for blob in reply.batch.groups]
 
 
 @pytest.fixture

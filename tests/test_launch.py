@@ -286,7 +286,7 @@ ONCE = """if config.extra.get("start") is None:
         reporter.progress(step=0)
         time.sleep(1.2)
         raise RuntimeError("CUDA error: unspecified launch failure")
-    assert (config.extra["step"], config.resume, hub.state()["latest_version"]) == (0, True, None)
+    assert (config.extra["step"], config.resume, hub.state().latest_version) == (0, True, None)
     """
 
 

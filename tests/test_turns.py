@@ -28,6 +28,7 @@ from astracli.config.recipe import Recipe
 from astracli.engines.client import EngineClient, GenRequest
 from astracli.hub.cards import CardBook
 from astracli.hub.client import AsyncHubClient, HubClient
+from astracli.hub.types import CardReply, CardStatus, Target
 from astracli.launch import children, summary
 from astracli.models import registry
 from astracli.plan import build as plan
@@ -64,19 +65,19 @@ def test_the_hub_wakes_whoever_waits_for_a_card(tmp_path: Path) -> None:
     server = Server(store, tmp_path)
     try:
         with HubClient(server.url, TOKEN) as hub:
-            assert hub.target("engine0")["wanted"] is False
+            assert hub.target("engine0").wanted is False
             asked: list[Any] = []
             ask = lambda: asked.append(hub.take_card("engine0", "trainer", wait_s=10.0))  # noqa: E731
             waiter = threading.Thread(target=ask, daemon=True)
             waiter.start()
             begun = time.monotonic()
-            assert hub.target("engine0", wait_s=10.0)["wanted"] is True
+            assert hub.target("engine0", wait_s=10.0).wanted is True
             hub.give_card("engine0", "engine0")
             waiter.join(timeout=10.0)
-            assert asked == [{"held": True, "stop": False}] and time.monotonic() - begun < 5.0
+            assert asked == [CardReply(True, False)] and time.monotonic() - begun < 5.0
             store.release_worker("trainer")
-            assert hub.take_card("engine0", "engine0")["held"], "the trainer died"
-            assert hub.state()["cards"] == {"engine0": {"holder": "engine0", "waiting": []}}
+            assert hub.take_card("engine0", "engine0").held, "the trainer died"
+            assert hub.state().cards == {"engine0": CardStatus("engine0", [])}
     finally:
         server.thread.stop()
 
@@ -85,9 +86,9 @@ def test_an_engine_does_not_leave_while_an_evaluation_is_pinned_to_it(tmp_path: 
     store = open_store(tmp_path, cards=["engine0"], eval_every=1)
     store.announce(0, 0)
     store.take_card("engine0", "trainer")
-    assert store.target("engine0") == {"version": 0, "pinned": True, "wanted": False, "stop": False}
+    assert store.target("engine0") == Target(0, True, False, False, False)
     store.eval_done(0, 0, {})
-    assert store.target("engine0")["wanted"] is True
+    assert store.target("engine0").wanted is True
 
 
 @pytest.mark.parametrize("window", [False, True])
@@ -197,10 +198,10 @@ class Engine:
     def _run(self) -> None:
         store = self._job.store
         while not self._over.is_set():
-            if store.target("engine0").get("wanted"):
+            if store.target("engine0").wanted:
                 assert all(held(loop) == 0 for loop in self._loops), "the trainer asks before it comes back"
                 store.give_card("engine0", "engine0")
-                while not store.take_card("engine0", "engine0")["held"] and not self._over.is_set():
+                while not store.take_card("engine0", "engine0").held and not self._over.is_set():
                     time.sleep(0.005)
                 self.turns.append(sum(held(loop) for loop in self._loops))
             time.sleep(0.005)
@@ -287,7 +288,7 @@ def test_two_ranks_take_turns_with_an_engine_on_the_first_ones_gpu(
     try:
         for version in range(STEPS):
             deadline = time.monotonic() + 60
-            while job.store.target("engine0")["version"] != version and all(r.poll() is None for r in ranks):
+            while job.store.target("engine0").version != version and all(r.poll() is None for r in ranks):
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
             job.roll(version)

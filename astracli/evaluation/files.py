@@ -17,22 +17,13 @@ import numpy as np
 from astracli.data.benchmarks import Benchmark
 from astracli.evaluation import passk
 from astracli.evaluation.benchmark import EvalSample, Result, full_figures, score_figures
+from astracli.hub.types import Evaluation
 from astracli.rewards.reward import Grade
 from astracli.rl.sample_log import sample_line
 from astracli.runs import metrics
 
 CSV_COLUMNS = ("step", "version", "benchmark", "items", "n", "avg_at_n", "stderr", "k", "pass_at_k", "due_step")
 OVERALL = "overall"
-
-
-@dataclass(frozen=True)
-class When:
-    """What one evaluation speaks of."""
-
-    step: int
-    version: int
-    due_step: int
-    """The step at which it became due; below `step` when an earlier evaluation was still running then."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +92,7 @@ def partial_of(folder: Path, step: int) -> Path:
     return folder / "partial" / f"step_{step:06d}"
 
 
-def write_results(folder: Path, when: When, results: Sequence[Result]) -> None:
+def write_results(folder: Path, when: Evaluation, results: Sequence[Result]) -> None:
     """Items and table of one evaluation. Writing a step again replaces it."""
     for result in results:
         lines = [json.dumps(item_line(when.step, when.version, result.benchmark, sample)) for sample in result.samples]
@@ -138,7 +129,7 @@ def item_line(step: int, version: int, benchmark: str, sample: EvalSample) -> di
     )
 
 
-def update_csv(path: Path, when: When, results: Sequence[Result]) -> None:
+def update_csv(path: Path, when: Evaluation, results: Sequence[Result]) -> None:
     """Put one evaluation's rows into the table, in the order of steps; rows of the same step make room."""
     rows = [row for row in _rows(path) if int(row["step"]) != when.step] if path.exists() else []
     scores = [(result.benchmark, result.score) for result in results]
@@ -171,7 +162,7 @@ def figures(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def metric_records(process: str, when: When, found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def metric_records(process: str, when: Evaluation, found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One metrics record a benchmark and one for `overall`, from `figures`; every figure is named eval_*, without those
     by k."""
     return [

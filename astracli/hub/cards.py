@@ -9,30 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from astracli.hub.types import BadRequest, CardStatus
+
 
 class CardBook:
     """Cards by the name of the engine whose GPU they stand for. Calls are made under the store's lock."""
 
     def __init__(self, engines: Iterable[str] = ()):
-        self._holder: dict[str, str | None] = dict.fromkeys(engines)
-        self._queue: dict[str, list[str]] = {}
+        self._engines = tuple(engines)
         self.reset()
 
     def reset(self) -> None:
         """Every process begins anew: each engine holds its card, nobody waits."""
-        self._holder = {name: name for name in self._holder}
-        self._queue = {name: [] for name in self._holder}
-
-    def __contains__(self, card: str) -> bool:
-        return card in self._holder
+        self._holder: dict[str, str | None] = {name: name for name in self._engines}
+        self._queue: dict[str, list[str]] = {name: [] for name in self._engines}
 
     def take(self, card: str, who: str) -> bool:
         """Whether `who` holds the card now; otherwise it keeps its place in the queue. Asking again changes nothing.
 
-        Raises ValueError for a card that there is not.
+        Raises BadRequest for a card that there is not.
         """
         if card not in self._holder:
-            raise ValueError(f"there is no card `{card}`; there are {', '.join(self._holder) or 'none'}")
+            raise BadRequest(f"there is no card `{card}`; there are {', '.join(self._holder) or 'none'}")
         if self._holder[card] == who:
             return True
         queue = self._queue[card]
@@ -59,5 +57,5 @@ class CardBook:
         """Whether anyone waits for the card."""
         return bool(self._queue.get(card))
 
-    def document(self) -> dict[str, dict[str, object]]:
-        return {card: {"holder": who, "waiting": list(self._queue[card])} for card, who in self._holder.items()}
+    def document(self) -> dict[str, CardStatus]:
+        return {card: CardStatus(who, list(self._queue[card])) for card, who in self._holder.items()}

@@ -41,7 +41,6 @@ class HubHandle:
 
     store: HubStore
     server: ServerThread
-    engines: frozenset[str]
 
     def alive(self) -> bool:
         return self.server.alive
@@ -51,8 +50,6 @@ class HubHandle:
 
     def release_worker(self, name: str) -> None:
         self.store.release_worker(name)
-        if name in self.engines:
-            self.store.engine_state(name, None, "down")
 
     def pending_evals(self) -> int:
         return self.store.pending_evals()
@@ -204,27 +201,28 @@ class Job:
         from astracli.evaluation import files as eval_files
         from astracli.hub.api import build_app, serve
         from astracli.hub.store import HubStore
+        from astracli.hub.types import HubSettings
         from astracli.weights.publish.server import weights_app
 
         recipe, training = self.recipe, self.training
-        store = HubStore(
-            self.run_dir.hub_sqlite,
+        settings = HubSettings(
             batch_groups=recipe.train.batch_groups if training else self.prompts or 1,
             max_staleness=recipe.effective_staleness if training else 0,
             drop_equal_groups=recipe.algorithm.drop_equal_groups and training,
             lease_timeout_s=recipe.launch.lease_timeout_s,
             steps=recipe.train.steps if training else 1,
             eval_every=recipe.eval.every if training and recipe.eval.benchmarks else 0,
-            engines=engines,
+            engines=tuple(engines),
             deterministic=recipe.launch.deterministic,
             consume=recipe.train.consume,
             replay_ratio=recipe.train.replay_ratio if training else 0,
-            curriculum=self._curriculum() if training else None,
             history_steps=recipe.launch.hub_history_steps,
             max_dropped_batches=recipe.rollout.max_dropped_batches,
             checkpoints=recipe.checkpoint.every > 0,
-            cards=self.plan.cards,
+            cards=tuple(self.plan.cards),
         )
+        curriculum = self._curriculum() if training else None
+        store = HubStore(self.run_dir.hub_sqlite, settings, curriculum=curriculum)
         listeners: list[Supervisor] = []
 
         def on_status(body: dict[str, Any]) -> None:
@@ -245,7 +243,7 @@ class Job:
                 store.rewind(self.resume_step, self.resume_step)
                 eval_files.forget_after(self.run_dir.eval, self.resume_step)
             server = serve(app, ports.bind(recipe.launch.host)).start()
-            yield HubHandle(store, server, frozenset(engines)), listeners.append
+            yield HubHandle(store, server), listeners.append
         finally:
             if server is not None:
                 server.stop()
@@ -270,7 +268,7 @@ class Job:
             phases=self.phases,
             evaluations_s=evaluations_s,
             records=metrics.read(self.run_dir.metrics_jsonl),
-            store=store.state(),
+            hub=store.state(),
             memory=memory,
             restarts={name: status.restarts for name, status in supervisor.status.items()},
             resumes=[resume.document() for resume in supervisor.resumes.taken] if supervisor.resumes else [],

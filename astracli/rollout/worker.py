@@ -27,6 +27,7 @@ from astracli.data.prompts import Problem, PromptSource, stop_token_ids
 from astracli.engines.client import EngineClient
 from astracli.errors import RunFailed
 from astracli.hub.client import AsyncHubClient
+from astracli.hub.types import Leases
 from astracli.models.adapter import chat_prompt_tokens, load_tokenizer
 from astracli.process.worker import Reporter, WorkerConfig, worker_main
 from astracli.rewards.reward import Grade, GradeItem, GradePool
@@ -124,12 +125,12 @@ class Rollout:
                 await lane.changed.wait()
                 continue
             wait_s = LEASE_WAIT_S if self._waits.get(lane.name) else 0.0
-            reply = await self.hub.lease(self.config.name, wanted, engine=lane.name, wait_s=wait_s)
-            self._waits[lane.name] = None if reply["leases"] else reply["wait"]
-            if reply["stop"]:
+            reply: Leases = await self.hub.lease(self.config.name, wanted, engine=lane.name, wait_s=wait_s)
+            self._waits[lane.name] = None if reply.leases else reply.wait
+            if reply.stop:
                 self._over.set()
                 return
-            leases = {lease["lease_id"]: lease["prompt_index"] for lease in reply["leases"]}
+            leases = {lease.lease_id: lease.prompt_index for lease in reply.leases}
             self._held |= leases.keys()
             lane.use.change(outstanding=len(leases) * self._group_size)
             together = [leases] if self.config.recipe.launch.deterministic else [{i: n} for i, n in leases.items()]

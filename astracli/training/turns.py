@@ -13,6 +13,7 @@ from typing import Any
 
 from astracli.errors import RunFailed
 from astracli.hub.client import HubClient
+from astracli.hub.types import CardReply
 from astracli.process.health import answers
 from astracli.process.worker import Reporter, WorkerConfig
 
@@ -74,8 +75,9 @@ class Turn:
         assert self._hub is not None
         for card in self.cards:
             self._reporter.waiting(f"{card} to leave the GPU")
-            while not (reply := self._hub.take_card(card, self._config.name, wait_s=WAIT_S))["held"]:
-                if reply["stop"] or self._reporter.stop_requested.is_set():
+            reply: CardReply
+            while not (reply := self._hub.take_card(card, self._config.name, wait_s=WAIT_S)).held:
+                if reply.stop or self._reporter.stop_requested.is_set():
                     return False
         self._reporter.waiting(None)
         return True

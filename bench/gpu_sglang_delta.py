@@ -61,7 +61,7 @@ from meter import Meter
 from sglang_server import TOKEN, Server, Trainer, adapter_of, compare, model_directory
 
 from astracli.engines.client import UNPROVEN, EngineClient, flushes
-from astracli.hub.api import serve
+from astracli.hub.server import ServerThread
 from astracli.process import ports
 from astracli.weights.publish.server import weights_routes
 from astracli.weights.receive.subscriber import Subscriber
@@ -212,7 +212,7 @@ async def drive(args: argparse.Namespace, folder: Path, record: Record) -> None:
         del model
         from starlette.applications import Starlette
 
-        files = serve(Starlette(routes=weights_routes(folder / "weights")), ports.bind("127.0.0.1")).start()
+        files = ServerThread(Starlette(routes=weights_routes(folder / "weights")), ports.bind("127.0.0.1")).start()
         subscriber = Subscriber(files.url, TOKEN, stage, directory)
         published = trainer.publish(0)
         record.note(version_0_publish=published)

@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 
 from astracli.config.recipe_run import LaunchTable
-from astracli.hub.api import build_app, serve
+from astracli.hub.api import build_app
 from astracli.hub.client import HubClient
+from astracli.hub.server import ServerThread
 from astracli.hub.store import HubStore
 from astracli.hub.types import HubSettings, Lease
 from astracli.process.ports import bind
@@ -133,7 +134,7 @@ def main() -> None:
         first = fill(store, args.samples)
         rows = store.counts()
         before = sum(path.stat().st_size for path in folder.glob("hub.sqlite*"))
-        server = serve(build_app(store, "t"), bind("127.0.0.1")).start()
+        server = ServerThread(build_app(store, "t"), bind("127.0.0.1")).start()
         with ProcessPoolExecutor(
             1, multiprocessing.get_context("spawn")
         ) as other:  # as in a run: not the hub's process

@@ -38,7 +38,8 @@ from astracli.config.recipe import Recipe
 from astracli.data import fetch
 from astracli.data.prompts import PromptSource
 from astracli.engines.client import EngineClient, GenRequest, GenResult
-from astracli.hub.api import build_app, serve
+from astracli.hub.api import build_app
+from astracli.hub.server import ServerThread
 from astracli.hub.store import HubStore
 from astracli.hub.types import HubSettings
 from astracli.machine import facts as machine
@@ -154,7 +155,7 @@ def hub(folder: Path) -> Iterator[tuple[HubStore, str]]:
     app = build_app(
         store, TOKEN, weights_app=weights_app(folder / "weights"), metrics_path=None, on_status=lambda _: None
     )
-    server = serve(app, ports.bind("127.0.0.1")).start()
+    server = ServerThread(app, ports.bind("127.0.0.1")).start()
     try:
         yield store, server.url
     finally:

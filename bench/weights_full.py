@@ -21,7 +21,7 @@ import torch
 from starlette.applications import Starlette
 from weights import versions
 
-from astracli.hub.api import serve
+from astracli.hub.server import ServerThread
 from astracli.process import ports
 from astracli.weights.publish.publisher import Publisher
 from astracli.weights.publish.server import weights_routes
@@ -44,7 +44,7 @@ def measure(weights: dict[str, torch.Tensor], threads: int, folder: Path) -> dic
     result = publisher.publish(0, weights, owned=True)
     found |= {"publish": result.publish_s, "of which writing and checksums": result.write_s}
     publisher.close()
-    files = serve(Starlette(routes=weights_routes(folder / "weights")), ports.bind("127.0.0.1")).start()
+    files = ServerThread(Starlette(routes=weights_routes(folder / "weights")), ports.bind("127.0.0.1")).start()
     ways: list[tuple[str, dict[str, Any]]] = [
         ("fetch over HTTP", {"link_bytes": None, "parts": 1}),
         ("the same in four ranges at once", {"link_bytes": None, "parts": 4}),

@@ -24,9 +24,10 @@ from starlette.routing import Route
 
 from astracli.errors import RunFailed
 from astracli.hub import client as client_module
-from astracli.hub.api import build_app, serve
+from astracli.hub.api import build_app
 from astracli.hub.client import AsyncHubClient, HubClient
 from astracli.hub.schema import Database
+from astracli.hub.server import ServerThread
 from astracli.hub.store import HubStore
 from astracli.hub.types import EngineReport, NextBatch, Target
 from astracli.hub.wire import unpack_answer
@@ -45,7 +46,7 @@ class Server:
         listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", port))
-        self.thread = serve(app, listener).start()
+        self.thread = ServerThread(app, listener).start()
         self.url = self.thread.url
 
 

@@ -1,7 +1,7 @@
 """The hub over HTTP: JSON for control, msgpack for groups and batches, long polls that say what they wait for.
 
 Every request carries the run's token. A bad body is 400, a step out of order 409, each with {"error": words}. The hub
-process is the only writer of metrics.jsonl. `serve` runs the app in a thread of the supervisor, on a socket it bound.
+process is the only writer of metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hmac
 import json
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +24,9 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from astracli.errors import AstraError, disk_full
-from astracli.hub.server import ServerThread, serve
 from astracli.hub.store import HubStore
 from astracli.hub.types import BadRequest, CardReply, Holders, Leases, NextBatch, NextEvaluation, Target
 from astracli.hub.wire import MAX_WAIT_S, called_with_body, pack_answer
-
-__all__ = ["ServerThread", "build_app", "serve"]
 
 T = TypeVar("T")
 RECHECK_S = 1.0
@@ -57,17 +54,12 @@ def _error(status: int, message: str, hint: str | None = None) -> JSONResponse:
     return JSONResponse({"error": message, "hint": hint}, status)
 
 
-async def _on_bad_request(request: Request, error: Exception) -> Response:
-    return _error(400, f"{request.method} {request.url.path}: {error}")
-
-
-async def _on_refusal(request: Request, error: Exception) -> Response:
-    assert isinstance(error, AstraError)
-    return _error(409, error.message, error.hint)
-
-
-async def _on_failed_write(request: Request, error: Exception) -> Response:
-    """A full disk in one line, instead of the traceback that anything else gets."""
+async def _on_error(request: Request, error: Exception) -> Response:
+    """A full disk is one line, too; anything else gets a traceback."""
+    if isinstance(error, BadRequest):
+        return _error(400, f"{request.method} {request.url.path}: {error}")
+    if isinstance(error, AstraError):
+        return _error(409, error.message, error.hint)
     full = disk_full(error)
     if full is None:
         raise error
@@ -212,10 +204,5 @@ def build_app(
     routes.append(route("/group", store.put, "PUT"))
     if weights_app is not None:
         routes.append(Mount("/weights", weights_app))
-    known: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
-        BadRequest: _on_bad_request,
-        AstraError: _on_refusal,
-        OSError: _on_failed_write,
-        sqlite3.OperationalError: _on_failed_write,
-    }
+    known: Any = dict.fromkeys((BadRequest, AstraError, OSError, sqlite3.OperationalError), _on_error)
     return TokenGuard(Starlette(routes=routes, exception_handlers=known), token)

@@ -12,7 +12,6 @@ import time
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -207,7 +206,7 @@ class HubClient(_Calls):
     def __enter__(self) -> HubClient:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -232,7 +231,5 @@ class AsyncHubClient(_Calls):
     async def __aenter__(self) -> AsyncHubClient:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()

@@ -199,7 +199,8 @@ class Job:
     def _hub(self, engines: list[str], token: str) -> Iterator[tuple[HubHandle, Any]]:
         """The hub serving on a port of its own; `connect(supervisor)` sends it the heartbeats."""
         from astracli.evaluation import files as eval_files
-        from astracli.hub.api import build_app, serve
+        from astracli.hub.api import build_app
+        from astracli.hub.server import ServerThread
         from astracli.hub.store import HubStore
         from astracli.hub.types import HubSettings
         from astracli.weights.publish.server import weights_app
@@ -242,7 +243,7 @@ class Job:
             if self.resume_step is not None:
                 store.rewind(self.resume_step, self.resume_step)
                 eval_files.forget_after(self.run_dir.eval, self.resume_step)
-            server = serve(app, ports.bind(recipe.launch.host)).start()
+            server = ServerThread(app, ports.bind(recipe.launch.host)).start()
             yield HubHandle(store, server), listeners.append
         finally:
             if server is not None:

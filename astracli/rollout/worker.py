@@ -46,7 +46,7 @@ UNFIT_PROMPTS = 10_000
 class Grader(Protocol):
     """The part of `rl.reward.GradePool` that this worker needs."""
 
-    async def agrade_group(self, items: Sequence[GradeItem]) -> list[Grade]: ...
+    async def agrade(self, items: Sequence[GradeItem]) -> list[Grade]: ...
 
 
 class Rollout:
@@ -218,7 +218,7 @@ class Rollout:
             GradeItem(problem.question, problem.answer, text, draft.tokens)
             for text, draft in zip(texts, drafts, strict=True)
         ]
-        grades = await self.grader.agrade_group(items)
+        grades = await self.grader.agrade(items)
         samples = [
             Sample(
                 index=draft.index,

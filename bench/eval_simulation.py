@@ -37,11 +37,11 @@ from astracli.config.benchmarks import get
 from astracli.config.recipe import Recipe
 from astracli.data.benchmarks import Benchmark
 from astracli.data.prompts import Problem
-from astracli.evaluation.benchmark import BenchmarkWork, Sampling
+from astracli.evaluation.benchmark import BenchmarkWork, EvalSampling
 from astracli.evaluation.spread import evaluate
 from astracli.hub.store import HubStore
 from astracli.hub.types import Evaluation, HubSettings
-from astracli.report import balance
+from astracli.report import bottleneck
 from astracli.rl.types import Group, Sample, Segment, pack_group, unpack_group
 from astracli.rollout.idle import IdleWhile
 
@@ -159,7 +159,9 @@ class Simulation:
 
     async def _evaluate(self) -> None:
         recipe, table = self.setting.recipe, self.setting.recipe.eval
-        sampling = Sampling(1.0, 1.0, recipe.rollout.max_new_tokens, recipe.rollout.context_length, (1,), recipe.seed)
+        sampling = EvalSampling(
+            1.0, 1.0, recipe.rollout.max_new_tokens, recipe.rollout.context_length, (1,), recipe.seed
+        )
         while True:
             reply = await self.changes.until(self.store.eval_next, lambda r: r.evaluation or r.stop)
             task = reply.evaluation
@@ -249,10 +251,10 @@ def figures(simulation: Simulation, wall_s: float) -> dict[str, Any]:
     plan = {
         "processes": [{"role": "engine", "gpus": [0]}] * setting.engines
         + [{"role": "trainer", "gpus": [0]}] * setting.ranks,
-        "placement": {"turns": False, "shared": False},
+        "placement": {"time_sharing": False, "shared": False},
         "running_requests": setting.slots,
     }
-    verdict = balance.of_run(simulation.records, recipe, plan, 0)
+    verdict = bottleneck.of_run(simulation.records, recipe, plan, 0)
     due = [*range(0, recipe.train.steps, recipe.eval.every), recipe.train.steps]
     return {
         "wall_s": wall_s,

@@ -72,5 +72,5 @@ def counts_of(**known: int) -> Counts:
 def hub_state(**known: Any) -> HubState:
     """What the hub of a run that has just begun answers, but for what is `known`."""
     nothing = {"steps": 10, "next_step": 0, "latest_version": None, "counts": Counts()}
-    nothing |= {"dropped_in_a_row": 0, "skipped_in_a_row": 0, "engines": {}, "evals": [], "cards": {}}
+    nothing |= {"dropped_in_a_row": 0, "skipped_in_a_row": 0, "engines": {}, "evals": [], "gpu_leases": {}}
     return HubState(**(nothing | {"finished": False, "stop": False} | known))

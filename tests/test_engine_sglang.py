@@ -249,12 +249,12 @@ def test_what_the_recipe_says_of_an_engine_is_on_its_command_line(tmp_path: Path
     assert not any(part.startswith(("--dp", "--data-parallel", "--tp")) for part in found)
     leaves = ("--enable-memory-saver", "--enable-weights-cpu-backup")
     assert not set(leaves) & set(found)
-    planned = replace(config, extra=config.extra | {"turns": True, "mem_fraction_static": 0.31})
+    planned = replace(config, extra=config.extra | {"time_sharing": True, "mem_fraction_static": 0.31})
     found = command(planned, Path("/m"), OPTIONS, {})
     assert {*leaves, "--mem-fraction-static=0.31"} <= set(found), "what the plan derived is the last word"
 
 
-def test_an_engine_that_answers_no_more_is_given_up_with_its_last_words(
+def test_an_engine_that_answers_no_more_is_given_up_with_its_last_lines(
     tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four health checks in a row; one that is answered meanwhile begins the count anew."""
@@ -281,8 +281,10 @@ def test_an_engine_that_answers_no_more_is_given_up_with_its_last_words(
         sglang._watch(config, Hung(), Running())  # type: ignore[arg-type]
     assert asked == ["health_generate"] * 8 and "attention_backend=triton" in str(error.value.hint)
     replies, asked[:] = iter([False] * 4), []
-    with pytest.raises(RunFailed, match="failed 4 health checks"):  # in a trainer's turn nothing can be generated
-        sglang._watch(replace(config, extra=config.extra | {"turns": True}), Hung(), Running())  # type: ignore[arg-type]
+    with pytest.raises(
+        RunFailed, match="failed 4 health checks"
+    ):  # nothing can be generated while the trainer has the GPU
+        sglang._watch(replace(config, extra=config.extra | {"time_sharing": True}), Hung(), Running())  # type: ignore[arg-type]
     assert asked == ["model_info"] * 4
 
 

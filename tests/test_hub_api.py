@@ -100,7 +100,7 @@ def test_every_route_asks_for_the_token(server: Server) -> None:
             "'ready', 'updating' or 'down'",
         ),
         ("/engine/state", b'{"engine": "e", "version": null, "state": "ready"}', "that is `ready` has a version"),
-        ("/card/take", b'{"card": "gpu7", "who": "trainer"}', "there is no card `gpu7`"),
+        ("/gpu_lease/take", b'{"gpu_lease": "gpu7", "who": "trainer"}', "there is no GPU lease `gpu7`"),
     ],
 )
 def test_bad_bodies_are_400_and_say_what_is_wrong(server: Server, path: str, body: bytes, message: str) -> None:

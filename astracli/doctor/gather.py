@@ -59,7 +59,7 @@ def gather(recipe: Recipe | None = None, runs: Path = RUNS) -> dict[str, Any]:
 
 
 def checkpoint(path: str, revision: str | None = None) -> dict[str, Any]:
-    """What lies at model.path: config.json, shards, tensor headers, tokenizer. See `machine.Checkpoint`."""
+    """What lies at model.path: config.json, shards, tensor headers, tokenizer. See `machine.CheckpointFacts`."""
     from astracli.data import fetch
 
     found: dict[str, Any] = {"path": path, "place": None}

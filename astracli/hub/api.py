@@ -135,8 +135,8 @@ class _Hub:
 
         return _Poll(wait_s, lambda: self._store.target(engine), is_news)
 
-    def take_card(self, card: str, who: str, wait_s: float = 0.0) -> _Poll[CardReply]:
-        return _Poll(wait_s, lambda: self._store.take_card(card, who), lambda r: r.held or r.stop)
+    def take_gpu_lease(self, gpu_lease: str, who: str, wait_s: float = 0.0) -> _Poll[CardReply]:
+        return _Poll(wait_s, lambda: self._store.take_gpu_lease(gpu_lease, who), lambda r: r.held or r.stop)
 
     def eval_next(self, finishing: list[int], wait_s: float = 0.0) -> _Poll[NextEvaluation]:
         return _Poll(wait_s, lambda: self._store.eval_next(finishing), lambda r: r.evaluation is not None or r.stop)
@@ -181,8 +181,8 @@ def build_app(
         "/announce": store.announce,
         "/engine/target": hub.target,
         "/engine/state": store.engine_state,
-        "/card/take": hub.take_card,
-        "/card/give": store.give_card,
+        "/gpu_lease/take": hub.take_gpu_lease,
+        "/gpu_lease/give": store.give_gpu_lease,
         "/eval/next": hub.eval_next,
         "/eval/engines": hub.eval_engines,
         "/eval/release": store.eval_release,

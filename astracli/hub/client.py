@@ -97,12 +97,12 @@ class _Calls:
         who wants the engine's GPU."""
         return self._post("/engine/target", Target, engine=engine, have=have, pinned=pinned, wait_s=wait_s)
 
-    def take_card(self, card: str, who: str, wait_s: float = 0.0) -> Any:
+    def take_gpu_lease(self, gpu_lease: str, who: str, wait_s: float = 0.0) -> Any:
         """-> CardReply; waits up to `wait_s`, and keeps its place in the queue between two calls."""
-        return self._post("/card/take", CardReply, card=card, who=who, wait_s=wait_s)
+        return self._post("/gpu_lease/take", CardReply, gpu_lease=gpu_lease, who=who, wait_s=wait_s)
 
-    def give_card(self, card: str, who: str) -> Any:
-        return self._post("/card/give", card=card, who=who)
+    def give_gpu_lease(self, gpu_lease: str, who: str) -> Any:
+        return self._post("/gpu_lease/give", gpu_lease=gpu_lease, who=who)
 
     def engine_state(self, engine: str, version: int | None, state: EngineState) -> Any:
         return self._post("/engine/state", engine=engine, version=version, state=state)

@@ -1,7 +1,7 @@
 """The hub's memory: which prompts are out, which groups are in, which batch holds what, which version is announced.
 
 Logic over SQLite in parts: `schema` (the file), `leases` (prompts out, groups in), `batches` (groups to training),
-`evals` (versions and engines); `cards` lives in memory. Every decision is committed before anyone is told: a hub that
+`evals` (versions and engines); `GPU leases` lives in memory. Every decision is committed before anyone is told: a hub that
 is killed at any instant and opened again neither loses a group nor serves one in two batches.
 """
 
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from astracli.hub.batches import BatchBook
-from astracli.hub.cards import CardBook
 from astracli.hub.curriculum import Curriculum
 from astracli.hub.evals import EvalBoard
+from astracli.hub.gpu_leases import GpuLeases
 from astracli.hub.leases import LeaseBook
 from astracli.hub.schema import Database
 from astracli.hub.types import (
@@ -56,7 +56,7 @@ class HubStore:
         self._board = EvalBoard(self._db, settings)
         self._batches = BatchBook(self._db, settings)
         self._leases = LeaseBook(self._db, settings, curriculum, clock)
-        self._cards = CardBook(settings.cards)
+        self._gpu_leases = GpuLeases(settings.gpu_leases)
         self._listeners: list[Callable[[], None]] = []
         self._stop = False
         self._wave_left = 0
@@ -155,7 +155,7 @@ class HubStore:
         with self._changing():
             if worker in self.settings.engines:
                 self._board.report(worker, EngineReport(None, "down"))
-            self._cards.forget(worker)
+            self._gpu_leases.forget(worker)
             return self._leases.requeue("state = 'leased' AND worker = ?", worker)
 
     def _expire(self) -> None:
@@ -221,7 +221,7 @@ class HubStore:
                 self._board.rewind(version)
                 self._db.set_meta("dropped_in_a_row", 0)
             self._leases.requeue("state = 'leased'")
-            self._cards.reset()
+            self._gpu_leases.reset()
             if self.settings.deterministic:
                 self._leases.forget_since_last_batch()
                 self._wave_left = 0
@@ -237,22 +237,22 @@ class HubStore:
         """What the engine should hold, and who waits for it."""
         with self._db.lock:
             version, pinned = self._board.target(engine)
-            wanted = self._cards.wanted(engine) and not pinned
+            wanted = self._gpu_leases.wanted(engine) and not pinned
             return Target(version, pinned, wanted, self._board.down(engine), self._stop)
 
-    def take_card(self, card: str, who: str) -> CardReply:
-        """See `CardBook.take`."""
+    def take_gpu_lease(self, gpu_lease: str, who: str) -> CardReply:
+        """See `GpuLeases.take`."""
         with self._db.lock:
-            before = self._cards.document()
-            held = self._cards.take(card, who)
-            moved = before != self._cards.document()
+            before = self._gpu_leases.document()
+            held = self._gpu_leases.take(gpu_lease, who)
+            moved = before != self._gpu_leases.document()
         if moved:
             self._changed()
         return CardReply(held, self._stop)
 
-    def give_card(self, card: str, who: str) -> None:
+    def give_gpu_lease(self, gpu_lease: str, who: str) -> None:
         with self._changing():
-            self._cards.give(card, who)
+            self._gpu_leases.give(gpu_lease, who)
 
     def engine_state(self, engine: str, version: int | None, state: EngineState) -> None:
         """An engine's report. Raises BadRequest for one that is ready without a version."""
@@ -303,7 +303,7 @@ class HubStore:
                 skipped_in_a_row=self._db.meta("skipped_in_a_row"),
                 engines=dict(self._board.engines),
                 evals=self._board.document(),
-                cards=self._cards.document(),
+                gpu_leases=self._gpu_leases.document(),
                 finished=self.finished,
                 stop=self._stop,
             )

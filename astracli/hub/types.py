@@ -39,7 +39,7 @@ class HubSettings:
     """Batches' worth of groups in a row without signal after which the run ends; 0: never."""
     checkpoints: bool = True
     """Without them nothing is kept for a resume: what a step was trained on goes with the next one."""
-    cards: tuple[str, ...] = ()
+    gpu_leases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         assert not (self.deterministic and self.max_staleness), "deterministic runs have staleness 0"
@@ -197,7 +197,7 @@ class HubState(_Answer):
     skipped_in_a_row: int
     engines: dict[str, EngineReport]
     evals: list[EvaluationStatus]
-    cards: dict[str, CardStatus]
+    gpu_leases: dict[str, CardStatus]
     finished: bool
     stop: bool
 

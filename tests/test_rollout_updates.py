@@ -173,7 +173,7 @@ def test_what_comes_back_before_the_engine_has_said_that_it_goes_on_waits_for_th
 
     def counting(version: int) -> dict[str, float]:
         counts = world.store.state().counts
-        counted.append(counts.waiting + counts["dropped"])
+        counted.append(counts.waiting + counts.dropped)
         return readback(version)
 
     monkeypatch.setattr(EngineClient, "resume", slowly)

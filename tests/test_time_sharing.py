@@ -28,7 +28,7 @@ from astracli.config.recipe import Recipe
 from astracli.engines.client import EngineClient, GenRequest
 from astracli.hub.client import AsyncHubClient, HubClient
 from astracli.hub.gpu_leases import GpuLeases
-from astracli.hub.types import CardReply, CardStatus, Target
+from astracli.hub.types import GpuLeaseReply, GpuLeaseStatus, Target
 from astracli.launch import children, summary
 from astracli.models import registry
 from astracli.plan import build as plan
@@ -74,10 +74,10 @@ def test_the_hub_wakes_whoever_waits_for_a_gpu_lease(tmp_path: Path) -> None:
             assert hub.target("engine0", wait_s=10.0).wanted is True
             hub.give_gpu_lease("engine0", "engine0")
             waiter.join(timeout=10.0)
-            assert asked == [CardReply(True, False)] and time.monotonic() - begun < 5.0
+            assert asked == [GpuLeaseReply(True, False)] and time.monotonic() - begun < 5.0
             store.release_worker("trainer")
             assert hub.take_gpu_lease("engine0", "engine0").held, "the trainer died"
-            assert hub.state().gpu_leases == {"engine0": CardStatus("engine0", [])}
+            assert hub.state().gpu_leases == {"engine0": GpuLeaseStatus("engine0", [])}
     finally:
         server.thread.stop()
 

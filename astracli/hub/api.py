@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from astracli.errors import AstraError, disk_full
 from astracli.hub.store import HubStore
-from astracli.hub.types import BadRequest, CardReply, Holders, Leases, NextBatch, NextEvaluation, Target
+from astracli.hub.types import BadRequest, GpuLeaseReply, Holders, Leases, NextBatch, NextEvaluation, Target
 from astracli.hub.wire import MAX_WAIT_S, called_with_body, pack_answer
 
 T = TypeVar("T")
@@ -135,7 +135,7 @@ class _Hub:
 
         return _Poll(wait_s, lambda: self._store.target(engine), is_news)
 
-    def take_gpu_lease(self, gpu_lease: str, who: str, wait_s: float = 0.0) -> _Poll[CardReply]:
+    def take_gpu_lease(self, gpu_lease: str, who: str, wait_s: float = 0.0) -> _Poll[GpuLeaseReply]:
         return _Poll(wait_s, lambda: self._store.take_gpu_lease(gpu_lease, who), lambda r: r.held or r.stop)
 
     def eval_next(self, finishing: list[int], wait_s: float = 0.0) -> _Poll[NextEvaluation]:

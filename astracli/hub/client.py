@@ -19,8 +19,8 @@ import httpx
 
 from astracli.errors import RunFailed
 from astracli.hub.types import (
-    CardReply,
     EngineState,
+    GpuLeaseReply,
     Holders,
     HubState,
     Leases,
@@ -98,8 +98,8 @@ class _Calls:
         return self._post("/engine/target", Target, engine=engine, have=have, pinned=pinned, wait_s=wait_s)
 
     def take_gpu_lease(self, gpu_lease: str, who: str, wait_s: float = 0.0) -> Any:
-        """-> CardReply; waits up to `wait_s`, and keeps its place in the queue between two calls."""
-        return self._post("/gpu_lease/take", CardReply, gpu_lease=gpu_lease, who=who, wait_s=wait_s)
+        """-> GpuLeaseReply; waits up to `wait_s`, and keeps its place in the queue between two calls."""
+        return self._post("/gpu_lease/take", GpuLeaseReply, gpu_lease=gpu_lease, who=who, wait_s=wait_s)
 
     def give_gpu_lease(self, gpu_lease: str, who: str) -> Any:
         return self._post("/gpu_lease/give", gpu_lease=gpu_lease, who=who)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from astracli.hub.types import BadRequest, CardStatus
+from astracli.hub.types import BadRequest, GpuLeaseStatus
 
 
 class GpuLeases:
@@ -57,5 +57,5 @@ class GpuLeases:
         """Whether anyone waits for the lease."""
         return bool(self._queue.get(gpu_lease))
 
-    def document(self) -> dict[str, CardStatus]:
-        return {gpu_lease: CardStatus(who, list(self._queue[gpu_lease])) for gpu_lease, who in self._holder.items()}
+    def document(self) -> dict[str, GpuLeaseStatus]:
+        return {gpu_lease: GpuLeaseStatus(who, list(self._queue[gpu_lease])) for gpu_lease, who in self._holder.items()}

@@ -1,8 +1,8 @@
 """The hub's memory: which prompts are out, which groups are in, which batch holds what, which version is announced.
 
 Logic over SQLite in parts: `schema` (the file), `leases` (prompts out, groups in), `batches` (groups to training),
-`evals` (versions and engines); `GPU leases` lives in memory. Every decision is committed before anyone is told: a hub that
-is killed at any instant and opened again neither loses a group nor serves one in two batches.
+`evals` (versions and engines); `gpu_leases` lives in memory. Every decision is committed before anyone is told: a hub
+that is killed at any instant and opened again neither loses a group nor serves one in two batches.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from astracli.hub.leases import LeaseBook
 from astracli.hub.schema import Database
 from astracli.hub.types import (
     BadRequest,
-    CardReply,
     Counts,
     EngineReport,
     EngineState,
+    GpuLeaseReply,
     Holders,
     HubSettings,
     HubState,
@@ -240,7 +240,7 @@ class HubStore:
             wanted = self._gpu_leases.wanted(engine) and not pinned
             return Target(version, pinned, wanted, self._board.down(engine), self._stop)
 
-    def take_gpu_lease(self, gpu_lease: str, who: str) -> CardReply:
+    def take_gpu_lease(self, gpu_lease: str, who: str) -> GpuLeaseReply:
         """See `GpuLeases.take`."""
         with self._db.lock:
             before = self._gpu_leases.document()
@@ -248,7 +248,7 @@ class HubStore:
             moved = before != self._gpu_leases.document()
         if moved:
             self._changed()
-        return CardReply(held, self._stop)
+        return GpuLeaseReply(held, self._stop)
 
     def give_gpu_lease(self, gpu_lease: str, who: str) -> None:
         with self._changing():

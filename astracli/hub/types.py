@@ -103,14 +103,14 @@ class Target(_Answer):
     pinned: bool
     """An evaluation holds the engine at that version."""
     wanted: bool
-    """The engine takes turns on its GPU, someone waits for it, and no evaluation is pinned to it."""
+    """Someone waits for the engine's GPU lease, and no evaluation is pinned to it."""
     down: bool
     """The engine was lost, and has not been reported since."""
     stop: bool
 
 
 @dataclass(frozen=True)
-class CardReply(_Answer):
+class GpuLeaseReply(_Answer):
     held: bool
     stop: bool
 
@@ -164,7 +164,7 @@ class EvaluationStatus(_Answer):
 
 
 @dataclass(frozen=True)
-class CardStatus(_Answer):
+class GpuLeaseStatus(_Answer):
     holder: str | None
     waiting: list[str]
 
@@ -197,7 +197,7 @@ class HubState(_Answer):
     skipped_in_a_row: int
     engines: dict[str, EngineReport]
     evals: list[EvaluationStatus]
-    gpu_leases: dict[str, CardStatus]
+    gpu_leases: dict[str, GpuLeaseStatus]
     finished: bool
     stop: bool
 

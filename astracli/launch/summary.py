@@ -11,10 +11,9 @@ from astracli.config.recipe import Recipe
 from astracli.hub.types import EvaluationStatus, HubState
 from astracli.process.children import MemorySampler
 from astracli.report import bottleneck
-from astracli.runs.metrics import Record, mean, median, series, values, without_absent
+from astracli.runs.metrics import OVERALL, Record, mean, median, series, values, without_absent
 from astracli.runs.run_dir import paths
 
-OVERALL = "overall"
 UPDATE_PARTS = (
     "snapshot", "digest", "diff", "encode", "write", "transfer", "stage", "decode", "apply", "verify", "readback",
 )  # fmt: skip

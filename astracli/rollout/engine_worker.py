@@ -35,7 +35,7 @@ from typing import Any, Literal, Protocol
 from astracli.engines.client import UNPROVEN, EngineClient, flushes
 from astracli.errors import RunFailed
 from astracli.hub.client import AsyncHubClient
-from astracli.hub.types import CardReply, Target
+from astracli.hub.types import GpuLeaseReply, Target
 from astracli.rollout.idle import IdleWhile
 from astracli.rollout.request_gate import EngineLost, RequestGate
 
@@ -148,7 +148,7 @@ class EngineWorker(RequestGate):
         await self._hub.give_gpu_lease(self.name, self.name)
         held = False
         while not held:
-            reply: CardReply = await self._hub.take_gpu_lease(self.name, self.name, wait_s=TARGET_WAIT_S)
+            reply: GpuLeaseReply = await self._hub.take_gpu_lease(self.name, self.name, wait_s=TARGET_WAIT_S)
             if reply.stop:
                 return False
             held = reply.held

@@ -9,7 +9,6 @@ from typing import Literal
 from astracli.rewards.grading import notation, units
 from astracli.rewards.grading.answer_types import Words
 from astracli.rewards.grading.answers import read
-from astracli.rewards.grading.phrases import FORMULA, content_of
 from astracli.rewards.grading.tokens import FUNCTIONS, WORDS
 from astracli.rewards.grading.trees import Unreadable
 
@@ -53,7 +52,7 @@ BARE_LIMIT = 200
 
 
 @dataclass(frozen=True)
-class Found:
+class ExtractedAnswer:
     text: str
     """The answer as written; empty when nothing can be read."""
     place: Place
@@ -77,41 +76,41 @@ def undressed(text: str) -> str:
     return text if text.endswith("..") else text.rstrip(".。;；,，").strip()
 
 
-def unannounced(text: str) -> Found:
+def unannounced(text: str) -> ExtractedAnswer:
     """The last formula or the last number, whichever ends later; an expression in plain text behind `is` or `=`."""
     end = text[-300:]
     if ("not " in end or "n't " in end or "nable " in end or "failed " in end) and _GIVEN_UP.search(end):
-        return Found("", "none", "")
+        return ExtractedAnswer("", "none", "")
     if ratio := _RATIO.search(end):
-        return Found(f"{ratio[1]}:{ratio[2]}", "formula", text)
+        return ExtractedAnswer(f"{ratio[1]}:{ratio[2]}", "formula", text)
     formulas = [
         match
-        for match in FORMULA.finditer(text)
+        for match in notation.MATH.finditer(text)
         if not is_prose(match[0]) or "\\" in match[0] or len(match[0]) > len(text) - 4
     ]
     number = last_number(text)
     if formulas and (number is None or formulas[-1].end() >= number[1]):
         if _ranged(text[: formulas[-1].start()]):
-            return Found("", "formula", text)
-        return Found(content_of(formulas[-1]).strip(), "formula", text)
+            return ExtractedAnswer("", "formula", text)
+        return ExtractedAnswer(notation.content_of(formulas[-1]).strip(), "formula", text)
     circled = list(_CIRCLED.finditer(text))
     if circled and (number is None or circled[-1].end() > number[1]):
-        return Found(re.sub("[、,，和与及]", "", circled[-1][0]), "formula", text)
+        return ExtractedAnswer(re.sub("[、,，和与及]", "", circled[-1][0]), "formula", text)
     tail = "" if number and _alone(text, number) else _tail(text)
     if tail and not (number and tail == number[0]):
-        return Found(tail, "formula", text)
+        return ExtractedAnswer(tail, "formula", text)
     if number is None:
-        return Found("", "none", text)
+        return ExtractedAnswer("", "none", text)
     if _ranged(text[: number[2]]):
-        return Found("", "number", "")
+        return ExtractedAnswer("", "number", "")
     pair = _PAIR.search(text)
     if pair:
-        return Found("" if _RANGE.search(text[: pair.start() + 1]) or pair[1] else pair[2], "formula", text)
+        return ExtractedAnswer("" if _RANGE.search(text[: pair.start() + 1]) or pair[1] else pair[2], "formula", text)
     fraction = _PLAIN_FRACTION.search(text[: number[1]])
     if fraction and _BARE_AFTER.match(text, number[1]):
-        return Found(fraction[0].replace("−", "-"), "formula", text)
+        return ExtractedAnswer(fraction[0].replace("−", "-"), "formula", text)
     unit = _UNIT.match(text, number[1])
-    return Found(number[0] + (f" {unit[1]}" if unit and units.measure(unit[1]) else ""), "number", text)
+    return ExtractedAnswer(number[0] + (f" {unit[1]}" if unit and units.measure(unit[1]) else ""), "number", text)
 
 
 def _alone(text: str, number: tuple[str, int, int]) -> bool:

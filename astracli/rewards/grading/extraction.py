@@ -5,18 +5,18 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+from astracli.rewards.grading import notation
 from astracli.rewards.grading.boxes import BOX, boxed
 from astracli.rewards.grading.endings import (
     BARE_LIMIT,
     BULLET,
     LETTER,
-    Found,
+    ExtractedAnswer,
     is_prose,
     last_number,
     unannounced,
     undressed,
 )
-from astracli.rewards.grading.phrases import FORMULA
 
 Extraction = Literal["boxed_or_last_number", "boxed"]
 _NAMES = r"(?:seed:)?(?:think|thinking|thought|thoughts|reasoning|scratchpad|reflection)"
@@ -78,31 +78,35 @@ def read_answer(text: str, extraction: Extraction) -> tuple[str | None, bool]:
     return (number[0] if number else None), False
 
 
-def find(text: str, extraction: Extraction) -> Found:
+def find(text: str, extraction: Extraction) -> ExtractedAnswer:
     """The final answer of a completion."""
     text = without_thinking(text)
     if "<|" in text:
         text = _TOKEN.sub(" ", text)
     box = boxed(text)
     if extraction == "boxed":
-        return Found(box or "", "box" if box is not None else "none")
+        return ExtractedAnswer(box or "", "box" if box is not None else "none")
     tags = list(_TAG.finditer(text))
     if tags and (box is None or BOX.search(text, tags[-1].end()) is None):
         inner = tags[-1][2].strip()
         in_tag = boxed(inner)
-        return Found(in_tag, "box") if in_tag is not None else Found(_said(inner) or undressed(inner), "tag", inner)
+        return (
+            ExtractedAnswer(in_tag, "box")
+            if in_tag is not None
+            else ExtractedAnswer(_said(inner) or undressed(inner), "tag", inner)
+        )
     if box is not None:
         said = announced(text, extraction)
         if said is None:
-            return Found(box, "box")
+            return ExtractedAnswer(box, "box")
         content = _FINAL.search(said)
-        return Found(_said_content(content[1]) if content else "", "said", said)
+        return ExtractedAnswer(_said_content(content[1]) if content else "", "said", said)
     whole = bare(text)
     if whole is not None:
-        return Found(whole, "whole", text)
+        return ExtractedAnswer(whole, "whole", text)
     said_answer = _said(text)
     if said_answer:
-        return Found(said_answer, "said", text)
+        return ExtractedAnswer(said_answer, "said", text)
     return unannounced(text)
 
 
@@ -160,7 +164,7 @@ def _said(text: str) -> str:
     rest = BULLET.sub("", rest)
     if option := re.match(r"[(（]?([A-J])[)）]?\s*(?:选项|项)", rest):
         return option[1]
-    math = FORMULA.match(rest)
+    math = notation.MATH.match(rest)
     if math and not re.match(r"\s*(?:or|and|或|和|,|，|\\?%|to\b)", rest[math.end() :]):
         return undressed(math[0])
     stop = _STOP.search(rest)

@@ -11,6 +11,8 @@ from fractions import Fraction
 from astracli.rewards.grading import units
 from astracli.rewards.grading.characters import as_latex, chinese_number
 
+MATH = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+"""A formula in prose, between its delimiters."""
 _SIZES = re.compile(
     r"\\(?:left|right|bigl|bigr|Bigl|Bigr|biggl|biggr|Biggl|Biggr|big|Big|bigg|Bigg|middle)(?![A-Za-z])\s*\.?"
 )
@@ -63,6 +65,11 @@ _BAR = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar)\s*(?:\{(\d+)\}|(\d)
 _DOT = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?")
 _BRACKET = re.compile(r"(?<![\d.])(\d*)\.(\d*)\((\d+)\)")
 _ENDLESS = re.compile(r"(?<![\d.])(\d*)\.(\d+)\s*(?:\\ldots|\.\.\.)")
+
+
+def content_of(formula: re.Match[str]) -> str:
+    """What stands between the delimiters of a `MATH`."""
+    return str(formula[formula.lastindex or 0])
 
 
 def plain(text: str) -> str:

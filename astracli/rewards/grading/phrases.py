@@ -19,15 +19,8 @@ INFINITE = re.compile(
 _SYNONYMS = {"dne": "does not exist", "doesn't exist": "does not exist", "not exist": "does not exist"}
 _OPPOSITES = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 EXCEPT = re.compile(r"\s*(?:except|other than|excluding|but not|but)\s+(?:for\s+)?")
-FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-"""A formula in prose, between its delimiters."""
 OPENING = "([{"
 CLOSING = ")]}"
-
-
-def content_of(formula: re.Match[str]) -> str:
-    """What stands between the delimiters of a `FORMULA`."""
-    return str(formula[formula.lastindex or 0])
 
 
 def split(text: str, separator: str) -> list[str]:

@@ -10,7 +10,7 @@ from functools import lru_cache
 from astracli.rewards.grading import notation, values
 from astracli.rewards.grading.answer_types import Answer, Assigned, Several, Value
 from astracli.rewards.grading.expressions import parse
-from astracli.rewards.grading.phrases import FORMULA, content_of, split
+from astracli.rewards.grading.phrases import split
 from astracli.rewards.grading.trees import Node, Unreadable, canonical, unknowns, walk
 
 _PERCENT = re.compile(
@@ -143,12 +143,12 @@ def _expressions(problem: str) -> tuple[Node, ...]:
 
 
 def _formulas(problem: str) -> Iterator[str]:
-    for match in FORMULA.finditer(problem):
-        yield content_of(match)
-    prose = FORMULA.sub(" ", problem)
+    for match in notation.MATH.finditer(problem):
+        yield notation.content_of(match)
+    prose = notation.MATH.sub(" ", problem)
     for match in _ARITHMETIC.finditer(prose):
         yield match[0]
-    if len(problem) <= 200 and not FORMULA.search(problem):
+    if len(problem) <= 200 and not notation.MATH.search(problem):
         yield from re.findall(
             r"(?:of|evaluate|compute|simplify|expand|factor|calculate|find|is)\s+([^?.]+)", problem, re.IGNORECASE
         )

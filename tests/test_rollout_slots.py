@@ -55,7 +55,7 @@ def test_refilling_stays_within_admission(tmp_path: Path) -> None:
     seen: list[int] = []
 
     async def scenario() -> None:
-        while (counts := world.store.counts())["waiting"] < 4:
+        while (counts := world.store.counts()).waiting < 4:
             seen.append(counts.in_flight + counts.waiting)
             world.engine.ticks = len(seen)
             await asyncio.sleep(0.005)

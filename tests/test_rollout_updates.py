@@ -74,7 +74,7 @@ def test_a_failed_update_is_repeated_in_full_and_serves_nothing_in_between(world
         await until(lambda: world.engine.running)
         world.store.announce(1, 1)
         await world.batch(0)
-        await until(lambda: world.store.state().engines["engine0"]["version"] == 1)
+        await until(lambda: world.store.state().engines["engine0"].version == 1)
 
     asyncio.run(world.play(scenario))
     assert world.fetcher.asked == [(1, 0), (1, None)]
@@ -218,9 +218,9 @@ def test_no_evaluation_begins_before_the_weights_are_read_back(tmp_path: Path, m
         assert "to hold version 1" in world.store.eval_next().wait
         assert world.fetcher.asked == [(1, 0)]
         go_on.set()
-        await until(lambda: "step" in world.store.eval_next())
+        await until(lambda: world.store.eval_next().evaluation)
         assert world.fetcher.asked == [(1, 0), (1, None)], "in full, and proven, before it began"
-        assert world.store.eval_next()["version"] == 1
+        assert world.store.eval_next().evaluation.version == 1
         world.store.eval_done(1, 1, {})
 
     asyncio.run(world.play(scenario))

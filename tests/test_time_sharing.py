@@ -114,7 +114,7 @@ def test_the_engine_gives_its_memory_back_with_nothing_running_and_goes_on_after
             request = GenRequest([5, 6], 400, stop_token_ids=(1,), seed=9)
             work = asyncio.create_task(worker.generate([request]))
             await asyncio.sleep(0.2)
-            while not (await asyncio.to_thread(store.take_gpu_lease, "engine0", "trainer"))["held"]:
+            while not (await asyncio.to_thread(store.take_gpu_lease, "engine0", "trainer")).held:
                 await asyncio.sleep(0.02)
             (part,) = await work
             assert engine.released == ["kv_cache", "weights"] and engine.running == 0 and not worker.open.is_set()
@@ -168,7 +168,7 @@ def test_lending_before_the_first_version_names_no_step(tmp_path: Path) -> None:
             engine.version = -1
             following = asyncio.create_task(worker.follow())
             for version in range(2):
-                while not (await asyncio.to_thread(store.take_gpu_lease, "engine0", "trainer"))["held"]:
+                while not (await asyncio.to_thread(store.take_gpu_lease, "engine0", "trainer")).held:
                     await asyncio.sleep(0.02)
                 store.announce(version, version)
                 store.give_gpu_lease("engine0", "trainer")

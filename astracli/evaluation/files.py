@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,8 @@ def update_csv(path: Path, when: Evaluation, results: Sequence[Result]) -> None:
         scores.append((metrics.OVERALL, passk.overall([score for _, score in scores])))
     for name, score in scores:
         numbers = {k: f"{v:.6f}" if isinstance(v, float) else v for k, v in score_figures(score).items()}
-        rows.append({**asdict(when), "benchmark": name, **numbers})
+        of = {"step": when.step, "version": when.version, "due_step": when.due_step}
+        rows.append({**of, "benchmark": name, **numbers})
     _write_rows(path, rows)
 
 

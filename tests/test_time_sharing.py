@@ -54,7 +54,7 @@ def test_a_gpu_lease_has_one_holder_and_the_others_wait_in_order() -> None:
     assert not book.take("engine0", "engine0"), "who gave it stands behind those who wait"
     assert book.take("engine0", "trainer")
     book.forget("trainer")
-    assert book.document() == {"engine0": {"holder": None, "waiting": ["engine0"]}}, "a dead holder frees it"
+    assert book.document() == {"engine0": GpuLeaseStatus(None, ["engine0"])}, "a dead holder frees it"
     assert book.take("engine0", "engine0")
     with pytest.raises(ValueError, match="no GPU lease `gpu7`"):
         book.take("gpu7", "trainer")

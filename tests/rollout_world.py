@@ -47,7 +47,7 @@ class Tokenizer:
 class Grader:
     """Right for every even sample of a group."""
 
-    async def agrade_group(self, items: Sequence[GradeItem]) -> list[Grade]:
+    async def agrade(self, items: Sequence[GradeItem]) -> list[Grade]:
         return [Grade(float(i % 2 == 0), "right" if i % 2 == 0 else "wrong") for i in range(len(items))]
 
 
@@ -122,9 +122,9 @@ class World:
                 tasks.create_task(act())
 
     async def batch(self, step: int) -> list[Group]:
-        while "groups" not in (reply := self.store.batch(step)):
+        while (reply := self.store.batch(step)).batch is None:
             await asyncio.sleep(0.01)
-        return [unpack_group(blob) for blob in reply["groups"]]
+        return [unpack_group(blob) for blob in reply.batch.groups]
 
 
 @pytest.fixture

@@ -294,7 +294,7 @@ ONCE = """if not config.start:
         reporter.progress(step=0)
         time.sleep(1.2)
         raise RuntimeError("CUDA error: unspecified launch failure")
-    assert (config.resume_step, config.start, hub.state()["latest_version"]) == (0, 1, None)
+    assert (config.resume_step, config.start, hub.state().latest_version) == (0, 1, None)
     """
 
 

@@ -28,6 +28,7 @@ from astracli.config.recipe import Recipe
 from astracli.engines.client import EngineClient, GenRequest
 from astracli.hub.client import AsyncHubClient, HubClient
 from astracli.hub.gpu_leases import GpuLeases
+from astracli.hub.types import GpuLeaseReply, GpuLeaseStatus, Target
 from astracli.launch import summary
 from astracli.models import registry
 from astracli.plan import build as plan
@@ -54,7 +55,7 @@ def test_a_gpu_lease_has_one_holder_and_the_others_wait_in_order() -> None:
     assert not book.take("engine0", "engine0"), "who gave it stands behind those who wait"
     assert book.take("engine0", "trainer")
     book.forget("trainer")
-    assert book.document() == {"engine0": {"holder": None, "waiting": ["engine0"]}}, "a dead holder frees it"
+    assert book.document() == {"engine0": GpuLeaseStatus(None, ["engine0"])}, "a dead holder frees it"
     assert book.take("engine0", "engine0")
     with pytest.raises(ValueError, match="no GPU lease `gpu7`"):
         book.take("gpu7", "trainer")
@@ -65,19 +66,19 @@ def test_the_hub_wakes_whoever_waits_for_a_gpu_lease(tmp_path: Path) -> None:
     server = Server(store, tmp_path)
     try:
         with HubClient(server.url, TOKEN) as hub:
-            assert hub.target("engine0")["wanted"] is False
+            assert hub.target("engine0").wanted is False
             asked: list[Any] = []
             ask = lambda: asked.append(hub.take_gpu_lease("engine0", "trainer", wait_s=10.0))  # noqa: E731
             waiter = threading.Thread(target=ask, daemon=True)
             waiter.start()
             begun = time.monotonic()
-            assert hub.target("engine0", wait_s=10.0)["wanted"] is True
+            assert hub.target("engine0", wait_s=10.0).wanted is True
             hub.give_gpu_lease("engine0", "engine0")
             waiter.join(timeout=10.0)
-            assert asked == [{"held": True, "stop": False}] and time.monotonic() - begun < 5.0
+            assert asked == [GpuLeaseReply(True, False)] and time.monotonic() - begun < 5.0
             store.release_worker("trainer")
-            assert hub.take_gpu_lease("engine0", "engine0")["held"], "the trainer died"
-            assert hub.state()["gpu_leases"] == {"engine0": {"holder": "engine0", "waiting": []}}
+            assert hub.take_gpu_lease("engine0", "engine0").held, "the trainer died"
+            assert hub.state().gpu_leases == {"engine0": GpuLeaseStatus("engine0", [])}
     finally:
         server.thread.stop()
 
@@ -86,9 +87,9 @@ def test_an_engine_does_not_leave_while_an_evaluation_is_pinned_to_it(tmp_path: 
     store = open_store(tmp_path, gpu_leases=["engine0"], eval_every=1)
     store.announce(0, 0)
     store.take_gpu_lease("engine0", "trainer")
-    assert store.target("engine0") == {"version": 0, "pinned": True, "wanted": False, "stop": False}
+    assert store.target("engine0") == Target(0, True, False, False, False)
     store.eval_done(0, 0, {})
-    assert store.target("engine0")["wanted"] is True
+    assert store.target("engine0").wanted is True
 
 
 @pytest.mark.parametrize("update_session", [False, True])
@@ -114,7 +115,7 @@ def test_the_engine_gives_its_memory_back_with_nothing_running_and_goes_on_after
             request = GenRequest([5, 6], 400, stop_token_ids=(1,), seed=9)
             work = asyncio.create_task(worker.generate([request]))
             await asyncio.sleep(0.2)
-            while not (await asyncio.to_thread(store.take_gpu_lease, "engine0", "trainer"))["held"]:
+            while not (await asyncio.to_thread(store.take_gpu_lease, "engine0", "trainer")).held:
                 await asyncio.sleep(0.02)
             (part,) = await work
             assert engine.released == ["kv_cache", "weights"] and engine.running == 0 and not worker.open.is_set()
@@ -168,7 +169,7 @@ def test_lending_before_the_first_version_names_no_step(tmp_path: Path) -> None:
             engine.version = -1
             following = asyncio.create_task(worker.follow())
             for version in range(2):
-                while not (await asyncio.to_thread(store.take_gpu_lease, "engine0", "trainer"))["held"]:
+                while not (await asyncio.to_thread(store.take_gpu_lease, "engine0", "trainer")).held:
                     await asyncio.sleep(0.02)
                 store.announce(version, version)
                 store.give_gpu_lease("engine0", "trainer")
@@ -204,10 +205,10 @@ class Engine:
     def _run(self) -> None:
         store = self._job.store
         while not self._over.is_set():
-            if store.target("engine0").get("wanted"):
+            if store.target("engine0").wanted:
                 assert all(held(loop) == 0 for loop in self._loops), "the trainer asks before it comes back"
                 store.give_gpu_lease("engine0", "engine0")
-                while not store.take_gpu_lease("engine0", "engine0")["held"] and not self._over.is_set():
+                while not store.take_gpu_lease("engine0", "engine0").held and not self._over.is_set():
                     time.sleep(0.005)
                 self.time_sharing.append(sum(held(loop) for loop in self._loops))
             time.sleep(0.005)
@@ -292,7 +293,7 @@ def test_two_ranks_share_the_first_ones_gpu_with_an_engine(tmp_path: Path, model
     try:
         for version in range(STEPS):
             deadline = time.monotonic() + 60
-            while job.store.target("engine0")["version"] != version and all(r.poll() is None for r in ranks):
+            while job.store.target("engine0").version != version and all(r.poll() is None for r in ranks):
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
             job.roll(version)

@@ -153,7 +153,7 @@ class Job:
             phases=self.phases,
             evaluations_s=evaluations_s,
             records=metrics.read(context.run_dir.metrics_jsonl),
-            store=store.state(),
+            hub=store.state(),
             memory=launcher.memory(),
             restarts={name: status.restarts for name, status in supervisor.status.items()},
             resumes=[resume.document() for resume in supervisor.resumes.taken] if supervisor.resumes else [],

@@ -35,6 +35,7 @@ from typing import Any, Literal, Protocol
 from astracli.engines.client import UNPROVEN, EngineClient, flushes
 from astracli.errors import RunFailed
 from astracli.hub.client import AsyncHubClient
+from astracli.hub.types import GpuLeaseReply, Target
 from astracli.rollout.request_gate import EngineLost, RequestGate
 from astracli.rollout.slot_use import IdleWhile
 
@@ -114,23 +115,23 @@ class EngineWorker(RequestGate):
                 if not self._attached:
                     await self._attach()
                 ready_to_serve, told = self._serving and not self.open.is_set(), self.open.is_set()
-                reply = await self._hub.target(
+                reply: Target = await self._hub.target(
                     self.name,
                     have=self.version if self.open.is_set() else None,
                     pinned=self._held,
                     wait_s=0.0 if ready_to_serve else TARGET_WAIT_S,
                 )
-                if reply["stop"]:
+                if reply.stop:
                     return
-                self._held = reply["pinned"]
+                self._held = reply.pinned
                 self._held_idle.note(self._held, self.use.seconds().idle)
-                if told and reply.get("down"):
+                if told and reply.down:
                     self._attached = False  # the supervisor saw it end: with nothing under way, nothing failed here
-                elif self.time_sharing and self._attached and reply.get("wanted"):
+                elif self.time_sharing and self._attached and reply.wanted:
                     if not await self._lend_gpu():
                         return
                 elif self._attached:
-                    await self._approach(reply["version"])
+                    await self._approach(reply.version)
             except EngineLost as error:
                 self._lose(error)
 
@@ -147,10 +148,10 @@ class EngineWorker(RequestGate):
         await self._hub.give_gpu_lease(self.name, self.name)
         held = False
         while not held:
-            reply = await self._hub.take_gpu_lease(self.name, self.name, wait_s=TARGET_WAIT_S)
-            if reply["stop"]:
+            reply: GpuLeaseReply = await self._hub.take_gpu_lease(self.name, self.name, wait_s=TARGET_WAIT_S)
+            if reply.stop:
                 return False
-            held = reply["held"]
+            held = reply.held
         back = time.monotonic()
         await self._call(self._engine.resume_memory(RELEASED_TAGS))
         await self._call(self._engine.resume())

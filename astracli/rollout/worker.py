@@ -26,6 +26,7 @@ from astracli.data.prompts import Problem, PromptSource, stop_token_ids
 from astracli.engines.client import EngineClient
 from astracli.errors import RunFailed
 from astracli.hub.client import AsyncHubClient
+from astracli.hub.types import Leases
 from astracli.models.adapter import chat_prompt_tokens, load_tokenizer
 from astracli.process.config import RolloutConfig
 from astracli.process.worker import Reporter, worker_main
@@ -45,7 +46,7 @@ UNFIT_PROMPTS = 10_000
 class GroupGrader(Protocol):
     """The part of `rl.reward.GradePool` that this worker needs."""
 
-    async def agrade_group(self, items: Sequence[GradeItem]) -> list[Grade]: ...
+    async def agrade(self, items: Sequence[GradeItem]) -> list[Grade]: ...
 
 
 class Rollout:
@@ -121,12 +122,12 @@ class Rollout:
                 await worker.changed.wait()
                 continue
             wait_s = LEASE_WAIT_S if self._waits.get(worker.name) else 0.0
-            reply = await self.hub.lease(self.config.name, wanted, engine=worker.name, wait_s=wait_s)
-            self._waits[worker.name] = None if reply["leases"] else reply["wait"]
-            if reply["stop"]:
+            reply: Leases = await self.hub.lease(self.config.name, wanted, engine=worker.name, wait_s=wait_s)
+            self._waits[worker.name] = None if reply.leases else reply.wait
+            if reply.stop:
                 self._over.set()
                 return
-            leases = {lease["lease_id"]: lease["prompt_index"] for lease in reply["leases"]}
+            leases = {lease.lease_id: lease.prompt_index for lease in reply.leases}
             self._held |= leases.keys()
             worker.use.change(outstanding=len(leases) * self._group_size)
             together = [leases] if self.config.recipe.launch.deterministic else [{i: n} for i, n in leases.items()]
@@ -214,7 +215,7 @@ class Rollout:
             GradeItem(problem.question, problem.answer, text, draft.tokens)
             for text, draft in zip(texts, drafts, strict=True)
         ]
-        grades = await self.grader.agrade_group(items)
+        grades = await self.grader.agrade(items)
         samples = [
             Sample(
                 index=draft.index,

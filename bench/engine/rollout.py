@@ -35,8 +35,10 @@ from astracli.config.recipe import Recipe
 from astracli.data import arithmetic, fetch
 from astracli.doctor import gather
 from astracli.engines.client import EngineClient, GenRequest
-from astracli.hub.api import build_app, serve
+from astracli.hub.api import build_app
+from astracli.hub.server import ServerThread
 from astracli.hub.store import HubStore
+from astracli.hub.types import HubSettings
 from astracli.machine import facts as machine
 from astracli.models import registry
 from astracli.models.adapter import chat_prompt_tokens
@@ -74,15 +76,16 @@ def settings(args: argparse.Namespace, total_gib: float | None) -> list[str]:
 @contextmanager
 def hub(folder: Path) -> Iterator[tuple[HubStore, str]]:
     """A hub that always grants: admission never says no."""
-    store = HubStore(
-        folder / "hub.sqlite", batch_groups=MANY, max_staleness=0, drop_equal_groups=False, lease_timeout_s=600.0,
-        steps=MANY, eval_every=0, engines=["engine0"],
+    settings = HubSettings(
+        batch_groups=MANY, max_staleness=0, drop_equal_groups=False, lease_timeout_s=600.0, steps=MANY, eval_every=0,
+        engines=("engine0",),
     )  # fmt: skip
+    store = HubStore(folder / "hub.sqlite", settings)
     (folder / "weights").mkdir()
     app = build_app(
         store, TOKEN, weights_app=weights_app(folder / "weights"), metrics_path=None, on_status=lambda _: None
     )
-    server = serve(app, ports.bind("127.0.0.1")).start()
+    server = ServerThread(app, ports.bind("127.0.0.1")).start()
     try:
         yield store, server.url
     finally:

@@ -59,7 +59,7 @@ import httpx
 from starlette.applications import Starlette
 
 from astracli.engines.client import NO_TENSORS, EngineClient
-from astracli.hub.api import serve
+from astracli.hub.server import ServerThread
 from astracli.process import ports
 from astracli.weights.publish.server import weights_routes
 from astracli.weights.receive.subscriber import Subscriber
@@ -91,7 +91,7 @@ async def drive(args: argparse.Namespace, folder: Path, record: Record) -> None:
         trainer = Trainer(args, model, adapter, folder / "weights", **sent)
         check = model.to(args.device) if args.parity else None
         del model
-        files = serve(Starlette(routes=weights_routes(folder / "weights")), ports.bind("127.0.0.1")).start()
+        files = ServerThread(Starlette(routes=weights_routes(folder / "weights")), ports.bind("127.0.0.1")).start()
         subscriber = Subscriber(files.url, TOKEN, stage, directory)
         published = trainer.publish(0)
         record.note(version_0_publish=published)

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     kind = read_config(args.dir)["model_type"]
-    adapter = next(a for item in registry.installed() if (a := item.adapter) and kind in a.model_types)
+    adapter = next(a for item in registry.installed() if (a := item.plugin) and kind in a.model_types)
     model = adapter.load_for_training(args.dir, attention="sdpa")
     for name, parameter in model.named_parameters():  # one by one: two models would not fit
         wide = any(part in name for part in adapter.keep_fp32)

@@ -67,7 +67,7 @@ def model_directory(args: argparse.Namespace, folder: Path) -> tuple[Path, Calla
 
 def adapter_of(directory: Path) -> Any:
     kind = read_config(directory)["model_type"]
-    return next(a for item in registry.installed() if (a := item.adapter) and kind in a.model_types)
+    return next(a for item in registry.installed() if (a := item.plugin) and kind in a.model_types)
 
 
 class Server:

@@ -36,7 +36,7 @@ ENGINE_TIMEOUT_S = 20.0
 def gather(recipe: Recipe | None = None, runs: Path = RUNS) -> dict[str, Any]:
     """`machine.probe`, and with a recipe what it needs here. Well under two seconds, unless nvidia-smi is slow."""
     facts = machine.probe()
-    families = sorted({name for found in registry.installed() if found.adapter for name in found.adapter.model_types})
+    families = sorted({name for found in registry.installed() if found.plugin for name in found.plugin.model_types})
     for name, folder in machine.MODEL_FILES.items():
         package = facts["packages"][name]
         package["models"] = machine_read.model_files(package["module"], folder, families)

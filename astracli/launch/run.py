@@ -190,7 +190,7 @@ def _config_if_here(recipe: Recipe) -> Mapping[str, Any] | None:
     path, revision = recipe.model.path, recipe.model.revision
     if fetch.local_path(path, made_by=recipe.model.made_by) is not None:
         return fetch.fetch_config(path, revision)
-    known = any(item.adapter and path in item.adapter.known_configs for item in registry.installed())
+    known = any(item.plugin and path in item.plugin.known_configs for item in registry.installed())
     cached = fetch.cached_config(path, revision)
     return cached if cached is not None or known else fetch.fetch_config(path, revision)
 

@@ -29,7 +29,8 @@ from typing import Any
 
 from meter import MemoryWatch
 
-from astracli.plan.memory import MemoryRow, on_gpu
+from astracli.machine.memory import MemoryRow
+from astracli.plan.memory import on_gpu
 
 HERE = Path(__file__).parent
 LAYOUTS = ("1+1", "shared", "1+2")

@@ -52,7 +52,7 @@ def train(model: str, attention: str, args: argparse.Namespace, run: Path) -> li
     if args.device == "cuda":
         one = {"device": "cuda", "rollout_gpus": 1, "train_gpus": 1, "share_gpus": "true"}
         settings |= {f"resources.{key}": value for key, value in one.items()}
-        settings |= {"rollout.mem_fraction_static": 0.2, "rollout.attention_backend": attention}
+        settings |= {"rollout.sglang.mem_fraction_static": 0.2, "rollout.sglang.attention_backend": attention}
         if args.engine_path:
             settings["resources.engine.env.PYTHONPATH"] = args.engine_path
     command = [sys.executable, "-m", "astracli", "train", "--recipe", "qwen3.5-tiny-m2po-delta", "--run-dir", str(run)]

@@ -74,8 +74,8 @@ def train(model: str, run: Path, args: argparse.Namespace) -> None:
             "resources.rollout_gpus": 1,
             "resources.train_gpus": 1,
             "resources.share_gpus": "true",
-            "rollout.mem_fraction_static": 0.1,
-            "rollout.attention_backend": "triton",
+            "rollout.sglang.mem_fraction_static": 0.1,
+            "rollout.sglang.attention_backend": "triton",
         }
         if args.engine_path:
             settings["resources.engine.env.PYTHONPATH"] = args.engine_path

@@ -67,9 +67,9 @@ def settings(args: argparse.Namespace, total_gib: float | None) -> list[str]:
         if args.engine_path:
             found["resources.engine.env.PYTHONPATH"] = args.engine_path
         if args.attention:
-            found["rollout.attention_backend"] = args.attention
+            found["rollout.sglang.attention_backend"] = args.attention
         share = (args.memory_gib or total_gib or 0) / (total_gib or 1)
-        found["rollout.mem_fraction_static"] = round(0.8 * min(1.0, share), 4)
+        found["rollout.sglang.mem_fraction_static"] = round(0.8 * min(1.0, share), 4)
     return [f"{key}={value}" for key, value in found.items()]
 
 
@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory-gib", type=float, help="of a smaller card")
-    parser.add_argument("--attention", help="rollout.attention_backend")
+    parser.add_argument("--attention", help="rollout.sglang.attention_backend")
     parser.add_argument("--engine-path", help="PYTHONPATH of the environment that holds SGLang")
     parser.add_argument("--only-ours", action="store_true", help="without the raw requests: for memory, not speed")
     parser.add_argument("--json", action="store_true")

@@ -37,12 +37,13 @@ from typing import Any
 import torch
 from train_case import VARIANTS, build, groups, join, recipe, settle, shape_config
 
+from astracli.machine.memory import CUDA_CONTEXT
 from astracli.models import registry
 from astracli.models.adapter import MemoryShape
 from astracli.plan import cost as plan_speed
 from astracli.plan import placement as plan_place
 from astracli.plan import trainer as plan_trainer
-from astracli.plan.memory import CUDA_CONTEXT, HOLES
+from astracli.plan.memory import HOLES
 from astracli.rl.types import Group
 from astracli.training.layout import Split
 from astracli.training.step import Trainer

@@ -10,8 +10,8 @@ from machines import facts, package
 
 from astracli.adapters import llama, qwen3_5
 from astracli.backends import choice as backend
-from astracli.backends import serving as backend_serving
 from astracli.config.recipe import Recipe
+from astracli.engines.sglang import attention
 from astracli.errors import UserError
 from astracli.machine import documents as machine_facts
 from astracli.machine import facts as machine
@@ -122,7 +122,7 @@ def test_fa3_needs_its_kernels(kernel: Any, flashinfer: str | None, expected: st
     assert why is None or why in reason
     if expected != "fa3":
         with pytest.raises(UserError, match=r"attention_backend = fa3: .*sglang-kernel") as error:
-            backend.choose(HYBRID, document, recipe(rollout={"attention_backend": "fa3"}))
+            backend.choose(HYBRID, document, recipe(rollout={"sglang": {"attention_backend": "fa3"}}))
         assert "`triton`" in str(error.value.hint)
     own = recipe(resources={"engine": {"python": "/envs/sglang/bin/python"}})
     assert backend.choose(DENSE, document, own).serving_attention == "fa3", (
@@ -163,11 +163,11 @@ def test_every_decision_on_recorded_machines(name: str, capability: str, hybrid:
         assert choice.reasons[-1].choice == " ".join(f"{name}={value}" for name, value in choice.env.items())
         assert len(choice.reasons) == 9 and all(row.reason and "\n" not in row.reason for row in choice.reasons)
         if capability != "none":
-            lowest = backend_serving.lowest_capability(document) or (0, 0)
-            allowed, refused = backend_serving.serving_options(adapter, lowest)
+            lowest = machine.lowest_capability(document) or (0, 0)
+            allowed, refused = attention.serving_options(adapter, lowest)
             assert "triton" in allowed, "triton serves everywhere"
             assert set(refused) == ({"fa3"} if adapter is HYBRID and capability in ("8.6", "8.9") else set())
-            assert backend.choose(adapter, document, recipe(rollout={"attention_backend": "triton"}))
+            assert backend.choose(adapter, document, recipe(rollout={"sglang": {"attention_backend": "triton"}}))
 
 
 @pytest.mark.parametrize("ffi", ["0.1.9", "0.1.15", None])
@@ -195,20 +195,20 @@ def test_tilelang_loads_with_few_tvm_ffi_only(ffi: str | None) -> None:
     ],
 )
 def test_fa3_is_refused_on_8_6_and_8_9_for_hybrids_only(capability: str, reason: str) -> None:
-    asked = recipe(rollout={"attention_backend": "fa3"})
+    asked = recipe(rollout={"sglang": {"attention_backend": "fa3"}})
     with pytest.raises(UserError) as error:
         backend.choose(HYBRID, facts(capability, 2), asked)
     assert error.value.exit_code == 2
     where = f"`qwen3_5` on compute capability {capability}"
-    assert error.value.message == f"rollout.attention_backend = fa3 is refused for {where}: {reason}"
+    assert error.value.message == f"rollout.sglang.attention_backend = fa3 is refused for {where}: {reason}"
     ways = "`flashinfer`, `triton`, `torch_native`"
-    assert error.value.hint == f"set rollout.attention_backend to `auto`, or to one of {ways}"
+    assert error.value.hint == f"set rollout.sglang.attention_backend to `auto`, or to one of {ways}"
     assert backend.choose(DENSE, facts(capability, 2), asked).serving_attention == "fa3"
 
 
 def test_fa3_serves_a_hybrid_on_hopper_only_where_a_recipe_asks_for_it() -> None:
     """Nothing is known against it, and nothing for it: `auto` takes flashinfer and says why."""
-    asked = recipe(rollout={"attention_backend": "fa3"})
+    asked = recipe(rollout={"sglang": {"attention_backend": "fa3"}})
     assert backend.choose(HYBRID, facts("9.0", 2), asked).serving_attention == "fa3"
     choice = backend.choose(HYBRID, facts("9.0", 2), recipe())
     (reason,) = [row.reason for row in choice.reasons if row.what == "serving attention"]
@@ -262,22 +262,22 @@ def test_sglang_serves_on_a_cpu_where_it_is_asked_for() -> None:
     assert (choice.device, choice.engine, choice.serving_attention) == ("cpu", "sglang", "torch_native")
     assert choice.env["SGLANG_USE_CPU_ENGINE"] == "1" and choice.env["SGLANG_RETURN_ORIGINAL_LOGPROB"] == "0"
     assert choice.env["CUDA_VISIBLE_DEVICES"] == "" and "bf16" in choice.reasons[1].reason
-    amx = recipe(rollout={"engine": "sglang", "attention_backend": "intel_amx"}, **CPU)
+    amx = recipe(rollout={"engine": "sglang", "sglang": {"attention_backend": "intel_amx"}}, **CPU)
     assert backend.choose(HYBRID, facts(), amx).serving_attention == "intel_amx"
     assert "SGLANG_USE_CPU_ENGINE" not in backend.choose(HYBRID, facts("9.0", 8), recipe()).env
 
 
 def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(UserError, match="sglang on a CPU takes auto, torch_native, intel_amx"):
-        backend.choose(HYBRID, facts(), recipe(rollout={"engine": "sglang", "attention_backend": "flashinfer"}, **CPU))
+        backend.choose(
+            HYBRID, facts(), recipe(rollout={"engine": "sglang", "sglang": {"attention_backend": "flashinfer"}}, **CPU)
+        )
     with pytest.raises(UserError, match="are both 0"):
         backend.choose(HYBRID, facts("9.0", 8), recipe(resources={"rollout_gpus": 0, "train_gpus": 0}))
     with pytest.raises(UserError, match=r"flashinffer: sglang takes .*did you mean `flashinfer`"):
-        backend.choose(HYBRID, facts("8.9", 2), recipe(rollout={"attention_backend": "flashinffer"}))
+        backend.choose(HYBRID, facts("8.9", 2), recipe(rollout={"sglang": {"attention_backend": "flashinffer"}}))
     with pytest.raises(UserError, match="flash_attention_2 does not run on a CPU"):
         backend.choose(HYBRID, facts(), recipe(train={"attention": "flash_attention_2"}, **CPU))
-    with pytest.raises(UserError, match="the embedded engine takes auto, sdpa, eager"):
-        backend.choose(HYBRID, facts(), recipe(rollout={"attention_backend": "fa3"}, **CPU))
 
 
 def test_flash_attention_needs_more_than_a_namespace_folder() -> None:

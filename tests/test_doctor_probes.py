@@ -178,9 +178,9 @@ def test_an_engine_that_disagrees_is_found(monkeypatch: pytest.MonkeyPatch) -> N
             model.model.norm.weight += 0.1
         return model
 
-    assert measures.parity("qwen3_5")[0]["status"] == "ok"
+    assert measures.parity("qwen3_5", "embedded")[0]["status"] == "ok"
     with_adapter(monkeypatch, load_for_serving=off)
-    (row,) = measures.parity("qwen3_5")
+    (row,) = measures.parity("qwen3_5", "embedded")
     assert row["status"] == "fail" and float(row["value"].split()[0]) > 1e-3
 
 

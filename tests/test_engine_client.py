@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from fake_engine import FakeEngine
 
-from astracli.engines.client import EngineClient, Update
+from astracli.engines.client import Update
+from astracli.engines.sglang.client import SglangClient
 
 TOKEN = "secret"
 
@@ -19,7 +20,7 @@ def update(tmp_path: Path, result: dict[str, Any] | None) -> tuple[Update, FakeE
     (tmp_path / "result.json").write_text('{"ok": true, "version": 3, "message": ""}')  # of an update before
 
     async def go() -> Update:
-        async with EngineClient(engine.url, TOKEN, loader_dir=tmp_path) as client:
+        async with SglangClient(engine.url, TOKEN, stage_dir=tmp_path) as client:
             await client.pause()
             return await client.apply_staged(3)
 

@@ -10,11 +10,11 @@ from machines import GIB, facts
 from test_plan import load, memory_warnings, planned
 from test_plan_speed import SHAPE
 
+from astracli.machine.memory import MemoryRow, words
 from astracli.plan import build as plan
 from astracli.plan import margin as plan_margin
-from astracli.plan import memory as plan_memory
 from astracli.plan.margin import Margin
-from astracli.plan.memory import HOLES, MemoryRow
+from astracli.plan.memory import HOLES
 from astracli.plan.trainer import trainer_rows
 
 ONE_EACH = ("resources.rollout_gpus=1", "resources.train_gpus=1")
@@ -68,7 +68,7 @@ def test_the_flagship_on_eight_l40(name: str) -> None:
     assert trainers[0].planned + trainers[0].left == 44 * GIB
     assert 1.1 * trainers[0].planned <= 44 * GIB, "a tenth over the plan would still fit"
     (said,) = [r for t in plan.render(result) for r in t.rows if r[0] == "margin of GPU 4 to 7"]
-    assert said[1] == plan_memory.words(trainers[0].needed)
+    assert said[1] == words(trainers[0].needed)
     assert plan.to_json(result)["margins"][4]["needed"] == trainers[0].needed
 
 

@@ -11,7 +11,9 @@ from test_plan import load, memory_warnings, planned
 
 from astracli.adapters import llama, qwen3, qwen3_5
 from astracli.adapters.qwen3_5_sizes import text_shapes
+from astracli.engines.sglang.plugin import ENGINE
 from astracli.errors import UserError
+from astracli.machine.memory import words
 from astracli.models import registry
 from astracli.models.adapter import MemoryShape
 from astracli.plan import build as plan
@@ -20,6 +22,7 @@ from astracli.plan import offload as plan_split
 from astracli.plan import trainer as plan_trainer
 from astracli.training import adam, layout
 
+MEMORY = ENGINE.memory
 EVERY_BLOCK_AGAIN = "train.activation_checkpointing=full"
 REQUESTS = "rollout.max_running_requests=32"
 
@@ -104,17 +107,17 @@ def test_an_engine_beside_its_trainer_reserves_what_that_one_leaves() -> None:
     assert fraction == 0.19
     assert plan_memory.total(result.memory, where="gpu", fixed=True) <= 0.96 * 141 * GIB
     shape = qwen3_5.ADAPTER.memory_shape(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"])
-    assert fraction * 141 * GIB > plan_memory.static_bytes(shape, recipe, requests=8)
+    assert fraction * 141 * GIB > MEMORY.reserved(shape, recipe, requests=8)
     decided = [("activations", "all kept"), ("engine", "reserves 19%"), ("a full version", "host")]
     assert [item[:2] for item in result.placement.reasons] == decided
-    assert fraction * 141 * GIB > plan_memory.static_bytes(shape, recipe, requests=32), "all that it can use"
+    assert fraction * 141 * GIB > MEMORY.reserved(shape, recipe, requests=32), "all that it can use"
     less = planned(recipe, facts("9.0", 1, memory_gib=100, host_gib=512)).placement
     because = "the engine beside it makes more of the memory"
     assert less.reasons[0] == ("activations", "all made again", because) and less.split == plan_split.Split(
         "gpu", 0.0, "full"
     )
     assert moved("qwen3.5-4b-m2po-delta", 80, 1, *shared, REQUESTS) == ("host", 0.25)
-    lowered = load("qwen3.5-4b-m2po-delta", *shared, "rollout.mem_fraction_static=0.1")
+    lowered = load("qwen3.5-4b-m2po-delta", *shared, "rollout.sglang.mem_fraction_static=0.1")
     assert planned(lowered, facts("9.0", 1, memory_gib=141, host_gib=512)).placement.mem_fraction_static == 0.1
 
 
@@ -147,11 +150,11 @@ def test_the_room_that_published_versions_leave_is_the_planned_one() -> None:
 
 
 def test_an_engine_that_may_not_reserve_enough_is_refused() -> None:
-    asked = load("qwen3.5-4b-m2po-delta", "rollout.mem_fraction_static=0.2", REQUESTS)
+    asked = load("qwen3.5-4b-m2po-delta", "rollout.sglang.mem_fraction_static=0.2", REQUESTS)
     with pytest.raises(UserError, match=r"reserves 20% of GPU 0 \(8\.80 GiB\), it needs 9\.\d\d GiB") as error:
         plan.refuse(planned(asked, facts("8.9", 8, memory_gib=44, host_gib=512)))
     sets = re.findall(r"--set ([^ `]+)", str(error.value.hint))
-    assert [s.split("=")[0] for s in sets] == ["rollout.mem_fraction_static"]
+    assert [s.split("=")[0] for s in sets] == ["rollout.sglang.mem_fraction_static"]
 
 
 def test_what_cannot_fit_is_refused_with_its_size() -> None:
@@ -167,9 +170,9 @@ def test_what_cannot_fit_is_refused_with_its_size() -> None:
 
 
 def test_words() -> None:
-    assert plan_memory.words(2 * 4_205_751_296) == "7.83 GiB"
-    assert plan_memory.words(512) == "512 B"
-    assert plan_memory.words(51_511_296) == "49.1 MiB"
+    assert words(2 * 4_205_751_296) == "7.83 GiB"
+    assert words(512) == "512 B"
+    assert words(51_511_296) == "49.1 MiB"
 
 
 def test_dense_families_have_no_state_row() -> None:

@@ -54,7 +54,7 @@ def loop(layout: str, gpus: int, *sets: str, turns: bool = False, groups: int = 
 def engine_alone() -> LaunchPlan:
     """`bench/gpu_rollout.py --only-ours --memory-gib 44 --concurrency 32 --new-tokens 4000`."""
     sets = ("resources.device=cuda", "resources.rollout_gpus=1", "rollout.max_running_requests=32")
-    lengths = ("rollout.max_new_tokens=4000", "rollout.context_length=4192", "rollout.mem_fraction_static=0.25")
+    lengths = ("rollout.max_new_tokens=4000", "rollout.context_length=4192", "rollout.sglang.mem_fraction_static=0.25")
     return planned(load("qwen3.5-tiny-m2po-delta", *sets, *lengths), h200s(1), CONFIG, command="rollout")
 
 
@@ -63,7 +63,7 @@ def parity() -> LaunchPlan:
     gpus = [f"resources.{key}" for key in ("device=cuda", "rollout_gpus=1", "train_gpus=1", "share_gpus=true")]
     sets = ("train.minibatches=1", "rollout.max_new_tokens=256", "rollout.context_length=512", "eval.every=0",
             "train.activation_checkpointing=full", "train.tokens_per_microbatch=8192", "train.optimizer_device=host",
-            "rollout.mem_fraction_static=0.2", "resources.share_mode=turns")  # fmt: skip
+            "rollout.sglang.mem_fraction_static=0.2", "resources.share_mode=turns")  # fmt: skip
     return planned(load("qwen3.5-tiny-m2po-delta", *gpus, *sets), h200s(1), CONFIG)
 
 
@@ -71,10 +71,10 @@ RUNS = {
     "1+1": (107.8, lambda: loop("1+1", 2)),
     "1+2": (121.5, lambda: loop("1+2", 2)),
     "1+2 in turns": (93.0, lambda: loop("1+2", 2, turns=True)),
-    "shared": (107.9, lambda: loop("shared", 1, "rollout.mem_fraction_static=0.18")),
+    "shared": (107.9, lambda: loop("shared", 1, "rollout.sglang.mem_fraction_static=0.18")),
     "shared in turns": (
         43.6,
-        lambda: loop("shared", 1, "train.optimizer_device=host", "rollout.mem_fraction_static=0.2", turns=True),
+        lambda: loop("shared", 1, "train.optimizer_device=host", "rollout.sglang.mem_fraction_static=0.2", turns=True),
     ),
     "parity in turns": (42.2, parity),
     "engine alone": (15.2, engine_alone),

@@ -7,9 +7,9 @@ from machines import GIB, facts
 from test_plan import TINY, load, planned, tiny
 
 from astracli.launch.children import _placement
+from astracli.machine.memory import MemoryRow
 from astracli.plan import build as plan
 from astracli.plan import memory as plan_memory
-from astracli.plan.memory import MemoryRow
 from astracli.plan.types import LaunchPlan
 
 FULL, DELTA = "qwen3.5-4b-m2po-full", "qwen3.5-4b-m2po-delta"

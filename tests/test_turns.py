@@ -25,7 +25,8 @@ from test_train_worker import STEPS, Job, save_model
 from astracli.backends import choice as backend
 from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
-from astracli.engines.client import EngineClient, GenRequest
+from astracli.engines.client import GenRequest
+from astracli.engines.sglang.client import SglangClient
 from astracli.hub.cards import CardBook
 from astracli.hub.client import AsyncHubClient, HubClient
 from astracli.launch import children, summary
@@ -101,7 +102,7 @@ def test_the_engine_gives_its_memory_back_with_nothing_running_and_goes_on_after
     async def play() -> list[Any]:
         async with contextlib.AsyncExitStack() as stack:
             hub = await stack.enter_async_context(AsyncHubClient(server.url, TOKEN))
-            client = await stack.enter_async_context(EngineClient(engine.url, TOKEN, loader_dir=tmp_path))
+            client = await stack.enter_async_context(SglangClient(engine.url, TOKEN, stage_dir=tmp_path))
             lane = Lane("engine0", client, hub, FakeFetcher(), process="rollout", ready_timeout_s=5.0, turns=True)
             following = asyncio.create_task(lane.follow())
             store.announce(0, 0)
@@ -156,7 +157,7 @@ def test_a_turn_before_the_first_version_names_no_step(tmp_path: Path) -> None:
     async def play() -> None:
         async with contextlib.AsyncExitStack() as stack:
             hub = await stack.enter_async_context(AsyncHubClient(server.url, TOKEN))
-            client = await stack.enter_async_context(EngineClient(engine.url, TOKEN, loader_dir=tmp_path))
+            client = await stack.enter_async_context(SglangClient(engine.url, TOKEN, stage_dir=tmp_path))
             lane = Lane("engine0", client, hub, FakeFetcher(), process="rollout", ready_timeout_s=5.0, turns=True)
             engine.version = -1
             following = asyncio.create_task(lane.follow())

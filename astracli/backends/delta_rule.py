@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from astracli.engines import registry as engines
 from astracli.machine.facts import usable, version_of
 from astracli.models.adapter import ModelAdapter
 
@@ -57,12 +58,13 @@ def delta_rule_on_hopper(facts: Facts, fla: tuple[int, ...], triton: tuple[int, 
 
 
 def native(facts: Facts) -> str:
-    """The command that brings versions whose gated backward works on Hopper by itself. One that leaves an SGLang of
+    """The command that brings versions whose gated backward works on Hopper by itself. One that leaves an engine of
     this environment without the torch that it is built for is not named."""
     if version_of(facts, "triton") >= FLA_NATIVE[1]:
         return "`pip install 'flash-linear-attention>=0.6'`"
-    if usable(facts, "sglang"):
-        return "`pip install -c constraints/cuda.txt 'astracli[gpu,sglang]'` (a newer SGLang with its torch and triton)"
+    for engine in (item.plugin for item in engines.installed()):
+        if engine is not None and engine.package and engine.upgrade and usable(facts, engine.package):
+            return engine.upgrade
     return "`pip install 'torch>=2.13' 'flash-linear-attention>=0.6'` (that torch brings triton>=3.7.1)"
 
 

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Generic, TypeVar
 
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
 from astracli.errors import UserError
 
 T = TypeVar("T")
@@ -37,6 +40,11 @@ class Installed(Generic[T]):
                 f"mend or uninstall it: `pip uninstall {self.package}`",
             )
         return self.plugin
+
+
+def names(group: str) -> list[str]:
+    """Of every entry point of the group; nothing is loaded."""
+    return sorted({point.name for point in metadata.entry_points(group=group)})
 
 
 def installed(group: str, kind: type[T]) -> list[Installed[T]]:
@@ -73,3 +81,17 @@ def get(everything: Sequence[Installed[T]], name: str, noun: str, how_to_add: st
         packages = " and ".join(f"`{item.package}`" for item in found)
         raise UserError(f"{noun} `{name}` comes from two packages: {packages}", "uninstall one of them")
     return found[0].usable(noun)
+
+
+def add_tables(table: type[BaseModel], group: str, root: type[BaseModel]) -> None:
+    """Make the `settings` of everything in the group tables of `table`, a part of `root`. Last in the module of `root`:
+    what is loaded here may import it."""
+    for item in installed(group, object):
+        own = getattr(item.plugin, "settings", None)
+        if isinstance(own, type) and issubclass(own, BaseModel):
+            table.model_fields[item.name] = FieldInfo.from_annotated_attribute(own, own())
+    table.model_rebuild(force=True)
+    for field in root.model_fields.values():
+        if isinstance(field.default, table):
+            field.default = table()
+    root.model_rebuild(force=True)

@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from astracli.config import doors
 from astracli.config.algorithms import ALGORITHMS
 from astracli.config.recipe_run import CheckpointTable, ExpectedTable, LaunchTable, MetricsTable, ResourcesTable, Table
 
@@ -96,7 +97,9 @@ class DataTable(Table):
 
 
 class RolloutTable(Table):
-    engine: Literal["auto", "embedded", "sglang"] = "auto"
+    engine: str = "auto"
+    """The name of an installed engine, or `auto`: the one that serves by itself on the run's device. What only one
+    engine knows stands in its own table, `[rollout.NAME]`."""
     group_size: PositiveInt = 8
     """Samples per prompt."""
     temperature: PositiveFloat = 1.0
@@ -112,13 +115,6 @@ class RolloutTable(Table):
     running_ceiling: dict[str, PositiveInt] = Field(default={})
     """With `auto`: memory of a GPU in whole GiB -> most requests on a GPU that has no more than that. `{ 48 = 32 }`: 32
     on a GPU of 44 GiB, as many as fit on one of 80."""
-    attention_backend: str = "auto"
-    linear_attention_backend: str = "auto"
-    mem_fraction_static: float = Field(default=0.7, gt=0.0, lt=1.0)
-    """Part of its GPU that an engine reserves for weights, recurrent state and KV cache. At most: beside a trainer
-    (`resources.share_gpus`) it is what that one leaves."""
-    chunked_prefill_size: PositiveInt = 8192
-    """Tokens of one prefill chunk; bounds the fp32 logits of a prefill."""
     max_dropped_batches: NonNegativeInt = 8
     """The run ends when so many batches' worth of groups (x `train.batch_groups`) in a row were dropped because all
     their samples earned the same; 0 goes on generating."""
@@ -324,6 +320,14 @@ class Recipe(Table):
     expected: ExpectedTable | None = None
 
     @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        """`resources.device`; `auto` is a GPU where the recipe asks for any."""
+        asked = self.resources
+        if asked.device != "auto":
+            return asked.device
+        return "cuda" if asked.rollout_gpus + asked.train_gpus else "cpu"
+
+    @property
     def effective_staleness(self) -> int:
         """Versions a token may lag behind in this run: `train.max_staleness`, and 0 when `launch.deterministic`."""
         return 0 if self.launch.deterministic else self.train.max_staleness
@@ -386,3 +390,6 @@ class Recipe(Table):
         if "{question}" not in self.data.prompt:
             raise ValueError(f"data.prompt = {self.data.prompt!r} has no {{question}} in it")
         return self
+
+
+doors.add_tables(RolloutTable, "astra.engines", Recipe)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from astracli.backends.serving import capability_of
 from astracli.doctor.subject import Check, Status, Subject
 from astracli.machine import facts as machine
+from astracli.machine.facts import capability_of
+from astracli.machine.memory import words
 from astracli.plan import memory as plan_memory
-from astracli.plan.memory import words
 
 GROUP = "gpu"
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}

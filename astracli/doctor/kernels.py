@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from astracli.backends.delta_rule import HOPPER, SLOW, TILELANG_FFI, delta_rule_on_hopper, native, tilelang_flaw
-from astracli.backends.serving import lowest_capability
 from astracli.doctor.subject import Check, Subject, flaw, found, optional
 from astracli.machine import facts as machine
+from astracli.machine.facts import lowest_capability
 
 GROUP = "kernels"
 FLA, CONV = "flash-linear-attention", "causal-conv1d"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from astracli.doctor.subject import Check, Subject
-from astracli.plan.memory import words
+from astracli.machine.memory import words
 
 GROUP = "runs"
 SHOWN = 5

@@ -4,33 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from astracli.backends import choice as backend
 from astracli.backends.choice import BackendChoice
 from astracli.config.recipe import Recipe
+from astracli.engines import registry as engines
+from astracli.engines.contract import Case, Engine
 from astracli.errors import UserError
 from astracli.machine import facts as machine
+from astracli.machine.findings import Check, Status, flaw, found
 from astracli.models import registry
 from astracli.models.adapter import ModelAdapter, read_config
 from astracli.plan import build as plan
 from astracli.plan.types import LaunchPlan
 
 Facts = Mapping[str, Any]
-Status = Literal["ok", "warn", "fail", "skip"]
-
-
-@dataclass(frozen=True)
-class Check:
-    name: str
-    group: str
-    status: Status
-    value: str
-    """What was found."""
-    why: str = ""
-    """Why it matters, one line; empty when all is well and there is nothing to say."""
-    fix: str = ""
-    """The next command or setting."""
 
 
 @dataclass(frozen=True)
@@ -58,37 +47,41 @@ class Subject:
         """The recipe runs on GPUs; after a refusal, what the recipe says."""
         if self.fit.choice is not None:
             return self.fit.choice.device == "cuda"
-        if self.recipe is None:
-            return False
-        asked = self.recipe.resources
-        return asked.device == "cuda" or (asked.device == "auto" and asked.rollout_gpus + asked.train_gpus > 0)
+        return self.recipe is not None and self.recipe.device == "cuda"
 
     @property
-    def sglang(self) -> bool:
-        """The recipe generates with SGLang; after a refusal, what the recipe says."""
-        if self.fit.choice is not None:
-            return self.fit.choice.engine == "sglang"
-        return self.cuda and self.recipe is not None and self.recipe.rollout.engine != "embedded"
+    def engine(self) -> Engine | None:
+        """What the recipe generates with; after a refusal, what it says."""
+        if self.recipe is None:
+            return None
+        try:
+            return engines.of(self.recipe)
+        except UserError:
+            return None
+
+    def case(self, engine: Engine) -> Case:
+        """What is asked of an engine, of its own environment."""
+        choice = self.fit.choice
+        return Case(
+            self.facts,
+            "cuda" if self.cuda else "cpu",
+            self.recipe,
+            self.fit.adapter,
+            self.config or self.known_config,
+            attention=choice.serving_attention if choice is not None else None,
+            wanted=self.recipe is not None and engine is self.engine,
+        )
+
+    @property
+    def known_config(self) -> Mapping[str, Any] | None:
+        """Sizes of a model that the adapter knows, for when its config.json is not here."""
+        if self.fit.adapter is None or self.recipe is None:
+            return None
+        return self.fit.adapter.known_configs.get(self.recipe.model.path)
 
     @property
     def hybrid(self) -> bool:
         return self.fit.adapter is not None and self.fit.adapter.hybrid
-
-    @property
-    def foreign_engine(self) -> bool:
-        """The engine has an interpreter or a PYTHONPATH of its own: its packages are not the trainer's."""
-        return self.recipe is not None and self.recipe.resources.engine.foreign
-
-    @property
-    def serving(self) -> Facts | None:
-        """The facts as the engine's interpreter has them; None when it is another one and nothing is known of it."""
-        if not self.foreign_engine:
-            return self.facts
-        engine = self.facts["engine"]
-        if engine is None or engine["error"] is not None:
-            return None
-        own = {"packages": engine["packages"], "torch_cuda": engine["torch_cuda"]}
-        return {**self.facts, **own}
 
     def bad(self, needed: bool) -> Status:
         """`fail` for what this recipe needs, `warn` for all else."""
@@ -125,25 +118,6 @@ def judge(recipe: Recipe, facts: Facts, config: Mapping[str, Any] | None) -> Fit
         return Fit(adapter, choice, plan.build(recipe, adapter, choice, facts, config=config))
     except UserError as error:
         return Fit(adapter, choice, None, error)
-
-
-def found(facts: Facts, name: str) -> Mapping[str, Any]:
-    """A package of the document; one that the document does not name is not installed."""
-    absent: Mapping[str, Any] = {"version": None, "importable_spec": False, "origin": None, "models": None, "pins": {}}
-    package: Mapping[str, Any] = facts["packages"].get(name) or absent
-    return package
-
-
-def flaw(facts: Facts, name: str) -> tuple[str, str, str] | None:
-    """(value, why, fix) of a package that looks installed and cannot be imported; None when it does not lie."""
-    package = found(facts, name)
-    if package["importable_spec"] and not package["origin"]:
-        why = "a namespace stub, a folder without a module: `import` succeeds and finds nothing in it"
-        return "stub", why, f"`pip install {name}`, or remove the empty folder"
-    if package["version"] and not machine.usable(facts, name):
-        why = "installed by its metadata, but there is no module to import"
-        return package["version"], why, f"`pip install --force-reinstall {name}`"
-    return None
 
 
 def optional(facts: Facts, name: str, group: str) -> Check:

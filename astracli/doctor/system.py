@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from math import ceil
 
 from astracli.doctor.subject import Check, Status, Subject
-from astracli.plan.memory import words
+from astracli.machine.memory import words
 
 GROUP = "system"
 GIB = 2**30

@@ -29,6 +29,7 @@ from typing import Any
 from astracli.data import benchmarks
 from astracli.data.benchmarks import Benchmark
 from astracli.data.prompts import stop_token_ids
+from astracli.engines import registry as engines
 from astracli.errors import RunFailed
 from astracli.evaluation import files as eval_files
 from astracli.evaluation.benchmark import BenchmarkWork, Result, Sampling
@@ -55,11 +56,6 @@ class Evaluator:
     sampling: Sampling
     benchmarks: list[Benchmark]
 
-    @property
-    def embedded(self) -> bool:
-        """Whether our own engine answers, which takes one call at a time in the deterministic mode."""
-        return self.config.backends.get("engine", "embedded") == "embedded"
-
     async def evaluate(
         self,
         version: int | None,
@@ -72,18 +68,15 @@ class Evaluator:
 
         Samples are kept in the directory `partial` as they come, and those that are there are not asked again.
         """
-        from astracli.engines.client import EngineClient
-
-        launch = self.config.recipe.launch
-        whole = launch.deterministic and self.embedded
+        launch, engine = self.config.recipe.launch, engines.of(self.config.recipe)
+        whole = launch.deterministic and engine.whole_calls
         async with contextlib.AsyncExitStack() as stack:
             hub = await stack.enter_async_context(AsyncHubClient(self.config.hub_url, self.config.token))
             clients = {}
             for entry in self.config.engines:
-                stage = None if self.embedded else Path(entry["stage_dir"])
-                client = EngineClient(entry["url"], self.config.token, name=entry["name"], loader_dir=stage)
-                clients[entry["name"]] = client
-                stack.push_async_callback(client.close)
+                address, name, stage = entry["url"], entry["name"], Path(entry["stage_dir"])
+                made = engine.client(address, self.config.token, name=name, stage_dir=stage)
+                client = clients[name] = await stack.enter_async_context(made)
                 if of_run is None:
                     await client.wait_ready(launch.ready_timeout_s)
             return await evaluate(

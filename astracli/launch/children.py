@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from astracli.config.recipe import Recipe
+from astracli.engines.contract import explain
+from astracli.engines.registry import of as engine_of
 from astracli.launch.again import Retry
 from astracli.plan.build import LaunchPlan, ProcessPlan
 from astracli.plan.trainer import CHECKPOINT_COPY
@@ -120,13 +122,16 @@ def _engine(
     def before_restart() -> None:
         write(replace(config, extra={**config.extra, "await_weights": True}))
 
-    spec = _spec(setting, process, config, {})
-    if setting.plan.choice.engine == "sglang":
-        return spec  # reports ready when its server answers, and starts without weights every time
-    # one that takes turns may be asked to give its memory back at once, which a generated token would be in the way of
-    path = "model_info" if process.name in setting.plan.cards else "health_generate"
-    spec = replace(spec, health_url=f"{address['url']}/{path}")
-    return replace(spec, before_restart=before_restart) if published else spec
+    engine = engine_of(setting.recipe)
+    health = engine.start(setting.recipe).health
+    if health is not None and process.name in setting.plan.cards:
+        health = "model_info"  # it may be asked to give its memory back at once: a generated token would be in the way
+    return replace(
+        _spec(setting, process, config, {}),
+        health_url=f"{address['url']}/{health}" if health is not None else None,
+        before_restart=before_restart if published else None,
+        hint=lambda lines: explain(engine.hints, lines)[1],
+    )
 
 
 def _config(

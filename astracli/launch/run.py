@@ -6,14 +6,12 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
 from astracli.data import fetch
-from astracli.errors import UserError
 from astracli.launch import changes, inputs, job, problems
 from astracli.launch.job import Job
 from astracli.machine import facts as machine
@@ -176,12 +174,6 @@ def _refusing_plan(recipe: Recipe, command: Command) -> LaunchPlan:
     """The plan, when it can run here. Raises UserError."""
     plan = _plan(recipe, command, _config_if_here(recipe))
     planning.refuse(plan)
-    for process in plan.processes:
-        if process.python is None and find_spec(process.module) is None:
-            raise UserError(
-                f"this version of astra has no `{process.module}`, which `{process.name}` needs",
-                "use `--set rollout.engine=embedded`" if process.role == "engine" else "reinstall astracli",
-            )
     return plan
 
 

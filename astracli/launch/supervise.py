@@ -194,7 +194,8 @@ class Supervisor:
         recent, window = self._restarts.recent(child.name), f"{self._restarts.window_s:g} s"
         if recent >= child.spec.restarts:
             after = f" after {recent} restarts within {window}" if recent else ""
-            raise RunFailed(f"`{child.name}` {end.what}{after}{_quote(child)}", self._hint() or None)
+            hints = filter(None, [child.spec.hint(child.last_lines(200)), self._hint()])
+            raise RunFailed(f"`{child.name}` {end.what}{after}{_quote(child)}", "; ".join(hints) or None)
         last = "".join(f" ({line})" for line in child.last_lines(1))
         again = f"it is started again, time {recent + 1} of {child.spec.restarts} within {window}"
         say(f"warning: `{child.name}` {end.what}{last}; {again}")

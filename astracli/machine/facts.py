@@ -18,6 +18,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from astracli.errors import UserError
 from astracli.machine import read as machine_read
 
+Capability = tuple[int, int]
+"""Compute capability: (8, 9)."""
+OLDEST: Capability = (8, 0)
+"""bf16 arithmetic begins here."""
+
 PACKAGES = {
     "torch": "torch",
     "transformers": "transformers",
@@ -298,3 +303,17 @@ def visible_gpus(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
             break  # as CUDA does: the first entry that names nothing ends the list
         result.append(match[0])
     return result
+
+
+def capability_of(gpu: Mapping[str, Any]) -> Capability:
+    major, _, minor = gpu["compute_capability"].partition(".")
+    return int(major), int(minor or 0)
+
+
+def lowest_capability(facts: Mapping[str, Any]) -> Capability | None:
+    """The lowest of the visible GPUs; None without any."""
+    return min((capability_of(gpu) for gpu in visible_gpus(facts)), default=None)
+
+
+def dotted(capability: Capability) -> str:
+    return f"{capability[0]}.{capability[1]}"

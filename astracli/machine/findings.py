@@ -1,29 +1,14 @@
-"""What is said of a machine: memory that something needs, problems of a plan, checks of `astra doctor`. Data only."""
+"""What is found wanting of a machine: problems, which stop a plan, and checks, the lines of `astra doctor`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-Place = Literal["gpu", "host", "disk"]
-Basis = Literal["counted", "estimated"]
+from astracli.machine.facts import usable
+
 Status = Literal["ok", "warn", "fail", "skip"]
-MARGIN = 0.5
-"""Of what is estimated of a GPU, what a plan leaves free there besides. In the runs of docs/benchmarks.md peaks were
-over their plans by at most a fifth of what is estimated, all on one kind of GPU."""
-
-
-@dataclass(frozen=True)
-class MemoryRow:
-    process: str
-    what: str
-    where: Place
-    bytes: int
-    basis: Basis = "counted"
-    fixed: bool = True
-    """Needed from the start; False = grows with load, and the engine or trainer can live with less."""
-    away: bool = False
-    """Not there while another process has its turn on the GPU."""
 
 
 @dataclass(frozen=True)
@@ -52,16 +37,20 @@ class Check:
     """The next command or setting."""
 
 
-def safe(estimated: int) -> int:
-    """Bytes to reckon with where so many are estimated."""
-    return estimated + int(MARGIN * estimated)
+def found(facts: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A package of the document; one that the document does not name is not installed."""
+    absent: Mapping[str, Any] = {"version": None, "importable_spec": False, "origin": None, "models": None, "pins": {}}
+    package: Mapping[str, Any] = facts["packages"].get(name) or absent
+    return package
 
 
-def words(count: int) -> str:
-    """Bytes for people: `7.83 GiB`, `34.0 MiB`."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"
+def flaw(facts: Mapping[str, Any], name: str) -> tuple[str, str, str] | None:
+    """(value, why, fix) of a package that looks installed and cannot be imported; None when it does not lie."""
+    package = found(facts, name)
+    if package["importable_spec"] and not package["origin"]:
+        why = "a namespace stub, a folder without a module: `import` succeeds and finds nothing in it"
+        return "stub", why, f"`pip install {name}`, or remove the empty folder"
+    if package["version"] and not usable(facts, name):
+        why = "installed by its metadata, but there is no module to import"
+        return package["version"], why, f"`pip install --force-reinstall {name}`"
+    return None

@@ -11,8 +11,11 @@ from typing import Any
 
 from astracli.backends.choice import BackendChoice
 from astracli.config.recipe import Recipe
+from astracli.engines import registry as engines
 from astracli.errors import UserError
 from astracli.machine import facts as machine
+from astracli.machine.findings import Problem
+from astracli.machine.memory import MemoryRow
 from astracli.models.adapter import MemoryShape, ModelAdapter
 from astracli.plan import cost as plan_speed
 from astracli.plan import hints as plan_hint
@@ -23,15 +26,13 @@ from astracli.plan import problems as plan_problems
 from astracli.plan import requests as plan_requests
 from astracli.plan import staging as plan_staging
 from astracli.plan import trainer as plan_trainer
-from astracli.plan.memory import MemoryRow
 from astracli.plan.placement import Placement
-from astracli.plan.types import Command, LaunchPlan, Problem, ProcessPlan, Role, Table
+from astracli.plan.types import Command, LaunchPlan, ProcessPlan, Role, Table
 from astracli.plan.view import render, to_json
 from astracli.training import layout
 
 __all__ = ["Command", "LaunchPlan", "Problem", "ProcessPlan", "Table", "build", "refuse", "render", "to_json"]
 
-ENGINE_MODULES = {"embedded": "astracli.engines.embedded.process", "sglang": "astracli.engines.sglang.server"}
 MODULES = {
     "rollout": "astracli.rollout.worker",
     "trainer": "astracli.training.worker",
@@ -138,7 +139,7 @@ def refuse(plan: LaunchPlan) -> None:
 
 
 def _processes(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any], command: Command) -> list[ProcessPlan]:
-    resources, threads = recipe.resources, recipe.resources.threads
+    resources, threads, start = recipe.resources, recipe.resources.threads, engines.of(recipe).start(recipe)
     cuda = choice.device == "cuda"
     restarts = recipe.launch.max_restarts if recipe.launch.max_restarts is not None else (2 if cuda else 0)
     if recipe.launch.deterministic:
@@ -153,13 +154,13 @@ def _processes(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any], 
             "CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpu in visible),
             "OMP_NUM_THREADS": str(count),
             "TOKENIZERS_PARALLELISM": "false",
-            **(resources.engine.env if role == "engine" and choice.engine == "embedded" else {}),
+            **(start.env if role == "engine" else {}),
             **(TRAINER_ON_GPU if role == "trainer" and cuda else {}),
         }
         return ProcessPlan(
             name=name,
             role=role,
-            module=ENGINE_MODULES[choice.engine] if role == "engine" else MODULES[role],
+            module=start.module if role == "engine" else MODULES[role],
             gpus=tuple(gpus),
             threads=count,
             nice=0 if role in ("engine", "trainer") else 5,
@@ -171,9 +172,7 @@ def _processes(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any], 
     result = []
     for index in range(len(engine_gpus) if cuda else resources.engines):
         own = engine_gpus[index : index + 1]
-        # SGLang runs in its environment, the process that watches it in ours
-        python = resources.engine.python if choice.engine == "embedded" else None
-        result.append(child(f"engine{index}", "engine", own, own, python=python))
+        result.append(child(f"engine{index}", "engine", own, own, python=start.python))
     if command in ("train", "rollout"):
         result.append(child("rollout", "rollout", [], [], children=recipe.data.reward_workers))
     ranks = (len(train_gpus) if cuda else resources.train_ranks) if command == "train" else 0
@@ -233,7 +232,7 @@ def _memory(
         if process.role == "engine" and shape:
             card = next((sizes[gpu] for gpu in process.gpus if gpu in sizes), None)
             static = None if card is None else int((placement.mem_fraction_static or 0.0) * card)
-            rows += plan_memory.engine_rows(process.name, shape, recipe, device, static=static)
+            rows += engines.of(recipe).memory.rows(process.name, shape, recipe, device, reserved=static)
         elif process.role == "trainer" and shape:
             published: layout.Where = "gpu" if process.name in published_on_gpu else "host"
             where = (device, process.world_size, placement.split, published)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from astracli.machine.memory import words
 from astracli.plan import memory as plan_memory
-from astracli.plan.memory import words
 
 if TYPE_CHECKING:
     from astracli.plan.types import LaunchPlan

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from astracli.machine.memory import MARGIN, MemoryRow, words
 from astracli.plan import memory as plan_memory
-from astracli.plan.memory import MARGIN, MemoryRow, words
 
 
 @dataclass(frozen=True)

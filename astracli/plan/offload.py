@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from astracli.config.recipe import Recipe, Recomputed
+from astracli.machine.memory import words
 from astracli.models.adapter import MemoryShape
 from astracli.plan import memory as plan_memory
 from astracli.plan import trainer as plan_trainer
 from astracli.plan.cost import Pace, step_seconds
-from astracli.plan.memory import words
 from astracli.training.layout import Split, Where
 
 MODES: Sequence[Recomputed] = ("none", "selective", "full")

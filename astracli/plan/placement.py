@@ -11,12 +11,14 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from astracli.config.recipe import Recipe
+from astracli.engines import registry as engines
+from astracli.machine.memory import MemoryRow, safe, words
 from astracli.models.adapter import MemoryShape
 from astracli.plan import memory as plan_memory
 from astracli.plan import offload as plan_split
 from astracli.plan import trainer as plan_trainer
 from astracli.plan.cost import Pace
-from astracli.plan.memory import COMFORT, MemoryRow, safe, words
+from astracli.plan.memory import COMFORT
 from astracli.plan.offload import KEPT, Choice, Try, options, recomputing, resident, trainer_needs
 from astracli.training import link
 from astracli.training.layout import Split
@@ -54,7 +56,8 @@ def place(
 ) -> Placement:
     """`sizes`: bytes of each visible GPU; the lists are those that the processes get; `pace`: of the trainer's. `host`:
     bytes of host memory that the trainer's ranks may take, None while there is enough."""
-    fraction = recipe.rollout.mem_fraction_static
+    memory = engines.of(recipe).memory
+    fraction = memory.share(recipe)
     shared = bool(set(engine_gpus) & set(train_gpus))
     if shape is None:
         return Placement(mem_fraction_static=fraction, shared=shared)
@@ -86,23 +89,19 @@ def place(
         asked = recipe.resources.share_mode == "turns"
         why_turns = "the recipe asks for it" if asked else f"side by side they do not fit {words(smallest)}"
         reasons.append(("engine and trainer", "take turns", why_turns))
-        left = smallest - safe(plan_trainer.context_bytes(ranks) + plan_memory.beside_static(shape, recipe))
+        left = smallest - safe(plan_trainer.context_bytes(ranks) + memory.beside(shape, recipe))
         fraction = min(fraction, max(0.01, int(100 * left / smallest) / 100))
     elif shared and smallest is not None and cards:
-        beside = plan_memory.beside_static(shape, recipe)
+        beside = memory.beside(shape, recipe)
         least, room = trainer_needs(recipe, shape, ranks, chosen.split)
         roomy, all_of_it = smallest - room - safe(beside), smallest - least - beside
-        left = roomy if roomy >= plan_memory.static_bytes(shape, recipe) else all_of_it
+        left = roomy if roomy >= memory.reserved(shape, recipe) else all_of_it
         derived = max(0.01, int(100 * left / smallest) / 100)
         if derived < fraction:
             fraction = derived
             why_less = f"what the trainer leaves of {words(smallest)}, less {words(beside)} for work"
             reasons.append(("engine", f"reserves {fraction:.0%}", why_less))
     return Placement(chosen.split, fraction, shared, turns, chosen.short, tuple(reasons))
-
-
-AWAY = plan_memory.CUDA_GRAPHS + plan_memory.CUDA_CONTEXT
-"""What an engine keeps of its GPU while a trainer uses it."""
 
 
 def takes_turns(recipe: Recipe, shape: MemoryShape, size: int | None, ranks: int) -> bool:
@@ -116,23 +115,22 @@ def takes_turns(recipe: Recipe, shape: MemoryShape, size: int | None, ranks: int
         if need + engine <= size:
             return False
         least = min(least, need)
-    return least + AWAY <= size
+    return least + engines.of(recipe).memory.stays <= size
 
 
 def _tries(
     recipe: Recipe, shape: MemoryShape, size: int, every: Sequence[Split], shared: bool, turns: bool
 ) -> list[Try]:
     """Ways to share the GPU between trainer and engine, what is best for both first."""
+    memory = engines.of(recipe).memory
     if not shared or turns:
-        beside = AWAY if turns else 0
+        beside = memory.stays if turns else 0
         return [Try(every, size - safe(beside)), Try(every, size - beside, tight=True)]
     requests = recipe.rollout.running
-    whole = min(
-        int(recipe.rollout.mem_fraction_static * size), plan_memory.static_bytes(shape, recipe, requests=requests)
-    )
+    whole = min(int(memory.share(recipe) * size), memory.reserved(shape, recipe, requests=requests))
     again, because = recomputing(every), "the engine beside it makes more of the memory"
-    beside = plan_memory.beside_static(shape, recipe)
-    some, one = (plan_memory.static_bytes(shape, recipe, requests=n) for n in (max(1, requests // COMFORT), 1))
+    beside = memory.beside(shape, recipe)
+    some, one = (memory.reserved(shape, recipe, requests=n) for n in (max(1, requests // COMFORT), 1))
     return [
         Try(resident(every), size - whole - safe(beside)),
         Try(again, size - some - safe(beside), because=because),
@@ -150,8 +148,8 @@ def _host_bytes(recipe: Recipe, shape: MemoryShape, ranks: int, split: Split, tu
 
 
 def _engine(recipe: Recipe, shape: MemoryShape, requests: int) -> int:
-    static = plan_memory.static_bytes(shape, recipe, requests=requests)
-    return static + plan_memory.beside_static(shape, recipe)
+    memory = engines.of(recipe).memory
+    return memory.reserved(shape, recipe, requests=requests) + memory.beside(shape, recipe)
 
 
 STAYS = ("CUDA graphs", "CUDA context")

@@ -7,15 +7,18 @@ from math import ceil
 from typing import Any
 
 from astracli.backends.choice import BackendChoice
-from astracli.backends.serving import OLDEST, capability_of
 from astracli.config.recipe import Recipe
+from astracli.engines import registry as engines
+from astracli.engines.contract import Case
 from astracli.machine import facts as machine
+from astracli.machine.facts import OLDEST, capability_of
+from astracli.machine.findings import Problem
+from astracli.machine.memory import words
 from astracli.models.adapter import MemoryShape
 from astracli.plan import memory as plan_memory
-from astracli.plan.memory import HOLES, words
-from astracli.plan.types import LaunchPlan, Problem
+from astracli.plan.memory import HOLES
+from astracli.plan.types import LaunchPlan
 
-SGLANG_GLIBC = (2, 34)
 CPU_RECIPE = "qwen3.5-tiny-m2po-delta"
 
 
@@ -55,20 +58,7 @@ def gpu_problems(
 
 
 def software_problems(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any]) -> list[Problem]:
-    problems = []
-    if choice.engine == "sglang" and not recipe.resources.engine.foreign:
-        if not machine.usable(facts, "sglang"):
-            message = f"recipe `{recipe.name}` generates with sglang, which is not installed here"
-            hint = "`pip install 'astracli[sglang]'`, or name its environment in resources.engine.python"
-            if choice.device == "cpu":
-                hint = "name the environment of SGLang's CPU build in resources.engine.python, or take `embedded`"
-            problems.append(Problem("package", "package sglang", message, hint))
-        libc = facts["system"]["libc"] or ""
-        version = machine.version_tuple(libc.removeprefix("glibc "))
-        if libc.startswith("glibc") and version < SGLANG_GLIBC:
-            what = "glibc 2.34 or newer (sglang's wheels)"
-            message = f"sglang needs {what}, this machine has {libc}"
-            problems.append(Problem("system", what, message, "use a newer operating system image"))
+    problems = list(engines.of(recipe).problems(Case(facts, choice.device, recipe)))
     if choice.device == "cuda" and facts["torch_cuda"] is None:
         message = f"recipe `{recipe.name}` trains on GPUs, torch here is built without CUDA"
         hint = "install a CUDA build of torch: `pip install -c constraints/cuda.txt 'astracli[gpu]'`"
@@ -96,7 +86,7 @@ def size_problems(
             what = f"{words(need)} of GPU memory for {' and '.join(names)}"
             message = f"GPU {gpu} needs at least {what}, it has {words(size)}"
         elif fraction and shape and any(name.startswith("engine") for name in names):
-            static = plan_memory.static_bytes(shape, recipe)
+            static = engines.of(recipe).memory.reserved(shape, recipe)
             if static <= fraction * size:
                 continue
             what = f"{words(static)} for the engine's weights, states and one request"
@@ -159,7 +149,7 @@ def warnings(plan: LaunchPlan, recipe: Recipe, facts: Mapping[str, Any]) -> list
     trained = any(process.role == "trainer" for process in plan.processes)
     if plan.choice.device == "cuda" and plan.choice.gdn_backward == "torch" and trained:
         result.append("the delta rule in plain torch keeps more activations than this plan counts")
-    if trained and plan.choice.engine == "sglang":
+    if trained and engines.of(recipe).package is not None:
         result += _borrowed(facts)
     if not plan.model:
         result.append("memory and disk are not planned: the model's config.json is not on this machine")

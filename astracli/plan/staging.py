@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from astracli.config.recipe import Recipe
+from astracli.machine.memory import MemoryRow, words
 from astracli.models.adapter import MemoryShape
 from astracli.plan import memory as plan_memory
-from astracli.plan.memory import MemoryRow, words
 from astracli.plan.placement import Placement, Staging
 from astracli.plan.types import ProcessPlan
 

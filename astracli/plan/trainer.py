@@ -14,8 +14,9 @@ from functools import lru_cache
 from math import ceil
 
 from astracli.config.recipe import RECOMPUTED_BLOCKS, Recipe, Recomputed
+from astracli.machine.memory import CUDA_CONTEXT, TORCH_PROCESS, Basis, MemoryRow, Place
 from astracli.models.adapter import MemoryShape
-from astracli.plan.memory import CUDA_CONTEXT, HOLES, TORCH_PROCESS, Basis, MemoryRow, Place, block_activations
+from astracli.plan.memory import HOLES
 from astracli.training.layout import BUCKET_BYTES, LOGIT_BYTES, PASSING, RESIDENT, Split, Where, recomputed
 
 GATHERED = 14
@@ -134,7 +135,7 @@ def _tokens(recipe: Recipe) -> int:
 def _of_a_token(shape: MemoryShape, mode: Recomputed) -> tuple[int, int]:
     """(what forward keeps of a token in bf16: of a recomputed block its input, of the others all; the most of a
     block)."""
-    own = block_activations(shape)
+    own = shape.kept_of_blocks
     again = set(range(0, len(own), RECOMPUTED_BLOCKS[mode])) if mode != "none" else set()
     return sum(2 * shape.hidden_size if i in again else size for i, size in enumerate(own)), max(own)
 

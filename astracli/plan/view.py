@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from astracli.machine.memory import MemoryRow, Place, words
 from astracli.plan import gpus as plan_gpus
 from astracli.plan import margin as plan_margin
 from astracli.plan import memory as plan_memory
-from astracli.plan.memory import MemoryRow, Place, words
 from astracli.plan.types import LaunchPlan, Table
 
 

@@ -46,6 +46,8 @@ class ChildSpec:
     """File descriptors that stay open in it."""
     before_restart: Callable[[], None] | None = None
     """Called before the child is started again (an engine's config then waits for weights)."""
+    hint: Callable[[Sequence[str]], str | None] = lambda lines: None
+    """What to do about an end that left these last lines."""
 
 
 class Child:

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from astracli.data.prompts import Problem, PromptSource, stop_token_ids
-from astracli.engines.client import EngineClient
+from astracli.engines import registry as engines
 from astracli.errors import RunFailed
 from astracli.hub.client import AsyncHubClient
 from astracli.models.adapter import chat_prompt_tokens, load_tokenizer
@@ -294,22 +294,15 @@ def stage_dir(config: WorkerConfig, engine: dict[str, str]) -> Path:
 async def _main(
     config: WorkerConfig, reporter: Reporter, tokenizer: Any, source: PromptSource, pool: GradePool
 ) -> None:
-    from astracli.weights.receive.subscriber import Subscriber
-
-    recipe = config.recipe
+    recipe, kind = config.recipe, engines.of(config.recipe)
     async with contextlib.AsyncExitStack() as stack:
         hub = await stack.enter_async_context(AsyncHubClient(config.hub_url, config.token))
         lanes = []
         for entry in config.engines:
             stage = stage_dir(config, entry)
-            client = EngineClient(
-                entry["url"],
-                config.token,
-                name=entry["name"],
-                loader_dir=stage if config.backends.get("engine") == "sglang" else None,
-            )
+            client = kind.client(entry["url"], config.token, name=entry["name"], stage_dir=stage)
             engine = await stack.enter_async_context(client)
-            subscriber = Subscriber(config.hub_url, config.token, stage, config.model_path)
+            subscriber = kind.receiver(config.hub_url, config.token, stage, config.model_path)
             stack.callback(subscriber.close)
             lanes.append(
                 Lane(

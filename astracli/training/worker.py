@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
+from astracli.engines import registry as engines
 from astracli.errors import RunFailed, disk_full
 from astracli.process.transient import gpu_failed
 from astracli.process.worker import TERM_EXIT, Reporter, WorkerConfig, worker_main
@@ -112,8 +113,7 @@ class TrainLoop:
             ranks,
             attention=attention,
             split=split_of(config),
-            # SGLang does on a CPU too
-            bf16_engine=config.device != "cpu" or config.backends.get("engine") == "sglang",
+            bf16_engine=config.device not in engines.of(self.recipe).fp32_on,
         )
         self.checkpoints = config.run_dir / "checkpoints"
         beside = not self.recipe.launch.deterministic  # where nothing runs beside anything

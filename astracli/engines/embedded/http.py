@@ -29,7 +29,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from astracli.engines.client import NO_TENSORS, STAGED_LOADER
+from astracli.engines.client import STAGED
 from astracli.errors import UserError
 
 if TYPE_CHECKING:
@@ -234,10 +234,10 @@ async def _flush(engine: EmbeddedEngine, request: Request) -> Response:
 
 async def _update_from_tensor(engine: EmbeddedEngine, request: Request) -> Response:
     body = await _json(request)
-    if body.get("serialized_named_tensors") not in ([], NO_TENSORS):
-        raise UserError("the embedded engine takes no tensors in a request; stage a payload and name its loader")
-    if body.get("load_format") != STAGED_LOADER:
-        raise UserError(f"load_format {body.get('load_format')!r} is not `{STAGED_LOADER}`")
+    if body.get("serialized_named_tensors"):
+        raise UserError("the embedded engine takes no tensors in a request; stage a payload")
+    if body.get("load_format") != STAGED:
+        raise UserError(f"load_format {body.get('load_format')!r} is not `{STAGED}`")
     flush = bool(body.get("flush_cache", True))
     return await _outcome(engine.apply_staged(_version(body.get("weight_version")), flush=flush))
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from astracli.engines.embedded.http import Door, build_app
+from astracli.engines.embedded.plugin import ENGINE
 from astracli.errors import RunFailed
 from astracli.process.worker import Reporter, WorkerConfig, worker_main
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
     from astracli.engines.embedded.engine import EmbeddedEngine
+    from astracli.models.adapter import ModelAdapter
 
 
 def run(config: WorkerConfig, reporter: Reporter) -> None:
@@ -76,6 +78,18 @@ def serving(app: ASGIApp, listener: socket.socket) -> Iterator[None]:
         listener.close()
 
 
+def loader(adapter: ModelAdapter, device: str) -> Callable[[Path], tuple[Any, Any]]:
+    """Reads a checkpoint directory: (model, its wire tensors)."""
+
+    def load(path: Path) -> tuple[Any, Any]:
+        model = adapter.load_for_serving(path, attention="sdpa").eval()  # slots need a mask of their own
+        if device == "cpu" and adapter.prepare_cpu is not None:
+            adapter.prepare_cpu(model)
+        return model, adapter.wire_tensors(model)
+
+    return load
+
+
 def load_engine(config: WorkerConfig) -> EmbeddedEngine:
     """Load the model through its adapter, as version 0 or, with `extra.start_version`, as what is staged."""
     import torch
@@ -88,18 +102,11 @@ def load_engine(config: WorkerConfig) -> EmbeddedEngine:
     if config.device == "cpu":
         keep_freed_memory()
     adapter = registry.resolve(config.recipe, config.model_path)
-
-    def load(path: Path) -> tuple[Any, Any]:
-        model = adapter.load_for_serving(path, attention="sdpa")  # slots need a mask of their own
-        if config.device == "cpu" and adapter.prepare_cpu is not None:
-            adapter.prepare_cpu(model)
-        return model, adapter.wire_tensors(model)
-
     rollout = config.recipe.rollout
     engine = EmbeddedEngine(
         config.model_path,
-        load,
-        Limits(rollout.running, rollout.context_length, rollout.chunked_prefill_size),
+        loader(adapter, config.device),
+        Limits(rollout.running, rollout.context_length, ENGINE.own(config.recipe).chunked_prefill_size),
         stage_dir=Path(config.extra["stage_dir"]) if config.extra.get("stage_dir") else None,
         device=config.device,
         exclusive_calls=config.recipe.launch.deterministic,

@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import astracli
-from astracli.engines.client import SETTLE_LOADER, STAGED_LOADER, UNPROVEN, flushes
+from astracli.engines.client import UNPROVEN, flushes
 from astracli.engines.sglang import checkpoint, last_words
+from astracli.engines.sglang.client import SETTLE_LOADER, STAGED_LOADER
+from astracli.engines.sglang.settings import own
 from astracli.errors import RunFailed
 from astracli.process.health import answers
 from astracli.process.worker import Reporter, WorkerConfig, worker_main
@@ -91,17 +93,17 @@ def from_the_wire(config: WorkerConfig) -> bool:
 
 def engine_environment(config: WorkerConfig) -> dict[str, str]:
     """The server's environment: this process's, the recipe's `resources.engine.env`, and what our loader reads."""
-    own = dict(config.recipe.resources.engine.env)
+    asked = dict(config.recipe.resources.engine.env)
     path = RunDir(config.run_dir).stage / f"{config.name}-path"
     path.mkdir(parents=True, exist_ok=True)
     link = path / "astracli"
     if not link.is_symlink():
         # the package alone: the folder it lies in holds the trainer's packages, which the engine must not see
         link.symlink_to(Path(astracli.__file__).resolve().parent)
-    before = own.get("PYTHONPATH") or os.environ.get("PYTHONPATH", "")
+    before = asked.get("PYTHONPATH") or os.environ.get("PYTHONPATH", "")
     return {
         **os.environ,
-        **own,
+        **asked,
         "PYTHONPATH": os.pathsep.join(filter(None, [before, str(path)])),
         "ASTRA_PARENT": str(os.getpid()),
         "ASTRA_STAGE_DIR": str(config.extra["stage_dir"]),
@@ -175,10 +177,10 @@ def command(config: WorkerConfig, model: Path, options: Options, flags: Mapping[
         "context_length": rollout.context_length,
         "max_running_requests": slots,
         "max_total_tokens": slots * rollout.context_length,  # more could never be used
-        "mem_fraction_static": config.extra.get("mem_fraction_static") or rollout.mem_fraction_static,
+        "mem_fraction_static": config.extra.get("mem_fraction_static") or own(config.recipe).mem_fraction_static,
         "enable_memory_saver": bool(config.extra.get("turns")),
         "enable_weights_cpu_backup": bool(config.extra.get("turns")),
-        "chunked_prefill_size": rollout.chunked_prefill_size,
+        "chunked_prefill_size": own(config.recipe).chunked_prefill_size,
         "random_seed": config.recipe.seed,
         "dtype": "bfloat16",  # as published; a config that does not say is served in fp16
         "custom_weight_loader": [STAGED_LOADER, SETTLE_LOADER],

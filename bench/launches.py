@@ -223,7 +223,7 @@ def micro_batches(
     """The counts, and the operators of each micro-batch of a minibatch by phase: `forward`, with the loss and the
     figures; `backward`, with the accumulation of gradients and what is computed again."""
     count, phases = Count(), []
-    limits = losses.get(chosen.algorithm.name).prepare(torch.zeros(4), torch.ones(4), chosen.algorithm)
+    limits = losses.get(chosen.algorithm.name).prepare(torch.zeros(4), torch.ones(4), chosen.algorithm.own)
     with one_gpu(count):
         trainer = build(adapter, config, chosen)
         batch = trainer._divide(groups(chosen.train.tokens_per_microbatch), 0)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from training_tools import sample_groups
 
-from astracli.config.recipe import AlgorithmTable, RolloutTable
+from astracli.config.algorithms import AlgorithmTable
+from astracli.config.recipe import RolloutTable
 from astracli.rl.batch import Batch, build_batch
 from astracli.rl.types import Group, Sample, Segment
 
@@ -15,7 +16,9 @@ PAD = 0
 
 def batch(groups: list[Group], **values: int) -> Batch:
     settings = {"step": 3, "seed": 1, "minibatches": 4, "tokens_per_microbatch": 60} | values
-    return build_batch(groups, algorithm=AlgorithmTable(), rollout=RolloutTable(), pad_token=PAD, **settings)  # type: ignore[arg-type]
+    return build_batch(
+        groups, algorithm=AlgorithmTable.model_validate({}), rollout=RolloutTable(), pad_token=PAD, **settings
+    )  # type: ignore[arg-type]
 
 
 def indices(b: Batch) -> list[list[list[int]]]:

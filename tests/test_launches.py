@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from astracli.adapters.qwen3_5 import ADAPTER, tiny_config
-from astracli.config.algorithms import ALGORITHMS
+from astracli.config.algorithms import installed
 from astracli.kernels import upload
 from astracli.kernels.gpu import fused
 from astracli.training import objective, sums
@@ -42,7 +42,7 @@ def config(**changed: Any) -> Mapping[str, Any]:
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
-@pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
+@pytest.mark.parametrize("algorithm", sorted(installed()))
 def test_no_micro_batch_waits_for_the_gpu(bench: ModuleType, algorithm: str, checkpointing: str) -> None:
     """With the loss, the figures and the accumulation of gradients."""
     chosen = bench.recipe(512, checkpointing, {"name": algorithm})

@@ -8,12 +8,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from typing import Generic, TypeVar
 
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
-
+from astracli.config.recipe_run import Table
 from astracli.errors import UserError
 
 T = TypeVar("T")
@@ -83,15 +82,8 @@ def get(everything: Sequence[Installed[T]], name: str, noun: str, how_to_add: st
     return found[0].usable(noun)
 
 
-def add_tables(table: type[BaseModel], group: str, root: type[BaseModel]) -> None:
-    """Make the `settings` of everything in the group tables of `table`, a part of `root`. Last in the module of `root`:
-    what is loaded here may import it."""
-    for item in installed(group, object):
-        own = getattr(item.plugin, "settings", None)
-        if isinstance(own, type) and issubclass(own, BaseModel):
-            table.model_fields[item.name] = FieldInfo.from_annotated_attribute(own, own())
-    table.model_rebuild(force=True)
-    for field in root.model_fields.values():
-        if isinstance(field.default, table):
-            field.default = table()
-    root.model_rebuild(force=True)
+@cache
+def settings(group: str) -> dict[str, type[Table]]:
+    """Name -> the table that a recipe may hold for it, of everything in the group that can be loaded."""
+    found = {item.name: getattr(item.plugin, "settings", None) for item in installed(group, object)}
+    return {name: own for name, own in found.items() if isinstance(own, type) and issubclass(own, Table)}

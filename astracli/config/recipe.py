@@ -7,20 +7,24 @@ What a run learns from stands here, how and where it runs in `recipe_run`.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from functools import cache
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
     Field,
+    ModelWrapValidatorHandler,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    SerializeAsAny,
+    create_model,
     field_validator,
     model_validator,
 )
 
 from astracli.config import doors
-from astracli.config.algorithms import ALGORITHMS
+from astracli.config.algorithms import AlgorithmTable, find
 from astracli.config.recipe_run import CheckpointTable, ExpectedTable, LaunchTable, MetricsTable, ResourcesTable, Table
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -119,6 +123,18 @@ class RolloutTable(Table):
     """The run ends when so many batches' worth of groups (x `train.batch_groups`) in a row were dropped because all
     their samples earned the same; 0 goes on generating."""
 
+    @classmethod
+    def brought(cls) -> dict[str, type[Table]]:
+        return doors.settings("astra.engines")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _with_engines(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """A table with those of the installed engines inside: looked up here, for an engine may import this module."""
+        if cls is RolloutTable and isinstance(values, dict):
+            return cast(Self, _with_engines().model_validate(values))
+        return handler(values)
+
     @field_validator("max_running_requests", mode="before")
     @classmethod
     def _null_is_auto(cls, value: Any) -> Any:
@@ -138,6 +154,12 @@ class RolloutTable(Table):
     def completion_room(self, prompt_tokens: int) -> int:
         """Tokens that a completion of a prompt of so many may have; below 1: the prompt does not fit."""
         return min(self.max_new_tokens, self.context_length - prompt_tokens)
+
+
+@cache
+def _with_engines() -> type[RolloutTable]:
+    fields: dict[str, Any] = {name: (table, table()) for name, table in RolloutTable.brought().items()}
+    return create_model("RolloutTable", __base__=RolloutTable, **fields)
 
 
 Recomputed = Literal["none", "selective", "full"]
@@ -204,68 +226,6 @@ class TrainTable(Table):
     step. None takes the adapter's; twice `parity_noise`, at most 0.1, where an engine in bf16 needs more."""
 
 
-class AlgorithmTable(Table):
-    name: str = "m2po"
-    """One file in `astracli/rl/losses`, see docs/algorithms.md: `m2po`, `grpo`, `dapo`, `dr_grpo`, `gspo`, `cispo`,
-    `decoupled`, `tis`. Settings that a recipe leaves out take the algorithm's own values."""
-    variant: Literal["mask", "waterfill", "clip"] = "clip"
-    """Which published form of M2PO (other algorithms ignore it)."""
-    m2_threshold: PositiveFloat = 0.01
-    """Bound on the second moment of the log-ratio over candidate tokens (m2po alone; 0.003 to 0.04)."""
-    clip_low: PositiveFloat = 0.2
-    """The clip range is [1 - clip_low, 1 + clip_high] (m2po finds its own). 0.1 to 0.3; gspo 3e-4; cispo has none."""
-    clip_high: PositiveFloat = 0.2
-    """0.2 to 0.4; dapo 0.28; gspo 4e-4; cispo 4, its largest importance weight is 1 + clip_high."""
-    weight_cap: PositiveFloat = 5.0
-    """Largest weight pi_proximal / pi_behaviour, 2 to 10: `decoupled` (5) drops a token over it, `tis` (2) keeps it
-    with this weight."""
-    mismatch_cap: float | None = Field(default=None, ge=1.0)
-    """Corrects for an engine whose probabilities differ from the trainer's, beside any algorithm: tokens of the current
-    version weigh min(pi_trainer / pi_engine, mismatch_cap). 2 is usual; None is off."""
-    loss_length: PositiveInt | None = None
-    """dr_grpo: tokens that a sequence's summed loss is divided by; None is `rollout.max_new_tokens`."""
-    overlong_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Last part of a completion's room in which the reward falls linearly by up to `overlong_penalty`; 0 is off, dapo
-    0.2. Any algorithm. The room is `rollout.max_new_tokens`, less where `rollout.context_length` ends before."""
-    overlong_penalty: PositiveFloat = 0.5
-    """Taken off the reward of a completion that fills its room. 0.5 with rewards 0 and 1 is DAPO's 1 with -1 and 1."""
-    kl_coef: NonNegativeFloat = 0.0
-    """Weight of the k3 KL estimate to the initial model; 0 loads no reference."""
-    advantage: Literal["group", "mean"] = "group"
-    """`group`: (r - mean) / (unbiased std + 1e-5) inside the group; `mean`: r - mean (dr_grpo)."""
-    batch_norm_advantage: bool = False
-    """Normalise the advantages once more over the batch."""
-    drop_equal_groups: bool = True
-    """Leave out groups whose rewards are all equal: they carry no gradient."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _own_defaults(cls, values: Any) -> Any:
-        """What the recipe leaves out takes the chosen algorithm's own value."""
-        own = ALGORITHMS.get(str(values.get("name"))) if isinstance(values, dict) else None
-        return own | values if own else values
-
-    @property
-    def contradiction(self) -> str | None:
-        """What is said that the algorithm of this name leaves out; None when it is true to its name."""
-        if self.name == "dr_grpo" and (self.advantage != "mean" or self.batch_norm_advantage):
-            wrong = "batch_norm_advantage = true" if self.advantage == "mean" else f"advantage = {self.advantage}"
-            return (
-                f"algorithm.{wrong} divides by the spread of the rewards, which algorithm.name = dr_grpo leaves out; "
-                "take grpo for it"
-            )
-        if self.name == "dapo" and not self.drop_equal_groups:
-            return (
-                "algorithm.drop_equal_groups = false takes dynamic sampling out of algorithm.name = dapo; "
-                "take grpo for it"
-            )
-        return None
-
-    @property
-    def needs_group(self) -> bool:
-        return self.advantage in ("group", "mean")
-
-
 class WeightsTable(Table):
     transfer: Literal["full", "delta"] = "full"
     full_interval: PositiveInt = 10
@@ -308,9 +268,9 @@ class Recipe(Table):
     seed: NonNegativeInt = 0
     model: ModelTable
     data: DataTable
-    rollout: RolloutTable = RolloutTable()
+    rollout: SerializeAsAny[RolloutTable] = Field(default_factory=lambda: RolloutTable.model_validate({}))
     train: TrainTable
-    algorithm: AlgorithmTable = AlgorithmTable()
+    algorithm: SerializeAsAny[AlgorithmTable] = Field(default_factory=lambda: AlgorithmTable.model_validate({}))
     weights: WeightsTable = WeightsTable()
     eval: EvalTable = EvalTable()
     checkpoint: CheckpointTable = CheckpointTable()
@@ -346,13 +306,14 @@ class Recipe(Table):
     @model_validator(mode="after")
     def _coherent(self) -> Recipe:
         rollout, train, evaluation = self.rollout, self.train, self.eval
-        if rollout.group_size < 2 and self.algorithm.needs_group:
+        algorithm = find(self.algorithm.name)
+        if rollout.group_size < algorithm.smallest_group:
             raise ValueError(
                 f"rollout.group_size = {rollout.group_size}: "
-                "group-normalised advantages need at least 2 samples a prompt"
+                f"the advantages of {self.algorithm.name} need at least {algorithm.smallest_group} samples a prompt"
             )
-        if self.algorithm.contradiction:
-            raise ValueError(self.algorithm.contradiction)
+        if contradiction := algorithm.contradiction(self.algorithm):
+            raise ValueError(contradiction)
         if rollout.max_new_tokens >= rollout.context_length:
             raise ValueError(
                 f"rollout.max_new_tokens = {rollout.max_new_tokens} leaves no room for a prompt in "
@@ -390,6 +351,3 @@ class Recipe(Table):
         if "{question}" not in self.data.prompt:
             raise ValueError(f"data.prompt = {self.data.prompt!r} has no {{question}} in it")
         return self
-
-
-doors.add_tables(RolloutTable, "astra.engines", Recipe)

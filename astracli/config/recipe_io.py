@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from astracli.config import doors
-from astracli.config.algorithms import ALGORITHMS
 from astracli.config.benchmarks import BENCHMARKS, get, is_path
 from astracli.errors import UserError
 
@@ -83,9 +82,8 @@ def check(document: Mapping[str, Any], name: str) -> Recipe:
 
 
 def _check_names(recipe: Recipe, label: str) -> None:
-    """What the schema cannot know: names of algorithm and benchmarks, and the benchmarks' own samples. UserError."""
-    used = [("algorithm.name", recipe.algorithm.name, "algorithm", list(ALGORITHMS))]
-    used.append(("rollout.engine", recipe.rollout.engine, "engine", ["auto", *doors.names("astra.engines")]))
+    """What the schema cannot know: names of engine and benchmarks, and their own samples. Raises UserError."""
+    used = [("rollout.engine", recipe.rollout.engine, "engine", ["auto", *doors.names("astra.engines")])]
     used += [
         ("eval.benchmarks", name, "benchmark", list(BENCHMARKS)) for name in recipe.eval.benchmarks if not is_path(name)
     ]

@@ -27,7 +27,6 @@ from astracli.models.adapter import ModelAdapter
 from astracli.rl import losses
 from astracli.rl.batch import Batch, MicroBatch, build_batch
 from astracli.rl.losses import Limits
-from astracli.rl.losses.kl import k3
 from astracli.rl.types import Group
 from astracli.training import objective, packing, parity
 from astracli.training.adam import learning_rate
@@ -238,11 +237,11 @@ class Trainer:
                     self._kept = logprob_N, entropy_N
                 proximals[id(micro)] = logprob_N.detach()
                 log_ratio_N = self._measure(micro, version, logprob_N, entropy_N, references.get(id(micro)), sums)
-                ratios.append(objective.moved(log_ratio_N, micro, version, self.recipe.algorithm))
+                ratios.append(objective.moved(log_ratio_N, micro, version, self.recipe.algorithm.mismatch_cap))
         log_ratio_N = self.ranks.gather(torch.cat(ratios))
         advantages = [micro.advantage_N for minibatch in batch.minibatches for micro in minibatch]
         advantage_N = self.ranks.gather(torch.from_numpy(np.concatenate(advantages)))
-        return self.algorithm.prepare(log_ratio_N, advantage_N, self.recipe.algorithm)
+        return self.algorithm.prepare(log_ratio_N, advantage_N, self.recipe.algorithm.own)
 
     def _reused(self, batch: Batch) -> MicroBatch | None:
         """The micro-batch whose scoring serves the first update too: the weights are the same, so one forward less.
@@ -257,7 +256,7 @@ class Trainer:
     def _fixed_limits(self) -> Limits:
         """Of an algorithm that does not look at the batch for them."""
         assert not self.algorithm.limits_from_ratios
-        return self.algorithm.prepare(torch.zeros(0), torch.zeros(0), self.recipe.algorithm)
+        return self.algorithm.prepare(torch.zeros(0), torch.zeros(0), self.recipe.algorithm.own)
 
     @torch.no_grad()
     def _measure(
@@ -276,7 +275,7 @@ class Trainer:
         sums.add("ratio", log_ratio_N.exp())
         sums.add("entropy", entropy_N)
         if reference_N is not None:
-            sums.add("kl", k3(logprob_N, reference_N))
+            sums.add("kl", self.algorithm.kl(logprob_N, reference_N))
         own_M = np.flatnonzero(micro.version_N == version)  # counted here: a device would have to be waited for
         every = len(own_M) == len(log_ratio_N)
         sums.own.add(log_ratio_N if every else log_ratio_N.index_select(0, self._on_device(own_M)))
@@ -302,7 +301,7 @@ class Trainer:
 
         `measure`: there was no pass without gradients, so this forward is what is measured and judged.
         """
-        normaliser = self.algorithm.normaliser
+        normaliser, table = self.algorithm.normaliser, self.recipe.algorithm
         divisor = objective.denominator(normaliser, batch, index, self.recipe)
         for micro in batch.minibatches[index]:
             kept, self._kept = self._kept, None
@@ -310,12 +309,13 @@ class Trainer:
             reference_N = references.get(id(micro))
             if measure:
                 self._measure(micro, version, logprob_N.detach(), entropy_N, reference_N, sums)
-            result, mismatched_N = objective.step_losses(
-                self.algorithm, self.recipe.algorithm, micro, logprob_N, proximals.get(id(micro)), limits, version
+            proximal_N, cap = proximals.get(id(micro)), table.mismatch_cap
+            result, mismatched_N = objective.token_losses(
+                self.algorithm, micro, logprob_N, proximal_N, limits, version=version, cap=cap
             )
             loss_N = result.loss_N
             if reference_N is not None:
-                loss_N = loss_N + self.recipe.algorithm.kl_coef * k3(logprob_N, reference_N)
+                loss_N = loss_N + table.kl_coef * self.algorithm.kl(logprob_N, reference_N)
             loss = objective.normalised(normaliser, loss_N, micro, divisor)
             sums.add("loss", loss)
             sums.add("clipped", result.clipped_N)

@@ -30,11 +30,11 @@ from astracli.kernels import upload, varlen, weight_gradients
 from astracli.kernels.gpu import fused
 from astracli.models import registry
 from astracli.models.adapter import ModelAdapter
+from astracli.process.layout import RESIDENT, recomputed
 from astracli.rl import losses
 from astracli.rl.types import Group, Sample, Segment
 from astracli.training import halves, logprob, setup
 from astracli.training.fsdp import Ranks
-from astracli.training.layout import RESIDENT, recomputed
 from astracli.training.step import Trainer
 from astracli.training.sums import Sums
 

@@ -43,7 +43,8 @@ from astracli.hub.store import HubStore
 from astracli.machine import facts as machine
 from astracli.models.adapter import load_tokenizer
 from astracli.process import ports
-from astracli.process.worker import Reporter, WorkerConfig
+from astracli.process.config import EngineAddress, RolloutConfig
+from astracli.process.worker import Reporter
 from astracli.rewards.reward import GradePool
 from astracli.rollout import worker as rollout
 from astracli.weights.publish.server import weights_app
@@ -166,10 +167,10 @@ def measure(args: argparse.Namespace, recipe: Recipe, model: Path, folder: Path)
     tokenizer, source = load_tokenizer(model), PromptSource(recipe.data, recipe.seed, None)
     with engine(recipe, model, folder) as url, hub(folder) as (store, hub_url):
         stage = folder / f"engine-{url.rpartition(':')[2]}" / "stage"
-        config = WorkerConfig(
-            name="rollout", role="rollout", run_dir=folder, hub_url=hub_url, token=TOKEN, recipe=recipe,
-            paths={"model": str(model)}, backends={"engine": "sglang" if args.device == "cuda" else "embedded"},
-            engines=[{"name": "engine0", "url": url, "stage_dir": str(stage)}],
+        config = RolloutConfig(
+            name="rollout", run_dir=folder, attempt=1, hub_url=hub_url, token=TOKEN, recipe=recipe, model_path=model,
+            engine="sglang" if args.device == "cuda" else "embedded", threads=1, data_path=None,
+            engines=(EngineAddress(name="engine0", url=url, stage_dir=stage),), gpu_leases=(), samples=None,
         )  # fmt: skip
         marks: list[tuple[float, int]] = []
 

@@ -17,9 +17,9 @@ import torch
 from astracli.config.recipe import Recipe
 from astracli.models.adapter import ModelAdapter
 from astracli.plan.build import TRAINER_ON_GPU
+from astracli.process.layout import RESIDENT, Split
 from astracli.rl.types import Group, Sample, Segment
 from astracli.training import fsdp, setup
-from astracli.training.layout import RESIDENT, Split
 from astracli.training.step import Trainer
 
 

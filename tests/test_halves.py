@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from astracli.config.recipe import TrainTable
+from astracli.process.layout import PASSING
 from astracli.training import adam
 from astracli.training.adam import Adam, on_host
 from astracli.training.halves import Halves, join, split
-from astracli.training.layout import PASSING
 from astracli.training.parking import Parking
 from astracli.training.passage import Passage
 

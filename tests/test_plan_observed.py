@@ -20,7 +20,7 @@ from astracli.adapters import qwen3_5
 from astracli.plan import memory as plan_memory
 from astracli.plan import trainer as plan_trainer
 from astracli.plan.build import LaunchPlan
-from astracli.training import layout
+from astracli.process import layout
 
 BENCH = Path(__file__).parent.parent / "bench"
 CONFIG = qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"]

@@ -39,7 +39,7 @@ class Slot:
         if self.table is not None:
             field = self.table.model_fields.get(str(key))
             brought = None if field is not None else self.table.brought().get(str(key))
-            return _slot(field) if field is not None else brought and Slot(brought)
+            return _slot(field) if field is not None else Slot(brought) if brought is not None else None
         for kind in _alternatives(self.annotation):
             origin, args = get_origin(kind), get_args(kind)
             if origin is dict and isinstance(key, str):

@@ -38,8 +38,6 @@ class Start:
     """Interpreter of the process; None = the supervisor's."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Set over the supervisor's environment."""
-    health: str | None = "health_generate"
-    """Route that answers 200 when it serves, asked before the engine counts as ready; None: it reports that itself."""
 
 
 @dataclass(frozen=True)

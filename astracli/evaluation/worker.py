@@ -6,9 +6,8 @@ version (`evaluation/spread.py`), tells the hub when an engine has served its sh
     RUN_DIR/eval/items/step_000010_BENCHMARK.jsonl     one line a sample, the same schema as rollout samples
     RUN_DIR/eval/eval.csv                              one row a benchmark and an `overall` row, fractions
 
-With `extra = {"standalone": true, "out": DIR}` it evaluates once, writes the same files and `results.json` and
-`results.csv` below DIR, and ends. Further keys there: `weights_version` (what must answer; default any), `step`,
-`greedy` (true: one greedy sample an item besides). Samples are kept as they come, in `RUN_DIR/eval/partial/STEP/` and
+With `config.out` it evaluates once, also one greedy sample an item, writes the same files and `results.json` and
+`results.csv` there, and ends. Samples are kept as they come, in `RUN_DIR/eval/partial/STEP/` and
 in `DIR/partial/`: a second attempt asks for the missing ones only, and ends with the same files as one that was never
 interrupted. The files themselves are `eval_files`'s.
 """
@@ -36,7 +35,8 @@ from astracli.evaluation.benchmark import BenchmarkWork, Result, Sampling
 from astracli.evaluation.spread import evaluate
 from astracli.hub.client import AsyncHubClient, HubClient
 from astracli.models.adapter import load_tokenizer
-from astracli.process.worker import TERM_EXIT, Reporter, WorkerConfig, worker_main
+from astracli.process.config import EvalConfig
+from astracli.process.worker import TERM_EXIT, Reporter, worker_main
 from astracli.rewards.reward import GradePool
 
 WAIT_S = 5.0
@@ -48,7 +48,7 @@ STOP_PAUSE_S = 1.0
 class Evaluator:
     """What stays the same from one evaluation to the next."""
 
-    config: WorkerConfig
+    config: EvalConfig
     reporter: Reporter
     tokenizer: Any
     pools: Mapping[str, GradePool]
@@ -68,15 +68,14 @@ class Evaluator:
 
         Samples are kept in the directory `partial` as they come, and those that are there are not asked again.
         """
-        launch, engine = self.config.recipe.launch, engines.of(self.config.recipe)
+        launch, engine = self.config.recipe.launch, engines.get(self.config.engine)
         whole = launch.deterministic and engine.whole_calls
         async with contextlib.AsyncExitStack() as stack:
             hub = await stack.enter_async_context(AsyncHubClient(self.config.hub_url, self.config.token))
             clients = {}
             for entry in self.config.engines:
-                address, name, stage = entry["url"], entry["name"], Path(entry["stage_dir"])
-                made = engine.client(address, self.config.token, name=name, stage_dir=stage)
-                client = clients[name] = await stack.enter_async_context(made)
+                made = engine.client(entry.url, self.config.token, name=entry.name, stage_dir=entry.stage_dir)
+                client = clients[entry.name] = await stack.enter_async_context(made)
                 if of_run is None:
                     await client.wait_ready(launch.ready_timeout_s)
             return await evaluate(
@@ -145,7 +144,7 @@ class RunEngines:
         await self.hub.eval_release(self.step, self.version, engine)
 
 
-def run(config: WorkerConfig, reporter: Reporter) -> None:
+def run(config: EvalConfig, reporter: Reporter) -> None:
     recipe = config.recipe
     tokenizer = load_tokenizer(config.model_path)
     sampling = Sampling(
@@ -156,7 +155,7 @@ def run(config: WorkerConfig, reporter: Reporter) -> None:
         stop_token_ids=tuple(stop_token_ids(tokenizer, config.model_path)),
         seed=recipe.seed,
     )
-    sets = [benchmarks.load(name, config.benchmark_path(name), recipe.data.prompt) for name in recipe.eval.benchmarks]
+    sets = [benchmarks.load(name, config.benchmarks[name], recipe.data.prompt) for name in recipe.eval.benchmarks]
     data = recipe.data
     with contextlib.ExitStack() as stack:
         pools = {
@@ -167,8 +166,8 @@ def run(config: WorkerConfig, reporter: Reporter) -> None:
         }
         evaluator = Evaluator(config, reporter, tokenizer, pools, sampling, sets)
         reporter.ready()
-        if config.extra.get("standalone"):
-            evaluate_once(evaluator)
+        if config.out is not None:
+            evaluate_once(evaluator, config.out)
         else:
             follow_hub(evaluator)
 
@@ -203,7 +202,7 @@ def follow_hub(evaluator: Evaluator) -> None:
         writer.shutdown()
 
 
-def finish(config: WorkerConfig, hub: HubClient, when: eval_files.When, results: Sequence[Result]) -> None:
+def finish(config: EvalConfig, hub: HubClient, when: eval_files.When, results: Sequence[Result]) -> None:
     """Write one evaluation's files, then tell the hub. It counts as done when they are there."""
     folder, figures = config.run_dir / "eval", eval_files.figures(results)
     eval_files.write_results(folder, when, results)
@@ -215,26 +214,21 @@ def finish(config: WorkerConfig, hub: HubClient, when: eval_files.When, results:
         partial.parent.rmdir()
 
 
-def evaluate_once(evaluator: Evaluator) -> None:
-    """The standalone mode: one evaluation, files below `extra["out"]`, which hold nothing that differs between runs."""
-    config, extra = evaluator.config, evaluator.config.extra
-    out = Path(extra["out"])
-    expected = extra.get("weights_version")
-    stop = evaluator.reporter.stop_requested
-    results = _until_stop(evaluator.evaluate(expected, out / "partial"), stop)
-    step = int(extra.get("step", 0))
-    version = expected if expected is not None else next((s.version for r in results for s in r.samples), 0)
-    eval_files.write_results(out, eval_files.When(step, version, step), results)
-    document: dict[str, Any] = {
-        "step": step,
+def evaluate_once(evaluator: Evaluator, out: Path) -> None:
+    """One evaluation, files in the directory `out`, which hold nothing that differs between runs."""
+    recipe, stop = evaluator.config.recipe, evaluator.reporter.stop_requested
+    results = _until_stop(evaluator.evaluate(None, out / "partial"), stop)
+    version = next((sample.version for result in results for sample in result.samples), 0)
+    eval_files.write_results(out, eval_files.When(0, version, 0), results)
+    greedy = _until_stop(evaluator.evaluate(None, out / "partial" / "greedy", greedy=True), stop)
+    document = {
+        "step": 0,
         "version": version,
-        "seed": config.recipe.seed,
-        "temperature": config.recipe.eval.temperature,
+        "seed": recipe.seed,
+        "temperature": recipe.eval.temperature,
         "results": eval_files.timeless(eval_files.figures(results)),
+        "greedy": eval_files.timeless(eval_files.figures(greedy)),
     }
-    if extra.get("greedy"):
-        work = evaluator.evaluate(expected, out / "partial" / "greedy", greedy=True)
-        document["greedy"] = eval_files.timeless(eval_files.figures(_until_stop(work, stop)))
     eval_files.write_csv(out / "results.csv", document)
     eval_files.write_atomically(out / "results.json", json.dumps(document, indent=2) + "\n")
     shutil.rmtree(out / "partial", ignore_errors=True)
@@ -257,4 +251,4 @@ def _until_stop(work: Coroutine[Any, Any, list[Result]], stop: threading.Event) 
 
 
 if __name__ == "__main__":
-    worker_main(run)
+    worker_main(run, EvalConfig)

@@ -1,12 +1,14 @@
-"""What a run would trip over minutes later, looked at before anything starts: checkpoint files, reward, address, sinks.
+"""What a run reads, and what it would trip over minutes later: checkpoint files, reward, address, sinks.
 
-Every function returns when all is well and raises UserError (exit 2) otherwise. Nothing here imports torch.
+Every check returns when all is well and raises UserError (exit 2) otherwise. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from astracli.config.recipe import Recipe
@@ -18,6 +20,19 @@ from astracli.runs import metrics
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "*.tiktoken")
 """Any of them lets transformers build a tokenizer."""
 INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads, all of it on this machine."""
+
+    model: Path
+    data: Path | None
+    """None: the training problems are generated, or there are none."""
+    benchmarks: Mapping[str, Path | None]
+    """None: it is generated."""
+    seconds: float = 0.0
+    """Spent on fetching."""
 
 
 def check_setting(recipe: Recipe, *, rewards: bool) -> None:

@@ -13,14 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from astracli.config.recipe import Recipe
-from astracli.launch import changes, children, summary
+from astracli.launch import changes, configs, summary
 from astracli.launch.again import Resumes, Start
+from astracli.launch.configs import Setting
+from astracli.launch.inputs import Inputs
+from astracli.launch.launcher import Launcher
+from astracli.launch.local import LocalLauncher
 from astracli.launch.supervise import Supervisor
 from astracli.launch.watch import Watch, unharmed
 from astracli.plan import build as planning
 from astracli.plan.build import LaunchPlan
 from astracli.process import ports
-from astracli.process.children import MemorySampler
+from astracli.process.config import Role, SampleFile
 from astracli.process.signals import signals
 from astracli.process.talk import say
 from astracli.report.page import data as report_data
@@ -32,7 +36,7 @@ if TYPE_CHECKING:
     from astracli.hub.server import ServerThread
     from astracli.hub.store import HubStore
 
-MAIN_ROLE = {"train": "trainer", "rollout": "rollout", "eval": "eval"}
+MAIN_ROLE = {"train": Role.TRAINER, "rollout": Role.ROLLOUT, "eval": Role.EVAL}
 
 
 @dataclass(frozen=True)
@@ -66,19 +70,23 @@ class Job:
     plan: LaunchPlan
     run_dir: RunDir
     attempt: int
-    paths: Mapping[str, Any]
-    """Local model, data and benchmarks."""
-    extra: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Role -> what only that role is told."""
-    prompts: int | None = None
-    """Groups to generate, for a job without a trainer."""
+    inputs: Inputs
     resume_step: int | None = None
     """Steps that the checkpoint to go on from has trained; None for a new run."""
+    samples: SampleFile | None = None
+    """What a rollout without a trainer writes."""
     phases: dict[str, float] = field(default_factory=dict)
     """Seconds of wall time that came before the job, by name; the job adds its own."""
     summary: dict[str, Any] = field(default_factory=dict)
     """Empty when the job ended before its first process."""
     _started: float = field(default_factory=time.time)
+
+    def say_start(self) -> None:
+        for warning in self.plan.warnings:
+            say(f"warning: {warning}")
+        names = ", ".join(process.name for process in self.plan.processes)
+        where = f" from step {self.resume_step}, attempt {self.attempt}" if self.resume_step is not None else ""
+        say(f"run {self.run_dir.path}{where}: {names}; logs in {self.run_dir.attempt_logs(self.attempt)}")
 
     @property
     def training(self) -> bool:
@@ -124,46 +132,45 @@ class Job:
         run = self.run_dir
         sinks = metrics.open_sinks(self.recipe.metrics.sinks, run.path)
         metrics.mend(run.metrics_jsonl)
-        engines = [process.name for process in self.plan.processes if process.role == "engine"]
-        token = secrets.token_urlsafe(32)
-        memory = MemorySampler()
-        with signals() as interrupted, self._hub(engines, token) as (hub, connect):
-            setting = children.Setting(
-                self.recipe,
-                self.plan,
-                run,
-                self.attempt,
-                hub.server.url,
-                token,
-                self.paths,
-                self.resume_step is not None,
+        token, launch = secrets.token_urlsafe(32), self.recipe.launch
+        with signals() as interrupted, self._hub(token) as (hub, connect):
+            setting = Setting(
+                recipe=self.recipe,
+                plan=self.plan,
+                run=run,
+                attempt=self.attempt,
+                hub_url=hub.server.url,
+                token=token,
+                inputs=self.inputs,
+                resume_step=self.resume_step,
+                samples=self.samples,
             )
-            specs = children.build(setting, self.extra)
+            processes = configs.build(setting)
+            launcher = LocalLauncher(run.lock_fd)
             watch = Watch(run, self.recipe.train.steps if self.training else None, hub.store, sinks)
             supervisor = Supervisor(
-                specs,
+                processes,
+                launcher,
                 hub,
                 main_role=MAIN_ROLE[self.plan.command],
-                ready_timeout_s=self.recipe.launch.ready_timeout_s,
-                heartbeat_timeout_s=self.recipe.launch.heartbeat_timeout_s,
-                token=token,
+                ready_timeout_s=launch.ready_timeout_s,
+                heartbeat_timeout_s=launch.heartbeat_timeout_s,
                 hint=self._hint,
                 tick=watch,
-                memory=memory,
-                retry=children.retry(setting, specs),
+                retry=configs.retry(setting, processes),
                 resumes=self._resumes(setting, hub.store),
-                restart_window_s=self.recipe.launch.restart_window_s,
+                restart_window_s=launch.restart_window_s,
                 interrupted=interrupted,
             )
             connect(supervisor)
             try:
-                return supervisor.run().interrupted
+                return supervisor.run()
             finally:
                 watch.close(supervisor)
                 with unharmed("no closing table"):
-                    self._sum_up(supervisor, hub.store, memory, watch.evaluations_s)
+                    self._sum_up(supervisor, hub.store, launcher, watch.evaluations_s)
 
-    def _resumes(self, setting: children.Setting, store: HubStore) -> Resumes | None:
+    def _resumes(self, setting: Setting, store: HubStore) -> Resumes | None:
         """How the run goes on when its trainer ends of what may pass; None when it does not, because the recipe says so
         or because it makes no checkpoints."""
         limit = self.recipe.launch.max_resumes
@@ -177,13 +184,9 @@ class Job:
             step = changes.checkpoint_step(self.run_dir)
             store.rewind(step, step)
             shutil.rmtree(self.run_dir.stage, ignore_errors=True)
-            again = replace(setting, resume=True)
-            more: dict[str, dict[str, Any]] = {
-                "trainer": {"step": step, "start": number}, "engine": {"await_weights": True}
-            }  # fmt: skip
-            told = {role: {**self.extra.get(role, {}), **more.get(role, {})} for role in {*self.extra, *more}}
-            specs = children.build(again, told)
-            return Start(step, specs, children.retry(again, specs))
+            again = replace(setting, resume_step=step, start=number)
+            processes = configs.build(again)
+            return Start(step, processes, configs.retry(again, processes))
 
         return Resumes(limit, start, step=self.resume_step or 0)
 
@@ -195,11 +198,11 @@ class Job:
         recipe = self.recipe
         if recipe.data.curriculum is None:
             return None
-        source = PromptSource(recipe.data, recipe.seed, self.paths.get("data"))
+        source = PromptSource(recipe.data, recipe.seed, self.inputs.data)
         return Curriculum(recipe.data.curriculum, recipe.seed, source.kind)
 
     @contextlib.contextmanager
-    def _hub(self, engines: list[str], token: str) -> Iterator[tuple[HubHandle, Any]]:
+    def _hub(self, token: str) -> Iterator[tuple[HubHandle, Any]]:
         """The hub serving on a port of its own; `connect(supervisor)` sends it the heartbeats."""
         from astracli.evaluation import files as eval_files
         from astracli.hub.api import build_app, serve
@@ -207,9 +210,10 @@ class Job:
         from astracli.weights.publish.server import weights_app
 
         recipe, training = self.recipe, self.training
+        engines = [process.name for process in self.plan.processes if process.role is Role.ENGINE]
         store = HubStore(
             self.run_dir.hub_sqlite,
-            batch_groups=recipe.train.batch_groups if training else self.prompts or 1,
+            batch_groups=recipe.train.batch_groups if training else self.samples.groups if self.samples else 1,
             max_staleness=recipe.effective_staleness if training else 0,
             drop_equal_groups=recipe.algorithm.drop_equal_groups and training,
             lease_timeout_s=recipe.launch.lease_timeout_s,
@@ -257,7 +261,7 @@ class Job:
         return f"when that is mended, go on with `astra train --resume {self.run_dir.path}`"
 
     def _sum_up(
-        self, supervisor: Supervisor, store: HubStore, memory: MemorySampler, evaluations_s: Mapping[str, float]
+        self, supervisor: Supervisor, store: HubStore, launcher: Launcher, evaluations_s: Mapping[str, float]
     ) -> None:
         self.phases |= supervisor.phases()
         self.summary |= summary.build(
@@ -271,7 +275,7 @@ class Job:
             evaluations_s=evaluations_s,
             records=metrics.read(self.run_dir.metrics_jsonl),
             store=store.state(),
-            memory=memory,
+            memory=launcher.memory(),
             restarts={name: status.restarts for name, status in supervisor.status.items()},
             resumes=[resume.document() for resume in supervisor.resumes.taken] if supervisor.resumes else [],
             notes=supervisor.notes,
@@ -286,14 +290,6 @@ def open_run(run: RunDir, recipe_text: str, plan: Mapping[str, Any]) -> int:
     report_data.write_machine(run)
     shutil.rmtree(run.stage, ignore_errors=True)
     return run.next_attempt()
-
-
-def say_start(run: RunDir, plan: LaunchPlan, attempt: int, resumed_at: int | None) -> None:
-    for warning in plan.warnings:
-        say(f"warning: {warning}")
-    names = ", ".join(process.name for process in plan.processes)
-    where = f" from step {resumed_at}, attempt {attempt}" if resumed_at is not None else ""
-    say(f"run {run.path}{where}: {names}; logs in {run.attempt_logs(attempt)}")
 
 
 def discard(run: RunDir, path_was_there: bool) -> None:

@@ -12,14 +12,14 @@ from astracli.process.talk import say
 from astracli.runs.run_dir import RunDir, write_atomic
 
 
-def pin(run: RunDir, recipe: Recipe, path: str | None) -> None:
+def pin(run: RunDir, recipe: Recipe, path: Path | None) -> None:
     """Write down what a place in the training set means (`data.json`); a resume needs the same. Raises UserError."""
     from astracli.data import datasets
 
     if path is None:
         return
     problems = datasets.load(recipe.data, path)
-    now = {"path": path, "rows": len(problems), "fingerprint": problems.fingerprint}
+    now = {"path": str(path), "rows": len(problems), "fingerprint": problems.fingerprint}
     file = run.path / "data.json"
     if not file.exists():
         write_atomic(file, json.dumps(now, indent=2) + "\n")

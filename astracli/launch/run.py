@@ -5,32 +5,25 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
 from astracli.data import fetch
-from astracli.launch import changes, inputs, job, problems
+from astracli.launch import changes, job, problems
+from astracli.launch.inputs import Inputs, check_checkpoint, check_setting
 from astracli.launch.job import Job
 from astracli.machine import facts as machine
 from astracli.models import registry
 from astracli.models.adapter_tools import has_chat_template
 from astracli.plan import build as planning
 from astracli.plan.build import Command, LaunchPlan
+from astracli.process.config import SampleFile
 from astracli.process.talk import say
 from astracli.runs import find as runs
 from astracli.runs import metrics
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a job reads, all of it on this machine."""
-
-    paths: Mapping[str, Any]
-    seconds: float
-    """Spent on fetching."""
+from astracli.runs.run_dir import RunDir
 
 
 def planned(recipe: Recipe, command: Command, facts: Mapping[str, Any] | None = None) -> LaunchPlan:
@@ -57,26 +50,17 @@ def train(recipe: Recipe, *, run_dir: Path | None = None, resume: Path | None = 
     try:
         if resume is not None:
             step = changes.resume_step(run, recipe)
-        source = _fetch(recipe, data=True, benchmarks=recipe.eval.benchmarks if recipe.eval.every else [])
-        problems.pin(run, recipe, source.paths["data"])
+        inputs = _fetch(recipe, data=True, benchmarks=recipe.eval.benchmarks if recipe.eval.every else [])
+        problems.pin(run, recipe, inputs.data)
     except BaseException:
         if resume is None:
             job.discard(run, there)
         raise
-    attempt = job.open_run(run, recipe_io.to_json(recipe), planning.to_json(plan))
-    extra: dict[str, dict[str, Any]] = {}
-    if step is not None:
-        extra = {"trainer": {"step": step}, "engine": {"await_weights": True}}
-    task = Job(recipe, plan, run, attempt, source.paths, extra, resume_step=step, phases=_before(began, source))
-    job.say_start(run, plan, attempt, step)
-    try:
-        code = task.run()
-    finally:
-        run.unlock()
-    if task.summary:
+    code, summary = _run(recipe, plan, run, inputs, began, resume_step=step)
+    if summary:
         from astracli.report.closing import print_closing
 
-        print_closing(task.summary)
+        print_closing(summary)
     if code == 130:
         say(f"interrupted; go on with `astra train --resume {run.path}`")
     return code
@@ -87,16 +71,10 @@ def rollout(recipe: Recipe, *, weights: str | None = None, n: int, out: Path, ru
     began = time.monotonic()
     recipe = changes.with_weights(recipe, weights)
     plan = _refusing_plan(recipe, "rollout")
-    source = _fetch(recipe, data=True, benchmarks=[])
+    inputs = _fetch(recipe, data=True, benchmarks=[])
     run = runs.create(f"{recipe.name}-rollout", run_dir)
-    attempt = job.open_run(run, recipe_io.to_json(recipe), planning.to_json(plan))
-    extra = {"rollout": {"out": str(out.resolve()), "n": n}}
-    task = Job(recipe, plan, run, attempt, source.paths, extra, prompts=n, phases=_before(began, source))
-    job.say_start(run, plan, attempt, None)
-    try:
-        code = task.run()
-    finally:
-        run.unlock()
+    samples = SampleFile(path=out.resolve(), groups=n)
+    code, _ = _run(recipe, plan, run, inputs, began, samples=samples)
     if code == 0 or out.exists():
         say(("interrupted; " if code else "") + _rollout_words(out))
     return code
@@ -121,7 +99,7 @@ def evaluate(
     if resume is None:
         recipe = changes.with_evaluation(changes.with_weights(recipe, weights), benchmarks, samples)
     plan = _refusing_plan(recipe, "eval")
-    source = _fetch(recipe, data=False, benchmarks=recipe.eval.benchmarks)
+    inputs = _fetch(recipe, data=False, benchmarks=recipe.eval.benchmarks)
     if resume is not None:
         run = changes.resumed_evaluation(resume)
     elif out is not None:
@@ -130,14 +108,7 @@ def evaluate(
         run = runs.create("", run_dir / "eval" / time.strftime("again-%Y%m%d-%H%M%S"))
     else:
         run = runs.create(f"{recipe.name}-eval")
-    attempt = job.open_run(run, recipe_io.to_json(recipe), planning.to_json(plan))
-    extra = {"eval": {"standalone": True, "out": str(run.eval.resolve()), "greedy": True}}
-    task = Job(recipe, plan, run, attempt, source.paths, extra, phases=_before(began, source))
-    job.say_start(run, plan, attempt, None)
-    try:
-        code = task.run()
-    finally:
-        run.unlock()
+    code, _ = _run(recipe, plan, run, inputs, began)
     if code == 0:
         document = json.loads((run.eval / "results.json").read_text())
         document |= {"weights": recipe.model.path, "path": str(run.eval)}
@@ -147,8 +118,25 @@ def evaluate(
     return code
 
 
-def _before(began: float, source: Source) -> dict[str, float]:
-    return {"planning": time.monotonic() - began - source.seconds, "fetching": source.seconds}
+def _run(
+    recipe: Recipe,
+    plan: LaunchPlan,
+    run: RunDir,
+    inputs: Inputs,
+    began: float,
+    *,
+    resume_step: int | None = None,
+    samples: SampleFile | None = None,
+) -> tuple[int, Mapping[str, Any]]:
+    """The whole run in its directory, which is let go of: (exit code, summary). `began`: when the command did."""
+    attempt = job.open_run(run, recipe_io.to_json(recipe), planning.to_json(plan))
+    before = {"planning": time.monotonic() - began - inputs.seconds, "fetching": inputs.seconds}
+    task = Job(recipe, plan, run, attempt, inputs, resume_step=resume_step, samples=samples, phases=before)
+    task.say_start()
+    try:
+        return task.run(), task.summary
+    finally:
+        run.unlock()
 
 
 # -- plan -------------------------------------------------------------------------------------------------------------
@@ -187,15 +175,15 @@ def _config_if_here(recipe: Recipe) -> Mapping[str, Any] | None:
     return cached if cached is not None or known else fetch.fetch_config(path, revision)
 
 
-def _fetch(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> Source:
+def _fetch(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> Inputs:
     """Model, training problems and benchmarks, each checked before anything starts. Raises UserError."""
     from astracli.data import benchmarks as sets
     from astracli.data import datasets
 
     began = time.monotonic()
-    inputs.check_setting(recipe, rewards=data)
+    check_setting(recipe, rewards=data)
     model = fetch.fetch_model(recipe.model.path, recipe.model.revision)
-    inputs.check_checkpoint(model)
+    check_checkpoint(model)
     if not has_chat_template(model):
         say(
             f"warning: no chat template in `{model}`: prompts go to the model as bare text, right for a base model and "
@@ -205,8 +193,8 @@ def _fetch(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> Source:
     path = datasets.fetch(recipe) if data else None
     if path is not None:
         path = problems.decontaminated(recipe, path, fetched)
-    paths = {"model": str(model), "data": path, "benchmarks": fetched}
-    return Source(paths, time.monotonic() - began)
+    places = {name: Path(place) if place else None for name, place in fetched.items()}
+    return Inputs(model, Path(path) if path else None, places, time.monotonic() - began)
 
 
 # -- results ----------------------------------------------------------------------------------------------------------

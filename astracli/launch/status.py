@@ -1,7 +1,8 @@
-"""What the supervisor knows of its children, what it asks of the hub, and what it comes to."""
+"""What the supervisor knows of its children and what it asks of the hub."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -29,26 +30,16 @@ class Hub(Protocol):
 class Status:
     """The last word of one child."""
 
-    role: str
     state: str = "starting"
     waiting: str | None = None
     progress: Mapping[str, Any] = field(default_factory=dict)
     heard: float | None = None
     """Monotonic time of the last heartbeat; None before the first."""
-    healthy: bool = False
-    """`health_url` answered 200."""
     restarts: int = 0
+    started: float = field(default_factory=time.monotonic)
 
     def words(self) -> str:
         """What it waits for, or its state."""
         if self.waiting:
             return self.waiting if self.waiting.startswith("waiting") else f"waiting for {self.waiting}"
         return self.state if self.heard is not None else "has not reported yet"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    interrupted: bool
-    """Before everything was done; a signal that comes later only hurries the others' end."""
-    phases: dict[str, float]
-    """Seconds of wall time in each phase."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from astracli.config.recipe import Recipe
 from astracli.engines import registry as engines
@@ -20,10 +19,8 @@ from astracli.plan import trainer as plan_trainer
 from astracli.plan.cost import Pace
 from astracli.plan.memory import COMFORT
 from astracli.plan.offload import KEPT, Choice, Try, options, recomputing, resident, trainer_needs
+from astracli.process.layout import Split, Staging
 from astracli.training import link
-from astracli.training.layout import Split
-
-Staging = Literal["gpu", "host", "file"]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from astracli.config.recipe import RECOMPUTED_BLOCKS, Recipe, Recomputed
 from astracli.machine.memory import CUDA_CONTEXT, TORCH_PROCESS, Basis, MemoryRow, Place
 from astracli.models.adapter import MemoryShape
 from astracli.plan.memory import HOLES
-from astracli.training.layout import BUCKET_BYTES, LOGIT_BYTES, PASSING, RESIDENT, Split, Where, recomputed
+from astracli.process.layout import BUCKET_BYTES, LOGIT_BYTES, PASSING, RESIDENT, Split, Where, recomputed
 
 GATHERED = 14
 """Bytes a parameter of a block while its backward pass runs: it and the next one gathered in bf16 (2 each) with the

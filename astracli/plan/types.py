@@ -11,9 +11,9 @@ from astracli.machine.findings import Problem
 from astracli.machine.memory import MemoryRow
 from astracli.plan.margin import Margin
 from astracli.plan.placement import Placement
+from astracli.process.config import Role
 
 Command = Literal["train", "rollout", "eval"]
-Role = Literal["engine", "rollout", "trainer", "eval"]
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,12 @@ class LaunchPlan:
         """Engines that take turns with a trainer on their GPU."""
         if not self.placement.turns:
             return []
-        trained = {gpu for process in self.processes if process.role == "trainer" for gpu in process.gpus}
-        return [p.name for p in self.processes if p.role == "engine" and trained & set(p.gpus)]
+        trained = {gpu for process in self.processes if process.role is Role.TRAINER for gpu in process.gpus}
+        return [p.name for p in self.processes if p.role is Role.ENGINE and trained & set(p.gpus)]
+
+    def serves(self, gpu: int) -> bool:
+        """Whether an engine runs on that GPU."""
+        return any(process.role is Role.ENGINE and gpu in process.gpus for process in self.processes)
 
     @property
     def gpu_map(self) -> dict[int, list[str]]:

@@ -29,25 +29,14 @@ class ChildSpec:
     """How to start one child."""
 
     name: str
-    role: str
     argv: tuple[str, ...]
     log: Path
     """stdout and stderr, appended."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Set over this process's environment."""
     nice: int = 0
-    restarts: int = 0
-    """How often it may be started again; a process that holds what no other can take up has 0."""
-    health_url: str | None = None
-    """Asked for 200 before the child counts as ready."""
-    reports: bool = True
-    """The child sends heartbeats. One that does not (a foreign engine) is judged by `health_url` alone."""
     inherit: tuple[int, ...] = ()
     """File descriptors that stay open in it."""
-    before_restart: Callable[[], None] | None = None
-    """Called before the child is started again (an engine's config then waits for weights)."""
-    hint: Callable[[Sequence[str]], str | None] = lambda lines: None
-    """What to do about an end that left these last lines."""
 
 
 class Child:
@@ -63,7 +52,6 @@ class Child:
                 spec.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True,
                 pass_fds=spec.inherit,
             )  # fmt: skip
-        self.started = time.monotonic()
         self._process: psutil.Process | None = None
         with contextlib.suppress(psutil.Error):
             self._process = psutil.Process(self._popen.pid)
@@ -73,6 +61,10 @@ class Child:
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def log(self) -> Path:
+        return self.spec.log
 
     @property
     def pid(self) -> int:
@@ -87,15 +79,15 @@ class Child:
         except _GONE:
             return True
 
-    def reap(self) -> int:
-        """Exit code of an ended process (negative: the signal that killed it). Call after its group is stopped."""
+    def exit_code(self) -> int:
+        """Of an ended process (negative: the signal that killed it). Call after its group is stopped."""
         return self._popen.wait()
 
-    def signal(self, signum: int) -> None:
-        """Signal the process alone."""
+    def print_stacks(self) -> None:
+        """Ask the process alone for every thread's stack, in its log (`process/worker.py`)."""
         if self._popen.returncode is None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signum)
+                os.kill(self.pid, signal.SIGUSR1)
 
     def signal_group(self, signum: int) -> None:
         """Signal the process group that it leads. Nothing once it is reaped: the id may be another's."""
@@ -207,9 +199,10 @@ class MemorySampler:
         self._thread = threading.Thread(target=self._run, name="memory", daemon=True)
 
     def start(self, names: Callable[[], dict[int, str]]) -> None:
-        """`names`: pid -> child name, asked at every sample."""
-        self._names = names
-        self._thread.start()
+        """`names`: pid -> child name, asked at every sample. Once it runs, another start changes nothing."""
+        if self._thread.ident is None:
+            self._names = names
+            self._thread.start()
 
     def close(self) -> None:
         self._stop.set()

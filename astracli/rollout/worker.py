@@ -7,7 +7,7 @@ update is continued from prompt + prefix: its tokens form one segment per versio
 sample, position) alone. In a deterministic run all groups of one grant are one call to the engine, which runs nothing
 beside it: log-probabilities then depend on nothing else either, to the last bit.
 
-`extra = {"out": FILE, "n": N}`: no trainer; N groups are written to FILE, one JSON line a sample, and the worker ends.
+Without a trainer (`config.samples`) groups are written to a file, and the worker ends.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,7 +27,8 @@ from astracli.engines import registry as engines
 from astracli.errors import RunFailed
 from astracli.hub.client import AsyncHubClient
 from astracli.models.adapter import chat_prompt_tokens, load_tokenizer
-from astracli.process.worker import Reporter, WorkerConfig, worker_main
+from astracli.process.config import RolloutConfig
+from astracli.process.worker import Reporter, worker_main
 from astracli.rewards.reward import Grade, GradeItem, GradePool
 from astracli.rl.types import Group, Sample
 from astracli.rollout.gate import EngineLost
@@ -53,7 +53,7 @@ class Rollout:
 
     def __init__(
         self,
-        config: WorkerConfig,
+        config: RolloutConfig,
         reporter: Reporter,
         hub: AsyncHubClient,
         lanes: Sequence[Lane],
@@ -77,7 +77,7 @@ class Rollout:
         self._unfit_in_a_row = 0
         self._tasks: asyncio.TaskGroup
         self._over = asyncio.Event()
-        self._writer = SampleWriter(config.extra["out"], int(config.extra["n"])) if "out" in config.extra else None
+        self._writer = SampleWriter(config.samples.path, config.samples.groups) if config.samples else None
         self._waits: dict[str, str | None] = {}
         self._done = {"groups": 0, "samples": 0}
 
@@ -286,40 +286,34 @@ def _leaves(error: Exception) -> list[Exception]:
     return [error]
 
 
-def stage_dir(config: WorkerConfig, engine: dict[str, str]) -> Path:
-    """Where payloads for an engine are staged: its entry's `stage_dir`, else RUN_DIR/stage/NAME."""
-    return Path(engine.get("stage_dir") or config.run_dir / "stage" / engine["name"])
-
-
 async def _main(
-    config: WorkerConfig, reporter: Reporter, tokenizer: Any, source: PromptSource, pool: GradePool
+    config: RolloutConfig, reporter: Reporter, tokenizer: Any, source: PromptSource, pool: GradePool
 ) -> None:
-    recipe, kind = config.recipe, engines.of(config.recipe)
+    recipe, kind = config.recipe, engines.get(config.engine)
     async with contextlib.AsyncExitStack() as stack:
         hub = await stack.enter_async_context(AsyncHubClient(config.hub_url, config.token))
         lanes = []
         for entry in config.engines:
-            stage = stage_dir(config, entry)
-            client = kind.client(entry["url"], config.token, name=entry["name"], stage_dir=stage)
+            client = kind.client(entry.url, config.token, name=entry.name, stage_dir=entry.stage_dir)
             engine = await stack.enter_async_context(client)
-            subscriber = kind.receiver(config.hub_url, config.token, stage, config.model_path)
+            subscriber = kind.receiver(config.hub_url, config.token, entry.stage_dir, config.model_path)
             stack.callback(subscriber.close)
             lanes.append(
                 Lane(
-                    entry["name"],
+                    entry.name,
                     engine,
                     hub,
                     subscriber,
                     process=config.name,
                     mode=recipe.weights.pause_mode,
                     ready_timeout_s=recipe.launch.ready_timeout_s,
-                    turns=entry["name"] in config.extra.get("cards", ()),
+                    turns=entry.name in config.gpu_leases,
                 )
             )
         await Rollout(config, reporter, hub, lanes, source, tokenizer, pool).run()
 
 
-def run(config: WorkerConfig, reporter: Reporter) -> None:
+def run(config: RolloutConfig, reporter: Reporter) -> None:
     """Entry of the process."""
     recipe = config.recipe
     source = PromptSource(recipe.data, recipe.seed, config.data_path)
@@ -330,4 +324,4 @@ def run(config: WorkerConfig, reporter: Reporter) -> None:
 
 
 if __name__ == "__main__":
-    worker_main(run)
+    worker_main(run, RolloutConfig)

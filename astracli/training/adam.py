@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from astracli.config.recipe import TrainTable
+from astracli.process.layout import BUCKET_BYTES
 from astracli.training.halves import Halves
-from astracli.training.layout import BUCKET_BYTES
 from astracli.training.parking import Parking
 from astracli.training.passage import Passage
 

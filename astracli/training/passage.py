@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from astracli.training.layout import PASSING
+from astracli.process.layout import PASSING
 from astracli.training.parking import Parking
 
 Wait = Callable[[], None]

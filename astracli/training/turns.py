@@ -13,8 +13,9 @@ from typing import Any
 
 from astracli.errors import RunFailed
 from astracli.hub.client import HubClient
+from astracli.process.config import TrainerConfig
 from astracli.process.health import answers
-from astracli.process.worker import Reporter, WorkerConfig
+from astracli.process.worker import Reporter
 
 WAIT_S = 5.0
 """One long poll for a card; between two, a stop is noticed."""
@@ -26,13 +27,12 @@ _YES, _NO = b"1", b"0"
 class Turn:
     """One rank's part. Without shared GPUs every call does nothing, at once."""
 
-    def __init__(self, config: WorkerConfig, reporter: Reporter, ranks: Any, hub: HubClient | None):
-        told = config.extra.get("placement", {})
-        self.cards: list[str] = list(told.get("cards", ()))
+    def __init__(self, config: TrainerConfig, reporter: Reporter, ranks: Any, hub: HubClient | None):
+        self.cards = config.gpu_leases
         """Engines with which this trainer takes turns; their names are the cards'."""
-        self.leaves = bool(self.cards) and bool(told.get("leaves", True))
+        self.leaves = bool(self.cards) and config.leaves
         """Whether an engine uses this rank's own GPU in its turn."""
-        self._shared = bool(told.get("shared"))
+        self._shared = config.shared
         self._config = config
         self._reporter = reporter
         self._ranks = ranks
@@ -83,12 +83,12 @@ class Turn:
     def _await_engines(self) -> None:
         deadline = time.monotonic() + self._config.recipe.launch.ready_timeout_s
         for engine in self._config.engines:
-            self._reporter.waiting(f"{engine['name']} to reserve its part of the GPU")
-            while not answers(f"{engine['url']}/model_info", self._config.token, timeout_s=HEALTH_TIMEOUT_S):
+            self._reporter.waiting(f"{engine.name} to reserve its part of the GPU")
+            while not answers(f"{engine.url}/model_info", self._config.token, timeout_s=HEALTH_TIMEOUT_S):
                 if self._reporter.stop_requested.is_set():
                     return
                 if time.monotonic() > deadline:
                     limit = self._config.recipe.launch.ready_timeout_s
-                    raise RunFailed(f"{engine['name']} was not up within {limit:g} s", "look at its log")
+                    raise RunFailed(f"{engine.name} was not up within {limit:g} s", "look at its log")
                 time.sleep(LOOK_S)
         self._reporter.waiting(None)

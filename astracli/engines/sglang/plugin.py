@@ -34,7 +34,7 @@ class Sglang(Engine):
 
     def start(self, recipe: Recipe) -> Start:
         """The process that watches the server runs in our environment; it starts the server in the engine's own."""
-        return Start("astracli.engines.sglang.server", health=None)
+        return Start("astracli.engines.sglang.server")
 
     def choose(self, case: Case) -> Serving:
         return Serving(

@@ -11,6 +11,8 @@ from typing import Literal
 from astracli.config.recipe import Recipe, Recomputed
 
 Where = Literal["gpu", "host"]
+Staging = Literal["gpu", "host", "file"]
+"""Where a full version waits beside an engine until its pause."""
 
 LOGIT_BYTES = {"cpu": 2**25, "cuda": 2**29}
 """fp32 logits of one chunk in the trainer's loss; with what lives beside them three times that."""

@@ -37,18 +37,18 @@ class Request:
     logprobs: list[float] = field(default_factory=list)
     aborted: bool = False
 
-    def draw(self, logits_V: torch.Tensor) -> bool:
-        """One more token; True when the completion ends with it. The draw depends on seed and position alone."""
-        logprobs_V = torch.log_softmax(logits_V.float() / (self.sampling["temperature"] or 1.0), -1)
-        if self.sampling["temperature"]:
-            bits = np.random.Philox(key=self.sampling["sampling_seed"], counter=self.offset + len(self.tokens))
-            noise_V = torch.from_numpy(np.random.Generator(bits).gumbel(size=len(logprobs_V)))
-            token = int((logprobs_V + noise_V).argmax())
-        else:
-            token = int(logprobs_V.argmax())
+    def noise(self, size: int) -> np.ndarray:
+        """Gumbel noise for the next draw, of its seed and position alone; none where it is greedy."""
+        if not self.sampling["temperature"]:
+            return np.zeros(size)
+        bits = np.random.Philox(key=self.sampling["sampling_seed"], counter=self.offset + len(self.tokens))
+        return np.random.Generator(bits).gumbel(size=size)
+
+    def take(self, token: int, logprob: float) -> bool:
+        """One more token; True when the completion ends with it."""
         self.tokens.append(token)
-        self.logprobs.append(float(logprobs_V[token]))
-        return self.stopped or len(self.tokens) >= self.sampling["max_new_tokens"]
+        self.logprobs.append(logprob)
+        return self.aborted or self.stopped or len(self.tokens) >= self.sampling["max_new_tokens"]
 
     @property
     def stopped(self) -> bool:
@@ -66,7 +66,7 @@ class Request:
 
 
 class Policy:
-    """The model, its weights as they travel, and the requests. All but `submit`, `abort` and `call` run in one thread."""
+    """The model, its weights as they travel, and the requests."""
 
     def __init__(self, config: EngineConfig):
         adapter = registry.resolve(config.recipe, config.model_path)
@@ -137,15 +137,18 @@ class Policy:
     def decode(self, requests: list[Request]) -> None:
         """To the end of the longest. The prompts are of one length, so that nothing is padded."""
         tokens_BT = torch.tensor([request.prompt for request in requests])
+        heat_B1 = torch.tensor([[request.sampling["temperature"] or 1.0] for request in requests])
         cache, going = None, set(range(len(requests)))
         while going:
             out = self.model(input_ids=tokens_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
+            cache, logprobs_BV = out.past_key_values, torch.log_softmax(out.logits[:, -1].float() / heat_B1, -1)
+            noise_BV = np.stack([request.noise(logprobs_BV.shape[1]) for request in requests])
+            tokens_BT = (logprobs_BV + torch.from_numpy(noise_BV)).argmax(-1, keepdim=True)
+            drawn = logprobs_BV.gather(1, tokens_BT).squeeze(1).tolist()
             for row in sorted(going):
-                if requests[row].aborted or requests[row].draw(out.logits[row, -1]):
+                if requests[row].take(int(tokens_BT[row]), drawn[row]):
                     going.remove(row)
                     requests[row].end(self.version)
-            tokens_BT = torch.tensor([[request.tokens[-1] if request.tokens else 0] for request in requests])
 
     def apply(self, version: int) -> dict[str, Any]:
         """Apply what is staged, every digest checked, then read the parameters back under HF names."""

@@ -26,7 +26,7 @@ def whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def document(name: str) -> dict[str, Any]:
-    return machine_facts.load(name)
+    return machine_facts.load(name).document()
 
 
 def choices(report: dict[str, Any]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from astracli.backends import choice as backend
 from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
 from astracli.errors import UserError
-from astracli.machine import facts as machine
+from astracli.machine.facts import validate
 from astracli.models import registry
 from astracli.plan import build as plan
 from astracli.plan import memory as plan_memory
@@ -33,8 +33,9 @@ def memory_warnings(result: LaunchPlan) -> list[str]:
 
 def planned(recipe: Recipe, document: dict[str, Any], config: dict[str, Any] | None = None, **more: Any) -> LaunchPlan:
     adapter = registry.resolve(recipe, config)
-    choice = backend.choose(adapter, document, recipe, config)
-    return plan.build(recipe, adapter, choice, document, config=config, **more)
+    there = validate(document)
+    choice = backend.choose(adapter, there, recipe, config)
+    return plan.build(recipe, adapter, choice, there, config=config, **more)
 
 
 def load(name: str, *overrides: str) -> Recipe:
@@ -312,14 +313,14 @@ def test_an_unknown_model_still_has_processes() -> None:
 
 
 def test_building_reads_nothing_but_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    document, recipe = facts("9.0", 8, host_gib=512), load("qwen3.5-4b-m2po-delta")
-    before = json.dumps(document)
+    there, recipe = validate(facts("9.0", 8, host_gib=512)), load("qwen3.5-4b-m2po-delta")
+    before = there.document()
     adapter = registry.resolve(recipe)
-    choice = backend.choose(adapter, document, recipe)
-    monkeypatch.setattr(machine, "probe", lambda: pytest.fail("a plan must not probe"))
+    choice = backend.choose(adapter, there, recipe)
+    monkeypatch.setattr("astracli.machine.read.probe", lambda: pytest.fail("a plan must not probe"))
     monkeypatch.setattr("builtins.open", lambda *a, **k: pytest.fail("a plan must not read files"))
-    first = plan.build(recipe, adapter, choice, document)
-    assert first == plan.build(recipe, adapter, choice, document)
-    assert json.dumps(document) == before
+    first = plan.build(recipe, adapter, choice, there)
+    assert first == plan.build(recipe, adapter, choice, there)
+    assert there.document() == before
     with pytest.raises(dataclasses.FrozenInstanceError):
         first.recipe = "other"  # type: ignore[misc]

@@ -14,6 +14,7 @@ from training_tools import recipe, save_model
 from astracli.adapters import qwen3_5
 from astracli.errors import UserError
 from astracli.launch import children
+from astracli.machine.facts import Gpu
 from astracli.plan import build as plan
 from astracli.plan import cost as plan_speed
 from astracli.plan import memory as plan_memory
@@ -31,6 +32,11 @@ REQUESTS = "rollout.max_running_requests=32"
 ONE_EACH = ("resources.rollout_gpus=1", "resources.train_gpus=1", REQUESTS)
 NAME = "qwen3.5-4b-m2po-delta"
 SHAPE = qwen3_5.ADAPTER.memory_shape(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"])
+
+
+def gpu(name: str, capability: str) -> Gpu:
+    nothing = {"index": 0, "uuid": "", "memory_total": None, "memory_free": None, "driver": ""}
+    return Gpu(name=name, compute_capability=capability, **nothing)
 
 
 def test_seconds_by_hand() -> None:
@@ -54,7 +60,7 @@ def test_seconds_by_hand() -> None:
 def test_the_estimate_orders_what_was_measured_on_80_gb() -> None:
     """16,101, 14,740 and 13,206 tokens/s on one H200 held to 80 GB, without a reference: docs/benchmarks.md."""
     asked = load(NAME, "algorithm.kl_coef=0")
-    pace = plan_speed.pace([{"name": "NVIDIA H200", "compute_capability": "9.0"}])
+    pace = plan_speed.pace([gpu("NVIDIA H200", "9.0")])
     splits = (Split("gpu", 0.65, "none"), Split("gpu", 0.15, "selective"), Split("gpu", 0.0, "full"))
     seconds = [plan_speed.step_seconds(asked, SHAPE, 1, split, pace) for split in splits]
     assert seconds[1] / seconds[0] == pytest.approx(16101 / 14740, rel=0.03)
@@ -160,9 +166,7 @@ def test_the_recipe_s_word_counts() -> None:
 
 
 def test_the_slowest_gpu_counts() -> None:
-    h100, l40 = (
-        {"name": n, "compute_capability": c} for n, c in (("NVIDIA H100 80GB HBM3", "9.0"), ("NVIDIA L40", "8.9"))
-    )
+    h100, l40 = gpu("NVIDIA H100 80GB HBM3", "9.0"), gpu("NVIDIA L40", "8.9")
     assert plan_speed.pace([h100, l40]) == plan_speed.pace([l40]) != plan_speed.pace([h100])
     assert plan_speed.pace([h100]).flops == pytest.approx(0.42 * 989e12) and plan_speed.pace([h100]).link == 99e9
     assert plan_speed.pace([l40]) == Pace(pytest.approx(0.42 * 181e12), 50e9)
@@ -173,4 +177,4 @@ def test_the_slowest_gpu_counts() -> None:
     assert plan_speed.peak("a gpu", "10.0") == 2250
     assert plan_speed.peak("a gpu", "7.5") == plan_speed.peak("a gpu") == 300
     assert plan_speed.pace([]) == Pace()
-    assert plan_speed.pace([{"name": "odd", "compute_capability": None}]).link == 50e9
+    assert plan_speed.pace([gpu("odd", "7.5")]).link == 50e9

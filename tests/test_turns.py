@@ -29,6 +29,7 @@ from astracli.engines.client import EngineClient, GenRequest
 from astracli.hub.cards import CardBook
 from astracli.hub.client import AsyncHubClient, HubClient
 from astracli.launch import children, summary
+from astracli.machine.facts import validate
 from astracli.models import registry
 from astracli.plan import build as plan
 from astracli.plan import memory as plan_memory
@@ -312,7 +313,8 @@ def test_two_ranks_take_turns_with_an_engine_on_the_first_ones_gpu(
 
 def planned(recipe: Recipe, document: dict[str, Any]) -> plan.LaunchPlan:
     adapter = registry.resolve(recipe)
-    return plan.build(recipe, adapter, backend.choose(adapter, document, recipe), document)
+    there = validate(document)
+    return plan.build(recipe, adapter, backend.choose(adapter, there, recipe), there)
 
 
 SHARED = ("resources.rollout_gpus=1", "resources.train_gpus=1", "resources.share_gpus=true")

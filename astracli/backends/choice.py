@@ -13,11 +13,10 @@ from typing import Any, Literal
 
 from astracli.backends import delta_rule as backend_delta_rule
 from astracli.backends import serving as backend_serving
-from astracli.backends.serving import ASKED, Facts, known, lowest_capability
+from astracli.backends.serving import ASKED, known
 from astracli.config.recipe import Recipe
 from astracli.errors import UserError
-from astracli.machine import facts as machine
-from astracli.machine.facts import usable
+from astracli.machine.facts import Machine
 from astracli.models.adapter import ModelAdapter
 
 TRAINER: dict[str, tuple[tuple[str, ...], str | None]] = {
@@ -76,12 +75,12 @@ class BackendChoice:
 
 
 def choose(
-    adapter: ModelAdapter, facts: Facts, recipe: Recipe, config: Mapping[str, Any] | None = None
+    adapter: ModelAdapter, facts: Machine, recipe: Recipe, config: Mapping[str, Any] | None = None
 ) -> BackendChoice:
     """Decide for this machine. Raises UserError for a combination that cannot work anywhere or fails on these GPUs."""
     device, why_device = _device(recipe)
     engine, why_engine = _engine(recipe, device)
-    capability = lowest_capability(facts) if device == "cuda" else None
+    capability = facts.capability if device == "cuda" else None
     serving, why_serving = backend_serving.attention(adapter, facts, recipe, engine, device, capability)
     linear, why_linear = backend_serving.linear_attention(adapter, recipe, engine, device)
     trainer, why_trainer = _trainer(facts, recipe, device)
@@ -146,7 +145,7 @@ def _engine(recipe: Recipe, device: str) -> tuple[Literal["embedded", "sglang"],
     return asked, ASKED
 
 
-def _trainer(facts: Facts, recipe: Recipe, device: str) -> tuple[str, str]:
+def _trainer(facts: Machine, recipe: Recipe, device: str) -> tuple[str, str]:
     asked = recipe.train.attention
     if asked == "auto":
         return "sdpa", "torch's own attention: exact on both devices, nothing to install"
@@ -154,8 +153,8 @@ def _trainer(facts: Facts, recipe: Recipe, device: str) -> tuple[str, str]:
     devices, package = TRAINER[asked]
     if device not in devices:
         raise UserError(f"train.attention = {asked} does not run on a CPU", "use `--set train.attention=auto`")
-    if package is not None and machine.visible_gpus(facts) and not usable(facts, package):
-        stub = facts["packages"].get(package, {}).get("importable_spec")
+    if package is not None and facts.visible_gpus and not facts.usable(package):
+        stub = facts.package(package).importable_spec
         what = "is only an empty namespace folder" if stub else "is not installed"
         raise UserError(
             f"train.attention = {asked} needs {package}, which {what}",

@@ -6,17 +6,12 @@ The knowledge is in tables: what SGLang takes by itself on a compute capability;
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from astracli.config.recipe import Recipe
 from astracli.errors import UserError
-from astracli.machine import facts as machine
-from astracli.machine.facts import usable
+from astracli.machine.facts import Capability, Machine
 from astracli.models.adapter import Forbidden, ModelAdapter
-
-Capability = tuple[int, int]
-Facts = Mapping[str, Any]
 
 OLDEST: Capability = (8, 0)
 """bf16 arithmetic begins here."""
@@ -51,22 +46,12 @@ COMPILED = {"fa3": "flash_ops"}
 ASKED = "the recipe asks for it"
 
 
-def capability_of(gpu: Mapping[str, Any]) -> Capability:
-    major, _, minor = gpu["compute_capability"].partition(".")
-    return int(major), int(minor or 0)
-
-
-def lowest_capability(facts: Facts) -> Capability | None:
-    """The lowest of the visible GPUs; None without any."""
-    return min((capability_of(gpu) for gpu in machine.visible_gpus(facts)), default=None)
-
-
 def dotted(capability: Capability) -> str:
     return f"{capability[0]}.{capability[1]}"
 
 
 def attention(
-    adapter: ModelAdapter, facts: Facts, recipe: Recipe, engine: str, device: str, capability: Capability | None
+    adapter: ModelAdapter, facts: Machine, recipe: Recipe, engine: str, device: str, capability: Capability | None
 ) -> tuple[str, str]:
     """(attention backend of the engine, the reason). Raises UserError for one that cannot serve."""
     asked = recipe.rollout.attention_backend
@@ -103,26 +88,22 @@ def serving_options(adapter: ModelAdapter, capability: Capability) -> tuple[list
     return [name for name in running if name not in refused], refused
 
 
-def lacks(facts: Facts, recipe: Recipe, name: str) -> str | None:
+def lacks(facts: Machine, recipe: Recipe, name: str) -> str | None:
     """What the engine's environment lacks for attention backend `name`; None when it is there, or nothing is known."""
     package = SERVING[name][2]
-    if recipe.resources.engine.foreign:
-        engine = facts.get("engine")
-        if not engine or engine["error"] is not None:
-            return None
-        facts = {**facts, "packages": engine["packages"]}
-    if package is None or (name in COMPILED and package not in facts["packages"]):
+    engine = facts.as_engine(recipe.resources.engine.foreign)
+    if engine is None or package is None or (name in COMPILED and package not in engine.packages):
         return None
-    if not usable(facts, package):
+    if not engine.usable(package):
         return f"{package} cannot be imported"
-    compiled = facts["packages"][package].get("compiled")
+    compiled = engine.package(package).compiled
     if name in COMPILED and compiled is not None and COMPILED[name] not in compiled:
         return f"this build of {package} has no {COMPILED[name]}"
     return None
 
 
 def _check_serving(
-    adapter: ModelAdapter, facts: Facts, recipe: Recipe, name: str, key: str, capability: Capability | None
+    adapter: ModelAdapter, facts: Machine, recipe: Recipe, name: str, key: str, capability: Capability | None
 ) -> str:
     """The reason to take what the recipe asks for. Raises UserError where it is known to fail."""
     if capability is None:

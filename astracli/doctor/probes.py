@@ -22,7 +22,6 @@ from typing import Any
 from astracli.backends.delta_rule import native
 from astracli.doctor import probe_child
 from astracli.doctor.subject import Check, Status, Subject
-from astracli.machine import facts as machine
 
 GROUP = "numerics"
 START_S = 60.0
@@ -97,7 +96,7 @@ def engine_probes(subject: Subject) -> list[Probe]:
         "sglang": "sglang.srt.server_args:ServerArgs",
         "flashinfer-python": "flashinfer:single_prefill_with_kv_cache",
     }
-    there = {name: target for name, target in wanted.items() if machine.usable(facts, name)}
+    there = {name: target for name, target in wanted.items() if facts.usable(name)}
     own = subject.recipe.resources.engine if subject.recipe is not None else None
     python, env = (own.python or sys.executable, own.env) if own is not None and own.foreign else (None, {})
     found = []
@@ -105,7 +104,7 @@ def engine_probes(subject: Subject) -> list[Probe]:
         why, fix = "the engine imports it when it starts", "`pip install --force-reinstall 'astracli[sglang]'` there"
         found.append(Probe("engine imports", "imports", {"wanted": there}, 120, True, why, fix, python, env=dict(env)))
     choice, settings = subject.fit.choice, dict(subject.config or _known(subject))
-    if settings and choice is not None and machine.usable(facts, "torch") and machine.visible_gpus(facts):
+    if settings and choice is not None and facts.usable("torch") and facts.visible_gpus:
         asked = {"config": settings, "device": "cuda", "chosen": [choice.serving_attention]}
         fix = "`--set rollout.attention_backend=triton`, or another version of it in the engine's environment"
         found.append(Probe("serving attention", "attention", asked, KERNELS_S, True, ATTENTION, fix, python,
@@ -116,9 +115,9 @@ def engine_probes(subject: Subject) -> list[Probe]:
 def trainer_probes(subject: Subject) -> Iterator[Probe]:
     """Imports, the adapter's promises, kernels against references, the engine against the trainer, links."""
     adapter, config = subject.fit.adapter, subject.config
-    if not machine.usable(subject.facts, "torch"):
+    if not subject.facts.usable("torch"):
         return
-    there = bool(machine.visible_gpus(subject.facts)) and subject.facts["torch_cuda"] is not None
+    there = bool(subject.facts.visible_gpus) and subject.facts.torch_cuda is not None
     device = "cuda" if there and (subject.cuda or subject.recipe is None) else "cpu"
     env = {} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
     env |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "HF_HUB_OFFLINE": "1"}
@@ -170,7 +169,7 @@ def _links(subject: Subject, device: str, env: dict[str, str]) -> Iterator[Probe
 
 def _rank_gpus(subject: Subject) -> list[int]:
     """Indexes of the GPUs that the trainer's ranks would run on, as far as they are there; without a recipe, of all."""
-    there = [gpu["index"] for gpu in machine.visible_gpus(subject.facts)]
+    there = [gpu.index for gpu in subject.facts.visible_gpus]
     if subject.recipe is None:
         return there
     processes = subject.fit.plan.processes if subject.fit.plan is not None else ()
@@ -190,7 +189,7 @@ def _imports(subject: Subject, device: str) -> dict[str, str]:
             "causal-conv1d": "causal_conv1d:causal_conv1d_fn",
             "flash-attn": "flash_attn:flash_attn_func",
         }
-    return {name: target for name, target in wanted.items() if machine.usable(subject.facts, name)}
+    return {name: target for name, target in wanted.items() if subject.facts.usable(name)}
 
 
 def _known(subject: Subject) -> Any:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from astracli.backends.serving import SERVING, lowest_capability, not_by_auto, serving_options
-from astracli.doctor.subject import Check, Facts, Status, Subject, flaw, found
-from astracli.machine import facts as machine
+from astracli.backends.serving import SERVING, not_by_auto, serving_options
+from astracli.doctor.subject import Check, Status, Subject, flaw
+from astracli.machine.facts import Machine, version_tuple
 from astracli.plan.problems import SGLANG_GLIBC
 
 GROUP = "serving"
@@ -26,10 +26,10 @@ def checks(subject: Subject) -> Iterator[Check]:
     facts = subject.serving
     if facts is None:
         return
-    if not machine.usable(facts, "sglang"):
+    if not facts.usable("sglang"):
         value, why, fix = flaw(facts, "sglang") or ("not installed", "the recipe generates with it", INSTALL)
-        lying = found(facts, "sglang")["version"] or found(facts, "sglang")["importable_spec"]
-        needed = subject.sglang and bool(subject.facts["gpus"])  # it runs on GPUs only: first there must be one
+        lying = facts.package("sglang").version or facts.package("sglang").importable_spec
+        needed = subject.sglang and bool(subject.facts.gpus)  # it runs on GPUs only: first there must be one
         status: Status = "fail" if needed else "warn" if lying else "skip"
         yield Check("sglang", GROUP, status, value, why if status != "skip" else "", fix if status != "skip" else "")
     else:
@@ -43,20 +43,20 @@ def checks(subject: Subject) -> Iterator[Check]:
 
 def _environment(subject: Subject) -> Check:
     assert subject.recipe is not None
-    own, engine = subject.recipe.resources.engine, subject.facts["engine"]
+    own, engine = subject.recipe.resources.engine, subject.facts.engine
     asked = own.python or f"PYTHONPATH={own.env['PYTHONPATH']}"
     if engine is None:
         return Check("engine python", GROUP, "warn", f"{asked}: not in this document", "its packages are not judged")
-    if engine["error"] is not None:
+    if engine.error is not None:
         fix = "set resources.engine.python to the interpreter of the environment that holds sglang"
-        return Check("engine python", GROUP, "fail", asked, engine["error"], fix)
-    return Check("engine python", GROUP, "ok", f"{engine['version']} at {engine['executable']}")
+        return Check("engine python", GROUP, "fail", asked, engine.error, fix)
+    return Check("engine python", GROUP, "ok", f"{engine.version} at {engine.executable}")
 
 
-def _build(subject: Subject, facts: Facts) -> Check:
+def _build(subject: Subject, facts: Machine) -> Check:
     """Judged by whether this build has a file for the model: development builds sort below releases that have it."""
-    package, adapter = found(facts, "sglang"), subject.fit.adapter
-    version, models = str(package["version"]), package["models"]
+    package, adapter = facts.package("sglang"), subject.fit.adapter
+    version, models = str(package.version), package.models
     if adapter is None or not adapter.model_types or models is None:
         return Check("sglang", GROUP, "ok", version)
     held = [name for name in adapter.model_types if name in models]
@@ -66,20 +66,20 @@ def _build(subject: Subject, facts: Facts) -> Check:
     return Check("sglang", GROUP, subject.bad(subject.sglang), version, why, "`pip install 'sglang>=0.5.17'`")
 
 
-def _pins(subject: Subject, facts: Facts) -> Check:
-    pins = found(facts, "sglang")["pins"]
+def _pins(subject: Subject, facts: Machine) -> Check:
+    pins = facts.package("sglang").pins
     if not pins:
         return Check("sglang pins", GROUP, "skip", "not in this document")
-    off = {name: pin for name, pin in pins.items() if _release(pin["has"] or "") != _release(pin["wants"])}
+    off = {name: pin for name, pin in pins.items() if _release(pin.has or "") != _release(pin.wants)}
     if not off:
         return Check("sglang pins", GROUP, "ok", f"all {len(pins)} exact requirements are met")
-    broken = [name for name, pin in off.items() if name in LINKED and _minor(pin["has"] or "") != _minor(pin["wants"])]
-    shown = ", ".join(f"{name} {off[name]['has'] or 'absent'} for {off[name]['wants']}" for name in sorted(off)[:4])
+    broken = [name for name, pin in off.items() if name in LINKED and _minor(pin.has or "") != _minor(pin.wants)]
+    shown = ", ".join(f"{name} {off[name].has or 'absent'} for {off[name].wants}" for name in sorted(off)[:4])
     shown += f" and {len(off) - 4} more" if len(off) > 4 else ""
     why = "sglang is built and tested against exactly these"
     if broken:
         why = f"sglang does not import, or its kernels do not load, with another {' or '.join(broken)}"
-    version = found(facts, "sglang")["version"]
+    version = facts.package("sglang").version
     fix = f"`pip install sglang=={version}` in an environment of its own; name it in resources.engine.python"
     return Check("sglang pins", GROUP, subject.bad(subject.sglang and bool(broken)), shown, why, fix)
 
@@ -90,14 +90,14 @@ def _release(version: str) -> str:
 
 
 def _minor(version: str) -> tuple[int, ...]:
-    return machine.version_tuple(version)[:2]
+    return version_tuple(version)[:2]
 
 
 def _glibc(subject: Subject) -> Iterator[Check]:
-    libc = subject.facts["system"]["libc"] or ""
+    libc = subject.facts.system.libc or ""
     if not libc.startswith("glibc"):
         return
-    if machine.version_tuple(libc.removeprefix("glibc ")) < SGLANG_GLIBC:
+    if version_tuple(libc.removeprefix("glibc ")) < SGLANG_GLIBC:
         why = "sglang's wheels need glibc 2.34 or newer"
         fix = "use a newer operating system image"
         yield Check("glibc", GROUP, subject.bad(subject.sglang), libc, why, fix)
@@ -105,11 +105,11 @@ def _glibc(subject: Subject) -> Iterator[Check]:
         yield Check("glibc", GROUP, "ok", libc)
 
 
-def _flashinfer(subject: Subject, facts: Facts) -> Iterator[Check]:
+def _flashinfer(subject: Subject, facts: Machine) -> Iterator[Check]:
     """The PyPI project `flashinfer` is an abandoned one of the same module name; `flashinfer-python` is meant."""
     choice, name = subject.fit.choice, "flashinfer-python"
     needs = choice is not None and SERVING.get(choice.serving_attention, (0, 0, None))[2] == name
-    legacy, real = found(facts, "flashinfer")["version"], found(facts, name)["version"]
+    legacy, real = facts.package("flashinfer").version, facts.package(name).version
     fix = "`pip uninstall flashinfer && pip install --force-reinstall flashinfer-python`"
     if legacy and not real:
         why = "the legacy package under the same module name; sglang needs `flashinfer-python`"
@@ -117,7 +117,7 @@ def _flashinfer(subject: Subject, facts: Facts) -> Iterator[Check]:
     elif legacy:
         why = "two packages write the same module: whichever was installed last is imported"
         yield Check("flashinfer", GROUP, "warn", f"flashinfer {legacy} beside {name} {real}", why, fix)
-    elif machine.usable(facts, name):
+    elif facts.usable(name):
         yield Check("flashinfer", GROUP, "ok", str(real))
     else:
         value, why, cure = flaw(facts, name) or ("not installed", "", "")
@@ -131,7 +131,7 @@ def _flashinfer(subject: Subject, facts: Facts) -> Iterator[Check]:
 
 def _attention(subject: Subject) -> Iterator[Check]:
     """Which attention backends may serve this family here. A refused one that the recipe asks for is refused there."""
-    adapter, capability = subject.fit.adapter, lowest_capability(subject.facts)
+    adapter, capability = subject.fit.adapter, subject.facts.capability
     if adapter is None or capability is None:
         return
     allowed, refused = serving_options(adapter, capability)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from astracli.backends import choice as backend
 from astracli.backends.choice import BackendChoice
 from astracli.config.recipe import Recipe
 from astracli.errors import UserError
-from astracli.machine import facts as machine
+from astracli.machine.facts import Machine
 from astracli.models import registry
 from astracli.models.adapter import ModelAdapter, read_config
 from astracli.plan import build as plan
 from astracli.plan.types import LaunchPlan
 
-Facts = Mapping[str, Any]
 Status = Literal["ok", "warn", "fail", "skip"]
 
 
@@ -47,7 +46,7 @@ class Fit:
 class Subject:
     """What is judged. Nothing in it changes, and no check looks anywhere else."""
 
-    facts: Facts
+    facts: Machine
     recipe: Recipe | None = None
     config: Mapping[str, Any] | None = None
     """config.json of the recipe's checkpoint, when it is known."""
@@ -80,43 +79,36 @@ class Subject:
         return self.recipe is not None and self.recipe.resources.engine.foreign
 
     @property
-    def serving(self) -> Facts | None:
+    def serving(self) -> Machine | None:
         """The facts as the engine's interpreter has them; None when it is another one and nothing is known of it."""
-        if not self.foreign_engine:
-            return self.facts
-        engine = self.facts["engine"]
-        if engine is None or engine["error"] is not None:
-            return None
-        own = {"packages": engine["packages"], "torch_cuda": engine["torch_cuda"]}
-        return {**self.facts, **own}
+        return self.facts.as_engine(self.foreign_engine)
 
     def bad(self, needed: bool) -> Status:
         """`fail` for what this recipe needs, `warn` for all else."""
         return "fail" if needed and self.recipe is not None else "warn"
 
 
-def subject(recipe: Recipe | None, document: Mapping[str, Any]) -> Subject:
-    """Facts and recipe made ready for the checks. Raises UserError when `document` is no machine description."""
-    facts = machine.validate(document)
+def subject(recipe: Recipe | None, facts: Machine) -> Subject:
+    """Facts and recipe made ready for the checks."""
     if recipe is None:
         return Subject(facts)
     config = _config(recipe, facts)
     return Subject(facts, recipe, config, judge(recipe, facts, config))
 
 
-def _config(recipe: Recipe, facts: Facts) -> Mapping[str, Any] | None:
+def _config(recipe: Recipe, facts: Machine) -> Mapping[str, Any] | None:
     """From the document; a model that ships with the package is on every machine."""
     from astracli.data import fetch
 
-    known = facts["checkpoint"]
-    if known is not None and known["path"] == recipe.model.path:
-        return known["config"]
+    known = facts.checkpoint
+    if known is not None and known.path == recipe.model.path:
+        return known.config
     if recipe.model.path.startswith(fetch.BUNDLED_PREFIX):
         return read_config(fetch.bundled(recipe.model.path))
     return None
 
 
-def judge(recipe: Recipe, facts: Facts, config: Mapping[str, Any] | None) -> Fit:
+def judge(recipe: Recipe, facts: Machine, config: Mapping[str, Any] | None) -> Fit:
     """Adapter, backends and plan of a recipe; a refusal is kept, not raised."""
     adapter, choice = None, None
     try:
@@ -127,31 +119,32 @@ def judge(recipe: Recipe, facts: Facts, config: Mapping[str, Any] | None) -> Fit
         return Fit(adapter, choice, None, error)
 
 
-def found(facts: Facts, name: str) -> Mapping[str, Any]:
-    """A package of the document; one that the document does not name is not installed."""
-    absent: Mapping[str, Any] = {"version": None, "importable_spec": False, "origin": None, "models": None, "pins": {}}
-    package: Mapping[str, Any] = facts["packages"].get(name) or absent
-    return package
+class Flaw(NamedTuple):
+    """What is wrong with a package; the fields of a `Check`."""
+
+    value: str
+    why: str
+    fix: str
 
 
-def flaw(facts: Facts, name: str) -> tuple[str, str, str] | None:
-    """(value, why, fix) of a package that looks installed and cannot be imported; None when it does not lie."""
-    package = found(facts, name)
-    if package["importable_spec"] and not package["origin"]:
+def flaw(facts: Machine, name: str) -> Flaw | None:
+    """Of a package that looks installed and cannot be imported; None when it does not lie."""
+    package = facts.package(name)
+    if package.importable_spec and not package.origin:
         why = "a namespace stub, a folder without a module: `import` succeeds and finds nothing in it"
-        return "stub", why, f"`pip install {name}`, or remove the empty folder"
-    if package["version"] and not machine.usable(facts, name):
+        return Flaw("stub", why, f"`pip install {name}`, or remove the empty folder")
+    if package.version and not package.usable:
         why = "installed by its metadata, but there is no module to import"
-        return package["version"], why, f"`pip install --force-reinstall {name}`"
+        return Flaw(package.version, why, f"`pip install --force-reinstall {name}`")
     return None
 
 
-def optional(facts: Facts, name: str, group: str) -> Check:
+def optional(facts: Machine, name: str, group: str) -> Check:
     """A package that may be absent, and must not lie when it is there."""
     wrong = flaw(facts, name)
     if wrong is not None:
-        return Check(name, group, "warn", *wrong)
-    version = found(facts, name)["version"]
+        return Check(name, group, "warn", wrong.value, wrong.why, wrong.fix)
+    version = facts.package(name).version
     return Check(name, group, "ok" if version else "skip", version or "not installed")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from astracli.backends.choice import BackendChoice
 from astracli.config.recipe import Recipe
 from astracli.errors import UserError
-from astracli.machine import facts as machine
+from astracli.machine.facts import Machine
 from astracli.models.adapter import MemoryShape, ModelAdapter
 from astracli.plan import cost as plan_speed
 from astracli.plan import hints as plan_hint
@@ -46,7 +46,7 @@ def build(
     recipe: Recipe,
     adapter: ModelAdapter,
     choice: BackendChoice,
-    facts: Mapping[str, Any],
+    facts: Machine,
     *,
     command: Command = "train",
     config: Mapping[str, Any] | None = None,
@@ -64,7 +64,7 @@ def build(
         return not blocked and not (lightly and strained)
 
     def way_out(otherwise: str) -> str:
-        count = len(machine.visible_gpus(facts))
+        count = len(facts.visible_gpus)
         sets = plan_hint.find(recipe, command, count, fits) if count and choice.device == "cuda" else None
         return f"run {plan_hint.command_line(command, recipe.name, sets)}" if sets else otherwise
 
@@ -79,7 +79,7 @@ def build(
 def _build(
     recipe: Recipe,
     choice: BackendChoice,
-    facts: Mapping[str, Any],
+    facts: Machine,
     command: Command,
     shape: MemoryShape | None,
     checkpoint_bytes: int | None,
@@ -96,7 +96,7 @@ def _build(
     if on_gpu := _room_to_publish(processes, memory, facts, placement.turns):
         memory = _memory(processes, shape, recipe, choice.device, placement, facts, on_gpu)
     if shape and command == "train":
-        room = plan_problems.sizes_of(facts), facts["system"]["memory_total"]
+        room = facts.gpu_sizes, facts.system.memory_total
         placement, memory = plan_staging.decide(processes, memory, shape, recipe, placement, *room)
     if placement.turns:
         # a worker that starts again does not know whose turn it is
@@ -111,13 +111,13 @@ def _build(
         memory=tuple(memory),
         disk=tuple(disk),
         model=_model(shape, recipe) if shape else {},
-        gpu_sizes=plan_problems.sizes_of(facts),
-        host_size=facts["system"]["memory_total"],
+        gpu_sizes=facts.gpu_sizes,
+        host_size=facts.system.memory_total,
         running_requests=recipe.rollout.running,
         expected=recipe.expected.model_dump(exclude_none=True) if recipe.expected else {},
     )
     if choice.device == "cuda":
-        sizes = plan_problems.sizes_of(facts)
+        sizes = facts.gpu_sizes
         plan = replace(plan, margins=plan_margin.margins(plan.memory, plan.gpu_map, sizes))
     problems = [
         *plan_problems.gpu_problems(plan, recipe, facts, way_out),
@@ -137,13 +137,13 @@ def refuse(plan: LaunchPlan) -> None:
         raise UserError(first.message + also, first.hint)
 
 
-def _processes(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any], command: Command) -> list[ProcessPlan]:
+def _processes(recipe: Recipe, choice: BackendChoice, facts: Machine, command: Command) -> list[ProcessPlan]:
     resources, threads = recipe.resources, recipe.resources.threads
     cuda = choice.device == "cuda"
     restarts = recipe.launch.max_restarts if recipe.launch.max_restarts is not None else (2 if cuda else 0)
     if recipe.launch.deterministic:
         restarts = 0  # a wave whose engine dies begins again, whole, and that is what a resume does
-    physical = [gpu["index"] for gpu in machine.visible_gpus(facts)]
+    physical = [gpu.index for gpu in facts.visible_gpus]
     engine_gpus, train_gpus = _placement(recipe, physical) if cuda else ([], [])
 
     def child(name: str, role: Role, gpus: list[int], visible: list[int], **more: Any) -> ProcessPlan:
@@ -200,7 +200,7 @@ def _place(
     shape: MemoryShape | None,
     recipe: Recipe,
     choice: BackendChoice,
-    facts: Mapping[str, Any],
+    facts: Machine,
     host: int | None = None,
 ) -> tuple[Recipe, Placement]:
     """The recipe with what it leaves to the machine, and where things lie. `host`: bytes that trainers may take there,
@@ -208,8 +208,8 @@ def _place(
     if choice.device != "cuda":
         return plan_requests.settle(recipe, shape, {}, [], [], plan_speed.pace([]))[0], Placement()
     gpus = {role: [gpu for p in processes if p.role == role for gpu in p.gpus] for role in ("engine", "trainer")}
-    where = (plan_problems.sizes_of(facts), gpus["engine"], gpus["trainer"])
-    pace = plan_speed.pace([gpu for gpu in machine.visible_gpus(facts) if gpu["index"] in gpus["trainer"]])
+    where = (facts.gpu_sizes, gpus["engine"], gpus["trainer"])
+    pace = plan_speed.pace([gpu for gpu in facts.visible_gpus if gpu.index in gpus["trainer"]])
     recipe, why = plan_requests.settle(recipe, shape, *where, pace)
     placement = plan_place.place(recipe, shape, *where, pace, host)
     if why is not None:
@@ -224,11 +224,11 @@ def _memory(
     recipe: Recipe,
     device: str,
     placement: Placement,
-    facts: Mapping[str, Any],
+    facts: Machine,
     published_on_gpu: Collection[str] = (),
 ) -> list[MemoryRow]:
     """`published_on_gpu`: trainers whose published versions lie on their GPU, those of others on the host."""
-    rows, sizes = [plan_memory.light_row("supervisor")], plan_problems.sizes_of(facts) if device == "cuda" else {}
+    rows, sizes = [plan_memory.light_row("supervisor")], facts.gpu_sizes if device == "cuda" else {}
     for process in processes:
         if process.role == "engine" and shape:
             card = next((sizes[gpu] for gpu in process.gpus if gpu in sizes), None)
@@ -251,9 +251,9 @@ def _on_shared_gpus(processes: Sequence[ProcessPlan]) -> set[str]:
     return {p.name for p in processes if set(p.gpus) & engine & trainer}
 
 
-def _room_on_host(processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], facts: Mapping[str, Any]) -> int | None:
+def _room_on_host(processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], facts: Machine) -> int | None:
     """What others leave trainers of a host that is too small for all of them; None where all fit."""
-    size = facts["system"]["memory_total"]
+    size = facts.system.memory_total
     if plan_memory.total(rows, where="host", fixed=True) <= size:
         return None
     others = [process.name for process in processes if process.role != "trainer"] + ["supervisor"]
@@ -261,11 +261,11 @@ def _room_on_host(processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], f
 
 
 def _room_to_publish(
-    processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], facts: Mapping[str, Any], turns: bool
+    processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], facts: Machine, turns: bool
 ) -> set[str]:
     """Trainers whose GPU has room for two published versions beside all else; each rank finds out for itself
     (`weights.snapshot`). One that leaves its GPU in the engine's turn keeps them on the host."""
-    sizes = plan_problems.sizes_of(facts)
+    sizes = facts.gpu_sizes
     held = {row.process: row.bytes for row in rows if row.what == plan_trainer.PUBLISHED}
     # torch gives the holes of its cache back where memory is short
     solid = [row for row in rows if row.what != plan_memory.HOLES]

@@ -22,6 +22,7 @@ from astracli.models import registry
 from astracli.plan import build as plan
 from astracli.plan import memory as plan_memory
 from astracli.plan.build import LaunchPlan
+from astracli.plan.view import what
 
 TINY = qwen3_5.tiny_config()
 
@@ -183,7 +184,7 @@ def test_processes_that_need_the_same_stand_once_in_the_tables() -> None:
     (memory,) = (table for table in plan.render(result) if table.title == "memory")
     labels = list(dict.fromkeys(row[0] for row in memory.rows))
     assert labels == ["supervisor", "4 x engine, each", "rollout", "4 x trainer, each", "eval", "all"]
-    whole = sum(row.what == "weights (bf16)" for row in result.memory)
+    whole = sum(what(row) == "weights (bf16)" for row in result.memory)
     assert (whole, sum(row[1] == "weights (bf16)" for row in memory.rows)) == (4, 1)
 
 

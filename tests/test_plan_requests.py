@@ -11,6 +11,7 @@ from astracli.launch import children
 from astracli.launch.children import Setting
 from astracli.plan import build as plan
 from astracli.plan import memory as plan_memory
+from astracli.plan.view import what
 from astracli.runs.run_dir import RunDir
 
 WEIGHTS = 2 * 4_205_751_296
@@ -45,7 +46,7 @@ def test_an_engine_with_a_gpu_of_its_own(memory_gib: float, fit: int, given: int
         f"70% of {memory_gib:.2f} GiB less 7.83 GiB of weights: {fit} fit, "
         f"with a full context of 256.0 MiB and 49.1 MiB of state each{of_no_use}",
     )
-    held = {r.what: r.bytes for r in result.memory if r.process == "engine0"}
+    held = {what(r): r.bytes for r in result.memory if r.process == "engine0"}
     assert held["recurrent state"] == (given + 1) * STATE
     kv = held["KV cache (bf16), one request"] + held["KV cache (bf16), the others"]
     assert kv == given * KV, "no request is ever retracted"
@@ -63,7 +64,7 @@ def test_a_recipe_may_know_of_a_ceiling_of_small_gpus(memory_gib: float, given: 
         assert row[1] == f"{given} at once"
         said = "; rollout.running_ceiling of GPUs of up to 48 GiB is 32"
         assert row[2].endswith(said) == (given == 32), row
-        held = {r.what: r.bytes for r in result.memory if r.process == "engine0"}
+        held = {what(r): r.bytes for r in result.memory if r.process == "engine0"}
         assert held["recurrent state"] == (given + 1) * STATE
 
 

@@ -19,9 +19,9 @@ from astracli.plan import build as plan
 from astracli.plan import cost as plan_speed
 from astracli.plan import memory as plan_memory
 from astracli.plan import offload as plan_split
-from astracli.plan import placement as plan_place
 from astracli.plan.build import LaunchPlan
 from astracli.plan.cost import Pace
+from astracli.plan.placement import Gpus, place
 from astracli.process.worker import WorkerConfig
 from astracli.training import settings as train_settings
 from astracli.training import setup
@@ -148,10 +148,9 @@ def test_four_gpus_share_what_one_had_to_move() -> None:
 
 def test_a_slow_link_makes_computing_again_the_cheaper_way() -> None:
     asked = load(NAME, *ONE_EACH, "algorithm.kl_coef=0")
-    where = (asked, SHAPE, {0: int(79.6 * GIB)}, [], [0])
-    assert plan_place.place(*where, Pace(400e12, 100e9)).split == Split("gpu", 0.65, "none")
-    assert plan_place.place(*where, Pace(400e12, 20e9)).split == Split("gpu", 0.2, "selective")
-    assert plan_place.place(*where, Pace(400e12, 1e9)).split == Split("gpu", 0.0, "full")
+    for link, split in ((100e9, (0.65, "none")), (20e9, (0.2, "selective")), (1e9, (0.0, "full"))):
+        gpus = Gpus({0: int(79.6 * GIB)}, trainer=[0], pace=Pace(400e12, link))
+        assert place(asked, SHAPE, gpus).split == Split("gpu", *split)
 
 
 def test_the_recipe_s_word_counts() -> None:

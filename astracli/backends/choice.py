@@ -98,8 +98,18 @@ def choose(
         Backend("delta rule, backward", gdn, why_gdn),
         Backend("environment", " ".join(f"{name}={value}" for name, value in env.items()) or "as it is", why_env),
     )
-    warnings = (warning,) if warning else ()
-    return BackendChoice(device, engine, serving, linear, trainer, gdn, gdn, env, reasons, warnings)
+    return BackendChoice(
+        device=device,
+        engine=engine,
+        serving_attention=serving,
+        linear_attention=linear,
+        trainer_attention=trainer,
+        gdn_forward=gdn,
+        gdn_backward=gdn,
+        env=env,
+        reasons=reasons,
+        warnings=(warning,) if warning else (),
+    )
 
 
 def _environment(device: str, engine: str) -> tuple[dict[str, str], str]:

@@ -12,8 +12,8 @@ from typing import Any
 
 from astracli.config.recipe import Recipe
 from astracli.launch.again import Retry
+from astracli.machine.component import Component
 from astracli.plan.build import LaunchPlan, ProcessPlan
-from astracli.plan.trainer import CHECKPOINT_COPY
 from astracli.process.children import ChildSpec
 from astracli.process.ports import free_ports
 from astracli.process.worker import THREAD_VARIABLES, WorkerConfig
@@ -103,7 +103,9 @@ def _placement(plan: LaunchPlan, process: ProcessPlan) -> dict[str, Any]:
     split = plan.placement.split
     told = {**asdict(split), "shared": plan.placement.shared}
     leaves = any(name in plan.cards for gpu in process.gpus for name in plan.gpu_map[gpu])
-    others = sum(row.bytes for row in plan.memory if row.where == "host" and row.what != CHECKPOINT_COPY)
+    others = sum(
+        row.bytes for row in plan.memory if row.where == "host" and row.component is not Component.CHECKPOINT_COPY
+    )
     return {"placement": told | {"cards": plan.cards, "leaves": leaves, "host_bytes": others}}
 
 

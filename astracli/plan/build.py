@@ -12,6 +12,7 @@ from typing import Any
 from astracli.backends.choice import BackendChoice
 from astracli.config.recipe import Recipe
 from astracli.errors import UserError
+from astracli.machine.component import Component
 from astracli.machine.facts import Machine
 from astracli.models.adapter import MemoryShape, ModelAdapter
 from astracli.plan import cost as plan_speed
@@ -24,7 +25,7 @@ from astracli.plan import requests as plan_requests
 from astracli.plan import staging as plan_staging
 from astracli.plan import trainer as plan_trainer
 from astracli.plan.memory import MemoryRow
-from astracli.plan.placement import Placement
+from astracli.plan.placement import Gpus, Placement
 from astracli.plan.types import Command, LaunchPlan, Problem, ProcessPlan, Role, Table
 from astracli.plan.view import render, to_json
 from astracli.training import layout
@@ -96,8 +97,7 @@ def _build(
     if on_gpu := _room_to_publish(processes, memory, facts, placement.turns):
         memory = _memory(processes, shape, recipe, choice.device, placement, facts, on_gpu)
     if shape and command == "train":
-        room = facts.gpu_sizes, facts.system.memory_total
-        placement, memory = plan_staging.decide(processes, memory, shape, recipe, placement, *room)
+        placement, memory = plan_staging.decide(processes, memory, shape, recipe, placement, facts)
     if placement.turns:
         # a worker that starts again does not know whose turn it is
         processes = [replace(process, restarts=0) for process in processes]
@@ -117,8 +117,7 @@ def _build(
         expected=recipe.expected.model_dump(exclude_none=True) if recipe.expected else {},
     )
     if choice.device == "cuda":
-        sizes = facts.gpu_sizes
-        plan = replace(plan, margins=plan_margin.margins(plan.memory, plan.gpu_map, sizes))
+        plan = replace(plan, margins=plan_margin.margins(plan.memory, plan.gpu_map, plan.gpu_sizes))
     problems = [
         *plan_problems.gpu_problems(plan, recipe, facts, way_out),
         *plan_problems.software_problems(recipe, choice, facts),
@@ -206,12 +205,12 @@ def _place(
     """The recipe with what it leaves to the machine, and where things lie. `host`: bytes that trainers may take there,
     None while there is enough."""
     if choice.device != "cuda":
-        return plan_requests.settle(recipe, shape, {}, [], [], plan_speed.pace([]))[0], Placement()
-    gpus = {role: [gpu for p in processes if p.role == role for gpu in p.gpus] for role in ("engine", "trainer")}
-    where = (facts.gpu_sizes, gpus["engine"], gpus["trainer"])
-    pace = plan_speed.pace([gpu for gpu in facts.visible_gpus if gpu.index in gpus["trainer"]])
-    recipe, why = plan_requests.settle(recipe, shape, *where, pace)
-    placement = plan_place.place(recipe, shape, *where, pace, host)
+        return plan_requests.settle(recipe, shape, Gpus())[0], Placement()
+    engine, trainer = ([gpu for p in processes if p.role == role for gpu in p.gpus] for role in ("engine", "trainer"))
+    pace = plan_speed.pace([gpu for gpu in facts.visible_gpus if gpu.index in trainer])
+    gpus = Gpus(facts.gpu_sizes, engine, trainer, pace)
+    recipe, why = plan_requests.settle(recipe, shape, gpus)
+    placement = plan_place.place(recipe, shape, gpus, host)
     if why is not None:
         row = ("requests", f"{recipe.rollout.running} at once", why)
         placement = replace(placement, reasons=(row, *placement.reasons))
@@ -236,8 +235,9 @@ def _memory(
             rows += plan_memory.engine_rows(process.name, shape, recipe, device, static=static)
         elif process.role == "trainer" and shape:
             published: layout.Where = "gpu" if process.name in published_on_gpu else "host"
-            where = (device, process.world_size, placement.split, published)
-            rows += plan_trainer.trainer_rows(process.name, shape, recipe, *where)
+            rows += plan_trainer.trainer_rows(
+                process.name, shape, recipe, device, process.world_size, placement.split, published
+            )
         else:
             rows.append(plan_memory.light_row(process.name, process.children))
     if not placement.turns:
@@ -266,14 +266,12 @@ def _room_to_publish(
     """Trainers whose GPU has room for two published versions beside all else; each rank finds out for itself
     (`weights.snapshot`). One that leaves its GPU in the engine's turn keeps them on the host."""
     sizes = facts.gpu_sizes
-    held = {row.process: row.bytes for row in rows if row.what == plan_trainer.PUBLISHED}
-    # torch gives the holes of its cache back where memory is short
-    solid = [row for row in rows if row.what != plan_memory.HOLES]
+    held = {row.process: row.bytes for row in rows if row.component is Component.PUBLISHED}
     leaves = _on_shared_gpus(processes) if turns else set()
 
     def fits(gpu: int, trainer: str) -> bool:
         names = [p.name for p in processes if gpu in p.gpus]
-        need = plan_memory.on_gpu(solid, names) + held[trainer] + plan_trainer.SPARE_BYTES
+        need = plan_memory.on_gpu(plan_memory.solid(rows), names) + held[trainer] + plan_trainer.SPARE_BYTES
         return gpu in sizes and need <= sizes[gpu]
 
     there = [p for p in processes if p.name in held and p.gpus and p.name not in leaves]

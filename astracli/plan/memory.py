@@ -7,12 +7,13 @@ Letters: P parameters, R trainer ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal
 
 from astracli.config.recipe import Recipe
+from astracli.machine.component import Component
 from astracli.models.adapter import MemoryShape
 
 Place = Literal["gpu", "host", "disk"]
@@ -38,8 +39,6 @@ COMFORT = 4
 MARGIN = 0.5
 """Of what is estimated of a GPU, what a plan leaves free there besides. In the runs of docs/benchmarks.md peaks were
 over their plans by at most a fifth of what is estimated, all on one kind of GPU."""
-HOLES = "holes of torch's cache"
-"""A row that is there at the fullest moment, and that torch gives back where memory is short."""
 STAGED_BYTES = 6 * 0.05
 """An index and a value for each of one parameter in twenty: a delta that waits on the GPU for its pause. What finds no
 room there waits in pinned memory."""
@@ -48,7 +47,7 @@ room there waits in pinned memory."""
 @dataclass(frozen=True)
 class MemoryRow:
     process: str
-    what: str
+    component: Component
     where: Place
     bytes: int
     basis: Basis = "counted"
@@ -56,6 +55,10 @@ class MemoryRow:
     """Needed from the start; False = grows with load, and the engine or trainer can live with less."""
     away: bool = False
     """Not there while another process has its turn on the GPU."""
+    offloaded: bool = False
+    """Host memory that holds what is away during the other's turn."""
+    counts: tuple[int, ...] = ()
+    """For the blanks in the words of its component."""
 
 
 def engine_rows(
@@ -66,37 +69,38 @@ def engine_rows(
     `static`: bytes that it reserves of its GPU for weights, state and KV cache; None when the GPU is not known. With
     it the KV cache is what the others leave, at least one request of full context.
     """
-    requests, context = recipe.rollout.running, recipe.rollout.context_length
-    weights = 2 * shape.parameters
+    requests, weights = recipe.rollout.running, 2 * shape.parameters
+    one = shape.kv_bytes_per_token * recipe.rollout.context_length
+    most = one * requests
     if device == "cpu":
         rows = [
-            MemoryRow(name, "weights (fp32)", "host", 2 * weights),
-            MemoryRow(name, "weights (published dtype)", "host", weights),
-            MemoryRow(name, "KV cache (fp32)", "host", 2 * shape.kv_bytes_per_token * requests * context, fixed=False),
+            MemoryRow(name, Component.WEIGHTS_FP32, "host", 2 * weights),
+            MemoryRow(name, Component.WEIGHTS_AS_PUBLISHED, "host", weights),
+            MemoryRow(name, Component.KV_CACHE_FP32, "host", 2 * most, fixed=False),
         ]
         if shape.state_bytes_per_sequence:
             state = shape.state_bytes_per_sequence * requests
-            rows.append(MemoryRow(name, "recurrent state", "host", state, fixed=False))
-        return [*rows, MemoryRow(name, "process", "host", TORCH_PROCESS, "estimated")]
-    one, most = shape.kv_bytes_per_token * context, shape.kv_bytes_per_token * context * requests
+            rows.append(MemoryRow(name, Component.RECURRENT_STATE, "host", state, fixed=False))
+        return [*rows, MemoryRow(name, Component.PROCESS, "host", TORCH_PROCESS, "estimated")]
     pool = most if static is None else min(most, max(one, static - static_bytes(shape, recipe, requests=0)))
     rows = [
-        MemoryRow(name, "weights (bf16)", "gpu", weights),
-        MemoryRow(name, "KV cache (bf16), one request", "gpu", one),
-        MemoryRow(name, "KV cache (bf16), the others", "gpu", pool - one, fixed=static is not None),
+        MemoryRow(name, Component.WEIGHTS, "gpu", weights),
+        MemoryRow(name, Component.KV_CACHE_OF_ONE, "gpu", one),
+        MemoryRow(name, Component.KV_CACHE_OF_OTHERS, "gpu", pool - one, fixed=static is not None),
     ]
     if shape.state_bytes_per_sequence:
         # sglang holds one slot more than it serves; one a request, because the radix cache is off
-        rows.append(MemoryRow(name, "recurrent state", "gpu", shape.state_bytes_per_sequence * (requests + 1)))
+        rows.append(MemoryRow(name, Component.RECURRENT_STATE, "gpu", shape.state_bytes_per_sequence * (requests + 1)))
+    staged = int(STAGED_BYTES * shape.parameters)
     rows += [
-        MemoryRow(name, "activations of a prefill chunk", "gpu", _prefill(shape, recipe), "estimated"),
-        MemoryRow(name, "logits of a decode batch", "gpu", _sampling(shape, recipe), "estimated"),
-        MemoryRow(name, "CUDA graphs", "gpu", CUDA_GRAPHS, "estimated"),
-        MemoryRow(name, "CUDA context", "gpu", CUDA_CONTEXT, "estimated"),
-        MemoryRow(name, "staged weights", "host", weights, "estimated", fixed=False),
-        MemoryRow(name, "staged changes", "gpu", int(STAGED_BYTES * shape.parameters), "estimated", fixed=False),
+        MemoryRow(name, Component.PREFILL, "gpu", _prefill(shape, recipe), "estimated"),
+        MemoryRow(name, Component.DECODE_LOGITS, "gpu", _sampling(shape, recipe), "estimated"),
+        MemoryRow(name, Component.CUDA_GRAPHS, "gpu", CUDA_GRAPHS, "estimated"),
+        MemoryRow(name, Component.CUDA_CONTEXT, "gpu", CUDA_CONTEXT, "estimated"),
+        MemoryRow(name, Component.STAGED_WEIGHTS, "host", weights, "estimated", fixed=False),
+        MemoryRow(name, Component.STAGED_CHANGES, "gpu", staged, "estimated", fixed=False),
     ]
-    return [*rows, MemoryRow(name, "process", "host", TORCH_PROCESS, "estimated")]
+    return [*rows, MemoryRow(name, Component.PROCESS, "host", TORCH_PROCESS, "estimated")]
 
 
 def static_bytes(shape: MemoryShape, recipe: Recipe, *, requests: int = 1) -> int:
@@ -128,23 +132,24 @@ def block_activations(shape: MemoryShape) -> tuple[int, ...]:
 
 def light_row(name: str, workers: int = 0) -> MemoryRow:
     """A process without a model, and the grading workers that it starts."""
-    return MemoryRow(name, "process", "host", LIGHT_PROCESS * (1 + workers), "estimated")
+    return MemoryRow(name, Component.PROCESS, "host", LIGHT_PROCESS * (1 + workers), "estimated")
 
 
 def disk_rows(shape: MemoryShape, recipe: Recipe, checkpoint_bytes: int | None) -> list[MemoryRow]:
     """Checkpoints, published versions and the export of a training run, at their largest."""
     weights, keep = 2 * shape.parameters, recipe.weights.keep
     held = recipe.checkpoint.keep + 1 if recipe.checkpoint.every else 0
-    checkpoints = MemoryRow("trainer", f"{held} checkpoints (one being written)", "disk", 12 * shape.parameters * held)
+    size = 12 * shape.parameters * held
+    checkpoints = MemoryRow("trainer", Component.CHECKPOINTS, "disk", size, counts=(held,))
     if recipe.weights.transfer == "full":
-        published = MemoryRow("trainer", f"{keep + 1} published versions, full", "disk", weights * (keep + 1))
+        size = weights * (keep + 1)
+        published = MemoryRow("trainer", Component.FULL_VERSIONS, "disk", size, counts=(keep + 1,))
     else:
         full = ceil(keep / recipe.weights.full_interval) + 1
         size = int(weights * (full + DELTA_SHARE * keep))
-        what = f"{keep} published versions, {full} of them full"
-        published = MemoryRow("trainer", what, "disk", size, "estimated")
+        published = MemoryRow("trainer", Component.VERSIONS, "disk", size, "estimated", counts=(keep, full))
     exported = max(checkpoint_bytes or 0, weights)
-    return [checkpoints, published, MemoryRow("trainer", "export", "disk", exported)]
+    return [checkpoints, published, MemoryRow("trainer", Component.EXPORT, "disk", exported)]
 
 
 def safe(estimated: int) -> int:
@@ -154,7 +159,12 @@ def safe(estimated: int) -> int:
 
 def expected(rows: Sequence[MemoryRow]) -> list[MemoryRow]:
     """Those that a GPU must have room for: all but what finds another place where there is none."""
-    return [row for row in rows if row.fixed or row.what == HOLES]
+    return [row for row in rows if row.fixed or row.component is Component.CACHE_HOLES]
+
+
+def solid(rows: Iterable[MemoryRow]) -> list[MemoryRow]:
+    """Without the holes of torch's cache, which it gives back where memory is short."""
+    return [row for row in rows if row.component is not Component.CACHE_HOLES]
 
 
 def padded(row: MemoryRow) -> int:

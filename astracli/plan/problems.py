@@ -11,7 +11,7 @@ from astracli.config.recipe import Recipe
 from astracli.machine.facts import Machine, version_tuple
 from astracli.models.adapter import MemoryShape
 from astracli.plan import memory as plan_memory
-from astracli.plan.memory import HOLES, words
+from astracli.plan.memory import words
 from astracli.plan.types import LaunchPlan, Problem
 
 SGLANG_GLIBC = (2, 34)
@@ -135,8 +135,7 @@ def warnings(plan: LaunchPlan, recipe: Recipe, facts: Machine) -> list[str]:
             )
     sizes = facts.gpu_sizes
     for gpu, names in plan.gpu_map.items():
-        # torch gives the holes of its cache back where memory is short
-        need = plan_memory.on_gpu([row for row in plan.memory if row.what != HOLES], names)
+        need = plan_memory.on_gpu(plan_memory.solid(plan.memory), names)
         size = sizes.get(gpu)
         if size is not None and need > size >= plan_memory.on_gpu(plan.memory, names, fixed=True):
             result.append(f"GPU {gpu} may need {words(need)} under full load, it has {words(size)}: requests will wait")

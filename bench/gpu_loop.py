@@ -29,6 +29,7 @@ from typing import Any
 
 from meter import MemoryWatch
 
+from astracli.machine.component import Component
 from astracli.machine.memory import MemoryRow
 from astracli.plan.memory import on_gpu
 
@@ -145,10 +146,14 @@ def spread(rows: Sequence[Record], name: str) -> dict[str, float] | None:
             "count": len(values)}  # fmt: skip
 
 
+KEYS = ("process", "where", "bytes", "basis", "fixed", "away")
+"""Of a row of memory; which part of its process it is counts for nothing here."""
+
+
 def memory(run: Path, watch: MemoryWatch) -> list[Record]:
     """What was seen of each GPU of the run's plan beside what that counts, and of all together; [] on a CPU."""
     document = json.loads((run / "plan.json").read_text())
-    rows = [MemoryRow(**row) for row in document["memory"]]
+    rows = [MemoryRow(component=Component.PROCESS, **{key: row[key] for key in KEYS}) for row in document["memory"]]
     seen = watch.peaks_gib
     found: list[Record] = [
         {"gpu": gpu, "processes": names, "seen_gib": seen.get(int(gpu), 0.0), "planned_gib": on_gpu(rows, names) / GIB}

@@ -39,7 +39,7 @@ from astracli.config.recipe import Recipe
 from astracli.data import arithmetic, fetch
 from astracli.doctor import gather
 from astracli.engines.client import EngineClient, GenRequest
-from astracli.machine import facts as machine
+from astracli.machine import read
 from astracli.models import registry
 from astracli.models.adapter import chat_prompt_tokens
 from astracli.plan.build import ENGINE_MODULES
@@ -105,7 +105,7 @@ def silent_hub() -> Iterator[str]:
 @contextmanager
 def engine(recipe: Recipe, model: Path, folder: Path) -> Iterator[str]:
     """An engine process of this recipe with the checkpoint's own weights; yields its URL."""
-    facts, adapter = gather.with_engine(machine.probe(), recipe), registry.resolve(recipe, model)
+    facts, adapter = gather.with_engine(read.probe(), recipe), registry.resolve(recipe, model)
     choice = backend.choose(adapter, facts, recipe)
     (port,) = ports.free_ports(1, "127.0.0.1")
     run = folder / f"engine-{port}"
@@ -202,8 +202,8 @@ def main() -> None:
     parser.add_argument("--only-ours", action="store_true", help="without the raw requests: for memory, not speed")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    gpus = machine.visible_gpus(machine.probe())
-    sets = settings(args, gpus[0]["memory_total"] / 2**30 if gpus else None)
+    gpus = read.probe().visible_gpus
+    sets = settings(args, (gpus[0].memory_total or 0) / 2**30 if gpus else None)
     recipe = recipe_io.load(args.recipe, sets)
     model = fetch.local_path(recipe.model.path)
     if model is None:

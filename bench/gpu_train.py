@@ -37,13 +37,13 @@ from typing import Any
 import torch
 from train_case import VARIANTS, build, groups, join, recipe, settle, shape_config
 
+from astracli.machine.component import Component
 from astracli.machine.memory import CUDA_CONTEXT
 from astracli.models import registry
 from astracli.models.adapter import MemoryShape
 from astracli.plan import cost as plan_speed
-from astracli.plan import placement as plan_place
 from astracli.plan import trainer as plan_trainer
-from astracli.plan.memory import HOLES
+from astracli.plan.placement import Gpus, place
 from astracli.process.layout import Split
 from astracli.rl.types import Group
 from astracli.training.step import Trainer
@@ -103,7 +103,8 @@ def planned(trainer: Trainer, shape: MemoryShape) -> int:
     """Bytes that the launch plan counts on the GPU, without what torch does not allocate and the holes of its cache."""
     split = Split(moments_on_host=trainer.masters.adam.moments_on_host)
     rows = plan_trainer.trainer_rows("trainer", shape, trainer.recipe, "cuda", trainer.ranks.world_size, split)
-    return sum(row.bytes for row in rows if row.where == "gpu" and row.what not in ("CUDA context", HOLES))
+    outside = (Component.CUDA_CONTEXT, Component.CACHE_HOLES)
+    return sum(row.bytes for row in rows if row.where == "gpu" and row.component not in outside)
 
 
 def profile(trainer: Trainer, draw: Callable[[int], list[Group]]) -> str:
@@ -228,7 +229,7 @@ def main() -> None:
         variant = VARIANTS[name]
         chosen = recipe(variant, args.tokens, size)
         if args.card_gib:
-            held = plan_place.place(chosen, shape, {0: int(args.card_gib * 2**30)}, [], [0], plan_speed.Pace())
+            held = place(chosen, shape, Gpus({0: int(args.card_gib * 2**30)}, trainer=[0]))
             variant = replace(variant, split=held.split)
         return build(adapter, config, variant, chosen, ranks)
 

@@ -40,7 +40,7 @@ from astracli.data.prompts import PromptSource
 from astracli.engines.client import EngineClient, GenRequest, GenResult
 from astracli.hub.api import build_app, serve
 from astracli.hub.store import HubStore
-from astracli.machine import facts as machine
+from astracli.machine import read
 from astracli.models.adapter import load_tokenizer
 from astracli.process import ports
 from astracli.process.config import EngineAddress, RolloutConfig
@@ -224,8 +224,8 @@ def main() -> None:
     cpu = args.device == "cpu"
     args.slots = args.concurrency = args.slots or (32 if cpu else 256)
     args.median, args.new_tokens = args.median or (24 if cpu else 160), args.new_tokens or (160 if cpu else 1024)
-    gpus = machine.visible_gpus(machine.probe())
-    recipe = recipe_io.load(args.recipe, settings(args, gpus[0]["memory_total"] / 2**30 if gpus else None))
+    gpus = read.probe().visible_gpus
+    recipe = recipe_io.load(args.recipe, settings(args, (gpus[0].memory_total or 0) / 2**30 if gpus else None))
     model = fetch.local_path(recipe.model.path)
     if model is None:
         sys.exit(f"no checkpoint at `{recipe.model.path}`")

@@ -20,7 +20,7 @@ ASTRAFLOW, TILELANG = (str(RECORDED / f"{name}.json") for name in ("8xl40-astraf
 
 
 def document(name: str) -> dict[str, Any]:
-    return machine_facts.load(name)
+    return machine_facts.load(name).document()
 
 
 def choices(report: dict[str, Any]) -> dict[str, str]:

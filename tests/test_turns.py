@@ -30,9 +30,11 @@ from astracli.engines.sglang.client import SglangClient
 from astracli.hub.cards import CardBook
 from astracli.hub.client import AsyncHubClient, HubClient
 from astracli.launch import summary
+from astracli.machine.facts import validate
 from astracli.models import registry
 from astracli.plan import build as plan
 from astracli.plan import memory as plan_memory
+from astracli.plan.view import what
 from astracli.process.config import EngineAddress
 from astracli.process.ports import free_ports
 from astracli.rollout.updates import Lane
@@ -312,7 +314,8 @@ def test_two_ranks_take_turns_with_an_engine_on_the_first_ones_gpu(
 
 def planned(recipe: Recipe, document: dict[str, Any]) -> plan.LaunchPlan:
     adapter = registry.resolve(recipe)
-    return plan.build(recipe, adapter, backend.choose(adapter, document, recipe), document)
+    there = validate(document)
+    return plan.build(recipe, adapter, backend.choose(adapter, there, recipe), there)
 
 
 SHARED = ("resources.rollout_gpus=1", "resources.train_gpus=1", "resources.share_gpus=true")
@@ -327,7 +330,7 @@ def test_turns_are_taken_where_the_two_do_not_fit_side_by_side() -> None:
     assert plan_memory.on_gpu(result.memory, ["engine0", "trainer"], fixed=True) <= 46 * GIB
     assert plan_memory.total(result.memory, where="gpu") > 46 * GIB
     waiting = {
-        row.what: row.bytes for row in result.memory if row.where == "host" and "in the other's turn" in row.what
+        what(row): row.bytes for row in result.memory if row.where == "host" and "in the other's turn" in what(row)
     }
     assert waiting["master weights (fp32), in the other's turn"] == 4 * 4_205_751_296
     assert waiting["weights (bf16), in the other's turn"] == 2 * 4_205_751_296
@@ -357,7 +360,7 @@ def test_one_engine_beside_a_trainer_on_two_gpus_takes_turns_on_the_first() -> N
     away = {row.process for row in result.memory if row.away}
     assert away == {"engine0", "trainer"}, "the second rank stays where it is"
     assert plan_memory.on_gpu(result.memory, ["engine0", "trainer"], fixed=True) <= 46 * GIB
-    waiting = [row for row in result.memory if row.what == "master weights (fp32), in the other's turn"]
+    waiting = [row for row in result.memory if what(row) == "master weights (fp32), in the other's turn"]
     assert [(row.process, row.bytes) for row in waiting] == [("trainer", 2 * 4_205_751_296)]
     roomy = planned(recipe_io.load("qwen3.5-4b-m2po-delta", ONE_AND_TWO), facts("9.0", 2, memory_gib=141, host_gib=512))
     plan.refuse(roomy)

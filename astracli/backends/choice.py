@@ -16,8 +16,7 @@ from astracli.config.recipe import Recipe
 from astracli.engines import registry as engines
 from astracli.engines.contract import ASKED, Case, known
 from astracli.errors import UserError
-from astracli.machine import facts as machine
-from astracli.machine.facts import usable
+from astracli.machine.facts import Machine
 from astracli.models.adapter import ModelAdapter
 
 TRAINER: dict[str, tuple[tuple[str, ...], str | None]] = {
@@ -71,7 +70,7 @@ class BackendChoice:
 
 
 def choose(
-    adapter: ModelAdapter, facts: Mapping[str, Any], recipe: Recipe, config: Mapping[str, Any] | None = None
+    adapter: ModelAdapter, facts: Machine, recipe: Recipe, config: Mapping[str, Any] | None = None
 ) -> BackendChoice:
     """Decide for this machine. Raises UserError for a combination that cannot work anywhere or fails on these GPUs."""
     device, why_device = _device(recipe)
@@ -97,9 +96,18 @@ def choose(
         Backend("delta rule, backward", gdn, why_gdn),
         Backend("environment", told, "; ".join(filter(None, why_env)) or "nothing has to be set"),
     )
-    warnings = (warning,) if warning else ()
-    kernels = (serving.attention[0], serving.linear_attention[0], trainer, gdn, gdn)
-    return BackendChoice(device, engine.name, *kernels, env, reasons, warnings)
+    return BackendChoice(
+        device=device,
+        engine=engine.name,
+        serving_attention=serving.attention[0],
+        linear_attention=serving.linear_attention[0],
+        trainer_attention=trainer,
+        gdn_forward=gdn,
+        gdn_backward=gdn,
+        env=env,
+        reasons=reasons,
+        warnings=(warning,) if warning else (),
+    )
 
 
 def _device(recipe: Recipe) -> tuple[Literal["cpu", "cuda"], str]:
@@ -124,7 +132,7 @@ def _device(recipe: Recipe) -> tuple[Literal["cpu", "cuda"], str]:
     return "cpu", "the recipe asks for no GPU"
 
 
-def _trainer(facts: Mapping[str, Any], recipe: Recipe, device: str) -> tuple[str, str]:
+def _trainer(facts: Machine, recipe: Recipe, device: str) -> tuple[str, str]:
     asked = recipe.train.attention
     if asked == "auto":
         return "sdpa", "torch's own attention: exact on both devices, nothing to install"
@@ -132,8 +140,8 @@ def _trainer(facts: Mapping[str, Any], recipe: Recipe, device: str) -> tuple[str
     devices, package = TRAINER[asked]
     if device not in devices:
         raise UserError(f"train.attention = {asked} does not run on a CPU", "use `--set train.attention=auto`")
-    if package is not None and machine.visible_gpus(facts) and not usable(facts, package):
-        stub = facts["packages"].get(package, {}).get("importable_spec")
+    if package is not None and facts.visible_gpus and not facts.usable(package):
+        stub = facts.package(package).importable_spec
         what = "is only an empty namespace folder" if stub else "is not installed"
         raise UserError(
             f"train.attention = {asked} needs {package}, which {what}",

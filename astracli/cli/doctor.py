@@ -46,12 +46,12 @@ def doctor(
 
     machine = machine_facts.load(facts) if facts else gather(loaded)
     if facts_out:
-        _write_facts(facts_out, machine)
+        _write_facts(facts_out, machine.document())
     from astracli.doctor import checks
 
     if facts is not None and probe:
         raise UserError("--probe measures this machine, --facts judges another", "give one of them")
-    wanted = probe if probe is not None else loaded is not None or bool(machine["gpus"])
+    wanted = probe if probe is not None else loaded is not None or bool(machine.gpus)
     report = checks.run(loaded, machine, probe=wanted and facts is None)
     show(report, out(json))
     raise typer.Exit(0 if report["ok"] else 1)
@@ -90,10 +90,10 @@ def show(report: dict[str, Any], output: Output) -> None:
 
         output.table(plan_gpus.COLUMNS, plan_gpus.rows([plan_gpus.Use(**use) for use in report["memory_by_place"]]))
     output.text("")
-    from astracli.machine import facts as machine
+    from astracli.machine.facts import RECORDED
 
-    source = report["facts"].get("source", machine.RECORDED)
-    if source != machine.RECORDED:
+    source = report["facts"].get("source", RECORDED)
+    if source != RECORDED:
         output.text(textwrap.fill(f"judged from a document: {source}", room(), break_on_hyphens=False))
     output.text(_verdict(ordered))
 

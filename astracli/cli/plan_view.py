@@ -25,10 +25,10 @@ def print_plan(recipe: Recipe, command: Command, output: Output, facts: str | No
     described = machine_facts.load(facts) if facts is not None else None
     found = launch.planned(recipe, command, described)
     if output.as_json:
-        output.document(plan.to_json(found) | ({"machine": facts, "source": described["source"]} if described else {}))
+        output.document(plan.to_json(found) | ({"machine": facts, "source": described.source} if described else {}))
         return
     if described is not None:
-        told = f"for the machine `{facts}`, not this one: {described['source']}"
+        told = f"for the machine `{facts}`, not this one: {described.source}"
         output.text(textwrap.fill(told, room(), break_on_hyphens=False) + "\n")
     for table in plan.render(found):
         output.table(table.columns, table.rows, table.title)

@@ -6,7 +6,7 @@ rest is `ok`, `warn` or `skip`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -14,6 +14,7 @@ from astracli.config.recipe import Recipe
 from astracli.doctor import data, gpu, kernels, network, python, runs, serving, system, trainer
 from astracli.doctor import recipe as recipe_fit
 from astracli.doctor.subject import Check, Subject, subject
+from astracli.machine.facts import Machine
 from astracli.plan import gpus as plan_gpus
 
 GROUPS: tuple[Callable[[Subject], Iterator[Check]], ...] = (
@@ -30,10 +31,10 @@ GROUPS: tuple[Callable[[Subject], Iterator[Check]], ...] = (
 )
 
 
-def run(recipe: Recipe | None, facts: Mapping[str, Any], probe: bool = False) -> dict[str, Any]:
+def run(recipe: Recipe | None, facts: Machine, probe: bool = False) -> dict[str, Any]:
     """The report: `{"ok", "checks", "backends", "placement", "memory_by_place", "facts"}`.
 
-    `probe` also measures on this machine. Raises UserError when `facts` is not a machine document.
+    `probe` also measures on this machine.
     """
     judged = subject(recipe, facts)
     found = [check for group in GROUPS for check in group(judged)]
@@ -49,5 +50,5 @@ def run(recipe: Recipe | None, facts: Mapping[str, Any], probe: bool = False) ->
         "backends": [asdict(row) for row in choice.reasons] if choice else [],
         "placement": [dict(zip(("what", "where", "why"), row, strict=True)) for row in placed],
         "memory_by_place": plan_gpus.document(plan) if plan else [],
-        "facts": dict(judged.facts),
+        "facts": facts.document(),
     }

@@ -22,7 +22,6 @@ from typing import Any
 from astracli.backends.delta_rule import native
 from astracli.doctor import probe_child
 from astracli.doctor.subject import Check, Status, Subject
-from astracli.machine import facts as machine
 from astracli.process.config import Role
 
 GROUP = "numerics"
@@ -103,9 +102,9 @@ def engine_probes(subject: Subject) -> list[Probe]:
 def trainer_probes(subject: Subject) -> Iterator[Probe]:
     """Imports, the adapter's promises, kernels against references, the engine against the trainer, links."""
     adapter, config, engine = subject.fit.adapter, subject.config, subject.engine
-    if not machine.usable(subject.facts, "torch"):
+    if not subject.facts.usable("torch"):
         return
-    there = bool(machine.visible_gpus(subject.facts)) and subject.facts["torch_cuda"] is not None
+    there = bool(subject.facts.visible_gpus) and subject.facts.torch_cuda is not None
     device = "cuda" if there and (subject.cuda or subject.recipe is None) else "cpu"
     env = {} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
     env |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "HF_HUB_OFFLINE": "1"}
@@ -158,7 +157,7 @@ def _links(subject: Subject, device: str, env: dict[str, str]) -> Iterator[Probe
 
 def _rank_gpus(subject: Subject) -> list[int]:
     """Indexes of the GPUs that the trainer's ranks would run on, as far as they are there; without a recipe, of all."""
-    there = [gpu["index"] for gpu in machine.visible_gpus(subject.facts)]
+    there = [gpu.index for gpu in subject.facts.visible_gpus]
     if subject.recipe is None:
         return there
     processes = subject.fit.plan.processes if subject.fit.plan is not None else ()
@@ -178,7 +177,7 @@ def _imports(subject: Subject, device: str) -> dict[str, str]:
             "causal-conv1d": "causal_conv1d:causal_conv1d_fn",
             "flash-attn": "flash_attn:flash_attn_func",
         }
-    return {name: target for name, target in wanted.items() if machine.usable(subject.facts, name)}
+    return {name: target for name, target in wanted.items() if subject.facts.usable(name)}
 
 
 # -- running them ------------------------------------------------------------------------------------------------------

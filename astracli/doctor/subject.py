@@ -12,14 +12,12 @@ from astracli.config.recipe import Recipe
 from astracli.engines import registry as engines
 from astracli.engines.contract import Case, Engine
 from astracli.errors import UserError
-from astracli.machine import facts as machine
-from astracli.machine.findings import Check, Status, flaw, found
+from astracli.machine.facts import Machine
+from astracli.machine.findings import Check, Status, flaw
 from astracli.models import registry
 from astracli.models.adapter import ModelAdapter, read_config
 from astracli.plan import build as plan
 from astracli.plan.types import LaunchPlan
-
-Facts = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Fit:
 class Subject:
     """What is judged. Nothing in it changes, and no check looks anywhere else."""
 
-    facts: Facts
+    facts: Machine
     recipe: Recipe | None = None
     config: Mapping[str, Any] | None = None
     """config.json of the recipe's checkpoint, when it is known."""
@@ -88,28 +86,27 @@ class Subject:
         return "fail" if needed and self.recipe is not None else "warn"
 
 
-def subject(recipe: Recipe | None, document: Mapping[str, Any]) -> Subject:
-    """Facts and recipe made ready for the checks. Raises UserError when `document` is no machine description."""
-    facts = machine.validate(document)
+def subject(recipe: Recipe | None, facts: Machine) -> Subject:
+    """Facts and recipe made ready for the checks."""
     if recipe is None:
         return Subject(facts)
     config = _config(recipe, facts)
     return Subject(facts, recipe, config, judge(recipe, facts, config))
 
 
-def _config(recipe: Recipe, facts: Facts) -> Mapping[str, Any] | None:
+def _config(recipe: Recipe, facts: Machine) -> Mapping[str, Any] | None:
     """From the document; a model that ships with the package is on every machine."""
     from astracli.data import fetch
 
-    known = facts["checkpoint"]
-    if known is not None and known["path"] == recipe.model.path:
-        return known["config"]
+    known = facts.checkpoint
+    if known is not None and known.path == recipe.model.path:
+        return known.config
     if recipe.model.path.startswith(fetch.BUNDLED_PREFIX):
         return read_config(fetch.bundled(recipe.model.path))
     return None
 
 
-def judge(recipe: Recipe, facts: Facts, config: Mapping[str, Any] | None) -> Fit:
+def judge(recipe: Recipe, facts: Machine, config: Mapping[str, Any] | None) -> Fit:
     """Adapter, backends and plan of a recipe; a refusal is kept, not raised."""
     adapter, choice = None, None
     try:
@@ -120,12 +117,12 @@ def judge(recipe: Recipe, facts: Facts, config: Mapping[str, Any] | None) -> Fit
         return Fit(adapter, choice, None, error)
 
 
-def optional(facts: Facts, name: str, group: str) -> Check:
+def optional(facts: Machine, name: str, group: str) -> Check:
     """A package that may be absent, and must not lie when it is there."""
     wrong = flaw(facts, name)
     if wrong is not None:
-        return Check(name, group, "warn", *wrong)
-    version = found(facts, name)["version"]
+        return Check(name, group, "warn", wrong.value, wrong.why, wrong.fix)
+    version = facts.package(name).version
     return Check(name, group, "ok" if version else "skip", version or "not installed")
 
 

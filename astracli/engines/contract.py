@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from astracli.config.recipe_run import Table
 from astracli.engines.memory import MemoryModel
 from astracli.errors import UserError
-from astracli.machine.facts import Capability, lowest_capability
+from astracli.machine.facts import Capability, Machine
 from astracli.machine.findings import Check, Problem, Status
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Start:
 class Case:
     """What an engine is asked to serve, and where."""
 
-    facts: Mapping[str, Any]
+    facts: Machine
     device: str
     """`cpu` or `cuda`."""
     recipe: Recipe | None = None
@@ -59,7 +59,7 @@ class Case:
     @property
     def capability(self) -> Capability | None:
         """The lowest of the GPUs that it may serve on; None on a CPU, or where no GPU is known."""
-        return lowest_capability(self.facts) if self.device == "cuda" else None
+        return self.facts.capability if self.device == "cuda" else None
 
     @property
     def foreign(self) -> bool:
@@ -67,14 +67,9 @@ class Case:
         return self.recipe is not None and self.recipe.resources.engine.foreign
 
     @property
-    def environment(self) -> Mapping[str, Any] | None:
+    def environment(self) -> Machine | None:
         """The facts as the engine's interpreter has them; None when it is another one and nothing is known of it."""
-        if not self.foreign:
-            return self.facts
-        engine = self.facts["engine"]
-        if engine is None or engine["error"] is not None:
-            return None
-        return {**self.facts, "packages": engine["packages"], "torch_cuda": engine["torch_cuda"]}
+        return self.facts.as_engine(self.foreign)
 
     def bad(self, needed: bool = True) -> Status:
         return "fail" if needed and self.wanted else "warn"

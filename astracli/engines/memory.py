@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from astracli.machine.component import Component
 from astracli.machine.memory import CUDA_CONTEXT, TORCH_PROCESS, MemoryRow, Place
 
 if TYPE_CHECKING:
@@ -49,16 +50,16 @@ class MemoryModel:
         requests = recipe.rollout.running
         where: Place = "gpu" if device == "cuda" else "host"
         rows = [
-            MemoryRow(name, "weights (fp32)", where, 4 * shape.parameters),
-            MemoryRow(name, "weights (published dtype)", where, 2 * shape.parameters),
-            MemoryRow(name, "KV cache (fp32)", where, requests * self.cache(shape, recipe), fixed=False),
+            MemoryRow(name, Component.WEIGHTS_FP32, where, 4 * shape.parameters),
+            MemoryRow(name, Component.WEIGHTS_AS_PUBLISHED, where, 2 * shape.parameters),
+            MemoryRow(name, Component.KV_CACHE_FP32, where, requests * self.cache(shape, recipe), fixed=False),
         ]
         if shape.state_bytes_per_sequence:
             state = shape.state_bytes_per_sequence * requests
-            rows.append(MemoryRow(name, "recurrent state", where, state, fixed=False))
+            rows.append(MemoryRow(name, Component.RECURRENT_STATE, where, state, fixed=False))
         if device == "cuda":
-            rows.append(MemoryRow(name, "CUDA context", "gpu", CUDA_CONTEXT, "estimated"))
-        return [*rows, MemoryRow(name, "process", "host", TORCH_PROCESS, "estimated")]
+            rows.append(MemoryRow(name, Component.CUDA_CONTEXT, "gpu", CUDA_CONTEXT, "estimated"))
+        return [*rows, MemoryRow(name, Component.PROCESS, "host", TORCH_PROCESS, "estimated")]
 
     def smaller(self, recipe: Recipe) -> Iterator[dict[str, Any]]:
         """Settings of the engine's own (dotted key -> value) that need less memory and change no sample, in order."""

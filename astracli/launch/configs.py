@@ -12,7 +12,7 @@ from astracli.engines.registry import of as engine_of
 from astracli.launch.again import Retry
 from astracli.launch.inputs import Inputs
 from astracli.launch.launcher import Process
-from astracli.plan.trainer import CHECKPOINT_COPY
+from astracli.machine.component import Component
 from astracli.plan.types import LaunchPlan, ProcessPlan
 from astracli.process.config import (
     EngineAddress,
@@ -127,7 +127,9 @@ def _client(setting: Setting, process: ProcessPlan, engines: tuple[EngineAddress
     if process.role is Role.EVAL:
         out = setting.run.eval.resolve() if plan.command == "eval" else None
         return EvalConfig(**common, benchmarks=dict(setting.inputs.benchmarks), out=out)
-    others = [row.bytes for row in plan.memory if row.where == "host" and row.what != CHECKPOINT_COPY]
+    others = [
+        row.bytes for row in plan.memory if row.where == "host" and row.component is not Component.CHECKPOINT_COPY
+    ]
     return TrainerConfig(
         **common,
         device=plan.choice.device,
@@ -139,7 +141,7 @@ def _client(setting: Setting, process: ProcessPlan, engines: tuple[EngineAddress
         shared=plan.placement.shared,
         gpu_leases=leases,
         leaves=any(name in leases for gpu in process.gpus for name in plan.gpu_map[gpu]),
-        host_bytes=sum(others) if process.gpus else 0,
+        host_bytes=sum(row.bytes for row in kept) if process.gpus else 0,
     )
 
 

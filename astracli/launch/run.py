@@ -14,7 +14,8 @@ from astracli.data import fetch
 from astracli.launch import changes, job, problems
 from astracli.launch.inputs import Inputs, check_checkpoint, check_setting
 from astracli.launch.job import Job
-from astracli.machine import facts as machine
+from astracli.machine import read as machine_read
+from astracli.machine.facts import Machine
 from astracli.models import registry
 from astracli.models.adapter_tools import has_chat_template
 from astracli.plan import build as planning
@@ -26,12 +27,12 @@ from astracli.runs import metrics
 from astracli.runs.run_dir import RunDir
 
 
-def planned(recipe: Recipe, command: Command, facts: Mapping[str, Any] | None = None) -> LaunchPlan:
+def planned(recipe: Recipe, command: Command, facts: Machine | None = None) -> LaunchPlan:
     """The plan of a command, for this machine or the one that `facts` describes; never refuses what the machine lacks,
     only what is wrong."""
-    recorded = facts["checkpoint"] if facts is not None else None
-    if recorded is not None and recorded["path"] == recipe.model.path and recorded["config"] is not None:
-        return _plan(recipe, command, recorded["config"], facts)
+    recorded = facts.checkpoint if facts is not None else None
+    if recorded is not None and recorded.path == recipe.model.path and recorded.config is not None:
+        return _plan(recipe, command, recorded.config, facts)
     return _plan(recipe, command, _config_if_here(recipe), facts)
 
 
@@ -143,14 +144,14 @@ def _run(
 
 
 def _plan(
-    recipe: Recipe, command: Command, config: Mapping[str, Any] | None, facts: Mapping[str, Any] | None = None
+    recipe: Recipe, command: Command, config: Mapping[str, Any] | None, facts: Machine | None = None
 ) -> LaunchPlan:
     """`facts`: of another machine; None = this one."""
     from astracli.backends import choice as backend
     from astracli.doctor.gather import with_engine
 
     here = facts is None
-    facts = with_engine(machine.probe(), recipe) if facts is None else facts
+    facts = with_engine(machine_read.probe(), recipe) if facts is None else facts
     adapter = registry.resolve(recipe, config)
     choice = backend.choose(adapter, facts, recipe, config)
     local = fetch.local_path(recipe.model.path) if here and config is not None else None

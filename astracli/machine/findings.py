@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
-from astracli.machine.facts import usable
+from astracli.machine.facts import Machine
 
 Status = Literal["ok", "warn", "fail", "skip"]
 
@@ -37,20 +36,21 @@ class Check:
     """The next command or setting."""
 
 
-def found(facts: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A package of the document; one that the document does not name is not installed."""
-    absent: Mapping[str, Any] = {"version": None, "importable_spec": False, "origin": None, "models": None, "pins": {}}
-    package: Mapping[str, Any] = facts["packages"].get(name) or absent
-    return package
+class Flaw(NamedTuple):
+    """What is wrong with a package; the fields of a `Check`."""
+
+    value: str
+    why: str
+    fix: str
 
 
-def flaw(facts: Mapping[str, Any], name: str) -> tuple[str, str, str] | None:
-    """(value, why, fix) of a package that looks installed and cannot be imported; None when it does not lie."""
-    package = found(facts, name)
-    if package["importable_spec"] and not package["origin"]:
+def flaw(facts: Machine, name: str) -> Flaw | None:
+    """Of a package that looks installed and cannot be imported; None when it does not lie."""
+    package = facts.package(name)
+    if package.importable_spec and not package.origin:
         why = "a namespace stub, a folder without a module: `import` succeeds and finds nothing in it"
-        return "stub", why, f"`pip install {name}`, or remove the empty folder"
-    if package["version"] and not usable(facts, name):
+        return Flaw("stub", why, f"`pip install {name}`, or remove the empty folder")
+    if package.version and not package.usable:
         why = "installed by its metadata, but there is no module to import"
-        return package["version"], why, f"`pip install --force-reinstall {name}`"
+        return Flaw(package.version, why, f"`pip install --force-reinstall {name}`")
     return None

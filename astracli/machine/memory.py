@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from astracli.machine.component import Component
+
 Place = Literal["gpu", "host", "disk"]
 Basis = Literal["counted", "estimated"]
 
@@ -21,7 +23,7 @@ over their plans by at most a fifth of what is estimated, all on one kind of GPU
 @dataclass(frozen=True)
 class MemoryRow:
     process: str
-    what: str
+    component: Component
     where: Place
     bytes: int
     basis: Basis = "counted"
@@ -29,6 +31,10 @@ class MemoryRow:
     """Needed from the start; False = grows with load, and the engine or trainer can live with less."""
     away: bool = False
     """Not there while another process has its turn on the GPU."""
+    offloaded: bool = False
+    """Host memory that holds what is away during the other's turn."""
+    counts: tuple[int, ...] = ()
+    """For the blanks in the words of its component."""
 
 
 def safe(estimated: int) -> int:

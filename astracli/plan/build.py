@@ -13,7 +13,8 @@ from astracli.backends.choice import BackendChoice
 from astracli.config.recipe import Recipe
 from astracli.engines import registry as engines
 from astracli.errors import UserError
-from astracli.machine import facts as machine
+from astracli.machine.component import Component
+from astracli.machine.facts import Machine
 from astracli.machine.findings import Problem
 from astracli.machine.memory import MemoryRow
 from astracli.models.adapter import MemoryShape, ModelAdapter
@@ -26,7 +27,7 @@ from astracli.plan import problems as plan_problems
 from astracli.plan import requests as plan_requests
 from astracli.plan import staging as plan_staging
 from astracli.plan import trainer as plan_trainer
-from astracli.plan.placement import Placement
+from astracli.plan.placement import Gpus, Placement
 from astracli.plan.types import Command, LaunchPlan, ProcessPlan, Table
 from astracli.plan.view import render, to_json
 from astracli.process import layout
@@ -48,7 +49,7 @@ def build(
     recipe: Recipe,
     adapter: ModelAdapter,
     choice: BackendChoice,
-    facts: Mapping[str, Any],
+    facts: Machine,
     *,
     command: Command = "train",
     config: Mapping[str, Any] | None = None,
@@ -66,7 +67,7 @@ def build(
         return not blocked and not (lightly and strained)
 
     def way_out(otherwise: str) -> str:
-        count = len(machine.visible_gpus(facts))
+        count = len(facts.visible_gpus)
         sets = plan_hint.find(recipe, command, count, fits) if count and choice.device == "cuda" else None
         return f"run {plan_hint.command_line(command, recipe.name, sets)}" if sets else otherwise
 
@@ -81,7 +82,7 @@ def build(
 def _build(
     recipe: Recipe,
     choice: BackendChoice,
-    facts: Mapping[str, Any],
+    facts: Machine,
     command: Command,
     shape: MemoryShape | None,
     checkpoint_bytes: int | None,
@@ -98,8 +99,7 @@ def _build(
     if on_gpu := _room_to_publish(processes, memory, facts, placement.turns):
         memory = _memory(processes, shape, recipe, choice.device, placement, facts, on_gpu)
     if shape and command == "train":
-        room = plan_problems.sizes_of(facts), facts["system"]["memory_total"]
-        placement, memory = plan_staging.decide(processes, memory, shape, recipe, placement, *room)
+        placement, memory = plan_staging.decide(processes, memory, shape, recipe, placement, facts)
     if placement.turns:
         # a worker that starts again does not know whose turn it is
         processes = [replace(process, restarts=0) for process in processes]
@@ -113,14 +113,13 @@ def _build(
         memory=tuple(memory),
         disk=tuple(disk),
         model=_model(shape, recipe) if shape else {},
-        gpu_sizes=plan_problems.sizes_of(facts),
-        host_size=facts["system"]["memory_total"],
+        gpu_sizes=facts.gpu_sizes,
+        host_size=facts.system.memory_total,
         running_requests=recipe.rollout.running,
         expected=recipe.expected.model_dump(exclude_none=True) if recipe.expected else {},
     )
     if choice.device == "cuda":
-        sizes = plan_problems.sizes_of(facts)
-        plan = replace(plan, margins=plan_margin.margins(plan.memory, plan.gpu_map, sizes))
+        plan = replace(plan, margins=plan_margin.margins(plan.memory, plan.gpu_map, plan.gpu_sizes))
     problems = [
         *plan_problems.gpu_problems(plan, recipe, facts, way_out),
         *plan_problems.software_problems(recipe, choice, facts),
@@ -139,13 +138,13 @@ def refuse(plan: LaunchPlan) -> None:
         raise UserError(first.message + also, first.hint)
 
 
-def _processes(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any], command: Command) -> list[ProcessPlan]:
+def _processes(recipe: Recipe, choice: BackendChoice, facts: Machine, command: Command) -> list[ProcessPlan]:
     resources, threads, start = recipe.resources, recipe.resources.threads, engines.of(recipe).start(recipe)
     cuda = choice.device == "cuda"
     restarts = recipe.launch.max_restarts if recipe.launch.max_restarts is not None else (2 if cuda else 0)
     if recipe.launch.deterministic:
         restarts = 0  # a wave whose engine dies begins again, whole, and that is what a resume does
-    physical = [gpu["index"] for gpu in machine.visible_gpus(facts)]
+    physical = [gpu.index for gpu in facts.visible_gpus]
     engine_gpus, train_gpus = _placement(recipe, physical) if cuda else ([], [])
 
     def child(name: str, role: Role, gpus: list[int], visible: list[int], **more: Any) -> ProcessPlan:
@@ -200,18 +199,20 @@ def _place(
     shape: MemoryShape | None,
     recipe: Recipe,
     choice: BackendChoice,
-    facts: Mapping[str, Any],
+    facts: Machine,
     host: int | None = None,
 ) -> tuple[Recipe, Placement]:
     """The recipe with what it leaves to the machine, and where things lie. `host`: bytes that trainers may take there,
     None while there is enough."""
     if choice.device != "cuda":
-        return plan_requests.settle(recipe, shape, {}, [], [], plan_speed.pace([]))[0], Placement()
-    gpus = {role: [gpu for p in processes if p.role is role for gpu in p.gpus] for role in (Role.ENGINE, Role.TRAINER)}
-    where = (plan_problems.sizes_of(facts), gpus[Role.ENGINE], gpus[Role.TRAINER])
-    pace = plan_speed.pace([gpu for gpu in machine.visible_gpus(facts) if gpu["index"] in gpus[Role.TRAINER]])
-    recipe, why = plan_requests.settle(recipe, shape, *where, pace)
-    placement = plan_place.place(recipe, shape, *where, pace, host)
+        return plan_requests.settle(recipe, shape, Gpus())[0], Placement()
+    engine, trainer = (
+        [gpu for p in processes if p.role is role for gpu in p.gpus] for role in (Role.ENGINE, Role.TRAINER)
+    )
+    pace = plan_speed.pace([gpu for gpu in facts.visible_gpus if gpu.index in trainer])
+    gpus = Gpus(facts.gpu_sizes, engine, trainer, pace)
+    recipe, why = plan_requests.settle(recipe, shape, gpus)
+    placement = plan_place.place(recipe, shape, gpus, host)
     if why is not None:
         row = ("requests", f"{recipe.rollout.running} at once", why)
         placement = replace(placement, reasons=(row, *placement.reasons))
@@ -224,11 +225,11 @@ def _memory(
     recipe: Recipe,
     device: str,
     placement: Placement,
-    facts: Mapping[str, Any],
+    facts: Machine,
     published_on_gpu: Collection[str] = (),
 ) -> list[MemoryRow]:
     """`published_on_gpu`: trainers whose published versions lie on their GPU, those of others on the host."""
-    rows, sizes = [plan_memory.light_row("supervisor")], plan_problems.sizes_of(facts) if device == "cuda" else {}
+    rows, sizes = [plan_memory.light_row("supervisor")], facts.gpu_sizes if device == "cuda" else {}
     for process in processes:
         if process.role is Role.ENGINE and shape:
             card = next((sizes[gpu] for gpu in process.gpus if gpu in sizes), None)
@@ -236,8 +237,9 @@ def _memory(
             rows += engines.of(recipe).memory.rows(process.name, shape, recipe, device, reserved=static)
         elif process.role is Role.TRAINER and shape:
             published: layout.Where = "gpu" if process.name in published_on_gpu else "host"
-            where = (device, process.world_size, placement.split, published)
-            rows += plan_trainer.trainer_rows(process.name, shape, recipe, *where)
+            rows += plan_trainer.trainer_rows(
+                process.name, shape, recipe, device, process.world_size, placement.split, published
+            )
         else:
             rows.append(plan_memory.light_row(process.name, process.children))
     if not placement.turns:
@@ -253,9 +255,9 @@ def _on_shared_gpus(processes: Sequence[ProcessPlan]) -> set[str]:
     return {p.name for p in processes if set(p.gpus) & engine & trainer}
 
 
-def _room_on_host(processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], facts: Mapping[str, Any]) -> int | None:
+def _room_on_host(processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], facts: Machine) -> int | None:
     """What others leave trainers of a host that is too small for all of them; None where all fit."""
-    size = facts["system"]["memory_total"]
+    size = facts.system.memory_total
     if plan_memory.total(rows, where="host", fixed=True) <= size:
         return None
     others = [process.name for process in processes if process.role is not Role.TRAINER] + ["supervisor"]
@@ -263,19 +265,17 @@ def _room_on_host(processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], f
 
 
 def _room_to_publish(
-    processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], facts: Mapping[str, Any], turns: bool
+    processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], facts: Machine, turns: bool
 ) -> set[str]:
     """Trainers whose GPU has room for two published versions beside all else; each rank finds out for itself
     (`weights.snapshot`). One that leaves its GPU in the engine's turn keeps them on the host."""
-    sizes = plan_problems.sizes_of(facts)
-    held = {row.process: row.bytes for row in rows if row.what == plan_trainer.PUBLISHED}
-    # torch gives the holes of its cache back where memory is short
-    solid = [row for row in rows if row.what != plan_memory.HOLES]
+    sizes = facts.gpu_sizes
+    held = {row.process: row.bytes for row in rows if row.component is Component.PUBLISHED}
     leaves = _on_shared_gpus(processes) if turns else set()
 
     def fits(gpu: int, trainer: str) -> bool:
         names = [p.name for p in processes if gpu in p.gpus]
-        need = plan_memory.on_gpu(solid, names) + held[trainer] + plan_trainer.SPARE_BYTES
+        need = plan_memory.on_gpu(plan_memory.solid(rows), names) + held[trainer] + plan_trainer.SPARE_BYTES
         return gpu in sizes and need <= sizes[gpu]
 
     there = [p for p in processes if p.name in held and p.gpus and p.name not in leaves]

@@ -5,11 +5,12 @@ What an engine holds, its own memory model says (`engines/memory.py`); what a tr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import ceil
 
 from astracli.config.recipe import Recipe
+from astracli.machine.component import Component
 from astracli.machine.memory import MemoryRow, Place, safe
 from astracli.models.adapter import MemoryShape
 
@@ -20,34 +21,38 @@ DELTA_SHARE = 0.15
 
 COMFORT = 4
 """A shared GPU should leave an engine the KV cache of this part of its requests at full context: one in four."""
-HOLES = "holes of torch's cache"
-"""A row that is there at the fullest moment, and that torch gives back where memory is short."""
 
 
 def light_row(name: str, workers: int = 0) -> MemoryRow:
     """A process without a model, and the grading workers that it starts."""
-    return MemoryRow(name, "process", "host", LIGHT_PROCESS * (1 + workers), "estimated")
+    return MemoryRow(name, Component.PROCESS, "host", LIGHT_PROCESS * (1 + workers), "estimated")
 
 
 def disk_rows(shape: MemoryShape, recipe: Recipe, checkpoint_bytes: int | None) -> list[MemoryRow]:
     """Checkpoints, published versions and the export of a training run, at their largest."""
     weights, keep = 2 * shape.parameters, recipe.weights.keep
     held = recipe.checkpoint.keep + 1 if recipe.checkpoint.every else 0
-    checkpoints = MemoryRow("trainer", f"{held} checkpoints (one being written)", "disk", 12 * shape.parameters * held)
+    size = 12 * shape.parameters * held
+    checkpoints = MemoryRow("trainer", Component.CHECKPOINTS, "disk", size, counts=(held,))
     if recipe.weights.transfer == "full":
-        published = MemoryRow("trainer", f"{keep + 1} published versions, full", "disk", weights * (keep + 1))
+        size = weights * (keep + 1)
+        published = MemoryRow("trainer", Component.FULL_VERSIONS, "disk", size, counts=(keep + 1,))
     else:
         full = ceil(keep / recipe.weights.full_interval) + 1
         size = int(weights * (full + DELTA_SHARE * keep))
-        what = f"{keep} published versions, {full} of them full"
-        published = MemoryRow("trainer", what, "disk", size, "estimated")
+        published = MemoryRow("trainer", Component.VERSIONS, "disk", size, "estimated", counts=(keep, full))
     exported = max(checkpoint_bytes or 0, weights)
-    return [checkpoints, published, MemoryRow("trainer", "export", "disk", exported)]
+    return [checkpoints, published, MemoryRow("trainer", Component.EXPORT, "disk", exported)]
 
 
 def expected(rows: Sequence[MemoryRow]) -> list[MemoryRow]:
     """Those that a GPU must have room for: all but what finds another place where there is none."""
-    return [row for row in rows if row.fixed or row.what == HOLES]
+    return [row for row in rows if row.fixed or row.component is Component.CACHE_HOLES]
+
+
+def solid(rows: Iterable[MemoryRow]) -> list[MemoryRow]:
+    """Without the holes of torch's cache, which it gives back where memory is short."""
+    return [row for row in rows if row.component is not Component.CACHE_HOLES]
 
 
 def padded(row: MemoryRow) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from astracli.config.recipe import Recipe
 from astracli.engines import registry as engines
+from astracli.machine.component import Component
 from astracli.machine.memory import MemoryRow, safe, words
 from astracli.models.adapter import MemoryShape
 from astracli.plan import memory as plan_memory
@@ -42,28 +43,43 @@ class Placement:
     """Where a full version waits beside each engine until its pause (`plan/staging.py`)."""
 
 
-def place(
-    recipe: Recipe,
-    shape: MemoryShape | None,
-    sizes: Mapping[int, int],
-    engine_gpus: Sequence[int],
-    train_gpus: Sequence[int],
-    pace: Pace,
-    host: int | None = None,
-) -> Placement:
-    """`sizes`: bytes of each visible GPU; the lists are those that the processes get; `pace`: of the trainer's. `host`:
-    bytes of host memory that the trainer's ranks may take, None while there is enough."""
+@dataclass(frozen=True)
+class Gpus:
+    """The GPUs of a machine, and those of them that a plan's processes get."""
+
+    sizes: Mapping[int, int] = field(default_factory=dict)
+    """Bytes of each visible one."""
+    engine: Sequence[int] = ()
+    trainer: Sequence[int] = ()
+    pace: Pace = field(default_factory=Pace)
+    """Of the trainer's."""
+
+    @property
+    def shared(self) -> bool:
+        """Some GPU holds an engine and a trainer."""
+        return bool(set(self.engine) & set(self.trainer))
+
+    @property
+    def engine_bytes(self) -> int | None:
+        """The smallest of the engines'; None when that is not known."""
+        return min((self.sizes[gpu] for gpu in self.engine if gpu in self.sizes), default=None)
+
+    @property
+    def trainer_bytes(self) -> int | None:
+        return min((self.sizes[gpu] for gpu in self.trainer if gpu in self.sizes), default=None)
+
+
+def place(recipe: Recipe, shape: MemoryShape | None, gpus: Gpus, host: int | None = None) -> Placement:
+    """`host`: bytes of host memory that the trainer's ranks may take, None while there is enough."""
     memory = engines.of(recipe).memory
     fraction = memory.share(recipe)
-    shared = bool(set(engine_gpus) & set(train_gpus))
+    shared, smallest, ranks = gpus.shared, gpus.trainer_bytes, len(gpus.trainer)
     if shape is None:
         return Placement(mem_fraction_static=fraction, shared=shared)
-    smallest = min((sizes[gpu] for gpu in train_gpus if gpu in sizes), default=None)
-    ranks = len(train_gpus)
     turns = shared and takes_turns(recipe, shape, smallest, ranks)
     chosen = Choice(Split(), False, [])
-    if train_gpus:
-        every = options(recipe, shape, ranks, pace)
+    if gpus.trainer:
+        every = options(recipe, shape, ranks, gpus.pace)
         if smallest is not None:
             tries = _tries(recipe, shape, smallest, every, shared, turns)
 
@@ -71,7 +87,7 @@ def place(
                 return max(0, _host_bytes(recipe, shape, ranks, split, turns) - (host or 0))
 
             limited = over if host is not None else None
-            chosen = plan_split.choose(recipe, shape, ranks, pace, smallest, tries, limited)
+            chosen = plan_split.choose(recipe, shape, ranks, gpus.pace, smallest, tries, limited)
         else:
             split = recomputing(resident(every))[0]
             unknown = ("activations", KEPT[split.recomputed], "the memory of its GPU is not known")
@@ -81,14 +97,13 @@ def place(
         without = " ".join(f"{name}={value}" for name, value in link.WITHOUT_PEERS.items())
         proof = f"proved by an all-reduce in {link.LIMIT_S:g} s at the start; if not, once more with {without}"
         reasons.append((f"{ranks} ranks", "direct links", proof))
-    cards = [sizes[gpu] for gpu in engine_gpus if gpu in sizes]
-    if turns and smallest is not None and cards:
+    if turns and smallest is not None:
         asked = recipe.resources.share_mode == "turns"
         why_turns = "the recipe asks for it" if asked else f"side by side they do not fit {words(smallest)}"
         reasons.append(("engine and trainer", "take turns", why_turns))
         left = smallest - safe(plan_trainer.context_bytes(ranks) + memory.beside(shape, recipe))
         fraction = min(fraction, max(0.01, int(100 * left / smallest) / 100))
-    elif shared and smallest is not None and cards:
+    elif shared and smallest is not None:
         beside = memory.beside(shape, recipe)
         least, room = trainer_needs(recipe, shape, ranks, chosen.split)
         roomy, all_of_it = smallest - room - safe(beside), smallest - least - beside
@@ -98,7 +113,14 @@ def place(
             fraction = derived
             why_less = f"what the trainer leaves of {words(smallest)}, less {words(beside)} for work"
             reasons.append(("engine", f"reserves {fraction:.0%}", why_less))
-    return Placement(chosen.split, fraction, shared, turns, chosen.short, tuple(reasons))
+    return Placement(
+        split=chosen.split,
+        mem_fraction_static=fraction,
+        shared=shared,
+        turns=turns,
+        short=chosen.short,
+        reasons=tuple(reasons),
+    )
 
 
 def takes_turns(recipe: Recipe, shape: MemoryShape, size: int | None, ranks: int) -> bool:
@@ -149,18 +171,18 @@ def _engine(recipe: Recipe, shape: MemoryShape, requests: int) -> int:
     return memory.reserved(shape, recipe, requests=requests) + memory.beside(shape, recipe)
 
 
-STAYS = ("CUDA graphs", "CUDA context")
-"""Rows that stay on a GPU whoever's turn it is."""
-PARKED = ("weights (bf16)", plan_trainer.MASTERS, "moments (fp32)", "reference (bf16)")
-"""Rows that wait in host memory during the other's turn; the rest is empty then."""
+STAYS = (Component.CUDA_GRAPHS, Component.CUDA_CONTEXT)
+"""What stays on a GPU whoever's turn it is."""
+OFFLOADED = (Component.WEIGHTS, Component.MASTERS, Component.MOMENTS, Component.REFERENCE)
+"""What waits in host memory during the other's turn; the rest is empty then."""
 
 
 def in_turns(rows: Sequence[MemoryRow], names: Collection[str]) -> list[MemoryRow]:
     """All rows; of the processes that take turns (`names`) what leaves the GPU, and the host memory where it waits."""
     result = []
     for row in rows:
-        away = row.process in names and row.where == "gpu" and row.what not in STAYS
+        away = row.process in names and row.where == "gpu" and row.component not in STAYS
         result.append(replace(row, away=away))
-        if away and row.what in PARKED:
-            result.append(MemoryRow(row.process, f"{row.what}, in the other's turn", "host", row.bytes))
+        if away and row.component in OFFLOADED:
+            result.append(MemoryRow(row.process, row.component, "host", row.bytes, offloaded=True))
     return result

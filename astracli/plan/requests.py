@@ -8,7 +8,6 @@ way would never come, and a recipe may know of a limit that memory does not show
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from math import ceil
 
 from astracli.config.recipe import Recipe
@@ -18,7 +17,7 @@ from astracli.models.adapter import MemoryShape
 from astracli.plan.cost import Pace
 from astracli.plan.memory import COMFORT
 from astracli.plan.offload import options, recomputing, trainer_needs
-from astracli.plan.placement import takes_turns
+from astracli.plan.placement import Gpus, takes_turns
 from astracli.plan.trainer import context_bytes
 
 MOST = 256
@@ -27,25 +26,18 @@ FEW = 8
 """Beside a trainer, more of that one moves to the host rather than fewer requests than this."""
 
 
-def settle(
-    recipe: Recipe,
-    shape: MemoryShape | None,
-    sizes: Mapping[int, int],
-    engine_gpus: Sequence[int],
-    train_gpus: Sequence[int],
-    pace: Pace,
-) -> tuple[Recipe, str | None]:
+def settle(recipe: Recipe, shape: MemoryShape | None, gpus: Gpus) -> tuple[Recipe, str | None]:
     """(the recipe with `rollout.max_running_requests` set, how it was derived). A recipe that says it stays as it is,
     with nothing to say; without a GPU or a known model it takes `recipe.RUNNING`."""
     if recipe.rollout.max_running_requests != "auto":
         return recipe, None
-    card = min((sizes[gpu] for gpu in engine_gpus if gpu in sizes), default=None)
+    card = gpus.engine_bytes
     if shape is None or card is None:
         unknown = "the memory of its GPU is not known" if shape is not None else "the model's sizes are not known"
         return _with(recipe, recipe.rollout.running), unknown
-    useful, no_more = _most(recipe, len(engine_gpus), card)
-    if set(engine_gpus) & set(train_gpus):
-        return _beside(recipe, shape, card, len(train_gpus), useful, no_more, pace)
+    useful, no_more = _most(recipe, len(gpus.engine), card)
+    if gpus.shared:
+        return _beside(recipe, shape, card, len(gpus.trainer), useful, no_more, gpus.pace)
     model = engines.of(recipe).memory
     share = model.share(recipe)
     fit = _fit(recipe, shape, int(share * card), card, 1)

@@ -6,10 +6,12 @@ room, in its file, from which it is copied while the engine stands still.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from astracli.config.recipe import Recipe
+from astracli.machine.component import Component
+from astracli.machine.facts import Machine
 from astracli.machine.memory import MemoryRow, words
 from astracli.models.adapter import MemoryShape
 from astracli.plan import memory as plan_memory
@@ -24,7 +26,7 @@ def row(name: str, shape: MemoryShape, where: Staging, *, turns: bool = False) -
     if where == "file":
         return None
     return MemoryRow(
-        name, "a full version before its pause", where, 2 * shape.parameters, fixed=False, away=turns and where == "gpu"
+        name, Component.FULL_VERSION, where, 2 * shape.parameters, fixed=False, away=turns and where == "gpu"
     )
 
 
@@ -34,13 +36,11 @@ def decide(
     shape: MemoryShape,
     recipe: Recipe,
     placement: Placement,
-    sizes: Mapping[int, int],
-    host: int,
+    facts: Machine,
 ) -> tuple[Placement, list[MemoryRow]]:
-    """The placement with its `staging`, and all rows with those of the versions that wait. `rows`: everything else.
-    `sizes`: bytes of each GPU; `host`: of the host."""
+    """The placement with its `staging`, and all rows with those of the versions that wait. `rows`: everything else."""
     engines = [process for process in processes if process.role is Role.ENGINE]
-    size = 2 * shape.parameters
+    size, sizes, host = 2 * shape.parameters, facts.gpu_sizes, facts.system.memory_total
 
     def with_versions(where: Staging) -> list[MemoryRow]:
         found = (row(engine.name, shape, where, turns=placement.turns) for engine in engines)

@@ -48,11 +48,16 @@ def render(plan: LaunchPlan) -> list[Table]:
     return tables
 
 
+def what(row: MemoryRow) -> str:
+    """What a row is, for people."""
+    return row.component.value.format(*row.counts) + (", in the other's turn" if row.offloaded else "")
+
+
 def _each(rows: Sequence[MemoryRow]) -> list[tuple[str, ...]]:
     """Rows of text; neighbours that need the same, as engines do, stand once: `4 x engine, each`."""
     needs: dict[str, list[tuple[str, ...]]] = {}
     for row in rows:
-        needs.setdefault(row.process, []).append((row.what, row.where, words(row.bytes), row.basis))
+        needs.setdefault(row.process, []).append((what(row), row.where, words(row.bytes), row.basis))
     alike: list[list[str]] = []
     for name in needs:
         if alike and needs[alike[-1][0]] == needs[name]:
@@ -73,6 +78,12 @@ def to_json(plan: LaunchPlan) -> dict[str, Any]:
     """The plan as a JSON document: `plan.json` of a run, `--dry-run --json`."""
     document = asdict(plan)
     document["choice"] = plan.choice.settings() | {"reasons": [asdict(row) for row in plan.choice.reasons]}
+    document |= {"memory": list(map(_row, plan.memory)), "disk": list(map(_row, plan.disk))}
     document |= {"gpu_sizes": {str(gpu): size for gpu, size in plan.gpu_sizes.items()}}
     document |= {"gpu_map": {str(gpu): names for gpu, names in plan.gpu_map.items()}}
     return document | {"missing": plan.missing, "memory_by_place": plan_gpus.document(plan)}
+
+
+def _row(row: MemoryRow) -> dict[str, Any]:
+    own = {"where": row.where, "bytes": row.bytes, "basis": row.basis, "fixed": row.fixed, "away": row.away}
+    return {"process": row.process, "what": what(row), **own}

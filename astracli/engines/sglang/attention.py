@@ -5,17 +5,14 @@ The knowledge is in tables: what SGLang takes by itself on a compute capability;
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from astracli.config.recipe import Recipe
 from astracli.engines.contract import ASKED, Case, known
 from astracli.engines.sglang.settings import own
 from astracli.errors import UserError
-from astracli.machine.facts import OLDEST, Capability, dotted, usable
+from astracli.machine.facts import OLDEST, Capability, Machine, dotted
 from astracli.models.adapter import Forbidden, ModelAdapter
-
-Facts = Mapping[str, Any]
 
 SERVING_DEFAULTS: tuple[tuple[Capability, tuple[str, ...], str], ...] = (
     ((8, 0), ("flashinfer", "triton"), "SGLang below 9.0: flashinfer where it can be imported, else triton"),
@@ -80,26 +77,22 @@ def serving_options(adapter: ModelAdapter, capability: Capability) -> tuple[list
     return [name for name in running if name not in refused], refused
 
 
-def lacks(facts: Facts, recipe: Recipe, name: str) -> str | None:
+def lacks(facts: Machine, recipe: Recipe, name: str) -> str | None:
     """What the engine's environment lacks for attention backend `name`; None when it is there, or nothing is known."""
     package = SERVING[name][2]
-    if recipe.resources.engine.foreign:
-        engine = facts.get("engine")
-        if not engine or engine["error"] is not None:
-            return None
-        facts = {**facts, "packages": engine["packages"]}
-    if package is None or (name in COMPILED and package not in facts["packages"]):
+    engine = facts.as_engine(recipe.resources.engine.foreign)
+    if engine is None or package is None or (name in COMPILED and package not in engine.packages):
         return None
-    if not usable(facts, package):
+    if not engine.usable(package):
         return f"{package} cannot be imported"
-    compiled = facts["packages"][package].get("compiled")
+    compiled = engine.package(package).compiled
     if name in COMPILED and compiled is not None and COMPILED[name] not in compiled:
         return f"this build of {package} has no {COMPILED[name]}"
     return None
 
 
 def _check_serving(
-    adapter: ModelAdapter, facts: Facts, recipe: Recipe, name: str, key: str, capability: Capability | None
+    adapter: ModelAdapter, facts: Machine, recipe: Recipe, name: str, key: str, capability: Capability | None
 ) -> str:
     """The reason to take what the recipe asks for. Raises UserError where it is known to fail."""
     if capability is None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from astracli.engines.memory import MemoryModel
 from astracli.engines.sglang.settings import own
+from astracli.machine.component import Component
 from astracli.machine.memory import CUDA_CONTEXT, TORCH_PROCESS, MemoryRow
 
 if TYPE_CHECKING:
@@ -46,23 +47,23 @@ class SglangMemory(MemoryModel):
         if reserved is not None:
             pool = min(pool, max(one, reserved - self.reserved(shape, recipe, requests=0)))
         rows = [
-            MemoryRow(name, "weights (bf16)", "gpu", weights),
-            MemoryRow(name, "KV cache (bf16), one request", "gpu", one),
-            MemoryRow(name, "KV cache (bf16), the others", "gpu", pool - one, fixed=reserved is not None),
+            MemoryRow(name, Component.WEIGHTS, "gpu", weights),
+            MemoryRow(name, Component.KV_CACHE_OF_ONE, "gpu", one),
+            MemoryRow(name, Component.KV_CACHE_OF_OTHERS, "gpu", pool - one, fixed=reserved is not None),
         ]
         if shape.state_bytes_per_sequence:
             states = shape.state_bytes_per_sequence * (requests + self.spare_states)
-            rows.append(MemoryRow(name, "recurrent state", "gpu", states))
+            rows.append(MemoryRow(name, Component.RECURRENT_STATE, "gpu", states))
         staged = int(STAGED_BYTES * shape.parameters)
         return [
             *rows,
-            MemoryRow(name, "activations of a prefill chunk", "gpu", self._prefill(shape, recipe), "estimated"),
-            MemoryRow(name, "logits of a decode batch", "gpu", self._sampling(shape, recipe), "estimated"),
-            MemoryRow(name, "CUDA graphs", "gpu", CUDA_GRAPHS, "estimated"),
-            MemoryRow(name, "CUDA context", "gpu", CUDA_CONTEXT, "estimated"),
-            MemoryRow(name, "staged weights", "host", weights, "estimated", fixed=False),
-            MemoryRow(name, "staged changes", "gpu", staged, "estimated", fixed=False),
-            MemoryRow(name, "process", "host", TORCH_PROCESS, "estimated"),
+            MemoryRow(name, Component.PREFILL, "gpu", self._prefill(shape, recipe), "estimated"),
+            MemoryRow(name, Component.DECODE_LOGITS, "gpu", self._sampling(shape, recipe), "estimated"),
+            MemoryRow(name, Component.CUDA_GRAPHS, "gpu", CUDA_GRAPHS, "estimated"),
+            MemoryRow(name, Component.CUDA_CONTEXT, "gpu", CUDA_CONTEXT, "estimated"),
+            MemoryRow(name, Component.STAGED_WEIGHTS, "host", weights, "estimated", fixed=False),
+            MemoryRow(name, Component.STAGED_CHANGES, "gpu", staged, "estimated", fixed=False),
+            MemoryRow(name, Component.PROCESS, "host", TORCH_PROCESS, "estimated"),
         ]
 
     def smaller(self, recipe: Recipe) -> Iterator[dict[str, Any]]:

@@ -127,9 +127,7 @@ def _client(setting: Setting, process: ProcessPlan, engines: tuple[EngineAddress
     if process.role is Role.EVAL:
         out = setting.run.eval.resolve() if plan.command == "eval" else None
         return EvalConfig(**common, benchmarks=dict(setting.inputs.benchmarks), out=out)
-    others = [
-        row.bytes for row in plan.memory if row.where == "host" and row.component is not Component.CHECKPOINT_COPY
-    ]
+    kept = [row for row in plan.memory if row.where == "host" and row.component is not Component.CHECKPOINT_COPY]
     return TrainerConfig(
         **common,
         device=plan.choice.device,

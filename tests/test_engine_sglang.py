@@ -261,7 +261,7 @@ def test_what_the_recipe_says_of_an_engine_is_on_its_command_line(tmp_path: Path
     assert {*leaves, "--mem-fraction-static=0.31"} <= set(found), "what the plan derived is the last word"
 
 
-def test_an_engine_that_answers_no_more_is_given_up_with_its_last_words(
+def test_an_engine_that_answers_no_more_is_given_up_with_its_last_lines(
     tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four health checks in a row; one that is answered meanwhile begins the count anew."""
@@ -288,7 +288,9 @@ def test_an_engine_that_answers_no_more_is_given_up_with_its_last_words(
         sglang._watch(config, Hung(), Running())  # type: ignore[arg-type]
     assert asked == ["health_generate"] * 8 and "attention_backend=triton" in str(error.value.hint)
     replies, asked[:] = iter([False] * 4), []
-    with pytest.raises(RunFailed, match="failed 4 health checks"):  # in a trainer's turn nothing can be generated
+    with pytest.raises(
+        RunFailed, match="failed 4 health checks"
+    ):  # nothing can be generated while the trainer has the GPU
         sglang._watch(config.model_copy(update={"time_sharing": True}), Hung(), Running())  # type: ignore[arg-type]
     assert asked == ["model_info"] * 4
 

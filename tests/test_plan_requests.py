@@ -99,9 +99,9 @@ def test_beside_a_trainer_one_request_in_four_finds_a_full_context() -> None:
         row[2].startswith("what the trainer leaves of 110.00 GiB: ")
         and "for one in 4, 49.1 MiB of state each" in row[2]
     )
-    turns = planned(opened("qwen3.5-4b-m2po-delta", *shared, "resources.share_mode=turns"), document)
-    assert turns.running_requests > count, "in its turn the engine has the whole GPU"
-    plan.refuse(turns)
+    time_sharing = planned(opened("qwen3.5-4b-m2po-delta", *shared, "resources.share_mode=time_sharing"), document)
+    assert time_sharing.running_requests > count, "with time sharing the engine has the whole GPU"
+    plan.refuse(time_sharing)
 
 
 def test_a_dense_model_counts_its_kv_cache_alone() -> None:

@@ -18,9 +18,9 @@ import psutil
 import pytest
 
 from astracli.errors import RunFailed
-from astracli.launch.again import Restarts, Resumes, Start
 from astracli.launch.launcher import Process
 from astracli.launch.local import LocalLauncher
+from astracli.launch.restarts import Restarts, Resumes, Start
 from astracli.launch.supervise import Supervisor
 from astracli.plan.types import ProcessPlan
 from astracli.process import children as local

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from astracli.data import benchmarks
 from astracli.doctor.gather import offline
 from astracli.doctor.subject import Check, Status, Subject
-from astracli.machine.facts import Checkpoint, Machine, Tensor
+from astracli.machine.facts import CheckpointFacts, Machine, Tensor
 
 GROUP = "data"
 TRAINABLE = ("BF16", "F16", "F32")
@@ -125,7 +125,7 @@ def _kept(subject: Subject, tensors: Mapping[str, Tensor]) -> Check:
     return Check("dtypes", GROUP, "ok", shown)
 
 
-def _tokenizer(known: Checkpoint) -> Iterator[Check]:
+def _tokenizer(known: CheckpointFacts) -> Iterator[Check]:
     if not [name for name in known.tokenizer if name != "tokenizer_config.json"]:
         why = "prompts cannot be turned into tokens"
         fix = f"copy tokenizer.json and tokenizer_config.json into `{known.place}`"

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from astracli.config.recipe import Recipe
 from astracli.errors import UserError
 from astracli.machine import packages, read
-from astracli.machine.facts import Checkpoint, DataSet, Environment, Machine, Network, RunLeft, Tensor
+from astracli.machine.facts import CheckpointFacts, DataSet, Environment, Machine, Network, RunLeft, Tensor
 from astracli.models import registry
 from astracli.models.adapter import read_config
 from astracli.models.adapter_tools import has_chat_template
@@ -53,7 +53,7 @@ def gather(recipe: Recipe | None = None, runs: Path = RUNS) -> Machine:
 # -- checkpoint and data -----------------------------------------------------------------------------------------------
 
 
-def checkpoint(path: str, revision: str | None = None) -> Checkpoint:
+def checkpoint(path: str, revision: str | None = None) -> CheckpointFacts:
     """What lies at model.path: config.json, shards, tensor headers, tokenizer."""
     from astracli.data import fetch
 
@@ -61,13 +61,13 @@ def checkpoint(path: str, revision: str | None = None) -> Checkpoint:
     try:
         place = fetch.local_path(path) or cached(path, "models", revision)
         if place is None:
-            return Checkpoint(**found)
+            return CheckpointFacts(**found)
         found["place"] = str(place)
         found["config"] = read_config(place)
         found["tensors"] = headers(place)
     except UserError as error:
         found["problem"] = error.message
-    return Checkpoint(**found, **(_beside(Path(found["place"])) if found["place"] is not None else {}))
+    return CheckpointFacts(**found, **(_beside(Path(found["place"])) if found["place"] is not None else {}))
 
 
 def headers(place: Path) -> dict[str, Tensor]:

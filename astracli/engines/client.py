@@ -61,14 +61,14 @@ class GenResult:
 
 
 @dataclass(frozen=True)
-class Update:
+class UpdateReply:
     """The engine's answer to a weight update."""
 
     success: bool
     message: str
     outcome: Mapping[str, Any] = field(default_factory=dict)
     """What the engine says of it: `changed` elements, seconds under names that end in `_s`, and whether a read-back
-    follows (`proof`). By our clock `begin_s` and `end_s`, where an engine is told of both."""
+    follows (`readback`). By our clock `begin_s` and `end_s`, where an engine is told of both."""
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -259,7 +259,7 @@ class EngineClient:
     async def flush(self) -> None:
         await self._send("POST", "/flush_cache", {})
 
-    async def apply_staged(self, version: int, *, flush: bool = True) -> Update:
+    async def apply_staged(self, version: int, *, flush: bool = True) -> UpdateReply:
         """Apply what is staged for this engine. A failed update is an answer, not an exception: stage a full payload
         and apply again."""
         body = {"load_format": STAGED, "weight_version": str(version), "flush_cache": flush}
@@ -269,7 +269,7 @@ class EngineClient:
         """Return once nothing reads the weights beside generation any more: a read-back that nobody waits for may
         still be at it, whoever asked for it. To be called in a pause."""
 
-    async def load_directory(self, path: str, version: int) -> Update:
+    async def load_directory(self, path: str, version: int) -> UpdateReply:
         """Load a whole Hugging Face checkpoint directory that the engine can read."""
         return await self._update("/update_weights_from_disk", {"model_path": path, "weight_version": str(version)})
 
@@ -278,14 +278,14 @@ class EngineClient:
         body = {"new_version": str(version), "abort_all_requests": False}
         await self._send("POST", "/update_weight_version", body)
 
-    async def _update(self, path: str, body: Mapping[str, Any], limit_s: float | None = None) -> Update:
+    async def _update(self, path: str, body: Mapping[str, Any], limit_s: float | None = None) -> UpdateReply:
         reply = await self._request("POST", path, body, timeout=self._control_s if limit_s is None else limit_s)
         if reply.status_code == 400:
             document = _json(reply)
             if isinstance(document, dict) and "success" in document:
-                return Update(False, str(document.get("message", "")))
+                return UpdateReply(False, str(document.get("message", "")))
         document = self._content(reply, path)
-        return Update(bool(document["success"]), str(document.get("message", "")), document.get("outcome") or {})
+        return UpdateReply(bool(document["success"]), str(document.get("message", "")), document.get("outcome") or {})
 
     # -- transport
 

@@ -101,7 +101,7 @@ class WeightReceiver(Protocol):
     def wake(self, version: int) -> None:
         """Stage something that changes nothing, so that an engine which is not `watched` begins to."""
 
-    def proof(self, version: int) -> Mapping[str, float]:
+    def readback(self, version: int) -> Mapping[str, float]:
         """Wait for the read-back of a version, figures of it. Raises RunFailed when the engine holds other weights."""
 
     def close(self) -> None: ...

@@ -9,9 +9,9 @@ from typing import Any
 
 from astracli.config.recipe import Recipe
 from astracli.engines.registry import of as engine_of
-from astracli.launch.again import Retry
 from astracli.launch.inputs import Inputs
 from astracli.launch.launcher import Process
+from astracli.launch.restarts import Retry
 from astracli.machine.component import Component
 from astracli.plan.types import LaunchPlan, ProcessPlan
 from astracli.process.config import (
@@ -26,7 +26,7 @@ from astracli.process.config import (
 )
 from astracli.process.ports import free_ports
 from astracli.runs.run_dir import RunDir
-from astracli.training import link
+from astracli.training import collective_check
 
 
 @dataclass(frozen=True)
@@ -71,18 +71,18 @@ def build(setting: Setting) -> list[Process]:
 def retry(setting: Setting, processes: Sequence[Process]) -> Retry | None:
     """How trainer ranks on GPUs start once more when their first all-reduce fails; None for one rank, or on a CPU."""
     ranks = [process for process in processes if process.plan.role is Role.TRAINER]
-    known = all(os.environ.get(name) == value for name, value in link.WITHOUT_PEERS.items())
+    known = all(os.environ.get(name) == value for name, value in collective_check.WITHOUT_PEERS.items())
     if len(ranks) < 2 or setting.plan.choice.device != "cuda" or known:
         return None
 
     def again() -> list[Process]:
         (port,) = free_ports(1, setting.recipe.launch.host)
-        env = {**link.WITHOUT_PEERS, "MASTER_PORT": str(port)}
+        env = {**collective_check.WITHOUT_PEERS, "MASTER_PORT": str(port)}
         return [replace(rank, env={**rank.env, **env}) for rank in ranks]
 
-    different = " ".join(f"{name}={value}" for name, value in link.WITHOUT_PEERS.items())
+    different = " ".join(f"{name}={value}" for name, value in collective_check.WITHOUT_PEERS.items())
     words = f"the {len(ranks)} training GPUs do not reach each other directly: their ranks run with {different}"
-    return Retry(link.BROKEN, frozenset(rank.name for rank in ranks), again, words)
+    return Retry(collective_check.BROKEN, frozenset(rank.name for rank in ranks), again, words)
 
 
 def _common(setting: Setting, process: ProcessPlan) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def _engine(setting: Setting, process: ProcessPlan, address: EngineAddress, port
         stage_dir=address.stage_dir,
         published=plan.command == "train",
         await_weights=setting.resume_step is not None,
-        time_sharing=process.name in plan.cards,
+        time_sharing=process.name in plan.gpu_leases,
         mem_fraction_static=plan.placement.mem_fraction_static or engine_of(recipe).memory.share(recipe),
         staging=plan.placement.staging if process.gpus else "host",
         serving_attention=plan.choice.serving_attention,
@@ -121,7 +121,7 @@ def _engine(setting: Setting, process: ProcessPlan, address: EngineAddress, port
 def _client(setting: Setting, process: ProcessPlan, engines: tuple[EngineAddress, ...]) -> ProcessConfig:
     """Of a process that talks to the engines."""
     plan, common = setting.plan, _common(setting, process) | {"engines": engines}
-    leases = tuple(plan.cards)
+    leases = tuple(plan.gpu_leases)
     if process.role is Role.ROLLOUT:
         return RolloutConfig(**common, data_path=setting.inputs.data, gpu_leases=leases, samples=setting.samples)
     if process.role is Role.EVAL:

@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from astracli.config.recipe import Recipe
-from astracli.launch import changes, configs, summary
-from astracli.launch.again import Resumes, Start
+from astracli.launch import configs, recipe_changes, summary
 from astracli.launch.configs import Setting
 from astracli.launch.inputs import Inputs
 from astracli.launch.launcher import Launcher
 from astracli.launch.local import LocalLauncher
+from astracli.launch.restarts import Resumes, Start
 from astracli.launch.supervise import Supervisor
 from astracli.launch.watch import Watch, unharmed
 from astracli.plan import build as planning
 from astracli.plan.build import LaunchPlan
 from astracli.process import ports
 from astracli.process.config import Role, SampleFile
+from astracli.process.console import say
 from astracli.process.signals import signals
-from astracli.process.talk import say
 from astracli.report.page import data as report_data
 from astracli.runs import metrics
 from astracli.runs.run_dir import RunDir, State, write_atomic
@@ -167,7 +167,7 @@ class Job:
                 return supervisor.run()
             finally:
                 watch.close(supervisor)
-                with unharmed("no closing table"):
+                with unharmed("no summary table"):
                     self._sum_up(supervisor, hub.store, launcher, watch.evaluations_s)
 
     def _resumes(self, setting: Setting, store: HubStore) -> Resumes | None:
@@ -181,7 +181,7 @@ class Job:
 
         def start(number: int) -> Start:
             """All as `--resume` does it, with the hub that is there."""
-            step = changes.checkpoint_step(self.run_dir)
+            step = recipe_changes.checkpoint_step(self.run_dir)
             store.rewind(step, step)
             shutil.rmtree(self.run_dir.stage, ignore_errors=True)
             again = replace(setting, resume_step=step, start=number)
@@ -227,7 +227,7 @@ class Job:
             history_steps=recipe.launch.hub_history_steps,
             max_dropped_batches=recipe.rollout.max_dropped_batches,
             checkpoints=recipe.checkpoint.every > 0,
-            cards=self.plan.cards,
+            gpu_leases=self.plan.gpu_leases,
         )
         listeners: list[Supervisor] = []
 

@@ -11,7 +11,7 @@ from typing import Any
 from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
 from astracli.data import fetch
-from astracli.launch import changes, job, problems
+from astracli.launch import job, problems, recipe_changes
 from astracli.launch.inputs import Inputs, check_checkpoint, check_setting
 from astracli.launch.job import Job
 from astracli.machine import read as machine_read
@@ -21,7 +21,7 @@ from astracli.models.adapter_tools import has_chat_template
 from astracli.plan import build as planning
 from astracli.plan.build import Command, LaunchPlan
 from astracli.process.config import SampleFile
-from astracli.process.talk import say
+from astracli.process.console import say
 from astracli.runs import find as runs
 from astracli.runs import metrics
 from astracli.runs.run_dir import RunDir
@@ -43,14 +43,14 @@ def train(recipe: Recipe, *, run_dir: Path | None = None, resume: Path | None = 
         return 0
     began = time.monotonic()
     if resume is not None:
-        recipe = changes.resumed_recipe(recipe, runs.existing(resume))
+        recipe = recipe_changes.resumed_recipe(recipe, runs.existing(resume))
     plan = _refusing_plan(recipe, "train")
     there = run_dir is not None and run_dir.exists()
     run = runs.resume(resume) if resume is not None else runs.create(recipe.name, run_dir)
     step: int | None = None
     try:
         if resume is not None:
-            step = changes.resume_step(run, recipe)
+            step = recipe_changes.resume_step(run, recipe)
         inputs = _fetch(recipe, data=True, benchmarks=recipe.eval.benchmarks if recipe.eval.every else [])
         problems.pin(run, recipe, inputs.data)
     except BaseException:
@@ -59,9 +59,9 @@ def train(recipe: Recipe, *, run_dir: Path | None = None, resume: Path | None = 
         raise
     code, summary = _run(recipe, plan, run, inputs, began, resume_step=step)
     if summary:
-        from astracli.report.closing import print_closing
+        from astracli.report.summary_table import print_summary
 
-        print_closing(summary)
+        print_summary(summary)
     if code == 130:
         say(f"interrupted; go on with `astra train --resume {run.path}`")
     return code
@@ -70,7 +70,7 @@ def train(recipe: Recipe, *, run_dir: Path | None = None, resume: Path | None = 
 def rollout(recipe: Recipe, *, weights: str | None = None, n: int, out: Path, run_dir: Path | None = None) -> int:
     """Generate and grade `n` groups into `out`; the exit code."""
     began = time.monotonic()
-    recipe = changes.with_weights(recipe, weights)
+    recipe = recipe_changes.with_weights(recipe, weights)
     plan = _refusing_plan(recipe, "rollout")
     inputs = _fetch(recipe, data=True, benchmarks=[])
     run = runs.create(f"{recipe.name}-rollout", run_dir)
@@ -98,11 +98,11 @@ def evaluate(
     """
     began = time.monotonic()
     if resume is None:
-        recipe = changes.with_evaluation(changes.with_weights(recipe, weights), benchmarks, samples)
+        recipe = recipe_changes.with_evaluation(recipe_changes.with_weights(recipe, weights), benchmarks, samples)
     plan = _refusing_plan(recipe, "eval")
     inputs = _fetch(recipe, data=False, benchmarks=recipe.eval.benchmarks)
     if resume is not None:
-        run = changes.resumed_evaluation(resume)
+        run = recipe_changes.resumed_evaluation(resume)
     elif out is not None:
         run = runs.create(f"{recipe.name}-eval", out)
     elif run_dir is not None:
@@ -206,7 +206,7 @@ def _print_results(document: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(document, indent=2))
         return
-    from astracli.report.closing import result_lines
+    from astracli.report.summary_table import result_lines
 
     print("\n".join(result_lines(document)))
     say(f"items and figures are in {document['path']}")

@@ -15,12 +15,12 @@ from typing import Any
 from astracli.engines import registry as engines
 from astracli.engines.contract import explain
 from astracli.errors import RunFailed
-from astracli.launch.again import End, Restarts, Resumes, Retry, ended, first_cause
 from astracli.launch.launcher import Launcher, Process, Started
+from astracli.launch.restarts import End, Restarts, Resumes, Retry, ended, first_cause
 from astracli.launch.status import Hub, Phase, Status
 from astracli.process.config import Role
+from astracli.process.console import say
 from astracli.process.signals import signals
-from astracli.process.talk import say
 from astracli.process.worker import TERM_EXIT
 
 STALL_S = 5.0

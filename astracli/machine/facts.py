@@ -134,7 +134,7 @@ class Tensor(_Part):
     shape: tuple[int, ...]
 
 
-class Checkpoint(_Part):
+class CheckpointFacts(_Part):
     path: str
     """model.path of the recipe that was asked for."""
     place: str | None
@@ -198,7 +198,7 @@ class Machine(_Part):
     compilers: Compilers
     env: dict[str, str | None]
     engine: Environment | None = None
-    checkpoint: Checkpoint | None = None
+    checkpoint: CheckpointFacts | None = None
     data: tuple[DataSet, ...] = ()
     network: Network | None = None
     runs: tuple[RunLeft, ...] = ()

@@ -28,12 +28,12 @@ from astracli.plan import requests as plan_requests
 from astracli.plan import staging as plan_staging
 from astracli.plan import trainer as plan_trainer
 from astracli.plan.placement import Gpus, Placement
-from astracli.plan.types import Command, LaunchPlan, ProcessPlan, Table
+from astracli.plan.types import Command, LaunchPlan, ProcessPlan, TextTable
 from astracli.plan.view import render, to_json
 from astracli.process import layout
 from astracli.process.config import Role
 
-__all__ = ["Command", "LaunchPlan", "Problem", "ProcessPlan", "Table", "build", "refuse", "render", "to_json"]
+__all__ = ["Command", "LaunchPlan", "Problem", "ProcessPlan", "TextTable", "build", "refuse", "render", "to_json"]
 
 MODULES = {
     Role.ROLLOUT: "astracli.rollout.worker",
@@ -96,12 +96,12 @@ def _build(
     if (host := _room_on_host(processes, memory, facts)) is not None and choice.device == "cuda":
         recipe, placement = _place(processes, shape, asked, choice, facts, host)
         memory = _memory(processes, shape, recipe, choice.device, placement, facts)
-    if on_gpu := _room_to_publish(processes, memory, facts, placement.turns):
+    if on_gpu := _room_to_publish(processes, memory, facts, placement.time_sharing):
         memory = _memory(processes, shape, recipe, choice.device, placement, facts, on_gpu)
     if shape and command == "train":
         placement, memory = plan_staging.decide(processes, memory, shape, recipe, placement, facts)
-    if placement.turns:
-        # a worker that starts again does not know whose turn it is
+    if placement.time_sharing:
+        # a worker that starts again does not know who has the GPU
         processes = [replace(process, restarts=0) for process in processes]
     disk = plan_memory.disk_rows(shape, recipe, checkpoint_bytes) if shape and command == "train" else []
     plan = LaunchPlan(
@@ -232,8 +232,8 @@ def _memory(
     rows, sizes = [plan_memory.light_row("supervisor")], facts.gpu_sizes if device == "cuda" else {}
     for process in processes:
         if process.role is Role.ENGINE and shape:
-            card = next((sizes[gpu] for gpu in process.gpus if gpu in sizes), None)
-            static = None if card is None else int((placement.mem_fraction_static or 0.0) * card)
+            gpu_bytes = next((sizes[gpu] for gpu in process.gpus if gpu in sizes), None)
+            static = None if gpu_bytes is None else int((placement.mem_fraction_static or 0.0) * gpu_bytes)
             rows += engines.of(recipe).memory.rows(process.name, shape, recipe, device, reserved=static)
         elif process.role is Role.TRAINER and shape:
             published: layout.Where = "gpu" if process.name in published_on_gpu else "host"
@@ -242,9 +242,9 @@ def _memory(
             )
         else:
             rows.append(plan_memory.light_row(process.name, process.children))
-    if not placement.turns:
+    if not placement.time_sharing:
         return rows
-    return plan_place.in_turns(rows, _on_shared_gpus(processes))
+    return plan_place.time_shared(rows, _on_shared_gpus(processes))
 
 
 def _on_shared_gpus(processes: Sequence[ProcessPlan]) -> set[str]:
@@ -265,13 +265,13 @@ def _room_on_host(processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], f
 
 
 def _room_to_publish(
-    processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], facts: Machine, turns: bool
+    processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], facts: Machine, time_sharing: bool
 ) -> set[str]:
     """Trainers whose GPU has room for two published versions beside all else; each rank finds out for itself
-    (`weights.snapshot`). One that leaves its GPU in the engine's turn keeps them on the host."""
+    (`weights.snapshot`). One that leaves its GPU to the engine keeps them on the host."""
     sizes = facts.gpu_sizes
     held = {row.process: row.bytes for row in rows if row.component is Component.PUBLISHED}
-    leaves = _on_shared_gpus(processes) if turns else set()
+    leaves = _on_shared_gpus(processes) if time_sharing else set()
 
     def fits(gpu: int, trainer: str) -> bool:
         names = [p.name for p in processes if gpu in p.gpus]

@@ -78,5 +78,5 @@ def total(
 def on_gpu(rows: Sequence[MemoryRow], processes: Sequence[str], *, fixed: bool = False) -> int:
     """Most bytes that processes hold on a GPU of theirs at once, turns taken into account."""
     there = [row for row in rows if row.where == "gpu" and row.process in processes and (row.fixed or not fixed)]
-    turns = [sum(row.bytes for row in there if row.away and row.process == name) for name in processes]
-    return sum(row.bytes for row in there if not row.away) + max(turns, default=0)
+    by_process = [sum(row.bytes for row in there if row.away and row.process == name) for name in processes]
+    return sum(row.bytes for row in there if not row.away) + max(by_process, default=0)

@@ -21,12 +21,12 @@ from astracli.process.config import Role
 from astracli.process.layout import Staging
 
 
-def row(name: str, shape: MemoryShape, where: Staging, *, turns: bool = False) -> MemoryRow | None:
+def row(name: str, shape: MemoryShape, where: Staging, *, time_sharing: bool = False) -> MemoryRow | None:
     """What a full version takes in the engine `name` while it waits; None: nothing beside its file."""
     if where == "file":
         return None
     return MemoryRow(
-        name, Component.FULL_VERSION, where, 2 * shape.parameters, fixed=False, away=turns and where == "gpu"
+        name, Component.FULL_VERSION, where, 2 * shape.parameters, fixed=False, away=time_sharing and where == "gpu"
     )
 
 
@@ -43,7 +43,7 @@ def decide(
     size, sizes, host = 2 * shape.parameters, facts.gpu_sizes, facts.system.memory_total
 
     def with_versions(where: Staging) -> list[MemoryRow]:
-        found = (row(engine.name, shape, where, turns=placement.turns) for engine in engines)
+        found = (row(engine.name, shape, where, time_sharing=placement.time_sharing) for engine in engines)
         return [*rows, *(each for each in found if each is not None)]
 
     def on_gpu(gpu: int) -> int:

@@ -69,9 +69,9 @@ class LaunchPlan:
         return [problem.what for problem in self.problems]
 
     @property
-    def cards(self) -> list[str]:
-        """Engines that take turns with a trainer on their GPU."""
-        if not self.placement.turns:
+    def gpu_leases(self) -> list[str]:
+        """Engines that share their GPU in time with a trainer: each has a GPU lease at the hub."""
+        if not self.placement.time_sharing:
             return []
         trained = {gpu for process in self.processes if process.role is Role.TRAINER for gpu in process.gpus}
         return [p.name for p in self.processes if p.role is Role.ENGINE and trained & set(p.gpus)]
@@ -91,7 +91,7 @@ class LaunchPlan:
 
 
 @dataclass(frozen=True)
-class Table:
+class TextTable:
     """Text for the terminal."""
 
     title: str

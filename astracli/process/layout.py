@@ -19,7 +19,7 @@ LOGIT_BYTES = {"cpu": 2**25, "cuda": 2**29}
 BUCKET_BYTES = 2**29
 """What passes through the GPU together in an update: masters made whole from halves, moments that wait on the host. Of
 one tensor it may be more."""
-PASSING = 3
+BUCKETS_IN_FLIGHT = 3
 """Buckets of moments on the GPU at once: one comes, one is worked on, one leaves."""
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from astracli.config.recipe import Recipe
 from astracli.kernels.upload import upload
 from astracli.rl.batch import Batch, MicroBatch
-from astracli.rl.losses import Algorithm, Limits, Minibatch, Normaliser, TokenLoss, Tokens
+from astracli.rl.losses import Algorithm, ClipLimits, Minibatch, Normaliser, TokenLoss, Tokens
 from astracli.rl.losses.clipping import ratio
 
 
@@ -32,7 +32,7 @@ def token_losses(
     micro: MicroBatch,
     logprob_N: Tensor,
     proximal_N: Tensor | None,
-    limits: Limits,
+    limits: ClipLimits,
     *,
     version: int = 0,
     cap: float | None = None,

@@ -95,7 +95,7 @@ def load_engine(config: EngineConfig) -> EmbeddedEngine:
     """Load the model through its adapter, as version 0."""
     import torch
 
-    from astracli.engines.embedded.engine import EmbeddedEngine, Limits
+    from astracli.engines.embedded.engine import EmbeddedEngine, EngineLimits
     from astracli.kernels.cpu.memory import keep_freed_memory
     from astracli.models import registry
 
@@ -107,7 +107,7 @@ def load_engine(config: EngineConfig) -> EmbeddedEngine:
     return EmbeddedEngine(
         config.model_path,
         loader(adapter, config.device),
-        Limits(rollout.running, rollout.context_length, ENGINE.own(config.recipe).chunked_prefill_size),
+        EngineLimits(rollout.running, rollout.context_length, ENGINE.own(config.recipe).chunked_prefill_size),
         stage_dir=config.stage_dir,
         device=config.device,
         exclusive_calls=config.recipe.launch.deterministic,

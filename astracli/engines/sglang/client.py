@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from astracli.engines.client import UNPROVEN, Ended, EngineClient, GenRequest, GenResult, Update
-from astracli.engines.sglang.window import UpdateWindow
+from astracli.engines.client import UNPROVEN, Ended, EngineClient, GenRequest, GenResult, UpdateReply
+from astracli.engines.sglang.update_session import UpdateSession
 
 if TYPE_CHECKING:
     import httpx
@@ -31,11 +31,11 @@ class SglangClient(EngineClient):
     def __init__(self, url: str, token: str, *, stage_dir: Path, **settings: Any):
         super().__init__(url, token, **settings)
         self._stage_dir = stage_dir
-        self._window = UpdateWindow(self._status, self._update)
+        self._update_session = UpdateSession(self._status, self._update)
 
     async def wait_ready(self, timeout: float) -> None:
         await super().wait_ready(timeout)
-        await self._window.learn()  # now, so that no pause waits for it
+        await self._update_session.learn()  # now, so that no pause waits for it
 
     async def generate(self, requests: Sequence[GenRequest], ended: Ended | None = None) -> list[GenResult]:
         """With `ended` one call for each request: SGLang's stream repeats all tokens with every piece."""
@@ -66,7 +66,7 @@ class SglangClient(EngineClient):
     def _never_began(self, reply: httpx.Response) -> bool:
         return reply.status_code == 400 and "was aborted" in reply.text
 
-    async def apply_staged(self, version: int, *, flush: bool = True) -> Update:
+    async def apply_staged(self, version: int, *, flush: bool = True) -> UpdateReply:
         """SGLang answers success whatever our loader found; what it found stands in `result.json`. The weights bear the
         version's name only once that says so: a worker that dies in between leaves them unproven."""
         result = self._stage_dir / "result.json"
@@ -78,11 +78,11 @@ class SglangClient(EngineClient):
         try:
             found = json.loads(result.read_text())
         except (OSError, ValueError) as error:
-            return Update(False, f"the weight loader left no result ({error})")
+            return UpdateReply(False, f"the weight loader left no result ({error})")
         if not found["ok"] or found["version"] != version:
-            return Update(False, found["message"] or f"the loader applied version {found['version']}")
+            return UpdateReply(False, found["message"] or f"the loader applied version {found['version']}")
         await self.set_version(version)
-        return Update(True, "", {**update.outcome, **found})
+        return UpdateReply(True, "", {**update.outcome, **found})
 
     async def settle(self) -> None:
         """The server takes it for an update, so it wants begin and end around it as well. Unpaused, these would wait
@@ -91,7 +91,7 @@ class SglangClient(EngineClient):
         if not update.success:
             raise self._failure(f"does not settle: {update.message}")
 
-    async def _load(self, body: Mapping[str, object]) -> Update:
-        return await self._window.update(
+    async def _load(self, body: Mapping[str, object]) -> UpdateReply:
+        return await self._update_session.update(
             "/update_weights_from_tensor", {"serialized_named_tensors": NO_TENSORS, **body}
         )

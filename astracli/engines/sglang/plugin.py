@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from astracli.engines.contract import Case, Engine, Serving, Start
-from astracli.engines.sglang import attention, doctor, last_words
+from astracli.engines.sglang import attention, doctor, failure_hints
 from astracli.engines.sglang.memory import SglangMemory
 from astracli.engines.sglang.settings import NAME, SglangTable
 
@@ -30,7 +30,7 @@ class Sglang(Engine):
     package = "sglang"
     upgrade = "`pip install -c constraints/cuda.txt 'astracli[gpu,sglang]'` (a newer SGLang with its torch and triton)"
     memory = SglangMemory()
-    hints = (*last_words.KNOWN, *last_words.SLOW)
+    hints = (*failure_hints.KNOWN, *failure_hints.SLOW)
 
     def start(self, recipe: Recipe) -> Start:
         """The process that watches the server runs in our environment; it starts the server in the engine's own."""

@@ -87,7 +87,7 @@ SEQUENCE_MEAN = Normaliser(lambda minibatch, _: minibatch.sequences, lambda leng
 """Mean over its sequences of each one's mean over tokens."""
 
 
-class Limits(Protocol):
+class ClipLimits(Protocol):
     """What `prepare` hands to `token_loss`."""
 
     @property
@@ -124,7 +124,7 @@ class TokenLoss(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm(AlgorithmSettings):
-    prepare: Callable[[Tensor, Tensor, Any], Limits]
+    prepare: Callable[[Tensor, Tensor, Any], ClipLimits]
     """`(log_ratio_N, advantage_N, settings)`, the global batch, without gradients -> limits."""
     token_loss: Callable[[Tokens, Any], TokenLoss]
     """`(tokens of a micro-batch, what prepare returned)`"""

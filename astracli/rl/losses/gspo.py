@@ -12,7 +12,7 @@ from __future__ import annotations
 from pydantic import PositiveFloat
 
 from astracli.rl.losses import SEQUENCE_MEAN, Algorithm, TokenLoss, Tokens
-from astracli.rl.losses.clipping import Clipped, Range, clipped_loss, fixed_range
+from astracli.rl.losses.clipping import Clipped, ClipRange, clipped_loss, fixed_range
 
 
 class Settings(Clipped):
@@ -22,7 +22,7 @@ class Settings(Clipped):
     """The paper's; a token's range would never be reached."""
 
 
-def token_loss(tokens: Tokens, limits: Range) -> TokenLoss:
+def token_loss(tokens: Tokens, limits: ClipRange) -> TokenLoss:
     """The sequence's loss at each of its tokens."""
     # as many places as tokens, of which sequences take the first: to count them a GPU would have to be waited for
     zeros_N = tokens.behaviour_N.new_zeros(tokens.behaviour_N.shape)

@@ -21,7 +21,7 @@ from astracli.models import registry
 from astracli.process.config import EngineConfig
 from astracli.process.worker import Reporter, worker_main
 from astracli.weights.format.digest import digest_tensor, to_hex
-from astracli.weights.receive import reading, staged
+from astracli.weights.receive import apply, reading
 from astracli.weights.receive.watcher import StageWatcher
 
 
@@ -153,10 +153,10 @@ class Policy:
     def apply(self, version: int) -> dict[str, Any]:
         """Apply what is staged, every digest checked, then read the parameters back under HF names."""
         have, self.have, self.serving = self.have, None, False  # not to be trusted until proven
-        (self.stage_dir / staged.PROOF).unlink(missing_ok=True)
+        (self.stage_dir / apply.PROOF).unlink(missing_ok=True)
         try:
-            prepared = staged.current(self.stage_dir, self.watcher.take())
-            result = staged.apply(self.stage_dir, self.copies, have, prepared)
+            prepared = apply.current(self.stage_dir, self.watcher.take())
+            result = apply.apply(self.stage_dir, self.copies, have, prepared)
         except (AstraError, OSError, ValueError) as error:
             return {"success": False, "message": str(error)}
         with torch.no_grad():
@@ -169,7 +169,7 @@ class Policy:
                 wrong.append(entry.name)
         message = f"read back, {len(wrong)} tensors differ: {', '.join(wrong[:5])}" if wrong else ""
         proof = {"version": version, "ok": not wrong, "message": message}
-        staged.write_proof(self.stage_dir, proof | {"readback_s": time.perf_counter() - began})
+        apply.write_proof(self.stage_dir, proof | {"readback_s": time.perf_counter() - began})
         if wrong or result.version != version:
             return {"success": False, "message": message or f"version {result.version} is staged"}
         self.have, self.version, self.serving = version, version, True

@@ -13,7 +13,7 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Mapping
 
-from astracli.engines.client import Update
+from astracli.engines.client import UpdateReply
 from astracli.errors import RunFailed
 
 BEGIN, END = "/begin_weight_update", "/end_weight_update"
@@ -21,13 +21,13 @@ CLOSE_S = 10.0
 """How long a server whose update broke off is waited for to end it."""
 
 
-class UpdateWindow:
+class UpdateSession:
     """Sends an update to a server that may want it between begin and end."""
 
     def __init__(
         self,
         status: Callable[[str], Awaitable[int]],
-        post: Callable[[str, Mapping[str, object], float | None], Awaitable[Update]],
+        post: Callable[[str, Mapping[str, object], float | None], Awaitable[UpdateReply]],
     ):
         """`status`: the status of a GET. `post`: (path, body, limit in seconds or None for the usual) -> the answer."""
         self._status = status
@@ -42,7 +42,7 @@ class UpdateWindow:
         """
         self._wanted = await self._status(BEGIN) == 405
 
-    async def update(self, path: str, body: Mapping[str, object]) -> Update:
+    async def update(self, path: str, body: Mapping[str, object]) -> UpdateReply:
         """The answer to `path`, begun and ended where the server wants that. Whatever goes wrong in between, the end is
         sent; an update whose end fails has failed. Raises what `post` raises."""
         if self._wanted is None:
@@ -64,13 +64,13 @@ class UpdateWindow:
         closed = await self._post(END, {}, None)
         if update.success and not closed.success:
             return closed
-        return Update(
+        return UpdateReply(
             update.success,
             update.message,
             {**update.outcome, "begin_s": begin_s, "end_s": time.monotonic() - begun},
         )
 
-    async def _begin(self) -> Update:
+    async def _begin(self) -> UpdateReply:
         """A client that died in its update left it open, and the server then refuses to begin: it is ended first."""
         opened = await self._post(BEGIN, {}, None)
         if opened.success:

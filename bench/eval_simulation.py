@@ -42,7 +42,7 @@ from astracli.evaluation.spread import evaluate
 from astracli.hub.store import HubStore
 from astracli.report import bottleneck
 from astracli.rl.types import Group, Sample, Segment, pack_group, unpack_group
-from astracli.rollout.idle import IdleWhile
+from astracli.rollout.slot_use import IdleWhile
 
 AHEAD = 16
 """A sample more than there are slots for every so many slots waits in the engine."""

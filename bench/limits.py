@@ -48,7 +48,7 @@ from astracli.errors import UserError
 from astracli.rl import losses
 from astracli.rl.losses import ClipLimits, TokenLoss, Tokens, m2po
 from astracli.rl.losses.clipping import ClipRange
-from astracli.training.step import Trainer
+from astracli.training.step import Trainer, Work
 
 MICRO_BATCHES = 4
 """A minibatch of `microbatch`."""
@@ -94,17 +94,15 @@ def limits_per_minibatch(trainer: Trainer) -> None:
     """Each minibatch is scored by the policy that is about to be updated."""
     update: Callable[..., float] = trainer._minibatch
 
-    def minibatch(
-        batch: Any, index: int, step: int, version: int, limits: ClipLimits, *rest: Any, measure: bool
-    ) -> float:
+    def minibatch(work: Work, index: int, step: int, *, measure: bool) -> float:
         with torch.no_grad():
             ratios = [
                 trainer._forward(trainer.policy, micro)[0] - torch.from_numpy(micro.logprob_N)
-                for micro in batch.minibatches[index]
+                for micro in work.batch.minibatches[index]
             ]
-        advantages = np.concatenate([micro.advantage_N for micro in batch.minibatches[index]])
-        own = m2po.prepare(torch.cat(ratios), torch.from_numpy(advantages), trainer.recipe.algorithm.own)
-        return update(batch, index, step, version, own, *rest, measure=measure)
+        advantages = np.concatenate([micro.advantage_N for micro in work.batch.minibatches[index]])
+        work.limits = m2po.prepare(torch.cat(ratios), torch.from_numpy(advantages), trainer.recipe.algorithm.own)
+        return update(work, index, step, measure=measure)
 
     trainer._minibatch = minibatch  # type: ignore[assignment]
 
@@ -136,7 +134,7 @@ class LimitsRun(Run):
             with torch.no_grad():
                 own = m2po.prepare(tokens.log_ratio_N, tokens.advantage_N, rule)
                 published = int(m2po.token_loss(tokens, own).clipped_N.sum())
-                fixed = ppo.prepare(tokens.log_ratio_N, tokens.advantage_N, ppo.parameters())
+                fixed = ppo.prepare(tokens.log_ratio_N, tokens.advantage_N, ppo.settings())
                 ranged = int(ppo.token_loss(tokens, fixed).clipped_N.sum())
             result = token_loss(tokens, own if self.way.source == "microbatch" else limits)
             found = (int(result.clipped_N.sum()), published, ranged, len(tokens.advantage_N))

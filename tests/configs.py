@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from astracli.config.recipe import Recipe
-from astracli.launch.configs import Setting, build
+from astracli.launch.configs import RunContext, build
 from astracli.launch.inputs import Inputs
 from astracli.plan.types import LaunchPlan
 from astracli.process.config import EngineConfig, EvalConfig, ProcessConfig, RolloutConfig, TrainerConfig
@@ -53,5 +53,5 @@ def _made(kind: type[C], own: dict[str, Any], fields: dict[str, Any]) -> C:
 
 def of_plan(recipe: Recipe, plan: LaunchPlan, run: Path = Path("/run")) -> dict[str, Any]:
     """Process -> what a new run of this plan tells it."""
-    setting = Setting(recipe, plan, RunDir(run), 1, "http://127.0.0.1:1", "token", Inputs(Path("/m"), None, {}))
-    return {process.name: process.config for process in build(setting)}
+    context = RunContext(recipe, plan, RunDir(run), 1, Inputs(Path("/m"), None, {}))
+    return {process.name: process.config for process in build(context, "http://127.0.0.1:1")}

@@ -21,11 +21,13 @@ from astracli.launch.inputs import Inputs
 from astracli.launch.launcher import Process
 from astracli.launch.supervise import Retry
 from astracli.process.config import Role
+from astracli.process.layout import WITHOUT_PEERS
 from astracli.process.ports import free_ports
 from astracli.report.summary_table import summary_rows
 from astracli.runs.run_dir import RunDir
 from astracli.training import collective_check
 
+HUB = "http://127.0.0.1:1"
 RANK = """
     import os, sys, time
     import torch.distributed as dist
@@ -65,7 +67,7 @@ def test_ranks_whose_all_reduce_fails_start_again_without_direct_links(logs: Pat
     ]
 
     def again() -> list[Process]:
-        fresh = rank_env(0, **collective_check.WITHOUT_PEERS)
+        fresh = rank_env(0, **WITHOUT_PEERS)
         return [replace(s, env={**fresh, "RANK": s.env["RANK"]}) for s in specs]
 
     retry = Retry(collective_check.BROKEN, frozenset(("trainer", "trainer1")), again, "they run without")
@@ -118,11 +120,9 @@ def test_what_a_run_on_two_gpus_starts_again_with(tmp_path: Path, monkeypatch: p
             "proved by an all-reduce in 60 s at the start; if not, once more with NCCL_P2P_DISABLE=1",
         )
     ]
-    setting = configs.Setting(
-        recipe, plan, RunDir(tmp_path), 1, "http://127.0.0.1:1", "token", Inputs(Path("m"), None, {})
-    )
-    processes = configs.build(setting)
-    retry = configs.retry(setting, processes)
+    context = configs.RunContext(recipe, plan, RunDir(tmp_path), 1, Inputs(Path("m"), None, {}))
+    processes = configs.build(context, HUB)
+    retry = configs.retry(context, processes)
     assert retry is not None and retry.names == {"trainer", "trainer1"}
     ranks = [local.child_spec(p) for p in processes if p.plan.role is Role.TRAINER]
     # each rank sees its own GPU, and so it is the first one there
@@ -134,11 +134,11 @@ def test_what_a_run_on_two_gpus_starts_again_with(tmp_path: Path, monkeypatch: p
     assert [s.env["NCCL_P2P_DISABLE"] for s in again] == ["1", "1"]
     assert len({s.env["MASTER_PORT"] for s in again}) == 1 and again[0].argv == ranks[0].argv
     monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
-    assert configs.retry(setting, processes) is None, "nothing else is left to try"
+    assert configs.retry(context, processes) is None, "nothing else is left to try"
     alone = load("qwen3.5-4b-m2po-delta", "resources.rollout_gpus=1", "resources.train_gpus=1")
-    setting = replace(setting, recipe=alone, plan=planned(alone, facts("9.0", 2, memory_gib=141, host_gib=512)))
+    context = replace(context, recipe=alone, plan=planned(alone, facts("9.0", 2, memory_gib=141, host_gib=512)))
     monkeypatch.delenv("NCCL_P2P_DISABLE")
-    assert configs.retry(setting, configs.build(setting)) is None
+    assert configs.retry(context, configs.build(context, HUB)) is None
 
 
 def test_the_summary_table_says_so(tmp_path: Path) -> None:

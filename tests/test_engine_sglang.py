@@ -337,6 +337,6 @@ def test_the_directory_that_sglang_loads_holds_text_names_whatever_the_checkpoin
         with safe_open(shard, framework="pt") as file:
             names |= dict.fromkeys(file.keys(), shard.name)
     assert names == {"model.norm.weight": "model-1.safetensors", "model.embed_tokens.weight": "model-2.safetensors"}
-    assert json.loads((out / checkpoint.INDEX).read_text())["weight_map"] == names
+    assert json.loads((out / checkpoint.SHARD_INDEX).read_text())["weight_map"] == names
     bare = checkpoint.prepare(tmp_path / "bare", source, QWEN3_5, weights=False)
     assert [path.name for path in bare.iterdir()] == ["config.json"]

@@ -23,8 +23,10 @@ from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
 from astracli.errors import RunFailed, UserError
 from astracli.launch import configs, recipe_changes, run, summary, watch
+from astracli.launch.configs import RunContext
 from astracli.launch.inputs import Inputs
 from astracli.launch.job import Job
+from astracli.launch.launcher import Process
 from astracli.launch.local import child_spec
 from astracli.plan import build as plan
 from astracli.plan.build import LaunchPlan
@@ -46,25 +48,28 @@ def tiny(**recipe_changes: Any) -> Recipe:
 
 
 def plan_of(recipe: Recipe) -> LaunchPlan:
-    return run._plan(recipe, "train", run._config_if_here(recipe))
+    return run.planned(recipe, "train")
 
 
 INPUTS = Inputs(Path("/m"), None, {})
 
 
-def setting(recipe: Recipe, path: Path, **more: Any) -> configs.Setting:
-    fields: dict[str, Any] = dict(hub_url="http://127.0.0.1:1", token="secret", inputs=INPUTS)
-    return configs.Setting(recipe, plan_of(recipe), RunDir(path), 1, **(fields | more))
+def context_of(recipe: Recipe, path: Path, **more: Any) -> RunContext:
+    return RunContext(recipe, plan_of(recipe), RunDir(path), 1, INPUTS, token="secret", **more)
 
 
-def specs_of(setting: configs.Setting) -> dict[str, ChildSpec]:
+def build(context: RunContext) -> list[Process]:
+    return configs.build(context, "http://127.0.0.1:1")
+
+
+def specs_of(context: RunContext) -> dict[str, ChildSpec]:
     """How each process would be started here; its config is written."""
-    return {process.name: child_spec(process) for process in configs.build(setting)}
+    return {process.name: child_spec(process) for process in build(context)}
 
 
 def test_every_process_gets_its_config_and_only_its_owner_reads_it(tmp_path: Path) -> None:
     recipe = tiny(resources__engines=2, resources__train_ranks=2)
-    specs = specs_of(setting(recipe, tmp_path, resume_step=4))
+    specs = specs_of(context_of(recipe, tmp_path, resume_step=4))
     assert list(specs) == ["engine0", "engine1", "rollout", "trainer", "trainer1", "eval"]
     kinds = [EngineConfig, EngineConfig, RolloutConfig, TrainerConfig, TrainerConfig, EvalConfig]
     told: dict[str, Any] = {
@@ -89,7 +94,7 @@ def test_every_process_gets_its_config_and_only_its_owner_reads_it(tmp_path: Pat
 def test_children_are_offline_threaded_and_past_any_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "intranet")
     recipe = tiny(resources__train_ranks=2, resources__threads__trainer=3)
-    specs = specs_of(setting(recipe, tmp_path))
+    specs = specs_of(context_of(recipe, tmp_path))
     for spec in specs.values():
         assert (spec.env["HF_HUB_OFFLINE"], spec.env["CUDA_VISIBLE_DEVICES"]) == ("1", "")
         assert spec.env["NO_PROXY"].split(",") == ["intranet", "127.0.0.1", "localhost", "127.0.0.1"]
@@ -102,7 +107,7 @@ def test_children_are_offline_threaded_and_past_any_proxy(tmp_path: Path, monkey
 
 def test_an_engine_that_is_started_again_waits_for_weights(tmp_path: Path) -> None:
     recipe = tiny(launch__max_restarts=2)
-    processes = {process.name: process for process in configs.build(setting(recipe, tmp_path))}
+    processes = {process.name: process for process in build(context_of(recipe, tmp_path))}
     engine = processes["engine0"]
     assert (engine.plan.restarts, processes["trainer"].plan.restarts) == (2, 0)
     told = [load_config(["w", child_spec(p).argv[-1]], EngineConfig) for p in (engine, engine.again())]
@@ -112,8 +117,8 @@ def test_an_engine_that_is_started_again_waits_for_weights(tmp_path: Path) -> No
 
 def test_an_engine_without_a_trainer_is_started_again_with_the_models_own_weights(tmp_path: Path) -> None:
     recipe = tiny(launch__max_restarts=2)
-    alone = replace(setting(recipe, tmp_path), plan=run._plan(recipe, "rollout", run._config_if_here(recipe)))
-    engine = next(process for process in configs.build(alone) if process.plan.role is Role.ENGINE)
+    alone = replace(context_of(recipe, tmp_path), plan=run.planned(recipe, "rollout"))
+    engine = next(process for process in build(alone) if process.plan.role is Role.ENGINE)
     assert engine.plan.restarts == 2 and engine.again() == engine, "nobody would give it any"
 
 
@@ -209,7 +214,7 @@ def job_with(tmp_path: Path, trainer: str, **recipe_changes: Any) -> Job:
     )
     run_path = runs.create("t", tmp_path / "run")
     run_path.next_attempt()
-    return Job(recipe, plan, run_path, 1, INPUTS)
+    return Job(RunContext(recipe, plan, run_path, 1, INPUTS))
 
 
 def files(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

@@ -22,7 +22,7 @@ M2PO = losses.get("m2po")
 
 
 def grpo_settings(**values: float) -> Any:
-    return losses.get("grpo").parameters(**values)
+    return losses.get("grpo").settings(**values)
 
 
 def tensors(*values: float) -> Tensor:

@@ -13,7 +13,7 @@ from rich.console import Console
 from astracli.config.recipe import Recipe
 from astracli.errors import UserError
 from astracli.launch import summary
-from astracli.launch.supervise import Status
+from astracli.process.worker import Status
 from astracli.report.page.page import LiveView, PlainView, RunProgress, draw, duration, eval_line
 from astracli.report.summary_table import benchmark_table, print_summary, size, summary_rows
 from astracli.runs.metrics import Tail, mean, median, mend, open_sinks, read, series

@@ -17,6 +17,7 @@ import configs
 import psutil
 import pytest
 
+from astracli.config.recipe_run import LaunchTable
 from astracli.errors import RunFailed
 from astracli.launch.launcher import Process
 from astracli.launch.local import LocalLauncher
@@ -97,8 +98,10 @@ def log(logs: Path, name: str) -> Path:
 
 
 def supervisor(processes: list[Process], hub: FakeHub | None = None, **more: Any) -> Supervisor:
-    fields: dict[str, Any] = dict(main_role=Role.TRAINER, poll_s=0.02)
-    return Supervisor(processes, LocalLauncher(sample_s=0.1), hub or FakeHub(), **(fields | more))
+    hub = hub or FakeHub()
+    limits = LaunchTable(**{name: float(more.pop(name)) for name in LaunchTable.model_fields.keys() & more})
+    fields: dict[str, Any] = dict(main_role=Role.TRAINER, limits=limits, hub_alive=hub.alive, poll_s=0.02)
+    return Supervisor(processes, LocalLauncher(sample_s=0.1), hub, **(fields | more))  # type: ignore[arg-type]
 
 
 def report(name: str, state: str = "ready", waiting: str | None = None, **progress: Any) -> dict[str, Any]:
@@ -266,7 +269,8 @@ def test_stop_reaches_deaf_children_and_escaped_grandchildren(logs: Path) -> Non
     wait_for(lambda: all(alive(pid) for pid in pids))
     time.sleep(0.3)
     began = time.monotonic()
-    assert local.stop([family, deaf], grace_s=0.5) == ["deaf"]
+    local.stop([family, deaf], grace_s=0.5)
+    assert (family.exit_code(), deaf.exit_code()) == (-signal.SIGTERM, -signal.SIGKILL)
     assert time.monotonic() - began < 2
     assert not any(alive(pid) for pid in [*pids, family.pid, deaf.pid])
 

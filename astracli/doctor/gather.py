@@ -22,7 +22,7 @@ from astracli.errors import UserError
 from astracli.machine import packages, read
 from astracli.machine.facts import CheckpointFacts, DataSet, Environment, Machine, Network, RunLeft, Tensor
 from astracli.models import registry
-from astracli.models.adapter import read_config
+from astracli.models.adapter import SHARD_INDEX, read_config
 from astracli.models.adapter_tools import has_chat_template
 from astracli.report import live as run_view
 from astracli.runs.find import RUNS
@@ -92,7 +92,7 @@ def headers(place: Path) -> dict[str, Tensor]:
 
 
 def _beside(place: Path) -> dict[str, Any]:
-    index = place / "model.safetensors.index.json"
+    index = place / SHARD_INDEX
     shards: set[str] = set()
     if index.is_file():
         try:

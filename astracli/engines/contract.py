@@ -18,7 +18,7 @@ from astracli.config.recipe_run import Table
 from astracli.engines.memory import MemoryModel
 from astracli.errors import UserError
 from astracli.machine.facts import Capability, Machine
-from astracli.machine.findings import Check, Problem, Status
+from astracli.machine.findings import Check, PlanProblem, Status
 
 if TYPE_CHECKING:
     from astracli.config.recipe import Recipe
@@ -169,7 +169,7 @@ class Engine:
 
         return Subscriber(hub_url, token, stage_dir, model)
 
-    def problems(self, case: Case) -> Iterable[Problem]:
+    def problems(self, case: Case) -> Iterable[PlanProblem]:
         """What the machine lacks for it, of packages and system."""
         return ()
 

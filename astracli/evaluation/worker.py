@@ -38,6 +38,7 @@ from astracli.models.adapter import load_tokenizer
 from astracli.process.config import EvalConfig
 from astracli.process.worker import TERM_EXIT, Reporter, worker_main
 from astracli.rewards.reward import GradePool
+from astracli.runs.run_dir import write_atomic
 
 WAIT_S = 5.0
 """How long one question to the hub waits for another answer."""
@@ -57,18 +58,14 @@ class Evaluator:
     benchmarks: list[Benchmark]
 
     async def evaluate(
-        self,
-        version: int | None,
-        partial: Path,
-        *,
-        greedy: bool = False,
-        of_run: eval_files.When | None = None,
+        self, partial: Path, *, greedy: bool = False, of_run: eval_files.When | None = None
     ) -> list[Result]:
         """Every benchmark of the recipe, over all engines: a run's as they hold the version, others once they are up.
 
         Samples are kept in the directory `partial` as they come, and those that are there are not asked again.
         """
-        launch, engine = self.config.recipe.launch, engines.get(self.config.engine)
+        launch, version = self.config.recipe.launch, of_run.version if of_run is not None else None
+        engine = engines.get(self.config.engine)
         whole = launch.deterministic and engine.whole_calls
         async with contextlib.AsyncExitStack() as stack:
             hub = await stack.enter_async_context(AsyncHubClient(self.config.hub_url, self.config.token))
@@ -195,7 +192,7 @@ def follow_hub(evaluator: Evaluator) -> None:
             partial = eval_files.partial_of(folder, when.step)
             if served:
                 evaluator.check_whole(when, partial)
-            results = _until_stop(evaluator.evaluate(when.version, partial, of_run=when), reporter.stop_requested)
+            results = _until_stop(evaluator.evaluate(partial, of_run=when), reporter.stop_requested)
             finishing[when.version] = writer.submit(finish, config, hub, when, results)
         for writing in finishing.values():
             writing.result()
@@ -217,10 +214,10 @@ def finish(config: EvalConfig, hub: HubClient, when: eval_files.When, results: S
 def evaluate_once(evaluator: Evaluator, out: Path) -> None:
     """One evaluation, files in the directory `out`, which hold nothing that differs between runs."""
     recipe, stop = evaluator.config.recipe, evaluator.reporter.stop_requested
-    results = _until_stop(evaluator.evaluate(None, out / "partial"), stop)
+    results = _until_stop(evaluator.evaluate(out / "partial"), stop)
     version = next((sample.version for result in results for sample in result.samples), 0)
     eval_files.write_results(out, eval_files.When(0, version, 0), results)
-    greedy = _until_stop(evaluator.evaluate(None, out / "partial" / "greedy", greedy=True), stop)
+    greedy = _until_stop(evaluator.evaluate(out / "partial" / "greedy", greedy=True), stop)
     document = {
         "step": 0,
         "version": version,
@@ -230,7 +227,7 @@ def evaluate_once(evaluator: Evaluator, out: Path) -> None:
         "greedy": eval_files.timeless(eval_files.figures(greedy)),
     }
     eval_files.write_csv(out / "results.csv", document)
-    eval_files.write_atomically(out / "results.json", json.dumps(document, indent=2) + "\n")
+    write_atomic(out / "results.json", json.dumps(document, indent=2) + "\n", sync=True)
     shutil.rmtree(out / "partial", ignore_errors=True)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from astracli.config.recipe import Recipe
@@ -24,92 +25,91 @@ from astracli.process.config import (
     SampleFile,
     TrainerConfig,
 )
+from astracli.process.layout import WITHOUT_PEERS
 from astracli.process.ports import free_ports
 from astracli.runs.run_dir import RunDir
 from astracli.training import collective_check
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What all processes of one run have in common."""
+class RunContext:
+    """What a command runs, and what all of its processes have in common."""
 
     recipe: Recipe
     plan: LaunchPlan
-    run: RunDir
+    run_dir: RunDir
     attempt: int
-    hub_url: str
-    token: str
     inputs: Inputs
     resume_step: int | None = None
     """Steps that the checkpoint to go on from has trained; None for a new run."""
-    start: int = 0
-    """How often the supervisor has started the run again in this attempt."""
     samples: SampleFile | None = None
     """What a rollout without a trainer writes."""
+    start: int = 0
+    """How often the supervisor has started the run again in this attempt."""
+    token: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
+    """Of this attempt: every request between its processes carries it."""
+
+    @property
+    def training(self) -> bool:
+        return self.plan.command == "train"
 
 
-def build(setting: Setting) -> list[Process]:
+def build(context: RunContext, hub_url: str) -> list[Process]:
     """Every process of the plan, with ports that are free now."""
-    host, plan = setting.recipe.launch.host, setting.plan
+    host, plan = context.recipe.launch.host, context.plan
     names = [process.name for process in plan.processes if process.role is Role.ENGINE]
     *ports, rendezvous = free_ports(len(names) + 1, host)
-    stage = setting.run.stage.resolve()
-    engines = {
-        name: EngineAddress(name=name, url=f"http://{host}:{port}", stage_dir=stage / name)
-        for name, port in zip(names, ports, strict=True)
+    port_of, stage = dict(zip(names, ports, strict=True)), context.run_dir.stage.resolve()
+    engines = tuple(
+        EngineAddress(name=name, url=f"http://{host}:{port}", stage_dir=stage / name) for name, port in port_of.items()
+    )
+    # with what the plan derived in its place
+    rollout = context.recipe.rollout.model_copy(update={"max_running_requests": plan.running_requests})
+    common = {
+        "run_dir": context.run_dir.path.resolve(),
+        "attempt": context.attempt,
+        "hub_url": hub_url,
+        "token": context.token,
+        "recipe": context.recipe.model_copy(update={"rollout": rollout}),
+        "model_path": context.inputs.model,
+        "engine": plan.choice.engine,
     }
     processes = []
     for process in plan.processes:
+        own = common | {"name": process.name, "threads": process.threads}
         if process.role is Role.ENGINE:
-            config: ProcessConfig = _engine(setting, process, engines[process.name], ports[names.index(process.name)])
+            own |= {"port": port_of[process.name], "stage_dir": stage / process.name}
+            config = _engine(context, process, own)
         else:
-            config = _client(setting, process, tuple(engines.values()))
+            config = _client(context, process, own | {"engines": engines})
         processes.append(Process(process, config, _rank_env(process, host, rendezvous)))
     return processes
 
 
-def retry(setting: Setting, processes: Sequence[Process]) -> Retry | None:
+def retry(context: RunContext, processes: Sequence[Process]) -> Retry | None:
     """How trainer ranks on GPUs start once more when their first all-reduce fails; None for one rank, or on a CPU."""
     ranks = [process for process in processes if process.plan.role is Role.TRAINER]
-    known = all(os.environ.get(name) == value for name, value in collective_check.WITHOUT_PEERS.items())
-    if len(ranks) < 2 or setting.plan.choice.device != "cuda" or known:
+    known = all(os.environ.get(name) == value for name, value in WITHOUT_PEERS.items())
+    if len(ranks) < 2 or context.plan.choice.device != "cuda" or known:
         return None
 
     def again() -> list[Process]:
-        (port,) = free_ports(1, setting.recipe.launch.host)
-        env = {**collective_check.WITHOUT_PEERS, "MASTER_PORT": str(port)}
+        (port,) = free_ports(1, context.recipe.launch.host)
+        env = {**WITHOUT_PEERS, "MASTER_PORT": str(port)}
         return [replace(rank, env={**rank.env, **env}) for rank in ranks]
 
-    different = " ".join(f"{name}={value}" for name, value in collective_check.WITHOUT_PEERS.items())
+    different = " ".join(f"{name}={value}" for name, value in WITHOUT_PEERS.items())
     words = f"the {len(ranks)} training GPUs do not reach each other directly: their ranks run with {different}"
     return Retry(collective_check.BROKEN, frozenset(rank.name for rank in ranks), again, words)
 
 
-def _common(setting: Setting, process: ProcessPlan) -> dict[str, Any]:
-    """The fields of `ProcessConfig`. The recipe holds what the plan derived in its place."""
-    rollout = setting.recipe.rollout.model_copy(update={"max_running_requests": setting.plan.running_requests})
-    return {
-        "name": process.name,
-        "run_dir": setting.run.path.resolve(),
-        "attempt": setting.attempt,
-        "hub_url": setting.hub_url,
-        "token": setting.token,
-        "recipe": setting.recipe.model_copy(update={"rollout": rollout}),
-        "model_path": setting.inputs.model,
-        "engine": setting.plan.choice.engine,
-        "threads": process.threads,
-    }
-
-
-def _engine(setting: Setting, process: ProcessPlan, address: EngineAddress, port: int) -> EngineConfig:
-    plan, recipe = setting.plan, setting.recipe
+def _engine(context: RunContext, process: ProcessPlan, own: Mapping[str, Any]) -> ProcessConfig:
+    plan, recipe = context.plan, context.recipe
     return EngineConfig(
-        **_common(setting, process),
+        **own,
         device=plan.choice.device,
-        port=port,
-        stage_dir=address.stage_dir,
-        published=plan.command == "train",
-        await_weights=setting.resume_step is not None,
+        published=context.training,
+        await_weights=context.resume_step is not None,
         time_sharing=process.name in plan.gpu_leases,
         mem_fraction_static=plan.placement.mem_fraction_static or engine_of(recipe).memory.share(recipe),
         staging=plan.placement.staging if process.gpus else "host",
@@ -118,23 +118,22 @@ def _engine(setting: Setting, process: ProcessPlan, address: EngineAddress, port
     )
 
 
-def _client(setting: Setting, process: ProcessPlan, engines: tuple[EngineAddress, ...]) -> ProcessConfig:
+def _client(context: RunContext, process: ProcessPlan, own: Mapping[str, Any]) -> ProcessConfig:
     """Of a process that talks to the engines."""
-    plan, common = setting.plan, _common(setting, process) | {"engines": engines}
-    leases = tuple(plan.gpu_leases)
+    plan, leases = context.plan, tuple(context.plan.gpu_leases)
     if process.role is Role.ROLLOUT:
-        return RolloutConfig(**common, data_path=setting.inputs.data, gpu_leases=leases, samples=setting.samples)
+        return RolloutConfig(**own, data_path=context.inputs.data, gpu_leases=leases, samples=context.samples)
     if process.role is Role.EVAL:
-        out = setting.run.eval.resolve() if plan.command == "eval" else None
-        return EvalConfig(**common, benchmarks=dict(setting.inputs.benchmarks), out=out)
+        out = context.run_dir.eval.resolve() if plan.command == "eval" else None
+        return EvalConfig(**own, benchmarks=dict(context.inputs.benchmarks), out=out)
     kept = [row for row in plan.memory if row.where == "host" and row.component is not Component.CHECKPOINT_COPY]
     return TrainerConfig(
-        **common,
+        **own,
         device=plan.choice.device,
         attention=plan.choice.trainer_attention,
         gdn_backward=plan.choice.gdn_backward,
-        resume_step=setting.resume_step,
-        start=setting.start,
+        resume_step=context.resume_step,
+        start=context.start,
         split=plan.placement.split,
         shared=plan.placement.shared,
         gpu_leases=leases,

@@ -1,4 +1,4 @@
-"""What a run reads, and what it would trip over minutes later: checkpoint files, reward, address, sinks.
+"""What a run reads, and what it would trip over minutes later: checkpoint files, problems, reward, address, sinks.
 
 Every check returns when all is well and raises UserError (exit 2) otherwise. Nothing here imports torch.
 """
@@ -13,13 +13,15 @@ from pathlib import Path
 
 from astracli.config.recipe import Recipe
 from astracli.errors import UserError
+from astracli.models.adapter import SHARD_INDEX
 from astracli.models.adapter_tools import checkpoint_tensors
 from astracli.process import ports
+from astracli.process.console import say
 from astracli.runs import metrics
+from astracli.runs.run_dir import RunDir, write_atomic
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "*.tiktoken")
 """Any of them lets transformers build a tokenizer."""
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def check_setting(recipe: Recipe, *, rewards: bool) -> None:
 def check_checkpoint(folder: Path) -> None:
     """All shards are there and whole, and a tokenizer lies beside them."""
     tensors = checkpoint_tensors(folder)
-    index = folder / INDEX
+    index = folder / SHARD_INDEX
     if index.is_file():
         try:
             wanted = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
@@ -75,3 +77,48 @@ def check_checkpoint(folder: Path) -> None:
             f"no tokenizer in `{folder}` (none of {', '.join(TOKENIZER_FILES)})",
             "copy the tokenizer's files of the model it came from beside the weights",
         )
+
+
+def pin_problems(run: RunDir, recipe: Recipe, path: Path | None) -> None:
+    """Write down what a place in the training set means (`data.json`); a resume needs the same. Raises UserError."""
+    from astracli.data import datasets
+
+    if path is None:
+        return
+    problems = datasets.load(recipe.data, path)
+    now = {"path": str(path), "rows": len(problems), "fingerprint": problems.fingerprint}
+    file = run.path / "data.json"
+    if not file.exists():
+        write_atomic(file, json.dumps(now, indent=2) + "\n")
+        return
+    then = json.loads(file.read_text(encoding="utf-8"))
+    if then["fingerprint"] != now["fingerprint"]:
+        raise UserError(
+            f"the training problems are others than when `{run.path}` began: {then['rows']} rows of `{then['path']}` "
+            f"then, {now['rows']} of `{path}` now",
+            "a resumed run goes on at its place in their order: put the old file back, or start a new run",
+        )
+
+
+def decontaminated(recipe: Recipe, path: str, fetched: Mapping[str, str | None]) -> str:
+    """The training problems to use, after `data.decontaminate`. Raises UserError when none would be left."""
+    from astracli.data import benchmarks as sets
+    from astracli.data import datasets, decontamination
+
+    written = [name for name, place in fetched.items() if place is not None]
+    if recipe.data.decontaminate == "off" or not written:
+        return path
+    problems = datasets.load(recipe.data, path)
+    found = decontamination.find(problems, {name: sets.load(name, fetched[name]).items for name in written})
+    if not found:
+        return path
+    said = decontamination.summary(found, len(problems))
+    if recipe.data.decontaminate == "report":
+        say(f"warning: {said}; leave them out with `--set data.decontaminate=remove`")
+        return path
+    if len(found) == len(problems):
+        raise UserError(said, "nothing would be left to train on; train on another set")
+    say(f"{said}: left out")
+    known = datasets.known_set(recipe.data.source)
+    split = known.split if known else recipe.data.split
+    return str(decontamination.write_without(Path(path), split, found, datasets.cache_dir() / "datasets"))

@@ -35,12 +35,9 @@ class Process:
 class Started(Protocol):
     """A process that a launcher has started."""
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def log(self) -> Path:
-        """What it and earlier ones of its name in this attempt wrote to stdout and stderr."""
+    name: str
+    log: Path
+    """What it and earlier ones of its name in this attempt wrote to stdout and stderr."""
 
     def exited(self) -> bool: ...
 

@@ -14,11 +14,7 @@ from astracli.process.config import EngineConfig
 from astracli.process.worker import THREAD_VARIABLES
 from astracli.runs.run_dir import RunDir, write_atomic
 
-OFFLINE = {
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "HF_DATASETS_OFFLINE": "1",
-}
+OFFLINE = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1")
 """The supervisor has fetched everything; a child that would ask the network is wrong."""
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
 """A log is no terminal."""

@@ -11,8 +11,9 @@ from typing import Any
 from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
 from astracli.data import fetch
-from astracli.launch import job, problems, recipe_changes
-from astracli.launch.inputs import Inputs, check_checkpoint, check_setting
+from astracli.launch import job, recipe_changes
+from astracli.launch.configs import RunContext
+from astracli.launch.inputs import Inputs, check_checkpoint, check_setting, decontaminated, pin_problems
 from astracli.launch.job import Job
 from astracli.machine import read as machine_read
 from astracli.machine.facts import Machine
@@ -30,16 +31,26 @@ from astracli.runs.run_dir import RunDir
 def planned(recipe: Recipe, command: Command, facts: Machine | None = None) -> LaunchPlan:
     """The plan of a command, for this machine or the one that `facts` describes; never refuses what the machine lacks,
     only what is wrong."""
-    recorded = facts.checkpoint if facts is not None else None
-    if recorded is not None and recorded.path == recipe.model.path and recorded.config is not None:
-        return _plan(recipe, command, recorded.config, facts)
-    return _plan(recipe, command, _config_if_here(recipe), facts)
+    from astracli.backends import choice as backend
+    from astracli.doctor.gather import with_engine
+
+    here = facts is None
+    config: Mapping[str, Any] | None = None
+    facts = with_engine(machine_read.probe(), recipe) if facts is None else facts
+    if not here and (recorded := facts.checkpoint) is not None and recorded.path == recipe.model.path:
+        config = recorded.config
+    config = _config_if_here(recipe) if config is None else config
+    adapter = registry.resolve(recipe, config)
+    choice = backend.choose(adapter, facts, recipe, config)
+    local = fetch.local_path(recipe.model.path) if here and config is not None else None
+    size = sum(file.stat().st_size for file in local.glob("*.safetensors")) if local is not None else None
+    return planning.build(recipe, adapter, choice, facts, command=command, config=config, checkpoint_bytes=size)
 
 
 def train(recipe: Recipe, *, run_dir: Path | None = None, resume: Path | None = None, dry_run: bool = False) -> int:
     """Run `astra train` to its end; the exit code. Raises UserError before the start, RunFailed after it."""
     if dry_run:
-        print(json.dumps(planning.to_json(_plan(recipe, "train", _config_if_here(recipe))), indent=2, default=str))
+        print(json.dumps(planning.to_json(planned(recipe, "train")), indent=2, default=str))
         return 0
     began = time.monotonic()
     if resume is not None:
@@ -52,12 +63,12 @@ def train(recipe: Recipe, *, run_dir: Path | None = None, resume: Path | None = 
         if resume is not None:
             step = recipe_changes.resume_step(run, recipe)
         inputs = _fetch(recipe, data=True, benchmarks=recipe.eval.benchmarks if recipe.eval.every else [])
-        problems.pin(run, recipe, inputs.data)
+        pin_problems(run, recipe, inputs.data)
     except BaseException:
         if resume is None:
             job.discard(run, there)
         raise
-    code, summary = _run(recipe, plan, run, inputs, began, resume_step=step)
+    code, summary = _run(began, inputs, recipe, plan, run, resume_step=step)
     if summary:
         from astracli.report.summary_table import print_summary
 
@@ -74,8 +85,7 @@ def rollout(recipe: Recipe, *, weights: str | None = None, n: int, out: Path, ru
     plan = _refusing_plan(recipe, "rollout")
     inputs = _fetch(recipe, data=True, benchmarks=[])
     run = runs.create(f"{recipe.name}-rollout", run_dir)
-    samples = SampleFile(path=out.resolve(), groups=n)
-    code, _ = _run(recipe, plan, run, inputs, began, samples=samples)
+    code, _ = _run(began, inputs, recipe, plan, run, samples=SampleFile(path=out.resolve(), groups=n))
     if code == 0 or out.exists():
         say(("interrupted; " if code else "") + _rollout_words(out))
     return code
@@ -109,7 +119,7 @@ def evaluate(
         run = runs.create("", run_dir / "eval" / time.strftime("again-%Y%m%d-%H%M%S"))
     else:
         run = runs.create(f"{recipe.name}-eval")
-    code, _ = _run(recipe, plan, run, inputs, began)
+    code, _ = _run(began, inputs, recipe, plan, run)
     if code == 0:
         document = json.loads((run.eval / "results.json").read_text())
         document |= {"weights": recipe.model.path, "path": str(run.eval)}
@@ -120,20 +130,19 @@ def evaluate(
 
 
 def _run(
-    recipe: Recipe,
-    plan: LaunchPlan,
-    run: RunDir,
-    inputs: Inputs,
-    began: float,
-    *,
-    resume_step: int | None = None,
-    samples: SampleFile | None = None,
+    began: float, inputs: Inputs, recipe: Recipe, plan: LaunchPlan, run: RunDir, **more: Any
 ) -> tuple[int, Mapping[str, Any]]:
-    """The whole run in its directory, which is let go of: (exit code, summary). `began`: when the command did."""
+    """The whole run in its directory, which is let go of: (exit code, summary). `began`: when the command did; `more`:
+    further fields of `RunContext`."""
     attempt = job.open_run(run, recipe_io.to_json(recipe), planning.to_json(plan))
+    context = RunContext(recipe, plan, run, attempt, inputs, **more)
     before = {"planning": time.monotonic() - began - inputs.seconds, "fetching": inputs.seconds}
-    task = Job(recipe, plan, run, attempt, inputs, resume_step=resume_step, samples=samples, phases=before)
-    task.say_start()
+    task = Job(context, before)
+    for warning in plan.warnings:
+        say(f"warning: {warning}")
+    names = ", ".join(process.name for process in plan.processes)
+    where = f" from step {context.resume_step}, attempt {attempt}" if context.resume_step is not None else ""
+    say(f"run {run.path}{where}: {names}; logs in {run.attempt_logs(attempt)}")
     try:
         return task.run(), task.summary
     finally:
@@ -143,25 +152,9 @@ def _run(
 # -- plan -------------------------------------------------------------------------------------------------------------
 
 
-def _plan(
-    recipe: Recipe, command: Command, config: Mapping[str, Any] | None, facts: Machine | None = None
-) -> LaunchPlan:
-    """`facts`: of another machine; None = this one."""
-    from astracli.backends import choice as backend
-    from astracli.doctor.gather import with_engine
-
-    here = facts is None
-    facts = with_engine(machine_read.probe(), recipe) if facts is None else facts
-    adapter = registry.resolve(recipe, config)
-    choice = backend.choose(adapter, facts, recipe, config)
-    local = fetch.local_path(recipe.model.path) if here and config is not None else None
-    size = sum(file.stat().st_size for file in local.glob("*.safetensors")) if local is not None else None
-    return planning.build(recipe, adapter, choice, facts, command=command, config=config, checkpoint_bytes=size)
-
-
 def _refusing_plan(recipe: Recipe, command: Command) -> LaunchPlan:
     """The plan, when it can run here. Raises UserError."""
-    plan = _plan(recipe, command, _config_if_here(recipe))
+    plan = planned(recipe, command)
     planning.refuse(plan)
     return plan
 
@@ -193,7 +186,7 @@ def _fetch(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> Inputs:
     fetched = sets.fetch_all(benchmarks, recipe.data.path)
     path = datasets.fetch(recipe) if data else None
     if path is not None:
-        path = problems.decontaminated(recipe, path, fetched)
+        path = decontaminated(recipe, path, fetched)
     places = {name: Path(place) if place else None for name, place in fetched.items()}
     return Inputs(model, Path(path) if path else None, places, time.monotonic() - began)
 

@@ -8,10 +8,9 @@ from typing import Any
 
 from astracli.config.recipe import Recipe
 from astracli.report import bottleneck
-from astracli.runs.metrics import Record, mean, median, series, values, without_absent
+from astracli.runs.metrics import OVERALL, Record, mean, median, series, values, without_absent
 from astracli.runs.run_dir import paths
 
-OVERALL = "overall"
 UPDATE_PARTS = (
     "snapshot", "digest", "diff", "encode", "write", "transfer", "stage", "decode", "apply", "verify", "readback",
 )  # fmt: skip

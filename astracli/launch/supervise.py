@@ -9,20 +9,25 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import methodcaller
+from typing import TYPE_CHECKING, Any, Literal
 
+from astracli.config.recipe_run import LaunchTable
 from astracli.engines import registry as engines
 from astracli.engines.contract import explain
 from astracli.errors import RunFailed
 from astracli.launch.launcher import Launcher, Process, Started
 from astracli.launch.restarts import End, Restarts, Resumes, Retry, ended, first_cause
-from astracli.launch.status import Hub, Phase, Status
 from astracli.process.config import Role
 from astracli.process.console import say
 from astracli.process.signals import signals
-from astracli.process.worker import TERM_EXIT
+from astracli.process.worker import TERM_EXIT, Status
 
+if TYPE_CHECKING:
+    from astracli.hub.store import HubStore
+
+Phase = Literal["starting", "running", "resuming", "finishing", "stopping"]
 STALL_S = 5.0
 """A longer gap between two looks means that this process itself stood still (a suspended laptop): nobody is blamed."""
 LEFT_BEHIND_S = 0.5
@@ -40,16 +45,15 @@ class Supervisor:
         self,
         processes: Sequence[Process],
         launcher: Launcher,
-        hub: Hub,
+        hub: HubStore,
         *,
         main_role: Role,
-        ready_timeout_s: float = 600.0,
-        heartbeat_timeout_s: float = 60.0,
+        limits: LaunchTable,
+        hub_alive: Callable[[], bool] = lambda: True,
         hint: Callable[[], str] = lambda: "",
         tick: Callable[[Supervisor], None] = lambda supervisor: None,
         retry: Retry | None = None,
         resumes: Resumes | None = None,
-        restart_window_s: float = 3600.0,
         interrupted: threading.Event | None = None,
         poll_s: float = 0.1,
     ):
@@ -60,15 +64,14 @@ class Supervisor:
         self.notes: list[str] = []
         """What the run did to go on, for its summary."""
         self.resumes = resumes
-        self._restarts = Restarts(restart_window_s)
+        self._restarts = Restarts(limits.restart_window_s)
         self._retry = retry
         self._retried = False
         self._launcher = launcher
-        self._hub = hub
+        self._hub, self._hub_alive = hub, hub_alive
         self._main = {process.name for process in processes if process.plan.role is main_role}
         self._done: set[str] = set()
-        self._ready_timeout_s = ready_timeout_s
-        self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._limits = limits
         self._hint = hint
         self._tick = tick
         self._poll_s = poll_s
@@ -137,10 +140,9 @@ class Supervisor:
         if now - self._looked > STALL_S:
             self._forgive(now - self._looked)
         self._looked = now
-        if not self._hub.alive():
+        if not self._hub_alive():
             raise RunFailed("the hub stopped serving", self._hint() or None)
-        dead = sorted((child for child in self.children.values() if child.exited()), key=_log_time)
-        for child in dead:
+        for child in _dead(self.children.values()):
             if self.children.get(child.name) is child:
                 self._on_exit(child)
         self._check_ready(now)
@@ -233,8 +235,7 @@ class Supervisor:
         names = [name for name in self._main if name in self.children]
         while names and time.monotonic() < deadline and not all(self.children[name].exited() for name in names):
             time.sleep(0.02)
-        dead = sorted((self.children[name] for name in names if self.children[name].exited()), key=_log_time)
-        ends = [ended(child, self._reap(child)) for child in dead]
+        ends = [ended(child, self._reap(child)) for child in _dead(self.children[name] for name in names)]
         return [end for end in ends if end.code != 0]
 
     def _start_all(self, processes: Sequence[Process], retry: Retry | None) -> None:
@@ -250,24 +251,24 @@ class Supervisor:
         late = [child for name, child in self.children.items() if self.status[name].state not in ("ready", "done")]
         if not late and self.phase in ("starting", "resuming"):
             self._enter("running")
-        if any(now - self.status[child.name].started > self._ready_timeout_s for child in late):
+        if any(now - self.status[child.name].started > self._limits.ready_timeout_s for child in late):
             names = ", ".join(f"`{child.name}` ({self.status[child.name].words()})" for child in late)
             raise RunFailed(
-                f"not ready after {self._ready_timeout_s:g} s: {names}{_quote(late[0])}",
+                f"not ready after {self._limits.ready_timeout_s:g} s: {names}{_quote(late[0])}",
                 self._hint() or "raise launch.ready_timeout_s if it was only slow",
             )
 
     def _check_heartbeat(self, child: Started, now: float) -> None:
         """A child that was heard of once and fell silent hangs: print its stacks to its log, then give it up."""
         heard = self.status[child.name].heard
-        if heard is None or now - heard <= self._heartbeat_timeout_s or child.exited():
+        if heard is None or now - heard <= self._limits.heartbeat_timeout_s or child.exited():
             return
         child.print_stacks()
         time.sleep(STACKS_S)
         words = self.status[child.name].words()
         self._launcher.stop([child], grace_s=1.0)
         del self.children[child.name]
-        self._lost(End(child, None, f"sent no heartbeat for {self._heartbeat_timeout_s:g} s (last: {words})"))
+        self._lost(End(child, None, f"sent no heartbeat for {self._limits.heartbeat_timeout_s:g} s (last: {words})"))
 
     def _let_go(self, interrupted: threading.Event, patience_s: float = 1.5) -> None:
         """The hub says stop: give everyone a moment to end by itself."""
@@ -288,8 +289,9 @@ class Supervisor:
         self._phase_began = time.monotonic()
 
 
-def _log_time(child: Started) -> float:
-    return child.log_time()
+def _dead(children: Iterable[Started]) -> list[Started]:
+    """Those that have ended, the first to fall silent first."""
+    return sorted((child for child in children if child.exited()), key=methodcaller("log_time"))
 
 
 def _quote(child: Started, count: int = 20) -> str:

@@ -11,7 +11,7 @@ Status = Literal["ok", "warn", "fail", "skip"]
 
 
 @dataclass(frozen=True)
-class Problem:
+class PlanProblem:
     """Something that this machine lacks for the plan."""
 
     kind: Literal["gpus", "memory", "package", "system", "disk", "checkpoint"]

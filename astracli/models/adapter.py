@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+SHARD_INDEX = "model.safetensors.index.json"
+"""The file of a checkpoint that says in which shard each tensor lies."""
+
 
 @dataclass(frozen=True)
 class WireTensor:

@@ -15,7 +15,7 @@ from astracli.engines import registry as engines
 from astracli.errors import UserError
 from astracli.machine.component import Component
 from astracli.machine.facts import Machine
-from astracli.machine.findings import Problem
+from astracli.machine.findings import PlanProblem
 from astracli.machine.memory import MemoryRow
 from astracli.models.adapter import MemoryShape, ModelAdapter
 from astracli.plan import cost as plan_speed
@@ -33,7 +33,7 @@ from astracli.plan.view import render, to_json
 from astracli.process import layout
 from astracli.process.config import Role
 
-__all__ = ["Command", "LaunchPlan", "Problem", "ProcessPlan", "TextTable", "build", "refuse", "render", "to_json"]
+__all__ = ["Command", "LaunchPlan", "PlanProblem", "ProcessPlan", "TextTable", "build", "refuse", "render", "to_json"]
 
 MODULES = {
     Role.ROLLOUT: "astracli.rollout.worker",
@@ -75,7 +75,7 @@ def build(
     if config is not None:
         return plan
     what = f"checkpoint {recipe.model.path} not on this machine"
-    absent = Problem("checkpoint", what, what, "it is downloaded when a run starts", blocking=False)
+    absent = PlanProblem("checkpoint", what, what, "it is downloaded when a run starts", blocking=False)
     return replace(plan, problems=(*plan.problems, absent))
 
 
@@ -147,11 +147,11 @@ def _processes(recipe: Recipe, choice: BackendChoice, facts: Machine, command: C
     physical = [gpu.index for gpu in facts.visible_gpus]
     engine_gpus, train_gpus = _placement(recipe, physical) if cuda else ([], [])
 
-    def child(name: str, role: Role, gpus: list[int], visible: list[int], **more: Any) -> ProcessPlan:
+    def child(name: str, role: Role, gpus: list[int], **more: Any) -> ProcessPlan:
         count = {Role.ENGINE: threads.engine, Role.TRAINER: threads.trainer}.get(role, threads.other)
         env = {
             **choice.env,
-            "CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpu in visible),
+            "CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpu in gpus),
             "OMP_NUM_THREADS": str(count),
             "TOKENIZERS_PARALLELISM": "false",
             **(start.env if role is Role.ENGINE else {}),
@@ -172,15 +172,15 @@ def _processes(recipe: Recipe, choice: BackendChoice, facts: Machine, command: C
     result = []
     for index in range(len(engine_gpus) if cuda else resources.engines):
         own = engine_gpus[index : index + 1]
-        result.append(child(f"engine{index}", Role.ENGINE, own, own, python=start.python))
+        result.append(child(f"engine{index}", Role.ENGINE, own, python=start.python))
     if command in ("train", "rollout"):
-        result.append(child("rollout", Role.ROLLOUT, [], [], children=recipe.data.reward_workers))
+        result.append(child("rollout", Role.ROLLOUT, [], children=recipe.data.reward_workers))
     ranks = (len(train_gpus) if cuda else resources.train_ranks) if command == "train" else 0
     for rank in range(ranks):
         own = train_gpus[rank : rank + 1]
-        result.append(child(f"trainer{rank or ''}", Role.TRAINER, own, own, rank=rank, world_size=ranks))
+        result.append(child(f"trainer{rank or ''}", Role.TRAINER, own, rank=rank, world_size=ranks))
     if command == "eval" or (command == "train" and recipe.eval.benchmarks and recipe.eval.every):
-        result.append(child("eval", Role.EVAL, [], [], children=recipe.data.reward_workers))
+        result.append(child("eval", Role.EVAL, [], children=recipe.data.reward_workers))
     return result
 
 

@@ -20,8 +20,7 @@ from astracli.plan import trainer as plan_trainer
 from astracli.plan.cost import Pace
 from astracli.plan.memory import COMFORT
 from astracli.plan.offload import KEPT, Choice, Try, options, recomputing, resident, trainer_needs
-from astracli.process.layout import Split, Staging
-from astracli.training import collective_check
+from astracli.process.layout import LIMIT_S, WITHOUT_PEERS, Split, Staging
 
 
 @dataclass(frozen=True)
@@ -94,9 +93,8 @@ def place(recipe: Recipe, shape: MemoryShape | None, gpus: Gpus, host: int | Non
             chosen = Choice(split, False, [unknown] if recipe.train.activation_checkpointing == "auto" else [])
     reasons = chosen.reasons
     if ranks > 1:
-        without = " ".join(f"{name}={value}" for name, value in collective_check.WITHOUT_PEERS.items())
-        limit_s = collective_check.LIMIT_S
-        why = f"proved by an all-reduce in {limit_s:g} s at the start; if not, once more with {without}"
+        without = " ".join(f"{name}={value}" for name, value in WITHOUT_PEERS.items())
+        why = f"proved by an all-reduce in {LIMIT_S:g} s at the start; if not, once more with {without}"
         reasons.append((f"{ranks} ranks", "direct links", why))
     if time_sharing and smallest is not None:
         asked = recipe.resources.share_mode == "time_sharing"
@@ -173,9 +171,9 @@ def _engine(recipe: Recipe, shape: MemoryShape, requests: int) -> int:
 
 
 STAYS = (Component.CUDA_GRAPHS, Component.CUDA_CONTEXT)
-"""What stays on a GPU whoever's turn it is."""
+"""What stays on a GPU whoever uses it."""
 OFFLOADED = (Component.WEIGHTS, Component.MASTERS, Component.MOMENTS, Component.REFERENCE)
-"""What waits in host memory during the other's turn; the rest is empty then."""
+"""What waits in host memory while the other uses the GPU; the rest is empty then."""
 
 
 def time_shared(rows: Sequence[MemoryRow], names: Collection[str]) -> list[MemoryRow]:

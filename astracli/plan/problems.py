@@ -10,7 +10,7 @@ from astracli.config.recipe import Recipe
 from astracli.engines import registry as engines
 from astracli.engines.contract import Case
 from astracli.machine.facts import OLDEST, Machine
-from astracli.machine.findings import Problem
+from astracli.machine.findings import PlanProblem
 from astracli.machine.memory import words
 from astracli.models.adapter import MemoryShape
 from astracli.plan import memory as plan_memory
@@ -20,7 +20,7 @@ from astracli.process.config import Role
 CPU_RECIPE = "qwen3.5-tiny-m2po-delta"
 
 
-def gpu_problems(plan: LaunchPlan, recipe: Recipe, facts: Machine, way_out: Callable[[str], str]) -> list[Problem]:
+def gpu_problems(plan: LaunchPlan, recipe: Recipe, facts: Machine, way_out: Callable[[str], str]) -> list[PlanProblem]:
     if plan.choice.device != "cuda":
         return []
     gpus, needed = facts.visible_gpus, len(plan.gpu_map)
@@ -34,7 +34,7 @@ def gpu_problems(plan: LaunchPlan, recipe: Recipe, facts: Machine, way_out: Call
         elsewhere = f"`astra {plan.command} --recipe {recipe.name} --dry-run --facts 8xl40` plans for another machine"
         otherwise = f"no split of this recipe fits these GPUs; {on_cpu}" if gpus else f"{on_cpu}; {elsewhere}"
         return [
-            Problem(
+            PlanProblem(
                 "gpus",
                 f"{needed} {noun} (this machine has {there})",
                 f"recipe `{recipe.name}` asks for {needed} {noun} ({parts}{shared}), this machine has {there}",
@@ -44,16 +44,16 @@ def gpu_problems(plan: LaunchPlan, recipe: Recipe, facts: Machine, way_out: Call
     old = sorted({gpu.compute_capability for gpu in gpus if gpu.capability < OLDEST})
     if old:
         what = "GPUs of compute capability 8.0 or newer"
-        return [Problem("gpus", what, f"bf16 needs {what}, this machine has {', '.join(old)}", None)]
+        return [PlanProblem("gpus", what, f"bf16 needs {what}, this machine has {', '.join(old)}", None)]
     return []
 
 
-def software_problems(recipe: Recipe, choice: BackendChoice, facts: Machine) -> list[Problem]:
+def software_problems(recipe: Recipe, choice: BackendChoice, facts: Machine) -> list[PlanProblem]:
     problems = list(engines.of(recipe).problems(Case(facts, choice.device, recipe)))
     if choice.device == "cuda" and facts.torch_cuda is None:
         message = f"recipe `{recipe.name}` trains on GPUs, torch here is built without CUDA"
         hint = "install a CUDA build of torch: `pip install -c constraints/cuda.txt 'astracli[gpu]'`"
-        problems.append(Problem("package", "a CUDA build of torch", message, hint))
+        problems.append(PlanProblem("package", "a CUDA build of torch", message, hint))
     return problems
 
 
@@ -63,7 +63,7 @@ def size_problems(
     shape: MemoryShape | None,
     facts: Machine,
     way_out: Callable[[str], str],
-) -> list[Problem]:
+) -> list[PlanProblem]:
     """What cannot fit whatever the load: fixed rows against each GPU, the host and the disk."""
     problems = []
     sizes = facts.gpu_sizes
@@ -76,7 +76,7 @@ def size_problems(
         if need > size:
             what = f"{words(need)} of GPU memory for {' and '.join(names)}"
             message = f"GPU {gpu} needs at least {what}, it has {words(size)}"
-        elif fraction and shape and plan.serves(gpu):
+        elif fraction and shape and any(p.role is Role.ENGINE and gpu in p.gpus for p in plan.processes):
             static = engines.of(recipe).memory.reserved(shape, recipe)
             if static <= fraction * size:
                 continue
@@ -86,7 +86,7 @@ def size_problems(
             )
         else:
             continue
-        problems.append(Problem("memory", what, message, way_out(otherwise)))
+        problems.append(PlanProblem("memory", what, message, way_out(otherwise)))
         break
     system = facts.system
     host = plan_memory.total(plan.memory, where="host", fixed=True)
@@ -94,14 +94,14 @@ def size_problems(
         what = f"{words(host)} of memory"
         message = f"recipe `{plan.recipe}` needs at least {what}, this machine has {words(system.memory_total)}"
         otherwise = "choose a smaller model, or a machine with more memory"
-        problems.append(Problem("memory", what, message, way_out(otherwise)))
+        problems.append(PlanProblem("memory", what, message, way_out(otherwise)))
     disk = plan_memory.total(plan.disk, where="disk")
     if disk > system.disk_free:
         what = f"{words(disk)} of disk"
         free = words(system.disk_free)
         message = f"recipe `{plan.recipe}` may fill {what}, `{system.disk_path}` has {free} free"
         hint = "point --run-dir at a larger disk, or `--set checkpoint.keep=1 --set weights.keep=2`"
-        problems.append(Problem("disk", what, message, hint, blocking=False))
+        problems.append(PlanProblem("disk", what, message, hint, blocking=False))
     return problems
 
 

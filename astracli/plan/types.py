@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from astracli.backends.choice import BackendChoice
-from astracli.machine.findings import Problem
+from astracli.machine.findings import PlanProblem
 from astracli.machine.memory import MemoryRow
 from astracli.plan.margin import Margin
 from astracli.plan.placement import Placement
@@ -60,7 +60,7 @@ class LaunchPlan:
     """Published figures of the recipe."""
     margins: tuple[Margin, ...] = ()
     """Of each GPU whose size is known."""
-    problems: tuple[Problem, ...] = ()
+    problems: tuple[PlanProblem, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property
@@ -75,10 +75,6 @@ class LaunchPlan:
             return []
         trained = {gpu for process in self.processes if process.role is Role.TRAINER for gpu in process.gpus}
         return [p.name for p in self.processes if p.role is Role.ENGINE and trained & set(p.gpus)]
-
-    def serves(self, gpu: int) -> bool:
-        """Whether an engine runs on that GPU."""
-        return any(process.role is Role.ENGINE and gpu in process.gpus for process in self.processes)
 
     @property
     def gpu_map(self) -> dict[int, list[str]]:

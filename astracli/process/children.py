@@ -43,7 +43,7 @@ class Child:
     """One running process and the session it leads."""
 
     def __init__(self, spec: ChildSpec):
-        self.spec = spec
+        self.name, self.log = spec.name, spec.log
         spec.log.parent.mkdir(parents=True, exist_ok=True)
         env = {**os.environ, "PYTHONUNBUFFERED": "1", **spec.env}
         with spec.log.open("ab") as log:
@@ -52,23 +52,12 @@ class Child:
                 spec.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True,
                 pass_fds=spec.inherit,
             )  # fmt: skip
+        self.pid = self._popen.pid
         self._process: psutil.Process | None = None
         with contextlib.suppress(psutil.Error):
-            self._process = psutil.Process(self._popen.pid)
+            self._process = psutil.Process(self.pid)
             if spec.nice:
                 self._process.nice(spec.nice)
-
-    @property
-    def name(self) -> str:
-        return self.spec.name
-
-    @property
-    def log(self) -> Path:
-        return self.spec.log
-
-    @property
-    def pid(self) -> int:
-        return self._popen.pid
 
     def exited(self) -> bool:
         """True when the process has ended. It stays a zombie, so that its id and group id cannot be given to others."""
@@ -107,7 +96,7 @@ class Child:
     def last_lines(self, count: int = 20) -> list[str]:
         """End of what this process wrote (not of an earlier attempt's log)."""
         try:
-            with self.spec.log.open("rb") as log:
+            with self.log.open("rb") as log:
                 size = log.seek(0, os.SEEK_END)
                 log.seek(max(self._log_start, size - 64 * 1024))
                 return last_lines(log, count)
@@ -117,7 +106,7 @@ class Child:
     def log_time(self) -> float:
         """When it last wrote (unix seconds): of several that died together, the first to fall silent died first."""
         try:
-            return self.spec.log.stat().st_mtime
+            return self.log.stat().st_mtime
         except OSError:
             return 0.0
 
@@ -137,8 +126,8 @@ def exit_words(code: int) -> str:
         return f"signal {-code}"
 
 
-def stop(children: Sequence[Child], also: Iterable[psutil.Process] = (), grace_s: float = GRACE_S) -> list[str]:
-    """End children with everything they started: TERM, then KILL after `grace_s`. Returns the names that needed KILL.
+def stop(children: Sequence[Child], also: Iterable[psutil.Process] = (), grace_s: float = GRACE_S) -> None:
+    """End children with everything they started: TERM, then KILL after `grace_s`.
 
     `also`: descendants seen earlier, which may have left their session or lost their parent since.
     """
@@ -149,7 +138,6 @@ def stop(children: Sequence[Child], also: Iterable[psutil.Process] = (), grace_s
     deadline = time.monotonic() + grace_s
     while time.monotonic() < deadline and not _all_gone(children, strays.values()):
         time.sleep(0.02)
-    killed = [child.name for child in children if not child.exited()]
     for child in children:
         strays |= {p.pid: p for p in child.descendants()}
     _signal_all(children, strays.values(), signal.SIGKILL)
@@ -159,7 +147,6 @@ def stop(children: Sequence[Child], also: Iterable[psutil.Process] = (), grace_s
     for child in children:
         with contextlib.suppress(subprocess.TimeoutExpired):
             child._popen.wait(timeout=0.5)
-    return killed
 
 
 def _signal_all(children: Sequence[Child], strays: Iterable[psutil.Process], signum: int) -> None:

@@ -1,4 +1,4 @@
-"""Where a trainer keeps what it does not always need, and the sizes of what passes through its GPU.
+"""Where a trainer keeps what it does not always need, the sizes of what passes through its GPU, and its ranks' start.
 
 Nothing here imports torch: the plan counts with the same numbers.
 """
@@ -17,10 +17,14 @@ Staging = Literal["gpu", "host", "file"]
 LOGIT_BYTES = {"cpu": 2**25, "cuda": 2**29}
 """fp32 logits of one chunk in the trainer's loss; with what lives beside them three times that."""
 BUCKET_BYTES = 2**29
-"""What passes through the GPU together in an update: masters made whole from halves, moments that wait on the host. Of
+"""What passes through the GPU together in an update: masters made whole, moments that wait on the host. Of
 one tensor it may be more."""
 BUCKETS_IN_FLIGHT = 3
 """Buckets of moments on the GPU at once: one comes, one is worked on, one leaves."""
+WITHOUT_PEERS = {"NCCL_P2P_DISABLE": "1"}
+"""Environment of ranks that do not reach each other directly."""
+LIMIT_S = 60.0
+"""For the ranks' first all-reduce, from the moment at which all have met; NCCL's own start is in it."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import Any, Literal, NoReturn
 from urllib.parse import urlsplit
@@ -36,6 +37,25 @@ ORPHAN_EXIT = 3
 TERM_EXIT = 143
 """Exit code of a worker that was told to stop (128 + SIGTERM)."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+@dataclass
+class Status:
+    """What a supervisor knows of one process: the last word of its `Reporter`, and its starts."""
+
+    state: str = "starting"
+    waiting: str | None = None
+    progress: Mapping[str, Any] = field(default_factory=dict)
+    heard: float | None = None
+    """Monotonic time of the last heartbeat; None before the first."""
+    restarts: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    def words(self) -> str:
+        """What it waits for, or its state."""
+        if self.waiting:
+            return self.waiting if self.waiting.startswith("waiting") else f"waiting for {self.waiting}"
+        return self.state if self.heard is not None else "has not reported yet"
 
 
 class Reporter:

@@ -91,7 +91,7 @@ class Rollout:
                 for worker in self.workers:
                     parts += [self._follow(worker), self._feed(worker)]
                 for part in parts:
-                    self._start(part)
+                    self._tasks.create_task(part)
                 await self._over.wait()
                 raise _Over
         except ExceptionGroup as group:
@@ -104,9 +104,6 @@ class Rollout:
                     await self.hub.give_back(sorted(self._held))
         if self._writer is not None:  # no update has told how full the slots were
             await self.hub.metrics([{"process": self.config.name} | worker.usage() for worker in self.workers])
-
-    def _start(self, part: Coroutine[Any, Any, None]) -> None:
-        self._tasks.create_task(part)
 
     async def _follow(self, worker: EngineWorker) -> None:
         await worker.follow()
@@ -134,7 +131,7 @@ class Rollout:
             worker.use.change(outstanding=len(leases) * self._group_size)
             together = [leases] if self.config.recipe.launch.deterministic else [{i: n} for i, n in leases.items()]
             for some in together if leases else []:
-                self._start(self._groups(worker, some))
+                self._tasks.create_task(self._groups(worker, some))
 
     def _wanted(self, worker: EngineWorker) -> int:
         """Groups to lease for this engine now: as many as leave none of its slots empty.

@@ -9,7 +9,7 @@ from typing import Any
 from astracli.engines.contract import Case
 from astracli.engines.sglang.attention import SERVING, not_by_auto, serving_options
 from astracli.machine.facts import Machine, version_tuple
-from astracli.machine.findings import Check, Problem, Status, flaw
+from astracli.machine.findings import Check, PlanProblem, Status, flaw
 
 GROUP = "serving"
 GLIBC = (2, 34)
@@ -19,7 +19,7 @@ LINKED = ("torch", "transformers")
 """Pins whose other minor versions break SGLang's import or its compiled kernels."""
 
 
-def problems(case: Case) -> Iterator[Problem]:
+def problems(case: Case) -> Iterator[PlanProblem]:
     if case.foreign or case.recipe is None:
         return
     facts = case.facts
@@ -28,11 +28,11 @@ def problems(case: Case) -> Iterator[Problem]:
         hint = INSTALL
         if case.device == "cpu":
             hint = "name the environment of SGLang's CPU build in resources.engine.python, or take `embedded`"
-        yield Problem("package", "package sglang", message, hint)
+        yield PlanProblem("package", "package sglang", message, hint)
     libc = facts.system.libc or ""
     if libc.startswith("glibc") and version_tuple(libc.removeprefix("glibc ")) < GLIBC:
         what = "glibc 2.34 or newer (sglang's wheels)"
-        yield Problem("system", what, f"sglang needs {what}, this machine has {libc}", NEWER_SYSTEM)
+        yield PlanProblem("system", what, f"sglang needs {what}, this machine has {libc}", NEWER_SYSTEM)
 
 
 def checks(case: Case) -> Iterator[Check]:

@@ -14,7 +14,7 @@ from astracli.engines.sglang.settings import NAME, SglangTable
 if TYPE_CHECKING:
     from astracli.config.recipe import Recipe
     from astracli.engines.sglang.client import SglangClient
-    from astracli.machine.findings import Check, Problem
+    from astracli.machine.findings import Check, PlanProblem
 
 ENV = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"}
 """Log-probabilities after temperature, whatever the shell says: what the trainer compares with."""
@@ -50,7 +50,7 @@ class Sglang(Engine):
 
         return SglangClient(url, token, name=name, stage_dir=stage_dir)
 
-    def problems(self, case: Case) -> Iterable[Problem]:
+    def problems(self, case: Case) -> Iterable[PlanProblem]:
         return doctor.problems(case)
 
     def checks(self, case: Case) -> Iterator[Check]:

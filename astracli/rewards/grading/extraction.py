@@ -67,7 +67,6 @@ _GIVEN_UP = re.compile(
     re.IGNORECASE,
 )
 _BOLD = re.compile(r"(\*\*|__)(.+?)\1")
-_MATH = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _NUMBER = re.compile(r"[-−+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?", re.ASCII)
 _RANGE = re.compile(
     r"(?:[\d%)]|°)\s*(?:or|to|and/or|through|–|—|~|or maybe|or perhaps)\s*\$?$|\bbetween\s+\S{1,12}\s+and\s*\$?$",
@@ -207,7 +206,7 @@ def _said(text: str) -> str:
     rest = _BULLET.sub("", rest)
     if option := re.match(r"[(（]?([A-J])[)）]?\s*(?:选项|项)", rest):
         return option[1]
-    math = _MATH.match(rest)
+    math = notation.MATH.match(rest)
     if math and not re.match(r"\s*(?:or|and|或|和|,|，|\\?%|to\b)", rest[math.end() :]):
         return _undressed(math[0])
     stop = _STOP.search(rest)
@@ -242,7 +241,7 @@ def unannounced(text: str) -> ExtractedAnswer:
         return ExtractedAnswer(f"{ratio[1]}:{ratio[2]}", "formula", text)
     formulas = [
         match
-        for match in _MATH.finditer(text)
+        for match in notation.MATH.finditer(text)
         if not _prose(match[0]) or "\\" in match[0] or len(match[0]) > len(text) - 4
     ]
     number = last_number(text)

@@ -33,22 +33,22 @@ EPS = 1e-5
 """Added to every standard deviation: a group whose rewards are all equal gets zeros."""
 
 
-class Parameters(Table):
+class UsualSettings(Table):
     """Settings of an algorithm with the usual advantage."""
 
     advantage: Literal["group", "mean"] = "group"
     """`group`: (r - mean) / (unbiased std + 1e-5) inside the group; `mean`: r - mean."""
 
 
-def group_advantage(rewards_S: np.ndarray, lengths_S: np.ndarray, parameters: Parameters) -> np.ndarray:
-    """float64 [S], as `parameters.advantage` says. One sample alone gets 0."""
-    centred_S = mean_advantage(rewards_S, lengths_S, parameters)
-    if parameters.advantage == "mean" or len(rewards_S) < 2:
+def group_advantage(rewards_S: np.ndarray, lengths_S: np.ndarray, settings: UsualSettings) -> np.ndarray:
+    """float64 [S], as `settings.advantage` says. One sample alone gets 0."""
+    centred_S = mean_advantage(rewards_S, lengths_S, settings)
+    if settings.advantage == "mean" or len(rewards_S) < 2:
         return centred_S
     return centred_S / (rewards_S.std(ddof=1) + EPS)
 
 
-def mean_advantage(rewards_S: np.ndarray, lengths_S: np.ndarray, parameters: Any) -> np.ndarray:
+def mean_advantage(rewards_S: np.ndarray, lengths_S: np.ndarray, settings: Any) -> np.ndarray:
     """float64 [S]: r - mean, whatever the settings."""
     return rewards_S - rewards_S.mean()
 
@@ -128,9 +128,9 @@ class Algorithm(AlgorithmSettings):
     """`(log_ratio_N, advantage_N, settings)`, the global batch, without gradients -> limits."""
     token_loss: Callable[[Tokens, Any], TokenLoss]
     """`(tokens of a micro-batch, what prepare returned)`"""
-    parameters: type[Table] = Parameters
+    settings: type[Table] = UsualSettings
     advantage: Callable[[np.ndarray, np.ndarray, Any], np.ndarray] = group_advantage
-    """`(rewards_S, loss tokens [S], settings)` of one group -> float64 [S]. The usual one needs `Parameters`."""
+    """`(rewards_S, loss tokens [S], settings)` of one group -> float64 [S]. The usual one needs `UsualSettings`."""
     normaliser: Normaliser = TOKEN_MEAN
     kl: Callable[[Tensor, Tensor], Tensor] = k3
     """`(log-probabilities, those of the initial model)`, each [N] -> [N], what `kl_coef` weighs."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pydantic import PositiveFloat
 
 from astracli.config.recipe_run import Table
-from astracli.rl.losses import Parameters, TokenLoss, Tokens
+from astracli.rl.losses import TokenLoss, Tokens, UsualSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,14 +18,14 @@ LOG_RATIO_BOUND = 20.0
 """exp() stays finite in fp32; no trained policy is this far from its behaviour. A limit there is none."""
 
 
-class ClipRange(Table):
+class RangeSettings(Table):
     clip_low: PositiveFloat = 0.2
     """The clip range is [1 - clip_low, 1 + clip_high]. 0.1 to 0.3."""
     clip_high: PositiveFloat = 0.2
     """0.2 to 0.4."""
 
 
-class Clipped(ClipRange, Parameters):
+class Clipped(RangeSettings, UsualSettings):
     """A clip range, and the usual advantage."""
 
 
@@ -54,7 +54,7 @@ def clipped_loss(log_ratio_N: Tensor, advantage_N: Tensor, limits: ClipRange) ->
     return loss_N, cut_N
 
 
-def fixed_range(log_ratio_N: Tensor, advantage_N: Tensor, settings: ClipRange) -> ClipRange:
+def fixed_range(log_ratio_N: Tensor, advantage_N: Tensor, settings: RangeSettings) -> ClipRange:
     """[1 - clip_low, 1 + clip_high], whatever the batch: a `prepare`."""
     return ClipRange(max(1.0 - settings.clip_low, 1e-6), 1.0 + settings.clip_high)
 
@@ -73,7 +73,7 @@ class Capped(Clipped):
 
 @dataclass(frozen=True)
 class Weighted:
-    """The same as limits."""
+    """A clip range and a cap on the weight, as limits."""
 
     range: ClipRange
     weight_cap: float

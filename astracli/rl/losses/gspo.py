@@ -32,4 +32,4 @@ def token_loss(tokens: Tokens, limits: ClipRange) -> TokenLoss:
     return TokenLoss(*clipped_loss(mean_N, tokens.advantage_N, limits))
 
 
-ALGORITHM = Algorithm(parameters=Settings, prepare=fixed_range, token_loss=token_loss, normaliser=SEQUENCE_MEAN)
+ALGORITHM = Algorithm(settings=Settings, prepare=fixed_range, token_loss=token_loss, normaliser=SEQUENCE_MEAN)

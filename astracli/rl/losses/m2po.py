@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import PositiveFloat
 
-from astracli.rl.losses import Algorithm, ClipLimits, Parameters, TokenLoss, Tokens
+from astracli.rl.losses import Algorithm, ClipLimits, TokenLoss, Tokens, UsualSettings
 from astracli.rl.losses.clipping import LOG_RATIO_BOUND, ClipRange, clipped_loss, ratio
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ EDGE = 1e-6
 """Relative. The token that sets a range must stay inside it, and its ratio is exp() in fp32, up to 3e-7 off."""
 
 
-class Settings(Parameters):
+class Settings(UsualSettings):
     variant: Literal["mask", "waterfill", "clip"] = "clip"
     """Which published form."""
     m2_threshold: PositiveFloat = 0.01
@@ -126,4 +126,4 @@ def token_loss(tokens: Tokens, limits: ClipLimits) -> TokenLoss:
     return TokenLoss(-(ratio(log_ratio_N) * advantage_N).masked_fill(cut_N, 0.0), cut_N)
 
 
-ALGORITHM = Algorithm(parameters=Settings, prepare=prepare, token_loss=token_loss, limits_from_ratios=True)
+ALGORITHM = Algorithm(settings=Settings, prepare=prepare, token_loss=token_loss, limits_from_ratios=True)

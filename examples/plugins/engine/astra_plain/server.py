@@ -168,12 +168,12 @@ class Policy:
             if to_hex(digest_tensor(held)) != entry.digest:
                 wrong.append(entry.name)
         message = f"read back, {len(wrong)} tensors differ: {', '.join(wrong[:5])}" if wrong else ""
-        proof = {"version": version, "ok": not wrong, "message": message}
-        apply.write_proof(self.stage_dir, proof | {"readback_s": time.perf_counter() - began})
+        found = {"version": version, "ok": not wrong, "message": message}
+        apply.write_proof(self.stage_dir, found | {"readback_s": time.perf_counter() - began})
         if wrong or result.version != version:
             return {"success": False, "message": message or f"version {result.version} is staged"}
         self.have, self.version, self.serving = version, version, True
-        told = {"changed": result.changed, "apply_s": result.apply_s, "verify_s": result.verify_s, "proof": True}
+        told = {"changed": result.changed, "apply_s": result.apply_s, "verify_s": result.verify_s, "readback": True}
         return {"success": True, "message": "", "outcome": told}
 
 

@@ -1,4 +1,4 @@
-"""The client of an engine that speaks astra's HTTP routes (`embedded/http.py` lists them); what a request and an answer
+"""The client of an engine that speaks astra's HTTP routes (docs/engines.md lists them); what a request and an answer
 are. An engine that speaks otherwise overrides what differs."""
 
 from __future__ import annotations

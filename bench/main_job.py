@@ -1,6 +1,7 @@
 """The main job as a user runs it: `astra train` on the tiny recipes, several seeds, from import to export.
 
     python bench/main_job.py [--recipes NAME ...] [--seeds 0 1 2] [--at-least 0.8] [--json]
+    python bench/main_job.py --plugin examples/plugins/engine --set rollout.engine=plain      an engine of somebody else
 
 Prints per run: held-out avg@8 before and after, wall time of the whole command, peak memory of all its processes (sum
 of PSS each second), parity at staleness 0, and what travelled to the engine. About two minutes a run on two cores.
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,13 +24,27 @@ from typing import Any
 RECIPES = ["qwen3.5-tiny-m2po-delta", "qwen3.5-tiny-m2po-full"]
 
 
-def one(recipe: str, seed: int, folder: Path, settings: list[str]) -> dict[str, Any]:
+def installed(plugin: Path, folder: Path) -> Path:
+    """A place for PYTHONPATH with the package in `plugin`, built into a wheel and installed from that."""
+    source = shutil.copytree(plugin, folder / "source")
+    pip, wheels = [sys.executable, "-m", "pip"], folder / "wheels"
+    built = ["wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", wheels, source]
+    subprocess.run([*pip, *map(str, built)], check=True)
+    (wheel,) = wheels.glob("*.whl")
+    subprocess.run(
+        [*pip, "install", "--quiet", "--no-deps", "--no-index", "--target", folder / "site", wheel], check=True
+    )
+    return folder / "site"
+
+
+def one(recipe: str, seed: int, folder: Path, settings: list[str], site: Path | None) -> dict[str, Any]:
     run = folder / f"{recipe}-{seed}"
     command = [sys.executable, "-m", "astracli", "train", "--recipe", recipe, "--run-dir", str(run)]
     began = time.monotonic()
     for setting in [f"seed={seed}", *settings]:
         command += ["--set", setting]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    env = os.environ if site is None else {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env)
     wall_s = time.monotonic() - began
     if done.returncode:
         sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
@@ -84,10 +101,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--at-least", type=float, default=0.0, help="exit 1 when a run ends below this avg@8")
     parser.add_argument("--set", action="append", default=[], help="a.b=c, as `astra train --set`")
+    parser.add_argument("--plugin", type=Path, help="source of a package that the runs find installed")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rows = [one(recipe, seed, Path(folder), args.set) for recipe in args.recipes for seed in args.seeds]
+        site = installed(args.plugin, Path(folder)) if args.plugin else None
+        rows = [one(recipe, seed, Path(folder), args.set, site) for recipe in args.recipes for seed in args.seeds]
     if args.json:
         print(json.dumps(rows))
     else:

@@ -150,26 +150,26 @@ class Policy:
                     going.remove(row)
                     requests[row].end(self.version)
 
+    @torch.no_grad()
     def apply(self, version: int) -> dict[str, Any]:
         """Apply what is staged, every digest checked, then read the parameters back under HF names."""
         have, self.have, self.serving = self.have, None, False  # not to be trusted until proven
-        (self.stage_dir / apply.PROOF).unlink(missing_ok=True)
+        (self.stage_dir / apply.READBACK).unlink(missing_ok=True)
         try:
             prepared = apply.current(self.stage_dir, self.watcher.take())
             result = apply.apply(self.stage_dir, self.copies, have, prepared)
         except (AstraError, OSError, ValueError) as error:
             return {"success": False, "message": str(error)}
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(self.copies[name])
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.copies[name])
         began, wrong = time.perf_counter(), []
         for entry in prepared.manifests[-1].tensors if prepared.manifests else ():
-            held = self.parameters[entry.name].detach().to(self.copies[entry.name].dtype)
-            if to_hex(digest_tensor(held)) != entry.digest:
+            parameter, held = self.parameters[entry.name], self.parameters[entry.name].to(self.copies[entry.name].dtype)
+            if not torch.equal(held.to(parameter.dtype), parameter) or to_hex(digest_tensor(held)) != entry.digest:
                 wrong.append(entry.name)
         message = f"read back, {len(wrong)} tensors differ: {', '.join(wrong[:5])}" if wrong else ""
         found = {"version": version, "ok": not wrong, "message": message}
-        apply.write_proof(self.stage_dir, found | {"readback_s": time.perf_counter() - began})
+        apply.write_readback(self.stage_dir, found | {"readback_s": time.perf_counter() - began})
         if wrong or result.version != version:
             return {"success": False, "message": message or f"version {result.version} is staged"}
         self.have, self.version, self.serving = version, version, True

@@ -19,10 +19,10 @@ ELSEWHERE = "`--facts NAME` plans for another machine"
 def print_plan(recipe: Recipe, command: Command, output: Output, facts: str | None = None) -> None:
     """The plan of a command on this machine, or on the one of a document (`--facts`). Starts nothing."""
     from astracli.launch import run as launch
-    from astracli.machine import documents as machine_facts
+    from astracli.machine import documents
     from astracli.plan import build as plan
 
-    described = machine_facts.load(facts) if facts is not None else None
+    described = documents.load(facts) if facts is not None else None
     found = launch.planned(recipe, command, described)
     if output.as_json:
         output.document(plan.to_json(found) | ({"machine": facts, "source": described.source} if described else {}))
@@ -37,7 +37,7 @@ def print_plan(recipe: Recipe, command: Command, output: Output, facts: str | No
     which = "that" if described is not None else "this"
     output.text("nothing was started" + (f"; {which} machine cannot run it: see above" if blocked else ""))
     if described is None and any(problem.kind == "gpus" for problem in found.problems):
-        output.hint(f"{ELSEWHERE}: {', '.join(machine_facts.names())}, or a file")
+        output.hint(f"{ELSEWHERE}: {', '.join(documents.names())}, or a file")
 
 
 def refuse_facts(facts: str | None, dry_run: bool, command: Command) -> None:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from astracli.rl.advantage import batch_normalise
-from astracli.rl.losses import Parameters, group_advantage
+from astracli.rl.losses import UsualSettings, group_advantage
 
 
 def group_advantages(rewards_S: np.ndarray, mode: Literal["group", "mean"]) -> np.ndarray:
-    return group_advantage(rewards_S, np.ones(len(rewards_S)), Parameters(advantage=mode))
+    return group_advantage(rewards_S, np.ones(len(rewards_S)), UsualSettings(advantage=mode))
 
 
 def test_group_uses_the_unbiased_spread() -> None:

@@ -204,7 +204,7 @@ def test_a_policy_that_has_not_moved_trains_with_the_weight_alone(name: str, wei
     """No pass without gradients: u = 1 with the gradient of log pi, the weight pi / pi_behaviour is a constant."""
     micro = pad_rows([row(2, BEHAVIOUR[:2], 1.0), row(1, BEHAVIOUR[2:], -2.0)], 0)
     algorithm, logprob = losses.get(name), torch.tensor(POLICY).log().requires_grad_()
-    limits = algorithm.prepare(torch.zeros(3), torch.tensor(ADVANTAGE), algorithm.parameters(weight_cap=2.0))
+    limits = algorithm.prepare(torch.zeros(3), torch.tensor(ADVANTAGE), algorithm.settings(weight_cap=2.0))
     result, _ = objective.token_losses(algorithm, micro, logprob, None, limits)
     result.loss_N.sum().backward()
     expected = [-w * a for w, a in zip(weights, ADVANTAGE, strict=True)]
@@ -216,7 +216,7 @@ def test_a_policy_that_has_not_moved_trains_with_the_weight_alone(name: str, wei
 def test_a_micro_batch_without_tokens_keeps_its_graph(name: str) -> None:
     algorithm, empty = losses.get(name), torch.zeros(0)
     logprob = torch.zeros(0, requires_grad=True)
-    limits = algorithm.prepare(empty, empty, algorithm.parameters())
+    limits = algorithm.prepare(empty, empty, algorithm.settings())
     micro = empty_micro_batch(0)
     result, _ = objective.token_losses(algorithm, micro, logprob * 1.0, None, limits)
     loss = objective.normalised(algorithm.normaliser, result.loss_N, micro, 4.0)
@@ -259,7 +259,7 @@ def test_mismatch_correction_weighs_tokens_of_the_current_version(name: str) -> 
 def test_grpo_with_mismatch_correction_is_tis_on_fresh_tokens() -> None:
     grpo, micro = losses.get("grpo"), pad_rows([row(2, BEHAVIOUR[:2], 1.0), row(1, BEHAVIOUR[2:], -2.0)], 0)
     proximal, logprob = torch.tensor(PROXIMAL).log(), torch.tensor(POLICY).log().requires_grad_()
-    limits = grpo.prepare(torch.zeros(3), torch.tensor(ADVANTAGE), grpo.parameters())
+    limits = grpo.prepare(torch.zeros(3), torch.tensor(ADVANTAGE), grpo.settings())
     result, _ = objective.token_losses(grpo, micro, logprob, proximal, limits, version=0, cap=2.0)
     (result.loss_N.sum() / 3).backward()
     loss, gradient, _ = computed("tis")

@@ -21,7 +21,7 @@ from astracli.kernels import upload
 from astracli.kernels.gpu import fused
 from astracli.training import objective, sums
 from astracli.training.fsdp import Ranks
-from astracli.training.step import Trainer
+from astracli.training.step import Trainer, Work
 
 LAYERS = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "vocab_size": 300}
 
@@ -58,17 +58,17 @@ def test_nor_does_the_pass_without_gradients(bench: ModuleType) -> None:
     with bench.one_gpu(bench.Count()):
         trainer: Trainer = bench.build(ADAPTER, config(), chosen)
         batch = trainer._divide(bench.groups(512), 0)
-        added, count, proximals = sums.Sums(), bench.Count(), {}
+        count, work = bench.Count(), Work(batch, 1, sums.Timer(trainer.ranks.device))
         never = SimpleNamespace(prepare=lambda *_: None)
         with (
             mock.patch.object(Ranks, "gather", lambda self, tensor: tensor),
             mock.patch.object(trainer, "algorithm", never),
             count,
         ):
-            trainer._score(batch, 1, {}, proximals, added)
-    assert count.waits == [] and len(proximals) == sum(map(len, batch.minibatches)) >= 2
+            trainer._score(work)
+    assert count.waits == [] and len(work.proximals) == sum(map(len, batch.minibatches)) >= 2
     part = sum(int((m.version_N == 1).sum()) for minibatch in batch.minibatches for m in minibatch)
-    assert 0 < added.own.tokens == part < batch.loss_tokens
+    assert 0 < work.sums.own.tokens == part < batch.loss_tokens
 
 
 def test_a_wait_would_be_noticed(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,10 +46,7 @@ def table(**values: Any) -> AlgorithmTable:
 
 def build(group: Any, algorithm: AlgorithmTable) -> list[Row]:
     longest = max(len(s.tokens) for s in group.samples)
-    rollout = RolloutTable(max_new_tokens=longest)
-    return build_batch(
-        [group], step=0, seed=0, algorithm=algorithm, minibatches=1, tokens_per_microbatch=64, rollout=rollout
-    ).rows
+    return rows_of([group], algorithm, RolloutTable(max_new_tokens=longest))
 
 
 def lengths_group(lengths: list[int], rewards: list[float], prompt: int = 2) -> Group:
@@ -67,12 +64,8 @@ def test_a_long_sequence_weighs_no_more_than_a_short_one(name: str, share: float
     chosen = recipe(algorithm={"name": name, "dr_grpo": {"loss_length": LOSS_LENGTH}})
     batch = build_batch(
         [lengths_group([9, 1, 1, 1], [1.0, 0.0, 1.0, 0.0])],
+        chosen,
         step=0,
-        seed=0,
-        algorithm=chosen.algorithm,
-        minibatches=2,
-        tokens_per_microbatch=64,
-        rollout=chosen.rollout,
     )
     assert sorted(sorted(r.loss_tokens for m in part for r in m.rows) for part in batch.minibatches) == [[1, 1, 1], [9]]
     normaliser = losses.get(name).normaliser

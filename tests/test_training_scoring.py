@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from training_tools import make_trainer, recipe, sample_groups, save_model
 
-from astracli.training.step import Trainer
+from astracli.training.step import Trainer, Work
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +22,9 @@ def scorings(trainer: Trainer) -> list[int]:
     made: list[int] = []
     score = trainer._score
 
-    def counted(batch: Any, version: int, *rest: Any) -> Any:
-        made.append(version)
-        return score(batch, version, *rest)
+    def counted(work: Work) -> None:
+        made.append(work.version)
+        score(work)
 
     trainer._score = counted  # type: ignore[method-assign]
     return made

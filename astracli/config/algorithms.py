@@ -7,7 +7,7 @@ come in by the same door. Only what a recipe names is imported.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -35,14 +35,14 @@ GROUP = "astra.algorithms"
 class AlgorithmSettings:
     """What a recipe must know of an algorithm; `astracli.rl.losses.Algorithm` adds how it computes."""
 
-    parameters: type[Table] = Table
+    settings: type[Table] = Table
     """Its own settings: the table `[algorithm.NAME]`."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Its own values of keys of `[algorithm]`, where a recipe says nothing."""
     smallest_group: int = 2
     """Samples of a prompt that its advantage needs."""
-    contradiction: Callable[[AlgorithmTable], str | None] = lambda table: None
-    """What a recipe says that the algorithm leaves out; None when the recipe is true to its name."""
+    excluded: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
+    """Values of keys of `[algorithm]` that would make its name untrue: key -> (value, what that does)."""
 
 
 @cache
@@ -108,7 +108,7 @@ class AlgorithmTable(Table):
         found = {}
         for name in installed():
             with suppress(UserError):
-                found[name] = find(name).parameters
+                found[name] = find(name).settings
         return found
 
     @model_validator(mode="wrap")
@@ -119,37 +119,29 @@ class AlgorithmTable(Table):
         if cls is not AlgorithmTable or not isinstance(name, str):
             return handler(values)
         try:
-            chosen, whole = find(name), _table(name)
             others = {key: value for key, value in values.items() if key != name and key in installed()}
-            create_model("Others", __base__=Table, **_fields(others)).model_validate(others)
+            _extended(Table, *others).model_validate(others)
+            chosen, whole = find(name), _extended(AlgorithmTable, name)
         except UserError as error:
-            raise _refused({"name": name}, f"is not allowed: {error.message}", error.hint) from None
+            raise _refused("name", name, f"is not allowed: {error.message}", error.hint) from None
         shared = {key: value for key, value in values.items() if key not in others}
-        unknown = {key: value for key, value in shared.items() if key not in whole.model_fields}
-        for key in unknown:
-            owners = [name] if key in chosen.parameters.model_fields else cls.owners(key)
+        for key in [key for key in shared if key not in whole.model_fields]:
+            owners = [name] if key in chosen.settings.model_fields else []
+            owners = owners or [other for other, its in cls.brought().items() if key in its.model_fields]
             if owners:
                 places = " or ".join(f"`algorithm.{owner}.{key}`" for owner in owners)
-                raise _refused({key: unknown[key]}, f"is a setting of one algorithm: it is now {places}", None)
+                raise _refused(key, shared[key], f"is a setting of one algorithm: it is now {places}", None)
         return cast(Self, whole.model_validate({**chosen.defaults, name: {}, **shared}))
-
-    @classmethod
-    def owners(cls, key: str) -> list[str]:
-        """The algorithms that have a setting of that name."""
-        return [name for name, table in cls.brought().items() if key in table.model_fields]
-
-
-def _fields(names: Iterable[str]) -> dict[str, Any]:
-    return {name: (find(name).parameters, ...) for name in names}
 
 
 @cache
-def _table(name: str) -> type[AlgorithmTable]:
-    return create_model("AlgorithmTable", __base__=AlgorithmTable, **_fields([name]))
+def _extended(base: type[Table], *names: str) -> type[Table]:
+    """A table with those of the algorithms that are named."""
+    return create_model(base.__name__, __base__=base, **{name: (find(name).settings, ...) for name in names})  # type: ignore[call-overload]
 
 
-def _refused(found: Mapping[str, Any], message: str, hint: str | None) -> ValidationError:
+def _refused(key: str, value: Any, message: str, hint: str | None) -> ValidationError:
     """What `config.schema.complaint` turns into "`algorithm.KEY` = VALUE MESSAGE" and the hint."""
     said = PydanticCustomError("refused", "{message}", {"message": message, "hint": hint})
-    lines = [InitErrorDetails(type=said, loc=(key,), input=value) for key, value in found.items()]
-    return ValidationError.from_exception_data("algorithm", lines)
+    line = InitErrorDetails(type=said, loc=(key,), input=value)
+    return ValidationError.from_exception_data("algorithm", [line])

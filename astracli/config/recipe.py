@@ -312,8 +312,10 @@ class Recipe(Table):
                 f"rollout.group_size = {rollout.group_size}: "
                 f"the advantages of {self.algorithm.name} need at least {algorithm.smallest_group} samples a prompt"
             )
-        if contradiction := algorithm.contradiction(self.algorithm):
-            raise ValueError(contradiction)
+        for key, (value, does) in algorithm.excluded.items():
+            if getattr(self.algorithm, key) == value:
+                said = f"algorithm.{key} = {str(value).lower()} {does}"
+                raise ValueError(f"{said}: that is not {self.algorithm.name}, take another algorithm.name for it")
         if rollout.max_new_tokens >= rollout.context_length:
             raise ValueError(
                 f"rollout.max_new_tokens = {rollout.max_new_tokens} leaves no room for a prompt in "

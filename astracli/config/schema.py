@@ -37,9 +37,10 @@ class Slot:
     def child(self, key: str | int) -> Slot | None:
         """The place that `key` names inside this one; None when there is none."""
         if self.table is not None:
-            field = self.table.model_fields.get(str(key))
-            brought = None if field is not None else self.table.brought().get(str(key))
-            return _slot(field) if field is not None else Slot(brought) if brought is not None else None
+            if (field := self.table.model_fields.get(str(key))) is not None:
+                return _slot(field)
+            brought = self.table.brought().get(str(key))
+            return None if brought is None else Slot(brought)
         for kind in _alternatives(self.annotation):
             origin, args = get_origin(kind), get_args(kind)
             if origin is dict and isinstance(key, str):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from astracli.config.algorithms import AlgorithmTable
-from astracli.config.recipe import RolloutTable
+from astracli.config.recipe import Recipe, RolloutTable
 from astracli.rl import losses
 from astracli.rl.advantage import batch_normalise, overlong_penalties
 from astracli.rl.types import Group, Sample
@@ -241,13 +241,9 @@ def empty_micro_batch(pad_token: int) -> MicroBatch:
 
 def build_batch(
     groups: Sequence[Group],
+    recipe: Recipe,
     *,
     step: int,
-    seed: int,
-    algorithm: AlgorithmTable,
-    minibatches: int,
-    tokens_per_microbatch: int,
-    rollout: RolloutTable,
     pad_token: int = 0,
     rank: int = 0,
     world_size: int = 1,
@@ -258,16 +254,18 @@ def build_batch(
     Raises ValueError when no sample holds a token.
     """
     ordered = sorted(groups, key=lambda g: g.lease_id)
-    rows = rows_of(ordered, algorithm, rollout)
+    rows = rows_of(ordered, recipe.algorithm, recipe.rollout)
     if not rows:
         raise ValueError(f"the batch of step {step} has {len(ordered)} groups and no completion token")
     shuffled = list(rows)
-    random.Random(f"{seed}:{step}").shuffle(shuffled)
+    random.Random(f"{recipe.seed}:{step}").shuffle(shuffled)
     mine: list[list[MicroBatch]] = []
     tokens: list[int] = []
-    parts = divide(shuffled, min(minibatches, len(rows)))
+    parts = divide(shuffled, min(recipe.train.minibatches, len(rows)))
     for part in parts:
-        shares = [divide_rows(share, tokens_per_microbatch, pad_token) for share in divide(part, world_size)]
+        shares = [
+            divide_rows(share, recipe.train.tokens_per_microbatch, pad_token) for share in divide(part, world_size)
+        ]
         padding = max(map(len, shares)) - len(shares[rank])
         mine.append(shares[rank] + [empty_micro_batch(pad_token) for _ in range(padding)])
         tokens.append(sum(row.loss_tokens for row in part))

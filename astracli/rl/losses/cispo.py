@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 from pydantic import PositiveFloat
 
-from astracli.rl.losses import Algorithm, Parameters, TokenLoss, Tokens
+from astracli.rl.losses import Algorithm, TokenLoss, Tokens, UsualSettings
 from astracli.rl.losses.clipping import ratio
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Settings(Parameters):
+class Settings(UsualSettings):
     clip_high: PositiveFloat = 4.0
     """The largest importance weight is 1 + clip_high."""
 
@@ -48,4 +48,4 @@ def token_loss(tokens: Tokens, limits: Bound) -> TokenLoss:
     return TokenLoss(loss_N, ratio_N > limits.weight)
 
 
-ALGORITHM = Algorithm(parameters=Settings, prepare=prepare, token_loss=token_loss)
+ALGORITHM = Algorithm(settings=Settings, prepare=prepare, token_loss=token_loss)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from pydantic import PositiveFloat
 
-from astracli.config.algorithms import AlgorithmTable
 from astracli.rl.losses import Algorithm
 from astracli.rl.losses.clipping import Clipped, fixed_range, token_clipped
 
@@ -26,16 +25,10 @@ class Settings(Clipped):
     """0.2 to 0.4."""
 
 
-def contradiction(table: AlgorithmTable) -> str | None:
-    if table.drop_equal_groups:
-        return None
-    return "algorithm.drop_equal_groups = false takes dynamic sampling out of algorithm.name = dapo; take grpo for it"
-
-
 ALGORITHM = Algorithm(
-    parameters=Settings,
+    settings=Settings,
     prepare=fixed_range,
     token_loss=token_clipped,
     defaults={"overlong_fraction": 0.2},
-    contradiction=contradiction,
+    excluded={"drop_equal_groups": (False, "takes dynamic sampling out")},
 )

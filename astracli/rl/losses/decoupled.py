@@ -26,4 +26,4 @@ def token_loss(tokens: Tokens, limits: Weighted) -> TokenLoss:
     return TokenLoss((weight_N * loss_N).masked_fill(capped_N, 0.0), clipped_N, capped_N)
 
 
-ALGORITHM = Algorithm(parameters=Settings, prepare=weighted_range, token_loss=token_loss)
+ALGORITHM = Algorithm(settings=Settings, prepare=weighted_range, token_loss=token_loss)

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from pydantic import PositiveInt
 
-from astracli.config.algorithms import AlgorithmTable
 from astracli.rl.losses import Algorithm, Minibatch, Normaliser, mean_advantage
-from astracli.rl.losses.clipping import ClipRange, fixed_range, token_clipped
+from astracli.rl.losses.clipping import RangeSettings, fixed_range, token_clipped
 
 
-class Settings(ClipRange):
+class Settings(RangeSettings):
     loss_length: PositiveInt | None = None
     """Tokens that a sequence's summed loss is divided by; None is `rollout.max_new_tokens`."""
 
@@ -24,20 +23,11 @@ def total(minibatch: Minibatch, settings: Settings) -> float:
     return minibatch.sequences * (settings.loss_length or minibatch.longest)
 
 
-def contradiction(table: AlgorithmTable) -> str | None:
-    if not table.batch_norm_advantage:
-        return None
-    return (
-        "algorithm.batch_norm_advantage = true divides by the spread of the rewards, which algorithm.name = dr_grpo "
-        "leaves out; take grpo for it"
-    )
-
-
 ALGORITHM = Algorithm(
-    parameters=Settings,
+    settings=Settings,
     prepare=fixed_range,
     token_loss=token_clipped,
     advantage=mean_advantage,
     normaliser=Normaliser(total),
-    contradiction=contradiction,
+    excluded={"batch_norm_advantage": (True, "divides by the spread of the rewards")},
 )

@@ -9,4 +9,4 @@ from __future__ import annotations
 from astracli.rl.losses import Algorithm
 from astracli.rl.losses.clipping import Clipped, fixed_range, token_clipped
 
-ALGORITHM = Algorithm(parameters=Clipped, prepare=fixed_range, token_loss=token_clipped)
+ALGORITHM = Algorithm(settings=Clipped, prepare=fixed_range, token_loss=token_clipped)

@@ -32,4 +32,4 @@ def token_loss(tokens: Tokens, limits: Weighted) -> TokenLoss:
     return TokenLoss(weight_N.clamp(max=limits.weight_cap) * loss_N, clipped_N, weight_N > limits.weight_cap)
 
 
-ALGORITHM = Algorithm(parameters=Settings, prepare=weighted_range, token_loss=token_loss)
+ALGORITHM = Algorithm(settings=Settings, prepare=weighted_range, token_loss=token_loss)

@@ -34,7 +34,7 @@ def leave_one_out(rewards_S, lengths_S, settings):
 
 
 ALGORITHM = Algorithm(
-    parameters=Settings,
+    settings=Settings,
     prepare=prepare,
     token_loss=token_loss,
     advantage=leave_one_out,

@@ -12,7 +12,7 @@ from typing import Any
 
 from astracli.config.recipe import Recipe
 from astracli.doctor import data, gpu, kernels, network, python, runs, serving, system, trainer
-from astracli.doctor.recipe import checks
+from astracli.doctor.recipe import checks as recipe_checks
 from astracli.doctor.subject import Check, Subject, subject
 from astracli.machine.facts import Machine
 from astracli.plan.gpus import memory_by_place
@@ -26,7 +26,7 @@ GROUPS: tuple[Callable[[Subject], Iterator[Check]], ...] = (
     trainer.checks,
     network.checks,
     data.checks,
-    checks,
+    recipe_checks,
     runs.checks,
 )
 

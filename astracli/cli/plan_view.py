@@ -10,7 +10,7 @@ from astracli.errors import UserError
 
 if TYPE_CHECKING:
     from astracli.config.recipe import Recipe
-    from astracli.plan.build import Command
+    from astracli.plan.types import Command
 
 
 ELSEWHERE = "`--facts NAME` plans for another machine"
@@ -20,17 +20,17 @@ def print_plan(recipe: Recipe, command: Command, output: Output, facts: str | No
     """The plan of a command on this machine, or on the one of a document (`--facts`). Starts nothing."""
     from astracli.launch import run as launch
     from astracli.machine import documents
-    from astracli.plan import build as plan
+    from astracli.plan.view import render, to_json
 
     described = documents.load(facts) if facts is not None else None
     found = launch.planned(recipe, command, described)
     if output.as_json:
-        output.document(plan.to_json(found) | ({"machine": facts, "source": described.source} if described else {}))
+        output.document(to_json(found) | ({"machine": facts, "source": described.source} if described else {}))
         return
     if described is not None:
         told = f"for the machine `{facts}`, not this one: {described.source}"
         output.text(textwrap.fill(told, room(), break_on_hyphens=False) + "\n")
-    for table in plan.render(found):
+    for table in render(found):
         output.table(table.columns, table.rows, table.title)
         output.text("")
     blocked = any(problem.blocking for problem in found.problems)

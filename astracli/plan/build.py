@@ -24,12 +24,9 @@ from astracli.plan.memory import disk_rows, light_row, on_gpu, solid, total
 from astracli.plan.placement import Gpus, Placement, place, time_shared
 from astracli.plan.requests import settle
 from astracli.plan.trainer import SPARE_BYTES, trainer_rows
-from astracli.plan.types import Command, LaunchPlan, ProcessPlan, TextTable
-from astracli.plan.view import render, to_json
+from astracli.plan.types import Command, LaunchPlan, ProcessPlan
 from astracli.process import layout
 from astracli.process.config import Role
-
-__all__ = ["Command", "LaunchPlan", "PlanProblem", "ProcessPlan", "TextTable", "build", "refuse", "render", "to_json"]
 
 MODULES = {
     Role.ROLLOUT: "astracli.rollout.worker",

@@ -22,6 +22,7 @@ from astracli.models import registry
 from astracli.plan import build as plan
 from astracli.plan import gpus as plan_gpus
 from astracli.plan.types import LaunchPlan
+from astracli.plan.view import render
 
 Astra = Callable[..., Ran]
 BIG, SHARED, TINY = "qwen3.5-4b-m2po-delta", "qwen3.5-0.8b-m2po-delta", "qwen3.5-tiny-m2po-delta"
@@ -114,7 +115,7 @@ def test_a_shared_gpu_holds_both_and_one_that_is_not_there_has_none() -> None:
 
 def test_a_run_on_a_cpu_has_no_such_table() -> None:
     result = launch.planned(recipe_io.load(TINY), "train", machine.validate(facts()))
-    assert plan_gpus.uses(result) == [] and "memory a GPU" not in [table.title for table in plan.render(result)]
+    assert plan_gpus.uses(result) == [] and "memory a GPU" not in [table.title for table in render(result)]
 
 
 # -- the commands ------------------------------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ from astracli.machine.facts import validate
 from astracli.models import registry
 from astracli.plan import build as plan
 from astracli.plan import memory as plan_memory
-from astracli.plan.build import LaunchPlan
-from astracli.plan.view import what
+from astracli.plan.types import LaunchPlan
+from astracli.plan.view import render, to_json, what
 
 TINY = qwen3_5.tiny_config()
 
@@ -175,13 +175,13 @@ def test_every_shipped_recipe_plans_on_any_machine() -> None:
         for document in (facts(), facts("8.9", 1), facts("9.0", 8, host_gib=512)):
             result = planned(recipe, document, config)
             assert result.model["parameters"] > 0, info.name
-            json.dumps(plan.to_json(result))
-            assert {t.title for t in plan.render(result)} >= {"processes", "backends", "model", "memory", "disk"}
+            json.dumps(to_json(result))
+            assert {t.title for t in render(result)} >= {"processes", "backends", "model", "memory", "disk"}
 
 
 def test_processes_that_need_the_same_stand_once_in_the_tables() -> None:
     result = planned(load("qwen3.5-4b-m2po-delta"), facts())
-    (memory,) = (table for table in plan.render(result) if table.title == "memory")
+    (memory,) = (table for table in render(result) if table.title == "memory")
     labels = list(dict.fromkeys(row[0] for row in memory.rows))
     assert labels == ["supervisor", "4 x engine, each", "rollout", "4 x trainer, each", "eval", "all"]
     whole = sum(what(row) == "weights (bf16)" for row in result.memory)

@@ -16,7 +16,7 @@ from astracli.plan import build as plan
 from astracli.plan import margin as plan_margin
 from astracli.plan.margin import Margin
 from astracli.plan.trainer import trainer_rows
-from astracli.plan.view import what
+from astracli.plan.view import render, to_json, what
 
 ONE_EACH = ("resources.rollout_gpus=1", "resources.train_gpus=1")
 
@@ -68,9 +68,9 @@ def test_the_flagship_on_eight_l40(name: str) -> None:
     assert trainers[0].needed == pytest.approx(sum(estimated) / 2, abs=8) and sum(estimated) > 7 * GIB
     assert trainers[0].planned + trainers[0].left == 44 * GIB
     assert 1.1 * trainers[0].planned <= 44 * GIB, "a tenth over the plan would still fit"
-    (said,) = [r for t in plan.render(result) for r in t.rows if r[0] == "margin of GPU 4 to 7"]
+    (said,) = [r for t in render(result) for r in t.rows if r[0] == "margin of GPU 4 to 7"]
     assert said[1] == words(trainers[0].needed)
-    assert plan.to_json(result)["margins"][4]["needed"] == trainers[0].needed
+    assert to_json(result)["margins"][4]["needed"] == trainers[0].needed
 
 
 def test_what_an_adapter_does_not_say_of_its_blocks_is_estimated() -> None:

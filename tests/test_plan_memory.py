@@ -21,7 +21,7 @@ from astracli.plan import build as plan
 from astracli.plan import memory as plan_memory
 from astracli.plan import offload as plan_split
 from astracli.plan import trainer as plan_trainer
-from astracli.plan.view import what
+from astracli.plan.view import render, what
 from astracli.process import layout
 from astracli.training import adam
 
@@ -96,7 +96,7 @@ def test_what_does_not_fit_moves_to_the_host_and_the_plan_says_why() -> None:
     where = {what(row): (row.where, row.bytes) for row in result.memory if row.process == "trainer"}
     assert where["moments (fp32)"] == ("host", 8 * 4_205_751_296)
     assert where["reference (bf16)"] == ("host", 2 * 4_205_751_296)
-    assert "placement" in {table.title for table in plan.render(result)}
+    assert "placement" in {table.title for table in render(result)}
     with pytest.raises(UserError, match=r"GPU 1 needs at least 66\.\d\d GiB of GPU memory for trainer"):
         asked = load("qwen3.5-4b-m2po-delta", *one_each, "train.optimizer_device=gpu")
         plan.refuse(planned(asked, facts("9.0", 2, memory_gib=44, host_gib=512)))

@@ -20,7 +20,7 @@ from astracli.adapters import qwen3_5
 from astracli.machine.component import Component
 from astracli.plan import memory as plan_memory
 from astracli.plan import trainer as plan_trainer
-from astracli.plan.build import LaunchPlan
+from astracli.plan.types import LaunchPlan
 from astracli.plan.view import what
 from astracli.process import layout
 

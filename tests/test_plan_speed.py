@@ -17,9 +17,9 @@ from astracli.plan import build as plan
 from astracli.plan import cost as plan_speed
 from astracli.plan import memory as plan_memory
 from astracli.plan import offload as plan_split
-from astracli.plan.build import LaunchPlan
 from astracli.plan.cost import Pace
 from astracli.plan.placement import Gpus, place
+from astracli.plan.types import LaunchPlan
 from astracli.process.config import TrainerConfig
 from astracli.process.layout import Split, recomputed
 from astracli.training import setup

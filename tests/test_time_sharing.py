@@ -27,6 +27,7 @@ from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
 from astracli.engines.client import GenRequest
 from astracli.engines.sglang.client import SglangClient
+from astracli.errors import UserError
 from astracli.hub.client import AsyncHubClient, HubClient
 from astracli.hub.gpu_leases import GpuLeases
 from astracli.launch import summary
@@ -34,6 +35,7 @@ from astracli.machine.facts import validate
 from astracli.models import registry
 from astracli.plan import build as plan
 from astracli.plan import memory as plan_memory
+from astracli.plan.types import LaunchPlan
 from astracli.plan.view import what
 from astracli.process.config import EngineAddress
 from astracli.process.ports import free_ports
@@ -318,7 +320,7 @@ def test_two_ranks_share_the_first_ones_gpu_with_an_engine(tmp_path: Path, model
     assert len(losses) == STEPS and losses[:2] == pytest.approx(expected[:2], rel=1e-3, abs=1e-5)
 
 
-def planned(recipe: Recipe, document: dict[str, Any]) -> plan.LaunchPlan:
+def planned(recipe: Recipe, document: dict[str, Any]) -> LaunchPlan:
     adapter = registry.resolve(recipe)
     there = validate(document)
     return plan.build(recipe, adapter, backend.choose(adapter, there, recipe), there)
@@ -344,7 +346,7 @@ def test_time_sharing_where_the_two_do_not_fit_side_by_side() -> None:
     asked = recipe_io.load("qwen3.5-4b-m2po-delta", (*SHARED, "resources.share_mode=time_sharing"))
     assert planned(asked, facts("9.0", 1, memory_gib=141, host_gib=512)).placement.time_sharing
     beside = recipe_io.load("qwen3.5-4b-m2po-delta", (*SHARED, "resources.share_mode=side_by_side"))
-    with pytest.raises(plan.UserError, match="GPU 0 needs at least"):
+    with pytest.raises(UserError, match="GPU 0 needs at least"):
         plan.refuse(planned(beside, facts("9.0", 1, memory_gib=46, host_gib=512)))
 
 
@@ -379,5 +381,5 @@ def test_an_engine_and_a_trainer_on_a_gpu_each_share_nothing() -> None:
     assert result.gpu_leases == [] and not result.placement.shared
     env = {p.name: p.env["CUDA_VISIBLE_DEVICES"] for p in result.processes}
     assert env == {"engine0": "0", "rollout": "", "trainer": "1", "eval": ""}
-    with pytest.raises(plan.UserError, match="GPU 1 needs at least"):
+    with pytest.raises(UserError, match="GPU 1 needs at least"):
         plan.refuse(planned(recipe, facts("9.0", 2, memory_gib=36, host_gib=512)))

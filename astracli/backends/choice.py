@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from astracli.backends import delta_rule as backend_delta_rule
+from astracli.backends import delta_rule
 from astracli.config.recipe import Recipe
 from astracli.engines import registry as engines
 from astracli.engines.contract import ASKED, Case, known
@@ -80,7 +80,7 @@ def choose(
     if why_engine == ASKED and serving.reason:
         why_engine += f": {serving.reason}"
     trainer, why_trainer = _trainer(facts, recipe, device)
-    gdn, why_gdn, warning = backend_delta_rule.choose(adapter, facts, device, case.capability)
+    gdn, why_gdn, warning = delta_rule.choose(adapter, facts, device, case.capability)
     layout, why_layout = packing(recipe, adapter, device)
     env = {**({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}), **serving.env}
     why_env = ["no process looks for a GPU" if device == "cpu" else "", serving.env_reason]

@@ -42,9 +42,9 @@ def doctor(
     if loaded is None and set_:
         raise UserError("--set given without a recipe", "name one: `astra doctor RECIPE --set ...`")
     from astracli.doctor.gather import gather
-    from astracli.machine import documents as machine_facts
+    from astracli.machine import documents
 
-    machine = machine_facts.load(facts) if facts else gather(loaded)
+    machine = documents.load(facts) if facts else gather(loaded)
     if facts_out:
         _write_facts(facts_out, machine.document())
     from astracli.doctor import checks
@@ -86,9 +86,9 @@ def show(report: dict[str, Any], output: Output) -> None:
         output.table(["placement", "where", "why"], [list(row.values()) for row in report["placement"]])
     if report.get("memory_by_place"):
         output.text("")
-        from astracli.plan import gpus as plan_gpus
+        from astracli.plan import gpus
 
-        output.table(plan_gpus.COLUMNS, plan_gpus.rows([plan_gpus.Use(**use) for use in report["memory_by_place"]]))
+        output.table(gpus.COLUMNS, gpus.rows([gpus.Use(**use) for use in report["memory_by_place"]]))
     output.text("")
     from astracli.machine.facts import RECORDED
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from astracli.config.recipe import Recipe
 from astracli.doctor import data, gpu, kernels, network, python, runs, serving, system, trainer
-from astracli.doctor import recipe as recipe_fit
+from astracli.doctor.recipe import checks as recipe_checks
 from astracli.doctor.subject import Check, Subject, subject
 from astracli.machine.facts import Machine
-from astracli.plan import gpus as plan_gpus
+from astracli.plan.gpus import memory_by_place
 
 GROUPS: tuple[Callable[[Subject], Iterator[Check]], ...] = (
     system.checks,
@@ -26,7 +26,7 @@ GROUPS: tuple[Callable[[Subject], Iterator[Check]], ...] = (
     trainer.checks,
     network.checks,
     data.checks,
-    recipe_fit.checks,
+    recipe_checks,
     runs.checks,
 )
 
@@ -49,6 +49,6 @@ def run(recipe: Recipe | None, facts: Machine, probe: bool = False) -> dict[str,
         "checks": [asdict(check) for check in found],
         "backends": [asdict(row) for row in choice.reasons] if choice else [],
         "placement": [dict(zip(("what", "where", "why"), row, strict=True)) for row in placed],
-        "memory_by_place": plan_gpus.document(plan) if plan else [],
+        "memory_by_place": memory_by_place(plan) if plan else [],
         "facts": facts.document(),
     }

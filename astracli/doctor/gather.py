@@ -24,7 +24,7 @@ from astracli.machine.facts import CheckpointFacts, DataSet, Environment, Machin
 from astracli.models import registry
 from astracli.models.adapter import SHARD_INDEX, read_config
 from astracli.models.adapter_tools import has_chat_template
-from astracli.report import live as run_view
+from astracli.report.live import clean, dead, leftovers
 from astracli.runs.find import RUNS
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -252,8 +252,8 @@ def dead_runs(root: Path) -> tuple[RunLeft, ...]:
         RunLeft(
             path=str(run.path),
             step=status.step if (status := run.status()) else 0,
-            bytes=run_view.clean(run, dry_run=True),
-            processes={str(pid): module for pid, module in run_view.leftovers(run)},
+            bytes=clean(run, dry_run=True),
+            processes={str(pid): module for pid, module in leftovers(run)},
         )
-        for run in run_view.dead(root)
+        for run in dead(root)
     )

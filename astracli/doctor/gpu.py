@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from astracli.doctor.subject import Check, Status, Subject
 from astracli.machine.facts import version_tuple
 from astracli.machine.memory import words
-from astracli.plan import memory as plan_memory
+from astracli.plan.memory import on_gpu
 
 GROUP = "gpu"
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
@@ -91,7 +91,7 @@ def _taken(subject: Subject) -> Iterator[Check]:
         who = ", ".join(f"{p.name} (process {p.pid})" for p in gpu.processes)
         who = who or "processes that cannot be seen from here"
         names = used.get(gpu.index, [])
-        need = plan_memory.on_gpu(plan.memory, names, fixed=True) if plan and names else 0
+        need = on_gpu(plan.memory, names, fixed=True) if plan and names else 0
         tight = free is not None and need > free
         value = f"GPU {gpu.index}: {words(taken)} taken by {who}"
         why = f"the recipe needs at least {words(need)} there" if need else "memory and speed are shared with them"

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from astracli.backends import choice as backend
-from astracli.backends.choice import BackendChoice
+from astracli.backends.choice import BackendChoice, choose
 from astracli.config.recipe import Recipe
 from astracli.engines import registry as engines
 from astracli.engines.contract import Case, Engine
@@ -16,7 +15,7 @@ from astracli.machine.facts import Machine
 from astracli.machine.findings import Check, Status, flaw
 from astracli.models import registry
 from astracli.models.adapter import ModelAdapter, read_config
-from astracli.plan import build as plan
+from astracli.plan.build import build
 from astracli.plan.types import LaunchPlan
 
 
@@ -111,8 +110,8 @@ def judge(recipe: Recipe, facts: Machine, config: Mapping[str, Any] | None) -> F
     adapter, choice = None, None
     try:
         adapter = registry.resolve(recipe, config)
-        choice = backend.choose(adapter, facts, recipe, config)
-        return Fit(adapter, choice, plan.build(recipe, adapter, choice, facts, config=config))
+        choice = choose(adapter, facts, recipe, config)
+        return Fit(adapter, choice, build(recipe, adapter, choice, facts, config=config))
     except UserError as error:
         return Fit(adapter, choice, None, error)
 

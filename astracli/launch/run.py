@@ -19,8 +19,9 @@ from astracli.machine import read as machine_read
 from astracli.machine.facts import Machine
 from astracli.models import registry
 from astracli.models.adapter_tools import has_chat_template
-from astracli.plan import build as planning
-from astracli.plan.build import Command, LaunchPlan
+from astracli.plan.build import build, refuse
+from astracli.plan.types import Command, LaunchPlan
+from astracli.plan.view import to_json
 from astracli.process.config import SampleFile
 from astracli.process.console import say
 from astracli.runs import find as runs
@@ -44,13 +45,13 @@ def planned(recipe: Recipe, command: Command, facts: Machine | None = None) -> L
     choice = backend.choose(adapter, facts, recipe, config)
     local = fetch.local_path(recipe.model.path) if here and config is not None else None
     size = sum(file.stat().st_size for file in local.glob("*.safetensors")) if local is not None else None
-    return planning.build(recipe, adapter, choice, facts, command=command, config=config, checkpoint_bytes=size)
+    return build(recipe, adapter, choice, facts, command=command, config=config, checkpoint_bytes=size)
 
 
 def train(recipe: Recipe, *, run_dir: Path | None = None, resume: Path | None = None, dry_run: bool = False) -> int:
     """Run `astra train` to its end; the exit code. Raises UserError before the start, RunFailed after it."""
     if dry_run:
-        print(json.dumps(planning.to_json(planned(recipe, "train")), indent=2, default=str))
+        print(json.dumps(to_json(planned(recipe, "train")), indent=2, default=str))
         return 0
     began = time.monotonic()
     if resume is not None:
@@ -134,7 +135,7 @@ def _run(
 ) -> tuple[int, Mapping[str, Any]]:
     """The whole run in its directory, which is let go of: (exit code, summary). `began`: when the command did; `more`:
     further fields of `RunContext`."""
-    attempt = job.open_run(run, recipe_io.to_json(recipe), planning.to_json(plan))
+    attempt = job.open_run(run, recipe_io.to_json(recipe), to_json(plan))
     context = RunContext(recipe, plan, run, attempt, inputs, **more)
     before = {"planning": time.monotonic() - began - inputs.seconds, "fetching": inputs.seconds}
     task = Job(context, before)
@@ -155,7 +156,7 @@ def _run(
 def _refusing_plan(recipe: Recipe, command: Command) -> LaunchPlan:
     """The plan, when it can run here. Raises UserError."""
     plan = planned(recipe, command)
-    planning.refuse(plan)
+    refuse(plan)
     return plan
 
 

@@ -18,22 +18,15 @@ from astracli.machine.facts import Machine
 from astracli.machine.findings import PlanProblem
 from astracli.machine.memory import MemoryRow
 from astracli.models.adapter import MemoryShape, ModelAdapter
-from astracli.plan import cost as plan_speed
-from astracli.plan import hints as plan_hint
-from astracli.plan import margin as plan_margin
-from astracli.plan import memory as plan_memory
-from astracli.plan import placement as plan_place
-from astracli.plan import problems as plan_problems
-from astracli.plan import requests as plan_requests
-from astracli.plan import staging as plan_staging
-from astracli.plan import trainer as plan_trainer
-from astracli.plan.placement import Gpus, Placement
-from astracli.plan.types import Command, LaunchPlan, ProcessPlan, TextTable
-from astracli.plan.view import render, to_json
+from astracli.plan import hints, margin, problems, staging
+from astracli.plan.cost import pace
+from astracli.plan.memory import disk_rows, light_row, on_gpu, solid, total
+from astracli.plan.placement import Gpus, Placement, place, time_shared
+from astracli.plan.requests import settle
+from astracli.plan.trainer import SPARE_BYTES, trainer_rows
+from astracli.plan.types import Command, LaunchPlan, ProcessPlan
 from astracli.process import layout
 from astracli.process.config import Role
-
-__all__ = ["Command", "LaunchPlan", "PlanProblem", "ProcessPlan", "TextTable", "build", "refuse", "render", "to_json"]
 
 MODULES = {
     Role.ROLLOUT: "astracli.rollout.worker",
@@ -63,13 +56,13 @@ def build(
     def fits(other: Recipe, lightly: bool) -> bool:
         tried = _build(other, choice, facts, command, shape, None, lambda otherwise: otherwise)
         blocked = any(problem.blocking and problem.kind in ("gpus", "memory") for problem in tried.problems)
-        strained = tried.placement.short or any(margin.short for margin in tried.margins)
+        strained = tried.placement.short or any(each.short for each in tried.margins)
         return not blocked and not (lightly and strained)
 
     def way_out(otherwise: str) -> str:
         count = len(facts.visible_gpus)
-        sets = plan_hint.find(recipe, command, count, fits) if count and choice.device == "cuda" else None
-        return f"run {plan_hint.command_line(command, recipe.name, sets)}" if sets else otherwise
+        sets = hints.find(recipe, command, count, fits) if count and choice.device == "cuda" else None
+        return f"run {hints.command_line(command, recipe.name, sets)}" if sets else otherwise
 
     plan = _build(recipe, choice, facts, command, shape, checkpoint_bytes, way_out)
     if config is not None:
@@ -96,14 +89,14 @@ def _build(
     if (host := _room_on_host(processes, memory, facts)) is not None and choice.device == "cuda":
         recipe, placement = _place(processes, shape, asked, choice, facts, host)
         memory = _memory(processes, shape, recipe, choice.device, placement, facts)
-    if on_gpu := _room_to_publish(processes, memory, facts, placement.time_sharing):
-        memory = _memory(processes, shape, recipe, choice.device, placement, facts, on_gpu)
+    if roomy := _room_to_publish(processes, memory, facts, placement.time_sharing):
+        memory = _memory(processes, shape, recipe, choice.device, placement, facts, roomy)
     if shape and command == "train":
-        placement, memory = plan_staging.decide(processes, memory, shape, recipe, placement, facts)
+        placement, memory = staging.decide(processes, memory, shape, recipe, placement, facts)
     if placement.time_sharing:
         # a worker that starts again does not know who has the GPU
         processes = [replace(process, restarts=0) for process in processes]
-    disk = plan_memory.disk_rows(shape, recipe, checkpoint_bytes) if shape and command == "train" else []
+    disk = disk_rows(shape, recipe, checkpoint_bytes) if shape and command == "train" else []
     plan = LaunchPlan(
         recipe=recipe.name,
         command=command,
@@ -119,14 +112,14 @@ def _build(
         expected=recipe.expected.model_dump(exclude_none=True) if recipe.expected else {},
     )
     if choice.device == "cuda":
-        plan = replace(plan, margins=plan_margin.margins(plan.memory, plan.gpu_map, plan.gpu_sizes))
-    problems = [
-        *plan_problems.gpu_problems(plan, recipe, facts, way_out),
-        *plan_problems.software_problems(recipe, choice, facts),
-        *plan_problems.size_problems(plan, recipe, shape, facts, way_out),
+        plan = replace(plan, margins=margin.margins(plan.memory, plan.gpu_map, plan.gpu_sizes))
+    found = [
+        *problems.gpu_problems(plan, recipe, facts, way_out),
+        *problems.software_problems(recipe, choice, facts),
+        *problems.size_problems(plan, recipe, shape, facts, way_out),
     ]
-    warnings = [*choice.warnings, *plan_problems.warnings(plan, recipe, facts), *plan_margin.warnings(plan.margins)]
-    return replace(plan, problems=tuple(problems), warnings=tuple(warnings))
+    warnings = [*choice.warnings, *problems.warnings(plan, recipe, facts), *margin.warnings(plan.margins)]
+    return replace(plan, problems=tuple(found), warnings=tuple(warnings))
 
 
 def refuse(plan: LaunchPlan) -> None:
@@ -205,14 +198,12 @@ def _place(
     """The recipe with what it leaves to the machine, and where things lie. `host`: bytes that trainers may take there,
     None while there is enough."""
     if choice.device != "cuda":
-        return plan_requests.settle(recipe, shape, Gpus())[0], Placement()
-    engine, trainer = (
-        [gpu for p in processes if p.role is role for gpu in p.gpus] for role in (Role.ENGINE, Role.TRAINER)
-    )
-    pace = plan_speed.pace([gpu for gpu in facts.visible_gpus if gpu.index in trainer])
-    gpus = Gpus(facts.gpu_sizes, engine, trainer, pace)
-    recipe, why = plan_requests.settle(recipe, shape, gpus)
-    placement = plan_place.place(recipe, shape, gpus, host)
+        return settle(recipe, shape, Gpus())[0], Placement()
+    engine, trainer = _of(processes, Role.ENGINE), _of(processes, Role.TRAINER)
+    slowest = pace([gpu for gpu in facts.visible_gpus if gpu.index in trainer])
+    gpus = Gpus(facts.gpu_sizes, engine, trainer, slowest)
+    recipe, why = settle(recipe, shape, gpus)
+    placement = place(recipe, shape, gpus, host)
     if why is not None:
         row = ("requests", f"{recipe.rollout.running} at once", why)
         placement = replace(placement, reasons=(row, *placement.reasons))
@@ -229,7 +220,7 @@ def _memory(
     published_on_gpu: Collection[str] = (),
 ) -> list[MemoryRow]:
     """`published_on_gpu`: trainers whose published versions lie on their GPU, those of others on the host."""
-    rows, sizes = [plan_memory.light_row("supervisor")], facts.gpu_sizes if device == "cuda" else {}
+    rows, sizes = [light_row("supervisor")], facts.gpu_sizes if device == "cuda" else {}
     for process in processes:
         if process.role is Role.ENGINE and shape:
             gpu_bytes = next((sizes[gpu] for gpu in process.gpus if gpu in sizes), None)
@@ -237,31 +228,32 @@ def _memory(
             rows += engines.of(recipe).memory.rows(process.name, shape, recipe, device, reserved=static)
         elif process.role is Role.TRAINER and shape:
             published: layout.Where = "gpu" if process.name in published_on_gpu else "host"
-            rows += plan_trainer.trainer_rows(
-                process.name, shape, recipe, device, process.world_size, placement.split, published
-            )
+            rows += trainer_rows(process.name, shape, recipe, device, process.world_size, placement.split, published)
         else:
-            rows.append(plan_memory.light_row(process.name, process.children))
+            rows.append(light_row(process.name, process.children))
     if not placement.time_sharing:
         return rows
-    return plan_place.time_shared(rows, _on_shared_gpus(processes))
+    return time_shared(rows, _on_shared_gpus(processes))
 
 
 def _on_shared_gpus(processes: Sequence[ProcessPlan]) -> set[str]:
     """Processes on a GPU that an engine and a trainer use."""
-    engine, trainer = (
-        {gpu for p in processes if p.role is role for gpu in p.gpus} for role in (Role.ENGINE, Role.TRAINER)
-    )
-    return {p.name for p in processes if set(p.gpus) & engine & trainer}
+    shared = set(_of(processes, Role.ENGINE)) & set(_of(processes, Role.TRAINER))
+    return {p.name for p in processes if set(p.gpus) & shared}
+
+
+def _of(processes: Sequence[ProcessPlan], role: Role) -> list[int]:
+    """The GPUs of a role's processes."""
+    return [gpu for process in processes if process.role is role for gpu in process.gpus]
 
 
 def _room_on_host(processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], facts: Machine) -> int | None:
     """What others leave trainers of a host that is too small for all of them; None where all fit."""
     size = facts.system.memory_total
-    if plan_memory.total(rows, where="host", fixed=True) <= size:
+    if total(rows, where="host", fixed=True) <= size:
         return None
     others = [process.name for process in processes if process.role is not Role.TRAINER] + ["supervisor"]
-    return int(size - plan_memory.total(rows, where="host", fixed=True, processes=others))
+    return int(size - total(rows, where="host", fixed=True, processes=others))
 
 
 def _room_to_publish(
@@ -275,7 +267,7 @@ def _room_to_publish(
 
     def fits(gpu: int, trainer: str) -> bool:
         names = [p.name for p in processes if gpu in p.gpus]
-        need = plan_memory.on_gpu(plan_memory.solid(rows), names) + held[trainer] + plan_trainer.SPARE_BYTES
+        need = on_gpu(solid(rows), names) + held[trainer] + SPARE_BYTES
         return gpu in sizes and need <= sizes[gpu]
 
     there = [p for p in processes if p.name in held and p.gpus and p.name not in leaves]

@@ -14,12 +14,10 @@ from astracli.engines import registry as engines
 from astracli.machine.component import Component
 from astracli.machine.memory import MemoryRow, safe, words
 from astracli.models.adapter import MemoryShape
-from astracli.plan import memory as plan_memory
-from astracli.plan import offload as plan_split
-from astracli.plan import trainer as plan_trainer
 from astracli.plan.cost import Pace
-from astracli.plan.memory import COMFORT
-from astracli.plan.offload import KEPT, Choice, Try, options, recomputing, resident, trainer_needs
+from astracli.plan.memory import COMFORT, total
+from astracli.plan.offload import KEPT, Choice, Try, choose, options, recomputing, resident, trainer_needs
+from astracli.plan.trainer import context_bytes, trainer_rows
 from astracli.process.layout import LIMIT_S, WITHOUT_PEERS, Split, Staging
 
 
@@ -86,7 +84,7 @@ def place(recipe: Recipe, shape: MemoryShape | None, gpus: Gpus, host: int | Non
                 return max(0, _host_bytes(recipe, shape, ranks, split, time_sharing) - (host or 0))
 
             limited = over if host is not None else None
-            chosen = plan_split.choose(recipe, shape, ranks, gpus.pace, smallest, tries, limited)
+            chosen = choose(recipe, shape, ranks, gpus.pace, smallest, tries, limited)
         else:
             split = recomputing(resident(every))[0]
             unknown = ("activations", KEPT[split.recomputed], "the memory of its GPU is not known")
@@ -100,7 +98,7 @@ def place(recipe: Recipe, shape: MemoryShape | None, gpus: Gpus, host: int | Non
         asked = recipe.resources.share_mode == "time_sharing"
         why_time_sharing = "the recipe asks for it" if asked else f"side by side they do not fit {words(smallest)}"
         reasons.append(("engine and trainer", "time sharing", why_time_sharing))
-        left = smallest - safe(plan_trainer.context_bytes(ranks) + memory.beside(shape, recipe))
+        left = smallest - safe(context_bytes(ranks) + memory.beside(shape, recipe))
         fraction = min(fraction, max(0.01, int(100 * left / smallest) / 100))
     elif shared and smallest is not None:
         beside = memory.beside(shape, recipe)
@@ -159,10 +157,10 @@ def _tries(
 
 def _host_bytes(recipe: Recipe, shape: MemoryShape, ranks: int, split: Split, time_sharing: bool) -> int:
     """What all ranks need of the host."""
-    rows = plan_trainer.trainer_rows("trainer", shape, recipe, "cuda", ranks, split)
+    rows = trainer_rows("trainer", shape, recipe, "cuda", ranks, split)
     if time_sharing:
         rows = time_shared(rows, {"trainer"})
-    return ranks * plan_memory.total(rows, where="host", fixed=True)
+    return ranks * total(rows, where="host", fixed=True)
 
 
 def _engine(recipe: Recipe, shape: MemoryShape, requests: int) -> int:

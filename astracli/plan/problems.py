@@ -13,7 +13,7 @@ from astracli.machine.facts import OLDEST, Machine
 from astracli.machine.findings import PlanProblem
 from astracli.machine.memory import words
 from astracli.models.adapter import MemoryShape
-from astracli.plan import memory as plan_memory
+from astracli.plan.memory import on_gpu, solid, total
 from astracli.plan.types import LaunchPlan
 from astracli.process.config import Role
 
@@ -69,7 +69,7 @@ def size_problems(
     sizes = facts.gpu_sizes
     otherwise = "no setting of this recipe fits these GPUs: take more or larger ones, or a smaller model"
     for gpu, names in plan.gpu_map.items():
-        need, size = plan_memory.on_gpu(plan.memory, names, fixed=True), sizes.get(gpu)
+        need, size = on_gpu(plan.memory, names, fixed=True), sizes.get(gpu)
         fraction = plan.placement.mem_fraction_static
         if size is None:
             continue
@@ -89,13 +89,13 @@ def size_problems(
         problems.append(PlanProblem("memory", what, message, way_out(otherwise)))
         break
     system = facts.system
-    host = plan_memory.total(plan.memory, where="host", fixed=True)
+    host = total(plan.memory, where="host", fixed=True)
     if host > system.memory_total:
         what = f"{words(host)} of memory"
         message = f"recipe `{plan.recipe}` needs at least {what}, this machine has {words(system.memory_total)}"
         otherwise = "choose a smaller model, or a machine with more memory"
         problems.append(PlanProblem("memory", what, message, way_out(otherwise)))
-    disk = plan_memory.total(plan.disk, where="disk")
+    disk = total(plan.disk, where="disk")
     if disk > system.disk_free:
         what = f"{words(disk)} of disk"
         free = words(system.disk_free)
@@ -124,15 +124,15 @@ def warnings(plan: LaunchPlan, recipe: Recipe, facts: Machine) -> list[str]:
             )
     sizes = facts.gpu_sizes
     for gpu, names in plan.gpu_map.items():
-        need = plan_memory.on_gpu(plan_memory.solid(plan.memory), names)
+        need = on_gpu(solid(plan.memory), names)
         size = sizes.get(gpu)
-        if size is not None and need > size >= plan_memory.on_gpu(plan.memory, names, fixed=True):
+        if size is not None and need > size >= on_gpu(plan.memory, names, fixed=True):
             result.append(f"GPU {gpu} may need {words(need)} under full load, it has {words(size)}: requests will wait")
     busy = sum(process.threads for process in plan.processes if process.role in (Role.ENGINE, Role.TRAINER))
     cores = facts.system.cores_usable
     if plan.choice.device == "cpu" and busy > cores:
         result.append(f"engines and trainer want {busy} threads of {cores:g} usable cores: they will starve each other")
-    host = plan_memory.total(plan.memory, where="host")
+    host = total(plan.memory, where="host")
     available = facts.system.memory_available
     if available < host:
         result.append(f"about {words(host)} of memory are needed under full load, {words(available)} are available now")

@@ -14,7 +14,7 @@ from astracli.machine.component import Component
 from astracli.machine.facts import Machine
 from astracli.machine.memory import MemoryRow, words
 from astracli.models.adapter import MemoryShape
-from astracli.plan import memory as plan_memory
+from astracli.plan import memory
 from astracli.plan.placement import Placement
 from astracli.plan.types import ProcessPlan
 from astracli.process.config import Role
@@ -48,14 +48,14 @@ def decide(
 
     def on_gpu(gpu: int) -> int:
         names = [process.name for process in processes if gpu in process.gpus]
-        return plan_memory.on_gpu(plan_memory.with_margin(with_versions("gpu")), names)
+        return memory.on_gpu(memory.with_margin(with_versions("gpu")), names)
 
     gpus = {gpu for engine in engines for gpu in engine.gpus}
     where: Staging = "file"
     rare = placement.shared and recipe.weights.transfer == "delta"  # the trainer makes more of the memory
     if gpus and not rare and all(gpu in sizes and on_gpu(gpu) <= sizes[gpu] for gpu in gpus):
         where, why = "gpu", f"room for {words(size)} more"
-    elif (need := plan_memory.total(with_versions("host"), where="host")) <= host:
+    elif (need := memory.total(with_versions("host"), where="host")) <= host:
         lacking = "deltas seldom need it beside a trainer" if rare else f"no GPU memory for {words(size)} more"
         where, why = "host", f"{lacking}; pinned"
     else:

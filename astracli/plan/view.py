@@ -7,9 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 from astracli.machine.memory import MemoryRow, Place, words
-from astracli.plan import gpus as plan_gpus
-from astracli.plan import margin as plan_margin
-from astracli.plan import memory as plan_memory
+from astracli.plan import gpus
+from astracli.plan.margin import reasons
+from astracli.plan.memory import total
 from astracli.plan.types import LaunchPlan, TextTable
 
 
@@ -25,10 +25,10 @@ def render(plan: LaunchPlan) -> list[TextTable]:
         TextTable("processes", columns, tuple(processes)),
         TextTable("backends", ("what", "choice", "reason"), backends),
     ]
-    if placed := (*plan.placement.reasons, *plan_margin.reasons(plan.margins)):
+    if placed := (*plan.placement.reasons, *reasons(plan.margins)):
         tables.append(TextTable("placement", ("what", "where", "reason"), placed))
-    if uses := plan_gpus.uses(plan):
-        tables.append(TextTable("memory a GPU", plan_gpus.COLUMNS, tuple(plan_gpus.rows(uses))))
+    if uses := gpus.uses(plan):
+        tables.append(TextTable("memory a GPU", gpus.COLUMNS, tuple(gpus.rows(uses))))
     if plan.model:
         tables.append(TextTable("model", ("figure", "value"), tuple((k, _figure(k, v)) for k, v in plan.model.items())))
     everywhere: tuple[tuple[str, tuple[MemoryRow, ...], tuple[Place, ...]], ...] = (
@@ -37,7 +37,7 @@ def render(plan: LaunchPlan) -> list[TextTable]:
     )
     for title, rows, places in everywhere:
         body: list[tuple[str, ...]] = _each(rows)
-        body += [("all", "sum", place, words(plan_memory.total(rows, where=place)), "") for place in places if rows]
+        body += [("all", "sum", place, words(total(rows, where=place)), "") for place in places if rows]
         if body:
             tables.append(TextTable(title, ("process", "what", "where", "size", "basis"), tuple(body)))
     if plan.expected:
@@ -81,7 +81,7 @@ def to_json(plan: LaunchPlan) -> dict[str, Any]:
     document |= {"memory": list(map(_row, plan.memory)), "disk": list(map(_row, plan.disk))}
     document |= {"gpu_sizes": {str(gpu): size for gpu, size in plan.gpu_sizes.items()}}
     document |= {"gpu_map": {str(gpu): names for gpu, names in plan.gpu_map.items()}}
-    return document | {"missing": plan.missing, "memory_by_place": plan_gpus.document(plan)}
+    return document | {"missing": plan.missing, "memory_by_place": gpus.memory_by_place(plan)}
 
 
 def _row(row: MemoryRow) -> dict[str, Any]:

@@ -1,5 +1,19 @@
-"""The client of an engine that speaks astra's HTTP routes (docs/engines.md lists them); what a request and an answer
-are. An engine that speaks otherwise overrides what differs."""
+"""The client of an engine that speaks these routes; what a request and an answer are. An engine that speaks otherwise
+overrides what differs (`Engine.client`).
+
+| route | body | answer |
+|---|---|---|
+| GET /health_generate | | 200 once the model is loaded, else 503 |
+| GET /model_info | | model_path, weight_version, serving, problem, paused, running, ... |
+| POST /generate | input_ids, sampling_params, rid, draw_offset | output_ids and meta_info; 503 while not serving |
+| | the same and stream: true | server-sent events, one for each request when it ends, with its place as `index` |
+| POST /abort_request | rid (one or a list, exact) or abort_all | aborted: how many |
+| POST /pause_generation | mode: abort, retract, in_place | |
+| POST /continue_generation, /flush_cache | | |
+| POST /update_weights_from_tensor | load_format, weight_version; applies what is staged | success, message, outcome |
+| POST /update_weights_from_disk | model_path, weight_version | success, message, outcome |
+| POST /update_weight_version | new_version | |
+"""
 
 from __future__ import annotations
 

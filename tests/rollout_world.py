@@ -18,6 +18,7 @@ from test_hub_api import TOKEN, Server
 from astracli.config.recipe import Recipe
 from astracli.data.prompts import PromptSource
 from astracli.engines.client import EngineClient
+from astracli.engines.sglang.client import SglangClient
 from astracli.hub.client import AsyncHubClient
 from astracli.hub.store import HubStore
 from astracli.process.config import EngineAddress, RolloutConfig
@@ -103,7 +104,8 @@ class World:
             hub = await stack.enter_async_context(AsyncHubClient(config.hub_url, TOKEN))
             workers = []
             for number, fake in enumerate([self.engine, *self.others]):
-                engine = await stack.enter_async_context(EngineClient(fake.url, TOKEN, loader_dir=fake.stage_dir))
+                made = SglangClient(fake.url, TOKEN, stage_dir=fake.stage_dir) if fake.stage_dir else None
+                engine = await stack.enter_async_context(made or EngineClient(fake.url, TOKEN))
                 mode, name = config.recipe.weights.pause_mode, f"engine{number}"
                 workers.append(
                     EngineWorker(name, engine, hub, self.fetcher, process="rollout", mode=mode, ready_timeout_s=5.0)

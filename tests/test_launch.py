@@ -28,8 +28,8 @@ from astracli.launch.inputs import Inputs
 from astracli.launch.job import Job
 from astracli.launch.launcher import Process
 from astracli.launch.local import child_spec
-from astracli.plan import build as plan
-from astracli.plan.build import LaunchPlan
+from astracli.plan.types import LaunchPlan
+from astracli.plan.view import to_json
 from astracli.process.children import ChildSpec
 from astracli.process.config import EngineConfig, EvalConfig, Role, RolloutConfig, TrainerConfig, load_config
 from astracli.report.page.page import LiveView, RunProgress
@@ -169,10 +169,10 @@ def test_dry_run_of_every_shipped_recipe() -> None:
         recipe = recipe_io.load(info.name)
         if recipe.model.path.startswith("./"):  # its model is made first
             with pytest.raises(UserError, match="nothing at that path") as refused:
-                plan.to_json(run.planned(recipe, "train"))
+                to_json(run.planned(recipe, "train"))
             assert refused.value.hint and "make it: `python scripts/make_" in refused.value.hint
             continue
-        document = plan.to_json(run.planned(recipe, "train"))
+        document = to_json(run.planned(recipe, "train"))
         assert document["recipe"] == info.name and document["processes"]
         assert json.loads(json.dumps(document, default=str))["processes"][0]["name"] == "engine0"
 

@@ -28,6 +28,7 @@ from typing import Any
 from astracli.data import benchmarks
 from astracli.data.benchmarks import Benchmark
 from astracli.data.prompts import stop_token_ids
+from astracli.engines import registry as engines
 from astracli.errors import RunFailed
 from astracli.evaluation import files as eval_files
 from astracli.evaluation.benchmark import BenchmarkWork, EvalSampling, Result
@@ -57,28 +58,20 @@ class Evaluator:
     sampling: EvalSampling
     benchmarks: list[Benchmark]
 
-    @property
-    def embedded(self) -> bool:
-        """Whether our own engine answers, which takes one call at a time in the deterministic mode."""
-        return self.config.engine == "embedded"
-
     async def evaluate(self, partial: Path, *, greedy: bool = False, of_run: Evaluation | None = None) -> list[Result]:
         """Every benchmark of the recipe, over all engines: a run's as they hold the version, others once they are up.
 
         Samples are kept in the directory `partial` as they come, and those that are there are not asked again.
         """
-        from astracli.engines.client import EngineClient
-
         launch, version = self.config.recipe.launch, of_run.version if of_run is not None else None
-        whole = launch.deterministic and self.embedded
+        engine = engines.get(self.config.engine)
+        whole = launch.deterministic and engine.whole_calls
         async with contextlib.AsyncExitStack() as stack:
             hub = await stack.enter_async_context(AsyncHubClient(self.config.hub_url, self.config.token))
             clients = {}
             for entry in self.config.engines:
-                stage = None if self.embedded else entry.stage_dir
-                client = EngineClient(entry.url, self.config.token, name=entry.name, loader_dir=stage)
-                clients[entry.name] = client
-                stack.push_async_callback(client.close)
+                made = engine.client(entry.url, self.config.token, name=entry.name, stage_dir=entry.stage_dir)
+                client = clients[entry.name] = await stack.enter_async_context(made)
                 if of_run is None:
                     await client.wait_ready(launch.ready_timeout_s)
             return await evaluate(

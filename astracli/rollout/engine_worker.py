@@ -29,10 +29,10 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from astracli.engines.client import UNPROVEN, EngineClient, flushes
+from astracli.engines.contract import WeightReceiver
 from astracli.errors import RunFailed
 from astracli.hub.client import AsyncHubClient
 from astracli.hub.types import GpuLeaseReply, Target
@@ -47,35 +47,6 @@ RELEASED_TAGS = ("kv_cache", "weights")
 PauseMode = Literal["abort", "retract", "in_place"]
 
 
-class StagedUpdate(Protocol):
-    """What `EngineWorker` reads of the subscriber's answer."""
-
-    @property
-    def kind(self) -> str: ...
-
-    @property
-    def bytes(self) -> int: ...
-
-    @property
-    def transfer_s(self) -> float: ...
-
-    @property
-    def stage_s(self) -> float: ...
-
-
-class Fetcher(Protocol):
-    """The part of `weights.subscriber.Subscriber` that an engine worker needs. Called in a thread."""
-
-    def fetch(self, target_version: int, have_version: int | None = None) -> Any: ...
-
-    @property
-    def watched(self) -> bool: ...
-
-    def wake(self, version: int) -> None: ...
-
-    def readback(self, version: int) -> Mapping[str, float]: ...
-
-
 class EngineWorker(RequestGate):
     """One engine: its gate, and how it follows the hub."""
 
@@ -84,7 +55,7 @@ class EngineWorker(RequestGate):
         name: str,
         engine: EngineClient,
         hub: AsyncHubClient,
-        fetcher: Fetcher,
+        fetcher: WeightReceiver,
         *,
         process: str,
         mode: PauseMode = "abort",
@@ -183,7 +154,7 @@ class EngineWorker(RequestGate):
         held = int(info["weight_version"])
         self.version = held if held not in (UNPROVEN, self._wrong) else None
         self._serving = self.version is not None and bool(info.get("serving", True))
-        if info.get("paused", True):  # SGLang does not say; to continue what runs changes nothing
+        if info.get("paused", True):  # not every engine says; to continue what runs changes nothing
             await self._call(self._engine.resume())
         if not self._fetcher.watched:  # our loader would first compile, and stage nothing, in a pause
             named = UNPROVEN if self.version is None else self.version
@@ -266,7 +237,7 @@ class EngineWorker(RequestGate):
         """Fetch, drain, apply. Raises EngineLost, or RunFailed when the payload or its application is at fault."""
         record.setdefault("gate_closed", None)
         begun = time.monotonic()
-        plan: StagedUpdate = await asyncio.to_thread(self._fetcher.fetch, target, have)
+        plan = await asyncio.to_thread(self._fetcher.fetch, target, have)
         record |= {"fetch_s": time.monotonic() - begun, "fetched_bytes": plan.bytes, "kind": plan.kind}
         record |= {"transfer_s": plan.transfer_s, "stage_s": plan.stage_s}
         if self._mode == "abort":

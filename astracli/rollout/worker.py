@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from astracli.data.prompts import Problem, PromptSource, stop_token_ids
-from astracli.engines.client import EngineClient
+from astracli.engines import registry as engines
 from astracli.errors import RunFailed
 from astracli.hub.client import AsyncHubClient
 from astracli.hub.types import Leases
@@ -287,17 +287,14 @@ def _leaves(error: Exception) -> list[Exception]:
 async def _main(
     config: RolloutConfig, reporter: Reporter, tokenizer: Any, source: PromptSource, pool: GradePool
 ) -> None:
-    from astracli.weights.receive.subscriber import Subscriber
-
-    recipe = config.recipe
+    recipe, kind = config.recipe, engines.get(config.engine)
     async with contextlib.AsyncExitStack() as stack:
         hub = await stack.enter_async_context(AsyncHubClient(config.hub_url, config.token))
         workers = []
         for entry in config.engines:
-            loader_dir = entry.stage_dir if config.engine == "sglang" else None
-            client = EngineClient(entry.url, config.token, name=entry.name, loader_dir=loader_dir)
+            client = kind.client(entry.url, config.token, name=entry.name, stage_dir=entry.stage_dir)
             engine = await stack.enter_async_context(client)
-            subscriber = Subscriber(config.hub_url, config.token, entry.stage_dir, config.model_path)
+            subscriber = kind.receiver(config.hub_url, config.token, entry.stage_dir, config.model_path)
             stack.callback(subscriber.close)
             workers.append(
                 EngineWorker(

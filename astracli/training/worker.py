@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from astracli.engines import registry as engines
 from astracli.errors import RunFailed, disk_full
 from astracli.hub.types import Batch, HubState, NextBatch
 from astracli.hub.wire import MSGPACK, pack_answer, unpack_answer
@@ -113,8 +114,7 @@ class TrainLoop:
             ranks,
             attention=config.attention,
             split=config.split,
-            # SGLang does on a CPU too
-            bf16_engine=config.device != "cpu" or config.engine == "sglang",
+            bf16_engine=config.device not in engines.get(config.engine).fp32_on,
         )
         self.checkpoints = config.run_dir / "checkpoints"
         beside = not self.recipe.launch.deterministic  # where nothing runs beside anything

@@ -58,7 +58,8 @@ from typing import Any
 import httpx
 from starlette.applications import Starlette
 
-from astracli.engines.client import NO_TENSORS, EngineClient
+from astracli.engines.client import EngineClient
+from astracli.engines.sglang.client import NO_TENSORS, SglangClient
 from astracli.hub.server import ServerThread
 from astracli.process import ports
 from astracli.weights.publish.server import weights_routes
@@ -96,7 +97,7 @@ async def drive(args: argparse.Namespace, folder: Path, record: Record) -> None:
         published = trainer.publish(0)
         record.note(version_0_publish=published)
         versions = Versions(trainer)
-        async with EngineClient(server.url, TOKEN, loader_dir=stage) as client:
+        async with SglangClient(server.url, TOKEN, stage_dir=stage) as client:
             patience = args.ready_s if full else min(args.ready_s, args.limit_s - (time.monotonic() - BEGAN))
             ready = asyncio.create_task(wait_ready(client, server, patience))
             if args.ahead:

@@ -82,7 +82,7 @@ def test_one_run_with_all_of_them(site: Path, tmp_path: Path) -> None:
     processes = {p["name"]: p["module"] for p in json.loads((run / "plan.json").read_text())["processes"]}
     assert processes["engine0"] == "astra_plain.server"
     updates = [r for r in metrics.read(run / "metrics.jsonl") if "fetch_s" in r]
-    assert [r["step"] for r in updates] == list(range(STEPS)) and not any(r["resyncs"] for r in updates)
+    assert [r["step"] for r in updates] == list(range(1, STEPS + 1)) and not any(r["resyncs"] for r in updates)
     assert all(r["verify_s"] > 0 and r["readback_s"] > 0 for r in updates) and updates[-1]["kind"] == "delta"
     # the adapter: nothing else claims the model; the engine agreed with the trainer
     assert all(record["parity_mean_abs"] < 1e-4 for record in trained)
@@ -167,6 +167,8 @@ def test_a_broken_algorithm_hurts_only_who_names_it(tmp_path: Path) -> None:
         (info / "entry_points.txt").write_text(f"[astra.algorithms]\n{entries}")
     whole, *broken = loads(tmp_path, *(f"algorithm.name={name}" for name in ("m2po", "shaky", "wrong", "grpo")))
     assert whole["name"] == "m2po"
+    ((message, hint),) = loads(tmp_path, "algorithm.wrong.x=1")
+    assert '`algorithm.wrong` = {"x": 1} is not allowed: math:pi' in message and "uninstall" in hint
     for (message, hint), said in zip(
         broken,
         (

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import configs
@@ -334,6 +335,50 @@ def test_signal_stops_all_within_five_seconds(logs: Path, signum: int) -> None:
     assert time.monotonic() - began < 5
     assert stdout == "interrupted True\n"
     assert not any(alive(pid) for pid in pids)
+
+
+class Elsewhere:
+    """A launcher without processes of this machine: each plays its part, a state a look and then its exit code."""
+
+    def __init__(self, parts: dict[str, list[int | None]]):
+        self.parts, self.said = parts, list[str]()
+
+    def start(self, process: Process) -> Any:
+        self.said.append(f"start {process.name}")
+        looks = iter(self.parts[process.name])
+        codes: list[int] = []
+
+        def exited() -> bool:
+            codes.extend(code for code in [next(looks, None)] if code is not None)
+            return bool(codes)
+
+        return SimpleNamespace(
+            name=process.name, log=Path("/elsewhere") / process.name, exited=exited, exit_code=lambda: codes[0],
+            last_lines=lambda count=20: ["error: no disk"], log_time=lambda: 0.0, print_stacks=lambda: None,
+        )  # fmt: skip
+
+    def stop(self, started: Any, grace_s: float) -> None:
+        self.said += [f"stop {each.name}" for each in started]
+
+    def stop_all(self) -> None:
+        self.said.append("stop all")
+
+    def close(self) -> None:
+        self.said.append("close")
+
+    def memory(self) -> dict[str, Any]:
+        return {}
+
+
+def test_the_supervisor_knows_processes_by_the_launchers_contract_alone(logs: Path) -> None:
+    processes = [process(logs, "rollout", "", restarts=1), process(logs, "trainer", "")]
+    launcher = Elsewhere({"rollout": [None, 1], "trainer": []})
+    family = Supervisor(processes, launcher, FakeHub(), main_role=Role.TRAINER, limits=LaunchTable(), poll_s=0.01)  # type: ignore[arg-type]
+    with pytest.raises(RunFailed, match="`rollout` ended with exit code 1 after 1 restarts") as failure:
+        family.run()
+    assert "its last lines in /elsewhere/rollout:\n  error: no disk" in failure.value.message
+    again = ["stop rollout", "start rollout", "stop rollout"]
+    assert launcher.said == ["start rollout", "start trainer", *again, "close"]
 
 
 def test_exit_words() -> None:

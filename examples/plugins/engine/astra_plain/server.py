@@ -77,6 +77,7 @@ class Policy:
         wire = adapter.wire_tensors(self.model)
         self.parameters = {tensor.name: parameters[name] for name, tensor in wire.items()}
         self.copies = {t.name: parameters[n].detach().to(getattr(torch, t.dtype), copy=True) for n, t in wire.items()}
+        self.write()
         self.stage_dir = config.stage_dir
         self.watcher = StageWatcher(self.stage_dir, reading.hold)  # decodes what is staged, beside generation
         self.batch = ENGINE.own(config.recipe).batch
@@ -151,6 +152,12 @@ class Policy:
                     requests[row].end(self.version)
 
     @torch.no_grad()
+    def write(self) -> None:
+        """The model computes with what travels, in fp32."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.copies[name])
+
+    @torch.no_grad()
     def apply(self, version: int) -> dict[str, Any]:
         """Apply what is staged, every digest checked, then read the parameters back under HF names."""
         have, self.have, self.serving = self.have, None, False  # not to be trusted until proven
@@ -160,8 +167,7 @@ class Policy:
             result = apply.apply(self.stage_dir, self.copies, have, prepared)
         except (AstraError, OSError, ValueError) as error:
             return {"success": False, "message": str(error)}
-        for name, parameter in self.parameters.items():
-            parameter.copy_(self.copies[name])
+        self.write()
         began, wrong = time.perf_counter(), []
         for entry in prepared.manifests[-1].tensors if prepared.manifests else ():
             parameter, held = self.parameters[entry.name], self.parameters[entry.name].to(self.copies[entry.name].dtype)

@@ -232,7 +232,7 @@ def test_an_update_brings_no_more_than_is_planned(name: str, ranks: int) -> None
     else:
         module, path = DENSE[name]
         config = module.ADAPTER.known_configs[path]
-        shapes, shape = module._shapes(config), module.ADAPTER.memory_shape(config)
+        shapes, shape = module.ADAPTER.shapes(config), module.ADAPTER.memory_shape(config)
     sizes = {tensor: math.ceil(math.prod(dims) / ranks) for tensor, dims in shapes.items()}
     master = 4 if ranks == 1 else 0
     for part in plan_split.PARTS:

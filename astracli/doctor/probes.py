@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from astracli.backends.delta_rule import native
@@ -96,7 +96,8 @@ def engine_probes(subject: Subject) -> list[Probe]:
     own = subject.recipe.resources.engine
     where = {"python": own.python or sys.executable, "env": dict(own.env)} if own.foreign else {}
     usual = {"timeout_s": KERNELS_S, "needed": True, "why": ATTENTION} | where
-    return [Probe(**{**usual, **asked}) for asked in subject.engine.probes(subject.case(subject.engine))]
+    case = replace(subject.case(subject.engine), config=subject.config or subject.known_config)
+    return [Probe(**{**usual, **asked}) for asked in subject.engine.probes(case)]
 
 
 def trainer_probes(subject: Subject) -> Iterator[Probe]:

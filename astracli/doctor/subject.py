@@ -64,7 +64,7 @@ class Subject:
             "cuda" if self.cuda else "cpu",
             self.recipe,
             self.fit.adapter,
-            self.config or self.known_config,
+            self.config,
             attention=choice.serving_attention if choice is not None else None,
             wanted=self.recipe is not None and engine is self.engine,
         )

@@ -17,8 +17,7 @@ cores. `astracli` is only asked where the model lies that ships with it. One ste
 6. Masters are trained in fp32 and published in bf16. Only the values that changed travel to the engine, together with a
    digest of every tensor. The engine checks the digests before it generates again.
 
-Left out here and found in the package: processes, GPUs, crashes and resuming, packed rows, other losses and models.
-
+Found in the package only: processes, GPUs, crashes and resuming, packed rows, other losses and models.
 Shape letters: P questions, G answers of a group, B = P * G answers, T tokens of a row, N tokens that have a loss.
 """
 
@@ -29,7 +28,6 @@ import hashlib
 import math
 import random
 import re
-import time
 from collections import deque
 from dataclasses import dataclass
 from importlib.resources import files
@@ -42,8 +40,8 @@ from torch import Tensor
 P, G = 16, 8
 MAX_NEW_TOKENS = 20
 MINIBATCHES = 4  # optimizer steps on each batch
-LEARNING_RATE = 4e-4
-TEMPERATURE = 1.5  # The likeliest answer of this model is right. At this temperature nearly every sampled one is wrong.
+LEARNING_RATE = 2e-4
+TEMPERATURE = 1.3  # The likeliest answer of this model is right. At this temperature most sampled ones are wrong.
 M2_THRESHOLD = 0.01
 EVALUATED = 48  # held-out questions
 MODEL = str(files("astracli") / "assets" / "tiny")
@@ -165,9 +163,9 @@ class Trainer:
 
     def step(self, batch: Batch, kind: str) -> dict[str, float]:
         """Train on one batch in MINIBATCHES optimizer steps. Returns figures of the step."""
-        self.optimizer.param_groups[0]["lr"] = LEARNING_RATE * max(0.1, 1 - self.version / self.steps)
+        self.optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - 0.8 * self.version / self.steps)
         advantage_B = group_advantages(batch.rewards_PG).flatten()
-        order, clipped, ratios = torch.randperm(len(batch.prompts)).tolist(), 0.0, []
+        order, clipped, ratio = torch.randperm(len(batch.prompts)).tolist(), 0.0, math.nan
         for rows in (order[i::MINIBATCHES] for i in range(MINIBATCHES)):
             log_ratio_N, row_N = log_ratios(self.model, batch, rows)
             loss, share = policy_loss(log_ratio_N, advantage_B[row_N], kind)
@@ -179,16 +177,14 @@ class Trainer:
             self.optimizer.step()
             self.round()
             clipped += share / MINIBATCHES
-            ratios.append(float(log_ratio_N.detach().exp().mean()))  # before this update
+            if rows[0] == order[0]:  # before the first update
+                ratio = float(log_ratio_N.detach().exp().mean())
         self.version += 1
-        return {"clipped": clipped, "ratio": ratios[0]}
+        return {"clipped": clipped, "ratio": ratio}
 
 
-@dataclass
-class Delta:
-    version: int
-    changes: dict[str, tuple[Tensor, Tensor]]  # name -> places in the flattened tensor (int32), their new values (bf16)
-    digests: dict[str, str]  # name -> digest of the whole tensor as it must be afterwards
+Delta = tuple[dict[str, tuple[Tensor, Tensor]], dict[str, str]]
+"""By name: places in the flattened tensor and their new values (bf16); digest of the tensor with these changes."""
 
 
 def digest(values: Tensor) -> str:
@@ -200,19 +196,20 @@ def bf16_weights(model: Any) -> dict[str, Tensor]:
     return {name: p.detach().bfloat16().flatten() for name, p in model.named_parameters()}
 
 
-def make_delta(old: dict[str, Tensor], new: dict[str, Tensor], version: int) -> Delta:
+def make_delta(old: dict[str, Tensor], new: dict[str, Tensor]) -> Delta:
     """The bits that differ between two versions. They are compared as integers: -0.0 and 0.0 differ."""
-    places = {n: (old[n].view(torch.int16) != new[n].view(torch.int16)).nonzero()[:, 0].int() for n in new}
-    return Delta(version, {n: (places[n], new[n][places[n]]) for n in new}, {n: digest(new[n]) for n in new})
+    places = {n: (old[n].view(torch.int16) != new[n].view(torch.int16)).nonzero()[:, 0] for n in new}
+    return {n: (places[n], new[n][places[n]]) for n in new}, {n: digest(new[n]) for n in new}
 
 
 def apply_delta(model: Any, delta: Delta) -> None:
     """Write a delta into the engine's model. Raises ValueError if a tensor is not what the trainer published."""
+    changes, digests = delta
     for name, p in model.named_parameters():
-        places, values = delta.changes[name]
+        places, values = changes[name]
         p.data.view(-1)[places] = values.float()
-        if digest(p.data.bfloat16().flatten()) != delta.digests[name]:
-            raise ValueError(f"version {delta.version}: `{name}` is not what the trainer published")
+        if digest(p.data.bfloat16().flatten()) != digests[name]:
+            raise ValueError(f"after the update `{name}` is not what the trainer published")
 
 
 def train(steps: int, seed: int, staleness: int, kind: str, every: int = 10) -> dict[str, Any]:
@@ -237,11 +234,10 @@ def train(steps: int, seed: int, staleness: int, kind: str, every: int = 10) -> 
         log["staleness"].append(trainer.version - batch.version)
         log["reward"].append(float(batch.rewards_PG.mean()))
         figures = trainer.step(batch, kind)
-        current = bf16_weights(trainer.model)
-        delta = make_delta(published, current, trainer.version)
+        before, published = published, bf16_weights(trainer.model)
+        delta = make_delta(before, published)
         apply_delta(engine, delta)
-        published = current
-        changed = sum(len(places) for places, _ in delta.changes.values()) / sum(map(len, current.values()))
+        changed = sum(len(places) for places, _ in delta[0].values()) / sum(map(len, published.values()))
         line = f"step {trainer.version}: reward {log['reward'][-1]:.3f}, staleness {log['staleness'][-1]}, "
         line += f"ratio {figures['ratio']:.3f}, clipped {figures['clipped']:.1%}, values changed {changed:.0%}"
         if trainer.version % every == 0 or trainer.version == steps:
@@ -251,7 +247,7 @@ def train(steps: int, seed: int, staleness: int, kind: str, every: int = 10) -> 
     return log
 
 
-def main() -> None:
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Reinforcement learning on verifiable rewards in one file.")
     parser.add_argument("--steps", type=int, default=45)
     parser.add_argument("--seed", type=int, default=0)
@@ -259,10 +255,4 @@ def main() -> None:
     parser.add_argument("--loss", choices=["m2po", "ppo"], default="m2po")
     args = parser.parse_args()
     torch.set_num_threads(1)  # the model is so small that threads would wait for each other
-    start = time.monotonic()
     train(args.steps, args.seed, args.staleness, args.loss)
-    print(f"{time.monotonic() - start:.0f} s")
-
-
-if __name__ == "__main__":
-    main()

@@ -24,7 +24,7 @@ _DISPATCHED = (
     "torch_recurrent_gated_delta_rule",
 )
 
-_BOUNDARIES = ("cu_seqlens", "edges", "carry_state")
+_BOUNDARIES = ("cu_seqlens", "cu_seqlens_host", "carry_state")
 
 
 def delta_net_modules(model: Any) -> list[Any]:
@@ -96,7 +96,7 @@ def delta_net(
     cache: Any = None,
     cu_seqlens: Any = None,
     max_seqlen: int | None = None,
-    edges: tuple[int, ...] | None = None,
+    cu_seqlens_host: tuple[int, ...] | None = None,
     carry_state: bool = False,
     **kwargs: Any,
 ) -> Any:
@@ -114,9 +114,10 @@ def delta_net(
     from astracli.kernels.weight_gradients import linears
 
     if told := getattr(module, "boundaries", None):
-        cu_seqlens, edges, carry_state = told.get("cu_seqlens"), told.get("edges"), told.get("carry_state", False)
+        cu_seqlens, cu_seqlens_host = told.get("cu_seqlens"), told.get("cu_seqlens_host")
+        carry_state = told.get("carry_state", False)
     if carry_state:
-        cu_seqlens = edges = None
+        cu_seqlens = cu_seqlens_host = None
     kernels = fused.fla() if hidden_states.is_cuda else None
     ordinary = cu_seqlens is None and kernels is None and not all_rows
     caches = {"cache_params": cache_params, "cache": cache}
@@ -132,8 +133,10 @@ def delta_net(
     mixed, beta, decay, gate = linears(hidden_states, projections)
     taps = module.conv1d.weight.squeeze(1)
     by_torch = kernels is None or fused.delta_rule_by_torch
-    bounds = _segments(cu_seqlens, tokens, edges) if by_torch else []
-    known = fused.chunks(edges, hidden_states.device) if kernels and cu_seqlens is not None and edges else {}
+    bounds = _segments(cu_seqlens, tokens, cu_seqlens_host) if by_torch else []
+    known = {}
+    if kernels and cu_seqlens is not None and cu_seqlens_host:
+        known = fused.chunks(cu_seqlens_host, hidden_states.device)
     if kernels is not None:
         mixed = kernels.conv(mixed, taps, module.conv1d.bias, activation="silu", cu_seqlens=cu_seqlens, **known)[0]
     else:
@@ -167,11 +170,11 @@ def delta_net(
     return module.out_proj(out.reshape(rows, tokens, -1))
 
 
-def _segments(cu_seqlens: Any, tokens: int, edges: tuple[int, ...] | None = None) -> list[tuple[int, int]]:
+def _segments(cu_seqlens: Any, tokens: int, cu_seqlens_host: tuple[int, ...] | None = None) -> list[tuple[int, int]]:
     """(start, end) of every segment; one for an ordinary row."""
     from astracli.kernels.varlen import segments
 
-    return [(0, tokens)] if cu_seqlens is None else segments(cu_seqlens, tokens, edges)
+    return [(0, tokens)] if cu_seqlens is None else segments(cu_seqlens, tokens, cu_seqlens_host)
 
 
 def _torch_conv(x: Any, taps: Any, bias: Any) -> Any:

@@ -101,7 +101,7 @@ def stage(folder: Path, payloads: list[bytes], counts: list[int]) -> None:
 
 
 def in_threads(workers: int) -> Callable[..., None]:
-    def fill(jobs: decoder.Jobs, groups: dict[int, flat.Group], _: int) -> None:
+    def fill(jobs: decoder.Jobs, groups: dict[int, flat.WidthGroup], _: int) -> None:
         with ThreadPoolExecutor(workers) as pool:
             for _ in pool.map(lambda job: decoder._fill_here([job], groups), jobs):
                 pass

@@ -38,7 +38,7 @@ from astracli.engines.sglang import loader as sglang_loader
 from astracli.weights.device.resident import Resident
 from astracli.weights.format.manifest import TensorEntry
 from astracli.weights.publish.publisher import Publisher
-from astracli.weights.receive import staged
+from astracli.weights.receive import apply
 from astracli.weights.receive.decoder import DecoderProcess
 from astracli.weights.receive.placement import PlacementRecorder
 from astracli.weights.receive.reading import Prepared, prepare
@@ -57,7 +57,7 @@ def publish(folder: Path, shape: str) -> Resident:
     publisher.close()
     plan = {"version": 1, "kind": "delta", "base_version": 0, "model_path": None}
     (folder / "next.json").write_bytes(seal({**plan, "steps": ["v000001/manifest.json"]}))
-    return Resident({name: staged.placements(tensor) for name, tensor in base.items()})
+    return Resident({name: apply.placements(tensor) for name, tensor in base.items()})
 
 
 def turn() -> int:
@@ -82,7 +82,7 @@ def stage(read: Any, folder: Path, hands: Resident, stop: threading.Event, out: 
     begin = time.perf_counter()
     try:
         prepared: Prepared = read(folder)
-        staged.load(prepared, hands)
+        apply.load(prepared, hands)
         out.append(time.perf_counter() - begin)
     finally:
         stop.set()  # after an error too: the main thread spins until then
@@ -161,7 +161,7 @@ def mappings(rounds: int, folder: Path, free: float) -> list[dict[str, Any]]:
         for name, t in weights.items()
     ]
     model = Model(weights)
-    engine = sglang_loader.Engine(model, folder)
+    engine = sglang_loader.LoadedModel(model, folder)
     engine.place(entries)
     ways = {
         "mapping, anew": lambda: PlacementRecorder().record(model, entries),

@@ -55,9 +55,9 @@ def watch(run: Path, sets: list[str], limit_s: float) -> dict[str, dict[str, flo
     while attempt.supervisor.poll() is None and attempt.seconds < limit_s:
         engines |= ask_engines(run)
         time.sleep(EVERY_S)
-    code, talk = attempt.end(30)
+    code, console = attempt.end(30)
     if code:
-        sys.exit(f"the run ended with {code}:\n{talk[-3000:]}")
+        sys.exit(f"the run ended with {code}:\n{console[-3000:]}")
     return engines
 
 
@@ -94,8 +94,8 @@ def figures(run: Path, engines: dict[str, dict[str, float]], steps: int, every: 
         "trainer_waited": summary["training"]["wait_share"],
         "evaluations": rows,
         "missing": missing,
-        "limit": summary["balance"]["limit"],
-        "verdict": summary["balance"]["words"],
+        "limit": summary["bottleneck"]["limit"],
+        "verdict": summary["bottleneck"]["words"],
     }
 
 

@@ -37,10 +37,10 @@ from astracli.config.benchmarks import get
 from astracli.config.recipe import Recipe
 from astracli.data.benchmarks import Benchmark
 from astracli.data.prompts import Problem
-from astracli.evaluation.benchmark import BenchmarkWork, Sampling
+from astracli.evaluation.benchmark import BenchmarkWork, EvalSampling
 from astracli.evaluation.spread import evaluate
 from astracli.hub.store import HubStore
-from astracli.report import balance
+from astracli.report import bottleneck
 from astracli.rl.types import Group, Sample, Segment, pack_group, unpack_group
 from astracli.rollout.idle import IdleWhile
 
@@ -158,7 +158,9 @@ class Simulation:
 
     async def _evaluate(self) -> None:
         recipe, table = self.setting.recipe, self.setting.recipe.eval
-        sampling = Sampling(1.0, 1.0, recipe.rollout.max_new_tokens, recipe.rollout.context_length, (1,), recipe.seed)
+        sampling = EvalSampling(
+            1.0, 1.0, recipe.rollout.max_new_tokens, recipe.rollout.context_length, (1,), recipe.seed
+        )
         while True:
             task = await self.changes.until(self.store.eval_next, lambda r: "step" in r or r["stop"])
             if "step" not in task:
@@ -252,10 +254,10 @@ def figures(simulation: Simulation, wall_s: float) -> dict[str, Any]:
     plan = {
         "processes": [{"role": "engine", "gpus": [0]}] * setting.engines
         + [{"role": "trainer", "gpus": [0]}] * setting.ranks,
-        "placement": {"turns": False, "shared": False},
+        "placement": {"time_sharing": False, "shared": False},
         "running_requests": setting.slots,
     }
-    verdict = balance.of_run(simulation.records, recipe, plan, 0)
+    verdict = bottleneck.of_run(simulation.records, recipe, plan, 0)
     due = [*range(0, recipe.train.steps, recipe.eval.every), recipe.train.steps]
     return {
         "wall_s": wall_s,

@@ -70,9 +70,9 @@ def difference(one: Path, two: Path, *, whole: bool) -> list[str]:
 def straight(run: Path, sets: list[str]) -> float:
     """A run that nobody disturbs. -> seconds."""
     attempt = Attempt(run, sets, resume=False)
-    code, talk = attempt.end(600)
+    code, console = attempt.end(600)
     if code:
-        sys.exit(f"{run.name} ended with {code}:\n{talk}")
+        sys.exit(f"{run.name} ended with {code}:\n{console}")
     return attempt.seconds
 
 
@@ -86,13 +86,13 @@ def disturbed(run: Path, sets: list[str], victim: str, after: int) -> int:
         time.sleep(1.0)
     if not there or not attempt.wait(lambda: attempt.kill(victim)):
         sys.exit(f"{victim} could not be killed after {after} steps:\n{attempt.end()[1]}")
-    code, talk = attempt.end()
+    code, console = attempt.end()
     if code == 0:
         sys.exit(f"the run was done before {victim} could be killed after {after} steps")
     trained = len(attempt.steps())
-    code, talk = Attempt(run, [], resume=True).end(600)
+    code, console = Attempt(run, [], resume=True).end(600)
     if code:
-        sys.exit(f"the resume after {victim}@{after} ended with {code}:\n{talk}")
+        sys.exit(f"the resume after {victim}@{after} ended with {code}:\n{console}")
     return trained
 
 

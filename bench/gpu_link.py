@@ -1,10 +1,10 @@
-"""What a GPU's link to pinned host memory carries, and what making masters whole from their halves costs.
+"""What a GPU's link to pinned host memory carries, and what splitting and joining master weights costs.
 
     python bench/gpu_link.py [--gib 1] [--rounds 5] [--json]
 
 Copies to the GPU, from it, and both at once (bytes of both directions together), whole and in pieces of 64 MiB, as
-moments pass through in an update (`training/passage.py`); then the kernels of `training/halves.py` by the bytes that
-they read and write (8 a parameter). Medians, GB/s. `astracli/plan/cost.py` counts with the link's figure.
+moments pass through in an update (`training/overlapped_offload.py`); then the kernels of `training/split_masters.py`
+by the bytes that they read and write (8 a parameter). Medians, GB/s. `astracli/plan/cost.py` uses the figure.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import torch
 
-from astracli.training import halves
+from astracli.training import split_masters
 
 PIECE = 2**26
 
@@ -54,8 +54,8 @@ def main() -> None:
         "from the GPU": (lambda: copy(1, size), size),
         "both at once": (lambda: both(size), 2 * size),
         "both at once, 64 MiB pieces": (lambda: both(PIECE), 2 * size),
-        "masters to halves": (lambda: halves.split(master, high, rest), 8 * elements),
-        "halves to masters": (lambda: halves.join(high, rest, master), 8 * elements),
+        "split masters": (lambda: split_masters.split(master, high, rest), 8 * elements),
+        "join masters": (lambda: split_masters.join(high, rest, master), 8 * elements),
     }
     found = {name: rate(work, moved, args.rounds) for name, (work, moved) in cases.items()}
     where = torch.cuda.get_device_name()

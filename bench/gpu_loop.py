@@ -1,10 +1,10 @@
 """The whole loop at 4.2 B parameters: `astra train` for 20 steps that nobody touches, and where its seconds go.
 
-    python bench/gpu_loop.py [--layout 1+1 | shared | 1+2] [--turns] [--steps 20] [--engine-path PYTHONPATH] [--json]
+    python bench/gpu_loop.py [--layout 1+1 | shared | 1+2] [--time-sharing] [--steps 20] [--engine-path PATH] [--json]
     python bench/gpu_loop.py --shape tiny --device cpu [--layout 1+2]          a laptop, the embedded engine
 
 `1+1`: engine and trainer have a GPU each. `shared`: both on one. `1+2`: the trainer on two, the engine on the first of
-them; `--turns` makes them take turns on it. Weights are random (`--model DIR` takes a checkpoint that
+them; with `--time-sharing` they share it in time. Weights are random (`--model DIR` takes a checkpoint that
 `bench/random_checkpoint.py` wrote, else one is made), the reward is `probe`, transfer is `delta`. The run is
 interrupted once `--steps` versions are in the engine, so that no checkpoint and no export is written; one that has not
 come so far after `--limit-s` is interrupted too. What a run did is printed, whatever its end, and the most memory that
@@ -44,7 +44,7 @@ PHASES = {
 }
 """Of a trainer's step; what is left of `step_s` is shown as `other`."""
 UPDATE = ("fetch_s", "transfer_s", "stage_s", "pause_s", "apply_s", "verify_s", "gap_s", "readback_s")
-TURN = ("release_s", "away_s", "resume_s")
+TIME_SHARING = ("release_s", "away_s", "resume_s")
 GIB = 2**30
 LIMIT = 0.1
 """By how much of the plan the memory that is seen may differ from it."""
@@ -71,8 +71,8 @@ def settings(args: argparse.Namespace, model: Path) -> list[str]:
     if args.device == "cuda":
         names = ("resources.rollout_gpus", "resources.train_gpus", "resources.share_gpus")
         values |= dict(zip(names, gpus, strict=True))
-        if args.turns:
-            values["resources.share_mode"] = "turns"
+        if args.time_sharing:
+            values["resources.share_mode"] = "time_sharing"
         if args.engine_path:
             values["resources.engine.env.PYTHONPATH"] = args.engine_path
     else:
@@ -175,11 +175,11 @@ def judge(args: argparse.Namespace, run: Path, wall_s: float) -> dict[str, Any]:
     later = [r for r in updates if r["step"] > args.skip]
     summary = json.loads((run / "summary.json").read_text())
     result: dict[str, Any] = {
-        "shape": args.shape, "device": args.device, "layout": args.layout, "turns": args.turns,
+        "shape": args.shape, "device": args.device, "layout": args.layout, "time_sharing": args.time_sharing,
         "steps": min(len(trained), args.steps), "wall_s": wall_s, "start_s": summary["phases_s"].get("start-up"),
         "first_steps_s": [round(r["step_s"], 2) for r in trained[: args.skip]],
         "restarts": sum(summary["restarts"].values()), "resyncs": sum(r["resyncs"] for r in updates),
-        "notes": summary["notes"], "balance": summary["balance"],
+        "notes": summary["notes"], "bottleneck": summary["bottleneck"],
         "peak_memory_bytes": summary["memory"].get("peak_bytes"),
     }  # fmt: skip
     if not steady:
@@ -205,14 +205,13 @@ def judge(args: argparse.Namespace, run: Path, wall_s: float) -> dict[str, Any]:
         "delta_bytes": statistics.fmean(deltas) if deltas else None,
         "density": mean(steady, "delta_density"),
         "update": {name: s for name in UPDATE if (s := spread(later, name))},
-        "turn": {name: s for name in TURN if (s := spread(found, name))},
+        "time_sharing": {name: s for name in TIME_SHARING if (s := spread(found, name))},
     }
 
 
 def table(result: dict[str, Any]) -> None:
-    what = (
-        f"{result['shape']} on {result['device']}, layout {result['layout']}{', in turns' if result['turns'] else ''}"
-    )
+    shared = ", time-shared" if result["time_sharing"] else ""
+    what = f"{result['shape']} on {result['device']}, layout {result['layout']}{shared}"
     first = ", ".join(f"{s:g}" for s in result["first_steps_s"])
     print(f"{what}: {result['steps']} steps in {result['wall_s']:.0f} s of wall time (start-up {result['start_s']} s; "
           f"the first steps, left out below, took {first} s)")  # fmt: skip
@@ -239,11 +238,11 @@ def table(result: dict[str, Any]) -> None:
         f"density {result['density']:.2%}"
         + (f"; parity mean {result['parity_mean']:.1e}" if result["parity_mean"] is not None else "")
     )
-    for title in ("update", "turn"):
+    for title in ("update", "time_sharing"):
         for name, s in result[title].items():
             print(f"{title} {name[:-2]}: p50 {1e3 * s['p50']:.1f} ms, p99 {1e3 * s['p99']:.1f} ms ({s['count']})")
-    if result["balance"]:
-        print(f"closing table: {result['balance']['words']}; try {result['balance']['change'] or 'nothing else'}")
+    if result["bottleneck"]:
+        print(f"summary table: {result['bottleneck']['words']}; try {result['bottleneck']['change'] or 'nothing else'}")
 
 
 def memory_table(found: Sequence[Record]) -> None:
@@ -262,7 +261,7 @@ def main() -> None:
     parser.add_argument("--shape", default="4b", help="as bench/random_checkpoint.py knows it")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--layout", choices=LAYOUTS, default="1+1")
-    parser.add_argument("--turns", action="store_true", help="of a shared layout on GPUs")
+    parser.add_argument("--time-sharing", action="store_true", help="of a shared layout on GPUs")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--skip", type=int, default=3)
     parser.add_argument("--groups", type=int, default=8, help="of 8 samples, a step")
@@ -278,8 +277,10 @@ def main() -> None:
     args.new_tokens = args.new_tokens or (24 if args.shape == "tiny" else 512)
     if args.steps <= args.skip:
         parser.error(f"--steps must be over --skip ({args.skip})")
-    if args.turns and (args.device == "cpu" or args.layout == "1+1"):
-        parser.error("--turns needs GPUs that engine and trainer share: --layout shared or 1+2, not --device cpu")
+    if args.time_sharing and (args.device == "cpu" or args.layout == "1+1"):
+        parser.error(
+            "--time-sharing needs GPUs that engine and trainer share: --layout shared or 1+2, not --device cpu"
+        )
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         run = Path(name) / "run"
         model = checkpoint(args, Path(name))

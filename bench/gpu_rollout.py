@@ -8,7 +8,7 @@ DIR: `python bench/random_checkpoint.py DIR`. Both sides ask for the same number
 the same limits; a round is one of each. Raw is one HTTP request per completion, `--concurrency` of them open at once,
 against an engine process started as a run starts it; ours is the whole worker: leases, groups, grading, the hub. A
 side's figure is generated tokens over the seconds from all processes ready to the last sample. `--memory-gib` keeps
-the engine within a smaller card's memory and prints the most that nvidia-smi saw of its processes.
+the engine within a smaller GPU's memory and prints the most that nvidia-smi saw of its processes.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--memory-gib", type=float, help="of a smaller card")
+    parser.add_argument("--memory-gib", type=float, help="of a smaller GPU")
     parser.add_argument("--attention", help="rollout.attention_backend")
     parser.add_argument("--engine-path", help="PYTHONPATH of the environment that holds SGLang")
     parser.add_argument("--only-ours", action="store_true", help="without the raw requests: for memory, not speed")

@@ -21,7 +21,7 @@ at the end medians and the 99th percentile of each mode. Versions:
                                             from 0.5.21 on)
     readback_s                              every fourth version, after the pause, while the server generates, split:
                                             wait (for the thread), place, tables, launch, device; readback_seen_s is
-                                            from continue answered to the proof read
+                                            from continue answered to the read-back
     again_s                                 until every stream has brought tokens again, from the moment when abort or
                                             pause was sent; null when not within 8 s
     tokens_per_s, staging_tokens_per_s      of the streams in a quiet second, and in the staging_s that a version is
@@ -113,7 +113,7 @@ class Run:
         return row | {"wake_s": woken_s, "version_0_s": time.monotonic() - began}
 
     async def next(self, mode: str, meter: Meter, *, watched: bool) -> dict[str, Any]:
-        """A delta, from the trainer's step to the last proof; `watched`: with the streams' rates around it."""
+        """A delta, from the trainer's step to the last read-back; `watched`: with the streams' rates around it."""
         began = time.monotonic()
         published = await self.versions.take()
         row = {"mode": mode, **published, **await self._bring(published["version"], mode, meter, watched=watched)}
@@ -154,7 +154,7 @@ class Run:
                 **{name[:-2]: 1000 * result[name] for name in ("begin_s", "end_s") if name in result},
             },
         }  # fmt: skip
-        proven = asyncio.create_task(self._proof(version, times[-1])) if result["proof"] else None
+        proven = asyncio.create_task(self._readback(version, times[-1])) if result["readback"] else None
         if meter:
             meter.mark()
             meter.resume()
@@ -173,8 +173,8 @@ class Run:
             rates["recovery_s"] = await meter.recovery(times[0], times[-1], usual, RECOVERY_S)
         return {**rates, "staging_s": times[0] - staging}
 
-    async def _proof(self, version: int, continued: float) -> dict[str, float]:
-        found = await asyncio.to_thread(self.subscriber.proof, version)
+    async def _readback(self, version: int, continued: float) -> dict[str, float]:
+        found = await asyncio.to_thread(self.subscriber.readback, version)
         return found | {"readback_seen_s": time.monotonic() - continued}
 
     async def kept(self, mode: str, meter: Meter) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """How fast the trainer is: tokens/s, MFU and peak memory of one optimizer step, its variants side by side.
 
     python bench/gpu_train.py [--shape 4b] [--tokens 8192] [--micro-batches 4] [--steps 3] [--variants ...] [--json]
-    python bench/gpu_train.py --card-gib 79.6                 as the plan places it on a smaller GPU, held to its memory
+    python bench/gpu_train.py --gpu-gib 79.6                 as the plan places it on a smaller GPU, held to its memory
     python bench/gpu_train.py --wrapped                       FSDP2 on one GPU too: what it costs
     python bench/gpu_train.py --profile packed-selective      the kernels that take the time
     python bench/gpu_train.py --shape tiny                    on a CPU
@@ -16,7 +16,7 @@ the output head for completion tokens alone, which is where it is computed; no r
 delta rule) against the dense bf16 peak of the GPU's name. `planned_gib` is what the launch plan counts for this trainer
 without its CUDA context and holes, to be held against `peak_gib` (what torch allocated; `reserved_gib` with the holes).
 The plan counts a micro-batch of `--tokens`; `fullest` is the most that one of a timed step had on this rank.
-`moments-on-host` is packed-full with AdamW's moments in pinned memory; with `--card-gib` each variant has as many there
+`moments-on-host` is packed-full with AdamW's moments in pinned memory; with `--gpu-gib` each variant has as many there
 as the plan says (`on_host`), and torch may take no more than that GPU has beside its CUDA context.
 Every row is printed as soon as it is known; what does not fit in `--limit-s` is said.
 """
@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed, after two that are not")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--profile", choices=VARIANTS, help="no table: the kernels of one step of this variant")
-    parser.add_argument("--card-gib", type=float, help="memory of the GPU to plan for; 79.6 is an H100 of 80 GB")
+    parser.add_argument("--gpu-gib", type=float, help="memory of the GPU to plan for; 79.6 is an H100 of 80 GB")
     parser.add_argument("--wrapped", action="store_true", help="FSDP2 on a mesh of one")
     parser.add_argument("--limit-s", type=float, default=560.0)
     parser.add_argument("--json", action="store_true")
@@ -226,13 +226,13 @@ def main() -> None:
     def start(name: str) -> Trainer:
         variant = VARIANTS[name]
         chosen = recipe(variant, args.tokens, size)
-        if args.card_gib:
-            held = plan_place.place(chosen, shape, {0: int(args.card_gib * 2**30)}, [], [0], plan_speed.Pace())
+        if args.gpu_gib:
+            held = plan_place.place(chosen, shape, {0: int(args.gpu_gib * 2**30)}, [], [0], plan_speed.Pace())
             variant = replace(variant, split=held.split)
         return build(adapter, config, variant, chosen, ranks)
 
-    if args.card_gib and ranks.device.type == "cuda":
-        room = args.card_gib * 2**30 - CUDA_CONTEXT
+    if args.gpu_gib and ranks.device.type == "cuda":
+        room = args.gpu_gib * 2**30 - CUDA_CONTEXT
         torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(ranks.device).total_memory)
 
     print("  ".join(f"{k} {v}" for k, v in where.items()), file=sys.stderr, flush=True)

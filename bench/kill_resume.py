@@ -78,20 +78,20 @@ class Bench:
             self._failed(attempt, f"{victim} was not there to be killed")
             return
         killed = time.monotonic()
-        code, talk = attempt.end()
+        code, console = attempt.end()
         tally = self.tallies.setdefault(victim, Tally())
         tally.slowest_end_s = max(tally.slowest_end_s, time.monotonic() - killed)
         tally.starting += not attempt.steps()
         tally.running += bool(attempt.steps())
         tally.steps += len(set(attempt.steps()))
-        if victim != "supervisor" and (code != 1 or f"`{victim}`" not in talk or "--resume" not in talk):
-            self.problems.append(f"attempt {self.attempts}, {victim} killed: exit {code}, {talk[-600:]}")
+        if victim != "supervisor" and (code != 1 or f"`{victim}`" not in console or "--resume" not in console):
+            self.problems.append(f"attempt {self.attempts}, {victim} killed: exit {code}, {console[-600:]}")
 
     def _failed(self, attempt: Attempt, what: str) -> None:
         if attempt.supervisor.poll() is None:
             attempt.supervisor.terminate()
-        code, talk = attempt.end()
-        self.problems.append(f"attempt {self.attempts}: {what}; exit {code}, {talk[-1500:]}")
+        code, console = attempt.end()
+        self.problems.append(f"attempt {self.attempts}: {what}; exit {code}, {console[-1500:]}")
 
     def finish(self) -> int:
         """The last attempt, to its end. -> the run's steps."""
@@ -99,9 +99,9 @@ class Bench:
             steps = int(hub.execute("SELECT COALESCE(MAX(step) + 1, 0) FROM batches").fetchone()[0]) + LAST_STEPS
         attempt = Attempt(self.run, [f"train.steps={steps}"], resume=True)
         self.attempts += 1
-        code, talk = attempt.end(300)
+        code, console = attempt.end(300)
         if code:
-            self.problems.append(f"the last attempt: exit {code}, {talk[-1500:]}")
+            self.problems.append(f"the last attempt: exit {code}, {console[-1500:]}")
         return steps
 
 

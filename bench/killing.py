@@ -30,12 +30,13 @@ class Attempt:
     def __init__(self, run: Path, sets: Sequence[str], *, resume: bool):
         self.run = run
         where = ["--resume", str(run)] if resume else ["--recipe", RECIPE, "--run-dir", str(run)]
-        self._talk = (run.parent / f"{run.name}.log").open("w+")
+        self._console = (run.parent / f"{run.name}.log").open("w+")
         self._before = len(records(run))
         self.began = time.monotonic()
         self.supervisor = subprocess.Popen(
             [*ASTRA, "train", *where, *words(sets)],
-            cwd=run.parent, stdin=subprocess.DEVNULL, stdout=self._talk, stderr=self._talk, start_new_session=True,
+            cwd=run.parent, stdin=subprocess.DEVNULL, stdout=self._console, stderr=self._console,
+            start_new_session=True,
         )  # fmt: skip
 
     @property
@@ -86,8 +87,8 @@ class Attempt:
         except subprocess.TimeoutExpired:
             self.supervisor.kill()
             code = self.supervisor.wait()
-        self._talk.seek(0)
-        return code, self._talk.read()
+        self._console.seek(0)
+        return code, self._console.read()
 
 
 def records(run: Path) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ from astracli.models import registry
 from astracli.models.adapter import ModelAdapter
 from astracli.rl import losses
 from astracli.rl.types import Group, Sample, Segment
-from astracli.training import halves, logprob, setup
+from astracli.training import logprob, setup, split_masters
 from astracli.training.fsdp import Ranks
 from astracli.training.layout import RESIDENT, recomputed
 from astracli.training.step import Trainer
@@ -163,8 +163,8 @@ def one_gpu(count: Count) -> Iterator[None]:
         mock.patch.object(weight_gradients, "add_product", add_product),
         mock.patch.object(varlen, "_flash_runs", lambda *_: True),
         mock.patch.object(upload, "pinned", lambda tensor: tensor),
-        mock.patch.object(halves, "split", lambda *_: None),  # of an update, which is not counted here
-        mock.patch.object(halves, "join", lambda *_: None),
+        mock.patch.object(split_masters, "split", lambda *_: None),  # of an update, which is not counted here
+        mock.patch.object(split_masters, "join", lambda *_: None),
     ):
         try:
             yield

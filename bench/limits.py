@@ -47,8 +47,8 @@ from astracli.config import recipe_io
 from astracli.config.recipe import AlgorithmTable
 from astracli.errors import UserError
 from astracli.rl import losses
-from astracli.rl.losses import Limits, TokenLoss, Tokens, m2po
-from astracli.rl.losses.clipping import Range
+from astracli.rl.losses import ClipLimits, TokenLoss, Tokens, m2po
+from astracli.rl.losses.clipping import ClipRange
 from astracli.training.step import Trainer
 
 MICRO_BATCHES = 4
@@ -80,7 +80,7 @@ WAYS = {
 }
 
 
-def floor(log_ratio_N: Tensor, advantage_N: Tensor, table: AlgorithmTable) -> Limits:
+def floor(log_ratio_N: Tensor, advantage_N: Tensor, table: AlgorithmTable) -> ClipLimits:
     """The former rule: a `prepare`."""
     tau = table.m2_threshold
     moment_C = log_ratio_N[m2po.candidates(log_ratio_N, advantage_N)].double() ** 2
@@ -88,14 +88,16 @@ def floor(log_ratio_N: Tensor, advantage_N: Tensor, table: AlgorithmTable) -> Li
         return m2po.prepare(log_ratio_N, advantage_N, table)
     t = max(math.sqrt(float(moment_C.max())) if len(moment_C) else 0.0, math.sqrt(tau))
     low, high = (min(w, m) for w, m in zip(m2po.widths(t), m2po.CLIP_WIDEST, strict=True))
-    return Range(1.0 - low, 1.0 + high)
+    return ClipRange(1.0 - low, 1.0 + high)
 
 
 def limits_per_minibatch(trainer: Trainer) -> None:
     """Each minibatch is scored by the policy that is about to be updated."""
     update: Callable[..., float] = trainer._minibatch
 
-    def minibatch(batch: Any, index: int, step: int, version: int, limits: Limits, *rest: Any, measure: bool) -> float:
+    def minibatch(
+        batch: Any, index: int, step: int, version: int, limits: ClipLimits, *rest: Any, measure: bool
+    ) -> float:
         with torch.no_grad():
             ratios = [
                 trainer._forward(trainer.policy, micro)[0] - torch.from_numpy(micro.logprob_N)

@@ -215,7 +215,7 @@ def main() -> None:
     parser.add_argument("--warm-s", type=float, default=10.0)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--poll-s", type=float, default=0.05)
-    parser.add_argument("--memory-gib", type=float, help="of a smaller card")
+    parser.add_argument("--memory-gib", type=float, help="of a smaller GPU")
     parser.add_argument("--attention", help="rollout.attention_backend")
     parser.add_argument("--engine-path", help="PYTHONPATH of the environment that holds SGLang")
     parser.add_argument("--json", action="store_true")

@@ -47,7 +47,7 @@ from astracli.weights.format.manifest import seal
 from astracli.weights.publish import payload
 from astracli.weights.publish.encoder import EncoderProcess
 from astracli.weights.publish.snapshot import local
-from astracli.weights.receive import staged
+from astracli.weights.receive import apply
 from astracli.weights.receive.decoder import DecoderProcess
 
 SHAPES = {
@@ -103,7 +103,7 @@ class Case:
     device: str
     threads: int
     folder: Path
-    read: Callable[[Path], staged.Prepared] = staged.prepare
+    read: Callable[[Path], apply.Prepared] = apply.prepare
     encoder: EncoderProcess | None = None
     """On a GPU; it lives as long as a trainer."""
 
@@ -150,7 +150,7 @@ def same_bits(one: Weights, two: Weights) -> bool:
 
 
 def ours(case: Case) -> Cost:
-    """The publisher's own steps between snapshot and STABLE, and the engine's between plan and proof."""
+    """The publisher's own steps between snapshot and STABLE, and the engine's between plan and read-back."""
     old = {name: local(tensor, copy=False) for name, tensor in case.base.items()}
     now = {name: local(tensor, copy=False) for name, tensor in case.new.items()}
     with case.pool() as pool:
@@ -166,14 +166,14 @@ def ours(case: Case) -> Cost:
     (case.folder / "next.json").write_bytes(seal(plan))
     hands = None
     if case.device == "cuda":
-        hands = Resident({name: staged.placements(tensor) for name, tensor in case.engine.items()})
+        hands = Resident({name: apply.placements(tensor) for name, tensor in case.engine.items()})
         hands.digests(list(case.engine))  # its tables are made once in an engine's life
     begin = case.clock()
     prepared = case.read(case.folder)
     if hands is not None:
-        staged.load(prepared, hands)
+        apply.load(prepared, hands)
     ready = case.clock()
-    done = staged.apply(case.folder, case.engine, 0, prepared, hands)
+    done = apply.apply(case.folder, case.engine, 0, prepared, hands)
     end = case.clock()
     more = {
         "digest": digested_s,
@@ -260,7 +260,7 @@ def measure(
     drawn: tuple[tuple[float, int], Weights, Weights] | None = None
     took: dict[str, float] = {}
     with contextlib.closing(DecoderProcess()) as child, contextlib.closing(EncoderProcess(threads)) as encoder:
-        read = child.prepare if device == "cuda" else staged.prepare
+        read = child.prepare if device == "cuda" else apply.prepare
         for (lr, steps), method in order:
             begin = time.perf_counter()
             if begin + took.get(method, 0.0) > until:

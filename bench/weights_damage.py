@@ -39,7 +39,7 @@ from astracli.weights.format.manifest import Manifest, seal, unseal, version_nam
 from astracli.weights.publish.payload import hash_file
 from astracli.weights.publish.publisher import Publisher
 from astracli.weights.publish.snapshot import Shard
-from astracli.weights.receive import staged
+from astracli.weights.receive import apply
 
 Weights = dict[str, torch.Tensor]
 SHAPES = {
@@ -217,7 +217,7 @@ def attempt(stage: Stage, engine: Weights, untouched: bool) -> tuple[str, str]:
     """(error's name, what is wrong with it): apply what is staged. No name: it was applied."""
     before = {name: tensor.clone() for name, tensor in engine.items()}
     try:
-        staged.apply(stage.where, engine, 0)
+        apply.apply(stage.where, engine, 0)
     except RunFailed as error:
         told = not json.loads((stage.where / "result.json").read_text())["ok"]
         wrong = "" if told else "the outcome does not say so"
@@ -250,7 +250,7 @@ def run(trials: int, seed: int, folder: Path) -> dict[str, Any]:
         detected[what] += 1
         errors[error] += 1
         if detected.total() % FULL_EVERY == 0:
-            staged.apply(stage.full, engine, None)
+            apply.apply(stage.full, engine, None)
             resyncs += 1
             if not same(engine, stage.versions[0]):
                 missed.append("a resync in full did not put the weights right")

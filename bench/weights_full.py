@@ -26,7 +26,7 @@ from astracli.process import ports
 from astracli.weights.publish.publisher import Publisher
 from astracli.weights.publish.server import weights_routes
 from astracli.weights.publish.snapshot import lanes_of, take
-from astracli.weights.receive import reading, staged
+from astracli.weights.receive import apply, reading
 from astracli.weights.receive.subscriber import Subscriber
 
 
@@ -57,14 +57,14 @@ def measure(weights: dict[str, torch.Tensor], threads: int, folder: Path) -> dic
         receiver.close()
     files.stop()
     begin = time.perf_counter()
-    prepared = staged.prepare(stage)
+    prepared = apply.prepare(stage)
     timed("read in the engine", begin)
     begin = time.perf_counter()
     reading.hold(prepared)
     timed("staged beside generation", begin)
     engine = {name: torch.ones_like(tensor) for name, tensor in weights.items()}
     begin = time.perf_counter()
-    staged.apply(stage, engine, None, prepared)
+    apply.apply(stage, engine, None, prepared)
     timed("apply and verify", begin)
     return found
 

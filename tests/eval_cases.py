@@ -18,14 +18,14 @@ from astracli.data.benchmarks import Benchmark
 from astracli.data.prompts import Problem
 from astracli.engines.client import GenRequest, GenResult
 from astracli.errors import RunFailed
-from astracli.evaluation.benchmark import BenchmarkWork, Result, Sampling, sample_seed
+from astracli.evaluation.benchmark import BenchmarkWork, EvalSampling, Result, sample_seed
 from astracli.evaluation.spread import evaluate
 from astracli.rewards.reward import Grade, GradeItem, GradePool
 
 CHARACTERS = "0123456789+-= \\boxed{}"
 VOCABULARY = {c: i for i, c in enumerate(["<pad>", "<eos>", *dict.fromkeys(CHARACTERS)])}
 SYMBOLS = list(VOCABULARY)
-SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=24, context_length=64, stop_token_ids=(1,), seed=5)
+SAMPLING = EvalSampling(temperature=1.0, top_p=1.0, max_new_tokens=24, context_length=64, stop_token_ids=(1,), seed=5)
 
 
 class CharTokenizer:

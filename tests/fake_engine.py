@@ -46,7 +46,7 @@ class FakeEngine:
     paused: bool = False
     refusals: int = 0
     """Updates that will fail."""
-    window: bool = False
+    update_session: bool = False
     """Takes updates only between begin and end, as SGLang from 0.5.21 on."""
     begun: bool = False
     sticky: bool = False
@@ -61,7 +61,7 @@ class FakeEngine:
     """As SGLang with our loader: answers success to every update, and the outcome is a file here."""
     results: list[dict[str, Any] | None] = field(default_factory=list)
     """What the loader will write into it, by and by; None: nothing, as when it never ran. Afterwards version 1."""
-    proofs: bool = False
+    readbacks: bool = False
     """Whether a read-back follows each update."""
     running: int = 0
     clocks: dict[int, int] = field(default_factory=dict)
@@ -91,7 +91,7 @@ class FakeEngine:
             Route("/release_memory_occupation", self._release, methods=["POST"]),
             Route("/resume_memory_occupation", self._take_back, methods=["POST"]),
         ]
-        if self.window:
+        if self.update_session:
             routes.append(Route("/begin_weight_update", self._begin, methods=["POST"]))
             routes.append(Route("/end_weight_update", self._end, methods=["POST"]))
         self._thread = ServerThread(Starlette(routes=routes), listener).start()
@@ -225,7 +225,7 @@ class FakeEngine:
         await asyncio.sleep(self.update_s)
         if answer := self._broken(request):
             return answer
-        if self.window and not self.begun:
+        if self.update_session and not self.begun:
             return JSONResponse({"success": False, "message": "must run between begin and end"}, 400)
         if body["load_format"] == SETTLE_LOADER:
             self.events.append("settled")
@@ -243,7 +243,7 @@ class FakeEngine:
             if result is not None:
                 (self.stage_dir / "result.json").write_text(json.dumps({"ok": True, "message": "", **result}))
             return JSONResponse({"success": True, "message": "Success"})
-        outcome = {"apply_s": 0.001, "changed": 7, "proof": self.proofs}
+        outcome = {"apply_s": 0.001, "changed": 7, "readback": self.readbacks}
         return JSONResponse({"success": True, "message": "", "outcome": outcome})
 
     async def _label(self, request: Request) -> Response:
@@ -265,7 +265,7 @@ class FakeFetcher:
         self.asked.append((target_version, have_version))
         return StagedPlan(target_version, "full" if have_version is None else "delta", ("x",), 100, 100, 0.0, 0.001)
 
-    proofs: list[RunFailed | float] = field(default_factory=list)
+    readbacks: list[RunFailed | float] = field(default_factory=list)
     """What the coming read-backs find."""
 
     watched: bool = True
@@ -275,8 +275,8 @@ class FakeFetcher:
         self.woken.append(version)
         self.watched = True
 
-    def proof(self, version: int) -> dict[str, float]:
-        found = self.proofs.pop(0)
+    def readback(self, version: int) -> dict[str, float]:
+        found = self.readbacks.pop(0)
         if isinstance(found, RunFailed):
             raise found
         return {"readback_s": found}

@@ -23,7 +23,7 @@ from astracli.process.worker import Reporter, WorkerConfig
 from astracli.rewards.reward import Grade, GradeItem
 from astracli.rl.schedule import sample_seed
 from astracli.rl.types import Group, unpack_group
-from astracli.rollout.updates import Lane
+from astracli.rollout.engine_worker import EngineWorker
 from astracli.rollout.worker import Rollout
 
 LENGTH = 20
@@ -70,7 +70,7 @@ class World:
         self.engine = FakeEngine(TOKEN, **({"length": LENGTH} | engine)).start()
         self.others: list[FakeEngine] = []
         self.fetcher = FakeFetcher()
-        self.lanes: list[Lane] = []
+        self.workers: list[EngineWorker] = []
         self.server = Server(open_store(path, **({"steps": 6} | (hub or {}))), path)
 
     @property
@@ -102,14 +102,16 @@ class World:
         config = self.config(**changes)
         async with contextlib.AsyncExitStack() as stack:
             hub = await stack.enter_async_context(AsyncHubClient(config.hub_url, TOKEN))
-            lanes = []
+            workers = []
             for number, fake in enumerate([self.engine, *self.others]):
                 engine = await stack.enter_async_context(EngineClient(fake.url, TOKEN, loader_dir=fake.stage_dir))
                 mode, name = config.recipe.weights.pause_mode, f"engine{number}"
-                lanes.append(Lane(name, engine, hub, self.fetcher, process="rollout", mode=mode, ready_timeout_s=5.0))
-            self.lanes = lanes
+                workers.append(
+                    EngineWorker(name, engine, hub, self.fetcher, process="rollout", mode=mode, ready_timeout_s=5.0)
+                )
+            self.workers = workers
             source = PromptSource(config.recipe.data, 5)
-            worker = Rollout(config, Reporter(config), hub, lanes, source, Tokenizer(), Grader())
+            worker = Rollout(config, Reporter(config), hub, workers, source, Tokenizer(), Grader())
 
             async def act() -> None:
                 if scenario is not None:

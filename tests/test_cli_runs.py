@@ -142,7 +142,7 @@ def test_runs_report_shows_first_last_and_difference(astra: Astra, runs: Path) -
 
 
 def test_a_report_says_where_the_run_lies_now(astra: Astra, runs: Path) -> None:
-    """A run that was moved since, whose closing document names its old places."""
+    """A run that was moved since, whose summary names its old places."""
     run = make_run(runs / "here")
     run.summary_json.write_text(json.dumps({"paths": {"run": "runs/before", "export": "runs/before/export"}}))
     found = json.loads(astra("runs", "report", "here", "--json").out)["summary"]

@@ -70,9 +70,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     kill_when(run, "trainer", lambda: len(trained_steps(run)) >= 3, supervisor)
-    _, talk = supervisor.communicate(timeout=60)
-    assert supervisor.returncode == 1, talk
-    assert "trainer" in talk and "--resume" in talk
+    _, console = supervisor.communicate(timeout=60)
+    assert supervisor.returncode == 1, console
+    assert "trainer" in console and "--resume" in console
     resumed = astra("train", "--resume", str(run), cwd=cwd)
     assert resumed.returncode == 0, resumed.stderr
     return run

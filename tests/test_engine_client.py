@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 from fake_engine import FakeEngine
 
-from astracli.engines.client import EngineClient, Update
+from astracli.engines.client import EngineClient, UpdateReply
 
 TOKEN = "secret"
 
 
-def update(tmp_path: Path, result: dict[str, Any] | None) -> tuple[Update, FakeEngine]:
+def update(tmp_path: Path, result: dict[str, Any] | None) -> tuple[UpdateReply, FakeEngine]:
     engine = FakeEngine(TOKEN, stage_dir=tmp_path, results=[result]).start()
     (tmp_path / "result.json").write_text('{"ok": true, "version": 3, "message": ""}')  # of an update before
 
-    async def go() -> Update:
+    async def go() -> UpdateReply:
         async with EngineClient(engine.url, TOKEN, loader_dir=tmp_path) as client:
             await client.pause()
             return await client.apply_staged(3)
@@ -46,7 +46,7 @@ def test_success_without_the_loaders_word_is_none_and_the_weights_stay_unproven(
 
 
 def test_the_loaders_word_is_the_outcome_and_gives_the_weights_their_name(tmp_path: Path) -> None:
-    found, engine = update(tmp_path, {"version": 3, "changed": 9, "apply_s": 0.5, "load_s": None, "proof": True})
-    assert found.success and found.outcome["changed"] == 9 and found.outcome["proof"]
+    found, engine = update(tmp_path, {"version": 3, "changed": 9, "apply_s": 0.5, "load_s": None, "readback": True})
+    assert found.success and found.outcome["changed"] == 9 and found.outcome["readback"]
     assert found.seconds == {"apply_s": 0.5}
     assert engine.version == 3 and engine.events[-1] == "called 3"

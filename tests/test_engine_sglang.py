@@ -249,12 +249,12 @@ def test_what_the_recipe_says_of_an_engine_is_on_its_command_line(tmp_path: Path
     assert not any(part.startswith(("--dp", "--data-parallel", "--tp")) for part in found)
     leaves = ("--enable-memory-saver", "--enable-weights-cpu-backup")
     assert not set(leaves) & set(found)
-    planned = replace(config, extra=config.extra | {"turns": True, "mem_fraction_static": 0.31})
+    planned = replace(config, extra=config.extra | {"time_sharing": True, "mem_fraction_static": 0.31})
     found = command(planned, Path("/m"), OPTIONS, {})
     assert {*leaves, "--mem-fraction-static=0.31"} <= set(found), "what the plan derived is the last word"
 
 
-def test_an_engine_that_answers_no_more_is_given_up_with_its_last_words(
+def test_an_engine_that_answers_no_more_is_given_up_with_its_last_lines(
     tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four health checks in a row; one that is answered meanwhile begins the count anew."""
@@ -281,8 +281,10 @@ def test_an_engine_that_answers_no_more_is_given_up_with_its_last_words(
         sglang._watch(config, Hung(), Running())  # type: ignore[arg-type]
     assert asked == ["health_generate"] * 8 and "attention_backend=triton" in str(error.value.hint)
     replies, asked[:] = iter([False] * 4), []
-    with pytest.raises(RunFailed, match="failed 4 health checks"):  # in a trainer's turn nothing can be generated
-        sglang._watch(replace(config, extra=config.extra | {"turns": True}), Hung(), Running())  # type: ignore[arg-type]
+    with pytest.raises(
+        RunFailed, match="failed 4 health checks"
+    ):  # nothing can be generated while the trainer has the GPU
+        sglang._watch(replace(config, extra=config.extra | {"time_sharing": True}), Hung(), Running())  # type: ignore[arg-type]
     assert asked == ["model_info"] * 4
 
 
@@ -328,6 +330,6 @@ def test_the_directory_that_sglang_loads_holds_text_names_whatever_the_checkpoin
         with safe_open(shard, framework="pt") as file:
             names |= dict.fromkeys(file.keys(), shard.name)
     assert names == {"model.norm.weight": "model-1.safetensors", "model.embed_tokens.weight": "model-2.safetensors"}
-    assert json.loads((out / checkpoint.INDEX).read_text())["weight_map"] == names
+    assert json.loads((out / checkpoint.SHARD_INDEX).read_text())["weight_map"] == names
     bare = checkpoint.prepare(tmp_path / "bare", source, QWEN3_5, weights=False)
     assert [path.name for path in bare.iterdir()] == ["config.json"]

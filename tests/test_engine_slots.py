@@ -45,7 +45,7 @@ def _requests(count: int, out: dict[str, Completion], *, seed: int = 0, **fields
 
 def _finish(scheduler: Scheduler) -> None:
     for _ in range(2000):
-        if not scheduler.turn():
+        if not scheduler.run_once():
             return
     raise AssertionError("the scheduler does not come to an end")
 
@@ -69,8 +69,8 @@ def test_log_probabilities_equal_full_forwards_with_staggered_arrivals_and_refil
     pending = list(requests)
     while pending:
         scheduler.submit([pending.pop(0) for _ in range(min(3, len(pending)))])
-        scheduler.turn()
-        scheduler.turn()
+        scheduler.run_once()
+        scheduler.run_once()
         assert scheduler.table.active <= 5
     _finish(scheduler)
     _check_exact(model, requests, out)
@@ -134,9 +134,9 @@ def test_an_aborted_completion_continues_with_the_same_tokens(model: Any) -> Non
     first = _requests(6, parts, seed=4, **settings)
     scheduler.submit(first)
     for _ in range(8):
-        scheduler.turn()
+        scheduler.run_once()
     future = scheduler.call(lambda: scheduler.abort(["r1", "r4"]))
-    scheduler.turn()
+    scheduler.run_once()
     assert future.result(timeout=0) == 2 and sorted(parts) == ["r1", "r4"]
     prefix = dict(parts)
     for request in first:
@@ -173,9 +173,9 @@ def test_pause_keeps_requests_and_their_draws(model: Any, mode: Any) -> None:
     requests = _requests(7, paused, seed=6, max_new_tokens=15, stop_token_ids=())
     scheduler.submit(requests)
     for _ in range(6):
-        scheduler.turn()
+        scheduler.run_once()
     scheduler.call(lambda: scheduler.pause(mode))
-    assert not scheduler.turn() and not paused
+    assert not scheduler.run_once() and not paused
     assert scheduler.table.active == (0 if mode == "retract" else 4)
     assert scheduler.flush() is (mode == "retract")
     scheduler.call(lambda: setattr(scheduler, "version", 3))
@@ -193,14 +193,14 @@ def test_pause_abort_returns_running_and_waiting_requests(model: Any) -> None:
     scheduler = _scheduler(model, 2)
     scheduler.submit(_requests(5, out, max_new_tokens=30, stop_token_ids=()))
     for _ in range(4):
-        scheduler.turn()
+        scheduler.run_once()
     scheduler.call(lambda: scheduler.pause("abort"))
-    assert not scheduler.turn()
+    assert not scheduler.run_once()
     assert [len(out[f"r{i}"].tokens) for i in range(5)] == [5, 5, 0, 0, 0]
     assert {done.finish_reason for done in out.values()} == {"abort"}
     late: dict[str, Completion] = {}
     scheduler.submit(_requests(1, late))
-    assert not scheduler.turn() and not late
+    assert not scheduler.run_once() and not late
     scheduler.call(scheduler.resume)
     _finish(scheduler)
     assert "r0" in late
@@ -218,8 +218,8 @@ def test_exclusive_calls_give_the_same_bits_whatever_else_runs() -> None:
                 request.rid = f"{call}-{request.rid}"
         for call in arrivals:
             scheduler.submit(calls[call])
-            scheduler.turn()
-            scheduler.turn()
+            scheduler.run_once()
+            scheduler.run_once()
         _finish(scheduler)
         return out
 
@@ -239,7 +239,7 @@ def test_a_model_that_produces_nan_stops_the_engine() -> None:
     scheduler = _scheduler(model, 2)
     scheduler.submit(_requests(1, {}))
     with pytest.raises(RunFailed, match="NaN at weight version 0"):
-        scheduler.turn()
+        scheduler.run_once()
 
 
 def test_gated_delta_step_equals_the_reference_rule() -> None:

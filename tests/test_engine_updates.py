@@ -209,9 +209,9 @@ def test_parameters_are_read_back_after_an_update_and_others_than_the_trainers_s
                 publisher.publish(version, _wire(model))
                 subscriber.fetch(version, version - 1)
                 update = await client.apply_staged(version)
-                assert update.success and update.outcome["proof"] == (version == 2), update
+                assert update.success and update.outcome["readback"] == (version == 2), update
                 if version == 2:
-                    assert subscriber.proof(2).keys() == {"readback_s"}
+                    assert subscriber.readback(2).keys() == {"readback_s"}
             with torch.no_grad():
                 model.model.norm.weight[0] = float("nan")
             publisher.publish(4, _wire(model))
@@ -219,12 +219,12 @@ def test_parameters_are_read_back_after_an_update_and_others_than_the_trainers_s
             subscriber.fetch(4, 3)
             assert (await client.apply_staged(4)).success
             with pytest.raises(RunFailed, match=r"version 4: read back .* 1 tensors differ: model\.norm\.weight"):
-                subscriber.proof(4)
+                subscriber.readback(4)
             with pytest.raises(RunFailed, match="not serving: the update to version 4 failed: read back"):
                 await client.generate(long_requests(1))
             monkeypatch.setattr(weights, "_write", write)
             assert not (await client.apply_staged(4)).success, "nobody knows what it holds"
             assert subscriber.fetch(4, None).kind == "full"
-            assert (await client.apply_staged(4)).success and subscriber.proof(4)
+            assert (await client.apply_staged(4)).success and subscriber.readback(4)
 
     with_client(engine, scenario)

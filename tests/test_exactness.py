@@ -24,8 +24,8 @@ pytestmark = pytest.mark.timeout(600)  # five runs, one after the other, on what
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    code, talk = Attempt(run, [f"train.steps={STEPS}", *SMALL, *QUICK], resume=False).end()
-    assert code == 0, talk
+    code, console = Attempt(run, [f"train.steps={STEPS}", *SMALL, *QUICK], resume=False).end()
+    assert code == 0, console
     return run
 
 
@@ -34,8 +34,8 @@ def killed(run: Path, victim: str, ready: Callable[[Attempt], bool]) -> None:
     resume = run.exists()
     attempt = Attempt(run, [] if resume else [f"train.steps={STEPS}", *SMALL, *QUICK], resume=resume)
     assert attempt.wait(lambda: ready(attempt) and attempt.kill(victim)), attempt.end()[1]
-    code, talk = attempt.end()
-    assert code == (-9 if victim == "supervisor" else 1), talk
+    code, console = attempt.end()
+    assert code == (-9 if victim == "supervisor" else 1), console
 
 
 def test_a_run_killed_three_times_ends_in_the_same_bytes(undisturbed: Path) -> None:
@@ -45,8 +45,8 @@ def test_a_run_killed_three_times_ends_in_the_same_bytes(undisturbed: Path) -> N
     last = Attempt(run, ["launch.max_resumes=1"], resume=True)
     # past the checkpoint of two steps; from there it goes on by itself, in the same attempt
     assert last.wait(lambda: 2 in last.steps() and last.kill("trainer")), last.end()[1]
-    code, talk = last.end()
-    assert code == 0 and "the run goes on from the checkpoint of step 2, time 1 of 1" in talk, talk
+    code, console = last.end()
+    assert code == 0 and "the run goes on from the checkpoint of step 2, time 1 of 1" in console, console
     assert len(digests(undisturbed)) == 1 + 3 + 1 + STEPS, (
         "weights, three evaluations, their table, four steps' samples"
     )

@@ -151,13 +151,13 @@ def run(home: Path, endpoint: str, call: str, *args: str, **env: str) -> tuple[i
 
 def test_model_comes_once_with_what_is_needed_and_no_more(hub: tuple[str, list[str]], tmp_path: Path) -> None:
     url, served = hub
-    code, folder, talk = run(tmp_path, url, "fetch_model", "org/tiny")
+    code, folder, console = run(tmp_path, url, "fetch_model", "org/tiny")
     assert code == 0
     names = sorted(str(p.relative_to(folder)) for p in Path(folder).rglob("*") if p.is_file())
     assert names == ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]
     assert (Path(folder) / "model.safetensors").read_bytes() == b"weights"
     assert COMMITS["main"] in folder
-    assert talk.startswith("fetching model org/tiny\nfetched model org/tiny in ")
+    assert console.startswith("fetching model org/tiny\nfetched model org/tiny in ")
     before = len(served)
     code, again, _ = run(tmp_path, url, "fetch_model", "org/tiny")
     assert (code, again) == (0, folder) and len(served) == before
@@ -189,10 +189,10 @@ def test_data_set(hub: tuple[str, list[str]], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("call", ["fetch_model", "fetch_config"])
 def test_gated_model(hub: tuple[str, list[str]], tmp_path: Path, call: str) -> None:
-    code, answer, talk = run(tmp_path, hub[0], call, "org/gated")
+    code, answer, console = run(tmp_path, hub[0], call, "org/gated")
     assert code == 2 and answer["message"] == "model `org/gated` is gated and this account may not read it"
     assert answer["hint"].startswith(f"accept its licence at {hub[0]}/org/gated, then `hf auth login`")
-    assert "Traceback" not in talk
+    assert "Traceback" not in console
     assert run(tmp_path, hub[0], call, "org/gated", HF_TOKEN=GATED_TOKEN)[0] == 0
 
 

@@ -11,7 +11,7 @@ from training_tools import recipe
 
 from astracli.engines.client import GenRequest, GenResult
 from astracli.rl.schedule import sample_seed
-from astracli.rollout.groups import Draft, Sampling, generate_groups
+from astracli.rollout.groups import Draft, RolloutSampling, generate_groups
 
 PROMPT = [9, 9, 9]
 
@@ -21,7 +21,7 @@ def result(tokens: Sequence[int], reason: Any, version: int) -> GenResult:
 
 
 class Cutting:
-    """A lane whose engine ends every request after `each` tokens, under a version of its own, and never stops."""
+    """An engine worker; its engine ends a request after `each` tokens, under a version of its own, and never stops."""
 
     name = "engine0"
 
@@ -44,16 +44,16 @@ class Cutting:
 
 def test_a_continuation_asks_for_the_rest_with_the_same_draws() -> None:
     chosen = recipe(rollout={"group_size": 2, "max_new_tokens": 16, "context_length": 64})
-    lane: Any = Cutting(7)
+    worker: Any = Cutting(7)
     ended: list[int] = []
-    work = generate_groups(lane, Sampling(chosen, (1,)), {5: PROMPT}, lambda: ended.append(len(lane.calls)))
+    work = generate_groups(worker, RolloutSampling(chosen, (1,)), {5: PROMPT}, lambda: ended.append(len(worker.calls)))
     drafts = asyncio.run(work)[5]
     assert ended == [3, 3], "an abort leaves a sample outstanding until its room is used up"
-    assert [[r.max_new_tokens for r in call] for call in lane.calls] == [[16, 16], [9, 9], [2, 2]]
-    assert [[r.draw_offset for r in call] for call in lane.calls] == [[0, 0], [7, 7], [14, 14]]
-    assert [len(call[0].input_ids) for call in lane.calls] == [3, 10, 17]
-    assert {tuple(r.seed for r in call) for call in lane.calls} == {(sample_seed(0, 5, 0), sample_seed(0, 5, 1))}
-    assert lane.aborted == [(2, 20), (2, 34)]  # what is prefilled again: prompt and prefix of both samples
+    assert [[r.max_new_tokens for r in call] for call in worker.calls] == [[16, 16], [9, 9], [2, 2]]
+    assert [[r.draw_offset for r in call] for call in worker.calls] == [[0, 0], [7, 7], [14, 14]]
+    assert [len(call[0].input_ids) for call in worker.calls] == [3, 10, 17]
+    assert {tuple(r.seed for r in call) for call in worker.calls} == {(sample_seed(0, 5, 0), sample_seed(0, 5, 1))}
+    assert worker.aborted == [(2, 20), (2, 34)]  # what is prefilled again: prompt and prefix of both samples
     for draft in drafts:
         assert draft.finish == "length", "an abort that used up the room is an end"
         assert [(s.version, len(s.tokens)) for s in draft.segments] == [(1, 7), (2, 7), (3, 2)]
@@ -61,10 +61,10 @@ def test_a_continuation_asks_for_the_rest_with_the_same_draws() -> None:
 
 def test_a_long_prompt_leaves_less_room() -> None:
     chosen = recipe(rollout={"group_size": 2, "max_new_tokens": 16, "context_length": 20})
-    lane: Any = Cutting(100)
-    (first, _) = asyncio.run(generate_groups(lane, Sampling(chosen, (1,)), {0: [9] * 8}, lambda: None))[0]
-    assert [[r.max_new_tokens for r in call] for call in lane.calls] == [[12, 12]] and len(first.tokens) == 12
-    assert Sampling(chosen, ()).budget([9] * 20) == 0
+    worker: Any = Cutting(100)
+    (first, _) = asyncio.run(generate_groups(worker, RolloutSampling(chosen, (1,)), {0: [9] * 8}, lambda: None))[0]
+    assert [[r.max_new_tokens for r in call] for call in worker.calls] == [[12, 12]] and len(first.tokens) == 12
+    assert RolloutSampling(chosen, ()).budget([9] * 20) == 0
 
 
 def test_segments_of_one_version_are_joined() -> None:

@@ -79,11 +79,11 @@ def test_kernels_are_summed_and_idle_time_is_not_hidden(bench: ModuleType) -> No
 
 
 @pytest.mark.parametrize("options", [["--layout", "1+1"], ["--layout", "1+2", "--device", "cpu"]])
-def test_turns_are_refused_where_nothing_is_shared(options: list[str]) -> None:
-    """Else the table would say `in turns` over a run that took none."""
-    command = [sys.executable, str(Path(__file__).parent.parent / "bench" / "gpu_loop.py"), "--turns", *options]
+def test_time_sharing_is_refused_where_nothing_is_shared(options: list[str]) -> None:
+    """Else the table would say `time-shared` over a run that was not."""
+    command = [sys.executable, str(Path(__file__).parent.parent / "bench" / "gpu_loop.py"), "--time-sharing", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "--turns needs GPUs that engine and trainer share" in done.stderr
+    assert done.returncode == 2 and "--time-sharing needs GPUs that engine and trainer share" in done.stderr
 
 
 def test_the_whole_loop_at_tiny_shape(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_the_whole_loop_at_tiny_shape(tmp_path: Path) -> None:
     assert result["trained_tokens_per_s"] == pytest.approx(result["tokens_per_step"] / step)
     assert 0 < result["delta_bytes"] < result["full_bytes"]
     assert result["update"]["pause_s"]["count"] >= 2 and result["generated_tokens_per_s"] > 0
-    assert result["balance"]["limit"] in ("generation", "training", "each other", "nothing")
+    assert result["bottleneck"]["limit"] in ("generation", "training", "each other", "nothing")
     assert result["memory"] == [], "no GPU"
     assert not list(tmp_path.iterdir()), "nothing is left"
 
@@ -138,7 +138,7 @@ esac
 def test_a_run_s_memory_stands_beside_its_plan_for_each_gpu(
     bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Engine and trainer take turns on GPU 3: 2 + max(10, 30) GiB are planned there, and 20 on GPU 5."""
+    """Engine and trainer share GPU 3 in time: 2 + max(10, 30) GiB are planned there, and 20 on GPU 5."""
     import gpu_loop  # type: ignore[import-not-found]
     from meter import MemoryWatch
 

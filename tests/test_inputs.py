@@ -35,15 +35,15 @@ def empty(folder: Path) -> None:
 def no_second_shard(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
-    (folder / inputs.INDEX).write_text(json.dumps(index))
+    (folder / inputs.SHARD_INDEX).write_text(json.dumps(index))
 
 
 def wrong_index(folder: Path) -> None:
-    (folder / inputs.INDEX).write_text(json.dumps({"weight_map": {"model.nothing": "model.safetensors"}}))
+    (folder / inputs.SHARD_INDEX).write_text(json.dumps({"weight_map": {"model.nothing": "model.safetensors"}}))
 
 
 def torn_index(folder: Path) -> None:
-    (folder / inputs.INDEX).write_text('{"weight_map": ')
+    (folder / inputs.SHARD_INDEX).write_text('{"weight_map": ')
 
 
 def no_tokenizer(folder: Path) -> None:

@@ -22,13 +22,13 @@ from rich.console import Console
 from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
 from astracli.errors import RunFailed, UserError
-from astracli.launch import changes, children, run, summary, watch
+from astracli.launch import children, recipe_changes, run, summary, watch
 from astracli.launch.job import Job
 from astracli.plan import build as plan
 from astracli.plan.build import LaunchPlan
 from astracli.process.worker import load_config
-from astracli.report.closing import closing_facts
-from astracli.report.page.page import LiveView, Progress
+from astracli.report.page.page import LiveView, RunProgress
+from astracli.report.summary_table import summary_rows
 from astracli.runs import find as runs
 from astracli.runs import metrics
 from astracli.runs.run_dir import RunDir
@@ -36,9 +36,9 @@ from astracli.runs.run_dir import RunDir
 REPOSITORY = Path(__file__).parents[1]
 
 
-def tiny(**changes: Any) -> Recipe:
+def tiny(**recipe_changes: Any) -> Recipe:
     """The shipped tiny recipe with dotted keys changed (`train__steps=3`)."""
-    sets = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in changes.items()]
+    sets = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in recipe_changes.items()]
     return recipe_io.load("qwen3.5-tiny-m2po-delta", sets)
 
 
@@ -46,9 +46,9 @@ def plan_of(recipe: Recipe) -> LaunchPlan:
     return run._plan(recipe, "train", run._config_if_here(recipe))
 
 
-def setting(recipe: Recipe, path: Path, **more: Any) -> children.Setting:
+def setting(recipe: Recipe, path: Path, **more: Any) -> children.RunContext:
     fields: dict[str, Any] = dict(hub_url="http://127.0.0.1:1", token="secret", paths={"model": "/m", "data": None})
-    return children.Setting(recipe, plan_of(recipe), RunDir(path), 1, **(fields | more))
+    return children.RunContext(recipe, plan_of(recipe), RunDir(path), 1, **(fields | more))
 
 
 def test_every_process_gets_its_config_and_only_its_owner_reads_it(tmp_path: Path) -> None:
@@ -112,14 +112,14 @@ def stored_run(tmp_path: Path, recipe: Recipe) -> RunDir:
 def test_resume_keeps_what_is_learned_and_lets_the_rest_change(tmp_path: Path) -> None:
     stored = stored_run(tmp_path, tiny())
     allowed = tiny(train__steps=200, launch__heartbeat_timeout_s=5, resources__train_ranks=2, checkpoint__keep=3)
-    assert changes.resumed_recipe(allowed, stored) == allowed
+    assert recipe_changes.resumed_recipe(allowed, stored) == allowed
     less_memory = tiny(
         train__tokens_per_microbatch=512, train__activation_checkpointing="full", train__optimizer_device="host"
     )
-    assert changes.resumed_recipe(less_memory, stored) == less_memory, "a run that ran out of memory goes on"
+    assert recipe_changes.resumed_recipe(less_memory, stored) == less_memory, "a run that ran out of memory goes on"
     for key, value in (("train__learning_rate", 1.0), ("algorithm__name", "grpo"), ("launch__deterministic", True)):
         with pytest.raises(UserError, match=rf"--set {key.replace('__', '.')} on --resume"):
-            changes.resumed_recipe(tiny(**{key: value}), stored)
+            recipe_changes.resumed_recipe(tiny(**{key: value}), stored)
 
 
 def test_a_finished_run_is_not_resumed_but_can_train_on(tmp_path: Path) -> None:
@@ -127,8 +127,8 @@ def test_a_finished_run_is_not_resumed_but_can_train_on(tmp_path: Path) -> None:
     stored.start(recipe="t", steps=100, step=100)
     stored.end("done", exit_code=0)
     with pytest.raises(UserError, match="is done: 100 of 100 steps"):
-        changes.resume_step(stored, tiny(train__steps=100))
-    assert changes.resume_step(stored, tiny(train__steps=200)) == 0
+        recipe_changes.resume_step(stored, tiny(train__steps=100))
+    assert recipe_changes.resume_step(stored, tiny(train__steps=200)) == 0
 
 
 def test_a_failed_fetch_leaves_no_run_behind(tmp_path: Path) -> None:
@@ -196,10 +196,10 @@ DONE = """hub.announce(0, 0); time.sleep(1.5)
     sys.exit(0)"""
 
 
-def job_with(tmp_path: Path, trainer: str, **changes: Any) -> Job:
+def job_with(tmp_path: Path, trainer: str, **recipe_changes: Any) -> Job:
     """A job like `astra train` makes it, every worker replaced by WORKER with this trainer."""
     (tmp_path / "stand_in.py").write_text(WORKER.replace("TRAINER", trainer))
-    recipe = tiny(eval__every=0, train__steps=1, **changes)
+    recipe = tiny(eval__every=0, train__steps=1, **recipe_changes)
     plan = plan_of(recipe)
     search = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])}
     plan = replace(
@@ -225,8 +225,8 @@ def test_job_runs_to_its_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
         "trainer",
         "engine0",
     }
-    talk = capfd.readouterr().err
-    assert "starting" in talk and "all processes are ready" in talk and "stopping" in talk
+    console = capfd.readouterr().err
+    assert "starting" in console and "all processes are ready" in console and "stopping" in console
     assert not psutil.Process().children()
 
 
@@ -291,7 +291,7 @@ ONCE = """if config.extra.get("start") is None:
 
 
 def test_a_trainer_that_met_a_cuda_error_goes_on_by_itself(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Its hub is rewound, everyone is started anew as on a resume, and summary and closing table say so."""
+    """Its hub is rewound, everyone is started anew as on a resume, and summary and summary table say so."""
     job = job_with(tmp_path, ONCE + DONE, launch__max_resumes=1)
     assert job.run() == 0
     status, found = files(tmp_path / "run")
@@ -299,7 +299,7 @@ def test_a_trainer_that_met_a_cuda_error_goes_on_by_itself(tmp_path: Path, capfd
     (resume,) = found["resumes"]
     assert (resume["at_step"], resume["from_step"]) == (0, 0) and resume["seconds"] > 0
     assert found["phases_s"]["resuming"] > 0
-    rows = dict(closing_facts(found))
+    rows = dict(summary_rows(found))
     assert rows["resumes"].startswith("1: at step 0 from step 0 (the GPU reported an error: CUDA error: unspecified")
     assert load_config(["w", str(tmp_path / "run" / "config" / "engine0.json")]).extra["await_weights"] is True
     assert "the run goes on from the beginning, there is no checkpoint yet, time 1 of 1" in capfd.readouterr().err
@@ -338,14 +338,14 @@ def test_what_only_shows_a_run_cannot_end_it(
     assert RunDir(tmp_path / "run").shown_state() == "done"
     assert sinks[0].calls == ["made", "write", "close"], "not asked again"
     assert sinks[1].calls == ["made", "write", "write", "close"]
-    talk = capfd.readouterr().err
-    assert "warning: `BrokenSink` gets no more figures, metrics.jsonl has all: ConnectionError: no network" in talk
-    assert "warning: no closing table: TypeError: int() argument" in talk
+    console = capfd.readouterr().err
+    assert "warning: `BrokenSink` gets no more figures, metrics.jsonl has all: ConnectionError: no network" in console
+    assert "warning: no summary table: TypeError: int() argument" in console
 
 
 def test_a_terminal_that_is_gone_takes_no_run_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Gone:
-        def update(self, *_: Progress) -> None:
+        def update(self, *_: RunProgress) -> None:
             raise OSError(5, "Input/output error")
 
         close = update
@@ -402,9 +402,9 @@ def test_children_of_a_killed_supervisor_end_by_themselves(tmp_path: Path) -> No
 
 
 def test_fewer_samples_than_pass_k_lower_it() -> None:
-    evaluation = changes.with_evaluation(tiny(), ["gsm8k"], 2).eval
+    evaluation = recipe_changes.with_evaluation(tiny(), ["gsm8k"], 2).eval
     assert (evaluation.benchmarks, evaluation.samples, evaluation.pass_k) == (["gsm8k"], 2, 2)
-    assert changes.with_evaluation(tiny(), None, 16).eval.pass_k == 4
+    assert recipe_changes.with_evaluation(tiny(), None, 16).eval.pass_k == 4
 
 
 def test_a_rollout_that_wrote_no_sample_leaves_no_file(tmp_path: Path) -> None:

@@ -99,14 +99,14 @@ def test_a_gated_delta_net_layer_costs_what_it_must(bench: ModuleType) -> None:
 
 def test_the_chunks_of_segments_are_those_that_fla_counts() -> None:
     """As `fla.ops.utils.index.prepare_chunk_indices` makes them, from lengths that it reads back from the GPU."""
-    edges = (0, 1, 64, 128, 193, 512)
-    made = fused.chunks(edges, torch.device("cpu"))
-    lengths = torch.diff(torch.tensor(edges))
+    cu_seqlens_host = (0, 1, 64, 128, 193, 512)
+    made = fused.chunks(cu_seqlens_host, torch.device("cpu"))
+    lengths = torch.diff(torch.tensor(cu_seqlens_host))
     indices = torch.cat([torch.arange(n) for n in ((lengths + 63) // 64).tolist()])
     theirs = torch.stack([indices.eq(0).cumsum(0) - 1, indices], 1)
     assert made["chunk_indices"].dtype == torch.int32 and torch.equal(made["chunk_indices"].long(), theirs)
-    assert made["cu_seqlens_cpu"].tolist() == list(edges)
-    assert fused.chunks(edges, torch.device("cpu")) is made, "the same tensors for every layer"
+    assert made["cu_seqlens_cpu"].tolist() == list(cu_seqlens_host)
+    assert fused.chunks(cu_seqlens_host, torch.device("cpu")) is made, "the same tensors for every layer"
 
 
 def test_the_scale_of_a_norm_is_fp32_without_a_copy_of_its_weight() -> None:

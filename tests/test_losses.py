@@ -16,7 +16,7 @@ from astracli.config.recipe import AlgorithmTable
 from astracli.errors import UserError
 from astracli.rl import losses
 from astracli.rl.losses import TokenLoss, Tokens, m2po
-from astracli.rl.losses.clipping import Range
+from astracli.rl.losses.clipping import ClipRange
 from astracli.rl.losses.kl import k3
 
 M2PO = losses.get("m2po")
@@ -63,7 +63,7 @@ def test_grpo_by_hand() -> None:
 
 
 def test_the_loss_of_a_far_off_token_stays_finite() -> None:
-    loss, _, _ = token_loss("grpo", tensors(200.0), tensors(-1.0), Range(0.8, 1.2))
+    loss, _, _ = token_loss("grpo", tensors(200.0), tensors(-1.0), ClipRange(0.8, 1.2))
     assert math.isfinite(loss.item())
 
 
@@ -98,7 +98,7 @@ def test_mask_by_hand() -> None:
 def test_clip_by_hand() -> None:
     # tau 0.04: prefix means 0.01, 0.025, 0.0467: two are kept, the cap is 0.2
     limits = M2PO.prepare(LOG_RATIO, ADVANTAGE, table(variant="clip", m2_threshold=0.04))
-    assert isinstance(limits, Range)
+    assert isinstance(limits, ClipRange)
     assert (limits.low, limits.high) == pytest.approx((math.exp(-0.2), math.exp(0.2)))
     assert limits.cap == pytest.approx(0.2)
 
@@ -107,7 +107,7 @@ def test_waterfill_by_hand() -> None:
     # sum(min(m, t^2)) = 0.0725 * 4 = 0.29: 0.01 + 0.04 + 0.09 stay, t^2 = 0.15
     limits = M2PO.prepare(LOG_RATIO, ADVANTAGE, table(variant="waterfill", m2_threshold=0.0725))
     t = math.sqrt(0.15)
-    assert isinstance(limits, Range)
+    assert isinstance(limits, ClipRange)
     assert (limits.low, limits.high) == pytest.approx((math.exp(-t), 1.5))  # 1 - e^-0.387 = 0.321, e^0.387 - 1 = 0.473
 
 
@@ -136,7 +136,7 @@ def test_a_water_level_where_the_mean_is_tau_but_for_rounding() -> None:
 def test_widths_are_bounded() -> None:
     far = tensors(9.0, -9.0)
     limits = M2PO.prepare(far, tensors(1.0, -1.0), table(variant="clip", m2_threshold=100.0))
-    assert isinstance(limits, Range)
+    assert isinstance(limits, ClipRange)
     assert (limits.low, limits.high) == pytest.approx((0.05, 21.0))
 
 

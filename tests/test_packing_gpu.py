@@ -69,7 +69,7 @@ def test_fla_convolution_ends_at_every_boundary() -> None:
     taps = torch.randn(channels, 4, device="cuda", generator=draw).bfloat16().requires_grad_()
     pull = torch.randn(1, tokens, channels, device="cuda", generator=draw)
     options = varlen.boundaries(bounds(), x.device)
-    cu_seqlens, known = options["cu_seqlens"], chunks(options["edges"], x.device)
+    cu_seqlens, known = options["cu_seqlens"], chunks(options["cu_seqlens_host"], x.device)
     out = fla().conv(x, taps, None, activation="silu", cu_seqlens=cu_seqlens, **known)[0]
     assert torch.equal(out, fla().conv(x, taps, None, activation="silu", cu_seqlens=cu_seqlens)[0])
     found = torch.autograd.grad((out * pull).sum(), [x, taps])
@@ -98,7 +98,7 @@ def test_fla_delta_rule_ends_at_every_boundary() -> None:
     leaves = [x.requires_grad_() for x in leaves]
     pull = normal(heads, size)
     boundaries = varlen.boundaries(bounds(), leaves[0].device)
-    cu_seqlens, known = boundaries["cu_seqlens"], chunks(boundaries["edges"], leaves[0].device)
+    cu_seqlens, known = boundaries["cu_seqlens"], chunks(boundaries["cu_seqlens_host"], leaves[0].device)
 
     def run(rule: Any, inputs: list[torch.Tensor], **options: Any) -> torch.Tensor:
         q, k, v, g, beta = inputs

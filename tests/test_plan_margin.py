@@ -25,7 +25,7 @@ def row(process: str, size: int, basis: Any, what: str = "w", **more: Any) -> Me
 
 
 def test_half_of_what_is_estimated_there_at_once() -> None:
-    """Counted rows need none, nor does what finds another place; of two that take turns the larger counts."""
+    """Counted rows need none, nor does what finds another place; of two that share in time the larger counts."""
     rows = [
         row("engine0", 100, "counted", away=True),
         row("engine0", 40, "estimated", away=True),

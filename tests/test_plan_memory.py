@@ -135,8 +135,8 @@ def test_published_versions_lie_on_a_gpu_that_has_room_for_two() -> None:
         assert result.placement.split == layout.Split("gpu", 0.0, "full")
     assert where == {141: "gpu", 110: "gpu", 90: "host"}
     shared = ("resources.rollout_gpus=1", "resources.train_gpus=1", "resources.share_gpus=true")
-    turns = load("qwen3.5-4b-m2po-delta", *shared, "resources.share_mode=turns")
-    away = planned(turns, facts("9.0", 1, memory_gib=192, host_gib=512))
+    time_sharing = load("qwen3.5-4b-m2po-delta", *shared, "resources.share_mode=time_sharing")
+    away = planned(time_sharing, facts("9.0", 1, memory_gib=192, host_gib=512))
     assert {row.where for row in away.memory if row.what == versions} == {"host"}, "it gives its GPU back"
 
 
@@ -181,7 +181,7 @@ def test_dense_families_have_no_state_row() -> None:
 
 
 def test_only_several_ranks_gather_what_lies_outside_blocks() -> None:
-    """One rank has it: its bf16 parameters are the upper halves of its masters, which are counted once."""
+    """One rank has it: its bf16 parameters are the upper parts of its masters, which are counted once."""
     recipe = load("qwen3.5-4b-m2po-delta")
     shape = qwen3_5.ADAPTER.memory_shape(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"])
 
@@ -209,7 +209,7 @@ def test_an_update_with_moments_on_the_host_counts_a_bucket_of_them() -> None:
     bucket = layout.BUCKET_BYTES
     assert bucket > 10 * rows(0.0)[kept]
     assert rows(0.0)[kept] + rows(0.0)[passes] == bucket, "of masters made whole"
-    assert rows(0.5)[kept] + rows(0.5)[passes] == layout.PASSING * bucket, "and of moments"
+    assert rows(0.5)[kept] + rows(0.5)[passes] == layout.BUCKETS_IN_FLIGHT * bucket, "and of moments"
 
 
 DENSE = {"llama": (llama, "meta-llama/Meta-Llama-3-8B-Instruct"), "1.7b": (qwen3, "Qwen/Qwen3-1.7B"),
@@ -236,7 +236,7 @@ def test_an_update_brings_no_more_than_is_planned(name: str, ranks: int) -> None
         ]
         comes = adam.buckets({n: (8 + master) * s for n, s in sizes.items() if n in away})
         moving = [sum(sizes[n] for n in bucket) for bucket in comes]
-        first = 8 * sum(moving[: layout.PASSING - 1]) + master * max(stay, default=0)
+        first = 8 * sum(moving[: layout.BUCKETS_IN_FLIGHT - 1]) + master * max(stay, default=0)
         later = [8 * sum(moving[max(0, i - 1) : i + 2]) + master * moving[i] for i in range(len(moving))]
         planned_bytes = plan_trainer._in_update(shape, ranks, layout.Split(moments_on_host=part))
         assert max(first, *later, 0) <= planned_bytes * 1.001, part

@@ -38,7 +38,7 @@ def h200s(count: int) -> dict[str, Any]:
     return document | {"gpus": gpus, "system": system}
 
 
-def loop(layout: str, gpus: int, *sets: str, turns: bool = False, groups: int = 8) -> LaunchPlan:
+def loop(layout: str, gpus: int, *sets: str, time_sharing: bool = False, groups: int = 8) -> LaunchPlan:
     """`bench/gpu_loop.py` at 4.2 B: the settings that it says itself."""
     sys.path.insert(0, str(BENCH))
     try:
@@ -46,7 +46,7 @@ def loop(layout: str, gpus: int, *sets: str, turns: bool = False, groups: int = 
     finally:
         sys.path.remove(str(BENCH))
     own = {"steps": 20, "new_tokens": 512, "running": 128, "device": "cuda", "engine_path": None}
-    args = Namespace(layout=layout, turns=turns, groups=groups, set=list(sets), **own)
+    args = Namespace(layout=layout, time_sharing=time_sharing, groups=groups, set=list(sets), **own)
     recipe = load(str(BENCH / "random-4b.toml"), *gpu_loop.settings(args, Path("random-4b")))
     return planned(recipe, h200s(gpus), CONFIG)
 
@@ -59,24 +59,24 @@ def engine_alone() -> LaunchPlan:
 
 
 def parity() -> LaunchPlan:
-    """`bench/gpu_parity.py --set train.optimizer_device=host resources.share_mode=turns`."""
+    """`bench/gpu_parity.py --set train.optimizer_device=host resources.share_mode=time_sharing`."""
     gpus = [f"resources.{key}" for key in ("device=cuda", "rollout_gpus=1", "train_gpus=1", "share_gpus=true")]
     sets = ("train.minibatches=1", "rollout.max_new_tokens=256", "rollout.context_length=512", "eval.every=0",
             "train.activation_checkpointing=full", "train.tokens_per_microbatch=8192", "train.optimizer_device=host",
-            "rollout.mem_fraction_static=0.2", "resources.share_mode=turns")  # fmt: skip
+            "rollout.mem_fraction_static=0.2", "resources.share_mode=time_sharing")  # fmt: skip
     return planned(load("qwen3.5-tiny-m2po-delta", *gpus, *sets), h200s(1), CONFIG)
 
 
 RUNS = {
     "1+1": (107.8, lambda: loop("1+1", 2)),
     "1+2": (121.5, lambda: loop("1+2", 2)),
-    "1+2 in turns": (93.0, lambda: loop("1+2", 2, turns=True)),
+    "1+2 time-shared": (93.0, lambda: loop("1+2", 2, time_sharing=True)),
     "shared": (107.9, lambda: loop("shared", 1, "rollout.mem_fraction_static=0.18")),
-    "shared in turns": (
+    "shared time-shared": (
         43.6,
-        lambda: loop("shared", 1, "train.optimizer_device=host", "rollout.mem_fraction_static=0.2", turns=True),
+        lambda: loop("shared", 1, "train.optimizer_device=host", "rollout.mem_fraction_static=0.2", time_sharing=True),
     ),
-    "parity in turns": (42.2, parity),
+    "parity time-shared": (42.2, parity),
     "engine alone": (15.2, engine_alone),
 }
 """nvidia-smi's figure of all processes together at the fullest moment, GiB"""
@@ -98,7 +98,7 @@ def test_a_run_s_peak_is_planned_within_a_tenth(name: str) -> None:
 
 def test_a_rank_that_stays_keeps_its_versions_on_its_gpu() -> None:
     """In turns on one of two GPUs: 93.0 GiB were seen, and 83.2 planned without the 7.8 of the other GPU's rank."""
-    result = loop("1+2", 2, turns=True)
+    result = loop("1+2", 2, time_sharing=True)
     lie = {row.process: (row.where, row.bytes) for row in result.memory if row.what == plan_trainer.PUBLISHED}
     half = 2 * 4_205_751_296
     assert lie == {"trainer": ("host", half), "trainer1": ("gpu", half)}

@@ -8,7 +8,7 @@ from test_plan import TINY, load, planned, tiny
 
 from astracli.config.recipe import RUNNING, Recipe
 from astracli.launch import children
-from astracli.launch.children import Setting
+from astracli.launch.children import RunContext
 from astracli.plan import build as plan
 from astracli.plan import memory as plan_memory
 from astracli.runs.run_dir import RunDir
@@ -100,9 +100,9 @@ def test_beside_a_trainer_one_request_in_four_finds_a_full_context() -> None:
         row[2].startswith("what the trainer leaves of 110.00 GiB: ")
         and "for one in 4, 49.1 MiB of state each" in row[2]
     )
-    turns = planned(opened("qwen3.5-4b-m2po-delta", *shared, "resources.share_mode=turns"), document)
-    assert turns.running_requests > count, "in its turn the engine has the whole GPU"
-    plan.refuse(turns)
+    time_sharing = planned(opened("qwen3.5-4b-m2po-delta", *shared, "resources.share_mode=time_sharing"), document)
+    assert time_sharing.running_requests > count, "with time sharing the engine has the whole GPU"
+    plan.refuse(time_sharing)
 
 
 def test_a_dense_model_counts_its_kv_cache_alone() -> None:
@@ -124,7 +124,7 @@ def test_what_the_recipe_says_stays_and_a_cpu_takes_the_default() -> None:
 def test_the_processes_are_told(tmp_path: object) -> None:
     recipe = opened("qwen3.5-4b-m2po-delta", "resources.rollout_gpus=1", "resources.train_gpus=1")
     result = planned(recipe, facts("9.0", 2, memory_gib=141, host_gib=512))
-    setting = Setting(recipe, result, RunDir(tmp_path), 1, "http://127.0.0.1:1", "token", {"model": "m"})  # type: ignore[arg-type]
+    setting = RunContext(recipe, result, RunDir(tmp_path), 1, "http://127.0.0.1:1", "token", {"model": "m"})  # type: ignore[arg-type]
     (engine,) = [process for process in result.processes if process.role == "engine"]
     config = children._config(setting, engine, [], {})
     assert config.recipe.rollout.max_running_requests == config.recipe.rollout.running == 256

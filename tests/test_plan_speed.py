@@ -155,8 +155,10 @@ def test_the_recipe_s_word_counts() -> None:
     assert [what for what, _, _ in result.placement.reasons] == ["a full version"]
     assert recomputed(asked, Split(recomputed="none")) == "full" and recomputed(load(NAME), Split()) == "none"
     shared = (*ONE_EACH, "resources.share_gpus=true")
-    turns = planned(load(NAME, *shared, "resources.share_mode=turns"), facts("9.0", 1, memory_gib=141, host_gib=512))
-    assert turns.placement.split.recomputed == "none", "in turns the GPU is the trainer's own"
+    time_sharing = planned(
+        load(NAME, *shared, "resources.share_mode=time_sharing"), facts("9.0", 1, memory_gib=141, host_gib=512)
+    )
+    assert time_sharing.placement.split.recomputed == "none", "with time sharing the GPU is the trainer's own"
 
 
 def test_the_slowest_gpu_counts() -> None:

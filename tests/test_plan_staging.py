@@ -38,7 +38,7 @@ def test_engines_of_their_own_gpu_stage_on_it_and_are_told(name: str) -> None:
 
 
 def test_a_full_gpu_leaves_the_host_and_a_full_host_the_file() -> None:
-    """The same engine on cards around the size from which there is room: all rows within 95 % of it."""
+    """The same engine on GPUs around the size from which there is room: all rows within 95 % of it."""
     limit = None
     for gib in range(20, 45):
         result = planned(load(FULL), facts("8.9", 8, memory_gib=gib, host_gib=512))
@@ -64,8 +64,10 @@ def test_beside_a_trainer_only_runs_that_need_it_often_spend_gpu_memory() -> Non
     assert deltas == ("host", "before its pause: deltas seldom need it beside a trainer; pinned")
 
 
-def test_in_turns_the_version_leaves_the_gpu_with_its_engine() -> None:
-    result = planned(load(FULL, *ONE_GPU, "resources.share_mode=turns"), facts("9.0", 1, memory_gib=141, host_gib=512))
+def test_with_time_sharing_the_version_leaves_the_gpu_with_its_engine() -> None:
+    result = planned(
+        load(FULL, *ONE_GPU, "resources.share_mode=time_sharing"), facts("9.0", 1, memory_gib=141, host_gib=512)
+    )
     assert [(row.where, row.away) for row in waiting(result)] == [("gpu", True)]
 
 

@@ -1,4 +1,4 @@
-"""What people see of a run: plain lines, the live picture, the summary document and the closing table."""
+"""What people see of a run: plain lines, the live picture, the summary document and the summary table."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from astracli.config.recipe import Recipe
 from astracli.errors import UserError
 from astracli.launch import summary
 from astracli.launch.supervise import Status
-from astracli.report.closing import benchmark_table, closing_facts, print_closing, size
-from astracli.report.page.page import LiveView, PlainView, Progress, draw, duration, eval_line
+from astracli.report.page.page import LiveView, PlainView, RunProgress, draw, duration, eval_line
+from astracli.report.summary_table import benchmark_table, print_summary, size, summary_rows
 from astracli.runs.metrics import Tail, mean, median, mend, open_sinks, read, series
 
 
@@ -64,7 +64,7 @@ def recipe(**more: Any) -> Recipe:
 def test_plain_lines_say_the_figures_and_after_a_silence_who_waits_for_what() -> None:
     clock, lines = Clock(), list[str]()
     view = PlainView(lines.append, clock)
-    progress = Progress("tiny", 100, clock=clock)
+    progress = RunProgress("tiny", 100, clock=clock)
     statuses = {"trainer": Status("trainer", "starting"), "engine0": Status("engine", "ready", heard=1.0)}
     progress.feed([], state(0), statuses, "starting")
     view.update(progress)
@@ -93,7 +93,7 @@ def test_plain_lines_say_the_figures_and_after_a_silence_who_waits_for_what() ->
 def test_plain_lines_of_a_resumed_run_begin_where_it_goes_on() -> None:
     clock, lines = Clock(), list[str]()
     view = PlainView(lines.append, clock)
-    progress = Progress("tiny", 100, clock=clock)
+    progress = RunProgress("tiny", 100, clock=clock)
     progress.feed([], state(4, evaluation(0, 0.352, 0.6)), {}, "starting")
     view.update(progress)
     clock.now += 3
@@ -104,7 +104,7 @@ def test_plain_lines_of_a_resumed_run_begin_where_it_goes_on() -> None:
 def test_plain_lines_come_at_most_every_two_seconds_and_never_stay_away() -> None:
     clock, lines = Clock(), list[str]()
     view = PlainView(lines.append, clock)
-    progress = Progress("tiny", 100, clock=clock)
+    progress = RunProgress("tiny", 100, clock=clock)
     for step in range(1, 41):  # 10 s at four steps a second
         progress.feed([trainer(step)], state(step), {}, "running")
         view.update(progress)
@@ -122,7 +122,7 @@ def test_plain_lines_come_at_most_every_two_seconds_and_never_stay_away() -> Non
 
 def test_time_left_follows_the_pace() -> None:
     clock = Clock()
-    progress = Progress("tiny", 100, clock=clock)
+    progress = RunProgress("tiny", 100, clock=clock)
     progress.feed([], state(0), {}, "running")
     assert progress.left_s() is None
     for step in range(1, 11):
@@ -135,7 +135,7 @@ def test_time_left_follows_the_pace() -> None:
 
 def test_live_picture() -> None:
     clock = Clock()
-    progress = Progress("tiny", 100, clock=clock)
+    progress = RunProgress("tiny", 100, clock=clock)
     progress.began = clock.now - 65
     statuses = {
         "trainer": Status("trainer", "ready", "3 of 16 groups", {"loss": 0.12345}, 1.0),
@@ -216,7 +216,7 @@ def test_summary_figures(tmp_path: Path) -> None:
 def test_summary_of_a_resumed_attempt_times_its_own_steps(tmp_path: Path) -> None:
     found = make_summary(tmp_path, first_step=2)
     assert (found["steps"], found["steps_this_attempt"], found["training"]["tokens"]) == (4, 2, 2000)
-    facts = dict(closing_facts(make_summary(tmp_path, first_step=2, attempt=3)))
+    facts = dict(summary_rows(make_summary(tmp_path, first_step=2, attempt=3)))
     assert facts["wall time"].startswith("3 min 26 s in attempt 3: start-up 11 s, ")
     assert facts["steps"] == "4 of 100, 2 in attempt 3, 2.00 s each, the trainer waited 25% of it"
     assert facts["tokens"] == "2,000 trained in attempt 3, 500 a second"
@@ -262,7 +262,7 @@ def test_one_evaluation_shows_no_difference(tmp_path: Path) -> None:
     (row,) = found["benchmarks"]
     assert (row["first"], row["difference_avg_at_n"]) == (row["last"], None)
     out = io.StringIO()
-    print_closing(found, Console(file=out, width=160))
+    print_summary(found, Console(file=out, width=160))
     lines = [" ".join(line.split()) for line in out.getvalue().splitlines()]
     assert "benchmark figure step 0" in lines
     assert "arithmetic-heldout avg@8 0.350 ± 0.020" in lines and "pass@4 0.600" in lines
@@ -272,23 +272,23 @@ def test_one_evaluation_shows_no_difference(tmp_path: Path) -> None:
 def test_the_table_of_a_command_without_a_trainer_has_no_steps(tmp_path: Path) -> None:
     found = make_summary(tmp_path, records=[], store={}, plan={"command": "rollout"})
     assert found["steps_planned"] is None and list(found["phases_s"])[:2] == ["start-up", "running"]
-    assert "steps" not in dict(closing_facts(found))
+    assert "steps" not in dict(summary_rows(found))
 
 
 def test_summary_of_a_run_that_never_began(tmp_path: Path) -> None:
     found = make_summary(tmp_path, records=[], store={}, phases={"starting": 1.0})
     assert found["steps"] == 0 and found["benchmarks"] == [] and found["weights"]["ratio"] is None
     out = io.StringIO()
-    print_closing(found, Console(file=out, width=140))
+    print_summary(found, Console(file=out, width=140))
     assert "0 of 100" in out.getvalue()
     found["wall_s"], found["phases_s"] = 0.4, {"start-up": 0.4}
-    assert dict(closing_facts(found))["wall time"] == "0 s", "no phase is long enough to be named"
+    assert dict(summary_rows(found))["wall time"] == "0 s", "no phase is long enough to be named"
 
 
 def test_one_evaluation_is_not_compared_with_itself(tmp_path: Path) -> None:
     out = io.StringIO()
     found = make_summary(tmp_path, store=state(1, evaluation(0, 0.35, 0.6)))
-    print_closing(found, Console(file=out, width=140))
+    print_summary(found, Console(file=out, width=140))
     head, average, passed = (" ".join(line.split()) for line in out.getvalue().splitlines()[:3])
     assert (head, average) == ("benchmark figure step 0", "arithmetic-heldout avg@8 0.350 ± 0.020")
     assert passed == "pass@4 0.600"
@@ -307,15 +307,15 @@ def test_slots_busy_by_engine_is_weighted_by_time_and_leaves_start_and_end_out(t
     assert busy == {"engine0": pytest.approx((0.9 * 30 + 1.0 * 10) / 40), "engine1": 0.5}
     assert summary.slots_busy([told(None, "engine0", 0.7, 5.0)], 1, 98) == {"engine0": pytest.approx(0.7)}
     found = make_summary(tmp_path, records=[trainer(3, step_s=2.0), told(3, "engine0", 0.968, 9.0)])
-    assert dict(closing_facts(found))["slots busy"] == "engine0 97%, with rollouts, over time"
-    assert "slots busy" not in dict(closing_facts(make_summary(tmp_path)))
+    assert dict(summary_rows(found))["slots busy"] == "engine0 97%, with rollouts, over time"
+    assert "slots busy" not in dict(summary_rows(make_summary(tmp_path)))
 
 
-def test_closing_table(tmp_path: Path) -> None:
+def test_summary_table(tmp_path: Path) -> None:
     found = make_summary(tmp_path)
     found["memory"] = {"peak_bytes": 1_900_000_000, "kind": "pss", "peak_bytes_by_process": {"trainer": 800_000_000}}
     out = io.StringIO()
-    print_closing(found, Console(file=out, width=160))
+    print_summary(found, Console(file=out, width=160))
     lines = [" ".join(line.split()) for line in out.getvalue().splitlines()]
     assert "benchmark figure step 0 step 4 difference" in lines
     assert "arithmetic-heldout avg@8 0.350 ± 0.020 0.875 ± 0.020 +0.525" in lines
@@ -334,7 +334,7 @@ def test_closing_table(tmp_path: Path) -> None:
     assert "peak memory 1.9 GB (sum of PSS): trainer 800 MB" in lines
     assert "restarts rollout 2" in lines
     found["restarts"] = {}
-    assert "restarts" not in dict(closing_facts(found))
+    assert "restarts" not in dict(summary_rows(found))
 
 
 def test_an_evaluation_that_had_to_wait_says_so() -> None:
@@ -408,7 +408,7 @@ def test_size(count: float | None, words: str) -> None:
 
 def test_a_job_without_steps_says_what_its_workers_count() -> None:
     clock, lines = Clock(), []
-    progress = Progress("tiny-eval", 0, clock=clock)
+    progress = RunProgress("tiny-eval", 0, clock=clock)
     view = PlainView(lines.append, clock)
     statuses = {"engine0": Status("engine", "ready"), "eval": Status("eval", "ready", None, {"done": 12, "total": 64})}
     progress.feed([], state(0), statuses, "running")

@@ -45,8 +45,8 @@ def test_slots_are_filled_again_while_groups_wait_for_their_longest_sample(tmp_p
     assert max(running) <= SLOTS + GROUP - 1, "no more than the rest of one group waits in the engine"
     assert max(groups) >= 2 * SLOTS // GROUP, "the law makes groups wait"
     assert world.store.counts()["in_flight"] == 0, "what was not finished went back"
-    (lane,) = world.lanes
-    assert (lane.use.outstanding, lane.use.sent) == (0, 0)
+    (worker,) = world.workers
+    assert (worker.use.outstanding, worker.use.sent) == (0, 0)
 
 
 def test_refilling_stays_within_admission(tmp_path: Path) -> None:
@@ -79,8 +79,8 @@ def test_an_engine_that_is_lost_between_the_ends_of_a_group_gives_whole_groups_a
             await until(lambda: world.engine.ticked and world.engine.running >= SLOTS)
         await asyncio.to_thread(world.engine.stop)
         await until(lambda: world.store.counts()["queued"])
-        (lane,) = world.lanes
-        await until(lambda: lane.use.outstanding == lane.use.sent == 0)
+        (worker,) = world.workers
+        await until(lambda: worker.use.outstanding == worker.use.sent == 0)
         world.engine.ticks, world.engine.running = None, 0
         world.engine.start()
         got.extend(await world.batch(0))

@@ -118,8 +118,8 @@ def test_an_engine_in_which_our_loader_never_ran_is_woken_before_the_first_updat
 
 
 def test_what_is_generated_before_a_read_back_fails_is_lost_and_the_engine_resynced(world: World) -> None:
-    world.engine.proofs, world.engine.update_s = True, 0.1
-    world.fetcher.proofs = [RunFailed("read back under HF names, 1 tensors differ: a"), 0.01]
+    world.engine.readbacks, world.engine.update_s = True, 0.1
+    world.fetcher.readbacks = [RunFailed("read back under HF names, 1 tensors differ: a"), 0.01]
 
     async def scenario() -> None:
         world.store.announce(1, 1)
@@ -140,8 +140,8 @@ def test_an_engine_that_is_lost_after_a_failed_read_back_is_not_taken_at_its_wor
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It says that it holds the version; SGLang, too, goes on saying so."""
-    world.engine.proofs = True
-    world.fetcher.proofs = [RunFailed("read back under HF names, 1 tensors differ: a"), 0.01]
+    world.engine.readbacks = True
+    world.fetcher.readbacks = [RunFailed("read back under HF names, 1 tensors differ: a"), 0.01]
     pause, pauses = EngineClient.pause, []
 
     async def lost_once(client: EngineClient, mode: Any) -> None:
@@ -161,10 +161,10 @@ def test_an_engine_that_is_lost_after_a_failed_read_back_is_not_taken_at_its_wor
     assert [event for event in world.engine.events if "pause" not in event] == ["applied 1", "applied 1"]
 
 
-def test_what_comes_back_before_the_engine_has_said_that_it_goes_on_waits_for_the_proof(
+def test_what_comes_back_before_the_engine_has_said_that_it_goes_on_waits_for_the_readback(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    resume, proof, counted = EngineClient.resume, world.fetcher.proof, []
+    resume, readback, counted = EngineClient.resume, world.fetcher.readback, []
 
     async def slowly(client: EngineClient) -> None:
         await resume(client)
@@ -173,12 +173,12 @@ def test_what_comes_back_before_the_engine_has_said_that_it_goes_on_waits_for_th
     def counting(version: int) -> dict[str, float]:
         counts = world.store.state()["counts"]
         counted.append(counts["waiting"] + counts["dropped"])
-        return proof(version)
+        return readback(version)
 
     monkeypatch.setattr(EngineClient, "resume", slowly)
-    monkeypatch.setattr(world.fetcher, "proof", counting)
-    world.engine.proofs = True
-    world.fetcher.proofs = [RunFailed("read back under HF names, 1 tensors differ: a"), 0.01]
+    monkeypatch.setattr(world.fetcher, "readback", counting)
+    world.engine.readbacks = True
+    world.fetcher.readbacks = [RunFailed("read back under HF names, 1 tensors differ: a"), 0.01]
 
     async def scenario() -> None:
         await until(lambda: world.engine.running == 8)
@@ -189,25 +189,25 @@ def test_what_comes_back_before_the_engine_has_said_that_it_goes_on_waits_for_th
     assert counted == [0, 0], "nothing that the wrong weights drew"
 
 
-def proof_on_demand(world: World, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+def readback_on_demand(world: World, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
     """(a read-back is asked for, it may be answered)"""
-    asked, go_on, proof = threading.Event(), threading.Event(), world.fetcher.proof
+    asked, go_on, readback = threading.Event(), threading.Event(), world.fetcher.readback
 
     def slowly(version: int) -> dict[str, float]:
         asked.set()
         assert go_on.wait(10)
-        return proof(version)
+        return readback(version)
 
-    monkeypatch.setattr(world.fetcher, "proof", slowly)
+    monkeypatch.setattr(world.fetcher, "readback", slowly)
     return asked, go_on
 
 
 def test_no_evaluation_begins_before_the_weights_are_read_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its answers are not held back: of weights that are then found wrong they would be counted."""
     world.store._board._every = 1
-    world.engine.proofs = True
-    world.fetcher.proofs = [RunFailed("read back under HF names, 1 tensors differ: a"), 0.01]
-    asked, go_on = proof_on_demand(world, monkeypatch)
+    world.engine.readbacks = True
+    world.fetcher.readbacks = [RunFailed("read back under HF names, 1 tensors differ: a"), 0.01]
+    asked, go_on = readback_on_demand(world, monkeypatch)
 
     async def scenario() -> None:
         await until(lambda: world.engine.running == 8)
@@ -289,10 +289,10 @@ def test_an_engine_that_comes_back_is_given_weights_before_it_serves(world: Worl
 def test_an_engine_that_is_lost_during_its_read_back_and_comes_back_gets_work_again(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its proof never comes; it is resynced, and attached only then: the hub must hear that it is ready after that."""
-    world.engine.proofs = True
-    world.fetcher.proofs = [RunFailed("the engine did not read version 1 back within 60 s"), 0.01, 0.01, 0.01]
-    asked, go_on = proof_on_demand(world, monkeypatch)
+    """Its read-back never comes; it is resynced and then attached: only after that the hub hears that it is ready."""
+    world.engine.readbacks = True
+    world.fetcher.readbacks = [RunFailed("the engine did not read version 1 back within 60 s"), 0.01, 0.01, 0.01]
+    asked, go_on = readback_on_demand(world, monkeypatch)
 
     async def scenario() -> None:
         await until(lambda: world.engine.running == 8)

@@ -143,7 +143,7 @@ def test_it_is_bit_for_bit_what_fsdp_on_a_mesh_of_one_gives(model_dir: Path, tmp
             assert value.dtype == torch.float32
             moved.append((value.view(torch.int32) - masters[name].view(torch.int32)).abs().flatten())
     apart = torch.cat(moved)
-    # halves move a master half-way between two bf16 numbers, one in 65,536, by its last place: here in six updates
+    # splitting moves a master half-way between two bf16 numbers, one in 65,536, by its last place: here in six updates
     assert apart.max() <= 2 and 0 < (apart > 0).sum() < 3 * 6 * len(apart) / 2**16
     full = load_file(tmp_path / "full.safetensors")
     for name, tensor in trainer.masters.wire_full().items():

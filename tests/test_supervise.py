@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from astracli.errors import RunFailed
-from astracli.launch.again import Restarts, Resumes, Start
+from astracli.launch.restarts import Restarts, Resumes, Start
 from astracli.launch.supervise import Supervisor
 from astracli.process import children as local
 from astracli.process import transient

@@ -19,23 +19,23 @@ def test_attention_that_packed_rows_do_not_compute_is_refused() -> None:
         varlen.attention(torch.nn.Identity(), x, x, x, None, dropout=0.1)
     with pytest.raises(RunFailed, match="attention that is not causal"):
         varlen.attention(torch.nn.Identity(), x, x, x, None, is_causal=False)
-    two, edges = x.expand(2, 2, 4, 8), torch.tensor([0, 4], dtype=torch.int32)
+    two, cu_seqlens_host = x.expand(2, 2, 4, 8), torch.tensor([0, 4], dtype=torch.int32)
     with pytest.raises(ValueError, match="cu_seqlens with 2 rows; a packed row is one"):
-        varlen.attention(torch.nn.Identity(), two, two, two, None, cu_seqlens=edges)
+        varlen.attention(torch.nn.Identity(), two, two, two, None, cu_seqlens=cu_seqlens_host)
 
 
-@pytest.mark.parametrize("edges", [[0, 3], [0, 3, 5], [1, 4], [0, 2, 2, 4], [0, 3, 2, 4]])
-def test_boundaries_that_do_not_describe_the_row_are_refused(edges: list[int]) -> None:
+@pytest.mark.parametrize("cu_seqlens_host", [[0, 3], [0, 3, 5], [1, 4], [0, 2, 2, 4], [0, 3, 2, 4]])
+def test_boundaries_that_do_not_describe_the_row_are_refused(cu_seqlens_host: list[int]) -> None:
     with pytest.raises(ValueError, match="does not describe one packed row of 4 tokens"):
-        varlen.segments(torch.tensor(edges, dtype=torch.int32), 4)
+        varlen.segments(torch.tensor(cu_seqlens_host, dtype=torch.int32), 4)
     assert varlen.segments(torch.tensor([0, 3, 4], dtype=torch.int32), 4) == [(0, 3), (3, 4)]
 
 
 def test_attention_takes_the_scale_of_the_model() -> None:
     draw = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 2, 5, 8, generator=draw) for _ in range(3))
-    edges = torch.tensor([0, 2, 5], dtype=torch.int32)
-    for cu_seqlens, parts in ((None, [(0, 5)]), (edges, [(0, 2), (2, 5)])):
+    cu_seqlens_host = torch.tensor([0, 2, 5], dtype=torch.int32)
+    for cu_seqlens, parts in ((None, [(0, 5)]), (cu_seqlens_host, [(0, 2), (2, 5)])):
         found, _ = varlen.attention(torch.nn.Identity(), query, key, value, None, scaling=0.7, cu_seqlens=cu_seqlens)
         for a, b in parts:
             scores = 0.7 * query[0, :, a:b] @ key[0, :, a:b].transpose(1, 2)
@@ -89,6 +89,6 @@ def test_both_kinds_of_rows_ask_their_kernel_for_one_order(monkeypatch: pytest.M
     asked: list[tuple[int, ...]] = []
     monkeypatch.setattr(varlen, "_ordered", lambda out: asked.append(tuple(out.shape)) or out)
     varlen.attention(torch.nn.Identity(), query, key, value, None)
-    edges = torch.tensor([0, 2, 5], dtype=torch.int32)
-    varlen.attention(torch.nn.Identity(), query, key, value, None, cu_seqlens=edges)
+    cu_seqlens_host = torch.tensor([0, 2, 5], dtype=torch.int32)
+    varlen.attention(torch.nn.Identity(), query, key, value, None, cu_seqlens=cu_seqlens_host)
     assert asked == [(1, 2, 5, 8), (1, 2, 2, 8), (1, 2, 3, 8)]

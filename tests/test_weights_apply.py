@@ -20,8 +20,8 @@ from astracli.weights.device import resident
 from astracli.weights.format import codec, container
 from astracli.weights.format.digest import bits_of, digest_tensor, to_hex
 from astracli.weights.format.manifest import version_name
-from astracli.weights.receive import staged
-from astracli.weights.receive.staged import Placement
+from astracli.weights.receive import apply
+from astracli.weights.receive.apply import EngineSlice
 
 
 def test_a_delta_lands_in_place_bit_for_bit_and_says_so(tmp_path: Path) -> None:
@@ -29,34 +29,34 @@ def test_a_delta_lands_in_place_bit_for_bit_and_says_so(tmp_path: Path) -> None:
     where = stage(tmp_path, versions, [delta(1), delta(2)])
     engine = copies(versions[0])
     memory = {name: tensor.data_ptr() for name, tensor in engine.items()}
-    result = staged.apply(where, engine, 0)
+    result = apply.apply(where, engine, 0)
     assert same(engine, versions[2]) and memory == {name: tensor.data_ptr() for name, tensor in engine.items()}
     files = [where / version_name(v) / "delta-00000.bin" for v in (1, 2)]
     assert (result.version, result.kind, result.steps) == (2, "delta", 2)
     assert result.bytes == sum(f.stat().st_size for f in files)
     written = json.loads((where / "result.json").read_text())
     assert written["ok"] and written["version"] == 2 and written["changed"] == result.changed > 0
-    assert staged.read_back_digests(engine) == {n: to_hex(digest_tensor(t)) for n, t in versions[2].items()}
+    assert apply.read_back_digests(engine) == {n: to_hex(digest_tensor(t)) for n, t in versions[2].items()}
 
 
 def test_a_full_version_needs_no_base(tmp_path: Path) -> None:
     versions = chain(2)
     where = stage(tmp_path, versions, ["v000001/manifest.full.json"], transfer="full")
     engine = {name: torch.full_like(tensor, float("nan")) for name, tensor in versions[0].items()}
-    assert staged.apply(where, engine, None).kind == "full"
+    assert apply.apply(where, engine, None).kind == "full"
     assert same(engine, versions[1])
 
 
 def test_decoding_beforehand_leaves_only_the_scatter(tmp_path: Path) -> None:
     versions = chain(3)
     where = stage(tmp_path, versions, [delta(1)])
-    prepared = staged.prepare(where)
+    prepared = apply.prepare(where)
     shutil.rmtree(where / "v000001")
     engine = copies(versions[0])
-    staged.apply(where, engine, 0, prepared)
+    apply.apply(where, engine, 0, prepared)
     assert same(engine, versions[1])
     restage(tmp_path, [delta(2)])  # a plan that was prepared is not used for another one
-    assert staged.apply(where, engine, 1, prepared).version == 2
+    assert apply.apply(where, engine, 1, prepared).version == 2
     assert same(engine, versions[2])
 
 
@@ -66,7 +66,7 @@ def test_a_wrong_base_is_refused_untouched(tmp_path: Path) -> None:
     for have in (0, None, 2):
         engine = copies(versions[0])
         with pytest.raises(WeightMismatch, match=f"changes version 1, the engine holds {have}"):
-            staged.apply(where, engine, have)
+            apply.apply(where, engine, have)
         assert same(engine, versions[0])
         written = json.loads((where / "result.json").read_text())
         assert not written["ok"] and written["error"] == "WeightMismatch"
@@ -76,7 +76,7 @@ def test_a_base_that_lies_about_its_version_is_found_by_the_digests(tmp_path: Pa
     versions = chain(3)
     where = stage(tmp_path, versions, [delta(2)])
     with pytest.raises(WeightMismatch, match=r"9 tensors have the wrong digest: model\.embed_tokens\.weight, "):
-        staged.apply(where, copies(versions[0]), 1)
+        apply.apply(where, copies(versions[0]), 1)
 
 
 def test_missing_unknown_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_missing_unknown_and_misshapen_tensors_are_named(tmp_path: Path) -> None
         engine = copies(versions[0])
         change(engine)
         with pytest.raises(WeightMismatch, match=message):
-            staged.apply(where, engine, 0)
+            apply.apply(where, engine, 0)
 
     refused(lambda e: e.pop("model.norm.weight"), r"lacks 1 of 9 tensors: model\.norm\.weight")
     refused(lambda e: e.update(extra=torch.zeros(2)), "1 tensors of the engine are not in the manifest: extra")
@@ -104,10 +104,10 @@ def test_frozen_and_tied_tensors_are_checked_when_given(tmp_path: Path) -> None:
     engine = copies(versions[0])
     engine["visual.weight"] = frozen["visual.weight"]
     engine["lm_head.weight"] = engine["model.embed_tokens.weight"]
-    assert staged.apply(where, engine, 0).version == 1
+    assert apply.apply(where, engine, 0).version == 1
     engine = copies(versions[0]) | {"visual.weight": torch.zeros(4, 4).bfloat16()}
     with pytest.raises(WeightMismatch, match=r"frozen tensors differ from the trainer's: visual\.weight"):
-        staged.apply(where, engine, 0)
+        apply.apply(where, engine, 0)
 
 
 @pytest.mark.parametrize("encoding", list(container.ENCODINGS))
@@ -122,8 +122,8 @@ def test_the_torch_scatter_is_the_numpy_one(encoding: str, dtype: torch.dtype) -
     blob = codec._pack(codec._difference(encoding, base, new, at), len(at), 1)
     update = codec.decode(blob, encoding, len(at), 3000, base.itemsize)
     view = torch.from_numpy(base.view(kind.replace("u", "i")).copy()).view(dtype)
-    prepared = staged.Prepared(b"", 1, "delta", 0, None, steps=[[("a", 0, update)]])
-    resident.Resident({"a": [Placement(view[:1000], 0), Placement(view[1000:], 1000)]}).apply(prepared)
+    prepared = apply.Prepared(b"", 1, "delta", 0, None, steps=[[("a", 0, update)]])
+    resident.Resident({"a": [EngineSlice(view[:1000], 0), EngineSlice(view[1000:], 1000)]}).apply(prepared)
     assert np.array_equal(bits_of(view), new)
 
 
@@ -134,12 +134,12 @@ def test_an_update_falls_into_the_placements_that_hold_it(tmp_path: Path) -> Non
     flat = versions[0][name].reshape(-1)
     parts = [flat[:100].clone(), flat[100:333].clone(), flat[333:].clone()]
     engine: dict[str, Any] = copies(versions[0])
-    engine[name] = [Placement(parts[0], 0), Placement(parts[1], 100), Placement(parts[2], 333)]
-    staged.apply(where, engine, 0)
+    engine[name] = [EngineSlice(parts[0], 0), EngineSlice(parts[1], 100), EngineSlice(parts[2], 333)]
+    apply.apply(where, engine, 0)
     assert torch.equal(torch.cat(parts), versions[1][name].reshape(-1))
     engine[name] = engine[name][:2]
     with pytest.raises(WeightMismatch, match="holds 333 elements"):
-        staged.apply(where, engine, 0)
+        apply.apply(where, engine, 0)
 
 
 # ---- damage ---------------------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def test_damages_of_payload_manifest_plan_and_base_are_all_detected(tmp_path: Pa
                 continue
             view[:] = np.frombuffer(blob, np.uint8)
         with pytest.raises(RunFailed):
-            staged.apply(where, engine, have)
+            apply.apply(where, engine, have)
         assert not json.loads((where / "result.json").read_text())["ok"]
         if kind != "base":
             assert same(engine, versions[0])
@@ -205,11 +205,11 @@ def test_damages_of_payload_manifest_plan_and_base_are_all_detected(tmp_path: Pa
         trials[kind] += 1
     assert min(trials.values()) > 15
     engine = copies(versions[0])
-    staged.apply(where, engine, 0)
+    apply.apply(where, engine, 0)
     assert same(engine, versions[2])
     restage(tmp_path, ["v000000/manifest.full.json"])
     bits_of(engine["model.norm.weight"])[:] = 0
-    staged.apply(where, engine, None)
+    apply.apply(where, engine, None)
     assert same(engine, versions[0])
 
 
@@ -225,17 +225,17 @@ def test_damage_of_a_full_version_is_detected(tmp_path: Path) -> None:
         path.write_bytes(blob)
         engine = {name: torch.zeros_like(tensor) for name, tensor in versions[0].items()}
         with pytest.raises(WeightCorrupt, match=r"full-00000\.safetensors"):
-            staged.apply(where, engine, None)
+            apply.apply(where, engine, None)
         assert not any(t.any() for t in engine.values())
 
 
 def test_plans_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
     where = stage(tmp_path, chain(4), [delta(1), delta(3)])
     with pytest.raises(WeightCorrupt, match="changes version 2, the step before it ends at 1"):
-        staged.prepare(where)
+        apply.prepare(where)
     restage(tmp_path, [delta(1), "v000000/manifest.full.json"])
     with pytest.raises(WeightCorrupt, match="a full version behind other steps"):
-        staged.prepare(where)
+        apply.prepare(where)
     (where / "next.json").unlink()
     with pytest.raises(WeightCorrupt, match=r"cannot read staged `next\.json`"):
-        staged.prepare(where)
+        apply.prepare(where)

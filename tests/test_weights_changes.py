@@ -25,7 +25,7 @@ pytest.importorskip("triton", reason="Triton has no wheel for this system; it st
 
 
 def interpreted(tensors: list[tuple[str, torch.Tensor, torch.Tensor]], piece: int) -> Any:
-    from astracli.weights.device.changes import ByTriton
+    from astracli.weights.device.change_kernels import ByTriton
 
     with patch.object(device, "ByTorch", ByTriton):
         return coded(tensors, piece)
@@ -74,7 +74,7 @@ def check_tiles() -> None:
 
 def check_few_launches() -> None:
     """Whatever a pass consists of."""
-    from astracli.weights.device import changes
+    from astracli.weights.device import change_kernels
 
     launches: list[str] = []
 
@@ -87,7 +87,7 @@ def check_few_launches() -> None:
             return self.kernel[grid]
 
     names = ("_count", "_gather", "_code")
-    with patch.multiple(changes, **{name: Watched(getattr(changes, name), name) for name in names}):
+    with patch.multiple(change_kernels, **{name: Watched(getattr(change_kernels, name), name) for name in names}):
         model = [(f"t{k}", *versions(k, 64, 2, 0.05, False)) for k in range(64)]
         interpreted(pairs(model, flat=True), 64)
     assert sorted(launches) == ["_code", "_count", "_gather"], launches
@@ -108,7 +108,7 @@ def test_they_compile_and_load_16_bytes_at_once(capability: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from astracli.weights.device import changes
+    from astracli.weights.device import change_kernels
 
     def ptx(kernel: Any, types: dict[str, str], **constants: int) -> str:
         signature = types | dict.fromkeys(constants, "constexpr")
@@ -117,15 +117,25 @@ def test_they_compile_and_load_16_bytes_at_once(capability: int) -> None:
         return str(made.asm["ptx"])
 
     for width in (2, 4):
-        text = ptx(changes._count, {"tiles": "*i64", "out": "*i32"}, WIDTH=width, ALIGNED=True, BLOCK=changes.BLOCK)
+        text = ptx(
+            change_kernels._count,
+            {"tiles": "*i64", "out": "*i32"},
+            WIDTH=width,
+            ALIGNED=True,
+            BLOCK=change_kernels.BLOCK,
+        )
         assert text.count("ld.global.v4.b32") == width
         assert "ld.global.v4" not in ptx(
-            changes._count, {"tiles": "*i64", "out": "*i32"}, WIDTH=width, ALIGNED=False, BLOCK=changes.BLOCK
+            change_kernels._count,
+            {"tiles": "*i64", "out": "*i32"},
+            WIDTH=width,
+            ALIGNED=False,
+            BLOCK=change_kernels.BLOCK,
         )
     found = {"tiles": "*i64", "at_out": "*i32", "bits_out": "*i32"}
-    assert ptx(changes._gather, found, ALIGNED=True, BLOCK=changes.BLOCK).count("ld.global.v4.b32") == 2
+    assert ptx(change_kernels._gather, found, ALIGNED=True, BLOCK=change_kernels.BLOCK).count("ld.global.v4.b32") == 2
     coded = {"at": "*i32", "bits": "*i32", "total": "i32", "gaps": "*i32", "short": "*u8", "values": "*u8"}
-    assert "st.global" in ptx(changes._code, coded, PIECE=1 << 22, BLOCK=changes.BLOCK)
+    assert "st.global" in ptx(change_kernels._code, coded, PIECE=1 << 22, BLOCK=change_kernels.BLOCK)
 
 
 if __name__ == "__main__":

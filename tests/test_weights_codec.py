@@ -263,7 +263,7 @@ def forged(
 
 
 def test_what_each_check_refuses() -> None:
-    def decode(blob: bytes, count: int, length: int = 1000) -> codec.Update:
+    def decode(blob: bytes, count: int, length: int = 1000) -> codec.DecodedPiece:
         return codec.decode(blob, "gap-ulp", count, length, 2)
 
     with pytest.raises(WeightCorrupt, match="payload with 0 changes and 0 long gaps among 1000 elements"):

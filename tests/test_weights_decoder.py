@@ -25,10 +25,10 @@ from astracli.process import channel
 from astracli.weights import WeightCorrupt, WeightMismatch
 from astracli.weights.device.resident import Resident
 from astracli.weights.format import flat
-from astracli.weights.format.codec import Update
-from astracli.weights.receive import decoder, reading, staged
+from astracli.weights.format.codec import DecodedPiece
+from astracli.weights.receive import apply, decoder, reading
+from astracli.weights.receive.apply import EngineSlice
 from astracli.weights.receive.decoder import DecoderProcess
-from astracli.weights.receive.staged import Placement
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def hands_of(engine: Weights, cut: int = 0) -> Resident:
     for name, tensor in engine.items():
         view = tensor.view(-1)
         at = min(cut, len(view) - 1) if cut else 0
-        placed[name] = [Placement(view[:at], 0), Placement(view[at:], at)] if at else [Placement(view, 0)]
+        placed[name] = [EngineSlice(view[:at], 0), EngineSlice(view[at:], at)] if at else [EngineSlice(view, 0)]
     return Resident(placed)
 
 
@@ -52,14 +52,14 @@ def test_a_chain_a_full_version_and_views_in_pieces(tmp_path: Path, child: Decod
     versions = chain(4)
     where = stage(tmp_path, versions, [delta(1), delta(2)])
     engine = copies(versions[0])
-    prepared, direct = child.prepare(where), staged.prepare(where)
+    prepared, direct = child.prepare(where), apply.prepare(where)
     assert prepared.plan == direct.plan and prepared.bytes == direct.bytes > 0
     assert [m.changed for m in prepared.manifests] == [m.changed for m in direct.manifests]
     hands = hands_of(engine, cut)
-    result = staged.apply(where, hands.placed, 0, prepared, hands)
+    result = apply.apply(where, hands.placed, 0, prepared, hands)
     assert same(engine, versions[2]) and result.steps == 2 and result.decode_s > 0
     restage(tmp_path, ["v000000/manifest.full.json", delta(1)])
-    staged.apply(where, hands.placed, None, child.prepare(where), hands)
+    apply.apply(where, hands.placed, None, child.prepare(where), hands)
     assert same(engine, versions[1])
 
 
@@ -71,9 +71,9 @@ def test_what_was_decoded_before_stays_when_the_next_one_is(tmp_path: Path, chil
     engine = copies(versions[0])
     hands = hands_of(engine)
     first = child.prepare(where)
-    staged.apply(where, hands.placed, 0, first, hands)
+    apply.apply(where, hands.placed, 0, first, hands)
     restage(tmp_path, [delta(2)])
-    staged.apply(where, hands.placed, 1, later, hands)
+    apply.apply(where, hands.placed, 1, later, hands)
     assert same(engine, versions[2])
 
 
@@ -83,7 +83,7 @@ def test_damage_is_named_and_a_wrong_base_is_still_refused(tmp_path: Path, child
     engine = copies(versions[0])
     hands = hands_of(engine)
     with pytest.raises(WeightMismatch, match="changes version 1, the engine holds 0"):
-        staged.apply(where, hands.placed, 0, child.prepare(where), hands)
+        apply.apply(where, hands.placed, 0, child.prepare(where), hands)
     path = where / "v000002" / "delta-00000.bin"
     blob = path.read_bytes()
     path.write_bytes(blob[:50] + bytes([blob[50] ^ 1]) + blob[51:])
@@ -98,7 +98,7 @@ def test_damage_is_named_and_a_wrong_base_is_still_refused(tmp_path: Path, child
 def test_a_payload_that_cannot_be_decoded_leaves_no_memory_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(coded: reading.Coded) -> Update:
+    def refuse(coded: reading.CheckedPiece) -> DecodedPiece:
         raise WeightCorrupt(f"`{coded.tensor.name}` is no zstd")
 
     def decoded() -> list[str]:
@@ -150,7 +150,7 @@ def test_forked_processes_decode_the_same_and_say_what_was_wrong(
     assert alone == shared and len(shared[1]) > 1000 and any(shared[1])
     decode, pieces = reading.decode, [coded for step in reading.open_plan(where)[1] for coded in step]
 
-    def wrong(coded: reading.Coded) -> Update:
+    def wrong(coded: reading.CheckedPiece) -> DecodedPiece:
         if coded.tensor.name == pieces[-1].tensor.name:
             if os.getpid() == ours:
                 pytest.fail("decoded in this process")
@@ -189,7 +189,7 @@ def test_without_a_child_the_engine_decodes_itself(
         prepared = decoder.prepare(where)
     assert "decoded inside the engine" in capsys.readouterr().err
     engine = copies(versions[0])
-    staged.apply(where, engine, 0, prepared)
+    apply.apply(where, engine, 0, prepared)
     assert same(engine, versions[1])
 
 
@@ -212,7 +212,7 @@ def test_the_child_ends_with_its_engine(tmp_path: Path) -> None:
     assert not alive()
 
 
-def test_an_engine_that_dies_while_its_child_decodes_gets_no_other_last_words(tmp_path: Path) -> None:
+def test_an_engine_that_dies_while_its_child_decodes_keeps_its_last_lines(tmp_path: Path) -> None:
     where = stage(tmp_path, chain(2), [delta(1)])
     ours, theirs = socket.socketpair()
     channel.send(ours, {"stage": str(where)})
@@ -232,4 +232,4 @@ def test_pieces_become_few_spans_that_no_index_leaves() -> None:
     assert groups[2].spans == [("a", 0, 30, 0, 0, 5, 0), ("a", 30, 8, 0, 5, 8, -1), ("a", 40, 4, 0, 13, 4, -1)]
     assert groups[4].spans == [("b", 0, 9, 1, 0, 1, 0), ("b", reach, 9, 1, 1, 2, 1)]
     assert [p.shift for p in places] == [0, 20, 0, 4, 0, 0, 0]
-    assert flat.flatten([("a", 0, Update("raw", 2, None, torch.zeros(2).numpy().view("<u4")))]).groups == []
+    assert flat.flatten([("a", 0, DecodedPiece("raw", 2, None, torch.zeros(2).numpy().view("<u4")))]).groups == []

@@ -23,9 +23,9 @@ from astracli.weights.format.manifest import Manifest, seal, version_name, write
 from astracli.weights.publish import payload
 from astracli.weights.publish.publisher import Publisher
 from astracli.weights.publish.snapshot import Shard, copies
-from astracli.weights.receive import staged, staging
+from astracli.weights.receive import apply, staging
+from astracli.weights.receive.apply import EngineSlice
 from astracli.weights.receive.decoder import DecoderProcess
-from astracli.weights.receive.staged import Placement
 
 pytestmark = pytest.mark.gpu
 
@@ -48,7 +48,7 @@ RANGES = [
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_one_pass_gives_the_digests_of_numpy_and_torch(dtype: torch.dtype) -> None:
-    from astracli.weights.device.kernels import DigestPlan
+    from astracli.weights.device.scatter_kernels import DigestPlan
 
     host = [random_weights(size, dtype, k) for k, (size, _) in enumerate(RANGES)]
     starts = [start for _, start in RANGES]
@@ -61,7 +61,7 @@ def test_one_pass_gives_the_digests_of_numpy_and_torch(dtype: torch.dtype) -> No
 
 
 def test_ranges_of_one_slot_are_added_up_and_a_plan_sees_new_values() -> None:
-    from astracli.weights.device.kernels import DigestPlan
+    from astracli.weights.device.scatter_kernels import DigestPlan
 
     whole = random_weights(100_000, torch.bfloat16, 0).cuda()
     plan = DigestPlan([(whole[60_000:], 60_000), (whole[:60_000], 0), (whole[:7], 0)], [1, 1, 0])
@@ -79,17 +79,17 @@ def test_the_scatter_kernel_is_the_numpy_update(encoding: str, dtype: torch.dtyp
     blob = codec._pack(codec._difference(encoding, base, new, at), len(at), 1)
     update = codec.decode(blob, encoding, len(at), len(base), base.itemsize)
     view = torch.from_numpy(base.view(f"<i{base.itemsize}")).view(dtype).cuda()
-    prepared = staged.Prepared(b"", 1, "delta", 0, None, steps=[[("a", 0, update)]])
-    hands = resident.Resident({"a": [Placement(view[:1001], 0), Placement(view[1001:], 1001)]})
+    prepared = apply.Prepared(b"", 1, "delta", 0, None, steps=[[("a", 0, update)]])
+    hands = resident.Resident({"a": [EngineSlice(view[:1001], 0), EngineSlice(view[1001:], 1001)]})
     assert hands._triton
     hands.apply(prepared)
     assert np.array_equal(bits_of(view.cpu()), new)
 
 
 def test_every_variant_is_compiled_before_it_is_needed() -> None:
-    from astracli.weights.device import kernels
+    from astracli.weights.device import scatter_kernels
 
-    kernels.warm(torch.device("cuda"))
+    scatter_kernels.warm(torch.device("cuda"))
 
 
 def model_weights(seed: int = 0) -> Weights:
@@ -211,12 +211,12 @@ def test_what_a_child_decoded_is_applied_on_the_device(
     publisher.publish(1, new)
     publisher.close()
     engine = {name: tensor.cuda() for name, tensor in old.items()}
-    hands = resident.Resident({name: staged.placements(tensor) for name, tensor in engine.items()})
+    hands = resident.Resident({name: apply.placements(tensor) for name, tensor in engine.items()})
     with contextlib.closing(DecoderProcess()) as child:
         for step, base in (("v000001/manifest.json", 0), ("v000000/manifest.full.json", None)):
             plan = {"version": 1 if base == 0 else 0, "kind": "full" if base is None else "delta", "base_version": base}
             (tmp_path / "next.json").write_bytes(seal({**plan, "steps": [step], "model_path": None}))
-            staged.apply(tmp_path, hands.placed, base, child.prepare(tmp_path), hands)
+            apply.apply(tmp_path, hands.placed, base, child.prepare(tmp_path), hands)
             wanted = old if base is None else new
             assert all(np.array_equal(bits_of(engine[n].cpu()), bits_of(wanted[n])) for n in wanted)
 
@@ -305,7 +305,7 @@ def test_full_versions_wait_beside_an_engine_and_are_copied_in_its_pause(
         known.settle()
         result = json.loads((stage / "result.json").read_text())
         assert result["ok"] and (not version or result["staging"] == where), result
-        assert json.loads((stage / "proof.json").read_text())["ok"]
+        assert json.loads((stage / "readback.json").read_text())["ok"]
         for name, tensor in versions[version].items():
             assert np.array_equal(bits_of(model.held[name.replace(".", "_")].data.cpu()), bits_of(tensor))
         deadline = time.monotonic() + 60

@@ -21,17 +21,17 @@ from transfer_tools import same
 from astracli.engines.sglang import loader as sglang_loader
 from astracli.weights import WeightMismatch
 from astracli.weights.device.resident import Resident
-from astracli.weights.receive import staged, watcher
+from astracli.weights.receive import apply, watcher
 from astracli.weights.receive.placement import PlacementRecorder
 from astracli.weights.receive.subscriber import Subscriber
 
 
 @pytest.fixture(autouse=True)
-def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[sglang_loader.Engine]]:
+def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[sglang_loader.LoadedModel]]:
     """All that a test makes. SGLang's live as long as their process; here threads and decoders end with the test."""
-    made: list[sglang_loader.Engine] = []
+    made: list[sglang_loader.LoadedModel] = []
 
-    class Kept(sglang_loader.Engine):
+    class Kept(sglang_loader.LoadedModel):
         def __init__(self, *given: Any):
             super().__init__(*given)
             made.append(self)
@@ -97,10 +97,10 @@ def test_versions_follow_each_other_inside_the_engine(tmp_path: Path, monkeypatc
         sglang_loader.apply_staged(model, [])
         assert json.loads((where / "result.json").read_text())["ok"], (where / "result.json").read_text()
         assert same(model.hf(), versions[version])
-        proof = json.loads(wait_for(where / "proof.json")) if version == 2 else None
-        assert proof is None or (proof["ok"] and proof["version"] == 2)
+        readback = json.loads(wait_for(where / "readback.json")) if version == 2 else None
+        assert readback is None or (readback["ok"] and readback["version"] == 2)
         parts = ("wait_s", "place_s", "tables_s", "launch_s", "device_s")
-        assert proof is None or 0 < sum(proof[part] for part in parts) <= proof["readback_s"]
+        assert readback is None or 0 < sum(readback[part] for part in parts) <= readback["readback_s"]
     assert len(calls) == 1, "recorded once: the read-back at version 2 found every parameter where it was"
     before = model.qkv
     model.qkv = nn.Parameter(before.data.clone())  # the same values elsewhere
@@ -134,7 +134,7 @@ def test_a_version_is_decoded_and_loaded_before_the_call_and_only_scattered_in_i
     sglang_loader.apply_staged(model)
     result = json.loads((where / "result.json").read_text())
     assert result["ok"] and same(model.hf(), versions[2]), result
-    assert not result["proof"] and result["loader_s"] >= result["apply_s"] + result["verify_s"]
+    assert not result["readback"] and result["loader_s"] >= result["apply_s"] + result["verify_s"]
 
 
 def test_the_thread_that_decodes_ahead_outlives_an_error_of_any_kind(
@@ -143,10 +143,10 @@ def test_the_thread_that_decodes_ahead_outlives_an_error_of_any_kind(
     where = stage(tmp_path, chain(3), [delta(1)])
     errors: list[Exception] = [MemoryError("no room for an array")]
 
-    def prepare(directory: Path) -> staged.Prepared:
+    def prepare(directory: Path) -> apply.Prepared:
         if errors:
             raise errors.pop()
-        return staged.prepare(directory)
+        return apply.prepare(directory)
 
     thread = watcher.StageWatcher(where, prepare=prepare)
     assert decoded_ahead(where) and thread.take() is None
@@ -209,17 +209,19 @@ def test_a_read_back_that_differs_is_reported_and_takes_the_version_away(
     where = stage(tmp_path, versions, [delta(1)])
     monkeypatch.setenv("ASTRA_STAGE_DIR", str(where))
     monkeypatch.setenv("ASTRA_VERIFY_INTERVAL", "1")
-    succeed = staged.succeed
+    succeed = apply.succeed
 
     def moved(*told: Any) -> None:
         """Behind the pause's own check a parameter is replaced: what digests of the old memory cannot see."""
         model.norm = nn.Parameter(model.norm.data + 1)
         succeed(*told)
 
-    monkeypatch.setattr(staged, "succeed", moved)
+    monkeypatch.setattr(apply, "succeed", moved)
     sglang_loader.apply_staged(model)
-    proof = json.loads(wait_for(where / "proof.json"))
-    assert not proof["ok"] and proof["version"] == 1 and "1 tensors differ: model.norm.weight" in proof["message"]
+    readback = json.loads(wait_for(where / "readback.json"))
+    assert (
+        not readback["ok"] and readback["version"] == 1 and "1 tensors differ: model.norm.weight" in readback["message"]
+    )
     restage(tmp_path, [delta(2)])
     sglang_loader.apply_staged(model)
     assert "the engine holds None" in json.loads((where / "result.json").read_text())["message"]
@@ -266,7 +268,7 @@ def test_nobody_takes_the_weights_away_under_a_read_back(tmp_path: Path, monkeyp
         done = threading.Event()
         thread = threading.Thread(target=lambda: (call(model), done.set()))
         thread.start()
-        assert not done.wait(0.1) and not (where / "proof.json").exists()
+        assert not done.wait(0.1) and not (where / "readback.json").exists()
         go_on.release()
         assert done.wait(10)
         thread.join()
@@ -275,15 +277,15 @@ def test_nobody_takes_the_weights_away_under_a_read_back(tmp_path: Path, monkeyp
     sglang_loader.apply_staged(model)
     assert reads.acquire(timeout=10)
     waits(sglang_loader.settle)
-    assert json.loads((where / "proof.json").read_text())["ok"], "its result is there when settle returns"
+    assert json.loads((where / "readback.json").read_text())["ok"], "its result is there when settle returns"
     restage(tmp_path, [delta(2)])
     sglang_loader.apply_staged(model)
     assert reads.acquire(timeout=10)
     restage(tmp_path, ["v000000/manifest.full.json", delta(1), delta(2)])  # the same version in full
     waits(sglang_loader.apply_staged)
-    assert reads.acquire(timeout=10) and not (where / "proof.json").exists(), "that proof was of other weights"
+    assert reads.acquire(timeout=10) and not (where / "readback.json").exists(), "that read-back was of other weights"
     go_on.release()
-    assert json.loads(wait_for(where / "proof.json"))["version"] == 2 and same(model.hf(), versions[2])
+    assert json.loads(wait_for(where / "readback.json"))["version"] == 2 and same(model.hf(), versions[2])
 
 
 def test_the_interpreter_changes_hands_quickly_only_while_one_of_ours_wants_it() -> None:

@@ -21,7 +21,7 @@ from astracli.weights.publish import payload, snapshot
 from astracli.weights.publish.committer import Committer
 from astracli.weights.publish.publisher import Publisher, PublishResult
 from astracli.weights.publish.snapshot import Shard
-from astracli.weights.receive import staged
+from astracli.weights.receive import apply
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_background_publishing_takes_a_snapshot_and_says_how_long_the_next_one_w
     result = publisher.wait()
     assert result is not None and result.version == 1 and result.waited_s == waited and seen == [0]
     manifest = Manifest.from_bytes((tmp_path / "v000000" / "manifest.full.json").read_bytes())
-    assert {t.name: t.digest for t in manifest.tensors} == staged.read_back_digests(versions[0])
+    assert {t.name: t.digest for t in manifest.tensors} == apply.read_back_digests(versions[0])
     assert publisher.wait() is None
     publisher.publish_async(1, weights)
     with pytest.raises(RunFailed, match="version 1 is published already"):
@@ -213,7 +213,7 @@ def test_restart_forgets_later_versions_and_publishes_in_full(tmp_path: Path, se
     again.publish(4, other)
     plan = receiver.fetch(4, 3)  # version 4 of the first attempt is still staged, and must not be taken for this one
     engine = copies(versions[3])
-    assert plan.kind == "delta" and staged.apply(tmp_path / "stage", engine, 3).version == 4
+    assert plan.kind == "delta" and apply.apply(tmp_path / "stage", engine, 3).version == 4
     assert same(engine, other)
     again.close()
     receiver.close()
@@ -287,11 +287,11 @@ def test_ranks_write_pieces_and_the_manifest_is_that_of_the_whole(tmp_path: Path
     receiver = subscriber(server, tmp_path)
     engine = copies(versions[0])
     assert receiver.fetch(2, 0).kind == "delta"
-    staged.apply(tmp_path / "stage", engine, 0)
+    apply.apply(tmp_path / "stage", engine, 0)
     assert same(engine, versions[2])
     empty = {name: torch.zeros_like(t) for name, t in versions[0].items()}
     assert receiver.fetch(3, None).kind == "full"
-    staged.apply(tmp_path / "stage", empty, None)
+    apply.apply(tmp_path / "stage", empty, None)
     assert same(empty, versions[3])
     receiver.close()
 

@@ -18,7 +18,7 @@ from torch import nn
 from transfer_tools import copies, same
 
 from astracli.engines.sglang import loader as sglang_loader
-from astracli.weights.receive import reading, staged, staging
+from astracli.weights.receive import apply, reading, staging
 from astracli.weights.receive.staging import Held, Staging, Where
 
 CPU = torch.device("cpu")
@@ -151,7 +151,7 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FusedMod
     known._decoder.close()
 
 
-def staged_ahead(model: FusedModel, version: int) -> staged.Prepared:
+def staged_ahead(model: FusedModel, version: int) -> apply.Prepared:
     """What the engine's thread has brought to its place."""
     watching, deadline = sglang_loader._engines[model].watcher, time.monotonic() + 10
     while time.monotonic() < deadline:
@@ -187,8 +187,8 @@ def test_full_versions_are_staged_beside_the_engine_and_read_back_like_deltas(
         assert result["ok"] and result["staging"] == "gpu" and result["kind"] == "full", result
         assert result["load_s"] > 0 and result["changed"] == sum(t.numel() for t in versions[0].values())
         assert same(engine.hf(), versions[version])
-        proof = json.loads(wait_for(where / "proof.json"))
-        assert proof["ok"] and proof["version"] == version
+        readback = json.loads(wait_for(where / "readback.json"))
+        assert readback["ok"] and readback["version"] == version
     restage(tmp_path, [FULL.format(3)])
     staged_ahead(engine, 3)
     assert memory._memory is not None and memory._memory.data_ptr() == place, "the same memory for every version"
@@ -271,10 +271,10 @@ def test_a_bench_moves_the_memory_between_versions(
 def test_the_embedded_engine_reads_no_file_in_its_pause(tmp_path: Path) -> None:
     versions = chain(2)
     where = stage(tmp_path, versions, [FULL.format(1)], transfer="full")
-    prepared = staged.prepare(where)
+    prepared = apply.prepare(where)
     reading.hold(prepared)
     for file in where.glob("v*/full-*.safetensors"):
         file.write_bytes(bytes(file.stat().st_size))  # what was mapped is overwritten
     weights = copies(versions[0])
-    assert staged.apply(where, weights, 0, prepared).load_s > 0
+    assert apply.apply(where, weights, 0, prepared).load_s > 0
     assert same(weights, versions[1])

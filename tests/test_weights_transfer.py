@@ -20,7 +20,7 @@ from astracli.errors import RunFailed
 from astracli.weights import WeightCorrupt
 from astracli.weights.format.manifest import version_name
 from astracli.weights.publish.publisher import Publisher
-from astracli.weights.receive import staged
+from astracli.weights.receive import apply
 from astracli.weights.receive.subscriber import Subscriber, choose_route
 
 
@@ -88,17 +88,17 @@ def test_receivers_follow_join_late_and_catch_up(tmp_path: Path, server: Server)
     for version in range(1, 9):
         plan = follower.fetch(version, version - 1)
         assert (plan.kind, len(plan.steps)) == ("delta", 1)
-        result = staged.apply(tmp_path / "one", engine, version - 1)
+        result = apply.apply(tmp_path / "one", engine, version - 1)
         assert result.version == version and result.bytes == plan.bytes <= plan.downloaded
         assert same(engine, versions[version])
         assert [p.name for p in (tmp_path / "one").glob("v*")] == [version_name(version)]
     late, fresh = subscriber(server, tmp_path, "two"), {n: torch.zeros_like(t) for n, t in versions[0].items()}
     assert late.fetch(8).steps == ("v000006/manifest.full.json", "v000007/manifest.json", "v000008/manifest.json")
-    assert staged.apply(tmp_path / "two", fresh, None).steps == 3
+    assert apply.apply(tmp_path / "two", fresh, None).steps == 3
     assert same(fresh, versions[8])
     behind = copies(versions[5])
     assert late.fetch(8, 5).kind == "delta"
-    staged.apply(tmp_path / "two", behind, 5)
+    apply.apply(tmp_path / "two", behind, 5)
     assert same(behind, versions[8])
     follower.close()
     late.close()
@@ -133,7 +133,7 @@ def test_a_cut_connection_resumes_where_it_was(tmp_path: Path, server: Server) -
     assert all(int(r.removeprefix("bytes=").split("-")[0]) > 0 for r in ranges[1:])
     assert plan.downloaded == manifest + payload and plan.bytes == payload
     engine = {"w": torch.zeros(200, 1000).bfloat16()}
-    staged.apply(tmp_path / "stage", engine, None)
+    apply.apply(tmp_path / "stage", engine, None)
     assert same(engine, big)
     receiver.close()
 
@@ -165,7 +165,7 @@ def test_a_large_file_comes_in_parallel_ranges(tmp_path: Path, server: Server) -
     assert len(ranges) == 8 and ranges[0] == 0 and 99_000 < ranges[2] < 101_000
     assert [ranges[k + 1] - ranges[k] for k in (0, 2, 4, 6)] == [70_000] * 4, "each goes on where it was"
     engine = {"w": torch.zeros(200, 1000).bfloat16()}
-    staged.apply(tmp_path / "stage", engine, None)
+    apply.apply(tmp_path / "stage", engine, None)
     assert same(engine, big)
     assert [p.suffix for p in (tmp_path / "stage" / "v000000").iterdir() if p.suffix == ".part"] == []
     receiver.close()
@@ -210,12 +210,12 @@ def test_a_large_file_of_the_same_disk_is_linked_and_outlives_its_publisher(tmp_
     assert not any(FULL[1] in path for path, _ in server.requests)
     shutil.rmtree(tmp_path / "weights" / "v000000")
     engine = {"w": torch.zeros(200, 1000).bfloat16()}
-    staged.apply(tmp_path / "stage", engine, None)
+    apply.apply(tmp_path / "stage", engine, None)
     assert same(engine, big)
     again = Publisher(tmp_path / "weights")  # writes a new file under the old name: the staged one stays
     again.publish(0, {"w": big["w"] + 1})
     again.close()
-    staged.apply(tmp_path / "stage", engine, None)
+    apply.apply(tmp_path / "stage", engine, None)
     assert same(engine, big)
     receiver.close()
 
@@ -301,7 +301,7 @@ def test_next_json_is_sealed_and_a_step_to_the_same_version_is_nothing(tmp_path:
     publish(tmp_path / "weights", versions)
     receiver = subscriber(server, tmp_path, model_path="/models/tiny")
     assert receiver.fetch(1, 1).kind == "none"
-    result = staged.apply(tmp_path / "stage", copies(versions[1]), 1)
+    result = apply.apply(tmp_path / "stage", copies(versions[1]), 1)
     assert (result.version, result.steps, result.changed) == (1, 0, 0)
     plan = json.loads((tmp_path / "stage" / "next.json").read_bytes())
     assert (

@@ -55,7 +55,7 @@ def main(args: list[str] | None = None) -> None:
 
 def run(args: list[str]) -> int:
     """One command line -> exit code. Errors end here as a message; `ASTRA_DEBUG=1` adds the traceback."""
-    talk = Output()
+    console = Output()
     _encode_anything()
     try:
         code = app(args=args, prog_name="astra", standalone_mode=False)
@@ -65,25 +65,25 @@ def run(args: list[str]) -> int:
         if said.startswith("Usage:"):  # a group without a command: its help is the answer
             print(said, file=sys.stderr)
         else:
-            talk.error(_lower(said), _usage_hint(args, said))
+            console.error(_lower(said), _usage_hint(args, said))
         return error.exit_code
     except AstraError as error:
         _debug()
-        talk.error(error.message, error.hint)
+        console.error(error.message, error.hint)
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        talk.error("interrupted")
+        console.error("interrupted")
         return 130
     except Exception as error:
         _debug()
         if full := disk_full(error):
-            talk.error(full.message, full.hint)
+            console.error(full.message, full.hint)
             return full.exit_code
         if isinstance(error, FileNotFoundError) and not _stands_somewhere():
-            talk.error("the current directory has been removed", "change to one that is there")
+            console.error("the current directory has been removed", "change to one that is there")
             return 2
         message = str(error).strip().partition("\n")[0]
-        talk.error(
+        console.error(
             f"unexpected {type(error).__name__}" + (f": {message}" if message else ""),
             "run it again with ASTRA_DEBUG=1 for the traceback; the processes of a run log to RUN_DIR/logs",
         )

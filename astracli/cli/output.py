@@ -1,4 +1,4 @@
-"""What a command prints: data on stdout as text or JSON, talk (notes, hints, warnings, errors) on stderr."""
+"""What a command prints: data on stdout as text or JSON, notes, hints, warnings and errors on stderr."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Output:
         print(f"warning: {text}", file=sys.stderr)
 
     def error(self, message: str, hint: str | None = None) -> None:
-        """Say what happened and what to do: the last words of a command that failed."""
+        """Say what happened and what to do: the end of a command that failed."""
         print(f"error: {message}", file=sys.stderr)
         if hint:
             print(f"\nhint: {hint}", file=sys.stderr)

@@ -101,7 +101,7 @@ def _log_line(process: str, line: str) -> str:
 def report(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
     """Write report.html and print a run's figures.
 
-    Of a run that has ended, the closing table; of one that goes on, its figures so far.
+    Of a run that has ended, the summary table; of one that goes on, its figures so far.
     """
     from astracli.report import live as run_view
     from astracli.report.page import html as report_html
@@ -110,16 +110,16 @@ def report(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
     out().note(f"wrote {report_html.write(found)}")
     summary, results = run_view.summary(found), run_view.results(found)
     if results is not None and not json:
-        from astracli.report.closing import result_lines
+        from astracli.report.summary_table import result_lines
 
         out().text("\n".join(result_lines(results)))
         return
     if summary is not None and not json:
         from rich.console import Console
 
-        from astracli.report.closing import print_closing
+        from astracli.report.summary_table import print_summary
 
-        print_closing(summary, Console(width=100))
+        print_summary(summary, Console(width=100))
         return
     document = run_view.report(found) | {"summary": summary, "results": results}
     if json:

@@ -124,7 +124,7 @@ def clean(
         named = [{"run": path, "bytes": count} for path, count in rows]
         out(json).document({"runs": named, "bytes": total, "removed": not dry_run})
         return
-    from astracli.report.closing import size
+    from astracli.report.summary_table import size
 
     for path, count in rows:
         out().text(f"{path}  {size(count)}")

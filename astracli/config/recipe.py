@@ -281,7 +281,7 @@ class WeightsTable(Table):
     `retract`: those are computed anew; `abort`: their segment ends, and prompt + prefix are sent again."""
     background: Literal["auto", "on", "off"] = "auto"
     """Publish a version beside the next training step. `auto`: when the trainer runs on GPUs; never in deterministic
-    mode, nor where it takes turns with an engine on a GPU."""
+    mode, nor with time sharing on a GPU."""
     verify_interval: PositiveInt = 1
     """Read the engine's weights back and compare digests every n-th version."""
     compression_level: int = Field(default=1, ge=1, le=19)

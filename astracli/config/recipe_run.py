@@ -1,6 +1,6 @@
 """Tables of a recipe that say how, where and with what output a run goes, not what it learns.
 
-All of it may change on a resume (`launch.changes.CHANGEABLE`), besides `train.steps` and what saves memory.
+All of it may change on a resume (`launch.recipe_changes.CHANGEABLE`), besides `train.steps` and what saves memory.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class ResourcesTable(Table):
     train_gpus: NonNegativeInt = 0
     share_gpus: bool = False
     """Engine and trainer on the same GPUs."""
-    share_mode: Literal["auto", "side_by_side", "turns"] = "auto"
-    """How they share: `side_by_side`, each keeps its part (the engine reserves what the trainer leaves); `turns`, the
-    trainer waits in host memory while the engine generates, and the engine gives its KV cache back for a training step.
-    `auto` takes turns only where the two do not fit side by side."""
+    share_mode: Literal["auto", "side_by_side", "time_sharing"] = "auto"
+    """How they share: `side_by_side`, each keeps its part (the engine reserves what the trainer leaves);
+    `time_sharing`: the trainer waits in host memory while the engine generates, and the engine gives its KV cache
+    back for a training step. `auto` is `time_sharing` only where the two do not fit side by side."""
     engines: PositiveInt = 1
     """Engine processes on a CPU; on GPUs there is one per rollout GPU."""
     train_ranks: PositiveInt = 1

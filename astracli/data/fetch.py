@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from astracli.errors import UserError
-from astracli.process import talk
+from astracli.process import console
 
 BUNDLED_PREFIX = "astra:"
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
@@ -69,7 +69,7 @@ def local_path(path: str, key: str = "model.path", made_by: str | None = None) -
     return None
 
 
-def fetch_model(path: str, revision: str | None = None, say: Say = talk.say) -> Path:
+def fetch_model(path: str, revision: str | None = None, say: Say = console.say) -> Path:
     """Local directory of a checkpoint: shipped (`astra:NAME`), a directory, or a Hub id that is downloaded now."""
     found = local_path(path)
     if found is None:
@@ -87,7 +87,7 @@ def fetch_model(path: str, revision: str | None = None, say: Say = talk.say) -> 
     return found
 
 
-def fetch_dataset(source: str, revision: str | None = None, say: Say = talk.say) -> Path:
+def fetch_dataset(source: str, revision: str | None = None, say: Say = console.say) -> Path:
     """Local file or directory of a data set: a path, or a Hub data set id that is downloaded now."""
     found = local_path(source, "data.source")
     return found or _snapshot(source, "dataset", revision, DATA_FILES, [], say)

@@ -22,7 +22,7 @@ from astracli.errors import UserError
 from astracli.machine import facts as machine
 from astracli.machine import read as machine_read
 from astracli.models import registry
-from astracli.models.adapter import read_config
+from astracli.models.adapter import SHARD_INDEX, read_config
 from astracli.models.adapter_tools import has_chat_template
 from astracli.report import live as run_view
 from astracli.runs.find import RUNS
@@ -59,7 +59,7 @@ def gather(recipe: Recipe | None = None, runs: Path = RUNS) -> dict[str, Any]:
 
 
 def checkpoint(path: str, revision: str | None = None) -> dict[str, Any]:
-    """What lies at model.path: config.json, shards, tensor headers, tokenizer. See `machine.Checkpoint`."""
+    """What lies at model.path: config.json, shards, tensor headers, tokenizer. See `machine.CheckpointFacts`."""
     from astracli.data import fetch
 
     found: dict[str, Any] = {"path": path, "place": None}
@@ -99,7 +99,7 @@ def headers(place: Path) -> dict[str, dict[str, Any]]:
 
 
 def _beside(place: Path) -> dict[str, Any]:
-    index = place / "model.safetensors.index.json"
+    index = place / SHARD_INDEX
     shards: set[str] = set()
     if index.is_file():
         try:

@@ -99,7 +99,7 @@ def parity(name: str) -> list[Row]:
     """The embedded engine draws tokens from the adapter's tiny model; the trainer scores the same tokens. On a CPU."""
     import torch
 
-    from astracli.engines.embedded.engine import EmbeddedEngine, Limits
+    from astracli.engines.embedded.engine import EmbeddedEngine, EngineLimits
     from astracli.training import adapter_check
     from astracli.training.logprob import PolicyModel
 
@@ -114,14 +114,14 @@ def parity(name: str) -> list[Row]:
                 found.prepare_cpu(served)
             return served, found.wire_tensors(served)
 
-        engine = EmbeddedEngine(Path(folder), load, Limits(slots=4, context_length=64))
+        engine = EmbeddedEngine(Path(folder), load, EngineLimits(slots=4, context_length=64))
         done: dict[int, Any] = {}
         prompts = [[3, 5, 7, 9][: n + 1] for n in range(4)]
         sampling = {"temperature": 1.0, "max_new_tokens": 24, "sampling_seed": 1, "ignore_eos": True}
         body = {"input_ids": prompts, "sampling_params": sampling, "return_logprob": True}
         rids = engine.generate(body, done.__setitem__)
         while len(done) < len(rids):
-            engine.scheduler.turn()
+            engine.scheduler.run_once()
     completions = [done[place] for place in range(len(rids))]
     assert [completion.rid for completion in completions] == rids
     policy, differences = PolicyModel(model), []

@@ -80,9 +80,9 @@ def _joined(probe: Probe, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _check(subject: Subject, probe: Probe, row: dict[str, Any]) -> Check:
     failed = row["status"] == "fail"
     status: Status = subject.bad(probe.needed) if failed else row["status"]
-    talk = status in ("fail", "warn")
-    return Check(f"{probe.prefix}{row['name']}", GROUP, status, row["value"], probe.why if talk else "",
-                 row.get("fix", probe.fix) if talk else "")  # fmt: skip
+    notes = status in ("fail", "warn")
+    return Check(f"{probe.prefix}{row['name']}", GROUP, status, row["value"], probe.why if notes else "",
+                 row.get("fix", probe.fix) if notes else "")  # fmt: skip
 
 
 # -- which probes ------------------------------------------------------------------------------------------------------

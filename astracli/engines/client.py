@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from astracli.engines.sglang.window import Update, UpdateWindow
+from astracli.engines.sglang.update_session import UpdateReply, UpdateSession
 from astracli.errors import RunFailed
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class EngineClient:
         """A 503 of `/generate` is retried this long."""
         self._control_s = control_s
         self._loader_dir = loader_dir
-        self._window = UpdateWindow(self._status, self._update)
+        self._update_session = UpdateSession(self._status, self._update)
         self._http: httpx.AsyncClient = httpx.AsyncClient(
             base_url=self.url,
             headers={"Authorization": f"Bearer {token}"},
@@ -143,7 +143,7 @@ class EngineClient:
                 raise self._failure(f"was not ready within {timeout:g} s", "read its log in the run directory")
             await asyncio.sleep(_RETRY_S)
         if self._loader_dir is not None:
-            await self._window.learn()  # now, so that no pause waits for it
+            await self._update_session.learn()  # now, so that no pause waits for it
 
     async def model_info(self) -> dict[str, Any]:
         """model_path, weight_version (a string); the embedded engine adds serving, problem, running, ..."""
@@ -254,7 +254,7 @@ class EngineClient:
     async def flush(self) -> None:
         await self._send("POST", "/flush_cache", {})
 
-    async def apply_staged(self, version: int, *, flush: bool = True) -> Update:
+    async def apply_staged(self, version: int, *, flush: bool = True) -> UpdateReply:
         """Apply what is staged for this engine. A failed update is an answer, not an exception: stage a full payload
         and apply again."""
         body = {
@@ -267,21 +267,21 @@ class EngineClient:
             return await self._update("/update_weights_from_tensor", body)
         return await self._apply_by_loader(self._loader_dir / "result.json", version, body)
 
-    async def _apply_by_loader(self, result: Path, version: int, body: Mapping[str, Any]) -> Update:
+    async def _apply_by_loader(self, result: Path, version: int, body: Mapping[str, Any]) -> UpdateReply:
         """SGLang answers success whatever our loader found; what it found stands in `result`. The weights bear the
         version's name only once that says so: a worker that dies in between leaves them unproven."""
         result.unlink(missing_ok=True)
-        update = await self._window.update("/update_weights_from_tensor", body)
+        update = await self._update_session.update("/update_weights_from_tensor", body)
         if not update.success:
             return update
         try:
             found = json.loads(result.read_text())
         except (OSError, ValueError) as error:
-            return Update(False, f"the weight loader left no result ({error})")
+            return UpdateReply(False, f"the weight loader left no result ({error})")
         if not found["ok"] or found["version"] != version:
-            return Update(False, found["message"] or f"the loader applied version {found['version']}")
+            return UpdateReply(False, found["message"] or f"the loader applied version {found['version']}")
         await self.set_version(version)
-        return Update(True, "", {**update.outcome, **found})
+        return UpdateReply(True, "", {**update.outcome, **found})
 
     async def settle(self) -> None:
         """Return once nothing reads the weights beside generation any more: a read-back that nobody waits for may
@@ -290,11 +290,11 @@ class EngineClient:
             # The server takes it for an update, so it wants begin and end around it as well. Unpaused, these would wait
             # for all requests; whoever calls this is about to release memory, has drained the engine and paused it.
             body = {"serialized_named_tensors": NO_TENSORS, "load_format": SETTLE_LOADER, "flush_cache": False}
-            update = await self._window.update("/update_weights_from_tensor", body)
+            update = await self._update_session.update("/update_weights_from_tensor", body)
             if not update.success:
                 raise self._failure(f"does not settle: {update.message}")
 
-    async def load_directory(self, path: str, version: int) -> Update:
+    async def load_directory(self, path: str, version: int) -> UpdateReply:
         """Load a whole Hugging Face checkpoint directory that the engine can read."""
         return await self._update("/update_weights_from_disk", {"model_path": path, "weight_version": str(version)})
 
@@ -303,14 +303,14 @@ class EngineClient:
         body = {"new_version": str(version), "abort_all_requests": False}
         await self._send("POST", "/update_weight_version", body)
 
-    async def _update(self, path: str, body: Mapping[str, Any], limit_s: float | None = None) -> Update:
+    async def _update(self, path: str, body: Mapping[str, Any], limit_s: float | None = None) -> UpdateReply:
         reply = await self._request("POST", path, body, timeout=self._control_s if limit_s is None else limit_s)
         if reply.status_code == 400:
             document = _json(reply)
             if isinstance(document, dict) and "success" in document:
-                return Update(False, str(document.get("message", "")))
+                return UpdateReply(False, str(document.get("message", "")))
         document = self._content(reply, path)
-        return Update(bool(document["success"]), str(document.get("message", "")), document.get("outcome") or {})
+        return UpdateReply(bool(document["success"]), str(document.get("message", "")), document.get("outcome") or {})
 
     # -- transport
 

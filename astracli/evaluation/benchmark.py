@@ -30,14 +30,14 @@ _SHORT_TOKENS = 256
 _SHORT_SAMPLES = 8
 
 
-class Grader(Protocol):
+class ItemGrader(Protocol):
     """What an evaluation needs of `rl.reward.GradePool`."""
 
     async def agrade(self, items: Sequence[GradeItem]) -> list[Grade]: ...
 
 
 @dataclass(frozen=True)
-class Sampling:
+class EvalSampling:
     """How completions are drawn."""
 
     temperature: float
@@ -128,7 +128,7 @@ Unit = tuple[int, int]
 
 
 def _calls(
-    items: int, n: int, done: Container[Unit], sampling: Sampling, max_concurrency: int, whole: bool
+    items: int, n: int, done: Container[Unit], sampling: EvalSampling, max_concurrency: int, whole: bool
 ) -> list[list[Unit]]:
     """What goes into one request to the engine: several samples of an item when they are short.
 
@@ -151,9 +151,9 @@ class BenchmarkWork:
         self,
         benchmark: Benchmark,
         tokenizer: Any,
-        grader: Grader,
+        grader: ItemGrader,
         *,
-        sampling: Sampling,
+        sampling: EvalSampling,
         samples: int | None = None,
         version: int | None = None,
         pass_k: int | None = None,
@@ -236,7 +236,7 @@ def _check_version(reply: GenResult, version: int | None) -> None:
 
 
 def _request(
-    benchmark: str, problem: Problem, prompt: list[int], sample: int, room: int, sampling: Sampling
+    benchmark: str, problem: Problem, prompt: list[int], sample: int, room: int, sampling: EvalSampling
 ) -> GenRequest:
     from astracli.engines.client import GenRequest
 
@@ -251,7 +251,7 @@ def _request(
 
 
 async def _grade(
-    asked: Sequence[tuple[Problem, int]], answers: Sequence[GenResult], tokenizer: Any, grader: Grader
+    asked: Sequence[tuple[Problem, int]], answers: Sequence[GenResult], tokenizer: Any, grader: ItemGrader
 ) -> list[EvalSample]:
     texts = [tokenizer.decode(answer.tokens.tolist(), skip_special_tokens=True) for answer in answers]
     items = [GradeItem(problem.question, problem.answer, text) for (problem, _), text in zip(asked, texts, strict=True)]

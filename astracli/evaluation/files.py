@@ -22,7 +22,6 @@ from astracli.rl.sample_log import sample_line
 from astracli.runs import metrics
 
 CSV_COLUMNS = ("step", "version", "benchmark", "items", "n", "avg_at_n", "stderr", "k", "pass_at_k", "due_step")
-OVERALL = "overall"
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def update_csv(path: Path, when: When, results: Sequence[Result]) -> None:
     rows = [row for row in _rows(path) if int(row["step"]) != when.step] if path.exists() else []
     scores = [(result.benchmark, result.score) for result in results]
     if scores:
-        scores.append((OVERALL, passk.overall([score for _, score in scores])))
+        scores.append((metrics.OVERALL, passk.overall([score for _, score in scores])))
     for name, score in scores:
         numbers = {k: f"{v:.6f}" if isinstance(v, float) else v for k, v in score_figures(score).items()}
         rows.append({**asdict(when), "benchmark": name, **numbers})
@@ -167,7 +166,7 @@ def figures(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
     """{benchmark: figures} and `overall`."""
     found = {result.benchmark: result.figures() for result in results}
     if results:
-        found[OVERALL] = full_figures(passk.overall([result.score for result in results]))
+        found[metrics.OVERALL] = full_figures(passk.overall([result.score for result in results]))
     return found
 
 

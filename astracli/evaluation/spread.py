@@ -31,7 +31,7 @@ REFUSALS = 3
 LONGEST_PAUSE_S = 2.0
 
 
-class Engine(Protocol):
+class EvalEngine(Protocol):
     """What an evaluation needs of `engines.client.EngineClient`."""
 
     async def generate(self, requests: Sequence[GenRequest]) -> list[GenResult]: ...
@@ -83,7 +83,7 @@ class Share:
     """What one engine serves of the evaluation."""
 
     name: str
-    engine: Engine
+    engine: EvalEngine
     queue: deque[Call]
     """Where its next call comes from: all engines' queue, or its own when the split is fixed."""
     samples: int = 0
@@ -103,7 +103,7 @@ class Share:
 
 async def evaluate(
     works: Sequence[BenchmarkWork],
-    engines: Mapping[str, Engine],
+    engines: Mapping[str, EvalEngine],
     members: Members | None = None,
     *,
     max_concurrency: int = 64,
@@ -128,7 +128,7 @@ class _Spread:
     def __init__(
         self,
         works: Sequence[BenchmarkWork],
-        engines: Mapping[str, Engine],
+        engines: Mapping[str, EvalEngine],
         members: Members,
         max_concurrency: int,
         fixed: bool,

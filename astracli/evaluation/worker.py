@@ -31,7 +31,7 @@ from astracli.data.benchmarks import Benchmark
 from astracli.data.prompts import stop_token_ids
 from astracli.errors import RunFailed
 from astracli.evaluation import files as eval_files
-from astracli.evaluation.benchmark import BenchmarkWork, Result, Sampling
+from astracli.evaluation.benchmark import BenchmarkWork, EvalSampling, Result
 from astracli.evaluation.spread import evaluate
 from astracli.hub.client import AsyncHubClient, HubClient
 from astracli.models.adapter import load_tokenizer
@@ -52,7 +52,7 @@ class Evaluator:
     tokenizer: Any
     pools: Mapping[str, GradePool]
     """By the reward that a benchmark is judged by."""
-    sampling: Sampling
+    sampling: EvalSampling
     benchmarks: list[Benchmark]
 
     @property
@@ -155,7 +155,7 @@ class RunEngines:
 def run(config: WorkerConfig, reporter: Reporter) -> None:
     recipe = config.recipe
     tokenizer = load_tokenizer(config.model_path)
-    sampling = Sampling(
+    sampling = EvalSampling(
         temperature=recipe.eval.temperature,
         top_p=recipe.eval.top_p,
         max_new_tokens=recipe.eval.max_new_tokens or recipe.rollout.max_new_tokens,

@@ -219,13 +219,13 @@ class _Hub:
         self._store.engine_state(request.path_params["name"], version, state, **info)
         return JSONResponse({})
 
-    async def take_card(self, request: Request) -> Response:
+    async def take_gpu_lease(self, request: Request) -> Response:
         body = await read_json(request)
-        card, who = field(body, "card", str), field(body, "who", str)
+        gpu_lease, who = field(body, "gpu_lease", str), field(body, "who", str)
         try:
             reply = await self._pulse.until(
                 request,
-                lambda: self._store.take_card(card, who),
+                lambda: self._store.take_gpu_lease(gpu_lease, who),
                 lambda r: bool(r["held"] or r["stop"]),
                 wait_s(body),
             )
@@ -233,9 +233,9 @@ class _Hub:
             raise BadBody(str(error)) from None
         return JSONResponse(reply)
 
-    async def give_card(self, request: Request) -> Response:
+    async def give_gpu_lease(self, request: Request) -> Response:
         body = await read_json(request)
-        self._store.give_card(field(body, "card", str), field(body, "who", str))
+        self._store.give_gpu_lease(field(body, "gpu_lease", str), field(body, "who", str))
         return JSONResponse({})
 
     async def eval_next(self, request: Request) -> Response:
@@ -311,8 +311,8 @@ def build_app(
         "/ack": hub.ack,
         "/announce": hub.announce,
         "/engines/{name}/state": hub.engine_state,
-        "/card/take": hub.take_card,
-        "/card/give": hub.give_card,
+        "/gpu_lease/take": hub.take_gpu_lease,
+        "/gpu_lease/give": hub.give_gpu_lease,
         "/eval/next": hub.eval_next,
         "/eval/engines": hub.eval_engines,
         "/eval/release": hub.eval_release,

@@ -85,19 +85,19 @@ class _Calls:
     def target(self, engine: str, *, have: int | None = None, pinned: bool | None = None, wait_s: float = 0.0) -> Any:
         """-> {"version": int or None, "pinned": bool, "stop": bool}; waits up to `wait_s` for another version than
         `have`, or for the other of `pinned`: whether an evaluation holds the engine at that version.
-        Of an engine that takes turns on its GPU also "wanted": someone waits for it, which ends the wait, too. Of one
+        Of an engine with a GPU lease also "wanted": someone waits for it, which ends the wait, too. Of one
         that was lost, and not reported since, "down"."""
         query = f"wait_s={wait_s}" + ("" if have is None else f"&have={have}")
         query += "" if pinned is None else f"&pinned={int(pinned)}"
         return self._send(_Call("GET", f"/engines/{engine}/target?{query}", None, "application/json"))
 
-    def take_card(self, card: str, who: str, wait_s: float = 0.0) -> Any:
+    def take_gpu_lease(self, gpu_lease: str, who: str, wait_s: float = 0.0) -> Any:
         """-> {"held": bool, "stop": bool}; waits up to `wait_s`, and keeps its place in the queue between two calls."""
-        return self._post("/card/take", card=card, who=who, wait_s=wait_s)
+        return self._post("/gpu_lease/take", gpu_lease=gpu_lease, who=who, wait_s=wait_s)
 
-    def give_card(self, card: str, who: str) -> Any:
+    def give_gpu_lease(self, gpu_lease: str, who: str) -> Any:
         """-> {}"""
-        return self._post("/card/give", card=card, who=who)
+        return self._post("/gpu_lease/give", gpu_lease=gpu_lease, who=who)
 
     def engine_state(self, engine: str, version: int | None, state: str, **info: Any) -> Any:
         """state: ready | updating | down. -> {}"""

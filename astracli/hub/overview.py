@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from astracli.hub.batches import BatchBook
-from astracli.hub.cards import CardBook
 from astracli.hub.evals import EvalBoard
+from astracli.hub.gpu_leases import GpuLeases
 from astracli.hub.leases import LeaseBook
 from astracli.hub.schema import Database
 
@@ -20,7 +20,7 @@ class Overview:
     leases: LeaseBook
     batches: BatchBook
     board: EvalBoard
-    cards: CardBook
+    gpu_leases: GpuLeases
     batch_groups: int
     steps: int
 
@@ -52,5 +52,5 @@ class Overview:
             "skipped_in_a_row": self.database.meta("skipped_in_a_row"),
             "engines": {name: dict(report) for name, report in self.board.engines.items()},
             "evals": self.board.document(),
-            "cards": self.cards.document(),
+            "gpu_leases": self.gpu_leases.document(),
         }

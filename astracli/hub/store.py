@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from astracli.hub.batches import BatchBook
-from astracli.hub.cards import CardBook
 from astracli.hub.curriculum import Curriculum
 from astracli.hub.evals import EvalBoard
+from astracli.hub.gpu_leases import GpuLeases
 from astracli.hub.leases import LeaseBook, PutStatus
 from astracli.hub.overview import Overview
 from astracli.hub.schema import Database
@@ -54,7 +54,7 @@ class HubStore:
         history_steps: int = 1000,
         max_dropped_batches: int = 0,
         checkpoints: bool = True,
-        cards: Iterable[str] = (),
+        gpu_leases: Iterable[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ):
         assert not (deterministic and max_staleness), "deterministic runs have staleness 0"
@@ -85,8 +85,8 @@ class HubStore:
             curriculum=curriculum,
             clock=clock,
         )
-        self._cards = CardBook(cards)
-        parts = (self._db, self._leases, self._batches, self._board, self._cards)
+        self._gpu_leases = GpuLeases(gpu_leases)
+        parts = (self._db, self._leases, self._batches, self._board, self._gpu_leases)
         self._overview = Overview(*parts, batch_groups=batch_groups, steps=steps)
         self._listeners: list[Callable[[], None]] = []
         self._stop = False
@@ -185,7 +185,7 @@ class HubStore:
             released = self._leases.requeue("state = 'leased' AND worker = ?", worker)
             if worker in self._board.engines:
                 self._board.report(worker, {"version": None, "state": "down"})
-            self._cards.forget(worker)
+            self._gpu_leases.forget(worker)
         self._changed()
         return released
 
@@ -257,7 +257,7 @@ class HubStore:
                 self._board.rewind(version)
                 self._db.set_meta("dropped_in_a_row", 0)
             self._leases.requeue("state = 'leased'")
-            self._cards.reset()
+            self._gpu_leases.reset()
             if self._deterministic:
                 self._leases.forget_since_last_batch()
                 self._wave_left = 0
@@ -272,27 +272,27 @@ class HubStore:
         return reply
 
     def target(self, engine: str) -> dict[str, Any]:
-        """-> {"version": int or None, "pinned": bool, "stop": bool}; of an engine that takes turns on its GPU also
+        """-> {"version": int or None, "pinned": bool, "stop": bool}; of an engine with a GPU lease also
         "wanted": whether someone waits for it and no evaluation is pinned to it; of one that was lost "down"."""
         with self._db.lock:
             version, pinned = self._board.target(engine)
-            more = {"wanted": self._cards.wanted(engine) and not pinned} if engine in self._cards else {}
+            more = {"wanted": self._gpu_leases.wanted(engine) and not pinned} if engine in self._gpu_leases else {}
             more |= {"down": True} if self._board.down(engine) else {}
         return {"version": version, "pinned": pinned, "stop": self._stop, **more}
 
-    def take_card(self, card: str, who: str) -> dict[str, Any]:
-        """-> {"held": bool, "stop": bool}. See `CardBook.take`."""
+    def take_gpu_lease(self, gpu_lease: str, who: str) -> dict[str, Any]:
+        """-> {"held": bool, "stop": bool}. See `GpuLeases.take`."""
         with self._db.lock:
-            before = self._cards.document()
-            held = self._cards.take(card, who)
-            moved = before != self._cards.document()
+            before = self._gpu_leases.document()
+            held = self._gpu_leases.take(gpu_lease, who)
+            moved = before != self._gpu_leases.document()
         if moved:
             self._changed()
         return {"held": held, "stop": self._stop}
 
-    def give_card(self, card: str, who: str) -> None:
+    def give_gpu_lease(self, gpu_lease: str, who: str) -> None:
         with self._db.lock:
-            self._cards.give(card, who)
+            self._gpu_leases.give(gpu_lease, who)
         self._changed()
 
     def engine_state(self, engine: str, version: int | None, state: str, **info: Any) -> None:

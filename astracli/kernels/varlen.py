@@ -1,8 +1,8 @@
 """Packed rows through a transformers model: what its forward gets, and attention that ends at every boundary.
 
-The boundaries travel as keyword arguments of the forward, `cu_seqlens` (int32 [S + 1] on the device), `max_seqlen` and
-`edges` (ints: nothing has to ask the GPU for them), down to the attention function and the recurrent layers. The
-attention function is registered under a name for which transformers builds no mask, so nothing of size T x T exists.
+The boundaries are keyword arguments of the forward, `cu_seqlens` (int32 [S + 1] on the device), `max_seqlen` and
+`cu_seqlens_host` (the same as ints, so that nothing waits for the GPU); the attention function and the recurrent layers
+get them. The attention function has a name for which transformers builds no mask: nothing of size T x T exists.
 
 Shape letters: B rows, S segments, T tokens of a row, H query heads, G key and value heads, D head size.
 """
@@ -95,19 +95,19 @@ def boundaries(bounds_S1: np.ndarray, device: torch.device) -> dict[str, Any]:
     return {
         "cu_seqlens": upload(bounds_S1.astype(np.int32), device),
         "max_seqlen": int(np.diff(bounds_S1).max()),
-        "edges": tuple(bounds_S1.tolist()),
+        "cu_seqlens_host": tuple(bounds_S1.tolist()),
     }
 
 
-def segments(cu_seqlens: Tensor, tokens: int, edges: Sequence[int] | None = None) -> list[tuple[int, int]]:
-    """[(start, end)] of a packed row of `tokens` tokens, on the host. Without `edges` it waits for a GPU.
+def segments(cu_seqlens: Tensor, tokens: int, cu_seqlens_host: Sequence[int] | None = None) -> list[tuple[int, int]]:
+    """[(start, end)] of a packed row of `tokens` tokens, on the host. Without `cu_seqlens_host` it waits for a GPU.
 
     Raises ValueError when the boundaries do not cover the row.
     """
-    edges = cu_seqlens.tolist() if edges is None else edges
-    if edges[0] != 0 or edges[-1] != tokens or any(a >= b for a, b in pairwise(edges)):
-        raise ValueError(f"cu_seqlens {edges} does not describe one packed row of {tokens} tokens")
-    return list(pairwise(edges))
+    cu_seqlens_host = cu_seqlens.tolist() if cu_seqlens_host is None else cu_seqlens_host
+    if cu_seqlens_host[0] != 0 or cu_seqlens_host[-1] != tokens or any(a >= b for a, b in pairwise(cu_seqlens_host)):
+        raise ValueError(f"cu_seqlens {cu_seqlens_host} does not describe one packed row of {tokens} tokens")
+    return list(pairwise(cu_seqlens_host))
 
 
 def attention(
@@ -120,7 +120,7 @@ def attention(
     scaling: float | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
-    edges: Sequence[int] | None = None,
+    cu_seqlens_host: Sequence[int] | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -146,7 +146,7 @@ def attention(
         return _flash(query, key, value, cu_seqlens, max_seqlen, scale, sliding_window), None
     parts = [
         _causal(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scale, sliding_window)
-        for a, b in segments(cu_seqlens, query.shape[2], edges)
+        for a, b in segments(cu_seqlens, query.shape[2], cu_seqlens_host)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2), None
 

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from astracli.config.recipe import Recipe
-from astracli.launch.again import Retry
+from astracli.launch.restarts import Retry
 from astracli.plan.build import LaunchPlan, ProcessPlan
 from astracli.plan.trainer import CHECKPOINT_COPY
 from astracli.process.children import ChildSpec
 from astracli.process.ports import free_ports
 from astracli.process.worker import THREAD_VARIABLES, WorkerConfig
 from astracli.runs.run_dir import RunDir, write_atomic
-from astracli.training import link
+from astracli.training import collective_check
 
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -31,7 +31,7 @@ QUIET = {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunContext:
     """What all processes of one run have in common."""
 
     recipe: Recipe
@@ -45,7 +45,7 @@ class Setting:
     resume: bool = False
 
 
-def build(setting: Setting, extra: Mapping[str, Mapping[str, Any]]) -> list[ChildSpec]:
+def build(setting: RunContext, extra: Mapping[str, Mapping[str, Any]]) -> list[ChildSpec]:
     """Write the configs and return how to start each process. `extra`: role -> what only that role is told."""
     host = setting.recipe.launch.host
     engines = [process for process in setting.plan.processes if process.role == "engine"]
@@ -71,44 +71,44 @@ def build(setting: Setting, extra: Mapping[str, Mapping[str, Any]]) -> list[Chil
     return specs
 
 
-def retry(setting: Setting, specs: Sequence[ChildSpec]) -> Retry | None:
+def retry(setting: RunContext, specs: Sequence[ChildSpec]) -> Retry | None:
     """How trainer ranks on GPUs start once more when their first all-reduce fails; None for one rank, or on a CPU."""
     ranks = [spec for spec in specs if spec.role == "trainer"]
-    known = all(os.environ.get(name) == value for name, value in link.WITHOUT_PEERS.items())
+    known = all(os.environ.get(name) == value for name, value in collective_check.WITHOUT_PEERS.items())
     if len(ranks) < 2 or setting.plan.choice.device != "cuda" or known:
         return None
 
     def again() -> list[ChildSpec]:
         (port,) = free_ports(1, setting.recipe.launch.host)
-        env = {**link.WITHOUT_PEERS, "MASTER_PORT": str(port)}
+        env = {**collective_check.WITHOUT_PEERS, "MASTER_PORT": str(port)}
         return [replace(spec, env={**spec.env, **env}) for spec in ranks]
 
-    different = " ".join(f"{name}={value}" for name, value in link.WITHOUT_PEERS.items())
+    different = " ".join(f"{name}={value}" for name, value in collective_check.WITHOUT_PEERS.items())
     words = f"the {len(ranks)} training GPUs do not reach each other directly: their ranks run with {different}"
-    return Retry(link.BROKEN, frozenset(spec.name for spec in ranks), again, words)
+    return Retry(collective_check.BROKEN, frozenset(spec.name for spec in ranks), again, words)
 
 
 def _placement(plan: LaunchPlan, process: ProcessPlan) -> dict[str, Any]:
     """What the plan decided about GPU memory, as `WorkerConfig.extra` of the process that must keep to it."""
     if process.role == "rollout":
-        return {"cards": plan.cards} if plan.cards else {}
+        return {"gpu_leases": plan.gpu_leases} if plan.gpu_leases else {}
     if not process.gpus:
         return {}
     if process.role == "engine":
         return {
             "mem_fraction_static": plan.placement.mem_fraction_static,
-            "turns": process.name in plan.cards,
+            "time_sharing": process.name in plan.gpu_leases,
             "staging": plan.placement.staging,
         }
     split = plan.placement.split
     told = {**asdict(split), "shared": plan.placement.shared}
-    leaves = any(name in plan.cards for gpu in process.gpus for name in plan.gpu_map[gpu])
+    leaves = any(name in plan.gpu_leases for gpu in process.gpus for name in plan.gpu_map[gpu])
     others = sum(row.bytes for row in plan.memory if row.where == "host" and row.what != CHECKPOINT_COPY)
-    return {"placement": told | {"cards": plan.cards, "leaves": leaves, "host_bytes": others}}
+    return {"placement": told | {"gpu_leases": plan.gpu_leases, "leaves": leaves, "host_bytes": others}}
 
 
 def _engine(
-    setting: Setting, process: ProcessPlan, config: WorkerConfig, address: Mapping[str, str], port: int
+    setting: RunContext, process: ProcessPlan, config: WorkerConfig, address: Mapping[str, str], port: int
 ) -> ChildSpec:
     """An engine that is started again holds no weights of a training run: it then waits until they are staged and
     checked. Without a trainer nobody would stage any, and the model's own are right."""
@@ -123,14 +123,14 @@ def _engine(
     spec = _spec(setting, process, config, {})
     if setting.plan.choice.engine == "sglang":
         return spec  # reports ready when its server answers, and starts without weights every time
-    # one that takes turns may be asked to give its memory back at once, which a generated token would be in the way of
-    path = "model_info" if process.name in setting.plan.cards else "health_generate"
+    # with time sharing it may be asked to give its memory back at once; a token being generated would be in the way
+    path = "model_info" if process.name in setting.plan.gpu_leases else "health_generate"
     spec = replace(spec, health_url=f"{address['url']}/{path}")
     return replace(spec, before_restart=before_restart) if published else spec
 
 
 def _config(
-    setting: Setting, process: ProcessPlan, engines: Sequence[dict[str, str]], extra: Mapping[str, Any]
+    setting: RunContext, process: ProcessPlan, engines: Sequence[dict[str, str]], extra: Mapping[str, Any]
 ) -> WorkerConfig:
     return WorkerConfig(
         name=process.name,
@@ -150,7 +150,7 @@ def _config(
     )
 
 
-def _settled(setting: Setting) -> Recipe:
+def _settled(setting: RunContext) -> Recipe:
     """The recipe with what the plan derived in its place."""
     rollout = setting.recipe.rollout.model_copy(update={"max_running_requests": setting.plan.running_requests})
     return setting.recipe.model_copy(update={"rollout": rollout})
@@ -163,7 +163,7 @@ def write(config: WorkerConfig) -> Path:
     return path
 
 
-def _spec(setting: Setting, process: ProcessPlan, config: WorkerConfig, env: Mapping[str, str]) -> ChildSpec:
+def _spec(setting: RunContext, process: ProcessPlan, config: WorkerConfig, env: Mapping[str, str]) -> ChildSpec:
     threads = dict.fromkeys(THREAD_VARIABLES, str(process.threads))
     return ChildSpec(
         name=process.name,

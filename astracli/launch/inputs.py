@@ -11,13 +11,13 @@ from pathlib import Path
 
 from astracli.config.recipe import Recipe
 from astracli.errors import UserError
+from astracli.models.adapter import SHARD_INDEX
 from astracli.models.adapter_tools import checkpoint_tensors
 from astracli.process import ports
 from astracli.runs import metrics
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "*.tiktoken")
 """Any of them lets transformers build a tokenizer."""
-INDEX = "model.safetensors.index.json"
 
 
 def check_setting(recipe: Recipe, *, rewards: bool) -> None:
@@ -39,7 +39,7 @@ def check_setting(recipe: Recipe, *, rewards: bool) -> None:
 def check_checkpoint(folder: Path) -> None:
     """All shards are there and whole, and a tokenizer lies beside them."""
     tensors = checkpoint_tensors(folder)
-    index = folder / INDEX
+    index = folder / SHARD_INDEX
     if index.is_file():
         try:
             wanted = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from astracli.config.recipe import Recipe
-from astracli.launch import changes, children, summary
-from astracli.launch.again import Resumes, Start
+from astracli.launch import children, recipe_changes, summary
+from astracli.launch.restarts import Resumes, Start
 from astracli.launch.supervise import Supervisor
 from astracli.launch.watch import Watch, unharmed
 from astracli.plan import build as planning
 from astracli.plan.build import LaunchPlan
 from astracli.process import ports
 from astracli.process.children import MemorySampler
+from astracli.process.console import say
 from astracli.process.signals import signals
-from astracli.process.talk import say
 from astracli.report.page import data as report_data
 from astracli.runs import metrics
 from astracli.runs.run_dir import RunDir, State, write_atomic
@@ -128,7 +128,7 @@ class Job:
         token = secrets.token_urlsafe(32)
         memory = MemorySampler()
         with signals() as interrupted, self._hub(engines, token) as (hub, connect):
-            setting = children.Setting(
+            setting = children.RunContext(
                 self.recipe,
                 self.plan,
                 run,
@@ -160,10 +160,10 @@ class Job:
                 return supervisor.run().interrupted
             finally:
                 watch.close(supervisor)
-                with unharmed("no closing table"):
+                with unharmed("no summary table"):
                     self._sum_up(supervisor, hub.store, memory, watch.evaluations_s)
 
-    def _resumes(self, setting: children.Setting, store: HubStore) -> Resumes | None:
+    def _resumes(self, setting: children.RunContext, store: HubStore) -> Resumes | None:
         """How the run goes on when its trainer ends of what may pass; None when it does not, because the recipe says so
         or because it makes no checkpoints."""
         limit = self.recipe.launch.max_resumes
@@ -174,7 +174,7 @@ class Job:
 
         def start(number: int) -> Start:
             """All as `--resume` does it, with the hub that is there."""
-            step = changes.checkpoint_step(self.run_dir)
+            step = recipe_changes.checkpoint_step(self.run_dir)
             store.rewind(step, step)
             shutil.rmtree(self.run_dir.stage, ignore_errors=True)
             again = replace(setting, resume=True)
@@ -223,7 +223,7 @@ class Job:
             history_steps=recipe.launch.hub_history_steps,
             max_dropped_batches=recipe.rollout.max_dropped_batches,
             checkpoints=recipe.checkpoint.every > 0,
-            cards=self.plan.cards,
+            gpu_leases=self.plan.gpu_leases,
         )
         listeners: list[Supervisor] = []
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from astracli.config.recipe import Recipe
 from astracli.errors import UserError
-from astracli.process.talk import say
+from astracli.process.console import say
 from astracli.runs.run_dir import RunDir, write_atomic
 
 

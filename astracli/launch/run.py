@@ -14,14 +14,14 @@ from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
 from astracli.data import fetch
 from astracli.errors import UserError
-from astracli.launch import changes, inputs, job, problems
+from astracli.launch import inputs, job, problems, recipe_changes
 from astracli.launch.job import Job
 from astracli.machine import facts as machine
 from astracli.models import registry
 from astracli.models.adapter_tools import has_chat_template
 from astracli.plan import build as planning
 from astracli.plan.build import Command, LaunchPlan
-from astracli.process.talk import say
+from astracli.process.console import say
 from astracli.runs import find as runs
 from astracli.runs import metrics
 
@@ -51,14 +51,14 @@ def train(recipe: Recipe, *, run_dir: Path | None = None, resume: Path | None = 
         return 0
     began = time.monotonic()
     if resume is not None:
-        recipe = changes.resumed_recipe(recipe, runs.existing(resume))
+        recipe = recipe_changes.resumed_recipe(recipe, runs.existing(resume))
     plan = _refusing_plan(recipe, "train")
     there = run_dir is not None and run_dir.exists()
     run = runs.resume(resume) if resume is not None else runs.create(recipe.name, run_dir)
     step: int | None = None
     try:
         if resume is not None:
-            step = changes.resume_step(run, recipe)
+            step = recipe_changes.resume_step(run, recipe)
         source = _fetch(recipe, data=True, benchmarks=recipe.eval.benchmarks if recipe.eval.every else [])
         problems.pin(run, recipe, source.paths["data"])
     except BaseException:
@@ -76,9 +76,9 @@ def train(recipe: Recipe, *, run_dir: Path | None = None, resume: Path | None = 
     finally:
         run.unlock()
     if task.summary:
-        from astracli.report.closing import print_closing
+        from astracli.report.summary_table import print_summary
 
-        print_closing(task.summary)
+        print_summary(task.summary)
     if code == 130:
         say(f"interrupted; go on with `astra train --resume {run.path}`")
     return code
@@ -87,7 +87,7 @@ def train(recipe: Recipe, *, run_dir: Path | None = None, resume: Path | None = 
 def rollout(recipe: Recipe, *, weights: str | None = None, n: int, out: Path, run_dir: Path | None = None) -> int:
     """Generate and grade `n` groups into `out`; the exit code."""
     began = time.monotonic()
-    recipe = changes.with_weights(recipe, weights)
+    recipe = recipe_changes.with_weights(recipe, weights)
     plan = _refusing_plan(recipe, "rollout")
     source = _fetch(recipe, data=True, benchmarks=[])
     run = runs.create(f"{recipe.name}-rollout", run_dir)
@@ -121,11 +121,11 @@ def evaluate(
     """
     began = time.monotonic()
     if resume is None:
-        recipe = changes.with_evaluation(changes.with_weights(recipe, weights), benchmarks, samples)
+        recipe = recipe_changes.with_evaluation(recipe_changes.with_weights(recipe, weights), benchmarks, samples)
     plan = _refusing_plan(recipe, "eval")
     source = _fetch(recipe, data=False, benchmarks=recipe.eval.benchmarks)
     if resume is not None:
-        run = changes.resumed_evaluation(resume)
+        run = recipe_changes.resumed_evaluation(resume)
     elif out is not None:
         run = runs.create(f"{recipe.name}-eval", out)
     elif run_dir is not None:
@@ -225,7 +225,7 @@ def _print_results(document: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(document, indent=2))
         return
-    from astracli.report.closing import result_lines
+    from astracli.report.summary_table import result_lines
 
     print("\n".join(result_lines(document)))
     say(f"items and figures are in {document['path']}")

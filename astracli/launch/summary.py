@@ -1,4 +1,4 @@
-"""What a run came to, as one document: RUN_DIR/summary.json, and the source of the closing table."""
+"""What a run came to, as one document: RUN_DIR/summary.json, and the source of the summary table."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any
 
 from astracli.config.recipe import Recipe
 from astracli.process.children import MemorySampler
-from astracli.report import balance
-from astracli.runs.metrics import Record, mean, median, series, values, without_absent
+from astracli.report import bottleneck
+from astracli.runs.metrics import OVERALL, Record, mean, median, series, values, without_absent
 from astracli.runs.run_dir import paths
 
-OVERALL = "overall"
 UPDATE_PARTS = (
     "snapshot", "digest", "diff", "encode", "write", "transfer", "stage", "decode", "apply", "verify", "readback",
 )  # fmt: skip
@@ -58,9 +57,9 @@ def build(
         "benchmarks": benchmarks(store.get("evals") or []),
         "expected": recipe.expected.model_dump() if recipe.expected else None,
         "training": training(_since_ready(mine, since + phases.get("starting", 0.0)), first_step),
-        "balance": balance.of_run(mine, recipe, plan, first_step) if plan and here else None,
+        "bottleneck": bottleneck.of_run(mine, recipe, plan, first_step) if plan and here else None,
         "slots_busy": slots_busy(
-            mine, first_step + balance.FIRST_STEPS, recipe.train.steps - recipe.effective_staleness
+            mine, first_step + bottleneck.FIRST_STEPS, recipe.train.steps - recipe.effective_staleness
         ),
         "weights": weights(records, recipe.weights.transfer),
         "parity": {"mean_abs": mean(values(records, "parity_mean_abs")), "max_abs": largest(records, "parity_max_abs")},
@@ -157,7 +156,7 @@ def training(records: Sequence[Record], first_step: int) -> dict[str, Any]:
 def slots_busy(records: Sequence[Record], first: int, end: int) -> dict[str, float]:
     """By engine, the share of its slots that had a request of the rollout worker, weighted by time.
 
-    Of a training run from step `first` on and before `end`, as in the balance; of `astra rollout`, which has no steps,
+    Of a training run from step `first` on and before `end`, like the bottleneck; of `astra rollout`, without steps,
     all of it.
     """
     spans: dict[str, list[tuple[float, float]]] = {}

@@ -14,13 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from astracli.errors import RunFailed
-from astracli.launch.again import End, Restarts, Resumes, Retry, ended, first_cause
+from astracli.launch.restarts import End, Restarts, Resumes, Retry, ended, first_cause
 from astracli.launch.status import Hub, Outcome, Phase, Status
 from astracli.process import children as local
 from astracli.process.children import Child, ChildSpec, MemorySampler
+from astracli.process.console import say
 from astracli.process.health import answers
 from astracli.process.signals import signals
-from astracli.process.talk import say
 from astracli.process.worker import TERM_EXIT
 
 STALL_S = 5.0

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from astracli.launch.supervise import Supervisor
-from astracli.process.talk import say
-from astracli.report.page.page import PlainView, Progress, View, open_view
+from astracli.process.console import say
+from astracli.report.page.page import PlainView, RunProgress, View, open_view
 from astracli.runs.metrics import Record, Sink, Tail
 from astracli.runs.run_dir import RunDir
 
@@ -44,7 +44,7 @@ class Watch:
         self._broken: list[Sink] = []
         self._tail = Tail(run_dir.metrics_jsonl, from_end=True)
         self._view: View = open_view()
-        self._progress = Progress(run_dir.name, steps or 0)
+        self._progress = RunProgress(run_dir.name, steps or 0)
         self._looked = self._told = 0.0
         self._due: dict[int, float] = {}
 

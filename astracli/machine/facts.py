@@ -161,7 +161,7 @@ class Tensor(_Part):
     shape: list[int]
 
 
-class Checkpoint(_Part):
+class CheckpointFacts(_Part):
     path: str
     """model.path of the recipe that was asked for."""
     place: str | None
@@ -225,7 +225,7 @@ class Machine(_Part):
     compilers: Compilers
     env: dict[str, str | None]
     engine: Environment | None = None
-    checkpoint: Checkpoint | None = None
+    checkpoint: CheckpointFacts | None = None
     data: list[DataSet] = []
     network: Network | None = None
     runs: list[RunLeft] = []

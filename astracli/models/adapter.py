@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+SHARD_INDEX = "model.safetensors.index.json"
+"""The file of a checkpoint that says in which shard each tensor lies."""
+
 
 @dataclass(frozen=True)
 class WireTensor:
@@ -91,7 +94,7 @@ class ModelAdapter:
     """2-D mask -> `position_ids`, or None to let the model count."""
     install_varlen: Callable[[Any], None] | None = None
     """Make a loaded model's recurrent layers exact on packed rows: they get `cu_seqlens` (int32 [segments + 1], on the
-    device), `max_seqlen` (int) and `edges` (those of `cu_seqlens`, as ints) and reset every state at a boundary;
+    device), `max_seqlen` (int) and `cu_seqlens_host` (`cu_seqlens` as ints) and reset every state at a boundary;
     attention does so by itself (`kernels/varlen.py`). None = not needed; a hybrid without it trains on padded rows."""
     prepare_cpu: Callable[[Any], None] | None = None
     """Make a loaded model safe and quick on a CPU (for example: never pick a GPU kernel); None = nothing to do."""

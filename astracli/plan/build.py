@@ -25,11 +25,11 @@ from astracli.plan import staging as plan_staging
 from astracli.plan import trainer as plan_trainer
 from astracli.plan.memory import MemoryRow
 from astracli.plan.placement import Placement
-from astracli.plan.types import Command, LaunchPlan, Problem, ProcessPlan, Role, Table
+from astracli.plan.types import Command, LaunchPlan, PlanProblem, ProcessPlan, Role, TextTable
 from astracli.plan.view import render, to_json
 from astracli.training import layout
 
-__all__ = ["Command", "LaunchPlan", "Problem", "ProcessPlan", "Table", "build", "refuse", "render", "to_json"]
+__all__ = ["Command", "LaunchPlan", "PlanProblem", "ProcessPlan", "TextTable", "build", "refuse", "render", "to_json"]
 
 ENGINE_MODULES = {"embedded": "astracli.engines.embedded.process", "sglang": "astracli.engines.sglang.server"}
 MODULES = {
@@ -72,7 +72,7 @@ def build(
     if config is not None:
         return plan
     what = f"checkpoint {recipe.model.path} not on this machine"
-    absent = Problem("checkpoint", what, what, "it is downloaded when a run starts", blocking=False)
+    absent = PlanProblem("checkpoint", what, what, "it is downloaded when a run starts", blocking=False)
     return replace(plan, problems=(*plan.problems, absent))
 
 
@@ -93,13 +93,13 @@ def _build(
     if (host := _room_on_host(processes, memory, facts)) is not None and choice.device == "cuda":
         recipe, placement = _place(processes, shape, asked, choice, facts, host)
         memory = _memory(processes, shape, recipe, choice.device, placement, facts)
-    if on_gpu := _room_to_publish(processes, memory, facts, placement.turns):
+    if on_gpu := _room_to_publish(processes, memory, facts, placement.time_sharing):
         memory = _memory(processes, shape, recipe, choice.device, placement, facts, on_gpu)
     if shape and command == "train":
         room = plan_problems.sizes_of(facts), facts["system"]["memory_total"]
         placement, memory = plan_staging.decide(processes, memory, shape, recipe, placement, *room)
-    if placement.turns:
-        # a worker that starts again does not know whose turn it is
+    if placement.time_sharing:
+        # a worker that starts again does not know who has the GPU
         processes = [replace(process, restarts=0) for process in processes]
     disk = plan_memory.disk_rows(shape, recipe, checkpoint_bytes) if shape and command == "train" else []
     plan = LaunchPlan(
@@ -231,8 +231,8 @@ def _memory(
     rows, sizes = [plan_memory.light_row("supervisor")], plan_problems.sizes_of(facts) if device == "cuda" else {}
     for process in processes:
         if process.role == "engine" and shape:
-            card = next((sizes[gpu] for gpu in process.gpus if gpu in sizes), None)
-            static = None if card is None else int((placement.mem_fraction_static or 0.0) * card)
+            gpu_bytes = next((sizes[gpu] for gpu in process.gpus if gpu in sizes), None)
+            static = None if gpu_bytes is None else int((placement.mem_fraction_static or 0.0) * gpu_bytes)
             rows += plan_memory.engine_rows(process.name, shape, recipe, device, static=static)
         elif process.role == "trainer" and shape:
             published: layout.Where = "gpu" if process.name in published_on_gpu else "host"
@@ -240,9 +240,9 @@ def _memory(
             rows += plan_trainer.trainer_rows(process.name, shape, recipe, *where)
         else:
             rows.append(plan_memory.light_row(process.name, process.children))
-    if not placement.turns:
+    if not placement.time_sharing:
         return rows
-    return plan_place.in_turns(rows, _on_shared_gpus(processes))
+    return plan_place.time_shared(rows, _on_shared_gpus(processes))
 
 
 def _on_shared_gpus(processes: Sequence[ProcessPlan]) -> set[str]:
@@ -261,15 +261,15 @@ def _room_on_host(processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], f
 
 
 def _room_to_publish(
-    processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], facts: Mapping[str, Any], turns: bool
+    processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], facts: Mapping[str, Any], time_sharing: bool
 ) -> set[str]:
     """Trainers whose GPU has room for two published versions beside all else; each rank finds out for itself
-    (`weights.snapshot`). One that leaves its GPU in the engine's turn keeps them on the host."""
+    (`weights.snapshot`). One that leaves its GPU to the engine keeps them on the host."""
     sizes = plan_problems.sizes_of(facts)
     held = {row.process: row.bytes for row in rows if row.what == plan_trainer.PUBLISHED}
     # torch gives the holes of its cache back where memory is short
     solid = [row for row in rows if row.what != plan_memory.HOLES]
-    leaves = _on_shared_gpus(processes) if turns else set()
+    leaves = _on_shared_gpus(processes) if time_sharing else set()
 
     def fits(gpu: int, trainer: str) -> bool:
         names = [p.name for p in processes if gpu in p.gpus]

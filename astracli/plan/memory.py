@@ -55,7 +55,7 @@ class MemoryRow:
     fixed: bool = True
     """Needed from the start; False = grows with load, and the engine or trainer can live with less."""
     away: bool = False
-    """Not there while another process has its turn on the GPU."""
+    """Not there while another process uses the GPU."""
 
 
 def engine_rows(
@@ -180,8 +180,8 @@ def total(
 def on_gpu(rows: Sequence[MemoryRow], processes: Sequence[str], *, fixed: bool = False) -> int:
     """Most bytes that processes hold on a GPU of theirs at once, turns taken into account."""
     there = [row for row in rows if row.where == "gpu" and row.process in processes and (row.fixed or not fixed)]
-    turns = [sum(row.bytes for row in there if row.away and row.process == name) for name in processes]
-    return sum(row.bytes for row in there if not row.away) + max(turns, default=0)
+    by_process = [sum(row.bytes for row in there if row.away and row.process == name) for name in processes]
+    return sum(row.bytes for row in there if not row.away) + max(by_process, default=0)
 
 
 def words(count: int) -> str:

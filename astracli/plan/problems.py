@@ -13,7 +13,7 @@ from astracli.machine import facts as machine
 from astracli.models.adapter import MemoryShape
 from astracli.plan import memory as plan_memory
 from astracli.plan.memory import HOLES, words
-from astracli.plan.types import LaunchPlan, Problem
+from astracli.plan.types import LaunchPlan, PlanProblem
 
 SGLANG_GLIBC = (2, 34)
 CPU_RECIPE = "qwen3.5-tiny-m2po-delta"
@@ -26,7 +26,7 @@ def sizes_of(facts: Mapping[str, Any]) -> dict[int, int]:
 
 def gpu_problems(
     plan: LaunchPlan, recipe: Recipe, facts: Mapping[str, Any], way_out: Callable[[str], str]
-) -> list[Problem]:
+) -> list[PlanProblem]:
     if plan.choice.device != "cuda":
         return []
     gpus, needed = machine.visible_gpus(facts), len(plan.gpu_map)
@@ -40,7 +40,7 @@ def gpu_problems(
         elsewhere = f"`astra {plan.command} --recipe {recipe.name} --dry-run --facts 8xl40` plans for another machine"
         otherwise = f"no split of this recipe fits these GPUs; {on_cpu}" if gpus else f"{on_cpu}; {elsewhere}"
         return [
-            Problem(
+            PlanProblem(
                 "gpus",
                 f"{needed} {noun} (this machine has {there})",
                 f"recipe `{recipe.name}` asks for {needed} {noun} ({parts}{shared}), this machine has {there}",
@@ -50,11 +50,11 @@ def gpu_problems(
     old = sorted({gpu["compute_capability"] for gpu in gpus if capability_of(gpu) < OLDEST})
     if old:
         what = "GPUs of compute capability 8.0 or newer"
-        return [Problem("gpus", what, f"bf16 needs {what}, this machine has {', '.join(old)}", None)]
+        return [PlanProblem("gpus", what, f"bf16 needs {what}, this machine has {', '.join(old)}", None)]
     return []
 
 
-def software_problems(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any]) -> list[Problem]:
+def software_problems(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any]) -> list[PlanProblem]:
     problems = []
     if choice.engine == "sglang" and not recipe.resources.engine.foreign:
         if not machine.usable(facts, "sglang"):
@@ -62,17 +62,17 @@ def software_problems(recipe: Recipe, choice: BackendChoice, facts: Mapping[str,
             hint = "`pip install 'astracli[sglang]'`, or name its environment in resources.engine.python"
             if choice.device == "cpu":
                 hint = "name the environment of SGLang's CPU build in resources.engine.python, or take `embedded`"
-            problems.append(Problem("package", "package sglang", message, hint))
+            problems.append(PlanProblem("package", "package sglang", message, hint))
         libc = facts["system"]["libc"] or ""
         version = machine.version_tuple(libc.removeprefix("glibc "))
         if libc.startswith("glibc") and version < SGLANG_GLIBC:
             what = "glibc 2.34 or newer (sglang's wheels)"
             message = f"sglang needs {what}, this machine has {libc}"
-            problems.append(Problem("system", what, message, "use a newer operating system image"))
+            problems.append(PlanProblem("system", what, message, "use a newer operating system image"))
     if choice.device == "cuda" and facts["torch_cuda"] is None:
         message = f"recipe `{recipe.name}` trains on GPUs, torch here is built without CUDA"
         hint = "install a CUDA build of torch: `pip install -c constraints/cuda.txt 'astracli[gpu]'`"
-        problems.append(Problem("package", "a CUDA build of torch", message, hint))
+        problems.append(PlanProblem("package", "a CUDA build of torch", message, hint))
     return problems
 
 
@@ -82,7 +82,7 @@ def size_problems(
     shape: MemoryShape | None,
     facts: Mapping[str, Any],
     way_out: Callable[[str], str],
-) -> list[Problem]:
+) -> list[PlanProblem]:
     """What cannot fit whatever the load: fixed rows against each GPU, the host and the disk."""
     problems = []
     sizes = sizes_of(facts)
@@ -105,7 +105,7 @@ def size_problems(
             )
         else:
             continue
-        problems.append(Problem("memory", what, message, way_out(otherwise)))
+        problems.append(PlanProblem("memory", what, message, way_out(otherwise)))
         break
     system = facts["system"]
     host = plan_memory.total(plan.memory, where="host", fixed=True)
@@ -113,14 +113,14 @@ def size_problems(
         what = f"{words(host)} of memory"
         message = f"recipe `{plan.recipe}` needs at least {what}, this machine has {words(system['memory_total'])}"
         otherwise = "choose a smaller model, or a machine with more memory"
-        problems.append(Problem("memory", what, message, way_out(otherwise)))
+        problems.append(PlanProblem("memory", what, message, way_out(otherwise)))
     disk = plan_memory.total(plan.disk, where="disk")
     if disk > system["disk_free"]:
         what = f"{words(disk)} of disk"
         free = words(system["disk_free"])
         message = f"recipe `{plan.recipe}` may fill {what}, `{system['disk_path']}` has {free} free"
         hint = "point --run-dir at a larger disk, or `--set checkpoint.keep=1 --set weights.keep=2`"
-        problems.append(Problem("disk", what, message, hint, blocking=False))
+        problems.append(PlanProblem("disk", what, message, hint, blocking=False))
     return problems
 
 

@@ -17,7 +17,7 @@ from astracli.plan import memory as plan_memory
 from astracli.plan.cost import Pace
 from astracli.plan.memory import COMFORT, safe, words
 from astracli.plan.offload import options, recomputing, trainer_needs
-from astracli.plan.placement import takes_turns
+from astracli.plan.placement import shares_time
 from astracli.plan.trainer import context_bytes
 
 MOST = 256
@@ -38,59 +38,63 @@ def settle(
     with nothing to say; without a GPU or a known model it takes `recipe.RUNNING`."""
     if recipe.rollout.max_running_requests != "auto":
         return recipe, None
-    card = min((sizes[gpu] for gpu in engine_gpus if gpu in sizes), default=None)
-    if shape is None or card is None:
+    gpu_bytes = min((sizes[gpu] for gpu in engine_gpus if gpu in sizes), default=None)
+    if shape is None or gpu_bytes is None:
         unknown = "the memory of its GPU is not known" if shape is not None else "the model's sizes are not known"
         return _with(recipe, recipe.rollout.running), unknown
-    useful, no_more = _most(recipe, len(engine_gpus), card)
+    useful, no_more = _most(recipe, len(engine_gpus), gpu_bytes)
     if set(engine_gpus) & set(train_gpus):
-        return _beside(recipe, shape, card, len(train_gpus), useful, no_more, pace)
-    static = int(recipe.rollout.mem_fraction_static * card)
-    fit = _fit(recipe, shape, static, card, 1)
-    why = f"{recipe.rollout.mem_fraction_static:.0%} of {words(card)} less {words(2 * shape.parameters)} of weights"
+        return _beside(recipe, shape, gpu_bytes, len(train_gpus), useful, no_more, pace)
+    static = int(recipe.rollout.mem_fraction_static * gpu_bytes)
+    fit = _fit(recipe, shape, static, gpu_bytes, 1)
+    why = (
+        f"{recipe.rollout.mem_fraction_static:.0%} of {words(gpu_bytes)} less {words(2 * shape.parameters)} of weights"
+    )
     return _settled(recipe, shape, fit, useful, 1, why, no_more)
 
 
 def _beside(
-    recipe: Recipe, shape: MemoryShape, card: int, ranks: int, useful: int, no_more: str, pace: Pace
+    recipe: Recipe, shape: MemoryShape, gpu_bytes: int, ranks: int, useful: int, no_more: str, pace: Pace
 ) -> tuple[Recipe, str | None]:
     """On a GPU that holds a trainer, too: what the trainer leaves when as little of it as possible is on the host."""
-    if takes_turns(_with(recipe, FEW), shape, card, ranks):
+    if shares_time(_with(recipe, FEW), shape, gpu_bytes, ranks):
         beside = context_bytes(ranks) + plan_memory.beside_static(shape, _with(recipe, useful))
-        static = min(int(recipe.rollout.mem_fraction_static * card), card - safe(beside))
-        fit = _fit(recipe, shape, static, card, COMFORT)
-        return _settled(recipe, shape, fit, useful, COMFORT, f"{words(card)} in turns with the trainer", no_more)
+        static = min(int(recipe.rollout.mem_fraction_static * gpu_bytes), gpu_bytes - safe(beside))
+        fit = _fit(recipe, shape, static, gpu_bytes, COMFORT)
+        return _settled(
+            recipe, shape, fit, useful, COMFORT, f"{words(gpu_bytes)} shared in time with the trainer", no_more
+        )
     fit = 1
     for option in recomputing(options(recipe, shape, ranks, pace)):
-        left = card - trainer_needs(recipe, shape, ranks, option)[1]
+        left = gpu_bytes - trainer_needs(recipe, shape, ranks, option)[1]
         static = min(
-            int(recipe.rollout.mem_fraction_static * card),
+            int(recipe.rollout.mem_fraction_static * gpu_bytes),
             left - safe(plan_memory.beside_static(shape, _with(recipe, useful))),
         )
-        fit = _fit(recipe, shape, static, card, COMFORT)
+        fit = _fit(recipe, shape, static, gpu_bytes, COMFORT)
         if fit >= FEW:
             break
-    return _settled(recipe, shape, fit, useful, COMFORT, f"what the trainer leaves of {words(card)}", no_more)
+    return _settled(recipe, shape, fit, useful, COMFORT, f"what the trainer leaves of {words(gpu_bytes)}", no_more)
 
 
-def _fit(recipe: Recipe, shape: MemoryShape, static: int, card: int, comfort: int) -> int:
+def _fit(recipe: Recipe, shape: MemoryShape, static: int, gpu_bytes: int, comfort: int) -> int:
     """Requests of which one in `comfort` finds the KV cache of a full context in `static` bytes; at least 1."""
     each = shape.state_bytes_per_sequence + shape.kv_bytes_per_token * recipe.rollout.context_length / comfort
     room = static - 2 * shape.parameters - shape.state_bytes_per_sequence
     fit = max(1, int(room // each)) if each else MOST
-    while fit > 1 and static + safe(plan_memory.beside_static(shape, _with(recipe, fit))) > card:
+    while fit > 1 and static + safe(plan_memory.beside_static(shape, _with(recipe, fit))) > gpu_bytes:
         fit -= 1
     return fit
 
 
-def _most(recipe: Recipe, engines: int, card: int) -> tuple[int, str]:
+def _most(recipe: Recipe, engines: int, gpu_bytes: int) -> tuple[int, str]:
     """(requests that an engine may have, why no more): those that it can ever have, of rollouts under way or of an
     evaluation, or what the recipe says of a GPU of this memory."""
     under_way = (recipe.effective_staleness + 1) * recipe.batch_sequences
     asked = recipe.eval.max_concurrency
     useful = min(MOST, max(ceil(under_way / engines), 0 if asked == "auto" else asked))
     useful -= useful % 8 if useful > 8 else 0
-    found = recipe.rollout.ceiling(card / 2**30)
+    found = recipe.rollout.ceiling(gpu_bytes / 2**30)
     if found is not None and found[1] < useful:
         return found[1], f"rollout.running_ceiling of GPUs of up to {found[0]} GiB is {found[1]}"
     return useful, f"more than {useful} are of no use"

@@ -17,12 +17,17 @@ from astracli.plan.placement import Placement, Staging
 from astracli.plan.types import ProcessPlan
 
 
-def row(name: str, shape: MemoryShape, where: Staging, *, turns: bool = False) -> MemoryRow | None:
+def row(name: str, shape: MemoryShape, where: Staging, *, time_sharing: bool = False) -> MemoryRow | None:
     """What a full version takes in the engine `name` while it waits; None: nothing beside its file."""
     if where == "file":
         return None
     return MemoryRow(
-        name, "a full version before its pause", where, 2 * shape.parameters, fixed=False, away=turns and where == "gpu"
+        name,
+        "a full version before its pause",
+        where,
+        2 * shape.parameters,
+        fixed=False,
+        away=time_sharing and where == "gpu",
     )
 
 
@@ -41,7 +46,7 @@ def decide(
     size = 2 * shape.parameters
 
     def with_versions(where: Staging) -> list[MemoryRow]:
-        found = (row(engine.name, shape, where, turns=placement.turns) for engine in engines)
+        found = (row(engine.name, shape, where, time_sharing=placement.time_sharing) for engine in engines)
         return [*rows, *(each for each in found if each is not None)]
 
     def on_gpu(gpu: int) -> int:

@@ -16,7 +16,7 @@ from math import ceil
 from astracli.config.recipe import RECOMPUTED_BLOCKS, Recipe, Recomputed
 from astracli.models.adapter import MemoryShape
 from astracli.plan.memory import CUDA_CONTEXT, HOLES, TORCH_PROCESS, Basis, MemoryRow, Place, block_activations
-from astracli.training.layout import BUCKET_BYTES, LOGIT_BYTES, PASSING, RESIDENT, Split, Where, recomputed
+from astracli.training.layout import BUCKET_BYTES, BUCKETS_IN_FLIGHT, LOGIT_BYTES, RESIDENT, Split, Where, recomputed
 
 GATHERED = 14
 """Bytes a parameter of a block while its backward pass runs: it and the next one gathered in bf16 (2 each) with the
@@ -87,7 +87,7 @@ def trainer_rows(
 
 
 def context_bytes(ranks: int) -> int:
-    """What a rank keeps of its GPU in another's turn."""
+    """What a rank keeps of its GPU while another process uses it."""
     return CUDA_CONTEXT + (NCCL if ranks > 1 else 0)
 
 
@@ -162,7 +162,7 @@ def _passes(shape: MemoryShape, recipe: Recipe, ranks: int, split: Split) -> tup
 
 def _in_update(shape: MemoryShape, ranks: int, split: Split) -> int:
     """What an update brings to the GPU (adam.py): on one rank masters made whole, the head's in one piece, beside the
-    first moments from the host; then those of `PASSING` buckets. The head's moments are the last to leave."""
+    first moments from the host; then those of `BUCKETS_IN_FLIGHT` buckets. The head's moments are the last to leave."""
     share, head = ceil(shape.parameters / ranks), ceil(shape.vocab_size * shape.hidden_size / ranks)
     master = 4 if ranks == 1 else 0
     whole = min(master * share, max(BUCKET_BYTES, master * head))
@@ -170,5 +170,7 @@ def _in_update(shape: MemoryShape, ranks: int, split: Split) -> int:
         return whole
     head_stays = (1.0 - split.moments_on_host) * share >= ceil(_outside(shape) / ranks)  # and an untied embedding
     largest = BUCKET_BYTES if head_stays else max(BUCKET_BYTES, (8 + master) * head)
-    before, between = ((PASSING - 1) * BUCKET_BYTES + piece for piece in (whole if head_stays else 0, largest))
+    before, between = (
+        (BUCKETS_IN_FLIGHT - 1) * BUCKET_BYTES + piece for piece in (whole if head_stays else 0, largest)
+    )
     return min(max(before, between), (8 + master) * share)

@@ -38,7 +38,7 @@ class ProcessPlan:
 
 
 @dataclass(frozen=True)
-class Problem:
+class PlanProblem:
     """Something that this machine lacks for the plan."""
 
     kind: Literal["gpus", "memory", "package", "system", "disk", "checkpoint"]
@@ -72,7 +72,7 @@ class LaunchPlan:
     """Published figures of the recipe."""
     margins: tuple[Margin, ...] = ()
     """Of each GPU whose size is known."""
-    problems: tuple[Problem, ...] = ()
+    problems: tuple[PlanProblem, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property
@@ -81,9 +81,9 @@ class LaunchPlan:
         return [problem.what for problem in self.problems]
 
     @property
-    def cards(self) -> list[str]:
-        """Engines that take turns with a trainer on their GPU."""
-        if not self.placement.turns:
+    def gpu_leases(self) -> list[str]:
+        """Engines that share their GPU in time with a trainer: each has a GPU lease at the hub."""
+        if not self.placement.time_sharing:
             return []
         trained = {gpu for process in self.processes if process.role == "trainer" for gpu in process.gpus}
         return [p.name for p in self.processes if p.role == "engine" and trained & set(p.gpus)]
@@ -99,7 +99,7 @@ class LaunchPlan:
 
 
 @dataclass(frozen=True)
-class Table:
+class TextTable:
     """Text for the terminal."""
 
     title: str

@@ -10,10 +10,10 @@ from astracli.plan import gpus as plan_gpus
 from astracli.plan import margin as plan_margin
 from astracli.plan import memory as plan_memory
 from astracli.plan.memory import MemoryRow, Place, words
-from astracli.plan.types import LaunchPlan, Table
+from astracli.plan.types import LaunchPlan, TextTable
 
 
-def render(plan: LaunchPlan) -> list[Table]:
+def render(plan: LaunchPlan) -> list[TextTable]:
     """The plan as tables of text, for the terminal."""
     processes = []
     for p in plan.processes:
@@ -22,15 +22,15 @@ def render(plan: LaunchPlan) -> list[Table]:
     columns = ("process", "module", "gpus", "threads", "nice", "restarts", "children")
     backends = tuple((b.what, b.choice, b.reason) for b in plan.choice.reasons)
     tables = [
-        Table("processes", columns, tuple(processes)),
-        Table("backends", ("what", "choice", "reason"), backends),
+        TextTable("processes", columns, tuple(processes)),
+        TextTable("backends", ("what", "choice", "reason"), backends),
     ]
     if placed := (*plan.placement.reasons, *plan_margin.reasons(plan.margins)):
-        tables.append(Table("placement", ("what", "where", "reason"), placed))
+        tables.append(TextTable("placement", ("what", "where", "reason"), placed))
     if uses := plan_gpus.uses(plan):
-        tables.append(Table("memory a GPU", plan_gpus.COLUMNS, tuple(plan_gpus.rows(uses))))
+        tables.append(TextTable("memory a GPU", plan_gpus.COLUMNS, tuple(plan_gpus.rows(uses))))
     if plan.model:
-        tables.append(Table("model", ("figure", "value"), tuple((k, _figure(k, v)) for k, v in plan.model.items())))
+        tables.append(TextTable("model", ("figure", "value"), tuple((k, _figure(k, v)) for k, v in plan.model.items())))
     everywhere: tuple[tuple[str, tuple[MemoryRow, ...], tuple[Place, ...]], ...] = (
         ("memory", plan.memory, ("gpu", "host")),
         ("disk", plan.disk, ("disk",)),
@@ -39,12 +39,12 @@ def render(plan: LaunchPlan) -> list[Table]:
         body: list[tuple[str, ...]] = _each(rows)
         body += [("all", "sum", place, words(plan_memory.total(rows, where=place)), "") for place in places if rows]
         if body:
-            tables.append(Table(title, ("process", "what", "where", "size", "basis"), tuple(body)))
+            tables.append(TextTable(title, ("process", "what", "where", "size", "basis"), tuple(body)))
     if plan.expected:
-        tables.append(Table("expected", ("figure", "value"), tuple((k, str(v)) for k, v in plan.expected.items())))
+        tables.append(TextTable("expected", ("figure", "value"), tuple((k, str(v)) for k, v in plan.expected.items())))
     for title, lines in (("missing to run here", plan.missing), ("warnings", plan.warnings)):
         if lines:
-            tables.append(Table(title, ("what",), tuple((line,) for line in lines)))
+            tables.append(TextTable(title, ("what",), tuple((line,) for line in lines)))
     return tables
 
 

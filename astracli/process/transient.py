@@ -109,7 +109,7 @@ def gpu_failed(error: BaseException) -> RunFailed | None:
                 f"the GPU ran out of memory: {said}",
                 "it needs less with `--set train.activation_checkpointing=full --set train.optimizer_device=host` "
                 "(both: what one frees the plan may fill again), a smaller train.tokens_per_microbatch and, beside an "
-                "engine, `--set resources.share_mode=turns`; `--resume` takes them all; `astra train --dry-run` "
+                "engine, `--set resources.share_mode=time_sharing`; `--resume` takes them all; `astra train --dry-run` "
                 "shows what each part holds",
             )
         if "CUDA error" in said or "CUDA driver error" in said or "NCCL error" in said:

@@ -1,1 +1,1 @@
-"""What a run looks like: the live view, the closing table, what limited it, the HTML page, samples."""
+"""What a run looks like: the live view, the summary table, what limited it, the HTML page, samples."""

@@ -1,4 +1,4 @@
-"""What the files of a run say: its row in a list, its newest figures, its logs, samples and closing report."""
+"""What the files of a run say: its row in a list, its newest figures, its logs, samples and summary."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def results(run: RunDir) -> dict[str, Any] | None:
 
 
 def summary(run: RunDir) -> dict[str, Any] | None:
-    """The closing figures of a run that has ended; None while it runs and of one that was killed. Its places are where
+    """The summary figures of a run that has ended; None while it runs and of one that was killed. Its places are where
     the run lies now: it may have been moved, or be looked at from another directory."""
     try:
         document = json.loads(run.summary_json.read_text())
@@ -198,7 +198,7 @@ def summary(run: RunDir) -> dict[str, Any] | None:
 
 
 def report(run: RunDir) -> dict[str, Any]:
-    """The closing figures of a run: state, evaluation trend, means over the last tenth of the steps, expected."""
+    """The summary figures of a run: state, evaluation trend, means over the last tenth of the steps, expected."""
     records = metrics.read(run.metrics_jsonl)
     figures = []
     for name, words in REPORTED:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from astracli.rewards.grading import algebra, choices, extraction, question, typed, values
 from astracli.rewards.grading.conventions import Conventions
-from astracli.rewards.grading.extraction import Extraction, Found, announced, read_answer
+from astracli.rewards.grading.extraction import ExtractedAnswer, Extraction, announced, read_answer
 from astracli.rewards.grading.phrases import as_words, is_yes_or_no
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def thorough(
     found = extraction.find(text, where)
     if found.place in ("none", "number", "formula") and where != "boxed" and integer(gold) is None:
         said = _in_words(gold, extraction.without_thinking(text))
-        found = Found(said, "said", said) if said else found
+        found = ExtractedAnswer(said, "said", said) if said else found
     if not found.text:
         if found.place == "none" and found.last_words and _readable(found.last_words):
             return _by_math_verify(gold, found.last_words)

@@ -15,7 +15,7 @@ from astracli.errors import RunFailed
 from astracli.rl.sample_log import group_line
 from astracli.rl.schedule import sample_seed
 from astracli.rl.types import Group, Segment
-from astracli.rollout.updates import Lane
+from astracli.rollout.engine_worker import EngineWorker
 
 EMPTY_ABORTS = 50
 """Times in a row that an engine may end a group's requests without a single token."""
@@ -48,7 +48,7 @@ class Draft:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class RolloutSampling:
     """How completions are drawn; the same for every group of a run."""
 
     recipe: Recipe
@@ -77,7 +77,10 @@ class Sampling:
 
 
 async def generate_groups(
-    lane: Lane, sampling: Sampling, asked: Mapping[int, Sequence[int]], sample_ended: Callable[[], None]
+    worker: EngineWorker,
+    sampling: RolloutSampling,
+    asked: Mapping[int, Sequence[int]],
+    sample_ended: Callable[[], None],
 ) -> dict[int, list[Draft]]:
     """All samples of some groups, asked for together, and again after every update until each has ended.
 
@@ -94,18 +97,18 @@ async def generate_groups(
                 sample_ended()
 
         requests = [sampling.request(asked[lease], lease, draft) for lease, draft in going]
-        results = await lane.generate(requests, None if sampling.recipe.launch.deterministic else ended)
+        results = await worker.generate(requests, None if sampling.recipe.launch.deterministic else ended)
         for (lease, draft), result in zip(going, results, strict=True):
             draft.take(result)
             if draft.finish is None and sampling.used_up(asked[lease], draft):
                 draft.finish = "length"
         cut = [(lease, draft) for lease, draft in going if draft.finish is None]
         if cut:
-            lane.count_aborted(len(cut), sum(len(asked[lease]) + len(draft.tokens) for lease, draft in cut))
+            worker.count_aborted(len(cut), sum(len(asked[lease]) + len(draft.tokens) for lease, draft in cut))
         empty = 0 if any(len(result.tokens) for result in results) else empty + 1
         if empty >= EMPTY_ABORTS:
             groups = ", ".join(map(str, asked))
-            raise RunFailed(f"{lane.name} ended the requests of group {groups} {empty} times without a token")
+            raise RunFailed(f"{worker.name} ended the requests of group {groups} {empty} times without a token")
     return drafts
 
 

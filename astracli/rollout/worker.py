@@ -1,8 +1,8 @@
 """The rollout worker: leases prompts, has groups generated and graded, hands them in, and updates its engines' weights.
 
-One asyncio loop. Each engine is a lane (`updates`) with a feeder that keeps its slots full and a follower that keeps it
-at the hub's target version. A group stays on one engine and its samples are asked for together; each frees its slot
-when it ends, and the next group is leased while its longest sample still runs. A sample whose request is ended by an
+One asyncio loop. Each engine has an `EngineWorker`, a feeder that keeps its slots full and a follower that keeps it at
+the hub's target version. A group stays on one engine and its samples are asked for together; each frees its slot when
+it ends, and the next group is leased while its longest sample still runs. A sample whose request is ended by an
 update is continued from prompt + prefix: its tokens form one segment per version. Draws depend on (recipe seed, lease,
 sample, position) alone. In a deterministic run all groups of one grant are one call to the engine, which runs nothing
 beside it: log-probabilities then depend on nothing else either, to the last bit.
@@ -31,9 +31,9 @@ from astracli.models.adapter import chat_prompt_tokens, load_tokenizer
 from astracli.process.worker import Reporter, WorkerConfig, worker_main
 from astracli.rewards.reward import Grade, GradeItem, GradePool
 from astracli.rl.types import Group, Sample
-from astracli.rollout.gate import EngineLost
-from astracli.rollout.groups import Draft, SampleWriter, Sampling, generate_groups
-from astracli.rollout.updates import Lane
+from astracli.rollout.engine_worker import EngineWorker
+from astracli.rollout.groups import Draft, RolloutSampling, SampleWriter, generate_groups
+from astracli.rollout.request_gate import EngineLost
 
 LEASE_WAIT_S = 2.0
 REPORT_S = 1.0
@@ -42,7 +42,7 @@ UNFIT_PROMPTS = 10_000
 """Prompts in a row, or a whole epoch of them, that are too long: then the run ends instead of looking on."""
 
 
-class Grader(Protocol):
+class GroupGrader(Protocol):
     """The part of `rl.reward.GradePool` that this worker needs."""
 
     async def agrade_group(self, items: Sequence[GradeItem]) -> list[Grade]: ...
@@ -56,23 +56,23 @@ class Rollout:
         config: WorkerConfig,
         reporter: Reporter,
         hub: AsyncHubClient,
-        lanes: Sequence[Lane],
+        workers: Sequence[EngineWorker],
         source: PromptSource,
         tokenizer: Any,
-        grader: Grader,
+        grader: GroupGrader,
     ):
         self.config = config
         self.reporter = reporter
         self.hub = hub
-        self.lanes = list(lanes)
+        self.workers = list(workers)
         self.source = source
         self.tokenizer = tokenizer
         self.grader = grader
-        self.sampling = Sampling(config.recipe, tuple(stop_token_ids(tokenizer, config.model_path)))
+        self.sampling = RolloutSampling(config.recipe, tuple(stop_token_ids(tokenizer, config.model_path)))
         rollout = config.recipe.rollout
         self._slots, self._group_size = rollout.running, rollout.group_size
-        for lane in self.lanes:
-            lane.use.slots = self._slots
+        for worker in self.workers:
+            worker.use.slots = self._slots
         self._held: set[int] = set()
         self._unfit_in_a_row = 0
         self._tasks: asyncio.TaskGroup
@@ -88,8 +88,8 @@ class Rollout:
         try:
             async with asyncio.TaskGroup() as self._tasks:
                 parts: list[Coroutine[Any, Any, None]] = [self._renew(), self._report()]
-                for lane in self.lanes:
-                    parts += [self._follow(lane), self._feed(lane)]
+                for worker in self.workers:
+                    parts += [self._follow(worker), self._feed(worker)]
                 for part in parts:
                     self._start(part)
                 await self._over.wait()
@@ -103,46 +103,46 @@ class Rollout:
                 with contextlib.suppress(RunFailed):
                     await self.hub.give_back(sorted(self._held))
         if self._writer is not None:  # no update has told how full the slots were
-            await self.hub.metrics([{"process": self.config.name} | lane.usage() for lane in self.lanes])
+            await self.hub.metrics([{"process": self.config.name} | worker.usage() for worker in self.workers])
 
     def _start(self, part: Coroutine[Any, Any, None]) -> None:
         self._tasks.create_task(part)
 
-    async def _follow(self, lane: Lane) -> None:
-        await lane.follow()
+    async def _follow(self, worker: EngineWorker) -> None:
+        await worker.follow()
         self._over.set()
 
     # ---- leases ------------------------------------------------------------------------------------------------------
 
-    async def _feed(self, lane: Lane) -> None:
+    async def _feed(self, worker: EngineWorker) -> None:
         """Keep the engine's slots full, as far as the hub grants leases."""
         while True:
-            await lane.open.wait()
-            wanted = self._wanted(lane)
+            await worker.open.wait()
+            wanted = self._wanted(worker)
             if wanted <= 0:
-                lane.changed.clear()
-                await lane.changed.wait()
+                worker.changed.clear()
+                await worker.changed.wait()
                 continue
-            wait_s = LEASE_WAIT_S if self._waits.get(lane.name) else 0.0
-            reply = await self.hub.lease(self.config.name, wanted, engine=lane.name, wait_s=wait_s)
-            self._waits[lane.name] = None if reply["leases"] else reply["wait"]
+            wait_s = LEASE_WAIT_S if self._waits.get(worker.name) else 0.0
+            reply = await self.hub.lease(self.config.name, wanted, engine=worker.name, wait_s=wait_s)
+            self._waits[worker.name] = None if reply["leases"] else reply["wait"]
             if reply["stop"]:
                 self._over.set()
                 return
             leases = {lease["lease_id"]: lease["prompt_index"] for lease in reply["leases"]}
             self._held |= leases.keys()
-            lane.use.change(outstanding=len(leases) * self._group_size)
+            worker.use.change(outstanding=len(leases) * self._group_size)
             together = [leases] if self.config.recipe.launch.deterministic else [{i: n} for i, n in leases.items()]
             for some in together if leases else []:
-                self._start(self._groups(lane, some))
+                self._start(self._groups(worker, some))
 
-    def _wanted(self, lane: Lane) -> int:
+    def _wanted(self, worker: EngineWorker) -> int:
         """Groups to lease for this engine now: as many as leave none of its slots empty.
 
         Of groups of G, at most G - 1 samples then wait in the engine. Each slot that becomes free takes one, so that
         they hardly age: of S slots, S become free in a completion's mean time.
         """
-        outstanding = lane.use.outstanding
+        outstanding = worker.use.outstanding
         if self.config.recipe.launch.deterministic and outstanding:
             return 0
         groups = math.ceil((self._slots - outstanding) / self._group_size)
@@ -157,7 +157,7 @@ class Rollout:
 
     # ---- a group -----------------------------------------------------------------------------------------------------
 
-    async def _groups(self, lane: Lane, leases: Mapping[int, int]) -> None:
+    async def _groups(self, worker: EngineWorker, leases: Mapping[int, int]) -> None:
         """Leases (id -> prompt) from prompts to graded groups. The engine's slots are free before they are graded."""
         problems = {lease: self.source.problem(index) for lease, index in leases.items()}
         prompts = {i: chat_prompt_tokens(self.tokenizer, self.source.text(p)) for i, p in problems.items()}
@@ -168,18 +168,18 @@ class Rollout:
         def ended(samples: int = 1) -> None:
             nonlocal outstanding
             outstanding -= samples
-            lane.use.change(outstanding=-samples)
-            lane.changed.set()
+            worker.use.change(outstanding=-samples)
+            worker.changed.set()
 
         try:
             try:
-                drafts = await generate_groups(lane, self.sampling, asked, ended)
+                drafts = await generate_groups(worker, self.sampling, asked, ended)
             finally:
                 ended(outstanding)
             self._unfit_in_a_row = 0 if asked else self._unfit_in_a_row + len(unfit)
             for lease, reason in unfit.items():
                 await self.hub.skip(lease, reason)
-                self._let_go(lane, [lease])
+                self._let_go(worker, [lease])
                 if self._unfit_in_a_row >= min(len(self.source), UNFIT_PROMPTS):
                     raise RunFailed(
                         f"{self._unfit_in_a_row} prompts in a row do not fit, the last: {reason}",
@@ -190,11 +190,11 @@ class Rollout:
                     tasks.create_task(self._hand_in(lease, problems[lease], prompt, drafts[lease]))
         except EngineLost:
             await self.hub.give_back(leases)
-            self._let_go(lane, leases)
+            self._let_go(worker, leases)
 
-    def _let_go(self, lane: Lane, leases: Iterable[int]) -> None:
+    def _let_go(self, worker: EngineWorker, leases: Iterable[int]) -> None:
         self._held.difference_update(leases)
-        lane.changed.set()
+        worker.changed.set()
 
     async def _hand_in(self, lease_id: int, problem: Problem, prompt: Sequence[int], drafts: Sequence[Draft]) -> None:
         group = await self._grade(lease_id, problem, prompt, drafts)
@@ -246,17 +246,17 @@ class Rollout:
             self._writer.write(group)
             if not self._writer.left:
                 self._over.set()
-            for lane in self.lanes:
-                lane.changed.set()
+            for worker in self.workers:
+                worker.changed.set()
 
-    # ---- talk --------------------------------------------------------------------------------------------------------
+    # ---- notes -------------------------------------------------------------------------------------------------------
 
     async def _report(self) -> None:
         """Each second: what is done, how fast, how full slots are, and what is waited for when nothing generates."""
         seen: deque[tuple[float, int, float]] = deque()
-        uses = [lane.use for lane in self.lanes]
+        uses = [worker.use for worker in self.workers]
         while True:
-            tokens, busy_s = sum(lane.tokens for lane in self.lanes), sum(use.seconds().busy for use in uses)
+            tokens, busy_s = sum(worker.tokens for worker in self.workers), sum(use.seconds().busy for use in uses)
             seen.append((time.monotonic(), tokens, busy_s))
             while len(seen) > 2 and seen[-1][0] - seen[0][0] > RATE_WINDOW_S:
                 seen.popleft()
@@ -269,8 +269,8 @@ class Rollout:
             await asyncio.sleep(REPORT_S)
 
     def _wait_reason(self) -> str | None:
-        closed = [lane.name for lane in self.lanes if not lane.open.is_set()]
-        if len(closed) == len(self.lanes):
+        closed = [worker.name for worker in self.workers if not worker.open.is_set()]
+        if len(closed) == len(self.workers):
             return f"weights or readiness of {', '.join(closed)}"
         return next((reason for reason in self._waits.values() if reason), None)
 
@@ -299,7 +299,7 @@ async def _main(
     recipe = config.recipe
     async with contextlib.AsyncExitStack() as stack:
         hub = await stack.enter_async_context(AsyncHubClient(config.hub_url, config.token))
-        lanes = []
+        workers = []
         for entry in config.engines:
             stage = stage_dir(config, entry)
             client = EngineClient(
@@ -311,8 +311,8 @@ async def _main(
             engine = await stack.enter_async_context(client)
             subscriber = Subscriber(config.hub_url, config.token, stage, config.model_path)
             stack.callback(subscriber.close)
-            lanes.append(
-                Lane(
+            workers.append(
+                EngineWorker(
                     entry["name"],
                     engine,
                     hub,
@@ -320,10 +320,10 @@ async def _main(
                     process=config.name,
                     mode=recipe.weights.pause_mode,
                     ready_timeout_s=recipe.launch.ready_timeout_s,
-                    turns=entry["name"] in config.extra.get("cards", ()),
+                    time_sharing=entry["name"] in config.extra.get("gpu_leases", ()),
                 )
             )
-        await Rollout(config, reporter, hub, lanes, source, tokenizer, pool).run()
+        await Rollout(config, reporter, hub, workers, source, tokenizer, pool).run()
 
 
 def run(config: WorkerConfig, reporter: Reporter) -> None:

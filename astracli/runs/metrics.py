@@ -16,6 +16,8 @@ from astracli.errors import UserError
 
 Record = dict[str, Any]
 SINK_GROUP = "astra.sinks"
+OVERALL = "overall"
+"""Stands for all benchmarks together where figures go by a benchmark's name."""
 
 
 class Sink(Protocol):

@@ -92,7 +92,7 @@ class RunDir:
 
     @property
     def summary_json(self) -> Path:
-        """The closing figures; written when an attempt ends."""
+        """The summary figures; written when an attempt ends."""
         return self.path / "summary.json"
 
     @property

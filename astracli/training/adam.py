@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from astracli.config.recipe import TrainTable
-from astracli.training.halves import Halves
+from astracli.training.cpu_offload import CpuOffload
 from astracli.training.layout import BUCKET_BYTES
-from astracli.training.parking import Parking
-from astracli.training.passage import Passage
+from astracli.training.overlapped_offload import OverlappedOffload
+from astracli.training.split_masters import SplitMasters
 
 
 def learning_rate(table: TrainTable, step: int) -> float:
@@ -29,7 +29,7 @@ def learning_rate(table: TrainTable, step: int) -> float:
 
 class Adam:
     """Updates `values` in place, bucket by bucket where something passes through the device for it: moments that wait
-    in host memory, masters that lie in `halves`. The same numbers as all at once."""
+    in host memory, masters that lie in `split_masters`. The same numbers as all at once."""
 
     def __init__(
         self,
@@ -37,16 +37,16 @@ class Adam:
         table: TrainTable,
         *,
         moments_on_host: float = 0.0,
-        halves: Halves | None = None,
+        split_masters: SplitMasters | None = None,
     ):
         """`moments_on_host`: the part of the moments that waits there."""
         self.values = values
         self.moments_on_host = moments_on_host
-        self.halves = halves or Halves()
+        self.split_masters = split_masters or SplitMasters()
         self.away = on_host({name: value.numel() for name, value in values.items()}, moments_on_host)
         self._optimized = {name: nn.Parameter(value) for name, value in values.items() if value.numel()}
-        self._parked: dict[str, Parking] = {}
-        self._passage: Passage | None = None
+        self._offloaded: dict[str, CpuOffload] = {}
+        self._overlapped_offload: OverlappedOffload | None = None
         self.adamw = torch.optim.AdamW(
             _groups(self._optimized, table), lr=table.learning_rate, betas=table.betas, eps=table.eps, fused=True
         )
@@ -57,38 +57,38 @@ class Adam:
             group["lr"] = rate
         stay = buckets({name: self._brings(name) for name in gradients if name not in self.away})
         pass_by = buckets({name: self._brings(name) for name in gradients if name in self.away})
-        sets = [[self._parked[name] for name in bucket if name in self._parked] for bucket in pass_by]
+        sets = [[self._offloaded[name] for name in bucket if name in self._offloaded] for bucket in pass_by]
 
         def resident() -> None:
             for bucket in stay:
                 self._step_bucket(bucket, gradients)
 
-        def visitors(index: int) -> list[Parking]:
+        def visitors(index: int) -> list[CpuOffload]:
             self._step_bucket(pass_by[index], gradients)
-            return [self._parking(name) for name in pass_by[index]]
+            return [self._offload(name) for name in pass_by[index]]
 
-        if self._passage is None:
-            self._passage = Passage(next(iter(self.values.values())).device)
-        self._passage.through(sets, visitors, resident)
+        if self._overlapped_offload is None:
+            self._overlapped_offload = OverlappedOffload(next(iter(self.values.values())).device)
+        self._overlapped_offload.through(sets, visitors, resident)
 
     def _brings(self, name: str) -> int:
         """Bytes that come to the device for an update of this."""
-        return self.values[name].nbytes * ((2 if name in self.away else 0) + (1 if name in self.halves else 0))
+        return self.values[name].nbytes * ((2 if name in self.away else 0) + (1 if name in self.split_masters else 0))
 
     def _step_bucket(self, names: Collection[str], gradients: Mapping[str, Tensor]) -> None:
-        with self.halves.whole(names):
+        with self.split_masters.whole(names):
             for name in names:
                 self._optimized[name].grad = gradients[name]
             self.adamw.step()
             for name in names:
                 self._optimized[name].grad = None
 
-    def _parking(self, name: str) -> Parking:
+    def _offload(self, name: str) -> CpuOffload:
         """Of the moments of one parameter, on the device now."""
-        if name not in self._parked:
+        if name not in self._offloaded:
             state = self.adamw.state[self._optimized[name]]
-            self._parked[name] = Parking((state["exp_avg"], state["exp_avg_sq"]))
-        return self._parked[name]
+            self._offloaded[name] = CpuOffload((state["exp_avg"], state["exp_avg_sq"]))
+        return self._offloaded[name]
 
     def moments(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """First and second moments by parameter name, where they are; zeros before the first update."""
@@ -98,9 +98,9 @@ class Adam:
         found = {}
         for name, value in self.values.items():
             state = self.adamw.state.get(self._optimized[name], {}) if name in self._optimized else {}
-            parked = self._parked.get(name)
+            offloaded = self._offloaded.get(name)
             moment = state[key] if state else self._no_moment(name, value)
-            found[name] = parked.on_host(moment) if parked is not None else moment
+            found[name] = offloaded.on_host(moment) if offloaded is not None else moment
         return found
 
     def no_moments(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -135,8 +135,8 @@ class Adam:
                 "exp_avg_sq": second[name].to(master.device),
             }
             if name in self.away:
-                self._parked.pop(name, None)
-                self._parking(name).to_host()
+                self._offloaded.pop(name, None)
+                self._offload(name).to_host()
 
 
 def _groups(optimized: Mapping[str, nn.Parameter], table: TrainTable) -> list[dict[str, Any]]:

@@ -47,7 +47,7 @@ class Entry(NamedTuple):
     """A range of a flattened tensor in a rank's file."""
 
     kind: str
-    """`value`, or its halves `high` and `rest`; `first` and `second` moment; `rng`."""
+    """`value`, or the split master `high` and `rest`; `first` and `second` moment; `rng`."""
     name: str
     """Of the parameter; of a random state its rank."""
     dtype: str
@@ -146,7 +146,7 @@ def load(checkpoint: Checkpoint, masters: Masters, ranks: Ranks) -> None:
     with torch.no_grad():
         for name, value in masters.values.items():
             where = (name, masters.start(name), value.numel())
-            with masters.halves.whole([name]):
+            with masters.split_masters.whole([name]):
                 value.copy_(stored.master(*where).view(value.shape))
             for kind, moments in (("first", first), ("second", second)):
                 moments[name].copy_(stored.read(kind, *where).view(value.shape))
@@ -170,10 +170,10 @@ class _Stored:
         return sum(entry.length for _, entry in self._entries[kind, name])
 
     def master(self, name: str, start: int, length: int) -> Tensor:
-        """fp32 [length], whether it was stored so or in halves."""
+        """fp32 [length], whether it was stored whole or split."""
         import torch
 
-        from astracli.training.halves import join
+        from astracli.training.split_masters import join
 
         if ("value", name) in self._entries or not length:
             return self.read("value", name, start, length)

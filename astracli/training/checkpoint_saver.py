@@ -348,8 +348,8 @@ def _parts(masters: Masters, ranks: Ranks) -> list[tuple[Entry, Tensor]]:
     for name, value in masters.values.items():
         if not value.numel() or (masters.replicated(name) and not ranks.first):
             continue
-        halves = masters.halves.parts(name)
-        mine = {"high": halves[0], "rest": halves[1]} if halves is not None else {"value": value}
+        split_masters = masters.split_masters.parts(name)
+        mine = {"high": split_masters[0], "rest": split_masters[1]} if split_masters is not None else {"value": value}
         mine |= {"first": first[name], "second": second[name]}
         found += [(kind, name, masters.start(name), tensor) for kind, tensor in mine.items()]
     found.append(("rng", str(ranks.rank), 0, torch.get_rng_state()))

@@ -21,9 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from astracli.errors import RunFailed
-from astracli.models.adapter import ModelAdapter, read_config
+from astracli.models.adapter import SHARD_INDEX, ModelAdapter, read_config
 
-INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 * 2**30
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _PROCESSOR = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
@@ -106,7 +105,7 @@ def frozen_tensors(model_dir: Path, adapter: ModelAdapter) -> dict[str, Tensor]:
 
 def _shards(model_dir: Path) -> list[Path]:
     shards = sorted(model_dir.glob("*.safetensors"))
-    index = model_dir / INDEX
+    index = model_dir / SHARD_INDEX
     if index.exists():
         named = set(json.loads(index.read_text())["weight_map"].values())
         shards = [shard for shard in shards if shard.name in named]
@@ -132,7 +131,7 @@ def _write_as_source(working: Path, model_dir: Path, tensors: Mapping[str, Tenso
         save_file({n: t.contiguous() for n, t in shard.items()}, working / file.name, metadata=_METADATA)
         placed |= dict.fromkeys(shard, file.name)
         total += sum(t.nbytes for t in shard.values())
-    if (model_dir / INDEX).exists():
+    if (model_dir / SHARD_INDEX).exists():
         _write_index(working, placed, total)
 
 
@@ -168,7 +167,7 @@ def _parts(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
 
 def _write_index(working: Path, placed: Mapping[str, str], total: int) -> None:
     document: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
-    (working / INDEX).write_text(json.dumps(document, indent=2) + "\n")
+    (working / SHARD_INDEX).write_text(json.dumps(document, indent=2) + "\n")
 
 
 def _copy_files(model_dir: Path, working: Path, but: Iterable[str] = ()) -> None:

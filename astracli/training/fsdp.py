@@ -44,7 +44,7 @@ class Ranks:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     mesh: DeviceMesh | None = None
     """None: no process group, nothing is sharded."""
-    talk: Any = None
+    cpu_group: Any = None
     """The group, over the CPU, of everything here; the default group carries what a step computes."""
     compute: torch.dtype | None = None
     """What a policy computes in; None: bf16 on a GPU, fp32 on a CPU."""
@@ -74,7 +74,7 @@ class Ranks:
     def _reduce(self, values: Iterable[float], op: Any) -> list[float]:
         result = torch.tensor(list(values), dtype=torch.float64)
         if self.world_size > 1:
-            dist.all_reduce(result, op=op, group=self.talk)
+            dist.all_reduce(result, op=op, group=self.cpu_group)
         return [float(v) for v in result]
 
     def gather(self, tensor_N: Tensor) -> Tensor:
@@ -84,11 +84,11 @@ class Ranks:
             return local
         lengths = torch.zeros(self.world_size, dtype=torch.int64)
         lengths[self.rank] = len(local)
-        dist.all_reduce(lengths, group=self.talk)
+        dist.all_reduce(lengths, group=self.cpu_group)
         padded = local.new_zeros(int(lengths.max()))
         padded[: len(local)] = local
         parts = [torch.empty_like(padded) for _ in range(self.world_size)]
-        dist.all_gather(parts, padded, group=self.talk)
+        dist.all_gather(parts, padded, group=self.cpu_group)
         return torch.cat([part[:length] for part, length in zip(parts, lengths.tolist(), strict=True)])
 
     def broadcast(self, payload: bytes | None) -> bytes:
@@ -97,12 +97,12 @@ class Ranks:
             assert payload is not None
             return payload
         length = torch.tensor([len(payload) if payload is not None else 0])
-        dist.broadcast(length, src=0, group=self.talk)
+        dist.broadcast(length, src=0, group=self.cpu_group)
         if payload is not None:
             buffer = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else torch.empty(0).byte()
         else:
             buffer = torch.empty(int(length), dtype=torch.uint8)
-        dist.broadcast(buffer, src=0, group=self.talk)
+        dist.broadcast(buffer, src=0, group=self.cpu_group)
         return buffer.numpy().tobytes()
 
     def average(self, tensors: Sequence[Tensor]) -> None:
@@ -134,7 +134,7 @@ class Ranks:
         if self.mesh is None or not dist.is_initialized():
             return
         self.barrier()
-        self.mesh = self.talk = None
+        self.mesh = self.cpu_group = None
         gc.collect()
         dist.destroy_process_group()
         time.sleep(RELEASE_S)
@@ -152,7 +152,7 @@ def join(device: str, environment: Mapping[str, str] = os.environ, *, wrapped: b
         return Ranks(device=_own(device, 0, environment))
     from torch.distributed.device_mesh import init_device_mesh
 
-    from astracli.training import link
+    from astracli.training import collective_check
 
     chosen = _own(device, rank, environment)
     options: dict[str, Any] = {"backend": "gloo", "timeout": COLLECTIVE}
@@ -168,11 +168,11 @@ def join(device: str, environment: Mapping[str, str] = os.environ, *, wrapped: b
     store = dist.TCPStore(
         environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), world_size, rank == 0, timeout=RENDEZVOUS
     )
-    with link.watched(link.LIMIT_S):
+    with collective_check.watched(collective_check.LIMIT_S):
         dist.init_process_group(**options, store=store, rank=rank, world_size=world_size)
-        link.check(rank, world_size, chosen)
-    talk = dist.new_group(backend="gloo", timeout=WAIT)
-    return Ranks(rank, world_size, chosen, init_device_mesh(device, (world_size,)), talk)
+        collective_check.check(rank, world_size, chosen)
+    cpu_group = dist.new_group(backend="gloo", timeout=WAIT)
+    return Ranks(rank, world_size, chosen, init_device_mesh(device, (world_size,)), cpu_group)
 
 
 def _own(device: str, rank: int, environment: Mapping[str, str]) -> torch.device:

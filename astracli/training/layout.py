@@ -15,9 +15,9 @@ Where = Literal["gpu", "host"]
 LOGIT_BYTES = {"cpu": 2**25, "cuda": 2**29}
 """fp32 logits of one chunk in the trainer's loss; with what lives beside them three times that."""
 BUCKET_BYTES = 2**29
-"""What passes through the GPU together in an update: masters made whole from halves, moments that wait on the host. Of
+"""What passes through the GPU together in an update: masters made whole, moments that wait on the host. Of
 one tensor it may be more."""
-PASSING = 3
+BUCKETS_IN_FLIGHT = 3
 """Buckets of moments on the GPU at once: one comes, one is worked on, one leaves."""
 
 

@@ -23,12 +23,12 @@ from torch import Tensor
 from astracli.config.recipe import AlgorithmTable, Recipe
 from astracli.kernels.upload import upload
 from astracli.rl.batch import Batch, MicroBatch
-from astracli.rl.losses import Algorithm, Limits, Normaliser, TokenLoss, Tokens
+from astracli.rl.losses import Algorithm, ClipLimits, Normaliser, TokenLoss, Tokens
 from astracli.rl.losses.clipping import ratio
 
 
 def token_losses(
-    algorithm: Algorithm, micro: MicroBatch, logprob_N: Tensor, proximal_N: Tensor | None, limits: Limits
+    algorithm: Algorithm, micro: MicroBatch, logprob_N: Tensor, proximal_N: Tensor | None, limits: ClipLimits
 ) -> TokenLoss:
     """The algorithm on a micro-batch. Without `proximal_N` the policy has not moved since the start of the step."""
     return algorithm.token_loss(_tokens(micro, logprob_N, proximal_N), limits)
@@ -40,7 +40,7 @@ def step_losses(
     micro: MicroBatch,
     logprob_N: Tensor,
     proximal_N: Tensor | None,
-    limits: Limits,
+    limits: ClipLimits,
     version: int,
 ) -> tuple[TokenLoss, Tensor | None]:
     """What a step trains on: `token_losses`, corrected where the recipe asks for it, and then where the cap was met."""
@@ -54,7 +54,7 @@ def corrected_losses(
     micro: MicroBatch,
     logprob_N: Tensor,
     proximal_N: Tensor | None,
-    limits: Limits,
+    limits: ClipLimits,
     *,
     version: int,
     cap: float,

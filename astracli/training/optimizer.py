@@ -3,8 +3,8 @@
 A parameter holds the value that the engine holds (rounded to the wire dtype) and the master keeps what rounding loses;
 gradients go to the master, and after each update the parameter is the rounded master again. So trainer and engine
 compute the same function. On a CPU it is stored and computed with in fp32; on one GPU it is stored in the wire dtype,
-is what is published, and is one half of its master (`halves`); on several the parameters are the fp32 masters, and
-FSDP2 casts them to bf16 for computing.
+is what is published, and is the upper half of its master (`split_masters`); on several the parameters are the fp32
+masters, and FSDP2 casts them to bf16 for computing.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from astracli.config.recipe import TrainTable
 from astracli.errors import RunFailed
 from astracli.models.adapter import WireTensor
 from astracli.training.adam import Adam, learning_rate
+from astracli.training.cpu_offload import CpuOffload
 from astracli.training.fsdp import Ranks, local
 from astracli.training.gradients import Gradients
-from astracli.training.halves import Halves
-from astracli.training.parking import Parking
+from astracli.training.split_masters import SplitMasters
 from astracli.weights.publish.snapshot import Shard, copies
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -65,9 +65,9 @@ class Masters:
         """Parameters are stored in what is computed with."""
         self.rounded = ranks.lowers or ranks.precision == torch.float32
         """Parameters are the masters rounded; else they are the masters."""
-        self.halves = Halves()
+        self.split_masters = SplitMasters()
         """Of masters that are bf16 parameters and what these lack: their `values` are there inside `whole` alone."""
-        self._away: Parking | None = None
+        self._away: CpuOffload | None = None
         self._away_updates = 0
         self.before_change: Callable[[], object] = lambda: None
         """Called before what this holds changes or moves: a checkpoint may still be copied from it."""
@@ -78,7 +78,7 @@ class Masters:
         self.grads = Gradients(self.parameters, accumulate=self.lowers)
         if ranks.device.type != "cpu":  # a CPU has no product of bf16 that adds to fp32
             self.grads.by_products(model)
-        self.adam = Adam(self.values, table, moments_on_host=moments_on_host, halves=self.halves)
+        self.adam = Adam(self.values, table, moments_on_host=moments_on_host, split_masters=self.split_masters)
         self.publish_to_parameters()
 
     def _master(self, name: str, parameter: nn.Parameter) -> Tensor:
@@ -88,7 +88,7 @@ class Masters:
         if not self.rounded:
             return value
         if self.lowers and self.wire[name].dtype == "bfloat16":
-            return self.halves.take(name, parameter, torch.bfloat16)
+            return self.split_masters.take(name, parameter, torch.bfloat16)
         return value.clone()  # where it travels in fp32 too: a version must not change while it is published
 
     def _tied_names(self, model: nn.Module) -> dict[str, str]:
@@ -104,12 +104,12 @@ class Masters:
         parameter is a part of its master: nothing to do."""
         if self.rounded:
             for name, parameter in self.parameters.items():
-                if name not in self.halves:
+                if name not in self.split_masters:
                     local(parameter).copy_(self.values[name].to(DTYPES[self.wire[name].dtype]))
 
     def whole(self) -> AbstractContextManager[None]:
-        """Inside, every master is in memory, to be read or written: `values` elsewhere may lie in halves."""
-        return self.halves.whole()
+        """Inside, every master is in memory, to be read or written; outside, split masters are empty."""
+        return self.split_masters.whole()
 
     @torch.no_grad()
     def update(self, step: int) -> float:
@@ -167,7 +167,7 @@ class Masters:
     @property
     def away(self) -> bool:
         """Nothing of this may be touched now: `to_host` was called, `to_device` not yet."""
-        return self._away is not None and self._away.parked
+        return self._away is not None and self._away.offloaded
 
     def to_host(self) -> None:
         """Leave the device to others: masters, parameters and moments wait on the host. Nothing else may be called
@@ -175,14 +175,15 @@ class Masters:
         self.before_change()
         if self._away is None or self._away_updates != min(self.updates, 1):
             # the first update makes the moments, and they join
-            masters = [value for name, value in self.values.items() if name not in self.halves]
-            held = [*self.parameters.values(), *masters, *self.halves.rests, *self.frozen, *self.adam.on_device()]
-            self._away, self._away_updates = Parking(held), min(self.updates, 1)
+            masters = [value for name, value in self.values.items() if name not in self.split_masters]
+            held = [*self.parameters.values(), *masters, *self.split_masters.rests, *self.frozen]
+            held += self.adam.on_device()
+            self._away, self._away_updates = CpuOffload(held), min(self.updates, 1)
         self._away.to_host()
 
     def to_device(self) -> None:
         """Take the device again after `to_host`."""
-        if self._away is not None and self._away.parked:
+        if self._away is not None and self._away.offloaded:
             self._away.to_device()
 
     @property

@@ -118,7 +118,7 @@ def gradients_against_separate(
 
     Every rank must bring the same rows. `masters` hold no gradients before and after. With `same_shape` every row costs
     the passes that all of them cost together, and sums are taken in one order; without, a row alone is an ordinary one:
-    in fp32 other shapes change a millionth, and that is the plainer proof.
+    in fp32 other shapes change a millionth, and that is the plainer check.
     """
     together = (join(list(rows), pad_token), slice(None))
     if not same_shape:

@@ -12,11 +12,11 @@ from astracli.config.recipe import Recipe
 from astracli.kernels import varlen
 from astracli.kernels.cpu import linear
 from astracli.models.adapter import ModelAdapter, WireTensor, read_config
+from astracli.training.cpu_offload import CpuOffload
 from astracli.training.fsdp import Ranks, recompute, shard
 from astracli.training.layout import RESIDENT, Split, recomputed
 from astracli.training.logprob import PolicyModel
 from astracli.training.optimizer import DTYPES, Masters
-from astracli.training.parking import Parking
 from astracli.training.step import Trainer
 
 
@@ -41,10 +41,10 @@ def build_trainer(
     shard(policy, blocks, ranks, exact=exact)
     masters = Masters(policy.model, wire, recipe.train, ranks, moments_on_host=split.moments_on_host)
     reference = _reference(model_dir, adapter, recipe, ranks, attention, packed)
-    parking = None
+    offload = None
     if reference is not None and split.reference == "host":
-        parking = Parking(reference.parameters(), constant=True)
-        parking.to_host()
+        offload = CpuOffload(reference.parameters(), constant=True)
+        offload.to_host()
     return Trainer(
         policy,
         masters,
@@ -52,7 +52,7 @@ def build_trainer(
         recipe,
         ranks,
         reference=reference,
-        reference_parking=parking,
+        reference_offload=offload,
         pad_token=pad_token(model_dir),
         packed=packed,
         bf16_engine=bf16_engine,

@@ -26,16 +26,16 @@ from astracli.kernels.upload import upload
 from astracli.models.adapter import ModelAdapter
 from astracli.rl import losses
 from astracli.rl.batch import Batch, MicroBatch, build_batch
-from astracli.rl.losses import Limits
+from astracli.rl.losses import ClipLimits
 from astracli.rl.losses.kl import k3
 from astracli.rl.types import Group
 from astracli.training import objective, packing, parity
 from astracli.training.adam import learning_rate
 from astracli.training.agreement import CEILING, TIMES_NOISE
+from astracli.training.cpu_offload import CpuOffload
 from astracli.training.fsdp import Ranks, gather_no_more
 from astracli.training.logprob import PolicyModel
 from astracli.training.optimizer import Masters
-from astracli.training.parking import Parking
 from astracli.training.sums import Sums, Timer, figures
 
 
@@ -57,7 +57,7 @@ class Trainer:
         ranks: Ranks,
         *,
         reference: PolicyModel | None = None,
-        reference_parking: Parking | None = None,
+        reference_offload: CpuOffload | None = None,
         pad_token: int = 0,
         packed: bool = False,
         bf16_engine: bool = False,
@@ -69,7 +69,7 @@ class Trainer:
         self.recipe = recipe
         self.ranks = ranks
         self.reference = reference
-        self.reference_parking = reference_parking
+        self.reference_offload = reference_offload
         self.pad_token = pad_token
         self.packed = packed
         self.algorithm = losses.get(recipe.algorithm.name)
@@ -129,9 +129,9 @@ class Trainer:
         gather_no_more(self.policy)
         self.masters.to_host()
         if self.reference is not None:
-            if self.reference_parking is None:
-                self.reference_parking = Parking(self.reference.parameters(), constant=True)
-            self.reference_parking.to_host()
+            if self.reference_offload is None:
+                self.reference_offload = CpuOffload(self.reference.parameters(), constant=True)
+            self.reference_offload.to_host()
         if self.ranks.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -215,7 +215,7 @@ class Trainer:
         if self.reference is None:
             return {}
         micros = [micro for minibatch in batch.minibatches for micro in minibatch]
-        with self.reference_parking.moved_in() if self.reference_parking is not None else nullcontext():
+        with self.reference_offload.moved_in() if self.reference_offload is not None else nullcontext():
             found = {id(micro): self._forward(self.reference, micro)[0] for micro in micros}
         gather_no_more(self.reference)
         return found
@@ -223,7 +223,7 @@ class Trainer:
     @torch.no_grad()
     def _score(
         self, batch: Batch, version: int, references: dict[int, Tensor], proximals: dict[int, Tensor], sums: Sums
-    ) -> Limits:
+    ) -> ClipLimits:
         """Measure the whole batch, and take the algorithm's limits from it and from all other ranks' share.
 
         `proximals` is filled: id of micro-batch -> log-probabilities [N] of the policy at the start of the step.
@@ -254,7 +254,7 @@ class Trainer:
         alone = self.ranks.mesh is None and self.ranks.device.type == "cpu"
         return first[0] if alone and len(first) == 1 else None
 
-    def _fixed_limits(self) -> Limits:
+    def _fixed_limits(self) -> ClipLimits:
         """Of an algorithm that does not look at the batch for them."""
         assert not self.algorithm.limits_from_ratios
         return self.algorithm.prepare(torch.zeros(0), torch.zeros(0), self.recipe.algorithm)
@@ -290,7 +290,7 @@ class Trainer:
         index: int,
         step: int,
         version: int,
-        limits: Limits,
+        limits: ClipLimits,
         references: dict[int, Tensor],
         proximals: dict[int, Tensor],
         sums: Sums,

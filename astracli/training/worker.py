@@ -1,7 +1,7 @@
 """The trainer process: takes batches from the hub, trains, checkpoints, publishes, acknowledges; exports at the end.
 
 Order of one step s, safe against a kill at any point: train -> begin checkpoint s + 1 when due -> publish version
-s + 1 -> announce -> leave the GPU, in turns -> metrics -> acknowledge. A resumed trainer loads checkpoint c, publishes
+s + 1 -> announce -> leave a shared GPU -> metrics -> acknowledge. A resumed trainer loads checkpoint c, publishes
 version c anew and asks for batch c, which the hub serves with the same groups. Rank 0 talks to the hub; other ranks get
 the batch from it.
 
@@ -29,7 +29,7 @@ from astracli.process.transient import gpu_failed
 from astracli.process.worker import TERM_EXIT, Reporter, WorkerConfig, worker_main
 from astracli.rl.types import Group, unpack_group
 from astracli.training.settings import in_background, settle_torch, split_of
-from astracli.training.turns import Turn
+from astracli.training.time_sharing import TimeSharing
 
 if TYPE_CHECKING:
     from astracli.weights.publish.publisher import PublishResult
@@ -100,8 +100,8 @@ class TrainLoop:
         self.ranks = ranks
         self.step = 0
         self.hub: HubClient | None = HubClient(config.hub_url, config.token) if ranks.first else None
-        self.turn = Turn(config, reporter, ranks, self.hub)
-        if not self.turn.begin():
+        self.time_sharing = TimeSharing(config, reporter, ranks, self.hub)
+        if not self.time_sharing.begin():
             raise SystemExit(TERM_EXIT)
         self.adapter = registry.resolve(self.recipe, config.model_path)
         attention = config.backends.get("attention", "sdpa")
@@ -136,10 +136,10 @@ class TrainLoop:
             tied=self.trainer.masters.tied,
             pinned=lambda version: version in self._pinned,
             threads=config.threads if config.device == "cpu" else max(config.threads, ENCODE_THREADS),
-            leaves=self.turn.leaves,
+            leaves=self.time_sharing.leaves,
         )
         # before it gives a GPU up, a trainer waits for its version anyway
-        self.background = in_background(self.recipe, config.device) and not self.turn.cards
+        self.background = in_background(self.recipe, config.device) and not self.time_sharing.gpu_leases
         if not ranks.first:
             self.publisher.on_failure = self.saver.on_failure = _end_rank
 
@@ -156,10 +156,10 @@ class TrainLoop:
             if self.hub is not None:
                 evals = self.hub.state()["evals"]
                 self._pinned = {item["version"] for item in evals if item["state"] == "running"}
-            self.publisher.restart(self.step, masters.wire_shards(copy=not self.turn.leaves), owned=True)
+            self.publisher.restart(self.step, masters.wire_shards(copy=not self.time_sharing.leaves), owned=True)
         else:
-            self.publisher.publish(0, masters.wire_shards(copy=not self.turn.leaves), owned=True)
-        self.turn.end(self.trainer)
+            self.publisher.publish(0, masters.wire_shards(copy=not self.time_sharing.leaves), owned=True)
+        self.time_sharing.end(self.trainer)
         if self.recipe.checkpoint.every and self.saver.beside:
             self.saver.prepare(masters)
         self._announce(self.step)
@@ -193,7 +193,7 @@ class TrainLoop:
         if received is None:
             return False
         groups, stats = received
-        if not self.turn.begin(self.trainer):
+        if not self.time_sharing.begin(self.trainer):
             return False
         wait_s = time.perf_counter() - began
         try:
@@ -224,9 +224,9 @@ class TrainLoop:
 
     def _publish(self, step: int, figures: dict[str, float], began: float) -> None:
         """Publish version step + 1, here or from a copy in the background; `publish_s` is what it costs the step. A
-        trainer in turns then leaves its GPU, which is the end of its step."""
+        trainer with time sharing then leaves its GPU, which is the end of its step."""
         version, begin = step + 1, time.perf_counter()
-        tensors = self.trainer.masters.wire_shards(copy=not self.turn.leaves)
+        tensors = self.trainer.masters.wire_shards(copy=not self.time_sharing.leaves)
         figures["snapshot_s"] = time.perf_counter() - begin
 
         def published(result: PublishResult) -> None:
@@ -236,7 +236,7 @@ class TrainLoop:
             if self.background:
                 settle(0.0, handed_over + result.snapshot_s)
             else:
-                self.turn.end(self.trainer)
+                self.time_sharing.end(self.trainer)
                 settle(result.publish_s, time.perf_counter())
             self._metrics(step, figures | self.saver.figures())
             if self.hub is not None:
@@ -259,14 +259,14 @@ class TrainLoop:
         from astracli.training.export import export
 
         self._settle()
-        if not self.turn.begin(self.trainer):
+        if not self.time_sharing.begin(self.trainer):
             return
         self.reporter.waiting(None)
         began = time.perf_counter()
         tensors = self.trainer.masters.wire_full()
         if self.ranks.first:
             export(self.config.run_dir / "export", self.config.model_path, tensors, self.adapter)
-        self.turn.end(self.trainer)
+        self.time_sharing.end(self.trainer)
         export_s = time.perf_counter() - began
         self.publisher.close()
         self.reporter.waiting("the last checkpoint to be on disk" if self.saver.busy else None)

@@ -32,7 +32,7 @@ _SAMPLING_KEYS = frozenset(
 )
 
 
-class Progress(Protocol):
+class LoopReporter(Protocol):
     """The part of a worker's reporter that the loop needs."""
 
     stop_requested: threading.Event
@@ -43,7 +43,7 @@ class Progress(Protocol):
 
 
 @dataclass(frozen=True)
-class Limits:
+class EngineLimits:
     slots: int
     """Sequences decoded at once."""
     context_length: int
@@ -62,7 +62,7 @@ class EmbeddedEngine:
         self,
         path: Path,
         load: Loader,
-        limits: Limits,
+        limits: EngineLimits,
         *,
         stage_dir: Path | None = None,
         device: str = "cpu",
@@ -221,12 +221,12 @@ class EmbeddedEngine:
 
     # -- the decode thread
 
-    def loop(self, reporter: Progress) -> None:
+    def loop(self, reporter: LoopReporter) -> None:
         """Decode until `reporter.stop_requested`. Raises RunFailed when the model produces NaN."""
         reason: str | None = ""
         try:
             while not reporter.stop_requested.is_set():
-                stepped = self.scheduler.turn(wait_s=0.2)
+                stepped = self.scheduler.run_once(wait_s=0.2)
                 now = None if stepped else self._idle_reason()
                 if now != reason:
                     reason = now

@@ -25,20 +25,20 @@ def install(model: Any) -> bool:
     for module in model.modules():
         rule = getattr(module, "recurrent_gated_delta_rule", None)
         if getattr(rule, "__name__", "") == _REFERENCE:
-            module.recurrent_gated_delta_rule = _Step(rule)
-        used |= isinstance(getattr(module, "recurrent_gated_delta_rule", None), _Step)
+            module.recurrent_gated_delta_rule = _DeltaRuleStep(rule)
+        used |= isinstance(getattr(module, "recurrent_gated_delta_rule", None), _DeltaRuleStep)
     if used:
         return True
     for home in {type(module).__module__ for module in model.modules() if hasattr(module, "A_log")}:
         modeling = sys.modules[home]
         rule = getattr(modeling, _REFERENCE, None)
-        if rule is not None and not isinstance(rule, _Step):
-            setattr(modeling, _REFERENCE, _Step(rule))
+        if rule is not None and not isinstance(rule, _DeltaRuleStep):
+            setattr(modeling, _REFERENCE, _DeltaRuleStep(rule))
         used |= rule is not None
     return used
 
 
-class _Step:
+class _DeltaRuleStep:
     """Callable with the reference's signature; anything but one token on an fp32 state goes to the reference."""
 
     def __init__(self, reference: Any):

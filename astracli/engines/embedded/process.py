@@ -80,7 +80,7 @@ def load_engine(config: WorkerConfig) -> EmbeddedEngine:
     """Load the model through its adapter, as version 0 or, with `extra.start_version`, as what is staged."""
     import torch
 
-    from astracli.engines.embedded.engine import EmbeddedEngine, Limits
+    from astracli.engines.embedded.engine import EmbeddedEngine, EngineLimits
     from astracli.kernels.cpu.memory import keep_freed_memory
     from astracli.models import registry
 
@@ -99,7 +99,7 @@ def load_engine(config: WorkerConfig) -> EmbeddedEngine:
     engine = EmbeddedEngine(
         config.model_path,
         load,
-        Limits(rollout.running, rollout.context_length, rollout.chunked_prefill_size),
+        EngineLimits(rollout.running, rollout.context_length, rollout.chunked_prefill_size),
         stage_dir=Path(config.extra["stage_dir"]) if config.extra.get("stage_dir") else None,
         device=config.device,
         exclusive_calls=config.recipe.launch.deterministic,
@@ -109,7 +109,7 @@ def load_engine(config: WorkerConfig) -> EmbeddedEngine:
     start = config.extra.get("start_version")
     if start is not None:
         update = engine.apply_staged(int(start))
-        engine.scheduler.turn()
+        engine.scheduler.run_once()
         outcome = update.result()
         if not outcome.success:
             raise RunFailed(f"the engine cannot start at version {start}: {outcome.message}")

@@ -1,6 +1,6 @@
 """The decode loop: which requests run, and when they start, pause, resume and end.
 
-Other threads reach it through `submit` and `call` only. Everything else happens in the one thread that calls `turn`.
+Other threads use `submit` and `call` only. Everything else happens in the one thread that calls `run_once`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Scheduler:
 
     # -- in the decode thread
 
-    def turn(self, wait_s: float = 0.0) -> bool:
+    def run_once(self, wait_s: float = 0.0) -> bool:
         """Take what has arrived, then run one step. With nothing to run, wait up to `wait_s` for something.
 
         Returns whether a step was run. Raises RunFailed when the model produces NaN.

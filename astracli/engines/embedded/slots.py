@@ -28,7 +28,7 @@ _FIRST_COLUMNS = 64
 """Columns that a KV layer starts with; it doubles when a sequence outgrows it."""
 
 
-class _Step:
+class _DecodeStep:
     """Where the layers read and write in this decode step; one object shared by all of them."""
 
     rows: Tensor
@@ -42,7 +42,7 @@ class _Step:
 class KVSlots(CacheLayerMixin):
     """Keys and values of one full-attention layer, [S, H, L, D]."""
 
-    def __init__(self, slots: int, step: _Step):
+    def __init__(self, slots: int, step: _DecodeStep):
         super().__init__()
         self.slots = slots
         self.step = step
@@ -113,7 +113,7 @@ class StateSlots(LinearAttentionCacheLayerMixin):
     several states a layer, in dicts by number; ours is number 0 there.
     """
 
-    def __init__(self, slots: int, step: _Step):
+    def __init__(self, slots: int, step: _DecodeStep):
         super().__init__()
         self.slots = slots
         self.step = step
@@ -168,7 +168,7 @@ class SlotCache(Cache):
     def __init__(self, slots: int):
         super().__init__(layers=[])
         self.slots = slots
-        self.step = _Step()
+        self.step = _DecodeStep()
         self._slot_layers: list[KVSlots | StateSlots] = []
 
     def insert(self, source: DynamicCache, first: int, copies: Tensor, padding: Tensor | None) -> None:
@@ -205,7 +205,7 @@ class SlotCache(Cache):
         return True
 
 
-def _slots_like(layer: Any, slots: int, step: _Step) -> KVSlots | StateSlots:
+def _slots_like(layer: Any, slots: int, step: _DecodeStep) -> KVSlots | StateSlots:
     if type(layer) is LinearAttentionLayer:
         return StateSlots(slots, step)
     if type(layer) is DynamicLayer:

@@ -2,7 +2,7 @@
 
 The copies are what deltas apply to and what the digests of every update are taken from. The parameters hold their
 values exactly: bf16 values in fp32 arithmetic, and unrounded fp32 where the wire says float32. That they do is the
-second proof: the parameters are read back under HF names, beside generation, and their digests are the trainer's.
+second check: the parameters are read back under HF names, beside generation, and their digests are the trainer's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from astracli.errors import AstraError, RunFailed
 from astracli.models.adapter import WireTensor
 from astracli.weights.format.digest import digest_tensor, to_hex
 from astracli.weights.format.manifest import Manifest
-from astracli.weights.receive import staged
+from astracli.weights.receive import apply
 
 Loader = Callable[[Path], tuple[Any, Mapping[str, WireTensor]]]
 """Checkpoint directory -> (model, its `adapter.wire_tensors`)."""
@@ -33,7 +33,7 @@ class UpdateOutcome:
     message: str
     outcome: dict[str, Any] = field(default_factory=dict)
     """`changed` elements, where the time went: decode_s (possibly before the call), apply_s, verify_s, write_s; and
-    whether a read-back follows (`proof`)."""
+    whether a read-back follows (`readback`)."""
 
 
 class EngineWeights:
@@ -55,7 +55,7 @@ class EngineWeights:
         self.version = version
         self.problem = problem
         self._verify_interval = verify_interval
-        self._proving: threading.Thread | None = None
+        self._readback_thread: threading.Thread | None = None
         self._write()
 
     def _write(self) -> None:
@@ -63,18 +63,18 @@ class EngineWeights:
             for name, parameter in self._parameters.items():
                 parameter.copy_(self.copies[name])
 
-    def apply_staged(self, stage_dir: Path, version: int, prepared: staged.Prepared | None = None) -> UpdateOutcome:
+    def apply_staged(self, stage_dir: Path, version: int, prepared: apply.Prepared | None = None) -> UpdateOutcome:
         """Apply what is staged under `stage_dir`, check every resulting tensor, then serve it as `version`.
 
         `prepared`: the plan, decoded beforehand. A failure leaves the engine not serving until a full payload has been
-        applied. When a read-back is due, a thread makes it after this call; what it finds is `proof.json` in
+        applied. When a read-back is due, a thread makes it after this call; what it finds is `readback.json` in
         `stage_dir`, and other weights than the trainer's are a failure as well.
         """
         self.settle()
-        (stage_dir / staged.PROOF).unlink(missing_ok=True)
+        (stage_dir / apply.READBACK).unlink(missing_ok=True)
         try:
-            prepared = staged.current(stage_dir, prepared)
-            result = staged.apply(stage_dir, self.copies, self.have, prepared)
+            prepared = apply.current(stage_dir, prepared)
+            result = apply.apply(stage_dir, self.copies, self.have, prepared)
             if result.version != version:
                 raise RunFailed(f"version {result.version} is staged in `{stage_dir}`, not {version}")
         except (AstraError, OSError, ValueError) as error:
@@ -86,8 +86,8 @@ class EngineWeights:
         told["write_s"] = time.monotonic() - started
         due = bool(self._verify_interval and prepared.manifests and version % self._verify_interval == 0)
         if due:
-            self._prove(stage_dir, prepared.manifests[-1], version)
-        return UpdateOutcome(True, f"version {version} applied", told | {"proof": due})
+            self._start_readback(stage_dir, prepared.manifests[-1], version)
+        return UpdateOutcome(True, f"version {version} applied", told | {"readback": due})
 
     def read_back(self) -> dict[str, str]:
         """{HF name: digest of what the parameter holds}; "" for one that holds other values than its copy, bit for bit.
@@ -99,7 +99,7 @@ class EngineWeights:
             found[name] = to_hex(digest_tensor(copy)) if same else ""
         return found
 
-    def _prove(self, stage_dir: Path, manifest: Manifest, version: int) -> None:
+    def _start_readback(self, stage_dir: Path, manifest: Manifest, version: int) -> None:
         """Read the weights back in a thread, while the engine generates again."""
         begun = time.perf_counter()
 
@@ -108,21 +108,21 @@ class EngineWeights:
                 found = self.read_back()
                 wrong = [tensor.name for tensor in manifest.tensors if found[tensor.name] != tensor.digest]
                 message = f"read back under HF names, {len(wrong)} tensors differ: {', '.join(wrong[:5])}"
-            except Exception as error:  # whoever waits for the proof would wait in vain
+            except Exception as error:  # whoever waits for the read-back would wait in vain
                 wrong, message = ["?"], f"the read-back failed: {type(error).__name__}: {error}"
             if wrong:
                 self._failed(version, message)
             doc = {"version": version, "ok": not wrong, "message": message if wrong else ""}
-            staged.write_proof(stage_dir, {**doc, "readback_s": time.perf_counter() - begun})
+            apply.write_readback(stage_dir, {**doc, "readback_s": time.perf_counter() - begun})
 
-        self._proving = threading.Thread(target=run, name="read-back", daemon=True)
-        self._proving.start()
+        self._readback_thread = threading.Thread(target=run, name="read-back", daemon=True)
+        self._readback_thread.start()
 
     def settle(self) -> None:
         """Until no read-back is under way: it must see the weights of one version."""
-        if self._proving is not None:
-            self._proving.join()
-            self._proving = None
+        if self._readback_thread is not None:
+            self._readback_thread.join()
+            self._readback_thread = None
 
     def load_directory(self, path: Path, version: int, load: Loader) -> UpdateOutcome:
         """Take every wire tensor from a checkpoint directory, read through the adapter; then serve it as `version`."""

@@ -10,9 +10,7 @@ import json
 from pathlib import Path
 
 from astracli.errors import RunFailed
-from astracli.models.adapter import ModelAdapter, read_config
-
-INDEX = "model.safetensors.index.json"
+from astracli.models.adapter import SHARD_INDEX, ModelAdapter, read_config
 
 
 def prepare(out: Path, checkpoint: Path, adapter: ModelAdapter, *, weights: bool) -> Path:
@@ -50,4 +48,4 @@ def _weights(out: Path, checkpoint: Path, adapter: ModelAdapter, *, tied: bool) 
                 save_file(tensors, target, metadata={"format": "pt"})
         placed |= dict.fromkeys(wanted.values(), shard.name)
     index = {"metadata": {}, "weight_map": dict(sorted(placed.items()))}
-    (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (out / SHARD_INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -32,10 +32,10 @@ from astracli.errors import AstraError
 from astracli.weights import WeightMismatch
 from astracli.weights.device.resident import Resident
 from astracli.weights.format.manifest import TensorEntry
-from astracli.weights.receive import staged
+from astracli.weights.receive import apply
+from astracli.weights.receive.apply import Prepared
 from astracli.weights.receive.decoder import DecoderProcess
 from astracli.weights.receive.placement import PlacementRecorder
-from astracli.weights.receive.staged import Prepared
 from astracli.weights.receive.staging import Staging, Where
 from astracli.weights.receive.watcher import StageWatcher
 
@@ -67,7 +67,7 @@ class _Quick:
 _quick = _Quick()
 
 
-class Engine:
+class LoadedModel:
     """What this process knows of one model: its version, where its weights lie, and the thread that decodes ahead."""
 
     def __init__(self, model: Any, stage_dir: Path):
@@ -76,7 +76,7 @@ class Engine:
         self._model = weakref.ref(model)
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        self._proving: threading.Thread | None = None
+        self._readback_thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._hands: Resident | None = None
         self._known: tuple[Any, ...] = ()
@@ -91,10 +91,10 @@ class Engine:
         """Start the decoder, compile what the first pause needs."""
         self._decoder.start()
         if self._stream is not None:
-            from astracli.weights.device import kernels
+            from astracli.weights.device import scatter_kernels
 
             with self.beside():
-                kernels.warm(self._device)
+                scatter_kernels.warm(self._device)
 
     def load(self, prepared: Prepared) -> None:
         """Bring a decoded version to the device, or as near as there is room; for the first one, find out where the
@@ -137,9 +137,9 @@ class Engine:
 
     def settle(self) -> None:
         """Until no read-back is under way: it must see the weights of one version, and memory that is there."""
-        if self._proving is not None:
-            self._proving.join()
-            self._proving = None
+        if self._readback_thread is not None:
+            self._readback_thread.join()
+            self._readback_thread = None
         if self._stream is not None:
             self._stream.synchronize()  # of one that failed behind its launch
 
@@ -148,8 +148,8 @@ class Engine:
         self.watcher.take()
         self.staging.leave_gpu()
 
-    def prove(self, stage_dir: Path, entries: Sequence[TensorEntry], version: int) -> None:
-        """Read the weights back in a thread, while the engine generates again; the outcome is `proof.json`."""
+    def start_readback(self, stage_dir: Path, entries: Sequence[TensorEntry], version: int) -> None:
+        """Read the weights back in a thread, while the engine generates again; the outcome is `readback.json`."""
         begin = time.perf_counter()
 
         def run() -> None:
@@ -165,12 +165,12 @@ class Engine:
             if wrong:
                 self.version = None
             doc = {"version": version, "ok": not wrong, "message": message if wrong else "", **spent}
-            staged.write_proof(stage_dir, {**doc, "readback_s": time.perf_counter() - begin})
+            apply.write_readback(stage_dir, {**doc, "readback_s": time.perf_counter() - begin})
 
         quick = contextlib.ExitStack()
         quick.enter_context(_quick)  # here, or the thread would first wait Python's 5 ms
-        self._proving = threading.Thread(target=run, name="read-back", daemon=True)
-        self._proving.start()
+        self._readback_thread = threading.Thread(target=run, name="read-back", daemon=True)
+        self._readback_thread.start()
 
     def read_back(self, entries: Sequence[TensorEntry], spent: dict[str, float]) -> dict[str, str]:
         """{HF name: digest} of what the engine's parameters hold now. Their memory is read where it lies: no second
@@ -192,7 +192,7 @@ def _lying(model: Any) -> list[tuple[str, int, torch.dtype, tuple[int, ...]]]:
     return [(name, p.data_ptr(), p.dtype, tuple(p.shape)) for name, p in model.named_parameters()]
 
 
-_engines: WeakKeyDictionary[Any, Engine] = WeakKeyDictionary()
+_engines: WeakKeyDictionary[Any, LoadedModel] = WeakKeyDictionary()
 
 
 def apply_staged(model: Any, named_tensors: Iterable[Any] = ()) -> None:
@@ -201,42 +201,42 @@ def apply_staged(model: Any, named_tensors: Iterable[Any] = ()) -> None:
     The outcome is `result.json` in the stage directory. Whatever fails is reported there and not raised, because an
     exception in a loader kills the server; the caller reads the file before it lets the engine serve
     (`EngineClient.apply_staged`). From the first call on (`Subscriber.wake` stages one that changes nothing), a thread
-    decodes what is staged while the engine generates, and when a read-back is due (`proof` in the result), one reads
-    the weights back after the call (`Subscriber.proof`).
+    decodes what is staged while the engine generates, and when a read-back is due (`readback` in the result), one reads
+    the weights back after the call (`Subscriber.readback`).
     """
     begin = time.perf_counter()
     stage_dir = Path(os.environ["ASTRA_STAGE_DIR"])
     engine = _engines.get(model)
     if engine is None:
-        engine = _engines[model] = Engine(model, stage_dir)
+        engine = _engines[model] = LoadedModel(model, stage_dir)
     engine.settle()
-    for old in (staged.RESULT, staged.PROOF):  # a proof that came after nobody waited for it any more is of no use
+    for old in (apply.RESULT, apply.READBACK):  # a read-back that nobody waited for any more is of no use
         (stage_dir / old).unlink(missing_ok=True)
     have, engine.version = engine.version, None  # unknown until proven
     try:
-        prepared = staged.current(stage_dir, engine.watcher.take())
+        prepared = apply.current(stage_dir, engine.watcher.take())
         entries = prepared.manifests[-1].tensors if prepared.manifests else ()
         record_s, hands = time.perf_counter(), engine.place(entries) if entries else None
         with engine.staging.applied() if prepared.kind == "full" else contextlib.nullcontext():
             if hands is not None and not hands.fits(prepared):  # a parameter has moved since it was loaded
-                prepared = staged.prepare(stage_dir)
+                prepared = apply.prepare(stage_dir)
             record_s = time.perf_counter() - record_s
             waited = hands.waits(prepared) if hands is not None else None
-            result = staged.perform(prepared, hands.placed if hands else {}, have, hands)
+            result = apply.perform(prepared, hands.placed if hands else {}, have, hands)
         interval = int(os.environ.get("ASTRA_VERIFY_INTERVAL", "0"))
         due = bool(interval and entries and result.version % interval == 0)
         spent = {f"digest_{part}": seconds for part, seconds in hands.spent.items()} if hands else {}
-        more: dict[str, Any] = {"record_s": record_s, **spent, "loader_s": time.perf_counter() - begin, "proof": due}
+        more: dict[str, Any] = {"record_s": record_s, **spent, "loader_s": time.perf_counter() - begin, "readback": due}
         if waited is not None:
             more["staging"] = waited
-        staged.succeed(stage_dir, result, more)
+        apply.succeed(stage_dir, result, more)
         engine.version = result.version
         if due:
-            engine.prove(stage_dir, entries, result.version)
+            engine.start_readback(stage_dir, entries, result.version)
     except AstraError as error:
-        staged.fail(stage_dir, error)
+        apply.fail(stage_dir, error)
     except Exception as error:  # a model's load_weights may raise anything, and so may a device
-        staged.fail(stage_dir, WeightMismatch(f"{type(error).__name__}: {error}"))
+        apply.fail(stage_dir, WeightMismatch(f"{type(error).__name__}: {error}"))
 
 
 def settle(model: Any, named_tensors: Iterable[Any] = ()) -> None:

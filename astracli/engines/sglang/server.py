@@ -1,7 +1,7 @@
 """An SGLang engine's process, `python -m astracli.engines.sglang.server CONFIG.json`: starts, watches, ends a server.
 
 The server runs in the engine's own environment (`resources.engine`), this process in the run's: it writes the model
-directory, reports readiness, passes the server's output on without the run's token, and explains its last words. Under
+directory, reports readiness, passes the server's output on without the run's token, and explains its end. Under
 `astra train` the server starts from made-up weights and gets version 0 like every other version, verified by digest; it
 serves nothing before. One server per GPU (SGLang takes weights over HTTP with data parallelism 1 only).
 """
@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import astracli
 from astracli.engines.client import SETTLE_LOADER, STAGED_LOADER, UNPROVEN, flushes
-from astracli.engines.sglang import checkpoint, last_words
+from astracli.engines.sglang import checkpoint, failure_hints
 from astracli.errors import RunFailed
 from astracli.process.health import answers
 from astracli.process.worker import Reporter, WorkerConfig, worker_main
@@ -176,8 +176,8 @@ def command(config: WorkerConfig, model: Path, options: Options, flags: Mapping[
         "max_running_requests": slots,
         "max_total_tokens": slots * rollout.context_length,  # more could never be used
         "mem_fraction_static": config.extra.get("mem_fraction_static") or rollout.mem_fraction_static,
-        "enable_memory_saver": bool(config.extra.get("turns")),
-        "enable_weights_cpu_backup": bool(config.extra.get("turns")),
+        "enable_memory_saver": bool(config.extra.get("time_sharing")),
+        "enable_weights_cpu_backup": bool(config.extra.get("time_sharing")),
         "chunked_prefill_size": rollout.chunked_prefill_size,
         "random_seed": config.recipe.seed,
         "dtype": "bfloat16",  # as published; a config that does not say is served in fp16
@@ -263,7 +263,7 @@ class Server:
             self._reader.join(timeout=2.0)
             from astracli.process.children import exit_words
 
-            raise last_words.death(self.name, f"ended with {exit_words(code)}", self.lines)
+            raise failure_hints.death(self.name, f"ended with {exit_words(code)}", self.lines)
 
     def stop(self) -> None:
         """End it and what it started. KILL at once: asked to end, SGLang first sleeps five seconds for a diagnosis."""
@@ -292,7 +292,7 @@ def _wait_ready(config: WorkerConfig, server: Server, reporter: Reporter) -> Non
             return
         if waited > config.recipe.launch.ready_timeout_s:
             limit = config.recipe.launch.ready_timeout_s
-            raise last_words.death(config.name, f"was not ready within {limit:g} s", server.lines)
+            raise failure_hints.death(config.name, f"was not ready within {limit:g} s", server.lines)
         reporter.waiting(f"SGLang to start ({waited:.0f} s)")
         time.sleep(LOOK_S)
 
@@ -300,8 +300,8 @@ def _wait_ready(config: WorkerConfig, server: Server, reporter: Reporter) -> Non
 def _watch(config: WorkerConfig, server: Server, reporter: Reporter) -> None:
     """Until told to stop. Raises RunFailed when the server ends or answers no more."""
     failures, asked = 0, time.monotonic()
-    # in a trainer's turn no token can be generated, and a request that waits would be in the way of giving memory back
-    url = _url(config, "model_info" if config.extra.get("turns") else "health_generate")
+    # while the trainer has the GPU nothing is generated; a waiting request would keep memory from being given back
+    url = _url(config, "model_info" if config.extra.get("time_sharing") else "health_generate")
     while not reporter.stop_requested.wait(LOOK_S):
         server.check()
         if time.monotonic() - asked < HEALTH_EVERY_S:
@@ -309,7 +309,7 @@ def _watch(config: WorkerConfig, server: Server, reporter: Reporter) -> None:
         failures = 0 if answers(url, config.token, timeout_s=HEALTH_TIMEOUT_S) else failures + 1
         asked = time.monotonic()
         if failures >= UNHEALTHY:
-            raise last_words.death(config.name, f"failed {failures} health checks in a row", server.lines)
+            raise failure_hints.death(config.name, f"failed {failures} health checks in a row", server.lines)
 
 
 def _url(config: WorkerConfig, path: str = "health_generate") -> str:

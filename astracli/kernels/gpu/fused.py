@@ -59,12 +59,12 @@ CHUNK = 64
 
 
 @lru_cache(maxsize=4)
-def chunks(edges: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
+def chunks(cu_seqlens_host: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
     """What fla's kernels need to know of a packed row's segments, made on the host: they would read `cu_seqlens` back.
 
     `chunk_indices`: int32 [chunks, 2], the segment of every chunk and its number there; `cu_seqlens_cpu`: int64.
     """
-    bounds = np.asarray(edges, np.int64)
+    bounds = np.asarray(cu_seqlens_host, np.int64)
     counts = -(-np.diff(bounds) // CHUNK)
     segment = np.repeat(np.arange(len(counts)), counts)
     number = np.arange(len(segment)) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -161,8 +161,8 @@ def weight_updates(records: Sequence[Record]) -> dict[str, Any]:
 
 def tiles(run: RunDir, records: Sequence[Record], summary: Mapping[str, Any]) -> list[dict[str, str]]:
     """The figures at the head of the page: {label, value, note}."""
-    from astracli.report.closing import size
     from astracli.report.page.page import duration
+    from astracli.report.summary_table import size
 
     trends = run_view.trends(run)
     found = [

@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from astracli.process.talk import say
+from astracli.process.console import say
 from astracli.runs.metrics import Record, without_absent
 
 STEP_PHASES = ("wait", "score", "forward", "backward", "optimizer", "publish")
@@ -39,7 +39,7 @@ class ChildStatus(Protocol):
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """What a view shows: fed with metrics records and the hub's state, it keeps the newest of everything."""
 
     name: str
@@ -109,7 +109,7 @@ class Progress:
 
 
 class View(Protocol):
-    def update(self, progress: Progress) -> None: ...
+    def update(self, progress: RunProgress) -> None: ...
 
     def close(self) -> None: ...
 
@@ -139,7 +139,7 @@ class PlainView:
         self._evals: set[int] = set()
         self._looked = False
 
-    def update(self, progress: Progress) -> None:
+    def update(self, progress: RunProgress) -> None:
         now = self._clock()
         if not self._looked:
             self._looked = True
@@ -168,7 +168,7 @@ class PlainView:
         pass
 
 
-def done_words(progress: Progress) -> str:
+def done_words(progress: RunProgress) -> str:
     """`step 3/80`; of a job without steps what its workers count, `eval: done 120 total 1024`."""
     if progress.steps:
         return f"step {progress.step}/{progress.steps}"
@@ -181,7 +181,7 @@ def details(status: ChildStatus) -> str:
     return " ".join(f"{key} {short(value)}" for key, value in status.progress.items())
 
 
-def phase_words(progress: Progress) -> str:
+def phase_words(progress: RunProgress) -> str:
     words = {
         "starting": "starting",
         "running": "all processes are ready",
@@ -216,7 +216,7 @@ class LiveView:
         self._live.start()
         self._drawn = 0.0
 
-    def update(self, progress: Progress) -> None:
+    def update(self, progress: RunProgress) -> None:
         if time.monotonic() - self._drawn >= LIVE_EVERY_S:
             self._drawn = time.monotonic()
             self._live.update(draw(progress), refresh=True)
@@ -225,7 +225,7 @@ class LiveView:
         self._live.stop()
 
 
-def draw(progress: Progress) -> RenderableType:
+def draw(progress: RunProgress) -> RenderableType:
     """The live view's picture."""
     left = progress.left_s()
     head = Table.grid(padding=(0, 2))

@@ -67,7 +67,6 @@ _GIVEN_UP = re.compile(
     re.IGNORECASE,
 )
 _BOLD = re.compile(r"(\*\*|__)(.+?)\1")
-_MATH = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _NUMBER = re.compile(r"[-−+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?", re.ASCII)
 _RANGE = re.compile(
     r"(?:[\d%)]|°)\s*(?:or|to|and/or|through|–|—|~|or maybe|or perhaps)\s*\$?$|\bbetween\s+\S{1,12}\s+and\s*\$?$",
@@ -86,7 +85,7 @@ BARE_LIMIT = 200
 
 
 @dataclass(frozen=True)
-class Found:
+class ExtractedAnswer:
     text: str
     """The answer as written; empty when nothing can be read."""
     place: Place
@@ -120,31 +119,35 @@ def read_answer(text: str, extraction: Extraction) -> tuple[str | None, bool]:
     return (number[0] if number else None), False
 
 
-def find(text: str, extraction: Extraction) -> Found:
+def find(text: str, extraction: Extraction) -> ExtractedAnswer:
     """The final answer of a completion."""
     text = without_thinking(text)
     if "<|" in text:
         text = _TOKEN.sub(" ", text)
     box = boxed(text)
     if extraction == "boxed":
-        return Found(box or "", "box" if box is not None else "none")
+        return ExtractedAnswer(box or "", "box" if box is not None else "none")
     tags = list(_TAG.finditer(text))
     if tags and (box is None or BOX.search(text, tags[-1].end()) is None):
         inner = tags[-1][2].strip()
         in_tag = boxed(inner)
-        return Found(in_tag, "box") if in_tag is not None else Found(_said(inner) or _undressed(inner), "tag", inner)
+        return (
+            ExtractedAnswer(in_tag, "box")
+            if in_tag is not None
+            else ExtractedAnswer(_said(inner) or _undressed(inner), "tag", inner)
+        )
     if box is not None:
         said = announced(text, extraction)
         if said is None:
-            return Found(box, "box")
+            return ExtractedAnswer(box, "box")
         content = _FINAL.search(said)
-        return Found(_said_content(content[1]) if content else "", "said", said)
+        return ExtractedAnswer(_said_content(content[1]) if content else "", "said", said)
     whole = bare(text)
     if whole is not None:
-        return Found(whole, "whole", text)
+        return ExtractedAnswer(whole, "whole", text)
     said_answer = _said(text)
     if said_answer:
-        return Found(said_answer, "said", text)
+        return ExtractedAnswer(said_answer, "said", text)
     return unannounced(text)
 
 
@@ -203,7 +206,7 @@ def _said(text: str) -> str:
     rest = _BULLET.sub("", rest)
     if option := re.match(r"[(（]?([A-J])[)）]?\s*(?:选项|项)", rest):
         return option[1]
-    math = _MATH.match(rest)
+    math = notation.MATH.match(rest)
     if math and not re.match(r"\s*(?:or|and|或|和|,|，|\\?%|to\b)", rest[math.end() :]):
         return _undressed(math[0])
     stop = _STOP.search(rest)
@@ -229,42 +232,42 @@ def _undressed(text: str) -> str:
     return text if text.endswith("..") else text.rstrip(".。;；,，").strip()
 
 
-def unannounced(text: str) -> Found:
+def unannounced(text: str) -> ExtractedAnswer:
     """The last formula or the last number, whichever ends later; an expression in plain text behind `is` or `=`."""
     end = text[-300:]
     if ("not " in end or "n't " in end or "nable " in end or "failed " in end) and _GIVEN_UP.search(end):
-        return Found("", "none", "")
+        return ExtractedAnswer("", "none", "")
     if ratio := _RATIO.search(end):
-        return Found(f"{ratio[1]}:{ratio[2]}", "formula", text)
+        return ExtractedAnswer(f"{ratio[1]}:{ratio[2]}", "formula", text)
     formulas = [
         match
-        for match in _MATH.finditer(text)
+        for match in notation.MATH.finditer(text)
         if not _prose(match[0]) or "\\" in match[0] or len(match[0]) > len(text) - 4
     ]
     number = last_number(text)
     if formulas and (number is None or formulas[-1].end() >= number[1]):
         content = next(group for group in formulas[-1].groups() if group is not None)
         if _ranged(text[: formulas[-1].start()]):
-            return Found("", "formula", text)
-        return Found(content.strip(), "formula", text)
+            return ExtractedAnswer("", "formula", text)
+        return ExtractedAnswer(content.strip(), "formula", text)
     circled = list(_CIRCLED.finditer(text))
     if circled and (number is None or circled[-1].end() > number[1]):
-        return Found(re.sub("[、,，和与及]", "", circled[-1][0]), "formula", text)
+        return ExtractedAnswer(re.sub("[、,，和与及]", "", circled[-1][0]), "formula", text)
     tail = "" if number and _alone(text, number) else _tail(text)
     if tail and not (number and tail == number[0]):
-        return Found(tail, "formula", text)
+        return ExtractedAnswer(tail, "formula", text)
     if number is None:
-        return Found("", "none", text)
+        return ExtractedAnswer("", "none", text)
     if _ranged(text[: number[2]]):
-        return Found("", "number", "")
+        return ExtractedAnswer("", "number", "")
     pair = _PAIR.search(text)
     if pair:
-        return Found("" if _RANGE.search(text[: pair.start() + 1]) or pair[1] else pair[2], "formula", text)
+        return ExtractedAnswer("" if _RANGE.search(text[: pair.start() + 1]) or pair[1] else pair[2], "formula", text)
     fraction = _PLAIN_FRACTION.search(text[: number[1]])
     if fraction and _BARE_AFTER.match(text, number[1]):
-        return Found(fraction[0].replace("−", "-"), "formula", text)
+        return ExtractedAnswer(fraction[0].replace("−", "-"), "formula", text)
     unit = _UNIT.match(text, number[1])
-    return Found(number[0] + (f" {unit[1]}" if unit and units.measure(unit[1]) else ""), "number", text)
+    return ExtractedAnswer(number[0] + (f" {unit[1]}" if unit and units.measure(unit[1]) else ""), "number", text)
 
 
 def _alone(text: str, number: tuple[str, int, int]) -> bool:

@@ -28,7 +28,6 @@ _RANGE = re.compile(
 _CONVERT = re.compile(
     r"as an? (?:exact )?(?:decimal|percent\w*|mixed number)|to an? (?:decimal|percent\w*|mixed number)", re.IGNORECASE
 )
-_MATH = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _ARITHMETIC = re.compile(r"[-(]*\d[\d\s.,()+*/^×÷·−–-]*[\d)!]")
 _LONG = 6000
 
@@ -147,12 +146,12 @@ def _expressions(problem: str) -> tuple[Node, ...]:
 
 
 def _formulas(problem: str) -> Iterator[str]:
-    for match in _MATH.finditer(problem):
+    for match in notation.MATH.finditer(problem):
         yield next(group for group in match.groups() if group is not None)
-    prose = _MATH.sub(" ", problem)
+    prose = notation.MATH.sub(" ", problem)
     for match in _ARITHMETIC.finditer(prose):
         yield match[0]
-    if len(problem) <= 200 and not _MATH.search(problem):
+    if len(problem) <= 200 and not notation.MATH.search(problem):
         yield from re.findall(
             r"(?:of|evaluate|compute|simplify|expand|factor|calculate|find|is)\s+([^?.]+)", problem, re.IGNORECASE
         )

@@ -31,7 +31,7 @@ Normaliser = Literal["token", "sequence", "constant"]
 each one's token sum / a constant length."""
 
 
-class Limits(Protocol):
+class ClipLimits(Protocol):
     """What `prepare` hands to `token_loss`."""
 
     @property
@@ -69,7 +69,7 @@ class TokenLoss(NamedTuple):
 @dataclass(frozen=True)
 class Algorithm:
     name: str
-    prepare: Callable[[Tensor, Tensor, AlgorithmTable], Limits]
+    prepare: Callable[[Tensor, Tensor, AlgorithmTable], ClipLimits]
     """`(log_ratio_N, advantage_N, table)`, the global batch, without gradients -> limits."""
     token_loss: Callable[[Tokens, Any], TokenLoss]
     """`(tokens of a micro-batch, what prepare returned)`"""

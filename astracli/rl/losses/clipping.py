@@ -16,7 +16,7 @@ LOG_RATIO_BOUND = 20.0
 
 
 @dataclass(frozen=True)
-class Range:
+class ClipRange:
     """Ratios outside [low, high] stop training in the direction that led there."""
 
     low: float
@@ -32,7 +32,7 @@ def ratio(log_ratio_N: Tensor) -> Tensor:
     return log_ratio_N.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
 
 
-def clipped_loss(log_ratio_N: Tensor, advantage_N: Tensor, limits: Range) -> tuple[Tensor, Tensor]:
+def clipped_loss(log_ratio_N: Tensor, advantage_N: Tensor, limits: ClipRange) -> tuple[Tensor, Tensor]:
     """-min(r A, clip(r) A) per token, and where the gradient is cut."""
     ratio_N = ratio(log_ratio_N)
     loss_N = -torch.minimum(ratio_N * advantage_N, ratio_N.clamp(limits.low, limits.high) * advantage_N)
@@ -40,12 +40,12 @@ def clipped_loss(log_ratio_N: Tensor, advantage_N: Tensor, limits: Range) -> tup
     return loss_N, cut_N
 
 
-def fixed_range(log_ratio_N: Tensor, advantage_N: Tensor, table: AlgorithmTable) -> Range:
+def fixed_range(log_ratio_N: Tensor, advantage_N: Tensor, table: AlgorithmTable) -> ClipRange:
     """[1 - clip_low, 1 + clip_high], whatever the batch: a `prepare`."""
-    return Range(max(1.0 - table.clip_low, 1e-6), 1.0 + table.clip_high)
+    return ClipRange(max(1.0 - table.clip_low, 1e-6), 1.0 + table.clip_high)
 
 
-def token_clipped(tokens: Tokens, limits: Range) -> TokenLoss:
+def token_clipped(tokens: Tokens, limits: ClipRange) -> TokenLoss:
     """PPO's objective per token on pi_theta / pi_behaviour: a `token_loss`."""
     return TokenLoss(*clipped_loss(tokens.log_ratio_N, tokens.advantage_N, limits))
 
@@ -54,7 +54,7 @@ def token_clipped(tokens: Tokens, limits: Range) -> TokenLoss:
 class Weighted:
     """A clip range for pi_theta / pi_proximal, and a cap on the weight pi_proximal / pi_behaviour."""
 
-    range: Range
+    range: ClipRange
     weight_cap: float
 
     @property

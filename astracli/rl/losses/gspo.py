@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 
 from astracli.rl.losses import Algorithm, TokenLoss, Tokens
-from astracli.rl.losses.clipping import Range, clipped_loss, fixed_range
+from astracli.rl.losses.clipping import ClipRange, clipped_loss, fixed_range
 
 
-def token_loss(tokens: Tokens, limits: Range) -> TokenLoss:
+def token_loss(tokens: Tokens, limits: ClipRange) -> TokenLoss:
     """The sequence's loss at each of its tokens."""
     # as many places as tokens, of which sequences take the first: to count them a GPU would have to be waited for
     zeros_N = torch.zeros_like(tokens.behaviour_N)

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from astracli.config.recipe import AlgorithmTable
-from astracli.rl.losses import Algorithm, Limits, TokenLoss, Tokens
-from astracli.rl.losses.clipping import LOG_RATIO_BOUND, Range, clipped_loss, ratio
+from astracli.rl.losses import Algorithm, ClipLimits, TokenLoss, Tokens
+from astracli.rl.losses.clipping import LOG_RATIO_BOUND, ClipRange, clipped_loss, ratio
 
 CLIP_WIDEST = (0.95, 20.0)
 WATERFILL_NARROWEST = (0.3, 0.5)
@@ -86,7 +86,7 @@ def widths(t: float) -> tuple[float, float]:
     return -math.expm1(-t), math.expm1(t)
 
 
-def prepare(log_ratio_N: Tensor, advantage_N: Tensor, table: AlgorithmTable) -> Limits:
+def prepare(log_ratio_N: Tensor, advantage_N: Tensor, table: AlgorithmTable) -> ClipLimits:
     """Limits of the batch. Shapes: both [N], the loss tokens of the *global* batch."""
     tau = table.m2_threshold
     moment_C = log_ratio_N[candidates(log_ratio_N, advantage_N)].double() ** 2
@@ -99,14 +99,14 @@ def prepare(log_ratio_N: Tensor, advantage_N: Tensor, table: AlgorithmTable) -> 
     else:
         low, high = CLIP_WIDEST if free else widths(largest_kept(moment_C, tau))
         low, high = min(low, CLIP_WIDEST[0]), min(high, CLIP_WIDEST[1])
-    return Range(1.0 - low, 1.0 + high)
+    return ClipRange(1.0 - low, 1.0 + high)
 
 
-def token_loss(tokens: Tokens, limits: Limits) -> TokenLoss:
+def token_loss(tokens: Tokens, limits: ClipLimits) -> TokenLoss:
     """Loss per token and the tokens that train nothing."""
     log_ratio_N, advantage_N = tokens.log_ratio_N, tokens.advantage_N
-    if isinstance(limits, Range):
-        limits = Range(limits.low * (1.0 - EDGE), limits.high * (1.0 + EDGE))
+    if isinstance(limits, ClipRange):
+        limits = ClipRange(limits.low * (1.0 - EDGE), limits.high * (1.0 + EDGE))
         return TokenLoss(*clipped_loss(log_ratio_N, advantage_N, limits))
     cut_N = candidates(log_ratio_N, advantage_N) & (log_ratio_N.abs() > limits.cap)
     return TokenLoss(-(ratio(log_ratio_N) * advantage_N).masked_fill(cut_N, 0.0), cut_N)

@@ -29,7 +29,7 @@ from astracli.weights.format import codec, container
 from astracli.weights.publish.coder import Planes, Work
 
 if TYPE_CHECKING:
-    from astracli.weights.device.changes import ByTriton
+    from astracli.weights.device.change_kernels import ByTriton
 
 _PIECES_AT_ONCE = 64
 """Pieces of one pass: bounds its temporaries to some 20 bytes for each change among 256 M elements, and what the other
@@ -73,7 +73,7 @@ class Event:
 
 
 @dataclass
-class Found:
+class PassChanges:
     """The changes of one pass, on their way to the host."""
 
     work: Work
@@ -83,7 +83,7 @@ class Found:
     ready: Event
 
 
-class Range(NamedTuple):
+class TensorRange(NamedTuple):
     """Elements of one tensor from `start` on, which are elements of a pass from `at` on."""
 
     name: str
@@ -98,10 +98,10 @@ class Range(NamedTuple):
         return self.at + len(self.new)
 
 
-class Piece(NamedTuple):
+class RangePiece(NamedTuple):
     """Part of a range that is coded by itself."""
 
-    range: Range
+    range: TensorRange
     first: int
     """In the pass."""
     end: int
@@ -120,7 +120,7 @@ class Piece(NamedTuple):
 def compared(
     tensors: Iterable[tuple[str, torch.Tensor, torch.Tensor]], piece: int,
     block: Callable[[int], tuple[int, torch.Tensor]],
-) -> Iterator[Found]:  # fmt: skip
+) -> Iterator[PassChanges]:  # fmt: skip
     """The changed pieces of (name, base, new), in order, some at a time.
 
     `base` and `new`: flat, of one length and dtype; `new` on the device where all is compared, `base` anywhere.
@@ -135,10 +135,10 @@ def compared(
         yield from ahead.popleft().found(block)
 
 
-def _passes(tensors: Iterable[tuple[str, torch.Tensor, torch.Tensor]], piece: int) -> Iterator[list[Range]]:
+def _passes(tensors: Iterable[tuple[str, torch.Tensor, torch.Tensor]], piece: int) -> Iterator[list[TensorRange]]:
     """Neighbouring tensors, `_RANGES_AT_ONCE` at most, of at most `_PIECES_AT_ONCE` pieces of elements together; one is
     only cut between pieces."""
-    found: list[Range] = []
+    found: list[TensorRange] = []
     at, most = 0, piece * _PIECES_AT_ONCE
     for name, base, new in tensors:
         old, start = base if base.device == new.device else base.to(new.device), 0
@@ -148,7 +148,7 @@ def _passes(tensors: Iterable[tuple[str, torch.Tensor, torch.Tensor]], piece: in
                 length = (most - at) // piece * piece
             if length and len(found) < _RANGES_AT_ONCE:
                 both = (old, new) if length == len(new) else (t[start : start + length] for t in (old, new))
-                found.append(Range(name, start, at, *both))
+                found.append(TensorRange(name, start, at, *both))
                 start, at = start + length, at + length
             else:
                 yield found
@@ -160,14 +160,14 @@ def _passes(tensors: Iterable[tuple[str, torch.Tensor, torch.Tensor]], piece: in
 class _Pass:
     """Which elements of some ranges changed. Made without waiting for the device; `found` waits for the counts."""
 
-    def __init__(self, ranges: list[Range], piece: int):
+    def __init__(self, ranges: list[TensorRange], piece: int):
         self.device = ranges[0].new.device
         self.pieces = [
-            Piece(r, low, min(low + piece, r.end)) for r in ranges for low in range(r.at, r.end, piece)
+            RangePiece(r, low, min(low + piece, r.end)) for r in ranges for low in range(r.at, r.end, piece)
         ]  # fmt: skip
         self.changes: ByTorch | ByTriton
         if self.device.type == "cuda" and find_spec("triton"):
-            from astracli.weights.device.changes import ByTriton
+            from astracli.weights.device.change_kernels import ByTriton
 
             self.changes = ByTriton(self.pieces, piece)
         else:
@@ -177,7 +177,7 @@ class _Pass:
         self._counted.copy_(counted, non_blocking=True)
         self._ready = Event(self.device)
 
-    def found(self, block: Callable[[int], tuple[int, torch.Tensor]]) -> Iterator[Found]:
+    def found(self, block: Callable[[int], tuple[int, torch.Tensor]]) -> Iterator[PassChanges]:
         """What changed, together, unless much of it goes to the host whole."""
         self._ready.wait()
         counts = [0, *self.changes.counts(self._counted)]
@@ -193,7 +193,9 @@ class _Pass:
         if part:
             yield self._found(part, block)
 
-    def _found(self, part: list[tuple[int, int, bool]], block: Callable[[int], tuple[int, torch.Tensor]]) -> Found:
+    def _found(
+        self, part: list[tuple[int, int, bool]], block: Callable[[int], tuple[int, torch.Tensor]]
+    ) -> PassChanges:
         """(piece, its changes, whether all of it is needed), in order. Everything is asked of the device at once."""
         changed, sizes, choice = zip(*part, strict=True)
         pieces = [self.pieces[k] for k in changed]
@@ -215,13 +217,13 @@ class _Pass:
             for p, whole in zip(pieces, choice, strict=True)
         ]
         where = Planes(starts[0], starts[1], starts[2], starts[3], ends[-1]) if planes else None
-        return Found(Work(number, where, described), [p.range.name for p in pieces], Event(self.device))
+        return PassChanges(Work(number, where, described), [p.range.name for p in pieces], Event(self.device))
 
 
 class ByTorch:
     """The changes of one pass in torch operations, the same on every device."""
 
-    def __init__(self, pieces: Sequence[Piece], most: int):
+    def __init__(self, pieces: Sequence[RangePiece], most: int):
         """`pieces`: in order, all on one device, of at most `most` elements."""
         self._device, self._pieces = pieces[0].range.new.device, pieces
         self._changed = torch.empty(pieces[-1].end, dtype=torch.bool, device=self._device)

@@ -21,7 +21,7 @@ from astracli.weights.device.difference import bits_torch, from_order, to_order
 from astracli.weights.device.host import to_device
 from astracli.weights.format import digest, flat
 from astracli.weights.format.flat import KINDS
-from astracli.weights.receive.staged import Placement, Prepared
+from astracli.weights.receive.apply import EngineSlice, Prepared
 from astracli.weights.receive.staging import SPARE_BYTES, Copy, Held, Staging, Where
 
 BLOCK = 1024
@@ -60,9 +60,9 @@ class Scatter:
         if self.table is None:
             self.by_torch(values, indices)
         else:
-            from astracli.weights.device import kernels
+            from astracli.weights.device import scatter_kernels
 
-            kernels.scatter(self.table, values, indices)
+            scatter_kernels.scatter(self.table, values, indices)
 
     def by_torch(self, values: torch.Tensor, indices: torch.Tensor) -> None:
         """The kernel's work in torch operations, a few for each run."""
@@ -92,7 +92,7 @@ class Step:
 class Resident:
     """The hands of an engine whose weights are views of its parameters, on one device."""
 
-    placed: Mapping[str, Sequence[Placement]]
+    placed: Mapping[str, Sequence[EngineSlice]]
     spent: dict[str, float] = field(default_factory=dict)
     """Seconds of the last `digests`: making tables, starting the kernels, waiting for the device."""
     _plans: dict[tuple[str, ...], Any] = field(default_factory=dict)
@@ -149,7 +149,7 @@ class Resident:
                     copies.append((target, bits[low - start : high - start]))
         return Step([self._scatter(group, step.borrowed) for group in step.groups], copies)
 
-    def _scatter(self, group: flat.Group, borrowed: bool) -> Scatter:
+    def _scatter(self, group: flat.WidthGroup, borrowed: bool) -> Scatter:
         """Few calls, each on whole arrays: this thread competes with the engine's for the interpreter."""
         values, indices = (torch.from_numpy(a) for a in (group.values.view(f"<i{group.width}"), group.indices))
         runs = [run for span in group.spans for run in self._runs(span, group.indices)]
@@ -222,13 +222,13 @@ class Resident:
         return {name: digest.to_hex(found) for name, found in zip(wanted, lanes, strict=True)}
 
     def _tables(self, names: Sequence[str]) -> Any:
-        from astracli.weights.device.kernels import DigestPlan
+        from astracli.weights.device.scatter_kernels import DigestPlan
 
         pairs = [(place, slot) for slot, name in enumerate(names) for place in self.placed[name]]
         return DigestPlan([(place.view, place.offset) for place, _ in pairs], [slot for _, slot in pairs])
 
     @staticmethod
-    def _lanes(places: Sequence[Placement]) -> digest.Lanes:
+    def _lanes(places: Sequence[EngineSlice]) -> digest.Lanes:
         lanes = digest.ZERO
         for found in digest.digest_many([(place.view, place.offset) for place in places]):
             lanes = digest.add(lanes, found)

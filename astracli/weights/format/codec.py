@@ -45,7 +45,7 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Update:
+class DecodedPiece:
     """A decoded piece: what to do to the base."""
 
     encoding: str
@@ -56,12 +56,12 @@ class Update:
     values: Bits
     """uint16 or uint32, [C] or dense [N]: ULP difference modulo 2^width, XOR, or the new bits."""
 
-    def cut(self, low: int, high: int) -> Update:
+    def cut(self, low: int, high: int) -> DecodedPiece:
         """The part that touches elements [low, high) of the piece, counted from `low`."""
         if self.indices is None:
-            return Update(self.encoding, high - low, None, self.values[low:high])
+            return DecodedPiece(self.encoding, high - low, None, self.values[low:high])
         first, last = np.searchsorted(self.indices, (low, high))
-        return Update(self.encoding, high - low, self.indices[first:last] - low, self.values[first:last])
+        return DecodedPiece(self.encoding, high - low, self.indices[first:last] - low, self.values[first:last])
 
 
 def changed_indices(base: Bits, new: Bits) -> Bits:
@@ -92,7 +92,7 @@ def encode_changed(base: Bits, new: Bits, indices: Bits, level: int = 1) -> Enco
     return Encoded(encoding, len(indices), _pack(_difference(encoding, base, new, indices), len(indices), level))
 
 
-def decode(payload: bytes | memoryview, encoding: str, count: int, length: int, itemsize: int) -> Update:
+def decode(payload: bytes | memoryview, encoding: str, count: int, length: int, itemsize: int) -> DecodedPiece:
     """A payload as an Update. `encoding`, `count`, `length` and `itemsize` are what the manifest says of it.
 
     Raises WeightCorrupt when any byte is not what `encode` wrote.
@@ -100,7 +100,7 @@ def decode(payload: bytes | memoryview, encoding: str, count: int, length: int, 
     if encoding == "none":
         if count or len(payload):
             raise WeightCorrupt(f"an unchanged piece with {count} changes and {len(payload)} bytes")
-        return Update("none", length, np.zeros(0, np.int64), np.zeros(0, unsigned(itemsize)))
+        return DecodedPiece("none", length, np.zeros(0, np.int64), np.zeros(0, unsigned(itemsize)))
     planes, escapes = open_planes(payload, encoding, count, length, itemsize)
     dense = encoding.startswith("dense-")
     values = join([inflate(frame, length if dense else count) for frame in planes[-itemsize:]])
@@ -112,10 +112,10 @@ def decode(payload: bytes | memoryview, encoding: str, count: int, length: int, 
         changed = int(np.count_nonzero(values))
     if changed != count:
         raise WeightCorrupt(f"payload changes {changed} elements, its header says {count}")
-    return Update(encoding, length, indices, _unzigzag(values) if encoding.endswith("-ulp") else values)
+    return DecodedPiece(encoding, length, indices, _unzigzag(values) if encoding.endswith("-ulp") else values)
 
 
-def apply_update(update: Update, target: Bits) -> None:
+def apply_update(update: DecodedPiece, target: Bits) -> None:
     """Turn `target` [N], the base's bits, into the new version's bits in place."""
     if len(target) != update.length or target.dtype != update.values.dtype:
         raise WeightCorrupt(f"an update of {update.length} elements cannot change {target.dtype}[{len(target)}]")
@@ -175,7 +175,7 @@ def _unzigzag(values: Bits) -> Bits:
     return (values >> one) ^ (~(values & one) + one)
 
 
-def _difference(encoding: str, base: Bits, new: Bits, indices: Bits) -> Update:
+def _difference(encoding: str, base: Bits, new: Bits, indices: Bits) -> DecodedPiece:
     """What is stored for `encoding`: the values of an Update, ULP differences still in zigzag form."""
     layout, transform = encoding.split("-")
     if layout == "gap":
@@ -186,7 +186,7 @@ def _difference(encoding: str, base: Bits, new: Bits, indices: Bits) -> Update:
         values = _zigzag(_to_order(now) - _to_order(old))
     else:
         values = old ^ now if transform == "xor" else now
-    return Update(encoding, len(base), at, values)
+    return DecodedPiece(encoding, len(base), at, values)
 
 
 def candidates(itemsize: int, count: int, length: int) -> list[str]:
@@ -224,7 +224,7 @@ def _choose(base: Bits, new: Bits, indices: Bits, level: int) -> str:
     return smallest(names, base, new, level)
 
 
-def _pack(update: Update, count: int, level: int) -> bytes:
+def _pack(update: DecodedPiece, count: int, level: int) -> bytes:
     gaps = None
     if update.indices is not None:
         gaps = np.diff(update.indices, prepend=-1)

@@ -120,7 +120,7 @@ def lanes_of(sums: torch.Tensor) -> list[Lanes]:
 def digest_many(ranges: Sequence[tuple[torch.Tensor, int]]) -> list[Lanes]:
     """Lanes of flat tensors, each at its start in its flattened whole; on a GPU in one pass over all of them."""
     if ranges and ranges[0][0].device.type == "cuda" and find_spec("triton"):
-        from astracli.weights.device.kernels import DigestPlan
+        from astracli.weights.device.scatter_kernels import DigestPlan
 
         return DigestPlan(ranges, range(len(ranges))).lanes()
     return [digest_tensor(flat, start) for flat, start in ranges]
@@ -134,7 +134,7 @@ def pending(tensor: torch.Tensor) -> Pending:
     """The digest of a whole contiguous tensor, under way on a GPU; its memory may be used again behind this."""
     flat = tensor.detach().reshape(-1)
     if flat.device.type == "cuda" and len(flat) and find_spec("triton"):
-        from astracli.weights.device.kernels import DigestPlan
+        from astracli.weights.device.scatter_kernels import DigestPlan
 
         return DigestPlan([(flat, 0)], [0]).launch()
     return digest_tensor(flat)

@@ -1,7 +1,7 @@
 """All changes of a version in few large arrays, so that whoever applies them has nothing to do for each piece.
 
-A `Group` holds the changes among elements of one width: one array of values, one of indices, and spans that say which
-part of them belongs to which range of which tensor. Pieces of one tensor that are of a kind become one span.
+A `WidthGroup` holds the changes among elements of one width: one array of values, one of indices, and spans that say
+which part of them belongs to which range of which tensor. Pieces of one tensor that are of a kind become one span.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Span(NamedTuple):
 
 
 @dataclass
-class Group:
+class WidthGroup:
     width: int
     """Bytes of an element: 2 or 4."""
     spans: list[Span] = field(default_factory=list)
@@ -81,15 +81,15 @@ class Raw(NamedTuple):
 
 @dataclass
 class FlatStep:
-    groups: list[Group]
+    groups: list[WidthGroup]
     raws: list[Raw]
     borrowed: bool = False
     """The groups' arrays lie in memory that goes away with the plan."""
 
 
-def lay_out(pieces: Iterable[tuple[str, int, int, int, str, int]]) -> tuple[dict[int, Group], list[Place]]:
+def lay_out(pieces: Iterable[tuple[str, int, int, int, str, int]]) -> tuple[dict[int, WidthGroup], list[Place]]:
     """Groups without memory, and a place for each piece (name, width, start, length, encoding, changes), in order."""
-    groups, places = {2: Group(2), 4: Group(4)}, []
+    groups, places = {2: WidthGroup(2), 4: WidthGroup(4)}, []
     for name, width, start, length, encoding, changes in pieces:
         group, (layout, transform) = groups[width], encoding.split("-")
         dense, kind = layout == "dense", KINDS[transform]
@@ -115,7 +115,7 @@ def _continues(last: Span, name: str, kind: int, start: int, length: int, dense:
     return same and near and start + length - last.start < _REACH
 
 
-def fill(groups: dict[int, Group], place: Place, update: codec.Update) -> None:
+def fill(groups: dict[int, WidthGroup], place: Place, update: codec.DecodedPiece) -> None:
     """Write one piece's changes into the groups' memory."""
     group = groups[place.width]
     group.values[place.value_at : place.value_at + len(update.values)] = update.values
@@ -125,7 +125,8 @@ def fill(groups: dict[int, Group], place: Place, update: codec.Update) -> None:
 
 
 def flatten(
-    updates: Sequence[tuple[str, int, codec.Update]], memory: Callable[[int], Bits] = lambda size: np.empty(size, "u1")
+    updates: Sequence[tuple[str, int, codec.DecodedPiece]],
+    memory: Callable[[int], Bits] = lambda size: np.empty(size, "u1"),
 ) -> FlatStep:
     """A step of decoded pieces in the order of applying."""
     coded = [(name, start, u) for name, start, u in updates if "-" in u.encoding and len(u.values)]

@@ -26,7 +26,7 @@ from astracli.weights.publish.coder import Stored
 if TYPE_CHECKING:
     import torch
 
-    from astracli.weights.device.difference import Found
+    from astracli.weights.device.difference import PassChanges
 
 _COPIES = 2
 """Passes whose copies to the host run while the next is asked for."""
@@ -85,13 +85,13 @@ class EncoderProcess:
             os.close(handle)
         return number
 
-    def code(self, path: Path, level: int, found: Iterable[Found]) -> Iterator[tuple[str, Stored]]:
+    def code(self, path: Path, level: int, found: Iterable[PassChanges]) -> Iterator[tuple[str, Stored]]:
         """Every piece of what was found, in order, as it lies in the file `path`, with its tensor's name. Afterwards
         `files` and the seconds are those of this file. Raises RunFailed when the child is gone, OSError when it
         cannot write. After any error the next file gets another child."""
         self.encode_s = self.write_s = self.diff_s = 0.0
-        copying: deque[Found] = deque()
-        coding: deque[Found] = deque()
+        copying: deque[PassChanges] = deque()
+        coding: deque[PassChanges] = deque()
         try:
             channel.send(self.start(), {"begin": str(path), "level": level})
             iterator = iter(found)
@@ -117,13 +117,13 @@ class EncoderProcess:
         except ConnectionError as error:
             raise RunFailed(
                 f"the process that codes weights ended with {self.close()}",
-                "the trainer's log holds its last words; killed by the system: it was out of memory",
+                "the trainer's log holds its last lines; killed by the system: it was out of memory",
             ) from error
         except BaseException:  # answers that are under way belong to this file
             self.close()
             raise
 
-    def _answer(self, one: Found) -> Iterator[tuple[str, Stored]]:
+    def _answer(self, one: PassChanges) -> Iterator[tuple[str, Stored]]:
         doc = self._told()
         self.write_s += doc["write_s"]
         self._free.append(one.work.block)

@@ -38,7 +38,7 @@ _SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 Bits = np.ndarray[Any, Any]
 
 
-class Coded(NamedTuple):
+class DeltaPiece(NamedTuple):
     """One piece of a delta."""
 
     start: int
@@ -157,14 +157,14 @@ def _by_gpu(
     part.diff_s, part.encode_s, part.write_s = encoder.diff_s, encoder.encode_s, encoder.write_s
 
 
-def _done(job: tuple[str, Callable[[], Coded]]) -> tuple[str, Coded]:
+def _done(job: tuple[str, Callable[[], DeltaPiece]]) -> tuple[str, DeltaPiece]:
     name, work = job
     return name, work()
 
 
 def _pieces(
     tensors: Mapping[str, Local], base: Mapping[str, Local], level: int
-) -> Iterator[tuple[str, Callable[[], Coded]]]:
+) -> Iterator[tuple[str, Callable[[], DeltaPiece]]]:
     """(tensor, what codes a piece of it), in order."""
     for name, local in tensors.items():
         old, new = base[name].bits, local.bits
@@ -172,12 +172,12 @@ def _pieces(
             yield name, partial(_coded, old[at : at + PIECE], new[at : at + PIECE], at, level)
 
 
-def _coded(old: Bits, new: Bits, start: int, level: int) -> Coded:
+def _coded(old: Bits, new: Bits, start: int, level: int) -> DeltaPiece:
     begin = time.perf_counter()
     indices = codec.changed_indices(old, new)
     middle = time.perf_counter()
     encoded = codec.encode_changed(old, new, indices, level)
-    return Coded(start, len(new), encoded, middle - begin, time.perf_counter() - middle)
+    return DeltaPiece(start, len(new), encoded, middle - begin, time.perf_counter() - middle)
 
 
 def write_full(

@@ -95,7 +95,7 @@ def _rebuilt(doc: dict[str, Any], handle: int) -> reading.Prepared:
         tensors = tuple(TensorEntry(n, d, tuple(s), e, c, x, ()) for n, d, s, e, c, x in step.pop("tensors"))
         groups = []
         for width, at, values, indices, spans in step.pop("groups"):
-            group = flat.Group(width, [flat.Span(*s) for s in spans], value_count=values, index_count=indices)
+            group = flat.WidthGroup(width, [flat.Span(*s) for s in spans], value_count=values, index_count=indices)
             group.lay(memory[at : at + group.nbytes])
             groups.append(group)
         files = {name: np.memmap(name, np.uint8, "r") for name in {raw[2] for raw in step["raws"]}}
@@ -148,14 +148,14 @@ def _decode(stage_dir: Path, processes: int, own: contextlib.ExitStack) -> tuple
     return doc, handle
 
 
-def _piece(coded: reading.Coded) -> tuple[int, int, str, int]:
+def _piece(coded: reading.CheckedPiece) -> tuple[int, int, str, int]:
     return coded.piece.start, coded.piece.length, coded.piece.encoding, coded.piece.count
 
 
-Jobs = list[tuple[reading.Coded, flat.Place]]
+Jobs = list[tuple[reading.CheckedPiece, flat.Place]]
 
 
-def _fill(jobs: Jobs, groups: dict[int, flat.Group], processes: int) -> None:
+def _fill(jobs: Jobs, groups: dict[int, flat.WidthGroup], processes: int) -> None:
     """Decode every piece to its place in the groups' memory, which is shared. Raises WeightCorrupt, or OSError when a
     process ended without a word."""
     processes = min(processes, sum(coded.piece.bytes for coded, _ in jobs) // _LEAST)
@@ -190,7 +190,7 @@ def _fill(jobs: Jobs, groups: dict[int, flat.Group], processes: int) -> None:
         raise failed[0]
 
 
-def _in_fork(jobs: Jobs, groups: dict[int, flat.Group], tell: int) -> NoReturn:
+def _in_fork(jobs: Jobs, groups: dict[int, flat.WidthGroup], tell: int) -> NoReturn:
     """The whole life of a forked process."""
     code = 1
     try:
@@ -202,7 +202,7 @@ def _in_fork(jobs: Jobs, groups: dict[int, flat.Group], tell: int) -> NoReturn:
         os._exit(code)  # nothing of the parent's is to be closed or flushed
 
 
-def _fill_here(jobs: Jobs, groups: dict[int, flat.Group]) -> None:
+def _fill_here(jobs: Jobs, groups: dict[int, flat.WidthGroup]) -> None:
     for coded, place in jobs:
         flat.fill(groups, place, reading.decode(coded))
 
@@ -225,7 +225,7 @@ def serve(link: socket.socket, processes: int) -> None:
                 doc = {"unable": str(error)}
             try:
                 channel.send(link, doc, handle)
-            except ConnectionError:  # gone meanwhile; a traceback would stand as its last words
+            except ConnectionError:  # gone meanwhile; a traceback would stand as its last lines
                 return
 
 

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from astracli.weights import WeightMismatch
 from astracli.weights.format.manifest import TensorEntry
-from astracli.weights.receive.staged import Placement
+from astracli.weights.receive.apply import EngineSlice
 
 _MAX_RUNS = 1 << 16  # contiguous runs that one copy may fall into
 
@@ -24,7 +24,7 @@ class PlacementRecorder(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.fed: dict[int, tuple[str, torch.Tensor]] = {}
-        self.found: dict[str, list[Placement]] = {}
+        self.found: dict[str, list[EngineSlice]] = {}
 
     def feed(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
         if tensor.numel():
@@ -51,7 +51,7 @@ class PlacementRecorder(TorchFunctionMode):
             return ""
         return self.fed.get(source.untyped_storage().data_ptr(), ("", source))[0]
 
-    def record(self, model: Any, entries: Iterable[TensorEntry]) -> dict[str, list[Placement]]:
+    def record(self, model: Any, entries: Iterable[TensorEntry]) -> dict[str, list[EngineSlice]]:
         """{HF name: placements in ascending order}. Raises WeightMismatch naming tensors that the model did not take
         whole, exactly once: a name that it does not know is otherwise skipped without a word."""
         entries = list(entries)
@@ -80,7 +80,7 @@ class PlacementRecorder(TorchFunctionMode):
                 f"`{name}`: {source.dtype}{list(source.shape)} is loaded into {target.dtype}{list(target.shape)}",
                 "publish this tensor in the dtype in which the engine holds it",
             )
-        self.found[name] += [Placement(view, offset) for view, offset in _runs(target.detach(), source)]
+        self.found[name] += [EngineSlice(view, offset) for view, offset in _runs(target.detach(), source)]
         if len(self.found[name]) > _MAX_RUNS:
             raise WeightMismatch(f"`{name}` lies in more than {_MAX_RUNS} places")
 
@@ -96,14 +96,14 @@ def _runs(target: torch.Tensor, source: torch.Tensor) -> Iterator[tuple[torch.Te
         raise WeightMismatch(f"no contiguous runs in {list(target.shape)} loaded from {list(source.shape)}")
 
 
-def _merged(places: list[Placement]) -> list[Placement]:
+def _merged(places: list[EngineSlice]) -> list[EngineSlice]:
     """Neighbours that also lie side by side in memory become one."""
-    merged: list[Placement] = []
+    merged: list[EngineSlice] = []
     for place in places:
         last = merged[-1] if merged else None
         if last is not None and place.offset == last.end and _adjacent(last.view, place.view):
             length = last.view.numel() + place.view.numel()
-            merged[-1] = Placement(last.view.as_strided((length,), (1,), last.view.storage_offset()), last.offset)
+            merged[-1] = EngineSlice(last.view.as_strided((length,), (1,), last.view.storage_offset()), last.offset)
         else:
             merged.append(place)
     return merged

@@ -23,7 +23,7 @@ _CHUNK = 1 << 20
 """Bytes hashed at a time, for the file and for the piece while they are in the cache."""
 
 
-class Coded(NamedTuple):
+class CheckedPiece(NamedTuple):
     """One checked piece, as it lies in its file."""
 
     tensor: TensorEntry
@@ -46,7 +46,7 @@ class Prepared:
     model_path: str | None
     manifests: list[Manifest] = field(default_factory=list)
     """Without their pieces, when another process read them."""
-    steps: list[list[tuple[str, int, codec.Update]]] = field(default_factory=list)
+    steps: list[list[tuple[str, int, codec.DecodedPiece]]] = field(default_factory=list)
     """(tensor, start of the piece, what to do) of each manifest, in the order of applying."""
     flat: list[FlatStep] | None = None
     """The same in few large arrays; then `steps` is empty."""
@@ -72,7 +72,7 @@ def prepare(stage_dir: Path) -> Prepared:
 def hold(prepared: Prepared) -> None:
     """Bring the bits of a full version out of its files, so that applying it reads memory alone."""
 
-    def own(update: codec.Update) -> codec.Update:
+    def own(update: codec.DecodedPiece) -> codec.DecodedPiece:
         return replace(update, values=np.array(update.values)) if update.encoding == "raw" else update
 
     begin = time.perf_counter()
@@ -80,7 +80,7 @@ def hold(prepared: Prepared) -> None:
     prepared.load_s += time.perf_counter() - begin
 
 
-def open_plan(stage_dir: Path) -> tuple[Prepared, list[list[Coded]]]:
+def open_plan(stage_dir: Path) -> tuple[Prepared, list[list[CheckedPiece]]]:
     """The plan without its changes, and the checked pieces of each step. Raises WeightCorrupt naming the file."""
     stage_dir = Path(stage_dir)
     blob = read(stage_dir / NEXT)
@@ -114,11 +114,11 @@ def read(path: Path) -> bytes:
         raise WeightCorrupt(f"cannot read staged `{path.name}`: {error.strerror}") from error
 
 
-def decode(coded: Coded) -> codec.Update:
+def decode(coded: CheckedPiece) -> codec.DecodedPiece:
     """What a piece does. Raises WeightCorrupt naming tensor and file."""
     tensor, piece, path, blob = coded
     if piece.encoding == "raw":
-        return codec.Update("raw", piece.length, None, blob.view(f"<u{tensor.itemsize}"))
+        return codec.DecodedPiece("raw", piece.length, None, blob.view(f"<u{tensor.itemsize}"))
     try:
         return codec.decode(blob.data, piece.encoding, piece.count, piece.length, tensor.itemsize)
     except WeightCorrupt as error:
@@ -129,7 +129,7 @@ def _identity(manifest: Manifest) -> list[Any]:
     return [manifest.model, *((t.name, t.dtype, t.shape) for t in manifest.tensors)]
 
 
-def _checked(directory: Path, manifest: Manifest) -> Iterator[Coded]:
+def _checked(directory: Path, manifest: Manifest) -> Iterator[CheckedPiece]:
     """All pieces in the manifest's order, once every file and every piece has its checksum."""
     mapped: dict[str, np.ndarray[Any, Any]] = {}
     pieces: dict[str, list[Piece]] = {name: [] for name in manifest.files}
@@ -146,7 +146,7 @@ def _checked(directory: Path, manifest: Manifest) -> Iterator[Coded]:
     for tensor in manifest.tensors:
         for piece in tensor.pieces:
             blob = mapped[piece.file][piece.offset : piece.offset + piece.bytes]
-            yield Coded(tensor, piece, directory / piece.file, blob)
+            yield CheckedPiece(tensor, piece, directory / piece.file, blob)
 
 
 def _sound(file: np.ndarray[Any, Any], xxh3: str, pieces: list[Piece]) -> bool:

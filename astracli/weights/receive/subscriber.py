@@ -19,8 +19,8 @@ from astracli.errors import RunFailed
 from astracli.weights import WeightCorrupt
 from astracli.weights.format.manifest import STABLE, Manifest, seal, unseal, version_name, write_atomic
 from astracli.weights.publish.payload import hash_file
+from astracli.weights.receive.apply import NEXT, READBACK, RESULT
 from astracli.weights.receive.download import Downloader, Gone
-from astracli.weights.receive.staged import NEXT, PROOF, RESULT
 from astracli.weights.receive.watcher import decoded, watched
 
 
@@ -166,7 +166,7 @@ class Subscriber:
         plan: dict[str, Any] = {"version": target, "kind": route.kind, "steps": steps}
         plan["base_version"] = base if route.steps else target
         plan["model_path"] = str(self.model_path) if self.model_path else None
-        for old in (RESULT, PROOF):
+        for old in (RESULT, READBACK):
             (self.stage_dir / old).unlink(missing_ok=True)
         sealed = seal(plan)
         write_atomic(self.stage_dir / NEXT, sealed)
@@ -196,7 +196,7 @@ class Subscriber:
         plan = {"version": version, "kind": "none", "steps": [], "base_version": version, "model_path": None}
         write_atomic(self.stage_dir / NEXT, seal(plan))
 
-    def proof(self, version: int) -> dict[str, float]:
+    def readback(self, version: int) -> dict[str, float]:
         """Wait for the read-back of `version` under HF names, which the engine makes while it generates. -> seconds:
         `readback_s`, and in it `readback_wait_s`, `readback_place_s`, `readback_tables_s`, `readback_launch_s`,
         `readback_device_s`.
@@ -206,7 +206,7 @@ class Subscriber:
         deadline = time.monotonic() + self.decode_wait_s
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError, ValueError):
-                doc = json.loads((self.stage_dir / PROOF).read_bytes())
+                doc = json.loads((self.stage_dir / READBACK).read_bytes())
                 if doc["version"] == version and doc["ok"]:
                     seconds = {name: float(value) for name, value in doc.items() if name.endswith("_s")}
                     return {n if n == "readback_s" else f"readback_{n}": value for n, value in seconds.items()}

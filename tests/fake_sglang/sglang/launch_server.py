@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 PREFIX = "model.layers.0."
-LAST_WORDS = {
+LAST_LINES = {
     "late": "RuntimeError: probability tensor contains either `inf`, `nan` or element < 0",
     "cuda": "torch.AcceleratorError: CUDA error: an illegal memory access was encountered",
 }
@@ -123,11 +123,11 @@ def main():
     server.daemon_threads = True
     server.options, server.version, server.lock = options, options.weight_version, threading.Lock()
     server.model = FusedModel()
-    if mode in LAST_WORDS:
+    if mode in LAST_LINES:
 
         def die():
             time.sleep(1.5)
-            print(LAST_WORDS[mode], flush=True)
+            print(LAST_LINES[mode], flush=True)
             os._exit(1)
 
         threading.Thread(target=die, daemon=True).start()

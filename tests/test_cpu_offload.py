@@ -12,9 +12,9 @@ from training_tools import make_trainer, recipe, sample_groups, save_model, spaw
 
 from astracli.adapters.qwen3_5 import ADAPTER
 from astracli.training import adam, checkpoint, setup
+from astracli.training.cpu_offload import CpuOffload
 from astracli.training.fsdp import Ranks
 from astracli.training.layout import Split
-from astracli.training.parking import Parking
 from astracli.training.step import Trainer
 
 HOST = Split("host", 1.0)
@@ -44,58 +44,58 @@ def make_groups(trainer: Trainer, steps: range) -> dict[int, Any]:
     return {step: sample_groups(None, 4, seed=step, version=step) for step in steps}
 
 
-def test_a_parked_tensor_holds_no_memory_and_comes_back_whole() -> None:
+def test_an_offloaded_tensor_holds_no_memory_and_comes_back_whole() -> None:
     whole = torch.arange(24.0)
     view, other = whole[6:18].view(3, 4), torch.randn(5, dtype=torch.float64)
     before, before_other = view.clone(), other.clone()
-    parking = Parking((view, whole, other))
-    assert parking.nbytes == 24 * 4 + 5 * 8, "storages that are shared count once"
-    parking.to_host()
-    parking.to_host()
+    offload = CpuOffload((view, whole, other))
+    assert offload.nbytes == 24 * 4 + 5 * 8, "storages that are shared count once"
+    offload.to_host()
+    offload.to_host()
     assert whole.untyped_storage().nbytes() == other.untyped_storage().nbytes() == 0
-    assert torch.equal(parking.on_host(view), before), "and can be read where it waits"
-    assert repr(view) == "tensor(parked, size=(3, 4), dtype=torch.float32, device=cpu)"
-    parking.to_device()
+    assert torch.equal(offload.on_host(view), before), "and can be read where it waits"
+    assert repr(view) == "tensor(offloaded, size=(3, 4), dtype=torch.float32, device=cpu)"
+    offload.to_device()
     assert torch.equal(view, before) and torch.equal(other, before_other)
     whole.add_(1.0)
     with_one = view.clone()
-    parking.to_host()
-    parking.to_device()
+    offload.to_host()
+    offload.to_device()
     assert torch.equal(view, with_one), "what was written in between is kept"
 
 
 SHOWN = """
     import torch
-    from astracli.training.parking import Parking
+    from astracli.training.cpu_offload import CpuOffload
     whole = torch.arange(6.0)
     view, parameter, number = whole[2:], torch.nn.Parameter(whole), whole[3].detach()
     before = repr([whole, parameter, number])
-    parking = Parking([whole])
-    parking.to_host()
+    offload = CpuOffload([whole])
+    offload.to_host()
     text = repr({"seen": [view, parameter, number]}) + str(whole) + f"{whole} {parameter}"
-    assert text.count("parked, size=") == 6 and "size=(4,)" in text and "Parameter containing" in text, text
-    parking.to_device()
+    assert text.count("offloaded, size=") == 6 and "size=(4,)" in text and "Parameter containing" in text, text
+    offload.to_device()
     assert repr([whole, parameter, number]) == before
     assert repr(torch.empty(0)) == "tensor([])" and "meta" in repr(torch.empty(3, device="meta"))
     print("whole")
 """
 
 
-def test_a_parked_tensor_can_be_shown() -> None:
+def test_an_offloaded_tensor_can_be_shown() -> None:
     """In a process of its own: without care it dies of a segmentation fault."""
     assert spawn(SHOWN, [], 1) == ["whole\n"]
 
 
 def test_constant_tensors_are_copied_to_the_host_once() -> None:
     tensor = torch.ones(8)
-    parking = Parking([tensor], constant=True)
-    parking.to_host()
-    with parking.moved_in():
+    offload = CpuOffload([tensor], constant=True)
+    offload.to_host()
+    with offload.moved_in():
         assert torch.equal(tensor, torch.ones(8))
-    parking.to_device()
+    offload.to_device()
     tensor.zero_()
-    parking.to_host()
-    parking.to_device()
+    offload.to_host()
+    offload.to_device()
     assert torch.equal(tensor, torch.ones(8))
 
 
@@ -217,11 +217,11 @@ def test_sharded_over_two_ranks_it_is_the_same(model_dir: Path, tmp_path: Path) 
 def test_a_gpu_gets_its_memory_back_and_the_bytes_return() -> None:
     tensor = torch.randn(2**22, device="cuda")
     before, held = tensor.clone(), torch.cuda.memory_allocated()
-    parking = Parking([tensor])
-    parking.to_host()
+    offload = CpuOffload([tensor])
+    offload.to_host()
     assert torch.cuda.memory_allocated() == held - tensor.numel() * 4
-    assert torch.equal(parking.on_host(tensor), before.cpu())
-    parking.to_device()
+    assert torch.equal(offload.on_host(tensor), before.cpu())
+    offload.to_device()
     assert torch.equal(tensor, before) and torch.cuda.memory_allocated() == held
 
 

@@ -105,7 +105,7 @@ def _code(at, bits, total, gaps, short, values, PIECE: tl.constexpr, BLOCK: tl.c
 class ByTriton:
     """The changes of one pass. `ByTorch` says what each method answers."""
 
-    def __init__(self, pieces: Sequence[device.Piece], most: int):
+    def __init__(self, pieces: Sequence[device.RangePiece], most: int):
         """`pieces`: all on one GPU, of at most `most` elements, a power of two."""
         if len(pieces) * most > 1 << 31:
             raise ValueError(f"{len(pieces)} pieces of {most} elements are too many for one pass")

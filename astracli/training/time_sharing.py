@@ -1,9 +1,8 @@
-"""A trainer that shares its GPUs with engines: waits until they have reserved their part, or takes turns with them.
+"""A trainer that shares its GPUs with engines, side by side or in time.
 
-Side by side: the engines reserve their memory first, and the trainer takes what they leave. In turns: the trainer asks
-the hub for the engines' cards when it has a batch, brings its state back from the host, trains and publishes, leaves
-again and gives the cards back. Rank 0 asks; the ranks whose GPU an engine uses, too, move, the others wait where they
-are.
+Side by side: the engines reserve their memory first, and the trainer takes what they leave. In time: when it has a
+batch, the trainer asks the hub for the engines' GPU leases, brings its state back from the host, trains and publishes,
+moves to the host again and gives the leases back. Rank 0 asks. Only the ranks that share their GPU with an engine move.
 """
 
 from __future__ import annotations
@@ -17,21 +16,21 @@ from astracli.process.health import answers
 from astracli.process.worker import Reporter, WorkerConfig
 
 WAIT_S = 5.0
-"""One long poll for a card; between two, a stop is noticed."""
+"""One long poll for a GPU lease; between two, a stop is noticed."""
 LOOK_S = 0.5
 HEALTH_TIMEOUT_S = 25.0
 _YES, _NO = b"1", b"0"
 
 
-class Turn:
+class TimeSharing:
     """One rank's part. Without shared GPUs every call does nothing, at once."""
 
     def __init__(self, config: WorkerConfig, reporter: Reporter, ranks: Any, hub: HubClient | None):
         told = config.extra.get("placement", {})
-        self.cards: list[str] = list(told.get("cards", ()))
-        """Engines with which this trainer takes turns; their names are the cards'."""
-        self.leaves = bool(self.cards) and bool(told.get("leaves", True))
-        """Whether an engine uses this rank's own GPU in its turn."""
+        self.gpu_leases: list[str] = list(told.get("gpu_leases", ()))
+        """Engines with which this trainer shares GPUs in time: the names of their leases."""
+        self.leaves = bool(self.gpu_leases) and bool(told.get("leaves", True))
+        """Whether an engine shares this rank's own GPU."""
         self._shared = bool(told.get("shared"))
         self._config = config
         self._reporter = reporter
@@ -49,7 +48,7 @@ class Turn:
             return True
         if trainer is None:
             self._await_engines()
-        if not self.cards:
+        if not self.gpu_leases:
             self._mine = True
             return True
         answer = self._ranks.broadcast((_YES if self._take() else _NO) if self._hub is not None else None)
@@ -60,21 +59,21 @@ class Turn:
 
     def end(self, trainer: Any) -> None:
         """Leave the GPUs to the engines; nothing when they are shared side by side. A collective."""
-        if not self.cards or not self._mine:
+        if not self.gpu_leases or not self._mine:
             return
         if self.leaves:
             trainer.to_host()
         self._ranks.barrier()
         self._mine = False
         if self._hub is not None:
-            for card in self.cards:
-                self._hub.give_card(card, self._config.name)
+            for gpu_lease in self.gpu_leases:
+                self._hub.give_gpu_lease(gpu_lease, self._config.name)
 
     def _take(self) -> bool:
         assert self._hub is not None
-        for card in self.cards:
-            self._reporter.waiting(f"{card} to leave the GPU")
-            while not (reply := self._hub.take_card(card, self._config.name, wait_s=WAIT_S))["held"]:
+        for gpu_lease in self.gpu_leases:
+            self._reporter.waiting(f"{gpu_lease} to leave the GPU")
+            while not (reply := self._hub.take_gpu_lease(gpu_lease, self._config.name, wait_s=WAIT_S))["held"]:
                 if reply["stop"] or self._reporter.stop_requested.is_set():
                     return False
         self._reporter.waiting(None)

@@ -11,13 +11,13 @@ from torch import nn
 from astracli.config.recipe import TrainTable
 from astracli.training import adam
 from astracli.training.adam import Adam, on_host
-from astracli.training.halves import Halves, join, split
-from astracli.training.layout import PASSING
-from astracli.training.parking import Parking
-from astracli.training.passage import Passage
+from astracli.training.cpu_offload import CpuOffload
+from astracli.training.layout import BUCKETS_IN_FLIGHT
+from astracli.training.overlapped_offload import OverlappedOffload
+from astracli.training.split_masters import SplitMasters, join, split
 
 
-def halves_of(master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def split_masters_of(master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     high = torch.empty_like(master, dtype=torch.bfloat16)
     rest, back = torch.empty_like(master, dtype=torch.int16), torch.empty_like(master)
     split(master, high, rest)
@@ -32,7 +32,7 @@ def bits(*values: int) -> torch.Tensor:
 
 def test_by_hand() -> None:
     master = bits(0x3F800000, 0x3F807FFF, 0x3F80FFFF, 0xBF80C000, 0x7F7FFFFF, 0x80000000, 0x00000001)
-    high, rest, back = halves_of(master)
+    high, rest, back = split_masters_of(master)
     assert [v & 0xFFFF for v in high.view(torch.int16).tolist()] == [
         0x3F80, 0x3F80, 0x3F81, 0xBF81, 0x7F80, 0x8000, 0x0000
     ]  # fmt: skip
@@ -42,20 +42,20 @@ def test_by_hand() -> None:
 
 def test_half_way_rounds_to_even_and_the_master_follows_by_its_last_place() -> None:
     master = bits(0x3F808000, 0x3F818000, 0xBF808000, 0xBF818000)
-    high, rest, back = halves_of(master)
+    high, rest, back = split_masters_of(master)
     assert torch.equal(high, master.to(torch.bfloat16))
     assert [v & 0xFFFF for v in high.view(torch.int16).tolist()] == [0x3F80, 0x3F82, 0xBF80, 0xBF82]
     assert rest.tolist() == [0x7FFF, -0x7FFF, 0x7FFF, -0x7FFF]
     moved = bits(0x3F807FFF, 0x3F818001, 0xBF807FFF, 0xBF818001)
     assert torch.equal(back, moved)
-    assert torch.equal(halves_of(moved)[2], moved), "once"
+    assert torch.equal(split_masters_of(moved)[2], moved), "once"
 
 
 def test_nan_and_infinity_stay_what_they_are() -> None:
     for pattern in (0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7FC00000, 0xFF80FFFF):
-        high, _, back = halves_of(bits(pattern))
+        high, _, back = split_masters_of(bits(pattern))
         assert high.isnan() and back.isnan(), hex(pattern)
-    high, _, back = halves_of(bits(0x7F800000, 0xFF800000))
+    high, _, back = split_masters_of(bits(0x7F800000, 0xFF800000))
     assert high.tolist() == back.tolist() == [float("inf"), float("-inf")]
 
 
@@ -63,7 +63,7 @@ def test_all_others_come_back_bit_for_bit_and_rounding_is_torchs() -> None:
     drawn = torch.randint(-(2**31), 2**31, (2**20,), generator=torch.Generator().manual_seed(0))
     master = drawn.to(torch.int32).view(torch.float32)
     master = master[torch.isfinite(master)]
-    high, _, back = halves_of(master)
+    high, _, back = split_masters_of(master)
     assert torch.equal(high.view(torch.int16), master.to(torch.bfloat16).view(torch.int16))
     apart = (back.view(torch.int32) - master.view(torch.int32)).abs()
     tie = (master.view(torch.int32) & 0xFFFF) == 0x8000
@@ -74,17 +74,21 @@ def test_a_master_has_memory_inside_whole_alone_and_keeps_what_is_written_there(
     generator = torch.Generator().manual_seed(1)
     first, second = (nn.Parameter(torch.randn(5, 3, generator=generator)) for _ in range(2))
     before = first.detach().clone()
-    halves = Halves()
-    masters = {name: halves.take(name, p, torch.bfloat16) for name, p in (("a", first), ("b", second))}
-    assert first.dtype == torch.bfloat16 and [rest.dtype for rest in halves.rests] == [torch.int16] * 2
+    split_masters = SplitMasters()
+    masters = {name: split_masters.take(name, p, torch.bfloat16) for name, p in (("a", first), ("b", second))}
+    assert first.dtype == torch.bfloat16 and [rest.dtype for rest in split_masters.rests] == [torch.int16] * 2
     assert [m.untyped_storage().nbytes() for m in masters.values()] == [0, 0]
-    with halves.whole(["a", "not in halves"]):
+    with split_masters.whole(["a", "not in halves"]):
         assert torch.equal(masters["a"], before) and masters["b"].untyped_storage().nbytes() == 0
         masters["a"].add_(2.0**-20)
     assert masters["a"].untyped_storage().nbytes() == 0
-    with halves.whole(["a"]), pytest.raises(AssertionError, match=r"in memory already: \['a'\]"), halves.whole():
+    with (
+        split_masters.whole(["a"]),
+        pytest.raises(AssertionError, match=r"in memory already: \['a'\]"),
+        split_masters.whole(),
+    ):
         pass
-    with pytest.raises(KeyError), halves.whole():
+    with pytest.raises(KeyError), split_masters.whole():
         assert torch.equal(masters["a"], before + 2.0**-20), "less than bf16 can hold"
         raise KeyError("inside")
     assert masters["a"].untyped_storage().nbytes() == 0
@@ -113,14 +117,14 @@ def test_any_part_on_the_host_gives_the_numbers_of_all_at_once(
     def run(moments_on_host: float) -> tuple[Adam, dict[str, torch.Tensor]]:
         generator = torch.Generator().manual_seed(2)
         values = {f"w{i}": torch.randn(4, 1 + i, generator=generator) for i in range(9)}
-        halves = Halves()
+        split_masters = SplitMasters()
         if lowered:
-            values = {n: halves.take(n, nn.Parameter(v), torch.bfloat16) for n, v in values.items()}
-        made = Adam(values, table, moments_on_host=moments_on_host, halves=halves)
+            values = {n: split_masters.take(n, nn.Parameter(v), torch.bfloat16) for n, v in values.items()}
+        made = Adam(values, table, moments_on_host=moments_on_host, split_masters=split_masters)
         for step in range(4):
             gradients = {n: torch.randn(v.shape, generator=generator) for n, v in values.items() if n != f"w{step}"}
             made.step(gradients, 0.1 / (1 + step))
-        with halves.whole():
+        with split_masters.whole():
             result = {n: v.clone() for n, v in values.items()}
         first, second = made.moments()
         for name, moment in first.items():
@@ -137,35 +141,35 @@ def test_any_part_on_the_host_gives_the_numbers_of_all_at_once(
 
 def test_no_more_sets_than_planned_are_on_the_device_at_once() -> None:
     tensors = [torch.full((4,), float(i)) for i in range(7)]
-    sets = [[Parking([tensor])] for tensor in tensors]
-    for (parking,) in sets:
-        parking.to_host()
+    sets = [[CpuOffload([tensor])] for tensor in tensors]
+    for (offload,) in sets:
+        offload.to_host()
     seen, order = [], []
 
     def there() -> list[int]:
         return [i for i, tensor in enumerate(tensors) if tensor.untyped_storage().nbytes()]
 
-    def work(index: int) -> Sequence[Parking]:
+    def work(index: int) -> Sequence[CpuOffload]:
         seen.append(there())
         order.append(index)
         tensors[index].add_(0.5)
         return sets[index]
 
-    Passage(torch.device("cpu")).through(sets, work, lambda: order.append(-1))
+    OverlappedOffload(torch.device("cpu")).through(sets, work, lambda: order.append(-1))
     assert order == [-1, *range(7)] and there() == []
     assert seen == [[0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5], [4, 5, 6], [5, 6]]
-    assert max(map(len, seen)) == PASSING
-    for index, (parking,) in enumerate(sets):
-        assert parking.on_host(tensors[index]).tolist() == [index + 0.5] * 4
+    assert max(map(len, seen)) == BUCKETS_IN_FLIGHT
+    for index, (offload,) in enumerate(sets):
+        assert offload.on_host(tensors[index]).tolist() == [index + 0.5] * 4
 
 
 @pytest.mark.gpu
-def test_a_gpu_makes_the_same_halves() -> None:
+def test_a_gpu_splits_a_master_alike() -> None:
     drawn = torch.randint(-(2**31), 2**31, (2**22 + 77,), generator=torch.Generator().manual_seed(0))
     drawn[:4096] = (drawn[:4096] & ~0xFFFF) | 0x8000
     master = drawn.to(torch.int32).view(torch.float32)
     assert master.isnan().any(), "which become the same NaN"
-    on_cpu, on_gpu = halves_of(master), halves_of(master.cuda())
+    on_cpu, on_gpu = split_masters_of(master), split_masters_of(master.cuda())
     for mine, theirs in zip(on_cpu, on_gpu, strict=True):
         kind = torch.int32 if mine.dtype == torch.float32 else torch.int16
         assert torch.equal(mine.view(kind), theirs.cpu().view(kind))
@@ -175,21 +179,21 @@ def test_a_gpu_makes_the_same_halves() -> None:
 def test_on_a_gpu_sets_come_and_go_beside_the_work_and_nothing_is_mixed_up() -> None:
     """Large enough that a copy is still under way when the next is asked for."""
     tensors = [torch.full((2**24,), float(i), device="cuda") for i in range(9)]
-    sets = [[Parking([tensor])] for tensor in tensors]
-    for (parking,) in sets:
-        parking.to_host()
-    passage = Passage(torch.device("cuda"))
+    sets = [[CpuOffload([tensor])] for tensor in tensors]
+    for (offload,) in sets:
+        offload.to_host()
+    overlapped_offload = OverlappedOffload(torch.device("cuda"))
     held = []
 
-    def work(index: int) -> Sequence[Parking]:
+    def work(index: int) -> Sequence[CpuOffload]:
         held.append(torch.cuda.memory_allocated())
         tensors[index].mul_(2.0).add_(1.0)
         return sets[index]
 
     before = torch.cuda.memory_allocated()
     for _ in range(3):
-        passage.through(sets, work)
-    assert max(held) - before == PASSING * 2**26 and torch.cuda.memory_allocated() == before
-    for index, (parking,) in enumerate(sets):
-        found = parking.on_host(tensors[index])
+        overlapped_offload.through(sets, work)
+    assert max(held) - before == BUCKETS_IN_FLIGHT * 2**26 and torch.cuda.memory_allocated() == before
+    for index, (offload,) in enumerate(sets):
+        found = offload.on_host(tensors[index])
         assert found.min() == found.max() == 8 * index + 7, index

@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 
 from astracli.config import recipe_io
-from astracli.report import balance
-from astracli.report.balance import Seen, Setting
-from astracli.report.closing import balance_words
+from astracli.report import bottleneck
+from astracli.report.bottleneck import RunLayout, Seen
+from astracli.report.summary_table import bottleneck_words
 
 SEEN = Seen(step_s=100.0, wait_s=3.0, engine_s=200.0, idle_s=20.0, trained_tokens=97_000.0, generated_tokens=120_000.0)
-SETTING = Setting(engines=2, ranks=1, gpus=True, slots=64, allowed=128, staleness=1, concurrency=64, turns=False,
-                  shared=False)  # fmt: skip
+SETTING = RunLayout(engines=2, ranks=1, gpus=True, slots=64, allowed=128, staleness=1, concurrency=64,
+                    time_sharing=False, shared=False)  # fmt: skip
 
 
-def judged(setting: Setting = SETTING, **seen: float) -> balance.Balance:
-    found = balance.judge(replace(SEEN, **seen), setting)
+def judged(setting: RunLayout = SETTING, **seen: float) -> bottleneck.Bottleneck:
+    found = bottleneck.judge(replace(SEEN, **seen), setting)
     assert found is not None
     return found
 
@@ -101,8 +101,8 @@ def test_each_waits_for_the_other() -> None:
     assert found.change.startswith("a higher train.max_staleness")
     on_policy = judged(replace(SETTING, staleness=0), wait_s=30.0, idle_s=100.0)
     assert on_policy.change == "train.max_staleness over 0 lets them work at the same time"
-    turns = judged(replace(SETTING, turns=True), wait_s=30.0, idle_s=100.0)
-    assert turns.limit == "turns" and "share_gpus=false" in turns.change
+    time_sharing = judged(replace(SETTING, time_sharing=True), wait_s=30.0, idle_s=100.0)
+    assert time_sharing.limit == "time_sharing" and "share_gpus=false" in time_sharing.change
 
 
 def test_evaluations_limit_when_without_them_half_of_the_wait_would_go() -> None:
@@ -128,14 +128,14 @@ def test_tokens_of_evaluations_while_steps_were_due() -> None:
     other = {"process": "eval", "version": 2, "eval_wall_s": 1.0, "eval_tokens": 70, "time": 103.0}
     last = {"process": "eval", "version": 3, "eval_wall_s": 11.0, "eval_tokens": 110, "time": 114.0}
     overall = {"process": "eval", "version": 1, "time": 101.5, "benchmark": "overall"}
-    assert balance._evaluated([one, other, last, overall], steps) == pytest.approx(150 + 70 + 10)
-    assert balance._evaluated([one], []) == 0.0
+    assert bottleneck._evaluated([one, other, last, overall], steps) == pytest.approx(150 + 70 + 10)
+    assert bottleneck._evaluated([one], []) == 0.0
 
 
 def test_without_a_word_of_the_engines_or_a_step() -> None:
     silent = judged(engine_s=0.0, idle_s=0.0)
     assert silent.limit == "nothing" and silent.idle_share is None and silent.generated_tokens_per_s is None
-    assert balance.judge(replace(SEEN, step_s=0.0), SETTING) is None
+    assert bottleneck.judge(replace(SEEN, step_s=0.0), SETTING) is None
 
 
 def trained(step: int, step_s: float, wait_s: float) -> dict[str, Any]:
@@ -156,20 +156,20 @@ def test_a_run_is_judged_without_its_first_step() -> None:
     recipe = recipe_io.load("qwen3.5-tiny-m2po-delta")
     plan = {
         "processes": [{"role": "engine", "gpus": []}, {"role": "trainer", "gpus": []}],
-        "placement": {"turns": False, "shared": False},
+        "placement": {"time_sharing": False, "shared": False},
         "running_requests": 32,
     }
-    found = balance.of_run(records, recipe, plan, 0)
+    found = bottleneck.of_run(records, recipe, plan, 0)
     assert found is not None
     assert (found["limit"], found["wait_share"]) == ("generation", pytest.approx(0.25))
     assert found["idle_share"] == pytest.approx(0.05)
     assert found["generated_tokens_per_s"] == pytest.approx(300.0)
     assert found["trained_tokens_per_s"] == pytest.approx(1000 / 3)
-    assert balance_words(found).startswith(
+    assert bottleneck_words(found).startswith(
         "generation limits: the trainer waited 25% of its time for batches; the engine is 1.3x too slow "
         "(without the first step; tokens/s: generated 300, trained while at work 333); try resources.engines=2 where"
     )
-    assert balance.of_run(records[:1], recipe, plan, 0) is None
+    assert bottleneck.of_run(records[:1], recipe, plan, 0) is None
 
 
 def test_the_end_of_a_run_for_which_nothing_is_left_to_generate_says_nothing() -> None:
@@ -177,15 +177,15 @@ def test_the_end_of_a_run_for_which_nothing_is_left_to_generate_says_nothing() -
     recipe = recipe_io.load("qwen3.5-tiny-m2po-delta", ["train.steps=6", "train.max_staleness=2"])
     plan = {
         "processes": [{"role": "engine", "gpus": []}, {"role": "trainer", "gpus": []}],
-        "placement": {"turns": False, "shared": False},
+        "placement": {"time_sharing": False, "shared": False},
         "running_requests": 32,
     }
     records = [trained(step, 2.0, 0.08 if step < 4 else 0.0) for step in range(6)]
     records += [updated(version, 2.0, 0.1 if version < 5 else 2.0) for version in range(7)]
-    found = balance.of_run(records, recipe, plan, 0)
+    found = bottleneck.of_run(records, recipe, plan, 0)
     assert found is not None and found["limit"] == "nothing"
     assert (found["wait_share"], found["idle_share"]) == (pytest.approx(0.04), pytest.approx(0.05))
-    assert balance.of_run(records[4:6] + records[-2:], recipe, plan, 4) is None, "resumed for its last two steps"
+    assert bottleneck.of_run(records[4:6] + records[-2:], recipe, plan, 4) is None, "resumed for its last two steps"
 
 
 RUNS = {
@@ -215,13 +215,13 @@ def test_the_verdict_is_that_of_the_average_engine(name: str, engines: int) -> N
     records.append({"process": "eval", "version": 1, "time": 122.0, "eval_wall_s": 22.0, "eval_tokens": tokens})
     document = {
         "processes": [{"role": "engine", "gpus": []}] * engines + [{"role": "trainer", "gpus": []}],
-        "placement": {"turns": False, "shared": False},
+        "placement": {"time_sharing": False, "shared": False},
         "running_requests": 32,
     }
-    found = balance.of_run(records, recipe, document, 0)
+    found = bottleneck.of_run(records, recipe, document, 0)
     assert found is not None
     assert (found["limit"], found["wait_share"]) == (limit, pytest.approx(wait))
     assert (found["idle_share"], found["held_share"]) == (pytest.approx(idle), pytest.approx(held))
-    in_turns = document | {"placement": {"turns": True, "shared": True}}
-    turns = balance.of_run(records, recipe, in_turns, 0)
-    assert turns is not None and turns["limit"] == (limit if wait < 0.05 else "turns")
+    time_shared = document | {"placement": {"time_sharing": True, "shared": True}}
+    time_sharing = bottleneck.of_run(records, recipe, time_shared, 0)
+    assert time_sharing is not None and time_sharing["limit"] == (limit if wait < 0.05 else "time_sharing")

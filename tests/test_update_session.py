@@ -20,12 +20,12 @@ UPDATE, BEGIN, END = "/update_weights_from_tensor", "/begin_weight_update", "/en
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[FakeEngine]:
     """Paused, and wants begin and end."""
-    made = FakeEngine(TOKEN, window=True, paused=True, stage_dir=tmp_path).start()
+    made = FakeEngine(TOKEN, update_session=True, paused=True, stage_dir=tmp_path).start()
     yield made
     made.stop()
 
 
-def talk(engine: FakeEngine, scenario: Callable[[EngineClient], Awaitable[None]]) -> None:
+def run_client(engine: FakeEngine, scenario: Callable[[EngineClient], Awaitable[None]]) -> None:
     async def run() -> None:
         async with EngineClient(engine.url, TOKEN, loader_dir=engine.stage_dir) as client, asyncio.timeout(10):
             await scenario(client)
@@ -33,12 +33,12 @@ def talk(engine: FakeEngine, scenario: Callable[[EngineClient], Awaitable[None]]
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("window", [False, True])
+@pytest.mark.parametrize("update_session", [False, True])
 @pytest.mark.parametrize("mode", ["abort", "retract", "in_place"])
 def test_an_update_is_begun_and_ended_inside_the_pause_where_the_server_wants_that(
-    tmp_path: Path, mode: str, window: bool
+    tmp_path: Path, mode: str, update_session: bool
 ) -> None:
-    world = World(tmp_path, window=window, stage_dir=tmp_path)
+    world = World(tmp_path, update_session=update_session, stage_dir=tmp_path)
     try:
 
         async def scenario() -> None:
@@ -51,16 +51,16 @@ def test_an_update_is_begun_and_ended_inside_the_pause_where_the_server_wants_th
         world.close()
     paused, *rest = world.engine.events
     assert paused.startswith(f"pause {mode}")
-    assert rest == (["begun", "applied -1", "ended", "called 1"] if window else ["applied -1", "called 1"])
+    assert rest == (["begun", "applied -1", "ended", "called 1"] if update_session else ["applied -1", "called 1"])
     (record,) = records(world)
     assert (record["step"], record["resyncs"], record["apply_s"]) == (1, 0, 0.001)
-    assert ("begin_s" in record, "end_s" in record) == (window, window)
-    if window:
+    assert ("begin_s" in record, "end_s" in record) == (update_session, update_session)
+    if update_session:
         assert 0 < record["begin_s"] + record["end_s"] < record["pause_s"]
 
 
 def test_a_refused_update_is_ended_before_it_is_repeated_in_full(tmp_path: Path) -> None:
-    world = World(tmp_path, window=True, stage_dir=tmp_path, refusals=1)
+    world = World(tmp_path, update_session=True, stage_dir=tmp_path, refusals=1)
     try:
 
         async def scenario() -> None:
@@ -85,7 +85,7 @@ def test_an_update_that_breaks_off_is_ended_and_its_own_error_is_told(engine: Fa
         assert engine.events == ["begun", "ended"]
         assert (await client.apply_staged(1)).success
 
-    talk(engine, scenario)
+    run_client(engine, scenario)
 
 
 def test_an_update_whose_client_is_cancelled_is_ended(engine: FakeEngine) -> None:
@@ -100,7 +100,7 @@ def test_an_update_whose_client_is_cancelled_is_ended(engine: FakeEngine) -> Non
             await task
         assert not engine.begun and "called 1" not in engine.events
 
-    talk(engine, scenario)
+    run_client(engine, scenario)
 
 
 def test_an_end_that_fails_leaves_the_weights_unproven_and_the_next_update_mends_it(engine: FakeEngine) -> None:
@@ -118,7 +118,7 @@ def test_an_end_that_fails_leaves_the_weights_unproven_and_the_next_update_mends
             await client.apply_staged(1)
         assert engine.events == ["begun", "applied -1"] and engine.version == -1
 
-    talk(engine, scenario)
+    run_client(engine, scenario)
 
 
 def test_a_server_that_will_not_begin_is_a_failed_update(engine: FakeEngine) -> None:
@@ -129,7 +129,7 @@ def test_a_server_that_will_not_begin_is_a_failed_update(engine: FakeEngine) -> 
         assert not update.success and "already open" in update.message
         assert engine.events == ["ended"]
 
-    talk(engine, scenario)
+    run_client(engine, scenario)
 
 
 def test_waiting_for_a_read_back_is_begun_and_ended_too(engine: FakeEngine) -> None:
@@ -140,12 +140,12 @@ def test_waiting_for_a_read_back_is_begun_and_ended_too(engine: FakeEngine) -> N
         with pytest.raises(RunFailed, match=r"does not settle: .* already open"):
             await client.settle()
 
-    talk(engine, scenario)
+    run_client(engine, scenario)
 
 
 def test_what_the_server_wants_is_learned_anew_when_it_comes_back(tmp_path: Path) -> None:
     old = FakeEngine(TOKEN, paused=True, stage_dir=tmp_path).start()
-    new = FakeEngine(TOKEN, window=True, paused=True, stage_dir=tmp_path, port=old.port)
+    new = FakeEngine(TOKEN, update_session=True, paused=True, stage_dir=tmp_path, port=old.port)
 
     async def scenario(client: EngineClient) -> None:
         await client.wait_ready(5.0)
@@ -155,7 +155,7 @@ def test_what_the_server_wants_is_learned_anew_when_it_comes_back(tmp_path: Path
         await client.wait_ready(5.0)
         assert (await client.apply_staged(1)).success
 
-    talk(old, scenario)
+    run_client(old, scenario)
     new.stop()
     assert old.events == ["applied -1", "called 1"]
     assert new.events == ["begun", "applied -1", "ended", "called 1"]

@@ -1,4 +1,4 @@
-"""A GPU that an engine and a trainer use in turns: the queue for it, the engine's side, the trainer's side."""
+"""A GPU that an engine and a trainer share in time: the queue for it, the engine's side, the trainer's side."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from astracli.backends import choice as backend
 from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
 from astracli.engines.client import EngineClient, GenRequest
-from astracli.hub.cards import CardBook
 from astracli.hub.client import AsyncHubClient, HubClient
+from astracli.hub.gpu_leases import GpuLeases
 from astracli.launch import children, summary
 from astracli.models import registry
 from astracli.plan import build as plan
 from astracli.plan import memory as plan_memory
 from astracli.process.ports import free_ports
-from astracli.rollout.updates import Lane
+from astracli.rollout.engine_worker import EngineWorker
 from astracli.runs import metrics
 from astracli.weights.format.manifest import read_stable
 
@@ -41,9 +41,9 @@ GIB = 2**30
 LEAVING_S = 0.1
 
 
-def test_a_card_has_one_holder_and_the_others_wait_in_order() -> None:
-    book = CardBook(["engine0"])
-    assert book.take("engine0", "engine0"), "an engine holds its card from the start"
+def test_a_gpu_lease_has_one_holder_and_the_others_wait_in_order() -> None:
+    book = GpuLeases(["engine0"])
+    assert book.take("engine0", "engine0"), "an engine holds its lease from the start"
     assert not book.wanted("engine0")
     assert not book.take("engine0", "trainer") and not book.take("engine0", "other")
     assert not book.take("engine0", "trainer"), "asking again keeps the place"
@@ -55,71 +55,75 @@ def test_a_card_has_one_holder_and_the_others_wait_in_order() -> None:
     book.forget("trainer")
     assert book.document() == {"engine0": {"holder": None, "waiting": ["engine0"]}}, "a dead holder frees it"
     assert book.take("engine0", "engine0")
-    with pytest.raises(ValueError, match="no card `gpu7`"):
+    with pytest.raises(ValueError, match="no GPU lease `gpu7`"):
         book.take("gpu7", "trainer")
 
 
-def test_the_hub_wakes_whoever_waits_for_a_card(tmp_path: Path) -> None:
-    store = open_store(tmp_path, cards=["engine0"])
+def test_the_hub_wakes_whoever_waits_for_a_gpu_lease(tmp_path: Path) -> None:
+    store = open_store(tmp_path, gpu_leases=["engine0"])
     server = Server(store, tmp_path)
     try:
         with HubClient(server.url, TOKEN) as hub:
             assert hub.target("engine0")["wanted"] is False
             asked: list[Any] = []
-            ask = lambda: asked.append(hub.take_card("engine0", "trainer", wait_s=10.0))  # noqa: E731
+            ask = lambda: asked.append(hub.take_gpu_lease("engine0", "trainer", wait_s=10.0))  # noqa: E731
             waiter = threading.Thread(target=ask, daemon=True)
             waiter.start()
             begun = time.monotonic()
             assert hub.target("engine0", wait_s=10.0)["wanted"] is True
-            hub.give_card("engine0", "engine0")
+            hub.give_gpu_lease("engine0", "engine0")
             waiter.join(timeout=10.0)
             assert asked == [{"held": True, "stop": False}] and time.monotonic() - begun < 5.0
             store.release_worker("trainer")
-            assert hub.take_card("engine0", "engine0")["held"], "the trainer died"
-            assert hub.state()["cards"] == {"engine0": {"holder": "engine0", "waiting": []}}
+            assert hub.take_gpu_lease("engine0", "engine0")["held"], "the trainer died"
+            assert hub.state()["gpu_leases"] == {"engine0": {"holder": "engine0", "waiting": []}}
     finally:
         server.thread.stop()
 
 
 def test_an_engine_does_not_leave_while_an_evaluation_is_pinned_to_it(tmp_path: Path) -> None:
-    store = open_store(tmp_path, cards=["engine0"], eval_every=1)
+    store = open_store(tmp_path, gpu_leases=["engine0"], eval_every=1)
     store.announce(0, 0)
-    store.take_card("engine0", "trainer")
+    store.take_gpu_lease("engine0", "trainer")
     assert store.target("engine0") == {"version": 0, "pinned": True, "wanted": False, "stop": False}
     store.eval_done(0, 0, {})
     assert store.target("engine0")["wanted"] is True
 
 
-@pytest.mark.parametrize("window", [False, True])
+@pytest.mark.parametrize("update_session", [False, True])
 def test_the_engine_gives_its_memory_back_with_nothing_running_and_goes_on_afterwards(
-    tmp_path: Path, window: bool
+    tmp_path: Path, update_session: bool
 ) -> None:
-    engine = FakeEngine(TOKEN, length=400, stage_dir=tmp_path, results=[{"version": 1}], window=window).start()
-    store = open_store(tmp_path, cards=["engine0"])
+    engine = FakeEngine(
+        TOKEN, length=400, stage_dir=tmp_path, results=[{"version": 1}], update_session=update_session
+    ).start()
+    store = open_store(tmp_path, gpu_leases=["engine0"])
     server = Server(store, tmp_path)
 
     async def play() -> list[Any]:
         async with contextlib.AsyncExitStack() as stack:
             hub = await stack.enter_async_context(AsyncHubClient(server.url, TOKEN))
             client = await stack.enter_async_context(EngineClient(engine.url, TOKEN, loader_dir=tmp_path))
-            lane = Lane("engine0", client, hub, FakeFetcher(), process="rollout", ready_timeout_s=5.0, turns=True)
-            following = asyncio.create_task(lane.follow())
+            worker = EngineWorker(
+                "engine0", client, hub, FakeFetcher(), process="rollout", ready_timeout_s=5.0, time_sharing=True
+            )
+            following = asyncio.create_task(worker.follow())
             store.announce(0, 0)
-            await lane.open.wait()
+            await worker.open.wait()
             request = GenRequest([5, 6], 400, stop_token_ids=(1,), seed=9)
-            work = asyncio.create_task(lane.generate([request]))
+            work = asyncio.create_task(worker.generate([request]))
             await asyncio.sleep(0.2)
-            while not (await asyncio.to_thread(store.take_card, "engine0", "trainer"))["held"]:
+            while not (await asyncio.to_thread(store.take_gpu_lease, "engine0", "trainer"))["held"]:
                 await asyncio.sleep(0.02)
             (part,) = await work
-            assert engine.released == ["kv_cache", "weights"] and engine.running == 0 and not lane.open.is_set()
+            assert engine.released == ["kv_cache", "weights"] and engine.running == 0 and not worker.open.is_set()
             await asyncio.sleep(0.2)
-            assert engine.released, "it stays away until the trainer gives the card"
+            assert engine.released, "it stays away until the trainer gives the lease"
             store.announce(1, 1)
-            store.give_card("engine0", "trainer")
-            await lane.open.wait()
-            assert engine.released == [] and lane.version == 1
-            (rest,) = await lane.generate([GenRequest([5, 6], 20, stop_token_ids=(1,), seed=9)])
+            store.give_gpu_lease("engine0", "trainer")
+            await worker.open.wait()
+            assert engine.released == [] and worker.version == 1
+            (rest,) = await worker.generate([GenRequest([5, 6], 20, stop_token_ids=(1,), seed=9)])
             store.request_stop()
             await following
             return [part, rest]
@@ -131,7 +135,7 @@ def test_the_engine_gives_its_memory_back_with_nothing_running_and_goes_on_after
         server.thread.stop()
     assert part.finish_reason == "abort" and 0 < len(part.tokens) < 400 and part.version == 0
     assert rest.version == 1
-    begun, ended = (["begun"], ["ended"]) if window else ([], [])
+    begun, ended = (["begun"], ["ended"]) if update_session else ([], [])
     assert engine.events == [
         "pause abort with 0 running",
         *begun,
@@ -147,25 +151,27 @@ def test_the_engine_gives_its_memory_back_with_nothing_running_and_goes_on_after
     ]
 
 
-def test_a_turn_before_the_first_version_names_no_step(tmp_path: Path) -> None:
-    """The trainer has the first turn: it makes version 0. Whoever sums up a run compares steps with integers."""
+def test_lending_before_the_first_version_names_no_step(tmp_path: Path) -> None:
+    """The trainer has the GPU first: it makes version 0. Whoever sums up a run compares steps with integers."""
     engine = FakeEngine(TOKEN, length=4, stage_dir=tmp_path, results=[{"version": 0}]).start()
-    store = open_store(tmp_path, cards=["engine0"])
+    store = open_store(tmp_path, gpu_leases=["engine0"])
     server = Server(store, tmp_path)
 
     async def play() -> None:
         async with contextlib.AsyncExitStack() as stack:
             hub = await stack.enter_async_context(AsyncHubClient(server.url, TOKEN))
             client = await stack.enter_async_context(EngineClient(engine.url, TOKEN, loader_dir=tmp_path))
-            lane = Lane("engine0", client, hub, FakeFetcher(), process="rollout", ready_timeout_s=5.0, turns=True)
+            worker = EngineWorker(
+                "engine0", client, hub, FakeFetcher(), process="rollout", ready_timeout_s=5.0, time_sharing=True
+            )
             engine.version = -1
-            following = asyncio.create_task(lane.follow())
+            following = asyncio.create_task(worker.follow())
             for version in range(2):
-                while not (await asyncio.to_thread(store.take_card, "engine0", "trainer"))["held"]:
+                while not (await asyncio.to_thread(store.take_gpu_lease, "engine0", "trainer"))["held"]:
                     await asyncio.sleep(0.02)
                 store.announce(version, version)
-                store.give_card("engine0", "trainer")
-                await lane.open.wait()
+                store.give_gpu_lease("engine0", "trainer")
+                await worker.open.wait()
             store.request_stop()
             await following
 
@@ -176,7 +182,7 @@ def test_a_turn_before_the_first_version_names_no_step(tmp_path: Path) -> None:
         server.thread.stop()
     told = [r for r in metrics.read(tmp_path / "metrics.jsonl") if "release_s" in r]
     assert ["step" in r for r in told] == [False, True]
-    assert summary.training(told, 0)["step_s_p50"] is None, "a run's closing reads them"
+    assert summary.training(told, 0)["step_s_p50"] is None, "a run's summary reads them"
 
 
 @pytest.fixture(scope="module")
@@ -185,10 +191,10 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Engine:
-    """The engine's part as the hub sees it: gives its card when it is wanted, takes it back, remembers who had it."""
+    """The engine's part as the hub sees it: gives its lease when it is wanted, takes it back, remembers who had it."""
 
     def __init__(self, job: Job, loops: list[Any]):
-        self.turns: list[int] = []
+        self.time_sharing: list[int] = []
         self._over = threading.Event()
         self._job, self._loops = job, loops
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -199,10 +205,10 @@ class Engine:
         while not self._over.is_set():
             if store.target("engine0").get("wanted"):
                 assert all(held(loop) == 0 for loop in self._loops), "the trainer asks before it comes back"
-                store.give_card("engine0", "engine0")
-                while not store.take_card("engine0", "engine0")["held"] and not self._over.is_set():
+                store.give_gpu_lease("engine0", "engine0")
+                while not store.take_gpu_lease("engine0", "engine0")["held"] and not self._over.is_set():
                     time.sleep(0.005)
-                self.turns.append(sum(held(loop) for loop in self._loops))
+                self.time_sharing.append(sum(held(loop) for loop in self._loops))
             time.sleep(0.005)
 
     def stop(self) -> None:
@@ -233,17 +239,17 @@ def slowly(work: Callable[[], None]) -> Callable[[], None]:
     return slow
 
 
-def test_a_trainer_in_turns_learns_the_same_and_is_away_between_its_steps(
+def test_a_time_sharing_trainer_learns_the_same_and_is_away_between_its_steps(
     tmp_path: Path, model_dir: Path, engine_url: str
 ) -> None:
     values = []
-    for cards in ([], ["engine0"]):
-        job = Job(tmp_path / ("turns" if cards else "alone"), model_dir)
-        job.store._cards = CardBook(cards)
-        job.background = "on"  # on a GPU it is; in turns nothing may run beside the engine
+    for gpu_leases in ([], ["engine0"]):
+        job = Job(tmp_path / ("time_sharing" if gpu_leases else "alone"), model_dir)
+        job.store._gpu_leases = GpuLeases(gpu_leases)
+        job.background = "on"  # on a GPU it is; with time sharing nothing may run beside the engine
         loops: list[Any] = []
         engine = Engine(job, loops)
-        placement = {"shared": True, "cards": cards}
+        placement = {"shared": True, "gpu_leases": gpu_leases}
         engines = [{"name": "engine0", "url": engine_url, "stage_dir": str(tmp_path)}]
         try:
             loop = job.loop(extra={"placement": placement}, engines=engines)
@@ -251,31 +257,31 @@ def test_a_trainer_in_turns_learns_the_same_and_is_away_between_its_steps(
             loop.trainer.to_host = slowly(loop.trainer.to_host)
             loop.start()
             job.train(loop)
-            assert held(loop) == 0 if cards else held(loop) > 0
+            assert held(loop) == 0 if gpu_leases else held(loop) > 0
             loop.finish()
         finally:
             engine.stop()
             job.server.thread.stop()
-        if cards:
+        if gpu_leases:
             for r in job.records():
                 assert "loss" not in r or r["step_s"] > r["wait_s"] + r["train_s"] + LEAVING_S, "leaving is part of it"
-            assert len(engine.turns) >= 6 and set(engine.turns) == {0}, "nothing of it is left in an engine's turn"
+            assert len(engine.time_sharing) >= 6 and set(engine.time_sharing) == {0}, (
+                "nothing of it is left while an engine has the GPU"
+            )
         loop.trainer.to_device()
         values.append({name: value.clone() for name, value in loop.trainer.masters.values.items()})
     assert all(torch.equal(values[0][name], value) for name, value in values[1].items())
 
 
-def test_two_ranks_take_turns_with_an_engine_on_the_first_ones_gpu(
-    tmp_path: Path, model_dir: Path, engine_url: str
-) -> None:
-    """Two real processes; only rank 0 shares its GPU. Start, every step and the export are a turn each."""
+def test_two_ranks_share_the_first_ones_gpu_with_an_engine(tmp_path: Path, model_dir: Path, engine_url: str) -> None:
+    """Two real processes; only rank 0 shares its GPU. Start, every step and the export each take the lease once."""
     job = Job(tmp_path, model_dir)
-    job.store._cards = CardBook(["engine0"])
+    job.store._gpu_leases = GpuLeases(["engine0"])
     engines = [{"name": "engine0", "url": engine_url, "stage_dir": str(tmp_path)}]
     (port,) = free_ports(1, "127.0.0.1")
     ranks = []
     for rank, name in enumerate(("trainer", "trainer1")):
-        placement = {"shared": True, "cards": ["engine0"], "leaves": rank == 0}
+        placement = {"shared": True, "gpu_leases": ["engine0"], "leaves": rank == 0}
         config = job.config(name=name, engines=engines, extra={"placement": placement})
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps(config.document()))
@@ -297,7 +303,7 @@ def test_two_ranks_take_turns_with_an_engine_on_the_first_ones_gpu(
         job.server.thread.stop()
         for rank in ranks:
             rank.kill()
-    assert len(engine.turns) == STEPS + 2
+    assert len(engine.time_sharing) == STEPS + 2
     assert read_stable(job.run_dir / "weights", STEPS)["manifests"].keys() == {"delta"}
     assert (job.run_dir / "export" / "config.json").is_file()
     losses = [r["loss"] for r in job.records() if "loss" in r]
@@ -318,24 +324,22 @@ def planned(recipe: Recipe, document: dict[str, Any]) -> plan.LaunchPlan:
 SHARED = ("resources.rollout_gpus=1", "resources.train_gpus=1", "resources.share_gpus=true")
 
 
-def test_turns_are_taken_where_the_two_do_not_fit_side_by_side() -> None:
+def test_time_sharing_where_the_two_do_not_fit_side_by_side() -> None:
     recipe = recipe_io.load("qwen3.5-4b-m2po-delta", SHARED)
     result = planned(recipe, facts("9.0", 1, memory_gib=46, host_gib=512))
     plan.refuse(result)
-    assert result.placement.turns and result.cards == ["engine0"]
-    assert ("engine and trainer", "take turns") in [row[:2] for row in result.placement.reasons]
+    assert result.placement.time_sharing and result.gpu_leases == ["engine0"]
+    assert ("engine and trainer", "time sharing") in [row[:2] for row in result.placement.reasons]
     assert plan_memory.on_gpu(result.memory, ["engine0", "trainer"], fixed=True) <= 46 * GIB
     assert plan_memory.total(result.memory, where="gpu") > 46 * GIB
-    waiting = {
-        row.what: row.bytes for row in result.memory if row.where == "host" and "in the other's turn" in row.what
-    }
-    assert waiting["master weights (fp32), in the other's turn"] == 4 * 4_205_751_296
-    assert waiting["weights (bf16), in the other's turn"] == 2 * 4_205_751_296
+    waiting = {row.what: row.bytes for row in result.memory if row.where == "host" and "while offloaded" in row.what}
+    assert waiting["master weights (fp32), while offloaded"] == 4 * 4_205_751_296
+    assert waiting["weights (bf16), while offloaded"] == 2 * 4_205_751_296
     assert {process.restarts for process in result.processes} == {0}
     roomy = planned(recipe, facts("9.0", 1, memory_gib=141, host_gib=512))
-    assert not roomy.placement.turns and roomy.cards == []
-    asked = recipe_io.load("qwen3.5-4b-m2po-delta", (*SHARED, "resources.share_mode=turns"))
-    assert planned(asked, facts("9.0", 1, memory_gib=141, host_gib=512)).placement.turns
+    assert not roomy.placement.time_sharing and roomy.gpu_leases == []
+    asked = recipe_io.load("qwen3.5-4b-m2po-delta", (*SHARED, "resources.share_mode=time_sharing"))
+    assert planned(asked, facts("9.0", 1, memory_gib=141, host_gib=512)).placement.time_sharing
     beside = recipe_io.load("qwen3.5-4b-m2po-delta", (*SHARED, "resources.share_mode=side_by_side"))
     with pytest.raises(plan.UserError, match="GPU 0 needs at least"):
         plan.refuse(planned(beside, facts("9.0", 1, memory_gib=46, host_gib=512)))
@@ -344,24 +348,24 @@ def test_turns_are_taken_where_the_two_do_not_fit_side_by_side() -> None:
 ONE_AND_TWO = ("resources.rollout_gpus=1", "resources.train_gpus=2", "resources.share_gpus=true")
 
 
-def test_one_engine_beside_a_trainer_on_two_gpus_takes_turns_on_the_first() -> None:
-    recipe = recipe_io.load("qwen3.5-4b-m2po-delta", (*ONE_AND_TWO, "resources.share_mode=turns"))
+def test_one_engine_beside_a_trainer_on_two_gpus_shares_the_first() -> None:
+    recipe = recipe_io.load("qwen3.5-4b-m2po-delta", (*ONE_AND_TWO, "resources.share_mode=time_sharing"))
     document = facts("9.0", 2, memory_gib=46, host_gib=512)
     result = planned(recipe, document)
     plan.refuse(result)
-    assert result.gpu_map == {0: ["engine0", "trainer"], 1: ["trainer1"]} and result.cards == ["engine0"]
+    assert result.gpu_map == {0: ["engine0", "trainer"], 1: ["trainer1"]} and result.gpu_leases == ["engine0"]
     told = {p.name: children._placement(result, p) for p in result.processes}
-    assert told["engine0"]["turns"] is True
+    assert told["engine0"]["time_sharing"] is True
     assert [told[name]["placement"]["leaves"] for name in ("trainer", "trainer1")] == [True, False]
-    assert all(told[name]["placement"]["cards"] == ["engine0"] for name in ("trainer", "trainer1"))
+    assert all(told[name]["placement"]["gpu_leases"] == ["engine0"] for name in ("trainer", "trainer1"))
     away = {row.process for row in result.memory if row.away}
     assert away == {"engine0", "trainer"}, "the second rank stays where it is"
     assert plan_memory.on_gpu(result.memory, ["engine0", "trainer"], fixed=True) <= 46 * GIB
-    waiting = [row for row in result.memory if row.what == "master weights (fp32), in the other's turn"]
+    waiting = [row for row in result.memory if row.what == "master weights (fp32), while offloaded"]
     assert [(row.process, row.bytes) for row in waiting] == [("trainer", 2 * 4_205_751_296)]
     roomy = planned(recipe_io.load("qwen3.5-4b-m2po-delta", ONE_AND_TWO), facts("9.0", 2, memory_gib=141, host_gib=512))
     plan.refuse(roomy)
-    assert roomy.placement.shared and not roomy.placement.turns
+    assert roomy.placement.shared and not roomy.placement.time_sharing
 
 
 def test_an_engine_and_a_trainer_on_a_gpu_each_share_nothing() -> None:
@@ -369,7 +373,7 @@ def test_an_engine_and_a_trainer_on_a_gpu_each_share_nothing() -> None:
     result = planned(recipe, facts("9.0", 2, memory_gib=141, host_gib=512))
     plan.refuse(result)
     assert result.gpu_map == {0: ["engine0"], 1: ["trainer"]}
-    assert result.cards == [] and not result.placement.shared
+    assert result.gpu_leases == [] and not result.placement.shared
     env = {p.name: p.env["CUDA_VISIBLE_DEVICES"] for p in result.processes}
     assert env == {"engine0": "0", "rollout": "", "trainer": "1", "eval": ""}
     with pytest.raises(plan.UserError, match="GPU 1 needs at least"):

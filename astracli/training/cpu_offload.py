@@ -1,10 +1,9 @@
 """Tensors that wait in host memory while a GPU is needed for something else.
 
-A parked tensor keeps its identity: its storage is emptied and later filled again, so everything that shares it (FSDP's
-shards, the optimizer's parameters, views) is right again without being told. Copies go through pinned memory on the
-stream that is current, which `passage` makes another than that of the work. Until then torch would print what lies at
-address 0, which ends a process, or a GPU's context: whoever looks (a debugger, a traceback with values) is told that it
-is parked.
+An offloaded tensor keeps its identity: its storage is emptied and later filled again, so everything that shares it
+(FSDP's shards, the optimizer's parameters, views) is right again without being told. Copies go through pinned memory on
+the current stream; `overlapped_offload` makes that another than the stream of the work. To print an empty storage torch
+would read address 0, which ends the process or the GPU's context: so `repr` says that the tensor is offloaded.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from astracli.kernels.upload import host_memory
 from astracli.training.fsdp import local
 
 
-class Parking:
+class CpuOffload:
     """Moves a set of tensors between their device and host memory, whole. Host memory is kept once it was needed.
 
-    `constant`: nobody writes to them, so parking again copies nothing. On a CPU the host's copy is another place in the
+    `constant`: nobody writes to them, so offloading again copies nothing. On a CPU the host's copy is elsewhere in the
     same memory.
     """
 
@@ -38,21 +37,21 @@ class Parking:
         self._bytes = {key: storage.nbytes() for key, storage in self._storages.items()}
         self._host: dict[int, Tensor] = {}
         self._constant = constant
-        self.parked = False
+        self.offloaded = False
 
     @property
     def nbytes(self) -> int:
         return sum(self._bytes.values())
 
     def to_host(self) -> None:
-        """Empty the device's storages; their bytes wait on the host. Parked twice is parked once."""
-        if not self.parked:
+        """Empty the device's storages; their bytes wait on the host. Offloaded twice is offloaded once."""
+        if not self.offloaded:
             self.save()
             self.leave()
 
     def to_device(self) -> None:
         """Fill the storages again, byte for byte."""
-        if self.parked:
+        if self.offloaded:
             self.make_room()
             self.fill()
 
@@ -69,7 +68,7 @@ class Parking:
         """Empty the storages, whose bytes `save` has taken: the other half."""
         for storage in self._storages.values():
             empty(storage)
-        self.parked = True
+        self.offloaded = True
 
     def make_room(self) -> None:
         """Memory for the storages: the first half of `to_device`."""
@@ -80,7 +79,7 @@ class Parking:
         """From the host, on the current stream: the other half."""
         for key, storage in self._storages.items():
             _flat(storage).copy_(self._host[key], non_blocking=True)
-        self.parked = False
+        self.offloaded = False
 
     @contextmanager
     def moved_in(self) -> Iterator[None]:
@@ -92,8 +91,8 @@ class Parking:
             self.to_host()
 
     def on_host(self, tensor: Tensor) -> Tensor:
-        """A parked tensor's values, in the host's memory: valid until it is moved in."""
-        assert self.parked
+        """An offloaded tensor's values, in the host's memory: valid until it is moved in."""
+        assert self.offloaded
         here = local(tensor)
         storage = here.untyped_storage()
         if storage.device.type == "cuda":
@@ -104,22 +103,22 @@ class Parking:
 
 def empty(storage: torch.UntypedStorage) -> None:
     """Free its memory; the tensors that share it stay, and can still be shown."""
-    if not hasattr(torch.Tensor.__repr__, "shows_parked"):
-        shown: Any = _showing_parked(torch.Tensor.__repr__)
+    if not hasattr(torch.Tensor.__repr__, "shows_offloaded"):
+        shown: Any = _showing_offloaded(torch.Tensor.__repr__)
         torch.Tensor.__repr__ = shown  # type: ignore[method-assign]
     storage.resize_(0)
 
 
-def _showing_parked(plain: Callable[..., str]) -> Callable[..., str]:
+def _showing_offloaded(plain: Callable[..., str]) -> Callable[..., str]:
     """torch's `repr`, for tensors that are there."""
 
     @wraps(plain)
     def shown(tensor: Tensor, **options: Any) -> str:
         if not _is_empty(tensor):
             return plain(tensor, **options)
-        return f"tensor(parked, size={tuple(tensor.shape)}, dtype={tensor.dtype}, device={tensor.device})"
+        return f"tensor(offloaded, size={tuple(tensor.shape)}, dtype={tensor.dtype}, device={tensor.device})"
 
-    shown.shows_parked = True  # type: ignore[attr-defined]
+    shown.shows_offloaded = True  # type: ignore[attr-defined]
     return shown
 
 

@@ -1,4 +1,4 @@
-"""An fp32 number as a bf16 one and the 16 bits that rounding lost: Triton kernels for `training/halves.py`."""
+"""An fp32 number as a bf16 one and the 16 bits that rounding lost: Triton kernels for `training/split_masters.py`."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from astracli.training.parking import empty
+from astracli.training.cpu_offload import empty
 
 
 def split(master: Tensor, high: Tensor, rest: Tensor) -> None:
@@ -37,7 +37,7 @@ def split(master: Tensor, high: Tensor, rest: Tensor) -> None:
 
 
 def join(high: Tensor, rest: Tensor, master: Tensor) -> None:
-    """master (fp32) <- its two halves."""
+    """master (fp32) <- its two parts."""
     if master.is_cuda and (kernels := _kernels()) is not None:
         kernels.join(high, rest, master)
         return
@@ -47,14 +47,14 @@ def join(high: Tensor, rest: Tensor, master: Tensor) -> None:
 def _kernels() -> Any:
     """The Triton kernels; None where Triton cannot be imported."""
     try:
-        from astracli.kernels.gpu import halves
+        from astracli.kernels.gpu import split_masters
     except ImportError:
         return None
-    return halves
+    return split_masters
 
 
-class Halves:
-    """Masters by name whose storage is empty but inside `whole`; elsewhere their parameter and `rest` are they."""
+class SplitMasters:
+    """Masters by name. Their storage is empty except inside `whole`; parameter and `rest` together are the master."""
 
     def __init__(self) -> None:
         self._masters: dict[str, Tensor] = {}
@@ -85,8 +85,7 @@ class Halves:
 
     @contextmanager
     def whole(self, names: Collection[str] | None = None) -> Iterator[None]:
-        """Inside, these masters (None: all) are in memory and may be written to; after it the parameters are they,
-        rounded."""
+        """Inside, these masters (None: all) are in memory and may be written to; afterwards they are split again."""
         chosen = [name for name in (self._masters if names is None else names) if name in self._masters]
         nested = [name for name in chosen if self._masters[name].untyped_storage().nbytes()]
         assert not nested, f"in memory already: {nested[:5]}"

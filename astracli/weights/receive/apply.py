@@ -24,14 +24,24 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "NEXT", "PROOF", "RESULT", "ApplyResult", "Hands", "Placement", "Prepared", "Target", "apply", "perform", "prepare"
+    "NEXT",
+    "READBACK",
+    "RESULT",
+    "ApplyResult",
+    "EngineSlice",
+    "Hands",
+    "Prepared",
+    "Target",
+    "apply",
+    "perform",
+    "prepare"
 ]  # fmt: skip
 RESULT = "result.json"
-PROOF = "proof.json"
+READBACK = "readback.json"
 
 
 @dataclass(frozen=True)
-class Placement:
+class EngineSlice:
     """Where a range of one flattened HF tensor lies in the engine."""
 
     view: torch.Tensor
@@ -44,7 +54,7 @@ class Placement:
         return self.offset + self.view.numel()
 
 
-Target = Union["torch.Tensor", Sequence[Placement]]
+Target = Union["torch.Tensor", Sequence[EngineSlice]]
 """A contiguous tensor of the HF shape, or the placements that make it up."""
 
 
@@ -110,9 +120,9 @@ def succeed(stage_dir: Path, result: ApplyResult, more: Mapping[str, Any] | None
     write_atomic(Path(stage_dir) / RESULT, json.dumps(doc).encode())
 
 
-def write_proof(stage_dir: Path, doc: Mapping[str, Any]) -> None:
+def write_readback(stage_dir: Path, doc: Mapping[str, Any]) -> None:
     """Write what a read-back under HF names found: `version`, `ok`, `message`, and seconds."""
-    write_atomic(Path(stage_dir) / PROOF, json.dumps(doc).encode())
+    write_atomic(Path(stage_dir) / READBACK, json.dumps(doc).encode())
 
 
 def fail(stage_dir: Path, error: AstraError) -> AstraError:
@@ -127,13 +137,13 @@ def read_back_digests(tensors: Mapping[str, Target]) -> dict[str, str]:
     return {name: _digest(placements(target)) for name, target in tensors.items()}
 
 
-def placements(target: Target) -> Sequence[Placement]:
+def placements(target: Target) -> Sequence[EngineSlice]:
     """A target as placements. Raises WeightMismatch for a tensor that is not contiguous."""
     if isinstance(target, Sequence):
         return target
     if not target.is_contiguous():
         raise WeightMismatch(f"a tensor of shape {list(target.shape)} is not contiguous and cannot change in place")
-    return [Placement(target.detach().view(-1), 0)]
+    return [EngineSlice(target.detach().view(-1), 0)]
 
 
 # ---- one version -----------------------------------------------------------------------------------------------------
@@ -181,7 +191,7 @@ def load(prepared: Prepared, hands: Hands) -> None:
 class _Numpy:
     """The hands of weights on the host: there is nothing to do beforehand."""
 
-    def __init__(self, placed: Mapping[str, Sequence[Placement]]):
+    def __init__(self, placed: Mapping[str, Sequence[EngineSlice]]):
         self._placed = placed
 
     def load(self, prepared: Prepared) -> None:
@@ -197,7 +207,7 @@ class _Numpy:
         return {name: _digest(self._placed[name]) for name in names}
 
 
-def _check_tensors(manifest: Manifest, placed: Mapping[str, Sequence[Placement]]) -> None:
+def _check_tensors(manifest: Manifest, placed: Mapping[str, Sequence[EngineSlice]]) -> None:
     """The engine holds exactly the tensors of the manifest, whole and in the wire dtype."""
     wanted = {t.name: t for t in manifest.tensors}
     if missing := sorted(wanted.keys() - placed.keys()):
@@ -218,7 +228,7 @@ def _check_tensors(manifest: Manifest, placed: Mapping[str, Sequence[Placement]]
             raise WeightMismatch(f"the engine holds {end} elements of `{name}`, the manifest {tensor.numel}")
 
 
-def _check_digests(prepared: Prepared, placed: Mapping[str, Sequence[Placement]], hands: Hands) -> None:
+def _check_digests(prepared: Prepared, placed: Mapping[str, Sequence[EngineSlice]], hands: Hands) -> None:
     manifest = prepared.manifests[-1]
     frozen_here = [name for name in manifest.frozen_digests if name in placed]
     found = hands.digests([*(t.name for t in manifest.tensors), *frozen_here])
@@ -237,7 +247,7 @@ def _check_digests(prepared: Prepared, placed: Mapping[str, Sequence[Placement]]
         )
 
 
-def _digest(places: Sequence[Placement]) -> str:
+def _digest(places: Sequence[EngineSlice]) -> str:
     lanes = digest.ZERO
     for place in places:
         lanes = digest.add(lanes, digest.digest_tensor(place.view, place.offset))
@@ -245,8 +255,8 @@ def _digest(places: Sequence[Placement]) -> str:
 
 
 def overlaps(
-    update: codec.Update, start: int, places: Sequence[Placement]
-) -> Iterator[tuple[torch.Tensor, codec.Update]]:
+    update: codec.DecodedPiece, start: int, places: Sequence[EngineSlice]
+) -> Iterator[tuple[torch.Tensor, codec.DecodedPiece]]:
     """(view, what to do there) for an update of elements [start, start + length) of an HF tensor."""
     for place in places:
         low, high = max(start, place.offset), min(start + update.length, place.end)

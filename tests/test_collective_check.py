@@ -20,9 +20,9 @@ from astracli.launch import children, summary
 from astracli.launch.supervise import Retry
 from astracli.process import children as local
 from astracli.process.ports import free_ports
-from astracli.report.closing import closing_facts
+from astracli.report.summary_table import summary_rows
 from astracli.runs.run_dir import RunDir
-from astracli.training import link
+from astracli.training import collective_check
 
 RANK = """
     import os, sys, time
@@ -63,10 +63,10 @@ def test_ranks_whose_all_reduce_fails_start_again_without_direct_links(logs: Pat
     ]
 
     def again() -> list[local.ChildSpec]:
-        fresh = rank_env(0, **link.WITHOUT_PEERS)
+        fresh = rank_env(0, **collective_check.WITHOUT_PEERS)
         return [replace(s, env={**fresh, "RANK": s.env["RANK"]}) for s in specs]
 
-    retry = Retry(link.BROKEN, frozenset(("trainer", "trainer1")), again, "they run without")
+    retry = Retry(collective_check.BROKEN, frozenset(("trainer", "trainer1")), again, "they run without")
     family = supervisor(specs, retry=retry)
     begun = time.monotonic()
     family.run()
@@ -87,20 +87,20 @@ def test_the_check_leaves_no_buffer_in_the_cache(monkeypatch: pytest.MonkeyPatch
         made.append(weakref.ref(tensor))
         return tensor
 
-    monkeypatch.setitem(link.ELEMENTS, "cuda", 100)
+    monkeypatch.setitem(collective_check.ELEMENTS, "cuda", 100)
     monkeypatch.setattr(torch, "arange", arange)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda buffer: buffer)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive_then.append([r() is not None for r in made]))
-    link.check(0, 1, torch.device("cuda"))
+    collective_check.check(0, 1, torch.device("cuda"))
     assert alive_then == [[False]]
 
 
 def test_a_second_failure_ends_the_run(logs: Path) -> None:  # noqa: F811
-    specs = [spec(logs, "trainer", f"import sys; print('error: no sum'); sys.exit({link.BROKEN})")]
-    retry = Retry(link.BROKEN, frozenset(["trainer"]), lambda: specs, "once more")
+    specs = [spec(logs, "trainer", f"import sys; print('error: no sum'); sys.exit({collective_check.BROKEN})")]
+    retry = Retry(collective_check.BROKEN, frozenset(["trainer"]), lambda: specs, "once more")
     family = supervisor(specs, retry=retry)
-    with pytest.raises(RunFailed, match=f"`trainer` ended with exit code {link.BROKEN}"):
+    with pytest.raises(RunFailed, match=f"`trainer` ended with exit code {collective_check.BROKEN}"):
         family.run()
     assert family.notes == ["once more (error: no sum)"]
 
@@ -116,7 +116,7 @@ def test_what_a_run_on_two_gpus_starts_again_with(tmp_path: Path, monkeypatch: p
             "proved by an all-reduce in 60 s at the start; if not, once more with NCCL_P2P_DISABLE=1",
         )
     ]
-    setting = children.Setting(recipe, plan, RunDir(tmp_path), 1, "http://127.0.0.1:1", "token", {"model": "m"})
+    setting = children.RunContext(recipe, plan, RunDir(tmp_path), 1, "http://127.0.0.1:1", "token", {"model": "m"})
     specs = children.build(setting, {})
     retry = children.retry(setting, specs)
     assert retry is not None and retry.names == {"trainer", "trainer1"}
@@ -137,11 +137,11 @@ def test_what_a_run_on_two_gpus_starts_again_with(tmp_path: Path, monkeypatch: p
     assert children.retry(setting, children.build(setting, {})) is None
 
 
-def test_the_closing_table_says_so(tmp_path: Path) -> None:
+def test_the_summary_table_says_so(tmp_path: Path) -> None:
     document = summary.build(
         recipe_io.load("qwen3.5-tiny-m2po-delta"), run_dir=tmp_path, state="done", attempt=1, first_step=0,
         phases={"running": 1.0}, evaluations_s={}, records=[], store={}, memory=None, restarts={},
         notes=["the 2 training GPUs do not reach each other directly"],
     )  # fmt: skip
-    assert ("note", "the 2 training GPUs do not reach each other directly") in closing_facts(document)
+    assert ("note", "the 2 training GPUs do not reach each other directly") in summary_rows(document)
     json.dumps(document)

@@ -10,7 +10,7 @@ from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
 from astracli.data import fetch
 from astracli.errors import UserError
-from astracli.process.talk import say
+from astracli.process.console import say
 from astracli.runs import find as runs
 from astracli.runs.run_dir import RunDir
 

@@ -1,6 +1,6 @@
 """What an engine wrote before it died, in the words of somebody who has seen it before.
 
-SGLang talks much while it is well: optional modules that it could not import, libraries that a package did without,
+SGLang prints much while it is well: optional modules that it could not import, libraries that a package did without,
 requests that it took back for a while. Only what ends a process counts: the line of an exception, or a line that no
 process outlives. A line that merely slows it down explains the end when there is nothing else.
 """

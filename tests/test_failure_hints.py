@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from astracli.engines.sglang import last_words
+from astracli.engines.sglang import failure_hints
 
 DIED = Path(__file__).parent / "fixtures" / "sglang_died.log"
 """A real SGLang: how it started, and how it ended because its cache could not be flushed."""
@@ -37,10 +37,10 @@ DIED = Path(__file__).parent / "fixtures" / "sglang_died.log"
         ("ValueError: something nobody has seen", "ValueError: something nobody has seen"),
     ],
 )  # fmt: skip
-def test_last_words(line: str, cause: str) -> None:
-    error = last_words.death("engine0", "ended with exit code 1", ["all is well", line, "Killed"])
+def test_what_the_last_lines_mean(line: str, cause: str) -> None:
+    error = failure_hints.death("engine0", "ended with exit code 1", ["all is well", line, "Killed"])
     assert cause in error.message and error.hint
-    assert last_words.explain(["all is well"]) == (None, None)
+    assert failure_hints.explain(["all is well"]) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -53,17 +53,17 @@ def test_last_words(line: str, cause: str) -> None:
         ("[Rank 0] Watchdog caught collective operation timeout: WorkNCCL", "NCCL_P2P_DISABLE=1"),
     ],
 )
-def test_known_last_words_have_a_hint_of_their_own(line: str, hint: str) -> None:
-    assert hint in str(last_words.death("engine0", "ended with exit code 1", [line]).hint)
-    nothing = last_words.death("engine0", "ended with exit code 1", ["Killed"])
+def test_known_failures_have_a_hint_of_their_own(line: str, hint: str) -> None:
+    assert hint in str(failure_hints.death("engine0", "ended with exit code 1", [line]).hint)
+    nothing = failure_hints.death("engine0", "ended with exit code 1", ["Killed"])
     assert hint not in str(nothing.hint) and "log" in str(nothing.hint)
 
 
 def test_the_list_of_options_explains_nothing() -> None:
     """SGLang prints all of them first: `nccl_port`, `watchdog_timeout`, `dist_timeout`, ..."""
     options = "[2026-11-23 11:40:02] server_args=ServerArgs(nccl_port=None, dist_timeout=None, watchdog-timeout=300)"
-    assert last_words.explain([options, "Killed"]) == (None, None)
-    assert last_words.explain(["NCCL nets: 2; watchdog_timeout=300"]) == (None, None)
+    assert failure_hints.explain([options, "Killed"]) == (None, None)
+    assert failure_hints.explain(["NCCL nets: 2; watchdog_timeout=300"]) == (None, None)
 
 
 HARMLESS = [
@@ -83,23 +83,23 @@ HARMLESS = [
 
 @pytest.mark.parametrize("line", HARMLESS)
 def test_what_an_engine_lives_on_with_explains_nothing(line: str) -> None:
-    assert last_words.explain([line, "Killed"]) == (None, None)
-    assert last_words.explain([line, "ValueError: the end"])[0] == "ValueError: the end"
+    assert failure_hints.explain([line, "Killed"]) == (None, None)
+    assert failure_hints.explain([line, "ValueError: the end"])[0] == "ValueError: the end"
 
 
 def test_a_real_death_among_real_chatter() -> None:
     lines = DIED.read_text().splitlines()
     assert any("No module named 'helion'" in line for line in lines)
-    assert last_words.explain(lines) == ("AssertionError: Cache flush failed after updating weights", None)
+    assert failure_hints.explain(lines) == ("AssertionError: Cache flush failed after updating weights", None)
     end = next(i for i, line in enumerate(lines) if "Traceback" in line)
-    assert last_words.explain(lines[:end]) == (None, None)
+    assert failure_hints.explain(lines[:end]) == (None, None)
 
 
 def test_requests_taken_back_explain_only_what_nothing_else_does() -> None:
     taken = "[2026-11-23 12:17:04] KV cache pool is full. Retract requests. #retracted_reqs: 1"
-    assert last_words.explain([taken, "Killed"])[0] == "the KV cache was full and running requests were taken back"
-    assert last_words.explain([taken, "ValueError: the end"])[0] == "ValueError: the end"
+    assert failure_hints.explain([taken, "Killed"])[0] == "the KV cache was full and running requests were taken back"
+    assert failure_hints.explain([taken, "ValueError: the end"])[0] == "ValueError: the end"
     assert (
-        last_words.explain([taken, "ModuleNotFoundError: No module named 'x'"])[0]
+        failure_hints.explain([taken, "ModuleNotFoundError: No module named 'x'"])[0]
         == "its environment lacks the module x"
     )

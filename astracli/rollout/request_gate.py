@@ -1,6 +1,7 @@
 """One engine as requests see it: a gate, what is outstanding behind it, and which version their tokens bear.
 
-A request waits at the gate, and its result until the weights that made it are proven. `updates.Lane` opens and closes.
+A request waits at the gate, and its result until the weights that made it are proven. `EngineWorker` opens and
+closes the gate.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class EngineLost(RunFailed):
     """The engine did not answer; it may come back under the same address. What was asked of it is to be asked again."""
 
 
-class Gate:
+class RequestGate:
     """The requests of this worker to one engine."""
 
     def __init__(self, name: str, engine: EngineClient):
@@ -38,10 +39,10 @@ class Gate:
         """Tokens generated for this worker."""
         self.use = SlotUse()
         self._engine = engine
-        self._proven = asyncio.Event()
+        self._readback_done = asyncio.Event()
         """Set unless a read-back is due: what comes back meanwhile waits for it."""
-        self._proven.set()
-        self._disproved = 0
+        self._readback_done.set()
+        self._failed_readbacks = 0
         self._drained = asyncio.Event()
         self._drained.set()
         self._attached = False
@@ -58,7 +59,7 @@ class Gate:
         await self.open.wait()
         version = self.version
         assert version is not None
-        disproved = self._disproved
+        failed_readbacks = self._failed_readbacks
         left = len(requests)
         self.use.change(sent=left)
         self._drained.clear()
@@ -80,8 +81,8 @@ class Gate:
             if not self.use.sent:
                 self._drained.set()
         self._failures = 0
-        await self._proven.wait()
-        if self._disproved != disproved:
+        await self._readback_done.wait()
+        if self._failed_readbacks != failed_readbacks:
             raise EngineLost(f"{self.name} generated with weights that are not the trainer's")
         self.tokens += sum(len(result.tokens) for result in results)
         return [replace(r, version=min(version, r.version, r.version_start)) for r in results]

@@ -1,4 +1,4 @@
-"""Parked tensors that pass through a GPU, set after set: while one is worked on, the next comes and the last leaves.
+"""Offloaded tensors that pass through a GPU, set after set: while one is worked on, the next comes and the last leaves.
 
 A link to host memory carries both directions at once (PCIe 5 x16: 55 GB/s one way, 99 both, docs/benchmarks.md), and a
 GPU copies while it computes.
@@ -10,46 +10,46 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from astracli.training.layout import PASSING
-from astracli.training.parking import Parking
+from astracli.training.cpu_offload import CpuOffload
+from astracli.training.layout import BUCKETS_IN_FLIGHT
 
 Wait = Callable[[], None]
-AHEAD = PASSING - 1
+AHEAD = BUCKETS_IN_FLIGHT - 1
 """Sets on the device or on their way to it; one more leaves."""
 
 
-class Lane:
+class CopyQueue:
     """A queue of copies beside the one in which a GPU computes. On a CPU there is one queue."""
 
     def __init__(self, device: torch.device):
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def send(self, parked: Sequence[Parking], copy: Callable[[Parking], None]) -> Wait:
+    def send(self, offloaded: Sequence[CpuOffload], copy: Callable[[CpuOffload], None]) -> Wait:
         """Copy these after all that was asked for so far, beside what will be. What is asked for after a call of the
         result comes after the copies."""
         if self._stream is None:
-            for parking in parked:
-                copy(parking)
+            for offload in offloaded:
+                copy(offload)
             return lambda: None
         computing = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(computing)
         with torch.cuda.stream(self._stream):
-            for parking in parked:
-                copy(parking)
+            for offload in offloaded:
+                copy(offload)
         done = self._stream.record_event()
         return lambda: computing.wait_event(done)
 
 
-class Passage:
-    """Two lanes, one each way."""
+class OverlappedOffload:
+    """Two queues of copies, one each way."""
 
     def __init__(self, device: torch.device):
-        self._coming, self._leaving = Lane(device), Lane(device)
+        self._coming, self._leaving = CopyQueue(device), CopyQueue(device)
 
     def through(
         self,
-        sets: Sequence[Sequence[Parking]],
-        work: Callable[[int], Sequence[Parking]],
+        sets: Sequence[Sequence[CpuOffload]],
+        work: Callable[[int], Sequence[CpuOffload]],
         meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
         """`work(i)` with `sets[i]` on the device; what it returns then waits on the host. `meanwhile` runs while the
@@ -59,17 +59,17 @@ class Passage:
         def fetch(index: int) -> None:
             if index < len(sets):
                 # room is made, and given back, in the order of the work: nobody has it before its last user is done
-                for parking in sets[index]:
-                    parking.make_room()
-                arrived.append(self._coming.send(sets[index], Parking.fill))
+                for offload in sets[index]:
+                    offload.make_room()
+                arrived.append(self._coming.send(sets[index], CpuOffload.fill))
 
-        left: list[tuple[Sequence[Parking], Wait]] = []
+        left: list[tuple[Sequence[CpuOffload], Wait]] = []
 
         def clear() -> None:
-            for parked, gone in left:
+            for offloaded, gone in left:
                 gone()
-                for parking in parked:
-                    parking.leave()
+                for offload in offloaded:
+                    offload.leave()
             left.clear()
 
         for index in range(AHEAD):
@@ -78,7 +78,7 @@ class Passage:
         for index in range(len(sets)):
             arrived[index]()
             done = work(index)
-            leaves = (done, self._leaving.send(done, Parking.save))
+            leaves = (done, self._leaving.send(done, CpuOffload.save))
             clear()
             left.append(leaves)
             fetch(index + AHEAD)

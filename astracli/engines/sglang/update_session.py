@@ -23,27 +23,27 @@ CLOSE_S = 10.0
 
 
 @dataclass(frozen=True)
-class Update:
+class UpdateReply:
     """The engine's answer to a weight update."""
 
     success: bool
     message: str
     outcome: Mapping[str, Any] = field(default_factory=dict)
     """What the engine says of it: `changed` elements, seconds under names that end in `_s`, and whether a read-back
-    follows (`proof`). By our clock `begin_s` and `end_s`."""
+    follows (`readback`). By our clock `begin_s` and `end_s`."""
 
     @property
     def seconds(self) -> dict[str, float]:
         return {name: value for name, value in self.outcome.items() if name.endswith("_s") and value is not None}
 
 
-class UpdateWindow:
+class UpdateSession:
     """Sends an update to a server that may want it between begin and end."""
 
     def __init__(
         self,
         status: Callable[[str], Awaitable[int]],
-        post: Callable[[str, Mapping[str, object], float | None], Awaitable[Update]],
+        post: Callable[[str, Mapping[str, object], float | None], Awaitable[UpdateReply]],
     ):
         """`status`: the status of a GET. `post`: (path, body, limit in seconds or None for the usual) -> the answer."""
         self._status = status
@@ -58,7 +58,7 @@ class UpdateWindow:
         """
         self._wanted = await self._status(BEGIN) == 405
 
-    async def update(self, path: str, body: Mapping[str, object]) -> Update:
+    async def update(self, path: str, body: Mapping[str, object]) -> UpdateReply:
         """The answer to `path`, begun and ended where the server wants that. Whatever goes wrong in between, the end is
         sent; an update whose end fails has failed. Raises what `post` raises."""
         if self._wanted is None:
@@ -80,13 +80,13 @@ class UpdateWindow:
         closed = await self._post(END, {}, None)
         if update.success and not closed.success:
             return closed
-        return Update(
+        return UpdateReply(
             update.success,
             update.message,
             {**update.outcome, "begin_s": begin_s, "end_s": time.monotonic() - begun},
         )
 
-    async def _begin(self) -> Update:
+    async def _begin(self) -> UpdateReply:
         """A client that died in its update left it open, and the server then refuses to begin: it is ended first."""
         opened = await self._post(BEGIN, {}, None)
         if opened.success:

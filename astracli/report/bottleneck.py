@@ -34,7 +34,7 @@ FIRST_STEPS = 1
 EVALUATING = 0.5
 """Evaluations limit when without them so much of the trainer's wait would go, or of the engines' idle time."""
 
-Limit = Literal["generation", "training", "turns", "evaluation", "each other", "nothing"]
+Limit = Literal["generation", "training", "time_sharing", "evaluation", "each other", "nothing"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunLayout:
     """What could be changed."""
 
     engines: int
@@ -72,13 +72,13 @@ class Setting:
     staleness: int
     concurrency: int
     """Evaluation requests that each engine gets at once."""
-    turns: bool
+    time_sharing: bool
     shared: bool
     """Some GPU has an engine and a trainer."""
 
 
 @dataclass(frozen=True)
-class Balance:
+class Bottleneck:
     limit: Limit
     wait_share: float
     idle_share: float | None
@@ -96,8 +96,8 @@ class Balance:
     """What to try, "" when nothing is to be changed."""
 
 
-def judge(seen: Seen, setting: Setting) -> Balance | None:
-    """The balance of a run; None when no step was seen."""
+def judge(seen: Seen, setting: RunLayout) -> Bottleneck | None:
+    """The bottleneck of a run; None when no step was seen."""
     if seen.step_s <= 0:
         return None
     wait = min(1.0, seen.wait_s / seen.step_s)
@@ -110,16 +110,16 @@ def judge(seen: Seen, setting: Setting) -> Balance | None:
         evaluation = max(held, (1 - idle) * seen.evaluated_tokens / made if made else 0.0)
         generated = setting.engines * seen.generated_tokens / seen.engine_s
     limit, factor = _limit(wait, idle or 0.0, held or 0.0, evaluation or 0.0, setting)
-    shares = Balance(limit, wait, idle, held, evaluation, factor, generated, trained, "", "")
+    shares = Bottleneck(limit, wait, idle, held, evaluation, factor, generated, trained, "", "")
     words, change = _words(shares, setting)
     return replace(shares, words=words, change=change)
 
 
-def _limit(wait: float, idle: float, held: float, evaluation: float, setting: Setting) -> tuple[Limit, float | None]:
+def _limit(wait: float, idle: float, held: float, evaluation: float, setting: RunLayout) -> tuple[Limit, float | None]:
     if wait <= LITTLE:
         return ("training", min(FASTEST, 1 / max(1e-3, 1 - idle))) if idle > IDLE else ("nothing", None)
-    if setting.turns:
-        return "turns", None
+    if setting.time_sharing:
+        return "time_sharing", None
     if idle + held > BOTH:
         return ("evaluation" if held >= EVALUATING * (idle + held) else "each other"), None
     if evaluation >= EVALUATING * wait:
@@ -127,7 +127,7 @@ def _limit(wait: float, idle: float, held: float, evaluation: float, setting: Se
     return "generation", min(FASTEST, 1 / max(1e-3, 1 - wait))
 
 
-def _words(seen: Balance, setting: Setting) -> tuple[str, str]:
+def _words(seen: Bottleneck, setting: RunLayout) -> tuple[str, str]:
     """(what was seen, what to change)"""
     engines = "the engine" if setting.engines == 1 else f"the {setting.engines} engines"
     waited = f"the trainer waited {seen.wait_share:.0%} of its time for batches"
@@ -135,8 +135,8 @@ def _words(seen: Balance, setting: Setting) -> tuple[str, str]:
     back = f"{engines} {verb} idle {seen.idle_share:.0%} of the time" if seen.idle_share is not None else ""
     if seen.limit == "nothing":
         return f"balanced: {waited}" + (f", {back}" if back else ""), ""
-    if seen.limit == "turns":
-        words = f"engine and trainer take turns on a GPU: {waited}, and {engines} stood still while it trained"
+    if seen.limit == "time_sharing":
+        words = f"engine and trainer share a GPU in time: {waited}, and {engines} stood still while it trained"
         return (
             words,
             "a GPU of its own for each (resources.share_gpus=false), or larger train.batch_groups: fewer turns",
@@ -162,7 +162,7 @@ def _words(seen: Balance, setting: Setting) -> tuple[str, str]:
     return words, _faster_generation(setting, factor)
 
 
-def _faster_generation(setting: Setting, factor: float) -> str:
+def _faster_generation(setting: RunLayout, factor: float) -> str:
     ways = _more("resources.rollout_gpus" if setting.gpus else "resources.engines", setting.engines, factor, setting)
     if setting.allowed < setting.slots:
         ways.append(
@@ -174,7 +174,7 @@ def _faster_generation(setting: Setting, factor: float) -> str:
     return ", or ".join(ways)
 
 
-def _faster_training(setting: Setting, factor: float) -> str:
+def _faster_training(setting: RunLayout, factor: float) -> str:
     ways = _more("resources.train_gpus" if setting.gpus else "resources.train_ranks", setting.ranks, factor, setting)
     if setting.engines > 1:
         fewer = max(1, round(setting.engines / factor))
@@ -183,7 +183,7 @@ def _faster_training(setting: Setting, factor: float) -> str:
     return ", or ".join(ways)
 
 
-def _more(key: str, there: int, factor: float, setting: Setting) -> list[str]:
+def _more(key: str, there: int, factor: float, setting: RunLayout) -> list[str]:
     """`factor` times as many of what there is, where that is worth proposing. On shared GPUs within those of the other
     side, which are there; beyond them a GPU for each, as an engine reserves no more than a trainer leaves anywhere."""
     wanted = ceil(there * factor - 0.1)
@@ -200,7 +200,7 @@ def _more(key: str, there: int, factor: float, setting: Setting) -> list[str]:
 def of_run(
     records: Sequence[Record], recipe: Recipe, plan: Mapping[str, Any], first_step: int
 ) -> dict[str, Any] | None:
-    """The balance as summary.json holds it. `plan`: plan.json's document; `first_step`: of this attempt.
+    """The bottleneck as summary.json holds it. `plan`: plan.json's document; `first_step`: of this attempt.
 
     At its end a run asks for nothing more: what the last step trains on was admitted `max_staleness` versions before.
     Engines that are idle from there on wait for nobody.
@@ -242,10 +242,10 @@ def _evaluated(records: Sequence[Record], steps: Sequence[Record]) -> float:
     return tokens
 
 
-def _setting(recipe: Recipe, plan: Mapping[str, Any]) -> Setting:
+def _setting(recipe: Recipe, plan: Mapping[str, Any]) -> RunLayout:
     processes = plan["processes"]
     engines = sum(process["role"] == "engine" for process in processes)
-    return Setting(
+    return RunLayout(
         engines=max(1, engines),
         ranks=max(1, sum(process["role"] == "trainer" for process in processes)),
         gpus=any(process["gpus"] for process in processes),
@@ -253,6 +253,6 @@ def _setting(recipe: Recipe, plan: Mapping[str, Any]) -> Setting:
         allowed=(recipe.effective_staleness + 1) * recipe.batch_sequences,
         staleness=recipe.effective_staleness,
         concurrency=plan["running_requests"] if recipe.eval.max_concurrency == "auto" else recipe.eval.max_concurrency,
-        turns=bool(plan["placement"]["turns"]),
+        time_sharing=bool(plan["placement"]["time_sharing"]),
         shared=bool(plan["placement"]["shared"]),
     )

@@ -1,21 +1,21 @@
-"""One engine as the rollout worker sees it: behind a gate for requests, the choreography of a weight update.
+"""One engine as the rollout worker sees it: behind a gate for requests, the steps of a weight update.
 
 An update, in the order in which it happens (mode `abort`):
 
     fetch and stage     generation goes on
     close the gate      no new request leaves this worker
     abort, drain        every request ends its segment; partial tokens come back, all of the old version
-    pause, apply, continue      with nothing running; the engine checks digests before it serves (`sglang/window.py`)
+    pause, apply, continue      with nothing running; the engine checks digests before it serves
     report, open        the hub learns the version, then prompt + prefix are sent again
     read back           when due, beside generation, and before the report: results are held, and no evaluation begins,
                         until the weights are proven under HF names too
 
 An engine that an evaluation holds at its version gets no update until the hub lets it go; its rollouts go on.
 
-On a GPU that engine and trainer use in turns, the lane holds the engine's card at the hub. When the trainer wants it,
-and no evaluation is pinned there: gate, abort, drain, pause, settle (no read-back is at the weights any more), release
-KV cache and weights (the engine keeps a copy of them in host memory), give the card; then wait for the card, take the
-memory back and continue.
+With time sharing the engine worker holds the engine's GPU lease. When the trainer wants it, and no evaluation is pinned
+there: gate, abort, drain, pause, settle (no read-back is at the weights any more), release KV cache and
+weights (the engine keeps a copy of them in host memory), give the lease; then wait for it, take the memory back and
+continue.
 
 `in_place`, the default, and `retract` leave requests running: the gate stays open, and what comes back carries the
 *oldest* version that was in force during its request, so that staleness is never understated.
@@ -35,19 +35,19 @@ from typing import Any, Literal, Protocol
 from astracli.engines.client import UNPROVEN, EngineClient, flushes
 from astracli.errors import RunFailed
 from astracli.hub.client import AsyncHubClient
-from astracli.rollout.gate import EngineLost, Gate
 from astracli.rollout.idle import IdleWhile
+from astracli.rollout.request_gate import EngineLost, RequestGate
 
 TARGET_WAIT_S = 2.0
 """How long one question for the target version waits for another answer."""
-TURN_TAGS = ("kv_cache", "weights")
-"""What an engine gives back for a trainer's turn. (Recurrent states belong to the KV cache.)"""
+RELEASED_TAGS = ("kv_cache", "weights")
+"""What an engine gives back for the trainer. (Recurrent states belong to the KV cache.)"""
 
 PauseMode = Literal["abort", "retract", "in_place"]
 
 
-class StagedPlan(Protocol):
-    """What `Lane` reads of the subscriber's answer."""
+class StagedUpdate(Protocol):
+    """What `EngineWorker` reads of the subscriber's answer."""
 
     @property
     def kind(self) -> str: ...
@@ -63,7 +63,7 @@ class StagedPlan(Protocol):
 
 
 class Fetcher(Protocol):
-    """The part of `weights.subscriber.Subscriber` that a lane needs. Called in a thread."""
+    """The part of `weights.subscriber.Subscriber` that an engine worker needs. Called in a thread."""
 
     def fetch(self, target_version: int, have_version: int | None = None) -> Any: ...
 
@@ -72,10 +72,10 @@ class Fetcher(Protocol):
 
     def wake(self, version: int) -> None: ...
 
-    def proof(self, version: int) -> Mapping[str, float]: ...
+    def readback(self, version: int) -> Mapping[str, float]: ...
 
 
-class Lane(Gate):
+class EngineWorker(RequestGate):
     """One engine: its gate, and how it follows the hub."""
 
     def __init__(
@@ -88,10 +88,10 @@ class Lane(Gate):
         process: str,
         mode: PauseMode = "abort",
         ready_timeout_s: float = 600.0,
-        turns: bool = False,
+        time_sharing: bool = False,
     ):
         super().__init__(name, engine)
-        self.turns = turns
+        self.time_sharing = time_sharing
         """Whether a trainer uses the engine's GPU, too, when this engine does not."""
         self._hub = hub
         self._fetcher = fetcher
@@ -126,15 +126,15 @@ class Lane(Gate):
                 self._held_idle.note(self._held, self.use.seconds().idle)
                 if told and reply.get("down"):
                     self._attached = False  # the supervisor saw it end: with nothing under way, nothing failed here
-                elif self.turns and self._attached and reply.get("wanted"):
-                    if not await self._take_turns():
+                elif self.time_sharing and self._attached and reply.get("wanted"):
+                    if not await self._lend_gpu():
                         return
                 elif self._attached:
                     await self._approach(reply["version"])
             except EngineLost as error:
                 self._lose(error)
 
-    async def _take_turns(self) -> bool:
+    async def _lend_gpu(self) -> bool:
         """Let the trainer use the GPU, and take it back afterwards. False when the hub says stop meanwhile."""
         begun = time.monotonic()
         self.open.clear()
@@ -142,20 +142,20 @@ class Lane(Gate):
         await self._hub.engine_state(self.name, self.version, "updating")
         await self._call(self._engine.pause("abort"))
         await self._call(self._engine.settle())  # a read-back may outlive whoever waited for it
-        await self._call(self._engine.release_memory(TURN_TAGS))
+        await self._call(self._engine.release_memory(RELEASED_TAGS))
         released = time.monotonic()
-        await self._hub.give_card(self.name, self.name)
+        await self._hub.give_gpu_lease(self.name, self.name)
         held = False
         while not held:
-            reply = await self._hub.take_card(self.name, self.name, wait_s=TARGET_WAIT_S)
+            reply = await self._hub.take_gpu_lease(self.name, self.name, wait_s=TARGET_WAIT_S)
             if reply["stop"]:
                 return False
             held = reply["held"]
         back = time.monotonic()
-        await self._call(self._engine.resume_memory(TURN_TAGS))
+        await self._call(self._engine.resume_memory(RELEASED_TAGS))
         await self._call(self._engine.resume())
         record: dict[str, Any] = {"process": self._process, "engine": self.name}
-        if self.version is not None:  # the first turn is the trainer's: it makes version 0
+        if self.version is not None:  # the trainer has the GPU first: it makes version 0
             record["step"] = self.version
         seconds = {"release_s": released - begun, "away_s": back - released, "resume_s": time.monotonic() - back}
         await self._hub.metrics([record | seconds])
@@ -211,34 +211,34 @@ class Lane(Gate):
             print(f"warning: {self.name}: {error.message}; sending a full payload", file=sys.stderr, flush=True)
             await self._resync(target, record, error)
         self.version, self._serving = target, True
-        due = record.pop("proof")
-        if due:  # the hub hears of it with the proof: an evaluation would begin, whose answers nobody holds back
+        due = record.pop("readback")
+        if due:  # the hub hears of it after the read-back: an evaluation would begin, whose answers nobody holds back
             self.open.set()
         else:
             await self._let_in()
         gate_closed = record.pop("gate_closed")
         record["gap_s"] = time.monotonic() - gate_closed if gate_closed is not None else 0.0
         if due:
-            await self._prove(target, record)
+            await self._await_readback(target, record)
         since = {"held_idle_s": self._held_idle.take(self._held, self.use.seconds().idle)} | self._since_last_update()
         await self._hub.metrics([record | since])
 
-    async def _prove(self, target: int, record: dict[str, Any]) -> None:
+    async def _await_readback(self, target: int, record: dict[str, Any]) -> None:
         """Wait for the read-back of `target`; weights that are not the trainer's are replaced by a full payload."""
         try:
-            record |= await asyncio.to_thread(self._fetcher.proof, target)
+            record |= await asyncio.to_thread(self._fetcher.readback, target)
         except RunFailed as error:
             closed = time.monotonic()
             self.open.clear()
             self.version, self._serving, self._wrong = None, False, target
-            self._disproved += 1
-            self._proven.set()
+            self._failed_readbacks += 1
+            self._readback_done.set()
             record["resyncs"] += 1
             print(f"warning: {self.name}: {error.message}; sending a full payload", file=sys.stderr, flush=True)
             await self._resync(target, record, error)
             record.pop("gate_closed")
-            if record.pop("proof"):  # before it serves: the second time nobody trusts it
-                record |= await asyncio.to_thread(self._fetcher.proof, target)
+            if record.pop("readback"):  # before it serves: the second time nobody trusts it
+                record |= await asyncio.to_thread(self._fetcher.readback, target)
             self.version, self._serving = target, True
             await self._let_in()
             record["gap_s"] += time.monotonic() - closed
@@ -246,7 +246,7 @@ class Lane(Gate):
             if self.open.is_set():  # the engine may have been lost meanwhile
                 await self._hub.engine_state(self.name, target, "ready")
         finally:
-            self._proven.set()
+            self._readback_done.set()
 
     async def _resync(self, target: int, record: dict[str, Any], cause: RunFailed) -> None:
         """The weights did not become the target's: give the engine a full payload, once."""
@@ -265,7 +265,7 @@ class Lane(Gate):
         """Fetch, drain, apply. Raises EngineLost, or RunFailed when the payload or its application is at fault."""
         record.setdefault("gate_closed", None)
         begun = time.monotonic()
-        plan: StagedPlan = await asyncio.to_thread(self._fetcher.fetch, target, have)
+        plan: StagedUpdate = await asyncio.to_thread(self._fetcher.fetch, target, have)
         record |= {"fetch_s": time.monotonic() - begun, "fetched_bytes": plan.bytes, "kind": plan.kind}
         record |= {"transfer_s": plan.transfer_s, "stage_s": plan.stage_s}
         if self._mode == "abort":
@@ -282,20 +282,20 @@ class Lane(Gate):
                 record["gate_closed"] = time.monotonic()
             self.open.clear()
             self.version = None
-            self._disproved += 1  # requests that it found running went on with weights that nobody trusts
+            self._failed_readbacks += 1  # requests that it found running went on with weights that nobody trusts
             await self._call(self._engine.abort_all())
             await self._call(self._engine.resume())
             await self._drain()
             raise RunFailed(f"version {target} was not applied: {update.message}")
         self._wrong = None
-        due = bool(update.outcome.get("proof"))
+        due = bool(update.outcome.get("readback"))
         if due:  # what comes back from now on may be of weights that are not the trainer's
-            self._proven.clear()
+            self._readback_done.clear()
         try:
             await self._call(self._engine.resume())
         except EngineLost:
-            self._proven.set()
+            self._readback_done.set()
             raise
-        record |= {"pause_s": time.monotonic() - begun, **update.seconds, "proof": due}
+        record |= {"pause_s": time.monotonic() - begun, **update.seconds, "readback": due}
         if "changed" in update.outcome:
             record["changed"] = update.outcome["changed"]

@@ -1,4 +1,4 @@
-"""The closing table of a run, from its summary document: what it reached, what it took, where everything is."""
+"""The summary table of a run, from its summary document: what it reached, what it took, where everything is."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rich.text import Text
 from astracli.report.page.page import duration, evaluated, stderr_console
 
 
-def print_closing(summary: Mapping[str, Any], console: Console | None = None) -> None:
-    """The closing table: benchmarks first and last, expected figures, time, weights, parity, memory, places."""
+def print_summary(summary: Mapping[str, Any], console: Console | None = None) -> None:
+    """The summary table: benchmarks first and last, expected figures, time, weights, parity, memory, places."""
     console = console or stderr_console()
     if summary["benchmarks"]:
         console.print(benchmark_table(summary))
-    for key, words in closing_facts(summary):
+    for key, words in summary_rows(summary):
         console.print(Text.assemble((f"{key:<13}", "bold"), words), soft_wrap=True)
 
 
@@ -51,8 +51,8 @@ def benchmark_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
-def closing_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(name, words) rows of the closing table."""
+def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name, words) rows of the summary table."""
     training, weights, parity, memory = (summary[key] for key in ("training", "weights", "parity", "memory"))
     phases = ", ".join(f"{name} {duration(seconds)}" for name, seconds in summary["phases_s"].items() if seconds >= 0.5)
     attempt = f" in attempt {summary['attempt']}" if summary["attempt"] > 1 else ""  # of a resumed run, this one's time
@@ -69,8 +69,8 @@ def closing_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
             done += f", the trainer waited {training['wait_share']:.0%} of it"
     if summary["steps_planned"] is not None:
         facts.append(("steps", done))
-    if found := summary.get("balance"):
-        facts.append(("balance", balance_words(found)))
+    if found := summary.get("bottleneck"):
+        facts.append(("bottleneck", bottleneck_words(found)))
     if busy := summary.get("slots_busy"):
         each = ", ".join(f"{name} {share:.0%}" for name, share in busy.items())
         facts.append(("slots busy", f"{each}, with rollouts, over time"))
@@ -94,7 +94,7 @@ def closing_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("peak memory", f"{size(memory['peak_bytes'])} ({what}): {each}"))
     if restarts := summary.get("restarts"):
         each = ", ".join(f"{name} {count}" for name, count in restarts.items())
-        counted = "; the balance counts the time that they took" if summary.get("balance") else ""
+        counted = "; the bottleneck counts the time that they took" if summary.get("bottleneck") else ""
         facts.append(("restarts", each + counted))
     if resumes := summary.get("resumes"):
         facts.append(("resumes", resume_words(resumes)))
@@ -151,7 +151,7 @@ def result_lines(document: Mapping[str, Any]) -> list[str]:
     return table + by_k + lost
 
 
-def balance_words(found: Mapping[str, Any]) -> str:
+def bottleneck_words(found: Mapping[str, Any]) -> str:
     """What limited the run, both rates, and what to change."""
     rates = [
         f"{name} {found[key]:,.0f}"

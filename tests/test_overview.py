@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "docs/overview.md", "docs/architecture.md", "docs/rollout.md", "docs/trainer.md",
-         "docs/gpu-memory.md", "docs/faults.md", "docs/extending.md", "docs/algorithms.md")  # fmt: skip
+         "docs/gpu-memory.md", "docs/faults.md", "docs/weight-updates.md", "docs/extending.md", "docs/algorithms.md")  # fmt: skip
 
 
 @pytest.mark.parametrize("page", PAGES)

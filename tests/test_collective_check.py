@@ -27,9 +27,9 @@ from astracli.training import collective_check
 RANK = """
     import os, sys, time
     import torch.distributed as dist
-    from astracli.training import fsdp, link
+    from astracli.training import fsdp, collective_check
 
-    link.LIMIT_S = 2.0
+    collective_check.LIMIT_S = 2.0
     honest = dist.all_reduce
 
     def broken(tensor, **more):

@@ -49,8 +49,7 @@ class Rows:
     def _add(self, passes: Sequence[Pass], sign: int) -> None:
         trainer = self.trainer
         for micro, its in passes:
-            logprob_N, _ = parity.logprobs(trainer.policy, trainer.adapter, micro, trainer.ranks.device)
-            (sign * logprob_N[its].sum() / self.tokens).backward()
+            (sign * trainer.row_check.logprobs(micro)[its].sum() / self.tokens).backward()
 
     def gradient(self, passes: Sequence[Pass]) -> tuple[float, dict[str, float]]:
         """(|packed - passes| / |packed|, share of its square in each kind of parameter), over all parameters."""
@@ -69,14 +68,9 @@ class Rows:
     @torch.no_grad()
     def logprob(self, passes: Sequence[Pass]) -> float:
         """Largest |difference| of a loss token's log-probability."""
-        trainer = self.trainer
 
         def of(some: Sequence[Pass]) -> torch.Tensor:
-            parts = [
-                parity.logprobs(trainer.policy, trainer.adapter, micro, trainer.ranks.device)[0][its]
-                for micro, its in some
-            ]
-            return torch.cat(parts)
+            return torch.cat([self.trainer.row_check.logprobs(micro)[its] for micro, its in some])
 
         return float((of(self.packed) - of(passes)).abs().max())
 

@@ -35,8 +35,7 @@ from astracli.rl.types import Group, Sample, Segment
 from astracli.training import logprob, setup, split_masters
 from astracli.training.fsdp import Ranks
 from astracli.training.layout import RESIDENT, recomputed
-from astracli.training.step import Trainer
-from astracli.training.sums import Sums
+from astracli.training.step import Trainer, Work
 
 DEVICE = torch.device("meta")
 _FREE = ("profiler::", "aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::detach", "aten::lift", "prim::")
@@ -223,7 +222,7 @@ def micro_batches(
     """The counts, and the operators of each micro-batch of a minibatch by phase: `forward`, with the loss and the
     figures; `backward`, with the accumulation of gradients and what is computed again."""
     count, phases = Count(), []
-    limits = losses.get(chosen.algorithm.name).prepare(torch.zeros(4), torch.ones(4), chosen.algorithm)
+    limits = losses.get(chosen.algorithm.name).prepare(torch.zeros(4), torch.ones(4), chosen.algorithm.own)
     with one_gpu(count):
         trainer = build(adapter, config, chosen)
         batch = trainer._divide(groups(chosen.train.tokens_per_microbatch), 0)
@@ -237,7 +236,9 @@ def micro_batches(
         ends = {"update": lambda step: 0.0}, {"_require_agreement": lambda *_: None}
         with mock.patch.multiple(trainer.masters, **ends[0]), mock.patch.multiple(trainer, **ends[1]), count:
             timer = SimpleNamespace(lap=lambda phase: lap(phase) if phase != "optimizer_s" else None)
-            trainer._minibatch(batch, 0, 0, 1, limits, {}, {}, Sums(), timer, measure=measure)
+            work = Work(batch, 1, timer)  # type: ignore[arg-type]
+            work.limits = limits
+            trainer._minibatch(work, 0, 0, measure=measure)
     return count, phases
 
 

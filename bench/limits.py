@@ -44,12 +44,11 @@ from staleness import RECIPE, Run
 from torch import Tensor
 
 from astracli.config import recipe_io
-from astracli.config.recipe import AlgorithmTable
 from astracli.errors import UserError
 from astracli.rl import losses
 from astracli.rl.losses import ClipLimits, TokenLoss, Tokens, m2po
 from astracli.rl.losses.clipping import ClipRange
-from astracli.training.step import Trainer
+from astracli.training.step import Trainer, Work
 
 MICRO_BATCHES = 4
 """A minibatch of `microbatch`."""
@@ -64,7 +63,7 @@ class Way:
     def settings(self) -> dict[str, Any]:
         if self.source == "grpo":
             return {"name": "grpo"}
-        return {"name": "m2po", "variant": "clip", "m2_threshold": self.threshold}
+        return {"name": "m2po", "m2po.variant": "clip", "m2po.m2_threshold": self.threshold}
 
 
 FIRST = ("floor", "batch", "minibatch", "microbatch")
@@ -80,12 +79,12 @@ WAYS = {
 }
 
 
-def floor(log_ratio_N: Tensor, advantage_N: Tensor, table: AlgorithmTable) -> ClipLimits:
+def floor(log_ratio_N: Tensor, advantage_N: Tensor, settings: m2po.Settings) -> ClipLimits:
     """The former rule: a `prepare`."""
-    tau = table.m2_threshold
+    tau = settings.m2_threshold
     moment_C = log_ratio_N[m2po.candidates(log_ratio_N, advantage_N)].double() ** 2
     if m2po.bounded(moment_C, tau):
-        return m2po.prepare(log_ratio_N, advantage_N, table)
+        return m2po.prepare(log_ratio_N, advantage_N, settings)
     t = max(math.sqrt(float(moment_C.max())) if len(moment_C) else 0.0, math.sqrt(tau))
     low, high = (min(w, m) for w, m in zip(m2po.widths(t), m2po.CLIP_WIDEST, strict=True))
     return ClipRange(1.0 - low, 1.0 + high)
@@ -95,17 +94,15 @@ def limits_per_minibatch(trainer: Trainer) -> None:
     """Each minibatch is scored by the policy that is about to be updated."""
     update: Callable[..., float] = trainer._minibatch
 
-    def minibatch(
-        batch: Any, index: int, step: int, version: int, limits: ClipLimits, *rest: Any, measure: bool
-    ) -> float:
+    def minibatch(work: Work, index: int, step: int, *, measure: bool) -> float:
         with torch.no_grad():
             ratios = [
                 trainer._forward(trainer.policy, micro)[0] - torch.from_numpy(micro.logprob_N)
-                for micro in batch.minibatches[index]
+                for micro in work.batch.minibatches[index]
             ]
-        advantages = np.concatenate([micro.advantage_N for micro in batch.minibatches[index]])
-        own = m2po.prepare(torch.cat(ratios), torch.from_numpy(advantages), trainer.recipe.algorithm)
-        return update(batch, index, step, version, own, *rest, measure=measure)
+        advantages = np.concatenate([micro.advantage_N for micro in work.batch.minibatches[index]])
+        work.limits = m2po.prepare(torch.cat(ratios), torch.from_numpy(advantages), trainer.recipe.algorithm.own)
+        return update(work, index, step, measure=measure)
 
     trainer._minibatch = minibatch  # type: ignore[assignment]
 
@@ -130,14 +127,14 @@ class LimitsRun(Run):
         trainer.algorithm = replace(trainer.algorithm, token_loss=self._counted(trainer.algorithm.token_loss))
 
     def _counted(self, token_loss: Callable[[Tokens, Any], TokenLoss]) -> Callable[[Tokens, Any], TokenLoss]:
-        rule = AlgorithmTable(name="m2po", variant="clip", m2_threshold=self.way.threshold)
+        rule = m2po.Settings(variant="clip", m2_threshold=self.way.threshold)
         ppo = losses.get("grpo")
 
         def counted(tokens: Tokens, limits: Any) -> TokenLoss:
             with torch.no_grad():
                 own = m2po.prepare(tokens.log_ratio_N, tokens.advantage_N, rule)
                 published = int(m2po.token_loss(tokens, own).clipped_N.sum())
-                fixed = ppo.prepare(tokens.log_ratio_N, tokens.advantage_N, AlgorithmTable(name="grpo"))
+                fixed = ppo.prepare(tokens.log_ratio_N, tokens.advantage_N, ppo.settings())
                 ranged = int(ppo.token_loss(tokens, fixed).clipped_N.sum())
             result = token_loss(tokens, own if self.way.source == "microbatch" else limits)
             found = (int(result.clipped_N.sum()), published, ranged, len(tokens.advantage_N))

@@ -40,9 +40,9 @@ from astracli.training.setup import build_trainer
 RECIPE = "qwen3.5-tiny-m2po-delta"
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "grpo": {"name": "grpo"},
-    "m2po mask": {"name": "m2po", "variant": "mask", "m2_threshold": 0.04},
-    "m2po waterfill": {"name": "m2po", "variant": "waterfill", "m2_threshold": 0.04},
-    "m2po clip": {"name": "m2po", "variant": "clip", "m2_threshold": 0.01},
+    "m2po mask": {"name": "m2po", "m2po.variant": "mask", "m2po.m2_threshold": 0.04},
+    "m2po waterfill": {"name": "m2po", "m2po.variant": "waterfill", "m2po.m2_threshold": 0.04},
+    "m2po clip": {"name": "m2po", "m2po.variant": "clip", "m2po.m2_threshold": 0.01},
 }
 
 

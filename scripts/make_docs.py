@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import inspect
 import io
 import os
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,31 +65,44 @@ def _default(value: ast.expr | None) -> str:
 
 
 def recipe() -> str:
-    files = (ROOT / "astracli" / "config" / name for name in ("recipe.py", "recipe_run.py"))
-    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
-    classes = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
+    from astracli.config.recipe import Recipe
+    from astracli.config.recipe_run import Table
+    from astracli.config.schema import Slot
+
     parts = [
         "# Recipe reference\n\n" + MADE + 'A recipe is a TOML file; `extends = "NAME"` starts from another one, and '
         "`--set table.key=value` changes one value. Unknown keys are refused.\n`astra recipes show NAME` prints one "
         "with every value filled in."
     ]
 
-    def table(name: str, prefix: str, title: str) -> None:
+    def table(kind: type[Table], prefix: str, title: str) -> None:
         rows, inner = [], []
-        for key, kind, default, text in fields(classes[name]):
-            found = next((word for word in kind.split(" | ") if word in classes), None)
-            if found:
-                inner.append((found, f"{prefix}{key}."))
+        for key, written, default, text in described(kind):
+            child = Slot(kind).child(key)
+            if child is not None and child.table is not None:
+                inner.append((child.table, f"{prefix}{key}."))
             else:
-                rows.append(f"| `{prefix}{key}` | `{kind.replace('|', chr(92) + '|')}` | `{default}` | {_cell(text)} |")
-        note = ast.get_docstring(classes[name])
+                rows.append(f"| `{prefix}{key}` | `{_cell(written)}` | `{default}` | {_cell(text)} |")
+        note = inspect.getdoc(kind) if kind.__doc__ and kind.__module__.startswith("astracli.config.") else None
         head = f"## {title}\n\n" + (f"{note}\n\n" if note else "")
         parts.append(head + "| key | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows))
-        for found, path in inner:
+        shipped = {name: its for name, its in kind.brought().items() if its.__module__.startswith("astracli.")}
+        for found, path in [*inner, *((its, f"{prefix}{name}.") for name, its in shipped.items())]:
             table(found, path, f"[{path.rstrip('.')}]")
 
-    table("Recipe", "", "Top level")
+    table(Recipe, "", "Top level")
     return "\n\n".join(parts) + "\n"
+
+
+def described(kind: type) -> list[tuple[str, str, str, str]]:
+    """`fields` of a table and of those that it extends, each key once, in the order of the schema."""
+    found: dict[str, tuple[str, str, str, str]] = {}
+    for part in reversed(kind.__mro__):
+        if part.__module__.startswith("astracli."):
+            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(part))).body
+            assert isinstance(tree, ast.ClassDef)
+            found |= {row[0]: row for row in fields(tree)}
+    return list(found.values())
 
 
 def _cell(text: str) -> str:

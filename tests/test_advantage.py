@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 
-from astracli.rl.advantage import advantages, batch_normalise, group_advantages
+from astracli.rl.advantage import batch_normalise
+from astracli.rl.losses import UsualSettings, group_advantage
+
+
+def group_advantages(rewards_S: np.ndarray, mode: Literal["group", "mean"]) -> np.ndarray:
+    return group_advantage(rewards_S, np.ones(len(rewards_S)), UsualSettings(advantage=mode))
 
 
 def test_group_uses_the_unbiased_spread() -> None:
@@ -38,13 +45,8 @@ def test_batch_norm_of_equal_advantages_is_zero() -> None:
 
 
 def test_batch_norm_after_group_norm() -> None:
-    result = advantages(
-        [np.array([1.0, 0.0]), np.array([1.0, 0.0, 0.0])],
-        [np.array([2, 2]), np.array([1, 1, 1])],
-        mode="mean",
-        batch_norm=True,
-    )
+    centred = [group_advantages(np.array(rewards), "mean") for rewards in ([1.0, 0.0], [1.0, 0.0, 0.0])]
+    result = batch_normalise(np.concatenate(centred), np.array([2, 2, 1, 1, 1]))
     # centred: 1/2 -1/2 | 2/3 -1/3 -1/3, token mean 0; squares 4/4 + 4/9 + 1/9 + 1/9 = 5/3; variance 5/3/6 = 5/18
     scale = np.sqrt(5 / 18) + 1e-5
-    assert result[0] == pytest.approx(np.array([0.5, -0.5]) / scale)
-    assert result[1] == pytest.approx(np.array([2 / 3, -1 / 3, -1 / 3]) / scale)
+    assert result == pytest.approx(np.array([0.5, -0.5, 2 / 3, -1 / 3, -1 / 3]) / scale)

@@ -14,8 +14,8 @@ from torch import Tensor
 from training_tools import make_trainer, recipe, sample_groups, save_model
 
 from astracli.config import recipe_io
-from astracli.config.algorithms import ALGORITHMS
-from astracli.config.recipe import AlgorithmTable
+from astracli.config.algorithms import AlgorithmTable, installed
+from astracli.config.recipe import Recipe
 from astracli.errors import UserError
 from astracli.rl import losses
 from astracli.rl.batch import Row, empty_micro_batch, pad_rows
@@ -47,15 +47,22 @@ def row(tokens: int, behaviour: list[float], advantage: float) -> Row:
     )
 
 
+def recipe_of(name: str, settings: dict[str, Any], **shared: Any) -> Recipe:
+    """With the algorithm's own `settings`; dr_grpo divides by LOSS_LENGTH."""
+    own = ({"loss_length": LOSS_LENGTH} if name == "dr_grpo" else {}) | settings
+    return recipe(algorithm={"name": name, name: own} | shared)
+
+
 def computed(name: str, **settings: Any) -> tuple[float, list[float], TokenLoss]:
     """(loss of the minibatch, its gradient to the three log-probabilities, the token losses) by the package's code."""
-    chosen = recipe(algorithm={"name": name, "loss_length": LOSS_LENGTH} | settings)
+    chosen = recipe_of(name, settings)
     algorithm = losses.get(name)
     micro = pad_rows([row(2, BEHAVIOUR[:2], 1.0), row(1, BEHAVIOUR[2:], -2.0)], 0)
     proximal = torch.tensor(PROXIMAL).log()
-    limits = algorithm.prepare(proximal - torch.from_numpy(micro.logprob_N), torch.tensor(ADVANTAGE), chosen.algorithm)
+    log_ratio, own = proximal - torch.from_numpy(micro.logprob_N), chosen.algorithm.own
+    limits = algorithm.prepare(log_ratio, torch.tensor(ADVANTAGE), own)
     logprob = torch.tensor(POLICY).log().requires_grad_()
-    result = objective.token_losses(algorithm, micro, logprob, proximal, limits)
+    result, _ = objective.token_losses(algorithm, micro, logprob, proximal, limits)
     batch: Any = type("Whole", (), {"minibatch_tokens": [3], "rows_per_minibatch": 2.0})
     divisor = objective.denominator(algorithm.normaliser, batch, 0, chosen)
     loss = objective.normalised(algorithm.normaliser, result.loss_N, micro, divisor)
@@ -122,7 +129,7 @@ FORMULAS: dict[str, tuple[dict[str, Any], Callable[[Probabilities], Tensor]]] = 
 
 
 def test_every_algorithm_has_its_formula_here() -> None:
-    assert FORMULAS.keys() == ALGORITHMS.keys()
+    assert FORMULAS.keys() == installed().keys()
 
 
 @pytest.mark.parametrize("name", FORMULAS)
@@ -197,8 +204,8 @@ def test_a_policy_that_has_not_moved_trains_with_the_weight_alone(name: str, wei
     """No pass without gradients: u = 1 with the gradient of log pi, the weight pi / pi_behaviour is a constant."""
     micro = pad_rows([row(2, BEHAVIOUR[:2], 1.0), row(1, BEHAVIOUR[2:], -2.0)], 0)
     algorithm, logprob = losses.get(name), torch.tensor(POLICY).log().requires_grad_()
-    limits = algorithm.prepare(torch.zeros(3), torch.tensor(ADVANTAGE), AlgorithmTable(name=name, weight_cap=2.0))
-    result = objective.token_losses(algorithm, micro, logprob, None, limits)
+    limits = algorithm.prepare(torch.zeros(3), torch.tensor(ADVANTAGE), algorithm.settings(weight_cap=2.0))
+    result, _ = objective.token_losses(algorithm, micro, logprob, None, limits)
     result.loss_N.sum().backward()
     expected = [-w * a for w, a in zip(weights, ADVANTAGE, strict=True)]
     assert result.loss_N.tolist() == pytest.approx(expected)
@@ -208,11 +215,10 @@ def test_a_policy_that_has_not_moved_trains_with_the_weight_alone(name: str, wei
 @pytest.mark.parametrize("name", FORMULAS)
 def test_a_micro_batch_without_tokens_keeps_its_graph(name: str) -> None:
     algorithm, empty = losses.get(name), torch.zeros(0)
-    table = AlgorithmTable(name=name)
     logprob = torch.zeros(0, requires_grad=True)
-    limits = algorithm.prepare(empty, empty, table)
+    limits = algorithm.prepare(empty, empty, algorithm.settings())
     micro = empty_micro_batch(0)
-    result = objective.token_losses(algorithm, micro, logprob * 1.0, None, limits)
+    result, _ = objective.token_losses(algorithm, micro, logprob * 1.0, None, limits)
     loss = objective.normalised(algorithm.normaliser, result.loss_N, micro, 4.0)
     loss.backward()
     assert loss.item() == 0.0 and logprob.grad is not None
@@ -227,22 +233,21 @@ def test_mismatch_correction_weighs_tokens_of_the_current_version(name: str) -> 
     min(pi_proximal / pi_engine, 1.1), which is 1.1 and 0.8. Token 1 is older: its ratio is to the engine's, and it
     weighs 1."""
     settings, _ = FORMULAS[name]
-    chosen = recipe(algorithm={"name": name, "loss_length": LOSS_LENGTH, "mismatch_cap": 1.1} | settings)
-    algorithm = losses.get(name)
+    own, algorithm = recipe_of(name, settings).algorithm.own, losses.get(name)
     micro = pad_rows([row(2, BEHAVIOUR[:2], 1.0), row(1, BEHAVIOUR[2:], -2.0)], 0)
     micro.version_N[:] = [7, 6, 7]
     proximal = torch.tensor(PROXIMAL).log()
-    moved = objective.moved(proximal - torch.from_numpy(micro.logprob_N), micro, 7, chosen.algorithm)
+    moved = objective.moved(proximal - torch.from_numpy(micro.logprob_N), micro, 7, 1.1)
     assert moved.tolist() == pytest.approx([0.0, math.log(3.5), 0.0])
-    limits = algorithm.prepare(moved, torch.tensor(ADVANTAGE), chosen.algorithm)
+    limits = algorithm.prepare(moved, torch.tensor(ADVANTAGE), own)
     logprob = torch.tensor(POLICY).log().requires_grad_()
-    result, capped = objective.step_losses(algorithm, chosen.algorithm, micro, logprob, proximal, limits, 7)
+    result, capped = objective.token_losses(algorithm, micro, logprob, proximal, limits, version=7, cap=1.1)
     result.loss_N.sum().backward()
 
     # the same algorithm, told that the engine's probabilities of tokens 0 and 2 were the trainer's
     plain = logprob.detach().clone().requires_grad_()
     micro.logprob_N[[0, 2]] = np.log(np.float32([PROXIMAL[0], PROXIMAL[2]]))
-    expected = objective.token_losses(algorithm, micro, plain, proximal, limits)
+    expected, _ = objective.token_losses(algorithm, micro, plain, proximal, limits)
     weights = torch.tensor([1.1, 1.0, 0.8])
     (expected.loss_N * weights).sum().backward()
     torch.testing.assert_close(result.loss_N, expected.loss_N * weights)
@@ -254,8 +259,8 @@ def test_mismatch_correction_weighs_tokens_of_the_current_version(name: str) -> 
 def test_grpo_with_mismatch_correction_is_tis_on_fresh_tokens() -> None:
     grpo, micro = losses.get("grpo"), pad_rows([row(2, BEHAVIOUR[:2], 1.0), row(1, BEHAVIOUR[2:], -2.0)], 0)
     proximal, logprob = torch.tensor(PROXIMAL).log(), torch.tensor(POLICY).log().requires_grad_()
-    limits = grpo.prepare(torch.zeros(3), torch.tensor(ADVANTAGE), AlgorithmTable(name="grpo"))
-    result, _ = objective.corrected_losses(grpo, micro, logprob, proximal, limits, version=0, cap=2.0)
+    limits = grpo.prepare(torch.zeros(3), torch.tensor(ADVANTAGE), grpo.settings())
+    result, _ = objective.token_losses(grpo, micro, logprob, proximal, limits, version=0, cap=2.0)
     (result.loss_N.sum() / 3).backward()
     loss, gradient, _ = computed("tis")
     assert (result.loss_N.sum() / 3).item() == pytest.approx(loss)
@@ -267,19 +272,19 @@ def test_grpo_with_mismatch_correction_is_tis_on_fresh_tokens() -> None:
 
 def test_the_name_brings_its_own_values() -> None:
     def own(name: str, *keys: str) -> list[Any]:
-        table = AlgorithmTable(name=name)
-        return [getattr(table, key) for key in keys]
+        table = AlgorithmTable.model_validate({"name": name})
+        return [getattr(table if hasattr(table, key) else table.own, key) for key in keys]
 
     assert own("grpo", "clip_low", "clip_high", "advantage", "overlong_fraction") == [0.2, 0.2, "group", 0.0]
     assert own("dapo", "clip_low", "clip_high", "overlong_fraction") == [0.2, 0.28, 0.2]
-    assert own("dr_grpo", "advantage") == ["mean"]
     assert own("gspo", "clip_low", "clip_high") == [3e-4, 4e-4]
-    assert AlgorithmTable(name="dapo", clip_high=0.3).clip_high == 0.3
+    assert (own("decoupled", "weight_cap"), own("tis", "weight_cap")) == ([5.0], [2.0])
+    assert AlgorithmTable.model_validate({"name": "dapo", "dapo": {"clip_high": 0.3}}).own.clip_high == 0.3
 
 
 def test_a_resolved_recipe_reads_back_the_same(tmp_path: Path) -> None:
     first = recipe_io.load("qwen3.5-tiny-m2po-full", ["algorithm.name=gspo"])
-    assert first.algorithm.clip_high == 4e-4
+    assert first.algorithm.own.clip_high == 4e-4
     path = tmp_path / "recipe.json"
     path.write_text(first.model_dump_json())
     assert recipe_io.from_json(path).algorithm == first.algorithm
@@ -288,7 +293,7 @@ def test_a_resolved_recipe_reads_back_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["algorithm.name=dr_grpo", "algorithm.advantage=group"], "algorithm.advantage = group divides by the spread"),
+        (["algorithm.name=dr_grpo", "algorithm.dr_grpo.advantage=group"], "unknown key `algorithm.dr_grpo.advantage`"),
         (
             ["algorithm.name=dr_grpo", "algorithm.batch_norm_advantage=true"],
             "algorithm.batch_norm_advantage = true divides by the spread",
@@ -360,7 +365,9 @@ def test_mismatch_correction_in_a_step(model_dir: Path) -> None:
 
 def test_one_stale_minibatch_is_measured_from_the_policy_itself(model_dir: Path) -> None:
     """Nothing has moved since the start of the step: no ratio is clipped, the weight is pi / pi_behaviour."""
-    trainer = make_trainer(model_dir, recipe(algorithm={"name": "tis", "weight_cap": 1.5}, train={"minibatches": 1}))
+    trainer = make_trainer(
+        model_dir, recipe(algorithm={"name": "tis", "tis": {"weight_cap": 1.5}}, train={"minibatches": 1})
+    )
     groups = sample_groups(trainer, 4, seed=1, version=-1)
     for sample in (s for g in groups for s in g.samples):
         sample.segments[0].logprobs = sample.segments[0].logprobs - np.float32(math.log(2.0))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from training_tools import sample_groups
+from training_tools import recipe, sample_groups
 
-from astracli.config.recipe import AlgorithmTable, RolloutTable
 from astracli.rl.batch import Batch, build_batch
 from astracli.rl.types import Group, Sample, Segment
 
@@ -14,8 +13,10 @@ PAD = 0
 
 
 def batch(groups: list[Group], **values: int) -> Batch:
-    settings = {"step": 3, "seed": 1, "minibatches": 4, "tokens_per_microbatch": 60} | values
-    return build_batch(groups, algorithm=AlgorithmTable(), rollout=RolloutTable(), pad_token=PAD, **settings)  # type: ignore[arg-type]
+    own = {key: values.pop(key) for key in ("minibatches", "tokens_per_microbatch") if key in values}
+    chosen = recipe(train={"minibatches": 4, "tokens_per_microbatch": 60} | own)
+    chosen = chosen.model_copy(update={"seed": values.pop("seed", 1)})
+    return build_batch(groups, chosen, pad_token=PAD, **{"step": 3} | values)
 
 
 def indices(b: Batch) -> list[list[list[int]]]:

@@ -16,12 +16,12 @@ import pytest
 import torch
 
 from astracli.adapters.qwen3_5 import ADAPTER, tiny_config
-from astracli.config.algorithms import ALGORITHMS
+from astracli.config.algorithms import installed
 from astracli.kernels import upload
 from astracli.kernels.gpu import fused
 from astracli.training import objective, sums
 from astracli.training.fsdp import Ranks
-from astracli.training.step import Trainer
+from astracli.training.step import Trainer, Work
 
 LAYERS = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "vocab_size": 300}
 
@@ -42,7 +42,7 @@ def config(**changed: Any) -> Mapping[str, Any]:
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
-@pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
+@pytest.mark.parametrize("algorithm", sorted(installed()))
 def test_no_micro_batch_waits_for_the_gpu(bench: ModuleType, algorithm: str, checkpointing: str) -> None:
     """With the loss, the figures and the accumulation of gradients."""
     chosen = bench.recipe(512, checkpointing, {"name": algorithm})
@@ -58,17 +58,17 @@ def test_nor_does_the_pass_without_gradients(bench: ModuleType) -> None:
     with bench.one_gpu(bench.Count()):
         trainer: Trainer = bench.build(ADAPTER, config(), chosen)
         batch = trainer._divide(bench.groups(512), 0)
-        added, count, proximals = sums.Sums(), bench.Count(), {}
+        count, work = bench.Count(), Work(batch, 1, sums.Timer(trainer.ranks.device))
         never = SimpleNamespace(prepare=lambda *_: None)
         with (
             mock.patch.object(Ranks, "gather", lambda self, tensor: tensor),
             mock.patch.object(trainer, "algorithm", never),
             count,
         ):
-            trainer._score(batch, 1, {}, proximals, added)
-    assert count.waits == [] and len(proximals) == sum(map(len, batch.minibatches)) >= 2
+            trainer._score(work)
+    assert count.waits == [] and len(work.proximals) == sum(map(len, batch.minibatches)) >= 2
     part = sum(int((m.version_N == 1).sum()) for minibatch in batch.minibatches for m in minibatch)
-    assert 0 < added.own.tokens == part < batch.loss_tokens
+    assert 0 < work.sums.own.tokens == part < batch.loss_tokens
 
 
 def test_a_wait_would_be_noticed(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from astracli.config.recipe import AlgorithmTable
 from astracli.errors import UserError
 from astracli.rl import losses
 from astracli.rl.losses import TokenLoss, Tokens, m2po
@@ -22,8 +21,8 @@ from astracli.rl.losses.kl import k3
 M2PO = losses.get("m2po")
 
 
-def table(**values: Any) -> AlgorithmTable:
-    return AlgorithmTable(**values)
+def grpo_settings(**values: float) -> Any:
+    return losses.get("grpo").settings(**values)
 
 
 def tensors(*values: float) -> Tensor:
@@ -40,7 +39,7 @@ def token_loss(name: str, log_ratio: Tensor, advantage: Tensor, limits: Any) -> 
 def test_an_unknown_name_lists_those_that_exist() -> None:
     with pytest.raises(UserError, match="`ppo3`") as error:
         losses.get("ppo3")
-    assert error.value.hint == "one of cispo, dapo, decoupled, dr_grpo, grpo, gspo, m2po, tis"
+    assert str(error.value.hint).endswith("known: cispo, dapo, decoupled, dr_grpo, grpo, gspo, m2po, tis")
 
 
 # grpo
@@ -51,7 +50,7 @@ def test_grpo_by_hand() -> None:
     log_ratio = tensors(1.5, 0.5, 1.5, 0.5).log().requires_grad_()
     advantage = tensors(2.0, 2.0, -2.0, -2.0)
     grpo = losses.get("grpo")
-    limits = grpo.prepare(log_ratio, advantage, table(name="grpo", clip_low=0.2, clip_high=0.3))
+    limits = grpo.prepare(log_ratio, advantage, grpo_settings(clip_low=0.2, clip_high=0.3))
     loss, clipped, _ = token_loss("grpo", log_ratio, advantage, limits)
     # -min(r A, clip(r) A): -min(3, 2.6), -min(1, 1.6), -min(-3, -2.6), -min(-1, -1.6)
     assert loss.tolist() == pytest.approx([-2.6, -1.0, 3.0, 1.6])
@@ -69,7 +68,7 @@ def test_the_loss_of_a_far_off_token_stays_finite() -> None:
 
 def test_the_limit_of_a_fixed_range_is_its_wider_side() -> None:
     def cap(low: float, high: float) -> float:
-        settings = table(name="grpo", clip_low=low, clip_high=high)
+        settings = grpo_settings(clip_low=low, clip_high=high)
         return losses.get("grpo").prepare(tensors(), tensors(), settings).cap
 
     assert cap(0.2, 0.2) == pytest.approx(-math.log(0.8))  # 0.223; log 1.2 is 0.182
@@ -86,7 +85,7 @@ ADVANTAGE = tensors(1.0, -1.0, 1.0, -1.0, -1.0, 1.0)
 
 def test_mask_by_hand() -> None:
     # mean of all four 0.125 > 0.09; of the three smallest 0.14 / 3 = 0.0467: the cap is 0.3 = sqrt(tau) as well
-    limits = M2PO.prepare(LOG_RATIO, ADVANTAGE, table(variant="mask", m2_threshold=0.09))
+    limits = M2PO.prepare(LOG_RATIO, ADVANTAGE, m2po.Settings(variant="mask", m2_threshold=0.09))
     assert isinstance(limits, m2po.Mask)
     assert limits.cap == pytest.approx(0.3)
     loss, clipped, _ = token_loss("m2po", LOG_RATIO, ADVANTAGE, m2po.Mask(0.3 + 1e-6))
@@ -97,7 +96,7 @@ def test_mask_by_hand() -> None:
 
 def test_clip_by_hand() -> None:
     # tau 0.04: prefix means 0.01, 0.025, 0.0467: two are kept, the cap is 0.2
-    limits = M2PO.prepare(LOG_RATIO, ADVANTAGE, table(variant="clip", m2_threshold=0.04))
+    limits = M2PO.prepare(LOG_RATIO, ADVANTAGE, m2po.Settings(variant="clip", m2_threshold=0.04))
     assert isinstance(limits, ClipRange)
     assert (limits.low, limits.high) == pytest.approx((math.exp(-0.2), math.exp(0.2)))
     assert limits.cap == pytest.approx(0.2)
@@ -105,7 +104,7 @@ def test_clip_by_hand() -> None:
 
 def test_waterfill_by_hand() -> None:
     # sum(min(m, t^2)) = 0.0725 * 4 = 0.29: 0.01 + 0.04 + 0.09 stay, t^2 = 0.15
-    limits = M2PO.prepare(LOG_RATIO, ADVANTAGE, table(variant="waterfill", m2_threshold=0.0725))
+    limits = M2PO.prepare(LOG_RATIO, ADVANTAGE, m2po.Settings(variant="waterfill", m2_threshold=0.0725))
     t = math.sqrt(0.15)
     assert isinstance(limits, ClipRange)
     assert (limits.low, limits.high) == pytest.approx((math.exp(-t), 1.5))  # 1 - e^-0.387 = 0.321, e^0.387 - 1 = 0.473
@@ -135,7 +134,7 @@ def test_a_water_level_where_the_mean_is_tau_but_for_rounding() -> None:
 
 def test_widths_are_bounded() -> None:
     far = tensors(9.0, -9.0)
-    limits = M2PO.prepare(far, tensors(1.0, -1.0), table(variant="clip", m2_threshold=100.0))
+    limits = M2PO.prepare(far, tensors(1.0, -1.0), m2po.Settings(variant="clip", m2_threshold=100.0))
     assert isinstance(limits, ClipRange)
     assert (limits.low, limits.high) == pytest.approx((0.05, 21.0))
 
@@ -143,7 +142,7 @@ def test_widths_are_bounded() -> None:
 @pytest.mark.parametrize("variant", ["mask", "clip", "waterfill"])
 def test_a_fresh_batch_leaves_the_later_minibatches_room(variant: str) -> None:
     zeros, advantage = torch.zeros(4), tensors(1.0, -1.0, 1.0, -1.0)
-    limits = M2PO.prepare(zeros, advantage, table(variant=variant, m2_threshold=0.01))
+    limits = M2PO.prepare(zeros, advantage, m2po.Settings(variant=variant, m2_threshold=0.01))
     assert limits.cap >= 0.1 - 1e-9  # sqrt(tau)
     moved = tensors(0.09, -0.09, 0.05, -0.05)
     _, clipped, _ = token_loss("m2po", moved, advantage, limits)
@@ -153,7 +152,7 @@ def test_a_fresh_batch_leaves_the_later_minibatches_room(variant: str) -> None:
 @pytest.mark.parametrize("variant", ["mask", "clip", "waterfill"])
 def test_where_the_mean_is_under_the_threshold_nothing_is_bounded(variant: str) -> None:
     """As published: mask and waterfill cut nothing at all, clip is as wide as it gets. Moments 0.0001 and 0.0199."""
-    chosen = table(variant=variant, m2_threshold=0.01)
+    chosen = m2po.Settings(variant=variant, m2_threshold=0.01)
     log_ratio, advantage = tensors(0.01, -(0.0199**0.5 - 1e-4)), tensors(1.0, -1.0)
     limits = M2PO.prepare(log_ratio, advantage, chosen)
     later = tensors(3.0, -2.9, 3.1, -3.1)
@@ -171,7 +170,7 @@ def test_an_infinite_log_ratio_is_the_largest_there_is(variant: str, count: int)
     rest = [0.01, -0.02, 0.4, -0.5]
     signs = tensors(1.0, -1.0, 1.0, -1.0, 1.0)[:count]
     advantage = torch.cat([tensors(1.0, -1.0, 1.0, -1.0), signs])
-    chosen = table(variant=variant, m2_threshold=0.04)
+    chosen = m2po.Settings(variant=variant, m2_threshold=0.04)
     infinite = M2PO.prepare(torch.cat([tensors(*rest), signs * math.inf]), advantage, chosen)
     huge = M2PO.prepare(torch.cat([tensors(*rest), signs * 1e6]), advantage, chosen)
     assert infinite == huge and math.isfinite(infinite.cap)
@@ -186,7 +185,7 @@ def test_the_largest_kept_token_trains_and_the_next_does_not(variant: str) -> No
     for _ in range(300):
         log_ratio = torch.randn(40, generator=draw) * 0.3
         advantage = torch.randn(40, generator=draw).sign()
-        limits = M2PO.prepare(log_ratio, advantage, table(variant=variant, m2_threshold=0.02))
+        limits = M2PO.prepare(log_ratio, advantage, m2po.Settings(variant=variant, m2_threshold=0.02))
         moving = log_ratio.clone().requires_grad_()
         loss, clipped, _ = token_loss("m2po", moving, advantage, limits)
         loss.sum().backward()
@@ -207,7 +206,7 @@ def test_stale_data_is_cut_as_by_limits_of_each_minibatch(variant: str, tau: flo
     advantage = torch.randn(4, 5000, generator=draw)
     scored = torch.randn(4, 5000, generator=draw) * spread
     drift = torch.arange(4)[:, None] * 0.02 * spread * advantage.sign()
-    chosen = table(variant=variant, m2_threshold=tau)
+    chosen = m2po.Settings(variant=variant, m2_threshold=tau)
     once = M2PO.prepare(scored.flatten(), advantage.flatten(), chosen)
     cut = own = 0
     for then, a in zip(scored + drift, advantage, strict=True):
@@ -242,7 +241,9 @@ def test_mask_and_clip_equal_brute_force(data: list[tuple[float, float]], tau: f
     if any(abs(s - tau) < 1e-9 for s in sums):
         return
     for variant in ("mask", "clip"):
-        limits = M2PO.prepare(ratio64, torch.tensor(advantage).double(), table(variant=variant, m2_threshold=tau))
+        limits = M2PO.prepare(
+            ratio64, torch.tensor(advantage).double(), m2po.Settings(variant=variant, m2_threshold=tau)
+        )
         cap = limits.cap
         kept = sum(math.sqrt(m) <= cap + 1e-12 for m in moments)
         ties = sum(abs(math.sqrt(m) - cap) < 1e-12 for m in moments)
@@ -272,7 +273,7 @@ def test_limits_do_not_depend_on_the_order_of_tokens() -> None:
     log_ratio, advantage = torch.randn(500) * 0.3, torch.randn(500)
     order = torch.randperm(500)
     for variant in ("mask", "waterfill", "clip"):
-        chosen = table(variant=variant, m2_threshold=0.02)
+        chosen = m2po.Settings(variant=variant, m2_threshold=0.02)
         assert M2PO.prepare(log_ratio, advantage, chosen) == M2PO.prepare(log_ratio[order], advantage[order], chosen)
 
 

@@ -233,12 +233,8 @@ def test_every_rank_gets_the_same_number_of_packed_rows() -> None:
     for rank in range(3):
         batch = build_batch(
             groups,
+            recipe(train={"tokens_per_microbatch": 48}),
             step=0,
-            seed=0,
-            algorithm=recipe().algorithm,
-            minibatches=2,
-            tokens_per_microbatch=48,
-            rollout=recipe().rollout,
             rank=rank,
             world_size=3,
             divide_rows=packing.micro_batches,

@@ -3,6 +3,7 @@ every sample alone in fp32 or more, and the trainer's own start-up check."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from astracli.kernels.gpu.fused import chunks, fla
 from astracli.models import registry
 from astracli.training import fsdp, packing, parity, setup
 from astracli.training import logprob as logprob_module
-from astracli.training.sums import Sums, Timer
+from astracli.training.step import Work
+from astracli.training.sums import Timer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -261,24 +263,22 @@ def test_packed_rows_are_separate_rows_bit_for_bit_at_any_depth(tmp_path: Path, 
     model_dir = save(tmp_path / "m", num_hidden_layers=layers)
     trainer = setup.build_trainer(model_dir, ADAPTER, chosen, ranks, attention="sdpa")
     rows = parity.spread(trainer._divide(sample_groups(None, 8, seed=1), 0).rows, 512)
-    options: dict[str, Any] = {"join": packing.pack_rows, "pad_token": 0}
+    checked = replace(trainer.row_check, packed=True)
 
     def error(same_shape: bool) -> float:
-        return parity.gradients_against_separate(
-            trainer.policy, trainer.adapter, rows, trainer.masters, **options, same_shape=same_shape
-        )
+        return checked.gradient_error(rows, same_shape=same_shape)
 
     with torch.no_grad():
-        together, _ = parity.logprobs(trainer.policy, ADAPTER, packing.pack_rows(rows), ranks.device)
+        together = checked.logprobs(packing.pack_rows(rows))
         for index in range(len(rows)):
-            micro, its = parity.in_the_shape_of_all(rows, index, **options)
-            alone, _ = parity.logprobs(trainer.policy, ADAPTER, micro, ranks.device)
+            micro, its = parity.in_the_shape_of_all(rows, index, join=packing.pack_rows, pad_token=0)
+            alone = checked.logprobs(micro)
             assert torch.equal(alone[its], together[its])
     found, otherwise = error(True), error(False)
     print(layers, "layers: in one shape", found, "in other shapes", otherwise)
     assert found < 3e-3 and not torch.are_deterministic_algorithms_enabled()
     assert error(True) == pytest.approx(found, rel=1e-3)
-    assert parity.gradient_repeat(trainer.policy, ADAPTER, rows, trainer.masters, **options) < 1e-6
+    assert checked.gradient_repeat(rows) < 1e-6
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
@@ -291,12 +291,13 @@ def test_no_micro_batch_waits_for_the_gpu(
     trainer = setup.build_trainer(save(tmp_path / "m"), ADAPTER, chosen, ranks, attention="sdpa")
     trainer.train(sample_groups(None, 8, seed=1), 0, 0)
     batch = trainer._divide(sample_groups(None, 8, seed=2, version=1), 1)
-    limits = trainer._limits_of_fresh(batch)
+    work = Work(batch, 1, Timer(trainer.ranks.device))
+    work.limits = trainer.algorithm.prepare(torch.zeros(0), torch.zeros(0), chosen.algorithm.own)
     monkeypatch.setattr(trainer.masters, "update", lambda step: 0.0)
     monkeypatch.setattr(trainer, "_require_agreement", lambda *_: None)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        trainer._minibatch(batch, 0, 1, 1, limits, {}, {}, Sums(), Timer(trainer.ranks.device), measure=True)
+        trainer._minibatch(work, 0, 1, measure=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,7 @@ def test_a_leak_is_found_in_log_probabilities_and_in_gradients(model_dir: Path) 
     error = gradient_error(trainer, rows)
     assert error > 0.1
     with pytest.raises(RunFailed, match=r"in gradient, relative to its norm, allowed 1\.0e-04"):
-        parity.require_gradients({"rows_gradient_error": error}, torch.device("cpu"), leaking, True)
+        trainer.row_check.require_gradients({"rows_gradient_error": error})
     assert gradient_error(make_trainer(model_dir, chosen), rows) < 1e-5
     # and as a GPU computes each alone
     assert gradient_error(trainer, rows, same_shape=True) == pytest.approx(error, rel=0.02)
@@ -90,9 +90,9 @@ def test_the_noise_of_rounding_is_a_unit_in_the_last_place_and_no_leak(model_dir
     chosen = recipe(train={"packing": "packed", "activation_checkpointing": checkpointing})
     trainer = make_trainer(model_dir, chosen)
     rows = parity.spread(groups_as_rows(), 256)
-    noise = parity.rounding_noise(trainer.policy, trainer.adapter, rows, trainer.masters, pad_token=0)
+    noise = trainer.row_check.rounding_noise(rows)
     assert 1e-2 < noise < 0.3  # four blocks, each moved by 2^-8
-    assert noise == parity.rounding_noise(trainer.policy, trainer.adapter, rows, trainer.masters, pad_token=0)
+    assert noise == trainer.row_check.rounding_noise(rows)
     assert gradient_error(trainer, rows) < 1e-5  # nothing of it stays
 
 
@@ -107,6 +107,12 @@ def test_a_unit_in_the_last_place_goes_up_as_often_as_down(dtype: torch.dtype) -
     assert float(share.abs().max()) <= (2.0**-8 if dtype == torch.float32 else 2.0**-7) * 1.001
 
 
+def on_a_gpu() -> parity.RowCheck:
+    """What judges figures of a GPU."""
+    masters: Any = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cuda")))
+    return parity.RowCheck(None, ADAPTER, masters, packed=True)  # type: ignore[arg-type]
+
+
 def test_what_excuses_a_difference_on_a_gpu_and_by_how_much() -> None:
     """In one shape what kernels are apart from themselves; in shapes of their own what rounding does; never a leak."""
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
@@ -116,8 +122,8 @@ def test_what_excuses_a_difference_on_a_gpu_and_by_how_much() -> None:
         assert parity.gradient_limits({"rows_gradient_noise": noise}, cuda) == {error: 1e-2, own: limit}
     for repeat, limit in ((0.0, 1e-2), (0.004, 1e-2), (0.02, 0.04), (3.0, 0.15)):
         assert parity.gradient_limits({"rows_gradient_repeat": repeat}, cuda) == {error: limit, own: 1e-2}
-    parity.require_gradients({error: 9e-3, own: 0.04, "rows_gradient_noise": 0.05}, cuda, ADAPTER, True)
-    parity.require_gradients({error: 0.03, own: 0.009, "rows_gradient_repeat": 0.02}, cuda, ADAPTER, False)
+    on_a_gpu().require_gradients({error: 9e-3, own: 0.04, "rows_gradient_noise": 0.05})
+    on_a_gpu().require_gradients({error: 0.03, own: 0.009, "rows_gradient_repeat": 0.02})
     for found, limit in (
         ({error: 0.02, own: 0.04, "rows_gradient_noise": 0.17, "rows_gradient_repeat": 1e-8}, "1.0e-02"),
         ({error: 0.001, own: 0.06, "rows_gradient_noise": 0.05}, "5.0e-02"),
@@ -125,7 +131,7 @@ def test_what_excuses_a_difference_on_a_gpu_and_by_how_much() -> None:
         ({error: float("nan"), own: 0.001}, "1.0e-02"),
     ):
         with pytest.raises(RunFailed, match=f"allowed {limit}"):
-            parity.require_gradients(found, cuda, ADAPTER, True)
+            on_a_gpu().require_gradients(found)
 
 
 def test_what_a_gpu_measures(model_dir: Path) -> None:
@@ -134,8 +140,7 @@ def test_what_a_gpu_measures(model_dir: Path) -> None:
     def figures(**train: Any) -> dict[str, float]:
         trainer = make_trainer(model_dir, recipe(train={"packing": "packed", "tokens_per_microbatch": 256, **train}))
         rows = parity.spread(groups_as_rows(), 256)
-        options: dict[str, Any] = {"join": packing.pack_rows, "pad_token": 0, "in_bf16": True}
-        found = parity.gradient_figures(trainer.policy, trainer.adapter, rows, trainer.masters, **options)
+        found = trainer.row_check.gradient_figures(rows, in_bf16=True)
         assert not trainer.masters.grads.found()
         return found
 
@@ -145,7 +150,7 @@ def test_what_a_gpu_measures(model_dir: Path) -> None:
     assert leaking["rows_gradient_error"] > 0.1 and leaking["rows_gradient_own_shape"] > 0.1
     assert leaking["rows_gradient_repeat"] == 0.0 and 1e-2 < leaking["rows_gradient_noise"] < 0.3
     with pytest.raises(RunFailed, match=r"allowed 1\.0e-02"):
-        parity.require_gradients(leaking, torch.device("cuda"), ADAPTER, True)
+        on_a_gpu().require_gradients(leaking)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
@@ -203,9 +208,6 @@ def test_boundaries_can_be_ignored_only_where_there_are_some(name: str, asked: s
 
 
 def gradient_error(trainer: Any, rows: list[Row], *, same_shape: bool = False) -> float:
-    join: Callable[..., Any] = packing.pack_rows if trainer.packed else pad_rows
-    error = parity.gradients_against_separate(
-        trainer.policy, trainer.adapter, rows, trainer.masters, join=join, pad_token=0, same_shape=same_shape
-    )
+    error = trainer.row_check.gradient_error(rows, same_shape=same_shape)
     assert all(p.grad is None for p in trainer.policy.parameters())
     return error

@@ -31,7 +31,7 @@ def test_the_noise_of_a_log_probability_is_small_and_grows_with_the_logits(model
     rows = parity.spread(groups_as_rows(), 256)
 
     def noise() -> float:
-        return parity.logprob_noise(trainer.policy, trainer.adapter, rows, torch.device("cpu"), pad_token=0)
+        return trainer.row_check.logprob_noise(rows)
 
     plain = noise()
     assert 1e-3 < plain < 5e-2 and noise() == plain
@@ -53,7 +53,7 @@ def test_the_adapters_tolerance_is_that_of_the_engines_precision(model_dir: Path
 def test_noise_allows_twice_itself_and_never_more_than_a_tenth(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parity, "logprob_noise", lambda *a, **k: 0.03)
+    monkeypatch.setattr(parity.RowCheck, "logprob_noise", lambda *_: 0.03)
     assert "parity_noise" not in differing(model_dir, 0.008)
     assert differing(model_dir, 0.05)["parity_noise"] == 0.03
     with pytest.raises(RunFailed, match=r"allowed mean 6\.0e-02"):
@@ -62,6 +62,6 @@ def test_noise_allows_twice_itself_and_never_more_than_a_tenth(
         differing(model_dir, 0.05, parity_tolerance=1e-3)
     told = differing(model_dir, 0.05, parity_tolerance=1.0)
     assert told["parity_noise"] == 0.03 and told["parity_mean_abs"] == pytest.approx(0.05, abs=0.01)
-    monkeypatch.setattr(parity, "logprob_noise", lambda *a, **k: 5.0)
+    monkeypatch.setattr(parity.RowCheck, "logprob_noise", lambda *_: 5.0)
     with pytest.raises(RunFailed, match=r"allowed mean 1\.0e-01"):
         differing(model_dir, 0.2)

@@ -22,7 +22,7 @@ def checked(**tables: dict[str, Any]) -> Recipe:
     [
         (
             {"rollout": {"group_size": 1}},
-            "recipe `r`: rollout.group_size = 1: group-normalised advantages need at least 2 samples a prompt",
+            "recipe `r`: rollout.group_size = 1: the advantages of m2po need at least 2 samples a prompt",
         ),
         (
             {"rollout": {"max_new_tokens": 64, "context_length": 64}},

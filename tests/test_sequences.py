@@ -10,7 +10,8 @@ import pytest
 import torch
 from training_tools import recipe, sample_groups
 
-from astracli.config.recipe import AlgorithmTable, RolloutTable
+from astracli.config.algorithms import AlgorithmTable
+from astracli.config.recipe import RolloutTable
 from astracli.rl import losses
 from astracli.rl.advantage import overlong_penalties
 from astracli.rl.batch import Row, build_batch, rows_of
@@ -31,20 +32,21 @@ def test_overlong_penalty_by_hand() -> None:
 def test_the_penalty_of_half_is_that_of_the_paper() -> None:
     """Rewards 0 and 1 with penalty 0.5 have the advantages of rewards -1 and 1 with penalty 1."""
     (group,) = sample_groups(None, 1, seed=3, size=6)
-    ours = build(group, AlgorithmTable(name="dapo"))
+    ours = build(group, table(name="dapo"))
     for sample in group.samples:
         sample.reward = 2 * sample.reward - 1
-    theirs = build(group, AlgorithmTable(name="dapo", overlong_penalty=1.0))
+    theirs = build(group, table(name="dapo", overlong_penalty=1.0))
     assert [r.advantage for r in ours] == pytest.approx([r.advantage for r in theirs], rel=1e-4)
     assert any(r.penalty for r in ours)
 
 
-def build(group: Any, table: AlgorithmTable) -> list[Row]:
+def table(**values: Any) -> AlgorithmTable:
+    return AlgorithmTable.model_validate(values)
+
+
+def build(group: Any, algorithm: AlgorithmTable) -> list[Row]:
     longest = max(len(s.tokens) for s in group.samples)
-    rollout = RolloutTable(max_new_tokens=longest)
-    return build_batch(
-        [group], step=0, seed=0, algorithm=table, minibatches=1, tokens_per_microbatch=64, rollout=rollout
-    ).rows
+    return rows_of([group], algorithm, RolloutTable(max_new_tokens=longest))
 
 
 def lengths_group(lengths: list[int], rewards: list[float], prompt: int = 2) -> Group:
@@ -59,15 +61,11 @@ def lengths_group(lengths: list[int], rewards: list[float], prompt: int = 2) -> 
 def test_a_long_sequence_weighs_no_more_than_a_short_one(name: str, share: float) -> None:
     """Completions of 9, 1, 1, 1 tokens in two minibatches: the long one is alone in the first, and still is one of two
     sequences a minibatch; with its own count, 1, it would weigh three times a short one."""
-    chosen = recipe(algorithm={"name": name, "loss_length": LOSS_LENGTH})
+    chosen = recipe(algorithm={"name": name, "dr_grpo": {"loss_length": LOSS_LENGTH}})
     batch = build_batch(
         [lengths_group([9, 1, 1, 1], [1.0, 0.0, 1.0, 0.0])],
+        chosen,
         step=0,
-        seed=0,
-        algorithm=chosen.algorithm,
-        minibatches=2,
-        tokens_per_microbatch=64,
-        rollout=chosen.rollout,
     )
     assert sorted(sorted(r.loss_tokens for m in part for r in m.rows) for part in batch.minibatches) == [[1, 1, 1], [9]]
     normaliser = losses.get(name).normaliser
@@ -84,8 +82,8 @@ def test_batch_norm_counts_what_the_loss_is_a_mean_of() -> None:
     """Advantages by the mean 0.5 and -0.5; completions of 3 and 1 tokens."""
 
     def normalised(name: str) -> list[float]:
-        table = AlgorithmTable(name=name, advantage="mean", batch_norm_advantage=True)
-        return [row.advantage for row in rows_of([lengths_group([3, 1], [1.0, 0.0])], table, RolloutTable())]
+        chosen = table(name=name, batch_norm_advantage=True, **{name: {"advantage": "mean"}})
+        return [row.advantage for row in rows_of([lengths_group([3, 1], [1.0, 0.0])], chosen, RolloutTable())]
 
     # sequences: mean 0, variance (1/4 + 1/4) / 1; tokens: mean 1/4, variance (3/16 + 9/16) / 3 = 1/4
     scale = math.sqrt(0.5) + 1e-5
@@ -95,11 +93,11 @@ def test_batch_norm_counts_what_the_loss_is_a_mean_of() -> None:
 
 def test_a_completion_that_the_context_cuts_short_is_overlong() -> None:
     """Context 20, a prompt of 8: room for 12 of the 16 tokens; the ramp is the last 6 of them."""
-    table = AlgorithmTable(overlong_fraction=0.5, overlong_penalty=0.5, advantage="mean")
+    chosen = table(overlong_fraction=0.5, overlong_penalty=0.5, m2po={"advantage": "mean"})
     rollout = RolloutTable(max_new_tokens=16, context_length=20)
-    rows = rows_of([lengths_group([6, 9, 12], [1.0, 0.0, 1.0], prompt=8)], table, rollout)
+    rows = rows_of([lengths_group([6, 9, 12], [1.0, 0.0, 1.0], prompt=8)], chosen, rollout)
     assert [row.penalty for row in rows] == pytest.approx([0.0, 0.25, 0.5])
     # 1, -1/4, 1/2: mean 5/12
     assert [row.advantage for row in rows] == pytest.approx([7 / 12, -8 / 12, 1 / 12])
-    rows = rows_of([lengths_group([8, 12, 16], [1.0, 0.0, 1.0], prompt=4)], table, rollout)
+    rows = rows_of([lengths_group([8, 12, 16], [1.0, 0.0, 1.0], prompt=4)], chosen, rollout)
     assert [row.penalty for row in rows] == pytest.approx([0.0, 0.25, 0.5])

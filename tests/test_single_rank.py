@@ -73,12 +73,11 @@ def chosen(**train: Any) -> Any:
 
 def rows_error(trainer: Trainer) -> float:
     """The start-up check's figure: how far bf16 rounds the gradient of packed rows from that of separate ones."""
-    from astracli.training import packing, parity
+    from astracli.training import parity
 
     rows = parity.spread(trainer._divide(uneven_groups(0), 0).rows, 80)
-    options: dict[str, Any] = {"join": packing.dividers(True)[1], "pad_token": 0}
-    options["same_shape"] = trainer.ranks.device.type != "cpu"
-    error = parity.gradients_against_separate(trainer.policy, trainer.adapter, rows, trainer.masters, **options)
+    packed = replace(trainer.row_check, packed=True)
+    error = packed.gradient_error(rows, same_shape=trainer.ranks.device.type != "cpu")
     assert not trainer.masters.grads.found()
     return error
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from training_tools import make_trainer, recipe, sample_groups, save_model
 
-from astracli.training.step import Trainer
+from astracli.training.step import Trainer, Work
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +22,9 @@ def scorings(trainer: Trainer) -> list[int]:
     made: list[int] = []
     score = trainer._score
 
-    def counted(batch: Any, version: int, *rest: Any) -> Any:
-        made.append(version)
-        return score(batch, version, *rest)
+    def counted(work: Work) -> None:
+        made.append(work.version)
+        score(work)
 
     trainer._score = counted  # type: ignore[method-assign]
     return made
@@ -51,7 +50,7 @@ def test_a_batch_is_bounded_by_its_own_log_ratios(model_dir: Path, tau: float, b
     """First tokens lie 0.1 and more from the policy, on the side of their advantage, the others 0.001. The version is
     the trainer's own: a step that is not scored would take all of them for 0."""
     relaxed = {"minibatches": 1, "learning_rate": 1e-9, "parity_tolerance": 1.0}
-    trainer = make_trainer(model_dir, recipe(train=relaxed, algorithm={"m2_threshold": tau}))
+    trainer = make_trainer(model_dir, recipe(train=relaxed, algorithm={"m2po": {"m2_threshold": tau}}))
     trainer.train(sample_groups(trainer, 2, seed=0), 0, 0)
     made = scorings(trainer)
     groups, moments = sample_groups(trainer, 4, seed=1, version=1), []
@@ -75,7 +74,7 @@ def test_a_batch_is_bounded_by_its_own_log_ratios(model_dir: Path, tau: float, b
 def test_later_minibatches_move_away_from_the_policy_of_the_start(model_dir: Path) -> None:
     trainer = make_trainer(
         model_dir,
-        recipe(algorithm={"name": "tis", "clip_low": 1e-3, "clip_high": 1e-3}, train={"learning_rate": 1e-2}),
+        recipe(algorithm={"name": "tis", "tis": {"clip_low": 1e-3, "clip_high": 1e-3}}, train={"learning_rate": 1e-2}),
     )
     metrics = trainer.train(sample_groups(trainer, 4, seed=1), 0, 0).metrics
     assert metrics["updates"] == 2

@@ -60,7 +60,7 @@ def plain_loss(
 def test_one_minibatch_is_the_plain_objective(model_dir: Path) -> None:
     trainer = make_trainer(
         model_dir,
-        recipe(train={"minibatches": 1}, algorithm={"name": "grpo", "clip_low": 0.1, "clip_high": 0.2}),
+        recipe(train={"minibatches": 1}, algorithm={"name": "grpo", "grpo": {"clip_low": 0.1, "clip_high": 0.2}}),
     )
     groups = stale(sample_groups(trainer, 4, seed=1), 0.3)
     expected = plain_loss(trainer, groups, 0.9, 1.2)
@@ -90,7 +90,7 @@ def tempered(trainer: Trainer, groups: list[Group], temperature: float) -> list[
 def test_a_rollout_temperature_trains_the_policy_that_drew(model_dir: Path) -> None:
     """Gradient against autograd of the definition at temperature 0.7; engine, KL and entropy at the same."""
     rollout = {"group_size": 4, "max_new_tokens": 16, "context_length": 64, "temperature": 0.7}
-    table = {"name": "grpo", "clip_low": 0.1, "clip_high": 0.2, "kl_coef": 0.1}
+    table = {"name": "grpo", "kl_coef": 0.1, "grpo": {"clip_low": 0.1, "clip_high": 0.2}}
     trainer = make_trainer(model_dir, recipe(train={"minibatches": 1}, algorithm=table, rollout=rollout))
     fresh = tempered(trainer, sample_groups(trainer, 4, seed=1), 0.7)
     old = stale(fresh, 0.3)
@@ -114,7 +114,7 @@ def test_the_cap_of_m2po_comes_from_the_whole_batch(model_dir: Path) -> None:
     limits = []
     for minibatches, budget in ((1, 10_000), (4, 10_000), (4, 40)):
         table = {"minibatches": minibatches, "tokens_per_microbatch": budget}
-        trainer = make_trainer(model_dir, recipe(train=table, algorithm={"m2_threshold": 0.002}))
+        trainer = make_trainer(model_dir, recipe(train=table, algorithm={"m2po": {"m2_threshold": 0.002}}))
         limits.append(trainer.train(stale(sample_groups(trainer, 4, seed=1), 0.3), 0, 0).metrics["m2_limit"])
     assert limits[1] == pytest.approx(limits[0], abs=1e-5)
     assert limits[2] == pytest.approx(limits[0], abs=1e-5)

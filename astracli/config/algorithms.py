@@ -1,17 +1,147 @@
-"""The algorithms by name, and what each one's source uses where it differs from `AlgorithmTable`."""
+"""The door `astra.algorithms`: which algorithms are installed, what a recipe must know of one, the table `[algorithm]`.
+
+An algorithm is an entry point in this group whose object is an `astracli.rl.losses.Algorithm`; those of this package
+come in by the same door. Only what a recipe names is imported.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import difflib
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
+from typing import Any, Self, cast
 
-ALGORITHMS: dict[str, dict[str, Any]] = {
-    "m2po": {},
-    "grpo": {},
-    "dapo": {"clip_low": 0.2, "clip_high": 0.28, "overlong_fraction": 0.2},
-    "dr_grpo": {"advantage": "mean"},
-    "gspo": {"clip_low": 3e-4, "clip_high": 4e-4},
-    "cispo": {"clip_high": 4.0},
-    "decoupled": {"weight_cap": 5.0},
-    "tis": {"weight_cap": 2.0},
-}
-"""Name -> its own defaults, filled in where a recipe says nothing. `astracli/rl/losses/NAME.py` holds the algorithm."""
+from pydantic import (
+    Field,
+    ModelWrapValidatorHandler,
+    NonNegativeFloat,
+    PositiveFloat,
+    ValidationError,
+    create_model,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from astracli.config.recipe_run import Table
+from astracli.errors import UserError
+
+GROUP = "astra.algorithms"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgorithmSettings:
+    """What a recipe must know of an algorithm; `astracli.rl.losses.Algorithm` adds how it computes."""
+
+    settings: type[Table] = Table
+    """Its own settings: the table `[algorithm.NAME]`."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Its own values of keys of `[algorithm]`, where a recipe says nothing."""
+    smallest_group: int = 2
+    """Samples of a prompt that its advantage needs."""
+    excluded: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
+    """Values of keys of `[algorithm]` that would make its name untrue: key -> (value, what that does)."""
+
+
+@cache
+def installed() -> Mapping[str, list[metadata.EntryPoint]]:
+    """Name -> its entry points, by name; more than one when several packages bring an algorithm of that name."""
+    found: dict[str, list[metadata.EntryPoint]] = {}
+    for point in sorted(metadata.entry_points(group=GROUP), key=lambda point: point.name):
+        found.setdefault(point.name, []).append(point)
+    return found
+
+
+@cache
+def find(name: str) -> AlgorithmSettings:
+    """The algorithm of that name. Raises UserError: not installed (with the nearest), broken, or there twice."""
+    points = installed().get(name, [])
+    if not points:
+        near = "".join(f"did you mean `{n}`? " for n in difflib.get_close_matches(name, installed(), n=1, cutoff=0.5))
+        known = ", ".join(installed()) or f"none: install astracli, or a package with an entry point in `{GROUP}`"
+        raise UserError("there is no such algorithm", f"{near}known: {known}")
+    packages = " and ".join(f"`{point.dist.name if point.dist else 'unknown'}`" for point in points)
+    if len(points) > 1:
+        raise UserError(f"it comes from several packages: {packages}", "uninstall all but one of them")
+    try:
+        found = points[0].load()
+    except Exception as error:  # a stranger's module may raise anything while it is imported
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"package {packages} is broken: {said}", "mend or uninstall it") from None
+    if not isinstance(found, AlgorithmSettings):
+        said = f"{points[0].value} of package {packages} is a {type(found).__name__}"
+        raise UserError(f"{said}, not an astracli.rl.losses.Algorithm", "mend or uninstall it")
+    return found
+
+
+class AlgorithmTable(Table):
+    """What is learned, see docs/algorithms.md. Here stands what all algorithms share; the settings of one stand in its
+    own table, `[algorithm.NAME]`. Tables of other algorithms are checked and not used."""
+
+    name: str = "m2po"
+    """An entry point in the group `astra.algorithms`. This package brings `m2po`, `grpo`, `dapo`, `dr_grpo`, `gspo`,
+    `cispo`, `decoupled` and `tis`. Settings that a recipe leaves out take the algorithm's own values."""
+    mismatch_cap: float | None = Field(default=None, ge=1.0)
+    """Corrects for an engine whose probabilities differ from the trainer's, beside any algorithm: tokens of the current
+    version weigh min(pi_trainer / pi_engine, mismatch_cap). 2 is usual; None is off."""
+    overlong_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Last part of a completion's room in which the reward falls linearly by up to `overlong_penalty`; 0 is off, dapo
+    0.2. Any algorithm. The room is `rollout.max_new_tokens`, less where `rollout.context_length` ends before."""
+    overlong_penalty: PositiveFloat = 0.5
+    """Taken off the reward of a completion that fills its room. 0.5 with rewards 0 and 1 is DAPO's 1 with -1 and 1."""
+    kl_coef: NonNegativeFloat = 0.0
+    """Weight of the algorithm's KL estimate (k3) to the initial model; 0 loads no reference."""
+    batch_norm_advantage: bool = False
+    """Normalise the advantages once more over the batch."""
+    drop_equal_groups: bool = True
+    """Leave out groups whose rewards are all equal: they carry no gradient."""
+
+    @property
+    def own(self) -> Any:
+        """The chosen algorithm's own settings."""
+        return getattr(self, self.name)
+
+    @classmethod
+    def brought(cls) -> dict[str, type[Table]]:
+        found = {}
+        for name in installed():
+            with suppress(UserError):
+                found[name] = find(name).settings
+        return found
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _of_the_algorithm(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """A table with the own settings of the algorithm that is named."""
+        name = values.get("name", cls.model_fields["name"].default) if isinstance(values, dict) else None
+        if cls is not AlgorithmTable or not isinstance(name, str):
+            return handler(values)
+        try:
+            others = {key: value for key, value in values.items() if key != name and key in installed()}
+            _extended(Table, *others).model_validate(others)
+            chosen, whole = find(name), _extended(AlgorithmTable, name)
+        except UserError as error:
+            raise _refused("name", name, f"is not allowed: {error.message}", error.hint) from None
+        shared = {key: value for key, value in values.items() if key not in others}
+        for key in [key for key in shared if key not in whole.model_fields]:
+            owners = [name] if key in chosen.settings.model_fields else []
+            owners = owners or [other for other, its in cls.brought().items() if key in its.model_fields]
+            if owners:
+                places = " or ".join(f"`algorithm.{owner}.{key}`" for owner in owners)
+                raise _refused(key, shared[key], f"is a setting of one algorithm: it is now {places}", None)
+        return cast(Self, whole.model_validate({**chosen.defaults, name: {}, **shared}))
+
+
+@cache
+def _extended(base: type[Table], *names: str) -> type[Table]:
+    """A table with those of the algorithms that are named."""
+    return create_model(base.__name__, __base__=base, **{name: (find(name).settings, ...) for name in names})  # type: ignore[call-overload]
+
+
+def _refused(key: str, value: Any, message: str, hint: str | None) -> ValidationError:
+    """What `config.schema.complaint` turns into "`algorithm.KEY` = VALUE MESSAGE" and the hint."""
+    said = PydanticCustomError("refused", "{message}", {"message": message, "hint": hint})
+    line = InitErrorDetails(type=said, loc=(key,), input=value)
+    return ValidationError.from_exception_data("algorithm", [line])

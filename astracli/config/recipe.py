@@ -15,11 +15,12 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    SerializeAsAny,
     field_validator,
     model_validator,
 )
 
-from astracli.config.algorithms import ALGORITHMS
+from astracli.config.algorithms import AlgorithmTable, find
 from astracli.config.recipe_run import CheckpointTable, ExpectedTable, LaunchTable, MetricsTable, ResourcesTable, Table
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -208,68 +209,6 @@ class TrainTable(Table):
     step. None takes the adapter's; twice `parity_noise`, at most 0.1, where an engine in bf16 needs more."""
 
 
-class AlgorithmTable(Table):
-    name: str = "m2po"
-    """One file in `astracli/rl/losses`, see docs/algorithms.md: `m2po`, `grpo`, `dapo`, `dr_grpo`, `gspo`, `cispo`,
-    `decoupled`, `tis`. Settings that a recipe leaves out take the algorithm's own values."""
-    variant: Literal["mask", "waterfill", "clip"] = "clip"
-    """Which published form of M2PO (other algorithms ignore it)."""
-    m2_threshold: PositiveFloat = 0.01
-    """Bound on the second moment of the log-ratio over candidate tokens (m2po alone; 0.003 to 0.04)."""
-    clip_low: PositiveFloat = 0.2
-    """The clip range is [1 - clip_low, 1 + clip_high] (m2po finds its own). 0.1 to 0.3; gspo 3e-4; cispo has none."""
-    clip_high: PositiveFloat = 0.2
-    """0.2 to 0.4; dapo 0.28; gspo 4e-4; cispo 4, its largest importance weight is 1 + clip_high."""
-    weight_cap: PositiveFloat = 5.0
-    """Largest weight pi_proximal / pi_behaviour, 2 to 10: `decoupled` (5) drops a token over it, `tis` (2) keeps it
-    with this weight."""
-    mismatch_cap: float | None = Field(default=None, ge=1.0)
-    """Corrects for an engine whose probabilities differ from the trainer's, beside any algorithm: tokens of the current
-    version weigh min(pi_trainer / pi_engine, mismatch_cap). 2 is usual; None is off."""
-    loss_length: PositiveInt | None = None
-    """dr_grpo: tokens that a sequence's summed loss is divided by; None is `rollout.max_new_tokens`."""
-    overlong_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Last part of a completion's room in which the reward falls linearly by up to `overlong_penalty`; 0 is off, dapo
-    0.2. Any algorithm. The room is `rollout.max_new_tokens`, less where `rollout.context_length` ends before."""
-    overlong_penalty: PositiveFloat = 0.5
-    """Taken off the reward of a completion that fills its room. 0.5 with rewards 0 and 1 is DAPO's 1 with -1 and 1."""
-    kl_coef: NonNegativeFloat = 0.0
-    """Weight of the k3 KL estimate to the initial model; 0 loads no reference."""
-    advantage: Literal["group", "mean"] = "group"
-    """`group`: (r - mean) / (unbiased std + 1e-5) inside the group; `mean`: r - mean (dr_grpo)."""
-    batch_norm_advantage: bool = False
-    """Normalise the advantages once more over the batch."""
-    drop_equal_groups: bool = True
-    """Leave out groups whose rewards are all equal: they carry no gradient."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _own_defaults(cls, values: Any) -> Any:
-        """What the recipe leaves out takes the chosen algorithm's own value."""
-        own = ALGORITHMS.get(str(values.get("name"))) if isinstance(values, dict) else None
-        return own | values if own else values
-
-    @property
-    def contradiction(self) -> str | None:
-        """What is said that the algorithm of this name leaves out; None when it is true to its name."""
-        if self.name == "dr_grpo" and (self.advantage != "mean" or self.batch_norm_advantage):
-            wrong = "batch_norm_advantage = true" if self.advantage == "mean" else f"advantage = {self.advantage}"
-            return (
-                f"algorithm.{wrong} divides by the spread of the rewards, which algorithm.name = dr_grpo leaves out; "
-                "take grpo for it"
-            )
-        if self.name == "dapo" and not self.drop_equal_groups:
-            return (
-                "algorithm.drop_equal_groups = false takes dynamic sampling out of algorithm.name = dapo; "
-                "take grpo for it"
-            )
-        return None
-
-    @property
-    def needs_group(self) -> bool:
-        return self.advantage in ("group", "mean")
-
-
 class WeightsTable(Table):
     transfer: Literal["full", "delta"] = "full"
     full_interval: PositiveInt = 10
@@ -314,7 +253,7 @@ class Recipe(Table):
     data: DataTable
     rollout: RolloutTable = RolloutTable()
     train: TrainTable
-    algorithm: AlgorithmTable = AlgorithmTable()
+    algorithm: SerializeAsAny[AlgorithmTable] = Field(default_factory=lambda: AlgorithmTable.model_validate({}))
     weights: WeightsTable = WeightsTable()
     eval: EvalTable = EvalTable()
     checkpoint: CheckpointTable = CheckpointTable()
@@ -342,13 +281,16 @@ class Recipe(Table):
     @model_validator(mode="after")
     def _coherent(self) -> Recipe:
         rollout, train, evaluation = self.rollout, self.train, self.eval
-        if rollout.group_size < 2 and self.algorithm.needs_group:
+        algorithm = find(self.algorithm.name)
+        if rollout.group_size < algorithm.smallest_group:
             raise ValueError(
                 f"rollout.group_size = {rollout.group_size}: "
-                "group-normalised advantages need at least 2 samples a prompt"
+                f"the advantages of {self.algorithm.name} need at least {algorithm.smallest_group} samples a prompt"
             )
-        if self.algorithm.contradiction:
-            raise ValueError(self.algorithm.contradiction)
+        for key, (value, does) in algorithm.excluded.items():
+            if getattr(self.algorithm, key) == value:
+                said = f"algorithm.{key} = {str(value).lower()} {does}"
+                raise ValueError(f"{said}: that is not {self.algorithm.name}, take another algorithm.name for it")
         if rollout.max_new_tokens >= rollout.context_length:
             raise ValueError(
                 f"rollout.max_new_tokens = {rollout.max_new_tokens} leaves no room for a prompt in "

@@ -15,6 +15,11 @@ class Table(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
+    @classmethod
+    def brought(cls) -> dict[str, type[Table]]:
+        """Tables inside this one that installed packages bring, by key."""
+        return {}
+
 
 class CheckpointTable(Table):
     every: NonNegativeInt = 10

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from astracli.config.recipe import Recipe
+from astracli.config.recipe_run import Table
 
 _WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
 
@@ -26,18 +27,20 @@ class Slot:
     metadata: tuple[Any, ...] = ()
 
     @property
-    def table(self) -> type[BaseModel] | None:
+    def table(self) -> type[Table] | None:
         """The model class when this place is a table, also when it may be absent."""
         for kind in _alternatives(self.annotation):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
+            if isinstance(kind, type) and issubclass(kind, Table):
                 return kind
         return None
 
     def child(self, key: str | int) -> Slot | None:
         """The place that `key` names inside this one; None when there is none."""
         if self.table is not None:
-            field = self.table.model_fields.get(str(key))
-            return None if field is None else _slot(field)
+            if (field := self.table.model_fields.get(str(key))) is not None:
+                return _slot(field)
+            brought = self.table.brought().get(str(key))
+            return None if brought is None else Slot(brought)
         for kind in _alternatives(self.annotation):
             origin, args = get_origin(kind), get_args(kind)
             if origin is dict and isinstance(key, str):
@@ -80,6 +83,9 @@ def dotted_keys(slot: Slot = ROOT, prefix: str = "") -> Iterator[str]:
     for name, field in slot.table.model_fields.items():
         yield prefix + name
         yield from dotted_keys(_slot(field), f"{prefix}{name}.")
+    for name, table in slot.table.brought().items():
+        yield prefix + name
+        yield from dotted_keys(Slot(table), f"{prefix}{name}.")
 
 
 def nearest_key(dotted: str) -> str | None:
@@ -101,12 +107,14 @@ def nearest_key(dotted: str) -> str | None:
 def complaint(error: dict[str, Any]) -> tuple[str, str | None]:
     """One pydantic error -> (message with dotted key and value, hint)."""
     keys: list[str | int] = list(error["loc"])
-    if error["type"] not in ("extra_forbidden", "missing") and keys and at(keys) is None:
+    if error["type"] not in ("extra_forbidden", "missing", "refused") and keys and at(keys) is None:
         keys.pop()  # which of a place's alternatives: each of them complains
     dotted, value = _dotted(keys), _show(error["input"])
     if error["type"] == "extra_forbidden":
         near = nearest_key(dotted)
         return f"unknown key `{dotted}` (= {value})", f"did you mean `{near}`?" if near else None
+    if error["type"] == "refused":
+        return f"`{dotted}` = {value} {error['msg']}", error["ctx"]["hint"]
     if error["type"] == "missing":
         slot = at(keys)
         what = "a table" if slot is None or slot.table else slot.allowed()
@@ -162,7 +170,7 @@ def _words(kind: Any, bounds: str) -> str:
         return f"a list {bounds}".strip() + f", each entry {_plain(args[0]).allowed()}"
     if origin is tuple:
         return f"a list of {len(args)}, each entry {_plain(args[0]).allowed()}"
-    if origin is dict or (isinstance(kind, type) and issubclass(kind, BaseModel)):
+    if origin is dict or (isinstance(kind, type) and issubclass(kind, Table)):
         return "a table"
     return f"{_WORDS.get(kind, str(kind))} {bounds}".strip()
 

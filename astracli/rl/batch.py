@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from astracli.config.recipe import AlgorithmTable, RolloutTable
+from astracli.config.algorithms import AlgorithmTable
+from astracli.config.recipe import Recipe, RolloutTable
 from astracli.rl import losses
-from astracli.rl.advantage import advantages, overlong_penalties
+from astracli.rl.advantage import batch_normalise, overlong_penalties
 from astracli.rl.types import Group, Sample
 
 
@@ -128,13 +129,15 @@ def rows_of(groups: Sequence[Group], algorithm: AlgorithmTable, rollout: Rollout
         overlong_penalties(lengths_S, rollout.completion_room(len(g.prompt_tokens)), *overlong)
         for g, lengths_S in zip(groups, lengths, strict=True)
     ]
-    by_sequence = losses.get(algorithm.name).normaliser == "sequence"
-    per_group = advantages(
-        [g.rewards - penalty_S for g, penalty_S in zip(groups, penalties, strict=True)],
-        [np.minimum(lengths_S, 1) for lengths_S in lengths] if by_sequence else lengths,
-        mode=algorithm.advantage,
-        batch_norm=algorithm.batch_norm_advantage,
-    )
+    chosen = losses.get(algorithm.name)
+    per_group = [
+        chosen.advantage(g.rewards - penalty_S, lengths_S, algorithm.own)
+        for g, penalty_S, lengths_S in zip(groups, penalties, lengths, strict=True)
+    ]
+    if algorithm.batch_norm_advantage and groups:
+        counts_B = np.concatenate([chosen.normaliser.count(lengths_S) for lengths_S in lengths])
+        flat_B = batch_normalise(np.concatenate(per_group), counts_B)
+        per_group = np.split(flat_B, np.cumsum([len(g.samples) for g in groups])[:-1])
     rows: list[Row] = []
     for group, advantages_S, penalty_S in zip(groups, per_group, penalties, strict=True):
         for sample, advantage, penalty in zip(group.samples, advantages_S, penalty_S, strict=True):
@@ -238,13 +241,9 @@ def empty_micro_batch(pad_token: int) -> MicroBatch:
 
 def build_batch(
     groups: Sequence[Group],
+    recipe: Recipe,
     *,
     step: int,
-    seed: int,
-    algorithm: AlgorithmTable,
-    minibatches: int,
-    tokens_per_microbatch: int,
-    rollout: RolloutTable,
     pad_token: int = 0,
     rank: int = 0,
     world_size: int = 1,
@@ -255,16 +254,18 @@ def build_batch(
     Raises ValueError when no sample holds a token.
     """
     ordered = sorted(groups, key=lambda g: g.lease_id)
-    rows = rows_of(ordered, algorithm, rollout)
+    rows = rows_of(ordered, recipe.algorithm, recipe.rollout)
     if not rows:
         raise ValueError(f"the batch of step {step} has {len(ordered)} groups and no completion token")
     shuffled = list(rows)
-    random.Random(f"{seed}:{step}").shuffle(shuffled)
+    random.Random(f"{recipe.seed}:{step}").shuffle(shuffled)
     mine: list[list[MicroBatch]] = []
     tokens: list[int] = []
-    parts = divide(shuffled, min(minibatches, len(rows)))
+    parts = divide(shuffled, min(recipe.train.minibatches, len(rows)))
     for part in parts:
-        shares = [divide_rows(share, tokens_per_microbatch, pad_token) for share in divide(part, world_size)]
+        shares = [
+            divide_rows(share, recipe.train.tokens_per_microbatch, pad_token) for share in divide(part, world_size)
+        ]
         padding = max(map(len, shares)) - len(shares[rank])
         mine.append(shares[rank] + [empty_micro_batch(pad_token) for _ in range(padding)])
         tokens.append(sum(row.loss_tokens for row in part))

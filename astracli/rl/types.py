@@ -124,16 +124,11 @@ def unpack_group(blob: bytes) -> Group:
                 reward=float(s["reward"]),
                 verdict=s["verdict"],
                 text=s["text"],
-                segments=[
-                    Segment(
-                        int(v), np.frombuffer(t, "<i4").astype(np.int32), np.frombuffer(p, "<f4").astype(np.float32)
-                    )
-                    for v, t, p in s["segments"]
-                ],
+                segments=[_segment(*segment) for segment in s["segments"]],
             )
             for s in doc["samples"]
         ]
-        group = Group(
+        return Group(
             lease_id=int(doc["lease_id"]),
             problem_id=doc["problem_id"],
             prompt_tokens=np.frombuffer(doc["prompt"], "<i4").astype(np.int32),
@@ -144,10 +139,10 @@ def unpack_group(blob: bytes) -> Group:
         )
     except (KeyError, TypeError, ValueError, msgpack.exceptions.UnpackException) as error:
         raise ValueError(f"not a packed group: {error!r}") from error
-    for sample in group.samples:
-        for segment in sample.segments:
-            if len(segment.tokens) != len(segment.logprobs):
-                raise ValueError(
-                    f"segment with {len(segment.tokens)} tokens and {len(segment.logprobs)} log-probabilities"
-                )
-    return group
+
+
+def _segment(version: int, tokens: bytes, logprobs: bytes) -> Segment:
+    if len(tokens) != len(logprobs):
+        raise ValueError(f"segment with {len(tokens) // 4} tokens and {len(logprobs) // 4} log-probabilities")
+    tokens_t, logprobs_t = np.frombuffer(tokens, "<i4"), np.frombuffer(logprobs, "<f4")
+    return Segment(int(version), tokens_t.astype(np.int32), logprobs_t.astype(np.float32))

@@ -20,86 +20,62 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from astracli.config.recipe import AlgorithmTable, Recipe
+from astracli.config.recipe import Recipe
 from astracli.kernels.upload import upload
 from astracli.rl.batch import Batch, MicroBatch
-from astracli.rl.losses import Algorithm, ClipLimits, Normaliser, TokenLoss, Tokens
+from astracli.rl.losses import Algorithm, ClipLimits, Minibatch, Normaliser, TokenLoss, Tokens
 from astracli.rl.losses.clipping import ratio
 
 
 def token_losses(
-    algorithm: Algorithm, micro: MicroBatch, logprob_N: Tensor, proximal_N: Tensor | None, limits: ClipLimits
-) -> TokenLoss:
-    """The algorithm on a micro-batch. Without `proximal_N` the policy has not moved since the start of the step."""
-    return algorithm.token_loss(_tokens(micro, logprob_N, proximal_N), limits)
-
-
-def step_losses(
-    algorithm: Algorithm,
-    table: AlgorithmTable,
-    micro: MicroBatch,
-    logprob_N: Tensor,
-    proximal_N: Tensor | None,
-    limits: ClipLimits,
-    version: int,
-) -> tuple[TokenLoss, Tensor | None]:
-    """What a step trains on: `token_losses`, corrected where the recipe asks for it, and then where the cap was met."""
-    if table.mismatch_cap is None:
-        return token_losses(algorithm, micro, logprob_N, proximal_N, limits), None
-    return corrected_losses(algorithm, micro, logprob_N, proximal_N, limits, version=version, cap=table.mismatch_cap)
-
-
-def corrected_losses(
     algorithm: Algorithm,
     micro: MicroBatch,
     logprob_N: Tensor,
     proximal_N: Tensor | None,
     limits: ClipLimits,
     *,
-    version: int,
-    cap: float,
-) -> tuple[TokenLoss, Tensor]:
-    """The same with mismatch correction, and where pi_old / pi_engine is over `cap` (bool [N]). `version`: of the
-    weights at the start of the step."""
-    tokens = _tokens(micro, logprob_N, proximal_N)
-    own_N = upload(micro.version_N == version, logprob_N.device)
-    weight_N = ratio((tokens.proximal_N - tokens.behaviour_N).masked_fill(~own_N, 0.0))
-    known = replace(tokens, behaviour_N=tokens.proximal_N.where(own_N, tokens.behaviour_N))
-    result = algorithm.token_loss(known, limits)
-    return result._replace(loss_N=weight_N.clamp(max=cap) * result.loss_N), weight_N > cap
+    version: int = 0,
+    cap: float | None = None,
+) -> tuple[TokenLoss, Tensor | None]:
+    """The algorithm on a micro-batch; with a `cap` with mismatch correction, and where pi_old / pi_engine is over it.
 
-
-def _tokens(micro: MicroBatch, logprob_N: Tensor, proximal_N: Tensor | None) -> Tokens:
+    Without `proximal_N` the policy has not moved since the start of the step. `version`: of the weights then.
+    """
     device = logprob_N.device
-    return Tokens(
+    tokens = Tokens(
         logprob_N=logprob_N,
         behaviour_N=upload(micro.logprob_N, device),
         advantage_N=upload(micro.advantage_N, device),
         proximal_N=logprob_N.detach() if proximal_N is None else proximal_N,
         sequence_N=upload(micro.sequence_N, device),
     )
+    if cap is None:
+        return algorithm.token_loss(tokens, limits), None
+    own_N = upload(micro.version_N == version, device)
+    weight_N = ratio((tokens.proximal_N - tokens.behaviour_N).masked_fill(~own_N, 0.0))
+    known = replace(tokens, behaviour_N=tokens.proximal_N.where(own_N, tokens.behaviour_N))
+    result = algorithm.token_loss(known, limits)
+    return result._replace(loss_N=weight_N.clamp(max=cap) * result.loss_N), weight_N > cap
 
 
-def moved(log_ratio_N: Tensor, micro: MicroBatch, version: int, table: AlgorithmTable) -> Tensor:
-    """From log-ratios to the engine those that `step_losses` gives the algorithm at the start of the step."""
-    if table.mismatch_cap is None:
+def moved(log_ratio_N: Tensor, micro: MicroBatch, version: int, cap: float | None) -> Tensor:
+    """From log-ratios to the engine those that `token_losses` gives the algorithm at the start of the step."""
+    if cap is None:
         return log_ratio_N
     return log_ratio_N.masked_fill(upload(micro.version_N == version, log_ratio_N.device), 0.0)
 
 
 def denominator(normaliser: Normaliser, batch: Batch, index: int, recipe: Recipe) -> float:
-    """What the sum over minibatch `index` of all ranks is divided by. A mean over sequences weighs all those of the
-    batch alike (`Batch.rows_per_minibatch`)."""
-    if normaliser == "token":
-        return batch.minibatch_tokens[index]
-    if normaliser == "sequence":
-        return batch.rows_per_minibatch
-    return batch.rows_per_minibatch * (recipe.algorithm.loss_length or recipe.rollout.max_new_tokens)
+    """What the sum over minibatch `index` of all ranks is divided by."""
+    longest = recipe.rollout.max_new_tokens
+    return normaliser.total(
+        Minibatch(batch.minibatch_tokens[index], batch.rows_per_minibatch, longest), recipe.algorithm.own
+    )
 
 
 def normalised(normaliser: Normaliser, loss_N: Tensor, micro: MicroBatch, divisor: float) -> Tensor:
     """This micro-batch's part of the minibatch's loss, a scalar."""
-    if normaliser == "sequence":
+    if normaliser.of_sequences is not None:
         sequence_N = micro.sequence_N
-        loss_N = loss_N / upload(np.bincount(sequence_N)[sequence_N], loss_N.device)
+        loss_N = loss_N / upload(normaliser.of_sequences(np.bincount(sequence_N))[sequence_N], loss_N.device)
     return loss_N.sum() / divisor

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,8 @@ GRADIENT_CEILING = 0.15
 TIMES_REPEAT = 2.0
 """Kernels that do not repeat themselves excuse twice what they are apart from themselves, and nothing else does."""
 MOST_ROWS = 8
+Pass = tuple[MicroBatch, slice]
+"""A micro-batch, and which of its loss tokens count"""
 
 
 def logprobs(
@@ -67,26 +69,7 @@ def spread(rows: Sequence[Row], tokens_per_microbatch: int) -> list[Row]:
     return [by_length[(i * (len(by_length) - 1)) // max(1, count - 1)] for i in range(count)]
 
 
-@torch.no_grad()
-def rows_against_separate(
-    policy: PolicyModel,
-    adapter: ModelAdapter,
-    rows: Sequence[Row],
-    device: torch.device,
-    *,
-    join: Join,
-    pad_token: int,
-) -> float:
-    """Largest |difference of log-probabilities| between rows joined into one micro-batch and each alone.
-
-    A collective when the policy is sharded: every rank must bring the same rows.
-    """
-    together, _ = logprobs(policy, adapter, join(list(rows), pad_token), device)
-    alone = torch.cat([logprobs(policy, adapter, pad_rows([row], pad_token), device)[0] for row in rows])
-    return float((together - alone).abs().max())
-
-
-def in_the_shape_of_all(rows: Sequence[Row], index: int, *, join: Join, pad_token: int) -> tuple[MicroBatch, slice]:
+def in_the_shape_of_all(rows: Sequence[Row], index: int, *, join: Join, pad_token: int) -> Pass:
     """Row `index` alone, in a micro-batch of the shape that all rows make together, and where its loss tokens are.
 
     It comes first, where nothing can reach it, and padding fills the place of the others behind it. Loss tokens keep
@@ -104,184 +87,12 @@ def in_the_shape_of_all(rows: Sequence[Row], index: int, *, join: Join, pad_toke
     return ordered, slice(before, before + counts[index])
 
 
-def gradients_against_separate(
-    policy: PolicyModel,
-    adapter: ModelAdapter,
-    rows: Sequence[Row],
-    masters: Masters,
-    *,
-    join: Join,
-    pad_token: int,
-    same_shape: bool,
-) -> float:
-    """|difference| / |gradient of the rows together| of their mean log-probability, over all parameters of all ranks.
-
-    Every rank must bring the same rows. `masters` hold no gradients before and after. With `same_shape` every row costs
-    the passes that all of them cost together, and sums are taken in one order; without, a row alone is an ordinary one:
-    in fp32 other shapes change a millionth, and that is the plainer check.
-    """
-    together = (join(list(rows), pad_token), slice(None))
-    if not same_shape:
-        return _minus(policy, adapter, masters, together, _by_themselves(rows, pad_token))
-    alone = (in_the_shape_of_all(rows, index, join=join, pad_token=pad_token) for index in range(len(rows)))
-    with varlen.one_order():
-        return _minus(policy, adapter, masters, together, alone)
-
-
-def gradient_repeat(
-    policy: PolicyModel, adapter: ModelAdapter, rows: Sequence[Row], masters: Masters, *, join: Join, pad_token: int
-) -> float:
-    """The same of joined rows and themselves, computed twice: 0 where the kernels repeat themselves in `one_order`."""
-    together = (join(list(rows), pad_token), slice(None))
-    with varlen.one_order():
-        return _minus(policy, adapter, masters, together, [together])
-
-
-def gradient_figures(
-    policy: PolicyModel,
-    adapter: ModelAdapter,
-    rows: Sequence[Row],
-    masters: Masters,
-    *,
-    join: Join,
-    pad_token: int,
-    in_bf16: bool,
-) -> dict[str, float]:
-    """What `require_gradients` judges and metrics.jsonl records (docs/run-directory.md).
-
-    `in_bf16`, as on a GPU: `rows_gradient_error` is taken in one shape and one order, `rows_gradient_own_shape` as in
-    fp32; and, where they are over the tolerance, what excuses it: `rows_gradient_repeat` and `rows_gradient_noise`.
-    """
-
-    def error(same_shape: bool) -> float:
-        return gradients_against_separate(
-            policy, adapter, rows, masters, join=join, pad_token=pad_token, same_shape=same_shape
-        )
-
-    found = {"rows_gradient_error": error(in_bf16)}
-    if not in_bf16:
-        return found
-    tolerance = GRADIENT_TOLERANCE["cuda"]
-    if found["rows_gradient_error"] > tolerance:
-        found["rows_gradient_repeat"] = gradient_repeat(policy, adapter, rows, masters, join=join, pad_token=pad_token)
-    found["rows_gradient_own_shape"] = error(False)
-    if found["rows_gradient_own_shape"] > tolerance:
-        found["rows_gradient_noise"] = rounding_noise(policy, adapter, rows, masters, pad_token=pad_token)
-    return found
-
-
-def rounding_noise(
-    policy: PolicyModel, adapter: ModelAdapter, rows: Sequence[Row], masters: Masters, *, pad_token: int
-) -> float:
-    """How far the gradient moves, relative to its norm, when every block's input moves by a unit in bf16's last place.
-
-    Other kernels round otherwise, so two right ways to compute one gradient in bf16 differ, the more the deeper the
-    model: with random weights (CPU, 32 layers) both packed and separate rows lie 0.05 from the gradient in fp32, and
-    0.02 from each other; in fp32 they are 2.5e-6 apart. Rows in shapes of their own are held against this.
-    """
-    tokens = sum(row.loss_tokens for row in rows)
-    with _jolted(policy, adapter):
-        for alone in _by_themselves(rows, pad_token):
-            _pull(policy, adapter, masters, alone, 1 / tokens)
-    return _difference(policy, adapter, masters, _by_themselves(rows, pad_token), tokens)
-
-
-@torch.no_grad()
-def logprob_noise(
-    policy: PolicyModel, adapter: ModelAdapter, rows: Sequence[Row], device: torch.device, *, pad_token: int
-) -> float:
-    """Mean |change of a loss token's log-probability| when every block's input moves by a unit in bf16's last place.
-
-    What two right implementations in bf16 may differ by depends on the model: SmolLM2-135M, whose logits go up to 37,
-    in fp32 lies 0.03 from SGLang in bf16, and this is 0.03 too (docs/benchmarks.md, "A pretrained checkpoint"). A
-    collective when the policy is sharded: every rank must bring the same rows.
-    """
-    changes = []
-    for row in rows:
-        alone = pad_rows([row], pad_token)
-        plain_N, _ = logprobs(policy, adapter, alone, device)
-        with _jolted(policy, adapter):
-            jolted_N, _ = logprobs(policy, adapter, alone, device)
-        changes.append((jolted_N - plain_N).abs())
-    return float(torch.cat(changes).mean())
-
-
-@contextmanager
-def _jolted(policy: PolicyModel, adapter: ModelAdapter) -> Iterator[None]:
-    """Every block of the policy sees its input `a_unit_off`."""
-
-    def jolt(block: int) -> Callable[..., Any]:
-        def hook(_: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-            hidden = a_unit_off(inputs[0] if inputs else named["hidden_states"], block)
-            return ((hidden, *inputs[1:]), named) if inputs else (inputs, named | {"hidden_states": hidden})
-
-        return hook
-
-    blocks = adapter.blocks(policy.model)
-    hooks = [block.register_forward_pre_hook(jolt(i), with_kwargs=True) for i, block in enumerate(blocks)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def a_unit_off(hidden: torch.Tensor, seed: int) -> torch.Tensor:
     """Each value times 1 - 2^-8, 1 or 1 + 2^-8, by chance; the same ones for the same seed, as when a block is computed
     again in a backward pass. In fp32, and then rounded: 1 + 2^-8 itself is no number in bf16."""
     draw = torch.Generator(hidden.device).manual_seed(seed)
     signs = torch.randint(-1, 2, hidden.shape, generator=draw, device=hidden.device, dtype=torch.int8)
     return (hidden.float() * (1 + signs * 2.0**-8)).to(hidden.dtype)
-
-
-Pass = tuple[MicroBatch, slice]
-"""A micro-batch, and which of its loss tokens count"""
-
-
-def _by_themselves(rows: Sequence[Row], pad_token: int) -> Iterator[Pass]:
-    """Each as an ordinary row of its own length."""
-    return ((pad_rows([row], pad_token), slice(None)) for row in rows)
-
-
-def _pull(policy: PolicyModel, adapter: ModelAdapter, masters: Masters, one: Pass, weight: float) -> None:
-    """Add the gradient of a pass's log-probabilities, times `weight`, to what there is."""
-    micro, its = one
-    logprob_N, _ = logprobs(policy, adapter, micro, masters.ranks.device)
-    (logprob_N[its].sum() * weight).backward()
-
-
-def _minus(
-    policy: PolicyModel, adapter: ModelAdapter, masters: Masters, together: Pass, passes: Iterable[Pass]
-) -> float:
-    """|gradient of a micro-batch's mean log-probability, minus that of `passes`| over the former."""
-    tokens = len(together[0].target_N)
-    _pull(policy, adapter, masters, together, 1 / tokens)
-    return _difference(policy, adapter, masters, passes, tokens)
-
-
-def _difference(
-    policy: PolicyModel, adapter: ModelAdapter, masters: Masters, passes: Iterable[Pass], tokens: int
-) -> float:
-    """|gradient that is there, minus that of `passes`| over the former. None is there afterwards.
-
-    The passes are taken off what is there, so no second set of gradients is held.
-    """
-
-    def norm() -> float:
-        return masters.ranks.squares(masters.grads.found().values()) ** 0.5
-
-    whole = norm()
-    for one in passes:
-        _pull(policy, adapter, masters, one, -1 / tokens)
-    difference = norm()
-    masters.grads.clear()
-    return difference / whole if whole else difference
-
-
-def require_rows(difference: float, device: torch.device, adapter: ModelAdapter, packed: bool = False) -> None:
-    """Raise RunFailed when joined rows do not equal separate ones."""
-    tolerance = ROWS_TOLERANCE.get(device.type, ROWS_TOLERANCE["cuda"])
-    _require(difference, tolerance, "log-probability", adapter, packed)
 
 
 def gradient_limits(found: Mapping[str, float], device: torch.device) -> dict[str, float]:
@@ -300,23 +111,172 @@ def gradient_limits(found: Mapping[str, float], device: torch.device) -> dict[st
     return {name: max(tolerance, min(excuse, GRADIENT_CEILING)) for name, excuse in excuses.items()}
 
 
-def require_gradients(found: Mapping[str, float], device: torch.device, adapter: ModelAdapter, packed: bool) -> None:
-    """Raise RunFailed when the gradient of joined rows is not that of separate ones."""
-    for name, limit in gradient_limits(found, device).items():
-        what = "gradient, relative to its norm"
-        own = ", each row in a shape of its own" if name == "rows_gradient_own_shape" else ""
-        _require(found[name], limit, what + own, adapter, packed)
+@dataclass(frozen=True)
+class RowCheck:
+    """How a trainer computes rows, and the checks of it. With a sharded policy each is a collective: every rank must
+    bring the same rows. Gradients: `masters` hold none before and after."""
 
+    policy: PolicyModel
+    adapter: ModelAdapter
+    masters: Masters
+    packed: bool = False
+    pad_token: int = 0
 
-def _require(difference: float, tolerance: float, what: str, adapter: ModelAdapter, packed: bool) -> None:
-    if difference <= tolerance:
-        return
-    joined = "packed in one row" if packed else "padded together"
-    why = f"adapter `{adapter.name}` gives this model a wrong attention mask; run `astra doctor`"
-    if packed:
-        why = f"adapter `{adapter.name}` loses the boundaries of a packed row; `--set train.packing=padded` trains on"
-    raise RunFailed(
-        f"rows {joined} differ from separate rows by {difference:.2e} in {what}, "
-        f"allowed {tolerance:.1e}: state leaks between positions or rows",
-        why,
-    )
+    @property
+    def device(self) -> torch.device:
+        return self.masters.ranks.device
+
+    def logprobs(self, micro: MicroBatch) -> torch.Tensor:
+        """fp32 [N]"""
+        return logprobs(self.policy, self.adapter, micro, self.device)[0]
+
+    def together(self, rows: Sequence[Row]) -> Pass:
+        """The rows joined into one micro-batch."""
+        return packing.dividers(self.packed)[1](list(rows), self.pad_token), slice(None)
+
+    def alone(self, rows: Sequence[Row]) -> Iterator[Pass]:
+        """Each as an ordinary row of its own length."""
+        return ((pad_rows([row], self.pad_token), slice(None)) for row in rows)
+
+    @torch.no_grad()
+    def difference(self, rows: Sequence[Row]) -> float:
+        """Largest |difference of log-probabilities| between rows joined into one micro-batch and each alone."""
+        together = self.logprobs(self.together(rows)[0])
+        alone = torch.cat([self.logprobs(micro) for micro, _ in self.alone(rows)])
+        return float((together - alone).abs().max())
+
+    def gradient_error(self, rows: Sequence[Row], *, same_shape: bool) -> float:
+        """|difference| / |gradient of the rows together| of their mean log-probability, over all parameters of all
+        ranks.
+
+        With `same_shape` every row costs the passes that all of them cost together, and sums are taken in one order;
+        without, a row alone is an ordinary one: in fp32 other shapes change a millionth, and that is the plainer check.
+        """
+        if not same_shape:
+            return self._minus(self.together(rows), self.alone(rows))
+        _, join = packing.dividers(self.packed)
+        alone = (in_the_shape_of_all(rows, i, join=join, pad_token=self.pad_token) for i in range(len(rows)))
+        with varlen.one_order():
+            return self._minus(self.together(rows), alone)
+
+    def gradient_repeat(self, rows: Sequence[Row]) -> float:
+        """The same of joined rows and themselves, computed twice: 0 where the kernels repeat themselves in
+        `one_order`."""
+        with varlen.one_order():
+            return self._minus(self.together(rows), [self.together(rows)])
+
+    def gradient_figures(self, rows: Sequence[Row], *, in_bf16: bool) -> dict[str, float]:
+        """What `require_gradients` judges and metrics.jsonl records (docs/run-directory.md).
+
+        `in_bf16`, as on a GPU: `rows_gradient_error` is taken in one shape and one order, `rows_gradient_own_shape` as
+        in fp32; and, where they are over the tolerance, what excuses it: `rows_gradient_repeat` and
+        `rows_gradient_noise`.
+        """
+        found = {"rows_gradient_error": self.gradient_error(rows, same_shape=in_bf16)}
+        if not in_bf16:
+            return found
+        tolerance = GRADIENT_TOLERANCE["cuda"]
+        if found["rows_gradient_error"] > tolerance:
+            found["rows_gradient_repeat"] = self.gradient_repeat(rows)
+        found["rows_gradient_own_shape"] = self.gradient_error(rows, same_shape=False)
+        if found["rows_gradient_own_shape"] > tolerance:
+            found["rows_gradient_noise"] = self.rounding_noise(rows)
+        return found
+
+    def rounding_noise(self, rows: Sequence[Row]) -> float:
+        """How far the gradient moves, relative to its norm, when every block's input moves by a unit in bf16's last
+        place.
+
+        Other kernels round otherwise, so two right ways to compute one gradient in bf16 differ, the more the deeper the
+        model: with random weights (CPU, 32 layers) both packed and separate rows lie 0.05 from the gradient in fp32,
+        and 0.02 from each other; in fp32 they are 2.5e-6 apart. Rows in shapes of their own are held against this.
+        """
+        tokens = sum(row.loss_tokens for row in rows)
+        with self._jolted():
+            for alone in self.alone(rows):
+                self._pull(alone, 1 / tokens)
+        return self._difference(self.alone(rows), tokens)
+
+    @torch.no_grad()
+    def logprob_noise(self, rows: Sequence[Row]) -> float:
+        """Mean |change of a token's log-probability| when every block's input moves by a unit in bf16's last place.
+
+        What two right implementations in bf16 may differ by depends on the model: SmolLM2-135M, whose logits go up to
+        37, in fp32 lies 0.03 from SGLang in bf16, and this is 0.03 too (docs/benchmarks.md, "A pretrained checkpoint").
+        """
+        changes = []
+        for micro, _ in self.alone(rows):
+            plain_N = self.logprobs(micro)
+            with self._jolted():
+                changes.append((self.logprobs(micro) - plain_N).abs())
+        return float(torch.cat(changes).mean())
+
+    @contextmanager
+    def _jolted(self) -> Iterator[None]:
+        """Every block of the policy sees its input `a_unit_off`."""
+
+        def jolt(block: int) -> Callable[..., Any]:
+            def hook(_: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+                hidden = a_unit_off(inputs[0] if inputs else named["hidden_states"], block)
+                return ((hidden, *inputs[1:]), named) if inputs else (inputs, named | {"hidden_states": hidden})
+
+            return hook
+
+        blocks = self.adapter.blocks(self.policy.model)
+        hooks = [block.register_forward_pre_hook(jolt(i), with_kwargs=True) for i, block in enumerate(blocks)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _pull(self, one: Pass, weight: float) -> None:
+        """Add the gradient of a pass's log-probabilities, times `weight`, to what there is."""
+        micro, its = one
+        (self.logprobs(micro)[its].sum() * weight).backward()
+
+    def _minus(self, together: Pass, passes: Iterable[Pass]) -> float:
+        """|gradient of a micro-batch's mean log-probability, minus that of `passes`| over the former."""
+        tokens = len(together[0].target_N)
+        self._pull(together, 1 / tokens)
+        return self._difference(passes, tokens)
+
+    def _difference(self, passes: Iterable[Pass], tokens: int) -> float:
+        """|gradient that is there, minus that of `passes`| over the former. None is there afterwards.
+
+        The passes are taken off what is there, so no second set of gradients is held.
+        """
+
+        def norm() -> float:
+            return self.masters.ranks.squares(self.masters.grads.found().values()) ** 0.5
+
+        whole = norm()
+        for one in passes:
+            self._pull(one, -1 / tokens)
+        difference = norm()
+        self.masters.grads.clear()
+        return difference / whole if whole else difference
+
+    def require_rows(self, difference: float) -> None:
+        """Raise RunFailed when joined rows do not equal separate ones."""
+        self._require(difference, ROWS_TOLERANCE.get(self.device.type, ROWS_TOLERANCE["cuda"]), "log-probability")
+
+    def require_gradients(self, found: Mapping[str, float]) -> None:
+        """Raise RunFailed when the gradient of joined rows is not that of separate ones."""
+        for name, limit in gradient_limits(found, self.device).items():
+            own = ", each row in a shape of its own" if name == "rows_gradient_own_shape" else ""
+            self._require(found[name], limit, "gradient, relative to its norm" + own)
+
+    def _require(self, difference: float, tolerance: float, what: str) -> None:
+        if difference <= tolerance:
+            return
+        joined = "packed in one row" if self.packed else "padded together"
+        why = f"adapter `{self.adapter.name}` gives this model a wrong attention mask; run `astra doctor`"
+        if self.packed:
+            why = f"adapter `{self.adapter.name}` loses the boundaries of a packed row; "
+            why += "`--set train.packing=padded` trains on"
+        raise RunFailed(
+            f"rows {joined} differ from separate rows by {difference:.2e} in {what}, "
+            f"allowed {tolerance:.1e}: state leaks between positions or rows",
+            why,
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,15 +32,14 @@ def build_trainer(
 ) -> Trainer:
     """Everything a step needs, on every rank. `attention`: an implementation that transformers knows. `split`: what
     waits in host memory between its uses. `bf16_engine`: the engine computes in bf16."""
-    packed = backend.packing(recipe, adapter, ranks.device.type)[0] == "packed"
-    model = _load(model_dir, adapter, recipe, ranks, attention, packed)
-    wire = adapter.wire_tensors(model)
+    loader = _Loader(model_dir, adapter, recipe, ranks, attention)
+    model, wire, exact = loader.load()
     blocks = adapter.block_classes(model)
-    policy, exact = PolicyModel(model, temperature=recipe.rollout.temperature), _exact(model, wire)
+    policy = PolicyModel(model, temperature=recipe.rollout.temperature)
     recompute(policy, blocks, recomputed(recipe, split))
     shard(policy, blocks, ranks, exact=exact)
     masters = Masters(policy.model, wire, recipe.train, ranks, moments_on_host=split.moments_on_host)
-    reference = _reference(model_dir, adapter, recipe, ranks, attention, packed)
+    reference = loader.reference() if recipe.algorithm.kl_coef else None
     offload = None
     if reference is not None and split.reference == "host":
         offload = CpuOffload(reference.parameters(), constant=True)
@@ -54,60 +53,64 @@ def build_trainer(
         reference=reference,
         reference_offload=offload,
         pad_token=pad_token(model_dir),
-        packed=packed,
+        packed=loader.packed,
         bf16_engine=bf16_engine,
     )
 
 
-def _load(
-    model_dir: Path, adapter: ModelAdapter, recipe: Recipe, ranks: Ranks, attention: str, packed: bool
-) -> torch.nn.Module:
-    model: torch.nn.Module = adapter.load_for_training(model_dir, attention=attention)
-    if ranks.device.type == "cpu":
-        if adapter.prepare_cpu is not None:
-            adapter.prepare_cpu(model)
-        linear.install(model)
-    elif adapter.prepare_gpu is not None:
-        adapter.prepare_gpu(model)
-    if packed:
-        varlen.install(model, adapter)
-        if recipe.train.row_boundaries == "ignored":
-            varlen.carry_state(model)
-    return model
+@dataclass(frozen=True)
+class _Loader:
+    """Loads the checkpoint: once to be trained, once more where the recipe asks for KL."""
 
+    model_dir: Path
+    adapter: ModelAdapter
+    recipe: Recipe
+    ranks: Ranks
+    attention: str
 
-def _exact(model: torch.nn.Module, wire: Mapping[str, WireTensor]) -> list[torch.nn.Parameter]:
-    """Parameters that the engine holds in fp32: the trainer must not compute with them rounded."""
-    parameters = dict(model.named_parameters())
-    return [parameters[name] for name, tensor in wire.items() if tensor.dtype == "float32"]
+    @property
+    def packed(self) -> bool:
+        return backend.packing(self.recipe, self.adapter, self.ranks.device.type)[0] == "packed"
 
+    def load(self) -> tuple[torch.nn.Module, dict[str, WireTensor], list[torch.nn.Parameter]]:
+        """The model, how its tensors travel, and the parameters that the engine holds in fp32: the trainer must not
+        compute with those rounded."""
+        adapter = self.adapter
+        model: torch.nn.Module = adapter.load_for_training(self.model_dir, attention=self.attention)
+        if self.ranks.device.type == "cpu":
+            if adapter.prepare_cpu is not None:
+                adapter.prepare_cpu(model)
+            linear.install(model)
+        elif adapter.prepare_gpu is not None:
+            adapter.prepare_gpu(model)
+        if self.packed:
+            varlen.install(model, adapter)
+            if self.recipe.train.row_boundaries == "ignored":
+                varlen.carry_state(model)
+        wire, parameters = adapter.wire_tensors(model), dict(model.named_parameters())
+        return model, wire, [parameters[name] for name, tensor in wire.items() if tensor.dtype == "float32"]
 
-def _reference(
-    model_dir: Path, adapter: ModelAdapter, recipe: Recipe, ranks: Ranks, attention: str, packed: bool
-) -> PolicyModel | None:
-    """The initial policy as it was published, without gradients; None when the recipe asks for no KL."""
-    if recipe.algorithm.kl_coef == 0:
-        return None
-    model = _load(model_dir, adapter, recipe, ranks, attention, packed)
-    blocks, wire = adapter.block_classes(model), adapter.wire_tensors(model)
-    exact = _exact(model, wire)
-    if ranks.precision == torch.float32:
-        parameters = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, tensor in wire.items():
-                parameters[name].copy_(parameters[name].to(DTYPES[tensor.dtype]))
-    else:
-        kept = set(exact)
-        for parameter in model.parameters():
-            if parameter not in kept:
-                parameter.data = parameter.data.to(ranks.precision)  # what the policy is computed with
-    policy = PolicyModel(model, temperature=recipe.rollout.temperature)
-    policy.requires_grad_(False)
-    if ranks.world_size == 1:
-        policy.to(ranks.device)
-    else:
-        shard(policy, blocks, ranks, exact=exact)
-    return policy
+    def reference(self) -> PolicyModel:
+        """The initial policy as it was published, without gradients."""
+        model, wire, exact = self.load()
+        ranks, blocks = self.ranks, self.adapter.block_classes(model)
+        if ranks.precision == torch.float32:
+            parameters = dict(model.named_parameters())
+            with torch.no_grad():
+                for name, tensor in wire.items():
+                    parameters[name].copy_(parameters[name].to(DTYPES[tensor.dtype]))
+        else:
+            kept = set(exact)
+            for parameter in model.parameters():
+                if parameter not in kept:
+                    parameter.data = parameter.data.to(ranks.precision)  # what the policy is computed with
+        policy = PolicyModel(model, temperature=self.recipe.rollout.temperature)
+        policy.requires_grad_(False)
+        if ranks.world_size == 1:
+            policy.to(ranks.device)
+        else:
+            shard(policy, blocks, ranks, exact=exact)
+        return policy
 
 
 def pad_token(model_dir: Path) -> int:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from astracli.config.recipe import Recipe
-from astracli.rl import losses
 from astracli.rl.batch import Batch
 from astracli.training.agreement import Agreement
 from astracli.training.fsdp import Ranks
@@ -36,6 +35,10 @@ class Sums:
         """Their sum, in float64."""
         total = values.detach().sum(dtype=torch.float64)
         self._totals[name] = self._totals[name] + total if name in self._totals else total
+
+    def has(self, name: str) -> bool:
+        """Whether anything was added, zeros included."""
+        return name in self._totals
 
     def read(self) -> list[float]:
         """In the order of `NAMES`, 0 for what was never added. Waits for the device."""
@@ -97,9 +100,9 @@ def figures(
         "length_stop_fraction": float(np.mean([r.sample.finish_reason == "length" for r in batch.rows])),
         "updates": float(updates),
     }
-    if losses.get(recipe.algorithm.name).weighted:
+    if sums.has("capped"):
         found["weight_capped_fraction"] = capped / tokens
-    if recipe.algorithm.mismatch_cap is not None:
+    if sums.has("mismatched"):
         found["mismatch_capped_fraction"] = mismatched / tokens
     if recipe.algorithm.overlong_fraction:
         found |= batch.overlong()

@@ -1,34 +1,90 @@
-"""Policy-gradient algorithms, one file each. To add one: write the file, give it a line in `config/algorithms.py`.
+"""What a policy-gradient algorithm is. Each is one file with an `ALGORITHM`, an entry point in `astra.algorithms`.
 
-An algorithm is two functions on flat loss tokens. `prepare` sees the whole batch of all ranks, before the first
-optimizer step, and returns the limits that hold for all minibatches; `token_loss` sees one micro-batch, whole sequences
-only. The trainer turns token losses into the loss of a minibatch (all ranks, all micro-batches) as the algorithm's
-`normaliser` says.
+An algorithm works on flat loss tokens. `prepare` sees the whole batch of all ranks, before the first optimizer step,
+and returns the limits that hold for all minibatches; `token_loss` sees one micro-batch, whole sequences only. The
+trainer turns token losses into the loss of a minibatch (all ranks, all micro-batches) as the `normaliser` says, and
+adds `kl` to the initial model where the recipe asks for it.
 
 Three policies occur: the *policy* that is trained, the *proximal* policy (the trainer's at the start of the step), the
 *behaviour* policy (the engine's own log-probabilities when it drew the token).
 
-Shape letters: N loss tokens, R sequences (rows). Importing this package does not import torch.
+A file of this package imports neither torch nor numpy: `astra recipes show` reads the settings of an algorithm from it.
+
+Shape letters: N loss tokens, R sequences (rows), S samples of a group.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
-from astracli.config.algorithms import ALGORITHMS
+from astracli.config import algorithms
+from astracli.config.algorithms import AlgorithmSettings
+from astracli.config.recipe_run import Table
 from astracli.errors import UserError
+from astracli.rl.losses.kl import k3
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
-    from astracli.config.recipe import AlgorithmTable
+EPS = 1e-5
+"""Added to every standard deviation: a group whose rewards are all equal gets zeros."""
 
-Normaliser = Literal["token", "sequence", "constant"]
-"""Mean over the tokens of the minibatch; mean over its sequences of each one's token mean; mean over its sequences of
-each one's token sum / a constant length."""
+
+class UsualSettings(Table):
+    """Settings of an algorithm with the usual advantage."""
+
+    advantage: Literal["group", "mean"] = "group"
+    """`group`: (r - mean) / (unbiased std + 1e-5) inside the group; `mean`: r - mean."""
+
+
+def group_advantage(rewards_S: np.ndarray, lengths_S: np.ndarray, settings: UsualSettings) -> np.ndarray:
+    """float64 [S], as `settings.advantage` says. One sample alone gets 0."""
+    centred_S = mean_advantage(rewards_S, lengths_S, settings)
+    if settings.advantage == "mean" or len(rewards_S) < 2:
+        return centred_S
+    return centred_S / (rewards_S.std(ddof=1) + EPS)
+
+
+def mean_advantage(rewards_S: np.ndarray, lengths_S: np.ndarray, settings: Any) -> np.ndarray:
+    """float64 [S]: r - mean, whatever the settings."""
+    return rewards_S - rewards_S.mean()
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """What a normaliser divides by: one minibatch over all ranks."""
+
+    tokens: int
+    """Its loss tokens."""
+    sequences: float
+    """The batch's mean number of sequences a minibatch, so that every sequence of a batch weighs the same."""
+    longest: int
+    """Tokens of the longest completion allowed."""
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """The loss of a minibatch is sum(loss_N / sequence divisor) / total."""
+
+    total: Callable[[Minibatch, Any], float]
+    """`(minibatch, the algorithm's settings)`"""
+    of_sequences: Callable[[np.ndarray], np.ndarray] | None = None
+    """Numbers of loss tokens [R] -> what each sequence's tokens are divided by [R]; None: by 1."""
+
+    def count(self, lengths_R: np.ndarray) -> np.ndarray:
+        """float64 [R]: how often the loss's own mean counts a sequence: its tokens over its divisor, 0 without any."""
+        if self.of_sequences is None:
+            return lengths_R.astype("float64")
+        return lengths_R / self.of_sequences(lengths_R.clip(min=1))
+
+
+TOKEN_MEAN = Normaliser(lambda minibatch, _: minibatch.tokens)
+"""Mean over the tokens of the minibatch."""
+SEQUENCE_MEAN = Normaliser(lambda minibatch, _: minibatch.sequences, lambda lengths_R: lengths_R)
+"""Mean over its sequences of each one's mean over tokens."""
 
 
 class ClipLimits(Protocol):
@@ -66,26 +122,27 @@ class TokenLoss(NamedTuple):
     """bool: where the weight pi_proximal / pi_behaviour is over its cap; None without such a weight."""
 
 
-@dataclass(frozen=True)
-class Algorithm:
-    name: str
-    prepare: Callable[[Tensor, Tensor, AlgorithmTable], ClipLimits]
-    """`(log_ratio_N, advantage_N, table)`, the global batch, without gradients -> limits."""
+@dataclass(frozen=True, kw_only=True)
+class Algorithm(AlgorithmSettings):
+    prepare: Callable[[Tensor, Tensor, Any], ClipLimits]
+    """`(log_ratio_N, advantage_N, settings)`, the global batch, without gradients -> limits."""
     token_loss: Callable[[Tokens, Any], TokenLoss]
     """`(tokens of a micro-batch, what prepare returned)`"""
-    normaliser: Normaliser = "token"
+    settings: type[Table] = UsualSettings
+    advantage: Callable[[np.ndarray, np.ndarray, Any], np.ndarray] = group_advantage
+    """`(rewards_S, loss tokens [S], settings)` of one group -> float64 [S]. The usual one needs `UsualSettings`."""
+    normaliser: Normaliser = TOKEN_MEAN
+    kl: Callable[[Tensor, Tensor], Tensor] = k3
+    """`(log-probabilities, those of the initial model)`, each [N] -> [N], what `kl_coef` weighs."""
     limits_from_ratios: bool = False
     """Whether `prepare` looks at the log-ratios: then they must be the batch's own, so every batch is scored."""
-    weighted: bool = False
-    """Whether it weighs tokens by pi_proximal / pi_behaviour and says where that weight is capped."""
 
 
 def get(name: str) -> Algorithm:
     """The algorithm of that name. Raises UserError naming those that exist."""
-    if name not in ALGORITHMS:
-        raise UserError(
-            f"algorithm.name = `{name}`: there is no such algorithm", f"one of {', '.join(sorted(ALGORITHMS))}"
-        )
-    algorithm = importlib.import_module(f"{__name__}.{name}").ALGORITHM
-    assert isinstance(algorithm, Algorithm)
-    return algorithm
+    try:
+        found = algorithms.find(name)
+    except UserError as error:
+        raise UserError(f"algorithm.name = `{name}`: {error.message}", error.hint) from None
+    assert isinstance(found, Algorithm), f"{name} has settings and no loss"
+    return found

@@ -1,7 +1,7 @@
 """CISPO: the importance weight is bounded and carries no gradient, so every token trains. Source: arXiv 2506.13585.
 
 loss = -sg(min(r, 1 + high)) A log pi_theta, token mean over the minibatch. As in the paper there is no lower bound on
-the weight, and `clip_low` is not used. The paper gives no number for the upper one; 1 + high = 5 is that of ScaleRL
+the weight. The paper gives no number for the upper one; 1 + high = 5 is that of ScaleRL
 (arXiv 2510.13786).
 """
 
@@ -9,12 +9,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from pydantic import PositiveFloat
 
-from astracli.config.recipe import AlgorithmTable
-from astracli.rl.losses import Algorithm, TokenLoss, Tokens
+from astracli.rl.losses import Algorithm, TokenLoss, Tokens, UsualSettings
 from astracli.rl.losses.clipping import ratio
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Settings(UsualSettings):
+    clip_high: PositiveFloat = 4.0
+    """The largest importance weight is 1 + clip_high."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +36,9 @@ class Bound:
         return math.log(self.weight)
 
 
-def prepare(log_ratio_N: Tensor, advantage_N: Tensor, table: AlgorithmTable) -> Bound:
+def prepare(log_ratio_N: Tensor, advantage_N: Tensor, settings: Settings) -> Bound:
     """1 + clip_high, whatever the batch."""
-    return Bound(1.0 + table.clip_high)
+    return Bound(1.0 + settings.clip_high)
 
 
 def token_loss(tokens: Tokens, limits: Bound) -> TokenLoss:
@@ -40,4 +48,4 @@ def token_loss(tokens: Tokens, limits: Bound) -> TokenLoss:
     return TokenLoss(loss_N, ratio_N > limits.weight)
 
 
-ALGORITHM = Algorithm("cispo", prepare, token_loss)
+ALGORITHM = Algorithm(settings=Settings, prepare=prepare, token_loss=token_loss)

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from pydantic import PositiveFloat
 
-from astracli.config.recipe import AlgorithmTable
-from astracli.rl.losses import TokenLoss, Tokens
+from astracli.config.recipe_run import Table
+from astracli.rl.losses import TokenLoss, Tokens, UsualSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOG_RATIO_BOUND = 20.0
 """exp() stays finite in fp32; no trained policy is this far from its behaviour. A limit there is none."""
+
+
+class RangeSettings(Table):
+    clip_low: PositiveFloat = 0.2
+    """The clip range is [1 - clip_low, 1 + clip_high]. 0.1 to 0.3."""
+    clip_high: PositiveFloat = 0.2
+    """0.2 to 0.4."""
+
+
+class Clipped(RangeSettings, UsualSettings):
+    """A clip range, and the usual advantage."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +49,14 @@ def ratio(log_ratio_N: Tensor) -> Tensor:
 def clipped_loss(log_ratio_N: Tensor, advantage_N: Tensor, limits: ClipRange) -> tuple[Tensor, Tensor]:
     """-min(r A, clip(r) A) per token, and where the gradient is cut."""
     ratio_N = ratio(log_ratio_N)
-    loss_N = -torch.minimum(ratio_N * advantage_N, ratio_N.clamp(limits.low, limits.high) * advantage_N)
+    loss_N = -(ratio_N * advantage_N).minimum(ratio_N.clamp(limits.low, limits.high) * advantage_N)
     cut_N = ((advantage_N > 0) & (ratio_N > limits.high)) | ((advantage_N < 0) & (ratio_N < limits.low))
     return loss_N, cut_N
 
 
-def fixed_range(log_ratio_N: Tensor, advantage_N: Tensor, table: AlgorithmTable) -> ClipRange:
+def fixed_range(log_ratio_N: Tensor, advantage_N: Tensor, settings: RangeSettings) -> ClipRange:
     """[1 - clip_low, 1 + clip_high], whatever the batch: a `prepare`."""
-    return ClipRange(max(1.0 - table.clip_low, 1e-6), 1.0 + table.clip_high)
+    return ClipRange(max(1.0 - settings.clip_low, 1e-6), 1.0 + settings.clip_high)
 
 
 def token_clipped(tokens: Tokens, limits: ClipRange) -> TokenLoss:
@@ -50,9 +64,16 @@ def token_clipped(tokens: Tokens, limits: ClipRange) -> TokenLoss:
     return TokenLoss(*clipped_loss(tokens.log_ratio_N, tokens.advantage_N, limits))
 
 
+class Capped(Clipped):
+    """A clip range for pi_theta / pi_proximal, and a cap on the weight pi_proximal / pi_behaviour."""
+
+    weight_cap: PositiveFloat
+    """Largest weight pi_proximal / pi_behaviour, 2 to 10."""
+
+
 @dataclass(frozen=True)
 class Weighted:
-    """A clip range for pi_theta / pi_proximal, and a cap on the weight pi_proximal / pi_behaviour."""
+    """A clip range and a cap on the weight, as limits."""
 
     range: ClipRange
     weight_cap: float
@@ -62,6 +83,6 @@ class Weighted:
         return self.range.cap
 
 
-def weighted_range(log_ratio_N: Tensor, advantage_N: Tensor, table: AlgorithmTable) -> Weighted:
+def weighted_range(log_ratio_N: Tensor, advantage_N: Tensor, settings: Capped) -> Weighted:
     """The fixed range and the fixed cap: a `prepare`."""
-    return Weighted(fixed_range(log_ratio_N, advantage_N, table), table.weight_cap)
+    return Weighted(fixed_range(log_ratio_N, advantage_N, settings), settings.weight_cap)

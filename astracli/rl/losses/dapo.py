@@ -14,7 +14,21 @@ Left out: filtering of truncated samples, which the paper compares with the soft
 
 from __future__ import annotations
 
-from astracli.rl.losses import Algorithm
-from astracli.rl.losses.clipping import fixed_range, token_clipped
+from pydantic import PositiveFloat
 
-ALGORITHM = Algorithm("dapo", fixed_range, token_clipped)
+from astracli.rl.losses import Algorithm
+from astracli.rl.losses.clipping import Clipped, fixed_range, token_clipped
+
+
+class Settings(Clipped):
+    clip_high: PositiveFloat = 0.28
+    """0.2 to 0.4."""
+
+
+ALGORITHM = Algorithm(
+    settings=Settings,
+    prepare=fixed_range,
+    token_loss=token_clipped,
+    defaults={"overlong_fraction": 0.2},
+    excluded={"drop_equal_groups": (False, "takes dynamic sampling out")},
+)

@@ -7,8 +7,15 @@ after arXiv 2110.00641. As in the authors' code a token whose w is over a cap tr
 
 from __future__ import annotations
 
+from pydantic import PositiveFloat
+
 from astracli.rl.losses import Algorithm, TokenLoss, Tokens
-from astracli.rl.losses.clipping import Weighted, clipped_loss, ratio, weighted_range
+from astracli.rl.losses.clipping import Capped, Weighted, clipped_loss, ratio, weighted_range
+
+
+class Settings(Capped):
+    weight_cap: PositiveFloat = 5.0
+    """Largest weight pi_proximal / pi_behaviour, 2 to 10: a token over it trains nothing."""
 
 
 def token_loss(tokens: Tokens, limits: Weighted) -> TokenLoss:
@@ -19,4 +26,4 @@ def token_loss(tokens: Tokens, limits: Weighted) -> TokenLoss:
     return TokenLoss((weight_N * loss_N).masked_fill(capped_N, 0.0), clipped_N, capped_N)
 
 
-ALGORITHM = Algorithm("decoupled", weighted_range, token_loss, weighted=True)
+ALGORITHM = Algorithm(settings=Settings, prepare=weighted_range, token_loss=token_loss)

@@ -7,7 +7,27 @@ constant is `loss_length`, by default the longest completion allowed; it only sc
 
 from __future__ import annotations
 
-from astracli.rl.losses import Algorithm
-from astracli.rl.losses.clipping import fixed_range, token_clipped
+from pydantic import PositiveInt
 
-ALGORITHM = Algorithm("dr_grpo", fixed_range, token_clipped, normaliser="constant")
+from astracli.rl.losses import Algorithm, Minibatch, Normaliser, mean_advantage
+from astracli.rl.losses.clipping import RangeSettings, fixed_range, token_clipped
+
+
+class Settings(RangeSettings):
+    loss_length: PositiveInt | None = None
+    """Tokens that a sequence's summed loss is divided by; None is `rollout.max_new_tokens`."""
+
+
+def total(minibatch: Minibatch, settings: Settings) -> float:
+    """Mean over the sequences of the minibatch, of each one's token sum / the constant."""
+    return minibatch.sequences * (settings.loss_length or minibatch.longest)
+
+
+ALGORITHM = Algorithm(
+    settings=Settings,
+    prepare=fixed_range,
+    token_loss=token_clipped,
+    advantage=mean_advantage,
+    normaliser=Normaliser(total),
+    excluded={"batch_norm_advantage": (True, "divides by the spread of the rewards")},
+)

@@ -7,6 +7,6 @@ arXiv 2503.14476; `clip_high` > `clip_low` is its clip-higher).
 from __future__ import annotations
 
 from astracli.rl.losses import Algorithm
-from astracli.rl.losses.clipping import fixed_range, token_clipped
+from astracli.rl.losses.clipping import Clipped, fixed_range, token_clipped
 
-ALGORITHM = Algorithm("grpo", fixed_range, token_clipped)
+ALGORITHM = Algorithm(settings=Clipped, prepare=fixed_range, token_loss=token_clipped)

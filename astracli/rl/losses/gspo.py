@@ -9,20 +9,27 @@ gradient of all its tokens.
 
 from __future__ import annotations
 
-import torch
+from pydantic import PositiveFloat
 
-from astracli.rl.losses import Algorithm, TokenLoss, Tokens
-from astracli.rl.losses.clipping import ClipRange, clipped_loss, fixed_range
+from astracli.rl.losses import SEQUENCE_MEAN, Algorithm, TokenLoss, Tokens
+from astracli.rl.losses.clipping import Clipped, ClipRange, clipped_loss, fixed_range
+
+
+class Settings(Clipped):
+    clip_low: PositiveFloat = 3e-4
+    """The clip range of s is [1 - clip_low, 1 + clip_high]."""
+    clip_high: PositiveFloat = 4e-4
+    """The paper's; a token's range would never be reached."""
 
 
 def token_loss(tokens: Tokens, limits: ClipRange) -> TokenLoss:
     """The sequence's loss at each of its tokens."""
     # as many places as tokens, of which sequences take the first: to count them a GPU would have to be waited for
-    zeros_N = torch.zeros_like(tokens.behaviour_N)
-    lengths_N = zeros_N.index_add(0, tokens.sequence_N, torch.ones_like(zeros_N))
+    zeros_N = tokens.behaviour_N.new_zeros(tokens.behaviour_N.shape)
+    lengths_N = zeros_N.index_add(0, tokens.sequence_N, zeros_N + 1.0)
     sums_N = zeros_N.index_add(0, tokens.sequence_N, tokens.log_ratio_N)
     mean_N = (sums_N / lengths_N.clamp(min=1))[tokens.sequence_N]
     return TokenLoss(*clipped_loss(mean_N, tokens.advantage_N, limits))
 
 
-ALGORITHM = Algorithm("gspo", fixed_range, token_loss, normaliser="sequence")
+ALGORITHM = Algorithm(settings=Settings, prepare=fixed_range, token_loss=token_loss, normaliser=SEQUENCE_MEAN)

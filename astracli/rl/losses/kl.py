@@ -5,7 +5,10 @@ Source: http://joschu.net/blog/kl-approx.html. Never negative, and bounded by 10
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LARGEST = 10.0
 

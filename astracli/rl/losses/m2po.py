@@ -25,18 +25,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+from pydantic import PositiveFloat
 
-from astracli.config.recipe import AlgorithmTable
-from astracli.rl.losses import Algorithm, ClipLimits, TokenLoss, Tokens
+from astracli.rl.losses import Algorithm, ClipLimits, TokenLoss, Tokens, UsualSettings
 from astracli.rl.losses.clipping import LOG_RATIO_BOUND, ClipRange, clipped_loss, ratio
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CLIP_WIDEST = (0.95, 20.0)
 WATERFILL_NARROWEST = (0.3, 0.5)
 EDGE = 1e-6
 """Relative. The token that sets a range must stay inside it, and its ratio is exp() in fp32, up to 3e-7 off."""
+
+
+class Settings(UsualSettings):
+    variant: Literal["mask", "waterfill", "clip"] = "clip"
+    """Which published form."""
+    m2_threshold: PositiveFloat = 0.01
+    """Bound on the second moment of the log-ratio over candidate tokens, 0.003 to 0.04."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ def bounded(moment_C: Tensor, tau: float) -> bool:
 def largest_kept(moment_C: Tensor, tau: float) -> float:
     """Cap on |log r|: the largest one kept when the largest moments are dropped until the mean is <= tau."""
     ascending_C = moment_C.double().sort().values
-    mean_of_smallest_C = ascending_C.cumsum(0) / torch.arange(1, len(ascending_C) + 1, device=moment_C.device)
+    mean_of_smallest_C = ascending_C.cumsum(0) / _counted(ascending_C)
     kept = int((mean_of_smallest_C <= tau).sum())
     return max(math.sqrt(float(ascending_C[kept - 1])) if kept else 0.0, math.sqrt(tau))
 
@@ -74,11 +83,16 @@ def water_level(moment_C: Tensor, tau: float) -> float:
     # level_C[k]: t^2 when the k smallest stay as they are and the others are cut; the first that fits under m[k] is it
     below_C = ascending_C.cumsum(0).roll(1)
     below_C[0] = 0.0
-    left_C = count - torch.arange(count, device=moment_C.device)
+    left_C = _counted(ascending_C).flip(0)
     level_C = (tau * count - below_C) / left_C
     fits_C = level_C <= ascending_C
     fits_C[-1] = True  # rounding may put the last level an ulp over the largest moment, where the mean is tau
     return math.sqrt(float(level_C[fits_C.nonzero()[0]]))
+
+
+def _counted(values_C: Tensor) -> Tensor:
+    """1, 2, ... C"""
+    return values_C.new_ones(len(values_C)).cumsum(0)
 
 
 def widths(t: float) -> tuple[float, float]:
@@ -86,14 +100,14 @@ def widths(t: float) -> tuple[float, float]:
     return -math.expm1(-t), math.expm1(t)
 
 
-def prepare(log_ratio_N: Tensor, advantage_N: Tensor, table: AlgorithmTable) -> ClipLimits:
+def prepare(log_ratio_N: Tensor, advantage_N: Tensor, settings: Settings) -> ClipLimits:
     """Limits of the batch. Shapes: both [N], the loss tokens of the *global* batch."""
-    tau = table.m2_threshold
+    tau = settings.m2_threshold
     moment_C = log_ratio_N[candidates(log_ratio_N, advantage_N)].double() ** 2
     free = not bounded(moment_C, tau)
-    if table.variant == "mask":
+    if settings.variant == "mask":
         return Mask(LOG_RATIO_BOUND if free else largest_kept(moment_C, tau))
-    if table.variant == "waterfill":
+    if settings.variant == "waterfill":
         low, high = widths(LOG_RATIO_BOUND if free else water_level(moment_C, tau))
         low, high = max(low, WATERFILL_NARROWEST[0]), max(high, WATERFILL_NARROWEST[1])
     else:
@@ -112,4 +126,4 @@ def token_loss(tokens: Tokens, limits: ClipLimits) -> TokenLoss:
     return TokenLoss(-(ratio(log_ratio_N) * advantage_N).masked_fill(cut_N, 0.0), cut_N)
 
 
-ALGORITHM = Algorithm("m2po", prepare, token_loss, limits_from_ratios=True)
+ALGORITHM = Algorithm(settings=Settings, prepare=prepare, token_loss=token_loss, limits_from_ratios=True)

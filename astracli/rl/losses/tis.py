@@ -14,8 +14,15 @@ corrects for it alone, beside any algorithm (`training/objective.py`).
 
 from __future__ import annotations
 
+from pydantic import PositiveFloat
+
 from astracli.rl.losses import Algorithm, TokenLoss, Tokens
-from astracli.rl.losses.clipping import Weighted, clipped_loss, ratio, weighted_range
+from astracli.rl.losses.clipping import Capped, Weighted, clipped_loss, ratio, weighted_range
+
+
+class Settings(Capped):
+    weight_cap: PositiveFloat = 2.0
+    """Largest weight pi_proximal / pi_behaviour, 2 to 10: a token over it keeps this weight."""
 
 
 def token_loss(tokens: Tokens, limits: Weighted) -> TokenLoss:
@@ -25,4 +32,4 @@ def token_loss(tokens: Tokens, limits: Weighted) -> TokenLoss:
     return TokenLoss(weight_N.clamp(max=limits.weight_cap) * loss_N, clipped_N, weight_N > limits.weight_cap)
 
 
-ALGORITHM = Algorithm("tis", weighted_range, token_loss, weighted=True)
+ALGORITHM = Algorithm(settings=Settings, prepare=weighted_range, token_loss=token_loss)

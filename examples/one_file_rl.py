@@ -3,7 +3,8 @@
     python examples/one_file_rl.py [--steps 45] [--seed 0] [--staleness 2] [--loss m2po]
 
 A language model of 0.9 million parameters learns to sample right answers to `37+45=`, in about two minutes on two CPU
-cores. `astracli` is only asked where the model lies that ships with it. One step:
+cores: at first 6 % of them are right, in the end more than half. `astracli` is only asked where the model lies that
+ships with it. One step:
 
 1. The engine, a copy of the model that only generates, answers P questions G times each. The answers to one question
    are a group. For every token that it draws, the engine keeps the log-probability.

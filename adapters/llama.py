@@ -2,56 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from functools import partial
 
-from astracli.models.adapter import MemoryShape, ModelAdapter, WireTensor
-from astracli.models.adapter_tools import Shapes, dense_memory_shape, dense_shapes, load_checkpoint, wire_map
-
-
-def _shapes(config: Mapping[str, Any]) -> Shapes:
-    return dense_shapes(config, head_dim=None, head_norms=False)
-
-
-def load(path: Path, *, attention: str = "sdpa") -> Any:
-    """LlamaForCausalLM in fp32. Raises UserError naming tensors that the checkpoint lacks or has too many."""
-    from transformers import LlamaForCausalLM
-
-    return load_checkpoint(LlamaForCausalLM, path, attention=attention)
-
-
-def memory_shape(config: Mapping[str, Any]) -> MemoryShape:
-    return dense_memory_shape(config, _shapes(config))
-
-
-def wire_tensors(model: Any) -> dict[str, WireTensor]:
-    return wire_map(model, _shapes(model.config.to_dict()))
-
-
-def prepare_gpu(model: Any) -> None:
-    from astracli.kernels.gpu import fused
-
-    fused.install(model, norms=("LlamaRMSNorm",), mlps=("LlamaMLP",))
-
-
-def tiny_config() -> dict[str, Any]:
-    return {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": False,
-        "pad_token_id": 0,
-        "bos_token_id": 2,
-        "eos_token_id": 1,
-    }
-
+from astracli.adapters.dense import dense_adapter
+from astracli.models.adapter_tools import dense_shapes
 
 LLAMA3_8B = {
     "model_type": "llama",
@@ -64,16 +18,12 @@ LLAMA3_8B = {
     "tie_word_embeddings": False,
 }
 
-ADAPTER = ModelAdapter(
+ADAPTER = dense_adapter(
+    "Llama",
+    partial(dense_shapes, head_dim=None, head_norms=False),
+    {"model_type": "llama", "tie_word_embeddings": False, "bos_token_id": 2},
     name="llama",
     model_types=("llama",),
     summary="Llama 3 and models of its shape (dense)",
-    load_for_training=load,
-    load_for_serving=load,
-    memory_shape=memory_shape,
-    wire_tensors=wire_tensors,
-    prepare_gpu=prepare_gpu,
     known_configs={"meta-llama/Meta-Llama-3-8B-Instruct": LLAMA3_8B, "meta-llama/Llama-3.1-8B-Instruct": LLAMA3_8B},
-    shapes=_shapes,
-    tiny_config=tiny_config,
 )

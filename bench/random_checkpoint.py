@@ -8,9 +8,9 @@ weights are drawn so that activations stay near 1 through the layers. Writes tex
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
+import sys
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ import torch
 from safetensors.torch import save_file
 
 from astracli.models import registry
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from shared import options, show
 
 SHARD_BYTES = 4 << 30
 
@@ -77,14 +80,12 @@ def write(out: Path, config: dict[str, Any], device: str, seed: int = 0) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, shape="4b", device="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--shape", default="4b")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     write(args.out, config_of(args.shape), args.device)
     size = sum(file.stat().st_size for file in args.out.glob("*.safetensors"))
-    print(f"{args.out}: {size / 1e9:.2f} GB")
+    show(args, {"out": str(args.out), "gb": size / 1e9})
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import configs
 import pytest
 from fake_engine import FakeEngine, FakeFetcher, token
 from hub_tools import open_store
@@ -19,7 +20,8 @@ from astracli.data.prompts import PromptSource
 from astracli.engines.client import EngineClient
 from astracli.hub.client import AsyncHubClient
 from astracli.hub.store import HubStore
-from astracli.process.worker import Reporter, WorkerConfig
+from astracli.process.config import EngineAddress, RolloutConfig
+from astracli.process.worker import Reporter
 from astracli.rewards.reward import Grade, GradeItem
 from astracli.rl.schedule import sample_seed
 from astracli.rl.types import Group, unpack_group
@@ -82,19 +84,16 @@ class World:
         for engine in [self.engine, *self.others]:
             engine.stop()
 
-    def config(self, **changes: Any) -> WorkerConfig:
-        engines = [{"name": "engine0", "url": self.engine.url}]
-        extra = changes.pop("extra", {})
-        return WorkerConfig(
-            "rollout",
-            "rollout",
-            self.path,
-            self.server.url,
-            TOKEN,
-            recipe(**changes),
-            {"model": str(self.path)},
-            engines,
-            extra=extra,
+    def config(self, **changes: Any) -> RolloutConfig:
+        samples = changes.pop("samples", None)
+        return configs.rollout(
+            run_dir=self.path,
+            hub_url=self.server.url,
+            token=TOKEN,
+            recipe=recipe(**changes),
+            model_path=self.path,
+            engines=(EngineAddress(name="engine0", url=self.engine.url, stage_dir=self.path),),
+            samples=samples,
         )
 
     async def play(self, scenario: Callable[[], Awaitable[None]] | None = None, **changes: Any) -> None:

@@ -17,7 +17,7 @@ from astracli.weights.format.manifest import Manifest, TensorEntry, seal, versio
 from astracli.weights.publish.publisher import Publisher
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
-from weights_damage import SHAPES
+from weights.damage import SHAPES
 
 Weights = dict[str, torch.Tensor]
 

@@ -126,6 +126,6 @@ def shape_of(config: Any) -> int:
 def test_what_lies_outside_the_blocks() -> None:
     tied = qwen3_5.ADAPTER.memory_shape(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"])
     assert tied.outside_blocks == 248320 * 2560 + 2560
-    untied = llama.memory_shape(llama.LLAMA3_8B)
+    untied = llama.ADAPTER.memory_shape(llama.LLAMA3_8B)
     assert untied.outside_blocks == 2 * 128256 * 4096 + 4096
-    assert generic.memory_shape(llama.tiny_config()).outside_blocks == 2 * 64 * 32 + 32
+    assert generic.memory_shape(llama.ADAPTER.tiny_config()).outside_blocks == 2 * 64 * 32 + 32

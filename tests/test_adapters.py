@@ -176,9 +176,9 @@ def test_sizes_of_qwen3_5_4b() -> None:
 
 
 def test_sizes_of_published_dense_models() -> None:
-    small = qwen3.memory_shape(qwen3.ADAPTER.known_configs["Qwen/Qwen3-1.7B"])
-    big = qwen3.memory_shape(qwen3.ADAPTER.known_configs["Qwen/Qwen3-8B"])
-    llama3 = llama.memory_shape(llama.ADAPTER.known_configs["meta-llama/Meta-Llama-3-8B-Instruct"])
+    small = qwen3.ADAPTER.memory_shape(qwen3.ADAPTER.known_configs["Qwen/Qwen3-1.7B"])
+    big = qwen3.ADAPTER.memory_shape(qwen3.ADAPTER.known_configs["Qwen/Qwen3-8B"])
+    llama3 = llama.ADAPTER.memory_shape(llama.ADAPTER.known_configs["meta-llama/Meta-Llama-3-8B-Instruct"])
     assert (small.parameters, big.parameters, llama3.parameters) == (1_720_574_976, 8_190_735_360, 8_030_261_248)
     assert llama3.kv_bytes_per_token == 128 * 1024
     assert llama3.flops_per_token < 6 * (llama3.parameters - 128256 * 4096)  # an untied embedding is a look-up

@@ -12,18 +12,22 @@ import pytest
 import torch
 from machines import facts
 from test_plan import load, planned
-from test_supervise import logs, spec, supervisor  # noqa: F401
+from test_supervise import log, logs, process, supervisor  # noqa: F401
 
 from astracli.config import recipe_io
 from astracli.errors import RunFailed
-from astracli.launch import children, summary
+from astracli.launch import configs, local, summary
+from astracli.launch.inputs import Inputs
+from astracli.launch.launcher import Process
 from astracli.launch.supervise import Retry
-from astracli.process import children as local
+from astracli.process.config import Role
+from astracli.process.layout import WITHOUT_PEERS
 from astracli.process.ports import free_ports
 from astracli.report.summary_table import summary_rows
 from astracli.runs.run_dir import RunDir
 from astracli.training import collective_check
 
+HUB = "http://127.0.0.1:1"
 RANK = """
     import os, sys, time
     import torch.distributed as dist
@@ -58,12 +62,12 @@ def test_ranks_whose_all_reduce_fails_start_again_without_direct_links(logs: Pat
     code = f"    HOW = {how!r}\n" + RANK
     env = rank_env(0)
     specs = [
-        spec(logs, name, code, "trainer", env={**env, "RANK": str(rank)})
+        process(logs, name, code, Role.TRAINER, env={**env, "RANK": str(rank)})
         for rank, name in enumerate(("trainer", "trainer1"))
     ]
 
-    def again() -> list[local.ChildSpec]:
-        fresh = rank_env(0, **collective_check.WITHOUT_PEERS)
+    def again() -> list[Process]:
+        fresh = rank_env(0, **WITHOUT_PEERS)
         return [replace(s, env={**fresh, "RANK": s.env["RANK"]}) for s in specs]
 
     retry = Retry(collective_check.BROKEN, frozenset(("trainer", "trainer1")), again, "they run without")
@@ -75,7 +79,7 @@ def test_ranks_whose_all_reduce_fails_start_again_without_direct_links(logs: Pat
     reason = "has not ended after 2 s" if how == "hangs" else "of 4096 sums over 2 ranks are wrong"
     assert note.startswith("they run without (error: the ranks' all-reduce") and reason in note
     for rank, name in enumerate(("trainer", "trainer1")):
-        assert (logs / f"{name}.log").read_text().count("sum [2.0]") == 1, rank
+        assert log(logs, name).read_text().count("sum [2.0]") == 1, rank
         assert family.status[name].state == "done" and family.status[name].restarts == 0
 
 
@@ -97,7 +101,7 @@ def test_the_check_leaves_no_buffer_in_the_cache(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_second_failure_ends_the_run(logs: Path) -> None:  # noqa: F811
-    specs = [spec(logs, "trainer", f"import sys; print('error: no sum'); sys.exit({collective_check.BROKEN})")]
+    specs = [process(logs, "trainer", f"import sys; print('error: no sum'); sys.exit({collective_check.BROKEN})")]
     retry = Retry(collective_check.BROKEN, frozenset(["trainer"]), lambda: specs, "once more")
     family = supervisor(specs, retry=retry)
     with pytest.raises(RunFailed, match=f"`trainer` ended with exit code {collective_check.BROKEN}"):
@@ -116,31 +120,31 @@ def test_what_a_run_on_two_gpus_starts_again_with(tmp_path: Path, monkeypatch: p
             "proved by an all-reduce in 60 s at the start; if not, once more with NCCL_P2P_DISABLE=1",
         )
     ]
-    setting = children.RunContext(recipe, plan, RunDir(tmp_path), 1, "http://127.0.0.1:1", "token", {"model": "m"})
-    specs = children.build(setting, {})
-    retry = children.retry(setting, specs)
+    context = configs.RunContext(recipe, plan, RunDir(tmp_path), 1, Inputs(Path("m"), None, {}))
+    processes = configs.build(context, HUB)
+    retry = configs.retry(context, processes)
     assert retry is not None and retry.names == {"trainer", "trainer1"}
-    ranks = [s for s in specs if s.role == "trainer"]
+    ranks = [local.child_spec(p) for p in processes if p.plan.role is Role.TRAINER]
     # each rank sees its own GPU, and so it is the first one there
     assert [(s.env["CUDA_VISIBLE_DEVICES"], s.env["LOCAL_RANK"], s.env["RANK"]) for s in ranks] == [
         ("1", "0", "0"),
         ("2", "0", "1"),
     ]
-    again = retry.specs()
+    again = [local.child_spec(process) for process in retry.processes()]
     assert [s.env["NCCL_P2P_DISABLE"] for s in again] == ["1", "1"]
     assert len({s.env["MASTER_PORT"] for s in again}) == 1 and again[0].argv == ranks[0].argv
     monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
-    assert children.retry(setting, specs) is None, "nothing else is left to try"
+    assert configs.retry(context, processes) is None, "nothing else is left to try"
     alone = load("qwen3.5-4b-m2po-delta", "resources.rollout_gpus=1", "resources.train_gpus=1")
-    setting = replace(setting, recipe=alone, plan=planned(alone, facts("9.0", 2, memory_gib=141, host_gib=512)))
+    context = replace(context, recipe=alone, plan=planned(alone, facts("9.0", 2, memory_gib=141, host_gib=512)))
     monkeypatch.delenv("NCCL_P2P_DISABLE")
-    assert children.retry(setting, children.build(setting, {})) is None
+    assert configs.retry(context, configs.build(context, HUB)) is None
 
 
 def test_the_summary_table_says_so(tmp_path: Path) -> None:
     document = summary.build(
         recipe_io.load("qwen3.5-tiny-m2po-delta"), run_dir=tmp_path, state="done", attempt=1, first_step=0,
-        phases={"running": 1.0}, evaluations_s={}, records=[], store={}, memory=None, restarts={},
+        phases={"running": 1.0}, evaluations_s={}, records=[], store={}, memory={}, restarts={},
         notes=["the 2 training GPUs do not reach each other directly"],
     )  # fmt: skip
     assert ("note", "the 2 training GPUs do not reach each other directly") in summary_rows(document)

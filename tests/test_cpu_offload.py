@@ -11,10 +11,10 @@ import torch
 from training_tools import make_trainer, recipe, sample_groups, save_model, spawn
 
 from astracli.adapters.qwen3_5 import ADAPTER
+from astracli.process.layout import Split
 from astracli.training import adam, checkpoint, setup
 from astracli.training.cpu_offload import CpuOffload
 from astracli.training.fsdp import Ranks
-from astracli.training.layout import Split
 from astracli.training.step import Trainer
 
 HOST = Split("host", 1.0)
@@ -185,7 +185,7 @@ SCRIPT = """
     from pathlib import Path
     from training_tools import recipe, sample_groups
     from astracli.adapters.qwen3_5 import ADAPTER
-    from astracli.training.layout import Split
+    from astracli.process.layout import Split
     from astracli.training import adam, checkpoint, fsdp, setup
     adam.BUCKET_BYTES = 20_000
     ranks = fsdp.join("cpu")
@@ -230,7 +230,7 @@ GPU_SCRIPT = """
     from pathlib import Path
     from training_tools import recipe, sample_groups
     from astracli.adapters.qwen3_5 import ADAPTER
-    from astracli.training.layout import Split
+    from astracli.process.layout import Split
     from astracli.training import adam, fsdp, setup
     adam.BUCKET_BYTES = 40_000
     ranks = fsdp.join("cuda")

@@ -9,7 +9,7 @@ from astracli.config.recipe import DataTable
 from astracli.data import datasets, decontamination
 from astracli.data.decontamination import find
 from astracli.data.prompts import Problem
-from astracli.launch import problems as problems_of_a_run
+from astracli.launch import inputs as problems_of_a_run
 
 FIXTURE = Path(__file__).parent / "fixtures" / "problems.jsonl"
 LONG = "A bag holds seven red balls and five blue balls and we draw two of them at random without putting them back"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import configs
 import httpx
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from engine_server import TOKEN, engine_of, long_requests, running, save, slow, 
 
 from astracli.adapters.llama import ADAPTER as LLAMA
 from astracli.adapters.qwen3_5 import ADAPTER as QWEN3_5
+from astracli.config.recipe import Recipe
 from astracli.engines.client import Ended, EngineClient, GenRequest, GenResult
 from astracli.engines.embedded.process import bind
 from astracli.errors import RunFailed
@@ -245,23 +246,20 @@ def _hub() -> Iterator[str]:
 
 
 def _config(tmp_path: Path, model: Path, hub: str, port: int) -> Path:
-    document = {
-        "name": "engine0",
-        "role": "engine",
-        "run_dir": str(tmp_path),
-        "hub_url": hub,
-        "token": TOKEN,
-        "recipe": {
+    recipe = Recipe.model_validate(
+        {
             "model": {"path": str(model)},
             "data": {"source": "arithmetic"},
             "rollout": {"max_new_tokens": 16, "context_length": 64, "max_running_requests": 8},
             "train": {"steps": 1},
-        },
-        "paths": {"model": str(model), "data": None, "benchmarks": {}},
-        "extra": {"port": port, "stage_dir": str(tmp_path / "stage")},
-    }
+        }
+    )
+    config = configs.engine(
+        run_dir=tmp_path, hub_url=hub, token=TOKEN, recipe=recipe, model_path=model, port=port,
+        stage_dir=tmp_path / "stage",
+    )  # fmt: skip
     path = tmp_path / "engine0.json"
-    path.write_text(json.dumps(document))
+    path.write_text(config.model_dump_json())
     return path
 
 

@@ -13,16 +13,16 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import configs
 import psutil
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_workers_common import TOKEN, FakeHub, hub, make_config
+from test_workers_common import TOKEN, FakeHub, hub
 from transfer_tools import TOKEN as WEIGHTS_TOKEN
 from transfer_tools import Server as WeightServer
 
@@ -32,8 +32,8 @@ from astracli.engines.sglang import checkpoint
 from astracli.engines.sglang import server as sglang
 from astracli.engines.sglang.server import Options, command, graph_sizes
 from astracli.errors import RunFailed
+from astracli.process.config import EngineConfig
 from astracli.process.ports import free_ports
-from astracli.process.worker import WorkerConfig
 from astracli.weights.publish.publisher import Publisher
 from astracli.weights.receive.subscriber import Subscriber
 
@@ -52,27 +52,31 @@ def model_dir(tmp_path: Path) -> Path:
     return path
 
 
-def engine_config(tmp_path: Path, hub: FakeHub, mode: str = "", **changes: Any) -> WorkerConfig:
+def engine_config(tmp_path: Path, hub: FakeHub, mode: str = "", **changes: Any) -> EngineConfig:
     (port,) = free_ports(1, "127.0.0.1")
-    config = make_config(tmp_path, hub.url, name="engine0", role="engine")
+    config = configs.engine(run_dir=tmp_path, hub_url=hub.url, token=TOKEN, name="engine0")
     env = {"PYTHONPATH": str(FAKE), "FAKE_SGLANG": mode}
     engine = config.recipe.resources.engine.model_copy(update={"env": env})
     resources = config.recipe.resources.model_copy(update={"engine": engine})
     launch = config.recipe.launch.model_copy(update={"ready_timeout_s": 20.0})
-    return replace(
-        config,
-        recipe=config.recipe.model_copy(update={"resources": resources, "launch": launch}),
-        paths={"model": str(model_dir(tmp_path))},
-        backends={"engine": "sglang", "serving_attention": "triton", "linear_attention": "triton"},
-        extra={"port": port, "stage_dir": str(tmp_path / "stage" / "engine0"), "published": True, "staging": "gpu"},
-        **changes,
-    )
+    told = {
+        "recipe": config.recipe.model_copy(update={"resources": resources, "launch": launch}),
+        "model_path": model_dir(tmp_path),
+        "engine": "sglang",
+        "serving_attention": "triton",
+        "linear_attention": "triton",
+        "port": port,
+        "stage_dir": tmp_path / "stage" / "engine0",
+        "published": True,
+        "staging": "gpu",
+    }
+    return config.model_copy(update=told | changes)
 
 
 @contextmanager
-def process(config: WorkerConfig) -> Iterator[subprocess.Popen[str]]:
+def process(config: EngineConfig) -> Iterator[subprocess.Popen[str]]:
     path = config.run_dir / "engine0.json"
-    path.write_text(json.dumps(config.document()))
+    path.write_text(config.model_dump_json())
     (config.run_dir / "config").mkdir(exist_ok=True)
     started = subprocess.Popen(
         [sys.executable, "-m", "astracli.engines.sglang.server", str(path)], stdout=subprocess.PIPE,
@@ -112,14 +116,14 @@ def weights(seed: int) -> Weights:
 
 def test_versions_reach_a_server_that_started_without_weights(tmp_path: Path, hub: FakeHub) -> None:
     config = engine_config(tmp_path, hub)
-    stage = Path(config.extra["stage_dir"])
+    stage = config.stage_dir
     publisher = Publisher(tmp_path / "weights", transfer="delta", full_interval=100, keep=9, model_name="m")
     publisher.publish(0, weights(0))
     files = WeightServer(tmp_path / "weights")
 
     async def follow() -> None:
         with contextlib.closing(Subscriber(files.url, WEIGHTS_TOKEN, stage, tmp_path)) as subscriber:
-            async with EngineClient(f"http://127.0.0.1:{config.extra['port']}", TOKEN, loader_dir=stage) as client:
+            async with EngineClient(f"http://127.0.0.1:{config.port}", TOKEN, loader_dir=stage) as client:
                 assert (await client.model_info())["weight_version"] == "-1"
                 subscriber.fetch(0, None)
                 first = await client.apply_staged(0)
@@ -184,7 +188,7 @@ def test_a_server_that_fails_ends_the_process_with_its_reason(
     config = engine_config(tmp_path, hub, mode)
     if mode == "mute":
         launch = config.recipe.launch.model_copy(update={"ready_timeout_s": 2.0})
-        config = replace(config, recipe=config.recipe.model_copy(update={"launch": launch}))
+        config = config.model_copy(update={"recipe": config.recipe.model_copy(update={"launch": launch})})
     with process(config) as watcher:
         output, _ = watcher.communicate(timeout=60)
     assert watcher.returncode == 1
@@ -204,7 +208,7 @@ def test_an_environment_without_sglang_is_named(tmp_path: Path, hub: FakeHub) ->
     config = engine_config(tmp_path, hub)
     engine = config.recipe.resources.engine.model_copy(update={"env": {"PYTHONPATH": str(tmp_path)}})
     resources = config.recipe.resources.model_copy(update={"engine": engine})
-    config = replace(config, recipe=config.recipe.model_copy(update={"resources": resources}))
+    config = config.model_copy(update={"recipe": config.recipe.model_copy(update={"resources": resources})})
     with process(config) as watcher:
         output, _ = watcher.communicate(timeout=60)
     assert watcher.returncode == 1
@@ -222,12 +226,12 @@ def test_command_line(tmp_path: Path, hub: FakeHub) -> None:
     assert not any("mm-feature" in part or TOKEN in part for part in found)
     secret = Path(found[found.index("--config") + 1])
     assert json.loads(secret.read_text()) == {"api-key": TOKEN} and secret.stat().st_mode & 0o777 == 0o600
-    alone = replace(config, extra={**config.extra, "published": False}, backends={})
+    alone = config.model_copy(update={"published": False, "serving_attention": "auto", "linear_attention": "none"})
     found = command(alone, Path("/m"), OPTIONS, {})
     assert "--disable-radix-cache" not in found
     for mode, cached in (("retract", False), ("in_place", False), ("abort", True)):
         weights = config.recipe.weights.model_copy(update={"pause_mode": mode})
-        asked = replace(config, recipe=config.recipe.model_copy(update={"weights": weights}))
+        asked = config.model_copy(update={"recipe": config.recipe.model_copy(update={"weights": weights})})
         assert ("--disable-radix-cache" not in command(asked, Path("/m"), OPTIONS, {})) == cached
     assert {"--load-format=safetensors", "--weight-version=0"} <= set(found)
     assert not any("attention-backend" in part or "linear" in part for part in found)
@@ -240,16 +244,17 @@ def test_what_the_recipe_says_of_an_engine_is_on_its_command_line(tmp_path: Path
     asked = {"context_length": 4096, "chunked_prefill_size": 2048, "max_running_requests": 24}
     asked |= {"mem_fraction_static": 0.55}
     rollout = config.recipe.rollout.model_copy(update=asked)
-    config = replace(config, recipe=config.recipe.model_copy(update={"rollout": rollout, "seed": 7}))
+    recipe = config.recipe.model_copy(update={"rollout": rollout, "seed": 7})
+    config = config.model_copy(update={"recipe": recipe})
     found = command(config, Path("/m"), OPTIONS, {})
-    port = config.extra["port"]
+    port = config.port
     assert {"--host=127.0.0.1", f"--port={port}", "--skip-tokenizer-init", "--dtype=bfloat16"} <= set(found)
     assert {"--context-length=4096", "--chunked-prefill-size=2048", "--max-running-requests=24"} <= set(found)
     assert {"--mem-fraction-static=0.55", "--random-seed=7", f"--max-total-tokens={24 * 4096}"} <= set(found)
     assert not any(part.startswith(("--dp", "--data-parallel", "--tp")) for part in found)
     leaves = ("--enable-memory-saver", "--enable-weights-cpu-backup")
     assert not set(leaves) & set(found)
-    planned = replace(config, extra=config.extra | {"time_sharing": True, "mem_fraction_static": 0.31})
+    planned = config.model_copy(update={"time_sharing": True, "mem_fraction_static": 0.31})
     found = command(planned, Path("/m"), OPTIONS, {})
     assert {*leaves, "--mem-fraction-static=0.31"} <= set(found), "what the plan derived is the last word"
 
@@ -284,7 +289,7 @@ def test_an_engine_that_answers_no_more_is_given_up_with_its_last_lines(
     with pytest.raises(
         RunFailed, match="failed 4 health checks"
     ):  # nothing can be generated while the trainer has the GPU
-        sglang._watch(replace(config, extra=config.extra | {"time_sharing": True}), Hung(), Running())  # type: ignore[arg-type]
+        sglang._watch(config.model_copy(update={"time_sharing": True}), Hung(), Running())  # type: ignore[arg-type]
     assert asked == ["model_info"] * 4
 
 

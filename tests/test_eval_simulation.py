@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-BENCH = Path(__file__).parents[1] / "bench" / "eval_simulation.py"
+BENCH = Path(__file__).parents[1] / "bench" / "evaluation" / "simulation.py"
 
 
 def simulated(*options: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import configs
 import pytest
 from eval_cases import (
     VOCABULARY,
@@ -31,7 +32,7 @@ from astracli.errors import RunFailed
 from astracli.evaluation import files as eval_files
 from astracli.evaluation import passk
 from astracli.evaluation import worker as evaluate
-from astracli.process.worker import WorkerConfig
+from astracli.process.config import EngineAddress, EvalConfig
 
 TOKEN = "secret"
 RECIPE: dict[str, Any] = {
@@ -171,26 +172,25 @@ def save_tokenizer(path: Path) -> None:
     ).save_pretrained(path)
 
 
-def worker_config(tmp_path: Path, server: Any, **extra: Any) -> WorkerConfig:
+def worker_config(tmp_path: Path, server: Any, out: Path | None = None) -> EvalConfig:
     save_tokenizer(tmp_path / "model")
     url = f"http://127.0.0.1:{server.server_address[1]}"
-    return WorkerConfig(
-        name="eval",
-        role="eval",
+    return configs.evaluation(
         run_dir=tmp_path / "run",
         hub_url=url,
         token=TOKEN,
         recipe=Recipe.model_validate(RECIPE),
-        paths={"model": str(tmp_path / "model"), "data": None, "benchmarks": {"arithmetic-heldout": None}},
-        engines=[{"name": "engine0", "url": url}],
-        extra=extra,
+        model_path=tmp_path / "model",
+        benchmarks={"arithmetic-heldout": None},
+        engines=(EngineAddress(name="engine0", url=url, stage_dir=tmp_path / "stage"),),
+        out=out,
     )
 
 
 def test_the_process_follows_the_hub(tmp_path: Path, stand: Any) -> None:
     config = worker_config(tmp_path, stand)
     path = tmp_path / "eval.json"
-    path.write_text(json.dumps(config.document()))
+    path.write_text(config.model_dump_json())
     command = [sys.executable, "-m", "astracli.evaluation.worker", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -219,9 +219,9 @@ def test_a_worker_that_begins_anew_asks_for_what_is_missing_and_writes_what_was_
     tmp_path: Path, stand: Any
 ) -> None:
     """Of the first evaluation every sample is on disk, of the second two thirds."""
-    config = worker_config(tmp_path, stand, standalone=True, out=str(tmp_path / "whole"))
+    config = worker_config(tmp_path, stand, tmp_path / "whole")
     once = Recipe.model_validate(RECIPE | {"eval": RECIPE["eval"] | {"samples": 1, "pass_k": 1}})
-    config = replace(config, recipe=once)
+    config = config.model_copy(update={"recipe": once})
     stand.state["version"] = 0
     evaluate.run(config, quiet())
     lines = (tmp_path / "whole/items/step_000000_arithmetic-heldout.jsonl").read_text().splitlines(keepends=True)
@@ -232,7 +232,7 @@ def test_a_worker_that_begins_anew_asks_for_what_is_missing_and_writes_what_was_
         place.write_text("".join(kept).replace('"version": 0', f'"version": {step}'))
     stand.state["tasks"][0]["served"] = True
     before = stand.state["asked"]
-    evaluate.run(replace(config, extra={}), quiet())
+    evaluate.run(config.model_copy(update={"out": None}), quiet())
     assert stand.state["asked"] - before == 256 - len(kept)
     both = [folder / f"items/step_{step:06d}_arithmetic-heldout.jsonl" for step in (0, 10)]
     answers = [[json.loads(line)["completion"] for line in path.read_text().splitlines()] for path in both]
@@ -263,7 +263,7 @@ def test_a_resume_forgets_the_files_of_later_steps(tmp_path: Path) -> None:
 
 def test_once_on_an_engine_without_a_run(tmp_path: Path, stand: Any) -> None:
     out = tmp_path / "out"
-    config = worker_config(tmp_path, stand, standalone=True, out=str(out), weights_version=3, greedy=True)
+    config = worker_config(tmp_path, stand, out)
     reporter = SimpleNamespace(
         ready=lambda: None, progress=lambda **_: None, waiting=lambda _: None, stop_requested=threading.Event()
     )
@@ -274,7 +274,7 @@ def test_once_on_an_engine_without_a_run(tmp_path: Path, stand: Any) -> None:
     assert document["greedy"]["arithmetic-heldout"]["n"] == 1
     assert document["results"]["arithmetic-heldout"]["avg_at_n"] < 0.9
     again = tmp_path / "again"
-    evaluate.run(replace(config, extra={**config.extra, "out": str(again)}), reporter)  # type: ignore[arg-type]
+    evaluate.run(config.model_copy(update={"out": again}), reporter)  # type: ignore[arg-type]
     for path in [*sorted(p.relative_to(out) for p in (out / "items").iterdir()), Path("eval.csv")]:
         assert (out / path).read_bytes() == (again / path).read_bytes()
 
@@ -290,7 +290,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_an_interrupted_evaluation_asks_for_the_rest_and_two_engines_say_the_same(tmp_path: Path, stand: Any) -> None:
-    config = worker_config(tmp_path, stand, standalone=True, out=str(tmp_path / "whole"), greedy=True)
+    config = worker_config(tmp_path, stand, tmp_path / "whole")
     evaluate.run(config, quiet())
     whole = files_of(tmp_path / "whole")
     assert set(whole) == {"results.json", "results.csv", "eval.csv", "items/step_000000_arithmetic-heldout.jsonl"}
@@ -301,15 +301,16 @@ def test_an_interrupted_evaluation_asks_for_the_rest_and_two_engines_say_the_sam
     lines = whole["items/step_000000_arithmetic-heldout.jsonl"].decode().splitlines(keepends=True)
     kept = [line for i, line in enumerate(lines) if i % 3][:600]
     (part / "partial" / "arithmetic-heldout.jsonl").write_text("".join(kept) + lines[0][:40])  # a torn last line
-    again = replace(config, engines=[*config.engines, {**config.engines[0], "name": "engine1"}])
+    second = config.engines[0].model_copy(update={"name": "engine1"})
+    again = config.model_copy(update={"engines": (*config.engines, second), "out": part})
     before = stand.state["asked"]
-    evaluate.run(replace(again, extra={**config.extra, "out": str(part)}), quiet())
+    evaluate.run(again, quiet())
     assert files_of(part) == whole
     assert stand.state["asked"] - before == 1024 - 600 + 256  # the missing samples and the greedy ones
 
 
 def test_results_say_intervals_every_k_and_lengths(tmp_path: Path, stand: Any) -> None:
-    evaluate.run(worker_config(tmp_path, stand, standalone=True, out=str(tmp_path / "out")), quiet())
+    evaluate.run(worker_config(tmp_path, stand, tmp_path / "out"), quiet())
     found = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["arithmetic-heldout"]
     assert list(found["pass_at"]) == ["1", "2", "3", "4"] and list(found["majority_at"]) == ["1", "2", "4"]
     assert found["pass_at"]["1"] == pytest.approx(found["avg_at_n"]) == pytest.approx(found["majority_at"]["1"])
@@ -334,7 +335,7 @@ def test_whole_calls_are_the_same_whatever_is_done(tmp_path: Path) -> None:
 def test_a_stop_ends_an_evaluation(tmp_path: Path, stand: Any) -> None:
     stop = threading.Event()
     stop.set()
-    config = worker_config(tmp_path, stand, standalone=True, out=str(tmp_path / "out"))
+    config = worker_config(tmp_path, stand, tmp_path / "out")
     with pytest.raises(SystemExit) as caught:
         evaluate.run(config, quiet(stop))
     assert caught.value.code == 143

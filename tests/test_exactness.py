@@ -12,8 +12,9 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
-from exactness import SMALL, difference, digests, figures
-from killing import Attempt, records
+from loop.exactness import SMALL, difference, digests, figures
+from loop.kill_resume import Attempt
+from shared import records
 
 QUICK = ["eval.samples=1", "eval.pass_k=1"]
 

@@ -14,7 +14,7 @@ from training_tools import make_trainer, recipe, sample_groups, save_model
 
 from astracli.adapters.qwen3_5 import ADAPTER
 from astracli.errors import RunFailed
-from astracli.training.export import INDEX, export, frozen_tensors
+from astracli.training.export import SHARD_INDEX, export, frozen_tensors
 from astracli.training.step import Trainer
 
 
@@ -41,7 +41,7 @@ def full_dir(text_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         file = f"model-{number:05d}-of-00002.safetensors"
         save_file({name: renamed[name] for name in part}, directory / file)
         weight_map |= dict.fromkeys(part, file)
-    (directory / INDEX).write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
+    (directory / SHARD_INDEX).write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
     text_config = json.loads((text_dir / "config.json").read_text())
     for key in ("full_attention_interval", "architectures"):
         text_config.pop(key, None)
@@ -96,8 +96,8 @@ def test_a_multimodal_checkpoint_keeps_its_layout(full_dir: Path, tmp_path: Path
     trainer = trained(full_dir)
     out = export(tmp_path / "export", full_dir, trainer.masters.wire_full(), ADAPTER)
     assert names_of(out) == names_of(full_dir)
-    index = json.loads((out / INDEX).read_text())
-    assert index["weight_map"] == json.loads((full_dir / INDEX).read_text())["weight_map"]
+    index = json.loads((out / SHARD_INDEX).read_text())
+    assert index["weight_map"] == json.loads((full_dir / SHARD_INDEX).read_text())["weight_map"]
     before, after = {}, {}
     for file in sorted(full_dir.glob("*.safetensors")):
         before |= load_file(file)
@@ -109,7 +109,7 @@ def test_a_multimodal_checkpoint_keeps_its_layout(full_dir: Path, tmp_path: Path
     assert all(not torch.equal(before[n], after[n]) for n in text)
     assert {n: t.dtype for n, t in before.items()} == {n: t.dtype for n, t in after.items()}
     same = ["LICENSE", "config.json", "preprocessor_config.json", "tokenizer_config.json"]
-    assert sorted(p.name for p in out.iterdir() if p.suffix != ".safetensors") == sorted([*same, INDEX])
+    assert sorted(p.name for p in out.iterdir() if p.suffix != ".safetensors") == sorted([*same, SHARD_INDEX])
     assert (out / "config.json").read_bytes() == (full_dir / "config.json").read_bytes()
     model = ADAPTER.load_for_training(out, attention="sdpa")
     assert ADAPTER.prepare_cpu is not None

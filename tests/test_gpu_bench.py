@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -13,35 +13,36 @@ from types import ModuleType
 
 import pytest
 
+BENCH = Path(__file__).parent.parent / "bench"
+
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    path = Path(__file__).parent.parent / "bench" / "gpu_train.py"
-    sys.path.insert(0, str(path.parent))  # as when it is started: it imports its neighbours
-    spec = importlib.util.spec_from_file_location("gpu_train", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_train"] = module
-    spec.loader.exec_module(module)
-    return module
+    if str(BENCH) not in sys.path:
+        sys.path.append(str(BENCH))
+    return importlib.import_module("trainer.speed")
 
 
 def test_every_variant_gets_a_row(
     bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = bench.build
+    real = bench.Case.trainer
 
-    def build(adapter, config, variant, *rest):  # type: ignore[no-untyped-def]
+    def trainer(case, variant):  # type: ignore[no-untyped-def]
         if variant.packing == "padded":
             raise MemoryError("no room")
-        return real(adapter, config, variant, *rest)
+        return real(case, variant)
 
-    monkeypatch.setattr(bench, "build", build)
+    monkeypatch.setattr(bench.Case, "trainer", trainer)
     names = ["packed-none", "padded-selective", "leaking"]
     options = ["--shape", "tiny", "--tokens", "64", "--longest", "40", "--micro-batches", "1", "--steps", "1", "--json"]
-    monkeypatch.setattr(sys, "argv", ["gpu_train.py", *options, "--variants", *names])
+    monkeypatch.setattr(sys, "argv", ["speed.py", *options, "--variants", *names])
     bench.main()
-    rows = {row["variant"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
+    said = capsys.readouterr()
+    document = json.loads(said.out)
+    assert document["environment"]["torch"] and document["environment"]["date"]
+    rows = {row["variant"]: row for row in document["rows"]}
+    assert [json.loads(line)["variant"] for line in said.err.splitlines() if line.startswith("{")] == names
     assert list(rows) == names
     assert rows["packed-none"]["tokens_per_s"] > 0 and rows["packed-none"]["gradient_error"] < 1e-4
     assert rows["padded-selective"]["raised"] == "MemoryError: no room"
@@ -51,14 +52,14 @@ def test_every_variant_gets_a_row(
 def test_leaking_rows_differ_in_every_shape_and_order(
     bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`bench/gpu_rows.py`: a packed row equals itself, and nothing else where state leaks."""
-    import gpu_rows  # type: ignore[import-not-found]
+    """`bench/trainer/rows.py`: a packed row equals itself, and nothing else where state leaks."""
+    from trainer import rows  # type: ignore[import-not-found]
 
     options = ["--shape", "tiny", "--lengths", "7", "30", "--json"]
     found = {}
     for variant in ("packed-full", "leaking"):
-        monkeypatch.setattr(sys, "argv", ["gpu_rows.py", *options, "--variant", variant])
-        gpu_rows.main()
+        monkeypatch.setattr(sys, "argv", ["rows.py", *options, "--variant", variant])
+        rows.main()
         found[variant] = json.loads(capsys.readouterr().out)
     for way in ("in the shape of all", "in its own shape"):
         right, leaking = found["packed-full"][way], found["leaking"][way]
@@ -81,14 +82,19 @@ def test_kernels_are_summed_and_idle_time_is_not_hidden(bench: ModuleType) -> No
 @pytest.mark.parametrize("options", [["--layout", "1+1"], ["--layout", "1+2", "--device", "cpu"]])
 def test_time_sharing_is_refused_where_nothing_is_shared(options: list[str]) -> None:
     """Else the table would say `time-shared` over a run that was not."""
-    command = [sys.executable, str(Path(__file__).parent.parent / "bench" / "gpu_loop.py"), "--time-sharing", *options]
+    command = [
+        sys.executable,
+        str(BENCH / "loop" / "full_size.py"),
+        "--time-sharing",
+        *options,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "--time-sharing needs GPUs that engine and trainer share" in done.stderr
 
 
 def test_the_whole_loop_at_tiny_shape(tmp_path: Path) -> None:
-    """`bench/gpu_loop.py` with the embedded engine: every figure is there, and they add up."""
-    command = [sys.executable, str(Path(__file__).parent.parent / "bench" / "gpu_loop.py"), "--json"]
+    """`bench/loop/full_size.py` with the embedded engine: every figure is there, and they add up."""
+    command = [sys.executable, str(BENCH / "loop" / "full_size.py"), "--json"]
     command += ["--shape", "tiny", "--device", "cpu", "--steps", "5", "--skip", "2", "--folder", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -100,7 +106,7 @@ def test_the_whole_loop_at_tiny_shape(tmp_path: Path) -> None:
     assert result["wait_share"] == pytest.approx(phases["wait"] / step)
     assert result["trained_tokens_per_s"] == pytest.approx(result["tokens_per_step"] / step)
     assert 0 < result["delta_bytes"] < result["full_bytes"]
-    assert result["update"]["pause_s"]["count"] >= 2 and result["generated_tokens_per_s"] > 0
+    assert result["update"]["pause_s"]["n"] >= 2 and result["generated_tokens_per_s"] > 0
     assert result["bottleneck"]["limit"] in ("generation", "training", "each other", "nothing")
     assert result["memory"] == [], "no GPU"
     assert not list(tmp_path.iterdir()), "nothing is left"
@@ -111,7 +117,7 @@ def test_gpu_memory_is_that_of_our_processes_or_else_what_came_since(
     bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pid: str, seen: dict[int, float]
 ) -> None:
     """GPU 0 holds 48 GiB, 18 of them from before: 40 are ours, or, where our ids are not shown, 30. GPU 2 holds 3."""
-    from meter import MemoryWatch  # type: ignore[import-not-found]
+    from shared import MemoryWatch  # type: ignore[import-not-found]
 
     asked = tmp_path / "asked"
     script = f"""#!/bin/sh
@@ -135,12 +141,10 @@ esac
     assert watch.peaks_gib == seen and watch.peak_gib == sum(seen.values())
 
 
-def test_a_run_s_memory_stands_beside_its_plan_for_each_gpu(
-    bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_s_memory_stands_beside_its_plan_for_each_gpu(bench: ModuleType, tmp_path: Path) -> None:
     """Engine and trainer share GPU 3 in time: 2 + max(10, 30) GiB are planned there, and 20 on GPU 5."""
-    import gpu_loop  # type: ignore[import-not-found]
-    from meter import MemoryWatch
+    from loop import full_size  # type: ignore[import-not-found]
+    from shared import MemoryWatch  # type: ignore[import-not-found]
 
     gib, one = 2**30, {"where": "gpu", "basis": "counted", "fixed": True, "away": False}
     rows = [
@@ -155,13 +159,11 @@ def test_a_run_s_memory_stands_beside_its_plan_for_each_gpu(
     def judged(*seen: float) -> tuple[list[float], bool]:
         watch = MemoryWatch()
         watch._ours.see(dict(zip((3, 5), seen, strict=True)))
-        found = gpu_loop.memory(tmp_path, watch)
+        found = full_size.memory(tmp_path, watch)
         assert [(row["gpu"], row["planned_gib"]) for row in found] == [("3", 32.0), ("5", 20.0), ("all", 52.0)]
-        gpu_loop.memory_table(found)
-        return [round(row["ratio"], 3) for row in found], gpu_loop.as_planned(found)
+        return [round(row["ratio"], 3) for row in found], full_size.as_planned(found)
 
     assert judged(32.0, 20.0) == ([1.0, 1.0, 1.0], True)
     assert judged(33.6, 15.0) == ([1.05, 0.75, 0.935], True), "a GPU may hold less, if all hold what is planned"
     assert judged(28.8, 17.0) == ([0.9, 0.85, 0.881], False)
     assert judged(32.0, 22.2) == ([1.0, 1.11, 1.042], False), "but none more"
-    assert "| 3 | engine0, trainer | 32.0 | 32.0 | 1.000 |" in capsys.readouterr().out

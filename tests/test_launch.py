@@ -22,11 +22,16 @@ from rich.console import Console
 from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
 from astracli.errors import RunFailed, UserError
-from astracli.launch import children, recipe_changes, run, summary, watch
+from astracli.launch import configs, recipe_changes, run, summary, watch
+from astracli.launch.configs import RunContext
+from astracli.launch.inputs import Inputs
 from astracli.launch.job import Job
+from astracli.launch.launcher import Process
+from astracli.launch.local import child_spec
 from astracli.plan import build as plan
 from astracli.plan.build import LaunchPlan
-from astracli.process.worker import load_config
+from astracli.process.children import ChildSpec
+from astracli.process.config import EngineConfig, EvalConfig, Role, RolloutConfig, TrainerConfig, load_config
 from astracli.report.page.page import LiveView, RunProgress
 from astracli.report.summary_table import summary_rows
 from astracli.runs import find as runs
@@ -43,39 +48,53 @@ def tiny(**recipe_changes: Any) -> Recipe:
 
 
 def plan_of(recipe: Recipe) -> LaunchPlan:
-    return run._plan(recipe, "train", run._config_if_here(recipe))
+    return run.planned(recipe, "train")
 
 
-def setting(recipe: Recipe, path: Path, **more: Any) -> children.RunContext:
-    fields: dict[str, Any] = dict(hub_url="http://127.0.0.1:1", token="secret", paths={"model": "/m", "data": None})
-    return children.RunContext(recipe, plan_of(recipe), RunDir(path), 1, **(fields | more))
+INPUTS = Inputs(Path("/m"), None, {})
+
+
+def context_of(recipe: Recipe, path: Path, **more: Any) -> RunContext:
+    return RunContext(recipe, plan_of(recipe), RunDir(path), 1, INPUTS, token="secret", **more)
+
+
+def build(context: RunContext) -> list[Process]:
+    return configs.build(context, "http://127.0.0.1:1")
+
+
+def specs_of(context: RunContext) -> dict[str, ChildSpec]:
+    """How each process would be started here; its config is written."""
+    return {process.name: child_spec(process) for process in build(context)}
 
 
 def test_every_process_gets_its_config_and_only_its_owner_reads_it(tmp_path: Path) -> None:
     recipe = tiny(resources__engines=2, resources__train_ranks=2)
-    specs = {spec.name: spec for spec in children.build(setting(recipe, tmp_path), {"trainer": {"step": 4}})}
+    specs = specs_of(context_of(recipe, tmp_path, resume_step=4))
     assert list(specs) == ["engine0", "engine1", "rollout", "trainer", "trainer1", "eval"]
-    configs = {name: load_config(["w", spec.argv[-1]]) for name, spec in specs.items()}
+    kinds = [EngineConfig, EngineConfig, RolloutConfig, TrainerConfig, TrainerConfig, EvalConfig]
+    told: dict[str, Any] = {
+        name: load_config(["w", spec.argv[-1]], kind) for (name, spec), kind in zip(specs.items(), kinds, strict=True)
+    }
     for name, spec in specs.items():
         file = tmp_path / "config" / f"{name}.json"
         assert spec.argv[1:] == ("-m", spec.argv[2], str(file))
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
-        assert configs[name].recipe == recipe and configs[name].token == "secret" and configs[name].name == name
+        assert told[name].recipe == recipe and told[name].token == "secret" and told[name].name == name
         assert spec.log == tmp_path / "logs" / "attempt_1" / f"{name}.log"
         assert "secret" not in " ".join([*spec.argv, *spec.env.values()])
-    urls = [engine["url"] for engine in configs["rollout"].engines]
-    ports = [configs[name].extra["port"] for name in ("engine0", "engine1")]
+    urls = [engine.url for engine in told["rollout"].engines]
+    ports = [told[name].port for name in ("engine0", "engine1")]
     assert len({*ports}) == 2 and urls == [f"http://127.0.0.1:{port}" for port in ports]
-    assert specs["engine1"].health_url == f"{urls[1]}/health_generate"
-    assert Path(configs["engine0"].extra["stage_dir"]) == tmp_path / "stage" / "engine0"
-    assert configs["trainer1"].extra == {"step": 4} and configs["trainer1"].role == "trainer"
-    assert configs["eval"].backends["attention"] == "sdpa"
+    assert told["engine0"].stage_dir == told["eval"].engines[0].stage_dir == tmp_path / "stage" / "engine0"
+    assert told["engine0"].stage_dir.is_dir() and told["engine0"].await_weights
+    trainer = told["trainer1"]
+    assert (trainer.resume_step, trainer.role, trainer.attention) == (4, Role.TRAINER, "sdpa")
 
 
 def test_children_are_offline_threaded_and_past_any_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "intranet")
     recipe = tiny(resources__train_ranks=2, resources__threads__trainer=3)
-    specs = {spec.name: spec for spec in children.build(setting(recipe, tmp_path), {})}
+    specs = specs_of(context_of(recipe, tmp_path))
     for spec in specs.values():
         assert (spec.env["HF_HUB_OFFLINE"], spec.env["CUDA_VISIBLE_DEVICES"]) == ("1", "")
         assert spec.env["NO_PROXY"].split(",") == ["intranet", "127.0.0.1", "localhost", "127.0.0.1"]
@@ -88,20 +107,19 @@ def test_children_are_offline_threaded_and_past_any_proxy(tmp_path: Path, monkey
 
 def test_an_engine_that_is_started_again_waits_for_weights(tmp_path: Path) -> None:
     recipe = tiny(launch__max_restarts=2)
-    specs = {spec.name: spec for spec in children.build(setting(recipe, tmp_path), {})}
-    engine = specs["engine0"]
-    assert (engine.restarts, specs["trainer"].restarts) == (2, 0)
-    assert "await_weights" not in load_config(["w", engine.argv[-1]]).extra
-    assert engine.before_restart is not None
-    engine.before_restart()
-    assert load_config(["w", engine.argv[-1]]).extra["await_weights"] is True
+    processes = {process.name: process for process in build(context_of(recipe, tmp_path))}
+    engine = processes["engine0"]
+    assert (engine.plan.restarts, processes["trainer"].plan.restarts) == (2, 0)
+    told = [load_config(["w", child_spec(p).argv[-1]], EngineConfig) for p in (engine, engine.again())]
+    assert [config.await_weights for config in told] == [False, True]
+    assert processes["rollout"].again() == processes["rollout"]
 
 
 def test_an_engine_without_a_trainer_is_started_again_with_the_models_own_weights(tmp_path: Path) -> None:
     recipe = tiny(launch__max_restarts=2)
-    alone = replace(setting(recipe, tmp_path), plan=run._plan(recipe, "rollout", run._config_if_here(recipe)))
-    engine = next(spec for spec in children.build(alone, {}) if spec.role == "engine")
-    assert engine.restarts == 2 and engine.before_restart is None, "nobody would give it any"
+    alone = replace(context_of(recipe, tmp_path), plan=run.planned(recipe, "rollout"))
+    engine = next(process for process in build(alone) if process.plan.role is Role.ENGINE)
+    assert engine.plan.restarts == 2 and engine.again() == engine, "nobody would give it any"
 
 
 def stored_run(tmp_path: Path, recipe: Recipe) -> RunDir:
@@ -161,35 +179,24 @@ def test_dry_run_of_every_shipped_recipe() -> None:
 # -- whole jobs with stand-in workers ----------------------------------------------------------------------------------
 
 WORKER = """
-import sys, time
+import json, sys, time
 from astracli.errors import RunFailed
+from astracli.process.config import EngineConfig, RolloutConfig, TrainerConfig
 from astracli.process.worker import worker_main
 
 def run(config, reporter):
     reporter.ready()
-    if config.role == "trainer":
+    if isinstance(config, TrainerConfig):
         from astracli.hub.client import HubClient
         with_hub(config, reporter, HubClient(config.hub_url, config.token))
-    elif config.role == "engine":
-        serve(config)
     while not reporter.stop_requested.wait(0.05):
         pass
-
-def serve(config):
-    import threading
-    from http.server import BaseHTTPRequestHandler, HTTPServer
-    class Health(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200 if self.headers["Authorization"] == f"Bearer {config.token}" else 401)
-            self.end_headers()
-        def log_message(self, *_): pass
-    server = HTTPServer(("127.0.0.1", config.extra["port"]), Health)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
 
 def with_hub(config, reporter, hub):
     TRAINER
 
-worker_main(run)
+role = json.load(open(sys.argv[1]))["role"]
+worker_main(run, {"engine": EngineConfig, "rollout": RolloutConfig, "trainer": TrainerConfig}[role])
 """
 DONE = """hub.announce(0, 0); time.sleep(1.5)
     hub.metrics([{"step": 0, "process": "trainer", "train_s": 1.0, "step_s": 1.0, "wait_s": 0.25, "reward_mean": 0.5}])
@@ -207,7 +214,7 @@ def job_with(tmp_path: Path, trainer: str, **recipe_changes: Any) -> Job:
     )
     run_path = runs.create("t", tmp_path / "run")
     run_path.next_attempt()
-    return Job(recipe, plan, run_path, 1, {"model": "/m", "data": None, "benchmarks": {}})
+    return Job(RunContext(recipe, plan, run_path, 1, INPUTS))
 
 
 def files(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
@@ -235,21 +242,21 @@ def test_a_job_that_is_interrupted_before_its_first_process(tmp_path: Path, monk
         raise KeyboardInterrupt
 
     job = job_with(tmp_path, DONE)
-    monkeypatch.setattr(children, "build", ctrl_c)
+    monkeypatch.setattr(configs, "build", ctrl_c)
     assert job.run() == 130 and job.summary == {}
     assert RunDir(tmp_path / "run").shown_state() == "interrupted"
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
 def test_ctrl_c_while_the_hub_is_set_up_starts_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build = children.build
+    build = configs.build
 
     def slowly(*words: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
         return build(*words)
 
     job = job_with(tmp_path, DONE)
-    monkeypatch.setattr(children, "build", slowly)
+    monkeypatch.setattr(configs, "build", slowly)
     assert job.run() == 130
     assert (job.summary["state"], job.summary["steps"]) == ("interrupted", 0)
     assert not list((tmp_path / "run" / "logs").rglob("*.log"))
@@ -281,12 +288,12 @@ def test_job_that_fails_says_so_everywhere(tmp_path: Path) -> None:
     assert not psutil.Process().children()
 
 
-ONCE = """if config.extra.get("start") is None:
+ONCE = """if not config.start:
         hub.announce(0, 0)
         reporter.progress(step=0)
         time.sleep(1.2)
         raise RuntimeError("CUDA error: unspecified launch failure")
-    assert (config.extra["step"], config.resume, hub.state()["latest_version"]) == (0, True, None)
+    assert (config.resume_step, config.start, hub.state()["latest_version"]) == (0, 1, None)
     """
 
 
@@ -301,7 +308,7 @@ def test_a_trainer_that_met_a_cuda_error_goes_on_by_itself(tmp_path: Path, capfd
     assert found["phases_s"]["resuming"] > 0
     rows = dict(summary_rows(found))
     assert rows["resumes"].startswith("1: at step 0 from step 0 (the GPU reported an error: CUDA error: unspecified")
-    assert load_config(["w", str(tmp_path / "run" / "config" / "engine0.json")]).extra["await_weights"] is True
+    assert load_config(["w", str(tmp_path / "run" / "config" / "engine0.json")], EngineConfig).await_weights
     assert "the run goes on from the beginning, there is no checkpoint yet, time 1 of 1" in capfd.readouterr().err
 
 
@@ -373,7 +380,7 @@ def test_the_terminal_is_given_back_when_no_process_could_be_started(
     views: list[LiveView] = []
     console = Console(file=io.StringIO(), force_terminal=True)
     monkeypatch.setattr(watch, "open_view", lambda: views.append(LiveView(console)) or views[-1])
-    monkeypatch.setattr(children, "build", full)
+    monkeypatch.setattr(configs, "build", full)
     with pytest.raises(OSError, match="No space left"):
         job_with(tmp_path, DONE).run()
     assert not any(view._live.is_started for view in views)

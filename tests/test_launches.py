@@ -1,5 +1,5 @@
 """A micro-batch on a GPU asks for its kernels without ever waiting for one: shown without a GPU, on tensors that have
-no memory (`bench/launches.py`)."""
+no memory (`bench/trainer/launches.py`)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LAYERS = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_atte
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    path = Path(__file__).parent.parent / "bench" / "launches.py"
+    path = Path(__file__).parent.parent / "bench" / "trainer" / "launches.py"
     spec = importlib.util.spec_from_file_location("launches", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -45,7 +45,7 @@ def config(**changed: Any) -> Mapping[str, Any]:
 @pytest.mark.parametrize("algorithm", sorted(installed()))
 def test_no_micro_batch_waits_for_the_gpu(bench: ModuleType, algorithm: str, checkpointing: str) -> None:
     """With the loss, the figures and the accumulation of gradients."""
-    chosen = bench.recipe(512, checkpointing, {"name": algorithm})
+    chosen = bench.recipe(512, checkpointing, algorithm)
     count, phases = bench.micro_batches(ADAPTER, config(), chosen)
     assert count.waits == []
     assert len(phases) >= 2 and all(min(phase.values()) > 50 for phase in phases)
@@ -54,7 +54,7 @@ def test_no_micro_batch_waits_for_the_gpu(bench: ModuleType, algorithm: str, che
 
 
 def test_nor_does_the_pass_without_gradients(bench: ModuleType) -> None:
-    chosen = bench.recipe(512, "none", {"name": "m2po"})
+    chosen = bench.recipe(512, "none", "m2po")
     with bench.one_gpu(bench.Count()):
         trainer: Trainer = bench.build(ADAPTER, config(), chosen)
         batch = trainer._divide(bench.groups(512), 0)
@@ -72,7 +72,7 @@ def test_nor_does_the_pass_without_gradients(bench: ModuleType) -> None:
 
 
 def test_a_wait_would_be_noticed(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = bench.recipe(512, "none", {"name": "m2po"})
+    chosen = bench.recipe(512, "none", "m2po")
     plain = lambda array, device: torch.from_numpy(array).to(device)  # noqa: E731
     monkeypatch.setattr(objective, "upload", plain)
     count, phases = bench.micro_batches(ADAPTER, config(), chosen)
@@ -86,7 +86,7 @@ def test_a_wait_would_be_noticed(bench: ModuleType, monkeypatch: pytest.MonkeyPa
 def test_a_gated_delta_net_layer_costs_what_it_must(bench: ModuleType) -> None:
     """At 4B: 32 heads of values to 16 of keys. Seven products, two residual sums, the decay, fla's seven calls."""
     heads = {"linear_num_key_heads": 16, "linear_num_value_heads": 32}
-    chosen = bench.recipe(512, "none", {"name": "m2po"})
+    chosen = bench.recipe(512, "none", "m2po")
     one, two = (
         bench.micro_batches(
             ADAPTER, config(num_hidden_layers=n, layer_types=["linear_attention"] * n, **heads), chosen

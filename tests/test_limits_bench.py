@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,7 @@ from astracli.errors import RunFailed
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))
-    return importlib.import_module("limits")
+    return importlib.import_module("learning.stale_data")
 
 
 def test_a_failed_run_is_a_row_and_is_tried_again(
@@ -45,25 +46,42 @@ def test_a_failed_run_is_a_row_and_is_tried_again(
     monkeypatch.setattr(bench, "LimitsRun", Run)
     monkeypatch.setattr(bench, "run_all", run_all)
     monkeypatch.setattr(bench.torch, "set_num_threads", lambda n: None)
-    words = ["limits.py", "--ways", "grpo", "--staleness", "2", "--seeds", "0", "1", "2", "--out", str(tmp_path)]
+    words = [
+        "stale_data.py",
+        "limits",
+        "--json",
+        "--ways",
+        "grpo",
+        "--staleness",
+        "2",
+        "--seeds",
+        "0",
+        "1",
+        "2",
+        "--out",
+        str(tmp_path),
+    ]
     monkeypatch.setattr("sys.argv", words)
     with pytest.raises(SystemExit) as ended:
         bench.main()
     assert ended.value.code == 1
-    _, mean, failed = capsys.readouterr().out.splitlines()
-    assert mean.split()[:5] == ["grpo", "2", "2", "0.200", "0.100"]  # seeds 0 and 2
-    assert " ".join(failed.split()) == "grpo 2 seed 1 failed: trainer and engine disagree at version 3"
+    found = json.loads(capsys.readouterr().out)
+    (mean,), (failed,) = found["rows"], found["failed"]
+    assert list(mean.values())[:5] == ["grpo", 2, 2, pytest.approx(0.2), 0.1]  # seeds 0 and 2
+    assert list(failed.values()) == ["grpo", 2, 1, "trainer and engine disagree at version 3"]
     broken.clear()
     bench.main()
     assert started == [0, 1, 2, 1]
-    _, mean = capsys.readouterr().out.splitlines()
-    assert mean.split()[:5] == ["grpo", "2", "3", "0.200", "0.100"]
+    (mean,) = json.loads(capsys.readouterr().out)["rows"]
+    assert list(mean.values())[:5] == ["grpo", 2, 3, pytest.approx(0.2), 0.1]
 
 
 def test_a_wrong_setting_is_refused_before_any_run(
     bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["limits.py", "--out", str(tmp_path / "out"), "--set", "train.no_such_key=1"])
+    monkeypatch.setattr(
+        "sys.argv", ["stale_data.py", "limits", "--out", str(tmp_path / "out"), "--set", "train.no_such_key=1"]
+    )
     with pytest.raises(SystemExit) as ended:
         bench.main()
     assert ended.value.code == 2 and "no_such_key" in capsys.readouterr().err and not (tmp_path / "out").exists()

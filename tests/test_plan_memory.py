@@ -18,7 +18,8 @@ from astracli.plan import build as plan
 from astracli.plan import memory as plan_memory
 from astracli.plan import offload as plan_split
 from astracli.plan import trainer as plan_trainer
-from astracli.training import adam, layout
+from astracli.process import layout
+from astracli.training import adam
 
 EVERY_BLOCK_AGAIN = "train.activation_checkpointing=full"
 REQUESTS = "rollout.max_running_requests=32"

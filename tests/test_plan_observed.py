@@ -20,7 +20,7 @@ from astracli.adapters import qwen3_5
 from astracli.plan import memory as plan_memory
 from astracli.plan import trainer as plan_trainer
 from astracli.plan.build import LaunchPlan
-from astracli.training import layout
+from astracli.process import layout
 
 BENCH = Path(__file__).parent.parent / "bench"
 CONFIG = qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"]
@@ -39,27 +39,27 @@ def h200s(count: int) -> dict[str, Any]:
 
 
 def loop(layout: str, gpus: int, *sets: str, time_sharing: bool = False, groups: int = 8) -> LaunchPlan:
-    """`bench/gpu_loop.py` at 4.2 B: the settings that it says itself."""
+    """`bench/loop/full_size.py` at 4.2 B: the settings that it says itself."""
     sys.path.insert(0, str(BENCH))
     try:
-        import gpu_loop  # type: ignore[import-not-found]
+        from loop import full_size  # type: ignore[import-not-found]
     finally:
         sys.path.remove(str(BENCH))
     own = {"steps": 20, "new_tokens": 512, "running": 128, "device": "cuda", "engine_path": None}
     args = Namespace(layout=layout, time_sharing=time_sharing, groups=groups, set=list(sets), **own)
-    recipe = load(str(BENCH / "random-4b.toml"), *gpu_loop.settings(args, Path("random-4b")))
+    recipe = load(str(BENCH / "random-4b.toml"), *full_size.settings(args, Path("random-4b")))
     return planned(recipe, h200s(gpus), CONFIG)
 
 
 def engine_alone() -> LaunchPlan:
-    """`bench/gpu_rollout.py --only-ours --memory-gib 44 --concurrency 32 --new-tokens 4000`."""
+    """`bench/engine/rollout.py --only-ours --memory-gib 44 --concurrency 32 --new-tokens 4000`."""
     sets = ("resources.device=cuda", "resources.rollout_gpus=1", "rollout.max_running_requests=32")
     lengths = ("rollout.max_new_tokens=4000", "rollout.context_length=4192", "rollout.mem_fraction_static=0.25")
     return planned(load("qwen3.5-tiny-m2po-delta", *sets, *lengths), h200s(1), CONFIG, command="rollout")
 
 
 def parity() -> LaunchPlan:
-    """`bench/gpu_parity.py --set train.optimizer_device=host resources.share_mode=time_sharing`."""
+    """`bench/loop/parity.py --set train.optimizer_device=host resources.share_mode=time_sharing`."""
     gpus = [f"resources.{key}" for key in ("device=cuda", "rollout_gpus=1", "train_gpus=1", "share_gpus=true")]
     sets = ("train.minibatches=1", "rollout.max_new_tokens=256", "rollout.context_length=512", "eval.every=0",
             "train.activation_checkpointing=full", "train.tokens_per_microbatch=8192", "train.optimizer_device=host",

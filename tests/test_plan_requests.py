@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import configs
 import pytest
 from machines import GIB, facts
 from test_plan import TINY, load, planned, tiny
 
 from astracli.config.recipe import RUNNING, Recipe
-from astracli.launch import children
-from astracli.launch.children import RunContext
 from astracli.plan import build as plan
 from astracli.plan import memory as plan_memory
-from astracli.runs.run_dir import RunDir
 
 WEIGHTS = 2 * 4_205_751_296
 STATE = 24 * (32 * 128 * 128 * 4 + 8192 * 3 * 2)
@@ -121,10 +119,8 @@ def test_what_the_recipe_says_stays_and_a_cpu_takes_the_default() -> None:
     assert elsewhere.placement.reasons[0] == ("requests", "32 at once", "the memory of its GPU is not known")
 
 
-def test_the_processes_are_told(tmp_path: object) -> None:
+def test_the_processes_are_told() -> None:
     recipe = opened("qwen3.5-4b-m2po-delta", "resources.rollout_gpus=1", "resources.train_gpus=1")
     result = planned(recipe, facts("9.0", 2, memory_gib=141, host_gib=512))
-    setting = RunContext(recipe, result, RunDir(tmp_path), 1, "http://127.0.0.1:1", "token", {"model": "m"})  # type: ignore[arg-type]
-    (engine,) = [process for process in result.processes if process.role == "engine"]
-    config = children._config(setting, engine, [], {})
+    config = configs.of_plan(recipe, result)["engine0"]
     assert config.recipe.rollout.max_running_requests == config.recipe.rollout.running == 256

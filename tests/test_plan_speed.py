@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
 from pathlib import Path
 
+import configs
 import pytest
 from machines import GIB, facts
 from test_plan import load, memory_warnings, planned
@@ -13,7 +12,6 @@ from training_tools import recipe, save_model
 
 from astracli.adapters import qwen3_5
 from astracli.errors import UserError
-from astracli.launch import children
 from astracli.plan import build as plan
 from astracli.plan import cost as plan_speed
 from astracli.plan import memory as plan_memory
@@ -21,11 +19,10 @@ from astracli.plan import offload as plan_split
 from astracli.plan import placement as plan_place
 from astracli.plan.build import LaunchPlan
 from astracli.plan.cost import Pace
-from astracli.process.worker import WorkerConfig
-from astracli.training import settings as train_settings
+from astracli.process.config import TrainerConfig
+from astracli.process.layout import Split, recomputed
 from astracli.training import setup
 from astracli.training.fsdp import Ranks
-from astracli.training.layout import Split, recomputed
 
 REQUESTS = "rollout.max_running_requests=32"
 ONE_EACH = ("resources.rollout_gpus=1", "resources.train_gpus=1", REQUESTS)
@@ -117,13 +114,11 @@ def test_a_host_that_is_too_small_has_its_say() -> None:
 
 
 def test_what_was_planned_reaches_the_trainer(tmp_path: Path) -> None:
-    """Through the JSON that a rank is told, to the blocks that it wraps."""
+    """Through the document that a rank is told, to the blocks that it wraps."""
     result = planned(load(NAME, *ONE_EACH), facts("9.0", 2, memory_gib=60, host_gib=512))
-    (rank,) = (process for process in result.processes if process.role == "trainer")
-    told = json.loads(json.dumps(children._placement(result, rank)))
-    config = WorkerConfig("trainer", "trainer", tmp_path, "", "", load(NAME), {}, device="cuda", extra=told)
-    assert train_settings.split_of(config) == result.placement.split == Split("host", 0.8, "selective")
-    assert train_settings.split_of(replace(config, device="cpu")) == Split()
+    told = configs.of_plan(load(NAME), result)["trainer"].model_dump_json()
+    split = TrainerConfig.model_validate_json(told).split
+    assert split == result.placement.split == Split("host", 0.8, "selective")
     model_dir = save_model(tmp_path / "model")
     for mode, wrapped in (("none", 0), ("selective", 2), ("full", 4)):
         split = Split(recomputed=mode)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import configs
 import pytest
 from machines import GIB, facts
 from test_plan import TINY, load, planned, tiny
 
-from astracli.launch.children import _placement
 from astracli.plan import build as plan
 from astracli.plan import memory as plan_memory
 from astracli.plan.memory import MemoryRow
@@ -33,8 +33,7 @@ def test_engines_of_their_own_gpu_stage_on_it_and_are_told(name: str) -> None:
         (f"engine{k}", "gpu", SIZE, False) for k in range(4)
     ]
     assert reason(result) == ("gpu", "before its pause: room for 7.83 GiB more")
-    engine = next(process for process in result.processes if process.name == "engine2")
-    assert _placement(result, engine)["staging"] == result.placement.staging == "gpu"
+    assert configs.of_plan(load(FULL), result)["engine2"].staging == result.placement.staging == "gpu"
 
 
 def test_a_full_gpu_leaves_the_host_and_a_full_host_the_file() -> None:

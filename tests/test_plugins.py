@@ -160,6 +160,8 @@ def test_a_broken_algorithm_hurts_only_who_names_it(tmp_path: Path) -> None:
         (info / "entry_points.txt").write_text(f"[astra.algorithms]\n{entries}")
     whole, *broken = loads(tmp_path, *(f"algorithm.name={name}" for name in ("m2po", "shaky", "wrong", "grpo")))
     assert whole["name"] == "m2po"
+    ((message, hint),) = loads(tmp_path, "algorithm.wrong.x=1")
+    assert '`algorithm.wrong` = {"x": 1} is not allowed: math:pi' in message and "uninstall" in hint
     for (message, hint), said in zip(
         broken,
         (

@@ -229,6 +229,12 @@ def test_bad_overrides(override: str, message: str, hint: str | None) -> None:
     assert (error.message, error.hint) == (message, hint)
 
 
+def test_every_key_that_moved_is_told_at_once() -> None:
+    error = refused(TINY, "algorithm.variant=mask", "algorithm.clip_high=0.3", "algorithm.name=dapo")
+    assert error.message.count("is a setting of one algorithm: it is now") == 2
+    assert "`algorithm.m2po.variant`" in error.message and "`algorithm.dapo.clip_high`" in error.message
+
+
 def test_an_unknown_benchmark_gets_the_nearest_name() -> None:
     error = refused(TINY, "eval.benchmarks=arithmetic-held")
     assert error.message.endswith('`eval.benchmarks` = "arithmetic-held" is not allowed: there is no such benchmark')

@@ -13,7 +13,7 @@ from rich.console import Console
 from astracli.config.recipe import Recipe
 from astracli.errors import UserError
 from astracli.launch import summary
-from astracli.launch.supervise import Status
+from astracli.process.worker import Status
 from astracli.report.page.page import LiveView, PlainView, RunProgress, draw, duration, eval_line
 from astracli.report.summary_table import benchmark_table, print_summary, size, summary_rows
 from astracli.runs.metrics import Tail, mean, median, mend, open_sinks, read, series
@@ -65,14 +65,14 @@ def test_plain_lines_say_the_figures_and_after_a_silence_who_waits_for_what() ->
     clock, lines = Clock(), list[str]()
     view = PlainView(lines.append, clock)
     progress = RunProgress("tiny", 100, clock=clock)
-    statuses = {"trainer": Status("trainer", "starting"), "engine0": Status("engine", "ready", heard=1.0)}
+    statuses = {"trainer": Status("starting"), "engine0": Status("ready", heard=1.0)}
     progress.feed([], state(0), statuses, "starting")
     view.update(progress)
     assert lines == ["starting"]
     clock.now += 20
     view.update(progress)
     assert lines.pop() == "starting; trainer: has not reported yet"
-    statuses["trainer"] = Status("trainer", "ready", "3 of 16 groups", heard=1.0)
+    statuses["trainer"] = Status("ready", "3 of 16 groups", heard=1.0)
     clock.now += 5
     progress.feed([trainer(11)], state(12, evaluation(0, 0.352, 0.6)), statuses, "running")
     view.update(progress)
@@ -112,9 +112,7 @@ def test_plain_lines_come_at_most_every_two_seconds_and_never_stay_away() -> Non
     assert 4 <= len([line for line in lines if line.startswith("step ")]) <= 5
     count = len(lines)
     for _ in range(40):  # 20 s without a step
-        progress.feed(
-            [], state(40), {"trainer": Status("trainer", "ready", "waiting: engine0 is down", 1.0)}, "running"
-        )
+        progress.feed([], state(40), {"trainer": Status("ready", "waiting: engine0 is down", 1.0)}, "running")
         view.update(progress)
         clock.now += 0.5
     assert lines[count:] and all("trainer: waiting: engine0 is down" in line for line in lines[count + 1 :])
@@ -138,8 +136,8 @@ def test_live_picture() -> None:
     progress = RunProgress("tiny", 100, clock=clock)
     progress.began = clock.now - 65
     statuses = {
-        "trainer": Status("trainer", "ready", "3 of 16 groups", {"loss": 0.12345}, 1.0),
-        "engine0": Status("engine", "ready", None, {}, 1.0, restarts=1),
+        "trainer": Status("ready", "3 of 16 groups", {"loss": 0.12345}, 1.0),
+        "engine0": Status("ready", None, {}, 1.0, restarts=1),
     }
     progress.feed([trainer(11)], state(12, evaluation(0, 0.35, 0.6), evaluation(10, 0.4, 0.7)), statuses, "running")
     progress.figures |= {"step_s": 2.0, "backward_s": 1.0, "wait_s": 0.1}
@@ -178,7 +176,7 @@ def make_summary(tmp_path: Path, **changes: Any) -> dict[str, Any]:
         phases={"starting": 11.0, "running": 190.0, "finishing": 5.0, "stopping": 0.2},
         records=records,
         store=state(4, evaluation(0, 0.35, 0.6), evaluation(2, 0.5, 0.7), evaluation(4, 0.875, 0.95)),
-        memory=None,
+        memory={},
         restarts={"engine0": 0, "rollout": 2},
     )
     expected = {
@@ -410,7 +408,7 @@ def test_a_job_without_steps_says_what_its_workers_count() -> None:
     clock, lines = Clock(), []
     progress = RunProgress("tiny-eval", 0, clock=clock)
     view = PlainView(lines.append, clock)
-    statuses = {"engine0": Status("engine", "ready"), "eval": Status("eval", "ready", None, {"done": 12, "total": 64})}
+    statuses = {"engine0": Status("ready"), "eval": Status("ready", None, {"done": 12, "total": 64})}
     progress.feed([], state(0), statuses, "running")
     view.update(progress)
     clock.now += 20

@@ -1,4 +1,4 @@
-"""The page of a run: one file, nothing loaded, everything in it. What a browser makes of it: `bench/report_page.py`."""
+"""The page of a run: one file, nothing loaded, everything in it. In a browser: `bench/loop/report_page.py`."""
 
 from __future__ import annotations
 

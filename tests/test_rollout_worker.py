@@ -17,6 +17,7 @@ from rollout_world import LENGTH, TOKEN, World, expected, recipe, records, until
 
 from astracli.data.prompts import PromptSource
 from astracli.errors import RunFailed
+from astracli.process.config import SampleFile
 from astracli.rl.types import Group, unpack_group
 
 __all__ = ["world"]
@@ -85,7 +86,7 @@ def test_a_run_whose_prompts_all_do_not_fit_ends(world: World, monkeypatch: pyte
 
 def test_n_groups_are_written_without_a_trainer(world: World) -> None:
     out = world.path / "samples.jsonl"
-    asyncio.run(world.play(extra={"out": str(out), "n": 5}))
+    asyncio.run(world.play(samples=SampleFile(path=out, groups=5)))
     (record,) = records(world)
     assert (record["process"], record["engine"]) == ("rollout", "engine0") and "step" not in record
     assert 0 < record["slots_busy"] <= 1 and 0 < record["interval_s"] < 60
@@ -116,7 +117,7 @@ def test_a_killed_worker_process_loses_no_group(tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
     config = world.config(data={"reward": "probe"})
     file = tmp_path / "rollout.json"
-    file.write_text(json.dumps(config.document()))
+    file.write_text(config.model_dump_json())
     argv = [sys.executable, "-m", "astracli.rollout.worker", str(file)]
     world.store._leases._drop_equal = False
     child = subprocess.Popen(argv)

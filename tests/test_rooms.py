@@ -83,6 +83,13 @@ def test_imports_between_rooms_go_down() -> None:
     assert UPWARD.keys() - found == set(), "no longer needed: take it off the list"
 
 
+def test_a_plan_is_made_without_what_runs_it() -> None:
+    files = modules()
+    for module in (name for name in files if name.startswith("plan.")):
+        rooms = {other.split(".")[0] for other in imported(files[module].read_text(encoding="utf-8"), set(files))}
+        assert not rooms & {"launch", "rollout", "training", "evaluation", "hub", "weights"}, module
+
+
 def test_every_module_lies_in_a_room() -> None:
     at_the_top = {file.stem for file in (ROOT / "astracli").glob("*.py")}
     assert at_the_top == AT_THE_TOP

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from training_tools import make_trainer, recipe, save_model, spawn, uneven_groups
 
 from astracli.adapters.qwen3_5 import ADAPTER, tiny_config
+from astracli.process.layout import RESIDENT, Split
 from astracli.training import checkpoint, setup
 from astracli.training.fsdp import Ranks
 from astracli.training.gradients import Gradients
-from astracli.training.layout import RESIDENT, Split
 from astracli.training.step import Trainer
 
 ODD = {"vocab_size": 65, "intermediate_size": 61}

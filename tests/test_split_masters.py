@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from astracli.config.recipe import TrainTable
+from astracli.process.layout import BUCKETS_IN_FLIGHT
 from astracli.training import adam
 from astracli.training.adam import Adam, on_host
 from astracli.training.cpu_offload import CpuOffload
-from astracli.training.layout import BUCKETS_IN_FLIGHT
 from astracli.training.overlapped_offload import OverlappedOffload
 from astracli.training.split_masters import SplitMasters, join, split
 

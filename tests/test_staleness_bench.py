@@ -11,13 +11,13 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
-from staleness import Run
+from learning.staleness import Run
 
 
 def test_the_generating_model_is_the_trained_one_and_older_versions_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp32 where an engine holds fp32: `A_log` rounded to bf16 is another policy."""
     small = ["train.batch_groups=2", "train.minibatches=1", "rollout.group_size=4"]
-    args = argparse.Namespace(steps=1, every=1, samples=1, between=1, settings=small)
+    args = argparse.Namespace(steps=1, every=1, samples=1, between=1, set=small)
     bench = Run("grpo", 1, 0, args)
     monkeypatch.setattr(bench.actor, "evaluate", lambda temperature, samples: 0.0)
     assert bench.run()["ended"] is None

@@ -10,19 +10,25 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import configs
 import psutil
 import pytest
 
+from astracli.config.recipe_run import LaunchTable
 from astracli.errors import RunFailed
+from astracli.launch.launcher import Process
+from astracli.launch.local import LocalLauncher
 from astracli.launch.restarts import Restarts, Resumes, Start
 from astracli.launch.supervise import Supervisor
+from astracli.plan.types import ProcessPlan
 from astracli.process import children as local
 from astracli.process import transient
 from astracli.process.children import Child, ChildSpec, MemorySampler, exit_words
+from astracli.process.config import ProcessConfig, Role
 from astracli.process.ports import bind, free_ports
 
 SLEEP = "import time; time.sleep(60)"
@@ -63,15 +69,40 @@ def logs(tmp_path: Path) -> Iterator[Path]:
     assert not left, f"left running: {left}"
 
 
-def spec(logs: Path, name: str, code: str, role: str | None = None, **more: Any) -> ChildSpec:
-    return ChildSpec(
-        name, role or name, (sys.executable, "-c", FAMILY + textwrap.dedent(code)), logs / f"{name}.log", **more
-    )
+def child_spec(logs: Path, name: str, code: str, **more: Any) -> ChildSpec:
+    return ChildSpec(name, (sys.executable, "-c", FAMILY + textwrap.dedent(code)), logs / f"{name}.log", **more)
 
 
-def supervisor(specs: list[ChildSpec], hub: FakeHub | None = None, **more: Any) -> Supervisor:
-    fields: dict[str, Any] = dict(main_role="trainer", poll_s=0.02, memory=MemorySampler(0.1))
-    return Supervisor(specs, hub or FakeHub(), **(fields | more))
+MADE: dict[Role, Callable[..., ProcessConfig]] = {
+    Role.ENGINE: configs.engine,
+    Role.ROLLOUT: configs.rollout,
+    Role.TRAINER: configs.trainer,
+    Role.EVAL: configs.evaluation,
+}
+
+
+def process(
+    logs: Path, name: str, code: str, role: Role | None = None, restarts: int = 0, env: dict[str, str] | None = None,
+    **told: Any,
+) -> Process:  # fmt: skip
+    """One process of a run in `logs`, which a module with this code stands for."""
+    role, module = role or Role(name), f"{name}_{len(list(logs.glob('*.py')))}"
+    (logs / f"{module}.py").write_text(FAMILY + textwrap.dedent(code))
+    search = {"PYTHONPATH": os.pathsep.join([str(logs), *sys.path])}
+    plan = ProcessPlan(name, role, module, gpus=(), threads=1, nice=0, restarts=restarts, env=search)
+    stage = {"stage_dir": logs / "stage"} if role is Role.ENGINE else {}
+    return Process(plan, MADE[role](**stage, **told, name=name, run_dir=logs), env or {})
+
+
+def log(logs: Path, name: str) -> Path:
+    return logs / "logs" / "attempt_1" / f"{name}.log"
+
+
+def supervisor(processes: list[Process], hub: FakeHub | None = None, **more: Any) -> Supervisor:
+    hub = hub or FakeHub()
+    limits = LaunchTable(**{name: float(more.pop(name)) for name in LaunchTable.model_fields.keys() & more})
+    fields: dict[str, Any] = dict(main_role=Role.TRAINER, limits=limits, hub_alive=hub.alive, poll_s=0.02)
+    return Supervisor(processes, LocalLauncher(sample_s=0.1), hub, **(fields | more))  # type: ignore[arg-type]
 
 
 def report(name: str, state: str = "ready", waiting: str | None = None, **progress: Any) -> dict[str, Any]:
@@ -91,20 +122,21 @@ def alive(pid: int) -> bool:
 
 def test_trainer_done_ends_the_run_and_everyone(logs: Path) -> None:
     hub = FakeHub()
-    family = supervisor([spec(logs, "rollout", SLEEP), spec(logs, "trainer", "import time; time.sleep(0.3)")], hub)
-    outcome = family.run()
-    assert not outcome.interrupted and hub.stops == 1 and family.children == {}
+    family = supervisor(
+        [process(logs, "rollout", SLEEP), process(logs, "trainer", "import time; time.sleep(0.3)")], hub
+    )
+    assert not family.run() and hub.stops == 1 and family.children == {}
     assert family.status["trainer"].state == "done"
-    assert outcome.phases["starting"] >= 0.2
+    assert family.phases()["starting"] >= 0.2
 
 
 def test_pending_evaluations_are_waited_for(logs: Path) -> None:
     hub = FakeHub()
     hub.pending = 1
-    family = supervisor([spec(logs, "trainer", ""), spec(logs, "eval", SLEEP)], hub)
+    family = supervisor([process(logs, "trainer", ""), process(logs, "eval", SLEEP)], hub)
     threading.Timer(1.0, lambda: setattr(hub, "pending", 0)).start()
-    outcome = family.run()
-    assert outcome.phases["finishing"] > 0.4
+    family.run()
+    assert family.phases()["finishing"] > 0.4
 
 
 def test_a_ctrl_c_after_everything_was_done_takes_nothing_back(logs: Path) -> None:
@@ -114,9 +146,9 @@ def test_a_ctrl_c_after_everything_was_done_takes_nothing_back(logs: Path) -> No
         if family.phase == "stopping":
             interrupted.set()
 
-    specs = [spec(logs, "rollout", SLEEP), spec(logs, "trainer", "")]
+    specs = [process(logs, "rollout", SLEEP), process(logs, "trainer", "")]
     family = supervisor(specs, tick=impatient, interrupted=interrupted)
-    assert not family.run().interrupted and interrupted.is_set()
+    assert not family.run() and interrupted.is_set()
 
 
 def test_first_failure_names_the_child_its_code_and_its_last_lines(logs: Path) -> None:
@@ -127,13 +159,15 @@ def test_first_failure_names_the_child_its_code_and_its_last_lines(logs: Path) -
     sys.exit(7)
     """
     hub = FakeHub()
-    family = supervisor([spec(logs, "trainer", code), spec(logs, "rollout", SLEEP)], hub, hint=lambda: "look there")
+    family = supervisor(
+        [process(logs, "trainer", code), process(logs, "rollout", SLEEP)], hub, hint=lambda: "look there"
+    )
     with pytest.raises(RunFailed) as failure:
         family.run()
     assert "`trainer` ended with exit code 7" in failure.value.message
     assert "line 29" in failure.value.message and "line 11" in failure.value.message
     assert "line 10" not in failure.value.message and "error: reward is NaN" in failure.value.message
-    assert str(logs / "trainer.log") in failure.value.message
+    assert str(log(logs, "trainer")) in failure.value.message
     assert (failure.value.hint, failure.value.exit_code) == ("look there", 1)
     assert hub.released == ["trainer"]
 
@@ -141,29 +175,22 @@ def test_first_failure_names_the_child_its_code_and_its_last_lines(logs: Path) -
 def test_killed_child_is_named_with_its_signal(logs: Path) -> None:
     code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     with pytest.raises(RunFailed, match=r"`rollout` ended with signal 9 \(SIGKILL\); it wrote nothing"):
-        supervisor([spec(logs, "rollout", code), spec(logs, "trainer", SLEEP)]).run()
+        supervisor([process(logs, "rollout", code), process(logs, "trainer", SLEEP)]).run()
 
 
 def test_clean_exit_before_the_end_is_a_failure(logs: Path) -> None:
     with pytest.raises(RunFailed, match="`rollout` ended with exit code 0 before the run was done"):
-        supervisor([spec(logs, "rollout", ""), spec(logs, "trainer", SLEEP)]).run()
+        supervisor([process(logs, "rollout", ""), process(logs, "trainer", SLEEP)]).run()
 
 
 def test_engine_is_restarted_then_gives_up(logs: Path) -> None:
     hub = FakeHub()
-    restarted: list[int] = []
-    engine = spec(
-        logs,
-        "engine0",
-        "import sys; print('out of memory'); sys.exit(1)",
-        "engine",
-        restarts=2,
-        before_restart=lambda: restarted.append(1),
-    )
+    code = "import json; print('out of memory', json.load(open(sys.argv[1]))['await_weights']); sys.exit(1)"
+    engine = process(logs, "engine0", code, Role.ENGINE, restarts=2, published=True)
     with pytest.raises(RunFailed, match=r"`engine0` ended with exit code 1 after 2 restarts"):
-        supervisor([engine, spec(logs, "trainer", SLEEP)], hub).run()
-    assert len(restarted) == 2 and hub.released == ["engine0"] * 3
-    assert (logs / "engine0.log").read_text().count("out of memory") == 3
+        supervisor([engine, process(logs, "trainer", SLEEP)], hub).run()
+    assert hub.released == ["engine0"] * 3
+    assert log(logs, "engine0").read_text().split("out of memory")[1:] == [" False\n", " True\n", " True\n"]
 
 
 def test_restart_lets_the_run_go_on(logs: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -173,8 +200,10 @@ def test_restart_lets_the_run_go_on(logs: Path, capfd: pytest.CaptureFixture[str
     except FileExistsError: time.sleep(60)
     sys.exit("no memory left")
     """
-    family = supervisor([spec(logs, "rollout", code, restarts=1), spec(logs, "trainer", "import time; time.sleep(1)")])
-    assert not family.run().interrupted
+    family = supervisor(
+        [process(logs, "rollout", code, restarts=1), process(logs, "trainer", "import time; time.sleep(1)")]
+    )
+    assert not family.run()
     assert family.status["rollout"].restarts == 1
     said = (
         "warning: `rollout` ended with exit code 1 (no memory left); it is started again, time 1 of 1 within 3600 s\n"
@@ -186,48 +215,19 @@ def test_dead_hub_ends_the_run(logs: Path) -> None:
     hub = FakeHub()
     threading.Timer(0.3, lambda: setattr(hub, "living", False)).start()
     with pytest.raises(RunFailed, match="the hub stopped serving"):
-        supervisor([spec(logs, "trainer", SLEEP)], hub).run()
+        supervisor([process(logs, "trainer", SLEEP)], hub).run()
 
 
 def test_readiness_timeout_says_who_and_what_for(logs: Path) -> None:
-    family = supervisor([spec(logs, "engine0", SLEEP, "engine"), spec(logs, "trainer", SLEEP)], ready_timeout_s=0.6)
+    family = supervisor(
+        [process(logs, "engine0", SLEEP, Role.ENGINE), process(logs, "trainer", SLEEP)], ready_timeout_s=0.6
+    )
     family.on_status(report("engine0", "starting", "the model to load"))
     with pytest.raises(RunFailed) as failure:
         family.run()
     assert "not ready after 0.6 s: `engine0` (waiting for the model to load), `trainer` (has not reported yet)" in str(
         failure.value
     )
-
-
-def test_ready_needs_health_too(logs: Path) -> None:
-    served: list[str] = []
-
-    class Health(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            served.append(self.headers["Authorization"])
-            self.send_response(200 if len(served) > 2 else 503)
-            self.end_headers()
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Health)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/health_generate"
-    phases: list[tuple[str, int]] = []
-    family = supervisor(
-        [spec(logs, "engine0", SLEEP, "engine", health_url=url), spec(logs, "trainer", "import time; time.sleep(1)")],
-        token="t",
-        tick=lambda s: phases.append((s.phase, len(served))),
-    )
-    family.on_status(report("engine0"))
-    family.on_status(report("trainer"))
-    family.run()
-    server.shutdown()
-    server.server_close()
-    assert served == ["Bearer t"] * 3
-    assert all(count >= 3 for phase, count in phases if phase == "running")
-    assert ("running", 3) in phases
 
 
 def test_silent_child_is_given_up_with_its_stacks(logs: Path) -> None:
@@ -237,7 +237,7 @@ def test_silent_child_is_given_up_with_its_stacks(logs: Path) -> None:
     def stuck_in_collective(): time.sleep(60)
     stuck_in_collective()
     """
-    family = supervisor([spec(logs, "trainer", code)], heartbeat_timeout_s=0.5)
+    family = supervisor([process(logs, "trainer", code)], heartbeat_timeout_s=0.5)
     family.on_status(report("trainer", "ready", "rank 1"))
     with pytest.raises(
         RunFailed, match=r"(?s)no heartbeat for 0.5 s \(last: waiting for rank 1\).*stuck_in_collective"
@@ -246,7 +246,7 @@ def test_silent_child_is_given_up_with_its_stacks(logs: Path) -> None:
 
 
 def test_the_supervisor_standing_still_blames_nobody(logs: Path) -> None:
-    family = supervisor([spec(logs, "trainer", "import time; time.sleep(0.5)")], heartbeat_timeout_s=5)
+    family = supervisor([process(logs, "trainer", "import time; time.sleep(0.5)")], heartbeat_timeout_s=5)
     family.on_status(report("trainer"))
     heard = family.status["trainer"].heard
     assert heard is not None
@@ -263,14 +263,15 @@ def test_stop_reaches_deaf_children_and_escaped_grandchildren(logs: Path) -> Non
         print(spawn(code, start_new_session=new_session), flush=True)
     time.sleep(60)
     """
-    family = Child(spec(logs, "family", code))
-    deaf = Child(spec(logs, "deaf", DEAF))
+    family = Child(child_spec(logs, "family", code))
+    deaf = Child(child_spec(logs, "deaf", DEAF))
     wait_for(lambda: len(family.last_lines()) == 2 and deaf.last_lines())
     pids = [int(line) for line in family.last_lines()]
     wait_for(lambda: all(alive(pid) for pid in pids))
     time.sleep(0.3)
     began = time.monotonic()
-    assert local.stop([family, deaf], grace_s=0.5) == ["deaf"]
+    local.stop([family, deaf], grace_s=0.5)
+    assert (family.exit_code(), deaf.exit_code()) == (-signal.SIGTERM, -signal.SIGKILL)
     assert time.monotonic() - began < 2
     assert not any(alive(pid) for pid in [*pids, family.pid, deaf.pid])
 
@@ -278,7 +279,7 @@ def test_stop_reaches_deaf_children_and_escaped_grandchildren(logs: Path) -> Non
 def test_grandchild_that_lost_its_parent_is_stopped_too(logs: Path) -> None:
     middle = FAMILY + f"print(spawn({SLEEP!r}, start_new_session=True), flush=True); time.sleep(0.8)"
     code = f"subprocess.run([sys.executable, '-c', {middle!r}]); time.sleep(60)"
-    child = Child(spec(logs, "c", code))
+    child = Child(child_spec(logs, "c", code))
     sampler = MemorySampler(0.05)
     sampler.start(lambda: {child.pid: "c"})
     wait_for(lambda: child.last_lines())
@@ -292,7 +293,7 @@ def test_grandchild_that_lost_its_parent_is_stopped_too(logs: Path) -> None:
 
 def test_memory_is_summed_over_the_family_and_named(logs: Path) -> None:
     code = "x = bytearray(60_000_000); x[::4096] = b'1' * len(x[::4096]); print('full', flush=True); time.sleep(60)"
-    child = Child(spec(logs, "trainer", code))
+    child = Child(child_spec(logs, "trainer", code))
     sampler = MemorySampler()
     sampler.start(lambda: {child.pid: "trainer"})
     wait_for(child.last_lines)
@@ -311,10 +312,10 @@ from pathlib import Path
 import test_supervise as t
 logs = Path({logs!r})
 grand = "print(spawn('import time; time.sleep(60)'), flush=True); time.sleep(60)"
-specs = [t.spec(logs, "rollout", grand), t.spec(logs, "trainer", t.DEAF)]
+specs = [t.process(logs, "rollout", grand), t.process(logs, "trainer", t.DEAF)]
 def note(s): (logs / "pids").write_text(" ".join(str(c.pid) for c in s.children.values()))
 family = t.supervisor(specs, tick=note)
-print("interrupted", family.run().interrupted, flush=True)
+print("interrupted", family.run(), flush=True)
 """
 
 
@@ -322,11 +323,11 @@ print("interrupted", family.run().interrupted, flush=True)
 def test_signal_stops_all_within_five_seconds(logs: Path, signum: int) -> None:
     code = INTERRUPTED.format(tests=str(Path(__file__).parent), logs=str(logs))
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
-    wait_for(lambda: (logs / "rollout.log").exists() and (logs / "rollout.log").read_text().strip())
-    wait_for(lambda: "deaf" in (logs / "trainer.log").read_text())
+    wait_for(lambda: log(logs, "rollout").exists() and log(logs, "rollout").read_text().strip())
+    wait_for(lambda: "deaf" in log(logs, "trainer").read_text())
     # the children may have been quicker
     wait_for(lambda: (logs / "pids").exists() and len((logs / "pids").read_text().split()) == 2)
-    pids = [int(p) for p in (logs / "pids").read_text().split()] + [int((logs / "rollout.log").read_text())]
+    pids = [int(p) for p in (logs / "pids").read_text().split()] + [int(log(logs, "rollout").read_text())]
     assert len(pids) == 3 and all(alive(pid) for pid in pids)
     began = time.monotonic()
     os.kill(process.pid, signum)
@@ -334,6 +335,50 @@ def test_signal_stops_all_within_five_seconds(logs: Path, signum: int) -> None:
     assert time.monotonic() - began < 5
     assert stdout == "interrupted True\n"
     assert not any(alive(pid) for pid in pids)
+
+
+class Elsewhere:
+    """A launcher without processes of this machine: each plays its part, a state a look and then its exit code."""
+
+    def __init__(self, parts: dict[str, list[int | None]]):
+        self.parts, self.said = parts, list[str]()
+
+    def start(self, process: Process) -> Any:
+        self.said.append(f"start {process.name}")
+        looks = iter(self.parts[process.name])
+        codes: list[int] = []
+
+        def exited() -> bool:
+            codes.extend(code for code in [next(looks, None)] if code is not None)
+            return bool(codes)
+
+        return SimpleNamespace(
+            name=process.name, log=Path("/elsewhere") / process.name, exited=exited, exit_code=lambda: codes[0],
+            last_lines=lambda count=20: ["error: no disk"], log_time=lambda: 0.0, print_stacks=lambda: None,
+        )  # fmt: skip
+
+    def stop(self, started: Any, grace_s: float) -> None:
+        self.said += [f"stop {each.name}" for each in started]
+
+    def stop_all(self) -> None:
+        self.said.append("stop all")
+
+    def close(self) -> None:
+        self.said.append("close")
+
+    def memory(self) -> dict[str, Any]:
+        return {}
+
+
+def test_the_supervisor_knows_processes_by_the_launchers_contract_alone(logs: Path) -> None:
+    processes = [process(logs, "rollout", "", restarts=1), process(logs, "trainer", "")]
+    launcher = Elsewhere({"rollout": [None, 1], "trainer": []})
+    family = Supervisor(processes, launcher, FakeHub(), main_role=Role.TRAINER, limits=LaunchTable(), poll_s=0.01)  # type: ignore[arg-type]
+    with pytest.raises(RunFailed, match="`rollout` ended with exit code 1 after 1 restarts") as failure:
+        family.run()
+    assert "its last lines in /elsewhere/rollout:\n  error: no disk" in failure.value.message
+    again = ["stop rollout", "start rollout", "stop rollout"]
+    assert launcher.said == ["start rollout", "start trainer", *again, "close"]
 
 
 def test_exit_words() -> None:
@@ -355,7 +400,7 @@ def test_ports_differ_and_can_be_bound(logs: Path) -> None:
 class Again:
     """Stands for the job: where the run goes on from, and with which children."""
 
-    def __init__(self, specs: list[ChildSpec], step: int = 4):
+    def __init__(self, specs: list[Process], step: int = 4):
         self.specs, self.step, self.numbers = specs, step, [0]
 
     def __call__(self, number: int) -> Start:
@@ -370,8 +415,8 @@ def test_a_trainer_that_dies_of_what_may_pass_goes_on_with_everyone(
     logs: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     dies = f"time.sleep(0.4); print({GPU!r}, file=sys.stderr); sys.exit({transient.EXIT})"
-    specs = [spec(logs, "rollout", SLEEP), spec(logs, "trainer", dies)]
-    again = Again([specs[0], spec(logs, "trainer", "time.sleep(0.4)")])
+    specs = [process(logs, "rollout", SLEEP), process(logs, "trainer", dies)]
+    again = Again([specs[0], process(logs, "trainer", "time.sleep(0.4)")])
     resumes = Resumes(2, again)
     pids: set[int] = set()
     told: list[bool] = []
@@ -387,12 +432,11 @@ def test_a_trainer_that_dies_of_what_may_pass_goes_on_with_everyone(
             family.on_status(report("rollout"))
 
     family = supervisor(specs, resumes=resumes, tick=tick)
-    outcome = family.run()
-    assert not outcome.interrupted and again.numbers == [0, 1] and len(pids) == 2
+    assert not family.run() and again.numbers == [0, 1] and len(pids) == 2
     (taken,) = resumes.taken
     assert (taken.at_step, taken.from_step, taken.cause) == (7, 4, GPU.removeprefix("error: "))
     assert taken.seconds is not None and 0 < taken.seconds < 10
-    assert outcome.phases["resuming"] > 0
+    assert family.phases()["resuming"] > 0
     said = capfd.readouterr().err
     assert "`trainer` ended with exit code 75 at step 7 (the GPU reported an error: CUDA error: unspec" in said
     assert "the run goes on from the checkpoint of step 4, time 1 of 2" in said
@@ -410,8 +454,8 @@ def test_a_trainer_that_dies_of_what_may_pass_goes_on_with_everyone(
 def test_what_would_only_be_repeated_ends_the_run(
     logs: Path, first: str, then: str, code: int, limit: int, refused: str
 ) -> None:
-    def dies(words: str) -> list[ChildSpec]:
-        return [spec(logs, "trainer", f"print({words!r}, file=sys.stderr); sys.exit({code})")]
+    def dies(words: str) -> list[Process]:
+        return [process(logs, "trainer", f"print({words!r}, file=sys.stderr); sys.exit({code})")]
 
     with pytest.raises(RunFailed, match=refused):
         supervisor(dies(first), resumes=Resumes(limit, Again(dies(then), step=0))).run()
@@ -422,7 +466,7 @@ def test_the_rank_that_failed_for_good_speaks_for_those_that_lost_it(logs: Path)
     lost = f"print('error: {transient.LINK}: Connection closed by peer', file=sys.stderr); sys.exit({transient.EXIT})"
     failed = "time.sleep(0.6); print('error: the loss is nan', file=sys.stderr); sys.exit(1)"
     again = Again([])
-    specs = [spec(logs, "trainer", failed, "trainer"), spec(logs, "trainer1", lost, "trainer")]
+    specs = [process(logs, "trainer", failed), process(logs, "trainer1", lost, Role.TRAINER)]
     with pytest.raises(RunFailed, match=r"(?s)`trainer` ended with exit code 1; .*the loss is nan"):
         supervisor(specs, resumes=Resumes(3, again)).run()
     assert again.numbers == [0]

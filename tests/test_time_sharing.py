@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import configs
 import pytest
 import torch
 from fake_engine import FakeEngine, FakeFetcher
@@ -28,10 +28,11 @@ from astracli.config.recipe import Recipe
 from astracli.engines.client import EngineClient, GenRequest
 from astracli.hub.client import AsyncHubClient, HubClient
 from astracli.hub.gpu_leases import GpuLeases
-from astracli.launch import children, summary
+from astracli.launch import summary
 from astracli.models import registry
 from astracli.plan import build as plan
 from astracli.plan import memory as plan_memory
+from astracli.process.config import EngineAddress
 from astracli.process.ports import free_ports
 from astracli.rollout.engine_worker import EngineWorker
 from astracli.runs import metrics
@@ -249,10 +250,9 @@ def test_a_time_sharing_trainer_learns_the_same_and_is_away_between_its_steps(
         job.background = "on"  # on a GPU it is; with time sharing nothing may run beside the engine
         loops: list[Any] = []
         engine = Engine(job, loops)
-        placement = {"shared": True, "gpu_leases": gpu_leases}
-        engines = [{"name": "engine0", "url": engine_url, "stage_dir": str(tmp_path)}]
+        engines = (EngineAddress(name="engine0", url=engine_url, stage_dir=tmp_path),)
         try:
-            loop = job.loop(extra={"placement": placement}, engines=engines)
+            loop = job.loop(shared=True, gpu_leases=tuple(gpu_leases), leaves=True, engines=engines)
             loops.append(loop)
             loop.trainer.to_host = slowly(loop.trainer.to_host)
             loop.start()
@@ -277,14 +277,13 @@ def test_two_ranks_share_the_first_ones_gpu_with_an_engine(tmp_path: Path, model
     """Two real processes; only rank 0 shares its GPU. Start, every step and the export each take the lease once."""
     job = Job(tmp_path, model_dir)
     job.store._gpu_leases = GpuLeases(["engine0"])
-    engines = [{"name": "engine0", "url": engine_url, "stage_dir": str(tmp_path)}]
+    engines = (EngineAddress(name="engine0", url=engine_url, stage_dir=tmp_path),)
     (port,) = free_ports(1, "127.0.0.1")
     ranks = []
     for rank, name in enumerate(("trainer", "trainer1")):
-        placement = {"shared": True, "gpu_leases": ["engine0"], "leaves": rank == 0}
-        config = job.config(name=name, engines=engines, extra={"placement": placement})
+        config = job.config(name=name, engines=engines, shared=True, gpu_leases=("engine0",), leaves=rank == 0)
         path = tmp_path / f"{name}.json"
-        path.write_text(json.dumps(config.document()))
+        path.write_text(config.model_dump_json())
         meet = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         command = [sys.executable, "-m", "astracli.training.worker", str(path)]
         with (tmp_path / f"{name}.log").open("w") as log:
@@ -354,10 +353,10 @@ def test_one_engine_beside_a_trainer_on_two_gpus_shares_the_first() -> None:
     result = planned(recipe, document)
     plan.refuse(result)
     assert result.gpu_map == {0: ["engine0", "trainer"], 1: ["trainer1"]} and result.gpu_leases == ["engine0"]
-    told = {p.name: children._placement(result, p) for p in result.processes}
-    assert told["engine0"]["time_sharing"] is True
-    assert [told[name]["placement"]["leaves"] for name in ("trainer", "trainer1")] == [True, False]
-    assert all(told[name]["placement"]["gpu_leases"] == ["engine0"] for name in ("trainer", "trainer1"))
+    told = configs.of_plan(recipe, result)
+    assert told["engine0"].time_sharing and told["rollout"].gpu_leases == ("engine0",)
+    assert [told[name].leaves for name in ("trainer", "trainer1")] == [True, False]
+    assert all(told[name].gpu_leases == ("engine0",) for name in ("trainer", "trainer1"))
     away = {row.process for row in result.memory if row.away}
     assert away == {"engine0", "trainer"}, "the second rank stays where it is"
     assert plan_memory.on_gpu(result.memory, ["engine0", "trainer"], fixed=True) <= 46 * GIB

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import configs
 import pytest
 import torch
 from hub_tools import open_store
@@ -18,7 +19,7 @@ from training_tools import recipe, sample_groups, save_model
 
 from astracli.errors import RunFailed
 from astracli.hub.client import HubClient
-from astracli.process.worker import WorkerConfig
+from astracli.process.config import TrainerConfig
 from astracli.rl.types import pack_group
 from astracli.training import checkpoint
 from astracli.training.checkpoint_saver import _Save
@@ -66,9 +67,8 @@ class Job:
     def loop(self, **changes: Any) -> TrainLoop:
         return TrainLoop(self.config(**changes), self.reporter, Ranks())  # type: ignore[arg-type]
 
-    def config(self, **changes: Any) -> WorkerConfig:
-        return WorkerConfig(
-            role="trainer",
+    def config(self, **changes: Any) -> TrainerConfig:
+        return configs.trainer(
             run_dir=self.run_dir,
             hub_url=self.server.url,
             token=TOKEN,
@@ -78,8 +78,8 @@ class Job:
                 weights={"transfer": "delta", "background": self.background},
                 metrics={"samples_per_step": 3},
             ),
-            paths={"model": str(self.model_dir)},
-            **({"name": "trainer"} | changes),
+            model_path=self.model_dir,
+            **changes,
         )
 
     def roll(self, version: int) -> None:
@@ -97,7 +97,7 @@ class Job:
         newest = checkpoint.latest(self.run_dir / "checkpoints")
         step = newest.step if newest else 0
         self.store.rewind(step, step)
-        loop = self.loop(resume=True, attempt=2, extra={"step": step})
+        loop = self.loop(attempt=2, resume_step=step)
         loop.start()
         assert loop.step == step
         return loop
@@ -355,7 +355,7 @@ def test_deterministic_runs_publish_in_the_step() -> None:
 
 
 def test_a_missing_checkpoint_is_named(job: Job) -> None:
-    loop = job.loop(resume=True, extra={"step": 2})
+    loop = job.loop(resume_step=2)
     with pytest.raises(RunFailed, match="no whole checkpoint of step 2"):
         loop.start()
 

@@ -173,7 +173,7 @@ def test_damages_of_payload_manifest_plan_and_base_are_all_detected(tmp_path: Pa
     content = {path: path.read_bytes() for path in files}
     draw = np.random.default_rng(7)
     trials = {"file": 0, "base": 0, "order": 0}
-    while sum(trials.values()) < 600:  # bench/weights_damage.py does ten thousand
+    while sum(trials.values()) < 600:  # bench/weights/damage.py does ten thousand
         engine, have = copies(versions[0]), 0
         kind = ("file", "base", "order")[draw.choice(3, p=[0.65, 0.3, 0.05])]
         if kind == "file":

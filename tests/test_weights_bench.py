@@ -29,6 +29,9 @@ def run(script: str, *options: str) -> Any:
 
 def test_one_start_gives_every_mode_and_leaves_what_it_knows_on_disk(tmp_path: Path) -> None:
     options = [
+        "--json",
+        "--device",
+        "cpu",
         "--running",
         "4",
         "--versions",
@@ -37,19 +40,16 @@ def test_one_start_gives_every_mode_and_leaves_what_it_knows_on_disk(tmp_path: P
         "3",
         "--watch-every",
         "2",
-        "--modes",
-        "in_place",
-        "retract",
-        "abort",
-        "--warm-s",
-        "0.3",
-        "--quiet-s",
-        "0.2",
         "--kept",
+        "--limit-s",
+        "100",
     ]
+    options += ["--modes", "in_place", "retract", "abort", "--warm-s", "0.3", "--quiet-s", "0.2"]
     out = tmp_path / "out.json"
-    doc = run("gpu_sglang_delta.py", "--device", "cpu", *options, "--limit-s", "100", "--out", str(out))
-    assert json.loads(out.read_text()) == doc
+    doc = run(
+        "weights/into_sglang.py", "delta", "--json", "--device", "cpu", *options, "--limit-s", "100", "--out", str(out)
+    )
+    assert {"environment": doc["environment"], **json.loads(out.read_text())} == doc
     kept = {row["mode"]: row for row in doc["rows"] if "kept_tokens" in row}
     assert kept.keys() == {"in_place", "retract"} and not any(row["counted"] for row in kept.values())
     assert all(row["kept_tokens"] > 0 and row["fresh_tokens"] > row["kept_tokens"] for row in kept.values()), kept
@@ -76,10 +76,10 @@ def test_one_start_gives_every_mode_and_leaves_what_it_knows_on_disk(tmp_path: P
 
 def test_the_quick_comparison_ends_soon_and_says_what_each_way_costs() -> None:
     begun = time.monotonic()
-    rows = run("weights.py", "--quick", "--json")
+    rows = run("weights/ways.py", "--quick", "--json")["rows"]
     assert time.monotonic() - begun < 30
     keys = ["method", "lr", "steps_per_version", "density", "bytes", "bytes_per_changed", "encode_s", "decode_s"]
-    assert all(list(row) == [*keys, "lossless"] and row["lossless"] is True for row in rows)
+    assert all(list(row)[:9] == [*keys, "lossless"] and row["lossless"] is True for row in rows)
     updates = [(1e-6, 1), (1e-6, 4), (5e-6, 1), (5e-6, 4)]
     methods = ["ours", "index+value", "xor+zstd", "safetensors"]
     assert [(r["lr"], r["steps_per_version"], r["method"]) for r in rows] == [(*u, m) for u in updates for m in methods]
@@ -97,21 +97,21 @@ def test_the_quick_comparison_ends_soon_and_says_what_each_way_costs() -> None:
 
 def test_coding_and_decoding_are_timed_by_threads_and_by_processes() -> None:
     options = ["--pieces", "2", "--densities", "0.01", "--workers", "1", "2", "--rounds", "1"]
-    rows = run("coding.py", *options, "--json")
+    rows = run("weights/coding.py", *options, "--json")["rows"]
     ways = {("code", "python"), ("code", "zstd"), ("decode", "threads"), ("decode", "forks")}
     assert {(row["what"], row["way"]) for row in rows} == ways and len(rows) == 8
     assert all(row["seconds"] > 0 for row in rows)
 
 
 def test_bf16_moves_log_probabilities_and_fp32_is_what_they_are_moved_from() -> None:
-    found = run("rounding.py", str(HERE.parent / "astracli" / "assets" / "tiny"), "--tokens", "48", "--json")
+    found = run("trainer/rounding.py", str(HERE.parent / "astracli" / "assets" / "tiny"), "--tokens", "48", "--json")
     assert 0 < found["mean"] < found["max"] < 1 and found["tokens"] == 47
     assert all(0 < share < 0.2 for share in found["hidden"])
 
 
 def test_recovery_is_the_first_half_second_at_95_percent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(HERE.parent / "bench"))
-    meter = importlib.import_module("meter").Meter("http://127.0.0.1:9", "", 1)
+    meter = importlib.import_module("weights.streams").Meter("http://127.0.0.1:9", "", 1)
     now = time.monotonic()
     # one token a millisecond until 2 s ago, none for a second, then 60 % for half a second, then as before
     meter.arrived = [(now - 3 + k / 1000, 1) for k in range(1000)]
@@ -126,7 +126,7 @@ def test_recovery_is_the_first_half_second_at_95_percent(monkeypatch: pytest.Mon
 
 def test_every_stream_must_have_brought_tokens_behind_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(HERE.parent / "bench"))
-    meter = importlib.import_module("meter").Meter("http://127.0.0.1:9", "", 2)
+    meter = importlib.import_module("weights.streams").Meter("http://127.0.0.1:9", "", 2)
     now = time.monotonic()
     meter._first = {0: now - 0.3, 1: now - 0.1}
     assert asyncio.run(meter.again(now - 0.5, 1.0)) == pytest.approx(0.4)
@@ -137,7 +137,7 @@ def test_every_stream_must_have_brought_tokens_behind_an_update(monkeypatch: pyt
 
 def test_a_stream_tells_all_its_tokens_or_the_new_ones_and_why_it_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(HERE.parent / "bench"))
-    kept = importlib.import_module("kept")
+    kept = importlib.import_module("weights.streams")
 
     def chunk(tokens: list[int], count: int, logprobs: int, reason: str | None = None) -> dict[str, Any]:
         meta = {"completion_tokens": count, "finish_reason": {"type": reason} if reason else None}
@@ -160,14 +160,14 @@ def test_a_stream_tells_all_its_tokens_or_the_new_ones_and_why_it_ended(monkeypa
 
 def test_what_publishing_costs_is_measured_in_turns() -> None:
     options = ["--shape", "tiny", "--tokens", "64", "--longest", "40", "--micro-batches", "1", "--pairs", "2", "--json"]
-    doc = run("gpu_publish_cost.py", *options)
+    doc = run("trainer/beside.py", "publish", *options)
     assert doc["pairs"] == 2 and doc["ratio"] == doc["on_s"] / doc["off_s"] and doc["published_from"] == "cpu"
     assert all(row["bytes"] > 0 and row["publish_s"] > 0 for row in doc["rows"])
 
 
 def test_what_a_checkpoint_costs_is_measured_beside_steps(tmp_path: Path) -> None:
     options = ["--shape", "tiny", "--tokens", "64", "--longest", "40", "--micro-batches", "1", "--checkpoints", "1"]
-    doc = run("gpu_checkpoint_cost.py", *options, "--directory", str(tmp_path), "--json")
+    doc = run("trainer/beside.py", "checkpoint", *options, "--directory", str(tmp_path), "--json")
     (row,) = doc["rows"]
     assert doc["ratio_first"] == row["first_s"] / row["off_s"] and row["write_s"] >= row["copy_s"] > 0
     assert row["gb"] == pytest.approx(row["write_gb_per_s"] * row["write_s"]) and doc["memory_gb"] > row["gb"] > 0
@@ -176,10 +176,10 @@ def test_what_a_checkpoint_costs_is_measured_beside_steps(tmp_path: Path) -> Non
 
 def test_a_failed_round_ends_the_bench_and_is_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(HERE.parent / "bench"))
-    bench = importlib.import_module("decode_beside")
+    bench = importlib.import_module("weights.decode_beside")
     monkeypatch.setattr(threading, "excepthook", lambda told: None)
     stop = threading.Event()
-    thread = threading.Thread(target=bench.stage, args=(bench.prepare, tmp_path, None, stop, []))
+    thread = threading.Thread(target=bench.timed, args=(lambda: bench.stage(bench.prepare, tmp_path, None), stop, []))
     thread.start()
     thread.join()
     assert stop.is_set()  # the main thread spins until then

@@ -256,7 +256,7 @@ def test_a_bench_moves_the_memory_between_versions(
     tmp_path: Path, engine: FusedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))
-    loaders = importlib.import_module("staging_loader")
+    loaders = importlib.import_module("weights.staging_loader")
     versions = chain(4)
     where = stage(tmp_path, versions, [FULL.format(0)], transfer="full")
     assert called(engine, where)["ok"]

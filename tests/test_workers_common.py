@@ -9,18 +9,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import configs
+import psutil
 import pytest
 
-from astracli.config.recipe import Recipe
 from astracli.errors import UserError
 from astracli.process import transient
+from astracli.process.config import EngineAddress, ProcessConfig, Role, SampleFile, TrainerConfig, load_config
+from astracli.process.layout import Split
 from astracli.process.transient import gpu_failed, link_failed
-from astracli.process.worker import Reporter, WorkerConfig, load_config
+from astracli.process.worker import Reporter
 
 TOKEN = "run-token"
 
@@ -71,19 +74,13 @@ def hub() -> Iterator[FakeHub]:
     fake.close()
 
 
-def make_config(tmp_path: Path, url: str, **changes: Any) -> WorkerConfig:
-    recipe = Recipe.model_validate(
-        {"name": "t", "model": {"path": "astra:tiny"}, "data": {"source": "arithmetic"}, "train": {"steps": 3}}
-    )
-    fields: dict[str, Any] = dict(
-        name="w", role="trainer", run_dir=tmp_path, hub_url=url, token=TOKEN, recipe=recipe, paths={"model": "/m"}
-    )
-    return WorkerConfig(**(fields | changes))
+def make_config(tmp_path: Path, url: str, **changes: Any) -> TrainerConfig:
+    return configs.trainer(**(dict(name="w", run_dir=tmp_path, hub_url=url, token=TOKEN) | changes))
 
 
-def write_config(tmp_path: Path, config: WorkerConfig) -> Path:
+def write_config(tmp_path: Path, config: ProcessConfig) -> Path:
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(config.document()))
+    path.write_text(config.model_dump_json())
     return path
 
 
@@ -94,7 +91,8 @@ def start_worker(tmp_path: Path, url: str, body: str, **changes: Any) -> subproc
     lines = "\n".join(f"    {line}" for line in body.splitlines())
     script.write_text(
         "import os, sys, time\nfrom astracli.errors import *\nfrom astracli.process.worker import worker_main\n"
-        f"def run(config, reporter):\n{lines}\nworker_main(run)\n"
+        "from astracli.process.config import TrainerConfig\n"
+        f"def run(config, reporter):\n{lines}\nworker_main(run, TrainerConfig)\n"
     )
     return subprocess.Popen([sys.executable, script, path], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -106,14 +104,22 @@ def wait_for(condition: Any, timeout_s: float = 10.0) -> None:
         time.sleep(0.02)
 
 
-def test_config_survives_the_file(tmp_path: Path) -> None:
-    config = make_config(
-        tmp_path, "http://h", paths={"model": "/m", "data": None, "benchmarks": {"b": "/x", "c": None}}
-    )
-    again = load_config(["worker", str(write_config(tmp_path, config))])
-    assert again == config
-    assert again.model_path == Path("/m") and again.data_path is None
-    assert again.benchmark_path("b") == Path("/x") and again.benchmark_path("c") is None
+ADDRESS = EngineAddress(name="engine0", url="http://e", stage_dir=Path("/stage"))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        configs.engine(staging="gpu", mem_fraction_static=0.5),
+        configs.rollout(engines=(ADDRESS,), gpu_leases=("engine0",), samples=SampleFile(path=Path("/o"), groups=2)),
+        configs.trainer(engines=(ADDRESS,), split=Split("host", 0.25, "full"), resume_step=0, leaves=True),
+        configs.evaluation(benchmarks={"b": Path("/x"), "c": None}, out=Path("/out")),
+    ],
+    ids=lambda config: config.role,
+)
+def test_every_config_survives_its_file(tmp_path: Path, config: ProcessConfig) -> None:
+    again = load_config(["worker", str(write_config(tmp_path, config))], type(config))
+    assert again == config and again.role is config.role
     assert TOKEN not in repr(config)
 
 
@@ -122,9 +128,54 @@ def test_bad_config_is_the_users(tmp_path: Path, content: str) -> None:
     path = tmp_path / "c.json"
     path.write_text(content)
     with pytest.raises(UserError, match=r"c\.json"):
-        load_config(["worker", str(path)])
+        load_config(["worker", str(path)], TrainerConfig)
     with pytest.raises(UserError, match="no-such"):
-        load_config(["worker", str(tmp_path / "no-such.json")])
+        load_config(["worker", str(tmp_path / "no-such.json")], TrainerConfig)
+
+
+MISSING = object()
+
+
+@pytest.mark.parametrize("kind", [configs.engine, configs.rollout, configs.trainer, configs.evaluation])
+def test_every_key_is_needed_and_no_other_is_taken(tmp_path: Path, kind: Callable[[], ProcessConfig]) -> None:
+    config = kind()
+    whole = config.model_dump(mode="json")
+
+    def said(document: dict[str, Any]) -> str:
+        path = tmp_path / "c.json"
+        path.write_text(json.dumps(document))
+        with pytest.raises(UserError) as refused:
+            load_config(["worker", str(path)], type(config))
+        assert "run-token" not in refused.value.message
+        return refused.value.message
+
+    for key in whole.keys() - {"role"}:
+        assert f"`{key}`: Field required" in said({k: v for k, v in whole.items() if k != key})
+        wrong = said(whole | {key: [1.5]})
+        assert f"is no {type(config).__name__}: `{key}" in wrong and ": Input " in wrong
+    assert "`extra`: Extra inputs are not permitted" in said(whole | {"extra": {}})
+    other = Role.EVAL if config.role is not Role.EVAL else Role.ENGINE
+    assert "`role`: Input should be" in said(whole | {"role": other})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("resume_step", "4", "`resume_step`: Input should be a valid integer"),
+        ("host_bytes", MISSING, "`host_bytes`: Field required"),
+        ("placement", {}, "`placement`: Extra inputs are not permitted"),
+        ("split", {"reference": "gpu", "moments": 0.5}, "`split.moments`: Unexpected keyword argument"),
+    ],
+)
+def test_a_trainer_that_is_told_what_it_cannot_read_ends_with_the_key(
+    tmp_path: Path, key: str, value: object, words: str
+) -> None:
+    document = make_config(tmp_path, "http://127.0.0.1:1").model_dump(mode="json") | {key: value}
+    path = tmp_path / "trainer.json"
+    path.write_text(json.dumps({k: v for k, v in document.items() if v is not MISSING}))
+    command = [sys.executable, "-m", "astracli.training.worker", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (2, f"error: `{path}` is no TrainerConfig: {words}\n")
 
 
 def test_reporter_tells_state_reason_and_progress(tmp_path: Path, hub: FakeHub) -> None:
@@ -255,7 +306,8 @@ def test_orphan_ends_when_its_parent_is_killed(tmp_path: Path, hub: FakeHub) -> 
     script = tmp_path / "w.py"
     script.write_text(
         "import time\nfrom astracli.process.worker import worker_main\n"
-        "def run(config, reporter):\n    reporter.ready()\n    time.sleep(60)\nworker_main(run)\n"
+        "from astracli.process.config import TrainerConfig\n"
+        "def run(config, reporter):\n    reporter.ready()\n    time.sleep(60)\nworker_main(run, TrainerConfig)\n"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])", sys.executable, script, config],
@@ -271,8 +323,9 @@ def test_orphan_ends_when_its_parent_is_killed(tmp_path: Path, hub: FakeHub) -> 
 def test_worker_ends_when_the_hub_is_gone(tmp_path: Path, hub: FakeHub) -> None:
     path = write_config(tmp_path, make_config(tmp_path, hub.url))
     code = (
-        "import sys, time\nfrom astracli.process.worker import Reporter, load_config\n"
-        "with Reporter(load_config(sys.argv), interval_s=0.05, give_up_s=0.5) as r:\n"
+        "import sys, time\nfrom astracli.process.worker import Reporter\n"
+        "from astracli.process.config import TrainerConfig, load_config\n"
+        "with Reporter(load_config(sys.argv, TrainerConfig), interval_s=0.05, give_up_s=0.5) as r:\n"
         "    r.ready()\n    time.sleep(60)\n"
     )
     worker = subprocess.Popen([sys.executable, "-c", code, path], stderr=subprocess.PIPE, text=True)
@@ -284,8 +337,6 @@ def test_worker_ends_when_the_hub_is_gone(tmp_path: Path, hub: FakeHub) -> None:
 
 
 def running(pid: int) -> bool:
-    import psutil
-
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

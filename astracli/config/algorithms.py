@@ -118,19 +118,21 @@ class AlgorithmTable(Table):
         name = values.get("name", cls.model_fields["name"].default) if isinstance(values, dict) else None
         if cls is not AlgorithmTable or not isinstance(name, str):
             return handler(values)
-        try:
-            others = {key: value for key, value in values.items() if key != name and key in installed()}
-            _extended(Table, *others).model_validate(others)
-            chosen, whole = find(name), _extended(AlgorithmTable, name)
-        except UserError as error:
-            raise _refused("name", name, f"is not allowed: {error.message}", error.hint) from None
+        chosen = _find_at("name", name, name)
+        others = {key: value for key, value in values.items() if key != name and key in installed()}
+        for key, value in others.items():
+            _find_at(key, key, value)
+        _extended(Table, *others).model_validate(others)
         shared = {key: value for key, value in values.items() if key not in others}
+        whole, moved = _extended(AlgorithmTable, name), []
         for key in [key for key in shared if key not in whole.model_fields]:
             owners = [name] if key in chosen.settings.model_fields else []
             owners = owners or [other for other, its in cls.brought().items() if key in its.model_fields]
             if owners:
                 places = " or ".join(f"`algorithm.{owner}.{key}`" for owner in owners)
-                raise _refused(key, shared[key], f"is a setting of one algorithm: it is now {places}", None)
+                moved.append(_refused(key, shared[key], f"is a setting of one algorithm: it is now {places}", None))
+        if moved:
+            raise ValidationError.from_exception_data("algorithm", moved)
         return cast(Self, whole.model_validate({**chosen.defaults, name: {}, **shared}))
 
 
@@ -140,8 +142,16 @@ def _extended(base: type[Table], *names: str) -> type[Table]:
     return create_model(base.__name__, __base__=base, **{name: (find(name).settings, ...) for name in names})  # type: ignore[call-overload]
 
 
-def _refused(key: str, value: Any, message: str, hint: str | None) -> ValidationError:
+def _find_at(key: str, name: str, value: Any) -> AlgorithmSettings:
+    """`find`; its error is one of `algorithm.KEY`."""
+    try:
+        return find(name)
+    except UserError as error:
+        line = _refused(key, value, f"is not allowed: {error.message}", error.hint)
+        raise ValidationError.from_exception_data("algorithm", [line]) from None
+
+
+def _refused(key: str, value: Any, message: str, hint: str | None) -> InitErrorDetails:
     """What `config.schema.complaint` turns into "`algorithm.KEY` = VALUE MESSAGE" and the hint."""
     said = PydanticCustomError("refused", "{message}", {"message": message, "hint": hint})
-    line = InitErrorDetails(type=said, loc=(key,), input=value)
-    return ValidationError.from_exception_data("algorithm", [line])
+    return InitErrorDetails(type=said, loc=(key,), input=value)

@@ -23,6 +23,7 @@ from astracli.backends.delta_rule import native
 from astracli.doctor import probe_child
 from astracli.doctor.subject import Check, Status, Subject
 from astracli.machine import facts as machine
+from astracli.process.config import Role
 
 GROUP = "numerics"
 START_S = 60.0
@@ -174,7 +175,7 @@ def _rank_gpus(subject: Subject) -> list[int]:
     if subject.recipe is None:
         return there
     processes = subject.fit.plan.processes if subject.fit.plan is not None else ()
-    return [gpu for p in processes if p.role == "trainer" for gpu in p.gpus if gpu in there]
+    return [gpu for p in processes if p.role is Role.TRAINER for gpu in p.gpus if gpu in there]
 
 
 def _imports(subject: Subject, device: str) -> dict[str, str]:

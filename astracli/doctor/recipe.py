@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 from astracli.doctor.subject import Check, Subject
+from astracli.process.config import Role
 
 GROUP = "recipe"
 ELSEWHERE = ("package", "system", "checkpoint")
@@ -36,7 +37,7 @@ def checks(subject: Subject) -> Iterator[Check]:
         value = f"this version of astra has no `{absent[0].module}`"
         why = f"`{absent[0].name}` is made of it, on every machine: the recipe can be planned, not run"
         fix = "`--set rollout.engine=embedded`, which decodes in plain torch, slowly"
-        fix = fix if absent[0].role == "engine" else "reinstall astracli"
+        fix = fix if absent[0].role is Role.ENGINE else "reinstall astracli"
         yield Check("version", GROUP, "fail", value, why, fix)
     elif not any(problem.blocking for problem in problems):
         yield Check("fit", GROUP, "ok", f"{recipe.name} fits here ({len(fit.plan.processes)} processes)")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from astracli.evaluation.benchmark import EvalSample, Result, full_figures, scor
 from astracli.rewards.reward import Grade
 from astracli.rl.sample_log import sample_line
 from astracli.runs import metrics
+from astracli.runs.run_dir import write_atomic
 
 CSV_COLUMNS = ("step", "version", "benchmark", "items", "n", "avg_at_n", "stderr", "k", "pass_at_k", "due_step")
 
@@ -88,11 +88,8 @@ def write_csv(path: Path, document: dict[str, Any]) -> None:
                 row[key] = value
         greedy = document.get("greedy", {}).get(name)
         rows.append(row | ({"greedy_avg": greedy["avg_at_n"]} if greedy else {}))
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
-    table.writeheader()
-    table.writerows({k: f"{v:.6f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    write_atomically(path, text.getvalue())
+    columns = list(dict.fromkeys(k for row in rows for k in row))
+    _write_rows(path, columns, [{k: f"{v:.6f}" if isinstance(v, float) else v for k, v in r.items()} for r in rows])
 
 
 def partial_of(folder: Path, step: int) -> Path:
@@ -104,14 +101,16 @@ def write_results(folder: Path, when: When, results: Sequence[Result]) -> None:
     """Items and table of one evaluation. Writing a step again replaces it."""
     for result in results:
         lines = [json.dumps(item_line(when.step, when.version, result.benchmark, sample)) for sample in result.samples]
-        write_atomically(folder / "items" / f"step_{when.step:06d}_{result.benchmark}.jsonl", "\n".join(lines) + "\n")
+        place = folder / "items" / f"step_{when.step:06d}_{result.benchmark}.jsonl"
+        write_atomic(place, "\n".join(lines) + "\n", sync=True)
     update_csv(folder / "eval.csv", when, results)
 
 
 def forget_after(folder: Path, step: int) -> None:
     """A run goes on from a checkpoint of `step`: later steps' evaluations, finished or not, are of other weights."""
     if (folder / "eval.csv").exists():
-        _write_rows(folder / "eval.csv", [row for row in _rows(folder / "eval.csv") if int(row["step"]) <= step])
+        kept = [row for row in _rows(folder / "eval.csv") if int(row["step"]) <= step]
+        _write_rows(folder / "eval.csv", CSV_COLUMNS, kept)
     for path in [*(folder / "items").glob("step_*.jsonl"), *(folder / "partial").glob("step_*")]:
         if int(path.name.split("_")[1].removesuffix(".jsonl")) > step:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -146,7 +145,7 @@ def update_csv(path: Path, when: When, results: Sequence[Result]) -> None:
     for name, score in scores:
         numbers = {k: f"{v:.6f}" if isinstance(v, float) else v for k, v in score_figures(score).items()}
         rows.append({**asdict(when), "benchmark": name, **numbers})
-    _write_rows(path, rows)
+    _write_rows(path, CSV_COLUMNS, sorted(rows, key=lambda row: int(row["step"])))
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -154,12 +153,12 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         return list(csv.DictReader(file))
 
 
-def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def _write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
     text = io.StringIO()
-    table = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
+    table = csv.DictWriter(text, columns, lineterminator="\n")
     table.writeheader()
-    table.writerows(sorted(rows, key=lambda row: int(row["step"])))
-    write_atomically(path, text.getvalue())
+    table.writerows(rows)
+    write_atomic(path, text.getvalue(), sync=True)
 
 
 def figures(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
@@ -178,13 +177,3 @@ def metric_records(process: str, when: When, found: Mapping[str, Mapping[str, An
         | {f"eval_{key}": value for key, value in values.items() if not isinstance(value, dict)}
         for name, values in found.items()
     ]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -6,9 +6,8 @@ version (`evaluation/spread.py`), tells the hub when an engine has served its sh
     RUN_DIR/eval/items/step_000010_BENCHMARK.jsonl     one line a sample, the same schema as rollout samples
     RUN_DIR/eval/eval.csv                              one row a benchmark and an `overall` row, fractions
 
-With `extra = {"standalone": true, "out": DIR}` it evaluates once, writes the same files and `results.json` and
-`results.csv` below DIR, and ends. Further keys there: `weights_version` (what must answer; default any), `step`,
-`greedy` (true: one greedy sample an item besides). Samples are kept as they come, in `RUN_DIR/eval/partial/STEP/` and
+With `config.out` it evaluates once, also one greedy sample an item, writes the same files and `results.json` and
+`results.csv` there, and ends. Samples are kept as they come, in `RUN_DIR/eval/partial/STEP/` and
 in `DIR/partial/`: a second attempt asks for the missing ones only, and ends with the same files as one that was never
 interrupted. The files themselves are `eval_files`'s.
 """
@@ -35,8 +34,10 @@ from astracli.evaluation.benchmark import BenchmarkWork, EvalSampling, Result
 from astracli.evaluation.spread import evaluate
 from astracli.hub.client import AsyncHubClient, HubClient
 from astracli.models.adapter import load_tokenizer
-from astracli.process.worker import TERM_EXIT, Reporter, WorkerConfig, worker_main
+from astracli.process.config import EvalConfig
+from astracli.process.worker import TERM_EXIT, Reporter, worker_main
 from astracli.rewards.reward import GradePool
+from astracli.runs.run_dir import write_atomic
 
 WAIT_S = 5.0
 """How long one question to the hub waits for another answer."""
@@ -47,7 +48,7 @@ STOP_PAUSE_S = 1.0
 class Evaluator:
     """What stays the same from one evaluation to the next."""
 
-    config: WorkerConfig
+    config: EvalConfig
     reporter: Reporter
     tokenizer: Any
     pools: Mapping[str, GradePool]
@@ -58,15 +59,10 @@ class Evaluator:
     @property
     def embedded(self) -> bool:
         """Whether our own engine answers, which takes one call at a time in the deterministic mode."""
-        return self.config.backends.get("engine", "embedded") == "embedded"
+        return self.config.engine == "embedded"
 
     async def evaluate(
-        self,
-        version: int | None,
-        partial: Path,
-        *,
-        greedy: bool = False,
-        of_run: eval_files.When | None = None,
+        self, partial: Path, *, greedy: bool = False, of_run: eval_files.When | None = None
     ) -> list[Result]:
         """Every benchmark of the recipe, over all engines: a run's as they hold the version, others once they are up.
 
@@ -74,15 +70,15 @@ class Evaluator:
         """
         from astracli.engines.client import EngineClient
 
-        launch = self.config.recipe.launch
+        launch, version = self.config.recipe.launch, of_run.version if of_run is not None else None
         whole = launch.deterministic and self.embedded
         async with contextlib.AsyncExitStack() as stack:
             hub = await stack.enter_async_context(AsyncHubClient(self.config.hub_url, self.config.token))
             clients = {}
             for entry in self.config.engines:
-                stage = None if self.embedded else Path(entry["stage_dir"])
-                client = EngineClient(entry["url"], self.config.token, name=entry["name"], loader_dir=stage)
-                clients[entry["name"]] = client
+                stage = None if self.embedded else entry.stage_dir
+                client = EngineClient(entry.url, self.config.token, name=entry.name, loader_dir=stage)
+                clients[entry.name] = client
                 stack.push_async_callback(client.close)
                 if of_run is None:
                     await client.wait_ready(launch.ready_timeout_s)
@@ -152,7 +148,7 @@ class RunEngines:
         await self.hub.eval_release(self.step, self.version, engine)
 
 
-def run(config: WorkerConfig, reporter: Reporter) -> None:
+def run(config: EvalConfig, reporter: Reporter) -> None:
     recipe = config.recipe
     tokenizer = load_tokenizer(config.model_path)
     sampling = EvalSampling(
@@ -163,7 +159,7 @@ def run(config: WorkerConfig, reporter: Reporter) -> None:
         stop_token_ids=tuple(stop_token_ids(tokenizer, config.model_path)),
         seed=recipe.seed,
     )
-    sets = [benchmarks.load(name, config.benchmark_path(name), recipe.data.prompt) for name in recipe.eval.benchmarks]
+    sets = [benchmarks.load(name, config.benchmarks[name], recipe.data.prompt) for name in recipe.eval.benchmarks]
     data = recipe.data
     with contextlib.ExitStack() as stack:
         pools = {
@@ -174,8 +170,8 @@ def run(config: WorkerConfig, reporter: Reporter) -> None:
         }
         evaluator = Evaluator(config, reporter, tokenizer, pools, sampling, sets)
         reporter.ready()
-        if config.extra.get("standalone"):
-            evaluate_once(evaluator)
+        if config.out is not None:
+            evaluate_once(evaluator, config.out)
         else:
             follow_hub(evaluator)
 
@@ -203,14 +199,14 @@ def follow_hub(evaluator: Evaluator) -> None:
             partial = eval_files.partial_of(folder, when.step)
             if served:
                 evaluator.check_whole(when, partial)
-            results = _until_stop(evaluator.evaluate(when.version, partial, of_run=when), reporter.stop_requested)
+            results = _until_stop(evaluator.evaluate(partial, of_run=when), reporter.stop_requested)
             finishing[when.version] = writer.submit(finish, config, hub, when, results)
         for writing in finishing.values():
             writing.result()
         writer.shutdown()
 
 
-def finish(config: WorkerConfig, hub: HubClient, when: eval_files.When, results: Sequence[Result]) -> None:
+def finish(config: EvalConfig, hub: HubClient, when: eval_files.When, results: Sequence[Result]) -> None:
     """Write one evaluation's files, then tell the hub. It counts as done when they are there."""
     folder, figures = config.run_dir / "eval", eval_files.figures(results)
     eval_files.write_results(folder, when, results)
@@ -222,28 +218,23 @@ def finish(config: WorkerConfig, hub: HubClient, when: eval_files.When, results:
         partial.parent.rmdir()
 
 
-def evaluate_once(evaluator: Evaluator) -> None:
-    """The standalone mode: one evaluation, files below `extra["out"]`, which hold nothing that differs between runs."""
-    config, extra = evaluator.config, evaluator.config.extra
-    out = Path(extra["out"])
-    expected = extra.get("weights_version")
-    stop = evaluator.reporter.stop_requested
-    results = _until_stop(evaluator.evaluate(expected, out / "partial"), stop)
-    step = int(extra.get("step", 0))
-    version = expected if expected is not None else next((s.version for r in results for s in r.samples), 0)
-    eval_files.write_results(out, eval_files.When(step, version, step), results)
-    document: dict[str, Any] = {
-        "step": step,
+def evaluate_once(evaluator: Evaluator, out: Path) -> None:
+    """One evaluation, files in the directory `out`, which hold nothing that differs between runs."""
+    recipe, stop = evaluator.config.recipe, evaluator.reporter.stop_requested
+    results = _until_stop(evaluator.evaluate(out / "partial"), stop)
+    version = next((sample.version for result in results for sample in result.samples), 0)
+    eval_files.write_results(out, eval_files.When(0, version, 0), results)
+    greedy = _until_stop(evaluator.evaluate(out / "partial" / "greedy", greedy=True), stop)
+    document = {
+        "step": 0,
         "version": version,
-        "seed": config.recipe.seed,
-        "temperature": config.recipe.eval.temperature,
+        "seed": recipe.seed,
+        "temperature": recipe.eval.temperature,
         "results": eval_files.timeless(eval_files.figures(results)),
+        "greedy": eval_files.timeless(eval_files.figures(greedy)),
     }
-    if extra.get("greedy"):
-        work = evaluator.evaluate(expected, out / "partial" / "greedy", greedy=True)
-        document["greedy"] = eval_files.timeless(eval_files.figures(_until_stop(work, stop)))
     eval_files.write_csv(out / "results.csv", document)
-    eval_files.write_atomically(out / "results.json", json.dumps(document, indent=2) + "\n")
+    write_atomic(out / "results.json", json.dumps(document, indent=2) + "\n", sync=True)
     shutil.rmtree(out / "partial", ignore_errors=True)
 
 
@@ -264,4 +255,4 @@ def _until_stop(work: Coroutine[Any, Any, list[Result]], stop: threading.Event) 
 
 
 if __name__ == "__main__":
-    worker_main(run)
+    worker_main(run, EvalConfig)

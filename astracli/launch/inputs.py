@@ -1,12 +1,14 @@
-"""What a run would trip over minutes later, looked at before anything starts: checkpoint files, reward, address, sinks.
+"""What a run reads, and what it would trip over minutes later: checkpoint files, problems, reward, address, sinks.
 
-Every function returns when all is well and raises UserError (exit 2) otherwise. Nothing here imports torch.
+Every check returns when all is well and raises UserError (exit 2) otherwise. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from astracli.config.recipe import Recipe
@@ -14,10 +16,25 @@ from astracli.errors import UserError
 from astracli.models.adapter import SHARD_INDEX
 from astracli.models.adapter_tools import checkpoint_tensors
 from astracli.process import ports
+from astracli.process.console import say
 from astracli.runs import metrics
+from astracli.runs.run_dir import RunDir, write_atomic
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "*.tiktoken")
 """Any of them lets transformers build a tokenizer."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads, all of it on this machine."""
+
+    model: Path
+    data: Path | None
+    """None: the training problems are generated, or there are none."""
+    benchmarks: Mapping[str, Path | None]
+    """None: it is generated."""
+    seconds: float = 0.0
+    """Spent on fetching."""
 
 
 def check_setting(recipe: Recipe, *, rewards: bool) -> None:
@@ -60,3 +77,48 @@ def check_checkpoint(folder: Path) -> None:
             f"no tokenizer in `{folder}` (none of {', '.join(TOKENIZER_FILES)})",
             "copy the tokenizer's files of the model it came from beside the weights",
         )
+
+
+def pin_problems(run: RunDir, recipe: Recipe, path: Path | None) -> None:
+    """Write down what a place in the training set means (`data.json`); a resume needs the same. Raises UserError."""
+    from astracli.data import datasets
+
+    if path is None:
+        return
+    problems = datasets.load(recipe.data, path)
+    now = {"path": str(path), "rows": len(problems), "fingerprint": problems.fingerprint}
+    file = run.path / "data.json"
+    if not file.exists():
+        write_atomic(file, json.dumps(now, indent=2) + "\n")
+        return
+    then = json.loads(file.read_text(encoding="utf-8"))
+    if then["fingerprint"] != now["fingerprint"]:
+        raise UserError(
+            f"the training problems are others than when `{run.path}` began: {then['rows']} rows of `{then['path']}` "
+            f"then, {now['rows']} of `{path}` now",
+            "a resumed run goes on at its place in their order: put the old file back, or start a new run",
+        )
+
+
+def decontaminated(recipe: Recipe, path: str, fetched: Mapping[str, str | None]) -> str:
+    """The training problems to use, after `data.decontaminate`. Raises UserError when none would be left."""
+    from astracli.data import benchmarks as sets
+    from astracli.data import datasets, decontamination
+
+    written = [name for name, place in fetched.items() if place is not None]
+    if recipe.data.decontaminate == "off" or not written:
+        return path
+    problems = datasets.load(recipe.data, path)
+    found = decontamination.find(problems, {name: sets.load(name, fetched[name]).items for name in written})
+    if not found:
+        return path
+    said = decontamination.summary(found, len(problems))
+    if recipe.data.decontaminate == "report":
+        say(f"warning: {said}; leave them out with `--set data.decontaminate=remove`")
+        return path
+    if len(found) == len(problems):
+        raise UserError(said, "nothing would be left to train on; train on another set")
+    say(f"{said}: left out")
+    known = datasets.known_set(recipe.data.source)
+    split = known.split if known else recipe.data.split
+    return str(decontamination.write_without(Path(path), split, found, datasets.cache_dir() / "datasets"))

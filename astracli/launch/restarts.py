@@ -9,17 +9,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from astracli.launch.launcher import Process, Started
 from astracli.process import transient
-from astracli.process.children import Child, ChildSpec, exit_words
+from astracli.process.children import exit_words
 
 
 @dataclass(frozen=True)
 class Retry:
-    """Children that are all started once more, as other specs, when one of them ends with a code that asks for it."""
+    """Processes that are all started once more, differently, when one of them ends with a code that asks for it."""
 
     code: int
     names: frozenset[str]
-    specs: Callable[[], Sequence[ChildSpec]]
+    processes: Callable[[], Sequence[Process]]
     """Asked when it is needed: a port must be free then."""
     words: str
     """What was wrong and what is different now."""
@@ -49,7 +50,7 @@ class Restarts:
 class End:
     """A trainer rank that is gone."""
 
-    child: Child
+    child: Started
     code: int | None
     """None: it was ended because it had fallen silent."""
     what: str
@@ -74,7 +75,7 @@ class Start:
     """A run that goes on from a checkpoint."""
 
     step: int
-    specs: Sequence[ChildSpec]
+    processes: Sequence[Process]
     retry: Retry | None
 
 
@@ -141,7 +142,7 @@ class Resumes:
                 resume.seconds = round(self._clock() - resume.began, 2)
 
 
-def ended(child: Child, code: int) -> End:
+def ended(child: Started, code: int) -> End:
     words = f"ended with {exit_words(code)}" + (" before the run was done" if code == 0 else "")
     return End(child, code, words)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,40 +13,44 @@ from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
 from astracli.data import fetch
 from astracli.errors import UserError
-from astracli.launch import inputs, job, problems, recipe_changes
+from astracli.launch import job, recipe_changes
+from astracli.launch.configs import RunContext
+from astracli.launch.inputs import Inputs, check_checkpoint, check_setting, decontaminated, pin_problems
 from astracli.launch.job import Job
 from astracli.machine import facts as machine
 from astracli.models import registry
 from astracli.models.adapter_tools import has_chat_template
 from astracli.plan import build as planning
 from astracli.plan.build import Command, LaunchPlan
+from astracli.process.config import Role, SampleFile
 from astracli.process.console import say
 from astracli.runs import find as runs
 from astracli.runs import metrics
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a job reads, all of it on this machine."""
-
-    paths: Mapping[str, Any]
-    seconds: float
-    """Spent on fetching."""
+from astracli.runs.run_dir import RunDir
 
 
 def planned(recipe: Recipe, command: Command, facts: Mapping[str, Any] | None = None) -> LaunchPlan:
     """The plan of a command, for this machine or the one that `facts` describes; never refuses what the machine lacks,
     only what is wrong."""
-    recorded = facts["checkpoint"] if facts is not None else None
-    if recorded is not None and recorded["path"] == recipe.model.path and recorded["config"] is not None:
-        return _plan(recipe, command, recorded["config"], facts)
-    return _plan(recipe, command, _config_if_here(recipe), facts)
+    from astracli.backends import choice as backend
+    from astracli.doctor.gather import with_engine
+
+    here, config = facts is None, None
+    facts = with_engine(machine.probe(), recipe) if facts is None else facts
+    if not here and (recorded := facts["checkpoint"]) is not None and recorded["path"] == recipe.model.path:
+        config = recorded["config"]
+    config = _config_if_here(recipe) if config is None else config
+    adapter = registry.resolve(recipe, config)
+    choice = backend.choose(adapter, facts, recipe, config)
+    local = fetch.local_path(recipe.model.path) if here and config is not None else None
+    size = sum(file.stat().st_size for file in local.glob("*.safetensors")) if local is not None else None
+    return planning.build(recipe, adapter, choice, facts, command=command, config=config, checkpoint_bytes=size)
 
 
 def train(recipe: Recipe, *, run_dir: Path | None = None, resume: Path | None = None, dry_run: bool = False) -> int:
     """Run `astra train` to its end; the exit code. Raises UserError before the start, RunFailed after it."""
     if dry_run:
-        print(json.dumps(planning.to_json(_plan(recipe, "train", _config_if_here(recipe))), indent=2, default=str))
+        print(json.dumps(planning.to_json(planned(recipe, "train")), indent=2, default=str))
         return 0
     began = time.monotonic()
     if resume is not None:
@@ -59,26 +62,17 @@ def train(recipe: Recipe, *, run_dir: Path | None = None, resume: Path | None = 
     try:
         if resume is not None:
             step = recipe_changes.resume_step(run, recipe)
-        source = _fetch(recipe, data=True, benchmarks=recipe.eval.benchmarks if recipe.eval.every else [])
-        problems.pin(run, recipe, source.paths["data"])
+        inputs = _fetch(recipe, data=True, benchmarks=recipe.eval.benchmarks if recipe.eval.every else [])
+        pin_problems(run, recipe, inputs.data)
     except BaseException:
         if resume is None:
             job.discard(run, there)
         raise
-    attempt = job.open_run(run, recipe_io.to_json(recipe), planning.to_json(plan))
-    extra: dict[str, dict[str, Any]] = {}
-    if step is not None:
-        extra = {"trainer": {"step": step}, "engine": {"await_weights": True}}
-    task = Job(recipe, plan, run, attempt, source.paths, extra, resume_step=step, phases=_before(began, source))
-    job.say_start(run, plan, attempt, step)
-    try:
-        code = task.run()
-    finally:
-        run.unlock()
-    if task.summary:
+    code, summary = _run(began, inputs, recipe, plan, run, resume_step=step)
+    if summary:
         from astracli.report.summary_table import print_summary
 
-        print_summary(task.summary)
+        print_summary(summary)
     if code == 130:
         say(f"interrupted; go on with `astra train --resume {run.path}`")
     return code
@@ -89,16 +83,9 @@ def rollout(recipe: Recipe, *, weights: str | None = None, n: int, out: Path, ru
     began = time.monotonic()
     recipe = recipe_changes.with_weights(recipe, weights)
     plan = _refusing_plan(recipe, "rollout")
-    source = _fetch(recipe, data=True, benchmarks=[])
+    inputs = _fetch(recipe, data=True, benchmarks=[])
     run = runs.create(f"{recipe.name}-rollout", run_dir)
-    attempt = job.open_run(run, recipe_io.to_json(recipe), planning.to_json(plan))
-    extra = {"rollout": {"out": str(out.resolve()), "n": n}}
-    task = Job(recipe, plan, run, attempt, source.paths, extra, prompts=n, phases=_before(began, source))
-    job.say_start(run, plan, attempt, None)
-    try:
-        code = task.run()
-    finally:
-        run.unlock()
+    code, _ = _run(began, inputs, recipe, plan, run, samples=SampleFile(path=out.resolve(), groups=n))
     if code == 0 or out.exists():
         say(("interrupted; " if code else "") + _rollout_words(out))
     return code
@@ -123,7 +110,7 @@ def evaluate(
     if resume is None:
         recipe = recipe_changes.with_evaluation(recipe_changes.with_weights(recipe, weights), benchmarks, samples)
     plan = _refusing_plan(recipe, "eval")
-    source = _fetch(recipe, data=False, benchmarks=recipe.eval.benchmarks)
+    inputs = _fetch(recipe, data=False, benchmarks=recipe.eval.benchmarks)
     if resume is not None:
         run = recipe_changes.resumed_evaluation(resume)
     elif out is not None:
@@ -132,14 +119,7 @@ def evaluate(
         run = runs.create("", run_dir / "eval" / time.strftime("again-%Y%m%d-%H%M%S"))
     else:
         run = runs.create(f"{recipe.name}-eval")
-    attempt = job.open_run(run, recipe_io.to_json(recipe), planning.to_json(plan))
-    extra = {"eval": {"standalone": True, "out": str(run.eval.resolve()), "greedy": True}}
-    task = Job(recipe, plan, run, attempt, source.paths, extra, phases=_before(began, source))
-    job.say_start(run, plan, attempt, None)
-    try:
-        code = task.run()
-    finally:
-        run.unlock()
+    code, _ = _run(began, inputs, recipe, plan, run)
     if code == 0:
         document = json.loads((run.eval / "results.json").read_text())
         document |= {"weights": recipe.model.path, "path": str(run.eval)}
@@ -149,38 +129,38 @@ def evaluate(
     return code
 
 
-def _before(began: float, source: Source) -> dict[str, float]:
-    return {"planning": time.monotonic() - began - source.seconds, "fetching": source.seconds}
+def _run(
+    began: float, inputs: Inputs, recipe: Recipe, plan: LaunchPlan, run: RunDir, **more: Any
+) -> tuple[int, Mapping[str, Any]]:
+    """The whole run in its directory, which is let go of: (exit code, summary). `began`: when the command did; `more`:
+    further fields of `RunContext`."""
+    attempt = job.open_run(run, recipe_io.to_json(recipe), planning.to_json(plan))
+    context = RunContext(recipe, plan, run, attempt, inputs, **more)
+    before = {"planning": time.monotonic() - began - inputs.seconds, "fetching": inputs.seconds}
+    task = Job(context, before)
+    for warning in plan.warnings:
+        say(f"warning: {warning}")
+    names = ", ".join(process.name for process in plan.processes)
+    where = f" from step {context.resume_step}, attempt {attempt}" if context.resume_step is not None else ""
+    say(f"run {run.path}{where}: {names}; logs in {run.attempt_logs(attempt)}")
+    try:
+        return task.run(), task.summary
+    finally:
+        run.unlock()
 
 
 # -- plan -------------------------------------------------------------------------------------------------------------
 
 
-def _plan(
-    recipe: Recipe, command: Command, config: Mapping[str, Any] | None, facts: Mapping[str, Any] | None = None
-) -> LaunchPlan:
-    """`facts`: of another machine; None = this one."""
-    from astracli.backends import choice as backend
-    from astracli.doctor.gather import with_engine
-
-    here = facts is None
-    facts = with_engine(machine.probe(), recipe) if facts is None else facts
-    adapter = registry.resolve(recipe, config)
-    choice = backend.choose(adapter, facts, recipe, config)
-    local = fetch.local_path(recipe.model.path) if here and config is not None else None
-    size = sum(file.stat().st_size for file in local.glob("*.safetensors")) if local is not None else None
-    return planning.build(recipe, adapter, choice, facts, command=command, config=config, checkpoint_bytes=size)
-
-
 def _refusing_plan(recipe: Recipe, command: Command) -> LaunchPlan:
     """The plan, when it can run here. Raises UserError."""
-    plan = _plan(recipe, command, _config_if_here(recipe))
+    plan = planned(recipe, command)
     planning.refuse(plan)
     for process in plan.processes:
         if process.python is None and find_spec(process.module) is None:
             raise UserError(
                 f"this version of astra has no `{process.module}`, which `{process.name}` needs",
-                "use `--set rollout.engine=embedded`" if process.role == "engine" else "reinstall astracli",
+                "use `--set rollout.engine=embedded`" if process.role is Role.ENGINE else "reinstall astracli",
             )
     return plan
 
@@ -195,15 +175,15 @@ def _config_if_here(recipe: Recipe) -> Mapping[str, Any] | None:
     return cached if cached is not None or known else fetch.fetch_config(path, revision)
 
 
-def _fetch(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> Source:
+def _fetch(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> Inputs:
     """Model, training problems and benchmarks, each checked before anything starts. Raises UserError."""
     from astracli.data import benchmarks as sets
     from astracli.data import datasets
 
     began = time.monotonic()
-    inputs.check_setting(recipe, rewards=data)
+    check_setting(recipe, rewards=data)
     model = fetch.fetch_model(recipe.model.path, recipe.model.revision)
-    inputs.check_checkpoint(model)
+    check_checkpoint(model)
     if not has_chat_template(model):
         say(
             f"warning: no chat template in `{model}`: prompts go to the model as bare text, right for a base model and "
@@ -212,9 +192,9 @@ def _fetch(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> Source:
     fetched = sets.fetch_all(benchmarks, recipe.data.path)
     path = datasets.fetch(recipe) if data else None
     if path is not None:
-        path = problems.decontaminated(recipe, path, fetched)
-    paths = {"model": str(model), "data": path, "benchmarks": fetched}
-    return Source(paths, time.monotonic() - began)
+        path = decontaminated(recipe, path, fetched)
+    places = {name: Path(place) if place else None for name, place in fetched.items()}
+    return Inputs(model, Path(path) if path else None, places, time.monotonic() - began)
 
 
 # -- results ----------------------------------------------------------------------------------------------------------

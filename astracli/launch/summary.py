@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from astracli.config.recipe import Recipe
-from astracli.process.children import MemorySampler
 from astracli.report import bottleneck
 from astracli.runs.metrics import OVERALL, Record, mean, median, series, values, without_absent
 from astracli.runs.run_dir import paths
@@ -30,7 +29,7 @@ def build(
     evaluations_s: Mapping[str, float],
     records: Sequence[Record],
     store: Mapping[str, Any],
-    memory: MemorySampler | None,
+    memory: Mapping[str, Any],
     restarts: Mapping[str, int],
     resumes: Sequence[Mapping[str, Any]] = (),
     notes: Sequence[str] = (),
@@ -67,7 +66,7 @@ def build(
         "restarts": {name: count for name, count in restarts.items() if count},
         "resumes": [dict(resume) for resume in resumes],
         "notes": list(notes),
-        "memory": memory_document(memory),
+        "memory": dict(memory),
         "paths": paths(run_dir),
     }
 
@@ -199,9 +198,3 @@ def every_value(records: Sequence[Record], name: str) -> list[float]:
 
 def largest(records: Sequence[Record], name: str) -> float | None:
     return max(values(records, name), default=None)
-
-
-def memory_document(memory: MemorySampler | None) -> dict[str, Any]:
-    if memory is None:
-        return {}
-    return {"peak_bytes": memory.peak_bytes, "kind": memory.kind, "peak_bytes_by_process": dict(memory.peak_by_name)}

@@ -25,17 +25,18 @@ from astracli.plan import staging as plan_staging
 from astracli.plan import trainer as plan_trainer
 from astracli.plan.memory import MemoryRow
 from astracli.plan.placement import Placement
-from astracli.plan.types import Command, LaunchPlan, PlanProblem, ProcessPlan, Role, TextTable
+from astracli.plan.types import Command, LaunchPlan, PlanProblem, ProcessPlan, TextTable
 from astracli.plan.view import render, to_json
-from astracli.training import layout
+from astracli.process import layout
+from astracli.process.config import Role
 
 __all__ = ["Command", "LaunchPlan", "PlanProblem", "ProcessPlan", "TextTable", "build", "refuse", "render", "to_json"]
 
 ENGINE_MODULES = {"embedded": "astracli.engines.embedded.process", "sglang": "astracli.engines.sglang.server"}
 MODULES = {
-    "rollout": "astracli.rollout.worker",
-    "trainer": "astracli.training.worker",
-    "eval": "astracli.evaluation.worker",
+    Role.ROLLOUT: "astracli.rollout.worker",
+    Role.TRAINER: "astracli.training.worker",
+    Role.EVAL: "astracli.evaluation.worker",
 }
 TRAINER_ON_GPU = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 """Environment of a trainer there: what moves between GPU and host, and rows of many lengths, leave no holes. Without it
@@ -146,24 +147,24 @@ def _processes(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any], 
     physical = [gpu["index"] for gpu in machine.visible_gpus(facts)]
     engine_gpus, train_gpus = _placement(recipe, physical) if cuda else ([], [])
 
-    def child(name: str, role: Role, gpus: list[int], visible: list[int], **more: Any) -> ProcessPlan:
-        count = {"engine": threads.engine, "trainer": threads.trainer}.get(role, threads.other)
+    def child(name: str, role: Role, gpus: list[int], **more: Any) -> ProcessPlan:
+        count = {Role.ENGINE: threads.engine, Role.TRAINER: threads.trainer}.get(role, threads.other)
         env = {
             **choice.env,
-            "CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpu in visible),
+            "CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpu in gpus),
             "OMP_NUM_THREADS": str(count),
             "TOKENIZERS_PARALLELISM": "false",
-            **(resources.engine.env if role == "engine" and choice.engine == "embedded" else {}),
-            **(TRAINER_ON_GPU if role == "trainer" and cuda else {}),
+            **(resources.engine.env if role is Role.ENGINE and choice.engine == "embedded" else {}),
+            **(TRAINER_ON_GPU if role is Role.TRAINER and cuda else {}),
         }
         return ProcessPlan(
             name=name,
             role=role,
-            module=ENGINE_MODULES[choice.engine] if role == "engine" else MODULES[role],
+            module=ENGINE_MODULES[choice.engine] if role is Role.ENGINE else MODULES[role],
             gpus=tuple(gpus),
             threads=count,
-            nice=0 if role in ("engine", "trainer") else 5,
-            restarts=0 if role == "trainer" else restarts,
+            nice=0 if role in (Role.ENGINE, Role.TRAINER) else 5,
+            restarts=0 if role is Role.TRAINER else restarts,
             env=env,
             **more,
         )
@@ -173,15 +174,15 @@ def _processes(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any], 
         own = engine_gpus[index : index + 1]
         # SGLang runs in its environment, the process that watches it in ours
         python = resources.engine.python if choice.engine == "embedded" else None
-        result.append(child(f"engine{index}", "engine", own, own, python=python))
+        result.append(child(f"engine{index}", Role.ENGINE, own, python=python))
     if command in ("train", "rollout"):
-        result.append(child("rollout", "rollout", [], [], children=recipe.data.reward_workers))
+        result.append(child("rollout", Role.ROLLOUT, [], children=recipe.data.reward_workers))
     ranks = (len(train_gpus) if cuda else resources.train_ranks) if command == "train" else 0
     for rank in range(ranks):
         own = train_gpus[rank : rank + 1]
-        result.append(child(f"trainer{rank or ''}", "trainer", own, own, rank=rank, world_size=ranks))
+        result.append(child(f"trainer{rank or ''}", Role.TRAINER, own, rank=rank, world_size=ranks))
     if command == "eval" or (command == "train" and recipe.eval.benchmarks and recipe.eval.every):
-        result.append(child("eval", "eval", [], [], children=recipe.data.reward_workers))
+        result.append(child("eval", Role.EVAL, [], children=recipe.data.reward_workers))
     return result
 
 
@@ -207,9 +208,9 @@ def _place(
     None while there is enough."""
     if choice.device != "cuda":
         return plan_requests.settle(recipe, shape, {}, [], [], plan_speed.pace([]))[0], Placement()
-    gpus = {role: [gpu for p in processes if p.role == role for gpu in p.gpus] for role in ("engine", "trainer")}
-    where = (plan_problems.sizes_of(facts), gpus["engine"], gpus["trainer"])
-    pace = plan_speed.pace([gpu for gpu in machine.visible_gpus(facts) if gpu["index"] in gpus["trainer"]])
+    gpus = {role: [gpu for p in processes if p.role is role for gpu in p.gpus] for role in (Role.ENGINE, Role.TRAINER)}
+    where = (plan_problems.sizes_of(facts), gpus[Role.ENGINE], gpus[Role.TRAINER])
+    pace = plan_speed.pace([gpu for gpu in machine.visible_gpus(facts) if gpu["index"] in gpus[Role.TRAINER]])
     recipe, why = plan_requests.settle(recipe, shape, *where, pace)
     placement = plan_place.place(recipe, shape, *where, pace, host)
     if why is not None:
@@ -230,11 +231,11 @@ def _memory(
     """`published_on_gpu`: trainers whose published versions lie on their GPU, those of others on the host."""
     rows, sizes = [plan_memory.light_row("supervisor")], plan_problems.sizes_of(facts) if device == "cuda" else {}
     for process in processes:
-        if process.role == "engine" and shape:
+        if process.role is Role.ENGINE and shape:
             gpu_bytes = next((sizes[gpu] for gpu in process.gpus if gpu in sizes), None)
             static = None if gpu_bytes is None else int((placement.mem_fraction_static or 0.0) * gpu_bytes)
             rows += plan_memory.engine_rows(process.name, shape, recipe, device, static=static)
-        elif process.role == "trainer" and shape:
+        elif process.role is Role.TRAINER and shape:
             published: layout.Where = "gpu" if process.name in published_on_gpu else "host"
             where = (device, process.world_size, placement.split, published)
             rows += plan_trainer.trainer_rows(process.name, shape, recipe, *where)
@@ -247,7 +248,9 @@ def _memory(
 
 def _on_shared_gpus(processes: Sequence[ProcessPlan]) -> set[str]:
     """Processes on a GPU that an engine and a trainer use."""
-    engine, trainer = ({gpu for p in processes if p.role == role for gpu in p.gpus} for role in ("engine", "trainer"))
+    engine, trainer = (
+        {gpu for p in processes if p.role is role for gpu in p.gpus} for role in (Role.ENGINE, Role.TRAINER)
+    )
     return {p.name for p in processes if set(p.gpus) & engine & trainer}
 
 
@@ -256,7 +259,7 @@ def _room_on_host(processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], f
     size = facts["system"]["memory_total"]
     if plan_memory.total(rows, where="host", fixed=True) <= size:
         return None
-    others = [process.name for process in processes if process.role != "trainer"] + ["supervisor"]
+    others = [process.name for process in processes if process.role is not Role.TRAINER] + ["supervisor"]
     return int(size - plan_memory.total(rows, where="host", fixed=True, processes=others))
 
 

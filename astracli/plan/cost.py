@@ -12,7 +12,7 @@ from typing import Any
 
 from astracli.config.recipe import RECOMPUTED_BLOCKS, Recipe
 from astracli.models.adapter import MemoryShape
-from astracli.training.layout import Split, recomputed
+from astracli.process.layout import Split, recomputed
 
 PEAK = {
     **{"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H20": 148},

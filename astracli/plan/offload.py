@@ -11,7 +11,7 @@ from astracli.plan import memory as plan_memory
 from astracli.plan import trainer as plan_trainer
 from astracli.plan.cost import Pace, step_seconds
 from astracli.plan.memory import words
-from astracli.training.layout import Split, Where
+from astracli.process.layout import Split, Where
 
 MODES: Sequence[Recomputed] = ("none", "selective", "full")
 KEPT: dict[Recomputed, str] = {"none": "all kept", "selective": "half made again", "full": "all made again"}

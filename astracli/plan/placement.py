@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from astracli.config.recipe import Recipe
 from astracli.models.adapter import MemoryShape
@@ -18,10 +17,7 @@ from astracli.plan import trainer as plan_trainer
 from astracli.plan.cost import Pace
 from astracli.plan.memory import COMFORT, MemoryRow, safe, words
 from astracli.plan.offload import KEPT, Choice, Try, options, recomputing, resident, trainer_needs
-from astracli.training import collective_check
-from astracli.training.layout import Split
-
-Staging = Literal["gpu", "host", "file"]
+from astracli.process.layout import LIMIT_S, WITHOUT_PEERS, Split, Staging
 
 
 @dataclass(frozen=True)
@@ -78,9 +74,8 @@ def place(
             chosen = Choice(split, False, [unknown] if recipe.train.activation_checkpointing == "auto" else [])
     reasons = chosen.reasons
     if ranks > 1:
-        without = " ".join(f"{name}={value}" for name, value in collective_check.WITHOUT_PEERS.items())
-        limit_s = collective_check.LIMIT_S
-        why = f"proved by an all-reduce in {limit_s:g} s at the start; if not, once more with {without}"
+        without = " ".join(f"{name}={value}" for name, value in WITHOUT_PEERS.items())
+        why = f"proved by an all-reduce in {LIMIT_S:g} s at the start; if not, once more with {without}"
         reasons.append((f"{ranks} ranks", "direct links", why))
     engine_gpu_bytes = [sizes[gpu] for gpu in engine_gpus if gpu in sizes]
     if time_sharing and smallest is not None and engine_gpu_bytes:

@@ -14,6 +14,7 @@ from astracli.models.adapter import MemoryShape
 from astracli.plan import memory as plan_memory
 from astracli.plan.memory import HOLES, words
 from astracli.plan.types import LaunchPlan, PlanProblem
+from astracli.process.config import Role
 
 SGLANG_GLIBC = (2, 34)
 CPU_RECIPE = "qwen3.5-tiny-m2po-delta"
@@ -95,7 +96,7 @@ def size_problems(
         if need > size:
             what = f"{words(need)} of GPU memory for {' and '.join(names)}"
             message = f"GPU {gpu} needs at least {what}, it has {words(size)}"
-        elif fraction and shape and any(name.startswith("engine") for name in names):
+        elif fraction and shape and any(p.role is Role.ENGINE and gpu in p.gpus for p in plan.processes):
             static = plan_memory.static_bytes(shape, recipe)
             if static <= fraction * size:
                 continue
@@ -133,7 +134,7 @@ def warnings(plan: LaunchPlan, recipe: Recipe, facts: Mapping[str, Any]) -> list
             f"rollout.top_p = {rollout.top_p:g}: the loss computes with the probabilities of the whole vocabulary, "
             "so the gradient is biased towards what these draws prefer"
         )
-    if any(process.role == "eval" for process in plan.processes) and plan.command == "train":
+    if any(process.role is Role.EVAL for process in plan.processes) and plan.command == "train":
         result += _evaluations(recipe)
         most = recipe.eval.max_concurrency
         if most != "auto" and most < plan.running_requests:
@@ -148,7 +149,7 @@ def warnings(plan: LaunchPlan, recipe: Recipe, facts: Mapping[str, Any]) -> list
         size = sizes.get(gpu)
         if size is not None and need > size >= plan_memory.on_gpu(plan.memory, names, fixed=True):
             result.append(f"GPU {gpu} may need {words(need)} under full load, it has {words(size)}: requests will wait")
-    busy = sum(process.threads for process in plan.processes if process.role in ("engine", "trainer"))
+    busy = sum(process.threads for process in plan.processes if process.role in (Role.ENGINE, Role.TRAINER))
     cores = facts["system"]["cores_usable"]
     if plan.choice.device == "cpu" and busy > cores:
         result.append(f"engines and trainer want {busy} threads of {cores:g} usable cores: they will starve each other")
@@ -156,7 +157,7 @@ def warnings(plan: LaunchPlan, recipe: Recipe, facts: Mapping[str, Any]) -> list
     available = facts["system"]["memory_available"]
     if available < host:
         result.append(f"about {words(host)} of memory are needed under full load, {words(available)} are available now")
-    trained = any(process.role == "trainer" for process in plan.processes)
+    trained = any(process.role is Role.TRAINER for process in plan.processes)
     if plan.choice.device == "cuda" and plan.choice.gdn_backward == "torch" and trained:
         result.append("the delta rule in plain torch keeps more activations than this plan counts")
     if trained and plan.choice.engine == "sglang":

@@ -13,8 +13,10 @@ from astracli.config.recipe import Recipe
 from astracli.models.adapter import MemoryShape
 from astracli.plan import memory as plan_memory
 from astracli.plan.memory import MemoryRow, words
-from astracli.plan.placement import Placement, Staging
+from astracli.plan.placement import Placement
 from astracli.plan.types import ProcessPlan
+from astracli.process.config import Role
+from astracli.process.layout import Staging
 
 
 def row(name: str, shape: MemoryShape, where: Staging, *, time_sharing: bool = False) -> MemoryRow | None:
@@ -42,7 +44,7 @@ def decide(
 ) -> tuple[Placement, list[MemoryRow]]:
     """The placement with its `staging`, and all rows with those of the versions that wait. `rows`: everything else.
     `sizes`: bytes of each GPU; `host`: of the host."""
-    engines = [process for process in processes if process.role == "engine"]
+    engines = [process for process in processes if process.role is Role.ENGINE]
     size = 2 * shape.parameters
 
     def with_versions(where: Staging) -> list[MemoryRow]:

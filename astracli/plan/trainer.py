@@ -16,7 +16,7 @@ from math import ceil
 from astracli.config.recipe import RECOMPUTED_BLOCKS, Recipe, Recomputed
 from astracli.models.adapter import MemoryShape
 from astracli.plan.memory import CUDA_CONTEXT, HOLES, TORCH_PROCESS, Basis, MemoryRow, Place, block_activations
-from astracli.training.layout import BUCKET_BYTES, BUCKETS_IN_FLIGHT, LOGIT_BYTES, RESIDENT, Split, Where, recomputed
+from astracli.process.layout import BUCKET_BYTES, BUCKETS_IN_FLIGHT, LOGIT_BYTES, RESIDENT, Split, Where, recomputed
 
 GATHERED = 14
 """Bytes a parameter of a block while its backward pass runs: it and the next one gathered in bf16 (2 each) with the

@@ -10,9 +10,9 @@ from astracli.backends.choice import BackendChoice
 from astracli.plan.margin import Margin
 from astracli.plan.memory import MemoryRow
 from astracli.plan.placement import Placement
+from astracli.process.config import Role
 
 Command = Literal["train", "rollout", "eval"]
-Role = Literal["engine", "rollout", "trainer", "eval"]
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class LaunchPlan:
         """Engines that share their GPU in time with a trainer: each has a GPU lease at the hub."""
         if not self.placement.time_sharing:
             return []
-        trained = {gpu for process in self.processes if process.role == "trainer" for gpu in process.gpus}
-        return [p.name for p in self.processes if p.role == "engine" and trained & set(p.gpus)]
+        trained = {gpu for process in self.processes if process.role is Role.TRAINER for gpu in process.gpus}
+        return [p.name for p in self.processes if p.role is Role.ENGINE and trained & set(p.gpus)]
 
     @property
     def gpu_map(self) -> dict[int, list[str]]:

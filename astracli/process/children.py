@@ -29,30 +29,21 @@ class ChildSpec:
     """How to start one child."""
 
     name: str
-    role: str
     argv: tuple[str, ...]
     log: Path
     """stdout and stderr, appended."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Set over this process's environment."""
     nice: int = 0
-    restarts: int = 0
-    """How often it may be started again; a process that holds what no other can take up has 0."""
-    health_url: str | None = None
-    """Asked for 200 before the child counts as ready."""
-    reports: bool = True
-    """The child sends heartbeats. One that does not (a foreign engine) is judged by `health_url` alone."""
     inherit: tuple[int, ...] = ()
     """File descriptors that stay open in it."""
-    before_restart: Callable[[], None] | None = None
-    """Called before the child is started again (an engine's config then waits for weights)."""
 
 
 class Child:
     """One running process and the session it leads."""
 
     def __init__(self, spec: ChildSpec):
-        self.spec = spec
+        self.name, self.log = spec.name, spec.log
         spec.log.parent.mkdir(parents=True, exist_ok=True)
         env = {**os.environ, "PYTHONUNBUFFERED": "1", **spec.env}
         with spec.log.open("ab") as log:
@@ -61,20 +52,12 @@ class Child:
                 spec.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True,
                 pass_fds=spec.inherit,
             )  # fmt: skip
-        self.started = time.monotonic()
+        self.pid = self._popen.pid
         self._process: psutil.Process | None = None
         with contextlib.suppress(psutil.Error):
-            self._process = psutil.Process(self._popen.pid)
+            self._process = psutil.Process(self.pid)
             if spec.nice:
                 self._process.nice(spec.nice)
-
-    @property
-    def name(self) -> str:
-        return self.spec.name
-
-    @property
-    def pid(self) -> int:
-        return self._popen.pid
 
     def exited(self) -> bool:
         """True when the process has ended. It stays a zombie, so that its id and group id cannot be given to others."""
@@ -85,15 +68,15 @@ class Child:
         except _GONE:
             return True
 
-    def reap(self) -> int:
-        """Exit code of an ended process (negative: the signal that killed it). Call after its group is stopped."""
+    def exit_code(self) -> int:
+        """Of an ended process (negative: the signal that killed it). Call after its group is stopped."""
         return self._popen.wait()
 
-    def signal(self, signum: int) -> None:
-        """Signal the process alone."""
+    def print_stacks(self) -> None:
+        """Ask the process alone for every thread's stack, in its log (`process/worker.py`)."""
         if self._popen.returncode is None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signum)
+                os.kill(self.pid, signal.SIGUSR1)
 
     def signal_group(self, signum: int) -> None:
         """Signal the process group that it leads. Nothing once it is reaped: the id may be another's."""
@@ -113,7 +96,7 @@ class Child:
     def last_lines(self, count: int = 20) -> list[str]:
         """End of what this process wrote (not of an earlier attempt's log)."""
         try:
-            with self.spec.log.open("rb") as log:
+            with self.log.open("rb") as log:
                 size = log.seek(0, os.SEEK_END)
                 log.seek(max(self._log_start, size - 64 * 1024))
                 return last_lines(log, count)
@@ -123,7 +106,7 @@ class Child:
     def log_time(self) -> float:
         """When it last wrote (unix seconds): of several that died together, the first to fall silent died first."""
         try:
-            return self.spec.log.stat().st_mtime
+            return self.log.stat().st_mtime
         except OSError:
             return 0.0
 
@@ -143,8 +126,8 @@ def exit_words(code: int) -> str:
         return f"signal {-code}"
 
 
-def stop(children: Sequence[Child], also: Iterable[psutil.Process] = (), grace_s: float = GRACE_S) -> list[str]:
-    """End children with everything they started: TERM, then KILL after `grace_s`. Returns the names that needed KILL.
+def stop(children: Sequence[Child], also: Iterable[psutil.Process] = (), grace_s: float = GRACE_S) -> None:
+    """End children with everything they started: TERM, then KILL after `grace_s`.
 
     `also`: descendants seen earlier, which may have left their session or lost their parent since.
     """
@@ -155,7 +138,6 @@ def stop(children: Sequence[Child], also: Iterable[psutil.Process] = (), grace_s
     deadline = time.monotonic() + grace_s
     while time.monotonic() < deadline and not _all_gone(children, strays.values()):
         time.sleep(0.02)
-    killed = [child.name for child in children if not child.exited()]
     for child in children:
         strays |= {p.pid: p for p in child.descendants()}
     _signal_all(children, strays.values(), signal.SIGKILL)
@@ -165,7 +147,6 @@ def stop(children: Sequence[Child], also: Iterable[psutil.Process] = (), grace_s
     for child in children:
         with contextlib.suppress(subprocess.TimeoutExpired):
             child._popen.wait(timeout=0.5)
-    return killed
 
 
 def _signal_all(children: Sequence[Child], strays: Iterable[psutil.Process], signum: int) -> None:
@@ -205,9 +186,10 @@ class MemorySampler:
         self._thread = threading.Thread(target=self._run, name="memory", daemon=True)
 
     def start(self, names: Callable[[], dict[int, str]]) -> None:
-        """`names`: pid -> child name, asked at every sample."""
-        self._names = names
-        self._thread.start()
+        """`names`: pid -> child name, asked at every sample. Once it runs, another start changes nothing."""
+        if self._thread.ident is None:
+            self._names = names
+            self._thread.start()
 
     def close(self) -> None:
         self._stop.set()

@@ -17,29 +17,17 @@ EXIT = 75
 LINK = "the link to another rank failed"
 """How a rank begins to say that another one is gone: that one's end is the cause."""
 LASTING = (
-    *("no kernel image", "invalid device function", "invalid argument", "invalid configuration", "invalid ptx"),
-    *(
-        "unsupported ptx",
-        "unsupported toolchain",
-        "illegal instruction",
-        "device-side assert",
-        "named symbol not found",
-    ),
-    *("invalid device ordinal", "no cuda-capable device", "driver version is insufficient", "not supported"),
-    *("not_supported", "invalid_value", "arch_mismatch", "too many resources requested", "misaligned address"),
-)
+    "no kernel image", "invalid device function", "invalid argument", "invalid configuration", "invalid ptx",
+    "unsupported ptx", "unsupported toolchain", "illegal instruction", "device-side assert", "named symbol not found",
+    "invalid device ordinal", "no cuda-capable device", "driver version is insufficient", "not supported",
+    "not_supported", "invalid_value", "arch_mismatch", "too many resources requested", "misaligned address",
+)  # fmt: skip
 """Of what a GPU reports, in lower case: a program that it cannot run, or that asks for what is not there."""
 LINKS = (
-    *("connection closed by peer", "connection reset by peer", "broken pipe", "socket closed", "socket timeout"),
-    *(
-        "timed out waiting",
-        "connection refused",
-        "ncclremoteerror",
-        "remote process exited",
-        "heartbeat monitor timed out",
-    ),
-    *("collective operation timeout",),
-)
+    "connection closed by peer", "connection reset by peer", "broken pipe", "socket closed", "socket timeout",
+    "timed out waiting", "connection refused", "ncclremoteerror", "remote process exited",
+    "heartbeat monitor timed out", "collective operation timeout",
+)  # fmt: skip
 """Of what a collective raises when a rank is gone, or does not come."""
 SIGNALS = {
     signal.SIGKILL: "killed from outside, or by the system for want of memory",

@@ -3,7 +3,7 @@
 A worker is `python -m astracli.ROLE.worker CONFIG.json`; its module ends in
 
     if __name__ == "__main__":
-        worker_main(run)            # run(config: WorkerConfig, reporter: Reporter) -> None
+        worker_main(run, TrainerConfig)            # run(config: TrainerConfig, reporter: Reporter) -> None
 
 Nothing here imports torch.
 """
@@ -20,15 +20,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import Any, Literal, NoReturn
 from urllib.parse import urlsplit
 
-from astracli.config.recipe import Recipe
-from astracli.errors import AstraError, UserError, disk_full
+from astracli.errors import AstraError, disk_full
+from astracli.process.config import C, ProcessConfig, load_config
 from astracli.process.transient import gpu_failed, link_failed
 
 State = Literal["starting", "ready", "done", "failed"]
@@ -40,67 +39,23 @@ TERM_EXIT = 143
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
-@dataclass(frozen=True)
-class WorkerConfig:
-    """One process's resolved configuration, as in RUN_DIR/config/NAME.json."""
+@dataclass
+class Status:
+    """What a supervisor knows of one process: the last word of its `Reporter`, and its starts."""
 
-    name: str
-    """Unique in the run: `engine0`, `rollout`, `trainer`, `trainer1`, `eval`."""
-    role: str
-    """`engine`, `rollout`, `trainer`, `eval`."""
-    run_dir: Path
-    hub_url: str
-    token: str = field(repr=False)
-    """Bearer token of the run; every request between its processes carries it."""
-    recipe: Recipe
-    paths: dict[str, Any]
-    """`model`: local directory; `data`: local path or None; `benchmarks`: {name: local path or None}."""
-    engines: list[dict[str, str]] = field(default_factory=list)
-    """[{"name", "url"}]"""
-    device: str = "cpu"
-    threads: int = 1
-    """CPU threads of this process."""
-    resume: bool = False
-    attempt: int = 1
-    """1 for a new run, one more for each `--resume`."""
-    backends: dict[str, Any] = field(default_factory=dict)
-    """What `backend.choose` picked: {"attention": ..., ...}."""
-    extra: dict[str, Any] = field(default_factory=dict)
-    """What only this role needs: an engine's `port` and `stage_dir`, a resumed trainer's `step`."""
+    state: str = "starting"
+    waiting: str | None = None
+    progress: Mapping[str, Any] = field(default_factory=dict)
+    heard: float | None = None
+    """Monotonic time of the last heartbeat; None before the first."""
+    restarts: int = 0
+    started: float = field(default_factory=time.monotonic)
 
-    @property
-    def model_path(self) -> Path:
-        return Path(self.paths["model"])
-
-    @property
-    def data_path(self) -> Path | None:
-        return Path(self.paths["data"]) if self.paths.get("data") else None
-
-    def benchmark_path(self, name: str) -> Path | None:
-        """Local copy of a benchmark; None for a generated one."""
-        path = self.paths.get("benchmarks", {}).get(name)
-        return Path(path) if path else None
-
-    def document(self) -> dict[str, Any]:
-        """The JSON form that `load_config` reads."""
-        plain = {key: value for key, value in asdict(self).items() if key != "recipe"}
-        return plain | {"run_dir": str(self.run_dir), "recipe": self.recipe.model_dump(mode="json")}
-
-
-def load_config(argv: Sequence[str]) -> WorkerConfig:
-    """Read CONFIG.json named by the only argument. `argv` is `sys.argv`. Raises UserError."""
-    if len(argv) != 2:
-        raise UserError("a worker takes one argument, its CONFIG.json", "workers are started by `astra train`")
-    path = Path(argv[1])
-    try:
-        document = json.loads(path.read_text())
-        document["run_dir"] = Path(document["run_dir"])
-        document["recipe"] = Recipe.model_validate(document["recipe"])
-        return WorkerConfig(**document)
-    except OSError as error:
-        raise UserError(f"cannot read worker config `{path}`: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"`{path}` is not a worker config: {error}") from None
+    def words(self) -> str:
+        """What it waits for, or its state."""
+        if self.waiting:
+            return self.waiting if self.waiting.startswith("waiting") else f"waiting for {self.waiting}"
+        return self.state if self.heard is not None else "has not reported yet"
 
 
 class Reporter:
@@ -110,7 +65,7 @@ class Reporter:
     that started this one is gone, it ends the process with `ORPHAN_EXIT`: an orphan never lives on.
     """
 
-    def __init__(self, config: WorkerConfig, *, interval_s: float = 1.0, give_up_s: float = 10.0):
+    def __init__(self, config: ProcessConfig, *, interval_s: float = 1.0, give_up_s: float = 10.0):
         self.stop_requested = threading.Event()
         """Set when the hub asks for a stop, or on SIGTERM: finish what you do and return."""
         self._config = config
@@ -220,15 +175,15 @@ def set_threads(threads: int) -> None:
         sys.modules["torch"].set_num_threads(threads)
 
 
-def worker_main(fn: Callable[[WorkerConfig, Reporter], None]) -> None:
-    """Body of a worker's `__main__`: load the config, report, run `fn`, end with the right exit code.
+def worker_main(fn: Callable[[C, Reporter], None], kind: type[C]) -> None:
+    """Body of a worker's `__main__`: load its config of that kind, report, run `fn`, end with the right exit code.
 
     0 done, 1 failed, 75 failed in a way that may pass (`transient`), 2 bad input, 143 told to stop. SIGTERM sets
     `reporter.stop_requested` and unwinds the main thread with SystemExit, so that `finally` blocks run. SIGUSR1 prints
     every thread's stack to stderr and goes on.
     """
     try:
-        config = load_config(sys.argv)
+        config = load_config(sys.argv, kind)
     except AstraError as error:
         sys.exit(_explain(error))
     set_threads(config.threads)
@@ -254,7 +209,7 @@ def _end(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _run(fn: Callable[[WorkerConfig, Reporter], None], config: WorkerConfig, reporter: Reporter) -> int:
+def _run(fn: Callable[[C, Reporter], None], config: C, reporter: Reporter) -> int:
     try:
         with reporter:
             fn(config, reporter)

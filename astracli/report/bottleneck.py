@@ -16,6 +16,7 @@ from math import ceil
 from typing import Any, Literal
 
 from astracli.config.recipe import Recipe
+from astracli.process.config import Role
 from astracli.runs.metrics import Record
 
 LITTLE = 0.05
@@ -244,10 +245,10 @@ def _evaluated(records: Sequence[Record], steps: Sequence[Record]) -> float:
 
 def _setting(recipe: Recipe, plan: Mapping[str, Any]) -> RunLayout:
     processes = plan["processes"]
-    engines = sum(process["role"] == "engine" for process in processes)
+    engines = sum(process["role"] == Role.ENGINE for process in processes)
     return RunLayout(
         engines=max(1, engines),
-        ranks=max(1, sum(process["role"] == "trainer" for process in processes)),
+        ranks=max(1, sum(process["role"] == Role.TRAINER for process in processes)),
         gpus=any(process["gpus"] for process in processes),
         slots=max(1, engines) * plan["running_requests"],
         allowed=(recipe.effective_staleness + 1) * recipe.batch_sequences,

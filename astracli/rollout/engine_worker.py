@@ -35,8 +35,8 @@ from typing import Any, Literal, Protocol
 from astracli.engines.client import UNPROVEN, EngineClient, flushes
 from astracli.errors import RunFailed
 from astracli.hub.client import AsyncHubClient
-from astracli.rollout.idle import IdleWhile
 from astracli.rollout.request_gate import EngineLost, RequestGate
+from astracli.rollout.slot_use import IdleWhile
 
 TARGET_WAIT_S = 2.0
 """How long one question for the target version waits for another answer."""

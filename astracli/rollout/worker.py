@@ -7,7 +7,7 @@ update is continued from prompt + prefix: its tokens form one segment per versio
 sample, position) alone. In a deterministic run all groups of one grant are one call to the engine, which runs nothing
 beside it: log-probabilities then depend on nothing else either, to the last bit.
 
-`extra = {"out": FILE, "n": N}`: no trainer; N groups are written to FILE, one JSON line a sample, and the worker ends.
+Without a trainer (`config.samples`) groups are written to a file, and the worker ends.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,7 +27,8 @@ from astracli.engines.client import EngineClient
 from astracli.errors import RunFailed
 from astracli.hub.client import AsyncHubClient
 from astracli.models.adapter import chat_prompt_tokens, load_tokenizer
-from astracli.process.worker import Reporter, WorkerConfig, worker_main
+from astracli.process.config import RolloutConfig
+from astracli.process.worker import Reporter, worker_main
 from astracli.rewards.reward import Grade, GradeItem, GradePool
 from astracli.rl.types import Group, Sample
 from astracli.rollout.engine_worker import EngineWorker
@@ -53,7 +53,7 @@ class Rollout:
 
     def __init__(
         self,
-        config: WorkerConfig,
+        config: RolloutConfig,
         reporter: Reporter,
         hub: AsyncHubClient,
         workers: Sequence[EngineWorker],
@@ -77,7 +77,7 @@ class Rollout:
         self._unfit_in_a_row = 0
         self._tasks: asyncio.TaskGroup
         self._over = asyncio.Event()
-        self._writer = SampleWriter(config.extra["out"], int(config.extra["n"])) if "out" in config.extra else None
+        self._writer = SampleWriter(config.samples.path, config.samples.groups) if config.samples else None
         self._waits: dict[str, str | None] = {}
         self._done = {"groups": 0, "samples": 0}
 
@@ -91,7 +91,7 @@ class Rollout:
                 for worker in self.workers:
                     parts += [self._follow(worker), self._feed(worker)]
                 for part in parts:
-                    self._start(part)
+                    self._tasks.create_task(part)
                 await self._over.wait()
                 raise _Over
         except ExceptionGroup as group:
@@ -104,9 +104,6 @@ class Rollout:
                     await self.hub.give_back(sorted(self._held))
         if self._writer is not None:  # no update has told how full the slots were
             await self.hub.metrics([{"process": self.config.name} | worker.usage() for worker in self.workers])
-
-    def _start(self, part: Coroutine[Any, Any, None]) -> None:
-        self._tasks.create_task(part)
 
     async def _follow(self, worker: EngineWorker) -> None:
         await worker.follow()
@@ -134,7 +131,7 @@ class Rollout:
             worker.use.change(outstanding=len(leases) * self._group_size)
             together = [leases] if self.config.recipe.launch.deterministic else [{i: n} for i, n in leases.items()]
             for some in together if leases else []:
-                self._start(self._groups(worker, some))
+                self._tasks.create_task(self._groups(worker, some))
 
     def _wanted(self, worker: EngineWorker) -> int:
         """Groups to lease for this engine now: as many as leave none of its slots empty.
@@ -286,13 +283,8 @@ def _leaves(error: Exception) -> list[Exception]:
     return [error]
 
 
-def stage_dir(config: WorkerConfig, engine: dict[str, str]) -> Path:
-    """Where payloads for an engine are staged: its entry's `stage_dir`, else RUN_DIR/stage/NAME."""
-    return Path(engine.get("stage_dir") or config.run_dir / "stage" / engine["name"])
-
-
 async def _main(
-    config: WorkerConfig, reporter: Reporter, tokenizer: Any, source: PromptSource, pool: GradePool
+    config: RolloutConfig, reporter: Reporter, tokenizer: Any, source: PromptSource, pool: GradePool
 ) -> None:
     from astracli.weights.receive.subscriber import Subscriber
 
@@ -301,32 +293,27 @@ async def _main(
         hub = await stack.enter_async_context(AsyncHubClient(config.hub_url, config.token))
         workers = []
         for entry in config.engines:
-            stage = stage_dir(config, entry)
-            client = EngineClient(
-                entry["url"],
-                config.token,
-                name=entry["name"],
-                loader_dir=stage if config.backends.get("engine") == "sglang" else None,
-            )
+            loader_dir = entry.stage_dir if config.engine == "sglang" else None
+            client = EngineClient(entry.url, config.token, name=entry.name, loader_dir=loader_dir)
             engine = await stack.enter_async_context(client)
-            subscriber = Subscriber(config.hub_url, config.token, stage, config.model_path)
+            subscriber = Subscriber(config.hub_url, config.token, entry.stage_dir, config.model_path)
             stack.callback(subscriber.close)
             workers.append(
                 EngineWorker(
-                    entry["name"],
+                    entry.name,
                     engine,
                     hub,
                     subscriber,
                     process=config.name,
                     mode=recipe.weights.pause_mode,
                     ready_timeout_s=recipe.launch.ready_timeout_s,
-                    time_sharing=entry["name"] in config.extra.get("gpu_leases", ()),
+                    time_sharing=entry.name in config.gpu_leases,
                 )
             )
         await Rollout(config, reporter, hub, workers, source, tokenizer, pool).run()
 
 
-def run(config: WorkerConfig, reporter: Reporter) -> None:
+def run(config: RolloutConfig, reporter: Reporter) -> None:
     """Entry of the process."""
     recipe = config.recipe
     source = PromptSource(recipe.data, recipe.seed, config.data_path)
@@ -337,4 +324,4 @@ def run(config: WorkerConfig, reporter: Reporter) -> None:
 
 
 if __name__ == "__main__":
-    worker_main(run)
+    worker_main(run, RolloutConfig)

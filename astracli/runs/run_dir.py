@@ -286,10 +286,14 @@ def paths(run_dir: Path) -> dict[str, str]:
     return {name: str(place) for name, place in places.items() if place.exists()}
 
 
-def write_atomic(path: Path, text: str, mode: int = 0o644) -> None:
-    """Write a file so that readers see the old or the new text, never half of it."""
+def write_atomic(path: Path, text: str, mode: int = 0o644, *, sync: bool = False) -> None:
+    """Write a file so that readers see the old or the new text, never half of it. `sync`: it is on disk then."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     with os.fdopen(fd, "w", encoding="utf-8") as file:
         file.write(text)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
     os.replace(temporary, path)

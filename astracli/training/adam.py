@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from astracli.config.recipe import TrainTable
+from astracli.process.layout import BUCKET_BYTES
 from astracli.training.cpu_offload import CpuOffload
-from astracli.training.layout import BUCKET_BYTES
 from astracli.training.overlapped_offload import OverlappedOffload
 from astracli.training.split_masters import SplitMasters
 

@@ -219,16 +219,6 @@ def prune(directory: Path, keep: int) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def write(path: Path, text: str) -> None:
-    """All of it or nothing, on disk when this returns."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
 def sync(directory: Path) -> None:
     """Make a rename in `directory` last through a power cut."""
     handle = os.open(directory, os.O_RDONLY)

@@ -29,6 +29,7 @@ import xxhash
 from torch import Tensor
 
 from astracli.kernels.upload import host_memory
+from astracli.runs.run_dir import write_atomic
 from astracli.training import checkpoint
 from astracli.training.checkpoint import COMPLETE, FORMAT, META, Entry
 from astracli.training.fsdp import Ranks
@@ -280,7 +281,7 @@ class _Save:
                 return
             os.fsync(file.fileno())
         index = {"bytes": size, "xxh3": digest.hexdigest(), "tensors": self._entries}
-        checkpoint.write(self._working / f"rank_{rank}.json", json.dumps(index))
+        write_atomic(self._working / f"rank_{rank}.json", json.dumps(index), sync=True)
         if self._saver.ranks.first:
             self._make_whole()
         self.copied.wait()
@@ -302,10 +303,10 @@ class _Save:
         for path in indices:
             index = json.loads(path.read_text())
             files[f"{path.stem}.bin"] = (index["bytes"], index["xxh3"])
-        checkpoint.write(self._working / META, json.dumps(self._meta))
+        write_atomic(self._working / META, json.dumps(self._meta), sync=True)
         for path in (*indices, self._working / META):
             files[path.name] = (path.stat().st_size, checkpoint.digest_of(path))
-        checkpoint.write(self._working / COMPLETE, json.dumps({"files": files}))
+        write_atomic(self._working / COMPLETE, json.dumps({"files": files}), sync=True)
         checkpoint.sync(self._working)
         directory, step = self._saver.directory, int(self._meta["step"])
         target = checkpoint.place(directory, step)

@@ -2,7 +2,7 @@
 
 On some machines NCCL's direct copies between GPUs hang or bring wrong data (PCIe access control, a virtual machine's
 IOMMU), and a run would stand still in its first step. A rank that cannot prove its link ends with `BROKEN`, and the
-supervisor starts all ranks once more, in fresh processes, with `WITHOUT_PEERS` in their environment.
+supervisor starts all ranks once more, in fresh processes, with `layout.WITHOUT_PEERS` in their environment.
 """
 
 from __future__ import annotations
@@ -14,23 +14,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from astracli.process.layout import LIMIT_S
+
 if TYPE_CHECKING:
     import torch
 
 BROKEN = 71
 """Exit code of a rank whose all-reduce hung, failed or was wrong."""
-WITHOUT_PEERS = {"NCCL_P2P_DISABLE": "1"}
-LIMIT_S = 60.0
-"""From the moment at which all ranks have met; NCCL's own start is in it."""
 ELEMENTS = {"cpu": 2**12, "cuda": 2**24}
 """fp32 elements: on GPUs enough that NCCL takes the path of a step."""
 
 
 @contextmanager
-def watched(limit_s: float) -> Iterator[None]:
-    """End this process with `BROKEN` when the block raises or has not ended in time: nothing can free a rank that hangs
-    inside a collective."""
-    timer = threading.Timer(limit_s, _give_up, [f"the ranks' all-reduce has not ended after {limit_s:g} s"])
+def watched() -> Iterator[None]:
+    """End this process with `BROKEN` when the block raises or has not ended in `LIMIT_S`: nothing can free a rank that
+    hangs inside a collective."""
+    timer = threading.Timer(LIMIT_S, _give_up, [f"the ranks' all-reduce has not ended after {LIMIT_S:g} s"])
     timer.daemon = True
     timer.start()
     try:

@@ -168,7 +168,7 @@ def join(device: str, environment: Mapping[str, str] = os.environ, *, wrapped: b
     store = dist.TCPStore(
         environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), world_size, rank == 0, timeout=RENDEZVOUS
     )
-    with collective_check.watched(collective_check.LIMIT_S):
+    with collective_check.watched():
         dist.init_process_group(**options, store=store, rank=rank, world_size=world_size)
         collective_check.check(rank, world_size, chosen)
     cpu_group = dist.new_group(backend="gloo", timeout=WAIT)

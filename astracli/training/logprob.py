@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from astracli.kernels import weight_gradients
-from astracli.training.layout import LOGIT_BYTES
+from astracli.process.layout import LOGIT_BYTES
 
 _CHUNKS_PER_PRODUCT = {"cpu": 1, "cuda": 4}
 """Chunks whose gradients of logits, in the compute dtype, go into one product for the gradient of the weight: every

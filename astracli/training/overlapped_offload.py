@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from astracli.process.layout import BUCKETS_IN_FLIGHT
 from astracli.training.cpu_offload import CpuOffload
-from astracli.training.layout import BUCKETS_IN_FLIGHT
 
 Wait = Callable[[], None]
 AHEAD = BUCKETS_IN_FLIGHT - 1

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from pathlib import Path
 
 from astracli.rl.batch import Batch
 from astracli.rl.sample_log import group_line
+from astracli.runs.run_dir import write_atomic
 
 
 def write_samples(directory: Path, batch: Batch, step: int, seed: int, count: int) -> Path | None:
     """`count` samples of the batch, drawn by (seed, step), into step_000012.jsonl; written whole or not at all."""
     if count == 0:
         return None
-    directory.mkdir(parents=True, exist_ok=True)
     chosen = random.Random(f"samples:{seed}:{step}").sample(batch.rows, min(count, len(batch.rows)))
     path = directory / f"step_{step:06d}.jsonl"
-    working = path.with_suffix(".tmp")
     lines = [
         json.dumps(group_line(row.group, row.sample, step=step, advantage=row.advantage), ensure_ascii=False)
         for row in sorted(chosen, key=lambda r: r.index)
     ]
-    working.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(working, path)
+    write_atomic(path, "\n".join(lines) + "\n")
     return path

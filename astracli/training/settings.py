@@ -1,24 +1,14 @@
-"""What a trainer rank is told and settles before it computes: where things lie, threads, determinism."""
+"""What a trainer rank is told and settles before it computes: threads, determinism."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import fields
 
 from astracli.config.recipe import Recipe
-from astracli.process.worker import WorkerConfig
-from astracli.training.layout import RESIDENT, Split
-
-_SPLIT = tuple(field.name for field in fields(Split))
+from astracli.process.config import TrainerConfig
 
 
-def split_of(config: WorkerConfig) -> Split:
-    """What the plan lets wait on the host. On a CPU there is one place."""
-    told = config.extra.get("placement", {})
-    return Split(**{name: told[name] for name in _SPLIT if name in told}) if config.device == "cuda" else RESIDENT
-
-
-def settle_torch(config: WorkerConfig) -> None:
+def settle_torch(config: TrainerConfig) -> None:
     """Threads and determinism, before anything is computed."""
     if config.recipe.launch.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -28,7 +18,7 @@ def settle_torch(config: WorkerConfig) -> None:
 
     if config.device == "cpu":
         keep_freed_memory()
-    elif config.backends.get("gdn_backward") == "torch":
+    elif config.gdn_backward == "torch":
         from astracli.kernels.gpu import fused
 
         fused.delta_rule_by_torch = True

@@ -12,9 +12,9 @@ from astracli.config.recipe import Recipe
 from astracli.kernels import varlen
 from astracli.kernels.cpu import linear
 from astracli.models.adapter import ModelAdapter, WireTensor, read_config
+from astracli.process.layout import RESIDENT, Split, recomputed
 from astracli.training.cpu_offload import CpuOffload
 from astracli.training.fsdp import Ranks, recompute, shard
-from astracli.training.layout import RESIDENT, Split, recomputed
 from astracli.training.logprob import PolicyModel
 from astracli.training.optimizer import DTYPES, Masters
 from astracli.training.step import Trainer

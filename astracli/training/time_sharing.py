@@ -12,8 +12,9 @@ from typing import Any
 
 from astracli.errors import RunFailed
 from astracli.hub.client import HubClient
+from astracli.process.config import TrainerConfig
 from astracli.process.health import answers
-from astracli.process.worker import Reporter, WorkerConfig
+from astracli.process.worker import Reporter
 
 WAIT_S = 5.0
 """One long poll for a GPU lease; between two, a stop is noticed."""
@@ -25,13 +26,12 @@ _YES, _NO = b"1", b"0"
 class TimeSharing:
     """One rank's part. Without shared GPUs every call does nothing, at once."""
 
-    def __init__(self, config: WorkerConfig, reporter: Reporter, ranks: Any, hub: HubClient | None):
-        told = config.extra.get("placement", {})
-        self.gpu_leases: list[str] = list(told.get("gpu_leases", ()))
+    def __init__(self, config: TrainerConfig, reporter: Reporter, ranks: Any, hub: HubClient | None):
+        self.gpu_leases = config.gpu_leases
         """Engines with which this trainer shares GPUs in time: the names of their leases."""
-        self.leaves = bool(self.gpu_leases) and bool(told.get("leaves", True))
+        self.leaves = bool(self.gpu_leases) and config.leaves
         """Whether an engine shares this rank's own GPU."""
-        self._shared = bool(told.get("shared"))
+        self._shared = config.shared
         self._config = config
         self._reporter = reporter
         self._ranks = ranks
@@ -82,12 +82,12 @@ class TimeSharing:
     def _await_engines(self) -> None:
         deadline = time.monotonic() + self._config.recipe.launch.ready_timeout_s
         for engine in self._config.engines:
-            self._reporter.waiting(f"{engine['name']} to reserve its part of the GPU")
-            while not answers(f"{engine['url']}/model_info", self._config.token, timeout_s=HEALTH_TIMEOUT_S):
+            self._reporter.waiting(f"{engine.name} to reserve its part of the GPU")
+            while not answers(f"{engine.url}/model_info", self._config.token, timeout_s=HEALTH_TIMEOUT_S):
                 if self._reporter.stop_requested.is_set():
                     return
                 if time.monotonic() > deadline:
                     limit = self._config.recipe.launch.ready_timeout_s
-                    raise RunFailed(f"{engine['name']} was not up within {limit:g} s", "look at its log")
+                    raise RunFailed(f"{engine.name} was not up within {limit:g} s", "look at its log")
                 time.sleep(LOOK_S)
         self._reporter.waiting(None)

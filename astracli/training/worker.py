@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 
 from astracli.errors import RunFailed, disk_full
+from astracli.process.config import TrainerConfig
 from astracli.process.transient import gpu_failed
-from astracli.process.worker import TERM_EXIT, Reporter, WorkerConfig, worker_main
+from astracli.process.worker import TERM_EXIT, Reporter, worker_main
 from astracli.rl.types import Group, unpack_group
-from astracli.training.settings import in_background, settle_torch, split_of
+from astracli.training.settings import in_background, settle_torch
 from astracli.training.time_sharing import TimeSharing
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ BATCH_WAIT_S = 5.0
 """One long poll for a batch; between two, a stop is noticed."""
 
 
-def run(config: WorkerConfig, reporter: Reporter) -> None:
+def run(config: TrainerConfig, reporter: Reporter) -> None:
     """The whole life of one rank."""
     from astracli.training import fsdp
 
@@ -50,7 +51,7 @@ def run(config: WorkerConfig, reporter: Reporter) -> None:
     ranks.close()
 
 
-def _train(config: WorkerConfig, reporter: Reporter, ranks: Any) -> None:
+def _train(config: TrainerConfig, reporter: Reporter, ranks: Any) -> None:
     loop = TrainLoop(config, reporter, ranks)
     loop.start()
     while loop.step < config.recipe.train.steps:
@@ -86,7 +87,7 @@ def _published_figures(result: PublishResult) -> dict[str, float]:
 class TrainLoop:
     """One rank's state between steps. `step` is the next step to train; the policy's version is the same number."""
 
-    def __init__(self, config: WorkerConfig, reporter: Reporter, ranks: Any):
+    def __init__(self, config: TrainerConfig, reporter: Reporter, ranks: Any):
         from astracli.hub.client import HubClient
         from astracli.models import registry
         from astracli.training.checkpoint_saver import Saver
@@ -104,22 +105,20 @@ class TrainLoop:
         if not self.time_sharing.begin():
             raise SystemExit(TERM_EXIT)
         self.adapter = registry.resolve(self.recipe, config.model_path)
-        attention = config.backends.get("attention", "sdpa")
         self.trainer = build_trainer(
             config.model_path,
             self.adapter,
             self.recipe,
             ranks,
-            attention=attention,
-            split=split_of(config),
+            attention=config.attention,
+            split=config.split,
             # SGLang does on a CPU too
-            bf16_engine=config.device != "cpu" or config.backends.get("engine") == "sglang",
+            bf16_engine=config.device != "cpu" or config.engine == "sglang",
         )
         self.checkpoints = config.run_dir / "checkpoints"
         beside = not self.recipe.launch.deterministic  # where nothing runs beside anything
-        others = int(config.extra.get("placement", {}).get("host_bytes", 0))
         keep = self.recipe.checkpoint.keep
-        self.saver = Saver(self.checkpoints, ranks, keep=keep, beside=beside, others=others)
+        self.saver = Saver(self.checkpoints, ranks, keep=keep, beside=beside, others=config.host_bytes)
         self._pinned: set[int] = set()
         table = self.recipe.weights
         self.publisher = Publisher(
@@ -131,7 +130,7 @@ class TrainLoop:
             model_name=self.recipe.model.path,
             rank=ranks.rank,
             world_size=ranks.world_size,
-            session=f"{config.run_dir.name}-{config.attempt}-{config.extra.get('start', 0)}",
+            session=f"{config.run_dir.name}-{config.attempt}-{config.start}",
             frozen=frozen_tensors(config.model_path, self.adapter) if ranks.first else None,
             tied=self.trainer.masters.tied,
             pinned=lambda version: version in self._pinned,
@@ -148,11 +147,11 @@ class TrainLoop:
         from astracli.training import checkpoint
 
         masters = self.trainer.masters
-        found = self._checkpoint_to_resume() if self.config.resume else None
+        found = self._checkpoint_to_resume()
         if found is not None:
             checkpoint.load(found, masters, self.ranks)
             self.step = found.step
-        if self.config.resume:
+        if self.config.resume_step is not None:
             if self.hub is not None:
                 evals = self.hub.state()["evals"]
                 self._pinned = {item["version"] for item in evals if item["state"] == "running"}
@@ -170,16 +169,14 @@ class TrainLoop:
         self.reporter.progress(step=self.step)
 
     def _checkpoint_to_resume(self) -> Any:
-        """The checkpoint that the supervisor rewound the hub to, else the newest; None = from the beginning."""
+        """The checkpoint that the supervisor rewound the hub to; None = from the beginning."""
         from astracli.training import checkpoint
 
-        step = self.config.extra.get("step")
-        if step is None:
-            return checkpoint.latest(self.checkpoints)
-        if step == 0:
+        step = self.config.resume_step
+        if not step:
             return None
         # the supervisor has read it whole
-        found = checkpoint.read(checkpoint.place(self.checkpoints, int(step)), digests=False)
+        found = checkpoint.read(checkpoint.place(self.checkpoints, step), digests=False)
         if found is None:
             raise RunFailed(f"there is no whole checkpoint of step {step} in `{self.checkpoints}`")
         return found
@@ -328,4 +325,4 @@ class TrainLoop:
 
 
 if __name__ == "__main__":
-    worker_main(run)
+    worker_main(run, TrainerConfig)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from astracli.engines.embedded.http import Door, build_app
 from astracli.errors import RunFailed
-from astracli.process.worker import Reporter, WorkerConfig, worker_main
+from astracli.process.config import EngineConfig
+from astracli.process.worker import Reporter, worker_main
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
     from astracli.engines.embedded.engine import EmbeddedEngine
 
 
-def run(config: WorkerConfig, reporter: Reporter) -> None:
+def run(config: EngineConfig, reporter: Reporter) -> None:
     """Serve until told to stop. Raises RunFailed when the port is taken or the model produces NaN."""
     door = Door()
-    listener = bind(config.recipe.launch.host, int(config.extra["port"]))
+    listener = bind(config.recipe.launch.host, config.port)
     with serving(build_app(door, config.token), listener):
         engine = load_engine(config)
         door.engine = engine
@@ -76,8 +77,8 @@ def serving(app: ASGIApp, listener: socket.socket) -> Iterator[None]:
         listener.close()
 
 
-def load_engine(config: WorkerConfig) -> EmbeddedEngine:
-    """Load the model through its adapter, as version 0 or, with `extra.start_version`, as what is staged."""
+def load_engine(config: EngineConfig) -> EmbeddedEngine:
+    """Load the model through its adapter, as version 0."""
     import torch
 
     from astracli.engines.embedded.engine import EmbeddedEngine, EngineLimits
@@ -96,25 +97,17 @@ def load_engine(config: WorkerConfig) -> EmbeddedEngine:
         return model, adapter.wire_tensors(model)
 
     rollout = config.recipe.rollout
-    engine = EmbeddedEngine(
+    return EmbeddedEngine(
         config.model_path,
         load,
         EngineLimits(rollout.running, rollout.context_length, rollout.chunked_prefill_size),
-        stage_dir=Path(config.extra["stage_dir"]) if config.extra.get("stage_dir") else None,
+        stage_dir=config.stage_dir,
         device=config.device,
         exclusive_calls=config.recipe.launch.deterministic,
-        problem="waiting for its weights" if config.extra.get("await_weights") else None,
+        problem="waiting for its weights" if config.await_weights else None,
         verify_interval=config.recipe.weights.verify_interval,
     )
-    start = config.extra.get("start_version")
-    if start is not None:
-        update = engine.apply_staged(int(start))
-        engine.scheduler.run_once()
-        outcome = update.result()
-        if not outcome.success:
-            raise RunFailed(f"the engine cannot start at version {start}: {outcome.message}")
-    return engine
 
 
 if __name__ == "__main__":
-    worker_main(run)
+    worker_main(run, EngineConfig)

@@ -24,8 +24,9 @@ import astracli
 from astracli.engines.client import SETTLE_LOADER, STAGED_LOADER, UNPROVEN, flushes
 from astracli.engines.sglang import checkpoint, failure_hints
 from astracli.errors import RunFailed
+from astracli.process.config import EngineConfig
 from astracli.process.health import answers
-from astracli.process.worker import Reporter, WorkerConfig, worker_main
+from astracli.process.worker import Reporter, worker_main
 from astracli.runs.run_dir import RunDir, write_atomic
 
 NEEDED = ("sglang", "torch", "numpy", "xxhash", "zstandard")
@@ -64,7 +65,7 @@ print(json.dumps({
 """
 
 
-def run(config: WorkerConfig, reporter: Reporter) -> None:
+def run(config: EngineConfig, reporter: Reporter) -> None:
     """Serve until told to stop. Raises RunFailed when the server dies, hangs or never becomes ready."""
     from astracli.models import registry
 
@@ -72,7 +73,7 @@ def run(config: WorkerConfig, reporter: Reporter) -> None:
     environment = engine_environment(config)
     facts = probe(config, environment)
     folder = RunDir(config.run_dir).stage / f"{config.name}-model"
-    model = checkpoint.prepare(folder, config.model_path, adapter, weights=not from_the_wire(config))
+    model = checkpoint.prepare(folder, config.model_path, adapter, weights=not config.published)
     flags = adapter.engine_flags(json.loads((model / "config.json").read_text()))
     arguments = command(config, model, Options(Path(facts["sglang"])), flags)
     server = Server(config, facts["executable"], arguments, environment)
@@ -84,12 +85,7 @@ def run(config: WorkerConfig, reporter: Reporter) -> None:
         server.stop()
 
 
-def from_the_wire(config: WorkerConfig) -> bool:
-    """Whether every version, the first included, is brought by a trainer of this run."""
-    return bool(config.extra.get("published"))
-
-
-def engine_environment(config: WorkerConfig) -> dict[str, str]:
+def engine_environment(config: EngineConfig) -> dict[str, str]:
     """The server's environment: this process's, the recipe's `resources.engine.env`, and what our loader reads."""
     own = dict(config.recipe.resources.engine.env)
     path = RunDir(config.run_dir).stage / f"{config.name}-path"
@@ -104,15 +100,15 @@ def engine_environment(config: WorkerConfig) -> dict[str, str]:
         **own,
         "PYTHONPATH": os.pathsep.join(filter(None, [before, str(path)])),
         "ASTRA_PARENT": str(os.getpid()),
-        "ASTRA_STAGE_DIR": str(config.extra["stage_dir"]),
-        "ASTRA_START_VERSION": "" if from_the_wire(config) else "0",
+        "ASTRA_STAGE_DIR": str(config.stage_dir),
+        "ASTRA_START_VERSION": "" if config.published else "0",
         "ASTRA_VERIFY_INTERVAL": str(config.recipe.weights.verify_interval),
-        "ASTRA_STAGING": config.extra.get("staging", "host"),
+        "ASTRA_STAGING": config.staging,
         "ASTRA_STAGING_KEPT": "1" if config.recipe.weights.transfer == "full" else "",
     }
 
 
-def probe(config: WorkerConfig, environment: Mapping[str, str]) -> dict[str, Any]:
+def probe(config: EngineConfig, environment: Mapping[str, str]) -> dict[str, Any]:
     """What the engine's environment holds. It is written to RUN_DIR/environments/NAME.json, and what the run's own
     holds, this process's and the trainer's, to trainer.json beside it. Raises RunFailed."""
     python = config.recipe.resources.engine.python or sys.executable
@@ -163,27 +159,27 @@ class Options:
         return re.search(rf"\b{name}\b", self._source) is not None
 
 
-def command(config: WorkerConfig, model: Path, options: Options, flags: Mapping[str, Any]) -> list[str]:
+def command(config: EngineConfig, model: Path, options: Options, flags: Mapping[str, Any]) -> list[str]:
     """The server's arguments. `flags`: the adapter's own. The token is not among them: it stands in a file."""
-    rollout, backends = config.recipe.rollout, config.backends
+    rollout = config.recipe.rollout
     slots = rollout.running
     settings: dict[str, Any] = {
         "model_path": model,
         "host": config.recipe.launch.host,
-        "port": config.extra["port"],
+        "port": config.port,
         "skip_tokenizer_init": True,
         "context_length": rollout.context_length,
         "max_running_requests": slots,
         "max_total_tokens": slots * rollout.context_length,  # more could never be used
-        "mem_fraction_static": config.extra.get("mem_fraction_static") or rollout.mem_fraction_static,
-        "enable_memory_saver": bool(config.extra.get("time_sharing")),
-        "enable_weights_cpu_backup": bool(config.extra.get("time_sharing")),
+        "mem_fraction_static": config.mem_fraction_static,
+        "enable_memory_saver": config.time_sharing,
+        "enable_weights_cpu_backup": config.time_sharing,
         "chunked_prefill_size": rollout.chunked_prefill_size,
         "random_seed": config.recipe.seed,
         "dtype": "bfloat16",  # as published; a config that does not say is served in fp16
         "custom_weight_loader": [STAGED_LOADER, SETTLE_LOADER],
-        "load_format": "dummy" if from_the_wire(config) else "safetensors",
-        "weight_version": UNPROVEN if from_the_wire(config) else 0,
+        "load_format": "dummy" if config.published else "safetensors",
+        "weight_version": UNPROVEN if config.published else 0,
         "log_level_http": "warning",
         "disable_prefill_cuda_graph": True,  # dozens of graphs, minutes of start-up, no gain at these prompt lengths
         "cuda_graph_bs_decode" if options.has("cuda_graph_bs_decode") else "cuda_graph_bs": graph_sizes(slots),
@@ -192,12 +188,12 @@ def command(config: WorkerConfig, model: Path, options: Options, flags: Mapping[
     if config.device == "cpu":
         settings |= {"device": "cpu", "disable_overlap_schedule": True, "disable_cuda_graph": True}
         del settings["disable_prefill_cuda_graph"]
-    if from_the_wire(config) and not flushes(config.recipe.weights.pause_mode):
+    if config.published and not flushes(config.recipe.weights.pause_mode):
         settings["disable_radix_cache"] = True  # it would hold states of weights that are gone
-    if backends.get("serving_attention", "auto") != "auto":
-        settings["attention_backend"] = backends["serving_attention"]
-    if backends.get("linear_attention", "none") != "none":
-        settings["linear_attn_backend"] = backends["linear_attention"]
+    if config.serving_attention != "auto":
+        settings["attention_backend"] = config.serving_attention
+    if config.linear_attention != "none":
+        settings["linear_attn_backend"] = config.linear_attention
     if config.recipe.launch.deterministic:
         settings["enable_deterministic_inference"] = True
     optional = {"disable_prefill_cuda_graph", "mm_feature_transport", "mamba_ssm_dtype"}
@@ -226,7 +222,7 @@ def graph_sizes(slots: int) -> list[int]:
     return sorted({size for size in sizes if size <= slots} | {slots})
 
 
-def _secret(config: WorkerConfig) -> Path:
+def _secret(config: EngineConfig) -> Path:
     """The token where `ps` does not show it: JSON is YAML, and SGLang reads options from a YAML file."""
     path = RunDir(config.run_dir).config / f"{config.name}.sglang.yaml"
     write_atomic(path, json.dumps({"api-key": config.token}) + "\n", mode=0o600)
@@ -236,7 +232,7 @@ def _secret(config: WorkerConfig) -> Path:
 class Server:
     """The SGLang process and what it writes."""
 
-    def __init__(self, config: WorkerConfig, python: str, arguments: list[str], environment: Mapping[str, str]):
+    def __init__(self, config: EngineConfig, python: str, arguments: list[str], environment: Mapping[str, str]):
         self.name = config.name
         self.lines: deque[str] = deque(maxlen=KEPT_LINES)
         self._secret = config.token
@@ -280,7 +276,7 @@ class Server:
             self._process.wait()
 
 
-def _wait_ready(config: WorkerConfig, server: Server, reporter: Reporter) -> None:
+def _wait_ready(config: EngineConfig, server: Server, reporter: Reporter) -> None:
     """Until SGLang answers its own health check, a generated token. Raises RunFailed."""
     began = time.monotonic()
     url = _url(config)
@@ -297,11 +293,11 @@ def _wait_ready(config: WorkerConfig, server: Server, reporter: Reporter) -> Non
         time.sleep(LOOK_S)
 
 
-def _watch(config: WorkerConfig, server: Server, reporter: Reporter) -> None:
+def _watch(config: EngineConfig, server: Server, reporter: Reporter) -> None:
     """Until told to stop. Raises RunFailed when the server ends or answers no more."""
     failures, asked = 0, time.monotonic()
     # while the trainer has the GPU nothing is generated; a waiting request would keep memory from being given back
-    url = _url(config, "model_info" if config.extra.get("time_sharing") else "health_generate")
+    url = _url(config, "model_info" if config.time_sharing else "health_generate")
     while not reporter.stop_requested.wait(LOOK_S):
         server.check()
         if time.monotonic() - asked < HEALTH_EVERY_S:
@@ -312,9 +308,9 @@ def _watch(config: WorkerConfig, server: Server, reporter: Reporter) -> None:
             raise failure_hints.death(config.name, f"failed {failures} health checks in a row", server.lines)
 
 
-def _url(config: WorkerConfig, path: str = "health_generate") -> str:
-    return f"http://{config.recipe.launch.host}:{config.extra['port']}/{path}"
+def _url(config: EngineConfig, path: str = "health_generate") -> str:
+    return f"http://{config.recipe.launch.host}:{config.port}/{path}"
 
 
 if __name__ == "__main__":
-    worker_main(run)
+    worker_main(run, EngineConfig)

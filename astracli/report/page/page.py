@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from astracli.process.console import say
+from astracli.process.worker import Status
 from astracli.runs.metrics import Record, without_absent
 
 STEP_PHASES = ("wait", "score", "forward", "backward", "optimizer", "publish")
@@ -27,17 +28,6 @@ SILENCE_S = 15.0
 LIVE_EVERY_S = 0.25
 
 
-class ChildStatus(Protocol):
-    """The last word of one process (`supervise.Status`)."""
-
-    state: str
-    waiting: str | None
-    progress: Mapping[str, Any]
-    restarts: int
-
-    def words(self) -> str: ...
-
-
 @dataclass
 class RunProgress:
     """What a view shows: fed with metrics records and the hub's state, it keeps the newest of everything."""
@@ -47,7 +37,7 @@ class RunProgress:
     step: int = 0
     """Steps done."""
     phase: str = "starting"
-    statuses: Mapping[str, ChildStatus] = field(default_factory=dict)
+    statuses: Mapping[str, Status] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
     """Newest value of each metric."""
     evals: list[dict[str, Any]] = field(default_factory=list)
@@ -57,7 +47,7 @@ class RunProgress:
     began: float = field(default_factory=time.monotonic)
 
     def feed(
-        self, records: Sequence[Record], state: Mapping[str, Any], statuses: Mapping[str, ChildStatus], phase: str
+        self, records: Sequence[Record], state: Mapping[str, Any], statuses: Mapping[str, Status], phase: str
     ) -> None:
         """Take what is new. `state` is `HubStore.state()`."""
         self.phase, self.statuses = phase, statuses
@@ -176,7 +166,7 @@ def done_words(progress: RunProgress) -> str:
     return "; ".join(busy) or phase_words(progress)
 
 
-def details(status: ChildStatus) -> str:
+def details(status: Status) -> str:
     """The figures that a process reports of itself: `done 120 total 1024`."""
     return " ".join(f"{key} {short(value)}" for key, value in status.progress.items())
 

@@ -1,0 +1,154 @@
+"""From a plan to what each of its processes is told, and how a trainer's ranks find each other."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from astracli.config.recipe import Recipe
+from astracli.launch.inputs import Inputs
+from astracli.launch.launcher import Process
+from astracli.launch.restarts import Retry
+from astracli.plan.trainer import CHECKPOINT_COPY
+from astracli.plan.types import LaunchPlan, ProcessPlan
+from astracli.process.config import (
+    EngineAddress,
+    EngineConfig,
+    EvalConfig,
+    ProcessConfig,
+    Role,
+    RolloutConfig,
+    SampleFile,
+    TrainerConfig,
+)
+from astracli.process.layout import WITHOUT_PEERS
+from astracli.process.ports import free_ports
+from astracli.runs.run_dir import RunDir
+from astracli.training import collective_check
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What a command runs, and what all of its processes have in common."""
+
+    recipe: Recipe
+    plan: LaunchPlan
+    run_dir: RunDir
+    attempt: int
+    inputs: Inputs
+    resume_step: int | None = None
+    """Steps that the checkpoint to go on from has trained; None for a new run."""
+    samples: SampleFile | None = None
+    """What a rollout without a trainer writes."""
+    start: int = 0
+    """How often the supervisor has started the run again in this attempt."""
+    token: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
+    """Of this attempt: every request between its processes carries it."""
+
+    @property
+    def training(self) -> bool:
+        return self.plan.command == "train"
+
+
+def build(context: RunContext, hub_url: str) -> list[Process]:
+    """Every process of the plan, with ports that are free now."""
+    host, plan = context.recipe.launch.host, context.plan
+    names = [process.name for process in plan.processes if process.role is Role.ENGINE]
+    *ports, rendezvous = free_ports(len(names) + 1, host)
+    port_of, stage = dict(zip(names, ports, strict=True)), context.run_dir.stage.resolve()
+    engines = tuple(
+        EngineAddress(name=name, url=f"http://{host}:{port}", stage_dir=stage / name) for name, port in port_of.items()
+    )
+    # with what the plan derived in its place
+    rollout = context.recipe.rollout.model_copy(update={"max_running_requests": plan.running_requests})
+    common = {
+        "run_dir": context.run_dir.path.resolve(),
+        "attempt": context.attempt,
+        "hub_url": hub_url,
+        "token": context.token,
+        "recipe": context.recipe.model_copy(update={"rollout": rollout}),
+        "model_path": context.inputs.model,
+        "engine": plan.choice.engine,
+    }
+    processes = []
+    for process in plan.processes:
+        own = common | {"name": process.name, "threads": process.threads}
+        if process.role is Role.ENGINE:
+            own |= {"port": port_of[process.name], "stage_dir": stage / process.name}
+            config = _engine(context, process, own)
+        else:
+            config = _client(context, process, own | {"engines": engines})
+        processes.append(Process(process, config, _rank_env(process, host, rendezvous)))
+    return processes
+
+
+def retry(context: RunContext, processes: Sequence[Process]) -> Retry | None:
+    """How trainer ranks on GPUs start once more when their first all-reduce fails; None for one rank, or on a CPU."""
+    ranks = [process for process in processes if process.plan.role is Role.TRAINER]
+    known = all(os.environ.get(name) == value for name, value in WITHOUT_PEERS.items())
+    if len(ranks) < 2 or context.plan.choice.device != "cuda" or known:
+        return None
+
+    def again() -> list[Process]:
+        (port,) = free_ports(1, context.recipe.launch.host)
+        env = {**WITHOUT_PEERS, "MASTER_PORT": str(port)}
+        return [replace(rank, env={**rank.env, **env}) for rank in ranks]
+
+    different = " ".join(f"{name}={value}" for name, value in WITHOUT_PEERS.items())
+    words = f"the {len(ranks)} training GPUs do not reach each other directly: their ranks run with {different}"
+    return Retry(collective_check.BROKEN, frozenset(rank.name for rank in ranks), again, words)
+
+
+def _engine(context: RunContext, process: ProcessPlan, own: Mapping[str, Any]) -> ProcessConfig:
+    plan = context.plan
+    return EngineConfig(
+        **own,
+        device=plan.choice.device,
+        published=context.training,
+        await_weights=context.resume_step is not None,
+        time_sharing=process.name in plan.gpu_leases,
+        mem_fraction_static=plan.placement.mem_fraction_static or context.recipe.rollout.mem_fraction_static,
+        staging=plan.placement.staging if process.gpus else "host",
+        serving_attention=plan.choice.serving_attention,
+        linear_attention=plan.choice.linear_attention,
+    )
+
+
+def _client(context: RunContext, process: ProcessPlan, own: Mapping[str, Any]) -> ProcessConfig:
+    """Of a process that talks to the engines."""
+    plan, leases = context.plan, tuple(context.plan.gpu_leases)
+    if process.role is Role.ROLLOUT:
+        return RolloutConfig(**own, data_path=context.inputs.data, gpu_leases=leases, samples=context.samples)
+    if process.role is Role.EVAL:
+        out = context.run_dir.eval.resolve() if plan.command == "eval" else None
+        return EvalConfig(**own, benchmarks=dict(context.inputs.benchmarks), out=out)
+    others = [row.bytes for row in plan.memory if row.where == "host" and row.what != CHECKPOINT_COPY]
+    return TrainerConfig(
+        **own,
+        device=plan.choice.device,
+        attention=plan.choice.trainer_attention,
+        gdn_backward=plan.choice.gdn_backward,
+        resume_step=context.resume_step,
+        start=context.start,
+        split=plan.placement.split,
+        shared=plan.placement.shared,
+        gpu_leases=leases,
+        leaves=any(name in leases for gpu in process.gpus for name in plan.gpu_map[gpu]),
+        host_bytes=sum(others) if process.gpus else 0,
+    )
+
+
+def _rank_env(process: ProcessPlan, host: str, port: int) -> dict[str, str]:
+    """torchrun's variables on one node, for a trainer of several ranks. A rank on a GPU sees that one alone."""
+    if process.role is not Role.TRAINER:
+        return {}
+    return {
+        "RANK": str(process.rank),
+        "LOCAL_RANK": "0" if process.gpus else str(process.rank),
+        "WORLD_SIZE": str(process.world_size),
+        "MASTER_ADDR": host,
+        "MASTER_PORT": str(port),
+    }

@@ -1,0 +1,82 @@
+"""The launcher of this machine: each process is a child of this one and leads a session of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from astracli.launch.launcher import Process, Started
+from astracli.process import children
+from astracli.process.children import Child, ChildSpec, MemorySampler
+from astracli.process.config import EngineConfig
+from astracli.process.worker import THREAD_VARIABLES
+from astracli.runs.run_dir import RunDir, write_atomic
+
+OFFLINE = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1")
+"""The supervisor has fetched everything; a child that would ask the network is wrong."""
+QUIET = {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+"""A log is no terminal."""
+
+
+def child_spec(process: Process, lock_fd: int | None = None) -> ChildSpec:
+    """Write its config, which only its owner can read: it holds the token. Returns how the process is started.
+    `lock_fd`: holds the run directory for as long as the process lives."""
+    plan, config = process.plan, process.config
+    run = RunDir(config.run_dir)
+    run.config.mkdir(mode=0o700, parents=True, exist_ok=True)
+    document = run.config / f"{plan.name}.json"
+    write_atomic(document, config.model_dump_json(indent=1) + "\n", mode=0o600)
+    if isinstance(config, EngineConfig):
+        config.stage_dir.mkdir(parents=True, exist_ok=True)
+    threads = dict.fromkeys(THREAD_VARIABLES, str(plan.threads))
+    return ChildSpec(
+        name=plan.name,
+        argv=(plan.python or sys.executable, "-m", plan.module, str(document)),
+        log=run.attempt_logs(config.attempt) / f"{plan.name}.log",
+        env={**OFFLINE, **QUIET, **threads, **_no_proxy(config.recipe.launch.host), **plan.env, **process.env},
+        nice=plan.nice,
+        inherit=() if lock_fd is None else (lock_fd,),
+    )
+
+
+def _no_proxy(host: str) -> dict[str, str]:
+    """A proxy of the user's must not be asked for processes of this run."""
+    names = ",".join(filter(None, [os.environ.get("NO_PROXY", ""), "127.0.0.1", "localhost", host]))
+    return {"NO_PROXY": names, "no_proxy": names}
+
+
+class LocalLauncher:
+    """`launcher.Launcher` on this machine."""
+
+    def __init__(self, lock_fd: int | None = None, sample_s: float = 1.0):
+        self._lock_fd = lock_fd
+        self._children: dict[str, Child] = {}
+        self._memory = MemorySampler(sample_s)
+
+    def start(self, process: Process) -> Child:
+        child = Child(child_spec(process, self._lock_fd))
+        self._children[child.name] = child
+        self._memory.start(lambda: {child.pid: name for name, child in list(self._children.items())})
+        return child
+
+    def stop(self, started: Sequence[Started], grace_s: float) -> None:
+        ending = [child for child in self._children.values() if child in started]
+        children.stop(ending, grace_s=grace_s)
+        for child in ending:
+            del self._children[child.name]
+
+    def stop_all(self) -> None:
+        children.stop(list(self._children.values()), also=self._memory.seen())
+        self._children.clear()
+
+    def close(self) -> None:
+        self._memory.close()
+        self.stop_all()
+
+    def memory(self) -> Mapping[str, Any]:
+        sampler = self._memory
+        return {
+            "peak_bytes": sampler.peak_bytes, "kind": sampler.kind, "peak_bytes_by_process": dict(sampler.peak_by_name)
+        }  # fmt: skip

@@ -1,0 +1,1 @@
+"""The engine and the rollout worker that feeds it."""

@@ -1,0 +1,1 @@
+"""Grader, benchmarks and training sets."""

@@ -1,0 +1,1 @@
+"""Whole runs: from import to export, killed and resumed, at full size."""

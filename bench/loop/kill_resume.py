@@ -1,0 +1,271 @@
+"""One run, killed again and again: kill -9 of every process at random moments, a resume after each, then the books.
+
+    python bench/loop/kill_resume.py [--kills 4] [--seed 0] [--children engine0 rollout ...] [--run-dir DIR]
+
+`--kills` is per process. Half of the kills fall into an attempt's start-up, half into training. The last attempt runs
+to its end; then the run must have lost no group, trained none twice, acknowledged every batch once and have one
+evaluation for every step at which one became due. Prints a row per process and a line per rule, and exits 1 when a rule
+is broken. About 10 s a kill.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import ASTRA, command, folder, options, records, show, trained
+
+CHILDREN = ("engine0", "rollout", "trainer", "eval", "supervisor")
+EVERY = 5
+STALENESS = 2
+SMALL = [
+    "train.steps=100000", "train.batch_groups=4", "train.minibatches=1", f"train.max_staleness={STALENESS}",
+    'train.schedule="constant"', "rollout.group_size=4", "checkpoint.every=2", f"eval.every={EVERY}", "eval.samples=1",
+    "eval.pass_k=1",
+]  # fmt: skip
+STARTUP_S = 6.0
+RUNNING_S = 4.0
+LAST_STEPS = 6
+"""Steps that the last attempt trains beyond the last batch that was ever made."""
+
+
+class Attempt:
+    """One `astra train` in `run`: a new run, or the resume of what is there."""
+
+    def __init__(self, run: Path, sets: Sequence[str], *, resume: bool):
+        self.run = run
+        words = command("train", run, sets)
+        if resume:
+            words = [*ASTRA, "train", "--resume", str(run), *words[words.index(str(run)) + 1 :]]
+        self._console = (run.parent / f"{run.name}.log").open("w+")
+        self._before = len(records(run))
+        self.began = time.monotonic()
+        self.supervisor = subprocess.Popen(
+            words,
+            cwd=run.parent, stdin=subprocess.DEVNULL, stdout=self._console, stderr=self._console,
+            start_new_session=True,
+        )  # fmt: skip
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def new_records(self) -> list[dict[str, Any]]:
+        """What was added to metrics.jsonl since this attempt began."""
+        return records(self.run)[self._before :]
+
+    def steps(self) -> list[int]:
+        """Steps that this attempt has trained."""
+        return [r["step"] for r in trained(self.new_records())]
+
+    def wait(self, ready: Callable[[], bool], timeout_s: float = 120.0) -> bool:
+        """Until `ready()`; False when the attempt ended before, or time ran out."""
+        while self.supervisor.poll() is None and self.seconds < timeout_s:
+            if ready():
+                return True
+            time.sleep(0.02)
+        return False
+
+    def kill(self, name: str) -> bool:
+        """kill -9 one process of this attempt, `supervisor` or a child by its name. False when it was not there."""
+        if name == "supervisor":
+            self.supervisor.kill()
+            return True
+        process = self.child(name)
+        if process is None:
+            return False
+        os.kill(process.pid, signal.SIGKILL)
+        return True
+
+    def child(self, name: str) -> psutil.Process | None:
+        """The child whose config file is RUN/config/NAME.json."""
+        try:
+            for process in psutil.Process(self.supervisor.pid).children():
+                if str(self.run / "config" / f"{name}.json") in process.cmdline():
+                    return process
+        except psutil.Error:
+            pass
+        return None
+
+    def end(self, timeout_s: float = 150.0) -> tuple[int, str]:
+        """(exit code, what it said), once it has ended. An attempt that hangs is killed and answers -9."""
+        try:
+            code = self.supervisor.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.supervisor.kill()
+            code = self.supervisor.wait()
+        self._console.seek(0)
+        return code, self._console.read()
+
+
+def processes_of(run: Path) -> list[int]:
+    """Ids of processes that still run with a config of this run."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if any(str(run / "config") in word for word in process.cmdline()):
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+@dataclass
+class Tally:
+    """What happened to one process."""
+
+    starting: int = 0
+    running: int = 0
+    steps: int = 0
+    """Trained in the attempts that it ended."""
+    slowest_end_s: float = 0.0
+    """From the kill to the end of the supervisor."""
+
+
+@dataclass
+class Bench:
+    run: Path
+    draw: random.Random
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    attempts: int = 0
+
+    def attempt(self, victim: str, early: bool) -> None:
+        """One attempt and its end. An attempt that ends by itself, or wrongly, is a problem."""
+        resume = (self.run / "recipe.json").exists()
+        attempt = Attempt(self.run, [] if resume else SMALL, resume=resume)
+        self.attempts += 1
+        delay = self.draw.uniform(0.3, STARTUP_S) if early else self.draw.uniform(0.0, RUNNING_S)
+        if not early and not attempt.wait(lambda: bool(attempt.steps())):
+            self._failed(attempt, f"no step before the kill of {victim}")
+            return
+        time.sleep(delay)
+        if not attempt.wait(lambda: attempt.kill(victim)):
+            self._failed(attempt, f"{victim} was not there to be killed")
+            return
+        killed = time.monotonic()
+        code, console = attempt.end()
+        tally = self.tallies.setdefault(victim, Tally())
+        tally.slowest_end_s = max(tally.slowest_end_s, time.monotonic() - killed)
+        tally.starting += not attempt.steps()
+        tally.running += bool(attempt.steps())
+        tally.steps += len(set(attempt.steps()))
+        if victim != "supervisor" and (code != 1 or f"`{victim}`" not in console or "--resume" not in console):
+            self.problems.append(f"attempt {self.attempts}, {victim} killed: exit {code}, {console[-600:]}")
+
+    def _failed(self, attempt: Attempt, what: str) -> None:
+        if attempt.supervisor.poll() is None:
+            attempt.supervisor.terminate()
+        code, console = attempt.end()
+        self.problems.append(f"attempt {self.attempts}: {what}; exit {code}, {console[-1500:]}")
+
+    def finish(self) -> int:
+        """The last attempt, to its end. -> the run's steps."""
+        with sqlite3.connect(self.run / "hub.sqlite") as hub:
+            steps = int(hub.execute("SELECT COALESCE(MAX(step) + 1, 0) FROM batches").fetchone()[0]) + LAST_STEPS
+        attempt = Attempt(self.run, [f"train.steps={steps}"], resume=True)
+        self.attempts += 1
+        code, console = attempt.end(300)
+        if code:
+            self.problems.append(f"the last attempt: exit {code}, {console[-1500:]}")
+        return steps
+
+
+def check_hub(run: Path, steps: int) -> dict[str, list[object]]:
+    """Rule -> what breaks it."""
+    with sqlite3.connect(run / "hub.sqlite") as hub:
+        batches = hub.execute("SELECT step, lease_ids, acked, version FROM batches ORDER BY step").fetchall()
+        groups = hub.execute("SELECT lease_id, state, step, version FROM groups ORDER BY lease_id").fetchall()
+    trained = [lease for _, ids, _, _ in batches for lease in json.loads(ids)]
+    of_step = {lease: step for step, ids, _, _ in batches for lease in json.loads(ids)}
+    assigned = [group for group in groups if group[1] == "assigned"]
+    fates = ("assigned", "dropped", "expired", "skipped")
+    return {
+        "reached the last step": [len(batches)] if len(batches) != steps else [],
+        "no lease in two batches": [lease for lease, times in Counter(trained).items() if times > 1],
+        "every batch is of 4 groups": [step for step, ids, _, _ in batches if len(json.loads(ids)) != 4],
+        "every batch acknowledged once": [s for s, _, acked, v in batches if acked != 1 or v != s + 1],
+        "no lease id is missing": sorted(set(range(len(groups))) - {row[0] for row in groups}),
+        "every lease has one fate": [row for row in groups if row[1] not in fates],
+        "groups and batches agree": [g for g in groups if (g in assigned) != (g[0] in of_step)]
+        + [g for g in groups if g[2] != of_step.get(g[0])],
+        "no token too old or too new": [g for g in assigned if not g[2] - STALENESS <= g[3] <= g[2]],
+    }
+
+
+def check_files(run: Path, steps: int) -> dict[str, list[object]]:
+    """Rule -> what breaks it."""
+    due = [*range(0, steps, EVERY), steps]
+    rows = list(csv.DictReader((run / "eval" / "eval.csv").open()))
+    spans = [(int(row["due_step"]), int(row["step"]), row["benchmark"]) for row in rows]
+    found = Counter((step, name) for first, last, name in spans for step in due if first <= step <= last)
+    wanted = Counter((step, name) for step in due for name in ("arithmetic-heldout", "overall"))
+    torn = [p.name for p in (run / "eval" / "items").glob("*.jsonl") if len(p.read_text().splitlines()) != 256]
+    return {
+        "eval.csv: one row stands for every due step": sorted(((found - wanted) + (wanted - found)).items()),
+        "every evaluation has all its items": torn,
+        "no unfinished evaluation is left": [path.name for path in (run / "eval").glob("partial/*")],
+        "the last version's digests are the export's": wrong_digests(run, steps),
+        "nothing is left running": list(processes_of(run)),
+    }
+
+
+def wrong_digests(run: Path, version: int) -> list[object]:
+    """Tensors of the export that are not, bit for bit, what the last manifest says."""
+    import torch
+    from safetensors.torch import load_file
+
+    from astracli.weights.format.digest import digest_tensor, to_hex
+    from astracli.weights.format.manifest import MANIFEST, Manifest, read_stable, version_name
+
+    kind = next(iter(read_stable(run / "weights", version)["manifests"]))
+    manifest = Manifest.from_bytes((run / "weights" / version_name(version) / MANIFEST[kind]).read_bytes())
+    exported = load_file(run / "export" / "model.safetensors")
+    return [
+        entry.name
+        for entry in manifest.tensors
+        if to_hex(digest_tensor(exported[entry.name].to(getattr(torch, entry.dtype)).contiguous())) != entry.digest
+    ]
+
+
+def main() -> None:
+    parser = options(__doc__, kills={4: "of each process"}, seed=0, run_dir=Path)
+    parser.add_argument("--children", nargs="+", choices=CHILDREN, default=list(CHILDREN))
+    args = parser.parse_args()
+    draw = random.Random(args.seed)
+    plan = [(name, number % 2 == 1) for name in args.children for number in range(args.kills)]
+    draw.shuffle(plan)
+    began = time.monotonic()
+    with folder() as name:
+        bench = Bench((args.run_dir or name / "run").resolve(), draw)
+        bench.run.parent.mkdir(parents=True, exist_ok=True)
+        for victim, early in plan:
+            bench.attempt(victim, early)
+            if len(bench.problems) > 3:
+                break
+        steps = bench.finish()
+        rules = check_hub(bench.run, steps) | check_files(bench.run, steps) if not bench.problems else {}
+    rows = [{"killed": name, **vars(tally)} for name, tally in sorted(bench.tallies.items())]
+    kept = [{"rule": rule, "kept": not broken, "broken by": broken[:8]} for rule, broken in rules.items()]
+    found = {"attempts": bench.attempts, "steps": steps, "seconds": time.monotonic() - began, "seed": args.seed}
+    show(args, {**found, "problems": bench.problems, "rows": rows, "rules": kept})
+    sys.exit(1 if bench.problems or any(rules.values()) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/overview.md", "docs/architecture.md", "docs/rollout.md", "docs/trainer.md",
-         "docs/gpu-memory.md", "docs/faults.md", "docs/weight-updates.md", "docs/extending.md", "docs/algorithms.md")  # fmt: skip
+NAMES = "overview architecture rollout trainer gpu-memory faults weight-updates extending algorithms".split()
+PAGES = ("README.md", *(f"docs/{name}.md" for name in NAMES))
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = "overview architecture rollout trainer gpu-memory faults weight-updates extending algorithms".split()
+NAMES = [
+    "overview",
+    "architecture",
+    "rollout",
+    "trainer",
+    "gpu-memory",
+    "faults",
+    "weight-updates",
+    "extending",
+    "algorithms",
+]
 PAGES = ("README.md", *(f"docs/{name}.md" for name in NAMES))
 
 

@@ -20,7 +20,7 @@ ENOUGH_TOKENS = 64
 """Fewer tokens are judged by their sum over so many: on a GPU a single token's difference was up to 0.46 where the mean
 was 0.0024 (measured)."""
 TIMES_NOISE = 2.0
-"""How often over what rounding alone does to the trainer (`parity.logprob_noise`) the engine may be away from it."""
+"""How often over what rounding alone does to the trainer (`RowCheck.logprob_noise`) the engine may be away from it."""
 CEILING = 0.1
 """What that may raise a tolerance to, never more."""
 

@@ -42,7 +42,7 @@ from astracli.models import registry
 from astracli.models.adapter import chat_prompt_tokens
 from astracli.plan.build import ENGINE_MODULES
 from astracli.process import ports
-from astracli.process.worker import WorkerConfig
+from astracli.process.config import EngineConfig
 from astracli.weights.publish.server import weights_app
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -100,13 +100,15 @@ def engine(recipe: Recipe, model: Path, folder: Path) -> Iterator[str]:
     (run / "config").mkdir(parents=True)
     (run / "stage").mkdir()
     with hub(run) as (_, hub_url):
-        config = WorkerConfig(
-            name="engine0", role="engine", run_dir=run, hub_url=hub_url, token=TOKEN, recipe=recipe,
-            paths={"model": str(model)}, device=choice.device, threads=recipe.resources.threads.engine,
-            backends=choice.settings(), extra={"port": port, "stage_dir": str(run / "stage"), "published": False},
+        config = EngineConfig(
+            name="engine0", run_dir=run, attempt=1, hub_url=hub_url, token=TOKEN, recipe=recipe, model_path=model,
+            engine=choice.engine, threads=recipe.resources.threads.engine, device=choice.device, port=port,
+            stage_dir=run / "stage", published=False, await_weights=False, time_sharing=False, staging="host",
+            mem_fraction_static=recipe.rollout.mem_fraction_static, serving_attention=choice.serving_attention,
+            linear_attention=choice.linear_attention,
         )  # fmt: skip
         path = run / "config" / "engine0.json"
-        path.write_text(json.dumps(config.document()))
+        path.write_text(config.model_dump_json())
         command = [sys.executable, "-m", ENGINE_MODULES[choice.engine], str(path)]
         with (run / "engine.log").open("w") as log:
             process = subprocess.Popen(

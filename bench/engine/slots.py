@@ -34,7 +34,8 @@ from astracli.config.recipe import Recipe
 from astracli.data.prompts import PromptSource
 from astracli.engines.client import EngineClient, GenRequest, GenResult
 from astracli.models.adapter import load_tokenizer
-from astracli.process.worker import Reporter, WorkerConfig
+from astracli.process.config import EngineAddress, RolloutConfig
+from astracli.process.worker import Reporter
 from astracli.rewards.reward import GradePool
 from astracli.rollout import worker as rollout
 
@@ -132,10 +133,10 @@ def measure(args: argparse.Namespace, recipe: Recipe, model: Path, folder: Path)
     tokenizer, source = load_tokenizer(model), PromptSource(recipe.data, recipe.seed, None)
     with engine(recipe, model, folder) as url, hub(folder) as (store, hub_url):
         stage = folder / f"engine-{url.rpartition(':')[2]}" / "stage"
-        config = WorkerConfig(
-            name="rollout", role="rollout", run_dir=folder, hub_url=hub_url, token=TOKEN, recipe=recipe,
-            paths={"model": str(model)}, backends={"engine": "sglang" if args.device == "cuda" else "embedded"},
-            engines=[{"name": "engine0", "url": url, "stage_dir": str(stage)}],
+        config = RolloutConfig(
+            name="rollout", run_dir=folder, attempt=1, hub_url=hub_url, token=TOKEN, recipe=recipe, model_path=model,
+            engine="sglang" if args.device == "cuda" else "embedded", threads=1, data_path=None,
+            engines=(EngineAddress(name="engine0", url=url, stage_dir=stage),), gpu_leases=(), samples=None,
         )  # fmt: skip
         marks: list[tuple[float, int]] = []
 

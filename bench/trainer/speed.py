@@ -39,8 +39,8 @@ from astracli.plan import cost as plan_speed
 from astracli.plan import placement as plan_place
 from astracli.plan import trainer as plan_trainer
 from astracli.plan.memory import CUDA_CONTEXT, HOLES
+from astracli.process.layout import Split
 from astracli.rl.types import Group
-from astracli.training.layout import Split
 from astracli.training.step import Trainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

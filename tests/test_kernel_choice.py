@@ -59,6 +59,7 @@ def test_a_gpu_whose_fla_has_no_right_backward_runs_the_rule_in_torch(
     from types import SimpleNamespace
 
     from astracli.adapters import qwen3_5_layers as layers
+    from astracli.kernels import varlen
     from astracli.kernels.cpu import delta_rule
     from astracli.kernels.gpu import fused
 
@@ -74,7 +75,7 @@ def test_a_gpu_whose_fla_has_no_right_backward_runs_the_rule_in_torch(
     )
 
     def conv(x: Any, taps: Any, bias: Any, *, activation: str, cu_seqlens: Any) -> tuple[Any, None]:
-        parts = layers._segments(cu_seqlens, x.shape[1])
+        parts = [(0, x.shape[1])] if cu_seqlens is None else varlen.segments(cu_seqlens, x.shape[1], None)
         mixed = [delta_rule.conv_silu(x[:, a:b].transpose(1, 2), taps, bias).transpose(1, 2) for a, b in parts]
         return torch.cat(mixed, 1), None
 

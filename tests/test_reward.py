@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -10,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from children import children, kill
 
 from astracli.errors import RunFailed, UserError
 from astracli.rewards.reward import GradeItem, GradePool, probe_grades, validate_reward
@@ -48,20 +48,18 @@ def test_a_hostile_answer_costs_its_time_limit_and_its_neighbours_nothing() -> N
 
 
 def test_a_killed_process_loses_nothing() -> None:
+    before = children()
     with GradePool() as pool:
         assert pool.grade(items(("1", "\\boxed{1}")))[0].verdict == "right"
-        process = pool._all[0]._process
-        assert process is not None
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        (child,) = children() - before
+        kill(child)
         assert [g.verdict for g in pool.grade(items(("1", "\\boxed{1}"), ("2", "\\boxed{3}")))] == ["right", "wrong"]
 
 
 def test_closing_ends_processes_and_what_they_grade() -> None:
-    pool = GradePool(timeout_s=60.0)
+    before, pool = children(), GradePool(timeout_s=60.0)
     pool.grade(items(("1", "\\boxed{1}")))
-    process = pool._all[0]._process
-    assert process is not None
+    assert children() > before
     failures: list[BaseException] = []
 
     def grade() -> None:
@@ -76,7 +74,7 @@ def test_closing_ends_processes_and_what_they_grade() -> None:
     pool.close()
     thread.join(10)
     assert [type(f) for f in failures] == [RunFailed]
-    assert process.poll() is not None
+    assert children() == before
     with pytest.raises(RunFailed):
         pool.grade(items(("1", "1")))
 

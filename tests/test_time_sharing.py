@@ -251,8 +251,7 @@ def test_a_time_sharing_trainer_learns_the_same_and_is_away_between_its_steps(
 ) -> None:
     values = []
     for gpu_leases in ([], ["engine0"]):
-        job = Job(tmp_path / ("time_sharing" if gpu_leases else "alone"), model_dir)
-        job.store._gpu_leases = GpuLeases(gpu_leases)
+        job = Job(tmp_path / ("time_sharing" if gpu_leases else "alone"), model_dir, gpu_leases)
         job.background = "on"  # on a GPU it is; with time sharing nothing may run beside the engine
         loops: list[Any] = []
         engine = Engine(job, loops)
@@ -281,8 +280,7 @@ def test_a_time_sharing_trainer_learns_the_same_and_is_away_between_its_steps(
 
 def test_two_ranks_share_the_first_ones_gpu_with_an_engine(tmp_path: Path, model_dir: Path, engine_url: str) -> None:
     """Two real processes; only rank 0 shares its GPU. Start, every step and the export each take the lease once."""
-    job = Job(tmp_path, model_dir)
-    job.store._gpu_leases = GpuLeases(["engine0"])
+    job = Job(tmp_path, model_dir, ["engine0"])
     engines = (EngineAddress(name="engine0", url=engine_url, stage_dir=tmp_path),)
     (port,) = free_ports(1, "127.0.0.1")
     ranks = []

@@ -25,7 +25,7 @@ ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
 
 def all_reduce(ranks: int, device: str) -> list[Row]:
     """Rows for the peer access of GPUs and for the all-reduce."""
-    rows = [_peers(ranks)] if device == "cuda" else []
+    rows = [peer_access(ranks)] if device == "cuda" else []
     value = attempt(ranks, device, {})
     if value is not None:
         return [*rows, {"name": "all-reduce", "status": "ok", "value": value}]
@@ -72,7 +72,7 @@ def own_gpu(rank: int, environment: Mapping[str, str]) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": visible.split(",")[rank].strip() if visible else str(rank)}
 
 
-def _peers(ranks: int) -> Row:
+def peer_access(ranks: int) -> Row:
     """Which pairs of GPUs reach each other's memory directly. None is slow, and right."""
     import torch
 

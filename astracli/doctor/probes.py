@@ -57,7 +57,7 @@ def run(subject: Subject) -> list[Check]:
         for probe, rows in answers(probes):
             if probe.kind == "imports":
                 rows = _joined(probe, rows)
-            found += [_check(subject, probe, row) for row in rows]
+            found += [check_of(subject, probe, row) for row in rows]
     adapter = subject.fit.adapter
     if adapter is not None and adapter.tiny_config is None:
         found.append(Check(adapter.name, GROUP, "skip", "this adapter brings no tiny model to try"))
@@ -78,7 +78,7 @@ def _joined(probe: Probe, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*failed, {"name": probe.name, "status": "ok", "value": good}] if good else failed
 
 
-def _check(subject: Subject, probe: Probe, row: dict[str, Any]) -> Check:
+def check_of(subject: Subject, probe: Probe, row: dict[str, Any]) -> Check:
     failed = row["status"] == "fail"
     status: Status = subject.bad(probe.needed) if failed else row["status"]
     notes = status in ("fail", "warn")

@@ -155,10 +155,10 @@ def _passes(shape: MemoryShape, recipe: Recipe, ranks: int, split: Split) -> tup
     again = RECOMPUTED if mode != "none" else RECOMPUTED - 1
     weights = (GATHERED if ranks > 1 else ALONE) * block
     in_block = weights + int(again * largest) + of_head * 2 * head
-    return kept, max(in_head, in_block, _in_update(shape, ranks, split) - kept)
+    return kept, max(in_head, in_block, in_update(shape, ranks, split) - kept)
 
 
-def _in_update(shape: MemoryShape, ranks: int, split: Split) -> int:
+def in_update(shape: MemoryShape, ranks: int, split: Split) -> int:
     """What an update brings to the GPU (adam.py): on one rank masters made whole, the head's in one piece, beside the
     first moments from the host; then those of `BUCKETS_IN_FLIGHT` buckets. The head's moments are the last to leave."""
     share, head = ceil(shape.parameters / ranks), ceil(shape.vocab_size * shape.hidden_size / ranks)

@@ -44,11 +44,11 @@ class Adam:
         self.moments_on_host = moments_on_host
         self.split_masters = split_masters or SplitMasters()
         self.away = on_host({name: value.numel() for name, value in values.items()}, moments_on_host)
-        self._optimized = {name: nn.Parameter(value) for name, value in values.items() if value.numel()}
+        self.optimized = {name: nn.Parameter(value) for name, value in values.items() if value.numel()}
         self._offloaded: dict[str, CpuOffload] = {}
         self._overlapped_offload: OverlappedOffload | None = None
         self.adamw = torch.optim.AdamW(
-            _groups(self._optimized, table), lr=table.learning_rate, betas=table.betas, eps=table.eps, fused=True
+            _groups(self.optimized, table), lr=table.learning_rate, betas=table.betas, eps=table.eps, fused=True
         )
 
     def step(self, gradients: Mapping[str, Tensor], rate: float) -> None:
@@ -61,10 +61,10 @@ class Adam:
 
         def resident() -> None:
             for bucket in stay:
-                self._step_bucket(bucket, gradients)
+                self.step_bucket(bucket, gradients)
 
         def visitors(index: int) -> list[CpuOffload]:
-            self._step_bucket(pass_by[index], gradients)
+            self.step_bucket(pass_by[index], gradients)
             return [self._offload(name) for name in pass_by[index]]
 
         if self._overlapped_offload is None:
@@ -75,18 +75,18 @@ class Adam:
         """Bytes that come to the device for an update of this."""
         return self.values[name].nbytes * ((2 if name in self.away else 0) + (1 if name in self.split_masters else 0))
 
-    def _step_bucket(self, names: Collection[str], gradients: Mapping[str, Tensor]) -> None:
+    def step_bucket(self, names: Collection[str], gradients: Mapping[str, Tensor]) -> None:
         with self.split_masters.whole(names):
             for name in names:
-                self._optimized[name].grad = gradients[name]
+                self.optimized[name].grad = gradients[name]
             self.adamw.step()
             for name in names:
-                self._optimized[name].grad = None
+                self.optimized[name].grad = None
 
     def _offload(self, name: str) -> CpuOffload:
         """Of the moments of one parameter, on the device now."""
         if name not in self._offloaded:
-            state = self.adamw.state[self._optimized[name]]
+            state = self.adamw.state[self.optimized[name]]
             self._offloaded[name] = CpuOffload((state["exp_avg"], state["exp_avg_sq"]))
         return self._offloaded[name]
 
@@ -97,7 +97,7 @@ class Adam:
     def _moments(self, key: str) -> dict[str, Tensor]:
         found = {}
         for name, value in self.values.items():
-            state = self.adamw.state.get(self._optimized[name], {}) if name in self._optimized else {}
+            state = self.adamw.state.get(self.optimized[name], {}) if name in self.optimized else {}
             offloaded = self._offloaded.get(name)
             moment = state[key] if state else self._no_moment(name, value)
             found[name] = offloaded.on_host(moment) if offloaded is not None else moment
@@ -113,13 +113,13 @@ class Adam:
 
     def on_device(self) -> list[Tensor]:
         """Moments that lie beside their masters."""
-        there = [self.adamw.state.get(m, {}) for name, m in self._optimized.items() if name not in self.away]
+        there = [self.adamw.state.get(m, {}) for name, m in self.optimized.items() if name not in self.away]
         return [state[key] for state in there if state for key in ("exp_avg", "exp_avg_sq")]
 
     @property
     def updates(self) -> int:
         """Updates made so far: what the bias correction counts."""
-        for master in self._optimized.values():
+        for master in self.optimized.values():
             state = self.adamw.state.get(master)
             if state:
                 return int(state["step"])
@@ -128,7 +128,7 @@ class Adam:
     @torch.no_grad()
     def restore(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor], updates: int) -> None:
         """Take over moments, which then belong to this, and the update count."""
-        for name, master in self._optimized.items():
+        for name, master in self.optimized.items():
             self.adamw.state[master] = {
                 "step": torch.tensor(float(updates), device=master.device),
                 "exp_avg": first[name].to(master.device),

@@ -77,7 +77,7 @@ class Saver:
         """Why there is no memory at all for copies."""
         self._memory: threading.Thread | None = None
         self._stream: torch.cuda.Stream | None = None
-        self._save: _Save | None = None
+        self._save: Save | None = None
         self._figures: dict[str, float] = {}
 
     def prepare(self, masters: Masters) -> None:
@@ -132,7 +132,7 @@ class Saver:
             "world_size": self.ranks.world_size,
             "names": sorted(masters.values),
         }
-        self._save = _Save(self, working, meta, _parts(masters, self.ranks))
+        self._save = Save(self, working, meta, _parts(masters, self.ranks))
         masters.before_change = self.copied
         self._save.start()
 
@@ -181,7 +181,7 @@ class Saver:
             self.on_failure(error)
 
 
-class _Save:
+class Save:
     """One checkpoint on its way: two threads."""
 
     def __init__(self, saver: Saver, working: Path, meta: dict[str, Any], parts: list[tuple[Entry, Tensor]]):
@@ -283,7 +283,7 @@ class _Save:
         index = {"bytes": size, "xxh3": digest.hexdigest(), "tensors": self._entries}
         write_atomic(self._working / f"rank_{rank}.json", json.dumps(index), sync=True)
         if self._saver.ranks.first:
-            self._make_whole()
+            self.make_whole()
         self.copied.wait()
         self._saver._figures = {
             "checkpoint_copy_s": self._copy_s,
@@ -292,7 +292,7 @@ class _Save:
         }
         self.done.set()
 
-    def _make_whole(self) -> None:
+    def make_whole(self) -> None:
         """Every rank's part is on disk: list them, rename, drop older checkpoints."""
         indices = [self._working / f"rank_{rank}.json" for rank in range(self._saver.ranks.world_size)]
         while not all(path.exists() for path in indices):

@@ -89,7 +89,7 @@ class Trainer:
         """Rows leak because the recipe says so: the checks measure and do not stop."""
         self._noise_allows = 0.0
         self._first = True
-        self._rows_checked = False
+        self.rows_checked = False
         self._kept: tuple[Tensor, Tensor] | None = None
 
     def train(self, groups: Sequence[Group], step: int, version: int) -> StepResult:
@@ -168,16 +168,16 @@ class Trainer:
 
     def _check_rows(self, batch: Batch, step: int) -> dict[str, float]:
         """Measured figures; raises RunFailed where they are wrong, unless the recipe wants them wrong."""
-        if self._rows_checked and step % self.recipe.train.rows_check_every:
+        if self.rows_checked and step % self.recipe.train.rows_check_every:
             return {}
         chosen = parity.spread(batch.rows, self.recipe.train.tokens_per_microbatch)
         found = {"rows_max_abs": self.row_check.difference(chosen)}
         if not self.ablation:
             self.row_check.require_rows(found["rows_max_abs"])
         found |= self.row_check.gradient_figures(chosen, in_bf16=self.ranks.device.type != "cpu")
-        if not self.ablation and not self._rows_checked:  # later it is small: tokens that the policy drew itself
+        if not self.ablation and not self.rows_checked:  # later it is small: tokens that the policy drew itself
             self.row_check.require_gradients(found)
-        self._rows_checked = True
+        self.rows_checked = True
         return found
 
     def _require_agreement(self, work: Work) -> None:

@@ -64,7 +64,7 @@ class _Quick:
                 sys.setswitchinterval(self._before)
 
 
-_quick = _Quick()
+quickly = _Quick()
 
 
 class LoadedModel:
@@ -82,14 +82,14 @@ class LoadedModel:
         self._known: tuple[Any, ...] = ()
         kept = os.environ.get("ASTRA_STAGING_KEPT") == "1"
         self.staging = Staging(_where(os.environ.get("ASTRA_STAGING", "host")), self._device, kept=kept)
-        self._decoder = DecoderProcess()
-        self.watcher = StageWatcher(stage_dir, self.load, self.warm, self._decoder.prepare)
+        self.decoder = DecoderProcess()
+        self.watcher = StageWatcher(stage_dir, self.load, self.warm, self.decoder.prepare)
 
     # ---- before the pause ----
 
     def warm(self) -> None:
         """Start the decoder, compile what the first pause needs."""
-        self._decoder.start()
+        self.decoder.start()
         if self._stream is not None:
             from astracli.weights.device import scatter_kernels
 
@@ -103,7 +103,7 @@ class LoadedModel:
             hands = self.place(prepared.manifests[-1].tensors)
             begin = time.perf_counter()
             hands.load(prepared)
-            with _quick:
+            with quickly:
                 hands.stage(prepared, self.staging)
             prepared.load_s += time.perf_counter() - begin
 
@@ -127,7 +127,7 @@ class LoadedModel:
         with self._lock:
             known = (_identity(entries), _lying(model))
             if self._hands is None or self._known != known:
-                with _quick:
+                with quickly:
                     hands = Resident(PlacementRecorder().record(model, entries))
                     hands.plan(entry.name for entry in entries)
                 self._hands, self._known = hands, known
@@ -168,7 +168,7 @@ class LoadedModel:
             apply.write_readback(stage_dir, {**doc, "readback_s": time.perf_counter() - begin})
 
         quick = contextlib.ExitStack()
-        quick.enter_context(_quick)  # here, or the thread would first wait Python's 5 ms
+        quick.enter_context(quickly)  # here, or the thread would first wait Python's 5 ms
         self._readback_thread = threading.Thread(target=run, name="read-back", daemon=True)
         self._readback_thread.start()
 
@@ -192,7 +192,7 @@ def _lying(model: Any) -> list[tuple[str, int, torch.dtype, tuple[int, ...]]]:
     return [(name, p.data_ptr(), p.dtype, tuple(p.shape)) for name, p in model.named_parameters()]
 
 
-_engines: WeakKeyDictionary[Any, LoadedModel] = WeakKeyDictionary()
+loaded_models: WeakKeyDictionary[Any, LoadedModel] = WeakKeyDictionary()
 
 
 def apply_staged(model: Any, named_tensors: Iterable[Any] = ()) -> None:
@@ -206,9 +206,9 @@ def apply_staged(model: Any, named_tensors: Iterable[Any] = ()) -> None:
     """
     begin = time.perf_counter()
     stage_dir = Path(os.environ["ASTRA_STAGE_DIR"])
-    engine = _engines.get(model)
+    engine = loaded_models.get(model)
     if engine is None:
-        engine = _engines[model] = LoadedModel(model, stage_dir)
+        engine = loaded_models[model] = LoadedModel(model, stage_dir)
     engine.settle()
     for old in (apply.RESULT, apply.READBACK):  # a read-back that nobody waited for any more is of no use
         (stage_dir / old).unlink(missing_ok=True)
@@ -242,7 +242,7 @@ def apply_staged(model: Any, named_tensors: Iterable[Any] = ()) -> None:
 def settle(model: Any, named_tensors: Iterable[Any] = ()) -> None:
     """Before the engine's GPU is given away: wait until nothing of ours reads the weights any more (no read-back begins
     before the next `apply_staged`), and give the memory up in which versions wait on the GPU."""
-    engine = _engines.get(model)
+    engine = loaded_models.get(model)
     if engine is not None:
         engine.settle()
         engine.leave_gpu()

@@ -88,7 +88,11 @@ def encode_changed(base: Bits, new: Bits, indices: Bits, level: int = 1) -> Enco
         raise ValueError(f"a piece of {len(base)} elements; the most is {MAX_PIECE}")
     if not len(indices):
         return Encoded("none", 0, b"")
-    encoding = _choose(base, new, indices, level)
+    return encode_as(_choose(base, new, indices, level), base, new, indices, level)
+
+
+def encode_as(encoding: str, base: Bits, new: Bits, indices: Bits, level: int = 1) -> Encoded:
+    """`encode_changed` in a given encoding; some position must have changed."""
     return Encoded(encoding, len(indices), _pack(_difference(encoding, base, new, indices), len(indices), level))
 
 
@@ -124,11 +128,11 @@ def apply_update(update: DecodedPiece, target: Bits) -> None:
     elif update.encoding == "dense-xor":
         target ^= update.values
     elif update.encoding == "dense-ulp":
-        target[:] = _from_order(_to_order(target) + update.values)
+        target[:] = from_order(to_order(target) + update.values)
     elif update.indices is not None and len(update.indices):
         old = target[update.indices]
         target[update.indices] = (
-            old ^ update.values if update.encoding == "gap-xor" else _from_order(_to_order(old) + update.values)
+            old ^ update.values if update.encoding == "gap-xor" else from_order(to_order(old) + update.values)
         )
 
 
@@ -148,7 +152,7 @@ def _sign_fill(bits: Bits) -> Bits:
     return (bits.view(f"<i{bits.itemsize}") >> (width - 1)).view(bits.dtype)
 
 
-def _to_order(bits: Bits) -> Bits:
+def to_order(bits: Bits) -> Bits:
     """Bits -> position in the order of the floats: negative ones reversed, below the positive ones. A bijection."""
     mask = _sign_fill(bits)
     mask |= bits.dtype.type(1 << (bits.itemsize * 8 - 1))
@@ -156,7 +160,7 @@ def _to_order(bits: Bits) -> Bits:
     return mask
 
 
-def _from_order(order: Bits) -> Bits:
+def from_order(order: Bits) -> Bits:
     mask = ~_sign_fill(order)
     mask |= order.dtype.type(1 << (order.itemsize * 8 - 1))
     mask ^= order
@@ -183,7 +187,7 @@ def _difference(encoding: str, base: Bits, new: Bits, indices: Bits) -> DecodedP
     else:
         old, now, at = base, new, None
     if transform == "ulp":
-        values = _zigzag(_to_order(now) - _to_order(old))
+        values = _zigzag(to_order(now) - to_order(old))
     else:
         values = old ^ now if transform == "xor" else now
     return DecodedPiece(encoding, len(base), at, values)
@@ -210,7 +214,7 @@ def smallest(names: list[str], base: Bits, new: Bits, level: int) -> str:
     indices = changed_indices(base, new)
     if not len(indices):
         return names[0]
-    sizes = {c: len(_pack(_difference(c, base, new, indices), len(indices), level)) for c in names}
+    sizes = {c: len(encode_as(c, base, new, indices, level).payload) for c in names}
     return min(names, key=sizes.__getitem__)
 
 

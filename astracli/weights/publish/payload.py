@@ -123,7 +123,7 @@ def write_delta(
         part.tensors[name] = PartTensor(local.dtype, local.shape, local.start, len(local), lanes[name])
     if any(local.flat.device.type != "cpu" for local in tensors.values()):
         assert encoder is not None
-        _by_gpu(part, path, tensors, base, level, encoder)
+        by_gpu(part, path, tensors, base, level, encoder)
         return part
     out = HashingFile(path)
     for name, found in run(_done, _pieces(tensors, base, level)):
@@ -143,7 +143,7 @@ def write_delta(
     return part
 
 
-def _by_gpu(
+def by_gpu(
     part: Part, path: Path, tensors: Mapping[str, Local], base: Mapping[str, Local], level: int, encoder: EncoderProcess
 ) -> None:  # fmt: skip
     from astracli.weights.device.difference import compared

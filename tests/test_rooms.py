@@ -39,6 +39,14 @@ AT_THE_TOP = {"__init__", "__main__", "errors"}
 UPWARD: dict[tuple[str, str], str] = {}
 """(module, what it imports from a room above its own) -> why that is so for now. This list only shrinks."""
 
+WEIGHTS: dict[str, set[str]] = {
+    "format": set(),
+    "device": {"format"},
+    "publish": {"format", "device"},
+    "receive": {"format", "device"},
+}
+"""Part of the room `weights` -> the parts below it."""
+
 
 def modules() -> dict[str, Path]:
     """Dotted name without `astracli.` -> file, of every module of the package."""
@@ -81,6 +89,17 @@ def test_imports_between_rooms_go_down() -> None:
     found = upward({name: file.read_text(encoding="utf-8") for name, file in modules().items()})
     assert found - UPWARD.keys() == set(), "move what is needed to where it belongs, or the import into a room above"
     assert UPWARD.keys() - found == set(), "no longer needed: take it off the list"
+
+
+def test_imports_between_the_parts_of_weights_go_down() -> None:
+    files = modules()
+    parts = {name: name.split(".")[1] for name in files if name.startswith("weights.")}
+    assert set(parts.values()) == set(WEIGHTS)
+    for module, own in parts.items():
+        others = {
+            parts[name] for name in imported(files[module].read_text(encoding="utf-8"), set(files)) if name in parts
+        }
+        assert others <= {own} | WEIGHTS[own], module
 
 
 def test_a_plan_is_made_without_what_runs_it() -> None:

@@ -46,8 +46,6 @@ from starlette.applications import Starlette
 from astracli.hub.api import serve
 from astracli.process import ports
 from astracli.weights.device.difference import bits_torch
-from astracli.weights.device.resident import Resident
-from astracli.weights.format import digest
 from astracli.weights.format.manifest import seal
 from astracli.weights.publish import payload
 from astracli.weights.publish.encoder import EncoderProcess
@@ -56,6 +54,7 @@ from astracli.weights.publish.server import weights_routes
 from astracli.weights.publish.snapshot import lanes_of, local, take
 from astracli.weights.receive import apply, reading
 from astracli.weights.receive.decoder import DecoderProcess
+from astracli.weights.receive.resident import Resident
 from astracli.weights.receive.subscriber import Subscriber
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -112,8 +111,7 @@ def ours(case: Case) -> Cost:
     now = {name: local(tensor, copy=False) for name, tensor in case.new.items()}
     with case.pool() as pool:
         begin = case.clock()
-        lanes = digest.digest_many([(t.flat, 0) for t in now.values()])
-        names = {name: digest.to_hex(found) for name, found in zip(now, lanes, strict=True)}
+        names = lanes_of(now)
         digested_s = case.clock() - begin
         part = payload.write_delta(case.folder, 0, now, old, names, 1, pool.map, case.encoder)
         manifest = payload.merge([part], model="bench", version=1, base_version=0, frozen_digests={})

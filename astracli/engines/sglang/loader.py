@@ -30,12 +30,12 @@ import torch
 
 from astracli.errors import AstraError
 from astracli.weights import WeightMismatch
-from astracli.weights.device.resident import Resident
 from astracli.weights.format.manifest import TensorEntry
 from astracli.weights.receive import apply
-from astracli.weights.receive.apply import Prepared
 from astracli.weights.receive.decoder import DecoderProcess
 from astracli.weights.receive.placement import PlacementRecorder
+from astracli.weights.receive.reading import READBACK, RESULT, Prepared, prepare
+from astracli.weights.receive.resident import Resident
 from astracli.weights.receive.staging import Staging, Where
 from astracli.weights.receive.watcher import StageWatcher
 
@@ -210,7 +210,7 @@ def apply_staged(model: Any, named_tensors: Iterable[Any] = ()) -> None:
     if engine is None:
         engine = _engines[model] = LoadedModel(model, stage_dir)
     engine.settle()
-    for old in (apply.RESULT, apply.READBACK):  # a read-back that nobody waited for any more is of no use
+    for old in (RESULT, READBACK):  # a read-back that nobody waited for any more is of no use
         (stage_dir / old).unlink(missing_ok=True)
     have, engine.version = engine.version, None  # unknown until proven
     try:
@@ -219,7 +219,7 @@ def apply_staged(model: Any, named_tensors: Iterable[Any] = ()) -> None:
         record_s, hands = time.perf_counter(), engine.place(entries) if entries else None
         with engine.staging.applied() if prepared.kind == "full" else contextlib.nullcontext():
             if hands is not None and not hands.fits(prepared):  # a parameter has moved since it was loaded
-                prepared = apply.prepare(stage_dir)
+                prepared = prepare(stage_dir)
             record_s = time.perf_counter() - record_s
             waited = hands.waits(prepared) if hands is not None else None
             result = apply.perform(prepared, hands.placed if hands else {}, have, hands)

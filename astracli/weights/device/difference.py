@@ -26,7 +26,7 @@ import torch
 
 from astracli.kernels.upload import upload
 from astracli.weights.format import codec, container
-from astracli.weights.publish.coder import Planes, Work
+from astracli.weights.format.container import Planes, Work
 
 if TYPE_CHECKING:
     from astracli.weights.device.change_kernels import ByTriton

@@ -27,6 +27,7 @@ import xxhash
 
 from astracli.process import channel
 from astracli.weights.format import codec, container
+from astracli.weights.format.container import Planes, Work
 from astracli.weights.publish.writing import HashingFile
 
 Bits = np.ndarray[Any, Any]
@@ -34,31 +35,6 @@ _TOGETHER = 2
 """Works whose planes are compressed beside each other: one is put together while zstd's threads have the next."""
 _BEHIND = 5
 """More niceness than the trainer's and the engine's: they keep a GPU busy, and nobody waits for us."""
-
-
-class Planes(NamedTuple):
-    """Where in a block the gaps and values of a pass lie, bytes."""
-
-    short: int
-    """uint8 [C]"""
-    long: int
-    """int32: gaps of 255 and more"""
-    up_to: int
-    """int32: how many of those up to the end of each piece that they hold"""
-    values: int
-    """uint8 [2, C], the lower bytes first"""
-    changes: int
-    """C"""
-
-
-class Work(NamedTuple):
-    """The changed pieces of one pass, as they lie in a block."""
-
-    block: int
-    planes: Planes | None
-    pieces: list[tuple[int, int, int, int, int, int, int]]
-    """(start, length, bytes of an element, first change in the planes, behind the last, where its old bits are, where
-    its new): the planes hold what is needed, and the last two are -1, or those two say where all of it is."""
 
 
 class Stored(NamedTuple):

@@ -257,16 +257,6 @@ def _write_at(job: tuple[int, int, Bits, Callable[[], None]]) -> OSError | None:
     return None
 
 
-def hash_file(path: Path) -> str:
-    """xxh3-128 of a file, in bounded memory."""
-    state = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            state.update(chunk)
-    checksum: str = state.hexdigest()
-    return checksum
-
-
 def merge(
     parts: list[Part], *, model: str, version: int, base_version: int | None, frozen_digests: dict[str, str]
 ) -> Manifest:

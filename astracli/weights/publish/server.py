@@ -12,15 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from astracli.weights import WeightCorrupt
-from astracli.weights.format.manifest import STABLE, read_stable, version_name, versions_in, write_atomic
+from astracli.weights.format.manifest import NONCE, STABLE, read_stable, version_name, versions_in, write_atomic
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
     from starlette.routing import Route
-
-
-NONCE = "NONCE"
-"""File in the weights directory with a random text of the server's; whoever can read it there shares the disk."""
 
 
 def listing(directory: Path) -> dict[str, Any]:

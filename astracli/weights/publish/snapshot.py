@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Union
 
@@ -146,5 +147,12 @@ def _room(tensors: Mapping[str, payload.Local]) -> bool:
 
 
 def lanes_of(tensors: Mapping[str, payload.Local]) -> dict[str, str]:
-    lanes = digest.digest_many([(t.flat, t.start) for t in tensors.values()])
+    """HF name -> digest of the local range; on a GPU in one pass over all of them."""
+    ranges = [(t.flat, t.start) for t in tensors.values()]
+    if _on_gpu(tensors) and find_spec("triton"):
+        from astracli.weights.device.scatter_kernels import DigestPlan
+
+        lanes = DigestPlan(ranges, range(len(ranges))).lanes()
+    else:
+        lanes = [digest.digest_tensor(*there) for there in ranges]
     return {name: digest.to_hex(found) for name, found in zip(tensors, lanes, strict=True)}

@@ -22,8 +22,7 @@ import httpx
 
 from astracli.errors import RunFailed
 from astracli.weights import WeightCorrupt
-from astracli.weights.format.manifest import version_name
-from astracli.weights.publish.server import NONCE
+from astracli.weights.format.manifest import NONCE, version_name
 
 _READ = 1 << 18
 """Bytes asked of the socket at a time."""

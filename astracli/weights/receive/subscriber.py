@@ -17,10 +17,9 @@ from typing import Any, Literal
 
 from astracli.errors import RunFailed
 from astracli.weights import WeightCorrupt
-from astracli.weights.format.manifest import STABLE, Manifest, seal, unseal, version_name, write_atomic
-from astracli.weights.publish.payload import hash_file
-from astracli.weights.receive.apply import NEXT, READBACK, RESULT
+from astracli.weights.format.manifest import STABLE, Manifest, hash_file, seal, unseal, version_name, write_atomic
 from astracli.weights.receive.download import Downloader, Gone
+from astracli.weights.receive.reading import NEXT, READBACK, RESULT
 from astracli.weights.receive.watcher import decoded, watched
 
 

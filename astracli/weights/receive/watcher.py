@@ -19,7 +19,7 @@ import xxhash
 
 from astracli.errors import AstraError
 from astracli.weights.format.manifest import write_atomic
-from astracli.weights.receive import apply
+from astracli.weights.receive import reading
 
 WATCHING = "watching.json"
 _POLL_S = 0.02
@@ -35,23 +35,23 @@ class StageWatcher:
     def __init__(
         self,
         stage_dir: Path,
-        then: Callable[[apply.Prepared], None] = lambda prepared: None,
+        then: Callable[[reading.Prepared], None] = lambda prepared: None,
         first: Callable[[], None] = lambda: None,
-        prepare: Callable[[Path], apply.Prepared] = apply.prepare,
+        prepare: Callable[[Path], reading.Prepared] = reading.prepare,
     ):
         self.stage_dir = stage_dir
         self._then, self._first, self._prepare = then, first, prepare
         self._lock = threading.Lock()
-        self._prepared: apply.Prepared | None = None
+        self._prepared: reading.Prepared | None = None
         self._seen: tuple[int, int] | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="stage", daemon=True)
         self._thread.start()
 
-    def take(self) -> apply.Prepared | None:
+    def take(self) -> reading.Prepared | None:
         """The newest decoded plan, waiting for one that is being decoded. None: nothing usable is decoded yet.
 
-        The caller must check that it is still the plan that is staged; `staged.apply` does.
+        The caller must check that it is still the plan that is staged; `apply.current` does.
         """
         with self._lock:
             prepared, self._prepared = self._prepared, None
@@ -70,7 +70,7 @@ class StageWatcher:
             print(f"warning: preparing for weight updates: {error!r}", file=sys.stderr, flush=True)
         while not self._closed.wait(_POLL_S):
             try:
-                status = (self.stage_dir / apply.NEXT).stat()
+                status = (self.stage_dir / reading.NEXT).stat()
             except OSError:
                 continue
             if self._seen == (status.st_ino, status.st_mtime_ns):
@@ -80,7 +80,7 @@ class StageWatcher:
             with self._lock:
                 self._prepared = None  # room for the next
                 try:
-                    plan = (self.stage_dir / apply.NEXT).read_bytes()
+                    plan = (self.stage_dir / reading.NEXT).read_bytes()
                     prepared = self._prepare(self.stage_dir)
                     self._then(prepared)
                     self._prepared = prepared

@@ -57,11 +57,12 @@ from typing import Any
 
 import httpx
 from starlette.applications import Starlette
+from starlette.routing import Mount
 
 from astracli.engines.client import NO_TENSORS, EngineClient
 from astracli.hub.api import serve
 from astracli.process import ports
-from astracli.weights.publish.server import weights_routes
+from astracli.weights.publish.server import weights_app
 from astracli.weights.receive.subscriber import Subscriber
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -91,7 +92,9 @@ async def drive(args: argparse.Namespace, folder: Path, record: Record) -> None:
         trainer = Trainer(args, model, adapter, folder / "weights", **sent)
         check = model.to(args.device) if args.parity else None
         del model
-        files = serve(Starlette(routes=weights_routes(folder / "weights")), ports.bind("127.0.0.1")).start()
+        files = serve(
+            Starlette(routes=[Mount("/weights", weights_app(folder / "weights"))]), ports.bind("127.0.0.1")
+        ).start()
         subscriber = Subscriber(files.url, TOKEN, stage, directory)
         published = trainer.publish(0)
         record.note(version_0_publish=published)

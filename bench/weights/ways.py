@@ -42,15 +42,16 @@ import torch
 import zstandard
 from safetensors.torch import load_file, save_file
 from starlette.applications import Starlette
+from starlette.routing import Mount
 
 from astracli.hub.api import serve
 from astracli.process import ports
 from astracli.weights.device.difference import bits_torch
-from astracli.weights.format.manifest import seal
+from astracli.weights.format.manifest import Manifest, seal
 from astracli.weights.publish import payload
 from astracli.weights.publish.encoder import EncoderProcess
 from astracli.weights.publish.publisher import Publisher
-from astracli.weights.publish.server import weights_routes
+from astracli.weights.publish.server import weights_app
 from astracli.weights.publish.snapshot import lanes_of, local, take
 from astracli.weights.receive import apply, reading
 from astracli.weights.receive.decoder import DecoderProcess
@@ -114,7 +115,7 @@ def ours(case: Case) -> Cost:
         names = lanes_of(now)
         digested_s = case.clock() - begin
         part = payload.write_delta(case.folder, 0, now, old, names, 1, pool.map, case.encoder)
-        manifest = payload.merge([part], model="bench", version=1, base_version=0, frozen_digests={})
+        manifest = Manifest("bench", 1, 0, "delta", payload.merge([part]), part.files)
         (case.folder / "manifest.json").write_bytes(manifest.to_bytes())
         encode_s = case.clock() - begin
     plan = {"version": 1, "kind": "delta", "base_version": 0, "steps": ["manifest.json"], "model_path": None}
@@ -254,10 +255,11 @@ def in_full(weights: dict[str, torch.Tensor], threads: int, folder: Path) -> dic
     result = publisher.publish(0, weights, owned=True)
     found |= {"publish": result.publish_s, "of which writing and checksums": result.write_s}
     publisher.close()
-    files = serve(Starlette(routes=weights_routes(folder / "weights")), ports.bind("127.0.0.1")).start()
+    files = serve(
+        Starlette(routes=[Mount("/weights", weights_app(folder / "weights"))]), ports.bind("127.0.0.1")
+    ).start()
     ways: list[tuple[str, dict[str, Any]]] = [
-        ("fetch over HTTP", {"link_bytes": None, "parts": 1}),
-        ("the same in four ranges at once", {"link_bytes": None, "parts": 4}),
+        ("fetch over HTTP", {"link_bytes": None}),
         ("fetch on the same disk", {"link_bytes": 1 << 20}),
     ]
     for what, how in ways:

@@ -60,9 +60,7 @@ class DecodedPiece:
 
 
 def changed_indices(base: Bits, new: Bits) -> Bits:
-    """int64 [C]: where two flat arrays of bits [N] differ."""
-    if base.shape != new.shape or base.dtype != new.dtype or base.ndim != 1:
-        raise ValueError(f"cannot compare {base.dtype}{list(base.shape)} with {new.dtype}{list(new.shape)}")
+    """int64 [C]: where two flat arrays of bits [N], of one dtype, differ."""
     found = []
     for start in range(0, len(base), _SCAN):
         at = np.flatnonzero(base[start : start + _SCAN] != new[start : start + _SCAN])
@@ -88,7 +86,7 @@ def encode_changed(base: Bits, new: Bits, indices: Bits, level: int = 1) -> Enco
 
 
 def decode(payload: bytes | memoryview, encoding: str, count: int, length: int, itemsize: int) -> DecodedPiece:
-    """A payload as an Update. `encoding`, `count`, `length` and `itemsize` are what the manifest says of it.
+    """A payload as what it does to the base. `encoding`, `count`, `length` and `itemsize` are the manifest's.
 
     Raises WeightCorrupt when any byte is not what `encode` wrote.
     """
@@ -140,7 +138,7 @@ def _unzigzag(values: Bits) -> Bits:
 
 
 def _difference(encoding: str, base: Bits, new: Bits, indices: Bits) -> DecodedPiece:
-    """What is stored for `encoding`: the values of an Update, ULP differences still in zigzag form."""
+    """What is stored for `encoding`: the values of a piece, ULP differences still in zigzag form."""
     layout, transform = encoding.split("-")
     if layout == "gap":
         old, now, at = base[indices], new[indices], indices

@@ -1,7 +1,7 @@
 """The bytes of one coded piece: a checked header and byte planes, each through zstd. `docs/weights.md` is the format.
 
-What the planes mean is `codec`'s. Whatever is read here is checked as if it came from an enemy: sizes before memory is
-taken, positions before they are used.
+`codec` says what the planes mean. What is read is not trusted: sizes are checked before memory is allocated, positions
+before they are used.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ from astracli.weights.format.manifest import NONCE, STABLE, read_stable, version
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
-    from starlette.routing import Route
 
 
 def listing(directory: Path) -> dict[str, Any]:
@@ -43,8 +42,9 @@ def servable(directory: Path, version: int, name: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def weights_routes(directory: Path, prefix: str = "/weights") -> list[Route]:
-    """Routes for an ASGI app that has its own middleware."""
+def weights_app(directory: Path) -> Starlette:
+    """An app to be mounted under `/weights`."""
+    from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import FileResponse, JSONResponse, Response
     from starlette.routing import Route
@@ -68,14 +68,4 @@ def weights_routes(directory: Path, prefix: str = "/weights") -> list[Route]:
             return JSONResponse({"error": f"version {version} has no file `{name}`"}, status_code=404)
         return Payload(path, media_type="application/octet-stream")
 
-    return [
-        Route(prefix or "/", index, methods=["GET"]),
-        Route(prefix + "/{version:int}/{file:str}", file, methods=["GET"]),
-    ]
-
-
-def weights_app(directory: Path) -> Starlette:
-    """The same as an app of its own, to be mounted under `/weights`."""
-    from starlette.applications import Starlette
-
-    return Starlette(routes=weights_routes(directory, prefix=""))
+    return Starlette(routes=[Route("/", index), Route("/{version:int}/{file:str}", file)])

@@ -1,6 +1,6 @@
 """What is published: a copy of this rank's tensors in their wire dtypes.
 
-It stays on the device where the tensors are; for want of room there it comes to the host.
+It stays on the tensors' device. When there is no room for it, it goes to the host.
 """
 
 from __future__ import annotations

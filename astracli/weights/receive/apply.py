@@ -1,8 +1,8 @@
 """The engine's side: apply what is staged to the weights in place, and prove the result before anything is served.
 
 Everything is decoded and checked before the first weight is touched, so corrupt bytes leave the engine as it was. After
-applying, the digest of every resulting tensor must be the manifest's; if one is not, the weights are garbage and the
-engine must be given a full version before it serves again.
+applying, the digest of every resulting tensor must be the manifest's. If one is not, the weights are wrong, and the
+engine needs a full version before it serves again.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ class ApplyResult:
 
 def apply(
     stage_dir: Path, tensors: Mapping[str, Target], have_version: int | None, prepared: Prepared | None = None,
-    hands: Resident | None = None,
+    resident: Resident | None = None,
 ) -> ApplyResult:  # fmt: skip
     """Turn the weights in `tensors` (all that travel; frozen and tied ones may be among them) into the staged version.
 
-    `have_version` is what they hold now, None when that is unknown. `hands` know the same tensors; made for this call
-    when not given. Writes `result.json` beside `next.json` either way.
+    `have_version` is what they hold now, None when that is unknown. `resident` holds the same tensors; made for this
+    call when not given. Writes `result.json` beside `next.json` either way.
     Raises WeightCorrupt (nothing was touched) or WeightMismatch (refused, or applied and wrong: resync in full).
     """
     stage_dir = Path(stage_dir)
     (stage_dir / RESULT).unlink(missing_ok=True)
     try:
         prepared = current(stage_dir, prepared)
-        result = perform(prepared, tensors, have_version, hands)
+        result = perform(prepared, tensors, have_version, resident)
     except (AstraError, ValueError) as error:
         raise fail(stage_dir, error if isinstance(error, AstraError) else WeightCorrupt(str(error))) from error
     succeed(stage_dir, result)
@@ -89,7 +89,7 @@ def fail(stage_dir: Path, error: AstraError) -> AstraError:
 
 
 def perform(
-    prepared: Prepared, tensors: Mapping[str, Target], have: int | None, hands: Resident | None = None
+    prepared: Prepared, tensors: Mapping[str, Target], have: int | None, resident: Resident | None = None
 ) -> ApplyResult:
     """`apply` without its files."""
     placed = {name: placements(target) for name, target in tensors.items()}
@@ -100,13 +100,13 @@ def perform(
         )
     if prepared.manifests:
         _check_tensors(prepared.manifests[-1], placed)
-    hands = hands or Resident(placed)
-    load(prepared, hands)
+    resident = resident or Resident(placed)
+    load(prepared, resident)
     begin = time.perf_counter()
-    hands.apply(prepared)
+    resident.apply(prepared)
     middle = time.perf_counter()
     if prepared.manifests:
-        _check_digests(prepared, placed, hands)
+        _check_digests(prepared, placed, resident)
     return ApplyResult(
         version=prepared.version,
         kind=prepared.kind,
@@ -120,10 +120,10 @@ def perform(
     )
 
 
-def load(prepared: Prepared, hands: Resident) -> None:
-    """`hands.load`, timed."""
+def load(prepared: Prepared, resident: Resident) -> None:
+    """`resident.load`, timed."""
     begin = time.perf_counter()
-    hands.load(prepared)
+    resident.load(prepared)
     prepared.load_s += time.perf_counter() - begin
 
 
@@ -148,10 +148,10 @@ def _check_tensors(manifest: Manifest, placed: Mapping[str, Sequence[EngineSlice
             raise WeightMismatch(f"the engine holds {end} elements of `{name}`, the manifest {tensor.numel}")
 
 
-def _check_digests(prepared: Prepared, placed: Mapping[str, Sequence[EngineSlice]], hands: Resident) -> None:
+def _check_digests(prepared: Prepared, placed: Mapping[str, Sequence[EngineSlice]], resident: Resident) -> None:
     manifest = prepared.manifests[-1]
     frozen_here = [name for name in manifest.frozen_digests if name in placed]
-    found = hands.digests([*(t.name for t in manifest.tensors), *frozen_here])
+    found = resident.digests([*(t.name for t in manifest.tensors), *frozen_here])
     wrong = [t.name for t in manifest.tensors if found[t.name] != t.digest]
     if wrong:
         raise WeightMismatch(

@@ -51,9 +51,9 @@ class Prepared:
     bytes: int = 0
     """Of all payloads."""
     loaded: Any = None
-    """The same in the form in which `hands` took it over, once they did."""
-    hands: Any = None
-    """Who did: what they loaded fits their weights alone."""
+    """The same on the weights' device, once `Resident.load` has brought it there."""
+    loaded_by: Any = None
+    """The `Resident` that loaded it: it fits the weights of that one alone."""
     decode_s: float = 0.0
     load_s: float = 0.0
 

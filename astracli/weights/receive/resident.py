@@ -89,7 +89,7 @@ class Step:
 
 @dataclass
 class Resident:
-    """The hands of an engine whose weights are views of its parameters, on one device."""
+    """An engine's weights, as views of its parameters on one device: applies versions and takes digests."""
 
     placed: Mapping[str, Sequence[EngineSlice]]
     spent: dict[str, float] = field(default_factory=dict)
@@ -101,7 +101,7 @@ class Resident:
         self.device = next((view.device for view in views), torch.device("cpu"))
         self._triton = self.device.type == "cuda" and find_spec("triton") is not None
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        # made here, once: every torch call gives the interpreter away, and a thread beside a busy one waits for it
+        # made once: every torch call releases the interpreter, and a thread beside a busy one waits to get it back
         self._bits = {name: [(p, bits_torch(p.view)) for p in places] for name, places in self.placed.items()}
 
     # ---- before the pause ----
@@ -109,7 +109,7 @@ class Resident:
     def load(self, prepared: Prepared) -> None:
         """Bring a decoded version to the device, in any thread; its decoded form on the host is given up."""
         if prepared.loaded is not None:
-            assert prepared.hands is self, "loaded for other weights: its addresses are not these"
+            assert prepared.loaded_by is self, "loaded for other weights: its addresses are not these"
             return
         if self._stream is None:
             steps = [self._step(step) for step in prepared.flat]
@@ -117,7 +117,7 @@ class Resident:
             with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
                 steps = [self._step(step) for step in prepared.flat]
             self._stream.synchronize()
-        prepared.loaded, prepared.hands, prepared.flat = steps, self, []
+        prepared.loaded, prepared.loaded_by, prepared.flat = steps, self, []
 
     def stage(self, prepared: Prepared, staging: Staging) -> None:
         """Bring the bits of a full version that is loaded out of its file, as near to the weights as there is room."""
@@ -128,7 +128,7 @@ class Resident:
     def fits(self, prepared: Prepared) -> bool:
         """Whether what was loaded, if anything was, can still be applied to these weights."""
         steps = prepared.loaded
-        return steps is None or (prepared.hands is self and all(s.held is None or s.held.valid for s in steps))
+        return steps is None or (prepared.loaded_by is self and all(s.held is None or s.held.valid for s in steps))
 
     @staticmethod
     def waits(prepared: Prepared) -> Where | None:

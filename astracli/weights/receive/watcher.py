@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -103,19 +104,22 @@ def plan_hash(plan: bytes) -> str:
 
 def watched(stage_dir: Path) -> bool:
     """Whether an engine's watcher is alive."""
-    try:
-        os.kill(int(json.loads((stage_dir / WATCHING).read_bytes())["pid"]), 0)
-    except (OSError, ValueError, KeyError):
-        return False
-    return True
+    return _said(stage_dir) is not None
 
 
 def decoded(stage_dir: Path, plan: bytes) -> float | None:
     """Seconds that the engine's watcher took for `plan`; None while it is at it. 0 when nobody watches."""
-    try:
-        doc = json.loads((stage_dir / WATCHING).read_bytes()) if watched(stage_dir) else None
-    except (OSError, ValueError):
-        doc = None
+    doc = _said(stage_dir)
     if doc is None:
         return 0.0
     return float(doc["seconds"]) if doc["plan"] == plan_hash(plan) else None
+
+
+def _said(stage_dir: Path) -> dict[str, Any] | None:
+    """What a living watcher wrote last."""
+    try:
+        doc: dict[str, Any] = json.loads((stage_dir / WATCHING).read_bytes())
+        os.kill(int(doc["pid"]), 0)
+    except (OSError, ValueError, KeyError):
+        return None
+    return doc

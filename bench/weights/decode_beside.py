@@ -91,7 +91,7 @@ def timed(call: Callable[[], Any], stop: threading.Event, out: list[float]) -> N
 
 def stage(read: Any, folder: Path, hands: Resident) -> None:
     prepared: Prepared = read(folder)
-    apply.load(prepared, hands)
+    hands.load(prepared)
 
 
 def require(times: list[float], rounds: int) -> None:

@@ -127,7 +127,7 @@ def ours(case: Case) -> Cost:
     begin = case.clock()
     prepared = case.read(case.folder)
     if hands is not None:
-        apply.load(prepared, hands)
+        hands.load(prepared)
     ready = case.clock()
     done = apply.apply(case.folder, case.engine, 0, prepared, hands)
     end = case.clock()

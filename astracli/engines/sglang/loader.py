@@ -101,11 +101,9 @@ class LoadedModel:
         weights lie."""
         if prepared.manifests:
             resident = self.place(prepared.manifests[-1].tensors)
-            begin = time.perf_counter()
             resident.load(prepared)
             with _quick:
                 resident.stage(prepared, self.staging)
-            prepared.load_s += time.perf_counter() - begin
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial, reduce
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,7 @@ class Local:
 
     @property
     def whole(self) -> bool:
-        return self.start == 0 and len(self) == int(np.prod(self.shape, dtype=np.int64))
+        return self.start == 0 and len(self) == prod(self.shape)
 
 
 @dataclass
@@ -261,7 +262,7 @@ def _merge_tensor(name: str, found: list[PartTensor]) -> TensorEntry:
                 "give every element of a tensor to the publisher on exactly one rank",
             )
         end += t.length
-    if end != int(np.prod(shape, dtype=np.int64)):
+    if end != prod(shape):
         raise RunFailed(f"ranks hold {end} elements of `{name}`, whose shape is {list(shape)}")
     lanes = reduce(digest.add, (digest.from_hex(t.lanes) for t in found), digest.ZERO)
     pieces = tuple(p for t in found for p in t.pieces)

@@ -117,16 +117,14 @@ def copies(sources: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype
 
 def local(source: Source, *, copy: bool) -> payload.Local:
     """A tensor or shard, flat on its own device. Raises RunFailed for a dtype that does not travel."""
-    tensor = source.flat if isinstance(source, Shard) else source
+    tensor, start = (source.flat, source.start) if isinstance(source, Shard) else (source, 0)
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in ITEM_BYTES:
         raise RunFailed(f"weights in {dtype} do not travel", f"publish one of {', '.join(ITEM_BYTES)}")
     flat = tensor.detach().contiguous().view(-1)
     if copy and flat.data_ptr() == tensor.data_ptr():
         flat = flat.clone()
-    if isinstance(source, Shard):
-        return payload.Local(dtype, tuple(source.shape), source.start, flat)
-    return payload.Local(dtype, tuple(tensor.shape), 0, flat)
+    return payload.Local(dtype, tuple(source.shape), start, flat)
 
 
 def _on_gpu(tensors: Mapping[str, payload.Local]) -> bool:

@@ -101,7 +101,7 @@ def perform(
     if prepared.manifests:
         _check_tensors(prepared.manifests[-1], placed)
     resident = resident or Resident(placed)
-    load(prepared, resident)
+    resident.load(prepared)
     begin = time.perf_counter()
     resident.apply(prepared)
     middle = time.perf_counter()
@@ -118,13 +118,6 @@ def perform(
         apply_s=middle - begin,
         verify_s=time.perf_counter() - middle,
     )
-
-
-def load(prepared: Prepared, resident: Resident) -> None:
-    """`resident.load`, timed."""
-    begin = time.perf_counter()
-    resident.load(prepared)
-    prepared.load_s += time.perf_counter() - begin
 
 
 def _check_tensors(manifest: Manifest, placed: Mapping[str, Sequence[EngineSlice]]) -> None:

@@ -111,6 +111,7 @@ class Resident:
         if prepared.loaded is not None:
             assert prepared.loaded_by is self, "loaded for other weights: its addresses are not these"
             return
+        begin = time.perf_counter()
         if self._stream is None:
             steps = [self._step(step) for step in prepared.flat]
         else:
@@ -118,12 +119,15 @@ class Resident:
                 steps = [self._step(step) for step in prepared.flat]
             self._stream.synchronize()
         prepared.loaded, prepared.loaded_by, prepared.flat = steps, self, []
+        prepared.load_s += time.perf_counter() - begin
 
     def stage(self, prepared: Prepared, staging: Staging) -> None:
         """Bring the bits of a full version that is loaded out of its file, as near to the weights as there is room."""
+        begin = time.perf_counter()
         for step in prepared.loaded or ():
             if step.copies and (held := staging.hold(step.copies)) is not None:
                 step.held, step.copies = held, []
+        prepared.load_s += time.perf_counter() - begin
 
     def fits(self, prepared: Prepared) -> bool:
         """Whether what was loaded, if anything was, can still be applied to these weights."""

@@ -18,6 +18,7 @@ import torch
 from training_tools import make_trainer, recipe, sample_groups, save_model, spawn
 
 from astracli.errors import RunFailed, disk_full
+from astracli.machine import read
 from astracli.training import checkpoint, checkpoint_saver
 from astracli.training.checkpoint_saver import pieces
 from astracli.training.fsdp import Ranks
@@ -282,7 +283,8 @@ def test_a_full_disk_is_told_and_leaves_the_older_checkpoint(
 def test_memory_for_the_copy_is_what_the_plan_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 100 pieces in all 60 are free now and 30 go to others later: two ranks share 0.8 of the smaller rest."""
     size = checkpoint_saver.PIECE_BYTES
-    host = {"memory_total": 100 * size, "memory_available": 60 * size}
+    more = {"memory_total": 100 * size, "memory_available": 60 * size}
+    host = read.system().model_copy(update=more)
     monkeypatch.setattr("astracli.machine.read.system", lambda: host)
 
     def count(wanted: int, others: int, **more: Any) -> int:

@@ -100,7 +100,7 @@ class Saver:
         from astracli.machine.read import system
 
         host = system()
-        room = ROOM * min(host["memory_available"], host["memory_total"] - self._others) / self.ranks.world_size
+        room = ROOM * min(host.memory_available, host.memory_total - self._others) / self.ranks.world_size
         return max(1, min(all_of_them, max(LEAST_PIECES, int(room // self._block_bytes))))
 
     def _make(self, count: int) -> None:

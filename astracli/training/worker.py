@@ -20,11 +20,13 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import msgpack
-
+from astracli.engines import registry as engines
 from astracli.errors import RunFailed, disk_full
+from astracli.hub.types import Batch, HubState, NextBatch
+from astracli.hub.wire import MSGPACK, pack_answer, unpack_answer
 from astracli.process.config import TrainerConfig
 from astracli.process.transient import gpu_failed
 from astracli.process.worker import TERM_EXIT, Reporter, worker_main
@@ -112,8 +114,7 @@ class TrainLoop:
             ranks,
             attention=config.attention,
             split=config.split,
-            # SGLang does on a CPU too
-            bf16_engine=config.device != "cpu" or config.engine == "sglang",
+            bf16_engine=config.device not in engines.get(config.engine).fp32_on,
         )
         self.checkpoints = config.run_dir / "checkpoints"
         beside = not self.recipe.launch.deterministic  # where nothing runs beside anything
@@ -153,8 +154,10 @@ class TrainLoop:
             self.step = found.step
         if self.config.resume_step is not None:
             if self.hub is not None:
-                evals = self.hub.state()["evals"]
-                self._pinned = {item["version"] for item in evals if item["state"] == "running"}
+                state: HubState = self.hub.state()
+                self._pinned = {
+                    one.version for one in state.evals if one.state == "running" and one.version is not None
+                }
             self.publisher.restart(self.step, masters.wire_shards(copy=not self.time_sharing.leaves), owned=True)
         else:
             self.publisher.publish(0, masters.wire_shards(copy=not self.time_sharing.leaves), owned=True)
@@ -277,26 +280,31 @@ class TrainLoop:
         """This step's groups on every rank, and the hub's counts of what arrived for it; None on a stop."""
         if self.hub is None:
             self.reporter.waiting("waiting for the first rank's batch")
-        message = msgpack.packb(self._poll()) if self.hub is not None else None
-        reply = msgpack.unpackb(self.ranks.broadcast(message))
+        message = pack_answer(NextBatch(self._poll()))[0] if self.hub is not None else None
+        reply: NextBatch = unpack_answer(NextBatch, self.ranks.broadcast(message), MSGPACK, "the first rank")
         self.reporter.waiting(None)
-        if "groups" not in reply:
+        if reply.batch is None:
             return None
-        stats = {f"arrived_{name.removeprefix('arrived_')}": float(v) for name, v in reply.get("stats", {}).items()}
+        stats = {
+            f"arrived_{name.removeprefix('arrived_')}": float(value)
+            for name, value in asdict(reply.batch.stats).items()
+            if value is not None
+        }
         if self.recipe.train.replay_ratio:
-            stats["replay"] = float(reply["replay"])
-        return [unpack_group(blob) for blob in reply["groups"]], stats
+            stats["replay"] = float(reply.batch.replay)
+        return [unpack_group(blob) for blob in reply.batch.groups], stats
 
-    def _poll(self) -> Mapping[str, Any]:
+    def _poll(self) -> Batch | None:
+        """This step's batch; None on a stop."""
         assert self.hub is not None
         while not self.reporter.stop_requested.is_set():
-            reply: Mapping[str, Any] = self.hub.batch(self.step, wait_s=BATCH_WAIT_S)
-            if "groups" in reply:
-                return reply
+            reply: NextBatch = self.hub.batch(self.step, wait_s=BATCH_WAIT_S)
+            if reply.batch is not None:
+                return reply.batch
             self.publisher.check()
             self.saver.check()
-            self.reporter.waiting(reply["wait"])
-        return {"stop": True}
+            self.reporter.waiting(reply.wait)
+        return None
 
     def _checkpoint_if_due(self, step: int, figures: dict[str, float]) -> None:
         """Begin one; `checkpoint_s` is for how long the step stands still for it."""
@@ -316,8 +324,7 @@ class TrainLoop:
     def _announce(self, version: int) -> None:
         """Tell the hub that a version is on disk; learn which older ones must stay there."""
         if self.hub is not None:
-            reply = self.hub.announce(version, version)
-            self._pinned = set(reply.get("pinned", ()))
+            self._pinned = set(self.hub.announce(version, version))
 
     def _metrics(self, step: int, figures: Mapping[str, float]) -> None:
         if self.hub is not None:

@@ -59,8 +59,9 @@ import httpx
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
-from astracli.engines.client import NO_TENSORS, EngineClient
-from astracli.hub.api import serve
+from astracli.engines.client import EngineClient
+from astracli.engines.sglang.client import NO_TENSORS, SglangClient
+from astracli.hub.server import ServerThread
 from astracli.process import ports
 from astracli.weights.publish.server import weights_app
 from astracli.weights.receive.subscriber import Subscriber
@@ -92,14 +93,13 @@ async def drive(args: argparse.Namespace, folder: Path, record: Record) -> None:
         trainer = Trainer(args, model, adapter, folder / "weights", **sent)
         check = model.to(args.device) if args.parity else None
         del model
-        files = serve(
-            Starlette(routes=[Mount("/weights", weights_app(folder / "weights"))]), ports.bind("127.0.0.1")
-        ).start()
+        app = Starlette(routes=[Mount("/weights", weights_app(folder / "weights"))])
+        files = ServerThread(app, ports.bind("127.0.0.1")).start()
         subscriber = Subscriber(files.url, TOKEN, stage, directory)
         published = trainer.publish(0)
         record.note(version_0_publish=published)
         versions = Versions(trainer)
-        async with EngineClient(server.url, TOKEN, loader_dir=stage) as client:
+        async with SglangClient(server.url, TOKEN, stage_dir=stage) as client:
             patience = args.ready_s if full else min(args.ready_s, args.limit_s - (time.monotonic() - BEGAN))
             ready = asyncio.create_task(wait_ready(client, server, patience))
             if args.ahead:

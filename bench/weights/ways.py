@@ -44,7 +44,7 @@ from safetensors.torch import load_file, save_file
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
-from astracli.hub.api import serve
+from astracli.hub.server import ServerThread
 from astracli.process import ports
 from astracli.weights.device.difference import bits_torch
 from astracli.weights.format.manifest import Manifest, seal
@@ -255,9 +255,8 @@ def in_full(weights: dict[str, torch.Tensor], threads: int, folder: Path) -> dic
     result = publisher.publish(0, weights, owned=True)
     found |= {"publish": result.publish_s, "of which writing and checksums": result.write_s}
     publisher.close()
-    files = serve(
-        Starlette(routes=[Mount("/weights", weights_app(folder / "weights"))]), ports.bind("127.0.0.1")
-    ).start()
+    app = Starlette(routes=[Mount("/weights", weights_app(folder / "weights"))])
+    files = ServerThread(app, ports.bind("127.0.0.1")).start()
     ways: list[tuple[str, dict[str, Any]]] = [
         ("fetch over HTTP", {"link_bytes": None}),
         ("fetch on the same disk", {"link_bytes": 1 << 20}),

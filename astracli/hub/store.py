@@ -20,7 +20,7 @@ from astracli.hub.gpu_leases import GpuLeases
 from astracli.hub.leases import LeaseBook, PutStatus
 from astracli.hub.overview import Overview
 from astracli.hub.schema import Database
-from astracli.rl.schedule import admit, count
+from astracli.rl.schedule import Admission, count
 from astracli.rl.types import unpack_group
 
 STOPPING = "the end: the run is being stopped"
@@ -150,7 +150,7 @@ class HubStore:
         version, wait = self._board.version_of(engine)
         if wait is not None:
             return 0, 0, wait
-        admission = admit(
+        admission = Admission(
             batch_groups=self.batch_groups,
             max_staleness=self.max_staleness,
             steps=self.steps,

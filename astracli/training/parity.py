@@ -77,13 +77,13 @@ def in_the_shape_of_all(rows: Sequence[Row], index: int, *, join: Join, pad_toke
     which a loss would read, is in the order of its columns.
     """
     order = [index, *(i for i in range(len(rows)) if i != index)]
-    blank = [replace(row, tokens=np.full_like(row.tokens, pad_token)) for row in rows]
-    micro = join([rows[index], *(blank[i] for i in order[1:])], pad_token)
+    micro = join([rows[i] for i in order], pad_token)
+    micro.tokens_BL.reshape(-1)[len(rows[index]) :] = pad_token
     counts = [row.loss_tokens for row in rows]
     starts = dict(zip(order, np.cumsum([0, *(counts[i] for i in order)]).tolist(), strict=False))
     taken = np.concatenate([np.arange(starts[i], starts[i] + counts[i]) for i in range(len(rows))])
     before = sum(counts[:index])
-    ordered = replace(micro, predict_N=micro.predict_N[taken], target_N=micro.target_N[taken])
+    ordered = replace(micro, predict_N=micro.predict_N[taken])
     return ordered, slice(before, before + counts[index])
 
 

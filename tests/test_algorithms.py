@@ -239,7 +239,8 @@ def test_mismatch_correction_weighs_tokens_of_the_current_version(name: str) -> 
 
     # the same algorithm, told that the engine's probabilities of tokens 0 and 2 were the trainer's
     plain = logprob.detach().clone().requires_grad_()
-    micro.logprob_N[[0, 2]] = np.log(np.float32([PROXIMAL[0], PROXIMAL[2]]))
+    for place, probability in zip(micro.rows, (PROXIMAL[0], PROXIMAL[2]), strict=True):
+        place.logprobs[0] = math.log(probability)
     expected, _ = objective.token_losses(algorithm, micro, plain, proximal, limits)
     weights = torch.tensor([1.1, 1.0, 0.8])
     (expected.loss_N * weights).sum().backward()

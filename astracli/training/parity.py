@@ -126,13 +126,17 @@ class RowCheck:
     def device(self) -> torch.device:
         return self.masters.ranks.device
 
+    @property
+    def _join(self) -> Join:
+        return packing.pack_rows if self.packed else pad_rows
+
     def logprobs(self, micro: MicroBatch) -> torch.Tensor:
         """fp32 [N]"""
         return logprobs(self.policy, self.adapter, micro, self.device)[0]
 
     def together(self, rows: Sequence[Row]) -> Pass:
         """The rows joined into one micro-batch."""
-        return packing.dividers(self.packed)[1](list(rows), self.pad_token), slice(None)
+        return self._join(list(rows), self.pad_token), slice(None)
 
     def alone(self, rows: Sequence[Row]) -> Iterator[Pass]:
         """Each as an ordinary row of its own length."""
@@ -154,8 +158,7 @@ class RowCheck:
         """
         if not same_shape:
             return self._minus(self.together(rows), self.alone(rows))
-        _, join = packing.dividers(self.packed)
-        alone = (in_the_shape_of_all(rows, i, join=join, pad_token=self.pad_token) for i in range(len(rows)))
+        alone = (in_the_shape_of_all(rows, i, join=self._join, pad_token=self.pad_token) for i in range(len(rows)))
         with varlen.one_order():
             return self._minus(self.together(rows), alone)
 

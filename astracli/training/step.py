@@ -25,14 +25,14 @@ from astracli.config.recipe import Recipe
 from astracli.kernels.upload import upload
 from astracli.models.adapter import ModelAdapter
 from astracli.rl import losses
-from astracli.rl.batch import Batch, MicroBatch, build_batch
+from astracli.rl.batch import Batch, MicroBatch, build_batch, micro_batches
 from astracli.rl.losses import ClipLimits
 from astracli.rl.types import Group
 from astracli.training import objective, packing, parity
 from astracli.training.adam import learning_rate
 from astracli.training.agreement import CEILING, TIMES_NOISE
 from astracli.training.cpu_offload import CpuOffload
-from astracli.training.fsdp import Ranks, gather_no_more
+from astracli.training.fsdp import Ranks, free_gathered
 from astracli.training.logprob import PolicyModel
 from astracli.training.optimizer import Masters
 from astracli.training.parity import RowCheck
@@ -134,7 +134,7 @@ class Trainer:
 
     def to_host(self) -> None:
         """Leave the device to others between two steps: nothing of this trainer stays on it but the CUDA context."""
-        gather_no_more(self.policy)
+        free_gathered(self.policy)
         self.masters.to_host()
         if self.reference is not None:
             if self.reference_offload is None:
@@ -155,7 +155,7 @@ class Trainer:
             pad_token=self.pad_token,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
-            divide_rows=packing.dividers(self.packed)[0],
+            divide_rows=packing.micro_batches if self.packed else micro_batches,
         )
 
     def _forward(self, policy: PolicyModel, micro: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -205,7 +205,7 @@ class Trainer:
             return
         with self.reference_offload.moved_in() if self.reference_offload is not None else nullcontext():
             work.references = {id(micro): self._forward(self.reference, micro)[0] for micro in work.micros}
-        gather_no_more(self.reference)
+        free_gathered(self.reference)
 
     @torch.no_grad()
     def _score(self, work: Work) -> None:

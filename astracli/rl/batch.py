@@ -5,7 +5,8 @@ Order of division: batch -> minibatches (one optimizer step each, whole samples,
 `training/packing.py`). Every rank computes the whole division from the same groups and takes its share; a rank that has
 fewer micro-batches than another is padded with empty ones, so that collectives match.
 
-Shape letters: P prompt tokens, T completion tokens, B rows of a micro-batch, L its padded length, N its loss tokens.
+Shape letters: P prompt tokens, T completion tokens, B rows of a micro-batch (samples of a batch where advantages are
+meant), L its padded length, N its loss tokens, S samples of a group.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import numpy as np
 from astracli.config.algorithms import AlgorithmTable
 from astracli.config.recipe import Recipe, RolloutTable
 from astracli.rl import losses
-from astracli.rl.advantage import batch_normalise, overlong_penalties
 from astracli.rl.types import Group, Sample
 
 
@@ -143,6 +143,33 @@ class Batch:
             "overlong_fraction": float((penalties > 0).mean()),
             "overlong_penalty_mean": float(penalties.mean()),
         }
+
+
+def overlong_penalties(lengths_S: np.ndarray, limit: int, fraction: float, penalty: float) -> np.ndarray:
+    """float64 [S], >= 0: what DAPO's soft overlong punishment takes off each reward (arXiv 2503.14476, equation 13).
+
+    0 up to `limit - cache` tokens, from there in a straight line to `penalty` at `limit`; cache = fraction * limit.
+    """
+    if fraction == 0.0:
+        return np.zeros(len(lengths_S))
+    cache = fraction * limit
+    return penalty * np.clip((np.asarray(lengths_S, np.float64) - (limit - cache)) / cache, 0.0, 1.0)
+
+
+def batch_normalise(advantages_B: np.ndarray, counts_B: np.ndarray) -> np.ndarray:
+    """float64 [B]: normalised once more over the batch, (a - mean) / (unbiased std + 1e-5).
+
+    A sample counts `counts_B` times, as often as the loss's own mean counts it (`Normaliser.count`): its loss tokens
+    where that is a mean over tokens, 1 where it is one over sequences. After this that mean of the advantage is 0,
+    whatever the lengths are.
+    """
+    advantages_B, counts_B = np.asarray(advantages_B, np.float64), np.asarray(counts_B, np.float64)
+    total = counts_B.sum()
+    if total < 2:
+        return np.zeros_like(advantages_B)
+    centred_B = advantages_B - (advantages_B * counts_B).sum() / total
+    variance = (centred_B**2 * counts_B).sum() / (total - 1)
+    return centred_B / (np.sqrt(variance) + losses.EPS)
 
 
 def rows_of(groups: Sequence[Group], algorithm: AlgorithmTable, rollout: RolloutTable) -> list[Row]:

@@ -108,7 +108,7 @@ def digest_of(path: Path) -> str:
     import xxhash
 
     with path.open("rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()  # type: ignore[arg-type]
+        return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
 
 
 def save(directory: Path, step: int, masters: Masters, ranks: Ranks, *, keep: int) -> Path:
@@ -145,8 +145,7 @@ def load(checkpoint: Checkpoint, masters: Masters, ranks: Ranks) -> None:
             masters.adam.restore(name, first, second, int(checkpoint.meta["updates"]))
     masters.restored()
     if ranks.rank < int(checkpoint.meta["world_size"]):
-        rng = str(ranks.rank)
-        torch.set_rng_state(stored.read("rng", rng, 0, stored.length("rng", rng)))
+        torch.set_rng_state(stored.read("rng", str(ranks.rank), 0, len(torch.get_rng_state())))
 
 
 class _Stored:
@@ -158,9 +157,6 @@ class _Stored:
         for rank in range(int(checkpoint.meta["world_size"])):
             for entry in map(Entry._make, json.loads((self._path / f"rank_{rank}.json").read_text())["tensors"]):
                 self._entries[entry.kind, entry.name].append((self._path / f"rank_{rank}.bin", entry))
-
-    def length(self, kind: str, name: str) -> int:
-        return sum(entry.length for _, entry in self._entries[kind, name])
 
     def master(self, name: str, start: int, length: int) -> Tensor:
         """fp32 [length], whether it was stored whole or split."""

@@ -29,8 +29,12 @@ class CopyMemory:
         self.blocks: list[Tensor] = []
         self._free: queue.SimpleQueue[Tensor | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
-        count = -(-state // self.block_bytes)
-        count = min(count, room_for(self.block_bytes, ranks.world_size, others) if beside else LEAST_BLOCKS)
+        most = LEAST_BLOCKS
+        if beside:
+            host = system()
+            room = ROOM * min(host["memory_available"], host["memory_total"] - others) / ranks.world_size
+            most = max(LEAST_BLOCKS, int(room // self.block_bytes))
+        count = min(-(-state // self.block_bytes), most)
         self._thread = threading.Thread(target=self._make, args=(count, ranks), name="checkpoint-memory", daemon=True)
         self._thread.start()
 
@@ -60,10 +64,3 @@ class CopyMemory:
     def give(self, block: Tensor | None) -> None:
         """Take back a block; None ends a `take` that waits."""
         self._free.put(block)
-
-
-def room_for(block_bytes: int, world_size: int, others: int) -> int:
-    """Blocks that each of the ranks may have while steps go on, at least the fewest that a copy works with."""
-    host = system()
-    room = ROOM * min(host["memory_available"], host["memory_total"] - others) / world_size
-    return max(LEAST_BLOCKS, int(room // block_bytes))

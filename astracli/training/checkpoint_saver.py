@@ -91,7 +91,6 @@ class Saver:
         }
         self._save = _Save(self, memory, working, meta, _parts(masters, self.ranks))
         masters.before_change = self.copied
-        self._save.start()
 
     @property
     def busy(self) -> bool:
@@ -155,8 +154,6 @@ class _Save:
             threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True)
             for work, name in ((self._copy, "checkpoint-copy"), (self._write, "checkpoint-write"))
         ]
-
-    def start(self) -> None:
         for thread in self._threads:
             thread.start()
 
@@ -182,30 +179,25 @@ class _Save:
         """Never more than `ASKED_FOR` pieces at a time: a GPU's copies to the host pass through one queue, whatever
         stream they are in, and a figure that the step reads would come after all that was asked for before it."""
         stream = self._saver.stream
-        with torch.cuda.stream(stream) if stream is not None else nullcontext():
-            self._copies(stream)
-
-    def _copies(self, stream: torch.cuda.Stream | None) -> None:
-        last: torch.cuda.Event | None = None
         asked_for: deque[torch.cuda.Event] = deque()
-        for slices in pieces(self._parts, self._memory.block_bytes):
-            if len(asked_for) == ASKED_FOR:
-                asked_for.popleft().synchronize()
-            block = self._memory.take()
-            if block is None:
-                return
-            size = 0
-            for part, low, high in slices:
-                block[size : size + high - low].copy_(part[low:high], non_blocking=True)
-                size += high - low
-            if stream is not None:
-                last = torch.cuda.Event(blocking=True)  # who waits for it leaves its core to others
-                last.record(stream)
-                asked_for.append(last)
-            self._full.put(_Piece(block, size, last))
+        with torch.cuda.stream(stream) if stream is not None else nullcontext():
+            for slices in pieces(self._parts, self._memory.block_bytes):
+                if len(asked_for) == ASKED_FOR:
+                    asked_for.popleft().synchronize()
+                block = self._memory.take()
+                if block is None:
+                    return
+                size = 0
+                for part, low, high in slices:
+                    block[size : size + high - low].copy_(part[low:high], non_blocking=True)
+                    size += high - low
+                if stream is not None:
+                    asked_for.append(torch.cuda.Event(blocking=True))  # who waits for it leaves its core to others
+                    asked_for[-1].record(stream)
+                self._full.put(_Piece(block, size, asked_for[-1] if asked_for else None))
         self._full.put(None)
-        if last is not None:
-            last.synchronize()
+        for event in asked_for:
+            event.synchronize()
         self._copy_s = time.perf_counter() - self._began
         self.copied.set()
 

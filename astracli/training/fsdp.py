@@ -148,15 +148,14 @@ def join(device: str, environment: Mapping[str, str] = os.environ, *, wrapped: b
     if device == "cuda":
         # with a device NCCL connects at once, here, and not in the first step
         options |= {"backend": "cpu:gloo,cuda:nccl", "device_id": chosen}
-    if world_size == 1:
-        dist.init_process_group(**options, store=dist.HashStore(), rank=0, world_size=1)
-        return Ranks(rank, world_size, chosen, init_device_mesh(device, (world_size,)))
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
-    if missing:
+    if world_size == 1:
+        store: dist.Store = dist.HashStore()
+    elif missing:
         raise UserError(f"WORLD_SIZE is {world_size}, {' and '.join(missing)} is not set", "start it with torchrun")
-    store = dist.TCPStore(
-        environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), world_size, rank == 0, timeout=RENDEZVOUS
-    )
+    else:
+        address = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+        store = dist.TCPStore(*address, world_size, rank == 0, timeout=RENDEZVOUS)
     with collective_check.watched():
         dist.init_process_group(**options, store=store, rank=rank, world_size=world_size)
         collective_check.check(rank, world_size, chosen)

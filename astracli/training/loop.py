@@ -31,12 +31,12 @@ from astracli.models import registry
 from astracli.process.config import TrainerConfig
 from astracli.process.transient import gpu_failed
 from astracli.process.worker import TERM_EXIT, Reporter
+from astracli.rl.sample_log import write_samples
 from astracli.rl.types import Group, unpack_group
 from astracli.training import checkpoint
 from astracli.training.checkpoint_saver import Saver
 from astracli.training.export import export, frozen_tensors
 from astracli.training.fsdp import Ranks
-from astracli.training.samples import write_samples
 from astracli.training.setup import build_trainer
 from astracli.training.time_sharing import TimeSharing
 from astracli.weights.publish.publisher import Publisher, PublishResult

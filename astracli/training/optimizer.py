@@ -206,8 +206,9 @@ class Masters:
         for name, value in self._sources().items():
             parameter, whole = self.parameters[name], value
             if isinstance(parameter, DTensor):
-                placed = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
-                whole = DTensor.from_local(value, self.ranks.mesh, parameter.placements, **placed).full_tensor()
+                shape, stride = parameter.shape, parameter.stride()
+                placed = DTensor.from_local(value, self.ranks.mesh, parameter.placements, shape=shape, stride=stride)
+                whole = placed.full_tensor()
             if self.ranks.first:
                 result[self.wire[name].name] = whole.to(DTYPES[self.wire[name].dtype]).cpu().contiguous()
         return result

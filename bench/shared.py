@@ -190,7 +190,7 @@ def ask(url: str, token: str, path: str = "/model_info") -> Any:
 def adapter_of(directory: Path) -> Any:
     """The installed adapter of a checkpoint's model type."""
     kind = read_config(directory)["model_type"]
-    return next(a for item in registry.installed() if (a := item.adapter) and kind in a.model_types)
+    return next(a for item in registry.installed() if (a := item.plugin) and kind in a.model_types)
 
 
 @contextmanager

@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from astracli.machine import facts as machine
+from astracli.machine.facts import validate
+from astracli.machine.packages import PACKAGES
+from astracli.machine.read import ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "astracli" / "assets" / "machines"
@@ -77,7 +79,7 @@ def packages(file: str) -> dict[str, Any]:
     found = {}
     for line in (ROOT / "constraints" / file).read_text().splitlines():
         name, _, version = re.sub(r"_", "-", line.lower()).partition("==")
-        if module := machine.PACKAGES.get(name):
+        if module := PACKAGES.get(name):
             found[name] = {"version": version, "module": module, "importable_spec": True}
             found[name]["origin"] = f"/venv/lib/python3.12/site-packages/{module}/__init__.py"
     return found
@@ -102,7 +104,7 @@ def document(name: str) -> dict[str, Any]:
     if not count:
         installed["torch"]["version"] += "+cpu"
         installed.pop("triton")
-    return machine.validate(
+    return validate(
         {
             "source": f"typical, not measured: {host.what}, {gpus}; the packages are those of constraints/{file}",
             "system": {
@@ -125,9 +127,9 @@ def document(name: str) -> dict[str, Any]:
             "gpus": [{"index": i, "uuid": f"GPU-{i:08d}", **gpu} for i in range(count)],
             "gpu_error": None,
             "compilers": {"cc": "/usr/bin/cc", "nvcc": None},
-            "env": dict.fromkeys(machine.ENVIRONMENT),
+            "env": dict.fromkeys(ENVIRONMENT),
         }
-    )
+    ).document()
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from astracli.engines.client import SETTLE_LOADER
+from astracli.engines.sglang.client import SETTLE_LOADER
 from astracli.errors import RunFailed
 from astracli.hub.server import ServerThread
 from astracli.weights.receive.subscriber import StagedPlan

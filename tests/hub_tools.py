@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from astracli.hub.store import HubStore
+from astracli.hub.types import Counts, HubSettings, HubState, Leases, NextBatch
 from astracli.rl.types import Group, Sample, Segment, pack_group, unpack_group
 
 
@@ -27,9 +28,10 @@ def open_store(path: Path, **changes: Any) -> HubStore:
         "lease_timeout_s": 60.0,
         "steps": 10,
         "eval_every": 0,
-        "engines": ["engine0"],
+        "engines": ("engine0",),
     }
-    return HubStore(path / "hub.sqlite", **(settings | changes))
+    store = {key: changes.pop(key) for key in ("curriculum", "clock") if key in changes}
+    return HubStore(path / "hub.sqlite", HubSettings(**(settings | changes)), **store)
 
 
 def group(lease_id: int, version: int = 0, rewards: tuple[float, ...] = (0.0, 1.0), verdict: Any = "right") -> bytes:
@@ -40,12 +42,12 @@ def group(lease_id: int, version: int = 0, rewards: tuple[float, ...] = (0.0, 1.
     return pack_group(Group(lease_id, f"p{lease_id}", np.array([1, 2], np.int32), samples))
 
 
-def ids(reply: dict[str, Any]) -> list[int]:
-    return [lease["lease_id"] for lease in reply["leases"]]
+def ids(reply: Leases) -> list[int]:
+    return [lease.lease_id for lease in reply.leases]
 
 
-def batch_ids(reply: dict[str, Any]) -> list[int]:
-    return [unpack_group(blob).lease_id for blob in reply["groups"]]
+def batch_ids(reply: NextBatch) -> list[int]:
+    return [unpack_group(blob).lease_id for blob in reply.batch.groups]
 
 
 def finish_step(store: HubStore, step: int, checkpoint_step: int | None = None) -> list[int]:
@@ -63,6 +65,12 @@ def fill(store: HubStore, version: int, n: int = 4) -> list[int]:
     return leases
 
 
-def counts_of(**known: int) -> dict[str, int]:
-    names = ("in_flight", "queued", "waiting", "dropped", "expired", "skipped", "timeouts")
-    return dict.fromkeys((*names, "consumed_steps", "consumed_groups", "replayed_steps"), 0) | known
+def counts_of(**known: int) -> Counts:
+    return Counts(**known)
+
+
+def hub_state(**known: Any) -> HubState:
+    """What the hub of a run that has just begun answers, but for what is `known`."""
+    nothing = {"steps": 10, "next_step": 0, "latest_version": None, "counts": Counts()}
+    nothing |= {"dropped_in_a_row": 0, "skipped_in_a_row": 0, "engines": {}, "evals": [], "gpu_leases": {}}
+    return HubState(**(nothing | {"finished": False, "stop": False} | known))

@@ -18,6 +18,7 @@ from test_hub_api import TOKEN, Server
 from astracli.config.recipe import Recipe
 from astracli.data.prompts import PromptSource
 from astracli.engines.client import EngineClient
+from astracli.engines.sglang.client import SglangClient
 from astracli.hub.client import AsyncHubClient
 from astracli.hub.store import HubStore
 from astracli.process.config import EngineAddress, RolloutConfig
@@ -47,7 +48,7 @@ class Tokenizer:
 class Grader:
     """Right for every even sample of a group."""
 
-    async def agrade_group(self, items: Sequence[GradeItem]) -> list[Grade]:
+    async def agrade(self, items: Sequence[GradeItem]) -> list[Grade]:
         return [Grade(float(i % 2 == 0), "right" if i % 2 == 0 else "wrong") for i in range(len(items))]
 
 
@@ -103,7 +104,8 @@ class World:
             hub = await stack.enter_async_context(AsyncHubClient(config.hub_url, TOKEN))
             workers = []
             for number, fake in enumerate([self.engine, *self.others]):
-                engine = await stack.enter_async_context(EngineClient(fake.url, TOKEN, loader_dir=fake.stage_dir))
+                made = SglangClient(fake.url, TOKEN, stage_dir=fake.stage_dir) if fake.stage_dir else None
+                engine = await stack.enter_async_context(made or EngineClient(fake.url, TOKEN))
                 mode, name = config.recipe.weights.pause_mode, f"engine{number}"
                 workers.append(
                     EngineWorker(name, engine, hub, self.fetcher, process="rollout", mode=mode, ready_timeout_s=5.0)
@@ -122,9 +124,9 @@ class World:
                 tasks.create_task(act())
 
     async def batch(self, step: int) -> list[Group]:
-        while "groups" not in (reply := self.store.batch(step)):
+        while (reply := self.store.batch(step)).batch is None:
             await asyncio.sleep(0.01)
-        return [unpack_group(blob) for blob in reply["groups"]]
+        return [unpack_group(blob) for blob in reply.batch.groups]
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from machines import facts, package
 
 from astracli.adapters import llama, qwen3_5
 from astracli.backends import choice as backend
-from astracli.backends import serving as backend_serving
 from astracli.config.recipe import Recipe
+from astracli.engines.sglang import attention
 from astracli.errors import UserError
 from astracli.machine import documents as machine_facts
 from astracli.machine import facts as machine
@@ -34,6 +34,10 @@ def recipe(**tables: dict[str, Any]) -> Recipe:
     return Recipe.model_validate(document)
 
 
+def choose(adapter: Any, document: dict[str, Any], asked: Recipe) -> backend.BackendChoice:
+    return backend.choose(adapter, machine.validate(document), asked)
+
+
 CPU = {"resources": {"device": "cpu", "rollout_gpus": 0, "train_gpus": 0}}
 
 
@@ -43,7 +47,7 @@ def test_recorded_facts_have_the_schema() -> None:
 
 
 def test_cpu() -> None:
-    choice = backend.choose(HYBRID, facts(), recipe(**CPU))
+    choice = choose(HYBRID, facts(), recipe(**CPU))
     assert choice.settings() == {
         "device": "cpu",
         "engine": "embedded",
@@ -70,7 +74,7 @@ def test_cpu() -> None:
 
 def test_a_cpu_recipe_stays_on_the_cpu_of_a_gpu_machine() -> None:
     asked = recipe(resources={"device": "auto", "rollout_gpus": 0, "train_gpus": 0})
-    choice = backend.choose(HYBRID, facts("9.0", 8), asked)
+    choice = choose(HYBRID, facts("9.0", 8), asked)
     assert (choice.device, choice.engine, choice.gdn_forward) == ("cpu", "embedded", "torch")
 
 
@@ -94,7 +98,7 @@ def test_a_cpu_recipe_stays_on_the_cpu_of_a_gpu_machine() -> None:
 @pytest.mark.parametrize("adapter", [HYBRID, DENSE])
 def test_serving_attention_by_capability(adapter: Any, capability: str, flashinfer: bool, expected: str) -> None:
     packages = {} if flashinfer else {"flashinfer-python": None}
-    choice = backend.choose(adapter, facts(capability, 2, packages=packages), recipe())
+    choice = choose(adapter, facts(capability, 2, packages=packages), recipe())
     if adapter is DENSE and capability == "9.0":
         expected = "fa3"  # nothing is known of sglang-kernel here; no hybrid has been run with it
     assert choice.serving_attention == expected
@@ -116,20 +120,18 @@ def test_serving_attention_by_capability(adapter: Any, capability: str, flashinf
 def test_fa3_needs_its_kernels(kernel: Any, flashinfer: str | None, expected: str, why: str | None) -> None:
     document = facts("9.0", 1, packages={"flashinfer-python": flashinfer})
     document["packages"]["sglang-kernel"] = kernel
-    choice = backend.choose(DENSE, document, recipe())
+    choice = choose(DENSE, document, recipe())
     (reason,) = [row.reason for row in choice.reasons if row.what == "serving attention"]
     assert choice.serving_attention == expected
     assert why is None or why in reason
     if expected != "fa3":
         with pytest.raises(UserError, match=r"attention_backend = fa3: .*sglang-kernel") as error:
-            backend.choose(HYBRID, document, recipe(rollout={"attention_backend": "fa3"}))
+            choose(HYBRID, document, recipe(rollout={"sglang": {"attention_backend": "fa3"}}))
         assert "`triton`" in str(error.value.hint)
     own = recipe(resources={"engine": {"python": "/envs/sglang/bin/python"}})
-    assert backend.choose(DENSE, document, own).serving_attention == "fa3", (
-        "another environment, of which nothing is known"
-    )
+    assert choose(DENSE, document, own).serving_attention == "fa3", "another environment, of which nothing is known"
     document["engine"] = {"executable": "x", "error": None, "packages": {"sglang-kernel": KERNEL | {"compiled": []}}}
-    assert backend.choose(DENSE, document, own).serving_attention == "triton"
+    assert choose(DENSE, document, own).serving_attention == "triton"
 
 
 RECORDED: list[tuple[str, str, str, str, str]] = [
@@ -148,11 +150,11 @@ RECORDED: list[tuple[str, str, str, str, str]] = [
 
 @pytest.mark.parametrize(("name", "capability", "hybrid", "dense", "rule"), RECORDED)
 def test_every_decision_on_recorded_machines(name: str, capability: str, hybrid: str, dense: str, rule: str) -> None:
-    document = machine_facts.load(name)
+    document = machine_facts.load(name).document()
     assert {gpu["compute_capability"] for gpu in document["gpus"]} == ({capability} - {"none"})
     asked = recipe(**CPU) if capability == "none" else recipe()
     for adapter, serving, delta in ((HYBRID, hybrid, rule), (DENSE, dense, "none")):
-        choice = backend.choose(adapter, document, asked)
+        choice = choose(adapter, document, asked)
         assert choice.serving_attention == serving
         assert (choice.gdn_forward, choice.gdn_backward) == (delta, delta)
         assert choice.warnings == ()
@@ -163,18 +165,18 @@ def test_every_decision_on_recorded_machines(name: str, capability: str, hybrid:
         assert choice.reasons[-1].choice == " ".join(f"{name}={value}" for name, value in choice.env.items())
         assert len(choice.reasons) == 9 and all(row.reason and "\n" not in row.reason for row in choice.reasons)
         if capability != "none":
-            lowest = backend_serving.lowest_capability(document) or (0, 0)
-            allowed, refused = backend_serving.serving_options(adapter, lowest)
+            lowest = machine.validate(document).capability or (0, 0)
+            allowed, refused = attention.serving_options(adapter, lowest)
             assert "triton" in allowed, "triton serves everywhere"
             assert set(refused) == ({"fa3"} if adapter is HYBRID and capability in ("8.6", "8.9") else set())
-            assert backend.choose(adapter, document, recipe(rollout={"attention_backend": "triton"}))
+            assert choose(adapter, document, recipe(rollout={"sglang": {"attention_backend": "triton"}}))
 
 
 @pytest.mark.parametrize("ffi", ["0.1.9", "0.1.15", None])
 def test_tilelang_loads_with_few_tvm_ffi_only(ffi: str | None) -> None:
-    document = machine_facts.load(str(TILELANG))
+    document = machine_facts.load(str(TILELANG)).document()
     document["packages"]["apache-tvm-ffi"] = package(ffi)
-    choice = backend.choose(HYBRID, document, recipe())
+    choice = choose(HYBRID, document, recipe())
     assert choice.gdn_backward == "torch"
     (warning,) = choice.warnings
     assert f"tilelang 0.1.11 loads with apache-tvm-ffi 0.1.10 or 0.1.11 alone, {ffi or 'none'} is installed" in warning
@@ -182,9 +184,9 @@ def test_tilelang_loads_with_few_tvm_ffi_only(ffi: str | None) -> None:
     assert ways.startswith("`pip install -c constraints/cuda.txt 'astracli[gpu,sglang]'`"), "the first way out"
     assert "`pip install tilelang==0.1.11 apache-tvm-ffi==0.1.11` beside a CUDA toolkit with nvcc" in ways
     document["packages"]["apache-tvm-ffi"] = package("0.1.11")  # the one that SGLang 0.5.17 asks for beside it
-    assert backend.choose(HYBRID, document, recipe()).gdn_backward == "fla+tilelang"
+    assert choose(HYBRID, document, recipe()).gdn_backward == "fla+tilelang"
     del document["packages"]["apache-tvm-ffi"]
-    assert backend.choose(HYBRID, document, recipe()).gdn_backward == "fla+tilelang", "not recorded: not judged"
+    assert choose(HYBRID, document, recipe()).gdn_backward == "fla+tilelang", "not recorded: not judged"
 
 
 @pytest.mark.parametrize(
@@ -195,32 +197,32 @@ def test_tilelang_loads_with_few_tvm_ffi_only(ffi: str | None) -> None:
     ],
 )
 def test_fa3_is_refused_on_8_6_and_8_9_for_hybrids_only(capability: str, reason: str) -> None:
-    asked = recipe(rollout={"attention_backend": "fa3"})
+    asked = recipe(rollout={"sglang": {"attention_backend": "fa3"}})
     with pytest.raises(UserError) as error:
-        backend.choose(HYBRID, facts(capability, 2), asked)
+        choose(HYBRID, facts(capability, 2), asked)
     assert error.value.exit_code == 2
     where = f"`qwen3_5` on compute capability {capability}"
-    assert error.value.message == f"rollout.attention_backend = fa3 is refused for {where}: {reason}"
+    assert error.value.message == f"rollout.sglang.attention_backend = fa3 is refused for {where}: {reason}"
     ways = "`flashinfer`, `triton`, `torch_native`"
-    assert error.value.hint == f"set rollout.attention_backend to `auto`, or to one of {ways}"
-    assert backend.choose(DENSE, facts(capability, 2), asked).serving_attention == "fa3"
+    assert error.value.hint == f"set rollout.sglang.attention_backend to `auto`, or to one of {ways}"
+    assert choose(DENSE, facts(capability, 2), asked).serving_attention == "fa3"
 
 
 def test_fa3_serves_a_hybrid_on_hopper_only_where_a_recipe_asks_for_it() -> None:
     """Nothing is known against it, and nothing for it: `auto` takes flashinfer and says why."""
-    asked = recipe(rollout={"attention_backend": "fa3"})
-    assert backend.choose(HYBRID, facts("9.0", 2), asked).serving_attention == "fa3"
-    choice = backend.choose(HYBRID, facts("9.0", 2), recipe())
+    asked = recipe(rollout={"sglang": {"attention_backend": "fa3"}})
+    assert choose(HYBRID, facts("9.0", 2), asked).serving_attention == "fa3"
+    choice = choose(HYBRID, facts("9.0", 2), recipe())
     (reason,) = [row.reason for row in choice.reasons if row.what == "serving attention"]
     assert choice.serving_attention == "flashinfer"
     assert reason.endswith("(this GPU: 9.0; no fa3: not run with a Gated DeltaNet hybrid yet)")
     with pytest.raises(UserError, match=r"fa3 does not run on compute capability 10\.0"):
-        backend.choose(DENSE, facts("10.0", 2), asked)
+        choose(DENSE, facts("10.0", 2), asked)
 
 
 @pytest.mark.parametrize("capability", ["8.0", "8.6", "8.9", "10.0", "12.0"])
 def test_delta_rule_off_hopper_takes_any_fla(capability: str) -> None:
-    choice = backend.choose(HYBRID, facts(capability, 2, packages={"triton": "3.6.0"}), recipe())
+    choice = choose(HYBRID, facts(capability, 2, packages={"triton": "3.6.0"}), recipe())
     assert (choice.gdn_forward, choice.gdn_backward, choice.warnings) == ("fla", "fla", ())
 
 
@@ -237,7 +239,7 @@ def test_delta_rule_off_hopper_takes_any_fla(capability: str) -> None:
 )
 def test_delta_rule_on_hopper(fla: str, triton: str, tilelang: str | None, nvcc: str | None, kernel: str) -> None:
     packages = {"flash-linear-attention": fla, "triton": triton, "tilelang": tilelang}
-    choice = backend.choose(HYBRID, facts("9.0", 2, packages=packages, nvcc=nvcc), recipe())
+    choice = choose(HYBRID, facts("9.0", 2, packages=packages, nvcc=nvcc), recipe())
     assert choice.gdn_backward == kernel
     assert bool(choice.warnings) == (kernel == "torch")
     if choice.warnings:
@@ -245,46 +247,46 @@ def test_delta_rule_on_hopper(fla: str, triton: str, tilelang: str | None, nvcc:
 
 
 def test_without_fla_the_slow_path_is_said_aloud() -> None:
-    choice = backend.choose(HYBRID, facts("8.9", 2, packages={"flash-linear-attention": None}), recipe())
+    choice = choose(HYBRID, facts("8.9", 2, packages={"flash-linear-attention": None}), recipe())
     assert choice.gdn_forward == "torch"
     assert "flash-linear-attention cannot be imported" in choice.warnings[0]
-    assert backend.choose(DENSE, facts("8.9", 2, packages={"flash-linear-attention": None}), recipe()).warnings == ()
+    assert choose(DENSE, facts("8.9", 2, packages={"flash-linear-attention": None}), recipe()).warnings == ()
 
 
 def test_a_gpu_recipe_resolves_on_a_machine_without_gpus() -> None:
-    choice = backend.choose(HYBRID, facts(), recipe())
+    choice = choose(HYBRID, facts(), recipe())
     assert choice.device == "cuda" and choice.engine == "sglang"
     assert (choice.serving_attention, choice.gdn_forward) == ("auto", "auto")
 
 
 def test_sglang_serves_on_a_cpu_where_it_is_asked_for() -> None:
-    choice = backend.choose(HYBRID, facts(), recipe(rollout={"engine": "sglang"}, **CPU))
+    choice = choose(HYBRID, facts(), recipe(rollout={"engine": "sglang"}, **CPU))
     assert (choice.device, choice.engine, choice.serving_attention) == ("cpu", "sglang", "torch_native")
     assert choice.env["SGLANG_USE_CPU_ENGINE"] == "1" and choice.env["SGLANG_RETURN_ORIGINAL_LOGPROB"] == "0"
     assert choice.env["CUDA_VISIBLE_DEVICES"] == "" and "bf16" in choice.reasons[1].reason
-    amx = recipe(rollout={"engine": "sglang", "attention_backend": "intel_amx"}, **CPU)
-    assert backend.choose(HYBRID, facts(), amx).serving_attention == "intel_amx"
-    assert "SGLANG_USE_CPU_ENGINE" not in backend.choose(HYBRID, facts("9.0", 8), recipe()).env
+    amx = recipe(rollout={"engine": "sglang", "sglang": {"attention_backend": "intel_amx"}}, **CPU)
+    assert choose(HYBRID, facts(), amx).serving_attention == "intel_amx"
+    assert "SGLANG_USE_CPU_ENGINE" not in choose(HYBRID, facts("9.0", 8), recipe()).env
 
 
 def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(UserError, match="sglang on a CPU takes auto, torch_native, intel_amx"):
-        backend.choose(HYBRID, facts(), recipe(rollout={"engine": "sglang", "attention_backend": "flashinfer"}, **CPU))
+        choose(
+            HYBRID, facts(), recipe(rollout={"engine": "sglang", "sglang": {"attention_backend": "flashinfer"}}, **CPU)
+        )
     with pytest.raises(UserError, match="are both 0"):
-        backend.choose(HYBRID, facts("9.0", 8), recipe(resources={"rollout_gpus": 0, "train_gpus": 0}))
+        choose(HYBRID, facts("9.0", 8), recipe(resources={"rollout_gpus": 0, "train_gpus": 0}))
     with pytest.raises(UserError, match=r"flashinffer: sglang takes .*did you mean `flashinfer`"):
-        backend.choose(HYBRID, facts("8.9", 2), recipe(rollout={"attention_backend": "flashinffer"}))
+        choose(HYBRID, facts("8.9", 2), recipe(rollout={"sglang": {"attention_backend": "flashinffer"}}))
     with pytest.raises(UserError, match="flash_attention_2 does not run on a CPU"):
-        backend.choose(HYBRID, facts(), recipe(train={"attention": "flash_attention_2"}, **CPU))
-    with pytest.raises(UserError, match="the embedded engine takes auto, sdpa, eager"):
-        backend.choose(HYBRID, facts(), recipe(rollout={"attention_backend": "fa3"}, **CPU))
+        choose(HYBRID, facts(), recipe(train={"attention": "flash_attention_2"}, **CPU))
 
 
 def test_flash_attention_needs_more_than_a_namespace_folder() -> None:
     asked = recipe(train={"attention": "flash_attention_2"})
     with pytest.raises(UserError, match="needs flash-attn, which is only an empty namespace folder"):
-        backend.choose(DENSE, facts("9.0", 2, stubs=("flash-attn",)), asked)
+        choose(DENSE, facts("9.0", 2, stubs=("flash-attn",)), asked)
     with pytest.raises(UserError, match="needs flash-attn, which is not installed"):
-        backend.choose(DENSE, facts("9.0", 2), asked)
-    choice = backend.choose(DENSE, facts("9.0", 2, packages={"flash-attn": "2.8.0"}), asked)
+        choose(DENSE, facts("9.0", 2), asked)
+    choice = choose(DENSE, facts("9.0", 2, packages={"flash-attn": "2.8.0"}), asked)
     assert choice.trainer_attention == "flash_attention_2"

@@ -18,6 +18,7 @@ import torch
 from training_tools import make_trainer, recipe, sample_groups, save_model, spawn
 
 from astracli.errors import RunFailed, disk_full
+from astracli.machine.read import system
 from astracli.training import checkpoint, checkpoint_memory, checkpoint_saver
 from astracli.training.checkpoint_memory import LEAST_BLOCKS
 from astracli.training.checkpoint_saver import pieces
@@ -285,7 +286,7 @@ def test_memory_for_the_copy_is_what_the_plan_leaves(monkeypatch: pytest.MonkeyP
     """Of 100 blocks in all 60 are free now and 30 go to others later: two ranks share 0.8 of the smaller rest."""
     size = 1 << 10
     monkeypatch.setattr(checkpoint_memory, "BLOCK_BYTES", size)
-    host = {"memory_total": 100 * size, "memory_available": 60 * size}
+    host = system().model_copy(update={"memory_total": 100 * size, "memory_available": 60 * size})
     monkeypatch.setattr(checkpoint_memory, "system", lambda: host)
 
     def count(wanted: int, others: int, *, beside: bool = True) -> int:

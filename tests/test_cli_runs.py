@@ -190,12 +190,13 @@ def test_runs_clean_frees_what_it_says_and_keeps_results(astra: Astra, runs: Pat
 
 def test_runs_clean_keeps_weights_that_an_evaluation_waits_for(astra: Astra, runs: Path) -> None:
     from astracli.hub.store import HubStore
+    from astracli.hub.types import HubSettings
 
     run = make_run(runs / "a", state="interrupted")
     (run.weights / "v000000").mkdir(parents=True)
     (run.weights / "v000000" / "x").write_bytes(b"0" * 1000)
-    limits = {"batch_groups": 1, "max_staleness": 0, "lease_timeout_s": 1.0, "steps": 4, "eval_every": 2}
-    store = HubStore(run.hub_sqlite, drop_equal_groups=False, engines=["engine0"], **limits)  # type: ignore[arg-type]
+    limits: dict = {"batch_groups": 1, "max_staleness": 0, "lease_timeout_s": 1.0, "steps": 4, "eval_every": 2}
+    store = HubStore(run.hub_sqlite, HubSettings(drop_equal_groups=False, engines=("engine0",), **limits))
     store.announce(0, 0)
     assert astra("runs", "clean", "a").out == "freed 0 B in 0 runs\n" and run.weights.is_dir()
     store.eval_done(0, 0, {})

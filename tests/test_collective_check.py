@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_tools import hub_state
 from machines import facts
 from test_plan import load, planned
 from test_supervise import log, logs, process, supervisor  # noqa: F401
@@ -144,7 +145,7 @@ def test_what_a_run_on_two_gpus_starts_again_with(tmp_path: Path, monkeypatch: p
 def test_the_summary_table_says_so(tmp_path: Path) -> None:
     document = summary.build(
         recipe_io.load("qwen3.5-tiny-m2po-delta"), run_dir=tmp_path, state="done", attempt=1, first_step=0,
-        phases={"running": 1.0}, evaluations_s={}, records=[], store={}, memory={}, restarts={},
+        phases={"running": 1.0}, evaluations_s={}, records=[], hub=hub_state(), memory={}, restarts={},
         notes=["the 2 training GPUs do not reach each other directly"],
     )  # fmt: skip
     assert ("note", "the 2 training GPUs do not reach each other directly") in summary_rows(document)

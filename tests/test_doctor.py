@@ -15,17 +15,11 @@ from machines import facts, package
 from astracli.adapters import qwen3_5
 from astracli.config import recipe_io
 from astracli.doctor import checks, python
-from astracli.errors import UserError
 from astracli.machine import facts as machine
+from astracli.machine import packages, read
 
 TINY, BIG, SHARED = "qwen3.5-tiny-m2po-delta", "qwen3.5-4b-m2po-delta", "qwen3.5-0.8b-m2po-delta"
 Report = dict[str, Any]
-
-
-@pytest.fixture(autouse=True)
-def whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Machines are judged here, not whether this version of astra ships every engine."""
-    monkeypatch.setattr("astracli.doctor.recipe.shipped", lambda module: True)
 
 
 def found(report: Report, *statuses: str) -> dict[str, str]:
@@ -38,7 +32,7 @@ def one(report: Report, name: str, group: str | None = None) -> dict[str, Any]:
 
 
 def judged(recipe: str | None, document: dict[str, Any], *sets: str) -> Report:
-    return checks.run(recipe_io.load(recipe, list(sets)) if recipe else None, document)
+    return checks.run(recipe_io.load(recipe, list(sets)) if recipe else None, machine.validate(document))
 
 
 def gpu_box(capability: str = "8.9", count: int = 8, **more: Any) -> dict[str, Any]:
@@ -71,7 +65,7 @@ def test_every_check_that_can_go_wrong_has_a_case() -> None:
 
 
 def test_this_machine_without_a_recipe() -> None:
-    report = checks.run(None, machine.probe())
+    report = checks.run(None, read.probe())
     assert report["ok"] is True, found(report, "fail")
     assert report["backends"] == []
     assert one(report, "torch")["value"] == torch.__version__
@@ -140,7 +134,7 @@ def test_a_gpu_recipe_fails_for_what_it_lacks_and_warns_of_a_download() -> None:
 
 
 def test_a_refused_combination_is_a_failed_check_with_its_way_out() -> None:
-    report = judged(BIG, gpu_box(), "rollout.attention_backend=fa3")
+    report = judged(BIG, gpu_box(), "rollout.sglang.attention_backend=fa3")
     refused = one(report, "refused")
     assert refused["status"] == "fail" and "CUDA error: invalid argument" in refused["why"]
     assert "`flashinfer`" in refused["fix"]
@@ -187,7 +181,7 @@ def test_the_shipped_sets_on_hopper(name: str, nvcc: str | None, status: str, ke
     """The extras allow either set; what the older one needs on Hopper is said here."""
     text = (Path(__file__).parents[1] / "constraints" / name).read_text()
     lines = [line.split("==") for line in text.splitlines() if "==" in line and not line.startswith("#")]
-    document = gpu_box("9.0", packages={n: v for n, v in lines if n in machine.PACKAGES}, nvcc=nvcc)
+    document = gpu_box("9.0", packages={n: v for n, v in lines if n in packages.PACKAGES}, nvcc=nvcc)
     document["compilers"]["cccl"] = nvcc and "/usr/local/cuda/include/cccl"
     report = judged(BIG, document)
     assert report["ok"] is True
@@ -230,9 +224,9 @@ def test_packing_without_a_varlen_path_of_its_own_fails_on_gpus(monkeypatch: pyt
 def test_the_engines_environment_is_judged_apart_from_the_trainers() -> None:
     """The trainer's packages hold no sglang, the engine's hold another torch: both are as they should be."""
     document = gpu_box(packages={"sglang": None, "flashinfer-python": None})
-    packages = copy.deepcopy(gpu_box()["packages"])
-    packages["sglang"] |= {"models": ["qwen3_5"], "pins": {"torch": {"wants": "2.11.0", "has": "2.11.0+cu130"}}}
-    engine = {"executable": "/engine/bin/python", "version": "3.12.3", "packages": packages, "torch_cuda": "13.0"}
+    there = copy.deepcopy(gpu_box()["packages"])
+    there["sglang"] |= {"models": ["qwen3_5"], "pins": {"torch": {"wants": "2.11.0", "has": "2.11.0+cu130"}}}
+    engine = {"executable": "/engine/bin/python", "version": "3.12.3", "packages": there, "torch_cuda": "13.0"}
     document["engine"] = engine
     ask = "resources.engine.python=/engine/bin/python"
     report = judged(BIG, document, ask)
@@ -249,8 +243,8 @@ def test_the_engines_environment_is_judged_apart_from_the_trainers() -> None:
 
 def test_a_choice_without_its_package_fails() -> None:
     document = gpu_box(packages={"flashinfer-python": None})
-    asked = one(judged(BIG, document, "rollout.attention_backend=flashinfer"), "flashinfer")
-    assert asked["status"] == "fail" and "rollout.attention_backend=triton" in asked["fix"]
+    asked = one(judged(BIG, document, "rollout.sglang.attention_backend=flashinfer"), "flashinfer")
+    assert asked["status"] == "fail" and "rollout.sglang.attention_backend=triton" in asked["fix"]
     assert one(judged(BIG, document), "flashinfer")["status"] == "skip"
 
 
@@ -263,14 +257,6 @@ def test_dead_runs_and_their_processes_are_named() -> None:
     dead(7)(document)
     several = [c for c in judged(TINY, document)["checks"] if c["name"] == "dead runs"]
     assert len(several) == 6 and several[-1]["value"] == "2 more, 6.00 GiB"
-
-
-def test_an_engine_that_this_version_lacks_fails_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("astracli.doctor.recipe.shipped", lambda module: not module.endswith("sglang.server"))
-    report = judged(BIG, gpu_box())
-    assert found(report, "fail") == {"version": "fail"}
-    assert one(report, "version")["value"] == "this version of astra has no `astracli.engines.sglang.server`"
-    assert judged(TINY, facts())["ok"] is True
 
 
 def test_a_checkpoint_that_a_script_makes_is_mended_by_that_script() -> None:
@@ -287,8 +273,3 @@ def test_load_is_warned_about() -> None:
     check = one(judged(TINY, document), "load")
     assert (check["status"], check["why"]) == ("warn", "they will starve each other")
     assert found(judged(TINY, facts()), "warn") == {}
-
-
-def test_facts_that_are_none_are_refused() -> None:
-    with pytest.raises(UserError, match="not a machine description: `system`"):
-        checks.run(None, {"schema_version": 1})

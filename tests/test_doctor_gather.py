@@ -15,8 +15,9 @@ import pytest
 
 from astracli.config import recipe_io
 from astracli.doctor import checks, gather
-from astracli.machine import facts as machine
+from astracli.machine import packages
 from astracli.machine import read as machine_read
+from astracli.machine.facts import DataSet, GpuProcess, Tensor, validate
 from astracli.report import live as run_view
 from astracli.runs import run_dir
 
@@ -49,9 +50,9 @@ def test_gather_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
 
 def test_the_shipped_model_is_whole(tmp_path: Path) -> None:
     found = gather.checkpoint("astra:tiny")
-    assert found["missing_files"] == [] and "problem" not in found
-    assert len(found["tensors"]) == 55 and found["chat_template"] is True
-    assert found["tensors"]["model.norm.weight"] == {"dtype": "BF16", "shape": [128]}
+    assert found.missing_files == () and found.problem is None
+    assert len(found.tensors) == 55 and found.chat_template is True
+    assert found.tensors["model.norm.weight"] == Tensor(dtype="BF16", shape=(128,))
 
 
 def test_a_checkpoint_that_is_cut_short_or_lacks_a_shard_is_found(tmp_path: Path) -> None:
@@ -60,16 +61,16 @@ def test_a_checkpoint_that_is_cut_short_or_lacks_a_shard_is_found(tmp_path: Path
     (place / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}})
     )
-    assert gather.checkpoint(str(place))["missing_files"] == ["model-2.safetensors"]
+    assert gather.checkpoint(str(place)).missing_files == ("model-2.safetensors",)
     weights.write_bytes(weights.read_bytes()[:-1000])
-    assert "it ends after" in gather.checkpoint(str(place))["problem"]
+    assert "it ends after" in str(gather.checkpoint(str(place)).problem)
     weights.write_text("version https://git-lfs.github.com/spec/v1")
-    assert "its header does not fit the file" in gather.checkpoint(str(place))["problem"]
+    assert "its header does not fit the file" in str(gather.checkpoint(str(place)).problem)
     weights.unlink()
     (place / "model.safetensors.index.json").unlink()
     found = gather.checkpoint(str(place))
-    assert found["missing_files"] == ["model.safetensors"]
-    assert "nothing at" in gather.checkpoint("./nowhere")["problem"]
+    assert found.missing_files == ("model.safetensors",)
+    assert "nothing at" in str(gather.checkpoint("./nowhere").problem)
 
 
 def test_the_hub_cache_is_read_without_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,21 +95,19 @@ def test_data_is_looked_up_in_the_data_directory_and_in_the_cache(
     monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
     (tmp_path / "deepscaler.jsonl").write_text("{}\n")
     recipe = recipe_io.load("qwen3.5-4b-m2po-delta", ['eval.benchmarks=["aime24", "arithmetic-heldout"]'])
-    rows = {d["name"]: d for d in gather.data(recipe)}
-    assert rows["deepscaler"]["place"] == str((tmp_path / "deepscaler.jsonl").resolve())
-    assert rows["aime24"] == {
-        "name": "aime24", "use": "eval", "hub_id": "HuggingFaceH4/aime_2024", "place": None, "problem": None,
-    }  # fmt: skip
-    assert rows["arithmetic-heldout"]["place"] == "generated"
+    rows = {d.name: d for d in gather.data(recipe)}
+    assert rows["deepscaler"].place == str((tmp_path / "deepscaler.jsonl").resolve())
+    assert rows["aime24"] == DataSet(name="aime24", use="eval", hub_id="HuggingFaceH4/aime_2024", place=None)
+    assert rows["arithmetic-heldout"].place == "generated"
     unknown = recipe_io.load(TINY, ["data.source=no-such-set"])
-    assert "no data set `no-such-set`" in gather.data(unknown)[0]["problem"]
+    assert "no data set `no-such-set`" in str(gather.data(unknown)[0].problem)
 
 
 def test_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
     import socket
 
-    assert gather.network("127.0.0.1")["hosts"] == {"127.0.0.1": None}
-    assert gather.network("192.0.2.1")["hosts"]["192.0.2.1"]
+    assert gather.network("127.0.0.1").hosts == {"127.0.0.1": None}
+    assert gather.network("192.0.2.1").hosts["192.0.2.1"]
     monkeypatch.delenv("HTTPS_PROXY", raising=False)
     monkeypatch.delenv("https_proxy", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -121,15 +120,13 @@ def test_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_another_interpreter_is_asked_for_its_packages(tmp_path: Path) -> None:
     found = gather.environment(sys.executable, ["qwen3_5", "no_such_model"])
-    assert found["version"] and found["packages"]["torch"]["version"]
-    assert found["packages"]["transformers"]["models"] == ["qwen3_5"]
-    machine.Environment.model_validate(found)
-    assert found["error"] is None  # a plan reads it without going through the document's schema
-    assert gather.environment(str(tmp_path / "none"), [])["error"] == "no such file or directory"
+    assert found.version and found.packages["torch"].version and found.error is None
+    assert found.packages["transformers"].models == ("qwen3_5",)
+    assert gather.environment(str(tmp_path / "none"), []).error == "no such file or directory"
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\necho 'broken venv' >&2; exit 3\n")
     broken.chmod(0o755)
-    assert gather.environment(str(broken), [])["error"] == "broken venv"
+    assert gather.environment(str(broken), []).error == "broken venv"
 
 
 def test_pins_models_and_gpu_processes_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,19 +136,19 @@ def test_pins_models_and_gpu_processes_are_read(tmp_path: Path, monkeypatch: pyt
     lines = ["Metadata-Version: 2.1", "Name: sglang", "Version: 9.9", *(f"Requires-Dist: {r}" for r in requires)]
     (info / "METADATA").write_text("\n".join(lines) + "\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    found = machine_read.exact_pins("sglang")
+    found = packages.exact_pins("sglang")
     assert sorted(found) == ["numpy", "torch", "xgrammar"]
     assert found["xgrammar"] == {"wants": "0.1", "has": None} and found["torch"]["has"]
     package = tmp_path / "engine_like" / "srt" / "models"
     package.mkdir(parents=True)
     (tmp_path / "engine_like" / "__init__.py").touch()
     (package / "qwen3_5.py").touch()
-    assert machine_read.model_files("engine_like", "srt/models", ["llama", "qwen3_5"]) == ["qwen3_5"]
-    assert machine_read.model_files("no_such_package", "models", ["llama"]) is None
+    assert packages.model_files("engine_like", "srt/models", ["llama", "qwen3_5"]) == ["qwen3_5"]
+    assert packages.model_files("no_such_package", "models", ["llama"]) is None
     smi = "GPU-1, 123, /usr/bin/python, -c, x, 4096\nGPU-1, 9, Xorg, [N/A]\nno line\n"
     assert machine_read.parse_processes(smi) == [
-        ("GPU-1", {"pid": 123, "name": "/usr/bin/python, -c, x", "memory": 4096 * 2**20}),
-        ("GPU-1", {"pid": 9, "name": "Xorg", "memory": None}),
+        ("GPU-1", GpuProcess(pid=123, name="/usr/bin/python, -c, x", memory=4096 * 2**20)),
+        ("GPU-1", GpuProcess(pid=9, name="Xorg", memory=None)),
     ]
 
 
@@ -184,15 +181,15 @@ def test_a_dead_run_and_its_processes_are_named_and_cleaned(
         while not run_view.leftovers(run) and time.monotonic() < deadline:
             time.sleep(0.02)
         (left,) = gather.dead_runs(tmp_path / "runs")
-        assert left["step"] == 4 and left["bytes"] == 1002
-        assert left["processes"] == {str(child.pid): "astracli.sleeper"}
+        assert left.step == 4 and left.bytes == 1002
+        assert left.processes == {str(child.pid): "astracli.sleeper"}
         monkeypatch.chdir(tmp_path)
         said = astra("runs", "clean", "a", "--dry-run")
         assert said.out.startswith("runs/a  1 kB") and child.poll() is None
         said = astra("runs", "clean", "a")
         assert said.code == 0 and f"ended process {child.pid} that `runs/a` left behind" in said.err
         assert not psutil.pid_exists(child.pid)
-        assert gather.dead_runs(tmp_path / "runs")[0]["processes"] == {}
+        assert gather.dead_runs(tmp_path / "runs")[0].processes == {}
         assert not run.weights.exists()
     finally:
         child.kill()
@@ -208,12 +205,12 @@ def test_a_run_that_lives_or_ended_is_not_dead(tmp_path: Path) -> None:
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "recipe.json").write_text("{}")
     (tmp_path / "damaged" / "status.json").write_text("{")
-    assert gather.dead_runs(tmp_path) == []
+    assert gather.dead_runs(tmp_path) == ()
 
 
 def test_the_document_of_a_broken_checkpoint_judges_it_anywhere(tmp_path: Path) -> None:
     place = tiny(tmp_path)
     (place / "tokenizer.json").unlink()
     recipe = recipe_io.load(TINY, [f"model.path={place}"])
-    report = checks.run(recipe, json.loads(json.dumps(gather.gather(recipe))))
+    report = checks.run(recipe, validate(gather.gather(recipe).document()))
     assert {c["name"] for c in report["checks"] if c["status"] == "fail"} == {"tokenizer"}

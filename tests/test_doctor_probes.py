@@ -20,6 +20,7 @@ from astracli.doctor import all_reduce, attention, measures, probe_child, probes
 from astracli.doctor.probes import Probe
 from astracli.doctor.subject import Subject, subject
 from astracli.kernels import varlen
+from astracli.machine.facts import validate
 from astracli.models import registry
 from astracli.models.adapter import DeltaRule
 
@@ -27,7 +28,7 @@ CONFIG = qwen3_5.tiny_config()
 
 
 def judged(name: str | None = TINY, document: dict[str, Any] | None = None, *sets: str) -> Subject:
-    return subject(recipe_io.load(name, list(sets)) if name else None, document or facts())
+    return subject(recipe_io.load(name, list(sets)) if name else None, validate(document or facts()))
 
 
 def probe(name: str, code: str, timeout_s: float = 20.0, **more: Any) -> Probe:
@@ -126,7 +127,7 @@ def test_a_recipe_whose_model_has_to_be_made_first_is_asked_what_can_be(tmp_path
 def test_an_adapter_without_a_tiny_model_is_skipped_and_said() -> None:
     asked = judged()
     fit = dataclasses.replace(asked.fit, adapter=generic.ADAPTER)
-    bare = dataclasses.replace(asked, fit=fit, facts=asked.facts | {"packages": {}})
+    bare = dataclasses.replace(asked, fit=fit, facts=asked.facts.model_copy(update={"packages": {}}))
     assert [(c.name, c.status) for c in probes.run(bare)] == [("generic", "skip")]
 
 
@@ -178,9 +179,9 @@ def test_an_engine_that_disagrees_is_found(monkeypatch: pytest.MonkeyPatch) -> N
             model.model.norm.weight += 0.1
         return model
 
-    assert measures.parity("qwen3_5")[0]["status"] == "ok"
+    assert measures.parity("qwen3_5", "embedded")[0]["status"] == "ok"
     with_adapter(monkeypatch, load_for_serving=off)
-    (row,) = measures.parity("qwen3_5")
+    (row,) = measures.parity("qwen3_5", "embedded")
     assert row["status"] == "fail" and float(row["value"].split()[0]) > 1e-3
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from fake_engine import FakeEngine
 
-from astracli.engines.client import EngineClient, UpdateReply
+from astracli.engines.client import UpdateReply
+from astracli.engines.sglang.client import SglangClient
 
 TOKEN = "secret"
 
@@ -19,7 +20,7 @@ def update(tmp_path: Path, result: dict[str, Any] | None) -> tuple[UpdateReply, 
     (tmp_path / "result.json").write_text('{"ok": true, "version": 3, "message": ""}')  # of an update before
 
     async def go() -> UpdateReply:
-        async with EngineClient(engine.url, TOKEN, loader_dir=tmp_path) as client:
+        async with SglangClient(engine.url, TOKEN, stage_dir=tmp_path) as client:
             await client.pause()
             return await client.apply_staged(3)
 

@@ -27,10 +27,12 @@ from transfer_tools import TOKEN as WEIGHTS_TOKEN
 from transfer_tools import Server as WeightServer
 
 from astracli.adapters.qwen3_5 import ADAPTER as QWEN3_5
-from astracli.engines.client import EngineClient, GenRequest
+from astracli.engines.client import GenRequest
 from astracli.engines.sglang import checkpoint
 from astracli.engines.sglang import server as sglang
+from astracli.engines.sglang.client import SglangClient
 from astracli.engines.sglang.server import Options, command, graph_sizes
+from astracli.engines.sglang.settings import SglangTable
 from astracli.errors import RunFailed
 from astracli.process.config import EngineConfig
 from astracli.process.ports import free_ports
@@ -123,7 +125,7 @@ def test_versions_reach_a_server_that_started_without_weights(tmp_path: Path, hu
 
     async def follow() -> None:
         with contextlib.closing(Subscriber(files.url, WEIGHTS_TOKEN, stage, tmp_path)) as subscriber:
-            async with EngineClient(f"http://127.0.0.1:{config.port}", TOKEN, loader_dir=stage) as client:
+            async with SglangClient(f"http://127.0.0.1:{config.port}", TOKEN, stage_dir=stage) as client:
                 assert (await client.model_info())["weight_version"] == "-1"
                 subscriber.fetch(0, None)
                 first = await client.apply_staged(0)
@@ -241,11 +243,11 @@ def test_what_the_recipe_says_of_an_engine_is_on_its_command_line(tmp_path: Path
     """One server a GPU: never data parallelism, through which SGLang takes no weights. In turns it may leave."""
     config = engine_config(tmp_path, hub)
     (tmp_path / "config").mkdir()
-    asked = {"context_length": 4096, "chunked_prefill_size": 2048, "max_running_requests": 24}
-    asked |= {"mem_fraction_static": 0.55}
-    rollout = config.recipe.rollout.model_copy(update=asked)
+    asked = {"context_length": 4096, "max_running_requests": 24}
+    own = SglangTable(chunked_prefill_size=2048, mem_fraction_static=0.55)
+    rollout = config.recipe.rollout.model_copy(update={**asked, "sglang": own})
     recipe = config.recipe.model_copy(update={"rollout": rollout, "seed": 7})
-    config = config.model_copy(update={"recipe": recipe})
+    config = config.model_copy(update={"recipe": recipe, "mem_fraction_static": 0.55})
     found = command(config, Path("/m"), OPTIONS, {})
     port = config.port
     assert {"--host=127.0.0.1", f"--port={port}", "--skip-tokenizer-init", "--dtype=bfloat16"} <= set(found)

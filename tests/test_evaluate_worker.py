@@ -32,6 +32,7 @@ from astracli.errors import RunFailed
 from astracli.evaluation import files as eval_files
 from astracli.evaluation import passk
 from astracli.evaluation import worker as evaluate
+from astracli.hub.types import Evaluation
 from astracli.process.config import EngineAddress, EvalConfig
 
 TOKEN = "secret"
@@ -47,10 +48,10 @@ RECIPE: dict[str, Any] = {
 
 def test_rows_of_a_step_are_replaced_and_overall_is_the_unweighted_mean(tmp_path: Path) -> None:
     results = [run_benchmark(FakeEngine(), small(8)), replace(run_benchmark(FakeEngine(), small(3)), benchmark="other")]
-    eval_files.write_results(tmp_path, eval_files.When(10, 7, 8), results)
-    eval_files.write_results(tmp_path, eval_files.When(0, 0, 0), results)
+    eval_files.write_results(tmp_path, Evaluation(10, 7, 8), results)
+    eval_files.write_results(tmp_path, Evaluation(0, 0, 0), results)
     before = (tmp_path / "eval.csv").read_text()
-    eval_files.write_results(tmp_path, eval_files.When(10, 7, 8), results)
+    eval_files.write_results(tmp_path, Evaluation(10, 7, 8), results)
     assert (tmp_path / "eval.csv").read_text() == before
     rows = list(csv.DictReader((tmp_path / "eval.csv").open()))
     assert before.startswith(
@@ -114,9 +115,10 @@ class Stand(BaseHTTPRequestHandler):
             )
         elif self.path == "/eval/next":
             left = [task for task in state["tasks"] if task["version"] not in body["finishing"]]
-            task = left[0] if left else {"wait": "nothing", "stop": not state["tasks"]}
-            state["version"] = task.get("version", state["version"])
-            self._answer(task)
+            if left:
+                state["version"] = left[0]["version"]
+            stop = not state["tasks"]
+            self._answer({"evaluation": left[0] if left else None, "wait": "nothing", "stop": stop})
         elif self.path == "/eval/engines":
             time.sleep(0.0 if body.get("have") is None else 0.2)
             self._answer({"engines": ["engine0"], "stop": False})
@@ -124,7 +126,7 @@ class Stand(BaseHTTPRequestHandler):
             state["calls"].append((self.path, body))
             if self.path == "/eval/done":
                 state["tasks"].pop(0)
-            self._answer({"stop": False})
+            self._answer({"stop": False} if self.path == "/status" else None)
 
     def _completion(self, ids: list[int], params: dict[str, Any], version: int) -> dict[str, Any]:
         tokens = answer_tokens(ids, 1 if params["temperature"] == 0 else params["sampling_seed"])
@@ -251,7 +253,7 @@ def test_samples_that_are_gone_after_the_engines_went_on_end_the_worker(tmp_path
 def test_a_resume_forgets_the_files_of_later_steps(tmp_path: Path) -> None:
     result = run_benchmark(FakeEngine(), small(2))
     for step in (0, 10, 13):
-        eval_files.write_results(tmp_path, eval_files.When(step, step, min(step, 10)), [result])
+        eval_files.write_results(tmp_path, Evaluation(step, step, min(step, 10)), [result])
     for step in (10, 13):
         eval_files.Partial(eval_files.partial_of(tmp_path, step), small(2), 7).add(result.samples)
     eval_files.forget_after(tmp_path, 12)

@@ -46,10 +46,10 @@ def test_what_the_last_lines_mean(line: str, cause: str) -> None:
 @pytest.mark.parametrize(
     ("line", "hint"),
     [
-        ('File "flash_fwd_launch_template.h", line 180', "rollout.attention_backend=flashinfer"),
-        ("RuntimeError: CUDA error: invalid argument", "rollout.attention_backend=flashinfer"),
+        ('File "flash_fwd_launch_template.h", line 180', "rollout.sglang.attention_backend=flashinfer"),
+        ("RuntimeError: CUDA error: invalid argument", "rollout.sglang.attention_backend=flashinfer"),
         ("KV cache pool full, retract 3 requests", "rollout.max_new_tokens"),
-        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "rollout.chunked_prefill_size"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "rollout.sglang.chunked_prefill_size"),
         ("[Rank 0] Watchdog caught collective operation timeout: WorkNCCL", "NCCL_P2P_DISABLE=1"),
     ],
 )

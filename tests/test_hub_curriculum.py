@@ -33,14 +33,14 @@ def open_taught(path: Path, seed: int = 0, **changes: Any) -> HubStore:
 
 def teach(store: HubStore, groups: int) -> None:
     """Answer `groups` leases as their kinds are, `new` ones never; then close the batch."""
-    for lease in store.lease("teacher", groups)["leases"]:
-        name = kind(lease["prompt_index"])
+    for lease in store.lease("teacher", groups).leases:
+        name = kind(lease.prompt_index)
         if name != "new":
-            store.put(group(lease["lease_id"], 0, RATES[name]))
+            store.put(group(lease.lease_id, 0, RATES[name]))
 
 
 def asked(store: HubStore, groups: int) -> list[int]:
-    return [lease["prompt_index"] for lease in store.lease("w", groups)["leases"]]
+    return [lease.prompt_index for lease in store.lease("w", groups).leases]
 
 
 def test_the_ends_of_the_band_belong_to_it() -> None:
@@ -87,16 +87,16 @@ def test_the_rate_is_that_of_the_latest_groups_before_this_batch(tmp_path: Path)
     rates: list[float | None] = []
     for rewards in ((1.0, 1.0), (0.0, 1.0), (0.0, 0.0)):
         while True:  # until a lease asks an easy one
-            lease = store.lease("w", 1)["leases"][0]
-            if kind(lease["prompt_index"]) == "easy":
+            lease = store.lease("w", 1).leases[0]
+            if kind(lease.prompt_index) == "easy":
                 break
-        store.put(group(lease["lease_id"], 0, rewards))
+        store.put(group(lease.lease_id, 0, rewards))
         rates.append(solve_rate(store._db, "easy", 2))
         others = ids(store.lease("w", 2))
         for other in others:
             store._db.rows("UPDATE groups SET kind = 'other' WHERE lease_id = ?", other)
             store.put(group(other, 0))
-        finish_step(store, store.state()["next_step"])
+        finish_step(store, store.state().next_step)
     assert rates == [None, 1.0, 0.75]
     assert solve_rate(store._db, "easy", 2) == 0.25  # 0.5 and 0; the first is out of the window
 
@@ -115,8 +115,8 @@ def test_a_lease_keeps_its_prompt_and_a_resume_asks_the_same(tmp_path: Path) -> 
     expected = asked(through, 40)
     again.announce(1, 1)
     again.engine_state("engine0", 1, "ready")
-    open_again = again.lease("w", 200)["leases"]
-    found = {lease["lease_id"]: lease["prompt_index"] for lease in open_again}
+    open_again = again.lease("w", 200).leases
+    found = {lease.lease_id: lease.prompt_index for lease in open_again}
     assert set(expected) <= set(found.values())
     assert all(prompt // 4 == lease for lease, prompt in found.items())
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import sqlite3
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hub_tools import batch_ids, fill, finish_step, group, ids, open_store
@@ -13,6 +12,7 @@ from hub_tools import batch_ids, fill, finish_step, group, ids, open_store
 from astracli.config import recipe_io
 from astracli.errors import UserError
 from astracli.hub.store import HubStore
+from astracli.hub.types import NextBatch
 from astracli.rl.schedule import Admission, Replays, replays_due
 from astracli.rl.types import unpack_group
 
@@ -52,7 +52,7 @@ def test_the_end_of_a_run_needs_fewer_groups() -> None:
 
 
 def replayed(store: HubStore, step: int) -> int:
-    return int(store.batch(step)["replay"])
+    return store.batch(step).batch.replay
 
 
 def test_every_batch_is_trained_once_more_and_marked(tmp_path: Path) -> None:
@@ -61,9 +61,9 @@ def test_every_batch_is_trained_once_more_and_marked(tmp_path: Path) -> None:
     trained = [finish_step(store, step) for step in range(4)]
     assert trained == [[0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7]]
     assert [replayed(store, step) for step in range(4)] == [0, 1, 0, 1]
-    assert store.batch(4)["wait"].startswith("groups for step 4: 0 of 4")
+    assert store.batch(4).wait.startswith("groups for step 4: 0 of 4")
     counts = store.counts()
-    assert (counts["consumed_steps"], counts["consumed_groups"], counts["replayed_steps"]) == (4, 8, 2)
+    assert (counts.consumed_steps, counts.consumed_groups, counts.replayed_steps) == (4, 8, 2)
     with sqlite3.connect(tmp_path / "hub.sqlite") as file:
         assert file.execute("SELECT DISTINCT replays, step FROM groups ORDER BY step").fetchall() == [(1, 1), (1, 3)]
         assert file.execute("SELECT replay_of FROM batches").fetchall() == [(None,), (0,), (None,), (2,)]
@@ -79,7 +79,7 @@ def test_staleness_ends_the_replays_of_a_batch(tmp_path: Path) -> None:
     store.put(group(leases[0], 2))
     store.put(group(leases[1], 3))
     assert [finish_step(store, step) for step in (3, 4)] == [[2, 3]] * 2
-    assert store.batch(5)["wait"].startswith("groups for step 5: 0 of 2")
+    assert store.batch(5).wait.startswith("groups for step 5: 0 of 2")
 
 
 def test_a_replay_gives_way_to_groups_that_would_be_too_old_after_it(tmp_path: Path) -> None:
@@ -129,9 +129,9 @@ def test_no_batch_goes_over_its_ratio_and_no_token_over_its_staleness(
             lease, version = flying.pop(0 if in_order else rng.randrange(len(flying)))
             rewards = (0.0, 1.0) if rng.random() < 0.7 else (1.0, 1.0)
             store.put(group(lease, version, rewards))
-        reply: dict[str, Any] = store.batch(step) if rng.random() < 0.5 else {}
-        if "groups" in reply:
-            for blob in reply["groups"]:
+        reply = store.batch(step) if rng.random() < 0.5 else NextBatch(None)
+        if reply.batch:
+            for blob in reply.batch.groups:
                 g = unpack_group(blob)
                 assert step - g.oldest_version <= staleness
                 trained.setdefault(g.lease_id, []).append(step)
@@ -143,8 +143,8 @@ def test_no_batch_goes_over_its_ratio_and_no_token_over_its_staleness(
     assert step == 24
     times = [len(steps) for steps in trained.values()]
     assert max(times) == 1 + ratio and min(times) >= 1
-    assert not (in_order and store.counts()["expired"])
-    assert store.counts()["waiting"] + store.counts()["in_flight"] == len(flying) <= 2 * (staleness + 1)
+    assert not (in_order and store.counts().expired)
+    assert store.counts().waiting + store.counts().in_flight == len(flying) <= 2 * (staleness + 1)
 
 
 # ---- order -----------------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def test_arrival_order_does_not_wait_for_a_late_group_and_counts_it(tmp_path: Pa
     quick = fill(store, 1, 2)
     assert finish_step(store, 1) == quick  # groups 2 and 3, of version 0, are still in flight at their last step
     assert store.put(group(leases[2], 0)) == "stale"
-    assert store.counts()["expired"] == 1
+    assert store.counts().expired == 1
 
 
 def test_a_replay_needs_room_for_its_staleness() -> None:

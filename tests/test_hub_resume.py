@@ -18,6 +18,7 @@ import pytest
 from hub_tools import batch_ids, counts_of, fill, finish_step, group, ids, open_store
 
 from astracli.errors import RunFailed, UserError
+from astracli.hub.types import Target
 
 
 def test_old_rows_are_deleted_and_still_counted(tmp_path: Path) -> None:
@@ -49,7 +50,7 @@ def test_old_rows_are_deleted_and_still_counted(tmp_path: Path) -> None:
     with pytest.raises(RunFailed, match="cannot resume from step 3"):
         short.rewind(3, 3)
     short.rewind(28, 28)
-    assert len(short.batch(28)["groups"]) == 4
+    assert len(short.batch(28).batch.groups) == 4
 
 
 def test_groups_are_kept_back_to_the_checkpoint_before_the_newest(tmp_path: Path) -> None:
@@ -59,11 +60,11 @@ def test_groups_are_kept_back_to_the_checkpoint_before_the_newest(tmp_path: Path
         finish_step(store, step, checkpoint_step={1: 2, 3: 4, 5: 6}.get(step))
     with pytest.raises(RunFailed, match="the groups of step 3 are gone"):
         store.batch(3)
-    assert len(store.batch(4)["groups"]) == 4
+    assert len(store.batch(4).batch.groups) == 4
     with pytest.raises(RunFailed, match="cannot resume from step 2: the groups of 2 later steps are gone"):
         store.rewind(2, 2)
     store.rewind(4, 4)
-    assert store.state()["counts"]["consumed_steps"] == 4
+    assert store.state().counts.consumed_steps == 4
 
 
 def test_without_checkpoints_a_steps_groups_go_with_the_next_and_a_resume_begins_anew(tmp_path: Path) -> None:
@@ -74,13 +75,13 @@ def test_without_checkpoints_a_steps_groups_go_with_the_next_and_a_resume_begins
         finish_step(store, step)
         assert store._db.scalar("SELECT COUNT(*) FROM blobs") <= 2 * 4, "this step's, and the one to be pruned"
         fill(store, step + 1)
-    assert store.state()["counts"]["consumed_steps"] == 40
+    assert store.state().counts.consumed_steps == 40
     assert store._db.scalar("SELECT COUNT(*) FROM groups") <= 13 * 4
     store.close()
 
     store = open_store(tmp_path, **settings)
     store.rewind(0, 0)
-    assert store.counts() == counts_of() and store.state()["next_step"] == 0
+    assert store.counts() == counts_of() and store.state().next_step == 0
     store.announce(0, 0)
     store.engine_state("engine0", 0, "ready")
     assert fill(store, 0) == first, "the run from its first prompt"
@@ -119,21 +120,21 @@ def test_rewind_serves_the_same_batches_again_and_forgets_what_came_later(tmp_pa
         fill(store, step)
         batches.append(finish_step(store, step))
     in_flight = ids(store.lease("w", 2))
-    evals = [(e["due_step"], e["step"], e["state"]) for e in store.state()["evals"]]
+    evals = [(e.due_step, e.step, e.state) for e in store.state().evals]
     assert evals == [(0, 0, "done"), (2, 2, "running"), (4, None, "waiting")]
     store.close()
 
     store = open_store(tmp_path, eval_every=2)
     store.rewind(3, 3)
     state = store.state()
-    assert state["latest_version"] is None, "nothing may be fetched before the trainer has published version 3 anew"
-    assert store.target("engine0") == {"version": None, "pinned": False, "stop": False}
-    assert [(e["step"], e["state"]) for e in state["evals"]] == [(0, "done"), (2, "running")]
-    assert (state["counts"]["consumed_steps"], state["next_step"], state["counts"]["queued"]) == (3, 5, 2)
-    assert store.announce(3, 3) == {"pinned": [2]}
-    assert store.target("engine0") == {"version": 2, "pinned": True, "stop": False}
+    assert state.latest_version is None, "nothing may be fetched before the trainer has published version 3 anew"
+    assert store.target("engine0") == Target(None, False, False, False, False)
+    assert [(e.step, e.state) for e in state.evals] == [(0, "done"), (2, "running")]
+    assert (state.counts.consumed_steps, state.next_step, state.counts.queued) == (3, 5, 2)
+    assert store.announce(3, 3) == [2]
+    assert store.target("engine0") == Target(2, True, False, False, False)
     store.engine_state("engine0", 3, "ready")
-    assert store.lease("w", 9, engine="engine0")["leases"] == [], "two batches are there already"
+    assert store.lease("w", 9, engine="engine0").leases == [], "two batches are there already"
     assert [finish_step(store, step) for step in (3, 4)] == batches[3:]
     assert ids(store.lease("w", 2)) == in_flight
     assert not store.finished
@@ -163,7 +164,7 @@ def test_reopening_requeues_leases_and_keeps_everything_else(tmp_path: Path) -> 
     again = open_store(copy)
     assert again.batch(0) == first
     counts = again.counts()
-    assert (counts["in_flight"], counts["queued"], counts["waiting"]) == (0, 2, 1)
+    assert (counts.in_flight, counts.queued, counts.waiting) == (0, 2, 1)
     assert ids(again.lease("w", 2)) == [5, 6]
 
 
@@ -175,14 +176,14 @@ from hub_tools import group, ids, open_store, batch_ids, finish_step
 
 store = open_store(Path({path!r}), steps=10**6, batch_groups=3, drop_equal_groups=True)
 print("open", flush=True)
-step = store.state()["counts"]["consumed_steps"]
+step = store.state().counts.consumed_steps
 while True:
     for lease in ids(store.lease("w", 3)):
-        version = store.target("engine0")["version"] or 0
+        version = store.target("engine0").version or 0
         blob = group(lease, version, rewards=(1.0, 1.0) if lease % 5 == 4 else (0.0, 1.0))
         print("put", lease, store.put(blob), flush=True)
     reply = store.batch(step)
-    if "groups" in reply:
+    if reply.batch:
         print("batch", step, *batch_ids(reply), flush=True)
         store.announce(step + 1, step + 1)
         store.ack(step, step + 1, (step + 1) if step % 4 == 3 else None)
@@ -240,9 +241,9 @@ def test_an_evaluation_of_forgotten_weights_is_due_again_and_takes_the_version_t
     store.eval_done(0, 0, {})
     store.announce(4, 4)
     store.eval_done(3, 3, {})  # due at 2
-    assert store.eval_next()["wait"].startswith("an engine to hold version 4")
+    assert store.eval_next().wait.startswith("an engine to hold version 4")
     store.rewind(2, 2)
-    evals = [(e["due_step"], e["step"], e["state"]) for e in store.state()["evals"]]
+    evals = [(e.due_step, e.step, e.state) for e in store.state().evals]
     assert evals == [(0, 0, "done"), (2, None, "waiting")]
-    assert store.announce(2, 2) == {"pinned": [2]}
-    assert [(e["due_step"], e["step"], e["state"]) for e in store.state()["evals"]][1:] == [(2, 2, "running")]
+    assert store.announce(2, 2) == [2]
+    assert [(e.due_step, e.step, e.state) for e in store.state().evals][1:] == [(2, 2, "running")]

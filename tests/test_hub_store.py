@@ -12,6 +12,7 @@ from hub_tools import Clock, batch_ids, counts_of, fill, finish_step, group, ids
 
 from astracli.errors import RunFailed
 from astracli.hub.store import HubStore
+from astracli.hub.types import BatchStats, Evaluation, Holders, Leases, NextBatch, NextEvaluation
 
 # ---- admission -------------------------------------------------------------------------------------------------------
 
@@ -20,11 +21,7 @@ def test_leases_stop_at_what_staleness_allows_and_say_why(tmp_path: Path) -> Non
     store = open_store(tmp_path)
     assert ids(store.lease("w", 100)) == list(range(8))
     reply = store.lease("w", 1)
-    assert reply == {
-        "leases": [],
-        "wait": "training: 8 groups in flight, 0 waiting of 8 allowed (staleness 1)",
-        "stop": False,
-    }
+    assert reply == Leases([], "training: 8 groups in flight, 0 waiting of 8 allowed (staleness 1)", False)
 
 
 def test_staleness_0_grants_nothing_while_the_trainer_works(tmp_path: Path) -> None:
@@ -33,9 +30,9 @@ def test_staleness_0_grants_nothing_while_the_trainer_works(tmp_path: Path) -> N
     for lease in reversed(ids(store.lease("w", 9, engine="engine0"))):
         store.put(group(lease))
     assert batch_ids(store.batch(0)) == [0, 1, 2, 3]
-    assert store.lease("w", 9, engine="engine0")["leases"] == []
+    assert store.lease("w", 9, engine="engine0").leases == []
     store.announce(1, 1)
-    assert store.lease("w", 9, engine="engine0")["leases"] == [], "announced, but the engine does not hold it yet"
+    assert store.lease("w", 9, engine="engine0").leases == [], "announced, but the engine does not hold it yet"
     store.engine_state("engine0", 1, "ready")
     assert ids(store.lease("w", 9, engine="engine0")) == [4, 5, 6, 7]
 
@@ -48,7 +45,7 @@ def test_deterministic_leases_come_in_waves_that_do_not_depend_on_who_was_quick(
     for lease in (2, 0):
         store.put(group(lease, rewards=(1.0, 1.0)))
     reply = store.lease("w", 3, engine="engine0")
-    assert reply["leases"] == [] and reply["wait"] == "2 groups in flight: one wave at a time"
+    assert reply.leases == [] and reply.wait == "2 groups in flight: one wave at a time"
     for lease in (1, 3):
         store.put(group(lease))
     assert ids(store.lease("w", 3, engine="engine0")) == [4, 5], "two were dropped: the next wave has two"
@@ -67,7 +64,7 @@ def test_a_resumed_deterministic_run_begins_its_wave_again(tmp_path: Path) -> No
     store.close()
     store = open_store(tmp_path, max_staleness=0, deterministic=True)
     store.rewind(1, 1)
-    assert store.state()["counts"] == counts_of(consumed_steps=1, consumed_groups=4)
+    assert store.state().counts == counts_of(consumed_steps=1, consumed_groups=4)
     store.engine_state("engine0", 1, "ready")
     assert ids(store.lease("w", 9, engine="engine0")) == [4, 5, 6, 7]
     assert [store.put(group(lease, 1)) for lease in (4, 5, 6, 7)] == ["accepted"] * 4
@@ -76,9 +73,9 @@ def test_a_resumed_deterministic_run_begins_its_wave_again(tmp_path: Path) -> No
 
 def test_an_engine_that_is_not_ready_gets_no_leases(tmp_path: Path) -> None:
     store = open_store(tmp_path)
-    assert store.lease("w", 1, engine="engine0")["wait"] == "engine0, which is starting"
+    assert store.lease("w", 1, engine="engine0").wait == "engine0, which is starting"
     store.engine_state("engine0", None, "down")
-    assert store.lease("w", 1, engine="engine0")["wait"] == "engine0, which is down"
+    assert store.lease("w", 1, engine="engine0").wait == "engine0, which is down"
 
 
 @pytest.mark.parametrize(
@@ -97,19 +94,19 @@ def test_a_run_without_signal_ends_after_so_many_batches(tmp_path: Path, rewards
     (kept,) = ids(store.lease("w", 1))
     assert store.put(group(kept)) == "accepted"
     drop(11)
-    assert "11 in a row dropped for no signal" in store.batch(0)["wait"], "a group with signal counts from 0 again"
+    assert "11 in a row dropped for no signal" in store.batch(0).wait, "a group with signal counts from 0 again"
     drop(1)
     with pytest.raises(RunFailed, match=r"12 groups in a row \(3 batches' worth\) were dropped, .*" + words) as ended:
         store.batch(0)
     assert "data.reward = probe" in str(ended.value.hint)
     store.rewind(0, 0)
-    assert "wait" in store.batch(0), "a resumed run counts anew"
+    assert store.batch(0).wait, "a resumed run counts anew"
     (tmp_path / "endless").mkdir()
     endless = open_store(tmp_path / "endless", max_dropped_batches=0)
     for _ in range(40):
         (lease,) = ids(endless.lease("w", 1))
         endless.put(group(lease, rewards=(0.0, 0.0)))
-    assert "40 in a row" in endless.batch(0)["wait"]
+    assert "40 in a row" in endless.batch(0).wait
 
 
 def test_groups_that_are_there_are_trained_on_whatever_was_dropped_since(tmp_path: Path) -> None:
@@ -117,8 +114,8 @@ def test_groups_that_are_there_are_trained_on_whatever_was_dropped_since(tmp_pat
     fill(store, 0)
     for lease in ids(store.lease("w", 4)):
         store.put(group(lease, rewards=(0.0, 0.0)))
-    assert store.state()["dropped_in_a_row"] == 4
-    assert len(store.batch(0)["groups"]) == 4
+    assert store.state().dropped_in_a_row == 4
+    assert len(store.batch(0).batch.groups) == 4
 
 
 def test_dropped_groups_free_their_capacity_and_are_counted(tmp_path: Path) -> None:
@@ -131,10 +128,10 @@ def test_dropped_groups_free_their_capacity_and_are_counted(tmp_path: Path) -> N
             assert store.put(group(lease, rewards=(1.0, 1.0))) == "dropped"
         seen += 4
     state = store.state()
-    assert (state["dropped_in_a_row"], state["counts"]["dropped"]) == (seen, seen)
-    assert "40 in a row dropped for no signal" in store.batch(0)["wait"]
+    assert (state.dropped_in_a_row, state.counts.dropped) == (seen, seen)
+    assert "40 in a row dropped for no signal" in store.batch(0).wait
     fill(store, 0, n=1)
-    assert store.state()["dropped_in_a_row"] == 0
+    assert store.state().dropped_in_a_row == 0
 
 
 def test_equal_rewards_are_kept_when_the_recipe_says_so(tmp_path: Path) -> None:
@@ -152,10 +149,10 @@ def test_the_end_of_the_run_grants_what_is_needed_and_no_more(tmp_path: Path) ->
     assert ids(store.lease("w", 100)) == [4, 5]
     for lease in (2, 3, 4, 5):
         store.put(group(lease))
-    assert store.lease("w", 1)["wait"] == "the run's last 4 groups: 0 in flight, 4 waiting"
+    assert store.lease("w", 1).wait == "the run's last 4 groups: 0 in flight, 4 waiting"
     assert batch_ids(store.batch(0)) == [2, 3, 4, 5]
-    assert store.lease("w", 1)["wait"] == "the end of the run: every batch has its groups"
-    assert store.state()["counts"]["skipped"] == 1
+    assert store.lease("w", 1).wait == "the end of the run: every batch has its groups"
+    assert store.state().counts.skipped == 1
 
 
 # ---- leases ----------------------------------------------------------------------------------------------------------
@@ -186,7 +183,7 @@ def test_the_first_arrival_of_a_lease_wins_even_after_it_was_granted_again(tmp_p
     assert [store.put(first), store.put(second)] == ["accepted", "duplicate"]
     assert store.put(group(99)) == "unknown_lease"
     fill(store, 0, n=3)
-    assert store.batch(0)["groups"][0] == first
+    assert store.batch(0).batch.groups[0] == first
 
 
 def test_a_group_of_an_expired_lease_in_the_queue_is_taken_and_not_granted_again(tmp_path: Path) -> None:
@@ -243,12 +240,12 @@ def test_groups_too_old_are_discarded_counted_and_never_served(tmp_path: Path) -
     store.put(group(8, 1))
     store.give_back([7])
     assert finish_step(store, 1) == [4, 5, 6, 8]
-    assert store.lease("w", 4)["leases"][0]["lease_id"] == 7
+    assert store.lease("w", 4).leases[0].lease_id == 7
     assert store.put(group(7, 0)) == "stale"
     for lease in (9, 10, 11):
         store.put(group(lease, 1))
-    assert store.batch(2)["wait"] == "groups for step 2: 3 of 4, 0 in flight"
-    assert store.state()["counts"]["expired"] == 1
+    assert store.batch(2).wait == "groups for step 2: 3 of 4, 0 in flight"
+    assert store.state().counts.expired == 1
 
 
 def test_kept_groups_expire_when_their_deadline_passes(tmp_path: Path) -> None:
@@ -274,10 +271,10 @@ def test_a_batch_waits_for_a_group_in_flight_that_no_later_step_could_take(tmp_p
     assert ids(store.lease("w", 8, engine="engine0")) == [8, 9, 10, 11]
     for lease in (4, 5, 6, 8, 9, 10):
         store.put(group(lease, 0 if lease < 8 else 1))
-    assert store.batch(1) == {"wait": "1 group in flight that step 1 must take or none can"}
+    assert store.batch(1) == NextBatch(None, "1 group in flight that step 1 must take or none can")
     store.put(group(7, 0))
     assert finish_step(store, 1) == [4, 5, 6, 7]
-    assert store.state()["counts"]["expired"] == 0
+    assert store.state().counts.expired == 0
 
 
 def test_stats_of_a_batch_count_everything_that_came_in(tmp_path: Path) -> None:
@@ -287,26 +284,20 @@ def test_stats_of_a_batch_count_everything_that_came_in(tmp_path: Path) -> None:
         store.put(group(lease, rewards=(0.0, 1.0)))
     store.put(group(4, rewards=(1.0, 1.0)))
     store.put(group(5, rewards=(0.0, 0.0), verdict="timeout"))
-    assert store.batch(0)["stats"] == {
-        "arrived_groups": 6,
-        "dropped_groups": 2,
-        "expired_groups": 0,
-        "reward_mean": 0.5,
-        "tokens": 36,
-        "samples": 12,
-        "timeouts": 2,
-    }
+    assert store.batch(0).batch.stats == BatchStats(
+        arrived_groups=6, dropped_groups=2, expired_groups=0, reward_mean=0.5, tokens=36, samples=12, timeouts=2
+    )
     for lease in ids(store.lease("w", 4)):
         store.put(group(lease))
-    assert store.batch(1)["stats"]["arrived_groups"] == 4
+    assert store.batch(1).batch.stats.arrived_groups == 4
 
 
 def test_a_batch_for_which_nothing_came_in_has_no_mean_reward(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     fill(store, 0, n=8)
-    assert store.batch(0)["stats"]["arrived_groups"] == 8
-    stats = store.batch(1)["stats"]
-    assert (stats["arrived_groups"], "reward_mean" in stats) == (0, False)
+    assert store.batch(0).batch.stats.arrived_groups == 8
+    stats = store.batch(1).batch.stats
+    assert (stats.arrived_groups, stats.reward_mean) == (0, None)
 
 
 # ---- versions and evaluations ----------------------------------------------------------------------------------------
@@ -316,33 +307,33 @@ TWO = ["engine0", "engine1"]
 
 
 def targets(store: HubStore) -> list[tuple[int | None, bool]]:
-    return [(store.target(name)["version"], store.target(name)["pinned"]) for name in TWO]
+    return [(store.target(name).version, store.target(name).pinned) for name in TWO]
 
 
 def test_every_engine_serves_an_evaluation_and_is_let_go_when_its_share_is_served(tmp_path: Path) -> None:
     store = open_store(tmp_path, eval_every=2, engines=TWO, steps=5)
     assert targets(store) == [(None, False)] * 2
-    assert store.announce(0, 0) == {"pinned": [0]}
-    assert store.announce(0, 0) == {"pinned": [0]}
-    assert store.announce(1, 1) == {"pinned": [0]}
+    assert store.announce(0, 0) == [0]
+    assert store.announce(0, 0) == [0]
+    assert store.announce(1, 1) == [0]
     assert targets(store) == [(0, True)] * 2
-    assert store.eval_next()["wait"] == "an engine to hold version 0: engine0 is starting, engine1 is starting"
+    assert store.eval_next().wait == "an engine to hold version 0: engine0 is starting, engine1 is starting"
     store.engine_state("engine1", 0, "ready")
-    assert store.eval_next() == {"step": 0, "version": 0, "due_step": 0, "served": False}
-    assert store.eval_engines(0) == {"engines": ["engine1"], "stop": False}
-    assert store.eval_engines(1) == {"engines": [], "stop": False}, "not what is evaluated"
+    assert store.eval_next() == NextEvaluation(Evaluation(0, 0, 0, False), None, False)
+    assert store.eval_engines(0) == Holders(["engine1"], False)
+    assert store.eval_engines(1) == Holders([], False), "not what is evaluated"
     store.engine_state("engine0", 0, "ready")
     store.eval_release(0, 0, "engine1")
     assert targets(store) == [(0, True), (1, False)]
-    assert store.eval_engines(0)["engines"] == ["engine0"], "the other is about to be updated"
+    assert store.eval_engines(0).engines == ["engine0"], "the other is about to be updated"
     store.eval_release(0, 0, "engine0")
     assert targets(store) == [(1, False)] * 2, "its results may come later"
-    assert store.eval_next() == {"step": 0, "version": 0, "due_step": 0, "served": True}, "of a worker that was killed"
-    assert store.eval_next([0])["wait"] == "the next version to evaluate; the latest is 1"
-    assert store.announce(1, 1) == {"pinned": [0]}, "a resume may need it"
+    assert store.eval_next() == NextEvaluation(Evaluation(0, 0, 0, True), None, False), "of a worker that was killed"
+    assert store.eval_next([0]).wait == "the next version to evaluate; the latest is 1"
+    assert store.announce(1, 1) == [0], "a resume may need it"
     store.eval_done(0, 0, {"overall": 0.3})
-    assert store.announce(1, 1) == {"pinned": []}
-    assert store.eval_next()["wait"] == "the next version to evaluate; the latest is 1"
+    assert store.announce(1, 1) == []
+    assert store.eval_next().wait == "the next version to evaluate; the latest is 1"
     with pytest.raises(RunFailed, match="no evaluation of version 7 at step 1"):
         store.eval_done(1, 7, {})
 
@@ -351,11 +342,11 @@ def test_an_evaluation_that_becomes_due_meanwhile_takes_the_version_that_is_curr
     store = open_store(tmp_path, eval_every=2, engines=TWO, steps=9)
     for version in range(4):
         reply = store.announce(version, version)
-    assert reply == {"pinned": [0, 3]}, "the latest may be taken before the trainer publishes another"
+    assert reply == [0, 3], "the latest may be taken before the trainer publishes another"
     assert targets(store) == [(0, True)] * 2, "one at a time"
     store.announce(4, 4)
     store.announce(5, 5)
-    assert [(e["due_step"], e["step"], e["state"]) for e in store.state()["evals"]] == [
+    assert [(e.due_step, e.step, e.state) for e in store.state().evals] == [
         (0, 0, "running"),
         (2, None, "waiting"),
     ], "one evaluation stands for all that became due"
@@ -363,22 +354,22 @@ def test_an_evaluation_that_becomes_due_meanwhile_takes_the_version_that_is_curr
     store.engine_state("engine0", 5, "ready")
     store.engine_state("engine1", 0, "ready")
     store.eval_release(0, 0, "engine1")
-    assert store.eval_next([0]) == {"step": 5, "version": 5, "due_step": 2, "served": False}
+    assert store.eval_next([0]) == NextEvaluation(Evaluation(5, 5, 2, False), None, False)
     store.eval_done(0, 0, {})
     assert targets(store) == [(5, True)] * 2
-    assert store.eval_engines(5)["engines"] == ["engine0"]
+    assert store.eval_engines(5).engines == ["engine0"]
     store.eval_done(0, 0, {"again": 1})
-    assert store.eval_next()["step"] == 5, "told twice"
-    assert store.announce(6, 6) == {"pinned": [5, 6]}
+    assert store.eval_next().evaluation.step == 5, "told twice"
+    assert store.announce(6, 6) == [5, 6]
     store.eval_done(5, 5, {})
-    assert store.announce(6, 6) == {"pinned": [6]}
-    assert (store.pending_evals(), store.state()["evals"][-1]["due_step"]) == (1, 6)
+    assert store.announce(6, 6) == [6]
+    assert (store.pending_evals(), store.state().evals[-1].due_step) == (1, 6)
     store.eval_done(6, 6, {})
     store.eval_release(6, 6, "engine0")
     for version in (7, 8, 9):
         store.announce(version, version)
     store.eval_done(8, 8, {})
-    assert [(e["due_step"], e["step"]) for e in store.state()["evals"]] == [(0, 0), (2, 5), (6, 6), (8, 8), (9, 9)]
+    assert [(e.due_step, e.step) for e in store.state().evals] == [(0, 0), (2, 5), (6, 6), (8, 8), (9, 9)]
 
 
 def test_an_engine_that_is_lost_in_its_share_gets_the_evaluated_version_again(tmp_path: Path) -> None:
@@ -389,12 +380,12 @@ def test_an_engine_that_is_lost_in_its_share_gets_the_evaluated_version_again(tm
     store.announce(1, 1)
     store.eval_release(0, 0, "engine0")
     store.release_worker("engine1")
-    assert store.eval_engines(0)["engines"] == []
+    assert store.eval_engines(0).engines == []
     assert targets(store) == [(1, False), (0, True)]
     store.release_worker("engine0")
     assert targets(store)[0] == (1, False), "its share is served"
     store.engine_state("engine1", 0, "ready")
-    assert store.eval_engines(0)["engines"] == ["engine1"]
+    assert store.eval_engines(0).engines == ["engine1"]
 
 
 def test_deterministic_engines_stay_together_until_an_evaluation_is_done(tmp_path: Path) -> None:
@@ -404,7 +395,7 @@ def test_deterministic_engines_stay_together_until_an_evaluation_is_done(tmp_pat
     store.announce(1, 1)
     assert targets(store) == [(0, True)] * 2, "so that version 2 cannot be made before version 1 is evaluated"
     store.eval_done(0, 0, {})
-    assert targets(store) == [(1, True)] * 2 and store.state()["evals"][-1]["due_step"] == 1
+    assert targets(store) == [(1, True)] * 2 and store.state().evals[-1].due_step == 1
 
 
 def test_the_last_step_is_evaluated_and_then_the_run_is_finished(tmp_path: Path) -> None:
@@ -414,11 +405,11 @@ def test_the_last_step_is_evaluated_and_then_the_run_is_finished(tmp_path: Path)
     fill(store, 0)
     finish_step(store, 0)
     assert not store.finished
-    assert store.eval_next() == {"step": 1, "version": 1, "due_step": 1, "served": False}
+    assert store.eval_next() == NextEvaluation(Evaluation(1, 1, 1, False), None, False)
     store.eval_done(1, 1, {"overall": 0.9})
     assert store.finished
-    assert store.eval_next()["stop"]
-    assert store.state()["evals"][-1]["results"] == {"overall": 0.9}
+    assert store.eval_next().stop
+    assert store.state().evals[-1].results == {"overall": 0.9}
 
 
 def test_request_stop_reaches_every_worker(tmp_path: Path) -> None:
@@ -427,9 +418,9 @@ def test_request_stop_reaches_every_worker(tmp_path: Path) -> None:
     store.subscribe(lambda: heard.append(1))
     store.request_stop()
     assert heard
-    assert store.lease("w", 1) == {"leases": [], "wait": "the end: the run is being stopped", "stop": True}
-    assert store.target("engine0")["stop"]
-    assert store.eval_next()["stop"]
+    assert store.lease("w", 1) == Leases([], "the end: the run is being stopped", True)
+    assert store.target("engine0").stop
+    assert store.eval_next().stop
 
 
 def test_threads_share_one_store(tmp_path: Path) -> None:
@@ -441,7 +432,7 @@ def test_threads_share_one_store(tmp_path: Path) -> None:
         try:
             while not stop.is_set():
                 for lease in ids(store.lease(name, 3)):
-                    store.put(group(lease, store.target("engine0")["version"] or 0))
+                    store.put(group(lease, store.target("engine0").version or 0))
         except BaseException as error:
             failures.append(error)
 
@@ -452,7 +443,7 @@ def test_threads_share_one_store(tmp_path: Path) -> None:
     end = time.monotonic() + 30
     while len(served) < 200 and time.monotonic() < end and not failures:
         step = len(served) // 5
-        if "groups" in store.batch(step):
+        if store.batch(step).batch:
             served += finish_step(store, step)
     stop.set()
     for thread in threads:

@@ -28,8 +28,8 @@ from astracli.launch.inputs import Inputs
 from astracli.launch.job import Job
 from astracli.launch.launcher import Process
 from astracli.launch.local import child_spec
-from astracli.plan import build as plan
-from astracli.plan.build import LaunchPlan
+from astracli.plan.types import LaunchPlan
+from astracli.plan.view import to_json
 from astracli.process.children import ChildSpec
 from astracli.process.config import EngineConfig, EvalConfig, Role, RolloutConfig, TrainerConfig, load_config
 from astracli.report.page.page import LiveView, RunProgress
@@ -68,7 +68,7 @@ def specs_of(context: RunContext) -> dict[str, ChildSpec]:
 
 
 def test_every_process_gets_its_config_and_only_its_owner_reads_it(tmp_path: Path) -> None:
-    recipe = tiny(resources__engines=2, resources__train_ranks=2)
+    recipe = tiny(resources__engines=2, resources__train_ranks=2, rollout__mem_fraction_static=0.55)
     specs = specs_of(context_of(recipe, tmp_path, resume_step=4))
     assert list(specs) == ["engine0", "engine1", "rollout", "trainer", "trainer1", "eval"]
     kinds = [EngineConfig, EngineConfig, RolloutConfig, TrainerConfig, TrainerConfig, EvalConfig]
@@ -87,6 +87,7 @@ def test_every_process_gets_its_config_and_only_its_owner_reads_it(tmp_path: Pat
     assert len({*ports}) == 2 and urls == [f"http://127.0.0.1:{port}" for port in ports]
     assert told["engine0"].stage_dir == told["eval"].engines[0].stage_dir == tmp_path / "stage" / "engine0"
     assert told["engine0"].stage_dir.is_dir() and told["engine0"].await_weights
+    assert told["engine0"].mem_fraction_static == 0.55, "the recipe's, where the plan derives none"
     trainer = told["trainer1"]
     assert (trainer.resume_step, trainer.role, trainer.attention) == (4, Role.TRAINER, "sdpa")
 
@@ -168,10 +169,10 @@ def test_dry_run_of_every_shipped_recipe() -> None:
         recipe = recipe_io.load(info.name)
         if recipe.model.path.startswith("./"):  # its model is made first
             with pytest.raises(UserError, match="nothing at that path") as refused:
-                plan.to_json(run.planned(recipe, "train"))
+                to_json(run.planned(recipe, "train"))
             assert refused.value.hint and "make it: `python scripts/make_" in refused.value.hint
             continue
-        document = plan.to_json(run.planned(recipe, "train"))
+        document = to_json(run.planned(recipe, "train"))
         assert document["recipe"] == info.name and document["processes"]
         assert json.loads(json.dumps(document, default=str))["processes"][0]["name"] == "engine0"
 
@@ -293,7 +294,7 @@ ONCE = """if not config.start:
         reporter.progress(step=0)
         time.sleep(1.2)
         raise RuntimeError("CUDA error: unspecified launch failure")
-    assert (config.resume_step, config.start, hub.state()["latest_version"]) == (0, 1, None)
+    assert (config.resume_step, config.start, hub.state().latest_version) == (0, 1, None)
     """
 
 

@@ -13,6 +13,7 @@ import pytest
 from astracli.errors import UserError
 from astracli.machine import facts as machine
 from astracli.machine import read as machine_read
+from astracli.machine.facts import Machine
 
 SMI = """0, GPU-aa11, NVIDIA L40, 8.9, 46068, 45000, 580.105.08
 1, GPU-bb22, NVIDIA L40, 8.9, 46068, 46000, 580.105.08
@@ -22,9 +23,9 @@ SMI = """0, GPU-aa11, NVIDIA L40, 8.9, 46068, 45000, 580.105.08
 
 def test_probe_is_quick_valid_json_and_imports_nothing_heavy() -> None:
     code = (
-        "import json, sys, time; from astracli.machine import facts as machine\n"
-        "t = time.process_time(); document = machine.probe(); spent = time.process_time() - t\n"
-        "machine.validate(document)\n"
+        "import json, sys, time; from astracli.machine import facts, read\n"
+        "t = time.process_time(); document = read.probe().document(); spent = time.process_time() - t\n"
+        "facts.validate(document)\n"
         "heavy = [m for m in ('torch', 'transformers', 'numpy', 'datasets') if m in sys.modules]\n"
         "print(json.dumps({'document': document, 'spent': spent, 'heavy': heavy}))"
     )
@@ -42,29 +43,30 @@ def test_probe_is_quick_valid_json_and_imports_nothing_heavy() -> None:
 
     assert document["packages"]["torch"]["version"] == torch.__version__
     assert document["torch_cuda"] == torch.version.cuda
-    assert machine.usable(document, "torch")
+    assert machine.validate(document).usable("torch")
 
 
 def test_validate_names_the_key() -> None:
-    document = machine.probe()
-    document["system"]["memory_total"] = "plenty"
-    with pytest.raises(UserError, match=r"`system\.memory_total`"):
-        machine.validate(document)
-    document = machine.probe()
-    document["surprise"] = 1
-    with pytest.raises(UserError, match="`surprise`"):
-        machine.validate(document)
-    assert machine.schema()["properties"]["schema_version"]["const"] == 1
+    here = machine_read.probe().document()
+    assert machine.validate(here).document() == here
+    for table, key, value in (("system", "memory_total", "plenty"), ("system", "cores", "8"), ("python", "venv", 1)):
+        with pytest.raises(UserError, match=rf"`{table}\.{key}`: input should be a valid"):
+            machine.validate(here | {table: here[table] | {key: value}})
+    with pytest.raises(UserError, match=r"`packages\.torch\.surprise`: extra inputs are not permitted"):
+        machine.validate(here | {"packages": {"torch": here["packages"]["torch"] | {"surprise": 1}}})
+    with pytest.raises(UserError, match=r"`compilers\.nvcc`: field required"):
+        machine.validate(here | {"compilers": {"cc": None}})
+    assert Machine.model_json_schema()["properties"]["schema_version"]["const"] == 1
 
 
 def test_a_namespace_stub_is_not_importable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "flash_attn").mkdir()  # a folder without __init__.py: `import flash_attn` succeeds, and holds nothing
     monkeypatch.syspath_prepend(str(tmp_path))
-    document = machine.probe()
-    assert document["packages"]["flash-attn"]["importable_spec"] is True
-    assert document["packages"]["flash-attn"]["origin"] is None
-    assert not machine.usable(document, "flash-attn")
-    assert machine.version_of(document, "flash-attn") == ()
+    here = machine_read.probe()
+    assert here.packages["flash-attn"].importable_spec is True
+    assert here.packages["flash-attn"].origin is None
+    assert not here.usable("flash-attn")
+    assert here.version_of("flash-attn") == ()
 
 
 def test_gpus_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,14 +75,13 @@ def test_gpus_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    document = machine.probe()
-    assert [g["compute_capability"] for g in document["gpus"]] == ["8.9", "8.9", "9.0"]
-    assert document["gpus"][0]["memory_total"] == 46068 * 2**20
-    assert document["gpus"][2]["memory_total"] is None
-    assert len(machine.visible_gpus(document)) == 3
+    here = machine_read.probe()
+    assert [gpu.compute_capability for gpu in here.gpus] == ["8.9", "8.9", "9.0"]
+    assert here.gpu_sizes == {0: 46068 * 2**20, 1: 46068 * 2**20} and here.gpus[2].memory_total is None
+    assert len(here.visible_gpus) == 3 and here.capability == (8, 9)
     smi.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed: no driver'; exit 9\n")
-    broken = machine.probe()
-    assert broken["gpus"] == [] and "no driver" in broken["gpu_error"]
+    broken = machine_read.probe()
+    assert broken.gpus == () and "no driver" in str(broken.gpu_error)
 
 
 @pytest.mark.parametrize(
@@ -88,9 +89,9 @@ def test_gpus_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     [(None, [0, 1, 2]), ("", []), ("2,0", [2, 0]), ("GPU-bb", [1]), ("1,7,0", [1]), ("-1", [])],
 )
 def test_cuda_visible_devices_is_read_as_cuda_reads_it(setting: str | None, indexes: list[int]) -> None:
-    gpus = machine_read.parse_gpus(SMI)
-    facts = {"gpus": gpus, "env": {"CUDA_VISIBLE_DEVICES": setting}}
-    assert [gpu["index"] for gpu in machine.visible_gpus(facts)] == indexes
+    more = {"gpus": tuple(machine_read.parse_gpus(SMI)), "env": {"CUDA_VISIBLE_DEVICES": setting}}
+    here = machine_read.probe().model_copy(update=more)
+    assert [gpu.index for gpu in here.visible_gpus] == indexes
 
 
 def test_cgroup_limits_take_the_tightest_of_the_tree(tmp_path: Path) -> None:

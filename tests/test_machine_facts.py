@@ -22,6 +22,7 @@ from astracli.models import registry
 from astracli.plan import build as plan
 from astracli.plan import gpus as plan_gpus
 from astracli.plan.types import LaunchPlan
+from astracli.plan.view import render
 
 Astra = Callable[..., Ran]
 BIG, SHARED, TINY = "qwen3.5-4b-m2po-delta", "qwen3.5-0.8b-m2po-delta", "qwen3.5-tiny-m2po-delta"
@@ -47,8 +48,8 @@ def test_a_file_is_named_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name in ("8xl40", "mine", "m.json"):
         Path(name).write_text(json.dumps(mine))
     assert machine_facts.load("mine") == machine_facts.load("m.json") == machine.validate(mine)
-    assert machine_facts.load("./8xl40")["source"] == "mine"
-    assert len(machine_facts.load("8xl40")["gpus"]) == 8, "the shipped one"
+    assert machine_facts.load("./8xl40").source == "mine"
+    assert len(machine_facts.load("8xl40").gpus) == 8, "the shipped one"
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,8 @@ def test_a_file_that_is_no_document_is_refused(tmp_path: Path, text: str, says: 
 def planned(name: str, document: dict[str, object], *sets: str) -> LaunchPlan:
     recipe = recipe_io.load(name, list(sets))
     adapter = registry.resolve(recipe, None)
-    return plan.build(recipe, adapter, backends.choose(adapter, document, recipe), document)
+    there = machine.validate(document)
+    return plan.build(recipe, adapter, backends.choose(adapter, there, recipe), there)
 
 
 def test_every_gpu_and_the_host_by_hand() -> None:
@@ -113,7 +115,7 @@ def test_a_shared_gpu_holds_both_and_one_that_is_not_there_has_none() -> None:
 
 def test_a_run_on_a_cpu_has_no_such_table() -> None:
     result = launch.planned(recipe_io.load(TINY), "train", machine.validate(facts()))
-    assert plan_gpus.uses(result) == [] and "memory a GPU" not in [table.title for table in plan.render(result)]
+    assert plan_gpus.uses(result) == [] and "memory a GPU" not in [table.title for table in render(result)]
 
 
 # -- the commands ------------------------------------------------------------------------------------------------------
@@ -186,7 +188,7 @@ def test_a_model_that_was_recorded_there_is_planned_from_its_record(astra: Astra
     assert "nothing at that path" in astra("train", SHARED, "--dry-run", "--facts", "1xh200", "--set", away).err
     config = dict(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-0.8B"])
     recorded = {"path": "./somewhere/model", "place": "/data/somewhere/model", "config": config}
-    Path("there.json").write_text(json.dumps(machine_facts.load("1xh200") | {"checkpoint": recorded}))
+    Path("there.json").write_text(json.dumps(machine_facts.load("1xh200").document() | {"checkpoint": recorded}))
     told = astra("train", SHARED, "--dry-run", "--facts", "there.json", "--set", away, "--json")
     named = astra("train", SHARED, "--dry-run", "--facts", "1xh200", "--json")
     plans = [json.loads(said.out) for said in (told, named)]

@@ -17,11 +17,12 @@ from astracli.backends import choice as backend
 from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
 from astracli.errors import UserError
-from astracli.machine import facts as machine
+from astracli.machine.facts import validate
 from astracli.models import registry
 from astracli.plan import build as plan
 from astracli.plan import memory as plan_memory
-from astracli.plan.build import LaunchPlan
+from astracli.plan.types import LaunchPlan
+from astracli.plan.view import render, to_json, what
 
 TINY = qwen3_5.tiny_config()
 
@@ -33,8 +34,9 @@ def memory_warnings(result: LaunchPlan) -> list[str]:
 
 def planned(recipe: Recipe, document: dict[str, Any], config: dict[str, Any] | None = None, **more: Any) -> LaunchPlan:
     adapter = registry.resolve(recipe, config)
-    choice = backend.choose(adapter, document, recipe, config)
-    return plan.build(recipe, adapter, choice, document, config=config, **more)
+    there = validate(document)
+    choice = backend.choose(adapter, there, recipe, config)
+    return plan.build(recipe, adapter, choice, there, config=config, **more)
 
 
 def load(name: str, *overrides: str) -> Recipe:
@@ -173,16 +175,16 @@ def test_every_shipped_recipe_plans_on_any_machine() -> None:
         for document in (facts(), facts("8.9", 1), facts("9.0", 8, host_gib=512)):
             result = planned(recipe, document, config)
             assert result.model["parameters"] > 0, info.name
-            json.dumps(plan.to_json(result))
-            assert {t.title for t in plan.render(result)} >= {"processes", "backends", "model", "memory", "disk"}
+            json.dumps(to_json(result))
+            assert {t.title for t in render(result)} >= {"processes", "backends", "model", "memory", "disk"}
 
 
 def test_processes_that_need_the_same_stand_once_in_the_tables() -> None:
     result = planned(load("qwen3.5-4b-m2po-delta"), facts())
-    (memory,) = (table for table in plan.render(result) if table.title == "memory")
+    (memory,) = (table for table in render(result) if table.title == "memory")
     labels = list(dict.fromkeys(row[0] for row in memory.rows))
     assert labels == ["supervisor", "4 x engine, each", "rollout", "4 x trainer, each", "eval", "all"]
-    whole = sum(row.what == "weights (bf16)" for row in result.memory)
+    whole = sum(what(row) == "weights (bf16)" for row in result.memory)
     assert (whole, sum(row[1] == "weights (bf16)" for row in memory.rows)) == (4, 1)
 
 
@@ -312,14 +314,14 @@ def test_an_unknown_model_still_has_processes() -> None:
 
 
 def test_building_reads_nothing_but_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    document, recipe = facts("9.0", 8, host_gib=512), load("qwen3.5-4b-m2po-delta")
-    before = json.dumps(document)
+    there, recipe = validate(facts("9.0", 8, host_gib=512)), load("qwen3.5-4b-m2po-delta")
+    before = there.document()
     adapter = registry.resolve(recipe)
-    choice = backend.choose(adapter, document, recipe)
-    monkeypatch.setattr(machine, "probe", lambda: pytest.fail("a plan must not probe"))
+    choice = backend.choose(adapter, there, recipe)
+    monkeypatch.setattr("astracli.machine.read.probe", lambda: pytest.fail("a plan must not probe"))
     monkeypatch.setattr("builtins.open", lambda *a, **k: pytest.fail("a plan must not read files"))
-    first = plan.build(recipe, adapter, choice, document)
-    assert first == plan.build(recipe, adapter, choice, document)
-    assert json.dumps(document) == before
+    first = plan.build(recipe, adapter, choice, there)
+    assert first == plan.build(recipe, adapter, choice, there)
+    assert there.document() == before
     with pytest.raises(dataclasses.FrozenInstanceError):
         first.recipe = "other"  # type: ignore[misc]

@@ -10,18 +10,19 @@ from machines import GIB, facts
 from test_plan import load, memory_warnings, planned
 from test_plan_speed import SHAPE
 
+from astracli.machine.component import Component
+from astracli.machine.memory import MemoryRow, words
 from astracli.plan import build as plan
 from astracli.plan import margin as plan_margin
-from astracli.plan import memory as plan_memory
 from astracli.plan.margin import Margin
-from astracli.plan.memory import HOLES, MemoryRow
 from astracli.plan.trainer import trainer_rows
+from astracli.plan.view import render, to_json, what
 
 ONE_EACH = ("resources.rollout_gpus=1", "resources.train_gpus=1")
 
 
-def row(process: str, size: int, basis: Any, what: str = "w", **more: Any) -> MemoryRow:
-    return MemoryRow(process, what, "gpu", size, basis, **more)
+def row(process: str, size: int, basis: Any, part: Component = Component.PROCESS, **more: Any) -> MemoryRow:
+    return MemoryRow(process, part, "gpu", size, basis, **more)
 
 
 def test_half_of_what_is_estimated_there_at_once() -> None:
@@ -33,7 +34,7 @@ def test_half_of_what_is_estimated_there_at_once() -> None:
         row("engine0", 1000, "estimated", fixed=False),
         row("trainer", 200, "counted", away=True),
         row("trainer", 20, "estimated", away=True),
-        row("trainer", 8, "estimated", HOLES, fixed=False, away=True),
+        row("trainer", 8, "estimated", Component.CACHE_HOLES, fixed=False, away=True),
         row("trainer1", 300, "counted"),
         replace(row("trainer1", 30, "estimated"), where="host"),
     ]
@@ -67,14 +68,14 @@ def test_the_flagship_on_eight_l40(name: str) -> None:
     assert trainers[0].needed == pytest.approx(sum(estimated) / 2, abs=8) and sum(estimated) > 7 * GIB
     assert trainers[0].planned + trainers[0].left == 44 * GIB
     assert 1.1 * trainers[0].planned <= 44 * GIB, "a tenth over the plan would still fit"
-    (said,) = [r for t in plan.render(result) for r in t.rows if r[0] == "margin of GPU 4 to 7"]
-    assert said[1] == plan_memory.words(trainers[0].needed)
-    assert plan.to_json(result)["margins"][4]["needed"] == trainers[0].needed
+    (said,) = [r for t in render(result) for r in t.rows if r[0] == "margin of GPU 4 to 7"]
+    assert said[1] == words(trainers[0].needed)
+    assert to_json(result)["margins"][4]["needed"] == trainers[0].needed
 
 
 def test_what_an_adapter_does_not_say_of_its_blocks_is_estimated() -> None:
     known, guessed = (
-        {r.what: r.basis for r in trainer_rows("t", shape, load("qwen3.5-4b-m2po-delta"), "cuda", 1)}
+        {what(r): r.basis for r in trainer_rows("t", shape, load("qwen3.5-4b-m2po-delta"), "cuda", 1)}
         for shape in (SHAPE, replace(SHAPE, block_activations=()))
     )
     assert (known["activations"], guessed["activations"]) == ("counted", "estimated")

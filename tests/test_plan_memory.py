@@ -11,30 +11,35 @@ from test_plan import load, memory_warnings, planned
 
 from astracli.adapters import llama, qwen3, qwen3_5
 from astracli.adapters.qwen3_5_sizes import text_shapes
+from astracli.engines.sglang.plugin import ENGINE
 from astracli.errors import UserError
+from astracli.machine.component import Component
+from astracli.machine.memory import words
 from astracli.models import registry
 from astracli.models.adapter import MemoryShape
 from astracli.plan import build as plan
 from astracli.plan import memory as plan_memory
 from astracli.plan import offload as plan_split
 from astracli.plan import trainer as plan_trainer
+from astracli.plan.view import render, what
 from astracli.process import layout
 from astracli.training import adam
 
+MEMORY = ENGINE.memory
 EVERY_BLOCK_AGAIN = "train.activation_checkpointing=full"
 REQUESTS = "rollout.max_running_requests=32"
 
 
 def test_bytes_of_qwen3_5_4b() -> None:
     result = planned(load("qwen3.5-4b-m2po-full", EVERY_BLOCK_AGAIN), facts("8.9", 8, host_gib=512))
-    rows = {(row.process, row.what): row.bytes for row in result.memory}
+    rows = {(row.process, what(row)): row.bytes for row in result.memory}
     parameters = 4_205_751_296
     assert rows["engine0", "weights (bf16)"] == 2 * parameters
     assert rows["engine0", "KV cache (bf16), one request"] == 8192 * 32 * 1024
     assert rows["engine0", "recurrent state"] == 33 * 24 * (32 * 128 * 128 * 4 + 8192 * 3 * 2)
     assert rows["engine0", "KV cache (bf16), the others"] == 31 * 8192 * 32 * 1024
     tight = planned(load("qwen3.5-4b-m2po-full", REQUESTS), facts("8.9", 8, memory_gib=20, host_gib=512))
-    held = {row.what: row.bytes for row in tight.memory if row.process == "engine0"}
+    held = {what(row): row.bytes for row in tight.memory if row.process == "engine0"}
     reserved = ("weights (bf16)", "recurrent state", "KV cache (bf16), one request", "KV cache (bf16), the others")
     assert sum(held[what] for what in reserved) == int(0.7 * 20 * GIB), "no more than its part"
     assert rows["trainer", "master weights (fp32)"] == parameters  # 4 bytes over 4 ranks
@@ -49,14 +54,14 @@ def test_bytes_of_qwen3_5_4b() -> None:
     assert rows["trainer1", "published weights, last version and the next"] == parameters
     assert rows["trainer1", "published weights, the first version"] == parameters // 2
     assert rows["trainer1", "checkpoint while loading (fp32), over these"] == 4 * parameters - parameters // 2
-    disk = {row.what: row.bytes for row in result.disk}
+    disk = {what(row): row.bytes for row in result.disk}
     assert disk["3 checkpoints (one being written)"] == 3 * 12 * parameters
     assert disk["13 published versions, full"] == 13 * 2 * parameters
     assert disk["export"] == 2 * parameters
     assert result.model["flops_per_trained_token"] == pytest.approx(25.2e9, rel=2e-3)
     assert result.expected["avg_at_n_last"] == 0.574
     lean = planned(load("qwen3.5-4b-m2po-full", "algorithm.kl_coef=0"), facts("8.9", 8, host_gib=512))
-    assert "reference (bf16)" not in {row.what for row in lean.memory}
+    assert "reference (bf16)" not in {what(row) for row in lean.memory}
 
 
 def moved(name: str, gib: float, count: int, *overrides: str) -> tuple[str, float]:
@@ -84,14 +89,14 @@ def test_what_does_not_fit_moves_to_the_host_and_the_plan_says_why() -> None:
     result = planned(load(name, *full, REQUESTS), facts("9.0", 2, memory_gib=60, host_gib=512))
     why = "with everything on the GPU the trainer needs 74.53 GiB, 79.22 GiB with its margin; it may fill 60.00 GiB"
     assert result.placement.reasons[:-1] == (("reference", "host", why), ("optimizer", "40% on the host", why))
-    rows = [row for row in result.memory if row.process == "trainer" and row.what == "moments (fp32)"]
+    rows = [row for row in result.memory if row.process == "trainer" and what(row) == "moments (fp32)"]
     away = math.ceil(0.4 * 8 * 4_205_751_296)
     assert [(row.where, row.bytes) for row in rows] == [("gpu", 8 * 4_205_751_296 - away), ("host", away)]
     result = planned(load(name, *one_each), facts("9.0", 2, memory_gib=44, host_gib=512))
-    where = {row.what: (row.where, row.bytes) for row in result.memory if row.process == "trainer"}
+    where = {what(row): (row.where, row.bytes) for row in result.memory if row.process == "trainer"}
     assert where["moments (fp32)"] == ("host", 8 * 4_205_751_296)
     assert where["reference (bf16)"] == ("host", 2 * 4_205_751_296)
-    assert "placement" in {table.title for table in plan.render(result)}
+    assert "placement" in {table.title for table in render(result)}
     with pytest.raises(UserError, match=r"GPU 1 needs at least 66\.\d\d GiB of GPU memory for trainer"):
         asked = load("qwen3.5-4b-m2po-delta", *one_each, "train.optimizer_device=gpu")
         plan.refuse(planned(asked, facts("9.0", 2, memory_gib=44, host_gib=512)))
@@ -105,29 +110,29 @@ def test_an_engine_beside_its_trainer_reserves_what_that_one_leaves() -> None:
     assert fraction == 0.19
     assert plan_memory.total(result.memory, where="gpu", fixed=True) <= 0.96 * 141 * GIB
     shape = qwen3_5.ADAPTER.memory_shape(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"])
-    assert fraction * 141 * GIB > plan_memory.static_bytes(shape, recipe, requests=8)
+    assert fraction * 141 * GIB > MEMORY.reserved(shape, recipe, requests=8)
     decided = [("activations", "all kept"), ("engine", "reserves 19%"), ("a full version", "host")]
     assert [item[:2] for item in result.placement.reasons] == decided
-    assert fraction * 141 * GIB > plan_memory.static_bytes(shape, recipe, requests=32), "all that it can use"
+    assert fraction * 141 * GIB > MEMORY.reserved(shape, recipe, requests=32), "all that it can use"
     less = planned(recipe, facts("9.0", 1, memory_gib=100, host_gib=512)).placement
     because = "the engine beside it makes more of the memory"
     assert less.reasons[0] == ("activations", "all made again", because) and less.split == plan_split.Split(
         "gpu", 0.0, "full"
     )
     assert moved("qwen3.5-4b-m2po-delta", 80, 1, *shared, REQUESTS) == ("host", 0.25)
-    lowered = load("qwen3.5-4b-m2po-delta", *shared, "rollout.mem_fraction_static=0.1")
+    lowered = load("qwen3.5-4b-m2po-delta", *shared, "rollout.sglang.mem_fraction_static=0.1")
     assert planned(lowered, facts("9.0", 1, memory_gib=141, host_gib=512)).placement.mem_fraction_static == 0.1
 
 
 def test_published_versions_lie_on_a_gpu_that_has_room_for_two() -> None:
     """Where there is none, on the host, and nothing else is decided otherwise for them."""
-    versions, first = plan_trainer.PUBLISHED, "published weights, the first version"
+    versions, first = Component.PUBLISHED.value, "published weights, the first version"
     where = {}
     for gib in (141, 110, 90):
         settings = ("resources.rollout_gpus=1", "resources.train_gpus=1", EVERY_BLOCK_AGAIN)
         one_each = load("qwen3.5-4b-m2po-delta", *settings)
         result = planned(one_each, facts("9.0", 2, memory_gib=gib, host_gib=512))
-        rows = {row.what: row for row in result.memory if row.process == "trainer"}
+        rows = {what(row): row for row in result.memory if row.process == "trainer"}
         need = plan_memory.total(result.memory, where="gpu", processes=["trainer"])
         where[gib] = rows[versions].where
         assert rows[versions].bytes == 4 * 4_205_751_296
@@ -138,7 +143,7 @@ def test_published_versions_lie_on_a_gpu_that_has_room_for_two() -> None:
     shared = ("resources.rollout_gpus=1", "resources.train_gpus=1", "resources.share_gpus=true")
     time_sharing = load("qwen3.5-4b-m2po-delta", *shared, "resources.share_mode=time_sharing")
     away = planned(time_sharing, facts("9.0", 1, memory_gib=192, host_gib=512))
-    assert {row.where for row in away.memory if row.what == versions} == {"host"}, "it gives its GPU back"
+    assert {row.where for row in away.memory if what(row) == versions} == {"host"}, "it gives its GPU back"
 
 
 def test_the_room_that_published_versions_leave_is_the_planned_one() -> None:
@@ -148,11 +153,11 @@ def test_the_room_that_published_versions_leave_is_the_planned_one() -> None:
 
 
 def test_an_engine_that_may_not_reserve_enough_is_refused() -> None:
-    asked = load("qwen3.5-4b-m2po-delta", "rollout.mem_fraction_static=0.2", REQUESTS)
+    asked = load("qwen3.5-4b-m2po-delta", "rollout.sglang.mem_fraction_static=0.2", REQUESTS)
     with pytest.raises(UserError, match=r"reserves 20% of GPU 0 \(8\.80 GiB\), it needs 9\.\d\d GiB") as error:
         plan.refuse(planned(asked, facts("8.9", 8, memory_gib=44, host_gib=512)))
     sets = re.findall(r"--set ([^ `]+)", str(error.value.hint))
-    assert [s.split("=")[0] for s in sets] == ["rollout.mem_fraction_static"]
+    assert [s.split("=")[0] for s in sets] == ["rollout.sglang.mem_fraction_static"]
 
 
 def test_what_cannot_fit_is_refused_with_its_size() -> None:
@@ -168,9 +173,9 @@ def test_what_cannot_fit_is_refused_with_its_size() -> None:
 
 
 def test_words() -> None:
-    assert plan_memory.words(2 * 4_205_751_296) == "7.83 GiB"
-    assert plan_memory.words(512) == "512 B"
-    assert plan_memory.words(51_511_296) == "49.1 MiB"
+    assert words(2 * 4_205_751_296) == "7.83 GiB"
+    assert words(512) == "512 B"
+    assert words(51_511_296) == "49.1 MiB"
 
 
 def test_dense_families_have_no_state_row() -> None:
@@ -178,7 +183,7 @@ def test_dense_families_have_no_state_row() -> None:
         recipe = load("qwen3-1.7b-m2po-delta", f"model.path={path}")
         assert registry.resolve(recipe) is adapter
         result = planned(recipe, facts("9.0", 2, memory_gib=200, host_gib=512))
-        assert "recurrent state" not in {row.what for row in result.memory}
+        assert "recurrent state" not in {what(row) for row in result.memory}
 
 
 def test_only_several_ranks_gather_what_lies_outside_blocks() -> None:
@@ -187,7 +192,7 @@ def test_only_several_ranks_gather_what_lies_outside_blocks() -> None:
     shape = qwen3_5.ADAPTER.memory_shape(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"])
 
     def rows(ranks: int) -> dict[str, int]:
-        return {row.what: row.bytes for row in plan_trainer.trainer_rows("t", shape, recipe, "cuda", ranks)}
+        return {what(row): row.bytes for row in plan_trainer.trainer_rows("t", shape, recipe, "cuda", ranks)}
 
     gathered = "embedding and head, gathered (bf16)"
     assert gathered not in rows(1) and rows(2)[gathered] == 2 * (248320 * 2560 + 2560)
@@ -205,7 +210,7 @@ def test_an_update_with_moments_on_the_host_counts_a_bucket_of_them() -> None:
 
     def rows(on_host: float) -> dict[str, int]:
         split = layout.Split(moments_on_host=on_host)
-        return {row.what: row.bytes for row in plan_trainer.trainer_rows("t", shape, recipe, "cuda", 1, split)}
+        return {what(row): row.bytes for row in plan_trainer.trainer_rows("t", shape, recipe, "cuda", 1, split)}
 
     bucket = layout.BUCKET_BYTES
     assert bucket > 10 * rows(0.0)[kept]
@@ -227,7 +232,7 @@ def test_an_update_brings_no_more_than_is_planned(name: str, ranks: int) -> None
     else:
         module, path = DENSE[name]
         config = module.ADAPTER.known_configs[path]
-        shapes, shape = module._shapes(config), module.ADAPTER.memory_shape(config)
+        shapes, shape = module.ADAPTER.shapes(config), module.ADAPTER.memory_shape(config)
     sizes = {tensor: math.ceil(math.prod(dims) / ranks) for tensor, dims in shapes.items()}
     master = 4 if ranks == 1 else 0
     for part in plan_split.PARTS:

@@ -17,9 +17,11 @@ from machines import GIB
 from test_plan import load, planned
 
 from astracli.adapters import qwen3_5
+from astracli.machine.component import Component
 from astracli.plan import memory as plan_memory
 from astracli.plan import trainer as plan_trainer
-from astracli.plan.build import LaunchPlan
+from astracli.plan.types import LaunchPlan
+from astracli.plan.view import what
 from astracli.process import layout
 
 BENCH = Path(__file__).parent.parent / "bench"
@@ -54,7 +56,7 @@ def loop(layout: str, gpus: int, *sets: str, time_sharing: bool = False, groups:
 def engine_alone() -> LaunchPlan:
     """`bench/engine/rollout.py --only-ours --memory-gib 44 --concurrency 32 --new-tokens 4000`."""
     sets = ("resources.device=cuda", "resources.rollout_gpus=1", "rollout.max_running_requests=32")
-    lengths = ("rollout.max_new_tokens=4000", "rollout.context_length=4192", "rollout.mem_fraction_static=0.25")
+    lengths = ("rollout.max_new_tokens=4000", "rollout.context_length=4192", "rollout.sglang.mem_fraction_static=0.25")
     return planned(load("qwen3.5-tiny-m2po-delta", *sets, *lengths), h200s(1), CONFIG, command="rollout")
 
 
@@ -63,7 +65,7 @@ def parity() -> LaunchPlan:
     gpus = [f"resources.{key}" for key in ("device=cuda", "rollout_gpus=1", "train_gpus=1", "share_gpus=true")]
     sets = ("train.minibatches=1", "rollout.max_new_tokens=256", "rollout.context_length=512", "eval.every=0",
             "train.activation_checkpointing=full", "train.tokens_per_microbatch=8192", "train.optimizer_device=host",
-            "rollout.mem_fraction_static=0.2", "resources.share_mode=time_sharing")  # fmt: skip
+            "rollout.sglang.mem_fraction_static=0.2", "resources.share_mode=time_sharing")  # fmt: skip
     return planned(load("qwen3.5-tiny-m2po-delta", *gpus, *sets), h200s(1), CONFIG)
 
 
@@ -71,10 +73,12 @@ RUNS = {
     "1+1": (107.8, lambda: loop("1+1", 2)),
     "1+2": (121.5, lambda: loop("1+2", 2)),
     "1+2 time-shared": (93.0, lambda: loop("1+2", 2, time_sharing=True)),
-    "shared": (107.9, lambda: loop("shared", 1, "rollout.mem_fraction_static=0.18")),
+    "shared": (107.9, lambda: loop("shared", 1, "rollout.sglang.mem_fraction_static=0.18")),
     "shared time-shared": (
         43.6,
-        lambda: loop("shared", 1, "train.optimizer_device=host", "rollout.mem_fraction_static=0.2", time_sharing=True),
+        lambda: loop(
+            "shared", 1, "train.optimizer_device=host", "rollout.sglang.mem_fraction_static=0.2", time_sharing=True
+        ),
     ),
     "parity time-shared": (42.2, parity),
     "engine alone": (15.2, engine_alone),
@@ -90,7 +94,7 @@ def on_gpus(result: LaunchPlan) -> float:
 def test_a_run_s_peak_is_planned_within_a_tenth(name: str) -> None:
     seen, case = RUNS[name]
     result = case()
-    staged = sum(row.bytes for row in result.memory if row.what == "staged changes") / GIB
+    staged = sum(row.bytes for row in result.memory if what(row) == "staged changes") / GIB
     nothing_came = staged if result.command == "rollout" else 0.0
     assert on_gpus(result) - nothing_came == pytest.approx(seen, rel=ASKED)
     assert seen <= on_gpus(result) + sum(each.needed for each in result.margins) / GIB, "the margin is enough"
@@ -99,7 +103,7 @@ def test_a_run_s_peak_is_planned_within_a_tenth(name: str) -> None:
 def test_a_rank_that_stays_keeps_its_versions_on_its_gpu() -> None:
     """In turns on one of two GPUs: 93.0 GiB were seen, and 83.2 planned without the 7.8 of the other GPU's rank."""
     result = loop("1+2", 2, time_sharing=True)
-    lie = {row.process: (row.where, row.bytes) for row in result.memory if row.what == plan_trainer.PUBLISHED}
+    lie = {row.process: (row.where, row.bytes) for row in result.memory if row.component is Component.PUBLISHED}
     half = 2 * 4_205_751_296
     assert lie == {"trainer": ("host", half), "trainer1": ("gpu", half)}
     assert {row.process for row in result.memory if row.away} == {"engine0", "trainer"}
@@ -127,10 +131,10 @@ def test_what_torch_allocated_is_planned_within_a_tenth(
     sets = (f"train.activation_checkpointing={mode}", "algorithm.kl_coef=0", "rollout.context_length=4600")
     recipe = load("qwen3.5-4b-m2po-delta", *sets, f"train.tokens_per_microbatch={8192 if full else tokens}")
     rows = plan_trainer.trainer_rows("t", SHAPE, recipe, "cuda", ranks, layout.Split(moments_on_host=on_host))
-    own = [row for row in rows if row.where == "gpu" and row.what != "CUDA context"]
-    torch = {row.what: row.bytes / GIB for row in own}
+    own = [row for row in rows if row.where == "gpu" and what(row) != "CUDA context"]
+    torch = {what(row): row.bytes / GIB for row in own}
     margin = sum(row.bytes for row in plan_memory.with_margin(own)) / GIB - sum(torch.values())
-    holes = torch.pop(plan_memory.HOLES)
+    holes = torch.pop(Component.CACHE_HOLES.value)
     limit = ASKED if full else 0.02
     assert sum(torch.values()) == pytest.approx(allocated, rel=limit)
     if cached is not None:

@@ -10,6 +10,7 @@ from test_plan import TINY, load, planned, tiny
 from astracli.config.recipe import RUNNING, Recipe
 from astracli.plan import build as plan
 from astracli.plan import memory as plan_memory
+from astracli.plan.view import to_json, what
 
 WEIGHTS = 2 * 4_205_751_296
 STATE = 24 * (32 * 128 * 128 * 4 + 8192 * 3 * 2)
@@ -43,7 +44,7 @@ def test_an_engine_with_a_gpu_of_its_own(memory_gib: float, fit: int, given: int
         f"70% of {memory_gib:.2f} GiB less 7.83 GiB of weights: {fit} fit, "
         f"with a full context of 256.0 MiB and 49.1 MiB of state each{of_no_use}",
     )
-    held = {r.what: r.bytes for r in result.memory if r.process == "engine0"}
+    held = {what(r): r.bytes for r in result.memory if r.process == "engine0"}
     assert held["recurrent state"] == (given + 1) * STATE
     kv = held["KV cache (bf16), one request"] + held["KV cache (bf16), the others"]
     assert kv == given * KV, "no request is ever retracted"
@@ -56,12 +57,12 @@ def test_a_recipe_may_know_of_a_ceiling_of_small_gpus(memory_gib: float, given: 
     document = facts("8.9", 8, memory_gib=memory_gib, host_gib=512)
     for name in ("qwen3.5-4b-m2po-delta", "qwen3.5-4b-m2po-full"):
         result = planned(load(name), document)
-        assert result.running_requests == given == plan.to_json(result)["running_requests"]
+        assert result.running_requests == given == to_json(result)["running_requests"]
         (row,) = [row for row in result.placement.reasons if row[0] == "requests"]
         assert row[1] == f"{given} at once"
         said = "; rollout.running_ceiling of GPUs of up to 48 GiB is 32"
         assert row[2].endswith(said) == (given == 32), row
-        held = {r.what: r.bytes for r in result.memory if r.process == "engine0"}
+        held = {what(r): r.bytes for r in result.memory if r.process == "engine0"}
         assert held["recurrent state"] == (given + 1) * STATE
 
 

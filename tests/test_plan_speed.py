@@ -12,13 +12,14 @@ from training_tools import recipe, save_model
 
 from astracli.adapters import qwen3_5
 from astracli.errors import UserError
+from astracli.machine.facts import Gpu
 from astracli.plan import build as plan
 from astracli.plan import cost as plan_speed
 from astracli.plan import memory as plan_memory
 from astracli.plan import offload as plan_split
-from astracli.plan import placement as plan_place
-from astracli.plan.build import LaunchPlan
 from astracli.plan.cost import Pace
+from astracli.plan.placement import Gpus, place
+from astracli.plan.types import LaunchPlan
 from astracli.process.config import TrainerConfig
 from astracli.process.layout import Split, recomputed
 from astracli.training import setup
@@ -28,6 +29,11 @@ REQUESTS = "rollout.max_running_requests=32"
 ONE_EACH = ("resources.rollout_gpus=1", "resources.train_gpus=1", REQUESTS)
 NAME = "qwen3.5-4b-m2po-delta"
 SHAPE = qwen3_5.ADAPTER.memory_shape(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"])
+
+
+def gpu(name: str, capability: str) -> Gpu:
+    nothing = {"index": 0, "uuid": "", "memory_total": None, "memory_free": None, "driver": ""}
+    return Gpu(name=name, compute_capability=capability, **nothing)
 
 
 def test_seconds_by_hand() -> None:
@@ -51,7 +57,7 @@ def test_seconds_by_hand() -> None:
 def test_the_estimate_orders_what_was_measured_on_80_gb() -> None:
     """16,101, 14,740 and 13,206 tokens/s on one H200 held to 80 GB, without a reference: docs/benchmarks.md."""
     asked = load(NAME, "algorithm.kl_coef=0")
-    pace = plan_speed.pace([{"name": "NVIDIA H200", "compute_capability": "9.0"}])
+    pace = plan_speed.pace([gpu("NVIDIA H200", "9.0")])
     splits = (Split("gpu", 0.65, "none"), Split("gpu", 0.15, "selective"), Split("gpu", 0.0, "full"))
     seconds = [plan_speed.step_seconds(asked, SHAPE, 1, split, pace) for split in splits]
     assert seconds[1] / seconds[0] == pytest.approx(16101 / 14740, rel=0.03)
@@ -137,10 +143,9 @@ def test_four_gpus_share_what_one_had_to_move() -> None:
 
 def test_a_slow_link_makes_computing_again_the_cheaper_way() -> None:
     asked = load(NAME, *ONE_EACH, "algorithm.kl_coef=0")
-    where = (asked, SHAPE, {0: int(79.6 * GIB)}, [], [0])
-    assert plan_place.place(*where, Pace(400e12, 100e9)).split == Split("gpu", 0.65, "none")
-    assert plan_place.place(*where, Pace(400e12, 20e9)).split == Split("gpu", 0.2, "selective")
-    assert plan_place.place(*where, Pace(400e12, 1e9)).split == Split("gpu", 0.0, "full")
+    for link, split in ((100e9, (0.65, "none")), (20e9, (0.2, "selective")), (1e9, (0.0, "full"))):
+        gpus = Gpus({0: int(79.6 * GIB)}, trainer=[0], pace=Pace(400e12, link))
+        assert place(asked, SHAPE, gpus).split == Split("gpu", *split)
 
 
 def test_the_recipe_s_word_counts() -> None:
@@ -157,9 +162,7 @@ def test_the_recipe_s_word_counts() -> None:
 
 
 def test_the_slowest_gpu_counts() -> None:
-    h100, l40 = (
-        {"name": n, "compute_capability": c} for n, c in (("NVIDIA H100 80GB HBM3", "9.0"), ("NVIDIA L40", "8.9"))
-    )
+    h100, l40 = gpu("NVIDIA H100 80GB HBM3", "9.0"), gpu("NVIDIA L40", "8.9")
     assert plan_speed.pace([h100, l40]) == plan_speed.pace([l40]) != plan_speed.pace([h100])
     assert plan_speed.pace([h100]).flops == pytest.approx(0.42 * 989e12) and plan_speed.pace([h100]).link == 99e9
     assert plan_speed.pace([l40]) == Pace(pytest.approx(0.42 * 181e12), 50e9)
@@ -170,4 +173,4 @@ def test_the_slowest_gpu_counts() -> None:
     assert plan_speed.peak("a gpu", "10.0") == 2250
     assert plan_speed.peak("a gpu", "7.5") == plan_speed.peak("a gpu") == 300
     assert plan_speed.pace([]) == Pace()
-    assert plan_speed.pace([{"name": "odd", "compute_capability": None}]).link == 50e9
+    assert plan_speed.pace([gpu("odd", "7.5")]).link == 50e9

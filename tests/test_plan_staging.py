@@ -7,10 +7,11 @@ import pytest
 from machines import GIB, facts
 from test_plan import TINY, load, planned, tiny
 
+from astracli.machine.memory import MemoryRow
 from astracli.plan import build as plan
 from astracli.plan import memory as plan_memory
-from astracli.plan.memory import MemoryRow
 from astracli.plan.types import LaunchPlan
+from astracli.plan.view import what
 
 FULL, DELTA = "qwen3.5-4b-m2po-full", "qwen3.5-4b-m2po-delta"
 ONE_GPU = ("resources.rollout_gpus=1", "resources.train_gpus=1", "resources.share_gpus=true")
@@ -18,7 +19,7 @@ SIZE = 2 * 4_205_751_296
 
 
 def waiting(result: LaunchPlan) -> list[MemoryRow]:
-    return [row for row in result.memory if row.what == "a full version before its pause"]
+    return [row for row in result.memory if what(row) == "a full version before its pause"]
 
 
 def reason(result: LaunchPlan) -> tuple[str, str]:

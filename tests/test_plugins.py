@@ -1,4 +1,4 @@
-"""A stranger's adapter, algorithm, reward and sink: wheels of `examples/plugins`, installed, and used by one run."""
+"""A stranger's adapter, algorithm, engine, reward, sink: wheels of `examples/plugins`, installed, used by one run."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ import pytest
 from astracli.runs import metrics
 
 ROOT = Path(__file__).parents[1]
-KINDS = ("adapter", "algorithm", "reward", "sink")
+KINDS = ("adapter", "algorithm", "engine", "reward", "sink")
 STEPS = 3
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the four packages, each built into a wheel of its own and installed from that."""
+    """A folder with the packages, each built into a wheel of its own and installed from that."""
     root = tmp_path_factory.mktemp("plugins")
     sources = [shutil.copytree(ROOT / "examples" / "plugins" / kind, root / kind) for kind in KINDS]
     pip, offline = [sys.executable, "-m", "pip"], ["--quiet", "--no-deps", "--no-index"]
@@ -65,10 +65,11 @@ def mistral(path: Path) -> Path:
     return path
 
 
-def test_one_run_with_all_four(site: Path, tmp_path: Path) -> None:
+def test_one_run_with_all_of_them(site: Path, tmp_path: Path) -> None:
     model, run = mistral(tmp_path / "model"), tmp_path / "run"
     small = sets(
-        f"model.path={model}", "data.reward=digits", "algorithm.name=rloo", "algorithm.rloo.weight_cap=1.5",
+        f"model.path={model}", "rollout.engine=plain", "data.reward=digits",
+        "algorithm.name=rloo", "algorithm.rloo.weight_cap=1.5",
         'metrics.sinks=["curve"]', f"train.steps={STEPS}", "train.batch_groups=4", "train.minibatches=2",
         "train.learning_rate=0.01", "eval.every=0", "eval.benchmarks=[]", "checkpoint.every=0",
         "launch.deterministic=true", "metrics.samples_per_step=32",
@@ -77,7 +78,13 @@ def test_one_run_with_all_four(site: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     trained = [r for r in metrics.read(run / "metrics.jsonl") if r["process"] == "trainer" and "loss" in r]
     assert len(trained) == STEPS and all(record["grad_norm"] > 0 for record in trained)
-    # the adapter: nothing else claims the model; the engine took every version from the trainer, and agreed
+    # the engine: a server of its own took every version, checked its digests and read its parameters back
+    processes = {p["name"]: p["module"] for p in json.loads((run / "plan.json").read_text())["processes"]}
+    assert processes["engine0"] == "astra_plain.server"
+    updates = [r for r in metrics.read(run / "metrics.jsonl") if "fetch_s" in r]
+    assert [r["step"] for r in updates] == list(range(1, STEPS + 1)) and not any(r["resyncs"] for r in updates)
+    assert all(r["verify_s"] > 0 and r["readback_s"] > 0 for r in updates) and updates[-1]["kind"] == "delta"
+    # the adapter: nothing else claims the model; the engine agreed with the trainer
     assert all(record["parity_mean_abs"] < 1e-4 for record in trained)
     assert json.loads((run / "export" / "config.json").read_text())["model_type"] == "mistral"
     # the sink
@@ -102,7 +109,7 @@ def test_no_file_of_the_package_knows_them() -> None:
     sources = [*(ROOT / "astracli").rglob("*.py"), *(ROOT / "adapters").rglob("*.py"), *(ROOT / "recipes").rglob("*")]
     said = "\n".join(file.read_text(encoding="utf-8") for file in sources if file.suffix in (".py", ".toml")).lower()
     assert len(sources) > 100
-    for word in ("mistral", "rloo", "astra_digits", "astra_curve"):
+    for word in ("mistral", "rloo", "astra_plain", "astra_digits", "astra_curve"):
         assert word not in said
 
 

@@ -61,7 +61,7 @@ def test_4b_has_the_published_settings() -> None:
     assert (recipe.algorithm.own.m2_threshold, recipe.algorithm.kl_coef) == (0.01, 0.001)
     assert recipe.algorithm.batch_norm_advantage and recipe.algorithm.drop_equal_groups
     assert (recipe.rollout.max_new_tokens, recipe.rollout.context_length, recipe.rollout.group_size) == (4000, 8192, 8)
-    assert (recipe.rollout.max_running_requests, recipe.rollout.mem_fraction_static) == ("auto", 0.7)
+    assert (recipe.rollout.max_running_requests, recipe.rollout.sglang.mem_fraction_static) == ("auto", 0.7)
     assert recipe.rollout.running_ceiling == {"48": 32}
     assert recipe.eval.benchmarks == ["aime24", "aime25", "amc", "minerva", "math500"]
     assert (recipe.eval.every, recipe.eval.temperature, recipe.eval.max_concurrency) == (10, 0.6, "auto")

@@ -79,7 +79,7 @@ def run(site: Path, code: str) -> dict:
 def test_built_ins_come_in_by_entry_point_without_torch() -> None:
     code = (
         "import json, sys; from astracli.models import registry\n"
-        "found = [i.to_json() for i in registry.installed()]\n"
+        "found = [registry.to_json(i) for i in registry.installed()]\n"
         "print(json.dumps({'found': found, 'torch': 'torch' in sys.modules}))"
     )
     document = run(Path("/nonexistent"), code)
@@ -100,7 +100,7 @@ def r(adapter):
     model = {"path": "x/y", "adapter": adapter}
     return Recipe.model_validate({"model": model, "data": {"source": "arithmetic"}, "train": {"steps": 1}})
 a, b = registry.resolve(r("auto"), {"model_type": "olmo9"}), registry.resolve(r("olmo"))
-listed = [i.to_json() for i in registry.installed()]
+listed = [registry.to_json(i) for i in registry.installed()]
 print(json.dumps({"same": a is b, "flops": a.memory_shape({}).flops_per_token, "listed": listed}))
 """
     document = run(site, code)

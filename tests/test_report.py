@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_tools import hub_state
 from rich.console import Console
 
 from astracli.config.recipe import Recipe
 from astracli.errors import UserError
+from astracli.hub.types import Counts, EvaluationStatus, HubState
 from astracli.launch import summary
 from astracli.process.worker import Status
 from astracli.report.page.page import LiveView, PlainView, RunProgress, draw, duration, eval_line
@@ -31,13 +34,13 @@ def figures(avg: float, passed: float) -> dict[str, Any]:
     return {"items": 256, "n": 8, "avg_at_n": avg, "stderr": 0.02, "k": 4, "pass_at_k": passed}
 
 
-def evaluation(step: int, avg: float, passed: float) -> dict[str, Any]:
+def evaluation(step: int, avg: float, passed: float) -> EvaluationStatus:
     both = {"arithmetic-heldout": figures(avg, passed), "overall": figures(avg, passed)}
-    return {"due_step": step, "step": step, "version": step, "state": "done", "results": both}
+    return EvaluationStatus(step, step, step, "done", both)
 
 
-def state(step: int, *evals: dict[str, Any]) -> dict[str, Any]:
-    return {"counts": {"consumed_steps": step, "dropped": 3}, "evals": list(evals)}
+def state(step: int, *evals: EvaluationStatus) -> HubState:
+    return hub_state(counts=Counts(consumed_steps=step, dropped=3), evals=list(evals))
 
 
 def trainer(step: int, **more: float) -> dict[str, Any]:
@@ -175,7 +178,7 @@ def make_summary(tmp_path: Path, **changes: Any) -> dict[str, Any]:
         evaluations_s={"0": 3.5},
         phases={"starting": 11.0, "running": 190.0, "finishing": 5.0, "stopping": 0.2},
         records=records,
-        store=state(4, evaluation(0, 0.35, 0.6), evaluation(2, 0.5, 0.7), evaluation(4, 0.875, 0.95)),
+        hub=state(4, evaluation(0, 0.35, 0.6), evaluation(2, 0.5, 0.7), evaluation(4, 0.875, 0.95)),
         memory={},
         restarts={"engine0": 0, "rollout": 2},
     )
@@ -256,7 +259,7 @@ def test_an_export_of_an_earlier_attempt_is_no_part_of_this_ones_time(tmp_path: 
 
 def test_one_evaluation_shows_no_difference(tmp_path: Path) -> None:
     """Of a run that ended before its second."""
-    found = make_summary(tmp_path, store=state(1, evaluation(0, 0.35, 0.6)))
+    found = make_summary(tmp_path, hub=state(1, evaluation(0, 0.35, 0.6)))
     (row,) = found["benchmarks"]
     assert (row["first"], row["difference_avg_at_n"]) == (row["last"], None)
     out = io.StringIO()
@@ -268,13 +271,13 @@ def test_one_evaluation_shows_no_difference(tmp_path: Path) -> None:
 
 
 def test_the_table_of_a_command_without_a_trainer_has_no_steps(tmp_path: Path) -> None:
-    found = make_summary(tmp_path, records=[], store={}, plan={"command": "rollout"})
+    found = make_summary(tmp_path, records=[], hub=hub_state(), plan={"command": "rollout"})
     assert found["steps_planned"] is None and list(found["phases_s"])[:2] == ["start-up", "running"]
     assert "steps" not in dict(summary_rows(found))
 
 
 def test_summary_of_a_run_that_never_began(tmp_path: Path) -> None:
-    found = make_summary(tmp_path, records=[], store={}, phases={"starting": 1.0})
+    found = make_summary(tmp_path, records=[], hub=hub_state(), phases={"starting": 1.0})
     assert found["steps"] == 0 and found["benchmarks"] == [] and found["weights"]["ratio"] is None
     out = io.StringIO()
     print_summary(found, Console(file=out, width=140))
@@ -285,7 +288,7 @@ def test_summary_of_a_run_that_never_began(tmp_path: Path) -> None:
 
 def test_one_evaluation_is_not_compared_with_itself(tmp_path: Path) -> None:
     out = io.StringIO()
-    found = make_summary(tmp_path, store=state(1, evaluation(0, 0.35, 0.6)))
+    found = make_summary(tmp_path, hub=state(1, evaluation(0, 0.35, 0.6)))
     print_summary(found, Console(file=out, width=140))
     head, average, passed = (" ".join(line.split()) for line in out.getvalue().splitlines()[:3])
     assert (head, average) == ("benchmark figure step 0", "arithmetic-heldout avg@8 0.350 ± 0.020")
@@ -336,7 +339,7 @@ def test_summary_table(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_that_had_to_wait_says_so() -> None:
-    late = evaluation(13, 0.5, 0.7) | {"due_step": 10}
+    late = replace(evaluation(13, 0.5, 0.7), due_step=10)
     assert eval_line(late).startswith("eval step 13 (due at 10): arithmetic-heldout avg@8 0.500")
     (row,) = summary.benchmarks([evaluation(0, 0.3, 0.6), late])
     headings = benchmark_table({"benchmarks": [row], "expected": None}).columns
@@ -345,7 +348,7 @@ def test_an_evaluation_that_had_to_wait_says_so() -> None:
 
 def test_two_benchmarks_show_their_mean(tmp_path: Path) -> None:
     results = {"a": figures(0.2, 0.3), "overall": figures(0.3, 0.4), "b": figures(0.4, 0.5)}
-    found = make_summary(tmp_path, store=state(0, {"step": 0, "version": 0, "results": results}))
+    found = make_summary(tmp_path, hub=state(0, EvaluationStatus(0, 0, 0, "done", results)))
     assert [row["benchmark"] for row in found["benchmarks"]] == ["a", "b", "overall"]
 
 

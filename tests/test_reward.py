@@ -219,6 +219,6 @@ def test_probe_rewards_the_upper_half_of_a_group() -> None:
     odd = [GradeItem("", "", "", tokens) for tokens in ([1], [1, 2], [2])]
     assert [g.reward for g in probe_grades(odd)] == [0.0, 1.0, 1.0]
     with GradePool("probe") as pool:
-        assert [g.verdict for g in pool.grade_group(group)] == ["right", "right", "wrong", "wrong"]
+        assert [g.verdict for g in pool.grade(group)] == ["right", "right", "wrong", "wrong"]
     with pytest.raises(ValueError, match="token ids"):
         probe_grades(items(("", "")))

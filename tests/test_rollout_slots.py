@@ -35,7 +35,7 @@ def test_slots_are_filled_again_while_groups_wait_for_their_longest_sample(tmp_p
             world.engine.ticks = tick
             await until(lambda: world.engine.ticked and world.engine.running >= SLOTS)
             running.append(world.engine.running)
-            groups.append(world.store.counts()["in_flight"])
+            groups.append(world.store.counts().in_flight)
 
     try:
         asyncio.run(world.play(scenario))
@@ -44,7 +44,7 @@ def test_slots_are_filled_again_while_groups_wait_for_their_longest_sample(tmp_p
     assert running[0] == SLOTS and groups[0] == SLOTS // GROUP
     assert max(running) <= SLOTS + GROUP - 1, "no more than the rest of one group waits in the engine"
     assert max(groups) >= 2 * SLOTS // GROUP, "the law makes groups wait"
-    assert world.store.counts()["in_flight"] == 0, "what was not finished went back"
+    assert world.store.counts().in_flight == 0, "what was not finished went back"
     (worker,) = world.workers
     assert (worker.use.outstanding, worker.use.sent) == (0, 0)
 
@@ -55,12 +55,12 @@ def test_refilling_stays_within_admission(tmp_path: Path) -> None:
     seen: list[int] = []
 
     async def scenario() -> None:
-        while (counts := world.store.counts())["waiting"] < 4:
-            seen.append(counts["in_flight"] + counts["waiting"])
+        while (counts := world.store.counts()).waiting < 4:
+            seen.append(counts.in_flight + counts.waiting)
             world.engine.ticks = len(seen)
             await asyncio.sleep(0.005)
             await until(lambda: world.engine.ticked)
-        assert counts["in_flight"] == world.engine.running == 0
+        assert counts.in_flight == world.engine.running == 0
 
     try:
         asyncio.run(world.play(scenario))
@@ -78,7 +78,7 @@ def test_an_engine_that_is_lost_between_the_ends_of_a_group_gives_whole_groups_a
             world.engine.ticks = tick
             await until(lambda: world.engine.ticked and world.engine.running >= SLOTS)
         await asyncio.to_thread(world.engine.stop)
-        await until(lambda: world.store.counts()["queued"])
+        await until(lambda: world.store.counts().queued)
         (worker,) = world.workers
         await until(lambda: worker.use.outstanding == worker.use.sent == 0)
         world.engine.ticks, world.engine.running = None, 0

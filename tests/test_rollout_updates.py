@@ -13,6 +13,7 @@ from rollout_world import World, expected, records, until, world
 
 from astracli.engines.client import EngineClient
 from astracli.errors import RunFailed
+from astracli.hub.types import EngineReport
 from astracli.rl.types import Group
 
 __all__ = ["world"]
@@ -40,7 +41,7 @@ def test_an_update_ends_segments_and_the_continuation_equals_an_uncut_completion
     assert record["step"] == 1 and record["resyncs"] == 0 and record["kind"] == "delta"
     assert record["aborted_samples"] == 8 and record["prefilled_again_tokens"] > 8 * 4
     assert 0 < record["pause_s"] <= record["gap_s"] < 1.0
-    assert world.store.state()["engines"]["engine0"] == {"version": 1, "state": "ready"}
+    assert world.store.state().engines["engine0"] == EngineReport(1, "ready")
 
 
 @pytest.mark.parametrize("foreign", [False, True], ids=["embedded", "sglang"])
@@ -73,7 +74,7 @@ def test_a_failed_update_is_repeated_in_full_and_serves_nothing_in_between(world
         await until(lambda: world.engine.running)
         world.store.announce(1, 1)
         await world.batch(0)
-        await until(lambda: world.store.state()["engines"]["engine0"]["version"] == 1)
+        await until(lambda: world.store.state().engines["engine0"].version == 1)
 
     asyncio.run(world.play(scenario))
     assert world.fetcher.asked == [(1, 0), (1, None)]
@@ -154,7 +155,7 @@ def test_an_engine_that_is_lost_after_a_failed_read_back_is_not_taken_at_its_wor
 
     async def scenario() -> None:
         world.store.announce(1, 1)
-        await until(lambda: world.store.state()["engines"].get("engine0") == {"version": 1, "state": "ready"})
+        await until(lambda: world.store.state().engines.get("engine0") == EngineReport(1, "ready"))
 
     asyncio.run(world.play(scenario))
     assert world.fetcher.asked == [(1, 0), (1, None), (1, None)]
@@ -171,8 +172,8 @@ def test_what_comes_back_before_the_engine_has_said_that_it_goes_on_waits_for_th
         await asyncio.sleep(0.4)  # twice as long as a completion takes
 
     def counting(version: int) -> dict[str, float]:
-        counts = world.store.state()["counts"]
-        counted.append(counts["waiting"] + counts["dropped"])
+        counts = world.store.state().counts
+        counted.append(counts.waiting + counts.dropped)
         return readback(version)
 
     monkeypatch.setattr(EngineClient, "resume", slowly)
@@ -202,9 +203,9 @@ def readback_on_demand(world: World, monkeypatch: pytest.MonkeyPatch) -> tuple[t
     return asked, go_on
 
 
-def test_no_evaluation_begins_before_the_weights_are_read_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_evaluation_begins_before_the_weights_are_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its answers are not held back: of weights that are then found wrong they would be counted."""
-    world.store._board._every = 1
+    world = World(tmp_path, {"eval_every": 1})
     world.engine.readbacks = True
     world.fetcher.readbacks = [RunFailed("read back under HF names, 1 tensors differ: a"), 0.01]
     asked, go_on = readback_on_demand(world, monkeypatch)
@@ -214,12 +215,12 @@ def test_no_evaluation_begins_before_the_weights_are_read_back(world: World, mon
         world.store.announce(1, 1)
         await until(asked.is_set)
         await asyncio.sleep(0.05)
-        assert "to hold version 1" in world.store.eval_next()["wait"]
+        assert "to hold version 1" in world.store.eval_next().wait
         assert world.fetcher.asked == [(1, 0)]
         go_on.set()
-        await until(lambda: "step" in world.store.eval_next())
+        await until(lambda: world.store.eval_next().evaluation)
         assert world.fetcher.asked == [(1, 0), (1, None)], "in full, and proven, before it began"
-        assert world.store.eval_next()["version"] == 1
+        assert world.store.eval_next().evaluation.version == 1
         world.store.eval_done(1, 1, {})
 
     asyncio.run(world.play(scenario))
@@ -243,8 +244,7 @@ def test_an_update_that_fails_twice_ends_the_run_in_words(world: World) -> None:
 
 
 def test_a_pinned_engine_stays_until_the_evaluation_is_done(tmp_path: Path) -> None:
-    world = World(tmp_path, step_s=0.001)
-    world.store._board._every = 100  # an evaluation at step 0
+    world = World(tmp_path, {"eval_every": 100}, step_s=0.001)  # an evaluation at step 0
 
     async def scenario() -> None:
         world.store.announce(0, 0)
@@ -254,14 +254,13 @@ def test_a_pinned_engine_stays_until_the_evaluation_is_done(tmp_path: Path) -> N
         await asyncio.sleep(0.2)
         assert world.engine.events == [], "pinned: no update, and rollouts went on at the pinned version"
         assert (
-            "(staleness 1, engine 2 versions behind the next batch)"
-            in world.store.lease("x", 1, engine="engine0")["wait"]
+            "(staleness 1, engine 2 versions behind the next batch)" in world.store.lease("x", 1, engine="engine0").wait
         )
         world.store.eval_done(0, 0, {})
         await until(lambda: bool(records(world)))
         (record,) = records(world)
         assert 0.1 < record["held_idle_s"] <= record["idle_s"], "nothing could be granted at the pinned version"
-        await until(lambda: world.store.counts()["in_flight"] + world.store.counts()["waiting"])
+        await until(lambda: world.store.counts().in_flight + world.store.counts().waiting)
 
     try:
         asyncio.run(world.play(scenario))
@@ -276,7 +275,7 @@ def test_an_engine_that_comes_back_is_given_weights_before_it_serves(world: Worl
         world.store.announce(1, 1)
         await until(lambda: world.engine.version == 1 and world.engine.running)
         await asyncio.to_thread(world.engine.stop)
-        await until(lambda: world.store.counts()["queued"] > 0)
+        await until(lambda: world.store.counts().queued > 0)
         world.engine.version, world.engine.serving, world.engine.running = 0, False, 0
         world.engine.start()
         await world.batch(1)
@@ -301,13 +300,13 @@ def test_an_engine_that_is_lost_during_its_read_back_and_comes_back_gets_work_ag
         assert world.engine.running
         world.engine.step_s = 0.2  # so that what runs is cut off
         await asyncio.to_thread(world.engine.stop)
-        await until(lambda: world.store.counts()["queued"] > 0)
+        await until(lambda: world.store.counts().queued > 0)
         world.engine.version, world.engine.serving, world.engine.running, world.engine.step_s = 0, False, 0, 0.01
         world.engine.start()
         go_on.set()
         await until(lambda: bool(records(world)))
         await world.batch(0)
-        await until(lambda: world.store.state()["engines"]["engine0"] == {"version": 1, "state": "ready"})
+        await until(lambda: world.store.state().engines["engine0"] == EngineReport(1, "ready"))
 
     asyncio.run(world.play(scenario))
 
@@ -317,16 +316,16 @@ def test_an_engine_that_is_lost_while_it_has_nothing_to_do_is_given_weights_when
 
     async def scenario() -> None:
         world.store.announce(1, 1)
-        await until(lambda: world.store.state()["engines"].get("engine0") == {"version": 1, "state": "ready"})
+        await until(lambda: world.store.state().engines.get("engine0") == EngineReport(1, "ready"))
         await world.batch(0)
-        await until(lambda: world.store.lease("x", 0, engine="engine0")["wait"])
-        await until(lambda: not world.store.counts()["in_flight"])
+        await until(lambda: world.store.lease("x", 0, engine="engine0").wait)
+        await until(lambda: not world.store.counts().in_flight)
         asked = len(world.fetcher.asked)
         await asyncio.to_thread(world.engine.stop)
         world.engine.version, world.engine.serving = 0, False
         world.store.release_worker("engine0")
         world.engine.start()
-        await until(lambda: world.store.state()["engines"]["engine0"] == {"version": 1, "state": "ready"})
+        await until(lambda: world.store.state().engines["engine0"] == EngineReport(1, "ready"))
         assert len(world.fetcher.asked) == asked + 1
 
     asyncio.run(world.play(scenario))

@@ -41,7 +41,7 @@ def test_groups_come_in_graded_and_whole(world: World) -> None:
             assert sample.tokens.tolist() == expected(group.lease_id, sample.index)
             assert (sample.finish_reason, len(sample.segments)) == ("stop", 1)
             assert sample.text == "".join(chr(t) for t in sample.tokens[:-1])
-    assert world.store.counts()["in_flight"] == 0, "what was not finished went back"
+    assert world.store.counts().in_flight == 0, "what was not finished went back"
 
 
 def test_two_engines_share_the_work_and_both_follow(world: World) -> None:
@@ -62,10 +62,10 @@ def test_two_engines_share_the_work_and_both_follow(world: World) -> None:
 
 def test_prompts_that_do_not_fit_are_skipped_and_counted(world: World) -> None:
     async def scenario() -> None:
-        await until(lambda: world.store.counts()["skipped"] > 20)
+        await until(lambda: world.store.counts().skipped > 20)
 
     asyncio.run(world.play(scenario, data={"max_prompt_tokens": 4}))
-    assert world.store.state()["skipped_in_a_row"] > 20
+    assert world.store.state().skipped_in_a_row > 20
     with world.store._db.lock:
         (row,) = world.store._db.rows("SELECT reason FROM groups WHERE state = 'skipped' LIMIT 1")
     assert row[0].endswith("tokens, data.max_prompt_tokens = 4")
@@ -75,7 +75,7 @@ def test_a_run_whose_prompts_all_do_not_fit_ends(world: World, monkeypatch: pyte
     monkeypatch.setattr("astracli.rollout.worker.UNFIT_PROMPTS", 30)
 
     async def scenario() -> None:
-        await until(lambda: world.store.counts()["skipped"] > 10_000)
+        await until(lambda: world.store.counts().skipped > 10_000)
 
     with pytest.raises(ExceptionGroup) as error:
         asyncio.run(world.play(scenario, data={"max_prompt_tokens": 4}))
@@ -113,13 +113,12 @@ def save_tokenizer(path: Path) -> None:
 
 def test_a_killed_worker_process_loses_no_group(tmp_path: Path) -> None:
     """The real process, killed with SIGKILL in the middle of its groups and started again."""
-    world = World(tmp_path, step_s=0.02)
+    world = World(tmp_path, {"drop_equal_groups": False}, step_s=0.02)
     save_tokenizer(tmp_path)
     config = world.config(data={"reward": "probe"})
     file = tmp_path / "rollout.json"
     file.write_text(config.model_dump_json())
     argv = [sys.executable, "-m", "astracli.rollout.worker", str(file)]
-    world.store._leases._drop_equal = False
     child = subprocess.Popen(argv)
     try:
         end = time.monotonic() + 60
@@ -128,13 +127,13 @@ def test_a_killed_worker_process_loses_no_group(tmp_path: Path) -> None:
         assert world.engine.running == 8
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
-        assert world.store.counts()["in_flight"] > 0
+        assert world.store.counts().in_flight > 0
         child = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         served = []
         for step in range(2):
-            while "groups" not in (reply := world.store.batch(step)) and time.monotonic() < end:
+            while (reply := world.store.batch(step)).batch is None and time.monotonic() < end:
                 time.sleep(0.02)
-            served += [unpack_group(blob).lease_id for blob in reply["groups"]]
+            served += [unpack_group(blob).lease_id for blob in reply.batch.groups]
             world.store.engine_state("engine0", step + 1, "ready")
         assert sorted(served) == list(range(8))
         world.store.request_stop()

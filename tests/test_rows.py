@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hub_tools import open_store
 
 from astracli.config.recipe import DataTable
 from astracli.data import datasets
@@ -113,16 +114,7 @@ ROWS, BATCH, EPOCHS = 30, 4, 3
 
 
 def open_hub(folder: Path) -> HubStore:
-    return HubStore(
-        folder / "hub.sqlite",
-        batch_groups=BATCH,
-        max_staleness=1,
-        drop_equal_groups=True,
-        lease_timeout_s=60.0,
-        steps=1000,
-        eval_every=0,
-        engines=["engine0"],
-    )
+    return open_store(folder, batch_groups=BATCH, steps=1000)
 
 
 def graded(lease: int, version: int, rewards: tuple[float, float]) -> bytes:
@@ -139,7 +131,7 @@ def attempt(folder: Path, chance: random.Random, start: int, events: int) -> int
     hub.engine_state("engine0", start, "ready")
     step, held = start, []
     for _ in range(events):
-        held += [lease["lease_id"] for lease in hub.lease("w", chance.randint(1, 5), engine="engine0")["leases"]]
+        held += [lease.lease_id for lease in hub.lease("w", chance.randint(1, 5), engine="engine0").leases]
         chance.shuffle(held)
         for lease in [held.pop() for _ in range(min(len(held), chance.randint(0, 4)))]:
             fate = chance.random()
@@ -149,7 +141,7 @@ def attempt(folder: Path, chance: random.Random, start: int, events: int) -> int
                 hub.give_back([lease])
             else:
                 hub.put(graded(lease, step, (0.0, 1.0) if fate < 0.8 else (1.0, 1.0)))
-        if "groups" in hub.batch(step):
+        if hub.batch(step).batch:
             step += 1
             hub.announce(step, step)
             hub.engine_state("engine0", step, "ready")

@@ -25,13 +25,19 @@ from test_train_worker import STEPS, Job, save_model
 from astracli.backends import choice as backend
 from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
-from astracli.engines.client import EngineClient, GenRequest
+from astracli.engines.client import GenRequest
+from astracli.engines.sglang.client import SglangClient
+from astracli.errors import UserError
 from astracli.hub.client import AsyncHubClient, HubClient
 from astracli.hub.gpu_leases import GpuLeases
+from astracli.hub.types import GpuLeaseReply, GpuLeaseStatus, Target
 from astracli.launch import summary
+from astracli.machine.facts import validate
 from astracli.models import registry
 from astracli.plan import build as plan
 from astracli.plan import memory as plan_memory
+from astracli.plan.types import LaunchPlan
+from astracli.plan.view import what
 from astracli.process.config import EngineAddress
 from astracli.process.ports import free_ports
 from astracli.rollout.engine_worker import EngineWorker
@@ -54,7 +60,7 @@ def test_a_gpu_lease_has_one_holder_and_the_others_wait_in_order() -> None:
     assert not book.take("engine0", "engine0"), "who gave it stands behind those who wait"
     assert book.take("engine0", "trainer")
     book.forget("trainer")
-    assert book.document() == {"engine0": {"holder": None, "waiting": ["engine0"]}}, "a dead holder frees it"
+    assert book.document() == {"engine0": GpuLeaseStatus(None, ["engine0"])}, "a dead holder frees it"
     assert book.take("engine0", "engine0")
     with pytest.raises(ValueError, match="no GPU lease `gpu7`"):
         book.take("gpu7", "trainer")
@@ -65,19 +71,19 @@ def test_the_hub_wakes_whoever_waits_for_a_gpu_lease(tmp_path: Path) -> None:
     server = Server(store, tmp_path)
     try:
         with HubClient(server.url, TOKEN) as hub:
-            assert hub.target("engine0")["wanted"] is False
+            assert hub.target("engine0").wanted is False
             asked: list[Any] = []
             ask = lambda: asked.append(hub.take_gpu_lease("engine0", "trainer", wait_s=10.0))  # noqa: E731
             waiter = threading.Thread(target=ask, daemon=True)
             waiter.start()
             begun = time.monotonic()
-            assert hub.target("engine0", wait_s=10.0)["wanted"] is True
+            assert hub.target("engine0", wait_s=10.0).wanted is True
             hub.give_gpu_lease("engine0", "engine0")
             waiter.join(timeout=10.0)
-            assert asked == [{"held": True, "stop": False}] and time.monotonic() - begun < 5.0
+            assert asked == [GpuLeaseReply(True, False)] and time.monotonic() - begun < 5.0
             store.release_worker("trainer")
-            assert hub.take_gpu_lease("engine0", "engine0")["held"], "the trainer died"
-            assert hub.state()["gpu_leases"] == {"engine0": {"holder": "engine0", "waiting": []}}
+            assert hub.take_gpu_lease("engine0", "engine0").held, "the trainer died"
+            assert hub.state().gpu_leases == {"engine0": GpuLeaseStatus("engine0", [])}
     finally:
         server.thread.stop()
 
@@ -86,9 +92,9 @@ def test_an_engine_does_not_leave_while_an_evaluation_is_pinned_to_it(tmp_path: 
     store = open_store(tmp_path, gpu_leases=["engine0"], eval_every=1)
     store.announce(0, 0)
     store.take_gpu_lease("engine0", "trainer")
-    assert store.target("engine0") == {"version": 0, "pinned": True, "wanted": False, "stop": False}
+    assert store.target("engine0") == Target(0, True, False, False, False)
     store.eval_done(0, 0, {})
-    assert store.target("engine0")["wanted"] is True
+    assert store.target("engine0").wanted is True
 
 
 @pytest.mark.parametrize("update_session", [False, True])
@@ -104,7 +110,7 @@ def test_the_engine_gives_its_memory_back_with_nothing_running_and_goes_on_after
     async def play() -> list[Any]:
         async with contextlib.AsyncExitStack() as stack:
             hub = await stack.enter_async_context(AsyncHubClient(server.url, TOKEN))
-            client = await stack.enter_async_context(EngineClient(engine.url, TOKEN, loader_dir=tmp_path))
+            client = await stack.enter_async_context(SglangClient(engine.url, TOKEN, stage_dir=tmp_path))
             worker = EngineWorker(
                 "engine0", client, hub, FakeFetcher(), process="rollout", ready_timeout_s=5.0, time_sharing=True
             )
@@ -114,7 +120,7 @@ def test_the_engine_gives_its_memory_back_with_nothing_running_and_goes_on_after
             request = GenRequest([5, 6], 400, stop_token_ids=(1,), seed=9)
             work = asyncio.create_task(worker.generate([request]))
             await asyncio.sleep(0.2)
-            while not (await asyncio.to_thread(store.take_gpu_lease, "engine0", "trainer"))["held"]:
+            while not (await asyncio.to_thread(store.take_gpu_lease, "engine0", "trainer")).held:
                 await asyncio.sleep(0.02)
             (part,) = await work
             assert engine.released == ["kv_cache", "weights"] and engine.running == 0 and not worker.open.is_set()
@@ -161,14 +167,14 @@ def test_lending_before_the_first_version_names_no_step(tmp_path: Path) -> None:
     async def play() -> None:
         async with contextlib.AsyncExitStack() as stack:
             hub = await stack.enter_async_context(AsyncHubClient(server.url, TOKEN))
-            client = await stack.enter_async_context(EngineClient(engine.url, TOKEN, loader_dir=tmp_path))
+            client = await stack.enter_async_context(SglangClient(engine.url, TOKEN, stage_dir=tmp_path))
             worker = EngineWorker(
                 "engine0", client, hub, FakeFetcher(), process="rollout", ready_timeout_s=5.0, time_sharing=True
             )
             engine.version = -1
             following = asyncio.create_task(worker.follow())
             for version in range(2):
-                while not (await asyncio.to_thread(store.take_gpu_lease, "engine0", "trainer"))["held"]:
+                while not (await asyncio.to_thread(store.take_gpu_lease, "engine0", "trainer")).held:
                     await asyncio.sleep(0.02)
                 store.announce(version, version)
                 store.give_gpu_lease("engine0", "trainer")
@@ -204,10 +210,10 @@ class Engine:
     def _run(self) -> None:
         store = self._job.store
         while not self._over.is_set():
-            if store.target("engine0").get("wanted"):
+            if store.target("engine0").wanted:
                 assert all(held(loop) == 0 for loop in self._loops), "the trainer asks before it comes back"
                 store.give_gpu_lease("engine0", "engine0")
-                while not store.take_gpu_lease("engine0", "engine0")["held"] and not self._over.is_set():
+                while not store.take_gpu_lease("engine0", "engine0").held and not self._over.is_set():
                     time.sleep(0.005)
                 self.time_sharing.append(sum(held(loop) for loop in self._loops))
             time.sleep(0.005)
@@ -292,7 +298,7 @@ def test_two_ranks_share_the_first_ones_gpu_with_an_engine(tmp_path: Path, model
     try:
         for version in range(STEPS):
             deadline = time.monotonic() + 60
-            while job.store.target("engine0")["version"] != version and all(r.poll() is None for r in ranks):
+            while job.store.target("engine0").version != version and all(r.poll() is None for r in ranks):
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
             job.roll(version)
@@ -315,9 +321,10 @@ def test_two_ranks_share_the_first_ones_gpu_with_an_engine(tmp_path: Path, model
     assert len(losses) == STEPS and losses[:2] == pytest.approx(expected[:2], rel=1e-3, abs=1e-5)
 
 
-def planned(recipe: Recipe, document: dict[str, Any]) -> plan.LaunchPlan:
+def planned(recipe: Recipe, document: dict[str, Any]) -> LaunchPlan:
     adapter = registry.resolve(recipe)
-    return plan.build(recipe, adapter, backend.choose(adapter, document, recipe), document)
+    there = validate(document)
+    return plan.build(recipe, adapter, backend.choose(adapter, there, recipe), there)
 
 
 SHARED = ("resources.rollout_gpus=1", "resources.train_gpus=1", "resources.share_gpus=true")
@@ -331,7 +338,7 @@ def test_time_sharing_where_the_two_do_not_fit_side_by_side() -> None:
     assert ("engine and trainer", "time sharing") in [row[:2] for row in result.placement.reasons]
     assert plan_memory.on_gpu(result.memory, ["engine0", "trainer"], fixed=True) <= 46 * GIB
     assert plan_memory.total(result.memory, where="gpu") > 46 * GIB
-    waiting = {row.what: row.bytes for row in result.memory if row.where == "host" and "while offloaded" in row.what}
+    waiting = {what(row): row.bytes for row in result.memory if row.where == "host" and "while offloaded" in what(row)}
     assert waiting["master weights (fp32), while offloaded"] == 4 * 4_205_751_296
     assert waiting["weights (bf16), while offloaded"] == 2 * 4_205_751_296
     assert {process.restarts for process in result.processes} == {0}
@@ -340,7 +347,7 @@ def test_time_sharing_where_the_two_do_not_fit_side_by_side() -> None:
     asked = recipe_io.load("qwen3.5-4b-m2po-delta", (*SHARED, "resources.share_mode=time_sharing"))
     assert planned(asked, facts("9.0", 1, memory_gib=141, host_gib=512)).placement.time_sharing
     beside = recipe_io.load("qwen3.5-4b-m2po-delta", (*SHARED, "resources.share_mode=side_by_side"))
-    with pytest.raises(plan.UserError, match="GPU 0 needs at least"):
+    with pytest.raises(UserError, match="GPU 0 needs at least"):
         plan.refuse(planned(beside, facts("9.0", 1, memory_gib=46, host_gib=512)))
 
 
@@ -360,7 +367,7 @@ def test_one_engine_beside_a_trainer_on_two_gpus_shares_the_first() -> None:
     away = {row.process for row in result.memory if row.away}
     assert away == {"engine0", "trainer"}, "the second rank stays where it is"
     assert plan_memory.on_gpu(result.memory, ["engine0", "trainer"], fixed=True) <= 46 * GIB
-    waiting = [row for row in result.memory if row.what == "master weights (fp32), while offloaded"]
+    waiting = [row for row in result.memory if what(row) == "master weights (fp32), while offloaded"]
     assert [(row.process, row.bytes) for row in waiting] == [("trainer", 2 * 4_205_751_296)]
     roomy = planned(recipe_io.load("qwen3.5-4b-m2po-delta", ONE_AND_TWO), facts("9.0", 2, memory_gib=141, host_gib=512))
     plan.refuse(roomy)
@@ -375,5 +382,5 @@ def test_an_engine_and_a_trainer_on_a_gpu_each_share_nothing() -> None:
     assert result.gpu_leases == [] and not result.placement.shared
     env = {p.name: p.env["CUDA_VISIBLE_DEVICES"] for p in result.processes}
     assert env == {"engine0": "0", "rollout": "", "trainer": "1", "eval": ""}
-    with pytest.raises(plan.UserError, match="GPU 1 needs at least"):
+    with pytest.raises(UserError, match="GPU 1 needs at least"):
         plan.refuse(planned(recipe, facts("9.0", 2, memory_gib=36, host_gib=512)))

@@ -83,8 +83,8 @@ class Job:
 
     def roll(self, version: int) -> None:
         self.store.engine_state("engine0", version, "ready")
-        for lease in self.store.lease("w", 9, engine="engine0")["leases"]:
-            (made,) = sample_groups(None, 1, seed=lease["lease_id"], version=version, first=lease["lease_id"])
+        for lease in self.store.lease("w", 9, engine="engine0").leases:
+            (made,) = sample_groups(None, 1, seed=lease.lease_id, version=version, first=lease.lease_id)
             assert self.store.put(pack_group(made)) == "accepted"
 
     def train(self, loop: TrainLoop, until: int = STEPS) -> None:
@@ -208,7 +208,7 @@ def test_a_kill_at_any_point_changes_nothing(
     again.publisher.settle()
     assert same(again, expected)
     assert job.store.finished
-    assert job.store.state()["counts"]["consumed_steps"] == STEPS
+    assert job.store.state().counts.consumed_steps == STEPS
 
 
 def test_a_kill_while_a_checkpoint_is_written_goes_back_to_the_one_before(
@@ -235,7 +235,7 @@ def test_a_kill_while_a_checkpoint_is_written_goes_back_to_the_one_before(
     job.train(again)
     again.finish()
     assert same(again, expected) and job.store.finished
-    assert job.store.state()["counts"]["consumed_steps"] == STEPS
+    assert job.store.state().counts.consumed_steps == STEPS
     assert [c.step for c in checkpoint.find(job.run_dir / "checkpoints")] == [2, 4]
 
 
@@ -262,7 +262,7 @@ def test_a_kill_while_the_next_step_trains_changes_nothing(
         assert reached.wait(10)
         loop.saver.wait()
         job.roll(2)
-        assert loop.hub is not None and "groups" in loop.hub.batch(2)
+        assert loop.hub is not None and loop.hub.batch(2).batch
         again = job.resume()
         assert again.step == 2
         killed.set()
@@ -272,7 +272,7 @@ def test_a_kill_while_the_next_step_trains_changes_nothing(
     again.publisher.settle()
     assert same(again, expected)
     assert job.store.finished
-    assert job.store.state()["counts"]["consumed_steps"] == STEPS
+    assert job.store.state().counts.consumed_steps == STEPS
 
 
 def test_the_step_goes_on_while_its_version_is_published_and_the_next_one_waits(job: Job) -> None:
@@ -288,14 +288,14 @@ def test_the_step_goes_on_while_its_version_is_published_and_the_next_one_waits(
     loop._announce = late  # type: ignore[method-assign]
     job.train(loop, until=1)
     assert loop.publisher.busy and read_stable(job.run_dir / "weights", 0)
-    assert job.store.state()["latest_version"] == 0
+    assert job.store.state().latest_version == 0
     threading.Timer(0.5, gate.set).start()
     job.train(loop, until=2)
-    assert job.store.state()["latest_version"] >= 1
+    assert job.store.state().latest_version >= 1
     assert "version 1 to be published" in job.reporter.said and job.reporter.said[-1] is None
     job.train(loop)
     loop.finish()
-    assert job.store.finished and job.store.state()["latest_version"] == STEPS
+    assert job.store.finished and job.store.state().latest_version == STEPS
     steps = [r for r in job.records() if "loss" in r]
     assert [r["step"] for r in steps] == list(range(STEPS))
     assert steps[1]["publish_wait_s"] > 0.1 > steps[0]["publish_wait_s"]
@@ -371,5 +371,5 @@ def test_waiting_says_for_what_and_ends_on_a_stop(job: Job, monkeypatch: pytest.
     reasons = [said for said in job.reporter.said if said and said != "ready"]
     assert set(reasons) == {"groups for step 0: 0 of 2, 1 in flight"}
     with HubClient(job.server.url, TOKEN) as hub:
-        assert "wait" in hub.batch(0, wait_s=0)
+        assert hub.batch(0, wait_s=0).wait
     assert loop.step == 0

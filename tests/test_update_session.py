@@ -12,6 +12,7 @@ from rollout_world import World, records, until
 from test_hub_api import TOKEN
 
 from astracli.engines.client import EngineClient
+from astracli.engines.sglang.client import SglangClient
 from astracli.errors import RunFailed
 
 UPDATE, BEGIN, END = "/update_weights_from_tensor", "/begin_weight_update", "/end_weight_update"
@@ -27,7 +28,7 @@ def engine(tmp_path: Path) -> Iterator[FakeEngine]:
 
 def run_client(engine: FakeEngine, scenario: Callable[[EngineClient], Awaitable[None]]) -> None:
     async def run() -> None:
-        async with EngineClient(engine.url, TOKEN, loader_dir=engine.stage_dir) as client, asyncio.timeout(10):
+        async with SglangClient(engine.url, TOKEN, stage_dir=engine.stage_dir) as client, asyncio.timeout(10):
             await scenario(client)
 
     asyncio.run(run())

@@ -1,8 +1,8 @@
 """Which device, engine, attention and kernels a run gets on a machine, each with its reason.
 
-The knowledge is in tables, also those of `backend_serving` and `backend_delta_rule`; `choose` only reads them. A
-combination that is known to fail is refused with the reason and the ways out, before anything starts. What a machine
-merely lacks is the plan's to say.
+The knowledge is in tables here and in `delta_rule`, and with each engine; `choose` only reads them. A combination that
+is known to fail is refused with the reason and the ways out, before anything starts. What a machine merely lacks is the
+plan's to say.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from astracli.backends import delta_rule as backend_delta_rule
-from astracli.backends import serving as backend_serving
-from astracli.backends.serving import ASKED, Facts, known, lowest_capability
+from astracli.backends import delta_rule
 from astracli.config.recipe import Recipe
+from astracli.engines import registry as engines
+from astracli.engines.contract import ASKED, Case, known
 from astracli.errors import UserError
-from astracli.machine import facts as machine
-from astracli.machine.facts import usable
+from astracli.machine.facts import Machine
 from astracli.models.adapter import ModelAdapter
 
 TRAINER: dict[str, tuple[tuple[str, ...], str | None]] = {
@@ -29,11 +28,6 @@ TRAINER: dict[str, tuple[tuple[str, ...], str | None]] = {
 
 PACKS = ("auto", "sdpa")
 """Values of train.attention under which a packed row gets its own attention function."""
-
-SGLANG_ENV = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"}
-"""Log-probabilities after temperature, whatever the shell says: what the trainer compares with."""
-SGLANG_CPU_ENV = {"SGLANG_USE_CPU_ENGINE": "1"}
-"""What tells SGLang that it is to run without a GPU."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +42,7 @@ class Backend:
 @dataclass(frozen=True)
 class BackendChoice:
     device: Literal["cpu", "cuda"]
-    engine: Literal["embedded", "sglang"]
+    engine: str
     serving_attention: str
     """`auto` = decided where the GPUs are."""
     linear_attention: str
@@ -63,7 +57,7 @@ class BackendChoice:
     warnings: tuple[str, ...] = ()
 
     def settings(self) -> dict[str, Any]:
-        """The decisions as plain JSON; `attention` is what trainer and embedded engine load the model with."""
+        """The decisions as plain JSON; `attention` is what the trainer loads the model with."""
         return {
             "device": self.device,
             "engine": self.engine,
@@ -76,41 +70,44 @@ class BackendChoice:
 
 
 def choose(
-    adapter: ModelAdapter, facts: Facts, recipe: Recipe, config: Mapping[str, Any] | None = None
+    adapter: ModelAdapter, facts: Machine, recipe: Recipe, config: Mapping[str, Any] | None = None
 ) -> BackendChoice:
     """Decide for this machine. Raises UserError for a combination that cannot work anywhere or fails on these GPUs."""
     device, why_device = _device(recipe)
-    engine, why_engine = _engine(recipe, device)
-    capability = lowest_capability(facts) if device == "cuda" else None
-    serving, why_serving = backend_serving.attention(adapter, facts, recipe, engine, device, capability)
-    linear, why_linear = backend_serving.linear_attention(adapter, recipe, engine, device)
+    engine, why_engine = engines.chosen(recipe)
+    case = Case(facts, device, recipe, adapter, config)
+    serving = engine.choose(case)
+    if why_engine == ASKED and serving.reason:
+        why_engine += f": {serving.reason}"
     trainer, why_trainer = _trainer(facts, recipe, device)
-    gdn, why_gdn, warning = backend_delta_rule.choose(adapter, facts, device, capability)
+    gdn, why_gdn, warning = delta_rule.choose(adapter, facts, device, case.capability)
     layout, why_layout = packing(recipe, adapter, device)
-    env, why_env = _environment(device, engine)
+    env = {**({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}), **serving.env}
+    why_env = ["no process looks for a GPU" if device == "cpu" else "", serving.env_reason]
+    told = " ".join(f"{name}={value}" for name, value in env.items()) or "as it is"
     reasons = (
         Backend("device", device, why_device),
-        Backend("engine", engine, why_engine),
-        Backend("serving attention", serving, why_serving),
-        Backend("serving linear attention", linear, why_linear),
+        Backend("engine", engine.name, why_engine),
+        Backend("serving attention", *serving.attention),
+        Backend("serving linear attention", *serving.linear_attention),
         Backend("trainer attention", trainer, why_trainer),
         Backend("micro-batches", layout, why_layout),
         Backend("delta rule, forward", gdn, why_gdn),
         Backend("delta rule, backward", gdn, why_gdn),
-        Backend("environment", " ".join(f"{name}={value}" for name, value in env.items()) or "as it is", why_env),
+        Backend("environment", told, "; ".join(filter(None, why_env)) or "nothing has to be set"),
     )
-    warnings = (warning,) if warning else ()
-    return BackendChoice(device, engine, serving, linear, trainer, gdn, gdn, env, reasons, warnings)
-
-
-def _environment(device: str, engine: str) -> tuple[dict[str, str], str]:
-    """(what is set for every process, the reason)"""
-    env = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-    reasons = ["no process looks for a GPU"] if device == "cpu" else []
-    if engine == "sglang":
-        env |= SGLANG_ENV | (SGLANG_CPU_ENV if device == "cpu" else {})
-        reasons += ["SGLang reports log-probabilities after temperature, as the trainer computes them"]
-    return env, "; ".join(reasons) or "nothing has to be set"
+    return BackendChoice(
+        device=device,
+        engine=engine.name,
+        serving_attention=serving.attention[0],
+        linear_attention=serving.linear_attention[0],
+        trainer_attention=trainer,
+        gdn_forward=gdn,
+        gdn_backward=gdn,
+        env=env,
+        reasons=reasons,
+        warnings=(warning,) if warning else (),
+    )
 
 
 def _device(recipe: Recipe) -> tuple[Literal["cpu", "cuda"], str]:
@@ -135,18 +132,7 @@ def _device(recipe: Recipe) -> tuple[Literal["cpu", "cuda"], str]:
     return "cpu", "the recipe asks for no GPU"
 
 
-def _engine(recipe: Recipe, device: str) -> tuple[Literal["embedded", "sglang"], str]:
-    asked = recipe.rollout.engine
-    if device == "cpu":
-        if asked == "sglang":
-            return "sglang", f"{ASKED}: SGLang's CPU backend, which computes in bf16"
-        return "embedded", "the engine that runs on a CPU" if asked == "auto" else ASKED
-    if asked == "auto":
-        return "sglang", "the engine for GPUs"
-    return asked, ASKED
-
-
-def _trainer(facts: Facts, recipe: Recipe, device: str) -> tuple[str, str]:
+def _trainer(facts: Machine, recipe: Recipe, device: str) -> tuple[str, str]:
     asked = recipe.train.attention
     if asked == "auto":
         return "sdpa", "torch's own attention: exact on both devices, nothing to install"
@@ -154,8 +140,8 @@ def _trainer(facts: Facts, recipe: Recipe, device: str) -> tuple[str, str]:
     devices, package = TRAINER[asked]
     if device not in devices:
         raise UserError(f"train.attention = {asked} does not run on a CPU", "use `--set train.attention=auto`")
-    if package is not None and machine.visible_gpus(facts) and not usable(facts, package):
-        stub = facts["packages"].get(package, {}).get("importable_spec")
+    if package is not None and facts.visible_gpus and not facts.usable(package):
+        stub = facts.package(package).importable_spec
         what = "is only an empty namespace folder" if stub else "is not installed"
         raise UserError(
             f"train.attention = {asked} needs {package}, which {what}",

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from astracli.machine.facts import usable, version_of
+from astracli.engines import registry as engines
+from astracli.machine.facts import Capability, Machine
 from astracli.models.adapter import ModelAdapter
 
-Facts = Mapping[str, Any]
-
-HOPPER: tuple[int, int] = (9, 0)
+HOPPER: Capability = (9, 0)
 FLA_NATIVE = ((0, 6), (3, 7, 1))
 """flash-linear-attention and triton from which the gated backward works on Hopper by itself."""
 FLA_OLD_TRITON = (3, 4)
@@ -23,7 +19,7 @@ SLOW = "the delta rule runs in plain torch, several times slower"
 
 
 def choose(
-    adapter: ModelAdapter, facts: Facts, device: str, capability: tuple[int, int] | None
+    adapter: ModelAdapter, facts: Machine, device: str, capability: Capability | None
 ) -> tuple[str, str, str | None]:
     """(kernel, reason, warning or None) of the trainer's delta rule; forward and backward are one autograd function."""
     if not adapter.hybrid:
@@ -32,7 +28,7 @@ def choose(
         return "torch", "the chunk rule in torch: GPU kernels are never used on a CPU, even when installed", None
     if capability is None:
         return "auto", "decided where the GPUs are", None
-    fla, triton = version_of(facts, "flash-linear-attention"), version_of(facts, "triton")
+    fla, triton = facts.version_of("flash-linear-attention"), facts.version_of("triton")
     if not fla or not triton:
         lacking = "flash-linear-attention" if not fla else "triton"
         reason = f"{lacking} cannot be imported"
@@ -42,39 +38,40 @@ def choose(
     return delta_rule_on_hopper(facts, fla, triton)
 
 
-def delta_rule_on_hopper(facts: Facts, fla: tuple[int, ...], triton: tuple[int, ...]) -> tuple[str, str, str | None]:
+def delta_rule_on_hopper(facts: Machine, fla: tuple[int, ...], triton: tuple[int, ...]) -> tuple[str, str, str | None]:
     """(kernel, reason, warning or None) on compute capability 9.x for these versions."""
     words = f"flash-linear-attention {_join(fla)} with triton {_join(triton)}"
     if (fla >= FLA_NATIVE[0] and triton >= FLA_NATIVE[1]) or triton < FLA_OLD_TRITON:
         return "fla", f"{words} has a right gated backward on Hopper", None
     broken = tilelang_flaw(facts)
-    if usable(facts, "tilelang") and facts["compilers"]["nvcc"] and broken is None:
+    if facts.usable("tilelang") and facts.compilers.nvcc and broken is None:
         return "fla+tilelang", f"{words} needs TileLang on Hopper, and it and nvcc are there", None
     reason = f"{words} raises in the gated backward on Hopper (fla issue 640)"
-    if usable(facts, "tilelang") and broken is not None:
+    if facts.usable("tilelang") and broken is not None:
         reason += f", and {broken}"
     return "torch", reason, f"{reason}: {SLOW}; {native(facts)}, or {TILELANG}"
 
 
-def native(facts: Facts) -> str:
-    """The command that brings versions whose gated backward works on Hopper by itself. One that leaves an SGLang of
+def native(facts: Machine) -> str:
+    """The command that brings versions whose gated backward works on Hopper by itself. One that leaves an engine of
     this environment without the torch that it is built for is not named."""
-    if version_of(facts, "triton") >= FLA_NATIVE[1]:
+    if facts.version_of("triton") >= FLA_NATIVE[1]:
         return "`pip install 'flash-linear-attention>=0.6'`"
-    if usable(facts, "sglang"):
-        return "`pip install -c constraints/cuda.txt 'astracli[gpu,sglang]'` (a newer SGLang with its torch and triton)"
+    for engine in (item.plugin for item in engines.installed()):
+        if engine is not None and engine.package and engine.upgrade and facts.usable(engine.package):
+            return engine.upgrade
     return "`pip install 'torch>=2.13' 'flash-linear-attention>=0.6'` (that torch brings triton>=3.7.1)"
 
 
-def tilelang_flaw(facts: Facts) -> str | None:
+def tilelang_flaw(facts: Machine) -> str | None:
     """Why the installed TileLang does not load; None when it does, is not there, or nothing is known of its parts."""
-    needed = TILELANG_FFI.get(version_of(facts, "tilelang") or ())
-    if needed is None or "apache-tvm-ffi" not in facts["packages"]:
+    needed = TILELANG_FFI.get(facts.version_of("tilelang") or ())
+    if needed is None or "apache-tvm-ffi" not in facts.packages:
         return None
-    has = version_of(facts, "apache-tvm-ffi")
+    has = facts.version_of("apache-tvm-ffi")
     if has in needed:
         return None
-    own, ways = _join(version_of(facts, "tilelang")), " or ".join(map(_join, needed))
+    own, ways = _join(facts.version_of("tilelang")), " or ".join(map(_join, needed))
     return f"tilelang {own} loads with apache-tvm-ffi {ways} alone, {_join(has) or 'none'} is installed"
 
 

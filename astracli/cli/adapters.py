@@ -21,7 +21,7 @@ def list_(json: JsonOpt = False) -> None:
     """
     from astracli.models import registry
 
-    found = [item.to_json() for item in registry.installed()]
+    found = [registry.to_json(item) for item in registry.installed()]
     if json:
         out(json).document(found)
         return

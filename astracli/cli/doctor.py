@@ -42,16 +42,16 @@ def doctor(
     if loaded is None and set_:
         raise UserError("--set given without a recipe", "name one: `astra doctor RECIPE --set ...`")
     from astracli.doctor.gather import gather
-    from astracli.machine import documents as machine_facts
+    from astracli.machine import documents
 
-    machine = machine_facts.load(facts) if facts else gather(loaded)
+    machine = documents.load(facts) if facts else gather(loaded)
     if facts_out:
-        _write_facts(facts_out, machine)
+        _write_facts(facts_out, machine.document())
     from astracli.doctor import checks
 
     if facts is not None and probe:
         raise UserError("--probe measures this machine, --facts judges another", "give one of them")
-    wanted = probe if probe is not None else loaded is not None or bool(machine["gpus"])
+    wanted = probe if probe is not None else loaded is not None or bool(machine.gpus)
     report = checks.run(loaded, machine, probe=wanted and facts is None)
     show(report, out(json))
     raise typer.Exit(0 if report["ok"] else 1)
@@ -86,14 +86,14 @@ def show(report: dict[str, Any], output: Output) -> None:
         output.table(["placement", "where", "why"], [list(row.values()) for row in report["placement"]])
     if report.get("memory_by_place"):
         output.text("")
-        from astracli.plan import gpus as plan_gpus
+        from astracli.plan import gpus
 
-        output.table(plan_gpus.COLUMNS, plan_gpus.rows([plan_gpus.Use(**use) for use in report["memory_by_place"]]))
+        output.table(gpus.COLUMNS, gpus.rows([gpus.Use(**use) for use in report["memory_by_place"]]))
     output.text("")
-    from astracli.machine import facts as machine
+    from astracli.machine.facts import RECORDED
 
-    source = report["facts"].get("source", machine.RECORDED)
-    if source != machine.RECORDED:
+    source = report["facts"].get("source", RECORDED)
+    if source != RECORDED:
         output.text(textwrap.fill(f"judged from a document: {source}", room(), break_on_hyphens=False))
     output.text(_verdict(ordered))
 

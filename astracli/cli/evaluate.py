@@ -35,7 +35,7 @@ def evaluate(
     samples: Annotated[int | None, typer.Option("--samples", metavar="N", min=1, help="Samples an item.")] = None,
     engine: Annotated[
         str | None,
-        typer.Option("--engine", metavar="NAME", help="auto, embedded or sglang: sets rollout.engine."),
+        typer.Option("--engine", metavar="NAME", help="auto, or an installed engine: sets rollout.engine."),
     ] = None,
     to: Annotated[
         Path | None,

@@ -31,9 +31,9 @@ def complete_run(incomplete: str) -> Iterator[str]:
 
 def complete_facts(incomplete: str) -> Iterator[str]:
     """Names of the shipped machine documents for the shell."""
-    from astracli.machine import documents as machine_facts
+    from astracli.machine import documents
 
-    yield from (name for name in machine_facts.names() if name.startswith(incomplete))
+    yield from (name for name in documents.names() if name.startswith(incomplete))
 
 
 RecipeArg = Annotated[

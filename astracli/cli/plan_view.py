@@ -10,7 +10,7 @@ from astracli.errors import UserError
 
 if TYPE_CHECKING:
     from astracli.config.recipe import Recipe
-    from astracli.plan.build import Command
+    from astracli.plan.types import Command
 
 
 ELSEWHERE = "`--facts NAME` plans for another machine"
@@ -19,25 +19,25 @@ ELSEWHERE = "`--facts NAME` plans for another machine"
 def print_plan(recipe: Recipe, command: Command, output: Output, facts: str | None = None) -> None:
     """The plan of a command on this machine, or on the one of a document (`--facts`). Starts nothing."""
     from astracli.launch import run as launch
-    from astracli.machine import documents as machine_facts
-    from astracli.plan import build as plan
+    from astracli.machine import documents
+    from astracli.plan.view import render, to_json
 
-    described = machine_facts.load(facts) if facts is not None else None
+    described = documents.load(facts) if facts is not None else None
     found = launch.planned(recipe, command, described)
     if output.as_json:
-        output.document(plan.to_json(found) | ({"machine": facts, "source": described["source"]} if described else {}))
+        output.document(to_json(found) | ({"machine": facts, "source": described.source} if described else {}))
         return
     if described is not None:
-        told = f"for the machine `{facts}`, not this one: {described['source']}"
+        told = f"for the machine `{facts}`, not this one: {described.source}"
         output.text(textwrap.fill(told, room(), break_on_hyphens=False) + "\n")
-    for table in plan.render(found):
+    for table in render(found):
         output.table(table.columns, table.rows, table.title)
         output.text("")
     blocked = any(problem.blocking for problem in found.problems)
     which = "that" if described is not None else "this"
     output.text("nothing was started" + (f"; {which} machine cannot run it: see above" if blocked else ""))
     if described is None and any(problem.kind == "gpus" for problem in found.problems):
-        output.hint(f"{ELSEWHERE}: {', '.join(machine_facts.names())}, or a file")
+        output.hint(f"{ELSEWHERE}: {', '.join(documents.names())}, or a file")
 
 
 def refuse_facts(facts: str | None, dry_run: bool, command: Command) -> None:

@@ -7,19 +7,23 @@ What a run learns from stands here, how and where it runs in `recipe_run`.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from functools import cache
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
     Field,
+    ModelWrapValidatorHandler,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     SerializeAsAny,
+    create_model,
     field_validator,
     model_validator,
 )
 
+from astracli.config import doors
 from astracli.config.algorithms import AlgorithmTable, find
 from astracli.config.recipe_run import CheckpointTable, ExpectedTable, LaunchTable, MetricsTable, ResourcesTable, Table
 
@@ -97,7 +101,9 @@ class DataTable(Table):
 
 
 class RolloutTable(Table):
-    engine: Literal["auto", "embedded", "sglang"] = "auto"
+    engine: str = "auto"
+    """The name of an installed engine, or `auto`: the one that serves by itself on the run's device. What only one
+    engine knows stands in its own table, `[rollout.NAME]`."""
     group_size: PositiveInt = 8
     """Samples per prompt."""
     temperature: PositiveFloat = 1.0
@@ -113,16 +119,21 @@ class RolloutTable(Table):
     running_ceiling: dict[str, PositiveInt] = Field(default={})
     """With `auto`: memory of a GPU in whole GiB -> most requests on a GPU that has no more than that. `{ 48 = 32 }`: 32
     on a GPU of 44 GiB, as many as fit on one of 80."""
-    attention_backend: str = "auto"
-    linear_attention_backend: str = "auto"
-    mem_fraction_static: float = Field(default=0.7, gt=0.0, lt=1.0)
-    """Part of its GPU that an engine reserves for weights, recurrent state and KV cache. At most: beside a trainer
-    (`resources.share_gpus`) it is what that one leaves."""
-    chunked_prefill_size: PositiveInt = 8192
-    """Tokens of one prefill chunk; bounds the fp32 logits of a prefill."""
     max_dropped_batches: NonNegativeInt = 8
     """The run ends when so many batches' worth of groups (x `train.batch_groups`) in a row were dropped because all
     their samples earned the same; 0 goes on generating."""
+
+    @classmethod
+    def brought(cls) -> dict[str, type[Table]]:
+        return doors.settings("astra.engines")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _with_engines(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """A table with those of the installed engines inside: looked up here, for an engine may import this module."""
+        if cls is RolloutTable and isinstance(values, dict):
+            return cast(Self, _with_engines().model_validate(values))
+        return handler(values)
 
     @field_validator("max_running_requests", mode="before")
     @classmethod
@@ -143,6 +154,12 @@ class RolloutTable(Table):
     def completion_room(self, prompt_tokens: int) -> int:
         """Tokens that a completion of a prompt of so many may have; below 1: the prompt does not fit."""
         return min(self.max_new_tokens, self.context_length - prompt_tokens)
+
+
+@cache
+def _with_engines() -> type[RolloutTable]:
+    fields: dict[str, Any] = {name: (table, table()) for name, table in RolloutTable.brought().items()}
+    return create_model("RolloutTable", __base__=RolloutTable, **fields)
 
 
 Recomputed = Literal["none", "selective", "full"]
@@ -251,7 +268,7 @@ class Recipe(Table):
     seed: NonNegativeInt = 0
     model: ModelTable
     data: DataTable
-    rollout: RolloutTable = RolloutTable()
+    rollout: SerializeAsAny[RolloutTable] = Field(default_factory=lambda: RolloutTable.model_validate({}))
     train: TrainTable
     algorithm: SerializeAsAny[AlgorithmTable] = Field(default_factory=lambda: AlgorithmTable.model_validate({}))
     weights: WeightsTable = WeightsTable()
@@ -261,6 +278,14 @@ class Recipe(Table):
     launch: LaunchTable = LaunchTable()
     metrics: MetricsTable = MetricsTable()
     expected: ExpectedTable | None = None
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        """`resources.device`; `auto` is a GPU where the recipe asks for any."""
+        asked = self.resources
+        if asked.device != "auto":
+            return asked.device
+        return "cuda" if asked.rollout_gpus + asked.train_gpus else "cpu"
 
     @property
     def effective_staleness(self) -> int:

@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from astracli.config import doors
 from astracli.config.benchmarks import BENCHMARKS, get, is_path
 from astracli.errors import UserError
 
@@ -76,17 +77,20 @@ def check(document: Mapping[str, Any], name: str) -> Recipe:
         fallback = "`astra recipes show NAME` prints every key of a recipe with its value"
         separator = "\n  " if len(found) > 1 else " "
         raise UserError(f"recipe `{name}`:{separator}{lines}", " ".join(dict.fromkeys(hints)) or fallback) from None
-    _check_benchmarks(recipe, name)
+    _check_names(recipe, name)
     return recipe
 
 
-def _check_benchmarks(recipe: Recipe, label: str) -> None:
-    """What the schema cannot know: names of benchmarks, and their own samples. Raises UserError."""
-    for name in recipe.eval.benchmarks:
-        if not is_path(name) and name not in BENCHMARKS:
-            message = f"`eval.benchmarks` = {json.dumps(name)} is not allowed: there is no such benchmark"
-            hint = f"{_nearest(name, list(BENCHMARKS))}known: {', '.join(BENCHMARKS)}"
-            raise UserError(f"recipe `{label}`: {message}", hint)
+def _check_names(recipe: Recipe, label: str) -> None:
+    """What the schema cannot know: names of engine and benchmarks, and their own samples. Raises UserError."""
+    used = [("rollout.engine", recipe.rollout.engine, "engine", ["auto", *doors.names("astra.engines")])]
+    used += [
+        ("eval.benchmarks", name, "benchmark", list(BENCHMARKS)) for name in recipe.eval.benchmarks if not is_path(name)
+    ]
+    for key, name, kind, known in used:
+        if name not in known:
+            message = f"recipe `{label}`: `{key}` = {json.dumps(name)} is not allowed: there is no such {kind}"
+            raise UserError(message, f"{_nearest(name, known)}known: {', '.join(known)}")
     k = recipe.eval.pass_k
     for spec in map(get, recipe.eval.benchmarks if recipe.eval.samples is None else ()):
         if spec.samples < k:

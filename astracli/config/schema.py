@@ -111,6 +111,11 @@ def complaint(error: dict[str, Any]) -> tuple[str, str | None]:
         keys.pop()  # which of a place's alternatives: each of them complains
     dotted, value = _dotted(keys), _show(error["input"])
     if error["type"] == "extra_forbidden":
+        table, _, name = dotted.rpartition(".")
+        moved = [key for key in dotted_keys() if key.startswith(f"{table}.") and key.endswith(f".{name}")]
+        if moved:
+            places = " and ".join(f"`{key}`" for key in moved)
+            return f"`{dotted}` = {value} has its place in {places}", None
         near = nearest_key(dotted)
         return f"unknown key `{dotted}` (= {value})", f"did you mean `{near}`?" if near else None
     if error["type"] == "refused":

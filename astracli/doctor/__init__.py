@@ -1,1 +1,1 @@
-"""Is this machine able, what is wrong, how to mend it: checks on the document that `machine.probe` makes."""
+"""Is this machine able, what is wrong, how to mend it: checks on the facts of it."""

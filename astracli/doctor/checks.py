@@ -6,15 +6,16 @@ rest is `ok`, `warn` or `skip`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 from astracli.config.recipe import Recipe
 from astracli.doctor import data, gpu, kernels, network, python, runs, serving, system, trainer
-from astracli.doctor import recipe as recipe_fit
+from astracli.doctor.recipe import checks as recipe_checks
 from astracli.doctor.subject import Check, Subject, subject
-from astracli.plan import gpus as plan_gpus
+from astracli.machine.facts import Machine
+from astracli.plan.gpus import memory_by_place
 
 GROUPS: tuple[Callable[[Subject], Iterator[Check]], ...] = (
     system.checks,
@@ -25,15 +26,15 @@ GROUPS: tuple[Callable[[Subject], Iterator[Check]], ...] = (
     trainer.checks,
     network.checks,
     data.checks,
-    recipe_fit.checks,
+    recipe_checks,
     runs.checks,
 )
 
 
-def run(recipe: Recipe | None, facts: Mapping[str, Any], probe: bool = False) -> dict[str, Any]:
+def run(recipe: Recipe | None, facts: Machine, probe: bool = False) -> dict[str, Any]:
     """The report: `{"ok", "checks", "backends", "placement", "memory_by_place", "facts"}`.
 
-    `probe` also measures on this machine. Raises UserError when `facts` is not a machine document.
+    `probe` also measures on this machine.
     """
     judged = subject(recipe, facts)
     found = [check for group in GROUPS for check in group(judged)]
@@ -48,6 +49,6 @@ def run(recipe: Recipe | None, facts: Mapping[str, Any], probe: bool = False) ->
         "checks": [asdict(check) for check in found],
         "backends": [asdict(row) for row in choice.reasons] if choice else [],
         "placement": [dict(zip(("what", "where", "why"), row, strict=True)) for row in placed],
-        "memory_by_place": plan_gpus.document(plan) if plan else [],
-        "facts": dict(judged.facts),
+        "memory_by_place": memory_by_place(plan) if plan else [],
+        "facts": facts.document(),
     }

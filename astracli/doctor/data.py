@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from astracli.data import benchmarks
 from astracli.doctor.gather import offline
-from astracli.doctor.subject import Check, Facts, Status, Subject
+from astracli.doctor.subject import Check, Status, Subject
+from astracli.machine.facts import CheckpointFacts, Machine, Tensor
 
 GROUP = "data"
 TRAINABLE = ("BF16", "F16", "F32")
@@ -22,18 +22,18 @@ def checks(subject: Subject) -> Iterator[Check]:
         return
     yield from _checkpoint(subject)
     yield from _sets(subject)
-    home = subject.facts["env"].get("HF_HOME") or "~/.cache/huggingface"
-    mode = ", offline" if offline(subject.facts["env"]) else ""
+    home = subject.facts.env.get("HF_HOME") or "~/.cache/huggingface"
+    mode = ", offline" if offline(subject.facts.env) else ""
     yield Check("hub cache", GROUP, "ok", f"{home}{mode}")
 
 
-def unreachable(facts: Facts) -> str | None:
+def unreachable(facts: Machine) -> str | None:
     """Why nothing can be downloaded; None when it can, or when nobody tried."""
-    network = facts["network"]
-    if offline(facts["env"]):
+    network = facts.network
+    if offline(facts.env):
         return "HF_HUB_OFFLINE is set"
-    if network is not None and network["hub_asked"] and network["hub_error"]:
-        return f"{network['hub']} cannot be reached ({network['hub_error']})"
+    if network is not None and network.hub_asked and network.hub_error:
+        return f"{network.hub} cannot be reached ({network.hub_error})"
     return None
 
 
@@ -47,8 +47,8 @@ def _absent(subject: Subject) -> tuple[Status, str]:
 
 def _checkpoint(subject: Subject) -> Iterator[Check]:
     assert subject.recipe is not None
-    path, known = subject.recipe.model.path, subject.facts["checkpoint"]
-    if known is None or known["path"] != path:
+    path, known = subject.recipe.model.path, subject.facts.checkpoint
+    if known is None or known.path != path:
         if subject.config is None:
             value = f"{path} is not in this document"
             why = "whether it is there, and whole, cannot be judged"
@@ -58,35 +58,35 @@ def _checkpoint(subject: Subject) -> Iterator[Check]:
             yield Check("checkpoint", GROUP, "ok", f"{path} ships with astra")
         return
     fix = f"`hf download {path}` where the Hub answers, copy it here, `--set model.path=DIRECTORY`"
-    if known["place"] is None and known["problem"] is None:
+    if known.place is None and known.problem is None:
         status, why = _absent(subject)
         yield Check("checkpoint", GROUP, status, f"{path} is not on this machine", why, fix)
         return
-    if known["problem"] is not None:
+    if known.problem is not None:
         made_by = subject.recipe.model.made_by
         cure = "check model.path; copy or download the checkpoint again"
-        if known["place"] is None and made_by:
+        if known.place is None and made_by:
             cure = f"make it: `{made_by}`"
-        yield Check("checkpoint", GROUP, "fail", path, known["problem"], cure)
+        yield Check("checkpoint", GROUP, "fail", path, known.problem, cure)
         return
-    if known["missing_files"]:
-        lost = known["missing_files"]
+    if known.missing_files:
+        lost = known.missing_files
         value = f"{len(lost)} weight files missing: {', '.join(lost[:2])}{' ...' if len(lost) > 2 else ''}"
-        from_hub = "/snapshots/" in known["place"]
-        status, why = _absent(subject) if from_hub else ("fail", f"`{known['place']}` is not whole")
+        from_hub = "/snapshots/" in str(known.place)
+        status, why = _absent(subject) if from_hub else ("fail", f"`{known.place}` is not whole")
         yield Check("checkpoint", GROUP, status, value, why, fix)
         return
-    yield Check("checkpoint", GROUP, "ok", f"{path}, {len(known['tensors'])} tensors")
-    yield from _tensors(subject, known["tensors"])
+    yield Check("checkpoint", GROUP, "ok", f"{path}, {len(known.tensors)} tensors")
+    yield from _tensors(subject, known.tensors)
     yield from _tokenizer(known)
 
 
-def _tensors(subject: Subject, tensors: Mapping[str, Mapping[str, Any]]) -> Iterator[Check]:
+def _tensors(subject: Subject, tensors: Mapping[str, Tensor]) -> Iterator[Check]:
     """Names, shapes and dtypes of the files against what the adapter computes from config.json."""
     adapter, config = subject.fit.adapter, subject.config
     if adapter is None or config is None:
         return
-    dtypes = sorted({t["dtype"] for t in tensors.values()} - set(TRAINABLE))
+    dtypes = sorted({t.dtype for t in tensors.values()} - set(TRAINABLE))
     if dtypes:
         why = "quantised weights cannot be trained on; only bf16, fp16 and fp32 are read"
         yield Check("dtypes", GROUP, "fail", ", ".join(dtypes), why, "choose the unquantised checkpoint")
@@ -96,7 +96,7 @@ def _tensors(subject: Subject, tensors: Mapping[str, Mapping[str, Any]]) -> Iter
         yield Check("tensor names", GROUP, "skip", f"adapter `{adapter.name}` knows them only after loading")
         return
     expected = adapter.shapes(config)
-    held = {name: tuple(t["shape"]) for file_name, t in tensors.items() if (name := adapter.wire_name(file_name))}
+    held = {name: t.shape for file_name, t in tensors.items() if (name := adapter.wire_name(file_name))}
     problems = {
         "missing": sorted(expected.keys() - held.keys()),
         "left over": sorted(held.keys() - expected.keys() - {TIED_HEAD}),
@@ -113,11 +113,11 @@ def _tensors(subject: Subject, tensors: Mapping[str, Mapping[str, Any]]) -> Iter
         yield Check("tensor names", GROUP, "ok", f"{len(expected)} trained tensors as the adapter expects{more}")
 
 
-def _kept(subject: Subject, tensors: Mapping[str, Mapping[str, Any]]) -> Check:
+def _kept(subject: Subject, tensors: Mapping[str, Tensor]) -> Check:
     adapter = subject.fit.adapter
     assert adapter is not None
-    rounded = sorted(n for n, t in tensors.items() if any(k in n for k in adapter.keep_fp32) and t["dtype"] != "F32")
-    shown = ", ".join(sorted({t["dtype"] for t in tensors.values()}))
+    rounded = sorted(n for n, t in tensors.items() if any(k in n for k in adapter.keep_fp32) and t.dtype != "F32")
+    shown = ", ".join(sorted({t.dtype for t in tensors.values()}))
     if rounded:
         why = "engines hold them in fp32; whoever saved this checkpoint rounded them"
         fix = "nothing to do for a checkpoint of your own making; else download the original again"
@@ -125,14 +125,14 @@ def _kept(subject: Subject, tensors: Mapping[str, Mapping[str, Any]]) -> Check:
     return Check("dtypes", GROUP, "ok", shown)
 
 
-def _tokenizer(known: Mapping[str, Any]) -> Iterator[Check]:
-    if not [name for name in known["tokenizer"] if name != "tokenizer_config.json"]:
+def _tokenizer(known: CheckpointFacts) -> Iterator[Check]:
+    if not [name for name in known.tokenizer if name != "tokenizer_config.json"]:
         why = "prompts cannot be turned into tokens"
-        fix = f"copy tokenizer.json and tokenizer_config.json into `{known['place']}`"
+        fix = f"copy tokenizer.json and tokenizer_config.json into `{known.place}`"
         yield Check("tokenizer", GROUP, "fail", "no tokenizer files", why, fix)
         return
-    yield Check("tokenizer", GROUP, "ok", ", ".join(known["tokenizer"]))
-    if known["chat_template"]:
+    yield Check("tokenizer", GROUP, "ok", ", ".join(known.tokenizer))
+    if known.chat_template:
         yield Check("chat template", GROUP, "ok", "there")
     else:
         why = "prompts go to the model as bare text: right for a base model, wrong for a chat model"
@@ -145,24 +145,23 @@ def _sets(subject: Subject) -> Iterator[Check]:
     table = subject.recipe
     wanted = {"train": [table.data.source], "eval": table.eval.benchmarks if table.eval.every else []}
     for use, title in (("train", "training data"), ("eval", "benchmarks")):
-        sets = [s for s in subject.facts["data"] if s["use"] == use and s["name"] in wanted[use]]
+        sets = [s for s in subject.facts.data if s.use == use and s.name in wanted[use]]
         if not sets and set(wanted[use]) - GENERATED:
             yield Check(title, GROUP, "skip", "not in this document")
-        broken = [s for s in sets if s["problem"] is not None]
-        absent = [s for s in sets if s["place"] is None and s["problem"] is None]
+        broken = {s.name: s.problem for s in sets if s.problem is not None}
+        absent = [s for s in sets if s.place is None and s.problem is None]
         if not sets:
             continue
         if broken:
-            names = ", ".join(s["name"] for s in broken)
             fix = "`astra recipes show` prints data.source and eval.benchmarks; both take local files"
-            yield Check(title, GROUP, "fail", names, broken[0]["problem"], fix)
+            yield Check(title, GROUP, "fail", ", ".join(broken), next(iter(broken.values())), fix)
         elif absent:
             status, why = _absent(subject)
-            names = ", ".join(s["name"] for s in absent)
+            names = ", ".join(s.name for s in absent)
             folder = "train" if use == "train" else "eval"
-            fix = f"put {absent[0]['name']}.jsonl into DIR/{folder} and `--set data.path=DIR` (or ASTRA_DATA_DIR=DIR)"
-            fix += f", or `hf download --repo-type dataset {absent[0]['hub_id']}`"
+            fix = f"put {absent[0].name}.jsonl into DIR/{folder} and `--set data.path=DIR` (or ASTRA_DATA_DIR=DIR)"
+            fix += f", or `hf download --repo-type dataset {absent[0].hub_id}`"
             yield Check(title, GROUP, status, f"not on this machine: {names}", why, fix)
         else:
-            shown = ", ".join(f"{s['name']}{' (generated)' if s['place'] == 'generated' else ''}" for s in sets)
+            shown = ", ".join(f"{s.name}{' (generated)' if s.place == 'generated' else ''}" for s in sets)
             yield Check(title, GROUP, "ok", shown)

@@ -1,7 +1,6 @@
 """The facts of this machine, and what a recipe finds on it: checkpoint, data, network, engine environment, dead runs.
 
-Files and sockets only: nothing heavy is imported, nothing is downloaded. The answer is the document that every check
-reads; `machine.Machine` is its schema.
+Files and sockets only: nothing heavy is imported, nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -12,19 +11,20 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from astracli.config.recipe import Recipe
 from astracli.errors import UserError
-from astracli.machine import facts as machine
-from astracli.machine import read as machine_read
+from astracli.machine import packages, read
+from astracli.machine.facts import CheckpointFacts, DataSet, Environment, Machine, Network, RunLeft, Tensor
 from astracli.models import registry
 from astracli.models.adapter import SHARD_INDEX, read_config
 from astracli.models.adapter_tools import has_chat_template
-from astracli.report import live as run_view
+from astracli.report.live import clean, dead, leftovers
 from astracli.runs.find import RUNS
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -33,53 +33,46 @@ HUB_TIMEOUT_S = 1.0
 ENGINE_TIMEOUT_S = 20.0
 
 
-def gather(recipe: Recipe | None = None, runs: Path = RUNS) -> dict[str, Any]:
-    """`machine.probe`, and with a recipe what it needs here. Well under two seconds, unless nvidia-smi is slow."""
-    facts = machine.probe()
-    families = sorted({name for found in registry.installed() if found.adapter for name in found.adapter.model_types})
-    for name, folder in machine.MODEL_FILES.items():
-        package = facts["packages"][name]
-        package["models"] = machine_read.model_files(package["module"], folder, families)
-    facts["packages"]["sglang"]["pins"] = machine_read.exact_pins("sglang")
-    facts["runs"] = dead_runs(runs)
-    facts["network"] = network("127.0.0.1" if recipe is None else recipe.launch.host)
+def gather(recipe: Recipe | None = None, runs: Path = RUNS) -> Machine:
+    """`read.probe`, and with a recipe what it needs here. Well under two seconds, unless nvidia-smi is slow."""
+    families = sorted({name for found in registry.installed() if found.plugin for name in found.plugin.model_types})
+    found: dict[str, Any] = {"runs": dead_runs(runs)}
+    listening = network("127.0.0.1" if recipe is None else recipe.launch.host)
     if recipe is not None:
-        facts["checkpoint"] = checkpoint(recipe.model.path, recipe.model.revision)
-        facts["data"] = data(recipe)
-        missing = [d for d in facts["data"] if d["place"] is None] or facts["checkpoint"]["place"] is None
-        if missing and not _offline():
-            facts["network"] |= {"hub_error": reach(facts["network"]["hub"]), "hub_asked": True}
+        found["checkpoint"] = checkpoint(recipe.model.path, recipe.model.revision)
+        found["data"] = data(recipe)
+        missing = found["checkpoint"].place is None or any(each.place is None for each in found["data"])
+        if missing and not offline(os.environ):
+            listening = listening.model_copy(update={"hub_error": reach(listening.hub), "hub_asked": True})
         engine = recipe.resources.engine
         if engine.foreign:
-            facts["engine"] = environment(engine.python or sys.executable, families, engine.env)
-    return machine.Machine.model_validate(facts).model_dump(mode="json")
+            found["engine"] = environment(engine.python or sys.executable, families, engine.env)
+    return read.probe(families).model_copy(update=found | {"network": listening})
 
 
 # -- checkpoint and data -----------------------------------------------------------------------------------------------
 
 
-def checkpoint(path: str, revision: str | None = None) -> dict[str, Any]:
-    """What lies at model.path: config.json, shards, tensor headers, tokenizer. See `machine.CheckpointFacts`."""
+def checkpoint(path: str, revision: str | None = None) -> CheckpointFacts:
+    """What lies at model.path: config.json, shards, tensor headers, tokenizer."""
     from astracli.data import fetch
 
     found: dict[str, Any] = {"path": path, "place": None}
     try:
         place = fetch.local_path(path) or cached(path, "models", revision)
         if place is None:
-            return found
+            return CheckpointFacts(**found)
         found["place"] = str(place)
         found["config"] = read_config(place)
         found["tensors"] = headers(place)
     except UserError as error:
         found["problem"] = error.message
-    if found["place"] is not None:
-        found |= _beside(Path(found["place"]))
-    return found
+    return CheckpointFacts(**found, **(_beside(Path(found["place"])) if found["place"] is not None else {}))
 
 
-def headers(place: Path) -> dict[str, dict[str, Any]]:
-    """`{tensor name: {"dtype", "shape"}}` from the headers of every shard. Raises UserError for a broken file."""
-    found: dict[str, dict[str, Any]] = {}
+def headers(place: Path) -> dict[str, Tensor]:
+    """Tensors by name, from the headers of every shard. Raises UserError for a broken file."""
+    found: dict[str, Tensor] = {}
     for file in sorted(place.glob("*.safetensors")):
         try:
             with file.open("rb") as stream:
@@ -94,7 +87,7 @@ def headers(place: Path) -> dict[str, dict[str, Any]]:
             raise UserError(f"`{file}` is no whole safetensors file: {error}") from None
         for name, entry in header.items():
             if name != "__metadata__":
-                found[name] = {"dtype": entry["dtype"], "shape": entry["shape"]}
+                found[name] = Tensor(dtype=entry["dtype"], shape=entry["shape"])
     return found
 
 
@@ -126,57 +119,53 @@ def cached(name: str, kind: str, revision: str | None = None) -> Path | None:
     return place if commit and place.is_dir() and any(place.iterdir()) else None
 
 
-def data(recipe: Recipe) -> list[dict[str, Any]]:
-    """Training problems and benchmarks of a recipe, each with where it lies. See `machine.DataSet`."""
+def data(recipe: Recipe) -> tuple[DataSet, ...]:
+    """Training problems and benchmarks of a recipe, each with where it lies."""
     from astracli.config.benchmarks import get
     from astracli.data import benchmarks, datasets
 
     source, folder = recipe.data.source, recipe.data.path
-
-    def find_train() -> Path | None:
-        return datasets.find_local(source, folder)
-
-    found: list[dict[str, Any]] = []
+    found: list[DataSet] = []
     if source == "arithmetic":
-        found.append(_set(source, "train", None, "generated"))
+        found.append(DataSet(name=source, use="train", hub_id=None, place="generated"))
     else:
         known = datasets.known_set(source)
         hub_id = known.hub_id if known else source if source.count("/") == 1 else None
-        found.append(_lookup(source, "train", hub_id, recipe.data.revision, find_train))
-    names = recipe.eval.benchmarks if recipe.eval.every else []
-    for name in names:
+        revision = recipe.data.revision
+        found.append(_lookup(source, "train", hub_id, revision, partial(datasets.find_local, source, folder)))
+    for name in recipe.eval.benchmarks if recipe.eval.every else []:
         spec = get(name)
         if spec.hub is None:
-            found.append(_set(name, "eval", None, "generated"))
+            found.append(DataSet(name=name, use="eval", hub_id=None, place="generated"))
         else:
-            found.append(_lookup(name, "eval", spec.hub.hub_id, None, lambda spec=spec: benchmarks.local(spec, folder)))
-    return found
+            found.append(_lookup(name, "eval", spec.hub.hub_id, None, partial(benchmarks.local, spec, folder)))
+    return tuple(found)
 
 
-def _lookup(name: str, use: str, hub_id: str | None, revision: str | None, local: Any) -> dict[str, Any]:
+def _lookup(
+    name: str, use: Literal["train", "eval"], hub_id: str | None, revision: str | None, local: Callable[[], Path | None]
+) -> DataSet:
+    place, problem = None, None
     try:
         place = local() or (cached(hub_id, "datasets", revision) if hub_id else None)
     except UserError as error:
-        return _set(name, use, hub_id, None, error.message)
-    problem = None if place or hub_id else f"no data set `{name}` is known, and it is no Hub id"
-    return _set(name, use, hub_id, str(place) if place else None, problem)
-
-
-def _set(name: str, use: str, hub_id: str | None, place: str | None, problem: str | None = None) -> dict[str, Any]:
-    return {"name": name, "use": use, "hub_id": hub_id, "place": place, "problem": problem}
+        problem = error.message
+    else:
+        problem = None if place or hub_id else f"no data set `{name}` is known, and it is no Hub id"
+    return DataSet(name=name, use=use, hub_id=hub_id, place=str(place) if place else None, problem=problem)
 
 
 # -- network -----------------------------------------------------------------------------------------------------------
 
 
-def network(host: str) -> dict[str, Any]:
-    """Can a run listen on `host`, and which ports the system gives out. See `machine.Network`."""
+def network(host: str) -> Network:
+    """Can a run listen on `host`, and which ports the system gives out."""
     try:
         low, high = (int(word) for word in Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
-        ports: list[int] | None = [low, high]
+        ports: tuple[int, int] | None = (low, high)
     except (OSError, ValueError):
         ports = None
-    return {"hosts": {host: _bind(host)}, "ports": ports, "hub": os.environ.get("HF_ENDPOINT") or HUB}
+    return Network(hosts={host: _bind(host)}, ports=ports, hub=os.environ.get("HF_ENDPOINT") or HUB)
 
 
 def _bind(host: str) -> str | None:
@@ -211,10 +200,6 @@ def reach(url: str, timeout_s: float = HUB_TIMEOUT_S) -> str | None:
     return answer[0]
 
 
-def _offline() -> bool:
-    return offline(os.environ)
-
-
 def offline(env: Mapping[str, str | None]) -> bool:
     """HF_HUB_OFFLINE as huggingface_hub reads it."""
     return str(env.get("HF_HUB_OFFLINE") or "").upper() in ("1", "ON", "YES", "TRUE")
@@ -223,60 +208,52 @@ def offline(env: Mapping[str, str | None]) -> bool:
 # -- the engine's own environment --------------------------------------------------------------------------------------
 
 _ASK = """
-import json, platform, sys
-names, files = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-found = {name: package(name, module) for name, module in names.items()}
-for name, folder in files.items():
-    found[name]["models"] = model_files(found[name]["module"], folder, json.loads(sys.argv[3]))
-found["sglang"]["pins"] = exact_pins("sglang")
-print(json.dumps({"version": platform.python_version(), "libc": " ".join(platform.libc_ver()).strip() or None,
-                  "packages": found, "torch_cuda": torch_cuda()}))
+import json, sys
+found = {"version": platform.python_version(), "libc": libc(), **describe(json.loads(sys.argv[1]))}
+print(json.dumps(found))
 """
 
 
-def with_engine(facts: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """The facts with the packages of the engine's own environment, where it has one and there is a GPU to serve on."""
+def with_engine(facts: Machine, recipe: Recipe) -> Machine:
+    """With the packages of the engine's own environment, where it has one and there is a GPU to serve on."""
     engine = recipe.resources.engine
-    if engine.foreign and machine.visible_gpus(facts):
-        facts["engine"] = environment(engine.python or sys.executable, [], engine.env)
-    return facts
+    if not (engine.foreign and facts.visible_gpus):
+        return facts
+    return facts.model_copy(update={"engine": environment(engine.python or sys.executable, [], engine.env)})
 
 
-def environment(python: str, families: list[str], env: Mapping[str, str] | None = None) -> dict[str, Any]:
+def environment(python: str, families: list[str], env: Mapping[str, str] | None = None) -> Environment:
     """Packages as another interpreter sees them under `env`, asked of itself: it needs neither astracli nor psutil."""
-    source = Path(machine_read.__file__).read_text() + _ASK
-    arguments = [json.dumps(machine.PACKAGES), json.dumps(machine.MODEL_FILES), json.dumps(families)]
+    source = Path(packages.__file__).read_text() + _ASK
+    error = None
     try:
         done = subprocess.run(
-            [python, "-c", source, *arguments], capture_output=True, text=True, timeout=ENGINE_TIMEOUT_S, cwd="/",
-            env={**os.environ, **(env or {})},
+            [python, "-c", source, json.dumps(families)], capture_output=True, text=True, timeout=ENGINE_TIMEOUT_S,
+            cwd="/", env={**os.environ, **(env or {})},
         )  # fmt: skip
-        if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or [f"it exited {done.returncode}"])[-1]
-            return {"executable": python, "error": last[:300]}
-        return {"executable": python, "error": None} | json.loads(done.stdout)
+        if done.returncode == 0:
+            return Environment(executable=python, **json.loads(done.stdout))
+        error = (done.stderr.strip().splitlines() or [f"it exited {done.returncode}"])[-1][:300]
     except subprocess.TimeoutExpired:
-        return {"executable": python, "error": f"no answer in {ENGINE_TIMEOUT_S:.0f} s"}
-    except OSError as error:
-        return {"executable": python, "error": (error.strerror or str(error)).lower()}
+        error = f"no answer in {ENGINE_TIMEOUT_S:.0f} s"
+    except OSError as failed:
+        error = (failed.strerror or str(failed)).lower()
     except ValueError:
-        return {"executable": python, "error": "its answer is not JSON"}
+        error = "its answer is not JSON"
+    return Environment(executable=python, error=error)
 
 
 # -- what dead runs left -----------------------------------------------------------------------------------------------
 
 
-def dead_runs(root: Path) -> list[dict[str, Any]]:
-    """Runs under `root` that say `running` without a supervisor, and what is left of them. See `machine.RunLeft`."""
-    found = []
-    for run in run_view.dead(root):
-        status = run.status()
-        found.append(
-            {
-                "path": str(run.path),
-                "step": status.step if status else 0,
-                "bytes": run_view.clean(run, dry_run=True),
-                "processes": {str(pid): module for pid, module in run_view.leftovers(run)},
-            }
+def dead_runs(root: Path) -> tuple[RunLeft, ...]:
+    """Runs under `root` that say `running` without a supervisor, and what is left of them."""
+    return tuple(
+        RunLeft(
+            path=str(run.path),
+            step=status.step if (status := run.status()) else 0,
+            bytes=clean(run, dry_run=True),
+            processes={str(pid): module for pid, module in leftovers(run)},
         )
-    return found
+        for run in dead(root)
+    )

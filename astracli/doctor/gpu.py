@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from astracli.backends.serving import capability_of
 from astracli.doctor.subject import Check, Status, Subject
-from astracli.machine import facts as machine
-from astracli.plan import memory as plan_memory
-from astracli.plan.memory import words
+from astracli.machine.facts import version_tuple
+from astracli.machine.memory import words
+from astracli.plan.memory import on_gpu
 
 GROUP = "gpu"
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
@@ -22,24 +21,24 @@ GPU_BUILD = "install a CUDA build of torch: `pip install -c constraints/cuda.txt
 
 def checks(subject: Subject) -> Iterator[Check]:
     facts, bad = subject.facts, subject.bad(subject.cuda)
-    if facts["gpu_error"]:
+    if facts.gpu_error:
         fix = "mend the NVIDIA driver: `nvidia-smi` must answer"
-        yield Check("gpus", GROUP, bad, "nvidia-smi fails", facts["gpu_error"], fix)
+        yield Check("gpus", GROUP, bad, "nvidia-smi fails", facts.gpu_error, fix)
         return
-    visible, there = machine.visible_gpus(facts), facts["gpus"]
+    visible, there = facts.visible_gpus, facts.gpus
     if not visible:
         hidden = f"{len(there)} hidden by CUDA_VISIBLE_DEVICES" if there else "none"
         yield Check("gpus", GROUP, "skip", hidden)  # a recipe that wants some says so in its own group
-        if subject.cuda and facts["torch_cuda"] is None:
+        if subject.cuda and facts.torch_cuda is None:
             # Without a GPU in the machine no other torch would help: that is what the recipe's own group says.
             status: Status = "fail" if there else "skip"
             why, fix = ("the recipe trains on GPUs", GPU_BUILD) if there else ("", "")
             yield Check("torch for gpus", GROUP, status, "a CPU build", why, fix)
         return
     first = visible[0]
-    size = f", {words(first['memory_total'])}" if first["memory_total"] else ""
-    shown = f"{len(visible)} x {first['name']} ({first['compute_capability']}{size})"
-    names = sorted({gpu["name"] for gpu in visible})
+    size = f", {words(first.memory_total)}" if first.memory_total else ""
+    shown = f"{len(visible)} x {first.name} ({first.compute_capability}{size})"
+    names = sorted({gpu.name for gpu in visible})
     if len(names) > 1:
         why = "ranks of one run wait for the slowest, and kernels are chosen for the oldest"
         fix = "choose equal ones with CUDA_VISIBLE_DEVICES"
@@ -52,11 +51,11 @@ def checks(subject: Subject) -> Iterator[Check]:
 
 def _software(subject: Subject, bad: Status) -> Iterator[Check]:
     facts = subject.facts
-    gpus, built = machine.visible_gpus(facts), facts["torch_cuda"]
+    gpus, built = facts.visible_gpus, facts.torch_cuda
     if built is None:
         yield Check("torch for gpus", GROUP, bad, "a CPU build", "torch cannot use these GPUs", GPU_BUILD)
         return
-    cuda, capability = machine.version_tuple(built), max(capability_of(gpu) for gpu in gpus)
+    cuda, capability = version_tuple(built), max(gpu.capability for gpu in gpus)
     first = max((need for start, need in FIRST_CUDA.items() if capability >= start), default=(0, 0))
     dotted = ".".join(map(str, capability))
     if cuda < first:
@@ -64,8 +63,8 @@ def _software(subject: Subject, bad: Status) -> Iterator[Check]:
         yield Check("torch for gpus", GROUP, bad, f"built for CUDA {built}", why, GPU_BUILD)
     else:
         yield Check("torch for gpus", GROUP, "ok", f"built for CUDA {built}, which has code for {dotted}")
-    least, driver = OLDEST_DRIVER.get(cuda[0], 0), gpus[0]["driver"]
-    number = machine.version_tuple(driver)
+    least, driver = OLDEST_DRIVER.get(cuda[0], 0), gpus[0].driver
+    number = version_tuple(driver)
     if number and number[0] < least:
         fix = f"update the driver to {least} or newer, or install torch for an older CUDA"
         yield Check("driver", GROUP, bad, driver, f"CUDA {built} needs {least} or newer", fix)
@@ -80,21 +79,21 @@ def _taken(subject: Subject) -> Iterator[Check]:
         yield Check("gpus in use", GROUP, "ok", "the recipe uses none")
         return
     used = plan.gpu_map if plan is not None and subject.cuda else {}
-    every = machine.visible_gpus(subject.facts)
-    gpus = [gpu for gpu in every if gpu["index"] in used] if used else every
+    every = subject.facts.visible_gpus
+    gpus = [gpu for gpu in every if gpu.index in used] if used else every
     busy = False
     for gpu in gpus:
-        total, free = gpu["memory_total"], gpu["memory_free"]
+        total, free = gpu.memory_total, gpu.memory_free
         taken = total - free if total is not None and free is not None else 0
-        if not gpu["processes"] and taken <= IDLE:
+        if not gpu.processes and taken <= IDLE:
             continue
         busy = True
-        who = ", ".join(f"{p['name']} (process {p['pid']})" for p in gpu["processes"])
+        who = ", ".join(f"{p.name} (process {p.pid})" for p in gpu.processes)
         who = who or "processes that cannot be seen from here"
-        names = used.get(gpu["index"], [])
-        need = plan_memory.on_gpu(plan.memory, names, fixed=True) if plan and names else 0
+        names = used.get(gpu.index, [])
+        need = on_gpu(plan.memory, names, fixed=True) if plan and names else 0
         tight = free is not None and need > free
-        value = f"GPU {gpu['index']}: {words(taken)} taken by {who}"
+        value = f"GPU {gpu.index}: {words(taken)} taken by {who}"
         why = f"the recipe needs at least {words(need)} there" if need else "memory and speed are shared with them"
         fix = "wait for them or end them yourself (astra ends nothing that it did not start), or choose other GPUs"
         fix += " with CUDA_VISIBLE_DEVICES"

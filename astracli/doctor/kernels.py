@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from astracli.backends.delta_rule import HOPPER, SLOW, TILELANG_FFI, delta_rule_on_hopper, native, tilelang_flaw
-from astracli.backends.serving import lowest_capability
-from astracli.doctor.subject import Check, Subject, flaw, found, optional
-from astracli.machine import facts as machine
+from astracli.doctor.subject import Check, Subject, flaw, optional
 
 GROUP = "kernels"
 FLA, CONV = "flash-linear-attention", "causal-conv1d"
@@ -15,10 +13,10 @@ FLA, CONV = "flash-linear-attention", "causal-conv1d"
 
 def checks(subject: Subject) -> Iterator[Check]:
     facts = subject.facts
-    used = subject.cuda and subject.hybrid and bool(facts["gpus"])  # on a machine without a GPU nothing would run them
+    used = subject.cuda and subject.hybrid and bool(facts.gpus)  # on a machine without a GPU nothing would run them
     for name in (FLA, "triton"):
         check = optional(facts, name, GROUP)
-        if used and not machine.usable(facts, name):
+        if used and not facts.usable(name):
             value, why, fix = flaw(facts, name) or ("not installed", SLOW, f"`pip install {name}`")
             check = Check(name, GROUP, "warn", value, why if why == SLOW else f"{why}; {SLOW}", fix)
         yield check
@@ -31,8 +29,8 @@ def checks(subject: Subject) -> Iterator[Check]:
 def _backward(subject: Subject) -> Iterator[Check]:
     """The gated backward, where the GPUs are Hopper and both packages are there; right everywhere else."""
     facts = subject.facts
-    fla, triton = machine.version_of(facts, FLA), machine.version_of(facts, "triton")
-    capability = lowest_capability(facts)
+    fla, triton = facts.version_of(FLA), facts.version_of("triton")
+    capability = facts.capability
     if capability is None or not fla or not triton or (subject.recipe is not None and not subject.hybrid):
         return
     if capability[0] != HOPPER[0]:
@@ -50,17 +48,17 @@ def _backward(subject: Subject) -> Iterator[Check]:
 def _tilelang(subject: Subject) -> Iterator[Check]:
     """TileLang compiles at run time: it needs an nvcc, and the CUDA C++ core headers that belong to it."""
     check = optional(subject.facts, "tilelang", GROUP)
-    tools = subject.facts["compilers"]
+    tools = subject.facts.compilers
     used = subject.fit.choice is not None and subject.fit.choice.gdn_backward == "fla+tilelang"
     broken = tilelang_flaw(subject.facts)
     if check.status == "ok" and broken is not None:
-        needed = TILELANG_FFI[machine.version_of(subject.facts, "tilelang")][-1]
+        needed = TILELANG_FFI[subject.facts.version_of("tilelang")][-1]
         fix = f"`pip install apache-tvm-ffi=={'.'.join(map(str, needed))}`"
         yield Check("tilelang", GROUP, "warn", f"{check.value} does not load", broken, fix)
-    elif check.status == "ok" and not tools["nvcc"]:
+    elif check.status == "ok" and not tools.nvcc:
         why = "it compiles kernels when they are first used; nothing here uses it"
         yield Check("tilelang", GROUP, "ok", f"{check.value}, without nvcc", why)
-    elif check.status == "ok" and used and not tools["cccl"]:
+    elif check.status == "ok" and used and not tools.cccl:
         why = "it compiles with nvcc and includes <cuda/std/...>, which a bare nvcc lacks"
         fix = f"{native(subject.facts)}, or install the CUDA toolkit with CCCL"
         yield Check("tilelang", GROUP, "fail", f"{check.value}, nvcc without CCCL headers", why, fix)
@@ -70,7 +68,7 @@ def _tilelang(subject: Subject) -> Iterator[Check]:
 
 def _convolution(subject: Subject) -> Check:
     check = optional(subject.facts, CONV, GROUP)
-    if check.status == "skip" and found(subject.facts, FLA)["version"]:
+    if check.status == "skip" and subject.facts.package(FLA).version:
         why = "with fla alone transformers leaks state through the convolution of packed rows; astra packs otherwise"
         return Check(CONV, GROUP, "skip", "not installed, not needed", why)
     return check

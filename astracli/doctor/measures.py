@@ -95,11 +95,11 @@ def step_by_step(q: Any, k: Any, v: Any, *, g: Any, beta: Any, use_qk_l2norm_in_
 # -- engine against trainer --------------------------------------------------------------------------------------------
 
 
-def parity(name: str) -> list[Row]:
-    """The embedded engine draws tokens from the adapter's tiny model; the trainer scores the same tokens. On a CPU."""
+def parity(name: str, engine: str) -> list[Row]:
+    """The engine draws tokens from the adapter's tiny model; the trainer scores the same tokens. On a CPU."""
     import torch
 
-    from astracli.engines.embedded.engine import EmbeddedEngine, EngineLimits
+    from astracli.engines import registry as engines
     from astracli.training import adapter_check
     from astracli.training.logprob import PolicyModel
 
@@ -107,32 +107,19 @@ def parity(name: str) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         _, model = adapter_check.load_tiny(found, Path(folder))
         _round(model, found)
-
-        def load(path: Path) -> tuple[Any, Any]:
-            served = found.load_for_serving(path, attention="sdpa").eval()
-            if found.prepare_cpu is not None:
-                found.prepare_cpu(served)
-            return served, found.wire_tensors(served)
-
-        engine = EmbeddedEngine(Path(folder), load, EngineLimits(slots=4, context_length=64))
-        done: dict[int, Any] = {}
+        sample = engines.get(engine).sample
+        assert sample is not None
         prompts = [[3, 5, 7, 9][: n + 1] for n in range(4)]
-        sampling = {"temperature": 1.0, "max_new_tokens": 24, "sampling_seed": 1, "ignore_eos": True}
-        body = {"input_ids": prompts, "sampling_params": sampling, "return_logprob": True}
-        rids = engine.generate(body, done.__setitem__)
-        while len(done) < len(rids):
-            engine.scheduler.run_once()
-    completions = [done[place] for place in range(len(rids))]
-    assert [completion.rid for completion in completions] == rids
+        completions = sample(found, Path(folder), prompts, 24)
     policy, differences = PolicyModel(model), []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        tokens = torch.tensor([[*prompt, *completion.tokens.tolist()]])
+    for prompt, (drawn, logprobs) in zip(prompts, completions, strict=True):
+        tokens = torch.tensor([[*prompt, *drawn.tolist()]])
         predict = torch.arange(len(prompt) - 1, tokens.shape[1] - 1)
         mask = torch.ones_like(tokens)
         places = found.position_ids(mask) if found.position_ids is not None else None
         with torch.no_grad():
             scored, _ = policy(tokens, found.attention_mask(mask), places, predict, tokens[0, len(prompt) :])
-        differences.append((scored - torch.from_numpy(completion.logprobs)).abs())
+        differences.append((scored - torch.from_numpy(logprobs)).abs())
     mean = float(torch.cat(differences).mean())
     return [row("engine == trainer", mean, found.parity_tolerance["cpu"], "mean |log-probability difference|")]
 

@@ -6,31 +6,31 @@ from collections.abc import Iterator
 
 from astracli.doctor.gather import offline
 from astracli.doctor.subject import Check, Subject, unknown
+from astracli.machine.facts import Network
 
 GROUP = "network"
 FEW_PORTS = 1000
 
 
 def checks(subject: Subject) -> Iterator[Check]:
-    if subject.facts["network"] is None:
+    if (network := subject.facts.network) is None:
         yield unknown("listening", GROUP)
     else:
-        yield from _listening(subject)
-        yield from _hub(subject)
+        yield from _listening(subject, network)
+        yield from _hub(subject, network)
     yield from _peers(subject)
 
 
-def _listening(subject: Subject) -> Iterator[Check]:
-    network = subject.facts["network"]
-    for host, error in network["hosts"].items():
+def _listening(subject: Subject, network: Network) -> Iterator[Check]:
+    for host, error in network.hosts.items():
         if error is None:
             yield Check("listening", GROUP, "ok", f"a free port on {host} answers")
         else:
             why = "hub and engines of a run talk over it"
             fix = "set launch.host to an address of this machine, or bring the interface up: `ip link set lo up`"
             yield Check("listening", GROUP, subject.bad(True), f"{host}: {error}", why, fix)
-    if network["ports"] is not None:
-        low, high = network["ports"]
+    if network.ports is not None:
+        low, high = network.ports
         count = high - low + 1
         if count < FEW_PORTS:
             why = "each connection holds one for a minute after it has ended"
@@ -40,24 +40,23 @@ def _listening(subject: Subject) -> Iterator[Check]:
             yield Check("ports", GROUP, "ok", f"{count} to give out ({low} to {high})")
 
 
-def _hub(subject: Subject) -> Iterator[Check]:
+def _hub(subject: Subject, network: Network) -> Iterator[Check]:
     """A warning by itself: what cannot be had without the Hub fails where it is needed."""
-    network = subject.facts["network"]
-    if offline(subject.facts["env"]):
+    if offline(subject.facts.env):
         yield Check("hub", GROUP, "ok", "not asked: HF_HUB_OFFLINE is set")
-    elif network["hub_asked"] and network["hub_error"]:
+    elif network.hub_asked and network.hub_error:
         fix = "check the network; HF_ENDPOINT names a mirror, HTTPS_PROXY a proxy"
-        value = f"{network['hub']}: {network['hub_error']}"
+        value = f"{network.hub}: {network.hub_error}"
         yield Check("hub", GROUP, "warn", value, "models and data that are not here come from it", fix)
-    elif network["hub_asked"]:
-        yield Check("hub", GROUP, "ok", f"{network['hub']} answers")
+    elif network.hub_asked:
+        yield Check("hub", GROUP, "ok", f"{network.hub} answers")
 
 
 def _peers(subject: Subject) -> Iterator[Check]:
     recipe = subject.recipe
     if recipe is None or not subject.cuda or recipe.resources.train_gpus < 2:
         return
-    if subject.facts["env"].get("NCCL_P2P_DISABLE") == "1":
+    if subject.facts.env.get("NCCL_P2P_DISABLE") == "1":
         why = "trainer ranks exchange gradients through host memory, several times slower"
         fix = "unset it, unless `astra doctor --probe` found that the all-reduce hangs without it"
         yield Check("nccl", GROUP, "warn", "NCCL_P2P_DISABLE=1", why, fix)

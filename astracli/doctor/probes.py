@@ -16,13 +16,12 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from astracli.backends.delta_rule import native
 from astracli.doctor import probe_child
 from astracli.doctor.subject import Check, Status, Subject
-from astracli.machine import facts as machine
 from astracli.process.config import Role
 
 GROUP = "numerics"
@@ -62,8 +61,9 @@ def run(subject: Subject) -> list[Check]:
     adapter = subject.fit.adapter
     if adapter is not None and adapter.tiny_config is None:
         found.append(Check(adapter.name, GROUP, "skip", "this adapter brings no tiny model to try"))
-    if subject.sglang:
-        value = "sglang is compared with the trainer when a run starts, not here"
+    engine = subject.engine
+    if engine is not None and engine.sample is None:
+        value = f"{engine.name} is compared with the trainer when a run starts, not here"
         found.append(Check("engine == trainer", GROUP, "skip", value))
     return found
 
@@ -90,36 +90,22 @@ def _check(subject: Subject, probe: Probe, row: dict[str, Any]) -> Check:
 
 
 def engine_probes(subject: Subject) -> list[Probe]:
-    """What the engine's interpreter must import, asked of that interpreter."""
-    facts = subject.serving
-    if facts is None or not subject.sglang:
+    """What the engine would have tried, in its own interpreter."""
+    if subject.recipe is None or subject.engine is None:
         return []
-    wanted = {
-        "sglang": "sglang.srt.server_args:ServerArgs",
-        "flashinfer-python": "flashinfer:single_prefill_with_kv_cache",
-    }
-    there = {name: target for name, target in wanted.items() if machine.usable(facts, name)}
-    own = subject.recipe.resources.engine if subject.recipe is not None else None
-    python, env = (own.python or sys.executable, own.env) if own is not None and own.foreign else (None, {})
-    found = []
-    if there:
-        why, fix = "the engine imports it when it starts", "`pip install --force-reinstall 'astracli[sglang]'` there"
-        found.append(Probe("engine imports", "imports", {"wanted": there}, 120, True, why, fix, python, env=dict(env)))
-    choice, settings = subject.fit.choice, dict(subject.config or _known(subject))
-    if settings and choice is not None and machine.usable(facts, "torch") and machine.visible_gpus(facts):
-        asked = {"config": settings, "device": "cuda", "chosen": [choice.serving_attention]}
-        fix = "`--set rollout.attention_backend=triton`, or another version of it in the engine's environment"
-        found.append(Probe("serving attention", "attention", asked, KERNELS_S, True, ATTENTION, fix, python,
-                           env=dict(env)))  # fmt: skip
-    return found
+    own = subject.recipe.resources.engine
+    where = {"python": own.python or sys.executable, "env": dict(own.env)} if own.foreign else {}
+    usual = {"timeout_s": KERNELS_S, "needed": True, "why": ATTENTION} | where
+    case = replace(subject.case(subject.engine), config=subject.config or subject.known_config)
+    return [Probe(**{**usual, **asked}) for asked in subject.engine.probes(case)]
 
 
 def trainer_probes(subject: Subject) -> Iterator[Probe]:
     """Imports, the adapter's promises, kernels against references, the engine against the trainer, links."""
-    adapter, config = subject.fit.adapter, subject.config
-    if not machine.usable(subject.facts, "torch"):
+    adapter, config, engine = subject.fit.adapter, subject.config, subject.engine
+    if not subject.facts.usable("torch"):
         return
-    there = bool(machine.visible_gpus(subject.facts)) and subject.facts["torch_cuda"] is not None
+    there = bool(subject.facts.visible_gpus) and subject.facts.torch_cuda is not None
     device = "cuda" if there and (subject.cuda or subject.recipe is None) else "cpu"
     env = {} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
     env |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "HF_HUB_OFFLINE": "1"}
@@ -129,7 +115,7 @@ def trainer_probes(subject: Subject) -> Iterator[Probe]:
     wanted = {"wanted": _imports(subject, device)}
     yield Probe("imports", "imports", wanted, 60, True, why, pinned, env=env)
     if adapter is not None:
-        name, settings = adapter.name, dict(config or _known(subject))
+        name, settings = adapter.name, dict(config or subject.known_config or {})
         why = f"adapter `{name}` does not hold with these versions"
         if adapter.tiny_config is not None:
             yield Probe("adapter", "adapter", {"name": name, "device": device}, kernels_s, True, why,
@@ -141,14 +127,15 @@ def trainer_probes(subject: Subject) -> Iterator[Probe]:
             yield Probe("delta rule", "delta_rule", sizes, kernels_s, True, why, fix, env=env)
         if settings and subject.fit.choice is not None:
             chosen = [subject.fit.choice.trainer_attention]
-            if not subject.sglang:
+            if engine is None or engine.sample is not None:
                 chosen.append(subject.fit.choice.serving_attention)
             settings = {"config": settings, "device": device, "chosen": list(dict.fromkeys(chosen))}
-            fix = "`--set train.attention=auto --set rollout.attention_backend=auto`, or another version of it"
+            fix = "`--set train.attention=auto`, or another version of it"
             yield Probe("attention", "attention", settings, kernels_s, True, ATTENTION, fix, env=env)
-        if adapter.tiny_config is not None and not subject.sglang and subject.recipe is not None:
+        if adapter.tiny_config is not None and engine is not None and engine.sample is not None:
             why = "importance ratios would be wrong from the first step on"
-            yield Probe("engine == trainer", "parity", {"name": name}, 60, True, why, pinned, env=env)
+            asked = {"name": name, "engine": engine.name}
+            yield Probe("engine == trainer", "parity", asked, 60, True, why, pinned, env=env)
     yield from _links(subject, device, env)
 
 
@@ -171,7 +158,7 @@ def _links(subject: Subject, device: str, env: dict[str, str]) -> Iterator[Probe
 
 def _rank_gpus(subject: Subject) -> list[int]:
     """Indexes of the GPUs that the trainer's ranks would run on, as far as they are there; without a recipe, of all."""
-    there = [gpu["index"] for gpu in machine.visible_gpus(subject.facts)]
+    there = [gpu.index for gpu in subject.facts.visible_gpus]
     if subject.recipe is None:
         return there
     processes = subject.fit.plan.processes if subject.fit.plan is not None else ()
@@ -191,14 +178,7 @@ def _imports(subject: Subject, device: str) -> dict[str, str]:
             "causal-conv1d": "causal_conv1d:causal_conv1d_fn",
             "flash-attn": "flash_attn:flash_attn_func",
         }
-    return {name: target for name, target in wanted.items() if machine.usable(subject.facts, name)}
-
-
-def _known(subject: Subject) -> Any:
-    """Sizes of a model that the adapter knows, when its config.json is not here; empty for one that nobody knows."""
-    if subject.fit.adapter is None or subject.recipe is None:
-        return {}
-    return subject.fit.adapter.known_configs.get(subject.recipe.model.path) or {}
+    return {name: target for name, target in wanted.items() if subject.facts.usable(name)}
 
 
 # -- running them ------------------------------------------------------------------------------------------------------

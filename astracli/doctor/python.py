@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from astracli.doctor.subject import Check, Subject, flaw, found
-from astracli.machine import facts as machine
+from astracli.doctor.subject import Check, Subject, flaw
+from astracli.machine.facts import version_tuple
 
 GROUP = "python"
 OLDEST_PYTHON = (3, 11)
@@ -24,8 +24,8 @@ CORE = {
 
 def checks(subject: Subject) -> Iterator[Check]:
     facts = subject.facts
-    version, executable = facts["python"]["version"], facts["python"]["executable"]
-    if machine.version_tuple(version) < OLDEST_PYTHON:
+    version, executable = facts.python.version, facts.python.executable
+    if version_tuple(version) < OLDEST_PYTHON:
         fix = "make a virtual environment with a newer one: `python3.12 -m venv .venv`"
         yield Check("python", GROUP, "fail", version, "astra needs 3.11 or newer", fix)
     else:
@@ -39,10 +39,10 @@ def _core(subject: Subject, name: str, least: tuple[int, ...]) -> Check:
     fix = f"`pip install '{name}>={oldest}'`"
     wrong = flaw(subject.facts, name)
     if wrong is not None:
-        return Check(name, GROUP, "fail", wrong[0], f"every run imports it; it is {wrong[1]}", wrong[2])
-    if not machine.usable(subject.facts, name):
+        return Check(name, GROUP, "fail", wrong.value, f"every run imports it; it is {wrong.why}", wrong.fix)
+    if not subject.facts.usable(name):
         return Check(name, GROUP, "fail", "not importable", "every run imports it", fix)
-    version = str(found(subject.facts, name)["version"])
-    if machine.version_of(subject.facts, name) < least:
+    version = str(subject.facts.package(name).version)
+    if subject.facts.version_of(name) < least:
         return Check(name, GROUP, "fail", version, f"needs {oldest} or newer", fix)
     return Check(name, GROUP, "ok", version)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 
 from astracli.doctor.subject import Check, Subject
-from astracli.process.config import Role
 
 GROUP = "recipe"
 ELSEWHERE = ("package", "system", "checkpoint")
@@ -32,17 +30,5 @@ def checks(subject: Subject) -> Iterator[Check]:
         if warning not in told:  # those of the kernels are told in their own group
             what, _, why = warning.partition(": ")
             yield Check("load", GROUP, "warn", what, why)
-    absent = [p for p in fit.plan.processes if p.python is None and not shipped(p.module)]
-    if absent:
-        value = f"this version of astra has no `{absent[0].module}`"
-        why = f"`{absent[0].name}` is made of it, on every machine: the recipe can be planned, not run"
-        fix = "`--set rollout.engine=embedded`, which decodes in plain torch, slowly"
-        fix = fix if absent[0].role is Role.ENGINE else "reinstall astracli"
-        yield Check("version", GROUP, "fail", value, why, fix)
-    elif not any(problem.blocking for problem in problems):
+    if not any(problem.blocking for problem in problems):
         yield Check("fit", GROUP, "ok", f"{recipe.name} fits here ({len(fit.plan.processes)} processes)")
-
-
-def shipped(module: str) -> bool:
-    """The astra that judges has this module: the one thing here that is no fact of the machine."""
-    return find_spec(module) is not None

@@ -4,33 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from astracli.backends import choice as backend
-from astracli.backends.choice import BackendChoice
+from astracli.backends.choice import BackendChoice, choose
 from astracli.config.recipe import Recipe
+from astracli.engines import registry as engines
+from astracli.engines.contract import Case, Engine
 from astracli.errors import UserError
-from astracli.machine import facts as machine
+from astracli.machine.facts import Machine
+from astracli.machine.findings import Check, Status, flaw
 from astracli.models import registry
 from astracli.models.adapter import ModelAdapter, read_config
-from astracli.plan import build as plan
+from astracli.plan.build import build
 from astracli.plan.types import LaunchPlan
-
-Facts = Mapping[str, Any]
-Status = Literal["ok", "warn", "fail", "skip"]
-
-
-@dataclass(frozen=True)
-class Check:
-    name: str
-    group: str
-    status: Status
-    value: str
-    """What was found."""
-    why: str = ""
-    """Why it matters, one line; empty when all is well and there is nothing to say."""
-    fix: str = ""
-    """The next command or setting."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +33,7 @@ class Fit:
 class Subject:
     """What is judged. Nothing in it changes, and no check looks anywhere else."""
 
-    facts: Facts
+    facts: Machine
     recipe: Recipe | None = None
     config: Mapping[str, Any] | None = None
     """config.json of the recipe's checkpoint, when it is known."""
@@ -58,100 +44,84 @@ class Subject:
         """The recipe runs on GPUs; after a refusal, what the recipe says."""
         if self.fit.choice is not None:
             return self.fit.choice.device == "cuda"
-        if self.recipe is None:
-            return False
-        asked = self.recipe.resources
-        return asked.device == "cuda" or (asked.device == "auto" and asked.rollout_gpus + asked.train_gpus > 0)
+        return self.recipe is not None and self.recipe.device == "cuda"
 
     @property
-    def sglang(self) -> bool:
-        """The recipe generates with SGLang; after a refusal, what the recipe says."""
-        if self.fit.choice is not None:
-            return self.fit.choice.engine == "sglang"
-        return self.cuda and self.recipe is not None and self.recipe.rollout.engine != "embedded"
+    def engine(self) -> Engine | None:
+        """What the recipe generates with; after a refusal, what it says."""
+        if self.recipe is None:
+            return None
+        try:
+            return engines.of(self.recipe)
+        except UserError:
+            return None
+
+    def case(self, engine: Engine) -> Case:
+        """What is asked of an engine, of its own environment."""
+        choice = self.fit.choice
+        return Case(
+            self.facts,
+            "cuda" if self.cuda else "cpu",
+            self.recipe,
+            self.fit.adapter,
+            self.config,
+            attention=choice.serving_attention if choice is not None else None,
+            wanted=self.recipe is not None and engine is self.engine,
+        )
+
+    @property
+    def known_config(self) -> Mapping[str, Any] | None:
+        """Sizes of a model that the adapter knows, for when its config.json is not here."""
+        if self.fit.adapter is None or self.recipe is None:
+            return None
+        return self.fit.adapter.known_configs.get(self.recipe.model.path)
 
     @property
     def hybrid(self) -> bool:
         return self.fit.adapter is not None and self.fit.adapter.hybrid
-
-    @property
-    def foreign_engine(self) -> bool:
-        """The engine has an interpreter or a PYTHONPATH of its own: its packages are not the trainer's."""
-        return self.recipe is not None and self.recipe.resources.engine.foreign
-
-    @property
-    def serving(self) -> Facts | None:
-        """The facts as the engine's interpreter has them; None when it is another one and nothing is known of it."""
-        if not self.foreign_engine:
-            return self.facts
-        engine = self.facts["engine"]
-        if engine is None or engine["error"] is not None:
-            return None
-        own = {"packages": engine["packages"], "torch_cuda": engine["torch_cuda"]}
-        return {**self.facts, **own}
 
     def bad(self, needed: bool) -> Status:
         """`fail` for what this recipe needs, `warn` for all else."""
         return "fail" if needed and self.recipe is not None else "warn"
 
 
-def subject(recipe: Recipe | None, document: Mapping[str, Any]) -> Subject:
-    """Facts and recipe made ready for the checks. Raises UserError when `document` is no machine description."""
-    facts = machine.validate(document)
+def subject(recipe: Recipe | None, facts: Machine) -> Subject:
+    """Facts and recipe made ready for the checks."""
     if recipe is None:
         return Subject(facts)
     config = _config(recipe, facts)
     return Subject(facts, recipe, config, judge(recipe, facts, config))
 
 
-def _config(recipe: Recipe, facts: Facts) -> Mapping[str, Any] | None:
+def _config(recipe: Recipe, facts: Machine) -> Mapping[str, Any] | None:
     """From the document; a model that ships with the package is on every machine."""
     from astracli.data import fetch
 
-    known = facts["checkpoint"]
-    if known is not None and known["path"] == recipe.model.path:
-        return known["config"]
+    known = facts.checkpoint
+    if known is not None and known.path == recipe.model.path:
+        return known.config
     if recipe.model.path.startswith(fetch.BUNDLED_PREFIX):
         return read_config(fetch.bundled(recipe.model.path))
     return None
 
 
-def judge(recipe: Recipe, facts: Facts, config: Mapping[str, Any] | None) -> Fit:
+def judge(recipe: Recipe, facts: Machine, config: Mapping[str, Any] | None) -> Fit:
     """Adapter, backends and plan of a recipe; a refusal is kept, not raised."""
     adapter, choice = None, None
     try:
         adapter = registry.resolve(recipe, config)
-        choice = backend.choose(adapter, facts, recipe, config)
-        return Fit(adapter, choice, plan.build(recipe, adapter, choice, facts, config=config))
+        choice = choose(adapter, facts, recipe, config)
+        return Fit(adapter, choice, build(recipe, adapter, choice, facts, config=config))
     except UserError as error:
         return Fit(adapter, choice, None, error)
 
 
-def found(facts: Facts, name: str) -> Mapping[str, Any]:
-    """A package of the document; one that the document does not name is not installed."""
-    absent: Mapping[str, Any] = {"version": None, "importable_spec": False, "origin": None, "models": None, "pins": {}}
-    package: Mapping[str, Any] = facts["packages"].get(name) or absent
-    return package
-
-
-def flaw(facts: Facts, name: str) -> tuple[str, str, str] | None:
-    """(value, why, fix) of a package that looks installed and cannot be imported; None when it does not lie."""
-    package = found(facts, name)
-    if package["importable_spec"] and not package["origin"]:
-        why = "a namespace stub, a folder without a module: `import` succeeds and finds nothing in it"
-        return "stub", why, f"`pip install {name}`, or remove the empty folder"
-    if package["version"] and not machine.usable(facts, name):
-        why = "installed by its metadata, but there is no module to import"
-        return package["version"], why, f"`pip install --force-reinstall {name}`"
-    return None
-
-
-def optional(facts: Facts, name: str, group: str) -> Check:
+def optional(facts: Machine, name: str, group: str) -> Check:
     """A package that may be absent, and must not lie when it is there."""
     wrong = flaw(facts, name)
     if wrong is not None:
-        return Check(name, group, "warn", *wrong)
-    version = found(facts, name)["version"]
+        return Check(name, group, "warn", wrong.value, wrong.why, wrong.fix)
+    version = facts.package(name).version
     return Check(name, group, "ok" if version else "skip", version or "not installed")
 
 

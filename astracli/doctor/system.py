@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from math import ceil
 
 from astracli.doctor.subject import Check, Status, Subject
-from astracli.plan.memory import words
+from astracli.machine.memory import words
 
 GROUP = "system"
 GIB = 2**30
@@ -18,13 +18,13 @@ RDMA_MEMLOCK = 64 * 2**20
 
 
 def checks(subject: Subject) -> Iterator[Check]:
-    box = subject.facts["system"]
-    cores, memory, disk = box["cores_usable"], box["memory_available"], box["disk_free"]
-    yield _least("cpu cores", cores, 2, f"{cores:g} usable of {box['cores']}", "engine and trainer want one each", "")
+    box = subject.facts.system
+    cores, memory, disk = box.cores_usable, box.memory_available, box.disk_free
+    yield _least("cpu cores", cores, 2, f"{cores:g} usable of {box.cores}", "engine and trainer want one each", "")
     why, fix = "a run of the tiny recipe takes about 3 GiB", "end other programs, or raise the container's limit"
-    yield _least("memory", memory, 3 * GIB, f"{words(memory)} available of {words(box['memory_total'])}", why, fix)
+    yield _least("memory", memory, 3 * GIB, f"{words(memory)} available of {words(box.memory_total)}", why, fix)
     why, fix = "checkpoints and published weights need room", "point --run-dir at a larger disk"
-    yield _least("disk", disk, 2 * GIB, f"{words(disk)} free at {box['disk_path']}", why, fix)
+    yield _least("disk", disk, 2 * GIB, f"{words(disk)} free at {box.disk_path}", why, fix)
     yield _files(subject)
     yield _shm(subject)
     yield _memlock(subject)
@@ -49,7 +49,7 @@ def files_needed(subject: Subject) -> int:
 
 
 def _files(subject: Subject) -> Check:
-    have, hard, need = subject.facts["system"]["nofile"], subject.facts["system"]["nofile_hard"], files_needed(subject)
+    have, hard, need = subject.facts.system.nofile, subject.facts.system.nofile_hard, files_needed(subject)
     why = "every group and evaluation item in flight holds a connection" + (f": up to {need} files" if need else "")
     if have < 0 or have >= max(need, EASY_FILES):
         return Check("open files", GROUP, "ok", "unlimited" if have < 0 else str(have))
@@ -59,7 +59,7 @@ def _files(subject: Subject) -> Check:
 
 
 def _shm(subject: Subject) -> Check:
-    size = subject.facts["system"]["shm_total"]
+    size = subject.facts.system.shm_total
     if size is None:
         return Check("shared memory", GROUP, "skip", "none on this system")
     if size >= EASY_SHM[subject.cuda]:
@@ -76,7 +76,7 @@ def _shm(subject: Subject) -> Check:
 
 
 def _memlock(subject: Subject) -> Check:
-    have, recipe = subject.facts["system"]["memlock"], subject.recipe
+    have, recipe = subject.facts.system.memlock, subject.recipe
     shown = "unlimited" if have < 0 else words(have)
     if 0 <= have < RDMA_MEMLOCK and subject.cuda and recipe is not None and recipe.resources.train_gpus > 1:
         why = "NCCL locks memory when it finds InfiniBand, and fails to register it under a small limit"

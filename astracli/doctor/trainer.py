@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from astracli.doctor.subject import Check, Subject, found
+from astracli.doctor.subject import Check, Subject
 
 GROUP = "trainer"
 LOUD_PACKING = (5, 23)
@@ -26,26 +26,24 @@ def _model(subject: Subject) -> Check:
     """The installed transformers has the model's code."""
     adapter = subject.fit.adapter
     assert adapter is not None
-    package = found(subject.facts, "transformers")
-    if not adapter.model_types or package["models"] is None:
+    package = subject.facts.package("transformers")
+    if not adapter.model_types or package.models is None:
         return Check("model code", GROUP, "skip", "not in this document" if adapter.model_types else "any dense model")
-    held = [name for name in adapter.model_types if name in package["models"]]
+    held = [name for name in adapter.model_types if name in package.models]
     if held:
-        return Check("model code", GROUP, "ok", f"transformers {package['version']} has `{held[0]}`")
+        return Check("model code", GROUP, "ok", f"transformers {package.version} has `{held[0]}`")
     wanted = " or ".join(f"`{name}`" for name in adapter.model_types)
     why = f"it has no model code for {wanted}: too old, or too new and removed"
     fix = "`pip install -c constraints/cuda.txt transformers` (constraints/cpu.txt without a GPU)"
-    return Check("model code", GROUP, "fail", f"transformers {package['version']}", why, fix)
+    return Check("model code", GROUP, "fail", f"transformers {package.version}", why, fix)
 
 
 def _packing(subject: Subject) -> Check:
     """Samples of a hybrid side by side in one row. transformers' own way carries state over; astra has another."""
-    from astracli.machine.facts import version_of
-
     adapter = subject.fit.adapter
     assert adapter is not None
-    version = version_of(subject.facts, "transformers")
-    shown = f"transformers {found(subject.facts, 'transformers')['version']}"
+    version = subject.facts.version_of("transformers")
+    shown = f"transformers {subject.facts.package('transformers').version}"
     silent = version < LOUD_PACKING
     leak = f"{shown} {'leaks state between packed samples silently' if silent else 'refuses most packed rows'}"
     if adapter.install_varlen is None:

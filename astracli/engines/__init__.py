@@ -1,1 +1,1 @@
-"""Rollout engines: one HTTP client, the embedded engine that answers it on transformers, and SGLang."""
+"""Rollout engines: the contract, the registry and the HTTP client; each built-in engine has a folder of its own."""

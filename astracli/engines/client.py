@@ -1,37 +1,43 @@
-"""The one client for every engine: async HTTP in SGLang's form, for the embedded engine and for SGLang itself."""
+"""The client of an engine that speaks these routes; what a request and an answer are. An engine that speaks otherwise
+overrides what differs (`Engine.client`).
+
+| route | body | answer |
+|---|---|---|
+| GET /health_generate | | 200 once the model is loaded, else 503 |
+| GET /model_info | | model_path, weight_version, serving, problem, paused, running, ... |
+| POST /generate | input_ids, sampling_params, rid, draw_offset | output_ids and meta_info; 503 while not serving |
+| | the same and stream: true | server-sent events, one for each request when it ends, with its place as `index` |
+| POST /abort_request | rid (one or a list, exact) or abort_all | aborted: how many |
+| POST /pause_generation | mode: abort, retract, in_place | |
+| POST /continue_generation, /flush_cache | | |
+| POST /update_weights_from_tensor | load_format, weight_version; applies what is staged | success, message, outcome |
+| POST /update_weights_from_disk | model_path, weight_version | success, message, outcome |
+| POST /update_weight_version | new_version | |
+"""
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import json
-import pickle
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from astracli.engines.sglang.update_session import UpdateReply, UpdateSession
 from astracli.errors import RunFailed
 
 if TYPE_CHECKING:
     import httpx
 
-STAGED_LOADER = "astracli.engines.sglang.loader.apply_staged"
+STAGED = "staged"
 """`load_format` of an update that applies what is staged beside the engine."""
-SETTLE_LOADER = "astracli.engines.sglang.loader.settle"
-"""`load_format` of an update that changes nothing and waits for whatever still reads the weights."""
 UNPROVEN = -1
-"""SGLang's label of weights that nobody has checked yet; the embedded engine says `serving: false` instead."""
-NO_TENSORS = [base64.b64encode(pickle.dumps([])).decode()]
-"""An empty tensor list as SGLang wants it: one pickled list per tensor-parallel rank."""
+"""The label of weights that nobody has checked yet, of an engine that cannot say `serving: false` instead."""
 _RETRY_S = 0.1
-_SEED_BITS = (1 << 63) - 1
 
 
 @dataclass(frozen=True)
@@ -68,14 +74,28 @@ class GenResult:
     rid: str
 
 
+@dataclass(frozen=True)
+class UpdateReply:
+    """The engine's answer to a weight update."""
+
+    success: bool
+    message: str
+    outcome: Mapping[str, Any] = field(default_factory=dict)
+    """What the engine says of it: `changed` elements, seconds under names that end in `_s`, and whether a read-back
+    follows (`readback`). By our clock `begin_s` and `end_s`, where an engine is told of both."""
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {name: value for name, value in self.outcome.items() if name.endswith("_s") and value is not None}
+
+
 Ended = Callable[[int, GenResult], None]
 """Called with a request's place in its call and its result."""
 
 
 def flushes(pause_mode: str) -> bool:
-    """Whether an update of this mode may ask for an empty cache. SGLang can only empty it with no request anywhere, and
-    ends when it is asked and cannot; requests that were retracted wait, and those paused in place hold theirs. In these
-    modes no cache outlives an update either: the engine then runs without a prefix cache."""
+    """Whether an update of this mode may ask for an empty cache: only with no request anywhere. Requests that were
+    retracted wait, and those paused in place hold theirs; in these modes the engine runs without a prefix cache."""
     return pause_mode == "abort"
 
 
@@ -88,11 +108,9 @@ class EngineClient:
         token: str,
         *,
         name: str = "engine",
-        loader_dir: Path | None = None,
         not_serving_s: float = 120.0,
         control_s: float = 600.0,
     ):
-        """`loader_dir`: for SGLang, the stage directory in which our weight loader leaves `result.json`."""
         import httpx
 
         self.url = url.rstrip("/")
@@ -100,8 +118,6 @@ class EngineClient:
         self.not_serving_s = not_serving_s
         """A 503 of `/generate` is retried this long."""
         self._control_s = control_s
-        self._loader_dir = loader_dir
-        self._update_session = UpdateSession(self._status, self._update)
         self._http: httpx.AsyncClient = httpx.AsyncClient(
             base_url=self.url,
             headers={"Authorization": f"Bearer {token}"},
@@ -142,11 +158,9 @@ class EngineClient:
             if time.monotonic() > deadline:
                 raise self._failure(f"was not ready within {timeout:g} s", "read its log in the run directory")
             await asyncio.sleep(_RETRY_S)
-        if self._loader_dir is not None:
-            await self._update_session.learn()  # now, so that no pause waits for it
 
     async def model_info(self) -> dict[str, Any]:
-        """model_path, weight_version (a string); the embedded engine adds serving, problem, running, ..."""
+        """model_path, weight_version (a string), and what else the engine says: serving, paused, ..."""
         return await self._send("GET", "/model_info")
 
     # -- generation
@@ -154,44 +168,25 @@ class EngineClient:
     async def generate(self, requests: Sequence[GenRequest], ended: Ended | None = None) -> list[GenResult]:
         """Generate all; results in the order of the requests. Waits for as long as it takes.
 
-        With `ended`, which is called with each result when its request ends, the embedded engine gets one call that it
-        answers piece by piece, and SGLang one call for each request: its stream repeats all tokens with every piece.
-        Without, all requests are one call.
+        With `ended`, which is called with each result when its request ends, the answer comes piece by piece.
 
         Raises RunFailed when the engine dies, refuses a request, or does not serve for `not_serving_s`. What else was
         asked for with it is then abandoned.
         """
         if not requests:
             return []
-        if ended is None:
-            return await self._call_for(requests)
-        if self._loader_dir is None:
-            return await self._stream(requests, ended)
-
-        async def one(place: int) -> GenResult:
-            (result,) = await self._call_for([requests[place]])
-            ended(place, result)
-            return result
-
-        tasks = [asyncio.create_task(one(place)) for place in range(len(requests))]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        return await (self._call_for(requests) if ended is None else self._stream(requests, ended))
 
     async def _call_for(self, requests: Sequence[GenRequest]) -> list[GenResult]:
         """Every result in one answer."""
-        body = _generate_body(requests, foreign=self._loader_dir is not None)
+        body = self._body(requests)
         deadline = time.monotonic() + self.not_serving_s
         while True:
             reply = await self._request("POST", "/generate", body, timeout=None)
             if reply.status_code != 503 or time.monotonic() > deadline:
                 break
             await asyncio.sleep(_RETRY_S)
-        if reply.status_code == 400 and "was aborted" in reply.text:
-            # SGLang refuses a call that an abort met before it was under way: nothing of it was generated
+        if self._never_began(reply):
             return [_nothing(request) for request in requests]
         answers = self._content(reply, "/generate")
         if not isinstance(answers, list) or len(answers) != len(requests):
@@ -202,7 +197,7 @@ class EngineClient:
         """One call whose results come as their requests end."""
         import httpx
 
-        body = _generate_body(requests) | {"stream": True}
+        body = self._body(requests) | {"stream": True}
         deadline = time.monotonic() + self.not_serving_s
         results: dict[int, GenResult] = {}
         while True:
@@ -225,6 +220,31 @@ class EngineClient:
             raise self._failure(f"answered /generate with {len(results)} of {len(requests)} results")
         return [results[place] for place in range(len(requests))]
 
+    def _body(self, requests: Sequence[GenRequest]) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "input_ids": [[int(token) for token in request.input_ids] for request in requests],
+            "sampling_params": [
+                {
+                    "temperature": request.temperature,
+                    "top_p": request.top_p,
+                    "max_new_tokens": request.max_new_tokens,
+                    "stop_token_ids": [int(token) for token in request.stop_token_ids],
+                    "sampling_seed": request.seed,
+                }
+                for request in requests
+            ],
+            "return_logprob": True,
+        }
+        if any(request.draw_offset for request in requests):
+            body["draw_offset"] = [request.draw_offset for request in requests]
+        if all(request.rid is not None for request in requests):
+            body["rid"] = [request.rid for request in requests]
+        return body
+
+    def _never_began(self, reply: httpx.Response) -> bool:
+        """Whether a call was refused because an abort met it before it was under way."""
+        return False
+
     async def abort(self, rids: Collection[str]) -> None:
         """End these requests; each returns what it has, with finish reason `abort`."""
         await self._send("POST", "/abort_request", {"rid": list(rids)})
@@ -242,9 +262,8 @@ class EngineClient:
         await self._send("POST", "/continue_generation", {})
 
     async def release_memory(self, tags: Sequence[str] = ("kv_cache",)) -> None:
-        """Give GPU memory back until `resume_memory`: SGLang's `kv_cache` (with the recurrent states), `weights` (their
-        bytes are lost unless the server keeps a copy), `cuda_graph`. The server must be idle: end its requests first.
-        Needs a server that was started with --enable-memory-saver."""
+        """Give GPU memory back until `resume_memory`: `kv_cache` (with the recurrent states), `weights` (of which the
+        engine keeps a copy). It must be idle: end its requests first."""
         await self._send("POST", "/release_memory_occupation", {"tags": list(tags)})
 
     async def resume_memory(self, tags: Sequence[str] = ("kv_cache",)) -> None:
@@ -257,49 +276,19 @@ class EngineClient:
     async def apply_staged(self, version: int, *, flush: bool = True) -> UpdateReply:
         """Apply what is staged for this engine. A failed update is an answer, not an exception: stage a full payload
         and apply again."""
-        body = {
-            "serialized_named_tensors": NO_TENSORS,
-            "load_format": STAGED_LOADER,
-            "weight_version": str(version if self._loader_dir is None else UNPROVEN),
-            "flush_cache": flush,
-        }
-        if self._loader_dir is None:
-            return await self._update("/update_weights_from_tensor", body)
-        return await self._apply_by_loader(self._loader_dir / "result.json", version, body)
-
-    async def _apply_by_loader(self, result: Path, version: int, body: Mapping[str, Any]) -> UpdateReply:
-        """SGLang answers success whatever our loader found; what it found stands in `result`. The weights bear the
-        version's name only once that says so: a worker that dies in between leaves them unproven."""
-        result.unlink(missing_ok=True)
-        update = await self._update_session.update("/update_weights_from_tensor", body)
-        if not update.success:
-            return update
-        try:
-            found = json.loads(result.read_text())
-        except (OSError, ValueError) as error:
-            return UpdateReply(False, f"the weight loader left no result ({error})")
-        if not found["ok"] or found["version"] != version:
-            return UpdateReply(False, found["message"] or f"the loader applied version {found['version']}")
-        await self.set_version(version)
-        return UpdateReply(True, "", {**update.outcome, **found})
+        body = {"load_format": STAGED, "weight_version": str(version), "flush_cache": flush}
+        return await self._update("/update_weights_from_tensor", body)
 
     async def settle(self) -> None:
         """Return once nothing reads the weights beside generation any more: a read-back that nobody waits for may
-        still be at it, whoever asked for it. Only our loader in a foreign engine reads so. To be called in a pause."""
-        if self._loader_dir is not None:
-            # The server takes it for an update, so it wants begin and end around it as well. Unpaused, these would wait
-            # for all requests; whoever calls this is about to release memory, has drained the engine and paused it.
-            body = {"serialized_named_tensors": NO_TENSORS, "load_format": SETTLE_LOADER, "flush_cache": False}
-            update = await self._update_session.update("/update_weights_from_tensor", body)
-            if not update.success:
-                raise self._failure(f"does not settle: {update.message}")
+        still be at it, whoever asked for it. To be called in a pause."""
 
     async def load_directory(self, path: str, version: int) -> UpdateReply:
         """Load a whole Hugging Face checkpoint directory that the engine can read."""
         return await self._update("/update_weights_from_disk", {"model_path": path, "weight_version": str(version)})
 
     async def set_version(self, version: int) -> None:
-        """Change the label of the present weights; requests go on. (SGLang ends them all unless it is told not to.)"""
+        """Change the label of the present weights; requests go on, which an engine may have to be told."""
         body = {"new_version": str(version), "abort_all_requests": False}
         await self._send("POST", "/update_weight_version", body)
 
@@ -349,34 +338,11 @@ class EngineClient:
 
 
 def _json(reply: httpx.Response) -> Any:
-    """The body as JSON; a 200 that is empty, text or `null` (SGLang's control routes) becomes {"message": text}."""
+    """The body as JSON; a 200 that is empty, text or `null` (some control routes) becomes {"message": text}."""
     document = None
     with contextlib.suppress(ValueError):
         document = reply.json()
     return {"message": reply.text[:300]} if document is None and reply.status_code == 200 else document
-
-
-def _generate_body(requests: Sequence[GenRequest], *, foreign: bool = False) -> dict[str, Any]:
-    """`foreign`: SGLang, which counts draws by position itself and takes a seed of 63 bits."""
-    body: dict[str, Any] = {
-        "input_ids": [[int(token) for token in request.input_ids] for request in requests],
-        "sampling_params": [
-            {
-                "temperature": request.temperature,
-                "top_p": request.top_p,
-                "max_new_tokens": request.max_new_tokens,
-                "stop_token_ids": [int(token) for token in request.stop_token_ids],
-                "sampling_seed": request.seed & _SEED_BITS if foreign else request.seed,
-            }
-            for request in requests
-        ],
-        "return_logprob": True,
-    }
-    if not foreign and any(request.draw_offset for request in requests):
-        body["draw_offset"] = [request.draw_offset for request in requests]
-    if all(request.rid is not None for request in requests):
-        body["rid"] = [request.rid for request in requests]
-    return body
 
 
 def _nothing(request: GenRequest) -> GenResult:

@@ -7,7 +7,7 @@ import io
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,13 @@ import numpy as np
 from astracli.data.benchmarks import Benchmark
 from astracli.evaluation import passk
 from astracli.evaluation.benchmark import EvalSample, Result, full_figures, score_figures
+from astracli.hub.types import Evaluation
 from astracli.rewards.reward import Grade
 from astracli.rl.sample_log import sample_line
 from astracli.runs import metrics
 from astracli.runs.run_dir import write_atomic
 
 CSV_COLUMNS = ("step", "version", "benchmark", "items", "n", "avg_at_n", "stderr", "k", "pass_at_k", "due_step")
-
-
-@dataclass(frozen=True)
-class When:
-    """What one evaluation speaks of."""
-
-    step: int
-    version: int
-    due_step: int
-    """The step at which it became due; below `step` when an earlier evaluation was still running then."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +88,7 @@ def partial_of(folder: Path, step: int) -> Path:
     return folder / "partial" / f"step_{step:06d}"
 
 
-def write_results(folder: Path, when: When, results: Sequence[Result]) -> None:
+def write_results(folder: Path, when: Evaluation, results: Sequence[Result]) -> None:
     """Items and table of one evaluation. Writing a step again replaces it."""
     for result in results:
         lines = [json.dumps(item_line(when.step, when.version, result.benchmark, sample)) for sample in result.samples]
@@ -136,7 +127,7 @@ def item_line(step: int, version: int, benchmark: str, sample: EvalSample) -> di
     )
 
 
-def update_csv(path: Path, when: When, results: Sequence[Result]) -> None:
+def update_csv(path: Path, when: Evaluation, results: Sequence[Result]) -> None:
     """Put one evaluation's rows into the table, in the order of steps; rows of the same step make room."""
     rows = [row for row in _rows(path) if int(row["step"]) != when.step] if path.exists() else []
     scores = [(result.benchmark, result.score) for result in results]
@@ -144,7 +135,8 @@ def update_csv(path: Path, when: When, results: Sequence[Result]) -> None:
         scores.append((metrics.OVERALL, passk.overall([score for _, score in scores])))
     for name, score in scores:
         numbers = {k: f"{v:.6f}" if isinstance(v, float) else v for k, v in score_figures(score).items()}
-        rows.append({**asdict(when), "benchmark": name, **numbers})
+        of = {"step": when.step, "version": when.version, "due_step": when.due_step}
+        rows.append({**of, "benchmark": name, **numbers})
     _write_rows(path, CSV_COLUMNS, sorted(rows, key=lambda row: int(row["step"])))
 
 
@@ -169,7 +161,7 @@ def figures(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def metric_records(process: str, when: When, found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def metric_records(process: str, when: Evaluation, found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One metrics record a benchmark and one for `overall`, from `figures`; every figure is named eval_*, without those
     by k."""
     return [

@@ -28,11 +28,13 @@ from typing import Any
 from astracli.data import benchmarks
 from astracli.data.benchmarks import Benchmark
 from astracli.data.prompts import stop_token_ids
+from astracli.engines import registry as engines
 from astracli.errors import RunFailed
 from astracli.evaluation import files as eval_files
 from astracli.evaluation.benchmark import BenchmarkWork, EvalSampling, Result
 from astracli.evaluation.spread import evaluate
 from astracli.hub.client import AsyncHubClient, HubClient
+from astracli.hub.types import Evaluation, Holders, NextEvaluation
 from astracli.models.adapter import load_tokenizer
 from astracli.process.config import EvalConfig
 from astracli.process.worker import TERM_EXIT, Reporter, worker_main
@@ -56,30 +58,20 @@ class Evaluator:
     sampling: EvalSampling
     benchmarks: list[Benchmark]
 
-    @property
-    def embedded(self) -> bool:
-        """Whether our own engine answers, which takes one call at a time in the deterministic mode."""
-        return self.config.engine == "embedded"
-
-    async def evaluate(
-        self, partial: Path, *, greedy: bool = False, of_run: eval_files.When | None = None
-    ) -> list[Result]:
+    async def evaluate(self, partial: Path, *, greedy: bool = False, of_run: Evaluation | None = None) -> list[Result]:
         """Every benchmark of the recipe, over all engines: a run's as they hold the version, others once they are up.
 
         Samples are kept in the directory `partial` as they come, and those that are there are not asked again.
         """
-        from astracli.engines.client import EngineClient
-
         launch, version = self.config.recipe.launch, of_run.version if of_run is not None else None
-        whole = launch.deterministic and self.embedded
+        engine = engines.get(self.config.engine)
+        whole = launch.deterministic and engine.whole_calls
         async with contextlib.AsyncExitStack() as stack:
             hub = await stack.enter_async_context(AsyncHubClient(self.config.hub_url, self.config.token))
             clients = {}
             for entry in self.config.engines:
-                stage = None if self.embedded else entry.stage_dir
-                client = EngineClient(entry.url, self.config.token, name=entry.name, loader_dir=stage)
-                clients[entry.name] = client
-                stack.push_async_callback(client.close)
+                made = engine.client(entry.url, self.config.token, name=entry.name, stage_dir=entry.stage_dir)
+                client = clients[entry.name] = await stack.enter_async_context(made)
                 if of_run is None:
                     await client.wait_ready(launch.ready_timeout_s)
             return await evaluate(
@@ -112,7 +104,7 @@ class Evaluator:
             on_samples=kept.add,
         )
 
-    def check_whole(self, when: eval_files.When, partial: Path) -> None:
+    def check_whole(self, when: Evaluation, partial: Path) -> None:
         """Raises RunFailed when samples of an evaluation are gone that no engine can be asked for again."""
         for benchmark in self.benchmarks:
             work = self._work(benchmark, when.version, partial, False, False)
@@ -138,10 +130,10 @@ class RunEngines:
     async def holders(self, known: Collection[str] | None) -> Collection[str]:
         while True:
             have = None if known is None else list(known)
-            reply = await self.hub.eval_engines(self.version, have, wait_s=0.0 if known is None else WAIT_S)
-            if reply["engines"] != have:
-                return list(reply["engines"])
-            if reply["stop"]:  # answered at once, for as long as this process has not ended
+            reply: Holders = await self.hub.eval_engines(self.version, have, wait_s=0.0 if known is None else WAIT_S)
+            if reply.engines != have:
+                return reply.engines
+            if reply.stop:  # answered at once, for as long as this process has not ended
                 await asyncio.sleep(STOP_PAUSE_S)
 
     async def release(self, engine: str) -> None:
@@ -186,18 +178,17 @@ def follow_hub(evaluator: Evaluator) -> None:
         while not reporter.stop_requested.is_set():
             for version in [version for version, writing in finishing.items() if writing.done()]:
                 finishing.pop(version).result()
-            task = hub.eval_next(wait_s=WAIT_S, finishing=list(finishing))
-            if "step" not in task:
-                if task.get("stop"):
+            reply: NextEvaluation = hub.eval_next(wait_s=WAIT_S, finishing=list(finishing))
+            when = reply.evaluation
+            if when is None:
+                if reply.stop:
                     break
-                reporter.waiting(task.get("wait"))
+                reporter.waiting(reply.wait)
                 continue
             reporter.waiting(None)
-            served = task.pop("served")
-            when = eval_files.When(**task)
             reporter.progress(step=when.step, version=when.version)
             partial = eval_files.partial_of(folder, when.step)
-            if served:
+            if when.served:
                 evaluator.check_whole(when, partial)
             results = _until_stop(evaluator.evaluate(partial, of_run=when), reporter.stop_requested)
             finishing[when.version] = writer.submit(finish, config, hub, when, results)
@@ -206,7 +197,7 @@ def follow_hub(evaluator: Evaluator) -> None:
         writer.shutdown()
 
 
-def finish(config: EvalConfig, hub: HubClient, when: eval_files.When, results: Sequence[Result]) -> None:
+def finish(config: EvalConfig, hub: HubClient, when: Evaluation, results: Sequence[Result]) -> None:
     """Write one evaluation's files, then tell the hub. It counts as done when they are there."""
     folder, figures = config.run_dir / "eval", eval_files.figures(results)
     eval_files.write_results(folder, when, results)
@@ -223,7 +214,7 @@ def evaluate_once(evaluator: Evaluator, out: Path) -> None:
     recipe, stop = evaluator.config.recipe, evaluator.reporter.stop_requested
     results = _until_stop(evaluator.evaluate(out / "partial"), stop)
     version = next((sample.version for result in results for sample in result.samples), 0)
-    eval_files.write_results(out, eval_files.When(0, version, 0), results)
+    eval_files.write_results(out, Evaluation(0, version, 0), results)
     greedy = _until_stop(evaluator.evaluate(out / "partial" / "greedy", greedy=True), stop)
     document = {
         "step": 0,

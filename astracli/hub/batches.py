@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from dataclasses import asdict
 
 from astracli.errors import RunFailed
-from astracli.hub.schema import Database
+from astracli.hub.schema import AMONG, Database
+from astracli.hub.types import Batch, BatchStats, Counts, HubSettings, NextBatch
 from astracli.rl.schedule import Replays, batch_reason, count, replays_due
 
 PRUNED_AT_ONCE = 2
@@ -16,30 +17,11 @@ PRUNED_AT_ONCE = 2
 class BatchBook:
     """Part of the store, which holds the database's lock around every call."""
 
-    def __init__(
-        self,
-        database: Database,
-        *,
-        batch_groups: int,
-        max_staleness: int,
-        steps: int,
-        deterministic: bool,
-        consume: Literal["edf", "fifo"],
-        replay_ratio: int,
-        history_steps: int,
-        max_dropped: int = 0,
-        checkpoints: bool = True,
-    ):
+    def __init__(self, database: Database, settings: HubSettings):
         self._db = database
-        self._fifo = consume == "fifo"
-        self._ratio = replay_ratio
-        self._size = batch_groups
-        self._max_staleness = max_staleness
-        self._steps = steps
-        self._by_id = deterministic
-        self._history = history_steps
-        self._max_dropped = max_dropped
-        self._checkpoints = checkpoints
+        self._settings = settings
+        self._fifo = settings.consume == "fifo"
+        self._size = settings.batch_groups
 
     @property
     def next_step(self) -> int:
@@ -62,40 +44,51 @@ class BatchBook:
         kept = self._db.scalar("SELECT COUNT(*) FROM batches WHERE acked = 1 AND replay_of IS NOT NULL")
         return kept + self.forgotten("replayed")
 
+    def counts(self) -> Counts:
+        states = dict(self._db.rows("SELECT state, COUNT(*) FROM groups WHERE state != 'assigned' GROUP BY state"))
+        acked, replayed = self.acked, self.replayed
+        timeouts = self._db.scalar("SELECT COALESCE(SUM(timeouts), 0) FROM groups WHERE timeouts > 0")
+        return Counts(
+            in_flight=states.get("leased", 0),
+            queued=states.get("queued", 0),
+            waiting=states.get("kept", 0),
+            **{state: states.get(state, 0) + self.forgotten(state) for state in ("dropped", "expired", "skipped")},
+            timeouts=timeouts + self.forgotten("timeouts"),
+            consumed_steps=acked,
+            consumed_groups=(acked - replayed) * self._size,
+            replayed_steps=replayed,
+        )
+
     @property
     def replays(self) -> Replays:
         """What admission must know of batches that are trained on again."""
         last = self._db.one("SELECT step, replay_of, lease_ids FROM batches ORDER BY step DESC LIMIT 1")
-        if not self._ratio or last is None:
-            return Replays(self._ratio)
-        step, replay_of, ids = int(last[0]), last[1], json.loads(last[2])
-        oldest = self._db.scalar(
-            f"SELECT MIN(version) FROM groups WHERE lease_id IN ({','.join('?' * len(ids))})", *ids
-        )
+        ratio = self._settings.replay_ratio
+        if not ratio or last is None:
+            return Replays(ratio)
+        step, replay_of, ids = last
         due = replays_due(
-            ratio=self._ratio,
-            done=0 if replay_of is None else step - int(replay_of),
-            oldest_version=oldest,
-            max_staleness=self._max_staleness,
+            ratio=ratio,
+            done=0 if replay_of is None else step - replay_of,
+            oldest_version=self._db.scalar(f"SELECT MIN(version) FROM groups WHERE {AMONG}", ids),
+            max_staleness=self._settings.max_staleness,
             next_step=step + 1,
         )
-        return Replays(self._ratio, due)
+        return Replays(ratio, due)
 
-    def serve(self, step: int) -> dict[str, Any]:
-        """The groups of `step`, always the same ones, or {"wait": reason}. Raises RunFailed for a step out of order."""
+    def serve(self, step: int) -> NextBatch:
+        """The groups of `step`, always the same ones, or what it waits for. RunFailed for a step out of order."""
         row = self._db.one("SELECT lease_ids, stats, pruned, replay_of FROM batches WHERE step = ?", step)
         if row is None:
             wait = self._assign(step)
-            if wait is not None:
-                return {"wait": wait}
-            return self.serve(step)
-        if row[2]:
+            return self.serve(step) if wait is None else NextBatch(None, wait)
+        ids, stats, pruned, replay_of = row
+        if pruned:
             raise RunFailed(f"the groups of step {step} are gone: two later checkpoints have been acknowledged")
-        ids = json.loads(row[0])
-        marks = ",".join("?" * len(ids))
-        blobs = dict(self._db.rows(f"SELECT lease_id, blob FROM blobs WHERE lease_id IN ({marks})", *ids))
-        replay = 0 if row[3] is None else step - int(row[3])
-        return {"step": step, "groups": [blobs[i] for i in ids], "stats": json.loads(row[1]), "replay": replay}
+        blobs = dict(self._db.rows(f"SELECT lease_id, blob FROM blobs WHERE {AMONG}", ids))
+        known = {"reward_mean": None} | json.loads(stats)
+        replay = 0 if replay_of is None else step - replay_of
+        return NextBatch(Batch(step, [blobs[i] for i in json.loads(ids)], BatchStats(**known), replay))
 
     def _assign(self, step: int) -> str | None:
         """Fix the groups of the next step. -> None, or what it waits for.
@@ -105,9 +98,9 @@ class BatchBook:
         deadline is this very step is waited for: otherwise long completions would be thrown away, and the policy would
         learn from short ones only. In the order of arrival that is so, and they are counted as expired.
         """
-        if step != self.next_step or step >= self._steps:
-            raise RunFailed(f"batch {step} was asked for; the next one is {self.next_step} of {self._steps}")
-        oldest = step - self._max_staleness
+        if step != self.next_step or step >= self._settings.steps:
+            raise RunFailed(f"batch {step} was asked for; the next one is {self.next_step} of {self._settings.steps}")
+        oldest = step - self._settings.max_staleness
         self._discard_older(oldest)
         last_chance = self._db.scalar(
             "SELECT COUNT(*) FROM groups WHERE state IN ('kept', 'leased') AND version = ?", oldest
@@ -132,7 +125,7 @@ class BatchBook:
                 skipped_in_a_row=self._db.meta("skipped_in_a_row"),
             )
         ids = [int(row[0]) for row in kept]
-        if self._by_id:
+        if self._settings.deterministic:
             ids.sort()
         self._fix(step, ids, None)
         return None
@@ -140,7 +133,8 @@ class BatchBook:
     def _require_signal(self) -> None:
         """Raises RunFailed when so many groups in a row were dropped that more of them will not help."""
         dropped = self._db.meta("dropped_in_a_row")
-        if not self._max_dropped or dropped < self._max_dropped:
+        most = self._settings.max_dropped_batches * self._size
+        if not most or dropped < most:
             return
         row = self._db.one(
             "SELECT MIN(reward_mean), MAX(reward_mean) FROM "
@@ -176,7 +170,7 @@ class BatchBook:
             )
             sql.execute(
                 "INSERT INTO batches (step, lease_ids, stats, replay_of) VALUES (?, ?, ?, ?)",
-                (step, json.dumps(ids), json.dumps(self._stats(step)), replay_of),
+                (step, json.dumps(ids), json.dumps(asdict(self._stats(step))), replay_of),
             )
 
     def _discard_older(self, oldest: int) -> None:
@@ -186,18 +180,15 @@ class BatchBook:
                 sql.executemany("UPDATE groups SET state = 'expired' WHERE lease_id = ?", late)
                 sql.executemany("DELETE FROM blobs WHERE lease_id = ?", late)
 
-    def _stats(self, step: int) -> dict[str, Any]:
+    def _stats(self, step: int) -> BatchStats:
         row = self._db.one(
-            "SELECT COUNT(*), SUM(state = 'dropped'), SUM(state = 'expired'), AVG(reward_mean), SUM(tokens), "
-            "SUM(samples), SUM(timeouts) FROM groups WHERE arrived = ?",
+            "SELECT COUNT(*), COALESCE(SUM(state = 'dropped'), 0), COALESCE(SUM(state = 'expired'), 0), "
+            "AVG(reward_mean), COALESCE(SUM(tokens), 0), COALESCE(SUM(samples), 0), COALESCE(SUM(timeouts), 0) "
+            "FROM groups WHERE arrived = ?",
             step,
         )
         assert row is not None
-        names = ("arrived_groups", "dropped_groups", "expired_groups", "reward_mean", "tokens", "samples", "timeouts")
-        stats = {name: value or 0 for name, value in zip(names, row, strict=True)}
-        if not stats["arrived_groups"]:
-            del stats["reward_mean"]
-        return stats
+        return BatchStats(*row)
 
     def ack(self, step: int, version: int, checkpoint_step: int | None) -> None:
         """The batch of `step` has become `version`. Twice is once. Raises RunFailed for a step without a batch.
@@ -214,7 +205,7 @@ class BatchBook:
             if checkpoint_step is not None and checkpoint_step > before:
                 self._db.set_meta("checkpoint_step", checkpoint_step)
                 self._db.set_meta("prunable_before", before)
-            elif not self._checkpoints and not before:
+            elif not self._settings.checkpoints and not before:
                 self._db.set_meta("prunable_before", max(step, self._db.meta("prunable_before")))
             self._prune()
 
@@ -229,18 +220,15 @@ class BatchBook:
             PRUNED_AT_ONCE,
         )
         for step, ids in done:
-            groups = json.loads(ids)
-            marks = ",".join("?" * len(groups))
             # a group that a later step trains on again is still needed there
             self._db.rows(
-                "DELETE FROM blobs WHERE lease_id IN "
-                f"(SELECT lease_id FROM groups WHERE lease_id IN ({marks}) AND step <= ?)",
-                *groups,
+                f"DELETE FROM blobs WHERE lease_id IN (SELECT lease_id FROM groups WHERE {AMONG} AND step <= ?)",
+                ids,
                 step,
             )
             self._db.rows("UPDATE batches SET pruned = 1 WHERE step = ?", step)
         if done:
-            self._forget(done[-1][0] + 1 - self._history)
+            self._forget(done[-1][0] + 1 - self._settings.history_steps)
 
     def _forget(self, step: int) -> None:
         """Inside a transaction: delete the rows of steps before `step`, and keep their counts."""

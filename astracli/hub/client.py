@@ -8,20 +8,28 @@ from __future__ import annotations
 
 import asyncio
 import http.client
-import json
 import time
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
-import msgpack
 
 from astracli.errors import RunFailed
-from astracli.hub.wire import MAX_WAIT_S, finite
+from astracli.hub.types import (
+    EngineState,
+    GpuLeaseReply,
+    Holders,
+    HubState,
+    Leases,
+    NextBatch,
+    NextEvaluation,
+    PutStatus,
+    Target,
+)
+from astracli.hub.wire import MAX_WAIT_S, plain_json, unpack_answer
 from astracli.rl.types import Group, pack_group
 
 RETRY_S = 10.0
@@ -30,108 +38,97 @@ READ_TIMEOUT_S = 30.0 + MAX_WAIT_S
 
 @dataclass(frozen=True)
 class _Call:
-    method: str
     path: str
-    content: bytes | None
-    content_type: str
+    content: bytes
+    kind: Any
+    """What the answer is."""
+    method: str = "POST"
 
 
 class _Calls:
-    """Every endpoint once. `_send` answers the call's decoded body, or an awaitable of it in the async client."""
+    """Every endpoint once. `_send` returns the answer, or an awaitable of it in the async client.
+
+    The answers that are named below are classes of `hub.types`.
+    """
 
     def _send(self, call: _Call) -> Any:
         raise NotImplementedError
 
-    def _post(self, path: str, **body: Any) -> Any:
-        content = json.dumps({k: finite(v) for k, v in body.items() if v is not None}, allow_nan=False).encode()
-        return self._send(_Call("POST", path, content, "application/json"))
+    def _post(self, path: str, kind: Any = None, **body: Any) -> Any:
+        return self._send(_Call(path, plain_json(body), kind))
 
     def lease(self, worker: str, n: int, *, engine: str | None = None, wait_s: float = 0.0) -> Any:
-        """-> {"leases": [{"lease_id", "prompt_index"}], "wait": reason or None, "stop": bool}"""
-        return self._post("/lease", worker=worker, max=n, engine=engine, wait_s=wait_s, request=uuid.uuid4().hex)
+        """-> Leases"""
+        request = uuid.uuid4().hex
+        return self._post("/lease", Leases, worker=worker, n=n, engine=engine, wait_s=wait_s, request=request)
 
     def renew(self, lease_ids: Iterable[int], worker: str | None = None) -> Any:
-        """-> {"lost": [lease ids]}"""
-        return self._post("/lease/renew", lease_ids=list(lease_ids), worker=worker)
+        """-> those of the leases that are lost"""
+        return self._post("/lease/renew", list[int], lease_ids=list(lease_ids), worker=worker)
 
     def give_back(self, lease_ids: Iterable[int]) -> Any:
-        """Leases that will not be filled return to the queue. -> {}"""
+        """Leases that will not be filled return to the queue."""
         return self._post("/lease/return", lease_ids=list(lease_ids))
 
     def release(self, worker: str) -> Any:
-        """Every lease that `worker` holds returns to the queue. -> {"released": int}"""
-        return self._post("/lease/release", worker=worker)
+        """Every lease that `worker` holds returns to the queue. -> how many"""
+        return self._post("/lease/release", int, worker=worker)
 
     def put_group(self, group: Group) -> Any:
-        """-> {"status": "accepted" | "dropped" | "duplicate" | "unknown_lease" | "stale"}"""
-        return self._send(_Call("PUT", "/group", pack_group(group), "application/msgpack"))
+        """-> PutStatus"""
+        return self._send(_Call("/group", pack_group(group), PutStatus, "PUT"))
 
     def skip(self, lease_id: int, reason: str) -> Any:
-        """-> {}"""
         return self._post("/skip", lease_id=lease_id, reason=reason)
 
     def batch(self, step: int, wait_s: float = MAX_WAIT_S) -> Any:
-        """-> {"step", "groups": [packed group], "stats": {...}} or {"wait": reason}"""
-        return self._post("/batch", step=step, wait_s=wait_s)
+        """-> NextBatch"""
+        return self._post("/batch", NextBatch, step=step, wait_s=wait_s)
 
     def ack(self, step: int, version: int, checkpoint_step: int | None = None) -> Any:
-        """-> {}"""
         return self._post("/ack", step=step, version=version, checkpoint_step=checkpoint_step)
 
     def announce(self, version: int, step: int) -> Any:
-        """-> {"pinned": [versions that must stay on disk]}"""
-        return self._post("/announce", version=version, step=step)
+        """-> versions that must stay on disk"""
+        return self._post("/announce", list[int], version=version, step=step)
 
     def target(self, engine: str, *, have: int | None = None, pinned: bool | None = None, wait_s: float = 0.0) -> Any:
-        """-> {"version": int or None, "pinned": bool, "stop": bool}; waits up to `wait_s` for another version than
-        `have`, or for the other of `pinned`: whether an evaluation holds the engine at that version.
-        Of an engine with a GPU lease also "wanted": someone waits for it, which ends the wait, too. Of one
-        that was lost, and not reported since, "down"."""
-        query = f"wait_s={wait_s}" + ("" if have is None else f"&have={have}")
-        query += "" if pinned is None else f"&pinned={int(pinned)}"
-        return self._send(_Call("GET", f"/engines/{engine}/target?{query}", None, "application/json"))
+        """-> Target; waits up to `wait_s` for another version than `have`, for the other of `pinned`, or for someone
+        who wants the engine's GPU."""
+        return self._post("/engine/target", Target, engine=engine, have=have, pinned=pinned, wait_s=wait_s)
 
     def take_gpu_lease(self, gpu_lease: str, who: str, wait_s: float = 0.0) -> Any:
-        """-> {"held": bool, "stop": bool}; waits up to `wait_s`, and keeps its place in the queue between two calls."""
-        return self._post("/gpu_lease/take", gpu_lease=gpu_lease, who=who, wait_s=wait_s)
+        """-> GpuLeaseReply; waits up to `wait_s`, and keeps its place in the queue between two calls."""
+        return self._post("/gpu_lease/take", GpuLeaseReply, gpu_lease=gpu_lease, who=who, wait_s=wait_s)
 
     def give_gpu_lease(self, gpu_lease: str, who: str) -> Any:
-        """-> {}"""
         return self._post("/gpu_lease/give", gpu_lease=gpu_lease, who=who)
 
-    def engine_state(self, engine: str, version: int | None, state: str, **info: Any) -> Any:
-        """state: ready | updating | down. -> {}"""
-        return self._post(f"/engines/{engine}/state", version=version, state=state, **info)
+    def engine_state(self, engine: str, version: int | None, state: EngineState) -> Any:
+        return self._post("/engine/state", engine=engine, version=version, state=state)
 
     def eval_next(self, wait_s: float = MAX_WAIT_S, *, finishing: Iterable[int] = ()) -> Any:
-        """-> {"step", "version", "due_step", "served": every sample is on disk} or {"wait": reason, "stop": bool}.
-        `finishing`: versions whose results are being written, which are left out."""
-        return self._post("/eval/next", wait_s=wait_s, finishing=list(finishing))
+        """-> NextEvaluation. `finishing`: versions whose results are being written, which are left out."""
+        return self._post("/eval/next", NextEvaluation, wait_s=wait_s, finishing=list(finishing))
 
     def eval_engines(self, version: int, have: list[str] | None = None, wait_s: float = 0.0) -> Any:
-        """-> {"engines": names of those that can be asked now, "stop": bool}; waits up to `wait_s` for other names than
-        `have`."""
-        return self._post("/eval/engines", version=version, have=have, wait_s=wait_s)
+        """-> Holders; waits up to `wait_s` for other engines than `have`."""
+        return self._post("/eval/engines", Holders, version=version, have=have, wait_s=wait_s)
 
     def eval_release(self, step: int, version: int, engine: str) -> Any:
-        """The engine has served its share of this evaluation, and every sample of it is on disk. -> {}"""
+        """The engine has served its share of this evaluation, and every sample of it is on disk."""
         return self._post("/eval/release", step=step, version=version, engine=engine)
 
     def eval_done(self, step: int, version: int, results: Any) -> Any:
-        """-> {}"""
         return self._post("/eval/done", step=step, version=version, results=results)
 
-    def status(self, document: dict[str, Any]) -> Any:
-        """A heartbeat: {"name", "pid", "state", "waiting", "progress"}. -> {"stop": bool}"""
-        return self._post("/status", **document)
-
     def metrics(self, records: list[dict[str, Any]]) -> Any:
-        """Records {"step", "process", figures with their unit in the name}. -> {}"""
+        """Records {"step", "process", figures with their unit in the name}."""
         return self._post("/metrics", records=records)
 
     def state(self) -> Any:
-        """Everything that the terminal shows."""
-        return self._send(_Call("GET", "/state", None, "application/json"))
+        """-> HubState"""
+        return self._post("/state", HubState)
 
 
 def _settings(url: str, token: str) -> dict[str, Any]:
@@ -141,8 +138,8 @@ def _settings(url: str, token: str) -> dict[str, Any]:
 
 def _decode(call: _Call, response: httpx.Response) -> Any:
     if response.status_code == 200:
-        kind = response.headers.get("content-type", "")
-        return msgpack.unpackb(response.content) if kind == "application/msgpack" else response.json()
+        media_type = response.headers.get("content-type", "")
+        return unpack_answer(call.kind, response.content, media_type, f"{call.method} {call.path}")
     try:
         body = response.json()
         message, hint = str(body["error"]), body.get("hint")
@@ -182,21 +179,21 @@ class HubClient(_Calls):
         patience = _Patience(self._url)
         while True:
             try:
-                return _decode(call, self._large(call) if call.path == "/batch" else self._small(call))
+                return _decode(
+                    call,
+                    self._large(call)
+                    if call.kind is NextBatch
+                    else self._http.request(call.method, call.path, content=call.content),
+                )
             except (httpx.TransportError, http.client.HTTPException, OSError) as error:
                 time.sleep(patience.next_pause(error))
-
-    def _small(self, call: _Call) -> httpx.Response:
-        headers = {"Content-Type": call.content_type}
-        return self._http.request(call.method, call.path, content=call.content, headers=headers)
 
     def _large(self, call: _Call) -> httpx.Response:
         """The same, for an answer of many megabytes: read in one piece, where httpx would take 64 kB at a time."""
         address = urlsplit(self._url)
         connection = http.client.HTTPConnection(address.hostname or "127.0.0.1", address.port, timeout=READ_TIMEOUT_S)
         try:
-            headers = {"Authorization": f"Bearer {self._token}", "Content-Type": call.content_type}
-            connection.request(call.method, call.path, call.content, headers)
+            connection.request(call.method, call.path, call.content, {"Authorization": f"Bearer {self._token}"})
             reply = connection.getresponse()
             kind = reply.headers.get("content-type", "")
             return httpx.Response(reply.status, headers={"content-type": kind}, content=reply.read())
@@ -209,7 +206,7 @@ class HubClient(_Calls):
     def __enter__(self) -> HubClient:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -224,10 +221,7 @@ class AsyncHubClient(_Calls):
         patience = _Patience(self._url)
         while True:
             try:
-                response = await self._http.request(
-                    call.method, call.path, content=call.content, headers={"Content-Type": call.content_type}
-                )
-                return _decode(call, response)
+                return _decode(call, await self._http.request(call.method, call.path, content=call.content))
             except httpx.TransportError as error:
                 await asyncio.sleep(patience.next_pause(error))
 
@@ -237,7 +231,5 @@ class AsyncHubClient(_Calls):
     async def __aenter__(self) -> AsyncHubClient:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()

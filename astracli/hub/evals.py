@@ -13,41 +13,24 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any
 
 from astracli.errors import RunFailed
 from astracli.hub.schema import Database
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One that runs."""
-
-    step: int
-    version: int
-    due_step: int
-    """The step at which it became due; below `step` when an earlier evaluation was still running then."""
-    served: bool = False
-    """Every sample is on disk; what is left are the results."""
+from astracli.hub.types import EngineReport, Evaluation, EvaluationStatus, HubSettings
 
 
 class EvalBoard:
-    """Part of the store; every method is safe from any thread."""
+    """Part of the store, which holds the database's lock around every call that changes something."""
 
-    def __init__(
-        self, database: Database, *, steps: int, eval_every: int, engines: list[str], deterministic: bool = False
-    ):
+    def __init__(self, database: Database, settings: HubSettings):
         self._db = database
-        self._steps = steps
-        self._every = eval_every
-        self._names = list(engines)
-        self._together = deterministic
-        """Whether every engine stays until the evaluation is done: which step is evaluated then depends on no clock."""
+        self._settings = settings
+        self._names = settings.engines
         self._released: set[str] = set()
         """Engines whose share of the running evaluation is served."""
-        self.engines: dict[str, dict[str, Any]] = {}
-        """Last report of each engine: {"version", "state", ...}."""
+        self.engines: dict[str, EngineReport] = {}
+        """Last report of each engine."""
 
     @property
     def latest(self) -> int | None:
@@ -79,13 +62,11 @@ class EvalBoard:
         return self._db.scalar("SELECT COUNT(*) FROM evals WHERE results IS NULL")
 
     def _is_due(self, step: int) -> bool:
-        return self._every > 0 and bool(self._names) and (step % self._every == 0 or step == self._steps)
+        every = self._settings.eval_every
+        return every > 0 and bool(self._names) and (step % every == 0 or step == self._settings.steps)
 
-    def announce(self, version: int, step: int) -> dict[str, Any]:
-        """A version is stable on disk. Telling it twice changes nothing.
-
-        -> {"pinned": versions that must stay on disk until the next is announced}.
-        """
+    def announce(self, version: int, step: int) -> list[int]:
+        """A version is stable on disk. Telling it twice changes nothing. -> the versions that are pinned then."""
         with self._db.transaction() as sql:
             sql.execute("INSERT OR IGNORE INTO versions (version, step) VALUES (?, ?)", (version, step))
             covered = sql.execute(
@@ -94,7 +75,7 @@ class EvalBoard:
             if self._is_due(step) and covered is None:
                 sql.execute("INSERT INTO evals (due_step) VALUES (?)", (step,))
             self._start(sql)
-        return {"pinned": self.pinned()}
+        return self.pinned()
 
     def _start(self, sql: sqlite3.Connection) -> None:
         """Inside a transaction: an evaluation that waits takes the latest version, unless another runs."""
@@ -118,26 +99,23 @@ class EvalBoard:
         return running.version, True
 
     def _past(self, engine: str, evaluation: Evaluation) -> bool:
-        held = self.engines.get(engine, {}).get("version")
-        return held is not None and held > evaluation.version
+        report = self.engines.get(engine)
+        return report is not None and report.version is not None and report.version > evaluation.version
 
-    def report(self, engine: str, document: dict[str, Any]) -> None:
-        """What an engine holds: {"version", "state": ready|updating|down, ...}."""
-        with self._db.lock:
-            self.engines[engine] = document
+    def report(self, engine: str, report: EngineReport) -> None:
+        self.engines[engine] = report
 
     def down(self, engine: str) -> bool:
         """Whether it was lost, and has not been reported ready since."""
-        return self.engines.get(engine, {}).get("state") == "down"
+        return engine in self.engines and self.engines[engine].state == "down"
 
     def holders(self, version: int) -> list[str]:
         """Engines that can be asked now: ready at the evaluated version and kept there, in the plan's order."""
         running = self.running
         if running is None or running.version != version:
             return []
-        ready = [name for name, report in self.engines.items() if report["state"] == "ready"]
-        at = {name for name in ready if self.engines[name]["version"] == version}
-        return [name for name in self._names if name in at and name not in self._released]
+        there = EngineReport(version, "ready")
+        return [name for name in self._names if self.engines.get(name) == there and name not in self._released]
 
     def next(self, finishing: Collection[int] = ()) -> tuple[Evaluation | None, str]:
         """(the evaluation that can be worked on now or None, what is waited for as a noun phrase).
@@ -153,19 +131,20 @@ class EvalBoard:
             return first, ""
         states = []
         for name in self._names:
-            report = self.engines.get(name, {"version": None, "state": "starting"})
-            at = "" if report["version"] is None else f" at {report['version']}"
-            states.append(f"{name} is {report['state']}{at}")
+            report = self.engines.get(name)
+            at = "" if report is None or report.version is None else f" at {report.version}"
+            states.append(f"{name} is {report.state if report else 'starting'}{at}")
         return None, f"an engine to hold version {first.version}: {', '.join(states)}"
 
     def release(self, step: int, version: int, engine: str) -> None:
         """The engine has served its share of this evaluation, and every sample of that is on disk.
 
-        Of an evaluation that does not run (any more) nothing happens. With the last engine it is served.
+        Of an evaluation that does not run (any more) nothing happens. With the last engine it is served. In a
+        deterministic run all engines stay until it is done: which step is evaluated next then depends on no clock.
         """
         with self._db.transaction() as sql:
             running = self.running
-            if running is None or (running.step, running.version) != (step, version) or self._together:
+            if running is None or (running.step, running.version) != (step, version) or self._settings.deterministic:
                 return
             self._released.add(engine)
             if self._released.issuperset(self._names):
@@ -179,12 +158,12 @@ class EvalBoard:
         Without an engine: the oldest version of any ready one, else the latest announced.
         """
         if engine is None:
-            ready = [int(r["version"]) for r in self.engines.values() if r["state"] == "ready"]
+            ready = [r.version for r in self.engines.values() if r.state == "ready" and r.version is not None]
             return min(ready, default=self.latest or 0), None
         report = self.engines.get(engine)
-        if report is None or report["state"] != "ready":
-            return 0, f"{engine}, which is {report['state'] if report else 'starting'}"
-        return int(report["version"]), None
+        if report is None or report.state != "ready" or report.version is None:
+            return 0, f"{engine}, which is {report.state if report else 'starting'}"
+        return report.version, None
 
     def done(self, step: int, version: int, results: Any) -> None:
         """Store the results and let go of every engine; one that waits starts. Telling it twice changes nothing else.
@@ -216,16 +195,17 @@ class EvalBoard:
         self._released.clear()
         self.engines.clear()
 
-    def document(self) -> list[dict[str, Any]]:
-        """Every evaluation for the terminal; `step` and `version` are None while it waits for an earlier one."""
-        rows = self._db.rows("SELECT due_step, step, version, results FROM evals ORDER BY due_step")
+    def document(self) -> list[EvaluationStatus]:
+        """Every evaluation, for the terminal."""
         return [
-            {
-                "due_step": due_step,
-                "step": step,
-                "version": version,
-                "state": "done" if results is not None else "waiting" if version is None else "running",
-                "results": None if results is None else json.loads(results),
-            }
-            for due_step, step, version, results in rows
+            EvaluationStatus(
+                due_step=due_step,
+                step=step,
+                version=version,
+                state="done" if results is not None else "waiting" if version is None else "running",
+                results=None if results is None else json.loads(results),
+            )
+            for due_step, step, version, results in self._db.rows(
+                "SELECT due_step, step, version, results FROM evals ORDER BY due_step"
+            )
         ]

@@ -9,30 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from astracli.hub.types import BadRequest, GpuLeaseStatus
+
 
 class GpuLeases:
     """One lease per engine, under the engine's name. Calls are made under the store's lock."""
 
     def __init__(self, engines: Iterable[str] = ()):
-        self._holder: dict[str, str | None] = dict.fromkeys(engines)
-        self._queue: dict[str, list[str]] = {}
+        self._engines = tuple(engines)
         self.reset()
 
     def reset(self) -> None:
         """Every process starts anew: each engine holds its lease, nobody waits."""
-        self._holder = {name: name for name in self._holder}
-        self._queue = {name: [] for name in self._holder}
-
-    def __contains__(self, gpu_lease: str) -> bool:
-        return gpu_lease in self._holder
+        self._holder: dict[str, str | None] = {name: name for name in self._engines}
+        self._queue: dict[str, list[str]] = {name: [] for name in self._engines}
 
     def take(self, gpu_lease: str, who: str) -> bool:
         """Whether `who` holds the lease now; otherwise it is in the queue, once however often it asks.
 
-        Raises ValueError for an unknown lease.
+        Raises BadRequest for a GPU lease that there is not.
         """
         if gpu_lease not in self._holder:
-            raise ValueError(f"there is no GPU lease `{gpu_lease}`; there are {', '.join(self._holder) or 'none'}")
+            raise BadRequest(f"there is no GPU lease `{gpu_lease}`; there are {', '.join(self._holder) or 'none'}")
         if self._holder[gpu_lease] == who:
             return True
         queue = self._queue[gpu_lease]
@@ -59,8 +57,5 @@ class GpuLeases:
         """Whether anyone waits for the lease."""
         return bool(self._queue.get(gpu_lease))
 
-    def document(self) -> dict[str, dict[str, object]]:
-        return {
-            gpu_lease: {"holder": who, "waiting": list(self._queue[gpu_lease])}
-            for gpu_lease, who in self._holder.items()
-        }
+    def document(self) -> dict[str, GpuLeaseStatus]:
+        return {gpu_lease: GpuLeaseStatus(who, list(self._queue[gpu_lease])) for gpu_lease, who in self._holder.items()}

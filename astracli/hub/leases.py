@@ -6,16 +6,17 @@ times live in memory; on opening, every lease in flight goes back to the queue.
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from astracli.hub.curriculum import Curriculum
-from astracli.hub.schema import Database
+from astracli.hub.schema import AMONG, Database
+from astracli.hub.types import HubSettings, Lease, PutStatus
 from astracli.rl.schedule import deadline
 from astracli.rl.types import Group
 
-PutStatus = Literal["accepted", "dropped", "duplicate", "unknown_lease", "stale"]
 REMEMBERED_REQUESTS = 256
 
 
@@ -23,20 +24,11 @@ class LeaseBook:
     """Part of the store, which holds the database's lock around every call."""
 
     def __init__(
-        self,
-        database: Database,
-        *,
-        max_staleness: int,
-        drop_equal_groups: bool,
-        lease_timeout_s: float,
-        curriculum: Curriculum | None,
-        clock: Callable[[], float],
+        self, database: Database, settings: HubSettings, curriculum: Curriculum | None, clock: Callable[[], float]
     ):
         self._db = database
+        self._settings = settings
         self._curriculum = curriculum
-        self._max_staleness = max_staleness
-        self._drop_equal = drop_equal_groups
-        self._timeout_s = lease_timeout_s
         self._clock = clock
         self._expiry: dict[int, float] = {}
         self._replies: OrderedDict[str, list[int]] = OrderedDict()
@@ -75,24 +67,19 @@ class LeaseBook:
         """(prompt, kind) of a new lease; without a curriculum the prompts in their order."""
         return (lease_id, None) if self._curriculum is None else self._curriculum.choose(self._db, lease_id)
 
-    def prompts(self, lease_ids: Iterable[int]) -> list[int]:
-        """The prompt of each lease, as a place in the endless sequence."""
-        ids = list(lease_ids)
-        found = dict(
-            self._db.rows(f"SELECT lease_id, prompt FROM groups WHERE lease_id IN ({','.join('?' * len(ids))})", *ids)
-        )
-        return [int(found[i]) for i in ids]
+    def with_prompts(self, lease_ids: list[int]) -> list[Lease]:
+        found = dict(self._db.rows(f"SELECT lease_id, prompt FROM groups WHERE {AMONG}", json.dumps(lease_ids)))
+        return [Lease(i, found[i]) for i in lease_ids]
 
     def _prolong(self, ids: Iterable[int]) -> None:
-        expires = self._clock() + self._timeout_s
+        expires = self._clock() + self._settings.lease_timeout_s
         self._expiry.update((i, expires) for i in ids)
 
-    def renew(self, lease_ids: Iterable[int], worker: str | None) -> list[int]:
+    def renew(self, lease_ids: Sequence[int], worker: str | None) -> list[int]:
         """Prolong leases. -> those that are lost: ended, expired, or held by another worker now."""
         held = dict(self._db.rows("SELECT lease_id, worker FROM groups WHERE state = 'leased'"))
-        ids = list(lease_ids)
-        lost = [i for i in ids if i not in held or (worker is not None and held[i] != worker)]
-        self._prolong(i for i in ids if i not in lost)
+        lost = [i for i in lease_ids if i not in held or (worker is not None and held[i] != worker)]
+        self._prolong(i for i in lease_ids if i not in lost)
         return lost
 
     def expire(self) -> int:
@@ -101,10 +88,9 @@ class LeaseBook:
         late = [i for i, expires in self._expiry.items() if expires <= now]
         return self.give_back(late) if late else 0
 
-    def give_back(self, lease_ids: Iterable[int]) -> int:
+    def give_back(self, lease_ids: Sequence[int]) -> int:
         """Leases return to the queue; those that have ended are left alone. -> how many returned."""
-        ids = list(lease_ids)
-        return self.requeue(f"state = 'leased' AND lease_id IN ({','.join('?' * len(ids))})", *ids)
+        return self.requeue(f"state = 'leased' AND {AMONG}", json.dumps(list(lease_ids)))
 
     def requeue(self, where: str, *values: Any) -> int:
         """The leases that match return to the queue. -> how many."""
@@ -138,9 +124,9 @@ class LeaseBook:
             return "unknown_lease"
         if row[0] not in ("leased", "queued"):
             return "duplicate"
-        if self._drop_equal and not group.has_signal:
+        if self._settings.drop_equal_groups and not group.has_signal:
             status: PutStatus = "dropped"
-        elif deadline(group.oldest_version, self._max_staleness) < next_step:
+        elif deadline(group.oldest_version, self._settings.max_staleness) < next_step:
             status = "stale"
         else:
             status = "accepted"

@@ -77,6 +77,9 @@ CREATE TABLE evals (
 );
 """
 
+AMONG = "lease_id IN (SELECT value FROM json_each(?))"
+"""A condition: the lease is in a JSON list, the form in which `batches.lease_ids` keeps them."""
+
 
 class Database:
     """A connection with a lock. Reads go through `rows`, `one` and `scalar`; writes through `transaction`."""

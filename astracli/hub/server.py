@@ -63,8 +63,3 @@ class ServerThread:
         self._server.should_exit = True
         if self._thread.is_alive():
             self._thread.join(timeout_s)
-
-
-def serve(app: ASGIApp, sock: socket.socket) -> ServerThread:
-    """A server for `app` on a bound socket; call `start()`."""
-    return ServerThread(app, sock)

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from astracli.config.recipe import Recipe
+from astracli.engines.registry import of as engine_of
 from astracli.launch.inputs import Inputs
 from astracli.launch.launcher import Process
 from astracli.launch.restarts import Retry
-from astracli.plan.trainer import CHECKPOINT_COPY
+from astracli.machine.component import Component
 from astracli.plan.types import LaunchPlan, ProcessPlan
 from astracli.process.config import (
     EngineAddress,
@@ -103,14 +104,14 @@ def retry(context: RunContext, processes: Sequence[Process]) -> Retry | None:
 
 
 def _engine(context: RunContext, process: ProcessPlan, own: Mapping[str, Any]) -> ProcessConfig:
-    plan = context.plan
+    plan, recipe = context.plan, context.recipe
     return EngineConfig(
         **own,
         device=plan.choice.device,
         published=context.training,
         await_weights=context.resume_step is not None,
         time_sharing=process.name in plan.gpu_leases,
-        mem_fraction_static=plan.placement.mem_fraction_static or context.recipe.rollout.mem_fraction_static,
+        mem_fraction_static=plan.placement.mem_fraction_static or engine_of(recipe).memory.share(recipe),
         staging=plan.placement.staging if process.gpus else "host",
         serving_attention=plan.choice.serving_attention,
         linear_attention=plan.choice.linear_attention,
@@ -125,7 +126,7 @@ def _client(context: RunContext, process: ProcessPlan, own: Mapping[str, Any]) -
     if process.role is Role.EVAL:
         out = context.run_dir.eval.resolve() if plan.command == "eval" else None
         return EvalConfig(**own, benchmarks=dict(context.inputs.benchmarks), out=out)
-    others = [row.bytes for row in plan.memory if row.where == "host" and row.what != CHECKPOINT_COPY]
+    kept = [row for row in plan.memory if row.where == "host" and row.component is not Component.CHECKPOINT_COPY]
     return TrainerConfig(
         **own,
         device=plan.choice.device,
@@ -137,7 +138,7 @@ def _client(context: RunContext, process: ProcessPlan, own: Mapping[str, Any]) -
         shared=plan.placement.shared,
         gpu_leases=leases,
         leaves=any(name in leases for gpu in process.gpus for name in plan.gpu_map[gpu]),
-        host_bytes=sum(others) if process.gpus else 0,
+        host_bytes=sum(row.bytes for row in kept) if process.gpus else 0,
     )
 
 

@@ -22,7 +22,8 @@ def serving(
 ) -> Iterator[tuple[HubStore, ServerThread]]:
     """The hub serving on a port of its own; `on_status` gets every heartbeat."""
     from astracli.evaluation import files as eval_files
-    from astracli.hub.api import build_app, serve
+    from astracli.hub.api import build_app
+    from astracli.hub.server import ServerThread
     from astracli.weights.publish.server import weights_app
 
     run = context.run_dir
@@ -40,33 +41,34 @@ def serving(
             metrics_path=run.metrics_jsonl,
             on_status=on_status,
         )
-        server = serve(app, ports.bind(context.recipe.launch.host)).start()
+        server = ServerThread(app, ports.bind(context.recipe.launch.host)).start()
         stack.callback(server.stop)
         yield store, server
 
 
 def _store(context: RunContext) -> HubStore:
     from astracli.hub.store import HubStore
+    from astracli.hub.types import HubSettings
 
     recipe, training, samples = context.recipe, context.training, context.samples
-    return HubStore(
-        context.run_dir.hub_sqlite,
+    settings = HubSettings(
         batch_groups=recipe.train.batch_groups if training else samples.groups if samples else 1,
         max_staleness=recipe.effective_staleness if training else 0,
         drop_equal_groups=recipe.algorithm.drop_equal_groups and training,
         lease_timeout_s=recipe.launch.lease_timeout_s,
         steps=recipe.train.steps if training else 1,
         eval_every=recipe.eval.every if training and recipe.eval.benchmarks else 0,
-        engines=[process.name for process in context.plan.processes if process.role is Role.ENGINE],
+        engines=tuple(process.name for process in context.plan.processes if process.role is Role.ENGINE),
         deterministic=recipe.launch.deterministic,
         consume=recipe.train.consume,
         replay_ratio=recipe.train.replay_ratio if training else 0,
-        curriculum=_curriculum(context) if training else None,
         history_steps=recipe.launch.hub_history_steps,
         max_dropped_batches=recipe.rollout.max_dropped_batches,
         checkpoints=recipe.checkpoint.every > 0,
-        gpu_leases=context.plan.gpu_leases,
+        gpu_leases=tuple(context.plan.gpu_leases),
     )
+    curriculum = _curriculum(context) if training else None
+    return HubStore(context.run_dir.hub_sqlite, settings, curriculum=curriculum)
 
 
 def _curriculum(context: RunContext) -> Curriculum | None:

@@ -18,7 +18,7 @@ from astracli.launch.local import LocalLauncher
 from astracli.launch.restarts import Resumes, Start
 from astracli.launch.supervise import Supervisor
 from astracli.launch.watch import Watch, unharmed
-from astracli.plan import build as planning
+from astracli.plan.view import to_json
 from astracli.process.config import Role
 from astracli.process.signals import signals
 from astracli.report.page import data as report_data
@@ -153,12 +153,12 @@ class Job:
             phases=self.phases,
             evaluations_s=evaluations_s,
             records=metrics.read(context.run_dir.metrics_jsonl),
-            store=store.state(),
+            hub=store.state(),
             memory=launcher.memory(),
             restarts={name: status.restarts for name, status in supervisor.status.items()},
             resumes=[resume.document() for resume in supervisor.resumes.taken] if supervisor.resumes else [],
             notes=supervisor.notes,
-            plan=planning.to_json(context.plan),
+            plan=to_json(context.plan),
         )
 
 

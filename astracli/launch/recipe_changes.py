@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from astracli.config import recipe_io
+from astracli.config import doors, recipe_io
 from astracli.config.recipe import Recipe
 from astracli.data import fetch
 from astracli.errors import UserError
@@ -16,9 +16,8 @@ from astracli.runs.run_dir import RunDir
 
 PORTIONS = (
     "train.tokens_per_microbatch", "train.activation_checkpointing", "train.optimizer_device", "train.reference_device",
-    "rollout.max_running_requests", "rollout.running_ceiling", "rollout.chunked_prefill_size",
-    "rollout.mem_fraction_static", "rollout.attention_backend", "rollout.linear_attention_backend",
-    "eval.max_concurrency",
+    "rollout.max_running_requests", "rollout.running_ceiling", "eval.max_concurrency",
+    *(f"rollout.{name}." for name in doors.names("astra.engines")),
 )  # fmt: skip
 """How much is computed at once, where it lies and by which kernel: what a run that ran out of memory needs changed."""
 CHANGEABLE = ("train.steps", "launch.", "metrics.", "resources.", "checkpoint.", *PORTIONS)

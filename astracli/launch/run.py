@@ -5,52 +5,53 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
 from astracli.data import fetch
-from astracli.errors import UserError
 from astracli.launch import job, recipe_changes
 from astracli.launch.configs import RunContext
 from astracli.launch.inputs import Inputs, check_checkpoint, check_setting, decontaminated, pin_problems
 from astracli.launch.job import Job
-from astracli.machine import facts as machine
+from astracli.machine import read as machine_read
+from astracli.machine.facts import Machine
 from astracli.models import registry
 from astracli.models.adapter_tools import has_chat_template
-from astracli.plan import build as planning
-from astracli.plan.build import Command, LaunchPlan
-from astracli.process.config import Role, SampleFile
+from astracli.plan.build import build, refuse
+from astracli.plan.types import Command, LaunchPlan
+from astracli.plan.view import to_json
+from astracli.process.config import SampleFile
 from astracli.process.console import say
 from astracli.runs import find as runs
 from astracli.runs import metrics
 from astracli.runs.run_dir import RunDir
 
 
-def planned(recipe: Recipe, command: Command, facts: Mapping[str, Any] | None = None) -> LaunchPlan:
+def planned(recipe: Recipe, command: Command, facts: Machine | None = None) -> LaunchPlan:
     """The plan of a command, for this machine or the one that `facts` describes; never refuses what the machine lacks,
     only what is wrong."""
     from astracli.backends import choice as backend
     from astracli.doctor.gather import with_engine
 
-    here, config = facts is None, None
-    facts = with_engine(machine.probe(), recipe) if facts is None else facts
-    if not here and (recorded := facts["checkpoint"]) is not None and recorded["path"] == recipe.model.path:
-        config = recorded["config"]
+    here = facts is None
+    config: Mapping[str, Any] | None = None
+    facts = with_engine(machine_read.probe(), recipe) if facts is None else facts
+    if not here and (recorded := facts.checkpoint) is not None and recorded.path == recipe.model.path:
+        config = recorded.config
     config = _config_if_here(recipe) if config is None else config
     adapter = registry.resolve(recipe, config)
     choice = backend.choose(adapter, facts, recipe, config)
     local = fetch.local_path(recipe.model.path) if here and config is not None else None
     size = sum(file.stat().st_size for file in local.glob("*.safetensors")) if local is not None else None
-    return planning.build(recipe, adapter, choice, facts, command=command, config=config, checkpoint_bytes=size)
+    return build(recipe, adapter, choice, facts, command=command, config=config, checkpoint_bytes=size)
 
 
 def train(recipe: Recipe, *, run_dir: Path | None = None, resume: Path | None = None, dry_run: bool = False) -> int:
     """Run `astra train` to its end; the exit code. Raises UserError before the start, RunFailed after it."""
     if dry_run:
-        print(json.dumps(planning.to_json(planned(recipe, "train")), indent=2, default=str))
+        print(json.dumps(to_json(planned(recipe, "train")), indent=2, default=str))
         return 0
     began = time.monotonic()
     if resume is not None:
@@ -134,7 +135,7 @@ def _run(
 ) -> tuple[int, Mapping[str, Any]]:
     """The whole run in its directory, which is let go of: (exit code, summary). `began`: when the command did; `more`:
     further fields of `RunContext`."""
-    attempt = job.open_run(run, recipe_io.to_json(recipe), planning.to_json(plan))
+    attempt = job.open_run(run, recipe_io.to_json(recipe), to_json(plan))
     context = RunContext(recipe, plan, run, attempt, inputs, **more)
     before = {"planning": time.monotonic() - began - inputs.seconds, "fetching": inputs.seconds}
     task = Job(context, before)
@@ -155,13 +156,7 @@ def _run(
 def _refusing_plan(recipe: Recipe, command: Command) -> LaunchPlan:
     """The plan, when it can run here. Raises UserError."""
     plan = planned(recipe, command)
-    planning.refuse(plan)
-    for process in plan.processes:
-        if process.python is None and find_spec(process.module) is None:
-            raise UserError(
-                f"this version of astra has no `{process.module}`, which `{process.name}` needs",
-                "use `--set rollout.engine=embedded`" if process.role is Role.ENGINE else "reinstall astracli",
-            )
+    refuse(plan)
     return plan
 
 
@@ -170,7 +165,7 @@ def _config_if_here(recipe: Recipe) -> Mapping[str, Any] | None:
     path, revision = recipe.model.path, recipe.model.revision
     if fetch.local_path(path, made_by=recipe.model.made_by) is not None:
         return fetch.fetch_config(path, revision)
-    known = any(item.adapter and path in item.adapter.known_configs for item in registry.installed())
+    known = any(item.plugin and path in item.plugin.known_configs for item in registry.installed())
     cached = fetch.cached_config(path, revision)
     return cached if cached is not None or known else fetch.fetch_config(path, revision)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from astracli.config.recipe import Recipe
+from astracli.hub.types import EvaluationStatus, HubState
 from astracli.report import bottleneck
 from astracli.runs.metrics import OVERALL, Record, mean, median, series, values, without_absent
 from astracli.runs.run_dir import paths
@@ -28,7 +30,7 @@ def build(
     phases: Mapping[str, float],
     evaluations_s: Mapping[str, float],
     records: Sequence[Record],
-    store: Mapping[str, Any],
+    hub: HubState,
     memory: Mapping[str, Any],
     restarts: Mapping[str, int],
     resumes: Sequence[Mapping[str, Any]] = (),
@@ -36,7 +38,7 @@ def build(
     plan: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """`phases`: seconds of this attempt by phase; `evaluations_s`: by step, announcement to result, beside training;
-    `store`: `HubStore.state()`; `records`: all of metrics.jsonl; `resumes`: of `again.Resume`; `notes`: what else
+    `records`: all of metrics.jsonl; `resumes`: of `again.Resume`; `notes`: what else
     the supervisor did to go on; `plan`: plan.json. `first_step`, `since`: where and when (unix seconds) this attempt
     began: what an earlier one trained after its last checkpoint is no part of the run."""
     wall_s, training_run = sum(phases.values()), plan is None or plan["command"] == "train"
@@ -53,7 +55,7 @@ def build(
         "wall_s": wall_s,
         "phases_s": wall_phases(phases, sum(values(mine, "export_s")), "training" if training_run else "running"),
         "evaluations_s": dict(evaluations_s),
-        "benchmarks": benchmarks(store.get("evals") or []),
+        "benchmarks": benchmarks(hub.done_evals()),
         "expected": recipe.expected.model_dump() if recipe.expected else None,
         "training": training(_since_ready(mine, since + phases.get("starting", 0.0)), first_step),
         "bottleneck": bottleneck.of_run(mine, recipe, plan, first_step) if plan and here else None,
@@ -62,7 +64,7 @@ def build(
         ),
         "weights": weights(records, recipe.weights.transfer),
         "parity": {"mean_abs": mean(values(records, "parity_mean_abs")), "max_abs": largest(records, "parity_max_abs")},
-        "groups": store.get("counts") or {},
+        "groups": asdict(hub.counts),
         "restarts": {name: count for name, count in restarts.items() if count},
         "resumes": [dict(resume) for resume in resumes],
         "notes": list(notes),
@@ -98,21 +100,16 @@ def wall_phases(phases: Mapping[str, float], export_s: float, running: str) -> d
     return {name: round(seconds, 2) for name, seconds in found.items()}
 
 
-def benchmarks(evals: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def benchmarks(done: Sequence[EvaluationStatus]) -> list[dict[str, Any]]:
     """First and last evaluation of each benchmark, and the difference, None when they are one; `overall` last, and
     only of several."""
-    done = sorted((e for e in evals if e.get("results")), key=lambda e: e["step"])
-    names = list(dict.fromkeys(name for e in done for name in e["results"]))
+    names = list(dict.fromkeys(name for e in done for name in e.results))
     names.sort(key=lambda name: name == OVERALL)
     if len(names) == 2 and names[1] == OVERALL:
         names = names[:1]
     rows = []
     for name in names:
-        of_name = [
-            {"step": e["step"], "due_step": e.get("due_step", e["step"]), **e["results"][name]}
-            for e in done
-            if name in e["results"]
-        ]
+        of_name = [{"step": e.step, "due_step": e.due_step, **e.results[name]} for e in done if name in e.results]
         first, last, more = of_name[0], of_name[-1], len(of_name) > 1
         rows.append(
             {

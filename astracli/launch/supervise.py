@@ -14,6 +14,8 @@ from operator import methodcaller
 from typing import TYPE_CHECKING, Any, Literal
 
 from astracli.config.recipe_run import LaunchTable
+from astracli.engines import registry as engines
+from astracli.engines.contract import explain
 from astracli.errors import RunFailed
 from astracli.launch.launcher import Launcher, Process, Started
 from astracli.launch.restarts import End, Restarts, Resumes, Retry, ended, first_cause
@@ -199,7 +201,9 @@ class Supervisor:
         recent, window = self._restarts.recent(child.name), f"{self._restarts.window_s:g} s"
         if recent >= process.plan.restarts:
             after = f" after {recent} restarts within {window}" if recent else ""
-            raise RunFailed(f"`{child.name}` {end.what}{after}{_quote(child)}", self._hint() or None)
+            known = engines.get(process.config.engine).hints if process.plan.role is Role.ENGINE else ()
+            hints = filter(None, [explain(known, child.last_lines(200))[1], self._hint()])
+            raise RunFailed(f"`{child.name}` {end.what}{after}{_quote(child)}", "; ".join(hints) or None)
         last = "".join(f" ({line})" for line in child.last_lines(1))
         again = f"it is started again, time {recent + 1} of {process.plan.restarts} within {window}"
         say(f"warning: `{child.name}` {end.what}{last}; {again}")

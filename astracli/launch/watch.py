@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from astracli.launch.supervise import Supervisor
 from astracli.process.console import say
@@ -16,6 +16,7 @@ from astracli.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
     from astracli.hub.store import HubStore
+    from astracli.hub.types import EvaluationStatus
 
 WATCH_EVERY_S = 0.5
 STATUS_EVERY_S = 1.0
@@ -57,7 +58,7 @@ class Watch:
         state = self._store.state()
         if records:
             self._pass_on(records)
-        self._time_evaluations(state["evals"], now)
+        self._time_evaluations(state.evals, now)
         step = self._progress.step
         self._progress.feed(records, state, supervisor.status, supervisor.phase)
         self._show()
@@ -85,13 +86,12 @@ class Watch:
                 name = type(sink).__name__
                 say(f"warning: `{name}` gets no more figures, metrics.jsonl has all: {type(error).__name__}: {error}")
 
-    def _time_evaluations(self, evals: list[dict[str, Any]], now: float) -> None:
+    def _time_evaluations(self, evals: Sequence[EvaluationStatus], now: float) -> None:
         for evaluation in evals:
-            due_step = evaluation["due_step"]
-            if evaluation["state"] != "done":
-                self._due.setdefault(due_step, now)
-            elif due_step in self._due:
-                self.evaluations_s[str(evaluation["step"])] = round(now - self._due.pop(due_step), 2)
+            if evaluation.state != "done":
+                self._due.setdefault(evaluation.due_step, now)
+            elif evaluation.due_step in self._due:
+                self.evaluations_s[str(evaluation.step)] = round(now - self._due.pop(evaluation.due_step), 2)
 
     def close(self, supervisor: Supervisor) -> None:
         """One last look at everything, then give the terminal back. Raises nothing: the run has ended, well or not."""

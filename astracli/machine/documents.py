@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
-from typing import Any
 
 from astracli.errors import UserError
+from astracli.machine.facts import Machine, validate
 
 FOLDER = Path(__file__).parents[1] / "assets" / "machines"
 RECORD = "make one on the machine itself with `astra doctor RECIPE --facts-out FILE`"
@@ -24,7 +24,7 @@ def _count(name: str) -> int:
     return int(count) if count.isdigit() else 0
 
 
-def load(text: str) -> dict[str, Any]:
+def load(text: str) -> Machine:
     """The document that `--facts` names, whole. Raises UserError.
 
     A shipped name wins over a file of the same name; `./NAME` is always the file.
@@ -40,9 +40,7 @@ def load(text: str) -> dict[str, Any]:
     return _read(path, text)
 
 
-def _read(path: Path, text: str) -> dict[str, Any]:
-    from astracli.machine import facts as machine
-
+def _read(path: Path, text: str) -> Machine:
     hint = f"{RECORD}, or take a shipped one: {', '.join(names())}"
     try:
         document = json.loads(path.read_text())
@@ -53,6 +51,6 @@ def _read(path: Path, text: str) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise UserError(f"facts file `{text}` holds no JSON object", hint)
     try:
-        return machine.validate(document)
+        return validate(document)
     except UserError as error:
         raise UserError(f"facts file `{text}`: {error.message}", hint) from None

@@ -1,66 +1,29 @@
-"""What this machine has, as one plain JSON document: system, Python, packages, GPUs.
+"""What a machine has, as typed objects that do not change: system, Python, packages, GPUs, what a recipe needs.
 
-`probe()` asks the operating system, package metadata and `nvidia-smi`; it never imports torch. Everything that decides
-something (backend, plan, doctor) works on the document, so a document recorded elsewhere is as good as this machine.
+Everything that decides something (backend, plan, doctor) works on a `Machine`, so one that was recorded elsewhere as a
+JSON document (`documents.py`) is as good as this one (`read.py`).
 """
 
 from __future__ import annotations
 
-import os
-import platform
+import json
 import re
-import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from astracli.errors import UserError
-from astracli.machine import read as machine_read
 
-PACKAGES = {
-    "torch": "torch",
-    "transformers": "transformers",
-    "safetensors": "safetensors",
-    "datasets": "datasets",
-    "accelerate": "accelerate",
-    "huggingface-hub": "huggingface_hub",
-    "numpy": "numpy",
-    "math-verify": "math_verify",
-    "typer": "typer",
-    "pydantic": "pydantic",
-    "sglang": "sglang",
-    "flashinfer-python": "flashinfer",
-    "flashinfer": "flashinfer",
-    "flash-attn": "flash_attn",
-    "flash-linear-attention": "fla",
-    "causal-conv1d": "causal_conv1d",
-    "triton": "triton",
-    "tilelang": "tilelang",
-    "apache-tvm-ffi": "tvm_ffi",
-    "sglang-kernel": "sgl_kernel",
-}
-"""Distribution -> the module that it installs."""
-
+Capability = tuple[int, int]
+"""Compute capability: (8, 9)."""
+OLDEST: Capability = (8, 0)
+"""bf16 arithmetic begins here."""
 RECORDED = "recorded by machine.probe"
-
-MODEL_FILES = {"transformers": "models", "sglang": "srt/models"}
-"""Package -> the folder in it that holds one entry a model family."""
-
-ENVIRONMENT = (
-    "HF_HOME",
-    "HF_ENDPOINT",
-    "HF_HUB_OFFLINE",
-    "ASTRA_DATA_DIR",
-    "CUDA_VISIBLE_DEVICES",
-    "OMP_NUM_THREADS",
-    "NCCL_P2P_DISABLE",
-    "PYTHONPATH",
-)
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class System(_Part):
@@ -109,12 +72,17 @@ class Package(_Part):
     """An import system finder knows the module. Not enough by itself: a namespace stub passes."""
     origin: str | None
     """File that the import would run; None = there is none, so nothing can be imported from it."""
-    models: list[str] | None = None
+    models: tuple[str, ...] | None = None
     """Model types of the installed adapters that the package has a file for; None = not looked at."""
-    compiled: list[str] | None = None
-    """Compiled kernels that are looked for in it (`machine_read.COMPILED`) and are there; None = not looked at."""
+    compiled: tuple[str, ...] | None = None
+    """Compiled kernels that are looked for in it (`packages.COMPILED`) and are there; None = not looked at."""
     pins: dict[str, Pin] = {}
     """Its exact requirements (`name==version`), without extras."""
+
+    @property
+    def usable(self) -> bool:
+        """It can really be imported: it has a file to run, not only a namespace folder."""
+        return self.importable_spec and self.origin is not None
 
 
 class GpuProcess(_Part):
@@ -132,8 +100,13 @@ class Gpu(_Part):
     memory_total: int | None
     memory_free: int | None
     driver: str
-    processes: list[GpuProcess] = []
+    processes: tuple[GpuProcess, ...] = ()
     """Those that nvidia-smi sees: in a container often none, although memory is taken."""
+
+    @property
+    def capability(self) -> Capability:
+        major, _, minor = self.compute_capability.partition(".")
+        return int(major), int(minor or 0)
 
 
 class Compilers(_Part):
@@ -158,7 +131,7 @@ class Environment(_Part):
 class Tensor(_Part):
     dtype: str
     """As safetensors writes it: `BF16`, `F32`."""
-    shape: list[int]
+    shape: tuple[int, ...]
 
 
 class CheckpointFacts(_Part):
@@ -169,10 +142,10 @@ class CheckpointFacts(_Part):
     problem: str | None = None
     """Why the path, config.json or a file header cannot be read."""
     config: dict[str, Any] | None = None
-    missing_files: list[str] = []
+    missing_files: tuple[str, ...] = ()
     """Shards that the index names and the directory lacks."""
     tensors: dict[str, Tensor] = {}
-    tokenizer: list[str] = []
+    tokenizer: tuple[str, ...] = ()
     """Tokenizer files that are there."""
     chat_template: bool = False
 
@@ -190,7 +163,7 @@ class DataSet(_Part):
 class Network(_Part):
     hosts: dict[str, str | None]
     """Address that a run listens on -> why it cannot be bound; None = it can."""
-    ports: list[int] | None
+    ports: tuple[int, int] | None
     """First and last port that the system gives out."""
     hub: str
     hub_error: str | None = None
@@ -219,64 +192,76 @@ class Machine(_Part):
     packages: dict[str, Package]
     torch_cuda: str | None
     """CUDA version that torch was built for; None for a CPU build or without torch."""
-    gpus: list[Gpu]
+    gpus: tuple[Gpu, ...]
     gpu_error: str | None
     """Why `nvidia-smi` gave no answer although it is there."""
     compilers: Compilers
     env: dict[str, str | None]
     engine: Environment | None = None
     checkpoint: CheckpointFacts | None = None
-    data: list[DataSet] = []
+    data: tuple[DataSet, ...] = ()
     network: Network | None = None
-    runs: list[RunLeft] = []
+    runs: tuple[RunLeft, ...] = ()
+
+    def document(self) -> dict[str, Any]:
+        """As plain JSON, whole."""
+        return self.model_dump(mode="json")
+
+    def package(self, name: str) -> Package:
+        """One that the document does not name is not installed."""
+        return self.packages.get(name) or Package(version=None, module=name, importable_spec=False, origin=None)
+
+    def usable(self, name: str) -> bool:
+        return self.package(name).usable
+
+    def version_of(self, name: str) -> tuple[int, ...]:
+        """(2, 13, 0) of an importable package; () when it is not there."""
+        found = self.package(name)
+        return version_tuple(found.version) if found.version and found.usable else ()
+
+    @property
+    def visible_gpus(self) -> list[Gpu]:
+        """The GPUs that CUDA_VISIBLE_DEVICES leaves, in its order; entries are indexes or uuid prefixes."""
+        chosen = self.env.get("CUDA_VISIBLE_DEVICES")
+        if chosen is None:
+            return list(self.gpus)
+        result = []
+        for entry in (part.strip() for part in chosen.split(",")):
+            named = (
+                g for g in self.gpus if str(g.index) == entry or (not entry.isdigit() and g.uuid.startswith(entry))
+            )
+            if not entry or (gpu := next(named, None)) is None:
+                break  # as CUDA does: the first entry that names nothing ends the list
+            result.append(gpu)
+        return result
+
+    @property
+    def gpu_sizes(self) -> dict[int, int]:
+        """Bytes of every visible GPU that says its size."""
+        return {gpu.index: gpu.memory_total for gpu in self.visible_gpus if gpu.memory_total}
+
+    @property
+    def capability(self) -> Capability | None:
+        """The lowest of the visible GPUs; None without any."""
+        return min((gpu.capability for gpu in self.visible_gpus), default=None)
+
+    def as_engine(self, foreign: bool) -> Machine | None:
+        """The machine as the engine's interpreter has it; None when that is another one and nothing is known of it."""
+        if not foreign:
+            return self
+        if self.engine is None or self.engine.error is not None:
+            return None
+        return self.model_copy(update={"packages": self.engine.packages, "torch_cuda": self.engine.torch_cuda})
 
 
-def schema() -> dict[str, Any]:
-    """JSON schema of the document."""
-    return Machine.model_json_schema()
-
-
-def validate(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The document with every optional key filled in. Raises UserError naming the first key that is wrong."""
+def validate(document: Mapping[str, Any]) -> Machine:
+    """The machine of a document. Raises UserError naming the first key that is wrong."""
     try:
-        return Machine.model_validate(document).model_dump(mode="json")
+        return Machine.model_validate_json(json.dumps(document), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(f"not a machine description: `{where}`: {first['msg'].lower()}") from None
-
-
-def probe() -> dict[str, Any]:
-    """The document for this machine; well under half a second unless `nvidia-smi` is slow."""
-    gpus, gpu_error = machine_read.gpus()
-    document = {
-        "schema_version": 1,
-        "system": machine_read.system(),
-        "python": {
-            "version": platform.python_version(),
-            "executable": sys.executable,
-            "venv": sys.prefix != sys.base_prefix,
-        },
-        "packages": {name: machine_read.package(name, module) for name, module in PACKAGES.items()},
-        "torch_cuda": machine_read.torch_cuda(),
-        "gpus": gpus,
-        "gpu_error": gpu_error,
-        "compilers": machine_read.compilers(),
-        "env": {name: os.environ.get(name) for name in ENVIRONMENT},
-    }
-    return Machine.model_validate(document).model_dump(mode="json")
-
-
-def usable(facts: Mapping[str, Any], package: str) -> bool:
-    """The package can really be imported: it has a file to run, not only a namespace folder."""
-    found = facts["packages"].get(package)
-    return bool(found and found["importable_spec"] and found["origin"])
-
-
-def version_of(facts: Mapping[str, Any], package: str) -> tuple[int, ...]:
-    """(2, 13, 0) of an importable package; () when it is not there."""
-    text = facts["packages"].get(package, {}).get("version")
-    return version_tuple(text) if text and usable(facts, package) else ()
 
 
 def version_tuple(text: str) -> tuple[int, ...]:
@@ -285,16 +270,5 @@ def version_tuple(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in match.group().split(".")) if match else ()
 
 
-def visible_gpus(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves, in its order; entries are indexes or uuid prefixes."""
-    gpus = list(facts["gpus"])
-    chosen = facts["env"].get("CUDA_VISIBLE_DEVICES")
-    if chosen is None:
-        return gpus
-    result = []
-    for entry in (part.strip() for part in chosen.split(",")):
-        match = [g for g in gpus if (str(g["index"]) == entry or (not entry.isdigit() and g["uuid"].startswith(entry)))]
-        if not entry or not match:
-            break  # as CUDA does: the first entry that names nothing ends the list
-        result.append(match[0])
-    return result
+def dotted(capability: Capability) -> str:
+    return f"{capability[0]}.{capability[1]}"

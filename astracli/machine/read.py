@@ -1,166 +1,118 @@
-"""Readers behind `machine.probe`: the operating system, package metadata, cgroups and nvidia-smi, as plain values."""
+"""The facts of this machine: `probe` asks the operating system, cgroups, package metadata and `nvidia-smi`.
+
+It never imports torch, and asks nothing that a recipe needs: that is `doctor/gather.py`.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import platform
-import re
 import resource
 import shutil
 import subprocess
-from importlib import metadata
+import sys
 from pathlib import Path
-from typing import Any
+
+from astracli.machine import packages
+from astracli.machine.facts import Compilers, Gpu, GpuProcess, Machine, Python, System
 
 GPU_QUERY = ("index", "uuid", "name", "compute_cap", "memory.total", "memory.free", "driver_version")
 _CGROUP = Path("/sys/fs/cgroup")
-COMPILED = {"sgl_kernel": ("flash_ops",)}
-"""Module -> shared libraries that a build of it may lack. flash_ops: FlashAttention-3, for Hopper."""
+ENVIRONMENT = (
+    "HF_HOME",
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+    "ASTRA_DATA_DIR",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "NCCL_P2P_DISABLE",
+    "PYTHONPATH",
+)
 
 
-def package(name: str, module: str) -> dict[str, Any]:
-    """Version from metadata, and where the module would come from; the module is found, never imported."""
-    try:
-        version: str | None = metadata.version(name)
-    except metadata.PackageNotFoundError:
-        version = None
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        spec = None
-    origin = spec.origin if spec is not None and spec.origin and os.path.isfile(spec.origin) else None
-    found: dict[str, Any] = {"version": version, "module": module, "importable_spec": spec is not None}
-    if module in COMPILED and origin is not None:
-        folder = Path(origin).parent
-        found["compiled"] = [name for name in COMPILED[module] if any(folder.glob(f"**/{name}*.so"))]
-    return found | {"origin": origin}
+def probe(families: list[str] | None = None) -> Machine:
+    """This machine; well under half a second unless `nvidia-smi` is slow. `families`: see `packages.describe`."""
+    found, gpu_error = gpus()
+    return Machine(
+        system=system(),
+        python=Python(version=platform.python_version(), executable=sys.executable, venv=sys.prefix != sys.base_prefix),
+        gpus=tuple(found),
+        gpu_error=gpu_error,
+        compilers=compilers(),
+        env={name: os.environ.get(name) for name in ENVIRONMENT},
+        **packages.describe(families),
+    )
 
 
-def exact_pins(name: str) -> dict[str, dict[str, str | None]]:
-    """The `other==version` requirements of a distribution, extras left out, and what is installed of each."""
-    try:
-        lines = metadata.requires(name) or []
-    except metadata.PackageNotFoundError:
-        return {}
-    found: dict[str, dict[str, str | None]] = {}
-    for line in lines:
-        match = re.match(r"([A-Za-z0-9._-]+)(\[[^]]*\])?\s*\(?==\s*([^\s;,)]+)", line)
-        if match is None or "extra" in line.partition(";")[2]:
-            continue
-        try:
-            has: str | None = metadata.version(match.group(1))
-        except metadata.PackageNotFoundError:
-            has = None
-        found[match.group(1)] = {"wants": match.group(3), "has": has}
-    return found
-
-
-def model_files(module: str, folder: str, names: list[str]) -> list[str] | None:
-    """Those of `names` that a package has `folder/NAME` or `folder/NAME.py` for; None without the package."""
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None or not spec.origin:
-        return None
-    place = Path(spec.origin).parent / folder
-    return [name for name in names if (place / name).is_dir() or (place / f"{name}.py").is_file()]
-
-
-def compilers() -> dict[str, str | None]:
+def compilers() -> Compilers:
     """C compiler, nvcc, and the CUDA C++ core headers of that nvcc."""
     nvcc = shutil.which("nvcc")
     home = Path(os.path.realpath(nvcc)).parents[1] if nvcc else None
     places = [home / part for part in ("include", "include/cccl", "targets/x86_64-linux/include/cccl")] if home else []
     cccl = next((str(place) for place in places if (place / "cuda" / "std").is_dir()), None)
-    return {"cc": shutil.which("cc") or shutil.which("gcc"), "nvcc": nvcc, "cccl": cccl}
+    return Compilers(cc=shutil.which("cc") or shutil.which("gcc"), nvcc=nvcc, cccl=cccl)
 
 
-def torch_cuda() -> str | None:
-    """CUDA version that torch was built for, from torch/version.py read as text."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or not spec.origin:
-        return None
-    try:
-        text = (Path(spec.origin).parent / "version.py").read_text()
-    except OSError:
-        return None
-    match = re.search(r"^cuda\b[^=]*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)
-    return match.group(1) if match else None
-
-
-def gpus(timeout_s: float = 10.0) -> tuple[list[dict[str, Any]], str | None]:
+def gpus(timeout_s: float = 10.0) -> tuple[list[Gpu], str | None]:
     """(GPUs, why there is no answer although `nvidia-smi` is there)"""
     command = shutil.which("nvidia-smi")
     if command is None:
         return [], None
     try:
-        done = subprocess.run(
-            [command, f"--query-gpu={','.join(GPU_QUERY)}", "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-        )
+        done = _query(command, f"--query-gpu={','.join(GPU_QUERY)}", timeout_s)
+        if done.returncode != 0:
+            return [], " ".join((done.stdout + done.stderr).split())[:300] or f"nvidia-smi exited {done.returncode}"
+        held = _query(command, "--query-compute-apps=gpu_uuid,pid,process_name,used_memory", timeout_s)
     except subprocess.TimeoutExpired:
         return [], f"nvidia-smi gave no answer in {timeout_s:.0f} s"
     except OSError as error:
         return [], f"nvidia-smi cannot be run: {error}"
-    if done.returncode != 0:
-        return [], " ".join((done.stdout + done.stderr).split())[:300] or f"nvidia-smi exited {done.returncode}"
-    found = parse_gpus(done.stdout)
-    held = _query(command, "--query-compute-apps=gpu_uuid,pid,process_name,used_memory", timeout_s)
-    for gpu in found:
-        gpu["processes"] = [process for uuid, process in parse_processes(held) if uuid == gpu["uuid"]]
-    return found, None
+    return parse_gpus(done.stdout, held.stdout if held.returncode == 0 else ""), None
 
 
-def _query(command: str, what: str, timeout_s: float) -> str:
-    """The answer of nvidia-smi, empty when it has none."""
-    try:
-        done = subprocess.run(
-            [command, what, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=timeout_s
-        )
-    except (subprocess.TimeoutExpired, OSError):
-        return ""
-    return done.stdout if done.returncode == 0 else ""
+def _query(command: str, what: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
+    words = [command, what, "--format=csv,noheader,nounits"]
+    return subprocess.run(words, capture_output=True, text=True, timeout=timeout_s)
 
 
-def parse_processes(text: str) -> list[tuple[str, dict[str, Any]]]:
+def parse_processes(text: str) -> list[tuple[str, GpuProcess]]:
     """(GPU uuid, process) of each line; a name may hold commas, so uuid, id and memory are taken from the ends."""
     found = []
     for line in text.splitlines():
         parts = [part.strip() for part in line.split(",")]
         if len(parts) >= 4 and parts[1].isdigit():
-            memory = int(parts[-1]) * 2**20 if parts[-1].isdigit() else None
-            found.append((parts[0], {"pid": int(parts[1]), "name": ", ".join(parts[2:-1]), "memory": memory}))
+            process = GpuProcess(pid=int(parts[1]), name=", ".join(parts[2:-1]), memory=_mib(parts[-1]))
+            found.append((parts[0], process))
     return found
 
 
-def parse_gpus(text: str) -> list[dict[str, Any]]:
-    """The CSV answer of nvidia-smi to `GPU_QUERY`; memory in MiB, `[N/A]` where it is shared with the host."""
-
-    def size(value: str) -> int | None:
-        return int(value) * 2**20 if value.isdigit() else None
-
-    rows = [[part.strip() for part in line.split(",")] for line in text.splitlines() if line.strip()]
+def parse_gpus(text: str, processes: str = "") -> list[Gpu]:
+    """The CSV answer of nvidia-smi to `GPU_QUERY`, and the one that names processes."""
+    held = parse_processes(processes)
     return [
-        {
-            "index": int(index),
-            "uuid": uuid,
-            "name": name,
-            "compute_capability": capability,
-            "memory_total": size(total),
-            "memory_free": size(free),
-            "driver": driver,
-            "processes": [],
-        }
-        for index, uuid, name, capability, total, free, driver in rows
+        Gpu(
+            index=int(index),
+            uuid=uuid,
+            name=name,
+            compute_capability=capability,
+            memory_total=_mib(total),
+            memory_free=_mib(free),
+            driver=driver,
+            processes=tuple(process for place, process in held if place == uuid),
+        )
+        for index, uuid, name, capability, total, free, driver in (
+            (part.strip() for part in line.split(",")) for line in text.splitlines() if line.strip()
+        )
     ]
 
 
-def system() -> dict[str, Any]:
+def _mib(value: str) -> int | None:
+    """Bytes; None for `[N/A]`, which stands where memory is shared with the host."""
+    return int(value) * 2**20 if value.isdigit() else None
+
+
+def system() -> System:
     """Sizes in bytes, after this process's cgroup and affinity."""
     import psutil
 
@@ -173,23 +125,23 @@ def system() -> dict[str, Any]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     memlock = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     here = os.getcwd()
-    return {
-        "os": platform.system(),
-        "kernel": platform.release(),
-        "libc": " ".join(platform.libc_ver()).strip() or None,
-        "arch": platform.machine(),
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count() or 1,
-        "cores_usable": min(float(affinity), quota or float(affinity)),
-        "memory_total": total,
-        "memory_available": available,
-        "shm_total": shm,
-        "nofile": _limit(soft),
-        "nofile_hard": _limit(hard),
-        "memlock": _limit(memlock),
-        "disk_path": here,
-        "disk_free": shutil.disk_usage(here).free,
-    }
+    return System(
+        os=platform.system(),
+        kernel=platform.release(),
+        libc=packages.libc(),
+        arch=platform.machine(),
+        cpu=_cpu_model(),
+        cores=os.cpu_count() or 1,
+        cores_usable=min(float(affinity), quota or float(affinity)),
+        memory_total=total,
+        memory_available=available,
+        shm_total=shm,
+        nofile=_limit(soft),
+        nofile_hard=_limit(hard),
+        memlock=_limit(memlock),
+        disk_path=here,
+        disk_free=shutil.disk_usage(here).free,
+    )
 
 
 def _limit(value: int) -> int:

@@ -48,6 +48,10 @@ class DeltaRule:
     value_dim: int
 
 
+ACTIVATION_UNITS = 80
+"""Bytes a token and hidden unit of a block whose adapter says nothing: the most of the families that we know."""
+
+
 @dataclass(frozen=True)
 class MemoryShape:
     """What a plan needs to know of a model, read from its config alone. Bytes are derived from these."""
@@ -68,6 +72,11 @@ class MemoryShape:
     """Per block, the bytes a token that autograd keeps in bf16, without recomputation and without the blocks' own
     inputs, as `prepare_gpu` leaves them. () = not known: estimated from the hidden size."""
 
+    @property
+    def kept_of_blocks(self) -> tuple[int, ...]:
+        """`block_activations`, estimated where the adapter says nothing."""
+        return self.block_activations or (ACTIVATION_UNITS * self.hidden_size,) * self.layers
+
 
 @dataclass(frozen=True)
 class ModelAdapter:
@@ -79,14 +88,15 @@ class ModelAdapter:
     """`(path, *, attention) -> nn.Module` in fp32, text-only even from a multimodal checkpoint, in eval-independent
     (no dropout) form."""
     load_for_serving: Callable[..., Any]
-    """`(path, *, attention) -> nn.Module` for the embedded engine; same module class as training."""
+    """`(path, *, attention) -> nn.Module` for an engine in plain torch; same module class as training."""
     memory_shape: Callable[[Mapping[str, Any]], MemoryShape]
     """config.json (a dict) -> MemoryShape."""
     wire_tensors: Callable[[Any], dict[str, WireTensor]]
     """model -> {training parameter name: WireTensor}. Tied and frozen tensors are absent. Strict: every other
     parameter is present."""
     engine_flags: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
-    """config.json -> extra engine settings (SGLang command line names, without dashes)."""
+    """config.json -> settings that a served model of this family needs (command line names, without dashes), of an
+    engine that takes any."""
     attention_mask: Callable[[Any], Any] = lambda mask: mask
     """2-D 0/1 mask of a right-padded batch -> what the model's forward gets; None where its causal form is exact for
     right-padded rows and anything else leaks or breaks."""

@@ -6,13 +6,11 @@ is listed with its error and hurts nobody else.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from astracli.config import doors
 from astracli.config.recipe import Recipe
 from astracli.errors import UserError
 from astracli.models.adapter import ModelAdapter, read_config
@@ -24,76 +22,31 @@ HOW_TO_ADD = (
 )
 
 
-@dataclass(frozen=True)
-class Installed:
-    """One entry point of the group, loaded or broken."""
+Installed = doors.Installed[ModelAdapter]
 
-    name: str
-    value: str
-    """`module:attribute` of the entry point."""
-    package: str
-    version: str
-    adapter: ModelAdapter | None
-    error: str | None
-    """Why it could not be loaded; None when it could."""
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "package": self.package,
-            "version": self.version,
-            "entry_point": self.value,
-            "model_types": list(self.adapter.model_types) if self.adapter else [],
-            "summary": self.adapter.summary if self.adapter else "",
-            "hybrid": bool(self.adapter and self.adapter.hybrid),
-            "error": self.error,
-        }
+def to_json(item: Installed) -> dict[str, Any]:
+    """An installed adapter as `astra adapters list --json` shows it."""
+    return {
+        "name": item.name,
+        "package": item.package,
+        "version": item.version,
+        "entry_point": item.value,
+        "model_types": list(item.plugin.model_types) if item.plugin else [],
+        "summary": item.plugin.summary if item.plugin else "",
+        "hybrid": bool(item.plugin and item.plugin.hybrid),
+        "error": item.error,
+    }
 
 
 def installed() -> list[Installed]:
     """Every adapter of this environment, by name; broken ones carry their error."""
-    points = metadata.entry_points(group=GROUP)
-    return sorted((_load(point) for point in points), key=lambda item: (item.name, item.package))
-
-
-def _load(point: metadata.EntryPoint) -> Installed:
-    adapter, error = None, None
-    try:
-        found = point.load()
-    except Exception as failure:  # a stranger's module may raise anything while it is imported
-        error = f"{type(failure).__name__}: {' '.join(str(failure).split())}"
-    else:
-        if isinstance(found, ModelAdapter):
-            adapter = found
-        else:
-            error = f"{point.value} is a {type(found).__name__}, not an astracli.models.adapter.ModelAdapter"
-    package = point.dist.name if point.dist is not None else "unknown"
-    version = point.dist.version if point.dist is not None else "unknown"
-    return Installed(point.name, point.value, package, version, adapter, error)
+    return doors.installed(GROUP, ModelAdapter)
 
 
 def get(name: str) -> ModelAdapter:
     """The adapter of that name. Raises UserError: not installed (with the nearest), broken, or there twice."""
-    everything = installed()
-    found = [item for item in everything if item.name == name]
-    if not found:
-        names = sorted({item.name for item in everything})
-        near = difflib.get_close_matches(name, names, n=1)
-        guess = f"; did you mean `{near[0]}`?" if near else ""
-        raise UserError(f"no adapter `{name}` is installed (there is: {', '.join(names) or 'none'}){guess}", HOW_TO_ADD)
-    if len(found) > 1:
-        packages = " and ".join(f"`{item.package}`" for item in found)
-        raise UserError(f"adapter `{name}` comes from two packages: {packages}", "uninstall one of them")
-    return _usable(found[0])
-
-
-def _usable(item: Installed) -> ModelAdapter:
-    if item.adapter is None:
-        raise UserError(
-            f"adapter `{item.name}` of package `{item.package}` {item.version} is broken: {item.error}",
-            f"mend or uninstall it: `pip uninstall {item.package}`",
-        )
-    return item.adapter
+    return doors.get(installed(), name, "adapter", HOW_TO_ADD)
 
 
 def resolve(recipe: Recipe, config: Mapping[str, Any] | Path | None = None) -> ModelAdapter:
@@ -124,7 +77,7 @@ def resolve(recipe: Recipe, config: Mapping[str, Any] | Path | None = None) -> M
         also = f" (broken: {_names(broken)})" if broken else ""
         raise UserError(
             f"no installed adapter claims model_type `{model_type}` of `{recipe.model.path}`; there is: "
-            f"{'; '.join(_described(item) for item in everything if item.adapter)}{also}",
+            f"{'; '.join(_described(item) for item in everything if item.plugin)}{also}",
             f"a dense model may run with `--set model.adapter=generic`; {HOW_TO_ADD}",
         )
     if len(claiming) > 1:
@@ -132,17 +85,17 @@ def resolve(recipe: Recipe, config: Mapping[str, Any] | Path | None = None) -> M
             f"several adapters claim model_type `{model_type}`: {_names(claiming)}",
             f"choose one: `--set model.adapter={claiming[0].name}`",
         )
-    return _usable(claiming[0])
+    return claiming[0].usable("adapter")
 
 
 def _claiming(everything: Sequence[Installed], model_type: str) -> list[Installed]:
-    return [item for item in everything if item.adapter is not None and model_type in item.adapter.model_types]
+    return [item for item in everything if item.plugin is not None and model_type in item.plugin.model_types]
 
 
 def _by_hub_id(path: str, everything: Sequence[Installed]) -> ModelAdapter:
     for item in everything:
-        if item.adapter is not None and path in item.adapter.known_configs:
-            return item.adapter
+        if item.plugin is not None and path in item.plugin.known_configs:
+            return item.plugin
     raise UserError(
         f"cannot tell which adapter `{path}` needs: its config.json is not on this machine",
         f"name one with `--set model.adapter=NAME` (installed: {_names(everything)})",
@@ -150,7 +103,7 @@ def _by_hub_id(path: str, everything: Sequence[Installed]) -> ModelAdapter:
 
 
 def _described(item: Installed) -> str:
-    claims = _words(item.adapter.model_types) if item.adapter and item.adapter.model_types else "by name only"
+    claims = _words(item.plugin.model_types) if item.plugin and item.plugin.model_types else "by name only"
     return f"`{item.name}` ({claims})"
 
 

@@ -11,28 +11,23 @@ from typing import Any
 
 from astracli.backends.choice import BackendChoice
 from astracli.config.recipe import Recipe
+from astracli.engines import registry as engines
 from astracli.errors import UserError
-from astracli.machine import facts as machine
+from astracli.machine.component import Component
+from astracli.machine.facts import Machine
+from astracli.machine.findings import PlanProblem
+from astracli.machine.memory import MemoryRow
 from astracli.models.adapter import MemoryShape, ModelAdapter
-from astracli.plan import cost as plan_speed
-from astracli.plan import hints as plan_hint
-from astracli.plan import margin as plan_margin
-from astracli.plan import memory as plan_memory
-from astracli.plan import placement as plan_place
-from astracli.plan import problems as plan_problems
-from astracli.plan import requests as plan_requests
-from astracli.plan import staging as plan_staging
-from astracli.plan import trainer as plan_trainer
-from astracli.plan.memory import MemoryRow
-from astracli.plan.placement import Placement
-from astracli.plan.types import Command, LaunchPlan, PlanProblem, ProcessPlan, TextTable
-from astracli.plan.view import render, to_json
+from astracli.plan import hints, margin, problems, staging
+from astracli.plan.cost import pace
+from astracli.plan.memory import disk_rows, light_row, on_gpu, solid, total
+from astracli.plan.placement import Gpus, Placement, place, time_shared
+from astracli.plan.requests import settle
+from astracli.plan.trainer import SPARE_BYTES, trainer_rows
+from astracli.plan.types import Command, LaunchPlan, ProcessPlan
 from astracli.process import layout
 from astracli.process.config import Role
 
-__all__ = ["Command", "LaunchPlan", "PlanProblem", "ProcessPlan", "TextTable", "build", "refuse", "render", "to_json"]
-
-ENGINE_MODULES = {"embedded": "astracli.engines.embedded.process", "sglang": "astracli.engines.sglang.server"}
 MODULES = {
     Role.ROLLOUT: "astracli.rollout.worker",
     Role.TRAINER: "astracli.training.worker",
@@ -47,7 +42,7 @@ def build(
     recipe: Recipe,
     adapter: ModelAdapter,
     choice: BackendChoice,
-    facts: Mapping[str, Any],
+    facts: Machine,
     *,
     command: Command = "train",
     config: Mapping[str, Any] | None = None,
@@ -61,13 +56,13 @@ def build(
     def fits(other: Recipe, lightly: bool) -> bool:
         tried = _build(other, choice, facts, command, shape, None, lambda otherwise: otherwise)
         blocked = any(problem.blocking and problem.kind in ("gpus", "memory") for problem in tried.problems)
-        strained = tried.placement.short or any(margin.short for margin in tried.margins)
+        strained = tried.placement.short or any(each.short for each in tried.margins)
         return not blocked and not (lightly and strained)
 
     def way_out(otherwise: str) -> str:
-        count = len(machine.visible_gpus(facts))
-        sets = plan_hint.find(recipe, command, count, fits) if count and choice.device == "cuda" else None
-        return f"run {plan_hint.command_line(command, recipe.name, sets)}" if sets else otherwise
+        count = len(facts.visible_gpus)
+        sets = hints.find(recipe, command, count, fits) if count and choice.device == "cuda" else None
+        return f"run {hints.command_line(command, recipe.name, sets)}" if sets else otherwise
 
     plan = _build(recipe, choice, facts, command, shape, checkpoint_bytes, way_out)
     if config is not None:
@@ -80,7 +75,7 @@ def build(
 def _build(
     recipe: Recipe,
     choice: BackendChoice,
-    facts: Mapping[str, Any],
+    facts: Machine,
     command: Command,
     shape: MemoryShape | None,
     checkpoint_bytes: int | None,
@@ -94,15 +89,14 @@ def _build(
     if (host := _room_on_host(processes, memory, facts)) is not None and choice.device == "cuda":
         recipe, placement = _place(processes, shape, asked, choice, facts, host)
         memory = _memory(processes, shape, recipe, choice.device, placement, facts)
-    if on_gpu := _room_to_publish(processes, memory, facts, placement.time_sharing):
-        memory = _memory(processes, shape, recipe, choice.device, placement, facts, on_gpu)
+    if roomy := _room_to_publish(processes, memory, facts, placement.time_sharing):
+        memory = _memory(processes, shape, recipe, choice.device, placement, facts, roomy)
     if shape and command == "train":
-        room = plan_problems.sizes_of(facts), facts["system"]["memory_total"]
-        placement, memory = plan_staging.decide(processes, memory, shape, recipe, placement, *room)
+        placement, memory = staging.decide(processes, memory, shape, recipe, placement, facts)
     if placement.time_sharing:
         # a worker that starts again does not know who has the GPU
         processes = [replace(process, restarts=0) for process in processes]
-    disk = plan_memory.disk_rows(shape, recipe, checkpoint_bytes) if shape and command == "train" else []
+    disk = disk_rows(shape, recipe, checkpoint_bytes) if shape and command == "train" else []
     plan = LaunchPlan(
         recipe=recipe.name,
         command=command,
@@ -112,21 +106,20 @@ def _build(
         memory=tuple(memory),
         disk=tuple(disk),
         model=_model(shape, recipe) if shape else {},
-        gpu_sizes=plan_problems.sizes_of(facts),
-        host_size=facts["system"]["memory_total"],
+        gpu_sizes=facts.gpu_sizes,
+        host_size=facts.system.memory_total,
         running_requests=recipe.rollout.running,
         expected=recipe.expected.model_dump(exclude_none=True) if recipe.expected else {},
     )
     if choice.device == "cuda":
-        sizes = plan_problems.sizes_of(facts)
-        plan = replace(plan, margins=plan_margin.margins(plan.memory, plan.gpu_map, sizes))
-    problems = [
-        *plan_problems.gpu_problems(plan, recipe, facts, way_out),
-        *plan_problems.software_problems(recipe, choice, facts),
-        *plan_problems.size_problems(plan, recipe, shape, facts, way_out),
+        plan = replace(plan, margins=margin.margins(plan.memory, plan.gpu_map, plan.gpu_sizes))
+    found = [
+        *problems.gpu_problems(plan, recipe, facts, way_out),
+        *problems.software_problems(recipe, choice, facts),
+        *problems.size_problems(plan, recipe, shape, facts, way_out),
     ]
-    warnings = [*choice.warnings, *plan_problems.warnings(plan, recipe, facts), *plan_margin.warnings(plan.margins)]
-    return replace(plan, problems=tuple(problems), warnings=tuple(warnings))
+    warnings = [*choice.warnings, *problems.warnings(plan, recipe, facts), *margin.warnings(plan.margins)]
+    return replace(plan, problems=tuple(found), warnings=tuple(warnings))
 
 
 def refuse(plan: LaunchPlan) -> None:
@@ -138,13 +131,13 @@ def refuse(plan: LaunchPlan) -> None:
         raise UserError(first.message + also, first.hint)
 
 
-def _processes(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any], command: Command) -> list[ProcessPlan]:
-    resources, threads = recipe.resources, recipe.resources.threads
+def _processes(recipe: Recipe, choice: BackendChoice, facts: Machine, command: Command) -> list[ProcessPlan]:
+    resources, threads, start = recipe.resources, recipe.resources.threads, engines.of(recipe).start(recipe)
     cuda = choice.device == "cuda"
     restarts = recipe.launch.max_restarts if recipe.launch.max_restarts is not None else (2 if cuda else 0)
     if recipe.launch.deterministic:
         restarts = 0  # a wave whose engine dies begins again, whole, and that is what a resume does
-    physical = [gpu["index"] for gpu in machine.visible_gpus(facts)]
+    physical = [gpu.index for gpu in facts.visible_gpus]
     engine_gpus, train_gpus = _placement(recipe, physical) if cuda else ([], [])
 
     def child(name: str, role: Role, gpus: list[int], **more: Any) -> ProcessPlan:
@@ -154,13 +147,13 @@ def _processes(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any], 
             "CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpu in gpus),
             "OMP_NUM_THREADS": str(count),
             "TOKENIZERS_PARALLELISM": "false",
-            **(resources.engine.env if role is Role.ENGINE and choice.engine == "embedded" else {}),
+            **(start.env if role is Role.ENGINE else {}),
             **(TRAINER_ON_GPU if role is Role.TRAINER and cuda else {}),
         }
         return ProcessPlan(
             name=name,
             role=role,
-            module=ENGINE_MODULES[choice.engine] if role is Role.ENGINE else MODULES[role],
+            module=start.module if role is Role.ENGINE else MODULES[role],
             gpus=tuple(gpus),
             threads=count,
             nice=0 if role in (Role.ENGINE, Role.TRAINER) else 5,
@@ -172,9 +165,7 @@ def _processes(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any], 
     result = []
     for index in range(len(engine_gpus) if cuda else resources.engines):
         own = engine_gpus[index : index + 1]
-        # SGLang runs in its environment, the process that watches it in ours
-        python = resources.engine.python if choice.engine == "embedded" else None
-        result.append(child(f"engine{index}", Role.ENGINE, own, python=python))
+        result.append(child(f"engine{index}", Role.ENGINE, own, python=start.python))
     if command in ("train", "rollout"):
         result.append(child("rollout", Role.ROLLOUT, [], children=recipe.data.reward_workers))
     ranks = (len(train_gpus) if cuda else resources.train_ranks) if command == "train" else 0
@@ -201,18 +192,18 @@ def _place(
     shape: MemoryShape | None,
     recipe: Recipe,
     choice: BackendChoice,
-    facts: Mapping[str, Any],
+    facts: Machine,
     host: int | None = None,
 ) -> tuple[Recipe, Placement]:
     """The recipe with what it leaves to the machine, and where things lie. `host`: bytes that trainers may take there,
     None while there is enough."""
     if choice.device != "cuda":
-        return plan_requests.settle(recipe, shape, {}, [], [], plan_speed.pace([]))[0], Placement()
-    gpus = {role: [gpu for p in processes if p.role is role for gpu in p.gpus] for role in (Role.ENGINE, Role.TRAINER)}
-    where = (plan_problems.sizes_of(facts), gpus[Role.ENGINE], gpus[Role.TRAINER])
-    pace = plan_speed.pace([gpu for gpu in machine.visible_gpus(facts) if gpu["index"] in gpus[Role.TRAINER]])
-    recipe, why = plan_requests.settle(recipe, shape, *where, pace)
-    placement = plan_place.place(recipe, shape, *where, pace, host)
+        return settle(recipe, shape, Gpus())[0], Placement()
+    engine, trainer = _of(processes, Role.ENGINE), _of(processes, Role.TRAINER)
+    slowest = pace([gpu for gpu in facts.visible_gpus if gpu.index in trainer])
+    gpus = Gpus(facts.gpu_sizes, engine, trainer, slowest)
+    recipe, why = settle(recipe, shape, gpus)
+    placement = place(recipe, shape, gpus, host)
     if why is not None:
         row = ("requests", f"{recipe.rollout.running} at once", why)
         placement = replace(placement, reasons=(row, *placement.reasons))
@@ -225,58 +216,58 @@ def _memory(
     recipe: Recipe,
     device: str,
     placement: Placement,
-    facts: Mapping[str, Any],
+    facts: Machine,
     published_on_gpu: Collection[str] = (),
 ) -> list[MemoryRow]:
     """`published_on_gpu`: trainers whose published versions lie on their GPU, those of others on the host."""
-    rows, sizes = [plan_memory.light_row("supervisor")], plan_problems.sizes_of(facts) if device == "cuda" else {}
+    rows, sizes = [light_row("supervisor")], facts.gpu_sizes if device == "cuda" else {}
     for process in processes:
         if process.role is Role.ENGINE and shape:
             gpu_bytes = next((sizes[gpu] for gpu in process.gpus if gpu in sizes), None)
             static = None if gpu_bytes is None else int((placement.mem_fraction_static or 0.0) * gpu_bytes)
-            rows += plan_memory.engine_rows(process.name, shape, recipe, device, static=static)
+            rows += engines.of(recipe).memory.rows(process.name, shape, recipe, device, reserved=static)
         elif process.role is Role.TRAINER and shape:
             published: layout.Where = "gpu" if process.name in published_on_gpu else "host"
-            where = (device, process.world_size, placement.split, published)
-            rows += plan_trainer.trainer_rows(process.name, shape, recipe, *where)
+            rows += trainer_rows(process.name, shape, recipe, device, process.world_size, placement.split, published)
         else:
-            rows.append(plan_memory.light_row(process.name, process.children))
+            rows.append(light_row(process.name, process.children))
     if not placement.time_sharing:
         return rows
-    return plan_place.time_shared(rows, _on_shared_gpus(processes))
+    return time_shared(rows, _on_shared_gpus(processes))
 
 
 def _on_shared_gpus(processes: Sequence[ProcessPlan]) -> set[str]:
     """Processes on a GPU that an engine and a trainer use."""
-    engine, trainer = (
-        {gpu for p in processes if p.role is role for gpu in p.gpus} for role in (Role.ENGINE, Role.TRAINER)
-    )
-    return {p.name for p in processes if set(p.gpus) & engine & trainer}
+    shared = set(_of(processes, Role.ENGINE)) & set(_of(processes, Role.TRAINER))
+    return {p.name for p in processes if set(p.gpus) & shared}
 
 
-def _room_on_host(processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], facts: Mapping[str, Any]) -> int | None:
+def _of(processes: Sequence[ProcessPlan], role: Role) -> list[int]:
+    """The GPUs of a role's processes."""
+    return [gpu for process in processes if process.role is role for gpu in process.gpus]
+
+
+def _room_on_host(processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], facts: Machine) -> int | None:
     """What others leave trainers of a host that is too small for all of them; None where all fit."""
-    size = facts["system"]["memory_total"]
-    if plan_memory.total(rows, where="host", fixed=True) <= size:
+    size = facts.system.memory_total
+    if total(rows, where="host", fixed=True) <= size:
         return None
     others = [process.name for process in processes if process.role is not Role.TRAINER] + ["supervisor"]
-    return int(size - plan_memory.total(rows, where="host", fixed=True, processes=others))
+    return int(size - total(rows, where="host", fixed=True, processes=others))
 
 
 def _room_to_publish(
-    processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], facts: Mapping[str, Any], time_sharing: bool
+    processes: Sequence[ProcessPlan], rows: Sequence[MemoryRow], facts: Machine, time_sharing: bool
 ) -> set[str]:
     """Trainers whose GPU has room for two published versions beside all else; each rank finds out for itself
     (`weights.snapshot`). One that leaves its GPU to the engine keeps them on the host."""
-    sizes = plan_problems.sizes_of(facts)
-    held = {row.process: row.bytes for row in rows if row.what == plan_trainer.PUBLISHED}
-    # torch gives the holes of its cache back where memory is short
-    solid = [row for row in rows if row.what != plan_memory.HOLES]
+    sizes = facts.gpu_sizes
+    held = {row.process: row.bytes for row in rows if row.component is Component.PUBLISHED}
     leaves = _on_shared_gpus(processes) if time_sharing else set()
 
     def fits(gpu: int, trainer: str) -> bool:
         names = [p.name for p in processes if gpu in p.gpus]
-        need = plan_memory.on_gpu(solid, names) + held[trainer] + plan_trainer.SPARE_BYTES
+        need = on_gpu(solid(rows), names) + held[trainer] + SPARE_BYTES
         return gpu in sizes and need <= sizes[gpu]
 
     there = [p for p in processes if p.name in held and p.gpus and p.name not in leaves]

@@ -6,11 +6,11 @@ Only how two ways of the same step compare has to be right. Figures were measure
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from astracli.config.recipe import RECOMPUTED_BLOCKS, Recipe
+from astracli.machine.facts import Gpu
 from astracli.models.adapter import MemoryShape
 from astracli.process.layout import Split, recomputed
 
@@ -43,10 +43,10 @@ class Pace:
     """Bytes a second to and from the host, together."""
 
 
-def pace(gpus: Sequence[Mapping[str, Any]]) -> Pace:
-    """The slowest of these GPUs, as `machine` describes them."""
+def pace(gpus: Sequence[Gpu]) -> Pace:
+    """The slowest of these GPUs."""
     each = [
-        Pace(REACHED * peak(gpu["name"], gpu["compute_capability"]) * 1e12, _link(gpu["compute_capability"]))
+        Pace(REACHED * peak(gpu.name, gpu.compute_capability) * 1e12, LINK[9 if gpu.capability[0] >= 9 else 8])
         for gpu in gpus
     ]
     return min(each, key=lambda found: found.flops, default=Pace())
@@ -69,8 +69,3 @@ def step_seconds(recipe: Recipe, shape: MemoryShape, ranks: int, split: Split, p
     used = recipe.algorithm.kl_coef > 0 and split.reference == "host"
     reference = 2 * share / (pace.link / 2) if used else 0.0
     return passes + moments + reference
-
-
-def _link(capability: str | None) -> float:
-    major = int((capability or "8.0").split(".")[0])
-    return LINK[min(max(major, 8), max(LINK))]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from astracli.plan import memory as plan_memory
-from astracli.plan.memory import words
+from astracli.machine.memory import words
+from astracli.plan.memory import on_gpu, total
 
 if TYPE_CHECKING:
     from astracli.plan.types import LaunchPlan
@@ -36,14 +36,14 @@ def uses(plan: LaunchPlan) -> list[Use]:
         return []
     found = []
     for gpu, names in plan.gpu_map.items():
-        least, most = (plan_memory.on_gpu(plan.memory, names, fixed=fixed) for fixed in (True, False))
+        least, most = (on_gpu(plan.memory, names, fixed=fixed) for fixed in (True, False))
         found.append(Use(str(gpu), tuple(names), least, most, plan.gpu_sizes.get(gpu)))
-    least, most = (plan_memory.total(plan.memory, where="host", fixed=fixed) for fixed in (True, False))
+    least, most = (total(plan.memory, where="host", fixed=fixed) for fixed in (True, False))
     everyone = tuple(dict.fromkeys(row.process for row in plan.memory if row.where == "host"))
     return [*found, Use("host", everyone, least, most, plan.host_size)]
 
 
-def document(plan: LaunchPlan) -> list[dict[str, Any]]:
+def memory_by_place(plan: LaunchPlan) -> list[dict[str, Any]]:
     """`uses` as plain JSON."""
     return [asdict(use) | {"processes": list(use.processes)} for use in uses(plan)]
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from astracli.config.recipe import Recipe
+from astracli.engines import registry as engines
 
 Sets = dict[str, Any]
 """Dotted key -> value"""
@@ -32,11 +33,14 @@ def command_line(command: str, name: str, sets: Sets) -> str:
 
 def changed(recipe: Recipe, sets: Sets) -> Recipe:
     """The recipe with dotted keys set."""
-    tables: dict[str, dict[str, Any]] = {}
     for key, value in sets.items():
-        table, _, name = key.partition(".")
-        tables.setdefault(table, {})[name] = value
-    return recipe.model_copy(update={t: getattr(recipe, t).model_copy(update=v) for t, v in tables.items()})
+        recipe = _with(recipe, key.split("."), value)
+    return recipe
+
+
+def _with(table: Any, keys: list[str], value: Any) -> Any:
+    name, *rest = keys
+    return table.model_copy(update={name: _with(getattr(table, name), rest, value) if rest else value})
 
 
 def _fewest(recipe: Recipe, sets: Sets, accepted: Accepted, lightly: bool) -> Sets:
@@ -76,11 +80,7 @@ def _smaller(recipe: Recipe, command: str) -> Iterator[Sets]:
             steps.append({"train.optimizer_device": "auto"})
         if train.tokens_per_microbatch > rollout.context_length:
             steps.append({"train.tokens_per_microbatch": rollout.context_length})
-    if rollout.chunked_prefill_size > 2048:
-        steps.append({"rollout.chunked_prefill_size": 2048})
-    steps += [
-        {"rollout.mem_fraction_static": value} for value in (0.8, 0.85, 0.9) if value > rollout.mem_fraction_static
-    ]
+    steps += engines.of(recipe).memory.smaller(recipe)
     steps += [{"rollout.max_running_requests": n} for n in (16, 8, 4) if n < rollout.running]
     sets: Sets = {}
     for step in steps:

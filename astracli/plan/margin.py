@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from astracli.plan import memory as plan_memory
-from astracli.plan.memory import MARGIN, MemoryRow, words
+from astracli.machine.memory import MARGIN, MemoryRow, words
+from astracli.plan import memory
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ def margins(
 ) -> tuple[Margin, ...]:
     """Of every GPU of the plan whose size is known."""
     found = []
-    expected = plan_memory.expected(rows)
-    padded = plan_memory.with_margin(expected)
+    expected = memory.expected(rows)
+    padded = memory.with_margin(expected)
     for gpu, names in gpu_map.items():
-        planned = plan_memory.on_gpu(expected, names)
+        planned = memory.on_gpu(expected, names)
         if gpu in sizes and planned:
-            needed = plan_memory.on_gpu(padded, names) - planned
+            needed = memory.on_gpu(padded, names) - planned
             found.append(Margin(gpu, planned, needed, sizes[gpu] - planned))
     return tuple(found)
 

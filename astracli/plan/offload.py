@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from astracli.config.recipe import Recipe, Recomputed
+from astracli.machine.memory import words
 from astracli.models.adapter import MemoryShape
-from astracli.plan import memory as plan_memory
-from astracli.plan import trainer as plan_trainer
 from astracli.plan.cost import Pace, step_seconds
-from astracli.plan.memory import words
+from astracli.plan.memory import expected, padded
+from astracli.plan.trainer import trainer_rows
 from astracli.process.layout import Split, Where
 
 MODES: Sequence[Recomputed] = ("none", "selective", "full")
@@ -73,9 +73,9 @@ def recomputing(splits: Sequence[Split]) -> list[Split]:
 
 def trainer_needs(recipe: Recipe, shape: MemoryShape, ranks: int, split: Split) -> tuple[int, int]:
     """What a rank needs of its GPU: (at least; of all that is expected there, with the margin of its estimates)."""
-    rows = plan_trainer.trainer_rows("trainer", shape, recipe, "cuda", ranks, split)
-    there = [row for row in plan_memory.expected(rows) if row.where == "gpu"]
-    return sum(row.bytes for row in there if row.fixed), sum(map(plan_memory.padded, there))
+    rows = trainer_rows("trainer", shape, recipe, "cuda", ranks, split)
+    there = [row for row in expected(rows) if row.where == "gpu"]
+    return sum(row.bytes for row in there if row.fixed), sum(map(padded, there))
 
 
 def choose(

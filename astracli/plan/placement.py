@@ -10,13 +10,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from astracli.config.recipe import Recipe
+from astracli.engines import registry as engines
+from astracli.machine.component import Component
+from astracli.machine.memory import MemoryRow, safe, words
 from astracli.models.adapter import MemoryShape
-from astracli.plan import memory as plan_memory
-from astracli.plan import offload as plan_split
-from astracli.plan import trainer as plan_trainer
 from astracli.plan.cost import Pace
-from astracli.plan.memory import COMFORT, MemoryRow, safe, words
-from astracli.plan.offload import KEPT, Choice, Try, options, recomputing, resident, trainer_needs
+from astracli.plan.memory import COMFORT, total
+from astracli.plan.offload import KEPT, Choice, Try, choose, options, recomputing, resident, trainer_needs
+from astracli.plan.trainer import context_bytes, trainer_rows
 from astracli.process.layout import LIMIT_S, WITHOUT_PEERS, Split, Staging
 
 
@@ -39,27 +40,43 @@ class Placement:
     """Where a full version waits beside each engine until its pause (`plan/staging.py`)."""
 
 
-def place(
-    recipe: Recipe,
-    shape: MemoryShape | None,
-    sizes: Mapping[int, int],
-    engine_gpus: Sequence[int],
-    train_gpus: Sequence[int],
-    pace: Pace,
-    host: int | None = None,
-) -> Placement:
-    """`sizes`: bytes of each visible GPU; the lists are those that the processes get; `pace`: of the trainer's. `host`:
-    bytes of host memory that the trainer's ranks may take, None while there is enough."""
-    fraction = recipe.rollout.mem_fraction_static
-    shared = bool(set(engine_gpus) & set(train_gpus))
+@dataclass(frozen=True)
+class Gpus:
+    """The GPUs of a machine, and those of them that a plan's processes get."""
+
+    sizes: Mapping[int, int] = field(default_factory=dict)
+    """Bytes of each visible one."""
+    engine: Sequence[int] = ()
+    trainer: Sequence[int] = ()
+    pace: Pace = field(default_factory=Pace)
+    """Of the trainer's."""
+
+    @property
+    def shared(self) -> bool:
+        """Some GPU holds an engine and a trainer."""
+        return bool(set(self.engine) & set(self.trainer))
+
+    @property
+    def engine_bytes(self) -> int | None:
+        """The smallest of the engines'; None when that is not known."""
+        return min((self.sizes[gpu] for gpu in self.engine if gpu in self.sizes), default=None)
+
+    @property
+    def trainer_bytes(self) -> int | None:
+        return min((self.sizes[gpu] for gpu in self.trainer if gpu in self.sizes), default=None)
+
+
+def place(recipe: Recipe, shape: MemoryShape | None, gpus: Gpus, host: int | None = None) -> Placement:
+    """`host`: bytes of host memory that the trainer's ranks may take, None while there is enough."""
+    memory = engines.of(recipe).memory
+    fraction = memory.share(recipe)
+    shared, smallest, ranks = gpus.shared, gpus.trainer_bytes, len(gpus.trainer)
     if shape is None:
         return Placement(mem_fraction_static=fraction, shared=shared)
-    smallest = min((sizes[gpu] for gpu in train_gpus if gpu in sizes), default=None)
-    ranks = len(train_gpus)
     time_sharing = shared and shares_time(recipe, shape, smallest, ranks)
     chosen = Choice(Split(), False, [])
-    if train_gpus:
-        every = options(recipe, shape, ranks, pace)
+    if gpus.trainer:
+        every = options(recipe, shape, ranks, gpus.pace)
         if smallest is not None:
             tries = _tries(recipe, shape, smallest, every, shared, time_sharing)
 
@@ -67,7 +84,7 @@ def place(
                 return max(0, _host_bytes(recipe, shape, ranks, split, time_sharing) - (host or 0))
 
             limited = over if host is not None else None
-            chosen = plan_split.choose(recipe, shape, ranks, pace, smallest, tries, limited)
+            chosen = choose(recipe, shape, ranks, gpus.pace, smallest, tries, limited)
         else:
             split = recomputing(resident(every))[0]
             unknown = ("activations", KEPT[split.recomputed], "the memory of its GPU is not known")
@@ -77,28 +94,30 @@ def place(
         without = " ".join(f"{name}={value}" for name, value in WITHOUT_PEERS.items())
         why = f"proved by an all-reduce in {LIMIT_S:g} s at the start; if not, once more with {without}"
         reasons.append((f"{ranks} ranks", "direct links", why))
-    engine_gpu_bytes = [sizes[gpu] for gpu in engine_gpus if gpu in sizes]
-    if time_sharing and smallest is not None and engine_gpu_bytes:
+    if time_sharing and smallest is not None:
         asked = recipe.resources.share_mode == "time_sharing"
         why_time_sharing = "the recipe asks for it" if asked else f"side by side they do not fit {words(smallest)}"
         reasons.append(("engine and trainer", "time sharing", why_time_sharing))
-        left = smallest - safe(plan_trainer.context_bytes(ranks) + plan_memory.beside_static(shape, recipe))
+        left = smallest - safe(context_bytes(ranks) + memory.beside(shape, recipe))
         fraction = min(fraction, max(0.01, int(100 * left / smallest) / 100))
-    elif shared and smallest is not None and engine_gpu_bytes:
-        beside = plan_memory.beside_static(shape, recipe)
+    elif shared and smallest is not None:
+        beside = memory.beside(shape, recipe)
         least, room = trainer_needs(recipe, shape, ranks, chosen.split)
         roomy, all_of_it = smallest - room - safe(beside), smallest - least - beside
-        left = roomy if roomy >= plan_memory.static_bytes(shape, recipe) else all_of_it
+        left = roomy if roomy >= memory.reserved(shape, recipe) else all_of_it
         derived = max(0.01, int(100 * left / smallest) / 100)
         if derived < fraction:
             fraction = derived
             why_less = f"what the trainer leaves of {words(smallest)}, less {words(beside)} for work"
             reasons.append(("engine", f"reserves {fraction:.0%}", why_less))
-    return Placement(chosen.split, fraction, shared, time_sharing, chosen.short, tuple(reasons))
-
-
-AWAY = plan_memory.CUDA_GRAPHS + plan_memory.CUDA_CONTEXT
-"""What an engine keeps of its GPU while a trainer uses it."""
+    return Placement(
+        split=chosen.split,
+        mem_fraction_static=fraction,
+        shared=shared,
+        time_sharing=time_sharing,
+        short=chosen.short,
+        reasons=tuple(reasons),
+    )
 
 
 def shares_time(recipe: Recipe, shape: MemoryShape, size: int | None, ranks: int) -> bool:
@@ -112,23 +131,22 @@ def shares_time(recipe: Recipe, shape: MemoryShape, size: int | None, ranks: int
         if need + engine <= size:
             return False
         least = min(least, need)
-    return least + AWAY <= size
+    return least + engines.of(recipe).memory.stays <= size
 
 
 def _tries(
     recipe: Recipe, shape: MemoryShape, size: int, every: Sequence[Split], shared: bool, time_sharing: bool
 ) -> list[Try]:
     """Ways to share the GPU between trainer and engine, what is best for both first."""
+    memory = engines.of(recipe).memory
     if not shared or time_sharing:
-        beside = AWAY if time_sharing else 0
+        beside = memory.stays if time_sharing else 0
         return [Try(every, size - safe(beside)), Try(every, size - beside, tight=True)]
     requests = recipe.rollout.running
-    whole = min(
-        int(recipe.rollout.mem_fraction_static * size), plan_memory.static_bytes(shape, recipe, requests=requests)
-    )
+    whole = min(int(memory.share(recipe) * size), memory.reserved(shape, recipe, requests=requests))
     again, because = recomputing(every), "the engine beside it makes more of the memory"
-    beside = plan_memory.beside_static(shape, recipe)
-    some, one = (plan_memory.static_bytes(shape, recipe, requests=n) for n in (max(1, requests // COMFORT), 1))
+    beside = memory.beside(shape, recipe)
+    some, one = (memory.reserved(shape, recipe, requests=n) for n in (max(1, requests // COMFORT), 1))
     return [
         Try(resident(every), size - whole - safe(beside)),
         Try(again, size - some - safe(beside), because=because),
@@ -139,29 +157,29 @@ def _tries(
 
 def _host_bytes(recipe: Recipe, shape: MemoryShape, ranks: int, split: Split, time_sharing: bool) -> int:
     """What all ranks need of the host."""
-    rows = plan_trainer.trainer_rows("trainer", shape, recipe, "cuda", ranks, split)
+    rows = trainer_rows("trainer", shape, recipe, "cuda", ranks, split)
     if time_sharing:
         rows = time_shared(rows, {"trainer"})
-    return ranks * plan_memory.total(rows, where="host", fixed=True)
+    return ranks * total(rows, where="host", fixed=True)
 
 
 def _engine(recipe: Recipe, shape: MemoryShape, requests: int) -> int:
-    static = plan_memory.static_bytes(shape, recipe, requests=requests)
-    return static + plan_memory.beside_static(shape, recipe)
+    memory = engines.of(recipe).memory
+    return memory.reserved(shape, recipe, requests=requests) + memory.beside(shape, recipe)
 
 
-STAYS = ("CUDA graphs", "CUDA context")
-"""Rows that stay on a GPU whoever uses it."""
-OFFLOADED = ("weights (bf16)", plan_trainer.MASTERS, "moments (fp32)", "reference (bf16)")
-"""Rows that wait in host memory while the other uses the GPU; the rest is empty then."""
+STAYS = (Component.CUDA_GRAPHS, Component.CUDA_CONTEXT)
+"""What stays on a GPU whoever uses it."""
+OFFLOADED = (Component.WEIGHTS, Component.MASTERS, Component.MOMENTS, Component.REFERENCE)
+"""What waits in host memory while the other uses the GPU; the rest is empty then."""
 
 
 def time_shared(rows: Sequence[MemoryRow], names: Collection[str]) -> list[MemoryRow]:
     """All rows; of the processes that share it in time (`names`) what leaves the GPU, and where it waits."""
     result = []
     for row in rows:
-        away = row.process in names and row.where == "gpu" and row.what not in STAYS
+        away = row.process in names and row.where == "gpu" and row.component not in STAYS
         result.append(replace(row, away=away))
-        if away and row.what in OFFLOADED:
-            result.append(MemoryRow(row.process, f"{row.what}, while offloaded", "host", row.bytes))
+        if away and row.component in OFFLOADED:
+            result.append(MemoryRow(row.process, row.component, "host", row.bytes, offloaded=True))
     return result

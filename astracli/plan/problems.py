@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import ceil
-from typing import Any
 
 from astracli.backends.choice import BackendChoice
-from astracli.backends.serving import OLDEST, capability_of
 from astracli.config.recipe import Recipe
-from astracli.machine import facts as machine
+from astracli.engines import registry as engines
+from astracli.engines.contract import Case
+from astracli.machine.facts import OLDEST, Machine
+from astracli.machine.findings import PlanProblem
+from astracli.machine.memory import words
 from astracli.models.adapter import MemoryShape
-from astracli.plan import memory as plan_memory
-from astracli.plan.memory import HOLES, words
-from astracli.plan.types import LaunchPlan, PlanProblem
+from astracli.plan.memory import on_gpu, solid, total
+from astracli.plan.types import LaunchPlan
 from astracli.process.config import Role
 
-SGLANG_GLIBC = (2, 34)
 CPU_RECIPE = "qwen3.5-tiny-m2po-delta"
 
 
-def sizes_of(facts: Mapping[str, Any]) -> dict[int, int]:
-    """Bytes of every visible GPU."""
-    return {gpu["index"]: gpu["memory_total"] for gpu in machine.visible_gpus(facts) if gpu["memory_total"]}
-
-
-def gpu_problems(
-    plan: LaunchPlan, recipe: Recipe, facts: Mapping[str, Any], way_out: Callable[[str], str]
-) -> list[PlanProblem]:
+def gpu_problems(plan: LaunchPlan, recipe: Recipe, facts: Machine, way_out: Callable[[str], str]) -> list[PlanProblem]:
     if plan.choice.device != "cuda":
         return []
-    gpus, needed = machine.visible_gpus(facts), len(plan.gpu_map)
+    gpus, needed = facts.visible_gpus, len(plan.gpu_map)
     if needed > len(gpus):
         rollout, train = recipe.resources.rollout_gpus, recipe.resources.train_gpus
         parts = f"rollout {rollout}, train {train}" if plan.command == "train" else f"rollout {rollout}"
@@ -48,29 +41,16 @@ def gpu_problems(
                 way_out(otherwise),
             )
         ]
-    old = sorted({gpu["compute_capability"] for gpu in gpus if capability_of(gpu) < OLDEST})
+    old = sorted({gpu.compute_capability for gpu in gpus if gpu.capability < OLDEST})
     if old:
         what = "GPUs of compute capability 8.0 or newer"
         return [PlanProblem("gpus", what, f"bf16 needs {what}, this machine has {', '.join(old)}", None)]
     return []
 
 
-def software_problems(recipe: Recipe, choice: BackendChoice, facts: Mapping[str, Any]) -> list[PlanProblem]:
-    problems = []
-    if choice.engine == "sglang" and not recipe.resources.engine.foreign:
-        if not machine.usable(facts, "sglang"):
-            message = f"recipe `{recipe.name}` generates with sglang, which is not installed here"
-            hint = "`pip install 'astracli[sglang]'`, or name its environment in resources.engine.python"
-            if choice.device == "cpu":
-                hint = "name the environment of SGLang's CPU build in resources.engine.python, or take `embedded`"
-            problems.append(PlanProblem("package", "package sglang", message, hint))
-        libc = facts["system"]["libc"] or ""
-        version = machine.version_tuple(libc.removeprefix("glibc "))
-        if libc.startswith("glibc") and version < SGLANG_GLIBC:
-            what = "glibc 2.34 or newer (sglang's wheels)"
-            message = f"sglang needs {what}, this machine has {libc}"
-            problems.append(PlanProblem("system", what, message, "use a newer operating system image"))
-    if choice.device == "cuda" and facts["torch_cuda"] is None:
+def software_problems(recipe: Recipe, choice: BackendChoice, facts: Machine) -> list[PlanProblem]:
+    problems = list(engines.of(recipe).problems(Case(facts, choice.device, recipe)))
+    if choice.device == "cuda" and facts.torch_cuda is None:
         message = f"recipe `{recipe.name}` trains on GPUs, torch here is built without CUDA"
         hint = "install a CUDA build of torch: `pip install -c constraints/cuda.txt 'astracli[gpu]'`"
         problems.append(PlanProblem("package", "a CUDA build of torch", message, hint))
@@ -81,15 +61,15 @@ def size_problems(
     plan: LaunchPlan,
     recipe: Recipe,
     shape: MemoryShape | None,
-    facts: Mapping[str, Any],
+    facts: Machine,
     way_out: Callable[[str], str],
 ) -> list[PlanProblem]:
     """What cannot fit whatever the load: fixed rows against each GPU, the host and the disk."""
     problems = []
-    sizes = sizes_of(facts)
+    sizes = facts.gpu_sizes
     otherwise = "no setting of this recipe fits these GPUs: take more or larger ones, or a smaller model"
     for gpu, names in plan.gpu_map.items():
-        need, size = plan_memory.on_gpu(plan.memory, names, fixed=True), sizes.get(gpu)
+        need, size = on_gpu(plan.memory, names, fixed=True), sizes.get(gpu)
         fraction = plan.placement.mem_fraction_static
         if size is None:
             continue
@@ -97,7 +77,7 @@ def size_problems(
             what = f"{words(need)} of GPU memory for {' and '.join(names)}"
             message = f"GPU {gpu} needs at least {what}, it has {words(size)}"
         elif fraction and shape and any(p.role is Role.ENGINE and gpu in p.gpus for p in plan.processes):
-            static = plan_memory.static_bytes(shape, recipe)
+            static = engines.of(recipe).memory.reserved(shape, recipe)
             if static <= fraction * size:
                 continue
             what = f"{words(static)} for the engine's weights, states and one request"
@@ -108,24 +88,24 @@ def size_problems(
             continue
         problems.append(PlanProblem("memory", what, message, way_out(otherwise)))
         break
-    system = facts["system"]
-    host = plan_memory.total(plan.memory, where="host", fixed=True)
-    if host > system["memory_total"]:
+    system = facts.system
+    host = total(plan.memory, where="host", fixed=True)
+    if host > system.memory_total:
         what = f"{words(host)} of memory"
-        message = f"recipe `{plan.recipe}` needs at least {what}, this machine has {words(system['memory_total'])}"
+        message = f"recipe `{plan.recipe}` needs at least {what}, this machine has {words(system.memory_total)}"
         otherwise = "choose a smaller model, or a machine with more memory"
         problems.append(PlanProblem("memory", what, message, way_out(otherwise)))
-    disk = plan_memory.total(plan.disk, where="disk")
-    if disk > system["disk_free"]:
+    disk = total(plan.disk, where="disk")
+    if disk > system.disk_free:
         what = f"{words(disk)} of disk"
-        free = words(system["disk_free"])
-        message = f"recipe `{plan.recipe}` may fill {what}, `{system['disk_path']}` has {free} free"
+        free = words(system.disk_free)
+        message = f"recipe `{plan.recipe}` may fill {what}, `{system.disk_path}` has {free} free"
         hint = "point --run-dir at a larger disk, or `--set checkpoint.keep=1 --set weights.keep=2`"
         problems.append(PlanProblem("disk", what, message, hint, blocking=False))
     return problems
 
 
-def warnings(plan: LaunchPlan, recipe: Recipe, facts: Mapping[str, Any]) -> list[str]:
+def warnings(plan: LaunchPlan, recipe: Recipe, facts: Machine) -> list[str]:
     """What may go wrong under load but need not, and what is wrong by the recipe's own wish."""
     rollout = recipe.rollout
     result = []
@@ -142,25 +122,24 @@ def warnings(plan: LaunchPlan, recipe: Recipe, facts: Mapping[str, Any]) -> list
                 f"evaluations leave slots empty: an engine runs {plan.running_requests} requests at once, and gets "
                 f"{most} of an evaluation; try eval.max_concurrency=auto"
             )
-    sizes = sizes_of(facts)
+    sizes = facts.gpu_sizes
     for gpu, names in plan.gpu_map.items():
-        # torch gives the holes of its cache back where memory is short
-        need = plan_memory.on_gpu([row for row in plan.memory if row.what != HOLES], names)
+        need = on_gpu(solid(plan.memory), names)
         size = sizes.get(gpu)
-        if size is not None and need > size >= plan_memory.on_gpu(plan.memory, names, fixed=True):
+        if size is not None and need > size >= on_gpu(plan.memory, names, fixed=True):
             result.append(f"GPU {gpu} may need {words(need)} under full load, it has {words(size)}: requests will wait")
     busy = sum(process.threads for process in plan.processes if process.role in (Role.ENGINE, Role.TRAINER))
-    cores = facts["system"]["cores_usable"]
+    cores = facts.system.cores_usable
     if plan.choice.device == "cpu" and busy > cores:
         result.append(f"engines and trainer want {busy} threads of {cores:g} usable cores: they will starve each other")
-    host = plan_memory.total(plan.memory, where="host")
-    available = facts["system"]["memory_available"]
+    host = total(plan.memory, where="host")
+    available = facts.system.memory_available
     if available < host:
         result.append(f"about {words(host)} of memory are needed under full load, {words(available)} are available now")
     trained = any(process.role is Role.TRAINER for process in plan.processes)
     if plan.choice.device == "cuda" and plan.choice.gdn_backward == "torch" and trained:
         result.append("the delta rule in plain torch keeps more activations than this plan counts")
-    if trained and plan.choice.engine == "sglang":
+    if trained and engines.of(recipe).package is not None:
         result += _borrowed(facts)
     if not plan.model:
         result.append("memory and disk are not planned: the model's config.json is not on this machine")
@@ -187,16 +166,16 @@ def _evaluations(recipe: Recipe) -> list[str]:
     return [f"evaluations generate more than training: {counts}; try {', or '.join(ways)}"]
 
 
-def _borrowed(facts: Mapping[str, Any]) -> list[str]:
+def _borrowed(facts: Machine) -> list[str]:
     """What a PYTHONPATH that was set for an engine changes in the trainer without a word."""
-    places = [place for place in (facts["env"].get("PYTHONPATH") or "").split(":") if place]
+    places = [place for place in (facts.env.get("PYTHONPATH") or "").split(":") if place]
     result = []
     for name in ("torch", "transformers"):
-        package = facts["packages"].get(name) or {}
-        origin = package.get("origin") or ""
+        package = facts.package(name)
+        origin = package.origin or ""
         if place := next((place for place in places if origin.startswith(place.rstrip("/") + "/")), None):
             result.append(
-                f"the trainer computes with {name} {package['version']} of PYTHONPATH (`{place}`), not with its own "
+                f"the trainer computes with {name} {package.version} of PYTHONPATH (`{place}`), not with its own "
                 "environment's: what is meant for the engine alone belongs in resources.engine.env.PYTHONPATH"
             )
     return result

@@ -6,13 +6,15 @@ room, in its file, from which it is copied while the engine stands still.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from astracli.config.recipe import Recipe
+from astracli.machine.component import Component
+from astracli.machine.facts import Machine
+from astracli.machine.memory import MemoryRow, words
 from astracli.models.adapter import MemoryShape
-from astracli.plan import memory as plan_memory
-from astracli.plan.memory import MemoryRow, words
+from astracli.plan import memory
 from astracli.plan.placement import Placement
 from astracli.plan.types import ProcessPlan
 from astracli.process.config import Role
@@ -24,12 +26,7 @@ def row(name: str, shape: MemoryShape, where: Staging, *, time_sharing: bool = F
     if where == "file":
         return None
     return MemoryRow(
-        name,
-        "a full version before its pause",
-        where,
-        2 * shape.parameters,
-        fixed=False,
-        away=time_sharing and where == "gpu",
+        name, Component.FULL_VERSION, where, 2 * shape.parameters, fixed=False, away=time_sharing and where == "gpu"
     )
 
 
@@ -39,13 +36,11 @@ def decide(
     shape: MemoryShape,
     recipe: Recipe,
     placement: Placement,
-    sizes: Mapping[int, int],
-    host: int,
+    facts: Machine,
 ) -> tuple[Placement, list[MemoryRow]]:
-    """The placement with its `staging`, and all rows with those of the versions that wait. `rows`: everything else.
-    `sizes`: bytes of each GPU; `host`: of the host."""
+    """The placement with its `staging`, and all rows with those of the versions that wait. `rows`: everything else."""
     engines = [process for process in processes if process.role is Role.ENGINE]
-    size = 2 * shape.parameters
+    size, sizes, host = 2 * shape.parameters, facts.gpu_sizes, facts.system.memory_total
 
     def with_versions(where: Staging) -> list[MemoryRow]:
         found = (row(engine.name, shape, where, time_sharing=placement.time_sharing) for engine in engines)
@@ -53,14 +48,14 @@ def decide(
 
     def on_gpu(gpu: int) -> int:
         names = [process.name for process in processes if gpu in process.gpus]
-        return plan_memory.on_gpu(plan_memory.with_margin(with_versions("gpu")), names)
+        return memory.on_gpu(memory.with_margin(with_versions("gpu")), names)
 
     gpus = {gpu for engine in engines for gpu in engine.gpus}
     where: Staging = "file"
     rare = placement.shared and recipe.weights.transfer == "delta"  # the trainer makes more of the memory
     if gpus and not rare and all(gpu in sizes and on_gpu(gpu) <= sizes[gpu] for gpu in gpus):
         where, why = "gpu", f"room for {words(size)} more"
-    elif (need := plan_memory.total(with_versions("host"), where="host")) <= host:
+    elif (need := memory.total(with_versions("host"), where="host")) <= host:
         lacking = "deltas seldom need it beside a trainer" if rare else f"no GPU memory for {words(size)} more"
         where, why = "host", f"{lacking}; pinned"
     else:

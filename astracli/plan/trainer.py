@@ -14,8 +14,9 @@ from functools import lru_cache
 from math import ceil
 
 from astracli.config.recipe import RECOMPUTED_BLOCKS, Recipe, Recomputed
+from astracli.machine.component import Component
+from astracli.machine.memory import CUDA_CONTEXT, TORCH_PROCESS, Basis, MemoryRow, Place
 from astracli.models.adapter import MemoryShape
-from astracli.plan.memory import CUDA_CONTEXT, HOLES, TORCH_PROCESS, Basis, MemoryRow, Place, block_activations
 from astracli.process.layout import BUCKET_BYTES, BUCKETS_IN_FLIGHT, LOGIT_BYTES, RESIDENT, Split, Where, recomputed
 
 GATHERED = 14
@@ -26,9 +27,6 @@ ALONE = 2
 """The same on one rank, which gathers and reduces nothing: bf16 gradients, each gone when it is added up."""
 RECOMPUTED = 1.25
 """A block's backward pass over what autograd kept of it: gradients come before what they are made from goes."""
-MASTERS = "master weights (fp32)"
-CHECKPOINT_COPY = "copy of a checkpoint that is being written"
-PUBLISHED = "published weights, last version and the next"
 HOLES_SHARE = 0.03
 """Of what torch allocates on a GPU, what its cache holds besides at the fullest moment (measured: 0.025 to 0.041)."""
 SPARE_BYTES = 2**30
@@ -52,38 +50,38 @@ def trainer_rows(
         return _on_cpu(name, shape, recipe, ranks)
     share = ceil(shape.parameters / ranks)
     rows = [
-        MemoryRow(name, MASTERS, "gpu", 4 * share),
-        MemoryRow(name, "gradients (fp32)", "gpu", 4 * share),
+        MemoryRow(name, Component.MASTERS, "gpu", 4 * share),
+        MemoryRow(name, Component.GRADIENTS, "gpu", 4 * share),
     ]
     away = ceil(split.moments_on_host * 8 * share)
     places: tuple[tuple[Where, int], ...] = (("gpu", 8 * share - away), ("host", away))
-    rows += [MemoryRow(name, "moments (fp32)", where, part) for where, part in places if part]
+    rows += [MemoryRow(name, Component.MOMENTS, where, part) for where, part in places if part]
     if recipe.algorithm.kl_coef > 0:
         # moved in for the scoring pass, it takes the room of the gradients, which are made later
-        rows.append(MemoryRow(name, "reference (bf16)", split.reference, 2 * share))
+        rows.append(MemoryRow(name, Component.REFERENCE, split.reference, 2 * share))
     if ranks > 1:
-        rows.append(MemoryRow(name, "embedding and head, gathered (bf16)", "gpu", 2 * _outside(shape)))
+        rows.append(MemoryRow(name, Component.GATHERED, "gpu", 2 * _outside(shape)))
     # what an adapter says of its blocks is counted from autograd
     kept, peak = _passes(shape, recipe, ranks, split)
     known: Basis = "counted" if shape.block_activations else "estimated"
     rows += [
-        MemoryRow(name, "activations", "gpu", kept, known),
-        MemoryRow(name, "backward pass of the head or a block", "gpu", peak, "estimated"),
+        MemoryRow(name, Component.ACTIVATIONS, "gpu", kept, known),
+        MemoryRow(name, Component.BACKWARD, "gpu", peak, "estimated"),
     ]
     if published == "gpu":
         # what finds no room at a version's time comes to the host; the first one, before anything was trained, does so
-        rows.append(MemoryRow(name, PUBLISHED, "gpu", 4 * share, fixed=False))
-        rows.append(MemoryRow(name, "published weights, the first version", "host", 2 * share))
+        rows.append(MemoryRow(name, Component.PUBLISHED, "gpu", 4 * share, fixed=False))
+        rows.append(MemoryRow(name, Component.FIRST_PUBLISHED, "host", 2 * share))
     else:
-        rows.append(MemoryRow(name, PUBLISHED, "host", 4 * share))
+        rows.append(MemoryRow(name, Component.PUBLISHED, "host", 4 * share))
     holes = int(HOLES_SHARE * sum(row.bytes for row in rows if row.where == "gpu"))
-    rows.append(MemoryRow(name, HOLES, "gpu", holes, "estimated", fixed=False))
-    rows.append(MemoryRow(name, "CUDA context", "gpu", context_bytes(ranks), "estimated"))
+    rows.append(MemoryRow(name, Component.CACHE_HOLES, "gpu", holes, "estimated", fixed=False))
+    rows.append(MemoryRow(name, Component.CUDA_CONTEXT, "gpu", context_bytes(ranks), "estimated"))
     resident = sum(row.bytes for row in rows if row.where == "host")
     loading = max(0, 4 * shape.parameters - resident)
-    rows.append(MemoryRow(name, "checkpoint while loading (fp32), over these", "host", loading, "estimated"))
+    rows.append(MemoryRow(name, Component.LOADING, "host", loading, "estimated"))
     rows += _checkpoint_copy(name, recipe, share)
-    return [*rows, MemoryRow(name, "process", "host", TORCH_PROCESS, "estimated")]
+    return [*rows, MemoryRow(name, Component.PROCESS, "host", TORCH_PROCESS, "estimated")]
 
 
 def context_bytes(ranks: int) -> int:
@@ -95,20 +93,20 @@ def _on_cpu(name: str, shape: MemoryShape, recipe: Recipe, ranks: int) -> list[M
     share = ceil(shape.parameters / ranks)
     host: Place = "host"
     rows = [
-        MemoryRow(name, MASTERS, host, 4 * share),
-        MemoryRow(name, "moments (fp32)", host, 8 * share),
-        MemoryRow(name, "gradients (fp32)", host, 4 * share),
-        MemoryRow(name, PUBLISHED, host, 4 * share),
-        MemoryRow(name, "rounded weights of the forward (fp32)", host, 4 * share),
+        MemoryRow(name, Component.MASTERS, host, 4 * share),
+        MemoryRow(name, Component.MOMENTS, host, 8 * share),
+        MemoryRow(name, Component.GRADIENTS, host, 4 * share),
+        MemoryRow(name, Component.PUBLISHED, host, 4 * share),
+        MemoryRow(name, Component.ROUNDED_WEIGHTS, host, 4 * share),
     ]
     if recipe.algorithm.kl_coef > 0:
-        rows.append(MemoryRow(name, "reference", host, 4 * share))
+        rows.append(MemoryRow(name, Component.REFERENCE_FP32, host, 4 * share))
     logits = min(LOGIT_BYTES["cpu"], _tokens(recipe) * shape.vocab_size * 4)
-    rows.append(MemoryRow(name, "logits of a chunk (fp32)", host, 3 * logits))
+    rows.append(MemoryRow(name, Component.LOGITS, host, 3 * logits))
     activations = 2 * _tokens(recipe) * sum(_of_a_token(shape, recomputed(recipe, RESIDENT)))
-    rows.append(MemoryRow(name, "activations", host, activations, "estimated", fixed=False))
+    rows.append(MemoryRow(name, Component.ACTIVATIONS, host, activations, "estimated", fixed=False))
     rows += _checkpoint_copy(name, recipe, share)
-    return [*rows, MemoryRow(name, "process", host, TORCH_PROCESS, "estimated")]
+    return [*rows, MemoryRow(name, Component.PROCESS, host, TORCH_PROCESS, "estimated")]
 
 
 def _checkpoint_copy(name: str, recipe: Recipe, share: int) -> list[MemoryRow]:
@@ -116,7 +114,7 @@ def _checkpoint_copy(name: str, recipe: Recipe, share: int) -> list[MemoryRow]:
     less, its pieces are used again, and an update waits for the disk."""
     if not recipe.checkpoint.every or recipe.launch.deterministic:
         return []
-    return [MemoryRow(name, CHECKPOINT_COPY, "host", 12 * share, fixed=False)]
+    return [MemoryRow(name, Component.CHECKPOINT_COPY, "host", 12 * share, fixed=False)]
 
 
 def _outside(shape: MemoryShape) -> int:
@@ -134,7 +132,7 @@ def _tokens(recipe: Recipe) -> int:
 def _of_a_token(shape: MemoryShape, mode: Recomputed) -> tuple[int, int]:
     """(what forward keeps of a token in bf16: of a recomputed block its input, of the others all; the most of a
     block)."""
-    own = block_activations(shape)
+    own = shape.kept_of_blocks
     again = set(range(0, len(own), RECOMPUTED_BLOCKS[mode])) if mode != "none" else set()
     return sum(2 * shape.hidden_size if i in again else size for i, size in enumerate(own)), max(own)
 

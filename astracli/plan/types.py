@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from astracli.backends.choice import BackendChoice
+from astracli.machine.findings import PlanProblem
+from astracli.machine.memory import MemoryRow
 from astracli.plan.margin import Margin
-from astracli.plan.memory import MemoryRow
 from astracli.plan.placement import Placement
 from astracli.process.config import Role
 
@@ -35,19 +36,6 @@ class ProcessPlan:
     world_size: int = 1
     children: int = 0
     """Grading processes that it starts itself."""
-
-
-@dataclass(frozen=True)
-class PlanProblem:
-    """Something that this machine lacks for the plan."""
-
-    kind: Literal["gpus", "memory", "package", "system", "disk", "checkpoint"]
-    what: str
-    """Short: `8 GPUs (this machine has 2)`."""
-    message: str
-    hint: str | None
-    blocking: bool = True
-    """False = the run mends it by itself (a download)."""
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from astracli.plan import gpus as plan_gpus
-from astracli.plan import margin as plan_margin
-from astracli.plan import memory as plan_memory
-from astracli.plan.memory import MemoryRow, Place, words
+from astracli.machine.memory import MemoryRow, Place, words
+from astracli.plan import gpus
+from astracli.plan.margin import reasons
+from astracli.plan.memory import total
 from astracli.plan.types import LaunchPlan, TextTable
 
 
@@ -25,10 +25,10 @@ def render(plan: LaunchPlan) -> list[TextTable]:
         TextTable("processes", columns, tuple(processes)),
         TextTable("backends", ("what", "choice", "reason"), backends),
     ]
-    if placed := (*plan.placement.reasons, *plan_margin.reasons(plan.margins)):
+    if placed := (*plan.placement.reasons, *reasons(plan.margins)):
         tables.append(TextTable("placement", ("what", "where", "reason"), placed))
-    if uses := plan_gpus.uses(plan):
-        tables.append(TextTable("memory a GPU", plan_gpus.COLUMNS, tuple(plan_gpus.rows(uses))))
+    if uses := gpus.uses(plan):
+        tables.append(TextTable("memory a GPU", gpus.COLUMNS, tuple(gpus.rows(uses))))
     if plan.model:
         tables.append(TextTable("model", ("figure", "value"), tuple((k, _figure(k, v)) for k, v in plan.model.items())))
     everywhere: tuple[tuple[str, tuple[MemoryRow, ...], tuple[Place, ...]], ...] = (
@@ -37,7 +37,7 @@ def render(plan: LaunchPlan) -> list[TextTable]:
     )
     for title, rows, places in everywhere:
         body: list[tuple[str, ...]] = _each(rows)
-        body += [("all", "sum", place, words(plan_memory.total(rows, where=place)), "") for place in places if rows]
+        body += [("all", "sum", place, words(total(rows, where=place)), "") for place in places if rows]
         if body:
             tables.append(TextTable(title, ("process", "what", "where", "size", "basis"), tuple(body)))
     if plan.expected:
@@ -48,11 +48,16 @@ def render(plan: LaunchPlan) -> list[TextTable]:
     return tables
 
 
+def what(row: MemoryRow) -> str:
+    """What a row is, for people."""
+    return row.component.value.format(*row.counts) + (", while offloaded" if row.offloaded else "")
+
+
 def _each(rows: Sequence[MemoryRow]) -> list[tuple[str, ...]]:
     """Rows of text; neighbours that need the same, as engines do, stand once: `4 x engine, each`."""
     needs: dict[str, list[tuple[str, ...]]] = {}
     for row in rows:
-        needs.setdefault(row.process, []).append((row.what, row.where, words(row.bytes), row.basis))
+        needs.setdefault(row.process, []).append((what(row), row.where, words(row.bytes), row.basis))
     alike: list[list[str]] = []
     for name in needs:
         if alike and needs[alike[-1][0]] == needs[name]:
@@ -73,6 +78,12 @@ def to_json(plan: LaunchPlan) -> dict[str, Any]:
     """The plan as a JSON document: `plan.json` of a run, `--dry-run --json`."""
     document = asdict(plan)
     document["choice"] = plan.choice.settings() | {"reasons": [asdict(row) for row in plan.choice.reasons]}
+    document |= {"memory": list(map(_row, plan.memory)), "disk": list(map(_row, plan.disk))}
     document |= {"gpu_sizes": {str(gpu): size for gpu, size in plan.gpu_sizes.items()}}
     document |= {"gpu_map": {str(gpu): names for gpu, names in plan.gpu_map.items()}}
-    return document | {"missing": plan.missing, "memory_by_place": plan_gpus.document(plan)}
+    return document | {"missing": plan.missing, "memory_by_place": gpus.memory_by_place(plan)}
+
+
+def _row(row: MemoryRow) -> dict[str, Any]:
+    own = {"where": row.where, "bytes": row.bytes, "basis": row.basis, "fixed": row.fixed, "away": row.away}
+    return {"process": row.process, "what": what(row), **own}

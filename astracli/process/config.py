@@ -63,7 +63,7 @@ class ProcessConfig(Table):
     recipe: Recipe
     model_path: Path
     engine: str
-    """Which engine the run has: `embedded`, `sglang`."""
+    """The name of the one that the run has."""
     threads: int
     """CPU threads of this process."""
 

@@ -26,7 +26,7 @@ def benchmark_table(summary: Mapping[str, Any]) -> Table:
     rows = summary["benchmarks"]
     first, last = rows[0]["first"]["step"], rows[0]["last"]["step"]
     sides = ("first", "last") if first != last else ("first",)  # of an interrupted run there may be one
-    steps = (evaluated(rows[0]["first"]), evaluated(rows[0]["last"]))
+    steps = tuple(evaluated(row["step"], row["due_step"]) for row in (rows[0]["first"], rows[0]["last"]))
     for heading in ("benchmark", "figure", *steps, "difference")[: 5 if len(sides) > 1 else 3]:
         words = heading in ("benchmark", "figure")
         table.add_column(heading, justify="left" if words else "right", no_wrap=heading != "benchmark", overflow="fold")

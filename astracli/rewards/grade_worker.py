@@ -27,7 +27,7 @@ import msgpack
 from astracli.errors import AstraError, UserError
 from astracli.rewards import grader
 from astracli.rewards.grading import algebra
-from astracli.rewards.grading.conventions import Conventions
+from astracli.rewards.grading.conventions import DEFAULTS, Conventions
 
 Frame = list[object]
 Score = Callable[[str, str, str], float]
@@ -103,7 +103,7 @@ def grade_one(
     score: Score | None,
     item: list[str],
     send: Callable[[Frame], None],
-    conventions: Conventions | None = None,
+    conventions: Conventions = DEFAULTS,
 ) -> Frame:
     """[reward, verdict, detail] of one item. An exception of the reward is the verdict `error`."""
     problem, answer, text = item

@@ -11,9 +11,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from astracli.rewards.grading import algebra, choices, extraction, question, typed, values
-from astracli.rewards.grading.conventions import Conventions
-from astracli.rewards.grading.extraction import ExtractedAnswer, Extraction, announced, read_answer
+from astracli.rewards.grading import algebra, choices, endings, extraction, question, typed, values
+from astracli.rewards.grading.conventions import DEFAULTS, Conventions
+from astracli.rewards.grading.endings import ExtractedAnswer
+from astracli.rewards.grading.extraction import Extraction, announced, read_answer
 from astracli.rewards.grading.phrases import as_words, is_yes_or_no
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def grade_math(
     text: str,
     where: Extraction = "boxed_or_last_number",
     problem: str = "",
-    conventions: Conventions | None = None,
+    conventions: Conventions = DEFAULTS,
 ) -> Verdict:
     """`right`, `wrong`, `no_answer` (nothing to read) or `error` (math-verify failed on it)."""
     verdict = quick(gold, text, where)
@@ -73,7 +74,7 @@ def thorough(
     text: str,
     where: Extraction = "boxed_or_last_number",
     problem: str = "",
-    conventions: Conventions | None = None,
+    conventions: Conventions = DEFAULTS,
 ) -> Verdict:
     """The verdict by the types of gold and answer, and by math-verify where one of them is not readable."""
     found = extraction.find(text, where)
@@ -87,11 +88,11 @@ def thorough(
     try:
         right = typed.verdict(gold, found.text, problem, conventions)
         if right is None and found.place == "whole":
-            found = extraction.unannounced(text)
+            found = endings.unannounced(text)
             right = typed.verdict(gold, found.text, problem, conventions) if found.text else None
     except (values.Undefined, RecursionError):
         return "wrong"
-    if found.place == "number" and not (right and extraction.ends_bare(found.last_words)):
+    if found.place == "number" and not (right and endings.ends_bare(found.last_words)):
         measured = right is False and not found.text[-1].isdigit()  # `12 meters` for 12 cm
         return (
             "wrong"
@@ -100,7 +101,7 @@ def thorough(
         )
     if right is None and (question.repeated(problem, found.text) or typed.hedged(gold, found.text)):
         return "wrong"
-    if right is None and found.place in ("said", "tag") and (number := extraction.only_number(found.text)):
+    if right is None and found.place in ("said", "tag") and (number := endings.only_number(found.text)):
         right = typed.verdict(gold, number, problem, conventions)
     if right is None and found.place != "formula" and typed.only_words(gold, found.text):
         return "wrong"
@@ -115,9 +116,9 @@ def thorough(
 def _in_words(gold: str, text: str) -> str:
     """What a completion without an announcement answers to a gold that is a word or the letter of a choice."""
     if choices.letters(gold):
-        return extraction.letter_set_bold(text)
+        return endings.letter_set_bold(text)
     words = typed.words_of(gold)
-    said = extraction.worded(text, is_yes_or_no(words)) if words else ""
+    said = endings.worded(text, is_yes_or_no(words)) if words else ""
     return said if said and as_words(said) is not None else ""
 
 

@@ -101,20 +101,13 @@ class GradePool:
             worker.kill()
 
     def grade(self, items: Sequence[GradeItem]) -> list[Grade]:
-        """One grade per item, in order. With `probe`, the items are one group."""
+        """One grade per item, in order. With `probe`, which compares samples, the items are one group."""
         return [grade for part in self._submit(items) for grade in part.result()]
 
     async def agrade(self, items: Sequence[GradeItem]) -> list[Grade]:
         """`grade` for asyncio: the loop goes on meanwhile."""
         parts = await asyncio.gather(*(asyncio.wrap_future(part) for part in self._submit(items)))
         return [grade for part in parts for grade in part]
-
-    def grade_group(self, items: Sequence[GradeItem]) -> list[Grade]:
-        """Grades of all samples of one prompt; a reward that compares samples (`probe`) needs them together."""
-        return self.grade(items)
-
-    async def agrade_group(self, items: Sequence[GradeItem]) -> list[Grade]:
-        return await self.agrade(items)
 
     def _submit(self, items: Sequence[GradeItem]) -> list[Future[list[Grade]]]:
         if self._closed.is_set():

@@ -29,12 +29,13 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from astracli.engines.client import UNPROVEN, EngineClient, flushes
+from astracli.engines.contract import WeightReceiver
 from astracli.errors import RunFailed
 from astracli.hub.client import AsyncHubClient
+from astracli.hub.types import GpuLeaseReply, Target
 from astracli.rollout.request_gate import EngineLost, RequestGate
 from astracli.rollout.slot_use import IdleWhile
 
@@ -46,35 +47,6 @@ RELEASED_TAGS = ("kv_cache", "weights")
 PauseMode = Literal["abort", "retract", "in_place"]
 
 
-class StagedUpdate(Protocol):
-    """What `EngineWorker` reads of the subscriber's answer."""
-
-    @property
-    def kind(self) -> str: ...
-
-    @property
-    def bytes(self) -> int: ...
-
-    @property
-    def transfer_s(self) -> float: ...
-
-    @property
-    def stage_s(self) -> float: ...
-
-
-class Fetcher(Protocol):
-    """The part of `weights.subscriber.Subscriber` that an engine worker needs. Called in a thread."""
-
-    def fetch(self, target_version: int, have_version: int | None = None) -> Any: ...
-
-    @property
-    def watched(self) -> bool: ...
-
-    def wake(self, version: int) -> None: ...
-
-    def readback(self, version: int) -> Mapping[str, float]: ...
-
-
 class EngineWorker(RequestGate):
     """One engine: its gate, and how it follows the hub."""
 
@@ -83,7 +55,7 @@ class EngineWorker(RequestGate):
         name: str,
         engine: EngineClient,
         hub: AsyncHubClient,
-        fetcher: Fetcher,
+        fetcher: WeightReceiver,
         *,
         process: str,
         mode: PauseMode = "abort",
@@ -114,23 +86,23 @@ class EngineWorker(RequestGate):
                 if not self._attached:
                     await self._attach()
                 ready_to_serve, told = self._serving and not self.open.is_set(), self.open.is_set()
-                reply = await self._hub.target(
+                reply: Target = await self._hub.target(
                     self.name,
                     have=self.version if self.open.is_set() else None,
                     pinned=self._held,
                     wait_s=0.0 if ready_to_serve else TARGET_WAIT_S,
                 )
-                if reply["stop"]:
+                if reply.stop:
                     return
-                self._held = reply["pinned"]
+                self._held = reply.pinned
                 self._held_idle.note(self._held, self.use.seconds().idle)
-                if told and reply.get("down"):
+                if told and reply.down:
                     self._attached = False  # the supervisor saw it end: with nothing under way, nothing failed here
-                elif self.time_sharing and self._attached and reply.get("wanted"):
+                elif self.time_sharing and self._attached and reply.wanted:
                     if not await self._lend_gpu():
                         return
                 elif self._attached:
-                    await self._approach(reply["version"])
+                    await self._approach(reply.version)
             except EngineLost as error:
                 self._lose(error)
 
@@ -147,10 +119,10 @@ class EngineWorker(RequestGate):
         await self._hub.give_gpu_lease(self.name, self.name)
         held = False
         while not held:
-            reply = await self._hub.take_gpu_lease(self.name, self.name, wait_s=TARGET_WAIT_S)
-            if reply["stop"]:
+            reply: GpuLeaseReply = await self._hub.take_gpu_lease(self.name, self.name, wait_s=TARGET_WAIT_S)
+            if reply.stop:
                 return False
-            held = reply["held"]
+            held = reply.held
         back = time.monotonic()
         await self._call(self._engine.resume_memory(RELEASED_TAGS))
         await self._call(self._engine.resume())
@@ -182,7 +154,7 @@ class EngineWorker(RequestGate):
         held = int(info["weight_version"])
         self.version = held if held not in (UNPROVEN, self._wrong) else None
         self._serving = self.version is not None and bool(info.get("serving", True))
-        if info.get("paused", True):  # SGLang does not say; to continue what runs changes nothing
+        if info.get("paused", True):  # not every engine says; to continue what runs changes nothing
             await self._call(self._engine.resume())
         if not self._fetcher.watched:  # our loader would first compile, and stage nothing, in a pause
             named = UNPROVEN if self.version is None else self.version
@@ -265,7 +237,7 @@ class EngineWorker(RequestGate):
         """Fetch, drain, apply. Raises EngineLost, or RunFailed when the payload or its application is at fault."""
         record.setdefault("gate_closed", None)
         begun = time.monotonic()
-        plan: StagedUpdate = await asyncio.to_thread(self._fetcher.fetch, target, have)
+        plan = await asyncio.to_thread(self._fetcher.fetch, target, have)
         record |= {"fetch_s": time.monotonic() - begun, "fetched_bytes": plan.bytes, "kind": plan.kind}
         record |= {"transfer_s": plan.transfer_s, "stage_s": plan.stage_s}
         if self._mode == "abort":

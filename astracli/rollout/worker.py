@@ -23,9 +23,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from astracli.data.prompts import Problem, PromptSource, stop_token_ids
-from astracli.engines.client import EngineClient
+from astracli.engines import registry as engines
 from astracli.errors import RunFailed
 from astracli.hub.client import AsyncHubClient
+from astracli.hub.types import Leases
 from astracli.models.adapter import chat_prompt_tokens, load_tokenizer
 from astracli.process.config import RolloutConfig
 from astracli.process.worker import Reporter, worker_main
@@ -45,7 +46,7 @@ UNFIT_PROMPTS = 10_000
 class GroupGrader(Protocol):
     """The part of `rl.reward.GradePool` that this worker needs."""
 
-    async def agrade_group(self, items: Sequence[GradeItem]) -> list[Grade]: ...
+    async def agrade(self, items: Sequence[GradeItem]) -> list[Grade]: ...
 
 
 class Rollout:
@@ -121,12 +122,12 @@ class Rollout:
                 await worker.changed.wait()
                 continue
             wait_s = LEASE_WAIT_S if self._waits.get(worker.name) else 0.0
-            reply = await self.hub.lease(self.config.name, wanted, engine=worker.name, wait_s=wait_s)
-            self._waits[worker.name] = None if reply["leases"] else reply["wait"]
-            if reply["stop"]:
+            reply: Leases = await self.hub.lease(self.config.name, wanted, engine=worker.name, wait_s=wait_s)
+            self._waits[worker.name] = None if reply.leases else reply.wait
+            if reply.stop:
                 self._over.set()
                 return
-            leases = {lease["lease_id"]: lease["prompt_index"] for lease in reply["leases"]}
+            leases = {lease.lease_id: lease.prompt_index for lease in reply.leases}
             self._held |= leases.keys()
             worker.use.change(outstanding=len(leases) * self._group_size)
             together = [leases] if self.config.recipe.launch.deterministic else [{i: n} for i, n in leases.items()]
@@ -214,7 +215,7 @@ class Rollout:
             GradeItem(problem.question, problem.answer, text, draft.tokens)
             for text, draft in zip(texts, drafts, strict=True)
         ]
-        grades = await self.grader.agrade_group(items)
+        grades = await self.grader.agrade(items)
         samples = [
             Sample(
                 index=draft.index,
@@ -286,17 +287,14 @@ def _leaves(error: Exception) -> list[Exception]:
 async def _main(
     config: RolloutConfig, reporter: Reporter, tokenizer: Any, source: PromptSource, pool: GradePool
 ) -> None:
-    from astracli.weights.receive.subscriber import Subscriber
-
-    recipe = config.recipe
+    recipe, kind = config.recipe, engines.get(config.engine)
     async with contextlib.AsyncExitStack() as stack:
         hub = await stack.enter_async_context(AsyncHubClient(config.hub_url, config.token))
         workers = []
         for entry in config.engines:
-            loader_dir = entry.stage_dir if config.engine == "sglang" else None
-            client = EngineClient(entry.url, config.token, name=entry.name, loader_dir=loader_dir)
+            client = kind.client(entry.url, config.token, name=entry.name, stage_dir=entry.stage_dir)
             engine = await stack.enter_async_context(client)
-            subscriber = Subscriber(config.hub_url, config.token, entry.stage_dir, config.model_path)
+            subscriber = kind.receiver(config.hub_url, config.token, entry.stage_dir, config.model_path)
             stack.callback(subscriber.close)
             workers.append(
                 EngineWorker(

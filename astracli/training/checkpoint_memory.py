@@ -32,7 +32,7 @@ class CopyMemory:
         most = LEAST_BLOCKS
         if beside:
             host = system()
-            room = ROOM * min(host["memory_available"], host["memory_total"] - others) / ranks.world_size
+            room = ROOM * min(host.memory_available, host.memory_total - others) / ranks.world_size
             most = max(LEAST_BLOCKS, int(room // self.block_bytes))
         count = min(-(-state // self.block_bytes), most)
         self._thread = threading.Thread(target=self._make, args=(count, ranks), name="checkpoint-memory", daemon=True)

@@ -20,13 +20,14 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
-
-import msgpack
+from dataclasses import asdict
 
 from astracli.config.recipe import Recipe
+from astracli.engines import registry as engines
 from astracli.errors import RunFailed, disk_full
 from astracli.hub.client import HubClient
+from astracli.hub.types import Batch, HubState, NextBatch
+from astracli.hub.wire import MSGPACK, pack_answer, unpack_answer
 from astracli.models import registry
 from astracli.process.config import TrainerConfig
 from astracli.process.transient import gpu_failed
@@ -106,8 +107,7 @@ class TrainLoop:
             ranks,
             attention=config.attention,
             split=config.split,
-            # SGLang does on a CPU too
-            bf16_engine=config.device != "cpu" or config.engine == "sglang",
+            bf16_engine=config.device not in engines.get(config.engine).fp32_on,
         )
         self.checkpoints = config.run_dir / "checkpoints"
         self.saver = Saver(
@@ -153,8 +153,9 @@ class TrainLoop:
             checkpoint.load(found, masters, self.ranks)
             self.step = resume
         if resume is not None and self.hub is not None:
-            evals = self.hub.state()["evals"]
-            self._pinned = {item["version"] for item in evals if item["state"] == "running"}
+            state: HubState = self.hub.state()
+            running = [one.version for one in state.evals if one.state == "running"]
+            self._pinned = {version for version in running if version is not None}
         publish = self.publisher.publish if resume is None else self.publisher.restart
         publish(self.step, masters.wire_shards(copy=not self.time_sharing.leaves), owned=True)
         self.time_sharing.end(self.trainer)
@@ -259,26 +260,27 @@ class TrainLoop:
         """This step's groups on every rank, and the hub's counts of what arrived for it; None on a stop."""
         if self.hub is None:
             self.reporter.waiting("waiting for the first rank's batch")
-        message = msgpack.packb(self._poll()) if self.hub is not None else None
-        reply = msgpack.unpackb(self.ranks.broadcast(message))
+        message = pack_answer(NextBatch(self._poll(self.hub)))[0] if self.hub is not None else None
+        reply: NextBatch = unpack_answer(NextBatch, self.ranks.broadcast(message), MSGPACK, "the first rank")
         self.reporter.waiting(None)
-        if "groups" not in reply:
+        if reply.batch is None:
             return None
-        stats = {f"arrived_{name.removeprefix('arrived_')}": float(v) for name, v in reply.get("stats", {}).items()}
+        counts = {name.removeprefix("arrived_"): count for name, count in asdict(reply.batch.stats).items()}
+        stats = {f"arrived_{name}": float(count) for name, count in counts.items() if count is not None}
         if self.recipe.train.replay_ratio:
-            stats["replay"] = float(reply["replay"])
-        return [unpack_group(blob) for blob in reply["groups"]], stats
+            stats["replay"] = float(reply.batch.replay)
+        return [unpack_group(blob) for blob in reply.batch.groups], stats
 
-    def _poll(self) -> Mapping[str, Any]:
-        assert self.hub is not None
+    def _poll(self, hub: HubClient) -> Batch | None:
+        """This step's batch; None on a stop."""
         while not self.reporter.stop_requested.is_set():
-            reply: Mapping[str, Any] = self.hub.batch(self.step, wait_s=BATCH_WAIT_S)
-            if "groups" in reply:
-                return reply
+            reply: NextBatch = hub.batch(self.step, wait_s=BATCH_WAIT_S)
+            if reply.batch is not None:
+                return reply.batch
             self.publisher.check()
             self.saver.check()
-            self.reporter.waiting(reply["wait"])
-        return {"stop": True}
+            self.reporter.waiting(reply.wait)
+        return None
 
     def _checkpoint_if_due(self, step: int, figures: dict[str, float]) -> None:
         """Begin a checkpoint; `checkpoint_s` is how long the step stands still for it."""
@@ -298,8 +300,7 @@ class TrainLoop:
     def _announce(self, version: int) -> None:
         """Tell the hub that a version is on disk; learn which older ones must stay there."""
         if self.hub is not None:
-            reply = self.hub.announce(version, version)
-            self._pinned = set(reply.get("pinned", ()))
+            self._pinned = set(self.hub.announce(version, version))
 
     def _metrics(self, step: int, figures: Mapping[str, float]) -> None:
         if self.hub is not None:

@@ -211,7 +211,7 @@ class RowCheck:
         """Mean |change of a token's log-probability| when every block's input moves by a unit in bf16's last place.
 
         What two right implementations in bf16 may differ by depends on the model: SmolLM2-135M, whose logits go up to
-        37, in fp32 lies 0.03 from SGLang in bf16, and this is 0.03 too (docs/benchmarks.md, "A pretrained checkpoint").
+        37, in fp32 lies 0.03 from one in bf16, and this is 0.03 too (docs/benchmarks.md, "A pretrained checkpoint").
         """
         changes = []
         for micro, _ in self.alone(rows):

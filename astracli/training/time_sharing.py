@@ -12,6 +12,7 @@ from typing import Any
 
 from astracli.errors import RunFailed
 from astracli.hub.client import HubClient
+from astracli.hub.types import GpuLeaseReply
 from astracli.process.config import TrainerConfig
 from astracli.process.health import answers
 from astracli.process.worker import Reporter
@@ -72,8 +73,9 @@ class TimeSharing:
     def _take(self, hub: HubClient) -> bool:
         for gpu_lease in self.gpu_leases:
             self._reporter.waiting(f"{gpu_lease} to leave the GPU")
-            while not (reply := hub.take_gpu_lease(gpu_lease, self._config.name, wait_s=WAIT_S))["held"]:
-                if reply["stop"] or self._reporter.stop_requested.is_set():
+            reply: GpuLeaseReply
+            while not (reply := hub.take_gpu_lease(gpu_lease, self._config.name, wait_s=WAIT_S)).held:
+                if reply.stop or self._reporter.stop_requested.is_set():
                     return False
         self._reporter.waiting(None)
         return True

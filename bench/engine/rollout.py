@@ -34,15 +34,17 @@ from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
 from astracli.data import arithmetic, fetch
 from astracli.doctor import gather
+from astracli.engines import registry as engines
 from astracli.engines.client import EngineClient, GenRequest
-from astracli.hub.api import build_app, serve
+from astracli.hub.api import build_app
+from astracli.hub.server import ServerThread
 from astracli.hub.store import HubStore
-from astracli.machine import facts as machine
+from astracli.hub.types import HubSettings
+from astracli.machine import read
 from astracli.models import registry
 from astracli.models.adapter import chat_prompt_tokens
-from astracli.plan.build import ENGINE_MODULES
 from astracli.process import ports
-from astracli.process.worker import WorkerConfig
+from astracli.process.config import EngineConfig
 from astracli.weights.publish.server import weights_app
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -65,24 +67,25 @@ def settings(args: argparse.Namespace, total_gib: float | None) -> list[str]:
     if args.device == "cuda":
         found |= gpu_settings(args, None) | {"model.path": str(args.model)}
         if args.attention:
-            found["rollout.attention_backend"] = args.attention
+            found["rollout.sglang.attention_backend"] = args.attention
         share = (args.memory_gib or total_gib or 0) / (total_gib or 1)
-        found["rollout.mem_fraction_static"] = round(0.8 * min(1.0, share), 4)
+        found["rollout.sglang.mem_fraction_static"] = round(0.8 * min(1.0, share), 4)
     return [f"{key}={value}" for key, value in found.items()]
 
 
 @contextmanager
 def hub(folder: Path) -> Iterator[tuple[HubStore, str]]:
     """A hub that always grants: admission never says no."""
-    store = HubStore(
-        folder / "hub.sqlite", batch_groups=MANY, max_staleness=0, drop_equal_groups=False, lease_timeout_s=600.0,
-        steps=MANY, eval_every=0, engines=["engine0"],
+    settings = HubSettings(
+        batch_groups=MANY, max_staleness=0, drop_equal_groups=False, lease_timeout_s=600.0, steps=MANY, eval_every=0,
+        engines=("engine0",),
     )  # fmt: skip
+    store = HubStore(folder / "hub.sqlite", settings)
     (folder / "weights").mkdir()
     app = build_app(
         store, TOKEN, weights_app=weights_app(folder / "weights"), metrics_path=None, on_status=lambda _: None
     )
-    server = serve(app, ports.bind("127.0.0.1")).start()
+    server = ServerThread(app, ports.bind("127.0.0.1")).start()
     try:
         yield store, server.url
     finally:
@@ -93,21 +96,23 @@ def hub(folder: Path) -> Iterator[tuple[HubStore, str]]:
 @contextmanager
 def engine(recipe: Recipe, model: Path, folder: Path) -> Iterator[str]:
     """An engine process of this recipe with the checkpoint's own weights; yields its URL."""
-    facts, adapter = gather.with_engine(machine.probe(), recipe), registry.resolve(recipe, model)
+    facts, adapter = gather.with_engine(read.probe(), recipe), registry.resolve(recipe, model)
     choice = backend.choose(adapter, facts, recipe)
     (port,) = ports.free_ports(1, "127.0.0.1")
     run = folder / f"engine-{port}"
     (run / "config").mkdir(parents=True)
     (run / "stage").mkdir()
     with hub(run) as (_, hub_url):
-        config = WorkerConfig(
-            name="engine0", role="engine", run_dir=run, hub_url=hub_url, token=TOKEN, recipe=recipe,
-            paths={"model": str(model)}, device=choice.device, threads=recipe.resources.threads.engine,
-            backends=choice.settings(), extra={"port": port, "stage_dir": str(run / "stage"), "published": False},
+        config = EngineConfig(
+            name="engine0", run_dir=run, attempt=1, hub_url=hub_url, token=TOKEN, recipe=recipe, model_path=model,
+            engine=choice.engine, threads=recipe.resources.threads.engine, device=choice.device, port=port,
+            stage_dir=run / "stage", published=False, await_weights=False, time_sharing=False, staging="host",
+            mem_fraction_static=engines.of(recipe).memory.share(recipe), serving_attention=choice.serving_attention,
+            linear_attention=choice.linear_attention,
         )  # fmt: skip
         path = run / "config" / "engine0.json"
-        path.write_text(json.dumps(config.document()))
-        command = [sys.executable, "-m", ENGINE_MODULES[choice.engine], str(path)]
+        path.write_text(config.model_dump_json())
+        command = [sys.executable, "-m", engines.of(recipe).start(recipe).module, str(path)]
         with (run / "engine.log").open("w") as log:
             process = subprocess.Popen(
                 command, stdout=log, stderr=log, start_new_session=True, env=os.environ | dict(choice.env)
@@ -169,15 +174,16 @@ def engine_options(doc: str | None) -> argparse.ArgumentParser:
     """What the benches of an engine ask for."""
     return options(
         doc, model={str: "checkpoint directory; default the shipped tiny model"}, recipe=RECIPE,
-        device=("cuda", "cpu"), memory_gib={float: "of a smaller GPU"}, attention={str: "rollout.attention_backend"},
+        device=("cuda", "cpu"), memory_gib={float: "of a smaller GPU"},
+        attention={str: "rollout.sglang.attention_backend"},
         engine_path={str: "PYTHONPATH of the environment that holds SGLang"},
     )  # fmt: skip
 
 
 def chosen(args: argparse.Namespace) -> tuple[Recipe, Path, list[str]]:
     """The recipe, its checkpoint and the settings that made it."""
-    gpus = machine.visible_gpus(machine.probe())
-    sets = settings(args, gpus[0]["memory_total"] / 2**30 if gpus else None)
+    gpus = read.probe().visible_gpus
+    sets = settings(args, (gpus[0].memory_total or 0) / 2**30 if gpus else None)
     recipe = recipe_io.load(args.recipe, sets)
     model = fetch.local_path(recipe.model.path)
     if model is None:

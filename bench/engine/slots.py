@@ -32,9 +32,11 @@ import numpy as np
 
 from astracli.config.recipe import Recipe
 from astracli.data.prompts import PromptSource
+from astracli.engines import registry as engines
 from astracli.engines.client import EngineClient, GenRequest, GenResult
 from astracli.models.adapter import load_tokenizer
-from astracli.process.worker import Reporter, WorkerConfig
+from astracli.process.config import EngineAddress, RolloutConfig
+from astracli.process.worker import Reporter
 from astracli.rewards.reward import GradePool
 from astracli.rollout import worker as rollout
 
@@ -54,10 +56,10 @@ def law(args: argparse.Namespace) -> Callable[[int], int]:
     return length
 
 
-def long_tailed(length: Callable[[int], int], lengths: list[int]) -> type[EngineClient]:
+def long_tailed(length: Callable[[int], int], lengths: list[int], client: Any) -> type[EngineClient]:
     """A client whose requests end where the law says; `lengths` gets the tokens of each that has come back."""
 
-    class LongTailed(EngineClient):
+    class LongTailed(client):  # type: ignore[misc]
         async def generate(self, requests: Sequence[GenRequest], *more: Any) -> list[GenResult]:
             asked = [replace(r, max_new_tokens=length(r.seed) - r.draw_offset, stop_token_ids=()) for r in requests]
             results = await super().generate(asked, *more)
@@ -128,14 +130,22 @@ class Poll(threading.Thread):
 
 def measure(args: argparse.Namespace, recipe: Recipe, model: Path, folder: Path) -> dict[str, Any]:
     length, lengths = law(args), list[int]()
-    rollout.EngineClient = long_tailed(length, lengths)  # type: ignore[misc]
+    kind = engines.of(recipe)
+    tailed = long_tailed(length, lengths, type(kind.client("http://engine", TOKEN, name="engine0", stage_dir=folder)))
+
+    def client(*words: Any, **told: Any) -> Any:
+        if tailed.__base__ is EngineClient:
+            del told["stage_dir"]
+        return tailed(*words, **told)
+
+    kind.client = client  # type: ignore[method-assign]
     tokenizer, source = load_tokenizer(model), PromptSource(recipe.data, recipe.seed, None)
     with engine(recipe, model, folder) as url, hub(folder) as (store, hub_url):
         stage = folder / f"engine-{url.rpartition(':')[2]}" / "stage"
-        config = WorkerConfig(
-            name="rollout", role="rollout", run_dir=folder, hub_url=hub_url, token=TOKEN, recipe=recipe,
-            paths={"model": str(model)}, backends={"engine": "sglang" if args.device == "cuda" else "embedded"},
-            engines=[{"name": "engine0", "url": url, "stage_dir": str(stage)}],
+        config = RolloutConfig(
+            name="rollout", run_dir=folder, attempt=1, hub_url=hub_url, token=TOKEN, recipe=recipe, model_path=model,
+            engine=kind.name, threads=1, data_path=None, samples=None, gpu_leases=(),
+            engines=(EngineAddress(name="engine0", url=url, stage_dir=stage),),
         )  # fmt: skip
         marks: list[tuple[float, int]] = []
 

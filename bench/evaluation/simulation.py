@@ -34,6 +34,7 @@ from astracli.data.prompts import Problem
 from astracli.evaluation.benchmark import BenchmarkWork, EvalSampling
 from astracli.evaluation.spread import evaluate
 from astracli.hub.store import HubStore
+from astracli.hub.types import Evaluation, HubSettings
 from astracli.report import bottleneck
 from astracli.rl.types import Group, Sample, Segment, pack_group, unpack_group
 from astracli.rollout.slot_use import IdleWhile
@@ -58,7 +59,7 @@ class Simulation:
     """Of the groups."""
     trained_tokens: int = 0
     evaluation_tokens: int = 0
-    evaluations: list[dict[str, int]] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
 
     @property
     def now(self) -> float:
@@ -80,9 +81,9 @@ class Simulation:
         steps, began = self.setting.recipe.train.steps, self.now
         self.store.announce(0, 0)
         for step in range(steps):
-            reply = await self.changes.until(lambda step=step: self.store.batch(step), lambda r: "groups" in r)
+            reply = await self.changes.until(lambda step=step: self.store.batch(step), lambda r: r.batch)
             wait_s = self.now - began
-            tokens = sum(self.tokens_of[unpack_group(blob).lease_id] for blob in reply["groups"])
+            tokens = sum(self.tokens_of[unpack_group(blob).lease_id] for blob in reply.batch.groups)
             self.trained_tokens += tokens
             await asyncio.sleep(tokens / self.setting.trainer_rate)
             self.store.announce(step + 1, step + 1)
@@ -101,20 +102,20 @@ class Simulation:
         known = (-1, False)
         while True:
             ask = lambda: self.store.target(engine.name)  # noqa: E731
-            reply = await self.changes.until(ask, lambda r, k=known: r["version"] is not None and _told(r) != k)
-            held.note(reply["pinned"], idle.seconds)
-            if reply["version"] != engine.version:
+            reply = await self.changes.until(ask, lambda r, k=known: r.version not in (None, k[0]) or r.pinned != k[1])
+            held.note(reply.pinned, idle.seconds)
+            if reply.version != engine.version:
                 await asyncio.sleep(self.setting.fetch_s)
                 engine.stop_for(self.setting.pause_s)
-                engine.version = reply["version"]
+                engine.version = reply.version
                 self.store.engine_state(engine.name, engine.version, "ready")
                 now = (self.now, idle.seconds, engine.rollout_tokens)
                 interval_s, idle_s, tokens = (after - before for after, before in zip(now, last, strict=True))
                 rate, last = tokens / max(1e-9, interval_s), now
                 told = {"interval_s": interval_s, "idle_s": idle_s, "rollout_tokens_per_s": rate}
-                told["held_idle_s"] = held.take(reply["pinned"], idle.seconds)
+                told["held_idle_s"] = held.take(reply.pinned, idle.seconds)
                 self._record("rollout", step=engine.version, engine=engine.name, **told)
-            known = (engine.version, reply["pinned"])
+            known = (engine.version, reply.pinned)
 
     def idle_of(self, engine: Engine) -> Idle:
         found: Idle = engine.__dict__.setdefault("idle", Idle())
@@ -131,11 +132,11 @@ class Simulation:
                 await idle.changed.wait()
                 continue
             reply = await self.changes.until(
-                lambda n=wanted: self.store.lease("rollout", n, engine=engine.name), lambda r: r["leases"] or r["stop"]
+                lambda n=wanted: self.store.lease("rollout", n, engine=engine.name), lambda r: r.leases or r.stop
             )
-            for lease in reply["leases"]:
+            for lease in reply.leases:
                 idle.change(size)
-                asyncio.create_task(self._group(engine, lease["lease_id"])).add_done_callback(_raise)
+                asyncio.create_task(self._group(engine, lease.lease_id)).add_done_callback(_raise)
 
     async def _group(self, engine: Engine, lease: int) -> None:
         idle, version = self.idle_of(engine), engine.version
@@ -161,22 +162,23 @@ class Simulation:
             1.0, 1.0, recipe.rollout.max_new_tokens, recipe.rollout.context_length, (1,), recipe.seed
         )
         while True:
-            task = await self.changes.until(self.store.eval_next, lambda r: "step" in r or r["stop"])
-            if "step" not in task:
+            reply = await self.changes.until(self.store.eval_next, lambda r: r.evaluation or r.stop)
+            task = reply.evaluation
+            if task is None:
                 return
             began, before = self.now, sum(e.tokens - e.rollout_tokens for e in self.engines)
             works = [
-                BenchmarkWork(one, Instantly(), Instantly(), sampling=sampling, version=task["version"],
+                BenchmarkWork(one, Instantly(), Instantly(), sampling=sampling, version=task.version,
                               samples=table.samples, max_concurrency=recipe.evaluation_requests)
                 for one in _benchmarks(recipe)
             ]  # fmt: skip
             engines = {engine.name: engine for engine in self.engines}
-            members = Members(self, task["step"], task["version"])
+            members = Members(self, task.step, task.version)
             await evaluate(works, engines, members, max_concurrency=recipe.evaluation_requests)
-            self.store.eval_done(task["step"], task["version"], {})
+            self.store.eval_done(task.step, task.version, {})
             tokens = sum(e.tokens - e.rollout_tokens for e in self.engines) - before
             self.evaluation_tokens += tokens
-            self._record("eval", step=task["step"], version=task["version"], eval_wall_s=self.now - began,
+            self._record("eval", step=task.step, version=task.version, eval_wall_s=self.now - began,
                          eval_tokens=tokens)  # fmt: skip
             self.evaluations.append(task)
 
@@ -192,16 +194,12 @@ class Members:
     async def holders(self, known: Collection[str] | None) -> Collection[str]:
         store, have = self.simulation.store, None if known is None else list(known)
         reply = await self.simulation.changes.until(
-            lambda: store.eval_engines(self.version), lambda r: r["engines"] != have
+            lambda: store.eval_engines(self.version), lambda r: r.engines != have
         )
-        return list(reply["engines"])
+        return list(reply.engines)
 
     async def release(self, engine: str) -> None:
         self.simulation.store.eval_release(self.step, self.version, engine)
-
-
-def _told(reply: dict[str, Any]) -> tuple[int, bool]:
-    return reply["version"], reply["pinned"]
 
 
 def _raise(task: asyncio.Task[None]) -> None:
@@ -223,11 +221,12 @@ def simulate(setting: Setting) -> dict[str, Any]:
     names = [f"engine{i}" for i in range(setting.engines)]
 
     async def play(name: Path) -> tuple[Simulation, float]:
-        store = HubStore(
-            name / "hub.sqlite", batch_groups=recipe.train.batch_groups, max_staleness=recipe.effective_staleness,
-            drop_equal_groups=True, lease_timeout_s=1e9, steps=recipe.train.steps, eval_every=recipe.eval.every,
-            engines=names, checkpoints=False, clock=asyncio.get_running_loop().time,
+        settings = HubSettings(
+            batch_groups=recipe.train.batch_groups, max_staleness=recipe.effective_staleness, drop_equal_groups=True,
+            lease_timeout_s=1e9, steps=recipe.train.steps, eval_every=recipe.eval.every, engines=tuple(names),
+            checkpoints=False,
         )  # fmt: skip
+        store = HubStore(name / "hub.sqlite", settings, clock=asyncio.get_running_loop().time)
         simulation = Simulation(setting, store, Changes(store), [Engine(setting, name) for name in names])
         wall_s = await simulation.run()
         store.close()
@@ -257,8 +256,8 @@ def figures(simulation: Simulation, wall_s: float) -> dict[str, Any]:
         "evaluation_share_of_tokens": simulation.evaluation_tokens / generated,
         "slots_busy": sum(engine.slot_s for engine in simulation.engines) / (setting.slots * setting.engines * wall_s),
         "trainer_waited": verdict["wait_share"] if verdict else None,
-        "evaluations": [(row["step"], row["due_step"]) for row in rows],
-        "missing": [one for one in due if not any(row["due_step"] <= one <= row["step"] for row in rows)],
+        "evaluations": [(row.step, row.due_step) for row in rows],
+        "missing": [one for one in due if not any(row.due_step <= one <= row.step for row in rows)],
         "limit": verdict["limit"] if verdict else None,
         "verdict": f"{verdict['words']}; try {verdict['change']}" if verdict else None,
     }  # fmt: skip

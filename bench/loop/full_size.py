@@ -26,7 +26,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from astracli.plan.memory import MemoryRow, on_gpu
+from astracli.machine.component import Component
+from astracli.machine.memory import MemoryRow
+from astracli.plan.memory import on_gpu
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shared import (
@@ -123,10 +125,14 @@ def of_all(rows: Sequence[Record], name: str) -> dict[str, float] | None:
     return spread(float(r[name]) for r in rows if isinstance(r.get(name), int | float))
 
 
+KEYS = ("process", "where", "bytes", "basis", "fixed", "away")
+"""Of a row of memory; which part of its process it is counts for nothing here."""
+
+
 def memory(run: Path, watch: MemoryWatch) -> list[Record]:
     """What was seen of each GPU of the run's plan beside what that counts, and of all together; [] on a CPU."""
     document = json.loads((run / "plan.json").read_text())
-    rows = [MemoryRow(**row) for row in document["memory"]]
+    rows = [MemoryRow(component=Component.PROCESS, **{key: row[key] for key in KEYS}) for row in document["memory"]]
     seen = watch.peaks_gib
     found: list[Record] = [
         {"gpu": gpu, "processes": names, "seen_gib": seen.get(int(gpu), 0.0), "planned_gib": on_gpu(rows, names) / GIB}

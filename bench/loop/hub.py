@@ -21,9 +21,11 @@ from typing import Any
 import numpy as np
 
 from astracli.config.recipe_run import LaunchTable
-from astracli.hub.api import build_app, serve
+from astracli.hub.api import build_app
 from astracli.hub.client import HubClient
+from astracli.hub.server import ServerThread
 from astracli.hub.store import HubStore
+from astracli.hub.types import HubSettings, Lease
 from astracli.process.ports import bind
 from astracli.rl.types import Group, Sample, Segment, unpack_group
 
@@ -39,10 +41,11 @@ TARGET_MS = 100.0
 
 
 def open_store(path: Path, history_steps: int) -> HubStore:
-    return HubStore(
-        path, batch_groups=GROUPS, max_staleness=8, drop_equal_groups=True, lease_timeout_s=600.0, steps=10**6,
-        eval_every=0, engines=["engine0"], history_steps=history_steps,
+    settings = HubSettings(
+        batch_groups=GROUPS, max_staleness=8, drop_equal_groups=True, lease_timeout_s=600.0, steps=10**6,
+        eval_every=0, engines=("engine0",), history_steps=history_steps,
     )  # fmt: skip
+    return HubStore(path, settings)
 
 
 def fill(store: HubStore, samples: int) -> int:
@@ -96,14 +99,14 @@ def play(url: str, first: int, batches: int, folder: Path) -> tuple[dict[str, li
     for step in range(first, first + batches):
         client.announce(step, step)
         client.engine_state("engine0", step, "ready")
-        leases: list[dict[str, int]] = []
+        leases: list[Lease] = []
         while len(leases) < GROUPS:
-            leases += timed(ms["lease"], client.lease, "rollout", GROUPS - len(leases), engine="engine0")["leases"]
+            leases += timed(ms["lease"], client.lease, "rollout", GROUPS - len(leases), engine="engine0").leases
         for lease in leases:
-            made = group(lease["lease_id"], step, rng)
+            made = group(lease.lease_id, step, rng)
             timed(ms["put a group"], client.put_group, made)
         reply = timed(ms["batch"], client.batch, step)
-        timed(ms["unpack the batch"], lambda blobs: [unpack_group(blob) for blob in blobs], reply["groups"])
+        timed(ms["unpack the batch"], lambda blobs: [unpack_group(blob) for blob in blobs], reply.batch.groups)
         saved = step + 1 if (step + 1) % EVERY == 0 else None
         timed(ms["ack with a checkpoint" if saved else "ack"], client.ack, step, step + 1, saved)
         timed(ms["state"], client.state)
@@ -120,7 +123,7 @@ def main() -> None:
         first = fill(store, args.samples)
         rows = store.counts()
         before = sum(path.stat().st_size for path in name.glob("hub.sqlite*"))
-        server = serve(build_app(store, "t"), bind("127.0.0.1")).start()
+        server = ServerThread(build_app(store, "t"), bind("127.0.0.1")).start()
         with ProcessPoolExecutor(
             1, multiprocessing.get_context("spawn")
         ) as other:  # as in a run: not the hub's process
@@ -131,8 +134,8 @@ def main() -> None:
     calls = [{"call": call, **(spread(v) or {}), "max": max(v, default=None)} for call, v in ms.items()]
     p99 = next(row["p99"] for row in calls if row["call"] == "batch")
     found = {
-        "history_samples": first * GROUPS * SAMPLES, "history_groups": rows["consumed_groups"] + rows["dropped"],
-        "rows_kept": kept, "rows_counted": after["consumed_groups"] + after["dropped"],
+        "history_samples": first * GROUPS * SAMPLES, "history_groups": rows.consumed_groups + rows.dropped,
+        "rows_kept": kept, "rows_counted": after.consumed_groups + after.dropped,
         "batch_tokens": GROUPS * SAMPLES * TOKENS, "database_mb": before / 1e6, "largest_mb": largest / 1e6,
         "batch_p99_ms": p99, "asked_under_ms": TARGET_MS,
     }  # fmt: skip

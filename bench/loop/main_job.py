@@ -1,6 +1,7 @@
 """The main job as a user runs it: `astra train` on the tiny recipes, several seeds, from import to export.
 
     python bench/loop/main_job.py [--recipes NAME ...] [--seeds 0 1 2] [--at-least 0.8] [--json]
+    python bench/loop/main_job.py --plugin examples/plugins/engine --set rollout.engine=plain    an engine of a stranger
 
 Prints per run: held-out avg@8 before and after, wall time of the whole command, peak memory of all its processes (sum
 of PSS each second), parity at staleness 0, and what travelled to the engine. About two minutes a run on two cores.
@@ -9,7 +10,10 @@ of PSS each second), parity at staleness 0, and what travelled to the engine. Ab
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shared import folder, options, show, train
 
 RECIPES = ["qwen3.5-tiny-m2po-delta", "qwen3.5-tiny-m2po-full"]
+
+
+def install(plugin: Path, within: Path) -> None:
+    """The package in `plugin`, built into a wheel and installed from that, where the runs will find it."""
+    source = shutil.copytree(plugin, within / "source")
+    pip, quiet = [sys.executable, "-m", "pip"], ["--quiet", "--no-deps", "--no-index"]
+    wheels, site = within / "wheels", within / "site"
+    subprocess.run([*pip, "wheel", *quiet, "--no-build-isolation", "--wheel-dir", wheels, source], check=True)
+    subprocess.run([*pip, "install", *quiet, "--target", site, *wheels.glob("*.whl")], check=True)
+    os.environ["PYTHONPATH"] = str(site)
 
 
 def one(recipe: str, seed: int, folder: Path, settings: list[str]) -> dict[str, Any]:
@@ -43,10 +57,12 @@ def one(recipe: str, seed: int, folder: Path, settings: list[str]) -> dict[str, 
 def main() -> None:
     parser = options(
         __doc__, recipes=RECIPES, seeds=[0, 1, 2], at_least={0.0: "exit 1 when a run ends below this avg@8"},
-        set="as `astra train --set`",
+        set="as `astra train --set`", plugin={str: "source of a package that is installed for the runs"},
     )  # fmt: skip
     args = parser.parse_args()
     with folder() as name:
+        if args.plugin:
+            install(Path(args.plugin), name)
         rows = [one(recipe, seed, name, args.set) for recipe in args.recipes for seed in args.seeds]
     medians = []
     for recipe in args.recipes:

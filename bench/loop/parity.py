@@ -49,7 +49,7 @@ def run_of(model: str, attention: str, args: argparse.Namespace, run: Path) -> l
         settings |= {"train.activation_checkpointing": "full", "train.tokens_per_microbatch": 8192}
     if args.device == "cuda":
         settings |= gpu_settings(args)
-        settings |= {"rollout.mem_fraction_static": 0.2, "rollout.attention_backend": attention}
+        settings |= {"rollout.sglang.mem_fraction_static": 0.2, "rollout.sglang.attention_backend": attention}
     settings |= dict(pair.split("=", 1) for pair in args.set)
     train(
         run, settings, console=None

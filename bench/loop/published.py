@@ -66,7 +66,8 @@ def full_layout(folder: Path) -> Path:
 def run_of(model: str, run: Path, args: argparse.Namespace) -> None:
     settings: dict[str, Any] = {"model.path": model, "train.steps": args.steps, "eval.every": args.steps // 2}
     if args.device == "cuda":
-        settings |= gpu_settings(args) | {"rollout.mem_fraction_static": 0.1, "rollout.attention_backend": "triton"}
+        settings |= gpu_settings(args)
+        settings |= {"rollout.sglang.mem_fraction_static": 0.1, "rollout.sglang.attention_backend": "triton"}
     train(run, settings, console=None)
 
 

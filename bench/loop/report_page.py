@@ -25,7 +25,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from astracli.config import recipe_io
-from astracli.hub.api import serve
+from astracli.hub.server import ServerThread
 from astracli.process import ports
 from astracli.report.page import html as report_html
 from astracli.runs.run_dir import RunDir
@@ -128,7 +128,7 @@ def probe(page: Path, folder: Path, width: int) -> dict[str, Any]:
         return Response()
 
     routes = [Route("/", lambda _: HTMLResponse(text)), Route("/probe", took, methods=["POST"])]
-    server = serve(Starlette(routes=routes), ports.bind("127.0.0.1")).start()
+    server = ServerThread(Starlette(routes=routes), ports.bind("127.0.0.1")).start()
     options = [f"--user-data-dir={folder / f'profile{width}'}", f"--window-size={width},900", server.url]
     browser = subprocess.Popen(
         ["chromium", *CHROMIUM, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True

@@ -34,13 +34,14 @@ from typing import Any
 
 import torch
 
+from astracli.machine.component import Component
+from astracli.machine.memory import CUDA_CONTEXT
 from astracli.models.adapter import MemoryShape
 from astracli.plan import cost as plan_speed
-from astracli.plan import placement as plan_place
 from astracli.plan import trainer as plan_trainer
-from astracli.plan.memory import CUDA_CONTEXT, HOLES
+from astracli.plan.placement import Gpus, place
+from astracli.process.layout import Split
 from astracli.rl.types import Group
-from astracli.training.layout import Split
 from astracli.training.step import Trainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -100,7 +101,8 @@ def planned(trainer: Trainer, shape: MemoryShape) -> int:
     """Bytes that the launch plan counts on the GPU, without what torch does not allocate and the holes of its cache."""
     split = Split(moments_on_host=trainer.masters.adam.moments_on_host)
     rows = plan_trainer.trainer_rows("trainer", shape, trainer.recipe, "cuda", trainer.ranks.world_size, split)
-    return sum(row.bytes for row in rows if row.where == "gpu" and row.what not in ("CUDA context", HOLES))
+    outside = (Component.CUDA_CONTEXT, Component.CACHE_HOLES)
+    return sum(row.bytes for row in rows if row.where == "gpu" and row.component not in outside)
 
 
 def profile(trainer: Trainer, draw: Callable[[int], list[Group]]) -> str:
@@ -170,10 +172,9 @@ def main() -> None:
     def start(name: str) -> Trainer:
         variant = VARIANTS[name]
         if args.gpu_gib:
-            chosen, card = recipe(variant, args.tokens, case.size), {0: int(args.gpu_gib * 2**30)}
-            variant = replace(
-                variant, split=plan_place.place(chosen, case.shape, card, [], [0], plan_speed.Pace()).split
-            )
+            gpus = Gpus({0: int(args.gpu_gib * 2**30)}, trainer=[0])
+            chosen = recipe(variant, args.tokens, case.size)
+            variant = replace(variant, split=place(chosen, case.shape, gpus).split)
         return case.trainer(variant)
 
     if args.gpu_gib and device.type == "cuda":

@@ -58,8 +58,9 @@ from typing import Any
 import httpx
 from starlette.applications import Starlette
 
-from astracli.engines.client import NO_TENSORS, EngineClient
-from astracli.hub.api import serve
+from astracli.engines.client import EngineClient
+from astracli.engines.sglang.client import NO_TENSORS, SglangClient
+from astracli.hub.server import ServerThread
 from astracli.process import ports
 from astracli.weights.publish.server import weights_routes
 from astracli.weights.receive.subscriber import Subscriber
@@ -91,12 +92,12 @@ async def drive(args: argparse.Namespace, folder: Path, record: Record) -> None:
         trainer = Trainer(args, model, adapter, folder / "weights", **sent)
         check = model.to(args.device) if args.parity else None
         del model
-        files = serve(Starlette(routes=weights_routes(folder / "weights")), ports.bind("127.0.0.1")).start()
+        files = ServerThread(Starlette(routes=weights_routes(folder / "weights")), ports.bind("127.0.0.1")).start()
         subscriber = Subscriber(files.url, TOKEN, stage, directory)
         published = trainer.publish(0)
         record.note(version_0_publish=published)
         versions = Versions(trainer)
-        async with EngineClient(server.url, TOKEN, loader_dir=stage) as client:
+        async with SglangClient(server.url, TOKEN, stage_dir=stage) as client:
             patience = args.ready_s if full else min(args.ready_s, args.limit_s - (time.monotonic() - BEGAN))
             ready = asyncio.create_task(wait_ready(client, server, patience))
             if args.ahead:

@@ -38,7 +38,7 @@ MOMENT = (0.1 / 1.9) ** 0.5
 def versions(shape: str, lr: float, steps: int, device: str) -> tuple[Weights, Weights]:
     """Published weights before and after `steps` Adam steps; the same for the same arguments."""
     config = {"model_type": "qwen3_5_text", "tie_word_embeddings": True, **SHAPES[shape]}
-    adapter = next(a for item in registry.installed() if (a := item.adapter) and "qwen3_5_text" in a.model_types)
+    adapter = next(a for item in registry.installed() if (a := item.plugin) and "qwen3_5_text" in a.model_types)
     assert adapter.shapes is not None
     draw = torch.Generator(device).manual_seed(0)
     base, new = {}, {}

@@ -20,10 +20,11 @@ from typing import Any, Literal
 import torch
 from shared import adapter_of
 
-from astracli.backends.choice import SGLANG_CPU_ENV, SGLANG_ENV
-from astracli.backends.serving import SERVING_ON_CPU
 from astracli.data import fetch
-from astracli.engines.client import SETTLE_LOADER, STAGED_LOADER, EngineClient, GenRequest
+from astracli.engines.client import EngineClient, GenRequest
+from astracli.engines.sglang.attention import SERVING_ON_CPU
+from astracli.engines.sglang.client import SETTLE_LOADER, STAGED_LOADER
+from astracli.engines.sglang.plugin import CPU_ENV, ENV
 from astracli.process import ports
 from astracli.training.optimizer import DTYPES
 from astracli.weights.publish.publisher import Publisher
@@ -82,8 +83,8 @@ class Server:
             "ASTRA_STAGE_DIR": str(stage),
             "ASTRA_START_VERSION": "",  # weights made up by the server: version 0 reaches it in full
             "ASTRA_VERIFY_INTERVAL": str(VERIFY),
-            **SGLANG_ENV,
-            **(SGLANG_CPU_ENV if args.device == "cpu" else {}),
+            **ENV,
+            **(CPU_ENV if args.device == "cpu" else {}),
             **(settings or {}),
         }
         if loaders:

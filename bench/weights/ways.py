@@ -43,7 +43,7 @@ import zstandard
 from safetensors.torch import load_file, save_file
 from starlette.applications import Starlette
 
-from astracli.hub.api import serve
+from astracli.hub.server import ServerThread
 from astracli.process import ports
 from astracli.weights.device.difference import bits_torch
 from astracli.weights.device.resident import Resident
@@ -256,7 +256,7 @@ def in_full(weights: dict[str, torch.Tensor], threads: int, folder: Path) -> dic
     result = publisher.publish(0, weights, owned=True)
     found |= {"publish": result.publish_s, "of which writing and checksums": result.write_s}
     publisher.close()
-    files = serve(Starlette(routes=weights_routes(folder / "weights")), ports.bind("127.0.0.1")).start()
+    files = ServerThread(Starlette(routes=weights_routes(folder / "weights")), ports.bind("127.0.0.1")).start()
     ways: list[tuple[str, dict[str, Any]]] = [
         ("fetch over HTTP", {"link_bytes": None, "parts": 1}),
         ("the same in four ranges at once", {"link_bytes": None, "parts": 4}),

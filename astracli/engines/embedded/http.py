@@ -1,18 +1,4 @@
-"""The embedded engine's HTTP face: the subset of SGLang's routes that a run uses. Imports no torch.
-
-| route | body | answer |
-|---|---|---|
-| GET /health_generate | | 200 once the model is loaded, else 503 |
-| GET /model_info | | model_path, weight_version, serving, problem, paused, running, ... |
-| POST /generate | input_ids, sampling_params, rid, draw_offset | output_ids and meta_info; 503 while not serving |
-| | the same and stream: true | server-sent events, one for each request when it ends, with its place as `index` |
-| POST /abort_request | rid (one or a list, exact) or abort_all | aborted: how many |
-| POST /pause_generation | mode: abort, retract, in_place | |
-| POST /continue_generation, /flush_cache | | |
-| POST /update_weights_from_tensor | load_format, weight_version; applies what is staged | success, message, outcome |
-| POST /update_weights_from_disk | model_path, weight_version | success, message, outcome |
-| POST /update_weight_version | new_version | |
-"""
+"""The embedded engine's HTTP face: the routes that `engines/client.py` lists. Imports no torch."""
 
 from __future__ import annotations
 
@@ -29,7 +15,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from astracli.engines.client import NO_TENSORS, STAGED_LOADER
+from astracli.engines.client import STAGED
 from astracli.errors import UserError
 
 if TYPE_CHECKING:
@@ -234,10 +220,10 @@ async def _flush(engine: EmbeddedEngine, request: Request) -> Response:
 
 async def _update_from_tensor(engine: EmbeddedEngine, request: Request) -> Response:
     body = await _json(request)
-    if body.get("serialized_named_tensors") not in ([], NO_TENSORS):
-        raise UserError("the embedded engine takes no tensors in a request; stage a payload and name its loader")
-    if body.get("load_format") != STAGED_LOADER:
-        raise UserError(f"load_format {body.get('load_format')!r} is not `{STAGED_LOADER}`")
+    if body.get("serialized_named_tensors"):
+        raise UserError("the embedded engine takes no tensors in a request; stage a payload")
+    if body.get("load_format") != STAGED:
+        raise UserError(f"load_format {body.get('load_format')!r} is not `{STAGED}`")
     flush = bool(body.get("flush_cache", True))
     return await _outcome(engine.apply_staged(_version(body.get("weight_version")), flush=flush))
 

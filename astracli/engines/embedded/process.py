@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from astracli.engines.embedded.http import Door, build_app
+from astracli.engines.embedded.plugin import ENGINE
 from astracli.errors import RunFailed
 from astracli.process.config import EngineConfig
 from astracli.process.worker import Reporter, worker_main
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
     from astracli.engines.embedded.engine import EmbeddedEngine
+    from astracli.models.adapter import ModelAdapter
 
 
 def run(config: EngineConfig, reporter: Reporter) -> None:
@@ -77,6 +79,18 @@ def serving(app: ASGIApp, listener: socket.socket) -> Iterator[None]:
         listener.close()
 
 
+def loader(adapter: ModelAdapter, device: str) -> Callable[[Path], tuple[Any, Any]]:
+    """Reads a checkpoint directory: (model, its wire tensors)."""
+
+    def load(path: Path) -> tuple[Any, Any]:
+        model = adapter.load_for_serving(path, attention="sdpa").eval()  # slots need a mask of their own
+        if device == "cpu" and adapter.prepare_cpu is not None:
+            adapter.prepare_cpu(model)
+        return model, adapter.wire_tensors(model)
+
+    return load
+
+
 def load_engine(config: EngineConfig) -> EmbeddedEngine:
     """Load the model through its adapter, as version 0."""
     import torch
@@ -89,18 +103,11 @@ def load_engine(config: EngineConfig) -> EmbeddedEngine:
     if config.device == "cpu":
         keep_freed_memory()
     adapter = registry.resolve(config.recipe, config.model_path)
-
-    def load(path: Path) -> tuple[Any, Any]:
-        model = adapter.load_for_serving(path, attention="sdpa")  # slots need a mask of their own
-        if config.device == "cpu" and adapter.prepare_cpu is not None:
-            adapter.prepare_cpu(model)
-        return model, adapter.wire_tensors(model)
-
     rollout = config.recipe.rollout
     return EmbeddedEngine(
         config.model_path,
-        load,
-        EngineLimits(rollout.running, rollout.context_length, rollout.chunked_prefill_size),
+        loader(adapter, config.device),
+        EngineLimits(rollout.running, rollout.context_length, ENGINE.own(config.recipe).chunked_prefill_size),
         stage_dir=config.stage_dir,
         device=config.device,
         exclusive_calls=config.recipe.launch.deterministic,

@@ -9,26 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 
+from astracli.engines import contract
+from astracli.engines.contract import FailureHint
 from astracli.errors import RunFailed
 
 _RAISED = r"(?m)^(?:\[[^\]\n]*\] ?|- )?[\w.]*(?:Error|Exception): [^\n]*?"
 """The line of an exception, up to what it says; SGLang lists the causes of a failed import with a dash."""
 
 
-@dataclass(frozen=True)
-class Known:
-    """A pattern in an engine's output, what it means and what to do."""
-
-    pattern: re.Pattern[str]
-    cause: str
-    """May use the pattern's groups, as in `re.Match.expand`."""
-    hint: str
-
-
-def _known(pattern: str, cause: str, hint: str) -> Known:
-    return Known(re.compile(pattern), cause, hint)
+def _known(pattern: str, cause: str, hint: str) -> FailureHint:
+    return FailureHint(re.compile(pattern), cause, hint)
 
 
 KNOWN = (
@@ -36,13 +27,14 @@ KNOWN = (
         r"flash_fwd_launch_template|CUDA error: invalid argument",
         "its attention kernel failed to launch on this GPU",
         "FlashAttention-3 with a Gated DeltaNet hybrid dies so on compute capability 8.9: "
-        "`--set rollout.attention_backend=flashinfer`, or triton",
+        "`--set rollout.sglang.attention_backend=flashinfer`, or triton",
     ),
     _known(
         r"CUDA out of memory|OutOfMemoryError|Not enough memory|CUDA error: out of memory",
         "the GPU ran out of memory",
-        "lower rollout.max_running_requests (each keeps its state beside the KV cache), rollout.chunked_prefill_size "
-        "or rollout.mem_fraction_static; `astra train --dry-run` shows what each needs",
+        "lower rollout.max_running_requests (each keeps its state beside the KV cache), "
+        "rollout.sglang.chunked_prefill_size or rollout.sglang.mem_fraction_static; "
+        "`astra train --dry-run` shows what each needs",
     ),
     _known(
         r"(?i)nccl[^\n]{0,200}?\btimed out\b|collective operation timeout",
@@ -52,7 +44,7 @@ KNOWN = (
     _known(
         _RAISED + r"(?:[Cc]an ?not import FA3|No module named 'flash_attn_interface')",
         "FlashAttention-3 is not in its environment",
-        "`--set rollout.attention_backend=auto` takes what is there",
+        "`--set rollout.sglang.attention_backend=auto` takes what is there",
     ),
     _known(
         r"no kernel image is available",
@@ -87,7 +79,7 @@ KNOWN = (
     _known(
         r"(?<![Ss]oft )[Ww]atchdog timeout",
         "its scheduler hung",
-        "look for the stacks in its log; `--set rollout.attention_backend=triton` avoids most kernel hangs",
+        "look for the stacks in its log; `--set rollout.sglang.attention_backend=triton` avoids most kernel hangs",
     ),
     _known(
         _RAISED + r"((?:[\w./+-]+\.so[\w.]*): (?:undefined symbol|cannot open shared object file)[^\n]*)",
@@ -100,7 +92,7 @@ KNOWN = (
         r"|(?s:nvcc: (?:command )?not found.*ninja: build stopped)",
         "a kernel is compiled at first use, and there is no compiler for it",
         "install ninja and the CUDA toolkit's nvcc, or take kernels that need neither: "
-        "`--set rollout.attention_backend=triton`",
+        "`--set rollout.sglang.attention_backend=triton`",
     ),
     _known(
         _RAISED + r"(?:CUDA driver version is insufficient|driver on your system is too old)",
@@ -110,7 +102,7 @@ KNOWN = (
     _known(
         r"CUDA error: ([^\n]+)",
         r"the GPU reported an error: \1",
-        "`astra doctor RECIPE` tries its kernels one by one; `--set rollout.attention_backend=triton` takes the "
+        "`astra doctor RECIPE` tries its kernels one by one; `--set rollout.sglang.attention_backend=triton` takes the "
         "plainest; when the same GPU fails again, look for `Xid` in `dmesg`",
     ),
 )
@@ -120,29 +112,17 @@ SLOW = (
     _known(
         r"KV cache pool (?:is )?full|[Rr]etract(?:ed)? (?:some )?requests?",
         "the KV cache was full and running requests were taken back",
-        "lower rollout.max_running_requests or rollout.max_new_tokens, or raise rollout.mem_fraction_static",
+        "lower rollout.max_running_requests or rollout.max_new_tokens, or raise rollout.sglang.mem_fraction_static",
     ),
 )
 """An engine lives on with these: one of them explains an end that nothing else explains."""
-
-_EXCEPTION = re.compile(r"^(?:\[[^\]]*\] ?)?(?:[\w.]*(?:Error|Exception|Interrupt)\b.*|AssertionError.*)")
 
 
 def explain(lines: Iterable[str]) -> tuple[str | None, str | None]:
     """(cause, hint) of an engine's end, from its last lines; (None, None) when nothing in them says why."""
     lines = [line for line in lines if "ServerArgs(" not in line]  # it names every option: nccl_port, dist_timeout, ...
-    text = "\n".join(lines)
-    if found := _first(KNOWN, text):
-        return found
-    errors = [line.strip() for line in lines if _EXCEPTION.match(line.strip())]
-    return (errors[-1][:300], None) if errors else _first(SLOW, text) or (None, None)
-
-
-def _first(kinds: Iterable[Known], text: str) -> tuple[str, str] | None:
-    for known in kinds:
-        if match := known.pattern.search(text):
-            return match.expand(known.cause), known.hint
-    return None
+    found = contract.explain(KNOWN, lines)
+    return found if found[0] else contract.explain(SLOW, lines)
 
 
 def death(name: str, what: str, lines: Iterable[str]) -> RunFailed:

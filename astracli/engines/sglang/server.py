@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import astracli
-from astracli.engines.client import SETTLE_LOADER, STAGED_LOADER, UNPROVEN, flushes
+from astracli.engines.client import UNPROVEN, flushes
 from astracli.engines.sglang import checkpoint, failure_hints
+from astracli.engines.sglang.client import SETTLE_LOADER, STAGED_LOADER
+from astracli.engines.sglang.settings import own
 from astracli.errors import RunFailed
 from astracli.process.config import EngineConfig
 from astracli.process.health import answers
@@ -87,17 +89,17 @@ def run(config: EngineConfig, reporter: Reporter) -> None:
 
 def engine_environment(config: EngineConfig) -> dict[str, str]:
     """The server's environment: this process's, the recipe's `resources.engine.env`, and what our loader reads."""
-    own = dict(config.recipe.resources.engine.env)
+    asked = dict(config.recipe.resources.engine.env)
     path = RunDir(config.run_dir).stage / f"{config.name}-path"
     path.mkdir(parents=True, exist_ok=True)
     link = path / "astracli"
     if not link.is_symlink():
         # the package alone: the folder it lies in holds the trainer's packages, which the engine must not see
         link.symlink_to(Path(astracli.__file__).resolve().parent)
-    before = own.get("PYTHONPATH") or os.environ.get("PYTHONPATH", "")
+    before = asked.get("PYTHONPATH") or os.environ.get("PYTHONPATH", "")
     return {
         **os.environ,
-        **own,
+        **asked,
         "PYTHONPATH": os.pathsep.join(filter(None, [before, str(path)])),
         "ASTRA_PARENT": str(os.getpid()),
         "ASTRA_STAGE_DIR": str(config.stage_dir),
@@ -174,7 +176,7 @@ def command(config: EngineConfig, model: Path, options: Options, flags: Mapping[
         "mem_fraction_static": config.mem_fraction_static,
         "enable_memory_saver": config.time_sharing,
         "enable_weights_cpu_backup": config.time_sharing,
-        "chunked_prefill_size": rollout.chunked_prefill_size,
+        "chunked_prefill_size": own(config.recipe).chunked_prefill_size,
         "random_seed": config.recipe.seed,
         "dtype": "bfloat16",  # as published; a config that does not say is served in fp16
         "custom_weight_loader": [STAGED_LOADER, SETTLE_LOADER],

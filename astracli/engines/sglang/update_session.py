@@ -12,29 +12,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
+from astracli.engines.client import UpdateReply
 from astracli.errors import RunFailed
 
 BEGIN, END = "/begin_weight_update", "/end_weight_update"
 CLOSE_S = 10.0
 """How long a server whose update broke off is waited for to end it."""
-
-
-@dataclass(frozen=True)
-class UpdateReply:
-    """The engine's answer to a weight update."""
-
-    success: bool
-    message: str
-    outcome: Mapping[str, Any] = field(default_factory=dict)
-    """What the engine says of it: `changed` elements, seconds under names that end in `_s`, and whether a read-back
-    follows (`readback`). By our clock `begin_s` and `end_s`."""
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        return {name: value for name, value in self.outcome.items() if name.endswith("_s") and value is not None}
 
 
 class UpdateSession:

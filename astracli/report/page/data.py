@@ -196,9 +196,9 @@ def tiles(run: RunDir, records: Sequence[Record], summary: Mapping[str, Any]) ->
 
 def write_machine(run: RunDir) -> None:
     """Keep what this machine is with the run, for a report that is made somewhere else."""
-    from astracli.machine import facts as machine
+    from astracli.machine import read
 
-    write_atomic(run.path / MACHINE_FILE, json.dumps(machine.probe(), indent=2) + "\n")
+    write_atomic(run.path / MACHINE_FILE, json.dumps(read.probe().document(), indent=2) + "\n")
 
 
 def machine_rows(run: RunDir) -> list[list[str]]:

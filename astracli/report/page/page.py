@@ -15,6 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from astracli.hub.types import EvaluationStatus, HubState
 from astracli.process.console import say
 from astracli.process.worker import Status
 from astracli.runs.metrics import Record, without_absent
@@ -40,25 +41,22 @@ class RunProgress:
     statuses: Mapping[str, Status] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
     """Newest value of each metric."""
-    evals: list[dict[str, Any]] = field(default_factory=list)
-    counts: Mapping[str, int] = field(default_factory=dict)
+    evals: list[EvaluationStatus] = field(default_factory=list)
+    """Those that are done, in the order of their steps."""
     clock: Callable[[], float] = time.monotonic
     _done_at: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=21))
     began: float = field(default_factory=time.monotonic)
 
-    def feed(
-        self, records: Sequence[Record], state: Mapping[str, Any], statuses: Mapping[str, Status], phase: str
-    ) -> None:
-        """Take what is new. `state` is `HubStore.state()`."""
+    def feed(self, records: Sequence[Record], state: HubState, statuses: Mapping[str, Status], phase: str) -> None:
+        """Take what is new."""
         self.phase, self.statuses = phase, statuses
         for record in records:
             record = without_absent(record)
             for key, value in record.items():
                 if isinstance(value, int | float) and key not in ("time", "step", "version", "due_step"):
                     self.figures[key] = float(value)
-        self.counts = state.get("counts") or {}
-        self.evals = sorted((e for e in state.get("evals") or [] if e.get("results")), key=lambda e: e["step"])
-        done = int(self.counts.get("consumed_steps", 0))
+        self.evals = state.done_evals()
+        done = state.counts.consumed_steps
         if done != self.step or not self._done_at:
             self.step = done
             self._done_at.append((self.clock(), done))
@@ -76,9 +74,9 @@ class RunProgress:
         idle = [(name, s) for name, s in self.statuses.items() if s.waiting or s.state == "starting"]
         return [f"{name}: {status.words()}" for name, status in idle]
 
-    def eval_words(self, evaluation: Mapping[str, Any]) -> str:
+    def eval_words(self, evaluation: EvaluationStatus) -> str:
         """`avg@8 0.35` of the overall figure, or of the only benchmark."""
-        results = evaluation["results"]
+        results = evaluation.results
         figures = results.get("overall") or next(iter(results.values()))
         return f"avg@{figures['n']} {figures['avg_at_n']:.3f}"
 
@@ -93,7 +91,7 @@ class RunProgress:
         shown = [text.format(self.figures[key]) for key, text in formats if key in self.figures]
         if self.evals:
             shown.insert(
-                1 if reward in self.figures else 0, f"{self.eval_words(self.evals[-1])} (step {self.evals[-1]['step']})"
+                1 if reward in self.figures else 0, f"{self.eval_words(self.evals[-1])} (step {self.evals[-1].step})"
             )
         return shown
 
@@ -133,10 +131,10 @@ class PlainView:
         now = self._clock()
         if not self._looked:
             self._looked = True
-            self._step, self._evals = progress.step, {evaluation["step"] for evaluation in progress.evals}
+            self._step, self._evals = progress.step, {evaluation.due_step for evaluation in progress.evals}
         for evaluation in progress.evals:
-            if evaluation["step"] not in self._evals:
-                self._evals.add(evaluation["step"])
+            if evaluation.due_step not in self._evals:
+                self._evals.add(evaluation.due_step)
                 self._say(now, eval_line(evaluation))
         turned, ending = progress.phase != self._phase, progress.phase in ("finishing", "stopping")
         done = " ".join([done_words(progress), *progress.parts()])
@@ -182,19 +180,18 @@ def phase_words(progress: RunProgress) -> str:
     return words.get(progress.phase, progress.phase)
 
 
-def eval_line(evaluation: Mapping[str, Any]) -> str:
+def eval_line(evaluation: EvaluationStatus) -> str:
     """`eval step 25: arithmetic-heldout avg@8 0.520 ± 0.021 pass@4 0.710`, see `evaluated`"""
     cells = [
         f"{name} avg@{f['n']} {f['avg_at_n']:.3f} ± {f['stderr']:.3f} pass@{f['k']} {f['pass_at_k']:.3f}"
-        for name, f in evaluation["results"].items()
-        if not (name == "overall" and len(evaluation["results"]) == 2)
+        for name, f in evaluation.results.items()
+        if not (name == "overall" and len(evaluation.results) == 2)
     ]
-    return f"eval {evaluated(evaluation)}: " + ", ".join(cells)
+    return f"eval {evaluated(evaluation.step, evaluation.due_step)}: " + ", ".join(cells)
 
 
-def evaluated(evaluation: Mapping[str, Any]) -> str:
+def evaluated(step: int | None, due_step: int) -> str:
     """`step 13 (due at 10)`, or `step 10` of one that did not have to wait for an earlier one."""
-    step, due_step = evaluation["step"], evaluation.get("due_step", evaluation["step"])
     return f"step {step}" + (f" (due at {due_step})" if due_step != step else "")
 
 
@@ -229,7 +226,7 @@ def draw(progress: RunProgress) -> RenderableType:
         f"{duration(progress.clock() - progress.began)} gone",
         f"{duration(left)} left" if left is not None and progress.steps else phase_words(progress),
     )
-    trend = ", ".join(f"{progress.eval_words(e)} (step {e['step']})" for e in progress.evals[-4:])
+    trend = ", ".join(f"{progress.eval_words(e)} (step {e.step})" for e in progress.evals[-4:])
     known = [part for part in progress.parts() if not part.startswith("avg@")]
     figures = Text("   ".join(known) or ("no step yet" if progress.steps else ""))
     rows = Table.grid(padding=(0, 2))

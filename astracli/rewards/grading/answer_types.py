@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from astracli.rewards.grading.trees import Node, symbols
+from astracli.rewards.grading.trees import Node, unknowns
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,11 @@ def is_interval(answer: Answer) -> bool:
 def variables(answer: Answer) -> set[str]:
     """Names of the variables in an answer, without the imaginary unit and Euler's number."""
     if isinstance(answer, Value):
-        return symbols(answer.node) - {"e", "i"}
-    if isinstance(answer, Several):
-        return set().union(*(variables(item) for item in answer.items))
-    if isinstance(answer, (Joined, Ratio)):
-        return set().union(*(variables(item) for item in answer.parts))
+        return unknowns(answer.node)
+    if isinstance(answer, (Several, Joined, Ratio)):
+        return set().union(*map(variables, answer.items if isinstance(answer, Several) else answer.parts))
     if isinstance(answer, Assigned):
         return variables(answer.value)
     if isinstance(answer, Relation):
-        return set().union(*(symbols(side) for side in answer.sides)) - {"e", "i"}
+        return set().union(*map(unknowns, answer.sides))
     return set()

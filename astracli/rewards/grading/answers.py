@@ -34,17 +34,9 @@ from astracli.rewards.grading.phrases import (
 from astracli.rewards.grading.tokens import FUNCTIONS, WORDS
 from astracli.rewards.grading.trees import Node, TooLarge, Unreadable
 
-_OPERATORS = {
-    r"\le": "<=",
-    r"\ge": ">=",
-    r"\ne": "!=",
-    "<": "<",
-    ">": ">",
-    "=": "=",
-    "<=": "<=",
-    ">=": ">=",
-    "!=": "!=",
-}
+_OPERATORS = {r"\le": "<=", r"\ge": ">=", r"\ne": "!=", "==": "="}
+"""Written otherwise than in `Relation`."""
+_BRACKETS = [(r"\{", r"\}"), (r"\langle", r"\rangle"), *("<>", "()", "[]", "[)", "(]")]
 _RELATION = re.compile(r"\\(?:le|ge|ne)(?![A-Za-z])|<=|>=|!=|==?|<|>|\\not\s*=")
 _CONNECTIVE = re.compile(
     r"\\words\{\s*,?\s*(or|OR|and|AND)\s*(?:else)?,?\s*\}|\\words\{[^{}]*\}|(?<![A-Za-z\\])(or|and)(?![A-Za-z])"
@@ -159,9 +151,8 @@ def _special(text: str) -> Answer | None:
 def _braced(answer: Answer) -> Answer:
     if isinstance(answer, Assigned):
         answer = answer.value
-    return (
-        Several(answer.items, "{}") if isinstance(answer, Several) and not answer.brackets else Several((answer,), "{}")
-    )
+    several = isinstance(answer, Several) and not answer.brackets
+    return Several(answer.items if isinstance(answer, Several) and several else (answer,), "{}")
 
 
 def _is_name(text: str) -> bool:
@@ -193,7 +184,7 @@ def _relation(text: str, single: bool) -> Answer | None:
         match = _RELATION.match(text, i) if depth <= 0 else None
         if match:
             sides.append(text[start:i].strip())
-            operators.append("!=" if "not" in match[0] else _OPERATORS.get(match[0], "="))
+            operators.append("!=" if "not" in match[0] else _OPERATORS.get(match[0], match[0]))
             i = start = match.end()
             continue
         depth += (text[i] in OPENING) - (text[i] in CLOSING)
@@ -230,22 +221,14 @@ def _bracketed(text: str, single: bool) -> Answer | None:
     matrix = _MATRIX.fullmatch(re.sub(r"^[\[(](\\begin.*)[\])]$", r"\1", text, flags=re.DOTALL))
     if matrix:
         return _matrix(matrix[2], single)
-    for opening, closing in (
-        ("\\{", "\\}"),
-        (r"\langle", r"\rangle"),
-        ("<", ">"),
-        ("(", ")"),
-        ("[", "]"),
-        ("[", ")"),
-        ("(", "]"),
-    ):
+    for opening, closing in _BRACKETS:
         if text.startswith(opening) and text.endswith(closing) and len(text) >= len(opening) + len(closing):
             inner = text[len(opening) : -len(closing)].strip()
             if closing == ")" and opening == "(" and not encloses(text):
                 return None
             if opening == "\\{":
                 return _set(inner, single)
-            parts = [part for part in split(inner, ",")]
+            parts = split(inner, ",")
             if len(parts) < 2:
                 if opening == "[" and closing == "]" and encloses(text):
                     return Several((_read(inner, single),), "[]")
@@ -270,8 +253,7 @@ def _set(inner: str, single: bool) -> Answer:
         parts = split(inner, bar)
         if len(parts) == 2 and (_is_name(parts[0]) or r"\in" in parts[0]):
             return _read(parts[1], single)
-    read_inner = _read(inner, single)
-    return _braced(read_inner)
+    return _braced(_read(inner, single))
 
 
 def _matrix(body: str, single: bool) -> Answer:

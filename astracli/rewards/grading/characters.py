@@ -8,96 +8,25 @@ import unicodedata
 _SUPERSCRIPT = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁿⁱˣʸ", "0123456789+-=()nixy", strict=True))
 _SUBSCRIPT = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₌₍₎ₙₘₖₐₓᵢⱼ", "0123456789+-=()nmkaxij", strict=True))
 _ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
-_GREEK = {
-    chr(code): rf"\{name} "
-    for code, name in zip(
-        [*range(0x3B1, 0x3C2), *range(0x3C3, 0x3CA)],
-        [
-            "alpha",
-            "beta",
-            "gamma",
-            "delta",
-            "epsilon",
-            "zeta",
-            "eta",
-            "theta",
-            "iota",
-            "kappa",
-            "lambda",
-            "mu",
-            "nu",
-            "xi",
-            "omicron",
-            "pi",
-            "rho",
-            "sigma",
-            "tau",
-            "upsilon",
-            "phi",
-            "chi",
-            "psi",
-            "omega",
-        ],
-        strict=True,
-    )
-} | {"Γ": r"\Gamma ", "Δ": r"\Delta ", "Θ": r"\Theta ", "Λ": r"\Lambda ", "Π": r"\Pi ", "Σ": r"\Sigma "}
-_GREEK |= {"Φ": r"\Phi ", "Ψ": r"\Psi ", "Ω": r"\Omega ", "ϕ": r"\phi ", "ϵ": r"\epsilon ", "ϑ": r"\theta "}
-GREEK_NAMES = frozenset(command.strip("\\ ") for command in _GREEK.values())
+_GREEK = """
+alpha α  beta β  gamma γ  delta δ  epsilon εϵ  zeta ζ  eta η  theta θϑ  iota ι  kappa κ  lambda λ  mu μ  nu ν  xi ξ
+omicron ο  pi π  rho ρ  sigma σ  tau τ  upsilon υ  phi φϕ  chi χ  psi ψ  omega ω
+Gamma Γ  Delta Δ  Theta Θ  Lambda Λ  Pi Π  Sigma Σ  Phi Φ  Psi Ψ  Omega Ω
+"""
+_SIGNS = """
+times ×✕✖⨯  cdot ·⋅∙•‧  degree °º˚  langle ⟨〈  rangle ⟩〉  sim ∼～  div ÷  pm ±  mp ∓  infty ∞  ne ≠  to →
+le ≤⩽≦  ge ≥⩾≧  approx ≈≃≅  cup ∪  cap ∩  setminus ∖  in ∈  emptyset ∅  lor ∨  land ∧  ldots …⋯
+lfloor ⌊  rfloor ⌋  lceil ⌈  rceil ⌉  angle ∠
+"""
+GREEK_NAMES = frozenset(re.findall("[A-Za-z]+", _GREEK))
 """As LaTeX commands without the backslash."""
 _CHARACTERS = {
-    **_GREEK,
+    **{char: rf"\{name} " for name, chars in re.findall(r"(\w+) (\S+)", _GREEK + _SIGNS) for char in chars},
+    **{char: rf"\mathbb{{{letter}}}" for char, letter in zip("ℝℤℚℕℂ", "RZQNC", strict=True)},
     **dict.fromkeys("‐‑‒–—―−﹣－", "-"),
-    **dict.fromkeys("×✕✖⨯", r"\times "),
-    **dict.fromkeys("·⋅∙•‧", r"\cdot "),
-    **dict.fromkeys("°º˚", r"\degree "),
-    **dict.fromkeys("⟨〈", r"\langle "),
-    **dict.fromkeys("⟩〉", r"\rangle "),
-    **dict.fromkeys("，、", ","),
-    **dict.fromkeys("∼～", r"\sim "),
-    "÷": r"\div ",
-    "∕": "/",
-    "⁄": "/",
-    "±": r"\pm ",
-    "∓": r"\mp ",
-    "∞": r"\infty ",
-    "≤": r"\le ",
-    "≥": r"\ge ",
-    "⩽": r"\le ",
-    "⩾": r"\ge ",
-    "≦": r"\le ",
-    "≧": r"\ge ",
-    "≠": r"\ne ",
-    "≈": r"\approx ",
-    "≃": r"\approx ",
-    "≅": r"\approx ",
-    "∪": r"\cup ",
-    "∩": r"\cap ",
-    "∖": r"\setminus ",
-    "∈": r"\in ",
-    "∅": r"\emptyset ",
-    "∨": r"\lor ",
-    "∧": r"\land ",
-    "ℝ": r"\mathbb{R}",
-    "ℤ": r"\mathbb{Z}",
-    "ℚ": r"\mathbb{Q}",
-    "ℕ": r"\mathbb{N}",
-    "ℂ": r"\mathbb{C}",
-    "⌊": r"\lfloor ",
-    "⌋": r"\rfloor ",
-    "⌈": r"\lceil ",
-    "⌉": r"\rceil ",
-    "∠": r"\angle ",
-    "…": r"\ldots ",
-    "⋯": r"\ldots ",
-    "′": "'",
-    "’": "'",
-    "。": ".",
-    "→": r"\to ",
-    "∗": "*",
+    **dict(zip("，、∕⁄′’。∗", ",,//''.*", strict=True)),
 }
-_SPACES = dict.fromkeys(
-    "\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000", " "
-)
+_SPACES = frozenset("\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000")
 _INVISIBLE = frozenset("\u200b\u200c\u200d\u2060\ufeff\u00ad\u2061\u2062\u2063\u200e\u200f\ufe0e\ufe0f")
 _OVERLINE = "\u0305"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 
@@ -24,7 +25,7 @@ from astracli.rewards.grading.answers import name_like
 from astracli.rewards.grading.conventions import Conventions
 from astracli.rewards.grading.equations import same_chain, same_equation
 from astracli.rewards.grading.quantities import has_sign_choice, same_quantity, with_sign
-from astracli.rewards.grading.trees import Node, canonical, symbols
+from astracli.rewards.grading.trees import Node, canonical, symbols, unknowns
 
 
 def equal(gold: Answer, answer: Answer, conventions: Conventions) -> bool:
@@ -109,8 +110,7 @@ def _as_sets(gold: Answer, answer: Answer, conventions: Conventions) -> bool | N
         return False if numeric and not isinstance(answer, Words) else None
     if is_interval(gold) and is_interval(answer):
         assert isinstance(gold, Several) and isinstance(answer, Several)
-        same_ends = all(equal(a, b, conventions) for a, b in zip(gold.items, answer.items, strict=True))
-        return gold.brackets == answer.brackets and same_ends
+        return _in_turn(gold.items, answer.items, conventions) and gold.brackets == answer.brackets
     return None
 
 
@@ -183,7 +183,7 @@ def _relations(gold: Answer, answer: Answer, conventions: Conventions) -> bool:
 def _worked_out(answer: Relation, gold: Value, conventions: Conventions) -> bool:
     """`2 + 3 = 5`: a chain of equal values that ends in the answer."""
     first, last = answer.sides[0], answer.sides[-1]
-    if symbols(first) - {"e", "i"} and not name_like(first) and not _steps(answer):
+    if unknowns(first) and not name_like(first) and not _steps(answer):
         return False
     if canonical(first) == canonical(last):
         return False
@@ -215,13 +215,22 @@ def _several(gold: Answer, answer: Answer, conventions: Conventions) -> bool:
     ordered = gold.brackets not in ("", "{}") or answer.brackets not in ("", "{}") or conventions.ordered
     if gold.brackets == "{}" or (answer.brackets == "{}" and not gold.brackets):
         ordered = False
-    if not ordered or _named(gold) or _named(answer):
-        if _named(gold) and _named(answer):
-            return _by_name(gold, answer, conventions)
-        if not ordered:
-            return _matched(gold.items, answer.items, conventions)
-    mine, theirs = _in_order(gold), _in_order(answer)
-    return all(equal(a, b, conventions) for a, b in zip(mine, theirs, strict=True))
+    mine, theirs = _by_name(gold), _by_name(answer)
+    if mine and theirs:
+        same = (equal(mine[name].value, theirs[name].value, conventions) for name in mine if name in theirs)
+        return mine.keys() == theirs.keys() and all(same)
+    if not ordered:
+        return _matched(gold.items, answer.items, conventions)
+    first, second = (
+        tuple(named[name] for name in sorted(named)) if named else each.items
+        for named, each in ((mine, gold), (theirs, answer))
+    )  # `y = 4, x = 2` is (2, 4)
+    return _in_turn(first, second, conventions)
+
+
+def _in_turn(gold: Sequence[Answer], answer: Sequence[Answer], conventions: Conventions) -> bool:
+    """Whether each item is equal to the one at its place."""
+    return len(gold) == len(answer) and all(equal(a, b, conventions) for a, b in zip(gold, answer, strict=True))
 
 
 def _unbounded(item: Answer) -> bool:
@@ -250,30 +259,16 @@ def _compatible(gold: str, answer: str, size: int, conventions: Conventions) -> 
     return False
 
 
-def _named(answer: Several) -> bool:
-    names = [item.name for item in answer.items if isinstance(item, Assigned)]
-    return len(names) == len(answer.items) and len(set(names)) == len(names)
-
-
-def _by_name(gold: Several, answer: Several, conventions: Conventions) -> bool:
-    mine = {item.name: item.value for item in gold.items if isinstance(item, Assigned)}
-    theirs = {item.name: item.value for item in answer.items if isinstance(item, Assigned)}
-    if mine.keys() != theirs.keys():
-        return False
-    return all(equal(mine[name], theirs[name], conventions) for name in mine)
-
-
-def _in_order(answer: Several) -> tuple[Answer, ...]:
-    """The items, those with names by their names: `y = 4, x = 2` is (2, 4)."""
-    if not _named(answer):
-        return answer.items
-    return tuple(sorted(answer.items, key=lambda item: item.name if isinstance(item, Assigned) else ""))
+def _by_name(answer: Several) -> dict[str, Assigned] | None:
+    """The items by their names, when all have different ones."""
+    named = {item.name: item for item in answer.items if isinstance(item, Assigned)}
+    return named if len(named) == len(answer.items) else None
 
 
 def _matched(gold: tuple[Answer, ...], answer: tuple[Answer, ...], conventions: Conventions) -> bool:
     """Whether the items pair up in some order. Equality is transitive enough for a greedy search."""
     if any(isinstance(item, Dots) for item in (*gold, *answer)):
-        return len(gold) == len(answer) and all(equal(a, b, conventions) for a, b in zip(gold, answer, strict=True))
+        return _in_turn(gold, answer, conventions)
     left = list(answer)
     for item in gold:
         place = next((k for k, other in enumerate(left) if equal(item, other, conventions)), None)
@@ -288,9 +283,7 @@ def _ratios(gold: Answer, answer: Answer, conventions: Conventions) -> bool:
         if gold.time or answer.time:
             return _same_time(gold, answer)
         if any(isinstance(part, Dots) for part in (*gold.parts, *answer.parts)) or len(gold.parts) > 2:
-            return len(gold.parts) == len(answer.parts) and all(
-                equal(a, b, conventions) for a, b in zip(gold.parts, answer.parts, strict=True)
-            )
+            return _in_turn(gold.parts, answer.parts, conventions)
     quotients = [_quotient(each) for each in (gold, answer)]
     return quotients[0] is not None and quotients[1] is not None and values.same(quotients[0], quotients[1])
 

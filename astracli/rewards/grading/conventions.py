@@ -29,3 +29,6 @@ class Conventions:
             ordered=bool(settings.get("ordered_lists", False)),
             units_required=settings.get("units", "optional") == "required",
         )
+
+
+DEFAULTS = Conventions()

@@ -6,7 +6,7 @@ from typing import Any
 
 from astracli.rewards.grading import values
 from astracli.rewards.grading.answer_types import Answer, Assigned, Relation, Value
-from astracli.rewards.grading.trees import Node, symbols
+from astracli.rewards.grading.trees import Node, unknowns
 
 
 def _difference(answer: Answer) -> Node | None:
@@ -21,9 +21,9 @@ def _difference(answer: Answer) -> Node | None:
 def same_equation(gold: Answer, answer: Answer) -> bool:
     """Whether two equations are the same up to a constant factor: their quotient is the same everywhere."""
     first, second = _difference(gold), _difference(answer)
-    if first is None or second is None or symbols(first) - {"e", "i"} != symbols(second) - {"e", "i"}:
+    if first is None or second is None or unknowns(first) != unknowns(second):
         return False
-    names = {name for name in symbols(first) if name not in ("e", "i") and not name.endswith("()")}
+    names = {name for name in unknowns(first) if not name.endswith("()")}
     if not names:
         return False
     mp = values.context()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
-from astracli.rewards.grading.trees import Node
+from astracli.rewards.grading.trees import Node, complete
 
 MAX_BITS = 2_000_000
 """Largest integer, in bits, that is worked out."""
@@ -24,10 +24,9 @@ def exact(node: Node) -> Fraction | None:
         return None
     if kind == "fn":
         return _exact_function(node)
-    values = [exact(part) for part in node[1:]]
-    if any(value is None for value in values):
+    found = complete(exact(part) for part in node[1:])
+    if found is None:
         return None
-    found: list[Fraction] = values  # type: ignore[assignment]
     if kind == "add":
         return sum(found, Fraction(0))
     if kind == "mul":
@@ -61,10 +60,9 @@ def _exact_function(node: Node) -> Fraction | None:
     name, arguments = node[1], node[2:]
     if name not in ("factorial", "binom", "abs", "floor", "ceil", "gcd", "lcm", "max", "min"):
         return None
-    found = [exact(argument) for argument in arguments]
-    if any(value is None for value in found) or not found:
+    values = complete(exact(argument) for argument in arguments)
+    if not values:
         return None
-    values: list[Fraction] = found  # type: ignore[assignment]
     if name == "abs":
         return abs(values[0])
     if name == "floor":

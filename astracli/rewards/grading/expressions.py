@@ -12,6 +12,11 @@ from astracli.rewards.grading.tokens import FUNCTIONS, GREEK, Reader, tokenised
 from astracli.rewards.grading.trees import Node, TooLarge, Unreadable
 
 _CLOSING = {"(": ")", "[": "]", "{": "}", r"\{": r"\}"}
+_ACCENTS = frozenset(["overline", "overrightarrow", "vec", "hat", "dot", "ddot", "bar", "tilde"])
+"""Of a letter, which they make another one."""
+_ROUNDED = {"lfloor": ("floor", r"\rfloor"), "lceil": ("ceil", r"\rceil")}
+_PREFIXES = _ACCENTS | _ROUNDED.keys() | {"frac", "sqrt", "cbrt", "binom", "abs", "floor", "ceil"}
+"""Commands that begin a factor."""
 _NO_CALL = frozenset("abcdeikmnrABCKMR")
 _DEPTH = 200
 
@@ -249,15 +254,15 @@ class _Parser(Reader):
                 bottom = self.group("(")
                 return ("fn", "binom", top, bottom)
             return ("fn", "binom", self.argument(), self.argument())
-        for opening, closing, function in (("lfloor", "rfloor", "floor"), ("lceil", "rceil", "ceil")):
-            if name == opening:
-                inner = self.sum()
-                self.need("\\" + closing)
-                return ("fn", function, inner)
+        if name in _ROUNDED:
+            function, closing = _ROUNDED[name]
+            inner = self.sum()
+            self.need(closing)
+            return ("fn", function, inner)
         if name in ("abs", "floor", "ceil"):
             self.need("(")
             return ("fn", name, self.group("("))
-        if name in ("overline", "overrightarrow", "vec", "hat", "dot", "ddot", "bar", "tilde"):
+        if name in _ACCENTS:
             return self.symbol(f"{name} {self.argument()}")
         if name in FUNCTIONS:
             return self.function(name)
@@ -308,29 +313,6 @@ class _Parser(Reader):
         while self.starts() and self.peek()[1:] not in FUNCTIONS and self.peek() not in ("(", "[", "|"):
             node = _product(node, self.power())
         return node
-
-
-_PREFIXES = frozenset(
-    [
-        "frac",
-        "sqrt",
-        "cbrt",
-        "binom",
-        "lfloor",
-        "lceil",
-        "abs",
-        "floor",
-        "ceil",
-        "overline",
-        "overrightarrow",
-        "vec",
-        "hat",
-        "dot",
-        "ddot",
-        "bar",
-        "tilde",
-    ]
-)
 
 
 def _product(left: Node, right: Node) -> Node:

@@ -12,6 +12,7 @@ from astracli.rewards.grading import units
 from astracli.rewards.grading.characters import as_latex, chinese_number
 
 MATH = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+"""A formula in prose, between its delimiters."""
 _SIZES = re.compile(
     r"\\(?:left|right|bigl|bigr|Bigl|Bigr|biggl|biggr|Biggl|Biggr|big|Big|bigg|Bigg|middle)(?![A-Za-z])\s*\.?"
 )
@@ -20,38 +21,17 @@ _SPACING = re.compile(
 )
 _NOTHING = re.compile(r"\\!|\\(?:displaystyle|textstyle|limits|nolimits|phantom\{[^{}]*\}|rm|bf|it)(?![A-Za-z])")
 _FRACTIONS = re.compile(r"\\[dtc]frac(?![A-Za-z])")
-_RENAMED = [
-    (re.compile(rf"\\(?:{old})(?![A-Za-z])\s*"), new)
-    for old, new in (
-        ("leq|leqslant|lte", r"\\le "),
-        ("geq|geqslant|gte", r"\\ge "),
-        ("lt", "<"),
-        ("gt", ">"),
-        ("neq", r"\\ne "),
-        ("lbrace", r"\\{"),
-        ("rbrace", r"\\}"),
-        ("lbrack", "["),
-        ("rbrack", "]"),
-        ("dots|cdots|dotsc|dotsb|dotsm", r"\\ldots "),
-        ("varnothing", r"\\emptyset "),
-        ("backslash|smallsetminus", r"\\setminus "),
-        ("vee", r"\\lor "),
-        ("wedge", r"\\land "),
-        ("dbinom|tbinom", r"\\binom "),
-        ("varphi", r"\\phi "),
-        ("varepsilon", r"\\epsilon "),
-        ("vartheta", r"\\theta "),
-        ("ast", "*"),
-        ("colon", ":"),
-        ("doteq|thickapprox|simeq|cong", r"\\approx "),
-        ("lvert|rvert|vert|mid", "|"),
-        ("arcsin", r"\\asin "),
-        ("arccos", r"\\acos "),
-        ("arctan", r"\\atan "),
-        ("mathbb\\s*R", r"\\mathbb{R}"),
-        ("Reals|reals|R", r"\\mathbb{R}"),
-    )
-]
+_OTHER_NAMES = """
+le leq leqslant lte;  ge geq geqslant gte;  ne neq;  lor vee;  land wedge;  setminus backslash smallsetminus;
+ldots dots cdots dotsc dotsb dotsm;  approx doteq thickapprox simeq cong;  emptyset varnothing;
+phi varphi;  epsilon varepsilon;  theta vartheta;  binom dbinom tbinom;  asin arcsin;  acos arccos;  atan arctan
+"""
+"""A command, and others that mean the same."""
+_RENAMED = {old: rf"\{new} " for new, *others in map(str.split, _OTHER_NAMES.split(";")) for old in others}
+_RENAMED |= {"lt": "<", "gt": ">", "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]", "ast": "*"}
+_RENAMED |= {"colon": ":"} | dict.fromkeys(("lvert", "rvert", "vert", "mid"), "|")
+_RENAMED |= dict.fromkeys(("Reals", "reals", "R"), r"\mathbb{R}")
+_COMMAND = re.compile(rf"\\({'|'.join(_RENAMED)})(?![A-Za-z])\s*")
 _DEGREE = re.compile(
     r"(?<=[\d)}])\^\s*(?:o(?![A-Za-z])|\{\s*o\s*\})|\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})|\\(?:degree|textdegree)(?![A-Za-z])\s*"
 )
@@ -85,6 +65,11 @@ _BAR = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar)\s*(?:\{(\d+)\}|(\d)
 _DOT = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?")
 _BRACKET = re.compile(r"(?<![\d.])(\d*)\.(\d*)\((\d+)\)")
 _ENDLESS = re.compile(r"(?<![\d.])(\d*)\.(\d+)\s*(?:\\ldots|\.\.\.)")
+
+
+def content_of(formula: re.Match[str]) -> str:
+    """What stands between the delimiters of a `MATH`."""
+    return str(formula[formula.lastindex or 0])
 
 
 def plain(text: str) -> str:
@@ -128,8 +113,7 @@ def _latex(text: str) -> str:
     text = _SIZES.sub("", text)
     text = _FRACTIONS.sub(r"\\frac", text)
     text = re.sub(r"(\d)\{,\}(?=\d{3})", r"\1,", text)
-    for pattern, new in _RENAMED:
-        text = pattern.sub(new, text)
+    text = _COMMAND.sub(lambda m: _RENAMED[m[1]], re.sub(r"\\mathbb\s*R(?![A-Za-z])\s*", r"\\R ", text))
     text = _DEGREE.sub(r"\\degree ", text)
     text = _ORDINAL.sub(r"\1", text)
     text = _COMPOUND.sub(lambda m: m[1] + r"\words{" + re.sub(r"[{}~]|\\[,;:! ]", " ", m[2]).strip() + "}", text)

@@ -26,20 +26,15 @@ CLOSING = ")]}"
 def split(text: str, separator: str) -> list[str]:
     """The parts between separators outside all brackets. Brackets of intervals need not match."""
     parts, depth, start, i = [], 0, 0, 0
-    bars = 0
     while i < len(text):
-        if text.startswith(separator, i) and depth <= 0 and bars % 2 == 0 and not _continues(text, i, separator):
+        if text.startswith(separator, i) and depth <= 0 and not _continues(text, i, separator):
             parts.append(text[start:i])
             i += len(separator)
             start = i
             continue
-        if text.startswith((r"\langle", r"\lfloor", r"\lceil", r"\begin"), i):
+        if text[i] in OPENING or text.startswith((r"\langle", r"\lfloor", r"\lceil", r"\begin"), i):
             depth += 1
-        elif text.startswith((r"\rangle", r"\rfloor", r"\rceil", r"\end"), i):
-            depth -= 1
-        elif text[i] in OPENING:
-            depth += 1
-        elif text[i] in CLOSING:
+        elif text[i] in CLOSING or text.startswith((r"\rangle", r"\rfloor", r"\rceil", r"\end"), i):
             depth -= 1
         i += 1
     parts.append(text[start:])

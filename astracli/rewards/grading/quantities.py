@@ -8,21 +8,19 @@ from fractions import Fraction
 from astracli.rewards.grading import units, values
 from astracli.rewards.grading.answer_types import Value
 from astracli.rewards.grading.conventions import Conventions
-from astracli.rewards.grading.trees import Node, symbols
+from astracli.rewards.grading.trees import Node, rebuilt, symbols, unknowns, walk
 
 
 def has_sign_choice(node: Node) -> bool:
-    return node[0] in ("pm", "mp") or any(has_sign_choice(part) for part in node[1:] if isinstance(part, tuple))
+    return any(part[0] in ("pm", "mp") for part in walk(node))
 
 
 def with_sign(node: Node, upper: bool) -> Node:
-    if node[0] in ("num", "sym"):
+    """One of the two values of a plus-minus."""
+    node, choice = rebuilt(node, lambda part: with_sign(part, upper)), node[0]
+    if choice not in ("pm", "mp"):
         return node
-    parts = tuple(with_sign(part, upper) if isinstance(part, tuple) else part for part in node[1:])
-    if node[0] in ("pm", "mp"):
-        plus = (node[0] == "pm") == upper
-        return ("add", parts[0], parts[1] if plus else ("neg", parts[1]))
-    return (node[0], *parts)
+    return ("add", node[1], node[2] if (choice == "pm") == upper else ("neg", node[2]))
 
 
 def same_quantity(gold: Value, answer: Value, conventions: Conventions) -> bool:
@@ -34,33 +32,18 @@ def same_quantity(gold: Value, answer: Value, conventions: Conventions) -> bool:
     node = answer.node if scale == 1 else ("mul", ("num", scale, str(scale)), answer.node)
     if gold.percent or answer.percent or conventions.percent_asked:
         return _percents(gold, replace(answer, node=node), conventions)
-    if {gold.unit, answer.unit} == {"degree", ""} and (_turns(gold.node) or _turns(node)):
+    turn = ("fn", "pi")  # an angle that is a multiple of pi
+    if {gold.unit, answer.unit} == {"degree", ""} and (turn in walk(gold.node) or turn in walk(node)):
         first, second = (("fn", "degree", each.node) if each.unit else each.node for each in (gold, answer))
         return values.same(first, second)
-    gold_node, node = _one_unit(gold.node, node)
-    return values.same(gold_node, node, conventions.tolerance)
+    if "i" in symbols(gold.node) and "j" in symbols(node) and "j" not in symbols(gold.node):
+        node = _with_i(node)
+    return values.same(gold.node, node, conventions.tolerance)
 
 
-def _turns(node: Node) -> bool:
-    """Whether an angle is a multiple of pi."""
-    return node == ("fn", "pi") or any(_turns(part) for part in node[1:] if isinstance(part, tuple))
-
-
-def _one_unit(gold: Node, answer: Node) -> tuple[Node, Node]:
-    """An engineer's j is the imaginary unit where the gold has i and no j."""
-    if "i" in symbols(gold) and "j" in symbols(answer) and "j" not in symbols(gold):
-        return gold, _renamed(answer)
-    return gold, answer
-
-
-def _renamed(node: Node) -> Node:
-    if node == ("sym", "j"):
-        return ("sym", "i")
-    return (
-        (node[0], *(_renamed(part) if isinstance(part, tuple) else part for part in node[1:]))
-        if node[0] != "num"
-        else node
-    )
+def _with_i(node: Node) -> Node:
+    """An engineer's j as the imaginary unit."""
+    return ("sym", "i") if node == ("sym", "j") else rebuilt(node, _with_i)
 
 
 def _percents(gold: Value, answer: Value, conventions: Conventions) -> bool:
@@ -78,5 +61,5 @@ def _percents(gold: Value, answer: Value, conventions: Conventions) -> bool:
         return False
     if conventions.percent_asked:
         return True
-    value = values.number(gold.node) if not symbols(gold.node) - {"e", "i"} else 2
+    value = values.number(gold.node) if not unknowns(gold.node) else 2
     return bool(abs(value) > 1)

@@ -11,7 +11,7 @@ from astracli.rewards.grading import notation, values
 from astracli.rewards.grading.answer_types import Answer, Assigned, Several, Value
 from astracli.rewards.grading.expressions import parse
 from astracli.rewards.grading.phrases import split
-from astracli.rewards.grading.trees import Node, Unreadable, canonical, symbols
+from astracli.rewards.grading.trees import Node, Unreadable, canonical, unknowns, walk
 
 _PERCENT = re.compile(
     r"\b(?:what|which|find the|how many)\s+(?:is\s+the\s+|are\s+the\s+)?(?:[a-z-]+\s+){0,3}?percent(?:age|s)?\b"
@@ -59,7 +59,7 @@ def unfinished(problem: str, gold: Answer, answer: Answer) -> bool:
     fraction = unsigned[0] == "div" and _is_literal(unsigned[1]) and _is_literal(unsigned[2])
     if any(canonical(each) == form for each in expressions):
         return not fraction or not _lowest(unsigned) or _CONVERT.search(problem) is not None
-    if (fraction and not _is_integer(mine)) or symbols(mine) - {"e", "i"}:
+    if (fraction and not _is_integer(mine)) or unknowns(mine):
         return False
     if _operations(theirs) <= _operations(mine):
         return False
@@ -115,15 +115,12 @@ def _integers_only(node: Node) -> bool:
 
 
 def _operations(node: Node) -> set[str]:
-    if node[0] in ("num", "sym"):
-        return set()
-    own = {f"fn {node[1]}"} if node[0] == "fn" else {node[0]} - {"neg"}
-    return own.union(*(_operations(part) for part in node[1:] if isinstance(part, tuple)))
+    return {f"fn {part[1]}" if part[0] == "fn" else part[0] for part in walk(node)} - {"num", "sym", "neg"}
 
 
 def _asks_for(expression: Node, gold: Node) -> bool:
     """Whether the gold is the value of an expression in the problem."""
-    if _is_literal(expression) or symbols(expression) - {"e", "i"}:
+    if _is_literal(expression) or unknowns(expression):
         return False
     try:
         return values.same(gold, expression)
@@ -147,7 +144,7 @@ def _expressions(problem: str) -> tuple[Node, ...]:
 
 def _formulas(problem: str) -> Iterator[str]:
     for match in notation.MATH.finditer(problem):
-        yield next(group for group in match.groups() if group is not None)
+        yield notation.content_of(match)
     prose = notation.MATH.sub(" ", problem)
     for match in _ARITHMETIC.finditer(prose):
         yield match[0]

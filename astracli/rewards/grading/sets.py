@@ -24,7 +24,7 @@ from astracli.rewards.grading.answer_types import (
     is_interval,
 )
 from astracli.rewards.grading.quantities import has_sign_choice, with_sign
-from astracli.rewards.grading.trees import Node, symbols
+from astracli.rewards.grading.trees import Node, complete, rebuilt, symbols, unknowns
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,9 @@ def _real_set(answer: Answer, pairs: bool) -> RealSet | None:
 
 
 def _joined(answer: Joined) -> RealSet | None:
-    parts = [_real_set(part, True) for part in answer.parts]
-    if any(part is None for part in parts):
+    found = complete(_real_set(part, True) for part in answer.parts)
+    if found is None:
         return None
-    found: list[RealSet] = parts  # type: ignore[assignment]
     points = tuple(point for part in found for point in part.points)
     names = {part.variable for part in found if part.variable}
     if len(names) > 1:
@@ -85,7 +84,7 @@ def _joined(answer: Joined) -> RealSet | None:
 def _bound(answer: Answer) -> Any:
     if isinstance(answer, Assigned):
         answer = answer.value
-    if not isinstance(answer, Value) or symbols(answer.node) - {"e", "i"}:
+    if not isinstance(answer, Value) or unknowns(answer.node):
         raise values.Undefined("a symbolic bound")
     value = values.number(answer.node)
     mp = values.context()
@@ -122,15 +121,14 @@ def _inequality(relation: Relation) -> RealSet | None:
         both = [replace(relation, sides=tuple(with_sign(s, upper) for s in relation.sides)) for upper in (True, False)]
         return _joined(Joined("and" if relation.operators == ("!=",) else "or", tuple(both)))
     sides = [_without_calls(side) for side in relation.sides]
-    names = set().union(*(symbols(side) for side in sides)) - {"e", "i"}
+    names = set().union(*map(unknowns, sides))
     if len(names) != 1:
         return None
     (name,) = names
     links = list(zip(sides, relation.operators, sides[1:], strict=False))
-    parts = [_link(left, operator, right, name) for left, operator, right in links]
-    if any(part is None for part in parts):
+    found = complete(_link(left, operator, right, name) for left, operator, right in links)
+    if found is None:
         return None
-    found: list[RealSet] = parts  # type: ignore[assignment]
     return RealSet(
         tuple(point for part in found for point in part.points), lambda x: all(part.contains(x) for part in found), name
     )
@@ -140,7 +138,7 @@ def _without_calls(node: Node) -> Node:
     """`f(x)` as one variable."""
     if node[0] == "call":
         return ("sym", f"{node[1]}({node[2]})")
-    return (node[0], *(_without_calls(part) if isinstance(part, tuple) else part for part in node[1:]))
+    return rebuilt(node, _without_calls)
 
 
 def _link(left: Node, operator: str, right: Node, name: str) -> RealSet | None:

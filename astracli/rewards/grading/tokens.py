@@ -17,51 +17,18 @@ _TOKEN = re.compile(
 _SYMBOLS = ("ell", "hbar", "partial", "infty", "prime", "circ", "star", "angle", "triangle", "odot")
 GREEK = GREEK_NAMES | {"Xi", "Upsilon", *_SYMBOLS}
 """Commands that are one symbol: Greek letters, and others that are read like them."""
-FUNCTIONS = frozenset(
-    [
-        "sin",
-        "cos",
-        "tan",
-        "cot",
-        "sec",
-        "csc",
-        "asin",
-        "acos",
-        "atan",
-        "sinh",
-        "cosh",
-        "tanh",
-        "coth",
-        "ln",
-        "log",
-        "lg",
-        "exp",
-        "gcd",
-        "lcm",
-        "max",
-        "min",
-        "det",
-        "sgn",
-        "arccot",
-        "arcsec",
-        "arccsc",
-        "arsinh",
-        "arcosh",
-        "artanh",
-    ]
-)
+_FUNCTIONS = """
+sin cos tan cot sec csc asin acos atan sinh cosh tanh coth ln log lg exp gcd lcm max min det sgn
+arccot arcsec arccsc arsinh arcosh artanh
+"""
+FUNCTIONS = frozenset(_FUNCTIONS.split())
 WORDS = {
     **{name: name for name in FUNCTIONS},
     **{name: name for name in ("sqrt", "cbrt", "pi", "abs", "floor", "ceil", "binom")},
     **{f"arc{name}": f"a{name}" for name in ("sin", "cos", "tan")},
     **{name: name for name in GREEK if len(name) > 2 and name not in ("angle", "triangle", "prime", "star", "circ")},
-    "infinity": "infty",
-    "inf": "infty",
-    "oo": "infty",
-    "degrees": "degree",
-    "degree": "degree",
-    "deg": "degree",
-    "theta": "theta",
+    **dict.fromkeys(("infinity", "inf", "oo"), "infty"),
+    **dict.fromkeys(("degrees", "degree", "deg"), "degree"),
 }
 _LONGEST = sorted(WORDS, key=len, reverse=True)
 

@@ -6,9 +6,11 @@ A tree is a tuple: ("num", Fraction, text), ("sym", name), ("call", name, argume
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 Node = tuple[Any, ...]
+T = TypeVar("T")
 
 
 class Unreadable(ValueError):
@@ -30,6 +32,30 @@ def symbols(node: Node) -> set[str]:
         if isinstance(part, tuple):
             found |= symbols(part)
     return found
+
+
+def complete(parts: Iterable[T | None]) -> list[T] | None:
+    """The parts; None when one of them is."""
+    found = list(parts)
+    return None if None in found else [part for part in found if part is not None]
+
+
+def unknowns(node: Node) -> set[str]:
+    """`symbols` without the imaginary unit and Euler's number."""
+    return symbols(node) - {"e", "i"}
+
+
+def walk(node: Node) -> Iterator[Node]:
+    """A tree and all trees inside it."""
+    yield node
+    for part in node[1:]:
+        if isinstance(part, tuple):
+            yield from walk(part)
+
+
+def rebuilt(node: Node, change: Callable[[Node], Node]) -> Node:
+    """The node with every tree directly inside it changed."""
+    return (node[0], *(change(part) if isinstance(part, tuple) else part for part in node[1:]))
 
 
 def canonical(node: Node) -> Node:

@@ -10,7 +10,7 @@ from astracli.rewards.grading import boxes, choices, notation, question, values
 from astracli.rewards.grading.answer_types import Answer, Assigned, Dots, Several, Value, Words, variables
 from astracli.rewards.grading.answers import read
 from astracli.rewards.grading.compare import equal
-from astracli.rewards.grading.conventions import Conventions
+from astracli.rewards.grading.conventions import DEFAULTS, Conventions
 from astracli.rewards.grading.phrases import as_words, is_yes_or_no, says, split
 from astracli.rewards.grading.trees import TooLarge, Unreadable
 
@@ -37,7 +37,7 @@ _TENS = re.compile(r"\\log\s*_\s*(?:\{\s*10\s*\}|10(?!\d))|\\lg(?![A-Za-z])")
 _NAME_ONLY = re.compile(r"[A-Za-z\\]*\s*(?:=)?\s*")
 
 
-def verdict(gold: str, answer: str, problem: str = "", conventions: Conventions | None = None) -> bool | None:
+def verdict(gold: str, answer: str, problem: str = "", conventions: Conventions = DEFAULTS) -> bool | None:
     """Whether the answer is right; None when one of the two is written in a way that is not known here.
 
     Raises values.Undefined when a value cannot be worked out.
@@ -63,7 +63,6 @@ def verdict(gold: str, answer: str, problem: str = "", conventions: Conventions 
         return True
     if words is not None and is_yes_or_no(words) and says(words, found):
         return True
-    conventions = conventions or Conventions()
     conventions = replace(
         conventions, percent_asked=question.percent_asked(problem), list_asked=question.list_asked(problem)
     )
@@ -93,7 +92,7 @@ def words_of(gold: str) -> str | None:
     return words if is_yes_or_no(words) or isinstance(_gold(plain), Words) else None
 
 
-def _choice(gold: str, answer: str, problem: str, conventions: Conventions | None) -> bool | None:
+def _choice(gold: str, answer: str, problem: str, conventions: Conventions) -> bool | None:
     """The verdict when the gold is letters of choices."""
     lettered = choices.lettered(gold)
     if lettered is not None:
@@ -115,7 +114,7 @@ def _choice(gold: str, answer: str, problem: str, conventions: Conventions | Non
     return bool(text) and choices.chosen(answer) is None and verdict(str(text), answer, "", conventions) is True
 
 
-def _choice_with_text(letter: str, text: str, answer: str, conventions: Conventions | None) -> bool:
+def _choice_with_text(letter: str, text: str, answer: str, conventions: Conventions) -> bool:
     """The verdict for a gold such as `(C) 17`: letter, text or both."""
     both = choices.lettered(answer)
     if both is not None:
@@ -134,15 +133,11 @@ def _options(problem: str) -> dict[str, str]:
 
 def _compared(gold: str, answer: str, problem: str, conventions: Conventions) -> bool | None:
     """The verdict under both readings of digits with commas: a number, or a list."""
-    results: list[bool | None] = []
-    for join in (notation.without_separators, str):
-        first, second = join(gold), join(answer)
-        if results and (first, second) == (notation.without_separators(gold), notation.without_separators(answer)):
-            break
-        results.append(_one_reading(first, second, problem, conventions))
-        if results[-1]:
-            return True
-    return None if results[0] is None else False
+    joined = notation.without_separators(gold), notation.without_separators(answer)
+    right = _one_reading(*joined, problem, conventions)
+    if not right and joined != (gold, answer) and _one_reading(gold, answer, problem, conventions):
+        return True
+    return right
 
 
 def _one_reading(gold: str, answer: str, problem: str, conventions: Conventions) -> bool | None:
@@ -154,7 +149,7 @@ def _one_reading(gold: str, answer: str, problem: str, conventions: Conventions)
     if found is None:
         return None
     if isinstance(wanted, Words) or isinstance(found, Words):
-        return _same_words(wanted, found)
+        return wanted == found
     if _contradicts(found, wanted):
         return False
     wanted = _with_unit(gold, wanted, found)
@@ -213,17 +208,13 @@ def _approximation(text: str) -> tuple[str, str | None]:
 
 def _contradicts(answer: Answer, gold: Answer) -> bool:
     """Whether an elided list stands where none is the gold."""
-    elided = isinstance(answer, Several) and any(isinstance(item, Dots) for item in answer.items)
-    return elided and not (isinstance(gold, Several) and any(isinstance(item, Dots) for item in gold.items))
+    return _elided(answer) and not _elided(gold)
 
 
-def _same_words(gold: Answer, answer: Answer) -> bool:
-    return isinstance(gold, Words) and isinstance(answer, Words) and gold.text == answer.text
+def _elided(answer: Answer) -> bool:
+    return isinstance(answer, Several) and Dots() in answer.items
 
 
 def _decimal_comma(gold: str, answer: str) -> bool:
     """`2,74` for 2.74."""
     return bool(re.fullmatch(r"-?\d+,\d+", answer)) and answer.replace(",", ".") == gold
-
-
-__all__ = ["values", "verdict"]

@@ -21,19 +21,12 @@ def _add(dimensions: str, factor: int | Fraction | str, *names: str) -> None:
         _KNOWN[name] = powers, Fraction(factor)
 
 
-for _short, _factor in (
-    ("mm", "1/1000"),
-    ("cm", "1/100"),
-    ("dm", "1/10"),
-    ("m", 1),
-    ("km", 1000),
-    ("nm", "1/1000000000"),
-):
-    _add("length", _factor, _short)
-_add("length", 1, "meter", "meters", "metre", "metres", "米")
-_add("length", "1/100", "centimeter", "centimeters", "centimetre", "centimetres", "厘米")
-_add("length", "1/1000", "millimeter", "millimeters", "millimetre", "millimetres", "毫米")
-_add("length", 1000, "kilometer", "kilometers", "kilometre", "kilometres", "千米", "公里")
+_add("length", "1/10", "dm")
+_add("length", "1/1000000000", "nm")
+_add("length", 1, "m", "meter", "meters", "metre", "metres", "米")
+_add("length", "1/100", "cm", "centimeter", "centimeters", "centimetre", "centimetres", "厘米")
+_add("length", "1/1000", "mm", "millimeter", "millimeters", "millimetre", "millimetres", "毫米")
+_add("length", 1000, "km", "kilometer", "kilometers", "kilometre", "kilometres", "千米", "公里")
 _add("length", "0.0254", "inch", "inches", "in", "in.")
 _add("length", "0.3048", "foot", "feet", "ft", "ft.")
 _add("length", "0.9144", "yard", "yards", "yd", "yds")
@@ -90,13 +83,7 @@ for _base in ("m", "s", "g", "L", "N", "J", "W", "V", "A", "Hz", "Pa", "mol", "e
         _powers_of_base, _size = _KNOWN[_base]
         if _prefix + _base != "pm":  # behind a time, `pm` is the afternoon
             _KNOWN.setdefault(_prefix + _base, (_powers_of_base, _size * Fraction(10) ** _power))
-_MEANINGS = {
-    "pound": "£",
-    "pounds": "£",
-    "degree": "°C",
-    "degrees": "°C",
-    "deg": "°C",
-}
+_MEANINGS = {**dict.fromkeys(("pound", "pounds"), "£"), **dict.fromkeys(("degree", "degrees", "deg"), "°C")}
 """What a unit may mean besides: pounds of money, degrees of a thermometer."""
 CURRENCY = "$€£¥₹"
 _WORDS = r"\\words\{[^{}]*\}"
@@ -182,17 +169,8 @@ def _named(unit: str) -> str:
     return unit
 
 
-_SCALES = {
-    "hundred": 100,
-    "thousand": 1000,
-    "million": 10**6,
-    "billion": 10**9,
-    "trillion": 10**12,
-    "百": 100,
-    "千": 1000,
-    "万": 10**4,
-    "亿": 10**8,
-}
+_SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALES |= {"百": 100, "千": 1000, "万": 10**4, "亿": 10**8}
 
 
 def take_scale(unit: str) -> tuple[int, str]:

@@ -7,6 +7,7 @@ that would are refused (`Undefined`).
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
@@ -14,7 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from astracli.rewards.grading.exact import Undefined, exact
-from astracli.rewards.grading.trees import Node, symbols
+from astracli.rewards.grading.trees import Node, symbols, unknowns, walk
 
 DIGITS = 60
 _AGREE = 40
@@ -22,6 +23,8 @@ LEAST_DIGITS = 6
 """Digits behind the point, all significant, from which on a decimal may stand for the exact value that it rounds."""
 _POINTS = 4
 _INTEGER_NAMES = frozenset("ijklmnNMKpqrst")
+_MPMATH_NAMES = {"sgn": "sign", "arsinh": "asinh", "arcosh": "acosh", "artanh": "atanh"}
+_MPMATH_NAMES |= {"arccot": "acot", "arcsec": "asec", "arccsc": "acsc"}
 _DISCRETE = frozenset(("floor", "ceil", "factorial", "binom", "gcd", "lcm"))
 
 
@@ -61,15 +64,9 @@ def _number(node: Node, point: Mapping[str, Any], mp: Any) -> Any:
         return _function(node, point, mp)
     values = [_number(part, point, mp) for part in node[1:]]
     if kind == "add":
-        total = values[0]
-        for value in values[1:]:
-            total = total + value
-        return total
+        return sum(values[1:], values[0])
     if kind == "mul":
-        total = values[0]
-        for value in values[1:]:
-            total = total * value
-        return total
+        return math.prod(values[1:], start=values[0])
     if kind == "neg":
         return -values[0]
     if kind == "div":
@@ -135,9 +132,7 @@ def _function(node: Node, point: Mapping[str, Any], mp: Any) -> Any:
         return getattr(mp, name)(x)
     if name in ("max", "min"):
         return max(values) if name == "max" else min(values)
-    known = {"sgn": "sign", "arccot": "acot", "arcsec": "asec", "arccsc": "acsc", "arsinh": "asinh", "arcosh": "acosh"}
-    known |= {"artanh": "atanh"}
-    function = getattr(mp, known.get(str(name), str(name)), None)
+    function = getattr(mp, _MPMATH_NAMES.get(name, str(name)), None)
     if function is None or name in ("det", "gcd", "lcm"):
         raise Undefined(f"`{name}` is not worked out")
     return function(x)
@@ -155,15 +150,14 @@ def close(a: Any, b: Any, digits: int = _AGREE) -> bool:
 def points(names: set[str], nodes: tuple[Node, Node], mp: Any) -> Iterator[dict[str, Any]]:
     """Where two expressions are compared: positive values; negative ones too where no root or logarithm forbids it."""
     draw = random.Random("points of comparison")
-    ordered = sorted(names)
-    for _ in range(_POINTS):
-        yield {name: mp.mpf(draw.uniform(0.6, 3.1)) for name in ordered}
-    if any(_mentions(node, _DISCRETE) for node in nodes):
-        for _ in range(_POINTS):
-            yield {name: mp.mpf(draw.uniform(4.0, 40.0)) for name in ordered}
+    ranges = [(0.6, 3.1)]
+    if any(_is_discrete(node) for node in nodes):
+        ranges.append((4.0, 40.0))
     if not any(_rooted(node) for node in nodes):
+        ranges.append((-3.1, -0.6))
+    for low, high in ranges:
         for _ in range(_POINTS):
-            yield {name: mp.mpf(draw.uniform(-3.1, -0.6)) for name in ordered}
+            yield {name: mp.mpf(draw.uniform(low, high)) for name in sorted(names)}
 
 
 def _integer_points(names: set[str], mp: Any) -> Iterator[dict[str, Any]]:
@@ -180,10 +174,8 @@ def _rooted(node: Node) -> bool:
     return any(_rooted(part) for part in node[1:] if isinstance(part, tuple))
 
 
-def _mentions(node: Node, functions: frozenset[str]) -> bool:
-    return (node[0] == "fn" and node[1] in functions) or any(
-        _mentions(part, functions) for part in node[1:] if isinstance(part, tuple)
-    )
+def _is_discrete(node: Node) -> bool:
+    return any(part[0] == "fn" and part[1] in _DISCRETE for part in walk(node))
 
 
 def same(a: Node, b: Node, tolerance: float = 0.0) -> bool:
@@ -198,8 +190,7 @@ def same(a: Node, b: Node, tolerance: float = 0.0) -> bool:
             return True
         if max(decimal_digits(a), decimal_digits(b)) < LEAST_DIGITS or min(decimal_digits(a), decimal_digits(b)) > 0:
             return False
-    names = (symbols(a) | symbols(b)) - {"e", "i"}
-    names = {name for name in names if not name.endswith("()")}
+    names = {name for name in unknowns(a) | unknowns(b) if not name.endswith("()")}
     if not names:
         x, y = number(a), number(b)
         return close(x, y) or rounded(a, y) or rounded(b, x) or (tolerance > 0 and abs(x - y) <= tolerance * abs(x))
@@ -217,7 +208,7 @@ def _same_function(a: Node, b: Node, names: set[str]) -> bool:
     mp = context()
     if _agree(a, b, list(points(names, (a, b), mp)), 3):
         return True
-    if names <= _INTEGER_NAMES and (_mentions(a, _DISCRETE) or _mentions(b, _DISCRETE) or _alternates(a, b)):
+    if names <= _INTEGER_NAMES and (_is_discrete(a) or _is_discrete(b) or _alternates(a, b)):
         return _agree(a, b, list(_integer_points(names, mp)), 6)
     return False
 

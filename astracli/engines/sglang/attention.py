@@ -1,25 +1,18 @@
-"""Which attention an engine serves a model with on these GPUs: what runs there, is allowed for it, and is installed.
+"""Which attention SGLang serves a model with on these GPUs: what runs there, is allowed for it, and is installed.
 
 The knowledge is in tables: what SGLang takes by itself on a compute capability; where a backend runs, what it needs.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from astracli.config.recipe import Recipe
+from astracli.engines.contract import ASKED, Case, known
+from astracli.engines.sglang.settings import own
 from astracli.errors import UserError
-from astracli.machine import facts as machine
-from astracli.machine.facts import usable
+from astracli.machine.facts import OLDEST, Capability, Machine, dotted
 from astracli.models.adapter import Forbidden, ModelAdapter
-
-Capability = tuple[int, int]
-Facts = Mapping[str, Any]
-
-OLDEST: Capability = (8, 0)
-"""bf16 arithmetic begins here."""
 
 SERVING_DEFAULTS: tuple[tuple[Capability, tuple[str, ...], str], ...] = (
     ((8, 0), ("flashinfer", "triton"), "SGLang below 9.0: flashinfer where it can be imported, else triton"),
@@ -48,35 +41,16 @@ SERVING_ON_CPU = ("torch_native", "intel_amx")
 COMPILED = {"fa3": "flash_ops"}
 """SGLang attention backend -> the compiled kernels that it needs of its package."""
 
-ASKED = "the recipe asks for it"
 
-
-def capability_of(gpu: Mapping[str, Any]) -> Capability:
-    major, _, minor = gpu["compute_capability"].partition(".")
-    return int(major), int(minor or 0)
-
-
-def lowest_capability(facts: Facts) -> Capability | None:
-    """The lowest of the visible GPUs; None without any."""
-    return min((capability_of(gpu) for gpu in machine.visible_gpus(facts)), default=None)
-
-
-def dotted(capability: Capability) -> str:
-    return f"{capability[0]}.{capability[1]}"
-
-
-def attention(
-    adapter: ModelAdapter, facts: Facts, recipe: Recipe, engine: str, device: str, capability: Capability | None
-) -> tuple[str, str]:
-    """(attention backend of the engine, the reason). Raises UserError for one that cannot serve."""
-    asked = recipe.rollout.attention_backend
-    key = "rollout.attention_backend"
-    if engine == "sglang" and device == "cpu":
+def attention(case: Case) -> tuple[str, str]:
+    """(attention backend, the reason). Raises UserError for one that cannot serve."""
+    adapter, facts, recipe, capability = case.adapter, case.facts, case.recipe, case.capability
+    assert adapter is not None and recipe is not None
+    asked = own(recipe).attention_backend
+    key = "rollout.sglang.attention_backend"
+    if case.device == "cpu":
         known(key, asked, ("auto", *SERVING_ON_CPU), "sglang on a CPU")
         return (SERVING_ON_CPU[0], "SGLang's attention for every CPU") if asked == "auto" else (asked, ASKED)
-    if engine == "embedded":
-        known(key, asked, ("auto", "sdpa", "eager"), "the embedded engine")
-        return ("sdpa", "exact and quick in the embedded engine") if asked == "auto" else (asked, ASKED)
     if asked != "auto":
         known(key, asked, ("auto", *SERVING), "sglang")
         return asked, _check_serving(adapter, facts, recipe, asked, key, capability)
@@ -103,26 +77,22 @@ def serving_options(adapter: ModelAdapter, capability: Capability) -> tuple[list
     return [name for name in running if name not in refused], refused
 
 
-def lacks(facts: Facts, recipe: Recipe, name: str) -> str | None:
+def lacks(facts: Machine, recipe: Recipe, name: str) -> str | None:
     """What the engine's environment lacks for attention backend `name`; None when it is there, or nothing is known."""
     package = SERVING[name][2]
-    if recipe.resources.engine.foreign:
-        engine = facts.get("engine")
-        if not engine or engine["error"] is not None:
-            return None
-        facts = {**facts, "packages": engine["packages"]}
-    if package is None or (name in COMPILED and package not in facts["packages"]):
+    engine = facts.as_engine(recipe.resources.engine.foreign)
+    if engine is None or package is None or (name in COMPILED and package not in engine.packages):
         return None
-    if not usable(facts, package):
+    if not engine.usable(package):
         return f"{package} cannot be imported"
-    compiled = facts["packages"][package].get("compiled")
+    compiled = engine.package(package).compiled
     if name in COMPILED and compiled is not None and COMPILED[name] not in compiled:
         return f"this build of {package} has no {COMPILED[name]}"
     return None
 
 
 def _check_serving(
-    adapter: ModelAdapter, facts: Facts, recipe: Recipe, name: str, key: str, capability: Capability | None
+    adapter: ModelAdapter, facts: Machine, recipe: Recipe, name: str, key: str, capability: Capability | None
 ) -> str:
     """The reason to take what the recipe asks for. Raises UserError where it is known to fail."""
     if capability is None:
@@ -162,24 +132,13 @@ def _entries(adapter: ModelAdapter, name: str, capability: Capability) -> Iterat
             yield entry
 
 
-def linear_attention(adapter: ModelAdapter, recipe: Recipe, engine: str, device: str) -> tuple[str, str]:
-    """(the engine's kernel of the linear-attention layers, the reason)"""
-    asked = recipe.rollout.linear_attention_backend
-    if not adapter.hybrid:
+def linear_attention(case: Case) -> tuple[str, str]:
+    """(the kernel of the linear-attention layers, the reason)"""
+    assert case.adapter is not None and case.recipe is not None
+    asked = own(case.recipe).linear_attention_backend
+    if not case.adapter.hybrid:
         return "none", "a dense model has no linear attention"
-    if engine == "embedded":
-        known("rollout.linear_attention_backend", asked, ("auto", "torch"), "the embedded engine")
-        return "torch", "the delta rule in torch, one step a token"
     if asked != "auto":
         return asked, ASKED if asked == "triton" else f"{ASKED} (only triton has been measured)"
-    where = "every GPU" if device == "cuda" else "a CPU too, where it takes SGLang's own CPU kernels"
+    where = "every GPU" if case.device == "cuda" else "a CPU too, where it takes SGLang's own CPU kernels"
     return "triton", f"SGLang's default on {where}"
-
-
-def known(key: str, value: str, names: tuple[str, ...], who: str) -> None:
-    """Raise UserError, with the nearest name, when `value` of a recipe's `key` is none of `names`."""
-    if value not in names:
-        near = difflib.get_close_matches(value, names, n=1)
-        guess = f"; did you mean `{near[0]}`?" if near else ""
-        hint = f"`--set {key}=auto` lets astra choose"
-        raise UserError(f"{key} = {value}: {who} takes {', '.join(names)}{guess}", hint)

@@ -1,0 +1,206 @@
+"""What the hub is told and what it answers. Store, API and client share these; `wire` carries them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict
+
+PutStatus = Literal["accepted", "dropped", "duplicate", "unknown_lease", "stale"]
+EngineState = Literal["ready", "updating", "down"]
+
+
+class BadRequest(ValueError):
+    """A request that the hub cannot make sense of. Answered with 400."""
+
+
+@dataclass(frozen=True)
+class HubSettings:
+    """What the store must know of the recipe and the plan."""
+
+    batch_groups: int
+    max_staleness: int
+    drop_equal_groups: bool
+    lease_timeout_s: float
+    steps: int
+    eval_every: int
+    """0: no evaluation in the run."""
+    engines: tuple[str, ...]
+    """Those that serve evaluations, in the plan's order."""
+    deterministic: bool = False
+    """Batches in the order of lease ids, leases in waves: nothing new is granted before every group of the wave before
+    is in. Which groups are generated together, and so the last bits of their log-probabilities, then depends on nothing
+    but their ids. Needs staleness 0."""
+    consume: Literal["edf", "fifo"] = "edf"
+    replay_ratio: int = 0
+    history_steps: int = 1000
+    max_dropped_batches: int = 0
+    """Batches' worth of groups in a row without signal after which the run ends; 0: never."""
+    checkpoints: bool = True
+    """Without them nothing is kept for a resume: what a step was trained on goes with the next one."""
+    gpu_leases: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert not (self.deterministic and self.max_staleness), "deterministic runs have staleness 0"
+
+
+class _Answer:
+    """A document with exactly the keys of its class."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class Lease(_Answer):
+    lease_id: int
+    prompt_index: int
+    """The prompt's place in the endless sequence of prompts."""
+
+
+@dataclass(frozen=True)
+class Leases(_Answer):
+    leases: list[Lease]
+    wait: str | None
+    """What is waited for when there are none."""
+    stop: bool
+
+
+@dataclass(frozen=True)
+class BatchStats(_Answer):
+    """Everything that came in while its step was the next one, dropped groups included."""
+
+    arrived_groups: int
+    dropped_groups: int
+    expired_groups: int
+    reward_mean: float | None
+    """None when nothing came in."""
+    tokens: int
+    samples: int
+    timeouts: int
+
+
+@dataclass(frozen=True)
+class Batch(_Answer):
+    step: int
+    groups: list[bytes]
+    """As `rl.types.pack_group` makes them."""
+    stats: BatchStats
+    replay: int
+    """How often these groups were trained on before."""
+
+
+@dataclass(frozen=True)
+class NextBatch(_Answer):
+    batch: Batch | None
+    wait: str | None = None
+
+
+@dataclass(frozen=True)
+class Target(_Answer):
+    version: int | None
+    """What the engine should hold; None before the first version."""
+    pinned: bool
+    """An evaluation holds the engine at that version."""
+    wanted: bool
+    """Someone waits for the engine's GPU lease, and no evaluation is pinned to it."""
+    down: bool
+    """The engine was lost, and has not been reported since."""
+    stop: bool
+
+
+@dataclass(frozen=True)
+class GpuLeaseReply(_Answer):
+    held: bool
+    stop: bool
+
+
+@dataclass(frozen=True)
+class Evaluation(_Answer):
+    """One that runs."""
+
+    step: int
+    version: int
+    due_step: int
+    """The step at which it became due; below `step` when an earlier evaluation was still running then."""
+    served: bool = False
+    """Every sample is on disk; what is left are the results."""
+
+
+@dataclass(frozen=True)
+class NextEvaluation(_Answer):
+    evaluation: Evaluation | None
+    wait: str | None
+    stop: bool
+
+
+@dataclass(frozen=True)
+class Holders(_Answer):
+    engines: list[str]
+    """Those that can be asked for the evaluation now."""
+    stop: bool
+
+
+@dataclass(frozen=True)
+class EngineReport(_Answer):
+    """The last word of an engine, or about one that was lost."""
+
+    version: int | None
+    state: EngineState
+
+    def __post_init__(self) -> None:
+        if self.state == "ready" and self.version is None:
+            raise BadRequest("an engine that is `ready` has a version")
+
+
+@dataclass(frozen=True)
+class EvaluationStatus(_Answer):
+    due_step: int
+    step: int | None
+    """None, as the version, while it waits for an earlier one."""
+    version: int | None
+    state: Literal["waiting", "running", "done"]
+    results: Any
+
+
+@dataclass(frozen=True)
+class GpuLeaseStatus(_Answer):
+    holder: str | None
+    waiting: list[str]
+
+
+@dataclass(frozen=True)
+class Counts(_Answer):
+    """Groups by fate, those included whose rows are deleted; `timeouts` counts samples."""
+
+    in_flight: int = 0
+    queued: int = 0
+    waiting: int = 0
+    dropped: int = 0
+    expired: int = 0
+    skipped: int = 0
+    timeouts: int = 0
+    consumed_steps: int = 0
+    consumed_groups: int = 0
+    replayed_steps: int = 0
+
+
+@dataclass(frozen=True)
+class HubState(_Answer):
+    """Everything that the terminal and the reports show of the hub."""
+
+    steps: int
+    next_step: int
+    latest_version: int | None
+    counts: Counts
+    dropped_in_a_row: int
+    skipped_in_a_row: int
+    engines: dict[str, EngineReport]
+    evals: list[EvaluationStatus]
+    gpu_leases: dict[str, GpuLeaseStatus]
+    finished: bool
+    stop: bool
+
+    def done_evals(self) -> list[EvaluationStatus]:
+        """In the order of their steps."""
+        return [one for one in self.evals if one.results]

@@ -1,0 +1,123 @@
+"""Which packages an interpreter has, as plain JSON values.
+
+The standard library only: the source of this file also runs in the engine's own interpreter (`doctor/gather.py`), which
+has neither astracli nor psutil.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = {
+    "torch": "torch",
+    "transformers": "transformers",
+    "safetensors": "safetensors",
+    "datasets": "datasets",
+    "accelerate": "accelerate",
+    "huggingface-hub": "huggingface_hub",
+    "numpy": "numpy",
+    "math-verify": "math_verify",
+    "typer": "typer",
+    "pydantic": "pydantic",
+    "sglang": "sglang",
+    "flashinfer-python": "flashinfer",
+    "flashinfer": "flashinfer",
+    "flash-attn": "flash_attn",
+    "flash-linear-attention": "fla",
+    "causal-conv1d": "causal_conv1d",
+    "triton": "triton",
+    "tilelang": "tilelang",
+    "apache-tvm-ffi": "tvm_ffi",
+    "sglang-kernel": "sgl_kernel",
+}
+"""Distribution -> the module that it installs."""
+
+MODEL_FILES = {"transformers": "models", "sglang": "srt/models"}
+"""Package -> the folder in it that holds one entry a model family."""
+
+COMPILED = {"sgl_kernel": ("flash_ops",)}
+"""Module -> shared libraries that a build of it may lack. flash_ops: FlashAttention-3, for Hopper."""
+
+
+def describe(families: list[str] | None = None) -> dict[str, Any]:
+    """`{"packages", "torch_cuda"}` of this interpreter. `families`: model types to look for in `MODEL_FILES`, and with
+    them SGLang's exact requirements; None = neither is looked at."""
+    packages = {name: package(name, module) for name, module in PACKAGES.items()}
+    if families is not None:
+        for name, folder in MODEL_FILES.items():
+            packages[name]["models"] = model_files(PACKAGES[name], folder, families)
+        packages["sglang"]["pins"] = exact_pins("sglang")
+    return {"packages": packages, "torch_cuda": torch_cuda()}
+
+
+def package(name: str, module: str) -> dict[str, Any]:
+    """Version from metadata, and where the module would come from; the module is found, never imported."""
+    try:
+        version: str | None = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        version = None
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        spec = None
+    origin = spec.origin if spec is not None and spec.origin and os.path.isfile(spec.origin) else None
+    found: dict[str, Any] = {"version": version, "module": module, "importable_spec": spec is not None}
+    if module in COMPILED and origin is not None:
+        folder = Path(origin).parent
+        found["compiled"] = [name for name in COMPILED[module] if any(folder.glob(f"**/{name}*.so"))]
+    return found | {"origin": origin}
+
+
+def exact_pins(name: str) -> dict[str, dict[str, str | None]]:
+    """The `other==version` requirements of a distribution, extras left out, and what is installed of each."""
+    try:
+        lines = metadata.requires(name) or []
+    except metadata.PackageNotFoundError:
+        return {}
+    found: dict[str, dict[str, str | None]] = {}
+    for line in lines:
+        match = re.match(r"([A-Za-z0-9._-]+)(\[[^]]*\])?\s*\(?==\s*([^\s;,)]+)", line)
+        if match is None or "extra" in line.partition(";")[2]:
+            continue
+        try:
+            has: str | None = metadata.version(match.group(1))
+        except metadata.PackageNotFoundError:
+            has = None
+        found[match.group(1)] = {"wants": match.group(3), "has": has}
+    return found
+
+
+def model_files(module: str, folder: str, names: list[str]) -> list[str] | None:
+    """Those of `names` that a package has `folder/NAME` or `folder/NAME.py` for; None without the package."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.origin:
+        return None
+    place = Path(spec.origin).parent / folder
+    return [name for name in names if (place / name).is_dir() or (place / f"{name}.py").is_file()]
+
+
+def torch_cuda() -> str | None:
+    """CUDA version that torch was built for, from torch/version.py read as text."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.origin:
+        return None
+    try:
+        text = (Path(spec.origin).parent / "version.py").read_text()
+    except OSError:
+        return None
+    match = re.search(r"^cuda\b[^=]*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)
+    return match.group(1) if match else None
+
+
+def libc() -> str | None:
+    """`glibc 2.36`; None where it is not known."""
+    return " ".join(platform.libc_ver()).strip() or None

@@ -2,8 +2,8 @@
 
 Order of division: batch -> minibatches (one optimizer step each, whole samples, near-equal token counts) -> ranks
 (near-equal token counts) -> micro-batches inside a token budget (right-padded rows of similar length, or packed rows:
-`training/packing.py`). Every rank computes the whole division from the same groups and takes its share; a rank that has
-fewer micro-batches than another is padded with empty ones, so that collectives match.
+`training/packing.py`). Every rank computes the whole division from the same groups and takes its share. A rank that has
+fewer micro-batches than another gets empty ones, so that collectives match.
 
 Shape letters: P prompt tokens, T completion tokens, B rows of a micro-batch (samples of a batch where advantages are
 meant), L its padded length, N its loss tokens, S samples of a group.

@@ -1,10 +1,10 @@
 """How far generation may run ahead of training: pure arithmetic of staleness, admission and batches.
 
-Words: *version* v is what step v-1 published; *step* s trains version s into version s+1; a group's *age* counts from
-its oldest token. A group of oldest version v may be trained on in steps v .. v + max_staleness: the last is its
-*deadline*. A group started now at version v waits behind everything in flight and everything kept, so it is trained on
-no later than step `next_step + ahead // batch_groups`; admission keeps that at or before its deadline. With a replay
-ratio n every batch of new groups takes up to 1 + n steps, and groups wait that much longer.
+Step v - 1 publishes *version* v; *step* s trains version s into version s + 1. The age of a group counts from its
+oldest token: a group of oldest version v may be trained on in steps v .. v + max_staleness, and the last of them is its
+*deadline*. A group that is started now waits behind all groups in flight and all kept ones, so it is trained on no
+later than step `next_step + ahead // batch_groups`; admission keeps that at or before its deadline. With a replay ratio
+n every batch of new groups takes up to 1 + n steps, and groups wait that much longer.
 """
 
 from __future__ import annotations

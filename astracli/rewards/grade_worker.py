@@ -28,6 +28,7 @@ from astracli.errors import AstraError, UserError
 from astracli.rewards import grader
 from astracli.rewards.grading import algebra
 from astracli.rewards.grading.conventions import DEFAULTS, Conventions
+from astracli.rewards.reward import BUILTIN
 
 Frame = list[object]
 Score = Callable[[str, str, str], float]
@@ -35,7 +36,6 @@ Score = Callable[[str, str, str], float]
 ENTRY_POINT_GROUP = "astra.rewards"
 EXTRACTIONS: dict[str, grader.Extraction] = {"math": "boxed_or_last_number", "math_boxed": "boxed"}
 """Built-in rewards of this process: name -> where the answer is read."""
-BUILTIN = (*EXTRACTIONS, "number", "probe")
 _ADDRESS_SPACE_BYTES = 4 << 30
 """Bound for mathematics, where a short answer such as 9^9^9^9 can ask for any amount of memory."""
 

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from astracli.cli.options import DryRunOpt, FactsOpt, JsonOpt, RecipeArg, RecipeOpt, SetOpt, load_recipe, one_name
+from astracli.cli.options import (
+    DryRunOpt,
+    FactsOpt,
+    JsonOpt,
+    RecipeArg,
+    RecipeOpt,
+    SetOpt,
+    WeightsOpt,
+    load_recipe,
+    one_name,
+)
 from astracli.cli.output import out
 from astracli.cli.plan_view import print_plan, refuse_facts
 from astracli.errors import UserError
@@ -20,12 +30,7 @@ def evaluate(
     recipe_name: RecipeArg = None,
     recipe: RecipeOpt = None,
     set_: SetOpt = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            "--weights", metavar="DIR|HUB_ID", help="Checkpoint directory or Hub id; default the recipe's model."
-        ),
-    ] = None,
+    weights: WeightsOpt = None,
     run_dir: Annotated[
         Path | None, typer.Option("--run-dir", metavar="RUN", help="Evaluate this run's export by its own recipe.")
     ] = None,
@@ -111,14 +116,13 @@ def _compare(a: str, b: str, as_json: bool) -> None:
     from astracli.evaluation import compare
 
     rows = compare.compare(compare.read_shares(a), compare.read_shares(b))
-    if as_json:
-        out(True).document(compare.document(a, b, rows))
-        return
-    out().table(
+    out(as_json).table(
         ["benchmark", "items", "A", "B", "B - A", "95 % from", "to", "p", "difference"],
         [[r.benchmark, r.items, r.a, r.b, r.difference, r.low, r.high, r.p, r.verdict] for r in rows],
+        document=compare.document(a, b, rows),
     )
-    out().text("\n".join(f"{row.benchmark}: {compare.words(row)}" for row in rows))
+    if not as_json:
+        out().text("\n".join(f"{row.benchmark}: {compare.words(row)}" for row in rows))
 
 
 def newest_exported(root: Path = Path("runs")) -> RunDir:

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from astracli.cli.options import DryRunOpt, FactsOpt, JsonOpt, RecipeArg, RecipeOpt, RunDirOpt, SetOpt, load_recipe
+from astracli.cli.options import (
+    DryRunOpt,
+    FactsOpt,
+    JsonOpt,
+    RecipeArg,
+    RecipeOpt,
+    RunDirOpt,
+    SetOpt,
+    WeightsOpt,
+    load_recipe,
+)
 from astracli.cli.output import out
 from astracli.cli.plan_view import print_plan, refuse_facts
 from astracli.errors import UserError
@@ -17,12 +27,7 @@ def rollout(
     recipe_name: RecipeArg = None,
     recipe: RecipeOpt = None,
     set_: SetOpt = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            "--weights", metavar="DIR|HUB_ID", help="Checkpoint directory or Hub id; default the recipe's model."
-        ),
-    ] = None,
+    weights: WeightsOpt = None,
     n: Annotated[
         int,
         typer.Option("--n", metavar="N", min=1, help="Prompts to answer, each with the recipe's group_size samples."),

@@ -25,15 +25,11 @@ def list_(root: RootOpt = Path("runs"), json: JsonOpt = False) -> None:
     from astracli.runs import find as runs
 
     rows = [run_view.row(run) for run in runs.list_runs(root)]
-    if json:
-        out(json).document(rows)
-    elif not rows:
+    if not rows and not json:
         out().note(f"no runs under `{root}`")
-    else:
-        out().table(
-            ["run", "state", "step", "started", "wall s"],
-            [[r["run"], r["state"], _of(r["step"], r["steps"]), r["started"], r["wall_s"]] for r in rows],
-        )
+        return
+    shown = [[r["run"], r["state"], _of(r["step"], r["steps"]), r["started"], r["wall_s"]] for r in rows]
+    out(json).table(["run", "state", "step", "started", "wall s"], shown, document=rows)
 
 
 @app.command()

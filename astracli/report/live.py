@@ -47,6 +47,7 @@ def row(run: RunDir) -> dict[str, Any]:
         state = "not started" if status is None else status.shown()
     except UserError:
         status, state = None, f"unknown: {run.status_json.name} is damaged"
+    ended = status is not None and (status.ended is not None or status.alive())
     return {
         "run": run.name,
         "state": state,
@@ -54,14 +55,9 @@ def row(run: RunDir) -> dict[str, Any]:
         "step": status.step if status else None,
         "steps": status.steps if status else None,
         "started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.started)) if status else None,
-        "wall_s": round((status.ended or time.time()) - status.started, 1) if status and _has_end(run) else None,
+        "wall_s": round((status.ended or time.time()) - status.started, 1) if ended else None,
         "path": str(run.path),
     }
-
-
-def _has_end(run: RunDir) -> bool:
-    status = run.status()
-    return status is not None and (status.ended is not None or status.alive())
 
 
 def newest_figures(run: RunDir) -> dict[str, dict[str, Any]]:
@@ -230,10 +226,7 @@ def dead(root: Path) -> list[RunDir]:
     """Runs under `root` that say `running` although their supervisor on this host is gone, newest first."""
     found = []
     for run in list_runs(root):
-        try:
-            status = run.status()
-        except UserError:
-            continue  # a damaged status.json tells nothing; `runs list` names it
+        status = run.readable_status()
         if status is not None and status.state == "running" and not status.alive() and not run.in_use():
             found.append(run)
     return found
@@ -292,10 +285,7 @@ def cleanable(root: Path, *, older_than_s: float, resumable: bool) -> list[RunDi
     """Ended runs under `root`: those that are done, with `resumable` also failed, interrupted and dead ones."""
     now, found = time.time(), []
     for run in list_runs(root):
-        try:
-            status = run.status()
-        except UserError:
-            continue  # whether it ended is not known; it can still be named
+        status = run.readable_status()
         if status is None or run.in_use() or run.going():
             continue
         ended = status.ended or run.status_json.stat().st_mtime

@@ -167,6 +167,13 @@ class RunDir:
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"`{self.status_json}` is damaged: {error}") from None
 
+    def readable_status(self) -> RunStatus | None:
+        """`status`, and None for a damaged file: to look through many runs, of which `runs list` names the damaged."""
+        try:
+            return self.status()
+        except UserError:
+            return None
+
     def going(self) -> bool:
         """True while its supervisor lives (on another host: while it says so)."""
         status = self.status()

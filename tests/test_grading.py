@@ -203,9 +203,9 @@ def test_three_conventions_can_be_changed() -> None:
 
 
 def test_a_recipe_that_says_nothing_keeps_the_conventions() -> None:
-    assert Conventions.of(GradingTable().model_dump()) == Conventions()
+    assert Conventions(**GradingTable().model_dump()) == Conventions()
     changed = GradingTable(relative_tolerance=0.01, ordered_lists=True, units="required")
-    assert Conventions.of(changed.model_dump()) == Conventions(0.01, True, True)
+    assert Conventions(**changed.model_dump()) == Conventions(0.01, True, "required")
 
 
 @pytest.mark.parametrize(

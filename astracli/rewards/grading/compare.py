@@ -212,7 +212,7 @@ def _several(gold: Answer, answer: Answer, conventions: Conventions) -> bool:
         return False
     if not _compatible(gold.brackets, answer.brackets, len(gold.items), conventions):
         return False
-    ordered = gold.brackets not in ("", "{}") or answer.brackets not in ("", "{}") or conventions.ordered
+    ordered = gold.brackets not in ("", "{}") or answer.brackets not in ("", "{}") or conventions.ordered_lists
     if gold.brackets == "{}" or (answer.brackets == "{}" and not gold.brackets):
         ordered = False
     mine, theirs = _by_name(gold), _by_name(answer)

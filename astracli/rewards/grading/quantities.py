@@ -24,7 +24,7 @@ def with_sign(node: Node, upper: bool) -> Node:
 
 
 def same_quantity(gold: Value, answer: Value, conventions: Conventions) -> bool:
-    if conventions.units_required and units.measure(gold.unit) and not answer.unit:
+    if conventions.units == "required" and units.measure(gold.unit) and not answer.unit:
         return False
     scale = units.factor(gold.unit, answer.unit)
     if scale is None:
@@ -38,7 +38,7 @@ def same_quantity(gold: Value, answer: Value, conventions: Conventions) -> bool:
         return values.same(first, second)
     if "i" in symbols(gold.node) and "j" in symbols(node) and "j" not in symbols(gold.node):
         node = _with_i(node)
-    return values.same(gold.node, node, conventions.tolerance)
+    return values.same(gold.node, node, conventions.relative_tolerance)
 
 
 def _with_i(node: Node) -> Node:
@@ -48,7 +48,7 @@ def _with_i(node: Node) -> Node:
 
 def _percents(gold: Value, answer: Value, conventions: Conventions) -> bool:
     """A sign that one side leaves out changes nothing for numbers over 1, or where a percentage is asked for."""
-    tolerance = conventions.tolerance
+    tolerance = conventions.relative_tolerance
     if gold.percent == answer.percent:
         return values.same(gold.node, answer.node, tolerance)
     hundredth: Node = ("num", Fraction(1, 100), "1/100")

@@ -163,7 +163,7 @@ def _one_reading(gold: str, answer: str, problem: str, conventions: Conventions)
     rounded = _answer(after, wanted)
     if rounded is None or not equal(wanted, rounded, conventions):
         return False
-    loose = Conventions(tolerance=0.01)
+    loose = Conventions(relative_tolerance=0.01)
     return isinstance(found, Value) and isinstance(rounded, Value) and equal(rounded, found, loose)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from astracli.rewards.grading.characters import GREEK_NAMES
@@ -11,7 +10,7 @@ from astracli.rewards.grading.trees import Unreadable
 
 _TOKEN = re.compile(
     r"(?P<space>\s+)|(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+(?![A-Za-z\d]))?)|(?P<command>\\(?:[A-Za-z]+|.))"
-    r"|(?P<power>\*\*)|(?P<letter>[A-Za-z])|(?P<other>.)",
+    r"|(?P<power>\*\*)|(?P<word>[A-Za-z]+)|(?P<other>.)",
     re.DOTALL | re.ASCII,
 )
 _SYMBOLS = ("ell", "hbar", "partial", "infty", "prime", "circ", "star", "angle", "triangle", "odot")
@@ -30,7 +29,7 @@ WORDS = {
     **dict.fromkeys(("infinity", "inf", "oo"), "infty"),
     **dict.fromkeys(("degrees", "degree", "deg"), "degree"),
 }
-_LONGEST = sorted(WORDS, key=len, reverse=True)
+_NAME = re.compile("|".join([*sorted(WORDS, key=len, reverse=True), "."]))
 
 
 @dataclass
@@ -41,43 +40,22 @@ class Token:
 
 
 def tokenised(text: str) -> list[Token]:
+    """The tokens of a text; in a run of letters, those that spell a function or a constant become one command."""
     found: list[Token] = []
     spaced = False
-    text = re.sub(r"(?<![\\A-Za-z])(?:np|math)\.(?=[a-z])", "", text)
-    for match in _TOKEN.finditer(text):
+    for match in _TOKEN.finditer(re.sub(r"(?<![\\A-Za-z])(?:np|math)\.(?=[a-z])", "", text)):
         kind = match.lastgroup or "other"
         if kind == "space":
             spaced = True
-            continue
-        found.append(Token("^" if kind == "power" else match[0], "other" if kind == "power" else kind, spaced))
-        spaced = False
-    return list(_joined(found))
-
-
-def _joined(tokens: list[Token]) -> Iterator[Token]:
-    """Letters that spell a function or a constant become one command."""
-    i = 0
-    while i < len(tokens):
-        token = tokens[i]
-        if token.kind != "letter":
-            yield token
-            i += 1
-            continue
-        end = i + 1
-        while end < len(tokens) and tokens[end].kind == "letter" and not tokens[end].spaced:
-            end += 1
-        word = "".join(t.text for t in tokens[i:end])
-        place = 0
-        while place < len(word):
-            name = next((w for w in _LONGEST if word.startswith(w, place)), None)
-            spaced = tokens[i + place].spaced
-            if name is None:
-                yield Token(word[place], "letter", spaced)
-                place += 1
-            else:
-                yield Token("\\" + WORDS[name], "command", spaced)
-                place += len(name)
-        i = end
+        elif kind == "word":
+            for name in _NAME.findall(match[0]):
+                known = name in WORDS
+                found.append(Token("\\" + WORDS[name] if known else name, "command" if known else "letter", spaced))
+                spaced = False
+        else:
+            found.append(Token("^" if kind == "power" else match[0], "other" if kind == "power" else kind, spaced))
+            spaced = False
+    return found
 
 
 class Reader:

@@ -55,7 +55,11 @@ def _number(node: Node, point: Mapping[str, Any], mp: Any) -> Any:
     if kind == "num":
         return mp.mpf(node[1].numerator) / node[1].denominator
     if kind == "sym":
-        return _symbol(node[1], point, mp)
+        if node[1] in point:
+            return point[node[1]]
+        if node[1] not in ("e", "i"):
+            raise Undefined(f"`{node[1]}` has no value")
+        return mp.e + 0 if node[1] == "e" else mp.mpc(0, 1)
     if kind == "call":
         inner = _number(node[2], point, mp)
         seed = f"{node[1]}({mp.nstr(inner, 20)})"
@@ -74,16 +78,6 @@ def _number(node: Node, point: Mapping[str, Any], mp: Any) -> Any:
     if kind == "pow":
         return _power(values[0], values[1], mp)
     raise Undefined(f"a {kind} has two values")
-
-
-def _symbol(name: str, point: Mapping[str, Any], mp: Any) -> Any:
-    if name in point:
-        return point[name]
-    if name == "e":
-        return mp.e + 0
-    if name == "i":
-        return mp.mpc(0, 1)
-    raise Undefined(f"`{name}` has no value")
 
 
 def _power(base: Any, exponent: Any, mp: Any) -> Any:
@@ -108,8 +102,6 @@ def _function(node: Node, point: Mapping[str, Any], mp: Any) -> Any:
     x = values[0]
     if name == "degree":
         return x * mp.pi / 180
-    if name == "sqrt":
-        return mp.sqrt(x)
     if name == "root":
         degree = values[1]
         if mp.im(x) == 0 and mp.re(x) < 0 and mp.isint(degree) and int(degree) % 2:
@@ -128,8 +120,6 @@ def _function(node: Node, point: Mapping[str, Any], mp: Any) -> Any:
         return mp.factorial(x) if name == "factorial" else mp.binomial(*values[:2])
     if name == "abs":
         return abs(x)
-    if name in ("floor", "ceil"):
-        return getattr(mp, name)(x)
     if name in ("max", "min"):
         return max(values) if name == "max" else min(values)
     function = getattr(mp, _MPMATH_NAMES.get(name, str(name)), None)

@@ -80,7 +80,7 @@ def evaluate(
         if one_name(recipe_name, recipe) or run_dir or weights or benchmark or samples or engine or to or set_:
             raise UserError("--resume goes on with an evaluation as it began", "leave the other options out")
         stopped = named(str(resume))
-        resume, loaded = stopped.path, recipe_io.from_json(stopped.recipe_json)
+        resume, loaded = stopped.path, recipe_io.load(stopped.recipe_json)
     elif one_name(recipe_name, recipe) is not None:
         if run_dir is not None:
             raise UserError(
@@ -89,7 +89,7 @@ def evaluate(
         loaded = load_recipe(recipe_name, recipe, changes, "eval")
     else:
         run = _exported(named(str(run_dir))) if run_dir is not None else newest_exported()
-        loaded = recipe_io.from_json(run.recipe_json, changes)
+        loaded = recipe_io.load(run.recipe_json, changes)
         weights = weights or str(run.export)
         out().note(f"evaluating {weights} by the recipe of {run.path}")
 

@@ -74,7 +74,7 @@ def export(
     from astracli.data import fetch
 
     found = the_run(run)
-    recipe = recipe_io.from_json(found.recipe_json)
+    recipe = recipe_io.load(found.recipe_json)
     model_dir = fetch.local_path(recipe.model.path) or fetch.fetch_model(recipe.model.path, recipe.model.revision)
     from astracli.training.export_run import export_checkpoint
 

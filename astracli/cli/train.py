@@ -58,7 +58,7 @@ def train(
                 f"both --run-dir {run_dir} and --resume {resume} given", "a resumed run stays in its directory"
             )
         run = named(str(resume))
-        resume, loaded = run.path, recipe_io.from_json(run.recipe_json, set_ or ())
+        resume, loaded = run.path, recipe_io.load(run.recipe_json, set_ or ())
 
     if dry_run:
         print_plan(loaded, "train", out(json), facts)

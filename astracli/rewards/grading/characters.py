@@ -40,7 +40,7 @@ def as_latex(text: str) -> str:
         return text
     text = _OVERLINED.sub(lambda m: rf"\overline{{{m[0].replace(_OVERLINE, '')}}}", text)
     for mark, table in (("^", _SUPERSCRIPT), ("_", _SUBSCRIPT)):
-        text = re.sub(f"[{''.join(table)}]+", lambda m: f"{mark}{{{''.join(table[c] for c in m[0])}}}", text)  # noqa: B023
+        text = re.sub(f"([{''.join(table)}]+)", rf"{mark}{{\1}}", text).translate(str.maketrans(table))
     text = _ROOT.sub(lambda m: _ROOTS[m[1]] + (" " if m[2] is None else r"\rootsign "), text)
     return "".join(map(_one, text))
 

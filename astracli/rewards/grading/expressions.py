@@ -40,7 +40,7 @@ class _Parser(Reader):
         if self.depth > _DEPTH:
             raise TooLarge("nested too deeply")
         parts: list[Node] = [self.product()]
-        while (sign := self.peek()) in ("+", "-", r"\pm", r"\mp") and sign:
+        while (sign := self.peek()) in ("+", "-", r"\pm", r"\mp"):
             self.at += 1
             term = self.product()
             if sign in (r"\pm", r"\mp"):
@@ -128,29 +128,6 @@ class _Parser(Reader):
         self.take("+")
         return self.atom()
 
-    def mixed(self) -> Node | None:
-        """`2\\frac{1}{2}` and `2 1/2`."""
-        start = self.at
-        if start >= len(self.tokens) or not self.peek().isdigit():
-            return None
-        whole = int(self.peek())
-        part: tuple[str, str] | None = None
-        if self.peek(1) == r"\frac":
-            self.at += 2
-            top, bottom = self.integer(), self.integer()
-            if top and bottom:
-                part = top, bottom
-        elif (
-            self.peek(1).isdigit() and self.peek(2) == "/" and self.peek(3).isdigit() and self.tokens[start + 1].spaced
-        ):
-            part = self.peek(1), self.peek(3)
-            self.at += 4
-        if part is None or int(part[1]) == 0:
-            self.at = start
-            return None
-        value = whole + Fraction(int(part[0]), int(part[1]))
-        return ("num", value, f"{whole} {part[0]}/{part[1]}")
-
     def argument(self) -> Node:
         """An argument of a LaTeX command: a group, or one digit or letter."""
         if self.at < len(self.tokens) and self.tokens[self.at].kind == "number":
@@ -219,21 +196,6 @@ class _Parser(Reader):
             pass
         self.at = start
         return None
-
-    def subscript(self) -> str:
-        if not self.take("{"):
-            text = self.peek()
-            self.at += 1
-            return text
-        depth, parts = 1, []
-        while depth:
-            text = self.peek()
-            if not text:
-                raise Unreadable("a subscript is never closed")
-            depth += (text == "{") - (text == "}")
-            parts.append(text)
-            self.at += 1
-        return "".join(parts[:-1])
 
     def command(self, name: str) -> Node:
         if name == "frac":

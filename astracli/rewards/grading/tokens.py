@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 from astracli.rewards.grading.characters import GREEK_NAMES
-from astracli.rewards.grading.trees import Unreadable
+from astracli.rewards.grading.trees import Node, Unreadable
 
 _TOKEN = re.compile(
     r"(?P<space>\s+)|(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+(?![A-Za-z\d]))?)|(?P<command>\\(?:[A-Za-z]+|.))"
@@ -59,7 +60,7 @@ def tokenised(text: str) -> list[Token]:
 
 
 class Reader:
-    """A place in a list of tokens."""
+    """A place in a list of tokens, and what needs no grammar: numbers, subscripts."""
 
     def __init__(self, tokens: list[Token]):
         self.tokens = tokens
@@ -96,3 +97,41 @@ class Reader:
         else:
             self.at += 1
         return digit
+
+    def mixed(self) -> Node | None:
+        """`2\\frac{1}{2}` and `2 1/2`."""
+        start = self.at
+        if start >= len(self.tokens) or not self.peek().isdigit():
+            return None
+        whole = int(self.peek())
+        part: tuple[str, str] | None = None
+        if self.peek(1) == r"\frac":
+            self.at += 2
+            top, bottom = self.integer(), self.integer()
+            if top and bottom:
+                part = top, bottom
+        elif (
+            self.peek(1).isdigit() and self.peek(2) == "/" and self.peek(3).isdigit() and self.tokens[start + 1].spaced
+        ):
+            part = self.peek(1), self.peek(3)
+            self.at += 4
+        if part is None or int(part[1]) == 0:
+            self.at = start
+            return None
+        value = whole + Fraction(int(part[0]), int(part[1]))
+        return ("num", value, f"{whole} {part[0]}/{part[1]}")
+
+    def subscript(self) -> str:
+        if not self.take("{"):
+            text = self.peek()
+            self.at += 1
+            return text
+        depth, parts = 1, []
+        while depth:
+            text = self.peek()
+            if not text:
+                raise Unreadable("a subscript is never closed")
+            depth += (text == "{") - (text == "}")
+            parts.append(text)
+            self.at += 1
+        return "".join(parts[:-1])

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
@@ -137,7 +138,7 @@ def close(a: Any, b: Any, digits: int = _AGREE) -> bool:
     return bool(size == 0 or abs(a - b) <= size * mp.mpf(10) ** -digits)
 
 
-def points(names: set[str], nodes: tuple[Node, Node], mp: Any) -> Iterator[dict[str, Any]]:
+def points(names: set[str], nodes: tuple[Node, Node]) -> Iterator[dict[str, Any]]:
     """Where two expressions are compared: positive values; negative ones too where no root or logarithm forbids it."""
     draw = random.Random("points of comparison")
     ranges = [(0.6, 3.1)]
@@ -147,13 +148,13 @@ def points(names: set[str], nodes: tuple[Node, Node], mp: Any) -> Iterator[dict[
         ranges.append((-3.1, -0.6))
     for low, high in ranges:
         for _ in range(_POINTS):
-            yield {name: mp.mpf(draw.uniform(low, high)) for name in sorted(names)}
+            yield {name: context().mpf(draw.uniform(low, high)) for name in sorted(names)}
 
 
-def _integer_points(names: set[str], mp: Any) -> Iterator[dict[str, Any]]:
+def _integer_points(names: set[str]) -> Iterator[dict[str, Any]]:
     draw = random.Random("integers of comparison")
     for i in range(12):
-        yield {name: mp.mpf(draw.randint(1, 9) + i) for name in sorted(names)}
+        yield {name: context().mpf(draw.randint(1, 9) + i) for name in sorted(names)}
 
 
 def _rooted(node: Node) -> bool:
@@ -195,11 +196,10 @@ def _exact_or_none(node: Node) -> Fraction | None:
 
 
 def _same_function(a: Node, b: Node, names: set[str]) -> bool:
-    mp = context()
-    if _agree(a, b, list(points(names, (a, b), mp)), 3):
+    if _agree(a, b, points(names, (a, b)), 3):
         return True
     if names <= _INTEGER_NAMES and (_is_discrete(a) or _is_discrete(b) or _alternates(a, b)):
-        return _agree(a, b, list(_integer_points(names, mp)), 6)
+        return _agree(a, b, _integer_points(names), 6)
     return False
 
 
@@ -208,27 +208,22 @@ def _alternates(a: Node, b: Node) -> bool:
     return any("('neg', ('num'" in repr(node) or "'cos'" in repr(node) or "'sin'" in repr(node) for node in (a, b))
 
 
-def _agree(a: Node, b: Node, points: list[dict[str, Any]], least: int) -> bool:
-    """Whether the values agree at all points where both have one, there are enough of those, and not all are zero."""
-    compared = 0
-    nonzero = exact_zero(a) or exact_zero(b)
+def at_points(a: Node, b: Node, points: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Any, Any]]:
+    """The values of two expressions at the points where both have one."""
     for point in points:
-        values = []
-        for node in (a, b):
-            try:
-                values.append(number(node, point))
-            except Undefined:
-                continue
-        if len(values) == 2:
-            compared += 1
-            if not close(values[0], values[1]):
-                return False
-            nonzero = nonzero or values[0] != 0
+        with suppress(Undefined):
+            yield number(a, point), number(b, point)
+
+
+def _agree(a: Node, b: Node, points: Iterable[dict[str, Any]], least: int) -> bool:
+    """Whether the values agree at all points where both have one, there are enough of those, and not all are zero."""
+    compared, nonzero = 0, 0 in (_exact_or_none(a), _exact_or_none(b))
+    for x, y in at_points(a, b, points):
+        compared += 1
+        if not close(x, y):
+            return False
+        nonzero = nonzero or x != 0
     return compared >= least and nonzero
-
-
-def exact_zero(node: Node) -> bool:
-    return _exact_or_none(node) == 0
 
 
 def decimal_digits(node: Node) -> int:

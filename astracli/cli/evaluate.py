@@ -7,17 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from astracli.cli.options import (
-    DryRunOpt,
-    FactsOpt,
-    JsonOpt,
-    RecipeArg,
-    RecipeOpt,
-    SetOpt,
-    WeightsOpt,
-    load_recipe,
-    one_name,
-)
+from astracli.cli import options
 from astracli.cli.output import out
 from astracli.cli.plan_view import print_plan, refuse_facts
 from astracli.errors import UserError
@@ -27,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    recipe_name: RecipeArg = None,
-    recipe: RecipeOpt = None,
-    set_: SetOpt = None,
-    weights: WeightsOpt = None,
+    recipe_name: options.RecipeArg = None,
+    recipe: options.RecipeOpt = None,
+    set_: options.SetOpt = None,
+    weights: options.WeightsOpt = None,
     run_dir: Annotated[
         Path | None, typer.Option("--run-dir", metavar="RUN", help="Evaluate this run's export by its own recipe.")
     ] = None,
@@ -57,9 +47,9 @@ def evaluate(
         tuple[str, str] | None,
         typer.Option("--compare", metavar="RUN_A RUN_B", help="Compare two evaluations, each a RUN or RUN@STEP."),
     ] = None,
-    dry_run: DryRunOpt = False,
-    facts: FactsOpt = None,
-    json: JsonOpt = False,
+    dry_run: options.DryRunOpt = False,
+    facts: options.FactsOpt = None,
+    json: options.JsonOpt = False,
 ) -> None:
     """Evaluate a model, or the newest run.
 
@@ -77,16 +67,16 @@ def evaluate(
     run: RunDir | None = None
     changes = [*(set_ or ()), *([f"rollout.engine={engine}"] if engine else ())]
     if resume is not None:
-        if one_name(recipe_name, recipe) or run_dir or weights or benchmark or samples or engine or to or set_:
+        if options.one_name(recipe_name, recipe) or run_dir or weights or benchmark or samples or engine or to or set_:
             raise UserError("--resume goes on with an evaluation as it began", "leave the other options out")
         stopped = named(str(resume))
         resume, loaded = stopped.path, recipe_io.load(stopped.recipe_json)
-    elif one_name(recipe_name, recipe) is not None:
+    elif options.one_name(recipe_name, recipe) is not None:
         if run_dir is not None:
             raise UserError(
                 "both a recipe and --run-dir given", "--run-dir takes the run's own recipe; leave the other out"
             )
-        loaded = load_recipe(recipe_name, recipe, changes, "eval")
+        loaded = options.load_recipe(recipe_name, recipe, changes, "eval")
     else:
         run = _exported(named(str(run_dir))) if run_dir is not None else newest_exported()
         loaded = recipe_io.load(run.recipe_json, changes)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 import math
 import os
 import signal
@@ -169,23 +168,7 @@ def _limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE_BYTES, _ADDRESS_SPACE_BYTES))
 
 
-def check(spec: str) -> int:
-    """Print {"message", "hint"} as JSON when a spec is no reward. The exit code is 0 or 2."""
-    try:
-        load_reward(spec)
-    except AstraError as error:
-        print(json.dumps({"message": error.message, "hint": error.hint}))
-        return error.exit_code
-    return 0
-
-
 def main() -> None:
-    if sys.argv[1:2] == ["--check"]:
-        out = os.dup(1)
-        os.dup2(2, 1)  # what the module prints while it is imported is no part of the answer
-        with os.fdopen(out, "w") as sys.stdout:
-            code = check(sys.argv[2])
-        os._exit(code)
     serve(Connection(int(sys.argv[1])))
 
 

@@ -8,7 +8,6 @@ side of the pipe and `grader` for the rules of mathematics.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import queue
 import signal
@@ -161,7 +160,7 @@ class _Worker:
     def grade(self, items: Sequence[GradeItem]) -> Any:
         """Yield one [reward, verdict, detail] per item. Raises TimeoutError on an item's limit, EOFError on a crash."""
         if self._process is None:
-            self._start()
+            self.start()
         self._send({"items": [[item.problem, item.answer, item.text] for item in items]})
         limit_s = self._hello["timeout_s"]
         for _ in items:
@@ -186,7 +185,7 @@ class _Worker:
         process.wait()
         self._pipe.close()
 
-    def _start(self) -> None:
+    def start(self) -> None:
         self._pipe, theirs = Pipe()
         command = [sys.executable, "-P", "-m", "astracli.rewards.grade_worker", str(theirs.fileno())]
         with theirs:
@@ -198,18 +197,20 @@ class _Worker:
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
                 start_new_session=True,
             )
-        reward = f"a grading process for reward `{self._hello['spec']}`"
         try:
             self._send(self._hello)
             frame = self._receive(_START_S)
         except TimeoutError:
-            self.kill()
-            raise RunFailed(f"{reward} did not start in {_START_S:g} s") from None
-        except (EOFError, ConnectionError):
-            raise RunFailed(f"{reward} died while it started") from None
-        if frame[0] == "refused":
+            ending = f"did not start in {_START_S:g} s"
+        except (EOFError, ConnectionError) as error:
+            ending = f"died while it started: {error}"
+        else:
+            if frame[0] != "refused":
+                return
             self.kill()
             raise UserError(frame[1], frame[2])
+        self.kill()
+        raise RunFailed(f"a grading process for reward `{self._hello['spec']}` {ending}")
 
     def _send(self, document: dict[str, Any]) -> None:
         self._pipe.send_bytes(msgpack.packb(document, unicode_errors="surrogatepass"))
@@ -243,27 +244,13 @@ def probe_grades(items: Sequence[GradeItem]) -> list[Grade]:
 
 
 def validate_reward(spec: str) -> None:
-    """Raises UserError when a recipe's `data.reward` is no reward. Imports the user's module in another process."""
+    """Raises UserError when a recipe's `data.reward` is no reward. A module of the user's is imported in a process."""
     if spec in BUILTIN:
         return
-    command = [sys.executable, "-P", "-m", "astracli.rewards.grade_worker", "--check", spec]
+    worker = _Worker(spec, 0.0, {})
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_START_S)
-    except subprocess.TimeoutExpired:
-        raise UserError(f"reward `{spec}`: its import did not end within {_START_S:g} s") from None
-    if done.returncode == 0:
-        return
-    try:
-        answer = json.loads(done.stdout)
-    except ValueError:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"reward `{spec}`: its import ended the process with {done.returncode}: {last}") from None
-    raise UserError(answer["message"], answer["hint"])
-
-
-def grade_all(pairs: Sequence[tuple[str, str]], *, workers: int | None = None, timeout_s: float = 5.0) -> list[bool]:
-    """For every (gold answer, model output): is the output's final answer right?"""
-    if workers is None:
-        workers = max(1, min(os.cpu_count() or 1, len(pairs) // 500))
-    with GradePool("math", workers, timeout_s) as pool:
-        return [g.verdict == "right" for g in pool.grade([GradeItem("", gold, output) for gold, output in pairs])]
+        worker.start()
+    except RunFailed as error:
+        raise UserError(error.message, "see what its module does while it is imported") from None
+    finally:
+        worker.kill()

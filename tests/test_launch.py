@@ -32,7 +32,7 @@ from astracli.plan.types import LaunchPlan
 from astracli.plan.view import to_json
 from astracli.process.children import ChildSpec
 from astracli.process.config import EngineConfig, EvalConfig, Role, RolloutConfig, TrainerConfig, load_config
-from astracli.report.page.page import LiveView, RunProgress
+from astracli.report.live import LiveView, RunProgress
 from astracli.report.summary_table import summary_rows
 from astracli.runs import find as runs
 from astracli.runs import metrics
@@ -385,7 +385,7 @@ def test_the_terminal_is_given_back_when_no_process_could_be_started(
     with pytest.raises(OSError, match="No space left"):
         job_with(tmp_path, DONE).run()
     hidden, shown = (console.file.getvalue().count(f"\x1b[?25{end}") for end in "lh")  # type: ignore[attr-defined]
-    assert len(views) == 1 and hidden == shown > 0, "the cursor is back"
+    assert hidden == shown == len(views), "the cursor is back"
 
 
 def test_children_of_a_killed_supervisor_end_by_themselves(tmp_path: Path) -> None:

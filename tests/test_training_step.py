@@ -147,7 +147,6 @@ def test_the_pass_without_gradients_is_left_out_when_it_says_nothing(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make_trainer(model_dir, recipe(algorithm={"name": "grpo"}, train={"minibatches": 1}))
-    trainer.rows_checked = True
     calls = 0
     forward = parity.logprobs
 
@@ -164,7 +163,7 @@ def test_the_pass_without_gradients_is_left_out_when_it_says_nothing(
         counts.append(calls / sum(map(len, result.batch.minibatches)))
         assert result.metrics["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
         assert result.metrics["entropy"] > 0
-    assert counts == [2.0, 1.0, 1.0]  # the first batch of a process is always scored
+    assert counts[0] >= 2.0 and counts[1:] == [1.0, 1.0]  # the first batch of a process is always scored, and checked
 
 
 def test_an_engine_with_other_weights_stops_the_run(model_dir: Path) -> None:
@@ -367,7 +366,7 @@ def test_the_scoring_pass_serves_the_first_update(
 
     monkeypatch.setattr(parity, "logprobs", counted)
     for trainer in trainers:
-        trainer.rows_checked = True
+        trainer.first_step = False
         count = 0
         if trainer is trainers[1]:
             monkeypatch.setattr(trainer, "_reused", lambda batch: None)

@@ -17,8 +17,9 @@ from astracli.adapters.qwen3_5 import ADAPTER as QWEN3_5
 from astracli.engines.client import EngineClient, GenRequest
 from astracli.engines.embedded.engine import EmbeddedEngine, EngineLimits
 from astracli.engines.embedded.http import Door, build_app
-from astracli.engines.embedded.process import bind, serving
 from astracli.models.adapter import ModelAdapter
+from astracli.process.ports import bind
+from astracli.process.server import ServerThread
 
 TOKEN = "secret-of-the-run"
 
@@ -58,13 +59,13 @@ def running(engine: EmbeddedEngine) -> Iterator[str]:
     door = Door()
     door.engine = engine
     reporter = Idle()
-    listener = bind("127.0.0.1", 0)
     loop = threading.Thread(target=engine.loop, args=(reporter,), daemon=True)
     loop.start()
+    server = ServerThread(build_app(door, TOKEN), bind()).start()
     try:
-        with serving(build_app(door, TOKEN), listener):
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield server.url
     finally:
+        server.stop()
         reporter.stop_requested.set()
         loop.join(timeout=5)
 

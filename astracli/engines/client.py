@@ -7,12 +7,10 @@ overrides what differs (`Engine.client`).
 | GET /model_info | | model_path, weight_version, serving, problem, paused, running, ... |
 | POST /generate | input_ids, sampling_params, rid, draw_offset | output_ids and meta_info; 503 while not serving |
 | | the same and stream: true | server-sent events, one for each request when it ends, with its place as `index` |
-| POST /abort_request | rid (one or a list, exact) or abort_all | aborted: how many |
+| POST /abort_request | abort_all | aborted: how many |
 | POST /pause_generation | mode: abort, retract, in_place | |
-| POST /continue_generation, /flush_cache | | |
+| POST /continue_generation | | |
 | POST /update_weights_from_tensor | load_format, weight_version; applies what is staged | success, message, outcome |
-| POST /update_weights_from_disk | model_path, weight_version | success, message, outcome |
-| POST /update_weight_version | new_version | |
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,6 +36,8 @@ STAGED = "staged"
 UNPROVEN = -1
 """The label of weights that nobody has checked yet, of an engine that cannot say `serving: false` instead."""
 _RETRY_S = 0.1
+PauseMode = Literal["abort", "retract", "in_place"]
+"""What becomes of the requests that run when an update pauses the engine (`weights.pause_mode`)."""
 
 
 @dataclass(frozen=True)
@@ -245,17 +245,13 @@ class EngineClient:
         """Whether a call was refused because an abort met it before it was under way."""
         return False
 
-    async def abort(self, rids: Collection[str]) -> None:
-        """End these requests; each returns what it has, with finish reason `abort`."""
-        await self._send("POST", "/abort_request", {"rid": list(rids)})
-
     async def abort_all(self) -> None:
         """End every request; each returns what it has, with finish reason `abort`."""
         await self._send("POST", "/abort_request", {"abort_all": True})
 
     # -- weights
 
-    async def pause(self, mode: Literal["abort", "retract", "in_place"] = "abort") -> None:
+    async def pause(self, mode: PauseMode = "abort") -> None:
         await self._send("POST", "/pause_generation", {"mode": mode})
 
     async def resume(self) -> None:
@@ -270,9 +266,6 @@ class EngineClient:
         """Take the memory back; the same tags. The KV cache is empty then."""
         await self._send("POST", "/resume_memory_occupation", {"tags": list(tags)})
 
-    async def flush(self) -> None:
-        await self._send("POST", "/flush_cache", {})
-
     async def apply_staged(self, version: int, *, flush: bool = True) -> UpdateReply:
         """Apply what is staged for this engine. A failed update is an answer, not an exception: stage a full payload
         and apply again."""
@@ -282,15 +275,6 @@ class EngineClient:
     async def settle(self) -> None:
         """Return once nothing reads the weights beside generation any more: a read-back that nobody waits for may
         still be at it, whoever asked for it. To be called in a pause."""
-
-    async def load_directory(self, path: str, version: int) -> UpdateReply:
-        """Load a whole Hugging Face checkpoint directory that the engine can read."""
-        return await self._update("/update_weights_from_disk", {"model_path": path, "weight_version": str(version)})
-
-    async def set_version(self, version: int) -> None:
-        """Change the label of the present weights; requests go on, which an engine may have to be told."""
-        body = {"new_version": str(version), "abort_all_requests": False}
-        await self._send("POST", "/update_weight_version", body)
 
     async def _update(self, path: str, body: Mapping[str, Any], limit_s: float | None = None) -> UpdateReply:
         reply = await self._request("POST", path, body, timeout=self._control_s if limit_s is None else limit_s)

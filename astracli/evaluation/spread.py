@@ -22,21 +22,13 @@ from astracli.errors import RunFailed
 from astracli.evaluation.benchmark import BenchmarkWork, Result, Unit
 
 if TYPE_CHECKING:
-    from astracli.engines.client import GenRequest, GenResult
+    from astracli.engines.client import EngineClient, GenResult
 
 PATIENCE_S = 900.0
 """How long a call may meet an engine that is away, or that aborts it again and again, before the evaluation ends."""
 REFUSALS = 3
 """Failures of a call on engines that are healthy, after which the evaluation ends."""
 LONGEST_PAUSE_S = 2.0
-
-
-class EvalEngine(Protocol):
-    """What an evaluation needs of `engines.client.EngineClient`."""
-
-    async def generate(self, requests: Sequence[GenRequest]) -> list[GenResult]: ...
-
-    async def health(self) -> bool: ...
 
 
 class Members(Protocol):
@@ -83,7 +75,7 @@ class Share:
     """What one engine serves of the evaluation."""
 
     name: str
-    engine: EvalEngine
+    engine: EngineClient
     queue: deque[Call]
     """Where its next call comes from: all engines' queue, or its own when the split is fixed."""
     samples: int = 0
@@ -103,7 +95,7 @@ class Share:
 
 async def evaluate(
     works: Sequence[BenchmarkWork],
-    engines: Mapping[str, EvalEngine],
+    engines: Mapping[str, EngineClient],
     members: Members | None = None,
     *,
     max_concurrency: int = 64,
@@ -128,7 +120,7 @@ class _Spread:
     def __init__(
         self,
         works: Sequence[BenchmarkWork],
-        engines: Mapping[str, EvalEngine],
+        engines: Mapping[str, EngineClient],
         members: Members,
         max_concurrency: int,
         fixed: bool,

@@ -29,9 +29,9 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from typing import Any, Literal
+from typing import Any
 
-from astracli.engines.client import UNPROVEN, EngineClient, flushes
+from astracli.engines.client import UNPROVEN, EngineClient, PauseMode, flushes
 from astracli.engines.contract import WeightReceiver
 from astracli.errors import RunFailed
 from astracli.hub.client import AsyncHubClient
@@ -43,8 +43,6 @@ TARGET_WAIT_S = 2.0
 """How long one question for the target version waits for another answer."""
 RELEASED_TAGS = ("kv_cache", "weights")
 """What an engine gives back for the trainer. (Recurrent states belong to the KV cache.)"""
-
-PauseMode = Literal["abort", "retract", "in_place"]
 
 
 class EngineWorker(RequestGate):

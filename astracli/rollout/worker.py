@@ -18,7 +18,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +30,7 @@ from astracli.hub.types import Leases
 from astracli.models.adapter import chat_prompt_tokens, load_tokenizer
 from astracli.process.config import RolloutConfig
 from astracli.process.worker import Reporter, worker_main
-from astracli.rewards.reward import Grade, GradeItem, GradePool
+from astracli.rewards.reward import GradeItem, GradePool
 from astracli.rl.types import Group, Sample
 from astracli.rollout.engine_worker import EngineWorker
 from astracli.rollout.groups import Draft, RolloutSampling, SampleWriter, generate_groups
@@ -41,12 +41,6 @@ REPORT_S = 1.0
 RATE_WINDOW_S = 10.0
 UNFIT_PROMPTS = 10_000
 """Prompts in a row, or a whole epoch of them, that are too long: then the run ends instead of looking on."""
-
-
-class GroupGrader(Protocol):
-    """The part of `rl.reward.GradePool` that this worker needs."""
-
-    async def agrade(self, items: Sequence[GradeItem]) -> list[Grade]: ...
 
 
 class Rollout:
@@ -60,7 +54,7 @@ class Rollout:
         workers: Sequence[EngineWorker],
         source: PromptSource,
         tokenizer: Any,
-        grader: GroupGrader,
+        grader: GradePool,
     ):
         self.config = config
         self.reporter = reporter

@@ -60,8 +60,8 @@ from starlette.applications import Starlette
 
 from astracli.engines.client import EngineClient
 from astracli.engines.sglang.client import NO_TENSORS, SglangClient
-from astracli.hub.server import ServerThread
 from astracli.process import ports
+from astracli.process.server import ServerThread
 from astracli.weights.publish.server import weights_routes
 from astracli.weights.receive.subscriber import Subscriber
 

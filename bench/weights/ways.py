@@ -43,8 +43,8 @@ import zstandard
 from safetensors.torch import load_file, save_file
 from starlette.applications import Starlette
 
-from astracli.hub.server import ServerThread
 from astracli.process import ports
+from astracli.process.server import ServerThread
 from astracli.weights.device.difference import bits_torch
 from astracli.weights.device.resident import Resident
 from astracli.weights.format import digest

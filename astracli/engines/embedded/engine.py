@@ -7,39 +7,30 @@ from __future__ import annotations
 
 import math
 import secrets
-import threading
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from astracli.engines.client import PauseMode, UpdateReply
 from astracli.engines.embedded import kernels
 from astracli.engines.embedded.decoder import Decoder
-from astracli.engines.embedded.scheduler import PauseMode, Scheduler
+from astracli.engines.embedded.scheduler import Scheduler
 from astracli.engines.embedded.table import Completion, Request
-from astracli.engines.embedded.weights import EngineWeights, Loader, UpdateOutcome
+from astracli.engines.embedded.weights import EngineWeights, Loader
 from astracli.errors import UserError
 from astracli.kernels.cpu import linear
+from astracli.process.worker import Reporter
 from astracli.weights.receive import reading
 from astracli.weights.receive.watcher import StageWatcher
 
 _SAMPLING_KEYS = frozenset(
     {"temperature", "top_p", "max_new_tokens", "stop_token_ids", "sampling_seed", "ignore_eos", "skip_special_tokens"}
 )
-
-
-class LoopReporter(Protocol):
-    """The part of a worker's reporter that the loop needs."""
-
-    stop_requested: threading.Event
-
-    def waiting(self, reason: str | None) -> None: ...
-
-    def progress(self, **fields: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -77,7 +68,6 @@ class EmbeddedEngine:
         self.path = path
         self.limits = limits
         self._stage = StageWatcher(stage_dir, reading.hold) if stage_dir is not None else None
-        self._load = load
         self.weights = EngineWeights(model.to(device), wire, problem=problem, verify_interval=verify_interval)
         decoder = Decoder(model, limits.slots, prefill_tokens=limits.prefill_tokens)
         self.scheduler = Scheduler(decoder, exclusive_calls=exclusive_calls)
@@ -166,39 +156,20 @@ class EmbeddedEngine:
     def resume(self) -> Future[Any]:
         return self.scheduler.call(self.scheduler.resume)
 
-    def flush(self) -> Future[Any]:
-        return self.scheduler.call(self.scheduler.flush)
-
-    def apply_staged(self, version: int, *, flush: bool = True) -> Future[Any]:
-        """Answer: UpdateOutcome."""
-
-        def run() -> UpdateOutcome:
+    def apply_staged(self, version: int, *, flush: bool = True) -> Future[UpdateReply]:
+        def run() -> UpdateReply:
             if self._stage is None:
-                return UpdateOutcome(False, "this engine was started without a staging directory")
-            outcome = self.weights.apply_staged(self._stage.stage_dir, version, self._stage.take())
-            return self._updated(outcome, flush)
+                return UpdateReply(False, "this engine was started without a staging directory")
+            reply = self.weights.apply_staged(self._stage.stage_dir, version, self._stage.take())
+            if not reply.success:
+                self.scheduler.abort()
+                return reply
+            self.scheduler.version = self.weights.version
+            if flush:
+                self.scheduler.flush()
+            return reply
 
         return self.scheduler.call(run)
-
-    def load_directory(self, path: Path, version: int, *, flush: bool = True) -> Future[Any]:
-        """Answer: UpdateOutcome."""
-        return self.scheduler.call(lambda: self._updated(self.weights.load_directory(path, version, self._load), flush))
-
-    def relabel(self, version: int) -> Future[Any]:
-        def run() -> None:
-            self.weights.relabel(version)
-            self.scheduler.version = version
-
-        return self.scheduler.call(run)
-
-    def _updated(self, outcome: UpdateOutcome, flush: bool) -> UpdateOutcome:
-        if not outcome.success:
-            self.scheduler.abort()
-            return outcome
-        self.scheduler.version = self.weights.version
-        if flush:
-            self.scheduler.flush()
-        return outcome
 
     def info(self) -> dict[str, Any]:
         """What `/model_info` answers."""
@@ -221,7 +192,7 @@ class EmbeddedEngine:
 
     # -- the decode thread
 
-    def loop(self, reporter: LoopReporter) -> None:
+    def loop(self, reporter: Reporter) -> None:
         """Decode until `reporter.stop_requested`. Raises RunFailed when the model produces NaN."""
         reason: str | None = ""
         try:
@@ -238,7 +209,7 @@ class EmbeddedEngine:
                         tokens_generated=self.scheduler.tokens_generated,
                     )
         finally:
-            self.weights.settle()
+            self.weights.readback.settle()
             if self._stage is not None:
                 self._stage.close()
 

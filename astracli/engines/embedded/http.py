@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
-from astracli.engines.client import STAGED
+from astracli.engines.client import STAGED, PauseMode
 from astracli.errors import UserError
+from astracli.process.server import TokenGuard
 
 if TYPE_CHECKING:
     from astracli.engines.embedded.engine import EmbeddedEngine
     from astracli.engines.embedded.table import Completion
-
-PAUSE_MODES = ("abort", "retract", "in_place")
 
 Handler = Callable[["EmbeddedEngine", Request], Awaitable[Response]]
 
@@ -32,22 +29,6 @@ class Door:
 
     def __init__(self) -> None:
         self.engine: EmbeddedEngine | None = None
-
-
-class _Guard:
-    """Answers 401 to every request without the run's token."""
-
-    def __init__(self, app: ASGIApp, token: str):
-        self._app = app
-        self._expected = f"Bearer {token}".encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._expected):
-                await _error(401, "the run's token is missing or wrong")(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
 
 
 def build_app(door: Door, token: str) -> ASGIApp:
@@ -67,19 +48,15 @@ def build_app(door: Door, token: str) -> ASGIApp:
     app = Starlette(
         routes=[
             route("/health_generate", "GET", _health),
-            route("/health", "GET", _health),
             route("/model_info", "GET", _info),
             route("/generate", "POST", _generate),
             route("/abort_request", "POST", _abort),
             route("/pause_generation", "POST", _pause),
             route("/continue_generation", "POST", _continue),
-            route("/flush_cache", "POST", _flush),
-            route("/update_weights_from_tensor", "POST", _update_from_tensor),
-            route("/update_weights_from_disk", "POST", _update_from_disk),
-            route("/update_weight_version", "POST", _update_version),
+            route("/update_weights_from_tensor", "POST", _update),
         ]
     )
-    return _Guard(app, token)
+    return TokenGuard(app, token, _error(401, "the run's token is missing or wrong"))
 
 
 def _error(status: int, message: str) -> JSONResponse:
@@ -95,13 +72,6 @@ async def _json(request: Request) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise UserError("the body must be a JSON object")
     return body
-
-
-def _version(value: Any) -> int:
-    try:
-        return int(value)
-    except (TypeError, ValueError):
-        raise UserError(f"weight_version {value!r} is not a whole number") from None
 
 
 async def _health(engine: EmbeddedEngine, request: Request) -> Response:
@@ -189,20 +159,15 @@ def _answer(completion: Completion) -> dict[str, Any]:
 
 
 async def _abort(engine: EmbeddedEngine, request: Request) -> Response:
-    body = await _json(request)
-    rid = body.get("rid")
-    if not body.get("abort_all") and not rid:
-        raise UserError("abort_request needs `rid` or `abort_all`")
-    rids: list[str] | None = None
-    if not body.get("abort_all"):
-        rids = [str(one) for one in rid] if isinstance(rid, list) else [str(rid)]
-    return JSONResponse({"aborted": await asyncio.wrap_future(engine.abort(rids))})
+    if not (await _json(request)).get("abort_all"):
+        raise UserError("abort_request needs `abort_all`")
+    return JSONResponse({"aborted": await asyncio.wrap_future(engine.abort(None))})
 
 
 async def _pause(engine: EmbeddedEngine, request: Request) -> Response:
     mode = (await _json(request)).get("mode", "abort")
-    if mode not in PAUSE_MODES:
-        raise UserError(f"pause mode {mode!r} is not one of {', '.join(PAUSE_MODES)}")
+    if mode not in get_args(PauseMode):
+        raise UserError(f"pause mode {mode!r} is not one of {', '.join(get_args(PauseMode))}")
     await asyncio.wrap_future(engine.pause(mode))
     return JSONResponse({"status": "ok", "message": "paused"})
 
@@ -212,38 +177,13 @@ async def _continue(engine: EmbeddedEngine, request: Request) -> Response:
     return JSONResponse({"status": "ok", "message": "continued"})
 
 
-async def _flush(engine: EmbeddedEngine, request: Request) -> Response:
-    if await asyncio.wrap_future(engine.flush()):
-        return JSONResponse({"success": True, "message": "flushed"})
-    return JSONResponse({"success": False, "message": "sequences are running"}, status_code=400)
-
-
-async def _update_from_tensor(engine: EmbeddedEngine, request: Request) -> Response:
+async def _update(engine: EmbeddedEngine, request: Request) -> Response:
     body = await _json(request)
-    if body.get("serialized_named_tensors"):
-        raise UserError("the embedded engine takes no tensors in a request; stage a payload")
     if body.get("load_format") != STAGED:
-        raise UserError(f"load_format {body.get('load_format')!r} is not `{STAGED}`")
-    flush = bool(body.get("flush_cache", True))
-    return await _outcome(engine.apply_staged(_version(body.get("weight_version")), flush=flush))
-
-
-async def _update_from_disk(engine: EmbeddedEngine, request: Request) -> Response:
-    body = await _json(request)
-    path = Path(str(body.get("model_path")))
-    if not path.is_dir():
-        raise UserError(f"model_path `{path}` is not a directory")
-    flush = bool(body.get("flush_cache", True))
-    return await _outcome(engine.load_directory(path, _version(body.get("weight_version")), flush=flush))
-
-
-async def _outcome(update: Any) -> Response:
-    outcome = await asyncio.wrap_future(update)
-    document = {"success": outcome.success, "message": outcome.message, "outcome": outcome.outcome}
-    return JSONResponse(document, status_code=200 if outcome.success else 400)
-
-
-async def _update_version(engine: EmbeddedEngine, request: Request) -> Response:
-    version = _version((await _json(request)).get("new_version"))
-    await asyncio.wrap_future(engine.relabel(version))
-    return JSONResponse({"success": True, "message": f"weight version {version}", "new_version": str(version)})
+        raise UserError(f"load_format {body.get('load_format')!r} is not `{STAGED}`: an update applies what is staged")
+    try:
+        version = int(body["weight_version"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"weight_version {body.get('weight_version')!r} is not a whole number") from None
+    reply = await asyncio.wrap_future(engine.apply_staged(version, flush=bool(body.get("flush_cache", True))))
+    return JSONResponse(vars(reply), status_code=200 if reply.success else 400)

@@ -84,6 +84,11 @@ class SglangClient(EngineClient):
         await self.set_version(version)
         return UpdateReply(True, "", {**update.outcome, **found})
 
+    async def set_version(self, version: int) -> None:
+        """Change the label of the present weights; requests go on, which SGLang has to be told."""
+        body = {"new_version": str(version), "abort_all_requests": False}
+        await self._send("POST", "/update_weight_version", body)
+
     async def settle(self) -> None:
         """The server takes it for an update, so it wants begin and end around it as well. Unpaused, these would wait
         for all requests; whoever calls this is about to release memory, has drained the engine and paused it."""

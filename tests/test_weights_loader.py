@@ -36,7 +36,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[sglang_loader.Load
             super().__init__(*given)
             made.append(self)
 
-    monkeypatch.setattr(sglang_loader, "Engine", Kept)
+    monkeypatch.setattr(sglang_loader, "LoadedModel", Kept)
     yield made
     for engine in made:
         engine.watcher.close()

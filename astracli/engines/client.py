@@ -21,7 +21,6 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -36,6 +35,8 @@ STAGED = "staged"
 UNPROVEN = -1
 """The label of weights that nobody has checked yet, of an engine that cannot say `serving: false` instead."""
 _RETRY_S = 0.1
+_CONTROL_S = 600.0
+"""For the answer to a call that generates nothing; an update of large weights takes minutes on a CPU."""
 PauseMode = Literal["abort", "retract", "in_place"]
 """What becomes of the requests that run when an update pauses the engine (`weights.pause_mode`)."""
 
@@ -102,22 +103,13 @@ def flushes(pause_mode: str) -> bool:
 class EngineClient:
     """Talks to one engine. Every error it cannot mend is a RunFailed that names the engine and its URL."""
 
-    def __init__(
-        self,
-        url: str,
-        token: str,
-        *,
-        name: str = "engine",
-        not_serving_s: float = 120.0,
-        control_s: float = 600.0,
-    ):
+    def __init__(self, url: str, token: str, *, name: str = "engine", not_serving_s: float = 120.0):
         import httpx
 
         self.url = url.rstrip("/")
         self.name = name
         self.not_serving_s = not_serving_s
         """A 503 of `/generate` is retried this long."""
-        self._control_s = control_s
         self._http: httpx.AsyncClient = httpx.AsyncClient(
             base_url=self.url,
             headers={"Authorization": f"Bearer {token}"},
@@ -129,12 +121,7 @@ class EngineClient:
     async def __aenter__(self) -> EngineClient:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    async def close(self) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._http.aclose()
 
     # -- readiness
@@ -277,7 +264,7 @@ class EngineClient:
         still be at it, whoever asked for it. To be called in a pause."""
 
     async def _update(self, path: str, body: Mapping[str, Any], limit_s: float | None = None) -> UpdateReply:
-        reply = await self._request("POST", path, body, timeout=self._control_s if limit_s is None else limit_s)
+        reply = await self._request("POST", path, body, timeout=_CONTROL_S if limit_s is None else limit_s)
         if reply.status_code == 400:
             document = _json(reply)
             if isinstance(document, dict) and "success" in document:
@@ -288,10 +275,10 @@ class EngineClient:
     # -- transport
 
     async def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        return self._content(await self._request(method, path, body, timeout=self._control_s), path)
+        return self._content(await self._request(method, path, body, timeout=_CONTROL_S), path)
 
     async def _status(self, path: str) -> int:
-        return (await self._request("GET", path, None, timeout=self._control_s)).status_code
+        return (await self._request("GET", path, None, timeout=_CONTROL_S)).status_code
 
     async def _request(
         self, method: str, path: str, body: Mapping[str, Any] | None, *, timeout: float | None

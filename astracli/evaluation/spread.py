@@ -15,7 +15,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from astracli.errors import RunFailed
@@ -85,7 +85,7 @@ class Share:
     away: bool = False
     """It failed, and has not been found healthy since."""
     released: bool = False
-    pauses: int = field(default=0)
+    pauses: int = 0
     """Failures and aborts in a row."""
 
     def next_pause(self) -> float:
@@ -116,31 +116,27 @@ async def evaluate(
     return [work.result() for work in works]
 
 
+@dataclass
 class _Spread:
-    def __init__(
-        self,
-        works: Sequence[BenchmarkWork],
-        engines: Mapping[str, EngineClient],
-        members: Members,
-        max_concurrency: int,
-        fixed: bool,
-        on_progress: Callable[[BenchmarkWork], None] | None,
-        on_waiting: Callable[[bool], None] | None,
-    ):
-        self._works = list(works)
-        self._members = members
-        self._most = max_concurrency
-        self._fixed = fixed
-        self._on_progress, self._on_waiting = on_progress, on_waiting
+    _works: Sequence[BenchmarkWork]
+    engines: InitVar[Mapping[str, EngineClient]]
+    _members: Members
+    _most: int
+    """Samples at an engine at once."""
+    _fixed: bool
+    _on_progress: Callable[[BenchmarkWork], None] | None
+    _on_waiting: Callable[[bool], None] | None
+
+    def __post_init__(self, engines: Mapping[str, EngineClient]) -> None:
         self._present: Collection[str] = ()
         self._changed = asyncio.Event()
         self._tasks: asyncio.TaskGroup
         self._waiting: list[asyncio.Task[None]] = []
         self._begun: set[str] = set()
-        calls = [Call(work, units) for work in works for units in work.calls]
-        common = deque(() if fixed else calls)
-        self._shares = [Share(name, engine, deque() if fixed else common) for name, engine in engines.items()]
-        for call, share in zip(calls if fixed else (), itertools.cycle(self._shares), strict=False):
+        calls = [Call(work, units) for work in self._works for units in work.calls]
+        common = deque(() if self._fixed else calls)
+        self._shares = [Share(name, engine, deque() if self._fixed else common) for name, engine in engines.items()]
+        for call, share in zip(calls if self._fixed else (), itertools.cycle(self._shares), strict=False):
             share.queue.append(call)
 
     async def run(self) -> None:

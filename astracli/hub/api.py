@@ -90,13 +90,13 @@ class _Pulse:
                 return reply
 
 
+@dataclass(frozen=True)
 class _Hub:
     """What the store does not answer by itself: polls, heartbeats, metrics. Arguments are the keys of a body."""
 
-    def __init__(self, store: HubStore, metrics_path: Path | None, on_status: Callable[[dict[str, Any]], None] | None):
-        self._store = store
-        self._metrics_path = metrics_path
-        self._on_status = on_status
+    _store: HubStore
+    _metrics_path: Path | None
+    _on_status: Callable[[dict[str, Any]], None] | None
 
     def lease(
         self, worker: str, n: int, engine: str | None = None, request: str | None = None, wait_s: float = 0.0

@@ -190,7 +190,7 @@ class EngineWorker(RequestGate):
         record["gap_s"] = time.monotonic() - gate_closed if gate_closed is not None else 0.0
         if due:
             await self._await_readback(target, record)
-        since = {"held_idle_s": self._held_idle.take(self._held, self.use.seconds().idle)} | self._since_last_update()
+        since = {"held_idle_s": self._held_idle.take(self._held, self.use.seconds().idle)} | self.usage()
         await self._hub.metrics([record | since])
 
     async def _await_readback(self, target: int, record: dict[str, Any]) -> None:

@@ -117,11 +117,7 @@ class RequestGate:
                 continue
 
     def usage(self) -> dict[str, Any]:
-        """What happened on this engine since its last update, for the metrics."""
-        return {"engine": self.name, **self._since_last_update()}
-
-    def _since_last_update(self) -> dict[str, Any]:
-        """What happened on this engine since the update before."""
+        """What happened on this engine since the last call, for the metrics: since its last update."""
         now, (then, tokens) = self.use.seconds(), self._last_update
         self._last_update = (now, self.tokens)
         counts = dict(self._aborted)
@@ -132,4 +128,4 @@ class RequestGate:
             "slots_busy": (now.busy - then.busy) / interval_s,
         }
         seconds = {"interval_s": now.all - then.all, "idle_s": now.idle - then.idle}
-        return {**rates, **seconds, **counts}
+        return {"engine": self.name, **rates, **seconds, **counts}

@@ -18,6 +18,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,27 +44,21 @@ UNFIT_PROMPTS = 10_000
 """Prompts in a row, or a whole epoch of them, that are too long: then the run ends instead of looking on."""
 
 
+@dataclass
 class Rollout:
-    """The worker's work. `run` ends when the hub says stop, or when `groups_wanted` groups are done."""
+    """The worker's work. `run` ends when the hub says stop, or when the groups of `config.samples` are written."""
 
-    def __init__(
-        self,
-        config: RolloutConfig,
-        reporter: Reporter,
-        hub: AsyncHubClient,
-        workers: Sequence[EngineWorker],
-        source: PromptSource,
-        tokenizer: Any,
-        grader: GradePool,
-    ):
-        self.config = config
-        self.reporter = reporter
-        self.hub = hub
-        self.workers = list(workers)
-        self.source = source
-        self.tokenizer = tokenizer
-        self.grader = grader
-        self.sampling = RolloutSampling(config.recipe, tuple(stop_token_ids(tokenizer, config.model_path)))
+    config: RolloutConfig
+    reporter: Reporter
+    hub: AsyncHubClient
+    workers: Sequence[EngineWorker]
+    source: PromptSource
+    tokenizer: Any
+    grader: GradePool
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.sampling = RolloutSampling(config.recipe, tuple(stop_token_ids(self.tokenizer, config.model_path)))
         rollout = config.recipe.rollout
         self._slots, self._group_size = rollout.running, rollout.group_size
         for worker in self.workers:
@@ -189,7 +184,7 @@ class Rollout:
         worker.changed.set()
 
     async def _hand_in(self, lease_id: int, problem: Problem, prompt: Sequence[int], drafts: Sequence[Draft]) -> None:
-        group = await self._grade(lease_id, problem, prompt, drafts)
+        group = await self._graded(lease_id, problem, prompt, drafts)
         await self.hub.put_group(group)
         self._held.discard(lease_id)
         self._count(group)
@@ -203,7 +198,7 @@ class Rollout:
             return f"prompt of {len(prompt)} tokens leaves no room in rollout.context_length = {context}"
         return None
 
-    async def _grade(self, lease_id: int, problem: Problem, prompt: Sequence[int], drafts: Sequence[Draft]) -> Group:
+    async def _graded(self, lease_id: int, problem: Problem, prompt: Sequence[int], drafts: Sequence[Draft]) -> Group:
         texts = [self.tokenizer.decode(draft.tokens, skip_special_tokens=True) for draft in drafts]
         items = [
             GradeItem(problem.question, problem.answer, text, draft.tokens)

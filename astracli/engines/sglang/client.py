@@ -28,8 +28,8 @@ _SEED_BITS = (1 << 63) - 1
 class SglangClient(EngineClient):
     """`stage_dir`: where our weight loader leaves `result.json`."""
 
-    def __init__(self, url: str, token: str, *, stage_dir: Path, **settings: Any):
-        super().__init__(url, token, **settings)
+    def __init__(self, url: str, token: str, *, name: str = "engine", stage_dir: Path):
+        super().__init__(url, token, name=name)
         self._stage_dir = stage_dir
         self._update_session = UpdateSession(self._status, self._update)
 

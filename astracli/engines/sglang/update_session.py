@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 
 from astracli.engines.client import UpdateReply
 from astracli.errors import RunFailed
@@ -21,18 +22,16 @@ CLOSE_S = 10.0
 """How long a server whose update broke off is waited for to end it."""
 
 
+@dataclass
 class UpdateSession:
     """Sends an update to a server that may want it between begin and end."""
 
-    def __init__(
-        self,
-        status: Callable[[str], Awaitable[int]],
-        post: Callable[[str, Mapping[str, object], float | None], Awaitable[UpdateReply]],
-    ):
-        """`status`: the status of a GET. `post`: (path, body, limit in seconds or None for the usual) -> the answer."""
-        self._status = status
-        self._post = post
-        self._wanted: bool | None = None
+    _status: Callable[[str], Awaitable[int]]
+    """The status of a GET."""
+    _post: Callable[[str, Mapping[str, object], float | None], Awaitable[UpdateReply]]
+    """(path, body, limit in seconds or None for the usual) -> the answer"""
+    _wanted: bool | None = None
+    """Whether the server knows the routes; None: it has not been asked."""
 
     async def learn(self) -> None:
         """Ask the server, which may be another than before, whether it knows the routes; nothing is begun by that.

@@ -14,7 +14,8 @@ import numpy as np
 from engine_models import tiny_model
 
 from astracli.adapters.qwen3_5 import ADAPTER as QWEN3_5
-from astracli.engines.client import EngineClient, GenRequest
+from astracli.engines.client import EngineClient
+from astracli.engines.contract import GenRequest
 from astracli.engines.embedded.engine import EmbeddedEngine, EngineLimits
 from astracli.engines.embedded.http import Door, build_app
 from astracli.models.adapter import ModelAdapter

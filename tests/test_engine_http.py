@@ -24,7 +24,8 @@ from engine_server import TOKEN, engine_of, long_requests, running, save, slow, 
 from astracli.adapters.llama import ADAPTER as LLAMA
 from astracli.adapters.qwen3_5 import ADAPTER as QWEN3_5
 from astracli.config.recipe import Recipe
-from astracli.engines.client import Ended, EngineClient, GenRequest, GenResult
+from astracli.engines.client import EngineClient
+from astracli.engines.contract import Ended, GenRequest, GenResult
 from astracli.errors import RunFailed
 from astracli.models.adapter import ModelAdapter
 from astracli.process.ports import bind

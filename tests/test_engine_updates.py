@@ -15,7 +15,8 @@ from engine_server import TOKEN, engine_of, long_requests, save, slow, with_clie
 from starlette.applications import Starlette
 
 from astracli.adapters.qwen3_5 import ADAPTER as QWEN3_5
-from astracli.engines.client import EngineClient, UpdateReply
+from astracli.engines.client import EngineClient
+from astracli.engines.contract import UpdateReply
 from astracli.errors import RunFailed
 from astracli.process.ports import bind
 from astracli.process.server import ServerThread

@@ -1,5 +1,5 @@
-"""The client of an engine that speaks these routes; what a request and an answer are. An engine that speaks otherwise
-overrides what differs (`Engine.client`).
+"""The client of an engine that speaks these routes. An engine that speaks otherwise overrides what differs
+(`Engine.client`).
 
 | route | body | answer |
 |---|---|---|
@@ -19,12 +19,12 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from astracli.engines.contract import Ended, GenRequest, GenResult, PauseMode, UpdateReply
 from astracli.errors import RunFailed
 
 if TYPE_CHECKING:
@@ -32,72 +32,9 @@ if TYPE_CHECKING:
 
 STAGED = "staged"
 """`load_format` of an update that applies what is staged beside the engine."""
-UNPROVEN = -1
-"""The label of weights that nobody has checked yet, of an engine that cannot say `serving: false` instead."""
 _RETRY_S = 0.1
 _CONTROL_S = 600.0
-"""For the answer to a call that generates nothing; an update of large weights takes minutes on a CPU."""
-PauseMode = Literal["abort", "retract", "in_place"]
-"""What becomes of the requests that run when an update pauses the engine (`weights.pause_mode`)."""
-
-
-@dataclass(frozen=True)
-class GenRequest:
-    """One completion to generate."""
-
-    input_ids: Sequence[int]
-    """The prompt, and the tokens generated before when a completion is continued."""
-    max_new_tokens: int
-    temperature: float = 1.0
-    """0 = greedy"""
-    top_p: float = 1.0
-    stop_token_ids: Sequence[int] = ()
-    seed: int = 0
-    """64-bit; the draw at completion position t depends on (seed, t) alone."""
-    draw_offset: int = 0
-    """Tokens of this completion that are already in `input_ids`."""
-    rid: str | None = None
-
-
-@dataclass(frozen=True)
-class GenResult:
-    """What one request produced."""
-
-    tokens: np.ndarray
-    """int32 [t], the stop token included"""
-    logprobs: np.ndarray
-    """float32 [t], untempered"""
-    finish_reason: Literal["stop", "length", "abort"]
-    version: int
-    """Weights in force at the end."""
-    version_start: int
-    """Weights in force at the first token; differs only for a request kept through an update."""
-    rid: str
-
-
-@dataclass(frozen=True)
-class UpdateReply:
-    """The engine's answer to a weight update."""
-
-    success: bool
-    message: str
-    outcome: Mapping[str, Any] = field(default_factory=dict)
-    """What the engine says of it: `changed` elements, seconds under names that end in `_s`, and whether a read-back
-    follows (`readback`). By our clock `begin_s` and `end_s`, where an engine is told of both."""
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        return {name: value for name, value in self.outcome.items() if name.endswith("_s") and value is not None}
-
-
-Ended = Callable[[int, GenResult], None]
-"""Called with a request's place in its call and its result."""
-
-
-def flushes(pause_mode: str) -> bool:
-    """Whether an update of this mode may ask for an empty cache: only with no request anywhere. Requests that were
-    retracted wait, and those paused in place hold theirs; in these modes the engine runs without a prefix cache."""
-    return pause_mode == "abort"
+"""How long a call that generates nothing may take: control, or an update."""
 
 
 class EngineClient:

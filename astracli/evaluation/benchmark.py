@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from astracli.engines.client import GenRequest, GenResult
+from astracli.engines.contract import GenRequest, GenResult
 from astracli.errors import RunFailed
 from astracli.evaluation import passk, votes
 from astracli.models.adapter import chat_prompt_tokens
@@ -95,14 +95,8 @@ class Result:
 
 
 def score_figures(score: passk.Score) -> dict[str, float | int]:
-    return {
-        "items": score.items,
-        "n": score.n,
-        "avg_at_n": score.avg_at_n,
-        "stderr": score.stderr,
-        "k": score.k,
-        "pass_at_k": score.pass_at_k,
-    }
+    """Without pass@k for every k."""
+    return {name: value for name, value in vars(score).items() if name != "pass_at"}
 
 
 def full_figures(score: passk.Score) -> dict[str, Any]:

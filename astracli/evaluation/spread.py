@@ -22,7 +22,8 @@ from astracli.errors import RunFailed
 from astracli.evaluation.benchmark import BenchmarkWork, Result, Unit
 
 if TYPE_CHECKING:
-    from astracli.engines.client import EngineClient, GenResult
+    from astracli.engines.client import EngineClient
+    from astracli.engines.contract import GenResult
 
 PATIENCE_S = 900.0
 """How long a call may meet an engine that is away, or that aborts it again and again, before the evaluation ends."""
@@ -38,21 +39,6 @@ class Members(Protocol):
         """Names of the engines that can be asked. Waits until they are others than `known`; None: as it is now."""
 
     async def release(self, engine: str) -> None: ...
-
-
-class Standing:
-    """Engines of an evaluation without a run: always there, kept by nobody."""
-
-    def __init__(self, engines: Collection[str]):
-        self._engines = frozenset(engines)
-
-    async def holders(self, known: Collection[str] | None) -> Collection[str]:
-        if known is not None:
-            await asyncio.Event().wait()
-        return self._engines
-
-    async def release(self, engine: str) -> None:
-        pass
 
 
 @dataclass
@@ -108,7 +94,7 @@ async def evaluate(
     `on_progress` gets the first benchmark that is not done; `on_waiting`, whether nothing is under way because no
     engine can be asked. Raises RunFailed when another version answers, or a call finds no engine that answers it.
     """
-    spread = _Spread(works, engines, members or Standing(engines), max_concurrency, fixed, on_progress, on_waiting)
+    spread = _Spread(works, engines, members, max_concurrency, fixed, on_progress, on_waiting)
     try:
         await spread.run()
     except ExceptionGroup as failures:
@@ -120,7 +106,8 @@ async def evaluate(
 class _Spread:
     _works: Sequence[BenchmarkWork]
     engines: InitVar[Mapping[str, EngineClient]]
-    _members: Members
+    _members: Members | None
+    """None: without a run, every engine can always be asked."""
     _most: int
     """Samples at an engine at once."""
     _fixed: bool
@@ -128,7 +115,7 @@ class _Spread:
     _on_waiting: Callable[[bool], None] | None
 
     def __post_init__(self, engines: Mapping[str, EngineClient]) -> None:
-        self._present: Collection[str] = ()
+        self._present: Collection[str] = frozenset(engines) if self._members is None else ()
         self._changed = asyncio.Event()
         self._tasks: asyncio.TaskGroup
         self._waiting: list[asyncio.Task[None]] = []
@@ -142,7 +129,8 @@ class _Spread:
     async def run(self) -> None:
         self._tell()
         async with asyncio.TaskGroup() as self._tasks:
-            self._beside(self._watch())
+            if self._members is not None:
+                self._beside(self._watch(self._members))
             while any(work.done < work.total for work in self._works):
                 self._deal()
                 self._release([share for share in self._shares if not share.queue and not share.open_calls])
@@ -158,16 +146,17 @@ class _Spread:
         for share in shares:
             if not share.released:
                 share.released = True
-                self._tasks.create_task(self._members.release(share.name))
+                if self._members is not None:
+                    self._tasks.create_task(self._members.release(share.name))
 
     def _beside(self, waiting: Coroutine[Any, Any, None]) -> None:
         """What may still wait when every sample is there, and ends then."""
         self._waiting.append(self._tasks.create_task(waiting))
 
-    async def _watch(self) -> None:
+    async def _watch(self, members: Members) -> None:
         known: Collection[str] | None = None
         while True:
-            known = self._present = await self._members.holders(known)
+            known = self._present = await members.holders(known)
             self._changed.set()
 
     def _deal(self) -> None:
@@ -237,7 +226,8 @@ class _Spread:
             await asyncio.sleep(share.next_pause())
             if await share.engine.health():
                 break
-        self._present = await self._members.holders(None)
+        if self._members is not None:
+            self._present = await self._members.holders(None)
         share.away = False
         self._changed.set()
 

@@ -38,7 +38,7 @@ def build(
     plan: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """`phases`: seconds of this attempt by phase; `evaluations_s`: by step, announcement to result, beside training;
-    `records`: all of metrics.jsonl; `resumes`: of `again.Resume`; `notes`: what else
+    `records`: all of metrics.jsonl; `resumes`: of `restarts.Resume`; `notes`: what else
     the supervisor did to go on; `plan`: plan.json. `first_step`, `since`: where and when (unix seconds) this attempt
     began: what an earlier one trained after its last checkpoint is no part of the run."""
     wall_s, training_run = sum(phases.values()), plan is None or plan["command"] == "train"

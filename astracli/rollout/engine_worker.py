@@ -31,8 +31,8 @@ import sys
 import time
 from typing import Any
 
-from astracli.engines.client import UNPROVEN, EngineClient, PauseMode, flushes
-from astracli.engines.contract import WeightReceiver
+from astracli.engines.client import EngineClient
+from astracli.engines.contract import UNPROVEN, PauseMode, WeightReceiver, flushes
 from astracli.errors import RunFailed
 from astracli.hub.client import AsyncHubClient
 from astracli.hub.types import GpuLeaseReply, Target
@@ -172,13 +172,12 @@ class EngineWorker(RequestGate):
     async def _update(self, target: int) -> None:
         have = self.version if self.version != target else None
         record: dict[str, Any] = {"process": self._process, "step": target, "engine": self.name, "resyncs": 0}
+        record["gate_closed"] = None
         try:
             await self._transfer(target, have, record)
         except EngineLost:
             raise
         except RunFailed as error:
-            record["resyncs"] = 1
-            print(f"warning: {self.name}: {error.message}; sending a full payload", file=sys.stderr, flush=True)
             await self._resync(target, record, error)
         self.version, self._serving = target, True
         due = record.pop("readback")
@@ -203,8 +202,6 @@ class EngineWorker(RequestGate):
             self.version, self._serving, self._wrong = None, False, target
             self._failed_readbacks += 1
             self._readback_done.set()
-            record["resyncs"] += 1
-            print(f"warning: {self.name}: {error.message}; sending a full payload", file=sys.stderr, flush=True)
             await self._resync(target, record, error)
             record.pop("gate_closed")
             if record.pop("readback"):  # before it serves: the second time nobody trusts it
@@ -220,6 +217,8 @@ class EngineWorker(RequestGate):
 
     async def _resync(self, target: int, record: dict[str, Any], cause: RunFailed) -> None:
         """The weights did not become the target's: give the engine a full payload, once."""
+        record["resyncs"] += 1
+        print(f"warning: {self.name}: {cause.message}; sending a full payload", file=sys.stderr, flush=True)
         try:
             await self._transfer(target, None, record)
         except EngineLost:
@@ -233,24 +232,19 @@ class EngineWorker(RequestGate):
 
     async def _transfer(self, target: int, have: int | None, record: dict[str, Any]) -> None:
         """Fetch, drain, apply. Raises EngineLost, or RunFailed when the payload or its application is at fault."""
-        record.setdefault("gate_closed", None)
         begun = time.monotonic()
         plan = await asyncio.to_thread(self._fetcher.fetch, target, have)
         record |= {"fetch_s": time.monotonic() - begun, "fetched_bytes": plan.bytes, "kind": plan.kind}
         record |= {"transfer_s": plan.transfer_s, "stage_s": plan.stage_s}
         if self._mode == "abort":
-            if record["gate_closed"] is None:
-                record["gate_closed"] = time.monotonic()
-            self.open.clear()
+            self._shut(record)
             await self._drain()
         begun = time.monotonic()
         await self._call(self._engine.pause(self._mode))
         update = await self._call(self._engine.apply_staged(target, flush=flushes(self._mode)))
         if not update.success:
             self._serving = False
-            if record["gate_closed"] is None:
-                record["gate_closed"] = time.monotonic()
-            self.open.clear()
+            self._shut(record)
             self.version = None
             self._failed_readbacks += 1  # requests that it found running went on with weights that nobody trusts
             await self._call(self._engine.abort_all())
@@ -269,3 +263,9 @@ class EngineWorker(RequestGate):
         record |= {"pause_s": time.monotonic() - begun, **update.seconds, "readback": due}
         if "changed" in update.outcome:
             record["changed"] = update.outcome["changed"]
+
+    def _shut(self, record: dict[str, Any]) -> None:
+        """Close the gate, and write down when that was: the first time of this update."""
+        if record["gate_closed"] is None:
+            record["gate_closed"] = time.monotonic()
+        self.open.clear()

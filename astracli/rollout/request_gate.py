@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from astracli.engines.client import Ended, EngineClient, GenRequest, GenResult
+from astracli.engines.client import EngineClient
+from astracli.engines.contract import Ended, GenRequest, GenResult
 from astracli.errors import RunFailed
 from astracli.rollout.slot_use import SlotUse
 

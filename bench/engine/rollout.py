@@ -35,7 +35,8 @@ from astracli.config.recipe import Recipe
 from astracli.data import arithmetic, fetch
 from astracli.doctor import gather
 from astracli.engines import registry as engines
-from astracli.engines.client import EngineClient, GenRequest
+from astracli.engines.client import EngineClient
+from astracli.engines.contract import GenRequest
 from astracli.hub.api import build_app
 from astracli.hub.store import HubStore
 from astracli.hub.types import HubSettings

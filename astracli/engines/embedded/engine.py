@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from astracli.engines.client import PauseMode, UpdateReply
+from astracli.engines.contract import PauseMode, UpdateReply
 from astracli.engines.embedded import kernels
 from astracli.engines.embedded.decoder import Decoder
 from astracli.engines.embedded.scheduler import Scheduler

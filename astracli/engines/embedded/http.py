@@ -13,7 +13,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from astracli.engines.client import STAGED, PauseMode
+from astracli.engines.client import STAGED
+from astracli.engines.contract import PauseMode
 from astracli.errors import UserError
 from astracli.process.server import TokenGuard
 

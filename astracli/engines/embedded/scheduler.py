@@ -15,10 +15,10 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from astracli.engines.client import PauseMode
+from astracli.engines.contract import Finish, PauseMode
 from astracli.engines.embedded import sampling
 from astracli.engines.embedded.decoder import Decoder
-from astracli.engines.embedded.table import Finish, Request, SlotTable
+from astracli.engines.embedded.table import Request, SlotTable
 from astracli.errors import RunFailed
 
 T = TypeVar("T")

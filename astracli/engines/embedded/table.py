@@ -7,32 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 
+from astracli.engines.contract import Finish, GenResult
 from astracli.engines.embedded import sampling
-
-Finish = Literal["stop", "length", "abort"]
 
 _NO_TOKENS = np.zeros(0, np.int32)
 _NO_LOGPROBS = np.zeros(0, np.float32)
 
 
 @dataclass(frozen=True)
-class Completion:
-    """How a request ended. `tokens` and `logprobs` may be partial when it was aborted."""
+class Completion(GenResult):
+    """How a request ended."""
 
-    rid: str
-    tokens: np.ndarray
-    """int32 [t], the stop token included"""
-    logprobs: np.ndarray
-    """float32 [t]"""
-    finish_reason: Finish
-    version: int
-    """Weights in force at the end."""
-    version_start: int
-    """Weights in force when the first token was drawn; differs only for a request that lived through an update."""
     prompt_tokens: int
 
 
@@ -69,7 +57,7 @@ class Request:
 
     def completion(self, finish: Finish, version: int) -> Completion:
         start = version if self.version_start is None else self.version_start
-        return Completion(self.rid, self.tokens, self.logprobs, finish, version, start, len(self.prompt))
+        return Completion(self.tokens, self.logprobs, finish, version, start, self.rid, len(self.prompt))
 
 
 class SlotTable:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from astracli.engines.client import UpdateReply
+from astracli.engines.contract import UpdateReply
 from astracli.engines.readback import Readback
 from astracli.errors import AstraError, RunFailed
 from astracli.models.adapter import WireTensor

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from astracli.engines.client import UNPROVEN, Ended, EngineClient, GenRequest, GenResult, UpdateReply
+from astracli.engines.client import EngineClient
+from astracli.engines.contract import UNPROVEN, Ended, GenRequest, GenResult, UpdateReply
 from astracli.engines.sglang.update_session import UpdateSession
 
 if TYPE_CHECKING:

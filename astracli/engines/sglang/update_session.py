@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
-from astracli.engines.client import UpdateReply
+from astracli.engines.contract import UpdateReply
 from astracli.errors import RunFailed
 
 BEGIN, END = "/begin_weight_update", "/end_weight_update"

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 STAGED = "staged"
 """`load_format` of an update that applies what is staged beside the engine."""
+_MEMORY = {"tags": ["kv_cache", "weights"]}
+"""What an engine gives back for a trainer. (Recurrent states belong to the KV cache.)"""
 _RETRY_S = 0.1
 _CONTROL_S = 600.0
 """How long a call that generates nothing may take: control, or an update."""
@@ -181,14 +183,14 @@ class EngineClient:
     async def resume(self) -> None:
         await self._send("POST", "/continue_generation", {})
 
-    async def release_memory(self, tags: Sequence[str] = ("kv_cache",)) -> None:
-        """Give GPU memory back until `resume_memory`: `kv_cache` (with the recurrent states), `weights` (of which the
-        engine keeps a copy). It must be idle: end its requests first."""
-        await self._send("POST", "/release_memory_occupation", {"tags": list(tags)})
+    async def release_memory(self) -> None:
+        """Give the GPU memory of weights (the engine keeps a copy), KV cache and recurrent states back until
+        `resume_memory`. The engine must be idle: end its requests first."""
+        await self._send("POST", "/release_memory_occupation", _MEMORY)
 
-    async def resume_memory(self, tags: Sequence[str] = ("kv_cache",)) -> None:
-        """Take the memory back; the same tags. The KV cache is empty then."""
-        await self._send("POST", "/resume_memory_occupation", {"tags": list(tags)})
+    async def resume_memory(self) -> None:
+        """Take the memory back. The KV cache is empty then."""
+        await self._send("POST", "/resume_memory_occupation", _MEMORY)
 
     async def apply_staged(self, version: int, *, flush: bool = True) -> UpdateReply:
         """Apply what is staged for this engine. A failed update is an answer, not an exception: stage a full payload

@@ -35,11 +35,9 @@ def planned(recipe: Recipe, command: Command, facts: Machine | None = None) -> L
     from astracli.backends import choice as backend
     from astracli.doctor.gather import with_engine
 
-    here = facts is None
-    config: Mapping[str, Any] | None = None
+    here, recorded = facts is None, facts.checkpoint if facts is not None else None
     facts = with_engine(machine_read.probe(), recipe) if facts is None else facts
-    if not here and (recorded := facts.checkpoint) is not None and recorded.path == recipe.model.path:
-        config = recorded.config
+    config = recorded.config if recorded is not None and recorded.path == recipe.model.path else None
     config = _config_if_here(recipe) if config is None else config
     adapter = registry.resolve(recipe, config)
     choice = backend.choose(adapter, facts, recipe, config)

@@ -104,7 +104,6 @@ class Child:
             return []
 
     def log_time(self) -> float:
-        """When it last wrote (unix seconds): of several that died together, the first to fall silent died first."""
         try:
             return self.log.stat().st_mtime
         except OSError:

@@ -41,8 +41,6 @@ from astracli.rollout.slot_use import IdleWhile
 
 TARGET_WAIT_S = 2.0
 """How long one question for the target version waits for another answer."""
-RELEASED_TAGS = ("kv_cache", "weights")
-"""What an engine gives back for the trainer. (Recurrent states belong to the KV cache.)"""
 
 
 class EngineWorker(RequestGate):
@@ -112,7 +110,7 @@ class EngineWorker(RequestGate):
         await self._hub.engine_state(self.name, self.version, "updating")
         await self._call(self._engine.pause("abort"))
         await self._call(self._engine.settle())  # a read-back may outlive whoever waited for it
-        await self._call(self._engine.release_memory(RELEASED_TAGS))
+        await self._call(self._engine.release_memory())
         released = time.monotonic()
         await self._hub.give_gpu_lease(self.name, self.name)
         held = False
@@ -122,7 +120,7 @@ class EngineWorker(RequestGate):
                 return False
             held = reply.held
         back = time.monotonic()
-        await self._call(self._engine.resume_memory(RELEASED_TAGS))
+        await self._call(self._engine.resume_memory())
         await self._call(self._engine.resume())
         record: dict[str, Any] = {"process": self._process, "engine": self.name}
         if self.version is not None:  # the trainer has the GPU first: it makes version 0

@@ -1,6 +1,6 @@
 """The embedded engine behind its HTTP face: requests in SGLang's form, control, and weight updates.
 
-Everything that touches the model runs in the decode thread (`loop`); every other method may be called from any thread.
+Everything that touches the model runs in the decode thread (`loop`), from other threads through `scheduler.call`.
 """
 
 from __future__ import annotations
@@ -8,15 +8,14 @@ from __future__ import annotations
 import math
 import secrets
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from astracli.engines.contract import PauseMode, UpdateReply
+from astracli.engines.contract import UpdateReply
 from astracli.engines.embedded import kernels
 from astracli.engines.embedded.decoder import Decoder
 from astracli.engines.embedded.scheduler import Scheduler
@@ -145,31 +144,18 @@ class EmbeddedEngine:
             call=self._calls,
         )
 
-    # -- control; each runs between two steps, the future holds its answer
-
-    def abort(self, rids: Collection[str] | None) -> Future[Any]:
-        return self.scheduler.call(lambda: self.scheduler.abort(rids))
-
-    def pause(self, mode: PauseMode) -> Future[Any]:
-        return self.scheduler.call(lambda: self.scheduler.pause(mode))
-
-    def resume(self) -> Future[Any]:
-        return self.scheduler.call(self.scheduler.resume)
-
-    def apply_staged(self, version: int, *, flush: bool = True) -> Future[UpdateReply]:
-        def run() -> UpdateReply:
-            if self._stage is None:
-                return UpdateReply(False, "this engine was started without a staging directory")
-            reply = self.weights.apply_staged(self._stage.stage_dir, version, self._stage.take())
-            if not reply.success:
-                self.scheduler.abort()
-                return reply
-            self.scheduler.version = self.weights.version
-            if flush:
-                self.scheduler.flush()
+    def apply_staged(self, version: int, *, flush: bool = True) -> UpdateReply:
+        """In the decode thread."""
+        if self._stage is None:
+            return UpdateReply(False, "this engine was started without a staging directory")
+        reply = self.weights.apply_staged(self._stage.stage_dir, version, self._stage.take())
+        if not reply.success:
+            self.scheduler.abort()
             return reply
-
-        return self.scheduler.call(run)
+        self.scheduler.version = self.weights.version
+        if flush:
+            self.scheduler.flush()
+        return reply
 
     def info(self) -> dict[str, Any]:
         """What `/model_info` answers."""

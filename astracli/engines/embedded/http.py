@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from astracli.engines.embedded.engine import EmbeddedEngine
     from astracli.engines.embedded.table import Completion
 
+T = TypeVar("T")
 Handler = Callable[["EmbeddedEngine", Request], Awaitable[Response]]
 
 
@@ -75,6 +76,11 @@ async def _json(request: Request) -> dict[str, Any]:
     return body
 
 
+async def _between_steps(engine: EmbeddedEngine, function: Callable[[], T]) -> T:
+    """Have the decode thread call `function` between two steps."""
+    return await asyncio.wrap_future(engine.scheduler.call(function))
+
+
 async def _health(engine: EmbeddedEngine, request: Request) -> Response:
     return JSONResponse({"status": "ok"})
 
@@ -126,7 +132,7 @@ async def _answers(
     finally:
         gone.cancel()
         if left:
-            engine.abort(rids)
+            engine.scheduler.call(lambda: engine.scheduler.abort(rids))
 
 
 async def _events(answers: AsyncIterator[tuple[int, dict[str, Any]]]) -> AsyncIterator[str]:
@@ -162,19 +168,19 @@ def _answer(completion: Completion) -> dict[str, Any]:
 async def _abort(engine: EmbeddedEngine, request: Request) -> Response:
     if not (await _json(request)).get("abort_all"):
         raise UserError("abort_request needs `abort_all`")
-    return JSONResponse({"aborted": await asyncio.wrap_future(engine.abort(None))})
+    return JSONResponse({"aborted": await _between_steps(engine, engine.scheduler.abort)})
 
 
 async def _pause(engine: EmbeddedEngine, request: Request) -> Response:
     mode = (await _json(request)).get("mode", "abort")
     if mode not in get_args(PauseMode):
         raise UserError(f"pause mode {mode!r} is not one of {', '.join(get_args(PauseMode))}")
-    await asyncio.wrap_future(engine.pause(mode))
+    await _between_steps(engine, lambda: engine.scheduler.pause(mode))
     return JSONResponse({"status": "ok", "message": "paused"})
 
 
 async def _continue(engine: EmbeddedEngine, request: Request) -> Response:
-    await asyncio.wrap_future(engine.resume())
+    await _between_steps(engine, engine.scheduler.resume)
     return JSONResponse({"status": "ok", "message": "continued"})
 
 
@@ -186,5 +192,6 @@ async def _update(engine: EmbeddedEngine, request: Request) -> Response:
         version = int(body["weight_version"])
     except (KeyError, TypeError, ValueError):
         raise UserError(f"weight_version {body.get('weight_version')!r} is not a whole number") from None
-    reply = await asyncio.wrap_future(engine.apply_staged(version, flush=bool(body.get("flush_cache", True))))
+    flush = bool(body.get("flush_cache", True))
+    reply = await _between_steps(engine, lambda: engine.apply_staged(version, flush=flush))
     return JSONResponse(vars(reply), status_code=200 if reply.success else 400)

@@ -16,7 +16,7 @@ from engine_models import tiny_model
 from astracli.adapters.qwen3_5 import ADAPTER as QWEN3_5
 from astracli.engines.client import EngineClient
 from astracli.engines.contract import GenRequest
-from astracli.engines.embedded.engine import EmbeddedEngine, EngineLimits
+from astracli.engines.embedded.engine import EmbeddedEngine
 from astracli.engines.embedded.http import Door, build_app
 from astracli.models.adapter import ModelAdapter
 from astracli.process.ports import bind
@@ -72,7 +72,7 @@ def running(engine: EmbeddedEngine) -> Iterator[str]:
 
 
 def engine_of(path: Path, adapter: ModelAdapter = QWEN3_5, **options: Any) -> EmbeddedEngine:
-    return EmbeddedEngine(path, loader(adapter), EngineLimits(slots=6, context_length=64), **options)
+    return EmbeddedEngine(path, loader(adapter), slots=6, context_length=64, **options)
 
 
 def with_client(engine: EmbeddedEngine, scenario: Callable[[EngineClient], Awaitable[None]]) -> None:

@@ -76,7 +76,6 @@ def test_a_single_prompt_answers_a_single_object_in_sglang_form(checkpoint: Path
     ]
     assert answer["meta_info"]["finish_reason"] == {"type": "length"}
     assert answer["meta_info"]["weight_version"] == "0"
-    assert (answer["meta_info"]["prompt_tokens"], answer["meta_info"]["completion_tokens"]) == (2, 3)
 
 
 def test_requests_without_the_token_are_refused(checkpoint: Path) -> None:

@@ -35,7 +35,7 @@ STAGED = "staged"
 _MEMORY = {"tags": ["kv_cache", "weights"]}
 """What an engine gives back for a trainer. (Recurrent states belong to the KV cache.)"""
 _RETRY_S = 0.1
-_CONTROL_S = 600.0
+CONTROL_S = 600.0
 """How long a call that generates nothing may take: control, or an update."""
 
 
@@ -202,8 +202,8 @@ class EngineClient:
         """Return once nothing reads the weights beside generation any more: a read-back that nobody waits for may
         still be at it, whoever asked for it. To be called in a pause."""
 
-    async def _update(self, path: str, body: Mapping[str, Any], limit_s: float | None = None) -> UpdateReply:
-        reply = await self._request("POST", path, body, timeout=_CONTROL_S if limit_s is None else limit_s)
+    async def _update(self, path: str, body: Mapping[str, Any], limit_s: float = CONTROL_S) -> UpdateReply:
+        reply = await self._request("POST", path, body, timeout=limit_s)
         if reply.status_code == 400:
             document = _json(reply)
             if isinstance(document, dict) and "success" in document:
@@ -214,10 +214,7 @@ class EngineClient:
     # -- transport
 
     async def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        return self._content(await self._request(method, path, body, timeout=_CONTROL_S), path)
-
-    async def _status(self, path: str) -> int:
-        return (await self._request("GET", path, None, timeout=_CONTROL_S)).status_code
+        return self._content(await self._request(method, path, body, timeout=CONTROL_S), path)
 
     async def _request(
         self, method: str, path: str, body: Mapping[str, Any] | None, *, timeout: float | None

@@ -9,17 +9,16 @@ import math
 import secrets
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from astracli.engines.contract import UpdateReply
+from astracli.engines.contract import GenResult, UpdateReply
 from astracli.engines.embedded import kernels
 from astracli.engines.embedded.decoder import Decoder
 from astracli.engines.embedded.scheduler import Scheduler
-from astracli.engines.embedded.table import Completion, Request
+from astracli.engines.embedded.table import Request
 from astracli.engines.embedded.weights import EngineWeights, Loader
 from astracli.errors import UserError
 from astracli.kernels.cpu import linear
@@ -32,28 +31,25 @@ _SAMPLING_KEYS = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class EngineLimits:
-    slots: int
-    """Sequences decoded at once."""
-    context_length: int
-    """Prompt and completion together, tokens."""
-    prefill_tokens: int = 8192
-
-
 class NotServing(Exception):
     """The engine holds no checked weights right now; the message says why."""
 
 
 class EmbeddedEngine:
-    """One model, its slots and its weights. `load` reads a checkpoint directory through the model's adapter."""
+    """One model, its slots (sequences decoded at once) and its weights.
+
+    `load` reads a checkpoint directory through the model's adapter. `context_length`: prompt and completion together,
+    tokens; `prefill_tokens`: of one prefill.
+    """
 
     def __init__(
         self,
         path: Path,
         load: Loader,
-        limits: EngineLimits,
         *,
+        slots: int,
+        context_length: int,
+        prefill_tokens: int = 8192,
         stage_dir: Path | None = None,
         device: str = "cpu",
         exclusive_calls: bool = False,
@@ -65,10 +61,10 @@ class EmbeddedEngine:
             kernels.install(model)
             linear.install(model)
         self.path = path
-        self.limits = limits
+        self._context_length = context_length
         self._stage = StageWatcher(stage_dir, reading.hold) if stage_dir is not None else None
         self.weights = EngineWeights(model.to(device), wire, problem=problem, verify_interval=verify_interval)
-        decoder = Decoder(model, limits.slots, prefill_tokens=limits.prefill_tokens)
+        decoder = Decoder(model, slots, prefill_tokens=prefill_tokens)
         self.scheduler = Scheduler(decoder, exclusive_calls=exclusive_calls)
         self._eos = _eos_ids(model)
         self._vocab = int(model.get_input_embeddings().weight.shape[0])
@@ -76,7 +72,7 @@ class EmbeddedEngine:
 
     # -- requests
 
-    def generate(self, body: Mapping[str, Any], ended: Callable[[int, Completion], None]) -> list[str]:
+    def generate(self, body: Mapping[str, Any], ended: Callable[[int, GenResult], None]) -> list[str]:
         """Start what a `/generate` body asks for. `ended(place in the body, completion)` is called once for each
         request, in the decode thread.
 
@@ -116,10 +112,10 @@ class EmbeddedEngine:
         prompt = np.array(ids, np.int64)
         if prompt.ndim != 1 or not len(prompt) or prompt.min() < 0 or prompt.max() >= self._vocab:
             raise UserError(f"a prompt must be a non-empty list of token ids in [0, {self._vocab})")
-        room = self.limits.context_length - len(prompt)
+        room = self._context_length - len(prompt)
         if room < 1:
             raise UserError(
-                f"the prompt has {len(prompt)} tokens, the engine's context is {self.limits.context_length}",
+                f"the prompt has {len(prompt)} tokens, the engine's context is {self._context_length}",
                 "raise rollout.context_length or lower data.max_prompt_tokens",
             )
         temperature, top_p = float(params.get("temperature", 1.0)), float(params.get("top_p", 1.0))
@@ -163,17 +159,13 @@ class EmbeddedEngine:
         return {
             "model_path": str(self.path),
             "weight_version": str(self.weights.version),
-            "is_generation": True,
             "serving": self.weights.problem is None,
             "problem": self.weights.problem,
             "paused": scheduler.paused,
             "running": scheduler.table.active,
             "waiting": len(scheduler.waiting),
             "tokens_generated": scheduler.tokens_generated,
-            "decode_steps": scheduler.steps,
             "seconds": dict(scheduler.seconds),
-            "slots": self.limits.slots,
-            "context_length": self.limits.context_length,
         }
 
     # -- the decode thread

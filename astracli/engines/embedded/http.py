@@ -14,13 +14,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from astracli.engines.client import STAGED
-from astracli.engines.contract import PauseMode
+from astracli.engines.contract import GenResult, PauseMode
 from astracli.errors import UserError
 from astracli.process.server import TokenGuard
 
 if TYPE_CHECKING:
     from astracli.engines.embedded.engine import EmbeddedEngine
-    from astracli.engines.embedded.table import Completion
 
 T = TypeVar("T")
 Handler = Callable[["EmbeddedEngine", Request], Awaitable[Response]]
@@ -94,9 +93,9 @@ async def _generate(engine: EmbeddedEngine, request: Request) -> Response:
 
     body = await _json(request)
     loop = asyncio.get_running_loop()
-    ended: asyncio.Queue[tuple[int, Completion]] = asyncio.Queue()
+    ended: asyncio.Queue[tuple[int, GenResult]] = asyncio.Queue()
 
-    def deliver(place: int, completion: Completion) -> None:
+    def deliver(place: int, completion: GenResult) -> None:
         loop.call_soon_threadsafe(ended.put_nowait, (place, completion))
 
     try:
@@ -114,7 +113,7 @@ async def _generate(engine: EmbeddedEngine, request: Request) -> Response:
 
 
 async def _answers(
-    engine: EmbeddedEngine, request: Request, rids: list[str], ended: asyncio.Queue[tuple[int, Completion]]
+    engine: EmbeddedEngine, request: Request, rids: list[str], ended: asyncio.Queue[tuple[int, GenResult]]
 ) -> AsyncIterator[tuple[int, dict[str, Any]]]:
     """Each request's place and answer when it ends. Of a client that hangs up, what is left is aborted."""
     gone = asyncio.ensure_future(_disconnected(request))
@@ -147,7 +146,7 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _answer(completion: Completion) -> dict[str, Any]:
+def _answer(completion: GenResult) -> dict[str, Any]:
     tokens = completion.tokens.tolist()
     pairs = zip(completion.logprobs.tolist(), tokens, strict=True)
     return {
@@ -159,8 +158,6 @@ def _answer(completion: Completion) -> dict[str, Any]:
             "output_token_logprobs": [[logprob, token, None] for logprob, token in pairs],
             "weight_version": str(completion.version),
             "weight_version_start": str(completion.version_start),
-            "prompt_tokens": completion.prompt_tokens,
-            "completion_tokens": len(tokens),
         },
     }
 

@@ -49,7 +49,7 @@ def load_engine(config: EngineConfig) -> EmbeddedEngine:
     """Load the model through its adapter, as version 0."""
     import torch
 
-    from astracli.engines.embedded.engine import EmbeddedEngine, EngineLimits
+    from astracli.engines.embedded.engine import EmbeddedEngine
     from astracli.kernels.cpu.memory import keep_freed_memory
     from astracli.models import registry
 
@@ -61,7 +61,9 @@ def load_engine(config: EngineConfig) -> EmbeddedEngine:
     return EmbeddedEngine(
         config.model_path,
         loader(adapter, config.device),
-        EngineLimits(rollout.running, rollout.context_length, ENGINE.own(config.recipe).chunked_prefill_size),
+        slots=rollout.running,
+        context_length=rollout.context_length,
+        prefill_tokens=ENGINE.own(config.recipe).chunked_prefill_size,
         stage_dir=config.stage_dir,
         device=config.device,
         exclusive_calls=config.recipe.launch.deterministic,

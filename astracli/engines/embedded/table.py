@@ -17,13 +17,6 @@ _NO_TOKENS = np.zeros(0, np.int32)
 _NO_LOGPROBS = np.zeros(0, np.float32)
 
 
-@dataclass(frozen=True)
-class Completion(GenResult):
-    """How a request ended."""
-
-    prompt_tokens: int
-
-
 @dataclass
 class Request:
     """One sequence to generate."""
@@ -38,7 +31,7 @@ class Request:
     seed: int = 0
     draw_offset: int = 0
     """Tokens of this completion that are already part of the prompt."""
-    deliver: Callable[[Completion], None] = lambda completion: None
+    deliver: Callable[[GenResult], None] = lambda completion: None
     """Called once, in the decode thread."""
     call: int = 0
     """Requests that arrived together have the same number."""
@@ -55,9 +48,9 @@ class Request:
         """int64: everything to prefill."""
         return np.concatenate([self.prompt, self.tokens.astype(np.int64)]) if len(self.tokens) else self.prompt
 
-    def completion(self, finish: Finish, version: int) -> Completion:
+    def completion(self, finish: Finish, version: int) -> GenResult:
         start = version if self.version_start is None else self.version_start
-        return Completion(self.tokens, self.logprobs, finish, version, start, self.rid, len(self.prompt))
+        return GenResult(self.tokens, self.logprobs, finish, version, start, self.rid)
 
 
 class SlotTable:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from astracli.engines.client import EngineClient
@@ -25,11 +25,14 @@ class EngineLost(RunFailed):
     """The engine did not answer; it may come back under the same address. What was asked of it is to be asked again."""
 
 
+@dataclass(eq=False)
 class RequestGate:
     """The requests of this worker to one engine."""
 
-    def __init__(self, name: str, engine: EngineClient):
-        self.name = name
+    name: str
+    engine: EngineClient
+
+    def __post_init__(self) -> None:
         self.open = asyncio.Event()
         """Set while requests may be sent."""
         self.version: int | None = None
@@ -39,7 +42,6 @@ class RequestGate:
         self.tokens = 0
         """Tokens generated for this worker."""
         self.use = SlotUse()
-        self._engine = engine
         self._readback_done = asyncio.Event()
         """Set unless a read-back is due: what comes back meanwhile waits for it."""
         self._readback_done.set()
@@ -73,7 +75,7 @@ class RequestGate:
                 ended(place, result)
 
         try:
-            results = await self._engine.generate(requests, None if ended is None else one_ended)
+            results = await self.engine.generate(requests, None if ended is None else one_ended)
         except RunFailed as error:
             self._lose(error)
             raise EngineLost(error.message, error.hint) from error
@@ -111,7 +113,7 @@ class RequestGate:
     async def _drain(self) -> None:
         """End every request of this worker's; returns when none is outstanding."""
         while not self._drained.is_set():
-            await self._call(self._engine.abort_all())
+            await self._call(self.engine.abort_all())
             try:
                 await asyncio.wait_for(self._drained.wait(), ABORT_AGAIN_S)
             except TimeoutError:

@@ -17,7 +17,7 @@ from astracli.adapters.qwen3_5 import ADAPTER as QWEN3_5
 from astracli.engines.client import EngineClient
 from astracli.engines.contract import GenRequest
 from astracli.engines.embedded.engine import EmbeddedEngine
-from astracli.engines.embedded.http import Door, build_app
+from astracli.engines.embedded.http import build_app
 from astracli.models.adapter import ModelAdapter
 from astracli.process.ports import bind
 from astracli.process.server import ServerThread
@@ -57,12 +57,10 @@ def loader(adapter: ModelAdapter) -> Callable[[Path], tuple[Any, Any]]:
 @contextmanager
 def running(engine: EmbeddedEngine) -> Iterator[str]:
     """The engine's loop and server in threads; yields its URL."""
-    door = Door()
-    door.engine = engine
     reporter = Idle()
     loop = threading.Thread(target=engine.loop, args=(reporter,), daemon=True)
     loop.start()
-    server = ServerThread(build_app(door, TOKEN), bind()).start()
+    server = ServerThread(build_app([engine], TOKEN), bind()).start()
     try:
         yield server.url
     finally:

@@ -39,7 +39,7 @@ LEASE_WAIT_S = 2.0
 REPORT_S = 1.0
 RATE_WINDOW_S = 10.0
 UNFIT_PROMPTS = 10_000
-"""Prompts in a row, or a whole epoch of them, that are too long: then the run ends instead of looking on."""
+"""Prompts in a row, or a whole epoch of them, that are too long: then the run ends."""
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from starlette.applications import Starlette
@@ -25,22 +25,15 @@ T = TypeVar("T")
 Handler = Callable[["EmbeddedEngine", Request], Awaitable[Response]]
 
 
-class Door:
-    """Holds the engine once it is loaded; until then every route answers 503."""
-
-    def __init__(self) -> None:
-        self.engine: EmbeddedEngine | None = None
-
-
-def build_app(door: Door, token: str) -> ASGIApp:
-    """The ASGI application. `door.engine` may be set later."""
+def build_app(loaded: Sequence[EmbeddedEngine], token: str) -> ASGIApp:
+    """The ASGI application. `loaded` holds the engine once it is loaded; until then every route answers 503."""
 
     def route(path: str, method: str, handler: Handler) -> Route:
         async def endpoint(request: Request) -> Response:
-            if door.engine is None:
+            if not loaded:
                 return _error(503, "not ready: the model is being loaded")
             try:
-                return await handler(door.engine, request)
+                return await handler(loaded[0], request)
             except UserError as error:
                 return _error(400, f"{error.message}; {error.hint}" if error.hint else error.message)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from astracli.engines.embedded.http import Door, build_app
+from astracli.engines.embedded.http import build_app
 from astracli.engines.embedded.plugin import ENGINE
 from astracli.process import ports
 from astracli.process.config import EngineConfig
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 def run(config: EngineConfig, reporter: Reporter) -> None:
     """Serve until told to stop. Raises RunFailed when the port is taken or the model produces NaN."""
-    door = Door()
-    server = ServerThread(build_app(door, config.token), ports.bind(config.recipe.launch.host, config.port)).start()
+    loaded: list[EmbeddedEngine] = []
+    server = ServerThread(build_app(loaded, config.token), ports.bind(config.recipe.launch.host, config.port)).start()
     try:
-        door.engine = load_engine(config)
+        loaded.append(load_engine(config))
         reporter.ready()
-        door.engine.loop(reporter)
+        loaded[0].loop(reporter)
     finally:
         server.stop(timeout_s=1.5)
 

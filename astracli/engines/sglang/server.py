@@ -8,6 +8,7 @@ serves nothing before. One server per GPU (SGLang takes weights over HTTP with d
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -19,9 +20,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+
 import astracli
 from astracli.engines.sglang import checkpoint, command, failure_hints
 from astracli.errors import RunFailed
+from astracli.process.children import exit_words
 from astracli.process.config import EngineConfig
 from astracli.process.health import answers
 from astracli.process.worker import Reporter, worker_main
@@ -165,16 +169,10 @@ class Server:
         code = self._process.poll()
         if code is not None:
             self._reader.join(timeout=2.0)
-            from astracli.process.children import exit_words
-
             raise failure_hints.death(self.name, f"ended with {exit_words(code)}", self.lines)
 
     def stop(self) -> None:
         """End it and what it started. KILL at once: asked to end, SGLang first sleeps five seconds for a diagnosis."""
-        import contextlib
-
-        import psutil
-
         if self._process.poll() is None:
             with contextlib.suppress(psutil.Error):
                 for child in psutil.Process(self._process.pid).children(recursive=True):

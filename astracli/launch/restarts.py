@@ -66,7 +66,7 @@ def first_cause(ends: Sequence[End]) -> End:
     """The rank whose end is the others' cause: one that will not pass before one that may, and both before those that
     only lost another rank. Otherwise the first."""
     lasting = [end for end in ends if end.cause is None]
-    own = [end for end in ends if end.cause is not None and not transient.secondary(end.cause)]
+    own = [end for end in ends if end.cause is not None and not end.cause.startswith(transient.LINK)]
     return (lasting or own or list(ends))[0]
 
 

@@ -70,11 +70,6 @@ def cause(code: int | None, lines: Sequence[str]) -> str | None:
     return None
 
 
-def secondary(why: str) -> bool:
-    """Whether a rank only noticed the end of another one."""
-    return why.startswith(LINK)
-
-
 def _timeout(lines: Sequence[str]) -> str | None:
     """A line in which NCCL says that a collective timed out; it then aborts the process."""
     found = [line for line in lines if "nccl" in line.lower() and ("timeout" in line.lower() or "timed out" in line)]

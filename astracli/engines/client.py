@@ -40,7 +40,7 @@ CONTROL_S = 600.0
 
 
 class EngineClient:
-    """Talks to one engine. Every error it cannot mend is a RunFailed that names the engine and its URL."""
+    """Talks to one engine. An error that trying again does not solve is a RunFailed with the engine's name and URL."""
 
     def __init__(self, url: str, token: str, *, name: str = "engine", not_serving_s: float = 120.0):
         import httpx
@@ -199,8 +199,8 @@ class EngineClient:
         return await self._update("/update_weights_from_tensor", body)
 
     async def settle(self) -> None:
-        """Return once nothing reads the weights beside generation any more: a read-back that nobody waits for may
-        still be at it, whoever asked for it. To be called in a pause."""
+        """Wait until no read-back reads the weights: one may still run although nobody waits for it. Call it in a
+        pause."""
 
     async def _update(self, path: str, body: Mapping[str, Any], limit_s: float = CONTROL_S) -> UpdateReply:
         reply = await self._request("POST", path, body, timeout=limit_s)

@@ -84,7 +84,7 @@ class Serving:
     attention: tuple[str, str] = ("auto", "the engine's own choice")
     linear_attention: tuple[str, str] = ("none", "the engine's own choice")
     reason: str = ""
-    """What else is to be said of an engine that the recipe asks for."""
+    """A remark on an engine that the recipe asks for."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Set for every process of the run."""
     env_reason: str = ""
@@ -167,7 +167,7 @@ class WeightReceiver(Protocol):
         """The engine decodes what is staged while it generates."""
 
     def wake(self, version: int) -> None:
-        """Stage something that changes nothing, so that an engine which is not `watched` begins to."""
+        """Stage an update that changes nothing. Applying it starts the decoding of an engine that is not `watched`."""
 
     def readback(self, version: int) -> Mapping[str, float]:
         """Wait for the read-back of a version, figures of it. Raises RunFailed when the engine holds other weights."""
@@ -190,7 +190,7 @@ Sample = Callable[["ModelAdapter", Path, Sequence[Sequence[int]], int], Sequence
 
 
 class Engine:
-    """Base class: what a subclass does not say is as for an engine with nothing of its own."""
+    """Base class. A subclass overrides what is special about its engine."""
 
     name: str
     """As `rollout.engine` and the entry point say it."""
@@ -201,7 +201,7 @@ class Engine:
     auto_on: frozenset[str] = frozenset()
     """Devices (`cpu`, `cuda`) on which `rollout.engine = "auto"` takes it."""
     package: str | None = None
-    """Distribution that it is made of, of its own environment perhaps; None: nothing to install beside astra."""
+    """Distribution that it needs, perhaps in an environment of its own; None: astra alone is enough."""
     upgrade: str | None = None
     """Command that brings newer kernels into its environment and leaves `package` the torch that it is built for."""
     fp32_on: frozenset[str] = frozenset()

@@ -1,4 +1,4 @@
-"""Which prompt a lease asks: of a few candidates rather one that is solved sometimes, by what the hub's file records.
+"""Which prompt a lease gets: of a few candidates, one that the hub's records show as solved sometimes is more likely.
 
 Lease i has the candidates i * n .. i * n + n - 1 of the endless sequence of prompts, so no place of the sequence is
 asked twice. A candidate weighs 1 when the solve rate of its kind lies in the band or is not known yet, else `outside`;

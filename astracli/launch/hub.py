@@ -1,4 +1,4 @@
-"""The hub of a run: its books and its server, in the supervisor's process."""
+"""The hub of a run: its store and its server, in the supervisor's process."""
 
 from __future__ import annotations
 

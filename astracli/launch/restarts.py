@@ -134,7 +134,7 @@ class Resumes:
         return start
 
     def close(self) -> None:
-        """The run ends, or ended again: what has not caught up yet has cost the time until now."""
+        """The run ends, or its trainer ended again: a resume that has not caught up yet took the time until now."""
         for resume in self.taken[-1:]:
             if resume.seconds is None:
                 resume.seconds = round(self.clock() - resume.began, 2)

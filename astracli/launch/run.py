@@ -131,8 +131,8 @@ def evaluate(
 def _run(
     began: float, inputs: Inputs, recipe: Recipe, plan: LaunchPlan, run: RunDir, **more: Any
 ) -> tuple[int, Mapping[str, Any]]:
-    """The whole run in its directory, which is let go of: (exit code, summary). `began`: when the command did; `more`:
-    further fields of `RunContext`."""
+    """Run everything in the run directory, then unlock it. -> (exit code, summary). `began`: when the command began;
+    `more`: further fields of `RunContext`."""
     attempt = job.open_run(run, recipe_io.to_json(recipe), to_json(plan))
     context = RunContext(recipe, plan, run, attempt, inputs, **more)
     before = {"planning": time.monotonic() - began - inputs.seconds, "fetching": inputs.seconds}

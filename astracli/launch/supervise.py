@@ -1,7 +1,7 @@
 """The supervisor: starts a run's processes, watches them, restarts those that may be, and ends all of them.
 
-First failure ends the run, with that process's last lines. How processes come to life is the launcher's; everything is
-judged by what was started there and by monotonic clocks, nothing is ever found by name or by port.
+The first failure ends the run, with that process's last lines. The launcher starts the processes; only those that it
+has started are watched and ended, nothing is found by name or by port. Time is measured by monotonic clocks.
 """
 
 from __future__ import annotations

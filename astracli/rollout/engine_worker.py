@@ -13,9 +13,8 @@ An update, in the order in which it happens (mode `abort`):
 An engine that an evaluation holds at its version gets no update until the hub lets it go; its rollouts go on.
 
 With time sharing the engine worker holds the engine's GPU lease. When the trainer wants it, and no evaluation is pinned
-there: gate, abort, drain, pause, settle (no read-back is at the weights any more), release KV cache and
-weights (the engine keeps a copy of them in host memory), give the lease; then wait for it, take the memory back and
-continue.
+there: close the gate, abort, drain, pause, settle (wait for a read-back that still runs), release KV cache and weights
+(the engine keeps a copy of them in host memory), give the lease; then wait for it, take the memory back and continue.
 
 `in_place`, the default, and `retract` leave requests running: the gate stays open, and what comes back carries the
 *oldest* version that was in force during its request, so that staleness is never understated.

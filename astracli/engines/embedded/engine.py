@@ -1,4 +1,4 @@
-"""The embedded engine behind its HTTP face: requests in SGLang's form, control, and weight updates.
+"""The embedded engine behind its HTTP server: requests in SGLang's form, control, and weight updates.
 
 Everything that touches the model runs in the decode thread (`loop`), from other threads through `scheduler.call`.
 """

@@ -1,4 +1,4 @@
-"""The embedded engine's HTTP face: the routes that `engines/client.py` lists. Imports no torch."""
+"""The embedded engine's HTTP server: the routes that `engines/client.py` lists. Imports no torch."""
 
 from __future__ import annotations
 

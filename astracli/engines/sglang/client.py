@@ -35,7 +35,7 @@ NO_TENSORS = [base64.b64encode(pickle.dumps([])).decode()]
 """An empty tensor list as SGLang wants it: one pickled list per tensor-parallel rank."""
 BEGIN, END = "/begin_weight_update", "/end_weight_update"
 CLOSE_S = 10.0
-"""How long a server whose update broke off is waited for to end it."""
+"""How long to wait for the server to end an update that broke off."""
 _SEED_BITS = (1 << 63) - 1
 
 

@@ -135,7 +135,7 @@ class LoadedModel:
                 self._hands, self._known = hands, known
             return self._hands
 
-    # ---- behind it ----
+    # ---- after the pause ----
 
     def settle(self) -> None:
         """Until no read-back is under way: it must see the weights of one version, and memory that is there."""

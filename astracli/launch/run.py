@@ -122,7 +122,13 @@ def evaluate(
     if code == 0:
         document = json.loads((run.eval / "results.json").read_text())
         document |= {"weights": recipe.model.path, "path": str(run.eval)}
-        _print_results(document, as_json)
+        if as_json:
+            print(json.dumps(document, indent=2))
+        else:
+            from astracli.report.summary_table import result_lines
+
+            print("\n".join(result_lines(document)))
+            say(f"items and figures are in {run.eval}")
     elif code == 130:
         say(f"interrupted; go on with `astra eval --resume {run.path}`")
     return code
@@ -191,17 +197,6 @@ def _fetch(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> Inputs:
 
 
 # -- results ----------------------------------------------------------------------------------------------------------
-
-
-def _print_results(document: Mapping[str, Any], as_json: bool) -> None:
-    """Figures of `astra eval` on stdout."""
-    if as_json:
-        print(json.dumps(document, indent=2))
-        return
-    from astracli.report.summary_table import result_lines
-
-    print("\n".join(result_lines(document)))
-    say(f"items and figures are in {document['path']}")
 
 
 def _rollout_words(out: Path) -> str:

@@ -189,5 +189,5 @@ class Scheduler:
         """Drop cached states. False, and nothing done, while sequences hold slots."""
         if self.table.active:
             return False
-        self.decoder.clear()
+        self.decoder.cache.clear()
         return True

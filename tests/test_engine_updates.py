@@ -13,6 +13,7 @@ import torch
 from engine_models import reference_logprobs, tiny_model
 from engine_server import TOKEN, engine_of, long_requests, save, slow, with_client
 from starlette.applications import Starlette
+from starlette.routing import Mount
 
 from astracli.adapters.qwen3_5 import ADAPTER as QWEN3_5
 from astracli.engines.client import EngineClient
@@ -21,7 +22,7 @@ from astracli.errors import RunFailed
 from astracli.process.ports import bind
 from astracli.process.server import ServerThread
 from astracli.weights.publish.publisher import Publisher
-from astracli.weights.publish.server import weights_routes
+from astracli.weights.publish.server import weights_app
 from astracli.weights.receive.subscriber import Subscriber
 
 
@@ -34,7 +35,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _published(tmp_path: Path) -> Iterator[tuple[Publisher, Subscriber]]:
     """A publisher, and a subscriber that fetches from it over HTTP into the stage directory."""
     publisher = Publisher(tmp_path / "weights", full_interval=100)
-    server = ServerThread(Starlette(routes=weights_routes(tmp_path / "weights")), bind()).start()
+    server = ServerThread(Starlette(routes=[Mount("/weights", weights_app(tmp_path / "weights"))]), bind()).start()
     subscriber = Subscriber(server.url, TOKEN, tmp_path / "stage", wait_s=5)
     yield publisher, subscriber
     subscriber.close()

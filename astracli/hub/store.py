@@ -34,7 +34,7 @@ from astracli.hub.types import (
     PutStatus,
     Target,
 )
-from astracli.rl.schedule import admit, count
+from astracli.rl.schedule import Admission, count
 from astracli.rl.types import unpack_group
 
 STOPPING = "the end: the run is being stopped"
@@ -118,7 +118,7 @@ class HubStore:
         version, wait = self._board.version_of(engine)
         if wait is not None:
             return 0, 0, wait
-        admission = admit(
+        admission = Admission(
             batch_groups=self.settings.batch_groups,
             max_staleness=self.settings.max_staleness,
             steps=self.settings.steps,

@@ -37,7 +37,9 @@ def planned(recipe: Recipe, command: Command, facts: Machine | None = None) -> L
 
     here, recorded = facts is None, facts.checkpoint if facts is not None else None
     facts = with_engine(machine_read.probe(), recipe) if facts is None else facts
-    config = recorded.config if recorded is not None and recorded.path == recipe.model.path else None
+    config: Mapping[str, Any] | None = None
+    if recorded is not None and recorded.path == recipe.model.path:
+        config = recorded.config
     config = _config_if_here(recipe) if config is None else config
     adapter = registry.resolve(recipe, config)
     choice = backend.choose(adapter, facts, recipe, config)

@@ -1,8 +1,8 @@
 """What a trainer rank holds in memory, in bytes, at its largest: in the backward pass of a full micro-batch. Pure.
 
 The terms follow `training/`: fp32 masters, gradients and moments, sharded over the ranks (optimizer.py); on one rank
-the bf16 parameters are halves of their masters (halves.py); on several FSDP2 mixed precision gathers a block in bf16
-around its use and the embedding and head for the whole pass (fsdp.py); the output head in chunks of tokens
+the bf16 parameters are parts of their masters (split_masters.py); on several FSDP2 mixed precision gathers a block in
+bf16 around its use and the embedding and head for the whole pass (fsdp.py); the output head in chunks of tokens
 (logprob.py); the last published version and the next, on the GPU where there is room for both (publish/snapshot.py),
 else on the host.
 Letters: P parameters, R ranks, V vocabulary, D hidden size, T tokens of a micro-batch.

@@ -161,7 +161,6 @@ class EngineWorker(RequestGate):
     async def _update(self, target: int) -> None:
         have = self.version if self.version != target else None
         record: dict[str, Any] = {"process": self.process, "step": target, "engine": self.name, "resyncs": 0}
-        record["gate_closed"] = None
         try:
             await self._transfer(target, have, record)
         except EngineLost:
@@ -221,6 +220,7 @@ class EngineWorker(RequestGate):
 
     async def _transfer(self, target: int, have: int | None, record: dict[str, Any]) -> None:
         """Fetch, drain, apply. Raises EngineLost, or RunFailed when the payload or its application is at fault."""
+        record.setdefault("gate_closed", None)
         begun = time.monotonic()
         plan = await asyncio.to_thread(self.fetcher.fetch, target, have)
         record |= {"fetch_s": time.monotonic() - begun, "fetched_bytes": plan.bytes, "kind": plan.kind}

@@ -281,7 +281,7 @@ def test_a_resolved_recipe_reads_back_the_same(tmp_path: Path) -> None:
     assert first.algorithm.own.clip_high == 4e-4
     path = tmp_path / "recipe.json"
     path.write_text(first.model_dump_json())
-    assert recipe_io.from_json(path).algorithm == first.algorithm
+    assert recipe_io.load(path).algorithm == first.algorithm
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,14 @@ import torch
 from engine_models import reference_logprobs, tiny_model
 from engine_server import TOKEN, engine_of, long_requests, save, slow, with_client
 from starlette.applications import Starlette
+from starlette.routing import Mount
 
 from astracli.adapters.qwen3_5 import ADAPTER as QWEN3_5
 from astracli.engines.client import EngineClient
 from astracli.engines.embedded.process import bind, serving
 from astracli.errors import RunFailed
 from astracli.weights.publish.publisher import Publisher
-from astracli.weights.publish.server import weights_routes
+from astracli.weights.publish.server import weights_app
 from astracli.weights.receive.subscriber import Subscriber
 
 
@@ -123,7 +124,7 @@ def _published(tmp_path: Path) -> Iterator[tuple[Publisher, Subscriber]]:
     """A publisher, and a subscriber that fetches from it over HTTP into the stage directory."""
     publisher = Publisher(tmp_path / "weights", full_interval=100)
     listener = bind("127.0.0.1", 0)
-    with serving(Starlette(routes=weights_routes(tmp_path / "weights")), listener):
+    with serving(Starlette(routes=[Mount("/weights", weights_app(tmp_path / "weights"))]), listener):
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         subscriber = Subscriber(url, TOKEN, tmp_path / "stage", wait_s=5)
         yield publisher, subscriber

@@ -32,7 +32,7 @@ from astracli.plan.types import LaunchPlan
 from astracli.plan.view import to_json
 from astracli.process.children import ChildSpec
 from astracli.process.config import EngineConfig, EvalConfig, Role, RolloutConfig, TrainerConfig, load_config
-from astracli.report.page.page import LiveView, RunProgress
+from astracli.report.live import LiveView, RunProgress
 from astracli.report.summary_table import summary_rows
 from astracli.runs import find as runs
 from astracli.runs import metrics

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from astracli.launch.supervise import Supervisor
 from astracli.process.console import say
-from astracli.report.page.page import PlainView, RunProgress, View, open_view
+from astracli.report.live import PlainView, RunProgress, View, open_view
 from astracli.runs.metrics import Record, Sink, Tail
 from astracli.runs.run_dir import RunDir
 

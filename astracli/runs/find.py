@@ -70,10 +70,7 @@ def _runs(root: Path) -> Iterator[RunDir]:
 
 
 def _started(run: RunDir) -> float:
-    try:
-        status = run.status()
-    except UserError:
-        status = None
+    status = run.readable_status()
     return status.started if status else run.recipe_json.stat().st_mtime
 
 

@@ -22,6 +22,7 @@ from astracli.models.adapter import WireTensor
 from astracli.weights.format.digest import digest_tensor, to_hex
 from astracli.weights.format.manifest import Manifest
 from astracli.weights.receive import apply
+from astracli.weights.receive.reading import READBACK, Prepared
 
 Loader = Callable[[Path], tuple[Any, Mapping[str, WireTensor]]]
 """Checkpoint directory -> (model, its `adapter.wire_tensors`)."""
@@ -63,7 +64,7 @@ class EngineWeights:
             for name, parameter in self._parameters.items():
                 parameter.copy_(self.copies[name])
 
-    def apply_staged(self, stage_dir: Path, version: int, prepared: apply.Prepared | None = None) -> UpdateOutcome:
+    def apply_staged(self, stage_dir: Path, version: int, prepared: Prepared | None = None) -> UpdateOutcome:
         """Apply what is staged under `stage_dir`, check every resulting tensor, then serve it as `version`.
 
         `prepared`: the plan, decoded beforehand. A failure leaves the engine not serving until a full payload has been
@@ -71,7 +72,7 @@ class EngineWeights:
         `stage_dir`, and other weights than the trainer's are a failure as well.
         """
         self.settle()
-        (stage_dir / apply.READBACK).unlink(missing_ok=True)
+        (stage_dir / READBACK).unlink(missing_ok=True)
         try:
             prepared = apply.current(stage_dir, prepared)
             result = apply.apply(stage_dir, self.copies, self.have, prepared)

@@ -30,12 +30,12 @@ import torch
 
 from astracli.errors import AstraError
 from astracli.weights import WeightMismatch
-from astracli.weights.device.resident import Resident
 from astracli.weights.format.manifest import TensorEntry
 from astracli.weights.receive import apply
-from astracli.weights.receive.apply import Prepared
 from astracli.weights.receive.decoder import DecoderProcess
 from astracli.weights.receive.placement import PlacementRecorder
+from astracli.weights.receive.reading import READBACK, RESULT, Prepared, prepare
+from astracli.weights.receive.resident import Resident
 from astracli.weights.receive.staging import Staging, Where
 from astracli.weights.receive.watcher import StageWatcher
 
@@ -45,7 +45,7 @@ became seconds."""
 
 
 class _Quick:
-    """Within it the interpreter changes hands every 0.2 ms; in any number of threads at once."""
+    """Within it the interpreter changes resident every 0.2 ms; in any number of threads at once."""
 
     def __init__(self) -> None:
         self._lock, self._inside, self._before = threading.Lock(), 0, 0.0
@@ -78,7 +78,7 @@ class LoadedModel:
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._readback_thread: threading.Thread | None = None
         self._lock = threading.Lock()
-        self._hands: Resident | None = None
+        self._resident: Resident | None = None
         self._known: tuple[Any, ...] = ()
         kept = os.environ.get("ASTRA_STAGING_KEPT") == "1"
         self.staging = Staging(_where(os.environ.get("ASTRA_STAGING", "host")), self._device, kept=kept)
@@ -100,12 +100,10 @@ class LoadedModel:
         """Bring a decoded version to the device, or as near as there is room; for the first one, find out where the
         weights lie."""
         if prepared.manifests:
-            hands = self.place(prepared.manifests[-1].tensors)
-            begin = time.perf_counter()
-            hands.load(prepared)
+            resident = self.place(prepared.manifests[-1].tensors)
+            resident.load(prepared)
             with _quick:
-                hands.stage(prepared, self.staging)
-            prepared.load_s += time.perf_counter() - begin
+                resident.stage(prepared, self.staging)
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[None]:
@@ -126,12 +124,12 @@ class LoadedModel:
             raise WeightMismatch("the model is not there any more")
         with self._lock:
             known = (_identity(entries), _lying(model))
-            if self._hands is None or self._known != known:
+            if self._resident is None or self._known != known:
                 with _quick:
-                    hands = Resident(PlacementRecorder().record(model, entries))
-                    hands.plan(entry.name for entry in entries)
-                self._hands, self._known = hands, known
-            return self._hands
+                    resident = Resident(PlacementRecorder().record(model, entries))
+                    resident.plan(entry.name for entry in entries)
+                self._resident, self._known = resident, known
+            return self._resident
 
     # ---- behind it ----
 
@@ -176,10 +174,10 @@ class LoadedModel:
         """{HF name: digest} of what the engine's parameters hold now. Their memory is read where it lies: no second
         copy of the model."""
         begin = time.perf_counter()
-        hands = self.place(entries)
+        resident = self.place(entries)
         spent["place_s"] = time.perf_counter() - begin
-        found = hands.digests(entry.name for entry in entries)
-        spent |= hands.spent
+        found = resident.digests(entry.name for entry in entries)
+        spent |= resident.spent
         return found
 
 
@@ -210,22 +208,22 @@ def apply_staged(model: Any, named_tensors: Iterable[Any] = ()) -> None:
     if engine is None:
         engine = _engines[model] = LoadedModel(model, stage_dir)
     engine.settle()
-    for old in (apply.RESULT, apply.READBACK):  # a read-back that nobody waited for any more is of no use
+    for old in (RESULT, READBACK):  # a read-back that nobody waited for any more is of no use
         (stage_dir / old).unlink(missing_ok=True)
     have, engine.version = engine.version, None  # unknown until proven
     try:
         prepared = apply.current(stage_dir, engine.watcher.take())
         entries = prepared.manifests[-1].tensors if prepared.manifests else ()
-        record_s, hands = time.perf_counter(), engine.place(entries) if entries else None
+        record_s, resident = time.perf_counter(), engine.place(entries) if entries else None
         with engine.staging.applied() if prepared.kind == "full" else contextlib.nullcontext():
-            if hands is not None and not hands.fits(prepared):  # a parameter has moved since it was loaded
-                prepared = apply.prepare(stage_dir)
+            if resident is not None and not resident.fits(prepared):  # a parameter has moved since it was loaded
+                prepared = prepare(stage_dir)
             record_s = time.perf_counter() - record_s
-            waited = hands.waits(prepared) if hands is not None else None
-            result = apply.perform(prepared, hands.placed if hands else {}, have, hands)
+            waited = resident.waits(prepared) if resident is not None else None
+            result = apply.perform(prepared, resident.placed if resident else {}, have, resident)
         interval = int(os.environ.get("ASTRA_VERIFY_INTERVAL", "0"))
         due = bool(interval and entries and result.version % interval == 0)
-        spent = {f"digest_{part}": seconds for part, seconds in hands.spent.items()} if hands else {}
+        spent = {f"digest_{part}": seconds for part, seconds in resident.spent.items()} if resident else {}
         more: dict[str, Any] = {"record_s": record_s, **spent, "loader_s": time.perf_counter() - begin, "readback": due}
         if waited is not None:
             more["staging"] = waited

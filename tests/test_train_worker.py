@@ -285,11 +285,17 @@ def test_the_step_goes_on_while_its_version_is_published_and_the_next_one_waits(
         gate.wait(30)
         announced(version)
 
+    def release() -> None:
+        while "version 1 to be published" not in job.reporter.said:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        gate.set()
+
     loop._announce = late  # type: ignore[method-assign]
     job.train(loop, until=1)
     assert loop.publisher.busy and read_stable(job.run_dir / "weights", 0)
     assert job.store.state().latest_version == 0
-    threading.Timer(0.5, gate.set).start()
+    threading.Thread(target=release, daemon=True).start()
     job.train(loop, until=2)
     assert job.store.state().latest_version >= 1
     assert "version 1 to be published" in job.reporter.said and job.reporter.said[-1] is None

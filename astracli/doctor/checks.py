@@ -48,7 +48,7 @@ def run(recipe: Recipe | None, facts: Machine, probe: bool = False) -> dict[str,
         "ok": all(check.status != "fail" for check in found),
         "checks": [asdict(check) for check in found],
         "backends": [asdict(row) for row in choice.reasons] if choice else [],
-        "placement": [dict(zip(("what", "where", "why"), row, strict=True)) for row in placed],
+        "placement": [row._asdict() for row in placed],
         "memory_by_place": memory_by_place(plan) if plan else [],
         "facts": facts.document(),
     }

@@ -119,15 +119,14 @@ def test_a_recipe_whose_model_has_to_be_made_first_is_asked_what_can_be(tmp_path
     monkeypatch.chdir(tmp_path)
     for document in (facts(), gpu_box()):
         small = judged("qwen3.5-small-m2po-delta", document)
-        assert small.fit.adapter is None and small.fit.refusal is not None
+        assert small.adapter is None and small.refusal is not None
         assert {p.name for p in probes.engine_probes(small)} <= {"engine imports"}
         assert {p.name for p in probes.trainer_probes(small)} == {"imports", "bandwidth"}
 
 
 def test_an_adapter_without_a_tiny_model_is_skipped_and_said() -> None:
     asked = judged()
-    fit = dataclasses.replace(asked.fit, adapter=generic.ADAPTER)
-    bare = dataclasses.replace(asked, fit=fit, facts=asked.facts.model_copy(update={"packages": {}}))
+    bare = dataclasses.replace(asked, adapter=generic.ADAPTER, facts=asked.facts.model_copy(update={"packages": {}}))
     assert [(c.name, c.status) for c in probes.run(bare)] == [("generic", "skip")]
 
 

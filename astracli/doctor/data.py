@@ -83,7 +83,7 @@ def _checkpoint(subject: Subject) -> Iterator[Check]:
 
 def _tensors(subject: Subject, tensors: Mapping[str, Tensor]) -> Iterator[Check]:
     """Names, shapes and dtypes of the files against what the adapter computes from config.json."""
-    adapter, config = subject.fit.adapter, subject.config
+    adapter, config = subject.adapter, subject.config
     if adapter is None or config is None:
         return
     dtypes = sorted({t.dtype for t in tensors.values()} - set(TRAINABLE))
@@ -114,7 +114,7 @@ def _tensors(subject: Subject, tensors: Mapping[str, Tensor]) -> Iterator[Check]
 
 
 def _kept(subject: Subject, tensors: Mapping[str, Tensor]) -> Check:
-    adapter = subject.fit.adapter
+    adapter = subject.adapter
     assert adapter is not None
     rounded = sorted(n for n, t in tensors.items() if any(k in n for k in adapter.keep_fp32) and t.dtype != "F32")
     shown = ", ".join(sorted({t.dtype for t in tensors.values()}))

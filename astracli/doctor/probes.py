@@ -58,7 +58,7 @@ def run(subject: Subject) -> list[Check]:
             if probe.kind == "imports":
                 rows = _joined(probe, rows)
             found += [_check(subject, probe, row) for row in rows]
-    adapter = subject.fit.adapter
+    adapter = subject.adapter
     if adapter is not None and adapter.tiny_config is None:
         found.append(Check(adapter.name, GROUP, "skip", "this adapter brings no tiny model to try"))
     engine = subject.engine
@@ -96,13 +96,13 @@ def engine_probes(subject: Subject) -> list[Probe]:
     own = subject.recipe.resources.engine
     where = {"python": own.python or sys.executable, "env": dict(own.env)} if own.foreign else {}
     usual = {"timeout_s": KERNELS_S, "needed": True, "why": ATTENTION} | where
-    case = replace(subject.case(subject.engine), config=subject.config or subject.known_config)
+    case = replace(subject.case(subject.engine), config=subject.known_config)
     return [Probe(**{**usual, **asked}) for asked in subject.engine.probes(case)]
 
 
 def trainer_probes(subject: Subject) -> Iterator[Probe]:
     """Imports, the adapter's promises, kernels against references, the engine against the trainer, links."""
-    adapter, config, engine = subject.fit.adapter, subject.config, subject.engine
+    adapter, engine = subject.adapter, subject.engine
     if not subject.facts.usable("torch"):
         return
     there = bool(subject.facts.visible_gpus) and subject.facts.torch_cuda is not None
@@ -115,7 +115,7 @@ def trainer_probes(subject: Subject) -> Iterator[Probe]:
     wanted = {"wanted": _imports(subject, device)}
     yield Probe("imports", "imports", wanted, 60, True, why, pinned, env=env)
     if adapter is not None:
-        name, settings = adapter.name, dict(config or subject.known_config or {})
+        name, settings = adapter.name, dict(subject.known_config or {})
         why = f"adapter `{name}` does not hold with these versions"
         if adapter.tiny_config is not None:
             yield Probe("adapter", "adapter", {"name": name, "device": device}, kernels_s, True, why,
@@ -125,10 +125,10 @@ def trainer_probes(subject: Subject) -> Iterator[Probe]:
             fix = pinned if device == "cpu" else native(subject.facts)
             sizes = {"name": name, "config": settings, "device": device}
             yield Probe("delta rule", "delta_rule", sizes, kernels_s, True, why, fix, env=env)
-        if settings and subject.fit.choice is not None:
-            chosen = [subject.fit.choice.trainer_attention]
+        if settings and subject.choice is not None:
+            chosen = [subject.choice.trainer_attention]
             if engine is None or engine.sample is not None:
-                chosen.append(subject.fit.choice.serving_attention)
+                chosen.append(subject.choice.serving_attention)
             settings = {"config": settings, "device": device, "chosen": list(dict.fromkeys(chosen))}
             fix = "`--set train.attention=auto`, or another version of it"
             yield Probe("attention", "attention", settings, kernels_s, True, ATTENTION, fix, env=env)
@@ -161,7 +161,7 @@ def _rank_gpus(subject: Subject) -> list[int]:
     there = [gpu.index for gpu in subject.facts.visible_gpus]
     if subject.recipe is None:
         return there
-    processes = subject.fit.plan.processes if subject.fit.plan is not None else ()
+    processes = subject.plan.processes if subject.plan is not None else ()
     return [gpu for p in processes if p.role is Role.TRAINER for gpu in p.gpus if gpu in there]
 
 

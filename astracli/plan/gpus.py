@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from astracli.machine.memory import MARGIN, MemoryRow, words
 from astracli.plan.memory import expected, on_gpu, total, with_margin
@@ -23,7 +23,7 @@ class Use:
 
     place: str
     """The GPU's index as nvidia-smi counts it, or `host`."""
-    processes: tuple[str, ...]
+    processes: Sequence[str]
     at_least: int
     """From the start, whatever the load."""
     under_load: int
@@ -39,15 +39,10 @@ def uses(plan: LaunchPlan) -> list[Use]:
     found = []
     for gpu, names in plan.gpu_map.items():
         least, most = (on_gpu(plan.memory, names, fixed=fixed) for fixed in (True, False))
-        found.append(Use(str(gpu), tuple(names), least, most, plan.gpu_sizes.get(gpu)))
+        found.append(Use(str(gpu), names, least, most, plan.gpu_sizes.get(gpu)))
     least, most = (total(plan.memory, where="host", fixed=fixed) for fixed in (True, False))
-    everyone = tuple(dict.fromkeys(row.process for row in plan.memory if row.where == "host"))
+    everyone = list(dict.fromkeys(row.process for row in plan.memory if row.where == "host"))
     return [*found, Use("host", everyone, least, most, plan.host_size)]
-
-
-def memory_by_place(plan: LaunchPlan) -> list[dict[str, Any]]:
-    """`uses` as plain JSON."""
-    return [asdict(use) | {"processes": list(use.processes)} for use in uses(plan)]
 
 
 def rows(found: Sequence[Use]) -> list[tuple[str, ...]]:

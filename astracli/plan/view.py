@@ -78,7 +78,7 @@ def to_json(plan: LaunchPlan) -> dict[str, Any]:
     document |= {"memory": list(map(_row, plan.memory)), "disk": list(map(_row, plan.disk))}
     document |= {"gpu_sizes": {str(gpu): size for gpu, size in plan.gpu_sizes.items()}}
     document |= {"gpu_map": {str(gpu): names for gpu, names in plan.gpu_map.items()}}
-    return document | {"missing": plan.missing, "memory_by_place": gpus.memory_by_place(plan)}
+    return document | {"missing": plan.missing, "memory_by_place": [asdict(use) for use in gpus.uses(plan)]}
 
 
 def _row(row: MemoryRow) -> dict[str, Any]:

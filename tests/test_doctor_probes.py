@@ -16,7 +16,7 @@ from test_doctor import BIG, TINY, gpu_box
 
 from astracli.adapters import generic, qwen3_5
 from astracli.config import recipe_io
-from astracli.doctor import all_reduce, attention, measures, probe_child, probes
+from astracli.doctor import all_reduce, measures, probe_child, probes
 from astracli.doctor.probes import Probe
 from astracli.doctor.subject import Subject, subject
 from astracli.kernels import varlen
@@ -164,9 +164,9 @@ def test_a_wrong_delta_rule_is_found(monkeypatch: pytest.MonkeyPatch, part: str)
 
 def test_a_wrong_or_nan_attention_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     grouped = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-    monkeypatch.setitem(attention.BACKENDS, "leaky", lambda q, k, v: attention._sdpa(q, k, v.flip(0)))
-    monkeypatch.setitem(attention.BACKENDS, "nan", lambda q, k, v: q * float("nan"))
-    rows = attention.attention(grouped, "cpu", ["sdpa", "leaky", "nan", "fa3"])
+    monkeypatch.setitem(probe_child.BACKENDS, "leaky", lambda q, k, v: probe_child._sdpa(q, k, v.flip(0)))
+    monkeypatch.setitem(probe_child.BACKENDS, "nan", lambda q, k, v: q * float("nan"))
+    rows = probe_child.attention(grouped, "cpu", ["sdpa", "leaky", "nan", "fa3"])
     assert [row["status"] for row in rows] == ["ok", "fail", "fail", "skip"]
     assert rows[2]["value"].startswith("inf")
 

@@ -10,8 +10,7 @@ from machines import GIB, facts
 from test_plan import load, memory_warnings, planned
 from test_plan_speed import SHAPE
 
-from astracli.machine.component import Component
-from astracli.machine.memory import MemoryRow, words
+from astracli.machine.memory import Component, MemoryRow, words
 from astracli.plan import build as plan
 from astracli.plan import gpus as plan_margin
 from astracli.plan.cost import TrainerLoad

@@ -13,8 +13,7 @@ from astracli.adapters import llama, qwen3, qwen3_5
 from astracli.adapters.qwen3_5_sizes import text_shapes
 from astracli.engines.sglang.plugin import ENGINE
 from astracli.errors import UserError
-from astracli.machine.component import Component
-from astracli.machine.memory import words
+from astracli.machine.memory import Component, words
 from astracli.models import registry
 from astracli.models.adapter import MemoryShape
 from astracli.plan import build as plan

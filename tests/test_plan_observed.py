@@ -17,7 +17,7 @@ from machines import GIB
 from test_plan import load, planned
 
 from astracli.adapters import qwen3_5
-from astracli.machine.component import Component
+from astracli.machine.memory import Component
 from astracli.plan import memory as plan_memory
 from astracli.plan import trainer as plan_trainer
 from astracli.plan.cost import TrainerLoad

@@ -23,7 +23,7 @@ from astracli.machine import packages, read
 from astracli.machine.facts import CheckpointFacts, DataSet, Environment, Machine, Network, RunLeft, Tensor
 from astracli.models import registry
 from astracli.models.adapter import SHARD_INDEX, read_config
-from astracli.models.adapter_tools import has_chat_template
+from astracli.models.adapter_tools import checkpoint_tensors, has_chat_template
 from astracli.report.live import clean, dead, leftovers
 from astracli.runs.find import RUNS
 
@@ -64,31 +64,13 @@ def checkpoint(path: str, revision: str | None = None) -> CheckpointFacts:
             return CheckpointFacts(**found)
         found["place"] = str(place)
         found["config"] = read_config(place)
-        found["tensors"] = headers(place)
+        found["tensors"] = {
+            name: Tensor(dtype=entry["dtype"], shape=entry["shape"])
+            for name, entry in checkpoint_tensors(place).items()
+        }
     except UserError as error:
         found["problem"] = error.message
     return CheckpointFacts(**found, **(_beside(Path(found["place"])) if found["place"] is not None else {}))
-
-
-def headers(place: Path) -> dict[str, Tensor]:
-    """Tensors by name, from the headers of every shard. Raises UserError for a broken file."""
-    found: dict[str, Tensor] = {}
-    for file in sorted(place.glob("*.safetensors")):
-        try:
-            with file.open("rb") as stream:
-                size = int.from_bytes(stream.read(8), "little")
-                if not 0 < size <= file.stat().st_size - 8:
-                    raise ValueError("its header does not fit the file")
-                header = json.loads(stream.read(size))
-            end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
-            if file.stat().st_size < 8 + size + end:
-                raise ValueError(f"it ends after {file.stat().st_size} bytes of {8 + size + end}")
-        except (ValueError, KeyError, OSError) as error:
-            raise UserError(f"`{file}` is no whole safetensors file: {error}") from None
-        for name, entry in header.items():
-            if name != "__metadata__":
-                found[name] = Tensor(dtype=entry["dtype"], shape=entry["shape"])
-    return found
 
 
 def _beside(place: Path) -> dict[str, Any]:

@@ -14,10 +14,9 @@ from astracli.backends.choice import BackendChoice
 from astracli.config.recipe import Recipe
 from astracli.engines import registry as engines
 from astracli.errors import UserError
-from astracli.machine.component import Component
 from astracli.machine.facts import Machine
 from astracli.machine.findings import PlanProblem
-from astracli.machine.memory import MemoryRow
+from astracli.machine.memory import Component, MemoryRow
 from astracli.models.adapter import MemoryShape, ModelAdapter
 from astracli.plan import gpus as places
 from astracli.plan import hints, problems, staging

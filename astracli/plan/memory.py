@@ -10,8 +10,7 @@ from dataclasses import replace
 from math import ceil
 
 from astracli.config.recipe import Recipe
-from astracli.machine.component import Component
-from astracli.machine.memory import MemoryRow, Place, safe
+from astracli.machine.memory import Component, MemoryRow, Place, safe
 from astracli.models.adapter import MemoryShape
 
 LIGHT_PROCESS = 150 * 2**20

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from astracli.config.recipe import Recipe
 from astracli.engines import registry as engines
-from astracli.machine.component import Component
-from astracli.machine.memory import MemoryRow, safe, words
+from astracli.machine.memory import Component, MemoryRow, safe, words
 from astracli.models.adapter import MemoryShape
 from astracli.plan.cost import USUAL_PACE, Pace, TrainerLoad
 from astracli.plan.memory import COMFORT, total

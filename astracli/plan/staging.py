@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from astracli.config.recipe import Recipe
-from astracli.machine.component import Component
 from astracli.machine.facts import Machine
-from astracli.machine.memory import MemoryRow, words
+from astracli.machine.memory import Component, MemoryRow, words
 from astracli.models.adapter import MemoryShape
 from astracli.plan import memory
 from astracli.plan.offload import Reason

@@ -13,8 +13,7 @@ from functools import lru_cache
 from math import ceil
 
 from astracli.config.recipe import RECOMPUTED_BLOCKS, Recomputed
-from astracli.machine.component import Component
-from astracli.machine.memory import CUDA_CONTEXT, TORCH_PROCESS, Basis, MemoryRow
+from astracli.machine.memory import CUDA_CONTEXT, TORCH_PROCESS, Basis, Component, MemoryRow
 from astracli.models.adapter import MemoryShape
 from astracli.plan.cost import TrainerLoad
 from astracli.process.layout import BUCKET_BYTES, BUCKETS_IN_FLIGHT, LOGIT_BYTES, RESIDENT, Split, Where, recomputed

@@ -34,8 +34,7 @@ from typing import Any
 
 import torch
 
-from astracli.machine.component import Component
-from astracli.machine.memory import CUDA_CONTEXT
+from astracli.machine.memory import CUDA_CONTEXT, Component
 from astracli.models.adapter import MemoryShape
 from astracli.plan import cost as plan_speed
 from astracli.plan import trainer as plan_trainer

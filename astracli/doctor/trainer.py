@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from astracli.backends.delta_rule import HOPPER, SLOW, TILELANG_FFI, delta_rule_on_hopper, native, tilelang_flaw
+from astracli.backends.delta_rule import SLOW, TILELANG_FFI, gated_backward, native, tilelang_flaw
 from astracli.doctor.subject import Check, Subject, flaw, optional
 
 GROUP, KERNELS = "trainer", "kernels"
@@ -72,22 +72,18 @@ def kernels(subject: Subject) -> Iterator[Check]:
 
 
 def _backward(subject: Subject) -> Iterator[Check]:
-    """The gated backward, where the GPUs are Hopper and both packages are there; right everywhere else."""
+    """The gated backward pass, where both packages are there."""
     facts = subject.facts
-    fla, triton = facts.version_of(FLA), facts.version_of("triton")
-    capability = facts.capability
-    if capability is None or not fla or not triton or (subject.recipe is not None and not subject.hybrid):
+    if facts.capability is None or not facts.version_of(FLA) or not facts.version_of("triton"):
         return
-    if capability[0] != HOPPER[0]:
-        dotted = ".".join(map(str, capability))
-        yield Check("gated backward", KERNELS, "ok", f"right on compute capability {dotted} with every version")
+    if subject.recipe is not None and not subject.hybrid:
         return
-    kernel, reason, warning = delta_rule_on_hopper(facts, fla, triton)
+    kernel, reason, warning = gated_backward(facts, facts.capability)
     if warning is None:
         yield Check("gated backward", KERNELS, "ok", reason)
-        return
-    fix = warning.rpartition("; ")[2]
-    yield Check("gated backward", KERNELS, "warn", f"{kernel} instead of fla", f"{reason}: {SLOW}", fix)
+    else:
+        fix = warning.rpartition("; ")[2]
+        yield Check("gated backward", KERNELS, "warn", f"{kernel} instead of fla", f"{reason}: {SLOW}", fix)
 
 
 def _tilelang(subject: Subject) -> Iterator[Check]:

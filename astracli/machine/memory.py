@@ -22,7 +22,7 @@ one kind of GPU, peaks exceeded their plans by at most a fifth of what is estima
 
 
 class Component(Enum):
-    """What a row holds. Its value is for people (`plan/view.py`), with blanks for the row's counts; no code reads it."""
+    """What a row holds. Its value is for people (`plan/view.py`), with blanks for its counts; no code reads it."""
 
     PROCESS = "process"
     CUDA_CONTEXT = "CUDA context"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from astracli.errors import UserError
-from astracli.models.adapter import MemoryShape, ModelAdapter, WireTensor
+from astracli.models.adapter import MemoryShape, ModelAdapter
 from astracli.models.adapter_tools import gemm_flops, load_checkpoint, outside_blocks, wire_map
 
 _RECURRENT = ("linear_attention", "mamba", "recurrent", "conv")
@@ -63,10 +63,6 @@ def memory_shape(config: Mapping[str, Any]) -> MemoryShape:
     )
 
 
-def wire_tensors(model: Any) -> dict[str, WireTensor]:
-    return wire_map(model)
-
-
 ADAPTER = ModelAdapter(
     name="generic",
     model_types=(),
@@ -74,5 +70,5 @@ ADAPTER = ModelAdapter(
     load_for_training=load,
     load_for_serving=load,
     memory_shape=memory_shape,
-    wire_tensors=wire_tensors,
+    wire_tensors=wire_map,
 )

@@ -8,7 +8,7 @@ What is special, and handled here:
 - the delta rule and the convolution carry state across a packed row, so both must be reset at every boundary
   (`qwen3_5_layers.py`).
 
-Sizes are `qwen3_5_sizes`'s. A family without any of this is a page: begin with a copy of `llama.py`.
+Sizes are in `qwen3_5_sizes.py`. For a family without any of this, begin with a copy of `llama.py`.
 """
 
 from __future__ import annotations

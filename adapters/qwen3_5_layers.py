@@ -109,8 +109,10 @@ def delta_net(
     """
     import torch
 
+    from astracli.kernels.cpu.delta_rule import conv_silu
     from astracli.kernels.gpu import fused
     from astracli.kernels.gpu.heads import SplitHeads
+    from astracli.kernels.varlen import segments
     from astracli.kernels.weight_gradients import linears
 
     if told := getattr(module, "boundaries", None):
@@ -133,14 +135,16 @@ def delta_net(
     mixed, beta, decay, gate = linears(hidden_states, projections)
     taps = module.conv1d.weight.squeeze(1)
     by_torch = kernels is None or fused.delta_rule_by_torch
-    bounds = _segments(cu_seqlens, tokens, cu_seqlens_host) if by_torch else []
+    bounds = segments(cu_seqlens, tokens, cu_seqlens_host) if by_torch else []
     known = {}
     if kernels and cu_seqlens is not None and cu_seqlens_host:
         known = fused.chunks(cu_seqlens_host, hidden_states.device)
     if kernels is not None:
         mixed = kernels.conv(mixed, taps, module.conv1d.bias, activation="silu", cu_seqlens=cu_seqlens, **known)[0]
     else:
-        mixed = torch.cat([_torch_conv(mixed[:, a:b], taps, module.conv1d.bias) for a, b in bounds], dim=1)
+        turned = mixed.transpose(1, 2)
+        convolved = [conv_silu(turned[:, :, a:b], taps, module.conv1d.bias) for a, b in bounds]
+        mixed = torch.cat([x.transpose(1, 2) for x in convolved], dim=1)
     times = module.num_v_heads // module.num_k_heads
     if kernels is not None:
         # fla takes grouped heads, but 0.5's TileLang backward does not, and its other one raises on Hopper
@@ -170,20 +174,6 @@ def delta_net(
     return module.out_proj(out.reshape(rows, tokens, -1))
 
 
-def _segments(cu_seqlens: Any, tokens: int, cu_seqlens_host: tuple[int, ...] | None = None) -> list[tuple[int, int]]:
-    """(start, end) of every segment; one for an ordinary row."""
-    from astracli.kernels.varlen import segments
-
-    return [(0, tokens)] if cu_seqlens is None else segments(cu_seqlens, tokens, cu_seqlens_host)
-
-
-def _torch_conv(x: Any, taps: Any, bias: Any) -> Any:
-    """silu of the causal depthwise convolution: x [B, T, C], taps [C, J] -> [B, T, C], from zeros."""
-    from astracli.kernels.cpu import delta_rule
-
-    return delta_rule.conv_silu(x.transpose(1, 2), taps, bias).transpose(1, 2)
-
-
 def _rotate_by_hand() -> None:
     """transformers' attention turns queries and keys by a function of its module: on a GPU, one with fewer kernels."""
     from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
@@ -195,15 +185,9 @@ def _rotate_by_hand() -> None:
     asked = list(inspect.signature(plain).parameters.values())
     same = len(asked) == len(known) and [p.default for p in asked] == [p.default for p in known]
     if getattr(plain, "func", None) is not _by_device and same:
-        chooser: Any = partial(_by_device, _rotate, plain)
+        chooser: Any = partial(_by_device, heads.rotate, plain)
         chooser.__wrapped__ = plain
         modeling.apply_rotary_pos_emb = chooser
-
-
-def _rotate(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:
-    from astracli.kernels.gpu import heads
-
-    return heads.rotate(q, k, cos, sin, unsqueeze_dim)
 
 
 def prepare_gpu(model: Any) -> None:

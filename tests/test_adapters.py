@@ -233,7 +233,7 @@ def test_generic_takes_any_dense_model_and_refuses_a_hybrid(tmp_path: Path) -> N
     ids = row(11)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, source(ids).logits)
-    assert {t.name for t in generic.wire_tensors(model).values()} == {n for n, _ in source.named_parameters()}
+    assert {t.name for t in generic.ADAPTER.wire_tensors(model).values()} == {n for n, _ in source.named_parameters()}
     document = json.loads((tmp_path / "gpt2" / "config.json").read_text())
     shape = generic.memory_shape(document)
     assert shape.parameters == sum(p.numel() for p in source.parameters())

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from astracli.rl.advantage import batch_normalise
+from astracli.rl.batch import batch_normalise
 from astracli.rl.losses import UsualSettings, group_advantage
 
 

@@ -20,6 +20,7 @@ from astracli.errors import UserError
 from astracli.rl import losses
 from astracli.rl.batch import Row, empty_micro_batch, pad_rows
 from astracli.rl.losses import TokenLoss
+from astracli.rl.types import Group, Sample, Segment
 from astracli.training import objective
 
 # Two sequences: tokens 0 and 1 with advantage 1, token 2 with advantage -2. Probabilities under the behaviour policy,
@@ -34,17 +35,9 @@ Probabilities = list[Tensor]
 
 
 def row(tokens: int, behaviour: list[float], advantage: float) -> Row:
-    group = sample_groups(None, 1, seed=0, size=1)[0]
-    return Row(
-        index=0,
-        group=group,
-        sample=group.samples[0],
-        tokens=np.arange(2, 4 + tokens, dtype=np.int32),
-        prompt_length=2,
-        logprobs=np.log(np.array(behaviour, np.float32)),
-        versions=np.zeros(tokens, np.int32),
-        advantage=advantage,
-    )
+    drawn = Segment(0, np.arange(4, 4 + tokens, dtype=np.int32), np.log(np.array(behaviour, np.float32)))
+    sample = Sample(0, [drawn], "stop")
+    return Row(0, Group(0, "p", np.arange(2, 4, dtype=np.int32), [sample]), sample, advantage)
 
 
 def recipe_of(name: str, settings: dict[str, Any], **shared: Any) -> Recipe:
@@ -235,7 +228,7 @@ def test_mismatch_correction_weighs_tokens_of_the_current_version(name: str) -> 
     settings, _ = FORMULAS[name]
     own, algorithm = recipe_of(name, settings).algorithm.own, losses.get(name)
     micro = pad_rows([row(2, BEHAVIOUR[:2], 1.0), row(1, BEHAVIOUR[2:], -2.0)], 0)
-    micro.version_N[:] = [7, 6, 7]
+    micro.rows[0].versions[:], micro.rows[1].versions[:] = [7, 6], [7]
     proximal = torch.tensor(PROXIMAL).log()
     moved = objective.moved(proximal - torch.from_numpy(micro.logprob_N), micro, 7, 1.1)
     assert moved.tolist() == pytest.approx([0.0, math.log(3.5), 0.0])
@@ -246,7 +239,8 @@ def test_mismatch_correction_weighs_tokens_of_the_current_version(name: str) -> 
 
     # the same algorithm, told that the engine's probabilities of tokens 0 and 2 were the trainer's
     plain = logprob.detach().clone().requires_grad_()
-    micro.logprob_N[[0, 2]] = np.log(np.float32([PROXIMAL[0], PROXIMAL[2]]))
+    for place, probability in zip(micro.rows, (PROXIMAL[0], PROXIMAL[2]), strict=True):
+        place.logprobs[0] = math.log(probability)
     expected, _ = objective.token_losses(algorithm, micro, plain, proximal, limits)
     weights = torch.tensor([1.1, 1.0, 0.8])
     (expected.loss_N * weights).sum().backward()
@@ -287,7 +281,7 @@ def test_a_resolved_recipe_reads_back_the_same(tmp_path: Path) -> None:
     assert first.algorithm.own.clip_high == 4e-4
     path = tmp_path / "recipe.json"
     path.write_text(first.model_dump_json())
-    assert recipe_io.from_json(path).algorithm == first.algorithm
+    assert recipe_io.load(path).algorithm == first.algorithm
 
 
 @pytest.mark.parametrize(

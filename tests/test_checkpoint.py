@@ -18,8 +18,9 @@ import torch
 from training_tools import make_trainer, recipe, sample_groups, save_model, spawn
 
 from astracli.errors import RunFailed, disk_full
-from astracli.machine import read
-from astracli.training import checkpoint, checkpoint_saver
+from astracli.machine.read import system
+from astracli.training import checkpoint, checkpoint_memory, checkpoint_saver
+from astracli.training.checkpoint_memory import LEAST_BLOCKS
 from astracli.training.checkpoint_saver import pieces
 from astracli.training.fsdp import Ranks
 from astracli.training.step import Trainer
@@ -42,7 +43,7 @@ for step in range(first, last):
     metrics = trainer.train(sample_groups(None, 4, seed=step, version=-1), step, step).metrics
     losses.append([metrics["loss"], metrics["grad_norm"]])
 if save:
-    checkpoint.save(Path(directory), last, last, trainer.masters, ranks, keep=2)
+    checkpoint.save(Path(directory), last, trainer.masters, ranks, keep=2)
 ranks.close()
 print(json.dumps(losses))
 """
@@ -64,7 +65,7 @@ def steps(trainer: Trainer, first: int, last: int) -> list[list[float]]:
 def test_training_goes_on_as_if_never_stopped(model_dir: Path, tmp_path: Path) -> None:
     trainer = make_trainer(model_dir, recipe())
     steps(trainer, 0, 2)
-    checkpoint.save(tmp_path, 2, 2, trainer.masters, trainer.ranks, keep=2)
+    checkpoint.save(tmp_path, 2, trainer.masters, trainer.ranks, keep=2)
     # one that still has a tensor to release while the interpreter ends aborts the process
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
     expected = steps(trainer, 2, 4)
@@ -72,7 +73,7 @@ def test_training_goes_on_as_if_never_stopped(model_dir: Path, tmp_path: Path) -
     again = make_trainer(model_dir, recipe())
     found = checkpoint.latest(tmp_path)
     assert found is not None
-    assert (found.step, found.version, found.meta["updates"]) == (2, 2, 4)
+    assert (found.step, found.meta["updates"]) == (2, 4)
     checkpoint.load(found, again.masters, again.ranks)
     assert steps(again, 2, 4) == expected
     for name, value in trainer.masters.values.items():
@@ -101,7 +102,7 @@ def test_the_newest_are_kept(model_dir: Path, tmp_path: Path) -> None:
     trainer = make_trainer(model_dir, recipe())
     (tmp_path / ".step_000001.tmp").mkdir()
     for step in (5, 10, 15):
-        checkpoint.save(tmp_path, step, step, trainer.masters, trainer.ranks, keep=2)
+        checkpoint.save(tmp_path, step, trainer.masters, trainer.ranks, keep=2)
     assert sorted(os.listdir(tmp_path)) == ["step_000010", "step_000015"]
     assert [c.step for c in checkpoint.find(tmp_path)] == [10, 15]
 
@@ -110,7 +111,7 @@ def test_the_newest_are_kept(model_dir: Path, tmp_path: Path) -> None:
 def test_damaged_checkpoints_are_passed_over(model_dir: Path, tmp_path: Path, damage: str) -> None:
     trainer = make_trainer(model_dir, recipe())
     for step in (5, 10):
-        checkpoint.save(tmp_path, step, step, trainer.masters, trainer.ranks, keep=2)
+        checkpoint.save(tmp_path, step, trainer.masters, trainer.ranks, keep=2)
     newest = tmp_path / "step_000010"
     data = next(newest.glob("*.bin"))
     if damage == "marker":
@@ -132,7 +133,7 @@ def test_damaged_checkpoints_are_passed_over(model_dir: Path, tmp_path: Path, da
 def test_another_format_is_refused(model_dir: Path, tmp_path: Path) -> None:
     """Passed over, the run would begin anew without a word."""
     trainer = make_trainer(model_dir, recipe())
-    path = checkpoint.save(tmp_path, 5, 5, trainer.masters, trainer.ranks, keep=2)
+    path = checkpoint.save(tmp_path, 5, trainer.masters, trainer.ranks, keep=2)
     meta = json.loads((path / checkpoint.META).read_text())
     (path / checkpoint.META).write_text(json.dumps(meta | {"format": 1}))
     with pytest.raises(RunFailed, match="has format 1, this astra reads 2"):
@@ -146,7 +147,7 @@ def test_no_checkpoint(tmp_path: Path) -> None:
 
 def test_another_model_is_refused(model_dir: Path, tmp_path: Path) -> None:
     trainer = make_trainer(model_dir, recipe())
-    checkpoint.save(tmp_path, 1, 1, trainer.masters, trainer.ranks, keep=2)
+    checkpoint.save(tmp_path, 1, trainer.masters, trainer.ranks, keep=2)
     found = checkpoint.latest(tmp_path)
     assert found is not None
     del trainer.masters.values["model.norm.weight"]
@@ -159,11 +160,11 @@ def test_a_save_of_the_shipped_model_takes_little_time(tmp_path: Path) -> None:
 
     tiny = Path(astracli.__file__).parent / "assets" / "tiny"
     trainer = make_trainer(tiny, recipe())
-    checkpoint.save(tmp_path, 1, 1, trainer.masters, trainer.ranks, keep=1)
+    checkpoint.save(tmp_path, 1, trainer.masters, trainer.ranks, keep=1)
     took = []
     for step in (2, 3, 4):
         began = time.process_time()
-        checkpoint.save(tmp_path, step, step, trainer.masters, trainer.ranks, keep=1)
+        checkpoint.save(tmp_path, step, trainer.masters, trainer.ranks, keep=1)
         took.append(time.process_time() - began)
     assert min(took) < 0.5
 
@@ -197,7 +198,7 @@ def stored(trainer: Trainer, directory: Path) -> dict[str, torch.Tensor]:
 
 
 def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    first, second = trainer.masters.moments()
+    first, second = trainer.masters.adam.moments()
     kinds = {"value": trainer.masters.values, "first": first, "second": second}
     return {f"{kind}.{name}": t.clone() for kind, tensors in kinds.items() for name, t in tensors.items()}
 
@@ -212,7 +213,7 @@ def test_a_checkpoint_is_of_the_moment_at_which_it_was_begun_and_whole_only_at_t
     trainer = make_trainer(model_dir, recipe())
     saver = checkpoint_saver.Saver(tmp_path, trainer.ranks, keep=2)
     steps(trainer, 0, 1)
-    saver.begin(1, 1, trainer.masters)
+    saver.begin(1, trainer.masters)
     saver.wait()
     steps(trainer, 1, 2)
     then = state_of(trainer)
@@ -220,7 +221,7 @@ def test_a_checkpoint_is_of_the_moment_at_which_it_was_begun_and_whole_only_at_t
     digested: list[str] = []
     whole_digest = checkpoint.digest_of
     monkeypatch.setattr(checkpoint, "digest_of", lambda path: digested.append(path.suffix) or whole_digest(path))
-    saver.begin(2, 2, trainer.masters)
+    saver.begin(2, trainer.masters)
     steps(trainer, 2, 4)  # the disk has taken nothing yet, and two steps change everything
     found = checkpoint.latest(tmp_path)
     assert saver.busy and saver.whole == 1 and found is not None and found.step == 1
@@ -240,23 +241,24 @@ def test_with_little_memory_an_update_waits_for_the_disk(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The copy's pieces are used again, so a part of the state is still to be copied when the step would change it."""
-    monkeypatch.setattr(checkpoint_saver, "PIECE_BYTES", 1 << 14)
-    monkeypatch.setattr(checkpoint_saver, "ROOM", 0.0)
+    monkeypatch.setattr(checkpoint_memory, "BLOCK_BYTES", 1 << 14)
+    monkeypatch.setattr(checkpoint_memory, "ROOM", 0.0)
     trainer = make_trainer(model_dir, recipe())
     steps(trainer, 0, 1)
     then = state_of(trainer)
     disk = Disk(monkeypatch)
     saver = checkpoint_saver.Saver(tmp_path, trainer.ranks, keep=2)
-    saver.begin(1, 1, trainer.masters)
+    saver.begin(1, trainer.masters)
     work = threading.Thread(target=steps, args=(trainer, 1, 2))
     work.start()
-    wait_until(lambda: disk.writes == 1 and saver._free.empty())
+    memory = saver.prepare(trainer.masters)
+    wait_until(lambda: disk.writes == 1 and memory._free.empty())
     time.sleep(0.5)
-    assert work.is_alive() and same(then, state_of(trainer)) and len(saver.blocks) == checkpoint_saver.LEAST_PIECES
+    assert work.is_alive() and same(then, state_of(trainer)) and len(memory.blocks) == LEAST_BLOCKS
     disk.free.set()
     work.join(60)
     saver.wait()
-    assert not work.is_alive() and disk.writes > 3 * checkpoint_saver.LEAST_PIECES
+    assert not work.is_alive() and disk.writes > 3 * LEAST_BLOCKS
     assert not same(then, state_of(trainer))
     assert same(then, stored(make_trainer(model_dir, recipe()), tmp_path))
 
@@ -265,35 +267,35 @@ def test_a_full_disk_is_told_and_leaves_the_older_checkpoint(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make_trainer(model_dir, recipe())
-    checkpoint.save(tmp_path, 1, 1, trainer.masters, trainer.ranks, keep=2)
+    checkpoint.save(tmp_path, 1, trainer.masters, trainer.ranks, keep=2)
     disk = Disk(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
     disk.free.set()
     saver = checkpoint_saver.Saver(tmp_path, trainer.ranks, keep=2)
-    saver.begin(2, 2, trainer.masters)
+    saver.begin(2, trainer.masters)
     with pytest.raises(OSError, match="No space left") as full:
         saver.wait()
     assert disk_full(full.value) is not None
     steps(trainer, 2, 3)  # nobody waits for a copy that will not come
     with pytest.raises(OSError, match="No space left"):
-        saver.begin(3, 3, trainer.masters)
+        saver.begin(3, trainer.masters)
     found = checkpoint.latest(tmp_path)
     assert found is not None and found.step == 1
 
 
-def test_memory_for_the_copy_is_what_the_plan_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 100 pieces in all 60 are free now and 30 go to others later: two ranks share 0.8 of the smaller rest."""
-    size = checkpoint_saver.PIECE_BYTES
-    more = {"memory_total": 100 * size, "memory_available": 60 * size}
-    host = read.system().model_copy(update=more)
-    monkeypatch.setattr("astracli.machine.read.system", lambda: host)
+def test_memory_for_the_copy_is_what_the_plan_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 100 blocks in all 60 are free now and 30 go to others later: two ranks share 0.8 of the smaller rest."""
+    size = 1 << 10
+    monkeypatch.setattr(checkpoint_memory, "BLOCK_BYTES", size)
+    host = system().model_copy(update={"memory_total": 100 * size, "memory_available": 60 * size})
+    monkeypatch.setattr(checkpoint_memory, "system", lambda: host)
 
-    def count(wanted: int, others: int, **more: Any) -> int:
-        saver = checkpoint_saver.Saver(tmp_path, Ranks(world_size=2), keep=2, others=others * size, **more)
-        saver._block_bytes = size
-        return saver._pieces(wanted)
+    def count(wanted: int, others: int, *, beside: bool = True) -> int:
+        made = checkpoint_memory.CopyMemory(wanted * size, Ranks(world_size=2), beside=beside, others=others * size)
+        made.wait()
+        return len(made.blocks)
 
-    assert (count(1000, 30), count(1000, 80), count(7, 30)) == (24, 8, 7)
-    assert count(1000, 100) == count(1000, 30, beside=False) == checkpoint_saver.LEAST_PIECES
+    assert (count(1000, 30), count(1000, 80), count(7, 30), count(1, 30)) == (24, 8, 7, 1)
+    assert count(1000, 100) == count(1000, 30, beside=False) == LEAST_BLOCKS
 
 
 def test_pieces_are_all_bytes_in_their_order() -> None:

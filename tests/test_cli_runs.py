@@ -12,7 +12,7 @@ from pathlib import Path
 from conftest import Ran
 from run_cases import TINY, make_run
 
-from astracli.report import live as run_view
+from astracli.report import run_files
 
 Astra = Callable[..., Ran]
 
@@ -71,7 +71,7 @@ def test_following_a_log_ends_with_the_run(tmp_path: Path) -> None:
             file.write("half")
         return next(turns)
 
-    assert [line for _, line in run_view.follow([log], going, interval_s=0)] == ["halfhalfhalf"]
+    assert [line for _, line in run_files.follow([log], going, interval_s=0)] == ["halfhalfhalf"]
 
 
 def test_runs_stop_terms_the_recorded_supervisor_only(astra: Astra, runs: Path) -> None:

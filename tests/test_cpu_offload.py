@@ -30,7 +30,7 @@ def split_trainer(model_dir: Path, chosen: Any, split: Split) -> Trainer:
 
 
 def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
-    first, second = trainer.masters.moments()
+    first, second = trainer.masters.adam.moments()
     kinds = {"value": trainer.masters.values, "first": first, "second": second}
     return {f"{kind}.{name}": tensor.clone() for kind, tensors in kinds.items() for name, tensor in tensors.items()}
 
@@ -138,7 +138,7 @@ def test_a_checkpoint_is_the_same_wherever_the_moments_wait(model_dir: Path, tmp
     chosen = recipe(train={"learning_rate": 1e-2, "parity_tolerance": 100.0})
     first = split_trainer(model_dir, chosen, writer)
     train(first, range(2))
-    checkpoint.save(tmp_path, 2, 2, first.masters, first.ranks, keep=1)
+    checkpoint.save(tmp_path, 2, first.masters, first.ranks, keep=1)
     second = split_trainer(model_dir, chosen, Split("host", 0.5 if writer is HOST else 1.0))
     found = checkpoint.latest(tmp_path)
     assert found is not None
@@ -169,8 +169,8 @@ def test_a_trainer_that_leaves_the_device_between_steps_learns_the_same(model_di
 
 def test_without_kl_no_reference_is_loaded(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loads = []
-    real = setup._load
-    monkeypatch.setattr(setup, "_load", lambda *a: loads.append(a) or real(*a))
+    real = setup._Loader.load
+    monkeypatch.setattr(setup._Loader, "load", lambda loader: loads.append(loader) or real(loader))
     trainer = make_trainer(model_dir, recipe(algorithm={"kl_coef": 0.0}))
     assert trainer.reference is None and len(loads) == 1
     make_trainer(model_dir, recipe(algorithm={"kl_coef": 0.1}))
@@ -199,10 +199,10 @@ SCRIPT = """
                 trainer.to_host()
                 trainer.to_device()
         target = Path(sys.argv[2]) / str(split.moments_on_host)
-        checkpoint.save(target, 2, 2, trainer.masters, ranks, keep=1)
+        checkpoint.save(target, 2, trainer.masters, ranks, keep=1)
         other = setup.build_trainer(Path(sys.argv[1]), ADAPTER, chosen, ranks, attention="sdpa", split=split)
         checkpoint.load(checkpoint.latest(target), other.masters, ranks)
-        total = [*other.masters.values.values(), *(t for m in other.masters.moments() for t in m.values())]
+        total = [*other.masters.values.values(), *(t for m in other.masters.adam.moments() for t in m.values())]
         sums.append([float(t.double().sum()) for t in total])
     print(sums[0] == sums[1] == sums[2] and sum(map(abs, sums[0])) > 0)
     ranks.close()
@@ -245,8 +245,8 @@ GPU_SCRIPT = """
             trainers[-1].train(sample_groups(None, 4, seed=step, version=step), step, step)
     sides = []
     for trainer in trainers:
-        with trainer.masters.whole():
-            kinds = (trainer.masters.values, *trainer.masters.moments())
+        with trainer.masters.split_masters.whole():
+            kinds = (trainer.masters.values, *trainer.masters.adam.moments())
             sides.append([tensor.cpu().clone() for kind in kinds for tensor in kind.values()])
     print(max(float((a - b).abs().max()) for other in sides[1:] for a, b in zip(sides[0], other)))
     ranks.close()

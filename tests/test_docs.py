@@ -53,10 +53,20 @@ def test_troubleshooting_quotes_what_the_code_says() -> None:
             assert part.strip(" ;,()") in said, (text, part)
 
 
+def anchors(page: Path) -> set[str]:
+    """What `#...` may name in a page: its headings as GitHub writes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_between_documents_lead_somewhere() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-            assert target.startswith("http") or (page.parent / target).exists(), (page.name, target)
+        for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
+            if target.startswith("http"):
+                continue
+            place = page.parent / target if target else page
+            assert place.exists(), (page.name, target)
+            assert not anchor or anchor in anchors(place), (page.name, target, anchor)
     linked = (ROOT / "README.md").read_text() + "".join(p.read_text() for p in (ROOT / "docs").glob("*.md"))
     for page in (ROOT / "docs").glob("*.md"):
         assert f"{page.name})" in linked, f"nothing leads to docs/{page.name}"

@@ -18,7 +18,7 @@ from astracli.doctor import checks, gather
 from astracli.machine import packages
 from astracli.machine import read as machine_read
 from astracli.machine.facts import DataSet, GpuProcess, Tensor, validate
-from astracli.report import live as run_view
+from astracli.runs import clean as cleaning
 from astracli.runs import run_dir
 
 TINY = "qwen3.5-tiny-m2po-delta"
@@ -178,7 +178,7 @@ def test_a_dead_run_and_its_processes_are_named_and_cleaned(
     run, child = killed_run(tmp_path)
     try:
         deadline = time.monotonic() + 10
-        while not run_view.leftovers(run) and time.monotonic() < deadline:
+        while not cleaning.leftovers(run) and time.monotonic() < deadline:
             time.sleep(0.02)
         (left,) = gather.dead_runs(tmp_path / "runs")
         assert left.step == 4 and left.bytes == 1002

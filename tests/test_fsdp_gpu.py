@@ -60,7 +60,7 @@ for step in range(2 if resume else 0, 3):
         publisher.publish_async(step + 1, masters.wire_shards(), owned=True)
         publisher.settle()
         if step == 1:
-            checkpoint.save(out / "checkpoints", 2, 2, masters, ranks, keep=1)
+            checkpoint.save(out / "checkpoints", 2, masters, ranks, keep=1)
     figures.append([result.metrics[name] for name in names])
 if not resume:
     full = masters.wire_full()

@@ -130,12 +130,13 @@ from astracli.training.logprob import PolicyModel
 
 model_dir, out = map(Path, sys.argv[1:])
 ranks = fsdp.join("cpu")
+ranks.compute = torch.bfloat16
 for kept in (True, False):
     model = ADAPTER.load_for_training(model_dir, attention="sdpa")
     policy = PolicyModel(model)
     exact = [p for n, p in model.named_parameters() if "A_log" in n] if kept else []
     fsdp.recompute(policy, ADAPTER.block_classes(model), "full")
-    fsdp.shard(policy, ADAPTER.block_classes(model), ranks, exact=exact, compute=torch.bfloat16)
+    fsdp.shard(policy, ADAPTER.block_classes(model), ranks, exact=exact)
     groups = [type(m).__name__ for m in policy.modules() if isinstance(m, FSDPModule)]
     blocks = model.config.num_hidden_layers
     assert groups == ["FSDPPolicyModel", *["FSDPQwen3_5DecoderLayer"] * blocks], "a block is gathered on its own"
@@ -145,8 +146,8 @@ for kept in (True, False):
     if kept:
         ranks.average([p.grad for p in exact])
         norm = ranks.squares(p.grad for p in policy.parameters()) ** 0.5
-    found = {n.replace("_checkpoint_wrapped_module.", ""): fsdp.full(p.grad).clone()
-             for n, p in policy.model.named_parameters()}
+    grads = {n.replace("_checkpoint_wrapped_module.", ""): p.grad for n, p in policy.model.named_parameters()}
+    found = {n: (g.full_tensor() if hasattr(g, "full_tensor") else g).clone() for n, g in grads.items()}
     found["logprob"] = logprob_N.detach().clone()
     save_file(found, out / f"{'exact' if kept else 'rounded'}{ranks.rank}.safetensors")
 ranks.close()

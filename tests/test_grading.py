@@ -8,7 +8,7 @@ import pytest
 from astracli.config.recipe import GradingTable
 from astracli.rewards import grader
 from astracli.rewards.grading.conventions import Conventions
-from astracli.rewards.reward import GradeItem, GradePool, grade_all
+from astracli.rewards.reward import GradeItem, GradePool
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -130,7 +130,9 @@ def test_a_box_can_be_required() -> None:
 
 def test_agrees_with_published_verdicts() -> None:
     rows = [json.loads(line) for line in (FIXTURES / "graded_outputs.jsonl").read_text().splitlines()]
-    assert grade_all([(row["gold"], row["output"]) for row in rows]) == [row["correct"] for row in rows]
+    with GradePool() as pool:
+        grades = pool.grade(items(*((row["gold"], row["output"]) for row in rows)))
+    assert [grade.verdict == "right" for grade in grades] == [row["correct"] for row in rows]
 
 
 def test_the_last_announcement_behind_the_last_box_counts() -> None:
@@ -203,9 +205,9 @@ def test_three_conventions_can_be_changed() -> None:
 
 
 def test_a_recipe_that_says_nothing_keeps_the_conventions() -> None:
-    assert Conventions.of(GradingTable().model_dump()) == Conventions()
+    assert Conventions(**GradingTable().model_dump()) == Conventions()
     changed = GradingTable(relative_tolerance=0.01, ordered_lists=True, units="required")
-    assert Conventions.of(changed.model_dump()) == Conventions(0.01, True, True)
+    assert Conventions(**changed.model_dump()) == Conventions(0.01, True, "required")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from astracli.config import recipe_io
 from astracli.errors import UserError
 from astracli.hub.store import HubStore
 from astracli.hub.types import NextBatch
-from astracli.rl.schedule import Replays, admit, allowance, replays_due
+from astracli.rl.schedule import Admission, Replays, replays_due
 from astracli.rl.types import unpack_group
 
 
@@ -30,7 +30,10 @@ def test_replays_due_by_hand() -> None:
 
 def test_allowance_counts_the_steps_that_replays_take() -> None:
     def batches(staleness: int, replays: Replays, version: int = 10) -> int:
-        return allowance(batch_groups=1, max_staleness=staleness, next_step=10, version=version, replays=replays)
+        return Admission(
+            batch_groups=1, max_staleness=staleness, next_step=10, version=version, replays=replays,
+            steps=100, in_flight=0, waiting=0,
+        ).allowed  # fmt: skip
 
     # staleness 4: steps 10 to 14 are open to a group of version 10
     assert batches(4, Replays()) == 5
@@ -41,7 +44,7 @@ def test_allowance_counts_the_steps_that_replays_take() -> None:
 
 
 def test_the_end_of_a_run_needs_fewer_groups() -> None:
-    admission = admit(
+    admission = Admission(
         batch_groups=4, max_staleness=9, steps=15, next_step=10, version=10, in_flight=0, waiting=0,
         replays=Replays(1, 1),
     )  # fmt: skip

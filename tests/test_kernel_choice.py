@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from astracli.adapters import qwen3_5_layers
 from astracli.adapters.qwen3_5 import ADAPTER
+from astracli.kernels import varlen
 from astracli.kernels.gpu import fused
 
 
@@ -74,7 +75,7 @@ def test_a_gpu_whose_fla_has_no_right_backward_runs_the_rule_in_torch(
     )
 
     def conv(x: Any, taps: Any, bias: Any, *, activation: str, cu_seqlens: Any) -> tuple[Any, None]:
-        parts = layers._segments(cu_seqlens, x.shape[1])
+        parts = varlen.segments(cu_seqlens, x.shape[1])
         mixed = [delta_rule.conv_silu(x[:, a:b].transpose(1, 2), taps, bias).transpose(1, 2) for a, b in parts]
         return torch.cat(mixed, 1), None
 

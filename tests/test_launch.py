@@ -32,7 +32,7 @@ from astracli.plan.types import LaunchPlan
 from astracli.plan.view import to_json
 from astracli.process.children import ChildSpec
 from astracli.process.config import EngineConfig, EvalConfig, Role, RolloutConfig, TrainerConfig, load_config
-from astracli.report.page.page import LiveView, RunProgress
+from astracli.report.live import LiveView, RunProgress
 from astracli.report.summary_table import summary_rows
 from astracli.runs import find as runs
 from astracli.runs import metrics
@@ -68,7 +68,7 @@ def specs_of(context: RunContext) -> dict[str, ChildSpec]:
 
 
 def test_every_process_gets_its_config_and_only_its_owner_reads_it(tmp_path: Path) -> None:
-    recipe = tiny(resources__engines=2, resources__train_ranks=2, rollout__mem_fraction_static=0.55)
+    recipe = tiny(resources__engines=2, resources__train_ranks=2)
     specs = specs_of(context_of(recipe, tmp_path, resume_step=4))
     assert list(specs) == ["engine0", "engine1", "rollout", "trainer", "trainer1", "eval"]
     kinds = [EngineConfig, EngineConfig, RolloutConfig, TrainerConfig, TrainerConfig, EvalConfig]
@@ -87,7 +87,7 @@ def test_every_process_gets_its_config_and_only_its_owner_reads_it(tmp_path: Pat
     assert len({*ports}) == 2 and urls == [f"http://127.0.0.1:{port}" for port in ports]
     assert told["engine0"].stage_dir == told["eval"].engines[0].stage_dir == tmp_path / "stage" / "engine0"
     assert told["engine0"].stage_dir.is_dir() and told["engine0"].await_weights
-    assert told["engine0"].mem_fraction_static == 0.55, "the recipe's, where the plan derives none"
+    assert told["engine0"].mem_fraction_static == 0.8, "the engine's own, where the plan derives none"
     trainer = told["trainer1"]
     assert (trainer.resume_step, trainer.role, trainer.attention) == (4, Role.TRAINER, "sdpa")
 

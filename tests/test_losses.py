@@ -14,9 +14,8 @@ from torch import Tensor
 
 from astracli.errors import UserError
 from astracli.rl import losses
-from astracli.rl.losses import TokenLoss, Tokens, m2po
+from astracli.rl.losses import TokenLoss, Tokens, k3, m2po
 from astracli.rl.losses.clipping import ClipRange
-from astracli.rl.losses.kl import k3
 
 M2PO = losses.get("m2po")
 

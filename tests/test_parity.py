@@ -54,7 +54,7 @@ def test_a_leak_is_found_in_log_probabilities_and_in_gradients(model_dir: Path) 
     error = gradient_error(trainer, rows)
     assert error > 0.1
     with pytest.raises(RunFailed, match=r"in gradient, relative to its norm, allowed 1\.0e-04"):
-        trainer.row_check.require_gradients({"rows_gradient_error": error})
+        trainer.row_check.require({"rows_gradient_error": error})
     assert gradient_error(make_trainer(model_dir, chosen), rows) < 1e-5
     # and as a GPU computes each alone
     assert gradient_error(trainer, rows, same_shape=True) == pytest.approx(error, rel=0.02)
@@ -122,8 +122,8 @@ def test_what_excuses_a_difference_on_a_gpu_and_by_how_much() -> None:
         assert parity.gradient_limits({"rows_gradient_noise": noise}, cuda) == {error: 1e-2, own: limit}
     for repeat, limit in ((0.0, 1e-2), (0.004, 1e-2), (0.02, 0.04), (3.0, 0.15)):
         assert parity.gradient_limits({"rows_gradient_repeat": repeat}, cuda) == {error: limit, own: 1e-2}
-    on_a_gpu().require_gradients({error: 9e-3, own: 0.04, "rows_gradient_noise": 0.05})
-    on_a_gpu().require_gradients({error: 0.03, own: 0.009, "rows_gradient_repeat": 0.02})
+    on_a_gpu().require({error: 9e-3, own: 0.04, "rows_gradient_noise": 0.05})
+    on_a_gpu().require({error: 0.03, own: 0.009, "rows_gradient_repeat": 0.02})
     for found, limit in (
         ({error: 0.02, own: 0.04, "rows_gradient_noise": 0.17, "rows_gradient_repeat": 1e-8}, "1.0e-02"),
         ({error: 0.001, own: 0.06, "rows_gradient_noise": 0.05}, "5.0e-02"),
@@ -131,7 +131,7 @@ def test_what_excuses_a_difference_on_a_gpu_and_by_how_much() -> None:
         ({error: float("nan"), own: 0.001}, "1.0e-02"),
     ):
         with pytest.raises(RunFailed, match=f"allowed {limit}"):
-            on_a_gpu().require_gradients(found)
+            on_a_gpu().require(found)
 
 
 def test_what_a_gpu_measures(model_dir: Path) -> None:
@@ -150,7 +150,7 @@ def test_what_a_gpu_measures(model_dir: Path) -> None:
     assert leaking["rows_gradient_error"] > 0.1 and leaking["rows_gradient_own_shape"] > 0.1
     assert leaking["rows_gradient_repeat"] == 0.0 and 1e-2 < leaking["rows_gradient_noise"] < 0.3
     with pytest.raises(RunFailed, match=r"allowed 1\.0e-02"):
-        on_a_gpu().require_gradients(leaking)
+        on_a_gpu().require(leaking)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])

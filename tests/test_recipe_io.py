@@ -292,9 +292,9 @@ def test_resolved_json_and_toml_read_back_equal(tmp_path: Path) -> None:
     recipe = recipe_io.load("qwen3.5-4b-m2po-delta", ["resources.engine.env.A_B=x y", "data.prompt=é {question}"])
     (tmp_path / "recipe.json").write_text(recipe_io.to_json(recipe))
     (tmp_path / "r.toml").write_text(recipe_io.to_toml(recipe))
-    assert recipe_io.from_json(tmp_path / "recipe.json") == recipe
+    assert recipe_io.load(tmp_path / "recipe.json") == recipe
     assert recipe_io.load(str(tmp_path / "r.toml")) == recipe
-    longer = recipe_io.from_json(tmp_path / "recipe.json", ["train.steps=900"])
+    longer = recipe_io.load(tmp_path / "recipe.json", ["train.steps=900"])
     assert longer.train.steps == 900
     assert json.loads(recipe_io.to_json(recipe))["resources"]["engine"]["env"] == {"A_B": "x y"}
 

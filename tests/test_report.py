@@ -17,7 +17,7 @@ from astracli.errors import UserError
 from astracli.hub.types import Counts, EvaluationStatus, HubState
 from astracli.launch import summary
 from astracli.process.worker import Status
-from astracli.report.page.page import LiveView, PlainView, RunProgress, draw, duration, eval_line
+from astracli.report.live import LiveView, PlainView, RunProgress, draw, duration, eval_line
 from astracli.report.summary_table import benchmark_table, print_summary, size, summary_rows
 from astracli.runs.metrics import Tail, mean, median, mend, open_sinks, read, series
 

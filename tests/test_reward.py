@@ -204,6 +204,13 @@ def test_a_reward_beside_the_recipe_is_found(tmp_path: Path, monkeypatch: pytest
         assert pool.grade(items(("", "")))[0].reward == 0.5
 
 
+def test_a_reward_that_ends_its_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ends.py").write_text("import os\nos._exit(9)\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="reward `ends:f` died while it started: exit code 9"):
+        validate_reward("ends:f")
+
+
 def test_builtin_rewards_validate_without_a_process() -> None:
     started = time.monotonic()
     for spec in ("math", "math_boxed", "probe"):

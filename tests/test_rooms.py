@@ -44,6 +44,13 @@ ENGINES_NAMED: dict[tuple[str, str], str] = {
     ("machine/packages.py", "sglang"): "what a machine's document records: packages, by name, of any host",
 }
 """(file, engine that it names) -> why that is so for now. This list only shrinks."""
+WEIGHTS: dict[str, set[str]] = {
+    "format": set(),
+    "device": {"format"},
+    "publish": {"format", "device"},
+    "receive": {"format", "device"},
+}
+"""Part of the room `weights` -> the parts below it."""
 
 
 def modules() -> dict[str, Path]:
@@ -87,6 +94,17 @@ def test_imports_between_rooms_go_down() -> None:
     found = upward({name: file.read_text(encoding="utf-8") for name, file in modules().items()})
     assert found - UPWARD.keys() == set(), "move what is needed to where it belongs, or the import into a room above"
     assert UPWARD.keys() - found == set(), "no longer needed: take it off the list"
+
+
+def test_imports_between_the_parts_of_weights_go_down() -> None:
+    files = modules()
+    parts = {name: name.split(".")[1] for name in files if name.startswith("weights.")}
+    assert set(parts.values()) == set(WEIGHTS)
+    for module, own in parts.items():
+        others = {
+            parts[name] for name in imported(files[module].read_text(encoding="utf-8"), set(files)) if name in parts
+        }
+        assert others <= {own} | WEIGHTS[own], module
 
 
 def test_a_plan_is_made_without_what_runs_it() -> None:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from astracli.errors import UserError
-from astracli.report import live as run_view
+from astracli.report import run_files
 from astracli.runs import find as runs
 from astracli.runs import run_dir
 from astracli.runs.run_dir import RunDir
@@ -139,7 +139,7 @@ def test_a_damaged_status_is_said(tmp_path: Path) -> None:
     run.status_json.write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         run.status()
-    assert run_view.row(run)["state"].startswith("unknown: ")
+    assert run_files.row(run)["state"].startswith("unknown: ")
     assert [r.name for r in runs.list_runs(tmp_path)] == ["a"]
 
 

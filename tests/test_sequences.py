@@ -13,8 +13,7 @@ from training_tools import recipe, sample_groups
 from astracli.config.algorithms import AlgorithmTable
 from astracli.config.recipe import RolloutTable
 from astracli.rl import losses
-from astracli.rl.advantage import overlong_penalties
-from astracli.rl.batch import Row, build_batch, rows_of
+from astracli.rl.batch import Row, build_batch, overlong_penalties, rows_of
 from astracli.rl.types import Group, Sample, Segment
 from astracli.training import objective
 

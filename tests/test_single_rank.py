@@ -49,17 +49,17 @@ if resume:
     checkpoint.load(checkpoint.latest(Path(resume)), trainer.masters, ranks)
 alone = ranks.world_size == 1
 found = {"rows": rows_error(trainer) if alone else None, "figures": []}
-trainer._rows_checked = True
+trainer._first = False
 for step in range(2 if resume else 0, 3):
     metrics = trainer.train(uneven_groups(step), step, step).metrics
     found["figures"].append([metrics[name] for name in NAMES])
     if step == 1:
-        checkpoint.save(out / "checkpoints", 2, 2, trainer.masters, ranks, keep=1)
+        checkpoint.save(out / "checkpoints", 2, trainer.masters, ranks, keep=1)
 full = trainer.masters.wire_full()
 if ranks.first:
     save_file(full, out / "full.safetensors")
 if alone:
-    with trainer.masters.whole():
+    with trainer.masters.split_masters.whole():
         save_file(trainer.masters.values, out / "masters.safetensors")
     found["operators"] = count_operators(trainer)
 ranks.close()
@@ -112,7 +112,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lowered(model_dir: Path, split: Split = RESIDENT, **train: Any) -> Trainer:
     ranks = Ranks(compute=torch.bfloat16)
     trainer = setup.build_trainer(model_dir, ADAPTER, chosen(**train), ranks, attention="sdpa", split=split)
-    trainer._rows_checked = True  # a CPU's tolerance is that of fp32
+    trainer._first = False  # a CPU's tolerance is that of fp32
     return trainer
 
 
@@ -137,7 +137,7 @@ def test_it_is_bit_for_bit_what_fsdp_on_a_mesh_of_one_gives(model_dir: Path, tmp
     assert figures(trainer) == theirs["figures"]
     masters = load_file(tmp_path / "masters.safetensors")
     moved = []
-    with trainer.masters.whole():
+    with trainer.masters.split_masters.whole():
         for name, value in trainer.masters.values.items():
             assert value.dtype == torch.float32
             moved.append((value.view(torch.int32) - masters[name].view(torch.int32)).abs().flatten())
@@ -158,7 +158,7 @@ def test_two_sharded_ranks_learn_the_same_and_checkpoints_go_both_ways(model_dir
     two = sharded(2, model_dir, tmp_path / "two")
     one = lowered(model_dir)
     mine = figures(one, 0, 2)
-    checkpoint.save(tmp_path / "one", 2, 2, one.masters, one.ranks, keep=1)
+    checkpoint.save(tmp_path / "one", 2, one.masters, one.ranks, keep=1)
     mine += figures(one, 2, 3)
     for step, tolerance in enumerate((0.01, 0.05, 0.05)):
         assert mine[step] == pytest.approx(two["figures"][step], rel=tolerance, abs=2e-3), step
@@ -212,7 +212,7 @@ def test_what_the_engine_holds_in_fp32_stays_fp32_beside_its_master(model_dir: P
     before = {name: tensor.clone() for name, tensor in published(masters).items()}
     held = sum(value.untyped_storage().nbytes() for value in masters.values.values())
     assert held == 4 * sum(value.numel() for name, value in masters.values.items() if "A_log" in name)
-    with masters.whole():
+    with masters.split_masters.whole():
         for name, value in masters.values.items():
             parameter = masters.parameters[name]
             assert value.dtype == torch.float32 and value.data_ptr() != parameter.data_ptr()
@@ -246,7 +246,7 @@ def test_away_it_holds_nothing_and_learns_the_same(model_dir: Path, split: Split
         leaves.to_device()
         leaves.to_device()
         assert figures(stays, step, step + 1) == figures(leaves, step, step + 1)
-    with stays.masters.whole(), leaves.masters.whole():
+    with stays.masters.split_masters.whole(), leaves.masters.split_masters.whole():
         for name, value in stays.masters.values.items():
             assert value.abs().sum() > 0 or "bias" in name, name
             assert torch.equal(value, leaves.masters.values[name]), name
@@ -288,7 +288,7 @@ def test_what_is_never_trained_leaves_with_the_rest(model_dir: Path) -> None:
     trainer = setup.build_trainer(
         model_dir, adapter, chosen(), Ranks(compute=torch.bfloat16), attention="sdpa", split=RESIDENT
     )
-    trainer._rows_checked = True
+    trainer._first = False
     (frozen,) = trainer.masters.frozen
     before = frozen.clone()
     figures(trainer, 0, 1)
@@ -304,7 +304,7 @@ def test_what_is_never_trained_leaves_with_the_rest(model_dir: Path) -> None:
 def test_a_resumed_run_goes_on_bit_for_bit(model_dir: Path, tmp_path: Path) -> None:
     first = lowered(model_dir)
     figures(first, 0, 2)
-    checkpoint.save(tmp_path, 2, 2, first.masters, first.ranks, keep=1)
+    checkpoint.save(tmp_path, 2, first.masters, first.ranks, keep=1)
     second = lowered(model_dir)
     found = checkpoint.latest(tmp_path)
     assert found is not None

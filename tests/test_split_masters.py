@@ -75,10 +75,10 @@ def test_a_master_has_memory_inside_whole_alone_and_keeps_what_is_written_there(
     first, second = (nn.Parameter(torch.randn(5, 3, generator=generator)) for _ in range(2))
     before = first.detach().clone()
     split_masters = SplitMasters()
-    masters = {name: split_masters.take(name, p, torch.bfloat16) for name, p in (("a", first), ("b", second))}
+    masters = {name: split_masters.take(name, p) for name, p in (("a", first), ("b", second))}
     assert first.dtype == torch.bfloat16 and [rest.dtype for rest in split_masters.rests] == [torch.int16] * 2
     assert [m.untyped_storage().nbytes() for m in masters.values()] == [0, 0]
-    with split_masters.whole(["a", "not in halves"]):
+    with split_masters.whole(["a", "not split"]):
         assert torch.equal(masters["a"], before) and masters["b"].untyped_storage().nbytes() == 0
         masters["a"].add_(2.0**-20)
     assert masters["a"].untyped_storage().nbytes() == 0
@@ -119,7 +119,7 @@ def test_any_part_on_the_host_gives_the_numbers_of_all_at_once(
         values = {f"w{i}": torch.randn(4, 1 + i, generator=generator) for i in range(9)}
         split_masters = SplitMasters()
         if lowered:
-            values = {n: split_masters.take(n, nn.Parameter(v), torch.bfloat16) for n, v in values.items()}
+            values = {n: split_masters.take(n, nn.Parameter(v)) for n, v in values.items()}
         made = Adam(values, table, moments_on_host=moments_on_host, split_masters=split_masters)
         for step in range(4):
             gradients = {n: torch.randn(v.shape, generator=generator) for n, v in values.items() if n != f"w{step}"}

@@ -25,7 +25,7 @@ from test_train_worker import STEPS, Job, save_model
 from astracli.backends import choice as backend
 from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
-from astracli.engines.client import GenRequest
+from astracli.engines.contract import GenRequest
 from astracli.engines.sglang.client import SglangClient
 from astracli.errors import UserError
 from astracli.hub.client import AsyncHubClient, HubClient

@@ -24,8 +24,7 @@ from astracli.rl.types import pack_group
 from astracli.training import checkpoint
 from astracli.training.checkpoint_saver import _Save
 from astracli.training.fsdp import Ranks
-from astracli.training.settings import in_background
-from astracli.training.worker import TrainLoop
+from astracli.training.loop import TrainLoop, in_background
 from astracli.weights.format.manifest import read_stable
 from astracli.weights.publish import publisher
 from astracli.weights.publish.snapshot import Snapshot
@@ -286,11 +285,17 @@ def test_the_step_goes_on_while_its_version_is_published_and_the_next_one_waits(
         gate.wait(30)
         announced(version)
 
+    def release() -> None:
+        while "version 1 to be published" not in job.reporter.said:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        gate.set()
+
     loop._announce = late  # type: ignore[method-assign]
     job.train(loop, until=1)
     assert loop.publisher.busy and read_stable(job.run_dir / "weights", 0)
     assert job.store.state().latest_version == 0
-    threading.Timer(0.5, gate.set).start()
+    threading.Thread(target=release, daemon=True).start()
     job.train(loop, until=2)
     assert job.store.state().latest_version >= 1
     assert "version 1 to be published" in job.reporter.said and job.reporter.said[-1] is None
@@ -330,7 +335,7 @@ def test_a_step_counts_the_copy_that_its_version_is_published_from(job: Job, mon
 def test_an_error_in_the_background_ends_the_wait_for_a_batch_with_its_cause(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("astracli.training.worker.BATCH_WAIT_S", 0.2)
+    monkeypatch.setattr("astracli.training.loop.BATCH_WAIT_S", 0.2)
     job.background = "on"
     loop = job.loop()
     loop.start()
@@ -361,7 +366,7 @@ def test_a_missing_checkpoint_is_named(job: Job) -> None:
 
 
 def test_waiting_says_for_what_and_ends_on_a_stop(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("astracli.training.worker.BATCH_WAIT_S", 0.2)
+    monkeypatch.setattr("astracli.training.loop.BATCH_WAIT_S", 0.2)
     loop = job.loop()
     loop.start()
     job.store.engine_state("engine0", 0, "ready")

@@ -355,7 +355,7 @@ def test_the_scoring_pass_serves_the_first_update(
     groups = stale(sample_groups(trainers[0], 4, seed=3), 0.01)
     forwards: list[int] = []
     for trainer in trainers:
-        trainer._rows_checked = True
+        trainer._first = False
         count = 0
         real = trainer._forward
 

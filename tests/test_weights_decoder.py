@@ -23,12 +23,12 @@ from transfer_tools import copies, same
 
 from astracli.process import channel
 from astracli.weights import WeightCorrupt, WeightMismatch
-from astracli.weights.device.resident import Resident
 from astracli.weights.format import flat
 from astracli.weights.format.codec import DecodedPiece
 from astracli.weights.receive import apply, decoder, reading
-from astracli.weights.receive.apply import EngineSlice
 from astracli.weights.receive.decoder import DecoderProcess
+from astracli.weights.receive.placement import EngineSlice
+from astracli.weights.receive.resident import Resident
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,8 @@ from astracli.errors import RunFailed
 from astracli.process import channel
 from astracli.weights.device import difference as device
 from astracli.weights.format import codec
-from astracli.weights.format.manifest import FileEntry
+from astracli.weights.format.manifest import FileEntry, hash_file
 from astracli.weights.publish import coder, encoder, payload
-from astracli.weights.publish.payload import hash_file
 from astracli.weights.publish.snapshot import copies
 
 Bits = np.ndarray[Any, Any]

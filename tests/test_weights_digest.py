@@ -39,12 +39,12 @@ def random_bits(size: int, dtype: str, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize(
     ("size", "start"), [(0, 0), (1, 0), (5, 16380), (40_000, 7), (16384, 16384), (33_000, 1 << 33)]
 )
-def test_numpy_torch_and_the_definition_agree(size: int, start: int, dtype: str) -> None:
+def test_numpy_and_the_definition_agree(size: int, start: int, dtype: str) -> None:
     bits = random_bits(size, dtype)
     expected = by_hand(bits, start)
     assert digest.digest_bits(bits, start) == expected
     signed = torch.from_numpy(bits.view(f"<i{bits.itemsize}"))
-    assert digest.digest_torch(signed.view(torch.bfloat16 if dtype == "<u2" else torch.float32), start) == expected
+    assert digest.digest_tensor(signed.view(torch.bfloat16 if dtype == "<u2" else torch.float32), start) == expected
 
 
 def test_the_values_are_frozen() -> None:

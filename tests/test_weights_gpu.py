@@ -15,17 +15,18 @@ import torch
 from transfer_tools import same_files
 
 from astracli.engines.sglang import loader as sglang_loader
-from astracli.weights.device import host, resident
+from astracli.weights.device import host
 from astracli.weights.device.difference import bits_torch
 from astracli.weights.format import codec, container, digest
 from astracli.weights.format.digest import bits_of
+from astracli.weights.format.flat import flatten
 from astracli.weights.format.manifest import Manifest, seal, version_name, write_atomic
 from astracli.weights.publish import payload
 from astracli.weights.publish.publisher import Publisher
 from astracli.weights.publish.snapshot import Shard, copies
-from astracli.weights.receive import apply, staging
-from astracli.weights.receive.apply import EngineSlice
+from astracli.weights.receive import apply, resident, staging
 from astracli.weights.receive.decoder import DecoderProcess
+from astracli.weights.receive.placement import EngineSlice
 
 pytestmark = pytest.mark.gpu
 
@@ -47,7 +48,7 @@ RANGES = [
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_one_pass_gives_the_digests_of_numpy_and_torch(dtype: torch.dtype) -> None:
+def test_one_pass_gives_the_digests_of_numpy(dtype: torch.dtype) -> None:
     from astracli.weights.device.scatter_kernels import DigestPlan
 
     host = [random_weights(size, dtype, k) for k, (size, _) in enumerate(RANGES)]
@@ -55,7 +56,6 @@ def test_one_pass_gives_the_digests_of_numpy_and_torch(dtype: torch.dtype) -> No
     there = [tensor.cuda() for tensor in host]
     found = DigestPlan(list(zip(there, starts, strict=True)), range(len(RANGES))).lanes()
     assert found == [digest.digest_bits(bits_of(t), s) for t, s in zip(host, starts, strict=True)]
-    assert found == [digest.digest_torch(t, s) for t, s in zip(there, starts, strict=True)]
     odd = there[6][3:]  # an address that no vector load may use
     assert DigestPlan([(odd, 10)], [0]).lanes() == [digest.digest_bits(bits_of(host[6][3:]), 10)]
 
@@ -65,9 +65,9 @@ def test_ranges_of_one_slot_are_added_up_and_a_plan_sees_new_values() -> None:
 
     whole = random_weights(100_000, torch.bfloat16, 0).cuda()
     plan = DigestPlan([(whole[60_000:], 60_000), (whole[:60_000], 0), (whole[:7], 0)], [1, 1, 0])
-    assert plan.lanes()[1] == digest.digest_torch(whole)
+    assert plan.lanes()[1] == digest.digest_tensor(whole)
     whole[70_000] += 1
-    assert plan.lanes()[1] == digest.digest_torch(whole)
+    assert plan.lanes()[1] == digest.digest_tensor(whole)
 
 
 @pytest.mark.parametrize("encoding", list(container.ENCODINGS))
@@ -79,7 +79,7 @@ def test_the_scatter_kernel_is_the_numpy_update(encoding: str, dtype: torch.dtyp
     blob = codec._pack(codec._difference(encoding, base, new, at), len(at), 1)
     update = codec.decode(blob, encoding, len(at), len(base), base.itemsize)
     view = torch.from_numpy(base.view(f"<i{base.itemsize}")).view(dtype).cuda()
-    prepared = apply.Prepared(b"", 1, "delta", 0, None, steps=[[("a", 0, update)]])
+    prepared = apply.Prepared(b"", 1, "delta", 0, None, flat=[flatten([("a", 0, update)])])
     hands = resident.Resident({"a": [EngineSlice(view[:1001], 0), EngineSlice(view[1001:], 1001)]})
     assert hands._triton
     hands.apply(prepared)

@@ -20,9 +20,9 @@ from transfer_tools import same
 
 from astracli.engines.sglang import loader as sglang_loader
 from astracli.weights import WeightMismatch
-from astracli.weights.device.resident import Resident
 from astracli.weights.receive import apply, watcher
 from astracli.weights.receive.placement import PlacementRecorder
+from astracli.weights.receive.resident import Resident
 from astracli.weights.receive.subscriber import Subscriber
 
 
@@ -36,7 +36,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[sglang_loader.Load
             super().__init__(*given)
             made.append(self)
 
-    monkeypatch.setattr(sglang_loader, "Engine", Kept)
+    monkeypatch.setattr(sglang_loader, "LoadedModel", Kept)
     yield made
     for engine in made:
         engine.watcher.close()
@@ -130,7 +130,7 @@ def test_a_version_is_decoded_and_loaded_before_the_call_and_only_scattered_in_i
     assert decoded_ahead(where)
     shutil.rmtree(where / "v000002")  # nothing of it is read again
     prepared = sglang_loader._engines[model].watcher._prepared
-    assert prepared is not None and prepared.loaded is not None and prepared.steps == []
+    assert prepared is not None and prepared.loaded is not None and prepared.flat == []
     sglang_loader.apply_staged(model)
     result = json.loads((where / "result.json").read_text())
     assert result["ok"] and same(model.hf(), versions[2]), result

@@ -22,9 +22,6 @@ def list_(json: JsonOpt = False) -> None:
     from astracli.models import registry
 
     found = [registry.to_json(item) for item in registry.installed()]
-    if json:
-        out(json).document(found)
-        return
     rows = [
         [
             a["name"],
@@ -34,12 +31,14 @@ def list_(json: JsonOpt = False) -> None:
         ]
         for a in found
     ]
-    out().table(["adapter", "model types", "package", "summary"], rows)
+    out(json).table(["adapter", "model types", "package", "summary"], rows, document=found)
 
 
 @app.command()
 def show(name: NameArg, json: JsonOpt = False) -> None:
     """Show what an adapter declares."""
+    from dataclasses import asdict
+
     from astracli.models import registry
 
     adapter = registry.get(name)
@@ -51,17 +50,9 @@ def show(name: NameArg, json: JsonOpt = False) -> None:
         "keep_fp32": list(adapter.keep_fp32),
         "frozen": list(adapter.frozen),
         "parity_tolerance": dict(adapter.parity_tolerance),
-        "forbidden": [
-            {
-                "backend": f.backend,
-                "compute_capabilities": list(f.compute_capabilities),
-                "reason": f.reason,
-                "refused": f.refused,
-            }
-            for f in adapter.forbidden
-        ],
+        "forbidden": [asdict(f) | {"compute_capabilities": list(f.compute_capabilities)} for f in adapter.forbidden],
     }
-    out(json).document(facts) if json else out().facts(facts)
+    out(json).facts(facts)
 
 
 @app.command()
@@ -75,8 +66,6 @@ def check(name: NameArg, json: JsonOpt = False) -> None:
 
     adapter = registry.get(name)
     report = adapter_check.check(adapter)
-    if json:
-        out(json).document(report)
-    else:
-        out().table(["check", "status", "finding"], [[c["name"], c["status"], c["value"]] for c in report["checks"]])
+    rows = [[c["name"], c["status"], c["value"]] for c in report["checks"]]
+    out(json).table(["check", "status", "finding"], rows, document=report)
     raise typer.Exit(0 if report["ok"] else 1)

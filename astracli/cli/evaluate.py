@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from astracli.cli.options import DryRunOpt, FactsOpt, JsonOpt, RecipeArg, RecipeOpt, SetOpt, load_recipe, one_name
+from astracli.cli import options
 from astracli.cli.output import out
 from astracli.cli.plan_view import print_plan, refuse_facts
 from astracli.errors import UserError
@@ -17,15 +17,10 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    recipe_name: RecipeArg = None,
-    recipe: RecipeOpt = None,
-    set_: SetOpt = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            "--weights", metavar="DIR|HUB_ID", help="Checkpoint directory or Hub id; default the recipe's model."
-        ),
-    ] = None,
+    recipe_name: options.RecipeArg = None,
+    recipe: options.RecipeOpt = None,
+    set_: options.SetOpt = None,
+    weights: options.WeightsOpt = None,
     run_dir: Annotated[
         Path | None, typer.Option("--run-dir", metavar="RUN", help="Evaluate this run's export by its own recipe.")
     ] = None,
@@ -52,9 +47,9 @@ def evaluate(
         tuple[str, str] | None,
         typer.Option("--compare", metavar="RUN_A RUN_B", help="Compare two evaluations, each a RUN or RUN@STEP."),
     ] = None,
-    dry_run: DryRunOpt = False,
-    facts: FactsOpt = None,
-    json: JsonOpt = False,
+    dry_run: options.DryRunOpt = False,
+    facts: options.FactsOpt = None,
+    json: options.JsonOpt = False,
 ) -> None:
     """Evaluate a model, or the newest run.
 
@@ -72,19 +67,19 @@ def evaluate(
     run: RunDir | None = None
     changes = [*(set_ or ()), *([f"rollout.engine={engine}"] if engine else ())]
     if resume is not None:
-        if one_name(recipe_name, recipe) or run_dir or weights or benchmark or samples or engine or to or set_:
+        if options.one_name(recipe_name, recipe) or run_dir or weights or benchmark or samples or engine or to or set_:
             raise UserError("--resume goes on with an evaluation as it began", "leave the other options out")
         stopped = named(str(resume))
-        resume, loaded = stopped.path, recipe_io.from_json(stopped.recipe_json)
-    elif one_name(recipe_name, recipe) is not None:
+        resume, loaded = stopped.path, recipe_io.load(stopped.recipe_json)
+    elif options.one_name(recipe_name, recipe) is not None:
         if run_dir is not None:
             raise UserError(
                 "both a recipe and --run-dir given", "--run-dir takes the run's own recipe; leave the other out"
             )
-        loaded = load_recipe(recipe_name, recipe, changes, "eval")
+        loaded = options.load_recipe(recipe_name, recipe, changes, "eval")
     else:
         run = _exported(named(str(run_dir))) if run_dir is not None else newest_exported()
-        loaded = recipe_io.from_json(run.recipe_json, changes)
+        loaded = recipe_io.load(run.recipe_json, changes)
         weights = weights or str(run.export)
         out().note(f"evaluating {weights} by the recipe of {run.path}")
 
@@ -111,14 +106,13 @@ def _compare(a: str, b: str, as_json: bool) -> None:
     from astracli.evaluation import compare
 
     rows = compare.compare(compare.read_shares(a), compare.read_shares(b))
-    if as_json:
-        out(True).document(compare.document(a, b, rows))
-        return
-    out().table(
+    out(as_json).table(
         ["benchmark", "items", "A", "B", "B - A", "95 % from", "to", "p", "difference"],
         [[r.benchmark, r.items, r.a, r.b, r.difference, r.low, r.high, r.p, r.verdict] for r in rows],
+        document=compare.document(a, b, rows),
     )
-    out().text("\n".join(f"{row.benchmark}: {compare.words(row)}" for row in rows))
+    if not as_json:
+        out().text("\n".join(f"{row.benchmark}: {compare.words(row)}" for row in rows))
 
 
 def newest_exported(root: Path = Path("runs")) -> RunDir:

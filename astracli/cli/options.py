@@ -49,6 +49,10 @@ RecipeOpt = Annotated[
 SetOpt = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one recipe value; may be repeated.")
 ]
+WeightsOpt = Annotated[
+    str | None,
+    typer.Option("--weights", metavar="DIR|HUB_ID", help="Checkpoint directory or Hub id; default the recipe's model."),
+]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DryRunOpt = Annotated[bool, typer.Option("--dry-run", help="Print the plan and start nothing.")]
 FactsOpt = Annotated[

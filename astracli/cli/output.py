@@ -30,14 +30,20 @@ class Output:
         """Print plain result text."""
         _print(text)
 
-    def table(self, headers: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None) -> None:
-        """Print aligned columns, as wide as there is room for: the last column wraps."""
+    def table(
+        self, headers: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None, document: Any = None
+    ) -> None:
+        """Print aligned columns within `room()`; the last column wraps. With `as_json`, print `document` instead."""
+        if self.as_json:
+            return self.document(document)
         if title:
             _print(title)
         _print("\n".join(table_lines(headers, rows, room())))
 
     def facts(self, document: Mapping[str, Any], title: str | None = None) -> None:
-        """Print a nested document as titled two-column tables."""
+        """Print a nested document as titled two-column tables, or as JSON."""
+        if self.as_json:
+            return self.document(document)
         for name, headers, rows in sections(document, title):
             self.table(headers, rows, name)
             _print()
@@ -49,10 +55,6 @@ class Output:
     def hint(self, text: str) -> None:
         """Say what to do next."""
         print(f"hint: {text}", file=sys.stderr)
-
-    def warning(self, text: str) -> None:
-        """Say what may go wrong."""
-        print(f"warning: {text}", file=sys.stderr)
 
     def error(self, message: str, hint: str | None = None) -> None:
         """Say what happened and what to do: the end of a command that failed."""

@@ -22,10 +22,8 @@ def list_(json: JsonOpt = False) -> None:
     from astracli.config import recipe_io
 
     found = recipe_io.shipped()
-    if json:
-        out(json).document([asdict(info) for info in found])
-    else:
-        out().table(["recipe", "what it does"], [[info.name, info.description] for info in found])
+    rows = [[info.name, info.description] for info in found]
+    out(json).table(["recipe", "what it does"], rows, document=[asdict(info) for info in found])
 
 
 @app.command()
@@ -86,7 +84,4 @@ def check(recipe_name: RecipeArg = None, recipe: RecipeOpt = None, set_: SetOpt 
         "transfer": loaded.weights.transfer,
         "ok": True,
     }
-    if json:
-        out(json).document(facts)
-    else:
-        out().facts(facts)
+    out(json).facts(facts)

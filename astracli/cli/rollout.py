@@ -7,22 +7,17 @@ from typing import Annotated
 
 import typer
 
-from astracli.cli.options import DryRunOpt, FactsOpt, JsonOpt, RecipeArg, RecipeOpt, RunDirOpt, SetOpt, load_recipe
+from astracli.cli import options
 from astracli.cli.output import out
 from astracli.cli.plan_view import print_plan, refuse_facts
 from astracli.errors import UserError
 
 
 def rollout(
-    recipe_name: RecipeArg = None,
-    recipe: RecipeOpt = None,
-    set_: SetOpt = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            "--weights", metavar="DIR|HUB_ID", help="Checkpoint directory or Hub id; default the recipe's model."
-        ),
-    ] = None,
+    recipe_name: options.RecipeArg = None,
+    recipe: options.RecipeOpt = None,
+    set_: options.SetOpt = None,
+    weights: options.WeightsOpt = None,
     n: Annotated[
         int,
         typer.Option("--n", metavar="N", min=1, help="Prompts to answer, each with the recipe's group_size samples."),
@@ -30,16 +25,16 @@ def rollout(
     out_: Annotated[
         Path, typer.Option("--out", metavar="FILE", help="Where the samples go, one JSON line each.")
     ] = Path("rollout.jsonl"),
-    run_dir: RunDirOpt = None,
-    dry_run: DryRunOpt = False,
-    facts: FactsOpt = None,
-    json: JsonOpt = False,
+    run_dir: options.RunDirOpt = None,
+    dry_run: options.DryRunOpt = False,
+    facts: options.FactsOpt = None,
+    json: options.JsonOpt = False,
 ) -> None:
     """Generate and grade samples, without training."""
     refuse_facts(facts, dry_run, "rollout")
     if json and not dry_run:
         raise UserError("--json prints a plan: it goes with --dry-run", "samples are JSON lines already: see --out")
-    loaded = load_recipe(recipe_name, recipe, set_, "rollout")
+    loaded = options.load_recipe(recipe_name, recipe, set_, "rollout")
     if dry_run:
         print_plan(loaded, "rollout", out(json), facts)
         return

@@ -13,7 +13,7 @@ from astracli.cli.options import JsonOpt, OptionalRunArg, RootOpt, the_run
 from astracli.cli.output import out
 
 if TYPE_CHECKING:
-    from astracli.report.live import Outcome
+    from astracli.report.run_files import Outcome
 
 app = typer.Typer(help="Look at runs, stop them, free their disk.", rich_markup_mode=None, no_args_is_help=True)
 
@@ -21,19 +21,15 @@ app = typer.Typer(help="Look at runs, stop them, free their disk.", rich_markup_
 @app.command("list")
 def list_(root: RootOpt = Path("runs"), json: JsonOpt = False) -> None:
     """List the runs, newest first."""
-    from astracli.report import live as run_view
+    from astracli.report import run_files
     from astracli.runs import find as runs
 
-    rows = [run_view.row(run) for run in runs.list_runs(root)]
-    if json:
-        out(json).document(rows)
-    elif not rows:
+    rows = [run_files.row(run) for run in runs.list_runs(root)]
+    if not rows and not json:
         out().note(f"no runs under `{root}`")
-    else:
-        out().table(
-            ["run", "state", "step", "started", "wall s"],
-            [[r["run"], r["state"], _of(r["step"], r["steps"]), r["started"], r["wall_s"]] for r in rows],
-        )
+        return
+    shown = [[r["run"], r["state"], _of(r["step"], r["steps"]), r["started"], r["wall_s"]] for r in rows]
+    out(json).table(["run", "state", "step", "started", "wall s"], shown, document=rows)
 
 
 @app.command()
@@ -41,14 +37,14 @@ def status(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
     """Show a run's state and newest figures, process by process."""
     from dataclasses import asdict
 
-    from astracli.report import live as run_view
+    from astracli.report import run_files
 
     found = the_run(run)
     recorded = found.status()
     document = {
-        "run": run_view.row(found),
+        "run": run_files.row(found),
         "status": asdict(recorded) if recorded else None,
-        "figures": run_view.newest_figures(found),
+        "figures": run_files.newest_figures(found),
     }
     if json:
         out(json).document(document)
@@ -57,7 +53,7 @@ def status(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
     if recorded and recorded.cause:
         shown["cause"] = recorded.cause
     out().facts(shown)
-    for process, figures in run_view.newest_figures(found).items():
+    for process, figures in run_files.newest_figures(found).items():
         out().facts(figures, process)
 
 
@@ -75,20 +71,20 @@ def logs(
 
     A process writes here what it has to complain about: the log of one that is well may be empty.
     """
-    from astracli.report import live as run_view
+    from astracli.report import run_files
 
     found = the_run(run)
-    files = run_view.log_files(found, name)
+    files = run_files.log_files(found, name)
     if empty := [file.stem for file in files if not file.stat().st_size]:
         out().note(f"nothing in the log{'s' if len(empty) > 1 else ''} of {', '.join(empty)}")
     files = [file for file in files if follow or file.stem not in empty]
     for file in files:
         if len(files) > 1 and not json:
             out().text(f"==> {file.stem} <==")
-        for line in run_view.last_lines(file, lines):
+        for line in run_files.last_lines(file, lines):
             out().text(_log_line(file.stem, line) if json else line)
     if follow:
-        for file, line in run_view.follow(files, lambda: found.going()):
+        for file, line in run_files.follow(files, lambda: found.going()):
             plain = f"{file.stem}: {line}" if len(files) > 1 else line
             out().text(_log_line(file.stem, line) if json else plain)
 
@@ -103,12 +99,12 @@ def report(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
 
     Of a run that has ended, the summary table; of one that goes on, its figures so far.
     """
-    from astracli.report import live as run_view
+    from astracli.report import run_files
     from astracli.report.page import html as report_html
 
     found = the_run(run)
     out().note(f"wrote {report_html.write(found)}")
-    summary, results = run_view.summary(found), run_view.results(found)
+    summary, results = run_files.summary(found), run_files.results(found)
     if results is not None and not json:
         from astracli.report.summary_table import result_lines
 
@@ -121,7 +117,7 @@ def report(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
 
         print_summary(summary, Console(width=100))
         return
-    document = run_view.report(found) | {"summary": summary, "results": results}
+    document = run_files.report(found) | {"summary": summary, "results": results}
     if json:
         out(json).document(document)
         return
@@ -161,11 +157,11 @@ def samples(
     """
     from collections import deque
 
-    from astracli.report import live as run_view
+    from astracli.report import run_files
 
     chosen = {"wrong": wrong, "right": right, "truncated": truncated}
     outcomes: set[Outcome] = {name for name, asked in chosen.items() if asked}  # type: ignore[misc]
-    found = list(deque(run_view.samples(the_run(run), outcomes=outcomes, step=step), maxlen=n))
+    found = list(deque(run_files.samples(the_run(run), outcomes=outcomes, step=step), maxlen=n))
     if json:
         out(json).document(found)
         return

@@ -74,7 +74,7 @@ def export(
     from astracli.data import fetch
 
     found = the_run(run)
-    recipe = recipe_io.from_json(found.recipe_json)
+    recipe = recipe_io.load(found.recipe_json)
     model_dir = fetch.local_path(recipe.model.path) or fetch.fetch_model(recipe.model.path, recipe.model.revision)
     from astracli.training.export_run import export_checkpoint
 
@@ -105,19 +105,19 @@ def clean(
     Published weights, configurations and staged payloads go; results, checkpoints and export stay. Processes that a
     run left behind when its supervisor was killed are ended first. Without RUN: all under --root that are done.
     """
-    from astracli.report import live as run_view
+    from astracli.runs import clean as cleaning
 
     if run is None:
-        runs = run_view.cleanable(root, older_than_s=older_than * 86400, resumable=resumable)
+        runs = cleaning.cleanable(root, older_than_s=older_than * 86400, resumable=resumable)
     else:
         one = the_run(run)
         if one.in_use() or one.going():
             raise UserError(f"run `{one.path}` is running", f"stop it first: `astra runs stop {one.path}`")
         runs = [one]
     for r in runs if not dry_run else []:
-        for pid in run_view.end_leftovers(r):
+        for pid in cleaning.end_leftovers(r):
             out().note(f"ended process {pid} that `{r.path}` left behind")
-    freed = [run_view.clean(r, dry_run=dry_run) for r in runs]
+    freed = [cleaning.clean(r, dry_run=dry_run) for r in runs]
     rows = [(str(r.path), count) for r, count in zip(runs, freed, strict=True) if count]
     total = sum(freed)
     if json:

@@ -4,32 +4,21 @@ from __future__ import annotations
 
 import typer
 
-from astracli.cli.options import (
-    DryRunOpt,
-    FactsOpt,
-    JsonOpt,
-    RecipeArg,
-    RecipeOpt,
-    ResumeOpt,
-    RunDirOpt,
-    SetOpt,
-    load_recipe,
-    one_name,
-)
+from astracli.cli import options
 from astracli.cli.output import out
 from astracli.cli.plan_view import print_plan, refuse_facts
 from astracli.errors import UserError
 
 
 def train(
-    recipe_name: RecipeArg = None,
-    recipe: RecipeOpt = None,
-    set_: SetOpt = None,
-    dry_run: DryRunOpt = False,
-    facts: FactsOpt = None,
-    run_dir: RunDirOpt = None,
-    resume: ResumeOpt = None,
-    json: JsonOpt = False,
+    recipe_name: options.RecipeArg = None,
+    recipe: options.RecipeOpt = None,
+    set_: options.SetOpt = None,
+    dry_run: options.DryRunOpt = False,
+    facts: options.FactsOpt = None,
+    run_dir: options.RunDirOpt = None,
+    resume: options.ResumeOpt = None,
+    json: options.JsonOpt = False,
 ) -> None:
     """Train: rollout, trainer and evaluation together.
 
@@ -43,12 +32,12 @@ def train(
             "--json prints a plan: it goes with --dry-run", "a run's figures: `astra runs status RUN --json`"
         )
     if resume is None:
-        loaded = load_recipe(recipe_name, recipe, set_, "train")
+        loaded = options.load_recipe(recipe_name, recipe, set_, "train")
     else:
         from astracli.config import recipe_io
         from astracli.runs.find import named
 
-        if name := one_name(recipe_name, recipe):
+        if name := options.one_name(recipe_name, recipe):
             raise UserError(
                 f"both a recipe (`{name}`) and --resume {resume} given",
                 "--resume takes the run's own recipe; leave the other out",
@@ -58,7 +47,7 @@ def train(
                 f"both --run-dir {run_dir} and --resume {resume} given", "a resumed run stays in its directory"
             )
         run = named(str(resume))
-        resume, loaded = run.path, recipe_io.from_json(run.recipe_json, set_ or ())
+        resume, loaded = run.path, recipe_io.load(run.recipe_json, set_ or ())
 
     if dry_run:
         print_plan(loaded, "train", out(json), facts)

@@ -59,67 +59,37 @@ _SPECS = (
     BenchmarkSpec("arithmetic-steps-heldout", (256,), 4, None, "{question}", "generated"),
     BenchmarkSpec("arithmetic-sums-heldout", (96,), 8, None, "", "generated"),
     BenchmarkSpec(
-        "aime24",
-        (30,),
-        16,
-        HubSet("HuggingFaceH4/aime_2024", "train"),
-        licence=f"{_MAA}MIT",
-        hashes=("50c69a59aea22c18",),
+        "aime24", (30,), 16, HubSet("HuggingFaceH4/aime_2024", "train"),
+        licence=f"{_MAA}MIT", hashes=("50c69a59aea22c18",),
     ),
     BenchmarkSpec(
-        "aime25",
-        (30,),
-        16,
-        HubSet("math-ai/aime25", "test"),
-        licence=f"{_MAA}Apache-2.0",
-        hashes=("fff8428f4392271c",),
+        "aime25", (30,), 16, HubSet("math-ai/aime25", "test"), licence=f"{_MAA}Apache-2.0", hashes=("fff8428f4392271c",)
     ),
     BenchmarkSpec("amc", (45,), 16, HubSet("rawsh/2024_AMC12", "train"), licence=f"{_MAA}without a stated licence"),
     BenchmarkSpec(
         "amc23", (40,), 16, HubSet("math-ai/amc23", "test"), licence=f"{_MAA}MIT", hashes=("16bb92275825d6f5",)
     ),
     BenchmarkSpec(
-        "amc22_23",
-        (83,),
-        16,
-        HubSet("AI-MO/aimo-validation-amc", "train"),
-        licence=f"{_MAA}MIT",
-        hashes=("54f5b7f5a7402846",),
+        "amc22_23", (83,), 16, HubSet("AI-MO/aimo-validation-amc", "train"),
+        licence=f"{_MAA}MIT", hashes=("54f5b7f5a7402846",),
     ),
     BenchmarkSpec(
-        "minerva",
-        (272,),
-        4,
-        HubSet("math-ai/minervamath", "test"),
-        licence="MIT",
+        "minerva", (272,), 4, HubSet("math-ai/minervamath", "test"), licence="MIT",
         hashes=("470b211dc30dd34a", "12d7ec73a5750e47"),  # the second: 62 golds rewritten in form only
     ),
     BenchmarkSpec(
-        "math500",
-        (500,),
-        4,
-        HubSet("HuggingFaceH4/MATH-500", "test"),
-        licence="MIT",
-        hashes=("129ab1775a34c3be",),
+        "math500", (500,), 4, HubSet("HuggingFaceH4/MATH-500", "test"), licence="MIT", hashes=("129ab1775a34c3be",)
     ),
     BenchmarkSpec(
-        "gsm8k",
-        (1319,),
-        4,
-        HubSet("openai/gsm8k", "test", config="main", final_after="####"),
-        licence="MIT",
-        file_names=("gsm8k_test",),
-        hashes=("583ef2eb41dca8b6",),
+        "gsm8k", (1319,), 4, HubSet("openai/gsm8k", "test", config="main", final_after="####"), licence="MIT",
+        file_names=("gsm8k_test",), hashes=("583ef2eb41dca8b6",),
     ),
     BenchmarkSpec(
-        "olympiadbench",
-        (675, 674),
-        4,
+        "olympiadbench", (675, 674), 4,
         HubSet("math-ai/olympiadbench", "test", answer_fields=("answer", "final_answer")),
-        licence="MIT",
-        hashes=("0e04963d599be364",),
+        licence="MIT", hashes=("0e04963d599be364",),
     ),
-)
+)  # fmt: skip
 BENCHMARKS: dict[str, BenchmarkSpec] = {spec.name: spec for spec in _SPECS}
 
 

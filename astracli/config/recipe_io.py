@@ -45,20 +45,15 @@ def source_text(name: str) -> str:
     return _shipped_file(name).read_text(encoding="utf-8")
 
 
-def load(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """A shipped name, or the path of a .toml (or resolved .json) file, with `a.b=c` overrides -> checked Recipe.
+def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A shipped name, or the path of a .toml file or of a run's recipe.json, with `a.b=c` overrides -> checked Recipe.
 
     Raises UserError: unknown recipe, unreadable or invalid file, circular `extends`, unknown key, value not allowed.
     """
-    document = _document(name_or_path)
+    document = _document(str(name_or_path))
     for override in overrides:
         _override(document, override)
-    return check(document, name_or_path)
-
-
-def from_json(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The resolved recipe of a run (`RUN_DIR/recipe.json`), with overrides. Raises UserError."""
-    return load(str(path), overrides)
+    return check(document, str(name_or_path))
 
 
 def check(document: Mapping[str, Any], name: str) -> Recipe:
@@ -107,7 +102,7 @@ def to_document(recipe: Recipe) -> dict[str, Any]:
 
 
 def to_json(recipe: Recipe) -> str:
-    """Recipe -> the text of `recipe.json`; `from_json` reads it back to an equal recipe."""
+    """Recipe -> the text of `recipe.json`; `load` reads it back to an equal recipe."""
     return json.dumps(to_document(recipe), indent=2, ensure_ascii=False) + "\n"
 
 
@@ -199,7 +194,8 @@ def _find(name_or_path: str, origin: Path | Traversable | None) -> Path | Traver
 
 def _merged(file: Path | Traversable, chain: tuple[str, ...]) -> dict[str, Any]:
     label = str(file.resolve()) if isinstance(file, Path) else file.name
-    shown = str(file) if _is_user_file(file) else _stem(file.name)
+    own = isinstance(file, Path) and file.parent != _folder()  # a file of the user's, not a shipped recipe
+    shown = str(file) if own else _stem(file.name)
     if label in chain:
         circle = " -> ".join(_stem(Path(step).name) for step in (*chain, label))
         raise UserError(f"recipe `{shown}` extends itself: {circle}", "break the circle of `extends`")
@@ -219,10 +215,6 @@ def _merged(file: Path | Traversable, chain: tuple[str, ...]) -> dict[str, Any]:
     base = _merged(found, (*chain, label))
     base.pop("description", None)
     return _merge(base, document) | {"name": own_name}
-
-
-def _is_user_file(file: Path | Traversable) -> bool:
-    return isinstance(file, Path) and file.parent != _folder()
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

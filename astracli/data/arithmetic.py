@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import xxhash
 
@@ -46,46 +46,20 @@ def held_out(n: int = 256, levels: Sequence[str] = LEVELS) -> list[Problem]:
     """The evaluation items: always the same, distinct pairs, the levels in turns. Raises ValueError for n > 1200."""
     if not 0 < n <= 1200:
         raise ValueError(f"{n} held-out items asked for, 1 to 1200 are there")
-    items: dict[str, Problem] = {}
-    pairs: set[tuple[str, int, int]] = set()
+    items: dict[Any, Problem] = {}
     index = 0
     while len(items) < n:
         problem = _draw(levels[len(items) % len(levels)], _HELD_OUT_SEED, index, held_out=True)
-        index += 1
-        a, b = sorted((problem.meta["a"], problem.meta["b"]))
-        pair = (problem.meta["op"], a, b)
-        if pair not in pairs:
-            pairs.add(pair)
-            items[problem.id] = problem
-    return list(items.values())
-
-
-def held_out_sums(n: int = 96) -> list[Problem]:
-    """The evaluation items of two-digit sums alone."""
-    return held_out(n, ("add2",))
-
-
-def held_out_steps(n: int = 256) -> list[Problem]:
-    """The evaluation items of several steps: always the same, distinct, the levels in turns."""
-    items: dict[str, Problem] = {}
-    index = 0
-    while len(items) < n:
-        problem = _draw_steps(STEP_LEVELS[len(items) % len(STEP_LEVELS)], _HELD_OUT_SEED, index, held_out=True)
-        items.setdefault(problem.id, problem)
+        meta = problem.meta
+        same = (meta["op"], *sorted((meta["a"], meta["b"]))) if "op" in meta else problem.id
+        items.setdefault(same, problem)
         index += 1
     return list(items.values())
 
 
 def worked(op: str, a: int, b: int) -> str:
     """The written-out solution: the columns, lowest digit first, then the boxed answer. Needs a >= b for `-`."""
-    carry = 0
-    columns = []
-    for place in range(len(str(max(a, b)))):
-        x, y = a // 10**place % 10, b // 10**place % 10
-        column = x + y + carry if op == "+" else x - y - carry + 10
-        carry = int(column >= 10) if op == "+" else int(column < 10)
-        columns.append(f"{column:02d}")
-    return f"{' '.join(columns)} \\boxed{{{_result(op, a, b)}}}"
+    return f"{arithmetic_steps.columns(op, a, b)} \\boxed{{{arithmetic_steps.apply(op, a, b)}}}"
 
 
 def worked_text(question: str) -> str:
@@ -112,7 +86,7 @@ def _draw(level: str, seed: int, index: int, *, held_out: bool) -> Problem:
             break
     question = f"{a}{op}{b}"
     meta = {"level": level, "op": op, "a": a, "b": b}
-    return Problem(id=f"{level}:{question}", question=question, answer=str(_result(op, a, b)), meta=meta)
+    return Problem(id=f"{level}:{question}", question=question, answer=str(arithmetic_steps.apply(op, a, b)), meta=meta)
 
 
 def _draw_steps(level: str, seed: int, index: int, *, held_out: bool) -> Problem:
@@ -126,10 +100,6 @@ def _draw_steps(level: str, seed: int, index: int, *, held_out: bool) -> Problem
         attempt += 1
         if arithmetic_steps.is_held_out(question) == held_out:
             return Problem(id=f"{level}:{question}", question=question, answer=str(value), meta={"level": level})
-
-
-def _result(op: str, a: int, b: int) -> int:
-    return a + b if op == "+" else a - b
 
 
 def _bits(seed: int, index: int, counter: int) -> int:

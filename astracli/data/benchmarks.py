@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from astracli.config.benchmarks import MATH_PROMPT, BenchmarkSpec, get
@@ -38,8 +39,8 @@ class Benchmark:
 
 GENERATED: dict[str, Callable[[int], list[Problem]]] = {
     "arithmetic-heldout": arithmetic.held_out,
-    "arithmetic-steps-heldout": arithmetic.held_out_steps,
-    "arithmetic-sums-heldout": arithmetic.held_out_sums,
+    "arithmetic-steps-heldout": partial(arithmetic.held_out, levels=arithmetic.STEP_LEVELS),
+    "arithmetic-sums-heldout": partial(arithmetic.held_out, levels=("add2",)),
 }
 """How the items of a set without a Hub copy are drawn, by their number."""
 

@@ -15,8 +15,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from astracli.errors import UserError
-
 if TYPE_CHECKING:
     import numpy as np
 
@@ -41,7 +39,6 @@ class PromptSource:
     """
 
     def __init__(self, data: DataTable, seed: int, local_path: str | Path | None = None):
-        check_template(data.prompt)
         self._seed = seed
         self._levels = list(data.levels)
         self._template = data.prompt
@@ -49,13 +46,10 @@ class PromptSource:
         self.duplicates = 0
         """Rows whose question occurred before."""
         if data.source == "arithmetic":
-            if not self._levels:
-                raise UserError("data.levels is empty", 'name at least one, for example --set data.levels=["add2"]')
             return
         from astracli.data import datasets
 
-        loaded = datasets.load(data, local_path)
-        self._rows = loaded
+        self._rows = loaded = datasets.load(data, local_path)
         self.duplicates = loaded.duplicates
 
     def __len__(self) -> int:
@@ -94,14 +88,6 @@ def _order(rows: int, seed: int, epoch: int) -> np.ndarray:
 def render(template: str, question: str) -> str:
     """Put a question into a prompt. Plain replacement: `\\boxed{}` and braces in the question stay as they are."""
     return template.replace("{question}", question)
-
-
-def check_template(template: str) -> None:
-    """Raises UserError when a prompt has no place for the question."""
-    if "{question}" not in template:
-        raise UserError(
-            f"data.prompt = `{template}` has no `{{question}}`", "the problem's text goes where `{question}` stands"
-        )
 
 
 def stop_token_ids(tokenizer: Any, model_path: str | Path) -> list[int]:

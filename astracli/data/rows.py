@@ -1,17 +1,17 @@
 """Rows of a data set, read when they are asked for: .jsonl, .parquet and `datasets` directories behind one door.
 
-`open_rows(path, split)` is a sequence of dictionaries of which only an index is in memory: 8 bytes a row of a .jsonl
-file, the latest `GROUPS` row groups of a .parquet file, nothing of a `datasets` directory (memory-mapped Arrow).
+`open_rows(path, split)` keeps little in memory: 8 bytes a row of a .jsonl file, the latest `GROUPS` row groups of a
+.parquet file, nothing of a `datasets` directory (memory-mapped Arrow).
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from astracli.errors import UserError
 
@@ -20,23 +20,18 @@ GROUPS = 8
 Row = dict[str, Any]
 
 
-class Rows(Sequence[Row]):
-    """A sequence of rows whose slices are lists; sub-classes say how many there are and read one."""
+class Rows:
+    """The rows of a data set; sub-classes say how many there are and read one."""
 
     def row(self, place: int) -> Row:
         """The row at 0 <= place < len(self). Raises UserError when it cannot be read."""
         raise NotImplementedError
 
-    @overload
-    def __getitem__(self, place: int) -> Row: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Row]: ...
-    def __getitem__(self, place: int | slice) -> Row | list[Row]:
-        if isinstance(place, slice):
-            return [self.row(i) for i in range(*place.indices(len(self)))]
-        if not -len(self) <= place < len(self):
-            raise IndexError(f"row {place} of {len(self)}")
-        return self.row(place % len(self))
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Row]:
+        return map(self.row, range(len(self)))
 
 
 def open_rows(path: Path, split: str) -> Rows:

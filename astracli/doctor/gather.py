@@ -25,7 +25,7 @@ from astracli.machine.facts import CheckpointFacts, DataSet, Environment, Machin
 from astracli.models import registry
 from astracli.models.adapter import SHARD_INDEX, read_config
 from astracli.models.adapter_tools import checkpoint_tensors, has_chat_template
-from astracli.report.live import clean, dead, leftovers
+from astracli.runs.clean import clean, dead, leftovers
 from astracli.runs.find import RUNS
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")

@@ -1,8 +1,7 @@
-"""Between the host and where it is computed, without standing still for it.
+"""Copies from the host to a device that nobody waits for.
 
-A copy from ordinary memory waits until a GPU has done everything that was asked of it before; from pinned memory it
-takes its place in the queue, and the next kernels are asked for meanwhile. torch keeps the pinned memory until the copy
-is over, and for the next one.
+A copy from ordinary memory waits until the GPU has done everything that was queued before. A copy from pinned memory is
+queued itself, and the next kernels can be launched meanwhile. torch keeps the pinned memory until the copy is done.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 def upload(array: np.ndarray, device: torch.device) -> Tensor:
     """The array on the device; on a CPU it shares the array's memory."""
     tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else pinned(tensor).to(device, non_blocking=True)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def host_memory(size: int, device: torch.device, owner: object) -> Tensor:
@@ -28,8 +27,3 @@ def host_memory(size: int, device: torch.device, owner: object) -> Tensor:
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0))
         weakref.finalize(owner, torch.cuda.cudart().cudaHostUnregister, memory.data_ptr())
     return memory
-
-
-def pinned(tensor: Tensor) -> Tensor:
-    """A copy in memory that a GPU reads by itself."""
-    return tensor.pin_memory()

@@ -47,9 +47,9 @@ _in_one_order = False
 def one_order() -> Iterator[None]:
     """Inside, passes through this module's attention, forward and backward, give the same bits each time.
 
-    Flash attention's backward pass adds up the gradient of queries in whatever order its blocks come, unless torch is
-    in its deterministic mode. That mode refuses operators, in every thread of the process (a float cumsum of whoever
-    publishes beside this, say), so it is on while this kernel is launched and at no other time.
+    Flash attention's backward pass adds up the gradient of queries in the order in which its blocks end, unless torch
+    is in its deterministic mode. That mode refuses operators in every thread of the process (for example a float cumsum
+    in a publisher beside this), so it is on only while this kernel is launched.
     """
     global _in_one_order
     before, mode = _in_one_order, _mode()
@@ -81,7 +81,7 @@ def _ordered(out: Tensor) -> Tensor:
 
 
 def carry_state(model: torch.nn.Module) -> None:
-    """For an ablation: the recurrent layers of a model that `install` made exact no longer hear of boundaries."""
+    """For an ablation: the recurrent layers of a model that `install` made exact carry state over boundaries again."""
 
     def forget(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, kwargs | {"carry_state": True} if "cu_seqlens" in kwargs else kwargs
@@ -99,11 +99,16 @@ def boundaries(bounds_S1: np.ndarray, device: torch.device) -> dict[str, Any]:
     }
 
 
-def segments(cu_seqlens: Tensor, tokens: int, cu_seqlens_host: Sequence[int] | None = None) -> list[tuple[int, int]]:
-    """[(start, end)] of a packed row of `tokens` tokens, on the host. Without `cu_seqlens_host` it waits for a GPU.
+def segments(
+    cu_seqlens: Tensor | None, tokens: int, cu_seqlens_host: Sequence[int] | None = None
+) -> list[tuple[int, int]]:  # fmt: skip
+    """[(start, end)] of a row of `tokens` tokens, on the host: one segment without `cu_seqlens`. With it, but without
+    `cu_seqlens_host`, it waits for a GPU.
 
     Raises ValueError when the boundaries do not cover the row.
     """
+    if cu_seqlens is None:
+        return [(0, tokens)]
     cu_seqlens_host = cu_seqlens.tolist() if cu_seqlens_host is None else cu_seqlens_host
     if cu_seqlens_host[0] != 0 or cu_seqlens_host[-1] != tokens or any(a >= b for a, b in pairwise(cu_seqlens_host)):
         raise ValueError(f"cu_seqlens {cu_seqlens_host} does not describe one packed row of {tokens} tokens")

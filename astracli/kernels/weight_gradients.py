@@ -57,17 +57,17 @@ def add_product(total_OI: Tensor, left_NO: Tensor, right_NI: Tensor) -> None:
 
 
 def of(weight: Tensor | None) -> Accumulator | None:
-    """Where products add this weight's gradient, if they do and if one is asked for now."""
+    """The accumulator of a weight, when it has one and a gradient is asked for now."""
     if weight is None or not weight.requires_grad or not torch.is_grad_enabled():
         return None
     return getattr(weight, _ATTRIBUTE, None)
 
 
 def install(model: nn.Module, parameters: Mapping[str, nn.Parameter], sums: dict[str, Tensor]) -> int:
-    """Let the matrices among the trained parameters be served, and the model's plain linear layers and embeddings serve
-    them; what computes with a weight itself asks `of`. Returns how many layers do.
+    """Give every matrix among the trained parameters an accumulator, and let the model's plain linear layers and
+    embeddings add to it. Code that computes with a weight itself asks `of`. Returns how many layers add this way.
 
-    A layer whose forward something else has replaced stays as it is, and so do its gradients.
+    A layer whose forward was replaced by something else stays as it is, and so do its gradients.
     """
     for name, parameter in parameters.items():
         if parameter.dim() == 2:
@@ -85,7 +85,7 @@ def _plain(module: Any) -> bool:
 
 
 def served(layer: Any) -> Accumulator | None:
-    """Where the products of a linear layer add its weight's gradient; None where something else computes with it."""
+    """The accumulator of a linear layer's weight; None when other code computes with that weight."""
     own = getattr(vars(layer).get("forward"), "func", None) is _linear_forward
     return of(layer.weight) if own and not layer._forward_hooks and not layer._forward_pre_hooks else None
 

@@ -63,7 +63,7 @@ def resumed_recipe(recipe: Recipe, run: RunDir) -> Recipe:
             f"`{run.path}` holds an `astra {status.command}`, only a training run can be resumed",
             f"start it again with `astra {status.command} {run.recipe_json}`",
         )
-    stored = recipe_io.from_json(run.recipe_json)
+    stored = recipe_io.load(run.recipe_json)
     changed = [
         key for key in _differences(recipe_io.to_document(stored), recipe_io.to_document(recipe)) if key != "name"
     ]

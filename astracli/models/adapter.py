@@ -184,21 +184,13 @@ def load_tokenizer(path: Path) -> Any:
 def chat_prompt_tokens(tokenizer: Any, text: str) -> list[int]:
     """Token ids of one user turn, generation prompt added, thinking off.
 
-    `apply_chat_template` returns a list, a nested list or a BatchEncoding, by version and by arguments: all are taken.
     A tokenizer without a chat template gets the bare text.
     """
     if not getattr(tokenizer, "chat_template", None):
         return list(tokenizer(text)["input_ids"])
-    ids: Any = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, enable_thinking=False
-    )
-    if hasattr(ids, "keys"):
-        ids = ids["input_ids"]
-    if hasattr(ids, "tolist"):
-        ids = ids.tolist()
-    if ids and isinstance(ids[0], list):
-        (ids,) = ids
-    return [int(i) for i in ids]
+    turn = [{"role": "user", "content": text}]
+    options = {"tokenize": True, "return_dict": False, "enable_thinking": False}
+    return list(tokenizer.apply_chat_template(turn, add_generation_prompt=True, **options))
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Which model adapters are installed, and which one a recipe gets. Built-ins and others are entry points alike.
+"""Which model adapters are installed, and which one a recipe gets.
 
-An adapter is an entry point in the group `astra.adapters` whose object is a `ModelAdapter`. One that cannot be imported
-is listed with its error; the others still work.
+An adapter is an entry point in the group `astra.adapters` whose object is a `ModelAdapter`, built-in or not. One that
+cannot be imported is listed with its error; the others still work.
 """
 
 from __future__ import annotations

@@ -1,304 +1,263 @@
-"""What the files of a run say: its row in a list, its newest figures, its logs, samples and summary."""
+"""What people see of a run while it goes on: a live view on a terminal, plain lines elsewhere. All on stderr."""
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import json
-import os
-import shutil
-import sqlite3
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
-from astracli.errors import UserError
-from astracli.runs import metrics
-from astracli.runs.find import list_runs
-from astracli.runs.run_dir import RunDir, paths
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
-Outcome = Literal["right", "wrong", "truncated"]
+from astracli.hub.types import EvaluationStatus, HubState
+from astracli.process.console import say
+from astracli.process.worker import Status
+from astracli.runs.metrics import Record, without_absent
 
-REPORTED = (
-    ("reward_mean", "mean reward"),
-    ("step_s", "seconds a step"),
-    ("tokens_per_s", "tokens/s"),
-    ("staleness_mean", "mean staleness, versions"),
-    ("parity_mean_abs", "parity, mean |trainer - engine| logprob"),
-    ("ratio_mean", "mean ratio"),
-    ("clip_fraction", "clipped tokens, fraction"),
-    ("entropy", "entropy, nats"),
-    ("grad_norm", "gradient norm"),
-    ("delta_density", "changed weights, fraction"),
-    ("delta_bytes", "delta, bytes"),
-    ("full_bytes", "full, bytes"),
-    ("pause_s", "engine pause, s"),
-)
-"""Metrics that a report shows, in its order; those that a run never wrote are left out."""
+STEP_PHASES = ("wait", "score", "forward", "backward", "optimizer", "publish")
+"""Phases of a training step; the trainer's figures are their names with `_s`."""
+PLAIN_EVERY_S = 2.0
+"""Least time between two step lines when stderr is no terminal."""
+SILENCE_S = 15.0
+"""After so long without a line, a line says what everyone waits for."""
+LIVE_EVERY_S = 0.25
 
 
-def row(run: RunDir) -> dict[str, Any]:
-    """One line of `astra runs list`. A damaged `status.json` is said, not raised."""
-    try:
-        status = run.status()
-        state = "not started" if status is None else status.shown()
-    except UserError:
-        status, state = None, f"unknown: {run.status_json.name} is damaged"
-    return {
-        "run": run.name,
-        "state": state,
-        "recipe": status.recipe if status else None,
-        "step": status.step if status else None,
-        "steps": status.steps if status else None,
-        "started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.started)) if status else None,
-        "wall_s": round((status.ended or time.time()) - status.started, 1) if status and _has_end(run) else None,
-        "path": str(run.path),
-    }
+@dataclass
+class RunProgress:
+    """What a view shows: fed with metrics records and the hub's state, it keeps the newest of everything."""
 
+    name: str
+    steps: int
+    step: int = 0
+    """Steps done."""
+    phase: str = "starting"
+    statuses: Mapping[str, Status] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
+    """Newest value of each metric."""
+    evals: list[EvaluationStatus] = field(default_factory=list)
+    """Those that are done, in the order of their steps."""
+    clock: Callable[[], float] = time.monotonic
+    _done_at: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=21))
+    began: float = field(default_factory=time.monotonic)
 
-def _has_end(run: RunDir) -> bool:
-    status = run.status()
-    return status is not None and (status.ended is not None or status.alive())
+    def feed(self, records: Sequence[Record], state: HubState, statuses: Mapping[str, Status], phase: str) -> None:
+        """Take what is new."""
+        self.phase, self.statuses = phase, statuses
+        for record in records:
+            record = without_absent(record)
+            for key, value in record.items():
+                if isinstance(value, int | float) and key not in ("time", "step", "version", "due_step"):
+                    self.figures[key] = float(value)
+        self.evals = state.done_evals()
+        done = state.counts.consumed_steps
+        if done != self.step or not self._done_at:
+            self.step = done
+            self._done_at.append((self.clock(), done))
 
+    def left_s(self) -> float | None:
+        """Seconds until the last step at the pace of the last twenty; None while there is no pace yet."""
+        (first_time, first_step), (last_time, last_step) = self._done_at[0], self._done_at[-1]
+        if last_step <= first_step:
+            return None
+        pace = (last_time - first_time) / (last_step - first_step)
+        return max(0.0, pace * (self.steps - last_step) - (self.clock() - last_time))
 
-def newest_figures(run: RunDir) -> dict[str, dict[str, Any]]:
-    """The last record that each process wrote to `metrics.jsonl`: {process: {step, figure: value, ...}}."""
-    last: dict[str, dict[str, Any]] = {}
-    for record in metrics.read(run.metrics_jsonl):
-        process = str(record.get("process", "run"))
-        last[process] = last.get(process, {}) | {k: v for k, v in record.items() if k not in ("time", "process")}
-    return last
+    def waits(self) -> list[str]:
+        """`trainer: waiting for 3 of 16 groups`, for each process that waits or is not ready."""
+        idle = [(name, s) for name, s in self.statuses.items() if s.waiting or s.state == "starting"]
+        return [f"{name}: {status.words()}" for name, status in idle]
 
+    def eval_words(self, evaluation: EvaluationStatus) -> str:
+        """`avg@8 0.35` of the overall figure, or of the only benchmark."""
+        results = evaluation.results
+        figures = results.get("overall") or next(iter(results.values()))
+        return f"avg@{figures['n']} {figures['avg_at_n']:.3f}"
 
-def log_files(run: RunDir, name: str | None = None) -> list[Path]:
-    """Logs of the newest attempt, all or the one called `name`. Raises UserError."""
-    attempts = run.attempts()
-    if not attempts:
-        raise UserError(f"run `{run.path}` has no logs")
-    files = sorted(run.attempt_logs(attempts[-1]).glob("*.log"))
-    if name is None:
-        return files
-    found = [file for file in files if file.stem == name]
-    if not found:
-        raise UserError(
-            f"run `{run.path}` has no log `{name}`", f"there are: {', '.join(f.stem for f in files) or 'none'}"
+    def parts(self) -> list[str]:
+        """The figures of one line, those that are known."""
+        reward = "arrived_reward_mean" if "arrived_reward_mean" in self.figures else "reward_mean"
+        formats = (
+            (reward, "reward {:.2f}"),
+            ("tokens_per_s", "{:.0f} tok/s"),
+            ("staleness_mean", "staleness {:.1f}"),
         )
-    return found
-
-
-def last_lines(file: Path, count: int) -> list[str]:
-    """The last `count` lines of a text file."""
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        return [line.rstrip("\n") for line in deque(lines, maxlen=count)]
-
-
-def follow(files: list[Path], going: Callable[[], bool], interval_s: float = 0.2) -> Iterator[tuple[Path, str]]:
-    """(file, line) for every line written from now on, until `going` says no and everything is read."""
-    offsets = {file: file.stat().st_size for file in files}
-    while True:
-        more = going()
-        for file in files:
-            with file.open("rb") as stream:
-                stream.seek(offsets[file])
-                content = stream.read()
-            whole = content if not more else content[: content.rfind(b"\n") + 1]
-            offsets[file] += len(whole)
-            for line in whole.decode("utf-8", "replace").splitlines():
-                yield file, line
-        if not more:
-            return
-        time.sleep(interval_s)
-
-
-def samples(run: RunDir, *, outcomes: set[Outcome], step: int | None = None) -> Iterator[dict[str, Any]]:
-    """Rollout samples in the order of writing; `outcomes` empty = all, else those that match any of them.
-
-    Where there are none (a directory of `astra eval`), the answers to its benchmarks.
-    """
-    files = sorted(run.samples.glob("*.jsonl")) or sorted((run.eval / "items").glob("*.jsonl"))
-    for file in files:
-        for sample in metrics.read(file):
-            if step is not None and sample.get("step") != step:
-                continue
-            if not outcomes or outcomes & _outcomes(sample):
-                yield sample
-
-
-def _outcomes(sample: dict[str, Any]) -> set[Outcome]:
-    found: set[Outcome] = {"right" if sample.get("verdict") == "right" else "wrong"}
-    return found | {"truncated"} if sample.get("finish_reason") == "length" else found
-
-
-@dataclass(frozen=True)
-class Trend:
-    """One benchmark at the first and the last evaluated step; fractions."""
-
-    benchmark: str
-    n: int
-    first_step: int
-    first: float
-    last_step: int
-    last: float
-    stderr: float | None
-    k: int
-    pass_first: float | None
-    pass_last: float | None
-
-    @property
-    def difference(self) -> float:
-        return self.last - self.first
-
-
-def trends(run: RunDir) -> list[Trend]:
-    """First and last evaluation of every benchmark in `eval/eval.csv`; [] without one."""
-    if not run.eval_csv.is_file():
-        return []
-    with run.eval_csv.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    found = []
-    for benchmark in dict.fromkeys(r["benchmark"] for r in rows):
-        mine = sorted((r for r in rows if r["benchmark"] == benchmark), key=lambda r: int(r["step"]))
-        a, b = mine[0], mine[-1]
-        found.append(
-            Trend(
-                benchmark, _int(b["n"]), int(a["step"]), float(a["avg_at_n"]), int(b["step"]), float(b["avg_at_n"]),
-                _float(b["stderr"]), _int(b["k"]), _float(a["pass_at_k"]), _float(b["pass_at_k"]),
+        shown = [text.format(self.figures[key]) for key, text in formats if key in self.figures]
+        if self.evals:
+            shown.insert(
+                1 if reward in self.figures else 0, f"{self.eval_words(self.evals[-1])} (step {self.evals[-1].step})"
             )
-        )  # fmt: skip
-    return found
+        return shown
 
 
-def _int(text: str) -> int:
-    return int(float(text)) if text else 0
+class View(Protocol):
+    def update(self, progress: RunProgress) -> None: ...
+
+    def close(self) -> None: ...
 
 
-def _float(text: str) -> float | None:
-    return float(text) if text else None
+def open_view(console: Console | None = None) -> View:
+    """The live view on a terminal, plain lines elsewhere."""
+    console = console or stderr_console()
+    return LiveView(console) if console.is_terminal else PlainView()
 
 
-def results(run: RunDir) -> dict[str, Any] | None:
-    """`eval/results.json`, which an `astra eval` leaves; None for anything else."""
-    file = run.eval / "results.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+def stderr_console() -> Console:
+    return Console(stderr=True) if sys.stderr.isatty() else Console(stderr=True, width=120, highlight=False)
 
 
-def summary(run: RunDir) -> dict[str, Any] | None:
-    """The summary figures of a run that has ended; None while it runs and of one that was killed. Its places are where
-    the run lies now: it may have been moved, or be looked at from another directory."""
-    try:
-        document = json.loads(run.summary_json.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(f"`{run.summary_json}` is damaged: {error}") from None
-    return document | {"paths": paths(run.path)} if isinstance(document, dict) else None
+class PlainView:
+    """One line a step, at most one every two seconds; an evaluation and a change of phase always get theirs.
 
-
-def report(run: RunDir) -> dict[str, Any]:
-    """The summary figures of a run: state, evaluation trend, means over the last tenth of the steps, expected."""
-    records = metrics.read(run.metrics_jsonl)
-    figures = []
-    for name, words in REPORTED:
-        series = metrics.series(records, name)
-        if series:
-            tail = [value for _, value in series[-max(1, len(series) // 10) :]]
-            figures.append({"figure": words, "metric": name, "first": series[0][1], "last_tenth": metrics.mean(tail)})
-    recipe = json.loads(run.recipe_json.read_text())
-    evaluation = [vars(trend) | {"difference": trend.difference} for trend in trends(run)]
-    return {"run": row(run), "evaluation": evaluation, "figures": figures, "expected": recipe.get("expected")}
-
-
-def clean(run: RunDir, *, dry_run: bool) -> int:
-    """Remove what only a running run needs: published weights, child configurations, staged payloads. Returns bytes.
-
-    Recipe, metrics, samples, evaluation, logs, checkpoints and export stay; the weights too while an evaluation of an
-    earlier version is still owed, which a resumed run would do first. The caller has made sure that it ended.
+    Without any for a while, a line says who waits for what. What an earlier attempt did is not told again.
     """
-    freed = 0
-    for folder in (*(() if _owes_evaluation(run) else (run.weights,)), run.config, run.stage):
-        if folder.is_dir():
-            freed += sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
-            if not dry_run:
-                shutil.rmtree(folder)
-    return freed
+
+    def __init__(self, write: Callable[[str], None] | None = None, clock: Callable[[], float] = time.monotonic):
+        self._write = write or say
+        self._clock = clock
+        self._last = clock() - PLAIN_EVERY_S
+        self._step = 0
+        self._phase = ""
+        self._evals: set[int] = set()
+        self._looked = False
+
+    def update(self, progress: RunProgress) -> None:
+        now = self._clock()
+        if not self._looked:
+            self._looked = True
+            self._step, self._evals = progress.step, {evaluation.due_step for evaluation in progress.evals}
+        for evaluation in progress.evals:
+            if evaluation.due_step not in self._evals:
+                self._evals.add(evaluation.due_step)
+                self._say(now, eval_line(evaluation))
+        turned, ending = progress.phase != self._phase, progress.phase in ("finishing", "stopping")
+        done = " ".join([done_words(progress), *progress.parts()])
+        if progress.step > self._step and (ending if turned else now - self._last >= PLAIN_EVERY_S):
+            self._step = progress.step
+            self._say(now, done)
+        if turned:
+            self._phase = progress.phase
+            self._say(now, phase_words(progress))
+        elif now - self._last >= SILENCE_S:
+            done = phase_words(progress) if progress.phase in ("starting", "resuming") else done
+            self._say(now, "; ".join([done, *progress.waits()]))
+
+    def _say(self, now: float, line: str) -> None:
+        self._last = now
+        self._write(line)
+
+    def close(self) -> None:
+        pass
 
 
-def dead(root: Path) -> list[RunDir]:
-    """Runs under `root` that say `running` although their supervisor on this host is gone, newest first."""
-    found = []
-    for run in list_runs(root):
-        try:
-            status = run.status()
-        except UserError:
-            continue  # a damaged status.json tells nothing; `runs list` names it
-        if status is not None and status.state == "running" and not status.alive() and not run.in_use():
-            found.append(run)
-    return found
+def done_words(progress: RunProgress) -> str:
+    """`step 3/80`; of a job without steps what its workers count, `eval: done 120 total 1024`."""
+    if progress.steps:
+        return f"step {progress.step}/{progress.steps}"
+    busy = [f"{name}: {details(status)}" for name, status in progress.statuses.items() if status.progress]
+    return "; ".join(busy) or phase_words(progress)
 
 
-def leftovers(run: RunDir) -> list[tuple[int, str]]:
-    """(process id, module) of processes of this user that work on a configuration inside the run's directory."""
-    import psutil
-
-    home, found = run.path.resolve(), []
-    for process in psutil.process_iter(["pid", "cmdline", "uids"]):
-        words, uids = process.info["cmdline"] or [], process.info["uids"]
-        if uids is None or uids.real != os.getuid() or len(words) < 4:
-            continue
-        # the supervisor hands every child the absolute path of its configuration, which lies in the run directory
-        ours = words[1] == "-m" and words[2].startswith("astracli.") and Path(words[3]).is_absolute()
-        if ours and Path(words[3]).resolve().is_relative_to(home):
-            found.append((process.info["pid"], words[2]))
-    return found
+def details(status: Status) -> str:
+    """The figures that a process reports of itself: `done 120 total 1024`."""
+    said = ((key, f"{value:.3g}" if isinstance(value, float) else value) for key, value in status.progress.items())
+    return " ".join(f"{key} {value}" for key, value in said)
 
 
-def end_leftovers(run: RunDir, wait_s: float = 10.0) -> list[int]:
-    """End the processes that a dead run left, each by its id: TERM, then KILL. Returns the ids.
-
-    The caller has made sure that the run's supervisor is gone.
-    """
-    import psutil
-
-    processes = []
-    for pid, _ in leftovers(run):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            processes.append(psutil.Process(pid))
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
-    _, stubborn = psutil.wait_procs(processes, timeout=wait_s)
-    for process in stubborn:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(stubborn, timeout=wait_s)
-    return [process.pid for process in processes]
+def phase_words(progress: RunProgress) -> str:
+    words = {
+        "starting": "starting",
+        "running": "all processes are ready",
+        "resuming": "going on from the checkpoint",
+        "finishing": "training is done, the last evaluations run",
+        "stopping": "stopping",
+    }
+    return words.get(progress.phase, progress.phase)
 
 
-def _owes_evaluation(run: RunDir) -> bool:
-    """An evaluation was announced and not done: its version is on disk and nowhere else."""
-    if not run.hub_sqlite.is_file():
-        return False
-    with contextlib.closing(sqlite3.connect(run.hub_sqlite)) as hub:
-        try:
-            return hub.execute("SELECT 1 FROM evals WHERE results IS NULL").fetchone() is not None
-        except sqlite3.DatabaseError:
-            return True  # not to be known
+def eval_line(evaluation: EvaluationStatus) -> str:
+    """`eval step 25: arithmetic-heldout avg@8 0.520 ± 0.021 pass@4 0.710`, see `evaluated`"""
+    cells = [
+        f"{name} avg@{f['n']} {f['avg_at_n']:.3f} ± {f['stderr']:.3f} pass@{f['k']} {f['pass_at_k']:.3f}"
+        for name, f in evaluation.results.items()
+        if not (name == "overall" and len(evaluation.results) == 2)
+    ]
+    return f"eval {evaluated(evaluation.step, evaluation.due_step)}: " + ", ".join(cells)
 
 
-def cleanable(root: Path, *, older_than_s: float, resumable: bool) -> list[RunDir]:
-    """Ended runs under `root`: those that are done, with `resumable` also failed, interrupted and dead ones."""
-    now, found = time.time(), []
-    for run in list_runs(root):
-        try:
-            status = run.status()
-        except UserError:
-            continue  # whether it ended is not known; it can still be named
-        if status is None or run.in_use() or run.going():
-            continue
-        ended = status.ended or run.status_json.stat().st_mtime
-        if (status.state == "done" or resumable) and now - ended >= older_than_s:
-            found.append(run)
-    return found
+def evaluated(step: int | None, due_step: int) -> str:
+    """`step 13 (due at 10)`, or `step 10` of one that did not have to wait for an earlier one."""
+    return f"step {step}" + (f" (due at {due_step})" if due_step != step else "")
+
+
+class LiveView:
+    """A few lines that stay in place: step bar, figures, phases of a step, each process with what it waits for."""
+
+    def __init__(self, console: Console):
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+        self._live.start()
+        self._drawn = 0.0
+
+    def update(self, progress: RunProgress) -> None:
+        if time.monotonic() - self._drawn >= LIVE_EVERY_S:
+            self._drawn = time.monotonic()
+            self._live.update(draw(progress), refresh=True)
+
+    def close(self) -> None:
+        self._live.stop()
+
+
+def draw(progress: RunProgress) -> RenderableType:
+    """The live view's picture."""
+    left = progress.left_s()
+    head = Table.grid(padding=(0, 2))
+    bar: list[RenderableType] = [
+        ProgressBar(total=progress.steps, completed=progress.step, width=30),
+        f"step {progress.step}/{progress.steps}",
+    ]
+    head.add_row(
+        Text(progress.name, style="bold"),
+        *(bar if progress.steps else []),
+        f"{duration(progress.clock() - progress.began)} gone",
+        f"{duration(left)} left" if left is not None and progress.steps else phase_words(progress),
+    )
+    trend = ", ".join(f"{progress.eval_words(e)} (step {e.step})" for e in progress.evals[-4:])
+    known = [part for part in progress.parts() if not part.startswith("avg@")]
+    figures = Text("   ".join(known) or ("no step yet" if progress.steps else ""))
+    rows = Table.grid(padding=(0, 2))
+    for name, status in progress.statuses.items():
+        restarts = f"restarted {status.restarts}x" if status.restarts else ""
+        rows.add_row(
+            Text(name, style="bold"), status.words(), Text(details(status), style="dim"), Text(restarts, style="yellow")
+        )
+    lines: list[RenderableType] = [head, figures]
+    if trend:
+        lines.append(Text(trend))
+    return Group(*lines, phase_bars(progress.figures), rows)
+
+
+def phase_bars(figures: Mapping[str, float]) -> RenderableType:
+    """Where the trainer's last step went: a bar a phase, as shares of `step_s`. Nothing before the first step."""
+    table = Table.grid(padding=(0, 2))
+    step_s = figures.get("step_s", 0.0)
+    for name in STEP_PHASES if step_s else ():
+        seconds = figures.get(f"{name}_s", 0.0)
+        bar = ProgressBar(total=step_s, completed=min(seconds, step_s), width=30)
+        table.add_row(Text(name, style="dim"), bar, f"{seconds:.2f} s", f"{seconds / step_s:.0%}")
+    return table
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 05 s`, `2 h 07 min`"""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

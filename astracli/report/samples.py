@@ -76,45 +76,33 @@ def _lines(file: Path) -> int:
         return sum(1 for _ in stream)
 
 
-class _Table:
-    """Values by their first place of use."""
-
-    def __init__(self) -> None:
-        self.values: list[Any] = []
-        self._places: dict[Any, int] = {}
-
-    def place(self, value: Any) -> int:
-        if value not in self._places:
-            self._places[value] = len(self.values)
-            self.values.append(value)
-        return self._places[value]
-
-
 def columns(rows: Sequence[Row], total: int, decode: Decode | None) -> dict[str, Any]:
     """{total, texts, vocabulary, and one list a column}; `cut[i]` tokens are missing before the last TAIL_TOKENS.
 
     Without a tokenizer the completions travel as text and their tokens as ids.
     """
-    texts, words = _Table(), _Table()
+    texts: dict[Any, int] = {}
+    words: dict[int, int] = {}
     found: dict[str, Any] = {
         "total": total,
         "tail": TAIL_TOKENS,
-        "step": [row.get("step") for row in rows],
-        "version": [row.get("version") for row in rows],
-        "sample": [row.get("sample") for row in rows],
-        "reward": [row.get("reward") for row in rows],
-        "advantage": [row.get("advantage") for row in rows],
+        **{name: [row.get(name) for row in rows] for name in ("step", "version", "sample", "reward", "advantage")},
         "length": [row.get("length", len(row.get("tokens") or [])) for row in rows],
     }
     for column in ("benchmark", "problem_id", "problem", "answer", "verdict", "finish_reason"):
-        found[column] = [texts.place(row.get(column)) for row in rows]
-    found["completion"] = [texts.place(row["completion"]) if decode is None else None for row in rows]
-    found["tokens"] = [[words.place(t) for t in _clipped(row.get("tokens") or [])] for row in rows]
+        found[column] = [_place(texts, row.get(column)) for row in rows]
+    found["completion"] = [_place(texts, row["completion"]) if decode is None else None for row in rows]
+    found["tokens"] = [[_place(words, t) for t in _clipped(row.get("tokens") or [])] for row in rows]
     found["logprobs"] = [[round(-100 * min(p, 0.0)) for p in _clipped(row.get("logprobs") or [])] for row in rows]
     found["cut"] = [max(0, length - HEAD_TOKENS - TAIL_TOKENS) for length in found["length"]]
-    found["texts"] = texts.values
-    found["vocabulary"] = [decode(token) if decode else f"{token} " for token in words.values]
+    found["texts"] = list(texts)
+    found["vocabulary"] = [decode(token) if decode else f"{token} " for token in words]
     return found
+
+
+def _place(table: dict[Any, int], value: Any) -> int:
+    """The place of a value in a table, which takes it when it is new."""
+    return table.setdefault(value, len(table))
 
 
 def _clipped(values: Sequence[Any]) -> Sequence[Any]:

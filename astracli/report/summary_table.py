@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from astracli.report.page.page import duration, evaluated, stderr_console
+from astracli.report.live import duration, evaluated, stderr_console
 
 
 def print_summary(summary: Mapping[str, Any], console: Console | None = None) -> None:

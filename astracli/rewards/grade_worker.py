@@ -1,9 +1,9 @@
-"""The process that grades and may be killed: `python -m astracli.rewards.grade_worker`, frames on stdin and stdout.
+"""The process that grades and may be killed: `python -m astracli.rewards.grade_worker FD`, the fd of a `Connection`.
 
-A frame is a 4-byte little-endian length and that many bytes of msgpack. In: {"spec", "timeout_s", "grading"} once, then
-{"items": [[problem, answer, text], ...]} any number of times. Out: ["ready"] or ["refused", message, hint]; then for
-every item, in order, [reward, verdict, detail]; ["loading"] and ["loaded"] stand around a slow import, whose time
-belongs to no item. The end of stdin ends the process.
+Messages are msgpack. In: {"spec", "timeout_s", "grading"} once, then {"items": [[problem, answer, text], ...]} any
+number of times. Out: ["ready"] or ["refused", message, hint]; then for every item, in order, [reward, verdict, detail];
+["loading"] and ["loaded"] stand around a slow import, whose time belongs to no item. The process ends when the other
+side closes the connection.
 
 It starts in well under a second: no torch, no numpy, and math-verify only once an answer needs it.
 """
@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 import math
 import os
 import signal
-import struct
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib.metadata import entry_points
-from typing import BinaryIO, cast
+from multiprocessing.connection import Connection
+from typing import Any, cast
 
 import msgpack
 
@@ -28,6 +28,7 @@ from astracli.errors import AstraError, UserError
 from astracli.rewards import grader
 from astracli.rewards.grading import algebra
 from astracli.rewards.grading.conventions import DEFAULTS, Conventions
+from astracli.rewards.reward import BUILTIN
 
 Frame = list[object]
 Score = Callable[[str, str, str], float]
@@ -35,7 +36,6 @@ Score = Callable[[str, str, str], float]
 ENTRY_POINT_GROUP = "astra.rewards"
 EXTRACTIONS: dict[str, grader.Extraction] = {"math": "boxed_or_last_number", "math_boxed": "boxed"}
 """Built-in rewards of this process: name -> where the answer is read."""
-BUILTIN = (*EXTRACTIONS, "number", "probe")
 _ADDRESS_SPACE_BYTES = 4 << 30
 """Bound for mathematics, where a short answer such as 9^9^9^9 can ask for any amount of memory."""
 
@@ -129,18 +129,16 @@ def grade_one(
     return [1.0 if verdict == "right" else 0.0, verdict, ""]
 
 
-def serve(source: BinaryIO, sink: BinaryIO) -> None:
+def serve(pipe: Connection) -> None:
     def send(frame: Frame) -> None:
-        blob = msgpack.packb(frame, unicode_errors="surrogatepass")
-        sink.write(struct.pack("<I", len(blob)) + blob)
-        sink.flush()
+        pipe.send_bytes(msgpack.packb(frame, unicode_errors="surrogatepass"))
 
-    frames = _frames(source)
-    hello = next(frames, None)
+    documents = _documents(pipe)
+    hello = next(documents, None)
     if hello is None:
         return
     spec, timeout_s = str(hello["spec"]), float(hello["timeout_s"])
-    conventions = Conventions.of(hello.get("grading", {}))
+    conventions = Conventions(**hello["grading"])
     try:
         score = None if spec in BUILTIN else load_reward(spec)
     except AstraError as error:
@@ -149,7 +147,7 @@ def serve(source: BinaryIO, sink: BinaryIO) -> None:
     if score is None:
         _limit_memory()
     send(["ready"])
-    for batch in frames:
+    for batch in documents:
         for item in batch["items"]:
             # The one who started this process kills it in time. Should he be gone, the kernel does.
             signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 60.0)
@@ -157,43 +155,21 @@ def serve(source: BinaryIO, sink: BinaryIO) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _frames(source: BinaryIO) -> Iterator[dict]:
-    while len(head := source.read(4)) == 4:
-        yield msgpack.unpackb(source.read(struct.unpack("<I", head)[0]), unicode_errors="surrogatepass")
+def _documents(pipe: Connection) -> Iterator[dict[str, Any]]:
+    with suppress(EOFError, ConnectionError):
+        while True:
+            yield msgpack.unpackb(pipe.recv_bytes(), unicode_errors="surrogatepass")
 
 
 def _limit_memory() -> None:
     import resource
 
-    try:
+    with suppress(OSError, ValueError):  # some platforms do not have this limit
         resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE_BYTES, _ADDRESS_SPACE_BYTES))
-    except (OSError, ValueError):
-        return  # not to be had on this platform
-
-
-def check(spec: str) -> int:
-    """Print {"message", "hint"} as JSON when a spec is no reward. The exit code is 0 or 2."""
-    try:
-        load_reward(spec)
-    except AstraError as error:
-        print(json.dumps({"message": error.message, "hint": error.hint}))
-        return error.exit_code
-    return 0
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--check"]:
-        out = os.dup(1)
-        os.dup2(2, 1)  # what the module prints while it is imported is no part of the answer
-        with os.fdopen(out, "w") as sys.stdout:
-            code = check(sys.argv[2])
-        os._exit(code)
-    sink = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # a reward that prints must not write into the frames
-    source = os.fdopen(os.dup(0), "rb")
-    with open(os.devnull) as nothing:
-        os.dup2(nothing.fileno(), 0)
-    serve(source, sink)
+    serve(Connection(int(sys.argv[1])))
 
 
 if __name__ == "__main__":

@@ -8,23 +8,20 @@ side of the pipe and `grader` for the rules of mathematics.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import queue
-import selectors
 import signal
 import statistics
-import struct
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any, cast
+from multiprocessing.connection import Pipe
+from typing import TYPE_CHECKING, Any, cast
 
 import msgpack
 
@@ -157,22 +154,20 @@ class _Worker:
     """One grading process: started when needed, killed when it must be. Used by one thread at a time."""
 
     def __init__(self, spec: str, timeout_s: float, grading: dict[str, Any]):
-        self._grading = grading
-        self._spec = spec
-        self._timeout_s = timeout_s
+        self._hello = {"spec": spec, "timeout_s": timeout_s, "grading": grading}
         self._process: subprocess.Popen[bytes] | None = None
-        self._buffer = b""
 
     def grade(self, items: Sequence[GradeItem]) -> Any:
         """Yield one [reward, verdict, detail] per item. Raises TimeoutError on an item's limit, EOFError on a crash."""
         if self._process is None:
-            self._start()
+            self.start()
         self._send({"items": [[item.problem, item.answer, item.text] for item in items]})
+        limit_s = self._hello["timeout_s"]
         for _ in items:
-            frame = self._receive(self._timeout_s)
+            frame = self._receive(limit_s)
             if frame[0] == "loading":
                 self._receive(_START_S)
-                frame = self._receive(self._timeout_s)
+                frame = self._receive(limit_s)
             yield frame
 
     def interrupt(self) -> None:
@@ -188,58 +183,49 @@ class _Worker:
         if process is None:
             return
         process.wait()
-        for pipe in (process.stdin, process.stdout):
-            with suppress(OSError):
-                cast(IO[bytes], pipe).close()
+        self._pipe.close()
 
-    def _start(self) -> None:
-        self._buffer = b""
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "astracli.rewards.grade_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-        )
-        self._send({"spec": self._spec, "timeout_s": self._timeout_s, "grading": self._grading})
+    def start(self) -> None:
+        self._pipe, theirs = Pipe()
+        command = [sys.executable, "-P", "-m", "astracli.rewards.grade_worker", str(theirs.fileno())]
+        with theirs:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # a reward may print
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+            )
         try:
+            self._send(self._hello)
             frame = self._receive(_START_S)
         except TimeoutError:
-            self.kill()
-            raise RunFailed(f"a grading process for reward `{self._spec}` did not start in {_START_S:g} s") from None
-        except EOFError:
-            raise RunFailed(f"a grading process for reward `{self._spec}` died while it started") from None
-        if frame[0] == "refused":
+            ending = f"did not start in {_START_S:g} s"
+        except (EOFError, ConnectionError) as error:
+            ending = f"died while it started: {error}"
+        else:
+            if frame[0] != "refused":
+                return
             self.kill()
             raise UserError(frame[1], frame[2])
+        self.kill()
+        raise RunFailed(f"a grading process for reward `{self._hello['spec']}` {ending}")
 
     def _send(self, document: dict[str, Any]) -> None:
-        pipe = cast(IO[bytes], cast(subprocess.Popen[bytes], self._process).stdin)
-        blob = msgpack.packb(document, unicode_errors="surrogatepass")
-        pipe.write(struct.pack("<I", len(blob)) + blob)
-        pipe.flush()
+        self._pipe.send_bytes(msgpack.packb(document, unicode_errors="surrogatepass"))
 
     def _receive(self, limit_s: float) -> Any:
         """The next frame. Raises TimeoutError after `limit_s` seconds, EOFError when the process is gone."""
-        deadline = time.monotonic() + limit_s
-        process = cast(subprocess.Popen[bytes], self._process)
-        pipe = cast(IO[bytes], process.stdout)
-        with selectors.DefaultSelector() as selector:
-            selector.register(pipe, selectors.EVENT_READ)
-            while True:
-                if len(self._buffer) >= 4:
-                    end = 4 + struct.unpack_from("<I", self._buffer)[0]
-                    if len(self._buffer) >= end:
-                        blob, self._buffer = self._buffer[4:end], self._buffer[end:]
-                        return msgpack.unpackb(blob, unicode_errors="surrogatepass")
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise TimeoutError
-                data = os.read(pipe.fileno(), 1 << 16)
-                if not data:
-                    with suppress(subprocess.TimeoutExpired):
-                        process.wait(2.0)  # its pipe closes a moment before it can be reaped
-                    raise EOFError(f"exit code {process.returncode}")
-                self._buffer += data
+        try:
+            if not self._pipe.poll(limit_s):
+                raise TimeoutError
+            return msgpack.unpackb(self._pipe.recv_bytes(), unicode_errors="surrogatepass")
+        except (EOFError, ConnectionError):
+            process = cast(subprocess.Popen[bytes], self._process)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(2.0)  # its end of the pipe closes a moment before it can be reaped
+            raise EOFError(f"exit code {process.returncode}") from None
 
 
 def probe_grades(items: Sequence[GradeItem]) -> list[Grade]:
@@ -258,27 +244,13 @@ def probe_grades(items: Sequence[GradeItem]) -> list[Grade]:
 
 
 def validate_reward(spec: str) -> None:
-    """Raises UserError when a recipe's `data.reward` is no reward. Imports the user's module in another process."""
+    """Raises UserError when a recipe's `data.reward` is no reward. A module of the user's is imported in a process."""
     if spec in BUILTIN:
         return
-    command = [sys.executable, "-P", "-m", "astracli.rewards.grade_worker", "--check", spec]
+    worker = _Worker(spec, 0.0, {})
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_START_S)
-    except subprocess.TimeoutExpired:
-        raise UserError(f"reward `{spec}`: its import did not end within {_START_S:g} s") from None
-    if done.returncode == 0:
-        return
-    try:
-        answer = json.loads(done.stdout)
-    except ValueError:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"reward `{spec}`: its import ended the process with {done.returncode}: {last}") from None
-    raise UserError(answer["message"], answer["hint"])
-
-
-def grade_all(pairs: Sequence[tuple[str, str]], *, workers: int | None = None, timeout_s: float = 5.0) -> list[bool]:
-    """For every (gold answer, model output): is the output's final answer right?"""
-    if workers is None:
-        workers = max(1, min(os.cpu_count() or 1, len(pairs) // 500))
-    with GradePool("math", workers, timeout_s) as pool:
-        return [g.verdict == "right" for g in pool.grade([GradeItem("", gold, output) for gold, output in pairs])]
+        worker.start()
+    except RunFailed as error:
+        raise UserError(error.message, "see what its module does while it is imported") from None
+    finally:
+        worker.kill()

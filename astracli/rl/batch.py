@@ -2,24 +2,25 @@
 
 Order of division: batch -> minibatches (one optimizer step each, whole samples, near-equal token counts) -> ranks
 (near-equal token counts) -> micro-batches inside a token budget (right-padded rows of similar length, or packed rows:
-`training/packing.py`). Every rank computes the whole division from the same groups and takes its share; a rank that has
-fewer micro-batches than another is padded with empty ones, so that collectives match.
+`training/packing.py`). Every rank computes the whole division from the same groups and takes its share. A rank that has
+fewer micro-batches than another gets empty ones, so that collectives match.
 
-Shape letters: P prompt tokens, T completion tokens, B rows of a micro-batch, L its padded length, N its loss tokens.
+Shape letters: P prompt tokens, T completion tokens, B rows of a micro-batch (samples of a batch where advantages are
+meant), L its padded length, N its loss tokens, S samples of a group.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from astracli.config.algorithms import AlgorithmTable
 from astracli.config.recipe import Recipe, RolloutTable
 from astracli.rl import losses
-from astracli.rl.advantage import batch_normalise, overlong_penalties
 from astracli.rl.types import Group, Sample
 
 
@@ -31,13 +32,6 @@ class Row:
     """Position in the batch, in the order of the groups."""
     group: Group
     sample: Sample
-    tokens: np.ndarray
-    """int32 [P + T]"""
-    prompt_length: int
-    logprobs: np.ndarray
-    """float32 [T]: the behaviour policy's"""
-    versions: np.ndarray
-    """int32 [T]"""
     advantage: float
     penalty: float = 0.0
     """What overlong shaping took off its reward."""
@@ -46,13 +40,32 @@ class Row:
         return len(self.tokens)
 
     @property
+    def prompt_length(self) -> int:
+        return len(self.group.prompt_tokens)
+
+    @property
     def loss_tokens(self) -> int:
         return len(self.logprobs)
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """int32 [P + T]"""
+        return np.concatenate([self.group.prompt_tokens, self.sample.tokens]).astype(np.int32)
+
+    @cached_property
+    def logprobs(self) -> np.ndarray:
+        """float32 [T]: the behaviour policy's"""
+        return self.sample.logprobs
+
+    @cached_property
+    def versions(self) -> np.ndarray:
+        """int32 [T]"""
+        return self.sample.versions
 
 
 @dataclass
 class MicroBatch:
-    """Right-padded rows, or one packed row, and, flat, the tokens of their completions."""
+    """Right-padded rows, or one packed row. Its loss tokens, flat, are those of the rows' completions."""
 
     rows: list[Row]
     """Empty in a micro-batch that only keeps ranks in step."""
@@ -62,16 +75,28 @@ class MicroBatch:
     """int64: 1 on tokens, 0 on padding"""
     predict_N: np.ndarray
     """int64: flat position (row * L + column) of the hidden state that predicts the token"""
-    target_N: np.ndarray
-    """int64"""
-    logprob_N: np.ndarray
-    """float32: behaviour"""
-    version_N: np.ndarray
-    """int32"""
-    advantage_N: np.ndarray
-    """float32"""
     bounds_S1: np.ndarray | None = None
     """int64 [S + 1]: segment s of a packed row [1, T] is columns bounds[s] to bounds[s + 1]; None = padded rows"""
+
+    @property
+    def target_N(self) -> np.ndarray:
+        """int64: the token at column i is predicted by the hidden state at column i - 1."""
+        return self.tokens_BL.reshape(-1)[self.predict_N + 1]
+
+    @property
+    def logprob_N(self) -> np.ndarray:
+        """float32: behaviour"""
+        return np.concatenate([np.zeros(0, np.float32), *(row.logprobs for row in self.rows)])
+
+    @property
+    def version_N(self) -> np.ndarray:
+        """int32"""
+        return np.concatenate([np.zeros(0, np.int32), *(row.versions for row in self.rows)])
+
+    @property
+    def advantage_N(self) -> np.ndarray:
+        """float32"""
+        return np.array([row.advantage for row in self.rows], np.float32)[self.sequence_N]
 
     @property
     def sequence_N(self) -> np.ndarray:
@@ -83,7 +108,6 @@ class MicroBatch:
 class Batch:
     """One step's data as one rank sees it, and what all ranks know of the whole."""
 
-    step: int
     groups: list[Group]
     rows: list[Row]
     """All rows of all ranks."""
@@ -91,8 +115,11 @@ class Batch:
     """This rank's micro-batches."""
     minibatch_tokens: list[int]
     """Loss tokens of each minibatch, over all ranks: the denominator of the token mean."""
-    versions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    """int32, all loss tokens of all ranks"""
+
+    @cached_property
+    def versions(self) -> np.ndarray:
+        """int32, all loss tokens of all ranks"""
+        return np.concatenate([row.versions for row in self.rows])
 
     @property
     def loss_tokens(self) -> int:
@@ -118,6 +145,33 @@ class Batch:
         }
 
 
+def overlong_penalties(lengths_S: np.ndarray, limit: int, fraction: float, penalty: float) -> np.ndarray:
+    """float64 [S], >= 0: what DAPO's soft overlong punishment takes off each reward (arXiv 2503.14476, equation 13).
+
+    0 up to `limit - cache` tokens, from there in a straight line to `penalty` at `limit`; cache = fraction * limit.
+    """
+    if fraction == 0.0:
+        return np.zeros(len(lengths_S))
+    cache = fraction * limit
+    return penalty * np.clip((np.asarray(lengths_S, np.float64) - (limit - cache)) / cache, 0.0, 1.0)
+
+
+def batch_normalise(advantages_B: np.ndarray, counts_B: np.ndarray) -> np.ndarray:
+    """float64 [B]: normalised once more over the batch, (a - mean) / (unbiased std + 1e-5).
+
+    A sample counts `counts_B` times, as often as the loss's own mean counts it (`Normaliser.count`): its loss tokens
+    where that is a mean over tokens, 1 where it is one over sequences. After this that mean of the advantage is 0,
+    whatever the lengths are.
+    """
+    advantages_B, counts_B = np.asarray(advantages_B, np.float64), np.asarray(counts_B, np.float64)
+    total = counts_B.sum()
+    if total < 2:
+        return np.zeros_like(advantages_B)
+    centred_B = advantages_B - (advantages_B * counts_B).sum() / total
+    variance = (centred_B**2 * counts_B).sum() / (total - 1)
+    return centred_B / (np.sqrt(variance) + losses.EPS)
+
+
 def rows_of(groups: Sequence[Group], algorithm: AlgorithmTable, rollout: RolloutTable) -> list[Row]:
     """Every sample with at least one token, with its advantage.
 
@@ -141,22 +195,8 @@ def rows_of(groups: Sequence[Group], algorithm: AlgorithmTable, rollout: Rollout
     rows: list[Row] = []
     for group, advantages_S, penalty_S in zip(groups, per_group, penalties, strict=True):
         for sample, advantage, penalty in zip(group.samples, advantages_S, penalty_S, strict=True):
-            tokens = sample.tokens
-            if not len(tokens):
-                continue
-            rows.append(
-                Row(
-                    index=len(rows),
-                    group=group,
-                    sample=sample,
-                    tokens=np.concatenate([group.prompt_tokens, tokens]).astype(np.int32),
-                    prompt_length=len(group.prompt_tokens),
-                    logprobs=sample.logprobs,
-                    versions=sample.versions,
-                    advantage=float(advantage),
-                    penalty=float(penalty),
-                )
-            )
+            if len(sample.tokens):
+                rows.append(Row(len(rows), group, sample, float(advantage), float(penalty)))
     return rows
 
 
@@ -192,7 +232,7 @@ Join = Callable[[list[Row], int], MicroBatch]
 
 
 def pad_rows(rows: list[Row], pad_token: int) -> MicroBatch:
-    """Right-padded rows. The token at column i is predicted by the hidden state at column i - 1."""
+    """Right-padded rows."""
     longest = max(map(len, rows))
     tokens_BL = np.full((len(rows), longest), pad_token, np.int64)
     mask_BL = np.zeros((len(rows), longest), np.int64)
@@ -201,42 +241,12 @@ def pad_rows(rows: list[Row], pad_token: int) -> MicroBatch:
         tokens_BL[b, : len(row)] = row.tokens
         mask_BL[b, : len(row)] = 1
         predict.append(np.arange(row.prompt_length, len(row), dtype=np.int64) + (b * longest - 1))
-    return micro_batch(rows, tokens_BL, mask_BL, np.concatenate(predict))
-
-
-def micro_batch(
-    rows: list[Row],
-    tokens_BL: np.ndarray,
-    mask_BL: np.ndarray,
-    predict_N: np.ndarray,
-    bounds_S1: np.ndarray | None = None,
-) -> MicroBatch:
-    """Rows laid out one way or another, with what their completions bring along."""
-    return MicroBatch(
-        rows=rows,
-        tokens_BL=tokens_BL,
-        mask_BL=mask_BL,
-        predict_N=predict_N,
-        target_N=np.concatenate([r.tokens[r.prompt_length :] for r in rows]).astype(np.int64),
-        logprob_N=np.concatenate([r.logprobs for r in rows]).astype(np.float32),
-        version_N=np.concatenate([r.versions for r in rows]).astype(np.int32),
-        advantage_N=np.concatenate([np.full(r.loss_tokens, r.advantage, np.float32) for r in rows]),
-        bounds_S1=bounds_S1,
-    )
+    return MicroBatch(rows, tokens_BL, mask_BL, np.concatenate(predict))
 
 
 def empty_micro_batch(pad_token: int) -> MicroBatch:
     """One token and no loss: a forward and backward that moves nothing."""
-    return MicroBatch(
-        rows=[],
-        tokens_BL=np.full((1, 1), pad_token, np.int64),
-        mask_BL=np.ones((1, 1), np.int64),
-        predict_N=np.zeros(0, np.int64),
-        target_N=np.zeros(0, np.int64),
-        logprob_N=np.zeros(0, np.float32),
-        version_N=np.zeros(0, np.int32),
-        advantage_N=np.zeros(0, np.float32),
-    )
+    return MicroBatch([], np.full((1, 1), pad_token), np.ones((1, 1), np.int64), np.zeros(0, np.int64))
 
 
 def build_batch(
@@ -269,4 +279,4 @@ def build_batch(
         padding = max(map(len, shares)) - len(shares[rank])
         mine.append(shares[rank] + [empty_micro_batch(pad_token) for _ in range(padding)])
         tokens.append(sum(row.loss_tokens for row in part))
-    return Batch(step, ordered, rows, mine, tokens, np.concatenate([r.versions for r in rows]))
+    return Batch(ordered, rows, mine, tokens)

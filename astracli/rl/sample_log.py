@@ -1,12 +1,17 @@
-"""One line of a samples file, the same for rollout, training and evaluation (docs/run-directory.md has the schema)."""
+"""Samples files, whose lines are the same for rollout, training and evaluation (schema: docs/run-directory.md)."""
 
 from __future__ import annotations
 
+import json
+import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from astracli.rl.batch import Batch
 from astracli.rl.types import Group, Sample, Verdict
+from astracli.runs.run_dir import write_atomic
 
 
 def sample_line(
@@ -64,3 +69,15 @@ def group_line(
         verdict=sample.verdict,
         finish_reason=sample.finish_reason,
     )
+
+
+def write_samples(directory: Path, batch: Batch, step: int, seed: int, count: int) -> None:
+    """`count` samples of the batch, drawn by (seed, step), into step_000012.jsonl; written whole or not at all."""
+    if count == 0:
+        return
+    chosen = random.Random(f"samples:{seed}:{step}").sample(batch.rows, min(count, len(batch.rows)))
+    lines = [
+        json.dumps(group_line(row.group, row.sample, step=step, advantage=row.advantage), ensure_ascii=False)
+        for row in sorted(chosen, key=lambda row: row.index)
+    ]
+    write_atomic(directory / f"step_{step:06d}.jsonl", "\n".join(lines) + "\n")

@@ -1,10 +1,10 @@
 """How far generation may run ahead of training: pure arithmetic of staleness, admission and batches.
 
-Words: *version* v is what step v-1 published; *step* s trains version s into version s+1; a group's *age* counts from
-its oldest token. A group of oldest version v may be trained on in steps v .. v + max_staleness: the last is its
-*deadline*. A group started now at version v waits behind everything in flight and everything kept, so it is trained on
-no later than step `next_step + ahead // batch_groups`; admission keeps that at or before its deadline. With a replay
-ratio n every batch of new groups takes up to 1 + n steps, and groups wait that much longer.
+Step v - 1 publishes *version* v; *step* s trains version s into version s + 1. The age of a group counts from its
+oldest token: a group of oldest version v may be trained on in steps v .. v + max_staleness, and the last of them is its
+*deadline*. A group that is started now waits behind all groups in flight and all kept ones, so it is trained on no
+later than step `next_step + ahead // batch_groups`; admission keeps that at or before its deadline. With a replay ratio
+n every batch of new groups takes up to 1 + n steps, and groups wait that much longer.
 """
 
 from __future__ import annotations
@@ -37,31 +37,41 @@ def replays_due(*, ratio: int, done: int, oldest_version: int, max_staleness: in
     return max(0, min(ratio - done, deadline(oldest_version, max_staleness) - next_step + 1))
 
 
-def allowance(
-    *, batch_groups: int, max_staleness: int, next_step: int, version: int, replays: Replays = Replays()
-) -> int:
-    """Groups that may be in flight or waiting together when one more is started at `version`.
-
-    `next_step` is the next step without a batch. At staleness 0 it is one batch while the trainer waits for it, and 0
-    while the trainer works on it (the version in the engine is then one step behind).
-    """
-    return replays.new_batches(max_staleness + 1 - max(0, next_step - version)) * batch_groups
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Admission:
-    """Whether more groups may be started now, and why not."""
+    """Whether more groups may be started now, and why not. All counts are groups."""
 
-    allowed: int
-    """Groups in flight and waiting that staleness allows."""
+    batch_groups: int
+    max_staleness: int
+    steps: int
+    """The length of the run."""
+    next_step: int
+    """The next step without a batch."""
+    version: int
+    """The engine's: what the groups would start at."""
     in_flight: int
     waiting: int
     """Kept groups without a batch."""
-    needed: int
-    """Groups that the rest of the run still takes, those in flight and waiting included."""
-    max_staleness: int
-    lag: int
-    """Steps between the engine's version and the next batch."""
+    replays: Replays = Replays()
+
+    @property
+    def lag(self) -> int:
+        """Steps between the engine's version and the next batch."""
+        return max(0, self.next_step - self.version)
+
+    @property
+    def allowed(self) -> int:
+        """Groups in flight and waiting that staleness allows.
+
+        At staleness 0 it is one batch while the trainer waits for it, and 0 while the trainer works on it (the version
+        in the engine is then one step behind).
+        """
+        return self.replays.new_batches(self.max_staleness + 1 - self.lag) * self.batch_groups
+
+    @property
+    def needed(self) -> int:
+        """Groups that the rest of the run still takes, those in flight and waiting included."""
+        return self.replays.new_batches(self.steps - self.next_step) * self.batch_groups
 
     @property
     def capacity(self) -> int:
@@ -82,34 +92,6 @@ class Admission:
             f"training: {count(self.in_flight)} in flight, {self.waiting} waiting of {self.allowed} allowed "
             f"(staleness {self.max_staleness}{behind})"
         )
-
-
-def admit(
-    *,
-    batch_groups: int,
-    max_staleness: int,
-    steps: int,
-    next_step: int,
-    version: int,
-    in_flight: int,
-    waiting: int,
-    replays: Replays = Replays(),
-) -> Admission:
-    """Admission for groups that would start at `version`. All counts are groups, `steps` is the length of the run."""
-    return Admission(
-        allowed=allowance(
-            batch_groups=batch_groups,
-            max_staleness=max_staleness,
-            next_step=next_step,
-            version=version,
-            replays=replays,
-        ),
-        in_flight=in_flight,
-        waiting=waiting,
-        needed=replays.new_batches(steps - next_step) * batch_groups,
-        max_staleness=max_staleness,
-        lag=max(0, next_step - version),
-    )
 
 
 def batch_reason(

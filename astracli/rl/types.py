@@ -40,19 +40,18 @@ class Sample:
     @property
     def tokens(self) -> np.ndarray:
         """int32 [T]: the completion."""
-        return np.concatenate([s.tokens for s in self.segments]) if self.segments else np.zeros(0, np.int32)
+        return np.concatenate([np.zeros(0, np.int32), *(s.tokens for s in self.segments)])
 
     @property
     def logprobs(self) -> np.ndarray:
         """float32 [T]"""
-        return np.concatenate([s.logprobs for s in self.segments]) if self.segments else np.zeros(0, np.float32)
+        return np.concatenate([np.zeros(0, np.float32), *(s.logprobs for s in self.segments)])
 
     @property
     def versions(self) -> np.ndarray:
         """int32 [T]: the version of every token."""
-        return np.concatenate(
-            [np.full(len(s.tokens), s.version, np.int32) for s in self.segments] or [np.zeros(0, np.int32)]
-        )
+        each = np.array([s.version for s in self.segments], np.int32)
+        return np.repeat(each, [len(s.tokens) for s in self.segments])
 
 
 @dataclass

@@ -7,6 +7,7 @@ twice: readers take the later line.
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module, metadata
 from pathlib import Path
@@ -134,8 +135,4 @@ def mean(numbers: Sequence[float]) -> float | None:
 
 def median(numbers: Sequence[float]) -> float | None:
     """Middle value (mean of the two middle ones); None of nothing."""
-    if not numbers:
-        return None
-    ordered = sorted(numbers)
-    half = len(ordered) // 2
-    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+    return statistics.median(numbers) if numbers else None

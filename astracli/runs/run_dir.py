@@ -45,11 +45,7 @@ class RunStatus:
         """True while the recorded supervisor still runs on this host."""
         if self.host != socket.gethostname():
             return self.state == "running"
-        try:
-            process = psutil.Process(self.pid)
-            return abs(process.create_time() - self.create_time) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
+        return _lives(self.pid, self.create_time)
 
     def shown(self) -> str:
         """The state as people read it; a run that says `running` without its supervisor is `dead (resumable)`."""
@@ -64,77 +60,30 @@ class RunDir:
     """Paths of one run. `runs.create` and `runs.resume` also hold its lock, so that two supervisors never share it."""
 
     def __init__(self, path: Path):
-        self.path = Path(path)
-        self._lock_fd: int | None = None
-
-    def __repr__(self) -> str:
-        return f"RunDir({str(self.path)!r})"
+        self.path = path = Path(path)
+        self.recipe_json = path / "recipe.json"
+        self.plan_json = path / "plan.json"
+        self.status_json = path / "status.json"
+        self.metrics_jsonl = path / "metrics.jsonl"
+        self.summary_json = path / "summary.json"
+        """The summary figures; written when an attempt ends."""
+        self.hub_sqlite = path / "hub.sqlite"
+        self.weights = path / "weights"
+        self.checkpoints = path / "checkpoints"
+        self.eval = path / "eval"
+        self.eval_csv = self.eval / "eval.csv"
+        self.samples = path / "samples"
+        self.export = path / "export"
+        self.config = path / "config"
+        self.stage = path / "stage"
+        """Weight payloads on their way into an engine, one folder per engine."""
+        self.logs = path / "logs"
+        self.lock_fd: int | None = None
+        """The file descriptor that holds the lock, inherited by every child; None when it is not held."""
 
     @property
     def name(self) -> str:
         return self.path.resolve().name
-
-    @property
-    def recipe_json(self) -> Path:
-        return self.path / "recipe.json"
-
-    @property
-    def plan_json(self) -> Path:
-        return self.path / "plan.json"
-
-    @property
-    def status_json(self) -> Path:
-        return self.path / "status.json"
-
-    @property
-    def metrics_jsonl(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def summary_json(self) -> Path:
-        """The summary figures; written when an attempt ends."""
-        return self.path / "summary.json"
-
-    @property
-    def hub_sqlite(self) -> Path:
-        return self.path / "hub.sqlite"
-
-    @property
-    def weights(self) -> Path:
-        return self.path / "weights"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def eval(self) -> Path:
-        return self.path / "eval"
-
-    @property
-    def eval_csv(self) -> Path:
-        return self.eval / "eval.csv"
-
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples"
-
-    @property
-    def export(self) -> Path:
-        return self.path / "export"
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config"
-
-    @property
-    def stage(self) -> Path:
-        """Payloads on their way into an engine, one folder per engine."""
-        return self.path / "stage"
-
-    @property
-    def logs(self) -> Path:
-        return self.path / "logs"
 
     def attempt_logs(self, attempt: int) -> Path:
         """`logs/attempt_N`: one file per process and attempt, N from 1."""
@@ -175,23 +124,18 @@ class RunDir:
             )
         os.ftruncate(fd, 0)
         os.pwrite(fd, str(os.getpid()).encode(), 0)
-        self._lock_fd = fd
+        self.lock_fd = fd
 
     def unlock(self) -> None:
         """Let go of the run; does nothing when it is not held."""
-        if self._lock_fd is not None:
-            os.close(self._lock_fd)
-            self._lock_fd = None
-
-    @property
-    def lock_fd(self) -> int | None:
-        """The file descriptor that holds the lock, to be inherited by every child; None when it is not held."""
-        return self._lock_fd
+        if self.lock_fd is not None:
+            os.close(self.lock_fd)
+            self.lock_fd = None
 
     @property
     def held(self) -> bool:
-        """True when this object holds the lock."""
-        return self._lock_fd is not None
+        """Whether this object holds the lock."""
+        return self.lock_fd is not None
 
     def in_use(self) -> bool:
         """True when a process holds the lock."""
@@ -218,6 +162,13 @@ class RunDir:
             return None
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"`{self.status_json}` is damaged: {error}") from None
+
+    def readable_status(self) -> RunStatus | None:
+        """`status`, and None for a damaged file: to look through many runs, of which `runs list` names the damaged."""
+        try:
+            return self.status()
+        except UserError:
+            return None
 
     def going(self) -> bool:
         """True while its supervisor lives (on another host: while it says so)."""
@@ -255,9 +206,12 @@ class RunDir:
         write_atomic(self.status_json, json.dumps(asdict(status), indent=2) + "\n")
 
 
-def _lives(pid: int) -> bool:
+def _lives(pid: int, create_time: float | None = None) -> bool:
+    """Whether a process runs; with `create_time`, whether it is the one that began then."""
     try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+        process = psutil.Process(pid)
+        same = create_time is None or abs(process.create_time() - create_time) < 1.0
+        return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
@@ -273,15 +227,16 @@ def _flock(fd: int) -> bool:
 
 def paths(run_dir: Path) -> dict[str, str]:
     """What lies where, of what is there."""
+    run = RunDir(run_dir)
     places = {
-        "run": run_dir,
-        "export": run_dir / "export",
-        "evaluations": run_dir / "eval" / "eval.csv",
-        "metrics": run_dir / "metrics.jsonl",
-        "samples": run_dir / "samples",
-        "checkpoints": run_dir / "checkpoints",
-        "logs": run_dir / "logs",
-        "report": run_dir / "report.html",
+        "run": run.path,
+        "export": run.export,
+        "evaluations": run.eval_csv,
+        "metrics": run.metrics_jsonl,
+        "samples": run.samples,
+        "checkpoints": run.checkpoints,
+        "logs": run.logs,
+        "report": run.path / "report.html",
     }
     return {name: str(place) for name, place in places.items() if place.exists()}
 

@@ -15,6 +15,9 @@ from astracli.training.cpu_offload import CpuOffload
 from astracli.training.overlapped_offload import OverlappedOffload
 from astracli.training.split_masters import SplitMasters
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Torch's names of the first and second moment."""
+
 
 def learning_rate(table: TrainTable, step: int) -> float:
     """Rate of step 0, 1, ...: linear warm-up over `warmup_steps`, then the schedule over the steps that are left."""
@@ -28,8 +31,8 @@ def learning_rate(table: TrainTable, step: int) -> float:
 
 
 class Adam:
-    """Updates `values` in place, bucket by bucket where something passes through the device for it: moments that wait
-    in host memory, masters that lie in `split_masters`. The same numbers as all at once."""
+    """Updates `values` in place. Moments that wait in host memory and split masters come to the device for an update,
+    bucket by bucket; the numbers are the same as those of one update of all."""
 
     def __init__(
         self,
@@ -41,12 +44,11 @@ class Adam:
     ):
         """`moments_on_host`: the part of the moments that waits there."""
         self.values = values
-        self.moments_on_host = moments_on_host
         self.split_masters = split_masters or SplitMasters()
         self.away = on_host({name: value.numel() for name, value in values.items()}, moments_on_host)
         self._optimized = {name: nn.Parameter(value) for name, value in values.items() if value.numel()}
         self._offloaded: dict[str, CpuOffload] = {}
-        self._overlapped_offload: OverlappedOffload | None = None
+        self._overlapped_offload = OverlappedOffload(next(iter(values.values())).device)
         self.adamw = torch.optim.AdamW(
             _groups(self._optimized, table), lr=table.learning_rate, betas=table.betas, eps=table.eps, fused=True
         )
@@ -67,8 +69,6 @@ class Adam:
             self._step_bucket(pass_by[index], gradients)
             return [self._offload(name) for name in pass_by[index]]
 
-        if self._overlapped_offload is None:
-            self._overlapped_offload = OverlappedOffload(next(iter(self.values.values())).device)
         self._overlapped_offload.through(sets, visitors, resident)
 
     def _brings(self, name: str) -> int:
@@ -87,56 +87,41 @@ class Adam:
         """Of the moments of one parameter, on the device now."""
         if name not in self._offloaded:
             state = self.adamw.state[self._optimized[name]]
-            self._offloaded[name] = CpuOffload((state["exp_avg"], state["exp_avg_sq"]))
+            self._offloaded[name] = CpuOffload([state[key] for key in MOMENTS])
         return self._offloaded[name]
 
     def moments(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """First and second moments by parameter name, where they are; zeros before the first update."""
-        return self._moments("exp_avg"), self._moments("exp_avg_sq")
-
-    def _moments(self, key: str) -> dict[str, Tensor]:
-        found = {}
-        for name, value in self.values.items():
-            state = self.adamw.state.get(self._optimized[name], {}) if name in self._optimized else {}
-            offloaded = self._offloaded.get(name)
-            moment = state[key] if state else self._no_moment(name, value)
-            found[name] = offloaded.on_host(moment) if offloaded is not None else moment
-        return found
-
-    def no_moments(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Zeros, where moments wait between updates."""
-        first, second = ({n: self._no_moment(n, v) for n, v in self.values.items()} for _ in range(2))
+        first, second = ({name: self._moment(name, key) for name in self.values} for key in MOMENTS)
         return first, second
 
-    def _no_moment(self, name: str, value: Tensor) -> Tensor:
-        return torch.zeros_like(value, device="cpu" if name in self.away else None)
+    def _moment(self, name: str, key: str) -> Tensor:
+        state = self.adamw.state.get(self._optimized[name]) if name in self._optimized else None
+        if not state:
+            return torch.zeros_like(self.values[name], device="cpu" if name in self.away else None)
+        return self._offloaded[name].on_host(state[key]) if name in self._offloaded else state[key]
 
     def on_device(self) -> list[Tensor]:
         """Moments that lie beside their masters."""
         there = [self.adamw.state.get(m, {}) for name, m in self._optimized.items() if name not in self.away]
-        return [state[key] for state in there if state for key in ("exp_avg", "exp_avg_sq")]
+        return [state[key] for state in there if state for key in MOMENTS]
 
     @property
     def updates(self) -> int:
         """Updates made so far: what the bias correction counts."""
-        for master in self._optimized.values():
-            state = self.adamw.state.get(master)
-            if state:
-                return int(state["step"])
-        return 0
+        return next((int(state["step"]) for state in self.adamw.state.values() if state), 0)
 
     @torch.no_grad()
-    def restore(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor], updates: int) -> None:
-        """Take over moments, which then belong to this, and the update count."""
-        for name, master in self._optimized.items():
-            self.adamw.state[master] = {
-                "step": torch.tensor(float(updates), device=master.device),
-                "exp_avg": first[name].to(master.device),
-                "exp_avg_sq": second[name].to(master.device),
-            }
-            if name in self.away:
-                self._offloaded.pop(name, None)
-                self._offload(name).to_host()
+    def restore(self, name: str, first: Tensor, second: Tensor, updates: int) -> None:
+        """Take over one parameter's moments, which then belong to this, and the update count."""
+        master = self._optimized.get(name)
+        if master is None:  # this rank's shard of it is empty
+            return
+        moments = {key: moment.to(master.device) for key, moment in zip(MOMENTS, (first, second), strict=True)}
+        self.adamw.state[master] = {"step": torch.tensor(float(updates), device=master.device), **moments}
+        if name in self.away:
+            self._offloaded.pop(name, None)
+            self._offload(name).to_host()
 
 
 def _groups(optimized: Mapping[str, nn.Parameter], table: TrainTable) -> list[dict[str, Any]]:

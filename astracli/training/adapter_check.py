@@ -1,4 +1,4 @@
-"""Try an adapter on the smallest model of its family: loading, names, sizes, and rows that must not see each other."""
+"""Try an adapter on the smallest model of its family: loading, names, sizes, and that rows do not see each other."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from astracli.errors import UserError
+from astracli.kernels import varlen
 from astracli.models.adapter import ModelAdapter
+from astracli.training import packing
 
 LENGTHS = (19, 7, 30)
 """Tokens of the sequences that are padded, and packed, together."""
 TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}
-"""Largest |difference| of fp32 logits between a sequence alone and in company, by device; GPU kernels choose other
-tilings, and may round matrix products to TF32, for other shapes. Logits have a standard deviation near 1."""
+"""Largest |difference| of fp32 logits between a sequence alone and beside others. For other shapes GPU kernels choose
+other tilings, and may round matrix products to TF32. Logits have a standard deviation near 1."""
 
 
 def check(adapter: ModelAdapter, device: str = "cpu") -> dict[str, Any]:
@@ -26,7 +31,7 @@ def check(adapter: ModelAdapter, device: str = "cpu") -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             config, model = load_tiny(adapter, Path(folder), device)
-        except Exception as error:  # whatever a stranger's adapter raises is the finding
+        except Exception as error:  # whatever a foreign adapter raises is the finding
             checks.append({"name": "load", "status": "fail", "value": _words(error)})
         else:
             checks.append({"name": "load", "status": "ok", "value": type(model).__name__})
@@ -36,7 +41,6 @@ def check(adapter: ModelAdapter, device: str = "cpu") -> dict[str, Any]:
 
 def load_tiny(adapter: ModelAdapter, folder: Path, device: str = "cpu") -> tuple[dict[str, Any], Any]:
     """A random tiny checkpoint as transformers writes it, loaded as the trainer loads it."""
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -101,22 +105,16 @@ def _count(adapter: ModelAdapter, config: dict[str, Any], model: Any) -> tuple[b
 
 
 def _rows(model: Any) -> list[Any]:
-    import torch
-
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(2, model.config.vocab_size, (n,), generator=generator).to(model.device) for n in LENGTHS]
 
 
 def _alone(model: Any, rows: list[Any]) -> list[Any]:
-    import torch
-
     with torch.no_grad():
         return [model(input_ids=row[None], use_cache=False).logits[0] for row in rows]
 
 
 def _padded(adapter: ModelAdapter, model: Any) -> tuple[bool, str]:
-    import torch
-
     rows = _rows(model)
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     mask = (torch.arange(ids.shape[1])[None] < torch.tensor(LENGTHS)[:, None]).long().to(model.device)
@@ -127,12 +125,6 @@ def _padded(adapter: ModelAdapter, model: Any) -> tuple[bool, str]:
 
 
 def _packed(adapter: ModelAdapter, model: Any) -> tuple[bool, str]:
-    import numpy as np
-    import torch
-
-    from astracli.kernels import varlen
-    from astracli.training import packing
-
     rows = _rows(model)
     alone = _alone(model, rows)
     varlen.install(model, adapter)

@@ -1,7 +1,7 @@
 """Do trainer and engine agree? Measured at every step, on the tokens that the engine drew under the trainer's weights.
 
-On those tokens both should give the same log-probability; whatever is left is another kernel's rounding, or a wrong
-weight. Per token, with r = trainer's probability / engine's: |log r|, the ratio r, and two estimates of
+On those tokens both should give the same log-probability. A difference comes from another kernel's rounding, or from a
+wrong weight. Per token, with r = trainer's probability / engine's: |log r|, the ratio r, and two estimates of
 KL(engine || trainer), k1 = -log r and k3 = r - 1 - log r (http://joschu.net/blog/kl-approx.html). Shape letter: N
 tokens.
 """
@@ -17,12 +17,12 @@ from astracli.errors import RunFailed
 from astracli.training.fsdp import Ranks
 
 ENOUGH_TOKENS = 64
-"""Fewer tokens are judged by their sum over so many: on a GPU a single token's difference was up to 0.46 where the mean
-was 0.0024 (measured)."""
+"""Fewer tokens are judged as if they were this many, because single tokens differ far more than the mean: on a GPU one
+differed by 0.46 where the mean was 0.0024."""
 TIMES_NOISE = 2.0
-"""How often over what rounding alone does to the trainer (`RowCheck.logprob_noise`) the engine may be away from it."""
+"""The engine may differ from the trainer by this many times what rounding alone changes (`RowCheck.logprob_noise`)."""
 CEILING = 0.1
-"""What that may raise a tolerance to, never more."""
+"""The largest tolerance that this may give."""
 
 
 @dataclass
@@ -48,14 +48,14 @@ class Agreement:
         self.tokens += len(log_N)
 
     def _read(self) -> None:
-        """Take what was added. Waits for the device."""
+        """Add what is still on the device. Waits for it."""
         unread, self._unread = self._unread, []
         for *sums, largest in torch.stack(unread).tolist() if unread else ():
             self.sums = [total + part for total, part in zip(self.sums, sums, strict=True)]
             self.largest = max(self.largest, largest)
 
     def over(self, ranks: Ranks) -> Agreement:
-        """Of all ranks together. A collective."""
+        """The sums of all ranks together. A collective."""
         self._read()
         tokens, *sums = ranks.sum([float(self.tokens), *self.sums])
         (largest,) = ranks.max([self.largest])
@@ -78,7 +78,7 @@ class Agreement:
         }
 
     def within(self, tolerance: float) -> bool:
-        """Whether the mean |difference| is at most `tolerance` (one that is no number is not)."""
+        """Whether the mean |difference| is at most `tolerance`. A mean that is not a number is not."""
         self._read()
         return not self.tokens or self.sums[0] / self.tokens <= self._allowed(tolerance)
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a trainer: fp32 masters, moments, update count, step, version, RNG; for any number of ranks.
+"""Checkpoints of a trainer: fp32 masters, moments, update count, step, RNG; for any number of ranks.
 
     checkpoints/step_000010/   rank_0.bin, rank_0.json, ..., meta.json, COMPLETE
 
@@ -11,6 +11,7 @@ Finding checkpoints does not import torch.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -39,7 +40,6 @@ _NAME = re.compile(r"step_(\d{6,})")
 class Checkpoint:
     path: Path
     step: int
-    version: int
     meta: Mapping[str, Any]
 
 
@@ -63,28 +63,25 @@ def place(directory: Path, step: int) -> Path:
     return directory / f"step_{step:06d}"
 
 
+def _named(directory: Path) -> list[Path]:
+    """What is named like a checkpoint, oldest first."""
+    named = [path for path in directory.glob("step_*") if _NAME.fullmatch(path.name)]
+    return sorted(named, key=lambda path: int(path.name.removeprefix("step_")))
+
+
 def find(directory: Path) -> list[Checkpoint]:
     """Every whole checkpoint, oldest first. Incomplete and damaged ones are passed over."""
-    if not directory.is_dir():
-        return []
-    found = [checkpoint for path in directory.iterdir() if (checkpoint := read(path)) is not None]
-    return sorted(found, key=lambda c: c.step)
+    return [checkpoint for path in _named(directory) if (checkpoint := read(path)) is not None]
 
 
 def latest(directory: Path) -> Checkpoint | None:
     """The newest whole checkpoint, or None."""
-    if not directory.is_dir():
-        return None
-    named = [p for p in directory.iterdir() if _NAME.fullmatch(p.name)]
-    for path in sorted(named, key=lambda p: int(p.name.split("_")[1]), reverse=True):
-        if (checkpoint := read(path)) is not None:
-            return checkpoint
-    return None
+    return next((checkpoint for path in reversed(_named(directory)) if (checkpoint := read(path)) is not None), None)
 
 
 def read(path: Path, *, digests: bool = True) -> Checkpoint | None:
     """The checkpoint at `path`, or None when it is none, is incomplete or is damaged. Without `digests` only sizes are
-    compared: whoever asks knows that its bytes were read and right. Raises RunFailed for another format."""
+    compared, for a caller that knows that its bytes are right. Raises RunFailed for another format."""
     match = _NAME.fullmatch(path.name)
     if not match:
         return None
@@ -102,7 +99,7 @@ def read(path: Path, *, digests: bool = True) -> Checkpoint | None:
             (path / name).stat().st_size == size and (not digests or digest_of(path / name) == digest)
             for name, (size, digest) in files.items()
         )
-        return Checkpoint(path, int(meta["step"]), int(meta["version"]), meta) if whole else None
+        return Checkpoint(path, int(meta["step"]), meta) if whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -110,19 +107,16 @@ def read(path: Path, *, digests: bool = True) -> Checkpoint | None:
 def digest_of(path: Path) -> str:
     import xxhash
 
-    digest = xxhash.xxh3_64()
     with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
 
 
-def save(directory: Path, step: int, version: int, masters: Masters, ranks: Ranks, *, keep: int) -> Path:
+def save(directory: Path, step: int, masters: Masters, ranks: Ranks, *, keep: int) -> Path:
     """Write the state after `step` steps, now, and drop all but the newest `keep`. A collective. Returns its place."""
     from astracli.training.checkpoint_saver import Saver
 
     saver = Saver(directory, ranks, keep=keep, beside=False)
-    saver.begin(step, version, masters)
+    saver.begin(step, masters)
     saver.wait()
     ranks.barrier()
     return place(directory, step)
@@ -142,18 +136,16 @@ def load(checkpoint: Checkpoint, masters: Masters, ranks: Ranks) -> None:
             "resume with the run directory's own recipe, or start a new run",
         )
     stored = _Stored(checkpoint)
-    first, second = masters.no_moments()
     with torch.no_grad():
         for name, value in masters.values.items():
             where = (name, masters.start(name), value.numel())
             with masters.split_masters.whole([name]):
                 value.copy_(stored.master(*where).view(value.shape))
-            for kind, moments in (("first", first), ("second", second)):
-                moments[name].copy_(stored.read(kind, *where).view(value.shape))
-    masters.restore(first, second, int(checkpoint.meta["updates"]))
+            first, second = (stored.read(kind, *where).view(value.shape) for kind in ("first", "second"))
+            masters.adam.restore(name, first, second, int(checkpoint.meta["updates"]))
+    masters.restored()
     if ranks.rank < int(checkpoint.meta["world_size"]):
-        rng = str(ranks.rank)
-        torch.set_rng_state(stored.read("rng", rng, 0, stored.length("rng", rng)))
+        torch.set_rng_state(stored.read("rng", str(ranks.rank), 0, len(torch.get_rng_state())))
 
 
 class _Stored:
@@ -165,9 +157,6 @@ class _Stored:
         for rank in range(int(checkpoint.meta["world_size"])):
             for entry in map(Entry._make, json.loads((self._path / f"rank_{rank}.json").read_text())["tensors"]):
                 self._entries[entry.kind, entry.name].append((self._path / f"rank_{rank}.bin", entry))
-
-    def length(self, kind: str, name: str) -> int:
-        return sum(entry.length for _, entry in self._entries[kind, name])
 
     def master(self, name: str, start: int, length: int) -> Tensor:
         """fp32 [length], whether it was stored whole or split."""
@@ -184,6 +173,7 @@ class _Stored:
 
     def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
         """[length] elements from `start` on. Raises RunFailed when some of them are nowhere."""
+        import numpy as np
         import torch
 
         found = self._entries.get((kind, name), [])
@@ -192,31 +182,19 @@ class _Stored:
         for path, entry in found:
             low, high = max(start, entry.start), min(start + length, entry.start + entry.length)
             if low < high:
+                size, skipped = (high - low) * dtype.itemsize, (low - entry.start) * dtype.itemsize
                 target = result[low - start : high - start].view(torch.uint8).numpy()
-                with path.open("rb", buffering=0) as file:
-                    file.seek(entry.offset + (low - entry.start) * dtype.itemsize)
-                    _fill(file, target.data)
+                target[:] = np.fromfile(path, np.uint8, size, offset=entry.offset + skipped)
                 missing -= high - low
         if missing:
             raise RunFailed(f"checkpoint `{self._path}` lacks {missing} elements of `{name}` ({kind})")
         return result
 
 
-def _fill(file: Any, target: memoryview) -> None:
-    while target:
-        count = file.readinto(target)
-        if not count:
-            raise RunFailed(f"`{file.name}` is shorter than its index says")
-        target = target[count:]
-
-
 def prune(directory: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints, and what an interrupted save left behind."""
-    named = sorted((p for p in directory.iterdir() if _NAME.fullmatch(p.name)), key=lambda p: int(p.name.split("_")[1]))
-    for old in named[:-keep]:
+    for old in (*_named(directory)[:-keep], *directory.glob(".step_*.tmp")):
         shutil.rmtree(old, ignore_errors=True)
-    for left in directory.glob(".step_*.tmp"):
-        shutil.rmtree(left, ignore_errors=True)
 
 
 def sync(directory: Path) -> None:

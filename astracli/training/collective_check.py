@@ -1,8 +1,8 @@
 """Do the ranks of a trainer reach each other? An all-reduce at their start, under a time limit.
 
 On some machines NCCL's direct copies between GPUs hang or bring wrong data (PCIe access control, a virtual machine's
-IOMMU), and a run would stand still in its first step. A rank that cannot prove its link ends with `BROKEN`, and the
-supervisor starts all ranks once more, in fresh processes, with `layout.WITHOUT_PEERS` in their environment.
+IOMMU), and a run would stand still in its first step. A rank whose sum does not come or is wrong ends with `BROKEN`.
+Then the supervisor starts all ranks once more, in fresh processes, with `layout.WITHOUT_PEERS` in their environment.
 """
 
 from __future__ import annotations
@@ -44,17 +44,6 @@ def check(rank: int, world_size: int, device: torch.device) -> None:
     """Sum over all ranks twice, the second time on what the first gave. Raises ValueError when it is wrong. Leaves no
     buffer behind in torch's cache, where an engine beside could not use it."""
     import torch
-
-    wrong, of = _wrong_sums(rank, world_size, device)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    if wrong:
-        raise ValueError(f"{wrong} of {of} sums over {world_size} ranks are wrong")
-
-
-def _wrong_sums(rank: int, world_size: int, device: torch.device) -> tuple[int, int]:
-    """(how many are wrong, of how many)"""
-    import torch
     import torch.distributed as dist
 
     buffer = torch.arange(ELEMENTS[device.type], device=device, dtype=torch.float32).remainder_(64.0)
@@ -62,9 +51,12 @@ def _wrong_sums(rank: int, world_size: int, device: torch.device) -> tuple[int, 
     buffer += rank
     for _ in range(2):
         dist.all_reduce(buffer)
+    wrong = int((buffer != expected).sum())
     if device.type == "cuda":
-        torch.cuda.synchronize()
-    return int((buffer != expected).sum()), buffer.numel()
+        del buffer, expected
+        torch.cuda.empty_cache()
+    if wrong:
+        raise ValueError(f"{wrong} of {ELEMENTS[device.type]} sums over {world_size} ranks are wrong")
 
 
 def _give_up(reason: str) -> None:

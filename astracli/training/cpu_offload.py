@@ -1,9 +1,9 @@
-"""Tensors that wait in host memory while a GPU is needed for something else.
+"""CPU offload: tensors wait in host memory while a GPU is needed for something else.
 
-An offloaded tensor keeps its identity: its storage is emptied and later filled again, so everything that shares it
+An offloaded tensor keeps its identity: its storage is emptied and later filled again. So everything that shares it
 (FSDP's shards, the optimizer's parameters, views) is right again without being told. Copies go through pinned memory on
-the current stream; `overlapped_offload` makes that another than the stream of the work. To print an empty storage torch
-would read address 0, which ends the process or the GPU's context: so `repr` says that the tensor is offloaded.
+the current stream; `overlapped_offload` uses streams of its own. To print an empty storage torch would read address 0,
+which ends the process or the GPU's context, so `repr` says that the tensor is offloaded.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from astracli.training.fsdp import local
 
 
 class CpuOffload:
-    """Moves a set of tensors between their device and host memory, whole. Host memory is kept once it was needed.
+    """Moves a set of tensors as a whole between their device and host memory. Host memory is kept for the next time.
 
-    `constant`: nobody writes to them, so offloading again copies nothing. On a CPU the host's copy is elsewhere in the
-    same memory.
+    `constant`: nobody writes to the tensors, so offloading them again copies nothing. On a CPU both lie in the same
+    memory.
     """
 
     def __init__(self, tensors: Iterable[Tensor], *, constant: bool = False):
@@ -44,7 +44,7 @@ class CpuOffload:
         return sum(self._bytes.values())
 
     def to_host(self) -> None:
-        """Empty the device's storages; their bytes wait on the host. Offloaded twice is offloaded once."""
+        """Empty the device's storages; their bytes wait on the host. A second call does nothing."""
         if not self.offloaded:
             self.save()
             self.leave()
@@ -56,7 +56,7 @@ class CpuOffload:
             self.fill()
 
     def save(self) -> None:
-        """To the host, on the current stream: the first half of `to_host`."""
+        """Copy to the host, on the current stream: the first half of `to_host`."""
         for key, storage in self._storages.items():
             if key in self._host and self._constant:
                 continue
@@ -65,18 +65,18 @@ class CpuOffload:
             self._host[key].copy_(_flat(storage), non_blocking=True)
 
     def leave(self) -> None:
-        """Empty the storages, whose bytes `save` has taken: the other half."""
+        """Empty the storages, whose bytes `save` has copied: the other half of `to_host`."""
         for storage in self._storages.values():
             empty(storage)
         self.offloaded = True
 
     def make_room(self) -> None:
-        """Memory for the storages: the first half of `to_device`."""
+        """Allocate memory for the storages: the first half of `to_device`."""
         for key, storage in self._storages.items():
             storage.resize_(self._bytes[key])
 
     def fill(self) -> None:
-        """From the host, on the current stream: the other half."""
+        """Copy from the host, on the current stream: the other half of `to_device`."""
         for key, storage in self._storages.items():
             _flat(storage).copy_(self._host[key], non_blocking=True)
         self.offloaded = False
@@ -102,7 +102,7 @@ class CpuOffload:
 
 
 def empty(storage: torch.UntypedStorage) -> None:
-    """Free its memory; the tensors that share it stay, and can still be shown."""
+    """Free its memory; the tensors that share it stay, and can still be printed."""
     if not hasattr(torch.Tensor.__repr__, "shows_offloaded"):
         shown: Any = _showing_offloaded(torch.Tensor.__repr__)
         torch.Tensor.__repr__ = shown  # type: ignore[method-assign]

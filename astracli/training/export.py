@@ -1,9 +1,9 @@
 """A trained model as a Hugging Face directory: in the layout it was loaded from, or its text part alone.
 
-Same layout: every shard of the source checkpoint is written again under its own name, trained tensors replaced,
-untouched ones (vision tower, mtp head) copied; config, processor and tokenizer files come along. Text only: the trained
-tensors under their wire names, and the text config that the adapter derives. Written beside its place and renamed into
-it when whole.
+Same layout: every shard of the source checkpoint is written again under its own name. Trained tensors are replaced,
+others (vision tower, mtp head) copied; config, processor and tokenizer files come along. Text only: the trained tensors
+under their wire names, and the text config that the adapter derives. The directory is written beside its place and
+renamed into it when whole.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,7 +26,6 @@ from astracli.models.adapter import SHARD_INDEX, ModelAdapter, read_config
 SHARD_BYTES = 4 * 2**30
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _PROCESSOR = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
-_METADATA = {"format": "pt"}
 
 
 def export(
@@ -46,7 +45,7 @@ def export(
     working.mkdir(parents=True)
     try:
         if text_only:
-            _write_text(working, tensors)
+            save_torch_state_dict(dict(tensors), working, max_shard_size=SHARD_BYTES)
             config = json.dumps(adapter.text_only_config(read_config(model_dir)), indent=2, sort_keys=True)
             (working / "config.json").write_text(config + "\n")
             _copy_files(model_dir, working, but=("config.json", *_PROCESSOR))
@@ -97,9 +96,7 @@ def frozen_tensors(model_dir: Path, adapter: ModelAdapter) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     for file in _shards(model_dir):
         with safe_open(file, framework="pt") as source:
-            for name in source.keys():  # noqa: SIM118
-                if adapter.wire_name(name) is None:
-                    result[name] = source.get_tensor(name)
+            result |= {name: source.get_tensor(name) for name in source.keys() if adapter.wire_name(name) is None}  # noqa: SIM118
     return result
 
 
@@ -122,52 +119,17 @@ def _write_as_source(working: Path, model_dir: Path, tensors: Mapping[str, Tenso
     for file in _shards(model_dir):
         shard: dict[str, Tensor] = {}
         with safe_open(file, framework="pt") as source:
-            for name in source.keys():  # noqa: SIM118
-                if name not in names:
-                    continue
-                wire = names[name]
-                before = source.get_tensor(name)
-                shard[name] = before if wire is None else _no_narrower(tensors[wire], before.dtype)
-        save_file({n: t.contiguous() for n, t in shard.items()}, working / file.name, metadata=_METADATA)
+            for name in names.keys() & source.keys():
+                wire, tensor = names[name], source.get_tensor(name)
+                if wire is not None:  # the dtype is the wider of the two: readers find the precision they expect
+                    tensor = tensors[wire].to(torch.promote_types(tensors[wire].dtype, tensor.dtype))
+                shard[name] = tensor.contiguous()
+        save_file(shard, working / file.name, metadata={"format": "pt"})
         placed |= dict.fromkeys(shard, file.name)
         total += sum(t.nbytes for t in shard.values())
     if (model_dir / SHARD_INDEX).exists():
-        _write_index(working, placed, total)
-
-
-def _no_narrower(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The wire's values; in the source's dtype when that is wider, so that a reader finds the precision it expects."""
-    return tensor.to(torch.promote_types(tensor.dtype, dtype))
-
-
-def _write_text(working: Path, tensors: Mapping[str, Tensor]) -> None:
-    parts = list(_parts(tensors))
-    placed: dict[str, str] = {}
-    for number, names in enumerate(parts, 1):
-        file = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        save_file({n: tensors[n].contiguous() for n in names}, working / file, metadata=_METADATA)
-        placed |= dict.fromkeys(names, file)
-    if len(parts) > 1:
-        _write_index(working, placed, sum(t.nbytes for t in tensors.values()))
-
-
-def _parts(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
-    """Names in order, in parts of at most SHARD_BYTES."""
-    part: list[str] = []
-    size = 0
-    for name, tensor in tensors.items():
-        if part and size + tensor.nbytes > SHARD_BYTES:
-            yield part
-            part, size = [], 0
-        part.append(name)
-        size += tensor.nbytes
-    if part:
-        yield part
-
-
-def _write_index(working: Path, placed: Mapping[str, str], total: int) -> None:
-    document: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
-    (working / SHARD_INDEX).write_text(json.dumps(document, indent=2) + "\n")
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+        (working / SHARD_INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _copy_files(model_dir: Path, working: Path, but: Iterable[str] = ()) -> None:

@@ -1,9 +1,9 @@
-"""The ranks of a trainer: process group, what they add up and hand around, and FSDP2 sharding of a policy.
+"""The ranks of a trainer: their process group, what they exchange, and FSDP2 sharding of a policy.
 
-One rank needs none of it: no process group, no wrapping. Its parameters are stored in what is computed with, as halves
-of their fp32 masters (`optimizer`). FSDP2 on a mesh of one (`wrapped`, for comparison) computes the same; it copies and
-casts every parameter in every pass. Several ranks find each other by the torchrun variables
-RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+One rank needs neither a process group nor wrapping. On a GPU its parameters are stored in bf16, and each is the upper
+part of its split master (`split_masters`). FSDP2 on a mesh of one (`wrapped`, for comparison) computes the same, but it
+copies and casts every parameter in every pass. Several ranks find each other by the torchrun variables RANK,
+WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -28,10 +29,9 @@ if TYPE_CHECKING:
 
 RENDEZVOUS = timedelta(minutes=10)
 WAIT = timedelta(days=7)
-"""Ranks wait for rank 0, which waits for the hub as long as a batch takes; the heartbeat ends an orphan, not this."""
+"""Ranks wait for rank 0, and rank 0 for the hub's batch, however long that takes. The heartbeat ends an orphan."""
 COLLECTIVE = timedelta(minutes=30)
-"""Of a collective inside a step, a checkpoint or an export: all ranks are at it, and one that is not never comes."""
-
+"""Limit of a collective inside a step, a checkpoint or an export: a rank that has not come by then never will."""
 RELEASE_S = 0.2
 
 
@@ -45,7 +45,7 @@ class Ranks:
     mesh: DeviceMesh | None = None
     """None: no process group, nothing is sharded."""
     cpu_group: Any = None
-    """The group, over the CPU, of everything here; the default group carries what a step computes."""
+    """The gloo group of the messages between steps; the default group carries what a step computes."""
     compute: torch.dtype | None = None
     """What a policy computes in; None: bf16 on a GPU, fp32 on a CPU."""
 
@@ -55,12 +55,12 @@ class Ranks:
 
     @property
     def precision(self) -> torch.dtype:
-        """What a policy computes in, but for what the engine holds in fp32."""
+        """What a policy computes in, except for the parameters that the engine holds in fp32."""
         return self.compute or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
 
     @property
-    def lowers(self) -> bool:
-        """Whether parameters are stored in `precision`, under fp32. FSDP casts where it gathers, and stores fp32."""
+    def stores_bf16(self) -> bool:
+        """Whether parameters are stored in a `precision` below fp32. FSDP stores fp32, and casts when it gathers."""
         return self.mesh is None and self.precision != torch.float32
 
     def sum(self, values: Iterable[float]) -> list[float]:
@@ -79,31 +79,20 @@ class Ranks:
 
     def gather(self, tensor_N: Tensor) -> Tensor:
         """The 1-D tensors of all ranks, one after the other; lengths may differ. On the CPU."""
-        local = tensor_N.detach().cpu()
+        mine = tensor_N.detach().cpu()
         if self.world_size == 1:
-            return local
-        lengths = torch.zeros(self.world_size, dtype=torch.int64)
-        lengths[self.rank] = len(local)
-        dist.all_reduce(lengths, group=self.cpu_group)
-        padded = local.new_zeros(int(lengths.max()))
-        padded[: len(local)] = local
-        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
-        dist.all_gather(parts, padded, group=self.cpu_group)
-        return torch.cat([part[:length] for part, length in zip(parts, lengths.tolist(), strict=True)])
+            return mine
+        parts: list[Any] = [None] * self.world_size
+        dist.all_gather_object(parts, mine.numpy(), group=self.cpu_group)
+        return torch.from_numpy(np.concatenate(parts))
 
     def broadcast(self, payload: bytes | None) -> bytes:
         """Rank 0's bytes, on every rank."""
-        if self.world_size == 1:
-            assert payload is not None
-            return payload
-        length = torch.tensor([len(payload) if payload is not None else 0])
-        dist.broadcast(length, src=0, group=self.cpu_group)
-        if payload is not None:
-            buffer = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else torch.empty(0).byte()
-        else:
-            buffer = torch.empty(int(length), dtype=torch.uint8)
-        dist.broadcast(buffer, src=0, group=self.cpu_group)
-        return buffer.numpy().tobytes()
+        received = [payload]
+        if self.world_size > 1:
+            dist.broadcast_object_list(received, src=0, group=self.cpu_group)
+        assert received[0] is not None
+        return received[0]
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors of one dtype, on the device, by their mean over all ranks: everywhere the same bits."""
@@ -116,7 +105,7 @@ class Ranks:
             tensor.copy_(part.view_as(tensor))
 
     def squares(self, gradients: Iterable[Tensor]) -> float:
-        """Sum of squares of a model's gradients, over all ranks; what every rank holds whole counts once."""
+        """Sum of squares of a model's gradients over all ranks. A gradient that every rank holds whole counts once."""
         mine = [local(g) for g in gradients if self.first or hasattr(g, "to_local")]
         norms = list(torch._foreach_norm(mine)) if mine else []
         found = float(torch.stack(norms).double().square().sum()) if norms else 0.0
@@ -128,8 +117,8 @@ class Ranks:
     def close(self) -> None:
         """Leave the process group, together with all other ranks.
 
-        A mesh that something still refers to keeps the group's threads alive; one that has a tensor to release asks for
-        the GIL, and asking while the interpreter ends aborts the process. The pause lets it have the GIL before.
+        A mesh that something still refers to keeps the group's threads alive. A thread that releases a tensor needs the
+        GIL, and asking for it while the interpreter ends aborts the process. The pause lets the threads have it before.
         """
         if self.mesh is None or not dist.is_initialized():
             return
@@ -141,11 +130,11 @@ class Ranks:
 
 
 def join(device: str, environment: Mapping[str, str] = os.environ, *, wrapped: bool = False) -> Ranks:
-    """Join the process group that the environment describes. `device`: `cpu` or `cuda`. `wrapped`: one rank gets a
-    process group of its own, too.
+    """Join the process group that the environment describes. `device`: `cpu` or `cuda`. `wrapped`: a single rank gets a
+    process group, too.
 
-    Several ranks then prove that they reach each other (`link.py`). Raises UserError when the environment names several
-    ranks but no meeting place.
+    Several ranks then prove that they reach each other (`collective_check`). Raises UserError when the environment
+    names several ranks but no address at which they meet.
     """
     rank, world_size = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
     if world_size == 1 and not wrapped:
@@ -159,15 +148,14 @@ def join(device: str, environment: Mapping[str, str] = os.environ, *, wrapped: b
     if device == "cuda":
         # with a device NCCL connects at once, here, and not in the first step
         options |= {"backend": "cpu:gloo,cuda:nccl", "device_id": chosen}
-    if world_size == 1:
-        dist.init_process_group(**options, store=dist.HashStore(), rank=0, world_size=1)
-        return Ranks(rank, world_size, chosen, init_device_mesh(device, (world_size,)))
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
-    if missing:
+    if world_size == 1:
+        store: dist.Store = dist.HashStore()
+    elif missing:
         raise UserError(f"WORLD_SIZE is {world_size}, {' and '.join(missing)} is not set", "start it with torchrun")
-    store = dist.TCPStore(
-        environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), world_size, rank == 0, timeout=RENDEZVOUS
-    )
+    else:
+        address = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+        store = dist.TCPStore(*address, world_size, rank == 0, timeout=RENDEZVOUS)
     with collective_check.watched():
         dist.init_process_group(**options, store=store, rank=rank, world_size=world_size)
         collective_check.check(rank, world_size, chosen)
@@ -185,33 +173,26 @@ def _own(device: str, rank: int, environment: Mapping[str, str]) -> torch.device
 
 
 def shard(
-    policy: nn.Module,
-    block_classes: Iterable[str],
-    ranks: Ranks,
-    *,
-    exact: Collection[nn.Parameter] = (),
-    compute: torch.dtype | None = None,
+    policy: nn.Module, block_classes: Iterable[str], ranks: Ranks, *, exact: Collection[nn.Parameter] = ()
 ) -> None:
-    """FSDP2 in place: each block on its own, the root (embedding, head, last norm) as one more group. One rank moves to
-    its device, as it is.
+    """FSDP2 in place: each block on its own, the root (embedding, head, last norm) as one more group. A single rank's
+    policy moves to its device as it is.
 
     `policy`'s forward must do everything that touches the root's parameters: outside it they are sharded. It computes
-    in `compute` (None: the ranks' precision), but for the `exact` parameters. Those every rank holds whole
-    in their own dtype, because FSDP gathers a block in one dtype; their gradients are averaged by the optimizer. They
-    should be few and small.
+    in the ranks' precision, except for the `exact` parameters: FSDP gathers a block in one dtype, so every rank holds
+    these whole, in their own dtype, and the optimizer averages their gradients. They should be few and small.
     """
     if ranks.mesh is None:
         policy.to(ranks.device)
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    compute = compute or ranks.precision
     for parameter in exact:
         parameter.data = parameter.data.to(ranks.device)
     # FSDP moves each group to the device as it shards it: the whole fp32 model is never there at once
     settings: dict[str, Any] = {"mesh": ranks.mesh, "ignored_params": set(exact)}
-    if compute != torch.float32:
-        settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    if ranks.precision != torch.float32:
+        settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=ranks.precision, reduce_dtype=torch.float32)
     names = frozenset(block_classes)
     for module in list(policy.modules()):
         if type(module).__name__ in names:
@@ -222,9 +203,9 @@ def shard(
 def recompute(policy: nn.Module, block_classes: Iterable[str], mode: Recomputed) -> None:
     """Activation checkpointing of every block, before sharding.
 
-    `full` keeps a block's input and computes all of it again in the backward pass; `selective` does so with every
-    second block. Choosing operators instead (keep matrix products and attention, compute the rest again) needs a
-    Python hook on every operator: at 4B on an H200 that was slower than `full` and kept more (docs/benchmarks.md).
+    `full` keeps each block's input, and computes the block again in the backward pass; `selective` does so with every
+    second block. To recompute chosen operators instead needs a Python hook on every operator: at 4B on an H200 that was
+    slower than `full` and kept more (docs/benchmarks.md).
     """
     if mode == "none":
         return
@@ -241,7 +222,7 @@ def recompute(policy: nn.Module, block_classes: Iterable[str], mode: Recomputed)
         setattr(parent, name, checkpoint_wrapper(child, preserve_rng_state=False))
 
 
-def gather_no_more(policy: nn.Module) -> None:
+def free_gathered(policy: nn.Module) -> None:
     """Free what FSDP leaves gathered after a forward pass: embedding and head. Nothing when it is not sharded."""
     reshard: Any = getattr(policy, "reshard", None)
     if reshard is not None:
@@ -251,8 +232,3 @@ def gather_no_more(policy: nn.Module) -> None:
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor, sharing its storage; the tensor itself when it is not sharded."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def full(tensor: Tensor) -> Tensor:
-    """The whole tensor, on every rank. All ranks must call it in the same order."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -1,9 +1,9 @@
-"""Gradients of the trained parameters between two updates: one place for whoever reads them.
+"""Gradients of the trained parameters between two updates, in fp32.
 
-Sharded and fp32 parameters keep their own (`p.grad`, fp32, added up by autograd or FSDP). Parameters that are stored in
-bf16 cannot: 256 micro-batches added up in bf16 lose what is under 1/256 of the sum. A hook takes each gradient as soon
-as autograd has it, adds it to an fp32 accumulator and lets go of the bf16 one. Weights of matrix products need not even
-that (`weight_gradients`).
+Sharded and fp32 parameters keep their own in `p.grad`, added up by autograd or FSDP. Parameters that are stored in bf16
+cannot: 256 micro-batches added up in bf16 lose what is under 1/256 of the sum. A hook takes each gradient as soon as
+autograd has it, adds it to an fp32 accumulator and frees the bf16 one. Matrix products add the gradients of their
+weights to the accumulator themselves (`weight_gradients`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Gradients:
     it to the next: the passes without gradients have their memory."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], *, accumulate: bool):
-        """`accumulate`: the parameters are stored in less than fp32, `p.grad` is taken away at once."""
+        """`accumulate`: the parameters are stored in less than fp32, so `p.grad` is taken away at once."""
         self._parameters = parameters
         self._sums: dict[str, Tensor] | None = {} if accumulate else None
         if self._sums is not None:

@@ -1,8 +1,8 @@
 """Log-probabilities of chosen tokens without ever holding [tokens, vocabulary] for a batch.
 
-Hidden states go through the output head in chunks of tokens; each chunk's logits live only until its log-sum-exp and
-its token's logit are known, and are computed again in the backward pass. fp32 logits, divided by the temperature of the
-rollout in fp32: probabilities, entropies and gradients are those of the policy that draws.
+Hidden states go through the output head in chunks of tokens. A chunk's logits live only until their log-sum-exp and the
+logits of the chosen tokens are known; the backward pass computes them again. Logits are fp32 and divided by the
+temperature of the rollout, so probabilities, entropies and gradients are those of the policy that draws.
 
 Shape letters: B rows, L padded length, N chosen tokens, D hidden size, V vocabulary.
 """
@@ -19,8 +19,8 @@ from astracli.kernels import weight_gradients
 from astracli.process.layout import LOGIT_BYTES
 
 _CHUNKS_PER_PRODUCT = {"cpu": 1, "cuda": 4}
-"""Chunks whose gradients of logits, in the compute dtype, go into one product for the gradient of the weight: every
-such product reads and writes that whole gradient."""
+"""Chunks whose gradients of logits, in the compute dtype, go into one product for the gradient of the weight. Each such
+product reads and writes that whole gradient, so few are better."""
 _TILE = 128
 """Rows of a matrix product's tile on a GPU."""
 

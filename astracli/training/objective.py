@@ -1,7 +1,7 @@
 """From the token losses of an algorithm to the loss of a minibatch, one micro-batch at a time.
 
-The parts of a minibatch are summed over micro-batches and ranks, so each is divided by what the *whole* minibatch
-holds.
+The parts of a minibatch are summed over micro-batches and ranks, so each part is divided by a figure of the *whole*
+minibatch.
 
 Mismatch correction (`algorithm.mismatch_cap`, beside any algorithm): the engine draws with slightly other probabilities
 than the trainer's under the same weights. On a token that the current version drew, the trainer's own probability is
@@ -37,7 +37,8 @@ def token_losses(
     version: int = 0,
     cap: float | None = None,
 ) -> tuple[TokenLoss, Tensor | None]:
-    """The algorithm on a micro-batch; with a `cap` with mismatch correction, and where pi_old / pi_engine is over it.
+    """The algorithm's losses of a micro-batch. With a `cap`: with mismatch correction, and where pi_old / pi_engine is
+    over it.
 
     Without `proximal_N` the policy has not moved since the start of the step. `version`: of the weights then.
     """
@@ -59,7 +60,7 @@ def token_losses(
 
 
 def moved(log_ratio_N: Tensor, micro: MicroBatch, version: int, cap: float | None) -> Tensor:
-    """From log-ratios to the engine those that `token_losses` gives the algorithm at the start of the step."""
+    """The log-ratios that `token_losses` gives the algorithm at the start of the step, from those to the engine."""
     if cap is None:
         return log_ratio_N
     return log_ratio_N.masked_fill(upload(micro.version_N == version, log_ratio_N.device), 0.0)

@@ -1,17 +1,16 @@
-"""fp32 masters of what is trained: updated from clipped gradients, rounded into the parameters, given out to publish.
+"""fp32 master weights of what is trained: updated from clipped gradients, rounded into the parameters, published.
 
-A parameter holds the value that the engine holds (rounded to the wire dtype) and the master keeps what rounding loses;
-gradients go to the master, and after each update the parameter is the rounded master again. So trainer and engine
-compute the same function. On a CPU it is stored and computed with in fp32; on one GPU it is stored in the wire dtype,
-is what is published, and is the upper half of its master (`split_masters`); on several the parameters are the fp32
-masters, and FSDP2 casts them to bf16 for computing.
+A parameter holds the value that the engine holds: its master rounded to the wire dtype. The master keeps what rounding
+loses; it receives the update, and after that the parameter is the rounded master again. So trainer and engine compute
+the same function. On a CPU the parameter is stored and computed with in fp32. On one GPU it is stored in the wire
+dtype, is what is published, and is the upper part of its master (`split_masters`). On several GPUs the parameters are
+the fp32 masters, and FSDP2 casts them to bf16 for computing.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -43,11 +42,11 @@ class Masters:
         *,
         moments_on_host: float = 0.0,
     ):
-        """`wire`: training parameter name -> how it travels; parameters it leaves out are frozen. The part
-        `moments_on_host` of the moments waits in host memory, and passes through the device in an update. Where
-        `ranks.lowers`, the model's parameters become what they are computed with.
+        """`wire`: training parameter name -> how it travels; parameters it leaves out are frozen. `moments_on_host`:
+        the part of the moments that waits in host memory, and passes through the device in an update. Where
+        `ranks.stores_bf16`, the model's parameters are stored anew.
 
-        Raises RunFailed when it names a parameter that the model does not have.
+        Raises RunFailed when `wire` names a parameter that the model does not have.
         """
         self.ranks = ranks
         self.table = table
@@ -61,35 +60,33 @@ class Masters:
         self.parameters = {name: every[name] for name in self.wire}
         self.frozen = [parameter for name, parameter in every.items() if name not in self.wire]
         self.tied = self._tied_names(model)
-        self.lowers = ranks.lowers
-        """Parameters are stored in what is computed with."""
-        self.rounded = ranks.lowers or ranks.precision == torch.float32
-        """Parameters are the masters rounded; else they are the masters."""
+        self.rounded = ranks.stores_bf16 or ranks.precision == torch.float32
+        """Whether parameters are the rounded masters; otherwise they are the masters."""
         self.split_masters = SplitMasters()
-        """Of masters that are bf16 parameters and what these lack: their `values` are there inside `whole` alone."""
+        """Their `values` are in memory only inside `split_masters.whole`."""
         self._away: CpuOffload | None = None
-        self._away_updates = 0
-        self.before_change: Callable[[], object] = lambda: None
+        self._away_count = 0
+        self.before_change: Callable[[], None] = lambda: None
         """Called before what this holds changes or moves: a checkpoint may still be copied from it."""
         with torch.no_grad():
-            for parameter in self.frozen if self.lowers else ():
+            for parameter in self.frozen if ranks.stores_bf16 else ():
                 parameter.data = parameter.data.to(ranks.precision)
             self.values = {name: self._master(name, parameter) for name, parameter in self.parameters.items()}
-        self.grads = Gradients(self.parameters, accumulate=self.lowers)
+        self.grads = Gradients(self.parameters, accumulate=ranks.stores_bf16)
         if ranks.device.type != "cpu":  # a CPU has no product of bf16 that adds to fp32
             self.grads.by_products(model)
         self.adam = Adam(self.values, table, moments_on_host=moments_on_host, split_masters=self.split_masters)
         self.publish_to_parameters()
 
     def _master(self, name: str, parameter: nn.Parameter) -> Tensor:
-        """The fp32 master. Its parameter is stored in its wire dtype from here on, where parameters are: one after the
-        other, so that the fp32 originals never lie beside all of their masters."""
+        """The fp32 master. Where parameters are stored in bf16, this one is from here on. One after the other: the fp32
+        originals never lie beside all of their masters."""
         value = local(parameter.detach())
         if not self.rounded:
             return value
-        if self.lowers and self.wire[name].dtype == "bfloat16":
-            return self.split_masters.take(name, parameter, torch.bfloat16)
-        return value.clone()  # where it travels in fp32 too: a version must not change while it is published
+        if self.ranks.stores_bf16 and self.wire[name].dtype == "bfloat16":
+            return self.split_masters.take(name, parameter)
+        return value.clone()  # also of what travels in fp32: a version must not change while it is published
 
     def _tied_names(self, model: nn.Module) -> dict[str, str]:
         """{name of a tied duplicate: wire name of the parameter that it is}"""
@@ -100,16 +97,12 @@ class Masters:
 
     @torch.no_grad()
     def publish_to_parameters(self) -> None:
-        """parameter <- master rounded to the wire dtype. Under mixed precision they are one tensor, in halves the
-        parameter is a part of its master: nothing to do."""
+        """parameter <- master rounded to the wire dtype. Nothing to do under mixed precision (they are one tensor), and
+        for a split master (the parameter is a part of it)."""
         if self.rounded:
             for name, parameter in self.parameters.items():
                 if name not in self.split_masters:
                     local(parameter).copy_(self.values[name].to(DTYPES[self.wire[name].dtype]))
-
-    def whole(self) -> AbstractContextManager[None]:
-        """Inside, every master is in memory, to be read or written; outside, split masters are empty."""
-        return self.split_masters.whole()
 
     @torch.no_grad()
     def update(self, step: int) -> float:
@@ -118,8 +111,10 @@ class Masters:
         Raises RunFailed when the norm is not finite.
         """
         assert not self.away
-        self._average_replicated()
         found = self.grads.found()
+        # Sharding averages all other gradients over ranks. Every micro-batch has every parameter in its graph, an empty
+        # one too, so this list is the same on all ranks.
+        self.ranks.average([gradient for name, gradient in found.items() if self.replicated(name)])
         norm = math.sqrt(self.ranks.squares(found.values()))
         gradients = {name: part for name, gradient in found.items() if (part := local(gradient)).numel()}
         if not math.isfinite(norm):
@@ -149,21 +144,6 @@ class Masters:
         """Whether every rank holds this parameter whole (`fsdp.shard`, `exact`)."""
         return self.ranks.mesh is not None and not hasattr(self.parameters[name], "placements")
 
-    def _average_replicated(self) -> None:
-        """Gradients of replicated parameters become the mean over ranks, which sharding makes of all others."""
-        if self.ranks.world_size == 1:
-            return
-        # every micro-batch has every parameter in its graph, an empty one too: the same list on all ranks
-        self.ranks.average([gradient for name, gradient in self.grads.found().items() if self.replicated(name)])
-
-    def moments(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """AdamW's first and second moments by parameter name, where they are; zeros before the first update."""
-        return self.adam.moments()
-
-    def no_moments(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Zeros, where moments wait between updates."""
-        return self.adam.no_moments()
-
     @property
     def away(self) -> bool:
         """Nothing of this may be touched now: `to_host` was called, `to_device` not yet."""
@@ -173,38 +153,29 @@ class Masters:
         """Leave the device to others: masters, parameters and moments wait on the host. Nothing else may be called
         until `to_device`, which brings them back byte for byte."""
         self.before_change()
-        if self._away is None or self._away_updates != min(self.updates, 1):
-            # the first update makes the moments, and they join
-            masters = [value for name, value in self.values.items() if name not in self.split_masters]
-            held = [*self.parameters.values(), *masters, *self.split_masters.rests, *self.frozen]
-            held += self.adam.on_device()
-            self._away, self._away_updates = CpuOffload(held), min(self.updates, 1)
+        masters = [value for name, value in self.values.items() if name not in self.split_masters]
+        held = [*self.parameters.values(), *masters, *self.split_masters.rests, *self.frozen, *self.adam.on_device()]
+        if self._away is None or self._away_count != len(held):  # the first update makes the moments
+            self._away, self._away_count = CpuOffload(held), len(held)
         self._away.to_host()
 
     def to_device(self) -> None:
         """Take the device again after `to_host`."""
-        if self._away is not None and self._away.offloaded:
+        if self._away is not None:
             self._away.to_device()
 
-    @property
-    def updates(self) -> int:
-        """AdamW updates made so far: what its bias correction counts."""
-        return self.adam.updates
-
-    def restore(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor], updates: int) -> None:
-        """Take over moments (this rank's shards, which then belong to it) and the update count; `values` have been
-        filled in place already, inside `whole`."""
+    def restored(self) -> None:
+        """`values` and moments were filled from a checkpoint."""
         self._away = None
-        self.adam.restore(first, second, updates)
         self.publish_to_parameters()
 
     @torch.no_grad()
     def wire_shards(self, *, copy: bool = True) -> dict[str, Tensor | Shard]:
-        """HF name -> this rank's part of the tensor in its wire dtype: what is published. Empty parts are left out; a
-        tensor that all ranks hold is rank 0's.
+        """HF name -> this rank's part of the tensor in its wire dtype: what is published. Empty parts are left out, and
+        rank 0 brings a tensor that all ranks hold.
 
-        Copies: training may go on while they are published. Without `copy` those on a GPU that are in their wire dtype
-        already are the parameters themselves; on a CPU numpy, through which they are seen, would keep their memory.
+        The result is a copy: training may go on while it is published. Without `copy`, parameters on a GPU that are in
+        their wire dtype are given out themselves. Not on a CPU: there numpy, which reads them, would keep their memory.
         """
         result: dict[str, Tensor | Shard] = {}
         dtypes = {name: DTYPES[self.wire[name].dtype] for name in self.values}
@@ -222,39 +193,24 @@ class Masters:
 
     def _sources(self) -> dict[str, Tensor]:
         """What is published, by parameter name, in a dtype that rounds to the wire's."""
-        return {name: self.parameters[name].detach() for name in self.values} if self.lowers else self.values
+        if not self.ranks.stores_bf16:
+            return self.values
+        return {name: self.parameters[name].detach() for name in self.values}
 
     @torch.no_grad()
     def wire_full(self) -> dict[str, Tensor]:
         """HF name -> the whole tensor in its wire dtype, on the CPU of rank 0; {} on other ranks. A collective."""
-        result: dict[str, Tensor] = {}
-        for name, value in self.as_distributed(self._sources()).items():
-            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-            if self.ranks.first:
-                result[self.wire[name].name] = whole.to(DTYPES[self.wire[name].dtype]).cpu().contiguous()
-        return result
-
-    def as_distributed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's shards as DTensors placed like their parameters, sharing storage; others as they are."""
-        if self.ranks.mesh is None:
-            return dict(tensors)
         from torch.distributed.tensor import DTensor
 
         result: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
-            parameter = self.parameters[name]
-            if self.replicated(name):
-                result[name] = tensor
-                continue
-            assert isinstance(parameter, DTensor), name
-            result[name] = DTensor.from_local(
-                tensor,
-                self.ranks.mesh,
-                parameter.placements,
-                run_check=False,
-                shape=parameter.shape,
-                stride=parameter.stride(),
-            )
+        for name, value in self._sources().items():
+            parameter, whole = self.parameters[name], value
+            if isinstance(parameter, DTensor):
+                shape, stride = parameter.shape, parameter.stride()
+                placed = DTensor.from_local(value, self.ranks.mesh, parameter.placements, shape=shape, stride=stride)
+                whole = placed.full_tensor()
+            if self.ranks.first:
+                result[self.wire[name].name] = whole.to(DTYPES[self.wire[name].dtype]).cpu().contiguous()
         return result
 
 

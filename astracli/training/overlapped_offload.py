@@ -1,4 +1,4 @@
-"""Offloaded tensors that pass through a GPU, set after set: while one is worked on, the next comes and the last leaves.
+"""Overlapped offload: tensors pass through a GPU, set after set; one is worked on while others come and leave.
 
 A link to host memory carries both directions at once (PCIe 5 x16: 55 GB/s one way, 99 both, docs/benchmarks.md), and a
 GPU copies while it computes.
@@ -13,38 +13,18 @@ import torch
 from astracli.process.layout import BUCKETS_IN_FLIGHT
 from astracli.training.cpu_offload import CpuOffload
 
+Copy = Callable[[CpuOffload], None]
 Wait = Callable[[], None]
 AHEAD = BUCKETS_IN_FLIGHT - 1
 """Sets on the device or on their way to it; one more leaves."""
 
 
-class CopyQueue:
-    """A queue of copies beside the one in which a GPU computes. On a CPU there is one queue."""
-
-    def __init__(self, device: torch.device):
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def send(self, offloaded: Sequence[CpuOffload], copy: Callable[[CpuOffload], None]) -> Wait:
-        """Copy these after all that was asked for so far, beside what will be. What is asked for after a call of the
-        result comes after the copies."""
-        if self._stream is None:
-            for offload in offloaded:
-                copy(offload)
-            return lambda: None
-        computing = torch.cuda.current_stream(self._stream.device)
-        self._stream.wait_stream(computing)
-        with torch.cuda.stream(self._stream):
-            for offload in offloaded:
-                copy(offload)
-        done = self._stream.record_event()
-        return lambda: computing.wait_event(done)
-
-
 class OverlappedOffload:
-    """Two queues of copies, one each way."""
+    """Two streams of copies, one each way, beside the one in which a GPU computes. On a CPU there are none."""
 
     def __init__(self, device: torch.device):
-        self._coming, self._leaving = CopyQueue(device), CopyQueue(device)
+        on_gpu = device.type == "cuda"
+        self._coming, self._leaving = (torch.cuda.Stream(device) if on_gpu else None for _ in range(2))
 
     def through(
         self,
@@ -58,10 +38,10 @@ class OverlappedOffload:
 
         def fetch(index: int) -> None:
             if index < len(sets):
-                # room is made, and given back, in the order of the work: nobody has it before its last user is done
+                # room is made, and given back, in the order of the work: nobody gets it before its last user is done
                 for offload in sets[index]:
                     offload.make_room()
-                arrived.append(self._coming.send(sets[index], CpuOffload.fill))
+                arrived.append(_send(self._coming, sets[index], CpuOffload.fill))
 
         left: list[tuple[Sequence[CpuOffload], Wait]] = []
 
@@ -78,8 +58,26 @@ class OverlappedOffload:
         for index in range(len(sets)):
             arrived[index]()
             done = work(index)
-            leaves = (done, self._leaving.send(done, CpuOffload.save))
+            leaves = (done, _send(self._leaving, done, CpuOffload.save))
             clear()
             left.append(leaves)
             fetch(index + AHEAD)
         clear()
+
+
+def _send(
+    stream: torch.cuda.Stream | None, offloaded: Sequence[CpuOffload], copy: Callable[[CpuOffload], None]
+) -> Wait:
+    """Copy these in `stream`, after all that was asked for so far and beside what will be. What is asked for after a
+    call of the result comes after the copies."""
+    if stream is None:
+        for offload in offloaded:
+            copy(offload)
+        return lambda: None
+    computing = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(computing)
+    with torch.cuda.stream(stream):
+        for offload in offloaded:
+            copy(offload)
+    done = stream.record_event()
+    return lambda: computing.wait_event(done)

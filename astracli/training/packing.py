@@ -1,8 +1,8 @@
 """Micro-batches under a token budget: one packed row each on a GPU, right-padded rows on a CPU (`backend.packing`).
 
-A packed row holds whole samples one after the other, without padding; `bounds_S1` says where each begins, positions
-restart there, and nothing may cross it (`varlen.py`; the start-up check proves it). On a CPU padding is cheaper than
-many short segments.
+A packed row holds whole samples one after the other, without padding. `bounds_S1` says where each begins; positions
+restart there, and no state may cross it (`varlen.py`; the check at the start proves it). On a CPU padding is cheaper
+than many short segments.
 
 Shape letters: S segments of a packed row, T its tokens, N loss tokens.
 """
@@ -14,16 +14,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from astracli.rl import batch
 from astracli.rl.batch import MicroBatch, Row
 
 
 def micro_batches(rows: Sequence[Row], tokens_per_microbatch: int, pad_token: int) -> list[MicroBatch]:
-    """Packed rows of at most the budget: as few as longest first, best fit gives, and of as even lengths as can be.
+    """Packed rows of at most the budget: as few as best fit gives (longest first), and of nearly even lengths.
 
-    One row that holds what the others had no room for would be short: a GPU computes it faster than the host can ask
-    for its kernels, and its gradients are added to the accumulators at the same cost. A sample over the budget travels
-    alone. The same rows give the same division.
+    A last row of leftovers would be short: a GPU computes it faster than the host can launch its kernels, and its
+    gradients are added to the accumulators at the same cost. A sample over the budget travels alone. The same rows give
+    the same division.
     """
     ordered = sorted(rows, key=lambda r: (-len(r), r.index))
     fewest = _best_fit(ordered, tokens_per_microbatch)
@@ -33,7 +32,7 @@ def micro_batches(rows: Sequence[Row], tokens_per_microbatch: int, pad_token: in
 
 
 def _best_fit(ordered: Sequence[Row], most: int) -> list[list[Row]]:
-    """Each into the fullest of those that have room for it."""
+    """Each row into the fullest bin that has room for it."""
     bins: list[list[Row]] = []
     load: list[int] = []
     for row in ordered:
@@ -49,7 +48,7 @@ def _best_fit(ordered: Sequence[Row], most: int) -> list[list[Row]]:
 
 
 def _evenly(ordered: Sequence[Row], count: int) -> list[list[Row]]:
-    """Each into the emptiest."""
+    """Each row into the emptiest bin."""
     bins: list[list[Row]] = [[] for _ in range(count)]
     load = [0] * count
     for row in ordered:
@@ -60,20 +59,20 @@ def _evenly(ordered: Sequence[Row], count: int) -> list[list[Row]]:
 
 
 def pack_rows(rows: list[Row], pad_token: int = 0) -> MicroBatch:
-    """One row of shape [1, T]. The token at column i is predicted by the hidden state at column i - 1."""
+    """One row of shape [1, T]."""
     bounds_S1 = np.cumsum([0, *map(len, rows)], dtype=np.int64)
     tokens_1T = np.concatenate([row.tokens for row in rows]).astype(np.int64)[None]
     predict = [
         np.arange(row.prompt_length - 1, len(row) - 1, dtype=np.int64) + start
         for row, start in zip(rows, bounds_S1[:-1], strict=True)
     ]
-    return batch.micro_batch(rows, tokens_1T, np.ones_like(tokens_1T), np.concatenate(predict), bounds_S1)
+    return MicroBatch(rows, tokens_1T, np.ones_like(tokens_1T), np.concatenate(predict), bounds_S1)
 
 
 GPU_LENGTHS = 128
-"""Rows are this long on a GPU, or a multiple: whole tiles of a matrix product, and blocks that come back in few sizes
-are found again by torch's allocator. fla compiles its convolution for every thousand tokens of a row (each once, kept
-on disk). Rows of a minibatch are nearly equally long, so what is added to one is added to all of them."""
+"""On a GPU the length of a row is a multiple of this: matrix products have whole tiles, and torch's allocator finds
+blocks again that come in few sizes. fla compiles its convolution for every thousand tokens of a row (once; kept on
+disk). Rows of a minibatch are nearly equally long, so all of them are padded alike."""
 
 
 def rounded(micro: MicroBatch, multiple: int = GPU_LENGTHS) -> MicroBatch:
@@ -96,8 +95,3 @@ def positions(bounds_S1: np.ndarray) -> np.ndarray:
     """int64 [T]: 0, 1, ... from every boundary on."""
     lengths_S = np.diff(bounds_S1)
     return np.arange(bounds_S1[-1], dtype=np.int64) - np.repeat(bounds_S1[:-1], lengths_S)
-
-
-def dividers(packed: bool) -> tuple[batch.Divide, batch.Join]:
-    """How rows are divided into micro-batches, and how given rows are joined into one."""
-    return (micro_batches, pack_rows) if packed else (batch.micro_batches, batch.pad_rows)

@@ -74,7 +74,7 @@ class _Loader:
 
     def load(self) -> tuple[torch.nn.Module, dict[str, WireTensor], list[torch.nn.Parameter]]:
         """The model, how its tensors travel, and the parameters that the engine holds in fp32: the trainer must not
-        compute with those rounded."""
+        round those either."""
         adapter = self.adapter
         model: torch.nn.Module = adapter.load_for_training(self.model_dir, attention=self.attention)
         if self.ranks.device.type == "cpu":
@@ -106,14 +106,11 @@ class _Loader:
                     parameter.data = parameter.data.to(ranks.precision)  # what the policy is computed with
         policy = PolicyModel(model, temperature=self.recipe.rollout.temperature)
         policy.requires_grad_(False)
-        if ranks.world_size == 1:
-            policy.to(ranks.device)
-        else:
-            shard(policy, blocks, ranks, exact=exact)
+        shard(policy, blocks, ranks, exact=exact)
         return policy
 
 
 def pad_token(model_dir: Path) -> int:
-    """What fills the right of a row: never attended to, never a target; it only has to be a valid id."""
+    """The token that fills the right of a row. It is never attended to and never a target, so any valid id will do."""
     pad = read_config(model_dir).get("pad_token_id")
     return pad if isinstance(pad, int) and pad >= 0 else 0

@@ -1,11 +1,11 @@
-"""fp32 masters without their own memory: the bf16 parameter is the upper half, the 16 bits beside it are the lower.
+"""Split master weights: the bf16 parameter is the upper part of its fp32 master, 16 more bits are the lower part.
 
-A master rounded to bf16 is what the passes compute with and what is published. Kept beside it, the master repeats those
-16 bits; what rounding lost fits 16 others: master bits = (parameter bits << 16) + rest, with a signed rest. So 4 bytes
-a parameter hold both, where 6 did, and passes read the parameter as it lies there.
+The passes compute with the master rounded to bf16, and that is what is published. A whole master beside the parameter
+would repeat those 16 bits. What rounding lost fits 16 other bits: master bits = (parameter bits << 16) + rest, with a
+signed rest. So 4 bytes a parameter hold both, instead of 6, and the passes read the parameter where it lies.
 
-Rounding is to nearest, ties to even, as everywhere. A master exactly half-way between two bf16 numbers (one in 65,536)
-would have a rest of 2^15 in one of two directions, which 16 bits cannot tell apart: it is moved by its own last place
+Rounding is to nearest, ties to even. A master exactly half-way between two bf16 numbers (one in 65,536) would have a
+rest of 2^15 in one of two directions, which 16 bits cannot tell apart. It is moved by one unit in its last place
 (2^-24 of its value) towards the number that it is rounded to.
 """
 
@@ -22,8 +22,8 @@ from astracli.training.cpu_offload import empty
 
 
 def split(master: Tensor, high: Tensor, rest: Tensor) -> None:
-    """high (bf16) <- master (fp32) rounded; rest (int16) <- what that lost. One shape, contiguous. The values of
-    `master` are not to be used after it: `join` has them."""
+    """high (bf16) <- master (fp32) rounded; rest (int16) <- what that lost. One shape, contiguous. Do not read `master`
+    afterwards: `join` gives its values."""
     if master.is_cuda and (kernels := _kernels()) is not None:
         kernels.split(master, high, rest)
         return
@@ -70,14 +70,14 @@ class SplitMasters:
         return list(self._rests.values())
 
     def parts(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """The parameter (bf16) and the rest (int16) that a master lies in; None for one that does not."""
+        """The parameter (bf16) and the rest (int16) of a split master; None for a master that is not split."""
         return (self._parameters[name].detach(), self._rests[name]) if name in self._masters else None
 
     @torch.no_grad()
-    def take(self, name: str, parameter: torch.nn.Parameter, dtype: torch.dtype) -> Tensor:
-        """Store the parameter in `dtype` (bf16) from here on. Returns its master, whose storage is empty."""
+    def take(self, name: str, parameter: torch.nn.Parameter) -> Tensor:
+        """Store the parameter in bf16 from here on. Returns its master, whose storage is empty."""
         master = parameter.detach().clone(memory_format=torch.contiguous_format)
-        parameter.data = torch.empty_like(master, dtype=dtype)
+        parameter.data = torch.empty_like(master, dtype=torch.bfloat16)
         self._masters[name], self._parameters[name] = master, parameter
         self._rests[name] = torch.empty_like(master, dtype=torch.int16)
         self._leave([name])

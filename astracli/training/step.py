@@ -1,12 +1,12 @@
 """One training step: a batch of groups in, an updated policy and the step's figures out.
 
-1. One pass without gradients over the batch of all ranks: log-ratios to the behaviour policy, from them the
-   algorithm's limits (they hold for all minibatches), agreement with the engine, mean ratio, entropy, KL. Left out when
-   it could say nothing new: one minibatch, nothing stale, not the first batch of the process, and an algorithm whose
-   limits do not come from log-ratios.
-2. Per minibatch: forward and backward of its micro-batches, one clipped AdamW update.
+1. One pass without gradients over the batch of all ranks: log-ratios to the behaviour policy, and from them the
+   algorithm's limits (they hold for all minibatches), agreement with the engine, mean ratio, entropy, KL. It is left
+   out where it could say nothing new: one minibatch, nothing stale, not the first batch of the process, and an
+   algorithm whose limits do not come from log-ratios.
+2. For each minibatch: forward and backward of its micro-batches, one clipped AdamW update.
 
-An engine that disagrees stops the run at any step before an update is made from what it drew.
+When the engine disagrees, the run stops before an update is made from what it drew, at any step.
 
 The loss of a minibatch runs over all ranks and micro-batches (`objective`). Shape letter: N loss tokens.
 """
@@ -25,14 +25,14 @@ from astracli.config.recipe import Recipe
 from astracli.kernels.upload import upload
 from astracli.models.adapter import ModelAdapter
 from astracli.rl import losses
-from astracli.rl.batch import Batch, MicroBatch, build_batch
+from astracli.rl.batch import Batch, MicroBatch, build_batch, micro_batches
 from astracli.rl.losses import ClipLimits
 from astracli.rl.types import Group
 from astracli.training import objective, packing, parity
 from astracli.training.adam import learning_rate
 from astracli.training.agreement import CEILING, TIMES_NOISE
 from astracli.training.cpu_offload import CpuOffload
-from astracli.training.fsdp import Ranks, gather_no_more
+from astracli.training.fsdp import Ranks, free_gathered
 from astracli.training.logprob import PolicyModel
 from astracli.training.optimizer import Masters
 from astracli.training.parity import RowCheck
@@ -80,7 +80,7 @@ class Trainer:
     pad_token: int = 0
     packed: bool = False
     bf16_engine: bool = False
-    """What draws the tokens computes in bf16, whatever this trainer computes in."""
+    """Whether the engine computes in bf16, whatever this trainer computes in."""
 
     def __post_init__(self) -> None:
         self.algorithm = losses.get(self.recipe.algorithm.name)
@@ -89,7 +89,6 @@ class Trainer:
         """Rows leak because the recipe says so: the checks measure and do not stop."""
         self._noise_allows = 0.0
         self._first = True
-        self._rows_checked = False
         self._kept: tuple[Tensor, Tensor] | None = None
 
     def train(self, groups: Sequence[Group], step: int, version: int) -> StepResult:
@@ -102,7 +101,10 @@ class Trainer:
         timer = Timer(self.ranks.device)
         batch = self._divide(groups, step)
         timer.lap("batch_s")
-        metrics = self._check_rows(batch, step)
+        first, self._first = self._first, False
+        metrics = self._check_rows(batch) if first or step % self.recipe.train.rows_check_every == 0 else {}
+        if first and not self.ablation:  # later they are small: the policy draws its tokens itself
+            self.row_check.require(metrics)
         timer.lap("check_s")
         stale_mean, stale_max = batch.staleness(version)
         single_fresh = len(batch.minibatches) == 1 and stale_max == 0 and np.all(batch.versions == version)
@@ -110,8 +112,7 @@ class Trainer:
         self._score_reference(work)
         # What is done only in a process's first step must not change what a resumed run computes.
         always = self.recipe.launch.deterministic or self.algorithm.limits_from_ratios
-        score = always or not single_fresh or self._first
-        self._first = False
+        score = always or not single_fresh or first
         if score:
             self._score(work)
         else:  # the limits are the same for any batch
@@ -134,7 +135,7 @@ class Trainer:
 
     def to_host(self) -> None:
         """Leave the device to others between two steps: nothing of this trainer stays on it but the CUDA context."""
-        gather_no_more(self.policy)
+        free_gathered(self.policy)
         self.masters.to_host()
         if self.reference is not None:
             if self.reference_offload is None:
@@ -155,36 +156,27 @@ class Trainer:
             pad_token=self.pad_token,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
-            divide_rows=packing.dividers(self.packed)[0],
+            divide_rows=packing.micro_batches if self.packed else micro_batches,
         )
 
     def _forward(self, policy: PolicyModel, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         return parity.logprobs(policy, self.adapter, micro, self.ranks.device)
 
-    def _on_device(self, array: np.ndarray) -> Tensor:
-        return upload(array, self.ranks.device)
-
     # checks
 
-    def _check_rows(self, batch: Batch, step: int) -> dict[str, float]:
-        """Measured figures; raises RunFailed where they are wrong, unless the recipe wants them wrong."""
-        if self._rows_checked and step % self.recipe.train.rows_check_every:
-            return {}
+    def _check_rows(self, batch: Batch) -> dict[str, float]:
+        """How far rows joined and rows alone differ. Raises RunFailed when they do, unless the recipe wants that."""
         chosen = parity.spread(batch.rows, self.recipe.train.tokens_per_microbatch)
         found = {"rows_max_abs": self.row_check.difference(chosen)}
         if not self.ablation:
-            self.row_check.require_rows(found["rows_max_abs"])
-        found |= self.row_check.gradient_figures(chosen, in_bf16=self.ranks.device.type != "cpu")
-        if not self.ablation and not self._rows_checked:  # later it is small: tokens that the policy drew itself
-            self.row_check.require_gradients(found)
-        self._rows_checked = True
-        return found
+            self.row_check.require(found)
+        return found | self.row_check.gradient_figures(chosen, in_bf16=self.ranks.device.type != "cpu")
 
     def _require_agreement(self, work: Work) -> None:
         """Raise RunFailed when the engine that drew this version's tokens holds other weights. A collective.
 
-        An engine in bf16 may be away by what rounding does to this model, where that is more than the adapter's
-        tolerance; a tolerance of the recipe is final, and the noise is told beside the difference.
+        An engine in bf16 may differ by what rounding does to this model, where that is more than the adapter's
+        tolerance. A tolerance of the recipe is final; the noise is then only reported.
         """
         own = work.sums.own = work.sums.own.over(self.ranks)
         if self.ablation:
@@ -205,7 +197,7 @@ class Trainer:
             return
         with self.reference_offload.moved_in() if self.reference_offload is not None else nullcontext():
             work.references = {id(micro): self._forward(self.reference, micro)[0] for micro in work.micros}
-        gather_no_more(self.reference)
+        free_gathered(self.reference)
 
     @torch.no_grad()
     def _score(self, work: Work) -> None:
@@ -237,7 +229,7 @@ class Trainer:
     def _measure(self, work: Work, micro: MicroBatch, logprob_N: Tensor, entropy_N: Tensor) -> Tensor:
         """Add a micro-batch to the sums; returns its log-ratios [N]."""
         sums, reference_N = work.sums, work.references.get(id(micro))
-        log_ratio_N = logprob_N - self._on_device(micro.logprob_N)
+        log_ratio_N = logprob_N - upload(micro.logprob_N, self.ranks.device)
         if not len(log_ratio_N):
             return log_ratio_N
         sums.add("ratio", log_ratio_N.exp())
@@ -246,7 +238,7 @@ class Trainer:
             sums.add("kl", self.algorithm.kl(logprob_N, reference_N))
         own_M = np.flatnonzero(micro.version_N == work.version)  # counted here: a device would have to be waited for
         every = len(own_M) == len(log_ratio_N)
-        sums.own.add(log_ratio_N if every else log_ratio_N.index_select(0, self._on_device(own_M)))
+        sums.own.add(log_ratio_N if every else log_ratio_N.index_select(0, upload(own_M, self.ranks.device)))
         return log_ratio_N
 
     # pass 2

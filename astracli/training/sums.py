@@ -1,7 +1,7 @@
 """What a step adds up while it runs, how long its phases took, and its metrics: read once, when the device is done.
 
-A figure that is read for every micro-batch makes the host wait for the device, which then waits for the host's next
-kernels. Here nothing is read before the end of a pass.
+Reading a figure after every micro-batch would make the host wait for the device, and then the device for the host's
+next kernels. Here nothing is read before the end of a pass.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from astracli.training.fsdp import Ranks
 
 
 class Sums:
-    """Of one rank, over tokens, by name; on its device until they are read."""
+    """Sums of one rank over its tokens, by name; on its device until they are read."""
 
     NAMES = ("ratio", "entropy", "kl", "loss", "clipped", "capped", "mismatched")
 
     def __init__(self) -> None:
         self.own = Agreement()
-        """Of the tokens of the trainer's own version."""
+        """Covers the tokens of the trainer's own version."""
         self.noise: float | None = None
-        """What rounding alone moves such a token by, where that was asked."""
+        """How much rounding alone changes the log-probability of such a token, where that was measured."""
         self._totals: dict[str, Tensor] = {}
 
     def add(self, name: str, values: Tensor) -> None:
-        """Their sum, in float64."""
+        """Add the sum of `values`, in float64."""
         total = values.detach().sum(dtype=torch.float64)
         self._totals[name] = self._totals[name] + total if name in self._totals else total
 
@@ -49,7 +49,7 @@ class Sums:
 
 
 class Timer:
-    """Seconds per phase, by the device's own clock: a GPU comes to a phase's end later than the host asks for it."""
+    """Seconds per phase, by the device's own clock: a GPU ends a phase later than the host has launched it."""
 
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"

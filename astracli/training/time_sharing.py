@@ -1,8 +1,8 @@
-"""A trainer that shares its GPUs with engines, side by side or in time.
+"""A trainer that shares its GPUs with engines, side by side or by time sharing.
 
-Side by side: the engines reserve their memory first, and the trainer takes what they leave. In time: when it has a
-batch, the trainer asks the hub for the engines' GPU leases, brings its state back from the host, trains and publishes,
-moves to the host again and gives the leases back. Rank 0 asks. Only the ranks that share their GPU with an engine move.
+Side by side: the engines reserve their memory first, and the trainer takes what they leave. Time sharing: when it has a
+batch, the trainer asks the hub for the engines' GPU leases, brings its state back from the host, trains, publishes,
+moves to the host again and gives the leases back. Rank 0 asks. Only ranks that share their GPU with an engine move.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class TimeSharing:
         self._mine = False
 
     def begin(self, trainer: Any = None) -> bool:
-        """Until the GPUs are this trainer's; False when the run is asked to stop. A collective.
+        """Wait until the GPUs are this trainer's; False when the run is asked to stop. A collective.
 
         The first call, before there is a `trainer`, also waits for the engines to be up. Raises RunFailed when they do
         not come up in time.
@@ -49,14 +49,14 @@ class TimeSharing:
             return True
         if trainer is None:
             self._await_engines()
-        if not self.gpu_leases:
-            self._mine = True
-            return True
-        answer = self._ranks.broadcast((_YES if self._take() else _NO) if self._hub is not None else None)
-        self._mine = answer == _YES
-        if self._mine and self.leaves and trainer is not None:
-            trainer.to_device()
-        return self._mine
+        if self.gpu_leases:
+            answer = None if self._hub is None else _YES if self._take(self._hub) else _NO
+            if self._ranks.broadcast(answer) == _NO:
+                return False
+            if self.leaves and trainer is not None:
+                trainer.to_device()
+        self._mine = True
+        return True
 
     def end(self, trainer: Any) -> None:
         """Leave the GPUs to the engines; nothing when they are shared side by side. A collective."""
@@ -70,26 +70,25 @@ class TimeSharing:
             for gpu_lease in self.gpu_leases:
                 self._hub.give_gpu_lease(gpu_lease, self._config.name)
 
-    def _take(self) -> bool:
-        assert self._hub is not None
+    def _take(self, hub: HubClient) -> bool:
         for gpu_lease in self.gpu_leases:
             self._reporter.waiting(f"{gpu_lease} to leave the GPU")
             reply: GpuLeaseReply
-            while not (reply := self._hub.take_gpu_lease(gpu_lease, self._config.name, wait_s=WAIT_S)).held:
+            while not (reply := hub.take_gpu_lease(gpu_lease, self._config.name, wait_s=WAIT_S)).held:
                 if reply.stop or self._reporter.stop_requested.is_set():
                     return False
         self._reporter.waiting(None)
         return True
 
     def _await_engines(self) -> None:
-        deadline = time.monotonic() + self._config.recipe.launch.ready_timeout_s
+        limit = self._config.recipe.launch.ready_timeout_s
+        deadline = time.monotonic() + limit
         for engine in self._config.engines:
             self._reporter.waiting(f"{engine.name} to reserve its part of the GPU")
             while not answers(f"{engine.url}/model_info", self._config.token, timeout_s=HEALTH_TIMEOUT_S):
                 if self._reporter.stop_requested.is_set():
                     return
                 if time.monotonic() > deadline:
-                    limit = self._config.recipe.launch.ready_timeout_s
                     raise RunFailed(f"{engine.name} was not up within {limit:g} s", "look at its log")
                 time.sleep(LOOK_S)
         self._reporter.waiting(None)

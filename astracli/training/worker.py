@@ -1,334 +1,41 @@
-"""The trainer process: takes batches from the hub, trains, checkpoints, publishes, acknowledges; exports at the end.
-
-Order of one step s, safe against a kill at any point: train -> begin checkpoint s + 1 when due -> publish version
-s + 1 -> announce -> leave a shared GPU -> metrics -> acknowledge. A resumed trainer loads checkpoint c, publishes
-version c anew and asks for batch c, which the hub serves with the same groups. Rank 0 talks to the hub; other ranks get
-the batch from it.
-
-A checkpoint is written beside the steps that follow (`checkpoint_saver`), but in deterministic mode. Once it is whole
-the next acknowledgement tells the hub; until then a resume begins at the one before, whose groups the hub keeps.
-
-Everything from publishing on may happen in a thread beside step s + 1 (`weights.background`), from a copy. It is over
-before checkpoint s + 2 is begun, so when a checkpoint c is on disk, every step before c - 1 has been acknowledged,
-and step c - 1 is acknowledged by whoever resumes from it. Groups of batch s + 1 that were handed out before step s was
-acknowledged stay in that batch. An error in the thread ends the run at the trainer's next turn.
-"""
+"""The trainer process: one rank. What it does between its start and its end is `loop`."""
 
 from __future__ import annotations
 
 import os
-import sys
-import time
-from collections.abc import Mapping
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
 
-from astracli.engines import registry as engines
-from astracli.errors import RunFailed, disk_full
-from astracli.hub.types import Batch, HubState, NextBatch
-from astracli.hub.wire import MSGPACK, pack_answer, unpack_answer
 from astracli.process.config import TrainerConfig
-from astracli.process.transient import gpu_failed
-from astracli.process.worker import TERM_EXIT, Reporter, worker_main
-from astracli.rl.types import Group, unpack_group
-from astracli.training.settings import in_background, settle_torch
-from astracli.training.time_sharing import TimeSharing
-
-if TYPE_CHECKING:
-    from astracli.weights.publish.publisher import PublishResult
-
-ENCODE_THREADS = 8
-"""That compress what a GPU coded; each rank has its own."""
-BATCH_WAIT_S = 5.0
-"""One long poll for a batch; between two, a stop is noticed."""
+from astracli.process.worker import Reporter, worker_main
 
 
 def run(config: TrainerConfig, reporter: Reporter) -> None:
     """The whole life of one rank."""
-    from astracli.training import fsdp
-
     settle_torch(config)
+    from astracli.training import fsdp, loop
+
     ranks = fsdp.join(config.device)
-    _train(config, reporter, ranks)
+    loop.train(config, reporter, ranks)
     ranks.close()
 
 
-def _train(config: TrainerConfig, reporter: Reporter, ranks: Any) -> None:
-    loop = TrainLoop(config, reporter, ranks)
-    loop.start()
-    while loop.step < config.recipe.train.steps:
-        if not loop.advance():
-            return
-    loop.finish()
+def settle_torch(config: TrainerConfig) -> None:
+    """Threads and determinism, before anything is computed."""
+    if config.recipe.launch.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    import torch
 
+    from astracli.kernels.cpu.memory import keep_freed_memory
 
-def _end_rank(error: BaseException) -> None:
-    """The background of a rank without a hub failed: the others would wait for its part, and it for their batch."""
-    known = disk_full(error) or gpu_failed(error)
-    said = known.message if known else f"a version or a checkpoint was not written: {type(error).__name__}: {error}"
-    print(f"error: {said}", file=sys.stderr, flush=True)
-    os._exit(known.exit_code if known else 1)
+    if config.device == "cpu":
+        keep_freed_memory()
+    elif config.gdn_backward == "torch":
+        from astracli.kernels.gpu import fused
 
-
-def _published_figures(result: PublishResult) -> dict[str, float]:
-    """Metrics of one version; seconds are of this rank, `diff_s` to `write_s` on a CPU summed over its threads."""
-    return {
-        "delta_density": result.density,
-        "delta_bytes": result.bytes_delta,
-        "full_bytes": result.bytes_full,
-        "bytes_per_changed": result.bytes_per_changed,
-        "digest_s": result.digest_s,
-        "delta_s": result.delta_s,
-        "diff_s": result.diff_s,
-        "encode_s": result.encode_s,
-        "write_s": result.write_s,
-        "stable_s": result.publish_s,
-    }
-
-
-class TrainLoop:
-    """One rank's state between steps. `step` is the next step to train; the policy's version is the same number."""
-
-    def __init__(self, config: TrainerConfig, reporter: Reporter, ranks: Any):
-        from astracli.hub.client import HubClient
-        from astracli.models import registry
-        from astracli.training.checkpoint_saver import Saver
-        from astracli.training.export import frozen_tensors
-        from astracli.training.setup import build_trainer
-        from astracli.weights.publish.publisher import Publisher
-
-        self.config = config
-        self.recipe = config.recipe
-        self.reporter = reporter
-        self.ranks = ranks
-        self.step = 0
-        self.hub: HubClient | None = HubClient(config.hub_url, config.token) if ranks.first else None
-        self.time_sharing = TimeSharing(config, reporter, ranks, self.hub)
-        if not self.time_sharing.begin():
-            raise SystemExit(TERM_EXIT)
-        self.adapter = registry.resolve(self.recipe, config.model_path)
-        self.trainer = build_trainer(
-            config.model_path,
-            self.adapter,
-            self.recipe,
-            ranks,
-            attention=config.attention,
-            split=config.split,
-            bf16_engine=config.device not in engines.get(config.engine).fp32_on,
-        )
-        self.checkpoints = config.run_dir / "checkpoints"
-        beside = not self.recipe.launch.deterministic  # where nothing runs beside anything
-        keep = self.recipe.checkpoint.keep
-        self.saver = Saver(self.checkpoints, ranks, keep=keep, beside=beside, others=config.host_bytes)
-        self._pinned: set[int] = set()
-        table = self.recipe.weights
-        self.publisher = Publisher(
-            config.run_dir / "weights",
-            transfer=table.transfer,
-            full_interval=table.full_interval,
-            keep=table.keep,
-            level=table.compression_level,
-            model_name=self.recipe.model.path,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            session=f"{config.run_dir.name}-{config.attempt}-{config.start}",
-            frozen=frozen_tensors(config.model_path, self.adapter) if ranks.first else None,
-            tied=self.trainer.masters.tied,
-            pinned=lambda version: version in self._pinned,
-            threads=config.threads if config.device == "cpu" else max(config.threads, ENCODE_THREADS),
-            leaves=self.time_sharing.leaves,
-        )
-        # before it gives a GPU up, a trainer waits for its version anyway
-        self.background = in_background(self.recipe, config.device) and not self.time_sharing.gpu_leases
-        if not ranks.first:
-            self.publisher.on_failure = self.saver.on_failure = _end_rank
-
-    def start(self) -> None:
-        """Begin at version 0, or where the checkpoint stands; from then on the engines can serve."""
-        from astracli.training import checkpoint
-
-        masters = self.trainer.masters
-        found = self._checkpoint_to_resume()
-        if found is not None:
-            checkpoint.load(found, masters, self.ranks)
-            self.step = found.step
-        if self.config.resume_step is not None:
-            if self.hub is not None:
-                state: HubState = self.hub.state()
-                self._pinned = {
-                    one.version for one in state.evals if one.state == "running" and one.version is not None
-                }
-            self.publisher.restart(self.step, masters.wire_shards(copy=not self.time_sharing.leaves), owned=True)
-        else:
-            self.publisher.publish(0, masters.wire_shards(copy=not self.time_sharing.leaves), owned=True)
-        self.time_sharing.end(self.trainer)
-        if self.recipe.checkpoint.every and self.saver.beside:
-            self.saver.prepare(masters)
-        self._announce(self.step)
-        if self.hub is not None and found is not None and self.step > 0:
-            # a kill between checkpoint and acknowledgement left this step open
-            self.hub.ack(self.step - 1, self.step, self.step)
-        self.reporter.ready()
-        self.reporter.progress(step=self.step)
-
-    def _checkpoint_to_resume(self) -> Any:
-        """The checkpoint that the supervisor rewound the hub to; None = from the beginning."""
-        from astracli.training import checkpoint
-
-        step = self.config.resume_step
-        if not step:
-            return None
-        # the supervisor has read it whole
-        found = checkpoint.read(checkpoint.place(self.checkpoints, step), digests=False)
-        if found is None:
-            raise RunFailed(f"there is no whole checkpoint of step {step} in `{self.checkpoints}`")
-        return found
-
-    def advance(self) -> bool:
-        """Train one step. False when the run is asked to stop."""
-        from astracli.training.samples import write_samples
-
-        began = time.perf_counter()
-        received = self._receive()
-        if received is None:
-            return False
-        groups, stats = received
-        if not self.time_sharing.begin(self.trainer):
-            return False
-        wait_s = time.perf_counter() - began
-        try:
-            result = self.trainer.train(groups, self.step, self.step)
-        except ValueError as error:
-            raise RunFailed(str(error), "look at the rollout worker's log") from error
-        figures: dict[str, float] = {**result.metrics, **stats, "wait_s": wait_s}
-        step, version = self.step, self.step + 1
-        if self.hub is not None:
-            count = self.recipe.metrics.samples_per_step
-            write_samples(self.config.run_dir / "samples", result.batch, step, self.recipe.seed, count)
-        figures["publish_wait_s"] = self._settle()
-        self.saver.check()
-        self._checkpoint_if_due(version, figures)
-        self.step = version
-        self._publish(step, figures, began)
-        self.reporter.progress(step=version, tokens_per_s=round(figures["tokens_per_s"], 1))
-        return True
-
-    def _settle(self) -> float:
-        """Until the version before is on disk, announced and acknowledged. Seconds; raises its error."""
-        if not self.publisher.busy:
-            return self.publisher.settle()
-        self.reporter.waiting(f"version {self.step} to be published")
-        waited = self.publisher.settle()
-        self.reporter.waiting(None)
-        return waited
-
-    def _publish(self, step: int, figures: dict[str, float], began: float) -> None:
-        """Publish version step + 1, here or from a copy in the background; `publish_s` is what it costs the step. A
-        trainer with time sharing then leaves its GPU, which is the end of its step."""
-        version, begin = step + 1, time.perf_counter()
-        tensors = self.trainer.masters.wire_shards(copy=not self.time_sharing.leaves)
-        figures["snapshot_s"] = time.perf_counter() - begin
-
-        def published(result: PublishResult) -> None:
-            figures.update(_published_figures(result))
-            figures["snapshot_s"] += result.snapshot_s
-            self._announce(version)
-            if self.background:
-                settle(0.0, handed_over + result.snapshot_s)
-            else:
-                self.time_sharing.end(self.trainer)
-                settle(result.publish_s, time.perf_counter())
-            self._metrics(step, figures | self.saver.figures())
-            if self.hub is not None:
-                self.hub.ack(step, version, self.saver.whole)
-
-        def settle(publish_s: float, ended: float) -> None:
-            figures["publish_s"] = figures["publish_wait_s"] + figures["snapshot_s"] + publish_s
-            figures["step_s"] = ended - began
-            figures["tokens_per_s"] = figures["tokens"] / figures["step_s"]
-
-        handed_over = time.perf_counter()
-        if self.background:
-            settle(0.0, handed_over)
-            self.publisher.publish_async(version, tensors, published, owned=True)
-        else:
-            published(self.publisher.publish(version, tensors, owned=True))
-
-    def finish(self) -> None:
-        """Export the last version in Hugging Face format."""
-        from astracli.training.export import export
-
-        self._settle()
-        if not self.time_sharing.begin(self.trainer):
-            return
-        self.reporter.waiting(None)
-        began = time.perf_counter()
-        tensors = self.trainer.masters.wire_full()
-        if self.ranks.first:
-            export(self.config.run_dir / "export", self.config.model_path, tensors, self.adapter)
-        self.time_sharing.end(self.trainer)
-        export_s = time.perf_counter() - began
-        self.publisher.close()
-        self.reporter.waiting("the last checkpoint to be on disk" if self.saver.busy else None)
-        self.saver.wait()
-        self.ranks.barrier()
-        self._metrics(self.step - 1, {"export_s": export_s, **self.saver.figures()})
-        if self.hub is not None and self.saver.whole is not None:
-            self.hub.ack(self.step - 1, self.step, self.saver.whole)
-
-    def _receive(self) -> tuple[list[Group], dict[str, float]] | None:
-        """This step's groups on every rank, and the hub's counts of what arrived for it; None on a stop."""
-        if self.hub is None:
-            self.reporter.waiting("waiting for the first rank's batch")
-        message = pack_answer(NextBatch(self._poll()))[0] if self.hub is not None else None
-        reply: NextBatch = unpack_answer(NextBatch, self.ranks.broadcast(message), MSGPACK, "the first rank")
-        self.reporter.waiting(None)
-        if reply.batch is None:
-            return None
-        stats = {
-            f"arrived_{name.removeprefix('arrived_')}": float(value)
-            for name, value in asdict(reply.batch.stats).items()
-            if value is not None
-        }
-        if self.recipe.train.replay_ratio:
-            stats["replay"] = float(reply.batch.replay)
-        return [unpack_group(blob) for blob in reply.batch.groups], stats
-
-    def _poll(self) -> Batch | None:
-        """This step's batch; None on a stop."""
-        assert self.hub is not None
-        while not self.reporter.stop_requested.is_set():
-            reply: NextBatch = self.hub.batch(self.step, wait_s=BATCH_WAIT_S)
-            if reply.batch is not None:
-                return reply.batch
-            self.publisher.check()
-            self.saver.check()
-            self.reporter.waiting(reply.wait)
-        return None
-
-    def _checkpoint_if_due(self, step: int, figures: dict[str, float]) -> None:
-        """Begin one; `checkpoint_s` is for how long the step stands still for it."""
-        every = self.recipe.checkpoint.every
-        if not every or (step % every and step != self.recipe.train.steps):
-            return
-        began = time.perf_counter()
-        if self.saver.busy:
-            self.reporter.waiting("the checkpoint before to be on disk")
-        self.saver.begin(step, step, self.trainer.masters)
-        if not self.saver.beside:
-            self.saver.wait()
-            self.ranks.barrier()
-        self.reporter.waiting(None)
-        figures["checkpoint_s"] = time.perf_counter() - began
-
-    def _announce(self, version: int) -> None:
-        """Tell the hub that a version is on disk; learn which older ones must stay there."""
-        if self.hub is not None:
-            self._pinned = set(self.hub.announce(version, version))
-
-    def _metrics(self, step: int, figures: Mapping[str, float]) -> None:
-        if self.hub is not None:
-            self.hub.metrics([{"step": step, "process": self.config.name, **figures}])
+        fused.delta_rule_by_torch = True
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.recipe.seed)
+    if config.recipe.launch.deterministic:
+        torch.use_deterministic_algorithms(True)
 
 
 if __name__ == "__main__":

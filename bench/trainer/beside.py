@@ -39,8 +39,8 @@ import torch
 from astracli.rl.types import Group
 from astracli.training import checkpoint
 from astracli.training.checkpoint_saver import Saver
+from astracli.training.loop import ENCODE_THREADS
 from astracli.training.step import Trainer
-from astracli.training.worker import ENCODE_THREADS
 from astracli.weights.publish.publisher import Publisher, PublishResult
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -158,7 +158,7 @@ class Checkpointing:
         """One checkpoint and the steps around it."""
         shutil.rmtree(checkpoint.place(self.saver.directory, number - 1), ignore_errors=True)
         off = [self.step("off") for _ in range(OFF)]
-        first = self.step("first", lambda: self.saver.begin(number, number, self.trainer.masters))
+        first = self.step("first", lambda: self.saver.begin(number, self.trainer.masters))
         beside: list[float] = []
         while self.saver.busy and len(beside) < MOST:
             took = self.step("beside")
@@ -196,9 +196,9 @@ def checkpoints(args: argparse.Namespace, case: Case, trainer: Trainer) -> dict[
     with folder(args.directory) as name:
         saver = Saver(name, case.ranks, keep=1)
         began = time.perf_counter()
-        saver.prepare(trainer.masters)
-        saver.prepared()
-        memory = {"memory_s": time.perf_counter() - began, "memory_gb": sum(b.nbytes for b in saver.blocks) / 1e9}
+        held = saver.prepare(trainer.masters)
+        held.wait()
+        memory = {"memory_s": time.perf_counter() - began, "memory_gb": sum(b.nbytes for b in held.blocks) / 1e9}
         say(memory)
         rows = Checkpointing(trainer, saver, case.groups(0)).measure(args.checkpoints, args.limit_s)
     keys = [key for key in rows[0] if all(key in row for row in rows)]

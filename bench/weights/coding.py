@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -43,7 +44,7 @@ PIECES_OF_4B = 1003
 AT_ONCE = 64
 
 
-def block_of(density: float, pieces: int, draw: np.random.Generator) -> tuple[np.ndarray[Any, Any], coder.Work]:
+def block_of(density: float, pieces: int, draw: np.random.Generator) -> tuple[np.ndarray[Any, Any], container.Work]:
     """The changes of some pieces as a GPU leaves them for the coder."""
     gaps = [draw.geometric(density, int(SIZE * density * 0.99)) - 1 for _ in range(pieces)]
     gaps = [g[: np.searchsorted(np.cumsum(g + 1), SIZE)] for g in gaps]
@@ -57,10 +58,10 @@ def block_of(density: float, pieces: int, draw: np.random.Generator) -> tuple[np
     arrays = [np.pad(p.view(np.uint8), (0, -p.nbytes % 8)) for p in planes]
     starts = np.cumsum([0, *map(len, arrays)])
     described = [(k * SIZE, SIZE, 2, int(ends[k]), int(ends[k + 1]), -1, -1) for k in range(pieces)]
-    return np.concatenate(arrays), coder.Work(0, coder.Planes(*map(int, starts[:4]), int(ends[-1])), described)
+    return np.concatenate(arrays), container.Work(0, container.Planes(*map(int, starts[:4]), int(ends[-1])), described)
 
 
-def one_by_one(memory: np.ndarray[Any, Any], work: coder.Work) -> Iterator[Callable[[], Any]]:
+def one_by_one(memory: np.ndarray[Any, Any], work: container.Work) -> Iterator[Callable[[], Any]]:
     """A job a piece, for threads of Python."""
     at = work.planes
     assert at is not None
@@ -69,10 +70,15 @@ def one_by_one(memory: np.ndarray[Any, Any], work: coder.Work) -> Iterator[Calla
         short = memory[at.short + low : at.short + high]
         long = memory[at.long + 4 * up_to[k] : at.long + 4 * up_to[k + 1]].view(np.int32)
         values = [memory[at.values + byte * at.changes + low : at.values + byte * at.changes + high] for byte in (0, 1)]
-        yield lambda s=short, e=long, v=values, n=length: container.assemble("gap-ulp", n, len(s), s, e, v, 1)  # type: ignore[misc]
+        planes, counts = container.list_planes(short, long, values), (length, len(short), len(long))
+        yield partial(_assembled, planes, counts)
 
 
-def code(memory: np.ndarray[Any, Any], works: int, work: coder.Work, way: str, workers: int) -> list[bytes]:
+def _assembled(planes: list[np.ndarray[Any, Any]], counts: tuple[int, int, int]) -> bytes:
+    return container.put_together("gap-ulp", *counts, 2, [container.deflate(plane, 1) for plane in planes])
+
+
+def code(memory: np.ndarray[Any, Any], works: int, work: container.Work, way: str, workers: int) -> list[bytes]:
     if way == "python":
         with ThreadPoolExecutor(workers) as pool:
             jobs = [job for _ in range(works) for job in one_by_one(memory, work)]

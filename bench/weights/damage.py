@@ -33,8 +33,7 @@ import xxhash
 
 from astracli.errors import RunFailed
 from astracli.weights.format.digest import bits_of, digest_tensor
-from astracli.weights.format.manifest import Manifest, seal, unseal, version_name
-from astracli.weights.publish.payload import hash_file
+from astracli.weights.format.manifest import Manifest, hash_file, seal, unseal, version_name
 from astracli.weights.publish.publisher import Publisher
 from astracli.weights.publish.snapshot import Shard
 from astracli.weights.receive import apply

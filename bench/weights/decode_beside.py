@@ -32,13 +32,13 @@ from typing import Any
 import torch
 
 from astracli.engines.sglang import loader as sglang_loader
-from astracli.weights.device.resident import Resident
 from astracli.weights.format.manifest import TensorEntry
 from astracli.weights.publish.publisher import Publisher
 from astracli.weights.receive import apply
 from astracli.weights.receive.decoder import DecoderProcess
 from astracli.weights.receive.placement import PlacementRecorder
 from astracli.weights.receive.reading import Prepared, prepare
+from astracli.weights.receive.resident import Resident
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shared import folder, options, show
@@ -91,7 +91,7 @@ def timed(call: Callable[[], Any], stop: threading.Event, out: list[float]) -> N
 
 def stage(read: Any, folder: Path, hands: Resident) -> None:
     prepared: Prepared = read(folder)
-    apply.load(prepared, hands)
+    hands.load(prepared)
 
 
 def require(times: list[float], rounds: int) -> None:

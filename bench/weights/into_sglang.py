@@ -57,12 +57,13 @@ from typing import Any
 
 import httpx
 from starlette.applications import Starlette
+from starlette.routing import Mount
 
 from astracli.engines.client import EngineClient
 from astracli.engines.sglang.client import NO_TENSORS, SglangClient
-from astracli.hub.server import ServerThread
 from astracli.process import ports
-from astracli.weights.publish.server import weights_routes
+from astracli.process.server import ServerThread
+from astracli.weights.publish.server import weights_app
 from astracli.weights.receive.subscriber import Subscriber
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -92,7 +93,8 @@ async def drive(args: argparse.Namespace, folder: Path, record: Record) -> None:
         trainer = Trainer(args, model, adapter, folder / "weights", **sent)
         check = model.to(args.device) if args.parity else None
         del model
-        files = ServerThread(Starlette(routes=weights_routes(folder / "weights")), ports.bind("127.0.0.1")).start()
+        app = Starlette(routes=[Mount("/weights", weights_app(folder / "weights"))])
+        files = ServerThread(app, ports.bind("127.0.0.1")).start()
         subscriber = Subscriber(files.url, TOKEN, stage, directory)
         published = trainer.publish(0)
         record.note(version_0_publish=published)

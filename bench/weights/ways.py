@@ -42,20 +42,20 @@ import torch
 import zstandard
 from safetensors.torch import load_file, save_file
 from starlette.applications import Starlette
+from starlette.routing import Mount
 
-from astracli.hub.server import ServerThread
 from astracli.process import ports
+from astracli.process.server import ServerThread
 from astracli.weights.device.difference import bits_torch
-from astracli.weights.device.resident import Resident
-from astracli.weights.format import digest
-from astracli.weights.format.manifest import seal
+from astracli.weights.format.manifest import Manifest, seal
 from astracli.weights.publish import payload
 from astracli.weights.publish.encoder import EncoderProcess
 from astracli.weights.publish.publisher import Publisher
-from astracli.weights.publish.server import weights_routes
+from astracli.weights.publish.server import weights_app
 from astracli.weights.publish.snapshot import lanes_of, local, take
 from astracli.weights.receive import apply, reading
 from astracli.weights.receive.decoder import DecoderProcess
+from astracli.weights.receive.resident import Resident
 from astracli.weights.receive.subscriber import Subscriber
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -112,11 +112,10 @@ def ours(case: Case) -> Cost:
     now = {name: local(tensor, copy=False) for name, tensor in case.new.items()}
     with case.pool() as pool:
         begin = case.clock()
-        lanes = digest.digest_many([(t.flat, 0) for t in now.values()])
-        names = {name: digest.to_hex(found) for name, found in zip(now, lanes, strict=True)}
+        names = lanes_of(now)
         digested_s = case.clock() - begin
         part = payload.write_delta(case.folder, 0, now, old, names, 1, pool.map, case.encoder)
-        manifest = payload.merge([part], model="bench", version=1, base_version=0, frozen_digests={})
+        manifest = Manifest("bench", 1, 0, "delta", payload.merge([part]), part.files)
         (case.folder / "manifest.json").write_bytes(manifest.to_bytes())
         encode_s = case.clock() - begin
     plan = {"version": 1, "kind": "delta", "base_version": 0, "steps": ["manifest.json"], "model_path": None}
@@ -128,7 +127,7 @@ def ours(case: Case) -> Cost:
     begin = case.clock()
     prepared = case.read(case.folder)
     if hands is not None:
-        apply.load(prepared, hands)
+        hands.load(prepared)
     ready = case.clock()
     done = apply.apply(case.folder, case.engine, 0, prepared, hands)
     end = case.clock()
@@ -256,10 +255,10 @@ def in_full(weights: dict[str, torch.Tensor], threads: int, folder: Path) -> dic
     result = publisher.publish(0, weights, owned=True)
     found |= {"publish": result.publish_s, "of which writing and checksums": result.write_s}
     publisher.close()
-    files = ServerThread(Starlette(routes=weights_routes(folder / "weights")), ports.bind("127.0.0.1")).start()
+    app = Starlette(routes=[Mount("/weights", weights_app(folder / "weights"))])
+    files = ServerThread(app, ports.bind("127.0.0.1")).start()
     ways: list[tuple[str, dict[str, Any]]] = [
-        ("fetch over HTTP", {"link_bytes": None, "parts": 1}),
-        ("the same in four ranges at once", {"link_bytes": None, "parts": 4}),
+        ("fetch over HTTP", {"link_bytes": None}),
         ("fetch on the same disk", {"link_bytes": 1 << 20}),
     ]
     for what, how in ways:

@@ -28,15 +28,16 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from astracli.engines.readback import Readback
 from astracli.errors import AstraError
 from astracli.weights import WeightMismatch
-from astracli.weights.device.resident import Resident
 from astracli.weights.format.manifest import TensorEntry
 from astracli.weights.receive import apply
-from astracli.weights.receive.apply import Prepared
 from astracli.weights.receive.decoder import DecoderProcess
 from astracli.weights.receive.placement import PlacementRecorder
-from astracli.weights.receive.staging import Staging, Where
+from astracli.weights.receive.reading import READBACK, RESULT, Prepared, prepare
+from astracli.weights.receive.resident import Resident
+from astracli.weights.receive.staging import Staging
 from astracli.weights.receive.watcher import StageWatcher
 
 _SWITCH_S = 2e-4
@@ -45,7 +46,7 @@ became seconds."""
 
 
 class _Quick:
-    """Within it the interpreter changes hands every 0.2 ms; in any number of threads at once."""
+    """Within it the interpreter changes resident every 0.2 ms; in any number of threads at once."""
 
     def __init__(self) -> None:
         self._lock, self._inside, self._before = threading.Lock(), 0, 0.0
@@ -76,12 +77,13 @@ class LoadedModel:
         self._model = weakref.ref(model)
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        self._readback_thread: threading.Thread | None = None
+        self._readback = Readback()
         self._lock = threading.Lock()
-        self._hands: Resident | None = None
+        self._resident: Resident | None = None
         self._known: tuple[Any, ...] = ()
+        where: Any = os.environ.get("ASTRA_STAGING", "host")
         kept = os.environ.get("ASTRA_STAGING_KEPT") == "1"
-        self.staging = Staging(_where(os.environ.get("ASTRA_STAGING", "host")), self._device, kept=kept)
+        self.staging = Staging(where, self._device, kept=kept)
         self._decoder = DecoderProcess()
         self.watcher = StageWatcher(stage_dir, self.load, self.warm, self._decoder.prepare)
 
@@ -100,12 +102,10 @@ class LoadedModel:
         """Bring a decoded version to the device, or as near as there is room; for the first one, find out where the
         weights lie."""
         if prepared.manifests:
-            hands = self.place(prepared.manifests[-1].tensors)
-            begin = time.perf_counter()
-            hands.load(prepared)
+            resident = self.place(prepared.manifests[-1].tensors)
+            resident.load(prepared)
             with _quick:
-                hands.stage(prepared, self.staging)
-            prepared.load_s += time.perf_counter() - begin
+                resident.stage(prepared, self.staging)
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[None]:
@@ -126,20 +126,18 @@ class LoadedModel:
             raise WeightMismatch("the model is not there any more")
         with self._lock:
             known = (_identity(entries), _lying(model))
-            if self._hands is None or self._known != known:
+            if self._resident is None or self._known != known:
                 with _quick:
-                    hands = Resident(PlacementRecorder().record(model, entries))
-                    hands.plan(entry.name for entry in entries)
-                self._hands, self._known = hands, known
-            return self._hands
+                    resident = Resident(PlacementRecorder().record(model, entries))
+                    resident.plan(entry.name for entry in entries)
+                self._resident, self._known = resident, known
+            return self._resident
 
-    # ---- behind it ----
+    # ---- after the pause ----
 
     def settle(self) -> None:
         """Until no read-back is under way: it must see the weights of one version, and memory that is there."""
-        if self._readback_thread is not None:
-            self._readback_thread.join()
-            self._readback_thread = None
+        self._readback.settle()
         if self._stream is not None:
             self._stream.synchronize()  # of one that failed behind its launch
 
@@ -151,35 +149,27 @@ class LoadedModel:
     def start_readback(self, stage_dir: Path, entries: Sequence[TensorEntry], version: int) -> None:
         """Read the weights back in a thread, while the engine generates again; the outcome is `readback.json`."""
         begin = time.perf_counter()
-
-        def run() -> None:
-            spent: dict[str, float] = {"wait_s": time.perf_counter() - begin}
-            with quick:
-                try:
-                    with self.beside():
-                        found = self.read_back(entries, spent)
-                    wrong = [entry.name for entry in entries if found[entry.name] != entry.digest]
-                    message = f"read back under HF names, {len(wrong)} tensors differ: {', '.join(wrong[:5])}"
-                except Exception as error:
-                    wrong, message = ["?"], f"the read-back failed: {type(error).__name__}: {error}"
-            if wrong:
-                self.version = None
-            doc = {"version": version, "ok": not wrong, "message": message if wrong else "", **spent}
-            apply.write_readback(stage_dir, {**doc, "readback_s": time.perf_counter() - begin})
-
         quick = contextlib.ExitStack()
         quick.enter_context(_quick)  # here, or the thread would first wait Python's 5 ms
-        self._readback_thread = threading.Thread(target=run, name="read-back", daemon=True)
-        self._readback_thread.start()
+
+        def read(spent: dict[str, float]) -> dict[str, str]:
+            spent["wait_s"] = time.perf_counter() - begin
+            with quick, self.beside():
+                return self.read_back(entries, spent)
+
+        def failed(_: str) -> None:
+            self.version = None
+
+        self._readback.start(stage_dir, entries, version, read=read, failed=failed)
 
     def read_back(self, entries: Sequence[TensorEntry], spent: dict[str, float]) -> dict[str, str]:
         """{HF name: digest} of what the engine's parameters hold now. Their memory is read where it lies: no second
         copy of the model."""
         begin = time.perf_counter()
-        hands = self.place(entries)
+        resident = self.place(entries)
         spent["place_s"] = time.perf_counter() - begin
-        found = hands.digests(entry.name for entry in entries)
-        spent |= hands.spent
+        found = resident.digests(entry.name for entry in entries)
+        spent |= resident.spent
         return found
 
 
@@ -210,22 +200,22 @@ def apply_staged(model: Any, named_tensors: Iterable[Any] = ()) -> None:
     if engine is None:
         engine = _engines[model] = LoadedModel(model, stage_dir)
     engine.settle()
-    for old in (apply.RESULT, apply.READBACK):  # a read-back that nobody waited for any more is of no use
+    for old in (RESULT, READBACK):  # a read-back that nobody waited for any more is of no use
         (stage_dir / old).unlink(missing_ok=True)
     have, engine.version = engine.version, None  # unknown until proven
     try:
         prepared = apply.current(stage_dir, engine.watcher.take())
         entries = prepared.manifests[-1].tensors if prepared.manifests else ()
-        record_s, hands = time.perf_counter(), engine.place(entries) if entries else None
+        record_s, resident = time.perf_counter(), engine.place(entries) if entries else None
         with engine.staging.applied() if prepared.kind == "full" else contextlib.nullcontext():
-            if hands is not None and not hands.fits(prepared):  # a parameter has moved since it was loaded
-                prepared = apply.prepare(stage_dir)
+            if resident is not None and not resident.fits(prepared):  # a parameter has moved since it was loaded
+                prepared = prepare(stage_dir)
             record_s = time.perf_counter() - record_s
-            waited = hands.waits(prepared) if hands is not None else None
-            result = apply.perform(prepared, hands.placed if hands else {}, have, hands)
+            waited = resident.waits(prepared) if resident is not None else None
+            result = apply.perform(prepared, resident.placed if resident else {}, have, resident)
         interval = int(os.environ.get("ASTRA_VERIFY_INTERVAL", "0"))
         due = bool(interval and entries and result.version % interval == 0)
-        spent = {f"digest_{part}": seconds for part, seconds in hands.spent.items()} if hands else {}
+        spent = {f"digest_{part}": seconds for part, seconds in resident.spent.items()} if resident else {}
         more: dict[str, Any] = {"record_s": record_s, **spent, "loader_s": time.perf_counter() - begin, "readback": due}
         if waited is not None:
             more["staging"] = waited
@@ -246,8 +236,3 @@ def settle(model: Any, named_tensors: Iterable[Any] = ()) -> None:
     if engine is not None:
         engine.settle()
         engine.leave_gpu()
-
-
-def _where(text: str) -> Where:
-    places: dict[str, Where] = {"gpu": "gpu", "host": "host", "file": "file"}
-    return places[text]

@@ -16,9 +16,5 @@ def keep_freed_memory() -> bool:
     By default every allocation over 128 KiB is a fresh mapping whose pages fault in one by one. Other C libraries have
     no such switch; nothing is changed there.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, _THRESHOLD)) and bool(mallopt(_M_TRIM_THRESHOLD, _THRESHOLD))
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    return mallopt is not None and all(mallopt(which, _THRESHOLD) for which in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))

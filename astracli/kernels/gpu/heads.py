@@ -1,4 +1,4 @@
-"""Cutting a projection into heads and turning them, with gradients by hand: what autograd composes of many operators.
+"""Splits a projection into heads and rotates them, with gradients by hand where autograd would run many operators.
 
 Autograd pads the gradient of every slice with zeros to the whole and adds them up, or concatenates them anew. Here a
 backward pass writes each part of the gradient where it belongs. Works on any device; used where launches and memory

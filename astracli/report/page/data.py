@@ -5,7 +5,6 @@ Everything comes from the files of the run directory; what a run never wrote is 
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections import defaultdict
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from astracli.evaluation.passk import interval
-from astracli.report import live as run_view
+from astracli.report import run_files
 from astracli.runs import metrics
 from astracli.runs.metrics import Record
 from astracli.runs.run_dir import RunDir, write_atomic
@@ -50,9 +49,9 @@ def document(run: RunDir) -> dict[str, Any]:
     """The whole page but its samples. Raises UserError when a file of the run is damaged."""
     records = [metrics.without_absent(record) for record in metrics.read(run.metrics_jsonl)]
     status = run.status()
-    summary = run_view.summary(run) or {}
+    summary = run_files.summary(run) or {}
     return {
-        "run": run_view.row(run) | {"cause": status.cause if status else None},
+        "run": run_files.row(run) | {"cause": status.cause if status else None},
         "summary": {
             key: summary[key] for key in ("groups", "memory", "restarts", "resumes", "expected") if summary.get(key)
         },
@@ -87,14 +86,9 @@ def evaluations(run: RunDir) -> list[dict[str, Any]]:
 
     Intervals are 95 %. `late`: the steps that stand for an earlier one at which the evaluation became due, in words.
     """
-    if not run.eval_csv.is_file():
-        return []
-    rows: dict[str, list[dict[str, str]]] = defaultdict(list)
-    with run.eval_csv.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            rows[row["benchmark"]].append(row)
+    rows = run_files.eval_rows(run)
     if len(rows) == 2:
-        rows.pop("overall", None)
+        rows.pop(metrics.OVERALL, None)
     return [
         {
             "benchmark": name,
@@ -106,7 +100,7 @@ def evaluations(run: RunDir) -> list[dict[str, Any]]:
                 for row in each
                 if row.get("due_step") not in (None, "", row["step"])
             ),
-            "points": [_evaluation(row) for row in sorted(each, key=lambda row: int(row["step"]))],
+            "points": [_evaluation(row) for row in each],
         }
         for name, each in rows.items()
     ]
@@ -161,10 +155,10 @@ def weight_updates(records: Sequence[Record]) -> dict[str, Any]:
 
 def tiles(run: RunDir, records: Sequence[Record], summary: Mapping[str, Any]) -> list[dict[str, str]]:
     """The figures at the head of the page: {label, value, note}."""
-    from astracli.report.page.page import duration
+    from astracli.report.live import duration
     from astracli.report.summary_table import size
 
-    trends = run_view.trends(run)
+    trends = run_files.trends(run)
     found = [
         {
             "label": f"{trend.benchmark} avg@{trend.n}",
@@ -175,7 +169,7 @@ def tiles(run: RunDir, records: Sequence[Record], summary: Mapping[str, Any]) ->
         for trend in trends
         if trend.benchmark != "overall" or len(trends) > 2
     ]
-    row = run_view.row(run)
+    row = run_files.row(run)
     if row["step"] is not None:
         mean = metrics.mean(metrics.values(records, "step_s", "trainer"))
         note = f"{mean:.2f} s each" if mean is not None else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from astracli.rewards.grading import units
+from astracli.rewards.grading import phrases, units
 from astracli.rewards.grading.answer_types import (
     Answer,
     Assigned,
@@ -16,22 +16,11 @@ from astracli.rewards.grading.answer_types import (
     Relation,
     Several,
     Value,
-    Words,
     is_interval,
 )
 from astracli.rewards.grading.expressions import parse
-from astracli.rewards.grading.phrases import (
-    ALL_REALS,
-    CLOSING,
-    EXCEPT,
-    INFINITE,
-    NOTHING,
-    OPENING,
-    as_words,
-    encloses,
-    split,
-)
-from astracli.rewards.grading.tokens import FUNCTIONS, WORDS
+from astracli.rewards.grading.phrases import encloses, split
+from astracli.rewards.grading.quantities import mixed, read_quantity
 from astracli.rewards.grading.trees import Node, TooLarge, Unreadable
 
 _OPERATORS = {r"\le": "<=", r"\ge": ">=", r"\ne": "!=", "==": "="}
@@ -43,15 +32,8 @@ _CONNECTIVE = re.compile(
     r"|或者?|(?<=[\d)}])[和与及](?=[\\\d(-])"
 )
 _MATRIX = re.compile(r"\\begin\{([pbvB]?matrix|array|smallmatrix)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}$", re.DOTALL)
-_KNOWN_WORDS = frozenset(WORDS) | FUNCTIONS
-_BASED = re.compile(r"\(?(-?\d+)\)?\s*_\s*\{?\s*(\d+)\s*\}?")
 _ANY_INTEGER = re.compile(r"[a-z]\s*\\in\s*(?:\\mathbb\s*\{?\s*[ZN]\s*\}?|Z)(?:\s*\^\s*\{?\s*[+*]\s*\}?)?")
 """What a general solution says of its parameter: `k \\in \\mathbb{Z}`."""
-_THERMOMETER = re.compile(r"(.*\d)\s*\\degree\s*(?:\\words\{\s*)?(C|F)(?:elsius|ahrenheit)?\s*\}?")
-_MIXED = re.compile(
-    r"(\d+)\s*(?:\\words\{)?\s*([A-Za-z]+?)\s*(?:\}|\s|\\land|and|,)*\s*(\d+(?:\.\d+)?)\s*(?:\\words\{)?\s*([A-Za-z]+)\s*\}?"
-)
-"""A quantity in two units: `2 hours and 30 minutes`."""
 _TIME = re.compile(
     r"(\d{1,2})(?P<minutes>\s*:\s*\d{2}(?:\s*:\s*\d{2})?)?(?:\s*(?:\\words\{\s*)?(?P<half>[ap]\.?\s?m)\.?\s*\}?)?",
     re.IGNORECASE,
@@ -98,7 +80,7 @@ def _read(text: str, single: bool) -> Answer:
     bracketed = _bracketed(text, single)
     if bracketed is not None:
         return bracketed
-    return _ratio(text, single) or _value(text, single)
+    return _ratio(text, single) or read_quantity(text, single)
 
 
 def _joined(separator: str, parts: list[str], single: bool) -> Answer:
@@ -130,18 +112,18 @@ def _special(text: str) -> Answer | None:
     line = re.fullmatch(r"\\mathbb\s*\{?\s*([RZQNC])\s*\}?", text)
     if line:
         return RealLine(line[1])
-    if text in (r"\emptyset", r"\{\}", r"\{ \}") or NOTHING.fullmatch(words):
+    if text in (r"\emptyset", r"\{\}", r"\{ \}") or phrases.NOTHING.fullmatch(words):
         return Several((), "{}")
     if text in (r"\ldots", "...", "..") or re.fullmatch(r"\\ldots\s*", text):
         return Dots()
-    if len(text) < 100 and (parts := _MIXED.fullmatch(text)) and (quantity := _mixed(*parts.groups())):
+    if quantity := mixed(text):
         return quantity
-    if INFINITE.fullmatch(words):
+    if phrases.INFINITE.fullmatch(words):
         return Value(parse(r"\infty"))
-    reals = ALL_REALS.match(words)
+    reals = phrases.ALL_REALS.match(words)
     if reals and reals.end() == len(words):
         return RealLine()
-    if reals and (without := EXCEPT.match(words, reals.end())):
+    if reals and (without := phrases.EXCEPT.match(words, reals.end())):
         rest = re.sub(r"^[a-z]\s*=\s*", "", words[without.end() :])
         items = _read(rest.replace(r"\land", ","), False)
         return Joined("minus", (RealLine(), _braced(items)))
@@ -187,7 +169,7 @@ def _relation(text: str, single: bool) -> Answer | None:
             operators.append("!=" if "not" in match[0] else _OPERATORS.get(match[0], match[0]))
             i = start = match.end()
             continue
-        depth += (text[i] in OPENING) - (text[i] in CLOSING)
+        depth += (text[i] in phrases.OPENING) - (text[i] in phrases.CLOSING)
         i += 1
     if not operators:
         return None
@@ -199,7 +181,7 @@ def _relation(text: str, single: bool) -> Answer | None:
     nodes = []
     for side in sides:
         side, percent = units.take_percent(side)
-        side, _ = units.take_unit(side, _KNOWN_WORDS, single)
+        side, _ = units.take_unit(side, single)
         node = parse(side)
         nodes.append(("div", node, ("num", Fraction(100), "100")) if percent else node)
     return Relation(tuple(nodes), tuple(operators))
@@ -272,52 +254,10 @@ def _ratio(text: str, single: bool) -> Answer | None:
     if time and (time["minutes"] or (time["half"] and not time[0].isalnum())):
         half = (time["half"] or "")[:1].lower()
         clock = [time[1], *(time["minutes"] or ":00").replace(" ", "")[1:].split(":")]
-        return Ratio(tuple(_value(part, False) for part in clock), True, half)
+        return Ratio(tuple(read_quantity(part, False) for part in clock), True, half)
     parts = split(
         re.sub(r"(?<=[\d)}])\s*\\words\{\s*(?:is )?to\s*\}\s*(?=[\\\d({])|(?<=\d)\s+to\s+(?=\d)", ":", text), ":"
     )
     if len(parts) < 2:
         return None
     return Ratio(tuple(_read(part, single) for part in parts if part))
-
-
-def _mixed(large: str, large_unit: str, small: str, unit: str) -> Value | None:
-    """`2 hours 30 minutes`, in the smaller unit."""
-    first, second = units.measure(large_unit), units.measure(unit)
-    if first is None or second is None or first[0] != second[0] or first[1] <= second[1]:
-        return None
-    total = Fraction(large) * first[1] / second[1] + Fraction(small)
-    return Value(("num", total, str(total)), unit)
-
-
-def _value(text: str, single: bool) -> Answer:
-    based = _BASED.fullmatch(text)
-    if based:
-        return Value(parse(based[1]), f"base {based[2]}")
-    text, percent = units.take_percent(text)
-    text, unit = units.take_unit(text, _KNOWN_WORDS, single)
-    text = text.strip()
-    if not percent:
-        text, percent = units.take_percent(text)
-    scale, unit = units.take_scale(unit)
-    if unit == "" and (thermometer := _THERMOMETER.fullmatch(text)):
-        text, unit = thermometer[1], "°" + thermometer[2]
-    try:
-        node = parse(text)
-    except Unreadable:
-        words = as_words(text)
-        if words is None or unit or percent:
-            raise
-        return Words(words)
-    if node[0] == "mul" and len(text) > 2 and text.isalpha() and not unit:
-        return Words(text.lower())
-    if node[0] == "fn" and node[1] == "degree":
-        return Value(node[2], unit or "degree", percent)
-    if node[0] == "neg" and node[1][0] == "fn" and node[1][1] == "degree":
-        return Value(("neg", node[1][2]), unit or "degree", percent)
-    if scale != 1:
-        if node[0] == "num":
-            node = ("num", node[1] * scale, str(node[1] * scale))
-        else:
-            node = ("mul", node, ("num", Fraction(scale), str(scale)))
-    return Value(node, unit, percent)

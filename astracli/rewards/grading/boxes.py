@@ -20,17 +20,6 @@ _SENTENCE_END = re.compile(r"[.!?。！？](?=\s+\S)|\n\s*\n\s*\S")
 
 def boxed(text: str) -> str | None:
     """What the last box says: None without a box, empty when it is not closed or says nothing."""
-    boxes = text.count("box")
-    if boxes == 0:
-        return None
-    if boxes == 1:  # quick: what most completions are
-        only = BOX.search(text)
-        if only is None:
-            return None
-        content = balanced(text, only.end())
-        if content is None or not content.strip():
-            return ""
-        return "-" + content if _minus_before(text[max(0, only.start() - 80) : only.start()]) else content
     starts = list(BOX.finditer(text))
     if not starts:
         return None

@@ -29,28 +29,20 @@ _CHARACTERS = {
 _SPACES = frozenset("\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000")
 _INVISIBLE = frozenset("\u200b\u200c\u200d\u2060\ufeff\u00ad\u2061\u2062\u2063\u200e\u200f\ufe0e\ufe0f")
 _OVERLINE = "\u0305"
+_OVERLINED = re.compile(rf"(?:\d{_OVERLINE})+")
+"""Digits with a combining overline: `0.3̅` is `0.\\overline{3}`."""
+_ROOT = re.compile(r"([√∛∜])(?=(\s*\d{2,})?)")
+"""A root sign, and the bare digits behind it, whose end `\\rootsign` marks."""
 
 
 def as_latex(text: str) -> str:
     if text.isascii():
         return text
-    text = _overlined(text)
-    out: list[str] = []
-    i = 0
-    while i < len(text):
-        char = text[i]
-        for table, mark in ((_SUPERSCRIPT, "^"), (_SUBSCRIPT, "_")):
-            if char in table:
-                end = i
-                while end < len(text) and text[end] in table:
-                    end += 1
-                out.append(f"{mark}{{{''.join(table[c] for c in text[i:end])}}}")
-                i = end
-                break
-        else:
-            out.append(_one(char, text[i + 1 :]))
-            i += 1
-    return "".join(out)
+    text = _OVERLINED.sub(lambda m: rf"\overline{{{m[0].replace(_OVERLINE, '')}}}", text)
+    for mark, table in (("^", _SUPERSCRIPT), ("_", _SUBSCRIPT)):
+        text = re.sub(f"([{''.join(table)}]+)", rf"{mark}{{\1}}", text).translate(str.maketrans(table))
+    text = _ROOT.sub(lambda m: _ROOTS[m[1]] + (" " if m[2] is None else r"\rootsign "), text)
+    return "".join(map(_one, text))
 
 
 _CHINESE = {char: value for value, char in enumerate("零一二三四五六七八九")} | {"两": 2, "〇": 0}
@@ -70,13 +62,13 @@ def chinese_number(text: str) -> str:
     return str(total + digit) if text else text
 
 
-def _one(char: str, rest: str) -> str:
+def _one(char: str) -> str:
+    if char.isascii():
+        return char
     if char in _INVISIBLE:
         return ""
     if char in _SPACES:
         return " "
-    if char in _ROOTS:
-        return _ROOTS[char] + _root_argument(rest)
     if char in _CHARACTERS:
         return _CHARACTERS[char]
     name = unicodedata.name(char, "")
@@ -85,13 +77,3 @@ def _one(char: str, rest: str) -> str:
         return rf"\frac{{{top}}}{{{bottom}}}"
     folded = unicodedata.normalize("NFKC", char)
     return _CHARACTERS.get(folded, folded)
-
-
-def _root_argument(rest: str) -> str:
-    """What tells a root sign before bare digits where it ends: nothing to add elsewhere."""
-    return "\\rootsign " if re.match(r"\s*\d{2,}", rest) else " "
-
-
-def _overlined(text: str) -> str:
-    """Digits with a combining overline: `0.3̅` -> `0.\\overline{3}`."""
-    return re.sub(rf"(?:\d{_OVERLINE})+", lambda m: r"\overline{" + m[0].replace(_OVERLINE, "") + "}", text)

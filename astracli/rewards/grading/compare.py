@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from fractions import Fraction
 
 from astracli.rewards.grading import sets, values
 from astracli.rewards.grading.answer_types import (
@@ -24,8 +23,8 @@ from astracli.rewards.grading.answer_types import (
 from astracli.rewards.grading.answers import name_like
 from astracli.rewards.grading.conventions import Conventions
 from astracli.rewards.grading.equations import same_chain, same_equation
-from astracli.rewards.grading.quantities import has_sign_choice, same_quantity, with_sign
-from astracli.rewards.grading.trees import Node, canonical, symbols, unknowns
+from astracli.rewards.grading.quantities import has_sign_choice, quotient, same_quantity, same_time, with_sign
+from astracli.rewards.grading.trees import canonical, symbols, unknowns
 
 
 def equal(gold: Answer, answer: Answer, conventions: Conventions) -> bool:
@@ -212,7 +211,7 @@ def _several(gold: Answer, answer: Answer, conventions: Conventions) -> bool:
         return False
     if not _compatible(gold.brackets, answer.brackets, len(gold.items), conventions):
         return False
-    ordered = gold.brackets not in ("", "{}") or answer.brackets not in ("", "{}") or conventions.ordered
+    ordered = gold.brackets not in ("", "{}") or answer.brackets not in ("", "{}") or conventions.ordered_lists
     if gold.brackets == "{}" or (answer.brackets == "{}" and not gold.brackets):
         ordered = False
     mine, theirs = _by_name(gold), _by_name(answer)
@@ -281,35 +280,8 @@ def _matched(gold: tuple[Answer, ...], answer: tuple[Answer, ...], conventions: 
 def _ratios(gold: Answer, answer: Answer, conventions: Conventions) -> bool:
     if isinstance(gold, Ratio) and isinstance(answer, Ratio):
         if gold.time or answer.time:
-            return _same_time(gold, answer)
+            return same_time(gold, answer)
         if any(isinstance(part, Dots) for part in (*gold.parts, *answer.parts)) or len(gold.parts) > 2:
             return _in_turn(gold.parts, answer.parts, conventions)
-    quotients = [_quotient(each) for each in (gold, answer)]
+    quotients = [quotient(each) for each in (gold, answer)]
     return quotients[0] is not None and quotients[1] is not None and values.same(quotients[0], quotients[1])
-
-
-def _same_time(gold: Ratio, answer: Ratio) -> bool:
-    """`3:45 p.m.` is `3:45` and `15:45`, not `3:45 a.m.`."""
-    first, second = ([part.node for part in each.parts if isinstance(part, Value)] for each in (gold, answer))
-    if len(first) != len(second) or not all(values.same(a, b) for a, b in zip(first[1:], second[1:], strict=True)):
-        return False
-    if gold.half and answer.half:
-        return gold.half == answer.half and values.same(first[0], second[0])
-    noon = ("num", Fraction(12), "12")
-    hours = [
-        [node, *([("add", node, noon)] if each.half == "p" else [])]
-        for node, each in ((first[0], gold), (second[0], answer))
-    ]
-    return any(values.same(a, b) for a in hours[0] for b in hours[1])
-
-
-def _quotient(answer: Answer) -> Node | None:
-    if isinstance(answer, Value) and not answer.percent:
-        return answer.node
-    if isinstance(answer, Ratio) and len(answer.parts) == 2 and not answer.time:
-        top, bottom = answer.parts
-        if isinstance(top, Assigned):
-            top = top.value
-        if isinstance(top, Value) and isinstance(bottom, Value):
-            return ("div", top.node, bottom.node)
-    return None

@@ -9,7 +9,7 @@ from typing import Literal
 from astracli.rewards.grading import notation, units
 from astracli.rewards.grading.answer_types import Words
 from astracli.rewards.grading.answers import read
-from astracli.rewards.grading.tokens import FUNCTIONS, WORDS
+from astracli.rewards.grading.tokens import WORDS
 from astracli.rewards.grading.trees import Unreadable
 
 Place = Literal["box", "tag", "said", "whole", "formula", "number", "none"]
@@ -46,7 +46,7 @@ _GOES_ON = re.compile(r"[\s$*)\\]*(?:or|to|through|–|—)\s", re.IGNORECASE)
 _BARE_AFTER = re.compile(r"(?:st|nd|rd|th)?\.?(?:[\s$,;:!?)*°%€\u3000-\u9fff\uff00-\uffef]|$)")
 _TEXT = re.compile(r"\\(?:begin|end)\{[a-z]+\}|\\(?:text\w*|math[a-z]+|mbox)\s*\{[^{}]*\}")
 _PROSE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
-_FUNCTIONS = FUNCTIONS | WORDS.keys() | {"mod", "lim"}
+_FUNCTIONS = WORDS.keys() | {"mod", "lim"}
 BARE_LIMIT = 200
 """Longest text, in characters, that can be an answer and nothing else."""
 

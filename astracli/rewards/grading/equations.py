@@ -26,20 +26,14 @@ def same_equation(gold: Answer, answer: Answer) -> bool:
     names = {name for name in unknowns(first) if not name.endswith("()")}
     if not names:
         return False
-    mp = values.context()
     quotient: Any = None
     compared = 0
-    for point in values.points(names, (first, second), mp):
-        try:
-            a, b = values.number(first, point), values.number(second, point)
-        except values.Undefined:
-            continue
-        if a == 0 or b == 0:
-            return False
-        if quotient is not None and not values.close(a / b, quotient):
+    points = values.points(names, (first, second))
+    for a, b in values.at_points(first, second, points):
+        compared += 1
+        if a == 0 or b == 0 or (quotient is not None and not values.close(a / b, quotient)):
             return False
         quotient = a / b
-        compared += 1
     return compared >= 3
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 from astracli.rewards.grading.tokens import FUNCTIONS, GREEK, Reader, tokenised
-from astracli.rewards.grading.trees import Node, TooLarge, Unreadable
+from astracli.rewards.grading.trees import Node, TooLarge, Unreadable, canonical
 
 _CLOSING = {"(": ")", "[": "]", "{": "}", r"\{": r"\}"}
 _ACCENTS = frozenset(["overline", "overrightarrow", "vec", "hat", "dot", "ddot", "bar", "tilde"])
@@ -40,7 +40,7 @@ class _Parser(Reader):
         if self.depth > _DEPTH:
             raise TooLarge("nested too deeply")
         parts: list[Node] = [self.product()]
-        while (sign := self.peek()) in ("+", "-", r"\pm", r"\mp") and sign:
+        while (sign := self.peek()) in ("+", "-", r"\pm", r"\mp"):
             self.at += 1
             term = self.product()
             if sign in (r"\pm", r"\mp"):
@@ -90,10 +90,9 @@ class _Parser(Reader):
         if token.kind == "command":
             name = token.text[1:]
             return name in GREEK or name in FUNCTIONS or name in _PREFIXES or token.text == "\\|"
-        return token.text in ("(", "[", "{") or (token.text == "|" and self.bars_left() and self.bar_depth == 0)
-
-    def bars_left(self) -> bool:
-        return sum(token.text == "|" for token in self.tokens[self.at :]) >= 2
+        if token.text == "|":
+            return self.bar_depth == 0 and sum(token.text == "|" for token in self.tokens[self.at :]) >= 2
+        return token.text in ("(", "[", "{")
 
     def power(self) -> Node:
         node = self.mixed() or self.atom()
@@ -124,40 +123,13 @@ class _Parser(Reader):
 
     def script(self) -> Node:
         """What stands behind `^` or `_`: a group, or one thing. A bare exponent of plain notation may have digits."""
-        if self.peek() in ("{", "("):
-            return self.atom()
         if self.take("-"):
             return ("neg", self.script())
         self.take("+")
         return self.atom()
 
-    def mixed(self) -> Node | None:
-        """`2\\frac{1}{2}` and `2 1/2`."""
-        start = self.at
-        if start >= len(self.tokens) or not self.peek().isdigit():
-            return None
-        whole = int(self.peek())
-        part: tuple[str, str] | None = None
-        if self.peek(1) == r"\frac":
-            self.at += 2
-            top, bottom = self.integer(), self.integer()
-            if top and bottom:
-                part = top, bottom
-        elif (
-            self.peek(1).isdigit() and self.peek(2) == "/" and self.peek(3).isdigit() and self.tokens[start + 1].spaced
-        ):
-            part = self.peek(1), self.peek(3)
-            self.at += 4
-        if part is None or int(part[1]) == 0:
-            self.at = start
-            return None
-        value = whole + Fraction(int(part[0]), int(part[1]))
-        return ("num", value, f"{whole} {part[0]}/{part[1]}")
-
     def argument(self) -> Node:
         """An argument of a LaTeX command: a group, or one digit or letter."""
-        if self.peek() == "{":
-            return self.atom()
         if self.at < len(self.tokens) and self.tokens[self.at].kind == "number":
             digit = self.digit()
             return ("num", Fraction(int(digit)) if digit.isdigit() else Fraction(0), digit)
@@ -225,21 +197,6 @@ class _Parser(Reader):
         self.at = start
         return None
 
-    def subscript(self) -> str:
-        if not self.take("{"):
-            text = self.peek()
-            self.at += 1
-            return text
-        depth, parts = 1, []
-        while depth:
-            text = self.peek()
-            if not text:
-                raise Unreadable("a subscript is never closed")
-            depth += (text == "{") - (text == "}")
-            parts.append(text)
-            self.at += 1
-        return "".join(parts[:-1])
-
     def command(self, name: str) -> Node:
         if name == "frac":
             return ("div", self.argument(), self.argument())
@@ -300,7 +257,7 @@ class _Parser(Reader):
             self.need(_CLOSING[opening])
         else:
             arguments = [self.bare_argument()]
-        if exponent is not None and _is_number(exponent, -1) and name in ("sin", "cos", "tan"):
+        if name in ("sin", "cos", "tan") and exponent is not None and canonical(exponent) == ("num", -1):
             return ("fn", "a" + name, *arguments)
         node: Node = ("fn", name, *arguments) if base is None else ("fn", "log", *arguments, base)
         return node if exponent is None else ("pow", node, exponent)
@@ -317,12 +274,6 @@ class _Parser(Reader):
 
 def _product(left: Node, right: Node) -> Node:
     return ("mul", *left[1:], right) if left[0] == "mul" else ("mul", left, right)
-
-
-def _is_number(node: Node, value: int) -> bool:
-    if node[0] == "neg":
-        return _is_number(node[1], -value)
-    return node[0] == "num" and bool(node[1] == value)
 
 
 def _value(text: str) -> Fraction:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
@@ -181,8 +180,7 @@ def _zeros(left: Node, right: Node, name: str) -> list[Any] | None:
 
 def _polynomial_zeros(node: Node, name: str) -> list[Any] | None:
     mp = values.context()
-    places = [Fraction(k, 1) for k in (-4, -3, -2, -1, 0, 1, 2, 3)]
-    table = [(mp.mpf(int(k)), mp.re(values.number(node, {name: mp.mpf(int(k))}))) for k in places]
+    table = [(x, mp.re(values.number(node, {name: x}))) for x in map(mp.mpf, range(-4, 4))]
     coefficients = _divided_differences(table)
     scale = max(abs(c) for c in coefficients)
     degree = max((k for k, c in enumerate(coefficients) if abs(c) > scale * mp.mpf(10) ** -40), default=0)
@@ -190,10 +188,7 @@ def _polynomial_zeros(node: Node, name: str) -> list[Any] | None:
         return None
     if degree == 0:
         return []
-    matrix = mp.matrix(degree + 1, degree + 1)
-    for row in range(degree + 1):
-        for column in range(degree + 1):
-            matrix[row, column] = table[row][0] ** (degree - column)
+    matrix = mp.matrix([[x**power for power in range(degree, -1, -1)] for x, _ in table[: degree + 1]])
     solved = mp.lu_solve(matrix, mp.matrix([value for _, value in table[: degree + 1]]))
     roots = mp.polyroots(list(solved), maxsteps=200, extraprec=300)
     return [mp.re(root) for root in roots if abs(mp.im(root)) <= mp.mpf(10) ** -25 * (1 + abs(root))]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 from astracli.rewards.grading.characters import GREEK_NAMES
-from astracli.rewards.grading.trees import Unreadable
+from astracli.rewards.grading.trees import Node, Unreadable
 
 _TOKEN = re.compile(
     r"(?P<space>\s+)|(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+(?![A-Za-z\d]))?)|(?P<command>\\(?:[A-Za-z]+|.))"
-    r"|(?P<power>\*\*)|(?P<letter>[A-Za-z])|(?P<other>.)",
+    r"|(?P<power>\*\*)|(?P<word>[A-Za-z]+)|(?P<other>.)",
     re.DOTALL | re.ASCII,
 )
 _SYMBOLS = ("ell", "hbar", "partial", "infty", "prime", "circ", "star", "angle", "triangle", "odot")
@@ -30,7 +30,7 @@ WORDS = {
     **dict.fromkeys(("infinity", "inf", "oo"), "infty"),
     **dict.fromkeys(("degrees", "degree", "deg"), "degree"),
 }
-_LONGEST = sorted(WORDS, key=len, reverse=True)
+_NAME = re.compile("|".join([*sorted(WORDS, key=len, reverse=True), "."]))
 
 
 @dataclass
@@ -41,47 +41,26 @@ class Token:
 
 
 def tokenised(text: str) -> list[Token]:
+    """The tokens of a text; in a run of letters, those that spell a function or a constant become one command."""
     found: list[Token] = []
     spaced = False
-    text = re.sub(r"(?<![\\A-Za-z])(?:np|math)\.(?=[a-z])", "", text)
-    for match in _TOKEN.finditer(text):
+    for match in _TOKEN.finditer(re.sub(r"(?<![\\A-Za-z])(?:np|math)\.(?=[a-z])", "", text)):
         kind = match.lastgroup or "other"
         if kind == "space":
             spaced = True
-            continue
-        found.append(Token("^" if kind == "power" else match[0], "other" if kind == "power" else kind, spaced))
-        spaced = False
-    return list(_joined(found))
-
-
-def _joined(tokens: list[Token]) -> Iterator[Token]:
-    """Letters that spell a function or a constant become one command."""
-    i = 0
-    while i < len(tokens):
-        token = tokens[i]
-        if token.kind != "letter":
-            yield token
-            i += 1
-            continue
-        end = i + 1
-        while end < len(tokens) and tokens[end].kind == "letter" and not tokens[end].spaced:
-            end += 1
-        word = "".join(t.text for t in tokens[i:end])
-        place = 0
-        while place < len(word):
-            name = next((w for w in _LONGEST if word.startswith(w, place)), None)
-            spaced = tokens[i + place].spaced
-            if name is None:
-                yield Token(word[place], "letter", spaced)
-                place += 1
-            else:
-                yield Token("\\" + WORDS[name], "command", spaced)
-                place += len(name)
-        i = end
+        elif kind == "word":
+            for name in _NAME.findall(match[0]):
+                known = name in WORDS
+                found.append(Token("\\" + WORDS[name] if known else name, "command" if known else "letter", spaced))
+                spaced = False
+        else:
+            found.append(Token("^" if kind == "power" else match[0], "other" if kind == "power" else kind, spaced))
+            spaced = False
+    return found
 
 
 class Reader:
-    """A place in a list of tokens."""
+    """A place in a list of tokens, and what needs no grammar: numbers, subscripts."""
 
     def __init__(self, tokens: list[Token]):
         self.tokens = tokens
@@ -118,3 +97,41 @@ class Reader:
         else:
             self.at += 1
         return digit
+
+    def mixed(self) -> Node | None:
+        """`2\\frac{1}{2}` and `2 1/2`."""
+        start = self.at
+        if start >= len(self.tokens) or not self.peek().isdigit():
+            return None
+        whole = int(self.peek())
+        part: tuple[str, str] | None = None
+        if self.peek(1) == r"\frac":
+            self.at += 2
+            top, bottom = self.integer(), self.integer()
+            if top and bottom:
+                part = top, bottom
+        elif (
+            self.peek(1).isdigit() and self.peek(2) == "/" and self.peek(3).isdigit() and self.tokens[start + 1].spaced
+        ):
+            part = self.peek(1), self.peek(3)
+            self.at += 4
+        if part is None or int(part[1]) == 0:
+            self.at = start
+            return None
+        value = whole + Fraction(int(part[0]), int(part[1]))
+        return ("num", value, f"{whole} {part[0]}/{part[1]}")
+
+    def subscript(self) -> str:
+        if not self.take("{"):
+            text = self.peek()
+            self.at += 1
+            return text
+        depth, parts = 1, []
+        while depth:
+            text = self.peek()
+            if not text:
+                raise Unreadable("a subscript is never closed")
+            depth += (text == "{") - (text == "}")
+            parts.append(text)
+            self.at += 1
+        return "".join(parts[:-1])

@@ -150,7 +150,7 @@ def _one_reading(gold: str, answer: str, problem: str, conventions: Conventions)
         return None
     if isinstance(wanted, Words) or isinstance(found, Words):
         return wanted == found
-    if _contradicts(found, wanted):
+    if _elided(found) and not _elided(wanted):
         return False
     wanted = _with_unit(gold, wanted, found)
     right = equal(wanted, found, conventions)
@@ -163,7 +163,7 @@ def _one_reading(gold: str, answer: str, problem: str, conventions: Conventions)
     rounded = _answer(after, wanted)
     if rounded is None or not equal(wanted, rounded, conventions):
         return False
-    loose = Conventions(tolerance=0.01)
+    loose = Conventions(relative_tolerance=0.01)
     return isinstance(found, Value) and isinstance(rounded, Value) and equal(rounded, found, loose)
 
 
@@ -206,12 +206,8 @@ def _approximation(text: str) -> tuple[str, str | None]:
     return parts[0].rstrip("= "), parts[-1]
 
 
-def _contradicts(answer: Answer, gold: Answer) -> bool:
-    """Whether an elided list stands where none is the gold."""
-    return _elided(answer) and not _elided(gold)
-
-
 def _elided(answer: Answer) -> bool:
+    """Whether an answer is a list with an ellipsis in it."""
     return isinstance(answer, Several) and Dots() in answer.items
 
 

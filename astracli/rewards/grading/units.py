@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
 
+from astracli.rewards.grading.tokens import WORDS
+
 _KNOWN: dict[str, tuple[dict[str, int], Fraction]] = {}
 
 
@@ -116,15 +118,14 @@ def take_percent(text: str) -> tuple[str, bool]:
     return stripped, stripped != text
 
 
-def take_unit(text: str, known: frozenset[str], single: bool) -> tuple[str, str]:
+def take_unit(text: str, single: bool) -> tuple[str, str]:
     """(value, unit) of `12 cm`, `€12`, `5\\words{ m}`; the unit is empty when none is recognised.
 
-    `known` are words of mathematics that are no units. `single`: a bare letter behind a number and a space is a unit,
-    where it could be a variable too.
+    `single`: a bare letter behind a number and a space is a unit, where it could be a variable too.
     """
     lead = re.match(rf"\s*([-+]?)\s*([{CURRENCY}]|(?:US|USD|Rs\.?)(?=\s*[$\d]))\s*\$?\s*", text)
     if lead:
-        rest = take_unit(text[lead.end() :], known, single)[0]
+        rest = take_unit(text[lead.end() :], single)[0]
         return lead[1] + rest, "$" if lead[2].startswith("U") else lead[2]
     if text and text[-1] in CURRENCY + "¢":
         return text[:-1].rstrip(), text[-1]
@@ -146,12 +147,12 @@ def take_unit(text: str, known: frozenset[str], single: bool) -> tuple[str, str]
     value, unit = text[: match.start()], _named(match["unit"])
     if text[match.start() - 1] in "\\^_" or not _NUMBERLIKE.fullmatch(value.rstrip()):
         return text, ""
-    return (value.rstrip(), unit) if _is_unit(unit, value, known, single) else (text, "")
+    return (value.rstrip(), unit) if _is_unit(unit, value, single) else (text, "")
 
 
-def _is_unit(unit: str, value: str, known: frozenset[str], single: bool) -> bool:
+def _is_unit(unit: str, value: str, single: bool) -> bool:
     words = re.findall(r"[A-Za-z°¢]+", unit)
-    if any(word in known or f"{word.lower()}" in ("or", "and", "to", "not", "no") for word in words):
+    if any(word in WORDS or word.lower() in ("or", "and", "to", "not", "no") for word in words):
         return False
     if all(len(word) == 1 for word in words):
         return single and value != value.rstrip() and all(word in SINGLE for word in words)

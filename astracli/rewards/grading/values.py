@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
@@ -55,7 +56,11 @@ def _number(node: Node, point: Mapping[str, Any], mp: Any) -> Any:
     if kind == "num":
         return mp.mpf(node[1].numerator) / node[1].denominator
     if kind == "sym":
-        return _symbol(node[1], point, mp)
+        if node[1] in point:
+            return point[node[1]]
+        if node[1] not in ("e", "i"):
+            raise Undefined(f"`{node[1]}` has no value")
+        return mp.e + 0 if node[1] == "e" else mp.mpc(0, 1)
     if kind == "call":
         inner = _number(node[2], point, mp)
         seed = f"{node[1]}({mp.nstr(inner, 20)})"
@@ -74,16 +79,6 @@ def _number(node: Node, point: Mapping[str, Any], mp: Any) -> Any:
     if kind == "pow":
         return _power(values[0], values[1], mp)
     raise Undefined(f"a {kind} has two values")
-
-
-def _symbol(name: str, point: Mapping[str, Any], mp: Any) -> Any:
-    if name in point:
-        return point[name]
-    if name == "e":
-        return mp.e + 0
-    if name == "i":
-        return mp.mpc(0, 1)
-    raise Undefined(f"`{name}` has no value")
 
 
 def _power(base: Any, exponent: Any, mp: Any) -> Any:
@@ -108,8 +103,6 @@ def _function(node: Node, point: Mapping[str, Any], mp: Any) -> Any:
     x = values[0]
     if name == "degree":
         return x * mp.pi / 180
-    if name == "sqrt":
-        return mp.sqrt(x)
     if name == "root":
         degree = values[1]
         if mp.im(x) == 0 and mp.re(x) < 0 and mp.isint(degree) and int(degree) % 2:
@@ -128,8 +121,6 @@ def _function(node: Node, point: Mapping[str, Any], mp: Any) -> Any:
         return mp.factorial(x) if name == "factorial" else mp.binomial(*values[:2])
     if name == "abs":
         return abs(x)
-    if name in ("floor", "ceil"):
-        return getattr(mp, name)(x)
     if name in ("max", "min"):
         return max(values) if name == "max" else min(values)
     function = getattr(mp, _MPMATH_NAMES.get(name, str(name)), None)
@@ -147,7 +138,7 @@ def close(a: Any, b: Any, digits: int = _AGREE) -> bool:
     return bool(size == 0 or abs(a - b) <= size * mp.mpf(10) ** -digits)
 
 
-def points(names: set[str], nodes: tuple[Node, Node], mp: Any) -> Iterator[dict[str, Any]]:
+def points(names: set[str], nodes: tuple[Node, Node]) -> Iterator[dict[str, Any]]:
     """Where two expressions are compared: positive values; negative ones too where no root or logarithm forbids it."""
     draw = random.Random("points of comparison")
     ranges = [(0.6, 3.1)]
@@ -157,13 +148,13 @@ def points(names: set[str], nodes: tuple[Node, Node], mp: Any) -> Iterator[dict[
         ranges.append((-3.1, -0.6))
     for low, high in ranges:
         for _ in range(_POINTS):
-            yield {name: mp.mpf(draw.uniform(low, high)) for name in sorted(names)}
+            yield {name: context().mpf(draw.uniform(low, high)) for name in sorted(names)}
 
 
-def _integer_points(names: set[str], mp: Any) -> Iterator[dict[str, Any]]:
+def _integer_points(names: set[str]) -> Iterator[dict[str, Any]]:
     draw = random.Random("integers of comparison")
     for i in range(12):
-        yield {name: mp.mpf(draw.randint(1, 9) + i) for name in sorted(names)}
+        yield {name: context().mpf(draw.randint(1, 9) + i) for name in sorted(names)}
 
 
 def _rooted(node: Node) -> bool:
@@ -205,11 +196,10 @@ def _exact_or_none(node: Node) -> Fraction | None:
 
 
 def _same_function(a: Node, b: Node, names: set[str]) -> bool:
-    mp = context()
-    if _agree(a, b, list(points(names, (a, b), mp)), 3):
+    if _agree(a, b, points(names, (a, b)), 3):
         return True
     if names <= _INTEGER_NAMES and (_is_discrete(a) or _is_discrete(b) or _alternates(a, b)):
-        return _agree(a, b, list(_integer_points(names, mp)), 6)
+        return _agree(a, b, _integer_points(names), 6)
     return False
 
 
@@ -218,27 +208,22 @@ def _alternates(a: Node, b: Node) -> bool:
     return any("('neg', ('num'" in repr(node) or "'cos'" in repr(node) or "'sin'" in repr(node) for node in (a, b))
 
 
-def _agree(a: Node, b: Node, points: list[dict[str, Any]], least: int) -> bool:
-    """Whether the values agree at all points where both have one, there are enough of those, and not all are zero."""
-    compared = 0
-    nonzero = exact_zero(a) or exact_zero(b)
+def at_points(a: Node, b: Node, points: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Any, Any]]:
+    """The values of two expressions at the points where both have one."""
     for point in points:
-        values = []
-        for node in (a, b):
-            try:
-                values.append(number(node, point))
-            except Undefined:
-                continue
-        if len(values) == 2:
-            compared += 1
-            if not close(values[0], values[1]):
-                return False
-            nonzero = nonzero or values[0] != 0
+        with suppress(Undefined):
+            yield number(a, point), number(b, point)
+
+
+def _agree(a: Node, b: Node, points: Iterable[dict[str, Any]], least: int) -> bool:
+    """Whether the values agree at all points where both have one, there are enough of those, and not all are zero."""
+    compared, nonzero = 0, 0 in (_exact_or_none(a), _exact_or_none(b))
+    for x, y in at_points(a, b, points):
+        compared += 1
+        if not close(x, y):
+            return False
+        nonzero = nonzero or x != 0
     return compared >= least and nonzero
-
-
-def exact_zero(node: Node) -> bool:
-    return _exact_or_none(node) == 0
 
 
 def decimal_digits(node: Node) -> int:

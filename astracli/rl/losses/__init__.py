@@ -23,7 +23,6 @@ from astracli.config import algorithms
 from astracli.config.algorithms import AlgorithmSettings
 from astracli.config.recipe_run import Table
 from astracli.errors import UserError
-from astracli.rl.losses.kl import k3
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,6 +84,16 @@ TOKEN_MEAN = Normaliser(lambda minibatch, _: minibatch.tokens)
 """Mean over the tokens of the minibatch."""
 SEQUENCE_MEAN = Normaliser(lambda minibatch, _: minibatch.sequences, lambda lengths_R: lengths_R)
 """Mean over its sequences of each one's mean over tokens."""
+
+LARGEST_KL = 10.0
+"""Bound of a token's KL: one token cannot take the step."""
+
+
+def k3(logprob_N: Tensor, reference_N: Tensor) -> Tensor:
+    """Estimate of KL(policy || reference) [N], never negative: r - log r - 1 with r = reference / policy. Gradients go
+    to `logprob_N`; a token at the bound has none. Source: http://joschu.net/blog/kl-approx.html."""
+    log_ratio_N = (reference_N - logprob_N).clamp(-20.0, 20.0)
+    return (log_ratio_N.exp() - log_ratio_N - 1.0).clamp(max=LARGEST_KL)
 
 
 class ClipLimits(Protocol):

@@ -10,8 +10,8 @@ advantage pushes: {A > 0, r > 1} and {A < 0, r < 1}. Three published ways to bri
 - clip (AstraFlow): the largest kept |log r| = t becomes the PPO clip range [1 - (1 - e^-t), 1 + (e^t - 1)], the two
   widths at most 0.95 and 20.
 
-Where mean(m) <= tau as it is, nothing has to be bounded, and none of them bounds: mask drops no token, waterfill has no
-range, clip has its widest.
+Where mean(m) <= tau already, nothing has to be bounded: mask drops no token, waterfill has no range, clip has its
+widest.
 
 The sources compute t per micro-batch. Here it is computed once, over the batch of all ranks before the first optimizer
 step, and holds for all minibatches (docs/algorithms.md says why). Later minibatches move on, so where something has to

@@ -1,8 +1,8 @@
 """Triton kernels that find the changes between two versions: one counts, one gathers, one codes what was gathered.
 
-The first two read both versions, of many tensors in one launch, by a table of tiles; the third reads what changed. A
-training step runs beside them on the same GPU: to read both versions twice is nearly all that they cost it, and a
-handful of launches. Imported only where a CUDA tensor is; the torch form is `device.ByTorch`.
+The first two read both versions, of many tensors in one launch, by a table of tiles; the third reads what changed. They
+run beside a training step on the same GPU, which they cost two reads of both versions and a few launches. Imported only
+where a CUDA tensor is; the torch form is `difference.ByTorch`.
 """
 
 from __future__ import annotations

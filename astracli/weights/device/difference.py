@@ -1,13 +1,12 @@
-"""The difference between two versions on the GPU where they lie: only what is to be coded goes to the host.
+"""Finds the difference between two versions on the GPU where they lie, so that only what changed goes to the host.
 
-The GPU compares, gap-codes and splits into byte planes; they are copied into memory from which another process
-compresses them (`coder`). The bytes are those of the numpy path. On a GPU Triton kernels do it (`changes`), on a CPU,
-for tests, and where there is no Triton, torch operations.
+The GPU compares, gap-codes and splits into byte planes. The planes are copied into memory from which another process
+compresses them (`publish.coder`). The bytes are those of the numpy path. On a GPU Triton kernels do it
+(`change_kernels`); on a CPU, for tests, and where there is no Triton, torch operations.
 
-Whoever asks a GPU how many values changed stands still until it has done everything before, and where an engine
-generates on it too, gives his turn away. So tensors are compared many at a time (a pass), their counts come back behind
-the work, and some passes are asked for ahead of the one whose counts are read. Beside a training step every operation
-that is asked for here delays one of the step's: a pass takes few, whatever it consists of.
+A thread that asks a GPU how many values changed waits for everything that was queued before. So tensors are compared
+many at a time (a pass), the counts are copied back without waiting, and several passes are queued before the counts of
+the first are read. Every operation in the queue delays a training step beside it: a pass takes few, whatever it holds.
 
 Letters: C changed elements of a pass, P pieces of it, E long gaps.
 """
@@ -26,7 +25,7 @@ import torch
 
 from astracli.kernels.upload import upload
 from astracli.weights.format import codec, container
-from astracli.weights.publish.coder import Planes, Work
+from astracli.weights.format.container import Planes, Work
 
 if TYPE_CHECKING:
     from astracli.weights.device.change_kernels import ByTriton
@@ -59,7 +58,7 @@ def from_order(order: torch.Tensor) -> torch.Tensor:
 
 
 class Event:
-    """What was asked of a device so far; to wait for it gives the processor away."""
+    """Everything that was queued on a device so far. `wait` sleeps until it is done."""
 
     def __init__(self, device: torch.device):
         self._event: torch.cuda.Event | None = None
@@ -231,7 +230,7 @@ class ByTorch:
             torch.ne(*piece.bits(), out=self._changed[piece.first : piece.end])
         last = upload(np.asarray([p.end - 1 for p in pieces], np.int64), self._device)
         self.counted = _up_to(self._changed, last)
-        """What the host must see before `counts` can answer."""
+        """To be copied to the host, for `counts`."""
 
     def counts(self, counted: torch.Tensor) -> list[int]:
         """How many elements changed up to the end of each piece. `counted`: on the host."""

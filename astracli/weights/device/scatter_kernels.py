@@ -1,7 +1,7 @@
 """Triton kernels over many tensors at once: their digests in one pass, and one scatter of all their changes.
 
 Both read a table of work items, so that one launch covers a whole model. Imported only where a CUDA tensor is; the
-torch forms that they are tested against are `digest.digest_torch` and `resident.Scatter.by_torch`.
+torch forms that they are tested against are `digest.digest_tensor` and `resident.Scatter.by_torch`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-from astracli.weights.device.resident import BLOCK
 from astracli.weights.format import digest
 
+BLOCK = 1024
+"""Changed elements of one work item of the scatter."""
 TILE = 2048
 """Columns of one digest item: eight elements for each of its 256 threads, 16 bytes of bf16."""
 ROWS = 64
@@ -146,6 +147,18 @@ class DigestPlan:
 
     def lanes(self) -> list[digest.Lanes]:
         return digest.lanes_of(self.launch())
+
+
+def work_items(runs: Sequence[tuple[int, int, int, int, int]]) -> np.ndarray[Any, Any]:
+    """int64 [n, 6], as `scatter` reads it, each of at most BLOCK elements. Of a run: address of its view's element 0,
+    first value, first index (-1: consecutive elements), count, kind."""
+    address, value, index, count, kind = np.array(runs, np.int64).T
+    items = -(-count // BLOCK)
+    of = np.repeat(np.arange(len(runs)), items)
+    start = (np.arange(len(of)) - np.repeat(np.cumsum(items) - items, items)) * BLOCK
+    indices = np.where(index[of] < 0, -1, index[of] + start)
+    left = np.minimum(BLOCK, count[of] - start)
+    return np.stack([address[of], value[of] + start, indices, start, left, kind[of]], axis=1)
 
 
 def scatter(table: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) -> None:

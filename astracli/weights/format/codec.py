@@ -19,12 +19,14 @@ from astracli.weights.format.container import (
     ESCAPE,
     MAX_PIECE,
     Bits,
-    assemble,
+    deflate,
     indices_of,
     inflate,
     join,
+    list_planes,
     open_planes,
     planes_of,
+    put_together,
     unsigned,
 )
 
@@ -56,18 +58,9 @@ class DecodedPiece:
     values: Bits
     """uint16 or uint32, [C] or dense [N]: ULP difference modulo 2^width, XOR, or the new bits."""
 
-    def cut(self, low: int, high: int) -> DecodedPiece:
-        """The part that touches elements [low, high) of the piece, counted from `low`."""
-        if self.indices is None:
-            return DecodedPiece(self.encoding, high - low, None, self.values[low:high])
-        first, last = np.searchsorted(self.indices, (low, high))
-        return DecodedPiece(self.encoding, high - low, self.indices[first:last] - low, self.values[first:last])
-
 
 def changed_indices(base: Bits, new: Bits) -> Bits:
-    """int64 [C]: where two flat arrays of bits [N] differ."""
-    if base.shape != new.shape or base.dtype != new.dtype or base.ndim != 1:
-        raise ValueError(f"cannot compare {base.dtype}{list(base.shape)} with {new.dtype}{list(new.shape)}")
+    """int64 [C]: where two flat arrays of bits [N], of one dtype, differ."""
     found = []
     for start in range(0, len(base), _SCAN):
         at = np.flatnonzero(base[start : start + _SCAN] != new[start : start + _SCAN])
@@ -93,7 +86,7 @@ def encode_changed(base: Bits, new: Bits, indices: Bits, level: int = 1) -> Enco
 
 
 def decode(payload: bytes | memoryview, encoding: str, count: int, length: int, itemsize: int) -> DecodedPiece:
-    """A payload as an Update. `encoding`, `count`, `length` and `itemsize` are what the manifest says of it.
+    """A payload as what it does to the base. `encoding`, `count`, `length` and `itemsize` are the manifest's.
 
     Raises WeightCorrupt when any byte is not what `encode` wrote.
     """
@@ -115,30 +108,6 @@ def decode(payload: bytes | memoryview, encoding: str, count: int, length: int, 
     return DecodedPiece(encoding, length, indices, _unzigzag(values) if encoding.endswith("-ulp") else values)
 
 
-def apply_update(update: DecodedPiece, target: Bits) -> None:
-    """Turn `target` [N], the base's bits, into the new version's bits in place."""
-    if len(target) != update.length or target.dtype != update.values.dtype:
-        raise WeightCorrupt(f"an update of {update.length} elements cannot change {target.dtype}[{len(target)}]")
-    if update.encoding in ("dense-raw", "raw"):
-        target[:] = update.values
-    elif update.encoding == "dense-xor":
-        target ^= update.values
-    elif update.encoding == "dense-ulp":
-        target[:] = _from_order(_to_order(target) + update.values)
-    elif update.indices is not None and len(update.indices):
-        old = target[update.indices]
-        target[update.indices] = (
-            old ^ update.values if update.encoding == "gap-xor" else _from_order(_to_order(old) + update.values)
-        )
-
-
-def apply_encoded(encoded: Encoded, base: Bits) -> Bits:
-    """The new version's bits [N]; `base` stays as it is."""
-    new = base.copy()
-    apply_update(decode(encoded.payload, encoded.encoding, encoded.count, len(base), base.itemsize), new)
-    return new
-
-
 # ---- values ----------------------------------------------------------------------------------------------------------
 
 
@@ -156,13 +125,6 @@ def _to_order(bits: Bits) -> Bits:
     return mask
 
 
-def _from_order(order: Bits) -> Bits:
-    mask = ~_sign_fill(order)
-    mask |= order.dtype.type(1 << (order.itemsize * 8 - 1))
-    mask ^= order
-    return mask
-
-
 def _zigzag(difference: Bits) -> Bits:
     """0, -1, 1, -2, ... -> 0, 1, 2, 3, ...: small differences of either sign have a zero high byte."""
     fill = _sign_fill(difference)
@@ -176,7 +138,7 @@ def _unzigzag(values: Bits) -> Bits:
 
 
 def _difference(encoding: str, base: Bits, new: Bits, indices: Bits) -> DecodedPiece:
-    """What is stored for `encoding`: the values of an Update, ULP differences still in zigzag form."""
+    """What is stored for `encoding`: the values of a piece, ULP differences still in zigzag form."""
     layout, transform = encoding.split("-")
     if layout == "gap":
         old, now, at = base[indices], new[indices], indices
@@ -197,37 +159,25 @@ def candidates(itemsize: int, count: int, length: int) -> list[str]:
     return found
 
 
-def windows(length: int) -> list[tuple[int, int]] | None:
-    """(start, end) of the ranges on which encodings are compared; None: on the whole piece."""
-    if length <= _WINDOW * _WINDOWS:
-        return None
-    starts = np.linspace(0, length - _WINDOW, _WINDOWS).astype(int)
-    return [(int(s), int(s) + _WINDOW) for s in starts]
-
-
-def smallest(names: list[str], base: Bits, new: Bits, level: int) -> str:
-    """Which of `names` makes the difference between two samples smallest."""
-    indices = changed_indices(base, new)
-    if not len(indices):
-        return names[0]
-    sizes = {c: len(_pack(_difference(c, base, new, indices), len(indices), level)) for c in names}
-    return min(names, key=sizes.__getitem__)
-
-
 def _choose(base: Bits, new: Bits, indices: Bits, level: int) -> str:
-    """The encoding that makes a sample smallest; with one candidate nothing is tried."""
+    """The candidate that codes a sample smallest."""
     names = candidates(base.itemsize, len(indices), len(base))
     if len(names) == 1:
         return names[0]
-    if ranges := windows(len(base)):
-        base, new = (np.concatenate([bits[low:high] for low, high in ranges]) for bits in (base, new))
-    return smallest(names, base, new, level)
+    if len(base) > _WINDOW * _WINDOWS:
+        starts = np.linspace(0, len(base) - _WINDOW, _WINDOWS).astype(int)
+        base, new = (np.concatenate([bits[low : low + _WINDOW] for low in starts]) for bits in (base, new))
+        indices = changed_indices(base, new)
+    if not len(indices):
+        return names[0]
+    return min(names, key=lambda name: len(_pack(_difference(name, base, new, indices), len(indices), level)))
 
 
-def _pack(update: DecodedPiece, count: int, level: int) -> bytes:
-    gaps = None
-    if update.indices is not None:
-        gaps = np.diff(update.indices, prepend=-1)
-        gaps -= 1
-    short, long = (None, None) if gaps is None else (np.minimum(gaps, ESCAPE).astype(np.uint8), gaps[gaps >= ESCAPE])
-    return assemble(update.encoding, update.length, count, short, long, planes_of(update.values), level)
+def _pack(piece: DecodedPiece, count: int, level: int) -> bytes:
+    short = long = None
+    if piece.indices is not None:
+        gaps = np.diff(piece.indices, prepend=-1) - 1
+        short, long = np.minimum(gaps, ESCAPE).astype(np.uint8), gaps[gaps >= ESCAPE]
+    frames = [deflate(plane, level) for plane in list_planes(short, long, planes_of(piece.values))]
+    escapes = 0 if long is None else len(long)
+    return put_together(piece.encoding, piece.length, count, escapes, piece.values.itemsize, frames)

@@ -1,7 +1,7 @@
 """The bytes of one coded piece: a checked header and byte planes, each through zstd. `docs/weights.md` is the format.
 
-What the planes mean is `codec`'s. Whatever is read here is checked as if it came from an enemy: sizes before memory is
-taken, positions before they are used.
+`codec` says what the planes mean. What is read is not trusted: sizes are checked before memory is allocated, positions
+before they are used.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -33,6 +33,31 @@ _local = threading.local()
 Bits = np.ndarray[Any, Any]
 
 
+class Planes(NamedTuple):
+    """Where in a block the gaps and values of a pass lie, bytes."""
+
+    short: int
+    """uint8 [C]"""
+    long: int
+    """int32: gaps of 255 and more"""
+    up_to: int
+    """int32: how many of those up to the end of each piece that they hold"""
+    values: int
+    """uint8 [2, C], the lower bytes first"""
+    changes: int
+    """C"""
+
+
+class Work(NamedTuple):
+    """The changed pieces of one pass, as they lie in a block."""
+
+    block: int
+    planes: Planes | None
+    pieces: list[tuple[int, int, int, int, int, int, int]]
+    """(start, length, bytes of an element, first change in the planes, behind the last, where its old bits are, where
+    its new): the planes hold what is needed, and the last two are -1, or those two say where all of it is."""
+
+
 def unsigned(itemsize: int) -> np.dtype[Any]:
     return np.dtype(f"<u{itemsize}")
 
@@ -48,15 +73,6 @@ def join(planes: list[Bits]) -> Bits:
     for k, plane in enumerate(planes):
         table[:, k] = plane
     return table.reshape(-1).view(unsigned(len(planes)))
-
-
-def assemble(
-    encoding: str, length: int, count: int, short: Bits | None, long: Bits | None, values: list[Bits], level: int
-) -> bytes:
-    """A payload from its planes: gap bytes [C] and long gaps [E] (None for a dense encoding), a plane a value byte."""
-    planes = list_planes(short, long, values)
-    frames = [deflate(plane, level) for plane in planes]
-    return put_together(encoding, length, count, 0 if long is None else len(long), len(values), frames)
 
 
 def list_planes(short: Bits | None, long: Bits | None, values: list[Bits]) -> list[Bits]:

@@ -11,10 +11,8 @@ damage, not against someone who forges weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,7 +27,6 @@ _BLOCK = 1 << _SHIFT
 _MASK = (1 << 64) - 1
 _COLUMN_SEEDS = (0x243F6A8885A308D3, 0x13198A2E03707344)  # digits of pi
 _ROW_SEEDS = (0xA4093822299F31D0, 0x082EFA98EC4E6C89)
-_TORCH_ROWS = 1 << 10  # rows of a chunk on a GPU: 16 M elements, 128 MiB a temporary
 
 
 def splitmix64(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -87,74 +84,15 @@ def digest_bits(bits: np.ndarray[Any, Any], start: int = 0) -> Lanes:
     return lanes[0] & _MASK, lanes[1] & _MASK
 
 
-def digest_torch(flat: torch.Tensor, start: int = 0) -> Lanes:
-    """`digest_bits` in torch operations, on the tensor's own device: many passes, in bounded memory; the form that
-    `kernels.DigestPlan` is tested against."""
-    import torch
-
-    signed = flat.view(_signed_dtype(flat)).reshape(-1)
-    columns = torch_columns(str(flat.device))
-    total = torch.zeros(2, dtype=torch.int64, device=flat.device)
-    at = 0
-    while at < len(signed):
-        column, row = (start + at) & (_BLOCK - 1), (start + at) >> _SHIFT
-        left = len(signed) - at
-        if column or left < _BLOCK:
-            count, width = 1, min(_BLOCK - column, left)
-        else:
-            count, width = min(left >> _SHIFT, _TORCH_ROWS), _BLOCK
-        block = signed[at : at + count * width].view(count, width).long()
-        for lane, seed in enumerate(_ROW_SEEDS):
-            rows = torch.from_numpy(_odd(seed, row, count).view(np.int64)).to(flat.device)
-            dots = (block * columns[lane, column : column + width]).sum(1)
-            total[lane] += (dots * rows).sum()
-        at += count * width
-    return lanes_of(total[None])[0]
-
-
 def lanes_of(sums: torch.Tensor) -> list[Lanes]:
     """int64 [n, 2] -> n pairs; one copy to the host."""
     return [(one & _MASK, two & _MASK) for one, two in sums.tolist()]
 
 
-def digest_many(ranges: Sequence[tuple[torch.Tensor, int]]) -> list[Lanes]:
-    """Lanes of flat tensors, each at its start in its flattened whole; on a GPU in one pass over all of them."""
-    if ranges and ranges[0][0].device.type == "cuda" and find_spec("triton"):
-        from astracli.weights.device.scatter_kernels import DigestPlan
-
-        return DigestPlan(ranges, range(len(ranges))).lanes()
-    return [digest_tensor(flat, start) for flat, start in ranges]
-
-
-Pending = Union[Lanes, "torch.Tensor"]
-"""Lanes, or int64 [1, 2] on a device, not waited for."""
-
-
-def pending(tensor: torch.Tensor) -> Pending:
-    """The digest of a whole contiguous tensor, under way on a GPU; its memory may be used again behind this."""
-    flat = tensor.detach().reshape(-1)
-    if flat.device.type == "cuda" and len(flat) and find_spec("triton"):
-        from astracli.weights.device.scatter_kernels import DigestPlan
-
-        return DigestPlan([(flat, 0)], [0]).launch()
-    return digest_tensor(flat)
-
-
-def settle(found: Sequence[Pending]) -> list[Lanes]:
-    """The lanes of several pending digests, with one wait for the device."""
-    waiting = [sums for sums in found if not isinstance(sums, tuple)]
-    if not waiting:
-        return [lanes for lanes in found if isinstance(lanes, tuple)]
-    import torch
-
-    arrived = iter(lanes_of(torch.cat(waiting)))
-    return [found_one if isinstance(found_one, tuple) else next(arrived) for found_one in found]
-
-
 def digest_tensor(tensor: torch.Tensor, start: int = 0) -> Lanes:
-    """Lanes of one contiguous tensor on any device."""
-    flat = tensor.detach().reshape(-1)
-    return digest_bits(bits_of(flat), start) if flat.device.type == "cpu" else digest_torch(flat, start)
+    """Lanes of a contiguous tensor that begins at element `start` of its flattened whole. A GPU's is copied to the
+    host: for many tensors there, `device.scatter_kernels.DigestPlan` is the quick way."""
+    return digest_bits(bits_of(tensor.cpu()), start)
 
 
 def add(one: Lanes, two: Lanes) -> Lanes:
@@ -174,16 +112,12 @@ def from_hex(text: str) -> Lanes:
     return int(text[:16], 16), int(text[16:], 16)
 
 
-def _signed_dtype(tensor: torch.Tensor) -> torch.dtype:
+def bits_of(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """uint16 or uint32 [numel]: a flat numpy view of a contiguous CPU tensor, sharing its memory."""
     import torch
 
     sizes = {2: torch.int16, 4: torch.int32}
     if tensor.element_size() not in sizes:
         raise ValueError(f"weights of {tensor.dtype} do not travel; bfloat16, float16 and float32 do")
-    return sizes[tensor.element_size()]
-
-
-def bits_of(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """uint16 or uint32 [numel]: a flat numpy view of a contiguous CPU tensor, sharing its memory."""
-    flat = tensor.detach().view(-1).view(_signed_dtype(tensor)).numpy()
+    flat = tensor.detach().view(-1).view(sizes[tensor.element_size()]).numpy()
     return flat.view(f"<u{flat.itemsize}")

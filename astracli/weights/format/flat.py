@@ -1,4 +1,4 @@
-"""All changes of a version in few large arrays, so that whoever applies them has nothing to do for each piece.
+"""All changes of a version in few large arrays, so that applying them takes no work for each piece.
 
 A `WidthGroup` holds the changes among elements of one width: one array of values, one of indices, and spans that say
 which part of them belongs to which range of which tensor. Pieces of one tensor that are of a kind become one span.
@@ -6,7 +6,7 @@ which part of them belongs to which range of which tensor. Pieces of one tensor 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -124,15 +124,12 @@ def fill(groups: dict[int, WidthGroup], place: Place, update: codec.DecodedPiece
         np.add(update.indices, place.shift, out=target, casting="unsafe")
 
 
-def flatten(
-    updates: Sequence[tuple[str, int, codec.DecodedPiece]],
-    memory: Callable[[int], Bits] = lambda size: np.empty(size, "u1"),
-) -> FlatStep:
-    """A step of decoded pieces in the order of applying."""
+def flatten(updates: Sequence[tuple[str, int, codec.DecodedPiece]]) -> FlatStep:
+    """A step of decoded pieces, (tensor, start, piece), in the order of applying."""
     coded = [(name, start, u) for name, start, u in updates if "-" in u.encoding and len(u.values)]
     groups, places = lay_out((n, u.values.itemsize, s, u.length, u.encoding, len(u.values)) for n, s, u in coded)
     for group in groups.values():
-        group.lay(memory(group.nbytes))
+        group.lay(np.empty(group.nbytes, "u1"))
     for (_, _, update), place in zip(coded, places, strict=True):
         fill(groups, place, update)
     raws = [Raw(name, start, u.values) for name, start, u in updates if u.encoding == "raw"]

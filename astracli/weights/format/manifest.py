@@ -6,11 +6,13 @@ they name, and `STABLE`, written last: what is not listed there does not exist f
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +23,8 @@ from astracli.weights import WeightCorrupt
 FORMAT = 1
 MANIFEST = {"delta": "manifest.json", "full": "manifest.full.json"}
 STABLE = "STABLE"
+NONCE = "NONCE"
+"""File in the weights directory with a random text of the server's; whoever can read it there shares the disk."""
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 """The dtypes that travel, and their width."""
 DELTA_ENCODINGS = frozenset({"none", "gap-ulp", "gap-xor", "dense-ulp", "dense-xor", "dense-raw", "mixed"})
@@ -63,10 +67,7 @@ class TensorEntry:
 
     @property
     def numel(self) -> int:
-        size = 1
-        for n in self.shape:
-            size *= n
-        return size
+        return prod(self.shape)
 
     @property
     def itemsize(self) -> int:
@@ -232,6 +233,12 @@ def read_stable(directory: Path, version: int) -> dict[str, Any]:
     """
     path = directory / version_name(version) / STABLE
     return unseal(path.read_bytes(), str(path))
+
+
+def hash_file(path: Path) -> str:
+    """xxh3-128 of a file, in bounded memory."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def write_atomic(path: Path, blob: bytes, *, sync: bool = False) -> None:

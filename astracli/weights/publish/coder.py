@@ -1,8 +1,7 @@
 """Codes the changes that a GPU found, and writes them: `python -m astracli.weights.publish.coder SOCKET_FD THREADS`.
 
-The child of `encoder.EncoderProcess`; it ends with its trainer. Both sides of one socket pair. To the child: `new` (a
-block of memory, with its descriptor), `begin` (a file), `work`, `end`. From it: an answer to every `work` and `end`, in
-order.
+The child of `encoder.EncoderProcess`; it ends with its trainer. Over one socket pair it receives `new` (a block of
+memory, with its descriptor), `begin` (a file), `work` and `end`, and answers every `work` and `end` in order.
 """
 
 from __future__ import annotations
@@ -27,38 +26,14 @@ import xxhash
 
 from astracli.process import channel
 from astracli.weights.format import codec, container
+from astracli.weights.format.container import Planes, Work
 from astracli.weights.publish.writing import HashingFile
 
 Bits = np.ndarray[Any, Any]
 _TOGETHER = 2
-"""Works whose planes are compressed beside each other: one is put together while zstd's threads have the next."""
+"""Works whose planes are compressed at once: zstd's threads have the next while one is put together."""
 _BEHIND = 5
-"""More niceness than the trainer's and the engine's: they keep a GPU busy, and nobody waits for us."""
-
-
-class Planes(NamedTuple):
-    """Where in a block the gaps and values of a pass lie, bytes."""
-
-    short: int
-    """uint8 [C]"""
-    long: int
-    """int32: gaps of 255 and more"""
-    up_to: int
-    """int32: how many of those up to the end of each piece that they hold"""
-    values: int
-    """uint8 [2, C], the lower bytes first"""
-    changes: int
-    """C"""
-
-
-class Work(NamedTuple):
-    """The changed pieces of one pass, as they lie in a block."""
-
-    block: int
-    planes: Planes | None
-    pieces: list[tuple[int, int, int, int, int, int, int]]
-    """(start, length, bytes of an element, first change in the planes, behind the last, where its old bits are, where
-    its new): the planes hold what is needed, and the last two are -1, or those two say where all of it is."""
+"""Niceness added to the trainer's. Trainer and engine keep a GPU busy; nobody waits for this process."""
 
 
 class Stored(NamedTuple):
@@ -78,8 +53,8 @@ Job = Callable[[], "list[tuple[int, codec.Encoded]]"]
 
 
 def encoded(memory: Bits, work: Work, level: int, threads: int) -> tuple[list[Job], list[Job]]:
-    """What codes a work, in any thread: jobs that keep one busy, and jobs that keep `threads` of zstd's busy. `memory`:
-    its block, uint8."""
+    """The jobs that code a work: those for one thread each, and those that use `threads` of zstd's. `memory`: its
+    block, uint8."""
     alone: list[Job] = []
     in_planes = []
     for number, (_, length, itemsize, _, _, old_at, new_at) in enumerate(work.pieces):

@@ -1,4 +1,4 @@
-"""The end of a version: ranks hand over what they wrote, the first one merges it into manifests and declares it stable.
+"""Commits a version: ranks hand over what they wrote, rank 0 merges it into manifests and declares the version stable.
 
 Order on disk: payload files and manifests under their final names, each by rename; `STABLE` last and synced. A reader
 that looks only at what STABLE lists never sees half a version, whatever is killed when.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from astracli.weights.publish import payload
 
 @dataclass(frozen=True)
 class Committer:
-    """One rank's end of it. All ranks have one of the same `session`, and commit the same versions."""
+    """One rank's side. All ranks have the same `session` and commit the same versions."""
 
     model_name: str
     rank: int
@@ -58,35 +58,32 @@ class Committer:
 
     def wait_for(self, path: Path, version: int) -> dict[str, Any]:
         """Another rank's sealed file, of this session and version; a left-over of an earlier attempt is not it."""
-        for _ in payload.waiting(time.monotonic() + self.timeout_s):
+        deadline = time.monotonic() + self.timeout_s
+        while time.monotonic() < deadline:
             with contextlib.suppress(FileNotFoundError):  # rank 0 also removes an earlier attempt's STABLE
                 doc = unseal(path.read_bytes(), str(path))
                 if (doc["session"], doc["version"]) == (self.session, version):
                     return doc
+            time.sleep(0.02)
         raise RunFailed(f"rank {self.rank} waited {self.timeout_s:g} s for `{path}`", "look at that rank's log")
 
     def _merge(
         self, version: int, base_version: int | None, parts: list[payload.Part], documents: list[dict[str, Any]]
     ) -> list[Manifest]:
         """One manifest for each of this rank's parts, of all ranks. `documents`: what the others handed over."""
-        frozen = self._frozen_digests([self.frozen, *(payload.Part.from_doc(d["frozen"]) for d in documents)])
+        everyone = [self.frozen, *(payload.Part.from_doc(d["frozen"]) for d in documents)]
+        frozen = {t.name: t.digest for t in payload.merge(everyone)}
         manifests = []
         for k, part in enumerate(parts):
             everyone = [part, *(payload.Part.from_doc(d["parts"][k]) for d in documents)]
-            manifest = payload.merge(
-                everyone, model=self.model_name, version=version, base_version=base_version, frozen_digests={}
-            )
-            digests = {t.name: t.digest for t in manifest.tensors}
-            tied = {name: digests.get(source, frozen.get(source, "")) for name, source in self.tied.items()}
+            tensors, files = payload.merge(everyone), {n: f for p in everyone for n, f in p.files.items()}
+            base = base_version if part.kind == "delta" else None
+            digests = frozen | {t.name: t.digest for t in tensors}
+            tied = {name: digests.get(source, "") for name, source in self.tied.items()}
             if missing := [name for name, value in tied.items() if not value]:
                 raise RunFailed(f"tied to a tensor that is not published: {', '.join(missing)}")
-            manifests.append(replace(manifest, frozen_digests=frozen | tied))
+            manifests.append(Manifest(self.model_name, version, base, part.kind, tensors, files, frozen | tied))
         return manifests
-
-    @staticmethod
-    def _frozen_digests(parts: list[payload.Part]) -> dict[str, str]:
-        merged = payload.merge(parts, model="", version=0, base_version=None, frozen_digests={})
-        return {t.name: t.digest for t in merged.tensors}
 
     def _declare_stable(self, directory: Path, version: int, manifests: list[Manifest]) -> None:
         files: dict[str, int] = {}

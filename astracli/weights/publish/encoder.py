@@ -1,9 +1,9 @@
 """The trainer's side of the process that codes what a GPU found (`coder`).
 
-Threads that compress inside a trainer take the interpreter from the thread that asks the GPU for the step's kernels,
-and give it back, thousands of times a version: a step at 4 B took a fifth longer. So a child of the trainer compresses,
-with threads, and writes the payload. The GPU copies what it found into memory that both processes see (a *block*); the
-trainer says where in it the pieces lie, and is told where in the file their payloads are.
+Threads that compress inside a trainer compete for the interpreter with the thread that launches the step's kernels: a
+step at 4 B took a fifth longer. So a child of the trainer compresses, with threads of its own, and writes the payload.
+The GPU copies what it found into memory that both processes share (a *block*). The trainer says where in it the pieces
+lie, and gets back where in the file their payloads are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from astracli.errors import RunFailed
 from astracli.process import channel
@@ -37,11 +37,6 @@ _END_S = 10.0
 """For the child to end once its socket is closed."""
 
 
-class _Block(NamedTuple):
-    number: int
-    memory: torch.Tensor
-
-
 class EncoderProcess:
     """The trainer's end. One file at a time."""
 
@@ -49,27 +44,27 @@ class EncoderProcess:
         self._threads = threads
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
-        self._blocks: dict[int, _Block] = {}
+        self._blocks: dict[int, torch.Tensor] = {}
         self._free: list[int] = []
         self.encode_s = self.write_s = self.diff_s = 0.0
         """Of the last file, by the clock: coding, writing (beside the coding of what comes next), asking the GPU."""
         self.files: dict[str, FileEntry] = {}
 
     def start(self) -> socket.socket:
-        """The way to the child, started by the first call."""
+        """The socket to the child, which the first call starts."""
         if self._socket is None:
             self._process, self._socket = channel.child("astracli.weights.publish.coder", str(self._threads))
         return self._socket
 
     def block(self, size: int) -> tuple[int, torch.Tensor]:
-        """Memory that the child sees: its number, and uint8 [size] of it. Free again when its work is answered."""
-        fits = [n for n in self._free if len(self._blocks[n].memory) >= size]
+        """Memory that the child shares: its number, and uint8 [size] of it. Free again when its work is answered."""
+        fits = [n for n in self._free if len(self._blocks[n]) >= size]
         if fits:
-            number = min(fits, key=lambda n: len(self._blocks[n].memory))
+            number = min(fits, key=lambda n: len(self._blocks[n]))
             self._free.remove(number)
         else:
             number = self._new(max(_LEAST_BLOCK, 1 << (size - 1).bit_length()))
-        return number, self._blocks[number].memory[:size]
+        return number, self._blocks[number][:size]
 
     def _new(self, size: int) -> int:
         import torch
@@ -79,7 +74,7 @@ class EncoderProcess:
             os.ftruncate(handle, size)
             memory = torch.frombuffer(mmap.mmap(handle, size), dtype=torch.uint8)
             _pin(memory)
-            self._blocks[number] = _Block(number, memory)
+            self._blocks[number] = memory
             channel.send(self.start(), {"new": number, "size": size}, handle)
         finally:
             os.close(handle)
@@ -111,7 +106,7 @@ class EncoderProcess:
                 if last is None:
                     break
             channel.send(self.start(), {"end": True})
-            doc = self._told()
+            doc = self._receive()
             self.encode_s = doc["encode_s"]
             self.files = {name: FileEntry(size, digest) for name, (size, digest) in doc["files"].items()}
         except ConnectionError as error:
@@ -124,13 +119,13 @@ class EncoderProcess:
             raise
 
     def _answer(self, one: PassChanges) -> Iterator[tuple[str, Stored]]:
-        doc = self._told()
+        doc = self._receive()
         self.write_s += doc["write_s"]
         self._free.append(one.work.block)
         for name, piece in zip(one.names, doc["pieces"], strict=True):
             yield name, Stored(*piece)
 
-    def _told(self) -> dict[str, Any]:
+    def _receive(self) -> dict[str, Any]:
         doc, _ = channel.receive(self.start())
         if "error" in doc:
             raise OSError(*doc["error"]) if isinstance(doc["error"], list) else RunFailed(doc["error"])
@@ -151,8 +146,8 @@ class EncoderProcess:
                 code = self._process.wait()
         if self._blocks and torch.cuda.is_available():
             torch.cuda.synchronize()  # copies into them may be under way
-            for block in self._blocks.values():
-                _cuda("cudaHostUnregister", block.memory.data_ptr())
+            for memory in self._blocks.values():
+                torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
         self._blocks, self._free, self._socket, self._process = {}, [], None, None
         return code
 
@@ -161,14 +156,10 @@ def _pin(memory: torch.Tensor) -> None:
     """Let a GPU write into it by itself. Raises RunFailed when it cannot be pinned."""
     import torch
 
-    if torch.cuda.is_available() and (code := _cuda("cudaHostRegister", memory.data_ptr(), memory.nbytes, 0)):
+    if not torch.cuda.is_available():
+        return
+    if code := int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)):
         raise RunFailed(
             f"{memory.nbytes} bytes of host memory cannot be pinned for the published changes (CUDA error {code})",
             "free host memory, or let the trainer use fewer GPUs of this machine",
         )
-
-
-def _cuda(name: str, *args: int) -> int:
-    import torch
-
-    return int(getattr(torch.cuda.cudart(), name)(*args))

@@ -12,9 +12,10 @@ import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
@@ -22,7 +23,7 @@ import xxhash
 from astracli.errors import RunFailed
 from astracli.weights.device.host import chunks_of
 from astracli.weights.format import codec, digest
-from astracli.weights.format.manifest import FileEntry, Kind, Manifest, Piece, TensorEntry, joint_encoding
+from astracli.weights.format.manifest import FileEntry, Kind, Piece, TensorEntry, joint_encoding
 from astracli.weights.publish.writing import HashingFile
 
 if TYPE_CHECKING:
@@ -36,17 +37,6 @@ PIECE = 1 << 22
 _SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 Bits = np.ndarray[Any, Any]
-
-
-class DeltaPiece(NamedTuple):
-    """One piece of a delta."""
-
-    start: int
-    """In the local range."""
-    length: int
-    encoded: codec.Encoded
-    diff_s: float
-    encode_s: float
 
 
 @dataclass(frozen=True)
@@ -70,7 +60,7 @@ class Local:
 
     @property
     def whole(self) -> bool:
-        return self.start == 0 and len(self) == int(np.prod(self.shape, dtype=np.int64))
+        return self.start == 0 and len(self) == prod(self.shape)
 
 
 @dataclass
@@ -111,32 +101,33 @@ class Part:
         return vars(self) | {"tensors": tensors, "files": {name: vars(file) for name, file in self.files.items()}}
 
 
+def described(tensors: Mapping[str, Local], lanes: Mapping[str, str]) -> dict[str, PartTensor]:
+    """What this rank says of its tensors, before any of their pieces is written. `lanes`: their digests."""
+    return {name: PartTensor(t.dtype, t.shape, t.start, len(t), lanes[name]) for name, t in tensors.items()}
+
+
 def write_delta(
     directory: Path, rank: int, tensors: Mapping[str, Local], base: Mapping[str, Local], lanes: Mapping[str, str],
     level: int, run: Callable[..., Iterable[Any]] = map, encoder: EncoderProcess | None = None,
 ) -> Part:  # fmt: skip
     """Encode what changed from `base` into `delta-RANK.bin`. `run` maps over pieces on a CPU: `map`, or a thread
     pool's; what lies on a GPU is compared there, and `encoder` codes and writes it."""
-    part = Part("delta")
+    part = Part("delta", described(tensors, lanes))
     path = directory / f"delta-{rank:05d}.bin"
-    for name, local in tensors.items():
-        part.tensors[name] = PartTensor(local.dtype, local.shape, local.start, len(local), lanes[name])
     if any(local.flat.device.type != "cpu" for local in tensors.values()):
         assert encoder is not None
         _by_gpu(part, path, tensors, base, level, encoder)
         return part
     out = HashingFile(path)
-    for name, found in run(_done, _pieces(tensors, base, level)):
-        part.diff_s += found.diff_s
-        part.encode_s += found.encode_s
-        encoded = found.encoded
+    for (name, at, _, new), encoded, diff_s, encode_s in run(partial(_coded, level), _pieces(tensors, base)):
+        part.diff_s += diff_s
+        part.encode_s += encode_s
         if not encoded.count:
             continue
         begin = time.perf_counter()
         offset = out.write(encoded.payload)
         checksum = xxhash.xxh3_128_hexdigest(encoded.payload)
-        start = tensors[name].start + found.start
-        where = (start, found.length, path.name, offset, len(encoded.payload), checksum)
+        where = (tensors[name].start + at, len(new), path.name, offset, len(encoded.payload), checksum)
         part.tensors[name].pieces.append(Piece(*where, encoded.encoding, encoded.count))
         part.write_s += time.perf_counter() - begin
     part.files = out.close()
@@ -157,27 +148,25 @@ def _by_gpu(
     part.diff_s, part.encode_s, part.write_s = encoder.diff_s, encoder.encode_s, encoder.write_s
 
 
-def _done(job: tuple[str, Callable[[], DeltaPiece]]) -> tuple[str, DeltaPiece]:
-    name, work = job
-    return name, work()
+_Pair = tuple[str, int, Bits, Bits]
+"""(tensor, start in its local range, old bits, new bits) of one piece."""
 
 
-def _pieces(
-    tensors: Mapping[str, Local], base: Mapping[str, Local], level: int
-) -> Iterator[tuple[str, Callable[[], DeltaPiece]]]:
-    """(tensor, what codes a piece of it), in order."""
+def _pieces(tensors: Mapping[str, Local], base: Mapping[str, Local]) -> Iterator[_Pair]:
     for name, local in tensors.items():
         old, new = base[name].bits, local.bits
         for at in range(0, len(local), PIECE):
-            yield name, partial(_coded, old[at : at + PIECE], new[at : at + PIECE], at, level)
+            yield name, at, old[at : at + PIECE], new[at : at + PIECE]
 
 
-def _coded(old: Bits, new: Bits, start: int, level: int) -> DeltaPiece:
+def _coded(level: int, pair: _Pair) -> tuple[_Pair, codec.Encoded, float, float]:
+    """(the piece, what is written of it, seconds of comparing, seconds of coding)"""
+    _, _, old, new = pair
     begin = time.perf_counter()
     indices = codec.changed_indices(old, new)
     middle = time.perf_counter()
     encoded = codec.encode_changed(old, new, indices, level)
-    return DeltaPiece(start, len(new), encoded, middle - begin, time.perf_counter() - middle)
+    return pair, encoded, middle - begin, time.perf_counter() - middle
 
 
 def write_full(
@@ -189,7 +178,7 @@ def write_full(
     A rank that holds a tensor whole stores it in its shape, so that one rank's file loads anywhere; a shard is stored
     flat, and only the manifest says where it belongs. Nothing is compressed: bf16 weights do not get small enough.
     """
-    part, begin = Part("full"), time.perf_counter()
+    part, begin = Part("full", described(tensors, lanes)), time.perf_counter()
     path = directory / f"full-{rank:05d}.safetensors"
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     order = sorted(tensors, key=lambda name: (-tensors[name].flat.element_size(), name))  # as safetensors aligns them
@@ -208,11 +197,9 @@ def write_full(
                     own.update(bits.data)
                     yield file.fileno(), at, bits, free
                     at += bits.nbytes
-                entry = PartTensor(local.dtype, local.shape, local.start, len(local), lanes[name])
                 if at > start:
                     where = (local.start, len(local), path.name, start, at - start)
-                    entry.pieces = [Piece(*where, own.hexdigest(), "raw", len(local))]
-                part.tensors[name] = entry
+                    part.tensors[name].pieces = [Piece(*where, own.hexdigest(), "raw", len(local))]
 
         try:
             failed = [error for error in run(_write_at, chunks()) if error is not None]
@@ -221,7 +208,6 @@ def write_full(
         except BaseException:
             temporary.unlink()
             raise
-    part.tensors = {name: part.tensors[name] for name in tensors}
     os.replace(temporary, path)
     part.files = {path.name: FileEntry(at, whole.hexdigest())}
     part.write_s = time.perf_counter() - begin
@@ -257,25 +243,10 @@ def _write_at(job: tuple[int, int, Bits, Callable[[], None]]) -> OSError | None:
     return None
 
 
-def hash_file(path: Path) -> str:
-    """xxh3-128 of a file, in bounded memory."""
-    state = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            state.update(chunk)
-    checksum: str = state.hexdigest()
-    return checksum
-
-
-def merge(
-    parts: list[Part], *, model: str, version: int, base_version: int | None, frozen_digests: dict[str, str]
-) -> Manifest:
-    """The manifest of all ranks' parts. Raises RunFailed when their ranges do not tile every tensor exactly once."""
-    names = list(dict.fromkeys(name for part in parts for name in part.tensors))
-    files = {name: entry for part in parts for name, entry in part.files.items()}
-    tensors = tuple(_merge_tensor(name, [p.tensors[name] for p in parts if name in p.tensors]) for name in names)
-    kind = parts[0].kind
-    return Manifest(model, version, base_version if kind == "delta" else None, kind, tensors, files, frozen_digests)
+def merge(parts: list[Part]) -> tuple[TensorEntry, ...]:
+    """The tensors of all ranks' parts. Raises RunFailed when their ranges do not tile every tensor exactly once."""
+    names = dict.fromkeys(name for part in parts for name in part.tensors)
+    return tuple(_merge_tensor(name, [p.tensors[name] for p in parts if name in p.tensors]) for name in names)
 
 
 def _merge_tensor(name: str, found: list[PartTensor]) -> TensorEntry:
@@ -291,18 +262,9 @@ def _merge_tensor(name: str, found: list[PartTensor]) -> TensorEntry:
                 "give every element of a tensor to the publisher on exactly one rank",
             )
         end += t.length
-    if end != int(np.prod(shape, dtype=np.int64)):
+    if end != prod(shape):
         raise RunFailed(f"ranks hold {end} elements of `{name}`, whose shape is {list(shape)}")
-    lanes = digest.ZERO
-    for t in found:
-        lanes = digest.add(lanes, digest.from_hex(t.lanes))
+    lanes = reduce(digest.add, (digest.from_hex(t.lanes) for t in found), digest.ZERO)
     pieces = tuple(p for t in found for p in t.pieces)
     count = sum(p.count for p in pieces)
     return TensorEntry(name, dtype, shape, joint_encoding(pieces), count, digest.to_hex(lanes), pieces)
-
-
-def waiting(deadline: float, poll_s: float = 0.02) -> Iterator[None]:
-    """Yields until `deadline` (monotonic), sleeping between."""
-    while time.monotonic() < deadline:
-        yield
-        time.sleep(poll_s)

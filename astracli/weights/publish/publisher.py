@@ -85,7 +85,7 @@ class Publisher:
         self.transfer, self.full_interval, self.keep, self.level = transfer, full_interval, keep, level
         self.rank, self.pinned = rank, pinned
         frozen_locals = {name: local(source, copy=False) for name, source in (frozen or {}).items()}
-        never_sent = payload.Part("full", _described(frozen_locals, lanes_of(frozen_locals)))
+        never_sent = payload.Part("full", payload.described(frozen_locals, lanes_of(frozen_locals)))
         self._ranks = Committer(model_name, rank, world_size, session, rank_timeout_s, never_sent, dict(tied or {}))
         self._base: dict[str, payload.Local] = {}
         self._base_version: int | None = None
@@ -98,7 +98,7 @@ class Publisher:
         self.on_failure: Callable[[BaseException], None] | None = None
         """Called in the background with its error, before that comes out of the next call."""
 
-    # ---- the caller's verbs ----
+    # ---- what the trainer calls ----
 
     def publish(self, version: int, tensors: Mapping[str, Source], *, owned: bool = False) -> PublishResult:
         """Publish now, in this thread. `tensors`: HF name -> tensor in its wire dtype (or this rank's Shard).
@@ -227,7 +227,8 @@ class Publisher:
         run, delta_s = self._run, 0.0
         if delta:
             compared = time.perf_counter()
-            parts.append(self._delta(directory, tensors, lanes))
+            where = (directory, self.rank, tensors, self._base, lanes, self.level)
+            parts.append(payload.write_delta(*where, run, self._encoder))
             delta_s = time.perf_counter() - compared
         if not delta or version % self.full_interval == 0:
             parts.append(payload.write_full(directory, self.rank, tensors, lanes, run))
@@ -238,15 +239,12 @@ class Publisher:
         self._base, self._base_version = tensors, version
         if self.rank == 0:
             retention.prune(self.directory, version, self.keep, self.pinned)
-        by_kind = {m.kind: m for m in manifests}
-        first = manifests[0]
+        first, size = manifests[0], {m.kind: m.payload_bytes for m in manifests}
         return PublishResult(
             version=version,
-            bytes_delta=by_kind["delta"].payload_bytes if "delta" in by_kind else 0,
-            bytes_full=by_kind["full"].payload_bytes
-            if "full" in by_kind
-            else sum(t.numel * t.itemsize for t in first.tensors),
-            full_written="full" in by_kind,
+            bytes_delta=size.get("delta", 0),
+            bytes_full=size.get("full", sum(t.numel * t.itemsize for t in first.tensors)),
+            full_written="full" in size,
             changed=first.changed,
             elements=first.elements,
             digest_s=digest_s,
@@ -257,19 +255,9 @@ class Publisher:
             publish_s=time.perf_counter() - begin,
         )
 
-    def _delta(
-        self, directory: Path, tensors: Mapping[str, payload.Local], lanes: Mapping[str, str]
-    ) -> payload.Part:  # fmt: skip
-        where = (directory, self.rank, tensors, self._base, lanes, self.level)
-        return payload.write_delta(*where, self._run, self._encoder)
-
     def _check_names(self, version: int, tensors: Mapping[str, payload.Local]) -> None:
         known = {n: (t.dtype, t.shape, t.start, len(t)) for n, t in self._base.items()}
         given = {n: (t.dtype, t.shape, t.start, len(t)) for n, t in tensors.items()}
         if known and known != given:
             odd = sorted(n for n in known.keys() | given.keys() if known.get(n) != given.get(n))
             raise RunFailed(f"version {version} has other tensors than {self._base_version}: {', '.join(odd[:5])}")
-
-
-def _described(tensors: Mapping[str, payload.Local], lanes: Mapping[str, str]) -> dict[str, payload.PartTensor]:
-    return {n: payload.PartTensor(t.dtype, t.shape, t.start, len(t), lanes[n]) for n, t in tensors.items()}

@@ -12,15 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from astracli.weights import WeightCorrupt
-from astracli.weights.format.manifest import STABLE, read_stable, version_name, versions_in, write_atomic
+from astracli.weights.format.manifest import NONCE, STABLE, read_stable, version_name, versions_in, write_atomic
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
-    from starlette.routing import Route
-
-
-NONCE = "NONCE"
-"""File in the weights directory with a random text of the server's; whoever can read it there shares the disk."""
 
 
 def listing(directory: Path) -> dict[str, Any]:
@@ -47,8 +42,9 @@ def servable(directory: Path, version: int, name: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def weights_routes(directory: Path, prefix: str = "/weights") -> list[Route]:
-    """Routes for an ASGI app that has its own middleware."""
+def weights_app(directory: Path) -> Starlette:
+    """An app to be mounted under `/weights`."""
+    from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import FileResponse, JSONResponse, Response
     from starlette.routing import Route
@@ -72,14 +68,4 @@ def weights_routes(directory: Path, prefix: str = "/weights") -> list[Route]:
             return JSONResponse({"error": f"version {version} has no file `{name}`"}, status_code=404)
         return Payload(path, media_type="application/octet-stream")
 
-    return [
-        Route(prefix or "/", index, methods=["GET"]),
-        Route(prefix + "/{version:int}/{file:str}", file, methods=["GET"]),
-    ]
-
-
-def weights_app(directory: Path) -> Starlette:
-    """The same as an app of its own, to be mounted under `/weights`."""
-    from starlette.applications import Starlette
-
-    return Starlette(routes=weights_routes(directory, prefix=""))
+    return Starlette(routes=[Route("/", index), Route("/{version:int}/{file:str}", file)])

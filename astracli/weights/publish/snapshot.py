@@ -1,6 +1,6 @@
 """What is published: a copy of this rank's tensors in their wire dtypes.
 
-It stays on the device where the tensors are; for want of room there it comes to the host.
+It stays on the tensors' device. When there is no room for it, it goes to the host.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Union
 
@@ -116,16 +117,14 @@ def copies(sources: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype
 
 def local(source: Source, *, copy: bool) -> payload.Local:
     """A tensor or shard, flat on its own device. Raises RunFailed for a dtype that does not travel."""
-    tensor = source.flat if isinstance(source, Shard) else source
+    tensor, start = (source.flat, source.start) if isinstance(source, Shard) else (source, 0)
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in ITEM_BYTES:
         raise RunFailed(f"weights in {dtype} do not travel", f"publish one of {', '.join(ITEM_BYTES)}")
     flat = tensor.detach().contiguous().view(-1)
     if copy and flat.data_ptr() == tensor.data_ptr():
         flat = flat.clone()
-    if isinstance(source, Shard):
-        return payload.Local(dtype, tuple(source.shape), source.start, flat)
-    return payload.Local(dtype, tuple(tensor.shape), 0, flat)
+    return payload.Local(dtype, tuple(source.shape), start, flat)
 
 
 def _on_gpu(tensors: Mapping[str, payload.Local]) -> bool:
@@ -146,5 +145,12 @@ def _room(tensors: Mapping[str, payload.Local]) -> bool:
 
 
 def lanes_of(tensors: Mapping[str, payload.Local]) -> dict[str, str]:
-    lanes = digest.digest_many([(t.flat, t.start) for t in tensors.values()])
+    """HF name -> digest of the local range; on a GPU in one pass over all of them."""
+    ranges = [(t.flat, t.start) for t in tensors.values()]
+    if _on_gpu(tensors) and find_spec("triton"):
+        from astracli.weights.device.scatter_kernels import DigestPlan
+
+        lanes = DigestPlan(ranges, range(len(ranges))).lanes()
+    else:
+        lanes = [digest.digest_tensor(*there) for there in ranges]
     return {name: digest.to_hex(found) for name, found in zip(tensors, lanes, strict=True)}

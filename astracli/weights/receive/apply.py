@@ -1,61 +1,25 @@
 """The engine's side: apply what is staged to the weights in place, and prove the result before anything is served.
 
 Everything is decoded and checked before the first weight is touched, so corrupt bytes leave the engine as it was. After
-applying, the digest of every resulting tensor must be the manifest's; if one is not, the weights are garbage and the
-engine must be given a full version before it serves again.
+applying, the digest of every resulting tensor must be the manifest's. If one is not, the weights are wrong, and the
+engine needs a full version before it serves again.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Union
+from typing import Any
 
 from astracli.errors import AstraError
 from astracli.weights import WeightCorrupt, WeightMismatch
-from astracli.weights.format import codec, digest
 from astracli.weights.format.manifest import Manifest, write_atomic
-from astracli.weights.receive.reading import NEXT, Prepared, prepare, read
-
-if TYPE_CHECKING:
-    import torch
-
-__all__ = [
-    "NEXT",
-    "READBACK",
-    "RESULT",
-    "ApplyResult",
-    "EngineSlice",
-    "Hands",
-    "Prepared",
-    "Target",
-    "apply",
-    "perform",
-    "prepare"
-]  # fmt: skip
-RESULT = "result.json"
-READBACK = "readback.json"
-
-
-@dataclass(frozen=True)
-class EngineSlice:
-    """Where a range of one flattened HF tensor lies in the engine."""
-
-    view: torch.Tensor
-    """Flat, contiguous, sharing memory with the engine's parameter, in the wire dtype."""
-    offset: int
-    """Of its first element in the flattened HF tensor."""
-
-    @property
-    def end(self) -> int:
-        return self.offset + self.view.numel()
-
-
-Target = Union["torch.Tensor", Sequence[EngineSlice]]
-"""A contiguous tensor of the HF shape, or the placements that make it up."""
+from astracli.weights.receive.placement import EngineSlice, Target, placements
+from astracli.weights.receive.reading import NEXT, READBACK, RESULT, Prepared, prepare, read
+from astracli.weights.receive.resident import Resident
 
 
 @dataclass(frozen=True)
@@ -70,37 +34,26 @@ class ApplyResult:
     decode_s: float
     """Reading, checking and decoding; may have happened earlier, in `prepare`."""
     load_s: float
-    """What `hands` did before the weights changed; may have happened earlier."""
+    """Bringing it to the weights' device; may have happened earlier."""
     apply_s: float
     verify_s: float
 
 
-class Hands(Protocol):
-    """What changes and reads the weights."""
-
-    def load(self, prepared: Prepared) -> None:
-        """Whatever can be done before the pause, in any thread; `apply` does what is left."""
-
-    def apply(self, prepared: Prepared) -> None: ...
-
-    def digests(self, names: Iterable[str]) -> dict[str, str]: ...
-
-
 def apply(
     stage_dir: Path, tensors: Mapping[str, Target], have_version: int | None, prepared: Prepared | None = None,
-    hands: Hands | None = None,
+    resident: Resident | None = None,
 ) -> ApplyResult:  # fmt: skip
     """Turn the weights in `tensors` (all that travel; frozen and tied ones may be among them) into the staged version.
 
-    `have_version` is what they hold now, None when that is unknown; `hands` know the same tensors, None for numpy on
-    the host. Writes `result.json` beside `next.json` either way.
+    `have_version` is what they hold now, None when that is unknown. `resident` holds the same tensors; made for this
+    call when not given. Writes `result.json` beside `next.json` either way.
     Raises WeightCorrupt (nothing was touched) or WeightMismatch (refused, or applied and wrong: resync in full).
     """
     stage_dir = Path(stage_dir)
     (stage_dir / RESULT).unlink(missing_ok=True)
     try:
         prepared = current(stage_dir, prepared)
-        result = perform(prepared, tensors, have_version, hands)
+        result = perform(prepared, tensors, have_version, resident)
     except (AstraError, ValueError) as error:
         raise fail(stage_dir, error if isinstance(error, AstraError) else WeightCorrupt(str(error))) from error
     succeed(stage_dir, result)
@@ -132,25 +85,11 @@ def fail(stage_dir: Path, error: AstraError) -> AstraError:
     return error
 
 
-def read_back_digests(tensors: Mapping[str, Target]) -> dict[str, str]:
-    """HF name -> digest of what the engine holds now, 32 hexadecimal digits."""
-    return {name: _digest(placements(target)) for name, target in tensors.items()}
-
-
-def placements(target: Target) -> Sequence[EngineSlice]:
-    """A target as placements. Raises WeightMismatch for a tensor that is not contiguous."""
-    if isinstance(target, Sequence):
-        return target
-    if not target.is_contiguous():
-        raise WeightMismatch(f"a tensor of shape {list(target.shape)} is not contiguous and cannot change in place")
-    return [EngineSlice(target.detach().view(-1), 0)]
-
-
 # ---- one version -----------------------------------------------------------------------------------------------------
 
 
 def perform(
-    prepared: Prepared, tensors: Mapping[str, Target], have: int | None, hands: Hands | None = None
+    prepared: Prepared, tensors: Mapping[str, Target], have: int | None, resident: Resident | None = None
 ) -> ApplyResult:
     """`apply` without its files."""
     placed = {name: placements(target) for name, target in tensors.items()}
@@ -161,13 +100,13 @@ def perform(
         )
     if prepared.manifests:
         _check_tensors(prepared.manifests[-1], placed)
-    hands = hands or _Numpy(placed)
-    load(prepared, hands)
+    resident = resident or Resident(placed)
+    resident.load(prepared)
     begin = time.perf_counter()
-    hands.apply(prepared)
+    resident.apply(prepared)
     middle = time.perf_counter()
     if prepared.manifests:
-        _check_digests(prepared, placed, hands)
+        _check_digests(prepared, placed, resident)
     return ApplyResult(
         version=prepared.version,
         kind=prepared.kind,
@@ -179,32 +118,6 @@ def perform(
         apply_s=middle - begin,
         verify_s=time.perf_counter() - middle,
     )
-
-
-def load(prepared: Prepared, hands: Hands) -> None:
-    """`hands.load`, timed."""
-    begin = time.perf_counter()
-    hands.load(prepared)
-    prepared.load_s += time.perf_counter() - begin
-
-
-class _Numpy:
-    """The hands of weights on the host: there is nothing to do beforehand."""
-
-    def __init__(self, placed: Mapping[str, Sequence[EngineSlice]]):
-        self._placed = placed
-
-    def load(self, prepared: Prepared) -> None:
-        pass
-
-    def apply(self, prepared: Prepared) -> None:
-        for updates in prepared.steps:
-            for name, start, update in updates:
-                for view, part in overlaps(update, start, self._placed[name]):
-                    codec.apply_update(part, digest.bits_of(view))
-
-    def digests(self, names: Iterable[str]) -> dict[str, str]:
-        return {name: _digest(self._placed[name]) for name in names}
 
 
 def _check_tensors(manifest: Manifest, placed: Mapping[str, Sequence[EngineSlice]]) -> None:
@@ -228,10 +141,10 @@ def _check_tensors(manifest: Manifest, placed: Mapping[str, Sequence[EngineSlice
             raise WeightMismatch(f"the engine holds {end} elements of `{name}`, the manifest {tensor.numel}")
 
 
-def _check_digests(prepared: Prepared, placed: Mapping[str, Sequence[EngineSlice]], hands: Hands) -> None:
+def _check_digests(prepared: Prepared, placed: Mapping[str, Sequence[EngineSlice]], resident: Resident) -> None:
     manifest = prepared.manifests[-1]
     frozen_here = [name for name in manifest.frozen_digests if name in placed]
-    found = hands.digests([*(t.name for t in manifest.tensors), *frozen_here])
+    found = resident.digests([*(t.name for t in manifest.tensors), *frozen_here])
     wrong = [t.name for t in manifest.tensors if found[t.name] != t.digest]
     if wrong:
         raise WeightMismatch(
@@ -245,21 +158,3 @@ def _check_digests(prepared: Prepared, placed: Mapping[str, Sequence[EngineSlice
             f"version {prepared.version}: frozen tensors differ from the trainer's: {', '.join(frozen[:5])}",
             f"the engine must start from {prepared.model_path or 'the model the trainer started from'}",
         )
-
-
-def _digest(places: Sequence[EngineSlice]) -> str:
-    lanes = digest.ZERO
-    for place in places:
-        lanes = digest.add(lanes, digest.digest_tensor(place.view, place.offset))
-    return digest.to_hex(lanes)
-
-
-def overlaps(
-    update: codec.DecodedPiece, start: int, places: Sequence[EngineSlice]
-) -> Iterator[tuple[torch.Tensor, codec.DecodedPiece]]:
-    """(view, what to do there) for an update of elements [start, start + length) of an HF tensor."""
-    for place in places:
-        low, high = max(start, place.offset), min(start + update.length, place.end)
-        if low < high:
-            part = update if high - low == update.length else update.cut(low - start, high - start)
-            yield place.view[low - place.offset : high - place.offset], part

@@ -1,12 +1,11 @@
 """Decodes staged payloads in a process of its own: `python -m astracli.weights.receive.decoder SOCKET_FD`.
 
-An engine's scheduler is a Python loop that never sleeps. A thread that decodes beside it must win the interpreter back
-after each of thousands of short calls, and waited seconds for half a megabyte; it also took the interpreter away from
-the scheduler. So a child of the engine decodes into anonymous shared memory, and sends its descriptor and a list of
-spans. What is left for the engine's own thread is a few large calls. The child ends with its engine. It forks for every
-plan: threads would hand the interpreter to one another between the numpy calls of each piece.
+An engine's scheduler is a Python loop that never sleeps. A thread that decodes beside it would wait for the interpreter
+after each of thousands of short calls, and would slow the scheduler down. So a child of the engine decodes into
+anonymous shared memory, and sends its descriptor and a list of spans; the engine's thread makes a few large calls. The
+child ends with its engine. It forks for every plan, because threads would compete for its own interpreter.
 
-Both sides of one socket pair. To the child: a stage directory. From it: a document, and a descriptor when that is well.
+Over one socket pair it receives a stage directory and answers with a document, and a descriptor when all is well.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class DecoderProcess:
         self._socket: socket.socket | None = None
 
     def start(self) -> socket.socket:
-        """The way to a living child."""
+        """The socket to a living child."""
         if self._socket is not None and self._process is not None and self._process.poll() is None:
             return self._socket
         self.close()
@@ -71,7 +70,7 @@ class DecoderProcess:
 
     @staticmethod
     def _here(stage_dir: Path, reason: object) -> reading.Prepared:
-        """Slowly, in this thread: better than in the pause."""
+        """Decode in this thread: slow, but not in the pause."""
         print(f"warning: weights are decoded inside the engine: {reason}", file=sys.stderr, flush=True)
         return reading.prepare(stage_dir)
 
@@ -117,8 +116,10 @@ def _decode(stage_dir: Path, processes: int, own: contextlib.ExitStack) -> tuple
     layouts, size = [], 0
     for step in steps:
         coded = [c for c in step if c.piece.encoding != "raw"]
-        described = ((c.tensor.name, c.tensor.itemsize, *_piece(c)) for c in coded)
-        groups, places = flat.lay_out(described)
+        groups, places = flat.lay_out(
+            (c.tensor.name, c.tensor.itemsize, c.piece.start, c.piece.length, c.piece.encoding, c.piece.count)
+            for c in coded
+        )
         starts = {}
         for width, group in groups.items():
             starts[width], size = size, size + -(-group.nbytes // 8) * 8
@@ -146,10 +147,6 @@ def _decode(stage_dir: Path, processes: int, own: contextlib.ExitStack) -> tuple
     doc = {"plan": prepared.plan.decode(), "version": prepared.version, "kind": prepared.kind, "steps": documents}
     doc |= {"base_version": prepared.base_version, "model_path": prepared.model_path, "bytes": prepared.bytes}
     return doc, handle
-
-
-def _piece(coded: reading.CheckedPiece) -> tuple[int, int, str, int]:
-    return coded.piece.start, coded.piece.length, coded.piece.encoding, coded.piece.count
 
 
 Jobs = list[tuple[reading.CheckedPiece, flat.Place]]

@@ -1,7 +1,7 @@
-"""Files of published versions, from where they are to where they shall be: over HTTP by range, or by a hard link.
+"""Fetches files of published versions: over HTTP, or by a hard link from the publisher's disk.
 
-Downloads resume: what arrived stays in `.part` files and the rest is asked for by range. A large file of a publisher
-whose disk this process sees too is linked instead, or copied by the kernel. Either way the caller checks what it got.
+Downloads resume: what arrived stays in a `.part` file and the rest is asked for by range. When publisher and receiver
+share a disk, a large file is linked instead, or copied by the kernel. Either way the caller checks what it got.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ import contextlib
 import http.client
 import os
 import shutil
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,12 @@ import httpx
 
 from astracli.errors import RunFailed
 from astracli.weights import WeightCorrupt
-from astracli.weights.format.manifest import version_name
-from astracli.weights.publish.server import NONCE
+from astracli.weights.format.manifest import NONCE, version_name
 
 _READ = 1 << 18
 """Bytes asked of the socket at a time."""
+_TIMEOUT_S = 30.0
+"""For a connection, and for the next bytes of an answer."""
 
 
 class Gone(Exception):
@@ -46,14 +45,9 @@ class Downloader:
 
     url: str
     token: str
-    retries: int = 8
+    retries: int
     """Connection errors in a row without a new byte."""
-    parts: int = 1
-    """Ranges of one large file fetched at the same time."""
-    part_bytes: int = 64 << 20
-    """A smaller file is one range."""
-    timeout_s: float = 30.0
-    link_bytes: int | None = 8 << 20
+    link_bytes: int | None
     """A file of so many bytes or more is taken from the publisher's own disk where that is this one; None: never."""
     downloaded: int = 0
     """Bytes that came over the network."""
@@ -61,12 +55,9 @@ class Downloader:
     """Bytes that did not have to."""
     _store: Path | None = field(default=None, init=False, repr=False)
     _client: httpx.Client = field(init=False, repr=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._client = httpx.Client(
-            headers=self._headers(), timeout=self.timeout_s, trust_env=False, follow_redirects=True
-        )
+        self._client = httpx.Client(headers=self._headers(), timeout=_TIMEOUT_S, trust_env=False, follow_redirects=True)
 
     def close(self) -> None:
         self._client.close()
@@ -121,57 +112,31 @@ class Downloader:
     # ---- over the network ----
 
     def fetch(self, version: int, name: str, size: int, path: Path) -> None:
-        """A whole file, in as many ranges at once as its size deserves."""
-        url = self.address(version, name)
-        number = min(self.parts, max(1, size // self.part_bytes)) if size else 1
-        bounds = [size * k // number for k in range(number + 1)]
-        files = [path.with_name(f"{path.name}.{k}of{number}.part") for k in range(number)]
-        jobs = list(zip(files, bounds, bounds[1:], strict=False))
-        try:
-            if number == 1:
-                self._range(url, *jobs[0])
-            else:
-                with ThreadPoolExecutor(number, "weights-fetch") as pool:
-                    for done in [pool.submit(self._range, url, *job) for job in jobs]:
-                        done.result()
-            with open(files[0], "ab") as whole:
-                for file in files[1:]:
-                    with open(file, "rb") as part:
-                        shutil.copyfileobj(part, whole, 1 << 22)
-            os.replace(files[0], path)
-        except WeightCorrupt:
-            for file in files:
-                file.unlink(missing_ok=True)
-            raise
-        for file in files[1:]:
-            file.unlink()
-
-    def _range(self, url: str, part: Path, low: int, high: int) -> None:
-        """Bytes [low, high) of `url` into `part`, after those that are there."""
-        failures = 0
-        while True:
-            have = part.stat().st_size if part.exists() else 0
-            if have > high - low:
+        """A whole file. What an earlier attempt left in its `.part` file stays; the rest is asked for by range."""
+        url, part, failures = self.address(version, name), path.with_name(f"{path.name}.part"), 0
+        while (have := _size(part)) != size:
+            if have > size:
                 part.unlink()
-                have = 0
-            if have == high - low:
-                part.touch()
-                return
+                continue
             try:
-                self._stream(url, part, low + have, high)
+                self._stream(url, part, have, size)
+            except WeightCorrupt:
+                part.unlink(missing_ok=True)
+                raise
             except _PASSING as error:
-                grown = (part.stat().st_size if part.exists() else 0) - have
-                failures = 1 if grown > 0 else failures + 1
+                failures = 1 if _size(part) > have else failures + 1
                 if failures > self.retries:
                     raise RunFailed(f"cannot fetch `{url}`: {error!r}, {failures} times in a row") from error
                 time.sleep(min(0.05 * 2**failures, 2.0))
+        part.touch()  # an empty file was not asked for
+        os.replace(part, path)
 
     def _stream(self, url: str, part: Path, low: int, high: int) -> None:
         """By the standard library's client, which reads a socket three times as fast as the one for small answers."""
         where = urlsplit(url)
         secure = where.scheme == "https"
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        with contextlib.closing(kind(where.hostname or "", where.port, timeout=self.timeout_s)) as connection:
+        with contextlib.closing(kind(where.hostname or "", where.port, timeout=_TIMEOUT_S)) as connection:
             connection.request("GET", where.path, headers=self._headers() | {"Range": f"bytes={low}-{high - 1}"})
             reply = connection.getresponse()
             _raise_for(reply.status, url)
@@ -184,10 +149,13 @@ class Downloader:
                 while left and (chunk := reply.read1(_READ)):  # as it comes: it stays when the line breaks
                     file.write(chunk)
                     left -= len(chunk)
-                    with self._lock:
-                        self.downloaded += len(chunk)
+                    self.downloaded += len(chunk)
         if left:
             raise _Again(f"the connection ended {left} bytes early")
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
 
 
 def _shared(store: Any) -> Path | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,9 +11,35 @@ from torch.overrides import TorchFunctionMode
 
 from astracli.weights import WeightMismatch
 from astracli.weights.format.manifest import TensorEntry
-from astracli.weights.receive.apply import EngineSlice
 
 _MAX_RUNS = 1 << 16  # contiguous runs that one copy may fall into
+
+
+@dataclass(frozen=True)
+class EngineSlice:
+    """Where a range of one flattened HF tensor lies in the engine."""
+
+    view: torch.Tensor
+    """Flat, contiguous, sharing memory with the engine's parameter, in the wire dtype."""
+    offset: int
+    """Of its first element in the flattened HF tensor."""
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.view.numel()
+
+
+Target = torch.Tensor | Sequence[EngineSlice]
+"""A contiguous tensor of the HF shape, or the slices that make it up."""
+
+
+def placements(target: Target) -> Sequence[EngineSlice]:
+    """A target as slices. Raises WeightMismatch for a tensor that is not contiguous."""
+    if isinstance(target, Sequence):
+        return target
+    if not target.is_contiguous():
+        raise WeightMismatch(f"a tensor of shape {list(target.shape)} is not contiguous and cannot change in place")
+    return [EngineSlice(target.detach().view(-1), 0)]
 
 
 class PlacementRecorder(TorchFunctionMode):

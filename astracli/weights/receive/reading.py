@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
 from astracli.weights import WeightCorrupt
 from astracli.weights.format import codec
+from astracli.weights.format.flat import FlatStep, flatten
 from astracli.weights.format.manifest import Manifest, Piece, TensorEntry, unseal
 
-if TYPE_CHECKING:
-    from astracli.weights.format.flat import FlatStep
-
 NEXT = "next.json"
+RESULT = "result.json"
+READBACK = "readback.json"
 _CHUNK = 1 << 20
 """Bytes hashed at a time, for the file and for the piece while they are in the cache."""
 
@@ -35,8 +35,8 @@ class CheckedPiece(NamedTuple):
 
 @dataclass
 class Prepared:
-    """A staged plan, decoded: needs no file any more, except those of a full version until it is staged (`hold` here,
-    `Resident.stage` in a foreign engine)."""
+    """A staged plan, decoded. Only a full version still needs its files, until `hold` or `Resident.stage` has read
+    them."""
 
     plan: bytes
     """The next.json that it came from."""
@@ -46,16 +46,14 @@ class Prepared:
     model_path: str | None
     manifests: list[Manifest] = field(default_factory=list)
     """Without their pieces, when another process read them."""
-    steps: list[list[tuple[str, int, codec.DecodedPiece]]] = field(default_factory=list)
-    """(tensor, start of the piece, what to do) of each manifest, in the order of applying."""
-    flat: list[FlatStep] | None = None
-    """The same in few large arrays; then `steps` is empty."""
+    flat: list[FlatStep] = field(default_factory=list)
+    """What changes, a step for each manifest, in the order of applying. Given up once it is `loaded`."""
     bytes: int = 0
     """Of all payloads."""
     loaded: Any = None
-    """The same in the form in which `hands` took it over, once they did."""
-    hands: Any = None
-    """Who did: what they loaded fits their weights alone."""
+    """The same on the weights' device, once `Resident.load` has brought it there."""
+    loaded_by: Any = None
+    """The `Resident` that loaded it: it fits the weights of that one alone."""
     decode_s: float = 0.0
     load_s: float = 0.0
 
@@ -64,19 +62,16 @@ def prepare(stage_dir: Path) -> Prepared:
     """Read and decode what `next.json` names. Touches no weight. Raises WeightCorrupt naming the file."""
     begin = time.perf_counter()
     prepared, steps = open_plan(stage_dir)
-    prepared.steps = [[(c.tensor.name, c.piece.start, decode(c)) for c in step] for step in steps]
+    prepared.flat = [flatten([(c.tensor.name, c.piece.start, decode(c)) for c in step]) for step in steps]
     prepared.decode_s = time.perf_counter() - begin
     return prepared
 
 
 def hold(prepared: Prepared) -> None:
-    """Bring the bits of a full version out of its files, so that applying it reads memory alone."""
-
-    def own(update: codec.DecodedPiece) -> codec.DecodedPiece:
-        return replace(update, values=np.array(update.values)) if update.encoding == "raw" else update
-
+    """Read the bits of a full version out of its files, so that applying it reads memory alone."""
     begin = time.perf_counter()
-    prepared.steps = [[(name, start, own(update)) for name, start, update in step] for step in prepared.steps]
+    for step in prepared.flat:
+        step.raws = [raw._replace(bits=np.array(raw.bits)) for raw in step.raws]
     prepared.load_s += time.perf_counter() - begin
 
 

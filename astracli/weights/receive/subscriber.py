@@ -10,17 +10,15 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from astracli.errors import RunFailed
 from astracli.weights import WeightCorrupt
-from astracli.weights.format.manifest import STABLE, Manifest, seal, unseal, version_name, write_atomic
-from astracli.weights.publish.payload import hash_file
-from astracli.weights.receive.apply import NEXT, READBACK, RESULT
+from astracli.weights.format.manifest import STABLE, Manifest, hash_file, seal, unseal, version_name, write_atomic
 from astracli.weights.receive.download import Downloader, Gone
+from astracli.weights.receive.reading import NEXT, READBACK, RESULT
 from astracli.weights.receive.watcher import decoded, watched
 
 
@@ -99,11 +97,6 @@ class Subscriber:
     """For a version that is not published yet."""
     retries: int = 8
     """Connection errors in a row without a new byte."""
-    parts: int = 1
-    """Ranges of one large file fetched at the same time."""
-    part_bytes: int = 64 << 20
-    """A smaller file is one range."""
-    timeout_s: float = 30.0
     decode_wait_s: float = 60.0
     """For the engine's watcher to decode what is staged, so that the pause need not."""
     link_bytes: int | None = 8 << 20
@@ -113,8 +106,7 @@ class Subscriber:
     def __post_init__(self) -> None:
         self.stage_dir = Path(self.stage_dir)
         self.stage_dir.mkdir(parents=True, exist_ok=True)
-        options = (self.retries, self.parts, self.part_bytes, self.timeout_s, self.link_bytes)
-        self._source = Downloader(self.url, self.token, *options)
+        self._source = Downloader(self.url, self.token, self.retries, self.link_bytes)
 
     def close(self) -> None:
         self._source.close()
@@ -157,20 +149,12 @@ class Subscriber:
 
     def _stage(self, route: Route, target: int, waited: float) -> StagedPlan:
         begin = time.perf_counter()
-        steps: list[str] = []
-        base: int | None = None
-        for version, name in route.steps:
-            manifest = self._step(version, name)
-            base = manifest.base_version if not steps else base
-            steps.append(f"{version_name(version)}/{name}")
-        plan: dict[str, Any] = {"version": target, "kind": route.kind, "steps": steps}
-        plan["base_version"] = base if route.steps else target
-        plan["model_path"] = str(self.model_path) if self.model_path else None
+        bases = [self._step(version, name).base_version for version, name in route.steps]
+        steps = [f"{version_name(version)}/{name}" for version, name in route.steps]
         for old in (RESULT, READBACK):
             (self.stage_dir / old).unlink(missing_ok=True)
-        sealed = seal(plan)
-        write_atomic(self.stage_dir / NEXT, sealed)
-        keep = {step.partition("/")[0] for step in steps}
+        sealed = self._name(target, route.kind, steps, bases[0] if bases else target, self.model_path)
+        keep = {version_name(version) for version, _ in route.steps}
         for path in self.stage_dir.glob("v*"):
             if path.name not in keep:
                 shutil.rmtree(path, ignore_errors=True)
@@ -193,8 +177,16 @@ class Subscriber:
     def wake(self, version: int) -> None:
         """Stage a plan that changes nothing: when the engine that holds `version` is asked to apply it, our loader gets
         to run in it for the first time, and decodes ahead from then on."""
-        plan = {"version": version, "kind": "none", "steps": [], "base_version": version, "model_path": None}
-        write_atomic(self.stage_dir / NEXT, seal(plan))
+        self._name(version, "none", [], version, None)
+
+    def _name(
+        self, version: int, kind: str, steps: list[str], base: int | None, model_path: str | Path | None
+    ) -> bytes:  # fmt: skip
+        """Write `next.json`; what it holds."""
+        plan = {"version": version, "kind": kind, "steps": steps, "base_version": base}
+        sealed = seal(plan | {"model_path": str(model_path) if model_path else None})
+        write_atomic(self.stage_dir / NEXT, sealed)
+        return sealed
 
     def readback(self, version: int) -> dict[str, float]:
         """Wait for the read-back of `version` under HF names, which the engine makes while it generates. -> seconds:
@@ -219,20 +211,21 @@ class Subscriber:
         directory = self.stage_dir / version_name(version)
         directory.mkdir(exist_ok=True)
         stable = unseal(self._source.get(self._source.address(version, STABLE)).content, f"STABLE of version {version}")
-        path = directory / name
-
-        def check_manifest() -> None:
-            if hash_file(path) not in (kind["xxh3"] for kind in stable["manifests"].values()):
-                raise WeightCorrupt(f"`{name}` of version {version} is not what STABLE names")
-
-        self._file(version, name, stable["files"].get(name, 0), path, check_manifest)
-        manifest = Manifest.from_bytes(path.read_bytes(), f"`{name}` of version {version}")
+        hashes = {kind["xxh3"] for kind in stable["manifests"].values()}
+        self._file(version, name, stable["files"].get(name, 0), hashes)
+        manifest = Manifest.from_bytes((directory / name).read_bytes(), f"`{name}` of version {version}")
         for file, entry in manifest.files.items():
-            self._file(version, file, entry.bytes, directory / file, _checker(directory / file, entry.xxh3, version))
+            self._file(version, file, entry.bytes, {entry.xxh3})
         return manifest
 
-    def _file(self, version: int, name: str, size: int, path: Path, check: Callable[[], None]) -> None:
-        """One checked file under its final name. A corrupt one is fetched again, once."""
+    def _file(self, version: int, name: str, size: int, hashes: set[str]) -> None:
+        """One file under its final name, with one of these xxh3-128. A corrupt one is fetched again, once."""
+        path = self.stage_dir / version_name(version) / name
+
+        def check() -> None:
+            if hash_file(path) not in hashes:
+                raise WeightCorrupt(f"`{name}` of version {version} fails its checksum")
+
         if path.exists():  # staged earlier, perhaps by a fetch that was cut short
             try:
                 return check()
@@ -250,11 +243,3 @@ class Subscriber:
                         f"`{name}` of version {version} arrived corrupt twice: {error}",
                         "the file is damaged on the publisher's disk, or the network changes bytes",
                     ) from error
-
-
-def _checker(path: Path, xxh3: str, version: int) -> Callable[[], None]:
-    def check() -> None:
-        if hash_file(path) != xxh3:
-            raise WeightCorrupt(f"`{path.name}` of version {version} fails its checksum")
-
-    return check

@@ -14,12 +14,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
 from astracli.errors import AstraError
 from astracli.weights.format.manifest import write_atomic
-from astracli.weights.receive import apply
+from astracli.weights.receive import reading
 
 WATCHING = "watching.json"
 _POLL_S = 0.02
@@ -35,23 +36,23 @@ class StageWatcher:
     def __init__(
         self,
         stage_dir: Path,
-        then: Callable[[apply.Prepared], None] = lambda prepared: None,
+        then: Callable[[reading.Prepared], None] = lambda prepared: None,
         first: Callable[[], None] = lambda: None,
-        prepare: Callable[[Path], apply.Prepared] = apply.prepare,
+        prepare: Callable[[Path], reading.Prepared] = reading.prepare,
     ):
         self.stage_dir = stage_dir
         self._then, self._first, self._prepare = then, first, prepare
         self._lock = threading.Lock()
-        self._prepared: apply.Prepared | None = None
+        self._prepared: reading.Prepared | None = None
         self._seen: tuple[int, int] | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="stage", daemon=True)
         self._thread.start()
 
-    def take(self) -> apply.Prepared | None:
+    def take(self) -> reading.Prepared | None:
         """The newest decoded plan, waiting for one that is being decoded. None: nothing usable is decoded yet.
 
-        The caller must check that it is still the plan that is staged; `staged.apply` does.
+        The caller must check that it is still the plan that is staged; `apply.current` does.
         """
         with self._lock:
             prepared, self._prepared = self._prepared, None
@@ -70,7 +71,7 @@ class StageWatcher:
             print(f"warning: preparing for weight updates: {error!r}", file=sys.stderr, flush=True)
         while not self._closed.wait(_POLL_S):
             try:
-                status = (self.stage_dir / apply.NEXT).stat()
+                status = (self.stage_dir / reading.NEXT).stat()
             except OSError:
                 continue
             if self._seen == (status.st_ino, status.st_mtime_ns):
@@ -80,7 +81,7 @@ class StageWatcher:
             with self._lock:
                 self._prepared = None  # room for the next
                 try:
-                    plan = (self.stage_dir / apply.NEXT).read_bytes()
+                    plan = (self.stage_dir / reading.NEXT).read_bytes()
                     prepared = self._prepare(self.stage_dir)
                     self._then(prepared)
                     self._prepared = prepared
@@ -103,19 +104,22 @@ def plan_hash(plan: bytes) -> str:
 
 def watched(stage_dir: Path) -> bool:
     """Whether an engine's watcher is alive."""
-    try:
-        os.kill(int(json.loads((stage_dir / WATCHING).read_bytes())["pid"]), 0)
-    except (OSError, ValueError, KeyError):
-        return False
-    return True
+    return _said(stage_dir) is not None
 
 
 def decoded(stage_dir: Path, plan: bytes) -> float | None:
     """Seconds that the engine's watcher took for `plan`; None while it is at it. 0 when nobody watches."""
-    try:
-        doc = json.loads((stage_dir / WATCHING).read_bytes()) if watched(stage_dir) else None
-    except (OSError, ValueError):
-        doc = None
+    doc = _said(stage_dir)
     if doc is None:
         return 0.0
     return float(doc["seconds"]) if doc["plan"] == plan_hash(plan) else None
+
+
+def _said(stage_dir: Path) -> dict[str, Any] | None:
+    """What a living watcher wrote last."""
+    try:
+        doc: dict[str, Any] = json.loads((stage_dir / WATCHING).read_bytes())
+        os.kill(int(doc["pid"]), 0)
+    except (OSError, ValueError, KeyError):
+        return None
+    return doc

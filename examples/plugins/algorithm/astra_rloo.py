@@ -10,7 +10,7 @@ from astracli.rl.losses import Algorithm, Normaliser, Table, TokenLoss
 
 class Settings(Table):
     weight_cap: PositiveFloat = 2.0
-    """Largest weight of a token, its probability now over that of the engine that drew it."""
+    """Largest weight of a token: its probability now, divided by its probability under the engine that drew it."""
 
 
 @dataclass(frozen=True)

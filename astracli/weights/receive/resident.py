@@ -1,4 +1,4 @@
-"""Applying to weights that live on a GPU: everything that can be done before the pause is done before it.
+"""Changing an engine's weights where they lie: everything that can be done before the pause is done before it.
 
 While the engine still generates, a decoded version is turned into flat indices and values on the device, and a table
 of where each run of them goes; a full version is staged (`staging.py`). In the pause there is one scatter over all
@@ -7,11 +7,12 @@ tensors, or a copy for each of them, and one pass of digests.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,9 @@ from astracli.weights.device.difference import bits_torch, from_order, to_order
 from astracli.weights.device.host import to_device
 from astracli.weights.format import digest, flat
 from astracli.weights.format.flat import KINDS
-from astracli.weights.receive.apply import EngineSlice, Prepared
+from astracli.weights.receive.placement import EngineSlice
+from astracli.weights.receive.reading import Prepared
 from astracli.weights.receive.staging import SPARE_BYTES, Copy, Held, Staging, Where
-
-BLOCK = 1024
-"""Changed elements of one work item of the kernel."""
 
 
 @dataclass
@@ -90,7 +89,7 @@ class Step:
 
 @dataclass
 class Resident:
-    """The hands of an engine whose weights are views of its parameters, on one device."""
+    """An engine's weights, as views of its parameters on one device: applies versions and takes digests."""
 
     placed: Mapping[str, Sequence[EngineSlice]]
     spent: dict[str, float] = field(default_factory=dict)
@@ -98,10 +97,11 @@ class Resident:
     _plans: dict[tuple[str, ...], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.device = next(p.view.device for places in self.placed.values() for p in places)
+        views = (place.view for places in self.placed.values() for place in places)
+        self.device = next((view.device for view in views), torch.device("cpu"))
         self._triton = self.device.type == "cuda" and find_spec("triton") is not None
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        # made here, once: every torch call gives the interpreter away, and a thread beside a busy one waits for it
+        # made once: every torch call releases the interpreter, and a thread beside a busy one waits to get it back
         self._bits = {name: [(p, bits_torch(p.view)) for p in places] for name, places in self.placed.items()}
 
     # ---- before the pause ----
@@ -109,27 +109,30 @@ class Resident:
     def load(self, prepared: Prepared) -> None:
         """Bring a decoded version to the device, in any thread; its decoded form on the host is given up."""
         if prepared.loaded is not None:
-            assert prepared.hands is self, "loaded for other weights: its addresses are not these"
+            assert prepared.loaded_by is self, "loaded for other weights: its addresses are not these"
             return
-        flat_steps = prepared.flat if prepared.flat is not None else [flat.flatten(step) for step in prepared.steps]
+        begin = time.perf_counter()
         if self._stream is None:
-            steps = [self._step(step) for step in flat_steps]
+            steps = [self._step(step) for step in prepared.flat]
         else:
             with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-                steps = [self._step(step) for step in flat_steps]
+                steps = [self._step(step) for step in prepared.flat]
             self._stream.synchronize()
-        prepared.loaded, prepared.hands, prepared.steps, prepared.flat = steps, self, [], None
+        prepared.loaded, prepared.loaded_by, prepared.flat = steps, self, []
+        prepared.load_s += time.perf_counter() - begin
 
     def stage(self, prepared: Prepared, staging: Staging) -> None:
         """Bring the bits of a full version that is loaded out of its file, as near to the weights as there is room."""
+        begin = time.perf_counter()
         for step in prepared.loaded or ():
             if step.copies and (held := staging.hold(step.copies)) is not None:
                 step.held, step.copies = held, []
+        prepared.load_s += time.perf_counter() - begin
 
     def fits(self, prepared: Prepared) -> bool:
         """Whether what was loaded, if anything was, can still be applied to these weights."""
         steps = prepared.loaded
-        return steps is None or (prepared.hands is self and all(s.held is None or s.held.valid for s in steps))
+        return steps is None or (prepared.loaded_by is self and all(s.held is None or s.held.valid for s in steps))
 
     @staticmethod
     def waits(prepared: Prepared) -> Where | None:
@@ -164,7 +167,19 @@ class Resident:
             values, indices = values.clone(), indices.clone()
         scatter = Scatter(runs, values, indices)
         if self._triton:
-            scatter.table = torch.from_numpy(work_items(runs)).to(self.device)
+            from astracli.weights.device.scatter_kernels import work_items
+
+            rows = [
+                (
+                    run.view.data_ptr() + run.shift * run.view.element_size(),
+                    run.values.start,
+                    -1 if run.indices is None else run.indices.start,
+                    run.values.stop - run.values.start,
+                    run.kind,
+                )
+                for run in runs
+            ]
+            scatter.table = torch.from_numpy(work_items(rows)).to(self.device)
         return scatter
 
     def _runs(self, span: flat.Span, indices: np.ndarray[Any, Any]) -> Iterator[Run]:
@@ -204,9 +219,12 @@ class Resident:
     def plan(self, names: Iterable[str]) -> Any:
         """The tables of one pass of digests over `names`, made once; None: none are needed here."""
         wanted = tuple(names)
-        if wanted not in self._plans:
-            self._plans[wanted] = self._tables(wanted) if wanted and self._triton else None
-        return self._plans[wanted]
+        if wanted and self._triton and wanted not in self._plans:
+            from astracli.weights.device.scatter_kernels import DigestPlan
+
+            pairs = [(place, slot) for slot, name in enumerate(wanted) for place in self.placed[name]]
+            self._plans[wanted] = DigestPlan([(p.view, p.offset) for p, _ in pairs], [slot for _, slot in pairs])
+        return self._plans.get(wanted)
 
     def digests(self, names: Iterable[str]) -> dict[str, str]:
         """HF name -> digest of what the views hold now: one pass, one wait. `spent` says where the time went."""
@@ -215,45 +233,12 @@ class Resident:
         times.append(time.perf_counter())
         sums = plan.launch() if plan is not None else None
         times.append(time.perf_counter())
-        lanes = [self._lanes(self.placed[name]) for name in wanted] if sums is None else digest.lanes_of(sums)
+        lanes = [_lanes(self.placed[name]) for name in wanted] if sums is None else digest.lanes_of(sums)
         times.append(time.perf_counter())
         parts = ("tables_s", "launch_s", "device_s")
-        self.spent = {part: end - begin for part, (begin, end) in zip(parts, itertools.pairwise(times), strict=True)}
+        self.spent = {part: end - begin for part, (begin, end) in zip(parts, pairwise(times), strict=True)}
         return {name: digest.to_hex(found) for name, found in zip(wanted, lanes, strict=True)}
 
-    def _tables(self, names: Sequence[str]) -> Any:
-        from astracli.weights.device.scatter_kernels import DigestPlan
 
-        pairs = [(place, slot) for slot, name in enumerate(names) for place in self.placed[name]]
-        return DigestPlan([(place.view, place.offset) for place, _ in pairs], [slot for _, slot in pairs])
-
-    @staticmethod
-    def _lanes(places: Sequence[EngineSlice]) -> digest.Lanes:
-        lanes = digest.ZERO
-        for found in digest.digest_many([(place.view, place.offset) for place in places]):
-            lanes = digest.add(lanes, found)
-        return lanes
-
-
-def work_items(runs: Sequence[Run]) -> np.ndarray[Any, Any]:
-    """int64 [n, 6], as `kernels.scatter` reads it: each run in items of at most BLOCK elements."""
-    rows = [
-        (
-            run.view.data_ptr() + run.shift * run.view.element_size(),
-            run.values.start,
-            -1 if run.indices is None else run.indices.start,
-            run.values.stop - run.values.start,
-            run.kind,
-        )
-        for run in runs
-    ]
-    address, value, index, count, kind = np.array(rows, np.int64).T
-    items = -(-count // BLOCK)
-    of = np.repeat(np.arange(len(rows)), items)
-    start = (np.arange(len(of)) - np.repeat(np.cumsum(items) - items, items)) * BLOCK
-    table = np.empty((len(of), 6), np.int64)
-    table[:, 0], table[:, 3], table[:, 5] = address[of], start, kind[of]
-    table[:, 1] = value[of] + start
-    table[:, 2] = np.where(index[of] < 0, -1, index[of] + start)
-    table[:, 4] = np.minimum(BLOCK, count[of] - start)
-    return table
+def _lanes(places: Sequence[EngineSlice]) -> digest.Lanes:
+    return reduce(digest.add, (digest.digest_tensor(place.view, place.offset) for place in places), digest.ZERO)

@@ -1,0 +1,199 @@
+"""What the files of a run say: its row in a list, its newest figures, its logs, samples and summary."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from astracli.errors import UserError
+from astracli.runs import metrics
+from astracli.runs.run_dir import RunDir, paths
+
+Outcome = Literal["right", "wrong", "truncated"]
+
+REPORTED = (
+    ("reward_mean", "mean reward"),
+    ("step_s", "seconds a step"),
+    ("tokens_per_s", "tokens/s"),
+    ("staleness_mean", "mean staleness, versions"),
+    ("parity_mean_abs", "parity, mean |trainer - engine| logprob"),
+    ("ratio_mean", "mean ratio"),
+    ("clip_fraction", "clipped tokens, fraction"),
+    ("entropy", "entropy, nats"),
+    ("grad_norm", "gradient norm"),
+    ("delta_density", "changed weights, fraction"),
+    ("delta_bytes", "delta, bytes"),
+    ("full_bytes", "full, bytes"),
+    ("pause_s", "engine pause, s"),
+)
+"""Metrics that a report shows, in its order; those that a run never wrote are left out."""
+
+
+def row(run: RunDir) -> dict[str, Any]:
+    """One line of `astra runs list`. A damaged `status.json` is said, not raised."""
+    try:
+        status = run.status()
+        state = "not started" if status is None else status.shown()
+    except UserError:
+        status, state = None, f"unknown: {run.status_json.name} is damaged"
+    ended = status is not None and (status.ended is not None or status.alive())
+    return {
+        "run": run.name,
+        "state": state,
+        "recipe": status.recipe if status else None,
+        "step": status.step if status else None,
+        "steps": status.steps if status else None,
+        "started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.started)) if status else None,
+        "wall_s": round((status.ended or time.time()) - status.started, 1) if ended else None,
+        "path": str(run.path),
+    }
+
+
+def newest_figures(run: RunDir) -> dict[str, dict[str, Any]]:
+    """The last record that each process wrote to `metrics.jsonl`: {process: {step, figure: value, ...}}."""
+    last: dict[str, dict[str, Any]] = {}
+    for record in metrics.read(run.metrics_jsonl):
+        process = str(record.get("process", "run"))
+        last[process] = last.get(process, {}) | {k: v for k, v in record.items() if k not in ("time", "process")}
+    return last
+
+
+def log_files(run: RunDir, name: str | None = None) -> list[Path]:
+    """Logs of the newest attempt, all or the one called `name`. Raises UserError."""
+    attempts = run.attempts()
+    if not attempts:
+        raise UserError(f"run `{run.path}` has no logs")
+    files = sorted(run.attempt_logs(attempts[-1]).glob("*.log"))
+    if name is None:
+        return files
+    found = [file for file in files if file.stem == name]
+    if not found:
+        raise UserError(
+            f"run `{run.path}` has no log `{name}`", f"there are: {', '.join(f.stem for f in files) or 'none'}"
+        )
+    return found
+
+
+def last_lines(file: Path, count: int) -> list[str]:
+    """The last `count` lines of a text file."""
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        return [line.rstrip("\n") for line in deque(lines, maxlen=count)]
+
+
+def follow(files: list[Path], going: Callable[[], bool], interval_s: float = 0.2) -> Iterator[tuple[Path, str]]:
+    """(file, line) for every line written from now on, until `going` says no and everything is read."""
+    offsets = {file: file.stat().st_size for file in files}
+    while True:
+        more = going()
+        for file in files:
+            with file.open("rb") as stream:
+                stream.seek(offsets[file])
+                content = stream.read()
+            whole = content if not more else content[: content.rfind(b"\n") + 1]
+            offsets[file] += len(whole)
+            for line in whole.decode("utf-8", "replace").splitlines():
+                yield file, line
+        if not more:
+            return
+        time.sleep(interval_s)
+
+
+def samples(run: RunDir, *, outcomes: set[Outcome], step: int | None = None) -> Iterator[dict[str, Any]]:
+    """Rollout samples in the order of writing; `outcomes` empty = all, else those that match any of them.
+
+    Where there are none (a directory of `astra eval`), the answers to its benchmarks.
+    """
+    files = sorted(run.samples.glob("*.jsonl")) or sorted((run.eval / "items").glob("*.jsonl"))
+    for file in files:
+        for sample in metrics.read(file):
+            if step is not None and sample.get("step") != step:
+                continue
+            if not outcomes or outcomes & _outcomes(sample):
+                yield sample
+
+
+def _outcomes(sample: dict[str, Any]) -> set[Outcome]:
+    found: set[Outcome] = {"right" if sample.get("verdict") == "right" else "wrong"}
+    return found | {"truncated"} if sample.get("finish_reason") == "length" else found
+
+
+@dataclass(frozen=True)
+class Trend:
+    """One benchmark at the first and the last evaluated step; fractions."""
+
+    benchmark: str
+    n: int
+    first_step: int
+    first: float
+    last_step: int
+    last: float
+    stderr: float
+    k: int
+    pass_first: float
+    pass_last: float
+
+    @property
+    def difference(self) -> float:
+        return self.last - self.first
+
+
+def eval_rows(run: RunDir) -> dict[str, list[dict[str, str]]]:
+    """benchmark -> its rows of `eval/eval.csv` in the order of steps; empty without that file."""
+    found: dict[str, list[dict[str, str]]] = defaultdict(list)
+    if run.eval_csv.is_file():
+        with run.eval_csv.open(encoding="utf-8", newline="") as file:
+            for row in sorted(csv.DictReader(file), key=lambda row: int(row["step"])):
+                found[row["benchmark"]].append(row)
+    return found
+
+
+def trends(run: RunDir) -> list[Trend]:
+    """First and last evaluation of every benchmark."""
+    found = []
+    for benchmark, rows in eval_rows(run).items():
+        a, b = rows[0], rows[-1]
+        found.append(
+            Trend(
+                benchmark, int(b["n"]), int(a["step"]), float(a["avg_at_n"]), int(b["step"]), float(b["avg_at_n"]),
+                float(b["stderr"]), int(b["k"]), float(a["pass_at_k"]), float(b["pass_at_k"]),
+            )
+        )  # fmt: skip
+    return found
+
+
+def results(run: RunDir) -> dict[str, Any] | None:
+    """`eval/results.json`, which an `astra eval` leaves; None for anything else."""
+    file = run.eval / "results.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def summary(run: RunDir) -> dict[str, Any] | None:
+    """The summary figures of a run that has ended; None while it runs and of one that was killed. Its places are where
+    the run lies now: it may have been moved, or be looked at from another directory."""
+    try:
+        document = json.loads(run.summary_json.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"`{run.summary_json}` is damaged: {error}") from None
+    return document | {"paths": paths(run.path)} if isinstance(document, dict) else None
+
+
+def report(run: RunDir) -> dict[str, Any]:
+    """The summary figures of a run: state, evaluation trend, means over the last tenth of the steps, expected."""
+    records = metrics.read(run.metrics_jsonl)
+    figures = []
+    for name, words in REPORTED:
+        series = metrics.series(records, name)
+        if series:
+            tail = [value for _, value in series[-max(1, len(series) // 10) :]]
+            figures.append({"figure": words, "metric": name, "first": series[0][1], "last_tenth": metrics.mean(tail)})
+    recipe = json.loads(run.recipe_json.read_text())
+    evaluation = [vars(trend) | {"difference": trend.difference} for trend in trends(run)]
+    return {"run": row(run), "evaluation": evaluation, "figures": figures, "expected": recipe.get("expected")}

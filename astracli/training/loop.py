@@ -1,0 +1,307 @@
+"""A trainer rank between its start and its end: takes batches from the hub, trains, checkpoints, publishes, exports.
+
+Order of one step s, safe against a kill at any point: train -> begin checkpoint s + 1 when due -> publish version
+s + 1 -> announce -> leave a shared GPU -> metrics -> acknowledge. A resumed trainer loads checkpoint c, publishes
+version c anew and asks for batch c, which the hub serves with the same groups. Rank 0 talks to the hub; other ranks get
+the batch from it.
+
+A checkpoint is written while the next steps run (`checkpoint_saver`), except in deterministic mode. Once it is whole
+the next acknowledgement tells the hub; until then a resume begins at the one before, whose groups the hub keeps.
+
+Everything from publishing on may happen in a thread beside step s + 1 (`weights.background`), from a copy. It is over
+before checkpoint s + 2 is begun. So when a checkpoint c is on disk, every step before c - 1 has been acknowledged, and
+whoever resumes from c acknowledges step c - 1. Groups of batch s + 1 that were handed out before step s was
+acknowledged stay in that batch. An error in the thread ends the run at the trainer's next turn.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from astracli.config.recipe import Recipe
+from astracli.engines import registry as engines
+from astracli.errors import RunFailed, disk_full
+from astracli.hub.client import HubClient
+from astracli.hub.types import Batch, HubState, NextBatch
+from astracli.hub.wire import MSGPACK, pack_answer, unpack_answer
+from astracli.models import registry
+from astracli.process.config import TrainerConfig
+from astracli.process.transient import gpu_failed
+from astracli.process.worker import TERM_EXIT, Reporter
+from astracli.rl.sample_log import write_samples
+from astracli.rl.types import Group, unpack_group
+from astracli.training import checkpoint
+from astracli.training.checkpoint_saver import Saver
+from astracli.training.export import export, frozen_tensors
+from astracli.training.fsdp import Ranks
+from astracli.training.setup import build_trainer
+from astracli.training.time_sharing import TimeSharing
+from astracli.weights.publish.publisher import Publisher, PublishResult
+
+ENCODE_THREADS = 8
+"""Threads of a rank that compress what a GPU has coded."""
+BATCH_WAIT_S = 5.0
+"""One long poll for a batch; between two, a stop is noticed."""
+
+
+def train(config: TrainerConfig, reporter: Reporter, ranks: Ranks) -> None:
+    """All steps of the run, and the export."""
+    loop = TrainLoop(config, reporter, ranks)
+    loop.start()
+    while loop.step < config.recipe.train.steps:
+        if not loop.advance():
+            return
+    loop.finish()
+
+
+def in_background(recipe: Recipe, device: str) -> bool:
+    """Whether publishing runs beside the next step. Not in deterministic mode, where nothing runs beside anything;
+    otherwise as the recipe says, and by default on a GPU only (docs/benchmarks.md has the figures of a CPU)."""
+    if recipe.launch.deterministic or recipe.weights.background == "off":
+        return False
+    return recipe.weights.background == "on" or device != "cpu"
+
+
+def _end_rank(error: BaseException) -> None:
+    """End this rank, whose background failed: it has no hub to tell, and the other ranks would wait for its part."""
+    known = disk_full(error) or gpu_failed(error)
+    said = known.message if known else f"a version or a checkpoint was not written: {type(error).__name__}: {error}"
+    print(f"error: {said}", file=sys.stderr, flush=True)
+    os._exit(known.exit_code if known else 1)
+
+
+def _published_figures(result: PublishResult) -> dict[str, float]:
+    """Metrics of one version; seconds are of this rank, `diff_s` to `write_s` on a CPU summed over its threads."""
+    same = ("bytes_per_changed", "digest_s", "delta_s", "diff_s", "encode_s", "write_s")
+    return {
+        "delta_density": result.density,
+        "delta_bytes": result.bytes_delta,
+        "full_bytes": result.bytes_full,
+        **{name: getattr(result, name) for name in same},
+        "stable_s": result.publish_s,
+    }
+
+
+class TrainLoop:
+    """One rank's state between steps. `step` is the next step to train; the policy's version is the same number."""
+
+    def __init__(self, config: TrainerConfig, reporter: Reporter, ranks: Ranks):
+        self.config = config
+        self.recipe = config.recipe
+        self.reporter = reporter
+        self.ranks = ranks
+        self.step = 0
+        self.hub = HubClient(config.hub_url, config.token) if ranks.first else None
+        self.time_sharing = TimeSharing(config, reporter, ranks, self.hub)
+        if not self.time_sharing.begin():
+            raise SystemExit(TERM_EXIT)
+        self.adapter = registry.resolve(self.recipe, config.model_path)
+        self.trainer = build_trainer(
+            config.model_path,
+            self.adapter,
+            self.recipe,
+            ranks,
+            attention=config.attention,
+            split=config.split,
+            bf16_engine=config.device not in engines.get(config.engine).fp32_on,
+        )
+        self.checkpoints = config.run_dir / "checkpoints"
+        self.saver = Saver(
+            self.checkpoints,
+            ranks,
+            keep=self.recipe.checkpoint.keep,
+            beside=not self.recipe.launch.deterministic,  # in that mode nothing runs beside anything
+            others=config.host_bytes,
+        )
+        self._pinned: set[int] = set()
+        table = self.recipe.weights
+        self.publisher = Publisher(
+            config.run_dir / "weights",
+            transfer=table.transfer,
+            full_interval=table.full_interval,
+            keep=table.keep,
+            level=table.compression_level,
+            model_name=self.recipe.model.path,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            session=f"{config.run_dir.name}-{config.attempt}-{config.start}",
+            frozen=frozen_tensors(config.model_path, self.adapter) if ranks.first else None,
+            tied=self.trainer.masters.tied,
+            pinned=lambda version: version in self._pinned,
+            threads=config.threads if config.device == "cpu" else max(config.threads, ENCODE_THREADS),
+            leaves=self.time_sharing.leaves,
+        )
+        # before it gives a GPU up, a trainer waits for its version anyway
+        self.background = in_background(self.recipe, config.device) and not self.time_sharing.gpu_leases
+        if not ranks.first:
+            self.publisher.on_failure = self.saver.on_failure = _end_rank
+
+    def start(self) -> None:
+        """Begin at version 0, or at the checkpoint to which the supervisor rewound the hub. From then on the engines
+        can serve."""
+        masters, resume = self.trainer.masters, self.config.resume_step
+        if resume:
+            found = checkpoint.read(
+                checkpoint.place(self.checkpoints, resume), digests=False
+            )  # the supervisor read all
+            if found is None:
+                raise RunFailed(f"there is no whole checkpoint of step {resume} in `{self.checkpoints}`")
+            checkpoint.load(found, masters, self.ranks)
+            self.step = resume
+        if resume is not None and self.hub is not None:
+            state: HubState = self.hub.state()
+            running = [one.version for one in state.evals if one.state == "running"]
+            self._pinned = {version for version in running if version is not None}
+        publish = self.publisher.publish if resume is None else self.publisher.restart
+        publish(self.step, masters.wire_shards(copy=not self.time_sharing.leaves), owned=True)
+        self.time_sharing.end(self.trainer)
+        if self.recipe.checkpoint.every and self.saver.beside:
+            self.saver.prepare(masters)
+        self._announce(self.step)
+        if self.hub is not None and resume:
+            # a kill between checkpoint and acknowledgement left this step open
+            self.hub.ack(self.step - 1, self.step, self.step)
+        self.reporter.ready()
+        self.reporter.progress(step=self.step)
+
+    def advance(self) -> bool:
+        """Train one step. False when the run is asked to stop."""
+        began = time.perf_counter()
+        received = self._receive()
+        if received is None:
+            return False
+        groups, stats = received
+        if not self.time_sharing.begin(self.trainer):
+            return False
+        wait_s = time.perf_counter() - began
+        try:
+            result = self.trainer.train(groups, self.step, self.step)
+        except ValueError as error:
+            raise RunFailed(str(error), "look at the rollout worker's log") from error
+        figures: dict[str, float] = {**result.metrics, **stats, "wait_s": wait_s}
+        step, version = self.step, self.step + 1
+        if self.hub is not None:
+            count = self.recipe.metrics.samples_per_step
+            write_samples(self.config.run_dir / "samples", result.batch, step, self.recipe.seed, count)
+        figures["publish_wait_s"] = self._settle()
+        self.saver.check()
+        self._checkpoint_if_due(version, figures)
+        self.step = version
+        self._publish(step, figures, began)
+        self.reporter.progress(step=version, tokens_per_s=round(figures["tokens_per_s"], 1))
+        return True
+
+    def _settle(self) -> float:
+        """Wait until the version before is on disk, announced and acknowledged. Seconds; raises its error."""
+        if not self.publisher.busy:
+            return self.publisher.settle()
+        self.reporter.waiting(f"version {self.step} to be published")
+        waited = self.publisher.settle()
+        self.reporter.waiting(None)
+        return waited
+
+    def _publish(self, step: int, figures: dict[str, float], began: float) -> None:
+        """Publish version step + 1, here or from a copy in the background; `publish_s` is what it costs the step. With
+        time sharing the trainer then leaves its GPU, and its step ends."""
+        version, begin = step + 1, time.perf_counter()
+        tensors = self.trainer.masters.wire_shards(copy=not self.time_sharing.leaves)
+        figures["snapshot_s"] = time.perf_counter() - begin
+
+        def published(result: PublishResult) -> None:
+            figures.update(_published_figures(result))
+            figures["snapshot_s"] += result.snapshot_s
+            self._announce(version)
+            if self.background:
+                costs(0.0, handed_over + result.snapshot_s)
+            else:
+                self.time_sharing.end(self.trainer)
+                costs(result.publish_s, time.perf_counter())
+            self._metrics(step, figures | self.saver.figures())
+            if self.hub is not None:
+                self.hub.ack(step, version, self.saver.whole)
+
+        def costs(publish_s: float, ended: float) -> None:
+            figures["publish_s"] = figures["publish_wait_s"] + figures["snapshot_s"] + publish_s
+            figures["step_s"] = ended - began
+            figures["tokens_per_s"] = figures["tokens"] / figures["step_s"]
+
+        handed_over = time.perf_counter()
+        if self.background:
+            costs(0.0, handed_over)
+            self.publisher.publish_async(version, tensors, published, owned=True)
+        else:
+            published(self.publisher.publish(version, tensors, owned=True))
+
+    def finish(self) -> None:
+        """Export the last version in Hugging Face format."""
+        self._settle()
+        if not self.time_sharing.begin(self.trainer):
+            return
+        self.reporter.waiting(None)
+        began = time.perf_counter()
+        tensors = self.trainer.masters.wire_full()
+        if self.ranks.first:
+            export(self.config.run_dir / "export", self.config.model_path, tensors, self.adapter)
+        self.time_sharing.end(self.trainer)
+        export_s = time.perf_counter() - began
+        self.publisher.close()
+        self.reporter.waiting("the last checkpoint to be on disk" if self.saver.busy else None)
+        self.saver.wait()
+        self.ranks.barrier()
+        self._metrics(self.step - 1, {"export_s": export_s, **self.saver.figures()})
+        if self.hub is not None and self.saver.whole is not None:
+            self.hub.ack(self.step - 1, self.step, self.saver.whole)
+
+    def _receive(self) -> tuple[list[Group], dict[str, float]] | None:
+        """This step's groups on every rank, and the hub's counts of what arrived for it; None on a stop."""
+        if self.hub is None:
+            self.reporter.waiting("waiting for the first rank's batch")
+        message = pack_answer(NextBatch(self._poll(self.hub)))[0] if self.hub is not None else None
+        reply: NextBatch = unpack_answer(NextBatch, self.ranks.broadcast(message), MSGPACK, "the first rank")
+        self.reporter.waiting(None)
+        if reply.batch is None:
+            return None
+        counts = {name.removeprefix("arrived_"): count for name, count in asdict(reply.batch.stats).items()}
+        stats = {f"arrived_{name}": float(count) for name, count in counts.items() if count is not None}
+        if self.recipe.train.replay_ratio:
+            stats["replay"] = float(reply.batch.replay)
+        return [unpack_group(blob) for blob in reply.batch.groups], stats
+
+    def _poll(self, hub: HubClient) -> Batch | None:
+        """This step's batch; None on a stop."""
+        while not self.reporter.stop_requested.is_set():
+            reply: NextBatch = hub.batch(self.step, wait_s=BATCH_WAIT_S)
+            if reply.batch is not None:
+                return reply.batch
+            self.publisher.check()
+            self.saver.check()
+            self.reporter.waiting(reply.wait)
+        return None
+
+    def _checkpoint_if_due(self, step: int, figures: dict[str, float]) -> None:
+        """Begin a checkpoint; `checkpoint_s` is how long the step stands still for it."""
+        every = self.recipe.checkpoint.every
+        if not every or (step % every and step != self.recipe.train.steps):
+            return
+        began = time.perf_counter()
+        if self.saver.busy:
+            self.reporter.waiting("the checkpoint before to be on disk")
+        self.saver.begin(step, self.trainer.masters)
+        if not self.saver.beside:
+            self.saver.wait()
+            self.ranks.barrier()
+        self.reporter.waiting(None)
+        figures["checkpoint_s"] = time.perf_counter() - began
+
+    def _announce(self, version: int) -> None:
+        """Tell the hub that a version is on disk; learn which older ones must stay there."""
+        if self.hub is not None:
+            self._pinned = set(self.hub.announce(version, version))
+
+    def _metrics(self, step: int, figures: Mapping[str, float]) -> None:
+        if self.hub is not None:
+            self.hub.metrics([{"step": step, "process": self.config.name, **figures}])

@@ -218,7 +218,7 @@ def keep(trainer: Trainer, start: Path, args: argparse.Namespace, records: list[
 
 
 def warm_up(trainer: Trainer, start: Path, source: Iterator[Packed], args: argparse.Namespace) -> None:
-    held_out = arithmetic.held_out_steps()[: args.items]
+    held_out = arithmetic.held_out(levels=arithmetic.STEP_LEVELS)[: args.items]
     assert all(encode(p.question + "=") == chat_prompt_tokens(vocabulary()[0], p.question) for p in held_out[:8])
     size = max(1, min(len(held_out), args.tokens // 100))
     rows = [pack(held_out[i : i + size]) for i in range(0, len(held_out), size)]

@@ -14,11 +14,13 @@ import numpy as np
 from engine_models import tiny_model
 
 from astracli.adapters.qwen3_5 import ADAPTER as QWEN3_5
-from astracli.engines.client import EngineClient, GenRequest
-from astracli.engines.embedded.engine import EmbeddedEngine, EngineLimits
-from astracli.engines.embedded.http import Door, build_app
-from astracli.engines.embedded.process import bind, serving
+from astracli.engines.client import EngineClient
+from astracli.engines.contract import GenRequest
+from astracli.engines.embedded.engine import EmbeddedEngine
+from astracli.engines.embedded.http import build_app
 from astracli.models.adapter import ModelAdapter
+from astracli.process.ports import bind
+from astracli.process.server import ServerThread
 
 TOKEN = "secret-of-the-run"
 
@@ -55,22 +57,20 @@ def loader(adapter: ModelAdapter) -> Callable[[Path], tuple[Any, Any]]:
 @contextmanager
 def running(engine: EmbeddedEngine) -> Iterator[str]:
     """The engine's loop and server in threads; yields its URL."""
-    door = Door()
-    door.engine = engine
     reporter = Idle()
-    listener = bind("127.0.0.1", 0)
     loop = threading.Thread(target=engine.loop, args=(reporter,), daemon=True)
     loop.start()
+    server = ServerThread(build_app([engine], TOKEN), bind()).start()
     try:
-        with serving(build_app(door, TOKEN), listener):
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield server.url
     finally:
+        server.stop()
         reporter.stop_requested.set()
         loop.join(timeout=5)
 
 
 def engine_of(path: Path, adapter: ModelAdapter = QWEN3_5, **options: Any) -> EmbeddedEngine:
-    return EmbeddedEngine(path, loader(adapter), EngineLimits(slots=6, context_length=64), **options)
+    return EmbeddedEngine(path, loader(adapter), slots=6, context_length=64, **options)
 
 
 def with_client(engine: EmbeddedEngine, scenario: Callable[[EngineClient], Awaitable[None]]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from astracli.data import benchmarks
 from astracli.data.benchmarks import Benchmark
 from astracli.data.prompts import Problem
-from astracli.engines.client import GenRequest, GenResult
+from astracli.engines.contract import GenRequest, GenResult
 from astracli.errors import RunFailed
 from astracli.evaluation.benchmark import BenchmarkWork, EvalSampling, Result, sample_seed
 from astracli.evaluation.spread import evaluate

@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from astracli.engines.sglang.client import SETTLE_LOADER
 from astracli.errors import RunFailed
-from astracli.hub.server import ServerThread
+from astracli.process.server import ServerThread
 from astracli.weights.receive.subscriber import StagedPlan
 
 BROKEN = -99.0

@@ -34,8 +34,8 @@ def test_solution_of_several_steps_by_hand(question: str, solution: str) -> None
 
 
 def test_problems_of_several_steps_are_right_bounded_and_apart_from_the_held_out_ones() -> None:
-    held = arithmetic.held_out_steps()
-    assert held == arithmetic.held_out_steps() and len({p.question for p in held}) == 256
+    held = arithmetic.held_out(levels=arithmetic.STEP_LEVELS)
+    assert held == arithmetic.held_out(levels=arithmetic.STEP_LEVELS) and len({p.question for p in held}) == 256
     assert {p.meta["level"]: 0 for p in held}.keys() == set(arithmetic.STEP_LEVELS)
     drawn = [draw(i, 7, arithmetic.STEP_LEVELS) for i in range(2000)]
     for problem in [*drawn, *held]:

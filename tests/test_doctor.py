@@ -14,7 +14,7 @@ from machines import facts, package
 
 from astracli.adapters import qwen3_5
 from astracli.config import recipe_io
-from astracli.doctor import checks, python
+from astracli.doctor import checks, system
 from astracli.machine import facts as machine
 from astracli.machine import packages, read
 
@@ -58,7 +58,7 @@ def test_every_check_that_can_go_wrong_has_a_case() -> None:
     """Those that only state a choice, and those with tests of their own below, are named here."""
     told = {"adapter", "fit", "attention", "engine", "hub cache"}
     own = {"gated backward", "attention backends", "tilelang", "packing", "refused", "load", "engine python"}
-    cased = {case.name for case in CASES} | set(python.CORE) | told | own
+    cased = {case.name for case in CASES} | set(system.CORE) | told | own
     boxes = [gpu_box(), gpu_box() | {"checkpoint": checkpoint(), "network": NET | {"hub_asked": True}}]
     seen = {c["name"] for d in boxes for name in (BIG, TINY, None) for c in judged(name, d)["checks"]}
     assert seen - cased == set()

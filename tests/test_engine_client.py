@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fake_engine import FakeEngine
 
-from astracli.engines.client import UpdateReply
+from astracli.engines.contract import UpdateReply
 from astracli.engines.sglang.client import SglangClient
 
 TOKEN = "secret"

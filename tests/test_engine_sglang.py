@@ -27,11 +27,11 @@ from transfer_tools import TOKEN as WEIGHTS_TOKEN
 from transfer_tools import Server as WeightServer
 
 from astracli.adapters.qwen3_5 import ADAPTER as QWEN3_5
-from astracli.engines.client import GenRequest
+from astracli.engines.contract import GenRequest
 from astracli.engines.sglang import checkpoint
 from astracli.engines.sglang import server as sglang
 from astracli.engines.sglang.client import SglangClient
-from astracli.engines.sglang.server import Options, command, graph_sizes
+from astracli.engines.sglang.command import Options, arguments, graph_sizes
 from astracli.engines.sglang.settings import SglangTable
 from astracli.errors import RunFailed
 from astracli.process.config import EngineConfig
@@ -157,7 +157,7 @@ def test_versions_reach_a_server_that_started_without_weights(tmp_path: Path, hu
         asyncio.run(follow())
         server = server_of(watcher)
         watcher.send_signal(signal.SIGTERM)
-        output, _ = watcher.communicate(timeout=10)
+        output, _ = watcher.communicate(timeout=60)
     assert watcher.returncode == 143
     assert TOKEN not in output and "api_key='***'" in output
     until(lambda: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE)
@@ -220,7 +220,7 @@ def test_an_environment_without_sglang_is_named(tmp_path: Path, hub: FakeHub) ->
 def test_command_line(tmp_path: Path, hub: FakeHub) -> None:
     config = engine_config(tmp_path, hub)
     (tmp_path / "config").mkdir()
-    found = command(config, Path("/m"), OPTIONS, {"disable_radix_cache": True, "mamba_ssm_dtype": "float32"})
+    found = arguments(config, Path("/m"), OPTIONS, {"disable_radix_cache": True, "mamba_ssm_dtype": "float32"})
     assert {"--model-path=/m", "--load-format=dummy", "--weight-version=-1", "--attention-backend=triton"} <= set(found)
     assert {"--linear-attn-backend=triton", "--max-running-requests=32", "--mem-fraction-static=0.7"} <= set(found)
     assert {"--disable-radix-cache", "--mamba-ssm-dtype=float32", "--max-total-tokens=262144"} <= set(found)
@@ -229,12 +229,12 @@ def test_command_line(tmp_path: Path, hub: FakeHub) -> None:
     secret = Path(found[found.index("--config") + 1])
     assert json.loads(secret.read_text()) == {"api-key": TOKEN} and secret.stat().st_mode & 0o777 == 0o600
     alone = config.model_copy(update={"published": False, "serving_attention": "auto", "linear_attention": "none"})
-    found = command(alone, Path("/m"), OPTIONS, {})
+    found = arguments(alone, Path("/m"), OPTIONS, {})
     assert "--disable-radix-cache" not in found
     for mode, cached in (("retract", False), ("in_place", False), ("abort", True)):
         weights = config.recipe.weights.model_copy(update={"pause_mode": mode})
         asked = config.model_copy(update={"recipe": config.recipe.model_copy(update={"weights": weights})})
-        assert ("--disable-radix-cache" not in command(asked, Path("/m"), OPTIONS, {})) == cached
+        assert ("--disable-radix-cache" not in arguments(asked, Path("/m"), OPTIONS, {})) == cached
     assert {"--load-format=safetensors", "--weight-version=0"} <= set(found)
     assert not any("attention-backend" in part or "linear" in part for part in found)
 
@@ -248,7 +248,7 @@ def test_what_the_recipe_says_of_an_engine_is_on_its_command_line(tmp_path: Path
     rollout = config.recipe.rollout.model_copy(update={**asked, "sglang": own})
     recipe = config.recipe.model_copy(update={"rollout": rollout, "seed": 7})
     config = config.model_copy(update={"recipe": recipe, "mem_fraction_static": 0.55})
-    found = command(config, Path("/m"), OPTIONS, {})
+    found = arguments(config, Path("/m"), OPTIONS, {})
     port = config.port
     assert {"--host=127.0.0.1", f"--port={port}", "--skip-tokenizer-init", "--dtype=bfloat16"} <= set(found)
     assert {"--context-length=4096", "--chunked-prefill-size=2048", "--max-running-requests=24"} <= set(found)
@@ -257,7 +257,7 @@ def test_what_the_recipe_says_of_an_engine_is_on_its_command_line(tmp_path: Path
     leaves = ("--enable-memory-saver", "--enable-weights-cpu-backup")
     assert not set(leaves) & set(found)
     planned = config.model_copy(update={"time_sharing": True, "mem_fraction_static": 0.31})
-    found = command(planned, Path("/m"), OPTIONS, {})
+    found = arguments(planned, Path("/m"), OPTIONS, {})
     assert {*leaves, "--mem-fraction-static=0.31"} <= set(found), "what the plan derived is the last word"
 
 

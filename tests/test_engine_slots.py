@@ -9,10 +9,11 @@ import pytest
 import torch
 from engine_models import VOCAB, reference_logprobs, tiny_model
 
+from astracli.engines.contract import GenResult
 from astracli.engines.embedded import kernels
 from astracli.engines.embedded.decoder import Decoder
 from astracli.engines.embedded.scheduler import Scheduler
-from astracli.engines.embedded.table import Completion, Request
+from astracli.engines.embedded.table import Request
 
 KINDS = ["qwen3_5", "llama", "qwen3"]
 
@@ -27,7 +28,7 @@ def _scheduler(model: Any, slots: int, **options: Any) -> Scheduler:
     return Scheduler(Decoder(model, slots, prefill_tokens=options.pop("prefill_tokens", 8192)), **options)
 
 
-def _requests(count: int, out: dict[str, Completion], *, seed: int = 0, **fields: Any) -> list[Request]:
+def _requests(count: int, out: dict[str, GenResult], *, seed: int = 0, **fields: Any) -> list[Request]:
     rng = np.random.default_rng(seed)
     made = []
     for i in range(count):
@@ -50,7 +51,7 @@ def _finish(scheduler: Scheduler) -> None:
     raise AssertionError("the scheduler does not come to an end")
 
 
-def _check_exact(model: Any, requests: list[Request], out: dict[str, Completion]) -> None:
+def _check_exact(model: Any, requests: list[Request], out: dict[str, GenResult]) -> None:
     assert sorted(out) == sorted(request.rid for request in requests)
     for request in requests:
         done = out[request.rid]
@@ -63,7 +64,7 @@ def _check_exact(model: Any, requests: list[Request], out: dict[str, Completion]
 
 
 def test_log_probabilities_equal_full_forwards_with_staggered_arrivals_and_refilled_slots(model: Any) -> None:
-    out: dict[str, Completion] = {}
+    out: dict[str, GenResult] = {}
     scheduler = _scheduler(model, 5)
     requests = _requests(24, out)
     pending = list(requests)
@@ -78,8 +79,8 @@ def test_log_probabilities_equal_full_forwards_with_staggered_arrivals_and_refil
 
 
 def test_a_sequence_does_not_depend_on_its_company(model: Any) -> None:
-    together: dict[str, Completion] = {}
-    alone: dict[str, Completion] = {}
+    together: dict[str, GenResult] = {}
+    alone: dict[str, GenResult] = {}
     scheduler = _scheduler(model, 8)
     scheduler.submit(_requests(20, together, seed=5))
     _finish(scheduler)
@@ -92,7 +93,7 @@ def test_a_sequence_does_not_depend_on_its_company(model: Any) -> None:
 
 
 def test_equal_prompts_are_computed_once_and_prefills_are_cut_by_tokens(model: Any) -> None:
-    out: dict[str, Completion] = {}
+    out: dict[str, GenResult] = {}
     scheduler = _scheduler(model, 16, prefill_tokens=40)
     requests = _requests(12, out, seed=2, temperature=1.0)
     for i, request in enumerate(requests):
@@ -110,7 +111,7 @@ def test_equal_prompts_are_computed_once_and_prefills_are_cut_by_tokens(model: A
 
 
 def test_greedy_equals_transformers_generate(model: Any) -> None:
-    out: dict[str, Completion] = {}
+    out: dict[str, GenResult] = {}
     requests = _requests(6, out, seed=9, temperature=0.0, top_p=1.0, max_new_tokens=12, stop_token_ids=(1,))
     scheduler = _scheduler(model, 4)
     scheduler.submit(requests)
@@ -124,13 +125,13 @@ def test_greedy_equals_transformers_generate(model: Any) -> None:
 
 
 def test_an_aborted_completion_continues_with_the_same_tokens(model: Any) -> None:
-    whole: dict[str, Completion] = {}
+    whole: dict[str, GenResult] = {}
     settings: dict[str, Any] = {"max_new_tokens": 20, "stop_token_ids": (), "temperature": 1.0, "top_p": 0.95}
     scheduler = _scheduler(model, 6)
     scheduler.submit(_requests(6, whole, seed=4, **settings))
     _finish(scheduler)
 
-    parts: dict[str, Completion] = {}
+    parts: dict[str, GenResult] = {}
     first = _requests(6, parts, seed=4, **settings)
     scheduler.submit(first)
     for _ in range(8):
@@ -164,12 +165,12 @@ def test_an_aborted_completion_continues_with_the_same_tokens(model: Any) -> Non
 
 @pytest.mark.parametrize("mode", ["retract", "in_place"])
 def test_pause_keeps_requests_and_their_draws(model: Any, mode: Any) -> None:
-    whole: dict[str, Completion] = {}
+    whole: dict[str, GenResult] = {}
     scheduler = _scheduler(model, 4)
     scheduler.submit(_requests(7, whole, seed=6, max_new_tokens=15, stop_token_ids=()))
     _finish(scheduler)
 
-    paused: dict[str, Completion] = {}
+    paused: dict[str, GenResult] = {}
     requests = _requests(7, paused, seed=6, max_new_tokens=15, stop_token_ids=())
     scheduler.submit(requests)
     for _ in range(6):
@@ -189,7 +190,7 @@ def test_pause_keeps_requests_and_their_draws(model: Any, mode: Any) -> None:
 
 
 def test_pause_abort_returns_running_and_waiting_requests(model: Any) -> None:
-    out: dict[str, Completion] = {}
+    out: dict[str, GenResult] = {}
     scheduler = _scheduler(model, 2)
     scheduler.submit(_requests(5, out, max_new_tokens=30, stop_token_ids=()))
     for _ in range(4):
@@ -198,7 +199,7 @@ def test_pause_abort_returns_running_and_waiting_requests(model: Any) -> None:
     assert not scheduler.run_once()
     assert [len(out[f"r{i}"].tokens) for i in range(5)] == [5, 5, 0, 0, 0]
     assert {done.finish_reason for done in out.values()} == {"abort"}
-    late: dict[str, Completion] = {}
+    late: dict[str, GenResult] = {}
     scheduler.submit(_requests(1, late))
     assert not scheduler.run_once() and not late
     scheduler.call(scheduler.resume)
@@ -209,8 +210,8 @@ def test_pause_abort_returns_running_and_waiting_requests(model: Any) -> None:
 def test_exclusive_calls_give_the_same_bits_whatever_else_runs() -> None:
     model = tiny_model("qwen3_5")
 
-    def run(arrivals: list[int]) -> dict[str, Completion]:
-        out: dict[str, Completion] = {}
+    def run(arrivals: list[int]) -> dict[str, GenResult]:
+        out: dict[str, GenResult] = {}
         scheduler = _scheduler(model, 4, exclusive_calls=True)
         calls = {i: _requests(7, out, seed=i, max_new_tokens=9, call=i) for i in range(3)}
         for call, requests in calls.items():

@@ -17,8 +17,10 @@ from starlette.routing import Mount
 
 from astracli.adapters.qwen3_5 import ADAPTER as QWEN3_5
 from astracli.engines.client import EngineClient
-from astracli.engines.embedded.process import bind, serving
+from astracli.engines.contract import UpdateReply
 from astracli.errors import RunFailed
+from astracli.process.ports import bind
+from astracli.process.server import ServerThread
 from astracli.weights.publish.publisher import Publisher
 from astracli.weights.publish.server import weights_app
 from astracli.weights.receive.subscriber import Subscriber
@@ -29,10 +31,36 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("model"))
 
 
+@contextmanager
+def _published(tmp_path: Path) -> Iterator[tuple[Publisher, Subscriber]]:
+    """A publisher, and a subscriber that fetches from it over HTTP into the stage directory."""
+    publisher = Publisher(tmp_path / "weights", full_interval=100)
+    server = ServerThread(Starlette(routes=[Mount("/weights", weights_app(tmp_path / "weights"))]), bind()).start()
+    subscriber = Subscriber(server.url, TOKEN, tmp_path / "stage", wait_s=5)
+    yield publisher, subscriber
+    subscriber.close()
+    server.stop()
+    publisher.close()
+
+
+def _wire(model: Any) -> dict[str, torch.Tensor]:
+    parameters = dict(model.named_parameters())
+    wire = QWEN3_5.wire_tensors(model)
+    return {tensor.name: parameters[name].detach().to(getattr(torch, tensor.dtype)) for name, tensor in wire.items()}
+
+
+async def _update(client: EngineClient, tmp_path: Path, version: int, weights: dict[str, torch.Tensor]) -> UpdateReply:
+    """Publish, stage and apply a full version."""
+    with _published(tmp_path) as (publisher, subscriber):
+        publisher.publish(version, weights)
+        assert subscriber.fetch(version).kind == "full"
+        return await client.apply_staged(version)
+
+
 @pytest.mark.parametrize("mode", ["abort", "retract", "in_place"])
 def test_pause_update_continue(checkpoint: Path, tmp_path: Path, mode: Any) -> None:
-    engine = engine_of(checkpoint)
-    other = save(tmp_path / "other", seed=7)
+    engine = engine_of(checkpoint, stage_dir=tmp_path / "stage")
+    reference = QWEN3_5.load_for_training(save(tmp_path / "other", seed=7), attention="sdpa")
 
     async def scenario(client: EngineClient) -> None:
         async with slow(engine):
@@ -42,7 +70,7 @@ def test_pause_update_continue(checkpoint: Path, tmp_path: Path, mode: Any) -> N
             if mode == "abort":
                 parts = await task
                 assert {(part.version, part.finish_reason) for part in parts} <= {(0, "abort"), (0, "stop")}
-            update = await client.load_directory(str(other), 5)
+            update = await _update(client, tmp_path, 5, _wire(reference))
             assert update.success, update.message
             waiting = asyncio.create_task(client.generate(long_requests(1)))
             await asyncio.sleep(0.1)
@@ -50,7 +78,6 @@ def test_pause_update_continue(checkpoint: Path, tmp_path: Path, mode: Any) -> N
             await client.resume()
             (fresh,) = await waiting
         assert (fresh.version, fresh.version_start) == (5, 5)
-        reference = QWEN3_5.load_for_training(other, attention="sdpa")
         expected = reference_logprobs(reference, [3, 5, 7], fresh.tokens.tolist())
         assert fresh.logprobs == pytest.approx(expected, abs=2e-5)
         if mode != "abort":
@@ -62,20 +89,20 @@ def test_pause_update_continue(checkpoint: Path, tmp_path: Path, mode: Any) -> N
 
 
 def test_a_failed_update_stops_serving_until_a_good_one(checkpoint: Path, tmp_path: Path) -> None:
-    engine = engine_of(checkpoint)
-    wrong = save(tmp_path / "wrong", "llama")
-    good = save(tmp_path / "good", seed=3)
+    engine = engine_of(checkpoint, stage_dir=tmp_path / "stage")
+    wrong = {name: tensor.detach().bfloat16() for name, tensor in tiny_model("llama").named_parameters()}
+    good = _wire(tiny_model("qwen3_5", 3))
 
     async def scenario(client: EngineClient) -> None:
-        update = await client.load_directory(str(wrong), 1)
-        assert not update.success and "wrong" in update.message
+        update = await _update(client, tmp_path, 1, wrong)
+        assert not update.success and "model.layers" in update.message
         with pytest.raises(RunFailed, match="503: not serving: the update to version 1 failed"):
             await client.generate(long_requests(1))
         info = await client.model_info()
         assert (info["serving"], info["weight_version"]) == (False, "0")
         assert await client.health()
         assert engine.weights.have is None
-        assert (await client.load_directory(str(good), 2)).success
+        assert (await _update(client, tmp_path, 2, good)).success
         (result,) = await client.generate(long_requests(1))
         assert result.version == 2
 
@@ -83,14 +110,14 @@ def test_a_failed_update_stops_serving_until_a_good_one(checkpoint: Path, tmp_pa
 
 
 def test_generate_waits_for_an_engine_that_awaits_its_weights(checkpoint: Path, tmp_path: Path) -> None:
-    engine = engine_of(checkpoint, problem="waiting for its weights")
+    engine = engine_of(checkpoint, problem="waiting for its weights", stage_dir=tmp_path / "stage")
 
     async def scenario(client: EngineClient) -> None:
         client.not_serving_s = 30.0
         task = asyncio.create_task(client.generate(long_requests(1)))
         await asyncio.sleep(0.3)
         assert not task.done()
-        await client.load_directory(str(checkpoint), 4)
+        assert (await _update(client, tmp_path, 4, _wire(tiny_model("qwen3_5")))).success
         (result,) = await task
         assert result.version == 4
 
@@ -107,35 +134,6 @@ def test_weights_are_wire_rounded_in_fp32(tmp_path: Path) -> None:
         assert served[name].dtype == torch.float32
         assert torch.equal(served[name], expected), name
     assert not torch.equal(model.model.norm.weight + 1e-3, (model.model.norm.weight + 1e-3).bfloat16().float())
-
-
-def test_relabel_and_flush(checkpoint: Path) -> None:
-    async def scenario(client: EngineClient) -> None:
-        await client.set_version(9)
-        await client.flush()
-        (result,) = await client.generate(long_requests(1))
-        assert result.version == 9
-
-    with_client(engine_of(checkpoint), scenario)
-
-
-@contextmanager
-def _published(tmp_path: Path) -> Iterator[tuple[Publisher, Subscriber]]:
-    """A publisher, and a subscriber that fetches from it over HTTP into the stage directory."""
-    publisher = Publisher(tmp_path / "weights", full_interval=100)
-    listener = bind("127.0.0.1", 0)
-    with serving(Starlette(routes=[Mount("/weights", weights_app(tmp_path / "weights"))]), listener):
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        subscriber = Subscriber(url, TOKEN, tmp_path / "stage", wait_s=5)
-        yield publisher, subscriber
-        subscriber.close()
-    publisher.close()
-
-
-def _wire(model: Any) -> dict[str, torch.Tensor]:
-    parameters = dict(model.named_parameters())
-    wire = QWEN3_5.wire_tensors(model)
-    return {tensor.name: parameters[name].detach().to(getattr(torch, tensor.dtype)) for name, tensor in wire.items()}
 
 
 def test_staged_deltas_are_applied_and_checked(checkpoint: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from eval_cases import SAMPLING, FakeEngine, InstantGrader, expected_average, run_benchmark, run_benchmarks, small
 
-from astracli.engines.client import GenRequest, GenResult
+from astracli.engines.contract import GenRequest, GenResult
 from astracli.errors import RunFailed
 from astracli.evaluation import spread as eval_spread
 

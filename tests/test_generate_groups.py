@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from training_tools import recipe
 
-from astracli.engines.client import GenRequest, GenResult
+from astracli.engines.contract import GenRequest, GenResult
 from astracli.rl.schedule import sample_seed
 from astracli.rollout.groups import Draft, RolloutSampling, generate_groups
 

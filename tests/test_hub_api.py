@@ -27,10 +27,10 @@ from astracli.hub import client as client_module
 from astracli.hub.api import build_app
 from astracli.hub.client import AsyncHubClient, HubClient
 from astracli.hub.schema import Database
-from astracli.hub.server import ServerThread
 from astracli.hub.store import HubStore
 from astracli.hub.types import EngineReport, NextBatch, Target
 from astracli.hub.wire import unpack_answer
+from astracli.process.server import ServerThread
 from astracli.rl.types import Group, Sample, Segment, pack_group, unpack_group
 
 TOKEN = "secret-of-this-run"

@@ -84,7 +84,7 @@ def test_every_gpu_and_the_host_by_hand() -> None:
     result = planned(BIG, facts("8.9", 8, memory_gib=44, host_gib=512))
     found = plan_gpus.uses(result)
     assert [use.place for use in found] == [*"01234567", "host"]
-    assert [use.processes for use in found[:8:4]] == [("engine0",), ("trainer",)]
+    assert [use.processes for use in found[:8:4]] == [["engine0"], ["trainer"]]
     for use in found[:8]:
         (name,) = use.processes
         own = [row for row in result.memory if row.process == name and row.where == "gpu"]
@@ -104,7 +104,7 @@ def test_every_gpu_and_the_host_by_hand() -> None:
 
 def test_a_shared_gpu_holds_both_and_one_that_is_not_there_has_none() -> None:
     shared = plan_gpus.uses(planned(SHARED, facts("9.0", 1, memory_gib=80, host_gib=512)))
-    assert (shared[0].place, shared[0].processes) == ("0", ("engine0", "trainer"))
+    assert (shared[0].place, shared[0].processes) == ("0", ["engine0", "trainer"])
     absent = plan_gpus.rows(plan_gpus.uses(planned(BIG, facts())))
     assert [row[3] for row in absent] == ["none", "none", "24.00 GiB"]
     unequal = facts("9.0", 2, memory_gib=80, host_gib=512)

@@ -10,11 +10,11 @@ from machines import GIB, facts
 from test_plan import load, memory_warnings, planned
 from test_plan_speed import SHAPE
 
-from astracli.machine.component import Component
-from astracli.machine.memory import MemoryRow, words
+from astracli.machine.memory import Component, MemoryRow, words
 from astracli.plan import build as plan
-from astracli.plan import margin as plan_margin
-from astracli.plan.margin import Margin
+from astracli.plan import gpus as plan_margin
+from astracli.plan.cost import TrainerLoad
+from astracli.plan.gpus import Margin
 from astracli.plan.trainer import trainer_rows
 from astracli.plan.view import render, to_json, what
 
@@ -75,7 +75,7 @@ def test_the_flagship_on_eight_l40(name: str) -> None:
 
 def test_what_an_adapter_does_not_say_of_its_blocks_is_estimated() -> None:
     known, guessed = (
-        {what(r): r.basis for r in trainer_rows("t", shape, load("qwen3.5-4b-m2po-delta"), "cuda", 1)}
+        {what(r): r.basis for r in trainer_rows("t", TrainerLoad(load("qwen3.5-4b-m2po-delta"), shape, 1), "cuda")}
         for shape in (SHAPE, replace(SHAPE, block_activations=()))
     )
     assert (known["activations"], guessed["activations"]) == ("counted", "estimated")

@@ -13,14 +13,14 @@ from astracli.adapters import llama, qwen3, qwen3_5
 from astracli.adapters.qwen3_5_sizes import text_shapes
 from astracli.engines.sglang.plugin import ENGINE
 from astracli.errors import UserError
-from astracli.machine.component import Component
-from astracli.machine.memory import words
+from astracli.machine.memory import Component, words
 from astracli.models import registry
 from astracli.models.adapter import MemoryShape
 from astracli.plan import build as plan
 from astracli.plan import memory as plan_memory
 from astracli.plan import offload as plan_split
 from astracli.plan import trainer as plan_trainer
+from astracli.plan.cost import TrainerLoad
 from astracli.plan.view import render, what
 from astracli.process import layout
 from astracli.training import adam
@@ -192,7 +192,9 @@ def test_only_several_ranks_gather_what_lies_outside_blocks() -> None:
     shape = qwen3_5.ADAPTER.memory_shape(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"])
 
     def rows(ranks: int) -> dict[str, int]:
-        return {what(row): row.bytes for row in plan_trainer.trainer_rows("t", shape, recipe, "cuda", ranks)}
+        return {
+            what(row): row.bytes for row in plan_trainer.trainer_rows("t", TrainerLoad(recipe, shape, ranks), "cuda")
+        }
 
     gathered = "embedding and head, gathered (bf16)"
     assert gathered not in rows(1) and rows(2)[gathered] == 2 * (248320 * 2560 + 2560)
@@ -210,7 +212,9 @@ def test_an_update_with_moments_on_the_host_counts_a_bucket_of_them() -> None:
 
     def rows(on_host: float) -> dict[str, int]:
         split = layout.Split(moments_on_host=on_host)
-        return {what(row): row.bytes for row in plan_trainer.trainer_rows("t", shape, recipe, "cuda", 1, split)}
+        return {
+            what(row): row.bytes for row in plan_trainer.trainer_rows("t", TrainerLoad(recipe, shape, 1), "cuda", split)
+        }
 
     bucket = layout.BUCKET_BYTES
     assert bucket > 10 * rows(0.0)[kept]

@@ -17,9 +17,10 @@ from machines import GIB
 from test_plan import load, planned
 
 from astracli.adapters import qwen3_5
-from astracli.machine.component import Component
+from astracli.machine.memory import Component
 from astracli.plan import memory as plan_memory
 from astracli.plan import trainer as plan_trainer
+from astracli.plan.cost import TrainerLoad
 from astracli.plan.types import LaunchPlan
 from astracli.plan.view import what
 from astracli.process import layout
@@ -130,7 +131,9 @@ def test_what_torch_allocated_is_planned_within_a_tenth(
     """`full`: as a plan counts, which cannot know how full micro-batches get; else as they were, within a fiftieth."""
     sets = (f"train.activation_checkpointing={mode}", "algorithm.kl_coef=0", "rollout.context_length=4600")
     recipe = load("qwen3.5-4b-m2po-delta", *sets, f"train.tokens_per_microbatch={8192 if full else tokens}")
-    rows = plan_trainer.trainer_rows("t", SHAPE, recipe, "cuda", ranks, layout.Split(moments_on_host=on_host))
+    rows = plan_trainer.trainer_rows(
+        "t", TrainerLoad(recipe, SHAPE, ranks), "cuda", layout.Split(moments_on_host=on_host)
+    )
     own = [row for row in rows if row.where == "gpu" and what(row) != "CUDA context"]
     torch = {what(row): row.bytes / GIB for row in own}
     margin = sum(row.bytes for row in plan_memory.with_margin(own)) / GIB - sum(torch.values())

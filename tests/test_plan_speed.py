@@ -17,7 +17,7 @@ from astracli.plan import build as plan
 from astracli.plan import cost as plan_speed
 from astracli.plan import memory as plan_memory
 from astracli.plan import offload as plan_split
-from astracli.plan.cost import Pace
+from astracli.plan.cost import Pace, TrainerLoad
 from astracli.plan.placement import Gpus, place
 from astracli.plan.types import LaunchPlan
 from astracli.process.config import TrainerConfig
@@ -42,7 +42,7 @@ def test_seconds_by_hand() -> None:
     passes = tokens * SHAPE.flops_per_token / 400e12
 
     def seconds(split: Split, ranks: int = 1) -> float:
-        return plan_speed.step_seconds(asked, SHAPE, ranks, split, pace)
+        return TrainerLoad(asked, SHAPE, ranks, pace).step_seconds(split)
 
     assert seconds(Split()) == pytest.approx(passes)
     assert seconds(Split(recomputed="selective")) == pytest.approx(1.15 * passes)
@@ -51,7 +51,7 @@ def test_seconds_by_hand() -> None:
     both = 4 * 2 * 0.5 * 8 * parameters / 100e9
     assert seconds(Split("gpu", 0.5)) - passes == pytest.approx(both), "in and out, in each of four updates"
     without = load(NAME, "algorithm.kl_coef=0")
-    assert plan_speed.step_seconds(without, SHAPE, 1, Split("host"), pace) == pytest.approx(passes)
+    assert TrainerLoad(without, SHAPE, 1, pace).step_seconds(Split("host")) == pytest.approx(passes)
 
 
 def test_the_estimate_orders_what_was_measured_on_80_gb() -> None:
@@ -59,7 +59,7 @@ def test_the_estimate_orders_what_was_measured_on_80_gb() -> None:
     asked = load(NAME, "algorithm.kl_coef=0")
     pace = plan_speed.pace([gpu("NVIDIA H200", "9.0")])
     splits = (Split("gpu", 0.65, "none"), Split("gpu", 0.15, "selective"), Split("gpu", 0.0, "full"))
-    seconds = [plan_speed.step_seconds(asked, SHAPE, 1, split, pace) for split in splits]
+    seconds = [TrainerLoad(asked, SHAPE, 1, pace).step_seconds(split) for split in splits]
     assert seconds[1] / seconds[0] == pytest.approx(16101 / 14740, rel=0.03)
     assert seconds[2] / seconds[0] == pytest.approx(16101 / 13206, rel=0.03)
 
@@ -79,7 +79,7 @@ def test_the_quickest_that_fits_is_taken(gib: float, split: Split) -> None:
     plan.refuse(result)
     assert result.placement.split == split
     assert plan_memory.total(result.memory, where="gpu", processes=["trainer"], fixed=True) <= gib * GIB
-    options = plan_split.options(load(NAME, *ONE_EACH), SHAPE, 1, Pace())
+    options = plan_split.options(TrainerLoad(load(NAME, *ONE_EACH), SHAPE, 1))
     assert len(options) == len(set(options)) == 2 * 21 * 3
     assert ("activations", plan_split.KEPT[split.recomputed]) == result.placement.reasons[0][:2]
 

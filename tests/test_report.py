@@ -328,7 +328,7 @@ def test_summary_table(tmp_path: Path) -> None:
     assert "tokens 4,000 trained, 500 a second" in lines
     assert (
         "weights full 2 MB, mean delta 400 kB (5.0x smaller), 20.0% of the values change in a version, "
-        "2.00 bytes for each, engine pause p50 20 ms" in lines
+        "2.00 bytes per changed value, median engine pause 20 ms" in lines
     )
     assert "an update median ms: snapshot 3.0, apply 10.0; the trainer waited 0.4 s to publish" in lines
     assert "parity mean |trainer - engine| log-probability 2.0e-06, largest 3.0e-05" in lines

@@ -137,7 +137,7 @@ def test_a_killed_worker_process_loses_no_group(tmp_path: Path) -> None:
             world.store.engine_state("engine0", step + 1, "ready")
         assert sorted(served) == list(range(8))
         world.store.request_stop()
-        out, err = child.communicate(timeout=15)
+        out, err = child.communicate(timeout=60)
         assert (child.returncode, out, err) == (0, "", "")
     finally:
         child.kill()

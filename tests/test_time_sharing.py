@@ -25,7 +25,7 @@ from test_train_worker import STEPS, Job, save_model
 from astracli.backends import choice as backend
 from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
-from astracli.engines.client import GenRequest
+from astracli.engines.contract import GenRequest
 from astracli.engines.sglang.client import SglangClient
 from astracli.errors import UserError
 from astracli.hub.client import AsyncHubClient, HubClient
@@ -112,7 +112,7 @@ def test_the_engine_gives_its_memory_back_with_nothing_running_and_goes_on_after
             hub = await stack.enter_async_context(AsyncHubClient(server.url, TOKEN))
             client = await stack.enter_async_context(SglangClient(engine.url, TOKEN, stage_dir=tmp_path))
             worker = EngineWorker(
-                "engine0", client, hub, FakeFetcher(), process="rollout", ready_timeout_s=5.0, time_sharing=True
+                "engine0", client, hub, FakeFetcher(), process="rollout", ready_timeout_s=60.0, time_sharing=True
             )
             following = asyncio.create_task(worker.follow())
             store.announce(0, 0)
@@ -136,7 +136,7 @@ def test_the_engine_gives_its_memory_back_with_nothing_running_and_goes_on_after
             return [part, rest]
 
     try:
-        part, rest = asyncio.run(asyncio.wait_for(play(), 30))
+        part, rest = asyncio.run(asyncio.wait_for(play(), 120))
     finally:
         engine.stop()
         server.thread.stop()
@@ -169,7 +169,7 @@ def test_lending_before_the_first_version_names_no_step(tmp_path: Path) -> None:
             hub = await stack.enter_async_context(AsyncHubClient(server.url, TOKEN))
             client = await stack.enter_async_context(SglangClient(engine.url, TOKEN, stage_dir=tmp_path))
             worker = EngineWorker(
-                "engine0", client, hub, FakeFetcher(), process="rollout", ready_timeout_s=5.0, time_sharing=True
+                "engine0", client, hub, FakeFetcher(), process="rollout", ready_timeout_s=60.0, time_sharing=True
             )
             engine.version = -1
             following = asyncio.create_task(worker.follow())
@@ -183,7 +183,7 @@ def test_lending_before_the_first_version_names_no_step(tmp_path: Path) -> None:
             await following
 
     try:
-        asyncio.run(asyncio.wait_for(play(), 30))
+        asyncio.run(asyncio.wait_for(play(), 120))
     finally:
         engine.stop()
         server.thread.stop()

@@ -254,13 +254,13 @@ def test_a_kill_while_the_next_step_trains_changes_nothing(
 
     def hang(*arguments: Any, **options: Any) -> Any:
         reached.set()
-        killed.wait(30)
+        killed.wait(60)
         raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.publisher if where == "publish_now" else loop.hub, where, hang)
         job.train(loop, until=2)
-        assert reached.wait(10)
+        assert reached.wait(60)
         loop.saver.wait()
         job.roll(2)
         assert loop.hub is not None and loop.hub.batch(2).batch
@@ -289,11 +289,17 @@ def test_the_step_goes_on_while_its_version_is_published_and_the_next_one_waits(
         gate.wait(60)
         return announced(*arguments)
 
+    def release() -> None:
+        while "version 1 to be published" not in job.reporter.said:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        gate.set()
+
     monkeypatch.setattr(loop.hub, "announce", late)
     job.train(loop, until=1)
     assert loop.publisher.busy and read_stable(job.run_dir / "weights", 0)
     assert job.store.state().latest_version == 0
-    threading.Timer(0.5, gate.set).start()
+    threading.Thread(target=release, daemon=True).start()
     job.train(loop, until=2)
     assert job.store.state().latest_version >= 1
     assert "version 1 to be published" in job.reporter.said and job.reporter.said[-1] is None

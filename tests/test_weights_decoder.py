@@ -200,8 +200,8 @@ def test_the_child_ends_with_its_engine(tmp_path: Path) -> None:
         "d = DecoderProcess(); d.start();"
         "print(d._process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=20, check=False)
-    child, deadline = Path("/proc") / done.stdout.decode().strip(), time.monotonic() + 10
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=120, check=False)
+    child, deadline = Path("/proc") / done.stdout.decode().strip(), time.monotonic() + 60
 
     def alive() -> bool:
         with contextlib.suppress(OSError):

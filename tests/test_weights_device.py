@@ -159,7 +159,7 @@ def test_jobs_beside_each_other_take_their_time_once() -> None:
     clock, both = coder.BusyClock(), threading.Barrier(2)
 
     def job() -> list[tuple[int, codec.Encoded]]:
-        both.wait(10)
+        both.wait(60)
         time.sleep(0.2)
         return []
 
@@ -235,7 +235,7 @@ def test_a_child_that_is_told_nonsense_ends() -> None:
     process, link = channel.child("astracli.weights.publish.coder", "2")
     with link, open("/dev/null", "rb") as file:
         channel.send(link, {"new": 0, "size": 4096}, file.fileno())
-        assert process.wait(10) == 1
+        assert process.wait(60) == 1
 
 
 class Asked(TorchDispatchMode):

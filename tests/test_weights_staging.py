@@ -84,7 +84,7 @@ def test_memory_that_is_not_kept_is_given_back_behind_the_pause(where: Where) ->
         held = memory.hold(list(zip(views_for(bits), bits, strict=True)))
         assert held is not None and memory.memory is not None
         applied(memory, held)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while memory.memory is not None and time.monotonic() < deadline:
             time.sleep(0.005)
         assert memory.memory is None and not held.pairs
@@ -153,7 +153,7 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FusedMod
 
 def staged_ahead(model: FusedModel, version: int) -> apply.Prepared:
     """What the engine's thread has brought to its place."""
-    watching, deadline = sglang_loader.loaded_models[model].watcher, time.monotonic() + 10
+    watching, deadline = sglang_loader.loaded_models[model].watcher, time.monotonic() + 60
     while time.monotonic() < deadline:
         found = watching.prepared
         if found is not None and found.version == version:

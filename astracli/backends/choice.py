@@ -1,8 +1,7 @@
 """Which device, engine, attention and kernels a run gets on a machine, each with its reason.
 
-The knowledge is in tables here and in `delta_rule`, and with each engine; `choose` only reads them. A combination that
-is known to fail is refused with the reason and the ways out, before anything starts. What a machine merely lacks is the
-plan's to say.
+`choose` reads tables: here, in `delta_rule` and of each engine. A combination that is known to fail is refused with the
+reason and the ways out, before anything starts. What a machine lacks, the plan reports.
 """
 
 from __future__ import annotations
@@ -58,15 +57,9 @@ class BackendChoice:
 
     def settings(self) -> dict[str, Any]:
         """The decisions as plain JSON; `attention` is what the trainer loads the model with."""
-        return {
-            "device": self.device,
-            "engine": self.engine,
-            "attention": self.trainer_attention,
-            "serving_attention": self.serving_attention,
-            "linear_attention": self.linear_attention,
-            "gdn_forward": self.gdn_forward,
-            "gdn_backward": self.gdn_backward,
-        }
+        names = ("serving_attention", "linear_attention", "gdn_forward", "gdn_backward")
+        own = {name: getattr(self, name) for name in names}
+        return {"device": self.device, "engine": self.engine, "attention": self.trainer_attention, **own}
 
 
 def choose(
@@ -160,21 +153,16 @@ def packing(recipe: Recipe, adapter: ModelAdapter, device: str) -> tuple[str, st
         obstacle = f"train.attention = {attention} does not know the boundaries of a packed row"
     if asked == "packed" and obstacle is not None:
         raise UserError(f"train.packing = packed: {obstacle}", "use `--set train.packing=padded`")
-    if recipe.train.row_boundaries == "ignored":
-        return _without_boundaries(asked, obstacle, adapter)
+    if recipe.train.row_boundaries == "ignored":  # an ablation: it needs layers that carry state over boundaries
+        if adapter.hybrid and asked != "padded" and obstacle is None:
+            return "packed", "an ablation: train.row_boundaries = ignored lets state run from one sample into the next"
+        why = "train.packing = padded joins no samples" if adapter.hybrid else f"adapter `{adapter.name}` is no hybrid"
+        raise UserError(
+            f"train.row_boundaries = ignored has nothing to leak through: {obstacle or why}",
+            "leave it at `reset`, or pack a hybrid's rows with `--set train.packing=packed`",
+        )
     if asked != "auto":
         return asked, "the recipe asks for it"
     if device == "cpu":
         return "padded", "right-padded rows are quicker than short segments on a CPU"
     return ("padded", obstacle) if obstacle is not None else ("packed", "one row a micro-batch, nothing is padded")
-
-
-def _without_boundaries(asked: str, obstacle: str | None, adapter: ModelAdapter) -> tuple[str, str]:
-    """The ablation needs rows with boundaries, and layers that carry state over them."""
-    if adapter.hybrid and asked != "padded" and obstacle is None:
-        return "packed", "an ablation: train.row_boundaries = ignored lets state run from one sample into the next"
-    why = "train.packing = padded joins no samples" if adapter.hybrid else f"adapter `{adapter.name}` is no hybrid"
-    raise UserError(
-        f"train.row_boundaries = ignored has nothing to leak through: {obstacle or why}",
-        "leave it at `reset`, or pack a hybrid's rows with `--set train.packing=packed`",
-    )

@@ -28,18 +28,18 @@ def choose(
         return "torch", "the chunk rule in torch: GPU kernels are never used on a CPU, even when installed", None
     if capability is None:
         return "auto", "decided where the GPUs are", None
-    fla, triton = facts.version_of("flash-linear-attention"), facts.version_of("triton")
-    if not fla or not triton:
-        lacking = "flash-linear-attention" if not fla else "triton"
+    lacking = next((name for name in ("flash-linear-attention", "triton") if not facts.version_of(name)), None)
+    if lacking is not None:
         reason = f"{lacking} cannot be imported"
         return "torch", reason, f"{reason}: {SLOW}; `pip install {lacking}`"
+    return gated_backward(facts, capability)
+
+
+def gated_backward(facts: Machine, capability: Capability) -> tuple[str, str, str | None]:
+    """(kernel, reason, warning or None) where flash-linear-attention and triton are there."""
     if capability[0] != HOPPER[0]:
         return "fla", f"right on compute capability {_join(capability)} with every version", None
-    return delta_rule_on_hopper(facts, fla, triton)
-
-
-def delta_rule_on_hopper(facts: Machine, fla: tuple[int, ...], triton: tuple[int, ...]) -> tuple[str, str, str | None]:
-    """(kernel, reason, warning or None) on compute capability 9.x for these versions."""
+    fla, triton = facts.version_of("flash-linear-attention"), facts.version_of("triton")
     words = f"flash-linear-attention {_join(fla)} with triton {_join(triton)}"
     if (fla >= FLA_NATIVE[0] and triton >= FLA_NATIVE[1]) or triton < FLA_OLD_TRITON:
         return "fla", f"{words} has a right gated backward on Hopper", None

@@ -56,10 +56,6 @@ class Output:
         """Say what to do next."""
         print(f"hint: {text}", file=sys.stderr)
 
-    def warning(self, text: str) -> None:
-        """Say what may go wrong."""
-        print(f"warning: {text}", file=sys.stderr)
-
     def error(self, message: str, hint: str | None = None) -> None:
         """Say what happened and what to do: the end of a command that failed."""
         print(f"error: {message}", file=sys.stderr)

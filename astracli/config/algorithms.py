@@ -60,7 +60,7 @@ def find(name: str) -> AlgorithmSettings:
     points = installed().get(name, [])
     if not points:
         near = "".join(f"did you mean `{n}`? " for n in difflib.get_close_matches(name, installed(), n=1, cutoff=0.5))
-        known = ", ".join(installed()) or f"none: install astracli, or a package with an entry point in `{GROUP}`"
+        known = ", ".join(installed()) or "none, not even astra's own: install it again (`pip install -e .`)"
         raise UserError("there is no such algorithm", f"{near}known: {known}")
     packages = " and ".join(f"`{point.dist.name if point.dist else 'unknown'}`" for point in points)
     if len(points) > 1:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import xxhash
 
@@ -46,27 +46,13 @@ def held_out(n: int = 256, levels: Sequence[str] = LEVELS) -> list[Problem]:
     """The evaluation items: always the same, distinct pairs, the levels in turns. Raises ValueError for n > 1200."""
     if not 0 < n <= 1200:
         raise ValueError(f"{n} held-out items asked for, 1 to 1200 are there")
-    items: dict[str, Problem] = {}
-    pairs: set[tuple[str, int, int]] = set()
+    items: dict[Any, Problem] = {}
     index = 0
     while len(items) < n:
         problem = _draw(levels[len(items) % len(levels)], _HELD_OUT_SEED, index, held_out=True)
-        index += 1
-        a, b = sorted((problem.meta["a"], problem.meta["b"]))
-        pair = (problem.meta["op"], a, b)
-        if pair not in pairs:
-            pairs.add(pair)
-            items[problem.id] = problem
-    return list(items.values())
-
-
-def held_out_steps(n: int = 256) -> list[Problem]:
-    """The evaluation items of several steps: always the same, distinct, the levels in turns."""
-    items: dict[str, Problem] = {}
-    index = 0
-    while len(items) < n:
-        problem = _draw_steps(STEP_LEVELS[len(items) % len(STEP_LEVELS)], _HELD_OUT_SEED, index, held_out=True)
-        items.setdefault(problem.id, problem)
+        meta = problem.meta
+        same = (meta["op"], *sorted((meta["a"], meta["b"]))) if "op" in meta else problem.id
+        items.setdefault(same, problem)
         index += 1
     return list(items.values())
 

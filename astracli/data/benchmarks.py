@@ -39,7 +39,7 @@ class Benchmark:
 
 GENERATED: dict[str, Callable[[int], list[Problem]]] = {
     "arithmetic-heldout": arithmetic.held_out,
-    "arithmetic-steps-heldout": arithmetic.held_out_steps,
+    "arithmetic-steps-heldout": partial(arithmetic.held_out, levels=arithmetic.STEP_LEVELS),
     "arithmetic-sums-heldout": partial(arithmetic.held_out, levels=("add2",)),
 }
 """How the items of a set without a Hub copy are drawn, by their number."""

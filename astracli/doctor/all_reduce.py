@@ -15,7 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+from astracli.doctor.probe_child import Row
+from astracli.process.layout import WITHOUT_PEERS
+
 START_S = 60.0
 """Importing torch in every rank, and NCCL's own start."""
 LIMIT_S = 20.0
@@ -26,18 +28,15 @@ ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
 def all_reduce(ranks: int, device: str) -> list[Row]:
     """Rows for the peer access of GPUs and for the all-reduce."""
     rows = [peer_access(ranks)] if device == "cuda" else []
-    value = attempt(ranks, device, {})
-    if value is not None:
-        return [*rows, {"name": "all-reduce", "status": "ok", "value": value}]
-    wrong = f"{ranks} ranks gave no right sum in {LIMIT_S:.0f} s"
-    if device == "cuda":
-        value = attempt(ranks, device, {"NCCL_P2P_DISABLE": "1"})
-        if value is not None:
-            fix = "`export NCCL_P2P_DISABLE=1` before the run; on bare metal, switch ACS off in the BIOS"
-            shown = f"{wrong}, but works with NCCL_P2P_DISABLE=1: {value}"
-            return [*rows, {"name": "all-reduce", "status": "fail", "value": shown, "fix": fix}]
-        wrong += ", nor with NCCL_P2P_DISABLE=1"
-    return [*rows, {"name": "all-reduce", "status": "fail", "value": wrong}]
+    row = {"name": "all-reduce", "status": "fail", "value": f"{ranks} ranks gave no right sum in {LIMIT_S:.0f} s"}
+    if (value := attempt(ranks, device, {})) is not None:
+        row |= {"status": "ok", "value": value}
+    elif device == "cuda" and (value := attempt(ranks, device, WITHOUT_PEERS)) is not None:
+        row["value"] += f", but works with NCCL_P2P_DISABLE=1: {value}"
+        row["fix"] = "`export NCCL_P2P_DISABLE=1` before the run; on bare metal, switch ACS off in the BIOS"
+    elif device == "cuda":
+        row["value"] += ", nor with NCCL_P2P_DISABLE=1"
+    return [*rows, row]
 
 
 def attempt(ranks: int, device: str, env: dict[str, str], start_s: float = START_S) -> str | None:

@@ -11,44 +11,54 @@ from dataclasses import asdict
 from typing import Any
 
 from astracli.config.recipe import Recipe
-from astracli.doctor import data, gpu, kernels, network, python, runs, serving, system, trainer
-from astracli.doctor.recipe import checks as recipe_checks
+from astracli.doctor import data, gpu, network, recipe, system, trainer
 from astracli.doctor.subject import Check, Subject, subject
+from astracli.engines import registry as engines
 from astracli.machine.facts import Machine
-from astracli.plan.gpus import memory_by_place
+from astracli.plan.gpus import uses
+
+
+def serving(subject: Subject) -> Iterator[Check]:
+    """Of the recipe's engine, which may have its own Python; without a recipe of every one that needs installing."""
+    if subject.recipe is not None:
+        asked = [subject.engine] if subject.engine is not None else []
+    else:
+        asked = [item.plugin for item in engines.installed() if item.plugin is not None and item.plugin.package]
+    for engine in asked:
+        yield from engine.checks(subject.case(engine))
+
 
 GROUPS: tuple[Callable[[Subject], Iterator[Check]], ...] = (
     system.checks,
-    python.checks,
+    system.python,
     gpu.checks,
-    kernels.checks,
-    serving.checks,
+    trainer.kernels,
+    serving,
     trainer.checks,
     network.checks,
     data.checks,
-    recipe_checks,
-    runs.checks,
+    recipe.checks,
+    system.runs,
 )
 
 
-def run(recipe: Recipe | None, facts: Machine, probe: bool = False) -> dict[str, Any]:
+def run(asked: Recipe | None, facts: Machine, probe: bool = False) -> dict[str, Any]:
     """The report: `{"ok", "checks", "backends", "placement", "memory_by_place", "facts"}`.
 
     `probe` also measures on this machine.
     """
-    judged = subject(recipe, facts)
+    judged = subject(asked, facts)
     found = [check for group in GROUPS for check in group(judged)]
     if probe:
         from astracli.doctor import probes
 
         found += probes.run(judged)
-    choice, plan = judged.fit.choice, judged.fit.plan
-    placed = plan.placement.reasons if plan else ()
+    choice, plan = judged.choice, judged.plan
     return {
         "ok": all(check.status != "fail" for check in found),
         "checks": [asdict(check) for check in found],
         "backends": [asdict(row) for row in choice.reasons] if choice else [],
-        "placement": [dict(zip(("what", "where", "why"), row, strict=True)) for row in placed],
-        "memory_by_place": memory_by_place(plan) if plan else [],
+        "placement": [row._asdict() for row in plan.placement.reasons] if plan else [],
+        "memory_by_place": [asdict(use) for use in uses(plan)] if plan else [],
         "facts": facts.document(),
     }

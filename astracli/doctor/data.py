@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from astracli.data import benchmarks
 from astracli.doctor.gather import offline
 from astracli.doctor.subject import Check, Status, Subject
-from astracli.machine.facts import CheckpointFacts, Machine, Tensor
+from astracli.machine.facts import CheckpointFacts, Tensor
 
 GROUP = "data"
 TRAINABLE = ("BF16", "F16", "F32")
@@ -27,63 +27,51 @@ def checks(subject: Subject) -> Iterator[Check]:
     yield Check("hub cache", GROUP, "ok", f"{home}{mode}")
 
 
-def unreachable(facts: Machine) -> str | None:
-    """Why nothing can be downloaded; None when it can, or when nobody tried."""
-    network = facts.network
-    if offline(facts.env):
-        return "HF_HUB_OFFLINE is set"
-    if network is not None and network.hub_asked and network.hub_error:
-        return f"{network.hub} cannot be reached ({network.hub_error})"
-    return None
-
-
 def _absent(subject: Subject) -> tuple[Status, str]:
     """(status, why) of something on the Hub that is not here."""
-    reason = unreachable(subject.facts)
-    if reason is not None:
-        return "fail", f"it cannot be downloaded: {reason}"
+    network = subject.facts.network
+    if offline(subject.facts.env):
+        return "fail", "it cannot be downloaded: HF_HUB_OFFLINE is set"
+    if network is not None and network.hub_asked and network.hub_error:
+        return "fail", f"it cannot be downloaded: {network.hub} cannot be reached ({network.hub_error})"
     return "warn", "it is downloaded when a run starts"
 
 
 def _checkpoint(subject: Subject) -> Iterator[Check]:
     assert subject.recipe is not None
-    path, known = subject.recipe.model.path, subject.facts.checkpoint
+    model, known = subject.recipe.model, subject.facts.checkpoint
+    path = model.path
     if known is None or known.path != path:
-        if subject.config is None:
-            value = f"{path} is not in this document"
-            why = "whether it is there, and whole, cannot be judged"
-            fix = f"record it there: `astra doctor {subject.recipe.name} --facts-out FILE`"
-            yield Check("checkpoint", GROUP, "warn", value, why, fix)
-        else:
+        if subject.config is not None:
             yield Check("checkpoint", GROUP, "ok", f"{path} ships with astra")
+            return
+        why = "whether it is there, and whole, cannot be judged"
+        fix = f"record it there: `astra doctor {subject.recipe.name} --facts-out FILE`"
+        yield Check("checkpoint", GROUP, "warn", f"{path} is not in this document", why, fix)
         return
     fix = f"`hf download {path}` where the Hub answers, copy it here, `--set model.path=DIRECTORY`"
-    if known.place is None and known.problem is None:
+    if known.problem is not None:
+        cure = "check model.path; copy or download the checkpoint again"
+        if known.place is None and model.made_by:
+            cure = f"make it: `{model.made_by}`"
+        yield Check("checkpoint", GROUP, "fail", path, known.problem, cure)
+    elif known.place is None:
         status, why = _absent(subject)
         yield Check("checkpoint", GROUP, status, f"{path} is not on this machine", why, fix)
-        return
-    if known.problem is not None:
-        made_by = subject.recipe.model.made_by
-        cure = "check model.path; copy or download the checkpoint again"
-        if known.place is None and made_by:
-            cure = f"make it: `{made_by}`"
-        yield Check("checkpoint", GROUP, "fail", path, known.problem, cure)
-        return
-    if known.missing_files:
-        lost = known.missing_files
+    elif lost := known.missing_files:
         value = f"{len(lost)} weight files missing: {', '.join(lost[:2])}{' ...' if len(lost) > 2 else ''}"
-        from_hub = "/snapshots/" in str(known.place)
+        from_hub = "/snapshots/" in known.place
         status, why = _absent(subject) if from_hub else ("fail", f"`{known.place}` is not whole")
         yield Check("checkpoint", GROUP, status, value, why, fix)
-        return
-    yield Check("checkpoint", GROUP, "ok", f"{path}, {len(known.tensors)} tensors")
-    yield from _tensors(subject, known.tensors)
-    yield from _tokenizer(known)
+    else:
+        yield Check("checkpoint", GROUP, "ok", f"{path}, {len(known.tensors)} tensors")
+        yield from _tensors(subject, known.tensors)
+        yield from _tokenizer(known)
 
 
 def _tensors(subject: Subject, tensors: Mapping[str, Tensor]) -> Iterator[Check]:
     """Names, shapes and dtypes of the files against what the adapter computes from config.json."""
-    adapter, config = subject.fit.adapter, subject.config
+    adapter, config = subject.adapter, subject.config
     if adapter is None or config is None:
         return
     dtypes = sorted({t.dtype for t in tensors.values()} - set(TRAINABLE))
@@ -114,7 +102,7 @@ def _tensors(subject: Subject, tensors: Mapping[str, Tensor]) -> Iterator[Check]
 
 
 def _kept(subject: Subject, tensors: Mapping[str, Tensor]) -> Check:
-    adapter = subject.fit.adapter
+    adapter = subject.adapter
     assert adapter is not None
     rounded = sorted(n for n, t in tensors.items() if any(k in n for k in adapter.keep_fp32) and t.dtype != "F32")
     shown = ", ".join(sorted({t.dtype for t in tensors.values()}))

@@ -5,6 +5,7 @@ Files and sockets only: nothing heavy is imported, nothing is downloaded.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -23,7 +24,7 @@ from astracli.machine import packages, read
 from astracli.machine.facts import CheckpointFacts, DataSet, Environment, Machine, Network, RunLeft, Tensor
 from astracli.models import registry
 from astracli.models.adapter import SHARD_INDEX, read_config
-from astracli.models.adapter_tools import has_chat_template
+from astracli.models.adapter_tools import checkpoint_tensors, has_chat_template
 from astracli.runs.clean import clean, dead, leftovers
 from astracli.runs.find import RUNS
 
@@ -64,31 +65,13 @@ def checkpoint(path: str, revision: str | None = None) -> CheckpointFacts:
             return CheckpointFacts(**found)
         found["place"] = str(place)
         found["config"] = read_config(place)
-        found["tensors"] = headers(place)
+        found["tensors"] = {
+            name: Tensor(dtype=entry["dtype"], shape=entry["shape"])
+            for name, entry in checkpoint_tensors(place).items()
+        }
     except UserError as error:
         found["problem"] = error.message
     return CheckpointFacts(**found, **(_beside(Path(found["place"])) if found["place"] is not None else {}))
-
-
-def headers(place: Path) -> dict[str, Tensor]:
-    """Tensors by name, from the headers of every shard. Raises UserError for a broken file."""
-    found: dict[str, Tensor] = {}
-    for file in sorted(place.glob("*.safetensors")):
-        try:
-            with file.open("rb") as stream:
-                size = int.from_bytes(stream.read(8), "little")
-                if not 0 < size <= file.stat().st_size - 8:
-                    raise ValueError("its header does not fit the file")
-                header = json.loads(stream.read(size))
-            end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
-            if file.stat().st_size < 8 + size + end:
-                raise ValueError(f"it ends after {file.stat().st_size} bytes of {8 + size + end}")
-        except (ValueError, KeyError, OSError) as error:
-            raise UserError(f"`{file}` is no whole safetensors file: {error}") from None
-        for name, entry in header.items():
-            if name != "__metadata__":
-                found[name] = Tensor(dtype=entry["dtype"], shape=entry["shape"])
-    return found
 
 
 def _beside(place: Path) -> dict[str, Any]:
@@ -124,15 +107,13 @@ def data(recipe: Recipe) -> tuple[DataSet, ...]:
     from astracli.config.benchmarks import get
     from astracli.data import benchmarks, datasets
 
-    source, folder = recipe.data.source, recipe.data.path
-    found: list[DataSet] = []
+    source, folder, revision = recipe.data.source, recipe.data.path, recipe.data.revision
     if source == "arithmetic":
-        found.append(DataSet(name=source, use="train", hub_id=None, place="generated"))
+        found = [DataSet(name=source, use="train", hub_id=None, place="generated")]
     else:
         known = datasets.known_set(source)
         hub_id = known.hub_id if known else source if source.count("/") == 1 else None
-        revision = recipe.data.revision
-        found.append(_lookup(source, "train", hub_id, revision, partial(datasets.find_local, source, folder)))
+        found = [_lookup(source, "train", hub_id, revision, partial(datasets.find_local, source, folder))]
     for name in recipe.eval.benchmarks if recipe.eval.every else []:
         spec = get(name)
         if spec.hub is None:
@@ -145,14 +126,15 @@ def data(recipe: Recipe) -> tuple[DataSet, ...]:
 def _lookup(
     name: str, use: Literal["train", "eval"], hub_id: str | None, revision: str | None, local: Callable[[], Path | None]
 ) -> DataSet:
-    place, problem = None, None
+    place = None
+    problem = None if hub_id else f"no data set `{name}` is known, and it is no Hub id"
     try:
         place = local() or (cached(hub_id, "datasets", revision) if hub_id else None)
     except UserError as error:
         problem = error.message
-    else:
-        problem = None if place or hub_id else f"no data set `{name}` is known, and it is no Hub id"
-    return DataSet(name=name, use=use, hub_id=hub_id, place=str(place) if place else None, problem=problem)
+    return DataSet(
+        name=name, use=use, hub_id=hub_id, place=str(place) if place else None, problem=None if place else problem
+    )
 
 
 # -- network -----------------------------------------------------------------------------------------------------------
@@ -160,11 +142,10 @@ def _lookup(
 
 def network(host: str) -> Network:
     """Can a run listen on `host`, and which ports the system gives out."""
-    try:
-        low, high = (int(word) for word in Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
-        ports: tuple[int, int] | None = (low, high)
-    except (OSError, ValueError):
-        ports = None
+    ports = None
+    with contextlib.suppress(OSError, ValueError):
+        low, high = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+        ports = int(low), int(high)
     return Network(hosts={host: _bind(host)}, ports=ports, hub=os.environ.get("HF_ENDPOINT") or HUB)
 
 
@@ -225,12 +206,16 @@ def with_engine(facts: Machine, recipe: Recipe) -> Machine:
 def environment(python: str, families: list[str], env: Mapping[str, str] | None = None) -> Environment:
     """Packages as another interpreter sees them under `env`, asked of itself: it needs neither astracli nor psutil."""
     source = Path(packages.__file__).read_text() + _ASK
-    error = None
+    command = [python, "-c", source, json.dumps(families)]
     try:
         done = subprocess.run(
-            [python, "-c", source, json.dumps(families)], capture_output=True, text=True, timeout=ENGINE_TIMEOUT_S,
-            cwd="/", env={**os.environ, **(env or {})},
-        )  # fmt: skip
+            command,
+            capture_output=True,
+            text=True,
+            timeout=ENGINE_TIMEOUT_S,
+            cwd="/",
+            env={**os.environ, **(env or {})},
+        )
         if done.returncode == 0:
             return Environment(executable=python, **json.loads(done.stdout))
         error = (done.stderr.strip().splitlines() or [f"it exited {done.returncode}"])[-1][:300]

@@ -74,7 +74,7 @@ def _software(subject: Subject, bad: Status) -> Iterator[Check]:
 
 def _taken(subject: Subject) -> Iterator[Check]:
     """Other processes on the GPUs that the recipe would use: named, and left alone."""
-    plan = subject.fit.plan
+    plan = subject.plan
     if subject.recipe is not None and not subject.cuda:
         yield Check("gpus in use", GROUP, "ok", "the recipe uses none")
         return

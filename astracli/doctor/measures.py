@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from astracli.doctor.all_reduce import all_reduce
-from astracli.doctor.attention import Row, relative, row
+from astracli.doctor.probe_child import Row, relative, row
 from astracli.models import registry
 
 DELTA_TOKENS = 80

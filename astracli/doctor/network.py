@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from astracli.doctor.gather import offline
-from astracli.doctor.subject import Check, Subject, unknown
+from astracli.doctor.subject import Check, Subject
 from astracli.machine.facts import Network
 
 GROUP = "network"
@@ -14,7 +14,7 @@ FEW_PORTS = 1000
 
 def checks(subject: Subject) -> Iterator[Check]:
     if (network := subject.facts.network) is None:
-        yield unknown("listening", GROUP)
+        yield Check("listening", GROUP, "skip", "not in this document")
     else:
         yield from _listening(subject, network)
         yield from _hub(subject, network)

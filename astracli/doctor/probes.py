@@ -17,10 +17,12 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 from astracli.backends.delta_rule import native
 from astracli.doctor import probe_child
+from astracli.doctor.probe_child import Row
 from astracli.doctor.subject import Check, Status, Subject
 from astracli.process.config import Role
 
@@ -58,7 +60,7 @@ def run(subject: Subject) -> list[Check]:
             if probe.kind == "imports":
                 rows = _joined(probe, rows)
             found += [check_of(subject, probe, row) for row in rows]
-    adapter = subject.fit.adapter
+    adapter = subject.adapter
     if adapter is not None and adapter.tiny_config is None:
         found.append(Check(adapter.name, GROUP, "skip", "this adapter brings no tiny model to try"))
     engine = subject.engine
@@ -68,22 +70,18 @@ def run(subject: Subject) -> list[Check]:
     return found
 
 
-def _joined(probe: Probe, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was imported as one row, each that was not by its own."""
-    failed = [
-        row | {"name": f"import {row['name']}"} for row in rows if row["status"] == "fail" and row["name"] != probe.name
-    ]
-    failed += [row for row in rows if row["status"] == "fail" and row["name"] == probe.name]
+def _joined(probe: Probe, rows: list[Row]) -> list[Row]:
+    """All that could be imported as one row, each that could not as a row of its own."""
+    failed = [row for row in rows if row["status"] == "fail"]
+    failed = [row | {"name": f"import {row['name']}"} if row["name"] != probe.name else row for row in failed]
     good = ", ".join(row["name"] for row in rows if row["status"] == "ok")
     return [*failed, {"name": probe.name, "status": "ok", "value": good}] if good else failed
 
 
-def check_of(subject: Subject, probe: Probe, row: dict[str, Any]) -> Check:
-    failed = row["status"] == "fail"
-    status: Status = subject.bad(probe.needed) if failed else row["status"]
-    notes = status in ("fail", "warn")
-    return Check(f"{probe.prefix}{row['name']}", GROUP, status, row["value"], probe.why if notes else "",
-                 row.get("fix", probe.fix) if notes else "")  # fmt: skip
+def check_of(subject: Subject, probe: Probe, row: Row) -> Check:
+    status: Status = subject.bad(probe.needed) if row["status"] == "fail" else row["status"]
+    notes = (probe.why, row.get("fix", probe.fix)) if status in ("fail", "warn") else ()
+    return Check(f"{probe.prefix}{row['name']}", GROUP, status, row["value"], *notes)
 
 
 # -- which probes ------------------------------------------------------------------------------------------------------
@@ -96,13 +94,13 @@ def engine_probes(subject: Subject) -> list[Probe]:
     own = subject.recipe.resources.engine
     where = {"python": own.python or sys.executable, "env": dict(own.env)} if own.foreign else {}
     usual = {"timeout_s": KERNELS_S, "needed": True, "why": ATTENTION} | where
-    case = replace(subject.case(subject.engine), config=subject.config or subject.known_config)
+    case = replace(subject.case(subject.engine), config=subject.known_config)
     return [Probe(**{**usual, **asked}) for asked in subject.engine.probes(case)]
 
 
 def trainer_probes(subject: Subject) -> Iterator[Probe]:
     """Imports, the adapter's promises, kernels against references, the engine against the trainer, links."""
-    adapter, config, engine = subject.fit.adapter, subject.config, subject.engine
+    adapter, engine = subject.adapter, subject.engine
     if not subject.facts.usable("torch"):
         return
     there = bool(subject.facts.visible_gpus) and subject.facts.torch_cuda is not None
@@ -115,7 +113,7 @@ def trainer_probes(subject: Subject) -> Iterator[Probe]:
     wanted = {"wanted": _imports(subject, device)}
     yield Probe("imports", "imports", wanted, 60, True, why, pinned, env=env)
     if adapter is not None:
-        name, settings = adapter.name, dict(config or subject.known_config or {})
+        name, settings = adapter.name, dict(subject.known_config or {})
         why = f"adapter `{name}` does not hold with these versions"
         if adapter.tiny_config is not None:
             yield Probe("adapter", "adapter", {"name": name, "device": device}, kernels_s, True, why,
@@ -125,10 +123,10 @@ def trainer_probes(subject: Subject) -> Iterator[Probe]:
             fix = pinned if device == "cpu" else native(subject.facts)
             sizes = {"name": name, "config": settings, "device": device}
             yield Probe("delta rule", "delta_rule", sizes, kernels_s, True, why, fix, env=env)
-        if settings and subject.fit.choice is not None:
-            chosen = [subject.fit.choice.trainer_attention]
+        if settings and subject.choice is not None:
+            chosen = [subject.choice.trainer_attention]
             if engine is None or engine.sample is not None:
-                chosen.append(subject.fit.choice.serving_attention)
+                chosen.append(subject.choice.serving_attention)
             settings = {"config": settings, "device": device, "chosen": list(dict.fromkeys(chosen))}
             fix = "`--set train.attention=auto`, or another version of it"
             yield Probe("attention", "attention", settings, kernels_s, True, ATTENTION, fix, env=env)
@@ -161,7 +159,7 @@ def _rank_gpus(subject: Subject) -> list[int]:
     there = [gpu.index for gpu in subject.facts.visible_gpus]
     if subject.recipe is None:
         return there
-    processes = subject.fit.plan.processes if subject.fit.plan is not None else ()
+    processes = subject.plan.processes if subject.plan is not None else ()
     return [gpu for p in processes if p.role is Role.TRAINER for gpu in p.gpus if gpu in there]
 
 
@@ -184,18 +182,17 @@ def _imports(subject: Subject, device: str) -> dict[str, str]:
 # -- running them ------------------------------------------------------------------------------------------------------
 
 
-def answers(probes: list[Probe], start_s: float = START_S) -> Iterator[tuple[Probe, list[dict[str, Any]]]]:
+def answers(probes: list[Probe], start_s: float = START_S) -> Iterator[tuple[Probe, list[Row]]]:
     """(probe, rows) in order; a probe whose child hangs or dies answers with one failed row."""
     todo = list(probes)
     while todo:
-        batch = [p for p in todo if (p.python, p.env) == (todo[0].python, todo[0].env)]
-        batch = batch[: next((i for i, p in enumerate(todo[: len(batch)]) if p is not batch[i]), len(batch))]
-        for probe, rows in _child(batch, start_s):
+        _, batch = next(groupby(todo, lambda probe: (probe.python, probe.env)))
+        for probe, rows in _child(list(batch), start_s):
             todo.remove(probe)
             yield probe, rows
 
 
-def _child(probes: list[Probe], start_s: float) -> Iterator[tuple[Probe, list[dict[str, Any]]]]:
+def _child(probes: list[Probe], start_s: float) -> Iterator[tuple[Probe, list[Row]]]:
     """One child for these probes; ends early after a probe that hung or died."""
     first = probes[0]
     module = ["-m", "astracli.doctor.probe_child"] if first.python is None else [probe_child.__file__]
@@ -250,5 +247,5 @@ def _reader(child: subprocess.Popen[str], probes: list[Probe]) -> queue.Queue[st
     return lines
 
 
-def _failed(probe: Probe, value: str) -> dict[str, Any]:
+def _failed(probe: Probe, value: str) -> Row:
     return {"name": probe.name, "status": "fail", "value": value}

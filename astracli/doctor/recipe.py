@@ -12,23 +12,23 @@ ELSEWHERE = ("package", "system", "checkpoint")
 
 
 def checks(subject: Subject) -> Iterator[Check]:
-    recipe, fit = subject.recipe, subject.fit
+    recipe, plan = subject.recipe, subject.plan
     if recipe is None:
         return
-    if fit.adapter is not None:
-        yield Check("adapter", GROUP, "ok", f"{fit.adapter.name}: {fit.adapter.summary}")
-    if fit.refusal is not None:
-        yield Check("refused", GROUP, "fail", recipe.name, fit.refusal.message, fit.refusal.hint or "")
-    if fit.plan is None:
+    if subject.adapter is not None:
+        yield Check("adapter", GROUP, "ok", f"{subject.adapter.name}: {subject.adapter.summary}")
+    if subject.refusal is not None:
+        yield Check("refused", GROUP, "fail", recipe.name, subject.refusal.message, subject.refusal.hint or "")
+    if plan is None:
         return
-    problems = [problem for problem in fit.plan.problems if problem.kind not in ELSEWHERE]
+    problems = [problem for problem in plan.problems if problem.kind not in ELSEWHERE]
     for problem in problems:
         status = subject.bad(problem.blocking)
         yield Check(problem.kind, GROUP, status, f"needs {problem.what}", problem.message, problem.hint or "")
-    told = fit.choice.warnings if fit.choice is not None else ()
-    for warning in fit.plan.warnings:
+    told = subject.choice.warnings if subject.choice is not None else ()
+    for warning in plan.warnings:
         if warning not in told:  # those of the kernels are told in their own group
             what, _, why = warning.partition(": ")
             yield Check("load", GROUP, "warn", what, why)
     if not any(problem.blocking for problem in problems):
-        yield Check("fit", GROUP, "ok", f"{recipe.name} fits here ({len(fit.plan.processes)} processes)")
+        yield Check("fit", GROUP, "ok", f"{recipe.name} fits here ({len(plan.processes)} processes)")

@@ -1,5 +1,5 @@
-"""The client of an engine that speaks these routes; what a request and an answer are. An engine that speaks otherwise
-overrides what differs (`Engine.client`).
+"""The client of an engine that speaks these routes. An engine that speaks otherwise overrides what differs
+(`Engine.client`).
 
 | route | body | answer |
 |---|---|---|
@@ -7,12 +7,10 @@ overrides what differs (`Engine.client`).
 | GET /model_info | | model_path, weight_version, serving, problem, paused, running, ... |
 | POST /generate | input_ids, sampling_params, rid, draw_offset | output_ids and meta_info; 503 while not serving |
 | | the same and stream: true | server-sent events, one for each request when it ends, with its place as `index` |
-| POST /abort_request | rid (one or a list, exact) or abort_all | aborted: how many |
+| POST /abort_request | abort_all | aborted: how many |
 | POST /pause_generation | mode: abort, retract, in_place | |
-| POST /continue_generation, /flush_cache | | |
+| POST /continue_generation | | |
 | POST /update_weights_from_tensor | load_format, weight_version; applies what is staged | success, message, outcome |
-| POST /update_weights_from_disk | model_path, weight_version | success, message, outcome |
-| POST /update_weight_version | new_version | |
 """
 
 from __future__ import annotations
@@ -21,13 +19,12 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from astracli.engines.contract import Ended, GenRequest, GenResult, PauseMode, UpdateReply
 from astracli.errors import RunFailed
 
 if TYPE_CHECKING:
@@ -35,89 +32,23 @@ if TYPE_CHECKING:
 
 STAGED = "staged"
 """`load_format` of an update that applies what is staged beside the engine."""
-UNPROVEN = -1
-"""The label of weights that nobody has checked yet, of an engine that cannot say `serving: false` instead."""
+_MEMORY = {"tags": ["kv_cache", "weights"]}
+"""What an engine gives back for a trainer. (Recurrent states belong to the KV cache.)"""
 _RETRY_S = 0.1
-
-
-@dataclass(frozen=True)
-class GenRequest:
-    """One completion to generate."""
-
-    input_ids: Sequence[int]
-    """The prompt, and the tokens generated before when a completion is continued."""
-    max_new_tokens: int
-    temperature: float = 1.0
-    """0 = greedy"""
-    top_p: float = 1.0
-    stop_token_ids: Sequence[int] = ()
-    seed: int = 0
-    """64-bit; the draw at completion position t depends on (seed, t) alone."""
-    draw_offset: int = 0
-    """Tokens of this completion that are already in `input_ids`."""
-    rid: str | None = None
-
-
-@dataclass(frozen=True)
-class GenResult:
-    """What one request produced."""
-
-    tokens: np.ndarray
-    """int32 [t], the stop token included"""
-    logprobs: np.ndarray
-    """float32 [t], untempered"""
-    finish_reason: Literal["stop", "length", "abort"]
-    version: int
-    """Weights in force at the end."""
-    version_start: int
-    """Weights in force at the first token; differs only for a request kept through an update."""
-    rid: str
-
-
-@dataclass(frozen=True)
-class UpdateReply:
-    """The engine's answer to a weight update."""
-
-    success: bool
-    message: str
-    outcome: Mapping[str, Any] = field(default_factory=dict)
-    """What the engine says of it: `changed` elements, seconds under names that end in `_s`, and whether a read-back
-    follows (`readback`). By our clock `begin_s` and `end_s`, where an engine is told of both."""
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        return {name: value for name, value in self.outcome.items() if name.endswith("_s") and value is not None}
-
-
-Ended = Callable[[int, GenResult], None]
-"""Called with a request's place in its call and its result."""
-
-
-def flushes(pause_mode: str) -> bool:
-    """Whether an update of this mode may ask for an empty cache: only with no request anywhere. Requests that were
-    retracted wait, and those paused in place hold theirs; in these modes the engine runs without a prefix cache."""
-    return pause_mode == "abort"
+CONTROL_S = 600.0
+"""How long a call that generates nothing may take: control, or an update."""
 
 
 class EngineClient:
-    """Talks to one engine. Every error it cannot mend is a RunFailed that names the engine and its URL."""
+    """Talks to one engine. An error that trying again does not solve is a RunFailed with the engine's name and URL."""
 
-    def __init__(
-        self,
-        url: str,
-        token: str,
-        *,
-        name: str = "engine",
-        not_serving_s: float = 120.0,
-        control_s: float = 600.0,
-    ):
+    def __init__(self, url: str, token: str, *, name: str = "engine", not_serving_s: float = 120.0):
         import httpx
 
         self.url = url.rstrip("/")
         self.name = name
         self.not_serving_s = not_serving_s
         """A 503 of `/generate` is retried this long."""
-        self._control_s = control_s
         self._http: httpx.AsyncClient = httpx.AsyncClient(
             base_url=self.url,
             headers={"Authorization": f"Bearer {token}"},
@@ -129,12 +60,7 @@ class EngineClient:
     async def __aenter__(self) -> EngineClient:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    async def close(self) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._http.aclose()
 
     # -- readiness
@@ -245,33 +171,26 @@ class EngineClient:
         """Whether a call was refused because an abort met it before it was under way."""
         return False
 
-    async def abort(self, rids: Collection[str]) -> None:
-        """End these requests; each returns what it has, with finish reason `abort`."""
-        await self._send("POST", "/abort_request", {"rid": list(rids)})
-
     async def abort_all(self) -> None:
         """End every request; each returns what it has, with finish reason `abort`."""
         await self._send("POST", "/abort_request", {"abort_all": True})
 
     # -- weights
 
-    async def pause(self, mode: Literal["abort", "retract", "in_place"] = "abort") -> None:
+    async def pause(self, mode: PauseMode = "abort") -> None:
         await self._send("POST", "/pause_generation", {"mode": mode})
 
     async def resume(self) -> None:
         await self._send("POST", "/continue_generation", {})
 
-    async def release_memory(self, tags: Sequence[str] = ("kv_cache",)) -> None:
-        """Give GPU memory back until `resume_memory`: `kv_cache` (with the recurrent states), `weights` (of which the
-        engine keeps a copy). It must be idle: end its requests first."""
-        await self._send("POST", "/release_memory_occupation", {"tags": list(tags)})
+    async def release_memory(self) -> None:
+        """Give the GPU memory of weights (the engine keeps a copy), KV cache and recurrent states back until
+        `resume_memory`. The engine must be idle: end its requests first."""
+        await self._send("POST", "/release_memory_occupation", _MEMORY)
 
-    async def resume_memory(self, tags: Sequence[str] = ("kv_cache",)) -> None:
-        """Take the memory back; the same tags. The KV cache is empty then."""
-        await self._send("POST", "/resume_memory_occupation", {"tags": list(tags)})
-
-    async def flush(self) -> None:
-        await self._send("POST", "/flush_cache", {})
+    async def resume_memory(self) -> None:
+        """Take the memory back. The KV cache is empty then."""
+        await self._send("POST", "/resume_memory_occupation", _MEMORY)
 
     async def apply_staged(self, version: int, *, flush: bool = True) -> UpdateReply:
         """Apply what is staged for this engine. A failed update is an answer, not an exception: stage a full payload
@@ -280,20 +199,11 @@ class EngineClient:
         return await self._update("/update_weights_from_tensor", body)
 
     async def settle(self) -> None:
-        """Return once nothing reads the weights beside generation any more: a read-back that nobody waits for may
-        still be at it, whoever asked for it. To be called in a pause."""
+        """Wait until no read-back reads the weights: one may still run although nobody waits for it. Call it in a
+        pause."""
 
-    async def load_directory(self, path: str, version: int) -> UpdateReply:
-        """Load a whole Hugging Face checkpoint directory that the engine can read."""
-        return await self._update("/update_weights_from_disk", {"model_path": path, "weight_version": str(version)})
-
-    async def set_version(self, version: int) -> None:
-        """Change the label of the present weights; requests go on, which an engine may have to be told."""
-        body = {"new_version": str(version), "abort_all_requests": False}
-        await self._send("POST", "/update_weight_version", body)
-
-    async def _update(self, path: str, body: Mapping[str, Any], limit_s: float | None = None) -> UpdateReply:
-        reply = await self._request("POST", path, body, timeout=self._control_s if limit_s is None else limit_s)
+    async def _update(self, path: str, body: Mapping[str, Any], limit_s: float = CONTROL_S) -> UpdateReply:
+        reply = await self._request("POST", path, body, timeout=limit_s)
         if reply.status_code == 400:
             document = _json(reply)
             if isinstance(document, dict) and "success" in document:
@@ -304,10 +214,7 @@ class EngineClient:
     # -- transport
 
     async def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        return self._content(await self._request(method, path, body, timeout=self._control_s), path)
-
-    async def _status(self, path: str) -> int:
-        return (await self._request("GET", path, None, timeout=self._control_s)).status_code
+        return self._content(await self._request(method, path, body, timeout=CONTROL_S), path)
 
     async def _request(
         self, method: str, path: str, body: Mapping[str, Any] | None, *, timeout: float | None

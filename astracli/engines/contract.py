@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from astracli.config.recipe_run import Table
 from astracli.engines.memory import MemoryModel
@@ -21,6 +21,8 @@ from astracli.machine.facts import Capability, Machine
 from astracli.machine.findings import Check, PlanProblem, Status
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from astracli.config.recipe import Recipe
     from astracli.engines.client import EngineClient
     from astracli.models.adapter import ModelAdapter
@@ -82,10 +84,76 @@ class Serving:
     attention: tuple[str, str] = ("auto", "the engine's own choice")
     linear_attention: tuple[str, str] = ("none", "the engine's own choice")
     reason: str = ""
-    """What else is to be said of an engine that the recipe asks for."""
+    """A remark on an engine that the recipe asks for."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Set for every process of the run."""
     env_reason: str = ""
+
+
+UNPROVEN = -1
+"""The label of weights that nobody has checked yet, of an engine that cannot say `serving: false` instead."""
+Finish = Literal["stop", "length", "abort"]
+PauseMode = Literal["abort", "retract", "in_place"]
+"""What becomes of the requests that run when an update pauses the engine (`weights.pause_mode`)."""
+
+
+@dataclass(frozen=True)
+class GenRequest:
+    """One completion to generate."""
+
+    input_ids: Sequence[int]
+    """The prompt, and the tokens generated before when a completion is continued."""
+    max_new_tokens: int
+    temperature: float = 1.0
+    """0 = greedy"""
+    top_p: float = 1.0
+    stop_token_ids: Sequence[int] = ()
+    seed: int = 0
+    """64-bit; the draw at completion position t depends on (seed, t) alone."""
+    draw_offset: int = 0
+    """Tokens of this completion that are already in `input_ids`."""
+    rid: str | None = None
+
+
+@dataclass(frozen=True)
+class GenResult:
+    """What one request produced; `abort`: up to where it was ended."""
+
+    tokens: np.ndarray
+    """int32 [t], the stop token included"""
+    logprobs: np.ndarray
+    """float32 [t], after temperature (0: that of 1) and before top-p"""
+    finish_reason: Finish
+    version: int
+    """Weights in force at the end."""
+    version_start: int
+    """Weights in force at the first token; differs only for a request kept through an update."""
+    rid: str
+
+
+@dataclass(frozen=True)
+class UpdateReply:
+    """The engine's answer to a weight update."""
+
+    success: bool
+    message: str
+    outcome: Mapping[str, Any] = field(default_factory=dict)
+    """What the engine says of it: `changed` elements, seconds under names that end in `_s`, and whether a read-back
+    follows (`readback`). By our clock `begin_s` and `end_s`, where an engine is told of both."""
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {name: value for name, value in self.outcome.items() if name.endswith("_s") and value is not None}
+
+
+Ended = Callable[[int, GenResult], None]
+"""Called with a request's place in its call and its result."""
+
+
+def flushes(pause_mode: str) -> bool:
+    """Whether an update of this mode may ask for an empty cache: only with no request anywhere. Requests that were
+    retracted wait, and those paused in place hold theirs; in these modes the engine runs without a prefix cache."""
+    return pause_mode == "abort"
 
 
 class WeightReceiver(Protocol):
@@ -99,7 +167,7 @@ class WeightReceiver(Protocol):
         """The engine decodes what is staged while it generates."""
 
     def wake(self, version: int) -> None:
-        """Stage something that changes nothing, so that an engine which is not `watched` begins to."""
+        """Stage an update that changes nothing. Applying it starts the decoding of an engine that is not `watched`."""
 
     def readback(self, version: int) -> Mapping[str, float]:
         """Wait for the read-back of a version, figures of it. Raises RunFailed when the engine holds other weights."""
@@ -122,7 +190,7 @@ Sample = Callable[["ModelAdapter", Path, Sequence[Sequence[int]], int], Sequence
 
 
 class Engine:
-    """Base class: what a subclass does not say is as for an engine with nothing of its own."""
+    """Base class. A subclass overrides what is special about its engine."""
 
     name: str
     """As `rollout.engine` and the entry point say it."""
@@ -133,7 +201,7 @@ class Engine:
     auto_on: frozenset[str] = frozenset()
     """Devices (`cpu`, `cuda`) on which `rollout.engine = "auto"` takes it."""
     package: str | None = None
-    """Distribution that it is made of, of its own environment perhaps; None: nothing to install beside astra."""
+    """Distribution that it needs, perhaps in an environment of its own; None: astra alone is enough."""
     upgrade: str | None = None
     """Command that brings newer kernels into its environment and leaves `package` the torch that it is built for."""
     fp32_on: frozenset[str] = frozenset()

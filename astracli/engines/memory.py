@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from astracli.machine.component import Component
-from astracli.machine.memory import CUDA_CONTEXT, TORCH_PROCESS, MemoryRow, Place
+from astracli.machine.memory import CUDA_CONTEXT, TORCH_PROCESS, Component, MemoryRow, Place
 
 if TYPE_CHECKING:
     from astracli.config.recipe import Recipe

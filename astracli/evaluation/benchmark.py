@@ -2,7 +2,7 @@
 
 Every item stands in the denominator: an unanswered, over-long or ungradable sample is a wrong one with its own verdict.
 A request's random draws depend on (seed, benchmark, item, sample) alone, so the same weights give the same samples in
-any order and from any engine, and a paired comparison of two versions draws alike. `eval_spread` asks the engines.
+any order and from any engine, and a paired comparison of two versions draws alike. `spread` asks the engines.
 """
 
 from __future__ import annotations
@@ -10,30 +10,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
 
+from astracli.engines.contract import GenRequest, GenResult
 from astracli.errors import RunFailed
 from astracli.evaluation import passk, votes
 from astracli.models.adapter import chat_prompt_tokens
-from astracli.rewards.reward import Grade, GradeItem
+from astracli.rewards.reward import Grade, GradeItem, GradePool
 
 if TYPE_CHECKING:
     from astracli.data.benchmarks import Benchmark
     from astracli.data.prompts import Problem
-    from astracli.engines.client import GenRequest, GenResult
 
 _SHORT_TOKENS = 256
 """Up to here a completion is so short that one HTTP request carries several samples of an item."""
 _SHORT_SAMPLES = 8
-
-
-class ItemGrader(Protocol):
-    """What an evaluation needs of `rl.reward.GradePool`."""
-
-    async def agrade(self, items: Sequence[GradeItem]) -> list[Grade]: ...
 
 
 @dataclass(frozen=True)
@@ -101,14 +95,8 @@ class Result:
 
 
 def score_figures(score: passk.Score) -> dict[str, float | int]:
-    return {
-        "items": score.items,
-        "n": score.n,
-        "avg_at_n": score.avg_at_n,
-        "stderr": score.stderr,
-        "k": score.k,
-        "pass_at_k": score.pass_at_k,
-    }
+    """Without pass@k for every k."""
+    return {name: value for name, value in vars(score).items() if name != "pass_at"}
 
 
 def full_figures(score: passk.Score) -> dict[str, Any]:
@@ -151,7 +139,7 @@ class BenchmarkWork:
         self,
         benchmark: Benchmark,
         tokenizer: Any,
-        grader: ItemGrader,
+        grader: GradePool,
         *,
         sampling: EvalSampling,
         samples: int | None = None,
@@ -201,8 +189,7 @@ class BenchmarkWork:
         items = self.benchmark.items
         done = [_unasked(items[p], i, self._version or 0) for p, i in units if self._room((p, i)) <= 0]
         if answers:
-            asked = [(items[p], i) for (p, i), _ in answers]
-            done += await _grade(asked, [answer for _, answer in answers], self._tokenizer, self._grader)
+            done += await self._grade([(items[p], i) for (p, i), _ in answers], [answer for _, answer in answers])
         self._found.update({(self._places[sample.problem.id], sample.sample): sample for sample in done})
         self._ended = time.monotonic()
         if self._on_samples is not None and done:
@@ -219,10 +206,26 @@ class BenchmarkWork:
         return min(self._sampling.max_new_tokens, self._sampling.context_length - len(self._prompts[unit[0]]))
 
     def _request(self, unit: Unit, room: int) -> GenRequest:
-        place, sample = unit
-        return _request(
-            self.benchmark.name, self.benchmark.items[place], self._prompts[place], sample, room, self._sampling
+        (place, sample), sampling = unit, self._sampling
+        return GenRequest(
+            input_ids=self._prompts[place],
+            max_new_tokens=room,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            stop_token_ids=list(sampling.stop_token_ids),
+            seed=sample_seed(sampling.seed, self.benchmark.name, self.benchmark.items[place].id, sample),
         )
+
+    async def _grade(self, asked: Sequence[tuple[Problem, int]], answers: Sequence[GenResult]) -> list[EvalSample]:
+        texts = [self._tokenizer.decode(answer.tokens.tolist(), skip_special_tokens=True) for answer in answers]
+        items = [
+            GradeItem(problem.question, problem.answer, text) for (problem, _), text in zip(asked, texts, strict=True)
+        ]
+        grades = await self._grader.agrade(items)
+        return [
+            EvalSample(problem, i, answer.version, text, answer.tokens, answer.logprobs, answer.finish_reason, grade)
+            for (problem, i), answer, text, grade in zip(asked, answers, texts, grades, strict=True)
+        ]
 
 
 def _check_version(reply: GenResult, version: int | None) -> None:
@@ -233,33 +236,6 @@ def _check_version(reply: GenResult, version: int | None) -> None:
         f"an evaluation pinned to version {version} was answered by version {other}",
         "the engine was updated while it was pinned; its log and the rollout worker's say when",
     )
-
-
-def _request(
-    benchmark: str, problem: Problem, prompt: list[int], sample: int, room: int, sampling: EvalSampling
-) -> GenRequest:
-    from astracli.engines.client import GenRequest
-
-    return GenRequest(
-        input_ids=prompt,
-        max_new_tokens=room,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        stop_token_ids=list(sampling.stop_token_ids),
-        seed=sample_seed(sampling.seed, benchmark, problem.id, sample),
-    )
-
-
-async def _grade(
-    asked: Sequence[tuple[Problem, int]], answers: Sequence[GenResult], tokenizer: Any, grader: ItemGrader
-) -> list[EvalSample]:
-    texts = [tokenizer.decode(answer.tokens.tolist(), skip_special_tokens=True) for answer in answers]
-    items = [GradeItem(problem.question, problem.answer, text) for (problem, _), text in zip(asked, texts, strict=True)]
-    grades = await grader.agrade(items)
-    return [
-        EvalSample(problem, i, answer.version, text, answer.tokens, answer.logprobs, answer.finish_reason, grade)
-        for (problem, i), answer, text, grade in zip(asked, answers, texts, grades, strict=True)
-    ]
 
 
 def _unasked(problem: Problem, sample: int, version: int) -> EvalSample:

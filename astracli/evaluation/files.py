@@ -80,7 +80,7 @@ def write_csv(path: Path, document: dict[str, Any]) -> None:
         greedy = document.get("greedy", {}).get(name)
         rows.append(row | ({"greedy_avg": greedy["avg_at_n"]} if greedy else {}))
     columns = list(dict.fromkeys(k for row in rows for k in row))
-    _write_rows(path, columns, [{k: f"{v:.6f}" if isinstance(v, float) else v for k, v in r.items()} for r in rows])
+    _write_rows(path, columns, rows)
 
 
 def partial_of(folder: Path, step: int) -> Path:
@@ -134,9 +134,8 @@ def update_csv(path: Path, when: Evaluation, results: Sequence[Result]) -> None:
     if scores:
         scores.append((metrics.OVERALL, passk.overall([score for _, score in scores])))
     for name, score in scores:
-        numbers = {k: f"{v:.6f}" if isinstance(v, float) else v for k, v in score_figures(score).items()}
         of = {"step": when.step, "version": when.version, "due_step": when.due_step}
-        rows.append({**of, "benchmark": name, **numbers})
+        rows.append({**of, "benchmark": name, **score_figures(score)})
     _write_rows(path, CSV_COLUMNS, sorted(rows, key=lambda row: int(row["step"])))
 
 
@@ -149,7 +148,7 @@ def _write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any
     text = io.StringIO()
     table = csv.DictWriter(text, columns, lineterminator="\n")
     table.writeheader()
-    table.writerows(rows)
+    table.writerows([{k: f"{v:.6f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows])
     write_atomic(path, text.getvalue(), sync=True)
 
 

@@ -15,28 +15,21 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from astracli.errors import RunFailed
 from astracli.evaluation.benchmark import BenchmarkWork, Result, Unit
 
 if TYPE_CHECKING:
-    from astracli.engines.client import GenRequest, GenResult
+    from astracli.engines.client import EngineClient
+    from astracli.engines.contract import GenResult
 
 PATIENCE_S = 900.0
 """How long a call may meet an engine that is away, or that aborts it again and again, before the evaluation ends."""
 REFUSALS = 3
 """Failures of a call on engines that are healthy, after which the evaluation ends."""
 LONGEST_PAUSE_S = 2.0
-
-
-class EvalEngine(Protocol):
-    """What an evaluation needs of `engines.client.EngineClient`."""
-
-    async def generate(self, requests: Sequence[GenRequest]) -> list[GenResult]: ...
-
-    async def health(self) -> bool: ...
 
 
 class Members(Protocol):
@@ -46,21 +39,6 @@ class Members(Protocol):
         """Names of the engines that can be asked. Waits until they are others than `known`; None: as it is now."""
 
     async def release(self, engine: str) -> None: ...
-
-
-class Standing:
-    """Engines of an evaluation without a run: always there, kept by nobody."""
-
-    def __init__(self, engines: Collection[str]):
-        self._engines = frozenset(engines)
-
-    async def holders(self, known: Collection[str] | None) -> Collection[str]:
-        if known is not None:
-            await asyncio.Event().wait()
-        return self._engines
-
-    async def release(self, engine: str) -> None:
-        pass
 
 
 @dataclass
@@ -83,7 +61,7 @@ class Share:
     """What one engine serves of the evaluation."""
 
     name: str
-    engine: EvalEngine
+    engine: EngineClient
     queue: deque[Call]
     """Where its next call comes from: all engines' queue, or its own when the split is fixed."""
     samples: int = 0
@@ -93,7 +71,7 @@ class Share:
     away: bool = False
     """It failed, and has not been found healthy since."""
     released: bool = False
-    pauses: int = field(default=0)
+    pauses: int = 0
     """Failures and aborts in a row."""
 
     def next_pause(self) -> float:
@@ -103,7 +81,7 @@ class Share:
 
 async def evaluate(
     works: Sequence[BenchmarkWork],
-    engines: Mapping[str, EvalEngine],
+    engines: Mapping[str, EngineClient],
     members: Members | None = None,
     *,
     max_concurrency: int = 64,
@@ -116,7 +94,7 @@ async def evaluate(
     `on_progress` gets the first benchmark that is not done; `on_waiting`, whether nothing is under way because no
     engine can be asked. Raises RunFailed when another version answers, or a call finds no engine that answers it.
     """
-    spread = _Spread(works, engines, members or Standing(engines), max_concurrency, fixed, on_progress, on_waiting)
+    spread = _Spread(works, engines, members, max_concurrency, fixed, on_progress, on_waiting)
     try:
         await spread.run()
     except ExceptionGroup as failures:
@@ -124,37 +102,35 @@ async def evaluate(
     return [work.result() for work in works]
 
 
+@dataclass
 class _Spread:
-    def __init__(
-        self,
-        works: Sequence[BenchmarkWork],
-        engines: Mapping[str, EvalEngine],
-        members: Members,
-        max_concurrency: int,
-        fixed: bool,
-        on_progress: Callable[[BenchmarkWork], None] | None,
-        on_waiting: Callable[[bool], None] | None,
-    ):
-        self._works = list(works)
-        self._members = members
-        self._most = max_concurrency
-        self._fixed = fixed
-        self._on_progress, self._on_waiting = on_progress, on_waiting
-        self._present: Collection[str] = ()
+    _works: Sequence[BenchmarkWork]
+    engines: InitVar[Mapping[str, EngineClient]]
+    _members: Members | None
+    """None: without a run, every engine can always be asked."""
+    _most: int
+    """Samples at an engine at once."""
+    _fixed: bool
+    _on_progress: Callable[[BenchmarkWork], None] | None
+    _on_waiting: Callable[[bool], None] | None
+
+    def __post_init__(self, engines: Mapping[str, EngineClient]) -> None:
+        self._present: Collection[str] = frozenset(engines) if self._members is None else ()
         self._changed = asyncio.Event()
         self._tasks: asyncio.TaskGroup
         self._waiting: list[asyncio.Task[None]] = []
         self._begun: set[str] = set()
-        calls = [Call(work, units) for work in works for units in work.calls]
-        common = deque(() if fixed else calls)
-        self._shares = [Share(name, engine, deque() if fixed else common) for name, engine in engines.items()]
-        for call, share in zip(calls if fixed else (), itertools.cycle(self._shares), strict=False):
+        calls = [Call(work, units) for work in self._works for units in work.calls]
+        common = deque(() if self._fixed else calls)
+        self._shares = [Share(name, engine, deque() if self._fixed else common) for name, engine in engines.items()]
+        for call, share in zip(calls if self._fixed else (), itertools.cycle(self._shares), strict=False):
             share.queue.append(call)
 
     async def run(self) -> None:
         self._tell()
         async with asyncio.TaskGroup() as self._tasks:
-            self._beside(self._watch())
+            if self._members is not None:
+                self._beside(self._watch(self._members))
             while any(work.done < work.total for work in self._works):
                 self._deal()
                 self._release([share for share in self._shares if not share.queue and not share.open_calls])
@@ -170,16 +146,17 @@ class _Spread:
         for share in shares:
             if not share.released:
                 share.released = True
-                self._tasks.create_task(self._members.release(share.name))
+                if self._members is not None:
+                    self._tasks.create_task(self._members.release(share.name))
 
     def _beside(self, waiting: Coroutine[Any, Any, None]) -> None:
         """What may still wait when every sample is there, and ends then."""
         self._waiting.append(self._tasks.create_task(waiting))
 
-    async def _watch(self) -> None:
+    async def _watch(self, members: Members) -> None:
         known: Collection[str] | None = None
         while True:
-            known = self._present = await self._members.holders(known)
+            known = self._present = await members.holders(known)
             self._changed.set()
 
     def _deal(self) -> None:
@@ -249,7 +226,8 @@ class _Spread:
             await asyncio.sleep(share.next_pause())
             if await share.engine.health():
                 break
-        self._present = await self._members.holders(None)
+        if self._members is not None:
+            self._present = await self._members.holders(None)
         share.away = False
         self._changed.set()
 

@@ -51,13 +51,9 @@ def majority_at(items: Sequence[Sequence[Vote]]) -> dict[int, float]:
     for k in sizes(n):
         total = 0.0
         for place, votes in enumerate(items):
-            if k == 1:
-                total += sum(winner_share([each]) for each in votes) / n
-                continue
-            if k == n:
-                total += winner_share(votes)
-                continue
             draw = random.Random(place * 1_000_003 + k)
-            total += sum(winner_share(draw.sample(votes, k)) for _ in range(SUBSETS)) / SUBSETS
+            exact = [votes] if k == n else [[each] for each in votes] if k == 1 else None
+            polls = exact or [draw.sample(votes, k) for _ in range(SUBSETS)]
+            total += sum(map(winner_share, polls)) / len(polls)
         found[k] = total / len(items)
     return found

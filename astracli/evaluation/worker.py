@@ -9,7 +9,7 @@ version (`evaluation/spread.py`), tells the hub when an engine has served its sh
 With `config.out` it evaluates once, also one greedy sample an item, writes the same files and `results.json` and
 `results.csv` there, and ends. Samples are kept as they come, in `RUN_DIR/eval/partial/STEP/` and
 in `DIR/partial/`: a second attempt asks for the missing ones only, and ends with the same files as one that was never
-interrupted. The files themselves are `eval_files`'s.
+interrupted. What is in these files: `files`.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Evaluator:
 
 @dataclass(frozen=True)
 class RunEngines:
-    """The engines of a run, as the hub knows them (`eval_spread.Members`)."""
+    """The engines of a run, as the hub knows them (`spread.Members`)."""
 
     hub: AsyncHubClient
     step: int

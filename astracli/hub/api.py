@@ -7,7 +7,6 @@ process is the only writer of metrics.jsonl.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import sqlite3
 import time
@@ -18,36 +17,20 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from astracli.errors import AstraError, disk_full
 from astracli.hub.store import HubStore
 from astracli.hub.types import BadRequest, GpuLeaseReply, Holders, Leases, NextBatch, NextEvaluation, Target
 from astracli.hub.wire import MAX_WAIT_S, called_with_body, pack_answer
+from astracli.process.server import TokenGuard
 
 T = TypeVar("T")
 RECHECK_S = 1.0
 """A waiting request looks again this often even when nothing changed: leases expire by time alone."""
-
-
-class TokenGuard:
-    """ASGI middleware: 401 for a request without `Authorization: Bearer TOKEN`."""
-
-    def __init__(self, app: ASGIApp, token: str):
-        self._app = app
-        self._expected = f"Bearer {token}".encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            given = next((value for key, value in scope["headers"] if key == b"authorization"), b"")
-            if not hmac.compare_digest(given, self._expected):
-                await _error(401, "missing or wrong token")(scope, receive, send)
-                return
-        with suppress(ClientDisconnect):  # a worker that ends in the middle of a request is no error of the hub
-            await self._app(scope, receive, send)
 
 
 def _error(status: int, message: str, hint: str | None = None) -> JSONResponse:
@@ -107,13 +90,13 @@ class _Pulse:
                 return reply
 
 
+@dataclass(frozen=True)
 class _Hub:
     """What the store does not answer by itself: polls, heartbeats, metrics. Arguments are the keys of a body."""
 
-    def __init__(self, store: HubStore, metrics_path: Path | None, on_status: Callable[[dict[str, Any]], None] | None):
-        self._store = store
-        self._metrics_path = metrics_path
-        self._on_status = on_status
+    _store: HubStore
+    _metrics_path: Path | None
+    _on_status: Callable[[dict[str, Any]], None] | None
 
     def lease(
         self, worker: str, n: int, engine: str | None = None, request: str | None = None, wait_s: float = 0.0
@@ -205,4 +188,4 @@ def build_app(
     if weights_app is not None:
         routes.append(Mount("/weights", weights_app))
     known: Any = dict.fromkeys((BadRequest, AstraError, OSError, sqlite3.OperationalError), _on_error)
-    return TokenGuard(Starlette(routes=routes, exception_handlers=known), token)
+    return TokenGuard(Starlette(routes=routes, exception_handlers=known), token, _error(401, "missing or wrong token"))

@@ -77,7 +77,11 @@ class BatchBook:
         return Replays(ratio, due)
 
     def serve(self, step: int) -> NextBatch:
-        """The groups of `step`, always the same ones, or what it waits for. RunFailed for a step out of order."""
+        """The groups of `step`, always the same ones once they were assigned; or what it waits for.
+
+        Raises RunFailed for a step out of order, and when it would wait for groups although `max_dropped_batches`
+        batches' worth in a row had no signal.
+        """
         row = self._db.one("SELECT lease_ids, stats, pruned, replay_of FROM batches WHERE step = ?", step)
         if row is None:
             wait = self._assign(step)

@@ -225,11 +225,8 @@ class AsyncHubClient(_Calls):
             except httpx.TransportError as error:
                 await asyncio.sleep(patience.next_pause(error))
 
-    async def close(self) -> None:
-        await self._http.aclose()
-
     async def __aenter__(self) -> AsyncHubClient:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.close()
+        await self._http.aclose()

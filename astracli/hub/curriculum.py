@@ -1,4 +1,4 @@
-"""Which prompt a lease asks: of a few candidates rather one that is solved sometimes, by what the hub's file records.
+"""Which prompt a lease gets: of a few candidates, one that the hub's records show as solved sometimes is more likely.
 
 Lease i has the candidates i * n .. i * n + n - 1 of the endless sequence of prompts, so no place of the sequence is
 asked twice. A candidate weighs 1 when the solve rate of its kind lies in the band or is not known yet, else `outside`;
@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from astracli.hub.schema import Database
@@ -23,13 +24,12 @@ if TYPE_CHECKING:
     from astracli.config.recipe import CurriculumTable
 
 
+@dataclass(frozen=True)
 class Curriculum:
-    """`kind(index)` names the kind of the prompt at a place of the endless sequence."""
-
-    def __init__(self, table: CurriculumTable, seed: int, kind: Callable[[int], str]):
-        self._table = table
-        self._seed = seed
-        self._kind = kind
+    _table: CurriculumTable
+    _seed: int
+    _kind: Callable[[int], str]
+    """The kind of the prompt at a place of the endless sequence."""
 
     def choose(self, database: Database, lease_id: int) -> tuple[int, str]:
         """(place of the prompt in the endless sequence, its kind)"""

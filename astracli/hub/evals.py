@@ -61,18 +61,16 @@ class EvalBoard:
         """Evaluations that became due and are not done."""
         return self._db.scalar("SELECT COUNT(*) FROM evals WHERE results IS NULL")
 
-    def _is_due(self, step: int) -> bool:
-        every = self._settings.eval_every
-        return every > 0 and bool(self._names) and (step % every == 0 or step == self._settings.steps)
-
     def announce(self, version: int, step: int) -> list[int]:
         """A version is stable on disk. Telling it twice changes nothing. -> the versions that are pinned then."""
+        every = self._settings.eval_every
+        due = every > 0 and bool(self._names) and (step % every == 0 or step == self._settings.steps)
         with self._db.transaction() as sql:
             sql.execute("INSERT OR IGNORE INTO versions (version, step) VALUES (?, ?)", (version, step))
             covered = sql.execute(
                 "SELECT 1 FROM evals WHERE due_step <= ? AND (step IS NULL OR step >= ?)", (step, step)
             ).fetchone()
-            if self._is_due(step) and covered is None:
+            if due and covered is None:
                 sql.execute("INSERT INTO evals (due_step) VALUES (?)", (step,))
             self._start(sql)
         return self.pinned()
@@ -94,13 +92,12 @@ class EvalBoard:
         An engine that is past the evaluated version never goes back.
         """
         latest, running = self.latest, self.running
-        if latest is None or running is None or engine in self._released or self._past(engine, running):
+        if latest is None or running is None or engine in self._released:
+            return latest, False
+        report = self.engines.get(engine)
+        if report is not None and report.version is not None and report.version > running.version:
             return latest, False
         return running.version, True
-
-    def _past(self, engine: str, evaluation: Evaluation) -> bool:
-        report = self.engines.get(engine)
-        return report is not None and report.version is not None and report.version > evaluation.version
 
     def report(self, engine: str, report: EngineReport) -> None:
         self.engines[engine] = report

@@ -27,7 +27,7 @@ class GpuLeases:
     def take(self, gpu_lease: str, who: str) -> bool:
         """Whether `who` holds the lease now; otherwise it is in the queue, once however often it asks.
 
-        Raises BadRequest for a GPU lease that there is not.
+        Raises BadRequest for a GPU lease that does not exist.
         """
         if gpu_lease not in self._holder:
             raise BadRequest(f"there is no GPU lease `{gpu_lease}`; there are {', '.join(self._holder) or 'none'}")

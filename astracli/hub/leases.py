@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from astracli.hub.curriculum import Curriculum
@@ -20,16 +21,16 @@ from astracli.rl.types import Group
 REMEMBERED_REQUESTS = 256
 
 
+@dataclass
 class LeaseBook:
     """Part of the store, which holds the database's lock around every call."""
 
-    def __init__(
-        self, database: Database, settings: HubSettings, curriculum: Curriculum | None, clock: Callable[[], float]
-    ):
-        self._db = database
-        self._settings = settings
-        self._curriculum = curriculum
-        self._clock = clock
+    _db: Database
+    _settings: HubSettings
+    _curriculum: Curriculum | None
+    _clock: Callable[[], float]
+
+    def __post_init__(self) -> None:
         self._expiry: dict[int, float] = {}
         self._replies: OrderedDict[str, list[int]] = OrderedDict()
         self.requeue("state = 'leased'")

@@ -58,7 +58,7 @@ class HubStore:
         self._leases = LeaseBook(self._db, settings, curriculum, clock)
         self._gpu_leases = GpuLeases(settings.gpu_leases)
         self._listeners: list[Callable[[], None]] = []
-        self._stop = False
+        self.stop_requested = False
         self._wave_left = 0
 
     # ---- changes and the end -----------------------------------------------------------------------------------------
@@ -80,12 +80,8 @@ class HubStore:
 
     def request_stop(self) -> None:
         """Tell every worker to end, with its next call."""
-        self._stop = True
+        self.stop_requested = True
         self._changed()
-
-    @property
-    def stop_requested(self) -> bool:
-        return self._stop
 
     @property
     def finished(self) -> bool:
@@ -113,11 +109,11 @@ class HubStore:
                 take, version, wait = self._admissible(n, engine)
                 ids = self._leases.grant(worker, take, version, request) if take else []
                 self._wave_left -= len(ids) if self.settings.deterministic else 0
-            return Leases(self._leases.with_prompts(ids), wait, self._stop)
+            return Leases(self._leases.with_prompts(ids), wait, self.stop_requested)
 
     def _admissible(self, n: int, engine: str | None) -> tuple[int, int, str | None]:
         """(groups that may start now, the version they would start at, what is waited for when there are none)."""
-        if self._stop:
+        if self.stop_requested:
             return 0, 0, STOPPING
         version, wait = self._board.version_of(engine)
         if wait is not None:
@@ -140,7 +136,7 @@ class HubStore:
         return min(n, admission.capacity), version, admission.reason
 
     def renew(self, lease_ids: Sequence[int], worker: str | None = None) -> list[int]:
-        """Prolong leases. -> those that are lost: ended, expired, or held by another worker now."""
+        """See `LeaseBook.renew`."""
         with self._db.lock:
             self._expire()
             return self._leases.renew(lease_ids, worker)
@@ -163,10 +159,7 @@ class HubStore:
             self._changed()
 
     def put(self, blob: bytes) -> PutStatus:
-        """A graded group comes in under its lease. Raises BadRequest when `blob` is no packed group.
-
-        The first arrival counts, even when its lease has expired meanwhile; every later one is a duplicate.
-        """
+        """A graded group comes in under its lease, see `LeaseBook.put`. Raises BadRequest for no packed group."""
         try:
             group = unpack_group(blob)
         except ValueError as error:
@@ -182,11 +175,7 @@ class HubStore:
     # ---- batches -----------------------------------------------------------------------------------------------------
 
     def batch(self, step: int) -> NextBatch:
-        """The groups of `step`, always the same ones once they were assigned; or what it waits for.
-
-        Raises RunFailed for a step out of order, and when it would wait for groups although `max_dropped_batches`
-        batches' worth in a row had no signal.
-        """
+        """The groups of `step`, see `BatchBook.serve`."""
         with self._db.lock:
             self._expire()
             before = self._batches.next_step
@@ -238,7 +227,7 @@ class HubStore:
         with self._db.lock:
             version, pinned = self._board.target(engine)
             wanted = self._gpu_leases.wanted(engine) and not pinned
-            return Target(version, pinned, wanted, self._board.down(engine), self._stop)
+            return Target(version, pinned, wanted, self._board.down(engine), self.stop_requested)
 
     def take_gpu_lease(self, gpu_lease: str, who: str) -> GpuLeaseReply:
         """See `GpuLeases.take`."""
@@ -248,7 +237,7 @@ class HubStore:
             moved = before != self._gpu_leases.document()
         if moved:
             self._changed()
-        return GpuLeaseReply(held, self._stop)
+        return GpuLeaseReply(held, self.stop_requested)
 
     def give_gpu_lease(self, gpu_lease: str, who: str) -> None:
         with self._changing():
@@ -263,14 +252,14 @@ class HubStore:
         """An evaluation to work on, or what is waited for; `stop` also when none will come. See `EvalBoard.next`."""
         with self._db.lock:
             found, wait = self._board.next(finishing)
-            if found is not None and not self._stop:
+            if found is not None and not self.stop_requested:
                 return NextEvaluation(found, None, False)
-            return NextEvaluation(None, wait or STOPPING, self._stop or self.finished)
+            return NextEvaluation(None, wait or STOPPING, self.stop_requested or self.finished)
 
     def eval_engines(self, version: int) -> Holders:
         """Engines that can be asked for the evaluation of `version` now."""
         with self._db.lock:
-            return Holders(self._board.holders(version), self._stop)
+            return Holders(self._board.holders(version), self.stop_requested)
 
     def eval_release(self, step: int, version: int, engine: str) -> None:
         """See `EvalBoard.release`."""
@@ -305,5 +294,5 @@ class HubStore:
                 evals=self._board.document(),
                 gpu_leases=self._gpu_leases.document(),
                 finished=self.finished,
-                stop=self._stop,
+                stop=self.stop_requested,
             )

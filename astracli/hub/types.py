@@ -117,7 +117,7 @@ class GpuLeaseReply(_Answer):
 
 @dataclass(frozen=True)
 class Evaluation(_Answer):
-    """One that runs."""
+    """An evaluation that runs."""
 
     step: int
     version: int
@@ -143,7 +143,7 @@ class Holders(_Answer):
 
 @dataclass(frozen=True)
 class EngineReport(_Answer):
-    """The last word of an engine, or about one that was lost."""
+    """The last report of an engine, or the note that it was lost."""
 
     version: int | None
     state: EngineState

@@ -13,7 +13,7 @@ from astracli.engines.registry import of as engine_of
 from astracli.launch.inputs import Inputs
 from astracli.launch.launcher import Process
 from astracli.launch.restarts import Retry
-from astracli.machine.component import Component
+from astracli.machine.memory import Component
 from astracli.plan.types import LaunchPlan, ProcessPlan
 from astracli.process.config import (
     EngineAddress,

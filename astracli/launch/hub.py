@@ -1,4 +1,4 @@
-"""The hub of a run: its books and its server, in the supervisor's process."""
+"""The hub of a run: its store and its server, in the supervisor's process."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from astracli.process.config import Role
 
 if TYPE_CHECKING:
     from astracli.hub.curriculum import Curriculum
-    from astracli.hub.server import ServerThread
     from astracli.hub.store import HubStore
+    from astracli.process.server import ServerThread
 
 
 @contextlib.contextmanager
@@ -23,7 +23,7 @@ def serving(
     """The hub serving on a port of its own; `on_status` gets every heartbeat."""
     from astracli.evaluation import files as eval_files
     from astracli.hub.api import build_app
-    from astracli.hub.server import ServerThread
+    from astracli.process.server import ServerThread
     from astracli.weights.publish.server import weights_app
 
     run = context.run_dir

@@ -1,4 +1,4 @@
-"""What a run reads, and what it would trip over minutes later: checkpoint files, problems, reward, address, sinks.
+"""What a run reads, and what is checked before it starts: checkpoint files, problems, reward, address, sinks.
 
 Every check returns when all is well and raises UserError (exit 2) otherwise. Nothing here imports torch.
 """

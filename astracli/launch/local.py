@@ -11,12 +11,11 @@ from astracli.launch.launcher import Process, Started
 from astracli.process import children
 from astracli.process.children import Child, ChildSpec, MemorySampler
 from astracli.process.config import EngineConfig
-from astracli.process.worker import THREAD_VARIABLES
 from astracli.runs.run_dir import RunDir, write_atomic
 
 OFFLINE = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1")
 """The supervisor has fetched everything; a child that would ask the network is wrong."""
-QUIET = {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+QUIET = {"TQDM_DISABLE": "1"}
 """A log is no terminal."""
 
 
@@ -30,12 +29,11 @@ def child_spec(process: Process, lock_fd: int | None = None) -> ChildSpec:
     write_atomic(document, config.model_dump_json(indent=1) + "\n", mode=0o600)
     if isinstance(config, EngineConfig):
         config.stage_dir.mkdir(parents=True, exist_ok=True)
-    threads = dict.fromkeys(THREAD_VARIABLES, str(plan.threads))
     return ChildSpec(
         name=plan.name,
         argv=(plan.python or sys.executable, "-m", plan.module, str(document)),
         log=run.attempt_logs(config.attempt) / f"{plan.name}.log",
-        env={**OFFLINE, **QUIET, **threads, **_no_proxy(config.recipe.launch.host), **plan.env, **process.env},
+        env={**OFFLINE, **QUIET, **_no_proxy(config.recipe.launch.host), **plan.env, **process.env},
         nice=plan.nice,
         inherit=() if lock_fd is None else (lock_fd,),
     )

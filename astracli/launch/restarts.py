@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from astracli.launch.launcher import Process, Started
@@ -26,24 +26,24 @@ class Retry:
     """What was wrong and what is different now."""
 
 
+@dataclass
 class Restarts:
     """Restarts of each child, counted over the last `window_s` seconds: what fails once a day may be started again for
     as long as a run lasts, what fails at once again may not."""
 
-    def __init__(self, window_s: float, clock: Callable[[], float] = time.monotonic):
-        self.window_s = window_s
-        self._clock = clock
-        self._times: dict[str, deque[float]] = {}
+    window_s: float
+    clock: Callable[[], float] = time.monotonic
+    times: defaultdict[str, deque[float]] = field(default_factory=lambda: defaultdict(deque))
 
     def recent(self, name: str) -> int:
         """How often it was started again in the window that ends now."""
-        times = self._times.setdefault(name, deque())
-        while times and self._clock() - times[0] > self.window_s:
+        times = self.times[name]
+        while times and self.clock() - times[0] > self.window_s:
             times.popleft()
         return len(times)
 
     def add(self, name: str) -> None:
-        self._times.setdefault(name, deque()).append(self._clock())
+        self.times[name].append(self.clock())
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def first_cause(ends: Sequence[End]) -> End:
     """The rank whose end is the others' cause: one that will not pass before one that may, and both before those that
     only lost another rank. Otherwise the first."""
     lasting = [end for end in ends if end.cause is None]
-    own = [end for end in ends if end.cause is not None and not transient.secondary(end.cause)]
+    own = [end for end in ends if end.cause is not None and not end.cause.startswith(transient.LINK)]
     return (lasting or own or list(ends))[0]
 
 
@@ -96,19 +96,17 @@ class Resume:
         return {key: getattr(self, key) for key in ("at_step", "from_step", "cause", "seconds")}
 
 
+@dataclass
 class Resumes:
     """When a run whose trainer ended goes on from its checkpoint by itself, and what that cost."""
 
-    def __init__(
-        self, limit: int, start: Callable[[int], Start], *, step: int = 0, clock: Callable[[], float] = time.monotonic
-    ):
-        """`start(n)` rewinds the hub to the newest checkpoint and says how everything is started for the n-th time.
-        `step`: where the run began."""
-        self.limit = limit
-        self.start = start
-        self.taken: list[Resume] = []
-        self._step = step
-        self._clock = clock
+    limit: int
+    start: Callable[[int], Start]
+    """`start(n)` rewinds the hub to the newest checkpoint and says how everything is started for the n-th time."""
+    step: int = 0
+    """Steps trained so far, as far as that is known; at first where the run began."""
+    clock: Callable[[], float] = time.monotonic
+    taken: list[Resume] = field(default_factory=list)
 
     def refusal(self, step: int, cause: str) -> str | None:
         """Why the run does not go on, of an end at `step`; None when it does."""
@@ -121,25 +119,25 @@ class Resumes:
 
     def reached(self, step: int | None) -> int:
         """Take note of the steps trained so far, as the trainer says; the number that is known."""
-        self._step = self._step if step is None else step
+        self.step = self.step if step is None else step
         for resume in self.taken[-1:]:
-            if resume.seconds is None and self._step >= resume.at_step and step is not None:
-                resume.seconds = round(self._clock() - resume.began, 2)
-        return self._step
+            if resume.seconds is None and self.step >= resume.at_step and step is not None:
+                resume.seconds = round(self.clock() - resume.began, 2)
+        return self.step
 
     def take(self, step: int, cause: str, began: float) -> Start:
         """Begin the next one. `began`: when the trainer was found to have ended."""
         self.close()
         start = self.start(len(self.taken) + 1)
         self.taken.append(Resume(step, start.step, cause, began))
-        self._step = start.step
+        self.step = start.step
         return start
 
     def close(self) -> None:
-        """The run ends, or ended again: what has not caught up yet has cost the time until now."""
+        """The run ends, or its trainer ended again: a resume that has not caught up yet took the time until now."""
         for resume in self.taken[-1:]:
             if resume.seconds is None:
-                resume.seconds = round(self._clock() - resume.began, 2)
+                resume.seconds = round(self.clock() - resume.began, 2)
 
 
 def ended(child: Started, code: int) -> End:

@@ -35,10 +35,10 @@ def planned(recipe: Recipe, command: Command, facts: Machine | None = None) -> L
     from astracli.backends import choice as backend
     from astracli.doctor.gather import with_engine
 
-    here = facts is None
-    config: Mapping[str, Any] | None = None
+    here, recorded = facts is None, facts.checkpoint if facts is not None else None
     facts = with_engine(machine_read.probe(), recipe) if facts is None else facts
-    if not here and (recorded := facts.checkpoint) is not None and recorded.path == recipe.model.path:
+    config: Mapping[str, Any] | None = None
+    if recorded is not None and recorded.path == recipe.model.path:
         config = recorded.config
     config = _config_if_here(recipe) if config is None else config
     adapter = registry.resolve(recipe, config)
@@ -124,7 +124,13 @@ def evaluate(
     if code == 0:
         document = json.loads((run.eval / "results.json").read_text())
         document |= {"weights": recipe.model.path, "path": str(run.eval)}
-        _print_results(document, as_json)
+        if as_json:
+            print(json.dumps(document, indent=2))
+        else:
+            from astracli.report.summary_table import result_lines
+
+            print("\n".join(result_lines(document)))
+            say(f"items and figures are in {run.eval}")
     elif code == 130:
         say(f"interrupted; go on with `astra eval --resume {run.path}`")
     return code
@@ -133,8 +139,8 @@ def evaluate(
 def _run(
     began: float, inputs: Inputs, recipe: Recipe, plan: LaunchPlan, run: RunDir, **more: Any
 ) -> tuple[int, Mapping[str, Any]]:
-    """The whole run in its directory, which is let go of: (exit code, summary). `began`: when the command did; `more`:
-    further fields of `RunContext`."""
+    """Run everything in the run directory, then unlock it. -> (exit code, summary). `began`: when the command began;
+    `more`: further fields of `RunContext`."""
     attempt = job.open_run(run, recipe_io.to_json(recipe), to_json(plan))
     context = RunContext(recipe, plan, run, attempt, inputs, **more)
     before = {"planning": time.monotonic() - began - inputs.seconds, "fetching": inputs.seconds}
@@ -193,17 +199,6 @@ def fetch_inputs(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> In
 
 
 # -- results ----------------------------------------------------------------------------------------------------------
-
-
-def _print_results(document: Mapping[str, Any], as_json: bool) -> None:
-    """Figures of `astra eval` on stdout."""
-    if as_json:
-        print(json.dumps(document, indent=2))
-        return
-    from astracli.report.summary_table import result_lines
-
-    print("\n".join(result_lines(document)))
-    say(f"items and figures are in {document['path']}")
 
 
 def rollout_words(out: Path) -> str:

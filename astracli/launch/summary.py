@@ -37,10 +37,13 @@ def build(
     notes: Sequence[str] = (),
     plan: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """`phases`: seconds of this attempt by phase; `evaluations_s`: by step, announcement to result, beside training;
-    `records`: all of metrics.jsonl; `resumes`: of `again.Resume`; `notes`: what else
-    the supervisor did to go on; `plan`: plan.json. `first_step`, `since`: where and when (unix seconds) this attempt
-    began: what an earlier one trained after its last checkpoint is no part of the run."""
+    """The document.
+
+    `first_step`, `since`: where and when (unix seconds) this attempt began; steps that an earlier attempt trained after
+    its last checkpoint do not count. `phases`: seconds of this attempt by phase. `evaluations_s`: by step, from when
+    one became due to its result. `records`: all of metrics.jsonl. `resumes`: documents of `restarts.Resume`. `notes`:
+    what else the supervisor did to go on. `plan`: plan.json.
+    """
     wall_s, training_run = sum(phases.values()), plan is None or plan["command"] == "train"
     mine = [record for record in records if record.get("time", since) >= since]
     here = [step for step in _steps(mine) if step >= first_step]

@@ -1,7 +1,7 @@
 """The supervisor: starts a run's processes, watches them, restarts those that may be, and ends all of them.
 
-First failure ends the run, with that process's last lines. How processes come to life is the launcher's; everything is
-judged by what was started there and by monotonic clocks, nothing is ever found by name or by port.
+The first failure ends the run, with that process's last lines. The launcher starts the processes; only those that it
+has started are watched and ended, nothing is found by name or by port. Time is measured by monotonic clocks.
 """
 
 from __future__ import annotations
@@ -138,7 +138,9 @@ class Supervisor:
         """One round over all children. Raises RunFailed."""
         now = time.monotonic()
         if now - self._looked > STALL_S:
-            self._forgive(now - self._looked)
+            for status in self.status.values():
+                status.started += now - self._looked
+                status.heard = None if status.heard is None else status.heard + now - self._looked
         self._looked = now
         if not self._hub_alive():
             raise RunFailed("the hub stopped serving", self._hint() or None)
@@ -156,12 +158,6 @@ class Supervisor:
         """Steps that the trainer has trained; None before it says so."""
         said = [self.status[name].progress.get("step") for name in self._main]
         return max((int(step) for step in said if step is not None), default=None)
-
-    def _forgive(self, gap_s: float) -> None:
-        for status in self.status.values():
-            status.started += gap_s
-            if status.heard is not None:
-                status.heard += gap_s
 
     def _on_exit(self, child: Started) -> None:
         code = self._reap(child)

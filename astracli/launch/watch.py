@@ -1,5 +1,5 @@
-"""What is fed while a run goes on: the view, the sinks, status.json. Neither a sink that fails nor a terminal that is
-gone ends the run."""
+"""Updates the live view, the sinks and status.json while a run goes on. Neither a sink that fails nor a terminal that
+is gone ends the run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STATUS_EVERY_S = 1.0
 
 @contextlib.contextmanager
 def unharmed(what: str) -> Iterator[None]:
-    """An error inside is said after `what`, and takes nothing from the run."""
+    """Turn an error inside into a warning that begins with `what`."""
     try:
         yield
     except Exception as error:
@@ -75,7 +75,7 @@ class Watch:
             self._view = PlainView()  # falls silent by itself
 
     def _pass_on(self, records: Sequence[Record]) -> None:
-        """To every sink; one that fails is said once, and asked for nothing more than to close."""
+        """To every sink. One that fails causes one warning and gets no more records."""
         for sink in self._sinks:
             if sink in self._broken:
                 continue

@@ -1,12 +1,13 @@
-"""What processes hold in memory and on disk: one row for each part, in bytes. `counted` rows follow from sizes,
-`estimated` ones carry a factor that depends on code or data."""
+"""What processes hold in memory and on disk: one row for each component, in bytes.
+
+`counted` rows follow from sizes, `estimated` ones have a factor that depends on code or data.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Literal
-
-from astracli.machine.component import Component
 
 Place = Literal["gpu", "host", "disk"]
 Basis = Literal["counted", "estimated"]
@@ -14,10 +15,53 @@ Basis = Literal["counted", "estimated"]
 TORCH_PROCESS = 340 * 2**20
 """A process that has imported torch and transformers (measured)."""
 CUDA_CONTEXT = 2**30
-"""Context, kernels, cuBLAS workspaces and what the allocator rounds up, a process and GPU (estimated)."""
+"""Context, kernels, cuBLAS workspaces and rounding of the allocator, for each process and GPU (estimated)."""
 MARGIN = 0.5
-"""Of what is estimated of a GPU, what a plan leaves free there besides. In the runs of docs/benchmarks.md peaks were
-over their plans by at most a fifth of what is estimated, all on one kind of GPU."""
+"""How much of a GPU a plan leaves free, as a part of what is estimated there. In the runs of docs/benchmarks.md, all on
+one kind of GPU, peaks exceeded their plans by at most a fifth of what is estimated."""
+
+
+class Component(Enum):
+    """What a row holds. Its value is for people (`plan/view.py`), with blanks for its counts; no code reads it."""
+
+    PROCESS = "process"
+    CUDA_CONTEXT = "CUDA context"
+    # an engine
+    WEIGHTS = "weights (bf16)"
+    WEIGHTS_FP32 = "weights (fp32)"
+    WEIGHTS_AS_PUBLISHED = "weights (published dtype)"
+    KV_CACHE_FP32 = "KV cache (fp32)"
+    KV_CACHE_OF_ONE = "KV cache (bf16), one request"
+    KV_CACHE_OF_OTHERS = "KV cache (bf16), the others"
+    RECURRENT_STATE = "recurrent state"
+    PREFILL = "activations of a prefill chunk"
+    DECODE_LOGITS = "logits of a decode batch"
+    CUDA_GRAPHS = "CUDA graphs"
+    STAGED_WEIGHTS = "staged weights"
+    STAGED_CHANGES = "staged changes"
+    FULL_VERSION = "a full version before its pause"
+    # a trainer
+    MASTERS = "master weights (fp32)"
+    GRADIENTS = "gradients (fp32)"
+    MOMENTS = "moments (fp32)"
+    REFERENCE = "reference (bf16)"
+    REFERENCE_FP32 = "reference"
+    GATHERED = "embedding and head, gathered (bf16)"
+    ROUNDED_WEIGHTS = "rounded weights of the forward (fp32)"
+    ACTIVATIONS = "activations"
+    BACKWARD = "backward pass of the head or a block"
+    LOGITS = "logits of a chunk (fp32)"
+    PUBLISHED = "published weights, last version and the next"
+    FIRST_PUBLISHED = "published weights, the first version"
+    CACHE_HOLES = "holes of torch's cache"
+    """There at the fullest moment; torch gives them back where memory is short."""
+    LOADING = "checkpoint while loading (fp32), over these"
+    CHECKPOINT_COPY = "copy of a checkpoint that is being written"
+    # on disk
+    CHECKPOINTS = "{} checkpoints (one being written)"
+    FULL_VERSIONS = "{} published versions, full"
+    VERSIONS = "{} published versions, {} of them full"
+    EXPORT = "export"
 
 
 @dataclass(frozen=True)
@@ -30,15 +74,15 @@ class MemoryRow:
     fixed: bool = True
     """Needed from the start; False = grows with load, and the engine or trainer can live with less."""
     away: bool = False
-    """Not there while another process has its turn on the GPU."""
+    """Not there while another process uses the GPU (time sharing)."""
     offloaded: bool = False
-    """Host memory that holds what is away during the other's turn."""
+    """Host memory for what is away meanwhile."""
     counts: tuple[int, ...] = ()
     """For the blanks in the words of its component."""
 
 
 def safe(estimated: int) -> int:
-    """Bytes to reckon with where so many are estimated."""
+    """Estimated bytes with their margin."""
     return estimated + int(MARGIN * estimated)
 
 

@@ -7,7 +7,6 @@ has neither astracli nor psutil.
 from __future__ import annotations
 
 import importlib.util
-import os
 import platform
 import re
 from importlib import metadata
@@ -56,62 +55,57 @@ def describe(families: list[str] | None = None) -> dict[str, Any]:
     return {"packages": packages, "torch_cuda": torch_cuda()}
 
 
-def package(name: str, module: str) -> dict[str, Any]:
-    """Version from metadata, and where the module would come from; the module is found, never imported."""
+def _version(distribution: str) -> str | None:
     try:
-        version: str | None = metadata.version(name)
+        return metadata.version(distribution)
     except metadata.PackageNotFoundError:
-        version = None
+        return None
+
+
+def _origin(module: str) -> tuple[bool, Path | None]:
+    """(an import system finder knows it, the file that an import would run); it is found, never imported."""
     try:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):
         spec = None
-    origin = spec.origin if spec is not None and spec.origin and os.path.isfile(spec.origin) else None
-    found: dict[str, Any] = {"version": version, "module": module, "importable_spec": spec is not None}
+    file = Path(spec.origin) if spec is not None and spec.origin else None
+    return spec is not None, file if file is not None and file.is_file() else None
+
+
+def package(name: str, module: str) -> dict[str, Any]:
+    """Version from metadata, and where the module would come from."""
+    known, origin = _origin(module)
+    found: dict[str, Any] = {"version": _version(name), "module": module, "importable_spec": known}
     if module in COMPILED and origin is not None:
-        folder = Path(origin).parent
-        found["compiled"] = [name for name in COMPILED[module] if any(folder.glob(f"**/{name}*.so"))]
-    return found | {"origin": origin}
+        found["compiled"] = [name for name in COMPILED[module] if any(origin.parent.glob(f"**/{name}*.so"))]
+    return found | {"origin": str(origin) if origin is not None else None}
 
 
 def exact_pins(name: str) -> dict[str, dict[str, str | None]]:
     """The `other==version` requirements of a distribution, extras left out, and what is installed of each."""
-    try:
-        lines = metadata.requires(name) or []
-    except metadata.PackageNotFoundError:
-        return {}
+    lines = (metadata.requires(name) if _version(name) is not None else None) or []
     found: dict[str, dict[str, str | None]] = {}
     for line in lines:
         match = re.match(r"([A-Za-z0-9._-]+)(\[[^]]*\])?\s*\(?==\s*([^\s;,)]+)", line)
-        if match is None or "extra" in line.partition(";")[2]:
-            continue
-        try:
-            has: str | None = metadata.version(match.group(1))
-        except metadata.PackageNotFoundError:
-            has = None
-        found[match.group(1)] = {"wants": match.group(3), "has": has}
+        if match is not None and "extra" not in line.partition(";")[2]:
+            found[match.group(1)] = {"wants": match.group(3), "has": _version(match.group(1))}
     return found
 
 
 def model_files(module: str, folder: str, names: list[str]) -> list[str] | None:
     """Those of `names` that a package has `folder/NAME` or `folder/NAME.py` for; None without the package."""
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None or not spec.origin:
+    _, origin = _origin(module)
+    if origin is None:
         return None
-    place = Path(spec.origin).parent / folder
+    place = origin.parent / folder
     return [name for name in names if (place / name).is_dir() or (place / f"{name}.py").is_file()]
 
 
 def torch_cuda() -> str | None:
     """CUDA version that torch was built for, from torch/version.py read as text."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or not spec.origin:
-        return None
+    _, origin = _origin("torch")
     try:
-        text = (Path(spec.origin).parent / "version.py").read_text()
+        text = (origin.parent / "version.py").read_text() if origin is not None else ""
     except OSError:
         return None
     match = re.search(r"^cuda\b[^=]*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)

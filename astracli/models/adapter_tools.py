@@ -20,12 +20,12 @@ Shapes = dict[str, tuple[int, ...]]
 _WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
 
-def checkpoint_tensors(path: Path) -> dict[str, str]:
-    """`{tensor name: safetensors dtype}` of every shard in a directory, from the headers alone; `{}` without shards.
+def checkpoint_tensors(path: Path) -> dict[str, dict[str, Any]]:
+    """Tensor name -> `dtype` and `shape`, of every shard in a directory, from the headers alone; `{}` without shards.
 
     Raises UserError for a file that is no whole safetensors file (a broken download, a git-lfs pointer).
     """
-    found: dict[str, str] = {}
+    found: dict[str, dict[str, Any]] = {}
     for file in sorted(path.glob("*.safetensors")):
         try:
             with file.open("rb") as stream:
@@ -37,11 +37,11 @@ def checkpoint_tensors(path: Path) -> dict[str, str]:
                 have = file.stat().st_size - 8 - size
                 if max(ends, default=0) != have:
                     raise ValueError(f"its header promises {max(ends, default=0)} bytes of tensors, it holds {have}")
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
             raise UserError(
                 f"`{file}` is not a whole safetensors file: {error}", "download the checkpoint again"
             ) from None
-        found.update({name: entry["dtype"] for name, entry in header.items() if name != "__metadata__"})
+        found.update({name: entry for name, entry in header.items() if name != "__metadata__"})
     return found
 
 

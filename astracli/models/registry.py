@@ -20,8 +20,6 @@ HOW_TO_ADD = (
     f"an adapter is a package with an entry point in `{GROUP}` that names an `astracli.models.adapter.ModelAdapter`; "
     "`pip install` it beside astracli"
 )
-
-
 Installed = doors.Installed[ModelAdapter]
 
 
@@ -58,26 +56,32 @@ def resolve(recipe: Recipe, config: Mapping[str, Any] | Path | None = None) -> M
     if isinstance(config, Path):
         config = read_config(config)
     model_type = config.get("model_type") if config is not None else None
-    wanted = recipe.model.adapter
+    wanted, path, everything = recipe.model.adapter, recipe.model.path, installed()
+    claiming = [item for item in everything if item.plugin and model_type in item.plugin.model_types]
     if wanted != "auto":
         adapter = get(wanted)
         if model_type is not None and adapter.model_types and model_type not in adapter.model_types:
-            others = _names(_claiming(installed(), model_type))
             raise UserError(
-                f"adapter `{wanted}` is for {_words(adapter.model_types)}, `{recipe.model.path}` is `{model_type}`",
-                f"set model.adapter to {others}" if others else f"no installed adapter claims it; {HOW_TO_ADD}",
+                f"adapter `{wanted}` is for {_model_types(adapter)}, `{path}` is `{model_type}`",
+                f"set model.adapter to {_names(claiming)}"
+                if claiming
+                else f"no installed adapter claims it; {HOW_TO_ADD}",
             )
         return adapter
-    everything = installed()
     if model_type is None:
-        return _by_hub_id(recipe.model.path, everything)
-    claiming = _claiming(everything, model_type)
+        for item in everything:
+            if item.plugin is not None and path in item.plugin.known_configs:
+                return item.plugin
+        raise UserError(
+            f"cannot tell which adapter `{path}` needs: its config.json is not on this machine",
+            f"name one with `--set model.adapter=NAME` (installed: {_names(everything)})",
+        )
     if not claiming:
         broken = [item for item in everything if item.error is not None]
         also = f" (broken: {_names(broken)})" if broken else ""
+        there = [f"`{item.name}` ({_model_types(item.plugin) or 'by name only'})" for item in everything if item.plugin]
         raise UserError(
-            f"no installed adapter claims model_type `{model_type}` of `{recipe.model.path}`; there is: "
-            f"{'; '.join(_described(item) for item in everything if item.plugin)}{also}",
+            f"no installed adapter claims model_type `{model_type}` of `{path}`; there is: {'; '.join(there)}{also}",
             f"a dense model may run with `--set model.adapter=generic`; {HOW_TO_ADD}",
         )
     if len(claiming) > 1:
@@ -88,28 +92,9 @@ def resolve(recipe: Recipe, config: Mapping[str, Any] | Path | None = None) -> M
     return claiming[0].usable("adapter")
 
 
-def _claiming(everything: Sequence[Installed], model_type: str) -> list[Installed]:
-    return [item for item in everything if item.plugin is not None and model_type in item.plugin.model_types]
-
-
-def _by_hub_id(path: str, everything: Sequence[Installed]) -> ModelAdapter:
-    for item in everything:
-        if item.plugin is not None and path in item.plugin.known_configs:
-            return item.plugin
-    raise UserError(
-        f"cannot tell which adapter `{path}` needs: its config.json is not on this machine",
-        f"name one with `--set model.adapter=NAME` (installed: {_names(everything)})",
-    )
-
-
-def _described(item: Installed) -> str:
-    claims = _words(item.plugin.model_types) if item.plugin and item.plugin.model_types else "by name only"
-    return f"`{item.name}` ({claims})"
-
-
 def _names(items: Sequence[Installed]) -> str:
     return ", ".join(f"`{item.name}`" for item in items)
 
 
-def _words(names: Sequence[str]) -> str:
-    return " and ".join(f"`{name}`" for name in names)
+def _model_types(adapter: ModelAdapter) -> str:
+    return " and ".join(f"`{name}`" for name in adapter.model_types)

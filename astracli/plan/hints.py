@@ -1,8 +1,10 @@
-"""Ways out of a plan that does not fit: other splits of the GPUs and smaller settings, each tried out as a plan."""
+"""Settings with which a plan that does not fit would fit: other splits of the GPUs, smaller values, each tried out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import accumulate
+from operator import or_
 from typing import Any
 
 from astracli.config.recipe import Recipe
@@ -11,12 +13,12 @@ from astracli.engines import registry as engines
 Sets = dict[str, Any]
 """Dotted key -> value"""
 Accepted = Callable[[Recipe, bool], bool]
-"""(recipe, whether it must have the margin of its estimates, and do without what costs time in every update: moments
-that have to wait on the host)"""
+"""(recipe, lightly): `lightly` demands the margin of its estimates too, and that no moments have to stay on the host,
+which costs time in every update."""
 
 
 def find(recipe: Recipe, command: str, gpus: int, accepted: Accepted) -> Sets | None:
-    """The fewest settings with which `accepted` takes the recipe on `gpus` GPUs; None when none of ours will do."""
+    """The fewest settings with which `accepted` takes the recipe on `gpus` GPUs; None when none of these does."""
     for lightly in (True, False):
         for placement in _placements(recipe, command, gpus):
             for smaller in _smaller(recipe, command):
@@ -44,7 +46,7 @@ def _with(table: Any, keys: list[str], value: Any) -> Any:
 
 
 def _fewest(recipe: Recipe, sets: Sets, accepted: Accepted, lightly: bool) -> Sets:
-    """Without the settings that turn out not to be needed."""
+    """`sets` without those that are not needed."""
     for key in list(sets):
         fewer = {name: value for name, value in sets.items() if name != key}
         if fewer and accepted(changed(recipe, fewer), lightly):
@@ -68,21 +70,15 @@ def _placements(recipe: Recipe, command: str, gpus: int) -> Iterator[Sets]:
 
 
 def _smaller(recipe: Recipe, command: str) -> Iterator[Sets]:
-    """Settings that need less and learn the same, one more each time."""
+    """Settings that need less memory and train the same, one more each time."""
     steps: list[Sets] = [{}]
     train, rollout = recipe.train, recipe.rollout
     if command == "train":
-        if train.activation_checkpointing in ("none", "selective"):
-            steps.append({"train.activation_checkpointing": "auto"})
-        if train.reference_device == "gpu":
-            steps.append({"train.reference_device": "auto"})
-        if train.optimizer_device == "gpu":
-            steps.append({"train.optimizer_device": "auto"})
+        fixed = {"activation_checkpointing": ("none", "selective"), "reference_device": ("gpu",)}
+        fixed |= {"optimizer_device": ("gpu",)}
+        steps += [{f"train.{key}": "auto"} for key, values in fixed.items() if getattr(train, key) in values]
         if train.tokens_per_microbatch > rollout.context_length:
             steps.append({"train.tokens_per_microbatch": rollout.context_length})
     steps += engines.of(recipe).memory.smaller(recipe)
     steps += [{"rollout.max_running_requests": n} for n in (16, 8, 4) if n < rollout.running]
-    sets: Sets = {}
-    for step in steps:
-        sets = sets | step
-        yield sets
+    return accumulate(steps, or_)

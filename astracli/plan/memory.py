@@ -1,6 +1,6 @@
 """What a run will hold in memory and on disk, in bytes, counted from the model's sizes and the recipe. Pure arithmetic.
 
-What an engine holds, its own memory model says (`engines/memory.py`); what a trainer does, `plan/trainer.py`.
+For engines see their memory model (`engines/memory.py`), for trainers `plan/trainer.py`.
 """
 
 from __future__ import annotations
@@ -10,17 +10,15 @@ from dataclasses import replace
 from math import ceil
 
 from astracli.config.recipe import Recipe
-from astracli.machine.component import Component
-from astracli.machine.memory import MemoryRow, Place, safe
+from astracli.machine.memory import Component, MemoryRow, Place, safe
 from astracli.models.adapter import MemoryShape
 
 LIGHT_PROCESS = 150 * 2**20
 """A process with a tokenizer and an HTTP client."""
 DELTA_SHARE = 0.15
-"""A delta payload over a full one, at most: what a high learning rate gives; 4B at 5e-6 gives about 0.04."""
-
+"""The largest delta payload over a full one: what a high learning rate gives; 4B at 5e-6 gives about 0.04."""
 COMFORT = 4
-"""A shared GPU should leave an engine the KV cache of this part of its requests at full context: one in four."""
+"""A shared GPU should leave an engine the KV cache of a full context for one in this many of its requests."""
 
 
 def light_row(name: str, workers: int = 0) -> MemoryRow:
@@ -46,17 +44,17 @@ def disk_rows(shape: MemoryShape, recipe: Recipe, checkpoint_bytes: int | None) 
 
 
 def expected(rows: Sequence[MemoryRow]) -> list[MemoryRow]:
-    """Those that a GPU must have room for: all but what finds another place where there is none."""
+    """The rows that a GPU should have room for: all but those that find another place when there is none."""
     return [row for row in rows if row.fixed or row.component is Component.CACHE_HOLES]
 
 
 def solid(rows: Iterable[MemoryRow]) -> list[MemoryRow]:
-    """Without the holes of torch's cache, which it gives back where memory is short."""
+    """Without the holes of torch's cache, which torch gives back when memory is short."""
     return [row for row in rows if row.component is not Component.CACHE_HOLES]
 
 
 def padded(row: MemoryRow) -> int:
-    """Its bytes, with the margin that they need."""
+    """Its bytes, with the margin of an estimate."""
     return safe(row.bytes) if row.basis == "estimated" else row.bytes
 
 
@@ -67,7 +65,7 @@ def with_margin(rows: Sequence[MemoryRow]) -> list[MemoryRow]:
 def total(
     rows: Sequence[MemoryRow], *, where: Place, processes: Sequence[str] | None = None, fixed: bool = False
 ) -> int:
-    """Sum in bytes of the rows of one place, of some processes, and of what is fixed only."""
+    """Bytes of the rows in one place; of some processes only, of fixed rows only."""
     return sum(
         row.bytes
         for row in rows
@@ -76,7 +74,7 @@ def total(
 
 
 def on_gpu(rows: Sequence[MemoryRow], processes: Sequence[str], *, fixed: bool = False) -> int:
-    """Most bytes that processes hold on a GPU of theirs at once, turns taken into account."""
+    """The most bytes that processes hold on their GPU at once. With time sharing, only one has what others offload."""
     there = [row for row in rows if row.where == "gpu" and row.process in processes and (row.fixed or not fixed)]
     by_process = [sum(row.bytes for row in there if row.away and row.process == name) for name in processes]
     return sum(row.bytes for row in there if not row.away) + max(by_process, default=0)

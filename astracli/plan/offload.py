@@ -1,23 +1,31 @@
-"""What a trainer keeps on its GPU, lets wait on the host or computes again: the quickest of what fits. Pure."""
+"""What a trainer keeps on its GPU, offloads to the host or recomputes: the quickest split that fits. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from astracli.config.recipe import Recipe, Recomputed
+from astracli.config.recipe import Recomputed
 from astracli.machine.memory import words
-from astracli.models.adapter import MemoryShape
-from astracli.plan.cost import Pace, step_seconds
+from astracli.plan.cost import TrainerLoad
 from astracli.plan.memory import expected, padded
 from astracli.plan.trainer import trainer_rows
 from astracli.process.layout import Split, Where
 
 MODES: Sequence[Recomputed] = ("none", "selective", "full")
 KEPT: dict[Recomputed, str] = {"none": "all kept", "selective": "half made again", "full": "all made again"}
-"""What becomes of activations."""
+"""What a plan says of the activations."""
 PARTS = tuple(twentieths / 20 for twentieths in range(21))
-"""Of the moments, that may wait on the host."""
+"""Parts of the moments that may stay on the host."""
+
+
+class Reason(NamedTuple):
+    """A row of the plan's table of placements."""
+
+    what: str
+    where: str
+    why: str
 
 
 @dataclass(frozen=True)
@@ -27,9 +35,9 @@ class Try:
     splits: Sequence[Split]
     """The quickest first."""
     available: int
-    """Bytes that the trainer may take of its GPU, with the margin of its own estimates."""
+    """Bytes that the trainer may use of its GPU, with the margin of its own estimates."""
     tight: bool = False
-    """Without that margin: the least is taken, not the quickest."""
+    """Without that margin: the split that needs least is taken, not the quickest."""
     because: str = ""
     """Why these splits and no others."""
 
@@ -38,25 +46,24 @@ class Try:
 class Choice:
     split: Split
     short: bool
-    """Moments have to wait on the host, whatever is computed again."""
-    reasons: list[tuple[str, str, str]]
-    """(what, where, why)"""
+    """Some moments have to stay on the host, whatever is recomputed."""
+    reasons: Sequence[Reason]
 
 
-def options(recipe: Recipe, shape: MemoryShape, ranks: int, pace: Pace) -> list[Split]:
-    """Splits that the recipe leaves open, the quickest first."""
-    asked, used = recipe.train, recipe.algorithm.kl_coef > 0
+def options(load: TrainerLoad) -> list[Split]:
+    """The splits that the recipe allows, the quickest first."""
+    asked = load.recipe.train
     modes = MODES if asked.activation_checkpointing == "auto" else (asked.activation_checkpointing,)
-    references: Sequence[Where] = ("gpu", "host") if used else ("gpu",)
+    references: Sequence[Where] = ("gpu", "host") if load.scores_reference else ("gpu",)
     if asked.reference_device != "auto":
         references = (asked.reference_device,)
     parts = {"auto": PARTS, "gpu": (0.0,), "host": (1.0,)}[asked.optimizer_device]
     splits = [Split(reference, part, mode) for reference in references for part in parts for mode in modes]
-    return sorted(splits, key=lambda split: step_seconds(recipe, shape, ranks, split, pace))
+    return sorted(splits, key=load.step_seconds)
 
 
 def resident(splits: Sequence[Split]) -> list[Split]:
-    """Those that leave as much on the GPU as any."""
+    """The splits that leave most on the GPU."""
 
     def away(split: Split) -> tuple[float, bool]:
         return split.moments_on_host, split.reference == "host"
@@ -66,31 +73,22 @@ def resident(splits: Sequence[Split]) -> list[Split]:
 
 
 def recomputing(splits: Sequence[Split]) -> list[Split]:
-    """Those that compute as much again as any."""
+    """The splits that recompute most."""
     most = max(splits, key=lambda split: MODES.index(split.recomputed)).recomputed
     return [split for split in splits if split.recomputed == most]
 
 
-def trainer_needs(recipe: Recipe, shape: MemoryShape, ranks: int, split: Split) -> tuple[int, int]:
-    """What a rank needs of its GPU: (at least; of all that is expected there, with the margin of its estimates)."""
-    rows = trainer_rows("trainer", shape, recipe, "cuda", ranks, split)
-    there = [row for row in expected(rows) if row.where == "gpu"]
+def trainer_needs(load: TrainerLoad, split: Split) -> tuple[int, int]:
+    """What a rank needs of its GPU: (at least; all that is expected there, with the margin of its estimates)."""
+    there = [row for row in expected(trainer_rows("trainer", load, "cuda", split)) if row.where == "gpu"]
     return sum(row.bytes for row in there if row.fixed), sum(map(padded, there))
 
 
-def choose(
-    recipe: Recipe,
-    shape: MemoryShape,
-    ranks: int,
-    pace: Pace,
-    size: int,
-    tries: Sequence[Try],
-    over: Callable[[Split], int] | None = None,
-) -> Choice:
-    """`size`: bytes of the GPU; `over`: by how many bytes a split is over the host's memory (0 = it fits), None while
-    there is enough for any. Where nothing fits, what needs least."""
+def choose(load: TrainerLoad, size: int, tries: Sequence[Try], over: Callable[[Split], int] | None = None) -> Choice:
+    """`size`: bytes of the GPU. `over`: by how many bytes a split exceeds the host's memory (0 = it fits); None while
+    any split fits there. Where nothing fits, the split that needs least."""
     every = list(dict.fromkeys(split for each in tries for split in each.splits))
-    both = {split: trainer_needs(recipe, shape, ranks, split) for split in every}
+    both = {split: trainer_needs(load, split) for split in every}
     needs, rooms = ({split: pair[which] for split, pair in both.items()} for which in (0, 1))
     if over is not None:
         on_gpu = [split for split in every if needs[split] <= tries[-1].available] or every
@@ -105,26 +103,25 @@ def choose(
             break
     else:
         each, fitting, chosen = tries[-1], [], least
-    reasons = []
-    if recipe.train.activation_checkpointing == "auto":
+    reasons, asked = [], load.recipe.train
+    if asked.activation_checkpointing == "auto":
         where = words(each.available) + (f" of {words(size)}" if each.available < size else "")
         where += (" without a margin" if each.tight else " with its margin") + (" and the host" if over else "")
-        why = each.because or _compared(recipe, shape, ranks, pace, chosen, fitting, each.tight, where)
-        reasons.append(("activations", KEPT[chosen.recomputed], why))
-    need, room = trainer_needs(recipe, shape, ranks, Split(recomputed=chosen.recomputed))
+        why = each.because or _compared(load, chosen, fitting, each.tight, where)
+        reasons.append(Reason("activations", KEPT[chosen.recomputed], why))
+    need, room = trainer_needs(load, Split(recomputed=chosen.recomputed))
     no_room = (
         f"with everything on the GPU the trainer needs {words(need)}, {words(room)} with its margin; "
         f"it may fill {words(each.available)}"
     )
-    for what, asked_for, place, moved in (
-        ("reference", recipe.train.reference_device, chosen.reference, chosen.reference == "host"),
-        ("optimizer", recipe.train.optimizer_device, part_words(chosen.moments_on_host), chosen.moments_on_host > 0),
-    ):
-        if what == "reference" and not recipe.algorithm.kl_coef:
-            continue
+    part = chosen.moments_on_host
+    placed = [("optimizer", asked.optimizer_device, part_words(part), part > 0)]
+    if load.recipe.algorithm.kl_coef:
+        placed.insert(0, ("reference", asked.reference_device, chosen.reference, chosen.reference == "host"))
+    for what, asked_for, place, moved in placed:
         if moved or asked_for != "auto":
-            reasons.append((what, place, "the recipe asks for it" if asked_for != "auto" else no_room))
-    return Choice(chosen, not any(split.moments_on_host == 0 for split in fitting), reasons)
+            reasons.append(Reason(what, place, "the recipe asks for it" if asked_for != "auto" else no_room))
+    return Choice(chosen, all(split.moments_on_host > 0 for split in fitting), reasons)
 
 
 def part_words(moments_on_host: float) -> str:
@@ -133,25 +130,13 @@ def part_words(moments_on_host: float) -> str:
     return f"{moments_on_host:.0%} on the host"
 
 
-def _compared(
-    recipe: Recipe,
-    shape: MemoryShape,
-    ranks: int,
-    pace: Pace,
-    chosen: Split,
-    fitting: Sequence[Split],
-    tight: bool,
-    where: str,
-) -> str:
+def _compared(load: TrainerLoad, chosen: Split, fitting: Sequence[Split], tight: bool, where: str) -> str:
     """How the chosen split compares with the best of the other ways to treat activations."""
     if not fitting or tight:
         return f"needs least; {'nothing' if not fitting else 'nothing else'} fits {where}"
     best: dict[Recomputed, float] = {}
     for split in fitting:
-        best.setdefault(split.recomputed, step_seconds(recipe, shape, ranks, split, pace))
-    parts = []
-    for mode, name in KEPT.items():
-        if mode != chosen.recomputed:
-            ratio = best[mode] / best[chosen.recomputed] if mode in best else None
-            parts.append(f"{name}: " + ("no room" if ratio is None else f"{ratio:.2f} times as long"))
+        best.setdefault(split.recomputed, load.step_seconds(split))
+    ratios = {mode: f"{best[mode] / best[chosen.recomputed]:.2f} times as long" for mode in best}
+    parts = [f"{name}: {ratios.get(mode, 'no room')}" for mode, name in KEPT.items() if mode != chosen.recomputed]
     return f"the quickest that fits {where} (estimated); {', '.join(parts)}"

@@ -25,22 +25,17 @@ def gpu_problems(plan: LaunchPlan, recipe: Recipe, facts: Machine, way_out: Call
         return []
     gpus, needed = facts.visible_gpus, len(plan.gpu_map)
     if needed > len(gpus):
-        rollout, train = recipe.resources.rollout_gpus, recipe.resources.train_gpus
-        parts = f"rollout {rollout}, train {train}" if plan.command == "train" else f"rollout {rollout}"
-        shared = ", shared" if recipe.resources.share_gpus and plan.command == "train" else ""
+        train, resources = plan.command == "train", recipe.resources
+        parts = f"rollout {resources.rollout_gpus}" + (f", train {resources.train_gpus}" if train else "")
+        shared = ", shared" if resources.share_gpus and train else ""
         noun = "GPU" if needed == 1 else "GPUs"
         there = str(len(gpus)) if gpus else "none"
         on_cpu = f"`astra {plan.command} --recipe {CPU_RECIPE}` runs on a CPU"
         elsewhere = f"`astra {plan.command} --recipe {recipe.name} --dry-run --facts 8xl40` plans for another machine"
         otherwise = f"no split of this recipe fits these GPUs; {on_cpu}" if gpus else f"{on_cpu}; {elsewhere}"
-        return [
-            PlanProblem(
-                "gpus",
-                f"{needed} {noun} (this machine has {there})",
-                f"recipe `{recipe.name}` asks for {needed} {noun} ({parts}{shared}), this machine has {there}",
-                way_out(otherwise),
-            )
-        ]
+        what = f"{needed} {noun} (this machine has {there})"
+        message = f"recipe `{recipe.name}` asks for {needed} {noun} ({parts}{shared}), this machine has {there}"
+        return [PlanProblem("gpus", what, message, way_out(otherwise))]
     old = sorted({gpu.compute_capability for gpu in gpus if gpu.capability < OLDEST})
     if old:
         what = "GPUs of compute capability 8.0 or newer"
@@ -58,32 +53,25 @@ def software_problems(recipe: Recipe, choice: BackendChoice, facts: Machine) -> 
 
 
 def size_problems(
-    plan: LaunchPlan,
-    recipe: Recipe,
-    shape: MemoryShape | None,
-    facts: Machine,
-    way_out: Callable[[str], str],
+    plan: LaunchPlan, recipe: Recipe, shape: MemoryShape | None, facts: Machine, way_out: Callable[[str], str]
 ) -> list[PlanProblem]:
     """What cannot fit whatever the load: fixed rows against each GPU, the host and the disk."""
-    problems = []
-    sizes = facts.gpu_sizes
+    problems, sizes = [], facts.gpu_sizes
+    fraction, engine_memory = plan.placement.mem_fraction_static or 0.0, engines.of(recipe).memory
     otherwise = "no setting of this recipe fits these GPUs: take more or larger ones, or a smaller model"
     for gpu, names in plan.gpu_map.items():
-        need, size = on_gpu(plan.memory, names, fixed=True), sizes.get(gpu)
-        fraction = plan.placement.mem_fraction_static
-        if size is None:
+        if (size := sizes.get(gpu)) is None:
             continue
+        need = on_gpu(plan.memory, names, fixed=True)
+        serves = any(p.role is Role.ENGINE and gpu in p.gpus for p in plan.processes)
+        static = engine_memory.reserved(shape, recipe) if fraction and shape and serves else 0
         if need > size:
             what = f"{words(need)} of GPU memory for {' and '.join(names)}"
             message = f"GPU {gpu} needs at least {what}, it has {words(size)}"
-        elif fraction and shape and any(p.role is Role.ENGINE and gpu in p.gpus for p in plan.processes):
-            static = engines.of(recipe).memory.reserved(shape, recipe)
-            if static <= fraction * size:
-                continue
+        elif static > fraction * size:
             what = f"{words(static)} for the engine's weights, states and one request"
-            message = (
-                f"the engine reserves {fraction:.0%} of GPU {gpu} ({words(int(fraction * size))}), it needs {what}"
-            )
+            reserved = words(int(fraction * size))
+            message = f"the engine reserves {fraction:.0%} of GPU {gpu} ({reserved}), it needs {what}"
         else:
             continue
         problems.append(PlanProblem("memory", what, message, way_out(otherwise)))
@@ -107,14 +95,14 @@ def size_problems(
 
 def warnings(plan: LaunchPlan, recipe: Recipe, facts: Machine) -> list[str]:
     """What may go wrong under load but need not, and what is wrong by the recipe's own wish."""
-    rollout = recipe.rollout
-    result = []
-    if rollout.top_p != 1.0 and plan.command == "train":
+    result, top_p, training = [], recipe.rollout.top_p, plan.command == "train"
+    roles = {process.role for process in plan.processes}
+    if top_p != 1.0 and training:
         result.append(
-            f"rollout.top_p = {rollout.top_p:g}: the loss computes with the probabilities of the whole vocabulary, "
+            f"rollout.top_p = {top_p:g}: the loss computes with the probabilities of the whole vocabulary, "
             "so the gradient is biased towards what these draws prefer"
         )
-    if any(process.role is Role.EVAL for process in plan.processes) and plan.command == "train":
+    if Role.EVAL in roles and training:
         result += _evaluations(recipe)
         most = recipe.eval.max_concurrency
         if most != "auto" and most < plan.running_requests:
@@ -122,24 +110,20 @@ def warnings(plan: LaunchPlan, recipe: Recipe, facts: Machine) -> list[str]:
                 f"evaluations leave slots empty: an engine runs {plan.running_requests} requests at once, and gets "
                 f"{most} of an evaluation; try eval.max_concurrency=auto"
             )
-    sizes = facts.gpu_sizes
     for gpu, names in plan.gpu_map.items():
-        need = on_gpu(solid(plan.memory), names)
-        size = sizes.get(gpu)
+        need, size = on_gpu(solid(plan.memory), names), facts.gpu_sizes.get(gpu)
         if size is not None and need > size >= on_gpu(plan.memory, names, fixed=True):
             result.append(f"GPU {gpu} may need {words(need)} under full load, it has {words(size)}: requests will wait")
     busy = sum(process.threads for process in plan.processes if process.role in (Role.ENGINE, Role.TRAINER))
     cores = facts.system.cores_usable
     if plan.choice.device == "cpu" and busy > cores:
         result.append(f"engines and trainer want {busy} threads of {cores:g} usable cores: they will starve each other")
-    host = total(plan.memory, where="host")
-    available = facts.system.memory_available
+    host, available = total(plan.memory, where="host"), facts.system.memory_available
     if available < host:
         result.append(f"about {words(host)} of memory are needed under full load, {words(available)} are available now")
-    trained = any(process.role is Role.TRAINER for process in plan.processes)
-    if plan.choice.device == "cuda" and plan.choice.gdn_backward == "torch" and trained:
+    if plan.choice.device == "cuda" and plan.choice.gdn_backward == "torch" and Role.TRAINER in roles:
         result.append("the delta rule in plain torch keeps more activations than this plan counts")
-    if trained and engines.of(recipe).package is not None:
+    if Role.TRAINER in roles and engines.of(recipe).package is not None:
         result += _borrowed(facts)
     if not plan.model:
         result.append("memory and disk are not planned: the model's config.json is not on this machine")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from astracli.backends.choice import BackendChoice
 from astracli.machine.findings import PlanProblem
 from astracli.machine.memory import MemoryRow
-from astracli.plan.margin import Margin
+from astracli.plan.gpus import Margin
 from astracli.plan.placement import Placement
 from astracli.process.config import Role
 
@@ -84,12 +84,3 @@ class LaunchPlan:
             for gpu in process.gpus:
                 result.setdefault(gpu, []).append(process.name)
         return dict(sorted(result.items()))
-
-
-@dataclass(frozen=True)
-class TextTable:
-    """Text for the terminal."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]

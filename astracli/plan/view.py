@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 from astracli.machine.memory import MemoryRow, Place, words
 from astracli.plan import gpus
-from astracli.plan.margin import reasons
 from astracli.plan.memory import total
-from astracli.plan.types import LaunchPlan, TextTable
+from astracli.plan.types import LaunchPlan
+
+
+class TextTable(NamedTuple):
+    title: str
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
 
 
 def render(plan: LaunchPlan) -> list[TextTable]:
@@ -19,33 +25,26 @@ def render(plan: LaunchPlan) -> list[TextTable]:
     for p in plan.processes:
         numbers = (p.threads, p.nice, p.restarts, p.children)
         processes.append((p.name, p.module, ",".join(map(str, p.gpus)) or "-", *map(str, numbers)))
-    columns = ("process", "module", "gpus", "threads", "nice", "restarts", "children")
-    backends = tuple((b.what, b.choice, b.reason) for b in plan.choice.reasons)
+    backends = [(b.what, b.choice, b.reason) for b in plan.choice.reasons]
+    figures, kinds = ("figure", "value"), ("process", "what", "where", "size", "basis")
     tables = [
-        TextTable("processes", columns, tuple(processes)),
+        TextTable("processes", ("process", "module", "gpus", "threads", "nice", "restarts", "children"), processes),
         TextTable("backends", ("what", "choice", "reason"), backends),
+        TextTable("placement", ("what", "where", "reason"), [*plan.placement.reasons, *gpus.reasons(plan.margins)]),
+        TextTable("memory a GPU", gpus.COLUMNS, gpus.rows(gpus.uses(plan))),
+        TextTable("model", figures, [(k, _figure(k, v)) for k, v in plan.model.items()]),
+        TextTable("memory", kinds, _with_sums(plan.memory, ("gpu", "host"))),
+        TextTable("disk", kinds, _with_sums(plan.disk, ("disk",))),
+        TextTable("expected", figures, [(k, str(v)) for k, v in plan.expected.items()]),
+        TextTable("missing to run here", ("what",), [(line,) for line in plan.missing]),
+        TextTable("warnings", ("what",), [(line,) for line in plan.warnings]),
     ]
-    if placed := (*plan.placement.reasons, *reasons(plan.margins)):
-        tables.append(TextTable("placement", ("what", "where", "reason"), placed))
-    if uses := gpus.uses(plan):
-        tables.append(TextTable("memory a GPU", gpus.COLUMNS, tuple(gpus.rows(uses))))
-    if plan.model:
-        tables.append(TextTable("model", ("figure", "value"), tuple((k, _figure(k, v)) for k, v in plan.model.items())))
-    everywhere: tuple[tuple[str, tuple[MemoryRow, ...], tuple[Place, ...]], ...] = (
-        ("memory", plan.memory, ("gpu", "host")),
-        ("disk", plan.disk, ("disk",)),
-    )
-    for title, rows, places in everywhere:
-        body: list[tuple[str, ...]] = _each(rows)
-        body += [("all", "sum", place, words(total(rows, where=place)), "") for place in places if rows]
-        if body:
-            tables.append(TextTable(title, ("process", "what", "where", "size", "basis"), tuple(body)))
-    if plan.expected:
-        tables.append(TextTable("expected", ("figure", "value"), tuple((k, str(v)) for k, v in plan.expected.items())))
-    for title, lines in (("missing to run here", plan.missing), ("warnings", plan.warnings)):
-        if lines:
-            tables.append(TextTable(title, ("what",), tuple((line,) for line in lines)))
-    return tables
+    return [table for table in tables if table.rows]
+
+
+def _with_sums(rows: Sequence[MemoryRow], places: Sequence[Place]) -> list[tuple[str, ...]]:
+    sums = [("all", "sum", place, words(total(rows, where=place)), "") for place in places if rows]
+    return [*_each(rows), *sums]
 
 
 def what(row: MemoryRow) -> str:
@@ -54,18 +53,16 @@ def what(row: MemoryRow) -> str:
 
 
 def _each(rows: Sequence[MemoryRow]) -> list[tuple[str, ...]]:
-    """Rows of text; neighbours that need the same, as engines do, stand once: `4 x engine, each`."""
+    """Rows of text; neighbours that need the same, as engines do, share them: `4 x engine, each`."""
     needs: dict[str, list[tuple[str, ...]]] = {}
     for row in rows:
         needs.setdefault(row.process, []).append((what(row), row.where, words(row.bytes), row.basis))
-    alike: list[list[str]] = []
-    for name in needs:
-        if alike and needs[alike[-1][0]] == needs[name]:
-            alike[-1].append(name)
-        else:
-            alike.append([name])
-    said = {n[0]: n[0] if len(n) == 1 else f"{len(n)} x {n[0].rstrip('0123456789')}, each" for n in alike}
-    return [(label, *need) for name, label in said.items() for need in needs[name]]
+    result = []
+    for same, group in groupby(needs, needs.__getitem__):
+        first, *others = group
+        label = f"{1 + len(others)} x {first.rstrip('0123456789')}, each" if others else first
+        result += [(label, *need) for need in same]
+    return result
 
 
 def _figure(key: str, value: float) -> str:
@@ -81,7 +78,7 @@ def to_json(plan: LaunchPlan) -> dict[str, Any]:
     document |= {"memory": list(map(_row, plan.memory)), "disk": list(map(_row, plan.disk))}
     document |= {"gpu_sizes": {str(gpu): size for gpu, size in plan.gpu_sizes.items()}}
     document |= {"gpu_map": {str(gpu): names for gpu, names in plan.gpu_map.items()}}
-    return document | {"missing": plan.missing, "memory_by_place": gpus.memory_by_place(plan)}
+    return document | {"missing": plan.missing, "memory_by_place": [asdict(use) for use in gpus.uses(plan)]}
 
 
 def _row(row: MemoryRow) -> dict[str, Any]:

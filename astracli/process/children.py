@@ -104,7 +104,6 @@ class Child:
             return []
 
     def log_time(self) -> float:
-        """When it last wrote (unix seconds): of several that died together, the first to fall silent died first."""
         try:
             return self.log.stat().st_mtime
         except OSError:
@@ -135,15 +134,11 @@ def stop(children: Sequence[Child], also: Iterable[psutil.Process] = (), grace_s
     for child in children:
         strays |= {p.pid: p for p in child.descendants()}
     _signal_all(children, strays.values(), signal.SIGTERM)
-    deadline = time.monotonic() + grace_s
-    while time.monotonic() < deadline and not _all_gone(children, strays.values()):
-        time.sleep(0.02)
+    _await_end(children, strays.values(), grace_s)
     for child in children:
         strays |= {p.pid: p for p in child.descendants()}
     _signal_all(children, strays.values(), signal.SIGKILL)
-    deadline = time.monotonic() + 1.0
-    while time.monotonic() < deadline and not _all_gone(children, strays.values()):
-        time.sleep(0.02)
+    _await_end(children, strays.values(), 1.0)
     for child in children:
         with contextlib.suppress(subprocess.TimeoutExpired):
             child._popen.wait(timeout=0.5)
@@ -157,8 +152,12 @@ def _signal_all(children: Sequence[Child], strays: Iterable[psutil.Process], sig
             stray.send_signal(signum)  # checks the creation time first
 
 
-def _all_gone(children: Sequence[Child], strays: Iterable[psutil.Process]) -> bool:
-    return all(child.exited() for child in children) and not any(_alive(p) for p in strays)
+def _await_end(children: Sequence[Child], strays: Iterable[psutil.Process], limit_s: float) -> None:
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        if all(child.exited() for child in children) and not any(_alive(p) for p in strays):
+            return
+        time.sleep(0.02)
 
 
 def _alive(process: psutil.Process) -> bool:

@@ -63,7 +63,7 @@ class ProcessConfig(Table):
     recipe: Recipe
     model_path: Path
     engine: str
-    """The name of the one that the run has."""
+    """Name of the run's engine."""
     threads: int
     """CPU threads of this process."""
 

@@ -1,4 +1,4 @@
-"""Words to the person who started a command, on stderr. Nobody there to read them costs a run nothing."""
+"""Messages on stderr to whoever started a command. A closed stderr does not end the run."""
 
 from __future__ import annotations
 

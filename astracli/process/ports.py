@@ -5,11 +5,12 @@ from __future__ import annotations
 import socket
 from contextlib import ExitStack
 
-from astracli.errors import UserError
+from astracli.errors import RunFailed, UserError
 
 
 def bind(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
-    """A bound socket; port 0 lets the system choose. Raises UserError when `host` is no address of this machine."""
+    """A bound socket; port 0 lets the system choose. Raises UserError when `host` is no address of this machine, and
+    RunFailed for a certain port, which may also be taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -17,9 +18,11 @@ def bind(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
         sock.bind((host, port))
     except OSError as error:
         sock.close()
-        raise UserError(
-            f"cannot bind {host}:{port}: {error.strerror}", "set launch.host to an address of this machine"
-        ) from None
+        message = f"cannot bind {host}:{port}: {error.strerror or error}"
+        if port:
+            hint = "another process holds the port, or launch.host is not an address of this machine"
+            raise RunFailed(message, hint) from None
+        raise UserError(message, "set launch.host to an address of this machine") from None
     return sock
 
 

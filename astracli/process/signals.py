@@ -1,4 +1,4 @@
-"""What ends a run from outside, as an event."""
+"""Signals that end a run, as an event."""
 
 from __future__ import annotations
 

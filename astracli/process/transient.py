@@ -1,8 +1,8 @@
-"""Which ends of a trainer may pass: the run goes on from its checkpoint. The one place where that is decided.
+"""Which failures of a trainer may pass, so that the run goes on from its checkpoint. The one place that decides this.
 
-A worker that meets an error which may pass ends with `EXIT`; one that a signal ends has no say, and is judged by the
-signal. Everything else is the program's, the recipe's or the machine's for good, and would only happen again: bad
-input, memory that the plan got wrong, a full disk, NaN, trainer and engine that disagree, an exception of Python's.
+A worker whose error may pass ends with `EXIT`; a worker that a signal ended is judged by the signal. Every other
+failure would happen again: bad input, memory that the plan got wrong, a full disk, NaN, a trainer and an engine that
+disagree, an exception of Python's.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from astracli.errors import RunFailed
 EXIT = 75
 """Exit code of a worker whose error may pass (EX_TEMPFAIL of sysexits.h)."""
 LINK = "the link to another rank failed"
-"""How a rank begins to say that another one is gone: that one's end is the cause."""
+"""How the error of a rank begins that lost another one: the end of the other rank is the cause."""
 LASTING = (
     "no kernel image", "invalid device function", "invalid argument", "invalid configuration", "invalid ptx",
     "unsupported ptx", "unsupported toolchain", "illegal instruction", "device-side assert", "named symbol not found",
     "invalid device ordinal", "no cuda-capable device", "driver version is insufficient", "not supported",
     "not_supported", "invalid_value", "arch_mismatch", "too many resources requested", "misaligned address",
 )  # fmt: skip
-"""Of what a GPU reports, in lower case: a program that it cannot run, or that asks for what is not there."""
+"""Words in errors of a GPU, in lower case: it cannot run the program, or lacks what the program asks for."""
 LINKS = (
     "connection closed by peer", "connection reset by peer", "broken pipe", "socket closed", "socket timeout",
     "timed out waiting", "connection refused", "ncclremoteerror", "remote process exited",
     "heartbeat monitor timed out", "collective operation timeout",
 )  # fmt: skip
-"""Of what a collective raises when a rank is gone, or does not come."""
+"""Words in errors of a collective, in lower case: a rank is gone, or did not come."""
 SIGNALS = {
     signal.SIGKILL: "killed from outside, or by the system for want of memory",
     signal.SIGABRT: "ended by a library: NCCL does so after a collective that timed out",
@@ -68,11 +68,6 @@ def cause(code: int | None, lines: Sequence[str]) -> str | None:
     if code < 0 and -code in SIGNALS:
         return _timeout(lines) or SIGNALS[signal.Signals(-code)]
     return None
-
-
-def secondary(why: str) -> bool:
-    """Whether a rank only noticed the end of another one."""
-    return why.startswith(LINK)
 
 
 def _timeout(lines: Sequence[str]) -> str | None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import http.client
 import json
 import os
 import signal
@@ -24,7 +23,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import Any, Literal, NoReturn
-from urllib.parse import urlsplit
+
+import httpx
 
 from astracli.errors import AstraError, disk_full
 from astracli.process.config import C, ProcessConfig, load_config
@@ -71,8 +71,8 @@ class Reporter:
         self._config = config
         self._interval_s = interval_s
         self._give_up_s = give_up_s
-        self._address = urlsplit(config.hub_url)
-        self._connection: http.client.HTTPConnection | None = None
+        headers = {"Authorization": f"Bearer {config.token}", "Content-Type": "application/json"}
+        self._http = httpx.Client(base_url=config.hub_url, headers=headers, timeout=5.0, trust_env=False)
         self._parent = os.getppid()
         self._state: State = "starting"
         self._waiting: str | None = None
@@ -143,21 +143,12 @@ class Reporter:
             }
             if self._error:
                 body["error"] = self._error
-        headers = {"Authorization": f"Bearer {self._config.token}", "Content-Type": "application/json"}
         try:
-            if self._connection is None:
-                host, port = self._address.hostname or "127.0.0.1", self._address.port
-                self._connection = http.client.HTTPConnection(host, port, timeout=5.0)
-            self._connection.request("POST", "/status", json.dumps(body, default=str), headers)
-            reply = self._connection.getresponse()
-            content = reply.read()
-            if reply.status == 200 and json.loads(content).get("stop"):
+            reply = self._http.post("/status", content=json.dumps(body, default=str))
+            if reply.status_code == 200 and reply.json().get("stop"):
                 self.stop_requested.set()
-            return reply.status < 400
-        except (OSError, http.client.HTTPException, ValueError):
-            if self._connection is not None:
-                self._connection.close()
-            self._connection = None
+            return reply.status_code < 400
+        except (httpx.TransportError, ValueError):
             return False
 
 

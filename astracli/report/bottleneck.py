@@ -140,7 +140,7 @@ def _words(seen: Bottleneck, setting: RunLayout) -> tuple[str, str]:
         words = f"engine and trainer share a GPU in time: {waited}, and {engines} stood still while it trained"
         return (
             words,
-            "a GPU of its own for each (resources.share_gpus=false), or larger train.batch_groups: fewer turns",
+            "a GPU of its own for each (resources.share_gpus=false), or larger train.batch_groups: fewer switches",
         )
     if seen.limit == "evaluation":
         held = f", and held them without rollouts {seen.held_share:.0%}" if seen.held_share else ""

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -166,7 +166,8 @@ def done_words(progress: RunProgress) -> str:
 
 def details(status: Status) -> str:
     """The figures that a process reports of itself: `done 120 total 1024`."""
-    return " ".join(f"{key} {short(value)}" for key, value in status.progress.items())
+    said = ((key, f"{value:.3g}" if isinstance(value, float) else value) for key, value in status.progress.items())
+    return " ".join(f"{key} {value}" for key, value in said)
 
 
 def phase_words(progress: RunProgress) -> str:
@@ -250,10 +251,6 @@ def phase_bars(figures: Mapping[str, float]) -> RenderableType:
         bar = ProgressBar(total=step_s, completed=min(seconds, step_s), width=30)
         table.add_row(Text(name, style="dim"), bar, f"{seconds:.2f} s", f"{seconds / step_s:.0%}")
     return table
-
-
-def short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def duration(seconds: float) -> str:

@@ -42,7 +42,7 @@ def row(run: RunDir) -> dict[str, Any]:
         state = "not started" if status is None else status.shown()
     except UserError:
         status, state = None, f"unknown: {run.status_json.name} is damaged"
-    ended = status is not None and (status.ended is not None or status.alive())
+    end = status and (status.ended or (time.time() if status.alive() else None))
     return {
         "run": run.name,
         "state": state,
@@ -50,7 +50,7 @@ def row(run: RunDir) -> dict[str, Any]:
         "step": status.step if status else None,
         "steps": status.steps if status else None,
         "started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.started)) if status else None,
-        "wall_s": round((status.ended or time.time()) - status.started, 1) if ended else None,
+        "wall_s": round(end - status.started, 1) if status and end else None,
         "path": str(run.path),
     }
 

@@ -86,11 +86,7 @@ def columns(rows: Sequence[Row], total: int, decode: Decode | None) -> dict[str,
     found: dict[str, Any] = {
         "total": total,
         "tail": TAIL_TOKENS,
-        "step": [row.get("step") for row in rows],
-        "version": [row.get("version") for row in rows],
-        "sample": [row.get("sample") for row in rows],
-        "reward": [row.get("reward") for row in rows],
-        "advantage": [row.get("advantage") for row in rows],
+        **{name: [row.get(name) for row in rows] for name in ("step", "version", "sample", "reward", "advantage")},
         "length": [row.get("length", len(row.get("tokens") or [])) for row in rows],
     }
     for column in ("benchmark", "problem_id", "problem", "answer", "verdict", "finish_reason"):

@@ -169,9 +169,9 @@ def weight_words(weights: Mapping[str, Any]) -> str:
     if weights["density_mean"] is not None:
         words.append(f"{weights['density_mean']:.1%} of the values change in a version")
     if weights.get("bytes_per_changed_p50"):
-        words.append(f"{weights['bytes_per_changed_p50']:.2f} bytes for each")
+        words.append(f"{weights['bytes_per_changed_p50']:.2f} bytes per changed value")
     if weights["pause_s_p50"] is not None:
-        words.append(f"engine pause p50 {weights['pause_s_p50'] * 1000:.0f} ms")
+        words.append(f"median engine pause {weights['pause_s_p50'] * 1000:.0f} ms")
     if weights["resyncs"]:
         words.append(f"{weights['resyncs']:.0f} resyncs")
     return ", ".join(words)

@@ -154,7 +154,7 @@ class _Worker:
     """One grading process: started when needed, killed when it must be. Used by one thread at a time."""
 
     def __init__(self, spec: str, timeout_s: float, grading: dict[str, Any]):
-        self._hello = {"spec": spec, "timeout_s": timeout_s, "grading": grading}
+        self._hello: dict[str, Any] = {"spec": spec, "timeout_s": timeout_s, "grading": grading}
         self._process: subprocess.Popen[bytes] | None = None
 
     def grade(self, items: Sequence[GradeItem]) -> Any:

@@ -13,9 +13,8 @@ An update, in the order in which it happens (mode `abort`):
 An engine that an evaluation holds at its version gets no update until the hub lets it go; its rollouts go on.
 
 With time sharing the engine worker holds the engine's GPU lease. When the trainer wants it, and no evaluation is pinned
-there: gate, abort, drain, pause, settle (no read-back is at the weights any more), release KV cache and
-weights (the engine keeps a copy of them in host memory), give the lease; then wait for it, take the memory back and
-continue.
+there: close the gate, abort, drain, pause, settle (wait for a read-back that still runs), release KV cache and weights
+(the engine keeps a copy of them in host memory), give the lease; then wait for it, take the memory back and continue.
 
 `in_place`, the default, and `retract` leave requests running: the gate stays open, and what comes back carries the
 *oldest* version that was in force during its request, so that staleness is never understated.
@@ -29,10 +28,10 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from typing import Any, Literal
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
-from astracli.engines.client import UNPROVEN, EngineClient, flushes
-from astracli.engines.contract import WeightReceiver
+from astracli.engines.contract import UNPROVEN, PauseMode, WeightReceiver, flushes
 from astracli.errors import RunFailed
 from astracli.hub.client import AsyncHubClient
 from astracli.hub.types import GpuLeaseReply, Target
@@ -41,35 +40,23 @@ from astracli.rollout.slot_use import IdleWhile
 
 TARGET_WAIT_S = 2.0
 """How long one question for the target version waits for another answer."""
-RELEASED_TAGS = ("kv_cache", "weights")
-"""What an engine gives back for the trainer. (Recurrent states belong to the KV cache.)"""
-
-PauseMode = Literal["abort", "retract", "in_place"]
 
 
+@dataclass(eq=False)
 class EngineWorker(RequestGate):
     """One engine: its gate, and how it follows the hub."""
 
-    def __init__(
-        self,
-        name: str,
-        engine: EngineClient,
-        hub: AsyncHubClient,
-        fetcher: WeightReceiver,
-        *,
-        process: str,
-        mode: PauseMode = "abort",
-        ready_timeout_s: float = 600.0,
-        time_sharing: bool = False,
-    ):
-        super().__init__(name, engine)
-        self.time_sharing = time_sharing
-        """Whether a trainer uses the engine's GPU, too, when this engine does not."""
-        self._hub = hub
-        self._fetcher = fetcher
-        self._process = process
-        self._mode = mode
-        self._ready_timeout_s = ready_timeout_s
+    hub: AsyncHubClient
+    fetcher: WeightReceiver
+    _: KW_ONLY
+    process: str
+    mode: PauseMode = "abort"
+    ready_timeout_s: float = 600.0
+    time_sharing: bool = False
+    """Whether a trainer uses the engine's GPU, too, when this engine does not."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._serving = False
         self._wrong: int | None = None
         """What the engine says it holds, and a read-back has found it does not."""
@@ -86,7 +73,7 @@ class EngineWorker(RequestGate):
                 if not self._attached:
                     await self._attach()
                 ready_to_serve, told = self._serving and not self.open.is_set(), self.open.is_set()
-                reply: Target = await self._hub.target(
+                reply: Target = await self.hub.target(
                     self.name,
                     have=self.version if self.open.is_set() else None,
                     pinned=self._held,
@@ -111,26 +98,26 @@ class EngineWorker(RequestGate):
         begun = time.monotonic()
         self.open.clear()
         await self._drain()
-        await self._hub.engine_state(self.name, self.version, "updating")
-        await self._call(self._engine.pause("abort"))
-        await self._call(self._engine.settle())  # a read-back may outlive whoever waited for it
-        await self._call(self._engine.release_memory(RELEASED_TAGS))
+        await self.hub.engine_state(self.name, self.version, "updating")
+        await self._call(self.engine.pause("abort"))
+        await self._call(self.engine.settle())  # a read-back may outlive whoever waited for it
+        await self._call(self.engine.release_memory())
         released = time.monotonic()
-        await self._hub.give_gpu_lease(self.name, self.name)
+        await self.hub.give_gpu_lease(self.name, self.name)
         held = False
         while not held:
-            reply: GpuLeaseReply = await self._hub.take_gpu_lease(self.name, self.name, wait_s=TARGET_WAIT_S)
+            reply: GpuLeaseReply = await self.hub.take_gpu_lease(self.name, self.name, wait_s=TARGET_WAIT_S)
             if reply.stop:
                 return False
             held = reply.held
         back = time.monotonic()
-        await self._call(self._engine.resume_memory(RELEASED_TAGS))
-        await self._call(self._engine.resume())
-        record: dict[str, Any] = {"process": self._process, "engine": self.name}
+        await self._call(self.engine.resume_memory())
+        await self._call(self.engine.resume())
+        record: dict[str, Any] = {"process": self.process, "engine": self.name}
         if self.version is not None:  # the trainer has the GPU first: it makes version 0
             record["step"] = self.version
         seconds = {"release_s": released - begun, "away_s": back - released, "resume_s": time.monotonic() - back}
-        await self._hub.metrics([record | seconds])
+        await self.hub.metrics([record | seconds])
         return True
 
     async def _approach(self, target: int | None) -> None:
@@ -148,39 +135,37 @@ class EngineWorker(RequestGate):
         """
         self.open.clear()  # an update may have opened it since the engine was lost, which the hub hears of anew
         if self._failures:
-            await self._hub.engine_state(self.name, None, "down")
-        await self._engine.wait_ready(self._ready_timeout_s)
-        info = await self._call(self._engine.model_info())
+            await self.hub.engine_state(self.name, None, "down")
+        await self.engine.wait_ready(self.ready_timeout_s)
+        info = await self._call(self.engine.model_info())
         held = int(info["weight_version"])
         self.version = held if held not in (UNPROVEN, self._wrong) else None
         self._serving = self.version is not None and bool(info.get("serving", True))
         if info.get("paused", True):  # not every engine says; to continue what runs changes nothing
-            await self._call(self._engine.resume())
-        if not self._fetcher.watched:  # our loader would first compile, and stage nothing, in a pause
+            await self._call(self.engine.resume())
+        if not self.fetcher.watched:  # our loader would first compile, and stage nothing, in a pause
             named = UNPROVEN if self.version is None else self.version
-            self._fetcher.wake(named)
-            await self._call(self._engine.pause("abort"))
-            await self._call(self._engine.apply_staged(named))  # refused by weights without a version; it runs now
-            await self._call(self._engine.resume())
+            self.fetcher.wake(named)
+            await self._call(self.engine.pause("abort"))
+            await self._call(self.engine.apply_staged(named))  # refused by weights without a version; it runs now
+            await self._call(self.engine.resume())
         self._attached = True
 
     async def _let_in(self) -> None:
         """The engine holds checked weights: tell the hub, then open the gate."""
-        await self._hub.engine_state(self.name, self.version, "ready")
+        await self.hub.engine_state(self.name, self.version, "ready")
         self.open.set()
 
     # ---- an update ---------------------------------------------------------------------------------------------------
 
     async def _update(self, target: int) -> None:
         have = self.version if self.version != target else None
-        record: dict[str, Any] = {"process": self._process, "step": target, "engine": self.name, "resyncs": 0}
+        record: dict[str, Any] = {"process": self.process, "step": target, "engine": self.name, "resyncs": 0}
         try:
             await self._transfer(target, have, record)
         except EngineLost:
             raise
         except RunFailed as error:
-            record["resyncs"] = 1
-            print(f"warning: {self.name}: {error.message}; sending a full payload", file=sys.stderr, flush=True)
             await self._resync(target, record, error)
         self.version, self._serving = target, True
         due = record.pop("readback")
@@ -192,36 +177,36 @@ class EngineWorker(RequestGate):
         record["gap_s"] = time.monotonic() - gate_closed if gate_closed is not None else 0.0
         if due:
             await self._await_readback(target, record)
-        since = {"held_idle_s": self._held_idle.take(self._held, self.use.seconds().idle)} | self._since_last_update()
-        await self._hub.metrics([record | since])
+        since = {"held_idle_s": self._held_idle.take(self._held, self.use.seconds().idle)} | self.usage()
+        await self.hub.metrics([record | since])
 
     async def _await_readback(self, target: int, record: dict[str, Any]) -> None:
         """Wait for the read-back of `target`; weights that are not the trainer's are replaced by a full payload."""
         try:
-            record |= await asyncio.to_thread(self._fetcher.readback, target)
+            record |= await asyncio.to_thread(self.fetcher.readback, target)
         except RunFailed as error:
             closed = time.monotonic()
             self.open.clear()
             self.version, self._serving, self._wrong = None, False, target
             self._failed_readbacks += 1
             self._readback_done.set()
-            record["resyncs"] += 1
-            print(f"warning: {self.name}: {error.message}; sending a full payload", file=sys.stderr, flush=True)
             await self._resync(target, record, error)
             record.pop("gate_closed")
             if record.pop("readback"):  # before it serves: the second time nobody trusts it
-                record |= await asyncio.to_thread(self._fetcher.readback, target)
+                record |= await asyncio.to_thread(self.fetcher.readback, target)
             self.version, self._serving = target, True
             await self._let_in()
             record["gap_s"] += time.monotonic() - closed
         else:
             if self.open.is_set():  # the engine may have been lost meanwhile
-                await self._hub.engine_state(self.name, target, "ready")
+                await self.hub.engine_state(self.name, target, "ready")
         finally:
             self._readback_done.set()
 
     async def _resync(self, target: int, record: dict[str, Any], cause: RunFailed) -> None:
         """The weights did not become the target's: give the engine a full payload, once."""
+        record["resyncs"] += 1
+        print(f"warning: {self.name}: {cause.message}; sending a full payload", file=sys.stderr, flush=True)
         try:
             await self._transfer(target, None, record)
         except EngineLost:
@@ -237,26 +222,22 @@ class EngineWorker(RequestGate):
         """Fetch, drain, apply. Raises EngineLost, or RunFailed when the payload or its application is at fault."""
         record.setdefault("gate_closed", None)
         begun = time.monotonic()
-        plan = await asyncio.to_thread(self._fetcher.fetch, target, have)
+        plan = await asyncio.to_thread(self.fetcher.fetch, target, have)
         record |= {"fetch_s": time.monotonic() - begun, "fetched_bytes": plan.bytes, "kind": plan.kind}
         record |= {"transfer_s": plan.transfer_s, "stage_s": plan.stage_s}
-        if self._mode == "abort":
-            if record["gate_closed"] is None:
-                record["gate_closed"] = time.monotonic()
-            self.open.clear()
+        if self.mode == "abort":
+            self._shut(record)
             await self._drain()
         begun = time.monotonic()
-        await self._call(self._engine.pause(self._mode))
-        update = await self._call(self._engine.apply_staged(target, flush=flushes(self._mode)))
+        await self._call(self.engine.pause(self.mode))
+        update = await self._call(self.engine.apply_staged(target, flush=flushes(self.mode)))
         if not update.success:
             self._serving = False
-            if record["gate_closed"] is None:
-                record["gate_closed"] = time.monotonic()
-            self.open.clear()
+            self._shut(record)
             self.version = None
             self._failed_readbacks += 1  # requests that it found running went on with weights that nobody trusts
-            await self._call(self._engine.abort_all())
-            await self._call(self._engine.resume())
+            await self._call(self.engine.abort_all())
+            await self._call(self.engine.resume())
             await self._drain()
             raise RunFailed(f"version {target} was not applied: {update.message}")
         self._wrong = None
@@ -264,10 +245,16 @@ class EngineWorker(RequestGate):
         if due:  # what comes back from now on may be of weights that are not the trainer's
             self._readback_done.clear()
         try:
-            await self._call(self._engine.resume())
+            await self._call(self.engine.resume())
         except EngineLost:
             self._readback_done.set()
             raise
         record |= {"pause_s": time.monotonic() - begun, **update.seconds, "readback": due}
         if "changed" in update.outcome:
             record["changed"] = update.outcome["changed"]
+
+    def _shut(self, record: dict[str, Any]) -> None:
+        """Close the gate, and write down when that was: the first time of this update."""
+        if record["gate_closed"] is None:
+            record["gate_closed"] = time.monotonic()
+        self.open.clear()

@@ -6,15 +6,18 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from astracli.config.recipe import Recipe
-from astracli.engines.client import GenRequest, GenResult
+from astracli.data.prompts import Problem
+from astracli.engines.contract import GenRequest, GenResult
 from astracli.errors import RunFailed
+from astracli.rewards.reward import GradeItem, GradePool
 from astracli.rl.sample_log import group_line
 from astracli.rl.schedule import sample_seed
-from astracli.rl.types import Group, Segment
+from astracli.rl.types import Group, Sample, Segment
 from astracli.rollout.engine_worker import EngineWorker
 
 EMPTY_ABORTS = 50
@@ -110,6 +113,40 @@ async def generate_groups(
             groups = ", ".join(map(str, asked))
             raise RunFailed(f"{worker.name} ended the requests of group {groups} {empty} times without a token")
     return drafts
+
+
+async def graded(
+    lease_id: int,
+    problem: Problem,
+    prompt: Sequence[int],
+    drafts: Sequence[Draft],
+    tokenizer: Any,
+    grader: GradePool,
+) -> Group:
+    """The finished samples of a group, with their rewards."""
+    texts = [tokenizer.decode(draft.tokens, skip_special_tokens=True) for draft in drafts]
+    answers = zip(texts, drafts, strict=True)
+    grades = await grader.agrade([GradeItem(problem.question, problem.answer, text, d.tokens) for text, d in answers])
+    samples = [
+        Sample(
+            index=draft.index,
+            segments=draft.segments,
+            finish_reason="stop" if draft.finish == "stop" else "length",
+            reward=float(grade.reward),
+            verdict=grade.verdict,
+            text=text,
+        )
+        for draft, grade, text in zip(drafts, grades, texts, strict=True)
+    ]
+    return Group(
+        lease_id=lease_id,
+        problem_id=problem.id,
+        prompt_tokens=np.array(prompt, np.int32),
+        samples=samples,
+        problem=problem.question,
+        answer=problem.answer,
+        meta=problem.meta,
+    )
 
 
 class SampleWriter:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from astracli.engines.client import Ended, EngineClient, GenRequest, GenResult
+from astracli.engines.client import EngineClient
+from astracli.engines.contract import Ended, GenRequest, GenResult
 from astracli.errors import RunFailed
 from astracli.rollout.slot_use import SlotUse
 
@@ -24,11 +25,14 @@ class EngineLost(RunFailed):
     """The engine did not answer; it may come back under the same address. What was asked of it is to be asked again."""
 
 
+@dataclass(eq=False)
 class RequestGate:
     """The requests of this worker to one engine."""
 
-    def __init__(self, name: str, engine: EngineClient):
-        self.name = name
+    name: str
+    engine: EngineClient
+
+    def __post_init__(self) -> None:
         self.open = asyncio.Event()
         """Set while requests may be sent."""
         self.version: int | None = None
@@ -38,7 +42,6 @@ class RequestGate:
         self.tokens = 0
         """Tokens generated for this worker."""
         self.use = SlotUse()
-        self._engine = engine
         self._readback_done = asyncio.Event()
         """Set unless a read-back is due: what comes back meanwhile waits for it."""
         self._readback_done.set()
@@ -72,7 +75,7 @@ class RequestGate:
                 ended(place, result)
 
         try:
-            results = await self._engine.generate(requests, None if ended is None else one_ended)
+            results = await self.engine.generate(requests, None if ended is None else one_ended)
         except RunFailed as error:
             self._lose(error)
             raise EngineLost(error.message, error.hint) from error
@@ -110,18 +113,14 @@ class RequestGate:
     async def _drain(self) -> None:
         """End every request of this worker's; returns when none is outstanding."""
         while not self._drained.is_set():
-            await self._call(self._engine.abort_all())
+            await self._call(self.engine.abort_all())
             try:
                 await asyncio.wait_for(self._drained.wait(), ABORT_AGAIN_S)
             except TimeoutError:
                 continue
 
     def usage(self) -> dict[str, Any]:
-        """What happened on this engine since its last update, for the metrics."""
-        return {"engine": self.name, **self._since_last_update()}
-
-    def _since_last_update(self) -> dict[str, Any]:
-        """What happened on this engine since the update before."""
+        """What happened on this engine since the last call, for the metrics: since its last update."""
         now, (then, tokens) = self.use.seconds(), self._last_update
         self._last_update = (now, self.tokens)
         counts = dict(self._aborted)
@@ -132,4 +131,4 @@ class RequestGate:
             "slots_busy": (now.busy - then.busy) / interval_s,
         }
         seconds = {"interval_s": now.all - then.all, "idle_s": now.idle - then.idle}
-        return {**rates, **seconds, **counts}
+        return {"engine": self.name, **rates, **seconds, **counts}

@@ -18,9 +18,8 @@ import math
 import time
 from collections import deque
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
-from typing import Any, Protocol
-
-import numpy as np
+from dataclasses import dataclass
+from typing import Any
 
 from astracli.data.prompts import Problem, PromptSource, stop_token_ids
 from astracli.engines import registry as engines
@@ -30,46 +29,34 @@ from astracli.hub.types import Leases
 from astracli.models.adapter import chat_prompt_tokens, load_tokenizer
 from astracli.process.config import RolloutConfig
 from astracli.process.worker import Reporter, worker_main
-from astracli.rewards.reward import Grade, GradeItem, GradePool
-from astracli.rl.types import Group, Sample
+from astracli.rewards.reward import GradePool
+from astracli.rl.types import Group
 from astracli.rollout.engine_worker import EngineWorker
-from astracli.rollout.groups import Draft, RolloutSampling, SampleWriter, generate_groups
+from astracli.rollout.groups import Draft, RolloutSampling, SampleWriter, generate_groups, graded
 from astracli.rollout.request_gate import EngineLost
 
 LEASE_WAIT_S = 2.0
 REPORT_S = 1.0
 RATE_WINDOW_S = 10.0
 UNFIT_PROMPTS = 10_000
-"""Prompts in a row, or a whole epoch of them, that are too long: then the run ends instead of looking on."""
+"""Prompts in a row, or a whole epoch of them, that are too long: then the run ends."""
 
 
-class GroupGrader(Protocol):
-    """The part of `rl.reward.GradePool` that this worker needs."""
-
-    async def agrade(self, items: Sequence[GradeItem]) -> list[Grade]: ...
-
-
+@dataclass
 class Rollout:
-    """The worker's work. `run` ends when the hub says stop, or when `groups_wanted` groups are done."""
+    """The worker's work. `run` ends when the hub says stop, or when the groups of `config.samples` are written."""
 
-    def __init__(
-        self,
-        config: RolloutConfig,
-        reporter: Reporter,
-        hub: AsyncHubClient,
-        workers: Sequence[EngineWorker],
-        source: PromptSource,
-        tokenizer: Any,
-        grader: GroupGrader,
-    ):
-        self.config = config
-        self.reporter = reporter
-        self.hub = hub
-        self.workers = list(workers)
-        self.source = source
-        self.tokenizer = tokenizer
-        self.grader = grader
-        self.sampling = RolloutSampling(config.recipe, tuple(stop_token_ids(tokenizer, config.model_path)))
+    config: RolloutConfig
+    reporter: Reporter
+    hub: AsyncHubClient
+    workers: Sequence[EngineWorker]
+    source: PromptSource
+    tokenizer: Any
+    grader: GradePool
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.sampling = RolloutSampling(config.recipe, tuple(stop_token_ids(self.tokenizer, config.model_path)))
         rollout = config.recipe.rollout
         self._slots, self._group_size = rollout.running, rollout.group_size
         for worker in self.workers:
@@ -195,7 +182,7 @@ class Rollout:
         worker.changed.set()
 
     async def _hand_in(self, lease_id: int, problem: Problem, prompt: Sequence[int], drafts: Sequence[Draft]) -> None:
-        group = await self._grade(lease_id, problem, prompt, drafts)
+        group = await graded(lease_id, problem, prompt, drafts, self.tokenizer, self.grader)
         await self.hub.put_group(group)
         self._held.discard(lease_id)
         self._count(group)
@@ -208,34 +195,6 @@ class Rollout:
             context = self.config.recipe.rollout.context_length
             return f"prompt of {len(prompt)} tokens leaves no room in rollout.context_length = {context}"
         return None
-
-    async def _grade(self, lease_id: int, problem: Problem, prompt: Sequence[int], drafts: Sequence[Draft]) -> Group:
-        texts = [self.tokenizer.decode(draft.tokens, skip_special_tokens=True) for draft in drafts]
-        items = [
-            GradeItem(problem.question, problem.answer, text, draft.tokens)
-            for text, draft in zip(texts, drafts, strict=True)
-        ]
-        grades = await self.grader.agrade(items)
-        samples = [
-            Sample(
-                index=draft.index,
-                segments=draft.segments,
-                finish_reason="stop" if draft.finish == "stop" else "length",
-                reward=float(grade.reward),
-                verdict=grade.verdict,
-                text=text,
-            )
-            for draft, grade, text in zip(drafts, grades, texts, strict=True)
-        ]
-        return Group(
-            lease_id=lease_id,
-            problem_id=problem.id,
-            prompt_tokens=np.array(prompt, np.int32),
-            samples=samples,
-            problem=problem.question,
-            answer=problem.answer,
-            meta=problem.meta,
-        )
 
     def _count(self, group: Group) -> None:
         self._done["groups"] += 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from astracli.errors import UserError
@@ -56,17 +55,14 @@ def named(text: str, *, root: Path = RUNS) -> RunDir:
 
 def list_runs(root: Path = RUNS) -> list[RunDir]:
     """The runs under `root`, newest first."""
-    return sorted(_runs(root), key=lambda run: (_started(run), run.name), reverse=True)
+    places = root.iterdir() if root.is_dir() else ()
+    runs = (RunDir(path) for path in places if (path / "recipe.json").is_file())
+    return sorted(runs, key=lambda run: (_started(run), run.name), reverse=True)
 
 
 def newest(root: Path = RUNS) -> RunDir | None:
     """The run under `root` that started last; None when there is none."""
-    return max(_runs(root), key=lambda run: (_started(run), run.name), default=None)
-
-
-def _runs(root: Path) -> Iterator[RunDir]:
-    if root.is_dir():
-        yield from (RunDir(path) for path in root.iterdir() if (path / "recipe.json").is_file())
+    return next(iter(list_runs(root)), None)
 
 
 def _started(run: RunDir) -> float:

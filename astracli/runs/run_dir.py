@@ -45,11 +45,7 @@ class RunStatus:
         """True while the recorded supervisor still runs on this host."""
         if self.host != socket.gethostname():
             return self.state == "running"
-        try:
-            process = psutil.Process(self.pid)
-            return abs(process.create_time() - self.create_time) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
+        return _lives(self.pid, self.create_time)
 
     def shown(self) -> str:
         """The state as people read it; a run that says `running` without its supervisor is `dead (resumable)`."""
@@ -210,9 +206,12 @@ class RunDir:
         write_atomic(self.status_json, json.dumps(asdict(status), indent=2) + "\n")
 
 
-def _lives(pid: int) -> bool:
+def _lives(pid: int, create_time: float | None = None) -> bool:
+    """Whether a process runs; with `create_time`, whether it is the one that began then."""
     try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+        process = psutil.Process(pid)
+        same = create_time is None or abs(process.create_time() - create_time) < 1.0
+        return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 

@@ -35,9 +35,9 @@ from astracli.config.recipe import Recipe
 from astracli.data import arithmetic, fetch
 from astracli.doctor import gather
 from astracli.engines import registry as engines
-from astracli.engines.client import EngineClient, GenRequest
+from astracli.engines.client import EngineClient
+from astracli.engines.contract import GenRequest
 from astracli.hub.api import build_app
-from astracli.hub.server import ServerThread
 from astracli.hub.store import HubStore
 from astracli.hub.types import HubSettings
 from astracli.machine import read
@@ -45,6 +45,7 @@ from astracli.models import registry
 from astracli.models.adapter import chat_prompt_tokens
 from astracli.process import ports
 from astracli.process.config import EngineConfig
+from astracli.process.server import ServerThread
 from astracli.weights.publish.server import weights_app
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

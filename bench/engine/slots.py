@@ -33,7 +33,8 @@ import numpy as np
 from astracli.config.recipe import Recipe
 from astracli.data.prompts import PromptSource
 from astracli.engines import registry as engines
-from astracli.engines.client import EngineClient, GenRequest, GenResult
+from astracli.engines.client import EngineClient
+from astracli.engines.contract import GenRequest, GenResult
 from astracli.models.adapter import load_tokenizer
 from astracli.process.config import EngineAddress, RolloutConfig
 from astracli.process.worker import Reporter

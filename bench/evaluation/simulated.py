@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from astracli.config.recipe import Recipe
-from astracli.engines.client import GenRequest, GenResult
+from astracli.engines.contract import GenRequest, GenResult
 from astracli.hub.store import HubStore
 from astracli.rewards.reward import Grade, GradeItem
 

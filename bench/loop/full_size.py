@@ -26,8 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from astracli.machine.component import Component
-from astracli.machine.memory import MemoryRow
+from astracli.machine.memory import Component, MemoryRow
 from astracli.plan.memory import on_gpu
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -23,10 +23,10 @@ import numpy as np
 from astracli.config.recipe_run import LaunchTable
 from astracli.hub.api import build_app
 from astracli.hub.client import HubClient
-from astracli.hub.server import ServerThread
 from astracli.hub.store import HubStore
 from astracli.hub.types import HubSettings, Lease
 from astracli.process.ports import bind
+from astracli.process.server import ServerThread
 from astracli.rl.types import Group, Sample, Segment, unpack_group
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -25,8 +25,8 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from astracli.config import recipe_io
-from astracli.hub.server import ServerThread
 from astracli.process import ports
+from astracli.process.server import ServerThread
 from astracli.report.page import html as report_html
 from astracli.runs.run_dir import RunDir
 

@@ -34,11 +34,11 @@ from typing import Any
 
 import torch
 
-from astracli.machine.component import Component
-from astracli.machine.memory import CUDA_CONTEXT
+from astracli.machine.memory import CUDA_CONTEXT, Component
 from astracli.models.adapter import MemoryShape
 from astracli.plan import cost as plan_speed
 from astracli.plan import trainer as plan_trainer
+from astracli.plan.cost import TrainerLoad
 from astracli.plan.placement import Gpus, place
 from astracli.process.layout import Split
 from astracli.rl.types import Group
@@ -100,7 +100,8 @@ def measure(
 def planned(trainer: Trainer, shape: MemoryShape) -> int:
     """Bytes that the launch plan counts on the GPU, without what torch does not allocate and the holes of its cache."""
     split = Split(moments_on_host=trainer.masters.adam.moments_on_host)
-    rows = plan_trainer.trainer_rows("trainer", shape, trainer.recipe, "cuda", trainer.ranks.world_size, split)
+    load = TrainerLoad(trainer.recipe, shape, trainer.ranks.world_size)
+    rows = plan_trainer.trainer_rows("trainer", load, "cuda", split)
     outside = (Component.CUDA_CONTEXT, Component.CACHE_HOLES)
     return sum(row.bytes for row in rows if row.where == "gpu" and row.component not in outside)
 

@@ -61,8 +61,8 @@ from starlette.routing import Mount
 
 from astracli.engines.client import EngineClient
 from astracli.engines.sglang.client import NO_TENSORS, SglangClient
-from astracli.hub.server import ServerThread
 from astracli.process import ports
+from astracli.process.server import ServerThread
 from astracli.weights.publish.server import weights_app
 from astracli.weights.receive.subscriber import Subscriber
 

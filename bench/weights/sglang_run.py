@@ -13,7 +13,8 @@ from typing import Any
 
 from shared import say, spread
 
-from astracli.engines.client import UNPROVEN, EngineClient, flushes
+from astracli.engines.client import EngineClient
+from astracli.engines.contract import UNPROVEN, flushes
 from astracli.weights.format.manifest import write_atomic
 from astracli.weights.receive.subscriber import Subscriber
 from weights.sglang_server import TOKEN, Server, Trainer

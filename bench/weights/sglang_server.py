@@ -21,7 +21,8 @@ import torch
 from shared import adapter_of
 
 from astracli.data import fetch
-from astracli.engines.client import EngineClient, GenRequest
+from astracli.engines.client import EngineClient
+from astracli.engines.contract import GenRequest
 from astracli.engines.sglang.attention import SERVING_ON_CPU
 from astracli.engines.sglang.client import SETTLE_LOADER, STAGED_LOADER
 from astracli.engines.sglang.plugin import CPU_ENV, ENV

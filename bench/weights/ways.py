@@ -44,8 +44,8 @@ from safetensors.torch import load_file, save_file
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
-from astracli.hub.server import ServerThread
 from astracli.process import ports
+from astracli.process.server import ServerThread
 from astracli.weights.device.difference import bits_torch
 from astracli.weights.format.manifest import Manifest, seal
 from astracli.weights.publish import payload

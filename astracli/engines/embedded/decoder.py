@@ -122,7 +122,3 @@ class Decoder:
     def move(self, to: np.ndarray, origin: np.ndarray, span: int) -> None:
         """Slot origin[i] -> slot to[i] (int64 arrays), for sequences of at most `span` positions."""
         self.cache.move(torch.from_numpy(to).to(self.device), torch.from_numpy(origin).to(self.device), span)
-
-    def clear(self) -> None:
-        """Drop every cached state. Only with nothing running."""
-        self.cache.clear()

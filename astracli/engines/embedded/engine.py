@@ -1,29 +1,28 @@
-"""The embedded engine behind its HTTP face: requests in SGLang's form, control, and weight updates.
+"""The embedded engine behind its HTTP server: requests in SGLang's form, control, and weight updates.
 
-Everything that touches the model runs in the decode thread (`loop`); every other method may be called from any thread.
+Everything that touches the model runs in the decode thread (`loop`), from other threads through `scheduler.call`.
 """
 
 from __future__ import annotations
 
 import math
 import secrets
-import threading
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from astracli.engines.contract import GenResult, UpdateReply
 from astracli.engines.embedded import kernels
 from astracli.engines.embedded.decoder import Decoder
-from astracli.engines.embedded.scheduler import PauseMode, Scheduler
-from astracli.engines.embedded.table import Completion, Request
-from astracli.engines.embedded.weights import EngineWeights, Loader, UpdateOutcome
+from astracli.engines.embedded.scheduler import Scheduler
+from astracli.engines.embedded.table import Request
+from astracli.engines.embedded.weights import EngineWeights, Loader
 from astracli.errors import UserError
 from astracli.kernels.cpu import linear
+from astracli.process.worker import Reporter
 from astracli.weights.receive import reading
 from astracli.weights.receive.watcher import StageWatcher
 
@@ -32,38 +31,25 @@ _SAMPLING_KEYS = frozenset(
 )
 
 
-class LoopReporter(Protocol):
-    """The part of a worker's reporter that the loop needs."""
-
-    stop_requested: threading.Event
-
-    def waiting(self, reason: str | None) -> None: ...
-
-    def progress(self, **fields: Any) -> None: ...
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    slots: int
-    """Sequences decoded at once."""
-    context_length: int
-    """Prompt and completion together, tokens."""
-    prefill_tokens: int = 8192
-
-
 class NotServing(Exception):
     """The engine holds no checked weights right now; the message says why."""
 
 
 class EmbeddedEngine:
-    """One model, its slots and its weights. `load` reads a checkpoint directory through the model's adapter."""
+    """One model, its slots (sequences decoded at once) and its weights.
+
+    `load` reads a checkpoint directory through the model's adapter. `context_length`: prompt and completion together,
+    tokens; `prefill_tokens`: of one prefill.
+    """
 
     def __init__(
         self,
         path: Path,
         load: Loader,
-        limits: EngineLimits,
         *,
+        slots: int,
+        context_length: int,
+        prefill_tokens: int = 8192,
         stage_dir: Path | None = None,
         device: str = "cpu",
         exclusive_calls: bool = False,
@@ -75,11 +61,10 @@ class EmbeddedEngine:
             kernels.install(model)
             linear.install(model)
         self.path = path
-        self.limits = limits
+        self._context_length = context_length
         self._stage = StageWatcher(stage_dir, reading.hold) if stage_dir is not None else None
-        self._load = load
         self.weights = EngineWeights(model.to(device), wire, problem=problem, verify_interval=verify_interval)
-        decoder = Decoder(model, limits.slots, prefill_tokens=limits.prefill_tokens)
+        decoder = Decoder(model, slots, prefill_tokens=prefill_tokens)
         self.scheduler = Scheduler(decoder, exclusive_calls=exclusive_calls)
         self._eos = _eos_ids(model)
         self._vocab = int(model.get_input_embeddings().weight.shape[0])
@@ -87,7 +72,7 @@ class EmbeddedEngine:
 
     # -- requests
 
-    def generate(self, body: Mapping[str, Any], ended: Callable[[int, Completion], None]) -> list[str]:
+    def generate(self, body: Mapping[str, Any], ended: Callable[[int, GenResult], None]) -> list[str]:
         """Start what a `/generate` body asks for. `ended(place in the body, completion)` is called once for each
         request, in the decode thread.
 
@@ -127,10 +112,10 @@ class EmbeddedEngine:
         prompt = np.array(ids, np.int64)
         if prompt.ndim != 1 or not len(prompt) or prompt.min() < 0 or prompt.max() >= self._vocab:
             raise UserError(f"a prompt must be a non-empty list of token ids in [0, {self._vocab})")
-        room = self.limits.context_length - len(prompt)
+        room = self._context_length - len(prompt)
         if room < 1:
             raise UserError(
-                f"the prompt has {len(prompt)} tokens, the engine's context is {self.limits.context_length}",
+                f"the prompt has {len(prompt)} tokens, the engine's context is {self._context_length}",
                 "raise rollout.context_length or lower data.max_prompt_tokens",
             )
         temperature, top_p = float(params.get("temperature", 1.0)), float(params.get("top_p", 1.0))
@@ -155,50 +140,18 @@ class EmbeddedEngine:
             call=self._calls,
         )
 
-    # -- control; each runs between two steps, the future holds its answer
-
-    def abort(self, rids: Collection[str] | None) -> Future[Any]:
-        return self.scheduler.call(lambda: self.scheduler.abort(rids))
-
-    def pause(self, mode: PauseMode) -> Future[Any]:
-        return self.scheduler.call(lambda: self.scheduler.pause(mode))
-
-    def resume(self) -> Future[Any]:
-        return self.scheduler.call(self.scheduler.resume)
-
-    def flush(self) -> Future[Any]:
-        return self.scheduler.call(self.scheduler.flush)
-
-    def apply_staged(self, version: int, *, flush: bool = True) -> Future[Any]:
-        """Answer: UpdateOutcome."""
-
-        def run() -> UpdateOutcome:
-            if self._stage is None:
-                return UpdateOutcome(False, "this engine was started without a staging directory")
-            outcome = self.weights.apply_staged(self._stage.stage_dir, version, self._stage.take())
-            return self._updated(outcome, flush)
-
-        return self.scheduler.call(run)
-
-    def load_directory(self, path: Path, version: int, *, flush: bool = True) -> Future[Any]:
-        """Answer: UpdateOutcome."""
-        return self.scheduler.call(lambda: self._updated(self.weights.load_directory(path, version, self._load), flush))
-
-    def relabel(self, version: int) -> Future[Any]:
-        def run() -> None:
-            self.weights.relabel(version)
-            self.scheduler.version = version
-
-        return self.scheduler.call(run)
-
-    def _updated(self, outcome: UpdateOutcome, flush: bool) -> UpdateOutcome:
-        if not outcome.success:
+    def apply_staged(self, version: int, *, flush: bool = True) -> UpdateReply:
+        """In the decode thread."""
+        if self._stage is None:
+            return UpdateReply(False, "this engine was started without a staging directory")
+        reply = self.weights.apply_staged(self._stage.stage_dir, version, self._stage.take())
+        if not reply.success:
             self.scheduler.abort()
-            return outcome
+            return reply
         self.scheduler.version = self.weights.version
         if flush:
             self.scheduler.flush()
-        return outcome
+        return reply
 
     def info(self) -> dict[str, Any]:
         """What `/model_info` answers."""
@@ -206,22 +159,18 @@ class EmbeddedEngine:
         return {
             "model_path": str(self.path),
             "weight_version": str(self.weights.version),
-            "is_generation": True,
             "serving": self.weights.problem is None,
             "problem": self.weights.problem,
             "paused": scheduler.paused,
             "running": scheduler.table.active,
             "waiting": len(scheduler.waiting),
             "tokens_generated": scheduler.tokens_generated,
-            "decode_steps": scheduler.steps,
             "seconds": dict(scheduler.seconds),
-            "slots": self.limits.slots,
-            "context_length": self.limits.context_length,
         }
 
     # -- the decode thread
 
-    def loop(self, reporter: LoopReporter) -> None:
+    def loop(self, reporter: Reporter) -> None:
         """Decode until `reporter.stop_requested`. Raises RunFailed when the model produces NaN."""
         reason: str | None = ""
         try:
@@ -238,7 +187,7 @@ class EmbeddedEngine:
                         tokens_generated=self.scheduler.tokens_generated,
                     )
         finally:
-            self.weights.settle()
+            self.weights.readback.settle()
             if self._stage is not None:
                 self._stage.close()
 

@@ -1,64 +1,39 @@
-"""The embedded engine's HTTP face: the routes that `engines/client.py` lists. Imports no torch."""
+"""The embedded engine's HTTP server: the routes that `engines/client.py` lists. Imports no torch."""
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from astracli.engines.client import STAGED
+from astracli.engines.contract import GenResult, PauseMode
 from astracli.errors import UserError
+from astracli.process.server import TokenGuard
 
 if TYPE_CHECKING:
     from astracli.engines.embedded.engine import EmbeddedEngine
-    from astracli.engines.embedded.table import Completion
 
-PAUSE_MODES = ("abort", "retract", "in_place")
-
+T = TypeVar("T")
 Handler = Callable[["EmbeddedEngine", Request], Awaitable[Response]]
 
 
-class Door:
-    """Holds the engine once it is loaded; until then every route answers 503."""
-
-    def __init__(self) -> None:
-        self.engine: EmbeddedEngine | None = None
-
-
-class _Guard:
-    """Answers 401 to every request without the run's token."""
-
-    def __init__(self, app: ASGIApp, token: str):
-        self._app = app
-        self._expected = f"Bearer {token}".encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._expected):
-                await _error(401, "the run's token is missing or wrong")(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
-def build_app(door: Door, token: str) -> ASGIApp:
-    """The ASGI application. `door.engine` may be set later."""
+def build_app(loaded: Sequence[EmbeddedEngine], token: str) -> ASGIApp:
+    """The ASGI application. `loaded` holds the engine once it is loaded; until then every route answers 503."""
 
     def route(path: str, method: str, handler: Handler) -> Route:
         async def endpoint(request: Request) -> Response:
-            if door.engine is None:
+            if not loaded:
                 return _error(503, "not ready: the model is being loaded")
             try:
-                return await handler(door.engine, request)
+                return await handler(loaded[0], request)
             except UserError as error:
                 return _error(400, f"{error.message}; {error.hint}" if error.hint else error.message)
 
@@ -67,19 +42,15 @@ def build_app(door: Door, token: str) -> ASGIApp:
     app = Starlette(
         routes=[
             route("/health_generate", "GET", _health),
-            route("/health", "GET", _health),
             route("/model_info", "GET", _info),
             route("/generate", "POST", _generate),
             route("/abort_request", "POST", _abort),
             route("/pause_generation", "POST", _pause),
             route("/continue_generation", "POST", _continue),
-            route("/flush_cache", "POST", _flush),
-            route("/update_weights_from_tensor", "POST", _update_from_tensor),
-            route("/update_weights_from_disk", "POST", _update_from_disk),
-            route("/update_weight_version", "POST", _update_version),
+            route("/update_weights_from_tensor", "POST", _update),
         ]
     )
-    return _Guard(app, token)
+    return TokenGuard(app, token, _error(401, "the run's token is missing or wrong"))
 
 
 def _error(status: int, message: str) -> JSONResponse:
@@ -97,11 +68,9 @@ async def _json(request: Request) -> dict[str, Any]:
     return body
 
 
-def _version(value: Any) -> int:
-    try:
-        return int(value)
-    except (TypeError, ValueError):
-        raise UserError(f"weight_version {value!r} is not a whole number") from None
+async def _between_steps(engine: EmbeddedEngine, function: Callable[[], T]) -> T:
+    """Have the decode thread call `function` between two steps."""
+    return await asyncio.wrap_future(engine.scheduler.call(function))
 
 
 async def _health(engine: EmbeddedEngine, request: Request) -> Response:
@@ -117,9 +86,9 @@ async def _generate(engine: EmbeddedEngine, request: Request) -> Response:
 
     body = await _json(request)
     loop = asyncio.get_running_loop()
-    ended: asyncio.Queue[tuple[int, Completion]] = asyncio.Queue()
+    ended: asyncio.Queue[tuple[int, GenResult]] = asyncio.Queue()
 
-    def deliver(place: int, completion: Completion) -> None:
+    def deliver(place: int, completion: GenResult) -> None:
         loop.call_soon_threadsafe(ended.put_nowait, (place, completion))
 
     try:
@@ -137,7 +106,7 @@ async def _generate(engine: EmbeddedEngine, request: Request) -> Response:
 
 
 async def _answers(
-    engine: EmbeddedEngine, request: Request, rids: list[str], ended: asyncio.Queue[tuple[int, Completion]]
+    engine: EmbeddedEngine, request: Request, rids: list[str], ended: asyncio.Queue[tuple[int, GenResult]]
 ) -> AsyncIterator[tuple[int, dict[str, Any]]]:
     """Each request's place and answer when it ends. Of a client that hangs up, what is left is aborted."""
     gone = asyncio.ensure_future(_disconnected(request))
@@ -155,7 +124,7 @@ async def _answers(
     finally:
         gone.cancel()
         if left:
-            engine.abort(rids)
+            engine.scheduler.call(lambda: engine.scheduler.abort(rids))
 
 
 async def _events(answers: AsyncIterator[tuple[int, dict[str, Any]]]) -> AsyncIterator[str]:
@@ -170,7 +139,7 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _answer(completion: Completion) -> dict[str, Any]:
+def _answer(completion: GenResult) -> dict[str, Any]:
     tokens = completion.tokens.tolist()
     pairs = zip(completion.logprobs.tolist(), tokens, strict=True)
     return {
@@ -182,68 +151,37 @@ def _answer(completion: Completion) -> dict[str, Any]:
             "output_token_logprobs": [[logprob, token, None] for logprob, token in pairs],
             "weight_version": str(completion.version),
             "weight_version_start": str(completion.version_start),
-            "prompt_tokens": completion.prompt_tokens,
-            "completion_tokens": len(tokens),
         },
     }
 
 
 async def _abort(engine: EmbeddedEngine, request: Request) -> Response:
-    body = await _json(request)
-    rid = body.get("rid")
-    if not body.get("abort_all") and not rid:
-        raise UserError("abort_request needs `rid` or `abort_all`")
-    rids: list[str] | None = None
-    if not body.get("abort_all"):
-        rids = [str(one) for one in rid] if isinstance(rid, list) else [str(rid)]
-    return JSONResponse({"aborted": await asyncio.wrap_future(engine.abort(rids))})
+    if not (await _json(request)).get("abort_all"):
+        raise UserError("abort_request needs `abort_all`")
+    return JSONResponse({"aborted": await _between_steps(engine, engine.scheduler.abort)})
 
 
 async def _pause(engine: EmbeddedEngine, request: Request) -> Response:
     mode = (await _json(request)).get("mode", "abort")
-    if mode not in PAUSE_MODES:
-        raise UserError(f"pause mode {mode!r} is not one of {', '.join(PAUSE_MODES)}")
-    await asyncio.wrap_future(engine.pause(mode))
+    if mode not in get_args(PauseMode):
+        raise UserError(f"pause mode {mode!r} is not one of {', '.join(get_args(PauseMode))}")
+    await _between_steps(engine, lambda: engine.scheduler.pause(mode))
     return JSONResponse({"status": "ok", "message": "paused"})
 
 
 async def _continue(engine: EmbeddedEngine, request: Request) -> Response:
-    await asyncio.wrap_future(engine.resume())
+    await _between_steps(engine, engine.scheduler.resume)
     return JSONResponse({"status": "ok", "message": "continued"})
 
 
-async def _flush(engine: EmbeddedEngine, request: Request) -> Response:
-    if await asyncio.wrap_future(engine.flush()):
-        return JSONResponse({"success": True, "message": "flushed"})
-    return JSONResponse({"success": False, "message": "sequences are running"}, status_code=400)
-
-
-async def _update_from_tensor(engine: EmbeddedEngine, request: Request) -> Response:
+async def _update(engine: EmbeddedEngine, request: Request) -> Response:
     body = await _json(request)
-    if body.get("serialized_named_tensors"):
-        raise UserError("the embedded engine takes no tensors in a request; stage a payload")
     if body.get("load_format") != STAGED:
-        raise UserError(f"load_format {body.get('load_format')!r} is not `{STAGED}`")
+        raise UserError(f"load_format {body.get('load_format')!r} is not `{STAGED}`: an update applies what is staged")
+    try:
+        version = int(body["weight_version"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"weight_version {body.get('weight_version')!r} is not a whole number") from None
     flush = bool(body.get("flush_cache", True))
-    return await _outcome(engine.apply_staged(_version(body.get("weight_version")), flush=flush))
-
-
-async def _update_from_disk(engine: EmbeddedEngine, request: Request) -> Response:
-    body = await _json(request)
-    path = Path(str(body.get("model_path")))
-    if not path.is_dir():
-        raise UserError(f"model_path `{path}` is not a directory")
-    flush = bool(body.get("flush_cache", True))
-    return await _outcome(engine.load_directory(path, _version(body.get("weight_version")), flush=flush))
-
-
-async def _outcome(update: Any) -> Response:
-    outcome = await asyncio.wrap_future(update)
-    document = {"success": outcome.success, "message": outcome.message, "outcome": outcome.outcome}
-    return JSONResponse(document, status_code=200 if outcome.success else 400)
-
-
-async def _update_version(engine: EmbeddedEngine, request: Request) -> Response:
-    version = _version((await _json(request)).get("new_version"))
-    await asyncio.wrap_future(engine.relabel(version))
-    return JSONResponse({"success": True, "message": f"weight version {version}", "new_version": str(version)})
+    reply = await _between_steps(engine, lambda: engine.apply_staged(version, flush=flush))
+    return JSONResponse(vars(reply), status_code=200 if reply.success else 400)

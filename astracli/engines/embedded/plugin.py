@@ -44,10 +44,10 @@ class Embedded(Engine):
         yield Check("engine", "serving", "ok", "embedded: ships with astra, nothing to install")
 
     def sample(self, adapter: ModelAdapter, path: Path, prompts: Sequence[Sequence[int]], tokens: int) -> list[Any]:
-        from astracli.engines.embedded.engine import EmbeddedEngine, EngineLimits
+        from astracli.engines.embedded.engine import EmbeddedEngine
         from astracli.engines.embedded.process import loader
 
-        engine = EmbeddedEngine(path, loader(adapter, "cpu"), EngineLimits(slots=len(prompts), context_length=64))
+        engine = EmbeddedEngine(path, loader(adapter, "cpu"), slots=len(prompts), context_length=64)
         done: dict[int, Any] = {}
         sampling = {"temperature": 1.0, "max_new_tokens": tokens, "sampling_seed": 1, "ignore_eos": True}
         engine.generate({"input_ids": prompts, "sampling_params": sampling}, done.__setitem__)

@@ -10,17 +10,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
-from typing import Any, Literal
+from typing import TypeVar
 
 import numpy as np
 import torch
 
+from astracli.engines.contract import Finish, PauseMode
 from astracli.engines.embedded import sampling
 from astracli.engines.embedded.decoder import Decoder
-from astracli.engines.embedded.table import Finish, Request, SlotTable
+from astracli.engines.embedded.table import Request, SlotTable
 from astracli.errors import RunFailed
 
-PauseMode = Literal["abort", "retract", "in_place"]
+T = TypeVar("T")
 
 
 class Scheduler:
@@ -51,9 +52,9 @@ class Scheduler:
         """Queue requests; each one's `deliver` is called once, from the decode thread."""
         self._inbox.put(lambda: self.waiting.extend(requests))
 
-    def call(self, function: Callable[[], Any]) -> Future[Any]:
+    def call(self, function: Callable[[], T]) -> Future[T]:
         """Run `function` in the decode thread between two steps."""
-        future: Future[Any] = Future()
+        future: Future[T] = Future()
 
         def run() -> None:
             try:
@@ -188,5 +189,5 @@ class Scheduler:
         """Drop cached states. False, and nothing done, while sequences hold slots."""
         if self.table.active:
             return False
-        self.decoder.clear()
+        self.decoder.cache.clear()
         return True

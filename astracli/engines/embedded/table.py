@@ -7,33 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 
+from astracli.engines.contract import Finish, GenResult
 from astracli.engines.embedded import sampling
-
-Finish = Literal["stop", "length", "abort"]
 
 _NO_TOKENS = np.zeros(0, np.int32)
 _NO_LOGPROBS = np.zeros(0, np.float32)
-
-
-@dataclass(frozen=True)
-class Completion:
-    """How a request ended. `tokens` and `logprobs` may be partial when it was aborted."""
-
-    rid: str
-    tokens: np.ndarray
-    """int32 [t], the stop token included"""
-    logprobs: np.ndarray
-    """float32 [t]"""
-    finish_reason: Finish
-    version: int
-    """Weights in force at the end."""
-    version_start: int
-    """Weights in force when the first token was drawn; differs only for a request that lived through an update."""
-    prompt_tokens: int
 
 
 @dataclass
@@ -50,7 +31,7 @@ class Request:
     seed: int = 0
     draw_offset: int = 0
     """Tokens of this completion that are already part of the prompt."""
-    deliver: Callable[[Completion], None] = lambda completion: None
+    deliver: Callable[[GenResult], None] = lambda completion: None
     """Called once, in the decode thread."""
     call: int = 0
     """Requests that arrived together have the same number."""
@@ -67,9 +48,9 @@ class Request:
         """int64: everything to prefill."""
         return np.concatenate([self.prompt, self.tokens.astype(np.int64)]) if len(self.tokens) else self.prompt
 
-    def completion(self, finish: Finish, version: int) -> Completion:
+    def completion(self, finish: Finish, version: int) -> GenResult:
         start = version if self.version_start is None else self.version_start
-        return Completion(self.rid, self.tokens, self.logprobs, finish, version, start, len(self.prompt))
+        return GenResult(self.tokens, self.logprobs, finish, version, start, self.rid)
 
 
 class SlotTable:

@@ -1,17 +1,28 @@
-"""SGLang's HTTP routes where they differ from ours: seeds, streams, updates whose outcome our loader writes down."""
+"""SGLang's HTTP routes where they differ from ours: seeds, streams, updates whose outcome our loader writes down.
+
+From 0.5.21 on SGLang wants an *update session* around a weight update: `/begin_weight_update` before and
+`/end_weight_update` after it. Begin lets quantized layers unpack what they packed, end runs every layer's work after
+loading again; unquantized layers do neither. Neither call flushes, labels or pauses, but both wait for all requests
+unless the server is paused: they belong inside the pause. Earlier releases know neither route. (SGLang 0.5.21 and
+0.5.23: `_WeightUpdateSession` in `srt/managers/scheduler_components/weight_updater.py`,
+`_weight_update_session_call` in `srt/managers/tokenizer_control_mixin.py`; 0.5.20 has no such route.)
+"""
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import pickle
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from astracli.engines.client import UNPROVEN, Ended, EngineClient, GenRequest, GenResult, UpdateReply
-from astracli.engines.sglang.update_session import UpdateSession
+from astracli.engines.client import CONTROL_S, EngineClient
+from astracli.engines.contract import UNPROVEN, Ended, GenRequest, GenResult, UpdateReply
+from astracli.errors import RunFailed
 
 if TYPE_CHECKING:
     import httpx
@@ -22,20 +33,24 @@ SETTLE_LOADER = "astracli.engines.sglang.loader.settle"
 """`load_format` of an update that changes nothing and waits for whatever still reads the weights."""
 NO_TENSORS = [base64.b64encode(pickle.dumps([])).decode()]
 """An empty tensor list as SGLang wants it: one pickled list per tensor-parallel rank."""
+BEGIN, END = "/begin_weight_update", "/end_weight_update"
+CLOSE_S = 10.0
+"""How long to wait for the server to end an update that broke off."""
 _SEED_BITS = (1 << 63) - 1
 
 
 class SglangClient(EngineClient):
     """`stage_dir`: where our weight loader leaves `result.json`."""
 
-    def __init__(self, url: str, token: str, *, stage_dir: Path, **settings: Any):
-        super().__init__(url, token, **settings)
+    def __init__(self, url: str, token: str, *, name: str = "engine", stage_dir: Path):
+        super().__init__(url, token, name=name)
         self._stage_dir = stage_dir
-        self._update_session = UpdateSession(self._status, self._update)
+        self._wants_session: bool | None = None
+        """Whether the server knows update sessions; None: it has not been asked."""
 
     async def wait_ready(self, timeout: float) -> None:
         await super().wait_ready(timeout)
-        await self._update_session.learn()  # now, so that no pause waits for it
+        await self._learn()  # now, so that no pause waits for it
 
     async def generate(self, requests: Sequence[GenRequest], ended: Ended | None = None) -> list[GenResult]:
         """With `ended` one call for each request: SGLang's stream repeats all tokens with every piece."""
@@ -84,6 +99,11 @@ class SglangClient(EngineClient):
         await self.set_version(version)
         return UpdateReply(True, "", {**update.outcome, **found})
 
+    async def set_version(self, version: int) -> None:
+        """Change the label of the present weights; requests go on, which SGLang has to be told."""
+        body = {"new_version": str(version), "abort_all_requests": False}
+        await self._send("POST", "/update_weight_version", body)
+
     async def settle(self) -> None:
         """The server takes it for an update, so it wants begin and end around it as well. Unpaused, these would wait
         for all requests; whoever calls this is about to release memory, has drained the engine and paused it."""
@@ -91,7 +111,40 @@ class SglangClient(EngineClient):
         if not update.success:
             raise self._failure(f"does not settle: {update.message}")
 
+    async def _learn(self) -> None:
+        """Ask the server, which may be another than before, whether it knows update sessions; nothing is begun by that.
+
+        A route that only takes POST answers a GET with 405, an unknown one with 404: unlike a version this also holds
+        for a build from source, and unlike `/openapi.json` it cannot be switched off.
+        """
+        status = (await self._request("GET", BEGIN, None, timeout=CONTROL_S)).status_code
+        self._wants_session = status == 405
+
     async def _load(self, body: Mapping[str, object]) -> UpdateReply:
-        return await self._update_session.update(
-            "/update_weights_from_tensor", {"serialized_named_tensors": NO_TENSORS, **body}
-        )
+        """Have our loader called, in an update session where the server wants one. Whatever goes wrong in between, the
+        end is sent; an update whose end fails has failed."""
+        if self._wants_session is None:
+            await self._learn()
+        path, body = "/update_weights_from_tensor", {"serialized_named_tensors": NO_TENSORS, **body}
+        if not self._wants_session:
+            return await self._update(path, body)
+        begun = time.monotonic()
+        opened = await self._update(BEGIN, {})
+        if not opened.success:  # a client that died in its update has left it open: it is ended first
+            await self._update(END, {})
+            opened = await self._update(BEGIN, {})
+        if not opened.success:
+            return opened
+        begin_s = time.monotonic() - begun
+        try:
+            update = await self._update(path, body)
+        except BaseException:  # cancelled too
+            with contextlib.suppress(RunFailed):  # the first error says more; what stays open, the next begin ends
+                await self._update(END, {}, CLOSE_S)
+            raise
+        begun = time.monotonic()
+        closed = await self._update(END, {})
+        if update.success and not closed.success:
+            return closed
+        seconds = {"begin_s": begin_s, "end_s": time.monotonic() - begun}
+        return UpdateReply(update.success, update.message, {**update.outcome, **seconds})

@@ -1,4 +1,4 @@
-"""What an engine wrote before it died, in the words of somebody who has seen it before.
+"""Known causes of an engine's end, as they stand in its last lines, each with what to do.
 
 SGLang prints much while it is well: optional modules that it could not import, libraries that a package did without,
 requests that it took back for a while. Only what ends a process counts: the line of an exception, or a line that no

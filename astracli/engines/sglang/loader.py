@@ -28,6 +28,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from astracli.engines.readback import Readback
 from astracli.errors import AstraError
 from astracli.weights import WeightMismatch
 from astracli.weights.format.manifest import TensorEntry
@@ -36,7 +37,7 @@ from astracli.weights.receive.decoder import DecoderProcess
 from astracli.weights.receive.placement import PlacementRecorder
 from astracli.weights.receive.reading import READBACK, RESULT, Prepared, prepare
 from astracli.weights.receive.resident import Resident
-from astracli.weights.receive.staging import Staging, Where
+from astracli.weights.receive.staging import Staging
 from astracli.weights.receive.watcher import StageWatcher
 
 _SWITCH_S = 2e-4
@@ -76,12 +77,13 @@ class LoadedModel:
         self._model = weakref.ref(model)
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        self._readback_thread: threading.Thread | None = None
+        self._readback = Readback()
         self._lock = threading.Lock()
         self._resident: Resident | None = None
         self._known: tuple[Any, ...] = ()
+        where: Any = os.environ.get("ASTRA_STAGING", "host")
         kept = os.environ.get("ASTRA_STAGING_KEPT") == "1"
-        self.staging = Staging(_where(os.environ.get("ASTRA_STAGING", "host")), self._device, kept=kept)
+        self.staging = Staging(where, self._device, kept=kept)
         self.decoder = DecoderProcess()
         self.watcher = StageWatcher(stage_dir, self.load, self.warm, self.decoder.prepare)
 
@@ -131,13 +133,11 @@ class LoadedModel:
                 self._resident, self._known = resident, known
             return self._resident
 
-    # ---- behind it ----
+    # ---- after the pause ----
 
     def settle(self) -> None:
         """Until no read-back is under way: it must see the weights of one version, and memory that is there."""
-        if self._readback_thread is not None:
-            self._readback_thread.join()
-            self._readback_thread = None
+        self._readback.settle()
         if self._stream is not None:
             self._stream.synchronize()  # of one that failed behind its launch
 
@@ -149,26 +149,18 @@ class LoadedModel:
     def start_readback(self, stage_dir: Path, entries: Sequence[TensorEntry], version: int) -> None:
         """Read the weights back in a thread, while the engine generates again; the outcome is `readback.json`."""
         begin = time.perf_counter()
-
-        def run() -> None:
-            spent: dict[str, float] = {"wait_s": time.perf_counter() - begin}
-            with quick:
-                try:
-                    with self.beside():
-                        found = self.read_back(entries, spent)
-                    wrong = [entry.name for entry in entries if found[entry.name] != entry.digest]
-                    message = f"read back under HF names, {len(wrong)} tensors differ: {', '.join(wrong[:5])}"
-                except Exception as error:
-                    wrong, message = ["?"], f"the read-back failed: {type(error).__name__}: {error}"
-            if wrong:
-                self.version = None
-            doc = {"version": version, "ok": not wrong, "message": message if wrong else "", **spent}
-            apply.write_readback(stage_dir, {**doc, "readback_s": time.perf_counter() - begin})
-
         quick = contextlib.ExitStack()
         quick.enter_context(quickly)  # here, or the thread would first wait Python's 5 ms
-        self._readback_thread = threading.Thread(target=run, name="read-back", daemon=True)
-        self._readback_thread.start()
+
+        def read(spent: dict[str, float]) -> dict[str, str]:
+            spent["wait_s"] = time.perf_counter() - begin
+            with quick, self.beside():
+                return self.read_back(entries, spent)
+
+        def failed(_: str) -> None:
+            self.version = None
+
+        self._readback.start(stage_dir, entries, version, read=read, failed=failed)
 
     def read_back(self, entries: Sequence[TensorEntry], spent: dict[str, float]) -> dict[str, str]:
         """{HF name: digest} of what the engine's parameters hold now. Their memory is read where it lies: no second
@@ -244,8 +236,3 @@ def settle(model: Any, named_tensors: Iterable[Any] = ()) -> None:
     if engine is not None:
         engine.settle()
         engine.leave_gpu()
-
-
-def _where(text: str) -> Where:
-    places: dict[str, Where] = {"gpu": "gpu", "host": "host", "file": "file"}
-    return places[text]

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from astracli.engines.memory import MemoryModel
 from astracli.engines.sglang.settings import own
-from astracli.machine.component import Component
-from astracli.machine.memory import CUDA_CONTEXT, TORCH_PROCESS, MemoryRow
+from astracli.machine.memory import CUDA_CONTEXT, TORCH_PROCESS, Component, MemoryRow
 
 if TYPE_CHECKING:
     from astracli.config.recipe import Recipe

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from astracli.engines.contract import Case, Engine, Serving, Start
 from astracli.engines.sglang import attention, doctor, failure_hints
@@ -14,7 +13,6 @@ from astracli.engines.sglang.settings import NAME, SglangTable
 if TYPE_CHECKING:
     from astracli.config.recipe import Recipe
     from astracli.engines.sglang.client import SglangClient
-    from astracli.machine.findings import Check, PlanProblem
 
 ENV = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"}
 """Log-probabilities after temperature, whatever the shell says: what the trainer compares with."""
@@ -50,14 +48,9 @@ class Sglang(Engine):
 
         return SglangClient(url, token, name=name, stage_dir=stage_dir)
 
-    def problems(self, case: Case) -> Iterable[PlanProblem]:
-        return doctor.problems(case)
-
-    def checks(self, case: Case) -> Iterator[Check]:
-        return doctor.checks(case)
-
-    def probes(self, case: Case) -> Iterable[Mapping[str, Any]]:
-        return doctor.probes(case)
+    problems = staticmethod(doctor.problems)
+    checks = staticmethod(doctor.checks)
+    probes = staticmethod(doctor.probes)
 
 
 ENGINE = Sglang()

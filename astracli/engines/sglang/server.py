@@ -8,9 +8,9 @@ serves nothing before. One server per GPU (SGLang takes weights over HTTP with d
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -20,12 +20,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+
 import astracli
-from astracli.engines.client import UNPROVEN, flushes
-from astracli.engines.sglang import checkpoint, failure_hints
-from astracli.engines.sglang.client import SETTLE_LOADER, STAGED_LOADER
-from astracli.engines.sglang.settings import own
+from astracli.engines.sglang import checkpoint, command, failure_hints
 from astracli.errors import RunFailed
+from astracli.process.children import exit_words
 from astracli.process.config import EngineConfig
 from astracli.process.health import answers
 from astracli.process.worker import Reporter, worker_main
@@ -77,7 +77,7 @@ def run(config: EngineConfig, reporter: Reporter) -> None:
     folder = RunDir(config.run_dir).stage / f"{config.name}-model"
     model = checkpoint.prepare(folder, config.model_path, adapter, weights=not config.published)
     flags = adapter.engine_flags(json.loads((model / "config.json").read_text()))
-    arguments = command(config, model, Options(Path(facts["sglang"])), flags)
+    arguments = command.arguments(config, model, command.Options(Path(facts["sglang"])), flags)
     server = Server(config, facts["executable"], arguments, environment)
     try:
         _wait_ready(config, server, reporter)
@@ -141,96 +141,6 @@ def _ask(python: str, environment: Mapping[str, str]) -> dict[str, Any]:
     return facts
 
 
-class Options:
-    """The command line options that an installed SGLang knows, read from its source: releases rename them.
-
-    They are fields of a class in `server_args.py`; from 0.5.20 on its parts lie in `arg_groups`.
-    """
-
-    def __init__(self, package: Path):
-        file = package / "srt" / "server_args.py"
-        parts = [file, *sorted((package / "srt" / "arg_groups").rglob("*.py"))]
-        try:
-            self._source = "\n".join(part.read_text() for part in parts)
-        except OSError as error:
-            raise RunFailed(f"`{file}` cannot be read: {error.strerror}", "install sglang anew") from None
-        if not self.has("custom_weight_loader"):
-            raise RunFailed(f"the SGLang in `{package}` takes no custom weight loader", "install sglang >= 0.5.13")
-
-    def has(self, name: str) -> bool:
-        return re.search(rf"\b{name}\b", self._source) is not None
-
-
-def command(config: EngineConfig, model: Path, options: Options, flags: Mapping[str, Any]) -> list[str]:
-    """The server's arguments. `flags`: the adapter's own. The token is not among them: it stands in a file."""
-    rollout = config.recipe.rollout
-    slots = rollout.running
-    settings: dict[str, Any] = {
-        "model_path": model,
-        "host": config.recipe.launch.host,
-        "port": config.port,
-        "skip_tokenizer_init": True,
-        "context_length": rollout.context_length,
-        "max_running_requests": slots,
-        "max_total_tokens": slots * rollout.context_length,  # more could never be used
-        "mem_fraction_static": config.mem_fraction_static,
-        "enable_memory_saver": config.time_sharing,
-        "enable_weights_cpu_backup": config.time_sharing,
-        "chunked_prefill_size": own(config.recipe).chunked_prefill_size,
-        "random_seed": config.recipe.seed,
-        "dtype": "bfloat16",  # as published; a config that does not say is served in fp16
-        "custom_weight_loader": [STAGED_LOADER, SETTLE_LOADER],
-        "load_format": "dummy" if config.published else "safetensors",
-        "weight_version": UNPROVEN if config.published else 0,
-        "log_level_http": "warning",
-        "disable_prefill_cuda_graph": True,  # dozens of graphs, minutes of start-up, no gain at these prompt lengths
-        "cuda_graph_bs_decode" if options.has("cuda_graph_bs_decode") else "cuda_graph_bs": graph_sizes(slots),
-        **flags,
-    }
-    if config.device == "cpu":
-        settings |= {"device": "cpu", "disable_overlap_schedule": True, "disable_cuda_graph": True}
-        del settings["disable_prefill_cuda_graph"]
-    if config.published and not flushes(config.recipe.weights.pause_mode):
-        settings["disable_radix_cache"] = True  # it would hold states of weights that are gone
-    if config.serving_attention != "auto":
-        settings["attention_backend"] = config.serving_attention
-    if config.linear_attention != "none":
-        settings["linear_attn_backend"] = config.linear_attention
-    if config.recipe.launch.deterministic:
-        settings["enable_deterministic_inference"] = True
-    optional = {"disable_prefill_cuda_graph", "mm_feature_transport", "mamba_ssm_dtype"}
-    settings["mm_feature_transport"] = "cpu"  # else a gigabyte of the GPU is kept for images
-    result = ["--config", str(_secret(config))]
-    for name, value in settings.items():
-        if name in optional and not options.has(name):
-            continue
-        dashed = "--" + name.replace("_", "-")
-        if value is True:
-            result.append(dashed)
-        elif isinstance(value, (list, tuple)):
-            result += [dashed, *map(str, value)]
-        elif value is not False:
-            result.append(f"{dashed}={value}")
-    return result
-
-
-def graph_sizes(slots: int) -> list[int]:
-    """Batch sizes whose decode step is captured as a CUDA graph; a smaller batch runs in the next larger.
-
-    Wider apart as they grow, because each is captured at start-up: from 64 on a batch is padded by half at most, from
-    128 on by a quarter.
-    """
-    sizes = [1, 2, 4, *range(8, 65, 8), *range(96, 257, 32), *range(320, 513, 64), *range(640, slots + 1, 128)]
-    return sorted({size for size in sizes if size <= slots} | {slots})
-
-
-def _secret(config: EngineConfig) -> Path:
-    """The token where `ps` does not show it: JSON is YAML, and SGLang reads options from a YAML file."""
-    path = RunDir(config.run_dir).config / f"{config.name}.sglang.yaml"
-    write_atomic(path, json.dumps({"api-key": config.token}) + "\n", mode=0o600)
-    return path
-
-
 class Server:
     """The SGLang process and what it writes."""
 
@@ -259,16 +169,10 @@ class Server:
         code = self._process.poll()
         if code is not None:
             self._reader.join(timeout=2.0)
-            from astracli.process.children import exit_words
-
             raise failure_hints.death(self.name, f"ended with {exit_words(code)}", self.lines)
 
     def stop(self) -> None:
         """End it and what it started. KILL at once: asked to end, SGLang first sleeps five seconds for a diagnosis."""
-        import contextlib
-
-        import psutil
-
         if self._process.poll() is None:
             with contextlib.suppress(psutil.Error):
                 for child in psutil.Process(self._process.pid).children(recursive=True):

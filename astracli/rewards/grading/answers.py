@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from astracli.rewards.grading import units
+from astracli.rewards.grading import phrases, units
 from astracli.rewards.grading.answer_types import (
     Answer,
     Assigned,
@@ -19,16 +19,7 @@ from astracli.rewards.grading.answer_types import (
     is_interval,
 )
 from astracli.rewards.grading.expressions import parse
-from astracli.rewards.grading.phrases import (
-    ALL_REALS,
-    CLOSING,
-    EXCEPT,
-    INFINITE,
-    NOTHING,
-    OPENING,
-    encloses,
-    split,
-)
+from astracli.rewards.grading.phrases import encloses, split
 from astracli.rewards.grading.quantities import mixed, read_quantity
 from astracli.rewards.grading.trees import Node, TooLarge, Unreadable
 
@@ -121,18 +112,18 @@ def _special(text: str) -> Answer | None:
     line = re.fullmatch(r"\\mathbb\s*\{?\s*([RZQNC])\s*\}?", text)
     if line:
         return RealLine(line[1])
-    if text in (r"\emptyset", r"\{\}", r"\{ \}") or NOTHING.fullmatch(words):
+    if text in (r"\emptyset", r"\{\}", r"\{ \}") or phrases.NOTHING.fullmatch(words):
         return Several((), "{}")
     if text in (r"\ldots", "...", "..") or re.fullmatch(r"\\ldots\s*", text):
         return Dots()
     if quantity := mixed(text):
         return quantity
-    if INFINITE.fullmatch(words):
+    if phrases.INFINITE.fullmatch(words):
         return Value(parse(r"\infty"))
-    reals = ALL_REALS.match(words)
+    reals = phrases.ALL_REALS.match(words)
     if reals and reals.end() == len(words):
         return RealLine()
-    if reals and (without := EXCEPT.match(words, reals.end())):
+    if reals and (without := phrases.EXCEPT.match(words, reals.end())):
         rest = re.sub(r"^[a-z]\s*=\s*", "", words[without.end() :])
         items = _read(rest.replace(r"\land", ","), False)
         return Joined("minus", (RealLine(), _braced(items)))
@@ -178,7 +169,7 @@ def _relation(text: str, single: bool) -> Answer | None:
             operators.append("!=" if "not" in match[0] else _OPERATORS.get(match[0], match[0]))
             i = start = match.end()
             continue
-        depth += (text[i] in OPENING) - (text[i] in CLOSING)
+        depth += (text[i] in phrases.OPENING) - (text[i] in phrases.CLOSING)
         i += 1
     if not operators:
         return None

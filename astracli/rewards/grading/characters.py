@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
-_SUPERSCRIPT = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁿⁱˣʸ", "0123456789+-=()nixy", strict=True))
-_SUBSCRIPT = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₌₍₎ₙₘₖₐₓᵢⱼ", "0123456789+-=()nmkaxij", strict=True))
+_SUPERSCRIPT: dict[str, str | int | None] = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁿⁱˣʸ", "0123456789+-=()nixy", strict=True))
+_SUBSCRIPT: dict[str, str | int | None] = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₌₍₎ₙₘₖₐₓᵢⱼ", "0123456789+-=()nmkaxij", strict=True))
 _ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
 _GREEK = """
 alpha α  beta β  gamma γ  delta δ  epsilon εϵ  zeta ζ  eta η  theta θϑ  iota ι  kappa κ  lambda λ  mu μ  nu ν  xi ξ

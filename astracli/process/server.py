@@ -1,21 +1,43 @@
-"""A uvicorn server in a thread of this process, on a socket that is bound already."""
+"""An HTTP server in a thread of this process, and the check of the run's token that guards it."""
 
 from __future__ import annotations
 
+import hmac
 import socket
 import threading
 import time
+from contextlib import suppress
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from astracli.errors import RunFailed
 
 KEEP_ALIVE_S = 75
 
 
+class TokenGuard:
+    """ASGI middleware: a request without `Authorization: Bearer TOKEN` is answered with 401 and `refusal`."""
+
+    def __init__(self, app: ASGIApp, token: str, refusal: JSONResponse):
+        self._app = app
+        self._expected = f"Bearer {token}".encode()
+        self._refusal = refusal
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._expected):
+                await self._refusal(scope, receive, send)
+                return
+        with suppress(ClientDisconnect):  # a client that ends in the middle of a request is no error of the server
+            await self._app(scope, receive, send)
+
+
 class ServerThread:
-    """A uvicorn server in a daemon thread, on a socket that is bound already."""
+    """A uvicorn server in a daemon thread, on a socket that is bound already (`ports.bind`)."""
 
     def __init__(self, app: ASGIApp, sock: socket.socket):
         config = uvicorn.Config(
@@ -33,10 +55,7 @@ class ServerThread:
         # for a delayed acknowledgement.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket = sock
-        self._thread = threading.Thread(target=self._run, name="hub", daemon=True)
-
-    def _run(self) -> None:
-        self._server.run(sockets=[self._socket])
+        self._thread = threading.Thread(target=self._server.run, args=([sock],), name="http", daemon=True)
 
     @property
     def url(self) -> str:
@@ -54,12 +73,12 @@ class ServerThread:
         end = time.monotonic() + timeout_s
         while not self._server.started:
             if not self._thread.is_alive() or time.monotonic() > end:
-                raise RunFailed(f"the hub's server did not start on {self.url}")
+                raise RunFailed(f"the server did not start on {self.url}")
             time.sleep(0.005)
         return self
 
     def stop(self, timeout_s: float = 5.0) -> None:
-        """Ends the server; requests that still wait after a second are cut off."""
+        """End the server; requests that still wait after a second are cut off."""
         self._server.should_exit = True
         if self._thread.is_alive():
             self._thread.join(timeout_s)

@@ -14,11 +14,9 @@ OTHERS = {"_exit", "_schema", "_cdata", "_python_dispatch", "_attn_implementatio
 
 ALLOWED = {
     "test_engine_sglang.py": 2,  # `_watch`: SGLang's scheduler hangs only on a GPU; a stand-in server does here
-    "test_gpu_bench.py": 1,  # `_ours`: memory per GPU, on a machine without one
     "test_hub_curriculum.py": 1,  # `_weight`: the ends of the band, which counts of draws cannot tell apart
     "test_launches.py": 2,  # `_norm`, `_score`: one kernel and one pass, run without a GPU
     "test_packing_gpu.py": 2,  # `_minibatch`, `_require_agreement`: one minibatch alone, that must not wait for the GPU
-    "test_rows.py": 1,  # `_group`: groups of rows that are kept
     "test_single_rank.py": 1,  # `_away`: bytes that wait on the host
     "test_supervise.py": 1,  # `_looked`: the supervisor's own clock stands still
     "test_training_scoring.py": 2,  # `_score`: which steps are scored

@@ -95,7 +95,7 @@ def test_memory_does_not_grow_with_the_texts(tmp_path: Path) -> None:
     lazy = ParquetRows(table)
     for place in random.Random(2).sample(range(2000), 300):
         assert lazy.row(place)["answer"] == place
-    held = lazy._group.cache_info()
+    held = lazy.group.cache_info()
     assert held.currsize <= GROUPS and held.misses > GROUPS
 
 

@@ -29,7 +29,7 @@ from astracli.models.adapter_tools import load_checkpoint, wire_map
 
 KEEP_FP32 = ("A_log",)
 FROZEN = ("model.visual.", "visual.", "mtp.")
-_GPU_KERNELS = (
+GPU_KERNELS = (
     "FusedRMSNormGated",
     "causal_conv1d_fn",
     "causal_conv1d_update",
@@ -70,7 +70,7 @@ def _torch_kernels_without_gpu() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
-    saved = {name: getattr(modeling, name) for name in _GPU_KERNELS if hasattr(modeling, name)}
+    saved = {name: getattr(modeling, name) for name in GPU_KERNELS if hasattr(modeling, name)}
     # what newer transformers define themselves is called by every model, one that generates meanwhile too
     own = [name for name, value in saved.items() if value and inspect.unwrap(value).__module__ == modeling.__name__]
     for name in own:

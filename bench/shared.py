@@ -214,18 +214,18 @@ class MemoryWatch(threading.Thread):
         super().__init__(daemon=True)
         self.done = threading.Event()
         self._every_s = every_s
-        self._ours = _Peaks()
+        self.ours = _Peaks()
         self._more = _Peaks()
 
     @property
     def peak_gib(self) -> float:
         """Of all GPUs together, at one time."""
-        return self._ours.together or self._more.together
+        return self.ours.together or self._more.together
 
     @property
     def peaks_gib(self) -> dict[int, float]:
         """Of each GPU, by the index that nvidia-smi gives it; their peaks may be at different times."""
-        return dict(self._ours.each if self._ours.together else self._more.each)
+        return dict(self.ours.each if self.ours.together else self._more.each)
 
     def run(self) -> None:
         me, before = psutil.Process(), None
@@ -237,7 +237,7 @@ class MemoryWatch(threading.Thread):
             for uuid, pid, used in _asked("--query-compute-apps=gpu_uuid,pid,used_memory"):
                 if pid in ours and uuid in index:
                     held[index[uuid]] += float(used) / 1024
-            self._ours.see(held)
+            self.ours.see(held)
             used_now = {int(number): float(used) / 1024 for number, _, used in gpus}
             before = before or used_now
             self._more.see({gpu: used - before.get(gpu, 0.0) for gpu, used in used_now.items()})

@@ -84,14 +84,14 @@ class Packed:
 
 
 @lru_cache
-def _vocabulary() -> tuple[Any, dict[str, int]]:
+def vocabulary() -> tuple[Any, dict[str, int]]:
     tokenizer = build_tokenizer([*CONTENT, "(", ")"])
     return tokenizer, tokenizer.get_vocab()
 
 
 def encode(text: str) -> list[int]:
     """What the tokenizer gives, without its cost."""
-    ids = _vocabulary()[1]
+    ids = vocabulary()[1]
     head, box, tail = text.partition("\\boxed{")
     return [*map(ids.__getitem__, head), *([ids[box]] if box else ()), *map(ids.__getitem__, tail)]
 
@@ -152,7 +152,7 @@ def build(shape: str, folder: Path, seed: int) -> None:
     large = shape == "4b" and torch.cuda.is_available()  # a CPU draws as many numbers for minutes
     with torch.device("cuda" if large else "cpu"):
         model = Qwen3_5ForCausalLM(Qwen3_5TextConfig.from_dict(document))
-    save(model, _vocabulary()[0], folder)
+    save(model, vocabulary()[0], folder)
 
 
 def trainer_of(folder: Path, args: argparse.Namespace) -> Trainer:
@@ -219,7 +219,7 @@ def keep(trainer: Trainer, start: Path, args: argparse.Namespace, records: list[
 
 def warm_up(trainer: Trainer, start: Path, source: Iterator[Packed], args: argparse.Namespace) -> None:
     held_out = arithmetic.held_out(levels=arithmetic.STEP_LEVELS)[: args.items]
-    assert all(encode(p.question + "=") == chat_prompt_tokens(_vocabulary()[0], p.question) for p in held_out[:8])
+    assert all(encode(p.question + "=") == chat_prompt_tokens(vocabulary()[0], p.question) for p in held_out[:8])
     size = max(1, min(len(held_out), args.tokens // 100))
     rows = [pack(held_out[i : i + size]) for i in range(0, len(held_out), size)]
     records: list[dict[str, float]] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,12 @@ def group(lease_id: int, version: int = 0, rewards: tuple[float, ...] = (0.0, 1.
         for i, r in enumerate(rewards)
     ]
     return pack_group(Group(lease_id, f"p{lease_id}", np.array([1, 2], np.int32), samples))
+
+
+def in_file(directory: Path, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+    """Run one statement on the hub's file through a connection of its own; its rows."""
+    with closing(sqlite3.connect(directory / "hub.sqlite", timeout=60.0)) as file, file:
+        return file.execute(sql, values).fetchall()
 
 
 def ids(reply: Leases) -> list[int]:

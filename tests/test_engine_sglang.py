@@ -157,7 +157,7 @@ def test_versions_reach_a_server_that_started_without_weights(tmp_path: Path, hu
         asyncio.run(follow())
         server = server_of(watcher)
         watcher.send_signal(signal.SIGTERM)
-        output, _ = watcher.communicate(timeout=10)
+        output, _ = watcher.communicate(timeout=60)
     assert watcher.returncode == 143
     assert TOKEN not in output and "api_key='***'" in output
     until(lambda: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE)

@@ -99,8 +99,8 @@ def test_equal_prompts_are_computed_once_and_prefills_are_cut_by_tokens(model: A
     for i, request in enumerate(requests):
         request.prompt = requests[i % 5].prompt
     seen: list[tuple[int, ...]] = []
-    forward = scheduler.decoder._prefill_rows
-    scheduler.decoder._prefill_rows = lambda prompts, copies, first: (  # type: ignore[method-assign]
+    forward = scheduler.decoder.prefill_rows
+    scheduler.decoder.prefill_rows = lambda prompts, copies, first: (  # type: ignore[method-assign]
         seen.append((len(prompts), len(copies), max(map(len, prompts)))) or forward(prompts, copies, first)
     )
     scheduler.submit(requests)

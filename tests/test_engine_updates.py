@@ -163,7 +163,7 @@ def test_staged_deltas_are_applied_and_checked(checkpoint: Path, tmp_path: Path)
                 assert result.version == version
             for name, expected in _wire(model).items():
                 assert torch.equal(engine.weights.copies[name], expected), name
-                assert torch.equal(engine.weights._parameters[name], expected.float()), name
+                assert torch.equal(engine.weights.parameters[name], expected.float()), name
 
             train(3)
             publisher.publish(3, _wire(model))
@@ -191,13 +191,13 @@ def test_parameters_are_read_back_after_an_update_and_others_than_the_trainers_s
 ) -> None:
     engine = engine_of(checkpoint, stage_dir=tmp_path / "stage", verify_interval=2)
     weights, model = engine.weights, QWEN3_5.load_for_training(checkpoint, attention="sdpa")
-    write = weights._write
+    write = weights.write_parameters
 
     def wrongly() -> None:
         """The copies are right, which is all that the digests in the pause can see; less than bf16 can tell is not."""
         write()
         with torch.no_grad():
-            weights._parameters["model.norm.weight"].view(-1)[3] += 1e-6
+            weights.parameters["model.norm.weight"].view(-1)[3] += 1e-6
 
     async def scenario(client: EngineClient) -> None:
         with _published(tmp_path) as (publisher, subscriber):
@@ -214,14 +214,14 @@ def test_parameters_are_read_back_after_an_update_and_others_than_the_trainers_s
             with torch.no_grad():
                 model.model.norm.weight[0] = float("nan")
             publisher.publish(4, _wire(model))
-            monkeypatch.setattr(weights, "_write", wrongly)
+            monkeypatch.setattr(weights, "write_parameters", wrongly)
             subscriber.fetch(4, 3)
             assert (await client.apply_staged(4)).success
             with pytest.raises(RunFailed, match=r"version 4: read back .* 1 tensors differ: model\.norm\.weight"):
                 subscriber.readback(4)
             with pytest.raises(RunFailed, match="not serving: the update to version 4 failed: read back"):
                 await client.generate(long_requests(1))
-            monkeypatch.setattr(weights, "_write", write)
+            monkeypatch.setattr(weights, "write_parameters", write)
             assert not (await client.apply_staged(4)).success, "nobody knows what it holds"
             assert subscriber.fetch(4, None).kind == "full"
             assert (await client.apply_staged(4)).success and subscriber.readback(4)

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 from training_tools import save_model, spawn
 
-from astracli.adapters.qwen3_5 import tiny_config
 from astracli.weights.format import digest
 from astracli.weights.format.manifest import Manifest
 
@@ -74,7 +73,7 @@ print(json.dumps({"figures": figures, "empty": empty}))
 
 def check(device: str, folder: Path) -> None:
     """The whole test, on GPUs or, to try it out, on a CPU."""
-    model = save_model(folder / "model", config=tiny_config() | SIZES, std=0.05)
+    model = save_model(folder / "model", std=0.05, **SIZES)
 
     def run(ranks: int, out: str, *, resume: bool = False) -> list[dict[str, list[list[float]]]]:
         told = json.dumps([device, str(model), str(folder / out), resume, NAMES])

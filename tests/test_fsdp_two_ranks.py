@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from training_tools import make_trainer, recipe, save_model, spawn, uneven_groups
 
-from astracli.adapters.qwen3_5 import ADAPTER, tiny_config
+from astracli.adapters.qwen3_5 import ADAPTER
 from astracli.training.fsdp import Ranks, join, shard
 from astracli.training.logprob import PolicyModel
 
@@ -61,7 +61,7 @@ ODD = {"vocab_size": 65, "intermediate_size": 61}
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"), config=tiny_config() | ODD)
+    return save_model(tmp_path_factory.mktemp("model"), **ODD)
 
 
 @pytest.fixture(scope="module")

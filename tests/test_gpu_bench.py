@@ -158,7 +158,7 @@ def test_a_run_s_memory_stands_beside_its_plan_for_each_gpu(bench: ModuleType, t
 
     def judged(*seen: float) -> tuple[list[float], bool]:
         watch = MemoryWatch()
-        watch._ours.see(dict(zip((3, 5), seen, strict=True)))
+        watch.ours.see(dict(zip((3, 5), seen, strict=True)))
         found = full_size.memory(tmp_path, watch)
         assert [(row["gpu"], row["planned_gib"]) for row in found] == [("3", 32.0), ("5", 20.0), ("all", 52.0)]
         return [round(row["ratio"], 3) for row in found], full_size.as_planned(found)

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_tools import finish_step, group, ids, open_store
+from hub_tools import finish_step, group, ids, in_file, open_store
 
 from astracli.config import recipe_io
 from astracli.config.recipe import CurriculumTable, DataTable
 from astracli.data.prompts import PromptSource
 from astracli.errors import UserError
 from astracli.hub.curriculum import Curriculum, solve_rate, uniform
+from astracli.hub.schema import Database
 from astracli.hub.store import HubStore
 
 KINDS = ("easy", "fair", "hard", "new")
@@ -83,7 +84,7 @@ def test_the_draw_by_hand(tmp_path: Path) -> None:
 
 
 def test_the_rate_is_that_of_the_latest_groups_before_this_batch(tmp_path: Path) -> None:
-    store = open_taught(tmp_path)
+    store, record = open_taught(tmp_path), Database(tmp_path / "hub.sqlite")
     rates: list[float | None] = []
     for rewards in ((1.0, 1.0), (0.0, 1.0), (0.0, 0.0)):
         while True:  # until a lease asks an easy one
@@ -91,14 +92,14 @@ def test_the_rate_is_that_of_the_latest_groups_before_this_batch(tmp_path: Path)
             if kind(lease.prompt_index) == "easy":
                 break
         store.put(group(lease.lease_id, 0, rewards))
-        rates.append(solve_rate(store._db, "easy", 2))
+        rates.append(solve_rate(record, "easy", 2))
         others = ids(store.lease("w", 2))
         for other in others:
-            store._db.rows("UPDATE groups SET kind = 'other' WHERE lease_id = ?", other)
+            in_file(tmp_path, "UPDATE groups SET kind = 'other' WHERE lease_id = ?", other)
             store.put(group(other, 0))
         finish_step(store, store.state().next_step)
     assert rates == [None, 1.0, 0.75]
-    assert solve_rate(store._db, "easy", 2) == 0.25  # 0.5 and 0; the first is out of the window
+    assert solve_rate(record, "easy", 2) == 0.25  # 0.5 and 0; the first is out of the window
 
 
 def test_a_lease_keeps_its_prompt_and_a_resume_asks_the_same(tmp_path: Path) -> None:

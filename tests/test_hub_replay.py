@@ -7,7 +7,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from hub_tools import batch_ids, fill, finish_step, group, ids, open_store
+from hub_tools import batch_ids, fill, finish_step, group, ids, in_file, open_store
 
 from astracli.config import recipe_io
 from astracli.errors import UserError
@@ -185,4 +185,4 @@ def test_without_checkpoints_what_will_be_trained_on_again_is_kept(tmp_path: Pat
     for step in range(0, 12, 2):
         fill(store, step)
         assert finish_step(store, step) == finish_step(store, step + 1)
-    assert store._db.scalar("SELECT COUNT(*) FROM blobs") <= 8
+    assert in_file(tmp_path, "SELECT COUNT(*) FROM blobs")[0][0] <= 8

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_tools import batch_ids, counts_of, fill, finish_step, group, ids, open_store
+from hub_tools import batch_ids, counts_of, fill, finish_step, group, ids, in_file, open_store
 
 from astracli.errors import RunFailed, UserError
 from astracli.hub.types import Target
@@ -42,11 +42,11 @@ def test_old_rows_are_deleted_and_still_counted(tmp_path: Path) -> None:
         == short.counts()
         == counts_of(dropped=30, skipped=30, timeouts=30 * 4, consumed_steps=30, consumed_groups=120)
     )
-    rows = [store._db.scalar("SELECT COUNT(*) FROM groups") for store in (kept, short)]
+    rows = [in_file(tmp_path / name, "SELECT COUNT(*) FROM groups")[0][0] for name in ("long", "short")]
     assert rows[0] == 30 * 6 and rows[1] <= 9 * 6, "five steps, and those whose blobs a resume may need"
-    blobs = short._db.scalar("SELECT COUNT(*) FROM blobs")
+    ((blobs,),) = in_file(tmp_path / "short", "SELECT COUNT(*) FROM blobs")
     assert blobs <= 4 * 4, "two checkpoints of two steps"
-    assert short._db.scalar("SELECT MIN(step) FROM batches") >= 20
+    assert in_file(tmp_path / "short", "SELECT MIN(step) FROM batches")[0][0] >= 20
     with pytest.raises(RunFailed, match="cannot resume from step 3"):
         short.rewind(3, 3)
     short.rewind(28, 28)
@@ -73,10 +73,10 @@ def test_without_checkpoints_a_steps_groups_go_with_the_next_and_a_resume_begins
     first = fill(store, 0)
     for step in range(40):
         finish_step(store, step)
-        assert store._db.scalar("SELECT COUNT(*) FROM blobs") <= 2 * 4, "this step's, and the one to be pruned"
+        assert in_file(tmp_path, "SELECT COUNT(*) FROM blobs")[0][0] <= 2 * 4, "this step's, and the one to be pruned"
         fill(store, step + 1)
     assert store.state().counts.consumed_steps == 40
-    assert store._db.scalar("SELECT COUNT(*) FROM groups") <= 13 * 4
+    assert in_file(tmp_path, "SELECT COUNT(*) FROM groups")[0][0] <= 13 * 4
     store.close()
 
     store = open_store(tmp_path, **settings)

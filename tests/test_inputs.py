@@ -108,12 +108,12 @@ def test_a_checkpoint_without_a_chat_template_is_said_once(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = recipe_io.load("qwen3.5-tiny-m2po-delta", [f"model.path={checkpoint}"])
-    run._fetch(recipe, data=False, benchmarks=[])
+    run.fetch_inputs(recipe, data=False, benchmarks=[])
     assert "chat template" not in capsys.readouterr().err
     (checkpoint / "chat_template.jinja").unlink()
-    run._fetch(recipe, data=False, benchmarks=[])
+    run.fetch_inputs(recipe, data=False, benchmarks=[])
     said = capsys.readouterr().err
     assert said.count("warning: no chat template in") == 1 and "bare text" in said
     (checkpoint / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
-    run._fetch(recipe, data=False, benchmarks=[])
+    run.fetch_inputs(recipe, data=False, benchmarks=[])
     assert "chat template" not in capsys.readouterr().err

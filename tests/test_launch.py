@@ -381,10 +381,11 @@ def test_the_terminal_is_given_back_when_no_process_could_be_started(
     views: list[LiveView] = []
     console = Console(file=io.StringIO(), force_terminal=True)
     monkeypatch.setattr(watch, "open_view", lambda: views.append(LiveView(console)) or views[-1])
-    monkeypatch.setattr(configs, "build", full)
+    monkeypatch.setattr("astracli.launch.local.LocalLauncher.start", full)
     with pytest.raises(OSError, match="No space left"):
         job_with(tmp_path, DONE).run()
-    assert not any(view._live.is_started for view in views)
+    hidden, shown = (console.file.getvalue().count(f"\x1b[?25{end}") for end in "lh")  # type: ignore[attr-defined]
+    assert len(views) == 1 and hidden == shown > 0, "the cursor is back"
 
 
 def test_children_of_a_killed_supervisor_end_by_themselves(tmp_path: Path) -> None:
@@ -419,6 +420,6 @@ def test_a_rollout_that_wrote_no_sample_leaves_no_file(tmp_path: Path) -> None:
     """The same command would be refused: `--out` is there already."""
     out = tmp_path / "samples.jsonl"
     out.write_text('{"reward": 1.0}\n{"reward": 0.0}\n')
-    assert run._rollout_words(out) == f"2 samples, mean reward 0.500, in {out}"
+    assert run.rollout_words(out) == f"2 samples, mean reward 0.500, in {out}"
     out.write_text("")
-    assert run._rollout_words(out) == "no samples yet" and not out.exists()
+    assert run.rollout_words(out) == "no samples yet" and not out.exists()

@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from training_tools import divided
 
 from astracli.adapters.qwen3_5 import ADAPTER, tiny_config
 from astracli.config.algorithms import installed
@@ -57,7 +58,7 @@ def test_nor_does_the_pass_without_gradients(bench: ModuleType) -> None:
     chosen = bench.recipe(512, "none", "m2po")
     with bench.one_gpu(bench.Count()):
         trainer: Trainer = bench.build(ADAPTER, config(), chosen)
-        batch = trainer._divide(bench.groups(512), 0)
+        batch = divided(trainer, bench.groups(512))
         count, work = bench.Count(), Work(batch, 1, sums.Timer(trainer.ranks.device))
         never = SimpleNamespace(prepare=lambda *_: None)
         with (
@@ -142,7 +143,7 @@ def test_phases_on_a_gpu_are_timed_by_its_own_events(monkeypatch: pytest.MonkeyP
     for phase in ("forward_s", "backward_s", "forward_s"):
         timer.lap(phase)
     assert timer.seconds() == pytest.approx({"forward_s": 0.06, "backward_s": 0.07})
-    assert timer._laps[-1][1].waited
+    assert timer.laps[-1][1].waited
 
 
 def test_sums_are_read_once_and_are_those_of_all_micro_batches() -> None:

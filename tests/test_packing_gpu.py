@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from training_tools import recipe, sample_groups
+from training_tools import divided, recipe, sample_groups
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from astracli.adapters.qwen3_5 import ADAPTER
@@ -48,13 +48,13 @@ def test_flash_attention_ends_at_every_boundary(head_size: int, kv_heads: int) -
 
     q, k, v = heads(4), heads(kv_heads), heads(kv_heads)
     pull = torch.randn(1, tokens, 4, head_size, device="cuda", generator=draw)
-    assert varlen._flash_runs(q.device, q.dtype, head_size)
+    assert varlen.flash_runs(q.device, q.dtype, head_size)
     options = varlen.boundaries(bounds(), q.device)
     out, _ = varlen.attention(torch.nn.Identity(), q, k, v, None, **options)
     found = torch.autograd.grad((out * pull).sum(), [q, k, v])
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
     parts = [
-        varlen._causal(*(x[:, :, a:b] for x in exact), head_size**-0.5, None)
+        varlen.causal_attention(*(x[:, :, a:b] for x in exact), head_size**-0.5, None)
         for a, b in varlen.segments(options["cu_seqlens"], tokens)
     ]
     wanted = torch.cat(parts, dim=2).transpose(1, 2)
@@ -262,7 +262,7 @@ def test_packed_rows_are_separate_rows_bit_for_bit_at_any_depth(tmp_path: Path, 
     chosen = recipe(train={"tokens_per_microbatch": 512, "parity_tolerance": 1e9})
     model_dir = save(tmp_path / "m", num_hidden_layers=layers)
     trainer = setup.build_trainer(model_dir, ADAPTER, chosen, ranks, attention="sdpa")
-    rows = parity.spread(trainer._divide(sample_groups(None, 8, seed=1), 0).rows, 512)
+    rows = parity.spread(divided(trainer, sample_groups(None, 8, seed=1)).rows, 512)
     checked = replace(trainer.row_check, packed=True)
 
     def error(same_shape: bool) -> float:
@@ -290,7 +290,7 @@ def test_no_micro_batch_waits_for_the_gpu(
     chosen = recipe(train=table | {"parity_tolerance": 1e9})
     trainer = setup.build_trainer(save(tmp_path / "m"), ADAPTER, chosen, ranks, attention="sdpa")
     trainer.train(sample_groups(None, 8, seed=1), 0, 0)
-    batch = trainer._divide(sample_groups(None, 8, seed=2, version=1), 1)
+    batch = divided(trainer, sample_groups(None, 8, seed=2, version=1), 1)
     work = Work(batch, 1, Timer(trainer.ranks.device))
     work.limits = trainer.algorithm.prepare(torch.zeros(0), torch.zeros(0), chosen.algorithm.own)
     monkeypatch.setattr(trainer.masters, "update", lambda step: 0.0)

@@ -168,8 +168,8 @@ def test_one_order_is_asked_of_every_attention_of_rows_in_one_shape(
         ordered.grad_fn.register_prehook(lambda _: modes.append(torch.are_deterministic_algorithms_enabled()))
         return ordered
 
-    real = varlen._ordered
-    monkeypatch.setattr(varlen, "_ordered", told)
+    real = varlen.ordered
+    monkeypatch.setattr(varlen, "ordered", told)
     gradient_error(trainer, parity.spread(groups_as_rows(), 256), same_shape=same_shape)
     assert modes and set(modes) == {same_shape} and not torch.are_deterministic_algorithms_enabled()
 

@@ -248,5 +248,5 @@ def test_an_update_brings_no_more_than_is_planned(name: str, ranks: int) -> None
         moving = [sum(sizes[n] for n in bucket) for bucket in comes]
         first = 8 * sum(moving[: layout.BUCKETS_IN_FLIGHT - 1]) + master * max(stay, default=0)
         later = [8 * sum(moving[max(0, i - 1) : i + 2]) + master * moving[i] for i in range(len(moving))]
-        planned_bytes = plan_trainer._in_update(shape, ranks, layout.Split(moments_on_host=part))
+        planned_bytes = plan_trainer.in_update(shape, ranks, layout.Split(moments_on_host=part))
         assert max(first, *later, 0) <= planned_bytes * 1.001, part

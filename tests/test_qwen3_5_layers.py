@@ -83,7 +83,7 @@ def test_gpu_kernels_that_are_installed_are_never_used_on_a_cpu(
     def no_driver(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("0 active drivers")
 
-    for name in qwen3_5._GPU_KERNELS:
+    for name in qwen3_5.GPU_KERNELS:
         monkeypatch.setattr(modeling, name, no_driver)
     with pytest.raises((RuntimeError, AssertionError)):
         Qwen3_5ForCausalLM(source.config)  # asks for a current CUDA device

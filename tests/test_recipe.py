@@ -14,7 +14,7 @@ MINIMAL: dict[str, Any] = {"model": {"path": "m"}, "data": {"source": "arithmeti
 
 
 def checked(**tables: dict[str, Any]) -> Recipe:
-    return recipe_io.check(recipe_io._merge(MINIMAL, tables), "r")
+    return recipe_io.check(MINIMAL | {name: MINIMAL.get(name, {}) | table for name, table in tables.items()}, "r")
 
 
 @pytest.mark.parametrize(

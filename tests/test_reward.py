@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -10,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from children import children, kill
 
 from astracli.errors import RunFailed, UserError
 from astracli.rewards.reward import GradeItem, GradePool, probe_grades, validate_reward
@@ -48,20 +48,18 @@ def test_a_hostile_answer_costs_its_time_limit_and_its_neighbours_nothing() -> N
 
 
 def test_a_killed_process_loses_nothing() -> None:
+    before = children()
     with GradePool() as pool:
         assert pool.grade(items(("1", "\\boxed{1}")))[0].verdict == "right"
-        process = pool._all[0]._process
-        assert process is not None
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        (child,) = children() - before
+        kill(child)
         assert [g.verdict for g in pool.grade(items(("1", "\\boxed{1}"), ("2", "\\boxed{3}")))] == ["right", "wrong"]
 
 
 def test_closing_ends_processes_and_what_they_grade() -> None:
-    pool = GradePool(timeout_s=60.0)
+    before, pool = children(), GradePool(timeout_s=60.0)
     pool.grade(items(("1", "\\boxed{1}")))
-    process = pool._all[0]._process
-    assert process is not None
+    assert children() > before
     failures: list[BaseException] = []
 
     def grade() -> None:
@@ -74,9 +72,9 @@ def test_closing_ends_processes_and_what_they_grade() -> None:
     thread.start()
     time.sleep(0.3)
     pool.close()
-    thread.join(10)
+    thread.join(60)
     assert [type(f) for f in failures] == [RunFailed]
-    assert process.poll() is not None
+    assert children() == before
     with pytest.raises(RunFailed):
         pool.grade(items(("1", "1")))
 
@@ -89,7 +87,7 @@ def test_a_worker_ends_when_its_owner_is_gone() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     pid = int(done.stdout)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while _alive(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not _alive(pid)

@@ -196,7 +196,7 @@ def readback_on_demand(world: World, monkeypatch: pytest.MonkeyPatch) -> tuple[t
 
     def slowly(version: int) -> dict[str, float]:
         asked.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
         return readback(version)
 
     monkeypatch.setattr(world.fetcher, "readback", slowly)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from fake_engine import FakeEngine
+from hub_tools import in_file
 from rollout_world import LENGTH, TOKEN, World, expected, recipe, records, until, world
 
 from astracli.data.prompts import PromptSource
@@ -66,8 +67,7 @@ def test_prompts_that_do_not_fit_are_skipped_and_counted(world: World) -> None:
 
     asyncio.run(world.play(scenario, data={"max_prompt_tokens": 4}))
     assert world.store.state().skipped_in_a_row > 20
-    with world.store._db.lock:
-        (row,) = world.store._db.rows("SELECT reason FROM groups WHERE state = 'skipped' LIMIT 1")
+    (row,) = in_file(world.path, "SELECT reason FROM groups WHERE state = 'skipped' LIMIT 1")
     assert row[0].endswith("tokens, data.max_prompt_tokens = 4")
 
 
@@ -137,7 +137,7 @@ def test_a_killed_worker_process_loses_no_group(tmp_path: Path) -> None:
             world.store.engine_state("engine0", step + 1, "ready")
         assert sorted(served) == list(range(8))
         world.store.request_stop()
-        out, err = child.communicate(timeout=15)
+        out, err = child.communicate(timeout=60)
         assert (child.returncode, out, err) == (0, "", "")
     finally:
         child.kill()

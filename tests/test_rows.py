@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hub_tools import open_store
+from hub_tools import in_file, open_store
 
 from astracli.config.recipe import DataTable
 from astracli.data import datasets
@@ -95,7 +95,7 @@ def test_memory_does_not_grow_with_the_texts(tmp_path: Path) -> None:
     lazy = ParquetRows(table)
     for place in random.Random(2).sample(range(2000), 300):
         assert lazy.row(place)["answer"] == place
-    held = lazy._group.cache_info()
+    held = lazy.group.cache_info()
     assert held.currsize <= GROUPS and held.misses > GROUPS
 
 
@@ -157,9 +157,7 @@ def test_killed_and_resumed_every_prompt_is_asked_once_an_epoch(tmp_path: Path, 
         step = attempt(tmp_path, chance, step, chance.randint(5, 20))
         kills += 1
     assert kills >= 4
-    hub = open_hub(tmp_path)
-    rows = hub._db.rows("SELECT lease_id, prompt, state FROM groups ORDER BY lease_id")
-    hub.close()
+    rows = in_file(tmp_path, "SELECT lease_id, prompt, state FROM groups ORDER BY lease_id")
     fates = Counter(state for _, _, state in rows)
     assert fates["assigned"] >= step * BATCH and fates["skipped"] and fates["dropped"]
     assert [prompt for _, prompt, _ in rows] == list(range(len(rows))), "no place is left out, none is asked twice"

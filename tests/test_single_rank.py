@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_tools import make_trainer, recipe, save_model, spawn, uneven_groups
+from training_tools import divided, make_trainer, recipe, save_model, spawn, uneven_groups
 
-from astracli.adapters.qwen3_5 import ADAPTER, tiny_config
+from astracli.adapters.qwen3_5 import ADAPTER
 from astracli.process.layout import RESIDENT, Split
-from astracli.training import checkpoint, setup
+from astracli.training import checkpoint, parity, setup
 from astracli.training.fsdp import Ranks
 from astracli.training.gradients import Gradients
 from astracli.training.step import Trainer
@@ -49,7 +49,7 @@ if resume:
     checkpoint.load(checkpoint.latest(Path(resume)), trainer.masters, ranks)
 alone = ranks.world_size == 1
 found = {"rows": rows_error(trainer) if alone else None, "figures": []}
-trainer._first = False
+trainer.first_step = False
 for step in range(2 if resume else 0, 3):
     metrics = trainer.train(uneven_groups(step), step, step).metrics
     found["figures"].append([metrics[name] for name in NAMES])
@@ -73,9 +73,7 @@ def chosen(**train: Any) -> Any:
 
 def rows_error(trainer: Trainer) -> float:
     """The start-up check's figure: how far bf16 rounds the gradient of packed rows from that of separate ones."""
-    from astracli.training import parity
-
-    rows = parity.spread(trainer._divide(uneven_groups(0), 0).rows, 80)
+    rows = parity.spread(divided(trainer, uneven_groups(0)).rows, 80)
     packed = replace(trainer.row_check, packed=True)
     error = packed.gradient_error(rows, same_shape=trainer.ranks.device.type != "cpu")
     assert not trainer.masters.grads.found()
@@ -95,24 +93,24 @@ def count_operators(trainer: Trainer) -> int:
             count += not (view or func.name().startswith(("profiler::", "aten::empty")))
             return func(*args, **(kwargs or {}))
 
-    micros = [m for minibatch in trainer._divide(uneven_groups(0), 0).minibatches for m in minibatch if m.rows]
+    micros = [m for minibatch in divided(trainer, uneven_groups(0)).minibatches for m in minibatch if m.rows]
     for micro in micros[:2]:
         count = 0
         with Counting():
-            trainer._forward(trainer.policy, micro)[0].sum().backward()
+            parity.logprobs(trainer.policy, trainer.adapter, micro, trainer.ranks.device)[0].sum().backward()
     trainer.masters.grads.clear()
     return count
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"), config=tiny_config() | ODD, std=0.05)
+    return save_model(tmp_path_factory.mktemp("model"), std=0.05, **ODD)
 
 
 def lowered(model_dir: Path, split: Split = RESIDENT, **train: Any) -> Trainer:
     ranks = Ranks(compute=torch.bfloat16)
     trainer = setup.build_trainer(model_dir, ADAPTER, chosen(**train), ranks, attention="sdpa", split=split)
-    trainer._first = False  # a CPU's tolerance is that of fp32
+    trainer.first_step = False  # a CPU's tolerance is that of fp32
     return trainer
 
 
@@ -237,7 +235,6 @@ def test_away_it_holds_nothing_and_learns_the_same(model_dir: Path, split: Split
         leaves.to_host()
         held = [*leaves.masters.values.values(), *leaves.masters.parameters.values()]
         held += [s[k] for s in leaves.masters.adam.adamw.state.values() for k in ("exp_avg", "exp_avg_sq")]
-        assert leaves.masters._away is not None
         assert sum(tensor.untyped_storage().nbytes() for tensor in held) == 0
         sizes = {name: value.numel() for name, value in leaves.masters.values.items()}
         exact = sum(size for name, size in sizes.items() if "A_log" in name)
@@ -283,12 +280,12 @@ def test_originals_in_fp32_go_as_their_masters_are_made(model_dir: Path, monkeyp
 
 def test_what_is_never_trained_leaves_with_the_rest(model_dir: Path) -> None:
     """An adapter may leave a tensor out of what travels: stored in what is computed with, it gets no gradient."""
-    name = "model.layers.3.self_attn.q_norm.weight"
+    name = "model.layers.1.self_attn.q_norm.weight"
     adapter = replace(ADAPTER, wire_tensors=lambda m: {n: t for n, t in ADAPTER.wire_tensors(m).items() if n != name})
     trainer = setup.build_trainer(
         model_dir, adapter, chosen(), Ranks(compute=torch.bfloat16), attention="sdpa", split=RESIDENT
     )
-    trainer._first = False
+    trainer.first_step = False
     (frozen,) = trainer.masters.frozen
     before = frozen.clone()
     figures(trainer, 0, 1)

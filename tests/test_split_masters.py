@@ -134,7 +134,7 @@ def test_any_part_on_the_host_gives_the_numbers_of_all_at_once(
 
     (_, expected), (made, found) = run(0.0), run(part)
     assert 0 < len(made.away) <= 9 and (part < 1) == (len(made.away) < 9)
-    held = {n: made.adamw.state[p]["exp_avg"].untyped_storage().nbytes() for n, p in made._optimized.items()}
+    held = {n: made.adamw.state[p]["exp_avg"].untyped_storage().nbytes() for n, p in made.optimized.items()}
     assert {name for name, size in held.items() if not size} == set(made.away)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 

@@ -112,7 +112,7 @@ def test_the_engine_gives_its_memory_back_with_nothing_running_and_goes_on_after
             hub = await stack.enter_async_context(AsyncHubClient(server.url, TOKEN))
             client = await stack.enter_async_context(SglangClient(engine.url, TOKEN, stage_dir=tmp_path))
             worker = EngineWorker(
-                "engine0", client, hub, FakeFetcher(), process="rollout", ready_timeout_s=5.0, time_sharing=True
+                "engine0", client, hub, FakeFetcher(), process="rollout", ready_timeout_s=60.0, time_sharing=True
             )
             following = asyncio.create_task(worker.follow())
             store.announce(0, 0)
@@ -136,7 +136,7 @@ def test_the_engine_gives_its_memory_back_with_nothing_running_and_goes_on_after
             return [part, rest]
 
     try:
-        part, rest = asyncio.run(asyncio.wait_for(play(), 30))
+        part, rest = asyncio.run(asyncio.wait_for(play(), 120))
     finally:
         engine.stop()
         server.thread.stop()
@@ -169,7 +169,7 @@ def test_lending_before_the_first_version_names_no_step(tmp_path: Path) -> None:
             hub = await stack.enter_async_context(AsyncHubClient(server.url, TOKEN))
             client = await stack.enter_async_context(SglangClient(engine.url, TOKEN, stage_dir=tmp_path))
             worker = EngineWorker(
-                "engine0", client, hub, FakeFetcher(), process="rollout", ready_timeout_s=5.0, time_sharing=True
+                "engine0", client, hub, FakeFetcher(), process="rollout", ready_timeout_s=60.0, time_sharing=True
             )
             engine.version = -1
             following = asyncio.create_task(worker.follow())
@@ -183,7 +183,7 @@ def test_lending_before_the_first_version_names_no_step(tmp_path: Path) -> None:
             await following
 
     try:
-        asyncio.run(asyncio.wait_for(play(), 30))
+        asyncio.run(asyncio.wait_for(play(), 120))
     finally:
         engine.stop()
         server.thread.stop()
@@ -251,8 +251,7 @@ def test_a_time_sharing_trainer_learns_the_same_and_is_away_between_its_steps(
 ) -> None:
     values = []
     for gpu_leases in ([], ["engine0"]):
-        job = Job(tmp_path / ("time_sharing" if gpu_leases else "alone"), model_dir)
-        job.store._gpu_leases = GpuLeases(gpu_leases)
+        job = Job(tmp_path / ("time_sharing" if gpu_leases else "alone"), model_dir, gpu_leases)
         job.background = "on"  # on a GPU it is; with time sharing nothing may run beside the engine
         loops: list[Any] = []
         engine = Engine(job, loops)
@@ -281,8 +280,7 @@ def test_a_time_sharing_trainer_learns_the_same_and_is_away_between_its_steps(
 
 def test_two_ranks_share_the_first_ones_gpu_with_an_engine(tmp_path: Path, model_dir: Path, engine_url: str) -> None:
     """Two real processes; only rank 0 shares its GPU. Start, every step and the export each take the lease once."""
-    job = Job(tmp_path, model_dir)
-    job.store._gpu_leases = GpuLeases(["engine0"])
+    job = Job(tmp_path, model_dir, ["engine0"])
     engines = (EngineAddress(name="engine0", url=engine_url, stage_dir=tmp_path),)
     (port,) = free_ports(1, "127.0.0.1")
     ranks = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import configs
 import pytest
 import torch
-from hub_tools import open_store
+from hub_tools import in_file, open_store
 from test_hub_api import TOKEN, Server
 from training_tools import recipe, sample_groups, save_model
 
@@ -22,7 +22,7 @@ from astracli.hub.client import HubClient
 from astracli.process.config import TrainerConfig
 from astracli.rl.types import pack_group
 from astracli.training import checkpoint
-from astracli.training.checkpoint_saver import _Save
+from astracli.training.checkpoint_saver import Save
 from astracli.training.fsdp import Ranks
 from astracli.training.loop import TrainLoop, in_background
 from astracli.weights.format.manifest import read_stable
@@ -54,12 +54,13 @@ class Killed(BaseException):
 class Job:
     """A hub, a run directory and the engine's part: groups that depend on their lease alone."""
 
-    def __init__(self, directory: Path, model_dir: Path):
+    def __init__(self, directory: Path, model_dir: Path, gpu_leases: Sequence[str] = ()):
         self.background = "off"
         self.run_dir = directory / "run"
         self.run_dir.mkdir(parents=True)
         self.model_dir = model_dir
-        self.store = open_store(directory, batch_groups=2, max_staleness=0, steps=STEPS, drop_equal_groups=False)
+        settings: dict[str, Any] = {"batch_groups": 2, "max_staleness": 0, "steps": STEPS, "gpu_leases": gpu_leases}
+        self.store = open_store(directory, drop_equal_groups=False, **settings)
         self.server = Server(self.store, directory)
         self.reporter = FakeReporter()
 
@@ -156,7 +157,7 @@ def test_a_run_from_start_to_export(job: Job, expected: dict[str, torch.Tensor])
     assert [("checkpoint_s" in r) for r in steps] == [False, True, False, True]
     written = [r for r in job.records() if "checkpoint_write_s" in r]
     assert len(written) == 2 and all(r["checkpoint_bytes"] == written[0]["checkpoint_bytes"] > 0 for r in written)
-    assert job.store._db.meta("checkpoint_step") == STEPS
+    assert in_file(job.run_dir.parent, "SELECT value FROM meta WHERE key = 'checkpoint_step'") == [(STEPS,)]
 
     lines = (job.run_dir / "samples" / "step_000002.jsonl").read_text().splitlines()
     assert len(lines) == 3
@@ -188,7 +189,7 @@ def test_a_kill_at_any_point_changes_nothing(
     targets: dict[str, tuple[Any, str]] = {
         "train": (loop.trainer, "train"),
         "save": (loop.saver, "begin"),
-        "publish": (loop.publisher, "_publish"),
+        "publish": (loop.publisher, "publish_now"),
         "announce": (loop.hub, "announce"),
         "ack": (loop.hub, "ack"),
     }
@@ -224,12 +225,12 @@ def test_a_kill_while_a_checkpoint_is_written_goes_back_to_the_one_before(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Save, "_make_whole", die)
+        patch.setattr(Save, "make_whole", die)
         job.roll(3)
         assert loop.advance() and loop.step == 4
         with pytest.raises(Killed):
             loop.finish()
-    assert job.store._db.meta("checkpoint_step") == 2
+    assert in_file(job.run_dir.parent, "SELECT value FROM meta WHERE key = 'checkpoint_step'") == [(2,)]
     again = job.resume()
     assert again.step == 2
     job.train(again)
@@ -239,7 +240,7 @@ def test_a_kill_while_a_checkpoint_is_written_goes_back_to_the_one_before(
     assert [c.step for c in checkpoint.find(job.run_dir / "checkpoints")] == [2, 4]
 
 
-@pytest.mark.parametrize("where", ["_publish", "announce", "ack"])
+@pytest.mark.parametrize("where", ["publish_now", "announce", "ack"])
 def test_a_kill_while_the_next_step_trains_changes_nothing(
     job: Job, expected: dict[str, torch.Tensor], where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,13 +254,13 @@ def test_a_kill_while_the_next_step_trains_changes_nothing(
 
     def hang(*arguments: Any, **options: Any) -> Any:
         reached.set()
-        killed.wait(30)
+        killed.wait(60)
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.publisher if where == "_publish" else loop.hub, where, hang)
+        patch.setattr(loop.publisher if where == "publish_now" else loop.hub, where, hang)
         job.train(loop, until=2)
-        assert reached.wait(10)
+        assert reached.wait(60)
         loop.saver.wait()
         job.roll(2)
         assert loop.hub is not None and loop.hub.batch(2).batch
@@ -275,15 +276,18 @@ def test_a_kill_while_the_next_step_trains_changes_nothing(
     assert job.store.state().counts.consumed_steps == STEPS
 
 
-def test_the_step_goes_on_while_its_version_is_published_and_the_next_one_waits(job: Job) -> None:
+def test_the_step_goes_on_while_its_version_is_published_and_the_next_one_waits(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job.background = "on"
     loop = job.loop()
     loop.start()
-    gate, announced = threading.Event(), loop._announce
+    assert loop.hub is not None
+    gate, announced = threading.Event(), loop.hub.announce
 
-    def late(version: int) -> None:
-        gate.wait(30)
-        announced(version)
+    def late(*arguments: Any) -> Any:
+        gate.wait(60)
+        return announced(*arguments)
 
     def release() -> None:
         while "version 1 to be published" not in job.reporter.said:
@@ -291,7 +295,7 @@ def test_the_step_goes_on_while_its_version_is_published_and_the_next_one_waits(
         time.sleep(0.2)
         gate.set()
 
-    loop._announce = late  # type: ignore[method-assign]
+    monkeypatch.setattr(loop.hub, "announce", late)
     job.train(loop, until=1)
     assert loop.publisher.busy and read_stable(job.run_dir / "weights", 0)
     assert job.store.state().latest_version == 0
@@ -343,7 +347,7 @@ def test_an_error_in_the_background_ends_the_wait_for_a_batch_with_its_cause(
     def full(*arguments: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(loop.publisher, "_publish", full)
+    monkeypatch.setattr(loop.publisher, "publish_now", full)
     job.train(loop, until=1)
     with pytest.raises(OSError, match="No space left"):
         loop.advance()  # no group of version 1 will ever come

@@ -28,7 +28,7 @@ def engine(tmp_path: Path) -> Iterator[FakeEngine]:
 
 def run_client(engine: FakeEngine, scenario: Callable[[EngineClient], Awaitable[None]]) -> None:
     async def run() -> None:
-        async with SglangClient(engine.url, TOKEN, stage_dir=engine.stage_dir) as client, asyncio.timeout(10):
+        async with SglangClient(engine.url, TOKEN, stage_dir=engine.stage_dir) as client, asyncio.timeout(60):
             await scenario(client)
 
     asyncio.run(run())

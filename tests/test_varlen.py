@@ -65,11 +65,11 @@ class Told(torch.autograd.Function):
 def test_attention_adds_up_in_one_order_where_it_is_asked_to_and_nothing_else_does() -> None:
     Told.modes = []
     x = torch.ones(3, requires_grad=True)
-    varlen._ordered(Told.apply(x, False)).sum().backward()
+    varlen.ordered(Told.apply(x, False)).sum().backward()
     with varlen.one_order():
-        Told.apply(varlen._ordered(Told.apply(Told.apply(x, False), False)), False).sum().backward()
-        assert varlen._ordered(Told.apply(x.detach(), False)).grad_fn is None
-    varlen._ordered(Told.apply(x, False)).sum().backward()
+        Told.apply(varlen.ordered(Told.apply(Told.apply(x, False), False)), False).sum().backward()
+        assert varlen.ordered(Told.apply(x.detach(), False)).grad_fn is None
+    varlen.ordered(Told.apply(x, False)).sum().backward()
     assert Told.modes == [False, False, True, False, False]
 
 
@@ -77,9 +77,9 @@ def test_the_order_asked_for_ends_with_an_error_too() -> None:
     Told.modes = []
     x = torch.ones(3, requires_grad=True)
     with pytest.raises(RuntimeError, match="a kernel failed"), varlen.one_order():
-        varlen._ordered(Told.apply(x, True)).sum().backward()
+        varlen.ordered(Told.apply(x, True)).sum().backward()
     assert Told.modes == [True] and not torch.are_deterministic_algorithms_enabled()
-    varlen._ordered(Told.apply(x, False)).sum().backward()
+    varlen.ordered(Told.apply(x, False)).sum().backward()
     assert Told.modes == [True, False]
 
 
@@ -87,7 +87,7 @@ def test_both_kinds_of_rows_ask_their_kernel_for_one_order(monkeypatch: pytest.M
     draw = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 2, 5, 8, generator=draw).requires_grad_() for _ in range(3))
     asked: list[tuple[int, ...]] = []
-    monkeypatch.setattr(varlen, "_ordered", lambda out: asked.append(tuple(out.shape)) or out)
+    monkeypatch.setattr(varlen, "ordered", lambda out: asked.append(tuple(out.shape)) or out)
     varlen.attention(torch.nn.Identity(), query, key, value, None)
     cu_seqlens_host = torch.tensor([0, 2, 5], dtype=torch.int32)
     varlen.attention(torch.nn.Identity(), query, key, value, None, cu_seqlens=cu_seqlens_host)

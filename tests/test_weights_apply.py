@@ -118,7 +118,7 @@ def test_the_torch_scatter_is_the_numpy_one(encoding: str, dtype: torch.dtype) -
     base, new = (draw.integers(0, top, 3000, dtype=np.uint64).astype(kind) for _ in range(2))
     new[::3] = base[::3]
     at = codec.changed_indices(base, new)
-    blob = codec._pack(codec._difference(encoding, base, new, at), len(at), 1)
+    blob = codec.encode_as(encoding, base, new, at).payload
     update = codec.decode(blob, encoding, len(at), 3000, base.itemsize)
     view = torch.from_numpy(base.view(kind.replace("u", "i")).copy()).view(dtype)
     prepared = apply.Prepared(b"", 1, "delta", 0, None, flat=[flatten([("a", 0, update)])])

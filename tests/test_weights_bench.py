@@ -128,10 +128,10 @@ def test_every_stream_must_have_brought_tokens_behind_an_update(monkeypatch: pyt
     monkeypatch.syspath_prepend(str(HERE.parent / "bench"))
     meter = importlib.import_module("weights.streams").Meter("http://127.0.0.1:9", "", 2)
     now = time.monotonic()
-    meter._first = {0: now - 0.3, 1: now - 0.1}
+    meter.first_seen = {0: now - 0.3, 1: now - 0.1}
     assert asyncio.run(meter.again(now - 0.5, 1.0)) == pytest.approx(0.4)
     meter.mark()
-    meter._first = {0: now - 0.3}
+    meter.first_seen = {0: now - 0.3}
     assert asyncio.run(meter.again(now - 0.5, 0.6)) is None
 
 

@@ -54,11 +54,7 @@ def round_trip(base: np.ndarray[Any, Any], new: np.ndarray[Any, Any]) -> codec.E
 
 def every_encoding(base: np.ndarray[Any, Any], new: np.ndarray[Any, Any]) -> list[codec.Encoded]:
     at = codec.changed_indices(base, new)
-    found = []
-    for encoding in container.ENCODINGS:
-        blob = codec._pack(codec._difference(encoding, base, new, at), len(at), 1)
-        found.append(codec.Encoded(encoding, len(at), blob))
-    return found
+    return [codec.encode_as(encoding, base, new, at) for encoding in container.ENCODINGS]
 
 
 @st.composite
@@ -121,7 +117,7 @@ def test_signs_of_zero_infinities_and_nan_payloads_survive(dtype: torch.dtype) -
 
 def test_the_order_of_bits_is_the_order_of_floats() -> None:
     bits = np.arange(1 << 16, dtype=np.uint16)
-    order = codec._to_order(bits)
+    order = codec.to_order(bits)
     back = from_order(torch.from_numpy(order.view(np.int16))).numpy().view(np.uint16)
     assert len(np.unique(order)) == 1 << 16 and np.array_equal(back, bits)
     values = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).float().numpy()
@@ -244,7 +240,7 @@ def test_a_payload_ends_with_its_planes() -> None:
 def test_a_dense_payload_has_no_long_gaps() -> None:
     encoded, length = sample("dense-ulp")
     blob = bytearray(encoded.payload)
-    struct.pack_into("<Q", blob, container._HEADER.size - 8, 1)
+    struct.pack_into("<Q", blob, container.HEADER.size - 8, 1)
     with pytest.raises(WeightCorrupt, match="2 planes for `dense-ulp`"):
         codec.decode(resealed(bytes(blob)), "dense-ulp", encoded.count, length, 2)
 
@@ -263,8 +259,8 @@ def forged(
     planes += container.planes_of(np.array(values, "<u2"))
     frames = [container.deflate(p, 1) for p in planes]
     number = len(long) if escapes is None else escapes
-    head = container._HEADER.pack(container._MAGIC, 1, 2, len(planes), 0, length, len(gaps), number)
-    return resealed(head + b"".join(container._SIZE.pack(len(f)) for f in frames) + b"".join(frames) + bytes(8))
+    head = container.HEADER.pack(container.MAGIC, 1, 2, len(planes), 0, length, len(gaps), number)
+    return resealed(head + b"".join(container.SIZE.pack(len(f)) for f in frames) + b"".join(frames) + bytes(8))
 
 
 def test_what_each_check_refuses() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import xxhash
+from children import children, kill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -155,10 +156,10 @@ def test_many_tensors_share_a_pass(seed: int, piece: int, flat: bool) -> None:
 
 
 def test_jobs_beside_each_other_take_their_time_once() -> None:
-    clock, both = coder._Clock(), threading.Barrier(2)
+    clock, both = coder.BusyClock(), threading.Barrier(2)
 
     def job() -> list[tuple[int, codec.Encoded]]:
-        both.wait(10)
+        both.wait(60)
         time.sleep(0.2)
         return []
 
@@ -175,6 +176,7 @@ def test_jobs_beside_each_other_take_their_time_once() -> None:
 @pytest.mark.parametrize("flat", [False, True])
 def test_another_process_writes_what_this_one_would(flat: bool, tmp_path: Path) -> None:
     piece = 1024
+    before = children()
     with contextlib.closing(encoder.EncoderProcess(3)) as process:
         for version in range(3):
             model = a_model(1000 + 100 * version, piece)
@@ -195,13 +197,13 @@ def test_another_process_writes_what_this_one_would(flat: bool, tmp_path: Path) 
             ] == wanted
             assert 0 < process.encode_s < time.perf_counter() - begun, "jobs beside each other count once"
             assert process.write_s > 0 and process.diff_s > 0
-        blocks = len(process._blocks)
-        assert blocks <= encoder._COPIES + encoder._WORKS + 2, "blocks are used again"
+        blocks = len(process.blocks)
+        assert blocks <= encoder.COPIES + encoder.WORKS + 2, "blocks are used again"
         assert list(process.code(tmp_path / "none", 1, iter(()))) == [] and process.files == {}
         assert not (tmp_path / "none").exists()
-        child = process._process
-        assert child is not None and child.poll() is None
-    assert child.returncode == 0
+        (child,) = children() - before
+        assert child.is_running()
+    assert children() == before
 
 
 def test_a_coder_that_dies_or_cannot_write_ends_the_version_with_the_cause(tmp_path: Path) -> None:
@@ -210,18 +212,17 @@ def test_a_coder_that_dies_or_cannot_write_ends_the_version_with_the_cause(tmp_p
     def code(process: encoder.EncoderProcess, path: Path) -> list[Any]:
         return list(process.code(path, 1, device.compared(pairs(model, False), 64, process.block)))
 
+    before = children()
     with contextlib.closing(encoder.EncoderProcess(1)) as process:
         with pytest.raises(OSError, match="No such file"):
             code(process, tmp_path / "absent" / "d.bin")
-        assert process._process is None, "what was under way belongs to that file"
+        assert children() == before, "what was under way belongs to that file"
         wanted = code(process, tmp_path / "d.bin")
         assert len(wanted) > 20
-        child = process._process
-        assert child is not None
+        (child,) = children() - before
         child.send_signal(signal.SIGINT)  # a terminal's Ctrl-C reaches the whole group
-        assert code(process, tmp_path / "e.bin") == wanted and child.poll() is None
-        child.kill()
-        child.wait()
+        assert code(process, tmp_path / "e.bin") == wanted and children() - before == {child}
+        kill(child)
         with pytest.raises(RunFailed, match="codes weights ended with -9"):
             code(process, tmp_path / "f.bin")
         broken = device.compared(pairs(model, False), 64, lambda size: process.block(size) if size < 99 else 1 / 0)  # type: ignore[arg-type,return-value]
@@ -234,7 +235,7 @@ def test_a_child_that_is_told_nonsense_ends() -> None:
     process, link = channel.child("astracli.weights.publish.coder", "2")
     with link, open("/dev/null", "rb") as file:
         channel.send(link, {"new": 0, "size": 4096}, file.fileno())
-        assert process.wait(10) == 1
+        assert process.wait(60) == 1
 
 
 class Asked(TorchDispatchMode):
@@ -259,7 +260,7 @@ def test_the_device_is_asked_once_for_a_pass(monkeypatch: pytest.MonkeyPatch) ->
     """For its counts, some passes later. Nothing else waits for an answer."""
     piece, begun, waited = 1024, 0, list[int]()
     model = [(f"t{k}", *versions(k, 700, 2, 0.03, False)) for k in range(800)]
-    compare, wait = device._Pass.__init__, device.Event.wait
+    compare, wait = device.ComparePass.__init__, device.Event.wait
 
     def begin(self: Any, *args: Any) -> None:
         nonlocal begun
@@ -270,12 +271,12 @@ def test_the_device_is_asked_once_for_a_pass(monkeypatch: pytest.MonkeyPatch) ->
         waited.append(begun)
         wait(self)
 
-    monkeypatch.setattr(device._Pass, "__init__", begin)
+    monkeypatch.setattr(device.ComparePass, "__init__", begin)
     monkeypatch.setattr(device.Event, "wait", watched)
     tensors = pairs(model, flat=False)
     with Asked() as asked:
         made = list(device.compared(tensors, piece, lambda size: (0, torch.empty(size, dtype=torch.uint8))))
-    passes = -(-800 // (device._PIECES_AT_ONCE * piece // 700))
+    passes = -(-800 // (device.PIECES_AT_ONCE * piece // 700))
     assert begun == passes == len(waited) == len(made) and waited[0] == 5
     assert sum(len(found.names) for found in made) == 800
     assert asked.waits == []
@@ -341,7 +342,7 @@ def test_a_gpu_s_delta_is_the_file_that_a_cpu_writes(tmp_path: Path) -> None:
     found = payload.write_delta(tmp_path / "gpu", 3, {}, {}, {}, 1)
     found.tensors = {n: replace(t, pieces=[]) for n, t in wanted.tensors.items()}
     with contextlib.closing(encoder.EncoderProcess(2)) as process:
-        payload._by_gpu(found, tmp_path / "gpu" / "delta-00003.bin", new, base, 1, process)
+        payload.by_gpu(found, tmp_path / "gpu" / "delta-00003.bin", new, base, 1, process)
     assert (found.tensors, found.files) == (wanted.tensors, wanted.files) and wanted.files
     one, two = ((tmp_path / name / "delta-00003.bin").read_bytes() for name in ("cpu", "gpu"))
     assert one == two

@@ -23,7 +23,7 @@ def splitmix(value: int) -> int:
 def by_hand(bits: np.ndarray, start: int = 0) -> digest.Lanes:
     """The definition, one element at a time."""
     lanes = []
-    for column, row in zip(digest._COLUMN_SEEDS, digest._ROW_SEEDS, strict=True):
+    for column, row in zip(digest.COLUMN_SEEDS, digest.ROW_SEEDS, strict=True):
         total = 0
         for k, value in enumerate(bits.view(f"<i{bits.itemsize}").tolist(), start):
             total += (splitmix(splitmix(k >> 14) ^ row) | 1) * (splitmix(splitmix(k & 16383) ^ column) | 1) * value

@@ -76,7 +76,7 @@ def test_the_scatter_kernel_is_the_numpy_update(encoding: str, dtype: torch.dtyp
     base, new = (bits_of(random_weights(50_000, dtype, seed)).copy() for seed in (1, 2))
     new[::3] = base[::3]
     at = codec.changed_indices(base, new)
-    blob = codec._pack(codec._difference(encoding, base, new, at), len(at), 1)
+    blob = codec.encode_as(encoding, base, new, at).payload
     update = codec.decode(blob, encoding, len(at), len(base), base.itemsize)
     view = torch.from_numpy(base.view(f"<i{base.itemsize}")).view(dtype).cuda()
     prepared = apply.Prepared(b"", 1, "delta", 0, None, flat=[flatten([("a", 0, update)])])
@@ -123,7 +123,7 @@ def test_a_publisher_writes_the_same_files_from_device_tensors(tmp_path: Path) -
         publisher = Publisher(tmp_path / where, full_interval=2, threads=4)
         for version, weights in enumerate(versions):
             publisher.publish(version, {name: tensor.to(where) for name, tensor in weights.items()})
-            assert {t.flat.device.type for t in publisher._base.values()} == {where if version else "cpu"}
+            assert {t.flat.device.type for t in publisher.base.values()} == {where if version else "cpu"}
         publisher.close()
     assert same_files(tmp_path / "cpu", tmp_path / "cuda") == 3 * 2 + 4 * 2
 
@@ -140,7 +140,7 @@ def test_what_leaves_its_gpu_waits_on_the_host(tmp_path: Path) -> None:
         before = torch.cuda.memory_allocated()
         leaving.publish(version, live, owned=True)
         assert torch.cuda.memory_allocated() == before
-        kept = [t.flat for t in leaving._base.values()]
+        kept = [t.flat for t in leaving.base.values()]
         assert all(flat.device.type == "cpu" and flat.is_pinned() for flat in kept if len(flat))
     plain.close()
     leaving.close()
@@ -181,7 +181,7 @@ def test_shards_on_a_device(tmp_path: Path) -> None:
 
 def test_large_tensors_move_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "CHUNK", 4096)
-    host._pinned.cache_clear()
+    host.pinned_buffers.cache_clear()
     there = {"a": random_weights(50_001, torch.bfloat16, 0).cuda(), "b": random_weights(7_777, torch.float32, 1).cuda()}
     with ThreadPoolExecutor(3) as pool:
         copies = host.to_host(there, pool.map)
@@ -196,8 +196,8 @@ def test_large_tensors_move_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     host.to_device((bits_torch(back[name]), bits_of(copies[name])) for name in there)
     torch.cuda.synchronize()
     assert all(torch.equal(bits_torch(back[name]), bits_torch(there[name])) for name in there)
-    assert host._pinned().qsize() == host._BUFFERS
-    host._pinned.cache_clear()
+    assert host.pinned_buffers().qsize() == host.BUFFERS
+    host.pinned_buffers.cache_clear()
 
 
 @pytest.mark.parametrize("spare", [0, 1 << 60])
@@ -291,17 +291,17 @@ def test_full_versions_wait_beside_an_engine_and_are_copied_in_its_pause(
         plan = {"version": version, "kind": "full", "base_version": None, "steps": [step], "model_path": None}
         write_atomic(stage / "next.json", seal(plan))  # a thread may look at any moment
         if version:
-            watching, deadline = sglang_loader._engines[model].watcher, time.monotonic() + 60
-            while (watching._prepared is None or watching._prepared.version != version) and time.monotonic() < deadline:
+            watching, deadline = sglang_loader.loaded_models[model].watcher, time.monotonic() + 60
+            while (watching.prepared is None or watching.prepared.version != version) and time.monotonic() < deadline:
                 time.sleep(0.01)
-            (held,) = [one.held for one in watching._prepared.loaded]  # type: ignore[union-attr]
+            (held,) = [one.held for one in watching.prepared.loaded]  # type: ignore[union-attr]
             assert {s.is_cuda for _, s in held.pairs} == {where == "gpu"}
             assert len(held.pairs) > len(versions[0]) and (where == "gpu" or held.pairs[0][1].is_pinned())
-            places.add(sglang_loader._engines[model].staging._memory.data_ptr())  # type: ignore[union-attr]
+            places.add(sglang_loader.loaded_models[model].staging.memory.data_ptr())  # type: ignore[union-attr]
             for file in (stage / version_name(version)).glob("full-*"):
                 file.unlink()
         sglang_loader.apply_staged(model)
-        known = sglang_loader._engines[model]
+        known = sglang_loader.loaded_models[model]
         known.settle()
         result = json.loads((stage / "result.json").read_text())
         assert result["ok"] and (not version or result["staging"] == where), result
@@ -309,16 +309,16 @@ def test_full_versions_wait_beside_an_engine_and_are_copied_in_its_pause(
         for name, tensor in versions[version].items():
             assert np.array_equal(bits_of(model.held[name.replace(".", "_")].data.cpu()), bits_of(tensor))
         deadline = time.monotonic() + 60
-        while not kept and known.staging._memory is not None and time.monotonic() < deadline:
+        while not kept and known.staging.memory is not None and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert (known.staging._memory is None) == (not kept or not version)
+        assert (known.staging.memory is None) == (not kept or not version)
     assert len(places) == 1 or not kept
     before = torch.cuda.memory_reserved()
     sglang_loader.settle(model)
-    gone = known.staging._memory is None
+    gone = known.staging.memory is None
     assert gone == (where == "gpu" or not kept) and (
         not kept or where == "host" or torch.cuda.memory_reserved() < before
     )
     known.staging.free()
     known.watcher.close()
-    known._decoder.close()
+    known.decoder.close()

@@ -54,7 +54,7 @@ def test_bits_wait_in_one_memory_for_every_version(where: Where) -> None:
         held = memory.hold(list(zip(views, bits, strict=True)))
         assert held is not None and held.where == where and held.valid
         assert len(held.pairs) > len(bits), "cut where chunks end"
-        starts = [source.data_ptr() - memory._memory.data_ptr() for _, source in held.pairs]  # type: ignore[union-attr]
+        starts = [source.data_ptr() - memory.memory.data_ptr() for _, source in held.pairs]  # type: ignore[union-attr]
         assert all(start % 256 == 0 for start in starts), "aligned for a GPU"
         assert all(n % 4096 + s.nbytes <= 4096 for n, (_, s) in zip(starts, held.pairs, strict=True))
         for b in bits:
@@ -63,7 +63,7 @@ def test_bits_wait_in_one_memory_for_every_version(where: Where) -> None:
         applied(memory, held)
         assert all(np.array_equal(v.numpy().view(w.dtype), w) for v, w in zip(views, wanted, strict=True))
         assert not held.valid, "what was applied waits no more"
-        places.add(memory._memory.data_ptr())  # type: ignore[union-attr]
+        places.add(memory.memory.data_ptr())  # type: ignore[union-attr]
     assert len(places) == 1
 
 
@@ -82,12 +82,12 @@ def test_memory_that_is_not_kept_is_given_back_behind_the_pause(where: Where) ->
     memory = Staging(where, CPU, kept=False)
     for bits in versions_of(2):
         held = memory.hold(list(zip(views_for(bits), bits, strict=True)))
-        assert held is not None and memory._memory is not None
+        assert held is not None and memory.memory is not None
         applied(memory, held)
-        deadline = time.monotonic() + 10
-        while memory._memory is not None and time.monotonic() < deadline:
+        deadline = time.monotonic() + 60
+        while memory.memory is not None and time.monotonic() < deadline:
             time.sleep(0.005)
-        assert memory._memory is None and not held.pairs
+        assert memory.memory is None and not held.pairs
 
 
 def test_a_process_that_needs_the_gpu_gets_it_and_the_next_version_is_staged_again() -> None:
@@ -96,11 +96,11 @@ def test_a_process_that_needs_the_gpu_gets_it_and_the_next_version_is_staged_aga
         held = memory.hold(list(zip(views_for(bits), bits, strict=True)))
         assert held is not None
         memory.leave_gpu()
-        assert memory._memory is None and not held.valid
+        assert memory.memory is None and not held.valid
     host = Staging("host", CPU, kept=True)
     held = host.hold(list(zip(views_for(bits), bits, strict=True)))
     host.leave_gpu()
-    assert host._memory is not None and held is not None and held.valid, "host memory is not the GPU's"
+    assert host.memory is not None and held is not None and held.valid, "host memory is not the GPU's"
 
 
 def test_without_room_the_next_best_place_serves_from_then_on(
@@ -109,14 +109,14 @@ def test_without_room_the_next_best_place_serves_from_then_on(
     (bits,) = versions_of(1)
     jobs = list(zip(views_for(bits), bits, strict=True))
     full = {"gpu"}
-    original = Staging._room
+    original = Staging.room
 
     def room(self: Staging, where: Where, size: int) -> torch.Tensor:
         if where in full:
             raise torch.OutOfMemoryError(f"no room on the {where}")
         return original(self, where, size)
 
-    monkeypatch.setattr(Staging, "_room", room)
+    monkeypatch.setattr(Staging, "room", room)
     memory = Staging("gpu", CPU, kept=True)
     for _ in range(2):
         held = memory.hold(jobs)
@@ -126,8 +126,8 @@ def test_without_room_the_next_best_place_serves_from_then_on(
     full.add("host")
     assert memory.hold(jobs) is None and memory.hold(jobs) is None
     assert capsys.readouterr().err.count("copied from their files in the pause") == 1
-    monkeypatch.setattr(Staging, "_room", original)
-    monkeypatch.setattr(staging, "_available", lambda: staging.SPARE_BYTES + 100)
+    monkeypatch.setattr(Staging, "room", original)
+    monkeypatch.setattr(staging, "available", lambda: staging.SPARE_BYTES + 100)
     assert Staging("host", CPU, kept=True).hold(jobs) is None
     assert "the host has 1.1 GB free, the version takes 0.0 GB" in capsys.readouterr().err
 
@@ -145,17 +145,17 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FusedMod
     monkeypatch.setenv("ASTRA_STAGING_KEPT", "1")
     model = FusedModel()
     yield model
-    known = sglang_loader._engines[model]
+    known = sglang_loader.loaded_models[model]
     known.settle()
     known.watcher.close()
-    known._decoder.close()
+    known.decoder.close()
 
 
 def staged_ahead(model: FusedModel, version: int) -> apply.Prepared:
     """What the engine's thread has brought to its place."""
-    watching, deadline = sglang_loader._engines[model].watcher, time.monotonic() + 10
+    watching, deadline = sglang_loader.loaded_models[model].watcher, time.monotonic() + 60
     while time.monotonic() < deadline:
-        found = watching._prepared
+        found = watching.prepared
         if found is not None and found.version == version:
             return found
         time.sleep(0.005)
@@ -164,7 +164,7 @@ def staged_ahead(model: FusedModel, version: int) -> apply.Prepared:
 
 def called(model: FusedModel, where: Path) -> dict[str, Any]:
     sglang_loader.apply_staged(model)
-    sglang_loader._engines[model].settle()  # the read-back still writes to the stage
+    sglang_loader.loaded_models[model].settle()  # the read-back still writes to the stage
     return dict(json.loads((where / "result.json").read_text()))
 
 
@@ -175,13 +175,13 @@ def test_full_versions_are_staged_beside_the_engine_and_read_back_like_deltas(
     where = stage(tmp_path, versions, [FULL.format(0)], transfer="full", full_interval=1)
     first = called(engine, where)  # the thread begins with this call
     assert first["ok"] and first["staging"] in ("file", "gpu") and same(engine.hf(), versions[0])
-    memory = sglang_loader._engines[engine].staging
+    memory = sglang_loader.loaded_models[engine].staging
     for version in (1, 2):
         restage(tmp_path, [FULL.format(version)])
         prepared = staged_ahead(engine, version)
         assert same(engine.hf(), versions[version - 1]), "nothing changes before the pause"
         shutil.rmtree(where / f"v{version:06d}")
-        place = memory._memory.data_ptr()  # type: ignore[union-attr]
+        place = memory.memory.data_ptr()  # type: ignore[union-attr]
         assert all(not step.copies for step in prepared.loaded) and prepared.flat == []
         result = called(engine, where)
         assert result["ok"] and result["staging"] == "gpu" and result["kind"] == "full", result
@@ -191,7 +191,7 @@ def test_full_versions_are_staged_beside_the_engine_and_read_back_like_deltas(
         assert readback["ok"] and readback["version"] == version
     restage(tmp_path, [FULL.format(3)])
     staged_ahead(engine, 3)
-    assert memory._memory is not None and memory._memory.data_ptr() == place, "the same memory for every version"
+    assert memory.memory is not None and memory.memory.data_ptr() == place, "the same memory for every version"
 
 
 def test_bits_that_rot_while_they_wait_are_found_in_the_pause_and_another_full_version_mends_it(
@@ -202,12 +202,12 @@ def test_bits_that_rot_while_they_wait_are_found_in_the_pause_and_another_full_v
     assert called(engine, where)["ok"]
     restage(tmp_path, [FULL.format(1)])
     staged_ahead(engine, 1)
-    memory = sglang_loader._engines[engine].staging._memory
+    memory = sglang_loader.loaded_models[engine].staging.memory
     assert memory is not None
     memory[1] ^= 1
     wrong = called(engine, where)
     assert not wrong["ok"] and "1 of 9 tensors have the wrong digest: model.embed_tokens.weight" in wrong["message"]
-    assert sglang_loader._engines[engine].version is None
+    assert sglang_loader.loaded_models[engine].version is None
     restage(tmp_path, [FULL.format(1)])
     staged_ahead(engine, 1)
     mended = called(engine, where)
@@ -242,8 +242,8 @@ def test_what_waits_for_a_parameter_that_has_moved_or_left_its_gpu_is_read_again
     restage(tmp_path, [FULL.format(2)])
     prepared = staged_ahead(engine, 2)
     sglang_loader.settle(engine)  # its GPU goes to a trainer
-    known = sglang_loader._engines[engine]
-    assert known.staging._memory is None and known.watcher._prepared is None
+    known = sglang_loader.loaded_models[engine]
+    assert known.staging.memory is None and known.watcher.prepared is None
     assert not known.place(prepared.manifests[-1].tensors).fits(prepared)
     again = called(engine, where)
     assert again["ok"] and again["staging"] == "file" and same(engine.hf(), versions[2])

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from astracli.adapters.qwen3_5 import ADAPTER
+from astracli.adapters.qwen3_5 import ADAPTER, tiny_config
 from astracli.config.recipe import Recipe
 from astracli.models.adapter import ModelAdapter
+from astracli.rl.batch import Batch, build_batch
 from astracli.rl.types import Group, Sample, Segment
-from astracli.training import setup
+from astracli.training import packing, setup
 from astracli.training.fsdp import Ranks
 from astracli.training.step import Trainer
 
@@ -38,13 +39,18 @@ def recipe(**tables: dict[str, Any]) -> Recipe:
     return Recipe.model_validate(base)
 
 
-def save_model(directory: Path, *, config: dict[str, Any] | None = None, seed: int = 0, std: float = 0.2) -> Path:
-    """A random tiny hybrid as a checkpoint on disk."""
+TWO_LAYERS = {
+    "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "full_attention_interval": 2,
+}  # fmt: skip
+"""One layer of each kind: a training step on a CPU takes less than half of what the adapter's four layers take."""
+
+
+def save_model(directory: Path, *, seed: int = 0, std: float = 0.2, **config: Any) -> Path:
+    """A random tiny hybrid as a checkpoint on disk; `config` changes its sizes."""
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-    assert ADAPTER.tiny_config is not None
     torch.manual_seed(seed)
-    model = Qwen3_5ForCausalLM(Qwen3_5TextConfig.from_dict(config or ADAPTER.tiny_config()))
+    model = Qwen3_5ForCausalLM(Qwen3_5TextConfig.from_dict(tiny_config() | TWO_LAYERS | config))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "conv1d" not in name:
@@ -57,6 +63,13 @@ def make_trainer(
     model_dir: Path, chosen: Recipe, ranks: Ranks | None = None, adapter: ModelAdapter = ADAPTER
 ) -> Trainer:
     return setup.build_trainer(model_dir, adapter, chosen, ranks or Ranks(), attention="sdpa")
+
+
+def divided(trainer: Trainer, groups: Sequence[Group], step: int = 0) -> Batch:
+    """The batch that a trainer makes of the groups."""
+    ranks, cut = trainer.ranks, packing.dividers(trainer.packed)[0]
+    shared = {"rank": ranks.rank, "world_size": ranks.world_size, "pad_token": trainer.pad_token}
+    return build_batch(groups, trainer.recipe, step=step, divide_rows=cut, **shared)
 
 
 def sample_groups(

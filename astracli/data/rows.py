@@ -94,7 +94,7 @@ class ParquetRows(Rows):
         meta = self._file.metadata
         sizes = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
         self._ends = np.cumsum(np.array(sizes, np.int64))
-        self._group = lru_cache(GROUPS)(self._read)
+        self.group = lru_cache(GROUPS)(self._read)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -108,7 +108,7 @@ class ParquetRows(Rows):
     def row(self, place: int) -> Row:
         group = int(self._ends.searchsorted(place, side="right"))
         first = int(self._ends[group - 1]) if group else 0
-        found: list[Row] = self._group(group).slice(place - first, 1).to_pylist()
+        found: list[Row] = self.group(group).slice(place - first, 1).to_pylist()
         return found[0]
 
     def __iter__(self) -> Iterator[Row]:

@@ -27,7 +27,7 @@ ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
 
 def all_reduce(ranks: int, device: str) -> list[Row]:
     """Rows for the peer access of GPUs and for the all-reduce."""
-    rows = [_peers(ranks)] if device == "cuda" else []
+    rows = [peer_access(ranks)] if device == "cuda" else []
     row = {"name": "all-reduce", "status": "fail", "value": f"{ranks} ranks gave no right sum in {LIMIT_S:.0f} s"}
     if (value := attempt(ranks, device, {})) is not None:
         row |= {"status": "ok", "value": value}
@@ -71,7 +71,7 @@ def own_gpu(rank: int, environment: Mapping[str, str]) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": visible.split(",")[rank].strip() if visible else str(rank)}
 
 
-def _peers(ranks: int) -> Row:
+def peer_access(ranks: int) -> Row:
     """Which pairs of GPUs reach each other's memory directly. None is slow, and right."""
     import torch
 

@@ -143,8 +143,8 @@ def bandwidth(device: str) -> list[Row]:
 
     source = torch.ones(2**24)  # 64 MiB
     target = torch.empty_like(source)
-    rows = [_speed("memory copy", _rate(lambda: target.copy_(source), source.nbytes), 0.0)]
-    rows.append(_speed("loopback", loopback(), SLOW_LOOPBACK))
+    rows = [speed_row("memory copy", _rate(lambda: target.copy_(source), source.nbytes), 0.0)]
+    rows.append(speed_row("loopback", loopback(), SLOW_LOOPBACK))
     if device == "cuda":
         held, there = torch.ones(2**26).pin_memory(), torch.empty(2**26, device="cuda")
         for name, a, b in (("host to device", there, held), ("device to host", held, there)):
@@ -153,7 +153,7 @@ def bandwidth(device: str) -> list[Row]:
                 a.copy_(b)
                 torch.cuda.synchronize()
 
-            rows.append(_speed(name, _rate(copy, held.nbytes), SLOW_COPY))
+            rows.append(speed_row(name, _rate(copy, held.nbytes), SLOW_COPY))
     return rows
 
 
@@ -187,7 +187,7 @@ def loopback(count: int = 2**26) -> float:
         return got / (time.perf_counter() - start)
 
 
-def _speed(name: str, rate: float, least: float) -> Row:
+def speed_row(name: str, rate: float, least: float) -> Row:
     wanted = f" (at least {least / 1e9:g})" if least else ""
     return {"name": name, "status": "ok" if rate >= least else "fail", "value": f"{rate / 1e9:.1f} GB/s{wanted}"}
 

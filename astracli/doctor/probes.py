@@ -59,7 +59,7 @@ def run(subject: Subject) -> list[Check]:
         for probe, rows in answers(probes):
             if probe.kind == "imports":
                 rows = _joined(probe, rows)
-            found += [_check(subject, probe, row) for row in rows]
+            found += [check_of(subject, probe, row) for row in rows]
     adapter = subject.adapter
     if adapter is not None and adapter.tiny_config is None:
         found.append(Check(adapter.name, GROUP, "skip", "this adapter brings no tiny model to try"))
@@ -78,7 +78,7 @@ def _joined(probe: Probe, rows: list[Row]) -> list[Row]:
     return [*failed, {"name": probe.name, "status": "ok", "value": good}] if good else failed
 
 
-def _check(subject: Subject, probe: Probe, row: Row) -> Check:
+def check_of(subject: Subject, probe: Probe, row: Row) -> Check:
     status: Status = subject.bad(probe.needed) if row["status"] == "fail" else row["status"]
     notes = (probe.why, row.get("fix", probe.fix)) if status in ("fail", "warn") else ()
     return Check(f"{probe.prefix}{row['name']}", GROUP, status, row["value"], *notes)

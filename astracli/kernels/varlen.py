@@ -71,7 +71,7 @@ def _set_mode(mode: tuple[bool, bool]) -> None:
     torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
 
 
-def _ordered(out: Tensor) -> Tensor:
+def ordered(out: Tensor) -> Tensor:
     """`out` of an attention kernel, whose backward pass adds up in one order if that was asked for."""
     if _in_one_order and out.grad_fn is not None:
         mode = _mode()
@@ -143,20 +143,20 @@ def attention(
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if cu_seqlens is None:
-        return _causal(query, key, value, scale, sliding_window).transpose(1, 2), None
+        return causal_attention(query, key, value, scale, sliding_window).transpose(1, 2), None
     if query.shape[0] != 1:
         raise ValueError(f"cu_seqlens with {query.shape[0]} rows; a packed row is one")
-    if query.is_cuda and key.shape[-1] == value.shape[-1] and _flash_runs(query.device, query.dtype, query.shape[-1]):
+    if query.is_cuda and key.shape[-1] == value.shape[-1] and flash_runs(query.device, query.dtype, query.shape[-1]):
         assert max_seqlen is not None
         return _flash(query, key, value, cu_seqlens, max_seqlen, scale, sliding_window), None
     parts = [
-        _causal(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scale, sliding_window)
+        causal_attention(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scale, sliding_window)
         for a, b in segments(cu_seqlens, query.shape[2], cu_seqlens_host)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
     """[B, H, T, D] of one segment. A window sees itself and `window` - 1 tokens before."""
     mask, tokens = None, query.shape[2]
     if window is not None and tokens > window:
@@ -164,7 +164,7 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int
         back = ahead[:, None] - ahead[None, :]
         mask = (back >= 0) & (back < window)
     grouped = query.shape[1] != key.shape[1]
-    return _ordered(
+    return ordered(
         scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
         )
@@ -172,7 +172,7 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int
 
 
 @lru_cache
-def _flash_runs(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+def flash_runs(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
     """Whether torch's own flash kernels take this, forward and backward."""
     capability = torch.cuda.get_device_capability(device)
     if dtype not in (torch.bfloat16, torch.float16) or capability < (8, 0) or head_size > 256 or head_size % 8:
@@ -215,5 +215,5 @@ def _flash(
         if window is not None and longest > window:
             raise RunFailed("this torch has no sliding window in packed rows", "use `--set train.packing=padded`")
     out: Any = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
-    attended: Tensor = _ordered(out)[None]
+    attended: Tensor = ordered(out)[None]
     return attended

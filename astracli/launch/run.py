@@ -63,7 +63,7 @@ def train(recipe: Recipe, *, run_dir: Path | None = None, resume: Path | None = 
     try:
         if resume is not None:
             step = recipe_changes.resume_step(run, recipe)
-        inputs = _fetch(recipe, data=True, benchmarks=recipe.eval.benchmarks if recipe.eval.every else [])
+        inputs = fetch_inputs(recipe, data=True, benchmarks=recipe.eval.benchmarks if recipe.eval.every else [])
         pin_problems(run, recipe, inputs.data)
     except BaseException:
         if resume is None:
@@ -84,11 +84,11 @@ def rollout(recipe: Recipe, *, weights: str | None = None, n: int, out: Path, ru
     began = time.monotonic()
     recipe = recipe_changes.with_weights(recipe, weights)
     plan = _refusing_plan(recipe, "rollout")
-    inputs = _fetch(recipe, data=True, benchmarks=[])
+    inputs = fetch_inputs(recipe, data=True, benchmarks=[])
     run = runs.create(f"{recipe.name}-rollout", run_dir)
     code, _ = _run(began, inputs, recipe, plan, run, samples=SampleFile(path=out.resolve(), groups=n))
     if code == 0 or out.exists():
-        say(("interrupted; " if code else "") + _rollout_words(out))
+        say(("interrupted; " if code else "") + rollout_words(out))
     return code
 
 
@@ -111,7 +111,7 @@ def evaluate(
     if resume is None:
         recipe = recipe_changes.with_evaluation(recipe_changes.with_weights(recipe, weights), benchmarks, samples)
     plan = _refusing_plan(recipe, "eval")
-    inputs = _fetch(recipe, data=False, benchmarks=recipe.eval.benchmarks)
+    inputs = fetch_inputs(recipe, data=False, benchmarks=recipe.eval.benchmarks)
     if resume is not None:
         run = recipe_changes.resumed_evaluation(resume)
     elif out is not None:
@@ -176,7 +176,7 @@ def _config_if_here(recipe: Recipe) -> Mapping[str, Any] | None:
     return cached if cached is not None or known else fetch.fetch_config(path, revision)
 
 
-def _fetch(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> Inputs:
+def fetch_inputs(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> Inputs:
     """Model, training problems and benchmarks, each checked before anything starts. Raises UserError."""
     from astracli.data import benchmarks as sets
     from astracli.data import datasets
@@ -201,7 +201,7 @@ def _fetch(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> Inputs:
 # -- results ----------------------------------------------------------------------------------------------------------
 
 
-def _rollout_words(out: Path) -> str:
+def rollout_words(out: Path) -> str:
     """How many samples were written, and how they were graded. A file without any goes: it would be in the way when the
     same command is given again."""
     with out.open(encoding="utf-8") as lines:

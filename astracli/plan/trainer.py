@@ -148,10 +148,10 @@ def _passes(load: TrainerLoad, split: Split) -> tuple[int, int]:
     block = ceil((shape.parameters - _outside(shape)) / max(shape.layers, 1))
     again = RECOMPUTED if mode != "none" else RECOMPUTED - 1
     in_block = (GATHERED if several else ALONE) * block + int(again * largest) + several * 2 * head
-    return kept, max(in_head, in_block, _in_update(shape, load.ranks, split) - kept)
+    return kept, max(in_head, in_block, in_update(shape, load.ranks, split) - kept)
 
 
-def _in_update(shape: MemoryShape, ranks: int, split: Split) -> int:
+def in_update(shape: MemoryShape, ranks: int, split: Split) -> int:
     """What an update brings to the GPU (adam.py). On one rank: whole master weights (the head's in one piece) beside
     the first moments from the host. Then the moments of `BUCKETS_IN_FLIGHT` buckets; the head's leave last."""
     share, head = ceil(shape.parameters / ranks), ceil(shape.vocab_size * shape.hidden_size / ranks)

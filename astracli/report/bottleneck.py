@@ -225,11 +225,11 @@ def _seen(records: Sequence[Record], first: int, end: int) -> Seen:
         trained_tokens=sum(r.get("tokens", 0.0) for r in steps),
         generated_tokens=sum(r["rollout_tokens_per_s"] * r["interval_s"] for r in told),
         held_s=held_s,
-        evaluated_tokens=_evaluated(records, steps),
+        evaluated_tokens=evaluated_tokens(records, steps),
     )
 
 
-def _evaluated(records: Sequence[Record], steps: Sequence[Record]) -> float:
+def evaluated_tokens(records: Sequence[Record], steps: Sequence[Record]) -> float:
     """Tokens of evaluations that were generated while these steps were due: of one that began before or ended after,
     the part of its time."""
     if not steps:

@@ -46,11 +46,11 @@ class Adam:
         self.values = values
         self.split_masters = split_masters or SplitMasters()
         self.away = on_host({name: value.numel() for name, value in values.items()}, moments_on_host)
-        self._optimized = {name: nn.Parameter(value) for name, value in values.items() if value.numel()}
+        self.optimized = {name: nn.Parameter(value) for name, value in values.items() if value.numel()}
         self._offloaded: dict[str, CpuOffload] = {}
         self._overlapped_offload = OverlappedOffload(next(iter(values.values())).device)
         self.adamw = torch.optim.AdamW(
-            _groups(self._optimized, table), lr=table.learning_rate, betas=table.betas, eps=table.eps, fused=True
+            _groups(self.optimized, table), lr=table.learning_rate, betas=table.betas, eps=table.eps, fused=True
         )
 
     def step(self, gradients: Mapping[str, Tensor], rate: float) -> None:
@@ -63,10 +63,10 @@ class Adam:
 
         def resident() -> None:
             for bucket in stay:
-                self._step_bucket(bucket, gradients)
+                self.step_bucket(bucket, gradients)
 
         def visitors(index: int) -> list[CpuOffload]:
-            self._step_bucket(pass_by[index], gradients)
+            self.step_bucket(pass_by[index], gradients)
             return [self._offload(name) for name in pass_by[index]]
 
         self._overlapped_offload.through(sets, visitors, resident)
@@ -75,18 +75,18 @@ class Adam:
         """Bytes that come to the device for an update of this."""
         return self.values[name].nbytes * ((2 if name in self.away else 0) + (1 if name in self.split_masters else 0))
 
-    def _step_bucket(self, names: Collection[str], gradients: Mapping[str, Tensor]) -> None:
+    def step_bucket(self, names: Collection[str], gradients: Mapping[str, Tensor]) -> None:
         with self.split_masters.whole(names):
             for name in names:
-                self._optimized[name].grad = gradients[name]
+                self.optimized[name].grad = gradients[name]
             self.adamw.step()
             for name in names:
-                self._optimized[name].grad = None
+                self.optimized[name].grad = None
 
     def _offload(self, name: str) -> CpuOffload:
         """Of the moments of one parameter, on the device now."""
         if name not in self._offloaded:
-            state = self.adamw.state[self._optimized[name]]
+            state = self.adamw.state[self.optimized[name]]
             self._offloaded[name] = CpuOffload([state[key] for key in MOMENTS])
         return self._offloaded[name]
 
@@ -96,14 +96,14 @@ class Adam:
         return first, second
 
     def _moment(self, name: str, key: str) -> Tensor:
-        state = self.adamw.state.get(self._optimized[name]) if name in self._optimized else None
+        state = self.adamw.state.get(self.optimized[name]) if name in self.optimized else None
         if not state:
             return torch.zeros_like(self.values[name], device="cpu" if name in self.away else None)
         return self._offloaded[name].on_host(state[key]) if name in self._offloaded else state[key]
 
     def on_device(self) -> list[Tensor]:
         """Moments that lie beside their masters."""
-        there = [self.adamw.state.get(m, {}) for name, m in self._optimized.items() if name not in self.away]
+        there = [self.adamw.state.get(m, {}) for name, m in self.optimized.items() if name not in self.away]
         return [state[key] for state in there if state for key in MOMENTS]
 
     @property
@@ -114,7 +114,7 @@ class Adam:
     @torch.no_grad()
     def restore(self, name: str, first: Tensor, second: Tensor, updates: int) -> None:
         """Take over one parameter's moments, which then belong to this, and the update count."""
-        master = self._optimized.get(name)
+        master = self.optimized.get(name)
         if master is None:  # this rank's shard of it is empty
             return
         moments = {key: moment.to(master.device) for key, moment in zip(MOMENTS, (first, second), strict=True)}

@@ -62,7 +62,7 @@ class Saver:
         """Called in a thread with its error."""
         self.memory: CopyMemory | None = None
         self.stream = torch.cuda.Stream(ranks.device) if ranks.device.type == "cuda" else None
-        self._save: _Save | None = None
+        self._save: Save | None = None
         self._figures: dict[str, float] = {}
 
     def prepare(self, masters: Masters) -> CopyMemory:
@@ -89,7 +89,7 @@ class Saver:
             "world_size": self.ranks.world_size,
             "names": sorted(masters.values),
         }
-        self._save = _Save(self, memory, working, meta, _parts(masters, self.ranks))
+        self._save = Save(self, memory, working, meta, _parts(masters, self.ranks))
         masters.before_change = self.copied
 
     @property
@@ -129,7 +129,7 @@ class Saver:
         return found
 
 
-class _Save:
+class Save:
     """One checkpoint on its way: two threads."""
 
     def __init__(
@@ -221,7 +221,7 @@ class _Save:
         index = {"bytes": size, "xxh3": digest.hexdigest(), "tensors": self._entries}
         write_atomic(self._working / f"rank_{rank}.json", json.dumps(index), sync=True)
         if self._saver.ranks.first:
-            self._make_whole()
+            self.make_whole()
         self.copied.wait()
         self._saver._figures = {
             "checkpoint_copy_s": self._copy_s,
@@ -230,7 +230,7 @@ class _Save:
         }
         self.done.set()
 
-    def _make_whole(self) -> None:
+    def make_whole(self) -> None:
         """Every rank's part is on disk: list them, rename, drop older checkpoints."""
         indices = [self._working / f"rank_{rank}.json" for rank in range(self._saver.ranks.world_size)]
         while not all(path.exists() for path in indices):

@@ -88,7 +88,7 @@ class Trainer:
         self.ablation = self.packed and self.recipe.train.row_boundaries == "ignored"
         """Rows leak because the recipe says so: the checks measure and do not stop."""
         self._noise_allows = 0.0
-        self._first = True
+        self.first_step = True
         self._kept: tuple[Tensor, Tensor] | None = None
 
     def train(self, groups: Sequence[Group], step: int, version: int) -> StepResult:
@@ -101,7 +101,7 @@ class Trainer:
         timer = Timer(self.ranks.device)
         batch = self._divide(groups, step)
         timer.lap("batch_s")
-        first, self._first = self._first, False
+        first, self.first_step = self.first_step, False
         metrics = self._check_rows(batch) if first or step % self.recipe.train.rows_check_every == 0 else {}
         if first and not self.ablation:  # later they are small: the policy draws its tokens itself
             self.row_check.require(metrics)

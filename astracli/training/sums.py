@@ -53,18 +53,18 @@ class Timer:
 
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"
-        self._laps: list[tuple[str, Any]] = [("", self._now())]
+        self.laps: list[tuple[str, Any]] = [("", self._now())]
 
     def lap(self, phase: str) -> None:
         """The time since the last lap belongs to `phase`."""
-        self._laps.append((phase, self._now()))
+        self.laps.append((phase, self._now()))
 
     def seconds(self) -> dict[str, float]:
         """By phase. Waits for the end of the last."""
         if self._on_gpu:
-            self._laps[-1][1].synchronize()
+            self.laps[-1][1].synchronize()
         found: dict[str, float] = {}
-        for (_, since), (phase, until) in zip(self._laps, self._laps[1:], strict=False):
+        for (_, since), (phase, until) in zip(self.laps, self.laps[1:], strict=False):
             took = since.elapsed_time(until) / 1000 if self._on_gpu else until - since
             found[phase] = found.get(phase, 0.0) + took
         return found

@@ -132,7 +132,7 @@ def publish(args: argparse.Namespace, case: Case, trainer: Trainer) -> dict[str,
         threads = 1 if case.ranks.device.type == "cpu" else ENCODE_THREADS
         publisher = Publisher(name, full_interval=100_000, keep=4, tied=trainer.masters.tied, threads=threads)
         rows = Publishing(case, trainer, publisher).measure(args.pairs, args.limit_s)
-        where = next(iter(publisher._base.values())).flat.device.type
+        where = next(iter(publisher.base.values())).flat.device.type
         publisher.close()
     found: dict[str, Any] = {key: statistics.median(row[key] for row in rows) for key in rows[0] if key != "pair"}
     found |= {"ratio": found["on_s"] / found["off_s"], "pairs": len(rows), "published_from": where}

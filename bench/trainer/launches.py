@@ -162,7 +162,7 @@ def one_gpu(count: Count) -> Iterator[None]:
         mock.patch.object(logprob, "_logits", lambda h, w, bias, temperature: product(h, w.t(), torch.float32)),
         mock.patch.object(weight_gradients, "product", lambda x, y: product(x.t(), y, torch.float32)),
         mock.patch.object(weight_gradients, "add_product", add_product),
-        mock.patch.object(varlen, "_flash_runs", lambda *_: True),
+        mock.patch.object(varlen, "flash_runs", lambda *_: True),
         mock.patch.object(upload, "pinned", lambda tensor: tensor),
         mock.patch.object(split_masters, "split", lambda *_: None),  # of an update, which is not counted here
         mock.patch.object(split_masters, "join", lambda *_: None),

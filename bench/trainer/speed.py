@@ -62,7 +62,12 @@ def timed_step(trainer: Trainer, sample: list[Group], step: int) -> tuple[float,
 
 
 def measure(
-    trainer: Trainer, draw: Callable[[int], list[Group]], steps: int, shape: MemoryShape, peak: float | None
+    trainer: Trainer,
+    draw: Callable[[int], list[Group]],
+    steps: int,
+    shape: MemoryShape,
+    peak: float | None,
+    split: Split,
 ) -> dict[str, Any]:
     device = trainer.ranks.device
     began = time.perf_counter()
@@ -90,16 +95,15 @@ def measure(
         "mfu": statistics.median(used) / (peak * 1e12) if peak else None,
         "peak_gib": torch.cuda.max_memory_allocated(device) / GIB if on_gpu else None,
         "reserved_gib": torch.cuda.max_memory_reserved(device) / GIB if on_gpu else None,
-        "planned_gib": planned(trainer, shape) / GIB if counted else None, "fullest": fullest,
-        "on_host": trainer.masters.adam.moments_on_host, "gradient_error": first.get("rows_gradient_error"),
+        "planned_gib": planned(trainer, shape, split) / GIB if counted else None, "fullest": fullest,
+        "on_host": split.moments_on_host, "gradient_error": first.get("rows_gradient_error"),
         "gradient_own": first.get("rows_gradient_own_shape"), "gradient_noise": first.get("rows_gradient_noise"),
         "warm_up_s": warm, "grad_norm": metrics["grad_norm"],
     }  # fmt: skip
 
 
-def planned(trainer: Trainer, shape: MemoryShape) -> int:
+def planned(trainer: Trainer, shape: MemoryShape, split: Split) -> int:
     """Bytes that the launch plan counts on the GPU, without what torch does not allocate and the holes of its cache."""
-    split = Split(moments_on_host=trainer.masters.adam.moments_on_host)
     load = TrainerLoad(trainer.recipe, shape, trainer.ranks.world_size)
     rows = plan_trainer.trainer_rows("trainer", load, "cuda", split)
     outside = (Component.CUDA_CONTEXT, Component.CACHE_HOLES)
@@ -186,6 +190,7 @@ def main() -> None:
         print(profile(start(args.profile), case.groups), flush=True)
         return
     rows: list[dict[str, Any]] = []
+    measured = (case.groups, args.steps, case.shape, peak)
     longest_variant = 0.0
     for name in args.variants:
         since = time.perf_counter()
@@ -193,7 +198,7 @@ def main() -> None:
             row: dict[str, Any] = {"raised": f"not run: {args.limit_s:.0f} s would not suffice"}
         else:
             try:
-                row = measure(start(name), case.groups, args.steps, case.shape, peak)
+                row = measure(start(name), *measured, VARIANTS[name].split)
             except Exception as problem:  # a variant that cannot run here is a result, and is printed as one
                 row = {"raised": f"{type(problem).__name__}: {' '.join(str(problem).split())[:400]}"}
         release()

@@ -25,6 +25,6 @@ def file(model: Any, named_tensors: Iterable[Any] = ()) -> None:
 
 
 def _move(model: Any, where: Where) -> None:
-    engine = sglang_loader._engines[model]
+    engine = sglang_loader.loaded_models[model]
     engine.staging.free()
     engine.staging = Staging(where, engine._device, kept=True)

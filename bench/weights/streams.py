@@ -64,7 +64,7 @@ class Meter(Streams):
         self._idle.set()
         self.arrived: list[tuple[float, int]] = []
         """(when, tokens)"""
-        self._first: dict[int, float] = {}
+        self.first_seen: dict[int, float] = {}
         """Stream -> when its first tokens since `mark` arrived."""
 
     async def __aenter__(self) -> Meter:
@@ -93,7 +93,7 @@ class Meter(Streams):
                     if found := COUNT.search(line):
                         count = int(found[1])
                         now = time.monotonic()
-                        self._first.setdefault(k, now)
+                        self.first_seen.setdefault(k, now)
                         self.arrived.append((now, count - seen))
                         seen = count
         finally:
@@ -122,15 +122,15 @@ class Meter(Streams):
 
     def mark(self) -> None:
         """An update is over: `again` counts from here."""
-        self._first.clear()
+        self.first_seen.clear()
 
     async def again(self, begin: float, limit_s: float) -> float | None:
         """Seconds from `begin` until every stream had brought tokens since `mark`; None: not within `limit_s` of it."""
-        while len(self._first) < self._running:
+        while len(self.first_seen) < self._running:
             if time.monotonic() > begin + limit_s:
                 return None
             await asyncio.sleep(0.005)
-        return max(self._first.values()) - begin
+        return max(self.first_seen.values()) - begin
 
     async def recovery(self, begin: float, end: float, before: float, limit_s: float) -> float | None:
         """An update was felt from `begin` to `end` (continue answered): seconds from `begin` until half a second begins

@@ -55,7 +55,7 @@ class Decoder:
             members = np.flatnonzero(np.isin(row_of, batch))
             rank = {row: i for i, row in enumerate(batch)}
             copies = torch.tensor([rank[row] for row in row_of[members].tolist()], device=self.device)
-            logits.append(self._prefill_rows([distinct[row] for row in batch], copies, position))
+            logits.append(self.prefill_rows([distinct[row] for row in batch], copies, position))
             placed.append(members)
             position += len(members)
         order = np.concatenate(placed)
@@ -77,7 +77,7 @@ class Decoder:
             batch.append(row)
         yield batch
 
-    def _prefill_rows(self, prompts: list[np.ndarray], copies: Tensor, first: int) -> Tensor:
+    def prefill_rows(self, prompts: list[np.ndarray], copies: Tensor, first: int) -> Tensor:
         """One left-padded forward over distinct prompts, expanded into slots -> logits [len(copies), V]."""
         lengths = np.array([len(prompt) for prompt in prompts])
         longest = int(lengths.max())

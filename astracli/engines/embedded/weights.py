@@ -36,7 +36,7 @@ class EngineWeights:
     ):  # fmt: skip
         """`verify_interval`: the parameters are read back at every n-th version; 0 = never."""
         parameters = dict(model.named_parameters())
-        self._parameters: dict[str, Tensor] = {tensor.name: parameters[name] for name, tensor in wire.items()}
+        self.parameters: dict[str, Tensor] = {tensor.name: parameters[name] for name, tensor in wire.items()}
         self.copies: dict[str, Tensor] = {
             tensor.name: parameters[name].detach().to(getattr(torch, tensor.dtype), copy=True).contiguous()
             for name, tensor in wire.items()
@@ -47,11 +47,11 @@ class EngineWeights:
         self.problem = problem
         self._verify_interval = verify_interval
         self.readback = Readback()
-        self._write()
+        self.write_parameters()
 
-    def _write(self) -> None:
+    def write_parameters(self) -> None:
         with torch.no_grad():
-            for name, parameter in self._parameters.items():
+            for name, parameter in self.parameters.items():
                 parameter.copy_(self.copies[name])
 
     def apply_staged(self, stage_dir: Path, version: int, prepared: Prepared | None = None) -> UpdateReply:
@@ -71,7 +71,7 @@ class EngineWeights:
         except (AstraError, OSError, ValueError) as error:
             return self._failed(version, str(error))
         started = time.monotonic()
-        self._write()
+        self.write_parameters()
         self.have = self.version = version
         self.problem = None
         told = {name: getattr(result, name) for name in ("changed", "decode_s", "apply_s", "verify_s")}
@@ -91,7 +91,7 @@ class EngineWeights:
         """{HF name: digest of what the parameter holds}; "" for one that holds other values than its copy, bit for bit.
         (Rounded to the wire's dtype they could look the same, and NaNs different.)"""
         found = {}
-        for name, parameter in self._parameters.items():
+        for name, parameter in self.parameters.items():
             copy = self.copies[name]
             same = torch.equal(parameter.detach().view(torch.int32), copy.to(parameter.dtype).view(torch.int32))
             found[name] = to_hex(digest_tensor(copy)) if same else ""

@@ -65,7 +65,7 @@ class _Quick:
                 sys.setswitchinterval(self._before)
 
 
-_quick = _Quick()
+quickly = _Quick()
 
 
 class LoadedModel:
@@ -84,14 +84,14 @@ class LoadedModel:
         where: Any = os.environ.get("ASTRA_STAGING", "host")
         kept = os.environ.get("ASTRA_STAGING_KEPT") == "1"
         self.staging = Staging(where, self._device, kept=kept)
-        self._decoder = DecoderProcess()
-        self.watcher = StageWatcher(stage_dir, self.load, self.warm, self._decoder.prepare)
+        self.decoder = DecoderProcess()
+        self.watcher = StageWatcher(stage_dir, self.load, self.warm, self.decoder.prepare)
 
     # ---- before the pause ----
 
     def warm(self) -> None:
         """Start the decoder, compile what the first pause needs."""
-        self._decoder.start()
+        self.decoder.start()
         if self._stream is not None:
             from astracli.weights.device import scatter_kernels
 
@@ -104,7 +104,7 @@ class LoadedModel:
         if prepared.manifests:
             resident = self.place(prepared.manifests[-1].tensors)
             resident.load(prepared)
-            with _quick:
+            with quickly:
                 resident.stage(prepared, self.staging)
 
     @contextlib.contextmanager
@@ -127,7 +127,7 @@ class LoadedModel:
         with self._lock:
             known = (_identity(entries), _lying(model))
             if self._resident is None or self._known != known:
-                with _quick:
+                with quickly:
                     resident = Resident(PlacementRecorder().record(model, entries))
                     resident.plan(entry.name for entry in entries)
                 self._resident, self._known = resident, known
@@ -150,7 +150,7 @@ class LoadedModel:
         """Read the weights back in a thread, while the engine generates again; the outcome is `readback.json`."""
         begin = time.perf_counter()
         quick = contextlib.ExitStack()
-        quick.enter_context(_quick)  # here, or the thread would first wait Python's 5 ms
+        quick.enter_context(quickly)  # here, or the thread would first wait Python's 5 ms
 
         def read(spent: dict[str, float]) -> dict[str, str]:
             spent["wait_s"] = time.perf_counter() - begin
@@ -182,7 +182,7 @@ def _lying(model: Any) -> list[tuple[str, int, torch.dtype, tuple[int, ...]]]:
     return [(name, p.data_ptr(), p.dtype, tuple(p.shape)) for name, p in model.named_parameters()]
 
 
-_engines: WeakKeyDictionary[Any, LoadedModel] = WeakKeyDictionary()
+loaded_models: WeakKeyDictionary[Any, LoadedModel] = WeakKeyDictionary()
 
 
 def apply_staged(model: Any, named_tensors: Iterable[Any] = ()) -> None:
@@ -196,9 +196,9 @@ def apply_staged(model: Any, named_tensors: Iterable[Any] = ()) -> None:
     """
     begin = time.perf_counter()
     stage_dir = Path(os.environ["ASTRA_STAGE_DIR"])
-    engine = _engines.get(model)
+    engine = loaded_models.get(model)
     if engine is None:
-        engine = _engines[model] = LoadedModel(model, stage_dir)
+        engine = loaded_models[model] = LoadedModel(model, stage_dir)
     engine.settle()
     for old in (RESULT, READBACK):  # a read-back that nobody waited for any more is of no use
         (stage_dir / old).unlink(missing_ok=True)
@@ -232,7 +232,7 @@ def apply_staged(model: Any, named_tensors: Iterable[Any] = ()) -> None:
 def settle(model: Any, named_tensors: Iterable[Any] = ()) -> None:
     """Before the engine's GPU is given away: wait until nothing of ours reads the weights any more (no read-back begins
     before the next `apply_staged`), and give the memory up in which versions wait on the GPU."""
-    engine = _engines.get(model)
+    engine = loaded_models.get(model)
     if engine is not None:
         engine.settle()
         engine.leave_gpu()

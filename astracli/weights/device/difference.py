@@ -30,7 +30,7 @@ from astracli.weights.format.container import Planes, Work
 if TYPE_CHECKING:
     from astracli.weights.device.change_kernels import ByTriton
 
-_PIECES_AT_ONCE = 64
+PIECES_AT_ONCE = 64
 """Pieces of one pass: bounds its temporaries to some 20 bytes for each change among 256 M elements, and what the other
 process waits for at the beginning and has left to do at the end."""
 _WHOLE_AT_ONCE = 16
@@ -125,9 +125,9 @@ def compared(
     `base` and `new`: flat, of one length and dtype; `new` on the device where all is compared, `base` anywhere.
     `piece`: elements, a power of two. `block(size)`: host memory for what changed in a pass: number and uint8 [size].
     """
-    ahead: deque[_Pass] = deque()
+    ahead: deque[ComparePass] = deque()
     for ranges in _passes(tensors, piece):
-        ahead.append(_Pass(ranges, piece))
+        ahead.append(ComparePass(ranges, piece))
         if len(ahead) > _AHEAD:
             yield from ahead.popleft().found(block)
     while ahead:
@@ -135,10 +135,10 @@ def compared(
 
 
 def _passes(tensors: Iterable[tuple[str, torch.Tensor, torch.Tensor]], piece: int) -> Iterator[list[TensorRange]]:
-    """Neighbouring tensors, `_RANGES_AT_ONCE` at most, of at most `_PIECES_AT_ONCE` pieces of elements together; one is
+    """Neighbouring tensors, `_RANGES_AT_ONCE` at most, of at most `PIECES_AT_ONCE` pieces of elements together; one is
     only cut between pieces."""
     found: list[TensorRange] = []
-    at, most = 0, piece * _PIECES_AT_ONCE
+    at, most = 0, piece * PIECES_AT_ONCE
     for name, base, new in tensors:
         old, start = base if base.device == new.device else base.to(new.device), 0
         while start < len(new):
@@ -156,7 +156,7 @@ def _passes(tensors: Iterable[tuple[str, torch.Tensor, torch.Tensor]], piece: in
         yield found
 
 
-class _Pass:
+class ComparePass:
     """Which elements of some ranges changed. Made without waiting for the device; `found` waits for the counts."""
 
     def __init__(self, ranges: list[TensorRange], piece: int):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 CHUNK = 16 << 20
 """Bytes of one chunk."""
-_BUFFERS = 8
+BUFFERS = 8
 """Pinned chunks of a process that are under way at once."""
 
 Bits = np.ndarray[Any, Any]
@@ -41,7 +41,7 @@ def chunks_of(flat: torch.Tensor) -> Iterator[tuple[Bits, Callable[[], None]]]:
         return
     import torch
 
-    free = _pinned()
+    free = pinned_buffers()
     for at in range(0, len(flat), size):
         piece = flat[at : at + size]
         buffer = free.get()
@@ -56,11 +56,11 @@ def _nothing() -> None:
 
 
 @lru_cache(maxsize=1)
-def _pinned() -> queue.SimpleQueue[torch.Tensor]:
+def pinned_buffers() -> queue.SimpleQueue[torch.Tensor]:
     import torch
 
     found: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
-    for _ in range(_BUFFERS):
+    for _ in range(BUFFERS):
         found.put(torch.empty(CHUNK, dtype=torch.uint8, pin_memory=True))
     return found
 
@@ -109,7 +109,7 @@ def to_device(pairs: Iterable[tuple[torch.Tensor, Bits]]) -> None:
         while len(waiting) > most:
             event, buffer = waiting.popleft()
             event.synchronize()
-            _pinned().put(buffer)
+            pinned_buffers().put(buffer)
 
     for view, bits in pairs:
         if view.device.type == "cpu":
@@ -119,7 +119,7 @@ def to_device(pairs: Iterable[tuple[torch.Tensor, Bits]]) -> None:
         for at in range(0, len(bits), size):
             chunk = bits[at : at + size]
             reclaim(1)
-            buffer = _pinned().get()
+            buffer = pinned_buffers().get()
             host = buffer[: chunk.nbytes].view(view.dtype)
             np.copyto(host.numpy().view(bits.dtype), chunk)
             view[at : at + size].copy_(host, non_blocking=True)

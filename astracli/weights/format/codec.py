@@ -81,7 +81,11 @@ def encode_changed(base: Bits, new: Bits, indices: Bits, level: int = 1) -> Enco
         raise ValueError(f"a piece of {len(base)} elements; the most is {MAX_PIECE}")
     if not len(indices):
         return Encoded("none", 0, b"")
-    encoding = _choose(base, new, indices, level)
+    return encode_as(_choose(base, new, indices, level), base, new, indices, level)
+
+
+def encode_as(encoding: str, base: Bits, new: Bits, indices: Bits, level: int = 1) -> Encoded:
+    """`encode_changed` in a given encoding; some position must have changed."""
     return Encoded(encoding, len(indices), _pack(_difference(encoding, base, new, indices), len(indices), level))
 
 
@@ -117,7 +121,7 @@ def _sign_fill(bits: Bits) -> Bits:
     return (bits.view(f"<i{bits.itemsize}") >> (width - 1)).view(bits.dtype)
 
 
-def _to_order(bits: Bits) -> Bits:
+def to_order(bits: Bits) -> Bits:
     """Bits -> position in the order of the floats: negative ones reversed, below the positive ones. A bijection."""
     mask = _sign_fill(bits)
     mask |= bits.dtype.type(1 << (bits.itemsize * 8 - 1))
@@ -145,7 +149,7 @@ def _difference(encoding: str, base: Bits, new: Bits, indices: Bits) -> DecodedP
     else:
         old, now, at = base, new, None
     if transform == "ulp":
-        values = _zigzag(_to_order(now) - _to_order(old))
+        values = _zigzag(to_order(now) - to_order(old))
     else:
         values = old ^ now if transform == "xor" else now
     return DecodedPiece(encoding, len(base), at, values)
@@ -170,7 +174,7 @@ def _choose(base: Bits, new: Bits, indices: Bits, level: int) -> str:
         indices = changed_indices(base, new)
     if not len(indices):
         return names[0]
-    return min(names, key=lambda name: len(_pack(_difference(name, base, new, indices), len(indices), level)))
+    return min(names, key=lambda name: len(encode_as(name, base, new, indices, level).payload))
 
 
 def _pack(piece: DecodedPiece, count: int, level: int) -> bytes:

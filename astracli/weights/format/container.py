@@ -24,9 +24,9 @@ ENCODINGS = {"gap-ulp": 1, "gap-xor": 2, "dense-ulp": 3, "dense-xor": 4, "dense-
 ESCAPE = 255
 """A gap of this or more stands in the list of long gaps."""
 
-_MAGIC = b"ADP1"
-_HEADER = struct.Struct("<4sBBBBQQQ")  # magic, encoding, item size, planes, 0, elements, changed, escapes
-_SIZE = struct.Struct("<I")  # of one plane's frame; 0 = the plane is all zero
+MAGIC = b"ADP1"
+HEADER = struct.Struct("<4sBBBBQQQ")  # magic, encoding, item size, planes, 0, elements, changed, escapes
+SIZE = struct.Struct("<I")  # of one plane's frame; 0 = the plane is all zero
 _CHECK = struct.Struct("<Q")  # xxh3-64 of everything before it
 _local = threading.local()
 
@@ -87,8 +87,8 @@ def put_together(
     encoding: str, length: int, count: int, escapes: int, itemsize: int, frames: Sequence[bytes | memoryview]
 ) -> bytes:
     """A payload from its compressed planes."""
-    head = _HEADER.pack(_MAGIC, ENCODINGS[encoding], itemsize, len(frames), 0, length, count, escapes)
-    body = b"".join([head, *(_SIZE.pack(len(frame)) for frame in frames), *frames])
+    head = HEADER.pack(MAGIC, ENCODINGS[encoding], itemsize, len(frames), 0, length, count, escapes)
+    body = b"".join([head, *(SIZE.pack(len(frame)) for frame in frames), *frames])
     return body + _CHECK.pack(xxhash.xxh3_64_intdigest(body))
 
 
@@ -97,13 +97,13 @@ def open_planes(
 ) -> tuple[list[memoryview], int]:
     """The compressed planes of a payload and its number of escapes, after every check that needs no decompression."""
     view = memoryview(payload)
-    if len(view) < _HEADER.size + _CHECK.size:
+    if len(view) < HEADER.size + _CHECK.size:
         raise WeightCorrupt(f"a payload of {len(view)} bytes is shorter than its header")
     body = view[: -_CHECK.size]
     if xxhash.xxh3_64_intdigest(body) != _CHECK.unpack(view[-_CHECK.size :])[0]:
         raise WeightCorrupt(f"a payload of {len(view)} bytes fails its checksum")
-    magic, code, size, number, zero, elements, changed, escapes = _HEADER.unpack_from(body)
-    expected = (_MAGIC, ENCODINGS.get(encoding), itemsize, 0, length, count)
+    magic, code, size, number, zero, elements, changed, escapes = HEADER.unpack_from(body)
+    expected = (MAGIC, ENCODINGS.get(encoding), itemsize, 0, length, count)
     if (magic, code, size, zero, elements, changed) != expected:
         found = (magic, code, size, zero, elements, changed)
         raise WeightCorrupt(f"payload header {found}, the manifest says {expected}")
@@ -112,11 +112,11 @@ def open_planes(
     gap_planes = 0 if encoding.startswith("dense-") else 5 if escapes else 1
     if number != gap_planes + itemsize or (escapes and not gap_planes):
         raise WeightCorrupt(f"payload with {number} planes for `{encoding}` of {itemsize}-byte elements")
-    at = _HEADER.size + number * _SIZE.size
+    at = HEADER.size + number * SIZE.size
     if len(body) < at:
         raise WeightCorrupt(f"a payload of {len(view)} bytes ends inside its table of planes")
     planes = []
-    for (frame,) in _SIZE.iter_unpack(body[_HEADER.size : at]):
+    for (frame,) in SIZE.iter_unpack(body[HEADER.size : at]):
         planes.append(body[at : at + frame])
         at += frame
     if at != len(body):

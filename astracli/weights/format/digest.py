@@ -25,8 +25,8 @@ ZERO: Lanes = (0, 0)
 _SHIFT = 14
 _BLOCK = 1 << _SHIFT
 _MASK = (1 << 64) - 1
-_COLUMN_SEEDS = (0x243F6A8885A308D3, 0x13198A2E03707344)  # digits of pi
-_ROW_SEEDS = (0xA4093822299F31D0, 0x082EFA98EC4E6C89)
+COLUMN_SEEDS = (0x243F6A8885A308D3, 0x13198A2E03707344)  # digits of pi
+ROW_SEEDS = (0xA4093822299F31D0, 0x082EFA98EC4E6C89)
 
 
 def splitmix64(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -45,7 +45,7 @@ def _odd(seed: int, start: int, count: int) -> np.ndarray[Any, Any]:
 @lru_cache(maxsize=1)
 def _columns() -> np.ndarray[Any, Any]:
     """uint64 [2, 16384]"""
-    return np.stack([_odd(seed, 0, _BLOCK) for seed in _COLUMN_SEEDS])
+    return np.stack([_odd(seed, 0, _BLOCK) for seed in COLUMN_SEEDS])
 
 
 @lru_cache(maxsize=8)
@@ -61,7 +61,7 @@ def torch_rows(device: str, count: int) -> torch.Tensor:
     """int64 [2, count]: the factors of the first rows."""
     import torch
 
-    return torch.from_numpy(np.stack([_odd(seed, 0, count) for seed in _ROW_SEEDS]).view(np.int64)).to(device)
+    return torch.from_numpy(np.stack([_odd(seed, 0, count) for seed in ROW_SEEDS]).view(np.int64)).to(device)
 
 
 def digest_bits(bits: np.ndarray[Any, Any], start: int = 0) -> Lanes:
@@ -69,7 +69,7 @@ def digest_bits(bits: np.ndarray[Any, Any], start: int = 0) -> Lanes:
     signed = bits.view(f"<i{bits.itemsize}")
     columns, buffer = _columns(), np.empty(_BLOCK, np.int64)
     first, last = start >> _SHIFT, (start + len(bits) - 1) >> _SHIFT
-    rows = [_odd(seed, first, last - first + 1).tolist() if len(bits) else [] for seed in _ROW_SEEDS]
+    rows = [_odd(seed, first, last - first + 1).tolist() if len(bits) else [] for seed in ROW_SEEDS]
     lanes = [0, 0]
     at = 0
     for k in range(len(rows[0])):

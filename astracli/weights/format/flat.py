@@ -16,7 +16,7 @@ from astracli.weights.format import codec
 
 KINDS = {"ulp": 0, "xor": 1, "raw": 2}
 """What a value does to the old bits, as `kernels.scatter` reads it."""
-_REACH = 1 << 31
+REACH = 1 << 31
 """Elements of a span, at most: indices are int32."""
 
 Bits = np.ndarray[Any, Any]
@@ -112,7 +112,7 @@ def lay_out(pieces: Iterable[tuple[str, int, int, int, str, int]]) -> tuple[dict
 def _continues(last: Span, name: str, kind: int, start: int, length: int, dense: bool) -> bool:
     same = last.name == name and last.kind == kind and (last.index_at < 0) == dense
     near = last.start + last.length == start if dense else start >= last.start + last.length
-    return same and near and start + length - last.start < _REACH
+    return same and near and start + length - last.start < REACH
 
 
 def fill(groups: dict[int, WidthGroup], place: Place, update: codec.DecodedPiece) -> None:

@@ -116,7 +116,7 @@ def _listen(
     link: socket.socket, pool: ThreadPoolExecutor, few: ThreadPoolExecutor, threads: int,
     jobs: queue.SimpleQueue[Callable[[], dict[str, Any]] | None], blocks: dict[int, Bits],
 ) -> None:  # fmt: skip
-    out, level, clock = None, 1, _Clock()
+    out, level, clock = None, 1, BusyClock()
     while True:
         try:
             doc, handle = channel.receive(link)
@@ -152,7 +152,7 @@ def _answers(link: socket.socket, jobs: queue.SimpleQueue[Callable[[], dict[str,
             return
 
 
-class _Clock:
+class BusyClock:
     """Seconds in which at least one job ran: a sum over jobs beside each other would count their waiting for cores."""
 
     def __init__(self) -> None:
@@ -195,7 +195,7 @@ def _written(
     return {"pieces": pieces, "write_s": time.perf_counter() - begin}
 
 
-def _ended(out: HashingFile, clock: _Clock) -> dict[str, Any]:
+def _ended(out: HashingFile, clock: BusyClock) -> dict[str, Any]:
     files = {name: (entry.bytes, entry.xxh3) for name, entry in out.close().items()}
     return {"files": files, "encode_s": clock.taken()}
 

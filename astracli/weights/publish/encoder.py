@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
     from astracli.weights.device.difference import PassChanges
 
-_COPIES = 2
+COPIES = 2
 """Passes whose copies to the host run while the next is asked for."""
-_WORKS = 4
+WORKS = 4
 """Passes that wait to be coded, or are."""
 _LEAST_BLOCK = 1 << 20
 _END_S = 10.0
@@ -44,7 +44,7 @@ class EncoderProcess:
         self._threads = threads
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
-        self._blocks: dict[int, torch.Tensor] = {}
+        self.blocks: dict[int, torch.Tensor] = {}
         self._free: list[int] = []
         self.encode_s = self.write_s = self.diff_s = 0.0
         """Of the last file, by the clock: coding, writing (beside the coding of what comes next), asking the GPU."""
@@ -58,23 +58,23 @@ class EncoderProcess:
 
     def block(self, size: int) -> tuple[int, torch.Tensor]:
         """Memory that the child shares: its number, and uint8 [size] of it. Free again when its work is answered."""
-        fits = [n for n in self._free if len(self._blocks[n]) >= size]
+        fits = [n for n in self._free if len(self.blocks[n]) >= size]
         if fits:
-            number = min(fits, key=lambda n: len(self._blocks[n]))
+            number = min(fits, key=lambda n: len(self.blocks[n]))
             self._free.remove(number)
         else:
             number = self._new(max(_LEAST_BLOCK, 1 << (size - 1).bit_length()))
-        return number, self._blocks[number][:size]
+        return number, self.blocks[number][:size]
 
     def _new(self, size: int) -> int:
         import torch
 
-        number, handle = len(self._blocks), os.memfd_create("astra-changes", os.MFD_CLOEXEC)
+        number, handle = len(self.blocks), os.memfd_create("astra-changes", os.MFD_CLOEXEC)
         try:
             os.ftruncate(handle, size)
             memory = torch.frombuffer(mmap.mmap(handle, size), dtype=torch.uint8)
             _pin(memory)
-            self._blocks[number] = memory
+            self.blocks[number] = memory
             channel.send(self.start(), {"new": number, "size": size}, handle)
         finally:
             os.close(handle)
@@ -96,12 +96,12 @@ class EncoderProcess:
                 self.diff_s += time.perf_counter() - begin
                 if last is not None:
                     copying.append(last)
-                while copying and (last is None or len(copying) > _COPIES):
+                while copying and (last is None or len(copying) > COPIES):
                     one = copying.popleft()
                     one.ready.wait()
                     channel.send(self.start(), {"work": one.work})
                     coding.append(one)
-                while coding and (last is None or len(coding) > _WORKS):
+                while coding and (last is None or len(coding) > WORKS):
                     yield from self._answer(coding.popleft())
                 if last is None:
                     break
@@ -144,11 +144,11 @@ class EncoderProcess:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 code = self._process.wait()
-        if self._blocks and torch.cuda.is_available():
+        if self.blocks and torch.cuda.is_available():
             torch.cuda.synchronize()  # copies into them may be under way
-            for memory in self._blocks.values():
+            for memory in self.blocks.values():
                 torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
-        self._blocks, self._free, self._socket, self._process = {}, [], None, None
+        self.blocks, self._free, self._socket, self._process = {}, [], None, None
         return code
 
 

@@ -116,7 +116,7 @@ def write_delta(
     path = directory / f"delta-{rank:05d}.bin"
     if any(local.flat.device.type != "cpu" for local in tensors.values()):
         assert encoder is not None
-        _by_gpu(part, path, tensors, base, level, encoder)
+        by_gpu(part, path, tensors, base, level, encoder)
         return part
     out = HashingFile(path)
     for (name, at, _, new), encoded, diff_s, encode_s in run(partial(_coded, level), _pieces(tensors, base)):
@@ -134,7 +134,7 @@ def write_delta(
     return part
 
 
-def _by_gpu(
+def by_gpu(
     part: Part, path: Path, tensors: Mapping[str, Local], base: Mapping[str, Local], level: int, encoder: EncoderProcess
 ) -> None:  # fmt: skip
     from astracli.weights.device.difference import compared

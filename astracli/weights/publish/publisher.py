@@ -87,7 +87,7 @@ class Publisher:
         frozen_locals = {name: local(source, copy=False) for name, source in (frozen or {}).items()}
         never_sent = payload.Part("full", payload.described(frozen_locals, lanes_of(frozen_locals)))
         self._ranks = Committer(model_name, rank, world_size, session, rank_timeout_s, never_sent, dict(tied or {}))
-        self._base: dict[str, payload.Local] = {}
+        self.base: dict[str, payload.Local] = {}
         self._base_version: int | None = None
         self._threads = ThreadPoolExecutor(threads, "weights-encode") if threads > 1 else None
         self._encoder = EncoderProcess(threads)
@@ -108,7 +108,7 @@ class Publisher:
         """
         waited = self.settle()
         taken = self._take(tensors, owned)
-        return replace(self._publish(version, taken.tensors, taken.lanes), waited_s=waited, snapshot_s=taken.seconds)
+        return replace(self.publish_now(version, taken.tensors, taken.lanes), waited_s=waited, snapshot_s=taken.seconds)
 
     def publish_async(
         self, version: int, tensors: Mapping[str, Source], on_published: Callable[[PublishResult], None] | None = None,
@@ -127,7 +127,7 @@ class Publisher:
         def work() -> PublishResult:
             try:
                 with self._beside(taken):
-                    result = self._publish(version, taken.tensors, taken.lanes)
+                    result = self.publish_now(version, taken.tensors, taken.lanes)
                 result = replace(result, waited_s=waited, snapshot_s=taken.seconds)
                 if on_published:
                     on_published(result)
@@ -164,7 +164,7 @@ class Publisher:
     def restart(self, version: int, tensors: Mapping[str, Source], *, owned: bool = False) -> PublishResult:
         """Continue from a checkpoint: forget every version after `version` and publish `version` anew, in full."""
         self.settle()
-        self._base, self._base_version = {}, None
+        self.base, self._base_version = {}, None
         if self.rank == 0:
             for path in self.directory.glob("v[0-9]*"):
                 number = int(path.name[1:])
@@ -172,7 +172,7 @@ class Publisher:
                     retention.remove(self.directory, number)
             (self.directory / version_name(version) / STABLE).unlink(missing_ok=True)
         taken = self._take(tensors, owned)
-        return replace(self._publish(version, taken.tensors, taken.lanes), snapshot_s=taken.seconds)
+        return replace(self.publish_now(version, taken.tensors, taken.lanes), snapshot_s=taken.seconds)
 
     def close(self) -> None:
         """Finish the background, end the threads. Raises the background's error."""
@@ -211,7 +211,9 @@ class Publisher:
             finally:  # it reads what the caller may free
                 self._stream.synchronize()
 
-    def _publish(self, version: int, tensors: dict[str, payload.Local], lanes: dict[str, str] | None) -> PublishResult:
+    def publish_now(
+        self, version: int, tensors: dict[str, payload.Local], lanes: dict[str, str] | None
+    ) -> PublishResult:
         begin = time.perf_counter()
         directory = self.directory / version_name(version)
         if self.rank == 0 and (directory / STABLE).exists():
@@ -227,7 +229,7 @@ class Publisher:
         run, delta_s = self._run, 0.0
         if delta:
             compared = time.perf_counter()
-            where = (directory, self.rank, tensors, self._base, lanes, self.level)
+            where = (directory, self.rank, tensors, self.base, lanes, self.level)
             parts.append(payload.write_delta(*where, run, self._encoder))
             delta_s = time.perf_counter() - compared
         if not delta or version % self.full_interval == 0:
@@ -236,7 +238,7 @@ class Publisher:
         if self._rest is not None:
             self._base_version = None  # its copy is overwritten: a delta from half of that would be from no version
             tensors = self._rest.take(tensors)
-        self._base, self._base_version = tensors, version
+        self.base, self._base_version = tensors, version
         if self.rank == 0:
             retention.prune(self.directory, version, self.keep, self.pinned)
         first, size = manifests[0], {m.kind: m.payload_bytes for m in manifests}
@@ -256,7 +258,7 @@ class Publisher:
         )
 
     def _check_names(self, version: int, tensors: Mapping[str, payload.Local]) -> None:
-        known = {n: (t.dtype, t.shape, t.start, len(t)) for n, t in self._base.items()}
+        known = {n: (t.dtype, t.shape, t.start, len(t)) for n, t in self.base.items()}
         given = {n: (t.dtype, t.shape, t.start, len(t)) for n, t in tensors.items()}
         if known and known != given:
             odd = sorted(n for n in known.keys() | given.keys() if known.get(n) != given.get(n))

@@ -84,12 +84,12 @@ def take(
     on their device in any case. `run` maps over chunks that go to the host: `map`, or a thread pool's."""
     lanes, begin = None, time.perf_counter()
     taken = {name: local(tensor, copy=not owned) for name, tensor in tensors.items()}
-    if not stay and _on_gpu(taken) and (first or not _room(taken)):
+    if not stay and on_gpu(taken) and (first or not room_on_gpu(taken)):
         lanes = lanes_of(taken)
         hosted = to_host({name: t.flat for name, t in taken.items()}, run)
         taken = {name: replace(t, flat=hosted[name]) for name, t in taken.items()}
     ready = None
-    if _on_gpu(taken):
+    if on_gpu(taken):
         import torch
 
         (device,) = {t.flat.device for t in taken.values()}
@@ -127,11 +127,11 @@ def local(source: Source, *, copy: bool) -> payload.Local:
     return payload.Local(dtype, tuple(source.shape), start, flat)
 
 
-def _on_gpu(tensors: Mapping[str, payload.Local]) -> bool:
+def on_gpu(tensors: Mapping[str, payload.Local]) -> bool:
     return any(t.flat.device.type == "cuda" for t in tensors.values())
 
 
-def _room(tensors: Mapping[str, payload.Local]) -> bool:
+def room_on_gpu(tensors: Mapping[str, payload.Local]) -> bool:
     """Whether a GPU that holds `tensors` has room for as much again at the moment when it was fullest so far.
 
     The first version is made before anything was trained, when that moment is not known: it always goes to the host.
@@ -147,7 +147,7 @@ def _room(tensors: Mapping[str, payload.Local]) -> bool:
 def lanes_of(tensors: Mapping[str, payload.Local]) -> dict[str, str]:
     """HF name -> digest of the local range; on a GPU in one pass over all of them."""
     ranges = [(t.flat, t.start) for t in tensors.values()]
-    if _on_gpu(tensors) and find_spec("triton"):
+    if on_gpu(tensors) and find_spec("triton"):
         from astracli.weights.device.scatter_kernels import DigestPlan
 
         lanes = DigestPlan(ranges, range(len(ranges))).lanes()

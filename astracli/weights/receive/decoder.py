@@ -29,7 +29,7 @@ from astracli.weights.format.manifest import Manifest, TensorEntry
 from astracli.weights.receive import reading
 
 _PROCESSES = 8
-_LEAST = 1 << 20
+LEAST_BYTES = 1 << 20
 """Bytes of payload for each process that are worth a fork."""
 
 
@@ -155,7 +155,7 @@ Jobs = list[tuple[reading.CheckedPiece, flat.Place]]
 def _fill(jobs: Jobs, groups: dict[int, flat.WidthGroup], processes: int) -> None:
     """Decode every piece to its place in the groups' memory, which is shared. Raises WeightCorrupt, or OSError when a
     process ended without a word."""
-    processes = min(processes, sum(coded.piece.bytes for coded, _ in jobs) // _LEAST)
+    processes = min(processes, sum(coded.piece.bytes for coded, _ in jobs) // LEAST_BYTES)
     if processes < 2:
         _fill_here(jobs, groups)
         return

@@ -74,8 +74,8 @@ class Staging:
         self._device, self._kept = device, kept
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._there: Where = "file"
-        """What `_memory` is."""
-        self._memory: torch.Tensor | None = None
+        """What `memory` is."""
+        self.memory: torch.Tensor | None = None
         """uint8"""
         self._pinned = 0
         """Bytes of it that the driver has pinned, from the start."""
@@ -93,7 +93,7 @@ class Staging:
             self._forget()
             while self._where != "file":
                 try:
-                    memory = self._room(self._where, max(1, starts[-1]))
+                    memory = self.room(self._where, max(1, starts[-1]))
                     self._fill(memory, [bits.view(np.uint8) for _, bits in copies], starts)
                     self._held = Held(self._where, list(_pairs(copies, memory, starts)))
                     return self._held
@@ -111,18 +111,18 @@ class Staging:
                 stack.enter_context(torch.cuda.stream(self._stream))
             yield
 
-    def _room(self, where: Where, size: int) -> torch.Tensor:
+    def room(self, where: Where, size: int) -> torch.Tensor:
         """The memory, made anew when it is another or too small. Raises MemoryError."""
-        if self._memory is not None and self._there == where and len(self._memory) >= size:
-            return self._memory[:size]
+        if self.memory is not None and self._there == where and len(self.memory) >= size:
+            return self.memory[:size]
         self.free()
-        free = torch.cuda.mem_get_info(self._device)[0] if where == "gpu" and self._stream else _available()
+        free = torch.cuda.mem_get_info(self._device)[0] if where == "gpu" and self._stream else available()
         if free is not None and free < size + SPARE_BYTES:
             words = "the GPU" if where == "gpu" else "the host"
             raise MemoryError(f"{words} has {free / 1e9:.1f} GB free, the version takes {size / 1e9:.1f} GB")
         self._there = where
-        self._memory = torch.empty(size, dtype=torch.uint8, device=self._device) if where == "gpu" else _pages(size)
-        return self._memory
+        self.memory = torch.empty(size, dtype=torch.uint8, device=self._device) if where == "gpu" else _pages(size)
+        return self.memory
 
     def _fill(self, memory: torch.Tensor, sources: Sequence[Bits], starts: Sequence[int]) -> None:
         chunks = [(low, min(low + CHUNK, len(memory))) for low in range(0, len(memory), CHUNK)]
@@ -186,7 +186,7 @@ class Staging:
         """Give the memory back; what it held is lost."""
         with self._lock:
             self._forget()
-            memory, self._memory = self._memory, None
+            memory, self.memory = self.memory, None
             if memory is None:
                 return
             address, pinned, self._pinned = memory.data_ptr(), self._pinned, 0
@@ -237,7 +237,7 @@ def _pages(size: int) -> torch.Tensor:
     return torch.frombuffer(pages, dtype=torch.uint8)
 
 
-def _available() -> int | None:
+def available() -> int | None:
     """Bytes of host memory that can be had without swapping; None where the system does not say."""
     try:
         with open("/proc/meminfo") as lines:

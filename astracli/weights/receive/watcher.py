@@ -43,7 +43,7 @@ class StageWatcher:
         self.stage_dir = stage_dir
         self._then, self._first, self._prepare = then, first, prepare
         self._lock = threading.Lock()
-        self._prepared: reading.Prepared | None = None
+        self.prepared: reading.Prepared | None = None
         self._seen: tuple[int, int] | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="stage", daemon=True)
@@ -55,7 +55,7 @@ class StageWatcher:
         The caller must check that it is still the plan that is staged; `apply.current` does.
         """
         with self._lock:
-            prepared, self._prepared = self._prepared, None
+            prepared, self.prepared = self.prepared, None
             return prepared
 
     def close(self) -> None:
@@ -79,17 +79,17 @@ class StageWatcher:
             self._seen = (status.st_ino, status.st_mtime_ns)
             begin, plan = time.perf_counter(), b""
             with self._lock:
-                self._prepared = None  # room for the next
+                self.prepared = None  # room for the next
                 try:
                     plan = (self.stage_dir / reading.NEXT).read_bytes()
                     prepared = self._prepare(self.stage_dir)
                     self._then(prepared)
-                    self._prepared = prepared
+                    self.prepared = prepared
                 except (AstraError, OSError):
                     pass  # applying it meets the same error and reports it
                 except Exception as error:  # the same; a thread that ended would make every later version wait for it
                     print(f"warning: decoding ahead: {error!r}", file=sys.stderr, flush=True)
-            self._say(plan_hash(plan), self._prepared is not None, time.perf_counter() - begin)
+            self._say(plan_hash(plan), self.prepared is not None, time.perf_counter() - begin)
 
     def _say(self, plan: str, ok: bool, seconds: float) -> None:
         doc = {"pid": os.getpid(), "plan": plan, "ok": ok, "seconds": seconds}

@@ -77,8 +77,9 @@ def test_ranks_whose_all_reduce_fails_start_again_without_direct_links(logs: Pat
     family.run()
     assert time.monotonic() - begun < 60
     (note,) = family.notes
-    reason = "has not ended after 2 s" if how == "hangs" else "of 4096 sums over 2 ranks are wrong"
-    assert note.startswith("they run without (error: the ranks' all-reduce") and reason in note
+    # the rank that waits ends by its own time limit, or because the other one came to it first
+    reasons = ("has not ended after 2 s", "failed: ") if how == "hangs" else ("of 4096 sums over 2 ranks are wrong",)
+    assert note.startswith("they run without (error: the ranks' all-reduce") and any(why in note for why in reasons)
     for rank, name in enumerate(("trainer", "trainer1")):
         assert log(logs, name).read_text().count("sum [2.0]") == 1, rank
         assert family.status[name].state == "done" and family.status[name].restarts == 0

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+from children import children
 from rich.console import Console
 
 from astracli.config import recipe_io
@@ -235,7 +236,7 @@ def test_job_runs_to_its_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     }
     console = capfd.readouterr().err
     assert "starting" in console and "all processes are ready" in console and "stopping" in console
-    assert not psutil.Process().children()
+    assert not children()
 
 
 def test_a_job_that_is_interrupted_before_its_first_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +287,7 @@ def test_job_that_fails_says_so_everywhere(tmp_path: Path) -> None:
     status, found = files(tmp_path / "run")
     assert (status["state"], status["exit_code"], found["state"]) == ("failed", 1, "failed")
     assert status["cause"].startswith("`trainer` ended with exit code 1")
-    assert not psutil.Process().children()
+    assert not children()
 
 
 ONCE = """if not config.start:

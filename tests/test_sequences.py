@@ -45,7 +45,7 @@ def table(**values: Any) -> AlgorithmTable:
 
 def build(group: Any, algorithm: AlgorithmTable) -> list[Row]:
     longest = max(len(s.tokens) for s in group.samples)
-    return rows_of([group], algorithm, RolloutTable(max_new_tokens=longest))
+    return rows_of([group], algorithm, RolloutTable.model_validate({"max_new_tokens": longest}))
 
 
 def lengths_group(lengths: list[int], rewards: list[float], prompt: int = 2) -> Group:
@@ -82,7 +82,10 @@ def test_batch_norm_counts_what_the_loss_is_a_mean_of() -> None:
 
     def normalised(name: str) -> list[float]:
         chosen = table(name=name, batch_norm_advantage=True, **{name: {"advantage": "mean"}})
-        return [row.advantage for row in rows_of([lengths_group([3, 1], [1.0, 0.0])], chosen, RolloutTable())]
+        return [
+            row.advantage
+            for row in rows_of([lengths_group([3, 1], [1.0, 0.0])], chosen, RolloutTable.model_validate({}))
+        ]
 
     # sequences: mean 0, variance (1/4 + 1/4) / 1; tokens: mean 1/4, variance (3/16 + 9/16) / 3 = 1/4
     scale = math.sqrt(0.5) + 1e-5
@@ -93,7 +96,7 @@ def test_batch_norm_counts_what_the_loss_is_a_mean_of() -> None:
 def test_a_completion_that_the_context_cuts_short_is_overlong() -> None:
     """Context 20, a prompt of 8: room for 12 of the 16 tokens; the ramp is the last 6 of them."""
     chosen = table(overlong_fraction=0.5, overlong_penalty=0.5, m2po={"advantage": "mean"})
-    rollout = RolloutTable(max_new_tokens=16, context_length=20)
+    rollout = RolloutTable.model_validate({"max_new_tokens": 16, "context_length": 20})
     rows = rows_of([lengths_group([6, 9, 12], [1.0, 0.0, 1.0], prompt=8)], chosen, rollout)
     assert [row.penalty for row in rows] == pytest.approx([0.0, 0.25, 0.5])
     # 1, -1/4, 1/2: mean 5/12

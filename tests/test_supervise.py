@@ -17,6 +17,7 @@ from typing import Any
 import configs
 import psutil
 import pytest
+from children import children
 
 from astracli.config.recipe_run import LaunchTable
 from astracli.errors import RunFailed
@@ -63,7 +64,7 @@ class FakeHub:
 @pytest.fixture
 def logs(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path
-    left = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    left = [p for p in children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
     for process in left:
         process.kill()
     assert not left, f"left running: {left}"

@@ -19,9 +19,9 @@ import torch
 from astracli.adapters.qwen3_5 import ADAPTER, tiny_config
 from astracli.config.recipe import Recipe
 from astracli.models.adapter import ModelAdapter
-from astracli.rl.batch import Batch, build_batch
+from astracli.rl.batch import Batch
 from astracli.rl.types import Group, Sample, Segment
-from astracli.training import packing, setup
+from astracli.training import setup
 from astracli.training.fsdp import Ranks
 from astracli.training.step import Trainer
 
@@ -67,9 +67,7 @@ def make_trainer(
 
 def divided(trainer: Trainer, groups: Sequence[Group], step: int = 0) -> Batch:
     """The batch that a trainer makes of the groups."""
-    ranks, cut = trainer.ranks, packing.dividers(trainer.packed)[0]
-    shared = {"rank": ranks.rank, "world_size": ranks.world_size, "pad_token": trainer.pad_token}
-    return build_batch(groups, trainer.recipe, step=step, divide_rows=cut, **shared)
+    return trainer.divide(groups, step)
 
 
 def sample_groups(

@@ -1,8 +1,8 @@
 """Is a completion's final answer the right one? The rules for mathematics, without processes and time limits.
 
 Three steps, each for what the one before leaves open: two plain integers are compared as text (`quick`); an answer and
-a gold that `rewards.grading` reads are compared by type (`thorough`); anything else goes to math-verify, which may take for
-ever on a hostile input: call it where it can be killed (`astracli.rewards.reward.GradePool`). The conventions are in
+a gold that `rewards.grading` reads are compared by type (`thorough`); the rest goes to math-verify, which may never
+return on a hostile input: call it where it can be killed (`astracli.rewards.reward.GradePool`). The conventions are in
 docs/grading.md.
 """
 

@@ -99,7 +99,7 @@ class Trainer:
         """
         assert not self.masters.away
         timer = Timer(self.ranks.device)
-        batch = self._divide(groups, step)
+        batch = self.divide(groups, step)
         timer.lap("batch_s")
         first, self.first_step = self.first_step, False
         metrics = self._check_rows(batch) if first or step % self.recipe.train.rows_check_every == 0 else {}
@@ -148,7 +148,8 @@ class Trainer:
         """Take the device again after `to_host`."""
         self.masters.to_device()
 
-    def _divide(self, groups: Sequence[Group], step: int) -> Batch:
+    def divide(self, groups: Sequence[Group], step: int) -> Batch:
+        """This rank's minibatches and micro-batches of a step's groups."""
         return build_batch(
             groups,
             self.recipe,

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from astracli.config.recipe import Recipe
-from astracli.kernels import upload, varlen, weight_gradients
+from astracli.kernels import varlen, weight_gradients
 from astracli.kernels.gpu import fused
 from astracli.models import registry
 from astracli.models.adapter import ModelAdapter
@@ -163,7 +163,7 @@ def one_gpu(count: Count) -> Iterator[None]:
         mock.patch.object(weight_gradients, "product", lambda x, y: product(x.t(), y, torch.float32)),
         mock.patch.object(weight_gradients, "add_product", add_product),
         mock.patch.object(varlen, "flash_runs", lambda *_: True),
-        mock.patch.object(upload, "pinned", lambda tensor: tensor),
+        mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor),
         mock.patch.object(split_masters, "split", lambda *_: None),  # of an update, which is not counted here
         mock.patch.object(split_masters, "join", lambda *_: None),
     ):
@@ -218,7 +218,7 @@ def micro_batches(
     limits = losses.get(chosen.algorithm.name).prepare(torch.zeros(4), torch.ones(4), chosen.algorithm.own)
     with one_gpu(count):
         trainer = build(adapter, config, chosen)
-        batch = trainer._divide(groups(chosen.train.tokens_per_microbatch), 0)
+        batch = trainer.divide(groups(chosen.train.tokens_per_microbatch), 0)
 
         def lap(phase: str) -> None:
             done = sum(sum(p.values()) for p in phases)

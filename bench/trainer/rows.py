@@ -124,7 +124,7 @@ def main() -> None:
         config = {k: v for k, v in config.items() if k != "layer_types"} | {"num_hidden_layers": args.layers}
     trainer = build(adapter, config, variant, recipe(variant, sum(args.lengths), len(args.lengths)), ranks)
     group = drawn(args.lengths, adapter.memory_shape(config).vocab_size)
-    show(args, measure(Rows(trainer, trainer._divide([group], 0).rows, 0)))
+    show(args, measure(Rows(trainer, trainer.divide([group], 0).rows, 0)))
     ranks.close()
 
 

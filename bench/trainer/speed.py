@@ -84,7 +84,7 @@ def measure(
         seconds, tokens, completion, metrics = timed_step(trainer, sample, step)
         rates.append(tokens / seconds)
         used.append((tokens * shape.flops_per_token - (tokens - completion) * head) / seconds)
-        divided = [micro for minibatch in trainer._divide(sample, step).minibatches for micro in minibatch]
+        divided = [micro for minibatch in trainer.divide(sample, step).minibatches for micro in minibatch]
         micros, fullest = len(divided), max(fullest, *(int(micro.tokens_BL.size) for micro in divided))
     rate = statistics.median(rates)
     on_gpu = device.type == "cuda"

@@ -79,8 +79,8 @@ def test_the_hub_wakes_whoever_waits_for_a_gpu_lease(tmp_path: Path) -> None:
             begun = time.monotonic()
             assert hub.target("engine0", wait_s=10.0).wanted is True
             hub.give_gpu_lease("engine0", "engine0")
-            waiter.join(timeout=10.0)
-            assert asked == [GpuLeaseReply(True, False)] and time.monotonic() - begun < 5.0
+            waiter.join(timeout=60.0)
+            assert asked == [GpuLeaseReply(True, False)] and time.monotonic() - begun < 8.0
             store.release_worker("trainer")
             assert hub.take_gpu_lease("engine0", "engine0").held, "the trainer died"
             assert hub.state().gpu_leases == {"engine0": GpuLeaseStatus("engine0", [])}

@@ -127,7 +127,7 @@ def test_text_only_fits_a_text_server(full_dir: Path, tmp_path: Path) -> None:
     config = json.loads((out / "config.json").read_text())
     assert config["model_type"] == "qwen3_5_text"
     assert config["architectures"] == ["Qwen3_5ForCausalLM"]
-    assert config["full_attention_interval"] == 4
+    assert config["full_attention_interval"] == 2
     assert not (out / "preprocessor_config.json").exists()
     assert (out / "tokenizer_config.json").exists()
     model = load_plain(out)

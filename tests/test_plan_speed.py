@@ -126,7 +126,7 @@ def test_what_was_planned_reaches_the_trainer(tmp_path: Path) -> None:
     split = TrainerConfig.model_validate_json(told).split
     assert split == result.placement.split == Split("host", 0.8, "selective")
     model_dir = save_model(tmp_path / "model")
-    for mode, wrapped in (("none", 0), ("selective", 2), ("full", 4)):
+    for mode, wrapped in (("none", 0), ("selective", 1), ("full", 2)):
         split = Split(recomputed=mode)
         asked = recipe(train={"activation_checkpointing": "auto"})
         trainer = setup.build_trainer(model_dir, qwen3_5.ADAPTER, asked, Ranks(), attention="sdpa", split=split)

@@ -113,6 +113,26 @@ def test_no_file_of_the_package_knows_them() -> None:
         assert word not in said
 
 
+DRAWS = """
+from astra_plain.server import Request
+asked = {"temperature": 1.0, "sampling_seed": 7, "max_new_tokens": 9, "stop_token_ids": []}
+draws = Request(0, [], asked, 0, "", print)
+seen = []
+for _ in range(4):
+    seen += draws.noise(40).tolist()
+    draws.take(3, -1.0)
+resumed = Request(0, [], asked, 3, "", print)  # what an update cut off goes on at its position
+print(len(set(seen)), resumed.noise(40).tolist() == seen[120:])
+"""
+
+
+def test_the_engine_of_the_example_draws_every_token_anew(site: Path) -> None:
+    """Noise that two positions share would make samples that are not the policy's, at log-probabilities that are."""
+    env = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run([sys.executable, "-c", DRAWS], env=env, capture_output=True, text=True)
+    assert done.stdout == "160 True\n", done.stderr
+
+
 LOADS = """
 import json, sys
 from astracli.config import recipe_io

@@ -38,10 +38,11 @@ class Request:
     aborted: bool = False
 
     def noise(self, size: int) -> np.ndarray:
-        """Gumbel noise for the next draw, of its seed and position alone; none where it is greedy."""
+        """Gumbel noise for the next draw, of its seed and position alone; none where it is greedy. Each position has a
+        word of the counter to itself: a draw counts up in the lowest one, and streams must not overlap."""
         if not self.sampling["temperature"]:
             return np.zeros(size)
-        bits = np.random.Philox(key=self.sampling["sampling_seed"], counter=self.offset + len(self.tokens))
+        bits = np.random.Philox(key=self.sampling["sampling_seed"], counter=self.offset + len(self.tokens) << 64)
         return np.random.Generator(bits).gumbel(size=size)
 
     def take(self, token: int, logprob: float) -> bool:

@@ -76,19 +76,24 @@ def recipe() -> str:
     ]
 
     def table(kind: type[Table], prefix: str, title: str) -> None:
-        rows, inner = [], []
+        rows: list[str] = []
+        inner: list[tuple[type[Table], str, str]] = []
         for key, written, default, text in described(kind):
             child = Slot(kind).child(key)
+            entry = None if child is None else child.child(0)
             if child is not None and child.table is not None:
-                inner.append((child.table, f"{prefix}{key}."))
+                inner.append((child.table, f"{prefix}{key}.", f"[{prefix}{key}]"))
+            elif entry is not None and entry.table is not None:
+                inner.append((entry.table, f"{prefix}{key}.", f"[[{prefix}{key}]]"))
             else:
                 rows.append(f"| `{prefix}{key}` | `{_cell(written)}` | `{default}` | {_cell(text)} |")
         note = inspect.getdoc(kind) if kind.__doc__ and kind.__module__.startswith("astracli.config.") else None
         head = f"## {title}\n\n" + (f"{note}\n\n" if note else "")
         parts.append(head + "| key | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows))
         shipped = {name: its for name, its in kind.brought().items() if its.__module__.startswith("astracli.")}
-        for found, path in [*inner, *((its, f"{prefix}{name}.") for name, its in shipped.items())]:
-            table(found, path, f"[{path.rstrip('.')}]")
+        brought = ((its, f"{prefix}{name}.", f"[{prefix}{name}]") for name, its in shipped.items())
+        for found, path, heading in [*inner, *brought]:
+            table(found, path, heading)
 
     table(Recipe, "", "Top level")
     return "\n\n".join(parts) + "\n"

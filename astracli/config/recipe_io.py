@@ -130,6 +130,9 @@ def _key(text: str) -> str:
 def _toml(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, dict):
+        pairs = (f"{_key(key)} = {_toml(inner)}" for key, inner in value.items() if inner is not None)
+        return "{ " + ", ".join(pairs) + " }"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

@@ -31,6 +31,8 @@ class Benchmark:
     """Default k of pass@k."""
     grader: str = "math"
     """The reward that judges its answers."""
+    own: bool = False
+    """A set of the user's."""
 
     def text(self, item: Problem) -> str:
         """What the user turn says for an item."""
@@ -88,10 +90,13 @@ def fetch_all(names: Iterable[str], data_dir: str | None = None) -> dict[str, st
     return {name: fetch(name, data_dir) for name in names}
 
 
-def load(name: str, local_path: str | Path | None = None, own_prompt: str = MATH_PROMPT) -> Benchmark:
+def load(
+    name: str, local_path: str | Path | None = None, own_prompt: str = MATH_PROMPT, own_grader: str = "math"
+) -> Benchmark:
     """A benchmark from `local_path`, from its own path or ASTRA_DATA_DIR, or generated.
 
     A set of one's own, and one whose spec has no prompt, is asked with `own_prompt`: a recipe's `data.prompt`.
+    A set of one's own is judged by `own_grader`.
 
     Raises UserError, also for a wrong number of items and for other content than the hash says.
     """
@@ -114,7 +119,9 @@ def load(name: str, local_path: str | Path | None = None, own_prompt: str = MATH
         final_after=spec.hub.final_after,
     )
     _check(spec, path, loaded)
-    return Benchmark(spec.name, list(loaded), spec.samples, own_prompt if spec.path else spec.prompt)
+    if spec.path is not None:
+        return Benchmark(spec.name, list(loaded), spec.samples, own_prompt, grader=own_grader, own=True)
+    return Benchmark(spec.name, list(loaded), spec.samples, spec.prompt)
 
 
 def _check(spec: BenchmarkSpec, path: Path, loaded: datasets.Problems) -> None:

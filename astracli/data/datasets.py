@@ -50,6 +50,12 @@ def load(data: DataTable, local_path: str | Path | None = None) -> Problems:
     )
 
 
+def columns(data: DataTable, local_path: str | Path) -> list[str]:
+    """The columns of a recipe's training problems, from the first row of what `fetch` returned."""
+    known = known_set(data.source)
+    return list(open_rows(Path(local_path), known.split if known else data.split).row(0))
+
+
 def fetch(recipe: Recipe) -> str | None:
     """Make a recipe's training problems local and check them. The path for `load`; None for the generated family.
 
@@ -160,7 +166,7 @@ class Problems(Sequence[Problem]):
         if self._final_after and self._final_after in answer:
             answer = answer.rsplit(self._final_after, 1)[1].strip().replace(",", "")
         name = str(next((row[key] for key in ("id", "unique_id") if row.get(key) is not None), place))
-        return Problem(self._renamed.get(place, name), question, answer)
+        return Problem(self._renamed.get(place, name), question, answer, row=dict(row))
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -30,6 +30,10 @@ class Problem:
     question: str
     answer: str
     meta: dict[str, Any] = field(default_factory=dict, hash=False)
+    messages: tuple[dict[str, Any], ...] = field(default=(), hash=False)
+    """The turns that the model is asked with; empty: one user turn."""
+    row: dict[str, Any] = field(default_factory=dict, hash=False)
+    """Every column of the row that it was read from."""
 
 
 class PromptSource:

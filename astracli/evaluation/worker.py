@@ -38,7 +38,7 @@ from astracli.hub.types import Evaluation, Holders, NextEvaluation
 from astracli.models.adapter import load_tokenizer
 from astracli.process.config import EvalConfig
 from astracli.process.worker import TERM_EXIT, Reporter, worker_main
-from astracli.rewards.reward import GradePool
+from astracli.rewards.reward import GradePool, Rewards
 from astracli.runs.run_dir import write_atomic
 
 WAIT_S = 5.0
@@ -54,7 +54,7 @@ class Evaluator:
     reporter: Reporter
     tokenizer: Any
     pools: Mapping[str, GradePool]
-    """By the reward that a benchmark is judged by."""
+    """By the reward that a benchmark is judged by; "" is that of benchmarks of the user's own."""
     sampling: EvalSampling
     benchmarks: list[Benchmark]
 
@@ -93,7 +93,7 @@ class Evaluator:
         return BenchmarkWork(
             benchmark,
             self.tokenizer,
-            self.pools[benchmark.grader],
+            self.pools["" if benchmark.own else benchmark.grader],
             sampling=replace(self.sampling, temperature=0.0) if greedy else self.sampling,
             samples=1 if greedy else table.samples,
             version=version,
@@ -151,15 +151,20 @@ def run(config: EvalConfig, reporter: Reporter) -> None:
         stop_token_ids=tuple(stop_token_ids(tokenizer, config.model_path)),
         seed=recipe.seed,
     )
-    sets = [benchmarks.load(name, config.benchmarks[name], recipe.data.prompt) for name in recipe.eval.benchmarks]
-    data = recipe.data
+    own = recipe.own_rewards
+    sets = [
+        benchmarks.load(name, config.benchmarks[name], recipe.data.prompt, own.grader)
+        for name in recipe.eval.benchmarks
+    ]
+    rewards = {spec: Rewards.of(recipe.data.by(spec)) for spec in sorted({b.grader for b in sets if not b.own})}
+    if any(benchmark.own for benchmark in sets):
+        rewards[""] = Rewards.of(
+            own,
+            max_errors=recipe.most_reward_errors,
+            on_error=lambda words: reporter.warn(f"the first error of a reward:\n{words}"),
+        )
     with contextlib.ExitStack() as stack:
-        pools = {
-            spec: stack.enter_context(
-                GradePool(spec, data.reward_workers, data.reward_timeout_s, data.grading.model_dump())
-            )
-            for spec in sorted({benchmark.grader for benchmark in sets})
-        }
+        pools = {name: stack.enter_context(GradePool(rewards=each)) for name, each in rewards.items()}
         evaluator = Evaluator(config, reporter, tokenizer, pools, sampling, sets)
         reporter.ready()
         if config.out is not None:

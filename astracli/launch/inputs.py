@@ -37,8 +37,8 @@ class Inputs:
     """Spent on fetching."""
 
 
-def check_setting(recipe: Recipe, *, rewards: bool) -> None:
-    """Everything that the recipe names on this machine. `rewards`: the command grades with `data.reward`."""
+def check_setting(recipe: Recipe) -> None:
+    """What the recipe names on this machine, besides rewards and data."""
     ports.bind(recipe.launch.host).close()
     metrics.find_sinks(recipe.metrics.sinks)
     python = recipe.resources.engine.python
@@ -47,10 +47,33 @@ def check_setting(recipe: Recipe, *, rewards: bool) -> None:
             f"resources.engine.python = {json.dumps(python)} is no program on this machine",
             "name the interpreter of the engine's environment, for example /opt/engine/bin/python",
         )
-    if rewards:
-        from astracli.rewards.reward import validate_reward
 
-        validate_reward(recipe.data.reward)
+
+def check_rewards(
+    recipe: Recipe, data: str | Path | None, benchmarks: Mapping[str, str | Path | None], *, trains: bool
+) -> None:
+    """Rewards are there, and find their columns in the training problems and in benchmarks of the user's own.
+
+    `data` and `benchmarks`: local paths, as fetched. `trains`: the command grades training problems.
+    """
+    from astracli.config.benchmarks import get
+    from astracli.data import benchmarks as sets
+    from astracli.data import datasets
+    from astracli.rewards.reward import Rewards, validate_rewards
+
+    wanted: list[tuple[Rewards, list[str], str]] = []
+    if trains:
+        columns = datasets.columns(recipe.data, data) if data is not None else []
+        wanted.append((Rewards.of(recipe.data), columns, "the training problems"))
+    for name, place in benchmarks.items():
+        if get(name).path is not None:
+            columns = list(sets.load(name, place).items[0].row)
+            wanted.append((Rewards.of(recipe.own_rewards), columns, f"benchmark `{name}`"))
+    done: list[tuple[Rewards, list[str]]] = []
+    for rewards, columns, where in wanted:
+        if not any(before.each == rewards.each and columns == known for before, known in done):
+            done.append((rewards, columns))
+            validate_rewards(rewards, columns, where)
 
 
 def check_checkpoint(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ def sample_line(
     verdict: Verdict,
     finish_reason: str,
     benchmark: str | None = None,
+    parts: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """The line as a JSON object; `benchmark` is there for evaluations only. `tokens` and `logprobs`: [T]."""
+    """The line as a JSON object; `benchmark` is there for evaluations only, `rewards` where a grade has parts.
+    `tokens` and `logprobs`: [T]."""
     return {
         "step": step,
         "version": version,
@@ -46,6 +49,7 @@ def sample_line(
         "advantage": None if advantage is None else round(advantage, 6),
         "reward": reward,
         "verdict": verdict,
+        **({"rewards": dict(parts)} if parts else {}),
         "finish_reason": finish_reason,
     }
 
@@ -67,6 +71,7 @@ def group_line(
         advantage=advantage,
         reward=sample.reward,
         verdict=sample.verdict,
+        parts=sample.parts,
         finish_reason=sample.finish_reason,
     )
 

@@ -36,6 +36,8 @@ class Sample:
     reward: float = 0.0
     verdict: Verdict = "wrong"
     text: str = ""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Named rewards, and what else a reward logs."""
 
     @property
     def tokens(self) -> np.ndarray:
@@ -101,6 +103,7 @@ def pack_group(group: Group) -> bytes:
                 "reward": s.reward,
                 "verdict": s.verdict,
                 "text": s.text,
+                "parts": s.parts,
                 "segments": [
                     [g.version, g.tokens.astype("<i4").tobytes(), g.logprobs.astype("<f4").tobytes()]
                     for g in s.segments
@@ -123,6 +126,7 @@ def unpack_group(blob: bytes) -> Group:
                 reward=float(s["reward"]),
                 verdict=s["verdict"],
                 text=s["text"],
+                parts=s["parts"],
                 segments=[_segment(*segment) for segment in s["segments"]],
             )
             for s in doc["samples"]

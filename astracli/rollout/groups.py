@@ -126,7 +126,12 @@ async def graded(
     """The finished samples of a group, with their rewards."""
     texts = [tokenizer.decode(draft.tokens, skip_special_tokens=True) for draft in drafts]
     answers = zip(texts, drafts, strict=True)
-    grades = await grader.agrade([GradeItem(problem.question, problem.answer, text, d.tokens) for text, d in answers])
+    grades = await grader.agrade(
+        [
+            GradeItem(problem.question, problem.answer, text, draft.tokens, problem.messages, problem.row)
+            for text, draft in answers
+        ]
+    )
     samples = [
         Sample(
             index=draft.index,
@@ -135,6 +140,7 @@ async def graded(
             reward=float(grade.reward),
             verdict=grade.verdict,
             text=text,
+            parts=dict(grade.parts),
         )
         for draft, grade, text in zip(drafts, grades, texts, strict=True)
     ]

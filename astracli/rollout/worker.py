@@ -29,7 +29,7 @@ from astracli.hub.types import Leases
 from astracli.models.adapter import chat_prompt_tokens, load_tokenizer
 from astracli.process.config import RolloutConfig
 from astracli.process.worker import Reporter, worker_main
-from astracli.rewards.reward import GradePool
+from astracli.rewards.reward import GradePool, Rewards
 from astracli.rl.types import Group
 from astracli.rollout.engine_worker import EngineWorker
 from astracli.rollout.groups import Draft, RolloutSampling, SampleWriter, generate_groups, graded
@@ -275,8 +275,12 @@ def run(config: RolloutConfig, reporter: Reporter) -> None:
     recipe = config.recipe
     source = PromptSource(recipe.data, recipe.seed, config.data_path)
     tokenizer = load_tokenizer(config.model_path)
-    data = recipe.data
-    with GradePool(data.reward, data.reward_workers, data.reward_timeout_s, data.grading.model_dump()) as pool:
+    rewards = Rewards.of(
+        recipe.data,
+        max_errors=recipe.most_reward_errors,
+        on_error=lambda words: reporter.warn(f"the first error of a reward:\n{words}"),
+    )
+    with GradePool(rewards=rewards) as pool:
         asyncio.run(_main(config, reporter, tokenizer, source, pool))
 
 

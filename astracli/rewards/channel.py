@@ -20,6 +20,8 @@ REPLY_BYTES = 1 << 20
 """The largest frame that a grading process may send. A grade with its traceback is a few kilobytes."""
 _HEAD = struct.Struct(">I")
 _REQUEST_BYTES = 1 << 30
+_HELD_BYTES = 200
+"""Of short frames, about ten: the owner reads them while the next are made."""
 
 
 class GarbledError(Exception):
@@ -97,10 +99,22 @@ class WorkerEnd:
     def __init__(self, fd: int):
         self._socket = socket.socket(fileno=fd)
         self.fileno = fd
+        self._held = bytearray()
 
     def send(self, frame: Any) -> None:
+        self.hold(frame)
+        self.flush()
+
+    def hold(self, frame: Any) -> None:
+        """To be sent with the next `flush`: before anything that may take long or never end."""
         data = msgpack.packb(frame, unicode_errors="surrogatepass")
-        self._socket.sendall(_HEAD.pack(len(data)) + data)
+        self._held += _HEAD.pack(len(data)) + data
+        if len(self._held) > _HELD_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        held, self._held = self._held, bytearray()
+        self._socket.sendall(held)
 
     def receive(self) -> Any:
         """The next document. Raises EOFError when the owner has closed its end."""

@@ -22,7 +22,7 @@ from typing import Any
 from astracli.errors import UserError
 from astracli.rewards import grader, scores
 from astracli.rewards.binding import Binding, bind
-from astracli.rewards.builtin import BUILTIN, CODE
+from astracli.rewards.builtin import BUILTIN, CODE, MATH
 from astracli.rewards.channel import WorkerEnd
 from astracli.rewards.grading import algebra
 from astracli.rewards.grading.conventions import DEFAULTS, Conventions
@@ -35,8 +35,15 @@ EXTRACTIONS: dict[str, grader.Extraction] = {"math": "boxed_or_last_number", "ma
 Send = Callable[[Sequence[object]], None]
 
 
-def grade_math(spec: str, item: Sequence[str], send: Send, conventions: Conventions = DEFAULTS) -> Scored:
-    """`math`, `math_boxed` or `number` of [problem, answer, completion]."""
+def grade_math(
+    spec: str,
+    item: Sequence[str],
+    send: Send,
+    conventions: Conventions = DEFAULTS,
+    before_slow: Callable[[], None] = lambda: None,
+) -> Scored:
+    """`math`, `math_boxed` or `number` of [problem, answer, completion]. `before_slow` is called before what may never
+    return."""
     problem, answer, text = item
     if spec == "number":
         literal = grader.grade_number(answer, text)
@@ -44,6 +51,7 @@ def grade_math(spec: str, item: Sequence[str], send: Send, conventions: Conventi
     extraction = EXTRACTIONS[spec]
     verdict = grader.quick(answer, text, extraction)
     if verdict is None:
+        before_slow()
         algebra.on_import = lambda state: send([state])
         try:
             verdict = grader.thorough(answer, text, extraction, problem, conventions)
@@ -152,12 +160,14 @@ def serve(channel: WorkerEnd) -> None:
     if binding is not None and binding.concurrent:
         asyncio.run(_concurrent(binding, int(hello["concurrency"]), timeout_s, channel))
         return
-    grade = _of_kind(spec, binding, hello, send)
+    grade = _of_kind(spec, binding, hello, channel)
+    tell = channel.hold if spec in MATH else send
     with suppress(EOFError, ConnectionError):
         while True:
             document = channel.receive()
             for place, scored in enumerate(grade(document["items"])):
-                send([document["job"], place, *scored])
+                tell([document["job"], place, *scored])
+            channel.flush()
 
 
 async def _concurrent(binding: Binding, concurrency: int, timeout_s: float, channel: WorkerEnd) -> None:
@@ -166,7 +176,7 @@ async def _concurrent(binding: Binding, concurrency: int, timeout_s: float, chan
 
 
 def _of_kind(
-    spec: str, binding: Binding | None, hello: Mapping[str, Any], send: Send
+    spec: str, binding: Binding | None, hello: Mapping[str, Any], channel: WorkerEnd
 ) -> Callable[[Sequence[Sequence[Any]]], Iterator[Scored]]:
     """What grades the items of a job, in order."""
     if binding is not None:
@@ -175,7 +185,7 @@ def _of_kind(
     if spec in CODE:
         return lambda items: (_code(spec, GradeItem(*fields), hello) for fields in items)
     conventions = Conventions(**hello["grading"])
-    return lambda items: (grade_math(spec, item, send, conventions) for item in items)
+    return lambda items: (grade_math(spec, item, channel.send, conventions, channel.flush) for item in items)
 
 
 def _code(spec: str, item: GradeItem, hello: Mapping[str, Any]) -> Scored:

@@ -24,7 +24,7 @@ from astracli.errors import RunFailed, UserError
 from astracli.process.sandbox import Limits, Sandbox
 from astracli.rewards.builtin import BUILTIN, CODE, MATH
 from astracli.rewards.channel import GarbledError, OwnerEnd
-from astracli.rewards.scores import DETAIL_CHARACTERS, MOST_PARTS, Scored
+from astracli.rewards.scores import DETAIL_CHARACTERS, MOST_PARTS, Scored, printable
 from astracli.rewards.types import GradeItem
 
 MATH_MEMORY_BYTES = 4 << 30
@@ -451,4 +451,4 @@ def _scored(frame: object) -> tuple[int, int, Scored] | None:
         return None
     if not all(type(key) is str and type(value) is float for key, value in logged.items()):
         return None
-    return number, place, Scored(float(reward), state, detail[: 2 * DETAIL_CHARACTERS], logged)
+    return number, place, Scored(float(reward), state, printable(detail[: 2 * DETAIL_CHARACTERS]), logged)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -165,6 +166,8 @@ class GradePool:
         detail = next(
             (_named(g, s) for g, s in named if s.state == "error" or (s.detail and "error" not in states)), ""
         )
+        if not math.isfinite(total):
+            return Grade(0.0, "error", f"the weighted sum of the rewards is {total}", parts)
         if states == {"absent"}:
             return Grade(0.0, "error", "no reward applies to this row: each returned None", parts)
         return Grade(total, self._verdict(states, total), detail, parts)

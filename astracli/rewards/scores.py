@@ -57,6 +57,13 @@ def shortened(text: str) -> str:
     return text if len(text) <= DETAIL_CHARACTERS else f"{text[:half]}\n[...]\n{text[-half:]}"
 
 
+def printable(text: str) -> str:
+    """Text of a reward for terminals and logs: line ends and tabs stay, other control characters are written out."""
+    if text.isascii() and text.replace("\n", "").replace("\t", "").isprintable():
+        return text
+    return "".join(c if c in "\n\t" or c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def one(binding: Binding, returned: Any) -> Scored:
     """The score of a single completion. Raises NoScoreError."""
     if isinstance(returned, Mapping):
@@ -86,11 +93,10 @@ def many(binding: Binding, returned: Any, count: int) -> list[Scored]:
 
 
 def _mapping(binding: Binding, returned: Mapping[Any, Any]) -> Scored:
-    keys = ("score", "reward") if binding.style in ("verl", "verl_batch") else ("reward", "score")
-    key = next((key for key in keys if key in returned), None)
-    if key is None:
+    key = "score" if binding.style in ("verl", "verl_batch") else "reward"
+    if key not in returned:
         names = ", ".join(f"`{name}`" for name in list(returned)[:10])
-        raise NoScoreError(f"the reward returned a mapping without `{keys[0]}`: {names or 'it is empty'}")
+        raise NoScoreError(f"the reward returned a mapping without `{key}`: {names or 'it is empty'}")
     logged: dict[str, float] = {}
     for name, value in returned.items():
         if name != key and len(logged) < MOST_PARTS and (figure := _figure(value)) is not None:

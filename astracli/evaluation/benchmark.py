@@ -224,7 +224,9 @@ class BenchmarkWork:
         texts = [self._tokenizer.decode(answer.tokens.tolist(), skip_special_tokens=True) for answer in answers]
         groups: dict[str, list[GradeItem]] = {}
         for (problem, _), text, answer in zip(asked, texts, answers, strict=True):
-            item = GradeItem(problem.question, problem.answer, text, answer.tokens, problem.messages, problem.row)
+            item = GradeItem(
+                problem.question, problem.answer, text, answer.tokens.tolist(), problem.messages, problem.row
+            )
             groups.setdefault(problem.id, []).append(item)
         found = await asyncio.gather(*(self._grader.agrade(items) for items in groups.values()))
         graded = {name: iter(grades) for name, grades in zip(groups, found, strict=True)}

@@ -196,7 +196,8 @@ class BatchBook:
         )
         assert row is not None
         parts = self._db.rows("SELECT parts FROM groups WHERE arrived = ? AND parts IS NOT NULL", step)
-        return BatchStats(*row, _means(json.loads(text) for (text,) in parts))
+        means = _means(json.loads(text) for (text,) in parts)
+        return BatchStats(*(*row, means))
 
     def ack(self, step: int, version: int, checkpoint_step: int | None) -> None:
         """The batch of `step` has become `version`. Twice is once. Raises RunFailed for a step without a batch.

@@ -143,8 +143,8 @@ class Guard:
 
     def watch(self) -> "tuple[str, int]":
         """Until the command ends or has to. -> why, and its exit code (negative: a signal)."""
-        ends = None if self.limits.get("time_s") is None else time.monotonic() + self.limits["time_s"]
-        most = self.limits.get("processes")
+        time_s, most = self.limits.get("time_s"), self.limits.get("processes")
+        ends = None if time_s is None else time.monotonic() + time_s
         while True:
             now = time.monotonic()
             waits = [] if ends is None else [max(0.0, ends - now)]

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from astracli.report.live import duration, evaluated, stderr_console
+from astracli.report.live import duration, evaluated, judged, stderr_console
 
 
 def print_summary(summary: Mapping[str, Any], console: Console | None = None) -> None:
@@ -33,9 +33,8 @@ def benchmark_table(summary: Mapping[str, Any]) -> Table:
     for row in rows:
         spread = [f"{row[side]['avg_at_n']:.3f} ± {row[side]['stderr']:.3f}" for side in sides]
         passes = [f"{row[side]['pass_at_k']:.3f}" for side in sides]
-        graded = f" ({row['last']['grader']})" if row["last"].get("grader") else ""
         for name, figure, values, change in (
-            (f"{row['benchmark']}{graded}", f"avg@{row['n']}", spread, row["difference_avg_at_n"]),
+            (judged(row["benchmark"], row["last"]), f"avg@{row['n']}", spread, row["difference_avg_at_n"]),
             ("", f"pass@{row['k']}", passes, row["difference_pass_at_k"]),
         ):
             table.add_row(name, figure, *values, *([f"{change:+.3f}"] if len(sides) > 1 and change is not None else []))

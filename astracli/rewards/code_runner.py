@@ -5,10 +5,18 @@ having read this process's memory. Every test runs in a fork: what one breaks, a
 this limits time, memory, files and processes.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import sys
 import tempfile
+from functools import partial
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 
 def main() -> None:
@@ -20,12 +28,13 @@ def main() -> None:
     os.dup2(2, 1)
     nonce, code = task.pop("nonce"), task.pop("code")
     if "sources" in task or task.get("fn_name"):
-        names: dict = {"__name__": "solution"}
+        names: dict[str, Any] = {"__name__": "solution"}
         run(code, "<completion>", names)
-        tests = [lambda source=source: source_test(source, task, names) for source in task.get("sources", ())] or [
-            lambda given=given, wanted=wanted: call_test(task["fn_name"], given, wanted, names)
-            for given, wanted in zip(task["inputs"], task["outputs"], strict=True)
-        ]
+        if "sources" in task:
+            tests = [partial(source_test, source, task, names) for source in task["sources"]]
+        else:
+            pairs = zip(task["inputs"], task["outputs"], strict=True)
+            tests = [partial(call_test, task["fn_name"], given, wanted, names) for given, wanted in pairs]
         passed = (in_fork(test) for test in tests)
     else:
         passed = (
@@ -37,7 +46,7 @@ def main() -> None:
     os._exit(0)
 
 
-def run(code: str, name: str, names: dict) -> None:
+def run(code: str, name: str, names: dict[str, Any]) -> None:
     """Define what the program defines. Its exception is shown, what it had defined before stays."""
     try:
         exec(compile(code, name, "exec"), names)
@@ -53,7 +62,7 @@ def show(error: BaseException) -> None:
         pass
 
 
-def in_fork(test) -> bool:
+def in_fork(test: Callable[[], object]) -> bool:
     """Whether a test came to its end in a process of its own."""
     reader, writer = os.pipe()
     secret = os.urandom(16)
@@ -77,7 +86,7 @@ def in_fork(test) -> bool:
     return said == secret
 
 
-def source_test(source: str, task: dict, names: dict) -> None:
+def source_test(source: str, task: dict[str, Any], names: dict[str, Any]) -> None:
     if task.get("setup"):
         exec(compile(task["setup"], "<setup>", "exec"), names)
     exec(compile(source, "<test>", "exec"), names)
@@ -85,16 +94,15 @@ def source_test(source: str, task: dict, names: dict) -> None:
         names["check"](names[task["entry_point"]])
 
 
-def call_test(name: str, given, wanted, names: dict) -> None:
-    holder = names.get("Solution")
-    function = names[name] if name in names else getattr(holder(), name)
+def call_test(name: str, given: Any, wanted: Any, names: dict[str, Any]) -> None:
+    function = names[name] if name in names else getattr(names["Solution"](), name)
     given = given if isinstance(given, list) else [given]
     found = json.loads(json.dumps(function(*given)))  # tuples are lists, keys are text: as the tests hold them
     if found != wanted and [found] != wanted:
         raise AssertionError(f"{name}({', '.join(map(repr, given))[:200]}) is {found!r:.200}, not {wanted!r:.200}")
 
 
-def program_test(code: str, given, wanted) -> bool:
+def program_test(code: str, given: Any, wanted: Any) -> bool:
     """The whole program, with its standard input and output."""
     given = "\n".join(map(str, given)) if isinstance(given, list) else str(given)
     wanted = "\n".join(map(str, wanted)) if isinstance(wanted, list) else str(wanted)
@@ -131,7 +139,7 @@ def program_test(code: str, given, wanted) -> bool:
     return True
 
 
-def lines(text: str) -> "list[str]":
+def lines(text: str) -> list[str]:
     """Without spaces at the end of lines and empty lines at the end."""
     return "\n".join(line.rstrip() for line in text.splitlines()).rstrip("\n").split("\n")
 

@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from astracli.errors import UserError
@@ -72,7 +73,10 @@ class _Ours:
             yield from self._guarded(lambda: scores.many(self.binding, self._call(items, 0), len(items)), len(items))
             return
         for place in range(len(items)):
-            yield from self._guarded(lambda place=place: [scores.one(self.binding, self._call(items, place))], 1)
+            yield from self._guarded(partial(self._one, items, place), 1)
+
+    def _one(self, items: Sequence[GradeItem], place: int) -> list[Scored]:
+        return [scores.one(self.binding, self._call(items, place))]
 
     def _call(self, items: Sequence[GradeItem], place: int) -> Any:
         returned = self.binding.call(items, place)

@@ -94,7 +94,7 @@ class Process:
                 limits=setting.limits,
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                stdout=2,  # type: ignore[arg-type]  # a reward may print
+                stdout=2,  # a reward may print
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
         self.ready: Mapping[str, Any] = {}

@@ -41,28 +41,27 @@ class Rewards:
     @classmethod
     def of(cls, data: DataTable, **settings: Any) -> Rewards:
         """Those of a recipe's data table."""
-        common = {
-            "start_s": data.reward_start_s,
-            "grading": data.grading.model_dump(),
-            "code": data.code.model_dump(),
-            "memory_bytes": None if data.reward_memory_gib is None else int(data.reward_memory_gib * (1 << 30)),
-        }
-        if data.rewards:
-            each = [
-                RewardSetting(
-                    entry.reward,
-                    entry.label,
-                    entry.weight,
-                    entry.timeout_s or data.reward_timeout_s,
-                    concurrency=entry.concurrency or data.reward_concurrency,
-                    maximum=entry.maximum,
-                    **common,
-                )
-                for entry in data.rewards
-            ]
-        else:
-            one = RewardSetting(data.reward, "", 1.0, data.reward_timeout_s, concurrency=data.reward_concurrency)
-            each = [replace(one, **common)]
+        common = RewardSetting(
+            data.reward,
+            timeout_s=data.reward_timeout_s,
+            start_s=data.reward_start_s,
+            concurrency=data.reward_concurrency,
+            memory_bytes=None if data.reward_memory_gib is None else int(data.reward_memory_gib * (1 << 30)),
+            grading=data.grading.model_dump(),
+            code=data.code.model_dump(),
+        )
+        each = [
+            replace(
+                common,
+                spec=entry.reward,
+                name=entry.label,
+                weight=entry.weight,
+                timeout_s=entry.timeout_s or common.timeout_s,
+                concurrency=entry.concurrency or common.concurrency,
+                maximum=entry.maximum,
+            )
+            for entry in data.rewards
+        ] or [common]
         return cls(each, data.reward_workers, data.right_at, **settings)
 
 
@@ -155,13 +154,14 @@ class GradePool:
     def _grade(self, scores: Sequence[Scored]) -> Grade:
         """The grade of one sample from what each reward says of it."""
         named = list(zip(self._graders, scores, strict=True))
-        total, parts = 0.0, {}
+        total = 0.0
+        parts: dict[str, float] = {}
         for graders, scored in named:
-            prefix = f"{graders.setting.name}/" if len(named) > 1 else ""
-            parts |= {f"{prefix}{name}": value for name, value in scored.logged.items()}
+            prefix = f"{graders.setting.name}/" if graders.setting.name else ""
             if scored.state != "absent":
                 total += graders.setting.weight * scored.reward
-                parts |= {graders.setting.name: scored.reward} if len(named) > 1 else {}
+                parts |= {graders.setting.name: scored.reward} if graders.setting.name else {}
+            parts |= {f"{prefix}{name}": value for name, value in scored.logged.items()}
         states = {scored.state for scored in scores}
         detail = next(
             (_named(g, s) for g, s in named if s.state == "error" or (s.detail and "error" not in states)), ""

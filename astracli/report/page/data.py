@@ -82,7 +82,7 @@ def curves(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def evaluations(run: RunDir) -> list[dict[str, Any]]:
-    """[{benchmark, n, k, items, late, points: [{step, avg, low, high, pass}]}] from `eval/eval.csv`.
+    """[{benchmark, grader, n, k, items, late, points: [{step, avg, low, high, pass}]}] from `eval/eval.csv`.
 
     Intervals are 95 %. `late`: the steps that stand for an earlier one at which the evaluation became due, in words.
     """
@@ -92,6 +92,7 @@ def evaluations(run: RunDir) -> list[dict[str, Any]]:
     return [
         {
             "benchmark": name,
+            "grader": each[-1].get("grader") or "",
             "n": int(each[-1]["n"]),
             "k": int(each[-1]["k"]),
             "items": int(each[-1]["items"]),
@@ -164,7 +165,8 @@ def tiles(run: RunDir, records: Sequence[Record], summary: Mapping[str, Any]) ->
             "label": f"{trend.benchmark} avg@{trend.n}",
             "value": f"{trend.last:.3f}",
             "note": (f"{trend.difference:+.3f} from {trend.first:.3f} " if trend.last_step != trend.first_step else "")
-            + f"at step {trend.first_step}",
+            + f"at step {trend.first_step}"
+            + (f", graded by {trend.grader}" if trend.grader else ""),
         }
         for trend in trends
         if trend.benchmark != "overall" or len(trends) > 2

@@ -22,7 +22,7 @@ all on one kind of GPU, no peak exceeded its plan by more than a fifth of these 
 
 
 class Component(Enum):
-    """What a row counts. Code compares members; their values are texts for people (`plan/view.py` fills in the counts)."""
+    """What a row counts. Code compares members; their values are texts for people (see `plan/view.py`)."""
 
     PROCESS = "process"
     CUDA_CONTEXT = "CUDA context"

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from astracli.data.prompts import Problem
 
 GROUP = "astra.envs"
+TokenIds = Sequence[int] | np.ndarray
 Score = Grade
 """Of one episode: `reward` trains it, `verdict` counts it, `parts` are named figures for the metrics."""
 
@@ -48,7 +49,7 @@ class Turn:
 class Policy(Protocol):
     """Generates for one episode, one turn at a time."""
 
-    async def generate(self, tokens: Sequence[int], stop: Sequence[int] = (), budget: int | None = None) -> Turn:
+    async def generate(self, tokens: TokenIds, stop: Sequence[int] = (), budget: int | None = None) -> Turn:
         """The turn that follows `tokens`, which are all tokens of the episode so far.
 
         `stop`: token ids that end the turn besides the model's own. `budget`: most tokens of this turn; the recipe's
@@ -84,7 +85,7 @@ class Episode:
         self.versions = np.asarray(self.versions, np.int32)
 
     @classmethod
-    def of_prompt(cls, tokens: Sequence[int], messages: Sequence[dict[str, Any]] = ()) -> Episode:
+    def of_prompt(cls, tokens: TokenIds, messages: Sequence[dict[str, Any]] = ()) -> Episode:
         """An episode that has its prompt and nothing else."""
         prompt = np.array(tokens, np.int32)
         nothing = (np.zeros(0, np.float32), np.zeros(0, np.int32))
@@ -97,7 +98,7 @@ class Episode:
         self.versions = np.concatenate([self.versions, turn.versions])
         self.finish = turn.finish
 
-    def tell(self, tokens: Sequence[int]) -> None:
+    def tell(self, tokens: TokenIds) -> None:
         """Tokens that the policy sees and did not draw: a tool's result, what the user says next."""
         self._append(np.array(tokens, np.int32), False)
 
@@ -169,7 +170,7 @@ class Env:
         """An episode with the recipe's prompt of a problem."""
         return Episode.of_prompt(self.setup.prompt_tokens(problem))
 
-    def text(self, tokens: Sequence[int] | np.ndarray) -> str:
+    def text(self, tokens: TokenIds) -> str:
         """What tokens say, without special ones."""
         return str(self.tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True))
 

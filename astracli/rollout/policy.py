@@ -17,7 +17,7 @@ import numpy as np
 from astracli.config.recipe import Recipe
 from astracli.engines.contract import GenRequest, GenResult
 from astracli.envs import time_limit
-from astracli.envs.contract import Episode, Turn
+from astracli.envs.contract import Episode, TokenIds, Turn
 from astracli.errors import RunFailed
 from astracli.rl.schedule import sample_seed
 from astracli.rollout.request_gate import RequestGate
@@ -213,7 +213,7 @@ class EpisodePolicy:
         self._asks = False
         calls.enter()
 
-    async def generate(self, tokens: Sequence[int], stop: Sequence[int] = (), budget: int | None = None) -> Turn:
+    async def generate(self, tokens: TokenIds, stop: Sequence[int] = (), budget: int | None = None) -> Turn:
         """See `envs.contract.Policy`."""
         context = np.array(tokens, np.int32)
         if context.ndim != 1 or not len(context):

@@ -54,7 +54,8 @@ class RequestGate:
         self._attached = False
         self._failures = 0
         self._last_update = (self.use.seconds(), 0)
-        self._counts = {"aborted_samples": 0, "prefilled_again_tokens": 0, "failed_episodes": 0}
+        self._counts = {"aborted_samples": 0, "prefilled_again_tokens": 0}
+        self._failed_episodes = 0
 
     async def generate(self, requests: Sequence[GenRequest], heard: Heard | None = None) -> list[GenResult]:
         """Send requests once the gate is open; a result's `version` is the oldest in force during its request.
@@ -104,7 +105,7 @@ class RequestGate:
 
     def count_failed(self, episodes: int) -> None:
         """For the metrics: episodes that their environment has failed."""
-        self._counts["failed_episodes"] += episodes
+        self._failed_episodes += episodes
 
     def _lose(self, error: RunFailed) -> None:
         if self._attached:
@@ -136,6 +137,8 @@ class RequestGate:
         self._last_update = (now, self.tokens)
         counts = dict(self._counts)
         self._counts = dict.fromkeys(self._counts, 0)
+        if self._failed_episodes:
+            counts["failed_episodes"], self._failed_episodes = self._failed_episodes, 0
         interval_s = max(1e-9, now.all - then.all)
         rates = {
             "rollout_tokens_per_s": (self.tokens - tokens) / interval_s,

@@ -117,7 +117,7 @@ class World:
             source = PromptSource(config.recipe.data, 5)
             tokenizer = Tokenizer()
             env = envs.find(config.recipe.rollout.env)(
-                EnvSetup(config.recipe, tokenizer, Grader(), PromptTokens(tokenizer, source))
+                EnvSetup(config.recipe, tokenizer, lambda problem: Grader(), PromptTokens(tokenizer, source))
             )
             stack.enter_context(LoopWatch(config.recipe.rollout.env_timeout_s))
             worker = Rollout(config, Reporter(config), hub, workers, source, env)

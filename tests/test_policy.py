@@ -55,8 +55,8 @@ class Tokenizer:
 
 
 def made(kind: type[Env], chosen: Any, prompt: Sequence[int] = tuple(PROMPT)) -> Env:
-    grader: Any = None
-    return kind(EnvSetup(chosen, Tokenizer(), grader, lambda problem: prompt))
+    no_grader: Any = None
+    return kind(EnvSetup(chosen, Tokenizer(), no_grader, lambda problem: prompt))
 
 
 def played(
@@ -112,16 +112,17 @@ def test_turns_of_a_wave_are_one_call_in_a_deterministic_run(deterministic: bool
     found, slots = played(Uneven, worker, leases=(3, 1, 2), rollout=table, launch={"deterministic": deterministic})
     seeds = [[r.seed for r in call] for call in worker.calls]
     if deterministic:
-        expected = [[sample_seed(0, lease, i) for lease in some for i in (0, 1)] for some in ([3, 1, 2], [3, 2], [3])]
+        waves = enumerate(([3, 1, 2], [3, 2], [3]))
+        expected = [[sample_seed(0, lease, i, turn) for lease in some for i in (0, 1)] for turn, some in waves]
         assert seeds == expected and slots == []
     else:
         assert sorted(seed for call in seeds for seed in call) == sorted(
-            sample_seed(0, lease, i) for lease in (3, 1, 2) for i in (0, 1) for _ in range(lease)
+            sample_seed(0, lease, i, turn) for lease in (3, 1, 2) for i in (0, 1) for turn in range(lease)
         )
         assert sum(slots) == -6, "six episodes ended; a later turn takes its place again"
         assert sum(abs(change) for change in slots) == 2 * 12 - 6
     last = worker.calls[-1][0]
-    assert last.stop_token_ids == (1, 7) and last.draw_offset == 4, "draws go on where the turns before ended"
+    assert last.stop_token_ids == (1, 7) and last.draw_offset == 0
     for lease, episodes in found.items():
         for episode in episodes:
             assert episode.loss_mask.tolist() == [0] * 3 + [1, 1, 0] * lease

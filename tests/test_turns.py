@@ -4,7 +4,6 @@ weights come in the middle of an episode."""
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,8 +59,8 @@ def test_two_turns_are_trained_as_they_were_drawn(
     chosen = recipe(rollout=rollout, train={"packing": packing, "minibatches": 1, "learning_rate": 1e-3})
     trainer = make_trainer(model, chosen)
     engine = engine_of(model, stage_dir=tmp_path / "stage")
-    record: defaultdict[int, list[tuple[list[int], list[int]]]] = defaultdict(list)
-    """By the seed of the sample: what the engine was asked after, and what it drew."""
+    record: dict[int, tuple[list[int], list[int]]] = {}
+    """By the seed of the turn: what the engine was asked after, and what it drew."""
 
     async def scenario(client: EngineClient) -> None:
         generate = client.generate
@@ -69,7 +68,7 @@ def test_two_turns_are_trained_as_they_were_drawn(
         async def recorded(requests: Sequence[GenRequest], ended: Any = None) -> list[GenResult]:
             results = await generate(requests, ended)
             for request, drawn in zip(requests, results, strict=True):
-                record[request.seed].append((list(request.input_ids), drawn.tokens.tolist()))
+                record[request.seed] = (list(request.input_ids), drawn.tokens.tolist())
             return results
 
         monkeypatch.setattr(client, "generate", recorded)
@@ -127,9 +126,8 @@ def test_two_turns_are_trained_as_they_were_drawn(
                     for place, row in enumerate(micro.rows):
                         tokens = row.tokens.tolist()
                         targets = micro.target_N[micro.sequence_N == place].tolist()
-                        (prompt, first), (context, second) = record.pop(
-                            sample_seed(0, row.group.lease_id, row.sample.index)
-                        )
+                        seeds = [sample_seed(0, row.group.lease_id, row.sample.index, turn) for turn in (0, 1)]
+                        (prompt, first), (context, second) = map(record.pop, seeds)
                         assert context == [*prompt, *first, *TOLD] and tokens == context + second
                         assert targets == first + second, "trained == drawn, turn by turn"
                         assert row.versions.tolist() == (

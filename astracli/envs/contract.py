@@ -128,7 +128,8 @@ class EnvSetup:
 
     recipe: Recipe
     tokenizer: Any
-    grader: Grader
+    grader_of: Callable[[Problem], Grader]
+    """The recipe's reward for a problem, which may depend on the problem's source."""
     prompt_tokens: Callable[[Problem], Sequence[int]]
     """The prompt of a problem as the recipe says it: template and chat template applied, generation prompt added."""
 
@@ -154,7 +155,7 @@ class Env:
             episode.text = self.text(answer)
             items.append(GradeItem(problem.question, problem.answer, episode.text, answer))
         with time_limit.paused():
-            return await self.setup.grader.agrade(items)
+            return await self.setup.grader_of(problem).agrade(items)
 
     def unfit(self, problem: Problem) -> str | None:
         """Why no episode can begin from this problem (its prompt is too long); None when one can."""

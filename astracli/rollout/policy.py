@@ -57,8 +57,6 @@ class Ask:
     """Most tokens of the turn."""
     stop_ids: tuple[int, ...]
     seed: int
-    drawn_before: int
-    """Tokens of the episode's earlier turns: where its draws go on."""
     done: asyncio.Future[Turn]
     _: KW_ONLY
     finish: str | None = None
@@ -90,7 +88,7 @@ class Ask:
             top_p=sampling.recipe.rollout.top_p,
             stop_token_ids=self.stop_ids,
             seed=self.seed,
-            draw_offset=self.drawn_before + len(prefix),
+            draw_offset=len(prefix),
         )
 
     def turn(self) -> Turn:
@@ -207,7 +205,7 @@ class EpisodePolicy:
     def __init__(self, calls: EngineCalls, lease_id: int, index: int, order: int):
         self.index = index
         self._calls, self._place = calls, Place(order)
-        self._seed = sample_seed(calls.sampling.recipe.seed, lease_id, index)
+        self._lease_id = lease_id
         self._drawn: list[tuple[np.ndarray, Turn]] = []
         """Each turn with the tokens that it follows."""
         self._asks = False
@@ -233,8 +231,8 @@ class EpisodePolicy:
 
     async def _ask(self, context: np.ndarray, room: int, stop_ids: tuple[int, ...]) -> Turn:
         done: asyncio.Future[Turn] = asyncio.get_running_loop().create_future()
-        before = sum(len(turn.tokens) for _, turn in self._drawn)
-        ask = Ask(self._place, context.tolist(), room, stop_ids, self._seed, before, done)
+        seed = sample_seed(self._calls.sampling.recipe.seed, self._lease_id, self.index, len(self._drawn))
+        ask = Ask(self._place, context.tolist(), room, stop_ids, seed, done)
         self._asks = True
         try:
             with time_limit.paused():

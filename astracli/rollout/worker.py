@@ -296,7 +296,9 @@ def run(config: RolloutConfig, reporter: Reporter) -> None:
     tokenizer = load_tokenizer(config.model_path)
     data = recipe.data
     with GradePool(data.reward, data.reward_workers, data.reward_timeout_s, data.grading.model_dump()) as pool:
-        env = envs.find(recipe.rollout.env)(EnvSetup(recipe, tokenizer, pool, PromptTokens(tokenizer, source)))
+        env = envs.find(recipe.rollout.env)(
+            EnvSetup(recipe, tokenizer, lambda problem: pool, PromptTokens(tokenizer, source))
+        )
         asyncio.run(_main(config, reporter, source, env))
 
 

@@ -52,7 +52,7 @@ class Partial:
                 tokens=np.array(row["tokens"], np.int32),
                 logprobs=np.array(row["logprobs"], np.float64),
                 finish_reason=row["finish_reason"],
-                grade=Grade(row["reward"], row["verdict"], "", row.get("rewards", {})),
+                grade=Grade(row["reward"], row["verdict"], "", row.get("parts", {})),
             )
             for row in metrics.read(self.path)
             if row["problem_id"] in problems and self.version in (None, row["version"])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from astracli.config.recipe import Recipe
+from astracli.envs import registry as envs
 from astracli.errors import UserError
 from astracli.models.adapter import SHARD_INDEX
 from astracli.models.adapter_tools import checkpoint_tensors
@@ -52,9 +53,10 @@ def check_setting(recipe: Recipe) -> None:
 def check_rewards(
     recipe: Recipe, data: str | Path | None, benchmarks: Mapping[str, str | Path | None], *, trains: bool
 ) -> None:
-    """Rewards are there, and find their columns in the training problems and in benchmarks of the user's own.
+    """Rewards are there, and find their columns in the training problems and in benchmarks of the user's own; and the
+    environment is there.
 
-    `data` and `benchmarks`: local paths, as fetched. `trains`: the command grades training problems.
+    `data` and `benchmarks`: local paths, as fetched. `trains`: the command draws episodes, and grades them.
     """
     from astracli.config.benchmarks import get
     from astracli.data import benchmarks as sets
@@ -69,6 +71,8 @@ def check_rewards(
         if get(name).path is not None:
             columns = list(sets.load(name, place).items[0].row)
             wanted.append((Rewards.of(recipe.own_rewards), columns, f"benchmark `{name}`"))
+    if trains:
+        envs.validate(recipe.rollout.env)
     done: list[tuple[Rewards, list[str]]] = []
     for rewards, columns, where in wanted:
         if not any(before.each == rewards.each and columns == known for before, known in done):

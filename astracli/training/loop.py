@@ -269,7 +269,7 @@ class TrainLoop:
         parts, errors = told.pop("parts"), told.pop("reward_errors")
         counts = {name.removeprefix("arrived_"): count for name, count in told.items()}
         stats = {f"arrived_{name}": float(count) for name, count in counts.items() if count is not None}
-        stats |= {"reward_errors": float(errors)} | {f"arrived_rewards/{name}": mean for name, mean in parts.items()}
+        stats |= {"reward_errors": float(errors)} | {f"arrived_parts/{name}": mean for name, mean in parts.items()}
         if self.recipe.train.replay_ratio:
             stats["replay"] = float(reply.batch.replay)
         return [unpack_group(blob) for blob in reply.batch.groups], stats

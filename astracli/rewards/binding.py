@@ -126,8 +126,8 @@ class Binding:
             elif name in self.required:
                 raise NoScoreError(f"the row has no column `{name}`; its columns: {', '.join(item.row) or 'none'}")
         if self.takes_all:
-            given = {name: read(item) for name, read in _VERL.items() if self.style == "verl"} | given
-            given = {name: read(item, items) for name, read in known.items()} | given
+            given |= {name: read(item) for name, read in _VERL.items() if self.style == "verl"}
+            given |= {name: read(item, items) for name, read in known.items()}
         return self.function(**given)
 
     def _trl(self, items: Sequence[GradeItem]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import asyncio
 import http.server
 import json
-import os
 import re
 import sys
 import threading

@@ -24,6 +24,7 @@ DIGITS = 5
 
 CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ("Reward", "share", (("arrived_reward_mean", "all that arrived"), ("reward_mean", "trained batch"))),
+    ("Rewards that failed", "samples", (("reward_errors", "errors"), ("arrived_timeouts", "timeouts"))),
     ("KL to the initial model", "nats", (("kl", "k3 estimate"),)),
     ("Staleness", "versions", (("staleness_mean", "mean"), ("staleness_max", "largest"))),
     ("Ratio policy / behaviour", "", (("ratio_mean", "mean"),)),
@@ -40,7 +41,7 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ("Changed weights", "share", (("delta_density", "of the published values"),)),
     ("Size of a version", "bytes", (("delta_bytes", "delta"), ("full_bytes", "full"))),
 )
-"""(title, unit, ((metric, its name in the legend), ...)): the curves over steps, in the order of the page."""
+"""(title, unit, ((metric, its name in the legend), ...)): the curves over steps, in the order of the page; named rewards and figures (`parts/NAME`) come behind the first."""
 PHASES = ("wait_s", "score_s", "forward_s", "backward_s", "optimizer_s", "publish_s", "checkpoint_s")
 """Phases of a trainer step in the order in which they happen."""
 
@@ -70,7 +71,9 @@ def document(run: RunDir) -> dict[str, Any]:
 def curves(records: Sequence[Record]) -> list[dict[str, Any]]:
     """[{title, unit, lines: [{name, metric, points: [[step, value]]}]}], without those that no process wrote."""
     found = []
-    for title, unit, lines in CURVES:
+    named = sorted({name for record in records for name in record if name.startswith("parts/")})
+    own = tuple((name, "", ((name, "trained batch"), (f"arrived_{name}", "all that arrived"))) for name in named)
+    for title, unit, lines in (*CURVES[:1], *own, *CURVES[1:]):
         drawn = [
             {"name": words, "metric": name, "points": [[step, _short(value)] for step, value in points]}
             for name, words in lines

@@ -245,6 +245,13 @@ def test_a_process_that_does_not_read_is_given_up() -> None:
     assert [g.verdict for g in found][1:] == ["right"] * 7 and found[0].verdict in ("right", "timeout")
 
 
+def test_a_row_that_cannot_be_sent_fails_its_group_alone(mine: None) -> None:
+    with GradePool("mine:some") as pool:
+        with pytest.raises(Exception, match="pickle"):
+            pool.grade(items("yes", odd=lambda: None))
+        assert pool.grade(items("yes"))[0].verdict == "right"
+
+
 @needs_linux
 def test_a_daemon_of_a_reward_ends_with_its_process(
     mine: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -250,11 +250,9 @@ class _Driver:
                     self._step()
                 except (EOFError, OSError) as error:
                     self._crashed(error)
-                except (UserError, RunFailed) as error:
+                except Exception as error:  # a reward that is refused, a row that cannot be sent: nobody waits for ever
+                    self._kill()
                     self._fail_all(error)
-        except BaseException as error:  # a fault of this file: nobody may wait for ever
-            self._fail_all(error)
-            raise
         finally:
             self._kill()
             self._fail_all(RunFailed("the grading processes are closed"))

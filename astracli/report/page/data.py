@@ -41,7 +41,8 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ("Changed weights", "share", (("delta_density", "of the published values"),)),
     ("Size of a version", "bytes", (("delta_bytes", "delta"), ("full_bytes", "full"))),
 )
-"""(title, unit, ((metric, its name in the legend), ...)): the curves over steps, in the order of the page; named rewards and figures (`parts/NAME`) come behind the first."""
+"""(title, unit, ((metric, its name in the legend), ...)): the curves over steps, in the order of the page.
+Behind the first come named rewards and figures (`parts/NAME`)."""
 PHASES = ("wait_s", "score_s", "forward_s", "backward_s", "optimizer_s", "publish_s", "checkpoint_s")
 """Phases of a trainer step in the order in which they happen."""
 

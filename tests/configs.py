@@ -26,7 +26,7 @@ def engine(**fields: Any) -> EngineConfig:
 
 
 def rollout(**fields: Any) -> RolloutConfig:
-    own = dict(name="rollout", data_path=None, engines=(), gpu_leases=(), samples=None)
+    own = dict(name="rollout", data_paths={"": None}, engines=(), gpu_leases=(), samples=None)
     return _made(RolloutConfig, own, fields)
 
 

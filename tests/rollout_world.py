@@ -112,7 +112,7 @@ class World:
                 )
             self.workers = workers
             source = PromptSource(config.recipe.data, 5)
-            worker = Rollout(config, Reporter(config), hub, workers, source, Tokenizer(), Grader())
+            worker = Rollout(config, Reporter(config), hub, workers, source, Tokenizer(), {"": Grader()})
 
             async def act() -> None:
                 if scenario is not None:

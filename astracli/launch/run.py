@@ -13,7 +13,7 @@ from astracli.config.recipe import Recipe
 from astracli.data import fetch
 from astracli.launch import job, recipe_changes
 from astracli.launch.configs import RunContext
-from astracli.launch.inputs import Inputs, check_checkpoint, check_setting, decontaminated, pin_problems
+from astracli.launch.inputs import Inputs, check_checkpoint, check_prompts, check_setting, decontaminated, pin_problems
 from astracli.launch.job import Job
 from astracli.machine import read as machine_read
 from astracli.machine.facts import Machine
@@ -190,12 +190,11 @@ def fetch_inputs(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> In
             f"warning: no chat template in `{model}`: prompts go to the model as bare text, right for a base model and "
             "wrong for a chat model; copy its chat_template.jinja beside tokenizer.json"
         )
-    fetched = sets.fetch_all(benchmarks, recipe.data.path)
-    path = datasets.fetch(recipe) if data else None
-    if path is not None:
-        path = decontaminated(recipe, path, fetched)
+    check_prompts(recipe, model)
+    fetched = sets.fetch_all(benchmarks, recipe.data.path, recipe)
+    paths = decontaminated(recipe, datasets.fetch(recipe), fetched) if data else {}
     places = {name: Path(place) if place else None for name, place in fetched.items()}
-    return Inputs(model, Path(path) if path else None, places, time.monotonic() - began)
+    return Inputs(model, paths, places, time.monotonic() - began)
 
 
 # -- results ----------------------------------------------------------------------------------------------------------

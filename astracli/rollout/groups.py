@@ -13,6 +13,7 @@ import numpy as np
 from astracli.config.recipe import Recipe
 from astracli.data.prompts import Problem
 from astracli.engines.contract import GenRequest, GenResult
+from astracli.engines.stops import StopStrings
 from astracli.errors import RunFailed
 from astracli.rewards.reward import GradeItem, GradePool
 from astracli.rl.sample_log import group_line
@@ -56,6 +57,7 @@ class RolloutSampling:
 
     recipe: Recipe
     stop_ids: tuple[int, ...]
+    stop: StopStrings | None = None
 
     def budget(self, prompt: Sequence[int]) -> int:
         """Tokens that a completion of this prompt may have; below 1: the prompt does not fit."""
@@ -76,6 +78,7 @@ class RolloutSampling:
             stop_token_ids=self.stop_ids,
             seed=sample_seed(self.recipe.seed, lease_id, draft.index),
             draw_offset=len(prefix),
+            stop=self.stop,
         )
 
 
@@ -145,7 +148,7 @@ async def graded(
         samples=samples,
         problem=problem.question,
         answer=problem.answer,
-        meta=problem.meta,
+        meta=problem.meta | ({"source": problem.source} if problem.source else {}),
     )
 
 

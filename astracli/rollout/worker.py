@@ -15,18 +15,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from astracli.config.recipe import DataTable
+from astracli.config.recipe_data import sets
 from astracli.data.prompts import Problem, PromptSource, stop_token_ids
 from astracli.engines import registry as engines
+from astracli.engines.stops import StopStrings
 from astracli.errors import RunFailed
 from astracli.hub.client import AsyncHubClient
 from astracli.hub.types import Leases
 from astracli.models.adapter import chat_prompt_tokens, load_tokenizer
+from astracli.models.chat import ChatFormat
 from astracli.process.config import RolloutConfig
 from astracli.process.worker import Reporter, worker_main
 from astracli.rewards.reward import GradePool
@@ -39,7 +44,7 @@ LEASE_WAIT_S = 2.0
 REPORT_S = 1.0
 RATE_WINDOW_S = 10.0
 UNFIT_PROMPTS = 10_000
-"""Prompts in a row, or a whole epoch of them, that are too long: then the run ends."""
+"""Prompts of an endless source that are too long before one fits: then the run ends. Of others, an epoch."""
 
 
 @dataclass
@@ -52,17 +57,23 @@ class Rollout:
     workers: Sequence[EngineWorker]
     source: PromptSource
     tokenizer: Any
-    grader: GradePool
+    graders: Mapping[str, GradePool]
+    """By the source of a problem."""
 
     def __post_init__(self) -> None:
         config = self.config
-        self.sampling = RolloutSampling(config.recipe, tuple(stop_token_ids(self.tokenizer, config.model_path)))
         rollout = config.recipe.rollout
+        stop = StopStrings(tuple(rollout.stop), self.tokenizer) if rollout.stop else None
+        self.sampling = RolloutSampling(config.recipe, tuple(stop_token_ids(self.tokenizer, config.model_path)), stop)
+        self._chat = ChatFormat.of(config.recipe)
         self._slots, self._group_size = rollout.running, rollout.group_size
         for worker in self.workers:
             worker.use.slots = self._slots
         self._held: set[int] = set()
-        self._unfit_in_a_row = 0
+        self._unfit = 0
+        """Prompts that were too long."""
+        self._fit = False
+        """Whether any prompt has been asked."""
         self._tasks: asyncio.TaskGroup
         self._over = asyncio.Event()
         self._writer = SampleWriter(config.samples.path, config.samples.groups) if config.samples else None
@@ -145,8 +156,8 @@ class Rollout:
     async def _groups(self, worker: EngineWorker, leases: Mapping[int, int]) -> None:
         """Leases (id -> prompt) from prompts to graded groups. The engine's slots are free before they are graded."""
         problems = {lease: self.source.problem(index) for lease, index in leases.items()}
-        prompts = {i: chat_prompt_tokens(self.tokenizer, self.source.text(p)) for i, p in problems.items()}
-        unfit = {lease: reason for lease, prompt in prompts.items() if (reason := self._unfit(prompt))}
+        prompts = {i: chat_prompt_tokens(self.tokenizer, p.messages, self._chat) for i, p in problems.items()}
+        unfit = {lease: reason for lease, prompt in prompts.items() if (reason := self._too_long(prompt))}
         asked = {lease: prompt for lease, prompt in prompts.items() if lease not in unfit}
         outstanding = len(leases) * self._group_size
 
@@ -161,15 +172,10 @@ class Rollout:
                 drafts = await generate_groups(worker, self.sampling, asked, ended)
             finally:
                 ended(outstanding)
-            self._unfit_in_a_row = 0 if asked else self._unfit_in_a_row + len(unfit)
+            self._fit |= bool(asked)
             for lease, reason in unfit.items():
-                await self.hub.skip(lease, reason)
+                await self._leave_out(lease, reason)
                 self._let_go(worker, [lease])
-                if self._unfit_in_a_row >= min(len(self.source), UNFIT_PROMPTS):
-                    raise RunFailed(
-                        f"{self._unfit_in_a_row} prompts in a row do not fit, the last: {reason}",
-                        "raise data.max_prompt_tokens or rollout.context_length, or train on other problems",
-                    )
             async with asyncio.TaskGroup() as tasks:
                 for lease, prompt in asked.items():
                     tasks.create_task(self._hand_in(lease, problems[lease], prompt, drafts[lease]))
@@ -182,12 +188,23 @@ class Rollout:
         worker.changed.set()
 
     async def _hand_in(self, lease_id: int, problem: Problem, prompt: Sequence[int], drafts: Sequence[Draft]) -> None:
-        group = await graded(lease_id, problem, prompt, drafts, self.tokenizer, self.grader)
+        group = await graded(lease_id, problem, prompt, drafts, self.tokenizer, self.graders[problem.source])
         await self.hub.put_group(group)
         self._held.discard(lease_id)
         self._count(group)
 
-    def _unfit(self, prompt: Sequence[int]) -> str | None:
+    async def _leave_out(self, lease: int, reason: str) -> None:
+        """A prompt that is too long: counted, and the end of the run when no other fits."""
+        await self.hub.skip(lease, reason)
+        self._unfit += 1
+        every = len(self.source) if len(self.source) < sys.maxsize else UNFIT_PROMPTS
+        if not self._fit and self._unfit >= every:
+            raise RunFailed(
+                f"none of {self._unfit} prompts fits, the last: {reason}",
+                "raise data.max_prompt_tokens or rollout.context_length, or train on other problems",
+            )
+
+    def _too_long(self, prompt: Sequence[int]) -> str | None:
         longest = self.config.recipe.data.max_prompt_tokens
         if len(prompt) > longest:
             return f"prompt of {len(prompt)} tokens, data.max_prompt_tokens = {longest}"
@@ -220,7 +237,8 @@ class Rollout:
             passed, made, busy = (last - first for first, last in zip(seen[0], seen[-1], strict=True))
             passed = max(1e-9, passed)  # of the first second there is nothing to compare with
             rates = {"tokens_per_s": round(made / passed, 1), "slots_busy": round(busy / passed / len(uses), 3)}
-            self.reporter.progress(**self._done, in_flight=len(self._held), **rates)
+            left_out = {"too_long": self._unfit} if self._unfit else {}
+            self.reporter.progress(**self._done, in_flight=len(self._held), **rates, **left_out)
             outstanding = any(use.outstanding for use in uses)
             self.reporter.waiting(None if outstanding else self._wait_reason())
             await asyncio.sleep(REPORT_S)
@@ -244,7 +262,7 @@ def _leaves(error: Exception) -> list[Exception]:
 
 
 async def _main(
-    config: RolloutConfig, reporter: Reporter, tokenizer: Any, source: PromptSource, pool: GradePool
+    config: RolloutConfig, reporter: Reporter, tokenizer: Any, source: PromptSource, pools: Mapping[str, GradePool]
 ) -> None:
     recipe, kind = config.recipe, engines.get(config.engine)
     async with contextlib.AsyncExitStack() as stack:
@@ -267,17 +285,27 @@ async def _main(
                     time_sharing=entry.name in config.gpu_leases,
                 )
             )
-        await Rollout(config, reporter, hub, workers, source, tokenizer, pool).run()
+        await Rollout(config, reporter, hub, workers, source, tokenizer, pools).run()
 
 
 def run(config: RolloutConfig, reporter: Reporter) -> None:
     """Entry of the process."""
     recipe = config.recipe
-    source = PromptSource(recipe.data, recipe.seed, config.data_path)
+    source = PromptSource(recipe.data, recipe.seed, config.data_paths)
     tokenizer = load_tokenizer(config.model_path)
-    data = recipe.data
-    with GradePool(data.reward, data.reward_workers, data.reward_timeout_s, data.grading.model_dump()) as pool:
-        asyncio.run(_main(config, reporter, tokenizer, source, pool))
+    with contextlib.ExitStack() as stack:
+        pools = {spec: stack.enter_context(pool) for spec, pool in _pools(sets(recipe.data).values()).items()}
+        graders = {name: pools[table.reward] for name, table in sets(recipe.data).items()}
+        asyncio.run(_main(config, reporter, tokenizer, source, graders))
+
+
+def _pools(tables: Iterable[DataTable]) -> dict[str, GradePool]:
+    """A pool for each reward that the sources name."""
+    named = {table.reward: table for table in tables}
+    return {
+        spec: GradePool(spec, table.reward_workers, table.reward_timeout_s, table.grading.model_dump())
+        for spec, table in named.items()
+    }
 
 
 if __name__ == "__main__":

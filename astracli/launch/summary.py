@@ -60,6 +60,7 @@ def build(
         "evaluations_s": dict(evaluations_s),
         "benchmarks": benchmarks(hub.done_evals()),
         "expected": recipe.expected.model_dump() if recipe.expected else None,
+        "prompts": dict(plan.get("prompts", {})) if plan is not None else {},
         "training": training(_since_ready(mine, since + phases.get("starting", 0.0)), first_step),
         "bottleneck": bottleneck.of_run(mine, recipe, plan, first_step) if plan and here else None,
         "slots_busy": slots_busy(

@@ -160,6 +160,7 @@ class Rollout:
         unfit = {lease: reason for lease, prompt in prompts.items() if (reason := self._too_long(prompt))}
         asked = {lease: prompt for lease, prompt in prompts.items() if lease not in unfit}
         outstanding = len(leases) * self._group_size
+        self._fit |= bool(asked)
 
         def ended(samples: int = 1) -> None:
             nonlocal outstanding
@@ -172,7 +173,6 @@ class Rollout:
                 drafts = await generate_groups(worker, self.sampling, asked, ended)
             finally:
                 ended(outstanding)
-            self._fit |= bool(asked)
             for lease, reason in unfit.items():
                 await self._leave_out(lease, reason)
                 self._let_go(worker, [lease])

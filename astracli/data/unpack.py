@@ -8,13 +8,16 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
-import shutil
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from astracli.config.benchmarks import PACKED
 from astracli.errors import UserError
+
+PIECE = 1 << 20
+"""Bytes that are read at a time."""
 
 
 def cache_dir() -> Path:
@@ -41,8 +44,9 @@ def unpacked(path: Path) -> Path:
     partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _opened(path) as packed, partial.open("wb") as out:
-            shutil.copyfileobj(packed, out, 1 << 20)
+        with path.open("rb") as packed, partial.open("wb") as out:
+            for piece in _gunzipped(packed) if path.suffix == ".gz" else _unzstd(packed):
+                out.write(piece)
         partial.replace(target)
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
         partial.unlink(missing_ok=True)
@@ -56,10 +60,22 @@ def unpacked(path: Path) -> Path:
     return target
 
 
-def _opened(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
+def _gunzipped(packed: IO[bytes]) -> Iterator[bytes]:
+    with gzip.GzipFile(fileobj=packed) as plain:
+        while piece := plain.read(PIECE):
+            yield piece
+
+
+def _unzstd(packed: IO[bytes]) -> Iterator[bytes]:
+    """Frame by frame. Raises EOFError for a frame without an end, which `zstandard` itself takes for the end."""
     import zstandard
 
-    reader: IO[bytes] = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
-    return reader
+    frame = None
+    while piece := packed.read(PIECE):
+        while piece:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            yield frame.decompress(piece)
+            piece = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("it ends in the middle")

@@ -88,7 +88,7 @@ def as_text(value: float | int | str) -> str:
     """A scalar as it is written: `2.0` is 2, and 1e23 has its zeros, not the digits of a binary fraction."""
     if not isinstance(value, float) or not value.is_integer():
         return str(value)
-    return format(Decimal(repr(value)).quantize(Decimal(1)) if abs(value) < 1e15 else Decimal(repr(value)), "f")
+    return format(Decimal(repr(value)).to_integral_value() + 0, "f")
 
 
 def _constant(name: str) -> float | None:

@@ -100,9 +100,9 @@ def test_compressed_files_are_unpacked_once(
 def test_a_directory_of_files_has_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "set"
-    folder.mkdir()
-    as_csv(folder / "train.csv", encoding="utf-8")
-    (folder / "test.csv").write_text("problem,answer\nlast,1\n")
+    (folder / "data").mkdir(parents=True)
+    as_csv(folder / "data" / "train-0.csv", encoding="utf-8")
+    (folder / "data" / "test-0.csv").write_text("problem,answer\nlast,1\n")
     assert len(open_rows(folder, "train")) == 40
     assert (
         [row["problem"] for row in open_rows(folder, "test")]
@@ -112,6 +112,14 @@ def test_a_directory_of_files_has_splits(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(open_rows(folder, "train[:10%]")) == 4
     with pytest.raises(UserError, match="has no split `dev`: train, test"):
         open_rows(folder, "dev")
+
+
+def test_a_file_named_after_its_split_is_read_as_it_is(tmp_path: Path) -> None:
+    """Other columns than the other split's, which one schema for all would refuse."""
+    as_csv(tmp_path / "train.csv")
+    (tmp_path / "test.jsonl").write_text('{"other": NaN}\n')
+    assert list(open_rows(tmp_path, "train")) == ROWS and list(open_rows(tmp_path, "")) == [{"other": None}]
+    assert open_rows(tmp_path, "test").path == tmp_path / "test.jsonl"
 
 
 def test_configurations_of_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

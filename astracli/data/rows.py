@@ -8,17 +8,19 @@ What `open_rows(path, split)` keeps in memory, however long the texts are:
     .parquet              the latest `GROUPS` row groups
     .arrow .feather       nothing that is not compressed (memory-mapped); the latest `GROUPS` batches of a compressed
                           file, all of a compressed stream
-    a directory           nothing (memory-mapped Arrow, which `datasets` writes into its cache)
+    a directory           as its file `SPLIT.csv` or the like; else nothing (memory-mapped Arrow, which `datasets`
+                          writes into its cache)
     any of them + .gz or .zst    as above, of a copy that is unpacked once, to disk
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from astracli.config.benchmarks import SUFFIXES
 from astracli.data.unpack import unpacked
 from astracli.data.values import BadValue, cleaned
 from astracli.errors import UserError
@@ -71,7 +73,8 @@ def open_rows(path: Path, split: str, config: str | None = None) -> Rows:
     from astracli.data import text_rows
 
     if path.is_dir():
-        return TableRows(path, split, config)
+        file = _file_of_split(path, split) if config is None else None
+        return TableRows(path, split, config) if file is None else open_rows(file, split)
     plain = unpacked(path)
     suffix = plain.suffix.lower()
     if suffix == ".parquet":
@@ -83,6 +86,15 @@ def open_rows(path: Path, split: str, config: str | None = None) -> Rows:
     if suffix == ".json":
         return text_rows.json_rows(plain, path, split)
     return text_rows.JsonlRows(plain, path)
+
+
+def _file_of_split(folder: Path, split: str) -> Path | None:
+    """The one file that holds a split, by its name (`train.csv`); None: `datasets` finds out what there is."""
+    if is_saved(folder) or (folder / "README.md").is_file():
+        return None
+    found = [folder / f"{split or 'test'}{suffix}" for suffix in SUFFIXES]
+    there = [file for file in found if file.is_file()]
+    return there[0] if len(there) == 1 else None
 
 
 class ParquetRows(Rows):
@@ -143,7 +155,7 @@ class ArrowRows(Rows):
                 mapped.seek(0)
                 batches = list(pyarrow.ipc.open_stream(mapped))
                 sizes = [batch.num_rows for batch in batches]
-                self.batch = batches.__getitem__
+                self.batch: Callable[[int], Any] = batches.__getitem__
             else:
                 sizes = [file.get_batch(i).num_rows for i in range(file.num_record_batches)]
                 self.batch = lru_cache(GROUPS)(file.get_batch)

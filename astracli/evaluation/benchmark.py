@@ -226,7 +226,7 @@ class BenchmarkWork:
     async def _grade(self, asked: Sequence[tuple[Problem, int]], answers: Sequence[GenResult]) -> list[EvalSample]:
         texts = [self._tokenizer.decode(answer.tokens.tolist(), skip_special_tokens=True) for answer in answers]
         items = [
-            GradeItem(problem.question, problem.answer, text, answer.tokens)
+            GradeItem(problem.question, problem.answer, text, answer.tokens.tolist())
             for (problem, _), text, answer in zip(asked, texts, answers, strict=True)
         ]
         grades = await self._grader.agrade(items)

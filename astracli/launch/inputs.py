@@ -95,6 +95,9 @@ def check_prompts(recipe: Recipe, folder: Path) -> None:
             f"model.thinking = on: the chat template of `{recipe.model.path}` has no `{chat.THINKING}`",
             "leave it out, or name the template's own arguments in model.template_args",
         )
+    for table in recipe_data.sets(recipe.data).values():
+        if table.source == recipe_data.GENERATED:
+            check_turns(recipe, folder, PromptFormat.of(table).messages("1+1", {}))
     if recipe.data.markup == "tokens":
         return
     for source, table in recipe_data.sets(recipe.data).items():
@@ -106,6 +109,23 @@ def check_prompts(recipe: Recipe, folder: Path) -> None:
                     f"`{name}`, a special token of the model; data.markup = text would write it out as letters",
                     "say it in turns (data.system, [[data.few_shot]]), or set data.markup=tokens",
                 )
+
+
+def check_turns(recipe: Recipe, folder: Path, messages: Sequence[Mapping[str, object]]) -> None:
+    """The chat template takes what the recipe and the first row give it. A single user turn is not tried: every
+    template takes it, and that would cost the start a second."""
+    if [turn["role"] for turn in messages] == ["user"] and not recipe.model.template_args:
+        return
+    from astracli.models.adapter import load_tokenizer
+
+    try:
+        chat.ChatFormat.of(recipe).tokens(load_tokenizer(folder), messages)
+    except Exception as error:  # whatever the template raises
+        roles = ", ".join(str(turn["role"]) for turn in messages)
+        raise UserError(
+            f"the chat template of `{recipe.model.path}` does not take these turns ({roles}): {error}",
+            "see data.system, data.few_shot and model.template_args, and which roles the column of turns has",
+        ) from None
 
 
 def pin_problems(run: RunDir, recipe: Recipe, paths: Mapping[str, Path | None]) -> None:

@@ -13,7 +13,15 @@ from astracli.config.recipe import Recipe
 from astracli.data import fetch
 from astracli.launch import job, recipe_changes
 from astracli.launch.configs import RunContext
-from astracli.launch.inputs import Inputs, check_checkpoint, check_prompts, check_setting, decontaminated, pin_problems
+from astracli.launch.inputs import (
+    Inputs,
+    check_checkpoint,
+    check_prompts,
+    check_setting,
+    check_turns,
+    decontaminated,
+    pin_problems,
+)
 from astracli.launch.job import Job
 from astracli.machine import read as machine_read
 from astracli.machine.facts import Machine
@@ -47,8 +55,9 @@ def planned(recipe: Recipe, command: Command, facts: Machine | None = None) -> L
     local = fetch.local_path(recipe.model.path) if here and config is not None else None
     size = sum(file.stat().st_size for file in local.glob("*.safetensors")) if local is not None else None
     template = template_of(local) if local is not None else None
-    known = {"config": config, "checkpoint_bytes": size, "chat_template": template}
-    return build(recipe, adapter, choice, facts, command=command, **known)
+    return build(
+        recipe, adapter, choice, facts, command=command, config=config, checkpoint_bytes=size, chat_template=template
+    )
 
 
 def train(recipe: Recipe, *, run_dir: Path | None = None, resume: Path | None = None, dry_run: bool = False) -> int:
@@ -195,7 +204,10 @@ def fetch_inputs(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> In
         )
     check_prompts(recipe, model)
     fetched = sets.fetch_all(benchmarks, recipe.data.path, recipe)
-    paths = decontaminated(recipe, datasets.fetch(recipe), fetched) if data else {}
+    paths: Mapping[str, Path | None] = {}
+    if data:
+        found = datasets.fetch(recipe, lambda problem: check_turns(recipe, model, problem.messages))
+        paths = decontaminated(recipe, found, fetched)
     places = {name: Path(place) if place else None for name, place in fetched.items()}
     return Inputs(model, paths, places, time.monotonic() - began)
 

@@ -79,8 +79,8 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     if skipped := (summary.get("groups") or {}).get("skipped"):
         facts.append(("left out", left_out_words(skipped)))
     if sources := training.get("reward_means_by_source"):
-        each = (f"{name} {first:.3f} -> {last:.3f}" for name, (first, last) in sources.items())
-        facts.append(("sources", f"mean reward, first and last step: {', '.join(each)}"))
+        each = ", ".join(f"{name} {first:.3f} -> {last:.3f}" for name, (first, last) in sources.items())
+        facts.append(("sources", f"mean reward, first and last step: {each}"))
     if training["tokens"]:
         rate = f"{training['tokens_per_s'] or 0:,.0f} a second"
         facts.append(("tokens", f"{training['tokens']:,.0f} trained{attempt}, {rate}"))

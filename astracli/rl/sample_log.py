@@ -53,8 +53,9 @@ def sample_line(
 def group_line(
     group: Group, sample: Sample, *, step: int | None = None, advantage: float | None = None
 ) -> dict[str, Any]:
-    """A group's sample. `version`: of the sample's oldest token, None without tokens."""
-    return sample_line(
+    """A group's sample. `version`: of the sample's oldest token, None without tokens. With several training sources the
+    line names its problem's as `source`."""
+    line = sample_line(
         step=step,
         version=min((segment.version for segment in sample.segments), default=None),
         problem_id=group.problem_id,
@@ -69,6 +70,7 @@ def group_line(
         verdict=sample.verdict,
         finish_reason=sample.finish_reason,
     )
+    return line | ({"source": group.meta["source"]} if "source" in group.meta else {})
 
 
 def write_samples(directory: Path, batch: Batch, step: int, seed: int, count: int) -> None:

@@ -58,7 +58,7 @@ def load(
         raise UserError(f"data.source = `{data.source}` is not on this machine", "fetch it first: `astra train` does")
     return Problems(
         path,
-        split=known.split if known else data.split,
+        split=data.split,
         config=data.config,
         question_fields=[*_fields(data.question_field, known.question_fields if known else ()), *usual],
         answer_fields=_fields(data.answer_field, known.answer_fields if known else ()) if data.answer_field else (),
@@ -92,7 +92,8 @@ def fetch_set(data: DataTable) -> str | None:
         known = known_set(data.source)
         if known is None and data.source.count("/") != 1:
             raise _unknown(data.source)
-        path = download(known or HubSet(data.source, data.split, config=data.config), data.revision)
+        config = data.config or (known.config if known else None)
+        path = download(HubSet(known.hub_id if known else data.source, data.split, config=config), data.revision)
     return str(path)
 
 

@@ -197,7 +197,8 @@ class BatchBook:
             "GROUP BY source ORDER BY source",
             step,
         )
-        return BatchStats(*row, {name: {"groups": count, "reward_mean": mean} for name, count, mean in by_source})
+        sources = {name: {"groups": count, "reward_mean": mean} for name, count, mean in by_source}
+        return BatchStats(*row, sources=sources)
 
     def ack(self, step: int, version: int, checkpoint_step: int | None) -> None:
         """The batch of `step` has become `version`. Twice is once. Raises RunFailed for a step without a batch.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from astracli.config import recipe_data
+from astracli.config.benchmarks import get
 from astracli.config.recipe import DataTable, Recipe
 from astracli.errors import UserError
 from astracli.models import chat
@@ -43,8 +44,9 @@ class Inputs:
     """Spent on fetching."""
 
 
-def check_setting(recipe: Recipe, *, rewards: bool) -> None:
-    """Everything that the recipe names on this machine. `rewards`: the command grades with `data.reward`."""
+def check_setting(recipe: Recipe, *, rewards: bool, benchmarks: Sequence[str] = ()) -> None:
+    """Everything that the recipe names on this machine. `rewards`: the command grades with the rewards of the training
+    sources; those of `benchmarks` are used in any case."""
     ports.bind(recipe.launch.host).close()
     metrics.find_sinks(recipe.metrics.sinks)
     python = recipe.resources.engine.python
@@ -53,11 +55,13 @@ def check_setting(recipe: Recipe, *, rewards: bool) -> None:
             f"resources.engine.python = {json.dumps(python)} is no program on this machine",
             "name the interpreter of the engine's environment, for example /opt/engine/bin/python",
         )
-    if rewards:
+    own = [spec.own for name in benchmarks if (spec := get(name, recipe)).own is not None]
+    graded = [*(recipe_data.sets(recipe.data).values() if rewards else ()), *own]
+    if graded:
         from astracli.rewards.reward import validate_reward
 
-        for spec in {table.reward for table in recipe_data.sets(recipe.data).values()}:
-            validate_reward(spec)
+        for reward in sorted({table.reward for table in graded if table is not None}):
+            validate_reward(reward)
 
 
 def check_checkpoint(folder: Path) -> None:
@@ -159,7 +163,6 @@ def decontaminated(
     recipe: Recipe, paths: Mapping[str, str | None], fetched: Mapping[str, str | None]
 ) -> dict[str, Path | None]:
     """The training problems to use, after `data.decontaminate`. Raises UserError when none would be left."""
-    from astracli.config.benchmarks import get
     from astracli.data import benchmarks as sets
 
     written = [name for name, place in fetched.items() if place is not None and not get(name, recipe).held_out]
@@ -187,7 +190,5 @@ def _decontaminated(data: DataTable, path: str, items: Mapping[str, Sequence[Pro
     if len(found) == len(problems):
         raise UserError(said, "nothing would be left to train on; train on another set")
     say(f"{said}: left out")
-    known = datasets.known_set(data.source)
-    split = known.split if known else data.split
     folder = datasets.cache_dir() / "datasets"
-    return decontamination.write_without(Path(path), split, found, folder, config=data.config)
+    return decontamination.write_without(Path(path), data.split, found, folder, config=data.config)

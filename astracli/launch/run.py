@@ -194,7 +194,7 @@ def fetch_inputs(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> In
     from astracli.data import datasets
 
     began = time.monotonic()
-    check_setting(recipe, rewards=data)
+    check_setting(recipe, rewards=data, benchmarks=benchmarks)
     model = fetch.fetch_model(recipe.model.path, recipe.model.revision)
     check_checkpoint(model)
     if not has_chat_template(model):

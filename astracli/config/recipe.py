@@ -129,6 +129,12 @@ class RolloutTable(Table):
     engine: str = "auto"
     """The name of an installed engine, or `auto`: the one that serves by itself on the run's device. What only one
     engine knows stands in its own table, `[rollout.NAME]`."""
+    env: str = Field(default="single_turn", min_length=1)
+    """How a prompt becomes an episode: `single_turn` (one completion), a name from the entry-point group `astra.envs`,
+    or `pkg.mod:Class`."""
+    env_timeout_s: PositiveFloat = 60.0
+    """Seconds that an environment's own code may take between two calls of the engine or the grader; then its episode
+    ends and counts as failed."""
     group_size: PositiveInt = 8
     """Samples per prompt."""
     temperature: PositiveFloat = 1.0
@@ -136,11 +142,12 @@ class RolloutTable(Table):
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Below 1 the draws are not the policy's: that biases the gradient, and is warned of."""
     max_new_tokens: PositiveInt = 4000
+    """Most tokens behind the prompt, in an episode of several turns all of them together."""
     stop: list[NonEmpty] = Field(default=[])
     """A completion ends, as finished, with the token that completes one of these texts; evaluations end there too. What
     was drawn stays whole: the text is part of what is trained and of what a reward sees."""
     context_length: PositiveInt = 8192
-    """Prompt and completion together, tokens."""
+    """Prompt and completion together, tokens; the whole of an episode of several turns."""
     max_running_requests: PositiveInt | Literal["auto"] = "auto"
     """Sequences that one engine decodes at once. Hybrids hold a state cache per sequence beside the KV cache. `auto`:
     as many as fit its GPU, at most what `running_ceiling` says, 32 on a CPU; the plan says how many and why."""

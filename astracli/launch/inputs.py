@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from astracli.config import recipe_data
 from astracli.config.benchmarks import get
 from astracli.config.recipe import DataTable, Recipe
+from astracli.envs import registry as envs
 from astracli.errors import UserError
 from astracli.models import chat
 from astracli.models.adapter import SHARD_INDEX
@@ -45,8 +46,8 @@ class Inputs:
 
 
 def check_setting(recipe: Recipe, *, rewards: bool, benchmarks: Sequence[str] = ()) -> None:
-    """Everything that the recipe names on this machine. `rewards`: the command grades with the rewards of the training
-    sources; those of `benchmarks` are used in any case."""
+    """Everything that the recipe names on this machine. `rewards`: the command draws episodes, and grades them with the
+    rewards of the training sources; those of `benchmarks` are used in any case."""
     ports.bind(recipe.launch.host).close()
     metrics.find_sinks(recipe.metrics.sinks)
     python = recipe.resources.engine.python
@@ -62,6 +63,8 @@ def check_setting(recipe: Recipe, *, rewards: bool, benchmarks: Sequence[str] = 
 
         for reward in sorted({table.reward for table in graded if table is not None}):
             validate_reward(reward)
+    if rewards:
+        envs.validate(recipe.rollout.env)
 
 
 def check_checkpoint(folder: Path) -> None:

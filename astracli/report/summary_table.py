@@ -111,8 +111,9 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def left_out_words(prompts: int) -> str:
-    """Prompts that were skipped, and by which limits."""
-    return f"{prompts:,} times a prompt was too long for data.max_prompt_tokens or rollout.context_length"
+    """Prompts that were skipped, and why."""
+    limits = "data.max_prompt_tokens, rollout.context_length"
+    return f"{prompts:,} times a prompt was left out: too long ({limits}), or all its episodes failed"
 
 
 def resume_words(resumes: Sequence[Mapping[str, Any]]) -> str:

@@ -22,6 +22,8 @@ from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from astracli.data.prompts import Problem, PromptSource, stop_token_ids
 from astracli.engines import registry as engines
 from astracli.envs import registry as envs
@@ -248,12 +250,13 @@ class PromptTokens:
 
     def __init__(self, tokenizer: Any, source: PromptSource):
         self._tokenizer, self._source = tokenizer, source
-        self._kept: OrderedDict[int, tuple[Problem, list[int]]] = OrderedDict()
+        self._kept: OrderedDict[int, tuple[Problem, np.ndarray]] = OrderedDict()
 
-    def __call__(self, problem: Problem) -> Sequence[int]:
+    def __call__(self, problem: Problem) -> np.ndarray:
         key = id(problem)  # of an object that is kept here
         if key not in self._kept:
-            self._kept[key] = problem, chat_prompt_tokens(self._tokenizer, self._source.text(problem))
+            tokens = chat_prompt_tokens(self._tokenizer, self._source.text(problem))
+            self._kept[key] = problem, np.array(tokens, np.int32)
             if len(self._kept) > PROMPTS_KEPT:
                 self._kept.popitem(last=False)
         return self._kept[key][1]

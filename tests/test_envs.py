@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from hub_tools import in_file
-from rollout_world import LENGTH, World, expected, records, until
+from rollout_world import LENGTH, World, expected, recipe, records, until
 
 from astracli.data.prompts import Problem
 from astracli.envs import registry
@@ -18,6 +18,7 @@ from astracli.envs.contract import Env, Episode, Policy, Score
 from astracli.envs.single_turn import SingleTurnEnv
 from astracli.envs.time_limit import TooLong
 from astracli.errors import RunFailed, UserError
+from astracli.launch.inputs import check_setting
 from astracli.rl.types import Group
 
 HERE = "test_envs"
@@ -54,6 +55,11 @@ class BadScore(SingleTurnEnv):
         return [1.0]
 
 
+class NoNumber(SingleTurnEnv):
+    async def score(self, group: Sequence[Episode], problem: Problem) -> list[Score | float]:
+        return [float("nan")] * len(group)
+
+
 class Sleeps(SingleTurnEnv):
     """The first two episodes never end: one waits, one blocks the event loop, in a task of its own."""
 
@@ -82,7 +88,7 @@ def world(tmp_path: Path) -> Iterator[World]:
     made.close()
 
 
-def test_a_name_a_path_and_what_is_neither(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_name_a_path_and_what_is_neither() -> None:
     assert registry.find("single_turn") is SingleTurnEnv and registry.find(f"{HERE}:Halves") is Halves
     for name, words in {
         "single_tern": "no environment `single_tern` is installed (there is: single_turn); did you mean `single_turn`?",
@@ -112,6 +118,8 @@ def test_a_module_is_tried_in_a_process_before_a_run(monkeypatch: pytest.MonkeyP
         registry.validate("env_bad:Mine")
     with pytest.raises(UserError, match=r"its import ended the process \(code 7\)"):
         registry.validate("env_dead:Mine")
+    with pytest.raises(UserError, match="did you mean `single_turn`"):
+        check_setting(recipe(rollout={"env": "single_tern"}), rewards=True)
 
 
 def test_an_episode_that_raises_leaves_its_group_and_is_shown_once(
@@ -142,6 +150,7 @@ def test_an_episode_that_raises_leaves_its_group_and_is_shown_once(
     ("name", "words"),
     [
         ("Raises", r"the last with OSError: the game of .+ is gone \(.*test_envs.py, line \d+\)"),
+        ("NoNumber", r"the last with ValueError: a score is nan"),
         ("BadScore", r"the last with ValueError: `score` of BadScore returned 1 scores for 4 episodes"),
     ],
 )

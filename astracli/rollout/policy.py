@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from typing import get_args
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from astracli.envs import time_limit
 from astracli.envs.contract import Episode, TokenIds, Turn
 from astracli.errors import RunFailed
 from astracli.rl.schedule import sample_seed
+from astracli.rl.types import FinishReason
 from astracli.rollout.request_gate import RequestGate
 
 EMPTY_ABORTS = 50
@@ -258,6 +260,8 @@ class EpisodePolicy:
                 f"an episode of {length} tokens has {marked} in its loss_mask, of which {drawn} are drawn, with "
                 f"{len(episode.logprobs)} log-probabilities and {len(episode.versions)} versions"
             )
+        if episode.finish not in get_args(FinishReason):
+            raise ValueError(f"an episode's finish is `stop` or `length`, not {episode.finish!r}")
         if not length or episode.loss_mask[0]:
             raise ValueError("an episode begins with a prompt: its first token cannot be drawn")
         used = 0

@@ -45,6 +45,16 @@ class Halves(SingleTurnEnv):
         return [Score(2.5, "right"), *[0.5] * (len(group) - 1)]
 
 
+class OneOfFour(Halves):
+    """Three of four raise: what is left of a group has no advantages."""
+
+    async def run(self, problem: Problem, policy: Policy) -> Episode:
+        Halves.begun += 1
+        if Halves.begun % 4:
+            raise ConnectionError("no game server")
+        return await SingleTurnEnv.run(self, problem, policy)
+
+
 class Raises(Env):
     async def run(self, problem: Problem, policy: Policy) -> Episode:
         raise OSError(f"the game of {problem.question} is gone")
@@ -146,6 +156,16 @@ def test_an_episode_that_raises_leaves_its_group_and_is_shown_once(
     assert (worker.use.outstanding, worker.use.sent) == (0, 0)
 
 
+def test_a_group_that_is_too_small_for_its_advantages_is_skipped(world: World) -> None:
+    async def scenario() -> None:
+        await until(lambda: world.store.counts().skipped >= 6)
+
+    asyncio.run(world.play(scenario, rollout={"env": f"{HERE}:OneOfFour"}))
+    assert world.store.counts().waiting == 0
+    (row,) = in_file(world.path, "SELECT reason FROM groups WHERE state = 'skipped' LIMIT 1")
+    assert row[0].startswith("3 of 4 episodes failed, the last with ConnectionError: no game server (")
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -166,7 +186,7 @@ def test_a_run_in_which_every_episode_fails_ends_in_the_error(world: World, name
     with pytest.raises(RunFailed, match=r"64 episodes in a row failed in rollout.env = .*" + words):
         raise failure
     (row,) = in_file(world.path, "SELECT reason FROM groups WHERE state = 'skipped' LIMIT 1")
-    assert row[0].startswith("every episode failed, the last with ")
+    assert row[0].startswith("4 of 4 episodes failed, the last with ")
 
 
 def test_an_episode_that_hangs_ends_alone(world: World, capfd: pytest.CaptureFixture[str]) -> None:

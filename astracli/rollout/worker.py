@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from astracli.config import algorithms
 from astracli.data.prompts import Problem, PromptSource, stop_token_ids
 from astracli.engines import registry as engines
 from astracli.envs import registry as envs
@@ -67,6 +68,7 @@ class Rollout:
         self.sampling = RolloutSampling(config.recipe, tuple(stop_token_ids(tokenizer, config.model_path)))
         rollout = config.recipe.rollout
         self._failures = Failures(rollout.env)
+        self._smallest_group = algorithms.find(config.recipe.algorithm.name).smallest_group
         self._slots, self._group_size = rollout.running, rollout.group_size
         for worker in self.workers:
             worker.use.slots = self._slots
@@ -192,15 +194,18 @@ class Rollout:
     async def _hand_in(
         self, worker: EngineWorker, lease_id: int, problem: Problem, found: Sequence[Episode | Failure]
     ) -> None:
-        """Score the episodes that did not fail, and hand them in as a group; none: the prompt is skipped."""
+        """Score the episodes that did not fail, and hand them in as a group. A prompt is skipped when so many of them
+        failed that the algorithm has no advantages for the rest."""
         episodes = {index: one for index, one in enumerate(found) if isinstance(one, Episode)}
-        limit_s = self.config.recipe.rollout.env_timeout_s
-        scores = await score(self.env, problem, list(episodes.values()), limit_s) if episodes else []
+        enough, limit_s = len(episodes) >= self._smallest_group, self.config.recipe.rollout.env_timeout_s
+        scores = await score(self.env, problem, list(episodes.values()), limit_s) if enough else []
         if isinstance(scores, Failure):  # of all of them
-            found, episodes = [one if isinstance(one, Failure) else scores for one in found], {}
-        worker.count_failed(self._failures.note(found))
-        if not episodes:
-            await self.hub.skip(lease_id, f"every episode failed, the last with {self._failures.last}")
+            found, enough = [one if isinstance(one, Failure) else scores for one in found], False
+        failed = self._failures.note(found)
+        worker.count_failed(failed)
+        if not enough:
+            reason = f"{failed} of {len(found)} episodes failed, the last with {self._failures.last}"
+            await self.hub.skip(lease_id, reason)
             self._let_go(worker, [lease_id])
             return
         assert isinstance(scores, list)

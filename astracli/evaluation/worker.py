@@ -29,6 +29,7 @@ from astracli.data import benchmarks
 from astracli.data.benchmarks import Benchmark
 from astracli.data.prompts import stop_token_ids
 from astracli.engines import registry as engines
+from astracli.engines.stops import StopStrings
 from astracli.errors import RunFailed
 from astracli.evaluation import files as eval_files
 from astracli.evaluation.benchmark import BenchmarkWork, EvalSampling, Result
@@ -36,9 +37,10 @@ from astracli.evaluation.spread import evaluate
 from astracli.hub.client import AsyncHubClient, HubClient
 from astracli.hub.types import Evaluation, Holders, NextEvaluation
 from astracli.models.adapter import load_tokenizer
+from astracli.models.chat import ChatFormat
 from astracli.process.config import EvalConfig
 from astracli.process.worker import TERM_EXIT, Reporter, worker_main
-from astracli.rewards.reward import GradePool, Rewards
+from astracli.rewards.reward import GradePool, Rewards, open_pools
 from astracli.runs.run_dir import write_atomic
 
 WAIT_S = 5.0
@@ -54,7 +56,7 @@ class Evaluator:
     reporter: Reporter
     tokenizer: Any
     pools: Mapping[str, GradePool]
-    """By the reward that a benchmark is judged by; "" is that of benchmarks of the user's own."""
+    """By benchmark."""
     sampling: EvalSampling
     benchmarks: list[Benchmark]
 
@@ -93,7 +95,7 @@ class Evaluator:
         return BenchmarkWork(
             benchmark,
             self.tokenizer,
-            self.pools["" if benchmark.own else benchmark.grader],
+            self.pools[benchmark.name],
             sampling=replace(self.sampling, temperature=0.0) if greedy else self.sampling,
             samples=1 if greedy else table.samples,
             version=version,
@@ -150,21 +152,22 @@ def run(config: EvalConfig, reporter: Reporter) -> None:
         context_length=recipe.rollout.context_length,
         stop_token_ids=tuple(stop_token_ids(tokenizer, config.model_path)),
         seed=recipe.seed,
+        stop=StopStrings(tuple(recipe.rollout.stop), tokenizer) if recipe.rollout.stop else None,
+        chat=ChatFormat.of(recipe),
     )
-    own = recipe.own_rewards
-    sets = [
-        benchmarks.load(name, config.benchmarks[name], recipe.data.prompt, own.grader)
-        for name in recipe.eval.benchmarks
-    ]
-    rewards = {spec: Rewards.of(recipe.data.by(spec)) for spec in sorted({b.grader for b in sets if not b.own})}
-    if any(benchmark.own for benchmark in sets):
-        rewards[""] = Rewards.of(
-            own,
+    sets = [benchmarks.load(name, config.benchmarks[name], recipe=recipe) for name in recipe.eval.benchmarks]
+    rewards = {
+        benchmark.name: Rewards.of(
+            benchmark.data,
             max_errors=recipe.most_reward_errors,
             on_error=lambda words: reporter.warn(f"the first error of a reward:\n{words}"),
         )
+        if benchmark.data is not None
+        else Rewards.of(recipe.data.by(benchmark.grader))
+        for benchmark in sets
+    }
     with contextlib.ExitStack() as stack:
-        pools = {name: stack.enter_context(GradePool(rewards=each)) for name, each in rewards.items()}
+        pools = open_pools(stack, rewards)
         evaluator = Evaluator(config, reporter, tokenizer, pools, sampling, sets)
         reporter.ready()
         if config.out is not None:

@@ -197,7 +197,13 @@ class BatchBook:
         assert row is not None
         parts = self._db.rows("SELECT parts FROM groups WHERE arrived = ? AND parts IS NOT NULL", step)
         means = _means(json.loads(text) for (text,) in parts)
-        return BatchStats(*(*row, means))
+        by_source = self._db.rows(
+            "SELECT source, COUNT(*), AVG(reward_mean) FROM groups WHERE arrived = ? AND source IS NOT NULL "
+            "GROUP BY source ORDER BY source",
+            step,
+        )
+        sources = {name: {"groups": count, "reward_mean": mean} for name, count, mean in by_source}
+        return BatchStats(*(*row, means, sources))
 
     def ack(self, step: int, version: int, checkpoint_step: int | None) -> None:
         """The batch of `step` has become `version`. Twice is once. Raises RunFailed for a step without a batch.

@@ -150,6 +150,7 @@ class LeaseBook:
             "timeouts": sum(s.verdict == "timeout" for s in group.samples),
             "errors": sum(s.verdict == "error" for s in group.samples),
             "parts": _sums(group),
+            "source": group.meta.get("source"),
         }
         with self._db.transaction() as sql:
             sql.execute(

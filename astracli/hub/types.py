@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
@@ -82,6 +82,8 @@ class BatchStats(_Answer):
     """Samples whose grading failed."""
     parts: dict[str, float]
     """Mean of each named reward, and of what else rewards log, over the samples that have it."""
+    sources: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Of several training sources: `groups` and `reward_mean` of each."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -209,6 +210,20 @@ class GradePool:
             f"reward {names} failed for {count} samples in a row:\n{said}",
             "mend the reward; data.max_reward_errors says how many samples in a row may fail",
         )
+
+
+def open_pools(stack: ExitStack, wanted: Mapping[str, Rewards]) -> dict[str, GradePool]:
+    """A pool for each name, closed with `stack`; names with the same rewards and threshold share one."""
+    made: list[tuple[Rewards, GradePool]] = []
+    pools = {}
+    for name, rewards in wanted.items():
+        same = (pool for known, pool in made if (known.each, known.right_at) == (rewards.each, rewards.right_at))
+        pool = next(same, None)
+        if pool is None:
+            pool = stack.enter_context(GradePool(rewards=rewards))
+            made.append((rewards, pool))
+        pools[name] = pool
+    return pools
 
 
 def _named(graders: Graders, scored: Scored) -> str:

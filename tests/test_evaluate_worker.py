@@ -55,7 +55,8 @@ def test_rows_of_a_step_are_replaced_and_overall_is_the_unweighted_mean(tmp_path
     assert (tmp_path / "eval.csv").read_text() == before
     rows = list(csv.DictReader((tmp_path / "eval.csv").open()))
     assert before.startswith(
-        "step,version,benchmark,items,n,avg_at_n,stderr,k,pass_at_k,due_step,no_answer,greedy,greedy_no_answer\n0,0,arithmetic-heldout,8,8,"
+        "step,version,benchmark,items,n,avg_at_n,stderr,k,pass_at_k,due_step,grader,no_answer,greedy,greedy_no_answer\n"
+        "0,0,arithmetic-heldout,8,8,"
     )
     assert [row["due_step"] for row in rows] == ["0"] * 3 + ["8"] * 3
     assert [(r["step"], r["benchmark"], r["items"]) for r in rows] == [

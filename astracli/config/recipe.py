@@ -26,6 +26,7 @@ from pydantic import (
 from astracli.config import doors, recipe_data
 from astracli.config.algorithms import AlgorithmTable, find
 from astracli.config.recipe_data import EvalSetTable, Level, MixTable, NonEmpty, ShotTable
+from astracli.config.recipe_rewards import RewardKeys
 from astracli.config.recipe_run import CheckpointTable, ExpectedTable, LaunchTable, MetricsTable, ResourcesTable, Table
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -63,18 +64,7 @@ class CurriculumTable(Table):
     """Latest groups of a kind (a level of `arithmetic`, else one problem) that count."""
 
 
-class GradingTable(Table):
-    """Where graders differ: what rewards `math` and `math_boxed` take for the same answer (docs/grading.md)."""
-
-    relative_tolerance: float = Field(default=0.0, ge=0.0, le=0.1)
-    """Numbers this far apart, relative to the gold, are equal; for golds that are measured or rounded (0.01)."""
-    ordered_lists: bool = False
-    """Whether `1, 2` without brackets has an order. With brackets it always has."""
-    units: Literal["optional", "required"] = "optional"
-    """`required`: a gold with a unit is not matched by the bare number."""
-
-
-class DataTable(Table):
+class DataTable(RewardKeys):
     source: str = ""
     """`arithmetic` (generated), a registered name, a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, and each of
     them with .gz or .zst), a directory that `datasets` reads, or a Hub data set id."""
@@ -114,15 +104,6 @@ class DataTable(Table):
     """None asks prompts in their shuffled order; a table prefers those that are solved sometimes."""
     decontaminate: Literal["report", "remove", "off"] = "report"
     """Training problems that are also items of `eval.benchmarks`: counted and said, left out, or not looked for."""
-    reward: str = "math"
-    """`math`, `math_boxed` (only a box counts), `number` (the last number as written, nothing worked out), `probe`,
-    a name from the entry-point group `astra.rewards`, or `pkg.module:function`. `probe` tries the machinery out on any
-    weights, random ones too: 1 where the share of even token ids is at or over its group's median, else 0."""
-    reward_timeout_s: PositiveFloat = 5.0
-    """One grading may take this long; then its worker is killed, the reward is 0 and a timeout is counted."""
-    reward_workers: PositiveInt = 1
-    """Grading processes."""
-    grading: GradingTable = GradingTable()
 
 
 class RolloutTable(Table):
@@ -345,6 +326,12 @@ class Recipe(Table):
     def batch_sequences(self) -> int:
         """Sequences of one step: `train.batch_groups` x `rollout.group_size`."""
         return self.train.batch_groups * self.rollout.group_size
+
+    @property
+    def most_reward_errors(self) -> int:
+        """`data.max_reward_errors`; None is one step's samples."""
+        most = self.data.max_reward_errors
+        return self.batch_sequences if most is None else most
 
     @property
     def evaluation_requests(self) -> int:

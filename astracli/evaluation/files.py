@@ -23,7 +23,9 @@ from astracli.rl.sample_log import sample_line
 from astracli.runs import metrics
 from astracli.runs.run_dir import write_atomic
 
-CSV_COLUMNS = ("step", "version", "benchmark", "items", "n", "avg_at_n", "stderr", "k", "pass_at_k", "due_step")
+CSV_COLUMNS = (
+    "step", "version", "benchmark", "items", "n", "avg_at_n", "stderr", "k", "pass_at_k", "due_step", "grader"
+)  # fmt: skip
 SHARES = ("no_answer", "greedy", "greedy_no_answer")
 """Columns of `eval.csv` behind those: shares without a readable answer, and the greedy score; empty without one."""
 GREEDY = "greedy"
@@ -55,7 +57,7 @@ class Partial:
                 tokens=np.array(row["tokens"], np.int32),
                 logprobs=np.array(row["logprobs"], np.float64),
                 finish_reason=row["finish_reason"],
-                grade=Grade(row["reward"], row["verdict"]),
+                grade=Grade(row["reward"], row["verdict"], "", row.get("parts", {})),
             )
             for row in metrics.read(self.path)
             if row["problem_id"] in problems and self.version in (None, row["version"])
@@ -130,6 +132,7 @@ def item_line(step: int, version: int, benchmark: str, sample: EvalSample) -> di
         advantage=None,
         reward=sample.grade.reward,
         verdict=sample.grade.verdict,
+        parts=sample.grade.parts,
         finish_reason=sample.finish_reason,
     )
 
@@ -137,13 +140,13 @@ def item_line(step: int, version: int, benchmark: str, sample: EvalSample) -> di
 def update_csv(path: Path, when: Evaluation, results: Sequence[Result], greedy: Sequence[Result] = ()) -> None:
     """Put one evaluation's rows into the table, in the order of steps; rows of the same step make room."""
     rows = [row for row in _rows(path) if int(row["step"]) != when.step] if path.exists() else []
-    scores = [(result.benchmark, result.score) for result in results]
+    scores = [(result.benchmark, result.grader, result.score) for result in results]
     if scores:
-        scores.append((metrics.OVERALL, passk.overall([score for _, score in scores])))
+        scores.append((metrics.OVERALL, common_grader(results), passk.overall([score for *_, score in scores])))
     found = shares(results, greedy)
-    for name, score in scores:
+    for name, grader, score in scores:
         of = {"step": when.step, "version": when.version, "due_step": when.due_step}
-        rows.append({**of, "benchmark": name, **score_figures(score), **found[name]})
+        rows.append({**of, "benchmark": name, "grader": grader, **score_figures(score), **found[name]})
     _write_rows(path, (*CSV_COLUMNS, *SHARES), sorted(rows, key=lambda row: int(row["step"])))
 
 
@@ -171,11 +174,18 @@ def _write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any
     write_atomic(path, text.getvalue(), sync=True)
 
 
+def common_grader(results: Sequence[Result]) -> str:
+    """Beside the mean over benchmarks: what judged all of them, or `several`."""
+    graders = {result.grader for result in results}
+    return graders.pop() if len(graders) == 1 else "several"
+
+
 def figures(results: Sequence[Result], greedy: Sequence[Result] = ()) -> dict[str, dict[str, Any]]:
     """{benchmark: figures} and `overall`; with `greedy` also `greedy_avg` and `greedy_no_answer_fraction`."""
     found = {result.benchmark: result.figures() for result in results}
     if results:
-        found[metrics.OVERALL] = full_figures(passk.overall([result.score for result in results]))
+        overall = full_figures(passk.overall([result.score for result in results]))
+        found[metrics.OVERALL] = {"grader": common_grader(results)} | overall
     for name, values in shares(results, greedy).items() if greedy else ():
         found[name] |= {"greedy_avg": values["greedy"], "greedy_no_answer_fraction": values["greedy_no_answer"]}
     return found
@@ -186,6 +196,6 @@ def metric_records(process: str, when: Evaluation, found: Mapping[str, Mapping[s
     by k."""
     return [
         {"step": when.step, "process": process, "version": when.version, "due_step": when.due_step, "benchmark": name}
-        | {f"eval_{key}": value for key, value in values.items() if not isinstance(value, dict)}
+        | {k if k == "grader" else f"eval_{k}": value for k, value in values.items() if not isinstance(value, dict)}
         for name, values in found.items()
     ]

@@ -40,7 +40,7 @@ from astracli.models.adapter import load_tokenizer
 from astracli.models.chat import ChatFormat
 from astracli.process.config import EvalConfig
 from astracli.process.worker import TERM_EXIT, Reporter, worker_main
-from astracli.rewards.reward import GradePool
+from astracli.rewards.reward import GradePool, Rewards, open_pools
 from astracli.runs.run_dir import write_atomic
 
 WAIT_S = 5.0
@@ -56,7 +56,7 @@ class Evaluator:
     reporter: Reporter
     tokenizer: Any
     pools: Mapping[str, GradePool]
-    """By the reward that a benchmark is judged by."""
+    """By benchmark."""
     sampling: EvalSampling
     benchmarks: list[Benchmark]
 
@@ -99,7 +99,7 @@ class Evaluator:
         return BenchmarkWork(
             benchmark,
             self.tokenizer,
-            self.pools[benchmark.grader],
+            self.pools[benchmark.name],
             sampling=replace(self.sampling, temperature=0.0) if greedy else self.sampling,
             samples=1 if greedy else table.samples_of(benchmark.name, benchmark.samples),
             version=version,
@@ -163,14 +163,18 @@ def run(config: EvalConfig, reporter: Reporter) -> None:
         chat=ChatFormat.of(recipe),
     )
     sets = [benchmarks.load(name, config.benchmarks[name], recipe=recipe) for name in recipe.eval.benchmarks]
-    data = recipe.data
+    rewards = {
+        benchmark.name: Rewards.of(
+            benchmark.data,
+            max_errors=recipe.most_reward_errors,
+            on_error=lambda words: reporter.warn(f"the first error of a reward:\n{words}"),
+        )
+        if benchmark.data is not None
+        else Rewards.of(recipe.data.by(benchmark.grader))
+        for benchmark in sets
+    }
     with contextlib.ExitStack() as stack:
-        pools = {
-            spec: stack.enter_context(
-                GradePool(spec, data.reward_workers, data.reward_timeout_s, data.grading.model_dump())
-            )
-            for spec in sorted({benchmark.grader for benchmark in sets})
-        }
+        pools = open_pools(stack, rewards)
         evaluator = Evaluator(config, reporter, tokenizer, pools, sampling, sets)
         reporter.ready()
         if config.out is not None:

@@ -128,11 +128,19 @@ class _Hub:
         return _Poll(wait_s, lambda: self._store.eval_engines(version), lambda r: r.stop or r.engines != have)
 
     def status(
-        self, name: str, pid: int, state: str, waiting: str | None, progress: dict[str, Any], error: str | None = None
+        self,
+        name: str,
+        pid: int,
+        state: str,
+        waiting: str | None,
+        progress: dict[str, Any],
+        error: str | None = None,
+        warnings: list[str] | None = None,
     ) -> dict[str, bool]:
         if self._on_status is not None:
             beat = {"name": name, "pid": pid, "state": state, "waiting": waiting, "progress": progress}
-            self._on_status(beat if error is None else beat | {"error": error})
+            more = {"error": error, "warnings": warnings}
+            self._on_status(beat | {key: value for key, value in more.items() if value is not None})
         return {"stop": self._store.stop_requested}
 
     def metrics(self, records: list[dict[str, Any]]) -> None:

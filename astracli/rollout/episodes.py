@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +49,8 @@ class Failures:
 
     name: str
     """As `rollout.env` says it."""
+    show: Callable[[str], None]
+    """Gets each kind of failure once, with its traceback."""
     count: int = 0
     in_a_row: int = 0
     last: str = ""
@@ -66,7 +67,7 @@ class Failures:
             if failure.place not in self._shown:
                 self._shown.add(failure.place)
                 words = "an episode failed; it is left out of its group, and others like it are counted in silence"
-                print(f"warning: rollout.env = {self.name}: {words}\n{failure.text}", file=sys.stderr, flush=True)
+                self.show(f"rollout.env = {self.name}: {words}\n{failure.text}")
         if self.in_a_row >= FAILED_IN_A_ROW:
             raise RunFailed(
                 f"{self.in_a_row} episodes in a row failed in rollout.env = `{self.name}`, the last with {self.last}",

@@ -180,7 +180,7 @@ class Env:
 
     def begin(self, problem: Problem) -> Episode:
         """An episode with the recipe's prompt of a problem."""
-        return Episode.of_prompt(self.setup.prompt_tokens(problem))
+        return Episode.of_prompt(self.setup.prompt_tokens(problem), problem.messages)
 
     def text(self, tokens: TokenIds) -> str:
         """What tokens say, without special ones."""

@@ -54,7 +54,10 @@ class limited:
             raise TooLong(self.words) from error
 
     def _look(self) -> None:
-        left = self._limit_s if self._since is None else self._since + self._limit_s - self._loop.time()
+        now = self._loop.time()
+        left = self._limit_s if self._since is None else self._since + self._limit_s - now
+        if now - self._timer.when() > self._limit_s / CHECKS:  # late: another one has blocked the event loop
+            left = max(left, self._limit_s / CHECKS)
         if left > 0:
             self._timer = self._loop.call_later(left, self._look)
         else:

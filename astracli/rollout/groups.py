@@ -40,7 +40,7 @@ def group_of(env: Env, lease_id: int, problem: Problem, episodes: dict[int, Epis
         samples=samples,
         problem=problem.question,
         answer=problem.answer,
-        meta=problem.meta,
+        meta=problem.meta | ({"source": problem.source} if problem.source else {}),
     )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from astracli.config.recipe import Recipe
 from astracli.engines.contract import GenRequest, GenResult
+from astracli.engines.stops import StopStrings
 from astracli.envs import time_limit
 from astracli.envs.contract import Episode, TokenIds, Turn
 from astracli.errors import RunFailed
@@ -34,6 +35,8 @@ class RolloutSampling:
 
     recipe: Recipe
     stop_ids: tuple[int, ...]
+    stop: StopStrings | None = None
+    """Of every turn."""
 
     def room(self, prompt: int, length: int) -> int:
         """Tokens that may still be drawn in an episode of `length` tokens whose prompt had so many of them."""
@@ -91,6 +94,7 @@ class Ask:
             stop_token_ids=self.stop_ids,
             seed=self.seed,
             draw_offset=len(prefix),
+            stop=sampling.stop,
         )
 
     def turn(self) -> Turn:

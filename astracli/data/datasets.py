@@ -104,14 +104,19 @@ def known_set(source: str) -> HubSet | None:
 
 
 def find_local(source: str, data_dir: str | None = None) -> Path | None:
-    """A path, or NAME in the data directory; None when there is neither. Raises UserError for a path without a file."""
+    """A path, or NAME in the data directory, of a known set also NAME_train; None when there is neither.
+
+    Raises UserError for a path without a file.
+    """
     path = Path(source).expanduser()
     if path.exists():
         return path.resolve()
     if source.lower().endswith(SUFFIXES) or path.is_absolute() or source.startswith((".", "~")):
         kinds = ", ".join(FORMATS)
         raise UserError(f"no data at `{source}`", f"give a file ({kinds}), a `datasets` directory or a Hub id")
-    return find_in_data_dir(source, "train", data_dir)
+    names = (source, f"{source}_train") if known_set(source) else (source,)
+    places = (find_in_data_dir(name, "train", data_dir) for name in names)
+    return next((place for place in places if place is not None), None)
 
 
 def find_in_data_dir(name: str, folder: str, data_dir: str | None = None) -> Path | None:

@@ -72,7 +72,7 @@ class Rollout:
         rollout = config.recipe.rollout
         stop = StopStrings(tuple(rollout.stop), tokenizer) if rollout.stop else None
         self.sampling = RolloutSampling(config.recipe, tuple(stop_token_ids(tokenizer, config.model_path)), stop)
-        self._failures = Failures(rollout.env)
+        self._failures = Failures(rollout.env, _warn)
         self._smallest_group = algorithms.find(config.recipe.algorithm.name).smallest_group
         self._slots, self._group_size = rollout.running, rollout.group_size
         for worker in self.workers:
@@ -263,6 +263,10 @@ class Rollout:
         if len(closed) == len(self.workers):
             return f"weights or readiness of {', '.join(closed)}"
         return next((reason for reason in self._waits.values() if reason), None)
+
+
+def _warn(words: str) -> None:
+    print(f"warning: {words}", file=sys.stderr, flush=True)
 
 
 class PromptTokens:

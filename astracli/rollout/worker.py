@@ -23,6 +23,9 @@ from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from astracli.config import algorithms
 from astracli.config.recipe import DataTable
 from astracli.config.recipe_data import sets
 from astracli.data.prompts import Problem, PromptSource, stop_token_ids
@@ -71,6 +74,7 @@ class Rollout:
         stop = StopStrings(tuple(rollout.stop), tokenizer) if rollout.stop else None
         self.sampling = RolloutSampling(config.recipe, tuple(stop_token_ids(tokenizer, config.model_path)), stop)
         self._failures = Failures(rollout.env)
+        self._smallest_group = algorithms.find(config.recipe.algorithm.name).smallest_group
         self._slots, self._group_size = rollout.running, rollout.group_size
         for worker in self.workers:
             worker.use.slots = self._slots
@@ -194,15 +198,18 @@ class Rollout:
     async def _hand_in(
         self, worker: EngineWorker, lease_id: int, problem: Problem, found: Sequence[Episode | Failure]
     ) -> None:
-        """Score the episodes that did not fail, and hand them in as a group; none: the prompt is skipped."""
+        """Score the episodes that did not fail, and hand them in as a group. A prompt is skipped when so many of them
+        failed that the algorithm has no advantages for the rest."""
         episodes = {index: one for index, one in enumerate(found) if isinstance(one, Episode)}
-        limit_s = self.config.recipe.rollout.env_timeout_s
-        scores = await score(self.env, problem, list(episodes.values()), limit_s) if episodes else []
+        enough, limit_s = len(episodes) >= self._smallest_group, self.config.recipe.rollout.env_timeout_s
+        scores = await score(self.env, problem, list(episodes.values()), limit_s) if enough else []
         if isinstance(scores, Failure):  # of all of them
-            found, episodes = [one if isinstance(one, Failure) else scores for one in found], {}
-        worker.count_failed(self._failures.note(found))
-        if not episodes:
-            await self.hub.skip(lease_id, f"every episode failed, the last with {self._failures.last}")
+            found, enough = [one if isinstance(one, Failure) else scores for one in found], False
+        failed = self._failures.note(found)
+        worker.count_failed(failed)
+        if not enough:
+            reason = f"{failed} of {len(found)} episodes failed, the last with {self._failures.last}"
+            await self.hub.skip(lease_id, reason)
             self._let_go(worker, [lease_id])
             return
         assert isinstance(scores, list)
@@ -264,12 +271,13 @@ class PromptTokens:
 
     def __init__(self, tokenizer: Any, chat: ChatFormat):
         self._tokenizer, self._chat = tokenizer, chat
-        self._kept: OrderedDict[int, tuple[Problem, list[int]]] = OrderedDict()
+        self._kept: OrderedDict[int, tuple[Problem, np.ndarray]] = OrderedDict()
 
-    def __call__(self, problem: Problem) -> Sequence[int]:
+    def __call__(self, problem: Problem) -> np.ndarray:
         key = id(problem)  # of an object that is kept here
         if key not in self._kept:
-            self._kept[key] = problem, chat_prompt_tokens(self._tokenizer, problem.messages, self._chat)
+            tokens = chat_prompt_tokens(self._tokenizer, problem.messages, self._chat)
+            self._kept[key] = problem, np.array(tokens, np.int32)
             if len(self._kept) > PROMPTS_KEPT:
                 self._kept.popitem(last=False)
         return self._kept[key][1]

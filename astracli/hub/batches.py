@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from astracli.errors import RunFailed
 from astracli.hub.schema import AMONG, Database
@@ -198,7 +198,7 @@ class BatchBook:
             step,
         )
         sources = {name: {"groups": count, "reward_mean": mean} for name, count, mean in by_source}
-        return BatchStats(*row, sources=sources)
+        return replace(BatchStats(*row), sources=sources)
 
     def ack(self, step: int, version: int, checkpoint_step: int | None) -> None:
         """The batch of `step` has become `version`. Twice is once. Raises RunFailed for a step without a batch.

@@ -269,9 +269,13 @@ class EvalTable(Table):
     every: NonNegativeInt = 10
     """Evaluate at step 0, every n steps and at the end; 0 switches in-run evaluation off. One that becomes due while
     another runs takes the version that is current when that ends."""
-    samples: PositiveInt | None = None
-    """Samples per item; None takes each benchmark's own."""
+    samples: PositiveInt | dict[str, PositiveInt] | None = None
+    """Samples per item; `{ aime24 = 4, math500 = 1 }` by benchmark. None takes each benchmark's own, and so does one
+    that is not named."""
+    greedy: bool = False
+    """In a run: also one greedy sample an item at every evaluation."""
     pass_k: PositiveInt = 4
+    """k of pass@k. Where `samples` gives a benchmark fewer, k is their number."""
     temperature: NonNegativeFloat = 0.6
     """0 is greedy."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
@@ -280,6 +284,12 @@ class EvalTable(Table):
     max_concurrency: PositiveInt | Literal["auto"] = "auto"
     """Evaluation requests in flight at once on each engine; `auto`: as many as it decodes at once
     (`rollout.max_running_requests`)."""
+
+    def samples_of(self, benchmark: str, own: int) -> int:
+        """Samples of each item of a benchmark, whose own number is `own`."""
+        if isinstance(self.samples, dict):
+            return self.samples.get(benchmark, own)
+        return self.samples or own
 
 
 class Recipe(Table):
@@ -379,7 +389,7 @@ class Recipe(Table):
                 f"train.minibatches = {train.minibatches} is more than the {self.batch_sequences} sequences of a step "
                 f"(train.batch_groups = {train.batch_groups} x rollout.group_size = {rollout.group_size})"
             )
-        if evaluation.samples is not None and evaluation.samples < evaluation.pass_k:
+        if isinstance(evaluation.samples, int) and evaluation.samples < evaluation.pass_k:
             raise ValueError(
                 f"eval.samples = {evaluation.samples} is fewer than eval.pass_k = {evaluation.pass_k}: "
                 "pass@k needs at least k samples an item"
@@ -387,6 +397,6 @@ class Recipe(Table):
         band = self.data.curriculum
         if band is not None and band.low > band.high:
             raise ValueError(f"data.curriculum.low = {band.low} is over data.curriculum.high = {band.high}")
-        if problem := recipe_data.contradiction(self.data):
+        if problem := recipe_data.contradiction(self.data) or recipe_data.set_problem(evaluation.sets):
             raise ValueError(problem)
         return self

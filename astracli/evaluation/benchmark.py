@@ -81,6 +81,11 @@ class Result:
         cast = [votes.vote(sample.text, sample.grade.verdict == "right") for sample in self.samples]
         return votes.majority_at([cast[i : i + n] for i in range(0, len(cast), n)])
 
+    @property
+    def no_answer_fraction(self) -> float:
+        """Share of the samples in which no answer could be read."""
+        return sum(sample.grade.verdict == "no_answer" for sample in self.samples) / max(1, len(self.samples))
+
     def figures(self) -> dict[str, Any]:
         """Everything countable, names with units; `pass_at` and `majority_at` by k."""
         score, total = self.score, max(1, len(self.samples))
@@ -95,7 +100,7 @@ class Result:
             "response_tokens_mean": tokens / total,
             "response_tokens_max": max((len(sample.tokens) for sample in self.samples), default=0),
             "truncated_fraction": sum(sample.finish_reason == "length" for sample in self.samples) / total,
-            "no_answer_fraction": verdicts.count("no_answer") / total,
+            "no_answer_fraction": self.no_answer_fraction,
             "timeouts": verdicts.count("timeout"),
             "errors": verdicts.count("error"),
             "prompts_too_long": sum(sample.finish_reason == "prompt_too_long" for sample in self.samples),

@@ -198,6 +198,8 @@ def eval_line(evaluation: EvaluationStatus) -> str:
     """`eval step 25: arithmetic-heldout (number) avg@8 0.520 ± 0.021 pass@4 0.710`, see `evaluated`"""
     cells = [
         f"{judged(name, f)} avg@{f['n']} {f['avg_at_n']:.3f} ± {f['stderr']:.3f} pass@{f['k']} {f['pass_at_k']:.3f}"
+        + (f" greedy {f['greedy_avg']:.3f}" if "greedy_avg" in f else "")
+        + (f" no answer {f['no_answer_fraction']:.1%}" if f.get("no_answer_fraction") else "")
         for name, f in evaluation.results.items()
         if not (name == "overall" and len(evaluation.results) == 2)
     ]

@@ -38,6 +38,7 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ("M2PO cap", "|log ratio|", (("m2_limit", "cap"),)),
     ("Learning rate", "", (("lr", "rate"),)),
     ("Trained tokens a second", "tokens/s", (("tokens_per_s", "trainer"),)),
+    ("Rows filled with tokens", "share", (("packed_fraction", "trainer"),)),
     ("Changed weights", "share", (("delta_density", "of the published values"),)),
     ("Size of a version", "bytes", (("delta_bytes", "delta"), ("full_bytes", "full"))),
 )
@@ -58,7 +59,7 @@ def document(run: RunDir) -> dict[str, Any]:
             key: summary[key] for key in ("groups", "memory", "restarts", "resumes", "expected") if summary.get(key)
         },
         "tiles": tiles(run, records, summary),
-        "curves": curves(records),
+        "curves": curves(records) + usage(records),
         "evals": evaluations(run),
         "phases": step_phases(records),
         "wall": summary.get("phases_s") or {},
@@ -67,6 +68,29 @@ def document(run: RunDir) -> dict[str, Any]:
         "recipe": json.loads(run.recipe_json.read_text()),
         "machine": machine_rows(run),
     }
+
+
+USAGE = (
+    ("Memory of each process and GPU", "bytes", "memory_bytes"),
+    ("Open descriptors", "", "open_files"),
+    ("Size of the hub", "bytes", "hub_bytes"),
+)
+"""(title, unit, metric): a line a process, in a run that leaks nothing flat after its first steps."""
+
+
+def usage(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Curves as in `curves`, of what `launch/usage.py` writes."""
+    found = []
+    for title, unit, name in USAGE:
+        processes = list(dict.fromkeys(str(r["of"]) for r in records if name in r and "of" in r))
+        lines = [
+            {"name": process, "metric": name, "points": [[step, _short(v)] for step, v in points]}
+            for process in processes
+            if (points := metrics.series([r for r in records if r.get("of") == process], name))
+        ]
+        if lines:
+            found.append({"title": title, "unit": unit, "lines": lines})
+    return found
 
 
 def curves(records: Sequence[Record]) -> list[dict[str, Any]]:

@@ -20,7 +20,12 @@ PORTIONS = (
     *(f"rollout.{name}." for name in doors.names("astra.engines")),
 )  # fmt: skip
 """How much is computed at once, where it lies and by which kernel: what a run that ran out of memory needs changed."""
-CHANGEABLE = ("train.steps", "launch.", "metrics.", "resources.", "checkpoint.", *PORTIONS)
+REWARD_LIMITS = (
+    "data.reward_timeout_s", "data.reward_start_s", "data.reward_workers", "data.reward_concurrency",
+    "data.reward_memory_gib", "data.max_reward_errors",
+)  # fmt: skip
+"""What rewards may use: what a run that ended of its reward needs changed."""
+CHANGEABLE = ("train.steps", "launch.", "metrics.", "resources.", "checkpoint.", *PORTIONS, *REWARD_LIMITS)
 """What `--set` may change on a resume: how long, where and how the run goes on, not what it learns from."""
 
 

@@ -358,6 +358,9 @@ class Elsewhere:
             last_lines=lambda count=20: ["error: no disk"], log_time=lambda: 0.0, print_stacks=lambda: None,
         )  # fmt: skip
 
+    def ready(self) -> bool:
+        return True
+
     def stop(self, started: Any, grace_s: float) -> None:
         self.said += [f"stop {each.name}" for each in started]
 

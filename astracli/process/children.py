@@ -15,13 +15,20 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING, TypeAlias
 
 import psutil
+
+if TYPE_CHECKING:
+    from astracli.process.forking import Forked
 
 GRACE_S = 2.0
 """Between TERM and KILL. With the hub's last second and the summary it keeps a stop under five seconds."""
 _GONE = (psutil.NoSuchProcess, psutil.ZombieProcess)
+
+
+Fork: TypeAlias = "Callable[[ChildSpec, int], Forked | None]"
+"""(what, open file for its stdout and stderr) -> the child, or None."""
 
 
 @dataclass(frozen=True)
@@ -38,19 +45,28 @@ class ChildSpec:
     inherit: tuple[int, ...] = ()
     """File descriptors that stay open in it."""
 
+    def environment(self) -> dict[str, str]:
+        return environment(self.env)
+
+
+def environment(env: Mapping[str, str]) -> dict[str, str]:
+    """All variables of a child for which `env` is set."""
+    return {**os.environ, "PYTHONUNBUFFERED": "1", **env}
+
 
 class Child:
     """One running process and the session it leads."""
 
-    def __init__(self, spec: ChildSpec):
+    def __init__(self, spec: ChildSpec, fork: Fork | None = None):
+        """`fork`: how it is forked from a process that has imported what it needs. Without it, and when that returns
+        None, a new process is started."""
         self.name, self.log = spec.name, spec.log
         spec.log.parent.mkdir(parents=True, exist_ok=True)
-        env = {**os.environ, "PYTHONUNBUFFERED": "1", **spec.env}
         with spec.log.open("ab") as log:
             self._log_start = log.tell()
-            self._popen = subprocess.Popen(
-                spec.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True,
-                pass_fds=spec.inherit,
+            self._popen = (fork(spec, log.fileno()) if fork is not None else None) or subprocess.Popen(
+                spec.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=spec.environment(),
+                start_new_session=True, pass_fds=spec.inherit,
             )  # fmt: skip
         self.pid = self._popen.pid
         self._process: psutil.Process | None = None

@@ -89,6 +89,14 @@ def test_nothing_is_lost_and_nothing_is_trained_twice(finished: Path) -> None:
     assert json.loads((finished / "status.json").read_text())["state"] == "done"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
+def test_torch_was_imported_once(undisturbed: Path, finished: Path) -> None:
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert summary["memory"]["peak_bytes_by_process"]["fork_server"] > 50e6
+    logs = [log.read_text() for run in (undisturbed, finished) for log in run.glob("logs/*/*.log")]
+    assert len(logs) == 12 and not any("imports everything itself" in said for said in logs)
+
+
 def test_trainer_and_engine_agree(finished: Path) -> None:
     parity = [r["parity_mean_abs"] for r in records(finished) if "parity_mean_abs" in r]
     assert parity and max(parity) <= 1e-4

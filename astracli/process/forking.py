@@ -148,6 +148,8 @@ class ForkServer:
         return doc.get("pid")
 
     def _broken(self) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):  # its socket closes before it has ended
+            self._popen.wait(2.0)
         self._popen.kill()
         ended = f"it ended with {exit_words(self._popen.wait())}"
         with open(os.dup(self._said), "rb") as said:

@@ -293,16 +293,33 @@ def test_grandchild_that_lost_its_parent_is_stopped_too(logs: Path) -> None:
 
 
 def test_memory_is_summed_over_the_family_and_named(logs: Path) -> None:
-    code = "x = bytearray(60_000_000); x[::4096] = b'1' * len(x[::4096]); print('full', flush=True); time.sleep(60)"
-    child = Child(child_spec(logs, "trainer", code))
-    sampler = MemorySampler()
+    code = """
+        def take():
+            x = bytearray(60_000_000)
+            x[::4096] = b"1" * len(x[::4096])
+            print("full", flush=True)
+            return x
+        first = take()
+        while not os.path.exists(sys.argv[0] + ".more"):
+            time.sleep(0.01)
+        second = take()
+        time.sleep(60)
+    """
+    (logs / "taker.py").write_text("import os, sys, time\n" + textwrap.dedent(code))
+    child = Child(ChildSpec("trainer", (sys.executable, str(logs / "taker.py")), logs / "trainer.log"))
+    sampler = MemorySampler(interval_s=600.0)
     sampler.start(lambda: {child.pid: "trainer"})
     wait_for(child.last_lines)
     total = sampler.sample()
-    sampler.close()
-    local.stop([child])
     assert 60e6 < sampler.peak_by_name["trainer"] < 120e6
     assert total == sum(sampler.peak_by_name.values()) == sampler.peak_bytes
+    assert sampler.sample() is None, "nothing has grown"
+    (logs / "taker.py.more").touch()
+    wait_for(lambda: len(child.last_lines()) == 2)
+    grown = sampler.sample()
+    sampler.close()
+    local.stop([child])
+    assert total is not None and grown is not None and 55e6 < grown - total < 65e6 and sampler.peak_bytes == grown
     assert set(sampler.peak_by_name) == {"trainer", "supervisor"} and sampler.kind == "pss"
 
 

@@ -6,6 +6,7 @@ Only processes that we started, and what they started, are ever signalled: by id
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 GRACE_S = 2.0
 """Between TERM and KILL. With the hub's last second and the summary it keeps a stop under five seconds."""
+PSS_S = 10.0
+"""Between two walks over all pages, in seconds, while nothing grows: what was shared may be no more."""
+GROWTH = 1.02
 _GONE = (psutil.NoSuchProcess, psutil.ZombieProcess)
 
 
@@ -186,11 +190,15 @@ def _alive(process: psutil.Process) -> bool:
 class MemorySampler:
     """Each second: memory of this process and all its descendants, in bytes. Also remembers who was seen and lives.
 
-    PSS (shared pages counted once, in parts); RSS where the system has no PSS (`kind` says which).
+    PSS (shared pages counted once, in parts); RSS where the system has no PSS (`kind` says which). For a PSS the kernel
+    walks over every page: it is asked for one when the RSS of something has grown, and every `PSS_S` seconds.
     """
 
     def __init__(self, interval_s: float = 1.0):
         self.peak_bytes = 0
+        self._rss: dict[str, int] = {}
+        """Largest so far, by name."""
+        self._walked = -math.inf
         self.peak_by_name: dict[str, int] = {}
         self.kind = "pss"
         self._names: Callable[[], dict[int, str]] = dict
@@ -216,40 +224,55 @@ class MemorySampler:
         with self._lock:
             return list(self._seen.values())
 
-    def sample(self) -> int:
-        """Take one sample; returns its total in bytes. A child's figure includes what it started itself."""
-        me = psutil.Process()
-        names = self._names()
-        owner = {me.pid: "supervisor"}
-        by_name: dict[str, int] = {"supervisor": self._memory(me)}
-        ours: dict[int, psutil.Process] = {}
-        for process in me.children(recursive=True):  # parents come before their children
-            with contextlib.suppress(psutil.Error):
-                name = names.get(process.pid) or owner.get(process.ppid(), "supervisor")
-                owner[process.pid] = name
-                by_name[name] = by_name.get(name, 0) + self._memory(process)
-                if name != "supervisor":
-                    ours[process.pid] = process
+    def sample(self) -> int | None:
+        """Take one sample; returns its total in bytes, None when no PSS was asked for. A child's figure includes what
+        it started itself."""
+        ours = self._ours()
+        with self._lock:
+            met = {process.pid: process for process, name in ours if name != "supervisor"}
+            self._seen = {pid: p for pid, p in self._seen.items() if pid in met or _alive(p)} | met
+        rss = _by_name(ours, lambda process: process.memory_info().rss)
+        grown = any(used > GROWTH * self._rss.get(name, 0) for name, used in rss.items())
+        if not grown and time.monotonic() - self._walked < PSS_S:
+            return None
+        self._walked = time.monotonic()
+        self._rss |= {name: max(used, self._rss.get(name, 0)) for name, used in rss.items()}
+        by_name = _by_name(ours, self._memory)
         total = sum(by_name.values())
         with self._lock:
-            self._seen = {pid: p for pid, p in self._seen.items() if pid in ours or _alive(p)} | ours
             self.peak_bytes = max(self.peak_bytes, total)
             for name, used in by_name.items():
                 self.peak_by_name[name] = max(self.peak_by_name.get(name, 0), used)
         return total
 
+    def _ours(self) -> list[tuple[psutil.Process, str]]:
+        """This process and every descendant, each with the name of the child that it belongs to."""
+        me, names = psutil.Process(), self._names()
+        found, owner = [(me, "supervisor")], {me.pid: "supervisor"}
+        for process in me.children(recursive=True):  # parents come before their children
+            with contextlib.suppress(psutil.Error):
+                owner[process.pid] = names.get(process.pid) or owner.get(process.ppid(), "supervisor")
+                found.append((process, owner[process.pid]))
+        return found
+
     def _memory(self, process: psutil.Process) -> int:
-        try:
-            if self.kind == "pss":
-                full = process.memory_full_info()
-                if hasattr(full, "pss"):
-                    return int(full.pss)
-                self.kind = "rss"
-            return int(process.memory_info().rss)
-        except psutil.Error:
-            return 0
+        if self.kind == "pss":
+            full = process.memory_full_info()
+            if hasattr(full, "pss"):
+                return int(full.pss)
+            self.kind = "rss"
+        return int(process.memory_info().rss)
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval_s):
             with contextlib.suppress(psutil.Error):
                 self.sample()
+
+
+def _by_name(processes: Iterable[tuple[psutil.Process, str]], used: Callable[[psutil.Process], int]) -> dict[str, int]:
+    """Sums over the processes that still live."""
+    sums: dict[str, int] = {}
+    for process, name in processes:
+        with contextlib.suppress(psutil.Error):
+            sums[name] = sums.get(name, 0) + used(process)
+    return sums

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from hub_tools import hub_state
 from machines import facts
 from test_plan import load, planned
@@ -72,7 +73,7 @@ def test_ranks_whose_all_reduce_fails_start_again_without_direct_links(logs: Pat
         return [replace(s, env={**fresh, "RANK": s.env["RANK"]}) for s in specs]
 
     retry = Retry(collective_check.BROKEN, frozenset(("trainer", "trainer1")), again, "they run without")
-    family = supervisor(specs, retry=retry)
+    family = supervisor(specs, retry=retry, forks=warm.WarmForks())
     begun = time.monotonic()
     family.run()
     assert time.monotonic() - begun < 60

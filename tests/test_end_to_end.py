@@ -7,19 +7,19 @@ import csv
 import json
 import shutil
 import sqlite3
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
 from loop.exactness import SMALL, difference, digests, figures
 from loop.kill_resume import Attempt
-from shared import ASTRA, records
+from shared import records
 
 STEPS = 4
 QUICK = [f"train.steps={STEPS}", *SMALL, "eval.samples=1", "eval.pass_k=1"]
@@ -126,8 +126,9 @@ def test_the_export_loads_and_scores_what_the_run_says(finished: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(finished / "export", dtype=torch.float32)
     assert AutoTokenizer.from_pretrained(finished / "export").eos_token_id == 1
     assert sum(p.numel() for p in model.parameters()) == 914_232
-    command = [*ASTRA, "eval", "--run-dir", str(finished), "--json"]
-    scored = subprocess.run(command, cwd=finished.parent, capture_output=True, text=True, timeout=300)
+    scored = warm.run(
+        ["-m", "astracli", "eval", "--run-dir", str(finished), "--json"], cwd=finished.parent, timeout=300
+    )
     assert scored.returncode == 0, scored.stderr
     last = list(csv.DictReader((finished / "eval" / "eval.csv").open()))[-1]
     again = json.loads(scored.stdout)["results"]["arithmetic-heldout"]["avg_at_n"]

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -57,6 +58,15 @@ class Forked:
         return code
 
 
+def start(modules: Sequence[str], env: Mapping[str, str], link: int, said: int) -> subprocess.Popen[bytes] | Forked:
+    """The server's process. `link`: descriptor of its end of the socket; `said`: of the file for what it prints."""
+    words = [sys.executable, "-m", MODULE, str(link), ",".join(modules), "-" * TITLE_BYTES]
+    return subprocess.Popen(
+        words, pass_fds=[link], env=dict(env), stdin=subprocess.DEVNULL, stdout=said, stderr=said,
+        start_new_session=True,
+    )  # fmt: skip
+
+
 class ForkServer:
     """A child that imports `modules` once and then forks processes that need them.
 
@@ -71,20 +81,16 @@ class ForkServer:
         self._fixed = _fixed(env)
         self._said = os.memfd_create("fork_server")
         self._link, theirs = socket.socketpair()
-        words = [sys.executable, "-m", MODULE, str(theirs.fileno()), ",".join(modules), "-" * TITLE_BYTES]
         with theirs:
-            self._popen = subprocess.Popen(
-                words, pass_fds=[theirs.fileno()], env={**env, **ONE_THREAD}, stdin=subprocess.DEVNULL,
-                stdout=self._said, stderr=self._said, start_new_session=True,
-            )  # fmt: skip
+            self._popen = start(modules, {**env, **ONE_THREAD}, theirs.fileno(), self._said)
 
     @property
     def pid(self) -> int:
         return self._popen.pid
 
-    def ready(self) -> bool:
-        """It forks when asked to. Does not wait."""
-        if not self._ready and self.problem is None and select.select([self._link], [], [], 0)[0]:
+    def ready(self, wait_s: float = 0.0) -> bool:
+        """It forks when asked to. Waits up to `wait_s` for that."""
+        if not self._ready and self.problem is None and select.select([self._link], [], [], wait_s)[0]:
             self._answer(1.0)
             self._ready = self.problem is None
         return self._ready and self.problem is None
@@ -119,12 +125,15 @@ class ForkServer:
     def close(self) -> None:
         """End it; its children live on."""
         self._link.close()
-        if self._popen.poll() is None:
-            self._popen.kill()
-        self._popen.wait()
+        self._end()
         if self._said >= 0:
             os.close(self._said)
             self._said = -1
+
+    def _end(self) -> None:
+        if self._popen.poll() is None:
+            os.kill(self._popen.pid, signal.SIGKILL)
+        self._popen.wait()
 
     def _ask(self, doc: dict[str, Any], *handles: int) -> int | None:
         try:
@@ -150,7 +159,7 @@ class ForkServer:
     def _broken(self) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):  # its socket closes before it has ended
             self._popen.wait(2.0)
-        self._popen.kill()
+        self._end()
         ended = f"it ended with {exit_words(self._popen.wait())}"
         with open(os.dup(self._said), "rb") as said:
             said.seek(0)

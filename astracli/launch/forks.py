@@ -20,7 +20,11 @@ from astracli.process.forking import Forked, ForkServer
 
 COMMON = ("torch", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto")
 PRELOAD = {
-    Role.ROLLOUT: ("astracli.rollout.engine_worker", "astracli.rollout.groups", "astracli.weights.receive.subscriber"),
+    Role.ROLLOUT: (
+        "astracli.rollout.engine_worker",
+        "astracli.rollout.episodes",
+        "astracli.weights.receive.subscriber",
+    ),
     Role.TRAINER: ("astracli.training.loop",),
     Role.EVAL: ("astracli.evaluation.spread",),
 }

@@ -27,7 +27,7 @@ PRELOAD = {
     ),
     Role.TRAINER: ("astracli.training.loop",),
     Role.EVAL: ("astracli.evaluation.spread",),
-}
+}  # fmt: skip
 """What the process of each role imports besides `COMMON`; an engine says it itself (`engines.contract.Start`)."""
 STARTS = 3
 """How often the fork server is started in a run; after that every process starts by itself."""

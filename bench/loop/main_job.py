@@ -4,8 +4,8 @@
     python bench/loop/main_job.py --plugin examples/plugins/engine --set rollout.engine=plain    an engine of a stranger
 
 Prints per run: held-out avg@8 before and after, seconds until every process is ready, wall time and CPU seconds of the
-whole command, peak memory of all its processes (sum
-of PSS each second), parity at staleness 0, and what travelled to the engine. About two minutes a run on two cores.
+whole command, peak memory of all its processes (sum of PSS), parity at staleness 0, and what travelled to the engine.
+About two minutes a run on two cores.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def one(recipe: str, seed: int, folder: Path, settings: list[str]) -> dict[str, 
     weights = summary["weights"]
     return {
         "recipe": recipe, "seed": seed, "first": benchmark["first"]["avg_at_n"], "last": benchmark["last"]["avg_at_n"],
-        "stderr": benchmark["last"]["stderr"], "ready_s": sum(summary["phases_s"][phase] for phase in START),  "wall_s": wall_s, "cpu_s": used_s, "steps": summary["steps"],
+        "stderr": benchmark["last"]["stderr"], "ready_s": sum(summary["phases_s"][phase] for phase in START),
+        "wall_s": wall_s, "cpu_s": used_s, "steps": summary["steps"],
         "step_s_p50": summary["training"]["step_s_p50"], "trainer_wait_share": summary["training"]["wait_share"],
         "peak_gb": summary["memory"]["peak_bytes"] / 1e9, "memory_kind": summary["memory"]["kind"],
         "parity_mean": summary["parity"]["mean_abs"], "parity_max": summary["parity"]["max_abs"],

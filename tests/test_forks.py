@@ -138,11 +138,12 @@ def test_a_process_that_nobody_adopts_does_not_begin(
         raise ChildProcessError
 
     monkeypatch.setattr(Forked, "poll", strange)
+    before = children() - {psutil.Process(server.pid)}
     wanted = spec(home, "begun", "import pathlib\npathlib.Path('begun').touch()")
     with wanted.log.open("ab") as log:
         assert server.fork("begun", [], wanted.environment(), log.fileno()) is None
     assert server.problem is not None and "orphans" in server.problem
-    orphan = next(child for child in psutil.Process().children() if child.pid != server.pid)
+    orphan = next(child for child in children() - before if child.pid != server.pid)
     assert os.waitpid(orphan.pid, 0)[1] != 0 and not (home / "begun").exists()
 
 
@@ -203,7 +204,7 @@ def started(launcher: LocalLauncher, home: Path, name: str) -> Child:
 
 
 def fork_server() -> psutil.Process:
-    running = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    running = [child for child in children() if child.status() != psutil.STATUS_ZOMBIE]
     return next(child for child in running if "astracli.process.fork_server" in child.cmdline())
 
 

@@ -6,6 +6,7 @@ evaluation worker need both. On Linux, in a run on a CPU, they are imported once
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -66,7 +67,8 @@ class Forks:
         """Start the fork server, unless there is one or it was started often enough."""
         if self._server is None and self._left:
             self._left -= 1
-            self._server = ForkServer(self._modules, environment(self._env))
+            with contextlib.suppress(OSError):  # no process, no descriptor: whoever needs one next says so
+                self._server = ForkServer(self._modules, environment(self._env))
 
     def ready(self) -> bool:
         """Nothing is gained by waiting any longer."""

@@ -43,7 +43,8 @@ def test_every_process_gpu_and_the_hub_have_a_line_a_step(tmp_path: Path, monkey
     log.step(1)
     log.close()
     found = metrics.read(run.metrics_jsonl)
-    assert [(r["process"], r["step"]) for r in found] == [
+    assert {r["process"] for r in found} == {"supervisor"}
+    assert [(r["of"], r["step"]) for r in found] == [
         (name, step) for step in (0, 1) for name in ("trainer", "engine0", "gpu1", "hub")
     ]
     memory, files, hub = usage(found)

@@ -1,7 +1,7 @@
 """What the processes of a run take, once a step: memory and descriptors of each, memory of its GPUs, size of the hub.
 
-A line of metrics.jsonl each: {"process": NAME, "step", "memory_bytes", "open_files"}, {"process": "gpu0", "step",
-"memory_bytes"} and {"process": "hub", "step", "hub_bytes"}. In a run that leaks nothing they stop growing early on.
+A line of metrics.jsonl each: {"process": "supervisor", "step", "of": NAME, "memory_bytes", "open_files"}, of a GPU
+("gpu0") "memory_bytes", of the hub "hub_bytes". In a run that leaks nothing they stop growing early on.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class UsageLog:
 
     def _write(self, step: int) -> None:
         records: list[dict[str, Any]] = [
-            {"process": name, "step": step, "memory_bytes": memory, "open_files": files}
+            {"of": name, "memory_bytes": memory, "open_files": files}
             for name, (memory, files) in self._launcher.usage().items()
         ]
-        records += ({"process": f"gpu{n}", "step": step, "memory_bytes": used} for n, used in gpu_memory(self._gpus))
-        records.append({"process": "hub", "step": step, "hub_bytes": database_bytes(self._run.hub_sqlite)})
-        metrics.append(self._run.metrics_jsonl, records)
+        records += ({"of": f"gpu{n}", "memory_bytes": used} for n, used in gpu_memory(self._gpus))
+        records.append({"of": "hub", "hub_bytes": database_bytes(self._run.hub_sqlite)})
+        metrics.append(self._run.metrics_jsonl, [{"process": "supervisor", "step": step} | r for r in records])
 
     def close(self) -> None:
         self._writer.shutdown()

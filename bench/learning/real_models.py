@@ -183,8 +183,8 @@ def usage(found: Sequence[Record], settled: int) -> list[Record]:
     """Of each process and figure: at step 1, once it has settled, at the end, at most, and its growth in between."""
     rows = []
     for name in ("memory_bytes", "open_files", "hub_bytes"):
-        for process in dict.fromkeys(r["process"] for r in found if name in r):
-            values = {r["step"]: r[name] for r in found if r["process"] == process and name in r}
+        for process in dict.fromkeys(r["of"] for r in found if name in r and "of" in r):
+            values = {r["step"]: r[name] for r in found if r.get("of") == process and name in r}
             later = [values[step] for step in sorted(values) if step >= settled]
             if not later:
                 continue

@@ -82,11 +82,11 @@ def usage(records: Sequence[Record]) -> list[dict[str, Any]]:
     """Curves as in `curves`, of what `launch/usage.py` writes."""
     found = []
     for title, unit, name in USAGE:
-        processes = list(dict.fromkeys(str(r["process"]) for r in records if name in r))
+        processes = list(dict.fromkeys(str(r["of"]) for r in records if name in r and "of" in r))
         lines = [
             {"name": process, "metric": name, "points": [[step, _short(v)] for step, v in points]}
             for process in processes
-            if (points := metrics.series(records, name, process))
+            if (points := metrics.series([r for r in records if r.get("of") == process], name))
         ]
         if lines:
             found.append({"title": title, "unit": unit, "lines": lines})

@@ -12,6 +12,7 @@ from astracli.config.recipe import Recipe
 from astracli.kernels import varlen
 from astracli.kernels.cpu import linear
 from astracli.models.adapter import ModelAdapter, WireTensor, read_config
+from astracli.models.preflight import logit_factor, text_config
 from astracli.process.layout import RESIDENT, Split, recomputed
 from astracli.training.cpu_offload import CpuOffload
 from astracli.training.fsdp import Ranks, recompute, shard
@@ -35,7 +36,7 @@ def build_trainer(
     loader = _Loader(model_dir, adapter, recipe, ranks, attention)
     model, wire, exact = loader.load()
     blocks = adapter.block_classes(model)
-    policy = PolicyModel(model, temperature=recipe.rollout.temperature)
+    policy = loader.policy(model)
     recompute(policy, blocks, recomputed(recipe, split))
     shard(policy, blocks, ranks, exact=exact)
     masters = Masters(policy.model, wire, recipe.train, ranks, moments_on_host=split.moments_on_host)
@@ -90,6 +91,11 @@ class _Loader:
         wire, parameters = adapter.wire_tensors(model), dict(model.named_parameters())
         return model, wire, [parameters[name] for name, tensor in wire.items() if tensor.dtype == "float32"]
 
+    def policy(self, model: torch.nn.Module) -> PolicyModel:
+        """A factor that the model puts on its logits divides the temperature: both scale the same logits."""
+        factor = logit_factor(read_config(self.model_dir))
+        return PolicyModel(model, temperature=self.recipe.rollout.temperature / factor)
+
     def reference(self) -> PolicyModel:
         """The initial policy as it was published, without gradients."""
         model, wire, exact = self.load()
@@ -104,7 +110,7 @@ class _Loader:
             for parameter in model.parameters():
                 if parameter not in kept:
                     parameter.data = parameter.data.to(ranks.precision)  # what the policy is computed with
-        policy = PolicyModel(model, temperature=self.recipe.rollout.temperature)
+        policy = self.policy(model)
         policy.requires_grad_(False)
         shard(policy, blocks, ranks, exact=exact)
         return policy
@@ -112,5 +118,6 @@ class _Loader:
 
 def pad_token(model_dir: Path) -> int:
     """The token that fills the right of a row. It is never attended to and never a target, so any valid id will do."""
-    pad = read_config(model_dir).get("pad_token_id")
-    return pad if isinstance(pad, int) and pad >= 0 else 0
+    config = text_config(read_config(model_dir))
+    pad, rows = config.get("pad_token_id"), config.get("vocab_size", 0)
+    return pad if isinstance(pad, int) and 0 <= pad < rows else 0

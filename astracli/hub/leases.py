@@ -148,6 +148,9 @@ class LeaseBook:
             "samples": len(group.samples),
             "tokens": sum(len(s.tokens) for s in group.samples),
             "timeouts": sum(s.verdict == "timeout" for s in group.samples),
+            "errors": sum(s.verdict == "error" for s in group.samples),
+            "no_answer": sum(s.verdict == "no_answer" for s in group.samples),
+            "truncated": sum(s.finish_reason == "length" for s in group.samples),
         }
         with self._db.transaction() as sql:
             sql.execute(

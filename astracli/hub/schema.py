@@ -15,7 +15,7 @@ from typing import Any
 
 from astracli.errors import UserError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 PAGE_BYTES = 16 << 10
 """A group of long completions is hundreds of kilobytes in one value: fewer pages to read, and to free again."""
 LOG_BYTES = 64 << 20
@@ -39,6 +39,9 @@ CREATE TABLE groups (
     samples INTEGER,
     tokens INTEGER,
     timeouts INTEGER,
+    errors INTEGER,       -- samples whose grading failed
+    no_answer INTEGER,    -- samples in which the grader found no answer
+    truncated INTEGER,    -- samples cut off at the token limit
     reason TEXT,          -- why it was skipped
     prompt INTEGER,       -- its place in the endless sequence of prompts
     kind TEXT             -- with a curriculum: what its solve rate is counted under

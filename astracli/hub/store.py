@@ -31,6 +31,7 @@ from astracli.hub.types import (
     Leases,
     NextBatch,
     NextEvaluation,
+    NoSignal,
     PutStatus,
     Target,
 )
@@ -172,6 +173,11 @@ class HubStore:
         with self._changing():
             self._leases.skip(lease_id, reason)
 
+    @property
+    def no_signal(self) -> NoSignal | None:
+        """Why the run is to end: no more groups will make the batch that the trainer waits for. None while some may."""
+        return self._batches.hopeless
+
     # ---- batches -----------------------------------------------------------------------------------------------------
 
     def batch(self, step: int) -> NextBatch:
@@ -209,6 +215,7 @@ class HubStore:
                 self._batches.unacknowledge(step)
                 self._board.rewind(version)
                 self._db.set_meta("dropped_in_a_row", 0)
+            self._batches.hopeless = None
             self._leases.requeue("state = 'leased'")
             self._gpu_leases.reset()
             if self.settings.deterministic:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from astracli.launch import configs, hub, recipe_changes, summary
+from astracli.launch import configs, hub, no_signal, recipe_changes, summary
 from astracli.launch.configs import RunContext
 from astracli.launch.launcher import Launcher
 from astracli.launch.local import LocalLauncher
@@ -99,10 +99,12 @@ class Job:
                 limits=context.recipe.launch,
                 hub_alive=lambda: server.alive,
                 hint=self._hint,
+                hopeless=lambda: no_signal.failure(store, context),
                 tick=watch,
                 retry=configs.retry(context, processes),
                 resumes=self._resumes(store, server.url),
                 interrupted=interrupted,
+                log=run.attempt_logs(context.attempt) / "supervisor.log",
             )
             try:
                 return supervisor.run()

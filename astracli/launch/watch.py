@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from astracli.launch.supervise import Supervisor
 from astracli.process.console import say
+from astracli.report.alerts import Alerts
 from astracli.report.live import PlainView, RunProgress, View, open_view
-from astracli.runs.metrics import Record, Sink, Tail
+from astracli.runs.metrics import Record, Sink, Tail, read
 from astracli.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -46,6 +47,9 @@ class Watch:
         self._tail = Tail(run_dir.metrics_jsonl, from_end=True)
         self._view: View = open_view()
         self._progress = RunProgress(run_dir.name, steps or 0)
+        self._alerts = Alerts()
+        for record in read(run_dir.metrics_jsonl):  # of earlier attempts: what has been said is not said again
+            self._alerts.feed(record)
         self._looked = self._told = 0.0
         self._due: dict[int, float] = {}
 
@@ -58,6 +62,8 @@ class Watch:
         state = self._store.state()
         if records:
             self._pass_on(records)
+        for line in (line for record in records for line in self._alerts.feed(record)):
+            supervisor.warn(line)
         self._time_evaluations(state.evals, now)
         step = self._progress.step
         self._progress.feed(records, state, supervisor.status, supervisor.phase)

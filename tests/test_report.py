@@ -47,7 +47,8 @@ def trainer(step: int, **more: float) -> dict[str, Any]:
     return {
         "step": step,
         "process": "trainer",
-        "reward_mean": 0.43,
+        "reward_mean": 0.6,
+        "arrived_reward_mean": 0.43,
         "tokens_per_s": 210.4,
         "staleness_mean": 0.94,
     } | more
@@ -85,11 +86,12 @@ def test_plain_lines_say_the_figures_and_after_a_silence_who_waits_for_what() ->
     ]
     clock.now += 2.5
     view.update(progress)
-    assert lines[3] == "step 12/100 reward 0.43 avg@8 0.352 (step 0) 210 tok/s staleness 0.9"
+    assert lines[3] == "step 12/100 reward 0.43 avg@8 0.352 (step 0) 210 trained tok/s staleness 0.9"
     clock.now += 16
     view.update(progress)
     assert lines[4] == (
-        "step 12/100 reward 0.43 avg@8 0.352 (step 0) 210 tok/s staleness 0.9; trainer: waiting for 3 of 16 groups"
+        "step 12/100 reward 0.43 avg@8 0.352 (step 0) 210 trained tok/s staleness 0.9; "
+        "trainer: waiting for 3 of 16 groups"
     )
 
 
@@ -149,8 +151,8 @@ def test_live_picture() -> None:
     text = out.getvalue()
     assert next(line.split() for line in text.splitlines() if "backward" in line)[-3:] == ["1.00", "s", "50%"]
     for words in (
-        "step 12/100", "1 min 05 s gone", "reward 0.43", "210 tok/s", "staleness 0.9", "waiting for 3 of 16 groups",
-        "avg@8 0.350 (step 0), avg@8 0.400 (step 10)", "loss 0.123", "restarted 1x",
+        "step 12/100", "1 min 05 s gone", "reward 0.43", "210 trained tok/s", "staleness 0.9",
+        "waiting for 3 of 16 groups", "avg@8 0.350 (step 0), avg@8 0.400 (step 10)", "loss 0.123", "restarted 1x",
     ):  # fmt: skip
         assert words in text
     screen = io.StringIO()
@@ -162,7 +164,8 @@ def test_live_picture() -> None:
 
 def make_summary(tmp_path: Path, **changes: Any) -> dict[str, Any]:
     records = [
-        trainer(step, tokens=1000.0, step_s=2.0, wait_s=0.5, train_s=1.4, reward_mean=0.3 + step / 100, full_bytes=2e6,
+        trainer(step, tokens=1000.0, step_s=2.0, wait_s=0.5, train_s=1.4, full_bytes=2e6,
+                arrived_reward_mean=0.3 + step / 100,
                 delta_bytes=4e5, delta_density=0.2, publish_s=0.1, parity_mean_abs=2e-6, parity_max_abs=3e-5,
                 bytes_per_changed=2.0, snapshot_s=0.003, publish_wait_s=0.1)
         for step in range(4)
@@ -202,7 +205,8 @@ def test_summary_figures(tmp_path: Path) -> None:
     assert row["difference_avg_at_n"] == pytest.approx(0.525)
     assert found["training"]["wait_share"] == pytest.approx(0.25)
     assert found["training"]["tokens"] == 4000 and found["training"]["tokens_per_s"] == pytest.approx(500)
-    assert (found["training"]["reward_mean_first"], found["training"]["reward_mean_last"]) == (0.3, pytest.approx(0.33))
+    rewards = [found["training"][f"arrived_reward_mean_{which}"] for which in ("first", "last")]
+    assert rewards == [0.3, pytest.approx(0.33)]
     assert found["weights"] == {
         "transfer": "delta", "full_bytes": 2e6, "delta_bytes_mean": 4e5, "ratio": 5.0,
         "density_mean": pytest.approx(0.2), "bytes_per_changed_p50": 2.0, "publish_s_p50": 0.1,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from astracli.errors import AstraError
 from astracli.launch import configs, hub, no_signal, recipe_changes, summary
 from astracli.launch.configs import RunContext
 from astracli.launch.launcher import Launcher
@@ -55,6 +56,7 @@ class Job:
         )
         state: State = "failed"
         cause: str | None = None
+        said: dict[str, Any] = {}
         code = 1
         try:
             if self._supervise():
@@ -64,10 +66,12 @@ class Job:
         except KeyboardInterrupt:
             state, code, cause = "interrupted", 130, "interrupted"
         except Exception as error:
-            cause = str(error).partition("\n")[0]
+            cause, *lines = str(error).splitlines() or [type(error).__name__]
+            said = {"last_lines": lines, "hint": error.hint if isinstance(error, AstraError) else None}
             raise
         finally:
-            run.end(state, exit_code=code, cause=cause)
+            run.end(state, exit_code=code, cause=cause, **said)
+            self.summary |= {"cause": cause, "last_lines": said.get("last_lines", [])} if self.summary else {}
             if self.summary:
                 self._record(state)
         return code

@@ -23,7 +23,7 @@ class Figure(NamedTuple):
 FIGURES: dict[str, Figure] = {
     REWARD: Figure("reward", "all that arrived"),
     "reward_mean": Figure("reward of the trained batch", "dropped groups left out"),
-    "step_s": Figure("seconds a step", "s", "{:.2f}"),
+    "step_s": Figure("seconds a step", "", "{:.2f}"),
     "tokens_per_s": Figure("trained tokens a second", "tokens/s", "{:,.0f}"),
     "rollout_tokens_per_s": Figure("generated tokens a second", "tokens/s, an engine", "{:,.0f}"),
     "staleness_mean": Figure("staleness", "versions, mean", "{:.2f}"),

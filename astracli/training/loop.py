@@ -201,7 +201,7 @@ class TrainLoop:
         self._checkpoint_if_due(version, figures)
         self.step = version
         self._publish(step, figures, began)
-        self.reporter.progress(step=version, tokens_per_s=round(figures["tokens_per_s"], 1))
+        self.reporter.progress(step=version, trained_tokens_per_s=round(figures["tokens_per_s"], 1))
         return True
 
     def _settle(self) -> float:

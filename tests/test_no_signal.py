@@ -14,7 +14,7 @@ from astracli.hub.types import NoSignal
 from astracli.launch import no_signal as ending
 from astracli.launch.configs import RunContext
 from astracli.launch.inputs import Inputs
-from astracli.report import no_signal
+from astracli.report import no_signal, run_files
 from astracli.report.alerts import FLAT_STEPS, QUIET_STEPS, Alerts
 from astracli.report.no_signal import Golds
 from astracli.rewards import gold
@@ -129,6 +129,9 @@ def test_from_the_hub_and_the_files_of_a_run(tmp_path: Path) -> None:
     assert failed is not None and "reward, all that arrived: step 0 0.5, since then 0" in failed.message
     assert "the reward was 0.5 and training has destroyed it" in failed.message
     assert "4 of 4 golds cannot be read by reward `math`, for example `see page " in failed.message
+    assert "for example: problem ``, answer ``, completion nothing" in failed.message
+    shown = list(run_files.samples(RunDir(tmp_path), outcomes={"wrong"}))
+    assert len(shown) == 8 and {sample["version"] for sample in shown} == {1}, "what the hint says to look at is there"
 
 
 @pytest.mark.parametrize(

@@ -34,9 +34,9 @@ def print_plan(recipe: Recipe, command: Command, output: Output, facts: str | No
     known = [problem.message for problem in found.problems]  # what config.json says is in the plan already
     refused = [check for check in refused if check.value not in known]
     if output.as_json:
-        told = {"machine": facts, "source": described.source} if described else {}
+        machine = {"machine": facts, "source": described.source} if described else {}
         start = [{"check": c.name, "message": c.value, "hint": c.fix} for c in refused]
-        output.document(to_json(found) | told | {"start": start})
+        output.document(to_json(found) | machine | {"start": start})
         raise typer.Exit(2 if refused else 0)
     if described is not None:
         told = f"for the machine `{facts}`, not this one: {described.source}"

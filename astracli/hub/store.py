@@ -36,7 +36,7 @@ from astracli.hub.types import (
     Target,
 )
 from astracli.rl.schedule import Admission, count
-from astracli.rl.types import unpack_group
+from astracli.rl.types import Group, unpack_group
 
 STOPPING = "the end: the run is being stopped"
 
@@ -177,6 +177,11 @@ class HubStore:
     def no_signal(self) -> NoSignal | None:
         """Why the run is to end: no more groups will make the batch that the trainer waits for. None while some may."""
         return self._batches.hopeless
+
+    def dropped_groups(self) -> list[Group]:
+        """The newest groups that were dropped since the hub was opened, a few."""
+        with self._db.lock:
+            return list(self._leases.dropped)
 
     # ---- batches -----------------------------------------------------------------------------------------------------
 

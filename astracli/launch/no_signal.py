@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 from astracli.errors import RunFailed, UserError
 from astracli.launch.configs import RunContext
+from astracli.launch.watch import unharmed
 from astracli.report import no_signal
+from astracli.rl.sample_log import group_line
 from astracli.runs import metrics
+from astracli.runs.run_dir import write_atomic
 
 if TYPE_CHECKING:
     from astracli.hub.store import HubStore
     from astracli.hub.types import NoSignal
+
+FILE = "without_signal.jsonl"
+"""The newest dropped groups, in `samples/`: behind those of the steps, as they came after them."""
 
 
 def failure(store: HubStore, context: RunContext) -> RunFailed | None:
@@ -22,7 +29,14 @@ def failure(store: HubStore, context: RunContext) -> RunFailed | None:
     run = context.run_dir
     logs = f"{run.attempt_logs(context.attempt) / 'rollout.log'}"
     records = metrics.read(run.metrics_jsonl)
-    return RunFailed(*no_signal.explain(seen, context.recipe, records, golds(seen, context), logs))
+    dropped = store.dropped_groups()
+    lines = [json.dumps(group_line(group, sample), ensure_ascii=False) for group in dropped for sample in group.samples]
+    file = run.samples / FILE
+    with unharmed(f"`{file}` was not written"):
+        write_atomic(file, "".join(f"{line}\n" for line in lines))
+    examples = [(group.problem, group.answer, group.samples[0].text) for group in dropped[-1:] if group.samples]
+    message, hint = no_signal.explain(seen, context.recipe, records, golds(seen, context), logs, examples)
+    return RunFailed(message, hint)
 
 
 def golds(seen: NoSignal, context: RunContext) -> no_signal.Golds:

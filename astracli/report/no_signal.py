@@ -47,9 +47,15 @@ class Trained:
 
 
 def explain(
-    seen: NoSignal, recipe: Recipe, records: Sequence[dict[str, Any]], golds: Golds, logs: str
+    seen: NoSignal,
+    recipe: Recipe,
+    records: Sequence[dict[str, Any]],
+    golds: Golds,
+    logs: str,
+    examples: Sequence[tuple[str, str, str]] = (),
 ) -> tuple[str, str]:
-    """(message, hint). `records`: metrics.jsonl; `logs`: where the rollout worker's log lies."""
+    """(message, hint). `records`: metrics.jsonl; `logs`: where the rollout worker's log lies; `examples`: problem,
+    right answer and completion of dropped samples."""
     cause, hint = _cause(seen, recipe, golds, logs)
     trained = figures(records)
     head = f"no signal: {seen.groups} groups in a row ({seen.batches} batches' worth) were dropped, {_earned(seen)}"
@@ -59,6 +65,9 @@ def explain(
             f"{golds.unreadable} of {golds.looked} golds cannot be read by reward `{recipe.data.reward}`, for example "
             f"`{_short(golds.example)}`"
         )
+    for problem, answer, completion in examples:
+        said = f"`{_short(completion)}`" if completion.strip() else "nothing"
+        lines.append(f"for example: problem `{_short(problem)}`, answer `{_short(answer)}`, completion {said}")
     return "\n  ".join(lines), f"{hint}; rollout.max_dropped_batches says how long to go on"
 
 

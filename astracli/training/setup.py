@@ -12,7 +12,7 @@ from astracli.config.recipe import Recipe
 from astracli.kernels import varlen
 from astracli.kernels.cpu import linear
 from astracli.models.adapter import ModelAdapter, WireTensor, read_config
-from astracli.models.preflight import logit_factor, text_config
+from astracli.models.preflight import text_config
 from astracli.process.layout import RESIDENT, Split, recomputed
 from astracli.training.cpu_offload import CpuOffload
 from astracli.training.fsdp import Ranks, recompute, shard
@@ -36,7 +36,7 @@ def build_trainer(
     loader = _Loader(model_dir, adapter, recipe, ranks, attention)
     model, wire, exact = loader.load()
     blocks = adapter.block_classes(model)
-    policy = loader.policy(model)
+    policy = PolicyModel(model, temperature=recipe.rollout.temperature)
     recompute(policy, blocks, recomputed(recipe, split))
     shard(policy, blocks, ranks, exact=exact)
     masters = Masters(policy.model, wire, recipe.train, ranks, moments_on_host=split.moments_on_host)
@@ -91,11 +91,6 @@ class _Loader:
         wire, parameters = adapter.wire_tensors(model), dict(model.named_parameters())
         return model, wire, [parameters[name] for name, tensor in wire.items() if tensor.dtype == "float32"]
 
-    def policy(self, model: torch.nn.Module) -> PolicyModel:
-        """A factor that the model puts on its logits divides the temperature: both scale the same logits."""
-        factor = logit_factor(read_config(self.model_dir))
-        return PolicyModel(model, temperature=self.recipe.rollout.temperature / factor)
-
     def reference(self) -> PolicyModel:
         """The initial policy as it was published, without gradients."""
         model, wire, exact = self.load()
@@ -110,7 +105,7 @@ class _Loader:
             for parameter in model.parameters():
                 if parameter not in kept:
                     parameter.data = parameter.data.to(ranks.precision)  # what the policy is computed with
-        policy = self.policy(model)
+        policy = PolicyModel(model, temperature=self.recipe.rollout.temperature)
         policy.requires_grad_(False)
         shard(policy, blocks, ranks, exact=exact)
         return policy

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from astracli.config.recipe import Recipe
 from astracli.data import fetch
+from astracli.envs import registry as envs
 from astracli.errors import UserError
 from astracli.machine.findings import Check
 from astracli.models import preflight, registry
@@ -119,7 +120,8 @@ def prepare(recipe: Recipe, ledger: Ledger, *, data: bool, benchmarks: Sequence[
 
 
 def check_setting(recipe: Recipe, ledger: Ledger, *, rewards: bool) -> None:
-    """Everything that the recipe names on this machine. `rewards`: the command grades with `data.reward`."""
+    """Everything that the recipe names on this machine. `rewards`: the command draws episodes, and grades them with
+    `data.reward`."""
     with ledger.check("address"):
         ports.bind(recipe.launch.host).close()
     with ledger.check("sinks"):
@@ -136,6 +138,8 @@ def check_setting(recipe: Recipe, ledger: Ledger, *, rewards: bool) -> None:
 
         with ledger.check("reward"):
             validate_reward(recipe.data.reward)
+        with ledger.check("environment"):
+            envs.validate(recipe.rollout.env)
 
 
 def check_checkpoint(folder: Path, recipe: Recipe) -> None:

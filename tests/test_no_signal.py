@@ -22,7 +22,7 @@ from astracli.runs import names
 from astracli.runs.run_dir import RunDir
 
 TINY = "qwen3.5-tiny-m2po-delta"
-RECIPE = recipe_io.load(TINY, ["train.learning_rate=0.5", "rollout.max_new_tokens=20"])
+RECIPE = recipe_io.load(TINY, ["train.learning_rate=0.5", "rollout.max_new_tokens=15"])
 
 
 NO_GOLDS = Golds()
@@ -75,8 +75,8 @@ CAUSES: dict[str, tuple[NoSignal, Golds, str, str]] = {
     "cut off": (
         seen(truncated=80, no_answer=80),
         Golds(10, 4, "x"),
-        "answers are cut off at 20 tokens",
-        "--set rollout.max_new_tokens=63",
+        "answers are cut off at 15 tokens",
+        "--set rollout.max_new_tokens=60",
     ),
     "no answer": (seen(no_answer=80), Golds(), "reward `math` finds no answer in them", "data.prompt"),
     "too hard": (seen(), Golds(10, 0), "too hard for this model", "take easier problems"),
@@ -110,6 +110,12 @@ def test_the_evidence_is_quoted() -> None:
         "`see the book book book book book book book book book book...`",
     ]
     assert "reward, all that arrived: 0, no step was trained" in explained(seen())[0]
+
+
+def test_the_hint_for_answers_that_are_cut_off_is_not_refused() -> None:
+    full = recipe_io.load(TINY, ["rollout.max_new_tokens=16"])
+    assert "a larger rollout.context_length (64)" in explained(seen(truncated=100), recipe=full)[1]
+    assert recipe_io.load(TINY, ["rollout.max_new_tokens=60"]).rollout.max_new_tokens == 60
 
 
 def test_from_the_hub_and_the_files_of_a_run(tmp_path: Path) -> None:

@@ -135,12 +135,13 @@ def test_refused_by_what_it_is(checkpoint: Path, name: str) -> None:
     [
         tensors(lambda held: {"lm_head.weight": held[EMBEDDING].clone()}),
         tensors(lambda held: {"model.layers.3.self_attn.rotary_emb.inv_freq": torch.ones(4)}),
+        tensors(lambda held: {"model.layers.3.attention.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool)}),
         added("<pad>", template=False),
         config(max_position_embeddings=16, rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1.0}),
         config(max_position_embeddings=64, rope_parameters={"rope_type": "dynamic", "factor": 4.0}),
         config(quantization_config=None, final_logit_softcapping=None),
     ],
-    ids=["same head", "inv_freq", "unused token", "yarn", "dynamic within", "null"],
+    ids=["same head", "inv_freq", "mask", "unused token", "yarn", "dynamic within", "null"],
 )
 def test_what_is_computed_rightly_is_taken(checkpoint: Path, edit: Edit) -> None:
     edit(checkpoint)

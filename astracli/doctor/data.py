@@ -9,6 +9,7 @@ from astracli.doctor.gather import offline
 from astracli.doctor.subject import Check, Status, Subject
 from astracli.machine.facts import CheckpointFacts, Tensor
 from astracli.models import preflight
+from astracli.models.adapter_tools import is_buffer
 from astracli.models.preflight import TRAINABLE, UNQUANTIZED
 
 GROUP = "data"
@@ -73,7 +74,7 @@ def _tensors(subject: Subject, tensors: Mapping[str, Tensor]) -> Iterator[Check]
     adapter, config = subject.adapter, subject.config
     if adapter is None or config is None:
         return
-    dtypes = sorted({t.dtype for t in tensors.values()} - set(TRAINABLE))
+    dtypes = sorted({t.dtype for name, t in tensors.items() if not is_buffer(name)} - set(TRAINABLE))
     if dtypes:
         yield Check("dtypes", GROUP, "fail", ", ".join(dtypes), "quantized weights cannot be trained", UNQUANTIZED)
     else:

@@ -17,7 +17,9 @@ from astracli.errors import UserError
 from astracli.models.adapter import MemoryShape, WireTensor
 
 Shapes = dict[str, tuple[int, ...]]
-_BUFFERS = re.compile(r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(attn|attention)\.(bias|masked_bias))$")
+_BUFFERS = re.compile(
+    r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(attn|attention)\.(bias|masked_bias)|position_ids)$"
+)
 _WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
 

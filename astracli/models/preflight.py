@@ -136,7 +136,7 @@ def file_obstacles(folder: Path, config: Mapping[str, Any], adapter: ModelAdapte
     Raises UserError for a file that is no whole safetensors file."""
     tensors = checkpoint_tensors(folder)
     yield from _shards(folder, tensors)
-    odd = sorted({entry["dtype"] for entry in tensors.values()} - set(TRAINABLE))
+    odd = sorted({entry["dtype"] for name, entry in tensors.items() if not is_buffer(name)} - set(TRAINABLE))
     if odd:
         message = f"`{folder}` holds quantized tensors ({', '.join(odd)}): that cannot be trained"
         yield Obstacle("unquantized weights", message, UNQUANTIZED)

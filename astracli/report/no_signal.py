@@ -138,9 +138,10 @@ def _nothing(seen: NoSignal, recipe: Recipe, golds: Golds) -> tuple[str, str]:
             "name the column that holds the bare answer with data.answer_field, or take a reward that knows its form",
         )
     if _share(seen.truncated, seen.samples) >= NEARLY_ALL:
-        now = rollout.max_new_tokens
-        wanted = min(ROOM * now, rollout.context_length - 1)
-        room = f"`--set rollout.max_new_tokens={wanted}`" if wanted > now else "a larger rollout.context_length"
+        now, context = rollout.max_new_tokens, rollout.context_length
+        room = f"`--set rollout.max_new_tokens={ROOM * now}`"
+        if ROOM * now >= context:
+            room = f"a larger rollout.context_length ({context}) and rollout.max_new_tokens, or shorter prompts"
         return f"answers are cut off at {now} tokens", f"give them room: {room}"
     if _share(seen.no_answer, seen.samples) >= NEARLY_ALL:
         return (

@@ -109,7 +109,7 @@ def test_a_resized_terminal_keeps_no_leftovers(monkeypatch: pytest.MonkeyPatch, 
     console = Console(file=terminal, force_terminal=True, color_system=None, legacy_windows=False)
     console.size = (sizes[0], 40)
     view = LiveView(console)
-    progress = RunProgress("a-run-with-a-name-20261130-201500", 100)
+    progress = RunProgress("a-run-with-a-name-20261130-201500", 100, clock=lambda: 100.0, began=35.0)
     waiting = {
         f"trainer{i}": Status("ready", "waiting for 3 of 16 groups in flight, and more words " * 2, heard=1.0)
         for i in range(3)

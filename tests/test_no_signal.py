@@ -123,7 +123,7 @@ def test_from_the_hub_and_the_files_of_a_run(tmp_path: Path) -> None:
     rows.write_text("".join(f'{{"problem": "p{i}", "answer": "see page {i} of the book"}}\n' for i in range(8)))
     store = open_store(tmp_path, max_dropped_batches=1, max_staleness=0)
     recipe = recipe_io.load(TINY, [f"data.source={rows}", "data.reward=math"])
-    context = RunContext(recipe, None, RunDir(tmp_path), 1, Inputs(tmp_path, rows, {}))  # type: ignore[arg-type]
+    context = RunContext(recipe, None, RunDir(tmp_path), 1, Inputs(tmp_path, {"": rows}, {}))  # type: ignore[arg-type]
     fill(store, 0)
     finish_step(store, 0)
     assert ending.failure(store, context) is None

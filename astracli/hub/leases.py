@@ -155,6 +155,7 @@ class LeaseBook:
             "errors": sum(s.verdict == "error" for s in group.samples),
             "no_answer": sum(s.verdict == "no_answer" for s in group.samples),
             "truncated": sum(s.finish_reason == "length" for s in group.samples),
+            "source": group.meta.get("source"),
         }
         with self._db.transaction() as sql:
             sql.execute(

@@ -14,13 +14,16 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from astracli.config.recipe import Recipe
+from astracli.config import recipe_data
+from astracli.config.benchmarks import get
+from astracli.config.recipe import DataTable, Recipe
 from astracli.data import fetch
 from astracli.envs import registry as envs
 from astracli.errors import UserError
 from astracli.machine.findings import Check
-from astracli.models import preflight, registry
+from astracli.models import chat, preflight, registry
 from astracli.models.adapter import read_config
 from astracli.models.adapter_tools import has_chat_template
 from astracli.plan.types import Command
@@ -29,14 +32,17 @@ from astracli.process.console import say
 from astracli.runs import metrics
 from astracli.runs.run_dir import RunDir, write_atomic
 
+if TYPE_CHECKING:
+    from astracli.data.prompts import Problem
+
 
 @dataclass(frozen=True)
 class Inputs:
     """What a run reads, all of it on this machine."""
 
     model: Path
-    data: Path | None
-    """None: the training problems are generated, or there are none."""
+    data: Mapping[str, Path | None]
+    """Training problems by source ("" of a single one). None: they are generated."""
     benchmarks: Mapping[str, Path | None]
     """None: it is generated."""
     seconds: float = 0.0
@@ -94,20 +100,25 @@ def prepare(recipe: Recipe, ledger: Ledger, *, data: bool, benchmarks: Sequence[
     from astracli.data import datasets
 
     began = time.monotonic()
-    check_setting(recipe, ledger, rewards=data)
+    check_setting(recipe, ledger, rewards=data, benchmarks=benchmarks)
     model: Path | None = None
-    path: str | None = None
+    paths: Mapping[str, Path | None] = {}
     places: Mapping[str, str | None] = {}
     with ledger.check("checkpoint"):
-        model = fetch.fetch_model(recipe.model.path, recipe.model.revision)
-        check_checkpoint(model, recipe)
+        found = fetch.fetch_model(recipe.model.path, recipe.model.revision)
+        check_checkpoint(found, recipe)
+        check_prompts(recipe, found)
+        model = found
     with ledger.check("benchmarks"):
-        places = sets.fetch_all(benchmarks, recipe.data.path)
+        places = sets.fetch_all(benchmarks, recipe.data.path, recipe)
     if data:
+
+        def fits(problem: Problem) -> None:
+            if model is not None:
+                check_turns(recipe, model, problem.messages)
+
         with ledger.check("training data"):
-            path = datasets.fetch(recipe)
-            if path is not None:
-                path = decontaminated(recipe, path, places)
+            paths = decontaminated(recipe, datasets.fetch(recipe, fits), places)
     if model is None:
         return None
     if not has_chat_template(model):
@@ -115,13 +126,13 @@ def prepare(recipe: Recipe, ledger: Ledger, *, data: bool, benchmarks: Sequence[
             f"warning: no chat template in `{model}`: prompts go to the model as bare text, right for a base model and "
             "wrong for a chat model; copy its chat_template.jinja beside tokenizer.json"
         )
-    found = {name: Path(place) if place else None for name, place in places.items()}
-    return Inputs(model, Path(path) if path else None, found, time.monotonic() - began)
+    local = {name: Path(place) if place else None for name, place in places.items()}
+    return Inputs(model, paths, local, time.monotonic() - began)
 
 
-def check_setting(recipe: Recipe, ledger: Ledger, *, rewards: bool) -> None:
-    """Everything that the recipe names on this machine. `rewards`: the command draws episodes, and grades them with
-    `data.reward`."""
+def check_setting(recipe: Recipe, ledger: Ledger, *, rewards: bool, benchmarks: Sequence[str]) -> None:
+    """Everything that the recipe names on this machine. `rewards`: the command draws episodes, and grades them with the
+    rewards of the training sources; those of `benchmarks` are used in any case."""
     with ledger.check("address"):
         ports.bind(recipe.launch.host).close()
     with ledger.check("sinks"):
@@ -133,13 +144,23 @@ def check_setting(recipe: Recipe, ledger: Ledger, *, rewards: bool) -> None:
                 f"resources.engine.python = {json.dumps(python)} is no program on this machine",
                 "name the interpreter of the engine's environment, for example /opt/engine/bin/python",
             )
+    with ledger.check("benchmarks"):
+        own = [spec.own for name in benchmarks if (spec := get(name, recipe)).own is not None]
+        graded = [*(recipe_data.sets(recipe.data).values() if rewards else ()), *own]
+        check_rewards(sorted({table.reward for table in graded if table is not None}), ledger)
     if rewards:
-        from astracli.rewards.reward import validate_reward
-
-        with ledger.check("reward"):
-            validate_reward(recipe.data.reward)
         with ledger.check("environment"):
             envs.validate(recipe.rollout.env)
+
+
+def check_rewards(rewards: Sequence[str], ledger: Ledger) -> None:
+    if not rewards:
+        return
+    from astracli.rewards.reward import validate_reward
+
+    for reward in rewards:
+        with ledger.check("reward"):
+            validate_reward(reward)
 
 
 def check_checkpoint(folder: Path, recipe: Recipe) -> None:
@@ -150,46 +171,105 @@ def check_checkpoint(folder: Path, recipe: Recipe) -> None:
     preflight.refuse(preflight.file_obstacles(folder, config, registry.resolve(recipe, config)))
 
 
-def pin_problems(run: RunDir, recipe: Recipe, path: Path | None) -> None:
-    """Write down what a place in the training set means (`data.json`); a resume needs the same. Raises UserError."""
+def check_prompts(recipe: Recipe, folder: Path) -> None:
+    """What the recipe says of prompts against the checkpoint: thinking, special tokens in the recipe's own words."""
+    from astracli.data.turns import PromptFormat
+
+    if recipe.model.thinking == "on" and chat.THINKING not in chat.template_of(folder):
+        raise UserError(
+            f"model.thinking = on: the chat template of `{recipe.model.path}` has no `{chat.THINKING}`",
+            "leave it out, or name the template's own arguments in model.template_args",
+        )
+    for table in recipe_data.sets(recipe.data).values():
+        if table.source == recipe_data.GENERATED:
+            check_turns(recipe, folder, PromptFormat.of(table).messages("1+1", {}))
+    if recipe.data.markup == "tokens":
+        return
+    for source, table in recipe_data.sets(recipe.data).items():
+        own = PromptFormat.of(table).own_text
+        for name in chat.special_names_of(folder) if "<" in own or "[" in own else ():
+            if name in own:
+                raise UserError(
+                    f"template, system turn or examples of {f'data.mix `{source}`' if source else '[data]'} hold "
+                    f"`{name}`, a special token of the model; data.markup = text would write it out as letters",
+                    "say it in turns (data.system, [[data.few_shot]]), or set data.markup=tokens",
+                )
+
+
+def check_turns(recipe: Recipe, folder: Path, messages: Sequence[Mapping[str, object]]) -> None:
+    """The chat template takes what the recipe and the first row give it. A single user turn is not tried: every
+    template takes it, and that would cost the start a second."""
+    if [turn["role"] for turn in messages] == ["user"] and not recipe.model.template_args:
+        return
+    from astracli.models.adapter import load_tokenizer
+
+    try:
+        chat.ChatFormat.of(recipe).tokens(load_tokenizer(folder), messages)
+    except Exception as error:  # whatever the template raises
+        roles = ", ".join(str(turn["role"]) for turn in messages)
+        raise UserError(
+            f"the chat template of `{recipe.model.path}` does not take these turns ({roles}): {error}",
+            "see data.system, data.few_shot and model.template_args, and which roles the column of turns has",
+        ) from None
+
+
+def pin_problems(run: RunDir, recipe: Recipe, paths: Mapping[str, Path | None]) -> None:
+    """Write down what a place in a training set means (`data.json`); a resume needs the same. Raises UserError."""
     from astracli.data import datasets
 
-    if path is None:
-        return
-    problems = datasets.load(recipe.data, path)
-    now = {"path": str(path), "rows": len(problems), "fingerprint": problems.fingerprint}
+    tables = recipe_data.sets(recipe.data)
+    now = {}
+    for name, path in paths.items():
+        if path is not None:
+            problems = datasets.load(tables[name], path)
+            now[name] = {"path": str(path), "rows": len(problems), "fingerprint": problems.fingerprint}
     file = run.path / "data.json"
+    if not now:
+        return
     if not file.exists():
-        write_atomic(file, json.dumps(now, indent=2) + "\n")
+        write_atomic(file, json.dumps(now[""] if list(now) == [""] else now, indent=2) + "\n")
         return
     then = json.loads(file.read_text(encoding="utf-8"))
-    if then["fingerprint"] != now["fingerprint"]:
-        raise UserError(
-            f"the training problems are others than when `{run.path}` began: {then['rows']} rows of `{then['path']}` "
-            f"then, {now['rows']} of `{path}` now",
-            "a resumed run goes on at its place in their order: put the old file back, or start a new run",
-        )
+    then = {"": then} if "fingerprint" in then else then
+    for name, found in now.items():
+        if then[name]["fingerprint"] != found["fingerprint"]:
+            raise UserError(
+                f"the training problems are others than when `{run.path}` began: {then[name]['rows']} rows of "
+                f"`{then[name]['path']}` then, {found['rows']} of `{found['path']}` now",
+                "a resumed run goes on at its place in their order: put the old file back, or start a new run",
+            )
 
 
-def decontaminated(recipe: Recipe, path: str, fetched: Mapping[str, str | None]) -> str:
+def decontaminated(
+    recipe: Recipe, paths: Mapping[str, str | None], fetched: Mapping[str, str | None]
+) -> dict[str, Path | None]:
     """The training problems to use, after `data.decontaminate`. Raises UserError when none would be left."""
     from astracli.data import benchmarks as sets
+
+    written = [name for name, place in fetched.items() if place is not None and not get(name, recipe).held_out]
+    items = {}
+    if recipe.data.decontaminate != "off" and any(paths.values()):
+        items = {name: sets.load(name, fetched[name], recipe=recipe).items for name in written}
+    tables = recipe_data.sets(recipe.data)
+    return {name: _decontaminated(tables[name], path, items) if path else None for name, path in paths.items()}
+
+
+def _decontaminated(data: DataTable, path: str, items: Mapping[str, Sequence[Problem]]) -> Path:
+    """The file of one source, or one without the rows that are items of benchmarks."""
     from astracli.data import datasets, decontamination
 
-    written = [name for name, place in fetched.items() if place is not None]
-    if recipe.data.decontaminate == "off" or not written:
-        return path
-    problems = datasets.load(recipe.data, path)
-    found = decontamination.find(problems, {name: sets.load(name, fetched[name]).items for name in written})
+    if not items:
+        return Path(path)
+    problems = datasets.load(data, path, "all")
+    found = decontamination.find(problems, items)
     if not found:
-        return path
+        return Path(path)
     said = decontamination.summary(found, len(problems))
-    if recipe.data.decontaminate == "report":
+    if data.decontaminate == "report":
         say(f"warning: {said}; leave them out with `--set data.decontaminate=remove`")
-        return path
+        return Path(path)
     if len(found) == len(problems):
         raise UserError(said, "nothing would be left to train on; train on another set")
     say(f"{said}: left out")
-    known = datasets.known_set(recipe.data.source)
-    split = known.split if known else recipe.data.split
-    return str(decontamination.write_without(Path(path), split, found, datasets.cache_dir() / "datasets"))
+    folder = datasets.cache_dir() / "datasets"
+    return decontamination.write_without(Path(path), data.split, found, folder, config=data.config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from astracli.config import recipe_data
 from astracli.errors import RunFailed, UserError
 from astracli.launch.configs import RunContext
 from astracli.launch.watch import unharmed
@@ -45,11 +46,12 @@ def golds(seen: NoSignal, context: RunContext) -> no_signal.Golds:
     from astracli.rewards import gold
 
     data = context.recipe.data
-    if data.reward not in gold.COMPARED:
-        return no_signal.Golds()
+    rewards = {name: table.reward for name, table in recipe_data.sets(data).items()}
     try:
         source = PromptSource(data, context.recipe.seed, context.inputs.data)
-        answers = {source.problem(place).answer for place in seen.prompts}
+        problems = [source.problem(place) for place in seen.prompts]
     except UserError:  # the file has gone since: that is not what ends this run
         return no_signal.Golds()
-    return no_signal.looked_at(sorted(answers), lambda answer: gold.readable(data.reward, answer))
+    answers = sorted({(rewards[p.source], p.answer) for p in problems if rewards[p.source] in gold.COMPARED})
+    unreadable = [answer for reward, answer in answers if not gold.readable(reward, answer)]
+    return no_signal.Golds(len(answers), len(unreadable), unreadable[0] if unreadable else "")

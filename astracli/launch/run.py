@@ -18,6 +18,7 @@ from astracli.launch.job import Job
 from astracli.machine import read as machine_read
 from astracli.machine.facts import Machine
 from astracli.models import registry
+from astracli.models.chat import template_of
 from astracli.plan.build import build, refuse
 from astracli.plan.types import Command, LaunchPlan
 from astracli.plan.view import to_json
@@ -44,7 +45,10 @@ def planned(recipe: Recipe, command: Command, facts: Machine | None = None) -> L
     choice = backend.choose(adapter, facts, recipe, config)
     local = fetch.local_path(recipe.model.path) if here and config is not None else None
     size = sum(file.stat().st_size for file in local.glob("*.safetensors")) if local is not None else None
-    return build(recipe, adapter, choice, facts, command=command, config=config, checkpoint_bytes=size)
+    template = template_of(local) if local is not None else None
+    return build(
+        recipe, adapter, choice, facts, command=command, config=config, checkpoint_bytes=size, chat_template=template
+    )
 
 
 def train(recipe: Recipe, *, run_dir: Path | None = None, resume: Path | None = None, dry_run: bool = False) -> int:

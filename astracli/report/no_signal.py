@@ -6,11 +6,12 @@ that an update destroyed draw tokens until they are cut off; a gold that cannot 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from astracli.config.recipe import Recipe
+from astracli.config.recipe_data import sets
 from astracli.hub.types import NoSignal
 from astracli.runs.metrics import series
 
@@ -62,7 +63,7 @@ def explain(
     lines = [f"{head}: {cause}", *evidence(seen, trained, recipe.train.learning_rate)]
     if golds.unreadable:
         lines.append(
-            f"{golds.unreadable} of {golds.looked} golds cannot be read by reward `{recipe.data.reward}`, for example "
+            f"{golds.unreadable} of {golds.looked} golds cannot be read by reward {_rewards(recipe)}, for example "
             f"`{_short(golds.example)}`"
         )
     for problem, answer, completion in examples:
@@ -131,10 +132,10 @@ def _cause(seen: NoSignal, recipe: Recipe, golds: Golds, logs: str) -> tuple[str
 
 def _nothing(seen: NoSignal, recipe: Recipe, golds: Golds) -> tuple[str, str]:
     """Every sample earned nothing, and always did."""
-    data, rollout = recipe.data, recipe.rollout
+    rollout = recipe.rollout
     if golds.looked and golds.unreadable >= MOST * golds.looked:
         return (
-            f"reward `{data.reward}` cannot read the golds of these problems",
+            f"reward {_rewards(recipe)} cannot read the golds of these problems",
             "name the column that holds the bare answer with data.answer_field, or take a reward that knows its form",
         )
     if _share(seen.truncated, seen.samples) >= NEARLY_ALL:
@@ -145,7 +146,7 @@ def _nothing(seen: NoSignal, recipe: Recipe, golds: Golds) -> tuple[str, str]:
         return f"answers are cut off at {now} tokens", f"give them room: {room}"
     if _share(seen.no_answer, seen.samples) >= NEARLY_ALL:
         return (
-            f"reward `{data.reward}` finds no answer in them",
+            f"reward {_rewards(recipe)} finds no answer in them",
             "ask for the form that the reward reads, in data.prompt (`\\boxed{}` for math_boxed); "
             "`astra runs samples` prints what was generated",
         )
@@ -154,6 +155,10 @@ def _nothing(seen: NoSignal, recipe: Recipe, golds: Golds) -> tuple[str, str]:
         f"look at `astra runs samples`{_finer(rollout.group_size)}, or take easier problems; "
         "`data.reward = probe` tries the machinery out on any weights",
     )
+
+
+def _rewards(recipe: Recipe) -> str:
+    return " and ".join(f"`{name}`" for name in sorted({table.reward for table in sets(recipe.data).values()}))
 
 
 def _finer(group_size: int) -> str:
@@ -177,9 +182,3 @@ def _share(count: int, samples: int) -> float:
 def _short(text: str, length: int = 60) -> str:
     plain = " ".join(text.split())
     return plain if len(plain) <= length else f"{plain[: length - 3]}..."
-
-
-def looked_at(golds: Sequence[str], reads: Callable[[str], bool]) -> Golds:
-    """How many of the golds cannot be read, and one of them."""
-    wrong = [gold for gold in golds if not reads(gold)]
-    return Golds(len(golds), len(wrong), wrong[0] if wrong else "")

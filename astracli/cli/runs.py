@@ -134,14 +134,14 @@ def report(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
     out().facts(document["run"])
     if document["evaluation"]:
         out().table(
-            ["benchmark", "figure", "first step", "first", "last step", "last", "difference"],
+            ["benchmark", "grader", "figure", "first step", "first", "last step", "last", "difference"],
             [
                 row
                 for t in document["evaluation"]
                 for row in (
-                    [t["benchmark"], f"avg@{t['n']}", t["first_step"], t["first"], t["last_step"], t["last"],
-                     t["difference"]],
-                    ["", f"pass@{t['k']}", None, t["pass_first"], None, t["pass_last"],
+                    [t["benchmark"], t["grader"], f"avg@{t['n']}", t["first_step"], t["first"], t["last_step"],
+                     t["last"], t["difference"]],
+                    ["", "", f"pass@{t['k']}", None, t["pass_first"], None, t["pass_last"],
                      t["pass_last"] - t["pass_first"]],
                 )
             ],

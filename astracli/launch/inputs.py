@@ -100,25 +100,29 @@ def prepare(recipe: Recipe, ledger: Ledger, *, data: bool, benchmarks: Sequence[
     from astracli.data import datasets
 
     began = time.monotonic()
-    check_setting(recipe, ledger, rewards=data, benchmarks=benchmarks)
+    check_setting(recipe, ledger)
     model: Path | None = None
-    paths: Mapping[str, Path | None] = {}
+    paths: dict[str, str | None] = {}
+    left: Mapping[str, Path | None] = {}
     places: Mapping[str, str | None] = {}
+    first: dict[str, Problem] = {}
+    with ledger.check("benchmarks"):
+        places = sets.fetch_all(benchmarks, recipe.data.path, recipe)
+    known = not data  # of rows that are not here, the columns are not known yet
+    with ledger.check("training data"):
+        paths = datasets.fetch(recipe, first) if data else {}
+        known = True
+    with ledger.check("reward"):
+        check_rewards(recipe, first, places, trains=data and known)
     with ledger.check("checkpoint"):
         found = fetch.fetch_model(recipe.model.path, recipe.model.revision)
         check_checkpoint(found, recipe)
         check_prompts(recipe, found)
+        for problem in first.values():
+            check_turns(recipe, found, problem.messages)
         model = found
-    with ledger.check("benchmarks"):
-        places = sets.fetch_all(benchmarks, recipe.data.path, recipe)
-    if data:
-
-        def fits(problem: Problem) -> None:
-            if model is not None:
-                check_turns(recipe, model, problem.messages)
-
-        with ledger.check("training data"):
-            paths = decontaminated(recipe, datasets.fetch(recipe, fits), places)
+    with ledger.check("training data"):
+        left = decontaminated(recipe, paths, places) if paths else {}
     if model is None:
         return None
     if not has_chat_template(model):
@@ -127,12 +131,11 @@ def prepare(recipe: Recipe, ledger: Ledger, *, data: bool, benchmarks: Sequence[
             "wrong for a chat model; copy its chat_template.jinja beside tokenizer.json"
         )
     local = {name: Path(place) if place else None for name, place in places.items()}
-    return Inputs(model, paths, local, time.monotonic() - began)
+    return Inputs(model, left, local, time.monotonic() - began)
 
 
-def check_setting(recipe: Recipe, ledger: Ledger, *, rewards: bool, benchmarks: Sequence[str]) -> None:
-    """Everything that the recipe names on this machine. `rewards`: the command draws episodes, and grades them with the
-    rewards of the training sources; those of `benchmarks` are used in any case."""
+def check_setting(recipe: Recipe, ledger: Ledger) -> None:
+    """What the recipe names on this machine, besides rewards and data."""
     with ledger.check("address"):
         ports.bind(recipe.launch.host).close()
     with ledger.check("sinks"):
@@ -144,23 +147,36 @@ def check_setting(recipe: Recipe, ledger: Ledger, *, rewards: bool, benchmarks: 
                 f"resources.engine.python = {json.dumps(python)} is no program on this machine",
                 "name the interpreter of the engine's environment, for example /opt/engine/bin/python",
             )
-    with ledger.check("benchmarks"):
-        own = [spec.own for name in benchmarks if (spec := get(name, recipe)).own is not None]
-        graded = [*(recipe_data.sets(recipe.data).values() if rewards else ()), *own]
-        check_rewards(sorted({table.reward for table in graded if table is not None}), ledger)
-    if rewards:
-        with ledger.check("environment"):
-            envs.validate(recipe.rollout.env)
 
 
-def check_rewards(rewards: Sequence[str], ledger: Ledger) -> None:
-    if not rewards:
-        return
-    from astracli.rewards.reward import validate_reward
+def check_rewards(
+    recipe: Recipe, problems: Mapping[str, Problem], benchmarks: Mapping[str, str | Path | None], *, trains: bool
+) -> None:
+    """Rewards are there, and find their columns in the training sources and in benchmarks of the user's own; and the
+    environment is there.
 
-    for reward in rewards:
-        with ledger.check("reward"):
-            validate_reward(reward)
+    `problems`: the first of each source that is not generated. `benchmarks`: local paths. `trains`: the command draws
+    episodes, and grades them.
+    """
+    from astracli.data import benchmarks as sets
+    from astracli.rewards.reward import Rewards, validate_rewards
+
+    wanted: list[tuple[Rewards, list[str], str]] = []
+    if trains:
+        envs.validate(recipe.rollout.env)
+        for name, table in recipe_data.sets(recipe.data).items():
+            columns = list(problems[name].row) if name in problems else []
+            wanted.append((Rewards.of(table), columns, f"source `{name}`" if name else "the training problems"))
+    for name, place in benchmarks.items():
+        if get(name, recipe).own is not None:
+            own = sets.load(name, place, recipe=recipe)
+            assert own.data is not None
+            wanted.append((Rewards.of(own.data), list(own.items[0].row), f"benchmark `{name}`"))
+    done: list[tuple[Rewards, list[str]]] = []
+    for rewards, columns, where in wanted:
+        if not any(before.each == rewards.each and columns == known for before, known in done):
+            done.append((rewards, columns))
+            validate_rewards(rewards, columns, where)
 
 
 def check_checkpoint(folder: Path, recipe: Recipe) -> None:

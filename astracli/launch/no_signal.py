@@ -46,7 +46,7 @@ def golds(seen: NoSignal, context: RunContext) -> no_signal.Golds:
     from astracli.rewards import gold
 
     data = context.recipe.data
-    rewards = {name: table.reward for name, table in recipe_data.sets(data).items()}
+    rewards = {name: no_signal.rewards_of(table)[0] for name, table in recipe_data.sets(data).items()}
     try:
         source = PromptSource(data, context.recipe.seed, context.inputs.data)
         problems = [source.problem(place) for place in seen.prompts]

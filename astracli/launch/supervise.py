@@ -93,6 +93,9 @@ class Supervisor:
             status.waiting = body.get("waiting")
             status.progress = dict(body.get("progress") or {})
             status.heard = time.monotonic()
+        for warning in body.get("warnings") or ():
+            say(f"warning: {body.get('name')}: {warning}")
+            self.notes.append(str(warning).partition("\n")[0])
 
     def warn(self, line: str) -> None:
         """Say a line about the run that goes on, in its log too, and keep it for its summary."""

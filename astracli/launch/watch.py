@@ -54,6 +54,11 @@ class Watch:
         self._due: dict[int, float] = {}
         self._last_told: dict[str, Any] = {}
 
+    @property
+    def step(self) -> int:
+        """Steps that are done, as of the last look."""
+        return self._progress.step
+
     def __call__(self, supervisor: Supervisor) -> None:
         now = time.monotonic()
         if now - self._looked < WATCH_EVERY_S:

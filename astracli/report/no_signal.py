@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from astracli.config.recipe import Recipe
+from astracli.config.recipe import DataTable, Recipe
 from astracli.config.recipe_data import sets
 from astracli.hub.types import NoSignal
 from astracli.runs.metrics import series
@@ -157,8 +157,14 @@ def _nothing(seen: NoSignal, recipe: Recipe, golds: Golds) -> tuple[str, str]:
     )
 
 
+def rewards_of(data: DataTable) -> list[str]:
+    """What grades a training source, the first reward first."""
+    return [entry.reward for entry in data.rewards] or [data.reward]
+
+
 def _rewards(recipe: Recipe) -> str:
-    return " and ".join(f"`{name}`" for name in sorted({table.reward for table in sets(recipe.data).values()}))
+    names = {name for table in sets(recipe.data).values() for name in rewards_of(table)}
+    return " and ".join(f"`{name}`" for name in sorted(names))
 
 
 def _finer(group_size: int) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from hub_tools import in_file
-from rollout_world import LENGTH, World, expected, recipe, records, until
+from rollout_world import LENGTH, World, expected, records, until
 
 from astracli.data.prompts import Problem
 from astracli.envs import registry
@@ -18,7 +18,6 @@ from astracli.envs.contract import Env, Episode, Policy, Score
 from astracli.envs.single_turn import SingleTurnEnv
 from astracli.envs.time_limit import TooLong
 from astracli.errors import RunFailed, UserError
-from astracli.launch.inputs import check_setting
 from astracli.rl.types import Group
 
 HERE = "test_envs"
@@ -129,7 +128,7 @@ def test_a_module_is_tried_in_a_process_before_a_run(monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match=r"its import ended the process \(code 7\)"):
         registry.validate("env_dead:Mine")
     with pytest.raises(UserError, match="did you mean `single_turn`"):
-        check_setting(recipe(rollout={"env": "single_tern"}), rewards=True)
+        registry.validate("single_tern")
 
 
 def test_an_episode_that_raises_leaves_its_group_and_is_shown_once(

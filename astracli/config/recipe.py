@@ -397,6 +397,6 @@ class Recipe(Table):
         band = self.data.curriculum
         if band is not None and band.low > band.high:
             raise ValueError(f"data.curriculum.low = {band.low} is over data.curriculum.high = {band.high}")
-        if problem := recipe_data.contradiction(self.data):
+        if problem := recipe_data.contradiction(self.data) or recipe_data.set_problem(evaluation.sets):
             raise ValueError(problem)
         return self

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
+from astracli.config.benchmarks import BENCHMARKS
 from astracli.config.recipe_run import Table
 
 if TYPE_CHECKING:
@@ -113,6 +114,16 @@ def contradiction(data: DataTable) -> str | None:
             return f"{where}holdout = {table.holdout} is neither a share below 1 nor a whole number of questions"
         if table.holdout and table.source == GENERATED:
             return f"{where}holdout: `{GENERATED}` holds problems out by itself: the benchmark arithmetic-heldout"
+    return None
+
+
+def set_problem(named: Mapping[str, EvalSetTable]) -> str | None:
+    """What is wrong with benchmarks of one's own, as a sentence."""
+    for name, table in named.items():
+        if name in BENCHMARKS:
+            return f"eval.sets.{name}: a known benchmark has that name"
+        if table.source == GENERATED:
+            return f"eval.sets.{name}: `{GENERATED}` has its own benchmarks, such as arithmetic-heldout"
     return None
 
 

@@ -184,12 +184,10 @@ class Problems(Sequence[Problem]):
             self._places = self._side(hashes[:, 2], holdout, side)
 
     def _look(self, holdout: bool) -> Iterator[tuple[int, int, int]]:
-        """Hashes of question, name and what the question says, of every row."""
-        from astracli.data.content_hash import normalised
-
+        """Hashes of question, name, and the question without case and spacing, of every row."""
         for place, row in enumerate(self._rows):
             problem, asked = self._problem(place, row)
-            yield _hash(asked), _hash(problem.id), _hash(f"held out\n{normalised(asked)}") if holdout else 0
+            yield _hash(asked), _hash(problem.id), _hash(f"held out\n{folded(asked)}") if holdout else 0
 
     def _side(self, hashes: np.ndarray, holdout: float, side: Side) -> np.ndarray:
         """Places of the rows to train on, or of one row for each question that is held out. Raises UserError."""
@@ -311,6 +309,11 @@ def _convert(source: HubSet, snapshot: Path, target: Path) -> None:
         for row in split_of(found, source.split, source.hub_id):
             out.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
     partial.replace(target)
+
+
+def folded(text: str) -> str:
+    """A question as far as `data.holdout` tells it from others."""
+    return " ".join(text.split()).casefold()
 
 
 def _hash(text: str) -> int:

@@ -42,6 +42,9 @@ class Start:
     """Interpreter of the process; None = the supervisor's."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Set over the supervisor's environment."""
+    preload: tuple[str, ...] = ()
+    """Modules that its process needs and that start neither threads nor CUDA when they are imported. In a run on a CPU
+    the process is forked from one that has imported them, torch and transformers. (): it starts by itself."""
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from astracli.errors import AstraError, RunFailed
 from astracli.launch import configs, hub, no_signal, recipe_changes, summary
 from astracli.launch.configs import RunContext
+from astracli.launch.forks import Forks
 from astracli.launch.launcher import Launcher
-from astracli.launch.local import LocalLauncher
+from astracli.launch.local import LocalLauncher, process_env
 from astracli.launch.restarts import Resumes, Start
 from astracli.launch.supervise import Supervisor
 from astracli.launch.usage import UsageLog
@@ -94,9 +95,12 @@ class Job:
         context, run = self.context, self.context.run_dir
         sinks = metrics.open_sinks(context.recipe.metrics.sinks, run.path)
         metrics.mend(run.metrics_jsonl)
-        with signals() as interrupted, hub.serving(context, lambda body: supervisor.on_status(body)) as (store, server):
+        with contextlib.ExitStack() as stack:
+            interrupted = stack.enter_context(signals())
+            launcher = LocalLauncher(run.lock_fd, forks=self._forks())
+            stack.callback(launcher.close)
+            store, server = stack.enter_context(hub.serving(context, lambda body: supervisor.on_status(body)))
             processes = configs.build(context, server.url)
-            launcher = LocalLauncher(run.lock_fd)
             watch = Watch(run, context.recipe.train.steps if context.training else None, store, sinks)
             usage = UsageLog(run, launcher, context.plan.gpu_map)
 
@@ -129,6 +133,13 @@ class Job:
                 watch.close(supervisor)
                 with unharmed("no summary table"):
                     self._sum_up(supervisor, store, launcher, watch.evaluations_s)
+
+    def _forks(self) -> Forks | None:
+        """What forks this run's processes; None where each starts by itself."""
+        plan, recipe = self.context.plan, self.context.recipe
+        if plan.choice.device != "cpu":
+            return None
+        return Forks(plan.processes, recipe, lambda process: process_env(process, recipe.launch.host))
 
     def _resumes(self, store: HubStore, hub_url: str) -> Resumes | None:
         """How the run goes on when its trainer ends of what may pass; None when it does not, because the recipe says so

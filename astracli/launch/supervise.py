@@ -110,6 +110,9 @@ class Supervisor:
         hurries the others' end. Returns when nothing of ours is left running. Raises RunFailed with the reason."""
         with contextlib.nullcontext(self._interrupted) if self._interrupted else signals() as interrupted:
             try:
+                while not (interrupted.is_set() or self._launcher.ready()):
+                    self._tick(self)
+                    interrupted.wait(self._poll_s)
                 for process in self.processes.values():
                     if not interrupted.is_set():
                         self.children[process.name] = self._launcher.start(process)

@@ -18,12 +18,10 @@ import contextlib
 import math
 import sys
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from astracli.config import algorithms
 from astracli.config.recipe_data import sets
@@ -36,7 +34,7 @@ from astracli.envs.time_limit import LoopWatch
 from astracli.errors import RunFailed
 from astracli.hub.client import AsyncHubClient
 from astracli.hub.types import Leases
-from astracli.models.adapter import chat_prompt_tokens, load_tokenizer
+from astracli.models.adapter import load_tokenizer
 from astracli.models.chat import ChatFormat
 from astracli.process.config import RolloutConfig
 from astracli.process.worker import Reporter, worker_main
@@ -46,12 +44,12 @@ from astracli.rollout.engine_worker import EngineWorker
 from astracli.rollout.episodes import Failure, Failures, leaves, play, score
 from astracli.rollout.groups import SampleWriter, group_of
 from astracli.rollout.policy import RolloutSampling
+from astracli.rollout.prompt_tokens import PromptTokens
 from astracli.rollout.request_gate import EngineLost
 
 LEASE_WAIT_S = 2.0
 REPORT_S = 1.0
 RATE_WINDOW_S = 10.0
-PROMPTS_KEPT = 1024
 UNFIT_PROMPTS = 10_000
 """Prompts of an endless source that are too long before one fits: then the run ends. Of others, an epoch."""
 
@@ -72,7 +70,7 @@ class Rollout:
         rollout = config.recipe.rollout
         stop = StopStrings(tuple(rollout.stop), tokenizer) if rollout.stop else None
         self.sampling = RolloutSampling(config.recipe, tuple(stop_token_ids(tokenizer, config.model_path)), stop)
-        self._failures = Failures(rollout.env, _warn)
+        self._failures = Failures(rollout.env, self.reporter.warn)
         self._smallest_group = algorithms.find(config.recipe.algorithm.name).smallest_group
         self._slots, self._group_size = rollout.running, rollout.group_size
         for worker in self.workers:
@@ -264,27 +262,6 @@ class Rollout:
         if len(closed) == len(self.workers):
             return f"weights or readiness of {', '.join(closed)}"
         return next((reason for reason in self._waits.values() if reason), None)
-
-
-def _warn(words: str) -> None:
-    print(f"warning: {words}", file=sys.stderr, flush=True)
-
-
-class PromptTokens:
-    """`EnvSetup.prompt_tokens`. The last prompts are kept: a group needs its prompt more than once."""
-
-    def __init__(self, tokenizer: Any, chat: ChatFormat):
-        self._tokenizer, self._chat = tokenizer, chat
-        self._kept: OrderedDict[int, tuple[Problem, np.ndarray]] = OrderedDict()
-
-    def __call__(self, problem: Problem) -> np.ndarray:
-        key = id(problem)  # of an object that is kept here
-        if key not in self._kept:
-            tokens = chat_prompt_tokens(self._tokenizer, problem.messages, self._chat)
-            self._kept[key] = problem, np.array(tokens, np.int32)
-            if len(self._kept) > PROMPTS_KEPT:
-                self._kept.popitem(last=False)
-        return self._kept[key][1]
 
 
 class _Over(Exception):

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from astracli.models.adapter import ModelAdapter
 
 
+PRELOAD = ("astracli.engines.embedded.engine", "astracli.engines.embedded.http", "astracli.process.server")
+
+
 class EmbeddedTable(Table):
     chunked_prefill_size: PositiveInt = 8192
     """Tokens of one prefill."""
@@ -33,7 +36,7 @@ class Embedded(Engine):
 
     def start(self, recipe: Recipe) -> Start:
         own = recipe.resources.engine
-        return Start("astracli.engines.embedded.process", own.python, own.env)
+        return Start("astracli.engines.embedded.process", own.python, own.env, PRELOAD)
 
     def choose(self, case: Case) -> Serving:
         linear = ("none", "a dense model has no linear attention")

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from astracli.launch import configs, hub, recipe_changes, summary
+from astracli.errors import AstraError, RunFailed
+from astracli.launch import configs, hub, no_signal, recipe_changes, summary
 from astracli.launch.configs import RunContext
 from astracli.launch.forks import Forks
 from astracli.launch.launcher import Launcher
@@ -24,12 +25,14 @@ from astracli.plan.view import to_json
 from astracli.process.config import Role
 from astracli.process.signals import signals
 from astracli.report.page import data as report_data
-from astracli.runs import metrics
+from astracli.runs import metrics, names
 from astracli.runs.run_dir import RunDir, State, write_atomic
 
 if TYPE_CHECKING:
     from astracli.hub.store import HubStore
 
+HISTORY_STEPS = 8
+"""Last steps that the message of a run quotes whose numbers ended it."""
 MAIN_ROLE = {"train": Role.TRAINER, "rollout": Role.ROLLOUT, "eval": Role.EVAL}
 
 
@@ -57,6 +60,7 @@ class Job:
         )
         state: State = "failed"
         cause: str | None = None
+        said: dict[str, Any] = {}
         code = 1
         try:
             if self._supervise():
@@ -66,10 +70,12 @@ class Job:
         except KeyboardInterrupt:
             state, code, cause = "interrupted", 130, "interrupted"
         except Exception as error:
-            cause = str(error).partition("\n")[0]
+            cause, *lines = str(error).splitlines() or [type(error).__name__]
+            said = {"last_lines": lines, "hint": error.hint if isinstance(error, AstraError) else None}
             raise
         finally:
-            run.end(state, exit_code=code, cause=cause)
+            run.end(state, exit_code=code, cause=cause, **said)
+            self.summary |= {"cause": cause, "last_lines": said.get("last_lines", [])} if self.summary else {}
             if self.summary:
                 self._record(state)
         return code
@@ -111,13 +117,17 @@ class Job:
                 limits=context.recipe.launch,
                 hub_alive=lambda: server.alive,
                 hint=self._hint,
+                hopeless=lambda: no_signal.failure(store, context),
                 tick=tick,
                 retry=configs.retry(context, processes),
                 resumes=self._resumes(store, server.url),
                 interrupted=interrupted,
+                log=run.attempt_logs(context.attempt) / "supervisor.log",
             )
             try:
                 return supervisor.run()
+            except RunFailed as error:
+                raise self._with_figures(error) from None
             finally:
                 usage.close()
                 watch.close(supervisor)
@@ -151,6 +161,16 @@ class Job:
             return Start(step, processes, configs.retry(again, processes))
 
         return Resumes(limit, start, step=context.resume_step or 0)
+
+    def _with_figures(self, error: RunFailed) -> RunFailed:
+        """When an engine ends a training run because its weights are not numbers any more: with the last steps."""
+        if not self.context.training or "NaN" not in error.message:
+            return error
+        records = metrics.read(self.context.run_dir.metrics_jsonl)
+        steps = [(r["step"], r) for r in records if r.get("process") == "trainer" and "grad_norm" in r]
+        rate = f"lower train.learning_rate ({self.context.recipe.train.learning_rate:g}) in a new run"
+        lines = [error.message, *names.recent(steps[-HISTORY_STEPS:])]
+        return RunFailed("\n  ".join(lines), "; ".join(filter(None, [rate, error.hint])))
 
     def _hint(self) -> str:
         run = self.context.run_dir

@@ -6,13 +6,15 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
 from astracli.data import fetch
-from astracli.launch import job, recipe_changes
+from astracli.launch import from_run, job, recipe_changes, resume_rules
 from astracli.launch.configs import RunContext
+from astracli.launch.from_run import Source
 from astracli.launch.inputs import Inputs, check_checkpoint, check_setting, decontaminated, pin_problems
 from astracli.launch.job import Job
 from astracli.machine import read as machine_read
@@ -24,8 +26,10 @@ from astracli.plan.types import Command, LaunchPlan
 from astracli.plan.view import to_json
 from astracli.process.config import SampleFile
 from astracli.process.console import say
+from astracli.runs import changes as run_changes
 from astracli.runs import find as runs
 from astracli.runs import metrics
+from astracli.runs.changes import Changes
 from astracli.runs.run_dir import RunDir
 
 
@@ -48,14 +52,30 @@ def planned(recipe: Recipe, command: Command, facts: Machine | None = None) -> L
     return build(recipe, adapter, choice, facts, command=command, config=config, checkpoint_bytes=size)
 
 
-def train(recipe: Recipe, *, run_dir: Path | None = None, resume: Path | None = None, dry_run: bool = False) -> int:
-    """Run `astra train` to its end; the exit code. Raises UserError before the start, RunFailed after it."""
-    if dry_run:
-        print(json.dumps(to_json(planned(recipe, "train")), indent=2, default=str))
-        return 0
+def train(recipe: Recipe, **options: Any) -> int:
+    """`train_run`, and its exit code alone."""
+    return train_run(recipe, **options)[0]
+
+
+def train_run(
+    recipe: Recipe,
+    *,
+    run_dir: Path | None = None,
+    resume: Path | None = None,
+    source: Source | None = None,
+    keep_optimizer: bool = False,
+) -> tuple[int, RunDir]:
+    """Run `astra train` to its end. -> (exit code, the run). Raises UserError before the start, RunFailed after it.
+
+    `resume`: the run to go on with; `recipe` is then its own, changed. `source`: the run whose weights a new one starts
+    from, with `keep_optimizer` its moments too.
+    """
     began = time.monotonic()
+    changes: Changes = {}
     if resume is not None:
-        recipe = recipe_changes.resumed_recipe(recipe, runs.existing(resume))
+        recipe, changes = recipe_changes.resumed_recipe(recipe, runs.existing(resume))
+    if source is not None:
+        recipe = from_run.checked(recipe, source)
     plan = _refusing_plan(recipe, "train")
     there = run_dir is not None and run_dir.exists()
     run = runs.resume(resume) if resume is not None else runs.create(recipe.name, run_dir)
@@ -63,20 +83,24 @@ def train(recipe: Recipe, *, run_dir: Path | None = None, resume: Path | None = 
     try:
         if resume is not None:
             step = recipe_changes.resume_step(run, recipe)
+        if source is not None:
+            recipe = from_run.take(recipe, source, run, keep_optimizer=keep_optimizer)
         inputs = fetch_inputs(recipe, data=True, benchmarks=recipe.eval.benchmarks if recipe.eval.every else [])
         pin_problems(run, recipe, inputs.data)
     except BaseException:
         if resume is None:
+            from_run.forget(run)
             job.discard(run, there)
         raise
-    code, summary = _run(began, inputs, recipe, plan, run, resume_step=step)
+    initial = from_run.initial_checkpoint(run)
+    code, summary = _run(began, inputs, recipe, plan, run, changes, resume_step=step, initial=initial)
     if summary:
         from astracli.report.summary_table import print_summary
 
         print_summary(summary)
     if code == 130:
         say(f"interrupted; go on with `astra train --resume {run.path}`")
-    return code
+    return code, run
 
 
 def rollout(recipe: Recipe, *, weights: str | None = None, n: int, out: Path, run_dir: Path | None = None) -> int:
@@ -137,12 +161,19 @@ def evaluate(
 
 
 def _run(
-    began: float, inputs: Inputs, recipe: Recipe, plan: LaunchPlan, run: RunDir, **more: Any
+    began: float,
+    inputs: Inputs,
+    recipe: Recipe,
+    plan: LaunchPlan,
+    run: RunDir,
+    changes: Changes = MappingProxyType({}),
+    **more: Any,
 ) -> tuple[int, Mapping[str, Any]]:
     """Run everything in the run directory, then unlock it. -> (exit code, summary). `began`: when the command began;
-    `more`: further fields of `RunContext`."""
+    `changes`: what a resume changes in the recipe; `more`: further fields of `RunContext`."""
     attempt = job.open_run(run, recipe_io.to_json(recipe), to_json(plan))
     context = RunContext(recipe, plan, run, attempt, inputs, **more)
+    apply_changes(run, context.resume_step or 0, attempt, changes)
     before = {"planning": time.monotonic() - began - inputs.seconds, "fetching": inputs.seconds}
     task = Job(context, before)
     for warning in plan.warnings:
@@ -154,6 +185,18 @@ def _run(
         return task.run(), task.summary
     finally:
         run.unlock()
+
+
+def apply_changes(run: RunDir, step: int, attempt: int, changes: Changes) -> None:
+    """Write down what a resume changes, say it, and drop answers that were drawn under other settings."""
+    from astracli.evaluation import files as eval_files
+
+    recorded = run_changes.record(run, step, attempt, changes)
+    if recorded is None:
+        return
+    say(f"changed {run_changes.words(recorded)}")
+    if resume_rules.asks_anew(changes):
+        eval_files.forget_unfinished(run.eval)
 
 
 # -- plan -------------------------------------------------------------------------------------------------------------

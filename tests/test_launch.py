@@ -28,6 +28,7 @@ from astracli.launch.inputs import Inputs
 from astracli.launch.job import Job
 from astracli.launch.launcher import Process
 from astracli.launch.local import child_spec
+from astracli.machine.findings import PlanProblem
 from astracli.plan.types import LaunchPlan
 from astracli.plan.view import to_json
 from astracli.process.children import ChildSpec
@@ -179,6 +180,23 @@ def test_a_change_is_recorded_with_its_step_and_shown(tmp_path: Path, capsys: py
     first = "from step 20: train.learning_rate 1e-05 -> 5e-06, model.revision none -> main"
     assert capsys.readouterr().err.splitlines()[0] == f"changed {first}"
     assert run_files.row(stored)["changes"] == [first, "from step 30: eval.temperature 0.6 -> 1.0"]
+
+
+def test_a_plan_that_does_not_fit_names_a_command_that_goes_on_with_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new run by the recipe would begin at step 0."""
+    stored, recipe = stored_run(tmp_path, tiny()), tiny()
+    way = f"run `astra train --recipe {recipe.name} --set train.tokens_per_microbatch=256`"
+    problem = PlanProblem("memory", "too large", "too large", way)
+    short = replace(plan_of(recipe), problems=(problem,))
+    monkeypatch.setattr(run, "planned", lambda *_: short)
+    with pytest.raises(UserError) as refused:
+        run.train(recipe, resume=stored.path)
+    assert refused.value.hint == f"run `astra train --resume {tmp_path} --set train.tokens_per_microbatch=256`"
+    with pytest.raises(UserError) as refused:
+        run.train(recipe, run_dir=tmp_path / "new")
+    assert refused.value.hint == way
 
 
 def test_a_finished_run_is_not_resumed_but_can_train_on(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,7 +24,7 @@ from typing import Literal
 from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
 from astracli.data import fetch
-from astracli.errors import UserError
+from astracli.errors import RunFailed, UserError
 from astracli.launch.inputs import TOKENIZER_FILES
 from astracli.models import registry
 from astracli.models.adapter import read_config
@@ -37,6 +39,8 @@ BEST = "best"
 class Source:
     """Weights of a run."""
 
+    text: str
+    """As it was asked for."""
     run: RunDir
     recipe: Recipe
     """The run's own."""
@@ -79,7 +83,7 @@ def find(text: str, *, keep_optimizer: bool = False) -> Source:
     if wanted is None:
         wanted = max([*exports, *([newest.step] if newest else [])], default=None)
     if wanted in exports:
-        return Source(run, recipe, wanted, "export", exports[wanted], exports[wanted])
+        return Source(text, run, recipe, wanted, "export", exports[wanted], exports[wanted])
     found = newest or (checkpoint.read(checkpoint.place(run.checkpoints, wanted)) if wanted is not None else None)
     if found is None:
         there = sorted({*exports, *(one.step for one in checkpoint.find(run.checkpoints))})
@@ -89,7 +93,7 @@ def find(text: str, *, keep_optimizer: bool = False) -> Source:
             f"there are those of step {', '.join(map(str, there))}" if there else "its first checkpoint brings some",
         )
     base = fetch.local_path(recipe.model.path) or fetch.fetch_model(recipe.model.path, recipe.model.revision)
-    return Source(run, recipe, found.step, "checkpoint", found.path, base)
+    return Source(text, run, recipe, found.step, "checkpoint", found.path, base)
 
 
 def exported_steps(run: RunDir) -> dict[int, Path]:
@@ -155,9 +159,7 @@ def take(recipe: Recipe, source: Source, run: RunDir, *, keep_optimizer: bool) -
     if source.kind == "export":
         shutil.copytree(source.path, initial, copy_function=_link)
     else:
-        from astracli.training.export_run import export_checkpoint
-
-        export_checkpoint(source.run.checkpoints, source.recipe, source.base, initial, step=source.step)
+        _export(source, initial)
     if keep_optimizer:
         place = checkpoint.place(run.path / "initial_checkpoint", source.step)
         shutil.copytree(source.path, place, copy_function=_link)
@@ -166,6 +168,18 @@ def take(recipe: Recipe, source: Source, run: RunDir, *, keep_optimizer: bool) -
     return recipe.model_copy(
         update={"model": recipe.model.model_copy(update={"path": str(initial.resolve()), "revision": None})}
     )
+
+
+def _export(source: Source, out: Path) -> None:
+    """The checkpoint as a Hugging Face directory; in a process of its own, so that the supervisor stays small."""
+    words = ("runs", "export", str(source.run.path.resolve()), "--step", str(source.step), "--out", str(out.resolve()))
+    done = subprocess.run([sys.executable, "-m", "astracli", *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = next((line for line in done.stderr.splitlines() if line.startswith("error: ")), done.stderr[-500:])
+        raise RunFailed(
+            f"step {source.step} of `{source.run.path}` could not be exported: {said.removeprefix('error: ')}",
+            f"`astra {' '.join(words[:-2])}` shows more",
+        )
 
 
 def _link(source: str, target: str) -> None:

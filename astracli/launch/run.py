@@ -12,6 +12,7 @@ from typing import Any
 from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
 from astracli.data import fetch
+from astracli.errors import UserError
 from astracli.launch import from_run, job, recipe_changes, resume_rules
 from astracli.launch.configs import RunContext
 from astracli.launch.from_run import Source
@@ -76,7 +77,7 @@ def train_run(
         recipe, changes = recipe_changes.resumed_recipe(recipe, runs.existing(resume))
     if source is not None:
         recipe = from_run.checked(recipe, source)
-    plan = _refusing_plan(recipe, "train")
+    plan = _train_plan(recipe, resume, source)
     there = run_dir is not None and run_dir.exists()
     run = runs.resume(resume) if resume is not None else runs.create(recipe.name, run_dir)
     step: int | None = None
@@ -116,7 +117,25 @@ def rollout(recipe: Recipe, *, weights: str | None = None, n: int, out: Path, ru
     return code
 
 
-def evaluate(
+def evaluate(recipe: Recipe, *, as_json: bool = False, **options: Any) -> int:
+    """`evaluate_run`, then print the figures; the exit code."""
+    code, run = evaluate_run(recipe, **options)
+    if code == 0:
+        document = json.loads((run.eval / "results.json").read_text())
+        document |= {"weights": recipe_io.load(run.recipe_json).model.path, "path": str(run.eval)}
+        if as_json:
+            print(json.dumps(document, indent=2))
+        else:
+            from astracli.report.summary_table import result_lines
+
+            print("\n".join(result_lines(document)))
+            say(f"items and figures are in {run.eval}")
+    elif code == 130:
+        say(f"interrupted; go on with `astra eval --resume {run.path}`")
+    return code
+
+
+def evaluate_run(
     recipe: Recipe,
     *,
     weights: str | None = None,
@@ -125,9 +144,9 @@ def evaluate(
     samples: int | None = None,
     out: Path | None = None,
     resume: Path | None = None,
-    as_json: bool = False,
-) -> int:
-    """Evaluate once and print the figures; the exit code. Files go into `out`, else below the `eval/` of `run_dir`.
+) -> tuple[int, RunDir]:
+    """Evaluate once. -> (exit code, the evaluation's directory). Files go into `out`, else below the `eval/` of
+    `run_dir`.
 
     `resume` goes on with an evaluation that was stopped; `recipe` is then its own.
     """
@@ -145,19 +164,7 @@ def evaluate(
     else:
         run = runs.create(f"{recipe.name}-eval")
     code, _ = _run(began, inputs, recipe, plan, run)
-    if code == 0:
-        document = json.loads((run.eval / "results.json").read_text())
-        document |= {"weights": recipe.model.path, "path": str(run.eval)}
-        if as_json:
-            print(json.dumps(document, indent=2))
-        else:
-            from astracli.report.summary_table import result_lines
-
-            print("\n".join(result_lines(document)))
-            say(f"items and figures are in {run.eval}")
-    elif code == 130:
-        say(f"interrupted; go on with `astra eval --resume {run.path}`")
-    return code
+    return code, run
 
 
 def _run(
@@ -207,6 +214,17 @@ def _refusing_plan(recipe: Recipe, command: Command) -> LaunchPlan:
     plan = planned(recipe, command)
     refuse(plan)
     return plan
+
+
+def _train_plan(recipe: Recipe, resume: Path | None, source: Source | None) -> LaunchPlan:
+    """As `_refusing_plan`; a command in its hint goes on with the same run, or starts from the same weights."""
+    try:
+        return _refusing_plan(recipe, "train")
+    except UserError as error:
+        same = f"--resume {resume}" if resume is not None else f"--from {source.text}" if source is not None else None
+        if error.hint is None or same is None:
+            raise
+        raise UserError(error.message, error.hint.replace(f"--recipe {recipe.name} ", f"{same} ")) from None
 
 
 def _config_if_here(recipe: Recipe) -> Mapping[str, Any] | None:

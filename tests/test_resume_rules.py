@@ -11,12 +11,13 @@ import pytest
 
 from astracli.config.schema import at, dotted_keys
 from astracli.launch import resume_rules
-from astracli.launch.resume_rules import refusal
+from astracli.launch.resume_rules import completed, keys_in, refusal
 
 PACKAGE = Path(__file__).parents[1] / "astracli"
-FAILS = {"RunFailed", "MayPass", "EngineLost", "FailureHint", "_known", "_failure"}
-"""What makes an error of a run that has started. Its hint is followed by `go on with astra train --resume RUN`."""
-KEY = re.compile(r"(?<![\w./-])([a-z]\w*(?:\.[a-z]\w*)+)(?![\w(/-]|\.\w)")
+FAILS = {"RunFailed": 1, "MayPass": 1, "EngineLost": 1, "FailureHint": 2, "_known": 2, "kind": 1, "_failure": 1}
+"""What makes an error of a run that has started, and which of its arguments is the hint."""
+DIAGNOSES = ("report/no_signal.py",)
+"""Files whose every text may become a hint of a run that has failed."""
 
 
 def leaves() -> list[str]:
@@ -78,48 +79,63 @@ def strings(node: ast.AST) -> Iterator[str]:
             yield from strings(child)
 
 
-def fails(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in FAILS
+def hints_of(scope: ast.AST) -> Iterator[str]:
+    """The texts of every hint that is made in a scope: as they stand there, or as a variable got them."""
+    names: set[str] = set()
+    for call in (node for node in ast.walk(scope) if isinstance(node, ast.Call)):
+        place = FAILS.get(getattr(call.func, "id", getattr(call.func, "attr", "")))
+        if place is not None:
+            for hint in [*call.args[place:], *(k.value for k in call.keywords if k.arg == "hint")]:
+                yield from strings(hint)
+                names |= {node.id for node in ast.walk(hint) if isinstance(node, ast.Name)}
+    for node in ast.walk(scope):
+        if isinstance(node, ast.Assign):
+            targets = {name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+            if targets & names:
+                yield from strings(node.value)
 
 
-def said_when_a_run_fails() -> Iterator[tuple[str, str]]:
-    """(file, text) of messages and hints of every failure of a run that has started, with the texts that the function
-    around it puts into variables."""
+def hints_of_failed_runs() -> Iterator[tuple[str, str]]:
+    """(file, text)"""
     for file in sorted(PACKAGE.rglob("*.py")):
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        scopes = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-        for scope in scopes:
-            if any(fails(node) for node in ast.walk(scope)):
-                for node in scope.body[ast.get_docstring(scope) is not None :]:
-                    yield from ((str(file.relative_to(PACKAGE)), text) for text in strings(node))
-        for node in tree.body:
-            if isinstance(node, ast.Assign):
-                yield from (
-                    (str(file.relative_to(PACKAGE)), text) for n in ast.walk(node) if fails(n) for text in strings(n)
-                )
+        name, tree = file.relative_to(PACKAGE).as_posix(), ast.parse(file.read_text(encoding="utf-8"))
+        yield from ((name, text) for text in (strings(tree) if name in DIAGNOSES else hints_of(tree)))
 
 
-def recipe_keys(text: str) -> set[str]:
-    return {key for key in KEY.findall(text) if at(key.split(".")) is not None and key not in ("model.py",)}
-
-
-def new_run(text: str) -> bool:
-    """Whether a text says that what it names takes a new run."""
-    return "--from" in text or "a new run" in text
-
-
-def test_no_hint_of_a_failed_run_names_a_key_that_a_resume_refuses() -> None:
-    found = [(file, text, recipe_keys(text)) for file, text in said_when_a_run_fails()]
-    named = set().union(*(keys for _, _, keys in found))
+@pytest.mark.parametrize("weights", [True, False])
+def test_no_hint_of_a_failed_run_recommends_what_a_resume_refuses(weights: bool) -> None:
+    found = {(file, text): keys_in(text) for file, text in hints_of_failed_runs()}
+    named = {key for keys in found.values() for key in keys}
     assert {"train.learning_rate", "train.packing", "weights.keep", "rollout.context_length"} <= named
-    wrong = [(file, text) for file, text, keys in found if not new_run(text) and any(map(refusal, keys))]
-    assert wrong == [], "say that it takes a new run (`astra train --from`), or let resume_rules take the key"
+    assert any(map(refusal, named)), "some are refused, and what is said of them is looked at"
+    for (file, hint), keys in found.items():
+        fixed = [key for key in keys if refusal(key) is not None]
+        said = completed(hint, "", Path("runs/a"), weights=weights)
+        if not fixed:
+            assert said == hint, file
+            continue
+        begin = "--from runs/a" if weights else "--recipe runs/a/recipe.json"
+        sets = " ".join(f"--set {key}=..." for key in fixed)
+        assert str(said).endswith(f"takes a new run, --resume refuses it: `astra train {begin} {sets}`"), file
+        assert not any(re.search(rf"--resume [^;]*--set {key}", hint) for key in fixed), file
 
 
-def test_the_search_sees_a_hint_that_is_wrong() -> None:
-    assert recipe_keys("take `--set train.batch_groups=4`, or raise weights.keep.") == {
-        "train.batch_groups",
-        "weights.keep",
-    }
-    call = ast.parse('raise RunFailed(f"no {x}", "raise " + f"{n} data.reward" if x else "seed")').body[0]
-    assert list(strings(call)) == ["no ...", "raise ", "... data.reward", "seed"]
+def test_a_hint_that_a_worker_gave_is_completed_too() -> None:
+    said = "`trainer` ended with exit code 1; its last lines in log:\n  error: no\n  hint: lower rollout.temperature"
+    assert completed("go on with X", said, Path("r"), weights=True) == (
+        "go on with X; another value of `rollout.temperature` takes a new run, --resume refuses it: "
+        "`astra train --from r --set rollout.temperature=...`"
+    )
+    both = completed("take another model.path or seed", "", Path("r"), weights=True)
+    assert str(both).endswith("`astra train --recipe r/recipe.json --set model.path=...`"), "--from has that model"
+    assert completed(None, "data.reward = x failed", Path("r"), weights=True) is None, "that is no recommendation"
+    assert completed(None, "", Path("r"), weights=True) is None
+
+
+def test_the_search_sees_keys_and_hints() -> None:
+    text = "take `--set train.batch_groups=4`, or raise weights.keep; see docs/recipe.md and trainer.log, not eval"
+    assert keys_in(text) == ["train.batch_groups", "weights.keep"]
+    scope = ast.parse(
+        'def f():\n    way = "a" if x else f"b {y}"\n    other = "no"\n    raise RunFailed("message", f"{way}; c")'
+    )
+    assert list(hints_of(scope)) == ["...; c", "a", "b ..."]

@@ -148,17 +148,14 @@ class BatchBook:
         assert row is not None
         lowest, highest = row
         if highest <= 0:
-            why, way = (
-                "every sample earned nothing",
-                "take easier problems, or see why in `astra runs samples`",
-            )
+            why, way = "every sample earned nothing", "take easier problems, or see what data.reward makes of an answer"
         elif lowest > 0:
             why, way = "every sample was rewarded", "the model has learned these problems: take harder ones"
         else:
             why, way = "all samples of a group earned the same", "take problems that are solved sometimes"
         raise RunFailed(
             f"no signal: {dropped} groups in a row ({dropped // self._size} batches' worth) were dropped, {why}",
-            f"{way}; a new run with `data.reward = probe` tries the machinery out on any weights; "
+            f"{way}; `data.reward = probe` tries the machinery out on any weights; "
             "rollout.max_dropped_batches says how long to go on",
         )
 

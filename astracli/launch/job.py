@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from astracli.launch import configs, from_run, hub, recipe_changes, summary
+from astracli.errors import AstraError
+from astracli.launch import configs, from_run, hub, recipe_changes, resume_rules, summary
 from astracli.launch.configs import RunContext
 from astracli.launch.launcher import Launcher
 from astracli.launch.local import LocalLauncher
@@ -66,6 +67,9 @@ class Job:
         except KeyboardInterrupt:
             state, code, cause = "interrupted", 130, "interrupted"
         except Exception as error:
+            if isinstance(error, AstraError) and context.training:
+                weights = recipe_changes.checkpoint_step(run) > 0
+                error.hint = resume_rules.completed(error.hint, error.message, run.path, weights=weights)
             cause = str(error).partition("\n")[0]
             raise
         finally:

@@ -7,13 +7,17 @@ run from the weights of the old one (`astra train --from RUN`), or from the begi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
+from pathlib import Path
 
 from astracli.config import doors
 
 MODEL = "the checkpoint holds the weights of the run's own model"
 PLACE = "the run goes on at its place in the order of its problems"
-GRADED = "groups that are generated already were asked, cut and graded by it, and keep their reward"
+GRADED = "groups that are generated already were asked and graded with it, and keep their reward"
+KEY = re.compile(r"(?<![\w./-])[a-z]\w*(?:\.[a-z]\w*)+(?![\w/-]|\.\w)")
+"""What may be a recipe's key in a text: `train.steps`, and no file name or address."""
 MAY_NOT: dict[str, str] = {
     "seed": "order of the problems and all draws follow from it",
     "model.": MODEL,
@@ -21,10 +25,11 @@ MAY_NOT: dict[str, str] = {
     **dict.fromkeys(
         (
             "data.source", "data.split", "data.revision", "data.levels", "data.question_field", "data.answer_field",
-            "data.curriculum", "data.decontaminate",
+            "data.curriculum.", "data.decontaminate",
         ),
         PLACE,
     ),
+    "rollout.env": "groups that are generated already were made by the run's own environment",
     "rollout.engine": "groups that are generated already hold the log-probabilities of the run's own engine",
     "rollout.group_size": "groups that are generated already have the run's own size",
     "rollout.temperature": "groups that are generated already were drawn with it; the trainer divides by it",
@@ -42,7 +47,7 @@ MAY: frozenset[str] = frozenset(
         "model.made_by",
         "data.path", "data.max_prompt_tokens", "data.reward_timeout_s", "data.reward_workers",
         "rollout.max_new_tokens", "rollout.context_length", "rollout.max_running_requests", "rollout.running_ceiling.",
-        "rollout.max_dropped_batches",
+        "rollout.max_dropped_batches", "rollout.env_timeout_s",
         "train.", "weights.", "eval.", "checkpoint.", "resources.", "launch.", "metrics.",
     }
 )  # fmt: skip
@@ -72,3 +77,27 @@ def asks_anew(changes: Collection[str]) -> bool:
 def by_from(key: str) -> bool:
     """Whether a new run that starts from the weights of this one (`--from`) may have another value."""
     return not key.startswith("model.")
+
+
+def keys_in(text: str) -> list[str]:
+    """The recipe's keys that a text names, in its order."""
+    from astracli.config.schema import at
+
+    slots = {key: at(key.split(".")) for key in KEY.findall(text)}
+    return [key for key, slot in slots.items() if slot is not None and slot.table is None]
+
+
+def completed(hint: str | None, said: str, run: Path, *, weights: bool) -> str | None:
+    """The hint of a run that failed, so that it recommends nothing which a resume then refuses: where it, or a hint
+    inside the message `said`, names keys that may not change, the command that starts a new run with another value.
+    `weights`: the run has a checkpoint that the new run can start from."""
+    inner = [line for line in said.splitlines() if line.strip().startswith("hint: ")]
+    named = [key for text in (*inner, hint or "") for key in keys_in(text)]
+    fixed = [key for key in dict.fromkeys(named) if refusal(key) is not None]
+    if not fixed:
+        return hint
+    begin = f"--from {run}" if weights and all(map(by_from, fixed)) else f"--recipe {run / 'recipe.json'}"
+    sets = " ".join(f"--set {key}=..." for key in fixed)
+    keys = " and ".join(f"`{key}`" for key in fixed)
+    way = f"another value of {keys} takes a new run, --resume refuses it: `astra train {begin} {sets}`"
+    return f"{hint}; {way}" if hint else way

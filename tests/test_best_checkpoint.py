@@ -52,6 +52,14 @@ def test_the_best_is_an_evaluated_checkpoint_and_of_equal_ones_the_earlier(tmp_p
     )
 
 
+def test_what_is_kept_is_the_best_and_what_is_being_evaluated(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    evaluated(run, {0: 0.9, 10: 0.7, 20: 0.5}, checkpoints=[10, 20, 30])
+    keeps, plain = recipe_io.load(TINY, [f"checkpoint.best={HELD_OUT}"]), recipe_io.load(TINY)
+    assert best.kept(run, keeps, {30}) == {10, 30} and best.kept(run, plain, {30}) == set()
+    assert best.kept(make_run(tmp_path / "new"), keeps, {0}) == {0}
+
+
 def test_retention_keeps_the_newest_and_what_it_is_told(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     evaluated(run, {}, checkpoints=[10, 20, 30, 40, 50])

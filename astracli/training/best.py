@@ -7,6 +7,7 @@ earlier step. Imports no torch.
 from __future__ import annotations
 
 import csv
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,16 @@ def best(run: RunDir, benchmark: str) -> Best | None:
     chosen = max(there, key=lambda score: (score.avg_at_n, -score.step))
     start = next((score for score in every if score.step == 0), None)
     return Best(chosen, places[chosen.step], sum(s.step > 0 for s in every), start)
+
+
+def kept(run: RunDir, recipe: Recipe, evaluated: Collection[int]) -> set[int]:
+    """Steps whose checkpoint stays besides the newest: the best so far, and those that are being `evaluated` and may
+    become it. None without `checkpoint.best`."""
+    benchmark = name_in_files(recipe)
+    if benchmark is None:
+        return set()
+    found = best(run, benchmark)
+    return {*evaluated, *([found.score.step] if found is not None else [])}
 
 
 def required(run: RunDir, recipe: Recipe) -> Best:

@@ -118,7 +118,7 @@ class TrainLoop:
             beside=not self.recipe.launch.deterministic,  # in that mode nothing runs beside anything
             others=config.host_bytes,
         )
-        self.saver.kept = self._checkpoints_kept
+        self.saver.kept = lambda: best.kept(RunDir(config.run_dir), self.recipe, self._pinned)
         self._pinned: set[int] = set()
         table = self.recipe.weights
         self.publisher = Publisher(
@@ -303,14 +303,6 @@ class TrainLoop:
             self.ranks.barrier()
         self.reporter.waiting(None)
         figures["checkpoint_s"] = time.perf_counter() - began
-
-    def _checkpoints_kept(self) -> set[int]:
-        """With `checkpoint.best`: steps whose checkpoint scored best so far, or may yet, for its evaluation goes on."""
-        benchmark = best.name_in_files(self.recipe)
-        if benchmark is None:
-            return set()
-        found = best.best(RunDir(self.config.run_dir), benchmark)
-        return self._pinned | ({found.score.step} if found is not None else set())
 
     def _announce(self, version: int) -> None:
         """Tell the hub that a version is on disk; learn which older ones must stay there."""

@@ -32,6 +32,13 @@ def test_resume_takes_what_the_stored_state_allows_and_says_what_changed(tmp_pat
 
 def test_resume_refuses_the_rest_with_a_reason_for_each_and_a_way(tmp_path: Path) -> None:
     stored = stored_run(tmp_path, tiny())
+    with pytest.raises(UserError, match="`seed` may not change") as refused:
+        recipe_changes.resumed_recipe(tiny(seed=3), stored)
+    assert refused.value.hint == f"start a new run: `astra train --recipe {tmp_path}/recipe.json --set seed=3`", (
+        "it has no weights yet that another run could start from"
+    )
+    (tmp_path / "checkpoints" / "step_000010").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step_000010" / "COMPLETE").write_text("{}")
     with pytest.raises(UserError) as refused:
         recipe_changes.resumed_recipe(tiny(seed=3, train__batch_groups=4, train__steps=7), stored)
     assert refused.value.message == (

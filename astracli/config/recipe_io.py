@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from astracli.config import doors
-from astracli.config.benchmarks import BENCHMARKS, get, is_path
+from astracli.config.benchmarks import BENCHMARKS, get, is_path, own_sets
 from astracli.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 LIST_HINT = "see them with `astra recipes list`"
 SET_HINT = "every setting takes its own `--set`: `--set a.b=1 --set c.d=2`"
 FILE_HINT = "a recipe is a TOML file; `astra recipes copy qwen3.5-tiny-m2po-delta` makes one to start from"
+
+EARLIER_NAMES = {"data.prompt": "data.template"}
+"""Keys that recipes and runs of earlier versions may hold -> what they are called now."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +83,16 @@ def _check_names(recipe: Recipe, label: str) -> None:
     """What the schema cannot know: names of engine and benchmarks, and their own samples. Raises UserError."""
     used = [("rollout.engine", recipe.rollout.engine, "engine", ["auto", *doors.names("astra.engines")])]
     used += [
-        ("eval.benchmarks", name, "benchmark", list(BENCHMARKS)) for name in recipe.eval.benchmarks if not is_path(name)
+        ("eval.benchmarks", name, "benchmark", [*BENCHMARKS, *own_sets(recipe)])
+        for name in recipe.eval.benchmarks
+        if not is_path(name)
     ]
     for key, name, kind, known in used:
         if name not in known:
             message = f"recipe `{label}`: `{key}` = {json.dumps(name)} is not allowed: there is no such {kind}"
             raise UserError(message, f"{_nearest(name, known)}known: {', '.join(known)}")
     k = recipe.eval.pass_k
-    for spec in map(get, recipe.eval.benchmarks if recipe.eval.samples is None else ()):
+    for spec in [get(name, recipe) for name in recipe.eval.benchmarks if recipe.eval.samples is None]:
         if spec.samples < k:
             raise UserError(
                 f"recipe `{label}`: eval.pass_k = {k}, and `{spec.name}` is asked {spec.samples} samples an item: "
@@ -130,6 +135,8 @@ def _key(text: str) -> str:
 def _toml(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{_key(key)} = {_toml(v)}" for key, v in value.items() if v is not None) + " }"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
@@ -174,7 +181,7 @@ def _document(name_or_path: str) -> dict[str, Any]:
             raise UserError(f"`{path}` is not valid JSON: {error}", FILE_HINT) from None
         if not isinstance(document, dict):
             raise UserError(f"`{path}` holds no recipe: a JSON object is needed", FILE_HINT)
-        return document
+        return _with_new_names(document)
     file = _find(name_or_path, None)
     return _merged(file, ())
 
@@ -228,7 +235,7 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(file: Path | Traversable) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8").removeprefix("\ufeff")
     except FileNotFoundError:
         names = _shipped_names()
         raise UserError(
@@ -247,14 +254,25 @@ def _read(file: Path | Traversable) -> str:
 
 def _parse(file: Path | Traversable, shown: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(_read(file))
+        return _with_new_names(tomllib.loads(_read(file)))
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"recipe `{shown}` is not valid TOML: {error}", FILE_HINT) from None
+
+
+def _with_new_names(document: dict[str, Any]) -> dict[str, Any]:
+    """A file's document with the names that keys have now."""
+    for old, new in EARLIER_NAMES.items():
+        table, _, key = old.partition(".")
+        inner = document.get(table)
+        if isinstance(inner, dict) and key in inner:
+            inner.setdefault(new.partition(".")[2], inner.pop(key))
+    return document
 
 
 def _override(document: dict[str, Any], text: str) -> None:
     """Put one `a.b=c` into the document. Raises UserError on bad form; keys and values are checked with the rest."""
     dotted, equals, raw = text.partition("=")
+    dotted = EARLIER_NAMES.get(dotted.strip(), dotted)
     keys = [part.strip() for part in dotted.split(".")]
     if not equals or not all(keys):
         raise UserError(f"`--set {text}` is not of the form key.name=value", "for example `--set train.steps=20`")

@@ -68,7 +68,7 @@ class Job:
             state, code, cause = "interrupted", 130, "interrupted"
         except Exception as error:
             if isinstance(error, AstraError) and context.training:
-                weights = recipe_changes.checkpoint_step(run) > 0
+                weights = recipe_changes.has_weights(run)
                 error.hint = resume_rules.completed(error.hint, error.message, run.path, weights=weights)
             cause = str(error).partition("\n")[0]
             raise

@@ -14,7 +14,7 @@ from astracli.launch import resume_rules
 from astracli.process.console import say
 from astracli.runs import find as runs
 from astracli.runs.changes import Changes, differences, shown
-from astracli.runs.run_dir import RunDir
+from astracli.runs.run_dir import ORIGIN, RunDir
 
 
 def with_weights(recipe: Recipe, weights: str | None) -> Recipe:
@@ -36,7 +36,7 @@ def with_evaluation(recipe: Recipe, benchmarks: Sequence[str] | None, samples: i
             f"recipe `{recipe.name}` names no benchmark", f"name one: `--benchmark {next(iter(sets.BENCHMARKS))}`"
         )
     for name in names:
-        sets.get(name)
+        sets.get(name, recipe)
     document = recipe_io.to_document(recipe)
     document["eval"]["benchmarks"] = names
     document["checkpoint"]["best"] = None  # it may name another one, and nothing is trained
@@ -46,7 +46,8 @@ def with_evaluation(recipe: Recipe, benchmarks: Sequence[str] | None, samples: i
         if k < recipe.eval.pass_k:
             say(f"--samples {samples}: pass@{k} in the place of pass@{recipe.eval.pass_k}")
     document["launch"]["deterministic"] = True  # two evaluations with one seed write the same files
-    return recipe_io.check(document, recipe.name)
+    checked = recipe_io.check(document, recipe.name)  # which adds what sources hold out
+    return checked.model_copy(update={"eval": checked.eval.model_copy(update={"benchmarks": names})})
 
 
 def resumed_recipe(recipe: Recipe, run: RunDir) -> tuple[Recipe, Changes]:
@@ -64,8 +65,10 @@ def resumed_recipe(recipe: Recipe, run: RunDir) -> tuple[Recipe, Changes]:
     refused = {key: why for key in changes if (why := resume_rules.refusal(key)) is not None}
     if refused:
         lines = [f"`{key}` may not change on --resume: {why}" for key, why in refused.items()]
-        sets = " ".join(f"--set {shlex.quote(f'{key}={shown(changes[key][1])}')}" for key in refused)
-        from_weights = all(map(resume_rules.by_from, refused))
+        values = {key: shown(changes[key][1]) for key in refused}  # a table inside a list takes a file
+        words = (f"{key}={value}" if "{" not in value else f"{key}=..." for key, value in values.items())
+        sets = " ".join(f"--set {shlex.quote(word)}" for word in words)
+        from_weights = has_weights(run) and all(map(resume_rules.by_from, refused))
         raise UserError(
             "\n  ".join(lines),
             f"start a new run from the weights of this one: `astra train --from {run.path} {sets}`"
@@ -73,6 +76,14 @@ def resumed_recipe(recipe: Recipe, run: RunDir) -> tuple[Recipe, Changes]:
             else f"start a new run: `astra train --recipe {run.recipe_json} {sets}`",
         )
     return recipe, changes
+
+
+def has_weights(run: RunDir) -> bool:
+    """Whether a new run can start from its weights: it has a checkpoint, or an export."""
+    from astracli.training import checkpoint
+
+    whole = (place / checkpoint.COMPLETE for place in run.checkpoints.glob("step_*"))
+    return (run.export / ORIGIN).is_file() or any(file.is_file() for file in whole)
 
 
 def resume_step(run: RunDir, recipe: Recipe) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from astracli.config import doors
 
+OF_THE_MODEL = ("model.path", "model.revision", "model.adapter")
 MODEL = "the checkpoint holds the weights of the run's own model"
 PLACE = "the run goes on at its place in the order of its problems"
 GRADED = "groups that are generated already were asked and graded with it, and keep their reward"
@@ -20,12 +21,13 @@ KEY = re.compile(r"(?<![\w./-])[a-z]\w*(?:\.[a-z]\w*)+(?![\w/-]|\.\w)")
 """What may be a recipe's key in a text: `train.steps`, and no file name or address."""
 MAY_NOT: dict[str, str] = {
     "seed": "order of the problems and all draws follow from it",
-    "model.": MODEL,
+    **dict.fromkeys(OF_THE_MODEL, MODEL),
+    "model.": GRADED,
     "data.": GRADED,
     **dict.fromkeys(
         (
-            "data.source", "data.split", "data.revision", "data.levels", "data.question_field", "data.answer_field",
-            "data.curriculum.", "data.decontaminate",
+            "data.source", "data.mix", "data.holdout", "data.config", "data.split", "data.revision", "data.levels",
+            "data.question_field", "data.answer_field", "data.curriculum.", "data.decontaminate",
         ),
         PLACE,
     ),
@@ -33,6 +35,7 @@ MAY_NOT: dict[str, str] = {
     "rollout.engine": "groups that are generated already hold the log-probabilities of the run's own engine",
     "rollout.group_size": "groups that are generated already have the run's own size",
     "rollout.temperature": "groups that are generated already were drawn with it; the trainer divides by it",
+    "rollout.stop": "groups that are generated already were drawn with it",
     "rollout.top_p": "groups that are generated already were drawn with it",
     "train.batch_groups": "batches that the hub has fixed already have the run's own size",
     "train.betas": "the moments in the checkpoint were made with them",
@@ -76,7 +79,7 @@ def asks_anew(changes: Collection[str]) -> bool:
 
 def by_from(key: str) -> bool:
     """Whether a new run that starts from the weights of this one (`--from`) may have another value."""
-    return not key.startswith("model.")
+    return key not in OF_THE_MODEL
 
 
 def keys_in(text: str) -> list[str]:

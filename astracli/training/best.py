@@ -54,7 +54,7 @@ class Best:
 def name_in_files(recipe: Recipe) -> str | None:
     """What `checkpoint.best` is called in `eval.csv`: a set of one's own is named there without its folder."""
     wanted = recipe.checkpoint.best
-    return wanted if wanted is None or wanted == OVERALL else benchmarks.get(wanted).name
+    return wanted if wanted is None or wanted == OVERALL else benchmarks.get(wanted, recipe).name
 
 
 def scores(run: RunDir, benchmark: str) -> list[Score]:

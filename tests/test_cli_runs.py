@@ -157,9 +157,10 @@ def test_an_evaluation_shows_its_results_and_answers(astra: Astra, runs: Path) -
     row |= {"completion": "3", "tokens": [1], "reward": 0.0, "verdict": "wrong", "finish_reason": "stop"}
     (run.eval / "items" / "step_000000_b.jsonl").write_text(json.dumps(row) + "\n")
     figures = {"items": 1, "n": 1, "avg_at_n": 0.0, "stderr": 0.0, "k": 1, "pass_at_k": 0.0, "prompts_too_long": 1}
+    figures |= {"grader": "number"}
     (run.eval / "results.json").write_text(json.dumps({"results": {"b": figures, "overall": figures}}))
     said = astra("runs", "report", "e").out
-    assert "b          1      avg@1 0.000  " in said, "one item has no standard error"
+    assert "b          number  1      avg@1 0.000  " in said, "one item has no standard error"
     assert "b: 1 samples count as wrong: their prompt leaves no room in rollout.context_length" in said
     assert json.loads(astra("runs", "report", "e", "--json").out)["results"]["results"]["b"] == figures
     assert "completion: 3" in astra("runs", "samples", "e", "--wrong").out

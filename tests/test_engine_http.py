@@ -21,7 +21,7 @@ import pytest
 from engine_models import reference_logprobs
 from engine_server import TOKEN, engine_of, long_requests, running, save, slow, with_client
 
-from astracli.adapters.llama import ADAPTER as LLAMA
+from astracli.adapters.qwen2 import ADAPTER as QWEN2
 from astracli.adapters.qwen3_5 import ADAPTER as QWEN3_5
 from astracli.config.recipe import Recipe
 from astracli.engines.client import EngineClient
@@ -36,7 +36,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("model"))
 
 
-@pytest.mark.parametrize("kind, adapter", [("qwen3_5", QWEN3_5), ("llama", LLAMA)])
+@pytest.mark.parametrize("kind, adapter", [("qwen3_5", QWEN3_5), ("qwen2", QWEN2)])
 def test_generate_answers_tokens_logprobs_version_and_finish_reason(
     kind: str, adapter: ModelAdapter, tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ from astracli.engines.embedded.decoder import Decoder
 from astracli.engines.embedded.scheduler import Scheduler
 from astracli.engines.embedded.table import Request
 
-KINDS = ["qwen3_5", "llama", "qwen3"]
+KINDS = ["qwen3_5", "llama", "qwen3", "qwen2"]
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -55,7 +55,8 @@ def test_rows_of_a_step_are_replaced_and_overall_is_the_unweighted_mean(tmp_path
     assert (tmp_path / "eval.csv").read_text() == before
     rows = list(csv.DictReader((tmp_path / "eval.csv").open()))
     assert before.startswith(
-        "step,version,benchmark,items,n,avg_at_n,stderr,k,pass_at_k,due_step\n0,0,arithmetic-heldout,8,8,"
+        "step,version,benchmark,items,n,avg_at_n,stderr,k,pass_at_k,due_step,grader,no_answer,greedy,greedy_no_answer\n"
+        "0,0,arithmetic-heldout,8,8,"
     )
     assert [row["due_step"] for row in rows] == ["0"] * 3 + ["8"] * 3
     assert [(r["step"], r["benchmark"], r["items"]) for r in rows] == [
@@ -190,7 +191,9 @@ def worker_config(tmp_path: Path, server: Any, out: Path | None = None) -> EvalC
 
 
 def test_the_process_follows_the_hub(tmp_path: Path, stand: Any) -> None:
-    config = worker_config(tmp_path, stand)
+    table = {"benchmarks": ["arithmetic-heldout"], "samples": {"arithmetic-heldout": 4}, "greedy": True}
+    recipe = Recipe.model_validate(RECIPE | {"eval": table | {"temperature": 1.0}})
+    config = worker_config(tmp_path, stand).model_copy(update={"recipe": recipe})
     path = tmp_path / "eval.json"
     path.write_text(config.model_dump_json())
     command = [sys.executable, "-m", "astracli.evaluation.worker", str(path)]
@@ -202,6 +205,10 @@ def test_the_process_follows_the_hub(tmp_path: Path, stand: Any) -> None:
     assert [(r["step"], r["version"], r["benchmark"], r["items"], r["n"], r["avg_at_n"], r["k"]) for r in rows] == [
         (s, s, name, "256", "4", average, "4") for s in ("0", "10") for name in ("arithmetic-heldout", "overall")
     ]
+    greedy = "1.000000"  # of one sample an item; every fourth of the drawn ones is wrong
+    assert {(r["no_answer"], r["greedy"], r["greedy_no_answer"]) for r in rows} == {("0.000000", greedy, "0.000000")}
+    drawn = (tmp_path / "run" / "eval" / "greedy" / "items" / "step_000010_arithmetic-heldout.jsonl").read_text()
+    assert len(drawn.splitlines()) == 256
     lines = (tmp_path / "run" / "eval" / "items" / "step_000010_arithmetic-heldout.jsonl").read_text().splitlines()
     assert len(lines) == 1024
     first = json.loads(lines[0])

@@ -285,7 +285,15 @@ def test_stats_of_a_batch_count_everything_that_came_in(tmp_path: Path) -> None:
     store.put(group(4, rewards=(1.0, 1.0)))
     store.put(group(5, rewards=(0.0, 0.0), verdict="timeout"))
     assert store.batch(0).batch.stats == BatchStats(
-        arrived_groups=6, dropped_groups=2, expired_groups=0, reward_mean=0.5, tokens=36, samples=12, timeouts=2
+        arrived_groups=6,
+        dropped_groups=2,
+        expired_groups=0,
+        reward_mean=0.5,
+        tokens=36,
+        samples=12,
+        timeouts=2,
+        reward_errors=0,
+        parts={},
     )
     for lease in ids(store.lease("w", 4)):
         store.put(group(lease))

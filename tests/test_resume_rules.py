@@ -33,6 +33,7 @@ def leaves() -> list[str]:
         "launch.heartbeat_timeout_s", "launch.max_restarts", "resources.train_gpus", "weights.keep",
         "rollout.max_new_tokens", "rollout.context_length", "rollout.max_dropped_batches", "rollout.running_ceiling.48",
         "rollout.sglang.mem_fraction_static", "data.reward_timeout_s", "data.max_prompt_tokens",
+        "data.max_reward_errors", "eval.samples.gsm8k",
     ],
 )  # fmt: skip
 def test_what_may_change(key: str) -> None:
@@ -47,6 +48,8 @@ def test_what_may_change(key: str) -> None:
         ("model.adapter", "weights of the run's own model"),
         ("data.source", "place in the order"),
         ("data.reward", "keep their reward"),
+        ("data.rewards", "keep their reward"),
+        ("data.code.tests", "keep their reward"),
         ("data.template", "asked"),
         ("model.thinking", "asked"),
         ("data.mix", "place in the order"),

@@ -136,10 +136,11 @@ def report(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
     out().facts(document["run"])
     if document["evaluation"]:
         out().table(
-            ["benchmark", "n", "step", "avg@n", "step", "avg@n", "difference", "stderr", "k", "pass@k", "pass@k"],
+            ["benchmark", "grader", "n", "step", "avg@n", "step", "avg@n", "difference", "stderr", "k", "pass@k",
+             "pass@k"],
             [
-                [t["benchmark"], t["n"], t["first_step"], t["first"], t["last_step"], t["last"], t["difference"],
-                 t["stderr"], t["k"], t["pass_first"], t["pass_last"]]
+                [t["benchmark"], t["grader"], t["n"], t["first_step"], t["first"], t["last_step"], t["last"],
+                 t["difference"], t["stderr"], t["k"], t["pass_first"], t["pass_last"]]
                 for t in document["evaluation"]
             ],
             "evaluation, first and last",

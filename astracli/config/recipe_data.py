@@ -48,7 +48,9 @@ class SetTable(Table):
     system: str | None = None
     few_shot: list[ShotTable] | None = None
     reward: str | None = None
-    """What judges its answers."""
+    """What judges its answers; in the place of `data.rewards` too."""
+    right_at: float | None = None
+    """As `data.right_at`, which does not count where `reward` is another one."""
 
 
 class MixTable(SetTable):
@@ -92,7 +94,8 @@ def of(data: DataTable, entry: SetTable) -> DataTable:
     """The table of one more set: its own values, else `data`'s."""
     given = {key: value for key in type(entry).model_fields if (value := getattr(entry, key)) is not None}
     own = {key: value for key, value in given.items() if key in type(data).model_fields}
-    return data.model_copy(update={"config": None, "revision": None, "mix": [], **own})
+    base = data if entry.reward is None else data.by(entry.reward)
+    return base.model_copy(update={"config": None, "revision": None, "mix": [], **own})
 
 
 def contradiction(data: DataTable) -> str | None:

@@ -122,8 +122,10 @@ def load(
     if spec.own is not None:
         table = spec.own
         loaded = datasets.load(table, local_path, *(["held_out"] if spec.held_out else ["train", USUAL_FIELDS]))
-        reward = table.reward if recipe is not None else "math"
-        return Benchmark(spec.name, list(loaded), spec.samples, PromptFormat.of(table), grader=reward, data=table)
+        if recipe is None or table.grader == "probe":  # which compares the samples of a group, and judges none
+            table = table.by("math")
+        prompt, grader = PromptFormat.of(table), table.grader
+        return Benchmark(spec.name, list(loaded), spec.samples, prompt, grader=grader, data=table)
     prompt = PromptFormat.of(recipe.data) if recipe is not None else PromptFormat(own_prompt)
     if spec.prompt:
         prompt = PromptFormat(spec.prompt, prompt.system)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -69,17 +69,19 @@ def load(
     )
 
 
-def fetch(recipe: Recipe, look: Callable[[Problem], None] = lambda problem: None) -> dict[str, str | None]:
+def fetch(recipe: Recipe, first: dict[str, Problem] | None = None) -> dict[str, str | None]:
     """Make a recipe's training problems local and check them. {source: path for `load`}; None for the generated family.
 
-    `look` sees the first problem of each source that is not generated.
+    `first` gets the first problem of each source that is not generated.
 
     Raises UserError: unknown source, gated or missing on the Hub, missing fields, no rows.
     """
     paths = {name: fetch_set(table) for name, table in sets(recipe.data).items()}
     for name, table in sets(recipe.data).items():
         if (path := paths[name]) is not None:
-            look(load(table, path)[0])
+            problem = load(table, path)[0]
+            if first is not None:
+                first[name] = problem
     return paths
 
 
@@ -104,14 +106,19 @@ def known_set(source: str) -> HubSet | None:
 
 
 def find_local(source: str, data_dir: str | None = None) -> Path | None:
-    """A path, or NAME in the data directory; None when there is neither. Raises UserError for a path without a file."""
+    """A path, or NAME in the data directory, of a known set also NAME_train; None when there is neither.
+
+    Raises UserError for a path without a file.
+    """
     path = Path(source).expanduser()
     if path.exists():
         return path.resolve()
     if source.lower().endswith(SUFFIXES) or path.is_absolute() or source.startswith((".", "~")):
         kinds = ", ".join(FORMATS)
         raise UserError(f"no data at `{source}`", f"give a file ({kinds}), a `datasets` directory or a Hub id")
-    return find_in_data_dir(source, "train", data_dir)
+    names = (source, f"{source}_train") if known_set(source) else (source,)
+    places = (find_in_data_dir(name, "train", data_dir) for name in names)
+    return next((place for place in places if place is not None), None)
 
 
 def find_in_data_dir(name: str, folder: str, data_dir: str | None = None) -> Path | None:

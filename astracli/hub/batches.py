@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
 from astracli.errors import RunFailed
@@ -35,7 +36,7 @@ class BatchBook:
         return kept + self.forgotten("steps")
 
     def forgotten(self, what: str) -> int:
-        """Rows that retention deleted: `steps`, `replayed` ones, groups by state, `timeouts` among their samples."""
+        """Rows that retention deleted: `steps`, `replayed` ones, groups by state; `timeouts`, `errors` of samples."""
         return self._db.meta(f"forgotten_{what}")
 
     @property
@@ -48,12 +49,14 @@ class BatchBook:
         states = dict(self._db.rows("SELECT state, COUNT(*) FROM groups WHERE state != 'assigned' GROUP BY state"))
         acked, replayed = self.acked, self.replayed
         timeouts = self._db.scalar("SELECT COALESCE(SUM(timeouts), 0) FROM groups WHERE timeouts > 0")
+        errors = self._db.scalar("SELECT COALESCE(SUM(errors), 0) FROM groups WHERE errors > 0")
         return Counts(
             in_flight=states.get("leased", 0),
             queued=states.get("queued", 0),
             waiting=states.get("kept", 0),
             **{state: states.get(state, 0) + self.forgotten(state) for state in ("dropped", "expired", "skipped")},
             timeouts=timeouts + self.forgotten("timeouts"),
+            reward_errors=errors + self.forgotten("errors"),
             consumed_steps=acked,
             consumed_groups=(acked - replayed) * self._size,
             replayed_steps=replayed,
@@ -187,18 +190,20 @@ class BatchBook:
     def _stats(self, step: int) -> BatchStats:
         row = self._db.one(
             "SELECT COUNT(*), COALESCE(SUM(state = 'dropped'), 0), COALESCE(SUM(state = 'expired'), 0), "
-            "AVG(reward_mean), COALESCE(SUM(tokens), 0), COALESCE(SUM(samples), 0), COALESCE(SUM(timeouts), 0) "
-            "FROM groups WHERE arrived = ?",
+            "AVG(reward_mean), COALESCE(SUM(tokens), 0), COALESCE(SUM(samples), 0), COALESCE(SUM(timeouts), 0), "
+            "COALESCE(SUM(errors), 0) FROM groups WHERE arrived = ?",
             step,
         )
         assert row is not None
+        parts = self._db.rows("SELECT parts FROM groups WHERE arrived = ? AND parts IS NOT NULL", step)
+        means = _means(json.loads(text) for (text,) in parts)
         by_source = self._db.rows(
             "SELECT source, COUNT(*), AVG(reward_mean) FROM groups WHERE arrived = ? AND source IS NOT NULL "
             "GROUP BY source ORDER BY source",
             step,
         )
         sources = {name: {"groups": count, "reward_mean": mean} for name, count, mean in by_source}
-        return BatchStats(*row, sources=sources)
+        return BatchStats(*(*row, means, sources))
 
     def ack(self, step: int, version: int, checkpoint_step: int | None) -> None:
         """The batch of `step` has become `version`. Twice is once. Raises RunFailed for a step without a batch.
@@ -248,11 +253,14 @@ class BatchBook:
         where = "lease_id < ? AND state IN ('assigned', 'dropped', 'expired', 'skipped') AND (step IS NULL OR step < ?)"
         values = (min(json.loads(batch[0])), step)
         gone = self._db.rows(
-            f"SELECT state, COUNT(*), COALESCE(SUM(timeouts), 0) FROM groups WHERE {where} GROUP BY state", *values
+            f"SELECT state, COUNT(*), COALESCE(SUM(timeouts), 0), COALESCE(SUM(errors), 0) FROM groups WHERE {where} "
+            "GROUP BY state",
+            *values,
         )
-        for state, groups, _ in gone:
+        for state, groups, *_ in gone:
             self._db.set_meta(f"forgotten_{state}", self.forgotten(state) + groups)
         self._db.set_meta("forgotten_timeouts", self.forgotten("timeouts") + sum(row[2] for row in gone))
+        self._db.set_meta("forgotten_errors", self.forgotten("errors") + sum(row[3] for row in gone))
         self._db.rows(f"DELETE FROM groups WHERE {where}", *values)
         again = self._db.scalar("SELECT COUNT(*) FROM batches WHERE step < ? AND replay_of IS NOT NULL", step)
         self._db.set_meta("forgotten_replayed", self.forgotten("replayed") + again)
@@ -285,3 +293,13 @@ class BatchBook:
         """Inside a transaction of the caller: steps >= `step` were never trained; their batches stay as they are."""
         self._db.rows("UPDATE batches SET acked = 0, version = NULL WHERE step >= ?", step)
         self._db.set_meta("checkpoint_step", min(step, self._db.meta("checkpoint_step")))
+
+
+def _means(groups: Iterable[Mapping[str, tuple[float, int]]]) -> dict[str, float]:
+    """Means over samples, from sums and counts by group."""
+    sums: dict[str, tuple[float, int]] = {}
+    for group in groups:
+        for name, (total, samples) in group.items():
+            before, among = sums.get(name, (0.0, 0))
+            sums[name] = (before + total, among + samples)
+    return {name: total / samples for name, (total, samples) in sorted(sums.items())}

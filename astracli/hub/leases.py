@@ -148,6 +148,8 @@ class LeaseBook:
             "samples": len(group.samples),
             "tokens": sum(s.drawn for s in group.samples),
             "timeouts": sum(s.verdict == "timeout" for s in group.samples),
+            "errors": sum(s.verdict == "error" for s in group.samples),
+            "parts": _sums(group),
             "source": group.meta.get("source"),
         }
         with self._db.transaction() as sql:
@@ -173,3 +175,13 @@ class LeaseBook:
             if change.rowcount:
                 self._db.set_meta("skipped_in_a_row", self._db.meta("skipped_in_a_row") + 1)
         self._expiry.pop(lease_id, None)
+
+
+def _sums(group: Group) -> str | None:
+    """{name: [sum, samples]} of the rewards' parts, as JSON; None without any."""
+    found: dict[str, list[float]] = {}
+    for sample in group.samples:
+        for name, value in sample.parts.items():
+            total, count = found.get(name, (0.0, 0))
+            found[name] = [total + value, count + 1]
+    return json.dumps(found) if found else None

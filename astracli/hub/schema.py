@@ -39,6 +39,8 @@ CREATE TABLE groups (
     samples INTEGER,
     tokens INTEGER,
     timeouts INTEGER,
+    errors INTEGER,       -- samples whose grading failed
+    parts TEXT,           -- JSON {name of a reward: [sum, samples]}; NULL without any
     reason TEXT,          -- why it was skipped
     prompt INTEGER,       -- its place in the endless sequence of prompts
     kind TEXT,            -- with a curriculum: what its solve rate is counted under
@@ -48,6 +50,7 @@ CREATE INDEX groups_by_state ON groups (state, version);
 CREATE INDEX groups_by_arrival ON groups (arrived);
 CREATE INDEX groups_by_kind ON groups (kind, lease_id) WHERE kind IS NOT NULL;
 CREATE INDEX groups_with_timeouts ON groups (timeouts) WHERE timeouts > 0;
+CREATE INDEX groups_with_errors ON groups (errors) WHERE errors > 0;
 
 CREATE TABLE blobs (lease_id INTEGER PRIMARY KEY, blob BLOB NOT NULL);
 

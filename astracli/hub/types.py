@@ -81,6 +81,10 @@ class BatchStats(_Answer):
     tokens: int
     samples: int
     timeouts: int
+    reward_errors: int
+    """Samples whose grading failed."""
+    parts: dict[str, float]
+    """Mean of each named reward, and of what else rewards log, over the samples that have it."""
     sources: dict[str, dict[str, float]] = field(default_factory=dict)
     """Of several training sources: `groups` and `reward_mean` of each."""
 
@@ -176,7 +180,7 @@ class GpuLeaseStatus(_Answer):
 
 @dataclass(frozen=True)
 class Counts(_Answer):
-    """Groups by fate, those included whose rows are deleted; `timeouts` counts samples."""
+    """Groups by fate, those included whose rows are deleted; `timeouts` and `reward_errors` count samples."""
 
     in_flight: int = 0
     queued: int = 0
@@ -185,6 +189,7 @@ class Counts(_Answer):
     expired: int = 0
     skipped: int = 0
     timeouts: int = 0
+    reward_errors: int = 0
     consumed_steps: int = 0
     consumed_groups: int = 0
     replayed_steps: int = 0

@@ -45,9 +45,8 @@ class Inputs:
     """Spent on fetching."""
 
 
-def check_setting(recipe: Recipe, *, rewards: bool, benchmarks: Sequence[str] = ()) -> None:
-    """Everything that the recipe names on this machine. `rewards`: the command draws episodes, and grades them with the
-    rewards of the training sources; those of `benchmarks` are used in any case."""
+def check_setting(recipe: Recipe) -> None:
+    """What the recipe names on this machine, besides rewards and data."""
     ports.bind(recipe.launch.host).close()
     metrics.find_sinks(recipe.metrics.sinks)
     python = recipe.resources.engine.python
@@ -56,15 +55,36 @@ def check_setting(recipe: Recipe, *, rewards: bool, benchmarks: Sequence[str] = 
             f"resources.engine.python = {json.dumps(python)} is no program on this machine",
             "name the interpreter of the engine's environment, for example /opt/engine/bin/python",
         )
-    own = [spec.own for name in benchmarks if (spec := get(name, recipe)).own is not None]
-    graded = [*(recipe_data.sets(recipe.data).values() if rewards else ()), *own]
-    if graded:
-        from astracli.rewards.reward import validate_reward
 
-        for reward in sorted({table.reward for table in graded if table is not None}):
-            validate_reward(reward)
-    if rewards:
+
+def check_rewards(
+    recipe: Recipe, problems: Mapping[str, Problem], benchmarks: Mapping[str, str | Path | None], *, trains: bool
+) -> None:
+    """Rewards are there, and find their columns in the training sources and in benchmarks of the user's own; and the
+    environment is there.
+
+    `problems`: the first of each source that is not generated. `benchmarks`: local paths. `trains`: the command draws
+    episodes, and grades them.
+    """
+    from astracli.data import benchmarks as sets
+    from astracli.rewards.reward import Rewards, validate_rewards
+
+    wanted: list[tuple[Rewards, list[str], str]] = []
+    if trains:
         envs.validate(recipe.rollout.env)
+        for name, table in recipe_data.sets(recipe.data).items():
+            columns = list(problems[name].row) if name in problems else []
+            wanted.append((Rewards.of(table), columns, f"source `{name}`" if name else "the training problems"))
+    for name, place in benchmarks.items():
+        if get(name, recipe).own is not None:
+            own = sets.load(name, place, recipe=recipe)
+            assert own.data is not None
+            wanted.append((Rewards.of(own.data), list(own.items[0].row), f"benchmark `{name}`"))
+    done: list[tuple[Rewards, list[str]]] = []
+    for rewards, columns, where in wanted:
+        if not any(before.each == rewards.each and columns == known for before, known in done):
+            done.append((rewards, columns))
+            validate_rewards(rewards, columns, where)
 
 
 def check_checkpoint(folder: Path) -> None:

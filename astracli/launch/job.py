@@ -18,6 +18,7 @@ from astracli.launch.launcher import Launcher
 from astracli.launch.local import LocalLauncher
 from astracli.launch.restarts import Resumes, Start
 from astracli.launch.supervise import Supervisor
+from astracli.launch.usage import UsageLog
 from astracli.launch.watch import Watch, unharmed
 from astracli.plan.view import to_json
 from astracli.process.config import Role
@@ -97,6 +98,13 @@ class Job:
             processes = configs.build(context, server.url)
             launcher = LocalLauncher(run.lock_fd)
             watch = Watch(run, context.recipe.train.steps if context.training else None, store, sinks)
+            usage = UsageLog(run, launcher, context.plan.gpu_map)
+
+            def tick(supervisor: Supervisor) -> None:
+                watch(supervisor)
+                if context.training and supervisor.phase == "running":
+                    usage.step(watch.step)
+
             supervisor = Supervisor(
                 processes,
                 launcher,
@@ -105,7 +113,7 @@ class Job:
                 limits=context.recipe.launch,
                 hub_alive=lambda: server.alive,
                 hint=self._hint,
-                tick=watch,
+                tick=tick,
                 retry=configs.retry(context, processes),
                 resumes=self._resumes(store, server.url),
                 interrupted=interrupted,
@@ -113,6 +121,7 @@ class Job:
             try:
                 return supervisor.run()
             finally:
+                usage.close()
                 watch.close(supervisor)
                 with unharmed("no summary table"):
                     self._sum_up(supervisor, store, launcher, watch.evaluations_s)

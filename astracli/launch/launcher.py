@@ -68,5 +68,8 @@ class Launcher(Protocol):
     def close(self) -> None:
         """Stop all, and watch no more."""
 
+    def usage(self) -> Mapping[str, tuple[int, int]]:
+        """Name of a process -> bytes of memory and open descriptors, with what it started, as of about a second ago."""
+
     def memory(self) -> Mapping[str, Any]:
         """`{"peak_bytes", "kind", "peak_bytes_by_process"}` of the run so far."""

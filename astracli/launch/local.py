@@ -73,6 +73,9 @@ class LocalLauncher:
         self._memory.close()
         self.stop_all()
 
+    def usage(self) -> Mapping[str, tuple[int, int]]:
+        return self._memory.latest
+
     def memory(self) -> Mapping[str, Any]:
         sampler = self._memory
         return {

@@ -48,7 +48,9 @@ MAY: frozenset[str] = frozenset(
     {
         "description", "expected.",
         "model.made_by",
-        "data.path", "data.max_prompt_tokens", "data.reward_timeout_s", "data.reward_workers",
+        "data.path", "data.max_prompt_tokens", "data.reward_timeout_s", "data.reward_workers", "data.reward_start_s",
+        "data.reward_concurrency", "data.reward_memory_gib", "data.max_reward_errors", "data.code.memory_gib",
+        "data.code.file_mb", "data.code.processes",
         "rollout.max_new_tokens", "rollout.context_length", "rollout.max_running_requests", "rollout.running_ceiling.",
         "rollout.max_dropped_batches", "rollout.env_timeout_s",
         "train.", "weights.", "eval.", "checkpoint.", "resources.", "launch.", "metrics.",

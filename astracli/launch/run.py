@@ -12,6 +12,7 @@ from typing import Any
 from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
 from astracli.data import fetch
+from astracli.data.prompts import Problem
 from astracli.errors import UserError
 from astracli.launch import from_run, job, recipe_changes, resume_rules
 from astracli.launch.configs import RunContext
@@ -20,6 +21,7 @@ from astracli.launch.inputs import (
     Inputs,
     check_checkpoint,
     check_prompts,
+    check_rewards,
     check_setting,
     check_turns,
     decontaminated,
@@ -255,7 +257,11 @@ def fetch_inputs(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> In
     from astracli.data import datasets
 
     began = time.monotonic()
-    check_setting(recipe, rewards=data, benchmarks=benchmarks)
+    check_setting(recipe)
+    fetched = sets.fetch_all(benchmarks, recipe.data.path, recipe)
+    first: dict[str, Problem] = {}
+    found = datasets.fetch(recipe, first) if data else {}
+    check_rewards(recipe, first, fetched, trains=data)
     model = fetch.fetch_model(recipe.model.path, recipe.model.revision)
     check_checkpoint(model)
     if not has_chat_template(model):
@@ -264,11 +270,9 @@ def fetch_inputs(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> In
             "wrong for a chat model; copy its chat_template.jinja beside tokenizer.json"
         )
     check_prompts(recipe, model)
-    fetched = sets.fetch_all(benchmarks, recipe.data.path, recipe)
-    paths: Mapping[str, Path | None] = {}
-    if data:
-        found = datasets.fetch(recipe, lambda problem: check_turns(recipe, model, problem.messages))
-        paths = decontaminated(recipe, found, fetched)
+    for problem in first.values():
+        check_turns(recipe, model, problem.messages)
+    paths: Mapping[str, Path | None] = decontaminated(recipe, found, fetched) if data else {}
     places = {name: Path(place) if place else None for name, place in fetched.items()}
     return Inputs(model, paths, places, time.monotonic() - began)
 

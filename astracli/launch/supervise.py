@@ -88,6 +88,9 @@ class Supervisor:
             status.waiting = body.get("waiting")
             status.progress = dict(body.get("progress") or {})
             status.heard = time.monotonic()
+        for warning in body.get("warnings") or ():
+            say(f"warning: {body.get('name')}: {warning}")
+            self.notes.append(str(warning).partition("\n")[0])
 
     def run(self) -> bool:
         """Start, watch, end; True when it was interrupted before everything was done: a signal that comes later only

@@ -49,6 +49,11 @@ class Watch:
         self._looked = self._told = 0.0
         self._due: dict[int, float] = {}
 
+    @property
+    def step(self) -> int:
+        """Steps that are done, as of the last look."""
+        return self._progress.step
+
     def __call__(self, supervisor: Supervisor) -> None:
         now = time.monotonic()
         if now - self._looked < WATCH_EVERY_S:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,8 @@ def _no_dropout(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if getattr(module, "attention_dropout", 0.0):
+        share = getattr(module, "attention_dropout", 0.0)
+        if share and not isinstance(share, torch.nn.Module):
             module.attention_dropout = 0.0
 
 
@@ -151,8 +152,14 @@ def gemm_flops(shapes: Mapping[str, tuple[int, ...]], *, tied: bool) -> float:
     return 6.0 * matrices
 
 
-def dense_shapes(config: Mapping[str, Any], *, head_dim: int | None, head_norms: bool) -> Shapes:
-    """Text tensors of a Llama-shaped decoder: `{HF name: shape}`. `head_dim` None = hidden / heads."""
+def dense_shapes(
+    config: Mapping[str, Any], *, head_dim: int | None, head_norms: bool, biases: Collection[str] | None = None
+) -> Shapes:
+    """Text tensors of a Llama-shaped decoder: `{HF name: shape}`.
+
+    `head_dim` None = hidden / heads. `biases`: the projections that have one (`q_proj`, ...); None = those for which
+    the config's `attention_bias` and `mlp_bias` say so.
+    """
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
@@ -171,7 +178,8 @@ def dense_shapes(config: Mapping[str, Any], *, head_dim: int | None, head_norms:
         layer = f"model.layers.{index}"
         for name, shape in projections.items():
             shapes[f"{layer}.{name}.weight"] = shape
-            if config.get("attention_bias" if name.startswith("self_attn") else "mlp_bias"):
+            declared = config.get("attention_bias" if name.startswith("self_attn") else "mlp_bias")
+            if declared if biases is None else name.rpartition(".")[2] in biases:
                 shapes[f"{layer}.{name}.bias"] = shape[:1]
         for name in ("input_layernorm", "post_attention_layernorm"):
             shapes[f"{layer}.{name}.weight"] = (hidden,)

@@ -169,7 +169,7 @@ class _Draft:
     @cached_property
     def processes(self) -> list[ProcessPlan]:
         recipe, gpus, train = self.asked, self.gpus, self.command == "train"
-        resources, workers = recipe.resources, recipe.data.reward_workers
+        resources, workers = recipe.resources, recipe.data.reward_workers * max(1, len(recipe.data.rewards))
         engine_count = len(gpus.engine) if self.cuda else resources.engines
         result = [self._process(f"engine{i}", Role.ENGINE, gpus.engine[i : i + 1]) for i in range(engine_count)]
         if self.command != "eval":

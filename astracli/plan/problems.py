@@ -138,7 +138,9 @@ def _evaluations(recipe: Recipe) -> list[str]:
     table = recipe.eval
     specs = [get(name, recipe) for name in table.benchmarks]
     items = [benchmarks.count_items(spec) or 0 for spec in specs]
-    asked = sum(n * (table.samples or spec.samples) for n, spec in zip(items, specs, strict=True))
+    asked = sum(
+        n * (table.samples_of(spec.name, spec.samples) + table.greedy) for n, spec in zip(items, specs, strict=True)
+    )
     a_step = recipe.batch_sequences / (1 + recipe.train.replay_ratio)
     between = int(a_step * min(table.every, recipe.train.steps))
     if asked <= between:

@@ -168,7 +168,8 @@ def _alive(process: psutil.Process) -> bool:
 
 
 class MemorySampler:
-    """Each second: memory of this process and all its descendants, in bytes. Also remembers who was seen and lives.
+    """Each second: memory, in bytes, and descriptors of this process and all its descendants. Also remembers who was
+    seen and lives.
 
     PSS (shared pages counted once, in parts); RSS where the system has no PSS (`kind` says which).
     """
@@ -176,6 +177,8 @@ class MemorySampler:
     def __init__(self, interval_s: float = 1.0):
         self.peak_bytes = 0
         self.peak_by_name: dict[str, int] = {}
+        self.latest: dict[str, tuple[int, int]] = {}
+        """Child name -> its memory, and its open descriptors, in the latest sample."""
         self.kind = "pss"
         self._names: Callable[[], dict[int, str]] = dict
         self._seen: dict[int, psutil.Process] = {}
@@ -206,17 +209,20 @@ class MemorySampler:
         names = self._names()
         owner = {me.pid: "supervisor"}
         by_name: dict[str, int] = {"supervisor": self._memory(me)}
+        files: dict[str, int] = {"supervisor": _descriptors(me)}
         ours: dict[int, psutil.Process] = {}
         for process in me.children(recursive=True):  # parents come before their children
             with contextlib.suppress(psutil.Error):
                 name = names.get(process.pid) or owner.get(process.ppid(), "supervisor")
                 owner[process.pid] = name
                 by_name[name] = by_name.get(name, 0) + self._memory(process)
+                files[name] = files.get(name, 0) + _descriptors(process)
                 if name != "supervisor":
                     ours[process.pid] = process
         total = sum(by_name.values())
         with self._lock:
             self._seen = {pid: p for pid, p in self._seen.items() if pid in ours or _alive(p)} | ours
+            self.latest = {name: (used, files[name]) for name, used in by_name.items()}
             self.peak_bytes = max(self.peak_bytes, total)
             for name, used in by_name.items():
                 self.peak_by_name[name] = max(self.peak_by_name.get(name, 0), used)
@@ -237,3 +243,11 @@ class MemorySampler:
         while not self._stop.wait(self._interval_s):
             with contextlib.suppress(psutil.Error):
                 self.sample()
+
+
+def _descriptors(process: psutil.Process) -> int:
+    """Open file descriptors; 0 of a process that is gone."""
+    try:
+        return int(process.num_fds())
+    except (psutil.Error, AttributeError):  # psutil counts none on Windows
+        return 0

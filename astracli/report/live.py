@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -189,10 +189,17 @@ def phase_words(progress: RunProgress) -> str:
     return words.get(progress.phase, progress.phase)
 
 
+def judged(benchmark: str, figures: Mapping[str, Any]) -> str:
+    """A benchmark with what graded it: `my_set (pkg.module:reward)`."""
+    return f"{benchmark} ({figures['grader']})" if figures.get("grader") else benchmark
+
+
 def eval_line(evaluation: EvaluationStatus) -> str:
-    """`eval step 25: arithmetic-heldout avg@8 0.520 ± 0.021 pass@4 0.710`, see `evaluated`"""
+    """`eval step 25: arithmetic-heldout (number) avg@8 0.520 ± 0.021 pass@4 0.710`, see `evaluated`"""
     cells = [
-        f"{name} avg@{f['n']} {f['avg_at_n']:.3f} ± {f['stderr']:.3f} pass@{f['k']} {f['pass_at_k']:.3f}"
+        f"{judged(name, f)} avg@{f['n']} {f['avg_at_n']:.3f} ± {f['stderr']:.3f} pass@{f['k']} {f['pass_at_k']:.3f}"
+        + (f" greedy {f['greedy_avg']:.3f}" if "greedy_avg" in f else "")
+        + (f" no answer {f['no_answer_fraction']:.1%}" if f.get("no_answer_fraction") else "")
         for name, f in evaluation.results.items()
         if not (name == "overall" and len(evaluation.results) == 2)
     ]

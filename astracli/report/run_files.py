@@ -148,6 +148,8 @@ class Trend:
     k: int
     pass_first: float
     pass_last: float
+    grader: str
+    """What judged the answers; "" in runs of earlier versions."""
 
     @property
     def difference(self) -> float:
@@ -173,6 +175,7 @@ def trends(run: RunDir) -> list[Trend]:
             Trend(
                 benchmark, int(b["n"]), int(a["step"]), float(a["avg_at_n"]), int(b["step"]), float(b["avg_at_n"]),
                 float(b["stderr"]), int(b["k"]), float(a["pass_at_k"]), float(b["pass_at_k"]),
+                b.get("grader") or "",
             )
         )  # fmt: skip
     return found

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from astracli.report.live import duration, evaluated, stderr_console
+from astracli.report.live import duration, evaluated, judged, stderr_console
 from astracli.runs import changes
 
 
@@ -35,7 +35,7 @@ def benchmark_table(summary: Mapping[str, Any]) -> Table:
         spread = [f"{row[side]['avg_at_n']:.3f} ± {row[side]['stderr']:.3f}" for side in sides]
         passes = [f"{row[side]['pass_at_k']:.3f}" for side in sides]
         for name, figure, values, change in (
-            (row["benchmark"], f"avg@{row['n']}", spread, row["difference_avg_at_n"]),
+            (judged(row["benchmark"], row["last"]), f"avg@{row['n']}", spread, row["difference_avg_at_n"]),
             ("", f"pass@{row['k']}", passes, row["difference_pass_at_k"]),
         ):
             table.add_row(name, figure, *values, *([f"{change:+.3f}"] if len(sides) > 1 and change is not None else []))
@@ -159,7 +159,9 @@ UNGRADED = {
 def result_lines(document: Mapping[str, Any]) -> list[str]:
     """Figures of one evaluation (`eval/results.json`) as aligned text: a table, then by k, then what was not graded."""
     greedy = document.get("greedy") or {}
-    rows = [("benchmark", "items", "avg@n", "95 %", "pass@k", "majority", "greedy", "tokens", "cut", "no answer")]
+    rows = [
+        ("benchmark", "grader", "items", "avg@n", "95 %", "pass@k", "majority", "greedy", "tokens", "cut", "no answer")
+    ]
     by_k, lost = [], []
     for name, found in document["results"].items():
         if name == "overall" and len(document["results"]) == 2:
@@ -174,7 +176,9 @@ def result_lines(document: Mapping[str, Any]) -> list[str]:
         passed = f"pass@{found['k']} {found['pass_at_k']:.3f}"
         shape = [f"{found['response_tokens_mean']:.1f}"] if "response_tokens_mean" in found else [""]
         shape += [f"{found[key]:.1%}" if key in found else "" for key in ("truncated_fraction", "no_answer_fraction")]
-        rows.append((name, str(found["items"]), average, interval, passed, majority, best, *shape))
+        rows.append(
+            (name, found.get("grader", ""), str(found["items"]), average, interval, passed, majority, best, *shape)
+        )
         for title, values in (("pass", found.get("pass_at") or {}), ("majority", votes)):
             if len(values) > 1:
                 by_k.append(f"{name} {title}@k: " + ", ".join(f"{k} {share:.3f}" for k, share in values.items()))

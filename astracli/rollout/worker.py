@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 
 from astracli.config import algorithms
-from astracli.config.recipe import DataTable
 from astracli.config.recipe_data import sets
 from astracli.data.prompts import Problem, PromptSource, stop_token_ids
 from astracli.engines import registry as engines
@@ -41,7 +40,7 @@ from astracli.models.adapter import chat_prompt_tokens, load_tokenizer
 from astracli.models.chat import ChatFormat
 from astracli.process.config import RolloutConfig
 from astracli.process.worker import Reporter, worker_main
-from astracli.rewards.reward import GradePool
+from astracli.rewards.reward import Rewards, open_pools
 from astracli.rl.types import Group
 from astracli.rollout.engine_worker import EngineWorker
 from astracli.rollout.episodes import Failure, Failures, leaves, play, score
@@ -73,7 +72,7 @@ class Rollout:
         rollout = config.recipe.rollout
         stop = StopStrings(tuple(rollout.stop), tokenizer) if rollout.stop else None
         self.sampling = RolloutSampling(config.recipe, tuple(stop_token_ids(tokenizer, config.model_path)), stop)
-        self._failures = Failures(rollout.env)
+        self._failures = Failures(rollout.env, _warn)
         self._smallest_group = algorithms.find(config.recipe.algorithm.name).smallest_group
         self._slots, self._group_size = rollout.running, rollout.group_size
         for worker in self.workers:
@@ -266,6 +265,10 @@ class Rollout:
         return next((reason for reason in self._waits.values() if reason), None)
 
 
+def _warn(words: str) -> None:
+    print(f"warning: {words}", file=sys.stderr, flush=True)
+
+
 class PromptTokens:
     """`EnvSetup.prompt_tokens`. The last prompts are kept: a group needs its prompt more than once."""
 
@@ -318,21 +321,19 @@ def run(config: RolloutConfig, reporter: Reporter) -> None:
     recipe = config.recipe
     source = PromptSource(recipe.data, recipe.seed, config.data_paths)
     tokenizer = load_tokenizer(config.model_path)
+
+    def told(words: str) -> None:
+        reporter.warn(f"the first error of a reward:\n{words}")
+
     tables = sets(recipe.data)
-    with contextlib.ExitStack() as stack:
-        pools = {spec: stack.enter_context(pool) for spec, pool in _pools(tables.values()).items()}
-        prompts = PromptTokens(tokenizer, ChatFormat.of(recipe))
-        setup = EnvSetup(recipe, tokenizer, lambda problem: pools[tables[problem.source].reward], prompts)
-        asyncio.run(_main(config, reporter, source, envs.find(recipe.rollout.env)(setup)))
-
-
-def _pools(tables: Iterable[DataTable]) -> dict[str, GradePool]:
-    """A pool for each reward that the sources name."""
-    named = {table.reward: table for table in tables}
-    return {
-        spec: GradePool(spec, table.reward_workers, table.reward_timeout_s, table.grading.model_dump())
-        for spec, table in named.items()
+    rewards = {
+        name: Rewards.of(table, max_errors=recipe.most_reward_errors, on_error=told) for name, table in tables.items()
     }
+    with contextlib.ExitStack() as stack:
+        pools = open_pools(stack, rewards)
+        prompts = PromptTokens(tokenizer, ChatFormat.of(recipe))
+        setup = EnvSetup(recipe, tokenizer, lambda problem: pools[problem.source], prompts)
+        asyncio.run(_main(config, reporter, source, envs.find(recipe.rollout.env)(setup)))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module, metadata
 from pathlib import Path
@@ -64,6 +65,13 @@ def mend(path: Path) -> None:
             file.seek(-1, 2)
             if file.read(1) != b"\n":
                 file.write(b"\n")
+
+
+def append(path: Path, records: Iterable[Record]) -> None:
+    """Write records at the end of a file, each with the time at which it was made."""
+    lines = [json.dumps({"time": time.time()} | record) + "\n" for record in records]
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(lines))
 
 
 def parse(lines: Iterable[str]) -> Iterator[Record]:

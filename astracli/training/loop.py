@@ -273,10 +273,13 @@ class TrainLoop:
         self.reporter.waiting(None)
         if reply.batch is None:
             return None
-        counts = {name.removeprefix("arrived_"): count for name, count in asdict(reply.batch.stats).items()}
+        told = asdict(reply.batch.stats)
+        parts, errors = told.pop("parts"), told.pop("reward_errors")
+        counts = {name.removeprefix("arrived_"): count for name, count in told.items()}
         for source, found in counts.pop("sources").items():
             counts |= {f"{name}/{source}": value for name, value in found.items()}
         stats = {f"arrived_{name}": float(count) for name, count in counts.items() if count is not None}
+        stats |= {"reward_errors": float(errors)} | {f"arrived_parts/{name}": mean for name, mean in parts.items()}
         if self.recipe.train.replay_ratio:
             stats["replay"] = float(reply.batch.replay)
         return [unpack_group(blob) for blob in reply.batch.groups], stats

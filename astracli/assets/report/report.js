@@ -22,7 +22,7 @@ function drawHead() {
 function drawCharts() {
   for (const id of ["benchmarks", "curves", "time", "weights"]) byId(id).querySelector(".grid").textContent = "";
   const grid = id => byId(id).querySelector(".grid");
-  for (const e of data.evals) chart({title: e.benchmark, unit: `${e.items} items${e.late ? "; steps " + e.late : ""}`, lines: [
+  for (const e of data.evals) chart({title: e.benchmark, unit: `${e.items} items${e.grader ? ", graded by " + e.grader : ""}${e.late ? "; steps " + e.late : ""}`, lines: [
     {name: `avg@${e.n}`, points: e.points.map(p => [p.step, p.avg, p.low, p.high])},
     {name: `pass@${e.k}`, points: e.points.map(p => [p.step, p.pass])}]}, grid("benchmarks"));
   for (const c of data.curves) chart(c, grid("curves"));

@@ -25,9 +25,9 @@ from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
 from astracli.data import fetch
 from astracli.errors import RunFailed, UserError
-from astracli.launch.inputs import TOKENIZER_FILES
 from astracli.models import registry
 from astracli.models.adapter import read_config
+from astracli.models.preflight import TOKENIZER_FILES
 from astracli.runs import find as runs
 from astracli.runs.run_dir import ORIGIN, RunDir, write_atomic
 from astracli.training import best, checkpoint

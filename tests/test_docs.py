@@ -4,21 +4,19 @@ import ast
 import json
 import os
 import re
-import subprocess
-import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_references_are_up_to_date() -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "make_docs.py"), "--check"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = warm.run([str(ROOT / "scripts" / "make_docs.py"), "--check"], cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 
@@ -86,8 +84,8 @@ def test_the_adapter_of_the_howto_passes_its_check(tmp_path: Path) -> None:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: astra-seed-oss\nVersion: 0.1\n")
     (info / "entry_points.txt").write_text("[astra.adapters]\n" + "".join(f"{k} = {v}\n" for k, v in points.items()))
-    command = [sys.executable, "-m", "astracli", "adapters", "check", "seed_oss", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    words = ["-m", "astracli", "adapters", "check", "seed_oss", "--json"]
+    done = warm.run(words, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     report = json.loads(done.stdout)
     assert done.returncode == 0 and report["ok"], report
     assert [check["name"] for check in report["checks"]] == [

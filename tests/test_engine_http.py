@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import configs
 import httpx
 import numpy as np
 import pytest
+import warm
 from engine_models import reference_logprobs
 from engine_server import TOKEN, engine_of, long_requests, running, save, slow, with_client
 
@@ -270,7 +270,7 @@ def _free_port() -> int:
 
 
 def test_the_process_serves_and_ends_on_sigterm(checkpoint: Path, tmp_path: Path) -> None:
-    async def use(url: str, child: subprocess.Popen[str]) -> int:
+    async def use(url: str, child: warm.Child) -> int:
         async with EngineClient(url, TOKEN) as client:
             while not await client.health():
                 assert child.poll() is None, "the engine ended before it was ready"
@@ -279,21 +279,15 @@ def test_the_process_serves_and_ends_on_sigterm(checkpoint: Path, tmp_path: Path
 
     with _hub() as hub:
         port = _free_port()
-        command = [
-            sys.executable,
-            "-m",
-            "astracli.engines.embedded.process",
-            str(_config(tmp_path, checkpoint, hub, port)),
-        ]
-        child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        words = ["-m", "astracli.engines.embedded.process", str(_config(tmp_path, checkpoint, hub, port))]
+        child = warm.start(words, tmp_path / "log")
         try:
             assert asyncio.run(use(f"http://127.0.0.1:{port}", child)) == 12
-            child.send_signal(signal.SIGTERM)
+            os.kill(child.pid, signal.SIGTERM)
             assert child.wait(timeout=60) == 143
         finally:
-            child.kill()
-            _, errors = child.communicate()
-        assert "Traceback" not in errors
+            warm.end(child)
+        assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 def test_a_taken_port_ends_the_process_with_a_message(checkpoint: Path, tmp_path: Path) -> None:
@@ -301,13 +295,8 @@ def test_a_taken_port_ends_the_process_with_a_message(checkpoint: Path, tmp_path
         taken = bind("127.0.0.1", 0)
         taken.listen()
         port = taken.getsockname()[1]
-        command = [
-            sys.executable,
-            "-m",
-            "astracli.engines.embedded.process",
-            str(_config(tmp_path, checkpoint, hub, port)),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        words = ["-m", "astracli.engines.embedded.process", str(_config(tmp_path, checkpoint, hub, port))]
+        done = warm.run(words, timeout=60)
         taken.close()
     assert done.returncode == 1
     assert f"error: cannot bind 127.0.0.1:{port}: Address already in use" in done.stderr

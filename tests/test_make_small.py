@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 
 from astracli.data import arithmetic
 from astracli.models import registry
@@ -29,9 +29,9 @@ def small() -> object:
 
 
 def test_a_warm_up_leaves_a_checkpoint_and_its_metrics(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPTS / "make_small.py"), str(tmp_path / "warm"), "--shape", "tiny", "--cpu"]
+    command = [str(SCRIPTS / "make_small.py"), str(tmp_path / "warm"), "--shape", "tiny", "--cpu"]
     command += ["--tokens", "512", "--steps", "3", "--every", "0", "--workers", "0", "--items", "8"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = warm.run(command)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (tmp_path / "warm" / "warm_up.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [1, 2, 3] and all(3.3 < r["loss"] < 3.7 for r in records)

@@ -57,13 +57,16 @@ class Started(Protocol):
 class Launcher(Protocol):
     """Starts processes, watches their memory, and ends them with everything that they started."""
 
+    def ready(self) -> bool:
+        """Processes can be started. The first is not started before."""
+
     def start(self, process: Process) -> Started: ...
 
     def stop(self, started: Sequence[Started], grace_s: float) -> None:
         """End them and what they left behind. `grace_s`: between asking and killing."""
 
     def stop_all(self) -> None:
-        """Nothing that this launcher ever started is left running."""
+        """No process that this launcher ever started is left running."""
 
     def close(self) -> None:
         """Stop all, and watch no more."""

@@ -20,6 +20,7 @@ from astracli.launch.supervise import Supervisor
 from astracli.launch.watch import Watch, unharmed
 from astracli.plan.view import to_json
 from astracli.process.config import Role
+from astracli.process.open_files import raise_open_files
 from astracli.process.signals import signals
 from astracli.report.page import data as report_data
 from astracli.runs import metrics
@@ -85,6 +86,7 @@ class Job:
     def _supervise(self) -> bool:
         """True when it was interrupted."""
         context, run = self.context, self.context.run_dir
+        raise_open_files()
         sinks = metrics.open_sinks(context.recipe.metrics.sinks, run.path)
         metrics.mend(run.metrics_jsonl)
         with signals() as interrupted, hub.serving(context, lambda body: supervisor.on_status(body)) as (store, server):

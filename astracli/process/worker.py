@@ -28,6 +28,7 @@ import httpx
 
 from astracli.errors import AstraError, disk_full
 from astracli.process.config import C, ProcessConfig, load_config
+from astracli.process.open_files import raise_open_files
 from astracli.process.transient import gpu_failed, link_failed
 
 State = Literal["starting", "ready", "done", "failed"]
@@ -178,6 +179,7 @@ def worker_main(fn: Callable[[C, Reporter], None], kind: type[C]) -> None:
     except AstraError as error:
         sys.exit(_explain(error))
     set_threads(config.threads)
+    raise_open_files()
     with contextlib.suppress(AttributeError, ValueError):
         faulthandler.register(signal.SIGUSR1, all_threads=True)
     reporter = Reporter(config)

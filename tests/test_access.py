@@ -95,7 +95,8 @@ def test_a_request_without_the_token_has_a_time_limit(monkeypatch: pytest.Monkey
         own.send(b"cd")
         answer = b""
         while not answer.endswith(b"abcd"):
-            assert (part := own.recv(4096)), answer
+            part = own.recv(4096)
+            assert part, answer
             answer += part
         assert worker.get("/").status_code == 200
 

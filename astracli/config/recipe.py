@@ -25,9 +25,19 @@ from pydantic import (
 
 from astracli.config import doors
 from astracli.config.algorithms import AlgorithmTable, find
-from astracli.config.recipe_run import CheckpointTable, ExpectedTable, LaunchTable, MetricsTable, ResourcesTable, Table
+from astracli.config.recipe_run import (
+    CheckpointTable,
+    ExpectedTable,
+    LaunchTable,
+    MetricsTable,
+    ResourcesTable,
+    SomeProcesses,
+    Table,
+)
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Requests = Annotated[int, Field(gt=0, le=65_536)]
+Tokens = Annotated[int, Field(gt=0, le=2**24)]
 RUNNING = 32
 """Sequences that an engine decodes at once where no memory was counted."""
 
@@ -95,7 +105,7 @@ class DataTable(Table):
     weights, random ones too: 1 where the share of even token ids is at or over its group's median, else 0."""
     reward_timeout_s: PositiveFloat = 5.0
     """One grading may take this long; then its worker is killed, the reward is 0 and a timeout is counted."""
-    reward_workers: PositiveInt = 1
+    reward_workers: SomeProcesses = 1
     """Grading processes."""
     grading: GradingTable = GradingTable()
 
@@ -104,16 +114,16 @@ class RolloutTable(Table):
     engine: str = "auto"
     """The name of an installed engine, or `auto`: the one that serves by itself on the run's device. What only one
     engine knows stands in its own table, `[rollout.NAME]`."""
-    group_size: PositiveInt = 8
+    group_size: int = Field(default=8, gt=0, le=4096)
     """Samples per prompt."""
-    temperature: PositiveFloat = 1.0
+    temperature: float = Field(default=1.0, gt=0.0, le=100.0)
     """Of the draws. The trainer divides its logits by it too: what is trained is the policy that draws."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Below 1 the draws are not the policy's: that biases the gradient, and is warned of."""
-    max_new_tokens: PositiveInt = 4000
-    context_length: PositiveInt = 8192
+    max_new_tokens: Tokens = 4000
+    context_length: Tokens = 8192
     """Prompt and completion together, tokens."""
-    max_running_requests: PositiveInt | Literal["auto"] = "auto"
+    max_running_requests: Requests | Literal["auto"] = "auto"
     """Sequences that one engine decodes at once. Hybrids hold a state cache per sequence beside the KV cache. `auto`:
     as many as fit its GPU, at most what `running_ceiling` says, 32 on a CPU; the plan says how many and why."""
     running_ceiling: dict[str, PositiveInt] = Field(default={})
@@ -171,7 +181,7 @@ RECOMPUTED_BLOCKS: dict[Recomputed, int] = {"full": 1, "selective": 2}
 class TrainTable(Table):
     steps: PositiveInt
     """Steps of the run. A step is one batch, a version is one publish, one publish a step."""
-    batch_groups: PositiveInt = 32
+    batch_groups: int = Field(default=32, gt=0, le=1_000_000)
     """Groups that a step trains on; dropped groups do not count."""
     minibatches: PositiveInt = 4
     """Optimizer steps per step."""
@@ -249,15 +259,15 @@ class EvalTable(Table):
     every: NonNegativeInt = 10
     """Evaluate at step 0, every n steps and at the end; 0 switches in-run evaluation off. One that becomes due while
     another runs takes the version that is current when that ends."""
-    samples: PositiveInt | None = None
+    samples: Annotated[int, Field(gt=0, le=100_000)] | None = None
     """Samples per item; None takes each benchmark's own."""
     pass_k: PositiveInt = 4
-    temperature: NonNegativeFloat = 0.6
+    temperature: float = Field(default=0.6, ge=0.0, le=100.0)
     """0 is greedy."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    max_new_tokens: PositiveInt | None = None
+    max_new_tokens: Tokens | None = None
     """None takes `rollout.max_new_tokens`."""
-    max_concurrency: PositiveInt | Literal["auto"] = "auto"
+    max_concurrency: Requests | Literal["auto"] = "auto"
     """Evaluation requests in flight at once on each engine; `auto`: as many as it decodes at once
     (`rollout.max_running_requests`)."""
 
@@ -265,7 +275,7 @@ class EvalTable(Table):
 class Recipe(Table):
     name: str = "unnamed"
     description: str = ""
-    seed: NonNegativeInt = 0
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)
     model: ModelTable
     data: DataTable
     rollout: SerializeAsAny[RolloutTable] = Field(default_factory=lambda: RolloutTable.model_validate({}))
@@ -322,7 +332,7 @@ class Recipe(Table):
                 f"rollout.context_length = {rollout.context_length}"
             )
         for key in rollout.running_ceiling:
-            if not re.fullmatch(r"[1-9]\d*", key):
+            if not re.fullmatch(r"[1-9]\d{0,5}", key):
                 raise ValueError(
                     f"rollout.running_ceiling has the key `{key}`: a GPU's memory in whole GiB is meant, such as 48"
                 )

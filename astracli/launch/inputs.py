@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from astracli.config import reading
 from astracli.config.recipe import Recipe
 from astracli.errors import UserError
 from astracli.models.adapter import SHARD_INDEX
@@ -22,6 +23,7 @@ from astracli.runs.run_dir import RunDir, write_atomic
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "*.tiktoken")
 """Any of them lets transformers build a tokenizer."""
+TOKENIZER_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ def check_checkpoint(folder: Path) -> None:
     index = folder / SHARD_INDEX
     if index.is_file():
         try:
-            wanted = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
+            wanted = dict(reading.document(index)["weight_map"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"`{index}` is no index of shards: {error!r}", "download the checkpoint again") from None
         absent = sorted({file for file in wanted.values() if not (folder / file).is_file()})
         if absent:
@@ -77,6 +79,21 @@ def check_checkpoint(folder: Path) -> None:
             f"no tokenizer in `{folder}` (none of {', '.join(TOKENIZER_FILES)})",
             "copy the tokenizer's files of the model it came from beside the weights",
         )
+    check_tokenizer(folder)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """A `tokenizer.json` is one that its library reads. Raises UserError."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_str(reading.text(file, TOKENIZER_BYTES))
+    except Exception as error:  # the library raises nothing more precise
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"`{file}` is no tokenizer: {said}", "download the checkpoint again") from None
 
 
 def pin_problems(run: RunDir, recipe: Recipe, path: Path | None) -> None:

@@ -19,6 +19,9 @@ from astracli.config.recipe import Recipe
 from astracli.data.prompts import PromptSource
 from astracli.engines.client import EngineClient
 from astracli.engines.sglang.client import SglangClient
+from astracli.envs import registry as envs
+from astracli.envs.contract import EnvSetup
+from astracli.envs.time_limit import LoopWatch
 from astracli.hub.client import AsyncHubClient
 from astracli.hub.store import HubStore
 from astracli.process.config import EngineAddress, RolloutConfig
@@ -27,7 +30,7 @@ from astracli.rewards.reward import Grade, GradeItem
 from astracli.rl.schedule import sample_seed
 from astracli.rl.types import Group, unpack_group
 from astracli.rollout.engine_worker import EngineWorker
-from astracli.rollout.worker import Rollout
+from astracli.rollout.worker import PromptTokens, Rollout
 
 LENGTH = 20
 
@@ -112,7 +115,12 @@ class World:
                 )
             self.workers = workers
             source = PromptSource(config.recipe.data, 5)
-            worker = Rollout(config, Reporter(config), hub, workers, source, Tokenizer(), Grader())
+            tokenizer = Tokenizer()
+            env = envs.find(config.recipe.rollout.env)(
+                EnvSetup(config.recipe, tokenizer, lambda problem: Grader(), PromptTokens(tokenizer, source))
+            )
+            stack.enter_context(LoopWatch(config.recipe.rollout.env_timeout_s))
+            worker = Rollout(config, Reporter(config), hub, workers, source, env)
 
             async def act() -> None:
                 if scenario is not None:

@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def _published(tmp_path: Path) -> Iterator[tuple[Publisher, Subscriber]]:
+def published(tmp_path: Path) -> Iterator[tuple[Publisher, Subscriber]]:
     """A publisher, and a subscriber that fetches from it over HTTP into the stage directory."""
     publisher = Publisher(tmp_path / "weights", full_interval=100)
     server = ServerThread(Starlette(routes=[Mount("/weights", weights_app(tmp_path / "weights"))]), bind()).start()
@@ -51,7 +51,7 @@ def _wire(model: Any) -> dict[str, torch.Tensor]:
 
 async def _update(client: EngineClient, tmp_path: Path, version: int, weights: dict[str, torch.Tensor]) -> UpdateReply:
     """Publish, stage and apply a full version."""
-    with _published(tmp_path) as (publisher, subscriber):
+    with published(tmp_path) as (publisher, subscriber):
         publisher.publish(version, weights)
         assert subscriber.fetch(version).kind == "full"
         return await client.apply_staged(version)
@@ -147,7 +147,7 @@ def test_staged_deltas_are_applied_and_checked(checkpoint: Path, tmp_path: Path)
                 parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
 
     async def scenario(client: EngineClient) -> None:
-        with _published(tmp_path) as (publisher, subscriber):
+        with published(tmp_path) as (publisher, subscriber):
             publisher.publish(0, _wire(model))
             for version in (1, 2):
                 train(version)
@@ -200,7 +200,7 @@ def test_parameters_are_read_back_after_an_update_and_others_than_the_trainers_s
             weights.parameters["model.norm.weight"].view(-1)[3] += 1e-6
 
     async def scenario(client: EngineClient) -> None:
-        with _published(tmp_path) as (publisher, subscriber):
+        with published(tmp_path) as (publisher, subscriber):
             publisher.publish(0, _wire(model))
             for version in (1, 2, 3):
                 with torch.no_grad():

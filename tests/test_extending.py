@@ -19,7 +19,7 @@ def test_quoted_files_are_the_examples() -> None:
 def test_every_example_is_quoted_and_its_name_is_how_a_recipe_calls_it() -> None:
     """The entry point's name stands on the page, and its group in the table of what can be added."""
     packages = sorted(PLUGINS.glob("*/pyproject.toml"))
-    assert len(packages) == 5
+    assert len(packages) == 6
     for package in packages:
         points = tomllib.loads(package.read_text(encoding="utf-8"))["project"]["entry-points"]
         ((group, names),) = points.items()

@@ -1,4 +1,4 @@
-"""A stranger's adapter, algorithm, engine, reward, sink: wheels of `examples/plugins`, installed, used by one run."""
+"""A stranger's packages, one of each kind: wheels of `examples/plugins`, installed, used together by one run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from astracli.runs import metrics
 
 ROOT = Path(__file__).parents[1]
-KINDS = ("adapter", "algorithm", "engine", "reward", "sink")
+KINDS = ("adapter", "algorithm", "engine", "env", "reward", "sink")
 STEPS = 3
 
 
@@ -68,7 +69,7 @@ def mistral(path: Path) -> Path:
 def test_one_run_with_all_of_them(site: Path, tmp_path: Path) -> None:
     model, run = mistral(tmp_path / "model"), tmp_path / "run"
     small = sets(
-        f"model.path={model}", "rollout.engine=plain", "data.reward=digits",
+        f"model.path={model}", "rollout.engine=plain", "rollout.env=second_try", "data.reward=digits",
         "algorithm.name=rloo", "algorithm.rloo.weight_cap=1.5",
         'metrics.sinks=["curve"]', f"train.steps={STEPS}", "train.batch_groups=4", "train.minibatches=2",
         "train.learning_rate=0.01", "eval.every=0", "eval.benchmarks=[]", "checkpoint.every=0",
@@ -90,11 +91,16 @@ def test_one_run_with_all_of_them(site: Path, tmp_path: Path) -> None:
     # the sink
     curve = [(int(step), float(mean)) for step, mean in csv.reader((run / "curve.csv").open())]
     assert curve == [(record["step"], record["reward_mean"]) for record in trained]
-    # the reward, and the advantage of the algorithm
+    # the environment: two turns with a token between that is not trained; the reward, of the second turn; and the
+    # advantage of the algorithm
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     groups = defaultdict(list)
     for file in (run / "samples").iterdir():
         for row in map(json.loads, file.read_text().splitlines()):
-            text = row["completion"]
+            told = row["loss_mask"].index(0)
+            assert row["tokens"][told] == tokenizer.token_to_id("=") and row["loss_mask"].count(0) == 1
+            assert 1 <= told <= 8 and row["logprobs"][told] is None
+            text = tokenizer.decode(row["tokens"][told + 1 :])
             assert row["reward"] == pytest.approx(sum(map(str.isdigit, text)) / max(1, len(text)), abs=1e-6)
             groups[row["step"], row["problem_id"]].append((row["reward"], row["advantage"]))
     assert len(groups) == 4 * STEPS and all(len(rows) == 8 for rows in groups.values())
@@ -109,7 +115,7 @@ def test_no_file_of_the_package_knows_them() -> None:
     sources = [*(ROOT / "astracli").rglob("*.py"), *(ROOT / "adapters").rglob("*.py"), *(ROOT / "recipes").rglob("*")]
     said = "\n".join(file.read_text(encoding="utf-8") for file in sources if file.suffix in (".py", ".toml")).lower()
     assert len(sources) > 100
-    for word in ("mistral", "rloo", "astra_plain", "astra_digits", "astra_curve"):
+    for word in ("mistral", "rloo", "astra_plain", "astra_digits", "astra_curve", "second_try"):
         assert word not in said
 
 

@@ -21,6 +21,7 @@ ORDER = (
     "backends",
     "engines",
     "hub",
+    "envs",
     "rewards",
     "rl",
     "weights",

@@ -68,7 +68,7 @@ def test_batch_reason() -> None:
     assert batch_reason(**common, ready=5, due=0, dropped_in_a_row=0) == "groups for step 7: 5 of 8, 3 in flight"
     assert batch_reason(**common, ready=5, due=0, dropped_in_a_row=40).endswith("; 40 in a row dropped for no signal")
     tired = batch_reason(**common, ready=5, due=0, dropped_in_a_row=0, skipped_in_a_row=9)
-    assert tired == "groups for step 7: 5 of 8, 3 in flight; 9 prompts in a row too long"
+    assert tired == "groups for step 7: 5 of 8, 3 in flight; 9 prompts in a row skipped"
     assert batch_reason(**common, ready=8, due=1, dropped_in_a_row=0) == (
         "1 group in flight that step 7 must take or none can"
     )

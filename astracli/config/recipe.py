@@ -114,6 +114,12 @@ class RolloutTable(Table):
     engine: str = "auto"
     """The name of an installed engine, or `auto`: the one that serves by itself on the run's device. What only one
     engine knows stands in its own table, `[rollout.NAME]`."""
+    env: str = Field(default="single_turn", min_length=1)
+    """How a prompt becomes an episode: `single_turn` (one completion), a name from the entry-point group `astra.envs`,
+    or `pkg.mod:Class`."""
+    env_timeout_s: PositiveFloat = 60.0
+    """Seconds that an environment's own code may take between two calls of the engine or the grader; then its episode
+    ends and counts as failed."""
     group_size: int = Field(default=8, gt=0, le=4096)
     """Samples per prompt."""
     temperature: float = Field(default=1.0, gt=0.0, le=100.0)
@@ -121,8 +127,9 @@ class RolloutTable(Table):
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Below 1 the draws are not the policy's: that biases the gradient, and is warned of."""
     max_new_tokens: Tokens = 4000
+    """Most tokens behind the prompt, in an episode of several turns all of them together."""
     context_length: Tokens = 8192
-    """Prompt and completion together, tokens."""
+    """Prompt and completion together, tokens; the whole of an episode of several turns."""
     max_running_requests: Requests | Literal["auto"] = "auto"
     """Sequences that one engine decodes at once. Hybrids hold a state cache per sequence beside the KV cache. `auto`:
     as many as fit its GPU, at most what `running_ceiling` says, 32 on a CPU; the plan says how many and why."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -19,7 +17,7 @@ from astracli.evaluation.benchmark import EvalSample, Result, full_figures, scor
 from astracli.hub.types import Evaluation
 from astracli.rewards.reward import Grade
 from astracli.rl.sample_log import sample_line
-from astracli.runs import metrics
+from astracli.runs import metrics, tables
 from astracli.runs.run_dir import write_atomic
 
 CSV_COLUMNS = ("step", "version", "benchmark", "items", "n", "avg_at_n", "stderr", "k", "pass_at_k", "due_step")
@@ -100,7 +98,7 @@ def write_results(folder: Path, when: Evaluation, results: Sequence[Result]) -> 
 def forget_after(folder: Path, step: int) -> None:
     """A run goes on from a checkpoint of `step`: later steps' evaluations, finished or not, are of other weights."""
     if (folder / "eval.csv").exists():
-        kept = [row for row in _rows(folder / "eval.csv") if int(row["step"]) <= step]
+        kept = [row for row in tables.read(folder / "eval.csv") if int(row["step"]) <= step]
         _write_rows(folder / "eval.csv", CSV_COLUMNS, kept)
     for path in [*(folder / "items").glob("step_*.jsonl"), *(folder / "partial").glob("step_*")]:
         if int(path.name.split("_")[1].removesuffix(".jsonl")) > step:
@@ -129,7 +127,7 @@ def item_line(step: int, version: int, benchmark: str, sample: EvalSample) -> di
 
 def update_csv(path: Path, when: Evaluation, results: Sequence[Result]) -> None:
     """Put one evaluation's rows into the table, in the order of steps; rows of the same step make room."""
-    rows = [row for row in _rows(path) if int(row["step"]) != when.step] if path.exists() else []
+    rows = [row for row in tables.read(path) if int(row["step"]) != when.step] if path.exists() else []
     scores = [(result.benchmark, result.score) for result in results]
     if scores:
         scores.append((metrics.OVERALL, passk.overall([score for _, score in scores])))
@@ -139,17 +137,8 @@ def update_csv(path: Path, when: Evaluation, results: Sequence[Result]) -> None:
     _write_rows(path, CSV_COLUMNS, sorted(rows, key=lambda row: int(row["step"])))
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def _write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
-    text = io.StringIO()
-    table = csv.DictWriter(text, columns, lineterminator="\n")
-    table.writeheader()
-    table.writerows([{k: f"{v:.6f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows])
-    write_atomic(path, text.getvalue(), sync=True)
+    write_atomic(path, tables.text_of(columns, rows), sync=True)
 
 
 def figures(results: Sequence[Result]) -> dict[str, dict[str, Any]]:

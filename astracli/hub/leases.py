@@ -146,7 +146,7 @@ class LeaseBook:
             "place": place,
             "reward_mean": float(rewards.mean()) if len(rewards) else 0.0,
             "samples": len(group.samples),
-            "tokens": sum(len(s.tokens) for s in group.samples),
+            "tokens": sum(s.drawn for s in group.samples),
             "timeouts": sum(s.verdict == "timeout" for s in group.samples),
         }
         with self._db.transaction() as sql:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from astracli.config import reading
 from astracli.config.recipe import Recipe
+from astracli.envs import registry as envs
 from astracli.errors import UserError
 from astracli.models.adapter import SHARD_INDEX
 from astracli.models.adapter_tools import checkpoint_tensors
@@ -40,7 +41,8 @@ class Inputs:
 
 
 def check_setting(recipe: Recipe, *, rewards: bool) -> None:
-    """Everything that the recipe names on this machine. `rewards`: the command grades with `data.reward`."""
+    """Everything that the recipe names on this machine. `rewards`: the command draws episodes, and grades them with
+    `data.reward`."""
     ports.bind(recipe.launch.host).close()
     metrics.find_sinks(recipe.metrics.sinks)
     python = recipe.resources.engine.python
@@ -53,6 +55,7 @@ def check_setting(recipe: Recipe, *, rewards: bool) -> None:
         from astracli.rewards.reward import validate_reward
 
         validate_reward(recipe.data.reward)
+        envs.validate(recipe.rollout.env)
 
 
 def check_checkpoint(folder: Path) -> None:

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from astracli.errors import RunFailed, refused_by_system
 from astracli.launch import configs, hub, recipe_changes, summary
 from astracli.launch.configs import RunContext
 from astracli.launch.launcher import Launcher
 from astracli.launch.local import LocalLauncher
+from astracli.launch.place import Place
 from astracli.launch.restarts import Resumes, Start
 from astracli.launch.supervise import Supervisor
 from astracli.launch.watch import Watch, unharmed
@@ -65,13 +67,24 @@ class Job:
         except KeyboardInterrupt:
             state, code, cause = "interrupted", 130, "interrupted"
         except Exception as error:
-            cause = str(error).partition("\n")[0]
+            named = refused_by_system(error)  # after the start it is no bad input, whatever the path
+            cause = str(named or error).partition("\n")[0]
+            if named is not None:
+                raise RunFailed(named.message, named.hint) from error
             raise
         finally:
-            run.end(state, exit_code=code, cause=cause)
-            if self.summary:
-                self._record(state)
+            self._end(state, code, cause)
         return code
+
+    def _end(self, state: State, code: int, cause: str | None) -> None:
+        """Record how it ended, as far as the disk takes it: the cause is said in any case."""
+        run = self.context.run_dir
+        shutil.rmtree(run.stage, ignore_errors=True)  # what nobody needs any more makes room on a full disk
+        with unharmed(f"`{run.status_json}` does not say how the run ended"):
+            run.end(state, exit_code=code, cause=cause)
+        if self.summary:
+            with unharmed("no summary.json"):
+                self._record(state)
 
     def _record(self, state: State) -> None:
         """summary.json, then the page of the run, and its place in the summary."""
@@ -92,7 +105,8 @@ class Job:
         with signals() as interrupted, hub.serving(context, lambda body: supervisor.on_status(body)) as (store, server):
             processes = configs.build(context, server.url)
             launcher = LocalLauncher(run.lock_fd)
-            watch = Watch(run, context.recipe.train.steps if context.training else None, store, sinks)
+            place = Place(run)
+            watch = Watch(run, context.recipe.train.steps if context.training else None, store, sinks, place)
             supervisor = Supervisor(
                 processes,
                 launcher,
@@ -108,10 +122,18 @@ class Job:
             )
             try:
                 return supervisor.run()
+            except Exception as error:
+                # a process that misses its files ends first, and of something else
+                if (fault := place.fault()) is not None:
+                    raise fault from error
+                raise
             finally:
-                watch.close(supervisor)
-                with unharmed("no summary table"):
-                    self._sum_up(supervisor, store, launcher, watch.evaluations_s)
+                if place.fault() is None:
+                    watch.close(supervisor)
+                    with unharmed("no summary table"):
+                        self._sum_up(supervisor, store, launcher, watch.evaluations_s)
+                else:
+                    watch.give_terminal_back()
 
     def _resumes(self, store: HubStore, hub_url: str) -> Resumes | None:
         """How the run goes on when its trainer ends of what may pass; None when it does not, because the recipe says so

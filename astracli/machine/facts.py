@@ -1,7 +1,7 @@
-"""What a machine has, as typed objects that do not change: system, Python, packages, GPUs, what a recipe needs.
+"""The facts of a machine as frozen, typed objects: system, Python, packages, GPUs, and what a recipe needs of it.
 
-Everything that decides something (backend, plan, doctor) works on a `Machine`, so one that was recorded elsewhere as a
-JSON document (`documents.py`) is as good as this one (`read.py`).
+Backends, plan and doctor decide by a `Machine` alone. It may be this machine (`read.py`) or one that was recorded
+elsewhere as a JSON document (`documents.py`).
 """
 
 from __future__ import annotations
@@ -69,19 +69,19 @@ class Package(_Part):
     """From the package's metadata; None = not installed under its name."""
     module: str
     importable_spec: bool
-    """An import system finder knows the module. Not enough by itself: a namespace stub passes."""
+    """Whether Python's import system finds the module. An empty folder is found too: see `usable`."""
     origin: str | None
-    """File that the import would run; None = there is none, so nothing can be imported from it."""
+    """The file that an import would run; None = there is no such file, so the module is empty."""
     models: tuple[str, ...] | None = None
-    """Model types of the installed adapters that the package has a file for; None = not looked at."""
+    """Which of the adapters' model types the package has code for; None = not checked."""
     compiled: tuple[str, ...] | None = None
-    """Compiled kernels that are looked for in it (`packages.COMPILED`) and are there; None = not looked at."""
+    """Which of the compiled kernels in `packages.COMPILED` it has; None = not checked."""
     pins: dict[str, Pin] = {}
     """Its exact requirements (`name==version`), without extras."""
 
     @property
     def usable(self) -> bool:
-        """It can really be imported: it has a file to run, not only a namespace folder."""
+        """Whether it can really be imported: there is a file to run."""
         return self.importable_spec and self.origin is not None
 
 
@@ -101,7 +101,7 @@ class Gpu(_Part):
     memory_free: int | None
     driver: str
     processes: tuple[GpuProcess, ...] = ()
-    """Those that nvidia-smi sees: in a container often none, although memory is taken."""
+    """As nvidia-smi lists them. In a container it often lists none although memory is in use."""
 
     @property
     def capability(self) -> Capability:
@@ -113,7 +113,7 @@ class Compilers(_Part):
     cc: str | None
     nvcc: str | None
     cccl: str | None = None
-    """Folder of the CUDA C++ core headers (`cuda/std`) that belongs to nvcc."""
+    """Folder of the CUDA C++ core headers (`cuda/std`) of this nvcc."""
 
 
 class Environment(_Part):
@@ -121,7 +121,7 @@ class Environment(_Part):
 
     executable: str
     error: str | None = None
-    """Why it gave no answer."""
+    """Why its packages could not be listed."""
     version: str | None = None
     libc: str | None = None
     packages: dict[str, Package] = {}
@@ -136,14 +136,14 @@ class Tensor(_Part):
 
 class CheckpointFacts(_Part):
     path: str
-    """model.path of the recipe that was asked for."""
+    """The recipe's model.path."""
     place: str | None
     """Directory on this machine; None = not here."""
     problem: str | None = None
     """Why the path, config.json or a file header cannot be read."""
     config: dict[str, Any] | None = None
     missing_files: tuple[str, ...] = ()
-    """Shards that the index names and the directory lacks."""
+    """Shards that the index lists and the directory does not have."""
     tensors: dict[str, Tensor] = {}
     tokenizer: tuple[str, ...] = ()
     """Tokenizer files that are there."""
@@ -164,23 +164,23 @@ class Network(_Part):
     hosts: dict[str, str | None]
     """Address that a run listens on -> why it cannot be bound; None = it can."""
     ports: tuple[int, int] | None
-    """First and last port that the system gives out."""
+    """First and last port that the system assigns by itself."""
     hub: str
     hub_error: str | None = None
     """Why the Hub cannot be reached."""
     hub_asked: bool = False
-    """False = not tried: nothing needs it, or HF_HUB_OFFLINE is set."""
+    """Whether the Hub was contacted; False when nothing needs it or HF_HUB_OFFLINE is set."""
 
 
 class RunLeft(_Part):
-    """A run whose supervisor is gone although it never ended."""
+    """A run that did not end, but whose supervisor is gone."""
 
     path: str
     step: int
     bytes: int
-    """Of weights and staged payloads that only a running run needs."""
+    """Size of the weights and staged payloads that only a live run needs."""
     processes: dict[str, str] = {}
-    """Processes of it that still run: id -> module."""
+    """Its processes that are still alive: process id -> module."""
 
 
 class Machine(_Part):
@@ -208,7 +208,7 @@ class Machine(_Part):
         return self.model_dump(mode="json")
 
     def package(self, name: str) -> Package:
-        """One that the document does not name is not installed."""
+        """A package of the document; one that is not in it counts as not installed."""
         return self.packages.get(name) or Package(version=None, module=name, importable_spec=False, origin=None)
 
     def usable(self, name: str) -> bool:
@@ -221,7 +221,7 @@ class Machine(_Part):
 
     @property
     def visible_gpus(self) -> list[Gpu]:
-        """The GPUs that CUDA_VISIBLE_DEVICES leaves, in its order; entries are indexes or uuid prefixes."""
+        """The GPUs that CUDA_VISIBLE_DEVICES selects, in its order. Its entries are indexes or prefixes of a uuid."""
         chosen = self.env.get("CUDA_VISIBLE_DEVICES")
         if chosen is None:
             return list(self.gpus)
@@ -237,16 +237,17 @@ class Machine(_Part):
 
     @property
     def gpu_sizes(self) -> dict[int, int]:
-        """Bytes of every visible GPU that says its size."""
+        """Index -> bytes of memory, of the visible GPUs whose size is known."""
         return {gpu.index: gpu.memory_total for gpu in self.visible_gpus if gpu.memory_total}
 
     @property
     def capability(self) -> Capability | None:
-        """The lowest of the visible GPUs; None without any."""
+        """The lowest compute capability among the visible GPUs; None without a GPU."""
         return min((gpu.capability for gpu in self.visible_gpus), default=None)
 
     def as_engine(self, foreign: bool) -> Machine | None:
-        """The machine as the engine's interpreter has it; None when that is another one and nothing is known of it."""
+        """This machine with the packages of the engine's interpreter; None when they are not known. `foreign`: the
+        engine has an interpreter of its own."""
         if not foreign:
             return self
         if self.engine is None or self.engine.error is not None:

@@ -1,4 +1,4 @@
-"""What is found wanting of a machine: problems, which stop a plan, and checks, the lines of `astra doctor`."""
+"""Problems of a machine, which may stop a plan, and checks, which are the lines of `astra doctor`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class PlanProblem:
     message: str
     hint: str | None
     blocking: bool = True
-    """False = the run mends it by itself (a download)."""
+    """False when the run solves it by itself, for example by a download."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Check:
     value: str
     """What was found."""
     why: str = ""
-    """Why it matters, one line; empty when all is well and there is nothing to say."""
+    """Why it matters, in one line; empty when all is well."""
     fix: str = ""
-    """The next command or setting."""
+    """What to do: a command or a setting."""
 
 
 class Flaw(NamedTuple):
-    """What is wrong with a package; the fields of a `Check`."""
+    """What is wrong with a package, as fields of a `Check`."""
 
     value: str
     why: str
@@ -45,7 +45,7 @@ class Flaw(NamedTuple):
 
 
 def flaw(facts: Machine, name: str) -> Flaw | None:
-    """Of a package that looks installed and cannot be imported; None when it does not lie."""
+    """What is wrong with a package that looks installed but cannot be imported; None for any other package."""
     package = facts.package(name)
     if package.importable_spec and not package.origin:
         why = "a namespace stub, a folder without a module: `import` succeeds and finds nothing in it"

@@ -17,12 +17,12 @@ TORCH_PROCESS = 340 * 2**20
 CUDA_CONTEXT = 2**30
 """Context, kernels, cuBLAS workspaces and rounding of the allocator, for each process and GPU (estimated)."""
 MARGIN = 0.5
-"""How much of a GPU a plan leaves free, as a part of what is estimated there. In the runs of docs/benchmarks.md, all on
-one kind of GPU, peaks exceeded their plans by at most a fifth of what is estimated."""
+"""Memory that a plan leaves free on a GPU, as a share of the estimated rows there. In the runs of docs/benchmarks.md,
+all on one kind of GPU, no peak exceeded its plan by more than a fifth of these rows."""
 
 
 class Component(Enum):
-    """What a row holds. Its value is for people (`plan/view.py`), with blanks for its counts; no code reads it."""
+    """What a row counts. Code compares members; their values are texts for people (see `plan/view.py`)."""
 
     PROCESS = "process"
     CUDA_CONTEXT = "CUDA context"
@@ -54,7 +54,7 @@ class Component(Enum):
     PUBLISHED = "published weights, last version and the next"
     FIRST_PUBLISHED = "published weights, the first version"
     CACHE_HOLES = "holes of torch's cache"
-    """There at the fullest moment; torch gives them back where memory is short."""
+    """Part of the peak; torch releases them where memory is short."""
     LOADING = "checkpoint while loading (fp32), over these"
     CHECKPOINT_COPY = "copy of a checkpoint that is being written"
     # on disk
@@ -72,17 +72,17 @@ class MemoryRow:
     bytes: int
     basis: Basis = "counted"
     fixed: bool = True
-    """Needed from the start; False = grows with load, and the engine or trainer can live with less."""
+    """Needed from the start. False when it grows with load and the process also works with less."""
     away: bool = False
-    """Not there while another process uses the GPU (time sharing)."""
+    """Released while another process uses the GPU (time sharing)."""
     offloaded: bool = False
-    """Host memory for what is away meanwhile."""
+    """Host memory for what was released from the GPU."""
     counts: tuple[int, ...] = ()
-    """For the blanks in the words of its component."""
+    """Filled into the value of the component."""
 
 
 def safe(estimated: int) -> int:
-    """Estimated bytes with their margin."""
+    """Estimated bytes plus their margin."""
     return estimated + int(MARGIN * estimated)
 
 

@@ -1,4 +1,4 @@
-"""Which packages an interpreter has, as plain JSON values.
+"""The packages of an interpreter, as plain JSON values.
 
 The standard library only: the source of this file also runs in the engine's own interpreter (`doctor/gather.py`), which
 has neither astracli nor psutil.
@@ -45,8 +45,8 @@ COMPILED = {"sgl_kernel": ("flash_ops",)}
 
 
 def describe(families: list[str] | None = None) -> dict[str, Any]:
-    """`{"packages", "torch_cuda"}` of this interpreter. `families`: model types to look for in `MODEL_FILES`, and with
-    them SGLang's exact requirements; None = neither is looked at."""
+    """`{"packages", "torch_cuda"}` of this interpreter. With `families`, model types, it also says which of them the
+    packages in `MODEL_FILES` have code for, and what SGLang pins."""
     packages = {name: package(name, module) for name, module in PACKAGES.items()}
     if families is not None:
         for name, folder in MODEL_FILES.items():
@@ -63,7 +63,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _origin(module: str) -> tuple[bool, Path | None]:
-    """(an import system finder knows it, the file that an import would run); it is found, never imported."""
+    """(whether Python finds the module, the file that an import would run). Nothing is imported."""
     try:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):
@@ -73,7 +73,7 @@ def _origin(module: str) -> tuple[bool, Path | None]:
 
 
 def package(name: str, module: str) -> dict[str, Any]:
-    """Version from metadata, and where the module would come from."""
+    """The version by its metadata, and where the module would be imported from."""
     known, origin = _origin(module)
     found: dict[str, Any] = {"version": _version(name), "module": module, "importable_spec": known}
     if module in COMPILED and origin is not None:
@@ -82,7 +82,7 @@ def package(name: str, module: str) -> dict[str, Any]:
 
 
 def exact_pins(name: str) -> dict[str, dict[str, str | None]]:
-    """The `other==version` requirements of a distribution, extras left out, and what is installed of each."""
+    """The `other==version` requirements of a distribution, without those of extras, each with the installed version."""
     lines = (metadata.requires(name) if _version(name) is not None else None) or []
     found: dict[str, dict[str, str | None]] = {}
     for line in lines:
@@ -93,7 +93,7 @@ def exact_pins(name: str) -> dict[str, dict[str, str | None]]:
 
 
 def model_files(module: str, folder: str, names: list[str]) -> list[str] | None:
-    """Those of `names` that a package has `folder/NAME` or `folder/NAME.py` for; None without the package."""
+    """The `names` for which a package has `folder/NAME` or `folder/NAME.py`; None when the package is missing."""
     _, origin = _origin(module)
     if origin is None:
         return None
@@ -102,7 +102,7 @@ def model_files(module: str, folder: str, names: list[str]) -> list[str] | None:
 
 
 def torch_cuda() -> str | None:
-    """CUDA version that torch was built for, from torch/version.py read as text."""
+    """The CUDA version that torch was built for, read from the text of torch/version.py."""
     _, origin = _origin("torch")
     try:
         text = (origin.parent / "version.py").read_text() if origin is not None else ""

@@ -1,6 +1,6 @@
 """The facts of this machine: `probe` asks the operating system, cgroups, package metadata and `nvidia-smi`.
 
-It never imports torch, and asks nothing that a recipe needs: that is `doctor/gather.py`.
+It never imports torch. What a recipe needs of the machine is looked up by `doctor/gather.py`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ENVIRONMENT = (
 
 
 def probe(families: list[str] | None = None) -> Machine:
-    """This machine; well under half a second unless `nvidia-smi` is slow. `families`: see `packages.describe`."""
+    """Reads this machine, in under half a second unless `nvidia-smi` is slow. `families`: see `packages.describe`."""
     found, gpu_error = gpus()
     return Machine(
         system=system(),
@@ -55,7 +55,7 @@ def compilers() -> Compilers:
 
 
 def gpus(timeout_s: float = 10.0) -> tuple[list[Gpu], str | None]:
-    """(GPUs, why there is no answer although `nvidia-smi` is there)"""
+    """(GPUs, error). The error says why `nvidia-smi` is installed but did not answer."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return [], None
@@ -77,7 +77,7 @@ def _query(command: str, what: str, timeout_s: float) -> subprocess.CompletedPro
 
 
 def parse_processes(text: str) -> list[tuple[str, GpuProcess]]:
-    """(GPU uuid, process) of each line; a name may hold commas, so uuid, id and memory are taken from the ends."""
+    """(GPU uuid, process) of each line. A name may contain commas, so the other fields are read from both ends."""
     found = []
     for line in text.splitlines():
         parts = [part.strip() for part in line.split(",")]
@@ -88,7 +88,7 @@ def parse_processes(text: str) -> list[tuple[str, GpuProcess]]:
 
 
 def parse_gpus(text: str, processes: str = "") -> list[Gpu]:
-    """The CSV answer of nvidia-smi to `GPU_QUERY`, and the one that names processes."""
+    """GPUs from the CSV that nvidia-smi prints for `GPU_QUERY` and, in `processes`, for its compute processes."""
     held = parse_processes(processes)
     return [
         Gpu(
@@ -108,12 +108,12 @@ def parse_gpus(text: str, processes: str = "") -> list[Gpu]:
 
 
 def _mib(value: str) -> int | None:
-    """Bytes; None for `[N/A]`, which stands where memory is shared with the host."""
+    """MiB to bytes; None for `[N/A]`, which nvidia-smi prints where GPU and host share their memory."""
     return int(value) * 2**20 if value.isdigit() else None
 
 
 def system() -> System:
-    """Sizes in bytes, after this process's cgroup and affinity."""
+    """The operating system's limits for this process: its cgroup and CPU affinity count. Sizes in bytes."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -157,7 +157,7 @@ def _cpu_model() -> str:
 
 
 def _membership() -> str:
-    """This process's path in the cgroup v2 tree: `/` inside most containers."""
+    """This process's path in the cgroup v2 tree; `/` in most containers."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -166,7 +166,9 @@ def _membership() -> str:
 
 
 def cgroup_limits(root: Path, membership: str) -> tuple[int | None, int | None, float | None]:
-    """(memory limit, memory in use there, CPU quota in cores) of a cgroup and its parents; v2, or v1 at the root."""
+    """(memory limit, memory used under that limit, CPU quota in cores): the tightest of a cgroup and its parents.
+
+    Reads cgroup v2, else v1 at the root."""
     memory, used, cores = None, None, None
     group = root / membership.lstrip("/")
     for folder in [group, *group.parents]:

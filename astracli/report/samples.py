@@ -93,11 +93,16 @@ def columns(rows: Sequence[Row], total: int, decode: Decode | None) -> dict[str,
         found[column] = [_place(texts, row.get(column)) for row in rows]
     found["completion"] = [_place(texts, row["completion"]) if decode is None else None for row in rows]
     found["tokens"] = [[_place(words, t) for t in _clipped(row.get("tokens") or [])] for row in rows]
-    found["logprobs"] = [[round(-100 * min(p, 0.0)) for p in _clipped(row.get("logprobs") or [])] for row in rows]
+    found["logprobs"] = [[_hundredths(p) for p in _clipped(row.get("logprobs") or [])] for row in rows]
     found["cut"] = [max(0, length - HEAD_TOKENS - TAIL_TOKENS) for length in found["length"]]
     found["texts"] = list(texts)
     found["vocabulary"] = [decode(token) if decode else f"{token} " for token in words]
     return found
+
+
+def _hundredths(logprob: float | None) -> int | None:
+    """None: a token that the policy did not draw."""
+    return None if logprob is None else round(-100 * min(logprob, 0.0))
 
 
 def _place(table: dict[Any, int], value: Any) -> int:

@@ -9,12 +9,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from astracli.process.console import plain_values
 from astracli.report.live import duration, evaluated, stderr_console
 
 
 def print_summary(summary: Mapping[str, Any], console: Console | None = None) -> None:
     """The summary table: benchmarks first and last, expected figures, time, weights, parity, memory, places."""
-    console = console or stderr_console()
+    console, summary = console or stderr_console(), plain_values(summary)
     if summary["benchmarks"]:
         console.print(benchmark_table(summary))
     for key, words in summary_rows(summary):

@@ -5,7 +5,10 @@ Order of division: batch -> minibatches (one optimizer step each, whole samples,
 `training/packing.py`). Every rank computes the whole division from the same groups and takes its share. A rank that has
 fewer micro-batches than another gets empty ones, so that collectives match.
 
-Shape letters: P prompt tokens, T completion tokens, B rows of a micro-batch (samples of a batch where advantages are
+Only tokens that the policy drew are loss tokens (`loss_mask`); the others of a row are seen by attention and have a
+position, and that is all.
+
+Shape letters: P prompt tokens, T tokens behind it, B rows of a micro-batch (samples of a batch where advantages are
 meant), L its padded length, N its loss tokens, S samples of a group.
 """
 
@@ -53,19 +56,24 @@ class Row:
         return np.concatenate([self.group.prompt_tokens, self.sample.tokens]).astype(np.int32)
 
     @cached_property
+    def predict(self) -> np.ndarray:
+        """int64 [N]: the place in the row before each loss token, whose hidden state predicts it"""
+        return np.flatnonzero(self.sample.loss_mask) + (self.prompt_length - 1)
+
+    @cached_property
     def logprobs(self) -> np.ndarray:
-        """float32 [T]: the behaviour policy's"""
+        """float32 [N]: the behaviour policy's"""
         return self.sample.logprobs
 
     @cached_property
     def versions(self) -> np.ndarray:
-        """int32 [T]"""
+        """int32 [N]"""
         return self.sample.versions
 
 
 @dataclass
 class MicroBatch:
-    """Right-padded rows, or one packed row. Its loss tokens, flat, are those of the rows' completions."""
+    """Right-padded rows, or one packed row. Its loss tokens, flat, are those of the rows."""
 
     rows: list[Row]
     """Empty in a micro-batch that only keeps ranks in step."""
@@ -173,11 +181,13 @@ def batch_normalise(advantages_B: np.ndarray, counts_B: np.ndarray) -> np.ndarra
 
 
 def rows_of(groups: Sequence[Group], algorithm: AlgorithmTable, rollout: RolloutTable) -> list[Row]:
-    """Every sample with at least one token, with its advantage.
+    """Every sample with at least one drawn token, with its advantage.
 
-    Samples without tokens count in their group's mean and spread (their reward is real), but train nothing.
+    Samples without drawn tokens count in their group's mean and spread (their reward is real), but train nothing.
+    Overlong shaping looks at all tokens behind the prompt, which fill the room; advantages at the drawn ones.
     """
-    lengths = [np.array([len(s.tokens) for s in g.samples]) for g in groups]
+    drawn = [np.array([s.drawn for s in g.samples]) for g in groups]
+    lengths = [np.array([sum(len(seg.tokens) for seg in s.segments) for s in g.samples]) for g in groups]
     overlong = (algorithm.overlong_fraction, algorithm.overlong_penalty)
     penalties = [
         overlong_penalties(lengths_S, rollout.completion_room(len(g.prompt_tokens)), *overlong)
@@ -185,17 +195,17 @@ def rows_of(groups: Sequence[Group], algorithm: AlgorithmTable, rollout: Rollout
     ]
     chosen = losses.get(algorithm.name)
     per_group = [
-        chosen.advantage(g.rewards - penalty_S, lengths_S, algorithm.own)
-        for g, penalty_S, lengths_S in zip(groups, penalties, lengths, strict=True)
+        chosen.advantage(g.rewards - penalty_S, drawn_S, algorithm.own)
+        for g, penalty_S, drawn_S in zip(groups, penalties, drawn, strict=True)
     ]
     if algorithm.batch_norm_advantage and groups:
-        counts_B = np.concatenate([chosen.normaliser.count(lengths_S) for lengths_S in lengths])
+        counts_B = np.concatenate([chosen.normaliser.count(drawn_S) for drawn_S in drawn])
         flat_B = batch_normalise(np.concatenate(per_group), counts_B)
         per_group = np.split(flat_B, np.cumsum([len(g.samples) for g in groups])[:-1])
     rows: list[Row] = []
     for group, advantages_S, penalty_S in zip(groups, per_group, penalties, strict=True):
         for sample, advantage, penalty in zip(group.samples, advantages_S, penalty_S, strict=True):
-            if len(sample.tokens):
+            if sample.drawn:
                 rows.append(Row(len(rows), group, sample, float(advantage), float(penalty)))
     return rows
 
@@ -240,7 +250,7 @@ def pad_rows(rows: list[Row], pad_token: int) -> MicroBatch:
     for b, row in enumerate(rows):
         tokens_BL[b, : len(row)] = row.tokens
         mask_BL[b, : len(row)] = 1
-        predict.append(np.arange(row.prompt_length, len(row), dtype=np.int64) + (b * longest - 1))
+        predict.append(row.predict + b * longest)
     return MicroBatch(rows, tokens_BL, mask_BL, np.concatenate(predict))
 
 

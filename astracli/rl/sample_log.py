@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,19 @@ def sample_line(
     verdict: Verdict,
     finish_reason: str,
     benchmark: str | None = None,
+    loss_mask: np.ndarray | None = None,
+    parts: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """The line as a JSON object; `benchmark` is there for evaluations only. `tokens` and `logprobs`: [T]."""
+    """The line as a JSON object; `benchmark` is there for evaluations only, `parts` where the score has any.
+
+    `tokens`: [T]; `logprobs`: [N], of the drawn ones. Where not all are drawn, the line has a `loss_mask`, and null as
+    the log-probability of the others.
+    """
+    known: list[float | None] = [round(float(p), 6) for p in logprobs]
+    masked = loss_mask is not None and not loss_mask.all()
+    if loss_mask is not None and masked:
+        each = iter(known)
+        known = [next(each) if drawn else None for drawn in loss_mask]
     return {
         "step": step,
         "version": version,
@@ -42,9 +54,11 @@ def sample_line(
         "sample": sample,
         "completion": completion,
         "tokens": [int(t) for t in tokens],
-        "logprobs": [round(float(p), 6) for p in logprobs],
+        "logprobs": known,
+        **({"loss_mask": [int(drawn) for drawn in loss_mask]} if loss_mask is not None and masked else {}),
         "advantage": None if advantage is None else round(advantage, 6),
         "reward": reward,
+        **({"parts": dict(parts)} if parts else {}),
         "verdict": verdict,
         "finish_reason": finish_reason,
     }
@@ -53,10 +67,10 @@ def sample_line(
 def group_line(
     group: Group, sample: Sample, *, step: int | None = None, advantage: float | None = None
 ) -> dict[str, Any]:
-    """A group's sample. `version`: of the sample's oldest token, None without tokens."""
+    """A group's sample. `version`: of the sample's oldest drawn token, None without any."""
     return sample_line(
         step=step,
-        version=min((segment.version for segment in sample.segments), default=None),
+        version=sample.oldest_version,
         problem_id=group.problem_id,
         problem=group.problem,
         answer=group.answer,
@@ -68,6 +82,8 @@ def group_line(
         reward=sample.reward,
         verdict=sample.verdict,
         finish_reason=sample.finish_reason,
+        loss_mask=sample.loss_mask,
+        parts=sample.parts,
     )
 
 

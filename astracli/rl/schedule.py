@@ -108,7 +108,7 @@ def batch_reason(
     if ready < batch_groups:
         text = f"groups for step {step}: {ready} of {batch_groups}, {in_flight} in flight"
         text += f"; {dropped_in_a_row} in a row dropped for no signal" if dropped_in_a_row else ""
-        return text + (f"; {skipped_in_a_row} prompts in a row too long" if skipped_in_a_row else "")
+        return text + (f"; {skipped_in_a_row} prompts in a row skipped" if skipped_in_a_row else "")
     return f"{count(due)} in flight that step {step} must take or none can"
 
 
@@ -117,10 +117,12 @@ def count(number: int, noun: str = "group") -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def sample_seed(seed: int, lease_id: int, index: int) -> int:
-    """Seed in [0, 2^63) of sample `index` of a group: a hash of the counters, never of the version or of time.
+def sample_seed(seed: int, lease_id: int, index: int, turn: int = 0) -> int:
+    """Seed in [0, 2^63) of a turn of sample `index` of a group: a hash of counters, never of the version or of time.
 
     A lease that is granted again, to whichever worker, draws the same numbers.
     """
-    digest = hashlib.blake2b(struct.pack("<QQQ", seed, lease_id, index), digest_size=8, person=b"astra-sample").digest()
+    counters = (seed, lease_id, index, turn) if turn else (seed, lease_id, index)
+    packed = struct.pack(f"<{len(counters)}Q", *counters)
+    digest = hashlib.blake2b(packed, digest_size=8, person=b"astra-sample").digest()
     return int.from_bytes(digest, "little") >> 1

@@ -1,6 +1,10 @@
 """The data of reinforcement learning as it travels: segment, sample, group; and its msgpack form.
 
-Shape letters: T tokens of one completion, S samples of a group.
+A sample's tokens begin behind the group's prompt. In a single turn the policy has drawn all of them; with several turns
+other tokens stand between: tool results, what the user says next. `loss_mask` is 1 on drawn tokens. Only they have a
+log-probability and a version, and only they are trained.
+
+Shape letters: T tokens of one sample, N drawn tokens among them, S samples of a group.
 """
 
 from __future__ import annotations
@@ -20,11 +24,17 @@ class Segment:
     """Tokens under one weight version: the oldest that was in force while they were drawn. With the pause modes
     `in_place` and `retract` a segment goes on behind an update."""
 
-    version: int
+    version: int | None
+    """None: tokens that the policy did not draw. They have no log-probabilities."""
     tokens: np.ndarray
     """int32 [t]"""
     logprobs: np.ndarray
     """float32 [t]: the engine's own log-probabilities, after temperature and before top-p."""
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the policy drew these tokens."""
+        return self.version is not None
 
 
 @dataclass
@@ -36,22 +46,41 @@ class Sample:
     reward: float = 0.0
     verdict: Verdict = "wrong"
     text: str = ""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Named rewards and other figures of its score."""
 
     @property
     def tokens(self) -> np.ndarray:
-        """int32 [T]: the completion."""
+        """int32 [T]: everything behind the prompt."""
         return np.concatenate([np.zeros(0, np.int32), *(s.tokens for s in self.segments)])
 
     @property
+    def loss_mask(self) -> np.ndarray:
+        """bool [T]: the policy drew the token."""
+        each = np.array([s.drawn for s in self.segments], bool)
+        return np.repeat(each, np.array([len(s.tokens) for s in self.segments], np.int64))
+
+    @property
+    def drawn(self) -> int:
+        """How many tokens the policy drew: N."""
+        return sum(len(s.tokens) for s in self.segments if s.drawn)
+
+    @property
     def logprobs(self) -> np.ndarray:
-        """float32 [T]"""
+        """float32 [N]"""
         return np.concatenate([np.zeros(0, np.float32), *(s.logprobs for s in self.segments)])
 
     @property
     def versions(self) -> np.ndarray:
-        """int32 [T]: the version of every token."""
-        each = np.array([s.version for s in self.segments], np.int32)
-        return np.repeat(each, [len(s.tokens) for s in self.segments])
+        """int32 [N]: the version of every drawn token."""
+        known = [s for s in self.segments if s.version is not None]
+        each = np.array([s.version for s in known], np.int32)
+        return np.repeat(each, np.array([len(s.tokens) for s in known], np.int64))
+
+    @property
+    def oldest_version(self) -> int | None:
+        """The version of the oldest drawn token; None without any."""
+        return min((s.version for s in self.segments if s.version is not None), default=None)
 
 
 @dataclass
@@ -70,8 +99,9 @@ class Group:
 
     @property
     def oldest_version(self) -> int:
-        """The version of the oldest token: what staleness is counted from."""
-        return min((seg.version for s in self.samples for seg in s.segments), default=0)
+        """The version of the oldest drawn token: what staleness is counted from."""
+        each = (sample.oldest_version for sample in self.samples)
+        return min((version for version in each if version is not None), default=0)
 
     @property
     def rewards(self) -> np.ndarray:
@@ -86,7 +116,8 @@ class Group:
 
 
 def pack_group(group: Group) -> bytes:
-    """Group -> msgpack; arrays are raw little-endian bytes."""
+    """Group -> msgpack; arrays are raw little-endian bytes. The loss mask lies in the segments: one without a version
+    is masked and has no log-probabilities."""
     doc = {
         "lease_id": group.lease_id,
         "problem_id": group.problem_id,
@@ -105,6 +136,7 @@ def pack_group(group: Group) -> bytes:
                     [g.version, g.tokens.astype("<i4").tobytes(), g.logprobs.astype("<f4").tobytes()]
                     for g in s.segments
                 ],
+                **({"parts": s.parts} if s.parts else {}),
             }
             for s in group.samples
         ],
@@ -124,6 +156,7 @@ def unpack_group(blob: bytes) -> Group:
                 verdict=s["verdict"],
                 text=s["text"],
                 segments=[_segment(*segment) for segment in s["segments"]],
+                parts=s.get("parts", {}),
             )
             for s in doc["samples"]
         ]
@@ -140,8 +173,10 @@ def unpack_group(blob: bytes) -> Group:
         raise ValueError(f"not a packed group: {error!r}") from error
 
 
-def _segment(version: int, tokens: bytes, logprobs: bytes) -> Segment:
-    if len(tokens) != len(logprobs):
-        raise ValueError(f"segment with {len(tokens) // 4} tokens and {len(logprobs) // 4} log-probabilities")
+def _segment(version: int | None, tokens: bytes, logprobs: bytes) -> Segment:
+    if len(logprobs) != (0 if version is None else len(tokens)):
+        whose = "masked segment" if version is None else "segment"
+        raise ValueError(f"{whose} with {len(tokens) // 4} tokens and {len(logprobs) // 4} log-probabilities")
     tokens_t, logprobs_t = np.frombuffer(tokens, "<i4"), np.frombuffer(logprobs, "<f4")
-    return Segment(int(version), tokens_t.astype(np.int32), logprobs_t.astype(np.float32))
+    version = None if version is None else int(version)
+    return Segment(version, tokens_t.astype(np.int32), logprobs_t.astype(np.float32))

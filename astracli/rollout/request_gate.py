@@ -7,15 +7,18 @@ closes the gate.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from astracli.engines.client import EngineClient
-from astracli.engines.contract import Ended, GenRequest, GenResult
+from astracli.engines.contract import GenRequest, GenResult
 from astracli.errors import RunFailed
 from astracli.rollout.slot_use import SlotUse
 
+Heard = Callable[[int, GenResult, bool], None]
+"""Called with a request's place in its call, its result, and whether that may be used before the call returns: the
+weights that drew it are proven."""
 ABORT_AGAIN_S = 0.2
 """A request that was on its way when all were aborted is caught by the next abort."""
 FAILURES_IN_A_ROW = 3
@@ -51,12 +54,13 @@ class RequestGate:
         self._attached = False
         self._failures = 0
         self._last_update = (self.use.seconds(), 0)
-        self._aborted = {"aborted_samples": 0, "prefilled_again_tokens": 0}
+        self._counts = {"aborted_samples": 0, "prefilled_again_tokens": 0}
+        self._failed_episodes = 0
 
-    async def generate(self, requests: Sequence[GenRequest], ended: Ended | None = None) -> list[GenResult]:
+    async def generate(self, requests: Sequence[GenRequest], heard: Heard | None = None) -> list[GenResult]:
         """Send requests once the gate is open; a result's `version` is the oldest in force during its request.
 
-        `ended` hears of each request's end as it comes, of its result before its weights are proven.
+        `heard` is told of each request's end as it comes.
         Raises EngineLost when the engine is gone, RunFailed when that happens again and again.
         """
         await self.open.wait()
@@ -71,11 +75,15 @@ class RequestGate:
             nonlocal left
             left -= 1
             self.use.change(sent=-1)
-            if ended is not None:
-                ended(place, result)
+            if heard is not None:
+                proven = self._readback_done.is_set() and self._failed_readbacks == failed_readbacks
+                heard(place, with_oldest(result), proven)
+
+        def with_oldest(result: GenResult) -> GenResult:
+            return replace(result, version=min(version, result.version, result.version_start))
 
         try:
-            results = await self.engine.generate(requests, None if ended is None else one_ended)
+            results = await self.engine.generate(requests, None if heard is None else one_ended)
         except RunFailed as error:
             self._lose(error)
             raise EngineLost(error.message, error.hint) from error
@@ -88,12 +96,16 @@ class RequestGate:
         if self._failed_readbacks != failed_readbacks:
             raise EngineLost(f"{self.name} generated with weights that are not the trainer's")
         self.tokens += sum(len(result.tokens) for result in results)
-        return [replace(r, version=min(version, r.version, r.version_start)) for r in results]
+        return [with_oldest(result) for result in results]
 
     def count_aborted(self, samples: int, tokens: int) -> None:
         """For the metrics: samples to be continued, and the prompt and prefix tokens that are prefilled again."""
-        self._aborted["aborted_samples"] += samples
-        self._aborted["prefilled_again_tokens"] += tokens
+        self._counts["aborted_samples"] += samples
+        self._counts["prefilled_again_tokens"] += tokens
+
+    def count_failed(self, episodes: int) -> None:
+        """For the metrics: episodes that their environment has failed."""
+        self._failed_episodes += episodes
 
     def _lose(self, error: RunFailed) -> None:
         if self._attached:
@@ -123,8 +135,10 @@ class RequestGate:
         """What happened on this engine since the last call, for the metrics: since its last update."""
         now, (then, tokens) = self.use.seconds(), self._last_update
         self._last_update = (now, self.tokens)
-        counts = dict(self._aborted)
-        self._aborted = dict.fromkeys(self._aborted, 0)
+        counts = dict(self._counts)
+        self._counts = dict.fromkeys(self._counts, 0)
+        if self._failed_episodes:
+            counts["failed_episodes"], self._failed_episodes = self._failed_episodes, 0
         interval_s = max(1e-9, now.all - then.all)
         rates = {
             "rollout_tokens_per_s": (self.tokens - tokens) / interval_s,

@@ -1,11 +1,12 @@
-"""The rollout worker: leases prompts, has groups generated and graded, hands them in, and updates its engines' weights.
+"""The rollout worker: leases prompts, runs an episode of the recipe's Env for each sample, hands scored groups in, and
+updates its engines' weights.
 
 One asyncio loop. Each engine has an `EngineWorker`, a feeder that keeps its slots full and a follower that keeps it at
-the hub's target version. A group stays on one engine and its samples are asked for together; each frees its slot when
-it ends, and the next group is leased while its longest sample still runs. A sample whose request is ended by an
+the hub's target version. A group stays on one engine and its episodes begin together; each frees its slot when it asks
+for nothing more, and the next group is leased while the longest episode still runs. A request that is ended by an
 update is continued from prompt + prefix: its tokens form one segment per version. Draws depend on (recipe seed, lease,
 sample, position) alone. In a deterministic run all groups of one grant are one call to the engine, which runs nothing
-beside it: log-probabilities then depend on nothing else either, to the last bit.
+beside it (`policy`): log-probabilities then depend on nothing else either, to the last bit.
 
 Without a trainer (`config.samples`) groups are written to a file, and the worker ends.
 """
@@ -16,13 +17,16 @@ import asyncio
 import contextlib
 import math
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from astracli.data.prompts import Problem, PromptSource, stop_token_ids
 from astracli.engines import registry as engines
+from astracli.envs import registry as envs
+from astracli.envs.contract import Env, EnvSetup, Episode
+from astracli.envs.time_limit import LoopWatch
 from astracli.errors import RunFailed
 from astracli.hub.client import AsyncHubClient
 from astracli.hub.types import Leases
@@ -32,12 +36,15 @@ from astracli.process.worker import Reporter, worker_main
 from astracli.rewards.reward import GradePool
 from astracli.rl.types import Group
 from astracli.rollout.engine_worker import EngineWorker
-from astracli.rollout.groups import Draft, RolloutSampling, SampleWriter, generate_groups, graded
+from astracli.rollout.episodes import Failure, Failures, leaves, play, score
+from astracli.rollout.groups import SampleWriter, group_of
+from astracli.rollout.policy import RolloutSampling
 from astracli.rollout.request_gate import EngineLost
 
 LEASE_WAIT_S = 2.0
 REPORT_S = 1.0
 RATE_WINDOW_S = 10.0
+PROMPTS_KEPT = 1024
 UNFIT_PROMPTS = 10_000
 """Prompts in a row, or a whole epoch of them, that are too long: then the run ends."""
 
@@ -51,13 +58,13 @@ class Rollout:
     hub: AsyncHubClient
     workers: Sequence[EngineWorker]
     source: PromptSource
-    tokenizer: Any
-    grader: GradePool
+    env: Env
 
     def __post_init__(self) -> None:
-        config = self.config
-        self.sampling = RolloutSampling(config.recipe, tuple(stop_token_ids(self.tokenizer, config.model_path)))
+        config, tokenizer = self.config, self.env.tokenizer
+        self.sampling = RolloutSampling(config.recipe, tuple(stop_token_ids(tokenizer, config.model_path)))
         rollout = config.recipe.rollout
+        self._failures = Failures(rollout.env)
         self._slots, self._group_size = rollout.running, rollout.group_size
         for worker in self.workers:
             worker.use.slots = self._slots
@@ -83,7 +90,7 @@ class Rollout:
                 await self._over.wait()
                 raise _Over
         except ExceptionGroup as group:
-            failures = [error for error in _leaves(group) if not isinstance(error, _Over)]
+            failures = [error for error in leaves(group) if not isinstance(error, _Over)]
             if failures:
                 raise next((error for error in failures if isinstance(error, RunFailed)), failures[0]) from None
         finally:
@@ -143,24 +150,23 @@ class Rollout:
     # ---- a group -----------------------------------------------------------------------------------------------------
 
     async def _groups(self, worker: EngineWorker, leases: Mapping[int, int]) -> None:
-        """Leases (id -> prompt) from prompts to graded groups. The engine's slots are free before they are graded."""
+        """Leases (id -> prompt) from prompts to scored groups. The engine's slots are free before they are scored."""
         problems = {lease: self.source.problem(index) for lease, index in leases.items()}
-        prompts = {i: chat_prompt_tokens(self.tokenizer, self.source.text(p)) for i, p in problems.items()}
-        unfit = {lease: reason for lease, prompt in prompts.items() if (reason := self._unfit(prompt))}
-        asked = {lease: prompt for lease, prompt in prompts.items() if lease not in unfit}
+        unfit = {lease: reason for lease, problem in problems.items() if (reason := self.env.unfit(problem))}
+        asked = {lease: problem for lease, problem in problems.items() if lease not in unfit}
         outstanding = len(leases) * self._group_size
 
-        def ended(samples: int = 1) -> None:
+        def slots(change: int) -> None:
             nonlocal outstanding
-            outstanding -= samples
-            worker.use.change(outstanding=-samples)
+            outstanding += change
+            worker.use.change(outstanding=change)
             worker.changed.set()
 
         try:
             try:
-                drafts = await generate_groups(worker, self.sampling, asked, ended)
+                found = await play(self.env, worker, self.sampling, asked, slots)
             finally:
-                ended(outstanding)
+                slots(-outstanding)
             self._unfit_in_a_row = 0 if asked else self._unfit_in_a_row + len(unfit)
             for lease, reason in unfit.items():
                 await self.hub.skip(lease, reason)
@@ -171,8 +177,8 @@ class Rollout:
                         "raise data.max_prompt_tokens or rollout.context_length, or train on other problems",
                     )
             async with asyncio.TaskGroup() as tasks:
-                for lease, prompt in asked.items():
-                    tasks.create_task(self._hand_in(lease, problems[lease], prompt, drafts[lease]))
+                for lease, problem in asked.items():
+                    tasks.create_task(self._hand_in(worker, lease, problem, found[lease]))
         except EngineLost:
             await self.hub.give_back(leases)
             self._let_go(worker, leases)
@@ -181,20 +187,25 @@ class Rollout:
         self._held.difference_update(leases)
         worker.changed.set()
 
-    async def _hand_in(self, lease_id: int, problem: Problem, prompt: Sequence[int], drafts: Sequence[Draft]) -> None:
-        group = await graded(lease_id, problem, prompt, drafts, self.tokenizer, self.grader)
+    async def _hand_in(
+        self, worker: EngineWorker, lease_id: int, problem: Problem, found: Sequence[Episode | Failure]
+    ) -> None:
+        """Score the episodes that did not fail, and hand them in as a group; none: the prompt is skipped."""
+        episodes = {index: one for index, one in enumerate(found) if isinstance(one, Episode)}
+        limit_s = self.config.recipe.rollout.env_timeout_s
+        scores = await score(self.env, problem, list(episodes.values()), limit_s) if episodes else []
+        if isinstance(scores, Failure):  # of all of them
+            found, episodes = [one if isinstance(one, Failure) else scores for one in found], {}
+        worker.count_failed(self._failures.note(found))
+        if not episodes:
+            await self.hub.skip(lease_id, f"every episode failed, the last with {self._failures.last}")
+            self._let_go(worker, [lease_id])
+            return
+        assert isinstance(scores, list)
+        group = group_of(self.env, lease_id, problem, episodes, scores)
         await self.hub.put_group(group)
         self._held.discard(lease_id)
         self._count(group)
-
-    def _unfit(self, prompt: Sequence[int]) -> str | None:
-        longest = self.config.recipe.data.max_prompt_tokens
-        if len(prompt) > longest:
-            return f"prompt of {len(prompt)} tokens, data.max_prompt_tokens = {longest}"
-        if self.sampling.budget(prompt) < 1:
-            context = self.config.recipe.rollout.context_length
-            return f"prompt of {len(prompt)} tokens leaves no room in rollout.context_length = {context}"
-        return None
 
     def _count(self, group: Group) -> None:
         self._done["groups"] += 1
@@ -232,20 +243,27 @@ class Rollout:
         return next((reason for reason in self._waits.values() if reason), None)
 
 
+class PromptTokens:
+    """`EnvSetup.prompt_tokens`. The last prompts are kept: a group needs its prompt more than once."""
+
+    def __init__(self, tokenizer: Any, source: PromptSource):
+        self._tokenizer, self._source = tokenizer, source
+        self._kept: OrderedDict[int, tuple[Problem, list[int]]] = OrderedDict()
+
+    def __call__(self, problem: Problem) -> Sequence[int]:
+        key = id(problem)  # of an object that is kept here
+        if key not in self._kept:
+            self._kept[key] = problem, chat_prompt_tokens(self._tokenizer, self._source.text(problem))
+            if len(self._kept) > PROMPTS_KEPT:
+                self._kept.popitem(last=False)
+        return self._kept[key][1]
+
+
 class _Over(Exception):
     """Everything asked for is done; ends the task group."""
 
 
-def _leaves(error: Exception) -> list[Exception]:
-    """The failures inside nested groups, in order."""
-    if isinstance(error, ExceptionGroup):
-        return [leaf for part in error.exceptions for leaf in _leaves(part)]
-    return [error]
-
-
-async def _main(
-    config: RolloutConfig, reporter: Reporter, tokenizer: Any, source: PromptSource, pool: GradePool
-) -> None:
+async def _main(config: RolloutConfig, reporter: Reporter, source: PromptSource, env: Env) -> None:
     recipe, kind = config.recipe, engines.get(config.engine)
     async with contextlib.AsyncExitStack() as stack:
         hub = await stack.enter_async_context(AsyncHubClient(config.hub_url, config.token))
@@ -267,7 +285,8 @@ async def _main(
                     time_sharing=entry.name in config.gpu_leases,
                 )
             )
-        await Rollout(config, reporter, hub, workers, source, tokenizer, pool).run()
+        stack.enter_context(LoopWatch(recipe.rollout.env_timeout_s))
+        await Rollout(config, reporter, hub, workers, source, env).run()
 
 
 def run(config: RolloutConfig, reporter: Reporter) -> None:
@@ -277,7 +296,10 @@ def run(config: RolloutConfig, reporter: Reporter) -> None:
     tokenizer = load_tokenizer(config.model_path)
     data = recipe.data
     with GradePool(data.reward, data.reward_workers, data.reward_timeout_s, data.grading.model_dump()) as pool:
-        asyncio.run(_main(config, reporter, tokenizer, source, pool))
+        env = envs.find(recipe.rollout.env)(
+            EnvSetup(recipe, tokenizer, lambda problem: pool, PromptTokens(tokenizer, source))
+        )
+        asyncio.run(_main(config, reporter, source, env))
 
 
 if __name__ == "__main__":

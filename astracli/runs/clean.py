@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from astracli.process.console import say
 from astracli.runs.find import list_runs
 from astracli.runs.run_dir import RunDir
 
@@ -87,12 +88,17 @@ def _owes_evaluation(run: RunDir) -> bool:
 
 def cleanable(root: Path, *, older_than_s: float, resumable: bool) -> list[RunDir]:
     """Ended runs under `root`: those that are done, with `resumable` also failed, interrupted and dead ones."""
-    now, found = time.time(), []
+    now, found, foreign = time.time(), [], list[str]()
     for run in list_runs(root):
         status = run.readable_status()
-        if status is None or run.in_use() or run.going():
+        if status is None or not run.own() or run.in_use() or run.going():
+            if status is not None and not run.own():
+                foreign.append(run.name)
             continue
         ended = status.ended or run.status_json.stat().st_mtime
         if (status.state == "done" or resumable) and now - ended >= older_than_s:
             found.append(run)
+    if foreign:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        say(f"note: left alone under `{root}`, another user's: {', '.join(foreign[:3])}{more}")
     return found

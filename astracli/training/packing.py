@@ -62,10 +62,7 @@ def pack_rows(rows: list[Row], pad_token: int = 0) -> MicroBatch:
     """One row of shape [1, T]."""
     bounds_S1 = np.cumsum([0, *map(len, rows)], dtype=np.int64)
     tokens_1T = np.concatenate([row.tokens for row in rows]).astype(np.int64)[None]
-    predict = [
-        np.arange(row.prompt_length - 1, len(row) - 1, dtype=np.int64) + start
-        for row, start in zip(rows, bounds_S1[:-1], strict=True)
-    ]
+    predict = [row.predict + start for row, start in zip(rows, bounds_S1[:-1], strict=True)]
     return MicroBatch(rows, tokens_1T, np.ones_like(tokens_1T), np.concatenate(predict), bounds_S1)
 
 

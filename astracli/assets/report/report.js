@@ -72,7 +72,7 @@ function completion(i) {
 }
 
 function meanLogprob(i) {
-  const values = view.s.logprobs[i];
+  const values = view.s.logprobs[i].filter(value => value !== null);
   return values.length ? -values.reduce((a, b) => a + b, 0) / values.length / 100 : 0;
 }
 
@@ -146,6 +146,7 @@ function card(i) {
   s.tokens[i].forEach((token, k) => {
     if (s.cut[i] && k === s.tokens[i].length - s.tail) element("em", "", ` … ${s.cut[i]} tokens … `, body);
     const span = element("span", "", s.vocabulary[token], body), color = shade(kind, s.logprobs[i][k] || 0, s.advantage[i]);
+    if (s.logprobs[i][k] === null) { span.className = "told"; span.title = "not drawn by the policy"; return; }
     if (color) span.style.background = color;
     span.title = `${JSON.stringify(s.vocabulary[token])}  log p ${(-(s.logprobs[i][k] || 0) / 100).toFixed(2)}`;
   });

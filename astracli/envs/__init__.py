@@ -1,0 +1,1 @@
+"""Environments: how a problem becomes an episode, and an episode a score."""

@@ -1,0 +1,93 @@
+"""Which environments there are, and the one that a recipe names. Built-ins come in by the same door as strangers.
+
+As a program, `python -m astracli.envs.registry NAME`, it says whether NAME can be used: importing a stranger's module
+is left to a process that ends.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+from astracli.config import doors
+from astracli.envs.contract import GROUP, Env
+from astracli.errors import AstraError, UserError
+
+BUILT_IN = "single_turn"
+HOW_TO_ADD = (
+    f"your own is `pkg.module:Class`, or a package with an entry point in `{GROUP}` that names a subclass of "
+    "`astracli.envs.contract.Env`"
+)
+IMPORT_S = 120.0
+"""How long the module of an environment may take to be imported."""
+
+
+def find(name: str) -> type[Env]:
+    """The class that `rollout.env` names. Raises UserError: unknown (with the nearest name), broken, or no Env."""
+    found = _imported(name) if ":" in name else _installed(name)
+    if not (isinstance(found, type) and issubclass(found, Env)):
+        raise UserError(f"rollout.env = `{name}` is no subclass of `astracli.envs.contract.Env`", HOW_TO_ADD)
+    return found
+
+
+def _installed(name: str) -> object:
+    try:
+        return doors.get(doors.installed(GROUP, object), name, "environment", HOW_TO_ADD)
+    except UserError as error:
+        raise UserError(f"rollout.env = `{name}`: {error.message}", error.hint) from None
+
+
+def _imported(spec: str) -> object:
+    module_name, _, attribute = spec.partition(":")
+    if not module_name or not attribute:
+        raise UserError(f"rollout.env = `{spec}` is not of the form `pkg.module:Class`", HOW_TO_ADD)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found: object = importlib.import_module(module_name)
+    except Exception as error:
+        raise UserError(
+            f"rollout.env = `{spec}`: importing `{module_name}` failed: {type(error).__name__}: {error}",
+            "install the package into this environment, or run where the module lies",
+        ) from None
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise UserError(f"rollout.env = `{spec}`: `{module_name}` has no `{attribute}`", HOW_TO_ADD)
+        found = getattr(found, part)
+    return found
+
+
+def validate(name: str) -> None:
+    """Raises UserError when a recipe's `rollout.env` cannot be used. A module that is not ours is imported in a
+    process."""
+    if name == BUILT_IN:
+        return
+    command = [sys.executable, "-P", "-m", "astracli.envs.registry", name]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=IMPORT_S)
+        answer = json.loads(done.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        raise UserError(f"rollout.env = `{name}`: its module was not imported in {IMPORT_S:g} s") from None
+    except (IndexError, ValueError):
+        last = "".join(f": {line}" for line in done.stderr.splitlines()[-1:])
+        raise UserError(
+            f"rollout.env = `{name}`: its import ended the process (code {done.returncode}){last}"
+        ) from None
+    if answer is not None:
+        raise UserError(*answer)
+
+
+def main() -> None:
+    refusal = None
+    try:
+        find(sys.argv[1])
+    except AstraError as error:
+        refusal = [error.message, error.hint]
+    print(json.dumps(refusal))
+
+
+if __name__ == "__main__":
+    main()

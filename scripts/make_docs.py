@@ -2,7 +2,7 @@
 
 docs/cli.md            the --help of every command
 docs/recipe.md         every key of a recipe with type, default and meaning, from the comments under the fields
-docs/datasets.md       benchmarks and training sets: size, content hash, licence, where they load from
+docs/datasets.md       its tables of benchmarks and training sets: size, content hash, licence, where they load from
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MADE = "<!-- made by scripts/make_docs.py: change the code, then run it -->\n\n"
+
+
+BEGIN = "<!-- begin: made by scripts/make_docs.py -->\n"
+END = "<!-- end -->"
 
 
 def help_of(*words: str) -> str:
@@ -80,7 +84,16 @@ def recipe() -> str:
         for key, written, default, text in described(kind):
             child = Slot(kind).child(key)
             if child is not None and child.table is not None:
-                inner.append((child.table, f"{prefix}{key}."))
+                inner.append((child.table, f"{prefix}{key}.", f"[{prefix}{key}]"))
+                continue
+            for step, path, shown in (
+                (0, "", "[[{}]]"),
+                ("NAME", ".NAME", "[{}]"),
+            ):  # a list of tables, a table of them
+                entry = child.child(step) if child is not None else None
+                if entry is not None and entry.table is not None:
+                    inner.append((entry.table, f"{prefix}{key}{path}.", shown.format(f"{prefix}{key}{path}")))
+                    break
             else:
                 takes = child.allowed() if child is not None else ""
                 kind_of = takes if " at most " in takes else f"`{_cell(written)}`"
@@ -89,8 +102,9 @@ def recipe() -> str:
         head = f"## {title}\n\n" + (f"{note}\n\n" if note else "")
         parts.append(head + "| key | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows))
         shipped = {name: its for name, its in kind.brought().items() if its.__module__.startswith("astracli.")}
-        for found, path in [*inner, *((its, f"{prefix}{name}.") for name, its in shipped.items())]:
-            table(found, path, f"[{path.rstrip('.')}]")
+        inner += [(its, f"{prefix}{name}.", f"[{prefix}{name}]") for name, its in shipped.items()]
+        for found, path, title in inner:
+            table(found, path, title)
 
     table(Recipe, "", "Top level")
     return "\n\n".join(parts) + "\n"
@@ -128,31 +142,33 @@ def benchmarks() -> str:
     sets = [f"| `{name}` | `{found.hub_id}` ({found.split}) |" for name, found in TRAINING_SETS.items()]
     return "\n".join(
         [
-            "# Benchmarks and training sets\n",
-            MADE.strip() + "\n",
-            "A local copy comes first: `NAME.jsonl`, `NAME.parquet` or a saved `datasets` directory `NAME` in the",
-            "directory that `data.path` names (else the environment's `ASTRA_DATA_DIR`), itself or its `eval/`.",
-            "Its number of items and its content hash are checked; a cut, doubled or changed set is refused.",
-            "`Hub: not run` means that nobody has loaded that copy yet.",
-            "A set of your own goes by its path, with 4 samples an item unless `eval.samples` or `--samples`",
-            "says otherwise: `astra eval --benchmark my_set.jsonl`.\n",
+            BEGIN,
             "| name | items | samples | content hash | on the Hub | Hub | licence |",
             "|---|---|---|---|---|---|---|",
             *rows,
-            "\nTraining sets by name (`data.source`); a path to a .jsonl or .parquet file, a `datasets` directory",
-            "or any Hub id does as well. `data.decontaminate` looks for benchmark items among the problems.\n",
+            "\nTraining sets by name, `data.source`:\n",
             "| name | on the Hub |",
             "|---|---|",
             *sets,
-            "",
+            END,
         ]
     )
+
+
+def between(page: Path, text: str) -> str:
+    """The page with `text` in the place of what stands from `BEGIN` to `END`."""
+    whole = page.read_text(encoding="utf-8")
+    return whole[: whole.index(BEGIN)] + text + whole[whole.index(END) + len(END) :]
 
 
 def pages() -> dict[Path, str]:
     os.environ["COLUMNS"] = os.environ["TERMINAL_WIDTH"] = "100"
     docs = ROOT / "docs"
-    return {docs / "cli.md": cli(), docs / "recipe.md": recipe(), docs / "datasets.md": benchmarks()}
+    return {
+        docs / "cli.md": cli(),
+        docs / "recipe.md": recipe(),
+        docs / "datasets.md": between(docs / "datasets.md", benchmarks()),
+    }
 
 
 def main() -> int:

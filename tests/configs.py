@@ -26,7 +26,7 @@ def engine(**fields: Any) -> EngineConfig:
 
 
 def rollout(**fields: Any) -> RolloutConfig:
-    own = dict(name="rollout", data_path=None, engines=(), gpu_leases=(), samples=None)
+    own = dict(name="rollout", data_paths={"": None}, engines=(), gpu_leases=(), samples=None)
     return _made(RolloutConfig, own, fields)
 
 
@@ -53,5 +53,5 @@ def _made(kind: type[C], own: dict[str, Any], fields: dict[str, Any]) -> C:
 
 def of_plan(recipe: Recipe, plan: LaunchPlan, run: Path = Path("/run")) -> dict[str, Any]:
     """Process -> what a new run of this plan tells it."""
-    context = RunContext(recipe, plan, RunDir(run), 1, Inputs(Path("/m"), None, {}))
+    context = RunContext(recipe, plan, RunDir(run), 1, Inputs(Path("/m"), {"": None}, {}))
     return {process.name: process.config for process in build(context, "http://127.0.0.1:1")}

@@ -24,6 +24,7 @@ from astracli.envs.contract import EnvSetup
 from astracli.envs.time_limit import LoopWatch
 from astracli.hub.client import AsyncHubClient
 from astracli.hub.store import HubStore
+from astracli.models.chat import ChatFormat
 from astracli.process.config import EngineAddress, RolloutConfig
 from astracli.process.worker import Reporter
 from astracli.rewards.reward import Grade, GradeItem
@@ -117,7 +118,7 @@ class World:
             source = PromptSource(config.recipe.data, 5)
             tokenizer = Tokenizer()
             env = envs.find(config.recipe.rollout.env)(
-                EnvSetup(config.recipe, tokenizer, lambda problem: Grader(), PromptTokens(tokenizer, source))
+                EnvSetup(config.recipe, tokenizer, lambda problem: Grader(), PromptTokens(tokenizer, ChatFormat()))
             )
             stack.enter_context(LoopWatch(config.recipe.rollout.env_timeout_s))
             worker = Rollout(config, Reporter(config), hub, workers, source, env)

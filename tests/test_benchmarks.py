@@ -1,7 +1,6 @@
 """The registry of benchmarks: names, counts that are checked, and local copies."""
 
 import json
-import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -52,22 +51,22 @@ def test_registry_has_the_samples_and_counts_of_the_reference() -> None:
 def test_arithmetic_needs_no_file() -> None:
     assert benchmarks.fetch("arithmetic-heldout") is None
     found = benchmarks.load("arithmetic-heldout")
-    assert (len(found.items), found.samples, found.text(found.items[0])) == (256, 8, "90+59")
+    assert (len(found.items), found.samples, found.items[0].question) == (256, 8, "90+59")
 
 
 def test_generated_sums_are_asked_as_the_recipe_asks() -> None:
     found = benchmarks.load("arithmetic-sums-heldout", own_prompt="What is {question}?")
     assert {item.meta["level"] for item in found.items} == {"add2"} and len(found.items) == 96
-    assert found.text(found.items[0]) == f"What is {found.items[0].question}?"
+    assert found.messages(found.items[0])[-1]["content"] == f"What is {found.items[0].question}?"
 
 
 def test_shown_sums_of_the_small_recipe_are_right_and_none_is_asked_in_its_evaluation() -> None:
     recipe = recipe_io.load("smollm2-135m-m2po-delta", ())
-    turns = r"What is (\d+)\+(\d+)\?<\|im_end\|>\n<\|im_start\|>assistant\n(\d+) \+ (\d+) = (\d+)<\|im_end\|>"
-    shown = re.findall(turns, recipe.data.prompt)
-    assert len(shown) == 4 and recipe.data.prompt.endswith("user\nWhat is {question}?")
-    for a, b, again_a, again_b, answer in shown:
-        assert (a, b) == (again_a, again_b) and int(a) + int(b) == int(answer)
+    shots = recipe.data.few_shot
+    assert len(shots) == 4 and recipe.data.template == "What is {question}?"
+    for shot in shots:
+        a, b = shot.question.split("+")
+        assert shot.answer == f"{a} + {b} = {int(a) + int(b)}"
         assert min(int(a), int(b)) < 10 or not arithmetic.is_held_out("+", int(a), int(b))
 
 
@@ -96,7 +95,7 @@ def test_unknown_name_says_the_nearest() -> None:
 def test_local_file_and_prompt(tmp_path: Path) -> None:
     found = benchmarks.load("aime24", write_items(tmp_path / "a.jsonl", 30))
     assert found.samples == 16 and found.pass_k == 4
-    assert found.text(found.items[3]) == (
+    assert found.messages(found.items[3])[-1]["content"] == (
         "q3\nLet's think step by step. Please put your final answer within \\boxed{}."
     )
 
@@ -194,9 +193,9 @@ def test_a_set_of_ones_own_by_path(tmp_path: Path) -> None:
     path = write_items(tmp_path / "mine.jsonl", 7, question="question")
     found = benchmarks.load(str(path))
     assert (found.name, len(found.items), found.samples) == ("mine", 7, 4)
-    assert benchmarks.load(str(path), own_prompt="say {question}").text(found.items[3]) == "say q3"
+    assert found.messages(found.items[3]) == ({"role": "user", "content": "q3"},)
     assert benchmarks.fetch_all([str(path)]) == {str(path): str(path)}
     with pytest.raises(UserError, match="two benchmarks are called `mine`"):
         benchmarks.fetch_all([str(path), str(write_items(tmp_path / "b" / "mine.jsonl", 3))])
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="no data at"):
         benchmarks.fetch(str(tmp_path / "nothing.jsonl"))

@@ -122,7 +122,7 @@ def test_what_a_run_on_two_gpus_starts_again_with(tmp_path: Path, monkeypatch: p
             "proved by an all-reduce in 60 s at the start; if not, once more with NCCL_P2P_DISABLE=1",
         )
     ]
-    context = configs.RunContext(recipe, plan, RunDir(tmp_path), 1, Inputs(Path("m"), None, {}))
+    context = configs.RunContext(recipe, plan, RunDir(tmp_path), 1, Inputs(Path("m"), {}, {}))
     processes = configs.build(context, HUB)
     retry = configs.retry(context, processes)
     assert retry is not None and retry.names == {"trainer", "trainer1"}

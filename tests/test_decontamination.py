@@ -2,10 +2,11 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from astracli.config.recipe import DataTable
+from astracli.config.recipe import DataTable, EvalTable
 from astracli.data import datasets, decontamination
 from astracli.data.decontamination import find
 from astracli.data.prompts import Problem
@@ -51,8 +52,9 @@ def test_removed_from_a_file_and_said(
 
     def ids(mode: str) -> list[str]:
         data = DataTable(source=str(FIXTURE), decontaminate=mode)  # type: ignore[arg-type]
-        path = problems_of_a_run.decontaminated(SimpleNamespace(data=data), str(FIXTURE), {str(mine): str(mine)})  # type: ignore[arg-type]
-        return [p.id for p in datasets.load(data, path)]
+        recipe: Any = SimpleNamespace(data=data, eval=EvalTable())
+        paths = problems_of_a_run.decontaminated(recipe, {"": str(FIXTURE)}, {str(mine): str(mine)})
+        return [p.id for p in datasets.load(data, paths[""])]
 
     assert ids("off") == every and capsys.readouterr().err == ""
     assert ids("report") == every

@@ -7,7 +7,11 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,7 +31,7 @@ def test_every_command_and_recipe_key_is_there() -> None:
         inner = getattr(field.annotation, "model_fields", None)
         for name in inner or [None]:
             wanted = f"`{key}.{name}`" if name else f"`{key}`" if key != "expected" else "`expected.source`"
-            assert wanted in recipe or f"[{key}.{name}]" in recipe, wanted
+            assert wanted in recipe or f"[{key}.{name}" in recipe, wanted
 
 
 def said_by_the_code() -> str:
@@ -90,3 +94,79 @@ def test_the_adapter_of_the_howto_passes_its_check(tmp_path: Path) -> None:
         "load", "block classes", "wire names", "parameter count", "padded rows == separate",
         "packed row == separate",
     ]  # fmt: skip
+
+
+@pytest.fixture
+def howto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with the files of docs/recipes-howto.md, and the data that its recipes name."""
+    page = (ROOT / "docs" / "recipes-howto.md").read_text(encoding="utf-8")
+    for name, content in re.findall(r"<!-- file: (\S+) -->\n```\w*\n(.*?)```", page, re.S):
+        (tmp_path / name).write_text(content)
+    facts = [{"context": f"{n} and 2.", "problem": f"{n}+2", "answer": n + 2} for n in (11, 12, 13, 14)]
+    many = [{"problem": f"{n}+10", "answer": n + 10} for n in range(10, 90)]
+    for name, rows in {"facts": facts, "many": many, "my_set/train": many, "my_set/test": facts}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path
+
+
+def test_prompts_of_the_howto_are_what_it_says(howto: Path) -> None:
+    from astracli.config import recipe_io
+    from astracli.data import benchmarks, datasets
+    from astracli.data.prompts import PromptSource
+
+    def problems(name: str, n: int = 4) -> list:
+        recipe = recipe_io.load(f"./{name}.toml")
+        source = PromptSource(recipe.data, 0, datasets.fetch(recipe))
+        benchmarks.fetch_all(recipe.eval.benchmarks, None, recipe)
+        return [source.problem(i) for i in range(n)]
+
+    chat = {problem.question: problem for problem in problems("chat")}
+    assert len(chat) == 4 and chat["12+34=?"].messages[0] == {"role": "system", "content": "Be brief."}
+    assert chat["70-7=?"].row["topic"] == "differences" and chat["70-7=?"].answer == "63"
+    assert len({problem.id for problem in problems("splits", 80)}) == 80
+    turns = next(p.messages for p in problems("prompt") if p.answer == "13")
+    assert [turn["role"] for turn in turns] == ["system", "user", "assistant", "user"]
+    assert turns[3]["content"] == "11 and 2.\n\nQuestion: 11+2"
+    mixed = problems("mix", 4)
+    assert [problem.source for problem in mixed].count("sums") == 3
+    assert all(p.messages[-1]["content"].endswith("=") for p in mixed if p.source == "sums")
+    held = recipe_io.load("./heldout.toml")
+    items = benchmarks.load("holdout", "many.jsonl", recipe=held).items
+    trained = {problem.question for problem in datasets.load(held.data, "many.jsonl")}
+    assert "holdout" in held.eval.benchmarks and len(items) + len(trained) == 80
+    assert 1 < len(items) < 20 and not trained & {item.question for item in items}
+    own = recipe_io.load("./benchmarks.toml")
+    assert benchmarks.load("facts", "facts.jsonl", recipe=own).samples == 8
+    thinking = recipe_io.load("./thinking.toml")
+    assert (thinking.model.thinking, thinking.rollout.stop) == ("on", ["</answer>"])
+    assert 'thinking = "on"' in recipe_io.to_toml(thinking)
+
+
+def test_a_mix_of_the_howto_trains_and_is_evaluated_apart(howto: Path, astra: Callable[..., Any]) -> None:
+    """A whole run: two sources with their rewards, a held-out question, a stop string."""
+    small = {
+        "train.steps": 2,
+        "train.batch_groups": 4,
+        "train.minibatches": 1,
+        "rollout.group_size": 4,
+        "eval.every": 2,
+    }
+    small |= {"rollout.max_new_tokens": 12, "eval.samples": 4, "checkpoint.every": 0, "data.reward": "probe"}
+    small |= {"eval.benchmarks": "[]", "rollout.stop": '["1", "7"]', "launch.deterministic": "true"}
+    given = [word for key, value in small.items() for word in ("--set", f"{key}={value}")]
+    done = astra("train", "./mix.toml", *given, "--set", "metrics.samples_per_step=16", "--run-dir", "r")
+    assert done.code == 0, done.err
+    lines = [json.loads(line) for file in (howto / "r" / "samples").glob("*.jsonl") for line in file.open()]
+    assert {line["source"] for line in lines} >= {"sums"}
+    texts = {line["completion"]: line["finish_reason"] for line in lines}
+    assert any("1" in text or "7" in text for text in texts)
+    for text, reason in texts.items():
+        ends = [i for i, letter in enumerate(text) if letter in "17"]
+        assert ends in ([], [len(text) - 1]) and (reason == "stop" or not ends), (text, reason)
+    summary = json.loads((howto / "r" / "summary.json").read_text())
+    assert [row["benchmark"] for row in summary["benchmarks"]] == ["holdout:facts"]
+    assert summary["prompts"]["sources"] == "sums 75.0%, facts 25.0%"
+    assert set(summary["training"]["reward_means_by_source"]) == {"facts", "sums"}

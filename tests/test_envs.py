@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from hub_tools import in_file
-from rollout_world import LENGTH, World, expected, records, until
+from rollout_world import LENGTH, World, expected, recipe, records, until
 
 from astracli.data.prompts import Problem
 from astracli.envs import registry
@@ -18,6 +18,7 @@ from astracli.envs.contract import Env, Episode, Policy, Score
 from astracli.envs.single_turn import SingleTurnEnv
 from astracli.envs.time_limit import TooLong
 from astracli.errors import RunFailed, UserError
+from astracli.launch.inputs import check_setting
 from astracli.rl.types import Group
 
 HERE = "test_envs"
@@ -44,6 +45,16 @@ class Halves(SingleTurnEnv):
         return [Score(2.5, "right"), *[0.5] * (len(group) - 1)]
 
 
+class OneOfFour(Halves):
+    """Three of four raise: what is left of a group has no advantages."""
+
+    async def run(self, problem: Problem, policy: Policy) -> Episode:
+        Halves.begun += 1
+        if Halves.begun % 4:
+            raise ConnectionError("no game server")
+        return await SingleTurnEnv.run(self, problem, policy)
+
+
 class Raises(Env):
     async def run(self, problem: Problem, policy: Policy) -> Episode:
         raise OSError(f"the game of {problem.question} is gone")
@@ -52,6 +63,11 @@ class Raises(Env):
 class BadScore(SingleTurnEnv):
     async def score(self, group: Sequence[Episode], problem: Problem) -> list[Score | float]:
         return [1.0]
+
+
+class NoNumber(SingleTurnEnv):
+    async def score(self, group: Sequence[Episode], problem: Problem) -> list[Score | float]:
+        return [float("nan")] * len(group)
 
 
 class Sleeps(SingleTurnEnv):
@@ -82,7 +98,7 @@ def world(tmp_path: Path) -> Iterator[World]:
     made.close()
 
 
-def test_a_name_a_path_and_what_is_neither(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_name_a_path_and_what_is_neither() -> None:
     assert registry.find("single_turn") is SingleTurnEnv and registry.find(f"{HERE}:Halves") is Halves
     for name, words in {
         "single_tern": "no environment `single_tern` is installed (there is: single_turn); did you mean `single_turn`?",
@@ -112,6 +128,8 @@ def test_a_module_is_tried_in_a_process_before_a_run(monkeypatch: pytest.MonkeyP
         registry.validate("env_bad:Mine")
     with pytest.raises(UserError, match=r"its import ended the process \(code 7\)"):
         registry.validate("env_dead:Mine")
+    with pytest.raises(UserError, match="did you mean `single_turn`"):
+        check_setting(recipe(rollout={"env": "single_tern"}), rewards=True)
 
 
 def test_an_episode_that_raises_leaves_its_group_and_is_shown_once(
@@ -138,10 +156,21 @@ def test_an_episode_that_raises_leaves_its_group_and_is_shown_once(
     assert (worker.use.outstanding, worker.use.sent) == (0, 0)
 
 
+def test_a_group_that_is_too_small_for_its_advantages_is_skipped(world: World) -> None:
+    async def scenario() -> None:
+        await until(lambda: world.store.counts().skipped >= 6)
+
+    asyncio.run(world.play(scenario, rollout={"env": f"{HERE}:OneOfFour"}))
+    assert world.store.counts().waiting == 0
+    (row,) = in_file(world.path, "SELECT reason FROM groups WHERE state = 'skipped' LIMIT 1")
+    assert row[0].startswith("3 of 4 episodes failed, the last with ConnectionError: no game server (")
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
         ("Raises", r"the last with OSError: the game of .+ is gone \(.*test_envs.py, line \d+\)"),
+        ("NoNumber", r"the last with ValueError: a score is nan"),
         ("BadScore", r"the last with ValueError: `score` of BadScore returned 1 scores for 4 episodes"),
     ],
 )
@@ -157,7 +186,7 @@ def test_a_run_in_which_every_episode_fails_ends_in_the_error(world: World, name
     with pytest.raises(RunFailed, match=r"64 episodes in a row failed in rollout.env = .*" + words):
         raise failure
     (row,) = in_file(world.path, "SELECT reason FROM groups WHERE state = 'skipped' LIMIT 1")
-    assert row[0].startswith("every episode failed, the last with ")
+    assert row[0].startswith("4 of 4 episodes failed, the last with ")
 
 
 def test_an_episode_that_hangs_ends_alone(world: World, capfd: pytest.CaptureFixture[str]) -> None:

@@ -51,7 +51,7 @@ def plan_of(recipe: Recipe) -> LaunchPlan:
     return run.planned(recipe, "train")
 
 
-INPUTS = Inputs(Path("/m"), None, {})
+INPUTS = Inputs(Path("/m"), {"": None}, {})
 
 
 def context_of(recipe: Recipe, path: Path, **more: Any) -> RunContext:

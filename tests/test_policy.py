@@ -183,6 +183,7 @@ def test_an_episode_trains_what_was_drawn_and_nothing_else() -> None:
     assert "its first token cannot be drawn" in failed(
         lambda e: Episode(e.tokens, np.arange(10) < 6, e.logprobs, e.versions)
     )
+    assert "finish is `stop` or `length`, not 'tool'" in failed(lambda episode: setattr(episode, "finish", "tool"))
     assert "returned a list, not an Episode" in failed(lambda episode: [1])
 
     def without_the_first(e: Episode) -> Episode:

@@ -9,7 +9,8 @@ import pytest
 from astracli.config.benchmarks import MATH_PROMPT
 from astracli.config.recipe import DataTable
 from astracli.data import datasets
-from astracli.data.prompts import PromptSource, render, stop_token_ids
+from astracli.data.prompts import PromptSource, stop_token_ids
+from astracli.data.turns import render
 from astracli.errors import UserError
 
 FIXTURE = Path(__file__).parent / "fixtures" / "problems.jsonl"
@@ -28,7 +29,7 @@ def test_arithmetic_source_is_the_generated_family() -> None:
     source = PromptSource(DataTable(source="arithmetic", levels=["add2"]), seed=7)
     assert source.problem(10**9).meta["level"] == "add2"
     assert source.problem(3) == source.problem(3)
-    assert source.text(source.problem(0)) == source.problem(0).question
+    assert source.problem(0).messages == ({"role": "user", "content": source.problem(0).question},)
 
 
 def test_every_epoch_is_a_new_permutation_addressed_by_index(tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("ASTRA_DATA_DIR", raising=False)
 
     def fetch(source: str) -> str | None:
-        return datasets.fetch(SimpleNamespace(data=DataTable(source=source)))  # type: ignore[arg-type]
+        return datasets.fetch(SimpleNamespace(data=DataTable(source=source)))[""]  # type: ignore[arg-type]
 
     assert fetch("arithmetic") is None
     with pytest.raises(UserError, match="no data at"):
@@ -118,7 +119,8 @@ def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("ASTRA_DATA_DIR", str(tmp_path))
     path = numbered(tmp_path / "train", 3)
     assert fetch("n") == str(path)
-    assert datasets.fetch(SimpleNamespace(data=DataTable(source="n", path=str(tmp_path / "train")))) == str(path)  # type: ignore[arg-type]
+    table = DataTable(source="n", path=str(tmp_path / "train"))
+    assert datasets.fetch(SimpleNamespace(data=table)) == {"": str(path)}  # type: ignore[arg-type]
     monkeypatch.setenv("ASTRA_DATA_DIR", str(tmp_path / "no"))
     with pytest.raises(UserError, match="is no directory"):
         fetch("n")
@@ -144,7 +146,7 @@ def test_hub_set_becomes_one_local_file(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("ASTRA_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.delenv("ASTRA_DATA_DIR", raising=False)
-    path = datasets.fetch(SimpleNamespace(data=DataTable(source="gsm8k", revision="v1")))  # type: ignore[arg-type]
+    path = datasets.fetch(SimpleNamespace(data=DataTable(source="gsm8k", revision="v1")))[""]  # type: ignore[arg-type]
     assert asked == [("openai/gsm8k", "v1")]
     assert path is not None and Path(path).name == "openai--gsm8k-main-train-0123456789ab.jsonl"
     assert PromptSource(DataTable(source="gsm8k"), 0, path).problem(4).answer == "5"

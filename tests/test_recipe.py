@@ -50,7 +50,10 @@ def checked(**tables: dict[str, Any]) -> Recipe:
             {"eval": {"samples": 2, "pass_k": 4}},
             "recipe `r`: eval.samples = 2 is fewer than eval.pass_k = 4: pass@k needs at least k samples an item",
         ),
-        ({"data": {"prompt": "solve"}}, "recipe `r`: data.prompt = 'solve' has no {question} in it"),
+        (
+            {"data": {"template": "solve"}},
+            "recipe `r`: data.template = 'solve' has neither {question} nor a column in it",
+        ),
         (
             {"train": {"steps": 0}},
             "recipe `r`: `train.steps` = 0 is not allowed: it takes a whole number greater than 0",

@@ -66,7 +66,7 @@ def test_4b_has_the_published_settings() -> None:
     assert recipe.eval.benchmarks == ["aime24", "aime25", "amc", "minerva", "math500"]
     assert (recipe.eval.every, recipe.eval.temperature, recipe.eval.max_concurrency) == (10, 0.6, "auto")
     assert (recipe.resources.rollout_gpus, recipe.resources.train_gpus) == (4, 4)
-    assert recipe.data.prompt.endswith("final answer within \\boxed{}.")
+    assert recipe.data.template.endswith("final answer within \\boxed{}.")
     expected = recipe.expected
     assert expected is not None
     assert (expected.avg_at_n_first, expected.avg_at_n_last) == (0.478, 0.574)
@@ -289,7 +289,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
 
 
 def test_resolved_json_and_toml_read_back_equal(tmp_path: Path) -> None:
-    recipe = recipe_io.load("qwen3.5-4b-m2po-delta", ["resources.engine.env.A_B=x y", "data.prompt=é {question}"])
+    recipe = recipe_io.load("qwen3.5-4b-m2po-delta", ["resources.engine.env.A_B=x y", "data.template=é {question}"])
     (tmp_path / "recipe.json").write_text(recipe_io.to_json(recipe))
     (tmp_path / "r.toml").write_text(recipe_io.to_toml(recipe))
     assert recipe_io.load(tmp_path / "recipe.json") == recipe

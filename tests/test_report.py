@@ -115,7 +115,7 @@ def test_plain_lines_come_at_most_every_two_seconds_and_never_stay_away() -> Non
     assert 4 <= len([line for line in lines if line.startswith("step ")]) <= 5
     count = len(lines)
     for _ in range(40):  # 20 s without a step
-        progress.feed([], state(40), {"trainer": Status("ready", "waiting: engine0 is down", 1.0)}, "running")
+        progress.feed([], state(40), {"trainer": Status("ready", "waiting: engine0 is down", heard=1.0)}, "running")
         view.update(progress)
         clock.now += 0.5
     assert lines[count:] and all("trainer: waiting: engine0 is down" in line for line in lines[count + 1 :])

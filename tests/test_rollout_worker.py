@@ -80,7 +80,7 @@ def test_a_run_whose_prompts_all_do_not_fit_ends(world: World, monkeypatch: pyte
     with pytest.raises(ExceptionGroup) as error:
         asyncio.run(world.play(scenario, data={"max_prompt_tokens": 4}))
     (failure,) = error.value.exceptions
-    assert isinstance(failure, RunFailed) and "30 prompts in a row do not fit, the last: prompt of" in failure.message
+    assert isinstance(failure, RunFailed) and "none of 30 prompts fits, the last: prompt of" in failure.message
     assert "raise data.max_prompt_tokens" in str(failure.hint)
 
 

@@ -18,7 +18,8 @@ from hub_tools import in_file, open_store
 from astracli.config.recipe import DataTable
 from astracli.data import datasets
 from astracli.data.prompts import PromptSource
-from astracli.data.rows import GROUPS, JsonlRows, ParquetRows, open_rows
+from astracli.data.rows import GROUPS, ParquetRows, open_rows
+from astracli.data.text_rows import JsonlRows
 from astracli.errors import UserError
 from astracli.hub.store import HubStore
 from astracli.launch import inputs
@@ -171,12 +172,12 @@ def test_a_resume_refuses_other_problems(tmp_path: Path) -> None:
     rows = made(5)
     recipe: Any = SimpleNamespace(data=DataTable(source=str(jsonl(tmp_path, rows))))
     run = runs.create("r", tmp_path / "run")
-    inputs.pin_problems(run, recipe, Path(recipe.data.source))
+    inputs.pin_problems(run, recipe, {"": Path(recipe.data.source)})
     assert json.loads((run.path / "data.json").read_text())["rows"] == 5
     jsonl(tmp_path, [row | {"answer": "mended"} for row in rows])
-    inputs.pin_problems(run, recipe, Path(recipe.data.source))  # the same questions in the same order
+    inputs.pin_problems(run, recipe, {"": Path(recipe.data.source)})  # the same questions in the same order
     jsonl(tmp_path, rows[::-1])
     with pytest.raises(UserError, match=r"others than when .* began: 5 rows of .* then, 5 of") as caught:
-        inputs.pin_problems(run, recipe, Path(recipe.data.source))
+        inputs.pin_problems(run, recipe, {"": Path(recipe.data.source)})
     assert "put the old file back" in str(caught.value.hint)
     run.unlock()

@@ -8,8 +8,18 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from astracli.errors import UserError
+
+if TYPE_CHECKING:
+    from astracli.config.recipe import DataTable, Recipe
+
+PACKED = (".gz", ".zst")
+"""Suffixes of compressed files."""
+FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
+SUFFIXES = (*FORMATS, *(f"{name}{packed}" for name in FORMATS for packed in PACKED))
+"""Suffixes of the files that problems are read from."""
 
 MATH_PROMPT = "{question}\nLet's think step by step. Please put your final answer within \\boxed{}."
 """What a benchmark of written mathematics asks."""
@@ -49,8 +59,15 @@ class BenchmarkSpec:
     number of items alone is checked, and that is said."""
     hub_loaded: bool = False
     """Whether the Hub copy was ever loaded and found to have that hash; until then it is marked `not run`."""
-    path: Path | None = None
-    """The file of a set of one's own."""
+    own: DataTable | None = None
+    """How the rows of a set of one's own read; `hub` is None then."""
+    held_out: bool = False
+    """It is what `own`, a training source, holds out."""
+
+    @property
+    def generated(self) -> bool:
+        """Whether its items are drawn, not read."""
+        return self.hub is None and self.own is None
 
 
 _MAA = "problems (c) Mathematical Association of America, collection "
@@ -94,17 +111,48 @@ BENCHMARKS: dict[str, BenchmarkSpec] = {spec.name: spec for spec in _SPECS}
 
 
 def is_path(name: str) -> bool:
-    """Whether a benchmark is named by its file: `my_set.jsonl`, `sets/mine.parquet`, `./a_datasets_directory`."""
-    return "/" in name or name.endswith((".jsonl", ".parquet"))
+    """Whether a benchmark is named by where it lies: `my_set.jsonl`, `sets/mine.parquet`, a directory, a Hub id."""
+    return "/" in name or name.lower().endswith(SUFFIXES)
 
 
-def get(name: str) -> BenchmarkSpec:
-    """A benchmark by name, or a set of one's own by path. Raises UserError with the nearest name."""
+def own_sets(recipe: Recipe) -> dict[str, BenchmarkSpec]:
+    """The benchmarks that a recipe brings by name: `[eval.sets.NAME]`, and what its training sources hold out."""
+    from astracli.config import recipe_data
+
+    named = {
+        name: BenchmarkSpec(
+            name, (), table.samples, None, "", "your own", own=_own(recipe_data.of(recipe.data, table), table.split)
+        )
+        for name, table in recipe.eval.sets.items()
+    }
+    held = {
+        name: BenchmarkSpec(name, (), 4, None, "", "your own", own=table, held_out=True)
+        for name, table in recipe_data.held_out(recipe.data).items()
+    }
+    return named | held
+
+
+def _own(table: DataTable, split: str | None) -> DataTable:
+    return table.model_copy(update={"split": split or "", "holdout": 0.0, "mix": []})
+
+
+def get(name: str, recipe: Recipe | None = None) -> BenchmarkSpec:
+    """A benchmark by name, one of the recipe's, or a set of one's own by where it lies. Raises UserError with the
+    nearest name."""
+    own = own_sets(recipe) if recipe is not None else {}
+    if name in own:
+        return own[name]
     if name in BENCHMARKS:
         return BENCHMARKS[name]
     if is_path(name):
-        path = Path(name).expanduser()
-        return BenchmarkSpec(path.stem, (), 4, HubSet("", "test"), licence="your own", path=path)
-    near = difflib.get_close_matches(name, BENCHMARKS, n=1)
+        from astracli.config.recipe import DataTable
+
+        table = recipe.data if recipe is not None else DataTable(source=name)
+        short = Path(name).name
+        while short.lower().endswith((*FORMATS, *PACKED)):
+            short = Path(short).stem
+        read = table.model_copy(update={"source": name, "config": None, "revision": None})
+        return BenchmarkSpec(short, (), 4, None, "", "your own", own=_own(read, None))
+    near = difflib.get_close_matches(name, [*BENCHMARKS, *own], n=1)
     hint = f"did you mean `{near[0]}`?" if near else "choose from the list"
-    raise UserError(f"there is no benchmark `{name}`: {', '.join(BENCHMARKS)}", hint)
+    raise UserError(f"there is no benchmark `{name}`: {', '.join([*BENCHMARKS, *own])}", hint)

@@ -23,8 +23,9 @@ from pydantic import (
     model_validator,
 )
 
-from astracli.config import doors
+from astracli.config import doors, recipe_data
 from astracli.config.algorithms import AlgorithmTable, find
+from astracli.config.recipe_data import EvalSetTable, Level, MixTable, NonEmpty, ShotTable
 from astracli.config.recipe_run import (
     CheckpointTable,
     ExpectedTable,
@@ -51,6 +52,12 @@ class ModelTable(Table):
     """The command that makes a local `path`: said when nothing is there."""
     adapter: str = "auto"
     """Name of a model adapter, or `auto`: the one that claims the checkpoint's `model_type`."""
+    thinking: Literal["on", "off"] = "off"
+    """Whether the model reasons before it answers, where its chat template has that choice (`enable_thinking`)."""
+    template_args: dict[str, str | bool | int | float] = Field(default={})
+    """Further arguments of the chat template: `{ reasoning_effort = "low" }`."""
+    assistant_prefix: str = ""
+    """Text that every answer begins with. It belongs to the prompt: it is not trained, and no reward sees it."""
 
 
 class CurriculumTable(Table):
@@ -78,23 +85,41 @@ class GradingTable(Table):
 
 
 class DataTable(Table):
-    source: str = Field(min_length=1)
-    """`arithmetic` (generated), a registered name, a local .jsonl/.parquet file, or a Hub dataset id."""
+    source: str = ""
+    """`arithmetic` (generated), a registered name, a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, and each of
+    them with .gz or .zst), a directory that `datasets` reads, or a Hub data set id."""
+    config: str | None = None
+    """Which configuration of a Hub data set, or of a directory that has several."""
+    split: str = "train"
+    """Of a directory or a Hub data set."""
     path: str | None = None
     """Directory that holds local copies of training sets and benchmarks: NAME.jsonl, NAME.parquet or a `datasets`
     directory NAME, itself or in its `train` and `eval`. None is the environment's ASTRA_DATA_DIR."""
-    split: str = "train"
     revision: str | None = None
-    levels: list[Literal["add2", "sub2", "add3", "sub3", "steps2", "steps3", "steps4"]] = Field(
-        default=["add2", "sub2", "add3", "sub3"], min_length=1
-    )
+    """Branch, tag or commit of a Hub data set."""
+    levels: list[Level] = Field(default=["add2", "sub2", "add3", "sub3"], min_length=1)
     """Difficulty levels of the generated arithmetic family, drawn uniformly (other sources ignore it)."""
     question_field: str = "problem"
+    """Column of the question: text, or chat turns (a list of `role` and `content`, or such a list as JSON text). A row
+    without it may have its turns in `messages`. `a.b` is a field `b` inside a column `a`."""
     answer_field: str = "answer"
-    prompt: str = "{question}"
-    """What the user turn says; `{question}` is the problem text."""
+    """Column of the right answer; empty: the rows have none, and the reward needs none."""
+    template: str = "{question}"
+    """What the user turn says: `{question}`, and any column of the row by its name. Other braces stay as they are."""
+    system: str | None = None
+    """The system turn, of rows that bring none of their own; may name columns as `template` does."""
+    few_shot: list[ShotTable] = Field(default=[])
+    """Questions with answers, `[[data.few_shot]]`: earlier turns of every conversation."""
+    markup: Literal["text", "tokens"] = "text"
+    """What a special token of the model (`<|im_end|>`) is that stands in a row, or in the recipe's own words: the text
+    that it is written as, or the token itself."""
     max_prompt_tokens: PositiveInt = 2000
-    """Longer prompts are skipped and counted."""
+    """Longer prompts are left out and counted."""
+    mix: list[MixTable] = Field(default=[])
+    """Several sources, `[[data.mix]]`; `source` is not asked then."""
+    holdout: NonNegativeFloat = 0.0
+    """Questions that are never trained on and make the benchmark `holdout`: a share below 1, or how many. A question is
+    chosen by a hash of its text, so the same ones are held out in every run, with all rows that ask them."""
     curriculum: CurriculumTable | None = None
     """None asks prompts in their shuffled order; a table prefers those that are solved sometimes."""
     decontaminate: Literal["report", "remove", "off"] = "report"
@@ -128,6 +153,9 @@ class RolloutTable(Table):
     """Below 1 the draws are not the policy's: that biases the gradient, and is warned of."""
     max_new_tokens: Tokens = 4000
     """Most tokens behind the prompt, in an episode of several turns all of them together."""
+    stop: list[NonEmpty] = Field(default=[])
+    """A completion ends, as finished, with the token that completes one of these texts; evaluations end there too. What
+    was drawn stays whole: the text is part of what is trained and of what a reward sees."""
     context_length: Tokens = 8192
     """Prompt and completion together, tokens; the whole of an episode of several turns."""
     max_running_requests: Requests | Literal["auto"] = "auto"
@@ -263,6 +291,10 @@ class WeightsTable(Table):
 
 class EvalTable(Table):
     benchmarks: list[str] = Field(default=[])
+    """Names of known benchmarks, of `[eval.sets.NAME]`, files, directories and Hub ids. What `data.holdout` holds out
+    is added."""
+    sets: dict[str, EvalSetTable] = Field(default={})
+    """Benchmarks of one's own that are read otherwise than `[data]` says: `[eval.sets.NAME]`."""
     every: NonNegativeInt = 10
     """Evaluate at step 0, every n steps and at the end; 0 switches in-run evaluation off. One that becomes due while
     another runs takes the version that is current when that ends."""
@@ -320,6 +352,17 @@ class Recipe(Table):
         most = self.eval.max_concurrency
         return self.rollout.running if most == "auto" else most
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _with_held_out(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """What the sources hold out is evaluated: its benchmarks stand in `eval.benchmarks`."""
+        recipe = handler(values)
+        added = [name for name in recipe_data.held_out(recipe.data) if name not in recipe.eval.benchmarks]
+        if not added:
+            return recipe
+        evaluation = recipe.eval.model_copy(update={"benchmarks": [*recipe.eval.benchmarks, *added]})
+        return recipe.model_copy(update={"eval": evaluation})
+
     @model_validator(mode="after")
     def _coherent(self) -> Recipe:
         rollout, train, evaluation = self.rollout, self.train, self.eval
@@ -367,6 +410,6 @@ class Recipe(Table):
         band = self.data.curriculum
         if band is not None and band.low > band.high:
             raise ValueError(f"data.curriculum.low = {band.low} is over data.curriculum.high = {band.high}")
-        if "{question}" not in self.data.prompt:
-            raise ValueError(f"data.prompt = {self.data.prompt!r} has no {{question}} in it")
+        if problem := recipe_data.contradiction(self.data):
+            raise ValueError(problem)
         return self

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from astracli.config import doors, reading
-from astracli.config.benchmarks import BENCHMARKS, get, is_path
+from astracli.config.benchmarks import BENCHMARKS, get, is_path, own_sets
 from astracli.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ MOST_EXTENDS = 20
 SHOWN = 10
 """Complaints about one recipe that are shown."""
 FILE_HINT = "a recipe is a TOML file; `astra recipes copy qwen3.5-tiny-m2po-delta` makes one to start from"
+
+EARLIER_NAMES = {"data.prompt": "data.template"}
+"""Keys that recipes and runs of earlier versions may hold -> what they are called now."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +90,16 @@ def _check_names(recipe: Recipe, label: str) -> None:
     """What the schema cannot know: names of engine and benchmarks, and their own samples. Raises UserError."""
     used = [("rollout.engine", recipe.rollout.engine, "engine", ["auto", *doors.names("astra.engines")])]
     used += [
-        ("eval.benchmarks", name, "benchmark", list(BENCHMARKS)) for name in recipe.eval.benchmarks if not is_path(name)
+        ("eval.benchmarks", name, "benchmark", [*BENCHMARKS, *own_sets(recipe)])
+        for name in recipe.eval.benchmarks
+        if not is_path(name)
     ]
     for key, name, kind, known in used:
         if name not in known:
             message = f"recipe `{label}`: `{key}` = {json.dumps(name)} is not allowed: there is no such {kind}"
             raise UserError(message, f"{_nearest(name, known)}known: {', '.join(known)}")
     k = recipe.eval.pass_k
-    for spec in map(get, recipe.eval.benchmarks if recipe.eval.samples is None else ()):
+    for spec in [get(name, recipe) for name in recipe.eval.benchmarks if recipe.eval.samples is None]:
         if spec.samples < k:
             raise UserError(
                 f"recipe `{label}`: eval.pass_k = {k}, and `{spec.name}` is asked {spec.samples} samples an item: "
@@ -137,6 +142,8 @@ def _key(text: str) -> str:
 def _toml(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{_key(key)} = {_toml(v)}" for key, v in value.items() if v is not None) + " }"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
@@ -181,7 +188,7 @@ def _document(name_or_path: str) -> dict[str, Any]:
             raise UserError(f"`{path}` is not valid JSON: {error}", FILE_HINT) from None
         if not isinstance(document, dict):
             raise UserError(f"`{path}` holds no recipe: a JSON object is needed", FILE_HINT)
-        return document
+        return _with_new_names(document)
     file = _find(name_or_path, None)
     return _merged(file, ())
 
@@ -237,7 +244,8 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(file: Path | Traversable) -> str:
     try:
-        return reading.text(file, reading.RECIPE_BYTES) if isinstance(file, Path) else file.read_text(encoding="utf-8")
+        text = reading.text(file, reading.RECIPE_BYTES) if isinstance(file, Path) else file.read_text(encoding="utf-8")
+        return text.removeprefix("\ufeff")
     except FileNotFoundError:
         names = _shipped_names()
         raise UserError(
@@ -256,7 +264,7 @@ def _read(file: Path | Traversable) -> str:
 
 def _parse(file: Path | Traversable, shown: str) -> dict[str, Any]:
     try:
-        return _toml_values(_read(file))
+        return _with_new_names(_toml_values(_read(file)))
     except ValueError as error:
         if isinstance(error, UserError):
             raise
@@ -271,9 +279,20 @@ def _toml_values(text: str) -> dict[str, Any]:
         raise ValueError("it is nested too deeply") from None
 
 
+def _with_new_names(document: dict[str, Any]) -> dict[str, Any]:
+    """A file's document with the names that keys have now."""
+    for old, new in EARLIER_NAMES.items():
+        table, _, key = old.partition(".")
+        inner = document.get(table)
+        if isinstance(inner, dict) and key in inner:
+            inner.setdefault(new.partition(".")[2], inner.pop(key))
+    return document
+
+
 def _override(document: dict[str, Any], text: str) -> None:
     """Put one `a.b=c` into the document. Raises UserError on bad form; keys and values are checked with the rest."""
     dotted, equals, raw = text.partition("=")
+    dotted = EARLIER_NAMES.get(dotted.strip(), dotted)
     keys = [part.strip() for part in dotted.split(".")]
     if not equals or not all(keys):
         raise UserError(f"`--set {text}` is not of the form key.name=value", "for example `--set train.steps=20`")

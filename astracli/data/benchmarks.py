@@ -1,7 +1,8 @@
 """Benchmarks made local, checked and loaded: the table of them is `config/benchmarks.py`.
 
-A set that is cut, doubled or changed is refused. A set of one's own goes by its path (`--benchmark my_set.jsonl`) and
-is taken as it is. Where no hash is recorded (`amc`, and OlympiadBench's copy of 674 items) the count alone is checked,
+A set that is cut, doubled or changed is refused. A set of one's own goes by where it lies (`--benchmark my_set.csv`) or
+stands in `[eval.sets.NAME]`; it is taken as it is, read as the recipe's training problems are and judged by their
+reward. Where no hash is recorded (`amc`, and OlympiadBench's copy of 674 items) the count alone is checked,
 and `fetch` says so.
 """
 
@@ -9,15 +10,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from astracli.config.benchmarks import MATH_PROMPT, BenchmarkSpec, get
 from astracli.data import arithmetic, datasets
 from astracli.data.content_hash import content_hash
-from astracli.data.prompts import Problem, render
+from astracli.data.prompts import Problem
+from astracli.data.turns import PromptFormat, Turn
 from astracli.errors import UserError
+
+if TYPE_CHECKING:
+    from astracli.config.recipe import DataTable, Recipe
 
 
 @dataclass(frozen=True)
@@ -26,15 +32,18 @@ class Benchmark:
     items: list[Problem]
     samples: int
     """Default samples per item."""
-    prompt: str
+    prompt: PromptFormat = field(default_factory=PromptFormat)
+    """What stands around a question whose item has no turns of its own yet."""
     pass_k: int = 4
     """Default k of pass@k."""
     grader: str = "math"
     """The reward that judges its answers."""
+    data: DataTable | None = None
+    """Of a set of one's own: how it is read and judged."""
 
-    def text(self, item: Problem) -> str:
-        """What the user turn says for an item."""
-        return render(self.prompt, item.question)
+    def messages(self, item: Problem) -> tuple[Turn, ...]:
+        """The chat turns that ask an item."""
+        return item.messages or self.prompt.messages(item.question, item.row)
 
 
 GENERATED: dict[str, Callable[[int], list[Problem]]] = {
@@ -44,6 +53,8 @@ GENERATED: dict[str, Callable[[int], list[Problem]]] = {
 }
 """How the items of a set without a Hub copy are drawn, by their number."""
 
+USUAL_FIELDS = ("problem", "question")
+"""What a set of one's own may call its question, besides what the recipe says."""
 COUNTED_BYTES = 64 << 20
 """The largest file whose lines are counted beforehand."""
 
@@ -52,23 +63,29 @@ def count_items(spec: BenchmarkSpec) -> int | None:
     """How many items there are, without loading the set; None where that is not known beforehand."""
     if spec.counts:
         return spec.counts[0]
-    if spec.path is None or spec.path.suffix != ".jsonl" or not spec.path.is_file():
+    if spec.own is None or spec.held_out or not spec.own.source.endswith(".jsonl"):
         return None
-    if spec.path.stat().st_size > COUNTED_BYTES:
+    path = Path(spec.own.source).expanduser()
+    if not path.is_file() or path.stat().st_size > COUNTED_BYTES:
         return None
-    with spec.path.open("rb") as file:
+    with path.open("rb") as file:
         return sum(bool(line.strip()) for line in file)
 
 
-def fetch(name: str, data_dir: str | None = None) -> str | None:
+def fetch(name: str, data_dir: str | None = None, recipe: Recipe | None = None) -> str | None:
     """Make a benchmark local and check it. The path for `load`; None for a generated one. Raises UserError.
 
-    `data_dir` is the recipe's `data.path`.
+    `data_dir` is the recipe's `data.path`; `recipe` says how a set of one's own is read.
     """
-    spec = get(name)
-    if spec.hub is None:
+    spec = get(name, recipe)
+    if spec.generated:
         return None
-    path = spec.path or local(spec, data_dir) or datasets.download(spec.hub)
+    if spec.own is not None:
+        own = datasets.fetch_set(spec.own)
+        load(name, own, recipe=recipe)
+        return own
+    assert spec.hub is not None
+    path = local(spec, data_dir) or datasets.download(spec.hub)
     items = load(name, path).items
     if not _hashed(spec, len(items)) and spec.counts:
         print(
@@ -79,27 +96,40 @@ def fetch(name: str, data_dir: str | None = None) -> str | None:
     return str(path.resolve())
 
 
-def fetch_all(names: Iterable[str], data_dir: str | None = None) -> dict[str, str | None]:
+def fetch_all(names: Iterable[str], data_dir: str | None = None, recipe: Recipe | None = None) -> dict[str, str | None]:
     """{name: path}. Raises UserError, also for two sets of the same name: their results could not be told apart."""
     names = list(names)
     for i, name in enumerate(names):
-        if get(name).name in (get(other).name for other in names[:i]):
-            raise UserError(f"two benchmarks are called `{get(name).name}`: {', '.join(names)}", "rename one's file")
-    return {name: fetch(name, data_dir) for name in names}
+        if get(name, recipe).name in (get(other, recipe).name for other in names[:i]):
+            raise UserError(
+                f"two benchmarks are called `{get(name, recipe).name}`: {', '.join(names)}", "rename one's file"
+            )
+    return {name: fetch(name, data_dir, recipe) for name in names}
 
 
-def load(name: str, local_path: str | Path | None = None, own_prompt: str = MATH_PROMPT) -> Benchmark:
+def load(
+    name: str, local_path: str | Path | None = None, own_prompt: str = MATH_PROMPT, recipe: Recipe | None = None
+) -> Benchmark:
     """A benchmark from `local_path`, from its own path or ASTRA_DATA_DIR, or generated.
 
-    A set of one's own, and one whose spec has no prompt, is asked with `own_prompt`: a recipe's `data.prompt`.
+    With `recipe`, a set of one's own is read and judged as its data table says. A known set is asked with its own
+    prompt, after the recipe's system turn; one without a prompt with `own_prompt`, or the recipe's template and
+    examples.
 
     Raises UserError, also for a wrong number of items and for other content than the hash says.
     """
-    spec = get(name)
+    spec = get(name, recipe)
+    if spec.own is not None:
+        table = spec.own
+        loaded = datasets.load(table, local_path, *(["held_out"] if spec.held_out else ["train", USUAL_FIELDS]))
+        reward = table.reward if recipe is not None else "math"
+        return Benchmark(spec.name, list(loaded), spec.samples, PromptFormat.of(table), grader=reward, data=table)
+    prompt = PromptFormat.of(recipe.data) if recipe is not None else PromptFormat(own_prompt)
+    if spec.prompt:
+        prompt = PromptFormat(spec.prompt, prompt.system)
     if spec.hub is None:
-        items = GENERATED[name](spec.counts[0])
-        return Benchmark(name, items, spec.samples, spec.prompt or own_prompt, grader="number")
-    path = Path(local_path) if local_path is not None else spec.path or local(spec)
+        return Benchmark(name, GENERATED[name](spec.counts[0]), spec.samples, prompt, grader="number")
+    path = Path(local_path) if local_path is not None else local(spec)
     if path is None:
         raise UserError(
             f"benchmark `{name}` is not on this machine",
@@ -112,9 +142,10 @@ def load(name: str, local_path: str | Path | None = None, own_prompt: str = MATH
         question_fields=tuple(dict.fromkeys(["problem", *spec.hub.question_fields])),
         answer_fields=tuple(dict.fromkeys(["answer", *spec.hub.answer_fields])),
         final_after=spec.hub.final_after,
+        prompt=prompt,
     )
     _check(spec, path, loaded)
-    return Benchmark(spec.name, list(loaded), spec.samples, own_prompt if spec.path else spec.prompt)
+    return Benchmark(spec.name, list(loaded), spec.samples, prompt)
 
 
 def _check(spec: BenchmarkSpec, path: Path, loaded: datasets.Problems) -> None:

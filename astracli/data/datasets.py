@@ -1,6 +1,6 @@
-"""Problem sets from files and from the Hub: one door for .jsonl, .parquet, `datasets` directories and Hub ids.
+"""Problem sets from files and from the Hub: one door for files of every kind, `datasets` directories and Hub ids.
 
-`fetch` runs in the supervisor before any process starts and returns a local path; `load` opens that path offline, and
+`fetch` runs in the supervisor before any process starts and returns local paths; `load` opens a path offline, and
 reads a problem when it is asked for. Nothing is dropped: a row without its fields is an error that names the row, and
 repeated questions are counted.
 """
@@ -10,13 +10,17 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from astracli.config.benchmarks import HubSet
+from astracli.config.benchmarks import FORMATS, SUFFIXES, HubSet
+from astracli.config.recipe_data import GENERATED, sets
 from astracli.data.prompts import Problem
-from astracli.data.rows import is_saved, open_rows, split_of
+from astracli.data.rows import Row, is_saved, open_rows, split_of
+from astracli.data.turns import PromptFormat, RowError, Turn, lookup, turns_of
+from astracli.data.unpack import cache_dir
+from astracli.data.values import as_text
 from astracli.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,6 +28,12 @@ if TYPE_CHECKING:
 
     from astracli.config.recipe import DataTable, Recipe
 
+__all__ = ["Problems", "cache_dir", "fetch", "fetch_set", "load"]
+
+Side = Literal["train", "held_out", "all"]
+"""Rows that `data.holdout` leaves to training, those that it holds out, or both."""
+TURNS_FIELD = "messages"
+"""The column that is looked for where a row has no field of the recipe's name."""
 DATA_DIR_VARIABLE = "ASTRA_DATA_DIR"
 """A directory that holds NAME.jsonl files, itself or in `eval/` and `train/`, where `data.path` names none."""
 
@@ -35,36 +45,55 @@ TRAINING_SETS: dict[str, HubSet] = {
 """Training sets known by name; their Hub ids mean the same. The fields of a recipe are not needed for them."""
 
 
-def load(data: DataTable, local_path: str | Path | None = None) -> Problems:
-    """The problems of a recipe's data table, from what `fetch` returned. Raises UserError."""
+def load(
+    data: DataTable, local_path: str | Path | None = None, side: Side = "train", usual: Sequence[str] = ()
+) -> Problems:
+    """The problems of one source, from what `fetch` returned. `usual`: names of the question besides the table's own.
+
+    Raises UserError.
+    """
     known = known_set(data.source)
     path = Path(local_path) if local_path is not None else find_local(data.source, data.path)
     if path is None:
         raise UserError(f"data.source = `{data.source}` is not on this machine", "fetch it first: `astra train` does")
     return Problems(
         path,
-        split=known.split if known else data.split,
-        question_fields=_fields(data.question_field, known.question_fields if known else ()),
-        answer_fields=_fields(data.answer_field, known.answer_fields if known else ()),
+        split=data.split,
+        config=data.config,
+        question_fields=[*_fields(data.question_field, known.question_fields if known else ()), *usual],
+        answer_fields=_fields(data.answer_field, known.answer_fields if known else ()) if data.answer_field else (),
         final_after=known.final_after if known else None,
+        prompt=PromptFormat.of(data),
+        holdout=data.holdout,
+        side=side,
     )
 
 
-def fetch(recipe: Recipe) -> str | None:
-    """Make a recipe's training problems local and check them. The path for `load`; None for the generated family.
+def fetch(recipe: Recipe, look: Callable[[Problem], None] = lambda problem: None) -> dict[str, str | None]:
+    """Make a recipe's training problems local and check them. {source: path for `load`}; None for the generated family.
+
+    `look` sees the first problem of each source that is not generated.
 
     Raises UserError: unknown source, gated or missing on the Hub, missing fields, no rows.
     """
-    data = recipe.data
-    if data.source == "arithmetic":
+    paths = {name: fetch_set(table) for name, table in sets(recipe.data).items()}
+    for name, table in sets(recipe.data).items():
+        if (path := paths[name]) is not None:
+            look(load(table, path)[0])
+    return paths
+
+
+def fetch_set(data: DataTable) -> str | None:
+    """The local path of one source, downloaded when it has to be; None for the generated family. Raises UserError."""
+    if data.source == GENERATED:
         return None
     path = find_local(data.source, data.path)
     if path is None:
         known = known_set(data.source)
         if known is None and data.source.count("/") != 1:
             raise _unknown(data.source)
-        path = download(known or HubSet(data.source, data.split), data.revision)
-    load(data, path)
+        config = data.config or (known.config if known else None)
+        path = download(HubSet(known.hub_id if known else data.source, data.split, config=config), data.revision)
     return str(path)
 
 
@@ -79,13 +108,15 @@ def find_local(source: str, data_dir: str | None = None) -> Path | None:
     path = Path(source).expanduser()
     if path.exists():
         return path.resolve()
-    if path.suffix in (".jsonl", ".json", ".parquet") or path.is_absolute() or source.startswith((".", "~")):
-        raise UserError(f"no data at `{source}`", "give a .jsonl or .parquet file, a `datasets` directory or a Hub id")
+    if source.lower().endswith(SUFFIXES) or path.is_absolute() or source.startswith((".", "~")):
+        kinds = ", ".join(FORMATS)
+        raise UserError(f"no data at `{source}`", f"give a file ({kinds}), a `datasets` directory or a Hub id")
     return find_in_data_dir(source, "train", data_dir)
 
 
 def find_in_data_dir(name: str, folder: str, data_dir: str | None = None) -> Path | None:
-    """NAME.jsonl, NAME.parquet or the saved data set NAME in a directory, itself or its `folder`; None: not there.
+    """NAME with a suffix of `SUFFIXES`, or the saved data set NAME, in a directory, itself or its `folder`; None: not
+    there.
 
     The directory is `data_dir` (a recipe's `data.path`), else ASTRA_DATA_DIR. Raises UserError when it is none.
     """
@@ -98,15 +129,16 @@ def find_in_data_dir(name: str, folder: str, data_dir: str | None = None) -> Pat
             f"{'data.path' if data_dir else DATA_DIR_VARIABLE} = `{root}` is no directory",
             "name the directory that holds NAME.jsonl, itself or in `train/` and `eval/`",
         )
-    places = [base / sub / f"{name}{suffix}" for sub in ("", folder) for suffix in (".jsonl", ".parquet", "")]
+    places = [base / sub / f"{name}{suffix}" for sub in ("", folder) for suffix in (*SUFFIXES, "")]
     return next((place.resolve() for place in places if place.is_file() or is_saved(place)), None)
 
 
 class Problems(Sequence[Problem]):
     """The problems of a set, each read when it is asked for. A pass at the start looks at every row.
 
-    The first of the field names that a row has is taken. In memory is what `rows` keeps, and while the pass goes on 16
-    bytes a row. Raises UserError for no rows, and for the first row without its fields.
+    The first of the field names that a row has is taken. In memory is what `rows` keeps, 8 bytes a row of a set of
+    which some are held out, and while the pass goes on 24 bytes a row. Raises UserError for no rows, and for the first
+    row without its fields.
     """
 
     def __init__(
@@ -114,32 +146,61 @@ class Problems(Sequence[Problem]):
         path: Path,
         *,
         split: str,
+        config: str | None = None,
         question_fields: Sequence[str],
         answer_fields: Sequence[str],
         final_after: str | None = None,
+        prompt: PromptFormat | None = None,
+        holdout: float = 0.0,
+        side: Side = "train",
     ):
         import numpy as np
         import xxhash
 
         self._path = path
-        self._rows = open_rows(path, split)
+        self._rows = open_rows(path, split, config)
         self._fields = (tuple(question_fields), tuple(answer_fields))
         self._final_after = final_after
+        self._prompt = prompt or PromptFormat()
         self._renamed: dict[int, str] = {}
+        self._places: np.ndarray | None = None
+        """Rows of this side; None: all."""
         if not len(self._rows):
             raise UserError(f"`{path}` holds no rows")
-        hashes = np.fromiter(self._look(), np.dtype((np.uint64, 2)), len(self._rows))
+        hashes = np.fromiter(self._look(bool(holdout)), np.dtype((np.uint64, 3)), len(self._rows))
         self.duplicates = len(hashes) - len(np.unique(hashes[:, 0]))
         """Rows whose question occurred before; they stay in."""
-        self.fingerprint = xxhash.xxh64_hexdigest(hashes[:, 0].tobytes())
+        self.fingerprint = xxhash.xxh64_hexdigest(np.ascontiguousarray(hashes[:, 0]).tobytes())
         """16 hex digits over the questions in their order: what a place in the set means."""
         self._rename(hashes[:, 1])
+        if holdout and side != "all":
+            self._places = self._side(hashes[:, 2], holdout, side)
 
-    def _look(self) -> Iterator[tuple[int, int]]:
-        """Hashes of (question, name) of every row."""
+    def _look(self, holdout: bool) -> Iterator[tuple[int, int, int]]:
+        """Hashes of question, name and what the question says, of every row."""
+        from astracli.data.content_hash import normalised
+
         for place, row in enumerate(self._rows):
-            problem = self._problem(place, row)
-            yield _hash(problem.question), _hash(problem.id)
+            problem, asked = self._problem(place, row)
+            yield _hash(asked), _hash(problem.id), _hash(f"held out\n{normalised(asked)}") if holdout else 0
+
+    def _side(self, hashes: np.ndarray, holdout: float, side: Side) -> np.ndarray:
+        """Places of the rows to train on, or of one row for each question that is held out. Raises UserError."""
+        import numpy as np
+
+        asked = np.sort(np.unique(hashes))
+        count = int(holdout) if holdout >= 1 else int(np.searchsorted(asked, np.uint64(int(holdout * 2**64))))
+        if not 0 < count < len(asked):
+            raise UserError(
+                f"data.holdout = {holdout:g} holds {'all' if count else 'none'} of the {len(asked)} questions of "
+                f"`{self._path}` out",
+                "a share below 1, or a number of questions, that leaves some for both sides",
+            )
+        held = hashes <= asked[count - 1]
+        if side == "train":
+            return np.flatnonzero(~held)
+        _, first = np.unique(hashes, return_index=True)
+        return np.sort(first[held[first]])
 
     def _rename(self, hashes: np.ndarray) -> None:
         """A name that occurred before gets its row's number behind it: names are unique in a set."""
@@ -154,16 +215,42 @@ class Problems(Sequence[Problem]):
             given.add(name)
             self._renamed[int(place)] = name
 
-    def _problem(self, place: int, row: Mapping[str, Any]) -> Problem:
-        question = _text(row, self._fields[0], self._path, place, "data.question_field")
-        answer = _text(row, self._fields[1], self._path, place, "data.answer_field")
+    def _problem(self, place: int, row: Row) -> tuple[Problem, str]:
+        """A row's problem, and all that it asks: what tells it from others."""
+        try:
+            turns = next((found for name in self._fields[0] if (found := _turns(row, name))), None)
+            if turns is None and not any(_has(row, name) for name in self._fields[0]):
+                turns = _turns(row, TURNS_FIELD)
+            reference = turns.pop()["content"] if turns and turns[-1]["role"] == "assistant" else None
+            if turns is None:
+                question = asked = _text(row, self._fields[0], "data.question_field")
+            else:
+                question = next((turn["content"] for turn in reversed(turns) if turn["role"] == "user"), "")
+                asked = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+            answer = self._answer(row, reference)
+            messages = self._prompt.messages(question if turns is None else turns, row)
+        except RowError as error:
+            hint = error.args[1] if len(error.args) > 1 else None
+            said = str(error.args[0])
+            between = " " if said.startswith("has ") else ": "
+            raise UserError(f"{self._rows.where(place)}{between}{said}", hint) from None
+        name = str(next((row[key] for key in ("id", "unique_id") if row.get(key) is not None), place))
+        return Problem(self._renamed.get(place, name), question, answer, {}, messages, row), asked
+
+    def _answer(self, row: Row, reference: str | None) -> str:
+        """The right answer. Of chat turns whose last one is the assistant's, that one, where no column holds it."""
+        names = self._fields[1]
+        if not names:
+            return reference or ""
+        if reference is not None and not any(_has(row, name) for name in names):
+            return reference
+        answer = _text(row, names, "data.answer_field")
         if self._final_after and self._final_after in answer:
             answer = answer.rsplit(self._final_after, 1)[1].strip().replace(",", "")
-        name = str(next((row[key] for key in ("id", "unique_id") if row.get(key) is not None), place))
-        return Problem(self._renamed.get(place, name), question, answer)
+        return answer
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._rows) if self._places is None else len(self._places)
 
     @overload
     def __getitem__(self, place: int) -> Problem: ...
@@ -171,12 +258,16 @@ class Problems(Sequence[Problem]):
     def __getitem__(self, place: slice) -> list[Problem]: ...
     def __getitem__(self, place: int | slice) -> Problem | list[Problem]:
         places = range(len(self))[place]
-        if isinstance(places, range):
-            return [self._problem(i, self._rows.row(i)) for i in places]
-        return self._problem(places, self._rows.row(places))
+        return [self._at(i) for i in places] if isinstance(places, range) else self._at(places)
+
+    def _at(self, place: int) -> Problem:
+        row = place if self._places is None else int(self._places[place])
+        return self._problem(row, self._rows.row(row))[0]
 
     def __iter__(self) -> Iterator[Problem]:
-        return (self._problem(place, row) for place, row in enumerate(self._rows))
+        if self._places is not None:
+            return map(self._at, range(len(self)))
+        return (self._problem(place, row)[0] for place, row in enumerate(self._rows))
 
 
 def download(source: HubSet, revision: str | None = None) -> Path:
@@ -184,7 +275,8 @@ def download(source: HubSet, revision: str | None = None) -> Path:
     from astracli.data.fetch import fetch_dataset
 
     snapshot = fetch_dataset(source.hub_id, revision)
-    name = "-".join(filter(None, [source.hub_id.replace("/", "--"), source.config, source.split, snapshot.name[:12]]))
+    split = source.split.replace("/", "_")
+    name = "-".join(filter(None, [source.hub_id.replace("/", "--"), source.config, split, snapshot.name[:12]]))
     target = cache_dir() / "datasets" / f"{name}.jsonl"
     if not target.exists():
         _convert(source, snapshot, target)
@@ -196,26 +288,22 @@ def _convert(source: HubSet, snapshot: Path, target: Path) -> None:
     import datasets
 
     folder = snapshot / source.config if source.config else None
+    part = source.split if "[" in source.split else None  # a slice, which `datasets` cannot stream
+    more: dict[str, Any] = {"split": part} if part else {"streaming": True}
     try:
-        if folder is not None and folder.is_dir():
-            found = datasets.load_dataset(str(folder), streaming=True)
+        if folder is not None and folder.is_dir() and not (snapshot / "README.md").is_file():
+            found = datasets.load_dataset(str(folder), **more)
         else:
-            found = datasets.load_dataset(str(snapshot), source.config, streaming=True)
+            found = datasets.load_dataset(str(snapshot), source.config, **more)
     except Exception as error:
-        raise UserError(f"data set `{source.hub_id}` cannot be read: {error}") from None
+        hint = "name one of them in data.config" if "onfig name is missing" in str(error) else None
+        raise UserError(f"data set `{source.hub_id}` cannot be read: {error}", hint) from None
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     with partial.open("w", encoding="utf-8") as out:
         for row in split_of(found, source.split, source.hub_id):
             out.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
     partial.replace(target)
-
-
-def cache_dir() -> Path:
-    """ASTRA_CACHE_DIR, else `astra` in the user's cache directory."""
-    own = os.environ.get("ASTRA_CACHE_DIR")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(own) if own else Path(base) / "astra"
 
 
 def _hash(text: str) -> int:
@@ -229,27 +317,43 @@ def _fields(chosen: str, known: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*known, chosen]))
 
 
-def _text(row: Mapping[str, Any], names: Sequence[str], path: Path, number: int, setting: str) -> str:
-    """The first of the named fields as text. Numbers lose a `.0`, lists are joined with `, `."""
-    where = f"row {number + 1} of `{path}`"
+def _has(row: Mapping[str, Any], name: str) -> bool:
+    try:
+        return lookup(row, name) is not None
+    except KeyError:
+        return False
+
+
+def _turns(row: Mapping[str, Any], name: str) -> list[Turn] | None:
+    return turns_of(lookup(row, name)) if _has(row, name) else None
+
+
+def _text(row: Mapping[str, Any], names: Sequence[str], setting: str) -> str:
+    """The first of the named fields as text. Numbers lose a `.0`, lists are joined with `, `. Raises RowError."""
+    missing = None
     for name in names:
-        value: Any = row
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
+        try:
+            value = lookup(row, name)
+        except KeyError:
+            continue
         if value is None:
+            missing = name
             continue
         if isinstance(value, list) and value and all(isinstance(v, str | int | float) for v in value):
-            value = ", ".join(map(str, value))
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
+            value = ", ".join(map(as_text, value))
         if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise UserError(f"{where}: field `{name}` is {type(value).__name__}, not text")
-        if not str(value).strip():
-            raise UserError(f"{where}: field `{name}` is empty")
-        return str(value)
+            raise RowError(f"field `{name}` is {type(value).__name__}, not text")
+        text = as_text(value)
+        if text in ("inf", "-inf"):
+            raise RowError(f"field `{name}` is a number that is not finite")
+        if not text.strip():
+            raise RowError(f"field `{name}` is empty")
+        return text
+    if missing is not None:
+        raise RowError(f"field `{missing}` has no value", "fill it in, or leave the row out")
     wanted = " or ".join(f"`{name}`" for name in names)
     there = ", ".join(f"`{key}`" for key in row) or "none"
-    raise UserError(f"{where} has no field {wanted}; its fields: {there}", f"name the right one with {setting}")
+    raise RowError(f"has no field {wanted}; its fields: {there}", f"name the right one with {setting}")
 
 
 def _unknown(source: str) -> UserError:

@@ -83,18 +83,20 @@ def summary(found: Sequence[Overlap], total: int) -> str:
     return f"{len(found):,} of {total:,} training problems are in a benchmark" + (f": {parts}" if parts else "")
 
 
-def write_without(source: Path, split: str, found: Sequence[Overlap], folder: Path) -> Path:
+def write_without(source: Path, split: str, found: Sequence[Overlap], folder: Path, config: str | None = None) -> Path:
     """The set without the rows that overlap, as a .jsonl file in `folder`; the same rows give the same file name."""
     from astracli.data.rows import open_rows
 
     gone = {overlap.row for overlap in found}
-    key = hashlib.sha256(json.dumps([str(source.resolve()), source.stat().st_mtime_ns, sorted(gone)]).encode())
+    key = hashlib.sha256(
+        json.dumps([str(source.resolve()), split, config, source.stat().st_mtime_ns, sorted(gone)]).encode()
+    )
     target = folder / f"{source.stem}-decontaminated-{key.hexdigest()[:12]}.jsonl"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.tmp")
         with partial.open("w", encoding="utf-8") as out:
-            for number, row in enumerate(open_rows(source, split)):
+            for number, row in enumerate(open_rows(source, split, config)):
                 if number not in gone:
                     kept = row if {"id", "unique_id"} & row.keys() else {"id": str(number), **row}
                     out.write(json.dumps(kept, ensure_ascii=False, default=str) + "\n")

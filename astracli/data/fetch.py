@@ -15,13 +15,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from astracli.config.benchmarks import SUFFIXES
 from astracli.errors import UserError
 from astracli.process import console
 
 BUNDLED_PREFIX = "astra:"
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 MODEL_IGNORED = ["original/*", "onnx/*", "openvino/*", "*/*.safetensors"]
-DATA_FILES = ["*.parquet", "*.json", "*.jsonl", "*.jsonl.gz", "*.jsonl.zst", "*.csv", "*.arrow"]
+DATA_FILES = [*(f"*{suffix}" for suffix in SUFFIXES), "README.md"]
+"""README.md names the configurations of a data set and their files."""
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 Kind = Literal["model", "dataset"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from astracli.config.recipe_data import sets
 from astracli.data import benchmarks
 from astracli.doctor.gather import offline
 from astracli.doctor.subject import Check, Status, Subject
@@ -131,14 +132,17 @@ def _sets(subject: Subject) -> Iterator[Check]:
     """Training problems and benchmarks, one check each kind, the missing ones by name."""
     assert subject.recipe is not None
     table = subject.recipe
-    wanted = {"train": [table.data.source], "eval": table.eval.benchmarks if table.eval.every else []}
+    wanted = {
+        "train": [one.source for one in sets(table.data).values()],
+        "eval": table.eval.benchmarks if table.eval.every else [],
+    }
     for use, title in (("train", "training data"), ("eval", "benchmarks")):
-        sets = [s for s in subject.facts.data if s.use == use and s.name in wanted[use]]
-        if not sets and set(wanted[use]) - GENERATED:
+        there = [s for s in subject.facts.data if s.use == use and s.name in wanted[use]]
+        if not there and set(wanted[use]) - GENERATED:
             yield Check(title, GROUP, "skip", "not in this document")
-        broken = {s.name: s.problem for s in sets if s.problem is not None}
-        absent = [s for s in sets if s.place is None and s.problem is None]
-        if not sets:
+        broken = {s.name: s.problem for s in there if s.problem is not None}
+        absent = [s for s in there if s.place is None and s.problem is None]
+        if not there:
             continue
         if broken:
             fix = "`astra recipes show` prints data.source and eval.benchmarks; both take local files"
@@ -151,5 +155,5 @@ def _sets(subject: Subject) -> Iterator[Check]:
             fix += f", or `hf download --repo-type dataset {absent[0].hub_id}`"
             yield Check(title, GROUP, status, f"not on this machine: {names}", why, fix)
         else:
-            shown = ", ".join(f"{s.name}{' (generated)' if s.place == 'generated' else ''}" for s in sets)
+            shown = ", ".join(f"{s.name}{' (generated)' if s.place == 'generated' else ''}" for s in there)
             yield Check(title, GROUP, "ok", shown)

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from astracli.config.recipe import Recipe
+from astracli.config.recipe import DataTable, Recipe
+from astracli.config.recipe_data import GENERATED, sets
 from astracli.errors import UserError
 from astracli.machine import packages, read
 from astracli.machine.facts import CheckpointFacts, DataSet, Environment, Machine, Network, RunLeft, Tensor
@@ -105,22 +106,30 @@ def cached(name: str, kind: str, revision: str | None = None) -> Path | None:
 def data(recipe: Recipe) -> tuple[DataSet, ...]:
     """Training problems and benchmarks of a recipe, each with where it lies."""
     from astracli.config.benchmarks import get
-    from astracli.data import benchmarks, datasets
+    from astracli.data import benchmarks
 
-    source, folder, revision = recipe.data.source, recipe.data.path, recipe.data.revision
-    if source == "arithmetic":
-        found = [DataSet(name=source, use="train", hub_id=None, place="generated")]
-    else:
-        known = datasets.known_set(source)
-        hub_id = known.hub_id if known else source if source.count("/") == 1 else None
-        found = [_lookup(source, "train", hub_id, revision, partial(datasets.find_local, source, folder))]
+    found = [_source(table.source, "train", table) for table in sets(recipe.data).values()]
     for name in recipe.eval.benchmarks if recipe.eval.every else []:
-        spec = get(name)
-        if spec.hub is None:
+        spec, folder = get(name, recipe), recipe.data.path
+        if spec.own is not None:
+            found.append(_source(name, "eval", spec.own))
+        elif spec.hub is None:
             found.append(DataSet(name=name, use="eval", hub_id=None, place="generated"))
         else:
             found.append(_lookup(name, "eval", spec.hub.hub_id, None, partial(benchmarks.local, spec, folder)))
     return tuple(found)
+
+
+def _source(name: str, use: Literal["train", "eval"], table: DataTable) -> DataSet:
+    """Where one set of problems lies."""
+    from astracli.data import datasets
+
+    source = table.source
+    if source == GENERATED:
+        return DataSet(name=name, use=use, hub_id=None, place="generated")
+    known = datasets.known_set(source)
+    hub_id = known.hub_id if known else source if source.count("/") == 1 else None
+    return _lookup(name, use, hub_id, table.revision, partial(datasets.find_local, source, table.path))
 
 
 def _lookup(

@@ -117,7 +117,7 @@ class EngineClient:
         answers = self._content(reply, "/generate")
         if not isinstance(answers, list) or len(answers) != len(requests):
             raise self._failure(f"answered /generate with something else than {len(requests)} results")
-        return [_result(answer) for answer in answers]
+        return [_ended(request, _result(answer)) for request, answer in zip(requests, answers, strict=True)]
 
     async def _stream(self, requests: Sequence[GenRequest], ended: Ended) -> list[GenResult]:
         """One call whose results come as their requests end."""
@@ -133,7 +133,8 @@ class EngineClient:
                         async for line in reply.aiter_lines():
                             if line.startswith("data: {"):
                                 answer = json.loads(line[len("data: ") :])
-                                results[answer["index"]] = result = _result(answer)
+                                result = _ended(requests[answer["index"]], _result(answer))
+                                results[answer["index"]] = result
                                 ended(answer["index"], result)
                         break
                     await reply.aread()
@@ -156,6 +157,7 @@ class EngineClient:
                     "max_new_tokens": request.max_new_tokens,
                     "stop_token_ids": [int(token) for token in request.stop_token_ids],
                     "sampling_seed": request.seed,
+                    **({"stop": list(request.stop.texts)} if request.stop is not None else {}),
                 }
                 for request in requests
             ],
@@ -256,6 +258,13 @@ def _nothing(request: GenRequest) -> GenResult:
     """A request that was ended before its first token."""
     version = np.iinfo(np.int64).max  # no token bears it
     return GenResult(np.zeros(0, np.int32), np.zeros(0, np.float32), "abort", version, version, request.rid or "")
+
+
+def _ended(request: GenRequest, result: GenResult) -> GenResult:
+    """The result up to its first stop string."""
+    if request.stop is None:
+        return result
+    return request.stop.ended(request.input_ids[len(request.input_ids) - request.draw_offset :], result)
 
 
 def _result(answer: Mapping[str, Any]) -> GenResult:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from astracli.config.recipe import Recipe
     from astracli.engines.client import EngineClient
+    from astracli.engines.stops import StopStrings
     from astracli.models.adapter import ModelAdapter
 
 GROUP = "astra.engines"
@@ -113,6 +114,8 @@ class GenRequest:
     draw_offset: int = 0
     """Tokens of this completion that are already in `input_ids`."""
     rid: str | None = None
+    stop: StopStrings | None = None
+    """Texts that end it, as finished; the client sees to it where the engine does not."""
 
 
 @dataclass(frozen=True)

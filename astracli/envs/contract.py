@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -102,18 +103,28 @@ class Episode:
         """Tokens that the policy sees and did not draw: a tool's result, what the user says next."""
         self._append(np.array(tokens, np.int32), False)
 
+    def changed(self) -> None:
+        """The mask may be another: forget what follows from it."""
+        self.__dict__.pop("spans", None)
+
     def _append(self, tokens: np.ndarray, drawn: bool) -> None:
+        self.changed()
         self.tokens = np.concatenate([self.tokens, tokens])
         self.loss_mask = np.concatenate([self.loss_mask, np.full(len(tokens), drawn)])
 
+    @cached_property
+    def spans(self) -> list[tuple[int, int]]:
+        """(first, end) of each run of drawn tokens. Kept until `add`, `tell` or `changed`."""
+        mask = self.loss_mask
+        edges = ((mask[1:] != mask[:-1]).nonzero()[0] + 1).tolist()
+        edges += [len(mask)] * (len(edges) % 2)
+        return list(zip(edges[::2], edges[1::2], strict=True))
+
     @property
     def answer(self) -> np.ndarray:
-        """int32: the last tokens that were drawn at one go, the last turn's; empty without a turn."""
-        drawn = np.flatnonzero(self.loss_mask)
-        if not len(drawn):
-            return np.zeros(0, np.int32)
-        before = np.flatnonzero(~self.loss_mask[: drawn[-1]])
-        return self.tokens[before[-1] + 1 : drawn[-1] + 1]
+        """int32: the last run of drawn tokens, the last turn; empty without a turn."""
+        spans = self.spans
+        return self.tokens[slice(*spans[-1])] if spans else self.tokens[:0]
 
 
 class Grader(Protocol):
@@ -130,7 +141,7 @@ class EnvSetup:
     tokenizer: Any
     grader_of: Callable[[Problem], Grader]
     """The recipe's reward for a problem, which may depend on the problem's source."""
-    prompt_tokens: Callable[[Problem], Sequence[int]]
+    prompt_tokens: Callable[[Problem], TokenIds]
     """The prompt of a problem as the recipe says it: template and chat template applied, generation prompt added."""
 
 
@@ -152,7 +163,7 @@ class Env:
         items = []
         for episode in group:
             answer = episode.answer.tolist()
-            episode.text = self.text(answer)
+            episode.text = str(self.tokenizer.decode(answer, skip_special_tokens=True))
             items.append(GradeItem(problem.question, problem.answer, episode.text, answer))
         with time_limit.paused():
             return await self.setup.grader_of(problem).agrade(items)
@@ -169,7 +180,7 @@ class Env:
 
     def begin(self, problem: Problem) -> Episode:
         """An episode with the recipe's prompt of a problem."""
-        return Episode.of_prompt(self.setup.prompt_tokens(problem))
+        return Episode.of_prompt(self.setup.prompt_tokens(problem), problem.messages)
 
     def text(self, tokens: TokenIds) -> str:
         """What tokens say, without special ones."""

@@ -10,7 +10,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 from types import FrameType
 
@@ -22,47 +22,57 @@ class TooLong(Exception):
     """The Env's code used up its time. Its cause, or its traceback, says where."""
 
 
-class _Clock:
-    def __init__(self, limit_s: float, timeout: asyncio.Timeout):
-        self._limit_s, self._timeout, self._paused = limit_s, timeout, 0
+class limited:
+    """An async context manager around code of an Env, in a task of its own. Raises TooLong.
+
+    One timer for all stretches: it looks, when it comes, whether the present one is over its limit.
+    """
+
+    def __init__(self, limit_s: float):
+        self._limit_s = limit_s
+        self._since: float | None = None
+        """When the present stretch began; None while it is paused."""
+        self._paused = 0
+        self._expired = False
 
     @property
     def words(self) -> str:
         return f"it took more than rollout.env_timeout_s = {self._limit_s:g} s outside of generation"
 
+    async def __aenter__(self) -> None:
+        self._loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._since = self._loop.time()
+        self._timer = self._loop.call_later(self._limit_s, self._look)
+        self._before = _clock.set(self)
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        _clock.reset(self._before)
+        self._timer.cancel()
+        if self._expired and self._task.uncancel() == 0 and kind is asyncio.CancelledError:
+            raise TooLong(self.words) from error
+
+    def _look(self) -> None:
+        left = self._limit_s if self._since is None else self._since + self._limit_s - self._loop.time()
+        if left > 0:
+            self._timer = self._loop.call_later(left, self._look)
+        else:
+            self._expired = True
+            self._task.cancel()
+
     def pause(self) -> None:
         self._paused += 1
-        self._set(None)
+        self._since = None
 
     def go_on(self) -> None:
         self._paused -= 1
         if not self._paused:
-            self._set(asyncio.get_running_loop().time() + self._limit_s)
-
-    def _set(self, when: float | None) -> None:
-        with contextlib.suppress(RuntimeError):  # it has run out already
-            self._timeout.reschedule(when)
+            self._since = self._loop.time()
 
 
-_clock: ContextVar[_Clock | None] = ContextVar("astra_env_clock", default=None)
+_clock: ContextVar[limited | None] = ContextVar("astra_env_clock", default=None)
 """Of the Env's code that runs now, in tasks that it has started too."""
-
-
-@contextlib.asynccontextmanager
-async def limited(limit_s: float) -> AsyncIterator[None]:
-    """Around code of an Env, in a task of its own. Raises TooLong."""
-    timeout = asyncio.timeout(limit_s)
-    clock = _Clock(limit_s, timeout)
-    token = _clock.set(clock)
-    try:
-        async with timeout:
-            yield
-    except TimeoutError as error:
-        if not timeout.expired():
-            raise
-        raise TooLong(clock.words) from error.__cause__
-    finally:
-        _clock.reset(token)
 
 
 @contextlib.contextmanager

@@ -16,9 +16,11 @@ import numpy as np
 import xxhash
 
 from astracli.engines.contract import GenRequest, GenResult
+from astracli.engines.stops import StopStrings
 from astracli.errors import RunFailed
 from astracli.evaluation import passk, votes
 from astracli.models.adapter import chat_prompt_tokens
+from astracli.models.chat import ChatFormat
 from astracli.rewards.reward import Grade, GradeItem, GradePool
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ class EvalSampling:
     """Prompt and completion together; a longer prompt is not asked and counts as wrong."""
     stop_token_ids: tuple[int, ...]
     seed: int
+    stop: StopStrings | None = None
+    chat: ChatFormat = field(default_factory=ChatFormat)
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,9 @@ class BenchmarkWork:
         self._found = {
             (places[s.problem.id], s.sample): s for s in done_before if s.problem.id in places and s.sample < self.n
         }
-        self._prompts = [chat_prompt_tokens(tokenizer, benchmark.text(problem)) for problem in benchmark.items]
+        self._prompts = [
+            chat_prompt_tokens(tokenizer, benchmark.messages(problem), sampling.chat) for problem in benchmark.items
+        ]
         self.calls = _calls(len(self._prompts), self.n, self._found, sampling, max_concurrency, whole_calls)
         self._began = self._ended = time.monotonic()
 
@@ -214,12 +220,14 @@ class BenchmarkWork:
             top_p=sampling.top_p,
             stop_token_ids=list(sampling.stop_token_ids),
             seed=sample_seed(sampling.seed, self.benchmark.name, self.benchmark.items[place].id, sample),
+            stop=sampling.stop,
         )
 
     async def _grade(self, asked: Sequence[tuple[Problem, int]], answers: Sequence[GenResult]) -> list[EvalSample]:
         texts = [self._tokenizer.decode(answer.tokens.tolist(), skip_special_tokens=True) for answer in answers]
         items = [
-            GradeItem(problem.question, problem.answer, text) for (problem, _), text in zip(asked, texts, strict=True)
+            GradeItem(problem.question, problem.answer, text, answer.tokens.tolist())
+            for (problem, _), text, answer in zip(asked, texts, answers, strict=True)
         ]
         grades = await self._grader.agrade(items)
         return [

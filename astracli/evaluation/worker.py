@@ -29,6 +29,7 @@ from astracli.data import benchmarks
 from astracli.data.benchmarks import Benchmark
 from astracli.data.prompts import stop_token_ids
 from astracli.engines import registry as engines
+from astracli.engines.stops import StopStrings
 from astracli.errors import RunFailed
 from astracli.evaluation import files as eval_files
 from astracli.evaluation.benchmark import BenchmarkWork, EvalSampling, Result
@@ -36,6 +37,7 @@ from astracli.evaluation.spread import evaluate
 from astracli.hub.client import AsyncHubClient, HubClient
 from astracli.hub.types import Evaluation, Holders, NextEvaluation
 from astracli.models.adapter import load_tokenizer
+from astracli.models.chat import ChatFormat
 from astracli.process.config import EvalConfig
 from astracli.process.worker import TERM_EXIT, Reporter, worker_main
 from astracli.rewards.reward import GradePool
@@ -150,8 +152,10 @@ def run(config: EvalConfig, reporter: Reporter) -> None:
         context_length=recipe.rollout.context_length,
         stop_token_ids=tuple(stop_token_ids(tokenizer, config.model_path)),
         seed=recipe.seed,
+        stop=StopStrings(tuple(recipe.rollout.stop), tokenizer) if recipe.rollout.stop else None,
+        chat=ChatFormat.of(recipe),
     )
-    sets = [benchmarks.load(name, config.benchmarks[name], recipe.data.prompt) for name in recipe.eval.benchmarks]
+    sets = [benchmarks.load(name, config.benchmarks[name], recipe=recipe) for name in recipe.eval.benchmarks]
     data = recipe.data
     with contextlib.ExitStack() as stack:
         pools = {

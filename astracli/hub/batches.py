@@ -192,7 +192,13 @@ class BatchBook:
             step,
         )
         assert row is not None
-        return BatchStats(*row)
+        by_source = self._db.rows(
+            "SELECT source, COUNT(*), AVG(reward_mean) FROM groups WHERE arrived = ? AND source IS NOT NULL "
+            "GROUP BY source ORDER BY source",
+            step,
+        )
+        sources = {name: {"groups": count, "reward_mean": mean} for name, count, mean in by_source}
+        return BatchStats(*row, sources=sources)
 
     def ack(self, step: int, version: int, checkpoint_step: int | None) -> None:
         """The batch of `step` has become `version`. Twice is once. Raises RunFailed for a step without a batch.

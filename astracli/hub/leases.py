@@ -148,6 +148,7 @@ class LeaseBook:
             "samples": len(group.samples),
             "tokens": sum(s.drawn for s in group.samples),
             "timeouts": sum(s.verdict == "timeout" for s in group.samples),
+            "source": group.meta.get("source"),
         }
         with self._db.transaction() as sql:
             sql.execute(

@@ -41,7 +41,8 @@ CREATE TABLE groups (
     timeouts INTEGER,
     reason TEXT,          -- why it was skipped
     prompt INTEGER,       -- its place in the endless sequence of prompts
-    kind TEXT             -- with a curriculum: what its solve rate is counted under
+    kind TEXT,            -- with a curriculum: what its solve rate is counted under
+    source TEXT           -- of several training sources, the one that its problem is from
 );
 CREATE INDEX groups_by_state ON groups (state, version);
 CREATE INDEX groups_by_arrival ON groups (arrived);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
@@ -78,6 +78,8 @@ class BatchStats(_Answer):
     tokens: int
     samples: int
     timeouts: int
+    sources: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Of several training sources: `groups` and `reward_mean` of each."""
 
 
 @dataclass(frozen=True)

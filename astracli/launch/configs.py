@@ -123,7 +123,7 @@ def _client(context: RunContext, process: ProcessPlan, own: Mapping[str, Any]) -
     """Of a process that talks to the engines."""
     plan, leases = context.plan, tuple(context.plan.gpu_leases)
     if process.role is Role.ROLLOUT:
-        return RolloutConfig(**own, data_path=context.inputs.data, gpu_leases=leases, samples=context.samples)
+        return RolloutConfig(**own, data_paths=dict(context.inputs.data), gpu_leases=leases, samples=context.samples)
     if process.role is Role.EVAL:
         out = context.run_dir.eval.resolve() if plan.command == "eval" else None
         return EvalConfig(**own, benchmarks=dict(context.inputs.benchmarks), out=out)

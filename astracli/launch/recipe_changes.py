@@ -43,7 +43,7 @@ def with_evaluation(recipe: Recipe, benchmarks: Sequence[str] | None, samples: i
             f"recipe `{recipe.name}` names no benchmark", f"name one: `--benchmark {next(iter(sets.BENCHMARKS))}`"
         )
     for name in names:
-        sets.get(name)
+        sets.get(name, recipe)
     document = recipe_io.to_document(recipe)
     document["eval"]["benchmarks"] = names
     if samples is not None:
@@ -52,7 +52,8 @@ def with_evaluation(recipe: Recipe, benchmarks: Sequence[str] | None, samples: i
         if k < recipe.eval.pass_k:
             say(f"--samples {samples}: pass@{k} in the place of pass@{recipe.eval.pass_k}")
     document["launch"]["deterministic"] = True  # two evaluations with one seed write the same files
-    return recipe_io.check(document, recipe.name)
+    checked = recipe_io.check(document, recipe.name)  # which adds what sources hold out
+    return checked.model_copy(update={"eval": checked.eval.model_copy(update={"benchmarks": names})})
 
 
 def resumed_recipe(recipe: Recipe, run: RunDir) -> Recipe:

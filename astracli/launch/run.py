@@ -13,12 +13,21 @@ from astracli.config.recipe import Recipe
 from astracli.data import fetch
 from astracli.launch import job, recipe_changes
 from astracli.launch.configs import RunContext
-from astracli.launch.inputs import Inputs, check_checkpoint, check_setting, decontaminated, pin_problems
+from astracli.launch.inputs import (
+    Inputs,
+    check_checkpoint,
+    check_prompts,
+    check_setting,
+    check_turns,
+    decontaminated,
+    pin_problems,
+)
 from astracli.launch.job import Job
 from astracli.machine import read as machine_read
 from astracli.machine.facts import Machine
 from astracli.models import registry
 from astracli.models.adapter_tools import has_chat_template
+from astracli.models.chat import template_of
 from astracli.plan.build import build, refuse
 from astracli.plan.types import Command, LaunchPlan
 from astracli.plan.view import to_json
@@ -45,7 +54,10 @@ def planned(recipe: Recipe, command: Command, facts: Machine | None = None) -> L
     choice = backend.choose(adapter, facts, recipe, config)
     local = fetch.local_path(recipe.model.path) if here and config is not None else None
     size = sum(file.stat().st_size for file in local.glob("*.safetensors")) if local is not None else None
-    return build(recipe, adapter, choice, facts, command=command, config=config, checkpoint_bytes=size)
+    template = template_of(local) if local is not None else None
+    return build(
+        recipe, adapter, choice, facts, command=command, config=config, checkpoint_bytes=size, chat_template=template
+    )
 
 
 def train(recipe: Recipe, *, run_dir: Path | None = None, resume: Path | None = None, dry_run: bool = False) -> int:
@@ -182,7 +194,7 @@ def fetch_inputs(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> In
     from astracli.data import datasets
 
     began = time.monotonic()
-    check_setting(recipe, rewards=data)
+    check_setting(recipe, rewards=data, benchmarks=benchmarks)
     model = fetch.fetch_model(recipe.model.path, recipe.model.revision)
     check_checkpoint(model)
     if not has_chat_template(model):
@@ -190,12 +202,14 @@ def fetch_inputs(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> In
             f"warning: no chat template in `{model}`: prompts go to the model as bare text, right for a base model and "
             "wrong for a chat model; copy its chat_template.jinja beside tokenizer.json"
         )
-    fetched = sets.fetch_all(benchmarks, recipe.data.path)
-    path = datasets.fetch(recipe) if data else None
-    if path is not None:
-        path = decontaminated(recipe, path, fetched)
+    check_prompts(recipe, model)
+    fetched = sets.fetch_all(benchmarks, recipe.data.path, recipe)
+    paths: Mapping[str, Path | None] = {}
+    if data:
+        found = datasets.fetch(recipe, lambda problem: check_turns(recipe, model, problem.messages))
+        paths = decontaminated(recipe, found, fetched)
     places = {name: Path(place) if place else None for name, place in fetched.items()}
-    return Inputs(model, Path(path) if path else None, places, time.monotonic() - began)
+    return Inputs(model, paths, places, time.monotonic() - began)
 
 
 # -- results ----------------------------------------------------------------------------------------------------------

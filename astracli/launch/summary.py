@@ -60,6 +60,7 @@ def build(
         "evaluations_s": dict(evaluations_s),
         "benchmarks": benchmarks(hub.done_evals()),
         "expected": recipe.expected.model_dump() if recipe.expected else None,
+        "prompts": dict(plan.get("prompts", {})) if plan is not None else {},
         "training": training(_since_ready(mine, since + phases.get("starting", 0.0)), first_step),
         "bottleneck": bottleneck.of_run(mine, recipe, plan, first_step) if plan and here else None,
         "slots_busy": slots_busy(
@@ -146,10 +147,22 @@ def training(records: Sequence[Record], first_step: int) -> dict[str, Any]:
         "staleness_mean": mean(values(here, "staleness_mean")),
         "reward_mean_first": rewards[0] if rewards else None,
         "reward_mean_last": rewards[-1] if rewards else None,
+        "reward_means_by_source": by_source(here),
         "grad_norm_mean": mean(values(here, "grad_norm")),
         "checkpoint_s": sum(values(here, "checkpoint_s")),
         "export_s": sum(values(here, "export_s")),
     }
+
+
+BY_SOURCE = "arrived_reward_mean/"
+"""Before the name of a training source, among several: the mean reward of its groups that arrived."""
+
+
+def by_source(records: Sequence[Record]) -> dict[str, list[float]]:
+    """First and last mean reward of each training source, of several."""
+    names = sorted({key for record in records for key in record if key.startswith(BY_SOURCE)})
+    found = {name.removeprefix(BY_SOURCE): values(records, name) for name in names}
+    return {name: [rewards[0], rewards[-1]] for name, rewards in found.items() if rewards}
 
 
 def slots_busy(records: Sequence[Record], first: int, end: int) -> dict[str, float]:

@@ -6,10 +6,13 @@ listing adapters costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from astracli.models.chat import ChatFormat
 
 SHARD_INDEX = "model.safetensors.index.json"
 """The file of a checkpoint that says in which shard each tensor lies."""
@@ -181,16 +184,17 @@ def load_tokenizer(path: Path) -> Any:
     return AutoTokenizer.from_pretrained(str(path))
 
 
-def chat_prompt_tokens(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of one user turn, generation prompt added, thinking off.
+def chat_prompt_tokens(
+    tokenizer: Any, messages: str | Sequence[Mapping[str, Any]], chat: ChatFormat | None = None
+) -> list[int]:
+    """Token ids of chat turns (a text is one user turn) up to where the answer begins; thinking is off by default.
 
     A tokenizer without a chat template gets the bare text.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        return list(tokenizer(text)["input_ids"])
-    turn = [{"role": "user", "content": text}]
-    options = {"tokenize": True, "return_dict": False, "enable_thinking": False}
-    return list(tokenizer.apply_chat_template(turn, add_generation_prompt=True, **options))
+    from astracli.models.chat import ChatFormat
+
+    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+    return (chat or ChatFormat()).tokens(tokenizer, turns)
 
 
 def read_config(path: Path) -> dict[str, Any]:

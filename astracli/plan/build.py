@@ -19,7 +19,7 @@ from astracli.machine.findings import PlanProblem
 from astracli.machine.memory import Component, MemoryRow
 from astracli.models.adapter import MemoryShape, ModelAdapter
 from astracli.plan import gpus as places
-from astracli.plan import hints, problems, staging
+from astracli.plan import hints, problems, prompts, staging
 from astracli.plan.cost import TrainerLoad, pace
 from astracli.plan.memory import disk_rows, light_row, on_gpu, solid, total
 from astracli.plan.offload import Reason
@@ -49,9 +49,11 @@ def build(
     command: Command = "train",
     config: Mapping[str, Any] | None = None,
     checkpoint_bytes: int | None = None,
+    chat_template: str | None = None,
 ) -> LaunchPlan:
     """The plan of one command. `config`: the checkpoint's config.json; None when it is not on this machine, then the
-    sizes of a model that the adapter knows are used. `checkpoint_bytes`: its size on disk."""
+    sizes of a model that the adapter knows are used. `checkpoint_bytes`: its size on disk. `chat_template`: its text,
+    None when it is not known."""
     known = config if config is not None else adapter.known_configs.get(recipe.model.path)
     shape = _shape(adapter, recipe, known) if known is not None else None
     draft = _Draft(recipe, choice, facts, command, shape, checkpoint_bytes)
@@ -67,7 +69,7 @@ def build(
         sets = hints.find(recipe, command, count, fits) if count and draft.cuda else None
         return f"run {hints.command_line(command, recipe.name, sets)}" if sets else otherwise
 
-    plan = draft.plan(way_out)
+    plan = replace(draft.plan(way_out), prompts=prompts.words(recipe, chat_template))
     if config is not None:
         return plan
     what = f"checkpoint {recipe.model.path} not on this machine"

@@ -136,7 +136,7 @@ def _evaluations(recipe: Recipe) -> list[str]:
     from astracli.data import benchmarks
 
     table = recipe.eval
-    specs = [get(name) for name in table.benchmarks]
+    specs = [get(name, recipe) for name in table.benchmarks]
     items = [benchmarks.count_items(spec) or 0 for spec in specs]
     asked = sum(n * (table.samples or spec.samples) for n, spec in zip(items, specs, strict=True))
     a_step = recipe.batch_sequences / (1 + recipe.train.replay_ratio)

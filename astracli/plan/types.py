@@ -58,6 +58,8 @@ class LaunchPlan:
     """Of each engine: the recipe's `rollout.max_running_requests`, or what was derived for it."""
     expected: Mapping[str, Any] = field(default_factory=dict)
     """Published figures of the recipe."""
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    """What the recipe says of prompts, in words."""
     margins: tuple[Margin, ...] = ()
     """Of each GPU whose size is known."""
     problems: tuple[PlanProblem, ...] = ()

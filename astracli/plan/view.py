@@ -35,6 +35,7 @@ def render(plan: LaunchPlan) -> list[TextTable]:
         TextTable("model", figures, [(k, _figure(k, v)) for k, v in plan.model.items()]),
         TextTable("memory", kinds, _with_sums(plan.memory, ("gpu", "host"))),
         TextTable("disk", kinds, _with_sums(plan.disk, ("disk",))),
+        TextTable("prompts", ("what", "how"), list(plan.prompts.items())),
         TextTable("expected", figures, [(k, str(v)) for k, v in plan.expected.items()]),
         TextTable("missing to run here", ("what",), [(line,) for line in plan.missing]),
         TextTable("warnings", ("what",), [(line,) for line in plan.warnings]),

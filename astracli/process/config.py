@@ -94,8 +94,8 @@ class EngineConfig(ProcessConfig):
 
 class RolloutConfig(ProcessConfig):
     role: Literal[Role.ROLLOUT] = Role.ROLLOUT
-    data_path: Path | None
-    """None: the problems are generated."""
+    data_paths: dict[str, Path | None]
+    """Of each source by name ("" of a single one). None: its problems are generated."""
     engines: tuple[EngineAddress, ...]
     gpu_leases: tuple[str, ...]
     """Engines that share their GPU with a trainer in time."""

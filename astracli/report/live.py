@@ -125,7 +125,7 @@ class PlainView:
         self._step = 0
         self._phase = ""
         self._evals: set[int] = set()
-        self._looked = False
+        self._looked = self._left_out = False
 
     def update(self, progress: RunProgress) -> None:
         now = self._clock()
@@ -136,6 +136,9 @@ class PlainView:
             if evaluation.due_step not in self._evals:
                 self._evals.add(evaluation.due_step)
                 self._say(now, eval_line(evaluation))
+        if not self._left_out and (too_long := most_left_out(progress)):
+            self._left_out = True
+            self._say(now, f"prompts that are too long are left out ({too_long} so far)")
         turned, ending = progress.phase != self._phase, progress.phase in ("finishing", "stopping")
         done = " ".join([done_words(progress), *progress.parts()])
         if progress.step > self._step and (ending if turned else now - self._last >= PLAIN_EVERY_S):
@@ -154,6 +157,11 @@ class PlainView:
 
     def close(self) -> None:
         pass
+
+
+def most_left_out(progress: RunProgress) -> int:
+    """Prompts that rollout workers have found too long."""
+    return sum(int(status.progress.get("too_long", 0)) for status in progress.statuses.values())
 
 
 def done_words(progress: RunProgress) -> str:

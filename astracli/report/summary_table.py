@@ -75,6 +75,13 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     if busy := summary.get("slots_busy"):
         each = ", ".join(f"{name} {share:.0%}" for name, share in busy.items())
         facts.append(("slots busy", f"{each}, with rollouts, over time"))
+    if prompts := summary.get("prompts"):
+        facts.append(("prompts", "; ".join(f"{what} {how}" for what, how in prompts.items())))
+    if skipped := (summary.get("groups") or {}).get("skipped"):
+        facts.append(("left out", left_out_words(skipped)))
+    if sources := training.get("reward_means_by_source"):
+        each = ", ".join(f"{name} {first:.3f} -> {last:.3f}" for name, (first, last) in sources.items())
+        facts.append(("sources", f"mean reward, first and last step: {each}"))
     if training["tokens"]:
         rate = f"{training['tokens_per_s'] or 0:,.0f} a second"
         facts.append(("tokens", f"{training['tokens']:,.0f} trained{attempt}, {rate}"))
@@ -102,6 +109,12 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     facts += [("note", words) for words in summary.get("notes", ())]
     facts += [(name, place) for name, place in summary["paths"].items()]
     return facts
+
+
+def left_out_words(prompts: int) -> str:
+    """Prompts that were skipped, and why."""
+    limits = "data.max_prompt_tokens, rollout.context_length"
+    return f"{prompts:,} times a prompt was left out: too long ({limits}), or all its episodes failed"
 
 
 def resume_words(resumes: Sequence[Mapping[str, Any]]) -> str:

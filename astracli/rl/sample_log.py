@@ -67,8 +67,9 @@ def sample_line(
 def group_line(
     group: Group, sample: Sample, *, step: int | None = None, advantage: float | None = None
 ) -> dict[str, Any]:
-    """A group's sample. `version`: of the sample's oldest drawn token, None without any."""
-    return sample_line(
+    """A group's sample. `version`: of the sample's oldest drawn token, None without any. With several training sources
+    the line names its problem's as `source`."""
+    line = sample_line(
         step=step,
         version=sample.oldest_version,
         problem_id=group.problem_id,
@@ -85,6 +86,7 @@ def group_line(
         loss_mask=sample.loss_mask,
         parts=sample.parts,
     )
+    return line | ({"source": group.meta["source"]} if "source" in group.meta else {})
 
 
 def write_samples(directory: Path, batch: Batch, step: int, seed: int, count: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -111,6 +112,7 @@ async def _episode(env: Env, problem: Problem, policy: EpisodePolicy, limit_s: f
         if not isinstance(episode, Episode):
             raise TypeError(f"`run` of {type(env).__name__} returned a {type(episode).__name__}, not an Episode")
         policy.check(episode)
+        episode.parts = {str(name): float(value) for name, value in episode.parts.items()}
         return episode
     except Exception as error:
         return Failure(error)
@@ -128,15 +130,19 @@ async def score(env: Env, problem: Problem, episodes: Sequence[Episode], limit_s
             raise ValueError(
                 f"`score` of {type(env).__name__} returned {len(found)} scores for {len(episodes)} episodes"
             )
-        return [one if isinstance(one, Score) else _score(float(one)) for one in found]
+        return [_score(one) for one in found]
     except AstraError:
         raise
     except Exception as error:
         return Failure(error)
 
 
-def _score(reward: float) -> Score:
-    return Score(reward, "right" if reward > 0 else "wrong")
+def _score(given: Score | float) -> Score:
+    """A bare number is right when it is above 0. Raises ValueError for one that is none."""
+    score = given if isinstance(given, Score) else Score(float(given), "right" if given > 0 else "wrong")
+    if not math.isfinite(score.reward):
+        raise ValueError(f"a score is {score.reward}")
+    return score
 
 
 def leaves(error: Exception) -> list[Exception]:

@@ -14,8 +14,6 @@ from astracli.envs.contract import Env, Episode, Score
 from astracli.rl.sample_log import group_line
 from astracli.rl.types import Group, Sample, Segment
 
-_NOT_DRAWN = np.iinfo(np.int64).min
-
 
 def group_of(env: Env, lease_id: int, problem: Problem, episodes: dict[int, Episode], scores: Sequence[Score]) -> Group:
     """The group of a lease. `episodes`: place in the group -> episode; one that failed has none."""
@@ -23,7 +21,7 @@ def group_of(env: Env, lease_id: int, problem: Problem, episodes: dict[int, Epis
     samples = []
     for (index, episode), score in zip(episodes.items(), scores, strict=True):
         behind = episode.tokens[prompt:]
-        one_turn = episode.text is not None and len(episode.answer) == len(behind)
+        one_turn = episode.text is not None and episode.spans == [(prompt, len(episode.tokens))]
         samples.append(
             Sample(
                 index=index,
@@ -42,40 +40,38 @@ def group_of(env: Env, lease_id: int, problem: Problem, episodes: dict[int, Epis
         samples=samples,
         problem=problem.question,
         answer=problem.answer,
-        meta=problem.meta,
+        meta=problem.meta | ({"source": problem.source} if problem.source else {}),
     )
 
 
 def prompt_length(episodes: Sequence[Episode]) -> int:
     """How many tokens all of them begin with that none has drawn: the prompt of the group."""
     first = episodes[0].tokens
-    drawn = [np.flatnonzero(episode.loss_mask) for episode in episodes]
-    length = min(int(at[0]) if len(at) else len(e.tokens) for at, e in zip(drawn, episodes, strict=True))
+    length = min(episode.spans[0][0] if episode.spans else len(episode.tokens) for episode in episodes)
     for episode in episodes[1:]:
-        different = np.flatnonzero(episode.tokens[:length] != first[:length])
+        different = (episode.tokens[:length] != first[:length]).nonzero()[0]
         length = int(different[0]) if len(different) else length
     return length
 
 
 def segments(episode: Episode, prompt: int) -> list[Segment]:
     """What lies behind the prompt, cut where the version changes, and where drawn tokens begin and end."""
-    tokens, mask = episode.tokens[prompt:], episode.loss_mask[prompt:]
-    if not len(tokens):
-        return []
-    version = np.full(len(tokens), _NOT_DRAWN)
-    version[mask] = episode.versions
-    bounds = [0, *(np.flatnonzero(version[1:] != version[:-1]) + 1).tolist(), len(tokens)]
-    found, used = [], 0
-    for start, end in pairwise(bounds):
-        count = end - start if mask[start] else 0
-        found.append(
-            Segment(
-                int(version[start]) if mask[start] else None,
-                tokens[start:end],
-                episode.logprobs[used : used + count],
-            )
-        )
-        used += count
+    found: list[Segment] = []
+    place, used = prompt, 0
+
+    def told(until: int) -> None:
+        if until > place:
+            found.append(Segment(None, episode.tokens[place:until], np.zeros(0, np.float32)))
+
+    for first, end in episode.spans:
+        told(first)
+        versions = episode.versions[used : used + end - first]
+        changes = ((versions[1:] != versions[:-1]).nonzero()[0] + 1).tolist()
+        for a, b in pairwise([0, *changes, end - first]):
+            logprobs = episode.logprobs[used + a : used + b]
+            found.append(Segment(int(versions[a]), episode.tokens[first + a : first + b], logprobs))
+        place, used = end, used + end - first
+    told(len(episode.tokens))
     return found
 
 

@@ -11,15 +11,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from typing import get_args
 
 import numpy as np
 
 from astracli.config.recipe import Recipe
 from astracli.engines.contract import GenRequest, GenResult
+from astracli.engines.stops import StopStrings
 from astracli.envs import time_limit
 from astracli.envs.contract import Episode, TokenIds, Turn
 from astracli.errors import RunFailed
 from astracli.rl.schedule import sample_seed
+from astracli.rl.types import FinishReason
 from astracli.rollout.request_gate import RequestGate
 
 EMPTY_ABORTS = 50
@@ -32,6 +35,8 @@ class RolloutSampling:
 
     recipe: Recipe
     stop_ids: tuple[int, ...]
+    stop: StopStrings | None = None
+    """Of every turn."""
 
     def room(self, prompt: int, length: int) -> int:
         """Tokens that may still be drawn in an episode of `length` tokens whose prompt had so many of them."""
@@ -89,12 +94,14 @@ class Ask:
             stop_token_ids=self.stop_ids,
             seed=self.seed,
             draw_offset=len(prefix),
+            stop=sampling.stop,
         )
 
     def turn(self) -> Turn:
         tokens = np.concatenate([result.tokens for result in self.results])
         logprobs = np.concatenate([result.logprobs for result in self.results])
-        versions = np.concatenate([np.full(len(result.tokens), result.version, np.int32) for result in self.results])
+        each = np.array([result.version for result in self.results], np.int32)
+        versions = each.repeat([len(result.tokens) for result in self.results])
         return Turn(tokens, logprobs, versions, "stop" if self.finish == "stop" else "length")
 
 
@@ -249,36 +256,40 @@ class EpisodePolicy:
 
         A turn may be left out, cut at its end, or masked; nothing else may be marked as drawn.
         """
-        tokens, mask = episode.tokens, episode.loss_mask
-        if not len(tokens) == len(mask) or not len(episode.logprobs) == len(episode.versions) == int(mask.sum()):
+        episode.changed()
+        length, marked = len(episode.tokens), len(episode.loss_mask)
+        drawn = int(np.count_nonzero(episode.loss_mask))
+        if length != marked or not drawn == len(episode.logprobs) == len(episode.versions):
             raise ValueError(
-                f"an episode of {len(tokens)} tokens has {len(mask)} in its loss_mask, of which {int(mask.sum())} are "
-                f"drawn, with {len(episode.logprobs)} log-probabilities and {len(episode.versions)} versions"
+                f"an episode of {length} tokens has {marked} in its loss_mask, of which {drawn} are drawn, with "
+                f"{len(episode.logprobs)} log-probabilities and {len(episode.versions)} versions"
             )
-        if not len(tokens) or mask[0]:
+        if episode.finish not in get_args(FinishReason):
+            raise ValueError(f"an episode's finish is `stop` or `length`, not {episode.finish!r}")
+        if not length or episode.loss_mask[0]:
             raise ValueError("an episode begins with a prompt: its first token cannot be drawn")
-        place = used = 0
-        while (drawn := np.flatnonzero(mask[place:])).size:
-            place += int(drawn[0])
-            until = int(np.flatnonzero(~np.append(mask[place:], False))[0])
-            counts = (_matches(episode, place, until, used, *one) for one in self._drawn)
-            count = next(filter(None, counts), 0)
-            if not count:
-                raise ValueError(
-                    f"the episode's tokens from {place} on are marked as drawn, and no turn of its policy drew them "
-                    "after the tokens before; mask them with `tell`, or call `generate` with `episode.tokens`"
-                )
-            place, used = place + count, used + count
+        used = 0
+        for first, end in episode.spans:
+            place = first
+            while place < end:
+                counts = (_matches(episode, place, end - place, used, *one) for one in self._drawn)
+                count = next(filter(None, counts), 0)
+                if not count:
+                    raise ValueError(
+                        f"the episode's tokens from {place} on are marked as drawn, and no turn of its policy drew "
+                        "them after the tokens before; mask them with `tell`, or call `generate` with `episode.tokens`"
+                    )
+                place, used = place + count, used + count
 
 
-def _matches(episode: Episode, place: int, until: int, used: int, context: np.ndarray, turn: Turn) -> int:
-    """How many tokens at `place`, at most `until`, are the turn's; 0 when it is another turn. `used`: drawn before."""
-    count = min(until, len(turn.tokens))
+def _matches(episode: Episode, place: int, most: int, used: int, context: np.ndarray, turn: Turn) -> int:
+    """How many tokens at `place`, at most `most`, are the turn's; 0 when it is another turn. `used`: drawn before."""
+    count = min(most, len(turn.tokens))
     same = (
         len(context) == place
-        and np.array_equal(context, episode.tokens[:place])
-        and np.array_equal(turn.tokens[:count], episode.tokens[place : place + count])
-        and np.array_equal(turn.logprobs[:count], episode.logprobs[used : used + count])
-        and np.array_equal(turn.versions[:count], episode.versions[used : used + count])
+        and context.tobytes() == episode.tokens[:place].tobytes()
+        and turn.tokens[:count].tobytes() == episode.tokens[place : place + count].tobytes()
+        and turn.logprobs[:count].tobytes() == episode.logprobs[used : used + count].tobytes()
+        and turn.versions[:count].tobytes() == episode.versions[used : used + count].tobytes()
     )
     return count if same else 0

@@ -16,14 +16,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import sys
 import time
 from collections import OrderedDict, deque
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from astracli.config import algorithms
+from astracli.config.recipe import DataTable
+from astracli.config.recipe_data import sets
 from astracli.data.prompts import Problem, PromptSource, stop_token_ids
 from astracli.engines import registry as engines
+from astracli.engines.stops import StopStrings
 from astracli.envs import registry as envs
 from astracli.envs.contract import Env, EnvSetup, Episode
 from astracli.envs.time_limit import LoopWatch
@@ -31,6 +38,7 @@ from astracli.errors import RunFailed
 from astracli.hub.client import AsyncHubClient
 from astracli.hub.types import Leases
 from astracli.models.adapter import chat_prompt_tokens, load_tokenizer
+from astracli.models.chat import ChatFormat
 from astracli.process.config import RolloutConfig
 from astracli.process.worker import Reporter, worker_main
 from astracli.rewards.reward import GradePool
@@ -46,7 +54,7 @@ REPORT_S = 1.0
 RATE_WINDOW_S = 10.0
 PROMPTS_KEPT = 1024
 UNFIT_PROMPTS = 10_000
-"""Prompts in a row, or a whole epoch of them, that are too long: then the run ends."""
+"""Prompts of an endless source that are too long before one fits: then the run ends. Of others, an epoch."""
 
 
 @dataclass
@@ -62,14 +70,19 @@ class Rollout:
 
     def __post_init__(self) -> None:
         config, tokenizer = self.config, self.env.tokenizer
-        self.sampling = RolloutSampling(config.recipe, tuple(stop_token_ids(tokenizer, config.model_path)))
         rollout = config.recipe.rollout
+        stop = StopStrings(tuple(rollout.stop), tokenizer) if rollout.stop else None
+        self.sampling = RolloutSampling(config.recipe, tuple(stop_token_ids(tokenizer, config.model_path)), stop)
         self._failures = Failures(rollout.env)
+        self._smallest_group = algorithms.find(config.recipe.algorithm.name).smallest_group
         self._slots, self._group_size = rollout.running, rollout.group_size
         for worker in self.workers:
             worker.use.slots = self._slots
         self._held: set[int] = set()
-        self._unfit_in_a_row = 0
+        self._unfit = 0
+        """Prompts that were too long."""
+        self._fit = False
+        """Whether any prompt has been asked."""
         self._tasks: asyncio.TaskGroup
         self._over = asyncio.Event()
         self._writer = SampleWriter(config.samples.path, config.samples.groups) if config.samples else None
@@ -155,6 +168,7 @@ class Rollout:
         unfit = {lease: reason for lease, problem in problems.items() if (reason := self.env.unfit(problem))}
         asked = {lease: problem for lease, problem in problems.items() if lease not in unfit}
         outstanding = len(leases) * self._group_size
+        self._fit |= bool(asked)
 
         def slots(change: int) -> None:
             nonlocal outstanding
@@ -167,15 +181,9 @@ class Rollout:
                 found = await play(self.env, worker, self.sampling, asked, slots)
             finally:
                 slots(-outstanding)
-            self._unfit_in_a_row = 0 if asked else self._unfit_in_a_row + len(unfit)
             for lease, reason in unfit.items():
-                await self.hub.skip(lease, reason)
+                await self._leave_out(lease, reason)
                 self._let_go(worker, [lease])
-                if self._unfit_in_a_row >= min(len(self.source), UNFIT_PROMPTS):
-                    raise RunFailed(
-                        f"{self._unfit_in_a_row} prompts in a row do not fit, the last: {reason}",
-                        "raise data.max_prompt_tokens or rollout.context_length, or train on other problems",
-                    )
             async with asyncio.TaskGroup() as tasks:
                 for lease, problem in asked.items():
                     tasks.create_task(self._hand_in(worker, lease, problem, found[lease]))
@@ -190,15 +198,18 @@ class Rollout:
     async def _hand_in(
         self, worker: EngineWorker, lease_id: int, problem: Problem, found: Sequence[Episode | Failure]
     ) -> None:
-        """Score the episodes that did not fail, and hand them in as a group; none: the prompt is skipped."""
+        """Score the episodes that did not fail, and hand them in as a group. A prompt is skipped when so many of them
+        failed that the algorithm has no advantages for the rest."""
         episodes = {index: one for index, one in enumerate(found) if isinstance(one, Episode)}
-        limit_s = self.config.recipe.rollout.env_timeout_s
-        scores = await score(self.env, problem, list(episodes.values()), limit_s) if episodes else []
+        enough, limit_s = len(episodes) >= self._smallest_group, self.config.recipe.rollout.env_timeout_s
+        scores = await score(self.env, problem, list(episodes.values()), limit_s) if enough else []
         if isinstance(scores, Failure):  # of all of them
-            found, episodes = [one if isinstance(one, Failure) else scores for one in found], {}
-        worker.count_failed(self._failures.note(found))
-        if not episodes:
-            await self.hub.skip(lease_id, f"every episode failed, the last with {self._failures.last}")
+            found, enough = [one if isinstance(one, Failure) else scores for one in found], False
+        failed = self._failures.note(found)
+        worker.count_failed(failed)
+        if not enough:
+            reason = f"{failed} of {len(found)} episodes failed, the last with {self._failures.last}"
+            await self.hub.skip(lease_id, reason)
             self._let_go(worker, [lease_id])
             return
         assert isinstance(scores, list)
@@ -206,6 +217,17 @@ class Rollout:
         await self.hub.put_group(group)
         self._held.discard(lease_id)
         self._count(group)
+
+    async def _leave_out(self, lease: int, reason: str) -> None:
+        """A prompt that is too long: counted, and the end of the run when no other fits."""
+        await self.hub.skip(lease, reason)
+        self._unfit += 1
+        every = len(self.source) if len(self.source) < sys.maxsize else UNFIT_PROMPTS
+        if not self._fit and self._unfit >= every:
+            raise RunFailed(
+                f"none of {self._unfit} prompts fits, the last: {reason}",
+                "raise data.max_prompt_tokens or rollout.context_length, or train on other problems",
+            )
 
     def _count(self, group: Group) -> None:
         self._done["groups"] += 1
@@ -231,7 +253,8 @@ class Rollout:
             passed, made, busy = (last - first for first, last in zip(seen[0], seen[-1], strict=True))
             passed = max(1e-9, passed)  # of the first second there is nothing to compare with
             rates = {"tokens_per_s": round(made / passed, 1), "slots_busy": round(busy / passed / len(uses), 3)}
-            self.reporter.progress(**self._done, in_flight=len(self._held), **rates)
+            left_out = {"too_long": self._unfit} if self._unfit else {}
+            self.reporter.progress(**self._done, in_flight=len(self._held), **rates, **left_out)
             outstanding = any(use.outstanding for use in uses)
             self.reporter.waiting(None if outstanding else self._wait_reason())
             await asyncio.sleep(REPORT_S)
@@ -246,14 +269,15 @@ class Rollout:
 class PromptTokens:
     """`EnvSetup.prompt_tokens`. The last prompts are kept: a group needs its prompt more than once."""
 
-    def __init__(self, tokenizer: Any, source: PromptSource):
-        self._tokenizer, self._source = tokenizer, source
-        self._kept: OrderedDict[int, tuple[Problem, list[int]]] = OrderedDict()
+    def __init__(self, tokenizer: Any, chat: ChatFormat):
+        self._tokenizer, self._chat = tokenizer, chat
+        self._kept: OrderedDict[int, tuple[Problem, np.ndarray]] = OrderedDict()
 
-    def __call__(self, problem: Problem) -> Sequence[int]:
+    def __call__(self, problem: Problem) -> np.ndarray:
         key = id(problem)  # of an object that is kept here
         if key not in self._kept:
-            self._kept[key] = problem, chat_prompt_tokens(self._tokenizer, self._source.text(problem))
+            tokens = chat_prompt_tokens(self._tokenizer, problem.messages, self._chat)
+            self._kept[key] = problem, np.array(tokens, np.int32)
             if len(self._kept) > PROMPTS_KEPT:
                 self._kept.popitem(last=False)
         return self._kept[key][1]
@@ -292,14 +316,23 @@ async def _main(config: RolloutConfig, reporter: Reporter, source: PromptSource,
 def run(config: RolloutConfig, reporter: Reporter) -> None:
     """Entry of the process."""
     recipe = config.recipe
-    source = PromptSource(recipe.data, recipe.seed, config.data_path)
+    source = PromptSource(recipe.data, recipe.seed, config.data_paths)
     tokenizer = load_tokenizer(config.model_path)
-    data = recipe.data
-    with GradePool(data.reward, data.reward_workers, data.reward_timeout_s, data.grading.model_dump()) as pool:
-        env = envs.find(recipe.rollout.env)(
-            EnvSetup(recipe, tokenizer, lambda problem: pool, PromptTokens(tokenizer, source))
-        )
-        asyncio.run(_main(config, reporter, source, env))
+    tables = sets(recipe.data)
+    with contextlib.ExitStack() as stack:
+        pools = {spec: stack.enter_context(pool) for spec, pool in _pools(tables.values()).items()}
+        prompts = PromptTokens(tokenizer, ChatFormat.of(recipe))
+        setup = EnvSetup(recipe, tokenizer, lambda problem: pools[tables[problem.source].reward], prompts)
+        asyncio.run(_main(config, reporter, source, envs.find(recipe.rollout.env)(setup)))
+
+
+def _pools(tables: Iterable[DataTable]) -> dict[str, GradePool]:
+    """A pool for each reward that the sources name."""
+    named = {table.reward: table for table in tables}
+    return {
+        spec: GradePool(spec, table.reward_workers, table.reward_timeout_s, table.grading.model_dump())
+        for spec, table in named.items()
+    }
 
 
 if __name__ == "__main__":

@@ -266,6 +266,8 @@ class TrainLoop:
         if reply.batch is None:
             return None
         counts = {name.removeprefix("arrived_"): count for name, count in asdict(reply.batch.stats).items()}
+        for source, found in counts.pop("sources").items():
+            counts |= {f"{name}/{source}": value for name, value in found.items()}
         stats = {f"arrived_{name}": float(count) for name, count in counts.items() if count is not None}
         if self.recipe.train.replay_ratio:
             stats["replay"] = float(reply.batch.replay)

@@ -33,6 +33,7 @@ from astracli.backends import choice as backend
 from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
 from astracli.data import arithmetic, fetch
+from astracli.data.turns import render
 from astracli.doctor import gather
 from astracli.engines import registry as engines
 from astracli.engines.client import EngineClient
@@ -61,7 +62,7 @@ def settings(args: argparse.Namespace, total_gib: float | None) -> list[str]:
     """What both sides' recipe says."""
     filler = "1 " * (args.prompt_tokens // 2)
     found: dict[str, Any] = {
-        "data.reward": "probe", "data.prompt": json.dumps(filler + "{question}"), "rollout.group_size": GROUP,
+        "data.reward": "probe", "data.template": json.dumps(filler + "{question}"), "rollout.group_size": GROUP,
         "rollout.max_new_tokens": args.new_tokens, "rollout.context_length": args.prompt_tokens + 64 + args.new_tokens,
         "rollout.max_running_requests": args.concurrency, "algorithm.drop_equal_groups": "false",
     }  # fmt: skip
@@ -140,7 +141,7 @@ def wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
 def prompts_of(recipe: Recipe, model: Path, groups: int) -> list[list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(model)
     problems = [arithmetic.draw(i, recipe.seed, recipe.data.levels) for i in range(groups)]
-    return [chat_prompt_tokens(tokenizer, recipe.data.prompt.format(question=p.question)) for p in problems]
+    return [chat_prompt_tokens(tokenizer, render(recipe.data.template, p.question)) for p in problems]
 
 
 async def ask_all(url: str, recipe: Recipe, prompts: list[list[int]], concurrency: int) -> tuple[int, float]:

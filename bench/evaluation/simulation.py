@@ -211,7 +211,7 @@ def _benchmarks(recipe: Recipe) -> list[Benchmark]:
     """As many items as the recipe's benchmarks have."""
     specs = [get(name) for name in recipe.eval.benchmarks]
     return [
-        Benchmark(spec.name, [Problem(f"{spec.name}{i}", "", "") for i in range(spec.counts[0])], spec.samples, "")
+        Benchmark(spec.name, [Problem(f"{spec.name}{i}", "", "") for i in range(spec.counts[0])], spec.samples)
         for spec in specs
     ]
 

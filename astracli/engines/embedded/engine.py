@@ -9,6 +9,7 @@ import math
 import secrets
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from astracli.engines.embedded.decoder import Decoder
 from astracli.engines.embedded.scheduler import Scheduler
 from astracli.engines.embedded.table import Request
 from astracli.engines.embedded.weights import EngineWeights, Loader
+from astracli.engines.stops import StopStrings
 from astracli.errors import UserError
 from astracli.kernels.cpu import linear
+from astracli.models.adapter import load_tokenizer
 from astracli.process.worker import Reporter
 from astracli.weights.receive import reading
 from astracli.weights.receive.watcher import StageWatcher
@@ -29,8 +32,11 @@ from astracli.weights.receive.watcher import StageWatcher
 LONGEST_ID = 256
 """Characters of a request id."""
 _SAMPLING_KEYS = frozenset(
-    {"temperature", "top_p", "max_new_tokens", "stop_token_ids", "sampling_seed", "ignore_eos", "skip_special_tokens"}
-)
+    {
+        "temperature", "top_p", "max_new_tokens", "stop_token_ids", "stop", "sampling_seed", "ignore_eos",
+        "skip_special_tokens",
+    }
+)  # fmt: skip
 
 
 class NotServing(Exception):
@@ -131,6 +137,7 @@ class EmbeddedEngine:
         stops = {_whole(token, "stop_token_ids", 0) for token in params.get("stop_token_ids") or ()}
         if not params.get("ignore_eos"):
             stops |= self._eos
+        texts = params.get("stop") or ()
         seed = params.get("sampling_seed")
         return Request(
             rid=rid or uuid.uuid4().hex,
@@ -141,8 +148,14 @@ class EmbeddedEngine:
             stop_token_ids=tuple(sorted(stops)),
             seed=secrets.randbits(63) if seed is None else _whole(seed, "sampling_seed", -(2**63), 2**64),
             draw_offset=_whole(offset or 0, "draw_offset", 0),
+            stop=StopStrings(tuple(map(str, texts)), self._tokenizer) if texts else None,
             call=self._calls,
         )
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        """Read when the first request with stop strings comes."""
+        return load_tokenizer(self.path)
 
     def apply_staged(self, version: int, *, flush: bool = True) -> UpdateReply:
         """In the decode thread."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from astracli.engines.contract import Finish, GenResult
 from astracli.engines.embedded import sampling
+from astracli.engines.stops import StopStrings
 
 _NO_TOKENS = np.zeros(0, np.int32)
 _NO_LOGPROBS = np.zeros(0, np.float32)
@@ -33,6 +34,7 @@ class Request:
     """Tokens of this completion that are already part of the prompt."""
     deliver: Callable[[GenResult], None] = lambda completion: None
     """Called once, in the decode thread."""
+    stop: StopStrings | None = None
     call: int = 0
     """Requests that arrived together have the same number."""
     version_start: int | None = None
@@ -43,6 +45,11 @@ class Request:
     @property
     def remaining(self) -> int:
         return self.max_new_tokens - len(self.tokens)
+
+    def latest(self, drawn: np.ndarray, count: int) -> list[int]:
+        """The last `count` tokens of the completion, of which `drawn` are not in `tokens` yet."""
+        before = self.prompt[len(self.prompt) - self.draw_offset :]
+        return [int(token) for part in (before, self.tokens, drawn) for token in part[-count:]][-count:]
 
     def context(self) -> np.ndarray:
         """int64: everything to prefill."""
@@ -120,8 +127,13 @@ class SlotTable:
         self.count[rows] += 1
 
     def finished(self, rows: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Rows that drew a stop token, rows that used up their budget without one (int64 each)."""
+        """Rows that drew a stop token or completed a stop string, rows that used up their budget (int64 each)."""
         stopped = (self.token[rows, None] == self.stops[rows]).any(1)
+        for place, request in enumerate(self.requests[rows]):
+            if request.stop is not None and not stopped[place]:
+                row = rows.start + place
+                drawn = self.out_tokens[row, : self.count[row]]
+                stopped[place] = request.stop.ends(request.latest(drawn, request.stop.window))
         spent = (self.count[rows] >= self.budget[rows]) & ~stopped
         return np.flatnonzero(stopped) + rows.start, np.flatnonzero(spent) + rows.start
 

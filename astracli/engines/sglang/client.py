@@ -76,6 +76,8 @@ class SglangClient(EngineClient):
         body.pop("draw_offset", None)
         for sampling in body["sampling_params"]:
             sampling["sampling_seed"] &= _SEED_BITS
+            if "stop" in sampling:
+                sampling["no_stop_trim"] = True  # tokens as they were drawn
         return body
 
     def _never_began(self, reply: httpx.Response) -> bool:

@@ -56,7 +56,7 @@ def arguments(config: EngineConfig, model: Path, options: Options, flags: Mappin
         "model_path": model,
         "host": config.recipe.launch.host,
         "port": config.port,
-        "skip_tokenizer_init": True,
+        "skip_tokenizer_init": not rollout.stop,  # stop strings are looked for in text
         "context_length": rollout.context_length,
         "max_running_requests": slots,
         "max_total_tokens": slots * rollout.context_length,  # more could never be used

@@ -48,6 +48,7 @@ def leftovers(run: RunDir) -> list[tuple[int, str]]:
         words, uids = process.info["cmdline"] or [], process.info["uids"]
         if uids is None or uids.real != os.getuid() or len(words) < 4:
             continue
+        words = [word for word in words if word != "-P"]
         # the supervisor hands every child the absolute path of its configuration, which lies in the run directory
         ours = words[1] == "-m" and words[2].startswith("astracli.") and Path(words[3]).is_absolute()
         if ours and Path(words[3]).resolve().is_relative_to(home):

@@ -103,6 +103,7 @@ def engine_environment(config: EngineConfig) -> dict[str, str]:
         **asked,
         "PYTHONPATH": os.pathsep.join(filter(None, [before, str(path)])),
         **command.rendezvous(config),
+        "PYTHONSAFEPATH": "1",  # a module in the working directory is not imported; Pythons before 3.11 do not know it
         "ASTRA_PARENT": str(os.getpid()),
         "ASTRA_STAGE_DIR": str(config.stage_dir),
         "ASTRA_START_VERSION": "" if config.published else "0",

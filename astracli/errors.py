@@ -52,6 +52,12 @@ def disk_full(error: BaseException) -> RunFailed | None:
                 f"writing failed, a disk, a quota or a limit on file sizes is full: {(telling or lines)[0].strip()}",
                 "free space (`astra runs clean`, `df -h`, `ulimit -f`), then go on with `astra train --resume RUN_DIR`",
             )
+        if "disk I/O error" in lines[0]:  # SQLite says no more than that
+            return RunFailed(
+                f"writing failed: {lines[0].strip()}: the disk is full or broken, its directory is gone, or a limit on "
+                "file sizes was reached",
+                "look at `df -h`, `dmesg` and `ulimit -f`, then go on with `astra train --resume RUN_DIR`",
+            )
         seen = seen.__cause__ or seen.__context__
     return None
 

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ import pytest
 from hub_tools import open_store
 
 from astracli.cli.main import run as astra
-from astracli.errors import RunFailed, UserError
+from astracli.errors import RunFailed, UserError, disk_full
 from astracli.hub import client as hub_client
 from astracli.hub.api import build_app
 from astracli.hub.client import HubClient
@@ -99,6 +100,12 @@ def test_a_write_that_fails_leaves_no_half_file(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="No space"):
         run_dir.write_atomic(tmp_path / "a", "text")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_limit_on_file_sizes_is_named_where_sqlite_does_not() -> None:
+    found = disk_full(sqlite3.OperationalError("disk I/O error"))
+    assert found is not None and found.exit_code == 1 and "limit on file sizes" in found.message
+    assert disk_full(sqlite3.OperationalError("no such table: x")) is None
 
 
 # ---- other users

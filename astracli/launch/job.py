@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from astracli.errors import RunFailed, refused_by_system
+from astracli.errors import AstraError, RunFailed, disk_full, refused_by_system
 from astracli.launch import configs, hub, recipe_changes, summary
 from astracli.launch.configs import RunContext
 from astracli.launch.launcher import Launcher
@@ -67,9 +67,9 @@ class Job:
         except KeyboardInterrupt:
             state, code, cause = "interrupted", 130, "interrupted"
         except Exception as error:
-            named = refused_by_system(error)  # after the start it is no bad input, whatever the path
-            cause = str(named or error).partition("\n")[0]
-            if named is not None:
+            named = disk_full(error) or refused_by_system(error)  # after the start it is no bad input
+            cause = str(error if isinstance(error, AstraError) else named or error).partition("\n")[0]
+            if named is not None and not isinstance(error, AstraError):
                 raise RunFailed(named.message, named.hint) from error
             raise
         finally:

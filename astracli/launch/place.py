@@ -26,7 +26,7 @@ class Place:
             if path == self._run.path:
                 return RunFailed(
                     f"run directory `{path}` was {done} while the run went on",
-                    "put it back, then go on with `astra train --resume` and its place",
+                    "go on from where it lies now: `astra train --resume DIR`",
                 )
             return RunFailed(
                 f"`{path}`, the books of the run, was {done} while the run went on: it could not be resumed",

@@ -21,7 +21,7 @@ def text_of(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def read(path: Path) -> list[dict[str, str]]:
+def read(path: Path) -> list[dict[str, Any]]:
     """The rows of such a file, as they were given."""
     with path.open(encoding="utf-8", newline="") as file:
         return [{_plain(k): _plain(v) for k, v in row.items() if k is not None} for row in csv.DictReader(file)]

@@ -80,7 +80,8 @@ def recipe() -> str:
     ]
 
     def table(kind: type[Table], prefix: str, title: str) -> None:
-        rows, inner = [], []
+        rows: list[str] = []
+        inner: list[tuple[type[Table], str, str]] = []
         for key, written, default, text in described(kind):
             child = Slot(kind).child(key)
             if child is not None and child.table is not None:

@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import psutil
-
-OF_THE_TESTS = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")
-"""What `training_tools.spawn` keeps for the next test; the package starts none."""
+import warm
 
 
 def children(*, recursive: bool = False) -> set[psutil.Process]:
-    """Those of this process that run or wait to be reaped."""
-    return {child for child in psutil.Process().children(recursive) if not _of_the_tests(child)}
-
-
-def _of_the_tests(child: psutil.Process) -> bool:
-    try:
-        command = " ".join(child.cmdline())
-    except psutil.Error:  # a zombie has none
-        return False
-    return any(name in command for name in OF_THE_TESTS)
+    """Those of this process that run or wait to be reaped, without what `warm` keeps for the next test."""
+    return {child for child in psutil.Process().children(recursive) if not warm.is_server(child.pid)}
 
 
 def kill(child: psutil.Process) -> None:

@@ -1,4 +1,4 @@
-"""Tiny models for the engine's tests: a Qwen3.5 hybrid, a Llama and a Qwen3, random but peaked enough to decode."""
+"""Tiny models for the engine's tests (Qwen3.5, Llama, Qwen3, Qwen2), random but peaked enough to decode."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ VOCAB = 32
 
 
 def tiny_model(kind: str, seed: int = 0) -> Any:
-    """fp32 model of about 100k parameters; `kind`: qwen3_5, llama, qwen3."""
+    """fp32 model of about 100k parameters; `kind`: qwen3_5, llama, qwen3, qwen2."""
     from transformers import (
         LlamaConfig,
         LlamaForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
         Qwen3_5ForCausalLM,
         Qwen3_5TextConfig,
         Qwen3Config,
@@ -52,6 +54,13 @@ def tiny_model(kind: str, seed: int = 0) -> Any:
         return Qwen3_5ForCausalLM(config).float().eval()
     if kind == "llama":
         return LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=2)).float().eval()
+    if kind == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**shape, num_hidden_layers=2)).float().eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith(".bias"):  # zero in a new model: what leaves them out would pass
+                    parameter.normal_(std=0.5)
+        return model
     return Qwen3ForCausalLM(Qwen3Config(**shape, num_hidden_layers=2)).float().eval()
 
 

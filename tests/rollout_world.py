@@ -31,7 +31,8 @@ from astracli.rewards.reward import Grade, GradeItem
 from astracli.rl.schedule import sample_seed
 from astracli.rl.types import Group, unpack_group
 from astracli.rollout.engine_worker import EngineWorker
-from astracli.rollout.worker import PromptTokens, Rollout
+from astracli.rollout.prompt_tokens import PromptTokens
+from astracli.rollout.worker import Rollout
 
 LENGTH = 20
 

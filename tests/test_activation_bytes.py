@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from astracli.adapters import generic, llama, qwen3, qwen3_5
+from astracli.adapters import generic, llama, qwen2, qwen3, qwen3_5
 from astracli.kernels.gpu import fused
 
 TOKENS = 512
@@ -91,6 +91,7 @@ def kept_bytes(layer: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.T
         (qwen3_5, "Qwen/Qwen3.5-4B"),
         (qwen3_5, "Qwen/Qwen3.5-0.8B"),
         (qwen3, "Qwen/Qwen3-1.7B"),
+        (qwen2, "Qwen/Qwen2.5-0.5B"),
         (llama, "meta-llama/Llama-3.1-8B-Instruct"),
     ],
 )

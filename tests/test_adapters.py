@@ -17,6 +17,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3_5Config,
     Qwen3_5ForCausalLM,
     Qwen3_5ForConditionalGeneration,
@@ -25,13 +27,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from astracli.adapters import generic, llama, qwen3, qwen3_5
+from astracli.adapters import generic, llama, qwen2, qwen3, qwen3_5
 from astracli.errors import UserError
 from astracli.models.adapter import ModelAdapter
 
 FAMILIES = [
     (qwen3_5.ADAPTER, Qwen3_5TextConfig, Qwen3_5ForCausalLM),
     (qwen3.ADAPTER, Qwen3Config, Qwen3ForCausalLM),
+    (qwen2.ADAPTER, Qwen2Config, Qwen2ForCausalLM),
     (llama.ADAPTER, LlamaConfig, LlamaForCausalLM),
 ]
 
@@ -180,6 +183,11 @@ def test_sizes_of_published_dense_models() -> None:
     big = qwen3.ADAPTER.memory_shape(qwen3.ADAPTER.known_configs["Qwen/Qwen3-8B"])
     llama3 = llama.ADAPTER.memory_shape(llama.ADAPTER.known_configs["meta-llama/Meta-Llama-3-8B-Instruct"])
     assert (small.parameters, big.parameters, llama3.parameters) == (1_720_574_976, 8_190_735_360, 8_030_261_248)
+    instruct = (qwen2.KNOWN[f"Qwen/Qwen2.5-{size}-Instruct"] for size in ("0.5B", "1.5B", "3B", "7B"))
+    sizes = [qwen2.ADAPTER.memory_shape(config) for config in instruct]
+    # the counts that the model cards give: 0.49, 1.54, 3.09 and 7.61 B
+    assert [s.parameters for s in sizes] == [494_032_768, 1_543_714_304, 3_085_938_688, 7_615_616_512]
+    assert [s.kv_bytes_per_token for s in sizes] == [12_288, 28_672, 36_864, 57_344]
     assert llama3.kv_bytes_per_token == 128 * 1024
     assert llama3.flops_per_token < 6 * (llama3.parameters - 128256 * 4096)  # an untied embedding is a look-up
     assert llama3.state_bytes_per_sequence == 0
@@ -193,6 +201,18 @@ def test_every_known_config_is_the_model_that_transformers_builds() -> None:
                 model = model_class(config_class.from_dict(text))
             assert adapter.memory_shape(known).parameters == sum(p.numel() for p in model.parameters()), name
             adapter.wire_tensors(model)
+
+
+def test_qwen2_has_biases_on_query_key_and_value_alone() -> None:
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config.from_dict(qwen2.ADAPTER.tiny_config()))  # type: ignore[misc]
+    wire = qwen2.ADAPTER.wire_tensors(model)
+    biased = {tensor.name for tensor in wire.values() if tensor.name.endswith("bias")}
+    assert biased == {f"model.layers.{i}.self_attn.{x}_proj.bias" for i in range(2) for x in "qkv"}
+    assert wire["model.layers.1.self_attn.k_proj.bias"].shape == (2 * 8,)
+    model.model.layers[0].self_attn.o_proj.bias = torch.nn.Parameter(torch.zeros(32))
+    with pytest.raises(UserError, match=r"1 left over: model\.layers\.0\.self_attn\.o_proj\.bias"):
+        qwen2.ADAPTER.wire_tensors(model)
 
 
 def test_engine_flags_restore_the_interval_that_text_configs_lose() -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
+from family import log, process, supervisor
 from hub_tools import hub_state
 from machines import facts
 from test_plan import load, planned
-from test_supervise import log, logs, process, supervisor  # noqa: F401
 
 from astracli.config import recipe_io
 from astracli.errors import RunFailed
@@ -59,7 +60,7 @@ def rank_env(rank: int, **more: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("how", ["hangs", "wrong"])
-def test_ranks_whose_all_reduce_fails_start_again_without_direct_links(logs: Path, how: str) -> None:  # noqa: F811
+def test_ranks_whose_all_reduce_fails_start_again_without_direct_links(logs: Path, how: str) -> None:
     code = f"    HOW = {how!r}\n" + RANK
     env = rank_env(0)
     specs = [
@@ -72,7 +73,7 @@ def test_ranks_whose_all_reduce_fails_start_again_without_direct_links(logs: Pat
         return [replace(s, env={**fresh, "RANK": s.env["RANK"]}) for s in specs]
 
     retry = Retry(collective_check.BROKEN, frozenset(("trainer", "trainer1")), again, "they run without")
-    family = supervisor(specs, retry=retry)
+    family = supervisor(specs, retry=retry, forks=warm.WarmForks())
     begun = time.monotonic()
     family.run()
     assert time.monotonic() - begun < 60
@@ -102,7 +103,7 @@ def test_the_check_leaves_no_buffer_in_the_cache(monkeypatch: pytest.MonkeyPatch
     assert alive_then == [[False]]
 
 
-def test_a_second_failure_ends_the_run(logs: Path) -> None:  # noqa: F811
+def test_a_second_failure_ends_the_run(logs: Path) -> None:
     specs = [process(logs, "trainer", f"import sys; print('error: no sum'); sys.exit({collective_check.BROKEN})")]
     retry = Retry(collective_check.BROKEN, frozenset(["trainer"]), lambda: specs, "once more")
     family = supervisor(specs, retry=retry)

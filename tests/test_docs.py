@@ -4,21 +4,19 @@ import ast
 import json
 import os
 import re
-import subprocess
-import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_references_are_up_to_date() -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "make_docs.py"), "--check"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = warm.run([str(ROOT / "scripts" / "make_docs.py"), "--check"], cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 
@@ -80,18 +78,18 @@ def test_the_adapter_of_the_howto_passes_its_check(tmp_path: Path) -> None:
     """The package of docs/adapters-howto.md, its two files as they stand there."""
     blocks = re.findall(r"```(toml|python)\n(.*?)```", (ROOT / "docs" / "adapters-howto.md").read_text(), re.S)
     files = dict(blocks)
-    (tmp_path / "astra_qwen2.py").write_text(files["python"])
+    (tmp_path / "astra_seed_oss.py").write_text(files["python"])
     points = tomllib.loads(files["toml"])["project"]["entry-points"]["astra.adapters"]
-    info = tmp_path / "astra_qwen2-0.1.dist-info"
+    info = tmp_path / "astra_seed_oss-0.1.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: astra-qwen2\nVersion: 0.1\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: astra-seed-oss\nVersion: 0.1\n")
     (info / "entry_points.txt").write_text("[astra.adapters]\n" + "".join(f"{k} = {v}\n" for k, v in points.items()))
-    command = [sys.executable, "-m", "astracli", "adapters", "check", "qwen2", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    words = ["-m", "astracli", "adapters", "check", "seed_oss", "--json"]
+    done = warm.run(words, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     report = json.loads(done.stdout)
     assert done.returncode == 0 and report["ok"], report
     assert [check["name"] for check in report["checks"]] == [
-        "load", "block classes", "wire names", "parameter count", "padded rows == separate",
+        "load", "block classes", "wire names", "parameter count", "output head", "padded rows == separate",
         "packed row == separate",
     ]  # fmt: skip
 

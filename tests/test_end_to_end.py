@@ -7,19 +7,19 @@ import csv
 import json
 import shutil
 import sqlite3
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
 from loop.exactness import SMALL, difference, digests, figures
 from loop.kill_resume import Attempt
-from shared import ASTRA, records
+from shared import records
 
 STEPS = 4
 QUICK = [f"train.steps={STEPS}", *SMALL, "eval.samples=1", "eval.pass_k=1"]
@@ -89,6 +89,14 @@ def test_nothing_is_lost_and_nothing_is_trained_twice(finished: Path) -> None:
     assert json.loads((finished / "status.json").read_text())["state"] == "done"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
+def test_torch_was_imported_once(undisturbed: Path, finished: Path) -> None:
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert summary["memory"]["peak_bytes_by_process"]["fork_server"] > 50e6
+    logs = [log.read_text() for run in (undisturbed, finished) for log in run.glob("logs/*/*.log")]
+    assert len(logs) == 12 and not any("imports everything itself" in said for said in logs)
+
+
 def test_trainer_and_engine_agree(finished: Path) -> None:
     parity = [r["parity_mean_abs"] for r in records(finished) if "parity_mean_abs" in r]
     assert parity and max(parity) <= 1e-4
@@ -118,8 +126,9 @@ def test_the_export_loads_and_scores_what_the_run_says(finished: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(finished / "export", dtype=torch.float32)
     assert AutoTokenizer.from_pretrained(finished / "export").eos_token_id == 1
     assert sum(p.numel() for p in model.parameters()) == 914_232
-    command = [*ASTRA, "eval", "--run-dir", str(finished), "--json"]
-    scored = subprocess.run(command, cwd=finished.parent, capture_output=True, text=True, timeout=300)
+    scored = warm.run(
+        ["-m", "astracli", "eval", "--run-dir", str(finished), "--json"], cwd=finished.parent, timeout=300
+    )
     assert scored.returncode == 0, scored.stderr
     last = list(csv.DictReader((finished / "eval" / "eval.csv").open()))[-1]
     again = json.loads(scored.stdout)["results"]["arithmetic-heldout"]["avg_at_n"]

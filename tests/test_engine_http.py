@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,10 +17,11 @@ import configs
 import httpx
 import numpy as np
 import pytest
+import warm
 from engine_models import reference_logprobs
 from engine_server import TOKEN, engine_of, long_requests, running, save, slow, with_client
 
-from astracli.adapters.llama import ADAPTER as LLAMA
+from astracli.adapters.qwen2 import ADAPTER as QWEN2
 from astracli.adapters.qwen3_5 import ADAPTER as QWEN3_5
 from astracli.config.recipe import Recipe
 from astracli.engines.client import EngineClient
@@ -36,7 +36,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("model"))
 
 
-@pytest.mark.parametrize("kind, adapter", [("qwen3_5", QWEN3_5), ("llama", LLAMA)])
+@pytest.mark.parametrize("kind, adapter", [("qwen3_5", QWEN3_5), ("qwen2", QWEN2)])
 def test_generate_answers_tokens_logprobs_version_and_finish_reason(
     kind: str, adapter: ModelAdapter, tmp_path: Path
 ) -> None:
@@ -273,7 +273,7 @@ def _free_port() -> int:
 
 
 def test_the_process_serves_and_ends_on_sigterm(checkpoint: Path, tmp_path: Path) -> None:
-    async def use(url: str, child: subprocess.Popen[str]) -> int:
+    async def use(url: str, child: warm.Child) -> int:
         async with EngineClient(url, TOKEN) as client:
             while not await client.health():
                 assert child.poll() is None, "the engine ended before it was ready"
@@ -282,21 +282,15 @@ def test_the_process_serves_and_ends_on_sigterm(checkpoint: Path, tmp_path: Path
 
     with _hub() as hub:
         port = _free_port()
-        command = [
-            sys.executable,
-            "-m",
-            "astracli.engines.embedded.process",
-            str(_config(tmp_path, checkpoint, hub, port)),
-        ]
-        child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        words = ["-m", "astracli.engines.embedded.process", str(_config(tmp_path, checkpoint, hub, port))]
+        child = warm.start(words, tmp_path / "log")
         try:
             assert asyncio.run(use(f"http://127.0.0.1:{port}", child)) == 12
-            child.send_signal(signal.SIGTERM)
+            os.kill(child.pid, signal.SIGTERM)
             assert child.wait(timeout=60) == 143
         finally:
-            child.kill()
-            _, errors = child.communicate()
-        assert "Traceback" not in errors
+            warm.end(child)
+        assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 def test_a_taken_port_ends_the_process_with_a_message(checkpoint: Path, tmp_path: Path) -> None:
@@ -304,13 +298,8 @@ def test_a_taken_port_ends_the_process_with_a_message(checkpoint: Path, tmp_path
         taken = bind("127.0.0.1", 0)
         taken.listen()
         port = taken.getsockname()[1]
-        command = [
-            sys.executable,
-            "-m",
-            "astracli.engines.embedded.process",
-            str(_config(tmp_path, checkpoint, hub, port)),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        words = ["-m", "astracli.engines.embedded.process", str(_config(tmp_path, checkpoint, hub, port))]
+        done = warm.run(words, timeout=60)
         taken.close()
     assert done.returncode == 1
     assert f"error: cannot bind 127.0.0.1:{port}: Address already in use" in done.stderr

@@ -15,7 +15,7 @@ from astracli.engines.embedded.decoder import Decoder
 from astracli.engines.embedded.scheduler import Scheduler
 from astracli.engines.embedded.table import Request
 
-KINDS = ["qwen3_5", "llama", "qwen3"]
+KINDS = ["qwen3_5", "llama", "qwen3", "qwen2"]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -260,3 +260,25 @@ def test_gated_delta_step_equals_the_reference_rule() -> None:
     torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(state, expected_state, atol=1e-6, rtol=1e-5)
     assert kernels.install(tiny_model("qwen3_5")) and not kernels.install(tiny_model("llama"))
+
+
+def test_the_convolution_s_step_equals_the_reference_and_is_left_out_when_bytes_must_stay() -> None:
+    """Window [1, 2, 3, 4] and token 5 with taps [0.1, 0.2, 0.3, 0.4]: 0.2 + 0.6 + 1.2 + 2 = 4."""
+    state, taps = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]]), torch.tensor([[0.1, 0.2, 0.3, 0.4]])
+    found = kernels.convolve_(torch.tensor([[[5.0]]]), state, taps)
+    assert state.tolist() == [[[2.0, 3.0, 4.0, 5.0]]]
+    torch.testing.assert_close(found, torch.nn.functional.silu(torch.tensor([[[4.0]]])))
+    generator = torch.Generator().manual_seed(0)
+    quick, plain = tiny_model("qwen3_5"), tiny_model("qwen3_5")
+    kernels.install(quick)
+    kernels.install(plain, convolution=False)
+    updates = [getattr(module, "causal_conv1d_update", None) for model in (quick, plain) for module in model.modules()]
+    own, reference = {type(update).__name__: update for update in updates if update is not None}.values()
+    x = torch.randn(5, 7, 12, generator=generator)[:, :1].transpose(1, 2)
+    states = [torch.randn(5, 12, 4, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
+    with torch.inference_mode():
+        got, wanted = (
+            f(x, s, torch.ones(12, 4) / 3, None, "silu") for f, s in zip((own, reference), states, strict=True)
+        )
+    torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-5)
+    assert torch.equal(*states) and own.reference is reference

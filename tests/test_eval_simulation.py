@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+import warm
 
 BENCH = Path(__file__).parents[1] / "bench" / "evaluation" / "simulation.py"
 
 
 def simulated(*options: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, str(BENCH), *options, "--json"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    done = warm.run([str(BENCH), *options, "--json"], env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout)
     return found

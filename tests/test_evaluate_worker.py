@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import configs
 import pytest
+import warm
 from eval_cases import (
     VOCABULARY,
     FakeEngine,
@@ -55,7 +55,8 @@ def test_rows_of_a_step_are_replaced_and_overall_is_the_unweighted_mean(tmp_path
     assert (tmp_path / "eval.csv").read_text() == before
     rows = list(csv.DictReader((tmp_path / "eval.csv").open()))
     assert before.startswith(
-        "step,version,benchmark,items,n,avg_at_n,stderr,k,pass_at_k,due_step\n0,0,arithmetic-heldout,8,8,"
+        "step,version,benchmark,items,n,avg_at_n,stderr,k,pass_at_k,due_step,grader,no_answer,greedy,greedy_no_answer\n"
+        "0,0,arithmetic-heldout,8,8,"
     )
     assert [row["due_step"] for row in rows] == ["0"] * 3 + ["8"] * 3
     assert [(r["step"], r["benchmark"], r["items"]) for r in rows] == [
@@ -147,8 +148,8 @@ class Stand(BaseHTTPRequestHandler):
         self.wfile.write(blob)
 
 
-@pytest.fixture
-def stand() -> Iterator[Any]:
+@contextmanager
+def standing() -> Iterator[Any]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Stand)
     server.daemon_threads = True
     tasks = [{"step": s, "version": s, "due_step": due, "served": False} for s, due in ((0, 0), (10, 8))]
@@ -158,6 +159,21 @@ def stand() -> Iterator[Any]:
     yield server
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def stand() -> Iterator[Any]:
+    with standing() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one evaluation without a run wrote, of four samples an item and a greedy one."""
+    folder = tmp_path_factory.mktemp("whole")
+    with standing() as server:
+        evaluate.run(worker_config(folder, server, folder / "out"), quiet())
+    return folder / "out"
 
 
 def save_tokenizer(path: Path) -> None:
@@ -190,11 +206,12 @@ def worker_config(tmp_path: Path, server: Any, out: Path | None = None) -> EvalC
 
 
 def test_the_process_follows_the_hub(tmp_path: Path, stand: Any) -> None:
-    config = worker_config(tmp_path, stand)
+    table = {"benchmarks": ["arithmetic-heldout"], "samples": {"arithmetic-heldout": 4}, "greedy": True}
+    recipe = Recipe.model_validate(RECIPE | {"eval": table | {"temperature": 1.0}})
+    config = worker_config(tmp_path, stand).model_copy(update={"recipe": recipe})
     path = tmp_path / "eval.json"
     path.write_text(config.model_dump_json())
-    command = [sys.executable, "-m", "astracli.evaluation.worker", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = warm.run(["-m", "astracli.evaluation.worker", str(path)])
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / "run" / "eval" / "eval.csv").open()))
     items = benchmarks.load("arithmetic-heldout").items
@@ -202,6 +219,10 @@ def test_the_process_follows_the_hub(tmp_path: Path, stand: Any) -> None:
     assert [(r["step"], r["version"], r["benchmark"], r["items"], r["n"], r["avg_at_n"], r["k"]) for r in rows] == [
         (s, s, name, "256", "4", average, "4") for s in ("0", "10") for name in ("arithmetic-heldout", "overall")
     ]
+    greedy = "1.000000"  # of one sample an item; every fourth of the drawn ones is wrong
+    assert {(r["no_answer"], r["greedy"], r["greedy_no_answer"]) for r in rows} == {("0.000000", greedy, "0.000000")}
+    drawn = (tmp_path / "run" / "eval" / "greedy" / "items" / "step_000010_arithmetic-heldout.jsonl").read_text()
+    assert len(drawn.splitlines()) == 256
     lines = (tmp_path / "run" / "eval" / "items" / "step_000010_arithmetic-heldout.jsonl").read_text().splitlines()
     assert len(lines) == 1024
     first = json.loads(lines[0])
@@ -263,22 +284,12 @@ def test_a_resume_forgets_the_files_of_later_steps(tmp_path: Path) -> None:
     eval_files.forget_after(tmp_path / "none", 0)
 
 
-def test_once_on_an_engine_without_a_run(tmp_path: Path, stand: Any) -> None:
-    out = tmp_path / "out"
-    config = worker_config(tmp_path, stand, out)
-    reporter = SimpleNamespace(
-        ready=lambda: None, progress=lambda **_: None, waiting=lambda _: None, stop_requested=threading.Event()
-    )
-    evaluate.run(config, reporter)  # type: ignore[arg-type]
-    document = json.loads((out / "results.json").read_text())
+def test_once_on_an_engine_without_a_run(whole: Path) -> None:
+    document = json.loads((whole / "results.json").read_text())
     assert document["version"] == 3
     assert document["greedy"]["arithmetic-heldout"]["avg_at_n"] == 1.0
     assert document["greedy"]["arithmetic-heldout"]["n"] == 1
     assert document["results"]["arithmetic-heldout"]["avg_at_n"] < 0.9
-    again = tmp_path / "again"
-    evaluate.run(config.model_copy(update={"out": again}), reporter)  # type: ignore[arg-type]
-    for path in [*sorted(p.relative_to(out) for p in (out / "items").iterdir()), Path("eval.csv")]:
-        assert (out / path).read_bytes() == (again / path).read_bytes()
 
 
 def quiet(stop: threading.Event | None = None) -> Any:
@@ -291,36 +302,35 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_an_interrupted_evaluation_asks_for_the_rest_and_two_engines_say_the_same(tmp_path: Path, stand: Any) -> None:
-    config = worker_config(tmp_path, stand, tmp_path / "whole")
-    evaluate.run(config, quiet())
-    whole = files_of(tmp_path / "whole")
-    assert set(whole) == {"results.json", "results.csv", "eval.csv", "items/step_000000_arithmetic-heldout.jsonl"}
-    assert b"wall" not in whole["results.json"]
+def test_an_interrupted_evaluation_asks_for_the_rest_and_two_engines_say_the_same(
+    whole: Path, tmp_path: Path, stand: Any
+) -> None:
+    config, wanted = worker_config(tmp_path, stand), files_of(whole)
+    assert set(wanted) == {"results.json", "results.csv", "eval.csv", "items/step_000000_arithmetic-heldout.jsonl"}
+    assert b"wall" not in wanted["results.json"]
 
     part = tmp_path / "part"
     (part / "partial").mkdir(parents=True)
-    lines = whole["items/step_000000_arithmetic-heldout.jsonl"].decode().splitlines(keepends=True)
+    lines = wanted["items/step_000000_arithmetic-heldout.jsonl"].decode().splitlines(keepends=True)
     kept = [line for i, line in enumerate(lines) if i % 3][:600]
     (part / "partial" / "arithmetic-heldout.jsonl").write_text("".join(kept) + lines[0][:40])  # a torn last line
     second = config.engines[0].model_copy(update={"name": "engine1"})
     again = config.model_copy(update={"engines": (*config.engines, second), "out": part})
     before = stand.state["asked"]
     evaluate.run(again, quiet())
-    assert files_of(part) == whole
+    assert files_of(part) == wanted
     assert stand.state["asked"] - before == 1024 - 600 + 256  # the missing samples and the greedy ones
 
 
-def test_results_say_intervals_every_k_and_lengths(tmp_path: Path, stand: Any) -> None:
-    evaluate.run(worker_config(tmp_path, stand, tmp_path / "out"), quiet())
-    found = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["arithmetic-heldout"]
+def test_results_say_intervals_every_k_and_lengths(whole: Path) -> None:
+    found = json.loads((whole / "results.json").read_text())["results"]["arithmetic-heldout"]
     assert list(found["pass_at"]) == ["1", "2", "3", "4"] and list(found["majority_at"]) == ["1", "2", "4"]
     assert found["pass_at"]["1"] == pytest.approx(found["avg_at_n"]) == pytest.approx(found["majority_at"]["1"])
     assert (found["ci95_low"], found["ci95_high"]) == passk.interval(found["avg_at_n"], found["stderr"], 256)
     assert found["ci95_high"] - found["ci95_low"] == pytest.approx(2 * 1.96 * found["stderr"], rel=0.02)
     assert found["pass_at"]["4"] == found["pass_at_k"] > found["pass_at"]["2"]
     assert found["response_tokens_max"] >= found["response_tokens_mean"] > 0
-    (row, overall) = csv.DictReader((tmp_path / "out" / "results.csv").open())
+    (row, overall) = csv.DictReader((whole / "results.csv").open())
     assert (row["pass_at_2"], overall["benchmark"]) == (f"{found['pass_at']['2']:.6f}", "overall")
 
 

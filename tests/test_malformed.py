@@ -17,7 +17,7 @@ from astracli.cli.main import run
 from astracli.config import reading, recipe_io
 from astracli.data.fetch import BUNDLED_PREFIX, bundled
 from astracli.errors import UserError, refused_by_system
-from astracli.launch.inputs import check_checkpoint
+from astracli.launch.inputs import check_tokenizer
 from astracli.models.adapter import read_config
 from astracli.models.adapter_tools import checkpoint_tensors
 
@@ -165,10 +165,10 @@ def test_a_shape_that_is_not_the_tensors_size(tmp_path: Path) -> None:
     "content", ['{"model": 1}', "[" * 100_000, '{"version": "1.0", "model": {"type": "BPE"', "\x00"]
 )
 def test_a_damaged_tokenizer(content: str, tiny: Path) -> None:
-    check_checkpoint(tiny)
+    check_tokenizer(tiny)
     (tiny / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match="is no tokenizer"):
-        check_checkpoint(tiny)
+        check_tokenizer(tiny)
 
 
 def test_what_the_system_refuses_is_named() -> None:

@@ -13,7 +13,6 @@ from astracli.config import benchmarks as specs
 from astracli.config import recipe_io
 from astracli.config.recipe import DataTable, Recipe
 from astracli.data import benchmarks, datasets
-from astracli.data.content_hash import normalised
 from astracli.data.prompts import BLOCK, PromptSource, interleaved
 from astracli.errors import UserError
 from astracli.launch.recipe_changes import with_evaluation
@@ -93,13 +92,13 @@ def test_held_out_questions_are_never_trained_on(tmp_path: Path, holdout: float)
         return found[0], found[1]
 
     train, held = sides(list(range(150)))
-    keys = [set(map(normalised, side)) for side in (train, held)]
+    keys = [set(map(datasets.folded, side)) for side in (train, held)]
     assert not keys[0] & keys[1] and len(keys[0] | keys[1]) == 100 and len(held) == len(keys[1])
     assert len(held) == 20 if holdout == 20 else 15 <= len(held) <= 35
     again = sides(list(range(149, -1, -1)))
-    assert set(map(normalised, again[1])) == keys[1] and sorted(again[0]) == sorted(train)
+    assert set(map(datasets.folded, again[1])) == keys[1] and sorted(again[0]) == sorted(train)
     asked = PromptSource(DataTable(source=str(path), holdout=holdout), 0)
-    assert {normalised(asked.problem(i).question) for i in range(len(asked))} == keys[0]
+    assert {datasets.folded(asked.problem(i).question) for i in range(len(asked))} == keys[0]
 
 
 def test_a_share_that_leaves_a_side_empty_is_refused(tmp_path: Path) -> None:
@@ -143,9 +142,9 @@ def test_benchmarks_of_ones_own_read_as_training_sources_do(tmp_path: Path) -> N
     assert [found.messages(item)[0]["content"] for item in found.items] == ["sums: 1+1", "products: 2*2"]
     assert (found.grader, found.samples, found.items[0].row["topic"]) == ("number", 8, "sums")
     assert recipe_io.check(recipe_io.to_document(made), "r") == made
-    by_path = recipe({"source": "arithmetic", "question_field": "ask", "answer_field": "gold", "reward": "probe"})
+    by_path = recipe({"source": "arithmetic", "question_field": "ask", "answer_field": "gold", "reward": "math_boxed"})
     found = benchmarks.load(str(path), path, recipe=by_path)
-    assert (found.name, found.grader, len(found.items)) == ("mine", "probe", 2), "the recipe's fields and reward"
+    assert (found.name, found.grader, len(found.items)) == ("mine", "math_boxed", 2), "the recipe's fields and reward"
     with pytest.raises(UserError, match="no such benchmark") as caught:
         recipe({"source": "arithmetic"}, eval={"benchmarks": ["min"], "sets": sets})
     assert "did you mean `mine`" in str(caught.value.hint)

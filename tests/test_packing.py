@@ -286,3 +286,7 @@ def test_rounded_rows_hold_the_same_loss_tokens(packed: bool) -> None:
         assert longer.bounds_S1 is not None and micro.bounds_S1 is not None
         assert longer.bounds_S1.tolist() == [*micro.bounds_S1.tolist(), longer.tokens_BL.size]
     assert packing.rounded(longer, 64) is longer
+    tokens, room = sum(map(len, rows)), longer.tokens_BL.size + micro.tokens_BL.size
+    assert packing.filled([longer, micro]) == {
+        "microbatches": 2, "row_tokens": 2 * tokens, "packed_fraction": pytest.approx(2 * tokens / room),
+    }  # fmt: skip

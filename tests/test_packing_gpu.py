@@ -165,7 +165,7 @@ def test_the_head_of_8k_tokens_costs_chunks_not_8_gigabytes() -> None:
 
 
 @pytest.mark.skipif(fla() is None, reason="flash-linear-attention is not installed")
-@pytest.mark.parametrize("name", ["qwen3_5", "qwen3", "llama"])
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3", "qwen2", "llama"])
 def test_fused_norms_and_mlps_are_the_same_function(name: str) -> None:
     """A layer's norm, its MLP and, where there is one, a head's norm: in bf16 against plain arithmetic in fp64."""
     adapter = registry.get(name)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from tokenizers import Tokenizer
 
 from astracli.runs import metrics
@@ -40,8 +41,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def astra(*words: str, path: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "astracli", *words]
-    return subprocess.run(command, cwd=cwd, env={**os.environ, "PYTHONPATH": str(path)}, capture_output=True, text=True)
+    return warm.run(["-m", "astracli", *words], env={**os.environ, "PYTHONPATH": str(path)}, cwd=cwd)
 
 
 def sets(*values: str) -> list[str]:
@@ -135,7 +135,7 @@ print(len(set(seen)), resumed.noise(40).tolist() == seen[120:])
 def test_the_engine_of_the_example_draws_every_token_anew(site: Path) -> None:
     """Noise that two positions share would make samples that are not the policy's, at log-probabilities that are."""
     env = {**os.environ, "PYTHONPATH": str(site)}
-    done = subprocess.run([sys.executable, "-c", DRAWS], env=env, capture_output=True, text=True)
+    done = warm.run(["-c", DRAWS], env=env)
     assert done.stdout == "160 True\n", done.stderr
 
 

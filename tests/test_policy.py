@@ -12,7 +12,7 @@ from training_tools import recipe
 
 from astracli.data.prompts import Problem
 from astracli.engines.contract import GenRequest, GenResult
-from astracli.envs.contract import Env, EnvSetup, Episode, Policy, Turn
+from astracli.envs.contract import Env, EnvSetup, Episode, Policy, Score, Turn
 from astracli.envs.single_turn import SingleTurnEnv
 from astracli.rl.schedule import sample_seed
 from astracli.rollout.episodes import Failure, play
@@ -210,7 +210,7 @@ def test_the_prompt_of_a_group_is_what_all_begin_with() -> None:
     assert prompt_length(some) == 2 and prompt_length(some[::2]) == 3
     assert prompt_length([episode(2, 3, drawn=[]), episode(2, 3, 9, drawn=[2])]) == 2
     chosen = recipe()
-    scores: Any = [type("S", (), {"reward": 1.0, "verdict": "right"})] * 3
+    scores = [Score(1.0, "right")] * 3
     group = group_of(
         made(SingleTurnEnv, chosen), 8, Problem("p", "?", "!"), dict(zip((0, 1, 3), some, strict=True)), scores
     )

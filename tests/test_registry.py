@@ -85,7 +85,7 @@ def test_built_ins_come_in_by_entry_point_without_torch() -> None:
     document = run(Path("/nonexistent"), code)
     assert document["torch"] is False
     by_name = {item["name"]: item for item in document["found"]}
-    assert sorted(by_name) == ["generic", "llama", "qwen3", "qwen3_5"]
+    assert sorted(by_name) == ["generic", "llama", "qwen2", "qwen3", "qwen3_5"]
     assert {item["package"] for item in document["found"]} == {"astracli"}
     assert by_name["qwen3_5"]["model_types"] == ["qwen3_5", "qwen3_5_text"]
     assert by_name["generic"]["model_types"] == []
@@ -127,7 +127,7 @@ print(json.dumps({"text": text, "names": [i.name for i in registry.installed()],
         "ModuleNotFoundError: No module named 'a_module_that_nobody_has'"
     )
     assert "pip uninstall astra-broken" in hint
-    assert document["names"] == ["generic", "llama", "olmo", "qwen3", "qwen3_5", "shaky"]
+    assert document["names"] == ["generic", "llama", "olmo", "qwen2", "qwen3", "qwen3_5", "shaky"]
     assert document["qwen"] == "qwen3_5"
 
 
@@ -157,7 +157,7 @@ def test_unknown_name_says_what_is_there_the_nearest_and_how_to_add_one() -> Non
         registry.resolve(recipe(adapter="qwen35"))
     assert error.value.exit_code == 2
     assert "no adapter `qwen35` is installed" in error.value.message
-    assert "generic, llama, qwen3, qwen3_5" in error.value.message
+    assert "generic, llama, qwen2, qwen3, qwen3_5" in error.value.message
     assert "did you mean `qwen3`?" in error.value.message or "did you mean `qwen3_5`?" in error.value.message
     assert "astra.adapters" in str(error.value.hint)
 

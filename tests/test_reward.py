@@ -24,8 +24,8 @@ def items(*pairs: tuple[str, str]) -> list[GradeItem]:
 
 def test_integer_answers_need_no_algebra_library() -> None:
     code = (
-        "import sys; from astracli.rewards.grade_worker import grade_one\n"
-        "print(grade_one('math', None, ['', '82', r'\\boxed{82}'], print)[1],"
+        "import sys; from astracli.rewards.grade_worker import grade_math\n"
+        "print(grade_math('math', ['', '82', r'\\boxed{82}'], print).state,"
         " [m for m in ('torch', 'numpy', 'sympy', 'pydantic') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -83,7 +83,7 @@ def test_a_worker_ends_when_its_owner_is_gone() -> None:
     code = (
         "import os, time; from astracli.rewards.reward import *\n"
         "pool = GradePool(); pool.grade([GradeItem('', '1', '1')])\n"
-        "print(pool._all[0]._process.pid, flush=True); os.kill(os.getpid(), 9)"
+        "print(pool._graders[0]._drivers[0].process.sandbox.pid(), flush=True); os.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     pid = int(done.stdout)
@@ -132,15 +132,7 @@ def length(problem, answer, completion):
     print("prints go to the log, not into the frames")
     return len(completion) / 10
 
-def moody(problem, answer, completion):
-    if completion == "hang":
-        time.sleep(3600)
-    if completion == "exit":
-        import os
-        os._exit(7)
-    return {"none": None, "nan": float("nan"), "raise": 1}[completion] / (completion != "raise")
-
-def two(problem, answer):
+def two(problem, anser):
     return 1.0
 
 constant = 3
@@ -170,36 +162,22 @@ def test_own_rewards_by_entry_point_and_by_name(installed: None) -> None:
         validate_reward(spec)
         with GradePool(spec) as pool:
             found = pool.grade(items(("", "12345"), ("", "")))
-        assert [(g.reward, g.verdict) for g in found] == [(0.5, "right"), (0.0, "wrong")]
-    with GradePool("moodlib:moody", timeout_s=1.0) as pool:
-        texts = ("none", "hang", "nan", "exit", "raise")
-        found = pool.grade(items(*(("", text) for text in texts)))
-    assert [g.verdict for g in found] == ["error", "timeout", "error", "error", "error"]
-    assert [g.reward for g in found] == [0.0] * 5
-    assert "exit code 7" in found[3].detail and "ZeroDivisionError" in found[4].detail
+        assert [(g.reward, g.verdict) for g in found] == [(0.5, "wrong"), (0.0, "wrong")]
     for spec, message in (
         ("moodlib:nothing", "`moodlib` has no `nothing`"),
         ("moodlib:constant", "is no function but int"),
-        ("moodlib:two", "cannot be called with"),
+        ("moodlib:two", r"parameter `anser`, which is no column of the data \(columns: `level`\)"),
         ("nolib:f", "importing `nolib` failed: ModuleNotFoundError"),
         ("moodlib:", "not of the form"),
         ("lenght", "there is no reward `lenght`"),
     ):
         with pytest.raises(UserError, match=message):
-            validate_reward(spec)
+            validate_reward(spec, ["level"])
     with pytest.raises(UserError) as caught:
         validate_reward("lenght")
     assert "did you mean `length`?" in str(caught.value.hint)
     with GradePool("lenght") as pool, pytest.raises(UserError, match="there is no reward"):
         pool.grade(items(("", "x")))
-
-
-def test_a_reward_beside_the_recipe_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "beside.py").write_text("def half(problem, answer, completion):\n    return 0.5\n")
-    monkeypatch.chdir(tmp_path)
-    validate_reward("beside:half")
-    with GradePool("beside:half") as pool:
-        assert pool.grade(items(("", "")))[0].reward == 0.5
 
 
 def test_a_reward_that_ends_its_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,11 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import warm
 from fake_engine import FakeEngine
 from hub_tools import in_file
 from rollout_world import LENGTH, TOKEN, World, expected, recipe, records, until, world
@@ -118,8 +117,8 @@ def test_a_killed_worker_process_loses_no_group(tmp_path: Path) -> None:
     config = world.config(data={"reward": "probe"})
     file = tmp_path / "rollout.json"
     file.write_text(config.model_dump_json())
-    argv = [sys.executable, "-m", "astracli.rollout.worker", str(file)]
-    child = subprocess.Popen(argv)
+    argv, said = ["-m", "astracli.rollout.worker", str(file)], (tmp_path / "out", tmp_path / "err")
+    child = warm.start(argv, tmp_path / "first")
     try:
         end = time.monotonic() + 60
         while world.engine.running < 8 and time.monotonic() < end:
@@ -128,7 +127,7 @@ def test_a_killed_worker_process_loses_no_group(tmp_path: Path) -> None:
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
         assert world.store.counts().in_flight > 0
-        child = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        child = warm.start(argv, *said)
         served = []
         for step in range(2):
             while (reply := world.store.batch(step)).batch is None and time.monotonic() < end:
@@ -137,9 +136,7 @@ def test_a_killed_worker_process_loses_no_group(tmp_path: Path) -> None:
             world.store.engine_state("engine0", step + 1, "ready")
         assert sorted(served) == list(range(8))
         world.store.request_stop()
-        out, err = child.communicate(timeout=60)
-        assert (child.returncode, out, err) == (0, "", "")
+        assert child.wait(60) == 0 and [file.read_text() for file in said] == ["", ""]
     finally:
-        child.kill()
-        child.wait()
+        warm.end(child)
         world.close()

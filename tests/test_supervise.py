@@ -9,116 +9,22 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import configs
 import psutil
 import pytest
-from children import children
+from family import DEAF, FAMILY, SLEEP, FakeHub, alive, child_spec, log, process, report, supervisor, wait_for
 
 from astracli.config.recipe_run import LaunchTable
 from astracli.errors import RunFailed
 from astracli.launch.launcher import Process
-from astracli.launch.local import LocalLauncher
-from astracli.launch.restarts import Restarts, Resumes, Start
 from astracli.launch.supervise import Supervisor
-from astracli.plan.types import ProcessPlan
 from astracli.process import children as local
-from astracli.process import transient
 from astracli.process.children import Child, ChildSpec, MemorySampler, exit_words
-from astracli.process.config import ProcessConfig, Role
+from astracli.process.config import Role
 from astracli.process.ports import bind, free_ports
-
-SLEEP = "import time; time.sleep(60)"
-FAMILY = """
-import signal, subprocess, sys, time
-def spawn(code, **options):
-    return subprocess.Popen([sys.executable, "-c", code], **options).pid
-"""
-DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
-
-
-class FakeHub:
-    def __init__(self) -> None:
-        self.living = True
-        self.stops = 0
-        self.released: list[str] = []
-        self.pending = 0
-
-    def alive(self) -> bool:
-        return self.living
-
-    def request_stop(self) -> None:
-        self.stops += 1
-
-    def release_worker(self, name: str) -> None:
-        self.released.append(name)
-
-    def pending_evals(self) -> int:
-        return self.pending
-
-
-@pytest.fixture
-def logs(tmp_path: Path) -> Iterator[Path]:
-    yield tmp_path
-    left = [p for p in children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
-    for process in left:
-        process.kill()
-    assert not left, f"left running: {left}"
-
-
-def child_spec(logs: Path, name: str, code: str, **more: Any) -> ChildSpec:
-    return ChildSpec(name, (sys.executable, "-c", FAMILY + textwrap.dedent(code)), logs / f"{name}.log", **more)
-
-
-MADE: dict[Role, Callable[..., ProcessConfig]] = {
-    Role.ENGINE: configs.engine,
-    Role.ROLLOUT: configs.rollout,
-    Role.TRAINER: configs.trainer,
-    Role.EVAL: configs.evaluation,
-}
-
-
-def process(
-    logs: Path, name: str, code: str, role: Role | None = None, restarts: int = 0, env: dict[str, str] | None = None,
-    **told: Any,
-) -> Process:  # fmt: skip
-    """One process of a run in `logs`, which a module with this code stands for."""
-    role, module = role or Role(name), f"{name}_{len(list(logs.glob('*.py')))}"
-    (logs / f"{module}.py").write_text(FAMILY + textwrap.dedent(code))
-    search = {"PYTHONPATH": os.pathsep.join([str(logs), *sys.path])}
-    plan = ProcessPlan(name, role, module, gpus=(), threads=1, nice=0, restarts=restarts, env=search)
-    stage = {"stage_dir": logs / "stage"} if role is Role.ENGINE else {}
-    return Process(plan, MADE[role](**stage, **told, name=name, run_dir=logs), env or {})
-
-
-def log(logs: Path, name: str) -> Path:
-    return logs / "logs" / "attempt_1" / f"{name}.log"
-
-
-def supervisor(processes: list[Process], hub: FakeHub | None = None, **more: Any) -> Supervisor:
-    hub = hub or FakeHub()
-    limits = LaunchTable(**{name: float(more.pop(name)) for name in LaunchTable.model_fields.keys() & more})
-    fields: dict[str, Any] = dict(main_role=Role.TRAINER, limits=limits, hub_alive=hub.alive, poll_s=0.02)
-    return Supervisor(processes, LocalLauncher(sample_s=0.1), hub, **(fields | more))  # type: ignore[arg-type]
-
-
-def report(name: str, state: str = "ready", waiting: str | None = None, **progress: Any) -> dict[str, Any]:
-    return {"name": name, "pid": 1, "state": state, "waiting": waiting, "progress": progress}
-
-
-def wait_for(condition: Callable[[], Any], timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "condition never came true"
-        time.sleep(0.02)
-
-
-def alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 def test_trainer_done_ends_the_run_and_everyone(logs: Path) -> None:
@@ -293,16 +199,33 @@ def test_grandchild_that_lost_its_parent_is_stopped_too(logs: Path) -> None:
 
 
 def test_memory_is_summed_over_the_family_and_named(logs: Path) -> None:
-    code = "x = bytearray(60_000_000); x[::4096] = b'1' * len(x[::4096]); print('full', flush=True); time.sleep(60)"
-    child = Child(child_spec(logs, "trainer", code))
-    sampler = MemorySampler()
+    code = """
+        def take():
+            x = bytearray(60_000_000)
+            x[::4096] = b"1" * len(x[::4096])
+            print("full", flush=True)
+            return x
+        first = take()
+        while not os.path.exists(sys.argv[0] + ".more"):
+            time.sleep(0.01)
+        second = take()
+        time.sleep(60)
+    """
+    (logs / "taker.py").write_text("import os, sys, time\n" + textwrap.dedent(code))
+    child = Child(ChildSpec("trainer", (sys.executable, str(logs / "taker.py")), logs / "trainer.log"))
+    sampler = MemorySampler(interval_s=600.0)
     sampler.start(lambda: {child.pid: "trainer"})
     wait_for(child.last_lines)
     total = sampler.sample()
-    sampler.close()
-    local.stop([child])
     assert 60e6 < sampler.peak_by_name["trainer"] < 120e6
     assert total == sum(sampler.peak_by_name.values()) == sampler.peak_bytes
+    assert sampler.sample() is None, "nothing has grown"
+    (logs / "taker.py.more").touch()
+    wait_for(lambda: len(child.last_lines()) == 2)
+    grown = sampler.sample()
+    sampler.close()
+    local.stop([child])
+    assert total is not None and grown is not None and 55e6 < grown - total < 65e6 and sampler.peak_bytes == grown
     assert set(sampler.peak_by_name) == {"trainer", "supervisor"} and sampler.kind == "pss"
 
 
@@ -358,6 +281,9 @@ class Elsewhere:
             last_lines=lambda count=20: ["error: no disk"], log_time=lambda: 0.0, print_stacks=lambda: None,
         )  # fmt: skip
 
+    def ready(self) -> bool:
+        return True
+
     def stop(self, started: Any, grace_s: float) -> None:
         self.said += [f"stop {each.name}" for each in started]
 
@@ -393,111 +319,3 @@ def test_ports_differ_and_can_be_bound(logs: Path) -> None:
     assert len(set(ports)) == 8
     for port in ports:
         bind("127.0.0.1", port).close()
-
-
-# -- what may pass: the run goes on from its checkpoint --------------------------------------------------------------
-
-
-class Again:
-    """Stands for the job: where the run goes on from, and with which children."""
-
-    def __init__(self, specs: list[Process], step: int = 4):
-        self.specs, self.step, self.numbers = specs, step, [0]
-
-    def __call__(self, number: int) -> Start:
-        self.numbers.append(number)
-        return Start(self.step, self.specs, None)
-
-
-GPU = "error: the GPU reported an error: CUDA error: unspecified launch failure"
-
-
-def test_a_trainer_that_dies_of_what_may_pass_goes_on_with_everyone(
-    logs: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    dies = f"time.sleep(0.4); print({GPU!r}, file=sys.stderr); sys.exit({transient.EXIT})"
-    specs = [process(logs, "rollout", SLEEP), process(logs, "trainer", dies)]
-    again = Again([specs[0], process(logs, "trainer", "time.sleep(0.4)")])
-    resumes = Resumes(2, again)
-    pids: set[int] = set()
-    told: list[bool] = []
-
-    def tick(family: Supervisor) -> None:
-        pids.update(child.pid for child in family.children.values() if child.name == "rollout")
-        if not told:
-            told.append(True)
-            family.on_status(report("trainer", step=7))
-            family.on_status(report("rollout"))
-        elif len(again.numbers) == 2:
-            family.on_status(report("trainer", step=7))
-            family.on_status(report("rollout"))
-
-    family = supervisor(specs, resumes=resumes, tick=tick)
-    assert not family.run() and again.numbers == [0, 1] and len(pids) == 2
-    (taken,) = resumes.taken
-    assert (taken.at_step, taken.from_step, taken.cause) == (7, 4, GPU.removeprefix("error: "))
-    assert taken.seconds is not None and 0 < taken.seconds < 10
-    assert family.phases()["resuming"] > 0
-    said = capfd.readouterr().err
-    assert "`trainer` ended with exit code 75 at step 7 (the GPU reported an error: CUDA error: unspec" in said
-    assert "the run goes on from the checkpoint of step 4, time 1 of 2" in said
-
-
-@pytest.mark.parametrize(
-    ("first", "then", "code", "limit", "refused"),
-    [
-        (GPU, GPU, transient.EXIT, 5, r"code 75; it ended so at step 0 before, and got no further"),
-        (GPU, f"{GPU} of another kind", transient.EXIT, 1, r"code 75; launch.max_resumes = 1 are used up"),
-        ("error: the gradient norm of step 3 is nan", "", 1, 5, r"code 1; its last lines"),
-        ("Traceback\nValueError: shapes", "", 1, 5, r"code 1; its last lines"),
-    ],
-)
-def test_what_would_only_be_repeated_ends_the_run(
-    logs: Path, first: str, then: str, code: int, limit: int, refused: str
-) -> None:
-    def dies(words: str) -> list[Process]:
-        return [process(logs, "trainer", f"print({words!r}, file=sys.stderr); sys.exit({code})")]
-
-    with pytest.raises(RunFailed, match=refused):
-        supervisor(dies(first), resumes=Resumes(limit, Again(dies(then), step=0))).run()
-
-
-def test_the_rank_that_failed_for_good_speaks_for_those_that_lost_it(logs: Path) -> None:
-    """Rank 1 notices first, and would be worth another try."""
-    lost = f"print('error: {transient.LINK}: Connection closed by peer', file=sys.stderr); sys.exit({transient.EXIT})"
-    failed = "time.sleep(0.6); print('error: the loss is nan', file=sys.stderr); sys.exit(1)"
-    again = Again([])
-    specs = [process(logs, "trainer", failed), process(logs, "trainer1", lost, Role.TRAINER)]
-    with pytest.raises(RunFailed, match=r"(?s)`trainer` ended with exit code 1; .*the loss is nan"):
-        supervisor(specs, resumes=Resumes(3, again)).run()
-    assert again.numbers == [0]
-
-
-def test_restarts_count_over_a_window() -> None:
-    now = [0.0]
-    restarts = Restarts(100.0, clock=lambda: now[0])
-    for at in (0.0, 60.0, 90.0):
-        now[0] = at
-        restarts.add("engine0")
-    assert restarts.recent("engine0") == 3 and restarts.recent("engine1") == 0
-    now[0] = 130.0
-    assert restarts.recent("engine0") == 2
-    now[0] = 1000.0
-    assert restarts.recent("engine0") == 0
-
-
-@pytest.mark.parametrize(
-    ("code", "line", "passes"),
-    [
-        (-signal.SIGABRT, "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3)", True),
-        (-signal.SIGKILL, "", True),
-        (None, "", True),
-        (-signal.SIGILL, "", False),
-        (-signal.SIGTERM, "", False),
-        (1, "error: the GPU ran out of memory: CUDA out of memory", False),
-        (0, "", False),
-        (2, "error: `train.steps` is wrong", False),
-    ],
-)
-def test_which_ends_may_pass(code: int | None, line: str, passes: bool) -> None:
-    assert (transient.cause(code, [line]) is not None) is passes

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +14,7 @@ from typing import Any
 import configs
 import pytest
 import torch
+import warm
 from fake_engine import FakeEngine, FakeFetcher
 from hub_tools import open_store
 from machines import facts
@@ -289,9 +288,8 @@ def test_two_ranks_share_the_first_ones_gpu_with_an_engine(tmp_path: Path, model
         path = tmp_path / f"{name}.json"
         path.write_text(config.model_dump_json())
         meet = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, "-m", "astracli.training.worker", str(path)]
-        with (tmp_path / f"{name}.log").open("w") as log:
-            ranks.append(subprocess.Popen(command, env=os.environ | meet, stdout=log, stderr=log))
+        words = ["-m", "astracli.training.worker", str(path)]
+        ranks.append(warm.start(words, tmp_path / f"{name}.log", env=os.environ | meet))
     engine = Engine(job, [])
     try:
         for version in range(STEPS):
@@ -305,7 +303,7 @@ def test_two_ranks_share_the_first_ones_gpu_with_an_engine(tmp_path: Path, model
         engine.stop()
         job.server.thread.stop()
         for rank in ranks:
-            rank.kill()
+            warm.end(rank)
     assert len(engine.time_sharing) == STEPS + 2
     assert read_stable(job.run_dir / "weights", STEPS)["manifests"].keys() == {"delta"}
     assert (job.run_dir / "export" / "config.json").is_file()

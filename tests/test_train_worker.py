@@ -25,6 +25,7 @@ from astracli.training import checkpoint
 from astracli.training.checkpoint_saver import Save
 from astracli.training.fsdp import Ranks
 from astracli.training.loop import TrainLoop, in_background
+from astracli.training.optimizer import NotFinite
 from astracli.weights.format.manifest import read_stable
 from astracli.weights.publish import publisher
 from astracli.weights.publish.snapshot import Snapshot
@@ -351,6 +352,27 @@ def test_an_error_in_the_background_ends_the_wait_for_a_batch_with_its_cause(
     job.train(loop, until=1)
     with pytest.raises(OSError, match="No space left"):
         loop.advance()  # no group of version 1 will ever come
+
+
+def test_a_gradient_that_is_no_number_ends_the_run_with_its_last_steps(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = job.loop()
+    loop.start()
+    job.train(loop, until=2)
+
+    def broken(*arguments: Any) -> Any:
+        raise NotFinite("the gradient norm of step 2 is nan", "lower train.learning_rate")
+
+    monkeypatch.setattr(loop.trainer, "train", broken)
+    with pytest.raises(RunFailed) as failed:
+        job.train(loop, until=3)
+    first, *seen = failed.value.message.split("\n  ")
+    assert first == "the gradient norm of step 2 is nan" and failed.value.hint == "lower train.learning_rate"
+    trained = [record for record in job.records() if "grad_norm" in record]
+    norms = ", ".join(f"step {record['step']} {record['grad_norm']:.3g}" for record in trained)
+    assert [line.partition(":")[0] for line in seen] == ["reward", "entropy", "gradient norm", "learning rate"]
+    assert seen[2] == f"gradient norm: {norms}" and len(trained) == 2
 
 
 def test_deterministic_runs_publish_in_the_step() -> None:

@@ -6,14 +6,13 @@ import asyncio
 import importlib
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 
 HERE = Path(__file__).parent
 
@@ -21,8 +20,7 @@ HERE = Path(__file__).parent
 def run(script: str, *options: str) -> Any:
     path = os.pathsep.join([str(HERE / "fake_stream"), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE.parent / "bench" / script), *options]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = warm.run([str(HERE.parent / "bench" / script), *options], env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import socket
-import sys
 import tempfile
 import textwrap
 import time
@@ -15,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import warm
 
 from astracli.adapters.qwen3_5 import ADAPTER, tiny_config
 from astracli.config.recipe import Recipe
 from astracli.models.adapter import ModelAdapter
+from astracli.process.ports import free_ports
 from astracli.rl.batch import Batch
 from astracli.rl.types import Group, Sample, Segment
 from astracli.training import setup
@@ -112,37 +111,22 @@ def own_logprobs(trainer: Trainer, prompt: np.ndarray, tokens: np.ndarray) -> np
 def spawn(script: str, arguments: Sequence[str], world_size: int, *, timeout_s: float = 120) -> list[str]:
     """Run a Python script in `world_size` real processes joined over gloo; their stdouts, rank by rank. Each sees one
     GPU, where there are any. They are forks of a process that has imported torch and touched no device."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1, "127.0.0.1")
     common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["transformers.modeling_utils", "torch.distributed.fsdp", "triton"])
-    with tempfile.TemporaryDirectory() as folder:
-        children = []
-        for rank in range(world_size):
-            own = {"RANK": str(rank), "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": str(rank)}
-            call = (textwrap.dedent(script), list(arguments), common | own, f"{folder}/{rank}")
-            children.append(processes.Process(target=_rank, args=call, daemon=True))
+    with tempfile.TemporaryDirectory() as name:
+        folder, children = Path(name), []
         try:
-            for child in children:
-                child.start()
+            for rank in range(world_size):
+                own = {"RANK": str(rank), "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": str(rank), "OMP_NUM_THREADS": "1"}
+                words = ["-c", textwrap.dedent(script), *arguments]
+                said = (folder / f"{rank}.out", folder / f"{rank}.err")
+                children.append(warm.start(words, *said, env=os.environ | common | own))
             deadline = time.monotonic() + timeout_s
             for rank, child in enumerate(children):
-                child.join(max(0.0, deadline - time.monotonic()))
-                error = Path(f"{folder}/{rank}.err").read_text()
-                assert child.exitcode == 0, f"rank {rank}, exit code {child.exitcode}: {error[-3000:]}"
-            return [Path(f"{folder}/{rank}.out").read_text() for rank in range(world_size)]
+                code = child.wait(max(0.0, deadline - time.monotonic()))
+                error = (folder / f"{rank}.err").read_text()
+                assert code == 0, f"rank {rank}, exit code {code}: {error[-3000:]}"
+            return [(folder / f"{rank}.out").read_text() for rank in range(world_size)]
         finally:
             for child in children:
-                child.kill()
-                child.join()
-
-
-def _rank(script: str, arguments: list[str], environment: dict[str, str], log: str) -> None:
-    for number, name in ((1, f"{log}.out"), (2, f"{log}.err")):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT, 0o600), number)
-    os.environ |= environment | {"OMP_NUM_THREADS": "1"}
-    torch.set_num_threads(1)
-    sys.argv = ["-c", *arguments]
-    exec(compile(script, "<script>", "exec"), {"__name__": "__main__"})
+                warm.end(child)

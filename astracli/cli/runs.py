@@ -34,27 +34,34 @@ def list_(root: RootOpt = Path("runs"), json: JsonOpt = False) -> None:
 
 @app.command()
 def status(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
-    """Show a run's state and newest figures, process by process."""
+    """Show a run on a page: what runs, since when, step, reward, last evaluation, what it waits for.
+
+    Of a run that failed, its cause and last lines. --json has every figure of every process.
+    """
     from dataclasses import asdict
 
-    from astracli.report import run_files
+    from astracli.report import run_files, status_page
 
     found = the_run(run)
-    recorded = found.status()
-    document = {
-        "run": run_files.row(found),
-        "status": asdict(recorded) if recorded else None,
-        "figures": run_files.newest_figures(found),
-    }
     if json:
-        out(json).document(document)
+        recorded = found.status()
+        out(json).document(
+            {
+                "run": run_files.row(found),
+                "status": asdict(recorded) if recorded else None,
+                "newest": status_page.figures(found),
+                "evaluation": [vars(trend) | {"difference": trend.difference} for trend in run_files.trends(found)],
+                "figures": run_files.newest_figures(found),
+            }
+        )
         return
-    shown = dict(document["run"] or {})
-    if recorded and recorded.cause:
-        shown["cause"] = recorded.cause
-    out().facts(shown)
-    for process, figures in run_files.newest_figures(found).items():
-        out().facts(figures, process)
+    page = status_page.page(found)
+    out().table([], page.rows)
+    if page.last_lines:
+        out().text("")
+        out().text("\n".join(page.last_lines))
+    if page.hint:
+        out().hint(page.hint)
 
 
 @app.command()
@@ -113,9 +120,12 @@ def report(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
     if summary is not None and not json:
         from rich.console import Console
 
+        from astracli.cli.output import room
         from astracli.report.summary_table import print_summary
 
-        print_summary(summary, Console(width=100))
+        print_summary(summary, Console(width=room()), wrap=True)
+        if summary.get("cause") and summary["state"] == "failed":
+            out().text("\n".join(["", summary["cause"], *summary.get("last_lines", [])]))
         return
     document = run_files.report(found) | {"summary": summary, "results": results}
     if json:
@@ -124,11 +134,16 @@ def report(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
     out().facts(document["run"])
     if document["evaluation"]:
         out().table(
-            ["benchmark", "n", "step", "avg@n", "step", "avg@n", "difference", "stderr", "k", "pass@k", "pass@k"],
+            ["benchmark", "grader", "figure", "first step", "first", "last step", "last", "difference"],
             [
-                [t["benchmark"], t["n"], t["first_step"], t["first"], t["last_step"], t["last"], t["difference"],
-                 t["stderr"], t["k"], t["pass_first"], t["pass_last"]]
+                row
                 for t in document["evaluation"]
+                for row in (
+                    [t["benchmark"], t["grader"], f"avg@{t['n']}", t["first_step"], t["first"], t["last_step"],
+                     t["last"], t["difference"]],
+                    ["", "", f"pass@{t['k']}", None, t["pass_first"], None, t["pass_last"],
+                     t["pass_last"] - t["pass_first"]],
+                )
             ],
             "evaluation, first and last",
         )  # fmt: skip

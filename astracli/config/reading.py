@@ -13,6 +13,8 @@ RECIPE_BYTES = 1 << 20
 DOCUMENT_BYTES = 64 << 20
 """Of a JSON document: config.json, status.json, an index of shards, facts of a machine."""
 
+TOKENIZER_BYTES = 512 << 20
+
 
 def text(path: Path, limit: int = DOCUMENT_BYTES) -> str:
     """The text of a regular file of at most `limit` bytes. Opening never waits, as it would for a named pipe.

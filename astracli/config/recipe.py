@@ -26,19 +26,20 @@ from pydantic import (
 from astracli.config import doors, recipe_data
 from astracli.config.algorithms import AlgorithmTable, find
 from astracli.config.recipe_data import EvalSetTable, Level, MixTable, NonEmpty, ShotTable
+from astracli.config.recipe_rewards import RewardKeys
 from astracli.config.recipe_run import (
     CheckpointTable,
     ExpectedTable,
     LaunchTable,
     MetricsTable,
     ResourcesTable,
-    SomeProcesses,
     Table,
 )
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Requests = Annotated[int, Field(gt=0, le=65_536)]
 Tokens = Annotated[int, Field(gt=0, le=2**24)]
+Samples = Annotated[int, Field(gt=0, le=100_000)]
 RUNNING = 32
 """Sequences that an engine decodes at once where no memory was counted."""
 
@@ -73,18 +74,7 @@ class CurriculumTable(Table):
     """Latest groups of a kind (a level of `arithmetic`, else one problem) that count."""
 
 
-class GradingTable(Table):
-    """Where graders differ: what rewards `math` and `math_boxed` take for the same answer (docs/grading.md)."""
-
-    relative_tolerance: float = Field(default=0.0, ge=0.0, le=0.1)
-    """Numbers this far apart, relative to the gold, are equal; for golds that are measured or rounded (0.01)."""
-    ordered_lists: bool = False
-    """Whether `1, 2` without brackets has an order. With brackets it always has."""
-    units: Literal["optional", "required"] = "optional"
-    """`required`: a gold with a unit is not matched by the bare number."""
-
-
-class DataTable(Table):
+class DataTable(RewardKeys):
     source: str = ""
     """`arithmetic` (generated), a registered name, a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, and each of
     them with .gz or .zst), a directory that `datasets` reads, or a Hub data set id."""
@@ -124,15 +114,6 @@ class DataTable(Table):
     """None asks prompts in their shuffled order; a table prefers those that are solved sometimes."""
     decontaminate: Literal["report", "remove", "off"] = "report"
     """Training problems that are also items of `eval.benchmarks`: counted and said, left out, or not looked for."""
-    reward: str = "math"
-    """`math`, `math_boxed` (only a box counts), `number` (the last number as written, nothing worked out), `probe`,
-    a name from the entry-point group `astra.rewards`, or `pkg.module:function`. `probe` tries the machinery out on any
-    weights, random ones too: 1 where the share of even token ids is at or over its group's median, else 0."""
-    reward_timeout_s: PositiveFloat = 5.0
-    """One grading may take this long; then its worker is killed, the reward is 0 and a timeout is counted."""
-    reward_workers: SomeProcesses = 1
-    """Grading processes."""
-    grading: GradingTable = GradingTable()
 
 
 class RolloutTable(Table):
@@ -298,9 +279,13 @@ class EvalTable(Table):
     every: NonNegativeInt = 10
     """Evaluate at step 0, every n steps and at the end; 0 switches in-run evaluation off. One that becomes due while
     another runs takes the version that is current when that ends."""
-    samples: Annotated[int, Field(gt=0, le=100_000)] | None = None
-    """Samples per item; None takes each benchmark's own."""
+    samples: Samples | dict[str, Samples] | None = None
+    """Samples per item; `{ aime24 = 4, math500 = 1 }` by benchmark. None takes each benchmark's own, and so does one
+    that is not named."""
+    greedy: bool = False
+    """In a run: also one greedy sample an item at every evaluation."""
     pass_k: PositiveInt = 4
+    """k of pass@k. Where `samples` gives a benchmark fewer, k is their number."""
     temperature: float = Field(default=0.6, ge=0.0, le=100.0)
     """0 is greedy."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
@@ -309,6 +294,12 @@ class EvalTable(Table):
     max_concurrency: Requests | Literal["auto"] = "auto"
     """Evaluation requests in flight at once on each engine; `auto`: as many as it decodes at once
     (`rollout.max_running_requests`)."""
+
+    def samples_of(self, benchmark: str, own: int) -> int:
+        """Samples of each item of a benchmark, whose own number is `own`."""
+        if isinstance(self.samples, dict):
+            return self.samples.get(benchmark, own)
+        return self.samples or own
 
 
 class Recipe(Table):
@@ -345,6 +336,12 @@ class Recipe(Table):
     def batch_sequences(self) -> int:
         """Sequences of one step: `train.batch_groups` x `rollout.group_size`."""
         return self.train.batch_groups * self.rollout.group_size
+
+    @property
+    def most_reward_errors(self) -> int:
+        """`data.max_reward_errors`; None is one step's samples."""
+        most = self.data.max_reward_errors
+        return self.batch_sequences if most is None else most
 
     @property
     def evaluation_requests(self) -> int:
@@ -402,7 +399,7 @@ class Recipe(Table):
                 f"train.minibatches = {train.minibatches} is more than the {self.batch_sequences} sequences of a step "
                 f"(train.batch_groups = {train.batch_groups} x rollout.group_size = {rollout.group_size})"
             )
-        if evaluation.samples is not None and evaluation.samples < evaluation.pass_k:
+        if isinstance(evaluation.samples, int) and evaluation.samples < evaluation.pass_k:
             raise ValueError(
                 f"eval.samples = {evaluation.samples} is fewer than eval.pass_k = {evaluation.pass_k}: "
                 "pass@k needs at least k samples an item"
@@ -410,6 +407,6 @@ class Recipe(Table):
         band = self.data.curriculum
         if band is not None and band.low > band.high:
             raise ValueError(f"data.curriculum.low = {band.low} is over data.curriculum.high = {band.high}")
-        if problem := recipe_data.contradiction(self.data):
+        if problem := recipe_data.contradiction(self.data) or recipe_data.set_problem(evaluation.sets):
             raise ValueError(problem)
         return self

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
+from astracli.config.benchmarks import BENCHMARKS
 from astracli.config.recipe_run import Table
 
 if TYPE_CHECKING:
@@ -48,7 +49,9 @@ class SetTable(Table):
     system: str | None = None
     few_shot: list[ShotTable] | None = None
     reward: str | None = None
-    """What judges its answers."""
+    """What judges its answers; in the place of `data.rewards` too."""
+    right_at: float | None = None
+    """As `data.right_at`, which does not count where `reward` is another one."""
 
 
 class MixTable(SetTable):
@@ -92,7 +95,8 @@ def of(data: DataTable, entry: SetTable) -> DataTable:
     """The table of one more set: its own values, else `data`'s."""
     given = {key: value for key in type(entry).model_fields if (value := getattr(entry, key)) is not None}
     own = {key: value for key, value in given.items() if key in type(data).model_fields}
-    return data.model_copy(update={"config": None, "revision": None, "mix": [], **own})
+    base = data if entry.reward is None else data.by(entry.reward)
+    return base.model_copy(update={"config": None, "revision": None, "mix": [], **own})
 
 
 def contradiction(data: DataTable) -> str | None:
@@ -110,6 +114,16 @@ def contradiction(data: DataTable) -> str | None:
             return f"{where}holdout = {table.holdout} is neither a share below 1 nor a whole number of questions"
         if table.holdout and table.source == GENERATED:
             return f"{where}holdout: `{GENERATED}` holds problems out by itself: the benchmark arithmetic-heldout"
+    return None
+
+
+def set_problem(named: Mapping[str, EvalSetTable]) -> str | None:
+    """What is wrong with benchmarks of one's own, as a sentence."""
+    for name, table in named.items():
+        if name in BENCHMARKS:
+            return f"eval.sets.{name}: a known benchmark has that name"
+        if table.source == GENERATED:
+            return f"eval.sets.{name}: `{GENERATED}` has its own benchmarks, such as arithmetic-heldout"
     return None
 
 

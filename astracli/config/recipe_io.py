@@ -99,7 +99,15 @@ def _check_names(recipe: Recipe, label: str) -> None:
             message = f"recipe `{label}`: `{key}` = {json.dumps(name)} is not allowed: there is no such {kind}"
             raise UserError(message, f"{_nearest(name, known)}known: {', '.join(known)}")
     k = recipe.eval.pass_k
-    for spec in [get(name, recipe) for name in recipe.eval.benchmarks if recipe.eval.samples is None]:
+    samples = recipe.eval.samples
+    if isinstance(samples, dict) and (
+        unused := sorted(samples.keys() - {get(n, recipe).name for n in recipe.eval.benchmarks})
+    ):
+        raise UserError(
+            f"recipe `{label}`: eval.samples names {', '.join(f'`{name}`' for name in unused)}, not in eval.benchmarks",
+            f"its benchmarks: {', '.join(recipe.eval.benchmarks) or 'none'}",
+        )
+    for spec in [get(name, recipe) for name in recipe.eval.benchmarks if samples is None]:
         if spec.samples < k:
             raise UserError(
                 f"recipe `{label}`: eval.pass_k = {k}, and `{spec.name}` is asked {spec.samples} samples an item: "

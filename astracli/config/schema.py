@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -82,7 +83,8 @@ def dotted_keys(slot: Slot = ROOT, prefix: str = "") -> Iterator[str]:
         return
     for name, field in slot.table.model_fields.items():
         yield prefix + name
-        yield from dotted_keys(_slot(field), f"{prefix}{name}.")
+        inside = _slot(field)
+        yield from dotted_keys(inside.child(0) or inside, f"{prefix}{name}.")
     for name, table in slot.table.brought().items():
         yield prefix + name
         yield from dotted_keys(Slot(table), f"{prefix}{name}.")
@@ -91,7 +93,7 @@ def dotted_keys(slot: Slot = ROOT, prefix: str = "") -> Iterator[str]:
 def nearest_key(dotted: str) -> str | None:
     """The valid dotted key closest to an invalid one: same table first, then the same last name, then, where there is
     no such table, any. (The name of a table alone makes `train.foo` and `train.eps` alike.)"""
-    table, _, leaf = dotted.rpartition(".")
+    table, _, leaf = re.sub(r"\[\d+\]", "", dotted).rpartition(".")
     keys = list(dotted_keys())
     siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == table}
     close = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)

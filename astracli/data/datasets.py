@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -69,17 +69,19 @@ def load(
     )
 
 
-def fetch(recipe: Recipe, look: Callable[[Problem], None] = lambda problem: None) -> dict[str, str | None]:
+def fetch(recipe: Recipe, first: dict[str, Problem] | None = None) -> dict[str, str | None]:
     """Make a recipe's training problems local and check them. {source: path for `load`}; None for the generated family.
 
-    `look` sees the first problem of each source that is not generated.
+    `first` gets the first problem of each source that is not generated.
 
     Raises UserError: unknown source, gated or missing on the Hub, missing fields, no rows.
     """
     paths = {name: fetch_set(table) for name, table in sets(recipe.data).items()}
     for name, table in sets(recipe.data).items():
         if (path := paths[name]) is not None:
-            look(load(table, path)[0])
+            problem = load(table, path)[0]
+            if first is not None:
+                first[name] = problem
     return paths
 
 
@@ -104,14 +106,19 @@ def known_set(source: str) -> HubSet | None:
 
 
 def find_local(source: str, data_dir: str | None = None) -> Path | None:
-    """A path, or NAME in the data directory; None when there is neither. Raises UserError for a path without a file."""
+    """A path, or NAME in the data directory, of a known set also NAME_train; None when there is neither.
+
+    Raises UserError for a path without a file.
+    """
     path = Path(source).expanduser()
     if path.exists():
         return path.resolve()
     if source.lower().endswith(SUFFIXES) or path.is_absolute() or source.startswith((".", "~")):
         kinds = ", ".join(FORMATS)
         raise UserError(f"no data at `{source}`", f"give a file ({kinds}), a `datasets` directory or a Hub id")
-    return find_in_data_dir(source, "train", data_dir)
+    names = (source, f"{source}_train") if known_set(source) else (source,)
+    places = (find_in_data_dir(name, "train", data_dir) for name in names)
+    return next((place for place in places if place is not None), None)
 
 
 def find_in_data_dir(name: str, folder: str, data_dir: str | None = None) -> Path | None:
@@ -177,12 +184,10 @@ class Problems(Sequence[Problem]):
             self._places = self._side(hashes[:, 2], holdout, side)
 
     def _look(self, holdout: bool) -> Iterator[tuple[int, int, int]]:
-        """Hashes of question, name and what the question says, of every row."""
-        from astracli.data.content_hash import normalised
-
+        """Hashes of question, name, and the question without case and spacing, of every row."""
         for place, row in enumerate(self._rows):
             problem, asked = self._problem(place, row)
-            yield _hash(asked), _hash(problem.id), _hash(f"held out\n{normalised(asked)}") if holdout else 0
+            yield _hash(asked), _hash(problem.id), _hash(f"held out\n{folded(asked)}") if holdout else 0
 
     def _side(self, hashes: np.ndarray, holdout: float, side: Side) -> np.ndarray:
         """Places of the rows to train on, or of one row for each question that is held out. Raises UserError."""
@@ -304,6 +309,11 @@ def _convert(source: HubSet, snapshot: Path, target: Path) -> None:
         for row in split_of(found, source.split, source.hub_id):
             out.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
     partial.replace(target)
+
+
+def folded(text: str) -> str:
+    """A question as far as `data.holdout` tells it from others."""
+    return " ".join(text.split()).casefold()
 
 
 def _hash(text: str) -> int:

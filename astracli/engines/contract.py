@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from astracli.engines.client import EngineClient
     from astracli.engines.stops import StopStrings
     from astracli.models.adapter import ModelAdapter
+    from astracli.models.preflight import Obstacle
 
 GROUP = "astra.engines"
 ASKED = "the recipe asks for it"
@@ -41,6 +42,9 @@ class Start:
     """Interpreter of the process; None = the supervisor's."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Set over the supervisor's environment."""
+    preload: tuple[str, ...] = ()
+    """Modules that its process needs and that start neither threads nor CUDA when they are imported. In a run on a CPU
+    the process is forked from one that has imported them, torch and transformers. (): it starts by itself."""
 
 
 @dataclass(frozen=True)
@@ -242,6 +246,10 @@ class Engine:
 
     def problems(self, case: Case) -> Iterable[PlanProblem]:
         """What the machine lacks for it, of packages and system."""
+        return ()
+
+    def obstacles(self, case: Case) -> Iterable[Obstacle]:
+        """What `case.config` says of the model that it cannot serve."""
         return ()
 
     def checks(self, case: Case) -> Iterator[Check]:

@@ -164,7 +164,8 @@ class Env:
         for episode in group:
             answer = episode.answer.tolist()
             episode.text = str(self.tokenizer.decode(answer, skip_special_tokens=True))
-            items.append(GradeItem(problem.question, problem.answer, episode.text, answer))
+            messages = episode.messages or problem.messages
+            items.append(GradeItem(problem.question, problem.answer, episode.text, answer, messages, problem.row))
         with time_limit.paused():
             return await self.setup.grader_of(problem).agrade(items)
 

@@ -18,6 +18,15 @@ CHECKS = 4
 """How often within the limit the event loop is asked whether it still runs."""
 
 
+_blocked_s = 0.0
+"""In which one Env kept the event loop from all others, until it was interrupted."""
+
+
+def _time() -> float:
+    """Seconds in which the event loop ran: what one Env blocked is not taken off the others' time."""
+    return time.monotonic() - _blocked_s
+
+
 class TooLong(Exception):
     """The Env's code used up its time. Its cause, or its traceback, says where."""
 
@@ -43,7 +52,7 @@ class limited:
         self._loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
         self._task = task
-        self._since = self._loop.time()
+        self._since = _time()
         self._timer = self._loop.call_later(self._limit_s, self._look)
         self._before = _clock.set(self)
 
@@ -54,7 +63,8 @@ class limited:
             raise TooLong(self.words) from error
 
     def _look(self) -> None:
-        left = self._limit_s if self._since is None else self._since + self._limit_s - self._loop.time()
+        passed = 0.0 if self._since is None else _time() - self._since
+        left = self._limit_s - passed
         if left > 0:
             self._timer = self._loop.call_later(left, self._look)
         else:
@@ -68,7 +78,7 @@ class limited:
     def go_on(self) -> None:
         self._paused -= 1
         if not self._paused:
-            self._since = self._loop.time()
+            self._since = _time()
 
 
 _clock: ContextVar[limited | None] = ContextVar("astra_env_clock", default=None)
@@ -134,6 +144,9 @@ class LoopWatch:
                 self._loop.call_soon_threadsafe(self._sign)
 
     def _interrupt(self, _signum: int, _frame: FrameType | None) -> None:
-        clock = _clock.get()
-        if clock is not None and time.monotonic() - self._seen > self._limit_s:
+        global _blocked_s
+        clock, blocked_s = _clock.get(), time.monotonic() - self._seen
+        if clock is not None and blocked_s > self._limit_s:
+            _blocked_s += blocked_s
+            self._sign()
             raise TooLong(clock.words)

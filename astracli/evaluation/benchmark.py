@@ -7,6 +7,7 @@ any order and from any engine, and a paired comparison of two versions draws ali
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
@@ -71,6 +72,8 @@ class Result:
     samples: list[EvalSample] = field(repr=False)
     """Items in the benchmark's order, samples within. Not in the repr: asyncio may build that."""
     wall_s: float
+    grader: str = "math"
+    """What judged the answers."""
 
     def majority_at(self) -> dict[int, float]:
         """{k: majority@k}, see `votes`."""
@@ -78,12 +81,18 @@ class Result:
         cast = [votes.vote(sample.text, sample.grade.verdict == "right") for sample in self.samples]
         return votes.majority_at([cast[i : i + n] for i in range(0, len(cast), n)])
 
+    @property
+    def no_answer_fraction(self) -> float:
+        """Share of the samples in which no answer could be read."""
+        return sum(sample.grade.verdict == "no_answer" for sample in self.samples) / max(1, len(self.samples))
+
     def figures(self) -> dict[str, Any]:
         """Everything countable, names with units; `pass_at` and `majority_at` by k."""
         score, total = self.score, max(1, len(self.samples))
         verdicts = [sample.grade.verdict for sample in self.samples]
         tokens = sum(len(sample.tokens) for sample in self.samples)
         return {
+            "grader": self.grader,
             **full_figures(score),
             "majority_at": {str(k): share for k, share in self.majority_at().items()},
             "wall_s": round(self.wall_s, 3),
@@ -91,7 +100,7 @@ class Result:
             "response_tokens_mean": tokens / total,
             "response_tokens_max": max((len(sample.tokens) for sample in self.samples), default=0),
             "truncated_fraction": sum(sample.finish_reason == "length" for sample in self.samples) / total,
-            "no_answer_fraction": verdicts.count("no_answer") / total,
+            "no_answer_fraction": self.no_answer_fraction,
             "timeouts": verdicts.count("timeout"),
             "errors": verdicts.count("error"),
             "prompts_too_long": sum(sample.finish_reason == "prompt_too_long" for sample in self.samples),
@@ -206,7 +215,7 @@ class BenchmarkWork:
         ordered = [self._found[place, i] for place in range(len(self.benchmark.items)) for i in range(self.n)]
         right = [[s.grade.verdict == "right" for s in ordered[i : i + self.n]] for i in range(0, self.total, self.n)]
         score = passk.score(right, self._pass_k)
-        return Result(self.benchmark.name, score, ordered, self._ended - self._began)
+        return Result(self.benchmark.name, score, ordered, self._ended - self._began, self.benchmark.grader)
 
     def _room(self, unit: Unit) -> int:
         return min(self._sampling.max_new_tokens, self._sampling.context_length - len(self._prompts[unit[0]]))
@@ -225,11 +234,15 @@ class BenchmarkWork:
 
     async def _grade(self, asked: Sequence[tuple[Problem, int]], answers: Sequence[GenResult]) -> list[EvalSample]:
         texts = [self._tokenizer.decode(answer.tokens.tolist(), skip_special_tokens=True) for answer in answers]
-        items = [
-            GradeItem(problem.question, problem.answer, text, answer.tokens.tolist())
-            for (problem, _), text, answer in zip(asked, texts, answers, strict=True)
-        ]
-        grades = await self._grader.agrade(items)
+        groups: dict[str, list[GradeItem]] = {}
+        for (problem, _), text, answer in zip(asked, texts, answers, strict=True):
+            item = GradeItem(
+                problem.question, problem.answer, text, answer.tokens.tolist(), problem.messages, problem.row
+            )
+            groups.setdefault(problem.id, []).append(item)
+        found = await asyncio.gather(*(self._grader.agrade(items) for items in groups.values()))
+        graded = {name: iter(grades) for name, grades in zip(groups, found, strict=True)}
+        grades = [next(graded[problem.id]) for problem, _ in asked]
         return [
             EvalSample(problem, i, answer.version, text, answer.tokens, answer.logprobs, answer.finish_reason, grade)
             for (problem, i), answer, text, grade in zip(asked, answers, texts, grades, strict=True)

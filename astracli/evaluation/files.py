@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,13 @@ from astracli.rl.sample_log import sample_line
 from astracli.runs import metrics, tables
 from astracli.runs.run_dir import write_atomic
 
-CSV_COLUMNS = ("step", "version", "benchmark", "items", "n", "avg_at_n", "stderr", "k", "pass_at_k", "due_step")
+CSV_COLUMNS = (
+    "step", "version", "benchmark", "items", "n", "avg_at_n", "stderr", "k", "pass_at_k", "due_step", "grader"
+)  # fmt: skip
+SHARES = ("no_answer", "greedy", "greedy_no_answer")
+"""Columns of `eval.csv` behind those: shares without a readable answer, and the greedy score; empty without one."""
+GREEDY = "greedy"
+"""The folder of the greedy samples, inside that of an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Partial:
                 tokens=np.array(row["tokens"], np.int32),
                 logprobs=np.array(row["logprobs"], np.float64),
                 finish_reason=row["finish_reason"],
-                grade=Grade(row["reward"], row["verdict"]),
+                grade=Grade(row["reward"], row["verdict"], "", row.get("parts", {})),
             )
             for row in metrics.read(self.path)
             if row["problem_id"] in problems and self.version in (None, row["version"])
@@ -86,21 +93,23 @@ def partial_of(folder: Path, step: int) -> Path:
     return folder / "partial" / f"step_{step:06d}"
 
 
-def write_results(folder: Path, when: Evaluation, results: Sequence[Result]) -> None:
-    """Items and table of one evaluation. Writing a step again replaces it."""
-    for result in results:
-        lines = [json.dumps(item_line(when.step, when.version, result.benchmark, sample)) for sample in result.samples]
-        place = folder / "items" / f"step_{when.step:06d}_{result.benchmark}.jsonl"
-        write_atomic(place, "\n".join(lines) + "\n", sync=True)
-    update_csv(folder / "eval.csv", when, results)
+def write_results(folder: Path, when: Evaluation, results: Sequence[Result], greedy: Sequence[Result] = ()) -> None:
+    """Items and table of one evaluation. Writing a step again replaces it. `greedy`: of the same benchmarks."""
+    for place, found in ((folder, results), (folder / GREEDY, greedy)):
+        for result in found:
+            lines = [json.dumps(item_line(when.step, when.version, result.benchmark, each)) for each in result.samples]
+            file = place / "items" / f"step_{when.step:06d}_{result.benchmark}.jsonl"
+            write_atomic(file, "\n".join(lines) + "\n", sync=True)
+    update_csv(folder / "eval.csv", when, results, greedy)
 
 
 def forget_after(folder: Path, step: int) -> None:
     """A run goes on from a checkpoint of `step`: later steps' evaluations, finished or not, are of other weights."""
     if (folder / "eval.csv").exists():
         kept = [row for row in tables.read(folder / "eval.csv") if int(row["step"]) <= step]
-        _write_rows(folder / "eval.csv", CSV_COLUMNS, kept)
-    for path in [*(folder / "items").glob("step_*.jsonl"), *(folder / "partial").glob("step_*")]:
+        _write_rows(folder / "eval.csv", (*CSV_COLUMNS, *SHARES), kept)
+    places = (folder / "items", folder / GREEDY / "items", folder / "partial")
+    for path in [path for place in places for path in place.glob("step_*")]:
         if int(path.name.split("_")[1].removesuffix(".jsonl")) > step:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -121,31 +130,53 @@ def item_line(step: int, version: int, benchmark: str, sample: EvalSample) -> di
         advantage=None,
         reward=sample.grade.reward,
         verdict=sample.grade.verdict,
+        parts=sample.grade.parts,
         finish_reason=sample.finish_reason,
     )
 
 
-def update_csv(path: Path, when: Evaluation, results: Sequence[Result]) -> None:
+def update_csv(path: Path, when: Evaluation, results: Sequence[Result], greedy: Sequence[Result] = ()) -> None:
     """Put one evaluation's rows into the table, in the order of steps; rows of the same step make room."""
     rows = [row for row in tables.read(path) if int(row["step"]) != when.step] if path.exists() else []
-    scores = [(result.benchmark, result.score) for result in results]
+    scores = [(result.benchmark, result.grader, result.score) for result in results]
     if scores:
-        scores.append((metrics.OVERALL, passk.overall([score for _, score in scores])))
-    for name, score in scores:
+        scores.append((metrics.OVERALL, common_grader(results), passk.overall([score for *_, score in scores])))
+    found = shares(results, greedy)
+    for name, grader, score in scores:
         of = {"step": when.step, "version": when.version, "due_step": when.due_step}
-        rows.append({**of, "benchmark": name, **score_figures(score)})
-    _write_rows(path, CSV_COLUMNS, sorted(rows, key=lambda row: int(row["step"])))
+        rows.append({**of, "benchmark": name, "grader": grader, **score_figures(score), **found[name]})
+    _write_rows(path, (*CSV_COLUMNS, *SHARES), sorted(rows, key=lambda row: int(row["step"])))
+
+
+def shares(results: Sequence[Result], greedy: Sequence[Result]) -> dict[str, dict[str, float]]:
+    """{benchmark: `SHARES`}, those that there are, and `overall`: their unweighted means."""
+    found: dict[str, dict[str, float]] = {each.benchmark: {"no_answer": each.no_answer_fraction} for each in results}
+    for each in greedy:
+        found[each.benchmark] |= {"greedy": each.score.avg_at_n, "greedy_no_answer": each.no_answer_fraction}
+    if found:
+        names = next(iter(found.values()))
+        found[metrics.OVERALL] = {name: fmean(values[name] for values in found.values()) for name in names}
+    return found
 
 
 def _write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
     write_atomic(path, tables.text_of(columns, rows), sync=True)
 
 
-def figures(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
-    """{benchmark: figures} and `overall`."""
+def common_grader(results: Sequence[Result]) -> str:
+    """Beside the mean over benchmarks: what judged all of them, or `several`."""
+    graders = {result.grader for result in results}
+    return graders.pop() if len(graders) == 1 else "several"
+
+
+def figures(results: Sequence[Result], greedy: Sequence[Result] = ()) -> dict[str, dict[str, Any]]:
+    """{benchmark: figures} and `overall`; with `greedy` also `greedy_avg` and `greedy_no_answer_fraction`."""
     found = {result.benchmark: result.figures() for result in results}
     if results:
-        found[metrics.OVERALL] = full_figures(passk.overall([result.score for result in results]))
+        overall = full_figures(passk.overall([result.score for result in results]))
+        found[metrics.OVERALL] = {"grader": common_grader(results)} | overall
+    for name, values in shares(results, greedy).items() if greedy else ():
+        found[name] |= {"greedy_avg": values["greedy"], "greedy_no_answer_fraction": values["greedy_no_answer"]}
     return found
 
 
@@ -154,6 +185,6 @@ def metric_records(process: str, when: Evaluation, found: Mapping[str, Mapping[s
     by k."""
     return [
         {"step": when.step, "process": process, "version": when.version, "due_step": when.due_step, "benchmark": name}
-        | {f"eval_{key}": value for key, value in values.items() if not isinstance(value, dict)}
+        | {k if k == "grader" else f"eval_{k}": value for k, value in values.items() if not isinstance(value, dict)}
         for name, values in found.items()
     ]

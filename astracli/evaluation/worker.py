@@ -40,7 +40,7 @@ from astracli.models.adapter import load_tokenizer
 from astracli.models.chat import ChatFormat
 from astracli.process.config import EvalConfig
 from astracli.process.worker import TERM_EXIT, Reporter, worker_main
-from astracli.rewards.reward import GradePool
+from astracli.rewards.reward import GradePool, Rewards, open_pools
 from astracli.runs.run_dir import write_atomic
 
 WAIT_S = 5.0
@@ -56,18 +56,22 @@ class Evaluator:
     reporter: Reporter
     tokenizer: Any
     pools: Mapping[str, GradePool]
-    """By the reward that a benchmark is judged by."""
+    """By benchmark."""
     sampling: EvalSampling
     benchmarks: list[Benchmark]
 
     async def evaluate(self, partial: Path, *, greedy: bool = False, of_run: Evaluation | None = None) -> list[Result]:
         """Every benchmark of the recipe, over all engines: a run's as they hold the version, others once they are up.
 
-        Samples are kept in the directory `partial` as they come, and those that are there are not asked again.
+        Samples are kept in the directory `partial` as they come, and those that are there are not asked again. With
+        `eval.greedy` a run's come with one greedy sample an item: a second result of each benchmark, behind all others.
         """
         launch, version = self.config.recipe.launch, of_run.version if of_run is not None else None
         engine = engines.get(self.config.engine)
         whole = launch.deterministic and engine.whole_calls
+        works = [self._work(benchmark, version, partial, greedy, whole) for benchmark in self.benchmarks]
+        if of_run is not None and self.config.recipe.eval.greedy:
+            works += [self._work(each, version, partial / "greedy", True, whole) for each in self.benchmarks]
         async with contextlib.AsyncExitStack() as stack:
             hub = await stack.enter_async_context(AsyncHubClient(self.config.hub_url, self.config.token))
             clients = {}
@@ -77,7 +81,7 @@ class Evaluator:
                 if of_run is None:
                     await client.wait_ready(launch.ready_timeout_s)
             return await evaluate(
-                [self._work(benchmark, version, partial, greedy, whole) for benchmark in self.benchmarks],
+                works,
                 clients,
                 RunEngines(hub, of_run.step, of_run.version) if of_run is not None else None,
                 max_concurrency=self.config.recipe.evaluation_requests,
@@ -95,9 +99,9 @@ class Evaluator:
         return BenchmarkWork(
             benchmark,
             self.tokenizer,
-            self.pools[benchmark.grader],
+            self.pools[benchmark.name],
             sampling=replace(self.sampling, temperature=0.0) if greedy else self.sampling,
-            samples=1 if greedy else table.samples,
+            samples=1 if greedy else table.samples_of(benchmark.name, benchmark.samples),
             version=version,
             pass_k=table.pass_k,
             max_concurrency=self.config.recipe.evaluation_requests,
@@ -109,13 +113,16 @@ class Evaluator:
     def check_whole(self, when: Evaluation, partial: Path) -> None:
         """Raises RunFailed when samples of an evaluation are gone that no engine can be asked for again."""
         for benchmark in self.benchmarks:
-            work = self._work(benchmark, when.version, partial, False, False)
-            if work.done < work.total:
-                there = f"{work.done} of {work.total} samples of {benchmark.name}"
-                raise RunFailed(
-                    f"`{partial}` holds {there}, and the engines have gone on from version {when.version}",
-                    f"a resume evaluates them again: `astra train --resume {self.config.run_dir}`",
-                )
+            works = [self._work(benchmark, when.version, partial, False, False)]
+            if self.config.recipe.eval.greedy:
+                works.append(self._work(benchmark, when.version, partial / "greedy", True, False))
+            for work in works:
+                if work.done < work.total:
+                    there = f"{work.done} of {work.total} samples of {benchmark.name}"
+                    raise RunFailed(
+                        f"`{partial}` holds {there}, and the engines have gone on from version {when.version}",
+                        f"a resume evaluates them again: `astra train --resume {self.config.run_dir}`",
+                    )
 
     def _tell(self, work: BenchmarkWork) -> None:
         self.reporter.progress(benchmark=work.benchmark.name, done=work.done, total=work.total)
@@ -156,14 +163,18 @@ def run(config: EvalConfig, reporter: Reporter) -> None:
         chat=ChatFormat.of(recipe),
     )
     sets = [benchmarks.load(name, config.benchmarks[name], recipe=recipe) for name in recipe.eval.benchmarks]
-    data = recipe.data
+    rewards = {
+        benchmark.name: Rewards.of(
+            benchmark.data,
+            max_errors=recipe.most_reward_errors,
+            on_error=lambda words: reporter.warn(f"the first error of a reward:\n{words}"),
+        )
+        if benchmark.data is not None
+        else Rewards.of(recipe.data.by(benchmark.grader))
+        for benchmark in sets
+    }
     with contextlib.ExitStack() as stack:
-        pools = {
-            spec: stack.enter_context(
-                GradePool(spec, data.reward_workers, data.reward_timeout_s, data.grading.model_dump())
-            )
-            for spec in sorted({benchmark.grader for benchmark in sets})
-        }
+        pools = open_pools(stack, rewards)
         evaluator = Evaluator(config, reporter, tokenizer, pools, sampling, sets)
         reporter.ready()
         if config.out is not None:
@@ -203,8 +214,10 @@ def follow_hub(evaluator: Evaluator) -> None:
 
 def finish(config: EvalConfig, hub: HubClient, when: Evaluation, results: Sequence[Result]) -> None:
     """Write one evaluation's files, then tell the hub. It counts as done when they are there."""
-    folder, figures = config.run_dir / "eval", eval_files.figures(results)
-    eval_files.write_results(folder, when, results)
+    count = len(config.recipe.eval.benchmarks)
+    drawn, greedy = results[:count], results[count:]
+    folder, figures = config.run_dir / "eval", eval_files.figures(drawn, greedy)
+    eval_files.write_results(folder, when, drawn, greedy)
     hub.metrics(eval_files.metric_records(config.name, when, figures))
     hub.eval_done(when.step, when.version, figures)
     partial = eval_files.partial_of(folder, when.step)

@@ -7,7 +7,6 @@ process is the only writer of metrics.jsonl.
 from __future__ import annotations
 
 import asyncio
-import json
 import sqlite3
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from astracli.hub.store import HubStore
 from astracli.hub.types import BadRequest, GpuLeaseReply, Holders, Leases, NextBatch, NextEvaluation, Target
 from astracli.hub.wire import MAX_WAIT_S, called_with_body, pack_answer
 from astracli.process.server import TokenGuard
+from astracli.runs import metrics
 
 T = TypeVar("T")
 RECHECK_S = 1.0
@@ -128,19 +128,25 @@ class _Hub:
         return _Poll(wait_s, lambda: self._store.eval_engines(version), lambda r: r.stop or r.engines != have)
 
     def status(
-        self, name: str, pid: int, state: str, waiting: str | None, progress: dict[str, Any], error: str | None = None
+        self,
+        name: str,
+        pid: int,
+        state: str,
+        waiting: str | None,
+        progress: dict[str, Any],
+        error: str | None = None,
+        warnings: list[str] | None = None,
     ) -> dict[str, bool]:
         if self._on_status is not None:
             beat = {"name": name, "pid": pid, "state": state, "waiting": waiting, "progress": progress}
-            self._on_status(beat if error is None else beat | {"error": error})
+            more = {"error": error, "warnings": warnings}
+            self._on_status(beat | {key: value for key, value in more.items() if value is not None})
         return {"stop": self._store.stop_requested}
 
     def metrics(self, records: list[dict[str, Any]]) -> None:
         """Lines of metrics.jsonl, one JSON object each: {"time", "step", "process", ...}."""
         if self._metrics_path is not None:
-            lines = [json.dumps({"time": time.time()} | record) + "\n" for record in records]
-            with self._metrics_path.open("a") as file:
-                file.write("".join(lines))
+            metrics.append(self._metrics_path, records)
 
 
 def build_app(

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
 from astracli.errors import RunFailed
 from astracli.hub.schema import AMONG, Database
-from astracli.hub.types import Batch, BatchStats, Counts, HubSettings, NextBatch
+from astracli.hub.types import Batch, BatchStats, Counts, HubSettings, NextBatch, NoSignal
 from astracli.rl.schedule import Replays, batch_reason, count, replays_due
 
+FIRST, LAST = 3, 8
+"""Steps whose reward is told when a run ends without signal."""
+PROMPTS = 64
+"""Dropped groups whose prompts are told then."""
 PRUNED_AT_ONCE = 2
 """Steps; one is made at each acknowledgement, so two keep up."""
 
@@ -22,6 +27,8 @@ class BatchBook:
         self._settings = settings
         self._fifo = settings.consume == "fifo"
         self._size = settings.batch_groups
+        self.hopeless: NoSignal | None = None
+        """Why the run is to end: the trainer asked for a batch, and no more groups will make one."""
 
     @property
     def next_step(self) -> int:
@@ -35,7 +42,7 @@ class BatchBook:
         return kept + self.forgotten("steps")
 
     def forgotten(self, what: str) -> int:
-        """Rows that retention deleted: `steps`, `replayed` ones, groups by state, `timeouts` among their samples."""
+        """Rows that retention deleted: `steps`, `replayed` ones, groups by state; `timeouts`, `errors` of samples."""
         return self._db.meta(f"forgotten_{what}")
 
     @property
@@ -48,12 +55,14 @@ class BatchBook:
         states = dict(self._db.rows("SELECT state, COUNT(*) FROM groups WHERE state != 'assigned' GROUP BY state"))
         acked, replayed = self.acked, self.replayed
         timeouts = self._db.scalar("SELECT COALESCE(SUM(timeouts), 0) FROM groups WHERE timeouts > 0")
+        errors = self._db.scalar("SELECT COALESCE(SUM(errors), 0) FROM groups WHERE errors > 0")
         return Counts(
             in_flight=states.get("leased", 0),
             queued=states.get("queued", 0),
             waiting=states.get("kept", 0),
             **{state: states.get(state, 0) + self.forgotten(state) for state in ("dropped", "expired", "skipped")},
             timeouts=timeouts + self.forgotten("timeouts"),
+            reward_errors=errors + self.forgotten("errors"),
             consumed_steps=acked,
             consumed_groups=(acked - replayed) * self._size,
             replayed_steps=replayed,
@@ -79,8 +88,8 @@ class BatchBook:
     def serve(self, step: int) -> NextBatch:
         """The groups of `step`, always the same ones once they were assigned; or what it waits for.
 
-        Raises RunFailed for a step out of order, and when it would wait for groups although `max_dropped_batches`
-        batches' worth in a row had no signal.
+        Raises RunFailed for a step out of order. Would it wait for groups although `max_dropped_batches` batches' worth
+        in a row had no signal, `hopeless` says so.
         """
         row = self._db.one("SELECT lease_ids, stats, pruned, replay_of FROM batches WHERE step = ?", step)
         if row is None:
@@ -117,7 +126,7 @@ class BatchBook:
         due = self._db.scalar("SELECT COUNT(*) FROM groups WHERE state = 'leased' AND version = ?", oldest)
         due = 0 if self._fifo else due
         if len(kept) < self._size:
-            self._require_signal()
+            self.hopeless = self.no_signal()
         if len(kept) < self._size or due:
             return batch_reason(
                 step=step,
@@ -134,30 +143,34 @@ class BatchBook:
         self._fix(step, ids, None)
         return None
 
-    def _require_signal(self) -> None:
-        """Raises RunFailed when so many groups in a row were dropped that more of them will not help."""
+    def no_signal(self) -> NoSignal | None:
+        """What was seen, once so many groups in a row were dropped that more of them will not help."""
         dropped = self._db.meta("dropped_in_a_row")
         most = self._settings.max_dropped_batches * self._size
         if not most or dropped < most:
-            return
-        row = self._db.one(
-            "SELECT MIN(reward_mean), MAX(reward_mean) FROM "
-            "(SELECT reward_mean FROM groups WHERE state = 'dropped' ORDER BY place DESC LIMIT ?)",
-            dropped,
-        )
+            return None
+        newest = "(SELECT * FROM groups WHERE state = 'dropped' ORDER BY place DESC LIMIT ?)"
+        counts = ("samples", "truncated", "no_answer", "errors", "timeouts")
+        sums = ", ".join(f"COALESCE(SUM({name}), 0)" for name in counts)
+        row = self._db.one(f"SELECT MIN(reward_mean), MAX(reward_mean), {sums} FROM {newest}", dropped)
         assert row is not None
-        lowest, highest = row
-        if highest <= 0:
-            why, way = "every sample earned nothing", "take easier problems, or see what data.reward makes of an answer"
-        elif lowest > 0:
-            why, way = "every sample was rewarded", "the model has learned these problems: take harder ones"
-        else:
-            why, way = "all samples of a group earned the same", "take problems that are solved sometimes"
-        raise RunFailed(
-            f"no signal: {dropped} groups in a row ({dropped // self._size} batches' worth) were dropped, {why}",
-            f"{way}; `data.reward = probe` tries the machinery out on any weights; "
-            "rollout.max_dropped_batches says how long to go on",
+        prompts = self._db.rows(f"SELECT prompt FROM {newest} WHERE prompt IS NOT NULL", min(dropped, PROMPTS))
+        return NoSignal(
+            groups=dropped,
+            batches=dropped // self._size,
+            lowest=row[0],
+            highest=row[1],
+            rewards=self._rewards(),
+            prompts=[prompt for (prompt,) in prompts],
+            **dict(zip(counts, row[2:], strict=True)),
         )
+
+    def _rewards(self) -> list[tuple[int, float]]:
+        """(step, mean reward of all that arrived), of the first and the last steps."""
+        columns = "SELECT step, stats FROM batches ORDER BY step"
+        rows = dict([*self._db.rows(f"{columns} LIMIT ?", FIRST), *self._db.rows(f"{columns} DESC LIMIT ?", LAST)])
+        means = {step: json.loads(stats).get("reward_mean") for step, stats in sorted(rows.items())}
+        return [(step, mean) for step, mean in means.items() if mean is not None]
 
     def _repeat(self, step: int) -> None:
         """The groups of the step before once more."""
@@ -187,18 +200,20 @@ class BatchBook:
     def _stats(self, step: int) -> BatchStats:
         row = self._db.one(
             "SELECT COUNT(*), COALESCE(SUM(state = 'dropped'), 0), COALESCE(SUM(state = 'expired'), 0), "
-            "AVG(reward_mean), COALESCE(SUM(tokens), 0), COALESCE(SUM(samples), 0), COALESCE(SUM(timeouts), 0) "
-            "FROM groups WHERE arrived = ?",
+            "AVG(reward_mean), COALESCE(SUM(tokens), 0), COALESCE(SUM(samples), 0), COALESCE(SUM(timeouts), 0), "
+            "COALESCE(SUM(errors), 0) FROM groups WHERE arrived = ?",
             step,
         )
         assert row is not None
+        parts = self._db.rows("SELECT parts FROM groups WHERE arrived = ? AND parts IS NOT NULL", step)
+        means = _means(json.loads(text) for (text,) in parts)
         by_source = self._db.rows(
             "SELECT source, COUNT(*), AVG(reward_mean) FROM groups WHERE arrived = ? AND source IS NOT NULL "
             "GROUP BY source ORDER BY source",
             step,
         )
         sources = {name: {"groups": count, "reward_mean": mean} for name, count, mean in by_source}
-        return BatchStats(*row, sources=sources)
+        return BatchStats(*(*row, means, sources))
 
     def ack(self, step: int, version: int, checkpoint_step: int | None) -> None:
         """The batch of `step` has become `version`. Twice is once. Raises RunFailed for a step without a batch.
@@ -248,11 +263,14 @@ class BatchBook:
         where = "lease_id < ? AND state IN ('assigned', 'dropped', 'expired', 'skipped') AND (step IS NULL OR step < ?)"
         values = (min(json.loads(batch[0])), step)
         gone = self._db.rows(
-            f"SELECT state, COUNT(*), COALESCE(SUM(timeouts), 0) FROM groups WHERE {where} GROUP BY state", *values
+            f"SELECT state, COUNT(*), COALESCE(SUM(timeouts), 0), COALESCE(SUM(errors), 0) FROM groups WHERE {where} "
+            "GROUP BY state",
+            *values,
         )
-        for state, groups, _ in gone:
+        for state, groups, *_ in gone:
             self._db.set_meta(f"forgotten_{state}", self.forgotten(state) + groups)
         self._db.set_meta("forgotten_timeouts", self.forgotten("timeouts") + sum(row[2] for row in gone))
+        self._db.set_meta("forgotten_errors", self.forgotten("errors") + sum(row[3] for row in gone))
         self._db.rows(f"DELETE FROM groups WHERE {where}", *values)
         again = self._db.scalar("SELECT COUNT(*) FROM batches WHERE step < ? AND replay_of IS NOT NULL", step)
         self._db.set_meta("forgotten_replayed", self.forgotten("replayed") + again)
@@ -285,3 +303,13 @@ class BatchBook:
         """Inside a transaction of the caller: steps >= `step` were never trained; their batches stay as they are."""
         self._db.rows("UPDATE batches SET acked = 0, version = NULL WHERE step >= ?", step)
         self._db.set_meta("checkpoint_step", min(step, self._db.meta("checkpoint_step")))
+
+
+def _means(groups: Iterable[Mapping[str, tuple[float, int]]]) -> dict[str, float]:
+    """Means over samples, from sums and counts by group."""
+    sums: dict[str, tuple[float, int]] = {}
+    for group in groups:
+        for name, (total, samples) in group.items():
+            before, among = sums.get(name, (0.0, 0))
+            sums[name] = (before + total, among + samples)
+    return {name: total / samples for name, (total, samples) in sorted(sums.items())}

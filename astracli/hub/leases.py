@@ -7,7 +7,7 @@ times live in memory; on opening, every lease in flight goes back to the queue.
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,8 @@ from astracli.hub.types import HubSettings, Lease, PutStatus
 from astracli.rl.schedule import deadline
 from astracli.rl.types import Group
 
+DROPPED_KEPT = 8
+"""Newest dropped groups that stay in memory: what a run that ends without signal shows."""
 REMEMBERED_REQUESTS = 256
 
 
@@ -33,6 +35,7 @@ class LeaseBook:
     def __post_init__(self) -> None:
         self._expiry: dict[int, float] = {}
         self._replies: OrderedDict[str, list[int]] = OrderedDict()
+        self.dropped: deque[Group] = deque(maxlen=DROPPED_KEPT)
         self.requeue("state = 'leased'")
 
     def count(self, state: str) -> int:
@@ -127,6 +130,7 @@ class LeaseBook:
             return "duplicate"
         if self._settings.drop_equal_groups and not group.has_signal:
             status: PutStatus = "dropped"
+            self.dropped.append(group)
         elif deadline(group.oldest_version, self._settings.max_staleness) < next_step:
             status = "stale"
         else:
@@ -148,6 +152,10 @@ class LeaseBook:
             "samples": len(group.samples),
             "tokens": sum(s.drawn for s in group.samples),
             "timeouts": sum(s.verdict == "timeout" for s in group.samples),
+            "errors": sum(s.verdict == "error" for s in group.samples),
+            "no_answer": sum(s.verdict == "no_answer" for s in group.samples),
+            "truncated": sum(s.finish_reason == "length" for s in group.samples),
+            "parts": _sums(group),
             "source": group.meta.get("source"),
         }
         with self._db.transaction() as sql:
@@ -173,3 +181,13 @@ class LeaseBook:
             if change.rowcount:
                 self._db.set_meta("skipped_in_a_row", self._db.meta("skipped_in_a_row") + 1)
         self._expiry.pop(lease_id, None)
+
+
+def _sums(group: Group) -> str | None:
+    """{name: [sum, samples]} of the rewards' parts, as JSON; None without any."""
+    found: dict[str, list[float]] = {}
+    for sample in group.samples:
+        for name, value in sample.parts.items():
+            total, count = found.get(name, (0.0, 0))
+            found[name] = [total + value, count + 1]
+    return json.dumps(found) if found else None

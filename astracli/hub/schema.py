@@ -15,7 +15,7 @@ from typing import Any
 
 from astracli.errors import UserError
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 PAGE_BYTES = 16 << 10
 """A group of long completions is hundreds of kilobytes in one value: fewer pages to read, and to free again."""
 LOG_BYTES = 64 << 20
@@ -39,6 +39,10 @@ CREATE TABLE groups (
     samples INTEGER,
     tokens INTEGER,
     timeouts INTEGER,
+    errors INTEGER,       -- samples whose grading failed
+    no_answer INTEGER,    -- samples in which the grader found no answer
+    truncated INTEGER,    -- samples cut off at the token limit
+    parts TEXT,           -- JSON {name of a reward: [sum, samples]}; NULL without any
     reason TEXT,          -- why it was skipped
     prompt INTEGER,       -- its place in the endless sequence of prompts
     kind TEXT,            -- with a curriculum: what its solve rate is counted under
@@ -48,6 +52,7 @@ CREATE INDEX groups_by_state ON groups (state, version);
 CREATE INDEX groups_by_arrival ON groups (arrived);
 CREATE INDEX groups_by_kind ON groups (kind, lease_id) WHERE kind IS NOT NULL;
 CREATE INDEX groups_with_timeouts ON groups (timeouts) WHERE timeouts > 0;
+CREATE INDEX groups_with_errors ON groups (errors) WHERE errors > 0;
 
 CREATE TABLE blobs (lease_id INTEGER PRIMARY KEY, blob BLOB NOT NULL);
 

@@ -78,8 +78,37 @@ class BatchStats(_Answer):
     tokens: int
     samples: int
     timeouts: int
+    reward_errors: int
+    """Samples whose grading failed."""
+    parts: dict[str, float]
+    """Mean of each named reward, and of what else rewards log, over the samples that have it."""
     sources: dict[str, dict[str, float]] = field(default_factory=dict)
     """Of several training sources: `groups` and `reward_mean` of each."""
+    no_answer: int = 0
+    """Samples in which the grader found no answer."""
+    truncated: int = 0
+    """Samples cut off at the token limit."""
+
+
+@dataclass(frozen=True)
+class NoSignal(_Answer):
+    """So many groups in a row were dropped that more of them will not help: what they were, and what came before."""
+
+    groups: int
+    batches: int
+    """As many batches' worth."""
+    samples: int
+    truncated: int
+    no_answer: int
+    errors: int
+    timeouts: int
+    lowest: float
+    """Mean reward of the group that earned least."""
+    highest: float
+    rewards: list[tuple[int, float]]
+    """(step, mean reward of all that arrived for it), the first and the last steps that were trained."""
+    prompts: list[int]
+    """Places of some of the dropped groups' prompts in the sequence of prompts."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +202,7 @@ class GpuLeaseStatus(_Answer):
 
 @dataclass(frozen=True)
 class Counts(_Answer):
-    """Groups by fate, those included whose rows are deleted; `timeouts` counts samples."""
+    """Groups by fate, those included whose rows are deleted; `timeouts` and `reward_errors` count samples."""
 
     in_flight: int = 0
     queued: int = 0
@@ -182,6 +211,7 @@ class Counts(_Answer):
     expired: int = 0
     skipped: int = 0
     timeouts: int = 0
+    reward_errors: int = 0
     consumed_steps: int = 0
     consumed_groups: int = 0
     replayed_steps: int = 0

@@ -12,25 +12,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from astracli.errors import AstraError, RunFailed, disk_full, refused_by_system
-from astracli.launch import configs, hub, recipe_changes, summary
+from astracli.launch import configs, hub, no_signal, recipe_changes, summary
 from astracli.launch.configs import RunContext
+from astracli.launch.forks import Forks
 from astracli.launch.launcher import Launcher
-from astracli.launch.local import LocalLauncher
+from astracli.launch.local import LocalLauncher, process_env
 from astracli.launch.place import Place
 from astracli.launch.restarts import Resumes, Start
 from astracli.launch.supervise import Supervisor
+from astracli.launch.usage import UsageLog
 from astracli.launch.watch import Watch, unharmed
 from astracli.plan.view import to_json
 from astracli.process.config import Role
 from astracli.process.open_files import raise_open_files
 from astracli.process.signals import signals
 from astracli.report.page import data as report_data
-from astracli.runs import metrics
+from astracli.runs import metrics, names
 from astracli.runs.run_dir import RunDir, State, write_atomic
 
 if TYPE_CHECKING:
     from astracli.hub.store import HubStore
 
+HISTORY_STEPS = 8
+"""Last steps that the message of a run quotes whose numbers ended it."""
 MAIN_ROLE = {"train": Role.TRAINER, "rollout": Role.ROLLOUT, "eval": Role.EVAL}
 
 
@@ -58,6 +62,7 @@ class Job:
         )
         state: State = "failed"
         cause: str | None = None
+        said: dict[str, Any] = {}
         code = 1
         try:
             if self._supervise():
@@ -67,22 +72,25 @@ class Job:
         except KeyboardInterrupt:
             state, code, cause = "interrupted", 130, "interrupted"
         except Exception as error:
-            named = disk_full(error) or refused_by_system(error)  # after the start it is no bad input
-            cause = str(error if isinstance(error, AstraError) else named or error).partition("\n")[0]
-            if named is not None and not isinstance(error, AstraError):
+            known = isinstance(error, AstraError)
+            named = None if known else disk_full(error) or refused_by_system(error)  # after the start, no bad input
+            cause, *lines = str(named or error).splitlines() or [type(error).__name__]
+            said = {"last_lines": lines, "hint": error.hint if isinstance(error, AstraError) else None}
+            if named is not None:
                 raise RunFailed(named.message, named.hint) from error
             raise
         finally:
-            self._end(state, code, cause)
+            self._end(state, code, cause, said)
         return code
 
-    def _end(self, state: State, code: int, cause: str | None) -> None:
+    def _end(self, state: State, code: int, cause: str | None, said: Mapping[str, Any]) -> None:
         """Record how it ended, as far as the disk takes it: the cause is said in any case."""
         run = self.context.run_dir
         shutil.rmtree(run.stage, ignore_errors=True)  # what nobody needs any more makes room on a full disk
         with unharmed(f"`{run.status_json}` does not say how the run ended"):
-            run.end(state, exit_code=code, cause=cause)
+            run.end(state, exit_code=code, cause=cause, **said)
         if self.summary:
+            self.summary |= {"cause": cause, "last_lines": said.get("last_lines", [])}
             with unharmed("no summary.json"):
                 self._record(state)
 
@@ -102,11 +110,21 @@ class Job:
         raise_open_files()
         sinks = metrics.open_sinks(context.recipe.metrics.sinks, run.path)
         metrics.mend(run.metrics_jsonl)
-        with signals() as interrupted, hub.serving(context, lambda body: supervisor.on_status(body)) as (store, server):
+        with contextlib.ExitStack() as stack:
+            interrupted = stack.enter_context(signals())
+            launcher = LocalLauncher(run.lock_fd, forks=self._forks())
+            stack.callback(launcher.close)
+            store, server = stack.enter_context(hub.serving(context, lambda body: supervisor.on_status(body)))
             processes = configs.build(context, server.url)
-            launcher = LocalLauncher(run.lock_fd)
             place = Place(run)
             watch = Watch(run, context.recipe.train.steps if context.training else None, store, sinks, place)
+            usage = UsageLog(run, launcher, context.plan.gpu_map)
+
+            def tick(supervisor: Supervisor) -> None:
+                watch(supervisor)
+                if context.training and supervisor.phase == "running":
+                    usage.step(watch.step)
+
             supervisor = Supervisor(
                 processes,
                 launcher,
@@ -115,10 +133,12 @@ class Job:
                 limits=context.recipe.launch,
                 hub_alive=lambda: server.alive,
                 hint=self._hint,
-                tick=watch,
+                hopeless=lambda: no_signal.failure(store, context),
+                tick=tick,
                 retry=configs.retry(context, processes),
                 resumes=self._resumes(store, server.url),
                 interrupted=interrupted,
+                log=run.attempt_logs(context.attempt) / "supervisor.log",
             )
             try:
                 return supervisor.run()
@@ -126,14 +146,24 @@ class Job:
                 # a process that misses its files ends first, and of something else
                 if (fault := place.fault()) is not None:
                     raise fault from error
+                if isinstance(error, RunFailed):
+                    raise self._with_figures(error) from None
                 raise
             finally:
+                usage.close()
                 if place.fault() is None:
                     watch.close(supervisor)
                     with unharmed("no summary table"):
                         self._sum_up(supervisor, store, launcher, watch.evaluations_s)
                 else:
                     watch.give_terminal_back()
+
+    def _forks(self) -> Forks | None:
+        """What forks this run's processes; None where each starts by itself."""
+        plan, recipe = self.context.plan, self.context.recipe
+        if plan.choice.device != "cpu":
+            return None
+        return Forks(plan.processes, recipe, lambda process: process_env(process, recipe.launch.host))
 
     def _resumes(self, store: HubStore, hub_url: str) -> Resumes | None:
         """How the run goes on when its trainer ends of what may pass; None when it does not, because the recipe says so
@@ -155,6 +185,16 @@ class Job:
             return Start(step, processes, configs.retry(again, processes))
 
         return Resumes(limit, start, step=context.resume_step or 0)
+
+    def _with_figures(self, error: RunFailed) -> RunFailed:
+        """When an engine ends a training run because its weights are not numbers any more: with the last steps."""
+        if not self.context.training or "NaN" not in error.message:
+            return error
+        records = metrics.read(self.context.run_dir.metrics_jsonl)
+        steps = [(r["step"], r) for r in records if r.get("process") == "trainer" and "grad_norm" in r]
+        rate = f"lower train.learning_rate ({self.context.recipe.train.learning_rate:g}) in a new run"
+        lines = [error.message, *names.recent(steps[-HISTORY_STEPS:])]
+        return RunFailed("\n  ".join(lines), "; ".join(filter(None, [rate, error.hint])))
 
     def _hint(self) -> str:
         run = self.context.run_dir

@@ -57,16 +57,22 @@ class Started(Protocol):
 class Launcher(Protocol):
     """Starts processes, watches their memory, and ends them with everything that they started."""
 
+    def ready(self) -> bool:
+        """Processes can be started. The first is not started before."""
+
     def start(self, process: Process) -> Started: ...
 
     def stop(self, started: Sequence[Started], grace_s: float) -> None:
         """End them and what they left behind. `grace_s`: between asking and killing."""
 
     def stop_all(self) -> None:
-        """Nothing that this launcher ever started is left running."""
+        """No process that this launcher ever started is left running."""
 
     def close(self) -> None:
         """Stop all, and watch no more."""
+
+    def usage(self) -> Mapping[str, tuple[int, int]]:
+        """Name of a process -> bytes of memory and open descriptors, with what it started, as of about a second ago."""
 
     def memory(self) -> Mapping[str, Any]:
         """`{"peak_bytes", "kind", "peak_bytes_by_process"}` of the run so far."""

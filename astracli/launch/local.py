@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
+from astracli.launch.forks import Forks
 from astracli.launch.launcher import Process, Started
+from astracli.plan.types import ProcessPlan
 from astracli.process import children
 from astracli.process.children import Child, ChildSpec, MemorySampler
 from astracli.process.config import EngineConfig
@@ -36,16 +39,18 @@ def child_spec(process: Process, lock_fd: int | None = None) -> ChildSpec:
         argv=(*([plan.python, "-m"] if plan.python else PYTHON), plan.module, str(document)),
         log=run.attempt_logs(config.attempt) / f"{plan.name}.log",
         env={
-            **OFFLINE,
-            **QUIET,
-            **_no_proxy(config.recipe.launch.host),
-            **plan.env,
+            **process_env(plan, config.recipe.launch.host),
             **process.env,
             **({"PYTHONSAFEPATH": "1"} if plan.python else {}),
         },  # -P, for a Python that may not know it
         nice=plan.nice,
         inherit=() if lock_fd is None else (lock_fd,),
     )
+
+
+def process_env(plan: ProcessPlan, host: str) -> dict[str, str]:
+    """What a process of that plan has over the supervisor's environment."""
+    return {**OFFLINE, **QUIET, **_no_proxy(host), **plan.env}
 
 
 def _no_proxy(host: str) -> dict[str, str]:
@@ -57,16 +62,27 @@ def _no_proxy(host: str) -> dict[str, str]:
 class LocalLauncher:
     """`launcher.Launcher` on this machine."""
 
-    def __init__(self, lock_fd: int | None = None, sample_s: float = 1.0):
+    def __init__(self, lock_fd: int | None = None, sample_s: float = 1.0, forks: Forks | None = None):
         self._lock_fd = lock_fd
+        self._forks = forks
         self._children: dict[str, Child] = {}
         self._memory = MemorySampler(sample_s)
 
+    def ready(self) -> bool:
+        return self._forks is None or self._forks.ready()
+
     def start(self, process: Process) -> Child:
-        child = Child(child_spec(process, self._lock_fd))
+        child = Child(
+            child_spec(process, self._lock_fd), partial(self._forks.fork, process.plan) if self._forks else None
+        )
         self._children[child.name] = child
-        self._memory.start(lambda: {child.pid: name for name, child in list(self._children.items())})
+        self._memory.start(self._names)
         return child
+
+    def _names(self) -> dict[int, str]:
+        """Process id -> name, of everything started."""
+        forks = {} if self._forks is None or self._forks.pid is None else {self._forks.pid: "fork_server"}
+        return forks | {child.pid: name for name, child in list(self._children.items())}
 
     def stop(self, started: Sequence[Started], grace_s: float) -> None:
         ending = [child for child in self._children.values() if child in started]
@@ -75,12 +91,20 @@ class LocalLauncher:
             del self._children[child.name]
 
     def stop_all(self) -> None:
-        children.stop(list(self._children.values()), also=self._memory.seen())
+        seen = self._memory.seen()
+        if self._forks is not None:  # it is wanted again when the run goes on from a checkpoint
+            seen = [process for process in seen if process.pid != self._forks.pid]
+        children.stop(list(self._children.values()), also=seen)
         self._children.clear()
 
     def close(self) -> None:
         self._memory.close()
+        if self._forks is not None:
+            self._forks.close()
         self.stop_all()
+
+    def usage(self) -> Mapping[str, tuple[int, int]]:
+        return self._memory.latest
 
     def memory(self) -> Mapping[str, Any]:
         sampler = self._memory

@@ -46,6 +46,8 @@ def with_evaluation(recipe: Recipe, benchmarks: Sequence[str] | None, samples: i
         sets.get(name, recipe)
     document = recipe_io.to_document(recipe)
     document["eval"]["benchmarks"] = names
+    if isinstance(own := recipe.eval.samples, dict):
+        document["eval"]["samples"] = {name: n for name, n in own.items() if name in names} or None
     if samples is not None:
         k = min(samples, recipe.eval.pass_k)
         document["eval"] |= {"samples": samples, "pass_k": k}

@@ -13,20 +13,11 @@ from astracli.config.recipe import Recipe
 from astracli.data import fetch
 from astracli.launch import job, recipe_changes
 from astracli.launch.configs import RunContext
-from astracli.launch.inputs import (
-    Inputs,
-    check_checkpoint,
-    check_prompts,
-    check_setting,
-    check_turns,
-    decontaminated,
-    pin_problems,
-)
+from astracli.launch.inputs import Inputs, fetched, needs, pin_problems
 from astracli.launch.job import Job
 from astracli.machine import read as machine_read
 from astracli.machine.facts import Machine
 from astracli.models import registry
-from astracli.models.adapter_tools import has_chat_template
 from astracli.models.chat import template_of
 from astracli.plan.build import build, refuse
 from astracli.plan.types import Command, LaunchPlan
@@ -75,7 +66,7 @@ def train(recipe: Recipe, *, run_dir: Path | None = None, resume: Path | None = 
     try:
         if resume is not None:
             step = recipe_changes.resume_step(run, recipe)
-        inputs = fetch_inputs(recipe, data=True, benchmarks=recipe.eval.benchmarks if recipe.eval.every else [])
+        inputs = _inputs(recipe, "train")
         pin_problems(run, recipe, inputs.data)
     except BaseException:
         if resume is None:
@@ -96,7 +87,7 @@ def rollout(recipe: Recipe, *, weights: str | None = None, n: int, out: Path, ru
     began = time.monotonic()
     recipe = recipe_changes.with_weights(recipe, weights)
     plan = _refusing_plan(recipe, "rollout")
-    inputs = fetch_inputs(recipe, data=True, benchmarks=[])
+    inputs = _inputs(recipe, "rollout")
     run = runs.create(f"{recipe.name}-rollout", run_dir)
     code, _ = _run(began, inputs, recipe, plan, run, samples=SampleFile(path=out.resolve(), groups=n))
     if code == 0 or out.exists():
@@ -123,7 +114,7 @@ def evaluate(
     if resume is None:
         recipe = recipe_changes.with_evaluation(recipe_changes.with_weights(recipe, weights), benchmarks, samples)
     plan = _refusing_plan(recipe, "eval")
-    inputs = fetch_inputs(recipe, data=False, benchmarks=recipe.eval.benchmarks)
+    inputs = _inputs(recipe, "eval")
     if resume is not None:
         run = recipe_changes.resumed_evaluation(resume)
     elif out is not None:
@@ -178,6 +169,12 @@ def _refusing_plan(recipe: Recipe, command: Command) -> LaunchPlan:
     return plan
 
 
+def _inputs(recipe: Recipe, command: Command) -> Inputs:
+    """What the command reads, checked and on this machine. Raises UserError."""
+    data, benchmarks = needs(recipe, command)
+    return fetched(recipe, data=data, benchmarks=benchmarks)
+
+
 def _config_if_here(recipe: Recipe) -> Mapping[str, Any] | None:
     """The model's config.json if it is on this machine, None for a Hub id that an adapter knows; else it is fetched."""
     path, revision = recipe.model.path, recipe.model.revision
@@ -186,30 +183,6 @@ def _config_if_here(recipe: Recipe) -> Mapping[str, Any] | None:
     known = any(item.plugin and path in item.plugin.known_configs for item in registry.installed())
     cached = fetch.cached_config(path, revision)
     return cached if cached is not None or known else fetch.fetch_config(path, revision)
-
-
-def fetch_inputs(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> Inputs:
-    """Model, training problems and benchmarks, each checked before anything starts. Raises UserError."""
-    from astracli.data import benchmarks as sets
-    from astracli.data import datasets
-
-    began = time.monotonic()
-    check_setting(recipe, rewards=data, benchmarks=benchmarks)
-    model = fetch.fetch_model(recipe.model.path, recipe.model.revision)
-    check_checkpoint(model)
-    if not has_chat_template(model):
-        say(
-            f"warning: no chat template in `{model}`: prompts go to the model as bare text, right for a base model and "
-            "wrong for a chat model; copy its chat_template.jinja beside tokenizer.json"
-        )
-    check_prompts(recipe, model)
-    fetched = sets.fetch_all(benchmarks, recipe.data.path, recipe)
-    paths: Mapping[str, Path | None] = {}
-    if data:
-        found = datasets.fetch(recipe, lambda problem: check_turns(recipe, model, problem.messages))
-        paths = decontaminated(recipe, found, fetched)
-    places = {name: Path(place) if place else None for name, place in fetched.items()}
-    return Inputs(model, paths, places, time.monotonic() - began)
 
 
 # -- results ----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from astracli.config.recipe import Recipe
 from astracli.hub.types import EvaluationStatus, HubState
 from astracli.report import bottleneck
 from astracli.runs.metrics import OVERALL, Record, mean, median, series, values, without_absent
+from astracli.runs.names import REWARD
 from astracli.runs.run_dir import paths
 
 UPDATE_PARTS = (
@@ -135,7 +136,7 @@ def training(records: Sequence[Record], first_step: int) -> dict[str, Any]:
     here = [without_absent(r) for r in records if r.get("step", 0) >= first_step]
     step_s, wait_s = values(here, "step_s", "trainer"), values(here, "wait_s", "trainer")
     tokens = sum(values(here, "tokens", "trainer"))
-    rewards = values(here, "arrived_reward_mean") or values(here, "reward_mean", "trainer")
+    rewards = values(here, REWARD)
     spent = sum(step_s)
     return {
         "step_s_mean": mean(step_s),
@@ -145,8 +146,8 @@ def training(records: Sequence[Record], first_step: int) -> dict[str, Any]:
         "tokens": tokens,
         "tokens_per_s": tokens / spent if spent else None,
         "staleness_mean": mean(values(here, "staleness_mean")),
-        "reward_mean_first": rewards[0] if rewards else None,
-        "reward_mean_last": rewards[-1] if rewards else None,
+        f"{REWARD}_first": rewards[0] if rewards else None,
+        f"{REWARD}_last": rewards[-1] if rewards else None,
         "reward_means_by_source": by_source(here),
         "grad_norm_mean": mean(values(here, "grad_norm")),
         "checkpoint_s": sum(values(here, "checkpoint_s")),

@@ -7,7 +7,7 @@ the wire map all come from that table, and a loaded model that does not match it
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ DTYPE_BITS = {
     "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
 }  # fmt: skip
 """Of a tensor's elements; a dtype that is not here is not checked for its size."""
+_BUFFERS = re.compile(
+    r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(attn|attention)\.(bias|masked_bias)|position_ids)$"
+)
 _WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
 
@@ -61,6 +64,12 @@ def _check_offsets(header: Mapping[str, Any], have: int) -> None:
         end = high
     if end != have:
         raise ValueError(f"its header promises {end} bytes of tensors, it holds {have}")
+
+
+def is_buffer(name: str) -> bool:
+    """A tensor that older checkpoints hold and a model computes itself: frequencies of its rotary embedding, a causal
+    mask. Of a name that the model has a parameter for, ask that first."""
+    return _BUFFERS.search(name) is not None
 
 
 def has_chat_template(path: Path) -> bool:
@@ -105,7 +114,9 @@ def load_checkpoint(
     missing = set(info["missing_keys"]) - tied
     if in_files:
         missing |= names - tied - in_files
+    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     unexpected = {str(name) for name in in_files - names}
+    unexpected = {n for n in unexpected if not is_buffer(n) and not any(each.search(n) for each in ignored)}
     refuse_names(f"checkpoint `{path}` does not fit {type(model).__name__}", missing=missing, unexpected=unexpected)
     _no_dropout(model)
     return model
@@ -119,7 +130,8 @@ def _no_dropout(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if getattr(module, "attention_dropout", 0.0):
+        share = getattr(module, "attention_dropout", 0.0)
+        if share and not isinstance(share, torch.nn.Module):
             module.attention_dropout = 0.0
 
 
@@ -169,8 +181,14 @@ def gemm_flops(shapes: Mapping[str, tuple[int, ...]], *, tied: bool) -> float:
     return 6.0 * matrices
 
 
-def dense_shapes(config: Mapping[str, Any], *, head_dim: int | None, head_norms: bool) -> Shapes:
-    """Text tensors of a Llama-shaped decoder: `{HF name: shape}`. `head_dim` None = hidden / heads."""
+def dense_shapes(
+    config: Mapping[str, Any], *, head_dim: int | None, head_norms: bool, biases: Collection[str] | None = None
+) -> Shapes:
+    """Text tensors of a Llama-shaped decoder: `{HF name: shape}`.
+
+    `head_dim` None = hidden / heads. `biases`: the projections that have one (`q_proj`, ...); None = those for which
+    the config's `attention_bias` and `mlp_bias` say so.
+    """
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
@@ -189,7 +207,8 @@ def dense_shapes(config: Mapping[str, Any], *, head_dim: int | None, head_norms:
         layer = f"model.layers.{index}"
         for name, shape in projections.items():
             shapes[f"{layer}.{name}.weight"] = shape
-            if config.get("attention_bias" if name.startswith("self_attn") else "mlp_bias"):
+            declared = config.get("attention_bias" if name.startswith("self_attn") else "mlp_bias")
+            if declared if biases is None else name.rpartition(".")[2] in biases:
                 shapes[f"{layer}.{name}.bias"] = shape[:1]
         for name in ("input_layernorm", "post_attention_layernorm"):
             shapes[f"{layer}.{name}.weight"] = (hidden,)

@@ -71,7 +71,8 @@ def build(
 
     plan = replace(draft.plan(way_out), prompts=prompts.words(recipe, chat_template))
     if config is not None:
-        return plan
+        odd = problems.checkpoint_problems(recipe, choice, facts, adapter, config)
+        return replace(plan, problems=(*odd, *plan.problems))
     what = f"checkpoint {recipe.model.path} not on this machine"
     absent = PlanProblem("checkpoint", what, what, "it is downloaded when a run starts", blocking=False)
     return replace(plan, problems=(*plan.problems, absent))
@@ -183,7 +184,7 @@ class _Draft:
     @cached_property
     def processes(self) -> list[ProcessPlan]:
         recipe, gpus, train = self.asked, self.gpus, self.command == "train"
-        resources, workers = recipe.resources, recipe.data.reward_workers
+        resources, workers = recipe.resources, recipe.data.reward_workers * max(1, len(recipe.data.rewards))
         engine_count = len(gpus.engine) if self.cuda else resources.engines
         result = [self._process(f"engine{i}", Role.ENGINE, gpus.engine[i : i + 1]) for i in range(engine_count)]
         if self.command != "eval":

@@ -23,20 +23,26 @@ def child(module: str, *arguments: str) -> tuple[subprocess.Popen[bytes], socket
         return subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=env), ours
 
 
-def send(channel: socket.socket, doc: dict[str, Any], handle: int | None = None) -> None:
+def send(channel: socket.socket, doc: dict[str, Any], *handles: int | None) -> None:
     blob = json.dumps(doc).encode()
-    socket.send_fds(channel, [_LENGTH.pack(len(blob))], [] if handle is None else [handle])
+    socket.send_fds(channel, [_LENGTH.pack(len(blob))], [handle for handle in handles if handle is not None])
     channel.sendall(blob)
 
 
 def receive(channel: socket.socket) -> tuple[dict[str, Any], int | None]:
+    """A document that comes with one descriptor or none. Raises ConnectionError when the other side is gone."""
+    doc, handles = receive_many(channel, 1)
+    return doc, handles[0] if handles else None
+
+
+def receive_many(channel: socket.socket, most: int = 16) -> tuple[dict[str, Any], list[int]]:
     """Raises ConnectionError when the other side is gone."""
-    head, handles, _, _ = socket.recv_fds(channel, _LENGTH.size, 1)
+    head, handles, _, _ = socket.recv_fds(channel, _LENGTH.size, most)
     head += _exactly(channel, _LENGTH.size - len(head)) if head else b""
     if not head:
         raise ConnectionError("the other side has closed")
     doc: dict[str, Any] = json.loads(_exactly(channel, _LENGTH.unpack(head)[0]))
-    return doc, handles[0] if handles else None
+    return doc, handles
 
 
 def _exactly(channel: socket.socket, size: int) -> bytes:

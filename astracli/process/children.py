@@ -6,6 +6,7 @@ Only processes that we started, and what they started, are ever signalled: by id
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -15,13 +16,23 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING, TypeAlias
 
 import psutil
 
+if TYPE_CHECKING:
+    from astracli.process.forking import Forked
+
 GRACE_S = 2.0
 """Between TERM and KILL. With the hub's last second and the summary it keeps a stop under five seconds."""
+PSS_S = 10.0
+"""Between two walks over all pages, in seconds, while nothing grows: what was shared may be no more."""
+GROWTH = 1.02
 _GONE = (psutil.NoSuchProcess, psutil.ZombieProcess)
+
+
+Fork: TypeAlias = "Callable[[ChildSpec, int], Forked | None]"
+"""(what, open file for its stdout and stderr) -> the child, or None."""
 
 
 @dataclass(frozen=True)
@@ -38,19 +49,28 @@ class ChildSpec:
     inherit: tuple[int, ...] = ()
     """File descriptors that stay open in it."""
 
+    def environment(self) -> dict[str, str]:
+        return environment(self.env)
+
+
+def environment(env: Mapping[str, str]) -> dict[str, str]:
+    """All variables of a child for which `env` is set."""
+    return {**os.environ, "PYTHONUNBUFFERED": "1", **env}
+
 
 class Child:
     """One running process and the session it leads."""
 
-    def __init__(self, spec: ChildSpec):
+    def __init__(self, spec: ChildSpec, fork: Fork | None = None):
+        """`fork`: how it is forked from a process that has imported what it needs. Without it, and when that returns
+        None, a new process is started."""
         self.name, self.log = spec.name, spec.log
         spec.log.parent.mkdir(parents=True, exist_ok=True)
-        env = {**os.environ, "PYTHONUNBUFFERED": "1", **spec.env}
         with spec.log.open("ab") as log:
             self._log_start = log.tell()
-            self._popen = subprocess.Popen(
-                spec.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True,
-                pass_fds=spec.inherit,
+            self._popen = (fork(spec, log.fileno()) if fork is not None else None) or subprocess.Popen(
+                spec.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=spec.environment(),
+                start_new_session=True, pass_fds=spec.inherit,
             )  # fmt: skip
         self.pid = self._popen.pid
         self._process: psutil.Process | None = None
@@ -168,14 +188,21 @@ def _alive(process: psutil.Process) -> bool:
 
 
 class MemorySampler:
-    """Each second: memory of this process and all its descendants, in bytes. Also remembers who was seen and lives.
+    """Each second: memory, in bytes, and descriptors of this process and all its descendants. Also remembers who was
+    seen and lives.
 
-    PSS (shared pages counted once, in parts); RSS where the system has no PSS (`kind` says which).
+    PSS (shared pages counted once, in parts); RSS where the system has no PSS (`kind` says which). For a PSS the kernel
+    walks over every page: it is asked for one when the RSS of something has grown, and every `PSS_S` seconds.
     """
 
     def __init__(self, interval_s: float = 1.0):
         self.peak_bytes = 0
+        self._rss: dict[str, int] = {}
+        """Largest so far, by name."""
+        self._walked = -math.inf
         self.peak_by_name: dict[str, int] = {}
+        self.latest: dict[str, tuple[int, int]] = {}
+        """Child name -> its memory when a PSS was last asked for, and its open descriptors in the latest sample."""
         self.kind = "pss"
         self._names: Callable[[], dict[int, str]] = dict
         self._seen: dict[int, psutil.Process] = {}
@@ -200,40 +227,68 @@ class MemorySampler:
         with self._lock:
             return list(self._seen.values())
 
-    def sample(self) -> int:
-        """Take one sample; returns its total in bytes. A child's figure includes what it started itself."""
-        me = psutil.Process()
-        names = self._names()
-        owner = {me.pid: "supervisor"}
-        by_name: dict[str, int] = {"supervisor": self._memory(me)}
-        ours: dict[int, psutil.Process] = {}
-        for process in me.children(recursive=True):  # parents come before their children
-            with contextlib.suppress(psutil.Error):
-                name = names.get(process.pid) or owner.get(process.ppid(), "supervisor")
-                owner[process.pid] = name
-                by_name[name] = by_name.get(name, 0) + self._memory(process)
-                if name != "supervisor":
-                    ours[process.pid] = process
+    def sample(self) -> int | None:
+        """Take one sample; returns its total in bytes, None when no PSS was asked for. A child's figure includes what
+        it started itself."""
+        ours = self._ours()
+        with self._lock:
+            met = {process.pid: process for process, name in ours if name != "supervisor"}
+            self._seen = {pid: p for pid, p in self._seen.items() if pid in met or _alive(p)} | met
+        rss = _by_name(ours, lambda process: process.memory_info().rss)
+        files = _by_name(ours, _descriptors)
+        grown = any(used > GROWTH * self._rss.get(name, 0) for name, used in rss.items())
+        if not grown and time.monotonic() - self._walked < PSS_S:
+            with self._lock:
+                kept = self.latest
+                self.latest = {name: (kept[name][0], count) for name, count in files.items() if name in kept}
+            return None
+        self._walked = time.monotonic()
+        self._rss |= {name: max(used, self._rss.get(name, 0)) for name, used in rss.items()}
+        by_name = _by_name(ours, self._memory)
         total = sum(by_name.values())
         with self._lock:
-            self._seen = {pid: p for pid, p in self._seen.items() if pid in ours or _alive(p)} | ours
+            self.latest = {name: (used, files.get(name, 0)) for name, used in by_name.items()}
             self.peak_bytes = max(self.peak_bytes, total)
             for name, used in by_name.items():
                 self.peak_by_name[name] = max(self.peak_by_name.get(name, 0), used)
         return total
 
+    def _ours(self) -> list[tuple[psutil.Process, str]]:
+        """This process and every descendant, each with the name of the child that it belongs to."""
+        me, names = psutil.Process(), self._names()
+        found, owner = [(me, "supervisor")], {me.pid: "supervisor"}
+        for process in me.children(recursive=True):  # parents come before their children
+            with contextlib.suppress(psutil.Error):
+                owner[process.pid] = names.get(process.pid) or owner.get(process.ppid(), "supervisor")
+                found.append((process, owner[process.pid]))
+        return found
+
     def _memory(self, process: psutil.Process) -> int:
-        try:
-            if self.kind == "pss":
-                full = process.memory_full_info()
-                if hasattr(full, "pss"):
-                    return int(full.pss)
-                self.kind = "rss"
-            return int(process.memory_info().rss)
-        except psutil.Error:
-            return 0
+        if self.kind == "pss":
+            full = process.memory_full_info()
+            if hasattr(full, "pss"):
+                return int(full.pss)
+            self.kind = "rss"
+        return int(process.memory_info().rss)
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval_s):
             with contextlib.suppress(psutil.Error):
                 self.sample()
+
+
+def _descriptors(process: psutil.Process) -> int:
+    """Open file descriptors; 0 of a process that is gone."""
+    try:
+        return int(process.num_fds())
+    except (psutil.Error, AttributeError):  # psutil counts none on Windows
+        return 0
+
+
+def _by_name(processes: Iterable[tuple[psutil.Process, str]], used: Callable[[psutil.Process], int]) -> dict[str, int]:
+    """Sums over the processes that still live."""
+    sums: dict[str, int] = {}
+    for process, name in processes:
+        with contextlib.suppress(psutil.Error):
+            sums[name] = sums.get(name, 0) + used(process)
+    return sums

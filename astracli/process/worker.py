@@ -81,6 +81,7 @@ class Reporter:
         self._waiting: str | None = None
         self._progress: dict[str, Any] = {}
         self._error: str | None = None
+        self._warnings: list[str] = []
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._closed = threading.Event()
@@ -102,6 +103,13 @@ class Reporter:
         """Merge figures into what the terminal shows for this process (step=12, tokens_per_s=210.0)."""
         with self._lock:
             self._progress |= fields
+
+    def warn(self, message: str) -> None:
+        """A message for the terminal and the summary, once; it may have several lines. It also goes to the log."""
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+        with self._lock:
+            self._warnings.append(message)
+        self._wake.set()
 
     def __enter__(self) -> Reporter:
         self._thread = threading.Thread(target=self._beat, name="reporter", daemon=True)
@@ -148,11 +156,15 @@ class Reporter:
             }
             if self._error:
                 body["error"] = self._error
+            if told := list(self._warnings):
+                body["warnings"] = told
         reply = self._http.post("/status", content=json.dumps(body, default=str))
         if reply.status_code >= 400:
             raise ValueError(f"the hub refused a heartbeat: {reply.status_code}")
         if reply.json().get("stop"):
             self.stop_requested.set()
+        with self._lock:
+            del self._warnings[: len(told)]
 
 
 def _leave(reason: str) -> None:

@@ -11,26 +11,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from astracli.errors import UserError
-from astracli.runs import metrics, tables
+from astracli.runs import metrics, names, tables
 from astracli.runs.run_dir import RunDir, paths
 
 Outcome = Literal["right", "wrong", "truncated"]
 
 REPORTED = (
-    ("reward_mean", "mean reward"),
-    ("step_s", "seconds a step"),
-    ("tokens_per_s", "tokens/s"),
-    ("staleness_mean", "mean staleness, versions"),
-    ("parity_mean_abs", "parity, mean |trainer - engine| logprob"),
-    ("ratio_mean", "mean ratio"),
-    ("clip_fraction", "clipped tokens, fraction"),
-    ("entropy", "entropy, nats"),
-    ("grad_norm", "gradient norm"),
-    ("delta_density", "changed weights, fraction"),
-    ("delta_bytes", "delta, bytes"),
-    ("full_bytes", "full, bytes"),
-    ("pause_s", "engine pause, s"),
-)
+    names.REWARD, "reward_mean", "step_s", "tokens_per_s", "staleness_mean", "parity_mean_abs", "ratio_mean",
+    "clip_fraction", "entropy", "grad_norm", "delta_density", "delta_bytes", "full_bytes", "pause_s",
+)  # fmt: skip
 """Metrics that a report shows, in its order; those that a run never wrote are left out."""
 
 
@@ -136,6 +125,8 @@ class Trend:
     k: int
     pass_first: float
     pass_last: float
+    grader: str
+    """What judged the answers; "" in runs of earlier versions."""
 
     @property
     def difference(self) -> float:
@@ -160,6 +151,7 @@ def trends(run: RunDir) -> list[Trend]:
             Trend(
                 benchmark, int(b["n"]), int(a["step"]), float(a["avg_at_n"]), int(b["step"]), float(b["avg_at_n"]),
                 float(b["stderr"]), int(b["k"]), float(a["pass_at_k"]), float(b["pass_at_k"]),
+                b.get("grader") or "",
             )
         )  # fmt: skip
     return found
@@ -185,12 +177,13 @@ def summary(run: RunDir) -> dict[str, Any] | None:
 
 def report(run: RunDir) -> dict[str, Any]:
     """The summary figures of a run: state, evaluation trend, means over the last tenth of the steps, expected."""
-    records = metrics.read(run.metrics_jsonl)
+    records = [metrics.without_absent(record) for record in metrics.read(run.metrics_jsonl)]
     figures = []
-    for name, words in REPORTED:
+    for name in REPORTED:
         series = metrics.series(records, name)
         if series:
             tail = [value for _, value in series[-max(1, len(series) // 10) :]]
+            words = ", ".join(filter(None, [names.words(name), names.FIGURES[name].unit]))
             figures.append({"figure": words, "metric": name, "first": series[0][1], "last_tenth": metrics.mean(tail)})
     recipe = json.loads(run.recipe_json.read_text())
     evaluation = [vars(trend) | {"difference": trend.difference} for trend in trends(run)]

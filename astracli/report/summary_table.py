@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,16 +11,26 @@ from rich.table import Table
 from rich.text import Text
 
 from astracli.process.console import plain_values
-from astracli.report.live import duration, evaluated, stderr_console
+from astracli.report.live import duration, evaluated, judged, stderr_console
 
 
-def print_summary(summary: Mapping[str, Any], console: Console | None = None) -> None:
-    """The summary table: benchmarks first and last, expected figures, time, weights, parity, memory, places."""
+def print_summary(summary: Mapping[str, Any], console: Console | None = None, *, wrap: bool | None = None) -> None:
+    """The summary table: benchmarks first and last, expected figures, time, weights, parity, memory, places. `wrap`
+    breaks long rows between words; None does so on a terminal, whose other readers get a line a row."""
     console, summary = console or stderr_console(), plain_values(summary)
     if summary["benchmarks"]:
         console.print(benchmark_table(summary))
+    room = console.width - KEY if console.is_terminal or wrap else 0
     for key, words in summary_rows(summary):
-        console.print(Text.assemble((f"{key:<13}", "bold"), words), soft_wrap=True)
+        # a word that is longer than the room, a path, stays whole
+        lines = textwrap.wrap(words, max(20, room), break_on_hyphens=False, break_long_words=False) if room else [words]
+        for number, line in enumerate(lines or [""]):
+            console.print(Text.assemble((f"{'' if number else key:<{KEY}}", "bold"), line), soft_wrap=True)
+
+
+FIGURE = len("0.352 ± 0.020")
+KEY = 13
+"""Columns of the names of rows."""
 
 
 def benchmark_table(summary: Mapping[str, Any]) -> Table:
@@ -30,12 +41,17 @@ def benchmark_table(summary: Mapping[str, Any]) -> Table:
     steps = tuple(evaluated(row["step"], row["due_step"]) for row in (rows[0]["first"], rows[0]["last"]))
     for heading in ("benchmark", "figure", *steps, "difference")[: 5 if len(sides) > 1 else 3]:
         words = heading in ("benchmark", "figure")
-        table.add_column(heading, justify="left" if words else "right", no_wrap=heading != "benchmark", overflow="fold")
+        # names and figures stay whole; a heading such as `step 13 (due at 10)` may break between its words
+        least = max((len(row["benchmark"]) for row in rows), default=0) if heading == "benchmark" else FIGURE
+        table.add_column(
+            heading, justify="left" if words else "right", min_width=None if heading == "figure" else least,
+            no_wrap=words, overflow="fold",
+        )  # fmt: skip
     for row in rows:
         spread = [f"{row[side]['avg_at_n']:.3f} ± {row[side]['stderr']:.3f}" for side in sides]
         passes = [f"{row[side]['pass_at_k']:.3f}" for side in sides]
         for name, figure, values, change in (
-            (row["benchmark"], f"avg@{row['n']}", spread, row["difference_avg_at_n"]),
+            (judged(row["benchmark"], row["last"]), f"avg@{row['n']}", spread, row["difference_avg_at_n"]),
             ("", f"pass@{row['k']}", passes, row["difference_pass_at_k"]),
         ):
             table.add_row(name, figure, *values, *([f"{change:+.3f}"] if len(sides) > 1 and change is not None else []))
@@ -138,7 +154,9 @@ UNGRADED = {
 def result_lines(document: Mapping[str, Any]) -> list[str]:
     """Figures of one evaluation (`eval/results.json`) as aligned text: a table, then by k, then what was not graded."""
     greedy = document.get("greedy") or {}
-    rows = [("benchmark", "items", "avg@n", "95 %", "pass@k", "majority", "greedy", "tokens", "cut", "no answer")]
+    rows = [
+        ("benchmark", "grader", "items", "avg@n", "95 %", "pass@k", "majority", "greedy", "tokens", "cut", "no answer")
+    ]
     by_k, lost = [], []
     for name, found in document["results"].items():
         if name == "overall" and len(document["results"]) == 2:
@@ -153,7 +171,9 @@ def result_lines(document: Mapping[str, Any]) -> list[str]:
         passed = f"pass@{found['k']} {found['pass_at_k']:.3f}"
         shape = [f"{found['response_tokens_mean']:.1f}"] if "response_tokens_mean" in found else [""]
         shape += [f"{found[key]:.1%}" if key in found else "" for key in ("truncated_fraction", "no_answer_fraction")]
-        rows.append((name, str(found["items"]), average, interval, passed, majority, best, *shape))
+        rows.append(
+            (name, found.get("grader", ""), str(found["items"]), average, interval, passed, majority, best, *shape)
+        )
         for title, values in (("pass", found.get("pass_at") or {}), ("majority", votes)):
             if len(values) > 1:
                 by_k.append(f"{name} {title}@k: " + ", ".join(f"{k} {share:.3f}" for k, share in values.items()))
@@ -169,7 +189,10 @@ def bottleneck_words(found: Mapping[str, Any]) -> str:
     """What limited the run, both rates, and what to change."""
     rates = [
         f"{name} {found[key]:,.0f}"
-        for name, key in (("generated", "generated_tokens_per_s"), ("trained while at work", "trained_tokens_per_s"))
+        for name, key in (
+            ("generated", "generated_tokens_per_s"),
+            ("trained while at work", "trained_tokens_per_working_s"),
+        )
         if found[key]
     ]
     seen = found["words"] + (f" (without the first step; tokens/s: {', '.join(rates)})" if rates else "")

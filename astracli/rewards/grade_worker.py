@@ -1,175 +1,232 @@
-"""The process that grades and may be killed: `python -m astracli.rewards.grade_worker FD`, the fd of a `Connection`.
+"""The process that grades and may be killed: `python -m astracli.rewards.grade_worker FD`, the fd of its socket.
 
-Messages are msgpack. In: {"spec", "timeout_s", "grading"} once, then {"items": [[problem, answer, text], ...]} any
-number of times. Out: ["ready"] or ["refused", message, hint]; then for every item, in order, [reward, verdict, detail];
-["loading"] and ["loaded"] stand around a slow import, whose time belongs to no item. The process ends when the other
-side closes the connection.
+In: a hello (`graders.hello`) once, then {"job", "items"} any number of times. Out: ["ready", {...}] or
+["refused", message, hint]; then for every item [job, place, *Scored]; ["loading"] and ["loaded"] stand around a slow
+import, whose time belongs to no item. Items are graded in order, those of an `async def` side by side. The process ends
+when the other side closes the socket; it runs in a sandbox (`process.sandbox`), which ends it when its owner is gone.
 
 It starts in well under a second: no torch, no numpy, and math-verify only once an answer needs it.
 """
 
 from __future__ import annotations
 
-import importlib
+import asyncio
 import inspect
-import math
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from importlib.metadata import entry_points
-from multiprocessing.connection import Connection
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
-import msgpack
-
-from astracli.errors import AstraError, UserError
-from astracli.rewards import grader
+from astracli.errors import UserError
+from astracli.rewards import grader, scores
+from astracli.rewards.binding import Binding, bind
+from astracli.rewards.builtin import BUILTIN, CODE, MATH
+from astracli.rewards.channel import WorkerEnd
 from astracli.rewards.grading import algebra
 from astracli.rewards.grading.conventions import DEFAULTS, Conventions
-from astracli.rewards.reward import BUILTIN
+from astracli.rewards.loading import load_reward
+from astracli.rewards.scores import Scored
+from astracli.rewards.types import GradeItem, NoScoreError
 
-Frame = list[object]
-Score = Callable[[str, str, str], float]
-
-ENTRY_POINT_GROUP = "astra.rewards"
 EXTRACTIONS: dict[str, grader.Extraction] = {"math": "boxed_or_last_number", "math_boxed": "boxed"}
 """Built-in rewards of this process: name -> where the answer is read."""
-_ADDRESS_SPACE_BYTES = 4 << 30
-"""Bound for mathematics, where a short answer such as 9^9^9^9 can ask for any amount of memory."""
+Send = Callable[[Sequence[object]], None]
 
 
-def load_reward(spec: str) -> Score:
-    """A reward of the user's: `pkg.module:function`, or a name from the entry-point group `astra.rewards`.
-
-    The function takes (problem, answer, completion) and returns a number. Raises UserError.
-    """
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    function = _imported(spec) if ":" in spec else _installed(spec)
-    if not callable(function):
-        raise UserError(f"reward `{spec}` is no function but {type(function).__name__}")
-    try:
-        inspect.signature(function).bind("problem", "answer", "completion")
-    except TypeError as error:
-        raise UserError(
-            f"reward `{spec}` cannot be called with (problem, answer, completion): {error}",
-            "define it as `def reward(problem: str, answer: str, completion: str) -> float`",
-        ) from None
-    except ValueError:
-        pass  # a builtin without a signature
-    return cast(Score, function)
-
-
-def _imported(spec: str) -> object:
-    module_name, _, attribute = spec.partition(":")
-    if not module_name or not attribute:
-        raise UserError(f"reward `{spec}` is not of the form `pkg.module:function`")
-    try:
-        found: object = importlib.import_module(module_name)
-    except Exception as error:
-        raise UserError(
-            f"reward `{spec}`: importing `{module_name}` failed: {type(error).__name__}: {error}",
-            "install the package into this environment, or run where the module lies",
-        ) from None
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise UserError(f"reward `{spec}`: `{module_name}` has no `{attribute}`")
-        found = getattr(found, part)
-    return found
-
-
-def _installed(name: str) -> object:
-    points = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
-    if name in points:
-        try:
-            return cast(object, points[name].load())
-        except Exception as error:
-            raise UserError(f"reward `{name}` ({points[name].value}) failed to load: {error!r}") from None
-    import difflib
-
-    known = sorted({*BUILTIN, *points})
-    near = difflib.get_close_matches(name, known, n=1)
-    meant = f"did you mean `{near[0]}`? " if near else ""
-    raise UserError(
-        f"there is no reward `{name}`: {', '.join(f'`{k}`' for k in known)}",
-        f"{meant}your own is `pkg.module:function` or an entry point in the group `{ENTRY_POINT_GROUP}`",
-    )
-
-
-def grade_one(
+def grade_math(
     spec: str,
-    score: Score | None,
-    item: list[str],
-    send: Callable[[Frame], None],
+    item: Sequence[str],
+    send: Send,
     conventions: Conventions = DEFAULTS,
-) -> Frame:
-    """[reward, verdict, detail] of one item. An exception of the reward is the verdict `error`."""
+    before_slow: Callable[[], None] = lambda: None,
+) -> Scored:
+    """`math`, `math_boxed` or `number` of [problem, answer, completion]. `before_slow` is called before what may never
+    return."""
     problem, answer, text = item
-    if score is not None:
-        try:
-            reward = float(score(problem, answer, text))
-        except Exception as error:
-            return [0.0, "error", f"{type(error).__name__}: {error}"]
-        if not math.isfinite(reward):
-            return [0.0, "error", f"the reward is {reward}"]
-        return [reward, "right" if reward > 0 else "wrong", ""]
     if spec == "number":
         literal = grader.grade_number(answer, text)
-        return [1.0 if literal == "right" else 0.0, literal, ""]
+        return Scored(1.0 if literal == "right" else 0.0, literal)
     extraction = EXTRACTIONS[spec]
     verdict = grader.quick(answer, text, extraction)
     if verdict is None:
+        before_slow()
         algebra.on_import = lambda state: send([state])
         try:
             verdict = grader.thorough(answer, text, extraction, problem, conventions)
         except Exception as error:
-            return [0.0, "error", f"{type(error).__name__}: {error}"]
-    return [1.0 if verdict == "right" else 0.0, verdict, ""]
+            return scores.failed(error)
+    return Scored(1.0 if verdict == "right" else 0.0, verdict)
 
 
-def serve(pipe: Connection) -> None:
-    def send(frame: Frame) -> None:
-        pipe.send_bytes(msgpack.packb(frame, unicode_errors="surrogatepass"))
+class _Ours:
+    """A reward of the user's, called one item or one group at a time."""
 
-    documents = _documents(pipe)
-    hello = next(documents, None)
-    if hello is None:
-        return
-    spec, timeout_s = str(hello["spec"]), float(hello["timeout_s"])
-    conventions = Conventions(**hello["grading"])
+    def __init__(self, binding: Binding):
+        self.binding = binding
+
+    def grade(self, items: Sequence[GradeItem]) -> Iterator[Scored]:
+        """A score for every item, in order. An exception of the reward is the verdict `error`."""
+        if self.binding.grouped:
+            yield from self._guarded(lambda: scores.many(self.binding, self._call(items, 0), len(items)), len(items))
+            return
+        for place in range(len(items)):
+            yield from self._guarded(partial(self._one, items, place), 1)
+
+    def _one(self, items: Sequence[GradeItem], place: int) -> list[Scored]:
+        return [scores.one(self.binding, self._call(items, place))]
+
+    def _call(self, items: Sequence[GradeItem], place: int) -> Any:
+        returned = self.binding.call(items, place)
+        if inspect.isawaitable(returned):  # a plain function around an `async def`
+
+            async def awaited() -> Any:
+                return await returned
+
+            return asyncio.run(awaited())
+        return returned
+
+    def _guarded(self, call: Callable[[], list[Scored]], count: int) -> list[Scored]:
+        try:
+            return call()
+        except BaseException as error:  # SystemExit too: a reward that calls sys.exit has failed
+            return [scores.failed(error)] * count
+
+
+class _Concurrent:
+    """An `async def` reward: up to `concurrency` calls at once, on one event loop."""
+
+    def __init__(self, binding: Binding, concurrency: int, timeout_s: float, send: Send):
+        self._binding, self._timeout_s, self._send = binding, timeout_s, send
+        self._free = asyncio.Semaphore(concurrency)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def serve(self, channel: WorkerEnd) -> None:
+        jobs: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def read() -> None:
+            while True:
+                try:
+                    document = channel.receive()
+                except (EOFError, OSError):
+                    document = None
+                loop.call_soon_threadsafe(jobs.put_nowait, document)
+                if document is None:
+                    return
+
+        threading.Thread(target=read, name="jobs", daemon=True).start()
+        while (document := await jobs.get()) is not None:
+            items = [GradeItem(*fields) for fields in document["items"]]
+            for place in [0] if self._binding.grouped else range(len(items)):
+                task = asyncio.create_task(self._grade(document["job"], items, place))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+    async def _grade(self, job: int, items: Sequence[GradeItem], place: int) -> None:
+        count = len(items) if self._binding.grouped else 1
+        async with self._free:
+            try:
+                async with asyncio.timeout(self._timeout_s * count) as limit:
+                    returned = await self._binding.call(items, place)
+                found = (
+                    scores.many(self._binding, returned, count)
+                    if self._binding.grouped
+                    else [scores.one(self._binding, returned)]
+                )
+            except TimeoutError as error:
+                found = [Scored(0.0, "timeout") if limit.expired() else scores.failed(error)] * count
+            except asyncio.CancelledError:
+                raise
+            except BaseException as error:
+                found = [scores.failed(error)] * count
+        for offset, scored in enumerate(found):
+            self._send([job, place + offset, *scored])
+
+
+def serve(channel: WorkerEnd) -> None:
     try:
-        score = None if spec in BUILTIN else load_reward(spec)
-    except AstraError as error:
+        hello = channel.receive()
+    except EOFError:
+        return
+    spec, timeout_s, send = str(hello["spec"]), float(hello["timeout_s"]), channel.send
+    try:
+        binding = None if spec in BUILTIN else bind(spec, load_reward(spec), hello["columns"], hello["where"])
+        maximum = 1.0 if binding is None else _maximum(spec, binding)
+    except UserError as error:
+        if error.__cause__ is not None:
+            print(scores.failed(error.__cause__).detail, file=sys.stderr, flush=True)
         send(["refused", error.message, error.hint])
         return
-    if score is None:
-        _limit_memory()
-    send(["ready"])
-    for batch in documents:
-        for item in batch["items"]:
-            # The one who started this process kills it in time. Should he be gone, the kernel does.
-            signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 60.0)
-            send(grade_one(spec, score, item, send, conventions))
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def _documents(pipe: Connection) -> Iterator[dict[str, Any]]:
+    send(["ready", ready(spec, binding, maximum)])
+    if binding is not None and binding.concurrent:
+        asyncio.run(_concurrent(binding, int(hello["concurrency"]), timeout_s, channel))
+        return
+    grade = _of_kind(spec, binding, hello, channel)
+    tell = channel.hold if spec in MATH else send
     with suppress(EOFError, ConnectionError):
         while True:
-            yield msgpack.unpackb(pipe.recv_bytes(), unicode_errors="surrogatepass")
+            document = channel.receive()
+            for place, scored in enumerate(grade(document["items"])):
+                tell([document["job"], place, *scored])
+            channel.flush()
 
 
-def _limit_memory() -> None:
-    import resource
+async def _concurrent(binding: Binding, concurrency: int, timeout_s: float, channel: WorkerEnd) -> None:
+    await _Concurrent(binding, concurrency, timeout_s, channel.send).serve(channel)
+    os._exit(0)
 
-    with suppress(OSError, ValueError):  # some platforms do not have this limit
-        resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE_BYTES, _ADDRESS_SPACE_BYTES))
+
+def _of_kind(
+    spec: str, binding: Binding | None, hello: Mapping[str, Any], channel: WorkerEnd
+) -> Callable[[Sequence[Sequence[Any]]], Iterator[Scored]]:
+    """What grades the items of a job, in order."""
+    if binding is not None:
+        ours = _Ours(binding)
+        return lambda items: ours.grade([GradeItem(*fields) for fields in items])
+    if spec in CODE:
+        return lambda items: (_code(spec, GradeItem(*fields), hello) for fields in items)
+    conventions = Conventions(**hello["grading"])
+    return lambda items: (grade_math(spec, item, channel.send, conventions, channel.flush) for item in items)
+
+
+def _code(spec: str, item: GradeItem, hello: Mapping[str, Any]) -> Scored:
+    from astracli.rewards import code
+
+    try:
+        return code.score(spec, item, hello["code"], float(hello["timeout_s"]))
+    except (NoScoreError, OSError) as error:
+        return scores.failed(error)
+
+
+def _maximum(spec: str, binding: Binding) -> float:
+    """The largest value of a reward, from its attribute `maximum`."""
+    declared = getattr(binding.function, "maximum", 1.0)
+    if isinstance(declared, bool) or not isinstance(declared, int | float):
+        raise UserError(f"reward `{spec}`: its attribute `maximum` is {declared!r}, not a number")
+    return float(declared)
+
+
+def ready(spec: str, binding: Binding | None, maximum: float) -> dict[str, Any]:
+    """What the owner has to know of a reward: what to send, and how long to wait."""
+    if binding is None:
+        code = spec in CODE
+        needs = ["row"] if code else []
+        return {"needs": needs, "sees_group": False, "grouped": False, "concurrent": False, "maximum": maximum}
+    return {
+        "needs": binding.needs,
+        "sees_group": binding.sees_group,
+        "grouped": binding.grouped,
+        "concurrent": binding.concurrent,
+        "maximum": maximum,
+    }
 
 
 def main() -> None:
-    serve(Connection(int(sys.argv[1])))
+    serve(WorkerEnd(int(sys.argv[1])))
+    os._exit(0)  # threads of a reward may never end
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-import sys
+import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from astracli.errors import AstraError, RunFailed
 from astracli.rollout.policy import EngineCalls, EpisodePolicy, RolloutSampling
 from astracli.rollout.request_gate import EngineLost, RequestGate
 
+_NOT_THEIRS = (os.path.dirname(asyncio.__file__), __file__, time_limit.__file__)
 FAILED_IN_A_ROW = 64
 """Episodes in a row that end in an error, after which the run ends in that error's words."""
 
@@ -38,10 +39,16 @@ class Failure:
 
     @property
     def place(self) -> tuple[str, str, int]:
-        """(kind of error, file, line) of where it came from: failures that share it are shown once."""
-        frames = traceback.extract_tb(self.error.__traceback__)
-        last = frames[-1] if frames else None
-        return type(self.error).__name__, last.filename if last else "", (last.lineno or 0) if last else 0
+        """(kind of error, file, line) of where it came from: failures that share it are shown once.
+
+        The innermost line that is neither Python's own nor of what runs episodes: of one that hung, where it waited.
+        """
+        chain = [error for error in (self.error, self.error.__cause__) if error is not None]
+        frames = [frame for error in chain for frame in traceback.extract_tb(error.__traceback__)]
+        theirs = [frame for frame in frames if not frame.filename.startswith(_NOT_THEIRS)]
+        last = (theirs or frames)[-1:]
+        file, line = (last[0].filename, last[0].lineno or 0) if last else ("", 0)
+        return type(self.error).__name__, file, line
 
 
 @dataclass
@@ -50,6 +57,8 @@ class Failures:
 
     name: str
     """As `rollout.env` says it."""
+    show: Callable[[str], None]
+    """Gets each kind of failure once, with its traceback."""
     count: int = 0
     in_a_row: int = 0
     last: str = ""
@@ -66,7 +75,7 @@ class Failures:
             if failure.place not in self._shown:
                 self._shown.add(failure.place)
                 words = "an episode failed; it is left out of its group, and others like it are counted in silence"
-                print(f"warning: rollout.env = {self.name}: {words}\n{failure.text}", file=sys.stderr, flush=True)
+                self.show(f"rollout.env = {self.name}: {words}\n{failure.text}")
         if self.in_a_row >= FAILED_IN_A_ROW:
             raise RunFailed(
                 f"{self.in_a_row} episodes in a row failed in rollout.env = `{self.name}`, the last with {self.last}",

@@ -30,7 +30,7 @@ def group_of(env: Env, lease_id: int, problem: Problem, episodes: dict[int, Epis
                 reward=float(score.reward),
                 verdict=score.verdict,
                 text=episode.text if episode.text is not None and one_turn else env.text(behind),
-                parts={**episode.parts, **getattr(score, "parts", {})},
+                parts={**episode.parts, **score.parts},
             )
         )
     return Group(

@@ -18,15 +18,12 @@ import contextlib
 import math
 import sys
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from astracli.config import algorithms
-from astracli.config.recipe import DataTable
 from astracli.config.recipe_data import sets
 from astracli.data.prompts import Problem, PromptSource, stop_token_ids
 from astracli.engines import registry as engines
@@ -37,22 +34,22 @@ from astracli.envs.time_limit import LoopWatch
 from astracli.errors import RunFailed
 from astracli.hub.client import AsyncHubClient
 from astracli.hub.types import Leases
-from astracli.models.adapter import chat_prompt_tokens, load_tokenizer
+from astracli.models.adapter import load_tokenizer
 from astracli.models.chat import ChatFormat
 from astracli.process.config import RolloutConfig
 from astracli.process.worker import Reporter, worker_main
-from astracli.rewards.reward import GradePool
+from astracli.rewards.reward import Rewards, open_pools
 from astracli.rl.types import Group
 from astracli.rollout.engine_worker import EngineWorker
 from astracli.rollout.episodes import Failure, Failures, leaves, play, score
 from astracli.rollout.groups import SampleWriter, group_of
 from astracli.rollout.policy import RolloutSampling
+from astracli.rollout.prompt_tokens import PromptTokens
 from astracli.rollout.request_gate import EngineLost
 
 LEASE_WAIT_S = 2.0
 REPORT_S = 1.0
 RATE_WINDOW_S = 10.0
-PROMPTS_KEPT = 1024
 UNFIT_PROMPTS = 10_000
 """Prompts of an endless source that are too long before one fits: then the run ends. Of others, an epoch."""
 
@@ -73,7 +70,7 @@ class Rollout:
         rollout = config.recipe.rollout
         stop = StopStrings(tuple(rollout.stop), tokenizer) if rollout.stop else None
         self.sampling = RolloutSampling(config.recipe, tuple(stop_token_ids(tokenizer, config.model_path)), stop)
-        self._failures = Failures(rollout.env)
+        self._failures = Failures(rollout.env, self.reporter.warn)
         self._smallest_group = algorithms.find(config.recipe.algorithm.name).smallest_group
         self._slots, self._group_size = rollout.running, rollout.group_size
         for worker in self.workers:
@@ -252,7 +249,8 @@ class Rollout:
                 seen.popleft()
             passed, made, busy = (last - first for first, last in zip(seen[0], seen[-1], strict=True))
             passed = max(1e-9, passed)  # of the first second there is nothing to compare with
-            rates = {"tokens_per_s": round(made / passed, 1), "slots_busy": round(busy / passed / len(uses), 3)}
+            rates = {"generated_tokens_per_s": round(made / passed, 1)}
+            rates["slots_busy"] = round(busy / passed / len(uses), 3)
             left_out = {"too_long": self._unfit} if self._unfit else {}
             self.reporter.progress(**self._done, in_flight=len(self._held), **rates, **left_out)
             outstanding = any(use.outstanding for use in uses)
@@ -264,23 +262,6 @@ class Rollout:
         if len(closed) == len(self.workers):
             return f"weights or readiness of {', '.join(closed)}"
         return next((reason for reason in self._waits.values() if reason), None)
-
-
-class PromptTokens:
-    """`EnvSetup.prompt_tokens`. The last prompts are kept: a group needs its prompt more than once."""
-
-    def __init__(self, tokenizer: Any, chat: ChatFormat):
-        self._tokenizer, self._chat = tokenizer, chat
-        self._kept: OrderedDict[int, tuple[Problem, np.ndarray]] = OrderedDict()
-
-    def __call__(self, problem: Problem) -> np.ndarray:
-        key = id(problem)  # of an object that is kept here
-        if key not in self._kept:
-            tokens = chat_prompt_tokens(self._tokenizer, problem.messages, self._chat)
-            self._kept[key] = problem, np.array(tokens, np.int32)
-            if len(self._kept) > PROMPTS_KEPT:
-                self._kept.popitem(last=False)
-        return self._kept[key][1]
 
 
 class _Over(Exception):
@@ -318,21 +299,19 @@ def run(config: RolloutConfig, reporter: Reporter) -> None:
     recipe = config.recipe
     source = PromptSource(recipe.data, recipe.seed, config.data_paths)
     tokenizer = load_tokenizer(config.model_path)
+
+    def told(words: str) -> None:
+        reporter.warn(f"the first error of a reward:\n{words}")
+
     tables = sets(recipe.data)
-    with contextlib.ExitStack() as stack:
-        pools = {spec: stack.enter_context(pool) for spec, pool in _pools(tables.values()).items()}
-        prompts = PromptTokens(tokenizer, ChatFormat.of(recipe))
-        setup = EnvSetup(recipe, tokenizer, lambda problem: pools[tables[problem.source].reward], prompts)
-        asyncio.run(_main(config, reporter, source, envs.find(recipe.rollout.env)(setup)))
-
-
-def _pools(tables: Iterable[DataTable]) -> dict[str, GradePool]:
-    """A pool for each reward that the sources name."""
-    named = {table.reward: table for table in tables}
-    return {
-        spec: GradePool(spec, table.reward_workers, table.reward_timeout_s, table.grading.model_dump())
-        for spec, table in named.items()
+    rewards = {
+        name: Rewards.of(table, max_errors=recipe.most_reward_errors, on_error=told) for name, table in tables.items()
     }
+    with contextlib.ExitStack() as stack:
+        pools = open_pools(stack, rewards)
+        prompts = PromptTokens(tokenizer, ChatFormat.of(recipe))
+        setup = EnvSetup(recipe, tokenizer, lambda problem: pools[problem.source], prompts)
+        asyncio.run(_main(config, reporter, source, envs.find(recipe.rollout.env)(setup)))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module, metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,7 +39,8 @@ def open_sinks(names: Sequence[str], run_dir: Path) -> list[Sink]:
 
 
 def find_sinks(names: Sequence[str]) -> list[Callable[[Path], Sink]]:
-    """What makes the sinks: entry points in `astra.sinks`, or `pkg.module:factory`. Raises UserError."""
+    """What makes the sinks: entry points in `astra.sinks`, or `pkg.module:factory`. Raises UserError, also where the
+    package that a factory names in `needs` is not installed."""
     installed = {point.name: point for point in metadata.entry_points(group=SINK_GROUP)}
     factories: list[Callable[[Path], Sink]] = []
     for name in names:
@@ -53,6 +56,10 @@ def find_sinks(names: Sequence[str]) -> list[Callable[[Path], Sink]]:
                 f"metrics.sinks: no sink `{name}` ({error}); installed: {known}",
                 f"a sink is an entry point in `{SINK_GROUP}` or `pkg.module:factory`",
             ) from None
+        needs = getattr(factory, "needs", None)
+        if needs is not None and find_spec(needs) is None:
+            what = f"astracli[{needs}]" if factory.__module__.startswith("astracli.") else needs
+            raise UserError(f"metrics.sinks: `{needs}` is not usable: it is not installed", f'pip install "{what}"')
         factories.append(factory)
     return factories
 
@@ -64,6 +71,13 @@ def mend(path: Path) -> None:
             file.seek(-1, 2)
             if file.read(1) != b"\n":
                 file.write(b"\n")
+
+
+def append(path: Path, records: Iterable[Record]) -> None:
+    """Write records at the end of a file, each with the time at which it was made."""
+    lines = [json.dumps({"time": time.time()} | record) + "\n" for record in records]
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(lines))
 
 
 def parse(lines: Iterable[str]) -> Iterator[Record]:

@@ -9,7 +9,8 @@ import json
 import os
 import socket
 import time
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from astracli.errors import FULL, UserError
 from astracli.process import identity
 from astracli.process.identity import Identity
 
-STATUS_BYTES = 4096
+STATUS_BYTES = 16 << 10
 """Size of `status.json`, filled with spaces: a new text always fits into the blocks of the old one."""
 State = Literal["running", "done", "failed", "interrupted"]
 ORPHANS_S = 20.0
@@ -45,6 +46,14 @@ class RunStatus:
     exit_code: int | None = None
     cause: str | None = None
     """Why the run ended when it did not end well, one line."""
+    last_lines: list[str] = field(default_factory=list)
+    """What was said with the cause: the last lines of the process that ended it, or what was seen."""
+    hint: str | None = None
+    """What to do about the cause."""
+    phase: str = ""
+    """Of a run that goes on: starting, running, resuming, finishing."""
+    waits: dict[str, str] = field(default_factory=dict)
+    """Process -> what it waits for, or its state; a few seconds old."""
     command: str = "train"
     recipe: str = ""
     boot: str | None = None
@@ -186,7 +195,7 @@ class RunDir:
         """What `status.json` says; None when the run never started. Raises UserError when it cannot be read."""
         try:
             document = reading.document(self.status_json)
-            known = {field.name for field in fields(RunStatus)}
+            known = {each.name for each in fields(RunStatus)}
             return RunStatus(**{key: value for key, value in document.items() if key in known})
         except FileNotFoundError:
             return None
@@ -231,23 +240,38 @@ class RunDir:
         assert status is not None, "update() before start()"
         self._write(RunStatus(**(asdict(status) | changes)))
 
-    def end(self, state: State, *, exit_code: int, cause: str | None = None) -> None:
+    def end(
+        self,
+        state: State,
+        *,
+        exit_code: int,
+        cause: str | None = None,
+        last_lines: Sequence[str] = (),
+        hint: str | None = None,
+    ) -> None:
         """Record how the run ended."""
-        self.update(state=state, exit_code=exit_code, cause=cause, ended=time.time())
+        said = {"cause": cause, "last_lines": list(last_lines), "hint": hint}
+        self.update(state=state, exit_code=exit_code, ended=time.time(), phase="", waits={}, **said)
 
     def _write(self, status: RunStatus) -> None:
         """On a full disk it is written into the blocks that the file has: what it says must stay true."""
         if not self.path.is_dir():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
-        text = (json.dumps(asdict(status), indent=2) + "\n").ljust(STATUS_BYTES - 1) + "\n"
         self._status = status
         try:
-            write_atomic(self.status_json, text)
+            write_atomic(self.status_json, _text(status))
         except OSError as error:
             if error.errno not in FULL or not self.status_json.is_file():
                 raise
+            short = _text(replace(status, last_lines=[], hint=None))
             with self.status_json.open("r+", encoding="utf-8") as file:
-                file.write(text)
+                file.write(short)
+                file.truncate()
+
+
+def _text(status: RunStatus) -> str:
+    """Of `STATUS_BYTES`, unless the last lines of a process make it longer."""
+    return json.dumps(asdict(status), indent=2).ljust(STATUS_BYTES - 1) + "\n"
 
 
 def _may(path: Path, mode: int) -> bool:

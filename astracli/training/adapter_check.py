@@ -1,4 +1,5 @@
-"""Try an adapter on the smallest model of its family: loading, names, sizes, and that rows do not see each other."""
+"""Try an adapter on the smallest model of its family: loading, names, sizes, log-probabilities, and that rows do not
+see each other."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from astracli.errors import UserError
 from astracli.kernels import varlen
 from astracli.models.adapter import ModelAdapter
 from astracli.training import packing
+from astracli.training.logprob import PolicyModel
 
 LENGTHS = (19, 7, 30)
 """Tokens of the sequences that are padded, and packed, together."""
@@ -64,6 +66,7 @@ def _probes(
     yield "block classes", lambda: (True, ", ".join(sorted(adapter.block_classes(model))))
     yield "wire names", lambda: _wire(adapter, model)
     yield "parameter count", lambda: _count(adapter, config, model)
+    yield "output head", lambda: _head(model)
     yield "padded rows == separate", lambda: _padded(adapter, model)
     if adapter.install_varlen is not None or not adapter.hybrid:
         yield "packed row == separate", lambda: _packed(adapter, model)
@@ -102,6 +105,19 @@ def _wire(adapter: ModelAdapter, model: Any) -> tuple[bool, str]:
 def _count(adapter: ModelAdapter, config: dict[str, Any], model: Any) -> tuple[bool, str]:
     said, counted = adapter.memory_shape(config).parameters, sum(p.numel() for p in model.parameters())
     return said == counted, f"{counted}" if said == counted else f"memory_shape says {said}, the model has {counted}"
+
+
+def _head(model: Any) -> tuple[bool, str]:
+    """The trainer multiplies hidden states by the output head's weight: the model must do nothing else to its logits
+    (scale or cap them)."""
+    row = _rows(model)[0]
+    predict = torch.arange(len(row) - 1, device=row.device)
+    with torch.no_grad():
+        trained = PolicyModel(model)(row[None], None, None, predict, row[1:])[0]
+        logprobs = model(input_ids=row[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    worst = float((logprobs[predict, row[1:]] - trained).abs().max())
+    allowed = TOLERANCE[row.device.type]
+    return worst <= allowed, f"largest |difference of log-probabilities| {worst:.1e} (at most {allowed:.0e})"
 
 
 def _rows(model: Any) -> list[Any]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from astracli.errors import RunFailed
 from astracli.models.adapter import SHARD_INDEX, ModelAdapter, read_config
+from astracli.models.adapter_tools import is_buffer
 
 SHARD_BYTES = 4 * 2**30
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -75,7 +76,9 @@ def source_names(model_dir: Path, tensors: Mapping[str, Tensor], adapter: ModelA
     for name, shape in in_files.items():
         wire = adapter.wire_name(name)
         if wire is not None and wire not in tensors:
-            if not (tied and wire.endswith("lm_head.weight")):
+            if is_buffer(wire):
+                result[name] = None
+            elif not (tied and wire.endswith("lm_head.weight")):
                 untrained.append(name)
             continue
         if wire is not None and tuple(tensors[wire].shape) != shape:

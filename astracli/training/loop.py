@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict
 
@@ -34,16 +35,20 @@ from astracli.process.transient import gpu_failed
 from astracli.process.worker import TERM_EXIT, Reporter
 from astracli.rl.sample_log import write_samples
 from astracli.rl.types import Group, unpack_group
+from astracli.runs import names
 from astracli.training import checkpoint
 from astracli.training.checkpoint_saver import Saver
 from astracli.training.export import export, frozen_tensors
 from astracli.training.fsdp import Ranks
+from astracli.training.optimizer import NotFinite
 from astracli.training.setup import build_trainer
 from astracli.training.time_sharing import TimeSharing
 from astracli.weights.publish.publisher import Publisher, PublishResult
 
 ENCODE_THREADS = 8
 """Threads of a rank that compress what a GPU has coded."""
+HISTORY_STEPS = 8
+"""Whose figures the message of a run quotes that ends because of its numbers."""
 BATCH_WAIT_S = 5.0
 """One long poll for a batch; between two, a stop is noticed."""
 
@@ -95,6 +100,7 @@ class TrainLoop:
         self.reporter = reporter
         self.ranks = ranks
         self.step = 0
+        self._history: deque[tuple[int, Mapping[str, float]]] = deque(maxlen=HISTORY_STEPS)
         self.hub = HubClient(config.hub_url, config.token) if ranks.first else None
         self.time_sharing = TimeSharing(config, reporter, ranks, self.hub)
         if not self.time_sharing.begin():
@@ -180,9 +186,12 @@ class TrainLoop:
         wait_s = time.perf_counter() - began
         try:
             result = self.trainer.train(groups, self.step, self.step)
+        except NotFinite as error:
+            raise RunFailed("\n  ".join([error.message, *names.recent(self._history)]), error.hint) from error
         except ValueError as error:
             raise RunFailed(str(error), "look at the rollout worker's log") from error
         figures: dict[str, float] = {**result.metrics, **stats, "wait_s": wait_s}
+        self._history.append((self.step, figures))
         step, version = self.step, self.step + 1
         if self.hub is not None:
             count = self.recipe.metrics.samples_per_step
@@ -192,7 +201,7 @@ class TrainLoop:
         self._checkpoint_if_due(version, figures)
         self.step = version
         self._publish(step, figures, began)
-        self.reporter.progress(step=version, tokens_per_s=round(figures["tokens_per_s"], 1))
+        self.reporter.progress(step=version, trained_tokens_per_s=round(figures["tokens_per_s"], 1))
         return True
 
     def _settle(self) -> float:
@@ -265,10 +274,13 @@ class TrainLoop:
         self.reporter.waiting(None)
         if reply.batch is None:
             return None
-        counts = {name.removeprefix("arrived_"): count for name, count in asdict(reply.batch.stats).items()}
+        told = asdict(reply.batch.stats)
+        parts, errors = told.pop("parts"), told.pop("reward_errors")
+        counts = {name.removeprefix("arrived_"): count for name, count in told.items()}
         for source, found in counts.pop("sources").items():
             counts |= {f"{name}/{source}": value for name, value in found.items()}
         stats = {f"arrived_{name}": float(count) for name, count in counts.items() if count is not None}
+        stats |= {"reward_errors": float(errors)} | {f"arrived_parts/{name}": mean for name, mean in parts.items()}
         if self.recipe.train.replay_ratio:
             stats["replay"] = float(reply.batch.replay)
         return [unpack_group(blob) for blob in reply.batch.groups], stats

@@ -88,6 +88,12 @@ def rounded(micro: MicroBatch, multiple: int = GPU_LENGTHS) -> MicroBatch:
     )
 
 
+def filled(micros: Sequence[MicroBatch]) -> dict[str, float]:
+    """Metrics of how full the rows of these micro-batches are: the rest is padding."""
+    tokens, cells = sum(int(m.mask_BL.sum()) for m in micros), sum(m.mask_BL.size for m in micros)
+    return {"microbatches": len(micros), "row_tokens": tokens, "packed_fraction": tokens / max(1, cells)}
+
+
 def positions(bounds_S1: np.ndarray) -> np.ndarray:
     """int64 [T]: 0, 1, ... from every boundary on."""
     lengths_S = np.diff(bounds_S1)

@@ -130,6 +130,7 @@ class Trainer:
             "staleness_mean": stale_mean,
             "staleness_max": float(stale_max),
         }
+        metrics |= packing.filled(work.micros)
         seconds = timer.seconds()
         return StepResult(metrics | seconds | {"train_s": sum(seconds.values())}, batch)
 

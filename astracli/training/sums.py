@@ -100,6 +100,10 @@ def figures(
         "length_stop_fraction": float(np.mean([r.sample.finish_reason == "length" for r in batch.rows])),
         "updates": float(updates),
     }
+    parts: dict[str, list[float]] = {}
+    for name, value in ((n, v) for group in batch.groups for s in group.samples for n, v in s.parts.items()):
+        parts.setdefault(name, []).append(value)
+    found |= {f"parts/{name}": float(np.mean(values)) for name, values in sorted(parts.items())}
     if sums.has("capped"):
         found["weight_capped_fraction"] = capped / tokens
     if sums.has("mismatched"):

@@ -38,7 +38,7 @@ from astracli.engines.contract import GenRequest, GenResult
 from astracli.models.adapter import load_tokenizer
 from astracli.process.config import EngineAddress, RolloutConfig
 from astracli.process.worker import Reporter
-from astracli.rewards.reward import GradePool
+from astracli.rewards.reward import GradePool, Rewards
 from astracli.rollout import worker as rollout
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -156,7 +156,7 @@ def measure(args: argparse.Namespace, recipe: Recipe, model: Path, folder: Path)
                 marks.append((time.monotonic(), sum(lengths)))
             store.request_stop()
 
-        pool = GradePool(recipe.data.reward, recipe.data.reward_workers, recipe.data.reward_timeout_s)
+        pool = GradePool(rewards=Rewards.of(recipe.data))
         with pool, Poll(url, args.poll_s) as poll:
             clock = threading.Thread(target=keep_time)
             clock.start()

@@ -3,14 +3,16 @@
     python bench/loop/main_job.py [--recipes NAME ...] [--seeds 0 1 2] [--at-least 0.8] [--json]
     python bench/loop/main_job.py --plugin examples/plugins/engine --set rollout.engine=plain    an engine of a stranger
 
-Prints per run: held-out avg@8 before and after, wall time of the whole command, peak memory of all its processes (sum
-of PSS each second), parity at staleness 0, and what travelled to the engine. About two minutes a run on two cores.
+Prints per run: held-out avg@8 before and after, seconds until every process is ready, wall time and CPU seconds of the
+whole command, peak memory of all its processes (sum of PSS), parity at staleness 0, and what travelled to the engine.
+About two minutes a run on two cores.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -22,6 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shared import folder, options, show, train
 
 RECIPES = ["qwen3.5-tiny-m2po-delta", "qwen3.5-tiny-m2po-full"]
+
+START = ("planning", "fetching", "start-up")
+
+
+def cpu_s() -> float:
+    """CPU seconds of every process that has ended, of those that this one and its children have started."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def install(plugin: Path, within: Path) -> None:
@@ -36,13 +46,16 @@ def install(plugin: Path, within: Path) -> None:
 
 def one(recipe: str, seed: int, folder: Path, settings: list[str]) -> dict[str, Any]:
     run = folder / f"{recipe}-{seed}"
+    before = cpu_s()
     wall_s = train(run, [f"seed={seed}", *settings], recipe)
+    used_s = cpu_s() - before
     summary = json.loads((run / "summary.json").read_text())
     (benchmark,) = summary["benchmarks"]
     weights = summary["weights"]
     return {
         "recipe": recipe, "seed": seed, "first": benchmark["first"]["avg_at_n"], "last": benchmark["last"]["avg_at_n"],
-        "stderr": benchmark["last"]["stderr"], "wall_s": wall_s, "steps": summary["steps"],
+        "stderr": benchmark["last"]["stderr"], "ready_s": sum(summary["phases_s"][phase] for phase in START),
+        "wall_s": wall_s, "cpu_s": used_s, "steps": summary["steps"],
         "step_s_p50": summary["training"]["step_s_p50"], "trainer_wait_share": summary["training"]["wait_share"],
         "peak_gb": summary["memory"]["peak_bytes"] / 1e9, "memory_kind": summary["memory"]["kind"],
         "parity_mean": summary["parity"]["mean_abs"], "parity_max": summary["parity"]["max_abs"],

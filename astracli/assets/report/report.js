@@ -13,6 +13,7 @@ function bytes(count) { return figure(count) + (count >= 1e4 ? "B" : " B"); }
 function drawHead() {
   const run = data.run;
   byId("state").textContent = [run.state, run.cause, run.recipe && "recipe " + run.recipe, run.started && "started " + run.started].filter(Boolean).join(" · ");
+  if (run.last_lines && run.last_lines.length) byId("state").after(element("pre", "note", run.last_lines.join("\n")));
   for (const tile of data.tiles) {
     const box = element("div", "tile", undefined, byId("tiles"));
     element("span", "", tile.label, box); element("b", "", tile.value, box); element("span", "", tile.note, box);
@@ -22,7 +23,7 @@ function drawHead() {
 function drawCharts() {
   for (const id of ["benchmarks", "curves", "time", "weights"]) byId(id).querySelector(".grid").textContent = "";
   const grid = id => byId(id).querySelector(".grid");
-  for (const e of data.evals) chart({title: e.benchmark, unit: `${e.items} items${e.late ? "; steps " + e.late : ""}`, lines: [
+  for (const e of data.evals) chart({title: e.benchmark, unit: `${e.items} items${e.grader ? ", graded by " + e.grader : ""}${e.late ? "; steps " + e.late : ""}`, lines: [
     {name: `avg@${e.n}`, points: e.points.map(p => [p.step, p.avg, p.low, p.high])},
     {name: `pass@${e.k}`, points: e.points.map(p => [p.step, p.pass])}]}, grid("benchmarks"));
   for (const c of data.curves) chart(c, grid("curves"));

@@ -1,7 +1,8 @@
-"""A quicker single-token step of the gated delta rule for CPUs, in place on the slots' states.
+"""Quicker single-token steps of the gated delta rule and of the convolution before it for CPUs, in place on the slots'
+states.
 
-transformers' reference makes five temporaries as large as the state for every token. This one reads the state once and
-updates it where it lies. Same arithmetic up to rounding (1e-6 relative).
+For every token transformers' reference of the rule makes five temporaries as large as the state, that of the
+convolution two. These read the state once and update it where it lies. Same arithmetic up to rounding (1e-6 relative).
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor
 
 _REFERENCE = "torch_recurrent_gated_delta_rule"
+_CONVOLUTION = "torch_causal_conv1d_update"
 
 
-def install(model: Any) -> bool:
-    """Make a model's layers use it in place of transformers' reference. Returns whether the model has such layers.
+def install(model: Any, *, convolution: bool = True) -> bool:
+    """Make a model's layers use them in place of transformers' references. Returns whether the model has such layers.
 
     Layers hold the rule as an attribute; in newer transformers they call it by its name in their modeling module, which
     is then changed for this whole process.
@@ -26,6 +28,9 @@ def install(model: Any) -> bool:
         rule = getattr(module, "recurrent_gated_delta_rule", None)
         if getattr(rule, "__name__", "") == _REFERENCE:
             module.recurrent_gated_delta_rule = _DeltaRuleStep(rule)
+        update = getattr(module, "causal_conv1d_update", None)
+        if convolution and getattr(update, "__name__", "") == _CONVOLUTION:
+            module.causal_conv1d_update = _ConvolutionStep(update)
         used |= isinstance(getattr(module, "recurrent_gated_delta_rule", None), _DeltaRuleStep)
     if used:
         return True
@@ -78,3 +83,32 @@ def step_(
     out = seen[:, :, 1] + (q * k).sum(-1, keepdim=True) * delta
     state.mul_(decay[..., None]).addcmul_(k[..., None], delta[..., None, :])
     return out[:, None].to(query.dtype), state
+
+
+class _ConvolutionStep:
+    """Callable with the reference's signature; anything but one token in fp32 without a bias goes to the reference."""
+
+    def __init__(self, reference: Any):
+        self.reference = reference
+
+    def __call__(
+        self, x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+    ) -> Tensor:
+        single = x.shape[-1] == 1 and state.shape[-1] == weight.shape[-1] > 1 and bias is None
+        if single and x.dtype == state.dtype == weight.dtype == torch.float32 and not torch.is_grad_enabled():
+            return convolve_(x, state, weight)
+        return self.reference(x, state, weight, bias, activation)
+
+
+def convolve_(x: Tensor, state: Tensor, weight: Tensor) -> Tensor:
+    """silu of the causal depthwise convolution at one token; the window `state` moves on by it, in place.
+
+    Shapes: x [N, C, 1], state [N, C, J], weight [C, J]. Returns [N, C, 1].
+    """
+    window = [*state.unbind(-1)[1:], x[..., 0]]
+    out = window[0] * weight[:, 0]
+    for tap, column in zip(window[1:], weight.unbind(-1)[1:], strict=True):
+        out.addcmul_(tap, column)
+    for place, tap in zip(state.unbind(-1), window, strict=True):
+        place.copy_(tap)
+    return torch.nn.functional.silu(out, inplace=True)[..., None]

@@ -16,6 +16,7 @@ from astracli.evaluation.passk import interval
 from astracli.report import run_files
 from astracli.runs import metrics
 from astracli.runs.metrics import Record
+from astracli.runs.names import REWARD
 from astracli.runs.run_dir import RunDir, write_atomic
 
 MACHINE_FILE = "machine.json"
@@ -23,7 +24,8 @@ DIGITS = 5
 """Significant digits of a figure in the page."""
 
 CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
-    ("Reward", "share", (("arrived_reward_mean", "all that arrived"), ("reward_mean", "trained batch"))),
+    ("Reward", "share", ((REWARD, "reward, all that arrived"), ("reward_mean", "reward of the trained batch"))),
+    ("Rewards that failed", "samples", (("reward_errors", "errors"), ("arrived_timeouts", "timeouts"))),
     ("KL to the initial model", "nats", (("kl", "k3 estimate"),)),
     ("Staleness", "versions", (("staleness_mean", "mean"), ("staleness_max", "largest"))),
     ("Ratio policy / behaviour", "", (("ratio_mean", "mean"),)),
@@ -37,10 +39,12 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ("M2PO cap", "|log ratio|", (("m2_limit", "cap"),)),
     ("Learning rate", "", (("lr", "rate"),)),
     ("Trained tokens a second", "tokens/s", (("tokens_per_s", "trainer"),)),
+    ("Rows filled with tokens", "share", (("packed_fraction", "trainer"),)),
     ("Changed weights", "share", (("delta_density", "of the published values"),)),
     ("Size of a version", "bytes", (("delta_bytes", "delta"), ("full_bytes", "full"))),
 )
-"""(title, unit, ((metric, its name in the legend), ...)): the curves over steps, in the order of the page."""
+"""(title, unit, ((metric, its name in the legend), ...)): the curves over steps, in the order of the page.
+Behind the first come named rewards and figures (`parts/NAME`)."""
 PHASES = ("wait_s", "score_s", "forward_s", "backward_s", "optimizer_s", "publish_s", "checkpoint_s")
 """Phases of a trainer step in the order in which they happen."""
 
@@ -51,12 +55,13 @@ def document(run: RunDir) -> dict[str, Any]:
     status = run.status()
     summary = run_files.summary(run) or {}
     return {
-        "run": run_files.row(run) | {"cause": status.cause if status else None},
+        "run": run_files.row(run)
+        | {"cause": status.cause if status else None, "last_lines": status.last_lines if status else []},
         "summary": {
             key: summary[key] for key in ("groups", "memory", "restarts", "resumes", "expected") if summary.get(key)
         },
         "tiles": tiles(run, records, summary),
-        "curves": curves(records),
+        "curves": curves(records) + usage(records),
         "evals": evaluations(run),
         "phases": step_phases(records),
         "wall": summary.get("phases_s") or {},
@@ -67,10 +72,35 @@ def document(run: RunDir) -> dict[str, Any]:
     }
 
 
+USAGE = (
+    ("Memory of each process and GPU", "bytes", "memory_bytes"),
+    ("Open descriptors", "", "open_files"),
+    ("Size of the hub", "bytes", "hub_bytes"),
+)
+"""(title, unit, metric): a line a process, in a run that leaks nothing flat after its first steps."""
+
+
+def usage(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Curves as in `curves`, of what `launch/usage.py` writes."""
+    found = []
+    for title, unit, name in USAGE:
+        processes = list(dict.fromkeys(str(r["of"]) for r in records if name in r and "of" in r))
+        lines = [
+            {"name": process, "metric": name, "points": [[step, _short(v)] for step, v in points]}
+            for process in processes
+            if (points := metrics.series([r for r in records if r.get("of") == process], name))
+        ]
+        if lines:
+            found.append({"title": title, "unit": unit, "lines": lines})
+    return found
+
+
 def curves(records: Sequence[Record]) -> list[dict[str, Any]]:
     """[{title, unit, lines: [{name, metric, points: [[step, value]]}]}], without those that no process wrote."""
     found = []
-    for title, unit, lines in CURVES:
+    named = sorted({name for record in records for name in record if name.startswith("parts/")})
+    own = tuple((name, "", ((name, "trained batch"), (f"arrived_{name}", "all that arrived"))) for name in named)
+    for title, unit, lines in (*CURVES[:1], *own, *CURVES[1:]):
         drawn = [
             {"name": words, "metric": name, "points": [[step, _short(value)] for step, value in points]}
             for name, words in lines
@@ -82,7 +112,7 @@ def curves(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def evaluations(run: RunDir) -> list[dict[str, Any]]:
-    """[{benchmark, n, k, items, late, points: [{step, avg, low, high, pass}]}] from `eval/eval.csv`.
+    """[{benchmark, grader, n, k, items, late, points: [{step, avg, low, high, pass}]}] from `eval/eval.csv`.
 
     Intervals are 95 %. `late`: the steps that stand for an earlier one at which the evaluation became due, in words.
     """
@@ -92,6 +122,7 @@ def evaluations(run: RunDir) -> list[dict[str, Any]]:
     return [
         {
             "benchmark": name,
+            "grader": each[-1].get("grader") or "",
             "n": int(each[-1]["n"]),
             "k": int(each[-1]["k"]),
             "items": int(each[-1]["items"]),
@@ -164,7 +195,8 @@ def tiles(run: RunDir, records: Sequence[Record], summary: Mapping[str, Any]) ->
             "label": f"{trend.benchmark} avg@{trend.n}",
             "value": f"{trend.last:.3f}",
             "note": (f"{trend.difference:+.3f} from {trend.first:.3f} " if trend.last_step != trend.first_step else "")
-            + f"at step {trend.first_step}",
+            + f"at step {trend.first_step}"
+            + (f", graded by {trend.grader}" if trend.grader else ""),
         }
         for trend in trends
         if trend.benchmark != "overall" or len(trends) > 2

@@ -1,0 +1,132 @@
+"""What a reward returned, read as a score: a number, a mapping with other figures to log, or a list over a group."""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from astracli.rewards.binding import Binding
+from astracli.rewards.types import NoScoreError
+
+DETAIL_CHARACTERS = 4000
+"""Of an error's traceback: its beginning and its end."""
+MOST_PARTS = 64
+"""Figures that a reward may log beside its score."""
+
+
+class Scored(NamedTuple):
+    """One reward's view of one completion, as it travels."""
+
+    reward: float
+    state: str
+    """`scored`, `right`, `wrong`, `no_answer`, `timeout`, `error`, or `absent`: it does not apply to the row."""
+    detail: str = ""
+    logged: dict[str, float] = {}  # noqa: RUF012, never written to
+
+
+def failed(error: BaseException) -> Scored:
+    """The verdict of an exception, with its traceback from the reward's own frames on."""
+    frames = error.__traceback__
+    while frames is not None and "astracli" in frames.tb_frame.f_code.co_filename.replace("\\", "/").split("/"):
+        frames = frames.tb_next
+    if isinstance(error, NoScoreError) or frames is None:
+        return Scored(0.0, "error", shortened(_words(error)))
+    try:
+        # the message by itself: an exception may say megabytes, which `traceback` would copy line by line
+        lines = ["Traceback (most recent call last):\n", *traceback.format_tb(frames, 12)]
+        text = "".join(lines) + _words(error)
+    except Exception:
+        text = _words(error)
+    return Scored(0.0, "error", shortened(text))
+
+
+def _words(error: BaseException) -> str:
+    try:
+        said = str(error)[: 2 * DETAIL_CHARACTERS]
+    except Exception:
+        said = "<its text cannot be made>"
+    if isinstance(error, NoScoreError):
+        return said
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def shortened(text: str) -> str:
+    half = DETAIL_CHARACTERS // 2
+    return text if len(text) <= DETAIL_CHARACTERS else f"{text[:half]}\n[...]\n{text[-half:]}"
+
+
+def printable(text: str) -> str:
+    """Text of a reward for terminals and logs: line ends and tabs stay, other control characters are written out."""
+    if text.isascii() and text.replace("\n", "").replace("\t", "").isprintable():
+        return text
+    return "".join(c if c in "\n\t" or c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def one(binding: Binding, returned: Any) -> Scored:
+    """The score of a single completion. Raises NoScoreError."""
+    if isinstance(returned, Mapping):
+        return _mapping(binding, returned)
+    return Scored(_number(returned), "scored")
+
+
+def many(binding: Binding, returned: Any, count: int) -> list[Scored]:
+    """The scores of a group. Raises NoScoreError. None in the list: the reward does not apply to that row (TRL)."""
+    if (
+        isinstance(returned, str | bytes | Mapping)
+        or not hasattr(returned, "__len__")
+        or not hasattr(returned, "__iter__")
+    ):
+        raise NoScoreError(
+            f"the reward returned {_what(returned)}; with this signature it is a list, one score a completion"
+        )
+    if len(returned) != count:
+        raise NoScoreError(f"the reward returned {len(returned)} scores for {count} completions")
+    found = []
+    for value in returned:
+        try:
+            found.append(Scored(0.0, "absent") if value is None else one(binding, value))
+        except NoScoreError as error:
+            found.append(failed(error))
+    return found
+
+
+def _mapping(binding: Binding, returned: Mapping[Any, Any]) -> Scored:
+    key = "score" if binding.style in ("verl", "verl_batch") else "reward"
+    if key not in returned:
+        names = ", ".join(f"`{name}`" for name in list(returned)[:10])
+        raise NoScoreError(f"the reward returned a mapping without `{key}`: {names or 'it is empty'}")
+    logged: dict[str, float] = {}
+    for name, value in returned.items():
+        if name != key and len(logged) < MOST_PARTS and (figure := _figure(value)) is not None:
+            logged[str(name)[:100]] = figure
+    return Scored(_number(returned[key]), "scored", "", logged)
+
+
+def _figure(value: Any) -> float | None:
+    if isinstance(value, str | bytes):
+        return None
+    try:
+        figure = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return figure if math.isfinite(figure) else None
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str | bytes | Sequence) or value is None:
+        raise NoScoreError(f"the reward returned {_what(value)}, not a number")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise NoScoreError(f"the reward returned {_what(value)}, not a number") from None
+    except OverflowError:
+        raise NoScoreError("the reward returned an integer that is too large") from None
+    if not math.isfinite(number):
+        raise NoScoreError(f"the reward is {number}")
+    return number
+
+
+def _what(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"

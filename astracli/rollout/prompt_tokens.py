@@ -1,0 +1,31 @@
+"""The prompt of a problem in tokens: the chat turns of its row by the model's chat template."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+
+from astracli.data.prompts import Problem
+from astracli.models.adapter import chat_prompt_tokens
+from astracli.models.chat import ChatFormat
+
+KEPT = 1024
+
+
+class PromptTokens:
+    """`EnvSetup.prompt_tokens`. The last prompts are kept: a group needs its prompt more than once."""
+
+    def __init__(self, tokenizer: Any, chat: ChatFormat):
+        self._tokenizer, self._chat = tokenizer, chat
+        self._kept: OrderedDict[int, tuple[Problem, np.ndarray]] = OrderedDict()
+
+    def __call__(self, problem: Problem) -> np.ndarray:
+        key = id(problem)  # of an object that is kept here
+        if key not in self._kept:
+            tokens = chat_prompt_tokens(self._tokenizer, problem.messages, self._chat)
+            self._kept[key] = problem, np.array(tokens, np.int32)
+            if len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        return self._kept[key][1]

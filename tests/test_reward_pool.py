@@ -1,0 +1,389 @@
+"""Rewards put together, in their processes: weights, thresholds, several at once, failures and what misbehaves."""
+
+import asyncio
+import contextlib
+import http.server
+import json
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from children import children
+from test_sandbox import alive, ids, needs_linux
+
+from astracli.config import recipe_io
+from astracli.config.recipe import DataTable
+from astracli.data import benchmarks
+from astracli.data.prompts import Problem
+from astracli.errors import RunFailed, UserError
+from astracli.launch.inputs import check_rewards
+from astracli.rewards.graders import RewardSetting
+from astracli.rewards.reward import Grade, GradeItem, GradePool, Rewards, open_pools, validate_rewards
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "rewards.md"
+MODULE = '''
+import asyncio, os, sys, time
+RUNNING = 0
+made = 0
+
+def length(completion):
+    return {"reward": len(completion), "even": len(completion) % 2 == 0}
+
+def polite(completion):
+    return "please" in completion
+
+def fails(completion):
+    if completion == "hang":
+        time.sleep(600)
+    if completion == "exit":
+        os._exit(7)
+    if completion == "bad":
+        raise ValueError("the \\x1b[31mreason")
+    return 1.0
+
+def some(completions, **columns):
+    return [1.0 if c == "yes" else None for c in completions]
+
+def pids(group):
+    return {"reward": len(group), "pid": os.getpid()}
+
+class Once:
+    maximum = 3
+    def __init__(self):
+        global made
+        made += 1
+        self.calls = 0
+    def __call__(self, completion):
+        self.calls += 1
+        return {"reward": self.calls, "made": made}
+
+class Broken:
+    def __init__(self):
+        raise RuntimeError("no model file")
+
+async def together(completion):
+    """Ends when four calls run at once, and never otherwise."""
+    global RUNNING
+    RUNNING += 1
+    while RUNNING < 4:
+        await asyncio.sleep(0.001)
+    return 1.0
+
+async def waits(completion):
+    if completion == "hang":
+        await asyncio.sleep(600)
+    if completion == "block":
+        time.sleep(600)
+    return 1.0
+
+async def trl_async(prompts, completions):
+    await asyncio.sleep(0)
+    return [float(p == c) for p, c in zip(prompts, completions)]
+
+def noise(completion):
+    for fd in range(3, 30):
+        try:
+            os.write(fd, b"\\xff\\xff\\xff\\xff" if completion == "long" else b"\\0\\0\\0\\4\\xc1\\xc1\\xc1\\xc1")
+        except OSError:
+            pass
+    return 1.0
+
+def big(completion):
+    raise ValueError("z" * 50_000_000)
+
+def daemon(completion):
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            open(os.environ["PIDS"], "a").write(f"{os.getpid()}\\n")
+            os.closerange(0, 64)
+            time.sleep(600)
+        os._exit(0)
+    while not os.path.exists(os.environ["PIDS"]):
+        time.sleep(0.01)
+    return 1.0
+
+def eats(completion):
+    return float(len(bytearray(2 << 30)) > 0)
+'''
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module `mine` in the working directory."""
+    (tmp_path / "mine.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+
+
+def items(*texts: str, **row: Any) -> list[GradeItem]:
+    return [GradeItem("1+1", "2", text, [1], (), row) for text in texts]
+
+
+def grades(*settings: RewardSetting, texts: tuple[str, ...], workers: int = 1, **more: Any) -> list[Grade]:
+    with GradePool(rewards=Rewards(settings, workers, **more)) as pool:
+        return pool.grade(items(*texts))
+
+
+def test_weights_parts_and_the_threshold(mine: None) -> None:
+    both = (
+        RewardSetting("math", "correct"),
+        RewardSetting("mine:polite", "polite", 0.5),
+        RewardSetting("mine:length", "length", 0.0),
+    )
+    right, rude, wrong = r"please \boxed{2}", r"\boxed{2}", r"please \boxed{3}"
+    found = grades(*both, texts=(right, rude, wrong, ""))
+    assert [g.reward for g in found] == [1.5, 1.0, 0.5, 0.0]
+    assert [g.verdict for g in found] == ["right", "wrong", "wrong", "no_answer"], "the largest sum is 1.5"
+    assert found[1].parts == {"correct": 1.0, "polite": 0.0, "length": 9.0, "length/even": 0.0}
+    assert [g.verdict for g in grades(*both, texts=(right, rude, wrong), right_at=1.0)] == ["right", "right", "wrong"]
+    # a negative weight adds nothing to the largest sum
+    against = (RewardSetting("math", "a"), RewardSetting("mine:polite", "b", -0.5))
+    assert [(g.reward, g.verdict) for g in grades(*against, texts=(right, rude))] == [(0.5, "wrong"), (1.0, "right")]
+
+
+def test_one_reward_is_right_at_its_maximum(mine: None) -> None:
+    for maximum, verdicts in ((None, ["right", "right"]), (3.0, ["wrong", "right"])):
+        setting = RewardSetting("mine:length", maximum=maximum)
+        found = grades(setting, texts=("a", "abc"))
+        assert [g.verdict for g in found] == verdicts and found[0].parts == {"even": 0.0}
+
+
+def test_a_class_is_made_once_a_process_and_declares_its_maximum(mine: None) -> None:
+    with GradePool("mine:Once") as pool:
+        found = pool.grade(items("a", "b")) + pool.grade(items("c"))
+        assert pool.right_at == 3
+    assert [(g.reward, g.verdict, g.parts["made"]) for g in found] == [
+        (1, "wrong", 1),
+        (2, "wrong", 1),
+        (3, "right", 1),
+    ]
+    with pytest.raises(UserError, match="making the class failed: RuntimeError: no model file"):
+        validate_rewards(Rewards([RewardSetting("mine:Broken")]))
+
+
+def test_a_reward_that_does_not_apply_is_left_out(mine: None) -> None:
+    yes, no = grades(RewardSetting("mine:some"), texts=("yes", "no"))
+    assert (yes.verdict, no.verdict, no.detail) == (
+        "right",
+        "error",
+        "no reward applies to this row: each returned None",
+    )
+    _, no = grades(
+        RewardSetting("mine:some", "some"), RewardSetting("mine:polite", "polite"), texts=("yes", "no please")
+    )
+    assert (no.reward, no.parts, no.verdict) == (1.0, {"polite": 1.0}, "wrong")
+
+
+def test_timeout_error_and_wrong_are_three_things_and_the_first_error_is_told(mine: None) -> None:
+    told: list[str] = []
+    setting = RewardSetting("mine:fails", timeout_s=1.0)
+    with GradePool(rewards=Rewards([setting], right_at=2.0, on_error=told.append)) as pool:
+        found = pool.grade(items("fine", "hang", "bad", "bad", "exit", "fine"))
+        assert [g.verdict for g in found] == ["wrong", "timeout", "error", "error", "error", "wrong"]
+        assert pool.counts == {"wrong": 2, "timeout": 1, "error": 3} and "exit code 7" in found[4].detail
+    assert told == [found[2].detail] == [pool.first_error]
+    assert 'mine.py", line' in told[0] and "in fails" in told[0] and told[0].endswith("ValueError: the \\x1b[31mreason")
+    assert "grade_worker" not in told[0], "from the reward's own frames on"
+
+
+def test_failures_in_a_row_end_the_run_in_the_errors_own_words(mine: None) -> None:
+    with GradePool(rewards=Rewards([RewardSetting("mine:fails")], max_errors=3)) as pool:
+        for _ in range(3):  # one that works in between starts the count again
+            pool.grade(items("bad", "bad", "fine"))
+        pool.grade(items("bad", "bad"))
+        with pytest.raises(
+            RunFailed, match=r"(?s)reward `mine:fails` failed for 3 samples in a row:.*line.*ValueError: the"
+        ):
+            pool.grade(items("bad"))
+    late = RewardSetting("mine:fails", timeout_s=0.2)
+    with GradePool(rewards=Rewards([late], max_errors=1)) as pool, pytest.raises(RunFailed, match=r"longer than 0.2 s"):
+        pool.grade(items("hang"))
+
+
+def test_a_group_stays_in_one_process(mine: None) -> None:
+    with GradePool("mine:pids", workers=2) as pool:
+        for texts in (("a",) * 5, ("b",) * 3):
+            found = pool.grade(items(*texts))
+            assert {g.reward for g in found} == {len(texts)} and len({g.parts["pid"] for g in found}) == 1
+
+
+def test_async_calls_run_at_once_over_groups(mine: None) -> None:
+    async def two_groups(pool: GradePool) -> list[list[Grade]]:
+        return list(await asyncio.gather(pool.agrade(items("a", "b")), pool.agrade(items("c", "d"))))
+
+    with GradePool(rewards=Rewards([RewardSetting("mine:together", timeout_s=60.0)])) as pool:
+        assert [g.verdict for group in asyncio.run(two_groups(pool)) for g in group] == ["right"] * 4
+    found = grades(RewardSetting("mine:trl_async"), texts=("1+1", "2"))
+    assert [g.reward for g in found] == [1.0, 0.0]
+
+
+def test_an_async_call_that_waits_too_long_or_blocks(mine: None) -> None:
+    one_by_one = RewardSetting("mine:waits", timeout_s=0.5, concurrency=1)
+    found = grades(RewardSetting("mine:waits", timeout_s=0.5), texts=("a", "hang", "b"))
+    assert [g.verdict for g in found] == ["right", "timeout", "right"]
+    found = grades(one_by_one, texts=("a", "block", "b"))
+    assert [g.verdict for g in found] == ["right", "timeout", "right"]
+
+
+@pytest.mark.parametrize("texts", [("long",), ("short",)])
+def test_garbage_in_its_frames_costs_the_sample_alone(mine: None, texts: tuple[str, ...]) -> None:
+    found = grades(RewardSetting("mine:noise"), texts=texts)
+    assert [g.verdict for g in found] == ["error"] and "no grade" in found[0].detail
+
+
+def test_a_huge_error_is_cut(mine: None) -> None:
+    (found,) = grades(RewardSetting("mine:big", timeout_s=20.0), texts=("a",))
+    assert found.verdict == "error" and len(found.detail) < 5000 and "ValueError: zzz" in found.detail
+
+
+def test_a_process_that_does_not_read_is_given_up() -> None:
+    before = children(recursive=True)
+    with GradePool("number", timeout_s=1.0) as pool:
+        pool.grade(items("2"))
+        (worker,) = [c for c in children(recursive=True) - before if c.cmdline()[1:3] == ["-P", "-m"]]
+        worker.suspend()
+        found = pool.grade([GradeItem("p" * 100_000, "7", "7")] * 8)
+    assert [g.verdict for g in found][1:] == ["right"] * 7 and found[0].verdict in ("right", "timeout")
+
+
+def test_a_row_that_cannot_be_sent_fails_its_group_alone(mine: None) -> None:
+    with GradePool("mine:some") as pool:
+        with pytest.raises(Exception, match="pickle"):
+            pool.grade(items("yes", odd=lambda: None))
+        assert pool.grade(items("yes"))[0].verdict == "right"
+
+
+@needs_linux
+def test_a_daemon_of_a_reward_ends_with_its_process(
+    mine: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIDS", str(tmp_path / "pids"))
+    with GradePool("mine:daemon") as pool:
+        pool.grade(items("a", "b"))
+        left = ids(tmp_path / "pids")
+        assert left and all(map(alive, left))
+    assert not any(map(alive, ids(tmp_path / "pids")))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="not every platform bounds address space")
+def test_memory_of_a_reward_is_bounded(mine: None) -> None:
+    (found,) = grades(RewardSetting("mine:eats", memory_bytes=1 << 30), texts=("a",))
+    assert found.verdict == "error" and "MemoryError" in found.detail
+
+
+# -- the page of the documentation -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python blocks of docs/rewards.md as modules of the working directory."""
+    blocks = re.findall(r"<!-- (\w+\.py) -->\n```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == PAGE.read_text(encoding="utf-8").count("```python") == 6
+    for name, text in blocks:
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+
+
+class Judge(http.server.BaseHTTPRequestHandler):
+    """Answers like a chat server: 7 for an answer that holds a digit, else 0; and fails on `down`."""
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][0]["content"]
+        answer = asked.split("Answer: ")[1].splitlines()[0]
+        body = json.dumps({"choices": [{"message": {"content": "7" if re.search(r"\d", answer) else "0"}}]}).encode()
+        self.send_response(500 if answer == "down" else 200)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Judge) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("JUDGE_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield
+        server.shutdown()
+
+
+def rewards_of(spec: str, texts: list[str], **row: Any) -> list[tuple[float, str]]:
+    with GradePool(rewards=Rewards([RewardSetting(spec, timeout_s=30.0)])) as pool:
+        return [(g.reward, g.verdict) for g in pool.grade(items(*texts, **row))]
+
+
+def test_the_examples_of_the_page(page: None) -> None:
+    assert rewards_of("columns:short", ["one two", "one two three"], words=2) == [(1.0, "right"), (0.0, "wrong")]
+    assert rewards_of("columns:short", ["one two three"], words=2, style="long") == [(1.0, "right")]
+    assert rewards_of("figures:graded", ["it is 2", "2 it is"]) == [(1.0, "right"), (0.0, "wrong")]
+    assert rewards_of("lexicon:Known", ["one two", "one four"]) == [(1.0, "right"), (0.5, "wrong")]
+    assert rewards_of("from_trl:correct", ["2", "3"], solution="2") == [(1.0, "right"), (0.0, "wrong")]
+    turns = [{"role": "user", "content": "1+1"}]
+    assert rewards_of("from_trl:correct", ["2", "3"], solution="2", prompt=turns) == [(1.0, "right"), (0.0, "wrong")]
+    assert rewards_of("from_verl:compute_score", ["2 ", "3"]) == [(1.0, "right"), (0.0, "wrong")]
+
+
+def test_the_judge_of_the_page_asks_a_server(page: None, judge: None) -> None:
+    with GradePool(rewards=Rewards([RewardSetting("judge:helpful", timeout_s=30.0)])) as pool:
+        found = pool.grade(items("it is 2", "no idea", "down"))
+    assert [(g.reward, g.verdict) for g in found] == [(0.7, "wrong"), (0.0, "wrong"), (0.0, "error")]
+    assert "500 Internal Server Error" in found[2].detail
+
+
+def test_the_rewards_of_a_recipe() -> None:
+    toml = re.findall(r"```toml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[0]
+    import tomllib
+
+    data = DataTable(source="arithmetic", **tomllib.loads(toml)["data"], reward_timeout_s=7.0, reward_memory_gib=0.5)
+    assert data.grader == "correct + 0.2 polite + 0 words"
+    found = Rewards.of(data)
+    assert [(each.spec, each.name, each.weight) for each in found.each] == [
+        ("math", "correct", 1.0), ("style:polite", "polite", 0.2), ("style:words", "words", 0.0),
+    ]  # fmt: skip
+    assert {(each.timeout_s, each.memory_bytes) for each in found.each} == {(7.0, 1 << 29)}
+    (alone,) = Rewards.of(DataTable(source="arithmetic", reward="number")).each
+    assert (alone.spec, alone.name) == ("number", "") and DataTable(source="arithmetic").by("code").grader == "code"
+
+
+# -- before the start, and in an evaluation ----------------------------------------------------------------------------
+
+
+def test_columns_are_checked_for_every_source_and_benchmark(mine: None, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MODULE + "\ndef wants(completion, level):\n    return 1.0\n")
+    (tmp_path / "bench.jsonl").write_text('{"problem": "1+1", "answer": "2", "difficulty": 3}\n')
+    data = {"source": "arithmetic", "reward": "mine:wants"}
+    recipe = recipe_io.check(
+        recipe_io.to_document(recipe_io.load("qwen3.5-tiny-m2po-delta")) | {"data": data, "eval": {}}, "r"
+    )
+    with pytest.raises(UserError, match=r"`level`, which is no column of the training problems \(columns: none\)"):
+        check_rewards(recipe, {}, {}, trains=True)
+    first = Problem("0", "1+1", "2", row={"level": 1})
+    check_rewards(recipe, {"": first}, {}, trains=True)
+    benchmark = str(tmp_path / "bench.jsonl")
+    with pytest.raises(
+        UserError, match=r"no column of benchmark `.*bench.jsonl` .columns: `problem`, `answer`, `difficulty"
+    ):
+        check_rewards(recipe, {"": first}, {benchmark: benchmark}, trains=False)
+
+
+def test_a_benchmark_of_ones_own_is_graded_by_the_recipes_reward(mine: None, tmp_path: Path) -> None:
+    """A reward that is always 0 scores 0 there, whatever the answers are."""
+    (tmp_path / "mine.py").write_text("def nothing(completion):\n    return 0.0\n")
+    (tmp_path / "bench.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n{"problem": "2+3", "answer": "5"}\n')
+    base = recipe_io.to_document(recipe_io.load("qwen3.5-tiny-m2po-delta"))
+    for reward, score in (("mine:nothing", 0.0), ("number", 1.0)):
+        recipe = recipe_io.check(base | {"data": {"source": "arithmetic", "reward": reward}, "eval": {}}, "r")
+        benchmark = benchmarks.load(str(tmp_path / "bench.jsonl"), tmp_path / "bench.jsonl", recipe=recipe)
+        assert benchmark.grader == reward and benchmark.data is not None
+        right = [GradeItem(p.question, p.answer, f"\\boxed{{{p.answer}}}") for p in benchmark.items]
+        with contextlib.ExitStack() as stack:
+            pools = open_pools(stack, {"a": Rewards.of(benchmark.data), "b": Rewards.of(benchmark.data)})
+            assert pools["a"] is pools["b"], "the same rewards share their processes"
+            assert {g.reward for g in pools["a"].grade(right)} == {score}
+            assert [g.verdict == "right" for g in pools["a"].grade(right)] == [score == 1.0] * 2

@@ -1,0 +1,56 @@
+"""What `warm` forks: `python -m warm_child FOLDER STDERR_FILE WORDS...` becomes `python WORDS` in that folder.
+
+When it is an `astra` that starts a run, the run's fork server is a fork of it: everything is imported already.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from collections.abc import Mapping, Sequence
+
+from astracli.process import fork_server, forking
+
+
+def fork_server_here(modules: Sequence[str], env: Mapping[str, str], link: int, said: int) -> forking.Forked:
+    """`forking.start`, without a new interpreter."""
+    pid = os.fork()
+    if pid:
+        return forking.Forked(pid)
+    os.setsid()
+    for target in (1, 2):
+        os.dup2(said, target)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv = ["fork_server", str(link), ",".join(modules)]
+    try:
+        fork_server.main()
+    finally:
+        os._exit(0)
+
+
+def become(folder: str, err: str, first: str, *words: str) -> None:
+    forking.start = fork_server_here
+    os.chdir(folder)
+    if err:
+        os.dup2(os.open(err, os.O_WRONLY | os.O_APPEND | os.O_CREAT), 2)
+    search = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
+    own = {"-c": "", "-m": folder}.get(first, os.path.dirname(os.path.abspath(first)))
+    sys.path[:] = [own, *search, *(place for place in sys.path[1:] if place not in search)]
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    if threads.isdigit():
+        sys.modules["torch"].set_num_threads(int(threads))
+    if first == "-c":
+        sys.argv = ["-c", *words[1:]]
+        exec(compile(words[0], "<string>", "exec"), {"__name__": "__main__"})
+    elif first == "-m":
+        sys.argv = list(words)
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [first, *words]
+        runpy.run_path(first, run_name="__main__")
+
+
+if __name__ == "__main__":
+    become(*sys.argv[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_WORDS = (
@@ -51,5 +52,35 @@ def disk_full(error: BaseException) -> RunFailed | None:
                 f"writing failed, a disk, a quota or a limit on file sizes is full: {(telling or lines)[0].strip()}",
                 "free space (`astra runs clean`, `df -h`, `ulimit -f`), then go on with `astra train --resume RUN_DIR`",
             )
+        if "disk I/O error" in lines[0]:  # SQLite says no more than that
+            return RunFailed(
+                f"writing failed: {lines[0].strip()}: the disk is full or broken, its directory is gone, or a limit on "
+                "file sizes was reached",
+                "look at `df -h`, `dmesg` and `ulimit -f`, then go on with `astra train --resume RUN_DIR`",
+            )
         seen = seen.__cause__ or seen.__context__
+    return None
+
+
+BY_PATH = (
+    errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP,
+    errno.ENXIO, errno.EINVAL,
+)  # fmt: skip
+"""What the system says of a path that cannot be used as it was given."""
+
+
+def refused_by_system(error: BaseException) -> AstraError | None:
+    """`error` as a message, when the system refused a path (bad input), or had no memory or descriptors left (the
+    command failed); None for any other."""
+    if isinstance(error, MemoryError):
+        return RunFailed("this process got no more memory", "`free -h` and `ulimit -v` say what there is")
+    if not isinstance(error, OSError):
+        return None
+    words = (error.strerror or str(error)).lower()
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return RunFailed(f"{words}: this process may open no more files", "raise `ulimit -n`")
+    if error.errno in BY_PATH and error.filename is not None:
+        name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
+        shown = name if len(name) <= 120 else f"{name[:100]}...{name[-10:]}"
+        return UserError(f"cannot use `{shown}`: {words}", "check the path and who may read and write it")
     return None

@@ -96,7 +96,9 @@ def recipe() -> str:
                     inner.append((entry.table, f"{prefix}{key}{path}.", shown.format(f"{prefix}{key}{path}")))
                     break
             else:
-                rows.append(f"| `{prefix}{key}` | `{_cell(written)}` | `{default}` | {_cell(text)} |")
+                takes = child.allowed() if child is not None else ""
+                kind_of = takes if " at most " in takes else f"`{_cell(written)}`"
+                rows.append(f"| `{prefix}{key}` | {kind_of} | `{default}` | {_cell(text)} |")
         note = inspect.getdoc(kind) if kind.__doc__ and kind.__module__.startswith("astracli.config.") else None
         head = f"## {title}\n\n" + (f"{note}\n\n" if note else "")
         parts.append(head + "| key | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows))

@@ -135,16 +135,16 @@ def test_runs_stop_terms_the_recorded_supervisor_only(astra: Astra, runs: Path) 
     run = make_run(runs / "a", state="running")
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
-        run.update(pid=child.pid, create_time=1.0)  # not ours: another process has the pid now
+        run.update(pid=child.pid, create_time=1.0, boot=None)  # not ours: another process has the pid now
         ran = astra("runs", "stop", "a")
         assert ran.code == 2 and "is not running (state: dead (resumable))" in ran.err
         assert child.poll() is None
-        run.update(create_time=psutil.Process(child.pid).create_time())
+        run.update(create_time=psutil.Process(child.pid).create_time(), boot=None)
         ran = astra("runs", "stop", "a")
         assert ran.code == 0 and not psutil.pid_exists(child.pid)
         assert ran.err.splitlines()[0] == f"stopped `runs/a` (supervisor {child.pid})"
         other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-        run.update(pid=other.pid, create_time=psutil.Process(other.pid).create_time())
+        run.update(pid=other.pid, create_time=psutil.Process(other.pid).create_time(), boot=None)
         stopped = json.loads(astra("runs", "stop", "a", "--json").out)
         assert (stopped["run"], stopped["pid"], stopped["state"]) == ("runs/a", other.pid, "dead (resumable)")
         other.wait()

@@ -161,7 +161,7 @@ def killed_run(root: Path) -> tuple[run_dir.RunDir, subprocess.Popen[bytes]]:
     (home / "recipe.json").write_text("{}")
     run = run_dir.RunDir(home)
     run.start(recipe=TINY, steps=9)
-    run.update(pid=2**22 - 1, create_time=1.0, step=4)
+    run.update(pid=2**22 - 1, create_time=1.0, boot=None, step=4)
     modules = root / "modules" / "astracli"
     modules.mkdir(parents=True)
     (modules / "__init__.py").touch()

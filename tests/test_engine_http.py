@@ -105,6 +105,9 @@ def test_requests_without_the_token_are_refused(checkpoint: Path) -> None:
         ({"input_ids": [3], "sampling_params": {"max_new_tokens": 0}}, "max_new_tokens 0"),
         ({"input_ids": [[3], [4]], "sampling_params": [{}]}, "1 entries for 2 prompts"),
         ({"input_ids": ["a"]}, "malformed request"),
+        ({"input_ids": [3], "draw_offset": 10**30}, "draw_offset"),
+        ({"input_ids": [3], "sampling_params": 5}, "must be an object"),
+        ({"input_ids": [3], "rid": "é"}, "request id"),
     ],
 )
 def test_bad_requests_are_named(checkpoint: Path, body: dict[str, Any], message: str) -> None:

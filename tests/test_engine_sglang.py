@@ -31,7 +31,7 @@ from astracli.engines.contract import GenRequest
 from astracli.engines.sglang import checkpoint
 from astracli.engines.sglang import server as sglang
 from astracli.engines.sglang.client import SglangClient
-from astracli.engines.sglang.command import Options, arguments, graph_sizes
+from astracli.engines.sglang.command import RENDEZVOUS, Options, arguments, graph_sizes
 from astracli.engines.sglang.settings import SglangTable
 from astracli.errors import RunFailed
 from astracli.process.config import EngineConfig
@@ -300,6 +300,7 @@ def test_options_are_found_wherever_a_release_keeps_them(tmp_path: Path) -> None
         package = tmp_path / place.partition(".")[0]
         (package / "srt" / "arg_groups" / "fields").mkdir(parents=True)
         (package / "srt" / "server_args.py").write_text("")
+        (package / "srt" / "environ.py").write_text(RENDEZVOUS)
         (package / "srt" / place).write_text("    custom_weight_loader: A[list[str], 'help'] = None")
         assert Options(package).has("custom_weight_loader") and not Options(package).has("weight_loader")
     (package / "srt" / place).write_text("")

@@ -87,6 +87,9 @@ def test_every_route_asks_for_the_token(server: Server) -> None:
     [
         ("/lease", b"{", "body is not JSON"),
         ("/lease", b"[]", "body is no JSON object"),
+        ("/skip", b'{"lease_id": 1000000000000000000000, "reason": "r"}', "a number of 70 bits is too large"),
+        ("/eval/done", b'{"step": 1, "version": 1, "results": {"a": [-9223372036854775809]}}', "64 bits is too large"),
+        ("/ack", b"[" * 100_000, "body is not JSON"),
         ("/lease", b"{}", "`worker` is missing"),
         ("/lease", b'{"worker": "w", "n": "3"}', '`n` = "3": input should be a valid integer'),
         ("/lease", b'{"worker": "w", "n": true}', "`n` = true: input should be a valid integer"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def test_every_process_gets_its_config_and_only_its_owner_reads_it(tmp_path: Pat
     }
     for name, spec in specs.items():
         file = tmp_path / "config" / f"{name}.json"
-        assert spec.argv[1:] == ("-m", spec.argv[2], str(file))
+        assert spec.argv[1:] == ("-P", "-m", spec.argv[3], str(file))
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         assert told[name].recipe == recipe and told[name].token == "secret" and told[name].name == name
         assert spec.log == tmp_path / "logs" / "attempt_1" / f"{name}.log"
@@ -58,6 +59,15 @@ def test_children_are_offline_threaded_and_past_any_proxy(tmp_path: Path, monkey
     assert [env["RANK"] for env in ranks] == ["0", "1"] and {env["WORLD_SIZE"] for env in ranks} == {"2"}
     assert ranks[0]["MASTER_PORT"] == ranks[1]["MASTER_PORT"] and "RANK" not in specs["eval"].env
     assert (specs["engine0"].nice, specs["rollout"].nice, specs["eval"].nice) == (0, 5, 5)
+
+
+def test_files_in_the_working_directory_are_not_imported(tmp_path: Path) -> None:
+    for name in ("logging", "random", "queue", "types", "datasets"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the working directory')")
+    spec = specs_of(context_of(tiny(), tmp_path / "run"))["rollout"]
+    command = [*spec.argv[:-1], "nothing.json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("error: cannot read worker config `nothing.json`")
 
 
 def test_an_engine_that_is_started_again_waits_for_weights(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def checked(**tables: dict[str, Any]) -> Recipe:
         (
             {"rollout": {"max_running_requests": "all"}},
             'recipe `r`: `rollout.max_running_requests` = "all" is not allowed: it takes a whole number greater than 0 '
-            "or `auto`",
+            "and at most 65536 or `auto`",
         ),
         (
             {"eval": {"max_new_tokens": 9000}},

@@ -128,7 +128,7 @@ def test_a_run_without_its_process_is_dead(tmp_path: Path) -> None:
     run.start(recipe="r")
     run.update(pid=child.pid)
     assert run.shown_state() == "dead (resumable)"
-    run.update(pid=os.getpid(), create_time=1.0)  # the pid was given to another process since
+    run.update(pid=os.getpid(), create_time=1.0, boot=None)  # the pid was given to another process since
     assert run.shown_state() == "dead (resumable)"
     run.update(host="elsewhere")
     assert run.shown_state() == "running on elsewhere"

@@ -82,7 +82,7 @@ OptionalRunArg = Annotated[
     typer.Argument(metavar="RUN", help="Run name or directory; default the newest run.", autocompletion=complete_run),
 ]
 
-RootOpt = Annotated[Path, typer.Option("--root", metavar="DIR", help="Folder that holds the runs.")]
+RootOpt = Annotated[Path, typer.Option("--root", metavar="DIR", help="Folder that holds the runs.", readable=False)]
 
 
 def one_name(positional: str | None, option: str | None) -> str | None:

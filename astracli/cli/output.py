@@ -12,6 +12,8 @@ from typing import Any
 
 import typer
 
+from astracli.process.console import plain, plain_json
+
 WIDTH = 100
 """Columns that a table may take where no terminal says less."""
 
@@ -24,7 +26,7 @@ class Output:
 
     def document(self, value: Any) -> None:
         """Print a JSON document."""
-        _print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+        _print(plain_json(json.dumps(value, indent=2, ensure_ascii=False, default=str)))
 
     def text(self, text: str) -> None:
         """Print plain result text."""
@@ -50,17 +52,17 @@ class Output:
 
     def note(self, text: str) -> None:
         """Say something that is not the result."""
-        print(text, file=sys.stderr)
+        print(plain(text), file=sys.stderr)
 
     def hint(self, text: str) -> None:
         """Say what to do next."""
-        print(f"hint: {text}", file=sys.stderr)
+        print(plain(f"hint: {text}"), file=sys.stderr)
 
     def error(self, message: str, hint: str | None = None) -> None:
         """Say what happened and what to do: the end of a command that failed."""
-        print(f"error: {message}", file=sys.stderr)
+        print(plain(f"error: {message}"), file=sys.stderr)
         if hint:
-            print(f"\nhint: {hint}", file=sys.stderr)
+            print(plain(f"\nhint: {hint}"), file=sys.stderr)
 
 
 def room() -> int:
@@ -71,7 +73,7 @@ def room() -> int:
 def _print(text: str = "") -> None:
     """Write to stdout at once. When its reader has gone, with all that it wanted, the command ends well and quietly."""
     try:
-        print(text, flush=True)
+        print(plain(text), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from None
@@ -164,7 +166,7 @@ def _cell(value: Any) -> str:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else plain(str(value))
 
 
 def out(as_json: bool = False) -> Output:

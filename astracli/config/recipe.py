@@ -27,9 +27,19 @@ from astracli.config import doors, recipe_data
 from astracli.config.algorithms import AlgorithmTable, find
 from astracli.config.recipe_data import EvalSetTable, Level, MixTable, NonEmpty, ShotTable
 from astracli.config.recipe_rewards import RewardKeys
-from astracli.config.recipe_run import CheckpointTable, ExpectedTable, LaunchTable, MetricsTable, ResourcesTable, Table
+from astracli.config.recipe_run import (
+    CheckpointTable,
+    ExpectedTable,
+    LaunchTable,
+    MetricsTable,
+    ResourcesTable,
+    Table,
+)
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Requests = Annotated[int, Field(gt=0, le=65_536)]
+Tokens = Annotated[int, Field(gt=0, le=2**24)]
+Samples = Annotated[int, Field(gt=0, le=100_000)]
 RUNNING = 32
 """Sequences that an engine decodes at once where no memory was counted."""
 
@@ -116,20 +126,20 @@ class RolloutTable(Table):
     env_timeout_s: PositiveFloat = 60.0
     """Seconds that an environment's own code may take between two calls of the engine or the grader; then its episode
     ends and counts as failed."""
-    group_size: PositiveInt = 8
+    group_size: int = Field(default=8, gt=0, le=4096)
     """Samples per prompt."""
-    temperature: PositiveFloat = 1.0
+    temperature: float = Field(default=1.0, gt=0.0, le=100.0)
     """Of the draws. The trainer divides its logits by it too: what is trained is the policy that draws."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Below 1 the draws are not the policy's: that biases the gradient, and is warned of."""
-    max_new_tokens: PositiveInt = 4000
+    max_new_tokens: Tokens = 4000
     """Most tokens behind the prompt, in an episode of several turns all of them together."""
     stop: list[NonEmpty] = Field(default=[])
     """A completion ends, as finished, with the token that completes one of these texts; evaluations end there too. What
     was drawn stays whole: the text is part of what is trained and of what a reward sees."""
-    context_length: PositiveInt = 8192
+    context_length: Tokens = 8192
     """Prompt and completion together, tokens; the whole of an episode of several turns."""
-    max_running_requests: PositiveInt | Literal["auto"] = "auto"
+    max_running_requests: Requests | Literal["auto"] = "auto"
     """Sequences that one engine decodes at once. Hybrids hold a state cache per sequence beside the KV cache. `auto`:
     as many as fit its GPU, at most what `running_ceiling` says, 32 on a CPU; the plan says how many and why."""
     running_ceiling: dict[str, PositiveInt] = Field(default={})
@@ -187,7 +197,7 @@ RECOMPUTED_BLOCKS: dict[Recomputed, int] = {"full": 1, "selective": 2}
 class TrainTable(Table):
     steps: PositiveInt
     """Steps of the run. A step is one batch, a version is one publish, one publish a step."""
-    batch_groups: PositiveInt = 32
+    batch_groups: int = Field(default=32, gt=0, le=1_000_000)
     """Groups that a step trains on; dropped groups do not count."""
     minibatches: PositiveInt = 4
     """Optimizer steps per step."""
@@ -269,19 +279,19 @@ class EvalTable(Table):
     every: NonNegativeInt = 10
     """Evaluate at step 0, every n steps and at the end; 0 switches in-run evaluation off. One that becomes due while
     another runs takes the version that is current when that ends."""
-    samples: PositiveInt | dict[str, PositiveInt] | None = None
+    samples: Samples | dict[str, Samples] | None = None
     """Samples per item; `{ aime24 = 4, math500 = 1 }` by benchmark. None takes each benchmark's own, and so does one
     that is not named."""
     greedy: bool = False
     """In a run: also one greedy sample an item at every evaluation."""
     pass_k: PositiveInt = 4
     """k of pass@k. Where `samples` gives a benchmark fewer, k is their number."""
-    temperature: NonNegativeFloat = 0.6
+    temperature: float = Field(default=0.6, ge=0.0, le=100.0)
     """0 is greedy."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    max_new_tokens: PositiveInt | None = None
+    max_new_tokens: Tokens | None = None
     """None takes `rollout.max_new_tokens`."""
-    max_concurrency: PositiveInt | Literal["auto"] = "auto"
+    max_concurrency: Requests | Literal["auto"] = "auto"
     """Evaluation requests in flight at once on each engine; `auto`: as many as it decodes at once
     (`rollout.max_running_requests`)."""
 
@@ -295,7 +305,7 @@ class EvalTable(Table):
 class Recipe(Table):
     name: str = "unnamed"
     description: str = ""
-    seed: NonNegativeInt = 0
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)
     model: ModelTable
     data: DataTable
     rollout: SerializeAsAny[RolloutTable] = Field(default_factory=lambda: RolloutTable.model_validate({}))
@@ -376,7 +386,7 @@ class Recipe(Table):
                 f"rollout.context_length = {rollout.context_length}"
             )
         for key in rollout.running_ceiling:
-            if not re.fullmatch(r"[1-9]\d*", key):
+            if not re.fullmatch(r"[1-9]\d{0,5}", key):
                 raise ValueError(
                     f"rollout.running_ceiling has the key `{key}`: a GPU's memory in whole GiB is meant, such as 48"
                 )

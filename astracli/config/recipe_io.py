@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from astracli.config import doors
+from astracli.config import doors, reading
 from astracli.config.benchmarks import BENCHMARKS, get, is_path, own_sets
 from astracli.errors import UserError
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
 LIST_HINT = "see them with `astra recipes list`"
 SET_HINT = "every setting takes its own `--set`: `--set a.b=1 --set c.d=2`"
+MOST_EXTENDS = 20
+"""Recipes that may extend one another in a row."""
+SHOWN = 10
+"""Complaints about one recipe that are shown."""
 FILE_HINT = "a recipe is a TOML file; `astra recipes copy qwen3.5-tiny-m2po-delta` makes one to start from"
 
 EARLIER_NAMES = {"data.prompt": "data.template"}
@@ -69,8 +74,10 @@ def check(document: Mapping[str, Any], name: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(dict(document))
     except ValidationError as error:
-        found = list(dict.fromkeys(complaint(dict(item)) for item in error.errors(include_url=False)))
-        lines = "\n  ".join(message for message, _ in found)
+        items = error.errors(include_url=False)
+        found = list(dict.fromkeys(complaint(dict(item)) for item in items[:SHOWN]))
+        more = [f"and {len(items) - SHOWN} more"] if len(items) > SHOWN else []
+        lines = "\n  ".join([message for message, _ in found] + more)
         hints = [hint for _, hint in found if hint]
         fallback = "`astra recipes show NAME` prints every key of a recipe with its value"
         separator = "\n  " if len(found) > 1 else " "
@@ -184,7 +191,7 @@ def _document(name_or_path: str) -> dict[str, Any]:
     if name_or_path.endswith(".json"):
         path = Path(name_or_path)
         try:
-            document = json.loads(_read(path))
+            document = reading.from_json(_read(path))
         except ValueError as error:
             raise UserError(f"`{path}` is not valid JSON: {error}", FILE_HINT) from None
         if not isinstance(document, dict):
@@ -197,10 +204,10 @@ def _document(name_or_path: str) -> dict[str, Any]:
 def _find(name_or_path: str, origin: Path | Traversable | None) -> Path | Traversable:
     """The file that a name or a path means; a path in `extends` is relative to the file that says it."""
     if not _is_path(name_or_path):
-        if name_or_path not in _shipped_names() and Path(name_or_path).is_file():
+        if name_or_path not in _shipped_names() and reading.is_file(Path(name_or_path)):
             return Path(name_or_path)
         beside = Path(f"{name_or_path}.toml")
-        if name_or_path not in _shipped_names() and beside.is_file():
+        if name_or_path not in _shipped_names() and reading.is_file(beside):
             raise UserError(f"there is no recipe `{name_or_path}`", f"a file is meant by its path: `{beside}`")
         return _shipped_file(name_or_path)
     path = Path(name_or_path).expanduser()
@@ -208,12 +215,14 @@ def _find(name_or_path: str, origin: Path | Traversable | None) -> Path | Traver
 
 
 def _merged(file: Path | Traversable, chain: tuple[str, ...]) -> dict[str, Any]:
-    label = str(file.resolve()) if isinstance(file, Path) else file.name
+    label = os.path.realpath(file) if isinstance(file, Path) and "\0" not in str(file) else file.name
     own = isinstance(file, Path) and file.parent != _folder()  # a file of the user's, not a shipped recipe
     shown = str(file) if own else _stem(file.name)
     if label in chain:
         circle = " -> ".join(_stem(Path(step).name) for step in (*chain, label))
         raise UserError(f"recipe `{shown}` extends itself: {circle}", "break the circle of `extends`")
+    if len(chain) > MOST_EXTENDS:
+        raise UserError(f"recipe `{shown}` is the end of more than {MOST_EXTENDS} that extend one another")
     document = _parse(file, shown)
     parent = document.pop("extends", None)
     own_name = document.setdefault("name", _stem(file.name))
@@ -243,7 +252,8 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(file: Path | Traversable) -> str:
     try:
-        return file.read_text(encoding="utf-8").removeprefix("\ufeff")
+        text = reading.text(file, reading.RECIPE_BYTES) if isinstance(file, Path) else file.read_text(encoding="utf-8")
+        return text.removeprefix("\ufeff")
     except FileNotFoundError:
         names = _shipped_names()
         raise UserError(
@@ -262,9 +272,19 @@ def _read(file: Path | Traversable) -> str:
 
 def _parse(file: Path | Traversable, shown: str) -> dict[str, Any]:
     try:
-        return _with_new_names(tomllib.loads(_read(file)))
-    except tomllib.TOMLDecodeError as error:
+        return _with_new_names(_toml_values(_read(file)))
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"recipe `{shown}` is not valid TOML: {error}", FILE_HINT) from None
+
+
+def _toml_values(text: str) -> dict[str, Any]:
+    """Raises ValueError, also for what is nested too deeply."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def _with_new_names(document: dict[str, Any]) -> dict[str, Any]:
@@ -300,8 +320,8 @@ def _value(keys: list[str], raw: str) -> Any:
 
     readings: list[Any] = []
     try:
-        readings.append(tomllib.loads(f"v = {raw}")["v"])
-    except tomllib.TOMLDecodeError:
+        readings.append(_toml_values(f"v = {raw}")["v"])
+    except ValueError:
         readings.append(raw)
     if raw == "none":
         readings.insert(0, None)

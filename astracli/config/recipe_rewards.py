@@ -8,7 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 from pydantic_core import PydanticCustomError
 
-from astracli.config.recipe_run import Table
+from astracli.config.recipe_run import SomeProcesses, Table
 
 
 class GradingTable(Table):
@@ -74,7 +74,7 @@ class RewardKeys(Table):
     that grades a whole group at once has it once for each sample."""
     reward_start_s: PositiveFloat = 60.0
     """A reward may take this long to be imported, and a class to be made."""
-    reward_workers: PositiveInt = 1
+    reward_workers: SomeProcesses = 1
     """Grading processes of each reward."""
     reward_concurrency: PositiveInt = 16
     """Samples that an `async def` grades at once in each of its processes."""

@@ -5,9 +5,15 @@ All of it but `launch.deterministic` may change on a resume; `launch.resume_rule
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic_core import PydanticCustomError
+
+Processes = Annotated[int, Field(ge=0, le=1024)]
+"""How many processes, ranks, GPUs or threads of one kind."""
+SomeProcesses = Annotated[int, Field(gt=0, le=1024)]
 
 
 class Table(BaseModel):
@@ -19,6 +25,28 @@ class Table(BaseModel):
     def brought(cls) -> dict[str, type[Table]]:
         """Tables inside this one that installed packages bring, by key."""
         return {}
+
+    @classmethod
+    def largest(cls) -> int:
+        """No number in it is larger, whatever else its field allows."""
+        return 2**32 - 1
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _in_range(cls, value: Any) -> Any:
+        if any(abs(number) > cls.largest() for number in _numbers(value)):
+            hint = f"no number in a recipe is over {cls.largest()}"
+            raise PydanticCustomError("refused", "is out of range", {"hint": hint})
+        return value
+
+
+def _numbers(value: Any) -> Iterable[float]:
+    """The numbers of a plain value."""
+    if isinstance(value, dict):
+        value = [*value.values()]
+    for item in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(item, int | float):
+            yield item
 
 
 class CheckpointTable(Table):
@@ -45,25 +73,25 @@ class EngineEnv(Table):
 
 
 class ThreadsTable(Table):
-    engine: PositiveInt = 1
-    trainer: PositiveInt = 1
-    other: PositiveInt = 1
+    engine: SomeProcesses = 1
+    trainer: SomeProcesses = 1
+    other: SomeProcesses = 1
     """CPU threads per process; two cores want one each."""
 
 
 class ResourcesTable(Table):
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    rollout_gpus: NonNegativeInt = 0
-    train_gpus: NonNegativeInt = 0
+    rollout_gpus: Processes = 0
+    train_gpus: Processes = 0
     share_gpus: bool = False
     """Engine and trainer on the same GPUs."""
     share_mode: Literal["auto", "side_by_side", "time_sharing"] = "auto"
     """How they share: `side_by_side`, each keeps its part (the engine reserves what the trainer leaves);
     `time_sharing`: the trainer waits in host memory while the engine generates, and the engine gives its KV cache
     back for a training step. `auto` is `time_sharing` only where the two do not fit side by side."""
-    engines: PositiveInt = 1
+    engines: SomeProcesses = 1
     """Engine processes on a CPU; on GPUs there is one per rollout GPU."""
-    train_ranks: PositiveInt = 1
+    train_ranks: SomeProcesses = 1
     """Trainer processes on a CPU (FSDP2 over gloo); on GPUs one per training GPU."""
     engine: EngineEnv = EngineEnv()
     threads: ThreadsTable = ThreadsTable()

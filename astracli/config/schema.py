@@ -190,5 +190,8 @@ def _dotted(keys: Sequence[str | int]) -> str:
 
 
 def _show(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, RecursionError):  # a number of thousands of digits, or nesting without end
+        text = "a number of more digits than can be shown" if isinstance(value, int) else "a value that cannot be shown"
     return text if len(text) <= 80 else text[:77] + "..."

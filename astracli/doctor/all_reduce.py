@@ -45,7 +45,7 @@ def attempt(ranks: int, device: str, env: dict[str, str], start_s: float = START
         base = {"ranks": ranks, "device": device, "folder": folder}
         started = [
             subprocess.Popen(
-                [sys.executable, "-m", "astracli.doctor.all_reduce", json.dumps(base | {"rank": rank})],
+                [sys.executable, "-P", "-m", "astracli.doctor.all_reduce", json.dumps(base | {"rank": rank})],
                 env=os.environ | env | (own_gpu(rank, os.environ) if device == "cuda" else {}),
                 stdout=subprocess.DEVNULL,
             )

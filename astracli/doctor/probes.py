@@ -195,7 +195,7 @@ def answers(probes: list[Probe], start_s: float = START_S) -> Iterator[tuple[Pro
 def _child(probes: list[Probe], start_s: float) -> Iterator[tuple[Probe, list[Row]]]:
     """One child for these probes; ends early after a probe that hung or died."""
     first = probes[0]
-    module = ["-m", "astracli.doctor.probe_child"] if first.python is None else [probe_child.__file__]
+    module = ["-P", "-m", "astracli.doctor.probe_child"] if first.python is None else [probe_child.__file__]
     with tempfile.TemporaryFile("w+") as errors:
         try:
             child = subprocess.Popen(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -20,7 +18,7 @@ from astracli.evaluation.benchmark import EvalSample, Result, full_figures, scor
 from astracli.hub.types import Evaluation
 from astracli.rewards.reward import Grade
 from astracli.rl.sample_log import sample_line
-from astracli.runs import metrics
+from astracli.runs import metrics, tables
 from astracli.runs.run_dir import write_atomic
 
 CSV_COLUMNS = (
@@ -108,7 +106,7 @@ def write_results(folder: Path, when: Evaluation, results: Sequence[Result], gre
 def forget_after(folder: Path, step: int) -> None:
     """A run goes on from a checkpoint of `step`: later steps' evaluations, finished or not, are of other weights."""
     if (folder / "eval.csv").exists():
-        kept = [row for row in _rows(folder / "eval.csv") if int(row["step"]) <= step]
+        kept = [row for row in tables.read(folder / "eval.csv") if int(row["step"]) <= step]
         _write_rows(folder / "eval.csv", (*CSV_COLUMNS, *SHARES), kept)
     places = (folder / "items", folder / GREEDY / "items", folder / "partial")
     for path in [path for place in places for path in place.glob("step_*")]:
@@ -144,7 +142,7 @@ def item_line(step: int, version: int, benchmark: str, sample: EvalSample) -> di
 
 def update_csv(path: Path, when: Evaluation, results: Sequence[Result], greedy: Sequence[Result] = ()) -> None:
     """Put one evaluation's rows into the table, in the order of steps; rows of the same step make room."""
-    rows = [row for row in _rows(path) if int(row["step"]) != when.step] if path.exists() else []
+    rows = [row for row in tables.read(path) if int(row["step"]) != when.step] if path.exists() else []
     scores = [(result.benchmark, result.grader, result.score) for result in results]
     if scores:
         scores.append((metrics.OVERALL, common_grader(results), passk.overall([score for *_, score in scores])))
@@ -166,17 +164,8 @@ def shares(results: Sequence[Result], greedy: Sequence[Result]) -> dict[str, dic
     return found
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def _write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
-    text = io.StringIO()
-    table = csv.DictWriter(text, columns, lineterminator="\n")
-    table.writeheader()
-    table.writerows([{k: f"{v:.6f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows])
-    write_atomic(path, text.getvalue(), sync=True)
+    write_atomic(path, tables.text_of(columns, rows), sync=True)
 
 
 def common_grader(results: Sequence[Result]) -> str:

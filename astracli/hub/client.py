@@ -1,7 +1,8 @@
 """Clients of the hub: `HubClient` (blocking) and `AsyncHubClient`, with the same methods and the same answers.
 
-A hub that does not answer is asked again for ten seconds; every call can be repeated without harm (a lease carries a
-request id, a group its lease, a batch and an acknowledgement their step). Then, and for a refusal, RunFailed is raised.
+A hub that is gone is asked again for ten seconds, one that stands still for ten minutes (`process.patience`); every
+call can be repeated without harm (a lease carries a request id, a group its lease, a batch and an acknowledgement
+their step). Then, and for a refusal, RunFailed is raised.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from astracli.hub.types import (
     Target,
 )
 from astracli.hub.wire import MAX_WAIT_S, plain_json, unpack_answer
+from astracli.process.patience import GONE_S, Patience
 from astracli.rl.types import Group, pack_group
 
-RETRY_S = 10.0
+RETRY_S = GONE_S
 READ_TIMEOUT_S = 30.0 + MAX_WAIT_S
 
 
@@ -153,14 +155,15 @@ class _Patience:
 
     def __init__(self, url: str):
         self._url = url
-        self._end = time.monotonic() + RETRY_S
+        self._patience = Patience(RETRY_S)
         self._pause_s = 0.05
 
     def next_pause(self, error: Exception) -> float:
         """Seconds until the next try. Raises RunFailed when there is none."""
-        if time.monotonic() + self._pause_s > self._end:
+        waited = self._patience.exhausted(error, self._pause_s)
+        if waited is not None:
             raise RunFailed(
-                f"the hub at {self._url} did not answer for {RETRY_S:g} s: {error or type(error).__name__}",
+                f"the hub at {self._url} did not answer for {waited:g} s: {error or type(error).__name__}",
                 "its own log says why; `astra train --resume RUN_DIR` goes on from the last checkpoint",
             ) from error
         pause, self._pause_s = self._pause_s, min(1.0, self._pause_s * 2)

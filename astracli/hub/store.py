@@ -35,6 +35,7 @@ from astracli.hub.types import (
     PutStatus,
     Target,
 )
+from astracli.hub.wire import refuse_large
 from astracli.rl.schedule import Admission, count
 from astracli.rl.types import Group, unpack_group
 
@@ -165,6 +166,7 @@ class HubStore:
             group = unpack_group(blob)
         except ValueError as error:
             raise BadRequest(str(error)) from None
+        refuse_large([group.lease_id, *(segment.version for sample in group.samples for segment in sample.segments)])
         with self._changing():
             return self._leases.put(group, blob, self._batches.next_step)
 

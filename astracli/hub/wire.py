@@ -17,6 +17,8 @@ from astracli.hub.types import BadRequest, NextBatch
 
 MAX_WAIT_S = 10.0
 """Longest long poll; a request that asks for more gets this."""
+LARGEST = 2**63 - 1
+"""Largest integer that SQLite stores."""
 JSON, MSGPACK = "application/json", "application/msgpack"
 
 
@@ -36,12 +38,21 @@ def called_with_body(call: Callable[..., Any]) -> Callable[[bytes], Any]:
             raise BadRequest(f"body is not JSON: {error}") from None
         if not isinstance(arguments, dict):
             raise BadRequest("body is no JSON object")
+        refuse_large(arguments)
         try:
             return strict(**arguments)
         except ValidationError as error:
             raise BadRequest(_complaints(error)) from None
 
     return from_body
+
+
+def refuse_large(value: Any) -> None:
+    """Raise BadRequest for an integer, anywhere in plain values, that the hub's file cannot hold."""
+    if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
+        raise BadRequest(f"a number of {value.bit_length()} bits is too large")
+    for part in (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ():
+        refuse_large(part)
 
 
 def pack_answer(answer: Any) -> tuple[bytes, str]:

@@ -16,6 +16,7 @@ from astracli.launch.launcher import Process
 from astracli.launch.restarts import Retry
 from astracli.machine.memory import Component
 from astracli.plan.types import LaunchPlan, ProcessPlan
+from astracli.process import ports as net
 from astracli.process.config import (
     EngineAddress,
     EngineConfig,
@@ -27,7 +28,6 @@ from astracli.process.config import (
     TrainerConfig,
 )
 from astracli.process.layout import WITHOUT_PEERS
-from astracli.process.ports import free_ports
 from astracli.runs.run_dir import RunDir
 from astracli.training import collective_check
 
@@ -61,10 +61,10 @@ def build(context: RunContext, hub_url: str) -> list[Process]:
     """Every process of the plan, with ports that are free now."""
     host, plan = context.recipe.launch.host, context.plan
     names = [process.name for process in plan.processes if process.role is Role.ENGINE]
-    *ports, rendezvous = free_ports(len(names) + 1, host)
+    *ports, rendezvous = net.free_ports(len(names) + 1, host)
     port_of, stage = dict(zip(names, ports, strict=True)), context.run_dir.stage.resolve()
     engines = tuple(
-        EngineAddress(name=name, url=f"http://{host}:{port}", stage_dir=stage / name) for name, port in port_of.items()
+        EngineAddress(name=name, url=net.url(host, port), stage_dir=stage / name) for name, port in port_of.items()
     )
     # with what the plan derived in its place
     rollout = context.recipe.rollout.model_copy(update={"max_running_requests": plan.running_requests})
@@ -85,7 +85,8 @@ def build(context: RunContext, hub_url: str) -> list[Process]:
             config = _engine(context, process, own)
         else:
             config = _client(context, process, own | {"engines": engines})
-        processes.append(Process(process, config, _rank_env(process, host, rendezvous)))
+        env = {**_interfaces(process, host), **_rank_env(process, host, rendezvous)}
+        processes.append(Process(process, config, env))
     return processes
 
 
@@ -97,7 +98,7 @@ def retry(context: RunContext, processes: Sequence[Process]) -> Retry | None:
         return None
 
     def again() -> list[Process]:
-        (port,) = free_ports(1, context.recipe.launch.host)
+        (port,) = net.free_ports(1, context.recipe.launch.host)
         env = {**WITHOUT_PEERS, "MASTER_PORT": str(port)}
         return [replace(rank, env={**rank.env, **env}) for rank in ranks]
 
@@ -144,6 +145,16 @@ def _client(context: RunContext, process: ProcessPlan, own: Mapping[str, Any]) -
         leaves=any(name in leases for gpu in process.gpus for name in plan.gpu_map[gpu]),
         host_bytes=sum(row.bytes for row in kept) if process.gpus else 0,
     )
+
+
+def _interfaces(process: ProcessPlan, host: str) -> dict[str, str]:
+    """Collectives listen where the run does: gloo and NCCL's bootstrap take their address from an interface. What the
+    user's environment says is meant for other programs."""
+    name = net.interface(host) if process.role in (Role.TRAINER, Role.ENGINE) else None
+    if name is None:
+        return {}
+    family = "AF_INET6" if ":" in host else "AF_INET"
+    return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}", "NCCL_SOCKET_FAMILY": family}
 
 
 def _rank_env(process: ProcessPlan, host: str, port: int) -> dict[str, str]:

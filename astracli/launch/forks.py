@@ -79,7 +79,7 @@ class Forks:
         server = self._server
         if server is None or not preloads(plan, self._recipe) or not server.fits(spec.environment()):
             return None
-        _, _, module, *arguments = spec.argv
+        module, *arguments = spec.argv[spec.argv.index("-m") + 1 :]
         child = server.fork(module, arguments, spec.environment(), out, spec.inherit)
         if server.problem is not None:
             os.write(

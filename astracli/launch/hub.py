@@ -41,7 +41,8 @@ def serving(
             metrics_path=run.metrics_jsonl,
             on_status=on_status,
         )
-        server = ServerThread(app, ports.bind(context.recipe.launch.host)).start()
+        host = context.recipe.launch.host
+        server = ServerThread(app, ports.bind(host), host).start()
         stack.callback(server.stop)
         yield store, server
 

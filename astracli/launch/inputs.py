@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from astracli.config import recipe_data
+from astracli.config import reading, recipe_data
 from astracli.config.benchmarks import get
 from astracli.config.recipe import DataTable, Recipe
 from astracli.data import fetch
@@ -185,6 +185,21 @@ def check_checkpoint(folder: Path, recipe: Recipe) -> None:
     obstacles = preflight.config_obstacles(config, recipe.model.path, rollout.context_length, rollout.max_new_tokens)
     preflight.refuse(obstacles)
     preflight.refuse(preflight.file_obstacles(folder, config, registry.resolve(recipe, config)))
+    check_tokenizer(folder)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """A `tokenizer.json` is one that its library reads. Raises UserError."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_str(reading.text(file, reading.TOKENIZER_BYTES))
+    except Exception as error:  # the library raises nothing more precise
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"`{file}` is no tokenizer: {said}", "download the checkpoint again") from None
 
 
 def check_prompts(recipe: Recipe, folder: Path) -> None:

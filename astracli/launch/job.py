@@ -11,18 +11,20 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from astracli.errors import AstraError, RunFailed
+from astracli.errors import AstraError, RunFailed, disk_full, refused_by_system
 from astracli.launch import configs, from_run, hub, no_signal, recipe_changes, resume_rules, summary
 from astracli.launch.configs import RunContext
 from astracli.launch.forks import Forks
 from astracli.launch.launcher import Launcher
 from astracli.launch.local import LocalLauncher, process_env
+from astracli.launch.place import Place
 from astracli.launch.restarts import Resumes, Start
 from astracli.launch.supervise import Supervisor
 from astracli.launch.usage import UsageLog
 from astracli.launch.watch import Watch, unharmed
 from astracli.plan.view import to_json
 from astracli.process.config import Role
+from astracli.process.open_files import raise_open_files
 from astracli.process.signals import signals
 from astracli.report.page import data as report_data
 from astracli.runs import changes as run_changes
@@ -72,18 +74,30 @@ class Job:
         except KeyboardInterrupt:
             state, code, cause = "interrupted", 130, "interrupted"
         except Exception as error:
+            known = isinstance(error, AstraError)
             if isinstance(error, AstraError) and context.training:
                 weights = recipe_changes.has_weights(run)
                 error.hint = resume_rules.completed(error.hint, error.message, run.path, weights=weights)
-            cause, *lines = str(error).splitlines() or [type(error).__name__]
+            named = None if known else disk_full(error) or refused_by_system(error)  # after the start, no bad input
+            cause, *lines = str(named or error).splitlines() or [type(error).__name__]
             said = {"last_lines": lines, "hint": error.hint if isinstance(error, AstraError) else None}
+            if named is not None:
+                raise RunFailed(named.message, named.hint) from error
             raise
         finally:
-            run.end(state, exit_code=code, cause=cause, **said)
-            self.summary |= {"cause": cause, "last_lines": said.get("last_lines", [])} if self.summary else {}
-            if self.summary:
-                self._record(state)
+            self._end(state, code, cause, said)
         return code
+
+    def _end(self, state: State, code: int, cause: str | None, said: Mapping[str, Any]) -> None:
+        """Record how it ended, as far as the disk takes it: the cause is said in any case."""
+        run = self.context.run_dir
+        shutil.rmtree(run.stage, ignore_errors=True)  # what nobody needs any more makes room on a full disk
+        with unharmed(f"`{run.status_json}` does not say how the run ended"):
+            run.end(state, exit_code=code, cause=cause, **said)
+        if self.summary:
+            self.summary |= {"cause": cause, "last_lines": said.get("last_lines", [])}
+            with unharmed("no summary.json"):
+                self._record(state)
 
     def _record(self, state: State) -> None:
         """summary.json, then the page of the run, and its place in the summary."""
@@ -98,6 +112,7 @@ class Job:
     def _supervise(self) -> bool:
         """True when it was interrupted."""
         context, run = self.context, self.context.run_dir
+        raise_open_files()
         sinks = metrics.open_sinks(context.recipe.metrics.sinks, run.path)
         metrics.mend(run.metrics_jsonl)
         with contextlib.ExitStack() as stack:
@@ -106,7 +121,8 @@ class Job:
             stack.callback(launcher.close)
             store, server = stack.enter_context(hub.serving(context, lambda body: supervisor.on_status(body)))
             processes = configs.build(context, server.url)
-            watch = Watch(run, context.recipe.train.steps if context.training else None, store, sinks)
+            place = Place(run)
+            watch = Watch(run, context.recipe.train.steps if context.training else None, store, sinks, place)
             usage = UsageLog(run, launcher, context.plan.gpu_map)
 
             def tick(supervisor: Supervisor) -> None:
@@ -131,13 +147,21 @@ class Job:
             )
             try:
                 return supervisor.run()
-            except RunFailed as error:
-                raise self._with_figures(error) from None
+            except Exception as error:
+                # a process that misses its files ends first, and of something else
+                if (fault := place.fault()) is not None:
+                    raise fault from error
+                if isinstance(error, RunFailed):
+                    raise self._with_figures(error) from None
+                raise
             finally:
                 usage.close()
-                watch.close(supervisor)
-                with unharmed("no summary table"):
-                    self._sum_up(supervisor, store, launcher, watch.evaluations_s)
+                if place.fault() is None:
+                    watch.close(supervisor)
+                    with unharmed("no summary table"):
+                        self._sum_up(supervisor, store, launcher, watch.evaluations_s)
+                else:
+                    watch.give_terminal_back()
 
     def _forks(self) -> Forks | None:
         """What forks this run's processes; None where each starts by itself."""

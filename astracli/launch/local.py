@@ -18,6 +18,8 @@ from astracli.runs.run_dir import RunDir, write_atomic
 
 OFFLINE = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1")
 """The supervisor has fetched everything; a child that would ask the network is wrong."""
+PYTHON = (sys.executable, "-P", "-m")
+"""Nothing of the working directory is imported in the place of a module."""
 QUIET = {"TQDM_DISABLE": "1"}
 """A log is no terminal."""
 
@@ -34,9 +36,13 @@ def child_spec(process: Process, lock_fd: int | None = None) -> ChildSpec:
         config.stage_dir.mkdir(parents=True, exist_ok=True)
     return ChildSpec(
         name=plan.name,
-        argv=(plan.python or sys.executable, "-m", plan.module, str(document)),
+        argv=(*([plan.python, "-m"] if plan.python else PYTHON), plan.module, str(document)),
         log=run.attempt_logs(config.attempt) / f"{plan.name}.log",
-        env={**process_env(plan, config.recipe.launch.host), **process.env},
+        env={
+            **process_env(plan, config.recipe.launch.host),
+            **process.env,
+            **({"PYTHONSAFEPATH": "1"} if plan.python else {}),
+        },  # -P, for a Python that may not know it
         nice=plan.nice,
         inherit=() if lock_fd is None else (lock_fd,),
     )

@@ -97,17 +97,33 @@ def resume_step(run: RunDir, recipe: Recipe) -> int:
             f"train on with `astra train --resume {run.path} --set train.steps={2 * (status.steps or 1)}`",
         )
     step = checkpoint_step(run)
+    if step and not run.hub_sqlite.is_file():
+        raise UserError(
+            f"`{run.hub_sqlite}` is gone: without the run's books nobody knows which prompts and groups were used",
+            "put the file back, or start a new run from its weights: `astra runs export "
+            f"{run.path} --out DIR`, then `--set model.path=DIR`",
+        )
     if step > recipe.train.steps:
         raise UserError(f"train.steps = {recipe.train.steps}, but `{run.path}` has trained {step} steps already")
     return step
 
 
 def checkpoint_step(run: RunDir) -> int:
-    """Steps that the newest whole checkpoint has trained; 0 without one."""
+    """Steps that the newest whole checkpoint has trained; 0 without one. Damaged ones are said, with what they cost."""
     from astracli.training import checkpoint
 
     newest = checkpoint.latest(run.checkpoints)
-    return newest.step if newest else 0
+    step = newest.step if newest else 0
+    if lost := checkpoint.damaged(run.checkpoints):
+        names = ", ".join(f"`{checkpoint.place(run.checkpoints, one)}`" for one in lost)
+        many = "checkpoints are" if len(lost) > 1 else "checkpoint is"
+        where = f"the one of step {step}" if step else "the beginning"
+        again = f"{lost[0] - step} step{'' if lost[0] - step == 1 else 's'}"
+        say(
+            f"warning: {len(lost)} {many} damaged or not whole: {names}; the run goes on from {where}, {again} are "
+            "trained again"
+        )
+    return step
 
 
 def resumed_evaluation(path: Path) -> RunDir:

@@ -26,7 +26,7 @@ from astracli.plan.build import build, refuse
 from astracli.plan.types import Command, LaunchPlan
 from astracli.plan.view import to_json
 from astracli.process.config import SampleFile
-from astracli.process.console import say
+from astracli.process.console import plain, say
 from astracli.runs import changes as run_changes
 from astracli.runs import find as runs
 from astracli.runs import metrics
@@ -131,7 +131,7 @@ def evaluate(recipe: Recipe, *, as_json: bool = False, **options: Any) -> int:
         else:
             from astracli.report.summary_table import result_lines
 
-            print("\n".join(result_lines(document)))
+            print(plain("\n".join(result_lines(document))))
             say(f"items and figures are in {run.eval}")
     elif code == 130:
         say(f"interrupted; go on with `astra eval --resume {run.path}`")

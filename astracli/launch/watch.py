@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from astracli.launch.place import Place
 from astracli.launch.supervise import Supervisor
 from astracli.process.console import say
 from astracli.report.alerts import Alerts
@@ -35,8 +36,9 @@ def unharmed(what: str) -> Iterator[None]:
 class Watch:
     """Called between the supervisor's looks: feeds the view, the sinks and status.json."""
 
-    def __init__(self, run_dir: RunDir, steps: int | None, store: HubStore, sinks: Sequence[Sink]):
+    def __init__(self, run_dir: RunDir, steps: int | None, store: HubStore, sinks: Sequence[Sink], place: Place):
         """`steps`: of a training run; None for a job without a trainer."""
+        self._place = place
         self.evaluations_s: dict[str, float] = {}
         """Step of an evaluation -> seconds from when it became due to its result."""
         self._run_dir = run_dir
@@ -64,6 +66,8 @@ class Watch:
         if now - self._looked < WATCH_EVERY_S:
             return
         self._looked = now
+        if (fault := self._place.fault()) is not None:
+            raise fault
         records: list[Record] = self._tail.new()
         state = self._store.state()
         if records:
@@ -120,6 +124,10 @@ class Watch:
             self(supervisor)
             if self._training:
                 self._run_dir.update(step=self._progress.step)
+        self.give_terminal_back()
+
+    def give_terminal_back(self) -> None:
+        """Close the view and the sinks. Raises nothing."""
         with unharmed("the live view did not close"):
             self._view.close()
         for sink in self._sinks:

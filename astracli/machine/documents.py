@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import json
 from pathlib import Path
 
+from astracli.config import reading
 from astracli.errors import UserError
 from astracli.machine.facts import Machine, validate
 
@@ -32,7 +32,7 @@ def load(text: str) -> Machine:
     if text in names():
         return _read(FOLDER / f"{text}.json", text)
     path = Path(text)
-    if path.suffix != ".json" and path.name == text and not path.exists():
+    if path.suffix != ".json" and path.name == text and not reading.is_file(path):
         near = difflib.get_close_matches(text, names(), n=1)
         guess = f"did you mean `{near[0]}`? " if near else ""
         hint = f"{guess}they are {', '.join(names())}; or name a file: {RECORD}"
@@ -43,7 +43,7 @@ def load(text: str) -> Machine:
 def _read(path: Path, text: str) -> Machine:
     hint = f"{RECORD}, or take a shipped one: {', '.join(names())}"
     try:
-        document = json.loads(path.read_text())
+        document = reading.document(path)
     except OSError as error:
         raise UserError(f"cannot read facts file `{text}`: {(error.strerror or str(error)).lower()}", hint) from None
     except ValueError as error:

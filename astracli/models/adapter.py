@@ -199,18 +199,38 @@ def chat_prompt_tokens(
 
 def read_config(path: Path) -> dict[str, Any]:
     """config.json of a checkpoint directory. Raises UserError when it is missing or no JSON object."""
-    import json
-
+    from astracli.config import reading
     from astracli.errors import UserError
 
     file = path / "config.json"
     try:
-        document = json.loads(file.read_text())
+        document = reading.document(file)
     except FileNotFoundError:
         hint = "give a checkpoint directory or a Hub id as model.path"
         raise UserError(f"no config.json in `{path}`", hint) from None
     except ValueError as error:
         raise UserError(f"`{file}` is not JSON: {error}", "download the checkpoint again") from None
+    except OSError as error:
+        raise UserError(f"cannot read `{file}`: {(error.strerror or str(error)).lower()}") from None
     if not isinstance(document, dict) or "model_type" not in document:
         raise UserError(f"`{file}` has no `model_type`", "give a transformers checkpoint as model.path")
+    if (large := _too_large(document)) is not None:
+        raise UserError(f"`{file}`: {large}: no model has that", "download the checkpoint again")
     return document
+
+
+MOST_LAYERS, MOST_HEADS, LARGEST_SIZE = 4096, 65_536, 2**40
+"""Of a model: layers; heads, experts and other things that are counted; any number of its config.json."""
+
+
+def _too_large(config: Mapping[str, Any]) -> str | None:
+    """The first count of a config that nothing should be made for (a plan has a row of every layer); None if none."""
+    for key, value in config.items():
+        if isinstance(value, dict) and (found := _too_large(value)) is not None:
+            return found
+        if not isinstance(value, int):
+            continue
+        most = MOST_LAYERS if key.endswith(("layers", "n_layer")) else MOST_HEADS if key.startswith("num_") else None
+        if abs(value) > (most or LARGEST_SIZE):
+            return f"`{key}` = {value if abs(value) < 10**30 else 'a number of very many digits'}"
+    return None

@@ -6,17 +6,24 @@ the wire map all come from that table, and a loaded model that does not match it
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from astracli.config import reading
 from astracli.errors import UserError
 from astracli.models.adapter import MemoryShape, WireTensor
 
 Shapes = dict[str, tuple[int, ...]]
+HEADER_BYTES = 100_000_000
+"""Longest header that the format allows."""
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
+}  # fmt: skip
+"""Of a tensor's elements; a dtype that is not here is not checked for its size."""
 _BUFFERS = re.compile(
     r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(attn|attention)\.(bias|masked_bias)|position_ids)$"
 )
@@ -33,19 +40,30 @@ def checkpoint_tensors(path: Path) -> dict[str, dict[str, Any]]:
         try:
             with file.open("rb") as stream:
                 size = int.from_bytes(stream.read(8), "little")
-                if not 0 < size <= file.stat().st_size - 8:
+                if not 0 < size <= min(HEADER_BYTES, file.stat().st_size - 8):
                     raise ValueError("header length does not fit the file")
-                header = json.loads(stream.read(size))
-                ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-                have = file.stat().st_size - 8 - size
-                if max(ends, default=0) != have:
-                    raise ValueError(f"its header promises {max(ends, default=0)} bytes of tensors, it holds {have}")
+                header = reading.from_json(stream.read(size).decode("utf-8"))
+                _check_offsets(header, file.stat().st_size - 8 - size)
         except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
             raise UserError(
                 f"`{file}` is not a whole safetensors file: {error}", "download the checkpoint again"
             ) from None
         found.update({name: entry for name, entry in header.items() if name != "__metadata__"})
     return found
+
+
+def _check_offsets(header: Mapping[str, Any], have: int) -> None:
+    """The tensors of a shard lie one behind another and fill it. Raises ValueError."""
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        low, high = (int(offset) for offset in entry["data_offsets"])
+        size = prod(int(length) for length in entry["shape"]) * DTYPE_BITS.get(entry["dtype"], 0) // 8
+        if low != end or high < low or (size and size != high - low):
+            raise ValueError(f"the place of `{name[:80]}` in it is wrong")
+        end = high
+    if end != have:
+        raise ValueError(f"its header promises {end} bytes of tensors, it holds {have}")
 
 
 def is_buffer(name: str) -> bool:

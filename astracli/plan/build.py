@@ -55,7 +55,7 @@ def build(
     sizes of a model that the adapter knows are used. `checkpoint_bytes`: its size on disk. `chat_template`: its text,
     None when it is not known."""
     known = config if config is not None else adapter.known_configs.get(recipe.model.path)
-    shape = adapter.memory_shape(known) if known is not None else None
+    shape = _shape(adapter, recipe, known) if known is not None else None
     draft = _Draft(recipe, choice, facts, command, shape, checkpoint_bytes)
 
     def fits(other: Recipe, lightly: bool) -> bool:
@@ -76,6 +76,20 @@ def build(
     what = f"checkpoint {recipe.model.path} not on this machine"
     absent = PlanProblem("checkpoint", what, what, "it is downloaded when a run starts", blocking=False)
     return replace(plan, problems=(*plan.problems, absent))
+
+
+def _shape(adapter: ModelAdapter, recipe: Recipe, config: Mapping[str, Any]) -> MemoryShape:
+    """What the adapter makes of a config.json. Raises UserError for one that lacks what the family has."""
+    try:
+        return adapter.memory_shape(config)
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        said = f"{type(error).__name__}: {error}"[:200]
+        raise UserError(
+            f"the config.json of `{recipe.model.path}` is none that adapter `{adapter.name}` reads: {said}",
+            "download the checkpoint again, or name another with `--set model.adapter=NAME`",
+        ) from None
 
 
 def refuse(plan: LaunchPlan) -> None:

@@ -17,7 +17,8 @@ def child(module: str, *arguments: str) -> tuple[subprocess.Popen[bytes], socket
     """Start `python -m MODULE SOCKET_FD ARGUMENTS`: the child, which ends when the socket is closed, and our end."""
     ours, theirs = socket.socketpair()
     command = [sys.executable, "-m", module, str(theirs.fileno()), *arguments]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # idle threads, beside which nobody forks
+    # idle threads, beside which nobody forks; and nothing is imported from the working directory
+    env = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     with theirs:
         return subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=env), ours
 

@@ -67,6 +67,10 @@ class ProcessConfig(Table):
     threads: int
     """CPU threads of this process."""
 
+    @classmethod
+    def largest(cls) -> int:
+        return 2**63 - 1
+
 
 class EngineConfig(ProcessConfig):
     role: Literal[Role.ENGINE] = Role.ENGINE

@@ -22,7 +22,9 @@ from astracli.process.worker import THREAD_VARIABLES
 
 MODULE = "astracli.process.fork_server"
 ONE_THREAD = dict.fromkeys(THREAD_VARIABLES, "1")
-LATE = frozenset(("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", *THREAD_VARIABLES))
+RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_SOCKET_FAMILY")
+LATE = frozenset((*RANKS, *INTERFACES, *THREAD_VARIABLES))
 """Variables that a child may have for itself: nothing reads them at import, or `worker.set_threads` sets them again in
 the libraries that did."""
 REPLY_S = 20.0
@@ -60,7 +62,7 @@ class Forked:
 
 def start(modules: Sequence[str], env: Mapping[str, str], link: int, said: int) -> subprocess.Popen[bytes] | Forked:
     """The server's process. `link`: descriptor of its end of the socket; `said`: of the file for what it prints."""
-    words = [sys.executable, "-m", MODULE, str(link), ",".join(modules), "-" * TITLE_BYTES]
+    words = [sys.executable, "-P", "-m", MODULE, str(link), ",".join(modules), "-" * TITLE_BYTES]
     return subprocess.Popen(
         words, pass_fds=[link], env=dict(env), stdin=subprocess.DEVNULL, stdout=said, stderr=said,
         start_new_session=True,

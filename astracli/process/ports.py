@@ -1,9 +1,12 @@
-"""Free TCP ports: bound, never guessed."""
+"""Where processes of a run listen: free TCP ports, bound and never guessed; the address in a URL; its interface."""
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 from contextlib import ExitStack
+
+import psutil
 
 from astracli.errors import RunFailed, UserError
 
@@ -31,3 +34,26 @@ def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
     with ExitStack() as held:
         sockets = [held.enter_context(bind(host)) for _ in range(count)]
         return [sock.getsockname()[1] for sock in sockets]
+
+
+def url(host: str, port: int) -> str:
+    """`http://HOST:PORT`; an IPv6 address in its brackets."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def interface(host: str) -> str | None:
+    """Name of the network interface that has the address `host`; None when none has."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        address = socket.getaddrinfo(host, None, family, socket.SOCK_STREAM)[0][4][0]
+    except OSError:
+        return None
+    wanted = ipaddress.ip_address(str(address).partition("%")[0])
+    for name, addresses in psutil.net_if_addrs().items():
+        for one in addresses:
+            if one.family != family:
+                continue
+            has = ipaddress.ip_address(one.address.partition("%")[0])
+            if has == wanted or (has.is_loopback and wanted.is_loopback):
+                return str(name)
+    return None

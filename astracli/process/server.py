@@ -1,12 +1,15 @@
-"""An HTTP server in a thread of this process, and the check of the run's token that guards it."""
+"""An HTTP server in a thread of this process, and the checks that guard it: the run's token, and no browser."""
 
 from __future__ import annotations
 
+import asyncio
 import hmac
+import ipaddress
 import socket
 import threading
 import time
 from contextlib import suppress
+from typing import Any
 
 import uvicorn
 from starlette.requests import ClientDisconnect
@@ -14,43 +17,107 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from astracli.errors import RunFailed
+from astracli.process import ports
+from astracli.process.connections import TRUSTED, Guarded, most_connections
+from astracli.process.console import say
 
 KEEP_ALIVE_S = 75
+CLOSE = "close"
+"""Of a refused request the connection ends: its body is not read."""
 
 
 class TokenGuard:
-    """ASGI middleware: a request without `Authorization: Bearer TOKEN` is answered with 401 and `refusal`."""
+    """ASGI middleware: a request without `Authorization: Bearer TOKEN` is answered with 401 and `refusal`.
+
+    Requests that a browser could have been made to send are refused before: 403 with an `Origin`, 421 when `Host` is a
+    name that is not this server's (a page whose name was pointed at this machine: DNS rebinding). No process of a run
+    sends either.
+    """
 
     def __init__(self, app: ASGIApp, token: str, refusal: JSONResponse):
         self._app = app
         self._expected = f"Bearer {token}".encode()
         self._refusal = refusal
 
+        self._refusal.headers["connection"] = CLOSE
+        self.host: str | None = None
+        """The name under which the server is reached, besides addresses and `localhost`."""
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._expected):
-                await self._refusal(scope, receive, send)
-                return
+        headers = dict(scope["headers"])
+        refusal = self._browser(headers)
+        if refusal is None and not hmac.compare_digest(headers.get(b"authorization", b""), self._expected):
+            refusal = self._refusal
+        if refusal is not None:
+            await refusal(scope, receive, send)
+            return
+        scope[TRUSTED] = True
         with suppress(ClientDisconnect):  # a client that ends in the middle of a request is no error of the server
             await self._app(scope, receive, send)
 
+    def _browser(self, headers: dict[bytes, bytes]) -> JSONResponse | None:
+        """The refusal of a request that a page in a browser may have sent; None for any other."""
+        if b"origin" in headers:
+            return JSONResponse({"error": "no browser may ask"}, 403, {"connection": CLOSE})
+        host = headers.get(b"host", b"").decode("latin-1")
+        if not _is_own(host, self.host):
+            return JSONResponse({"error": "this server has another name"}, 421, {"connection": CLOSE})
+        return None
+
+
+def _is_own(host: str, name: str | None) -> bool:
+    """Whether a `Host` header names a server by an address, as `localhost`, or by its own `name`."""
+    bare = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    if bare.lower().rstrip(".") in ("localhost", (name or "localhost").lower()):
+        return True
+    with suppress(ValueError):
+        ipaddress.ip_address(bare)
+        return True
+    return False
+
+
+class _Server(uvicorn.Server):
+    """When this process has no descriptor left for a new connection, asyncio tries again a second later. That is said
+    once, in a line."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        said: list[str] = []
+
+        def complain(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+            if not isinstance(context.get("exception"), OSError) or "accept" not in context.get("message", ""):
+                loop.default_exception_handler(context)
+            elif not said:
+                said.append("")
+                say(f"warning: no new connections for now: {context['exception']} (`ulimit -n` is the limit)")
+
+        asyncio.get_running_loop().set_exception_handler(complain)
+        await super().startup(sockets)
+
 
 class ServerThread:
-    """A uvicorn server in a daemon thread, on a socket that is bound already (`ports.bind`)."""
+    """A uvicorn server in a daemon thread, on a socket that is bound already (`ports.bind`).
 
-    def __init__(self, app: ASGIApp, sock: socket.socket):
+    With a `TokenGuard` as `app`, connections are limited in number, and those of strangers in time (`connections`).
+    `host`: the name in the recipe under which it is reached, where that is no address.
+    """
+
+    def __init__(self, app: ASGIApp, sock: socket.socket, host: str | None = None):
+        protocol: Any = "h11"
+        if isinstance(app, TokenGuard):
+            app.host = host
+            protocol = type("Limited", (Guarded,), {"most": most_connections()})
         config = uvicorn.Config(
             app,
             loop="asyncio",  # `auto` takes whatever some other package installed
-            http="h11",
-            log_level="warning",
+            http=protocol,
+            ws="none",
+            log_level="error",
             access_log=False,
             lifespan="off",
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=1,
         )
-        self._server = uvicorn.Server(config)
+        self._server = _Server(config)
         # asyncio sets this only on sockets that were made with proto=IPPROTO_TCP; without it an answer waits 40 ms
         # for a delayed acknowledgement.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -60,7 +127,7 @@ class ServerThread:
     @property
     def url(self) -> str:
         host, port = self._socket.getsockname()[:2]
-        return f"http://{host}:{port}"
+        return ports.url(host, port)
 
     @property
     def alive(self) -> bool:

@@ -28,6 +28,8 @@ import httpx
 
 from astracli.errors import AstraError, disk_full
 from astracli.process.config import C, ProcessConfig, load_config
+from astracli.process.open_files import raise_open_files
+from astracli.process.patience import GONE_S, Patience
 from astracli.process.transient import gpu_failed, link_failed
 
 State = Literal["starting", "ready", "done", "failed"]
@@ -61,11 +63,12 @@ class Status:
 class Reporter:
     """Tells the hub each second that this process lives, and what it waits for. A context manager.
 
-    The heartbeat runs in a daemon thread. When the hub cannot be reached for `give_up_s` seconds, or when the process
-    that started this one is gone, it ends the process with `ORPHAN_EXIT`: an orphan never lives on.
+    The heartbeat runs in a daemon thread. It ends the process with `ORPHAN_EXIT`, so that no orphan lives on, when the
+    process that started this one is gone, when nobody listens at the hub's address for `give_up_s` seconds, or when the
+    hub takes connections and answers none for `patience.SILENT_S`: its process is there and stands still.
     """
 
-    def __init__(self, config: ProcessConfig, *, interval_s: float = 1.0, give_up_s: float = 10.0):
+    def __init__(self, config: ProcessConfig, *, interval_s: float = 1.0, give_up_s: float = GONE_S):
         self.stop_requested = threading.Event()
         """Set when the hub asks for a stop, or on SIGTERM: finish what you do and return."""
         self._config = config
@@ -125,22 +128,24 @@ class Reporter:
             self._thread.join(timeout=3.0)
 
     def _beat(self) -> None:
-        last_contact = time.monotonic()
+        patience = Patience(self._give_up_s)
         while True:
             closing = self._closed.is_set()
             if os.getppid() != self._parent:
                 _leave("the supervisor is gone")
-            if self._post():
-                last_contact = time.monotonic()
-            elif time.monotonic() - last_contact > self._give_up_s:
-                _leave(f"the hub at {self._config.hub_url} did not answer for {self._give_up_s:g} s")
+            try:
+                self._post()
+                patience = Patience(self._give_up_s)
+            except (httpx.TransportError, ValueError) as error:
+                if (waited := patience.exhausted(error)) is not None:
+                    _leave(f"the hub at {self._config.hub_url} did not answer for {waited:g} s")
             if closing:
                 return
             self._wake.wait(self._interval_s)
             self._wake.clear()
 
-    def _post(self) -> bool:
-        """One heartbeat. False when the hub could not be reached."""
+    def _post(self) -> None:
+        """One heartbeat. Raises httpx.TransportError or ValueError when the hub could not be reached."""
         with self._lock:
             body: dict[str, Any] = {
                 "name": self._config.name,
@@ -153,16 +158,13 @@ class Reporter:
                 body["error"] = self._error
             if told := list(self._warnings):
                 body["warnings"] = told
-        try:
-            reply = self._http.post("/status", content=json.dumps(body, default=str))
-            if reply.status_code == 200 and reply.json().get("stop"):
-                self.stop_requested.set()
-            if reply.status_code < 400:
-                with self._lock:
-                    del self._warnings[: len(told)]
-            return reply.status_code < 400
-        except (httpx.TransportError, ValueError):
-            return False
+        reply = self._http.post("/status", content=json.dumps(body, default=str))
+        if reply.status_code >= 400:
+            raise ValueError(f"the hub refused a heartbeat: {reply.status_code}")
+        if reply.json().get("stop"):
+            self.stop_requested.set()
+        with self._lock:
+            del self._warnings[: len(told)]
 
 
 def _leave(reason: str) -> None:
@@ -191,6 +193,7 @@ def worker_main(fn: Callable[[C, Reporter], None], kind: type[C]) -> None:
     except AstraError as error:
         sys.exit(_explain(error))
     set_threads(config.threads)
+    raise_open_files()
     with contextlib.suppress(AttributeError, ValueError):
         faulthandler.register(signal.SIGUSR1, all_threads=True)
     reporter = Reporter(config)

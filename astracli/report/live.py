@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from astracli.hub.types import EvaluationStatus, HubState
-from astracli.process.console import say
+from astracli.process.console import plain, say
 from astracli.process.worker import Status
 from astracli.runs.metrics import Record, without_absent
 from astracli.runs.names import REWARD, words
@@ -75,7 +75,7 @@ class RunProgress:
     def waits(self) -> list[str]:
         """`trainer: waiting for 3 of 16 groups`, for each process that waits or is not ready."""
         idle = [(name, s) for name, s in self.statuses.items() if s.waiting or s.state == "starting"]
-        return [f"{name}: {status.words()}" for name, status in idle]
+        return [plain(f"{name}: {status.words()}") for name, status in idle]
 
     def eval_words(self, evaluation: EvaluationStatus) -> str:
         """`avg@8 0.35` of the overall figure, or of the only benchmark."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import time
 from collections import defaultdict, deque
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from astracli.errors import UserError
-from astracli.runs import changes, metrics, names
+from astracli.runs import changes, metrics, names, tables
 from astracli.runs.run_dir import RunDir, paths
 
 Outcome = Literal["right", "wrong", "truncated"]
@@ -149,9 +148,8 @@ def eval_rows(run: RunDir) -> dict[str, list[dict[str, str]]]:
     """benchmark -> its rows of `eval/eval.csv` in the order of steps; empty without that file."""
     found: dict[str, list[dict[str, str]]] = defaultdict(list)
     if run.eval_csv.is_file():
-        with run.eval_csv.open(encoding="utf-8", newline="") as file:
-            for row in sorted(csv.DictReader(file), key=lambda row: int(row["step"])):
-                found[row["benchmark"]].append(row)
+        for row in sorted(tables.read(run.eval_csv), key=lambda row: int(row["step"])):
+            found[row["benchmark"]].append(row)
     return found
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from astracli.process.console import plain_values
 from astracli.report.live import duration, evaluated, judged, stderr_console
 from astracli.runs import changes
 
@@ -17,7 +18,7 @@ from astracli.runs import changes
 def print_summary(summary: Mapping[str, Any], console: Console | None = None, *, wrap: bool | None = None) -> None:
     """The summary table: benchmarks first and last, expected figures, time, weights, parity, memory, places. `wrap`
     breaks long rows between words; None does so on a terminal, whose other readers get a line a row."""
-    console = console or stderr_console()
+    console, summary = console or stderr_console(), plain_values(summary)
     if summary["benchmarks"]:
         console.print(benchmark_table(summary))
     room = console.width - KEY if console.is_terminal or wrap else 0

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from astracli.process.console import say
 from astracli.runs.find import list_runs
 from astracli.runs.run_dir import RunDir
 
@@ -47,6 +48,7 @@ def leftovers(run: RunDir) -> list[tuple[int, str]]:
         words, uids = process.info["cmdline"] or [], process.info["uids"]
         if uids is None or uids.real != os.getuid() or len(words) < 4:
             continue
+        words = [word for word in words if word != "-P"]
         # the supervisor hands every child the absolute path of its configuration, which lies in the run directory
         ours = words[1] == "-m" and words[2].startswith("astracli.") and Path(words[3]).is_absolute()
         if ours and Path(words[3]).resolve().is_relative_to(home):
@@ -87,12 +89,17 @@ def _owes_evaluation(run: RunDir) -> bool:
 
 def cleanable(root: Path, *, older_than_s: float, resumable: bool) -> list[RunDir]:
     """Ended runs under `root`: those that are done, with `resumable` also failed, interrupted and dead ones."""
-    now, found = time.time(), []
+    now, found, foreign = time.time(), [], list[str]()
     for run in list_runs(root):
         status = run.readable_status()
-        if status is None or run.in_use() or run.going():
+        if status is None or not run.own() or run.in_use() or run.going():
+            if status is not None and not run.own():
+                foreign.append(run.name)
             continue
         ended = status.ended or run.status_json.stat().st_mtime
         if (status.state == "done" or resumable) and now - ended >= older_than_s:
             found.append(run)
+    if foreign:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        say(f"note: left alone under `{root}`, another user's: {', '.join(foreign[:3])}{more}")
     return found

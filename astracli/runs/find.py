@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from functools import cache
 from pathlib import Path
 
+from astracli.config import reading
 from astracli.errors import UserError
+from astracli.process.console import say
 from astracli.runs.run_dir import RunDir
 
 RUNS = Path("runs")
@@ -41,8 +44,10 @@ def resume(path: Path) -> RunDir:
 def existing(path: Path) -> RunDir:
     """The run in `path`. Raises UserError when there is none."""
     run = RunDir(path)
-    if not run.recipe_json.is_file():
-        why = "does not exist" if not path.exists() else "holds no recipe.json"
+    if not reading.is_file(run.recipe_json):
+        if reading.is_dir(path) and not run.readable():
+            raise UserError(f"run `{path}` cannot be read by this user", "ask the user whose run it is")
+        why = "holds no recipe.json" if reading.is_dir(path) else "does not exist"
         raise UserError(f"`{path}` is no run: it {why}", "`astra runs list` shows the runs under runs/")
     return run
 
@@ -50,14 +55,25 @@ def existing(path: Path) -> RunDir:
 def named(text: str, *, root: Path = RUNS) -> RunDir:
     """A run by path, or by name under `root`. Raises UserError."""
     under_root = root / text
-    return existing(under_root if under_root.is_dir() and "/" not in text else Path(text))
+    return existing(under_root if "/" not in text and reading.is_dir(under_root) else Path(text))
 
 
 def list_runs(root: Path = RUNS) -> list[RunDir]:
     """The runs under `root`, newest first."""
-    places = root.iterdir() if root.is_dir() else ()
-    runs = (RunDir(path) for path in places if (path / "recipe.json").is_file())
+    places = root.iterdir() if reading.is_dir(root) else ()
+    found = [RunDir(path) for path in places if reading.is_dir(path)]
+    closed = sorted(run.name for run in found if not run.readable())
+    if closed:
+        _say_left_out(root, tuple(closed))
+    runs = [run for run in found if run.name not in closed and reading.is_file(run.recipe_json)]
     return sorted(runs, key=lambda run: (_started(run), run.name), reverse=True)
+
+
+@cache
+def _say_left_out(root: Path, names: tuple[str, ...]) -> None:
+    """Once in a command."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    say(f"note: left out under `{root}`, this user may not read it: {', '.join(names[:3])}{more}")
 
 
 def newest(root: Path = RUNS) -> RunDir | None:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 
-from astracli.errors import UserError
+from astracli.config import reading
+from astracli.errors import FULL, UserError
+from astracli.process import identity
+from astracli.process.identity import Identity
 
+STATUS_BYTES = 16 << 10
+"""Size of `status.json`, filled with spaces: a new text always fits into the blocks of the old one."""
 State = Literal["running", "done", "failed", "interrupted"]
 ORIGIN = "astra_export.json"
 """Beside the weights of an export: the steps that they were trained, and the layout, the source's or text only."""
@@ -51,12 +58,15 @@ class RunStatus:
     """Process -> what it waits for, or its state; a few seconds old."""
     command: str = "train"
     recipe: str = ""
+    boot: str | None = None
+    ticks: int | None = None
+    """With `boot` the start of process `pid` by a clock that nobody sets (`process/identity.py`)."""
 
     def alive(self) -> bool:
         """True while the recorded supervisor still runs on this host."""
         if self.host != socket.gethostname():
             return self.state == "running"
-        return _lives(self.pid, self.create_time)
+        return Identity(self.pid, self.create_time, self.boot, self.ticks).lives()
 
     def shown(self) -> str:
         """The state as people read it; a run that says `running` without its supervisor is `dead (resumable)`."""
@@ -91,6 +101,8 @@ class RunDir:
         self.stage = path / "stage"
         """Weight payloads on their way into an engine, one folder per engine."""
         self.logs = path / "logs"
+        self._status: RunStatus | None = None
+        """What this process wrote last; it alone writes while the run goes on."""
         self.lock_fd: int | None = None
         """The file descriptor that holds the lock, inherited by every child; None when it is not held."""
 
@@ -121,7 +133,13 @@ class RunDir:
         Children inherit `lock_fd`: a supervisor that was killed leaves the run held until the last of them has seen it
         and ended. They would write checkpoints and weights under a resume; it waits `orphans_s` for them.
         """
-        fd = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fd = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        except PermissionError:
+            raise UserError(
+                f"run directory `{self.path}` belongs to another user, or cannot be written",
+                "only the user who started a run can go on with it; copy the directory to have it as your own",
+            ) from None
         deadline = time.monotonic() + orphans_s
         while not _flock(fd):
             holder = os.pread(fd, 32, 0).decode(errors="replace").strip()
@@ -150,14 +168,26 @@ class RunDir:
         """Whether this object holds the lock."""
         return self.lock_fd is not None
 
+    def own(self) -> bool:
+        """Whether this user may change the run: write into its directory, and take its lock."""
+        lock = self.path / ".lock"
+        return _may(self.path, os.R_OK | os.W_OK | os.X_OK) and (not lock.exists() or _may(lock, os.R_OK | os.W_OK))
+
+    def readable(self) -> bool:
+        """Whether this user may look at it."""
+        files = [file for file in (self.recipe_json, self.status_json) if reading.is_file(file)]
+        return _may(self.path, os.R_OK | os.X_OK) and all(_may(file, os.R_OK) for file in files)
+
     def in_use(self) -> bool:
-        """True when a process holds the lock."""
+        """True when a process holds the lock, or when that cannot be known: it is another user's run."""
         if self.held:
             return True
         try:
             fd = os.open(self.path / ".lock", os.O_RDWR)
         except FileNotFoundError:
             return False
+        except PermissionError:
+            return True
         try:
             return not _flock(fd)
         finally:
@@ -168,11 +198,14 @@ class RunDir:
     def status(self) -> RunStatus | None:
         """What `status.json` says; None when the run never started. Raises UserError when it cannot be read."""
         try:
-            document = json.loads(self.status_json.read_text())
+            document = reading.document(self.status_json)
             known = {each.name for each in fields(RunStatus)}
             return RunStatus(**{key: value for key, value in document.items() if key in known})
         except FileNotFoundError:
             return None
+        except OSError as error:
+            words = (error.strerror or str(error)).lower()
+            raise UserError(f"cannot read `{self.status_json}`: {words}") from None
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"`{self.status_json}` is damaged: {error}") from None
 
@@ -197,17 +230,17 @@ class RunDir:
         self, *, recipe: str, command: str = "train", attempt: int = 1, steps: int | None = None, step: int = 0
     ) -> None:
         """Record that this process runs the run now."""
-        me = psutil.Process()
+        me = identity.of(os.getpid())
         self._write(
             RunStatus(
-                "running", me.pid, me.create_time(), socket.gethostname(), time.time(),
-                attempt=attempt, step=step, steps=steps, command=command, recipe=recipe,
+                "running", me.pid, me.create_time, socket.gethostname(), time.time(),
+                attempt=attempt, step=step, steps=steps, command=command, recipe=recipe, boot=me.boot, ticks=me.ticks,
             )
         )  # fmt: skip
 
     def update(self, **changes: Any) -> None:
         """Change fields of `status.json`, for example `step=12`. The run must have been started."""
-        status = self.status()
+        status = self._status or self.status()
         assert status is not None, "update() before start()"
         self._write(RunStatus(**(asdict(status) | changes)))
 
@@ -225,15 +258,34 @@ class RunDir:
         self.update(state=state, exit_code=exit_code, ended=time.time(), phase="", waits={}, **said)
 
     def _write(self, status: RunStatus) -> None:
-        write_atomic(self.status_json, json.dumps(asdict(status), indent=2) + "\n")
+        """On a full disk it is written into the blocks that the file has: what it says must stay true."""
+        if not self.path.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
+        self._status = status
+        try:
+            write_atomic(self.status_json, _text(status))
+        except OSError as error:
+            if error.errno not in FULL or not self.status_json.is_file():
+                raise
+            short = _text(replace(status, last_lines=[], hint=None))
+            with self.status_json.open("r+", encoding="utf-8") as file:
+                file.write(short)
+                file.truncate()
 
 
-def _lives(pid: int, create_time: float | None = None) -> bool:
-    """Whether a process runs; with `create_time`, whether it is the one that began then."""
+def _text(status: RunStatus) -> str:
+    """Of `STATUS_BYTES`, unless the last lines of a process make it longer."""
+    return json.dumps(asdict(status), indent=2).ljust(STATUS_BYTES - 1) + "\n"
+
+
+def _may(path: Path, mode: int) -> bool:
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process runs."""
     try:
-        process = psutil.Process(pid)
-        same = create_time is None or abs(process.create_time() - create_time) < 1.0
-        return same and process.status() != psutil.STATUS_ZOMBIE
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 
@@ -268,9 +320,14 @@ def write_atomic(path: Path, text: str, mode: int = 0o644, *, sync: bool = False
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with os.fdopen(fd, "w", encoding="utf-8") as file:
-        file.write(text)
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with os.fdopen(fd, "w", encoding="utf-8") as file:
+            file.write(text)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise

@@ -79,6 +79,17 @@ def latest(directory: Path) -> Checkpoint | None:
     return next((checkpoint for path in reversed(_named(directory)) if (checkpoint := read(path)) is not None), None)
 
 
+def damaged(directory: Path) -> list[int]:
+    """Steps of checkpoints newer than the newest whole one, newest first: a checkpoint gets its name when it is whole,
+    so these were harmed since."""
+    steps = []
+    for path in reversed(_named(directory)):
+        if read(path) is not None:
+            break
+        steps.append(int(path.name.removeprefix("step_")))
+    return steps
+
+
 def read(path: Path, *, digests: bool = True) -> Checkpoint | None:
     """The checkpoint at `path`, or None when it is none, is incomplete or is damaged. Without `digests` only sizes are
     compared, for a caller that knows that its bytes are right. Raises RunFailed for another format."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from astracli.config.recipe import Recipe
 from astracli.errors import UserError
+from astracli.process.console import say
 from astracli.training import checkpoint
 
 
@@ -20,6 +21,8 @@ def export_checkpoint(
     if out.exists():
         raise UserError(f"`{out}` exists", "give another --out, or remove it")
     found = checkpoint.latest(checkpoints) if step is None else checkpoint.read(checkpoint.place(checkpoints, step))
+    if found is not None and step is None and (lost := checkpoint.damaged(checkpoints)):
+        say(f"warning: newer checkpoints are damaged, of step {', '.join(map(str, lost))}: step {found.step} is taken")
     if found is None:
         there = ", ".join(str(c.step) for c in checkpoint.find(checkpoints)) or "none"
         wanted = "whole checkpoint" if step is None else f"whole checkpoint of step {step}"

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from astracli.config.recipe import RECOMPUTED_BLOCKS, Recomputed
 from astracli.errors import UserError
+from astracli.process import ports
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -154,13 +155,23 @@ def join(device: str, environment: Mapping[str, str] = os.environ, *, wrapped: b
     elif missing:
         raise UserError(f"WORLD_SIZE is {world_size}, {' and '.join(missing)} is not set", "start it with torchrun")
     else:
-        address = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-        store = dist.TCPStore(*address, world_size, rank == 0, timeout=RENDEZVOUS)
+        store = _meet(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), rank, world_size)
     with collective_check.watched():
         dist.init_process_group(**options, store=store, rank=rank, world_size=world_size)
         collective_check.check(rank, world_size, chosen)
     cpu_group = dist.new_group(backend="gloo", timeout=WAIT)
     return Ranks(rank, world_size, chosen, init_device_mesh(device, (world_size,)), cpu_group)
+
+
+def _meet(host: str, port: int, rank: int, world_size: int) -> dist.Store:
+    """The store by which the ranks find each other. Rank 0 listens at `host` alone: torch's own listener would take
+    connections on every interface, and it knows no token."""
+    listener = None
+    if rank == 0:
+        sock = ports.bind(host, port)
+        sock.listen(128)
+        listener = sock.detach()
+    return dist.TCPStore(host, port, world_size, rank == 0, timeout=RENDEZVOUS, master_listen_fd=listener)
 
 
 def _own(device: str, rank: int, environment: Mapping[str, str]) -> torch.device:

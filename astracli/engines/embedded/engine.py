@@ -29,6 +29,8 @@ from astracli.process.worker import Reporter
 from astracli.weights.receive import reading
 from astracli.weights.receive.watcher import StageWatcher
 
+LONGEST_ID = 256
+"""Characters of a request id."""
 _SAMPLING_KEYS = frozenset(
     {
         "temperature", "top_p", "max_new_tokens", "stop_token_ids", "stop", "sampling_seed", "ignore_eos",
@@ -113,6 +115,8 @@ class EmbeddedEngine:
             raise UserError(f"malformed request: {error}") from None
 
     def _request(self, ids: list[int], params: Mapping[str, Any], rid: str | None, offset: int) -> Request:
+        if not isinstance(params, dict):
+            raise UserError("sampling_params must be an object, or a list of objects")
         if unknown := sorted(params.keys() - _SAMPLING_KEYS):
             raise UserError(f"sampling parameters {', '.join(unknown)} are not known to the embedded engine")
         prompt = np.array(ids, np.int64)
@@ -125,12 +129,12 @@ class EmbeddedEngine:
                 "raise rollout.context_length or lower data.max_prompt_tokens",
             )
         temperature, top_p = float(params.get("temperature", 1.0)), float(params.get("top_p", 1.0))
-        budget = int(params.get("max_new_tokens", room))
-        if not (math.isfinite(temperature) and temperature >= 0 and 0 < top_p <= 1 and budget >= 1):
-            raise UserError(
-                f"temperature {temperature} must be >= 0, top_p {top_p} in (0, 1], max_new_tokens {budget} >= 1"
-            )
-        stops = {int(token) for token in params.get("stop_token_ids") or ()}
+        budget = _whole(params.get("max_new_tokens", room), "max_new_tokens", 1)
+        if not (math.isfinite(temperature) and temperature >= 0 and 0 < top_p <= 1):
+            raise UserError(f"temperature {temperature} must be >= 0, top_p {top_p} in (0, 1]")
+        if rid is not None and not (isinstance(rid, str) and rid.isascii() and 0 < len(rid) <= LONGEST_ID):
+            raise UserError(f"a request id is a string of at most {LONGEST_ID} ASCII characters")
+        stops = {_whole(token, "stop_token_ids", 0) for token in params.get("stop_token_ids") or ()}
         if not params.get("ignore_eos"):
             stops |= self._eos
         texts = params.get("stop") or ()
@@ -142,8 +146,8 @@ class EmbeddedEngine:
             temperature=temperature,
             top_p=top_p,
             stop_token_ids=tuple(sorted(stops)),
-            seed=secrets.randbits(63) if seed is None else int(seed),
-            draw_offset=int(offset or 0),
+            seed=secrets.randbits(63) if seed is None else _whole(seed, "sampling_seed", -(2**63), 2**64),
+            draw_offset=_whole(offset or 0, "draw_offset", 0),
             stop=StopStrings(tuple(map(str, texts)), self._tokenizer) if texts else None,
             call=self._calls,
         )
@@ -210,6 +214,14 @@ class EmbeddedEngine:
         if self.scheduler.paused is not None:
             return f"continue_generation (paused, mode {self.scheduler.paused})"
         return "requests"
+
+
+def _whole(value: Any, name: str, least: int, below: int = 2**31) -> int:
+    """A whole number of a request. What the decode thread cannot hold would end it, and with it every request."""
+    number = int(value)
+    if not least <= number < below:
+        raise UserError(f"{name} {str(value)[:20]} must be a whole number from {least} to under {below}")
+    return number
 
 
 def _spread(value: Any, count: int, name: str) -> Sequence[Any]:

@@ -61,7 +61,7 @@ async def _json(request: Request) -> dict[str, Any]:
     raw = await request.body()
     try:
         body = json.loads(raw or b"{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"the body is not JSON: {error}") from None
     if not isinstance(body, dict):
         raise UserError("the body must be a JSON object")

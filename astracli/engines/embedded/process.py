@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 def run(config: EngineConfig, reporter: Reporter) -> None:
     """Serve until told to stop. Raises RunFailed when the port is taken or the model produces NaN."""
     loaded: list[EmbeddedEngine] = []
-    server = ServerThread(build_app(loaded, config.token), ports.bind(config.recipe.launch.host, config.port)).start()
+    host = config.recipe.launch.host
+    server = ServerThread(build_app(loaded, config.token), ports.bind(host, config.port), host).start()
     try:
         loaded.append(load_engine(config))
         reporter.ready()

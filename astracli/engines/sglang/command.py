@@ -15,6 +15,10 @@ from astracli.errors import RunFailed
 from astracli.process.config import EngineConfig
 from astracli.runs.run_dir import RunDir, write_atomic
 
+RENDEZVOUS = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
+"""Environment of the server: where its ranks meet. By itself SGLang opens a TCP store of torch's for its one rank, and
+that listens on every interface whatever `--host` says."""
+
 
 class Options:
     """The command line options that an installed SGLang knows, read from its source: releases rename them.
@@ -25,12 +29,20 @@ class Options:
     def __init__(self, package: Path):
         file = package / "srt" / "server_args.py"
         parts = [file, *sorted((package / "srt" / "arg_groups").rglob("*.py"))]
+        environment = package / "srt" / "environ.py"
+        self._environment = environment.read_text(errors="replace") if environment.is_file() else ""
         try:
             self._source = "\n".join(part.read_text() for part in parts)
         except OSError as error:
             raise RunFailed(f"`{file}` cannot be read: {error.strerror}", "install sglang anew") from None
         if not self.has("custom_weight_loader"):
-            raise RunFailed(f"the SGLang in `{package}` takes no custom weight loader", "install sglang >= 0.5.13")
+            raise RunFailed(f"the SGLang in `{package}` takes no custom weight loader", "install sglang >= 0.5.17")
+        if RENDEZVOUS not in self._environment:
+            raise RunFailed(
+                f"the SGLang in `{package}` does not know {RENDEZVOUS}: it would listen for its ranks on every "
+                "interface of this machine, without a token",
+                "install sglang >= 0.5.17",
+            )
 
     def has(self, name: str) -> bool:
         return re.search(rf"\b{name}\b", self._source) is not None
@@ -87,6 +99,15 @@ def arguments(config: EngineConfig, model: Path, options: Options, flags: Mappin
         elif value is not False:
             result.append(f"{dashed}={value}")
     return result
+
+
+def rendezvous(config: EngineConfig) -> dict[str, str]:
+    """The server's ranks meet by a new file, without a socket."""
+    place = RunDir(config.run_dir).stage.resolve() / f"{config.name}-ranks"
+    place.mkdir(parents=True, exist_ok=True)
+    file = place / "store"
+    file.unlink(missing_ok=True)  # of an engine that is started again
+    return {RENDEZVOUS: file.as_uri()}
 
 
 def graph_sizes(slots: int) -> list[int]:

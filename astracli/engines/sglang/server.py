@@ -25,6 +25,7 @@ import psutil
 import astracli
 from astracli.engines.sglang import checkpoint, command, failure_hints
 from astracli.errors import RunFailed
+from astracli.process import ports
 from astracli.process.children import exit_words
 from astracli.process.config import EngineConfig
 from astracli.process.health import answers
@@ -101,6 +102,8 @@ def engine_environment(config: EngineConfig) -> dict[str, str]:
         **os.environ,
         **asked,
         "PYTHONPATH": os.pathsep.join(filter(None, [before, str(path)])),
+        **command.rendezvous(config),
+        "PYTHONSAFEPATH": "1",  # a module in the working directory is not imported; Pythons before 3.11 do not know it
         "ASTRA_PARENT": str(os.getpid()),
         "ASTRA_STAGE_DIR": str(config.stage_dir),
         "ASTRA_START_VERSION": "" if config.published else "0",
@@ -215,7 +218,7 @@ def _watch(config: EngineConfig, server: Server, reporter: Reporter) -> None:
 
 
 def _url(config: EngineConfig, path: str = "health_generate") -> str:
-    return f"http://{config.recipe.launch.host}:{config.port}/{path}"
+    return f"{ports.url(config.recipe.launch.host, config.port)}/{path}"
 
 
 if __name__ == "__main__":

@@ -206,7 +206,7 @@ CASES = [
         tensors(lambda t: t.update({"model.extra": {"dtype": "BF16", "shape": [1]}})), ckpt(),
     ),
     Case("data", "tensor names", "fail", "model.adapter", tensors(lambda t: t[NORM].update(shape=[7])), ckpt()),
-    Case("data", "dtypes", "fail", "unquantised", tensors(lambda t: t[NORM].update(dtype="F8_E4M3")), ckpt()),
+    Case("data", "dtypes", "fail", "bf16", tensors(lambda t: t[NORM].update(dtype="F8_E4M3")), ckpt()),
     Case("data", "dtypes", "warn", "download the original", tensors(lambda t: t[A_LOG].update(dtype="BF16")), ckpt()),
     Case("data", "tokenizer", "fail", "copy tokenizer.json", ckpt(tokenizer=["tokenizer_config.json"]), ckpt()),
     Case("data", "chat template", "warn", "chat_template.jinja", ckpt(chat_template=False), ckpt()),

@@ -36,9 +36,15 @@ def open_store(path: Path, **changes: Any) -> HubStore:
     return HubStore(path / "hub.sqlite", HubSettings(**(settings | changes)), **store)
 
 
-def group(lease_id: int, version: int = 0, rewards: tuple[float, ...] = (0.0, 1.0), verdict: Any = "right") -> bytes:
+def group(
+    lease_id: int,
+    version: int = 0,
+    rewards: tuple[float, ...] = (0.0, 1.0),
+    verdict: Any = "right",
+    finish: Any = "stop",
+) -> bytes:
     samples = [
-        Sample(i, [Segment(version, np.arange(3, dtype=np.int32), np.full(3, -0.5, np.float32))], "stop", r, verdict)
+        Sample(i, [Segment(version, np.arange(3, dtype=np.int32), np.full(3, -0.5, np.float32))], finish, r, verdict)
         for i, r in enumerate(rewards)
     ]
     return pack_group(Group(lease_id, f"p{lease_id}", np.array([1, 2], np.int32), samples))

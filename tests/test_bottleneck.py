@@ -28,7 +28,7 @@ def test_balanced() -> None:
     assert (found.limit, found.factor, found.change) == ("nothing", None, "")
     # 3 of 100 s waited; 120,000 tokens in 100 s of two engines; 97,000 in the 97 s of work
     assert (found.wait_share, found.idle_share) == (0.03, 0.1)
-    assert (found.generated_tokens_per_s, found.trained_tokens_per_s) == (1200.0, 1000.0)
+    assert (found.generated_tokens_per_s, found.trained_tokens_per_working_s) == (1200.0, 1000.0)
     assert found.words == (
         "balanced: the trainer waited 3% of its time for batches, the 2 engines were idle 10% of the time"
     )
@@ -164,7 +164,7 @@ def test_a_run_is_judged_without_its_first_step() -> None:
     assert (found["limit"], found["wait_share"]) == ("generation", pytest.approx(0.25))
     assert found["idle_share"] == pytest.approx(0.05)
     assert found["generated_tokens_per_s"] == pytest.approx(300.0)
-    assert found["trained_tokens_per_s"] == pytest.approx(1000 / 3)
+    assert found["trained_tokens_per_working_s"] == pytest.approx(1000 / 3)
     assert bottleneck_words(found).startswith(
         "generation limits: the trainer waited 25% of its time for batches; the engine is 1.3x too slow "
         "(without the first step; tokens/s: generated 300, trained while at work 333); try resources.engines=2 where"

@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from conftest import Ran
 from run_cases import TINY, make_run
 
 from astracli.report import run_files
+from astracli.runs.run_dir import RunDir
 
 Astra = Callable[..., Ran]
 
@@ -42,6 +44,59 @@ def test_runs_status_joins_the_newest_figures_of_each_process(astra: Astra, runs
         "rollout": {"step": 2, "reward_mean": 0.75},
     }
     assert found["status"]["state"] == "done"
+
+
+def test_runs_status_is_a_page(astra: Astra, runs: Path) -> None:
+    run = make_run(runs / "a", state="failed")
+    run.update(
+        cause="`trainer` ended with exit code 1", last_lines=["  error: boom", "  hint: mend it"], hint="mend it"
+    )
+    records = [
+        {"step": s, "process": "trainer", "arrived_reward_mean": 0.1 * s, "reward_mean": 0.9, "step_s": 2.0, "lr": 1e-4}
+        for s in range(1, 4)
+    ]
+    records.append({"step": 4, "process": "trainer", "arrived_groups": 0, "arrived_reward_mean": 0.0})
+    run.metrics_jsonl.write_text("".join(json.dumps(r) + "\n" for r in records))
+    run.eval.mkdir()
+    run.eval_csv.write_text(
+        "step,version,benchmark,items,n,avg_at_n,stderr,k,pass_at_k\n"
+        "0,0,arithmetic-heldout,256,8,0.375,0.02,4,0.6\n100,100,arithmetic-heldout,256,8,0.875,0.01,4,0.9\n"
+    )
+    (run.attempt_logs(run.next_attempt()) / "supervisor.log").write_text(
+        "2026-11-30 20:00:00 step 3: the reward is flat\n"
+    )
+    ran = astra("runs", "status", "a")
+    page = dict(line.split(None, 1) for line in ran.out.splitlines()[:8])
+    assert (
+        page["run"] == "a: failed" and page["what"] == f"astra train {TINY}" and page["began"].endswith(", 1 min 00 s")
+    )
+    assert page["step"] == "40 of 100 done, 2.00 s each"
+    assert page["reward"] == "0.3 of all that arrived for step 3; 0.1 at first, mean of the last 3 steps 0.2"
+    assert page["training"] == "learning rate 0.0001"
+    assert page["evaluation"].startswith(
+        "step 100: arithmetic-heldout avg@8 0.875 ± 0.010 pass@4 0.900; 0.375 at step 0"
+    )
+    assert "warning     step 3: the reward is flat" in ran.out
+    assert ran.out.endswith("\n\n  error: boom\n  hint: mend it\n") and ran.err == "hint: mend it\n"
+    found = json.loads(astra("runs", "status", "a", "--json").out)
+    assert found["newest"]["arrived_reward_mean"] == {"words": "reward", "step": 3, "value": pytest.approx(0.3)}
+    assert found["evaluation"][0]["last"] == 0.875 and found["status"]["last_lines"][0] == "  error: boom"
+
+
+def test_runs_status_says_what_a_run_waits_for(astra: Astra, runs: Path) -> None:
+    run = RunDir(runs / "a")
+    run.path.mkdir(parents=True)
+    run.recipe_json.write_text("{}")
+    run.start(recipe=TINY, steps=80)
+    run.update(step=3, phase="running", waits={"engine0": "ready", "trainer": "waiting for 3 of 16 groups"})
+    shown = astra("runs", "status", "a").out
+    assert "a: running" in shown and "since" in shown and "3 of 80 done" in shown
+    assert "waits  trainer: waiting for 3 of 16 groups" in shown and "engine0" not in shown
+    run.update(phase="finishing")
+    assert "training is done, the last evaluations run" in astra("runs", "status", "a").out
+    run.end("interrupted", exit_code=130)
+    ran = astra("runs", "status", "a")
+    assert "waits" not in ran.out and "go on with `astra train --resume" in ran.err
 
 
 def test_runs_logs(astra: Astra, runs: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from hub_tools import Clock, batch_ids, counts_of, fill, group, ids, open_store
 
-from astracli.errors import RunFailed
 from astracli.hub.types import Leases
 
 # ---- admission -------------------------------------------------------------------------------------------------------
@@ -75,28 +74,32 @@ def test_an_engine_that_is_not_ready_gets_no_leases(tmp_path: Path) -> None:
     assert store.lease("w", 1, engine="engine0").wait == "engine0, which is down"
 
 
-@pytest.mark.parametrize(
-    ("rewards", "words"),
-    [((0.0, 0.0), "earned nothing"), ((1.0, 1.0), "was rewarded"), (None, "of a group earned the same")],
-)
-def test_a_run_without_signal_ends_after_so_many_batches(tmp_path: Path, rewards: Any, words: str) -> None:
+@pytest.mark.parametrize("rewards", [(0.0, 0.0), (1.0, 1.0), None])
+def test_a_run_has_no_signal_after_so_many_batches(tmp_path: Path, rewards: Any) -> None:
     store = open_store(tmp_path, max_dropped_batches=3)
 
     def drop(count: int) -> None:
         for _ in range(count):
             (lease,) = ids(store.lease("w", 1))
-            assert store.put(group(lease, rewards=rewards or (lease % 2, lease % 2))) == "dropped"
+            earned = rewards or (lease % 2, lease % 2)
+            assert store.put(group(lease, rewards=earned, verdict="no_answer", finish="length")) == "dropped"
 
     drop(11)
     (kept,) = ids(store.lease("w", 1))
     assert store.put(group(kept)) == "accepted"
     drop(11)
     assert "11 in a row dropped for no signal" in store.batch(0).wait, "a group with signal counts from 0 again"
+    assert store.no_signal is None
     drop(1)
-    with pytest.raises(RunFailed, match=r"12 groups in a row \(3 batches' worth\) were dropped, .*" + words) as ended:
-        store.batch(0)
-    assert "data.reward = probe" in str(ended.value.hint)
+    assert store.no_signal is None, "the trainer has not asked again"
+    assert store.batch(0).batch is None
+    seen = store.no_signal
+    assert seen is not None and (seen.groups, seen.batches, seen.samples, seen.rewards) == (12, 3, 24, [])
+    assert (seen.truncated, seen.no_answer, seen.errors, seen.timeouts) == (24, 24, 0, 0)
+    assert (seen.lowest, seen.highest) == ((0, 1) if rewards is None else (rewards[0], rewards[0]))
+    assert sorted(seen.prompts) == list(range(12, 24)), "the newest"
     store.rewind(0, 0)
+    assert store.no_signal is None
     assert store.batch(0).wait, "a resumed run counts anew"
     (tmp_path / "endless").mkdir()
     endless = open_store(tmp_path / "endless", max_dropped_batches=0)

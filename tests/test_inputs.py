@@ -13,6 +13,7 @@ from astracli.config import recipe_io
 from astracli.data import fetch
 from astracli.errors import UserError
 from astracli.launch import inputs, run
+from astracli.models.adapter import SHARD_INDEX
 from astracli.runs import find as runs
 
 TINY = "qwen3.5-tiny-m2po-delta"
@@ -35,15 +36,15 @@ def empty(folder: Path) -> None:
 def no_second_shard(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
-    (folder / inputs.SHARD_INDEX).write_text(json.dumps(index))
+    (folder / SHARD_INDEX).write_text(json.dumps(index))
 
 
 def wrong_index(folder: Path) -> None:
-    (folder / inputs.SHARD_INDEX).write_text(json.dumps({"weight_map": {"model.nothing": "model.safetensors"}}))
+    (folder / SHARD_INDEX).write_text(json.dumps({"weight_map": {"model.nothing": "model.safetensors"}}))
 
 
 def torn_index(folder: Path) -> None:
-    (folder / inputs.SHARD_INDEX).write_text('{"weight_map": ')
+    (folder / SHARD_INDEX).write_text('{"weight_map": ')
 
 
 def no_tokenizer(folder: Path) -> None:
@@ -62,10 +63,10 @@ def no_tokenizer(folder: Path) -> None:
     ],
 )
 def test_a_damaged_checkpoint_is_refused(checkpoint: Path, damage: Callable[[Path], None], message: str) -> None:
-    inputs.check_checkpoint(checkpoint)
+    inputs.check_checkpoint(checkpoint, recipe_io.load(TINY))
     damage(checkpoint)
     with pytest.raises(UserError, match=message) as caught:
-        inputs.check_checkpoint(checkpoint)
+        inputs.check_checkpoint(checkpoint, recipe_io.load(TINY))
     assert caught.value.hint
 
 
@@ -108,12 +109,12 @@ def test_a_checkpoint_without_a_chat_template_is_said_once(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = recipe_io.load("qwen3.5-tiny-m2po-delta", [f"model.path={checkpoint}"])
-    run.fetch_inputs(recipe, data=False, benchmarks=[])
+    inputs.fetched(recipe, data=False, benchmarks=[])
     assert "chat template" not in capsys.readouterr().err
     (checkpoint / "chat_template.jinja").unlink()
-    run.fetch_inputs(recipe, data=False, benchmarks=[])
+    inputs.fetched(recipe, data=False, benchmarks=[])
     said = capsys.readouterr().err
     assert said.count("warning: no chat template in") == 1 and "bare text" in said
     (checkpoint / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
-    run.fetch_inputs(recipe, data=False, benchmarks=[])
+    inputs.fetched(recipe, data=False, benchmarks=[])
     assert "chat template" not in capsys.readouterr().err

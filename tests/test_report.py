@@ -45,7 +45,8 @@ def trainer(step: int, **more: float) -> dict[str, Any]:
     return {
         "step": step,
         "process": "trainer",
-        "reward_mean": 0.43,
+        "reward_mean": 0.6,
+        "arrived_reward_mean": 0.43,
         "tokens_per_s": 210.4,
         "staleness_mean": 0.94,
     } | more
@@ -83,11 +84,12 @@ def test_plain_lines_say_the_figures_and_after_a_silence_who_waits_for_what() ->
     ]
     clock.now += 2.5
     view.update(progress)
-    assert lines[3] == "step 12/100 reward 0.43 avg@8 0.352 (step 0) 210 tok/s staleness 0.9"
+    assert lines[3] == "step 12/100 reward 0.43 avg@8 0.352 (step 0) 210 trained tok/s staleness 0.9"
     clock.now += 16
     view.update(progress)
     assert lines[4] == (
-        "step 12/100 reward 0.43 avg@8 0.352 (step 0) 210 tok/s staleness 0.9; trainer: waiting for 3 of 16 groups"
+        "step 12/100 reward 0.43 avg@8 0.352 (step 0) 210 trained tok/s staleness 0.9; "
+        "trainer: waiting for 3 of 16 groups"
     )
 
 
@@ -147,8 +149,8 @@ def test_live_picture() -> None:
     text = out.getvalue()
     assert next(line.split() for line in text.splitlines() if "backward" in line)[-3:] == ["1.00", "s", "50%"]
     for words in (
-        "step 12/100", "1 min 05 s gone", "reward 0.43", "210 tok/s", "staleness 0.9", "waiting for 3 of 16 groups",
-        "avg@8 0.350 (step 0), avg@8 0.400 (step 10)", "loss 0.123", "restarted 1x",
+        "step 12/100", "1 min 05 s gone", "reward 0.43", "210 trained tok/s", "staleness 0.9",
+        "waiting for 3 of 16 groups", "avg@8 0.350 (step 0), avg@8 0.400 (step 10)", "loss 0.123", "restarted 1x",
     ):  # fmt: skip
         assert words in text
     screen = io.StringIO()

@@ -55,7 +55,8 @@ def recipe(**more: Any) -> Recipe:
 
 def make_summary(tmp_path: Path, **changes: Any) -> dict[str, Any]:
     records = [
-        trainer(step, tokens=1000.0, step_s=2.0, wait_s=0.5, train_s=1.4, reward_mean=0.3 + step / 100, full_bytes=2e6,
+        trainer(step, tokens=1000.0, step_s=2.0, wait_s=0.5, train_s=1.4, full_bytes=2e6,
+                arrived_reward_mean=0.3 + step / 100,
                 delta_bytes=4e5, delta_density=0.2, publish_s=0.1, parity_mean_abs=2e-6, parity_max_abs=3e-5,
                 bytes_per_changed=2.0, snapshot_s=0.003, publish_wait_s=0.1)
         for step in range(4)
@@ -95,7 +96,8 @@ def test_summary_figures(tmp_path: Path) -> None:
     assert row["difference_avg_at_n"] == pytest.approx(0.525)
     assert found["training"]["wait_share"] == pytest.approx(0.25)
     assert found["training"]["tokens"] == 4000 and found["training"]["tokens_per_s"] == pytest.approx(500)
-    assert (found["training"]["reward_mean_first"], found["training"]["reward_mean_last"]) == (0.3, pytest.approx(0.33))
+    rewards = [found["training"][f"arrived_reward_mean_{which}"] for which in ("first", "last")]
+    assert rewards == [0.3, pytest.approx(0.33)]
     assert found["weights"] == {
         "transfer": "delta", "full_bytes": 2e6, "delta_bytes_mean": 4e5, "ratio": 5.0,
         "density_mean": pytest.approx(0.2), "bytes_per_changed_p50": 2.0, "publish_s_p50": 0.1,

@@ -25,6 +25,7 @@ from astracli.training import checkpoint
 from astracli.training.checkpoint_saver import Save
 from astracli.training.fsdp import Ranks
 from astracli.training.loop import TrainLoop, in_background
+from astracli.training.optimizer import NotFinite
 from astracli.weights.format.manifest import read_stable
 from astracli.weights.publish import publisher
 from astracli.weights.publish.snapshot import Snapshot
@@ -56,6 +57,8 @@ class Job:
 
     def __init__(self, directory: Path, model_dir: Path, gpu_leases: Sequence[str] = ()):
         self.background = "off"
+        self.learning: dict[str, Any] = {}
+        """Keys of the recipe's table `train`, changed."""
         self.run_dir = directory / "run"
         self.run_dir.mkdir(parents=True)
         self.model_dir = model_dir
@@ -73,7 +76,8 @@ class Job:
             hub_url=self.server.url,
             token=TOKEN,
             recipe=recipe(
-                train={"steps": STEPS, "batch_groups": 2, "max_staleness": 0, "parity_tolerance": 100.0},
+                train={"steps": STEPS, "batch_groups": 2, "max_staleness": 0, "parity_tolerance": 100.0}
+                | self.learning,
                 checkpoint={"every": 2},
                 weights={"transfer": "delta", "background": self.background},
                 metrics={"samples_per_step": 3},
@@ -353,6 +357,27 @@ def test_an_error_in_the_background_ends_the_wait_for_a_batch_with_its_cause(
         loop.advance()  # no group of version 1 will ever come
 
 
+def test_a_gradient_that_is_no_number_ends_the_run_with_its_last_steps(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = job.loop()
+    loop.start()
+    job.train(loop, until=2)
+
+    def broken(*arguments: Any) -> Any:
+        raise NotFinite("the gradient norm of step 2 is nan", "lower train.learning_rate")
+
+    monkeypatch.setattr(loop.trainer, "train", broken)
+    with pytest.raises(RunFailed) as failed:
+        job.train(loop, until=3)
+    first, *seen = failed.value.message.split("\n  ")
+    assert first == "the gradient norm of step 2 is nan" and failed.value.hint == "lower train.learning_rate"
+    trained = [record for record in job.records() if "grad_norm" in record]
+    norms = ", ".join(f"step {record['step']} {record['grad_norm']:.3g}" for record in trained)
+    assert [line.partition(":")[0] for line in seen] == ["reward", "entropy", "gradient norm", "learning rate"]
+    assert seen[2] == f"gradient norm: {norms}" and len(trained) == 2
+
+
 def test_deterministic_runs_publish_in_the_step() -> None:
     def chosen(background: str, deterministic: bool, device: str) -> bool:
         tables: dict[str, Any] = {"weights": {"background": background}, "train": {"max_staleness": 0}}
@@ -383,3 +408,37 @@ def test_waiting_says_for_what_and_ends_on_a_stop(job: Job, monkeypatch: pytest.
     with HubClient(job.server.url, TOKEN) as hub:
         assert hub.batch(0, wait_s=0).wait
     assert loop.step == 0
+
+
+def test_a_resume_trains_at_the_learning_rate_that_it_was_given(job: Job, expected: dict[str, torch.Tensor]) -> None:
+    loop = job.loop()
+    loop.start()
+    job.train(loop, until=2)
+    before = {record["lr"] for record in job.records() if "lr" in record}
+    job.learning = {"learning_rate": 0.25, "schedule": "constant"}
+    again = job.resume()
+    job.train(again)
+    rates = {record["step"]: record["lr"] for record in job.records() if "lr" in record}
+    assert 0.25 not in before and (rates[2], rates[3]) == (0.25, 0.25)
+    assert not same(again, expected)
+
+
+def test_a_run_starts_with_weights_and_moments_of_another_ones_checkpoint(
+    job: Job, model_dir: Path, tmp_path: Path
+) -> None:
+    first = job.loop()
+    first.start()
+    job.train(first, until=2)
+    other = Job(tmp_path / "other", model_dir)
+    try:
+        second = other.loop(initial=checkpoint.place(job.run_dir / "checkpoints", 2))
+        second.start()
+        assert second.step == 0 and same(second, first.trainer.masters.wire_full())
+        mine, theirs = (loop.trainer.masters.adam for loop in (second, first))
+        assert mine.updates == theirs.updates > 0
+        for own, given in zip(mine.moments(), theirs.moments(), strict=True):
+            assert own.keys() == given.keys() and all(torch.equal(own[name], given[name]) for name in own)
+        other.train(second, until=1)
+        assert second.step == 1
+    finally:
+        other.server.thread.stop()

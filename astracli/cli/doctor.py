@@ -52,7 +52,12 @@ def doctor(
     if facts is not None and probe:
         raise UserError("--probe measures this machine, --facts judges another", "give one of them")
     wanted = probe if probe is not None else loaded is not None or bool(machine.gpus)
-    report = checks.run(loaded, machine, probe=wanted and facts is None)
+    start = []
+    if loaded is not None and facts is None:
+        from astracli.launch import inputs
+
+        start = inputs.findings(loaded, "train")
+    report = checks.run(loaded, machine, probe=wanted and facts is None, start=start)
     show(report, out(json))
     raise typer.Exit(0 if report["ok"] else 1)
 

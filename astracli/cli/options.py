@@ -54,7 +54,7 @@ WeightsOpt = Annotated[
     typer.Option("--weights", metavar="DIR|HUB_ID", help="Checkpoint directory or Hub id; default the recipe's model."),
 ]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-DryRunOpt = Annotated[bool, typer.Option("--dry-run", help="Print the plan and start nothing.")]
+DryRunOpt = Annotated[bool, typer.Option("--dry-run", help="Print the plan, check what a start checks, start nothing.")]
 FactsOpt = Annotated[
     str | None,
     typer.Option(

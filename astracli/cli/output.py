@@ -33,7 +33,7 @@ class Output:
     def table(
         self, headers: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None, document: Any = None
     ) -> None:
-        """Print aligned columns within `room()`; the last column wraps. With `as_json`, print `document` instead."""
+        """Print aligned columns within `room()`, see `table_lines`. With `as_json`, print `document` instead."""
         if self.as_json:
             return self.document(document)
         if title:
@@ -78,22 +78,52 @@ def _print(text: str = "") -> None:
 
 
 def table_lines(headers: Sequence[str], rows: Sequence[Sequence[Any]], width: int = WIDTH) -> list[str]:
-    """Aligned text columns; numbers to the right; the last column is wrapped to keep the table within `width`."""
+    """Aligned text columns; numbers to the right. What is wider than `width` is wrapped between words, the widest
+    column first; a word that is longer than its column (a path) stays whole."""
     cells = [[_cell(value) for value in row] for row in rows]
     columns = len(headers) if headers else max((len(row) for row in cells), default=0)
     cells = [row + [""] * (columns - len(row)) for row in cells]
-    lengths = [max([len(row[c]) for row in cells] + ([len(headers[c])] if headers else [0])) for c in range(columns)]
-    if columns:
-        lengths[-1] = max(20, min(lengths[-1], width - sum(lengths[:-1]) - 2 * (columns - 1)))
+    table = ([list(headers)] if headers else []) + cells
     right = [bool(rows) and all(_is_number(row[c]) for row in rows if c < len(row)) for c in range(columns)]
+    lengths = _fitted(table, right, width)
     lines = []
-    for row in ([list(headers)] if headers else []) + cells:
-        wrapped = textwrap.wrap(row[-1], lengths[-1], break_on_hyphens=False) or [""] if columns else [""]
-        for number, last in enumerate(wrapped):
-            parts = [*(row[:-1] if number == 0 else [""] * (columns - 1)), last]
+    for row in table:
+        wrapped = [_wrapped(cell, length) for cell, length in zip(row, lengths, strict=True)]
+        for number in range(max(map(len, wrapped), default=0)):
+            parts = [each[number] if number < len(each) else "" for each in wrapped]
             padded = [p.rjust(n) if r else p.ljust(n) for p, n, r in zip(parts, lengths, right, strict=True)]
             lines.append("  ".join(padded).rstrip())
     return lines
+
+
+LEAST = 8
+"""Columns that a wrapped column keeps, unless all of it is narrower."""
+
+
+def _fitted(table: Sequence[Sequence[str]], fixed: Sequence[bool], width: int) -> list[int]:
+    """Widths of the columns: as wide as what they hold, the widest ones narrower until all fit in `width`, but none
+    narrower than its longest word. `fixed` columns stay; where nothing helps the table is wider."""
+    if not table:
+        return []
+    columns = range(len(table[0]))
+    lengths = [max(len(row[c]) for row in table) for c in columns]
+    words = [max((len(word) for row in table for word in row[c].split()), default=0) for c in columns]
+    least = [n if keep else max(min(n, LEAST), word) for n, word, keep in zip(lengths, words, fixed, strict=True)]
+    over = sum(lengths) + 2 * (len(lengths) - 1) - width
+    while over > 0 and (wide := [c for c in columns if lengths[c] > least[c]]):
+        widest = max(wide, key=lambda c: lengths[c])
+        lengths[widest] -= 1
+        over -= 1
+    if over > 0 and columns:  # a long word in the last column hangs over, and its other words still wrap
+        room = width - sum(lengths[:-1]) - 2 * (len(lengths) - 1)
+        lengths[-1] = min(lengths[-1], max(20, room)) if not fixed[-1] else lengths[-1]
+    return lengths
+
+
+def _wrapped(cell: str, length: int) -> list[str]:
+    if len(cell) <= length:
+        return [cell]
+    return textwrap.wrap(cell, length, break_on_hyphens=False, break_long_words=False) or [""]
 
 
 def sections(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING
 
+import typer
+
 from astracli.cli.output import Output, room
 from astracli.errors import UserError
 
@@ -17,16 +19,25 @@ ELSEWHERE = "`--facts NAME` plans for another machine"
 
 
 def print_plan(recipe: Recipe, command: Command, output: Output, facts: str | None = None) -> None:
-    """The plan of a command on this machine, or on the one of a document (`--facts`). Starts nothing."""
+    """The plan of a command on this machine, or on the one of a document (`--facts`). Starts nothing.
+
+    On this machine also every check that a start makes; raises typer.Exit(2) when one of them would refuse.
+    """
+    from astracli.launch import inputs
     from astracli.launch import run as launch
     from astracli.machine import documents
     from astracli.plan.view import render, to_json
 
     described = documents.load(facts) if facts is not None else None
     found = launch.planned(recipe, command, described)
+    refused = inputs.findings(recipe, command) if described is None else []
+    known = [problem.message for problem in found.problems]  # what config.json says is in the plan already
+    refused = [check for check in refused if check.value not in known]
     if output.as_json:
-        output.document(to_json(found) | ({"machine": facts, "source": described.source} if described else {}))
-        return
+        machine = {"machine": facts, "source": described.source} if described else {}
+        start = [{"check": c.name, "message": c.value, "hint": c.fix} for c in refused]
+        output.document(to_json(found) | machine | {"start": start})
+        raise typer.Exit(2 if refused else 0)
     if described is not None:
         told = f"for the machine `{facts}`, not this one: {described.source}"
         output.text(textwrap.fill(told, room(), break_on_hyphens=False) + "\n")
@@ -35,9 +46,14 @@ def print_plan(recipe: Recipe, command: Command, output: Output, facts: str | No
         output.text("")
     blocked = any(problem.blocking for problem in found.problems)
     which = "that" if described is not None else "this"
-    output.text("nothing was started" + (f"; {which} machine cannot run it: see above" if blocked else ""))
+    why = f"; {which} machine cannot run it: see above" if blocked else "; a start would be refused:" if refused else ""
+    output.text(f"nothing was started{why}")
     if described is None and any(problem.kind == "gpus" for problem in found.problems):
         output.hint(f"{ELSEWHERE}: {', '.join(documents.names())}, or a file")
+    for check in refused:
+        output.error(check.value, check.fix or None)
+    if refused:
+        raise typer.Exit(2)
 
 
 def refuse_facts(facts: str | None, dry_run: bool, command: Command) -> None:

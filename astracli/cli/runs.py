@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from astracli.cli import runs_change
+from astracli.cli import runs_change, runs_compare
 from astracli.cli.options import JsonOpt, OptionalRunArg, RootOpt, the_run
 from astracli.cli.output import out
 
@@ -20,41 +20,60 @@ app = typer.Typer(help="Look at runs, stop them, free their disk.", rich_markup_
 
 @app.command("list")
 def list_(root: RootOpt = Path("runs"), json: JsonOpt = False) -> None:
-    """List the runs, newest first."""
-    from astracli.report import run_files
+    """List the runs, newest first: state, steps, newest score and reward, and the settings in which they differ.
+
+    The score is avg@n of the newest evaluation (`overall` of several benchmarks), the reward the mean of the newest ten
+    steps. `astra runs compare` shows more of a few runs.
+    """
+    from astracli.report import many_runs
     from astracli.runs import find as runs
 
-    rows = [run_files.row(run) for run in runs.list_runs(root)]
-    if not rows and not json:
+    found = runs.list_runs(root)
+    if not found and not json:
         out().note(f"no runs under `{root}`")
         return
-    shown = [[r["run"], r["state"], _of(r["step"], r["steps"]), r["started"], r["wall_s"]] for r in rows]
-    out(json).table(["run", "state", "step", "started", "wall s"], shown, document=rows)
+    differ = many_runs.settings(found)
+    rows, shown = [], []
+    for place, run in enumerate(found):
+        row = many_runs.row(run) | {"settings": {key: values[place] for key, values in differ.items()}}
+        score = f"{row['score']['avg_at_n']:.3f}" if row["score"] else None
+        reward = f"{row['reward']:.3f}" if row["reward"] is not None else None
+        differs = many_runs.differing_words(differ, place)
+        rows.append(row)
+        shown.append([row["run"], row["state"], _of(row["step"], row["steps"]), score, reward, row["wall_s"], differs])
+    out(json).table(["run", "state", "step", "score", "reward", "wall s", "differs in"], shown, document=rows)
 
 
 @app.command()
 def status(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
-    """Show a run's state and newest figures, process by process."""
+    """Show a run on a page: what runs, since when, step, reward, last evaluation, what it waits for.
+
+    Of a run that failed, its cause and last lines. --json has every figure of every process.
+    """
     from dataclasses import asdict
 
-    from astracli.report import run_files
+    from astracli.report import run_files, status_page
 
     found = the_run(run)
-    recorded = found.status()
-    document = {
-        "run": run_files.row(found),
-        "status": asdict(recorded) if recorded else None,
-        "figures": run_files.newest_figures(found),
-    }
     if json:
-        out(json).document(document)
+        recorded = found.status()
+        out(json).document(
+            {
+                "run": run_files.row(found),
+                "status": asdict(recorded) if recorded else None,
+                "newest": status_page.figures(found),
+                "evaluation": [vars(trend) | {"difference": trend.difference} for trend in run_files.trends(found)],
+                "figures": run_files.newest_figures(found),
+            }
+        )
         return
-    shown = dict(document["run"] or {})
-    if recorded and recorded.cause:
-        shown["cause"] = recorded.cause
-    out().facts(shown)
-    for process, figures in run_files.newest_figures(found).items():
-        out().facts(figures, process)
+    page = status_page.page(found)
+    out().table([], page.rows)
+    if page.last_lines:
+        out().text("")
+        out().text("\n".join(page.last_lines))
+    if page.hint:
+        out().hint(page.hint)
 
 
 @app.command()
@@ -113,9 +132,12 @@ def report(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
     if summary is not None and not json:
         from rich.console import Console
 
+        from astracli.cli.output import room
         from astracli.report.summary_table import print_summary
 
-        print_summary(summary, Console(width=100))
+        print_summary(summary, Console(width=room()), wrap=True)
+        if summary.get("cause") and summary["state"] == "failed":
+            out().text("\n".join(["", summary["cause"], *summary.get("last_lines", [])]))
         return
     document = run_files.report(found) | {"summary": summary, "results": results}
     if json:
@@ -124,12 +146,16 @@ def report(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
     out().facts(document["run"])
     if document["evaluation"]:
         out().table(
-            ["benchmark", "grader", "n", "step", "avg@n", "step", "avg@n", "difference", "stderr", "k", "pass@k",
-             "pass@k"],
+            ["benchmark", "grader", "figure", "first step", "first", "last step", "last", "difference"],
             [
-                [t["benchmark"], t["grader"], t["n"], t["first_step"], t["first"], t["last_step"], t["last"],
-                 t["difference"], t["stderr"], t["k"], t["pass_first"], t["pass_last"]]
+                row
                 for t in document["evaluation"]
+                for row in (
+                    [t["benchmark"], t["grader"], f"avg@{t['n']}", t["first_step"], t["first"], t["last_step"],
+                     t["last"], t["difference"]],
+                    ["", "", f"pass@{t['k']}", None, t["pass_first"], None, t["pass_last"],
+                     t["pass_last"] - t["pass_first"]],
+                )
             ],
             "evaluation, first and last",
         )  # fmt: skip
@@ -172,6 +198,7 @@ def samples(
         out().text(_sample_text(sample))
 
 
+app.command("compare")(runs_compare.compare)
 app.command("export")(runs_change.export)
 app.command("stop")(runs_change.stop)
 app.command("clean")(runs_change.clean)

@@ -35,6 +35,24 @@ INSTEAD: dict[Kind, str] = {
 """What a hint offers besides mending the download."""
 
 
+class NotHere(UserError):
+    """Not on this machine; a start downloads it."""
+
+
+_only_here = False
+
+
+@contextlib.contextmanager
+def only_here() -> Iterator[None]:
+    """Inside, nothing is downloaded: what is not on this machine, or in the Hub's cache here, raises NotHere."""
+    global _only_here
+    before, _only_here = _only_here, True
+    try:
+        yield
+    finally:
+        _only_here = before
+
+
 def _silent(_message: str) -> None:
     """For downloads of a few kilobytes."""
 
@@ -78,10 +96,14 @@ def fetch_model(path: str, revision: str | None = None, say: Say = console.say) 
         found = _snapshot(path, "model", revision, MODEL_FILES, MODEL_IGNORED, say)
     if not (found / "config.json").is_file():
         export = found / "export"
-        trained = f"what that run trained is `{export}`" if (export / "config.json").is_file() else ""
-        raise UserError(
-            f"no config.json in `{found}`", trained or "give a checkpoint directory or a Hub id as model.path"
-        )
+        hint = "give a checkpoint directory or a Hub id as model.path"
+        if (export / "config.json").is_file():
+            hint = f"what that run trained is `{export}`"
+        elif (found / "adapter_config.json").is_file():
+            hint = (
+                "it holds an adapter (LoRA) alone: merge it into its base model (`merge_and_unload` of peft), save that"
+            )
+        raise UserError(f"no config.json in `{found}`", hint)
     if not any(found.glob("*.safetensors")):
         raise UserError(
             f"no *.safetensors in `{found}`", "convert the checkpoint to safetensors, or choose another one"
@@ -115,8 +137,18 @@ def cached_config(path: str, revision: str | None = None) -> dict[str, Any] | No
 
 def _snapshot(name: str, kind: Kind, revision: str | None, allow: list[str], ignore: list[str], say: Say) -> Path:
     import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
     from huggingface_hub.utils import disable_progress_bars
 
+    if _only_here:
+        try:
+            return Path(
+                huggingface_hub.snapshot_download(
+                    name, repo_type=kind, revision=revision, allow_patterns=allow, local_files_only=True
+                )
+            )
+        except (LocalEntryNotFoundError, ValueError, OSError):
+            raise NotHere(f"{kind} `{name}` is not on this machine", "it is downloaded when a run starts") from None
     if not sys.stderr.isatty():
         disable_progress_bars()
     started = time.monotonic()

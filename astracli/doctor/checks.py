@@ -6,7 +6,7 @@ rest is `ok`, `warn` or `skip`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -28,6 +28,8 @@ def serving(subject: Subject) -> Iterator[Check]:
         yield from engine.checks(subject.case(engine))
 
 
+START = {"dtypes": "checkpoint", "tokenizer": "checkpoint", "tensor names": "checkpoint"}
+"""Check of a group -> the check of a start that covers it, where it has another name."""
 GROUPS: tuple[Callable[[Subject], Iterator[Check]], ...] = (
     system.checks,
     system.python,
@@ -42,13 +44,18 @@ GROUPS: tuple[Callable[[Subject], Iterator[Check]], ...] = (
 )
 
 
-def run(asked: Recipe | None, facts: Machine, probe: bool = False) -> dict[str, Any]:
+def run(asked: Recipe | None, facts: Machine, probe: bool = False, start: Sequence[Check] = ()) -> dict[str, Any]:
     """The report: `{"ok", "checks", "backends", "placement", "memory_by_place", "facts"}`.
 
-    `probe` also measures on this machine.
+    `probe` also measures on this machine. `start`: what a start of the recipe here would refuse; it takes the place of
+    a group's own finding about the same thing.
     """
     judged = subject(asked, facts)
+    refused = {check.name for check in start}
     found = [check for group in GROUPS for check in group(judged)]
+    found = [c for c in found if c.status != "fail" or START.get(c.name, c.name) not in refused]
+    told = {check.why for check in found}
+    found += [check for check in start if check.value not in told]
     if probe:
         from astracli.doctor import probes
 

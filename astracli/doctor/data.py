@@ -9,13 +9,13 @@ from astracli.data import benchmarks
 from astracli.doctor.gather import offline
 from astracli.doctor.subject import Check, Status, Subject
 from astracli.machine.facts import CheckpointFacts, Tensor
+from astracli.models import preflight
+from astracli.models.adapter_tools import is_buffer
+from astracli.models.preflight import TRAINABLE, UNQUANTIZED
 
 GROUP = "data"
-TRAINABLE = ("BF16", "F16", "F32")
 GENERATED = {"arithmetic", *benchmarks.GENERATED}
 """Problems that need no file."""
-TIED_HEAD = "lm_head.weight"
-"""Some files repeat the tied embedding under this name."""
 
 
 def checks(subject: Subject) -> Iterator[Check]:
@@ -75,27 +75,20 @@ def _tensors(subject: Subject, tensors: Mapping[str, Tensor]) -> Iterator[Check]
     adapter, config = subject.adapter, subject.config
     if adapter is None or config is None:
         return
-    dtypes = sorted({t.dtype for t in tensors.values()} - set(TRAINABLE))
+    dtypes = sorted({t.dtype for name, t in tensors.items() if not is_buffer(name)} - set(TRAINABLE))
     if dtypes:
-        why = "quantised weights cannot be trained on; only bf16, fp16 and fp32 are read"
-        yield Check("dtypes", GROUP, "fail", ", ".join(dtypes), why, "choose the unquantised checkpoint")
+        yield Check("dtypes", GROUP, "fail", ", ".join(dtypes), "quantized weights cannot be trained", UNQUANTIZED)
     else:
         yield _kept(subject, tensors)
     if adapter.shapes is None:
         yield Check("tensor names", GROUP, "skip", f"adapter `{adapter.name}` knows them only after loading")
         return
     expected = adapter.shapes(config)
-    held = {name: t.shape for file_name, t in tensors.items() if (name := adapter.wire_name(file_name))}
-    problems = {
-        "missing": sorted(expected.keys() - held.keys()),
-        "left over": sorted(held.keys() - expected.keys() - {TIED_HEAD}),
-        "of another shape": sorted(n for n in expected.keys() & held.keys() if expected[n] != held[n]),
-    }
-    wrong = [f"{len(names)} {what}: {names[0]}" for what, names in problems.items() if names]
+    held = [name for name in tensors if adapter.wire_name(name)]
+    wrong = list(preflight.name_obstacles(adapter, config, {name: t.shape for name, t in tensors.items()}))
     if wrong:
-        why = f"adapter `{adapter.name}` refuses a checkpoint that does not match its config.json"
-        fix = "download the checkpoint again, or name the adapter of its family in model.adapter"
-        yield Check("tensor names", GROUP, "fail", "; ".join(wrong), why, fix)
+        what, why, fix = wrong[0]
+        yield Check("tensor names", GROUP, "fail", what, why, fix)
     else:
         beside = len(tensors) - len(held)
         more = f", {beside} beside them never trained" if beside else ""

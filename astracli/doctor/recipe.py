@@ -21,7 +21,7 @@ def checks(subject: Subject) -> Iterator[Check]:
         yield Check("refused", GROUP, "fail", recipe.name, subject.refusal.message, subject.refusal.hint or "")
     if plan is None:
         return
-    problems = [problem for problem in plan.problems if problem.kind not in ELSEWHERE]
+    problems = [p for p in plan.problems if p.kind not in ELSEWHERE or (p.kind == "checkpoint" and p.blocking)]
     for problem in problems:
         status = subject.bad(problem.blocking)
         yield Check(problem.kind, GROUP, status, f"needs {problem.what}", problem.message, problem.hint or "")

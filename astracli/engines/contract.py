@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from astracli.engines.client import EngineClient
     from astracli.engines.stops import StopStrings
     from astracli.models.adapter import ModelAdapter
+    from astracli.models.preflight import Obstacle
 
 GROUP = "astra.engines"
 ASKED = "the recipe asks for it"
@@ -245,6 +246,10 @@ class Engine:
 
     def problems(self, case: Case) -> Iterable[PlanProblem]:
         """What the machine lacks for it, of packages and system."""
+        return ()
+
+    def obstacles(self, case: Case) -> Iterable[Obstacle]:
+        """What `case.config` says of the model that it cannot serve."""
         return ()
 
     def checks(self, case: Case) -> Iterator[Check]:

@@ -8,9 +8,13 @@ from dataclasses import asdict
 
 from astracli.errors import RunFailed
 from astracli.hub.schema import AMONG, Database
-from astracli.hub.types import Batch, BatchStats, Counts, HubSettings, NextBatch
+from astracli.hub.types import Batch, BatchStats, Counts, HubSettings, NextBatch, NoSignal
 from astracli.rl.schedule import Replays, batch_reason, count, replays_due
 
+FIRST, LAST = 3, 8
+"""Steps whose reward is told when a run ends without signal."""
+PROMPTS = 64
+"""Dropped groups whose prompts are told then."""
 PRUNED_AT_ONCE = 2
 """Steps; one is made at each acknowledgement, so two keep up."""
 
@@ -23,6 +27,8 @@ class BatchBook:
         self._settings = settings
         self._fifo = settings.consume == "fifo"
         self._size = settings.batch_groups
+        self.hopeless: NoSignal | None = None
+        """Why the run is to end: the trainer asked for a batch, and no more groups will make one."""
 
     @property
     def next_step(self) -> int:
@@ -82,8 +88,8 @@ class BatchBook:
     def serve(self, step: int) -> NextBatch:
         """The groups of `step`, always the same ones once they were assigned; or what it waits for.
 
-        Raises RunFailed for a step out of order, and when it would wait for groups although `max_dropped_batches`
-        batches' worth in a row had no signal.
+        Raises RunFailed for a step out of order. Would it wait for groups although `max_dropped_batches` batches' worth
+        in a row had no signal, `hopeless` says so.
         """
         row = self._db.one("SELECT lease_ids, stats, pruned, replay_of FROM batches WHERE step = ?", step)
         if row is None:
@@ -120,7 +126,7 @@ class BatchBook:
         due = self._db.scalar("SELECT COUNT(*) FROM groups WHERE state = 'leased' AND version = ?", oldest)
         due = 0 if self._fifo else due
         if len(kept) < self._size:
-            self._require_signal()
+            self.hopeless = self.no_signal()
         if len(kept) < self._size or due:
             return batch_reason(
                 step=step,
@@ -137,30 +143,34 @@ class BatchBook:
         self._fix(step, ids, None)
         return None
 
-    def _require_signal(self) -> None:
-        """Raises RunFailed when so many groups in a row were dropped that more of them will not help."""
+    def no_signal(self) -> NoSignal | None:
+        """What was seen, once so many groups in a row were dropped that more of them will not help."""
         dropped = self._db.meta("dropped_in_a_row")
         most = self._settings.max_dropped_batches * self._size
         if not most or dropped < most:
-            return
-        row = self._db.one(
-            "SELECT MIN(reward_mean), MAX(reward_mean) FROM "
-            "(SELECT reward_mean FROM groups WHERE state = 'dropped' ORDER BY place DESC LIMIT ?)",
-            dropped,
-        )
+            return None
+        newest = "(SELECT * FROM groups WHERE state = 'dropped' ORDER BY place DESC LIMIT ?)"
+        counts = ("samples", "truncated", "no_answer", "errors", "timeouts")
+        sums = ", ".join(f"COALESCE(SUM({name}), 0)" for name in counts)
+        row = self._db.one(f"SELECT MIN(reward_mean), MAX(reward_mean), {sums} FROM {newest}", dropped)
         assert row is not None
-        lowest, highest = row
-        if highest <= 0:
-            why, way = "every sample earned nothing", "take easier problems, or see what data.reward makes of an answer"
-        elif lowest > 0:
-            why, way = "every sample was rewarded", "the model has learned these problems: take harder ones"
-        else:
-            why, way = "all samples of a group earned the same", "take problems that are solved sometimes"
-        raise RunFailed(
-            f"no signal: {dropped} groups in a row ({dropped // self._size} batches' worth) were dropped, {why}",
-            f"{way}; `data.reward = probe` tries the machinery out on any weights; "
-            "rollout.max_dropped_batches says how long to go on",
+        prompts = self._db.rows(f"SELECT prompt FROM {newest} WHERE prompt IS NOT NULL", min(dropped, PROMPTS))
+        return NoSignal(
+            groups=dropped,
+            batches=dropped // self._size,
+            lowest=row[0],
+            highest=row[1],
+            rewards=self._rewards(),
+            prompts=[prompt for (prompt,) in prompts],
+            **dict(zip(counts, row[2:], strict=True)),
         )
+
+    def _rewards(self) -> list[tuple[int, float]]:
+        """(step, mean reward of all that arrived), of the first and the last steps."""
+        columns = "SELECT step, stats FROM batches ORDER BY step"
+        rows = dict([*self._db.rows(f"{columns} LIMIT ?", FIRST), *self._db.rows(f"{columns} DESC LIMIT ?", LAST)])
+        means = {step: json.loads(stats).get("reward_mean") for step, stats in sorted(rows.items())}
+        return [(step, mean) for step, mean in means.items() if mean is not None]
 
     def _repeat(self, step: int) -> None:
         """The groups of the step before once more."""

@@ -7,7 +7,7 @@ times live in memory; on opening, every lease in flight goes back to the queue.
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,8 @@ from astracli.hub.types import HubSettings, Lease, PutStatus
 from astracli.rl.schedule import deadline
 from astracli.rl.types import Group
 
+DROPPED_KEPT = 8
+"""Newest dropped groups that stay in memory: what a run that ends without signal shows."""
 REMEMBERED_REQUESTS = 256
 
 
@@ -33,6 +35,7 @@ class LeaseBook:
     def __post_init__(self) -> None:
         self._expiry: dict[int, float] = {}
         self._replies: OrderedDict[str, list[int]] = OrderedDict()
+        self.dropped: deque[Group] = deque(maxlen=DROPPED_KEPT)
         self.requeue("state = 'leased'")
 
     def count(self, state: str) -> int:
@@ -127,6 +130,7 @@ class LeaseBook:
             return "duplicate"
         if self._settings.drop_equal_groups and not group.has_signal:
             status: PutStatus = "dropped"
+            self.dropped.append(group)
         elif deadline(group.oldest_version, self._settings.max_staleness) < next_step:
             status = "stale"
         else:
@@ -149,6 +153,8 @@ class LeaseBook:
             "tokens": sum(s.drawn for s in group.samples),
             "timeouts": sum(s.verdict == "timeout" for s in group.samples),
             "errors": sum(s.verdict == "error" for s in group.samples),
+            "no_answer": sum(s.verdict == "no_answer" for s in group.samples),
+            "truncated": sum(s.finish_reason == "length" for s in group.samples),
             "parts": _sums(group),
             "source": group.meta.get("source"),
         }

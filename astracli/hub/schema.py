@@ -40,6 +40,8 @@ CREATE TABLE groups (
     tokens INTEGER,
     timeouts INTEGER,
     errors INTEGER,       -- samples whose grading failed
+    no_answer INTEGER,    -- samples in which the grader found no answer
+    truncated INTEGER,    -- samples cut off at the token limit
     parts TEXT,           -- JSON {name of a reward: [sum, samples]}; NULL without any
     reason TEXT,          -- why it was skipped
     prompt INTEGER,       -- its place in the endless sequence of prompts

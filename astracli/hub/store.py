@@ -31,11 +31,12 @@ from astracli.hub.types import (
     Leases,
     NextBatch,
     NextEvaluation,
+    NoSignal,
     PutStatus,
     Target,
 )
 from astracli.rl.schedule import Admission, count
-from astracli.rl.types import unpack_group
+from astracli.rl.types import Group, unpack_group
 
 STOPPING = "the end: the run is being stopped"
 
@@ -172,6 +173,16 @@ class HubStore:
         with self._changing():
             self._leases.skip(lease_id, reason)
 
+    @property
+    def no_signal(self) -> NoSignal | None:
+        """Why the run is to end: no more groups will make the batch that the trainer waits for. None while some may."""
+        return self._batches.hopeless
+
+    def dropped_groups(self) -> list[Group]:
+        """The newest groups that were dropped since the hub was opened, a few."""
+        with self._db.lock:
+            return list(self._leases.dropped)
+
     # ---- batches -----------------------------------------------------------------------------------------------------
 
     def batch(self, step: int) -> NextBatch:
@@ -209,6 +220,7 @@ class HubStore:
                 self._batches.unacknowledge(step)
                 self._board.rewind(version)
                 self._db.set_meta("dropped_in_a_row", 0)
+            self._batches.hopeless = None
             self._leases.requeue("state = 'leased'")
             self._gpu_leases.reset()
             if self.settings.deterministic:

@@ -40,6 +40,9 @@ class HubSettings:
     checkpoints: bool = True
     """Without them nothing is kept for a resume: what a step was trained on goes with the next one."""
     gpu_leases: tuple[str, ...] = ()
+    checkpoint_every: int = 0
+    """Not 0: an evaluation that has waited takes only a version that has a checkpoint, which is so every n-th step, at
+    steps at which an evaluation is due, and at the last."""
 
     def __post_init__(self) -> None:
         assert not (self.deterministic and self.max_staleness), "deterministic runs have staleness 0"
@@ -84,6 +87,31 @@ class BatchStats(_Answer):
     """Mean of each named reward, and of what else rewards log, over the samples that have it."""
     sources: dict[str, dict[str, float]] = field(default_factory=dict)
     """Of several training sources: `groups` and `reward_mean` of each."""
+    no_answer: int = 0
+    """Samples in which the grader found no answer."""
+    truncated: int = 0
+    """Samples cut off at the token limit."""
+
+
+@dataclass(frozen=True)
+class NoSignal(_Answer):
+    """So many groups in a row were dropped that more of them will not help: what they were, and what came before."""
+
+    groups: int
+    batches: int
+    """As many batches' worth."""
+    samples: int
+    truncated: int
+    no_answer: int
+    errors: int
+    timeouts: int
+    lowest: float
+    """Mean reward of the group that earned least."""
+    highest: float
+    rewards: list[tuple[int, float]]
+    """(step, mean reward of all that arrived for it), the first and the last steps that were trained."""
+    prompts: list[int]
+    """Places of some of the dropped groups' prompts in the sequence of prompts."""
 
 
 @dataclass(frozen=True)

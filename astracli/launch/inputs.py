@@ -1,13 +1,17 @@
-"""What a run reads, and what is checked before it starts: checkpoint files, problems, reward, address, sinks.
+"""What a run reads, and what is checked before it starts: address, sinks, reward, checkpoint, problems, benchmarks.
 
-Every check returns when all is well and raises UserError (exit 2) otherwise. Nothing here imports torch.
+`prepare` is the one list of these checks. A start runs it, fetches what is missing and ends at the first refusal;
+`--dry-run` and `astra doctor RECIPE` run it without a download, and tell every refusal, in the same words. Nothing here
+imports torch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,11 +19,14 @@ from typing import TYPE_CHECKING
 from astracli.config import recipe_data
 from astracli.config.benchmarks import get
 from astracli.config.recipe import DataTable, Recipe
+from astracli.data import fetch
 from astracli.envs import registry as envs
 from astracli.errors import UserError
-from astracli.models import chat
-from astracli.models.adapter import SHARD_INDEX
-from astracli.models.adapter_tools import checkpoint_tensors
+from astracli.machine.findings import Check
+from astracli.models import chat, preflight, registry
+from astracli.models.adapter import read_config
+from astracli.models.adapter_tools import has_chat_template
+from astracli.plan.types import Command
 from astracli.process import ports
 from astracli.process.console import say
 from astracli.runs import metrics
@@ -27,9 +34,6 @@ from astracli.runs.run_dir import RunDir, write_atomic
 
 if TYPE_CHECKING:
     from astracli.data.prompts import Problem
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "*.tiktoken")
-"""Any of them lets transformers build a tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +49,104 @@ class Inputs:
     """Spent on fetching."""
 
 
-def check_setting(recipe: Recipe) -> None:
-    """What the recipe names on this machine, besides rewards and data."""
-    ports.bind(recipe.launch.host).close()
-    metrics.find_sinks(recipe.metrics.sinks)
-    python = recipe.resources.engine.python
-    if python is not None and shutil.which(python) is None:
-        raise UserError(
-            f"resources.engine.python = {json.dumps(python)} is no program on this machine",
-            "name the interpreter of the engine's environment, for example /opt/engine/bin/python",
+class Ledger:
+    """What the checks before a start refuse, by their names. What waits for a download is left until a start."""
+
+    def __init__(self, *, keep: bool):
+        """`keep`: keep a refusal and go on; otherwise it is raised."""
+        self._keep = keep
+        self.refused: list[tuple[str, UserError]] = []
+
+    @contextlib.contextmanager
+    def check(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except fetch.NotHere:
+            if not self._keep:
+                raise
+        except UserError as error:
+            if not self._keep:
+                raise
+            self.refused.append((name, error))
+
+
+def needs(recipe: Recipe, command: Command) -> tuple[bool, list[str]]:
+    """(whether a command reads training problems, the benchmarks that it reads)"""
+    if command == "train":
+        return True, recipe.eval.benchmarks if recipe.eval.every else []
+    return command == "rollout", recipe.eval.benchmarks if command == "eval" else []
+
+
+def fetched(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> Inputs:
+    """For a start: everything is checked, and downloaded where it has to be. Raises UserError with the first refusal.
+    `data`: the command reads training problems and grades with `data.reward`."""
+    inputs = prepare(recipe, Ledger(keep=False), data=data, benchmarks=benchmarks)
+    assert inputs is not None
+    return inputs
+
+
+def findings(recipe: Recipe, command: Command) -> list[Check]:
+    """What a start would refuse, in its words, found without a download."""
+    ledger = Ledger(keep=True)
+    data, benchmarks = needs(recipe, command)
+    with fetch.only_here():
+        prepare(recipe, ledger, data=data, benchmarks=benchmarks)
+    return [Check(name, "start", "fail", error.message, "", error.hint or "") for name, error in ledger.refused]
+
+
+def prepare(recipe: Recipe, ledger: Ledger, *, data: bool, benchmarks: Sequence[str]) -> Inputs | None:
+    """Every check, in the order in which a start makes them; None when one of them was refused and kept."""
+    from astracli.data import benchmarks as sets
+    from astracli.data import datasets
+
+    began = time.monotonic()
+    check_setting(recipe, ledger)
+    model: Path | None = None
+    paths: dict[str, str | None] = {}
+    left: Mapping[str, Path | None] = {}
+    places: Mapping[str, str | None] = {}
+    first: dict[str, Problem] = {}
+    with ledger.check("benchmarks"):
+        places = sets.fetch_all(benchmarks, recipe.data.path, recipe)
+    known = not data  # of rows that are not here, the columns are not known yet
+    with ledger.check("training data"):
+        paths = datasets.fetch(recipe, first) if data else {}
+        known = True
+    with ledger.check("reward"):
+        check_rewards(recipe, first, places, trains=data and known)
+    with ledger.check("checkpoint"):
+        found = fetch.fetch_model(recipe.model.path, recipe.model.revision)
+        check_checkpoint(found, recipe)
+        check_prompts(recipe, found)
+        for problem in first.values():
+            check_turns(recipe, found, problem.messages)
+        model = found
+    with ledger.check("training data"):
+        left = decontaminated(recipe, paths, places) if paths else {}
+    if model is None:
+        return None
+    if not has_chat_template(model):
+        say(
+            f"warning: no chat template in `{model}`: prompts go to the model as bare text, right for a base model and "
+            "wrong for a chat model; copy its chat_template.jinja beside tokenizer.json"
         )
+    local = {name: Path(place) if place else None for name, place in places.items()}
+    return Inputs(model, left, local, time.monotonic() - began)
+
+
+def check_setting(recipe: Recipe, ledger: Ledger) -> None:
+    """What the recipe names on this machine, besides rewards and data."""
+    with ledger.check("address"):
+        ports.bind(recipe.launch.host).close()
+    with ledger.check("sinks"):
+        metrics.find_sinks(recipe.metrics.sinks)
+    python = recipe.resources.engine.python
+    with ledger.check("engine's Python"):
+        if python is not None and shutil.which(python) is None:
+            raise UserError(
+                f"resources.engine.python = {json.dumps(python)} is no program on this machine",
+                "name the interpreter of the engine's environment, for example /opt/engine/bin/python",
+            )
 
 
 def check_rewards(
@@ -87,30 +179,12 @@ def check_rewards(
             validate_rewards(rewards, columns, where)
 
 
-def check_checkpoint(folder: Path) -> None:
-    """All shards are there and whole, and a tokenizer lies beside them."""
-    tensors = checkpoint_tensors(folder)
-    index = folder / SHARD_INDEX
-    if index.is_file():
-        try:
-            wanted = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"`{index}` is no index of shards: {error!r}", "download the checkpoint again") from None
-        absent = sorted({file for file in wanted.values() if not (folder / file).is_file()})
-        if absent:
-            more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-            raise UserError(f"checkpoint `{folder}` lacks `{absent[0]}`{more}", "download the checkpoint again")
-        lost = sorted(name for name in wanted if name not in tensors)
-        if lost:
-            raise UserError(
-                f"checkpoint `{folder}`: {len(lost)} tensors of its index are in no shard, for example `{lost[0]}`",
-                "download the checkpoint again",
-            )
-    if not any(True for pattern in TOKENIZER_FILES for _ in folder.glob(pattern)):
-        raise UserError(
-            f"no tokenizer in `{folder}` (none of {', '.join(TOKENIZER_FILES)})",
-            "copy the tokenizer's files of the model it came from beside the weights",
-        )
+def check_checkpoint(folder: Path, recipe: Recipe) -> None:
+    """The checkpoint is whole, and one that trainer and engine compute rightly. Raises UserError."""
+    config, rollout = read_config(folder), recipe.rollout
+    obstacles = preflight.config_obstacles(config, recipe.model.path, rollout.context_length, rollout.max_new_tokens)
+    preflight.refuse(obstacles)
+    preflight.refuse(preflight.file_obstacles(folder, config, registry.resolve(recipe, config)))
 
 
 def check_prompts(recipe: Recipe, folder: Path) -> None:

@@ -7,11 +7,12 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from astracli.launch import configs, hub, recipe_changes, summary
+from astracli.errors import AstraError, RunFailed
+from astracli.launch import configs, from_run, hub, no_signal, recipe_changes, resume_rules, summary
 from astracli.launch.configs import RunContext
 from astracli.launch.forks import Forks
 from astracli.launch.launcher import Launcher
@@ -24,12 +25,16 @@ from astracli.plan.view import to_json
 from astracli.process.config import Role
 from astracli.process.signals import signals
 from astracli.report.page import data as report_data
-from astracli.runs import metrics
+from astracli.runs import changes as run_changes
+from astracli.runs import metrics, names
 from astracli.runs.run_dir import RunDir, State, write_atomic
+from astracli.training import best
 
 if TYPE_CHECKING:
     from astracli.hub.store import HubStore
 
+HISTORY_STEPS = 8
+"""Last steps that the message of a run quotes whose numbers ended it."""
 MAIN_ROLE = {"train": Role.TRAINER, "rollout": Role.ROLLOUT, "eval": Role.EVAL}
 
 
@@ -57,6 +62,7 @@ class Job:
         )
         state: State = "failed"
         cause: str | None = None
+        said: dict[str, Any] = {}
         code = 1
         try:
             if self._supervise():
@@ -66,10 +72,15 @@ class Job:
         except KeyboardInterrupt:
             state, code, cause = "interrupted", 130, "interrupted"
         except Exception as error:
-            cause = str(error).partition("\n")[0]
+            if isinstance(error, AstraError) and context.training:
+                weights = recipe_changes.has_weights(run)
+                error.hint = resume_rules.completed(error.hint, error.message, run.path, weights=weights)
+            cause, *lines = str(error).splitlines() or [type(error).__name__]
+            said = {"last_lines": lines, "hint": error.hint if isinstance(error, AstraError) else None}
             raise
         finally:
-            run.end(state, exit_code=code, cause=cause)
+            run.end(state, exit_code=code, cause=cause, **said)
+            self.summary |= {"cause": cause, "last_lines": said.get("last_lines", [])} if self.summary else {}
             if self.summary:
                 self._record(state)
         return code
@@ -111,13 +122,17 @@ class Job:
                 limits=context.recipe.launch,
                 hub_alive=lambda: server.alive,
                 hint=self._hint,
+                hopeless=lambda: no_signal.failure(store, context),
                 tick=tick,
                 retry=configs.retry(context, processes),
                 resumes=self._resumes(store, server.url),
                 interrupted=interrupted,
+                log=run.attempt_logs(context.attempt) / "supervisor.log",
             )
             try:
                 return supervisor.run()
+            except RunFailed as error:
+                raise self._with_figures(error) from None
             finally:
                 usage.close()
                 watch.close(supervisor)
@@ -152,11 +167,27 @@ class Job:
 
         return Resumes(limit, start, step=context.resume_step or 0)
 
+    def _with_figures(self, error: RunFailed) -> RunFailed:
+        """When an engine ends a training run because its weights are not numbers any more: with the last steps."""
+        if not self.context.training or "NaN" not in error.message:
+            return error
+        records = metrics.read(self.context.run_dir.metrics_jsonl)
+        steps = [(r["step"], r) for r in records if r.get("process") == "trainer" and "grad_norm" in r]
+        rate = f"lower train.learning_rate ({self.context.recipe.train.learning_rate:g}) in a new run"
+        lines = [error.message, *names.recent(steps[-HISTORY_STEPS:])]
+        return RunFailed("\n  ".join(lines), "; ".join(filter(None, [rate, error.hint])))
+
     def _hint(self) -> str:
         run = self.context.run_dir
         if not self.context.training:
             return f"the logs are in {run.attempt_logs(self.context.attempt)}"
         return f"when that is mended, go on with `astra train --resume {run.path}`"
+
+    def _best(self) -> dict[str, Any] | None:
+        """The best checkpoint, with `checkpoint.best` and once one was evaluated."""
+        benchmark = best.name_in_files(self.context.recipe) if self.context.training else None
+        found = best.best(self.context.run_dir, benchmark) if benchmark is not None else None
+        return found.document() if found is not None else None
 
     def _sum_up(
         self, supervisor: Supervisor, store: HubStore, launcher: Launcher, evaluations_s: Mapping[str, float]
@@ -178,6 +209,9 @@ class Job:
             restarts={name: status.restarts for name, status in supervisor.status.items()},
             resumes=[resume.document() for resume in supervisor.resumes.taken] if supervisor.resumes else [],
             notes=supervisor.notes,
+            changes=run_changes.read(context.run_dir),
+            source=asdict(found) if (found := from_run.origin(context.run_dir)) else None,
+            best=self._best(),
             plan=to_json(context.plan),
         )
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import methodcaller
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from astracli.config.recipe_run import LaunchTable
@@ -51,12 +52,15 @@ class Supervisor:
         limits: LaunchTable,
         hub_alive: Callable[[], bool] = lambda: True,
         hint: Callable[[], str] = lambda: "",
+        hopeless: Callable[[], RunFailed | None] = lambda: None,
         tick: Callable[[Supervisor], None] = lambda supervisor: None,
         retry: Retry | None = None,
         resumes: Resumes | None = None,
         interrupted: threading.Event | None = None,
         poll_s: float = 0.1,
+        log: Path | None = None,
     ):
+        """`log`: the file of the supervisor's own warnings."""
         self.processes = {process.name: process for process in processes}
         self.status = {name: Status() for name in self.processes}
         self.phase: Phase = "starting"
@@ -72,9 +76,10 @@ class Supervisor:
         self._main = {process.name for process in processes if process.plan.role is main_role}
         self._done: set[str] = set()
         self._limits = limits
-        self._hint = hint
+        self._hint, self._hopeless = hint, hopeless
         self._tick = tick
         self._poll_s = poll_s
+        self._log = log
         self._interrupted = interrupted
         self._phases: dict[str, float] = {}
         self._phase_began = time.monotonic()
@@ -91,6 +96,14 @@ class Supervisor:
         for warning in body.get("warnings") or ():
             say(f"warning: {body.get('name')}: {warning}")
             self.notes.append(str(warning).partition("\n")[0])
+
+    def warn(self, line: str) -> None:
+        """Say a line about the run that goes on, in its log too, and keep it for its summary."""
+        say(f"warning: {line}")
+        self.notes.append(line)
+        if self._log is not None:
+            with contextlib.suppress(OSError), self._log.open("a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def run(self) -> bool:
         """Start, watch, end; True when it was interrupted before everything was done: a signal that comes later only
@@ -150,6 +163,8 @@ class Supervisor:
         self._looked = now
         if not self._hub_alive():
             raise RunFailed("the hub stopped serving", self._hint() or None)
+        if (end := self._hopeless()) is not None:
+            raise end
         for child in _dead(self.children.values()):
             if self.children.get(child.name) is child:
                 self._on_exit(child)
@@ -187,8 +202,7 @@ class Supervisor:
         said = gone.last_lines(1)
         left = [self.children.pop(name) for name in retry.names if name in self.children]
         self._launcher.stop(left, LEFT_BEHIND_S)
-        self.notes.append(f"{retry.words} ({'; '.join(said)})" if said else retry.words)
-        say(f"warning: {self.notes[-1]}")
+        self.warn(f"{retry.words} ({'; '.join(said)})" if said else retry.words)
         for process in retry.processes():
             self._hub.release_worker(process.name)
             self._start_anew(process)

@@ -6,12 +6,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from astracli.launch.supervise import Supervisor
 from astracli.process.console import say
+from astracli.report.alerts import Alerts
 from astracli.report.live import PlainView, RunProgress, View, open_view
-from astracli.runs.metrics import Record, Sink, Tail
+from astracli.runs.metrics import Record, Sink, Tail, read
 from astracli.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -46,8 +47,12 @@ class Watch:
         self._tail = Tail(run_dir.metrics_jsonl, from_end=True)
         self._view: View = open_view()
         self._progress = RunProgress(run_dir.name, steps or 0)
+        self._alerts = Alerts()
+        for record in read(run_dir.metrics_jsonl):  # of earlier attempts: what has been said is not said again
+            self._alerts.feed(record)
         self._looked = self._told = 0.0
         self._due: dict[int, float] = {}
+        self._last_told: dict[str, Any] = {}
 
     @property
     def step(self) -> int:
@@ -63,13 +68,23 @@ class Watch:
         state = self._store.state()
         if records:
             self._pass_on(records)
+        for line in (line for record in records for line in self._alerts.feed(record)):
+            supervisor.warn(line)
         self._time_evaluations(state.evals, now)
-        step = self._progress.step
         self._progress.feed(records, state, supervisor.status, supervisor.phase)
         self._show()
-        if self._training and self._progress.step != step and now - self._told >= STATUS_EVERY_S:
-            self._told = now
-            self._run_dir.update(step=self._progress.step)
+        self._tell(supervisor, now)
+
+    def _tell(self, supervisor: Supervisor, now: float) -> None:
+        """status.json: the step, the phase and what each process waits for, when they have changed."""
+        found: dict[str, Any] = {"step": self._progress.step} if self._training else {}
+        found |= {
+            "phase": supervisor.phase,
+            "waits": {name: status.words() for name, status in supervisor.status.items()},
+        }
+        if found != self._last_told and now - self._told >= STATUS_EVERY_S:
+            self._told, self._last_told = now, found
+            self._run_dir.update(**found)
 
     def _show(self) -> None:
         try:

@@ -17,6 +17,9 @@ from astracli.errors import UserError
 from astracli.models.adapter import MemoryShape, WireTensor
 
 Shapes = dict[str, tuple[int, ...]]
+_BUFFERS = re.compile(
+    r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(attn|attention)\.(bias|masked_bias)|position_ids)$"
+)
 _WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
 
@@ -43,6 +46,12 @@ def checkpoint_tensors(path: Path) -> dict[str, dict[str, Any]]:
             ) from None
         found.update({name: entry for name, entry in header.items() if name != "__metadata__"})
     return found
+
+
+def is_buffer(name: str) -> bool:
+    """A tensor that older checkpoints hold and a model computes itself: frequencies of its rotary embedding, a causal
+    mask. Of a name that the model has a parameter for, ask that first."""
+    return _BUFFERS.search(name) is not None
 
 
 def has_chat_template(path: Path) -> bool:
@@ -87,7 +96,9 @@ def load_checkpoint(
     missing = set(info["missing_keys"]) - tied
     if in_files:
         missing |= names - tied - in_files
+    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     unexpected = {str(name) for name in in_files - names}
+    unexpected = {n for n in unexpected if not is_buffer(n) and not any(each.search(n) for each in ignored)}
     refuse_names(f"checkpoint `{path}` does not fit {type(model).__name__}", missing=missing, unexpected=unexpected)
     _no_dropout(model)
     return model

@@ -71,7 +71,8 @@ def build(
 
     plan = replace(draft.plan(way_out), prompts=prompts.words(recipe, chat_template))
     if config is not None:
-        return plan
+        odd = problems.checkpoint_problems(recipe, choice, facts, adapter, config)
+        return replace(plan, problems=(*odd, *plan.problems))
     what = f"checkpoint {recipe.model.path} not on this machine"
     absent = PlanProblem("checkpoint", what, what, "it is downloaded when a run starts", blocking=False)
     return replace(plan, problems=(*plan.problems, absent))

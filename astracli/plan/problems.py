@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import ceil
+from typing import Any
 
 from astracli.backends.choice import BackendChoice
 from astracli.config.recipe import Recipe
@@ -12,7 +13,8 @@ from astracli.engines.contract import Case
 from astracli.machine.facts import OLDEST, Machine
 from astracli.machine.findings import PlanProblem
 from astracli.machine.memory import words
-from astracli.models.adapter import MemoryShape
+from astracli.models import preflight
+from astracli.models.adapter import MemoryShape, ModelAdapter
 from astracli.plan.memory import on_gpu, solid, total
 from astracli.plan.types import LaunchPlan
 from astracli.process.config import Role
@@ -50,6 +52,19 @@ def software_problems(recipe: Recipe, choice: BackendChoice, facts: Machine) -> 
         hint = "install a CUDA build of torch: `pip install -c constraints/cuda.txt 'astracli[gpu]'`"
         problems.append(PlanProblem("package", "a CUDA build of torch", message, hint))
     return problems
+
+
+def checkpoint_problems(
+    recipe: Recipe, choice: BackendChoice, facts: Machine, adapter: ModelAdapter, config: Mapping[str, Any] | None
+) -> list[PlanProblem]:
+    """What the checkpoint's config.json says that trainer or engine cannot do rightly."""
+    if config is None:
+        return []
+    longest = recipe.rollout.context_length
+    found = preflight.config_obstacles(config, recipe.model.path, longest, recipe.rollout.max_new_tokens)
+    case = Case(facts, choice.device, recipe, adapter, config)
+    found += engines.of(recipe).obstacles(case)
+    return [PlanProblem("checkpoint", each.what, each.message, each.hint) for each in found]
 
 
 def size_problems(

@@ -90,7 +90,7 @@ class Bottleneck:
     factor: float | None
     """How many times as fast the limiting side would have to be; None when neither side limits."""
     generated_tokens_per_s: float | None
-    trained_tokens_per_s: float | None
+    trained_tokens_per_working_s: float | None
     """Of the trainer at work: without its waiting."""
     words: str
     change: str

@@ -7,11 +7,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any, Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +21,7 @@ from astracli.hub.types import EvaluationStatus, HubState
 from astracli.process.console import say
 from astracli.process.worker import Status
 from astracli.runs.metrics import Record, without_absent
+from astracli.runs.names import REWARD, words
 
 STEP_PHASES = ("wait", "score", "forward", "backward", "optimizer", "publish")
 """Phases of a training step; the trainer's figures are their names with `_s`."""
@@ -82,16 +85,15 @@ class RunProgress:
 
     def parts(self) -> list[str]:
         """The figures of one line, those that are known."""
-        reward = "arrived_reward_mean" if "arrived_reward_mean" in self.figures else "reward_mean"
         formats = (
-            (reward, "reward {:.2f}"),
-            ("tokens_per_s", "{:.0f} tok/s"),
-            ("staleness_mean", "staleness {:.1f}"),
+            (REWARD, f"{words(REWARD)} {{:.2f}}"),
+            ("tokens_per_s", "{:.0f} trained tok/s"),
+            ("staleness_mean", f"{words('staleness_mean')} {{:.1f}}"),
         )
         shown = [text.format(self.figures[key]) for key, text in formats if key in self.figures]
         if self.evals:
             shown.insert(
-                1 if reward in self.figures else 0, f"{self.eval_words(self.evals[-1])} (step {self.evals[-1].step})"
+                1 if REWARD in self.figures else 0, f"{self.eval_words(self.evals[-1])} (step {self.evals[-1].step})"
             )
         return shown
 
@@ -179,14 +181,14 @@ def details(status: Status) -> str:
 
 
 def phase_words(progress: RunProgress) -> str:
-    words = {
+    said = {
         "starting": "starting",
         "running": "all processes are ready",
         "resuming": "going on from the checkpoint",
         "finishing": "training is done, the last evaluations run",
         "stopping": "stopping",
     }
-    return words.get(progress.phase, progress.phase)
+    return said.get(progress.phase, progress.phase)
 
 
 def judged(benchmark: str, figures: Mapping[str, Any]) -> str:
@@ -215,16 +217,35 @@ class LiveView:
     """A few lines that stay in place: step bar, figures, phases of a step, each process with what it waits for."""
 
     def __init__(self, console: Console):
+        self._console = console
         self._live = Live(console=console, auto_refresh=False, transient=True)
         self._live.start()
         self._drawn = 0.0
+        self._width = console.width
+        self._lines: list[int] = []
+        """Columns that each line of the picture fills."""
 
     def update(self, progress: RunProgress) -> None:
         if time.monotonic() - self._drawn >= LIVE_EVERY_S:
             self._drawn = time.monotonic()
-            self._live.update(draw(progress), refresh=True)
+            self._after_resize()
+            picture = draw(progress)
+            rendered = self._console.render_lines(picture, pad=False)[: self._console.height]
+            self._lines = [Segment.get_line_length(line) for line in rendered]
+            self._live.update(picture, refresh=True)
+
+    def _after_resize(self) -> None:
+        """A terminal that became narrower has broken the picture's lines into more rows than it is known to have: erase
+        them all, and stand where its last line would be."""
+        before, self._width = self._width, self._console.width
+        if self._lines and self._width < before:
+            rows = sum(max(1, ceil(columns / self._width)) for columns in self._lines)
+            up, down = rows - 1, len(self._lines) - 1
+            codes = "\r" + (f"\x1b[{up}A" if up else "") + "\x1b[J" + "\n" * down
+            self._console.file.write(codes)
 
     def close(self) -> None:
+        self._after_resize()
         self._live.stop()
 
 

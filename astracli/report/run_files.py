@@ -12,26 +12,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from astracli.errors import UserError
-from astracli.runs import metrics
+from astracli.runs import changes, metrics, names
 from astracli.runs.run_dir import RunDir, paths
 
 Outcome = Literal["right", "wrong", "truncated"]
 
 REPORTED = (
-    ("reward_mean", "mean reward"),
-    ("step_s", "seconds a step"),
-    ("tokens_per_s", "tokens/s"),
-    ("staleness_mean", "mean staleness, versions"),
-    ("parity_mean_abs", "parity, mean |trainer - engine| logprob"),
-    ("ratio_mean", "mean ratio"),
-    ("clip_fraction", "clipped tokens, fraction"),
-    ("entropy", "entropy, nats"),
-    ("grad_norm", "gradient norm"),
-    ("delta_density", "changed weights, fraction"),
-    ("delta_bytes", "delta, bytes"),
-    ("full_bytes", "full, bytes"),
-    ("pause_s", "engine pause, s"),
-)
+    names.REWARD, "reward_mean", "step_s", "tokens_per_s", "staleness_mean", "parity_mean_abs", "ratio_mean",
+    "clip_fraction", "entropy", "grad_norm", "delta_density", "delta_bytes", "full_bytes", "pause_s",
+)  # fmt: skip
 """Metrics that a report shows, in its order; those that a run never wrote are left out."""
 
 
@@ -52,7 +41,18 @@ def row(run: RunDir) -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.started)) if status else None,
         "wall_s": round(end - status.started, 1) if status and end else None,
         "path": str(run.path),
+        "from": origin(run),
+        "changes": [changes.words(line) for line in changes.read(run)],
     }
+
+
+def origin(run: RunDir) -> str | None:
+    """The run whose weights a run started from, in words; None for one that started from a model."""
+    try:
+        found = json.loads((run.path / "from.json").read_text(encoding="utf-8"))
+        return f"{found['run']}, step {found['step']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def newest_figures(run: RunDir) -> dict[str, dict[str, Any]]:
@@ -190,12 +190,13 @@ def summary(run: RunDir) -> dict[str, Any] | None:
 
 def report(run: RunDir) -> dict[str, Any]:
     """The summary figures of a run: state, evaluation trend, means over the last tenth of the steps, expected."""
-    records = metrics.read(run.metrics_jsonl)
+    records = [metrics.without_absent(record) for record in metrics.read(run.metrics_jsonl)]
     figures = []
-    for name, words in REPORTED:
+    for name in REPORTED:
         series = metrics.series(records, name)
         if series:
             tail = [value for _, value in series[-max(1, len(series) // 10) :]]
+            words = ", ".join(filter(None, [names.words(name), names.FIGURES[name].unit]))
             figures.append({"figure": words, "metric": name, "first": series[0][1], "last_tenth": metrics.mean(tail)})
     recipe = json.loads(run.recipe_json.read_text())
     evaluation = [vars(trend) | {"difference": trend.difference} for trend in trends(run)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,15 +11,26 @@ from rich.table import Table
 from rich.text import Text
 
 from astracli.report.live import duration, evaluated, judged, stderr_console
+from astracli.runs import changes
 
 
-def print_summary(summary: Mapping[str, Any], console: Console | None = None) -> None:
-    """The summary table: benchmarks first and last, expected figures, time, weights, parity, memory, places."""
+def print_summary(summary: Mapping[str, Any], console: Console | None = None, *, wrap: bool | None = None) -> None:
+    """The summary table: benchmarks first and last, expected figures, time, weights, parity, memory, places. `wrap`
+    breaks long rows between words; None does so on a terminal, whose other readers get a line a row."""
     console = console or stderr_console()
     if summary["benchmarks"]:
         console.print(benchmark_table(summary))
+    room = console.width - KEY if console.is_terminal or wrap else 0
     for key, words in summary_rows(summary):
-        console.print(Text.assemble((f"{key:<13}", "bold"), words), soft_wrap=True)
+        # a word that is longer than the room, a path, stays whole
+        lines = textwrap.wrap(words, max(20, room), break_on_hyphens=False, break_long_words=False) if room else [words]
+        for number, line in enumerate(lines or [""]):
+            console.print(Text.assemble((f"{'' if number else key:<{KEY}}", "bold"), line), soft_wrap=True)
+
+
+FIGURE = len("0.352 ± 0.020")
+KEY = 13
+"""Columns of the names of rows."""
 
 
 def benchmark_table(summary: Mapping[str, Any]) -> Table:
@@ -29,7 +41,12 @@ def benchmark_table(summary: Mapping[str, Any]) -> Table:
     steps = tuple(evaluated(row["step"], row["due_step"]) for row in (rows[0]["first"], rows[0]["last"]))
     for heading in ("benchmark", "figure", *steps, "difference")[: 5 if len(sides) > 1 else 3]:
         words = heading in ("benchmark", "figure")
-        table.add_column(heading, justify="left" if words else "right", no_wrap=heading != "benchmark", overflow="fold")
+        # names and figures stay whole; a heading such as `step 13 (due at 10)` may break between its words
+        least = max((len(row["benchmark"]) for row in rows), default=0) if heading == "benchmark" else FIGURE
+        table.add_column(
+            heading, justify="left" if words else "right", min_width=None if heading == "figure" else least,
+            no_wrap=words, overflow="fold",
+        )  # fmt: skip
     for row in rows:
         spread = [f"{row[side]['avg_at_n']:.3f} ± {row[side]['stderr']:.3f}" for side in sides]
         passes = [f"{row[side]['pass_at_k']:.3f}" for side in sides]
@@ -105,9 +122,30 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("restarts", each + counted))
     if resumes := summary.get("resumes"):
         facts.append(("resumes", resume_words(resumes)))
+    if source := summary.get("from"):
+        facts.append(("from", origin_words(source)))
+    facts += [("changed", changes.words(line)) for line in summary.get("changes", ())]
+    if chosen := summary.get("best"):
+        facts.append(("best", best_words(chosen, summary["paths"]["run"])))
     facts += [("note", words) for words in summary.get("notes", ())]
     facts += [(name, place) for name, place in summary["paths"].items()]
     return facts
+
+
+def origin_words(source: Mapping[str, Any]) -> str:
+    """The run whose weights a run started from, from its `from.json`."""
+    moments = "with its optimizer state" if source["optimizer"] else "with a fresh optimizer"
+    return f"{source['run']}, step {source['step']}, from its {source['kind']}, {moments}"
+
+
+def best_words(found: Mapping[str, Any], run: str) -> str:
+    """The checkpoint that `checkpoint.best` keeps: its step and score, and what it is the best of."""
+    text = f"step {found['step']}, {found['benchmark']} avg@{found['n']} {found['avg_at_n']:.3f} ± "
+    text += f"{found['stderr']:.3f}, the best of {found['among']} evaluated"
+    start = found["start"]
+    if start is not None and start["avg_at_n"] > found["avg_at_n"]:
+        text += f"; the model that the run started from scored {start['avg_at_n']:.3f}"
+    return f"{text}; `astra runs export {run} --best`"
 
 
 def left_out_words(prompts: int) -> str:
@@ -172,7 +210,10 @@ def bottleneck_words(found: Mapping[str, Any]) -> str:
     """What limited the run, both rates, and what to change."""
     rates = [
         f"{name} {found[key]:,.0f}"
-        for name, key in (("generated", "generated_tokens_per_s"), ("trained while at work", "trained_tokens_per_s"))
+        for name, key in (
+            ("generated", "generated_tokens_per_s"),
+            ("trained while at work", "trained_tokens_per_working_s"),
+        )
         if found[key]
     ]
     seen = found["words"] + (f" (without the first step; tokens/s: {', '.join(rates)})" if rates else "")

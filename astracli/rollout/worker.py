@@ -249,7 +249,8 @@ class Rollout:
                 seen.popleft()
             passed, made, busy = (last - first for first, last in zip(seen[0], seen[-1], strict=True))
             passed = max(1e-9, passed)  # of the first second there is nothing to compare with
-            rates = {"tokens_per_s": round(made / passed, 1), "slots_busy": round(busy / passed / len(uses), 3)}
+            rates = {"generated_tokens_per_s": round(made / passed, 1)}
+            rates["slots_busy"] = round(busy / passed / len(uses), 3)
             left_out = {"too_long": self._unfit} if self._unfit else {}
             self.reporter.progress(**self._done, in_flight=len(self._held), **rates, **left_out)
             outstanding = any(use.outstanding for use in uses)

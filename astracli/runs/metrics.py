@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module, metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,7 +39,8 @@ def open_sinks(names: Sequence[str], run_dir: Path) -> list[Sink]:
 
 
 def find_sinks(names: Sequence[str]) -> list[Callable[[Path], Sink]]:
-    """What makes the sinks: entry points in `astra.sinks`, or `pkg.module:factory`. Raises UserError."""
+    """What makes the sinks: entry points in `astra.sinks`, or `pkg.module:factory`. Raises UserError, also where the
+    package that a factory names in `needs` is not installed."""
     installed = {point.name: point for point in metadata.entry_points(group=SINK_GROUP)}
     factories: list[Callable[[Path], Sink]] = []
     for name in names:
@@ -54,6 +56,10 @@ def find_sinks(names: Sequence[str]) -> list[Callable[[Path], Sink]]:
                 f"metrics.sinks: no sink `{name}` ({error}); installed: {known}",
                 f"a sink is an entry point in `{SINK_GROUP}` or `pkg.module:factory`",
             ) from None
+        needs = getattr(factory, "needs", None)
+        if needs is not None and find_spec(needs) is None:
+            what = f"astracli[{needs}]" if factory.__module__.startswith("astracli.") else needs
+            raise UserError(f"metrics.sinks: `{needs}` is not usable: it is not installed", f'pip install "{what}"')
         factories.append(factory)
     return factories
 

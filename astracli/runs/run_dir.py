@@ -7,7 +7,8 @@ import json
 import os
 import socket
 import time
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ import psutil
 from astracli.errors import UserError
 
 State = Literal["running", "done", "failed", "interrupted"]
+ORIGIN = "astra_export.json"
+"""Beside the weights of an export: the steps that they were trained, and the layout, the source's or text only."""
 ORPHANS_S = 20.0
 """Children look for their supervisor each second, and give an unreachable hub ten."""
 
@@ -38,6 +41,14 @@ class RunStatus:
     exit_code: int | None = None
     cause: str | None = None
     """Why the run ended when it did not end well, one line."""
+    last_lines: list[str] = field(default_factory=list)
+    """What was said with the cause: the last lines of the process that ended it, or what was seen."""
+    hint: str | None = None
+    """What to do about the cause."""
+    phase: str = ""
+    """Of a run that goes on: starting, running, resuming, finishing."""
+    waits: dict[str, str] = field(default_factory=dict)
+    """Process -> what it waits for, or its state; a few seconds old."""
     command: str = "train"
     recipe: str = ""
 
@@ -67,6 +78,8 @@ class RunDir:
         self.metrics_jsonl = path / "metrics.jsonl"
         self.summary_json = path / "summary.json"
         """The summary figures; written when an attempt ends."""
+        self.changes_jsonl = path / "changes.jsonl"
+        """What resumes changed in the recipe (`runs.changes`)."""
         self.hub_sqlite = path / "hub.sqlite"
         self.weights = path / "weights"
         self.checkpoints = path / "checkpoints"
@@ -156,7 +169,7 @@ class RunDir:
         """What `status.json` says; None when the run never started. Raises UserError when it cannot be read."""
         try:
             document = json.loads(self.status_json.read_text())
-            known = {field.name for field in fields(RunStatus)}
+            known = {each.name for each in fields(RunStatus)}
             return RunStatus(**{key: value for key, value in document.items() if key in known})
         except FileNotFoundError:
             return None
@@ -198,9 +211,18 @@ class RunDir:
         assert status is not None, "update() before start()"
         self._write(RunStatus(**(asdict(status) | changes)))
 
-    def end(self, state: State, *, exit_code: int, cause: str | None = None) -> None:
+    def end(
+        self,
+        state: State,
+        *,
+        exit_code: int,
+        cause: str | None = None,
+        last_lines: Sequence[str] = (),
+        hint: str | None = None,
+    ) -> None:
         """Record how the run ended."""
-        self.update(state=state, exit_code=exit_code, cause=cause, ended=time.time())
+        said = {"cause": cause, "last_lines": list(last_lines), "hint": hint}
+        self.update(state=state, exit_code=exit_code, ended=time.time(), phase="", waits={}, **said)
 
     def _write(self, status: RunStatus) -> None:
         write_atomic(self.status_json, json.dumps(asdict(status), indent=2) + "\n")

@@ -33,6 +33,8 @@ def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 class TensorBoard:
     """Event files in RUN_DIR/tensorboard; wall times are those of the records."""
 
+    needs = "tensorboard"
+
     def __init__(self, run_dir: Path):
         module = _needed("torch.utils.tensorboard", "tensorboard")
         self._writer: Any = module.SummaryWriter(str(run_dir / "tensorboard"), flush_secs=10)
@@ -52,6 +54,8 @@ class WandB:
     `step` is a metric of its own: records of the workers come in another order than that of steps. W&B neither captures
     nor writes to the terminal, which belongs to the run's own view; where the figures went is said at the end.
     """
+
+    needs = "wandb"
 
     def __init__(self, run_dir: Path):
         wandb = self._wandb = _needed("wandb", "wandb")
@@ -86,6 +90,8 @@ class Trackio:
 
     What Trackio prints when it begins and ends is held back: stdout is for results, the terminal for the run's view.
     """
+
+    needs = "trackio"
 
     def __init__(self, run_dir: Path):
         self._trackio: Any = _needed("trackio", "trackio")

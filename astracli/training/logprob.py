@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from astracli.kernels import weight_gradients
+from astracli.models.preflight import logit_factor
 from astracli.process.layout import LOGIT_BYTES
 
 _CHUNKS_PER_PRODUCT = {"cpu": 1, "cuda": 4}
@@ -167,11 +168,13 @@ class PolicyModel(nn.Module):
     """
 
     def __init__(self, model: nn.Module, *, chunk: int | None = None, temperature: float = 1.0):
-        """`temperature`: of the draws (`rollout.temperature`)."""
+        """`temperature`: of the draws (`rollout.temperature`). A factor that the model puts on its logits divides it:
+        both scale the same logits."""
         super().__init__()
         self.model = model
         self.chunk = chunk
-        self.temperature = temperature
+        config: Any = getattr(model, "config", None)
+        self.temperature = temperature / logit_factor(config.to_dict() if hasattr(config, "to_dict") else {})
         head: Any = model.get_output_embeddings()  # type: ignore[operator]
         if head is None or model.base_model is model:
             raise ValueError(f"{type(model).__name__} has no output head over a base model")

@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict
 
@@ -34,16 +35,21 @@ from astracli.process.transient import gpu_failed
 from astracli.process.worker import TERM_EXIT, Reporter
 from astracli.rl.sample_log import write_samples
 from astracli.rl.types import Group, unpack_group
-from astracli.training import checkpoint
+from astracli.runs import names
+from astracli.runs.run_dir import RunDir
+from astracli.training import best, checkpoint
 from astracli.training.checkpoint_saver import Saver
 from astracli.training.export import export, frozen_tensors
 from astracli.training.fsdp import Ranks
+from astracli.training.optimizer import NotFinite
 from astracli.training.setup import build_trainer
 from astracli.training.time_sharing import TimeSharing
 from astracli.weights.publish.publisher import Publisher, PublishResult
 
 ENCODE_THREADS = 8
 """Threads of a rank that compress what a GPU has coded."""
+HISTORY_STEPS = 8
+"""Whose figures the message of a run quotes that ends because of its numbers."""
 BATCH_WAIT_S = 5.0
 """One long poll for a batch; between two, a stop is noticed."""
 
@@ -95,6 +101,7 @@ class TrainLoop:
         self.reporter = reporter
         self.ranks = ranks
         self.step = 0
+        self._history: deque[tuple[int, Mapping[str, float]]] = deque(maxlen=HISTORY_STEPS)
         self.hub = HubClient(config.hub_url, config.token) if ranks.first else None
         self.time_sharing = TimeSharing(config, reporter, ranks, self.hub)
         if not self.time_sharing.begin():
@@ -117,6 +124,7 @@ class TrainLoop:
             beside=not self.recipe.launch.deterministic,  # in that mode nothing runs beside anything
             others=config.host_bytes,
         )
+        self.saver.kept = lambda: best.kept(RunDir(config.run_dir), self.recipe, self._pinned)
         self._pinned: set[int] = set()
         table = self.recipe.weights
         self.publisher = Publisher(
@@ -152,6 +160,11 @@ class TrainLoop:
                 raise RunFailed(f"there is no whole checkpoint of step {resume} in `{self.checkpoints}`")
             checkpoint.load(found, masters, self.ranks)
             self.step = resume
+        elif (initial := self.config.initial) is not None:
+            found = checkpoint.read(initial)
+            if found is None:
+                raise RunFailed(f"there is no whole checkpoint in `{initial}`", "start the run anew with --from")
+            checkpoint.load(found, masters, self.ranks)
         if resume is not None and self.hub is not None:
             state: HubState = self.hub.state()
             running = [one.version for one in state.evals if one.state == "running"]
@@ -180,9 +193,12 @@ class TrainLoop:
         wait_s = time.perf_counter() - began
         try:
             result = self.trainer.train(groups, self.step, self.step)
+        except NotFinite as error:
+            raise RunFailed("\n  ".join([error.message, *names.recent(self._history)]), error.hint) from error
         except ValueError as error:
             raise RunFailed(str(error), "look at the rollout worker's log") from error
         figures: dict[str, float] = {**result.metrics, **stats, "wait_s": wait_s}
+        self._history.append((self.step, figures))
         step, version = self.step, self.step + 1
         if self.hub is not None:
             count = self.recipe.metrics.samples_per_step
@@ -192,7 +208,7 @@ class TrainLoop:
         self._checkpoint_if_due(version, figures)
         self.step = version
         self._publish(step, figures, began)
-        self.reporter.progress(step=version, tokens_per_s=round(figures["tokens_per_s"], 1))
+        self.reporter.progress(step=version, trained_tokens_per_s=round(figures["tokens_per_s"], 1))
         return True
 
     def _settle(self) -> float:
@@ -245,7 +261,8 @@ class TrainLoop:
         began = time.perf_counter()
         tensors = self.trainer.masters.wire_full()
         if self.ranks.first:
-            export(self.config.run_dir / "export", self.config.model_path, tensors, self.adapter)
+            out = self.config.run_dir / "export"
+            export(out, self.config.model_path, tensors, self.adapter, step=self.step)
         self.time_sharing.end(self.trainer)
         export_s = time.perf_counter() - began
         self.publisher.close()
@@ -289,8 +306,7 @@ class TrainLoop:
 
     def _checkpoint_if_due(self, step: int, figures: dict[str, float]) -> None:
         """Begin a checkpoint; `checkpoint_s` is how long the step stands still for it."""
-        every = self.recipe.checkpoint.every
-        if not every or (step % every and step != self.recipe.train.steps):
+        if not self.recipe.checkpoint_due(step):
             return
         began = time.perf_counter()
         if self.saver.busy:

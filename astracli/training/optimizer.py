@@ -30,6 +30,10 @@ from astracli.weights.publish.snapshot import Shard, copies
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
+class NotFinite(RunFailed):
+    """A gradient is not a number, or has no end."""
+
+
 class Masters:
     """fp32 masters of the trained parameters and their AdamW state; this rank's shards when sharded."""
 
@@ -118,7 +122,7 @@ class Masters:
         norm = math.sqrt(self.ranks.squares(found.values()))
         gradients = {name: part for name, gradient in found.items() if (part := local(gradient)).numel()}
         if not math.isfinite(norm):
-            raise RunFailed(
+            raise NotFinite(
                 f"the gradient norm of step {step} is {norm}",
                 "lower train.learning_rate, or look at the samples of the steps before",
             )

@@ -12,6 +12,7 @@ from astracli.config.recipe import Recipe
 from astracli.kernels import varlen
 from astracli.kernels.cpu import linear
 from astracli.models.adapter import ModelAdapter, WireTensor, read_config
+from astracli.models.preflight import text_config
 from astracli.process.layout import RESIDENT, Split, recomputed
 from astracli.training.cpu_offload import CpuOffload
 from astracli.training.fsdp import Ranks, recompute, shard
@@ -112,5 +113,6 @@ class _Loader:
 
 def pad_token(model_dir: Path) -> int:
     """The token that fills the right of a row. It is never attended to and never a target, so any valid id will do."""
-    pad = read_config(model_dir).get("pad_token_id")
-    return pad if isinstance(pad, int) and pad >= 0 else 0
+    config = text_config(read_config(model_dir))
+    pad, rows = config.get("pad_token_id"), config.get("vocab_size", 0)
+    return pad if isinstance(pad, int) and 0 <= pad < rows else 0

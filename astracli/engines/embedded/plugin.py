@@ -11,6 +11,7 @@ from pydantic import PositiveInt
 from astracli.config.recipe_run import Table
 from astracli.engines.contract import Case, Engine, Serving, Start
 from astracli.machine.findings import Check
+from astracli.models.preflight import Obstacle, sliding_window
 
 if TYPE_CHECKING:
     from astracli.config.recipe import Recipe
@@ -42,6 +43,21 @@ class Embedded(Engine):
         if case.adapter is not None and case.adapter.hybrid:
             linear = ("torch", "the delta rule in torch, one step a token")
         return Serving(("sdpa", "exact and quick in the embedded engine"), linear)
+
+    def obstacles(self, case: Case) -> Iterator[Obstacle]:
+        assert case.recipe is not None
+        window, context = sliding_window(case.config or {}), case.recipe.rollout.context_length
+        if window is not None and window < context:
+            path = case.recipe.model.path
+            hint = f"`--set rollout.context_length={window}`, within which every layer sees the whole row"
+            if case.recipe.rollout.max_new_tokens >= window:
+                hint += f", and `--set rollout.max_new_tokens={max(1, window // 2)}`"
+            yield Obstacle(
+                f"a window of {context} tokens, {path} has {window}",
+                f"`{path}` has layers that see the last {window} tokens (sliding_window in its config.json), "
+                f"rollout.context_length is {context}: the embedded engine decodes full attention",
+                hint,
+            )
 
     def checks(self, case: Case) -> Iterator[Check]:
         yield Check("engine", "serving", "ok", "embedded: ships with astra, nothing to install")

@@ -18,6 +18,7 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
 )
@@ -42,10 +43,12 @@ class _DecodeStep:
 class KVSlots(CacheLayerMixin):
     """Keys and values of one full-attention layer, [S, H, L, D]."""
 
-    def __init__(self, slots: int, step: _DecodeStep):
+    def __init__(self, slots: int, step: _DecodeStep, window: int | None = None):
+        """`window`: of a layer with a sliding window, which no row outgrows; within it the layer sees all of a row."""
         super().__init__()
         self.slots = slots
         self.step = step
+        self._window = window
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys = _slot_array(key_states, self.slots, columns=_FIRST_COLUMNS)
@@ -63,6 +66,12 @@ class KVSlots(CacheLayerMixin):
 
     def begin(self) -> None:
         """Make room for this step's new positions."""
+        if self._window is not None and self.step.span > self._window:
+            raise UserError(
+                f"a row of {self.step.span} tokens in a layer that sees the last {self._window}: the embedded engine "
+                "decodes full attention",
+                f"lower rollout.context_length to {self._window}",
+            )
         self.reserve(self.step.span)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -210,6 +219,8 @@ def _slots_like(layer: Any, slots: int, step: _DecodeStep) -> KVSlots | StateSlo
         return StateSlots(slots, step)
     if type(layer) is DynamicLayer:
         return KVSlots(slots, step)
+    if type(layer) is DynamicSlidingWindowLayer:
+        return KVSlots(slots, step, layer.sliding_window)
     raise UserError(
         f"the embedded engine cannot decode a model with a `{type(layer).__name__}` cache",
         'it knows full attention and linear attention; use `rollout.engine = "sglang"` for this model',

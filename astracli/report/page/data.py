@@ -16,6 +16,7 @@ from astracli.evaluation.passk import interval
 from astracli.report import run_files
 from astracli.runs import metrics
 from astracli.runs.metrics import Record
+from astracli.runs.names import REWARD
 from astracli.runs.run_dir import RunDir, write_atomic
 
 MACHINE_FILE = "machine.json"
@@ -23,7 +24,7 @@ DIGITS = 5
 """Significant digits of a figure in the page."""
 
 CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
-    ("Reward", "share", (("arrived_reward_mean", "all that arrived"), ("reward_mean", "trained batch"))),
+    ("Reward", "share", ((REWARD, "reward, all that arrived"), ("reward_mean", "reward of the trained batch"))),
     ("Rewards that failed", "samples", (("reward_errors", "errors"), ("arrived_timeouts", "timeouts"))),
     ("KL to the initial model", "nats", (("kl", "k3 estimate"),)),
     ("Staleness", "versions", (("staleness_mean", "mean"), ("staleness_max", "largest"))),
@@ -54,7 +55,8 @@ def document(run: RunDir) -> dict[str, Any]:
     status = run.status()
     summary = run_files.summary(run) or {}
     return {
-        "run": run_files.row(run) | {"cause": status.cause if status else None},
+        "run": run_files.row(run)
+        | {"cause": status.cause if status else None, "last_lines": status.last_lines if status else []},
         "summary": {
             key: summary[key] for key in ("groups", "memory", "restarts", "resumes", "expected") if summary.get(key)
         },

@@ -92,6 +92,11 @@ def words_of(gold: str) -> str | None:
     return words if is_yes_or_no(words) or isinstance(_gold(plain), Words) else None
 
 
+def reads(gold: str) -> bool:
+    """Whether a gold in one notation is an answer of a known type."""
+    return _gold(gold) is not None
+
+
 def _choice(gold: str, answer: str, problem: str, conventions: Conventions) -> bool | None:
     """The verdict when the gold is letters of choices."""
     lettered = choices.lettered(gold)

@@ -1,0 +1,138 @@
+"""`astra runs status` as a page for people: what runs, since when, how far, what it waits for, how it ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from astracli.report import run_files
+from astracli.report.live import duration
+from astracli.runs import metrics, names
+from astracli.runs.names import REWARD
+from astracli.runs.run_dir import RunDir, RunStatus
+
+LAST_STEPS = 10
+"""Steps whose mean stands beside the newest reward, and whose pace says how long a run still takes."""
+NOTES = 5
+"""Newest warnings of the run that are shown."""
+
+
+@dataclass(frozen=True)
+class StatusPage:
+    rows: list[tuple[str, str]]
+    """(what, words)"""
+    last_lines: list[str]
+    """Of a run that failed, as they were written."""
+    hint: str | None
+
+
+def page(run: RunDir) -> StatusPage:
+    """The page of a run. Raises UserError when its status.json is damaged."""
+    status = run.status()
+    records = [metrics.without_absent(record) for record in metrics.read(run.metrics_jsonl)]
+    rows = [("run", f"{run.name}: {run.shown_state()}{_doing(status)}")]
+    if status is None:
+        return StatusPage([*rows, ("path", str(run.path))], [], None)
+    rows += _what(status)
+    rows += _progress(status, records)
+    rows += _evaluations(run)
+    rows += [("waits", f"{name}: {words}") for name, words in _waits(status)]
+    rows += [("warning", words) for words in _notes(run, status)]
+    if status.cause and status.state == "failed":
+        rows.append(("cause", status.cause))
+    rows.append(("path", str(run.path)))
+    failed = status.state == "failed"
+    return StatusPage(rows, status.last_lines if failed else [], _next(run, status))
+
+
+def figures(run: RunDir) -> dict[str, Any]:
+    """What the page says of the newest step, for `--json`: `{metric: {words, step, value}}`."""
+    records = [metrics.without_absent(record) for record in metrics.read(run.metrics_jsonl)]
+    found = {}
+    for name in (REWARD, "reward_mean", "entropy", "grad_norm", "lr", "step_s", "tokens_per_s"):
+        if points := metrics.series(records, name, "trainer"):
+            step, value = points[-1]
+            found[name] = {"words": names.words(name), "step": step, "value": value}
+    return found
+
+
+def _doing(status: RunStatus | None) -> str:
+    said = {
+        "starting": "its processes start",
+        "resuming": "it goes on from a checkpoint",
+        "finishing": "training is done, the last evaluations run",
+    }
+    return f", {said[status.phase]}" if status and status.state == "running" and status.phase in said else ""
+
+
+def _what(status: RunStatus) -> list[tuple[str, str]]:
+    attempt = f", attempt {status.attempt}" if status.attempt > 1 else ""
+    rows = [("what", f"astra {status.command} {status.recipe}{attempt}")]
+    began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.started))
+    end = status.ended or (time.time() if status.alive() else None)
+    took = f", {duration(end - status.started)}" if end else ""
+    return [*rows, ("since" if status.state == "running" else "began", f"{began}{took}")]
+
+
+def _progress(status: RunStatus, records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    rows = []
+    if status.steps:
+        done = f"{status.step} of {status.steps} done"
+        pace = metrics.mean(metrics.values(records, "step_s", "trainer")[-LAST_STEPS:])
+        if pace is not None:
+            done += f", {pace:.2f} s each"
+            if status.state == "running" and status.step < status.steps:
+                done += f", about {duration(pace * (status.steps - status.step))} left"
+        rows.append(("step", done))
+    if rewards := metrics.series(records, REWARD, "trainer"):
+        step, newest = rewards[-1]
+        words = f"{newest:.3g} of all that arrived for step {step}"
+        if len(rewards) > 1:
+            tail = [value for _, value in rewards[-LAST_STEPS:]]
+            words += f"; {rewards[0][1]:.3g} at first, mean of the last {len(tail)} steps {metrics.mean(tail):.3g}"
+        rows.append((names.words(REWARD), words))
+    newest_of = {
+        name: points[-1][1]
+        for name in ("entropy", "grad_norm", "lr", "staleness_mean", "tokens_per_s")
+        if (points := metrics.series(records, name, "trainer"))
+    }
+    if newest_of:
+        rows.append(("training", ", ".join(names.said(name, value) for name, value in newest_of.items())))
+    return rows
+
+
+def _evaluations(run: RunDir) -> list[tuple[str, str]]:
+    """The last evaluation of each benchmark, and what the first one was."""
+    found = []
+    trends = run_files.trends(run)
+    for trend in trends:
+        if trend.benchmark == metrics.OVERALL and len(trends) == 2:
+            continue
+        before = f"; {trend.first:.3f} at step {trend.first_step}" if trend.first_step != trend.last_step else ""
+        words = f"{trend.benchmark} avg@{trend.n} {trend.last:.3f} ± {trend.stderr:.3f} pass@{trend.k} "
+        found.append(("evaluation", f"step {trend.last_step}: {words}{trend.pass_last:.3f}{before}"))
+    return found
+
+
+def _waits(status: RunStatus) -> list[tuple[str, str]]:
+    if status.state != "running" or not status.alive():
+        return []
+    return [(name, words) for name, words in status.waits.items() if words not in ("ready", "done")]
+
+
+def _notes(run: RunDir, status: RunStatus) -> list[str]:
+    """The newest lines of the supervisor's own log, without the time."""
+    log = run.attempt_logs(status.attempt) / "supervisor.log"
+    lines = run_files.last_lines(log, NOTES) if log.is_file() else []
+    return [line.split(" ", 2)[-1] for line in lines]
+
+
+def _next(run: RunDir, status: RunStatus) -> str | None:
+    if status.state == "failed":
+        return status.hint
+    resumable = status.state == "interrupted" or not status.alive()
+    if status.command == "train" and status.state != "done" and resumable:
+        return f"go on with `astra train --resume {run.path}`"
+    return None

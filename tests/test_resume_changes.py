@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_launch import plan_of, stored_run, tiny
+from launch_tools import plan_of, tiny
+from test_launch import stored_run
 
 from astracli.errors import UserError
 from astracli.launch import recipe_changes, run
 from astracli.machine.findings import PlanProblem
-from astracli.report import run_files
+from astracli.report import run_files, status_page
 
 
 def test_resume_takes_what_the_stored_state_allows_and_says_what_changed(tmp_path: Path) -> None:
@@ -71,7 +72,11 @@ def test_a_change_is_recorded_with_its_step_and_shown(tmp_path: Path, capsys: py
     assert lines[0]["changes"] == {"train.learning_rate": [1e-05, 5e-06], "model.revision": [None, "main"]}
     first = "from step 20: train.learning_rate 1e-05 -> 5e-06, model.revision none -> main"
     assert capsys.readouterr().err.splitlines()[0] == f"changed {first}"
-    assert run_files.row(stored)["changes"] == [first, "from step 30: eval.temperature 0.6 -> 1.0"]
+    second = "from step 30: eval.temperature 0.6 -> 1.0"
+    assert run_files.row(stored)["changes"] == [first, second]
+    stored.start(recipe="t", steps=40, step=30)
+    shown = [words for key, words in status_page.page(stored).rows if key == "changed"]
+    assert shown == [first, second]
 
 
 def test_a_plan_that_does_not_fit_names_a_command_that_goes_on_with_the_run(

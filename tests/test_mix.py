@@ -142,9 +142,9 @@ def test_benchmarks_of_ones_own_read_as_training_sources_do(tmp_path: Path) -> N
     assert [found.messages(item)[0]["content"] for item in found.items] == ["sums: 1+1", "products: 2*2"]
     assert (found.grader, found.samples, found.items[0].row["topic"]) == ("number", 8, "sums")
     assert recipe_io.check(recipe_io.to_document(made), "r") == made
-    by_path = recipe({"source": "arithmetic", "question_field": "ask", "answer_field": "gold", "reward": "probe"})
+    by_path = recipe({"source": "arithmetic", "question_field": "ask", "answer_field": "gold", "reward": "math_boxed"})
     found = benchmarks.load(str(path), path, recipe=by_path)
-    assert (found.name, found.grader, len(found.items)) == ("mine", "probe", 2), "the recipe's fields and reward"
+    assert (found.name, found.grader, len(found.items)) == ("mine", "math_boxed", 2), "the recipe's fields and reward"
     with pytest.raises(UserError, match="no such benchmark") as caught:
         recipe({"source": "arithmetic"}, eval={"benchmarks": ["min"], "sets": sets})
     assert "did you mean `mine`" in str(caught.value.hint)

@@ -1,6 +1,7 @@
 """Rewards put together, in their processes: weights, thresholds, several at once, failures and what misbehaves."""
 
 import asyncio
+import contextlib
 import http.server
 import json
 import re
@@ -14,10 +15,14 @@ import pytest
 from children import children
 from test_sandbox import alive, ids, needs_linux
 
+from astracli.config import recipe_io
 from astracli.config.recipe import DataTable
+from astracli.data import benchmarks
+from astracli.data.prompts import Problem
 from astracli.errors import RunFailed, UserError
+from astracli.launch.inputs import check_rewards
 from astracli.rewards.graders import RewardSetting
-from astracli.rewards.reward import Grade, GradeItem, GradePool, Rewards, validate_rewards
+from astracli.rewards.reward import Grade, GradeItem, GradePool, Rewards, open_pools, validate_rewards
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "rewards.md"
 MODULE = '''
@@ -344,3 +349,41 @@ def test_the_rewards_of_a_recipe() -> None:
     assert {(each.timeout_s, each.memory_bytes) for each in found.each} == {(7.0, 1 << 29)}
     (alone,) = Rewards.of(DataTable(source="arithmetic", reward="number")).each
     assert (alone.spec, alone.name) == ("number", "") and DataTable(source="arithmetic").by("code").grader == "code"
+
+
+# -- before the start, and in an evaluation ----------------------------------------------------------------------------
+
+
+def test_columns_are_checked_for_every_source_and_benchmark(mine: None, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MODULE + "\ndef wants(completion, level):\n    return 1.0\n")
+    (tmp_path / "bench.jsonl").write_text('{"problem": "1+1", "answer": "2", "difficulty": 3}\n')
+    data = {"source": "arithmetic", "reward": "mine:wants"}
+    recipe = recipe_io.check(
+        recipe_io.to_document(recipe_io.load("qwen3.5-tiny-m2po-delta")) | {"data": data, "eval": {}}, "r"
+    )
+    with pytest.raises(UserError, match=r"`level`, which is no column of the training problems \(columns: none\)"):
+        check_rewards(recipe, {}, {}, trains=True)
+    first = Problem("0", "1+1", "2", row={"level": 1})
+    check_rewards(recipe, {"": first}, {}, trains=True)
+    benchmark = str(tmp_path / "bench.jsonl")
+    with pytest.raises(
+        UserError, match=r"no column of benchmark `.*bench.jsonl` .columns: `problem`, `answer`, `difficulty"
+    ):
+        check_rewards(recipe, {"": first}, {benchmark: benchmark}, trains=False)
+
+
+def test_a_benchmark_of_ones_own_is_graded_by_the_recipes_reward(mine: None, tmp_path: Path) -> None:
+    """A reward that is always 0 scores 0 there, whatever the answers are."""
+    (tmp_path / "mine.py").write_text("def nothing(completion):\n    return 0.0\n")
+    (tmp_path / "bench.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n{"problem": "2+3", "answer": "5"}\n')
+    base = recipe_io.to_document(recipe_io.load("qwen3.5-tiny-m2po-delta"))
+    for reward, score in (("mine:nothing", 0.0), ("number", 1.0)):
+        recipe = recipe_io.check(base | {"data": {"source": "arithmetic", "reward": reward}, "eval": {}}, "r")
+        benchmark = benchmarks.load(str(tmp_path / "bench.jsonl"), tmp_path / "bench.jsonl", recipe=recipe)
+        assert benchmark.grader == reward and benchmark.data is not None
+        right = [GradeItem(p.question, p.answer, f"\\boxed{{{p.answer}}}") for p in benchmark.items]
+        with contextlib.ExitStack() as stack:
+            pools = open_pools(stack, {"a": Rewards.of(benchmark.data), "b": Rewards.of(benchmark.data)})
+            assert pools["a"] is pools["b"], "the same rewards share their processes"
+            assert {g.reward for g in pools["a"].grade(right)} == {score}
+            assert [g.verdict == "right" for g in pools["a"].grade(right)] == [score == 1.0] * 2

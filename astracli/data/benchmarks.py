@@ -122,8 +122,7 @@ def load(
     if spec.own is not None:
         table = spec.own
         loaded = datasets.load(table, local_path, *(["held_out"] if spec.held_out else ["train", USUAL_FIELDS]))
-        if recipe is None or table.grader == "probe":  # which compares the samples of a group, and judges none
-            table = table.by("math")
+        table = table if recipe is not None else table.by("math")
         prompt, grader = PromptFormat.of(table), table.grader
         return Benchmark(spec.name, list(loaded), spec.samples, prompt, grader=grader, data=table)
     prompt = PromptFormat.of(recipe.data) if recipe is not None else PromptFormat(own_prompt)

@@ -245,7 +245,7 @@ def test_train_passes_the_recipe_and_returns_the_runs_exit_code(astra: Astra, la
     ran = astra("train", "--recipe", TINY, "--set", "train.steps=3", "--set", "seed=9", "--run-dir", "x")
     assert ran.code == 1
     assert (launch.asked["recipe"].train.steps, launch.asked["recipe"].seed) == (3, 9)
-    assert (launch.asked["run_dir"], launch.asked["resume"], launch.asked["dry_run"]) == (Path("x"), None, False)
+    assert (launch.asked["run_dir"], launch.asked["resume"]) == (Path("x"), None)
 
 
 def test_resume_takes_the_runs_own_recipe(astra: Astra, launch: Launch, runs: Path) -> None:

@@ -144,7 +144,7 @@ def test_another_schema_and_another_file_are_refused(tmp_path: Path) -> None:
     open_store(tmp_path).close()
     with sqlite3.connect(tmp_path / "hub.sqlite") as file:
         file.execute("UPDATE meta SET value = 7 WHERE key = 'schema_version'")
-    with pytest.raises(UserError, match="has schema 7, this astra reads 4"):
+    with pytest.raises(UserError, match="has schema 7, this astra reads 5"):
         open_store(tmp_path)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "hub.sqlite").write_bytes(b"no database" * 100)

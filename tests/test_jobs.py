@@ -133,19 +133,24 @@ def test_a_job_whose_reader_has_gone_goes_on(tmp_path: Path) -> None:
 
 
 def test_job_that_fails_says_so_everywhere(tmp_path: Path) -> None:
-    job = job_with(tmp_path, 'raise RunFailed("the gradient is not finite", "lower the learning rate")')
+    job = job_with(tmp_path, 'raise RunFailed("the gradient is not finite", "lower rollout.temperature")')
     (tmp_path / "run" / "recipe.json").write_text(recipe_io.to_json(job.context.recipe))
     with pytest.raises(RunFailed) as failure:
         job.run()
     assert "`trainer` ended with exit code 1" in failure.value.message
     assert "error: the gradient is not finite" in failure.value.message
-    assert failure.value.hint == f"when that is mended, go on with `astra train --resume {tmp_path / 'run'}`"
+    path = tmp_path / "run"
+    assert failure.value.hint == (
+        f"when that is mended, go on with `astra train --resume {path}`; "
+        "another value of `rollout.temperature` takes a new run, --resume refuses it: "
+        f"`astra train --recipe {path}/recipe.json --set rollout.temperature=...`"
+    )
     status, found = files(tmp_path / "run")
     assert (status["state"], status["exit_code"], found["state"]) == ("failed", 1, "failed")
     assert status["cause"].startswith("`trainer` ended with exit code 1")
     assert status["hint"] == failure.value.hint and not status["waits"]
     for said in (status["last_lines"], found["last_lines"]):
-        assert said[:2] == ["  error: the gradient is not finite", "  hint: lower the learning rate"]
+        assert said[:2] == ["  error: the gradient is not finite", "  hint: lower rollout.temperature"]
     assert "the gradient is not finite" in (tmp_path / "run" / "report.html").read_text()
     for command in ("status", "report"):
         shown = CliRunner().invoke(app, ["runs", command, str(tmp_path / "run")])

@@ -13,6 +13,7 @@ from astracli.config import benchmarks as specs
 from astracli.config import recipe_io
 from astracli.config.recipe import DataTable, Recipe
 from astracli.data import benchmarks, datasets
+from astracli.data.problems import folded
 from astracli.data.prompts import BLOCK, PromptSource, interleaved
 from astracli.errors import UserError
 from astracli.launch.recipe_changes import with_evaluation
@@ -92,13 +93,13 @@ def test_held_out_questions_are_never_trained_on(tmp_path: Path, holdout: float)
         return found[0], found[1]
 
     train, held = sides(list(range(150)))
-    keys = [set(map(datasets.folded, side)) for side in (train, held)]
+    keys = [set(map(folded, side)) for side in (train, held)]
     assert not keys[0] & keys[1] and len(keys[0] | keys[1]) == 100 and len(held) == len(keys[1])
     assert len(held) == 20 if holdout == 20 else 15 <= len(held) <= 35
     again = sides(list(range(149, -1, -1)))
-    assert set(map(datasets.folded, again[1])) == keys[1] and sorted(again[0]) == sorted(train)
+    assert set(map(folded, again[1])) == keys[1] and sorted(again[0]) == sorted(train)
     asked = PromptSource(DataTable(source=str(path), holdout=holdout), 0)
-    assert {datasets.folded(asked.problem(i).question) for i in range(len(asked))} == keys[0]
+    assert {folded(asked.problem(i).question) for i in range(len(asked))} == keys[0]
 
 
 def test_a_share_that_leaves_a_side_empty_is_refused(tmp_path: Path) -> None:

@@ -57,6 +57,8 @@ class Job:
 
     def __init__(self, directory: Path, model_dir: Path, gpu_leases: Sequence[str] = ()):
         self.background = "off"
+        self.learning: dict[str, Any] = {}
+        """Keys of the recipe's table `train`, changed."""
         self.run_dir = directory / "run"
         self.run_dir.mkdir(parents=True)
         self.model_dir = model_dir
@@ -74,7 +76,8 @@ class Job:
             hub_url=self.server.url,
             token=TOKEN,
             recipe=recipe(
-                train={"steps": STEPS, "batch_groups": 2, "max_staleness": 0, "parity_tolerance": 100.0},
+                train={"steps": STEPS, "batch_groups": 2, "max_staleness": 0, "parity_tolerance": 100.0}
+                | self.learning,
                 checkpoint={"every": 2},
                 weights={"transfer": "delta", "background": self.background},
                 metrics={"samples_per_step": 3},
@@ -405,3 +408,37 @@ def test_waiting_says_for_what_and_ends_on_a_stop(job: Job, monkeypatch: pytest.
     with HubClient(job.server.url, TOKEN) as hub:
         assert hub.batch(0, wait_s=0).wait
     assert loop.step == 0
+
+
+def test_a_resume_trains_at_the_learning_rate_that_it_was_given(job: Job, expected: dict[str, torch.Tensor]) -> None:
+    loop = job.loop()
+    loop.start()
+    job.train(loop, until=2)
+    before = {record["lr"] for record in job.records() if "lr" in record}
+    job.learning = {"learning_rate": 0.25, "schedule": "constant"}
+    again = job.resume()
+    job.train(again)
+    rates = {record["step"]: record["lr"] for record in job.records() if "lr" in record}
+    assert 0.25 not in before and (rates[2], rates[3]) == (0.25, 0.25)
+    assert not same(again, expected)
+
+
+def test_a_run_starts_with_weights_and_moments_of_another_ones_checkpoint(
+    job: Job, model_dir: Path, tmp_path: Path
+) -> None:
+    first = job.loop()
+    first.start()
+    job.train(first, until=2)
+    other = Job(tmp_path / "other", model_dir)
+    try:
+        second = other.loop(initial=checkpoint.place(job.run_dir / "checkpoints", 2))
+        second.start()
+        assert second.step == 0 and same(second, first.trainer.masters.wire_full())
+        mine, theirs = (loop.trainer.masters.adam for loop in (second, first))
+        assert mine.updates == theirs.updates > 0
+        for own, given in zip(mine.moments(), theirs.moments(), strict=True):
+            assert own.keys() == given.keys() and all(torch.equal(own[name], given[name]) for name in own)
+        other.train(second, until=1)
+        assert second.step == 1
+    finally:
+        other.server.thread.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
+    context: typer.Context,
     recipe_name: options.RecipeArg = None,
     recipe: options.RecipeOpt = None,
     set_: options.SetOpt = None,
@@ -45,7 +47,11 @@ def evaluate(
     ] = None,
     compare: Annotated[
         tuple[str, str] | None,
-        typer.Option("--compare", metavar="RUN_A RUN_B", help="Compare two evaluations, each a RUN or RUN@STEP."),
+        typer.Option(
+            "--compare",
+            metavar="RUN RUN...",
+            help="Compare evaluations, each a RUN or RUN@STEP, with the first of them.",
+        ),
     ] = None,
     dry_run: options.DryRunOpt = False,
     facts: options.FactsOpt = None,
@@ -55,11 +61,30 @@ def evaluate(
 
     Without a recipe: the newest run under runs/ that has an export, by its own recipe.
     With one: its model, or --weights.
-    With --compare: nothing is generated; is B better than A, item by item?
+    With --compare: nothing is generated; is B better than A, item by item? `astra runs compare` says more of them.
     """
     if compare is not None:
-        _compare(*compare, json)
+        others: dict[str, object] = {
+            "--recipe": recipe,
+            "--set": set_,
+            "--weights": weights,
+            "--run-dir": run_dir,
+            "--out": to,
+        }
+        others |= {"--benchmark": benchmark, "--samples": samples, "--engine": engine, "--resume": resume}
+        others |= {"--facts": facts, "--dry-run": dry_run or None}
+        if given := [name for name, value in others.items() if value is not None]:
+            raise UserError(f"--compare generates nothing: {given[0]} means nothing with it", f"leave {given[0]} out")
+        _compare([*compare, *([recipe_name] if recipe_name else []), *context.args], json)
         return
+    if context.args:
+        from astracli.config.recipe_io import SET_HINT
+
+        word = context.args[0]
+        raise UserError(
+            f"got unexpected extra argument ({word})",
+            SET_HINT if "=" in word else "`astra eval --help` shows what it takes",
+        )
     refuse_facts(facts, dry_run, "eval")
     from astracli.config import recipe_io
     from astracli.runs.find import named
@@ -102,9 +127,19 @@ def evaluate(
     )
 
 
-def _compare(a: str, b: str, as_json: bool) -> None:
+def _compare(runs: Sequence[str], as_json: bool) -> None:
     from astracli.evaluation import compare
 
+    if len(runs) > 2:
+        from astracli.cli.runs_compare import print_tests, several, test_document
+
+        tests = compare.several({text: compare.read_shares(text) for text in several(runs)})
+        if as_json:
+            out(True).document({"first": runs[0], "comparisons": [test_document(test) for test in tests]})
+        else:
+            print_tests(tests)
+        return
+    a, b = runs
     rows = compare.compare(compare.read_shares(a), compare.read_shares(b))
     out(as_json).table(
         ["benchmark", "items", "A", "B", "B - A", "95 % from", "to", "p", "difference"],

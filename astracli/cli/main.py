@@ -22,7 +22,7 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("rollout")(rollout.rollout)
-app.command("eval")(evaluate.evaluate)
+app.command("eval", context_settings={"allow_extra_args": True})(evaluate.evaluate)
 app.command("doctor")(doctor.doctor)
 GROUPS = {"recipes": recipes.app, "adapters": adapters.app, "runs": runs.app}
 for name, group in GROUPS.items():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from astracli.cli import runs_change
+from astracli.cli import runs_change, runs_compare
 from astracli.cli.options import JsonOpt, OptionalRunArg, RootOpt, the_run
 from astracli.cli.output import out
 
@@ -20,16 +20,28 @@ app = typer.Typer(help="Look at runs, stop them, free their disk.", rich_markup_
 
 @app.command("list")
 def list_(root: RootOpt = Path("runs"), json: JsonOpt = False) -> None:
-    """List the runs, newest first."""
-    from astracli.report import run_files
+    """List the runs, newest first: state, steps, newest score and reward, and the settings in which they differ.
+
+    The score is avg@n of the newest evaluation (`overall` of several benchmarks), the reward the mean of the newest ten
+    steps. `astra runs compare` shows more of a few runs.
+    """
+    from astracli.report import many_runs
     from astracli.runs import find as runs
 
-    rows = [run_files.row(run) for run in runs.list_runs(root)]
-    if not rows and not json:
+    found = runs.list_runs(root)
+    if not found and not json:
         out().note(f"no runs under `{root}`")
         return
-    shown = [[r["run"], r["state"], _of(r["step"], r["steps"]), r["started"], r["wall_s"]] for r in rows]
-    out(json).table(["run", "state", "step", "started", "wall s"], shown, document=rows)
+    differ = many_runs.settings(found)
+    rows, shown = [], []
+    for place, run in enumerate(found):
+        row = many_runs.row(run) | {"settings": {key: values[place] for key, values in differ.items()}}
+        score = f"{row['score']['avg_at_n']:.3f}" if row["score"] else None
+        reward = f"{row['reward']:.3f}" if row["reward"] is not None else None
+        differs = many_runs.differing_words(differ, place)
+        rows.append(row)
+        shown.append([row["run"], row["state"], _of(row["step"], row["steps"]), score, reward, row["wall_s"], differs])
+    out(json).table(["run", "state", "step", "score", "reward", "wall s", "differs in"], shown, document=rows)
 
 
 @app.command()
@@ -186,6 +198,7 @@ def samples(
         out().text(_sample_text(sample))
 
 
+app.command("compare")(runs_compare.compare)
 app.command("export")(runs_change.export)
 app.command("stop")(runs_change.stop)
 app.command("clean")(runs_change.clean)

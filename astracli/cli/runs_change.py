@@ -60,11 +60,14 @@ def stop(run: RunArg, json: JsonOpt = False) -> None:
 def export(
     run: OptionalRunArg = None,
     to: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Default RUN/export-latest or RUN/export-STEP.")
+        Path | None, typer.Option("--out", metavar="DIR", help="Default RUN/export-latest, -STEP or -best.")
     ] = None,
     step: Annotated[
         int | None, typer.Option("--step", metavar="STEP", help="A checkpoint's step; default the newest.")
     ] = None,
+    best: Annotated[
+        bool, typer.Option("--best", help="The checkpoint with the best score, which checkpoint.best keeps.")
+    ] = False,
     text_only: Annotated[
         bool, typer.Option("--text-only", help="The text model alone, under text names, whatever it was loaded from.")
     ] = False,
@@ -75,13 +78,23 @@ def export(
 
     found = the_run(run)
     recipe = recipe_io.load(found.recipe_json)
+    if best and step is not None:
+        raise UserError(f"both --best and --step {step} given", "leave one out")
+    chosen = None
+    if best:
+        from astracli.training import best as best_checkpoint
+
+        chosen = best_checkpoint.required(found, recipe)
+        step = chosen.score.step
     model_dir = fetch.local_path(recipe.model.path) or fetch.fetch_model(recipe.model.path, recipe.model.revision)
     from astracli.training.export_run import export_checkpoint
 
-    place = to or found.path / ("export-" + ("latest" if step is None else str(step)) + ("-text" if text_only else ""))
+    which = "best" if best else "latest" if step is None else str(step)
+    place = to or found.path / (f"export-{which}" + ("-text" if text_only else ""))
     done = export_checkpoint(found.checkpoints, recipe, model_dir, place, step=step, text_only=text_only)
     out().text(str(place))
-    out().note(f"step {done} of `{found.path}`")
+    reason = f", the best of {chosen.among} evaluated: {chosen.score.words}" if chosen else ""
+    out().note(f"step {done} of `{found.path}`{reason}")
 
 
 def clean(

@@ -337,6 +337,13 @@ class Recipe(Table):
         """Sequences of one step: `train.batch_groups` x `rollout.group_size`."""
         return self.train.batch_groups * self.rollout.group_size
 
+    def checkpoint_due(self, step: int) -> bool:
+        """Whether the state after `step` steps is written as a checkpoint."""
+        every, evaluations = self.checkpoint.every, self.eval.every if self.checkpoint.best is not None else 0
+        if not every:
+            return False
+        return step % every == 0 or step == self.train.steps or (evaluations > 0 and step % evaluations == 0)
+
     @property
     def most_reward_errors(self) -> int:
         """`data.max_reward_errors`; None is one step's samples."""
@@ -404,6 +411,21 @@ class Recipe(Table):
                 f"eval.samples = {evaluation.samples} is fewer than eval.pass_k = {evaluation.pass_k}: "
                 "pass@k needs at least k samples an item"
             )
+        best = self.checkpoint.best
+        if best is not None and best not in (*evaluation.benchmarks, "overall"):
+            names = ", ".join([*evaluation.benchmarks, "overall"])
+            raise ValueError(f"checkpoint.best = {best!r} is no benchmark of this run: it takes one of {names}")
+        if best is not None and not (evaluation.benchmarks and evaluation.every and self.checkpoint.every):
+            absent = next(
+                key
+                for key, value in (
+                    ("eval.benchmarks", evaluation.benchmarks),
+                    ("eval.every", evaluation.every),
+                    ("checkpoint.every", self.checkpoint.every),
+                )
+                if not value
+            )
+            raise ValueError(f"checkpoint.best = {best!r} needs evaluations and checkpoints, but {absent} is off")
         band = self.data.curriculum
         if band is not None and band.low > band.high:
             raise ValueError(f"data.curriculum.low = {band.low} is over data.curriculum.high = {band.high}")

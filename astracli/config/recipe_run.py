@@ -1,6 +1,6 @@
 """Tables of a recipe that say how, where and with what output a run goes, not what it learns.
 
-All of it may change on a resume (`launch.recipe_changes.CHANGEABLE`), besides `train.steps` and what saves memory.
+All of it but `launch.deterministic` may change on a resume; `launch.resume_rules` says what else may.
 """
 
 from __future__ import annotations
@@ -54,6 +54,10 @@ class CheckpointTable(Table):
     """Steps; the last step always. 0: none at all, so that a run which dies begins anew."""
     keep: PositiveInt = 2
     """Newest checkpoints kept on disk."""
+    best: str | None = None
+    """A benchmark of `eval.benchmarks`, or `overall`: the checkpoint with its best score is kept besides the newest, of
+    equal ones the earlier. A checkpoint is then also made at every step at which an evaluation is due, and an
+    evaluation that has to wait takes the next version with a checkpoint."""
 
 
 class EngineEnv(Table):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,6 +171,43 @@ def _reach(apart: np.ndarray, shift: np.ndarray, drawn: int) -> float:
     limits[~above & ~below & (np.abs(shift) > 1.0 - _TIE)] = np.inf
     count = math.floor(LEVEL * (len(limits) + drawn) + _TIE) + 1 - drawn
     return float(np.sort(limits)[-max(1, count)])
+
+
+@dataclass(frozen=True)
+class Against:
+    """One evaluation of several beside the first of them, on one benchmark."""
+
+    run: str
+    difference: Difference
+    p_holm: float
+    """p, corrected for as many comparisons as the benchmark has (Holm 1979): at most LEVEL is real."""
+
+    @property
+    def verdict(self) -> str:
+        """As `Difference.verdict`, by the corrected p."""
+        real = self.p_holm <= LEVEL
+        return "real" if real else "too few items" if self.difference.items < LEAST else "not shown"
+
+
+def several(evaluations: Mapping[str, Shares]) -> list[Against]:
+    """Each evaluation behind the first compared with it, benchmark by benchmark. Raises UserError for other items."""
+    (_, first), *others = evaluations.items()
+    rows = [(name, row) for name, shares in others for row in compare(first, shares)]
+    corrected: dict[tuple[str, str], float] = {}
+    for benchmark in dict.fromkeys(row.benchmark for _, row in rows):
+        of_it = {name: row.p for name, row in rows if row.benchmark == benchmark}
+        corrected |= {(name, benchmark): p for name, p in zip(of_it, holm(list(of_it.values())), strict=True)}
+    return [Against(name, row, corrected[name, row.benchmark]) for name, row in rows]
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Each p corrected for the number of tests, in the given order: the i-th smallest of n times n - i, never below a
+    smaller one's, at most 1."""
+    corrected, largest = [0.0] * len(ps), 0.0
+    for rank, place in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[place]))
+        corrected[place] = largest
+    return corrected
 
 
 def words(row: Difference) -> str:

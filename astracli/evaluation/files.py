@@ -114,6 +114,11 @@ def forget_after(folder: Path, step: int) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def forget_unfinished(folder: Path) -> None:
+    """Evaluations go on with other settings: answers that were drawn under the old ones are asked for again."""
+    shutil.rmtree(folder / "partial", ignore_errors=True)
+
+
 def item_line(step: int, version: int, benchmark: str, sample: EvalSample) -> dict[str, Any]:
     """One line of an items file."""
     return sample_line(

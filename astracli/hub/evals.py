@@ -76,10 +76,16 @@ class EvalBoard:
         return self.pinned()
 
     def _start(self, sql: sqlite3.Connection) -> None:
-        """Inside a transaction: an evaluation that waits takes the latest version, unless another runs."""
+        """Inside a transaction: an evaluation that waits takes the latest version, unless another runs, or that version
+        has no checkpoint and the best one is to be kept: then it waits for the next."""
         newest = sql.execute("SELECT step, version FROM versions ORDER BY version DESC LIMIT 1").fetchone()
-        if newest is not None and self.running is None:
+        if newest is not None and self.running is None and self._with_checkpoint(newest[0]):
             sql.execute("UPDATE evals SET step = ?, version = ? WHERE version IS NULL", newest)
+
+    def _with_checkpoint(self, step: int) -> bool:
+        """Whether the version of `step` may be evaluated: always, unless only checkpoints are."""
+        every, evaluations = self._settings.checkpoint_every, self._settings.eval_every
+        return not every or step == self._settings.steps or not step % every or not step % max(1, evaluations)
 
     def pinned(self) -> list[int]:
         """Versions of evaluations that are not done; with one that waits also the latest, which that may take."""
@@ -188,6 +194,8 @@ class EvalBoard:
         self._db.rows("DELETE FROM versions")
         self._db.rows("DELETE FROM evals WHERE due_step > ?", version)
         self._db.rows("UPDATE evals SET step = NULL, version = NULL, results = NULL WHERE version > ?", version)
+        if not self._settings.eval_every:  # switched off since: nobody would do what is due still
+            self._db.rows("DELETE FROM evals WHERE results IS NULL")
         self._db.rows("UPDATE evals SET served = 0 WHERE results IS NULL")  # the engines are new: none is past it
         self._released.clear()
         self.engines.clear()

@@ -40,6 +40,9 @@ class HubSettings:
     checkpoints: bool = True
     """Without them nothing is kept for a resume: what a step was trained on goes with the next one."""
     gpu_leases: tuple[str, ...] = ()
+    checkpoint_every: int = 0
+    """Not 0: an evaluation that has waited takes only a version that has a checkpoint, which is so every n-th step, at
+    steps at which an evaluation is due, and at the last."""
 
     def __post_init__(self) -> None:
         assert not (self.deterministic and self.max_staleness), "deterministic runs have staleness 0"

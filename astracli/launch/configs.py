@@ -6,6 +6,7 @@ import os
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from astracli.config.recipe import Recipe
@@ -42,6 +43,8 @@ class RunContext:
     inputs: Inputs
     resume_step: int | None = None
     """Steps that the checkpoint to go on from has trained; None for a new run."""
+    initial: Path | None = None
+    """Checkpoint of another run that this one starts with, weights and moments."""
     samples: SampleFile | None = None
     """What a rollout without a trainer writes."""
     start: int = 0
@@ -134,6 +137,7 @@ def _client(context: RunContext, process: ProcessPlan, own: Mapping[str, Any]) -
         attention=plan.choice.trainer_attention,
         gdn_backward=plan.choice.gdn_backward,
         resume_step=context.resume_step,
+        initial=context.initial,
         start=context.start,
         split=plan.placement.split,
         shared=plan.placement.shared,

@@ -113,7 +113,7 @@ def prepare(recipe: Recipe, ledger: Ledger, *, data: bool, benchmarks: Sequence[
         paths = datasets.fetch(recipe, first) if data else {}
         known = True
     with ledger.check("reward"):
-        check_rewards(recipe, first, places, trains=data and known)
+        check_rewards(recipe, first if known else None, places, trains=data)
     with ledger.check("checkpoint"):
         found = fetch.fetch_model(recipe.model.path, recipe.model.revision)
         check_checkpoint(found, recipe)
@@ -150,29 +150,29 @@ def check_setting(recipe: Recipe, ledger: Ledger) -> None:
 
 
 def check_rewards(
-    recipe: Recipe, problems: Mapping[str, Problem], benchmarks: Mapping[str, str | Path | None], *, trains: bool
+    recipe: Recipe, problems: Mapping[str, Problem] | None, benchmarks: Mapping[str, str | Path | None], *, trains: bool
 ) -> None:
     """Rewards are there, and find their columns in the training sources and in benchmarks of the user's own; and the
     environment is there.
 
-    `problems`: the first of each source that is not generated. `benchmarks`: local paths. `trains`: the command draws
-    episodes, and grades them.
+    `problems`: the first of each source that is not generated; None: not known, then columns are not looked for.
+    `benchmarks`: local paths. `trains`: the command draws episodes, and grades them.
     """
     from astracli.data import benchmarks as sets
     from astracli.rewards.reward import Rewards, validate_rewards
 
-    wanted: list[tuple[Rewards, list[str], str]] = []
+    wanted: list[tuple[Rewards, list[str] | None, str]] = []
     if trains:
         envs.validate(recipe.rollout.env)
         for name, table in recipe_data.sets(recipe.data).items():
-            columns = list(problems[name].row) if name in problems else []
+            columns = None if problems is None else list(problems[name].row) if name in problems else []
             wanted.append((Rewards.of(table), columns, f"source `{name}`" if name else "the training problems"))
     for name, place in benchmarks.items():
         if get(name, recipe).own is not None:
             own = sets.load(name, place, recipe=recipe)
             assert own.data is not None
             wanted.append((Rewards.of(own.data), list(own.items[0].row), f"benchmark `{name}`"))
-    done: list[tuple[Rewards, list[str]]] = []
+    done: list[tuple[Rewards, list[str] | None]] = []
     for rewards, columns, where in wanted:
         if not any(before.each == rewards.each and columns == known for before, known in done):
             done.append((rewards, columns))

@@ -7,12 +7,12 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from astracli.errors import AstraError, RunFailed, disk_full, refused_by_system
-from astracli.launch import configs, hub, no_signal, recipe_changes, summary
+from astracli.launch import configs, from_run, hub, no_signal, recipe_changes, resume_rules, summary
 from astracli.launch.configs import RunContext
 from astracli.launch.forks import Forks
 from astracli.launch.launcher import Launcher
@@ -27,8 +27,10 @@ from astracli.process.config import Role
 from astracli.process.open_files import raise_open_files
 from astracli.process.signals import signals
 from astracli.report.page import data as report_data
+from astracli.runs import changes as run_changes
 from astracli.runs import metrics, names
 from astracli.runs.run_dir import RunDir, State, write_atomic
+from astracli.training import best
 
 if TYPE_CHECKING:
     from astracli.hub.store import HubStore
@@ -73,6 +75,9 @@ class Job:
             state, code, cause = "interrupted", 130, "interrupted"
         except Exception as error:
             known = isinstance(error, AstraError)
+            if isinstance(error, AstraError) and context.training:
+                weights = recipe_changes.has_weights(run)
+                error.hint = resume_rules.completed(error.hint, error.message, run.path, weights=weights)
             named = None if known else disk_full(error) or refused_by_system(error)  # after the start, no bad input
             cause, *lines = str(named or error).splitlines() or [type(error).__name__]
             said = {"last_lines": lines, "hint": error.hint if isinstance(error, AstraError) else None}
@@ -202,6 +207,12 @@ class Job:
             return f"the logs are in {run.attempt_logs(self.context.attempt)}"
         return f"when that is mended, go on with `astra train --resume {run.path}`"
 
+    def _best(self) -> dict[str, Any] | None:
+        """The best checkpoint, with `checkpoint.best` and once one was evaluated."""
+        benchmark = best.name_in_files(self.context.recipe) if self.context.training else None
+        found = best.best(self.context.run_dir, benchmark) if benchmark is not None else None
+        return found.document() if found is not None else None
+
     def _sum_up(
         self, supervisor: Supervisor, store: HubStore, launcher: Launcher, evaluations_s: Mapping[str, float]
     ) -> None:
@@ -222,6 +233,9 @@ class Job:
             restarts={name: status.restarts for name, status in supervisor.status.items()},
             resumes=[resume.document() for resume in supervisor.resumes.taken] if supervisor.resumes else [],
             notes=supervisor.notes,
+            changes=run_changes.read(context.run_dir),
+            source=asdict(found) if (found := from_run.origin(context.run_dir)) else None,
+            best=self._best(),
             plan=to_json(context.plan),
         )
 

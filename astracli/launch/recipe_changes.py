@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from astracli.config import doors, recipe_io
+from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
 from astracli.data import fetch
 from astracli.errors import UserError
+from astracli.launch import resume_rules
 from astracli.process.console import say
 from astracli.runs import find as runs
-from astracli.runs.run_dir import RunDir
-
-PORTIONS = (
-    "train.tokens_per_microbatch", "train.activation_checkpointing", "train.optimizer_device", "train.reference_device",
-    "rollout.max_running_requests", "rollout.running_ceiling", "eval.max_concurrency",
-    *(f"rollout.{name}." for name in doors.names("astra.engines")),
-)  # fmt: skip
-"""How much is computed at once, where it lies and by which kernel: what a run that ran out of memory needs changed."""
-CHANGEABLE = ("train.steps", "launch.", "metrics.", "resources.", "checkpoint.", *PORTIONS)
-"""What `--set` may change on a resume: how long, where and how the run goes on, not what it learns from."""
+from astracli.runs.changes import Changes, differences, shown
+from astracli.runs.run_dir import ORIGIN, RunDir
 
 
 def with_weights(recipe: Recipe, weights: str | None) -> Recipe:
@@ -46,6 +39,7 @@ def with_evaluation(recipe: Recipe, benchmarks: Sequence[str] | None, samples: i
         sets.get(name, recipe)
     document = recipe_io.to_document(recipe)
     document["eval"]["benchmarks"] = names
+    document["checkpoint"]["best"] = None  # it may name another one, and nothing is trained
     if isinstance(own := recipe.eval.samples, dict):
         document["eval"]["samples"] = {name: n for name, n in own.items() if name in names} or None
     if samples is not None:
@@ -58,8 +52,9 @@ def with_evaluation(recipe: Recipe, benchmarks: Sequence[str] | None, samples: i
     return checked.model_copy(update={"eval": checked.eval.model_copy(update={"benchmarks": names})})
 
 
-def resumed_recipe(recipe: Recipe, run: RunDir) -> Recipe:
-    """The run's recipe with the changes that a resume allows. Raises UserError for any other."""
+def resumed_recipe(recipe: Recipe, run: RunDir) -> tuple[Recipe, Changes]:
+    """The run's recipe with the changes that a resume allows, and these. Raises UserError with a reason for each key
+    that may not change."""
     status = run.status()
     if status is not None and status.command != "train":
         raise UserError(
@@ -67,29 +62,30 @@ def resumed_recipe(recipe: Recipe, run: RunDir) -> Recipe:
             f"start it again with `astra {status.command} {run.recipe_json}`",
         )
     stored = recipe_io.load(run.recipe_json)
-    changed = [
-        key for key in _differences(recipe_io.to_document(stored), recipe_io.to_document(recipe)) if key != "name"
-    ]
-    refused = [key for key in changed if not key.startswith(CHANGEABLE) or key == "launch.deterministic"]
+    recipe = recipe.model_copy(update={"name": stored.name})
+    changes = differences(recipe_io.to_document(stored), recipe_io.to_document(recipe))
+    refused = {key: why for key in changes if (why := resume_rules.refusal(key)) is not None}
     if refused:
-        allowed = ", ".join(f"{key}*" if key.endswith(".") else key for key in CHANGEABLE)
+        lines = [f"`{key}` may not change on --resume: {why}" for key, why in refused.items()]
+        values = {key: shown(changes[key][1]) for key in refused}  # a table inside a list takes a file
+        words = (f"{key}={value}" if "{" not in value else f"{key}=..." for key, value in values.items())
+        sets = " ".join(f"--set {shlex.quote(word)}" for word in words)
+        from_weights = has_weights(run) and all(map(resume_rules.by_from, refused))
         raise UserError(
-            f"--set {refused[0]} on --resume: a run goes on as it began; what may change is {allowed}",
-            f"start a new run with it: `astra train --recipe {run.recipe_json} --set {refused[0]}=...`",
+            "\n  ".join(lines),
+            f"start a new run from the weights of this one: `astra train --from {run.path} {sets}`"
+            if from_weights
+            else f"start a new run: `astra train --recipe {run.recipe_json} {sets}`",
         )
-    return recipe.model_copy(update={"name": stored.name})
+    return recipe, changes
 
 
-def _differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ."""
-    found: list[str] = []
-    for key in {**before, **after}:
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            found.append(prefix + key)
-    return found
+def has_weights(run: RunDir) -> bool:
+    """Whether a new run can start from its weights: it has a checkpoint, or an export."""
+    from astracli.training import checkpoint
+
+    whole = (place / checkpoint.COMPLETE for place in run.checkpoints.glob("step_*"))
+    return (run.export / ORIGIN).is_file() or any(file.is_file() for file in whole)
 
 
 def resume_step(run: RunDir, recipe: Recipe) -> int:

@@ -6,13 +6,16 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
 from astracli.data import fetch
-from astracli.launch import job, recipe_changes
+from astracli.errors import UserError
+from astracli.launch import from_run, job, recipe_changes, resume_rules
 from astracli.launch.configs import RunContext
+from astracli.launch.from_run import Source
 from astracli.launch.inputs import Inputs, fetched, needs, pin_problems
 from astracli.launch.job import Job
 from astracli.machine import read as machine_read
@@ -24,8 +27,10 @@ from astracli.plan.types import Command, LaunchPlan
 from astracli.plan.view import to_json
 from astracli.process.config import SampleFile
 from astracli.process.console import plain, say
+from astracli.runs import changes as run_changes
 from astracli.runs import find as runs
 from astracli.runs import metrics
+from astracli.runs.changes import Changes
 from astracli.runs.run_dir import RunDir
 
 
@@ -51,35 +56,55 @@ def planned(recipe: Recipe, command: Command, facts: Machine | None = None) -> L
     )
 
 
-def train(recipe: Recipe, *, run_dir: Path | None = None, resume: Path | None = None, dry_run: bool = False) -> int:
-    """Run `astra train` to its end; the exit code. Raises UserError before the start, RunFailed after it."""
-    if dry_run:
-        print(json.dumps(to_json(planned(recipe, "train")), indent=2, default=str))
-        return 0
+def train(recipe: Recipe, **options: Any) -> int:
+    """`train_run`, and its exit code alone."""
+    return train_run(recipe, **options)[0]
+
+
+def train_run(
+    recipe: Recipe,
+    *,
+    run_dir: Path | None = None,
+    resume: Path | None = None,
+    source: Source | None = None,
+    keep_optimizer: bool = False,
+) -> tuple[int, RunDir]:
+    """Run `astra train` to its end. -> (exit code, the run). Raises UserError before the start, RunFailed after it.
+
+    `resume`: the run to go on with; `recipe` is then its own, changed. `source`: the run whose weights a new one starts
+    from, with `keep_optimizer` its moments too.
+    """
     began = time.monotonic()
+    changes: Changes = {}
     if resume is not None:
-        recipe = recipe_changes.resumed_recipe(recipe, runs.existing(resume))
-    plan = _refusing_plan(recipe, "train")
+        recipe, changes = recipe_changes.resumed_recipe(recipe, runs.existing(resume))
+    if source is not None:
+        recipe = from_run.checked(recipe, source)
+    plan = _train_plan(recipe, resume, source)
     there = run_dir is not None and run_dir.exists()
     run = runs.resume(resume) if resume is not None else runs.create(recipe.name, run_dir)
     step: int | None = None
     try:
         if resume is not None:
             step = recipe_changes.resume_step(run, recipe)
+        if source is not None:
+            recipe = from_run.take(recipe, source, run, keep_optimizer=keep_optimizer)
         inputs = _inputs(recipe, "train")
         pin_problems(run, recipe, inputs.data)
     except BaseException:
         if resume is None:
+            from_run.forget(run)
             job.discard(run, there)
         raise
-    code, summary = _run(began, inputs, recipe, plan, run, resume_step=step)
+    initial = from_run.initial_checkpoint(run)
+    code, summary = _run(began, inputs, recipe, plan, run, changes, resume_step=step, initial=initial)
     if summary:
         from astracli.report.summary_table import print_summary
 
         print_summary(summary)
     if code == 130:
         say(f"interrupted; go on with `astra train --resume {run.path}`")
-    return code
+    return code, run
 
 
 def rollout(recipe: Recipe, *, weights: str | None = None, n: int, out: Path, run_dir: Path | None = None) -> int:
@@ -95,7 +120,25 @@ def rollout(recipe: Recipe, *, weights: str | None = None, n: int, out: Path, ru
     return code
 
 
-def evaluate(
+def evaluate(recipe: Recipe, *, as_json: bool = False, **options: Any) -> int:
+    """`evaluate_run`, then print the figures; the exit code."""
+    code, run = evaluate_run(recipe, **options)
+    if code == 0:
+        document = json.loads((run.eval / "results.json").read_text())
+        document |= {"weights": recipe_io.load(run.recipe_json).model.path, "path": str(run.eval)}
+        if as_json:
+            print(json.dumps(document, indent=2))
+        else:
+            from astracli.report.summary_table import result_lines
+
+            print(plain("\n".join(result_lines(document))))
+            say(f"items and figures are in {run.eval}")
+    elif code == 130:
+        say(f"interrupted; go on with `astra eval --resume {run.path}`")
+    return code
+
+
+def evaluate_run(
     recipe: Recipe,
     *,
     weights: str | None = None,
@@ -104,9 +147,9 @@ def evaluate(
     samples: int | None = None,
     out: Path | None = None,
     resume: Path | None = None,
-    as_json: bool = False,
-) -> int:
-    """Evaluate once and print the figures; the exit code. Files go into `out`, else below the `eval/` of `run_dir`.
+) -> tuple[int, RunDir]:
+    """Evaluate once. -> (exit code, the evaluation's directory). Files go into `out`, else below the `eval/` of
+    `run_dir`.
 
     `resume` goes on with an evaluation that was stopped; `recipe` is then its own.
     """
@@ -124,28 +167,23 @@ def evaluate(
     else:
         run = runs.create(f"{recipe.name}-eval")
     code, _ = _run(began, inputs, recipe, plan, run)
-    if code == 0:
-        document = json.loads((run.eval / "results.json").read_text())
-        document |= {"weights": recipe.model.path, "path": str(run.eval)}
-        if as_json:
-            print(json.dumps(document, indent=2))
-        else:
-            from astracli.report.summary_table import result_lines
-
-            print(plain("\n".join(result_lines(document))))
-            say(f"items and figures are in {run.eval}")
-    elif code == 130:
-        say(f"interrupted; go on with `astra eval --resume {run.path}`")
-    return code
+    return code, run
 
 
 def _run(
-    began: float, inputs: Inputs, recipe: Recipe, plan: LaunchPlan, run: RunDir, **more: Any
+    began: float,
+    inputs: Inputs,
+    recipe: Recipe,
+    plan: LaunchPlan,
+    run: RunDir,
+    changes: Changes = MappingProxyType({}),
+    **more: Any,
 ) -> tuple[int, Mapping[str, Any]]:
     """Run everything in the run directory, then unlock it. -> (exit code, summary). `began`: when the command began;
-    `more`: further fields of `RunContext`."""
+    `changes`: what a resume changes in the recipe; `more`: further fields of `RunContext`."""
     attempt = job.open_run(run, recipe_io.to_json(recipe), to_json(plan))
     context = RunContext(recipe, plan, run, attempt, inputs, **more)
+    apply_changes(run, context.resume_step or 0, attempt, changes)
     before = {"planning": time.monotonic() - began - inputs.seconds, "fetching": inputs.seconds}
     task = Job(context, before)
     for warning in plan.warnings:
@@ -157,6 +195,18 @@ def _run(
         return task.run(), task.summary
     finally:
         run.unlock()
+
+
+def apply_changes(run: RunDir, step: int, attempt: int, changes: Changes) -> None:
+    """Write down what a resume changes, say it, and drop answers that were drawn under other settings."""
+    from astracli.evaluation import files as eval_files
+
+    recorded = run_changes.record(run, step, attempt, changes)
+    if recorded is None:
+        return
+    say(f"changed {run_changes.words(recorded)}")
+    if resume_rules.asks_anew(changes):
+        eval_files.forget_unfinished(run.eval)
 
 
 # -- plan -------------------------------------------------------------------------------------------------------------
@@ -173,6 +223,17 @@ def _inputs(recipe: Recipe, command: Command) -> Inputs:
     """What the command reads, checked and on this machine. Raises UserError."""
     data, benchmarks = needs(recipe, command)
     return fetched(recipe, data=data, benchmarks=benchmarks)
+
+
+def _train_plan(recipe: Recipe, resume: Path | None, source: Source | None) -> LaunchPlan:
+    """As `_refusing_plan`; a command in its hint goes on with the same run, or starts from the same weights."""
+    try:
+        return _refusing_plan(recipe, "train")
+    except UserError as error:
+        same = f"--resume {resume}" if resume is not None else f"--from {source.text}" if source is not None else None
+        if error.hint is None or same is None:
+            raise
+        raise UserError(error.message, error.hint.replace(f"--recipe {recipe.name} ", f"{same} ")) from None
 
 
 def _config_if_here(recipe: Recipe) -> Mapping[str, Any] | None:

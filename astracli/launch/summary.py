@@ -36,6 +36,9 @@ def build(
     restarts: Mapping[str, int],
     resumes: Sequence[Mapping[str, Any]] = (),
     notes: Sequence[str] = (),
+    changes: Sequence[Mapping[str, Any]] = (),
+    source: Mapping[str, Any] | None = None,
+    best: Mapping[str, Any] | None = None,
     plan: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The document.
@@ -43,7 +46,8 @@ def build(
     `first_step`, `since`: where and when (unix seconds) this attempt began; steps that an earlier attempt trained after
     its last checkpoint do not count. `phases`: seconds of this attempt by phase. `evaluations_s`: by step, from when
     one became due to its result. `records`: all of metrics.jsonl. `resumes`: documents of `restarts.Resume`. `notes`:
-    what else the supervisor did to go on. `plan`: plan.json.
+    what else the supervisor did to go on. `changes`: lines of changes.jsonl. `source`: from.json, the run whose weights
+    this one started from. `best`: the best checkpoint, with `checkpoint.best`. `plan`: plan.json.
     """
     wall_s, training_run = sum(phases.values()), plan is None or plan["command"] == "train"
     mine = [record for record in records if record.get("time", since) >= since]
@@ -73,6 +77,9 @@ def build(
         "restarts": {name: count for name, count in restarts.items() if count},
         "resumes": [dict(resume) for resume in resumes],
         "notes": list(notes),
+        "changes": [dict(line) for line in changes],
+        "from": dict(source) if source else None,
+        "best": dict(best) if best else None,
         "memory": dict(memory),
         "paths": paths(run_dir),
     }
@@ -114,7 +121,9 @@ def benchmarks(done: Sequence[EvaluationStatus]) -> list[dict[str, Any]]:
         names = names[:1]
     rows = []
     for name in names:
-        of_name = [{"step": e.step, "due_step": e.due_step, **e.results[name]} for e in done if name in e.results]
+        # overall is compared with a mean of the same benchmarks: a resume may have changed them
+        alike = [e for e in done if name != OVERALL or e.results.keys() == done[-1].results.keys()]
+        of_name = [{"step": e.step, "due_step": e.due_step, **e.results[name]} for e in alike if name in e.results]
         first, last, more = of_name[0], of_name[-1], len(of_name) > 1
         rows.append(
             {

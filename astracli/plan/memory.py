@@ -30,6 +30,7 @@ def disk_rows(shape: MemoryShape, recipe: Recipe, checkpoint_bytes: int | None) 
     """Checkpoints, published versions and the export of a training run, at their largest."""
     weights, keep = 2 * shape.parameters, recipe.weights.keep
     held = recipe.checkpoint.keep + 1 if recipe.checkpoint.every else 0
+    held += 2 if recipe.checkpoint.best is not None else 0  # the best, and the one whose evaluation goes on
     size = 12 * shape.parameters * held
     checkpoints = MemoryRow("trainer", Component.CHECKPOINTS, "disk", size, counts=(held,))
     if recipe.weights.transfer == "full":

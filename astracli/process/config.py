@@ -112,6 +112,8 @@ class TrainerConfig(ProcessConfig):
     resume_step: int | None
     """Steps that the checkpoint to go on from has trained, to which the hub has been rewound; 0: none was written yet.
     None for a new run."""
+    initial: Path | None
+    """Checkpoint of another run, whose masters and moments a new run starts with; None: the model's weights alone."""
     start: int
     """How often the supervisor has started the run again from a checkpoint in this attempt."""
     split: Split

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from astracli.errors import UserError
-from astracli.runs import metrics, names, tables
+from astracli.runs import changes, metrics, names, tables
 from astracli.runs.run_dir import RunDir, paths
 
 Outcome = Literal["right", "wrong", "truncated"]
@@ -40,7 +40,18 @@ def row(run: RunDir) -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.started)) if status else None,
         "wall_s": round(end - status.started, 1) if status and end else None,
         "path": str(run.path),
+        "from": origin(run),
+        "changes": [changes.words(line) for line in changes.read(run)],
     }
+
+
+def origin(run: RunDir) -> str | None:
+    """The run whose weights a run started from, in words; None for one that started from a model."""
+    try:
+        found = json.loads((run.path / "from.json").read_text(encoding="utf-8"))
+        return f"{found['run']}, step {found['step']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def newest_figures(run: RunDir) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from astracli.report import run_files
 from astracli.report.live import duration
-from astracli.runs import metrics, names
+from astracli.runs import changes, metrics, names
 from astracli.runs.names import REWARD
 from astracli.runs.run_dir import RunDir, RunStatus
 
@@ -38,6 +38,8 @@ def page(run: RunDir) -> StatusPage:
     rows += _what(status)
     rows += _progress(status, records)
     rows += _evaluations(run)
+    rows += [("from", found)] if (found := run_files.origin(run)) else []
+    rows += [("changed", changes.words(line)) for line in changes.read(run)]
     rows += [("waits", f"{name}: {words}") for name, words in _waits(status)]
     rows += [("warning", words) for words in _notes(run, status)]
     if status.cause and status.state == "failed":

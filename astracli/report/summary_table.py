@@ -12,6 +12,7 @@ from rich.text import Text
 
 from astracli.process.console import plain_values
 from astracli.report.live import duration, evaluated, judged, stderr_console
+from astracli.runs import changes
 
 
 def print_summary(summary: Mapping[str, Any], console: Console | None = None, *, wrap: bool | None = None) -> None:
@@ -122,9 +123,30 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("restarts", each + counted))
     if resumes := summary.get("resumes"):
         facts.append(("resumes", resume_words(resumes)))
+    if source := summary.get("from"):
+        facts.append(("from", origin_words(source)))
+    facts += [("changed", changes.words(line)) for line in summary.get("changes", ())]
+    if chosen := summary.get("best"):
+        facts.append(("best", best_words(chosen, summary["paths"]["run"])))
     facts += [("note", words) for words in summary.get("notes", ())]
     facts += [(name, place) for name, place in summary["paths"].items()]
     return facts
+
+
+def origin_words(source: Mapping[str, Any]) -> str:
+    """The run whose weights a run started from, from its `from.json`."""
+    moments = "with its optimizer state" if source["optimizer"] else "with a fresh optimizer"
+    return f"{source['run']}, step {source['step']}, from its {source['kind']}, {moments}"
+
+
+def best_words(found: Mapping[str, Any], run: str) -> str:
+    """The checkpoint that `checkpoint.best` keeps: its step and score, and what it is the best of."""
+    text = f"step {found['step']}, {found['benchmark']} avg@{found['n']} {found['avg_at_n']:.3f} ± "
+    text += f"{found['stderr']:.3f}, the best of {found['among']} evaluated"
+    start = found["start"]
+    if start is not None and start["avg_at_n"] > found["avg_at_n"]:
+        text += f"; the model that the run started from scored {start['avg_at_n']:.3f}"
+    return f"{text}; `astra runs export {run} --best`"
 
 
 def left_out_words(prompts: int) -> str:

@@ -24,6 +24,8 @@ from astracli.process.identity import Identity
 STATUS_BYTES = 16 << 10
 """Size of `status.json`, filled with spaces: a new text always fits into the blocks of the old one."""
 State = Literal["running", "done", "failed", "interrupted"]
+ORIGIN = "astra_export.json"
+"""Beside the weights of an export: the steps that they were trained, and the layout, the source's or text only."""
 ORPHANS_S = 20.0
 """Children look for their supervisor each second, and give an unreachable hub ten."""
 
@@ -86,6 +88,8 @@ class RunDir:
         self.metrics_jsonl = path / "metrics.jsonl"
         self.summary_json = path / "summary.json"
         """The summary figures; written when an attempt ends."""
+        self.changes_jsonl = path / "changes.jsonl"
+        """What resumes changed in the recipe (`runs.changes`)."""
         self.hub_sqlite = path / "hub.sqlite"
         self.weights = path / "weights"
         self.checkpoints = path / "checkpoints"

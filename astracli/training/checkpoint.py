@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -202,9 +202,12 @@ class _Stored:
         return result
 
 
-def prune(directory: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what an interrupted save left behind."""
-    for old in (*_named(directory)[:-keep], *directory.glob(".step_*.tmp")):
+def prune(directory: Path, keep: int, kept: Collection[int] = ()) -> None:
+    """Remove all but the newest `keep` checkpoints and those of the steps `kept`, and what an interrupted save left
+    behind."""
+    stay = {place(directory, step) for step in kept}
+    old_ones = [old for old in _named(directory)[:-keep] if old not in stay]
+    for old in (*old_ones, *directory.glob(".step_*.tmp")):
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -18,7 +18,7 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,6 +60,8 @@ class Saver:
         self.directory, self.ranks, self.keep, self.beside, self._others = directory, ranks, keep, beside, others
         self.whole: int | None = None
         """Step of the newest checkpoint that this made whole; on rank 0."""
+        self.kept: Callable[[], Collection[int]] = tuple
+        """Steps whose checkpoint stays although it is none of the newest; asked when another has become whole."""
         self.on_failure: Callable[[BaseException], None] = lambda error: None
         """Called in a thread with its error."""
         self.memory: CopyMemory | None = None
@@ -256,7 +258,7 @@ class Save:
             shutil.rmtree(target)
         os.replace(self._working, target)
         checkpoint.sync(directory)
-        checkpoint.prune(directory, self._saver.keep)
+        checkpoint.prune(directory, self._saver.keep, self._saver.kept())
         self._saver.whole = step
 
 

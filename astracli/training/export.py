@@ -23,6 +23,7 @@ from torch import Tensor
 from astracli.errors import RunFailed
 from astracli.models.adapter import SHARD_INDEX, ModelAdapter, read_config
 from astracli.models.adapter_tools import is_buffer
+from astracli.runs.run_dir import ORIGIN
 
 SHARD_BYTES = 4 * 2**30
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -36,8 +37,10 @@ def export(
     adapter: ModelAdapter,
     *,
     text_only: bool = False,
+    step: int | None = None,
 ) -> Path:
     """Write `tensors` (wire name -> wire dtype, CPU) as a checkpoint at `out`, replacing what is there. Returns `out`.
+    `step`: the steps that they were trained, which `ORIGIN` beside them then says.
 
     Raises RunFailed naming tensors that the source does not hold, holds in another shape, or holds untrained.
     """
@@ -53,6 +56,9 @@ def export(
         else:
             _write_as_source(working, model_dir, tensors, adapter)
             _copy_files(model_dir, working)
+        if step is not None:
+            origin = {"step": step, "layout": "text" if text_only else "source"}
+            (working / ORIGIN).write_text(json.dumps(origin) + "\n")
         if out.exists():
             shutil.rmtree(out)
         os.replace(working, out)
@@ -139,5 +145,5 @@ def _copy_files(model_dir: Path, working: Path, but: Iterable[str] = ()) -> None
     """Everything of the source that holds no weights: config, tokenizer, chat template, processor, licence."""
     for file in sorted(model_dir.iterdir()):
         weights = file.name.endswith(_WEIGHTS) or file.name.endswith(".index.json")
-        if file.is_file() and not weights and not file.name.startswith(".") and file.name not in but:
+        if file.is_file() and not weights and not file.name.startswith(".") and file.name not in (*but, ORIGIN):
             shutil.copyfile(file, working / file.name)

@@ -40,5 +40,5 @@ def export_checkpoint(
     ranks = join("cpu", {})
     trainer = build_trainer(model_dir, adapter, plain, ranks, attention="sdpa")
     checkpoint.load(found, trainer.masters, ranks)
-    export(out, model_dir, trainer.masters.wire_full(), adapter, text_only=text_only)
+    export(out, model_dir, trainer.masters.wire_full(), adapter, text_only=text_only, step=found.step)
     return found.step

@@ -36,7 +36,8 @@ from astracli.process.worker import TERM_EXIT, Reporter
 from astracli.rl.sample_log import write_samples
 from astracli.rl.types import Group, unpack_group
 from astracli.runs import names
-from astracli.training import checkpoint
+from astracli.runs.run_dir import RunDir
+from astracli.training import best, checkpoint
 from astracli.training.checkpoint_saver import Saver
 from astracli.training.export import export, frozen_tensors
 from astracli.training.fsdp import Ranks
@@ -123,6 +124,7 @@ class TrainLoop:
             beside=not self.recipe.launch.deterministic,  # in that mode nothing runs beside anything
             others=config.host_bytes,
         )
+        self.saver.kept = lambda: best.kept(RunDir(config.run_dir), self.recipe, self._pinned)
         self._pinned: set[int] = set()
         table = self.recipe.weights
         self.publisher = Publisher(
@@ -158,6 +160,11 @@ class TrainLoop:
                 raise RunFailed(f"there is no whole checkpoint of step {resume} in `{self.checkpoints}`")
             checkpoint.load(found, masters, self.ranks)
             self.step = resume
+        elif (initial := self.config.initial) is not None:
+            found = checkpoint.read(initial)
+            if found is None:
+                raise RunFailed(f"there is no whole checkpoint in `{initial}`", "start the run anew with --from")
+            checkpoint.load(found, masters, self.ranks)
         if resume is not None and self.hub is not None:
             state: HubState = self.hub.state()
             running = [one.version for one in state.evals if one.state == "running"]
@@ -254,7 +261,8 @@ class TrainLoop:
         began = time.perf_counter()
         tensors = self.trainer.masters.wire_full()
         if self.ranks.first:
-            export(self.config.run_dir / "export", self.config.model_path, tensors, self.adapter)
+            out = self.config.run_dir / "export"
+            export(out, self.config.model_path, tensors, self.adapter, step=self.step)
         self.time_sharing.end(self.trainer)
         export_s = time.perf_counter() - began
         self.publisher.close()
@@ -298,8 +306,7 @@ class TrainLoop:
 
     def _checkpoint_if_due(self, step: int, figures: dict[str, float]) -> None:
         """Begin a checkpoint; `checkpoint_s` is how long the step stands still for it."""
-        every = self.recipe.checkpoint.every
-        if not every or (step % every and step != self.recipe.train.steps):
+        if not self.recipe.checkpoint_due(step):
             return
         began = time.perf_counter()
         if self.saver.busy:

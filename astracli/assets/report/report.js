@@ -12,7 +12,7 @@ function bytes(count) { return figure(count) + (count >= 1e4 ? "B" : " B"); }
 
 function drawHead() {
   const run = data.run;
-  byId("state").textContent = [run.state, run.cause, run.recipe && "recipe " + run.recipe, run.started && "started " + run.started].filter(Boolean).join(" · ");
+  byId("state").textContent = [run.state, run.cause, run.recipe && "recipe " + run.recipe, run.started && "started " + run.started, run.from && "from the weights of " + run.from, ...(run.changes || []).map((line) => "changed " + line)].filter(Boolean).join(" · ");
   if (run.last_lines && run.last_lines.length) byId("state").after(element("pre", "note", run.last_lines.join("\n")));
   for (const tile of data.tiles) {
     const box = element("div", "tile", undefined, byId("tiles"));

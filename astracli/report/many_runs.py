@@ -1,0 +1,128 @@
+"""Several runs beside each other: newest score and reward of each, the settings that differ, curves in the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from astracli.report import run_files
+from astracli.runs import metrics
+from astracli.runs.changes import shown
+from astracli.runs.run_dir import RunDir
+
+TAIL_BYTES = 1 << 19
+"""Of metrics.jsonl, read for the newest reward."""
+REWARD_STEPS = 10
+REWARD = ("arrived_reward_mean", "reward_mean")
+"""Mean reward of a step: of all that arrived, else (no group came in during the step) of the trained batch."""
+NO_SETTING = ("name", "description", "expected", "model.made_by")
+MARKS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One evaluation: of the only benchmark, or the mean over all. Fractions."""
+
+    benchmark: str
+    step: int
+    n: int
+    avg_at_n: float
+    stderr: float
+
+
+def scores(run: RunDir) -> list[Score]:
+    """A run's evaluations, in the order of steps: `overall` of several benchmarks, else the one that there is."""
+    rows = run_files.eval_rows(run)
+    names = [name for name in rows if name != metrics.OVERALL]
+    name = metrics.OVERALL if len(names) > 1 else next(iter(names), None)
+    if name is None:
+        return []
+    return [
+        Score(name, int(row["step"]), int(row["n"]), float(row["avg_at_n"]), float(row["stderr"])) for row in rows[name]
+    ]
+
+
+def newest_reward(run: RunDir) -> float | None:
+    """Mean reward over the newest `REWARD_STEPS` steps, from the end of metrics.jsonl; None before the first step."""
+    if not run.metrics_jsonl.exists():
+        return None
+    with run.metrics_jsonl.open("rb") as file:
+        file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
+        lines = file.read().decode("utf-8", "replace").splitlines()
+    return metrics.mean([value for _, value in rewards(list(metrics.parse(lines)))[-REWARD_STEPS:]])
+
+
+def rewards(records: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """[(step, mean reward)], in the order of steps."""
+    found: dict[int, float] = {}
+    for name in reversed(REWARD):
+        found |= dict(metrics.series(map(metrics.without_absent, map(dict, records)), name, "trainer"))
+    return sorted(found.items())
+
+
+def row(run: RunDir) -> dict[str, Any]:
+    """`run_files.row`, with newest score and reward."""
+    newest = next(iter(scores(run)[-1:]), None)
+    return run_files.row(run) | {"score": vars(newest) if newest else None, "reward": newest_reward(run)}
+
+
+def settings(runs: Sequence[RunDir]) -> dict[str, list[Any]]:
+    """Dotted key -> its value in every run, of those keys in which the runs' recipes differ, in the schema's order."""
+    flat = [_flat(json.loads(run.recipe_json.read_text(encoding="utf-8"))) for run in runs]
+    keys = dict.fromkeys(key for each in flat for key in each)
+    values = {key: [each.get(key) for each in flat] for key in keys if not _no_setting(key)}
+    return {key: each for key, each in values.items() if any(value != each[0] for value in each)}
+
+
+def _no_setting(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in NO_SETTING)
+
+
+def _flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in document.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def differing_words(differ: Mapping[str, Sequence[Any]], place: int, most: int = 6) -> str:
+    """What one run has of the settings that differ: `train.learning_rate=1e-05 seed=3`, and how many more."""
+    words = [f"{key}={shown(values[place])}" for key, values in differ.items()]
+    return " ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
+
+
+def plot(lines: Mapping[str, Sequence[tuple[float, float]]], *, width: int = 72, height: int = 12) -> list[str]:
+    """Curves as text: each line's mark at its points, straight in between as `.`, `*` where marks meet; with the range
+    of both axes. [] when there is no point."""
+    points = [point for line in lines.values() for point in line]
+    if not points:
+        return []
+    (left, right), (bottom, top) = ((min(each), max(each)) for each in zip(*points, strict=True))
+    labels = [f"{value:.4g}" for value in (top, bottom)]
+    edge = max(map(len, labels))
+    columns = max(10, width - edge - 3)
+    grid = [[" "] * columns for _ in range(height)]
+
+    def place(x: float, y: float) -> tuple[int, int]:
+        column = round((x - left) / (right - left) * (columns - 1)) if right > left else 0
+        level = round((y - bottom) / (top - bottom) * (height - 1)) if top > bottom else 0
+        return height - 1 - level, column
+
+    for line in lines.values():
+        for (x0, y0), (x1, y1) in pairwise(line):
+            first, last = place(x0, y0)[1], place(x1, y1)[1]
+            for column in range(first + 1, last):
+                at, _ = place(x0, y0 + (y1 - y0) * (column - first) / (last - first))
+                grid[at][column] = "." if grid[at][column] == " " else grid[at][column]
+    for mark, line in lines.items():
+        for x, y in line:
+            at, column = place(x, y)
+            grid[at][column] = mark if grid[at][column] in (" ", ".", mark) else "*"
+    sides = [labels[0].rjust(edge), *[" " * edge] * (height - 2), labels[1].rjust(edge)]
+    rows = [f"{side} | {''.join(cells).rstrip()}".rstrip() for side, cells in zip(sides, grid, strict=True)]
+    ends = f"{left:g}", f"{right:g}"
+    axis = " " * (edge + 3) + ends[0] + ends[1].rjust(columns - len(ends[0]))
+    return [*rows, f"{' ' * edge} +{'-' * (columns + 1)}", axis]

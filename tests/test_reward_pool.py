@@ -16,7 +16,7 @@ from children import children
 from test_sandbox import alive, ids, needs_linux
 
 from astracli.config import recipe_io
-from astracli.config.recipe import DataTable
+from astracli.config.recipe_data import DataTable
 from astracli.data import benchmarks
 from astracli.data.prompts import Problem
 from astracli.errors import RunFailed, UserError

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 from astracli.config import reading, recipe_data
 from astracli.config.benchmarks import get
-from astracli.config.recipe import DataTable, Recipe
+from astracli.config.recipe import Recipe
+from astracli.config.recipe_data import DataTable
 from astracli.data import fetch
 from astracli.envs import registry as envs
 from astracli.errors import UserError

@@ -19,7 +19,7 @@ from astracli.rewards.scores import Scored
 from astracli.rewards.types import Grade, GradeItem
 
 if TYPE_CHECKING:
-    from astracli.config.recipe import DataTable
+    from astracli.config.recipe_data import DataTable
     from astracli.rl.types import Verdict
 
 _NEARLY = 1e-9

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import PurePath
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -13,7 +13,6 @@ from astracli.config.benchmarks import BENCHMARKS
 from astracli.config.recipe_rewards import RewardKeys
 from astracli.config.recipe_run import Table
 
-NonEmpty = Annotated[str, Field(min_length=1)]
 Level = Literal["add2", "sub2", "add3", "sub3", "steps2", "steps3", "steps4"]
 GENERATED = "arithmetic"
 """The source that is no file: `data/arithmetic.py`."""

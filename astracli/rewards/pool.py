@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from astracli.errors import RunFailed, UserError
 from astracli.rewards.builtin import BUILTIN, probe_grades
-from astracli.rewards.graders import Graders, Process, RewardSetting
+from astracli.rewards.grade_process import Process, RewardSetting
+from astracli.rewards.graders import Graders
 from astracli.rewards.scores import Scored
 from astracli.rewards.types import Grade, GradeItem
 

@@ -24,7 +24,7 @@ from astracli.data import fetch
 from astracli.envs import registry as envs
 from astracli.errors import UserError
 from astracli.machine.findings import Check
-from astracli.models import chat, preflight, registry
+from astracli.models import chat, checkpoint_files, preflight, registry
 from astracli.models.adapter import read_config
 from astracli.models.adapter_tools import has_chat_template
 from astracli.plan.types import Command
@@ -185,7 +185,7 @@ def check_checkpoint(folder: Path, recipe: Recipe) -> None:
     config, rollout = read_config(folder), recipe.rollout
     obstacles = preflight.config_obstacles(config, recipe.model.path, rollout.context_length, rollout.max_new_tokens)
     preflight.refuse(obstacles)
-    preflight.refuse(preflight.file_obstacles(folder, config, registry.resolve(recipe, config)))
+    preflight.refuse(checkpoint_files.file_obstacles(folder, config, registry.resolve(recipe, config)))
     check_tokenizer(folder)
 
 

@@ -137,9 +137,8 @@ def shared(tmp_path: Path) -> Path:
     if os.geteuid() == 0:
         for path in (root / "mine", *(root / "mine").rglob("*")):
             os.chown(path, 65534, 65534)
-    for parent in (tmp_path, *tmp_path.parents[:2]):
+    for parent in (tmp_path, *tmp_path.parents[:3]):
         parent.chmod(parent.stat().st_mode | 0o055)
-    find._say_left_out.cache_clear()
     return root
 
 

@@ -64,16 +64,14 @@ def token(name: str, token_id: int) -> Edit:
     return edit
 
 
-FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
-
-
 def added(name: str, template: bool) -> Edit:
     """A token behind the vocabulary, which the chat template uses or nobody does."""
 
     def edit(folder: Path) -> None:
         file = folder / "tokenizer.json"
         document = json.loads(file.read_text())
-        document["added_tokens"].append({"id": 32, "content": name, "special": True} | dict.fromkeys(FLAGS, False))
+        kind = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        document["added_tokens"].append({"id": 32, "content": name} | kind)
         file.write_text(json.dumps(document))
         if template:
             (folder / "chat_template.jinja").write_text("{{ messages }}" + name)

@@ -35,7 +35,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from astracli.config.benchmarks import MATH_PROMPT
-from astracli.data.prompts import render
+from astracli.data.turns import render
 from astracli.models.adapter import chat_prompt_tokens
 from astracli.training.step import Trainer
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from astracli.rewards.code import program
-from astracli.rewards.graders import RewardSetting
+from astracli.rewards.grade_process import RewardSetting
 from astracli.rewards.reward import Grade, GradeItem, GradePool, Rewards
 
 ADD = "Here it is:\n```python\ndef add(a, b):\n    return a + b\n```\nDone."

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from astracli.config.recipe import DataTable, EvalTable
+from astracli.config.recipe import EvalTable
+from astracli.config.recipe_data import DataTable
 from astracli.data import datasets, decontamination
 from astracli.data.decontamination import find
 from astracli.data.prompts import Problem

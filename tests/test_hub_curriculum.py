@@ -10,7 +10,7 @@ import pytest
 from hub_tools import finish_step, group, ids, in_file, open_store
 
 from astracli.config import recipe_io
-from astracli.config.recipe import CurriculumTable, DataTable
+from astracli.config.recipe_data import CurriculumTable, DataTable
 from astracli.data.prompts import PromptSource
 from astracli.errors import UserError
 from astracli.hub.curriculum import Curriculum, solve_rate, uniform

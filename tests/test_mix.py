@@ -11,7 +11,8 @@ import pytest
 
 from astracli.config import benchmarks as specs
 from astracli.config import recipe_io
-from astracli.config.recipe import DataTable, Recipe
+from astracli.config.recipe import Recipe
+from astracli.config.recipe_data import DataTable
 from astracli.data import benchmarks, datasets
 from astracli.data.problems import folded
 from astracli.data.prompts import BLOCK, PromptSource, interleaved

@@ -7,7 +7,8 @@ import pytest
 from machines import GIB, facts
 from test_plan import TINY, load, planned, tiny
 
-from astracli.config.recipe import RUNNING, Recipe
+from astracli.config.recipe import Recipe
+from astracli.config.recipe_rollout import RUNNING
 from astracli.plan import build as plan
 from astracli.plan import memory as plan_memory
 from astracli.plan.view import to_json, what

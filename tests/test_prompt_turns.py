@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from astracli.config import recipe_io
-from astracli.config.recipe import DataTable
+from astracli.config.recipe_data import DataTable
 from astracli.data import datasets
 from astracli.data.prompts import PromptSource
 from astracli.data.turns import PromptFormat, render, turns_of

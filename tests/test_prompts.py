@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from astracli.config.benchmarks import MATH_PROMPT
-from astracli.config.recipe import DataTable
+from astracli.config.recipe_data import DataTable
 from astracli.data import datasets
 from astracli.data.prompts import PromptSource, stop_token_ids
 from astracli.data.turns import render

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from astracli.config import recipe_io
-from astracli.config.recipe import RUNNING
+from astracli.config.recipe_rollout import RUNNING
 from astracli.errors import UserError
 
 TINY = "qwen3.5-tiny-m2po-delta"

@@ -16,12 +16,12 @@ from children import children
 from test_sandbox import alive, ids, needs_linux
 
 from astracli.config import recipe_io
-from astracli.config.recipe import DataTable
+from astracli.config.recipe_data import DataTable
 from astracli.data import benchmarks
 from astracli.data.prompts import Problem
 from astracli.errors import RunFailed, UserError
 from astracli.launch.inputs import check_rewards
-from astracli.rewards.graders import RewardSetting
+from astracli.rewards.grade_process import RewardSetting
 from astracli.rewards.reward import Grade, GradeItem, GradePool, Rewards, open_pools, validate_rewards
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "rewards.md"

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from astracli.config.recipe import DataTable
+from astracli.config.recipe_data import DataTable
 from astracli.data import datasets
 from astracli.data.rows import ArrowRows, open_rows
 from astracli.data.values import as_text

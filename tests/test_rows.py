@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hub_tools import in_file, open_store
 
-from astracli.config.recipe import DataTable
+from astracli.config.recipe_data import DataTable
 from astracli.data import datasets
 from astracli.data.prompts import PromptSource
 from astracli.data.rows import GROUPS, ParquetRows, open_rows

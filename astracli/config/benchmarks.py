@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from astracli.errors import UserError
 
 if TYPE_CHECKING:
-    from astracli.config.recipe import DataTable, Recipe
+    from astracli.config.recipe import Recipe
+    from astracli.config.recipe_data import DataTable
 
 PACKED = (".gz", ".zst")
 """Suffixes of compressed files."""
@@ -145,7 +146,7 @@ def get(name: str, recipe: Recipe | None = None) -> BenchmarkSpec:
     if name in BENCHMARKS:
         return BENCHMARKS[name]
     if is_path(name):
-        from astracli.config.recipe import DataTable
+        from astracli.config.recipe_data import DataTable
 
         table = recipe.data if recipe is not None else DataTable(source=name)
         short = Path(name).name

@@ -1,14 +1,14 @@
 """The recipe schema: every setting of a run, its unit, its range and its reason.
 
 One value stands in one place. Unknown keys are refused (`recipe_io` turns pydantic's complaint into one message).
-What a run learns from stands here, how and where it runs in `recipe_run`.
+The tables of problems and rewards stand in `recipe_data` and `recipe_rewards`, generation in `recipe_rollout`, how and
+where a run goes in `recipe_run`; the others here.
 """
 
 from __future__ import annotations
 
 import re
-from functools import cache
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     Field,
@@ -18,15 +18,13 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     SerializeAsAny,
-    create_model,
-    field_validator,
     model_validator,
 )
 
-from astracli.config import doors, recipe_data
+from astracli.config import recipe_data
 from astracli.config.algorithms import AlgorithmTable, find
-from astracli.config.recipe_data import EvalSetTable, Level, MixTable, NonEmpty, ShotTable
-from astracli.config.recipe_rewards import RewardKeys
+from astracli.config.recipe_data import DataTable, EvalSetTable
+from astracli.config.recipe_rollout import Requests, RolloutTable, Tokens
 from astracli.config.recipe_run import (
     CheckpointTable,
     ExpectedTable,
@@ -37,11 +35,7 @@ from astracli.config.recipe_run import (
 )
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-Requests = Annotated[int, Field(gt=0, le=65_536)]
-Tokens = Annotated[int, Field(gt=0, le=2**24)]
 Samples = Annotated[int, Field(gt=0, le=100_000)]
-RUNNING = 32
-"""Sequences that an engine decodes at once where no memory was counted."""
 
 
 class ModelTable(Table):
@@ -59,133 +53,6 @@ class ModelTable(Table):
     """Further arguments of the chat template: `{ reasoning_effort = "low" }`."""
     assistant_prefix: str = ""
     """Text that every answer begins with. It belongs to the prompt: it is not trained, and no reward sees it."""
-
-
-class CurriculumTable(Table):
-    """Prompts by solve rate (mean reward of a kind's recent groups): those in the band are preferred."""
-
-    low: float = Field(default=0.2, ge=0.0, le=1.0)
-    high: float = Field(default=0.8, ge=0.0, le=1.0)
-    candidates: int = Field(default=4, ge=2, le=64)
-    """Prompts of which one is asked; the others are passed over in this epoch."""
-    outside: float = Field(default=0.1, gt=0.0, le=1.0)
-    """Weight of a prompt outside the band; one inside, or never asked, weighs 1."""
-    window: PositiveInt = 16
-    """Latest groups of a kind (a level of `arithmetic`, else one problem) that count."""
-
-
-class DataTable(RewardKeys):
-    source: str = ""
-    """`arithmetic` (generated), a registered name, a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, and each of
-    them with .gz or .zst), a directory that `datasets` reads, or a Hub data set id."""
-    config: str | None = None
-    """Which configuration of a Hub data set, or of a directory that has several."""
-    split: str = "train"
-    """Of a directory or a Hub data set."""
-    path: str | None = None
-    """Directory that holds local copies of training sets and benchmarks: NAME.jsonl, NAME.parquet or a `datasets`
-    directory NAME, itself or in its `train` and `eval`. None is the environment's ASTRA_DATA_DIR."""
-    revision: str | None = None
-    """Branch, tag or commit of a Hub data set."""
-    levels: list[Level] = Field(default=["add2", "sub2", "add3", "sub3"], min_length=1)
-    """Difficulty levels of the generated arithmetic family, drawn uniformly (other sources ignore it)."""
-    question_field: str = "problem"
-    """Column of the question: text, or chat turns (a list of `role` and `content`, or such a list as JSON text). A row
-    without it may have its turns in `messages`. `a.b` is a field `b` inside a column `a`."""
-    answer_field: str = "answer"
-    """Column of the right answer; empty: the rows have none, and the reward needs none."""
-    template: str = "{question}"
-    """What the user turn says: `{question}`, and any column of the row by its name. Other braces stay as they are."""
-    system: str | None = None
-    """The system turn, of rows that bring none of their own; may name columns as `template` does."""
-    few_shot: list[ShotTable] = Field(default=[])
-    """Questions with answers, `[[data.few_shot]]`: earlier turns of every conversation."""
-    markup: Literal["text", "tokens"] = "text"
-    """What a special token of the model (`<|im_end|>`) is that stands in a row, or in the recipe's own words: the text
-    that it is written as, or the token itself."""
-    max_prompt_tokens: PositiveInt = 2000
-    """Longer prompts are left out and counted."""
-    mix: list[MixTable] = Field(default=[])
-    """Several sources, `[[data.mix]]`; `source` is not asked then."""
-    holdout: NonNegativeFloat = 0.0
-    """Questions that are never trained on and make the benchmark `holdout`: a share below 1, or how many. A question is
-    chosen by a hash of its text, so the same ones are held out in every run, with all rows that ask them."""
-    curriculum: CurriculumTable | None = None
-    """None asks prompts in their shuffled order; a table prefers those that are solved sometimes."""
-    decontaminate: Literal["report", "remove", "off"] = "report"
-    """Training problems that are also items of `eval.benchmarks`: counted and said, left out, or not looked for."""
-
-
-class RolloutTable(Table):
-    engine: str = "auto"
-    """The name of an installed engine, or `auto`: the one that serves by itself on the run's device. What only one
-    engine knows stands in its own table, `[rollout.NAME]`."""
-    env: str = Field(default="single_turn", min_length=1)
-    """How a prompt becomes an episode: `single_turn` (one completion), a name from the entry-point group `astra.envs`,
-    or `pkg.mod:Class`."""
-    env_timeout_s: PositiveFloat = 60.0
-    """Seconds that an environment's own code may take between two calls of the engine or the grader; then its episode
-    ends and counts as failed."""
-    group_size: int = Field(default=8, gt=0, le=4096)
-    """Samples per prompt."""
-    temperature: float = Field(default=1.0, gt=0.0, le=100.0)
-    """Of the draws. The trainer divides its logits by it too: what is trained is the policy that draws."""
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Below 1 the draws are not the policy's: that biases the gradient, and is warned of."""
-    max_new_tokens: Tokens = 4000
-    """Most tokens behind the prompt, in an episode of several turns all of them together."""
-    stop: list[NonEmpty] = Field(default=[])
-    """A completion ends, as finished, with the token that completes one of these texts; evaluations end there too. What
-    was drawn stays whole: the text is part of what is trained and of what a reward sees."""
-    context_length: Tokens = 8192
-    """Prompt and completion together, tokens; the whole of an episode of several turns."""
-    max_running_requests: Requests | Literal["auto"] = "auto"
-    """Sequences that one engine decodes at once. Hybrids hold a state cache per sequence beside the KV cache. `auto`:
-    as many as fit its GPU, at most what `running_ceiling` says, 32 on a CPU; the plan says how many and why."""
-    running_ceiling: dict[str, PositiveInt] = Field(default={})
-    """With `auto`: memory of a GPU in whole GiB -> most requests on a GPU that has no more than that. `{ 48 = 32 }`: 32
-    on a GPU of 44 GiB, as many as fit on one of 80."""
-    max_dropped_batches: NonNegativeInt = 8
-    """The run ends when so many batches' worth of groups (x `train.batch_groups`) in a row were dropped because all
-    their samples earned the same; 0 goes on generating."""
-
-    @classmethod
-    def brought(cls) -> dict[str, type[Table]]:
-        return doors.settings("astra.engines")
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _with_engines(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """A table with those of the installed engines inside: looked up here, for an engine may import this module."""
-        if cls is RolloutTable and isinstance(values, dict):
-            return cast(Self, _with_engines().model_validate(values))
-        return handler(values)
-
-    @field_validator("max_running_requests", mode="before")
-    @classmethod
-    def _null_is_auto(cls, value: Any) -> Any:
-        """Run directories of earlier versions say null."""
-        return "auto" if value is None else value
-
-    @property
-    def running(self) -> int:
-        """`max_running_requests`; before a plan has derived it, and on a CPU, `RUNNING`."""
-        return RUNNING if self.max_running_requests == "auto" else self.max_running_requests
-
-    def ceiling(self, gpu_gib: float) -> tuple[int, int] | None:
-        """(GiB, requests): the entry of `running_ceiling` for a GPU of so much memory; None when there is none."""
-        entries = ((int(key), most) for key, most in self.running_ceiling.items())
-        return min((entry for entry in entries if gpu_gib <= entry[0]), default=None)
-
-    def completion_room(self, prompt_tokens: int) -> int:
-        """Tokens that a completion of a prompt of so many may have; below 1: the prompt does not fit."""
-        return min(self.max_new_tokens, self.context_length - prompt_tokens)
-
-
-@cache
-def _with_engines() -> type[RolloutTable]:
-    fields: dict[str, Any] = {name: (table, table()) for name, table in RolloutTable.brought().items()}
-    return create_model("RolloutTable", __base__=RolloutTable, **fields)
 
 
 Recomputed = Literal["none", "selective", "full"]

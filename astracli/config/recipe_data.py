@@ -1,21 +1,18 @@
-"""Sets of problems in a recipe beside `[data]`: several training sources, shown examples, benchmarks of one's own."""
+"""The table `[data]` and the sets of problems beside it: training sources, shown examples, benchmarks of one's own."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from astracli.config.benchmarks import BENCHMARKS
+from astracli.config.recipe_rewards import RewardKeys
 from astracli.config.recipe_run import Table
 
-if TYPE_CHECKING:
-    from astracli.config.recipe import DataTable
-
-NonEmpty = Annotated[str, Field(min_length=1)]
 Level = Literal["add2", "sub2", "add3", "sub3", "steps2", "steps3", "steps4"]
 GENERATED = "arithmetic"
 """The source that is no file: `data/arithmetic.py`."""
@@ -74,6 +71,61 @@ class EvalSetTable(SetTable):
     """None is `test` where there is one, else the only split."""
     samples: PositiveInt = 4
     """Samples per item, unless `eval.samples` says otherwise."""
+
+
+class CurriculumTable(Table):
+    """Prompts by solve rate (mean reward of a kind's recent groups): those in the band are preferred."""
+
+    low: float = Field(default=0.2, ge=0.0, le=1.0)
+    high: float = Field(default=0.8, ge=0.0, le=1.0)
+    candidates: int = Field(default=4, ge=2, le=64)
+    """Prompts of which one is asked; the others are passed over in this epoch."""
+    outside: float = Field(default=0.1, gt=0.0, le=1.0)
+    """Weight of a prompt outside the band; one inside, or never asked, weighs 1."""
+    window: PositiveInt = 16
+    """Latest groups of a kind (a level of `arithmetic`, else one problem) that count."""
+
+
+class DataTable(RewardKeys):
+    source: str = ""
+    """`arithmetic` (generated), a registered name, a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, and each of
+    them with .gz or .zst), a directory that `datasets` reads, or a Hub data set id."""
+    config: str | None = None
+    """Which configuration of a Hub data set, or of a directory that has several."""
+    split: str = "train"
+    """Of a directory or a Hub data set."""
+    path: str | None = None
+    """Directory that holds local copies of training sets and benchmarks: NAME.jsonl, NAME.parquet or a `datasets`
+    directory NAME, itself or in its `train` and `eval`. None is the environment's ASTRA_DATA_DIR."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub data set."""
+    levels: list[Level] = Field(default=["add2", "sub2", "add3", "sub3"], min_length=1)
+    """Difficulty levels of the generated arithmetic family, drawn uniformly (other sources ignore it)."""
+    question_field: str = "problem"
+    """Column of the question: text, or chat turns (a list of `role` and `content`, or such a list as JSON text). A row
+    without it may have its turns in `messages`. `a.b` is a field `b` inside a column `a`."""
+    answer_field: str = "answer"
+    """Column of the right answer; empty: the rows have none, and the reward needs none."""
+    template: str = "{question}"
+    """What the user turn says: `{question}`, and any column of the row by its name. Other braces stay as they are."""
+    system: str | None = None
+    """The system turn, of rows that bring none of their own; may name columns as `template` does."""
+    few_shot: list[ShotTable] = Field(default=[])
+    """Questions with answers, `[[data.few_shot]]`: earlier turns of every conversation."""
+    markup: Literal["text", "tokens"] = "text"
+    """What a special token of the model (`<|im_end|>`) is that stands in a row, or in the recipe's own words: the text
+    that it is written as, or the token itself."""
+    max_prompt_tokens: PositiveInt = 2000
+    """Longer prompts are left out and counted."""
+    mix: list[MixTable] = Field(default=[])
+    """Several sources, `[[data.mix]]`; `source` is not asked then."""
+    holdout: NonNegativeFloat = 0.0
+    """Questions that are never trained on and make the benchmark `holdout`: a share below 1, or how many. A question is
+    chosen by a hash of its text, so the same ones are held out in every run, with all rows that ask them."""
+    curriculum: CurriculumTable | None = None
+    """None asks prompts in their shuffled order; a table prefers those that are solved sometimes."""
+    decontaminate: Literal["report", "remove", "off"] = "report"
+    """Training problems that are also items of `eval.benchmarks`: counted and said, left out, or not looked for."""
 
 
 def sets(data: DataTable) -> Mapping[str, DataTable]:

@@ -23,7 +23,8 @@ from astracli.data.turns import PromptFormat, Turn
 from astracli.errors import UserError
 
 if TYPE_CHECKING:
-    from astracli.config.recipe import DataTable, Recipe
+    from astracli.config.recipe import Recipe
+    from astracli.config.recipe_data import DataTable
 
 
 @dataclass(frozen=True)

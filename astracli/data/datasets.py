@@ -23,7 +23,8 @@ from astracli.data.unpack import cache_dir
 from astracli.errors import UserError
 
 if TYPE_CHECKING:
-    from astracli.config.recipe import DataTable, Recipe
+    from astracli.config.recipe import Recipe
+    from astracli.config.recipe_data import DataTable
     from astracli.data.prompts import Problem
 
 __all__ = ["Problems", "cache_dir", "fetch", "fetch_set", "load"]

@@ -22,7 +22,7 @@ from astracli.data.turns import PromptFormat, Turn
 if TYPE_CHECKING:
     import numpy as np
 
-    from astracli.config.recipe import DataTable
+    from astracli.config.recipe_data import DataTable
 
 BLOCK = 1000
 """Prompts over which the sources of a mix have their shares: weights count to a thousandth."""

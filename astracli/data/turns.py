@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from astracli.data.values import as_text
 
 if TYPE_CHECKING:
-    from astracli.config.recipe import DataTable
+    from astracli.config.recipe_data import DataTable
 
 Turn = dict[str, Any]
 """`role` and `content` (text), and whatever else a chat template may look at."""

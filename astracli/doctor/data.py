@@ -9,9 +9,10 @@ from astracli.data import benchmarks
 from astracli.doctor.gather import offline
 from astracli.doctor.subject import Check, Status, Subject
 from astracli.machine.facts import CheckpointFacts, Tensor
-from astracli.models import preflight
+from astracli.models import checkpoint_files
 from astracli.models.adapter_tools import is_buffer
-from astracli.models.preflight import TRAINABLE, UNQUANTIZED
+from astracli.models.checkpoint_files import TRAINABLE
+from astracli.models.preflight import UNQUANTIZED
 
 GROUP = "data"
 GENERATED = {"arithmetic", *benchmarks.GENERATED}
@@ -85,7 +86,7 @@ def _tensors(subject: Subject, tensors: Mapping[str, Tensor]) -> Iterator[Check]
         return
     expected = adapter.shapes(config)
     held = [name for name in tensors if adapter.wire_name(name)]
-    wrong = list(preflight.name_obstacles(adapter, config, {name: t.shape for name, t in tensors.items()}))
+    wrong = list(checkpoint_files.name_obstacles(adapter, config, {name: t.shape for name, t in tensors.items()}))
     if wrong:
         what, why, fix = wrong[0]
         yield Check("tensor names", GROUP, "fail", what, why, fix)

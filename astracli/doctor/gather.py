@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from astracli.config.recipe import DataTable, Recipe
-from astracli.config.recipe_data import GENERATED, sets
+from astracli.config.recipe import Recipe
+from astracli.config.recipe_data import GENERATED, DataTable, sets
 from astracli.errors import UserError
 from astracli.machine import packages, read
 from astracli.machine.facts import CheckpointFacts, DataSet, Environment, Machine, Network, RunLeft, Tensor

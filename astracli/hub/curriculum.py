@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from astracli.hub.schema import Database
 
 if TYPE_CHECKING:
-    from astracli.config.recipe import CurriculumTable
+    from astracli.config.recipe_data import CurriculumTable
 
 
 @dataclass(frozen=True)

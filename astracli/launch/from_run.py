@@ -27,7 +27,7 @@ from astracli.data import fetch
 from astracli.errors import RunFailed, UserError
 from astracli.models import registry
 from astracli.models.adapter import read_config
-from astracli.models.preflight import TOKENIZER_FILES
+from astracli.models.checkpoint_files import TOKENIZER_FILES
 from astracli.runs import find as runs
 from astracli.runs.run_dir import ORIGIN, RunDir, write_atomic
 from astracli.training import best, checkpoint

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING
 
 from astracli.config import reading, recipe_data
 from astracli.config.benchmarks import get
-from astracli.config.recipe import DataTable, Recipe
+from astracli.config.recipe import Recipe
+from astracli.config.recipe_data import DataTable
 from astracli.data import fetch
 from astracli.envs import registry as envs
 from astracli.errors import UserError
 from astracli.machine.findings import Check
-from astracli.models import chat, preflight, registry
+from astracli.models import chat, checkpoint_files, preflight, registry
 from astracli.models.adapter import read_config
 from astracli.models.adapter_tools import has_chat_template
 from astracli.plan.types import Command
@@ -184,7 +185,7 @@ def check_checkpoint(folder: Path, recipe: Recipe) -> None:
     config, rollout = read_config(folder), recipe.rollout
     obstacles = preflight.config_obstacles(config, recipe.model.path, rollout.context_length, rollout.max_new_tokens)
     preflight.refuse(obstacles)
-    preflight.refuse(preflight.file_obstacles(folder, config, registry.resolve(recipe, config)))
+    preflight.refuse(checkpoint_files.file_obstacles(folder, config, registry.resolve(recipe, config)))
     check_tokenizer(folder)
 
 

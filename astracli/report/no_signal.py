@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from astracli.config.recipe import DataTable, Recipe
-from astracli.config.recipe_data import sets
+from astracli.config.recipe import Recipe
+from astracli.config.recipe_data import DataTable, sets
 from astracli.hub.types import NoSignal
 from astracli.runs.metrics import series
 

@@ -1,6 +1,6 @@
 """The process that grades and may be killed: `python -m astracli.rewards.grade_worker FD`, the fd of its socket.
 
-In: a hello (`graders.hello`) once, then {"job", "items"} any number of times. Out: ["ready", {...}] or
+In: a hello (`grade_process.Process.start`) once, then {"job", "items"} any number of times. Out: ["ready", {...}] or
 ["refused", message, hint]; then for every item [job, place, *Scored]; ["loading"] and ["loaded"] stand around a slow
 import, whose time belongs to no item. Items are graded in order, those of an `async def` side by side. The process ends
 when the other side closes the socket; it runs in a sandbox (`process.sandbox`), which ends it when its owner is gone.

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from astracli.errors import RunFailed, UserError
 from astracli.rewards.builtin import BUILTIN, probe_grades
-from astracli.rewards.graders import Graders, Process, RewardSetting
+from astracli.rewards.grade_process import Process, RewardSetting
+from astracli.rewards.graders import Graders
 from astracli.rewards.scores import Scored
 from astracli.rewards.types import Grade, GradeItem
 
 if TYPE_CHECKING:
-    from astracli.config.recipe import DataTable
+    from astracli.config.recipe_data import DataTable
     from astracli.rl.types import Verdict
 
 _NEARLY = 1e-9

@@ -22,7 +22,8 @@ from functools import cached_property
 import numpy as np
 
 from astracli.config.algorithms import AlgorithmTable
-from astracli.config.recipe import Recipe, RolloutTable
+from astracli.config.recipe import Recipe
+from astracli.config.recipe_rollout import RolloutTable
 from astracli.rl import losses
 from astracli.rl.types import Group, Sample
 

@@ -31,7 +31,7 @@ def config_of(shape: str) -> dict[str, Any]:
     adapter = registry.get("qwen3_5")
     if shape == "tiny":
         assert adapter.tiny_config is not None
-        return adapter.text_only_config(adapter.tiny_config())
+        return adapter.text_only_config(adapter.tiny_config()) | {"max_position_embeddings": 1024}
     found = [config for name, config in adapter.known_configs.items() if name.lower().endswith(shape.lower())]
     if not found:
         raise SystemExit(f"no known model ends in `{shape}`: {', '.join(adapter.known_configs)}")

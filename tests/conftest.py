@@ -16,7 +16,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # send it would wait in vain.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-LONGEST = ("test_end_to_end.py", "test_single_rank.py", "test_train_worker.py", "test_plugins.py", "test_checkpoint.py")
+LONGEST = ("test_end_to_end.py", "test_single_rank.py", "test_train_resume.py", "test_plugins.py", "test_checkpoint.py")
 """Begun first when workers share the suite: a long file that starts last leaves the other worker with nothing to do."""
 
 

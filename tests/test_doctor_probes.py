@@ -41,6 +41,7 @@ def test_every_probe_of_the_tiny_recipe_passes_here() -> None:
     assert {name: c.status for name, c in found.items() if c.status != "ok"} == {}
     assert set(found) == {
         "imports", "qwen3_5: load", "qwen3_5: block classes", "qwen3_5: wire names", "qwen3_5: parameter count",
+        "qwen3_5: output head",
         "qwen3_5: padded rows == separate", "qwen3_5: packed row == separate", "delta rule, forward",
         "delta rule, backward", "attention sdpa", "engine == trainer", "memory copy", "loopback",
     }  # fmt: skip

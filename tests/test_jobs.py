@@ -214,7 +214,8 @@ def test_what_only_shows_a_run_cannot_end_it(
     assert job.run() == 0 and job.summary == {}
     assert RunDir(tmp_path / "run").shown_state() == "done"
     assert sinks[0].calls == ["made", "write", "close"], "not asked again"
-    assert sinks[1].calls == ["made", "write", "write", "close"]
+    assert sinks[1].calls[0] == "made" and sinks[1].calls[-1] == "close"
+    assert set(sinks[1].calls[1:-1]) == {"write"} and len(sinks[1].calls) >= 4
     console = capfd.readouterr().err
     assert "warning: `BrokenSink` gets no more figures, metrics.jsonl has all: ConnectionError: no network" in console
     assert "warning: no summary table: TypeError: int() argument" in console
@@ -251,7 +252,7 @@ def test_the_terminal_is_given_back_when_no_process_could_be_started(
     console = Console(file=io.StringIO(), force_terminal=True)
     monkeypatch.setattr(watch, "open_view", lambda: views.append(LiveView(console)) or views[-1])
     monkeypatch.setattr("astracli.launch.local.LocalLauncher.start", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(RunFailed, match="No space left"):
         job_with(tmp_path, DONE).run()
     hidden, shown = (console.file.getvalue().count(f"\x1b[?25{end}") for end in "lh")  # type: ignore[attr-defined]
     assert len(views) == 1 and hidden == shown > 0, "the cursor is back"

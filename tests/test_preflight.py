@@ -70,7 +70,8 @@ def added(name: str, template: bool) -> Edit:
     def edit(folder: Path) -> None:
         file = folder / "tokenizer.json"
         document = json.loads(file.read_text())
-        document["added_tokens"].append({"id": 32, "content": name, "special": True})
+        kind = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        document["added_tokens"].append({"id": 32, "content": name} | kind)
         file.write_text(json.dumps(document))
         if template:
             (folder / "chat_template.jinja").write_text("{{ messages }}" + name)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -66,34 +69,45 @@ def answer(tokens: list[int]) -> dict[str, Any]:
     return {"output_ids": tokens, "index": 0, "meta_info": meta | {"output_token_logprobs": [[-0.5] for _ in tokens]}}
 
 
-def test_the_client_cuts_for_engines_that_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    client = EngineClient("http://127.0.0.1:9", "t")
-    monkeypatch.setattr(client, "_request", lambda *args, **more: asyncio.sleep(0))
-    monkeypatch.setattr(client, "_never_began", lambda reply: False)
-    monkeypatch.setattr(client, "_content", lambda reply, path: [answer([3, 3, 6, 0]), answer([3, 3, 6, 0])])
-    monkeypatch.setattr("astracli.engines.client.EngineClient.not_serving_s", 0.0, raising=False)
+class Unstopped(BaseHTTPRequestHandler):
+    """An engine that knows no stop strings: two answers of four tokens."""
 
-    class Reply:
-        status_code = 200
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        said = json.dumps([answer([3, 3, 6, 0])] * 2).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
 
-    async def reply(*args: Any, **more: Any) -> Reply:
-        return Reply()
+    def log_message(self, *_: object) -> None:
+        pass
 
-    monkeypatch.setattr(client, "_request", reply)
+
+def test_the_client_cuts_for_engines_that_do_not() -> None:
     requests = [
         GenRequest([9, 0, 0], 8, stop=StopStrings(("aba",), Pieces()), draw_offset=2),
         GenRequest([9], 8),
     ]
-    first, second = asyncio.run(client.generate(requests))
+
+    async def ask(url: str) -> list[GenResult]:
+        async with EngineClient(url, "t") as client:
+            return await client.generate(requests)
+
+    with HTTPServer(("127.0.0.1", 0), Unstopped) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        first, second = asyncio.run(ask(f"http://127.0.0.1:{server.server_port}"))
+        server.shutdown()
     assert (first.tokens.tolist(), first.finish_reason) == ([3], "stop"), "`aa` was there, `ba` completes `aba`"
     assert (second.tokens.tolist(), second.finish_reason) == ([3, 3, 6, 0], "length")
 
 
 def test_what_engines_are_asked(tmp_path: Path) -> None:
     asked = [GenRequest([1], 8, stop=StopStrings(("\n\n", "Q:"), Pieces())), GenRequest([1], 8)]
-    first, second = EngineClient("http://127.0.0.1:9", "t")._body(asked)["sampling_params"]
+    first, second = EngineClient("http://127.0.0.1:9", "t").body(asked)["sampling_params"]
     assert first["stop"] == ["\n\n", "Q:"] and "stop" not in second
-    first, second = SglangClient("http://127.0.0.1:9", "t", stage_dir=tmp_path)._body(asked)["sampling_params"]
+    first, second = SglangClient("http://127.0.0.1:9", "t", stage_dir=tmp_path).body(asked)["sampling_params"]
     assert first["no_stop_trim"] is True and "no_stop_trim" not in second, "tokens as they were drawn"
 
 

@@ -19,7 +19,8 @@ from fake_engine import FakeEngine, FakeFetcher
 from hub_tools import open_store
 from machines import facts
 from test_hub_api import TOKEN, Server
-from test_train_worker import STEPS, Job, save_model
+from trainer_job import STEPS, Job
+from training_tools import save_model
 
 from astracli.backends import choice as backend
 from astracli.config import recipe_io

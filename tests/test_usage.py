@@ -35,11 +35,9 @@ def test_every_process_gpu_and_the_hub_have_a_line_a_step(tmp_path: Path, monkey
     run.hub_sqlite.write_bytes(b"x" * 300)
     (run.path / "hub.sqlite-wal").write_bytes(b"x" * 50)
     log: Any = UsageLog(run, launcher, [1, 2])  # type: ignore[arg-type]
-    log.step(0)
-    log._writing.result()
+    log.step(0).result()
     launcher.now["trainer"] = (1500, 8)
-    log.step(1)
-    log._writing.result()
+    log.step(1).result()
     log.step(1)
     log.close()
     found = metrics.read(run.metrics_jsonl)
@@ -68,8 +66,8 @@ def test_descriptors_of_a_child_are_counted_with_those_of_its_own_children(tmp_p
     ) as child:
         assert child.stdout is not None and child.stdin is not None
         assert [child.stdout.read(1) for _ in range(4)] == [b"1", b"\n"] * 2  # both have opened theirs
-        sampler = MemorySampler()
-        sampler._names = lambda: {child.pid: "holder"}
+        sampler = MemorySampler(interval_s=3600.0)
+        sampler.start(lambda: {child.pid: "holder"})
         sampler.sample()
         memory, files = sampler.latest["holder"]
         child.stdin.close()

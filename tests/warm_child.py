@@ -30,14 +30,17 @@ def fork_server_here(modules: Sequence[str], env: Mapping[str, str], link: int, 
         os._exit(0)
 
 
-def become(folder: str, err: str, first: str, *words: str) -> None:
+def become(folder: str, err: str, *command: str) -> None:
     forking.start = fork_server_here
+    safe = command[0] == "-P"
+    first, *words = command[safe:]
     os.chdir(folder)
     if err:
         os.dup2(os.open(err, os.O_WRONLY | os.O_APPEND | os.O_CREAT), 2)
     search = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
     own = {"-c": "", "-m": folder}.get(first, os.path.dirname(os.path.abspath(first)))
-    sys.path[:] = [own, *search, *(place for place in sys.path[1:] if place not in search)]
+    there = sys.path if sys.flags.safe_path else sys.path[1:]
+    sys.path[:] = [*([] if safe else [own]), *search, *(place for place in there if place not in search)]
     threads = os.environ.get("OMP_NUM_THREADS", "1")
     if threads.isdigit():
         sys.modules["torch"].set_num_threads(int(threads))

@@ -1,4 +1,4 @@
-"""Text files that a user names: of a limited size, never a pipe or a device; and JSON of any depth."""
+"""Text files that a user names: of a limited size, never a pipe or a device; and JSON and TOML of any depth."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import stat
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,14 @@ def from_json(source: str) -> Any:
     """The value of a JSON text. Raises ValueError, also for nesting that is too deep to be read."""
     try:
         return json.loads(source)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def from_toml(source: str) -> dict[str, Any]:
+    """The table of a TOML text. Raises ValueError, also for nesting that is too deep to be read."""
+    try:
+        return tomllib.loads(source)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from astracli.config import doors, reading
+from astracli.config import doors, reading, toml_text
 from astracli.config.benchmarks import BENCHMARKS, get, is_path, own_sets
 from astracli.errors import UserError
 
@@ -128,31 +126,7 @@ def to_json(recipe: Recipe) -> str:
 
 def to_toml(recipe: Recipe) -> str:
     """Recipe -> TOML with every default filled in; keys whose value is "none" are left out (TOML has no null)."""
-    lines: list[str] = []
-    _emit(to_document(recipe), (), lines)
-    return "\n".join(lines).strip() + "\n"
-
-
-def _emit(table: Mapping[str, Any], path: tuple[str, ...], lines: list[str]) -> None:
-    tables = {key: value for key, value in table.items() if isinstance(value, dict)}
-    values = {key: value for key, value in table.items() if value is not None and key not in tables}
-    if path and values:
-        lines += ["", f"[{'.'.join(_key(part) for part in path)}]"]
-    lines += [f"{_key(key)} = {_toml(value)}" for key, value in values.items()]
-    for key, value in tables.items():
-        _emit(value, (*path, key), lines)
-
-
-def _key(text: str) -> str:
-    return text if re.fullmatch(r"[A-Za-z0-9_-]+", text) else _toml(text)
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, list):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{_key(key)} = {_toml(v)}" for key, v in value.items() if v is not None) + " }"
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return toml_text.text_of(to_document(recipe))
 
 
 def _folder() -> Traversable:
@@ -272,19 +246,11 @@ def _read(file: Path | Traversable) -> str:
 
 def _parse(file: Path | Traversable, shown: str) -> dict[str, Any]:
     try:
-        return _with_new_names(_toml_values(_read(file)))
+        return _with_new_names(reading.from_toml(_read(file)))
     except ValueError as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"recipe `{shown}` is not valid TOML: {error}", FILE_HINT) from None
-
-
-def _toml_values(text: str) -> dict[str, Any]:
-    """Raises ValueError, also for what is nested too deeply."""
-    try:
-        return tomllib.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
 
 
 def _with_new_names(document: dict[str, Any]) -> dict[str, Any]:
@@ -320,7 +286,7 @@ def _value(keys: list[str], raw: str) -> Any:
 
     readings: list[Any] = []
     try:
-        readings.append(_toml_values(f"v = {raw}")["v"])
+        readings.append(reading.from_toml(f"v = {raw}")["v"])
     except ValueError:
         readings.append(raw)
     if raw == "none":

@@ -105,7 +105,7 @@ class EngineClient:
 
     async def _call_for(self, requests: Sequence[GenRequest]) -> list[GenResult]:
         """Every result in one answer."""
-        body = self._body(requests)
+        body = self.body(requests)
         deadline = time.monotonic() + self.not_serving_s
         while True:
             reply = await self._request("POST", "/generate", body, timeout=None)
@@ -123,7 +123,7 @@ class EngineClient:
         """One call whose results come as their requests end."""
         import httpx
 
-        body = self._body(requests) | {"stream": True}
+        body = self.body(requests) | {"stream": True}
         deadline = time.monotonic() + self.not_serving_s
         results: dict[int, GenResult] = {}
         while True:
@@ -147,7 +147,7 @@ class EngineClient:
             raise self._failure(f"answered /generate with {len(results)} of {len(requests)} results")
         return [results[place] for place in range(len(requests))]
 
-    def _body(self, requests: Sequence[GenRequest]) -> dict[str, Any]:
+    def body(self, requests: Sequence[GenRequest]) -> dict[str, Any]:
         body: dict[str, Any] = {
             "input_ids": [[int(token) for token in request.input_ids] for request in requests],
             "sampling_params": [

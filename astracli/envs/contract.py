@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from astracli.config.recipe import Recipe
     from astracli.data.prompts import Problem
 
-GROUP = "astra.envs"
 TokenIds = Sequence[int] | np.ndarray
 Score = Grade
 """Of one episode: `reward` trains it, `verdict` counts it, `parts` are named figures for the metrics."""

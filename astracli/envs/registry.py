@@ -11,11 +11,16 @@ import json
 import os
 import subprocess
 import sys
+from typing import TYPE_CHECKING
 
 from astracli.config import doors
-from astracli.envs.contract import GROUP, Env
 from astracli.errors import AstraError, UserError
 
+if TYPE_CHECKING:
+    from astracli.envs.contract import Env
+
+GROUP = "astra.envs"
+"""Entry points: name -> subclass of `Env`."""
 BUILT_IN = "single_turn"
 HOW_TO_ADD = (
     f"your own is `pkg.module:Class`, or a package with an entry point in `{GROUP}` that names a subclass of "
@@ -27,6 +32,8 @@ IMPORT_S = 120.0
 
 def find(name: str) -> type[Env]:
     """The class that `rollout.env` names. Raises UserError: unknown (with the nearest name), broken, or no Env."""
+    from astracli.envs.contract import Env  # needs numpy, which `validate` does without
+
     found = _imported(name) if ":" in name else _installed(name)
     if not (isinstance(found, type) and issubclass(found, Env)):
         raise UserError(f"rollout.env = `{name}` is no subclass of `astracli.envs.contract.Env`", HOW_TO_ADD)

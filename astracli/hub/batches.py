@@ -7,14 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
 from astracli.errors import RunFailed
+from astracli.hub import no_signal
 from astracli.hub.schema import AMONG, Database
 from astracli.hub.types import Batch, BatchStats, Counts, HubSettings, NextBatch, NoSignal
 from astracli.rl.schedule import Replays, batch_reason, count, replays_due
 
-FIRST, LAST = 3, 8
-"""Steps whose reward is told when a run ends without signal."""
-PROMPTS = 64
-"""Dropped groups whose prompts are told then."""
 PRUNED_AT_ONCE = 2
 """Steps; one is made at each acknowledgement, so two keep up."""
 
@@ -126,7 +123,7 @@ class BatchBook:
         due = self._db.scalar("SELECT COUNT(*) FROM groups WHERE state = 'leased' AND version = ?", oldest)
         due = 0 if self._fifo else due
         if len(kept) < self._size:
-            self.hopeless = self.no_signal()
+            self.hopeless = no_signal.found(self._db, self._settings)
         if len(kept) < self._size or due:
             return batch_reason(
                 step=step,
@@ -142,35 +139,6 @@ class BatchBook:
             ids.sort()
         self._fix(step, ids, None)
         return None
-
-    def no_signal(self) -> NoSignal | None:
-        """What was seen, once so many groups in a row were dropped that more of them will not help."""
-        dropped = self._db.meta("dropped_in_a_row")
-        most = self._settings.max_dropped_batches * self._size
-        if not most or dropped < most:
-            return None
-        newest = "(SELECT * FROM groups WHERE state = 'dropped' ORDER BY place DESC LIMIT ?)"
-        counts = ("samples", "truncated", "no_answer", "errors", "timeouts")
-        sums = ", ".join(f"COALESCE(SUM({name}), 0)" for name in counts)
-        row = self._db.one(f"SELECT MIN(reward_mean), MAX(reward_mean), {sums} FROM {newest}", dropped)
-        assert row is not None
-        prompts = self._db.rows(f"SELECT prompt FROM {newest} WHERE prompt IS NOT NULL", min(dropped, PROMPTS))
-        return NoSignal(
-            groups=dropped,
-            batches=dropped // self._size,
-            lowest=row[0],
-            highest=row[1],
-            rewards=self._rewards(),
-            prompts=[prompt for (prompt,) in prompts],
-            **dict(zip(counts, row[2:], strict=True)),
-        )
-
-    def _rewards(self) -> list[tuple[int, float]]:
-        """(step, mean reward of all that arrived), of the first and the last steps."""
-        columns = "SELECT step, stats FROM batches ORDER BY step"
-        rows = dict([*self._db.rows(f"{columns} LIMIT ?", FIRST), *self._db.rows(f"{columns} DESC LIMIT ?", LAST)])
-        means = {step: json.loads(stats).get("reward_mean") for step, stats in sorted(rows.items())}
-        return [(step, mean) for step, mean in means.items() if mean is not None]
 
     def _repeat(self, step: int) -> None:
         """The groups of the step before once more."""

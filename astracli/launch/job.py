@@ -29,7 +29,8 @@ from astracli.process.signals import signals
 from astracli.report.page import data as report_data
 from astracli.runs import changes as run_changes
 from astracli.runs import metrics, names
-from astracli.runs.run_dir import RunDir, State, write_atomic
+from astracli.runs.run_dir import RunDir, write_atomic
+from astracli.runs.status import State
 from astracli.training import best
 
 if TYPE_CHECKING:

@@ -31,12 +31,13 @@ class UsageLog:
         self._writing: Future[None] | None = None
         self._step = -1
 
-    def step(self, step: int) -> None:
-        """A step that comes while the lines of another are written gets none."""
+    def step(self, step: int) -> Future[None] | None:
+        """Ends when the lines are written. None: a step that comes while those of another are written gets none."""
         if step == self._step or (self._writing is not None and not self._writing.done()):
-            return
+            return None
         self._step = step
         self._writing = self._writer.submit(self._write, step)
+        return self._writing
 
     def _write(self, step: int) -> None:
         records: list[dict[str, Any]] = [

@@ -11,7 +11,8 @@ from astracli.report import run_files
 from astracli.report.live import duration
 from astracli.runs import changes, metrics, names
 from astracli.runs.names import REWARD
-from astracli.runs.run_dir import RunDir, RunStatus
+from astracli.runs.run_dir import RunDir
+from astracli.runs.status import RunStatus
 
 LAST_STEPS = 10
 """Steps whose mean stands beside the newest reward, and whose pace says how long a run still takes."""

@@ -5,76 +5,25 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 
 from astracli.config import reading
 from astracli.errors import FULL, UserError
 from astracli.process import identity
-from astracli.process.identity import Identity
+from astracli.runs.status import RunStatus, State, status_text
 
-STATUS_BYTES = 16 << 10
-"""Size of `status.json`, filled with spaces: a new text always fits into the blocks of the old one."""
-State = Literal["running", "done", "failed", "interrupted"]
 ORIGIN = "astra_export.json"
 """Beside the weights of an export: the steps that they were trained, and the layout, the source's or text only."""
 ORPHANS_S = 20.0
 """Children look for their supervisor each second, and give an unreachable hub ten."""
-
-
-@dataclass
-class RunStatus:
-    """What `status.json` says; the supervisor alone writes it."""
-
-    state: State
-    pid: int
-    create_time: float
-    """Start of process `pid`, seconds since 1970 (psutil): tells a reused pid from ours."""
-    host: str
-    started: float
-    """Unix time of this attempt's start."""
-    ended: float | None = None
-    attempt: int = 1
-    step: int = 0
-    steps: int | None = None
-    exit_code: int | None = None
-    cause: str | None = None
-    """Why the run ended when it did not end well, one line."""
-    last_lines: list[str] = field(default_factory=list)
-    """What was said with the cause: the last lines of the process that ended it, or what was seen."""
-    hint: str | None = None
-    """What to do about the cause."""
-    phase: str = ""
-    """Of a run that goes on: starting, running, resuming, finishing."""
-    waits: dict[str, str] = field(default_factory=dict)
-    """Process -> what it waits for, or its state; a few seconds old."""
-    command: str = "train"
-    recipe: str = ""
-    boot: str | None = None
-    ticks: int | None = None
-    """With `boot` the start of process `pid` by a clock that nobody sets (`process/identity.py`)."""
-
-    def alive(self) -> bool:
-        """True while the recorded supervisor still runs on this host."""
-        if self.host != socket.gethostname():
-            return self.state == "running"
-        return Identity(self.pid, self.create_time, self.boot, self.ticks).lives()
-
-    def shown(self) -> str:
-        """The state as people read it; a run that says `running` without its supervisor is `dead (resumable)`."""
-        if self.state != "running":
-            return self.state
-        if not self.alive():
-            return "dead (resumable)"
-        return "running" if self.host == socket.gethostname() else f"running on {self.host}"
 
 
 class RunDir:
@@ -263,19 +212,14 @@ class RunDir:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
         self._status = status
         try:
-            write_atomic(self.status_json, _text(status))
+            write_atomic(self.status_json, status_text(status))
         except OSError as error:
             if error.errno not in FULL or not self.status_json.is_file():
                 raise
-            short = _text(replace(status, last_lines=[], hint=None))
+            short = status_text(replace(status, last_lines=[], hint=None))
             with self.status_json.open("r+", encoding="utf-8") as file:
                 file.write(short)
                 file.truncate()
-
-
-def _text(status: RunStatus) -> str:
-    """Of `STATUS_BYTES`, unless the last lines of a process make it longer."""
-    return json.dumps(asdict(status), indent=2).ljust(STATUS_BYTES - 1) + "\n"
 
 
 def _may(path: Path, mode: int) -> bool:

@@ -70,9 +70,9 @@ class SglangClient(EngineClient):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _body(self, requests: Sequence[GenRequest]) -> dict[str, Any]:
+    def body(self, requests: Sequence[GenRequest]) -> dict[str, Any]:
         """SGLang counts draws by position itself and takes a seed of 63 bits."""
-        body = super()._body(requests)
+        body = super().body(requests)
         body.pop("draw_offset", None)
         for sampling in body["sampling_params"]:
             sampling["sampling_seed"] &= _SEED_BITS

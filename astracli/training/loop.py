@@ -21,7 +21,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict
 
 from astracli.config.recipe import Recipe
 from astracli.engines import registry as engines
@@ -37,7 +36,7 @@ from astracli.rl.sample_log import write_samples
 from astracli.rl.types import Group, unpack_group
 from astracli.runs import names
 from astracli.runs.run_dir import RunDir
-from astracli.training import best, checkpoint
+from astracli.training import best, checkpoint, step_figures
 from astracli.training.checkpoint_saver import Saver
 from astracli.training.export import export, frozen_tensors
 from astracli.training.fsdp import Ranks
@@ -78,18 +77,6 @@ def _end_rank(error: BaseException) -> None:
     said = known.message if known else f"a version or a checkpoint was not written: {type(error).__name__}: {error}"
     print(f"error: {said}", file=sys.stderr, flush=True)
     os._exit(known.exit_code if known else 1)
-
-
-def _published_figures(result: PublishResult) -> dict[str, float]:
-    """Metrics of one version; seconds are of this rank, `diff_s` to `write_s` on a CPU summed over its threads."""
-    same = ("bytes_per_changed", "digest_s", "delta_s", "diff_s", "encode_s", "write_s")
-    return {
-        "delta_density": result.density,
-        "delta_bytes": result.bytes_delta,
-        "full_bytes": result.bytes_full,
-        **{name: getattr(result, name) for name in same},
-        "stable_s": result.publish_s,
-    }
 
 
 class TrainLoop:
@@ -228,7 +215,7 @@ class TrainLoop:
         figures["snapshot_s"] = time.perf_counter() - begin
 
         def published(result: PublishResult) -> None:
-            figures.update(_published_figures(result))
+            figures.update(step_figures.published(result))
             figures["snapshot_s"] += result.snapshot_s
             self._announce(version)
             if self.background:
@@ -282,15 +269,7 @@ class TrainLoop:
         self.reporter.waiting(None)
         if reply.batch is None:
             return None
-        told = asdict(reply.batch.stats)
-        parts, errors = told.pop("parts"), told.pop("reward_errors")
-        counts = {name.removeprefix("arrived_"): count for name, count in told.items()}
-        for source, found in counts.pop("sources").items():
-            counts |= {f"{name}/{source}": value for name, value in found.items()}
-        stats = {f"arrived_{name}": float(count) for name, count in counts.items() if count is not None}
-        stats |= {"reward_errors": float(errors)} | {f"arrived_parts/{name}": mean for name, mean in parts.items()}
-        if self.recipe.train.replay_ratio:
-            stats["replay"] = float(reply.batch.replay)
+        stats = step_figures.arrived(reply.batch, replays=bool(self.recipe.train.replay_ratio))
         return [unpack_group(blob) for blob in reply.batch.groups], stats
 
     def _poll(self, hub: HubClient) -> Batch | None:

@@ -78,7 +78,7 @@ CAUSES: dict[str, tuple[NoSignal, Golds, str, str]] = {
         "answers are cut off at 15 tokens",
         "--set rollout.max_new_tokens=60",
     ),
-    "no answer": (seen(no_answer=80), Golds(), "reward `math` finds no answer in them", "data.prompt"),
+    "no answer": (seen(no_answer=80), Golds(), "reward `math` finds no answer in them", "data.template"),
     "too hard": (seen(), Golds(10, 0), "too hard for this model", "take easier problems"),
     "equal": (seen(lowest=0.0, highest=1.0), Golds(), "does not tell the answers to a problem apart", "group_size = 8"),
     "equal, penalties": (seen(lowest=-1.0, highest=-1.0), Golds(), "too hard for this model", "astra runs samples"),

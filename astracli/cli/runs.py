@@ -88,7 +88,7 @@ def logs(
 ) -> None:
     """Print the logs of a run's newest attempt.
 
-    A process writes here what it has to complain about: the log of one that is well may be empty.
+    Logs hold warnings and errors. The log of a healthy process may be empty.
     """
     from astracli.report import run_files
 

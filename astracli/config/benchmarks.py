@@ -51,7 +51,7 @@ class BenchmarkSpec:
     hub: HubSet | None
     """None: generated."""
     prompt: str = MATH_PROMPT
-    """Empty: the recipe's `data.prompt`."""
+    """Empty: the recipe's `data.template`."""
     licence: str = ""
     file_names: tuple[str, ...] = ()
     """Names of a local copy besides the benchmark's own."""

@@ -63,7 +63,7 @@ RECOMPUTED_BLOCKS: dict[Recomputed, int] = {"full": 1, "selective": 2}
 
 class TrainTable(Table):
     steps: PositiveInt
-    """Steps of the run. A step is one batch, a version is one publish, one publish a step."""
+    """Steps of the run. A step trains on one batch and publishes one version of the weights."""
     batch_groups: int = Field(default=32, gt=0, le=1_000_000)
     """Groups that a step trains on; dropped groups do not count."""
     minibatches: PositiveInt = 4

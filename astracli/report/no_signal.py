@@ -147,7 +147,7 @@ def _nothing(seen: NoSignal, recipe: Recipe, golds: Golds) -> tuple[str, str]:
     if _share(seen.no_answer, seen.samples) >= NEARLY_ALL:
         return (
             f"reward {_rewards(recipe)} finds no answer in them",
-            "ask for the form that the reward reads, in data.prompt (`\\boxed{}` for math_boxed); "
+            "ask for the form that the reward reads, in data.template (`\\boxed{}` for math_boxed); "
             "`astra runs samples` prints what was generated",
         )
     return (

@@ -93,7 +93,8 @@ def trl_side(args: argparse.Namespace) -> None:
 
     from astracli.config import recipe_io
     from astracli.config.benchmarks import MATH_PROMPT
-    from astracli.data.prompts import PromptSource, render
+    from astracli.data.prompts import PromptSource
+    from astracli.data.turns import render
     from astracli.rewards.grader import grade_math
 
     recipe = recipe_io.load(RECIPE, [f"data.path={args.data}"])

@@ -85,7 +85,7 @@ async def trl_async(prompts, completions):
     return [float(p == c) for p, c in zip(prompts, completions)]
 
 def noise(completion):
-    for fd in range(3, 30):
+    for fd in range(3, 1024):
         try:
             os.write(fd, b"\\xff\\xff\\xff\\xff" if completion == "long" else b"\\0\\0\\0\\4\\xc1\\xc1\\xc1\\xc1")
         except OSError:

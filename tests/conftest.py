@@ -1,4 +1,4 @@
-"""Shared fixtures, and how `pytest -n 2` divides the suite."""
+"""Shared fixtures, and how `pytest -n 3` divides the suite."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # send it would wait in vain.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-LONGEST = ("test_end_to_end.py", "test_single_rank.py", "test_train_resume.py", "test_plugins.py", "test_checkpoint.py")
+LONGEST = (
+    "test_end_to_end.py", "test_howto.py", "test_single_rank.py", "test_gpu_bench.py", "test_plugins.py", "test_jobs.py",
+    "test_plan.py", "test_weights_changes.py", "test_evaluate_worker.py", "test_docs.py", "test_weights_bench.py",
+    "test_checkpoint.py", "test_train_resume.py", "test_engine_sglang.py", "test_tiny_model.py", "test_supervise.py",
+)  # fmt: skip
 """Begun first when workers share the suite: a long file that starts last leaves the other worker with nothing to do."""
 
 

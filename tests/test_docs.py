@@ -5,9 +5,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import warm
@@ -143,7 +141,7 @@ def test_prompts_of_the_howto_are_what_it_says(howto: Path) -> None:
     assert 'thinking = "on"' in recipe_io.to_toml(thinking)
 
 
-def test_a_mix_of_the_howto_trains_and_is_evaluated_apart(howto: Path, astra: Callable[..., Any]) -> None:
+def test_a_mix_of_the_howto_trains_and_is_evaluated_apart(howto: Path) -> None:
     """A whole run: two sources with their rewards, a held-out question, a stop string."""
     small = {
         "train.steps": 2,
@@ -155,8 +153,9 @@ def test_a_mix_of_the_howto_trains_and_is_evaluated_apart(howto: Path, astra: Ca
     small |= {"rollout.max_new_tokens": 12, "eval.samples": 4, "checkpoint.every": 0, "data.reward": "probe"}
     small |= {"eval.benchmarks": "[]", "rollout.stop": '["1", "7"]', "launch.deterministic": "true"}
     given = [word for key, value in small.items() for word in ("--set", f"{key}={value}")]
-    done = astra("train", "./mix.toml", *given, "--set", "metrics.samples_per_step=16", "--run-dir", "r")
-    assert done.code == 0, done.err
+    words = ["-m", "astracli", "train", "./mix.toml", *given, "--set", "metrics.samples_per_step=16", "--run-dir", "r"]
+    done = warm.run(words, cwd=howto)
+    assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for file in (howto / "r" / "samples").glob("*.jsonl") for line in file.open()]
     assert {line["source"] for line in lines} >= {"sums"}
     texts = {line["completion"]: line["finish_reason"] for line in lines}

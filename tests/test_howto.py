@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+import warm
 from conftest import Ran
 
 import astracli
@@ -39,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with_sink = '"train.steps": 2,\n        "metrics.sinks": ["last_figures:LastFigures"],'
     assert '"train.steps": 2,' in script
     (place / "script.py").write_text(script.replace('"train.steps": 2,', with_sink, 1))
-    ran = subprocess.run([sys.executable, "script.py"], cwd=place, capture_output=True, text=True, timeout=400)
+    ran = warm.run(["script.py"], cwd=place, timeout=400)
     assert ran.returncode == 0, ran.stderr
     (place / "said").write_text(ran.stdout)
     other = place / "runs" / "other"

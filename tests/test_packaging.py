@@ -19,7 +19,7 @@ from astracli.machine.facts import version_tuple
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SET_UP = ["python3 -m venv .venv && . .venv/bin/activate", 'pip install -e ".[dev,sinks]" -c constraints/cpu.txt']
-TEST = "pytest -n 2"
+TEST = "pytest -n 3"
 MAPPED = {"adapters": "astracli/adapters", "recipes": "astracli/recipes", "astracli": "astracli"}
 """Top-level folder -> where it is installed."""
 

@@ -241,8 +241,9 @@ def test_no_hint_is_refused_when_it_is_followed(name: str) -> None:
     config = TINY if "tiny" in name else None
     gpus = ("resources.device=cuda", "resources.rollout_gpus=1", "resources.train_gpus=1") if config else ()
     tried = {"fits": 0, "followed": 0, "none": 0}
-    machines = [(gib, count, 1024) for gib, count in itertools.product(GPUS_GIB, (1, 2, 3, 4, 8))]
-    for gib, count, host_gib in [*machines, *((gib, count, 64) for gib in GPUS_GIB for count in (1, 4))]:
+    every = [(gib, count, 1024) for gib, count in itertools.product(GPUS_GIB, (1, 2, 3, 4, 8))]
+    machines = every[::2]  # of each size and of each number some
+    for gib, count, host_gib in [*machines, *((gib, count, 64) for gib in GPUS_GIB[::2] for count in (1, 4))]:
         document = facts("9.0", count, memory_gib=gib, host_gib=host_gib, disk_gib=9000)
         for more in ((), ("train.activation_checkpointing=none", "train.optimizer_device=gpu")):
             try:

@@ -46,9 +46,11 @@ def leftovers(run: RunDir) -> list[tuple[int, str]]:
     home, found = run.path.resolve(), []
     for process in psutil.process_iter(["pid", "cmdline", "uids"]):
         words, uids = process.info["cmdline"] or [], process.info["uids"]
-        if uids is None or uids.real != os.getuid() or len(words) < 4:
+        if uids is None or uids.real != os.getuid():
             continue
         words = [word for word in words if word != "-P"]
+        if len(words) < 4:
+            continue
         # the supervisor hands every child the absolute path of its configuration, which lies in the run directory
         ours = words[1] == "-m" and words[2].startswith("astracli.") and Path(words[3]).is_absolute()
         if ours and Path(words[3]).resolve().is_relative_to(home):

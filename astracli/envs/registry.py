@@ -6,7 +6,6 @@ is left to a process that ends.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -14,6 +13,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from astracli.config import doors
+from astracli.config.own_code import imported
 from astracli.errors import AstraError, UserError
 
 if TYPE_CHECKING:
@@ -48,23 +48,9 @@ def _installed(name: str) -> object:
 
 
 def _imported(spec: str) -> object:
-    module_name, _, attribute = spec.partition(":")
-    if not module_name or not attribute:
-        raise UserError(f"rollout.env = `{spec}` is not of the form `pkg.module:Class`", HOW_TO_ADD)
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    try:
-        found: object = importlib.import_module(module_name)
-    except Exception as error:
-        raise UserError(
-            f"rollout.env = `{spec}`: importing `{module_name}` failed: {type(error).__name__}: {error}",
-            "install the package into this environment, or run where the module lies",
-        ) from None
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise UserError(f"rollout.env = `{spec}`: `{module_name}` has no `{attribute}`", HOW_TO_ADD)
-        found = getattr(found, part)
-    return found
+    return imported(spec, f"rollout.env = `{spec}`", "pkg.module:Class", HOW_TO_ADD)
 
 
 def validate(name: str) -> None:

@@ -27,8 +27,8 @@ from astracli.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
     from astracli.evaluation.compare import Against
-    from astracli.report.many_runs import Score
     from astracli.report.run_files import Outcome
+    from astracli.training.best import Score
 
 Changes = Mapping[str, Any]
 """Dotted key of a recipe -> value, as `{"train.steps": 20, "eval.benchmarks": ["gsm8k"]}`."""

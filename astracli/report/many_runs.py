@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +11,7 @@ from astracli.report import run_files
 from astracli.runs import metrics
 from astracli.runs.changes import shown
 from astracli.runs.run_dir import RunDir
+from astracli.training.best import Score
 
 TAIL_BYTES = 1 << 19
 """Of metrics.jsonl, read for the newest reward."""
@@ -22,17 +22,6 @@ NO_SETTING = ("name", "description", "expected", "model.made_by")
 MARKS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-@dataclass(frozen=True)
-class Score:
-    """One evaluation: of the only benchmark, or the mean over all. Fractions."""
-
-    benchmark: str
-    step: int
-    n: int
-    avg_at_n: float
-    stderr: float
-
-
 def scores(run: RunDir) -> list[Score]:
     """A run's evaluations, in the order of steps: `overall` of several benchmarks, else the one that there is."""
     rows = run_files.eval_rows(run)
@@ -40,9 +29,7 @@ def scores(run: RunDir) -> list[Score]:
     name = metrics.OVERALL if len(names) > 1 else next(iter(names), None)
     if name is None:
         return []
-    return [
-        Score(name, int(row["step"]), int(row["n"]), float(row["avg_at_n"]), float(row["stderr"])) for row in rows[name]
-    ]
+    return [Score.of(name, row) for row in rows[name]]
 
 
 def newest_reward(run: RunDir) -> float | None:

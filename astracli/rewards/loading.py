@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
 import os
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any, cast
 
+from astracli.config.own_code import imported
 from astracli.errors import UserError
 from astracli.rewards.builtin import BUILTIN
 
@@ -21,7 +21,7 @@ def load_reward(spec: str) -> Callable[..., Any]:
     """The function, or the object of a class that was called without arguments. Raises UserError."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    found = _imported(spec) if ":" in spec else _installed(spec)
+    found = imported(spec, f"reward `{spec}`", "pkg.module:function") if ":" in spec else _installed(spec)
     if inspect.isclass(found):
         try:
             found = found()
@@ -33,24 +33,6 @@ def load_reward(spec: str) -> Callable[..., Any]:
     if not callable(found):
         raise UserError(f"reward `{spec}` is no function but {type(found).__name__}")
     return cast(Callable[..., Any], found)
-
-
-def _imported(spec: str) -> object:
-    module_name, _, attribute = spec.partition(":")
-    if not module_name or not attribute:
-        raise UserError(f"reward `{spec}` is not of the form `pkg.module:function`")
-    try:
-        found: object = importlib.import_module(module_name)
-    except Exception as error:
-        raise UserError(
-            f"reward `{spec}`: importing `{module_name}` failed: {type(error).__name__}: {error}",
-            "install the package into this environment, or run where the module lies",
-        ) from None
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise UserError(f"reward `{spec}`: `{module_name}` has no `{attribute}`")
-        found = getattr(found, part)
-    return found
 
 
 def _installed(name: str) -> object:

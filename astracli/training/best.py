@@ -7,7 +7,7 @@ earlier step. Imports no torch.
 from __future__ import annotations
 
 import csv
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,18 @@ from astracli.training import checkpoint
 
 @dataclass(frozen=True)
 class Score:
-    """One benchmark at one step; fractions."""
+    """One benchmark, or the mean over several, at one step; fractions."""
 
     benchmark: str
     step: int
     n: int
     avg_at_n: float
     stderr: float
+
+    @classmethod
+    def of(cls, benchmark: str, row: Mapping[str, Any]) -> Score:
+        """From a row of `eval.csv`."""
+        return cls(benchmark, int(row["step"]), int(row["n"]), float(row["avg_at_n"]), float(row["stderr"]))
 
     @property
     def words(self) -> str:
@@ -63,7 +68,7 @@ def scores(run: RunDir, benchmark: str) -> list[Score]:
         return []
     with run.eval_csv.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["benchmark"] == benchmark]
-    found = [Score(benchmark, int(r["step"]), int(r["n"]), float(r["avg_at_n"]), float(r["stderr"])) for r in rows]
+    found = [Score.of(benchmark, r) for r in rows]
     return sorted(found, key=lambda score: score.step)
 
 

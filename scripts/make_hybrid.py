@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from make_small import SCALE, SHAPES, Packed, keep, logprobs, trainer_of
+from make_small import SCALE, SHAPES, Packed, Solved, keep, logprobs, pack, trainer_of
 from make_tiny import build_config, save
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3_5ForCausalLM, Qwen3_5TextConfig
@@ -118,10 +118,6 @@ def build(shape: str, folder: Path, tokenizer: Any, seed: int) -> None:
     generation.write_text(json.dumps(json.loads(generation.read_text()) | ends, indent=2) + "\n")
 
 
-Solved = tuple[list[int], list[int]]
-"""Token ids of a prompt and of its solution."""
-
-
 def read_solutions(path: Path, tokenizer: Any, longest: int) -> tuple[list[Solved], list[Solved]]:
     """(training, held out). Solutions longer than `longest` tokens are left out and counted."""
     seen: set[tuple[str, str]] = set()
@@ -146,19 +142,6 @@ def read_solutions(path: Path, tokenizer: Any, longest: int) -> tuple[list[Solve
         raise SystemExit(f"error: `{path}` has too few right solutions: {len(places)} problems, at least {HELD_OUT}")
     print(f"{len(found[0])} solutions to train on, {len(found[1])} held out, {left_out} too long", flush=True)
     return found
-
-
-def pack(solved: Sequence[Solved]) -> Packed:
-    tokens, bounds, predict, target, owner = [], [0], [], [], []
-    for number, (prompt, solution) in enumerate(solved):
-        first = bounds[-1] + len(prompt) - 1
-        predict += range(first, first + len(solution))
-        target += solution
-        owner += [number] * len(solution)
-        tokens += prompt + solution
-        bounds.append(len(tokens))
-    arrays = (np.asarray(x, np.int64) for x in (bounds, predict, target, owner))
-    return Packed(np.asarray(tokens, np.int64)[None], *arrays)
 
 
 def rows_of(solved: Sequence[Solved], tokens: int) -> Iterator[Packed]:

@@ -96,11 +96,18 @@ def encode(text: str) -> list[int]:
     return [*map(ids.__getitem__, head), *([ids[box]] if box else ()), *map(ids.__getitem__, tail)]
 
 
-def pack(problems: Sequence[Any]) -> Packed:
+Solved = tuple[list[int], list[int]]
+"""Token ids of a prompt and of its solution."""
+
+
+def solved(problem: Any) -> Solved:
+    return encode(problem.question + "="), [*encode(arithmetic.worked_text(problem.question)), EOS]
+
+
+def pack(rows: Sequence[Solved]) -> Packed:
+    """All of them in one row; the solutions' tokens are predicted."""
     tokens, bounds, predict, target, owner = [], [0], [], [], []
-    for number, problem in enumerate(problems):
-        prompt = encode(problem.question + "=")
-        solution = [*encode(arithmetic.worked_text(problem.question)), EOS]
+    for number, (prompt, solution) in enumerate(rows):
         first = bounds[-1] + len(prompt) - 1
         predict += range(first, first + len(solution))
         target += solution
@@ -119,7 +126,7 @@ def draw(step: int, tokens: int, smoothing: float) -> Packed:
         problem = arithmetic.draw(rng.randrange(2**62), SEED, arithmetic.STEP_LEVELS)
         drawn.append(problem)
         count += len(problem.question) + len(arithmetic.worked_text(problem.question)) - 4
-    row = pack(drawn)
+    row = pack([solved(problem) for problem in drawn])
     noise = np.random.default_rng(step)
     hit = noise.random(len(row.target_N)) < smoothing
     support = np.array([EOS, *range(UNK + 1, UNK + 3 + len(CONTENT))])
@@ -221,7 +228,7 @@ def warm_up(trainer: Trainer, start: Path, source: Iterator[Packed], args: argpa
     held_out = arithmetic.held_out(levels=arithmetic.STEP_LEVELS)[: args.items]
     assert all(encode(p.question + "=") == chat_prompt_tokens(vocabulary()[0], p.question) for p in held_out[:8])
     size = max(1, min(len(held_out), args.tokens // 100))
-    rows = [pack(held_out[i : i + size]) for i in range(0, len(held_out), size)]
+    rows = [pack([solved(problem) for problem in held_out[i : i + size]]) for i in range(0, len(held_out), size)]
     records: list[dict[str, float]] = []
     began = clock = time.monotonic()
     measured = -float("inf") if args.every < args.seconds else began

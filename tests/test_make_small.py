@@ -41,7 +41,7 @@ def test_a_warm_up_leaves_a_checkpoint_and_its_metrics(tmp_path: Path) -> None:
 
 def test_rows_hold_the_solutions_and_noise_falls_on_targets_alone(small) -> None:  # type: ignore[no-untyped-def]
     problems = arithmetic.held_out(5, arithmetic.STEP_LEVELS)
-    row = small.pack(problems)
+    row = small.pack([small.solved(problem) for problem in problems])
     tokenizer = small.vocabulary()[0]
     for number, problem in enumerate(problems):
         a, b = row.bounds_S1[number : number + 2]

@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_tools import hub_state
 from rich.console import Console
-from test_summary import make_summary
+from test_summary import evaluation, make_summary, state
 
-from astracli.config.recipe import Recipe
 from astracli.errors import UserError
-from astracli.hub.types import Counts, EvaluationStatus, HubState
 from astracli.process.worker import Status
 from astracli.report.live import LiveView, PlainView, RunProgress, draw, duration
 from astracli.report.summary_table import size
@@ -28,19 +25,6 @@ class Clock:
         return self.now
 
 
-def figures(avg: float, passed: float) -> dict[str, Any]:
-    return {"items": 256, "n": 8, "avg_at_n": avg, "stderr": 0.02, "k": 4, "pass_at_k": passed}
-
-
-def evaluation(step: int, avg: float, passed: float) -> EvaluationStatus:
-    both = {"arithmetic-heldout": figures(avg, passed), "overall": figures(avg, passed)}
-    return EvaluationStatus(step, step, step, "done", both)
-
-
-def state(step: int, *evals: EvaluationStatus) -> HubState:
-    return hub_state(counts=Counts(consumed_steps=step, dropped=3), evals=list(evals))
-
-
 def trainer(step: int, **more: float) -> dict[str, Any]:
     return {
         "step": step,
@@ -50,17 +34,6 @@ def trainer(step: int, **more: float) -> dict[str, Any]:
         "tokens_per_s": 210.4,
         "staleness_mean": 0.94,
     } | more
-
-
-def recipe(**more: Any) -> Recipe:
-    document = {
-        "name": "tiny",
-        "model": {"path": "astra:tiny"},
-        "data": {"source": "arithmetic"},
-        "train": {"steps": 100},
-        "weights": {"transfer": "delta"},
-    }
-    return Recipe.model_validate(document | more)
 
 
 def test_plain_lines_say_the_figures_and_after_a_silence_who_waits_for_what() -> None:

@@ -104,12 +104,13 @@ class Guard:
         self.wake = reader
         os.set_blocking(self.writer, False)
         os.set_blocking(reader, False)
+        # before the fork: a command that ends at once must wake the guard too
+        signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
         guard = os.getpid()
         self.command = os.fork()
         if self.command == 0:
             self._become(command, guard)
-        signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE):
             signal.signal(number, signal.SIG_IGN)
         # its own copies of the command's streams would keep them open

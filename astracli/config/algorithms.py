@@ -25,6 +25,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from astracli.config import doors
 from astracli.config.recipe_run import Table
 from astracli.errors import UserError
 
@@ -49,7 +50,7 @@ class AlgorithmSettings:
 def installed() -> Mapping[str, list[metadata.EntryPoint]]:
     """Name -> its entry points, by name; more than one when several packages bring an algorithm of that name."""
     found: dict[str, list[metadata.EntryPoint]] = {}
-    for point in sorted(metadata.entry_points(group=GROUP), key=lambda point: point.name):
+    for point in doors.points(GROUP):
         found.setdefault(point.name, []).append(point)
     return found
 

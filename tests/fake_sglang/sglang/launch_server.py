@@ -1,7 +1,8 @@
 """Stands in for SGLang in tests: the part of its HTTP interface that we use, over a model with fused parameters.
 
-FAKE_SGLANG says how it misbehaves, without a model: `idle` (not at all), `oom` (dies while loading), `kernel` (a package that does not load), `mute` (never
-ready), `late` and `cuda` (dies a moment after it was ready, with a NaN or a CUDA error), `quiet` (dies without a word).
+FAKE_SGLANG says how it misbehaves, then without a model: `oom` (dies while loading), `kernel` (a package that does not
+load), `mute` (never ready), `late` and `cuda` (dies a moment after it was ready, with a NaN or a CUDA error), `quiet`
+(dies without a word), `idle` (not at all).
 """
 
 import argparse

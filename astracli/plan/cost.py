@@ -70,6 +70,10 @@ class TrainerLoad:
         return isinstance(other, TrainerLoad) and self._key == other._key
 
     def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
         return hash(self._key)
 
     @property

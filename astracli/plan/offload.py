@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -33,7 +33,7 @@ class Reason(NamedTuple):
 class Try:
     """A way to share a GPU; the first that some split fits is taken."""
 
-    splits: Collection[Split]
+    splits: Sequence[Split]
     """The quickest first."""
     available: int
     """Bytes that the trainer may use of its GPU, with the margin of its own estimates."""
@@ -51,17 +51,9 @@ class Choice:
     reasons: Sequence[Reason]
 
 
-class Needs(NamedTuple):
-    """Bytes that a rank needs of its GPU."""
-
-    least: int
-    roomy: int
-    """All that is expected there, with the margin of its estimates."""
-
-
 @lru_cache(64)  # a search for settings plans some hundred times, with few different loads
-def options(load: TrainerLoad) -> Mapping[Split, Needs]:
-    """The splits that the recipe allows, the quickest first, and what a rank needs with each."""
+def options(load: TrainerLoad) -> Sequence[Split]:
+    """The splits that the recipe allows, the quickest first."""
     asked = load.recipe.train
     modes = MODES if asked.activation_checkpointing == "auto" else (asked.activation_checkpointing,)
     references: Sequence[Where] = ("gpu", "host") if load.scores_reference else ("gpu",)
@@ -69,10 +61,10 @@ def options(load: TrainerLoad) -> Mapping[Split, Needs]:
         references = (asked.reference_device,)
     parts = {"auto": PARTS, "gpu": (0.0,), "host": (1.0,)}[asked.optimizer_device]
     splits = [Split(reference, part, mode) for reference in references for part in parts for mode in modes]
-    return {split: trainer_needs(load, split) for split in sorted(splits, key=load.step_seconds)}
+    return sorted(splits, key=load.step_seconds)
 
 
-def resident(splits: Collection[Split]) -> list[Split]:
+def resident(splits: Sequence[Split]) -> list[Split]:
     """The splits that leave most on the GPU."""
 
     def away(split: Split) -> tuple[float, bool]:
@@ -82,61 +74,57 @@ def resident(splits: Collection[Split]) -> list[Split]:
     return [split for split in splits if away(split) == least]
 
 
-def recomputing(splits: Collection[Split]) -> list[Split]:
+def recomputing(splits: Sequence[Split]) -> list[Split]:
     """The splits that recompute most."""
     most = max(splits, key=lambda split: MODES.index(split.recomputed)).recomputed
     return [split for split in splits if split.recomputed == most]
 
 
-def trainer_needs(load: TrainerLoad, split: Split) -> Needs:
+@lru_cache(2**14)  # of some hundred splits for each of those loads
+def trainer_needs(load: TrainerLoad, split: Split) -> tuple[int, int]:
+    """What a rank needs of its GPU: (at least; all that is expected there, with the margin of its estimates)."""
     there = [row for row in expected(trainer_rows("trainer", load, "cuda", split)) if row.where == "gpu"]
-    return Needs(sum(row.bytes for row in there if row.fixed), sum(map(padded, there)))
+    return sum(row.bytes for row in there if row.fixed), sum(map(padded, there))
 
 
 def choose(load: TrainerLoad, size: int, tries: Sequence[Try], over: Callable[[Split], int] | None = None) -> Choice:
     """`size`: bytes of the GPU. `over`: by how many bytes a split exceeds the host's memory (0 = it fits); None while
     any split fits there. Where nothing fits, the split that needs least."""
-    known = options(load)
-    every = {split: known[split] for each in tries for split in each.splits}
+    every = list(dict.fromkeys(split for each in tries for split in each.splits))
+    both = {split: trainer_needs(load, split) for split in every}
+    needs, rooms = ({split: pair[which] for split, pair in both.items()} for which in (0, 1))
     if over is not None:
-        on_gpu = [split for split in every if every[split].least <= tries[-1].available] or every
+        on_gpu = [split for split in every if needs[split] <= tries[-1].available] or every
         missing = {split: over(split) for split in on_gpu}
-        least_missing = min(missing.values())
-        every = {split: every[split] for split in on_gpu if missing[split] == least_missing}
+        needs = {split: needs[split] for split in on_gpu if missing[split] == min(missing.values())}
+    least = min(needs, key=needs.__getitem__)
     for each in tries:
-        takes = {split: need.least if each.tight else need.roomy for split, need in every.items()}
-        fitting = [split for split in each.splits if split in takes and takes[split] <= each.available]
+        taken = needs if each.tight else rooms
+        fitting = [split for split in each.splits if split in needs and taken[split] <= each.available]
         if fitting:
+            chosen = min(fitting, key=needs.__getitem__) if each.tight else fitting[0]
             break
-    if fitting and not each.tight:
-        chosen = fitting[0]
     else:
-        chosen = min(fitting or every, key=lambda split: every[split].least)
-    placed = _placed(load, chosen, each.available)
-    if load.recipe.train.activation_checkpointing == "auto":
+        each, fitting, chosen = tries[-1], [], least
+    reasons, asked = [], load.recipe.train
+    if asked.activation_checkpointing == "auto":
         where = words(each.available) + (f" of {words(size)}" if each.available < size else "")
         where += (" without a margin" if each.tight else " with its margin") + (" and the host" if over else "")
         why = each.because or _compared(load, chosen, fitting, each.tight, where)
-        placed.insert(0, Reason("activations", KEPT[chosen.recomputed], why))
-    return Choice(chosen, all(split.moments_on_host > 0 for split in fitting), placed)
-
-
-def _placed(load: TrainerLoad, chosen: Split, available: int) -> list[Reason]:
-    """Why the reference and the moments lie where they lie, where that was open or they are not on the GPU."""
-    asked, part = load.recipe.train, chosen.moments_on_host
+        reasons.append(Reason("activations", KEPT[chosen.recomputed], why))
     need, room = trainer_needs(load, Split(recomputed=chosen.recomputed))
     no_room = (
         f"with everything on the GPU the trainer needs {words(need)}, {words(room)} with its margin; "
-        f"it may fill {words(available)}"
+        f"it may fill {words(each.available)}"
     )
-    parts = [("optimizer", asked.optimizer_device, part_words(part), part > 0)]
+    part = chosen.moments_on_host
+    placed = [("optimizer", asked.optimizer_device, part_words(part), part > 0)]
     if load.recipe.algorithm.kl_coef:
-        parts.insert(0, ("reference", asked.reference_device, chosen.reference, chosen.reference == "host"))
-    return [
-        Reason(what, place, "the recipe asks for it" if asked_for != "auto" else no_room)
-        for what, asked_for, place, moved in parts
-        if moved or asked_for != "auto"
-    ]
+        placed.insert(0, ("reference", asked.reference_device, chosen.reference, chosen.reference == "host"))
+    for what, asked_for, place, moved in placed:
+        if moved or asked_for != "auto":
+            reasons.append(Reason(what, place, "the recipe asks for it" if asked_for != "auto" else no_room))
+    return Choice(chosen, all(split.moments_on_host > 0 for split in fitting), reasons)
 
 
 def part_words(moments_on_host: float) -> str:

@@ -16,7 +16,7 @@ from astracli.machine.memory import Component, MemoryRow, safe, words
 from astracli.models.adapter import MemoryShape
 from astracli.plan.cost import USUAL_PACE, Pace, TrainerLoad
 from astracli.plan.memory import COMFORT, total
-from astracli.plan.offload import KEPT, Choice, Reason, Try, choose, options, recomputing, resident
+from astracli.plan.offload import KEPT, Choice, Reason, Try, choose, options, recomputing, resident, trainer_needs
 from astracli.plan.trainer import context_bytes, trainer_rows
 from astracli.process.layout import LIMIT_S, RESIDENT, WITHOUT_PEERS, Split, Staging
 
@@ -82,7 +82,7 @@ def place(recipe: Recipe, shape: MemoryShape | None, gpus: Gpus, host: int | Non
             reasons.append(Reason("engine and trainer", "time sharing", why))
             left = size - safe(context_bytes(load.ranks) + beside)
         else:
-            least, room = options(load)[chosen.split]
+            least, room = trainer_needs(load, chosen.split)
             roomy, all_of_it = size - room - safe(beside), size - least - beside
             left = roomy if roomy >= memory.reserved(shape, recipe) else all_of_it
         derived = max(0.01, int(100 * left / size) / 100)
@@ -107,7 +107,7 @@ def shares_time(load: TrainerLoad, size: int | None) -> bool:
         return mode == "time_sharing"
     memory = engines.of(load.recipe).memory
     engine = memory.reserved(load.shape, load.recipe) + memory.beside(load.shape, load.recipe)
-    least = min(need.least for need in options(load).values())
+    least = min(trainer_needs(load, split)[0] for split in options(load))
     return least + engine > size >= least + memory.stays
 
 
@@ -119,23 +119,23 @@ def _trainer(load: TrainerLoad, size: int | None, shared: bool, time_sharing: bo
         unknown = Reason("activations", KEPT[split.recomputed], "the memory of its GPU is not known")
         return Choice(split, False, [unknown] if load.recipe.train.activation_checkpointing == "auto" else [])
 
+    def over(split: Split) -> int:
+        return max(0, load.ranks * _on_host(load, split, time_sharing) - (host or 0))
+
     tries = _tries(load, size, every, shared, time_sharing)
-    if host is None:
-        return choose(load, size, tries)
-    on_host = _on_host(load, time_sharing)
-    return choose(load, size, tries, lambda split: max(0, load.ranks * on_host[split] - host))
+    return choose(load, size, tries, over if host is not None else None)
 
 
-@lru_cache(64)
-def _on_host(load: TrainerLoad, time_sharing: bool) -> Mapping[Split, int]:
-    """Bytes that a rank needs of the host, with each split."""
-    rows = {split: trainer_rows("trainer", load, "cuda", split) for split in options(load)}
+@lru_cache(2**14)
+def _on_host(load: TrainerLoad, split: Split, time_sharing: bool) -> int:
+    """Bytes that a rank needs of the host."""
+    rows = trainer_rows("trainer", load, "cuda", split)
     if time_sharing:
-        rows = {split: time_shared(held, {"trainer"}) for split, held in rows.items()}
-    return {split: total(held, where="host", fixed=True) for split, held in rows.items()}
+        rows = time_shared(rows, {"trainer"})
+    return total(rows, where="host", fixed=True)
 
 
-def _tries(load: TrainerLoad, size: int, every: Collection[Split], shared: bool, time_sharing: bool) -> list[Try]:
+def _tries(load: TrainerLoad, size: int, every: Sequence[Split], shared: bool, time_sharing: bool) -> list[Try]:
     """Ways to share the GPU between trainer and engine, what is best for both first."""
     recipe, shape = load.recipe, load.shape
     memory = engines.of(recipe).memory

@@ -18,7 +18,7 @@ from astracli.models.adapter import MemoryShape
 from astracli.plan.cost import TrainerLoad
 from astracli.plan.hints import changed
 from astracli.plan.memory import COMFORT
-from astracli.plan.offload import options, recomputing
+from astracli.plan.offload import options, recomputing, trainer_needs
 from astracli.plan.placement import Gpus, shares_time
 from astracli.plan.trainer import context_bytes
 
@@ -61,9 +61,8 @@ class _Search:
             why = f"{size} shared in time with the trainer"
             return self._settled(self._fit(static, COMFORT), COMFORT, why, useful, no_more)
         fit, load = 1, TrainerLoad(self.recipe, self.shape, ranks, self.gpus.pace)
-        needs = options(load)
-        for option in recomputing(needs):  # as little of the trainer on the host as possible
-            left = self.gpu_bytes - needs[option].roomy
+        for option in recomputing(options(load)):  # as little of the trainer on the host as possible
+            left = self.gpu_bytes - trainer_needs(load, option)[1]
             fit = self._fit(min(own, left - safe(work)), COMFORT)
             if fit >= FEW:
                 break

@@ -278,7 +278,11 @@ class Recipe(Table):
                 f"eval.samples = {evaluation.samples} is fewer than eval.pass_k = {evaluation.pass_k}: "
                 "pass@k needs at least k samples an item"
             )
-        best = self.checkpoint.best
+        return self
+
+    @model_validator(mode="after")
+    def _coherent_over_tables(self) -> Recipe:
+        best, evaluation = self.checkpoint.best, self.eval
         if best is not None and best not in (*evaluation.benchmarks, "overall"):
             names = ", ".join([*evaluation.benchmarks, "overall"])
             raise ValueError(f"checkpoint.best = {best!r} is no benchmark of this run: it takes one of {names}")

@@ -18,32 +18,33 @@ if TYPE_CHECKING:
 
 
 RunDirOpt = Annotated[
-    Path | None, typer.Option("--run-dir", metavar="RUN", help="Evaluate this run's export by its own recipe.")
+    Path | None, typer.Option("--run-dir", metavar="RUN", help="Evaluate this run's export, with the run's own recipe.")
 ]
 BenchmarkOpt = Annotated[
     list[str] | None, typer.Option("--benchmark", metavar="NAME", help="Only this benchmark; may be repeated.")
 ]
-SamplesOpt = Annotated[int | None, typer.Option("--samples", metavar="N", min=1, help="Samples an item.")]
+SamplesOpt = Annotated[int | None, typer.Option("--samples", metavar="N", min=1, help="Samples per item.")]
 EngineOpt = Annotated[
-    str | None, typer.Option("--engine", metavar="NAME", help="auto, or an installed engine: sets rollout.engine.")
+    str | None,
+    typer.Option("--engine", metavar="NAME", help="The engine, as rollout.engine: auto, or an installed one."),
 ]
 ToOpt = Annotated[
     Path | None,
     typer.Option(
         "--out",
         metavar="DIR",
-        help="Directory of this evaluation; default a new one under runs/, or under the run's own eval/.",
+        help="Directory for the results; default: a new one under runs/, or under the run's eval/.",
     ),
 ]
 ResumeOpt = Annotated[
-    Path | None, typer.Option("--resume", metavar="DIR", help="Go on with an evaluation that was stopped.")
+    Path | None, typer.Option("--resume", metavar="DIR", help="Continue an evaluation that was stopped.")
 ]
 CompareOpt = Annotated[
     tuple[str, str] | None,
     typer.Option(
         "--compare",
         metavar="RUN RUN...",
-        help="Compare evaluations, each a RUN or RUN@STEP, with the first of them.",
+        help="Compare evaluations with the first one. Each is a RUN or RUN@STEP.",
     ),
 ]
 
@@ -67,9 +68,10 @@ def evaluate(
 ) -> None:
     """Evaluate a model, or the newest run.
 
-    Without a recipe: the newest run under runs/ that has an export, by its own recipe.
-    With one: its model, or --weights.
-    With --compare: nothing is generated; is B better than A, item by item? `astra runs compare` says more of them.
+    Without a recipe, it evaluates the newest run under runs/ that has an export, with the run's own recipe.
+    With a recipe, it evaluates the recipe's model, or --weights.
+    With --compare, it generates nothing: it tests, item by item, whether B is better than A. `astra runs compare` shows
+    more about the runs.
     """
     given = {
         "--recipe": recipe, "--set": set_, "--weights": weights, "--run-dir": run_dir, "--out": to,

@@ -181,7 +181,7 @@ def test_later_overrides_win() -> None:
         ),
         (
             "weights.transfer=delt",
-            f'recipe `{TINY}`: `weights.transfer` = "delt" is not allowed: it takes `full` or `delta`',
+            f'recipe `{TINY}`: `weights.transfer` = "delt" is not allowed: it takes `full` or `delta` or `adapter`',
             "`astra recipes show NAME` prints every key of a recipe with its value",
         ),
         (

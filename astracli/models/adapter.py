@@ -133,6 +133,8 @@ class ModelAdapter:
     """config.json -> `{wire name: shape}` of every trained tensor, without a model; None = not known before loading."""
     delta_rule: Callable[[Mapping[str, Any], str], DeltaRule] | None = None
     """(config.json, device) -> the recurrent kernel that the trainer runs there; None without one."""
+    lora_targets: tuple[str, ...] = ()
+    """Last names of the linear layers that `lora.targets = "auto"` gives an adapter; () = every one in the blocks."""
     tiny_config: Callable[[], dict[str, Any]] | None = None
     """A config.json of a model of this family small enough for tests."""
 

@@ -83,6 +83,18 @@ def _shards(folder: Path, tensors: Mapping[str, Any]) -> Iterator[Obstacle]:
         yield Obstacle("a whole checkpoint", message, again)
 
 
+def fingerprint(folder: Path) -> str:
+    """xxh3-128 of the bytes of a checkpoint's weights, file after file: other weights have another one."""
+    import xxhash
+
+    whole = xxhash.xxh3_128()
+    for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
+        with file.open("rb") as stream:
+            while chunk := stream.read(_COMPARED_BYTES):
+                whole.update(chunk)
+    return whole.hexdigest()
+
+
 # -- the output head ---------------------------------------------------------------------------------------------------
 
 

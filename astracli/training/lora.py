@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +28,12 @@ from astracli.config.recipe_lora import LoraTable
 from astracli.errors import RunFailed
 from astracli.kernels import weight_gradients
 from astracli.kernels.upload import host_memory
-from astracli.models import lora_targets
+from astracli.models import checkpoint_files, lora_targets
 from astracli.models.adapter import ModelAdapter, WireTensor
 from astracli.training.fsdp import Ranks, local, start_of
-from astracli.training.optimizer import DTYPES
+from astracli.training.optimizer import DTYPES, Masters
 from astracli.weights.device.merging import merge
+from astracli.weights.format.manifest import BASE_BYTES, BaseFile
 
 FACTORS = ("lora_A", "lora_B")
 
@@ -150,12 +152,29 @@ class Adapters:
         """W where it lies beside the merged matrices."""
         return [target.base for target in self.targets if target.base.device == target.a_RI.device]
 
-    def payload(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """{wire name of a matrix: (A, scaled B)}: what a receiver merges into its W."""
-        return {t.wire.name: (t.a_RI.detach(), t.b_OR.detach() * self.scale) for t in self.targets}
+    def factors_to_send(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """{wire name of a matrix: (A, scaled B)}, copies on the CPU: what a receiver merges into its W."""
+        both = ((t, t.a_RI.detach().to("cpu", copy=True), t.b_OR.detach() * self.scale) for t in self.targets)
+        return {target.wire.name: (a_RI, b_OR.cpu()) for target, a_RI, b_OR in both}
 
     def _rows_of_b(self, target: Target) -> Tensor:
         return target.b_OR.detach()[target.start : target.start + len(target.base)] * self.scale
+
+
+def merged_into(model_dir: Path, adapter: ModelAdapter, masters: Masters) -> dict[str, BaseFile]:
+    """{wire name of every matrix with an adapter: where W lies}, for receivers. Raises RunFailed for one that they
+    cannot read there."""
+    places, names = checkpoint_files.places(model_dir, adapter), masters.factors()
+    shapes = {tensor.name: tensor.shape for tensor in masters.travels.values()}
+    found = {name: places[name] for name in names if name in places}
+    odd = [n for n in names if n not in found or found[n].dtype not in BASE_BYTES or found[n].shape != shapes[n]]
+    if odd:
+        raise RunFailed(
+            f"weights.transfer = adapter: engines cannot read {len(odd)} matrices in `{model_dir}` as they are "
+            f"trained, for example `{odd[0]}`",
+            "send merged weights with `--set weights.transfer=delta`",
+        )
+    return {name: BaseFile(place.file, place.offset, place.dtype) for name, place in found.items()}
 
 
 def _uniform(shape: tuple[int, int], bound: float, seed: int, name: str) -> Tensor:

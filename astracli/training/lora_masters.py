@@ -50,6 +50,9 @@ class LoraMasters(Masters):
         self.adapters.attach(grads.sums(), self.ranks, base_on_host=self._base_on_host)
         return grads
 
+    def factors(self) -> Mapping[str, tuple[Tensor, Tensor]]:
+        return self.adapters.factors_to_send()
+
     def publish_to_parameters(self) -> None:
         super().publish_to_parameters()
         self.adapters.merge()

@@ -93,6 +93,10 @@ class Masters:
             return self.split_masters.take(name, parameter)
         return value.clone()  # also of what travels in fp32: a version must not change while it is published
 
+    def factors(self) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """{HF name: A, scaled B}, fp32 copies on the CPU: what is merged into the weights; {} without adapters."""
+        return {}
+
     def _gradients(self, model: nn.Module) -> Gradients:
         grads = Gradients(self.parameters, accumulate=self.ranks.stores_bf16)
         if self.ranks.device.type != "cpu":  # a CPU has no product of bf16 that adds to fp32

@@ -74,6 +74,15 @@ class MemoryShape:
     block_activations: tuple[int, ...] = ()
     """Per block, the bytes a token that autograd keeps in bf16, without recomputation and without the blocks' own
     inputs, as `prepare_gpu` leaves them. () = not known: estimated from the hidden size."""
+    adapters: int = 0
+    """Parameters of the LoRA adapters that a recipe asks for; 0 = all of the model's own are trained."""
+    adapted: int = 0
+    """Elements of the matrices with an adapter."""
+
+    @property
+    def trained(self) -> int:
+        """Parameters that the optimizer updates."""
+        return self.adapters or self.parameters
 
     @property
     def kept_of_blocks(self) -> tuple[int, ...]:

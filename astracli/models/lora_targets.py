@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 from astracli.config.recipe_lora import LoraTable
 from astracli.errors import UserError
-from astracli.models.adapter import ModelAdapter
+from astracli.models.adapter import MemoryShape, ModelAdapter
 
 _WEIGHT = ".weight"
 _BLOCKS = ".layers."
@@ -42,6 +44,21 @@ def chosen(
 def parameters(table: LoraTable, targets: Mapping[str, tuple[int, int]]) -> int:
     """Of all adapters together."""
     return sum(table.rank * sum(shape) for shape in targets.values())
+
+
+def sized(shape: MemoryShape, table: LoraTable | None, adapter: ModelAdapter, config: Mapping[str, Any]) -> MemoryShape:
+    """The sizes of a model with the adapters of a recipe. Estimated, as seven matrices of one size a block, for a model
+    whose tensors are not known before it is loaded."""
+    if table is None:
+        return shape
+    if adapter.shapes is not None:
+        targets = chosen(table, adapter, adapter.shapes(config))
+        count = sum(outputs * inputs for outputs, inputs in targets.values())
+        return replace(shape, adapters=parameters(table, targets), adapted=count)
+    blocks = shape.parameters - (shape.outside_blocks or shape.vocab_size * shape.hidden_size)
+    number = 7 * max(1, shape.layers)
+    adapters = int(number * table.rank * 2 * max(1.0, blocks / number) ** 0.5)
+    return replace(shape, adapters=adapters, adapted=blocks)
 
 
 def last_name(name: str) -> str:

@@ -162,7 +162,7 @@ class TrainLoop:
             running = [one.version for one in state.evals if one.state == "running"]
             self._pinned = {version for version in running if version is not None}
         publish = self.publisher.publish if resume is None else self.publisher.restart
-        publish(self.step, self._to_publish(self.step), owned=True)  # in full, adapters merged
+        publish(self.step, self._to_publish(), owned=True)  # in full, adapters merged
         self.time_sharing.end(self.trainer)
         if self.recipe.checkpoint.every and self.saver.beside:
             self.saver.prepare(masters)
@@ -216,7 +216,7 @@ class TrainLoop:
         """Publish version step + 1, here or from a copy in the background; `publish_s` is what it costs the step. With
         time sharing the trainer then leaves its GPU, and its step ends."""
         version, begin = step + 1, time.perf_counter()
-        tensors = self._to_publish(version)
+        tensors = self._to_publish()
         factors = self.trainer.masters.factors() if self._sends_adapter else None
         figures["snapshot_s"] = time.perf_counter() - begin
 
@@ -249,11 +249,10 @@ class TrainLoop:
     def _sends_adapter(self) -> bool:
         return self.recipe.weights.transfer == "adapter"
 
-    def _to_publish(self, version: int) -> dict[str, Tensor | Shard]:
-        """This rank's part of a version. A copy, but where nobody trains before it is published, or where only digests
-        of it are taken, at once."""
-        copy = not self.time_sharing.leaves and not self.publisher.by_digest(version)
-        return self.trainer.masters.wire_shards(copy=copy)
+    def _to_publish(self) -> dict[str, Tensor | Shard]:
+        """This rank's part of the next version. A copy, but where nobody trains before it is published; with adapters
+        the publisher takes what it needs at once."""
+        return self.trainer.masters.wire_shards(copy=not self.time_sharing.leaves and not self._sends_adapter)
 
     def finish(self) -> None:
         """Export the last version in Hugging Face format."""

@@ -29,13 +29,14 @@ class LoraMasters(Masters):
         *,
         exact: Collection[nn.Parameter] = (),
         base_on_host: bool = False,
+        moments_on_host: float = 0.0,
     ):
         """`wire`: of the model, whose parameters are on their device. `exact`: those that the engine holds in fp32.
         `base_on_host`: matrices without their adapters wait in host memory."""
         self.adapters = adapters
         self._model_wire = dict(wire)
         self._base_on_host = base_on_host
-        super().__init__(model, adapters.wire, table, ranks, exact=exact)
+        super().__init__(model, adapters.wire, table, ranks, exact=exact, moments_on_host=moments_on_host)
 
     @property
     def travels(self) -> Mapping[str, WireTensor]:

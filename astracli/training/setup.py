@@ -79,8 +79,16 @@ def _with_adapters(loader: _Loader, split: Split) -> tuple[PolicyModel, Masters]
     adapters = Adapters(model, wire, loader.adapter, recipe.lora, seed=recipe.seed, origin=origin)
     exact = [*exact, *adapters.factors.values()]
     policy = loader.policy(model, split, exact)
-    on_host = split.reference == "host"
-    masters = LoraMasters(policy.model, adapters, wire, recipe.train, ranks, exact=exact, base_on_host=on_host)
+    masters = LoraMasters(
+        policy.model,
+        adapters,
+        wire,
+        recipe.train,
+        ranks,
+        exact=exact,
+        base_on_host=split.reference == "host",
+        moments_on_host=split.moments_on_host,
+    )
     return policy, masters
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK = {"cpu": 1 << 15, "cuda": 1 << 24}
-"""Elements that are merged together: on a CPU they stay in a core's cache; on a GPU few kernels are launched, and what
-they need beside the weights is small (128 MiB)."""
+from astracli.process.layout import MERGED_TOGETHER
+from astracli.weights.format import low_rank
+
+BLOCK = {"cpu": low_rank.BLOCK, "cuda": MERGED_TOGETHER}
+"""Elements that are merged together: on a GPU few kernels are launched, and what they need beside the weights is small
+(192 MiB)."""
 
 
 @torch.no_grad()

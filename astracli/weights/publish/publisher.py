@@ -213,7 +213,10 @@ class Publisher:
             locals_ = {name: local(tensor, copy=False) for name, tensor in tensors.items()}
             return Snapshot(locals_, lanes_of(locals_), None, time.perf_counter() - begin)
         stay = self._rest is not None  # its copy is made behind the version, and nobody trains until then
-        return take(tensors, owned=owned or stay, first=self._base_version is None, stay=stay, run=self._run)
+        to_host = (
+            self._base_version is None or self.transfer == "adapter"
+        )  # with adapters, nothing is compared on a GPU
+        return take(tensors, owned=owned or stay, first=to_host, stay=stay, run=self._run)
 
     @contextlib.contextmanager
     def _beside(self, taken: Snapshot) -> Iterator[None]:

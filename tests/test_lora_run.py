@@ -1,4 +1,4 @@
-"""A trainer with LoRA between its start and its end: versions that engines take, kills, deterministic bytes, exports."""
+"""A trainer with LoRA from its start to its end: versions that engines take, kills, deterministic bytes, exports."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from transfer_tools import Server, same_files, subscriber
 
 from astracli.adapters.qwen3_5 import ADAPTER
 from astracli.config import recipe_io
+from astracli.config.recipe_lora import LoraTable
 from astracli.data import fetch
 from astracli.engines.embedded.process import loader
 from astracli.engines.embedded.weights import EngineWeights
 from astracli.errors import UserError
-from astracli.launch import inputs
-from astracli.training import export_run
+from astracli.launch import from_run, inputs
+from astracli.runs.run_dir import RunDir
+from astracli.training import checkpoint, export_run
 from astracli.training.loop import TrainLoop
 
 __all__ = ["model_dir"]
@@ -160,6 +162,31 @@ def test_an_export_is_merged_or_the_adapter_alone(job: Job, model_dir: Path, tmp
     whole = recipe.model_copy(update={"lora": None})
     with pytest.raises(UserError, match="it has no adapter"):
         export_run.export_checkpoint(checkpoints, whole, model_dir, tmp_path / "b", adapter_only=True)
+
+
+def test_a_new_run_goes_on_with_adapters_and_moments(job: Job, model_dir: Path, tmp_path: Path) -> None:
+    """They belong to the weights without adapters, so these come along, not merged ones."""
+    first = job.loop()
+    first.start()
+    job.train(first, until=2)
+    first.saver.wait()
+    recipe, place = job.config().recipe, checkpoint.place(job.run_dir / "checkpoints", 2)
+    source = from_run.Source("run@2", RunDir(job.run_dir), recipe, 2, "checkpoint", place, model_dir)
+    (new := RunDir(tmp_path / "new")).path.mkdir()
+    taken = from_run.take(recipe, source, new, keep_optimizer=True)
+    initial = from_run.initial_model(new)
+    assert taken.model.path == str(initial)
+    assert (initial / "model.safetensors").read_bytes() == (model_dir / "model.safetensors").read_bytes()
+    other = with_lora(tmp_path / "other", initial, "adapter")
+    second = other.loop(initial=from_run.initial_checkpoint(new))
+    second.start()
+    full = second.trainer.masters.wire_full()
+    assert all(torch.equal(full[name], tensor) for name, tensor in first.trainer.masters.wire_full().items())
+    other.server.thread.stop()
+    for lora, words in ((None, "train \\[lora\\] of rank 4 and all weights"), ({"rank": 2}, "rank 4 and .* rank 2")):
+        table = LoraTable.model_validate(lora) if lora else None
+        with pytest.raises(UserError, match=words):
+            from_run.checked(recipe.model_copy(update={"lora": table}), source, keep_optimizer=True)
 
 
 # ---- before a start --------------------------------------------------------------------------------------------------

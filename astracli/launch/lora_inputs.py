@@ -1,4 +1,4 @@
-"""What a recipe's `[lora]` asks of the checkpoint before a start: its targets, and files that engines can merge into."""
+"""What a recipe's `[lora]` asks of the checkpoint before a start: targets, and files that engines can merge into."""
 
 from __future__ import annotations
 

@@ -45,6 +45,8 @@ class PublishResult:
     """How long the caller stood still because the previous version was still being written."""
     snapshot_s: float = 0.0
     """How long the caller stood still for the copy that is published."""
+    by_adapter: bool = False
+    """`bytes_delta` is an adapter's; `changed` counts all elements that it belongs to."""
 
     @property
     def bytes(self) -> int:
@@ -285,6 +287,7 @@ class Publisher:
             encode_s=sum(p.encode_s for p in parts),
             write_s=sum(p.write_s for p in parts),
             publish_s=time.perf_counter() - begin,
+            by_adapter=adapter,
         )
 
     def _check_names(self, version: int, tensors: Mapping[str, payload.Local]) -> None:

@@ -16,8 +16,9 @@ def prune(directory: Path, newest: int, keep: int, pinned: Callable[[int], bool]
     """
     present = versions_in(directory)
     kept = set(present[-keep:])
-    for target in [newest, *(v for v in present if pinned(v))]:
-        while target in present:
+    for needed in [newest, *(v for v in present if pinned(v))]:
+        target: int | None = needed
+        while target is not None and target in present:
             kept.add(target)
             kinds = read_stable(directory, target)["manifests"]
             if "full" in kinds:

@@ -25,7 +25,8 @@ pytestmark = [
 ]
 
 SIZES: dict[str, Any] = {
-    "hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+    "hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
 }  # fmt: skip
 
 

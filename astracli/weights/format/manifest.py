@@ -165,7 +165,7 @@ def _problems(m: Manifest) -> Iterator[str]:
     if not _is_count(m.version) or m.kind not in MANIFEST or not isinstance(m.model, str):
         yield f"model {m.model!r}, version {m.version!r}, kind {m.kind!r}"
     if m.kind != "delta" and m.base_version is not None:
-        yield f"a version of kind {m.kind} with base {m.base_version}"
+        yield f"{'a full version' if m.kind == 'full' else 'an adapter'} with base {m.base_version}"
     if set(m.base) != {tensor.name for tensor in m.tensors if tensor.pieces and m.kind == "adapter"}:
         yield "tensors to merge into that are not those with an adapter"
     for name, place in m.base.items():

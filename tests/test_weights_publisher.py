@@ -11,7 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from transfer_tools import Server, Weights, chain, copies, first_weights, publish, same, same_files, step, subscriber
+from transfer_tools import (
+    Server,
+    Weights,
+    chain,
+    copies,
+    first_weights,
+    publish,
+    same,
+    same_files,
+    server,
+    step,
+    subscriber,
+)
 
 from astracli.errors import RunFailed
 from astracli.process.atomic import write_atomic
@@ -24,13 +36,7 @@ from astracli.weights.publish.publisher import Publisher, PublishResult
 from astracli.weights.publish.snapshot import Shard
 from astracli.weights.receive import apply
 
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    (tmp_path / "weights").mkdir()
-    found = Server(tmp_path / "weights")
-    yield found
-    found.stop()
+__all__ = ["server"]
 
 
 # ---- publishing -----------------------------------------------------------------------------------------------------

@@ -115,9 +115,9 @@ class TrainTable(Table):
     (least memory, a third more work). `auto` is the quickest that the GPU has memory for, AdamW's moments on the host
     weighed against it; beside an engine `full` unless there is plenty; on a CPU `none`."""
     reference_device: Literal["auto", "gpu", "host"] = "auto"
-    """Where the initial model of the KL term waits between scoring passes, and with `[lora]` the matrices without their
-    adapters, from which every update begins; `host` is pinned memory, `auto` is the GPU while it has room. On a CPU
-    there is one place."""
+    """Where the initial model of the KL term is kept between scoring passes, and with `[lora]` the matrices without
+    their adapters, from which every update begins. `host` is pinned memory. `auto`: the GPU if it has room. It has no
+    effect on a CPU."""
     optimizer_device: Literal["auto", "gpu", "host"] = "auto"
     """Where AdamW's moments are kept between updates: on the GPU, or in pinned memory of the host, from which they pass
     through the GPU in every update. `auto` divides them between both as is quickest."""

@@ -212,5 +212,9 @@ def _sample_text(sample: dict[str, Any]) -> str:
     said = [f"{key} {sample.get(key)}" for key in ("step", "version", "reward")]
     said += [str(sample.get(key)) for key in ("problem_id", "verdict", "finish_reason")]
     said.append(f"{len(sample.get('tokens') or [])} tokens")
-    body = "".join(f"  {key}: {sample.get(key)}\n" for key in ("problem", "answer", "completion"))
+    shown = [(key, sample.get(key)) for key in ("problem", "answer", "completion")]
+    if parts := sample.get("parts"):
+        shown.append(("parts", ", ".join(f"{name} {value:.4g}" for name, value in parts.items())))
+    shown += [(name, text) for name, text in (sample.get("notes") or {}).items()]
+    body = "".join(f"  {name}: {value}\n" for name, value in shown)
     return "  ".join(said) + "\n" + body

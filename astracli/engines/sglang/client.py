@@ -9,8 +9,8 @@ unless the server is paused: they belong inside the pause. Earlier releases know
 
 `output_ids` and `output_token_logprobs` hold every token that was drawn, stop tokens and the tokens of a stop string
 included: `no_stop_trim` is about the answer's text. SGLang looks for a stop string in the text of the latest tokens, as
-many as the string's own encoding has and one more: behind a string that was drawn in smaller pieces it goes on. It looks
-at the limit of tokens before anything else. Where a completion ends is therefore decided in `engines.client`.
+many as the string's own encoding has and one more: it goes on behind a string that was drawn in smaller pieces. And it
+looks at the limit of tokens before anything else. Where a completion ends is therefore decided in `engines.client`.
 (0.5.17: `Req.update_finish_state`, `tail_str` and `output_ids_through_stop` in `srt/managers/schedule_batch.py`.)
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -134,6 +135,19 @@ def test_scores_compare_on_the_benchmarks_that_all_runs_have(astra: Astra, three
     assert "their scores do not compare" in astra("runs", "compare", "low", "high").err
     ran = astra("eval", "--compare", "low@best", "high")
     assert ran.code == 2 and "keeps no best checkpoint" in ran.err
+
+
+def test_tables_fit_a_terminal_of_80_columns(astra: Astra, three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    commands = (
+        ("runs", "list"), ("runs", "compare", "low", "high", "same"), ("eval", "--compare", "low", "high", "same"),
+        ("eval", "--compare", "low", "high"), ("runs", "status", "low"), ("train", TINY, "--dry-run"), ("recipes", "list"),
+    )  # fmt: skip
+    for command in commands:
+        ran = astra(*command)
+        assert ran.code == 0 and len(ran.out.splitlines()) > 1, command
+        assert max(ran.out.splitlines(), key=len)[80:] == "", command
 
 
 def test_eval_compare_takes_as_many_as_are_given(astra: Astra, three: Path) -> None:

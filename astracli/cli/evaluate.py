@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from astracli.cli import options
-from astracli.cli.output import out
+from astracli.cli.output import out, room
 from astracli.cli.plan_view import print_plan, refuse_facts
 from astracli.errors import UserError
 
@@ -149,7 +150,8 @@ def _compare(runs: Sequence[str], as_json: bool) -> None:
         document=compare.document(a, b, rows),
     )
     if not as_json:
-        out().text("\n".join(f"{row.benchmark}: {compare.words(row)}" for row in rows))
+        for row in rows:
+            out().text(textwrap.fill(f"{row.benchmark}: {compare.words(row)}", room(), break_on_hyphens=False))
 
 
 def newest_exported(root: Path = Path("runs")) -> RunDir:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -192,19 +193,22 @@ def print_tests(tests: Sequence[Against]) -> None:
     """The paired tests as a table."""
     if not tests:
         return
+    count = len({test.run for test in tests})
     rows = []
     for test in tests:
         d = test.difference
-        interval = f"{d.low:+.3f} to {d.high:+.3f}"
-        rows.append([test.run, d.benchmark, d.items, d.a, d.b, d.difference, interval, d.p, test.p_holm, test.verdict])
+        shares, interval = (f"{d.a:.3f}", f"{d.b:.3f}", f"{d.difference:+.3f}"), f"{d.low:+.3f} to {d.high:+.3f}"
+        rows.append([test.run, d.benchmark, d.items, *shares, interval, test.p_holm, test.verdict])
     out().text("")
+    p = "p (Holm)" if count > 1 else "p"
     out().table(
-        ["run", "benchmark", "items", "first", "this", "change", "95 %", "p", "p (Holm)", "difference"],
+        ["run", "benchmark", "items", "first", "this", "change", "95 %", p, "difference"],
         rows,
         "paired test of each run against the first, over items",
     )
-    if (count := len({test.run for test in tests})) > 1:
-        out().text(f"p (Holm) is corrected for {count} comparisons: a difference is real where it is at most 0.05")
+    if count > 1:
+        words = f"p (Holm) is corrected for {count} comparisons: a difference is real where it is at most 0.05"
+        out().text(textwrap.fill(words, room()))
 
 
 def test_document(test: Against) -> dict[str, Any]:

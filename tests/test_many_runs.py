@@ -142,7 +142,8 @@ def test_tables_fit_a_terminal_of_80_columns(astra: Astra, three: Path, monkeypa
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     commands = (
         ("runs", "list"), ("runs", "compare", "low", "high", "same"), ("eval", "--compare", "low", "high", "same"),
-        ("eval", "--compare", "low", "high"), ("runs", "status", "low"), ("train", TINY, "--dry-run"), ("recipes", "list"),
+        ("eval", "--compare", "low", "high"), ("runs", "status", "low"), ("recipes", "list"),
+        ("train", TINY, "--dry-run"),
     )  # fmt: skip
     for command in commands:
         ran = astra(*command)

@@ -22,7 +22,7 @@ from astracli.config.recipe import Recipe
 from astracli.data import fetch
 from astracli.envs import registry as envs
 from astracli.errors import UserError
-from astracli.launch import problem_files
+from astracli.launch import problem_files, recipe_changes
 from astracli.machine.findings import Check
 from astracli.models import chat, checkpoint_files, preflight, registry
 from astracli.models.adapter import read_config
@@ -53,9 +53,9 @@ class Inputs:
 class Ledger:
     """What the checks before a start refuse, by their names. What waits for a download is left until a start."""
 
-    def __init__(self, *, keep: bool):
-        """`keep`: keep a refusal and go on; otherwise it is raised."""
-        self._keep = keep
+    def __init__(self, *, keep: bool, resumed: RunDir | None = None):
+        """`keep`: keep a refusal and go on; otherwise it is raised. `resumed`: the run that goes on."""
+        self._keep, self._resumed = keep, resumed
         self.refused: list[tuple[str, UserError]] = []
 
     @contextlib.contextmanager
@@ -66,6 +66,8 @@ class Ledger:
             if not self._keep:
                 raise
         except UserError as error:
+            if self._resumed is not None:
+                recipe_changes.of_resume(error, self._resumed)
             if not self._keep:
                 raise
             self.refused.append((name, error))
@@ -81,14 +83,14 @@ def needs(recipe: Recipe, command: Command) -> tuple[bool, list[str]]:
 def fetched(recipe: Recipe, *, data: bool, benchmarks: Sequence[str], resumed: RunDir | None = None) -> Inputs:
     """For a start: everything is checked, and downloaded where it has to be. Raises UserError with the first refusal.
     `data`: the command reads training problems and grades with `data.reward`; `resumed`: the run that goes on."""
-    inputs = prepare(recipe, Ledger(keep=False), data=data, benchmarks=benchmarks, resumed=resumed)
+    inputs = prepare(recipe, Ledger(keep=False, resumed=resumed), data=data, benchmarks=benchmarks, resumed=resumed)
     assert inputs is not None
     return inputs
 
 
 def findings(recipe: Recipe, command: Command, resumed: RunDir | None = None) -> list[Check]:
     """What a start, or going on with a run, would refuse, in its words, found without a download."""
-    ledger = Ledger(keep=True)
+    ledger = Ledger(keep=True, resumed=resumed)
     data, benchmarks = needs(recipe, command)
     with fetch.only_here():
         prepare(recipe, ledger, data=data, benchmarks=benchmarks, resumed=resumed)

@@ -39,8 +39,8 @@ def check(run: RunDir, recipe: Recipe, paths: Mapping[str, Path | None]) -> None
         hint = "a resumed run goes on at its place in their order: put the old file back, or start a new run"
         if recipe.data.decontaminate == "remove":
             hint += (
-                "; it began without the items of its benchmarks (data.decontaminate = remove), in a file that is gone: "
-                "with the same eval.benchmarks it is made again"
+                "; it began without the items of its benchmarks, in a file that is gone: with the same eval.benchmarks "
+                "it is made again"
             )
         raise UserError(
             f"the training problems are others than when `{run.path}` began: {then[name]['rows']} rows of "

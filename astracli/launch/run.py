@@ -233,7 +233,8 @@ def _train_plan(recipe: Recipe, resume: Path | None, source: Source | None) -> L
         same = f"--resume {resume}" if resume is not None else f"--from {source.text}" if source is not None else None
         if error.hint is None or same is None:
             raise
-        raise UserError(error.message, error.hint.replace(f"--recipe {recipe.name} ", f"{same} ")) from None
+        error = UserError(error.message, error.hint.replace(f"--recipe {recipe.name} ", f"{same} "))
+        raise (recipe_changes.of_resume(error, runs.existing(resume)) if resume is not None else error) from None
 
 
 def _config_if_here(recipe: Recipe) -> Mapping[str, Any] | None:

@@ -95,6 +95,8 @@ def train_run(
         if resume is None:
             from_run.forget(run)
             job.discard(run, there)
+        else:
+            run.unlock()
         raise
     initial = from_run.initial_checkpoint(run)
     code, summary = _run(began, inputs, recipe, plan, run, changes, resume_step=step, initial=initial)

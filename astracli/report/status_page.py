@@ -96,6 +96,8 @@ def _progress(status: RunStatus, records: Sequence[Mapping[str, Any]]) -> list[t
             tail = [value for _, value in rewards[-LAST_STEPS:]]
             words += f"; {rewards[0][1]:.3g} at first, mean of the last {len(tail)} steps {metrics.mean(tail):.3g}"
         rows.append((names.words(REWARD), words))
+    if parts := _newest(records, "arrived_parts/"):
+        rows.append(("parts", ", ".join(f"{name} {value:.3g}" for name, value in parts.items()) + " of the reward"))
     newest_of = {
         name: points[-1][1]
         for name in ("entropy", "grad_norm", "lr", "staleness_mean", "tokens_per_s")
@@ -104,6 +106,13 @@ def _progress(status: RunStatus, records: Sequence[Mapping[str, Any]]) -> list[t
     if newest_of:
         rows.append(("training", ", ".join(names.said(name, value) for name, value in newest_of.items())))
     return rows
+
+
+def _newest(records: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, float]:
+    """The newest value of each metric with a prefix, by what follows it."""
+    found = sorted({key for record in records for key in record if key.startswith(prefix)})
+    each = {name.removeprefix(prefix): metrics.values(records, name, "trainer") for name in found}
+    return {name: points[-1] for name, points in each.items() if points}
 
 
 def _evaluations(run: RunDir) -> list[tuple[str, str]]:

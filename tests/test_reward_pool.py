@@ -326,7 +326,7 @@ def test_memory_of_a_reward_is_bounded(mine: None) -> None:
 def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Python blocks of docs/rewards.md as modules of the working directory."""
     blocks = re.findall(r"<!-- (\w+\.py) -->\n```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == PAGE.read_text(encoding="utf-8").count("```python") == 6
+    assert len(blocks) == PAGE.read_text(encoding="utf-8").count("```python") == 7
     for name, text in blocks:
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
@@ -380,7 +380,7 @@ def test_the_judge_of_the_page_asks_a_server(page: None, judge: None) -> None:
     assert "500 Internal Server Error" in found[2].detail
 
 
-def test_the_rewards_of_a_recipe() -> None:
+def test_the_rewards_of_a_recipe(page: None) -> None:
     toml = re.findall(r"```toml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[0]
     import tomllib
 
@@ -391,6 +391,10 @@ def test_the_rewards_of_a_recipe() -> None:
         ("math", "correct", 1.0), ("style:polite", "polite", 0.2), ("style:words", "words", 0.0),
     ]  # fmt: skip
     assert {(each.timeout_s, each.memory_bytes) for each in found.each} == {(7.0, 1 << 29)}
+    with GradePool(rewards=Rewards.of(data.model_copy(update={"reward_memory_gib": None}))) as pool:
+        polite, rude = pool.grade(items(r"please, \boxed{2}", r"\boxed{2}"))
+    assert (polite.reward, polite.verdict, rude.reward, rude.verdict) == (1.2, "right", 1.0, "wrong")
+    assert polite.parts == {"correct": 1.0, "polite": 1.0, "words": 2.0}
     (alone,) = Rewards.of(DataTable(source="arithmetic", reward="number")).each
     assert (alone.spec, alone.name) == ("number", "") and DataTable(source="arithmetic").by("code").grader == "code"
 

@@ -218,8 +218,9 @@ def _of(step: int | None, steps: int | None) -> str:
 
 
 def _sample_text(sample: dict[str, Any]) -> str:
-    said = [f"{key} {sample.get(key)}" for key in ("step", "version", "reward")]
-    said += [str(sample.get(key)) for key in ("problem_id", "verdict", "finish_reason")]
+    named = {"step": "step", "version": "version", "problem_id": "id", "reward": "reward"}
+    said = [f"{word} {sample[key]}" for key, word in named.items() if sample.get(key) is not None]
+    said += [str(sample.get(key)) for key in ("verdict", "finish_reason")]
     said.append(f"{len(sample.get('tokens') or [])} tokens")
     shown = [(key, sample.get(key)) for key in ("problem", "answer", "completion")]
     if parts := sample.get("parts"):

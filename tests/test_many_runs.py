@@ -137,6 +137,17 @@ def test_scores_compare_on_the_benchmarks_that_all_runs_have(astra: Astra, three
     assert ran.code == 2 and "keeps no best checkpoint" in ran.err
 
 
+def test_scores_by_other_graders_are_said_not_to_mean_the_same(astra: Astra, three: Path) -> None:
+    for name, grader in (("low", "math"), ("high", "mine:short")):
+        table = three / name / "eval" / "eval.csv"
+        head, *rows = table.read_text().splitlines()
+        table.write_text("\n".join([f"{head},grader", *(f"{row},{grader}" for row in rows)]) + "\n")
+    said = astra("runs", "compare", "low", "high", "same").err
+    assert "warning: `b` was not graded alike (A by math, B by mine:short): its scores do not mean the same" in said
+    assert "graded alike" not in astra("runs", "compare", "low", "same").err
+    assert "evaluation  step 20: b (math) avg@1 0.300" in astra("runs", "status", "low").out
+
+
 def test_tables_fit_a_terminal_of_80_columns(astra: Astra, three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)

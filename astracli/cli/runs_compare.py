@@ -68,6 +68,9 @@ def compare(
         out().note(f"scores are those on {', '.join(common)}, which all of these runs were evaluated on")
     elif every and not common:
         out().note("these runs were evaluated on different benchmarks: their scores do not compare")
+    for name, of in many_runs.graders(found, common).items():
+        each = ", ".join(f"{mark} by {grader}" for mark, grader in zip(marks, of, strict=True) if grader)
+        out().note(f"warning: `{name}` was not graded alike ({each}): its scores do not mean the same")
     if differ:
         from astracli.runs.changes import shown
 

@@ -58,6 +58,13 @@ def common_benchmarks(runs: Sequence[RunDir]) -> list[str]:
     return [name for name in evaluated[0] if all(name in names for names in evaluated)] if evaluated else []
 
 
+def graders(runs: Sequence[RunDir], names: Sequence[str]) -> dict[str, list[str]]:
+    """What graded each of some benchmarks in each run, of those that were not graded alike. Old runs do not say."""
+    each = [run_files.eval_rows(run) for run in runs]
+    found = {name: [rows[name][-1].get("grader") or "" if name in rows else "" for rows in each] for name in names}
+    return {name: of for name, of in found.items() if len(set(of) - {""}) > 1}
+
+
 def newest_reward(run: RunDir) -> float | None:
     """Mean over the newest `REWARD_STEPS` steps of the reward of all that arrived, from the end of metrics.jsonl; None
     before the first one."""

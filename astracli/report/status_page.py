@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from astracli.report import run_files
-from astracli.report.live import duration
+from astracli.report.live import duration, judged
 from astracli.runs import changes, metrics, names
 from astracli.runs.names import REWARD
 from astracli.runs.run_dir import RunDir
@@ -123,8 +123,9 @@ def _evaluations(run: RunDir) -> list[tuple[str, str]]:
         if trend.benchmark == metrics.OVERALL and len(trends) == 2:
             continue
         before = f"; {trend.first:.3f} at step {trend.first_step}" if trend.first_step != trend.last_step else ""
-        words = f"{trend.benchmark} avg@{trend.n} {trend.last:.3f} ± {trend.stderr:.3f} pass@{trend.k} "
-        found.append(("evaluation", f"step {trend.last_step}: {words}{trend.pass_last:.3f}{before}"))
+        score = f"avg@{trend.n} {trend.last:.3f} ± {trend.stderr:.3f} pass@{trend.k} {trend.pass_last:.3f}"
+        name = judged(trend.benchmark, vars(trend))
+        found.append(("evaluation", f"step {trend.last_step}: {name} {score}{before}"))
     return found
 
 

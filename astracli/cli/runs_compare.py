@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -40,8 +40,7 @@ def compare(
 
     The test is a sign-flip test over the items of their newest evaluations; its p is corrected for the number of runs.
     """
-    from astracli.report import many_runs, run_files
-    from astracli.runs import metrics
+    from astracli.report import many_runs
 
     splits = [_split(text) for text in several(runs)]
     found, steps = [run for run, _ in splits], [_step(*split) for split in splits]
@@ -50,7 +49,8 @@ def compare(
     common = many_runs.common_benchmarks(found)
     title, curves = _curves(found, metric, common)
     named = dict(zip(marks, curves, strict=True))
-    tests, notes = _tests(runs)
+    tests, left_out = _tests(runs)
+    notes = [*_caveats(marks, found, common), *left_out]
     if json:
         rows = [
             {"mark": mark, **many_runs.row(run), "score": _at(many_runs.scores(run, common), step)}
@@ -61,16 +61,8 @@ def compare(
             {"runs": rows, "settings": differ, "plot": {"of": title, "lines": named}, "tests": tested, "notes": notes}
         )
         return
-    rows = _rows(marks, runs, found, steps, common)
-    out().table(["", "run", "state", "step", "first score", "score", "of step", "reward", "wall s"], rows)
-    every = {name for run in found for name in run_files.eval_rows(run)} - {metrics.OVERALL}
-    if common and every != set(common):
-        out().note(f"scores are those on {', '.join(common)}, which all of these runs were evaluated on")
-    elif every and not common:
-        out().note("these runs were evaluated on different benchmarks: their scores do not compare")
-    for name, of in many_runs.graders(found, common).items():
-        each = ", ".join(f"{mark} by {grader}" for mark, grader in zip(marks, of, strict=True) if grader)
-        out().note(f"warning: `{name}` was not graded alike ({each}): its scores do not mean the same")
+    headers = ["", "run", "state", "step", "first score", "score", "of step", "reward", "wall s"]
+    out().table(headers, _rows(marks, runs, found, steps, common))
     if differ:
         from astracli.runs.changes import shown
 
@@ -83,6 +75,21 @@ def compare(
     print_tests(tests)
     for note in notes:
         out().note(note)
+
+
+def _caveats(marks: str, runs: Sequence[RunDir], common: Sequence[str]) -> Iterator[str]:
+    """Why scores of these runs may not mean the same. `common`: the benchmarks that all of them have."""
+    from astracli.report import many_runs, run_files
+    from astracli.runs import metrics
+
+    every = {name for run in runs for name in run_files.eval_rows(run)} - {metrics.OVERALL}
+    if common and every != set(common):
+        yield f"scores are those on {', '.join(common)}, which all of these runs were evaluated on"
+    elif every and not common:
+        yield "these runs were evaluated on different benchmarks: their scores do not compare"
+    for name, of in many_runs.graders(runs, common).items():
+        each = ", ".join(f"{mark} by {grader}" for mark, grader in zip(marks, of, strict=True) if grader)
+        yield f"warning: `{name}` was not graded alike ({each}): its scores do not mean the same"
 
 
 def several(runs: Sequence[str]) -> Sequence[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from astracli.cli import options
-from astracli.cli.output import out
+from astracli.cli.output import out, room
 from astracli.cli.plan_view import print_plan, refuse_facts
 from astracli.errors import UserError
 
@@ -137,26 +138,29 @@ def _refuse_words(words: Sequence[str]) -> None:
 
 
 def _compare(runs: Sequence[str], as_json: bool) -> None:
+    from astracli.cli.runs_compare import print_tests, several, shares_of, test_document
     from astracli.evaluation import compare
 
-    if len(runs) > 2:
-        from astracli.cli.runs_compare import print_tests, several, test_document
+    def shares(text: str) -> compare.Shares:
+        return compare.read_shares(shares_of(text) if text.endswith("@best") else text)
 
-        tests = compare.several({text: compare.read_shares(text) for text in several(runs)})
+    if len(runs) > 2:
+        tests = compare.several({text: shares(text) for text in several(runs)})
         if as_json:
             out(True).document({"first": runs[0], "comparisons": [test_document(test) for test in tests]})
         else:
             print_tests(tests)
         return
     a, b = runs
-    rows = compare.compare(compare.read_shares(a), compare.read_shares(b))
+    rows = compare.compare(shares(a), shares(b))
     out(as_json).table(
         ["benchmark", "items", "A", "B", "B - A", "95 % from", "to", "p", "difference"],
         [[r.benchmark, r.items, r.a, r.b, r.difference, r.low, r.high, r.p, r.verdict] for r in rows],
         document=compare.document(a, b, rows),
     )
     if not as_json:
-        out().text("\n".join(f"{row.benchmark}: {compare.words(row)}" for row in rows))
+        for row in rows:
+            out().text(textwrap.fill(f"{row.benchmark}: {compare.words(row)}", room(), break_on_hyphens=False))
 
 
 def newest_exported(root: Path = Path("runs")) -> RunDir:

@@ -75,7 +75,7 @@ def train(
         loaded = options.load_recipe(recipe_name, recipe, set_, "train")
 
     if dry_run:
-        print_plan(_as_started(loaded, run, source), "train", out(json), facts)
+        print_plan(_as_started(loaded, run, source), "train", out(json), facts, resumed=run)
         return
     from astracli.launch import run as launch
 

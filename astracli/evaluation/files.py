@@ -55,7 +55,7 @@ class Partial:
                 tokens=np.array(row["tokens"], np.int32),
                 logprobs=np.array(row["logprobs"], np.float64),
                 finish_reason=row["finish_reason"],
-                grade=Grade(row["reward"], row["verdict"], "", row.get("parts", {})),
+                grade=Grade(row["reward"], row["verdict"], "", row.get("parts", {}), row.get("notes", {})),
             )
             for row in metrics.read(self.path)
             if row["problem_id"] in problems and self.version in (None, row["version"])
@@ -136,6 +136,7 @@ def item_line(step: int, version: int, benchmark: str, sample: EvalSample) -> di
         reward=sample.grade.reward,
         verdict=sample.grade.verdict,
         parts=sample.grade.parts,
+        notes=sample.grade.notes,
         finish_reason=sample.finish_reason,
     )
 

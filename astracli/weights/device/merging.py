@@ -9,8 +9,7 @@ from astracli.process.layout import MERGED_TOGETHER
 from astracli.weights.format import low_rank
 
 BLOCK = {"cpu": low_rank.BLOCK, "cuda": MERGED_TOGETHER}
-"""Elements that are merged together: on a GPU few kernels are launched, and what they need beside the weights is small
-(192 MiB)."""
+"""Elements that are merged together: what that needs beside the weights stays in a cache."""
 
 
 @torch.no_grad()

@@ -104,6 +104,13 @@ class Episode:
         """Tokens that the policy sees and did not draw: a tool's result, what the user says next."""
         self._append(np.array(tokens, np.int32), False)
 
+    def cut(self, length: int) -> None:
+        """Leave out what was told behind the first `length` tokens."""
+        assert not self.loss_mask[length:].any(), "what was drawn stays"
+        self.changed()
+        self.tokens, self.loss_mask = self.tokens[:length], self.loss_mask[:length]
+        self.finish = "length"
+
     def changed(self) -> None:
         """The mask may be another: forget what follows from it."""
         self.__dict__.pop("spans", None)
@@ -179,6 +186,9 @@ class Env:
             items.append(GradeItem(problem.question, problem.answer, episode.text, answer, messages, problem.row))
         with time_limit.paused():
             return await self.setup.grader_of(problem).agrade(items)
+
+    def check(self, problem: Problem) -> None:
+        """Before a run, with a problem of it: raises UserError for what would go wrong with each."""
 
     def unfit(self, problem: Problem) -> str | None:
         """Why no episode can begin from this problem (its prompt is too long); None when one can."""

@@ -59,11 +59,10 @@ def test_a_call_is_answered_in_the_models_own_words(name: str) -> None:
     assert '"name": "calculator"' in prompt and "Runs a Python program" in prompt, "the model is told of its tools"
     assert told(episode, env) == [TOLD[name].format("408")]
     assert env.text(episode.answer) == "It is 408."
-    assert episode.parts == {"turns": 2, "tool_calls": 1, "tool_errors": 0, "tool_tokens": len(episode.tokens) - len(
-        policy.drawn[0][0]) - int(episode.loss_mask.sum())}  # fmt: skip
-    assert [turn.tokens.tolist() for _, turn in policy.drawn] == [
-        episode.tokens[a:b].tolist() for a, b in episode.spans
-    ]
+    between = len(episode.tokens) - len(policy.drawn[0][0]) - int(episode.loss_mask.sum())
+    assert episode.parts == {"turns": 2, "tool_calls": 1, "tool_errors": 0, "tool_tokens": between}
+    drawn = [turn.tokens.tolist() for _, turn in policy.drawn]
+    assert drawn == [episode.tokens[a:b].tolist() for a, b in episode.spans]
 
 
 def test_what_is_no_call_is_answered_as_such() -> None:

@@ -22,7 +22,6 @@ from astracli.errors import RunFailed
 from astracli.evaluation.benchmark import (
     BenchmarkWork,
     EvalSample,
-    EvalSampling,
     Unit,
     check_version,
     sample_seed,
@@ -105,15 +104,7 @@ class Wave:
 class EvalPolicy:
     """The policy of one episode (`envs.contract.Policy`)."""
 
-    def __init__(
-        self,
-        wave: Wave,
-        order: int,
-        env: Env,
-        sampling: EvalSampling,
-        version: int | None,
-        seed_of: Callable[[int], int],
-    ):
+    def __init__(self, wave: Wave, order: int, work: EpisodeWork, seed_of: Callable[[int], int]):
         self.failure: Exception | None = None
         """Why the episode has to begin anew: not the Env's doing."""
         self._wave, self._order, self._seed_of = wave, order, seed_of

@@ -31,8 +31,8 @@ TOLD = {
 }
 
 
-def chosen(**env: Any) -> Any:
-    rollout = {"env": "tools", "max_new_tokens": 4000, "context_length": 9000}
+def chosen(new_tokens: int = 4000, **env: Any) -> Any:
+    rollout = {"env": "tools", "max_new_tokens": new_tokens, "context_length": 9000}
     return recipe(rollout=rollout, env={"tools": ["calculator", "python"]} | env)
 
 
@@ -101,10 +101,8 @@ def test_budgets_of_turns_and_tokens() -> None:
     episode, _, env = played("qwen2_5", [long, f"ok{end}"], max_tool_tokens=20)
     (result,) = told(episode, env)
     assert "\n[282 more tokens are cut off]\n</tool_response>" in result and "1" + 20 * "0" not in result
-    room = len(policy.drawn[0][0]) + 90
-    tool_env: Any = made(ToolEnv, chosen().model_copy(update={}), "qwen2_5")
-    tool_env.recipe.rollout.max_new_tokens = 90
-    policy = Lines(tool_env.tokenizer, [long, "x"], room=room)
+    tool_env: Any = made(ToolEnv, chosen(len(policy.drawn[0][1].tokens) + 120), "qwen2_5")
+    policy = Lines(tool_env.tokenizer, [long, "x"])
     episode = asyncio.run(tool_env.run(asked("how much?"), policy))
     tool_env.close()
     assert episode.finish == "length" and len(policy.drawn) == 1 and episode.loss_mask[-1], "no room for the result"

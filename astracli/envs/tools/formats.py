@@ -184,7 +184,7 @@ def _of_document(document: Any, keys: tuple[str, ...]) -> Found:
     """`keys`: what may hold the arguments."""
     if not isinstance(document, dict) or not isinstance(document.get("name"), str):
         return Malformed(f'a call is {{"name": ..., "{keys[0]}": {{...}}}}')
-    arguments = next((document[key] for key in keys if key in document), {})
+    arguments: Any = next((document[key] for key in keys if key in document), {})
     if isinstance(arguments, str):  # as some models write it: JSON inside of JSON
         try:
             arguments = json.loads(arguments)

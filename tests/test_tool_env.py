@@ -89,6 +89,18 @@ def test_what_is_no_call_is_answered_as_such() -> None:
     assert episode.parts["turns"] == 6 and episode.parts["tool_calls"] == 6 and episode.parts["tool_errors"] == 5
 
 
+def test_what_a_model_thinks_of_calling_is_not_called() -> None:
+    """Its chat template opens the reasoning, so that the turn does not say where it begins."""
+    end, call = "<|im_end|>", CALLS["qwen3_5"]
+    settings = chosen().model_dump(mode="json")
+    settings["model"]["thinking"] = "on"
+    env: Any = made(ToolEnv, recipe(**settings), "qwen3_5")
+    for line, calls in {f"I could {call} but{end}": 0, f"so: </think>\n\n{call}{end}": 1}.items():
+        policy = Lines(env.tokenizer, [line, f"</think>408{end}"])
+        assert asyncio.run(env.run(asked("how much?"), policy)).parts["tool_calls"] == calls
+    env.close()
+
+
 def test_budgets_of_turns_and_tokens() -> None:
     end = "<|im_end|>"
     line = CALLS["qwen2_5"] + end

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 GROUP = "astra.envs"
 """Entry points: name -> subclass of `Env`."""
 BUILT_IN = "single_turn"
+SHIPPED = (BUILT_IN, "tools")
 HOW_TO_ADD = (
     f"your own is `pkg.module:Class`, or a package with an entry point in `{GROUP}` that names a subclass of "
     "`astracli.envs.contract.Env`"
@@ -59,7 +60,7 @@ def _imported(spec: str) -> object:
 
 def validate(name: str) -> None:
     """Raises UserError when there is no such environment. A module that is not ours is imported in a process."""
-    if name != BUILT_IN:
+    if name not in SHIPPED:
         _ask(name, "")
 
 

@@ -40,6 +40,9 @@ class ToolEnv(Env):
         name = self.table.format
         self.format_name = formats.of_template(self.tokenizer, self.chat) if name == "auto" else name
         self.format = formats.FORMATS[self.format_name]
+        opened = self.chat.render(self.tokenizer, [{"role": "user", "content": "0"}]).rstrip()
+        self.opened = "<think>" if opened.endswith("<think>") else ""
+        """What the template writes of a turn before the model draws it, as far as parsers need it."""
         self.calls = ToolCalls([tool.spec for tool in self.found.values()], self.table)
         if self.format_name == "code":
             if list(self.found) != ["python"]:
@@ -93,7 +96,7 @@ class ToolEnv(Env):
         tokens = turn.tokens.tolist()
         if tokens and tokens[-1] in (self.tokenizer.all_special_ids or ()):
             tokens = tokens[:-1]
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=False))
+        return self.opened + str(self.tokenizer.decode(tokens, skip_special_tokens=False))
 
     async def answer(self, call: Found, problem: Problem) -> Result:
         """The result of what a turn has called. A subclass may look at the problem's row."""

@@ -31,9 +31,9 @@ TOLD = {
 }
 
 
-def chosen(new_tokens: int = 4000, **env: Any) -> Any:
+def chosen(new_tokens: int = 4000, thinking: str = "off", **env: Any) -> Any:
     rollout = {"env": "tools", "max_new_tokens": new_tokens, "context_length": 9000}
-    return recipe(rollout=rollout, env={"tools": ["calculator", "python"]} | env)
+    return recipe(model={"thinking": thinking}, rollout=rollout, env={"tools": ["calculator", "python"]} | env)
 
 
 def played(name: str, lines: list[str], room: int = 10_000, **env: Any) -> tuple[Episode, Lines, ToolEnv]:
@@ -92,9 +92,7 @@ def test_what_is_no_call_is_answered_as_such() -> None:
 def test_what_a_model_thinks_of_calling_is_not_called() -> None:
     """Its chat template opens the reasoning, so that the turn does not say where it begins."""
     end, call = "<|im_end|>", CALLS["qwen3_5"]
-    settings = chosen().model_dump(mode="json")
-    settings["model"]["thinking"] = "on"
-    env: Any = made(ToolEnv, recipe(**settings), "qwen3_5")
+    env: Any = made(ToolEnv, chosen(thinking="on"), "qwen3_5")
     for line, calls in {f"I could {call} but{end}": 0, f"so: </think>\n\n{call}{end}": 1}.items():
         policy = Lines(env.tokenizer, [line, f"</think>408{end}"])
         assert asyncio.run(env.run(asked("how much?"), policy)).parts["tool_calls"] == calls

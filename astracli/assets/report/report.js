@@ -162,6 +162,11 @@ function card(i) {
   const gold = element("pre", "", undefined, box);
   element("em", "", "answer ", gold);
   gold.appendChild(document.createTextNode(text("answer", i)));
+  if (text("logged", i)) {
+    const logged = element("pre", "", undefined, box);
+    element("em", "", "logged ", logged);
+    logged.appendChild(document.createTextNode(text("logged", i)));
+  }
   return box;
 }
 

@@ -65,6 +65,11 @@ class ToolCalls:
                     box.lost()
                     return Result("the tool was ended: it did not answer", failed=True)
 
+    @property
+    def pid(self) -> int | None:
+        """Of the sandbox's guard, which all processes of the tools descend from; None while there is no sandbox."""
+        return self._box.pid if self._box is not None and self._box.alive else None
+
     def close(self) -> None:
         """Kill the sandbox."""
         if self._box is not None:
@@ -96,7 +101,7 @@ class _Box:
                 stdout=2,  # a tool may print
                 env=environment() | {"TMPDIR": self._folder},
             )
-        self.alive = True
+        self.alive, self.pid = True, self._sandbox.process.pid
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._numbers = itertools.count(1)
 

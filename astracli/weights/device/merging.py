@@ -26,7 +26,8 @@ def merge(base_OI: Tensor, a_RI: Tensor, b_OR: Tensor, out_OI: Tensor) -> None:
         for k in range(1, len(a_RI)):
             torch.mul(b_nR[:, k : k + 1], a_RI[k], out=product)  # not `addcmul`: it may fuse the two roundings
             total.add_(product)
-        # as it is: together, torch would widen it on the host
-        here = base_OI[rows].to(out_OI.device, non_blocking=True)
+        here = base_OI[rows].to(
+            out_OI.device, non_blocking=True
+        )  # as it is: together, torch would widen it on the host
         total.add_(here.float())
         out_OI[rows] = total.to(base_OI.dtype)

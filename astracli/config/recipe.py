@@ -174,7 +174,7 @@ class EvalTable(Table):
     max_new_tokens: Tokens | None = None
     """None takes `rollout.max_new_tokens`."""
     env: NonEmpty | None = None
-    """The environment of evaluations; None takes `rollout.env`."""
+    """The environment of evaluations. None: `rollout.env`."""
     max_concurrency: Requests | Literal["auto"] = "auto"
     """Evaluation requests in flight at once on each engine; `auto`: as many as it decodes at once
     (`rollout.max_running_requests`)."""
@@ -305,16 +305,16 @@ class Recipe(Table):
                 f"eval.samples = {evaluation.samples} is fewer than eval.pass_k = {evaluation.pass_k}: "
                 "pass@k needs at least k samples an item"
             )
+        if self.env.tools and rollout.env == self.evaluation_env == "single_turn":
+            raise ValueError(
+                'env.tools is for an environment that calls tools, but rollout.env = "single_turn": '
+                'set rollout.env = "tools"'
+            )
         return self
 
     @model_validator(mode="after")
     def _coherent_over_tables(self) -> Recipe:
         best, evaluation = self.checkpoint.best, self.eval
-        if self.env.tools and self.rollout.env == self.evaluation_env == "single_turn":
-            raise ValueError(
-                'env.tools is for an environment that calls tools, but rollout.env = "single_turn": '
-                'set rollout.env = "tools"'
-            )
         if best is not None and best not in (*evaluation.benchmarks, "overall"):
             names = ", ".join([*evaluation.benchmarks, "overall"])
             raise ValueError(f"checkpoint.best = {best!r} is no benchmark of this run: it takes one of {names}")

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+import warm
 from children import children
 from launch_tools import INPUTS, plan_of, tiny
 from rich.console import Console
@@ -34,6 +35,13 @@ from astracli.runs import metrics
 from astracli.runs.run_dir import RunDir
 
 REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-ins of a job that runs in this process need not import what they need, each of them."""
+    monkeypatch.setattr("astracli.launch.job.Forks", lambda *_: warm.WarmForks())
+
 
 WORKER = """
 import json, sys, time

@@ -16,10 +16,10 @@ from astracli.data.benchmarks import Benchmark
 from astracli.evaluation import passk
 from astracli.evaluation.benchmark import EvalSample, Result, full_figures, score_figures
 from astracli.hub.types import Evaluation
+from astracli.process.atomic import write_atomic
 from astracli.rewards.reward import Grade
 from astracli.rl.sample_log import sample_line
 from astracli.runs import metrics, tables
-from astracli.runs.run_dir import write_atomic
 
 CSV_COLUMNS = (
     "step", "version", "benchmark", "items", "n", "avg_at_n", "stderr", "k", "pass_at_k", "due_step", "grader"

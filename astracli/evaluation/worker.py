@@ -38,10 +38,10 @@ from astracli.hub.client import AsyncHubClient, HubClient
 from astracli.hub.types import Evaluation, Holders, NextEvaluation
 from astracli.models.adapter import load_tokenizer
 from astracli.models.chat import ChatFormat
+from astracli.process.atomic import write_atomic
 from astracli.process.config import EvalConfig
 from astracli.process.worker import TERM_EXIT, Reporter, worker_main
 from astracli.rewards.reward import GradePool, Rewards, open_pools
-from astracli.runs.run_dir import write_atomic
 
 WAIT_S = 5.0
 """How long one question to the hub waits for another answer."""

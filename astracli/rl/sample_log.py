@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from astracli.process.atomic import write_atomic
 from astracli.rl.batch import Batch
 from astracli.rl.types import Group, Sample, Verdict
-from astracli.runs.run_dir import write_atomic
 
 
 def sample_line(

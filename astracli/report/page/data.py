@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from astracli.evaluation.passk import interval
+from astracli.process.atomic import write_atomic
 from astracli.report import run_files
 from astracli.report.live import judged
 from astracli.runs import metrics
 from astracli.runs.metrics import Record
 from astracli.runs.names import REWARD
-from astracli.runs.run_dir import RunDir, write_atomic
+from astracli.runs.run_dir import RunDir
 
 MACHINE_FILE = "machine.json"
 DIGITS = 5

@@ -29,7 +29,6 @@ from astracli.models.adapter import read_config
 from astracli.models.adapter_tools import has_chat_template
 from astracli.plan.types import Command
 from astracli.process import ports
-from astracli.process.atomic import write_atomic
 from astracli.process.console import say
 from astracli.runs import metrics
 from astracli.runs.run_dir import RunDir

@@ -45,7 +45,7 @@ def benchmark_table(summary: Mapping[str, Any]) -> Table:
     steps = tuple(evaluated(row["step"], row["due_step"]) for row in (rows[0]["first"], rows[0]["last"]))
     for heading in ("benchmark", "figure", *steps, "difference")[: 5 if len(sides) > 1 else 3]:
         words = heading in ("benchmark", "figure")
-        # figures stay whole, and a name that is not long; what graded, and `step 13 (due at 10)`, may break between words
+        # figures and a short name stay whole; what graded, or a heading such as `step 13 (due at 10)`, may break
         named = min(NAME, max((len(row["benchmark"]) for row in rows), default=0))
         least = {"benchmark": named, "difference": len(heading)}.get(heading, FIGURE)
         table.add_column(

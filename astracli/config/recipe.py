@@ -1,8 +1,8 @@
 """The recipe schema: every setting of a run, its unit, its range and its reason.
 
 One value stands in one place. Unknown keys are refused (`recipe_io` turns pydantic's complaint into one message).
-The tables of problems and rewards stand in `recipe_data` and `recipe_rewards`, generation in `recipe_rollout`, how and
-where a run goes in `recipe_run`; the others here.
+The tables of problems and rewards stand in `recipe_data` and `recipe_rewards`, generation in `recipe_rollout`,
+environments in `recipe_env`, how and where a run goes in `recipe_run`; the others here.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from pydantic import (
 from astracli.config import recipe_data
 from astracli.config.algorithms import AlgorithmTable, find
 from astracli.config.recipe_data import DataTable, EvalSetTable
+from astracli.config.recipe_env import EnvTable
 from astracli.config.recipe_lora import LoraTable
-from astracli.config.recipe_rollout import Requests, RolloutTable, Tokens
+from astracli.config.recipe_rollout import NonEmpty, Requests, RolloutTable, Tokens
 from astracli.config.recipe_run import (
     CheckpointTable,
     ExpectedTable,
@@ -172,6 +173,8 @@ class EvalTable(Table):
     """Nucleus sampling: the smallest set of tokens with this much probability. 1 is off."""
     max_new_tokens: Tokens | None = None
     """None takes `rollout.max_new_tokens`."""
+    env: NonEmpty | None = None
+    """The environment of evaluations; None takes `rollout.env`."""
     max_concurrency: Requests | Literal["auto"] = "auto"
     """Evaluation requests in flight at once on each engine; `auto`: as many as it decodes at once
     (`rollout.max_running_requests`)."""
@@ -193,6 +196,7 @@ class Recipe(Table):
     model: ModelTable
     data: DataTable
     rollout: SerializeAsAny[RolloutTable] = Field(default_factory=lambda: RolloutTable.model_validate({}))
+    env: EnvTable = EnvTable()
     train: TrainTable
     lora: LoraTable | None = None
     algorithm: SerializeAsAny[AlgorithmTable] = Field(default_factory=lambda: AlgorithmTable.model_validate({}))
@@ -234,6 +238,11 @@ class Recipe(Table):
         """`data.max_reward_errors`; None is one step's samples."""
         most = self.data.max_reward_errors
         return self.batch_sequences if most is None else most
+
+    @property
+    def evaluation_env(self) -> str:
+        """`eval.env`, without one `rollout.env`."""
+        return self.eval.env or self.rollout.env
 
     @property
     def evaluation_requests(self) -> int:
@@ -295,6 +304,11 @@ class Recipe(Table):
             raise ValueError(
                 f"eval.samples = {evaluation.samples} is fewer than eval.pass_k = {evaluation.pass_k}: "
                 "pass@k needs at least k samples an item"
+            )
+        if self.env.tools and rollout.env == self.evaluation_env == "single_turn":
+            raise ValueError(
+                'env.tools is for an environment that calls tools, but rollout.env = "single_turn": '
+                'set rollout.env = "tools"'
             )
         return self
 

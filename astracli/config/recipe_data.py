@@ -13,7 +13,7 @@ from astracli.config.benchmarks import BENCHMARKS
 from astracli.config.recipe_rewards import RewardKeys
 from astracli.config.recipe_run import Table
 
-Level = Literal["add2", "sub2", "add3", "sub3", "steps2", "steps3", "steps4"]
+Level = Literal["add2", "sub2", "add3", "sub3", "steps2", "steps3", "steps4", "mul2", "mul3"]
 GENERATED = "arithmetic"
 """The source that is no file: `data/arithmetic.py`."""
 HOLDOUT = "holdout"

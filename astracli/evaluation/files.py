@@ -53,9 +53,10 @@ class Partial:
                 version=row["version"],
                 text=row["completion"],
                 tokens=np.array(row["tokens"], np.int32),
-                logprobs=np.array(row["logprobs"], np.float64),
+                logprobs=np.array([value for value in row["logprobs"] if value is not None], np.float64),
                 finish_reason=row["finish_reason"],
                 grade=Grade(row["reward"], row["verdict"], "", row.get("parts", {}), row.get("notes", {})),
+                loss_mask=np.array(row["loss_mask"], bool) if "loss_mask" in row else None,
             )
             for row in metrics.read(self.path)
             if row["problem_id"] in problems and self.version in (None, row["version"])
@@ -138,6 +139,7 @@ def item_line(step: int, version: int, benchmark: str, sample: EvalSample) -> di
         parts=sample.grade.parts,
         notes=sample.grade.notes,
         finish_reason=sample.finish_reason,
+        loss_mask=sample.loss_mask,
     )
 
 

@@ -126,6 +126,9 @@ def prepare(
         for problem in first.values():
             check_turns(recipe, found, problem.messages)
         model = found
+    with ledger.check("environment"):
+        if model is not None:
+            check_envs(recipe, model, first, trains=data, evaluates=bool(benchmarks))
     with ledger.check("training data"):
         left = problem_files.decontaminated(recipe, paths, places, resumed) if paths else {}
         if resumed is not None:
@@ -169,8 +172,11 @@ def check_rewards(
     from astracli.rewards.reward import Rewards, validate_rewards
 
     wanted: list[tuple[Rewards, list[str] | None, str]] = []
+    if not trains and benchmarks:
+        envs.validate(recipe.evaluation_env)
     if trains:
-        envs.validate(recipe.rollout.env)
+        for each in {recipe.rollout.env, recipe.evaluation_env}:
+            envs.validate(each)
         for name, table in recipe_data.sets(recipe.data).items():
             columns = None if problems is None else list(problems[name].row) if name in problems else []
             wanted.append((Rewards.of(table), columns, f"source `{name}`" if name else "the training problems"))
@@ -184,6 +190,17 @@ def check_rewards(
         if not any(before.each == rewards.each and columns == known for before, known in done):
             done.append((rewards, columns))
             validate_rewards(rewards, columns, where)
+
+
+def check_envs(recipe: Recipe, folder: Path, first: Mapping[str, Problem], *, trains: bool, evaluates: bool) -> None:
+    """The environments work with the recipe, the checkpoint and the first problem. Raises UserError."""
+    from astracli.data.turns import PromptFormat
+
+    generated = PromptFormat.of(next(iter(recipe_data.sets(recipe.data).values()))).messages("1+1", {})
+    messages = next((problem.messages for problem in first.values()), generated)
+    wanted = [recipe.rollout.env] * trains + [recipe.evaluation_env] * evaluates
+    for name in dict.fromkeys(wanted):
+        envs.check(name, recipe, folder, messages)
 
 
 def check_checkpoint(folder: Path, recipe: Recipe) -> None:

@@ -29,7 +29,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import shared
-from shared import ASTRA, command, folder, options, records, show, trained
+from shared import ASTRA, RECIPE, command, folder, options, records, show, trained
 
 CHILDREN = ("engine0", "rollout", "trainer", "eval", "supervisor")
 EVERY = 5
@@ -48,9 +48,9 @@ LAST_STEPS = 6
 class Attempt:
     """One `astra train` in `run`: a new run, or the resume of what is there."""
 
-    def __init__(self, run: Path, sets: Sequence[str], *, resume: bool):
+    def __init__(self, run: Path, sets: Sequence[str], *, resume: bool, recipe: str = RECIPE):
         self.run = run
-        words = command("train", run, sets)
+        words = command("train", run, sets, recipe)
         if resume:
             words = [*ASTRA, "train", "--resume", str(run), *words[words.index(str(run)) + 1 :]]
         self._console = run.parent / f"{run.name}.log"

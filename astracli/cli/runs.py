@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -125,9 +126,10 @@ def report(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
     out().note(f"wrote {report_html.write(found)}")
     summary, results = run_files.summary(found), run_files.results(found)
     if results is not None and not json:
+        from astracli.cli.output import room
         from astracli.report.summary_table import result_lines
 
-        out().text("\n".join(result_lines(results)))
+        out().text("\n".join(result_lines(results, room() if sys.stdout.isatty() else None)))
         return
     if summary is not None and not json:
         from rich.console import Console

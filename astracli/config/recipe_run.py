@@ -113,8 +113,9 @@ class LaunchTable(Table):
     ready_timeout_s: PositiveFloat = 600.0
     heartbeat_timeout_s: PositiveFloat = 60.0
     lease_timeout_s: PositiveFloat = 600.0
-    hub_history_steps: PositiveInt = 1000
-    """Steps whose groups stay listed in hub.sqlite, a row each. Older rows are counted and deleted. (What was generated
+    hub_history_steps: PositiveInt | None = None
+    """Steps whose groups stay listed in hub.sqlite, a row each. Older rows are counted and deleted: the file stops
+    growing. None is 100, and 1000 with `data.curriculum`, which reads solve rates from these rows. (What was generated
     leaves it sooner: once the second checkpoint after its step is acknowledged, or the next step without any.)"""
 
 

@@ -49,7 +49,7 @@ def serving(
 
 def _store(context: RunContext) -> HubStore:
     from astracli.hub.store import HubStore
-    from astracli.hub.types import HubSettings
+    from astracli.hub.types import CURRICULUM_HISTORY, HISTORY, HubSettings
 
     recipe, training, samples = context.recipe, context.training, context.samples
     settings = HubSettings(
@@ -63,7 +63,7 @@ def _store(context: RunContext) -> HubStore:
         deterministic=recipe.launch.deterministic,
         consume=recipe.train.consume,
         replay_ratio=recipe.train.replay_ratio if training else 0,
-        history_steps=recipe.launch.hub_history_steps,
+        history_steps=recipe.launch.hub_history_steps or (CURRICULUM_HISTORY if recipe.data.curriculum else HISTORY),
         max_dropped_batches=recipe.rollout.max_dropped_batches,
         checkpoints=recipe.checkpoint.every > 0,
         gpu_leases=tuple(context.plan.gpu_leases),

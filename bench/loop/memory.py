@@ -23,7 +23,7 @@ UNITS = {"memory_bytes": ("memory", "MB", 1e6), "hub_bytes": ("hub", "MB", 1e6),
 """metric -> (what it is, unit, what its values are divided by)"""
 TYPICAL: dict[str, Callable[[list[float]], float]] = {"open_files": min}
 """Of the values in a window; the median where nothing else stands here."""
-POINTS = 250
+POINTS = 125
 """Of a line in the plot."""
 
 

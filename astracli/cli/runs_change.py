@@ -71,6 +71,9 @@ def export(
     text_only: Annotated[
         bool, typer.Option("--text-only", help="The text model alone, under text names, whatever it was loaded from.")
     ] = False,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Of a LoRA run: the adapter alone, as peft stores it; default merged.")
+    ] = False,
 ) -> None:
     """Write a run's checkpoint as a Hugging Face directory."""
     from astracli.config import recipe_io
@@ -80,6 +83,8 @@ def export(
     recipe = recipe_io.load(found.recipe_json)
     if best and step is not None:
         raise UserError(f"both --best and --step {step} given", "leave one out")
+    if adapter and text_only:
+        raise UserError("both --adapter and --text-only given", "an adapter holds no other weights: leave one out")
     chosen = None
     if best:
         from astracli.training import best as best_checkpoint
@@ -90,8 +95,10 @@ def export(
     from astracli.training.export_run import export_checkpoint
 
     which = "best" if best else "latest" if step is None else str(step)
-    place = to or found.path / (f"export-{which}" + ("-text" if text_only else ""))
-    done = export_checkpoint(found.checkpoints, recipe, model_dir, place, step=step, text_only=text_only)
+    place = to or found.path / (f"export-{which}" + ("-text" if text_only else "-adapter" if adapter else ""))
+    done = export_checkpoint(
+        found.checkpoints, recipe, model_dir, place, step=step, text_only=text_only, adapter_only=adapter
+    )
     out().text(str(place))
     reason = f", the best of {chosen.among} evaluated: {chosen.score.words}" if chosen else ""
     out().note(f"step {done} of `{found.path}`{reason}")

@@ -24,6 +24,7 @@ from pydantic import (
 from astracli.config import recipe_data
 from astracli.config.algorithms import AlgorithmTable, find
 from astracli.config.recipe_data import DataTable, EvalSetTable
+from astracli.config.recipe_lora import LoraTable
 from astracli.config.recipe_rollout import Requests, RolloutTable, Tokens
 from astracli.config.recipe_run import (
     CheckpointTable,
@@ -107,8 +108,9 @@ class TrainTable(Table):
     (least memory, a third more work). `auto` is the quickest that the GPU has memory for, AdamW's moments on the host
     weighed against it; beside an engine `full` unless there is plenty; on a CPU `none`."""
     reference_device: Literal["auto", "gpu", "host"] = "auto"
-    """Where the initial model of the KL term waits between scoring passes; `host` is pinned memory, `auto` is the GPU
-    while it has room. On a CPU there is one place."""
+    """Where the initial model of the KL term waits between scoring passes, and with `[lora]` the matrices without their
+    adapters, from which every update begins; `host` is pinned memory, `auto` is the GPU while it has room. On a CPU
+    there is one place."""
     optimizer_device: Literal["auto", "gpu", "host"] = "auto"
     """Where AdamW's moments wait between updates: on the GPU, in pinned memory of the host, from which they pass
     through the GPU in every update, or (`auto`) in both, as it pays."""
@@ -120,9 +122,11 @@ class TrainTable(Table):
 
 
 class WeightsTable(Table):
-    transfer: Literal["full", "delta"] = "full"
+    transfer: Literal["full", "delta", "adapter"] = "full"
+    """What of a version travels to the engines: all weights, those that changed, or, with `[lora]`, the adapter, which
+    the receiver merges into the weights."""
     full_interval: PositiveInt = 10
-    """With `delta`: every n-th version travels in full."""
+    """With `delta` and `adapter`: every n-th version travels in full."""
     keep: PositiveInt = 12
     """Published versions kept on disk (pinned ones stay besides)."""
     pause_mode: Literal["abort", "retract", "in_place"] = "in_place"
@@ -177,6 +181,7 @@ class Recipe(Table):
     data: DataTable
     rollout: SerializeAsAny[RolloutTable] = Field(default_factory=lambda: RolloutTable.model_validate({}))
     train: TrainTable
+    lora: LoraTable | None = None
     algorithm: SerializeAsAny[AlgorithmTable] = Field(default_factory=lambda: AlgorithmTable.model_validate({}))
     weights: WeightsTable = WeightsTable()
     eval: EvalTable = EvalTable()
@@ -293,6 +298,8 @@ class Recipe(Table):
                 if not value
             )
             raise ValueError(f"checkpoint.best = {best!r} needs evaluations and checkpoints, but {absent} is off")
+        if self.weights.transfer == "adapter" and self.lora is None:
+            raise ValueError("weights.transfer = adapter, but there is no table [lora]: all weights are trained")
         band = self.data.curriculum
         if band is not None and band.low > band.high:
             raise ValueError(f"data.curriculum.low = {band.low} is over data.curriculum.high = {band.high}")

@@ -23,6 +23,7 @@ from astracli.config.recipe_data import DataTable
 from astracli.data import fetch
 from astracli.envs import registry as envs
 from astracli.errors import UserError
+from astracli.launch import lora_inputs
 from astracli.machine.findings import Check
 from astracli.models import chat, checkpoint_files, preflight, registry
 from astracli.models.adapter import read_config
@@ -185,7 +186,10 @@ def check_checkpoint(folder: Path, recipe: Recipe) -> None:
     config, rollout = read_config(folder), recipe.rollout
     obstacles = preflight.config_obstacles(config, recipe.model.path, rollout.context_length, rollout.max_new_tokens)
     preflight.refuse(obstacles)
-    preflight.refuse(checkpoint_files.file_obstacles(folder, config, registry.resolve(recipe, config)))
+    adapter = registry.resolve(recipe, config)
+    preflight.refuse(checkpoint_files.file_obstacles(folder, config, adapter))
+    if recipe.lora is not None:
+        lora_inputs.check(folder, recipe, adapter, config)
     check_tokenizer(folder)
 
 

@@ -40,6 +40,8 @@ MAY_NOT: dict[str, str] = {
     "train.batch_groups": "batches that the hub has fixed already have the run's own size",
     "train.betas": "the moments in the checkpoint were made with them",
     "train.row_boundaries": "an ablation is a run of its own",
+    "lora": "the checkpoint holds either all weights or adapters",
+    "lora.": "the checkpoint holds adapters of this shape, and their moments",
     "algorithm.": "the run would be trained on two objectives, and its figures before and after would not compare",
     "launch.deterministic": "the run began in the other mode: its bytes would be those of neither",
 }  # fmt: skip

@@ -79,7 +79,7 @@ def train_run(
     if resume is not None:
         recipe, changes = recipe_changes.resumed_recipe(recipe, runs.existing(resume))
     if source is not None:
-        recipe = from_run.checked(recipe, source)
+        recipe = from_run.checked(recipe, source, keep_optimizer=keep_optimizer)
     plan = _train_plan(recipe, resume, source)
     there = run_dir is not None and run_dir.exists()
     run = runs.resume(resume) if resume is not None else runs.create(recipe.name, run_dir)

@@ -17,6 +17,7 @@ from astracli.errors import UserError
 from astracli.machine.facts import Machine
 from astracli.machine.findings import PlanProblem
 from astracli.machine.memory import Component, MemoryRow
+from astracli.models import lora_targets
 from astracli.models.adapter import MemoryShape, ModelAdapter
 from astracli.plan import gpus as places
 from astracli.plan import hints, problems, prompts, staging
@@ -56,6 +57,8 @@ def build(
     None when it is not known."""
     known = config if config is not None else adapter.known_configs.get(recipe.model.path)
     shape = _shape(adapter, recipe, known) if known is not None else None
+    if shape is not None and known is not None:
+        shape = lora_targets.sized(shape, recipe.lora, adapter, known)
     draft = _Draft(recipe, choice, facts, command, shape, checkpoint_bytes)
 
     def fits(other: Recipe, lightly: bool) -> bool:
@@ -281,8 +284,10 @@ class _Draft:
 
 
 def _model(shape: MemoryShape, recipe: Recipe) -> dict[str, Any]:
+    adapters = {"adapter_parameters": shape.adapters} if shape.adapters else {}
     return {
         "parameters": shape.parameters,
+        **adapters,
         "kv_bytes_per_token": shape.kv_bytes_per_token,
         "state_bytes_per_sequence": shape.state_bytes_per_sequence,
         "flops_per_trained_token": shape.flops_per_token,

@@ -31,14 +31,15 @@ def disk_rows(shape: MemoryShape, recipe: Recipe, checkpoint_bytes: int | None) 
     weights, keep = 2 * shape.parameters, recipe.weights.keep
     held = recipe.checkpoint.keep + 1 if recipe.checkpoint.every else 0
     held += 2 if recipe.checkpoint.best is not None else 0  # the best, and the one whose evaluation goes on
-    size = 12 * shape.parameters * held
+    size = 12 * shape.trained * held
     checkpoints = MemoryRow("trainer", Component.CHECKPOINTS, "disk", size, counts=(held,))
     if recipe.weights.transfer == "full":
         size = weights * (keep + 1)
         published = MemoryRow("trainer", Component.FULL_VERSIONS, "disk", size, counts=(keep + 1,))
     else:
         full = ceil(keep / recipe.weights.full_interval) + 1
-        size = int(weights * (full + DELTA_SHARE * keep))
+        part = 4 * shape.adapters if recipe.weights.transfer == "adapter" else DELTA_SHARE * weights
+        size = int(weights * full + part * keep)
         published = MemoryRow("trainer", Component.VERSIONS, "disk", size, "estimated", counts=(keep, full))
     exported = max(checkpoint_bytes or 0, weights)
     return [checkpoints, published, MemoryRow("trainer", Component.EXPORT, "disk", exported)]

@@ -57,7 +57,8 @@ def options(load: TrainerLoad) -> list[Split]:
     references: Sequence[Where] = ("gpu", "host") if load.scores_reference else ("gpu",)
     if asked.reference_device != "auto":
         references = (asked.reference_device,)
-    parts = {"auto": PARTS, "gpu": (0.0,), "host": (1.0,)}[asked.optimizer_device]
+    some = (0.0,) if load.shape.adapters else PARTS  # moments of adapters are small
+    parts: Sequence[float] = {"auto": some, "gpu": (0.0,), "host": (1.0,)}[asked.optimizer_device]
     splits = [Split(reference, part, mode) for reference in references for part in parts for mode in modes]
     return sorted(splits, key=load.step_seconds)
 
@@ -116,8 +117,9 @@ def choose(load: TrainerLoad, size: int, tries: Sequence[Try], over: Callable[[S
     )
     part = chosen.moments_on_host
     placed = [("optimizer", asked.optimizer_device, part_words(part), part > 0)]
-    if load.recipe.algorithm.kl_coef:
-        placed.insert(0, ("reference", asked.reference_device, chosen.reference, chosen.reference == "host"))
+    if load.scores_reference:
+        what = "weights without adapters" if load.shape.adapters else "reference"
+        placed.insert(0, (what, asked.reference_device, chosen.reference, chosen.reference == "host"))
     for what, asked_for, place, moved in placed:
         if moved or asked_for != "auto":
             reasons.append(Reason(what, place, "the recipe asks for it" if asked_for != "auto" else no_room))

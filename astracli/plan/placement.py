@@ -150,7 +150,10 @@ def _tries(load: TrainerLoad, size: int, every: Sequence[Split], shared: bool, t
 
 STAYS = (Component.CUDA_GRAPHS, Component.CUDA_CONTEXT)
 """What stays on a GPU whoever uses it."""
-OFFLOADED = (Component.WEIGHTS, Component.MASTERS, Component.MOMENTS, Component.REFERENCE)
+OFFLOADED = (
+    Component.WEIGHTS, Component.MASTERS, Component.MOMENTS, Component.REFERENCE, Component.FROZEN_WEIGHTS,
+    Component.BASE, Component.ADAPTERS,
+)  # fmt: skip
 """What waits in host memory while the other uses the GPU; the rest is freed then."""
 
 

@@ -224,7 +224,8 @@ def bottleneck_words(found: Mapping[str, Any]) -> str:
 def weight_words(weights: Mapping[str, Any]) -> str:
     words = [f"full {size(weights['full_bytes'])}"]
     if weights["delta_bytes_mean"]:
-        words.append(f"mean delta {size(weights['delta_bytes_mean'])} ({weights['ratio']:.1f}x smaller)")
+        what = "adapter" if weights["density_mean"] is None else "delta"
+        words.append(f"mean {what} {size(weights['delta_bytes_mean'])} ({weights['ratio']:.1f}x smaller)")
     if weights["density_mean"] is not None:
         words.append(f"{weights['density_mean']:.1%} of the values change in a version")
     if weights.get("bytes_per_changed_p50"):

@@ -92,6 +92,7 @@ class Saver:
             "updates": masters.adam.updates,
             "world_size": self.ranks.world_size,
             "names": sorted(masters.values),
+            **masters.origin,
         }
         self._save = Save(self, memory, working, meta, _parts(masters, self.ranks))
         masters.before_change = self.copied

@@ -207,7 +207,7 @@ def apply_staged(model: Any, named_tensors: Iterable[Any] = ()) -> None:
         prepared = apply.current(stage_dir, engine.watcher.take())
         entries = prepared.manifests[-1].tensors if prepared.manifests else ()
         record_s, resident = time.perf_counter(), engine.place(entries) if entries else None
-        with engine.staging.applied() if prepared.kind == "full" else contextlib.nullcontext():
+        with engine.staging.applied() if prepared.brings_tensors else contextlib.nullcontext():
             if resident is not None and not resident.fits(prepared):  # a parameter has moved since it was loaded
                 prepared = prepare(stage_dir)
             record_s = time.perf_counter() - record_s

@@ -109,7 +109,7 @@ def engine_environment(config: EngineConfig) -> dict[str, str]:
         "ASTRA_START_VERSION": "" if config.published else "0",
         "ASTRA_VERIFY_INTERVAL": str(config.recipe.weights.verify_interval),
         "ASTRA_STAGING": config.staging,
-        "ASTRA_STAGING_KEPT": "1" if config.recipe.weights.transfer == "full" else "",
+        "ASTRA_STAGING_KEPT": "1" if config.recipe.weights.transfer != "delta" else "",
     }
 
 

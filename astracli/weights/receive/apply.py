@@ -93,7 +93,11 @@ def perform(
 ) -> ApplyResult:
     """`apply` without its files."""
     placed = {name: placements(target) for name, target in tensors.items()}
-    if prepared.kind != "full" and prepared.base_version != have:
+    if prepared.kind == "adapter" and have is None:
+        raise WeightMismatch(
+            "an adapter is staged, and it is not known which weights the engine holds", "fetch a full version first"
+        )
+    if not prepared.brings_tensors and prepared.base_version != have:
         raise WeightMismatch(
             f"the staged delta changes version {prepared.base_version}, the engine holds {have}",
             "fetch from the engine's own version, or in full",

@@ -71,7 +71,7 @@ def plot(lines: dict[tuple[str, str], list[tuple[int, float]]], out: Path) -> No
                 panel.plot([step for step, _ in some], [value for _, value in some], lw=1, label=process)
         panel.set(title=f"{what}, {unit}" if unit else what, xlabel="step", ylim=(0, None))
         panel.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=7)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(out, metadata={"Date": None})
 
 

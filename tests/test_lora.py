@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from training_tools import divided, make_trainer, recipe, sample_groups, save_model, spawn, uneven_groups
 
 from astracli.errors import RunFailed
+from astracli.models import registry
 from astracli.training import adapter_files, checkpoint, parity
 from astracli.training.fsdp import Ranks
 from astracli.training.lora_masters import LoraMasters
@@ -72,6 +73,28 @@ def test_only_adapters_are_trained_and_every_projection_has_one(model_dir: Path)
     assert total == sum(3 * (outputs + inputs) for outputs, inputs in shapes)
     assert {len(state) for state in masters.adam.adamw.state.values()} == {3}
     assert len(masters.adam.adamw.state) == len(masters.values), "moments of adapters alone"
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "generic"])
+def test_dense_families_too(family: str, tmp_path: Path) -> None:
+    """Layers with a bias (qwen2), an untied head (llama), and a family of which nothing is known but its layers."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    adapter, like = registry.get(family), registry.get("llama" if family == "generic" else family)
+    assert like.tiny_config is not None
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**like.tiny_config()))
+    model.save_pretrained(tmp_path)
+    chosen = recipe(lora=LORA, train=PACKED | {"parity_tolerance": 100.0}, model={"path": "x", "adapter": family})
+    trainer = make_trainer(tmp_path, chosen, adapter=adapter)
+    before = trainer.masters.wire_full()
+    metrics = trainer.train(uneven_groups(0), 0, 0).metrics
+    assert 0 < metrics["rows_gradient_error"] < 1e-4
+    trainer.train(uneven_groups(1), 1, 1)
+    after = trainer.masters.wire_full()
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    projections = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
+    assert changed == {f"model.layers.{i}.{name}_proj.weight" for i in (0, 1) for name in projections}
 
 
 def test_no_gradient_of_a_frozen_weight_is_made(model_dir: Path) -> None:

@@ -18,7 +18,18 @@ MATH = ["qwen3.5-4b-m2po-full", "qwen3.5-4b-m2po-delta", "qwen3.5-0.8b-m2po-delt
 QWEN2 = ["qwen2.5-0.5b-gsm8k-m2po-delta", "qwen2.5-1.5b-math-m2po-delta"]
 SMALL = ["qwen3.5-small-m2po-delta", "smollm2-135m-m2po-delta"]
 LORA = ["tiny-lora-m2po-delta", "qwen3.5-0.8b-lora", "qwen3.5-4b-lora-24gb", "qwen2.5-0.5b-gsm8k-lora"]
-SHIPPED = sorted([*MATH, *QWEN2, *SMALL, "qwen3.5-tiny-m2po-full", TINY, *LORA, "llama3-8b-instruct-m2po-delta"])
+SHIPPED = sorted(
+    [
+        *MATH,
+        *QWEN2,
+        *SMALL,
+        "qwen3.5-tiny-m2po-full",
+        TINY,
+        "tiny-tool-m2po-delta",
+        *LORA,
+        "llama3-8b-instruct-m2po-delta",
+    ]
+)
 
 
 def refused(name: str, *overrides: str) -> UserError:

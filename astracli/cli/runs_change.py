@@ -25,7 +25,7 @@ STOP_WAIT_S = 10.0
 def stop(run: RunArg, json: JsonOpt = False) -> None:
     """Stop a run as Ctrl-C would; it can be resumed.
 
-    Its supervisor ends every process of it.
+    The run's supervisor then ends all of its processes.
     """
     found = the_run(run)
     status = found.status()
@@ -120,10 +120,11 @@ def clean(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, remove nothing.")] = False,
     json: JsonOpt = False,
 ) -> None:
-    """Free the disk of ended runs.
+    """Free disk space of runs that have ended.
 
-    Published weights, configurations and staged payloads go; results, checkpoints and export stay. Processes that a
-    run left behind when its supervisor was killed are ended first. Without RUN: all under --root that are done.
+    Deletes published weights, configurations and staged payloads. Keeps results, checkpoints and the export. If the
+    supervisor of a run was killed, the processes that it left behind are ended first. Without RUN, it cleans all runs
+    under --root that are done.
     """
     from astracli.runs import clean as cleaning
 

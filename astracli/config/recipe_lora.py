@@ -17,7 +17,7 @@ class LoraTable(Table):
     rank: int = Field(default=16, gt=0, le=1024)
     """Rows of A and columns of B."""
     alpha: PositiveFloat = 32.0
-    """The product B A counts `alpha / rank` times."""
+    """The product B A is multiplied by `alpha / rank`."""
     targets: Literal["auto"] | list[Annotated[str, Field(min_length=1)]] = "auto"
     """Linear layers that get an adapter, by their last names, such as `["q_proj", "v_proj"]`; `auto` takes those that
     the model's adapter names: projections of attention, of Gated DeltaNet layers and of MLPs."""

@@ -28,8 +28,9 @@ from astracli.errors import RunFailed, UserError
 from astracli.models import registry
 from astracli.models.adapter import read_config
 from astracli.models.checkpoint_files import TOKENIZER_FILES
+from astracli.process.atomic import write_atomic
 from astracli.runs import find as runs
-from astracli.runs.run_dir import ORIGIN, RunDir, write_atomic
+from astracli.runs.run_dir import ORIGIN, RunDir
 from astracli.training import best, checkpoint
 
 BEST = "best"

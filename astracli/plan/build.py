@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from astracli.backends.choice import BackendChoice
@@ -61,15 +61,20 @@ def build(
         shape = lora_targets.sized(shape, recipe.lora, adapter, known)
     draft = _Draft(recipe, choice, facts, command, shape, checkpoint_bytes)
 
-    def fits(other: Recipe, lightly: bool) -> bool:
+    def fit(other: Recipe) -> hints.Fit:
         tried = replace(draft, asked=other).plan(lambda otherwise: otherwise)
-        blocked = any(problem.blocking and problem.kind in ("gpus", "memory") for problem in tried.problems)
+        if any(problem.blocking and problem.kind in ("gpus", "memory") for problem in tried.problems):
+            return hints.Fit.NOT
         strained = tried.placement.short or any(each.short for each in tried.margins)
-        return not blocked and not (lightly and strained)
+        return hints.Fit.TIGHTLY if strained else hints.Fit.WELL
+
+    @cache  # several things may be too small
+    def settings() -> hints.Sets | None:
+        count = len(facts.visible_gpus)
+        return hints.find(recipe, command, count, fit) if count and draft.cuda else None
 
     def way_out(otherwise: str) -> str:
-        count = len(facts.visible_gpus)
-        sets = hints.find(recipe, command, count, fits) if count and draft.cuda else None
+        sets = settings()
         return f"run {hints.command_line(command, recipe.name, sets)}" if sets else otherwise
 
     plan = replace(draft.plan(way_out), prompts=prompts.words(recipe, chat_template))

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil
 
 from astracli.config.recipe import RECOMPUTED_BLOCKS, Recipe
+from astracli.engines import registry as engines
 from astracli.machine.facts import Gpu
 from astracli.models.adapter import MemoryShape
 from astracli.process.layout import Split, recomputed
@@ -49,14 +51,33 @@ class Pace:
 USUAL_PACE = Pace()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrainerLoad:
-    """What a trainer computes, and on how many GPUs of which speed."""
+    """What a trainer computes, and on how many GPUs of which speed. Equal loads need the same memory and time."""
 
     recipe: Recipe
     shape: MemoryShape
     ranks: int
     pace: Pace = USUAL_PACE
+
+    @cached_property
+    def _key(self) -> tuple[object, ...]:
+        """All of the recipe but what a search for settings changes and no trainer sees: the GPUs of each role and the
+        engine's settings."""
+        gpus = {"rollout_gpus", "train_gpus", "share_gpus"}
+        engine = {"max_running_requests", engines.of(self.recipe).name}
+        known = self.recipe.model_dump_json(exclude={"resources": gpus, "rollout": engine})
+        return known, self.shape, self.ranks, self.pace
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TrainerLoad) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self._key)
 
     @property
     def scores_reference(self) -> bool:

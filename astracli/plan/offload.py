@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from astracli.config.recipe import Recomputed
@@ -50,7 +51,8 @@ class Choice:
     reasons: Sequence[Reason]
 
 
-def options(load: TrainerLoad) -> list[Split]:
+@lru_cache(64)  # a search for settings plans some hundred times, with few different loads
+def options(load: TrainerLoad) -> Sequence[Split]:
     """The splits that the recipe allows, the quickest first."""
     asked = load.recipe.train
     modes = MODES if asked.activation_checkpointing == "auto" else (asked.activation_checkpointing,)
@@ -79,6 +81,7 @@ def recomputing(splits: Sequence[Split]) -> list[Split]:
     return [split for split in splits if split.recomputed == most]
 
 
+@lru_cache(2**14)  # of some hundred splits for each of those loads
 def trainer_needs(load: TrainerLoad, split: Split) -> tuple[int, int]:
     """What a rank needs of its GPU: (at least; all that is expected there, with the margin of its estimates)."""
     there = [row for row in expected(trainer_rows("trainer", load, "cuda", split)) if row.where == "gpu"]

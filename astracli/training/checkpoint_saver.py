@@ -27,7 +27,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from astracli.runs.run_dir import write_atomic
+from astracli.process.atomic import write_atomic
 from astracli.training import checkpoint
 from astracli.training.checkpoint import COMPLETE, FORMAT, META, Entry
 from astracli.training.checkpoint_memory import CopyMemory

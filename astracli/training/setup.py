@@ -75,7 +75,8 @@ def _with_adapters(loader: _Loader, split: Split) -> tuple[PolicyModel, Masters]
     assert recipe.lora is not None
     model, wire, exact = loader.load()
     as_published(model, wire, exact, ranks)
-    origin = {"path": str(loader.model_dir), "fingerprint": fingerprint(loader.model_dir)}
+    mark = ranks.broadcast(fingerprint(loader.model_dir).encode() if ranks.first else None)  # one rank reads the files
+    origin = {"path": str(loader.model_dir), "fingerprint": mark.decode()}
     adapters = Adapters(model, wire, loader.adapter, recipe.lora, seed=recipe.seed, origin=origin)
     exact = [*exact, *adapters.factors.values()]
     policy = loader.policy(model, split, exact)

@@ -26,11 +26,12 @@ import astracli
 from astracli.engines.sglang import checkpoint, command, failure_hints
 from astracli.errors import RunFailed
 from astracli.process import ports
+from astracli.process.atomic import write_atomic
 from astracli.process.children import exit_words
 from astracli.process.config import EngineConfig
 from astracli.process.health import answers
 from astracli.process.worker import Reporter, worker_main
-from astracli.runs.run_dir import RunDir, write_atomic
+from astracli.runs.run_dir import RunDir
 
 NEEDED = ("sglang", "torch", "numpy", "xxhash", "zstandard")
 """Modules that the server and our weight loader inside it import."""

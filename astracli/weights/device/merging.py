@@ -9,8 +9,7 @@ from astracli.process.layout import MERGED_TOGETHER
 from astracli.weights.format import low_rank
 
 BLOCK = {"cpu": low_rank.BLOCK, "cuda": MERGED_TOGETHER}
-"""Elements that are merged together: on a GPU few kernels are launched, and what they need beside the weights is small
-(192 MiB)."""
+"""Elements that are merged together: what that needs beside the weights stays in a cache."""
 
 
 @torch.no_grad()
@@ -27,5 +26,8 @@ def merge(base_OI: Tensor, a_RI: Tensor, b_OR: Tensor, out_OI: Tensor) -> None:
         for k in range(1, len(a_RI)):
             torch.mul(b_nR[:, k : k + 1], a_RI[k], out=product)  # not `addcmul`: it may fuse the two roundings
             total.add_(product)
-        total.add_(base_OI[rows].to(out_OI.device, torch.float32, non_blocking=True))
+        here = base_OI[rows].to(
+            out_OI.device, non_blocking=True
+        )  # as it is: together, torch would widen it on the host
+        total.add_(here.float())
         out_OI[rows] = total.to(base_OI.dtype)

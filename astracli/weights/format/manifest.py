@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -277,20 +276,3 @@ def hash_file(path: Path) -> str:
     """xxh3-128 of a file, in bounded memory."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
-
-
-def write_atomic(path: Path, blob: bytes, *, sync: bool = False) -> None:
-    """Write beside and rename: a reader sees the old file or the new one. `sync` also survives a power cut."""
-    part = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    with open(part, "wb") as file:
-        file.write(blob)
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(part, path)
-    if sync:
-        handle = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

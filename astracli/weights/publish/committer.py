@@ -16,7 +16,8 @@ from typing import Any
 import xxhash
 
 from astracli.errors import RunFailed
-from astracli.weights.format.manifest import MANIFEST, STABLE, BaseFile, Manifest, seal, unseal, write_atomic
+from astracli.process.atomic import write_atomic
+from astracli.weights.format.manifest import MANIFEST, STABLE, BaseFile, Manifest, seal, unseal
 from astracli.weights.publish import payload
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from astracli.errors import AstraError
+from astracli.process.atomic import write_atomic
 from astracli.weights import WeightCorrupt, WeightMismatch
-from astracli.weights.format.manifest import Manifest, write_atomic
+from astracli.weights.format.manifest import Manifest
 from astracli.weights.receive.placement import EngineSlice, Target, placements
 from astracli.weights.receive.reading import NEXT, READBACK, RESULT, Prepared, prepare, read
 from astracli.weights.receive.resident import Resident

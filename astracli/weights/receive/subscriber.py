@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from astracli.errors import RunFailed
+from astracli.process.atomic import write_atomic
 from astracli.weights import WeightCorrupt
-from astracli.weights.format.manifest import STABLE, Manifest, hash_file, seal, unseal, version_name, write_atomic
+from astracli.weights.format.manifest import STABLE, Manifest, hash_file, seal, unseal, version_name
 from astracli.weights.receive.download import Downloader, Gone
 from astracli.weights.receive.reading import NEXT, READBACK, RESULT
 from astracli.weights.receive.watcher import decoded, watched

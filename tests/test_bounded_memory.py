@@ -103,7 +103,7 @@ def test_the_trainer_gives_freed_memory_back(job: Job, monkeypatch: pytest.Monke
     loop = job.loop()
     loop.start()
     job.train(loop)
-    assert loop._freed is not None and loop._freed.times == STEPS // 2
+    assert loop.freed_memory is not None and loop.freed_memory.times == STEPS // 2
 
 
 def test_the_engine_gives_freed_memory_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +114,7 @@ def test_the_engine_gives_freed_memory_back(tmp_path: Path, monkeypatch: pytest.
         await client.generate(long_requests(2, max_new_tokens=50))
 
     with_client(engine, scenario)
-    assert engine._freed is not None and engine._freed.times == engine.scheduler.steps // 3 >= 1
+    assert engine.freed_memory is not None and engine.freed_memory.times == engine.scheduler.steps // 3 >= 1
 
 
 def test_samples_of_an_evaluation_go_without_a_collection(monkeypatch: pytest.MonkeyPatch) -> None:

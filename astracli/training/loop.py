@@ -95,7 +95,7 @@ class TrainLoop:
         self.reporter = reporter
         self.ranks = ranks
         self.step = 0
-        self._freed = GiveBack(GIVE_BACK_EVERY) if config.device == "cpu" else None
+        self.freed_memory = GiveBack(GIVE_BACK_EVERY) if config.device == "cpu" else None
         self._history: deque[tuple[int, Mapping[str, float]]] = deque(maxlen=HISTORY_STEPS)
         self.hub = HubClient(config.hub_url, config.token) if ranks.first else None
         self.time_sharing = TimeSharing(config, reporter, ranks, self.hub)
@@ -205,8 +205,8 @@ class TrainLoop:
         self.step = version
         self._publish(step, figures, began)
         self.reporter.progress(step=version, trained_tokens_per_s=round(figures["tokens_per_s"], 1))
-        if self._freed is not None:
-            self._freed.passed()
+        if self.freed_memory is not None:
+            self.freed_memory.passed()
         return True
 
     def _settle(self) -> float:

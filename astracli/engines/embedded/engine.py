@@ -80,7 +80,7 @@ class EmbeddedEngine:
         self._eos = _eos_ids(model)
         self._vocab = int(model.get_input_embeddings().weight.shape[0])
         self._calls = 0
-        self._freed = GiveBack(GIVE_BACK_EVERY) if device == "cpu" else None
+        self.freed_memory = GiveBack(GIVE_BACK_EVERY) if device == "cpu" else None
 
     # -- requests
 
@@ -197,8 +197,8 @@ class EmbeddedEngine:
         try:
             while not reporter.stop_requested.is_set():
                 stepped = self.scheduler.run_once(wait_s=0.2)
-                if stepped and self._freed is not None:
-                    self._freed.passed()
+                if stepped and self.freed_memory is not None:
+                    self.freed_memory.passed()
                 now = None if stepped else self._idle_reason()
                 if now != reason:
                     reason = now

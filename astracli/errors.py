@@ -62,6 +62,24 @@ def disk_full(error: BaseException) -> RunFailed | None:
     return None
 
 
+BROKEN = (errno.EROFS, errno.EIO)
+BROKEN_WORDS = ("read-only file system", "readonly database", "input/output error")
+
+
+def disk_failed(error: BaseException) -> RunFailed | None:
+    """`disk_full`, or a file system that turned read-only or cannot be reached, in the middle of a run."""
+    seen: BaseException | None = error
+    while seen is not None:
+        line = str(seen).strip().partition("\n")[0]
+        if (isinstance(seen, OSError) and seen.errno in BROKEN) or any(word in line.lower() for word in BROKEN_WORDS):
+            return RunFailed(
+                f"writing failed, the file system cannot be written any more: {line}",
+                "look at `dmesg` and `mount`, mend it, then go on with `astra train --resume RUN_DIR`",
+            )
+        seen = seen.__cause__ or seen.__context__
+    return disk_full(error)
+
+
 BY_PATH = (
     errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP,
     errno.ENXIO, errno.EINVAL,

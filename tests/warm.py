@@ -58,6 +58,11 @@ def start(
     return child
 
 
+def spawn(words: Sequence[str], env: Mapping[str, str], folder: Path, log: Path) -> Child:
+    """As `bench/loop/kill_resume.py` starts an attempt."""
+    return start(words[1:], log, env=env, cwd=folder)
+
+
 def run(
     words: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout: float = 120.0
 ) -> subprocess.CompletedProcess[str]:

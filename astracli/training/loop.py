@@ -24,7 +24,7 @@ from collections.abc import Mapping
 
 from astracli.config.recipe import Recipe
 from astracli.engines import registry as engines
-from astracli.errors import RunFailed, disk_full
+from astracli.errors import RunFailed, disk_failed
 from astracli.hub.client import HubClient
 from astracli.hub.types import Batch, HubState, NextBatch
 from astracli.hub.wire import MSGPACK, pack_answer, unpack_answer
@@ -73,7 +73,7 @@ def in_background(recipe: Recipe, device: str) -> bool:
 
 def _end_rank(error: BaseException) -> None:
     """End this rank, whose background failed: it has no hub to tell, and the other ranks would wait for its part."""
-    known = disk_full(error) or gpu_failed(error)
+    known = disk_failed(error) or gpu_failed(error)
     said = known.message if known else f"a version or a checkpoint was not written: {type(error).__name__}: {error}"
     print(f"error: {said}", file=sys.stderr, flush=True)
     os._exit(known.exit_code if known else 1)

@@ -102,3 +102,24 @@ def refused_by_system(error: BaseException) -> AstraError | None:
         shown = name if len(name) <= 120 else f"{name[:100]}...{name[-10:]}"
         return UserError(f"cannot use `{shown}`: {words}", "check the path and who may read and write it")
     return None
+
+
+def machine_failed(error: BaseException) -> RunFailed | None:
+    """`disk_failed`, or a process that got no more memory, descriptors or threads; None for any other error."""
+    if (failed := disk_failed(error)) is not None:
+        return failed
+    seen: BaseException | None = error
+    while seen is not None:
+        found, words = refused_by_system(seen), str(seen).partition("\n")[0]
+        if isinstance(found, RunFailed):
+            return found
+        if "too many open files" in words.lower():  # as libraries say it
+            return RunFailed(f"{words}: this process may open no more files", "raise `ulimit -n`")
+        no_fork = isinstance(seen, BlockingIOError) and seen.errno == errno.EAGAIN
+        if no_fork or "can't start new thread" in words:
+            return RunFailed(
+                f"{words}: this user may start no more processes or threads",
+                "raise `ulimit -u`, or the limit on processes of the container",
+            )
+        seen = seen.__cause__ or seen.__context__
+    return None

@@ -15,7 +15,7 @@ from typing import Any
 
 from astracli.errors import UserError
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 PAGE_BYTES = 16 << 10
 """A group of long completions is hundreds of kilobytes in one value: fewer pages to read, and to free again."""
 LOG_BYTES = 64 << 20

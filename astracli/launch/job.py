@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from astracli.errors import AstraError, RunFailed, disk_failed, refused_by_system
+from astracli.errors import AstraError, RunFailed, machine_failed, refused_by_system
 from astracli.launch import configs, from_run, hub, no_signal, recipe_changes, resume_rules, summary
 from astracli.launch.configs import RunContext
 from astracli.launch.forks import Forks
@@ -79,7 +79,9 @@ class Job:
             if isinstance(error, AstraError) and context.training:
                 weights = recipe_changes.has_weights(run)
                 error.hint = resume_rules.completed(error.hint, error.message, run.path, weights=weights)
-            named = None if known else disk_failed(error) or refused_by_system(error)  # after the start, no bad input
+            named = (
+                None if known else machine_failed(error) or refused_by_system(error)
+            )  # after the start, no bad input
             cause, *lines = str(named or error).splitlines() or [type(error).__name__]
             said = {"last_lines": lines, "hint": error.hint if isinstance(error, AstraError) else None}
             if named is not None:

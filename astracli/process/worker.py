@@ -26,7 +26,8 @@ from typing import Any, Literal, NoReturn
 
 import httpx
 
-from astracli.errors import AstraError, disk_failed
+from astracli.errors import AstraError, machine_failed
+from astracli.process import intact
 from astracli.process.config import C, ProcessConfig, load_config
 from astracli.process.open_files import raise_open_files
 from astracli.process.patience import GONE_S, Patience
@@ -77,7 +78,9 @@ class Reporter:
         self._interval_s = interval_s
         self._give_up_s = give_up_s
         headers = {"Authorization": f"Bearer {config.token}", "Content-Type": "application/json"}
-        self._http = httpx.Client(base_url=config.hub_url, headers=headers, timeout=5.0, trust_env=False)
+        self._http = httpx.Client(
+            base_url=config.hub_url, headers=headers, timeout=5.0, trust_env=False, event_hooks=intact.hooks()
+        )
         self._parent = os.getppid()
         self._state: State = "starting"
         self._waiting: str | None = None
@@ -124,7 +127,7 @@ class Reporter:
             self._state = "done" if clean else "failed"
             self._waiting = None
             if not clean and error is not None:
-                known = error if isinstance(error, AstraError) else disk_failed(error) or error
+                known = error if isinstance(error, AstraError) else machine_failed(error) or error
                 self._error = str(known) or type(error).__name__
         self._closed.set()
         self._wake.set()
@@ -232,7 +235,7 @@ def _run(fn: Callable[[C, Reporter], None], config: C, reporter: Reporter) -> in
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException as error:
-        if full := disk_failed(error):
+        if full := machine_failed(error):
             return _explain(full)
         with contextlib.suppress(OSError):
             traceback.print_exc()

@@ -270,7 +270,13 @@ class TrainLoop:
         if reply.batch is None:
             return None
         stats = step_figures.arrived(reply.batch, replays=bool(self.recipe.train.replay_ratio))
-        return [unpack_group(blob) for blob in reply.batch.groups], stats
+        try:
+            return [unpack_group(blob) for blob in reply.batch.groups], stats
+        except ValueError as error:
+            raise RunFailed(
+                f"a group of step {self.step} is damaged in hub.sqlite: {error}",
+                "start a new run from its weights: `astra train --from RUN_DIR`",
+            ) from None
 
     def _poll(self, hub: HubClient) -> Batch | None:
         """This step's batch; None on a stop."""

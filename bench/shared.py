@@ -166,7 +166,7 @@ def records(run: Path) -> list[Record]:
     """Lines of metrics.jsonl; half a line is left out."""
     found = []
     path = run / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             found.append(json.loads(line))
         except ValueError:

@@ -94,7 +94,8 @@ class Job:
     def _end(self, state: State, code: int, cause: str | None, said: Mapping[str, Any]) -> None:
         """Record how it ended, as far as the disk takes it: the cause is said in any case."""
         run = self.context.run_dir
-        shutil.rmtree(run.stage, ignore_errors=True)  # what nobody needs any more makes room on a full disk
+        for left in (run.stage, *run.checkpoints.glob(".step_*.tmp")):
+            shutil.rmtree(left, ignore_errors=True)  # what nobody needs any more makes room on a full disk
         with unharmed(f"`{run.status_json}` does not say how the run ended"):
             run.end(state, exit_code=code, cause=cause, **said)
         if self.summary:

@@ -118,8 +118,8 @@ class Group:
 
 
 def pack_group(group: Group) -> bytes:
-    """Group -> msgpack and its xxh3-64; arrays are raw little-endian bytes. The loss mask lies in the segments: one without a version
-    is masked and has no log-probabilities."""
+    """Group -> msgpack, and behind it its xxh3-64; arrays are raw little-endian bytes. The loss mask lies in the
+    segments: one without a version is masked and has no log-probabilities."""
     doc = {
         "lease_id": group.lease_id,
         "problem_id": group.problem_id,

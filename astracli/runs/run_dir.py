@@ -156,7 +156,9 @@ class RunDir:
             words = (error.strerror or str(error)).lower()
             raise UserError(f"cannot read `{self.status_json}`: {words}") from None
         except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"`{self.status_json}` is damaged: {error}") from None
+            raise UserError(
+                f"`{self.status_json}` is damaged: {error}", "remove it: a resume does without it, and writes a new one"
+            ) from None
 
     def readable_status(self) -> RunStatus | None:
         """`status`, and None for a damaged file: to look through many runs, of which `runs list` names the damaged."""

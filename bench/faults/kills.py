@@ -7,6 +7,8 @@ import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 from faults.world import Row, World, attempted, phase, victim
 
@@ -32,12 +34,14 @@ def faults(victims: Sequence[str], phases: Sequence[str], signals: Sequence[str]
 def strike(world: World, name: str, chosen: Sequence[Fault], stop_s: float) -> list[Row]:
     """All of them in one run: an attempt each, which goes on where the one before ended. The last row is the books."""
     run = world.folder / name
-    rows = [attempted(Row(f"SIG{f.signal}", f"{f.process}, {f.phase}"), lambda row, f=f: _one(world, run, f, row, stop_s))
-            for f in chosen]  # fmt: skip
+    rows = []
+    for fault in chosen:
+        row = Row(f"SIG{fault.signal}", f"{fault.process}, {fault.phase}")
+        rows.append(attempted(row, partial(_one, world, run, fault, stop_s)))
     return [*rows, attempted(Row("none", f"books after {len(chosen)} attempts"), lambda row: world.finish(run, row))]
 
 
-def _one(world: World, run, fault: Fault, row: Row, stop_s: float) -> Row:  # type: ignore[no-untyped-def]
+def _one(world: World, run: Path, fault: Fault, stop_s: float, row: Row) -> Row:
     attempt = world.start(run, STEPS)
     pause_s = world.draw.uniform(0.0, 0.6 if fault.phase == "training" else 0.3)
 

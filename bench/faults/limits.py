@@ -243,17 +243,33 @@ def changed_package(world: World, row: Row) -> Row:
     return world.finish(run, row)
 
 
-ROWS: dict[str, tuple[str, str, Callable[[World, Row], Row]]] = {
+def under_limit(world: World, row: Row, *before: str, ranks: int = 1, causes: tuple[str, ...] = ()) -> Row:
+    """The first word names the run, the others are the command in front."""
+    name, *words = before
+    return finishes(world, name, row, *words, sets=(f"resources.train_ranks={ranks}",), causes=causes)
+
+
+FEW_PROCESSES = (r"no more processes", r"temporarily unavailable", r"can't start new thread")
+Work = Callable[[World, Row], Row]
+ROWS: dict[str, tuple[str, str, Work]] = {
     "shm": ("64 MB of shared memory", "two ranks", small_shm),
-    "descriptors": ("64 descriptors", "", lambda w, r: finishes(w, "nofile", r, "prlimit", "--nofile=64:64", causes=(r"open files",))),
-    "core": ("one core", "two ranks", lambda w, r: finishes(w, "core", r, "taskset", "-c", "0", sets=("resources.train_ranks=2",))),
-    "processes": ("limit on processes", "another user, 20", lambda w, r: another_user(w, r, "prlimit", "--nproc=20:20", causes=(r"process", r"thread", r"temporarily unavailable"))),
-    "home": ("home that cannot be written", "another user", lambda w, r: another_user(w, r)),
+    "descriptors": (
+        "64 descriptors", "",
+        lambda w, r: under_limit(w, r, "nofile", "prlimit", "--nofile=64:64", causes=(r"open files",)),
+    ),
+    "core": ("one core", "two ranks", lambda w, r: under_limit(w, r, "core", "taskset", "-c", "0", ranks=2)),
+    "processes": (
+        "limit on processes", "another user, 20",
+        lambda w, r: another_user(w, r, "prlimit", "--nproc=20:20", causes=FEW_PROCESSES),
+    ),
+    "home": ("home that cannot be written", "another user", another_user),
     "bomb": ("fork bomb in a reward", "400 processes", lambda w, r: evil(w, "bomb", r)),
     "memory": ("reward that takes all memory", "4 GiB", lambda w, r: evil(w, "memory", r)),
     "daemon": ("reward that leaves daemons", "", lambda w, r: evil(w, "daemon", r)),
-    **{f"oom-{name}": ("killed for its memory", name, lambda w, r, n=name: out_of_memory(w, n, r))
-       for name in ("engine0", "rollout", "trainer", "eval", "grader")},
+    **{
+        f"oom-{name}": ("killed for its memory", name, lambda w, r, n=name: out_of_memory(w, n, r))
+        for name in ("engine0", "rollout", "trainer", "eval", "grader")
+    },
     "flood": ("flood of connections", "1,024 descriptors", flood),
     "browser": ("page in a browser", "hub and engine", browser),
     "twice": ("two runs", "in one directory", twice),

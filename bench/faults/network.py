@@ -124,7 +124,7 @@ def find_faketime() -> Path | None:
 
 
 def clock(world: World, row: Row, name: str, jumps: tuple[float, ...], *, faketime: Path | None = None) -> Row:
-    """A run whose clock steps by so many seconds, one step after the other; without libfaketime that of Python alone."""
+    """A run whose clock steps by so many seconds, one after the other; without libfaketime Python's alone."""
     file = world.folder / f"{name}.clock"
     file.write_text("+0" if faketime else "0")
     env = hooked(ASTRA_FAULTS_CLOCK=str(file))

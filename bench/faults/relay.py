@@ -1,4 +1,4 @@
-"""A relay between the processes of a run: what passes can be slow, cut off, held back, refused, or wrong by one byte."""
+"""A relay between the processes of a run: what passes can be slow, cut off, held back, refused, or wrong by a byte."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ SMALLEST = (
     "rollout.group_size=4", "rollout.max_new_tokens=8", "checkpoint.every=2", 'eval.benchmarks=["small.jsonl"]',
     "eval.every=4", "eval.samples=1", "eval.pass_k=1", "data.reward=coin:coin",
 )  # fmt: skip
-COIN = '''"""1 for about half of all answers, whatever the model is. Answers to the benchmark take their time, so that something
-can happen to an evaluation."""
+COIN = '''"""1 for about half of all answers, whatever the model is. Answers to the benchmark take their time, so that
+something can happen to an evaluation."""
 
 import time
 import zlib
@@ -144,7 +144,7 @@ class World:
             row.problems.append(f"exit {code}: {console[-800:]}")
         row.problems += self._told(attempt.run, code, row.said) if can_write else []
         left = self.left_behind(attempt.run)
-        kept = row.outcome == "killed" or not can_write  # the resume removes what is left in the run's directory
+        kept = code in (2, -signal.SIGKILL) or not can_write  # the resume removes what is left in the run's directory
         row.problems += [words for words in left if not kept or words != STAGE]
         return row
 
@@ -152,7 +152,7 @@ class World:
         """status.json beside the exit code. Nothing can be asked of a run whose directory was never made."""
         try:
             status = json.loads((run / "status.json").read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # refused before it began, or what the row has damaged
             return []
         wanted = {0: "done", 1: "failed", 130: "interrupted", -signal.SIGKILL: "running"}.get(code)
         if wanted is not None and status["state"] != wanted:

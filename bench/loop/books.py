@@ -63,7 +63,7 @@ def check_files(run: Path, steps: int, items: Mapping[str, int]) -> Rules:
         file.name
         for name, count in items.items()
         for file in (run / "eval" / "items").glob(f"*_{name}.jsonl")
-        if len(file.read_text().splitlines()) != count
+        if len(file.read_bytes().splitlines()) != count
     ]
     return {
         "eval.csv: one row stands for every due step": sorted(((found - wanted) + (wanted - found)).items()),

@@ -59,7 +59,13 @@ def start(
 
 
 def spawn(words: Sequence[str], env: Mapping[str, str], folder: Path, log: Path) -> Child:
-    """As `bench/loop/kill_resume.py` starts an attempt."""
+    """As `bench/loop/kill_resume.py` starts an attempt; a command in front of Python is started as usual."""
+    if words[0] != sys.executable:
+        with log.open("wb") as out:
+            return subprocess.Popen(
+                words, cwd=folder, env=dict(env), stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                start_new_session=True,
+            )  # fmt: skip
     return start(words[1:], log, env=env, cwd=folder)
 
 

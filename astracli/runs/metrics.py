@@ -80,7 +80,7 @@ def append(path: Path, records: Iterable[Record]) -> None:
         file.write("".join(lines))
 
 
-def parse(lines: Iterable[bytes]) -> Iterator[Record]:
+def parse(lines: Iterable[str | bytes]) -> Iterator[Record]:
     """Records of JSONL lines; a torn or damaged line (a writer was killed) is left out, and so is a `step` that is
     null."""
     for line in lines:

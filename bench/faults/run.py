@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from loop.kill_resume import Spawn, spawn
 from shared import folder, more_options, show
 
-from faults import damage, disks, kills, limits, network
+from faults import damage, disks, kills, limits, malformed, network
 from faults.world import Row, World
 
 Group = Callable[[World, argparse.Namespace], list[Row]]
@@ -47,6 +47,10 @@ def _disks(world: World, args: argparse.Namespace) -> list[Row]:
     return disks.rows(world, args.moments, args.kinds)
 
 
+def _inputs(world: World, args: argparse.Namespace) -> list[Row]:
+    return malformed.summed(malformed.tried(world.folder / "inputs", args.seed, args.count))
+
+
 GROUPS: dict[str, tuple[Group, dict[str, object]]] = {
     "kills": (
         _kills,
@@ -59,6 +63,7 @@ GROUPS: dict[str, tuple[Group, dict[str, object]]] = {
     "network": (lambda world, _: network.rows(world), {}),
     "wire": (lambda world, args: network.damaged(world, args.attempts), {"attempts": 12}),
     "clock": (lambda world, _: network.clocks(world), {}),
+    "inputs": (_inputs, {"count": 200}),
     "limits": (lambda world, args: limits.rows(world, args.only), {"only": list(limits.ROWS)}),
     "disks": (_disks, {"moments": 6, "kinds": list(disks.KINDS)}),
 }

@@ -44,6 +44,8 @@ MARK = "ASTRA_FAULTS"
 """Environment variable by which every process of an attempt is found, whatever it forked and wherever it moved to."""
 GONE_S = 25.0
 """Children look for their supervisor each second, and give an unreachable hub ten."""
+SHARED = ("torch_", "psm_", "sem.", "nccl-", "gloo")
+"""How names of shared memory begin that torch, Python, NCCL and gloo make."""
 STAGE = "stage/ is left"
 
 
@@ -97,18 +99,17 @@ class World:
         )  # fmt: skip
 
     def left_behind(self, run: Path, wait_s: float = GONE_S) -> list[str]:
-        """Processes, shared memory and files that no process of the run uses any more. What is found is removed, so
-        that the next row begins clean."""
+        """Processes, shared memory and files that no process of the run uses any more. Processes and temporary files
+        are removed, so that the next row begins clean; what is new in /dev/shm may be somebody else's."""
         end = time.monotonic() + wait_s
         while (found := marked(run)) and time.monotonic() < end:
             time.sleep(0.1)
         words = [f"process {p.pid} is left: {' '.join(_cmdline(p))[:100]}" for p in found]
         for process in found:
             process.kill()
-        for name in shared_memory() - self._shm:
-            if not in_use(f"/dev/shm/{name}"):
+        for name in sorted(shared_memory() - self._shm):
+            if name.startswith(SHARED) and not in_use(f"/dev/shm/{name}"):
                 words.append(f"/dev/shm/{name} is left")
-                (Path("/dev/shm") / name).unlink(missing_ok=True)
         for path in self.tmp.iterdir():
             if path.name.startswith("torchinductor_"):  # torch makes this folder when it is imported, and keeps it
                 continue

@@ -55,7 +55,7 @@ def check_files(run: Path, steps: int, items: Mapping[str, int]) -> Rules:
     """Evaluations, the export, and what should not be there. `items`: benchmark -> its items."""
     every = recipe_of(run)["eval"]["every"]
     due = [*range(0, steps, every), steps]
-    rows = list(csv.DictReader((run / "eval" / "eval.csv").open()))
+    rows = list(csv.DictReader((run / "eval" / "eval.csv").open(errors="replace")))
     spans = [(int(row["due_step"]), int(row["step"]), row["benchmark"]) for row in rows]
     found = Counter((step, name) for first, last, name in spans for step in due if first <= step <= last)
     wanted = Counter((step, name) for step in due for name in (*items, "overall"))

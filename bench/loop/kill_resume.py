@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -102,7 +103,7 @@ class Attempt:
         while self.supervisor.poll() is None and self.seconds < timeout_s:
             if ready():
                 return True
-            time.sleep(0.02)
+            time.sleep(0.04)
         return False
 
     def kill(self, name: str) -> bool:
@@ -118,12 +119,11 @@ class Attempt:
 
     def child(self, name: str) -> psutil.Process | None:
         """The child whose config file is RUN/config/NAME.json."""
-        try:
+        with suppress(psutil.Error):
             for process in psutil.Process(self.supervisor.pid).children():
-                if str(self.run / "config" / f"{name}.json") in process.cmdline():
-                    return process
-        except psutil.Error:
-            pass
+                with suppress(psutil.Error):  # one that has just ended
+                    if str(self.run / "config" / f"{name}.json") in process.cmdline():
+                        return process
         return None
 
     def end(self, timeout_s: float = 150.0) -> tuple[int, str]:

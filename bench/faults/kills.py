@@ -16,6 +16,8 @@ WORKERS = ("engine0", "rollout", "trainer", "eval")
 VICTIMS = ("supervisor", *WORKERS, "grader", "guard", "fork_server")
 PHASES = ("starting", "training", "finishing", "stopping")
 SIGNALS = ("KILL", "TERM", "STOP")
+HEARTBEAT_S = 60.0
+"""`launch.heartbeat_timeout_s`: a worker that is silent for longer is given up."""
 STEPS = 5
 """Of an attempt; its first evaluation and its last take two seconds each."""
 
@@ -68,11 +70,11 @@ def _one(world: World, run: Path, fault: Fault, stop_s: float, row: Row) -> Row:
     if not struck:
         row.outcome = f"not met, {row.outcome}"
         return row
-    row.problems += _expected(fault, row)
+    row.problems += _expected(fault, row, stop_s)
     return row
 
 
-def _expected(fault: Fault, row: Row) -> list[str]:
+def _expected(fault: Fault, row: Row, stop_s: float) -> list[str]:
     """What else than `finished` this fault may come to. A process that stands still for less than the limits allow, a
     grader or a fork server that is gone cost nothing but time."""
     ends = {"finished"}
@@ -82,4 +84,6 @@ def _expected(fault: Fault, row: Row) -> list[str]:
         ends = {"killed"} if fault.signal == "KILL" else {"interrupted"}
         if fault.phase == "stopping":
             ends |= {"finished", "interrupted"}  # it came after everything was done
+    if fault.signal == "STOP" and fault.process in WORKERS and stop_s > HEARTBEAT_S - 5:
+        ends |= {"ended, exit 1"}
     return [] if row.outcome in ends else [f"expected {sorted(ends)}"]

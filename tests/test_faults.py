@@ -22,6 +22,7 @@ from hub_tools import open_store
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
+import shared
 from faults import damage, limits, malformed, network
 from faults.relay import Relay, Weather
 from faults.world import Row, World, phase, victim
@@ -49,20 +50,27 @@ def found(attempt: Attempt, name: str) -> int:
     return process.pid
 
 
+@pytest.fixture(scope="module")
+def forked() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared, "start", warm.bench_start)
+        yield
+
+
 # ---- a run that outlives them all
 
 
 @pytest.fixture(scope="module")
-def survivor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Row]]:
+def survivor(tmp_path_factory: pytest.TempPathFactory, forked: None) -> dict[str, Row]:
     """Row by name. One run, through a relay and under a clock that can be set; after each fault it must get on."""
     if sys.platform != "linux":
         pytest.skip("processes are found and limited as on Linux")
-    world = World(tmp_path_factory.mktemp("survivor"), SEED, warm.spawn)
+    world = World(tmp_path_factory.mktemp("survivor"), SEED)
     relay = Relay(world.folder / "relay", world.draw)
     clock = world.folder / "clock"
     clock.write_text("0")
     env = network.hooked(ASTRA_FAULTS_RELAY=str(relay.folder), ASTRA_FAULTS_CLOCK=str(clock))
-    attempt = world.start(world.folder / "run", 40, env=env)
+    attempt = world.start(world.folder / "run", 100_000, env=env)
     rows: dict[str, Row] = {}
     held: list[socket.socket] = []
 
@@ -114,13 +122,15 @@ def survivor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Row
             if not go_on(attempt):
                 row.problems.append(f"no step after it: {attempt.log.read_text()[-600:]}")
                 break
+        os.kill(attempt.supervisor.pid, signal.SIGTERM)
         end = rows["end"] = world.judge(Row("end", ""), attempt, (), limit_s=300)
-        end.problems += world.books(attempt.run) if end.outcome == "finished" else [end.outcome]
+        end.problems += [] if end.outcome == "interrupted" else [end.outcome]
+        world.finish(attempt.run, end)
     finally:
         for each in held:
             each.close()
         relay.close()
-    yield rows
+    return rows
 
 
 SURVIVED = (
@@ -133,7 +143,7 @@ SURVIVED = (
 @linux
 @pytest.mark.parametrize("name", SURVIVED)
 def test_the_run_gets_on(survivor: dict[str, Row], name: str) -> None:
-    """The last row: it finished, its books are whole, status.json says so, nothing is left behind."""
+    """The last row: it is interrupted and resumed to its end with whole books; nothing is left behind."""
     assert survivor[name].problems == []
 
 
@@ -141,11 +151,11 @@ def test_the_run_gets_on(survivor: dict[str, Row], name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Row]:
+def ended(tmp_path_factory: pytest.TempPathFactory, forked: None) -> dict[str, Row]:
     """Row by name: attempts of one run, each ended by something else; the last is its end."""
     if sys.platform != "linux":
         pytest.skip("processes are found and limited as on Linux")
-    world = World(tmp_path_factory.mktemp("ended"), SEED, warm.spawn)
+    world = World(tmp_path_factory.mktemp("ended"), SEED)
     run, draw = world.folder / "run", Random(SEED)
     rows: dict[str, Row] = {}
 

@@ -57,6 +57,7 @@ def make_summary(tmp_path: Path, **changes: Any) -> dict[str, Any]:
     records = [
         trainer(step, tokens=1000.0, step_s=2.0, wait_s=0.5, train_s=1.4, full_bytes=2e6,
                 arrived_reward_mean=0.3 + step / 100,
+                **{f"arrived_parts/p{i}": 0.1 * step for i in range(9)}, **{"arrived_reward_mean/sums": 0.5},
                 delta_bytes=4e5, delta_density=0.2, publish_s=0.1, parity_mean_abs=2e-6, parity_max_abs=3e-5,
                 bytes_per_changed=2.0, snapshot_s=0.003, publish_wait_s=0.1)
         for step in range(4)
@@ -158,7 +159,7 @@ def test_one_evaluation_shows_no_difference(tmp_path: Path) -> None:
     (row,) = found["benchmarks"]
     assert (row["first"], row["difference_avg_at_n"]) == (row["last"], None)
     out = io.StringIO()
-    print_summary(found, Console(file=out, width=160))
+    print_summary(found, Console(file=out, width=220))
     lines = [" ".join(line.split()) for line in out.getvalue().splitlines()]
     assert "benchmark figure step 0" in lines
     assert "arithmetic-heldout avg@8 0.350 ± 0.020" in lines and "pass@4 0.600" in lines
@@ -220,6 +221,9 @@ def test_summary_table(tmp_path: Path) -> None:
     assert "expected measured (two cores, 100 steps)" in lines
     assert "wall time 3 min 26 s: start-up 11 s, training 3 min 08 s, export 2 s, last evaluations 5 s" in lines
     assert "steps 4 of 100, 2.00 s each, the trainer waited 25% of it" in lines
+    assert "reward 0.300 -> 0.330, of all that arrived, first and last step" in lines
+    parts = ", ".join(f"p{i} 0.000 -> 0.300" for i in range(8))
+    assert f"parts of the reward: {parts}, and 1 more" in lines and "sources reward: sums 0.500 -> 0.500" in lines
     assert "tokens 4,000 trained, 500 a second" in lines
     assert (
         "weights full 2 MB, mean delta 400 kB (5.0x smaller), 20.0% of the values change in a version, "

@@ -58,15 +58,16 @@ def start(
     return child
 
 
-def spawn(words: Sequence[str], env: Mapping[str, str], folder: Path, log: Path) -> Child:
-    """As `bench/loop/kill_resume.py` starts an attempt; a command in front of Python is started as usual."""
-    if words[0] != sys.executable:
-        with log.open("wb") as out:
-            return subprocess.Popen(
-                words, cwd=folder, env=dict(env), stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                start_new_session=True,
-            )  # fmt: skip
-    return start(words[1:], log, env=env, cwd=folder)
+def bench_start(
+    words: Sequence[str], folder: Path, console: Path, *, env: Mapping[str, str] | None = None, apart: bool = False
+) -> Child:
+    """In the place of `shared.start` of the benches. A command in front of Python is started as usual."""
+    if words[0] == sys.executable:
+        return start(words[1:], console, env=env, cwd=folder)
+    with console.open("ab") as said:
+        return subprocess.Popen(
+            words, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True
+        )
 
 
 def run(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from astracli.cli import runs_change, runs_compare
-from astracli.cli.options import JsonOpt, OptionalRunArg, RootOpt, the_run
+from astracli.cli.options import JsonOpt, OptionalRunArg, RootOpt, complete_run, the_run
 from astracli.cli.output import out
 
 if TYPE_CHECKING:
@@ -170,7 +170,14 @@ def report(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
 
 @app.command()
 def samples(
-    run: OptionalRunArg = None,
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RUN",
+            help="Run name or directory, or the file of `astra rollout --out`; default the newest run.",
+            autocompletion=complete_run,
+        ),
+    ] = None,
     wrong: Annotated[bool, typer.Option("--wrong", help="Wrong answers.")] = False,
     right: Annotated[bool, typer.Option("--right", help="Right answers.")] = False,
     truncated: Annotated[bool, typer.Option("--truncated", help="Answers cut off at the token limit.")] = False,
@@ -178,9 +185,10 @@ def samples(
     n: Annotated[int, typer.Option("-n", "--count", metavar="N", min=1, help="At most so many, the newest.")] = 10,
     json: JsonOpt = False,
 ) -> None:
-    """Print samples of a run or an evaluation.
+    """Print samples of a run, an evaluation or a file of `astra rollout`.
 
-    Of a run some of each step's rollouts, of an `astra eval` all answers: problem, completion, verdict.
+    Of a run some of each step's rollouts, of an `astra eval` all answers: problem, completion, verdict, and what the
+    reward logged.
     """
     from collections import deque
 
@@ -188,12 +196,13 @@ def samples(
 
     chosen = {"wrong": wrong, "right": right, "truncated": truncated}
     outcomes: set[Outcome] = {name for name, asked in chosen.items() if asked}  # type: ignore[misc]
-    found = list(deque(run_files.samples(the_run(run), outcomes=outcomes, step=step), maxlen=n))
+    source = Path(run) if run is not None and Path(run).is_file() else the_run(run)
+    found = list(deque(run_files.samples(source, outcomes=outcomes, step=step), maxlen=n))
     if json:
         out(json).document(found)
         return
     if not found:
-        out().note("no such samples")
+        out().note("no such samples; those of `astra rollout` are in the file that its --out named")
     for sample in found:
         out().text(_sample_text(sample))
 
@@ -209,8 +218,13 @@ def _of(step: int | None, steps: int | None) -> str:
 
 
 def _sample_text(sample: dict[str, Any]) -> str:
-    said = [f"{key} {sample.get(key)}" for key in ("step", "version", "reward")]
-    said += [str(sample.get(key)) for key in ("problem_id", "verdict", "finish_reason")]
+    named = {"step": "step", "version": "version", "problem_id": "id", "reward": "reward"}
+    said = [f"{word} {sample[key]}" for key, word in named.items() if sample.get(key) is not None]
+    said += [str(sample.get(key)) for key in ("verdict", "finish_reason")]
     said.append(f"{len(sample.get('tokens') or [])} tokens")
-    body = "".join(f"  {key}: {sample.get(key)}\n" for key in ("problem", "answer", "completion"))
+    shown = [(key, sample.get(key)) for key in ("problem", "answer", "completion")]
+    if parts := sample.get("parts"):
+        shown.append(("parts", ", ".join(f"{name} {value:.4g}" for name, value in parts.items())))
+    shown += [(name, text) for name, text in (sample.get("notes") or {}).items()]
+    body = "".join(f"  {name}: {value}\n" for name, value in shown)
     return "  ".join(said) + "\n" + body

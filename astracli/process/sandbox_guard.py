@@ -43,13 +43,14 @@ def descendants(pid: int) -> "list[int]":
     """Every process below `pid`; empty where there is no /proc."""
     found, todo = [], [pid]
     while todo:
-        for child in _children(todo.pop()):
+        for child in children(todo.pop()):
             found.append(child)
             todo.append(child)
     return found
 
 
-def _children(pid: int) -> "list[int]":
+def children(pid: int) -> "list[int]":
+    """The processes that `pid` is the parent of."""
     found: list[int] = []
     try:
         for task in os.listdir(f"/proc/{pid}/task"):
@@ -145,12 +146,15 @@ class Guard:
     def watch(self) -> "tuple[str, int]":
         """Until the command ends or has to. -> why, and its exit code (negative: a signal)."""
         time_s, most = self.limits.get("time_s"), self.limits.get("processes")
+        events = select.poll()  # unlike select.select it takes descriptors over 1023, of which its owner may have many
+        events.register(self.control, select.POLLIN)
+        events.register(self.wake, select.POLLIN)
         ends = None if time_s is None else time.monotonic() + time_s
         while True:
             now = time.monotonic()
             waits = [] if ends is None else [max(0.0, ends - now)]
             waits += [COUNT_S] if most is not None else []
-            ready = select.select([self.control, self.wake], [], [], min(waits, default=None))[0]
+            ready = {fd for fd, _ in events.poll(1000 * min(waits) if waits else None)}
             if self.wake in ready:
                 os.read(self.wake, 4096)
                 self.reap()

@@ -13,6 +13,7 @@ from rich.text import Text
 from astracli.process.console import plain_values
 from astracli.report.live import duration, evaluated, judged, stderr_console
 from astracli.runs import changes
+from astracli.runs.names import REWARD
 
 
 def print_summary(summary: Mapping[str, Any], console: Console | None = None, *, wrap: bool | None = None) -> None:
@@ -69,6 +70,29 @@ def benchmark_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
+MOST_PARTS = 8
+"""Parts of the reward that the table names; metrics.jsonl has all."""
+
+
+def reward_rows(training: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Reward of all that arrived at the first and the last step, with its parts and by source."""
+
+    def words(found: Mapping[str, Sequence[float]]) -> str:
+        each = [f"{name} {first:.3f} -> {last:.3f}" for name, (first, last) in found.items()]
+        more = f", and {len(each) - MOST_PARTS} more" if len(each) > MOST_PARTS else ""
+        return ", ".join(each[:MOST_PARTS]) + more
+
+    rows = []
+    first, last = (training.get(f"{REWARD}_{end}") for end in ("first", "last"))
+    if first is not None and last is not None:
+        rows.append(("reward", f"{first:.3f} -> {last:.3f}, of all that arrived, first and last step"))
+    if parts := training.get("reward_parts"):
+        rows.append(("parts", f"of the reward: {words(parts)}"))
+    if sources := training.get("reward_means_by_source"):
+        rows.append(("sources", f"reward: {words(sources)}"))
+    return rows
+
+
 def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, words) rows of the summary table."""
     training, weights, parity, memory = (summary[key] for key in ("training", "weights", "parity", "memory"))
@@ -96,9 +120,7 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("prompts", "; ".join(f"{what} {how}" for what, how in prompts.items())))
     if skipped := (summary.get("groups") or {}).get("skipped"):
         facts.append(("left out", left_out_words(skipped)))
-    if sources := training.get("reward_means_by_source"):
-        each = ", ".join(f"{name} {first:.3f} -> {last:.3f}" for name, (first, last) in sources.items())
-        facts.append(("sources", f"mean reward, first and last step: {each}"))
+    facts += reward_rows(training)
     if training["tokens"]:
         rate = f"{training['tokens_per_s'] or 0:,.0f} a second"
         facts.append(("tokens", f"{training['tokens']:,.0f} trained{attempt}, {rate}"))
@@ -224,7 +246,8 @@ def bottleneck_words(found: Mapping[str, Any]) -> str:
 def weight_words(weights: Mapping[str, Any]) -> str:
     words = [f"full {size(weights['full_bytes'])}"]
     if weights["delta_bytes_mean"]:
-        words.append(f"mean delta {size(weights['delta_bytes_mean'])} ({weights['ratio']:.1f}x smaller)")
+        what = "adapter" if weights["density_mean"] is None else "delta"
+        words.append(f"mean {what} {size(weights['delta_bytes_mean'])} ({weights['ratio']:.1f}x smaller)")
     if weights["density_mean"] is not None:
         words.append(f"{weights['density_mean']:.1%} of the values change in a version")
     if weights.get("bytes_per_changed_p50"):

@@ -51,6 +51,7 @@ class Rewards:
             memory_bytes=None if data.reward_memory_gib is None else int(data.reward_memory_gib * (1 << 30)),
             grading=data.grading.model_dump(),
             code=data.code.model_dump(),
+            asked=data.question_field,
         )
         each = [
             replace(
@@ -158,21 +159,23 @@ class GradePool:
         named = list(zip(self._graders, scores, strict=True))
         total = 0.0
         parts: dict[str, float] = {}
+        notes: dict[str, str] = {}
         for graders, scored in named:
             prefix = f"{graders.setting.name}/" if graders.setting.name else ""
             if scored.state != "absent":
                 total += graders.setting.weight * scored.reward
                 parts |= {graders.setting.name: scored.reward} if graders.setting.name else {}
             parts |= {f"{prefix}{name}": value for name, value in scored.logged.items()}
+            notes |= {f"{prefix}{name}": value for name, value in scored.notes.items()}
         states = {scored.state for scored in scores}
         detail = next(
             (_named(g, s) for g, s in named if s.state == "error" or (s.detail and "error" not in states)), ""
         )
         if not math.isfinite(total):
-            return Grade(0.0, "error", f"the weighted sum of the rewards is {total}", parts)
+            return Grade(0.0, "error", f"the weighted sum of the rewards is {total}", parts, notes)
         if states == {"absent"}:
-            return Grade(0.0, "error", "no reward applies to this row: each returned None", parts)
-        return Grade(total, self._verdict(states, total), detail, parts)
+            return Grade(0.0, "error", "no reward applies to this row: each returned None", parts, notes)
+        return Grade(total, self._verdict(states, total), detail, parts, notes)
 
     def _verdict(self, states: set[str], total: float) -> Verdict:
         if "error" in states:

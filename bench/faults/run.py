@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from loop.kill_resume import Spawn, spawn
+import shared
 from shared import folder, more_options, show
 
 from faults import damage, disks, kills, limits, malformed, network
@@ -38,12 +38,12 @@ Group = Callable[[World, argparse.Namespace], list[Row]]
 WARM = "fork the processes of a run from one that has imported torch: quicker, not quite what a user starts"
 
 
-def forked() -> Spawn:
+def fork_runs() -> None:
     """As the tests start processes."""
     sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
     import warm
 
-    return warm.spawn
+    shared.start = warm.bench_start  # type: ignore[assignment]
 
 
 def _kills(world: World, args: argparse.Namespace) -> list[Row]:
@@ -84,9 +84,11 @@ def main() -> None:
     for name, (_, wanted) in GROUPS.items():
         more_options(groups.add_parser(name), json=False, seed=0, warm={False: WARM}, **wanted)
     args = parser.parse_args()
+    if args.warm:
+        fork_runs()
     began = time.monotonic()
     with folder() as place:
-        rows = GROUPS[args.group][0](World(place, args.seed, forked() if args.warm else spawn), args)
+        rows = GROUPS[args.group][0](World(place, args.seed), args)
     show(args, {"seed": args.seed, "seconds": time.monotonic() - began, "rows": [row.table() for row in rows]})
     sys.exit(any(row.problems for row in rows))
 

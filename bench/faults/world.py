@@ -19,7 +19,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from loop.books import acked, check_files, check_hub
-from loop.kill_resume import Attempt, Spawn, spawn
+from loop.kill_resume import Attempt
 from shared import say
 
 ITEMS = {"small": 6}
@@ -70,10 +70,8 @@ class Row:
 class World:
     """A folder with a reward, a benchmark and a place for temporary files, in which runs lie."""
 
-    def __init__(self, folder: Path, seed: int = 0, spawn: Spawn = spawn):
-        """`spawn`: how an attempt is started."""
+    def __init__(self, folder: Path, seed: int = 0):
         self.folder = folder
-        self._spawn = spawn
         self.draw = random.Random(seed)
         self.tmp = folder / "tmp"
         self.tmp.mkdir(parents=True, exist_ok=True)
@@ -94,7 +92,7 @@ class World:
         words = wanted if resume else [*SMALLEST, *wanted]
         marked = {MARK: str(run), "TMPDIR": str(self.tmp), "OMP_NUM_THREADS": "1", **(env or {})}
         return Attempt(
-            run, [*words, *sets], resume=resume, before=before, env=marked, folder=self.folder, spawn=self._spawn,
+            run, [*words, *sets], resume=resume, before=before, env=marked, folder=self.folder,
             module="hooked" if "PYTHONPATH" in marked else "astracli",
         )  # fmt: skip
 

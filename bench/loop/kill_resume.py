@@ -20,12 +20,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import ASTRA, command, folder, options, records, show, trained
+import shared
+from shared import ASTRA, RECIPE, command, folder, options, records, show, trained
 
 from loop.books import acked, check_files, check_hub
 
@@ -43,48 +44,28 @@ LAST_STEPS = 6
 """Steps that the last attempt trains beyond the last batch that was ever made."""
 
 
-class Process(Protocol):
-    """What is used of `subprocess.Popen`."""
-
-    pid: int
-
-    def poll(self) -> int | None: ...
-    def wait(self, timeout: float | None = None) -> int: ...
-
-
-Spawn = Callable[[Sequence[str], Mapping[str, str], Path, Path], Process]
-"""(words, environment, working directory, file for stdout and stderr) -> the process, in a session of its own"""
-
-
-def spawn(words: Sequence[str], env: Mapping[str, str], folder: Path, log: Path) -> Process:
-    with log.open("wb") as console:
-        return subprocess.Popen(
-            words, cwd=folder, env=dict(env), stdin=subprocess.DEVNULL, stdout=console, stderr=console,
-            start_new_session=True,
-        )  # fmt: skip
-
-
 class Attempt:
     """One `astra train` in `run`: a new run, or the resume of what is there."""
 
     def __init__(
-        self, run: Path, sets: Sequence[str], *, resume: bool, before: Sequence[str] = (),
-        env: Mapping[str, str] | None = None, folder: Path | None = None, spawn: Spawn = spawn,
-        module: str = "astracli",
+        self, run: Path, sets: Sequence[str], *, resume: bool, recipe: str = RECIPE, before: Sequence[str] = (),
+        env: Mapping[str, str] | None = None, folder: Path | None = None, module: str = "astracli",
     ):  # fmt: skip
         """`before`: a command in front, which becomes `astra` (`taskset -c 0`). `env`: beside this process's. `folder`:
         where it is started, else that of the run. `module`: what is `astra`."""
         self.run = run
         folder = folder or run.parent
-        words = command("train", run, sets)
+        words = command("train", run, sets, recipe)
         if resume:
             words = [*ASTRA, "train", "--resume", str(run), *words[words.index(str(run)) + 1 :]]
         words = [module if word == "astracli" else word for word in words]
         self.log = folder / f"{run.name}.log"
-        self.log.unlink(missing_ok=True)
+        self.log.write_text("")
         self._before = len(records(run))
         self.began = time.monotonic()
-        self.supervisor = spawn([*before, *words], {**os.environ, **(env or {})}, folder, self.log)
+        self.supervisor = shared.start(
+            [*before, *words], folder, self.log, env={**os.environ, **(env or {})}, apart=True
+        )
 
     @property
     def seconds(self) -> float:

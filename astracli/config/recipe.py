@@ -174,7 +174,7 @@ class EvalTable(Table):
     max_new_tokens: Tokens | None = None
     """None takes `rollout.max_new_tokens`."""
     env: NonEmpty | None = None
-    """The environment of evaluations; None takes `rollout.env`."""
+    """The environment of evaluations. None: `rollout.env`."""
     max_concurrency: Requests | Literal["auto"] = "auto"
     """Evaluation requests in flight at once on each engine; `auto`: as many as it decodes at once
     (`rollout.max_running_requests`)."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -133,7 +135,8 @@ def evaluate(recipe: Recipe, *, as_json: bool = False, **options: Any) -> int:
         else:
             from astracli.report.summary_table import result_lines
 
-            print(plain("\n".join(result_lines(document))))
+            width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+            print(plain("\n".join(result_lines(document, width))))
             say(f"items and figures are in {run.eval}")
     elif code == 130:
         say(f"interrupted; go on with `astra eval --resume {run.path}`")

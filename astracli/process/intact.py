@@ -1,8 +1,7 @@
 """Bodies of HTTP between processes of a run carry a checksum: what was changed on its way is refused, never believed.
 
 TCP's own checksum has 16 bits, and none on loopback. Both ends check where the other sends the header, so that engines
-of others, which send none, are asked as before. A streamed answer has no header; the embedded engine's events each
-carry theirs.
+of others, which send none, are asked as before. A streamed answer has no header: each of its events may carry its own.
 """
 
 from __future__ import annotations

@@ -258,7 +258,7 @@ def _config_if_here(recipe: Recipe) -> Mapping[str, Any] | None:
 def rollout_words(out: Path) -> str:
     """How many samples were written, and how they were graded. A file without any goes: it would be in the way when the
     same command is given again."""
-    with out.open(encoding="utf-8") as lines:
+    with out.open("rb") as lines:
         rewards = [record["reward"] for record in metrics.parse(lines)]
     if not rewards:
         out.unlink()

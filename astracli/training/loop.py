@@ -26,7 +26,7 @@ from torch import Tensor
 
 from astracli.config.recipe import Recipe
 from astracli.engines import registry as engines
-from astracli.errors import RunFailed, disk_full
+from astracli.errors import RunFailed, disk_failed
 from astracli.hub.client import HubClient
 from astracli.hub.types import Batch, HubState, NextBatch
 from astracli.hub.wire import MSGPACK, pack_answer, unpack_answer
@@ -80,7 +80,7 @@ def in_background(recipe: Recipe, device: str) -> bool:
 
 def _end_rank(error: BaseException) -> None:
     """End this rank, whose background failed: it has no hub to tell, and the other ranks would wait for its part."""
-    known = disk_full(error) or gpu_failed(error)
+    known = disk_failed(error) or gpu_failed(error)
     said = known.message if known else f"a version or a checkpoint was not written: {type(error).__name__}: {error}"
     print(f"error: {said}", file=sys.stderr, flush=True)
     os._exit(known.exit_code if known else 1)
@@ -291,7 +291,13 @@ class TrainLoop:
         if reply.batch is None:
             return None
         stats = step_figures.arrived(reply.batch, replays=bool(self.recipe.train.replay_ratio))
-        return [unpack_group(blob) for blob in reply.batch.groups], stats
+        try:
+            return [unpack_group(blob) for blob in reply.batch.groups], stats
+        except ValueError as error:
+            raise RunFailed(
+                f"a group of step {self.step} is damaged in hub.sqlite: {error}",
+                "start a new run from its weights: `astra train --from RUN_DIR`",
+            ) from None
 
     def _poll(self, hub: HubClient) -> Batch | None:
         """This step's batch; None on a stop."""

@@ -38,7 +38,7 @@ def build_trainer(
     blocks = adapter.block_classes(model)
     policy = PolicyModel(model, temperature=recipe.rollout.temperature)
     recompute(policy, blocks, recomputed(recipe, split))
-    shard(policy, blocks, ranks, exact=exact)
+    shard(policy, blocks, ranks, exact=exact, sharding=ranks.sharding)
     masters = Masters(policy.model, wire, recipe.train, ranks, moments_on_host=split.moments_on_host)
     reference = loader.reference() if recipe.algorithm.kl_coef else None
     offload = None

@@ -32,7 +32,7 @@ from astracli.training import objective, packing, parity
 from astracli.training.adam import learning_rate
 from astracli.training.agreement import CEILING, TIMES_NOISE
 from astracli.training.cpu_offload import CpuOffload
-from astracli.training.fsdp import Ranks, free_gathered
+from astracli.training.fsdp import Ranks, before_backward, free_gathered
 from astracli.training.logprob import PolicyModel
 from astracli.training.optimizer import Masters
 from astracli.training.parity import RowCheck
@@ -224,7 +224,7 @@ class Trainer:
         a GPU, and not sharded, where a forward of another micro-batch may not come between forward and backward.
         """
         first = batch.minibatches[0]
-        alone = self.ranks.mesh is None and self.ranks.device.type == "cpu"
+        alone = not self.ranks.wraps and self.ranks.device.type == "cpu"
         return first[0] if alone and len(first) == 1 else None
 
     @torch.no_grad()
@@ -252,7 +252,8 @@ class Trainer:
         """
         normaliser, table, sums = self.algorithm.normaliser, self.recipe.algorithm, work.sums
         divisor = objective.denominator(normaliser, work.batch, index, self.recipe)
-        for micro in work.batch.minibatches[index]:
+        micros = work.batch.minibatches[index]
+        for micro in micros:
             kept, self._kept = self._kept, None
             logprob_N, entropy_N = kept or self._forward(self.policy, micro)
             proximal_N, reference_N = work.proximals.get(id(micro)), work.references.get(id(micro))
@@ -271,8 +272,8 @@ class Trainer:
                 if over_N is not None:
                     sums.add(name, over_N)
             work.timer.lap("forward_s")
-            # sharding averages gradients over ranks, the divisor already counts all of them
-            (loss * self.ranks.world_size).backward()
+            before_backward(self.policy, self.ranks, last=micro is micros[-1])
+            (loss * self.ranks.loss_factor).backward()
             work.timer.lap("backward_s")
         if measure:
             self._require_agreement(work)

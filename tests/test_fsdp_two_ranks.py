@@ -29,10 +29,9 @@ from safetensors.torch import save_file
 from test_fsdp_two_ranks import NAMES
 from training_tools import make_trainer, recipe, uneven_groups
 from typing import get_args
-import torch.distributed as dist
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from astracli.config.recipe import Sharding
-from astracli.training import checkpoint, fsdp
+from astracli.training import checkpoint, fsdp, sharded_optimizer
 from astracli.weights.publish.publisher import Publisher
 
 model_dir, out = map(Path, sys.argv[1:])
@@ -43,8 +42,8 @@ table = {"activation_checkpointing": "selective", "packing": "packed", "tokens_p
 table["learning_rate"] = 1e-4
 chosen = recipe(algorithm={"kl_coef": 0.01}, train=table)
 calls = []
-counted = {"sums": [(dist, "reduce_scatter_tensor"), (_fsdp_param_group, "foreach_reduce")]}
-counted["gathers"] = [(dist, "all_gather_into_tensor"), (_fsdp_param_group, "foreach_all_gather")]
+counted = {"sums": [(sharded_optimizer, "_reduce_scatter"), (_fsdp_param_group, "foreach_reduce")]}
+counted["gathers"] = [(sharded_optimizer, "_all_gather"), (_fsdp_param_group, "foreach_all_gather")]
 for word, name, where, call in [(w, n, m, getattr(m, n)) for w, places in counted.items() for m, n in places]:
     setattr(where, name, lambda *a, _word=word, _call=call, **more: (calls.append(_word), _call(*a, **more))[1])
 found = {}

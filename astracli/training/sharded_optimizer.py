@@ -22,6 +22,10 @@ from torch import Tensor, nn
 from astracli.training.fsdp import Ranks
 from astracli.training.gradients import Gradients
 
+# torch 2.13 gave them new names
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 SMALL = 256
 """Elements; a smaller parameter is not divided."""
 IN_FLIGHT = 4
@@ -68,7 +72,7 @@ class Parts:
                 reduced[name] = gradient
                 continue
             part = torch.empty_like(self.of(name, gradient))
-            work = dist.reduce_scatter_tensor(part.view(-1), gradient.reshape(-1), async_op=True)
+            work = _reduce_scatter(part.view(-1), gradient.reshape(-1), async_op=True)
             waiting.append((work, gradient))
             reduced[name] = part
             del gradient
@@ -96,7 +100,7 @@ class Exchange:
             if name in self._parts:
                 whole = self._parameters[name].detach()
                 mine = self._parts.of(name, whole).view(-1)
-                self._waiting.append(dist.all_gather_into_tensor(whole.view(-1), mine, async_op=True))
+                self._waiting.append(_all_gather(whole.view(-1), mine, async_op=True))
 
     def __exit__(self, *_: object) -> None:
         for work in self._waiting:

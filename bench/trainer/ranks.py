@@ -31,7 +31,7 @@ from astracli.process.layout import Split
 from astracli.process.ports import free_ports
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import GIB, machine, say, show
+from shared import machine, say, show
 
 from trainer.case import VARIANTS, Case, case_options
 from trainer.speed import measure, release
@@ -105,7 +105,6 @@ def main() -> None:
         child(args)
         return
     from astracli.models import registry
-
     from trainer.case import recipe, shape_config
 
     began = time.perf_counter()

@@ -156,7 +156,8 @@ def test_what_the_ranks_exchange_in_a_step(out: Path) -> None:
     assert {sharding: one["calls"]["sums"] for sharding, one in found.items()} == sums
 
     reference = scoring = micros * blocks + 1
-    passes = scoring + 2 * micros * blocks + (micros - 1)  # forward and backward; the root again after a backward pass
+    passes = scoring + (micros - 1) * blocks  # forward: the first micro-batch's scoring pass is its forward pass
+    passes += micros * blocks + (micros - 1)  # backward; and the root again, after each backward pass but the last
     gathers = {"optimizer": parts * MINIBATCHES, "gradients": groups * MINIBATCHES}
     gathers |= {"parameters": passes, "full": passes}
     assert {sharding: one["calls"]["gathers"] - reference for sharding, one in found.items()} == gathers
